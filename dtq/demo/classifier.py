@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small picture classifier; its penultimate features measure domain FID."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class EmojiClassifier(nn.Module):
+    """Four strided convolutions, average pool, one linear layer.
+
+    Args:
+        classes: how many labels there are.
+        width: channels of the first stage; the feature has ``4 * width`` channels.
+    """
+
+    def __init__(self, classes: int = 99, width: int = 32) -> None:
+        super().__init__()
+        channels = [3, width, 2 * width, 4 * width, 4 * width]
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, after, 3, stride=2, padding=1),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+                nn.Conv2d(after, after, 3, padding=1),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+            )
+            for before, after in zip(channels, channels[1:], strict=False)
+        )
+        self.num_features = channels[-1]
+        self.head = nn.Linear(self.num_features, classes)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Penultimate features.
+
+        Args:
+            pictures: float (B, 3, H, W) in [0, 1].
+
+        Returns:
+            float (B, num_features).
+        """
+        x = pictures * 2 - 1
+        for stage in self.stages:
+            x = stage(x)
+        return F.silu(x).mean((2, 3))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Class logits (B, classes) of float pictures (B, 3, H, W) in [0, 1]."""
+        logits: Tensor = self.head(self.features(pictures))
+        return logits
+
+
+@torch.no_grad()
+def accuracy(model: EmojiClassifier, pictures: Tensor, labels: Tensor) -> float:
+    """Share of uint8 pictures (N, 3, H, W) whose label is the model's first guess."""
+    hits = sum(
+        int((model(chunk.float() / 255).argmax(1) == want).sum())
+        for chunk, want in zip(pictures.split(256), labels.split(256), strict=True)
+    )
+    return hits / len(labels)

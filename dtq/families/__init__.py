@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``FAMILIES``: the models dtq knows by name. Others are scanned by the general rules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dtq.families import inputs
+from dtq.families.base import ROLES, Family, Linear, Scan, Site
+from dtq.families.scan import scan, scan_names
+
+FAMILIES: tuple[Family, ...] = (
+    Family("dit", ("DiTTransformer2DModel",), inputs.class_labels),
+    Family("pixart", ("PixArtTransformer2DModel",), inputs.text),
+    Family("sd3", ("SD3Transformer2DModel",), inputs.joint_text),
+    Family("flux", ("FluxTransformer2DModel",), inputs.packed_text, largest_timestep=1.0),
+    Family("wan", ("WanTransformer3DModel",), inputs.video_text),
+)
+
+
+def find(model: nn.Module) -> Family | None:
+    """The family of a model by the name of its class, None when it has none."""
+    name = type(model).__name__
+    return next((family for family in FAMILIES if name in family.classes), None)
+
+
+__all__ = ["FAMILIES", "ROLES", "Family", "Linear", "Scan", "Site", "find", "scan", "scan_names"]

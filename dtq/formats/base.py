@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a number format is: five verbs and three laws.
+
+A format turns a float matrix (N, K) into named tensors, its *parts*, and back. The parts are the
+parameters of the quantized layer and the keys of the file; nothing else is stored.
+
+Laws, for every format ``f``, matrix ``x`` and ``p = f.fit(x)``:
+
+1. ``f.unpack(f.pack(x, p))`` equals ``f.snap(x, p)`` bit for bit;
+2. ``f.snap(f.snap(x, p), p)`` equals ``f.snap(x, p)``;
+3. ``f.layout(x.shape)`` gives the exact names, shapes and dtypes of ``f.pack(x, p)``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""What ``fit`` learned, already rounded to the dtype that is stored. Column axes are groups."""
+
+Parts = dict[str, Tensor]
+"""The stored tensors, by part name."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of one stored part."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Format(Protocol):
+    """How numbers are kept. Stateless: everything learned is in ``Params``."""
+
+    name: str
+    group: int | None
+    """Columns that share parameters; None when a whole row does."""
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+        """The parts that a matrix of this shape is stored as.
+
+        Raises:
+            InputError: the shape does not fit the format (K not a multiple of the group).
+        """
+
+    def fit(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        *,
+        clip: Tensor | float = 1.0,
+        outer: Params | None = None,
+    ) -> Params:
+        """Learn the parameters of ``x`` (N, K).
+
+        Args:
+            x: float matrix (N, K), or a slice of whole groups of it.
+            importance: weight of each column's squared error (K,), for formats that learn their
+                levels from data. Formats on a fixed grid have no use for it.
+            clip: share of the range to keep, a number or (N, groups).
+            outer: parameters of the whole matrix; those that belong to whole rows are taken from
+                there and not learned again. Column solvers use it to fit one group.
+        """
+
+    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+        """Nearest representable values, as float. ``x`` holds the columns ``cols`` of the matrix."""
+
+    def pack(self, x: Tensor, params: Params) -> Parts:
+        """The stored tensors of ``snap(x, params)``."""
+
+    def unpack(self, parts: Parts) -> Tensor:
+        """The float32 matrix (N, K) that the parts stand for."""
+
+
+def bits_per_weight(fmt: Format, shape: tuple[int, int]) -> float:
+    """Stored bits of every part, divided by the number of weights."""
+    return 8 * sum(s.nbytes for s in fmt.layout(shape).values()) / math.prod(shape)
+
+
+def group_of(columns: int, group: int | None, cols: slice | None, device: torch.device) -> Tensor:
+    """Index of the parameter column that each of ``columns`` weights uses."""
+    start = cols.start or 0 if cols is not None else 0
+    index = torch.arange(start, start + columns, device=device)
+    return index // group if group is not None else torch.zeros_like(index)
+
+
+def in_groups(x: Tensor, group: int | None) -> Tensor:
+    """View (N, K) as (N, K/group, group); a row is one group when ``group`` is None."""
+    return x.unflatten(1, (-1, group if group is not None else x.shape[1]))

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every ``dtq::`` op: schema, fake and torch reference. Extensions only add implementations.
+
+Conventions: M tokens, N output and K input channels. Scales are float32 unless said otherwise.
+The products of the int8 ops are exact int32; the epilogue is
+``float(acc) * row_scale * weight_scale + bias`` in float32, in that order, then one cast. A kernel
+that follows it gives the same numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtq.formats.acts import row_codes, row_scale
+from dtq.formats.bits import unpack_nibbles
+from dtq.formats.integer import TwoLevelInt
+from dtq.transforms.hadamard import fwht
+
+_LIBRARY = torch.library.Library("dtq", "DEF")
+
+
+def _quantize_rows(
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    block: int,
+    scale: Tensor | None,  # (1,) float32, or None: one per row
+) -> tuple[Tensor, Tensor]:
+    x = _transform_rows(x, pre_scale, block)
+    if scale is None:
+        rows = row_scale(x)
+    else:
+        rows = scale.reshape(1, 1).expand(x.shape[0], 1)
+    return row_codes(x, rows).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
+
+
+def _quantize_rows_fake(
+    x: Tensor, pre_scale: Tensor | None, block: int, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _transform_rows(
+    x: Tensor,  # (M, K)
+    pre_scale: Tensor | None,
+    block: int,
+) -> Tensor:
+    x = x.float()
+    if pre_scale is not None:
+        x = x * pre_scale.float()
+    return fwht(x, block)
+
+
+def _w8a8_linear(
+    codes: Tensor,  # (M, K) int8
+    row_scale: Tensor,  # (M,)
+    weight: Tensor,  # (N, K) int8
+    weight_scale: Tensor,  # (N, 1)
+    bias: Tensor | None,  # (N,) any float dtype
+    dtype: torch.dtype,
+) -> Tensor:
+    y = _int_matmul(codes, weight).float() * row_scale.unsqueeze(1) * weight_scale.T
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)  # (M, N)
+
+
+def _w4a8_linear(
+    codes: Tensor,  # (M, K) int8
+    row_scale: Tensor,  # (M,)
+    weight: Tensor,  # (N, K/2) int8, two codes a byte
+    weight_scale: Tensor,  # (N, 1)
+    weight_scale_2: Tensor,  # (N, K/group) int8, scale2 - 1 and zero
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    expanded = TwoLevelInt.expand(weight, weight_scale_2)
+    return _w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
+
+
+def _group_a8_linear(
+    codes: Tensor,  # (M, K) int8
+    row_scale: Tensor,  # (M,)
+    weight: Tensor,  # (N, K) or (N, K/2) int8
+    weight_scale: Tensor,  # (N, groups) float32 or bfloat16
+    weight_zero_point: Tensor | None,  # (N, groups) int8
+    bits: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    w = _dequantize(weight, weight_scale, weight_zero_point, bits)
+    y = (codes.float() @ w.T) * row_scale.unsqueeze(1)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)
+
+
+def _group_a16_linear(
+    x: Tensor,  # (M, K)
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bits: int,
+    bias: Tensor | None,
+) -> Tensor:
+    w = _dequantize(weight, weight_scale, weight_zero_point, bits).to(x.dtype)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def _rows_by_rows(codes: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    dtype = rest[-1]
+    assert isinstance(dtype, torch.dtype)
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
+
+
+def _same_dtype(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    codes = unpack_nibbles(weight) if bits == 4 else weight
+    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
+    if zero is not None:
+        grouped = grouped - zero.float().unsqueeze(-1)
+    elif bits == 4:
+        grouped = grouped - 8
+    return (grouped * scale.float().unsqueeze(-1)).flatten(1)
+
+
+def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact int32 (M, N) of int8 (M, K) and (N, K)."""
+    rows, columns = a.shape
+    if a.is_cuda:  # torch._int_mm wants more than 16 rows and multiples of 8 there
+        if rows > 16 and columns % 8 == 0 and len(b) % 8 == 0:
+            return torch._int_mm(a, b.T)
+        return (a.double() @ b.double().T).to(torch.int32)
+    return torch._int_mm(a, b.T)
+
+
+_OPS = (
+    (
+        "quantize_rows(Tensor x, Tensor? pre_scale, int block, Tensor? scale) -> (Tensor, Tensor)",
+        _quantize_rows,
+        _quantize_rows_fake,
+    ),
+    (
+        "w8a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
+        " Tensor? bias, ScalarType dtype) -> Tensor",
+        _w8a8_linear,
+        _rows_by_rows,
+    ),
+    (
+        "w4a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
+        " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
+        _w4a8_linear,
+        _rows_by_rows,
+    ),
+    (
+        "group_a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
+        " Tensor? weight_zero_point, int bits, Tensor? bias, ScalarType dtype) -> Tensor",
+        _group_a8_linear,
+        _rows_by_rows,
+    ),
+    (
+        "group_a16_linear(Tensor x, Tensor weight, Tensor weight_scale,"
+        " Tensor? weight_zero_point, int bits, Tensor? bias) -> Tensor",
+        _group_a16_linear,
+        _same_dtype,
+    ),
+)
+
+for _schema, _reference, _fake in _OPS:
+    _name = _schema.split("(")[0]
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dtq::{_name}", _fake, lib=_LIBRARY)

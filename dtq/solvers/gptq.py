@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ: round column by column, and let the columns still to come repair each error."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from dtq.formats import Format, Params
+from dtq.solvers.search import CLIPS, fit_clipped
+
+log = logging.getLogger("dtq")
+
+
+def gptq(
+    w: Tensor,
+    fmt: Format,
+    gram: Tensor | None = None,
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    clip: bool = True,
+) -> tuple[Tensor, Params]:
+    """Minimise ``tr(D H D^T)``, D the weight error, H the second moment of the input.
+
+    GPTQ (2210.17323, algorithm 1) with the parameters of a group fitted when the group is
+    entered, on the columns as repaired so far, by clip search weighted with diag(H). Errors are
+    those of the format's own grid, so a two-level format repairs its second rounding too.
+
+    Args:
+        w: float (N, K).
+        fmt: any format; groups must divide ``block`` or the other way round.
+        gram: H, float (K, K). None or the identity gives clip search alone.
+        damp: added to the diagonal, as a share of its mean; raised tenfold until H factors.
+        block: columns that are repaired at once.
+        clip: search the clip of each group; otherwise the full range.
+
+    Returns:
+        The snapped weight (N, K) and its parameters.
+    """
+    clips = CLIPS if clip else (1.0,)
+    if gram is None:
+        gram = torch.eye(w.shape[1], device=w.device)
+    todo = w.float().clone()
+    h = gram.to(todo)
+    importance = h.diagonal()
+    inverse = _inverse_factor(h, damp)
+    params = fit_clipped(todo, fmt, importance, clips=clips)
+    group = fmt.group or todo.shape[1]
+    done = torch.zeros_like(todo)
+    width = max(block, fmt.group or 0) // (fmt.group or 1) * (fmt.group or 1)
+    for start in range(0, todo.shape[1], width):
+        stop = min(start + width, todo.shape[1])
+        errors = torch.zeros_like(todo[:, start:stop])
+        for j in range(start, stop):
+            if fmt.group is not None and j % group == 0:
+                cols = slice(j, j + group)
+                part = fit_clipped(todo[:, cols], fmt, importance[cols], clips=clips, outer=params)
+                _put(params, part, j // group)
+            column = slice(j, j + 1)
+            done[:, column] = fmt.snap(todo[:, column], params, column)
+            error = (todo[:, column] - done[:, column]) / inverse[j, j]
+            todo[:, j:stop] -= error * inverse[j, j:stop]
+            errors[:, j - start : j - start + 1] = error
+        todo[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return fmt.snap(done, params), params
+
+
+def _put(params: Params, part: Params, index: int) -> None:
+    """Write the parameters of one group into those of the matrix; row-wide ones are equal."""
+    for key, value in part.items():
+        if params[key].shape[1] > 1:
+            params[key][:, index : index + 1] = value
+
+
+def _inverse_factor(h: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped ``h`` (K, K), in the dtype of ``h``."""
+    exact = h.double()
+    diagonal = exact.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal.mean()) or 1.0
+    exact = exact + torch.diag(dead.double() * mean)  # an input that is always zero
+    for attempt in range(6):
+        share = damp * 10**attempt
+        damped = exact + torch.eye(len(h), dtype=torch.float64, device=h.device) * (share * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            if attempt:
+                log.info("gptq: damping raised to %g of the mean diagonal", share)
+            inverse = torch.cholesky_inverse(lower)
+            upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+            return upper.to(h)
+    raise ValueError("gptq: the second moment has infinite or missing entries")

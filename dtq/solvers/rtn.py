@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round to nearest: the baseline of every solver."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dtq.formats import Format, Params
+
+
+def rtn(w: Tensor, fmt: Format, gram: Tensor | None = None) -> tuple[Tensor, Params]:
+    """Fit to the full range, round each weight to its nearest value."""
+    params = fmt.fit(w)
+    return fmt.snap(w, params), params

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast Walsh-Hadamard transform over blocks of columns, and reproducible random signs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def fwht(x: Tensor, block: int) -> Tensor:
+    """Orthonormal Sylvester-Hadamard transform of each run of ``block`` columns.
+
+    Butterflies in the dtype of ``x``, smallest distance first: every kernel adds in this order, so
+    that codes agree bit for bit whatever the batch. Symmetric and its own inverse.
+
+    Args:
+        x: float (..., K), K a multiple of ``block``.
+        block: a power of two; 1 leaves ``x`` alone.
+    """
+    if block == 1:
+        return x
+    shape = x.shape
+    half = 1
+    while half < block:
+        pairs = x.reshape(-1, 2, half)
+        a, b = pairs[:, 0], pairs[:, 1]
+        x = torch.stack((a + b, a - b), dim=1)
+        half *= 2
+    return x.reshape(shape) * block**-0.5
+
+
+def block_for(columns: int, largest: int = 64) -> int:
+    """The largest power of two up to ``largest`` that divides ``columns``."""
+    block = 1
+    while block < largest and columns % (2 * block) == 0:
+        block *= 2
+    return block
+
+
+def signs(columns: int, seed: int) -> Tensor:
+    """``columns`` signs +-1 as float32, the same on every machine and torch version.
+
+    Column j takes the top bit of the j-th output of splitmix64 (Steele et al., 2014).
+    """
+    state = (seed * 0x9E3779B97F4A7C15 + 1) & _MASK
+    values = []
+    for _ in range(columns):
+        state = (state + 0x9E3779B97F4A7C15) & _MASK
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        values.append(1.0 if (z ^ (z >> 31)) >> 63 else -1.0)
+    return torch.tensor(values)

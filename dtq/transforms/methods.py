@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transform methods: ``(weights, stats, *, fmt, acts, **knobs) -> Choice``.
+
+``weights`` are the matrices that share one input, ``stats`` what calibration remembers of it.
+Every method but ``search`` does as it is told; ``search`` tries them all and keeps the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtq.calibrate.stats import SiteStats
+from dtq.formats import Format
+from dtq.formats.acts import Acts, fake_quantize
+from dtq.transforms.base import Online
+from dtq.transforms.hadamard import block_for, signs
+from dtq.transforms.smooth import smoothing
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A transform and how it was found.
+
+    Attributes:
+        transform: what the layers of the site will run.
+        label: the choice in words, such as ``smooth(0.35, max) + hadamard 64``.
+        errors: relative output error by candidate family, empty when nothing was searched.
+    """
+
+    transform: Online
+    label: str
+    errors: dict[str, float]
+
+
+def none(
+    weights: Sequence[Tensor], stats: SiteStats | None, *, fmt: Format, acts: Acts
+) -> Choice:
+    """No transform."""
+    return Choice(_online(weights, None, 1, 0), "none", {})
+
+
+def smooth(
+    weights: Sequence[Tensor],
+    stats: SiteStats,
+    *,
+    fmt: Format,
+    acts: Acts,
+    alpha: float = 0.5,
+    over: str = "max",
+) -> Choice:
+    """SmoothQuant's vector with a given alpha, peaks aggregated over timesteps."""
+    s = smoothing(weights, stats, alpha=alpha, over=over)
+    return Choice(_online(weights, s, 1, 0), f"smooth({alpha:g}, {over})", {})
+
+
+def hadamard(
+    weights: Sequence[Tensor],
+    stats: SiteStats | None,
+    *,
+    fmt: Format,
+    acts: Acts,
+    block: int = 64,
+    seed: int = 0,
+) -> Choice:
+    """Random signs, then a Hadamard rotation over blocks of channels (QuaRot, 2404.00456)."""
+    n = block_for(weights[0].shape[1], block)
+    return Choice(_online(weights, None, n, seed), f"hadamard {n}", {})
+
+
+def smooth_hadamard(
+    weights: Sequence[Tensor],
+    stats: SiteStats,
+    *,
+    fmt: Format,
+    acts: Acts,
+    alpha: float = 0.5,
+    over: str = "max",
+    block: int = 64,
+    seed: int = 0,
+) -> Choice:
+    """Static channel balancing, then rotation (ViDiT-Q, 2406.02540, sec. 3.3)."""
+    n = block_for(weights[0].shape[1], block)
+    s = smoothing(weights, stats, alpha=alpha, over=over)
+    return Choice(_online(weights, s, n, seed), f"smooth({alpha:g}, {over}) + hadamard {n}", {})
+
+
+def search(
+    weights: Sequence[Tensor],
+    stats: SiteStats,
+    *,
+    fmt: Format,
+    acts: Acts,
+    step: float = 0.05,
+    rows: int = 1024,
+    block: int = 64,
+    seed: int = 0,
+) -> Choice:
+    """Try none, smoothing, rotation and both on sampled rows; keep the smallest output error.
+
+    Smoothing runs over alpha in [0, 1], with beta = 1 - alpha and beta = 0, peaks aggregated by
+    max and by mean (DiTAS' layer-wise grid, 2409.07756, sec. 3.3, on stored rows instead of one
+    sampling run a layer). The grid is walked at twice ``step`` first, then around the best.
+
+    Args:
+        step: spacing of alpha.
+        rows: sampled input rows that candidates are judged on.
+        block: largest Hadamard block.
+        seed: of the random signs.
+    """
+    judge = _Judge(weights, stats, fmt, acts, rows)
+    n = block_for(weights[0].shape[1], block)
+    best: dict[str, tuple[float, Online, str]] = {}
+
+    def try_(kind: str, s: Tensor | None, size: int, label: str) -> float:
+        transform = _online(weights, s, size, seed)
+        error = judge(transform)
+        if kind not in best or error < best[kind][0]:
+            best[kind] = (error, transform, label)
+        return error
+
+    try_("none", None, 1, "none")
+    sizes = {"smooth": 1}
+    if n > 1:
+        try_("hadamard", None, n, f"hadamard {n}")
+        sizes["smooth + hadamard"] = n
+    for kind, size in sizes.items():
+        tail = f" + hadamard {size}" if size > 1 else ""
+        coarse: dict[tuple[float, bool, str], float] = {}
+        for alpha, awq, over in _grid(0.0, 1.0, 2 * step):
+            s = smoothing(weights, stats, alpha=alpha, beta=0.0 if awq else None, over=over)
+            label = f"smooth({alpha:.2f}{', weights aside' if awq else ''}, {over}){tail}"
+            coarse[alpha, awq, over] = try_(kind, s, size, label)
+        alpha, awq, over = min(coarse, key=lambda key: coarse[key])
+        for near in (alpha - step, alpha + step):
+            if 0 <= near <= 1:
+                s = smoothing(weights, stats, alpha=near, beta=0.0 if awq else None, over=over)
+                label = f"smooth({near:.2f}{', weights aside' if awq else ''}, {over}){tail}"
+                try_(kind, s, size, label)
+    kind = min(best, key=lambda k: best[k][0])
+    _, transform, label = best[kind]
+    return Choice(transform, label, {k: e for k, (e, _, _) in best.items()})
+
+
+def _grid(low: float, high: float, step: float) -> Iterator[tuple[float, bool, str]]:
+    for i in range(round((high - low) / step) + 1):
+        for awq in (False, True):
+            for over in ("max", "mean"):
+                yield low + i * step, awq, over
+
+
+class _Judge:
+    """Relative squared output error of a site under a transform, on sampled rows."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], stats: SiteStats, fmt: Format, acts: Acts, rows: int
+    ) -> None:
+        assert stats.reservoir is not None
+        self.weights = [w.float() for w in weights]
+        sample = stats.reservoir.rows.to(self.weights[0])
+        self.x = sample[:: max(1, len(sample) // rows)][:rows]
+        self.want = [self.x @ w.T for w in self.weights]
+        self.fmt, self.acts = fmt, acts
+
+    def __call__(self, transform: Online) -> float:
+        x = fake_quantize(transform.x(self.x), self.acts)
+        error = 0.0
+        for w, want in zip(self.weights, self.want, strict=True):
+            changed = transform.w(w)
+            got = x @ self.fmt.snap(changed, self.fmt.fit(changed)).T
+            power = want.square().sum().clamp(min=1e-30)
+            error += float((got - want).square().sum() / power) / len(self.weights)
+        return error
+
+
+def _online(weights: Sequence[Tensor], s: Tensor | None, block: int, seed: int) -> Online:
+    w = weights[0]
+    s = torch.ones(w.shape[1], device=w.device) if s is None else s
+    sign = signs(w.shape[1], seed) if block > 1 else torch.ones(w.shape[1])
+    return Online.of(s, sign.to(w.device), block)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smoothing: move the outliers of input channels into the weight, one vector for all timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dtq.calibrate.stats import SiteStats
+
+OVER: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda peaks: peaks.amax(0),
+    "mean": lambda peaks: peaks.mean(0),
+    "first": lambda peaks: peaks[-1],
+}
+"""How the peaks of the timestep bins (bins, K), last bin noisiest, become one (K,).
+
+``max`` is DiTAS' temporal aggregation (2409.07756, sec. 3.2); ``first`` the noisiest bin, the
+static part of ViDiT-Q's balancing (2406.02540, sec. 3.3).
+"""
+
+
+def smoothing(
+    weights: Sequence[Tensor],
+    stats: SiteStats,
+    *,
+    alpha: float,
+    beta: float | None = None,
+    over: str = "max",
+) -> Tensor:
+    """Smoothing vector ``s_j = a_j^alpha / w_j^beta`` (SmoothQuant, 2211.10438, eq. 4).
+
+    Args:
+        weights: the matrices (N_i, K) that share the input.
+        stats: channel peaks of that input per timestep bin.
+        alpha: how much of the activation's range moves into the weight.
+        beta: exponent of the weight's range; ``1 - alpha`` unless told.
+        over: aggregation over timestep bins, a key of :data:`OVER`.
+
+    Returns:
+        float32 (K,), the input is divided by it; geometric mean 1, within [1e-3, 1e3].
+    """
+    a = OVER[over](stats.channels.peaks()).clamp(min=1e-5)
+    w = torch.stack([m.float().abs().amax(0) for m in weights]).amax(0).clamp(min=1e-5)
+    a, w = a.to(w), w
+    log = alpha * a.log() - (1 - alpha if beta is None else beta) * w.log()
+    s: Tensor = (log - log.mean()).exp().clamp(1e-3, 1e3)
+    return s
