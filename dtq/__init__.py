@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dtq quantizes diffusion transformers after training, and proves that they did not get worse.
+
+Importing it teaches diffusers to load dtq checkpoints.
+"""
+
+from __future__ import annotations
+
+from dtq import diffusers as _diffusers
+from dtq.config import DTQConfig
+from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
+from dtq.formats import FORMATS
+from dtq.harden import harden
+from dtq.nn import QuantLinear
+from dtq.quantize import on_the_fly as _on_the_fly
+from dtq.quantize import quantize
+from dtq.recipe import Recipe
+
+__version__ = "0.1.0"
+
+_diffusers.register(_on_the_fly)
+
+__all__ = [
+    "FORMATS",
+    "CheckpointError",
+    "DTQConfig",
+    "DtqError",
+    "InputError",
+    "QuantLinear",
+    "Recipe",
+    "RecipeError",
+    "__version__",
+    "harden",
+    "quantize",
+]

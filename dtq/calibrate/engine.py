@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks on, run the denoising loop, hooks off: the float model runs once, everything is kept."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dtq.calibrate import sets
+from dtq.calibrate.stats import Origin, SiteStats
+from dtq.errors import InputError
+from dtq.families import Site
+from dtq.recipe import Calibration
+from dtq.source import Source, made_inputs
+
+log = logging.getLogger("dtq")
+
+_TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
+
+
+@dataclass
+class Statistics:
+    """Everything one calibration run remembers.
+
+    Attributes:
+        sites: by site name.
+        edges: timesteps that separate the bins, rising.
+        about: how it was made: model class, set, samples, steps, seed.
+    """
+
+    sites: dict[str, SiteStats]
+    edges: tuple[float, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def merge(self, other: Statistics) -> None:
+        """Take in what another run on the same model saw.
+
+        Raises:
+            InputError: other sites or bins.
+        """
+        if self.edges != other.edges or set(self.sites) != set(other.sites):
+            raise InputError("statistics of different models or bins cannot be merged")
+        for name, stats in self.sites.items():
+            stats.merge(other.sites[name])
+
+
+def calibrate(
+    source: Source,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    needs: frozenset[str],
+    *,
+    inputs: Iterable[dict[str, Any]] | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """Run the float model and collect statistics of every site's input.
+
+    A pipeline runs its own sampler, both branches of guidance included. A bare transformer runs
+    on ``inputs``, or on random latents and conditions made up for its family, with a warning.
+
+    Args:
+        source: the model.
+        sites: whose inputs to watch.
+        calibration: what to run.
+        needs: statistics to keep, names of ``stats.STATS``.
+        inputs: keyword arguments of the transformer's forward, one mapping a call.
+        progress: show a bar with the time left.
+
+    Raises:
+        InputError: the model cannot be driven; says what would.
+    """
+    watch = _Watch(source, sites, calibration.bins, needs)
+    if inputs is None and source.pipeline is not None:
+        runs = _pipeline_runs(source.pipeline, calibration)
+        total = None
+        origin = "pipeline"
+    else:
+        if inputs is None:
+            log.warning(
+                "no pipeline and no inputs: calibrating %s on random latents and conditions. "
+                "Activations of real pictures differ; give the pipeline when you have it.",
+                type(source.model).__name__,
+            )
+            inputs = _made_up(source, calibration)
+            origin = "made up"
+        else:
+            origin = "given"
+        calls = list(inputs)
+        if not calls:
+            raise InputError("inputs is empty: nothing to calibrate on")
+        runs = (_forward(source.model, arguments) for arguments in calls)
+        total = len(calls)
+    with watch.hooks(), torch.no_grad(), tqdm(total=total, desc="calibrate", unit="call", disable=not progress, dynamic_ncols=True) as bar:
+        watch.tick = bar.update
+        for expected in runs:
+            if bar.total is None and expected and watch.calls:
+                # the first batch tells how often the sampler calls the model
+                bar.total = watch.calls * expected
+                bar.refresh()
+    about = {
+        "model": type(source.model).__name__,
+        "origin": origin,
+        "calls": watch.calls,
+        **{k: getattr(calibration, k) for k in ("set", "samples", "steps", "guidance", "seed")},
+    }
+    return Statistics(watch.stats, tuple(watch.edges), about)
+
+
+def timestep_argument(model: nn.Module) -> str | None:
+    """Name of the forward argument that carries the timestep, None when there is none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _TIME_ARGUMENTS if name in parameters), None)
+
+
+def run_pipeline(
+    pipeline: Any, requests: sets.Requests, calibration: Calibration, output: str = "pt"
+) -> Iterator[Any]:
+    """Generate the requests batch by batch; yields the pipeline's output of each batch.
+
+    The latents of a request depend on the seed and its place, not on the batch size.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    options: dict[str, Any] = {"output_type": output}
+    if calibration.steps:
+        options["num_inference_steps"] = calibration.steps
+    if calibration.guidance:
+        options["guidance_scale"] = calibration.guidance
+    options = {k: v for k, v in options.items() if k in parameters}
+    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        for start in range(0, len(requests.entries), calibration.batch):
+            entries = list(requests.entries[start : start + calibration.batch])
+            generators = [
+                torch.Generator().manual_seed(calibration.seed * 1_000_003 + start + i)
+                for i in range(len(entries))
+            ]
+            yield pipeline(**{requests.argument: entries}, generator=generators, **options)
+    finally:
+        pipeline.set_progress_bar_config(**shown)
+
+
+def _pipeline_runs(pipeline: Any, calibration: Calibration) -> Iterator[int]:
+    requests = sets.load(calibration.set, pipeline, calibration.samples)
+    batches = -(-len(requests.entries) // calibration.batch)
+    for _ in run_pipeline(pipeline, requests, calibration):
+        yield batches
+
+
+def _forward(model: nn.Module, arguments: dict[str, Any]) -> int:
+    model(**arguments)
+    return 0
+
+
+def _made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:
+    """Random calls over the whole trajectory, noisiest first as a sampler goes."""
+    family = source.family
+    if family is None:
+        made_inputs(source.model, 1, 0.0, 0)  # raises, with the way out
+        return
+    calls = max(calibration.bins, -(-calibration.samples // calibration.batch) * 4)
+    for i in range(calls):
+        share = 1 - (i + 0.5) / calls
+        timestep = share * family.largest_timestep
+        yield made_inputs(source.model, calibration.batch, timestep, calibration.seed + i)
+
+
+class _Watch:
+    """The hooks, and the statistics that they feed."""
+
+    def __init__(
+        self, source: Source, sites: Sequence[Site], bins: int, needs: frozenset[str]
+    ) -> None:
+        self.model, self.sites, self.bins = source.model, sites, bins
+        self.stats = {s.name: SiteStats(s.columns, bins, needs) for s in sites}
+        self.top = source.family.largest_timestep if source.family else 0.0
+        self.edges: list[float] = []
+        self.calls = 0
+        self.bin = 0
+        self.batch = 1
+        self.tick: Callable[[], object] = lambda: None
+        self._time = timestep_argument(source.model)
+        self._signature = inspect.signature(source.model.forward)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = [self.model.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        handles.append(self.model.register_forward_hook(self._leave))
+        for site in self.sites:
+            linear = self.model.get_submodule(site.linears[0].name)
+            handles.append(linear.register_forward_pre_hook(self._see(self.stats[site.name])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
+        self.batch = first.shape[0] if first is not None and first.ndim else 1
+        now = bound.get(self._time) if self._time else None
+        value = float(torch.as_tensor(now).reshape(-1)[0]) if now is not None else 0.0
+        if not self.edges and self.bins > 1:
+            # a class without a family: the first call is the noisiest, 999 or 1.0
+            top = self.top or (1000.0 if value > 1.5 else 1.0)
+            self.edges = [top * i / self.bins for i in range(1, self.bins)]
+        self.bin = sum(value > edge for edge in self.edges)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.calls += 1
+        self.tick()
+
+    def _see(self, stats: SiteStats) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            halves = 2 if self.batch > 1 and len(rows) % 2 == 0 else 1
+            branch = torch.arange(len(rows)) * halves // max(1, len(rows))
+            stats.see(rows, Origin(self.bin, self.calls, branch.clamp(max=1)))
+
+        return hook

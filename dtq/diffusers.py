@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer class that diffusers asks for, and its registration.
+
+``import dtq`` writes two rows into the tables of ``diffusers.quantizers.auto``; from then on
+``from_pretrained`` of a dtq folder needs nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import get_module_from_name
+from torch import Tensor, nn
+
+from dtq import checkpoint
+from dtq.config import FORMAT_VERSION, DTQConfig
+from dtq.errors import CheckpointError, InputError
+from dtq.nn.linear import QuantLinear, check_part, from_disk, linear_specs, to_disk
+from dtq.nn.swap import finish, swap_empty
+from dtq.plan import Plan
+
+log = logging.getLogger("dtq")
+
+OnTheFly = Callable[[nn.Module, DTQConfig, list[str]], None]
+"""Quantize a loaded float model in place: model, config, names to keep."""
+
+
+class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Loads dtq checkpoints, and quantizes float models while they load."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+    required_packages = None
+    on_the_fly: OnTheFly | None = None  # set by register(); the story is above this file
+
+    def __init__(self, quantization_config: DTQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._reader: checkpoint.Reader | None = None
+        self._keep: list[str] = []
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what would silently change the weights."""
+        if isinstance(device_map, dict) and "disk" in {str(v) for v in device_map.values()}:
+            raise ValueError(
+                "a dtq model cannot be dispatched to disk by device_map: diffusers casts floating "
+                "tensors first. Use enable_group_offload(offload_to_disk_path=...)"
+            )
+        if self.pre_quantized and self.quantization_config.format_version is None:
+            raise CheckpointError("config.json: quantization_config has no 'format_version'")
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """The recorded compute dtype unless the user asks for another."""
+        recorded: torch.dtype | None = self.quantization_config.compute_dtype
+        return torch_dtype or recorded or torch.float32
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
+        if self.pre_quantized:
+            self._reader = checkpoint.Reader(files)
+        return loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if self._reader is not None:
+            self._reader.check(state_dict)
+        return state_dict
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Any, param_name: str, *args: Any, **kwargs: Any
+    ) -> bool:
+        module, part = get_module_from_name(model, param_name)
+        return isinstance(module, QuantLinear) and part in module.specs()
+
+    def check_quantized_param_shape(self, name: str, current: Tensor, loaded: Tensor) -> bool:
+        if tuple(current.shape) != tuple(loaded.shape):
+            raise CheckpointError(
+                f"{name}: expected shape {list(current.shape)}, the file has {list(loaded.shape)}"
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        module, part = get_module_from_name(model, param_name)
+        # not param_value: diffusers has already cast that one to torch_dtype
+        raw = state_dict[param_name] if state_dict is not None else param_value
+        check_part(param_name, raw, module.specs()[part])
+        value = from_disk(raw).to(target_device)
+        module._parameters[part] = nn.Parameter(value, requires_grad=False)
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        device_map: Any = None,
+        keep_in_fp32_modules: Any = (),
+        **kwargs: Any,
+    ) -> None:
+        config = self.quantization_config
+        self._keep = list(keep_in_fp32_modules or ())
+        if self.pre_quantized:
+            plan = config.load_plan()
+            if self._reader is not None:
+                self._reader.check_plan(plan, _linear_shapes(model, plan.layers))
+            swap_empty(model, plan, config.compute_dtype or torch.float32)
+            log.info("dtq: %d quantized linears, recipe %s", len(plan.layers), config.recipe)
+        model.register_to_config(quantization_config=config)  # type: ignore[operator]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.pre_quantized:
+            for module in model.modules():
+                if isinstance(module, QuantLinear) and module.bias is not None:
+                    module.compute_dtype = module.bias.dtype
+            finish(model, self.quantization_config.load_plan().edges)
+        else:
+            assert DTQQuantizer.on_the_fly is not None
+            DTQQuantizer.on_the_fly(model, self.quantization_config, self._keep)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if not safe_serialization:
+            raise InputError("dtq checkpoints are safetensors only: safe_serialization=True")
+        specs = self.quantization_config.load_plan()
+        tensors = _as_floats(state_dict, specs.layers)
+        return tensors, checkpoint.metadata(tensors)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
+                plain.bias = module.bias
+                model.set_submodule(name, plain)
+        # else a later save would write float weights that claim to be quantized
+        config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
+        model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]
+        return model
+
+    def get_cuda_warm_up_factor(self) -> int:
+        return 2
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def mark(model: nn.Module, plan: Plan, edges: tuple[float, ...], config: DTQConfig) -> None:
+    """Leave a model quantized in memory in the state that ``from_pretrained`` would leave it in."""
+    config.format_version = FORMAT_VERSION
+    config.recipe = plan.recipe
+    config.compute_dtype = model.dtype  # type: ignore[assignment]
+    config.timestep_edges = list(edges)
+    config.layers = {layer.name: layer.runtime() for layer in plan.quantized()}
+    quantizer = DTQQuantizer(config, pre_quantized=True)
+    model.register_to_config(quantization_config=config, _pre_quantization_dtype=model.dtype)  # type: ignore[operator]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+
+
+def register(on_the_fly: OnTheFly) -> None:
+    """Write dtq into diffusers' tables, unless a dtq is there already."""
+    DTQQuantizer.on_the_fly = staticmethod(on_the_fly)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault("dtq", DTQQuantizer)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
+
+
+def _linear_shapes(model: nn.Module, names: Any) -> dict[str, tuple[int, int]]:
+    shapes = {}
+    for name in names:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(f"config.json: the model has no layer {name!r}") from error
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"config.json: {name!r} is not a linear of this model")
+        shapes[name] = (linear.out_features, linear.in_features)
+    return shapes
+
+
+def _as_floats(state: dict[str, Tensor], layers: dict[str, Any]) -> dict[str, Tensor]:
+    """Scales as the floats whose bits they hold in memory; their dtype is the format's."""
+    tensors = dict(state)
+    for name, layer in layers.items():
+        # dtypes do not depend on the shape: any that every format accepts will do
+        specs = linear_specs((16, 1024), layer["weights"], layer["acts"], layer["pre_quant"], 1)
+        for part, spec in specs.items():
+            tensors[f"{name}.{part}"] = to_disk(tensors[f"{name}.{part}"], spec)
+    return tensors

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantized linear and how it gets into a model."""
+
+from __future__ import annotations
+
+from dtq.nn.linear import QuantLinear, StepClock
+
+__all__ = ["QuantLinear", "StepClock"]

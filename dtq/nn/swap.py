@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put quantized linears where float ones were, and the clock that static scales read."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtq.errors import CheckpointError
+from dtq.nn.linear import QuantLinear, StepClock
+from dtq.plan import LoadPlan
+
+_CLOCK = "_dtq_clock"
+_TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
+
+
+def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> None:
+    """Replace every planned linear by an empty quantized one on the same device.
+
+    Raises:
+        CheckpointError: the plan names a module that is not a linear of this model.
+    """
+    for name, layer in plan.layers.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(f"config.json: the model has no layer {name!r}") from error
+        if not isinstance(old, nn.Linear):
+            raise CheckpointError(f"config.json: {name!r} is a {type(old).__name__}, not a linear")
+        new = QuantLinear(
+            old.in_features,
+            old.out_features,
+            old.bias is not None,
+            layer["weights"],
+            layer["acts"],
+            block=layer["block"],
+            pre_quant=layer["pre_quant"],
+            bins=plan.bins,
+            compute_dtype=compute_dtype,
+            device=old.weight.device,
+        )
+        model.set_submodule(name, new)
+    finish(model, plan.edges)
+
+
+def finish(model: nn.Module, edges: tuple[float, ...]) -> None:
+    """What a model with quantized linears needs besides them: fusion guard and step clock."""
+    for module in model.modules():
+        if any(isinstance(child, QuantLinear) for child in module.children()) and hasattr(
+            module, "fuse_projections"
+        ):
+            # diffusers would concatenate the codes of q, k and v as if they were weights
+            module._supports_qkv_fusion = False  # type: ignore[assignment]
+    if edges:
+        install_clock(model, edges)
+
+
+def install_clock(model: nn.Module, edges: tuple[float, ...]) -> None:
+    """Give the model a clock set from its timestep argument, and show it to every layer."""
+    clock = StepClock(list(edges))
+    if not hasattr(model, _CLOCK):
+        model.register_forward_pre_hook(_tell_time, with_kwargs=True)
+    model.add_module(_CLOCK, clock)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module._clock = [clock]
+
+
+def _tell_time(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    clock = getattr(module, _CLOCK)
+    for name in _TIME_ARGUMENTS:
+        if isinstance(kwargs.get(name), Tensor):
+            clock.set(kwargs[name])
+            return
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    for name, value in zip(names, args, strict=False):
+        if name in _TIME_ARGUMENTS and isinstance(value, Tensor):
+            clock.set(value)
+            return
+    raise ValueError("static activation scales need the timestep as a tensor argument")

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: what to do with each role, read from YAML, every mistake reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtq.data import folder
+from dtq.errors import InputError, RecipeError
+from dtq.families import ROLES, Linear, Scan
+from dtq.formats import FORMATS
+from dtq.formats.acts import ACTS
+from dtq.plan import Call, LayerPlan, Plan
+from dtq.solvers import SOLVERS
+from dtq.transforms import TRANSFORMS
+from dtq.transforms.hadamard import block_for
+
+MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
+"""How modulation linears are stored: always weight-only, see docs/design.md."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to run the float model on.
+
+    Attributes:
+        set: a set shipped with dtq, a local file, a hub data set, or ``auto``: what fits the model.
+        samples: pictures (or videos) to generate.
+        steps: sampler steps; 0 takes the pipeline's own default.
+        guidance: guidance scale; 0 takes the pipeline's own default.
+        batch: pictures generated together.
+        bins: timestep bins of the statistics.
+        seed: of the latents.
+    """
+
+    set: str = "auto"
+    samples: int = 64
+    steps: int = 20
+    guidance: float = 0.0
+    batch: int = 8
+    bins: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Sensitivity guard: layers that come out badly are promoted, within a budget.
+
+    A layer is promoted to ``to`` when its relative output error exceeds ``factor`` times the
+    median of the model, or ``above``, worst first, while attention and feed-forward together stay
+    within ``budget`` bits per weight.
+    """
+
+    to: str = ""
+    factor: float = 5.0
+    above: float = 0.02
+    budget: float = 4.6
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Exceptions: what layers matching a role or a glob on the name do instead."""
+
+    match: str
+    weights: str | None = None
+    acts: str | None = None
+    transform: Call | None = None
+    solver: Call | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Intent, in roles. See docs/recipes.md for every key.
+
+    Attributes:
+        name: of the file, without ``.yaml``.
+        about: one line.
+        weights: format of attention and feed-forward weights.
+        acts: format of their inputs.
+        transform: how the change of input channels is chosen.
+        solver: how weights are rounded.
+        fallback: weight format where a layer's shape does not fit ``weights``.
+        modulation: a key of ``MODULATION``.
+        correct_bias: move the mean error of each layer into its bias.
+        keep: roles or globs on names that stay in the compute dtype.
+        rules: exceptions, the last match wins.
+        guard: promotion of sensitive layers; ``to: ""`` switches it off.
+        calibration: what to run the float model on.
+    """
+
+    name: str = ""
+    about: str = ""
+    weights: str = "int4-2l-g64"
+    acts: str = "int8-row"
+    transform: Call = Call("search")
+    solver: Call = Call("gptq")
+    fallback: str = "int8-row"
+    modulation: str = "w8a16"
+    correct_bias: bool = True
+    keep: tuple[str, ...] = ("embed", "head")
+    rules: tuple[Rule, ...] = ()
+    guard: Guard = field(default_factory=Guard)
+    calibration: Calibration = field(default_factory=Calibration)
+
+    @classmethod
+    def load(cls, what: str | Path | Recipe, **overrides: Any) -> Recipe:
+        """A recipe by name, by path to a YAML file, or itself, with top-level keys overridden.
+
+        Raises:
+            InputError: no recipe of that name, no such file.
+            RecipeError: the file or an override has mistakes; all of them are in the message.
+        """
+        if isinstance(what, Recipe):
+            data, where, name = what.to_dict(), f"recipe {what.name}", what.name
+        else:
+            path = find(what)
+            where, name = str(path), path.stem
+            try:
+                data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise RecipeError(where, [f"not YAML: {' '.join(str(error).split())}"]) from error
+        if not isinstance(data, dict):
+            raise RecipeError(where, ["a recipe is a mapping of keys to values"])
+        problems: list[str] = []
+        recipe = _read(cls, {**data, **overrides, "name": name}, "", problems)
+        problems += recipe.problems() if not problems else []
+        if problems:
+            raise RecipeError(where, problems)
+        return recipe
+
+    def problems(self) -> list[str]:
+        """Names that no table knows, and knobs that no method has."""
+        found: list[str] = []
+        _known(self.weights, FORMATS, "weights", found)
+        _known(self.fallback, FORMATS, "fallback", found)
+        _known(self.acts, ACTS, "acts", found)
+        _known(self.modulation, MODULATION, "modulation", found)
+        _method(self.transform, {k: m.call for k, m in TRANSFORMS.items()}, "transform", found)
+        _method(self.solver, {k: s.call for k, s in SOLVERS.items()}, "solver", found)
+        if self.guard.to:
+            _known(self.guard.to, FORMATS, "guard.to", found)
+        for i, rule in enumerate(self.rules):
+            at = f"rules[{i}]"
+            if rule.weights:
+                _known(rule.weights, FORMATS, f"{at}.weights", found)
+            if rule.acts is not None:
+                _known(rule.acts, ACTS, f"{at}.acts", found)
+            if rule.transform:
+                calls = {k: m.call for k, m in TRANSFORMS.items()}
+                _method(rule.transform, calls, f"{at}.transform", found)
+            if rule.solver:
+                _method(rule.solver, {k: s.call for k, s in SOLVERS.items()}, f"{at}.solver", found)
+            _selector(rule.match, f"{at}.match", found)
+        for selector in self.keep:
+            _selector(selector, "keep", found)
+        c = self.calibration
+        for key in ("samples", "batch", "bins"):
+            if getattr(c, key) < 1:
+                found.append(f"calibration.{key}: must be at least 1, is {getattr(c, key)}")
+        for key in ("steps", "guidance", "seed"):
+            if getattr(c, key) < 0:
+                found.append(f"calibration.{key}: must not be negative, is {getattr(c, key)}")
+        return found
+
+    def plan(self, scan: Scan, skip: Iterable[str] = ()) -> Plan:
+        """Resolve to exact layers.
+
+        Args:
+            scan: the model's linears.
+            skip: dotted names, prefixes, components or ``re:`` patterns that are kept
+                (``modules_to_not_convert`` of diffusers).
+
+        Raises:
+            RecipeError: a rule or ``keep`` entry matches no layer of this model.
+        """
+        skips = tuple(skip)
+        layers = [self._layer(linear, skips) for linear in scan.linears()]
+        layers += [
+            LayerPlan(name, "other", (0, 0), note="never called in the traced forward")
+            for name in scan.never
+        ]
+        unused = [
+            f"rules[{i}].match: {rule.match!r} matches no layer of this model"
+            for i, rule in enumerate(self.rules)
+            if not any(_matches(rule.match, linear) for linear in scan.linears())
+        ]
+        if unused:
+            raise RecipeError(f"recipe {self.name}", unused)
+        bins = self.calibration.bins if any(ACTS[x.acts].static for x in layers) else 1
+        return Plan(self.name, tuple(layers), bins)
+
+    def needs(self) -> frozenset[str]:
+        """The statistics that this recipe's methods read."""
+        transforms = [self.transform, *(r.transform for r in self.rules if r.transform)]
+        solvers = [self.solver, *(r.solver for r in self.rules if r.solver)]
+        wanted = frozenset().union(
+            *(TRANSFORMS[t.name].needs for t in transforms), *(SOLVERS[s.name].needs for s in solvers)
+        )
+        if self.correct_bias:
+            wanted |= {"channels"}
+        if self.guard.to:
+            wanted |= {"reservoir"}
+        acts = [self.acts, *(r.acts for r in self.rules if r.acts is not None)]
+        if any(ACTS[a].static for a in acts):
+            wanted |= {"reservoir"}
+        return wanted
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every default filled in; ``dtq recipe show`` prints it as YAML."""
+        data: dict[str, Any] = _plain(self)
+        return data
+
+    def _layer(self, linear: Linear, skips: tuple[str, ...]) -> LayerPlan:
+        base = LayerPlan(linear.name, linear.role, linear.shape)
+        chosen = [rule for rule in self.rules if _matches(rule.match, linear)]
+        weights, acts, transform, solver = self.weights, self.acts, self.transform, self.solver
+        if linear.role == "adaln":
+            weights, acts, transform = MODULATION[self.modulation], "none", Call("none")
+            solver = self.solver if self.solver.name == "rtn" else Call("search")
+        if any(_skipped(pattern, linear.name) for pattern in skips):
+            return replace(base, note="named in modules_to_not_convert")
+        if not chosen and any(_matches(selector, linear) for selector in self.keep):
+            return replace(base, note=f"the recipe keeps {linear.role}")
+        for rule in chosen:
+            weights = weights if rule.weights is None else rule.weights
+            acts = acts if rule.acts is None else rule.acts
+            transform, solver = rule.transform or transform, rule.solver or solver
+        if not weights:
+            return replace(base, note="the recipe keeps it")
+        note = ""
+        try:
+            FORMATS[weights].layout(linear.shape)
+        except InputError as error:
+            # modulation shapes that groups do not divide are few; they too go to the fallback
+            note = f"{self.fallback} because {str(error).split('. Use')[0]}"
+            weights = self.fallback
+        changed = transform.name != "none"
+        turns = "hadamard" in transform.name or transform.name == "search"
+        block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64)) if turns else 1
+        return replace(
+            base,
+            weights=weights,
+            acts=acts,
+            block=block,
+            pre_quant=changed,
+            transform=transform,
+            solver=solver,
+            note=note,
+        )
+
+
+def find(what: str | Path) -> Path:
+    """The file of a recipe given by name or path.
+
+    Raises:
+        InputError: neither exists; lists the names that do.
+    """
+    path = Path(what)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise InputError(f"{path}: no such recipe file")
+    known = names()
+    if str(what) not in known:
+        near = difflib.get_close_matches(str(what), known, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+        raise InputError(f"unknown recipe {str(what)!r}; {hint} See: dtq recipe ls")
+    return folder("recipes") / f"{what}.yaml"
+
+
+def names() -> list[str]:
+    """Names of the recipes that dtq ships, sorted."""
+    return sorted(path.stem for path in folder("recipes").rglob("*.yaml"))
+
+
+def _matches(selector: str, linear: Linear) -> bool:
+    return linear.role == selector or fnmatch.fnmatchcase(linear.role, selector) or (
+        fnmatch.fnmatchcase(linear.name, selector)
+    )
+
+
+def _skipped(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        import re
+
+        return re.search(pattern[3:], name) is not None
+    return name == pattern or name.startswith(f"{pattern}.") or pattern in name.split(".")
+
+
+def _read(kind: type[Any], data: Mapping[str, Any], at: str, problems: list[str]) -> Any:
+    """Build a dataclass from a mapping; unknown keys and wrong types go to ``problems``."""
+    known = {f.name: f for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        where = f"{at}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            problems.append(f"{where}: unknown key{hint}")
+            continue
+        values[key] = _value(str(known[key].type), value, where, problems)
+    missing = [n for n, f in known.items() if n == "match" and n not in values]
+    problems += [f"{at}{name}: missing" for name in missing]
+    if missing:
+        values.update(dict.fromkeys(missing, ""))
+    return kind(**values)
+
+
+def _value(kind: str, value: Any, where: str, problems: list[str]) -> Any:
+    if "Call" in kind:
+        return _call(value, where, problems)
+    if kind == "Guard" or kind == "Calibration":
+        if isinstance(value, Mapping):
+            return _read({"Guard": Guard, "Calibration": Calibration}[kind], value, f"{where}.", problems)
+    elif kind == "tuple[Rule, ...]":
+        if isinstance(value, list | tuple) and all(isinstance(v, Mapping) for v in value):
+            return tuple(_read(Rule, v, f"{where}[{i}].", problems) for i, v in enumerate(value))
+    elif kind == "tuple[str, ...]":
+        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+    elif kind == "float":
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif kind in ("int", "bool"):
+        if type(value).__name__ == kind:
+            return value
+    elif isinstance(value, str):
+        return value
+    problems.append(f"{where}: expected {_words(kind)}, got {value!r}")
+    return {"int": 1, "float": 1.0, "bool": False}.get(kind, "")
+
+
+def _words(kind: str) -> str:
+    return {
+        "str": "a name",
+        "str | None": "a name",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "tuple[str, ...]": "a list of roles or name patterns",
+        "tuple[Rule, ...]": "a list of rules",
+    }.get(kind, "a mapping")
+
+
+def _call(value: Any, where: str, problems: list[str]) -> Call:
+    if isinstance(value, Call):
+        return value
+    if isinstance(value, str):
+        return Call(value)
+    if isinstance(value, Mapping) and len(value) == 1:
+        name, knobs = next(iter(value.items()))
+        if isinstance(name, str) and (knobs is None or isinstance(knobs, Mapping)):
+            return Call(name, tuple((knobs or {}).items()))
+    problems.append(f"{where}: expected a method name, or one name with its knobs, got {value!r}")
+    return Call("")
+
+
+def _method(
+    call: Call, table: Mapping[str, Callable[..., Any]], at: str, problems: list[str]
+) -> None:
+    if not _known(call.name, table, at, problems):
+        return
+    parameters = inspect.signature(table[call.name]).parameters
+    knobs = {
+        name: p.default
+        for name, p in parameters.items()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty
+    }
+    for knob, value in call.knobs:
+        if not _known(knob, knobs, f"{at}.{call.name}", problems, "knob"):
+            continue
+        default = knobs[knob]
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        fits = isinstance(value, int | float) if number else isinstance(value, type(default))
+        if isinstance(value, bool) != isinstance(default, bool) or not fits:
+            words = _words(type(default).__name__)
+            problems.append(f"{at}.{call.name}.{knob}: expected {words}, got {value!r}")
+
+
+def _known(
+    name: str, table: Iterable[str], at: str, problems: list[str], what: str = "name"
+) -> bool:
+    known = list(table)
+    if name in known:
+        return True
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    problems.append(f"{at}: unknown {what} {name!r}; {hint}")
+    return False
+
+
+def _selector(selector: str, at: str, problems: list[str]) -> None:
+    """A selector without wildcard or dot must be a role; others are globs on names."""
+    if selector in ROLES or any(c in selector for c in "*?[") or selector.count(".") > 1:
+        return
+    if any(fnmatch.fnmatchcase(role, selector) for role in ROLES):
+        return
+    near = difflib.get_close_matches(selector, ROLES, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"roles: {', '.join(ROLES)}"
+    problems.append(f"{at}: {selector!r} is neither a role nor a pattern; {hint}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Call):
+        return {value.name: dict(value.knobs)} if value.knobs else value.name
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if hasattr(value, "__dataclass_fields__"):
+        plain = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {k: v for k, v in plain.items() if not (isinstance(value, Rule) and v is None)}
+    return value
