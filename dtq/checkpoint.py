@@ -2,8 +2,10 @@
 """The file format: which tensors and which metadata, what is checked, and writing it safely.
 
 A checkpoint is a standard diffusers folder. Its safetensors files hold ``<layer>.<part>`` for every
-quantized layer and the other tensors as they are; the plan is in ``config.json``; the header of
-each file has a CRC-32 of every tensor, so that a flipped bit is an error and not a strange picture.
+quantized layer and the other tensors as they are; the plan is in ``config.json``. One more tensor,
+``dtq_checksums``, has the format version and a CRC-32 of every other tensor, so that a flipped bit
+is an error and not a strange picture. (Not in the file's header: the safetensors writer puts header
+entries in random order, and the same model must give the same bytes.)
 """
 
 from __future__ import annotations
@@ -28,27 +30,28 @@ from dtq.nn.linear import linear_specs
 from dtq.plan import LoadPlan, file_bytes
 from dtq.source import folder_kind, read_json
 
-_CRC = "dtq_crc32"
-_FORMAT = "dtq_format"
+CHECKSUMS = "dtq_checksums"
+"""int32 (1 + tensors,): format version, then CRC-32 of the tensors in order of their names."""
 
 
-def metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Header entries of the files: format version and checksums."""
-    sums = {key: checksum(tensors[key]) for key in sorted(tensors)}
-    return {_FORMAT: str(FORMAT_VERSION), _CRC: json.dumps(sums, separators=(",", ":"))}
+def with_checksums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint and their checksums."""
+    sums = [checksum(tensors[key]) for key in sorted(tensors)]
+    values = torch.tensor([FORMAT_VERSION, *sums], dtype=torch.int64).to(torch.int32)
+    return {**tensors, CHECKSUMS: values}
 
 
-def checksum(tensor: Tensor) -> str:
-    """CRC-32 of the tensor's bytes, eight hexadecimal digits."""
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the tensor's bytes, as a signed 32-bit number."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{zlib.crc32(data):08x}"
+    value = zlib.crc32(data)
+    return value - (1 << 32) if value >= 1 << 31 else value
 
 
 def predicted_bytes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
     """Exact size of the unsharded file with these tensors: data, header, checksums."""
-    sums = json.dumps(dict.fromkeys(sorted(tensors), "0" * 8), separators=(",", ":"))
-    header = {"format": "pt", _FORMAT: str(FORMAT_VERSION), _CRC: sums}
-    return file_bytes(tensors, header)
+    sums = {CHECKSUMS: ((1 + len(tensors),), torch.int32)}
+    return file_bytes({**tensors, **sums}, {"format": "pt"})
 
 
 class Reader:
@@ -64,11 +67,31 @@ class Reader:
     """
 
     def __init__(self, files: Iterable[str | Path]) -> None:
-        self.sums: dict[str, str] = {}
+        self.sums: dict[str, int] = {}
         self.where: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        values: Tensor | None = None
         for file in files:
-            self._read_header(Path(file))
+            found = self._read_header(Path(file))
+            values = found if found is not None else values
+        files_read = ", ".join(sorted({str(Path(w).name) for w in self.where.values()}))
+        if values is None:
+            raise CheckpointError(
+                f"{files_read}: the tensor {CHECKSUMS} is missing; not a dtq file"
+            )
+        version, *sums = values.tolist()
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{files_read}: format {version}, this dtq reads up to {FORMAT_VERSION}: "
+                f"pip install -U dtq"
+            )
+        names = sorted(self.where)
+        if version < 1 or len(names) != len(sums):
+            raise CheckpointError(
+                f"{files_read}: {len(names)} tensors where {len(sums)} were saved; a file is "
+                f"missing or from another model"
+            )
+        self.sums = dict(zip(names, sums, strict=True))
 
     def check_plan(self, plan: LoadPlan, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Every planned part is there with its shape; ``shapes`` gives (N, K) per layer."""
@@ -102,26 +125,25 @@ class Reader:
                     f"copy the file again"
                 )
 
-    def _read_header(self, file: Path) -> None:
+    def _read_header(self, file: Path) -> Tensor | None:
+        """Note the tensors of a file; returns the checksums if they are in it."""
         try:
             with safe_open(file, framework="pt") as opened:
-                header = opened.metadata() or {}
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    if key == CHECKSUMS:
+                        continue
                     self.where[key] = str(file)
                     self.shapes[key] = tuple(opened.get_slice(key).get_shape())
+                if CHECKSUMS not in opened.keys():  # noqa: SIM118
+                    return None
+                values: Tensor = opened.get_tensor(CHECKSUMS)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: truncated or damaged ({error}); copy it again") from error
-        version = header.get(_FORMAT)
-        if version is None:
-            raise CheckpointError(f"{file}: config.json says dtq, but dtq did not write this file")
-        if not version.isdigit() or int(version) > FORMAT_VERSION:
             raise CheckpointError(
-                f"{file}: format {version}, this dtq reads up to {FORMAT_VERSION}: pip install -U dtq"
-            )
-        try:
-            self.sums.update(json.loads(header[_CRC]))
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{file}: the header has no readable checksums") from error
+                f"{file}: truncated or damaged ({error}); copy it again"
+            ) from error
+        if values.dtype != torch.int32 or values.ndim != 1 or not len(values):
+            raise CheckpointError(f"{file}: {CHECKSUMS} is damaged; copy the file again")
+        return values
 
 
 def verify(path: Path, component: str = "transformer") -> Path:
@@ -144,9 +166,6 @@ def verify(path: Path, component: str = "transformer") -> Path:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 reader.check({key: opened.get_tensor(key)})
-    missing = sorted(set(reader.sums) - set(reader.where))
-    if missing:
-        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} in all)")
     return folder
 
 
@@ -164,10 +183,19 @@ def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str
     """
     out = Path(out)
     with whole_folder(out, overwrite=overwrite) as side:
-        saveable.save_pretrained(side, safe_serialization=True, max_shard_size=shard)
-        for config in [*side.glob("*.json"), *side.glob("*/config.json")]:
-            _forget_path(config)
+        save_into(saveable, side, shard)
     return out
+
+
+def save_into(saveable: Any, folder: Path, shard: str = "10GB") -> None:
+    """``save_pretrained`` as a standard folder, without the path the model was read from."""
+    saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
+    for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+        _forget_path(config)
+    if getattr(saveable, "labels", None):
+        _remember_labels(saveable.labels, folder / "model_index.json")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # the safetensors writer leaves its files private
 
 
 @contextmanager
@@ -193,8 +221,8 @@ def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         side.rename(out)
         if old is not None:
             shutil.rmtree(old)
-    except OSError as error:
-        raise InputError(f"{out}: could not be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{out}: could not be written ({error})") from error
     finally:
         shutil.rmtree(side, ignore_errors=True)
 
@@ -207,10 +235,18 @@ def check_free(out: Path, *, overwrite: bool = False) -> None:
         raise InputError(f"{out} is not empty; choose another folder or pass --overwrite")
 
 
+def _remember_labels(labels: Mapping[str, int], index: Path) -> None:
+    """``DiTPipeline`` takes ``id2label`` and does not save it."""
+    names: dict[str, list[str]] = {}
+    for name, number in labels.items():
+        names.setdefault(str(number), []).append(name)
+    data = json.loads(index.read_text(encoding="utf-8"))
+    data["id2label"] = {number: ", ".join(every) for number, every in names.items()}
+    index.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _forget_path(config: Path) -> None:
     """Where the model was read from is nobody's business, and makes equal models unequal."""
     data = json.loads(config.read_text(encoding="utf-8"))
     if data.pop("_name_or_path", None) is not None:
         config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-

@@ -65,11 +65,15 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, in a fixed order."""
-        saved = {} if self.format_version is None else {
-            "format_version": self.format_version,
-            "timestep_edges": list(self.timestep_edges),
-            "layers": self.layers,
-        }
+        saved = (
+            {}
+            if self.format_version is None
+            else {
+                "format_version": self.format_version,
+                "timestep_edges": list(self.timestep_edges),
+                "layers": self.layers,
+            }
+        )
         dtype = None if self.compute_dtype is None else str(self.compute_dtype).split(".")[-1]
         return {
             "quant_method": self.quant_method.value,

@@ -61,12 +61,12 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
         if self.pre_quantized:
             self._reader = checkpoint.Reader(files)
-        return loaded_keys
+        return [key for key in loaded_keys if key != checkpoint.CHECKSUMS]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if self._reader is not None:
             self._reader.check(state_dict)
-        return state_dict
+        return {key: t for key, t in state_dict.items() if key != checkpoint.CHECKSUMS}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Any, param_name: str, *args: Any, **kwargs: Any
@@ -132,13 +132,14 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if not safe_serialization:
             raise InputError("dtq checkpoints are safetensors only: safe_serialization=True")
         specs = self.quantization_config.load_plan()
-        tensors = _as_floats(state_dict, specs.layers)
-        return tensors, checkpoint.metadata(tensors)
+        return checkpoint.with_checksums(_as_floats(state_dict, specs.layers)), {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                plain = nn.Linear(
+                    module.in_features, module.out_features, bias=False, device="meta"
+                )
                 plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
                 plain.bias = module.bias
                 model.set_submodule(name, plain)

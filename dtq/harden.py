@@ -89,7 +89,12 @@ def _is_adaln_zero_block(module: nn.Module) -> bool:
 
 
 def _factors(
-    strength: Tensor, share: float, smallest: float, largest: float, time: float, rng: torch.Generator
+    strength: Tensor,
+    share: float,
+    smallest: float,
+    largest: float,
+    time: float,
+    rng: torch.Generator,
 ) -> Tensor:
     """Factors (channels,), 1 but for the chosen outliers."""
     channels = len(strength)

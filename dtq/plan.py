@@ -177,13 +177,16 @@ def _check_layer(layer: object, where: str) -> None:
         raise CheckpointError(f"{where}['block'] must be a power of two, is {block}")
 
 
-def file_bytes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]) -> int:
+def file_bytes(
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+) -> int:
     """Exact size of the safetensors file with these tensors and this metadata.
 
     Format: 8 bytes of length, a JSON header padded to a multiple of 8, the data without gaps.
     """
-    # the writer sorts by alignment, widest first, then by name
-    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+    # the writer sorts by dtype, widest first, then by name
+    rank = list(_SAFETENSORS)
+    order = sorted(tensors, key=lambda name: (rank.index(tensors[name][1]), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in order:
@@ -199,14 +202,16 @@ def file_bytes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metad
     return 8 + -(-len(text) // 8) * 8 + offset
 
 
+# in the order of the safetensors writer
 _SAFETENSORS = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",

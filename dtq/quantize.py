@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics as numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -142,7 +141,14 @@ def quantize(
     """
     chosen = Recipe.load(recipe, **overrides)
     source = open_source(model, dtype=dtype, component=component)
-    quantize_source(source, chosen, statistics=statistics, inputs=inputs, skip=modules_to_not_convert, progress=progress)
+    quantize_source(
+        source,
+        chosen,
+        statistics=statistics,
+        inputs=inputs,
+        skip=modules_to_not_convert,
+        progress=progress,
+    )
     return source.pipeline if source.pipeline is not None else source.model
 
 
@@ -207,7 +213,9 @@ def calibrate_source(
     """Run the float model once over the recipe's calibration set."""
     plan = recipe.plan(scan)
     sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
-    return engine.calibrate(source, sites, recipe.calibration, needs, inputs=inputs, progress=progress)
+    return engine.calibrate(
+        source, sites, recipe.calibration, needs, inputs=inputs, progress=progress
+    )
 
 
 def on_the_fly(model: nn.Module, config: DTQConfig, keep: list[str]) -> None:
@@ -241,7 +249,9 @@ def _first_call(source: Source) -> Any:
 
 def _data_free(recipe: Recipe) -> bool:
     """Weight-only recipes without transforms lose little without data; others need it."""
-    return recipe.acts == "none" and recipe.transform.name in ("none", "hadamard") and not recipe.rules
+    return (
+        recipe.acts == "none" and recipe.transform.name in ("none", "hadamard") and not recipe.rules
+    )
 
 
 def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str]) -> None:
@@ -251,9 +261,13 @@ def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str])
             continue
         if stats.columns != site.columns:
             raise InputError(f"the statistics are of another model: {site.name} differs in width")
-        missing = [n for n in sorted(needs) if n in ("gram", "reservoir") and getattr(stats, n) is None]
+        missing = [
+            n for n in sorted(needs) if n in ("gram", "reservoir") and getattr(stats, n) is None
+        ]
         if missing:
-            raise InputError(f"the statistics lack {', '.join(missing)}; calibrate with this recipe")
+            raise InputError(
+                f"the statistics lack {', '.join(missing)}; calibrate with this recipe"
+            )
     if not any(site.name in statistics.sites for site in scan.sites):
         raise InputError("the statistics are of another model: no layer name matches")
 
@@ -270,7 +284,9 @@ def _solve_all(
     solved: dict[str, _Solved] = {}
     work = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
     total = sum(len(s.linears) for s in work)
-    with tqdm(total=total, desc="quantize", unit="layer", disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, desc="quantize", unit="layer", disable=not progress, dynamic_ncols=True
+    ) as bar:
         for site in work:
             stats = statistics.sites.get(site.name) if statistics else None
             for members in _alike(site, plan):
@@ -327,7 +343,11 @@ def _solve(
     scale = _static_scale(transform, stats) if ACTS[layer.acts].static else None
     final = replace(layer, block=transform.block)
     report = LayerReport(
-        layer.name, layer.role, layer.weights, layer.bits(), choice.label,
+        layer.name,
+        layer.role,
+        layer.weights,
+        layer.bits(),
+        choice.label,
         _output_error(layer, weight, snapped, transform, shift, stats),
     )
     return _Solved(final, snapped, params, transform, shift, scale, report)
@@ -386,18 +406,29 @@ def _guard(
         if errors[layer.name] <= limit or layer.weights == guard.to:
             continue
         raised = replace(layer, weights=guard.to)
-        if plan.with_layers({layer.name: raised}).bits(plan.with_layers({layer.name: raised}).gemm()) > guard.budget:
+        if (
+            plan.with_layers({layer.name: raised}).bits(
+                plan.with_layers({layer.name: raised}).gemm()
+            )
+            > guard.budget
+        ):
             continue
         before = solved[layer.name]
         choice = Choice(before.transform, before.report.transform, {})
         again = _solve(
-            raised, _weight(model, layer.name), choice, statistics.sites[site_of[layer.name]], recipe
+            raised,
+            _weight(model, layer.name),
+            choice,
+            statistics.sites[site_of[layer.name]],
+            recipe,
         )
         if (again.report.error or 0.0) >= errors[layer.name]:
             continue
         again.report.promoted, again.report.error_before = True, errors[layer.name]
         solved[layer.name] = again
-        plan = plan.with_layers({layer.name: replace(raised, note=f"promoted: error {errors[layer.name]:.1e}")})
+        plan = plan.with_layers(
+            {layer.name: replace(raised, note=f"promoted: error {errors[layer.name]:.1e}")}
+        )
         log.info("guard: %s to %s, output error %.1e", layer.name, guard.to, errors[layer.name])
     return _final(plan, solved)
 
@@ -440,8 +471,16 @@ def _swap(model: nn.Module, result: _Solved, bins: int, compute_dtype: torch.dty
     old = model.get_submodule(layer.name)
     assert isinstance(old, nn.Linear)
     new = QuantLinear(
-        old.in_features, old.out_features, old.bias is not None, layer.weights, layer.acts,
-        block=layer.block, pre_quant=layer.pre_quant, bins=bins, compute_dtype=compute_dtype, device="meta",
+        old.in_features,
+        old.out_features,
+        old.bias is not None,
+        layer.weights,
+        layer.acts,
+        block=layer.block,
+        pre_quant=layer.pre_quant,
+        bins=bins,
+        compute_dtype=compute_dtype,
+        device="meta",
     )
     parts = FORMATS[layer.weights].pack(result.snapped, result.params)
     if layer.pre_quant:
@@ -456,15 +495,3 @@ def _swap(model: nn.Module, result: _Solved, bins: int, compute_dtype: torch.dty
         new.bias = nn.Parameter(bias, requires_grad=False)
     new.train(old.training)
     model.set_submodule(layer.name, new)
-
-
-def peak_memory(plan: Plan, needs: frozenset[str], float_bytes: int) -> int:
-    """Bytes that quantizing takes at its peak: the float model, the statistics, one site's work."""
-    stats = 0
-    for layer in plan.quantized():
-        columns = layer.shape[1]
-        stats += 4 * columns * columns * ("gram" in needs)
-        stats += 4 * columns * max(256, min(4096, 2**22 // columns)) * ("reservoir" in needs)
-    largest = max((math.prod(x.shape) for x in plan.quantized()), default=0)
-    widest = max((x.shape[1] for x in plan.quantized()), default=0)
-    return float_bytes + stats + 6 * 4 * largest + 3 * 8 * widest**2

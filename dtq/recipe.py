@@ -203,7 +203,8 @@ class Recipe:
         transforms = [self.transform, *(r.transform for r in self.rules if r.transform)]
         solvers = [self.solver, *(r.solver for r in self.rules if r.solver)]
         wanted = frozenset().union(
-            *(TRANSFORMS[t.name].needs for t in transforms), *(SOLVERS[s.name].needs for s in solvers)
+            *(TRANSFORMS[t.name].needs for t in transforms),
+            *(SOLVERS[s.name].needs for s in solvers),
         )
         if self.correct_bias:
             wanted |= {"channels"}
@@ -283,8 +284,10 @@ def names() -> list[str]:
 
 
 def _matches(selector: str, linear: Linear) -> bool:
-    return linear.role == selector or fnmatch.fnmatchcase(linear.role, selector) or (
-        fnmatch.fnmatchcase(linear.name, selector)
+    return (
+        linear.role == selector
+        or fnmatch.fnmatchcase(linear.role, selector)
+        or (fnmatch.fnmatchcase(linear.name, selector))
     )
 
 
@@ -320,7 +323,9 @@ def _value(kind: str, value: Any, where: str, problems: list[str]) -> Any:
         return _call(value, where, problems)
     if kind == "Guard" or kind == "Calibration":
         if isinstance(value, Mapping):
-            return _read({"Guard": Guard, "Calibration": Calibration}[kind], value, f"{where}.", problems)
+            return _read(
+                {"Guard": Guard, "Calibration": Calibration}[kind], value, f"{where}.", problems
+            )
     elif kind == "tuple[Rule, ...]":
         if isinstance(value, list | tuple) and all(isinstance(v, Mapping) for v in value):
             return tuple(_read(Rule, v, f"{where}[{i}].", problems) for i, v in enumerate(value))

@@ -135,7 +135,9 @@ def model_class(folder: Path) -> Any:
     if kind is None:
         raise InputError(f"{folder}: diffusers {diffusers.__version__} has no class {name!r}")
     if "UNet" in name or "Autoencoder" in name:
-        raise InputError(f"{folder}: {name} is not a diffusion transformer; dtq quantizes those only")
+        raise InputError(
+            f"{folder}: {name} is not a diffusion transformer; dtq quantizes those only"
+        )
     return kind
 
 
@@ -225,7 +227,9 @@ def _from_hub(name: str, dtype: str | torch.dtype, component: str) -> Source:
         pipeline = _pipeline(name, chosen)
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{name}: no such folder, and the hub did not give it: {reason}") from error
+        raise InputError(
+            f"{name}: no such folder, and the hub did not give it: {reason}"
+        ) from error
     return Source(name, pipeline, component, _component(pipeline, component))
 
 

@@ -98,7 +98,13 @@ def calibrate(
             raise InputError("inputs is empty: nothing to calibrate on")
         runs = (_forward(source.model, arguments) for arguments in calls)
         total = len(calls)
-    with watch.hooks(), torch.no_grad(), tqdm(total=total, desc="calibrate", unit="call", disable=not progress, dynamic_ncols=True) as bar:
+    with (
+        watch.hooks(),
+        torch.no_grad(),
+        tqdm(
+            total=total, desc="calibrate", unit="call", disable=not progress, dynamic_ncols=True
+        ) as bar,
+    ):
         watch.tick = bar.update
         for expected in runs:
             if bar.total is None and expected and watch.calls:

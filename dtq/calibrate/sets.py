@@ -53,6 +53,15 @@ def load(name: str, pipeline: Any, count: int) -> Requests:
     return Requests(name, argument, tuple(_evenly([*entries], count)))
 
 
+def given(entries: list[str], pipeline: Any) -> Requests:
+    """Requests from the command line: prompts, or label names or numbers."""
+    argument = _argument(pipeline)
+    chosen: list[Any] = [*entries]
+    if argument == "class_labels":
+        chosen = [_label(entry, "given", pipeline) for entry in entries]
+    return Requests("given", argument, tuple(chosen))
+
+
 def _argument(pipeline: Any) -> str:
     parameters = inspect.signature(type(pipeline).__call__).parameters
     for argument in ("class_labels", "prompt"):
@@ -77,7 +86,9 @@ def _shipped(name: str) -> list[Any]:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-        raise InputError(f"unknown calibration set {name!r}; {hint} Or give a file or hub:OWNER/NAME")
+        raise InputError(
+            f"unknown calibration set {name!r}; {hint} Or give a file or hub:OWNER/NAME"
+        )
     return _lines(folder("calibration") / f"{name}.txt")
 
 
@@ -88,7 +99,11 @@ def _file(path: Path) -> list[Any]:
         return _lines(path)
     if path.suffix not in _FILES:
         raise InputError(f"calibration set {path}: expected .txt, {', '.join(_FILES)}")
-    return _column(_datasets().load_dataset(_FILES[path.suffix], data_files=str(path), split="train"), None, str(path))
+    return _column(
+        _datasets().load_dataset(_FILES[path.suffix], data_files=str(path), split="train"),
+        None,
+        str(path),
+    )
 
 
 def _hub(what: str) -> list[Any]:
@@ -109,7 +124,9 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError("reading this set needs the package datasets: pip install dtq[eval]") from error
+        raise InputError(
+            "reading this set needs the package datasets: pip install dtq[eval]"
+        ) from error
     return datasets
 
 
@@ -127,7 +144,9 @@ def _label(entry: Any, name: str, pipeline: Any) -> int:
     try:
         number = int(entry)
     except (TypeError, ValueError) as error:
-        raise InputError(f"calibration set {name}: {entry!r} is not a label of this model") from error
+        raise InputError(
+            f"calibration set {name}: {entry!r} is not a label of this model"
+        ) from error
     if not 0 <= number < size:
         raise InputError(f"calibration set {name}: label {number} is not in [0, {size})")
     return number

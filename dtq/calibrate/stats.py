@@ -202,7 +202,9 @@ class SiteStats:
         stats = cls(columns, bins, wanted)
         for name, stat in stats._stats().items():
             prefix = f"{name}."
-            stat.load({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+            stat.load(
+                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            )
         return stats
 
     def _stats(self) -> dict[str, Channels | Gram | Reservoir]:

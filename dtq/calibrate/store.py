@@ -54,7 +54,9 @@ def load(path: Path) -> Statistics:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("dtq_statistics") != VERSION:
-                raise CheckpointError(f"{path}: not statistics written by dtq calibrate, version {VERSION}")
+                raise CheckpointError(
+                    f"{path}: not statistics written by dtq calibrate, version {VERSION}"
+                )
             for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 site, name = key.split("|")
                 tensors.setdefault(site, {})[name] = file.get_tensor(key)

@@ -52,7 +52,9 @@ def _reader(package: Path) -> Callable[[str], bytes]:
     if package.is_dir():
         return lambda name: (package.parent / name).read_bytes()
     if not package.is_file():
-        raise InputError(f"{package}: no such file. Get it: npm pack emoji-datasource-google@16.0.0")
+        raise InputError(
+            f"{package}: no such file. Get it: npm pack emoji-datasource-google@16.0.0"
+        )
     files: dict[str, bytes] = {}
     with tarfile.open(package) as tar:
         for member in tar:

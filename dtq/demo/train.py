@@ -42,7 +42,10 @@ class Run:
         self.average = copy.deepcopy(model).requires_grad_(False)
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": 0.01},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))
         self.step = 0
         if self.path.exists():
@@ -83,13 +86,18 @@ class Run:
             # the average looks back over a tenth of what is done, at most 1000 steps
             keep = min(0.999, 1 - 10 / (self.step + 10))
             with torch.no_grad():
-                for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                for mean, now in zip(
+                    self.average.parameters(), self.model.parameters(), strict=True
+                ):
                     mean.lerp_(now, 1 - keep)
             smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
             if self.step % 50 == 0 or self.step == self.steps:
                 pace = (time.monotonic() - started) / (self.step - first)
                 left = pace * (self.steps - self.step) / 60
-                print(f"{self.name} {self.step}/{self.steps} loss {smooth:.5f} {pace:.2f} s/step {left:.0f} min left", flush=True)
+                print(
+                    f"{self.name} {self.step}/{self.steps} loss {smooth:.5f} {pace:.2f} s/step {left:.0f} min left",
+                    flush=True,
+                )
             if self.step % 250 == 0 or self.step == self.steps:
                 self.save()
                 yield
@@ -104,7 +112,9 @@ def shift_pictures(pictures: Tensor, rng: torch.Generator) -> Tensor:
     return F.pad(pictures, (3, 3, 3, 3), value=1.0)[..., dy : dy + size, dx : dx + size]
 
 
-def train_classifier(pictures: Tensor, labels: Tensor, work: Path, steps: int, device: str) -> EmojiClassifier:
+def train_classifier(
+    pictures: Tensor, labels: Tensor, work: Path, steps: int, device: str
+) -> EmojiClassifier:
     """Fit the classifier whose features measure domain FID; returns the averaged weights."""
     torch.manual_seed(1)
     run = Run("classifier", EmojiClassifier(int(labels.max()) + 1).to(device), work, steps, 2e-3)
@@ -218,7 +228,9 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def train_dit(latents: Tensor, labels: Tensor, work: Path, steps: int, batch: int, device: str) -> DiTTransformer2DModel:
+def train_dit(
+    latents: Tensor, labels: Tensor, work: Path, steps: int, batch: int, device: str
+) -> DiTTransformer2DModel:
     """Fit the denoiser on scaled latents (N, 4, 16, 16); min-SNR weights; returns the average."""
     torch.manual_seed(3)
     # eval mode: the label embedder of each block would drop labels on its own dice
@@ -238,7 +250,9 @@ def train_dit(latents: Tensor, labels: Tensor, work: Path, steps: int, batch: in
         snr = alphas[t] / (1 - alphas[t])
         weight = (snr.clamp(max=5.0) / snr).to(device)  # Min-SNR (2303.09556, sec. 3.4), epsilon
         with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            guess = run.model(x.to(device), timestep=t.to(device), class_labels=label.to(device)).sample
+            guess = run.model(
+                x.to(device), timestep=t.to(device), class_labels=label.to(device)
+            ).sample
         error = (guess.float() - noise.to(device)).square().mean((1, 2, 3))
         return (weight * error).mean()
 
@@ -249,7 +263,13 @@ def train_dit(latents: Tensor, labels: Tensor, work: Path, steps: int, batch: in
     return dit
 
 
-def export(out: Path, dit: DiTTransformer2DModel, vae: AutoencoderKL, classifier: EmojiClassifier, names: list[str]) -> None:
+def export(
+    out: Path,
+    dit: DiTTransformer2DModel,
+    vae: AutoencoderKL,
+    classifier: EmojiClassifier,
+    names: list[str],
+) -> None:
     """Write the stock pipeline in fp16 and the classifier beside it."""
     pipe = DiTPipeline(
         transformer=dit.half(),
@@ -258,6 +278,10 @@ def export(out: Path, dit: DiTTransformer2DModel, vae: AutoencoderKL, classifier
         id2label=dict(enumerate(names)),
     )
     pipe.save_pretrained(out)
+    # DiTPipeline takes id2label but does not save it
+    index = json.loads((out / "model_index.json").read_text())
+    index["id2label"] = {str(i): name for i, name in enumerate(names)}
+    (out / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (out / "classifier").mkdir(exist_ok=True)
     weights = {k: v.half().contiguous() for k, v in classifier.state_dict().items()}
     save_file(weights, out / "classifier" / "model.safetensors", {"labels": json.dumps(names)})
@@ -301,7 +325,9 @@ def main(
     if "dit" in wanted:
         train_dit(latents, labels, work, dit_steps, batch, device)
     if wanted & {"classifier", "export"}:
-        classifier = train_classifier(pictures, labels, work, classifier_steps if "classifier" in wanted else 0, device)
+        classifier = train_classifier(
+            pictures, labels, work, classifier_steps if "classifier" in wanted else 0, device
+        )
     if "export" in wanted:
         export(out, train_dit(latents, labels, work, 0, batch, "cpu"), vae, classifier, names)
 

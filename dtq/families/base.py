@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,12 +61,14 @@ class Scan:
         sites: in call order.
         never: linears that the traced forward did not call; they are never quantized.
         traced: False when no forward could be run and names alone decided.
+        rows: input rows of each linear in the traced forward.
     """
 
     family: str
     sites: tuple[Site, ...]
     never: tuple[str, ...] = ()
     traced: bool = True
+    rows: dict[str, int] = field(default_factory=dict)
 
     def linears(self) -> list[Linear]:
         return [linear for site in self.sites for linear in site.linears]

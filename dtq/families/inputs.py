@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
-def class_labels(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
+def class_labels(
+    model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator
+) -> dict[str, Any]:
     """DiT: a label drawn from the whole table for each picture, half of them the null label."""
     c = model.config
     labels = torch.randint(0, c.num_embeds_ada_norm, (batch,), generator=rng)
@@ -35,7 +37,9 @@ def text(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator) -
     }
 
 
-def joint_text(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
+def joint_text(
+    model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator
+) -> dict[str, Any]:
     """SD3: text joins the attention, a pooled vector joins the time."""
     c = model.config
     return {
@@ -46,7 +50,9 @@ def joint_text(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Genera
     }
 
 
-def packed_text(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
+def packed_text(
+    model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator
+) -> dict[str, Any]:
     """Flux: packed latents with explicit positions."""
     c = model.config
     side, words = 16, 32
@@ -64,7 +70,9 @@ def packed_text(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Gener
     }
 
 
-def video_text(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
+def video_text(
+    model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator
+) -> dict[str, Any]:
     """Wan: five latent frames, text by cross-attention."""
     c = model.config
     return {

@@ -27,8 +27,14 @@ _IN_BLOCK: tuple[tuple[str, str], ...] = (
     (r"\.(to_v|add_v_proj|v_proj|wv|value)$", "v"),
     (r"\.(to_qkv|qkv|to_kv|kv|to_added_qkv|qkv_proj|to_qkv_mlp_proj)$", "qkv"),
     (r"\.(to_out(\.0)?|to_add_out|out_proj|o_proj|wo|proj_attn)$", "out"),
-    (r"(^|\.)\w*(ff|ffn|mlp|feed_forward)\w*\.(net\.0\.proj|fc1|linear_in|linear_1|up_proj|gate_proj|gate|w1|w3)$", "ffn.up"),
-    (r"(^|\.)\w*(ff|ffn|mlp|feed_forward)\w*\.(net\.2|fc2|linear_out|linear_2|down_proj|w2)$", "ffn.down"),
+    (
+        r"(^|\.)\w*(ff|ffn|mlp|feed_forward)\w*\.(net\.0\.proj|fc1|linear_in|linear_1|up_proj|gate_proj|gate|w1|w3)$",
+        "ffn.up",
+    ),
+    (
+        r"(^|\.)\w*(ff|ffn|mlp|feed_forward)\w*\.(net\.2|fc2|linear_out|linear_2|down_proj|w2)$",
+        "ffn.down",
+    ),
     (r"(^|\.)(proj_mlp)$", "ffn.up"),
     (r"(^|\.)(proj_out)$", "ffn.down"),
 )
@@ -42,10 +48,11 @@ _ATTENTION = {"q", "k", "v", "qkv", "out"}
 
 @dataclass
 class _Seen:
-    """One traced linear: identity and rank of its input."""
+    """One traced linear: identity, rank and rows of its input."""
 
     input: int
     rank: int
+    rows: int
 
 
 def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], object]) -> Scan:
@@ -77,7 +84,9 @@ def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], obj
     roles = _roles(model, family, seen)
     sites = tuple(_site(model, names, roles) for names in groups.values())
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return Scan(family.name if family else "generic", sites, tuple(sorted(linears - set(seen))))
+    rows = {name: what.rows for name, what in seen.items()}
+    never = tuple(sorted(linears - set(seen)))
+    return Scan(family.name if family else "generic", sites, never, rows=rows)
 
 
 def scan_names(model: nn.Module, family: Family | None) -> Scan:
@@ -92,7 +101,8 @@ def _watch(name: str, seen: dict[str, _Seen], alive: list[Tensor]) -> Callable[.
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and name not in seen:
             alive.append(args[0])
-            seen[name] = _Seen(id(args[0]), args[0].ndim)
+            x = args[0]
+            seen[name] = _Seen(id(x), x.ndim, x.numel() // x.shape[-1])
 
     return hook
 
@@ -119,7 +129,9 @@ def _role(name: str, family: Family | None, seen: dict[str, _Seen]) -> str:
     if not block:
         return next(role for pattern, role in _OUTSIDE if re.search(pattern, name))
     for pattern, role in _IN_BLOCK:
-        if re.search(pattern, "." + name[len(block) :] if pattern[0] == "\\" else name[len(block) :]):
+        if re.search(
+            pattern, "." + name[len(block) :] if pattern[0] == "\\" else name[len(block) :]
+        ):
             return _attention(name, role, seen) if role in _ATTENTION else role
     # no rule knows the name: one row per picture is modulation, tokens are tokens
     return "adaln" if name in seen and seen[name].rank == 2 else "other"

@@ -221,5 +221,7 @@ def _groups(name: str, columns: int, group: int | None) -> int:
 
 def _even(name: str, columns: int) -> int:
     if columns % 2:
-        raise InputError(f"{name} needs an even number of input features, got {columns}. Use int8-row.")
+        raise InputError(
+            f"{name} needs an even number of input features, got {columns}. Use int8-row."
+        )
     return columns

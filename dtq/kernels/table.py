@@ -69,9 +69,7 @@ def _int8(
     bias: Tensor | None,
 ) -> Tensor:
     codes, scale = ops.quantize_rows(x, pre_scale, task.block, act_scale)
-    y: Tensor = ops.w8a8_linear(
-        codes, scale, parts["weight"], parts["weight_scale"], bias, x.dtype
-    )
+    y: Tensor = ops.w8a8_linear(codes, scale, parts["weight"], parts["weight_scale"], bias, x.dtype)
     return y
 
 

@@ -97,7 +97,11 @@ class QuantLinear(nn.Linear):
     def specs(self) -> dict[str, Spec]:
         """Shape and on-disk dtype of every part this layer owns."""
         return linear_specs(
-            (self.out_features, self.in_features), self.weights, self.acts, self.pre_quant, self.bins
+            (self.out_features, self.in_features),
+            self.weights,
+            self.acts,
+            self.pre_quant,
+            self.bins,
         )
 
     def fill(self, parts: Mapping[str, Tensor]) -> None:

@@ -36,9 +36,7 @@ class Choice:
     errors: dict[str, float]
 
 
-def none(
-    weights: Sequence[Tensor], stats: SiteStats | None, *, fmt: Format, acts: Acts
-) -> Choice:
+def none(weights: Sequence[Tensor], stats: SiteStats | None, *, fmt: Format, acts: Acts) -> Choice:
     """No transform."""
     return Choice(_online(weights, None, 1, 0), "none", {})
 

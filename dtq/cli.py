@@ -1,0 +1,761 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Each command parses, calls one function, prints a table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+from safetensors import SafetensorError
+
+import dtq
+from dtq import checkpoint, source
+from dtq.calibrate import sets, store
+from dtq.calibrate.engine import run_pipeline
+from dtq.errors import DtqError, InputError
+from dtq.estimate import Estimate, estimate
+from dtq.kernels import KERNELS, explain
+from dtq.plan import Plan
+from dtq.quantize import Report, calibrate_source, plan_source, quantize_source
+from dtq.recipe import Calibration, Recipe, find, names
+
+MODEL_HELP = "MODEL is a local diffusers folder, a hub id, or demo (the model bundled with dtq)."
+
+
+class Commands(click.Group):
+    """Turns what can go wrong into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # a kill is an interrupt: half-written folders are removed on the way out
+        signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        try:
+            return super().invoke(ctx)
+        except DtqError as error:
+            _fail(str(error))
+        except SafetensorError as error:
+            _fail(f"safetensors: {error}")
+        except OSError as error:
+            _fail(" ".join(str(error).split()))
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing was written", err=True)
+            sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(dtq.__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Say what is decided on the way.")
+def main(verbose: bool) -> None:
+    """Quantize diffusion transformers after training, and prove that they did not get worse.
+
+    \b
+    dtq quantize demo --recipe w4a8 -o demo-w4a8     quantize the bundled model
+    dtq eval demo-w4a8 --reference demo -o report    compare it with the float one
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("dtq").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--recipe, --set and the calibration shortcuts."""
+    for option in reversed(
+        (
+            click.option(
+                "--recipe",
+                default="w4a8",
+                show_default=True,
+                help="Name (dtq recipe ls) or YAML file.",
+            ),
+            click.option(
+                "--set",
+                "settings",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Override a recipe key: modulation=w4a16, calibration.steps=30.",
+            ),
+            click.option(
+                "--calibration", help="Calibration set: shipped name, file, hub:OWNER/NAME."
+            ),
+            click.option("--samples", type=click.IntRange(1), help="Pictures to calibrate on."),
+            click.option("--steps", type=click.IntRange(1), help="Sampler steps."),
+            click.option("--guidance", type=float, help="Guidance scale."),
+            click.option("--seed", type=click.IntRange(0), help="Seed of the calibration latents."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--component and --dtype."""
+    for option in (
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", *source.DTYPES]),
+            default="auto",
+            show_default=True,
+            help="Of everything that is not quantized. auto: as on disk (fp32 for fp16 files without a GPU).",
+        ),
+        click.option(
+            "--component",
+            default="transformer",
+            show_default=True,
+            help="Which model of the pipeline.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("model")
+@recipe_options
+@model_options
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write."
+)
+@click.option("--stats", type=click.Path(path_type=Path), help="Statistics from dtq calibrate.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="LAYER",
+    help="Layer to keep: name, prefix, component or re:PATTERN.",
+)
+@click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, no progress bars.")
+def quantize(
+    model: str,
+    output: Path,
+    stats: Path | None,
+    keep: tuple[str, ...],
+    shard_size: str,
+    overwrite: bool,
+    as_json: bool,
+    dtype: str,
+    component: str,
+    **choices: Any,
+) -> None:
+    """Quantize MODEL and write a diffusers folder.
+
+    \b
+    dtq quantize demo --recipe w4a8 -o demo-w4a8
+    dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
+    dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
+    """
+    chosen = _recipe(choices)
+    checkpoint.check_free(output, overwrite=overwrite)
+    statistics = store.load(stats) if stats else None
+    started = time.monotonic()
+    with _quiet(as_json):
+        opened = source.open_source(model, dtype=dtype, component=component)
+        _, plan = plan_source(opened, chosen, keep)
+        _check_disk(opened.model, plan, opened.dtype, output)
+        report = quantize_source(
+            opened, chosen, statistics=statistics, skip=keep, progress=not as_json
+        )
+        saveable = opened.pipeline if opened.pipeline is not None else opened.model
+        with checkpoint.whole_folder(output, overwrite=overwrite) as side:
+            checkpoint.save_into(saveable, side, shard_size)
+            text = json.dumps(report.to_json(), indent=1) + "\n"
+            (side / "dtq_report.json").write_text(text, encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        _print_result(report, output, time.monotonic() - started)
+
+
+@main.command()
+@click.argument("model")
+@recipe_options
+@click.option("--component", default="transformer", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
+)
+@click.option("--keep", multiple=True, metavar="LAYER", help="Layer to keep.")
+@click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
+def plan(
+    model: str, component: str, dtype: str, keep: tuple[str, ...], as_json: bool, **choices: Any
+) -> None:
+    """Show what would happen to each layer, and what it costs, without loading weights.
+
+    \b
+    dtq plan demo --recipe w4a8
+    """
+    chosen = _recipe(choices)
+    skeleton, on_disk = source.skeleton(model, component)
+    compute = on_disk if dtype == "auto" else source.DTYPES[dtype]
+    opened = source.Source(model, None, component, skeleton)
+    scan, resolved = plan_source(opened, chosen, keep)
+    cost = estimate(skeleton, scan, resolved, chosen, compute)
+    if as_json:
+        data = {
+            **resolved.to_json(),
+            "bytes": cost.file,
+            "bytes_most": cost.file_most,
+            "memory": cost.memory,
+            "seconds": cost.seconds,
+        }
+        data["bits_gemm"] = resolved.bits(resolved.gemm())
+        data["bits_adaln"] = resolved.bits([x for x in resolved.quantized() if x.role == "adaln"])
+        click.echo(json.dumps(data))
+        return
+    _print_plan(resolved, cost, scan.traced, chosen)
+
+
+@main.command()
+@click.argument("model")
+@recipe_options
+@model_options
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File to write, .safetensors.",
+)
+def calibrate(model: str, output: Path, dtype: str, component: str, **choices: Any) -> None:
+    """Run the float model once and keep its statistics for any number of recipes.
+
+    \b
+    dtq calibrate demo -o demo-stats.safetensors
+    dtq quantize demo --recipe w4a8 --stats demo-stats.safetensors -o demo-w4a8
+    """
+    chosen = _recipe(choices)
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent}: no such folder")
+    opened = source.open_source(model, dtype=dtype, component=component)
+    scan, _ = plan_source(opened, chosen)
+    # everything, whatever this recipe needs: the file then serves other recipes too
+    needs = frozenset({"channels", "gram", "reservoir"})
+    statistics = calibrate_source(opened, scan, chosen, needs)
+    store.save(statistics, output)
+    click.echo(
+        f"{output}: {len(statistics.sites)} inputs, {statistics.about['calls']} model calls, {_size(output.stat().st_size)}"
+    )
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--component", default="transformer", show_default=True)
+@click.option(
+    "--kernels", is_flag=True, help="Show which kernel runs each layer, and why not another."
+)
+@click.option("--json", "as_json", is_flag=True)
+def inspect(folder: Path, component: str, kernels: bool, as_json: bool) -> None:
+    """Check a quantized FOLDER and show what is in it.
+
+    \b
+    dtq inspect demo-w4a8 --kernels
+    """
+    where = checkpoint.verify(_existing(folder), component)
+    model = source.model_class(where).from_pretrained(where)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, dtq.QuantLinear)]
+    rows = [
+        {
+            "name": name,
+            "shape": [m.out_features, m.in_features],
+            "weights": m.weights,
+            "acts": m.acts,
+            "hadamard": m.block,
+            "bits": 8
+            * sum(s.nbytes for s in m.specs().values())
+            / (m.in_features * m.out_features),
+            "kernel": m.kernel.name,
+            "kernels": explain(m.task),
+        }
+        for name, m in layers
+    ]
+    config = model.config["quantization_config"]
+    size = sum(f.stat().st_size for f in where.glob("*.safetensors"))
+    if as_json:
+        click.echo(json.dumps({"recipe": config.recipe, "bytes": size, "layers": rows}))
+        return
+    click.echo(
+        f"{folder}: recipe {config.recipe}, {len(rows)} quantized linears, {_size(size)}, checksums good"
+    )
+    _table(
+        ("layer", "N x K", "weights", "acts", "bits", "kernel"),
+        [
+            (
+                r["name"],
+                "x".join(map(str, r["shape"])),
+                r["weights"],
+                r["acts"],
+                f"{r['bits']:.2f}",
+                r["kernel"],
+            )
+            for r in rows
+        ],
+    )
+    if kernels:
+        for text in sorted({"; ".join(r["kernels"]) for r in rows}):
+            click.echo(f"  {text}")
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--prompt",
+    "-p",
+    "entries",
+    multiple=True,
+    help="Prompt, or class name or number. Repeat for more pictures.",
+)
+@click.option(
+    "-n",
+    "--count",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Pictures when no prompt is given.",
+)
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
+@click.option("--guidance", default=0.0, help="0: the pipeline's default.")
+@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the pictures.",
+)
+def sample(
+    model: str,
+    entries: tuple[str, ...],
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    dtype: str,
+    output: Path,
+) -> None:
+    """Make pictures with a float or quantized MODEL.
+
+    \b
+    dtq sample demo-w4a8 -p face-smiling -p cat-face -o pictures
+    """
+    from dtq.evaluate import pictures
+
+    opened = _open(model, dtype)
+    if opened.pipeline is None:
+        raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
+    how = Calibration(
+        samples=len(entries) or count, steps=steps, guidance=guidance, batch=8, seed=seed
+    )
+    requests = (
+        sets.given(list(entries), opened.pipeline)
+        if entries
+        else sets.load("auto", opened.pipeline, count)
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    every = []
+    with torch.no_grad():
+        for result in run_pipeline(opened.pipeline, requests, how):
+            every.append(torch.as_tensor(result.images).float().cpu())
+    for i, picture in enumerate(torch.cat(every)):
+        pictures.as_image(picture).save(output / f"{i:04d}.png")
+    pictures.sheet(list(torch.cat(every).split(8)), scale=2).save(output / "sheet.png")
+    click.echo(f"{output}: {len(requests.entries)} pictures and sheet.png")
+
+
+@main.command("eval")
+@click.argument("candidate")
+@click.option("--reference", required=True, help="The float model.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for report.html and eval.json."
+)
+@click.option(
+    "--samples", default=16, show_default=True, type=click.IntRange(1), help="Same-seed pictures."
+)
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
+@click.option("--guidance", default=0.0, help="0: the pipeline's default.")
+@click.option("--seed", default=1000, show_default=True, help="Not the calibration's.")
+@click.option(
+    "--set",
+    "requests",
+    default="auto",
+    show_default=True,
+    help="What to ask for, as in calibration.",
+)
+@click.option("--fid", default=0, show_default=True, help="Pictures for domain FID (emoji models).")
+@click.option(
+    "--baseline",
+    multiple=True,
+    help="Another library on the same layers: torchao-w4a8, torchao-w8a8, quanto-int4.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
+)
+@click.option("--json", "as_json", is_flag=True)
+def evaluate_(
+    candidate: str,
+    reference: str,
+    output: Path | None,
+    samples: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    requests: str,
+    fid: int,
+    baseline: tuple[str, ...],
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Compare a quantized CANDIDATE with its float model, same seeds.
+
+    \b
+    dtq eval demo-w4a8 --reference demo -o report
+    """
+    from dtq.evaluate import report, run
+
+    say: Callable[[str], None] = (
+        (lambda line: None) if as_json else (lambda line: click.echo(f"  {line}"))
+    )
+    opened, float_model = _open(candidate, dtype), _open(reference, dtype)
+    how = Calibration(
+        set=requests, samples=samples, steps=steps, guidance=guidance, batch=8, seed=seed
+    )
+    result = run.evaluate(opened, float_model, how, baselines=baseline, fid_samples=fid, say=say)
+    result.quantization = run.quantization_report(opened.path)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "eval.json").write_text(
+            json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8"
+        )
+        (output / "report.html").write_text(report.render(result), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+        return
+    _table(
+        ("model", "per-step error", "worst step", "bits", "PSNR", "SSIM", "FID to float"),
+        [
+            (
+                r.name,
+                f"{r.error:.2e}",
+                f"{max(r.error_steps):.2e}",
+                _or(r.bits, ".2f"),
+                _or(r.psnr, ".1f"),
+                _or(r.ssim, ".4f"),
+                _or(r.fid_float, ".2f"),
+            )
+            for r in result.rows
+        ],
+    )
+    click.echo(report.verdict(result)[1])
+    if output is not None:
+        click.echo(f"report: {output / 'report.html'}")
+
+
+@main.group()
+def recipe() -> None:
+    """List, show, check and copy recipes."""
+
+
+@recipe.command("ls")
+def recipe_ls() -> None:
+    """Names and one line each."""
+    _table(("recipe", "about"), [(name, Recipe.load(name).about) for name in names()])
+
+
+@recipe.command("show")
+@click.argument("name")
+def recipe_show(name: str) -> None:
+    """A recipe with every default filled in."""
+    click.echo(
+        yaml.safe_dump(Recipe.load(name).to_dict(), sort_keys=False, allow_unicode=True).rstrip()
+    )
+
+
+@recipe.command("check")
+@click.argument("files", nargs=-1, required=True)
+def recipe_check(files: Sequence[str]) -> None:
+    """Report every mistake in recipe FILES."""
+    broken = 0
+    for file in files:
+        try:
+            Recipe.load(file)
+            click.echo(f"{file}: good")
+        except DtqError as error:
+            broken += 1
+            click.echo(str(error), err=True)
+    if broken:
+        sys.exit(1)
+
+
+@recipe.command("cp")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path))
+def recipe_cp(name: str, target: Path) -> None:
+    """Copy a recipe to TARGET to edit it."""
+    if target.exists():
+        raise InputError(f"{target} exists; choose another name")
+    if target.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{target}: a recipe file ends in .yaml")
+    shutil.copyfile(find(name), target)
+    click.echo(f"{target}: edit it, then dtq recipe check {target}")
+
+
+@main.command()
+def doctor() -> None:
+    """Say what this machine has, what runs on it, and what is missing."""
+    import importlib.util
+    import platform
+
+    from dtq import demo
+
+    rows = [
+        ("python", platform.python_version()),
+        ("dtq", dtq.__version__),
+        ("torch", torch.__version__),
+    ]
+    for package in (
+        "diffusers",
+        "safetensors",
+        "accelerate",
+        "peft",
+        "datasets",
+        "torchmetrics",
+        "matplotlib",
+        "torchao",
+        "optimum.quanto",
+    ):
+        rows.append(
+            (package, _version(package) if _found(importlib.util, package) else "not installed")
+        )
+    if torch.cuda.is_available():
+        rows.append(
+            (
+                "gpu",
+                f"{torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}",
+            )
+        )
+    else:
+        rows.append(("gpu", "none that torch can use; everything runs on the CPU"))
+    rows.append(
+        ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    )
+    rows.append(
+        (
+            "kernels",
+            ", ".join(k.name for k in KERNELS)
+            + " (torch reference ops; no compiled extension in this version)",
+        )
+    )
+    rows.append(("compiler", shutil.which("g++") or "none; not needed by this version"))
+    rows.append(("nvcc", shutil.which("nvcc") or "none; not needed by this version"))
+    rows.append(
+        (
+            "bundled model",
+            _size(sum(f.stat().st_size for f in demo.folder().rglob("*") if f.is_file())),
+        )
+    )
+    _table(("what", "here"), rows)
+
+
+def _found(util: Any, package: str) -> bool:
+    try:
+        return util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package.replace(".", "-"))
+    except PackageNotFoundError:
+        return "present"
+
+
+def _recipe(choices: dict[str, Any]) -> Recipe:
+    """The recipe with --set and the shortcuts applied."""
+    chosen = Recipe.load(choices["recipe"])
+    data = chosen.to_dict()
+    data.pop("name")
+    settings = list(choices["settings"])
+    for option, key in (
+        ("calibration", "set"),
+        ("samples", "samples"),
+        ("steps", "steps"),
+        ("guidance", "guidance"),
+        ("seed", "seed"),
+    ):
+        if choices[option] is not None:
+            data["calibration"][key] = choices[option]
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: expected KEY=VALUE")
+        _put(data, key.split("."), yaml.safe_load(text), setting)
+    return Recipe.load(chosen, **data)
+
+
+def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
+    for step in path[:-1]:
+        below = data.get(step)
+        if isinstance(below, str):  # a method without knobs: solver.gptq.damp
+            below = {below: {}}
+        if not isinstance(below, dict):
+            raise InputError(f"--set {setting}: {step!r} has no keys")
+        if below is not data.get(step):
+            data[step] = below
+        data = below
+    data[path[-1]] = value
+
+
+def _open(model: str, dtype: str) -> source.Source:
+    """Open a model; a dtq checkpoint is verified first, so that damage is one clear line."""
+    path = Path(model)
+    if path.is_dir() and source.folder_kind(path) == "pipeline":
+        config = path / "transformer" / "config.json"
+        if config.is_file() and "quantization_config" in source.read_json(config):
+            checkpoint.verify(path)
+    return source.open_source(model, dtype=dtype)
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder")
+    return folder
+
+
+def _check_disk(model: torch.nn.Module, plan: Plan, dtype: torch.dtype, output: Path) -> None:
+    """Say early that the disk is too full, not after the work."""
+    from dtq.estimate import file_tensors
+
+    parent = output.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    needed = checkpoint.predicted_bytes(file_tensors(model, plan, dtype))
+    free = shutil.disk_usage(parent).free
+    if free < 1.1 * needed:
+        raise InputError(f"{parent}: {_size(free)} free, the checkpoint needs {_size(needed)}")
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    from diffusers.utils import logging as diffusers_logging
+
+    if quiet:
+        diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            diffusers_logging.enable_progress_bar()
+
+
+def _print_plan(plan: Plan, cost: Estimate, traced: bool, chosen: Recipe) -> None:
+    rows = []
+    for x in plan.layers:
+        how = "kept" if x.kept else f"{x.transform.name}, {x.solver.name}"
+        bits = "" if x.kept else f"{x.bits(plan.bins):.2f}"
+        rows.append(
+            (
+                x.name,
+                x.role,
+                "x".join(map(str, x.shape)),
+                x.weights or "-",
+                x.acts if not x.kept else "-",
+                bits,
+                how,
+                x.note,
+            )
+        )
+    _table(("layer", "role", "N x K", "weights", "acts", "bits", "how", "note"), rows)
+    modulation = [x for x in plan.quantized() if x.role == "adaln"]
+    click.echo()
+    if not traced:
+        click.echo(
+            "no inputs could be made up for this class: layers were sorted by name, not by a traced forward"
+        )
+    other = [x.name for x in plan.layers if x.role == "other"]
+    if other:
+        click.echo(
+            f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
+        )
+    click.echo(f"attention and feed-forward  {plan.bits(plan.gemm()):.3f} bits per weight")
+    if modulation:
+        click.echo(f"modulation                  {plan.bits(modulation):.3f} bits per weight")
+    click.echo(
+        f"file                        {cost.file} bytes ({_size(cost.file)}); float {_size(cost.float_file)}"
+    )
+    if cost.file_most > cost.file:
+        click.echo(
+            f"  at most                   {_size(cost.file_most)} if the guard spends its whole budget ({chosen.guard.budget} bits)"
+        )
+    click.echo(f"peak memory                 about {_size(cost.memory)}")
+    click.echo(
+        f"time                        {'unknown' if cost.seconds is None else f'about {_duration(cost.seconds)} on this machine'}"
+    )
+
+
+def _print_result(report: Report, output: Path, seconds: float) -> None:
+    plan = report.plan
+    promoted = [x for x in report.layers if x.promoted]
+    worst = sorted(
+        (x for x in report.layers if x.error is not None), key=lambda x: -(x.error or 0)
+    )[:5]
+    click.echo(
+        f"{output}: {len(plan.quantized())} linears, {plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight, {_duration(seconds)}"
+    )
+    if worst:
+        _table(
+            ("worst layers", "weights", "output error", "transform"),
+            [(x.name, x.weights, f"{x.error:.1e}", x.transform) for x in worst],
+        )
+    for x in promoted:
+        click.echo(f"promoted {x.name} to {x.weights}: error {x.error_before:.1e} -> {x.error:.1e}")
+    click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    lines = [tuple(map(str, row)) for row in (head, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for i, line in enumerate(lines):
+        click.echo("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+        if i == 0:
+            click.echo("  ".join("-" * w for w in widths))
+
+
+def _or(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantizing will cost, before any of it is done: file size, memory, time."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dtq.checkpoint import predicted_bytes
+from dtq.families import Scan
+from dtq.plan import Plan
+from dtq.recipe import Recipe
+
+_TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in bytes, time in seconds.
+
+    Attributes:
+        file: exact size of the transformer's safetensors file when nothing is promoted.
+        file_most: with the guard's whole budget spent.
+        float_file: of the float transformer in the compute dtype.
+        memory: peak while quantizing, all statistics in memory.
+        seconds: on this machine, None when the model could not be traced.
+    """
+
+    file: int
+    file_most: int
+    float_file: int
+    memory: int
+    seconds: float | None
+
+
+def estimate(
+    model: nn.Module, scan: Scan, plan: Plan, recipe: Recipe, dtype: torch.dtype
+) -> Estimate:
+    """Work out the cost of a plan.
+
+    Args:
+        model: the float transformer; the meta device will do.
+        scan: its linears.
+        plan: what happens to them.
+        recipe: for its calibration and guard.
+        dtype: compute dtype, that of every kept tensor.
+    """
+    tensors = file_tensors(model, plan, dtype)
+    file = predicted_bytes(tensors)
+    gemm = sum(math.prod(x.shape) for x in plan.gemm())
+    spare = max(0.0, recipe.guard.budget - plan.bits(plan.gemm())) if recipe.guard.to else 0.0
+    floats = sum(t.numel() * dtype.itemsize for t in model.state_dict().values())
+    needs = recipe.needs()
+    return Estimate(
+        file,
+        file + round(spare * gemm / 8),
+        floats,
+        peak_memory(plan, needs, floats),
+        _seconds(scan, plan, recipe) if scan.traced else None,
+    )
+
+
+def file_tensors(
+    model: nn.Module, plan: Plan, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor that the quantized file will hold."""
+    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        kept = torch.float32 if any(part in wide for part in key.split(".")) else dtype
+        tensors[key] = (tuple(tensor.shape), kept if tensor.is_floating_point() else tensor.dtype)
+    for layer in plan.quantized():
+        for part, spec in layer.stored(plan.bins).items():
+            tensors[f"{layer.name}.{part}"] = (spec.shape, spec.dtype)
+    return tensors
+
+
+def peak_memory(plan: Plan, needs: frozenset[str], float_bytes: int) -> int:
+    """Bytes at the peak: the float model, statistics of every site, the work on the largest."""
+    statistics = 0
+    for layer in plan.quantized():  # sites share, so this is an upper bound
+        columns = layer.shape[1]
+        statistics += 4 * columns * columns * ("gram" in needs)
+        statistics += 4 * columns * max(256, min(4096, 2**22 // columns)) * ("reservoir" in needs)
+    largest = max((math.prod(x.shape) for x in plan.quantized()), default=0)
+    widest = max((x.shape[1] for x in plan.quantized()), default=0)
+    return float_bytes + statistics + 6 * 4 * largest + 3 * 8 * widest**2
+
+
+def _seconds(scan: Scan, plan: Plan, recipe: Recipe) -> float:
+    rate = _multiply_rate()
+    shapes = {x.name: x.shape for x in scan.linears()}
+    forward = sum(2 * rows * math.prod(shapes[n]) for n, rows in scan.rows.items()) / _TRACED_BATCH
+    c = recipe.calibration
+    calls = c.samples * (c.steps or 50) * 2  # both branches of guidance
+    total = 1.5 * forward * calls / rate if recipe.needs() else 0.0
+    for layer in plan.quantized():
+        weights, columns = math.prod(layer.shape), layer.shape[1]
+        if layer.transform.name == "search":
+            total += 100 * (2 * 1024 * weights / rate + 40 * weights / 1e9)
+        if layer.solver.name == "gptq":
+            total += 4 * weights * columns / rate + columns * 4e-4
+    return total
+
+
+def _multiply_rate() -> float:
+    """Floating point operations per second of a float32 product on this machine."""
+    a = torch.randn(768, 768)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768**3 / best

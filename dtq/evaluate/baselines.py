@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``BASELINES``: other libraries on the same layers, so that every table has their row.
+
+Each entry quantizes the given linears of a float model in place and leaves everything else,
+modulation included, in float: what we compare with has that advantage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtq.errors import InputError
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A row of the table.
+
+    Attributes:
+        about: what it does, in the other library's words.
+        apply: ``(model, names of linears)``, changes the model in place.
+        bits: stored bits per weight of a quantized linear, metadata counted, codes packed.
+    """
+
+    about: str
+    apply: Callable[[nn.Module, Sequence[str]], None]
+    bits: Callable[[nn.Module], float]
+
+
+def _torchao(bits: int) -> Callable[[nn.Module, Sequence[str]], None]:
+    def apply(model: nn.Module, names: Sequence[str]) -> None:
+        api = _import("torchao.quantization", "torchao")
+        wanted = set(names)
+        if bits == 8:
+            config = api.Int8DynamicActivationInt8WeightConfig()
+        else:
+            config = api.Int8DynamicActivationIntxWeightConfig(
+                weight_dtype=torch.int4, weight_granularity=api.PerGroup(64)
+            )
+        api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
+
+    return apply
+
+
+def _quanto(model: nn.Module, names: Sequence[str]) -> None:
+    quanto = _import("optimum.quanto", "optimum-quanto")
+    quanto.quantize(model, weights=quanto.qint4, include=list(names))
+    quanto.freeze(model)
+
+
+def _torchao_bits(linear: nn.Module) -> float:
+    weight: Any = linear.weight
+    bits = 4 if "Intx" in type(weight).__name__ else 8
+    side = [getattr(weight, n, None) for n in ("scale", "zero_point")]
+    side = [t for t in side if isinstance(t, torch.Tensor)]
+    return bits + 8 * sum(t.numel() * t.element_size() for t in side) / weight.numel()
+
+
+def _quanto_bits(linear: nn.Module) -> float:
+    weight: Any = linear.weight
+    side = [t for t in (weight._scale, weight._shift) if isinstance(t, torch.Tensor)]
+    return 4 + 8 * sum(t.numel() * t.element_size() for t in side) / weight.numel()
+
+
+BASELINES: dict[str, Baseline] = {
+    "torchao-w4a8": Baseline(
+        "torchao int8 dynamic activations, int4 weights g64", _torchao(4), _torchao_bits
+    ),
+    "torchao-w8a8": Baseline(
+        "torchao int8 dynamic activations, int8 weights", _torchao(8), _torchao_bits
+    ),
+    "quanto-int4": Baseline(
+        "optimum-quanto qint4 weights, float activations", _quanto, _quanto_bits
+    ),
+}
+
+
+def find(name: str) -> Baseline:
+    """A baseline by name.
+
+    Raises:
+        InputError: no such baseline.
+    """
+    if name not in BASELINES:
+        raise InputError(f"unknown baseline {name!r}; there are {', '.join(BASELINES)}")
+    return BASELINES[name]
+
+
+def _import(module: str, package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"this baseline needs {package}: pip install dtq[eval]") from error
