@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from dtq import checkpoint
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
-from dtq.nn.linear import QuantLinear, check_part, from_disk, linear_specs, to_disk
+from dtq.nn.linear import QuantLinear, check_part, from_disk, to_disk
 from dtq.nn.swap import finish, swap_empty
-from dtq.plan import Plan
+from dtq.plan import Plan, part_specs
 
 log = logging.getLogger("dtq")
 
-OnTheFly = Callable[[nn.Module, DTQConfig, list[str]], None]
-"""Quantize a loaded float model in place: model, config, names to keep."""
+OnTheFly = Callable[[nn.Module, DTQConfig, list[str]], object]
+"""Quantize a loaded float model in place: model, config, names to keep; returns the report."""
 
 
 class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -42,6 +42,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._reader: checkpoint.Reader | None = None
         self._keep: list[str] = []
+        self.report: object = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what would silently change the weights."""
@@ -123,7 +124,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             finish(model, self.quantization_config.load_plan().edges)
         else:
             assert DTQQuantizer.on_the_fly is not None
-            DTQQuantizer.on_the_fly(model, self.quantization_config, self._keep)
+            self.report = DTQQuantizer.on_the_fly(model, self.quantization_config, self._keep)
         return model
 
     def get_state_dict_and_metadata(
@@ -164,15 +165,17 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return True
 
 
-def mark(model: nn.Module, plan: Plan, edges: tuple[float, ...], config: DTQConfig) -> None:
+def mark(
+    model: nn.Module, plan: Plan, edges: tuple[float, ...], dtype: torch.dtype, config: DTQConfig
+) -> None:
     """Leave a model quantized in memory in the state that ``from_pretrained`` would leave it in."""
     config.format_version = FORMAT_VERSION
     config.recipe = plan.recipe
-    config.compute_dtype = model.dtype  # type: ignore[assignment]
+    config.compute_dtype = dtype
     config.timestep_edges = list(edges)
     config.layers = {layer.name: layer.runtime() for layer in plan.quantized()}
     quantizer = DTQQuantizer(config, pre_quantized=True)
-    model.register_to_config(quantization_config=config, _pre_quantization_dtype=model.dtype)  # type: ignore[operator]
+    model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
     model.hf_quantizer = quantizer  # type: ignore[assignment]
@@ -203,7 +206,7 @@ def _as_floats(state: dict[str, Tensor], layers: dict[str, Any]) -> dict[str, Te
     tensors = dict(state)
     for name, layer in layers.items():
         # dtypes do not depend on the shape: any that every format accepts will do
-        specs = linear_specs((16, 1024), layer["weights"], layer["acts"], layer["pre_quant"], 1)
+        specs = part_specs((16, 1024), layer["weights"], layer["acts"], layer["pre_quant"], 1)
         for part, spec in specs.items():
             tensors[f"{name}.{part}"] = to_disk(tensors[f"{name}.{part}"], spec)
     return tensors

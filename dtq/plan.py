@@ -28,6 +28,18 @@ class Call:
     knobs: tuple[tuple[str, Any], ...] = ()
 
 
+def part_specs(
+    shape: tuple[int, int], weights: str, acts: str, pre_quant: bool, bins: int
+) -> dict[str, Spec]:
+    """Shape and on-disk dtype of every stored part of a quantized linear (N, K), bias aside."""
+    specs = dict(FORMATS[weights].layout(shape))
+    if pre_quant:
+        specs["pre_quant_scale"] = Spec((1, shape[1]), torch.bfloat16)
+    if ACTS[acts].static:
+        specs["input_scale"] = Spec((1, bins), torch.float32)
+    return specs
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """One linear (N, K): how its weight and input are kept, and how that is found.
@@ -62,12 +74,7 @@ class LayerPlan:
 
     def stored(self, bins: int = 1) -> dict[str, Spec]:
         """Shape and dtype of every part that the file holds for this layer, bias aside."""
-        specs = dict(FORMATS[self.weights].layout(self.shape))
-        if self.pre_quant:
-            specs["pre_quant_scale"] = Spec((1, self.shape[1]), torch.bfloat16)
-        if ACTS[self.acts].static:
-            specs["input_scale"] = Spec((1, bins), torch.float32)
-        return specs
+        return part_specs(self.shape, self.weights, self.acts, self.pre_quant, bins)
 
     def nbytes(self, bins: int = 1, kept_dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the weight and everything that belongs to it, bias aside."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dtq.calibrate import engine
+from dtq.calibrate import engine, sets
 from dtq.calibrate.engine import Statistics
 from dtq.calibrate.stats import SiteStats
 from dtq.config import DTQConfig
@@ -160,8 +160,12 @@ def quantize_source(
     inputs: Iterable[dict[str, Any]] | None = None,
     skip: Sequence[str] = (),
     progress: bool = True,
+    config: DTQConfig | None = None,
 ) -> Report:
-    """Quantize the model of an opened source in place; see :func:`quantize`."""
+    """Quantize the model of an opened source in place; see :func:`quantize`.
+
+    ``config`` is the one that diffusers already holds, when it does; it is completed.
+    """
     scan, plan = plan_source(source, recipe, skip)
     needs = recipe.needs()
     if statistics is None and needs and not _data_free(recipe):
@@ -175,12 +179,19 @@ def quantize_source(
     solved = _solve_all(source.model, scan, plan, recipe, statistics, report, progress)
     plan = _guard(source.model, scan, plan, recipe, statistics, solved)
     report.plan = plan
+    dtype = source.dtype  # before the first swap
     for layer in plan.quantized():
         result = solved.pop(layer.name)
         report.layers.append(result.report)
-        _swap(source.model, result, plan.bins, source.dtype)
+        _swap(source.model, result, plan.bins, dtype)
     finish(source.model, report.edges)
-    mark(source.model, plan, report.edges, DTQConfig(recipe.name, list(skip) or None))
+    mark(
+        source.model,
+        plan,
+        report.edges,
+        dtype,
+        config or DTQConfig(modules_to_not_convert=list(skip) or None),
+    )
     source.model.hf_quantizer.report = report  # type: ignore[union-attr, assignment]
     return report
 
@@ -218,26 +229,19 @@ def calibrate_source(
     )
 
 
-def on_the_fly(model: nn.Module, config: DTQConfig, keep: list[str]) -> None:
+def on_the_fly(model: nn.Module, config: DTQConfig, keep: list[str]) -> Report:
     """What ``from_pretrained(..., quantization_config=DTQConfig(...))`` does to a float model."""
-    recipe = Recipe.load(config.recipe, **{k: v for k, v in config.extra.items()})
+    recipe = Recipe.load(config.recipe, **config.extra)
     source = Source(type(model).__name__, None, "transformer", model)
+    model.is_quantized = False  # type: ignore[assignment]  # diffusers says so before it is done
     skip = [*(config.modules_to_not_convert or ()), *keep]
-    quantizer = getattr(model, "hf_quantizer", None)
-    model.is_quantized = False  # type: ignore[assignment]
-    report = quantize_source(source, recipe, skip=skip, progress=False)
-    final = model.config["quantization_config"]  # type: ignore[index]
-    # diffusers keeps the quantizer and config it made; they must know what was done
-    config.__dict__.update(final.__dict__)
-    del quantizer, report
+    return quantize_source(source, recipe, skip=skip, progress=False, config=config)
 
 
 def _first_call(source: Source) -> Any:
     """How to trace one forward: made-up inputs for a known family, else one step of the pipeline."""
     if source.family is not None or source.pipeline is None:
         return None
-    from dtq.calibrate import sets
-
     pipeline, once = source.pipeline, replace(Recipe().calibration, samples=1, steps=1, batch=1)
 
     def run(model: nn.Module) -> None:

@@ -17,13 +17,11 @@ from tqdm.auto import tqdm
 from dtq.calibrate import sets
 from dtq.calibrate.stats import Origin, SiteStats
 from dtq.errors import InputError
-from dtq.families import Site
+from dtq.families import TIME_ARGUMENTS, Site
 from dtq.recipe import Calibration
 from dtq.source import Source, made_inputs
 
 log = logging.getLogger("dtq")
-
-_TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
 
 
 @dataclass
@@ -123,7 +121,7 @@ def calibrate(
 def timestep_argument(model: nn.Module) -> str | None:
     """Name of the forward argument that carries the timestep, None when there is none."""
     parameters = inspect.signature(model.forward).parameters
-    return next((name for name in _TIME_ARGUMENTS if name in parameters), None)
+    return next((name for name in TIME_ARGUMENTS if name in parameters), None)
 
 
 def run_pipeline(

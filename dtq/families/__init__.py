@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from dtq.families import inputs
-from dtq.families.base import ROLES, Family, Linear, Scan, Site
+from dtq.families.base import ROLES, TIME_ARGUMENTS, Family, Linear, Scan, Site
 from dtq.families.scan import scan, scan_names
 
 FAMILIES: tuple[Family, ...] = (
@@ -24,4 +24,15 @@ def find(model: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if name in family.classes), None)
 
 
-__all__ = ["FAMILIES", "ROLES", "Family", "Linear", "Scan", "Site", "find", "scan", "scan_names"]
+__all__ = [
+    "FAMILIES",
+    "ROLES",
+    "TIME_ARGUMENTS",
+    "Family",
+    "Linear",
+    "Scan",
+    "Site",
+    "find",
+    "scan",
+    "scan_names",
+]

@@ -29,6 +29,9 @@ ROLES: dict[str, str] = {
 }
 """The vocabulary of recipes."""
 
+TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
+"""What diffusers' transformers call the timestep."""
+
 
 @dataclass(frozen=True)
 class Linear:

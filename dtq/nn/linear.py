@@ -11,6 +11,7 @@ tensors (``torch_dtype``, ``.to``, layerwise casting) can touch them. On disk th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, Parts, Spec
 from dtq.formats.acts import ACTS
 from dtq.kernels.table import Kernel, Task, pick
+from dtq.plan import part_specs
 from dtq.transforms.hadamard import fwht
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -96,7 +98,7 @@ class QuantLinear(nn.Linear):
 
     def specs(self) -> dict[str, Spec]:
         """Shape and on-disk dtype of every part this layer owns."""
-        return linear_specs(
+        return part_specs(
             (self.out_features, self.in_features),
             self.weights,
             self.acts,
@@ -130,11 +132,17 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """float (..., K) to float (..., N) in the dtype of ``x``."""
         rows = x.reshape(-1, self.in_features)  # (M, K)
+        if torch.is_grad_enabled() and (rows.requires_grad or _learns(self.bias)):
+            y = _StraightThrough.apply(rows, self.bias, self)
+        else:
+            y = self._multiply(rows, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         weight = {name: self.part(name) for name in self.task.weights.layout(self._shape)}
         pre_scale = self.part("pre_quant_scale").reshape(-1) if self.pre_quant else None
         act_scale = self._step_scale() if self.task.acts.static else None
-        y = self.kernel.call(self.task, rows, weight, pre_scale, act_scale, self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return self.kernel.call(self.task, rows, weight, pre_scale, act_scale, bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float matrix (N, K) that multiplies the untransformed input."""
@@ -165,16 +173,23 @@ class QuantLinear(nn.Linear):
         return table.index_select(0, self._clock[0].bin.to(table.device))
 
 
-def linear_specs(
-    shape: tuple[int, int], weights: str, acts: str, pre_quant: bool, bins: int
-) -> dict[str, Spec]:
-    """Shape and on-disk dtype of the parts of a quantized linear (N, K)."""
-    specs = dict(FORMATS[weights].layout(shape))
-    if pre_quant:
-        specs["pre_quant_scale"] = Spec((1, shape[1]), torch.bfloat16)
-    if ACTS[acts].static:
-        specs["input_scale"] = Spec((1, bins), torch.float32)
-    return specs
+class _StraightThrough(torch.autograd.Function):
+    """Gradients for adapters trained on top: those of the dequantized layer, rounding ignored."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantLinear) -> Tensor:
+        ctx.layer, ctx.has_bias = layer, bias is not None
+        return layer._multiply(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad,) = grads  # (M, N)
+        down = grad @ ctx.layer.dequantize(grad.dtype)  # (M, K)
+        return down, grad.sum(0) if ctx.has_bias else None, None
+
+
+def _learns(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
 
 
 def check_part(key: str, tensor: Tensor, spec: Spec) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
+from dtq.families import TIME_ARGUMENTS
 from dtq.nn.linear import QuantLinear, StepClock
 from dtq.plan import LoadPlan
 
 _CLOCK = "_dtq_clock"
-_TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
 
 
 def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> None:
@@ -71,13 +71,13 @@ def install_clock(model: nn.Module, edges: tuple[float, ...]) -> None:
 
 def _tell_time(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     clock = getattr(module, _CLOCK)
-    for name in _TIME_ARGUMENTS:
+    for name in TIME_ARGUMENTS:
         if isinstance(kwargs.get(name), Tensor):
             clock.set(kwargs[name])
             return
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     for name, value in zip(names, args, strict=False):
-        if name in _TIME_ARGUMENTS and isinstance(value, Tensor):
+        if name in TIME_ARGUMENTS and isinstance(value, Tensor):
             clock.set(value)
             return
     raise ValueError("static activation scales need the timestep as a tensor argument")

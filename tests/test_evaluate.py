@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics against known answers and other libraries, and the report."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import tiny
+import torch
+
+import dtq
+from dtq.calibrate import sets
+from dtq.errors import InputError
+from dtq.evaluate import baselines, drift, fid, pictures, report, run
+from dtq.recipe import Calibration
+from dtq.source import open_source
+
+HOW = Calibration(samples=4, steps=3, batch=2, seed=5)
+
+
+def test_a_model_has_no_error_against_itself():
+    pipe = tiny.pipeline()
+    truth = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+    again = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+    assert truth.steps() == 3
+    assert drift.teacher_forced(truth, pipe.transformer) == [0.0] * 3
+    assert drift.free_running(truth, again) == [0.0] * 3
+
+
+def test_teacher_forced_error_has_the_known_value():
+    pipe = tiny.pipeline()
+    truth = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+    pipe.transformer.proj_out_2.weight.data *= 1.1
+    pipe.transformer.proj_out_2.bias.data *= 1.1
+    for value in drift.teacher_forced(truth, pipe.transformer):
+        assert value == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_broken_model_has_infinite_error():
+    assert drift.relative_error(torch.tensor([1.0, math.nan]), torch.ones(2)) == math.inf
+
+
+def test_requests_do_not_depend_on_the_batch_size():
+    pipe = tiny.pipeline()
+    requests = sets.load("auto", pipe, 4)
+    a, b = (
+        torch.cat(drift.record(pipe, pipe.transformer, requests, Calibration(samples=4, steps=2, batch=n)).pictures)
+        for n in (1, 4)
+    )
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_frechet_distance():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(500, 16, generator=g), 2 * torch.randn(400, 16, generator=g) + 1
+    assert fid.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert fid.frechet(a, b) == pytest.approx(fid.frechet(b, a))
+    # Gaussians N(0, I) and N(1, 4 I): 16 * (1 + (2 - 1)^2)
+    big = torch.randn(200_000, 4, generator=g), 2 * torch.randn(200_000, 4, generator=g) + 1
+    assert fid.frechet(*big) == pytest.approx(8, rel=0.02)
+
+
+def test_frechet_distance_agrees_with_torchmetrics():
+    torchmetrics = pytest.importorskip("torchmetrics.image.fid")
+
+    class Flat(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(300, 3, 2, 2, generator=g), torch.rand(200, 3, 2, 2, generator=g) ** 2
+    metric = torchmetrics.FrechetInceptionDistance(feature=Flat(), normalize=True)
+    metric.set_dtype(torch.float64)
+    metric.update(a.double(), real=True)
+    metric.update(b.double(), real=False)
+    assert fid.frechet(a.flatten(1), b.flatten(1)) == pytest.approx(float(metric.compute()), rel=1e-4)
+
+
+def test_psnr_and_ssim():
+    a = torch.rand(2, 3, 32, 32)
+    b = (a + 0.1).clamp(0, 1)
+    want = -10 * torch.log10((a - b).square().flatten(1).mean(1))
+    torch.testing.assert_close(pictures.psnr(b, a).float(), want)
+    assert pictures.psnr(a, a).isinf().all()
+    torch.testing.assert_close(pictures.ssim(a, a), torch.ones(2))
+    assert pictures.ssim(torch.rand(2, 3, 32, 32), a).max() < 0.5
+
+
+def test_evaluation_and_report(float_folder, quantized_folder):
+    result = run.evaluate(open_source(quantized_folder), open_source(float_folder), HOW)
+    row = result.rows[0]
+    assert 0 < row.error < 0.01
+    assert len(row.error_steps) == len(row.divergence) == 3
+    assert row.divergence[0] == 0.0  # both start from the same noise
+    assert row.psnr > 20
+    assert 4 < row.bits < 5
+    page = report.render(result)
+    close, sentence = report.verdict(result)
+    assert close
+    assert sentence in page
+    assert "data:image/png;base64" in page
+    assert page.count("<svg") >= 2
+    assert not re.search(r"(src|href)=['\"]?https?:", page)  # self-contained
+
+
+def test_the_verdict_of_a_bad_model_is_bad(float_folder, tmp_path):
+    pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False)
+    for block in pipe.transformer.transformer_blocks:
+        block.ff.net[2].weight_scale.data = (block.ff.net[2].part("weight_scale") * 3).view(torch.int32)
+    result = run.evaluate(open_source(pipe), open_source(float_folder), HOW)
+    assert not report.verdict(result)[0]
+
+
+def test_what_cannot_be_compared():
+    pipe = open_source(tiny.pipeline())
+    with pytest.raises(InputError, match="bare transformers"):
+        run.evaluate(open_source(tiny.dit()), pipe, HOW)
+    with pytest.raises(InputError, match="unknown baseline"):
+        run.evaluate(pipe, pipe, HOW, baselines=["gptqq"])
+
+
+@pytest.mark.parametrize("name", baselines.BASELINES)
+def test_baselines_change_only_the_layers_they_are_given(name):
+    pytest.importorskip("torchao" if "torchao" in name else "optimum.quanto")
+    model, plain = tiny.dit(), tiny.dit()
+    chosen = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".ff." in n]
+    baselines.find(name).apply(model, chosen)
+    x = torch.randn(2, 4, 8, 8)
+    arguments = {"timestep": torch.tensor([5, 5]), "class_labels": torch.tensor([1, 2])}
+    with torch.no_grad():
+        error = drift.relative_error(model(x, **arguments)[0], plain(x, **arguments)[0])
+    assert 0 < error < 0.1
+    assert 4 <= baselines.find(name).bits(model.get_submodule(chosen[0])) < 9
+    other = "transformer_blocks.0.attn1.to_q"
+    assert torch.equal(model.get_submodule(other).weight, plain.get_submodule(other).weight)

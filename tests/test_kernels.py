@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op: schema, fake, exact integers; every kernel against the reference at awkward sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dtq.formats import FORMATS
+from dtq.formats.acts import ACTS
+from dtq.kernels import KERNELS, Task, explain, pick
+from dtq.transforms.hadamard import fwht
+
+ops = torch.ops.dtq
+ROWS = [0, 1, 17, 118]
+
+
+def operands(m, n=48, k=128, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=g)
+    w = torch.randn(n, k, generator=g) * 0.05
+    return x, w, torch.randn(n, generator=g)
+
+
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("acts", ["none", "int8-row"])
+def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
+    x, w, bias = operands(m)
+    task = Task(fmt, ACTS[acts], 64)
+    parts = fmt.pack(w, fmt.fit(w))
+    scale = (torch.rand(128) + 0.5).to(torch.bfloat16)
+    got = pick(task).call(task, x, parts, scale, None, bias)
+    want = KERNELS[-1].call(task, x, parts, scale, None, bias)
+    assert got.shape == (m, 48)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("m", [1, 17, 118])
+def test_w8a8_is_exact_integer_arithmetic(m):
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (m, 4160), dtype=torch.int8, generator=g)
+    weight = torch.randint(-127, 128, (33, 4160), dtype=torch.int8, generator=g)
+    one = torch.ones(m), torch.ones(33, 1)
+    got = ops.w8a8_linear(codes, one[0], weight, one[1], None, torch.float32)
+    assert torch.equal(got, (codes.long() @ weight.long().T).float())
+
+
+def test_packed_and_expanded_w4a8_give_the_same_bits():
+    x, w, bias = operands(17)
+    fmt = FORMATS["int4-2l-g64"]
+    parts = fmt.pack(w, fmt.fit(w))
+    codes, scale = ops.quantize_rows(x, None, 1, None)
+    packed = ops.w4a8_linear(
+        codes, scale, parts["weight"], parts["weight_scale"], parts["weight_scale_2"], bias, x.dtype
+    )
+    expanded = fmt.expand(parts["weight"], parts["weight_scale_2"])
+    assert torch.equal(
+        packed, ops.w8a8_linear(codes, scale, expanded, parts["weight_scale"], bias, x.dtype)
+    )
+
+
+def test_a_token_does_not_depend_on_its_batch():
+    x, _, _ = operands(64)
+    scale = (torch.rand(128) - 0.5).to(torch.bfloat16)
+    codes, scales = ops.quantize_rows(x, scale, 64, None)
+    for i in (0, 13, 63):
+        one, s = ops.quantize_rows(x[i : i + 1], scale, 64, None)
+        assert torch.equal(one[0], codes[i])
+        assert torch.equal(s[0], scales[i])
+
+
+def test_zero_rows_and_ties():
+    x = torch.zeros(2, 64)
+    x[1, :3] = torch.tensor([127.0, 0.5, 1.5])
+    codes, scale = ops.quantize_rows(x, None, 1, None)
+    assert codes[0].eq(0).all()
+    assert scale.tolist() == [1.0, 1.0]
+    assert codes[1, :3].tolist() == [127, 0, 2]  # ties to even
+
+
+def test_quantize_rows_is_the_transform_then_rounding():
+    x, _, _ = operands(9)
+    pre = (torch.rand(128) + 0.5).to(torch.bfloat16)
+    codes, scale = ops.quantize_rows(x, pre, 32, None)
+    want = fwht(x * pre.float(), 32)
+    assert ((codes.float() * scale[:, None] - want).abs() <= scale[:, None] * 0.5001).all()
+    fixed = torch.tensor([0.01])
+    codes, scale = ops.quantize_rows(x, None, 1, fixed)
+    assert scale.eq(0.01).all()
+    assert codes.abs().max() == 127
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_op_passes_opcheck(dtype):
+    x, w, bias = operands(5)
+    x, bias = x.to(dtype), bias.to(dtype)
+    pre = torch.ones(128, dtype=torch.bfloat16)
+    torch.library.opcheck(ops.quantize_rows, (x, pre, 64, None))
+    codes, scale = ops.quantize_rows(x, pre, 64, None)
+    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].fit(w))
+    torch.library.opcheck(
+        ops.w8a8_linear, (codes, scale, p["weight"], p["weight_scale"], bias, dtype)
+    )
+    p = FORMATS["int4-2l-g64"].pack(w, FORMATS["int4-2l-g64"].fit(w))
+    args = (p["weight"], p["weight_scale"], p["weight_scale_2"], bias, dtype)
+    torch.library.opcheck(ops.w4a8_linear, (codes, scale, *args))
+    p = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].fit(w))
+    args = (p["weight"], p["weight_scale"], p["weight_zero_point"], 4, bias)
+    torch.library.opcheck(ops.group_a8_linear, (codes, scale, *args, dtype))
+    torch.library.opcheck(ops.group_a16_linear, (x, *args))
+
+
+def test_explain_names_every_refusal():
+    lines = explain(Task(FORMATS["int4-asym-g64"], ACTS["none"], 1))
+    assert lines[-1] == "integer-groups: used"
+    assert "not int8" in lines[0]

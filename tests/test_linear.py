@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantized linear behaves as an nn.Linear where it should, and loudly where it must not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import dtq
+from dtq.errors import CheckpointError
+from dtq.formats import FORMATS
+from dtq.nn import QuantLinear
+from dtq.transforms import Online
+from dtq.transforms.hadamard import signs
+
+
+def make(weights="int4-2l-g64", acts="int8-row", n=48, k=128, seed=0, dtype=torch.float32):
+    """A filled layer and the float weight it came from."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=g) * 0.05
+    turn = Online.of(torch.rand(k, generator=g) + 0.5, signs(k, 0), 64)
+    fmt = FORMATS[weights]
+    changed = turn.w(w)
+    layer = QuantLinear(
+        k, n, True, weights, acts, block=64, pre_quant=True, bins=4, compute_dtype=dtype
+    )
+    parts = fmt.pack(changed, fmt.fit(changed))
+    parts["pre_quant_scale"] = turn.scale.reshape(1, -1)
+    if acts == "int8-step":
+        parts["input_scale"] = torch.tensor([[0.01, 0.02, 0.04, 0.08]])
+    layer.fill(parts)
+    with torch.no_grad():
+        layer.bias.zero_()
+    return layer, w
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("acts", ["none", "int8-row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_is_close_to_the_float_layer(weights, acts, dtype):
+    layer, w = make(weights, acts, dtype=dtype)
+    x = torch.randn(2, 7, 128, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert y.shape == (2, 7, 48)
+    want = x.float() @ w.T
+    assert (y.float() - want).norm() / want.norm() < 0.2
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_dequantize_is_the_matrix_that_forward_multiplies_by(weights):
+    layer, _ = make(weights, "none")
+    x = torch.randn(5, 128)
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_other_shapes_and_strides():
+    layer, _ = make()
+    x = torch.randn(6, 128, 3).transpose(1, 2)  # (6, 3, 128), not contiguous
+    assert torch.equal(layer(x), layer(x.contiguous()))
+    assert layer(torch.randn(0, 128)).shape == (0, 48)
+    assert layer(torch.randn(128)).shape == (48,)
+
+
+def test_casts_cannot_touch_codes_or_scales():
+    layer, _ = make()
+    before = {k: v.clone() for k, v in layer.state_dict().items() if k != "bias"}
+    for cast in (layer.bfloat16, layer.half, layer.double, layer.float):
+        cast()
+    assert all(torch.equal(before[k], layer.state_dict()[k]) for k in before)
+
+
+def test_misuse_is_loud():
+    layer, _ = make()
+    assert isinstance(layer, nn.Linear)
+    assert layer.weight.dtype == torch.int8
+    with pytest.raises(RuntimeError):
+        layer.weight.data += torch.randn(48, 128)  # what a LoRA merge does
+    with pytest.raises(RuntimeError):
+        nn.functional.linear(torch.randn(3, 128), layer.weight)
+
+
+def test_copies_and_pickles():
+    layer, _ = make()
+    x = torch.randn(3, 128)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+def test_wrong_parts_are_refused_by_name():
+    layer, _ = make()
+    parts = {k: v.clone() for k, v in layer.parts().items()}
+    with pytest.raises(CheckpointError, match="weight_scale_2"):
+        layer.fill({k: v for k, v in parts.items() if k != "weight_scale_2"})
+    with pytest.raises(CheckpointError, match=r"weight_scale: expected torch.float32 \[48, 1\]"):
+        layer.fill({**parts, "weight_scale": parts["weight_scale"].half()})
+
+
+def test_static_scales_follow_the_clock():
+    layer, _ = make(acts="int8-step")
+    with pytest.raises(RuntimeError, match="clock"):
+        layer(torch.randn(1, 128))
+    clock = dtq.nn.StepClock([250.0, 500.0, 750.0])
+    layer._clock = [clock]
+    x = torch.randn(4, 128)
+    outputs = []
+    for t in (10, 300, 600, 999):
+        clock.set(torch.tensor([t]))
+        outputs.append(layer(x))
+    assert not torch.equal(outputs[0], outputs[3])
+    assert [int(clock.bin)] == [3]
+
+
+def test_one_compilation_serves_every_timestep():
+    model = dtq.quantize(
+        tiny.pipeline(), "w4a8", acts="int8-step", progress=False,
+        calibration={"samples": 4, "batch": 4, "steps": 4, "bins": 4},
+    ).transformer  # fmt: skip
+    x = torch.randn(2, 4, 8, 8)
+    label = torch.tensor([1, 2])
+    eager = [model(x, timestep=torch.tensor([t, t]), class_labels=label)[0] for t in (999, 600, 30)]
+    assert not torch.equal(eager[0], eager[2])
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    got, frames = [], []
+    for t in (999, 600, 30):
+        got.append(compiled(x, timestep=torch.tensor([t, t]), class_labels=label)[0])
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1] == frames[2]  # nothing is compiled after the first call
+    for a, b in zip(eager, got, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_numbers():
+    layer, _ = make()
+    x = torch.randn(16, 128)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_lora_trains_on_top_and_sees_the_raw_input():
+    peft = pytest.importorskip("peft")
+    layer, _ = make()
+    model = nn.Sequential()
+    model.add_module("proj", layer)
+    x = torch.randn(3, 128)
+    base = model(x)
+    adapted = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=["proj"], init_lora_weights=False), model
+    )
+    lora = adapted.proj
+    delta = x @ lora.lora_A["default"].weight.T @ lora.lora_B["default"].weight.T
+    torch.testing.assert_close(
+        adapted(x), base + delta * lora.scaling["default"], rtol=1e-4, atol=1e-4
+    )
+    adapted(x).sum().backward()
+    assert lora.lora_A["default"].weight.grad is not None
+
+
+def test_gradients_pass_through_to_the_input_and_the_bias():
+    layer, _ = make()
+    layer.bias.requires_grad_(True)
+    x = torch.randn(3, 128, requires_grad=True)
+    want = layer(x.detach())
+    y = layer(x)
+    assert torch.equal(y.detach(), want.detach())
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, 128))
+    assert layer.bias.grad.eq(3).all()

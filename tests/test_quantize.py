@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The story end to end on a tiny DiT, and what each option changes."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from conftest import QUICK
+
+import dtq
+from dtq.calibrate import engine, sets, store
+from dtq.calibrate.engine import calibrate
+from dtq.errors import InputError
+from dtq.evaluate import drift
+from dtq.harden import harden
+from dtq.quantize import plan_source
+from dtq.recipe import Calibration, Recipe
+from dtq.source import Source, open_source, scan_model
+
+HOW = Calibration(samples=4, steps=4, batch=4, seed=99)
+EVERYTHING = frozenset({"channels", "gram", "reservoir"})
+
+
+@pytest.fixture(scope="module", params=["plain", "hard"])
+def truth(request):
+    pipe = tiny.pipeline()
+    if request.param == "hard":
+        harden(pipe.transformer)
+    return request.param, drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+
+
+def error_of(kind, truth, recipe, **overrides) -> float:
+    pipe = tiny.pipeline()
+    if kind == "hard":
+        harden(pipe.transformer)
+    dtq.quantize(pipe, recipe, progress=False, **{**QUICK, **overrides})
+    steps = drift.teacher_forced(truth, pipe.transformer)
+    return sum(steps) / len(steps)
+
+
+def test_recipes_come_in_the_right_order(truth):
+    kind, recorded = truth
+    errors = {r: error_of(kind, recorded, r) for r in ("w8a8", "w4a8", "rtn-w4a8")}
+    assert errors["w8a8"] < 0.3 * errors["w4a8"]
+    assert errors["w4a8"] < 0.5 * errors["rtn-w4a8"]
+
+
+def test_no_transform_is_worse_on_the_hard_twin(truth):
+    kind, recorded = truth
+    if kind == "hard":
+        alone = error_of(kind, recorded, "w4a8", transform="none")
+        assert error_of(kind, recorded, "w4a8") < 0.3 * alone
+
+
+def test_harden_is_the_same_function_with_other_activations():
+    model, twin = tiny.dit(), harden(tiny.dit())
+    x = torch.randn(4, 4, 8, 8)
+    arguments = {"timestep": torch.tensor([900] * 4), "class_labels": torch.arange(4)}
+    with torch.no_grad():
+        a, b = model(x, **arguments)[0], twin(x, **arguments)[0]
+    assert ((a - b).norm() / a.norm()) < 1e-4
+    seen = []
+    for m in (model, twin):
+        hook = m.transformer_blocks[1].ff.net[0].proj.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].abs().amax((0, 1)))
+        )
+        with torch.no_grad():
+            m(x, **arguments)
+        hook.remove()
+    plain, hard = ((p.max() / p.mean()).item() for p in seen)
+    assert hard > 4 * plain
+    with pytest.raises(InputError, match="adaLN-zero"):
+        harden(tiny.pixart())
+
+
+def test_quantizing_is_deterministic():
+    states = []
+    for _ in range(2):
+        pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **QUICK)
+        states.append(pipe.transformer.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_statistics_are_reusable_and_equal_calibrating_now(tmp_path):
+    source = open_source(tiny.pipeline())
+    recipe = Recipe.load("w4a8", **QUICK)
+    scan, _ = plan_source(source, recipe)
+    stats = calibrate(source, scan.sites, recipe.calibration, EVERYTHING, progress=False)
+    store.save(stats, tmp_path / "s.safetensors")
+    again = store.load(tmp_path / "s.safetensors")
+    now = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **QUICK).transformer.state_dict()
+    later = dtq.quantize(tiny.pipeline(), "w4a8", statistics=again, progress=False).transformer
+    assert all(torch.equal(now[k], t) for k, t in later.state_dict().items())
+    with pytest.raises(InputError, match="another model"):
+        dtq.quantize(tiny.pipeline(heads=2), "w4a8", statistics=again, progress=False)
+
+
+def test_n_processes_equal_one():
+    """Two halves of the calls, merged, are the statistics of all of them."""
+    model = tiny.dit()
+    scan = scan_model(model)
+    calls = [engine.made_inputs(model, 4, t, i) for i, t in enumerate((900.0, 700.0, 300.0, 100.0))]
+    source = Source("x", None, "transformer", model)
+    how = Calibration(bins=4)
+    whole = calibrate(source, scan.sites, how, frozenset({"channels"}), inputs=calls, progress=False)
+    half = calibrate(source, scan.sites, how, frozenset({"channels"}), inputs=calls[:2], progress=False)
+    half.merge(calibrate(source, scan.sites, how, frozenset({"channels"}), inputs=calls[2:], progress=False))
+    for name, stats in whole.sites.items():
+        for key, tensor in stats.tensors().items():
+            torch.testing.assert_close(half.sites[name].tensors()[key], tensor)
+
+
+def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
+    pipe = tiny.pipeline()
+    source = open_source(pipe)
+    scan = scan_model(source.model)
+    before = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
+    stats = calibrate(source, scan.sites, Recipe.load("w4a8", **QUICK).calibration, EVERYTHING, progress=False)
+    after = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
+    assert before == after
+    site = stats.sites["transformer_blocks.0.attn1.to_q"]
+    assert (site.channels.rows > 0).all()
+    assert set(site.reservoir.stratum.tolist()) == set(range(8))
+    assert stats.edges == (250.0, 500.0, 750.0)
+
+
+def test_the_guard_promotes_within_its_budget():
+    always = {"to": "int8-row", "above": 0.0, "budget": 6.0}
+    pipe = dtq.quantize(tiny.pipeline(), "w4a8", guard=always, progress=False, **QUICK)
+    report = pipe.transformer.hf_quantizer.report
+    promoted = [x for x in report.layers if x.promoted]
+    assert promoted
+    assert all(x.weights == "int8-row" and x.error < x.error_before for x in promoted)
+    assert 5.0 < report.plan.bits(report.plan.gemm()) <= 6.0
+    worst = max(x.error_before for x in promoted)
+    kept = [x.error for x in report.layers if not x.promoted and x.role != "adaln"]
+    assert worst > max(kept)
+    calm = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **QUICK).transformer
+    assert not any(x.promoted for x in calm.hf_quantizer.report.layers)
+
+
+def test_bias_correction_removes_the_mean_error():
+    errors = {}
+    for correct in (False, True):
+        pipe = dtq.quantize(tiny.pipeline(), "rtn-w4a8", correct_bias=correct, progress=False, **QUICK)
+        layer = pipe.transformer.transformer_blocks[1].ff.net[2]
+        float_layer = tiny.dit().transformer_blocks[1].ff.net[2]
+        seen = []
+        hook = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        tiny.sample(pipe)
+        hook.remove()
+        x = torch.cat([s.reshape(-1, s.shape[-1]) for s in seen])
+        with torch.no_grad():
+            errors[correct] = (layer(x) - float_layer(x)).mean(0).norm().item()
+    assert errors[True] < 0.5 * errors[False]
+
+
+def test_modulation_switch_changes_bits():
+    bits = {}
+    for how in ("w8a16", "w4a16"):
+        plan = Recipe.load("w4a8", modulation=how).plan(scan_model(tiny.dit()))
+        bits[how] = plan.bits([x for x in plan.quantized() if x.role == "adaln"])
+    assert bits["w8a16"] <= 8.4
+    assert bits["w4a16"] <= 4.4
+
+
+@pytest.mark.parametrize("acts", ["int8-row", "int8-step"])
+def test_static_and_dynamic_activations(acts):
+    pipe = tiny.pipeline()
+    recorded = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+    dtq.quantize(pipe, "w8a8", acts=acts, progress=False, **QUICK)
+    steps = drift.teacher_forced(recorded, pipe.transformer)
+    assert max(steps) < 5e-3
+
+
+def test_nothing_to_quantize_is_an_error():
+    with pytest.raises(InputError, match="leaves every layer"):
+        dtq.quantize(tiny.dit(), "w4a8", keep=["*"], progress=False)

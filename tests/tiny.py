@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of the real diffusers classes, built in milliseconds, no files, no network."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import nn
+
+
+def dit(blocks: int = 2, heads: int = 4, seed: int = 0, **more) -> DiTTransformer2DModel:
+    """A class-conditional DiT; its modulation is not zero, so that every linear matters."""
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=blocks,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+        **more,
+    )
+    return _lively(model)
+
+
+def pipeline(**more) -> DiTPipeline:
+    """A DiT pipeline with a toy VAE."""
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        mid_block_add_attention=False,
+    )
+    return DiTPipeline(dit(**more), vae.eval(), DDIMScheduler())
+
+
+def pixart() -> nn.Module:
+    torch.manual_seed(0)
+    return _lively(
+        diffusers.PixArtTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=4,
+            num_layers=2,
+            sample_size=8,
+            cross_attention_dim=128,
+            caption_channels=64,
+            num_embeds_ada_norm=1000,
+        )
+    )
+
+
+def sd3() -> nn.Module:
+    torch.manual_seed(0)
+    return _lively(
+        diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            caption_projection_dim=128,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            out_channels=4,
+            pos_embed_max_size=16,
+        )
+    )
+
+
+def flux() -> nn.Module:
+    torch.manual_seed(0)
+    return _lively(
+        diffusers.FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            axes_dims_rope=(8, 12, 12),
+        )
+    )
+
+
+def wan() -> nn.Module:
+    torch.manual_seed(0)
+    return _lively(
+        diffusers.WanTransformer3DModel(
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=4,
+            out_channels=4,
+            text_dim=64,
+            freq_dim=64,
+            ffn_dim=256,
+            num_layers=2,
+        )
+    )
+
+
+TRANSFORMERS = {"dit": dit, "pixart": pixart, "sd3": sd3, "flux": flux, "wan": wan}
+
+
+def sample(pipe: DiTPipeline, seed: int = 0, steps: int = 3) -> torch.Tensor:
+    """Two pictures, float (2, 3, H, W)."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed + i) for i in range(2)]
+    images = pipe([1, 7], generator=generator, num_inference_steps=steps, output_type="pt").images
+    return torch.as_tensor(images)
+
+
+def _lively(model: nn.Module) -> nn.Module:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "norm" in name:
+            nn.init.normal_(module.weight, std=0.05)
+    return model.eval()
