@@ -42,7 +42,7 @@ def with_checksums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the tensor's bytes, as a signed 32-bit number."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     value = zlib.crc32(data)
     return value - (1 << 32) if value >= 1 << 31 else value
 

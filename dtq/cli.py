@@ -607,13 +607,13 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
         key, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: expected KEY=VALUE")
-        _put(data, key.split("."), yaml.safe_load(text), setting)
+        _put(data, key.split("."), yaml.safe_load(text) if text else "", setting)
     return Recipe.load(chosen, **data)
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
     for step in path[:-1]:
-        below = data.get(step)
+        below: Any = data.get(step)
         if isinstance(below, str):  # a method without knobs: solver.gptq.damp
             below = {below: {}}
         if not isinstance(below, dict):

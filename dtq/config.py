@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``DTQConfig``: what ``config.json`` says of a quantized model, and what users pass to diffusers."""
+"""``DTQConfig``: what ``config.json`` says of a quantized model, and what diffusers is given."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ def harden(
 ) -> nn.Module:
     """Scale ``share`` of the channels by ``smallest`` to ``largest`` (log-uniform), in place.
 
-    The scaled input is ``s * (LN(x) * (1 + scale) + shift)``: the rows of the modulation linear that
-    make shift and scale are multiplied by s, the scale's bias becomes ``(1 + b) s - 1``. What the
-    timestep does to an outlier channel grows by s with it.
+    The scaled input is ``s * (LN(x) * (1 + scale) + shift)``: the rows of the modulation linear
+    that make shift and scale are multiplied by s, the scale's bias becomes ``(1 + b) s - 1``. What
+    the timestep does to an outlier channel grows by s with it.
 
     Args:
         model: a diffusers transformer whose blocks have ``norm1.linear`` (six chunks in the order

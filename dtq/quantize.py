@@ -239,7 +239,7 @@ def on_the_fly(model: nn.Module, config: DTQConfig, keep: list[str]) -> Report:
 
 
 def _first_call(source: Source) -> Any:
-    """How to trace one forward: made-up inputs for a known family, else one step of the pipeline."""
+    """How to trace one forward: made-up inputs if the family is known, else a pipeline step."""
     if source.family is not None or source.pipeline is None:
         return None
     pipeline, once = source.pipeline, replace(Recipe().calibration, samples=1, steps=1, batch=1)

@@ -183,7 +183,7 @@ def made_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> dic
             f"pipeline, or pass inputs=[...], a list of keyword arguments of its forward"
         )
     rng = torch.Generator().manual_seed(seed)
-    arguments = family.inputs(model, batch, torch.full((batch,), timestep), rng)
+    arguments = family.inputs(model.config, batch, torch.full((batch,), timestep), rng)
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     moved: dict[str, Any] = _move(arguments, parameter.device, parameter.dtype)
     return moved

@@ -42,7 +42,9 @@ def test_loaded_samples_equal_those_of_the_model_in_memory(recipe, dtype, float_
     assert model.dtype == dtype
     assert all(
         torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), pipe.transformer.state_dict().values(), strict=True)
+        for a, b in zip(
+            model.state_dict().values(), pipe.transformer.state_dict().values(), strict=True
+        )
     )
 
 
@@ -82,7 +84,14 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
     outputs = []
     for name in ("1", "2"):
         target = tmp_path / name
-        command = [sys.executable, "-c", script, str(Path(__file__).parent), str(quantized_folder), str(target)]
+        command = [
+            sys.executable,
+            "-c",
+            script,
+            str(Path(__file__).parent),
+            str(quantized_folder),
+            str(target),
+        ]
         subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
         outputs.append(torch.load(target))
     assert torch.equal(*outputs)
@@ -104,7 +113,9 @@ def test_the_file_has_exactly_the_bytes_that_the_plan_said(recipe, float_folder,
 def test_file_bytes_formula(tmp_path):
     dtypes = (torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16,
               torch.int16, torch.int8, torch.uint8, torch.bool)  # fmt: skip
-    tensors = {f"{n}.{i}": torch.zeros(7 * i + 1, 3, dtype=d) for i, d in enumerate(dtypes) for n in "zä"}
+    tensors = {
+        f"{n}.{i}": torch.zeros(7 * i + 1, 3, dtype=d) for i, d in enumerate(dtypes) for n in "zä"
+    }
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     said = file_bytes({k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}, {"format": "pt"})
     assert (tmp_path / "x.safetensors").stat().st_size == said
@@ -165,7 +176,10 @@ Q = "transformer_blocks.0.attn1.to_q"
 DAMAGE = {
     "newer version": (lambda q: q.update(format_version=2), "format_version.*pip install -U dtq"),
     "no version": (lambda q: q.pop("format_version"), "format_version"),
-    "unknown format": (lambda q: q["layers"][Q].update(weights="int3-x"), "unknown format 'int3-x'"),
+    "unknown format": (
+        lambda q: q["layers"][Q].update(weights="int3-x"),
+        "unknown format 'int3-x'",
+    ),
     "another format": (lambda q: q["layers"][Q].update(weights="int8-row"), f"{Q}.weight"),
     "missing key": (lambda q: q["layers"][Q].pop("acts"), "must have the keys"),
     "odd block": (lambda q: q["layers"][Q].update(block=48), "power of two"),
@@ -209,7 +223,10 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
             (Path(folder) / "half.safetensors").write_bytes(b"x")
             raise self.error
 
-    for error, expected in ((OSError(28, "No space left on device"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, expected in (
+        (OSError(28, "No space left on device"), InputError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
         Fails.error = error
         with pytest.raises(expected):
             checkpoint.write(Fails(), out)

@@ -28,12 +28,14 @@ def linears(model):
 
 def test_every_way_to_load(quantized_folder):
     pipe = DiffusionPipeline.from_pretrained(quantized_folder)
-    want = {k: v for k, v in pipe.transformer.state_dict().items()}
+    want = pipe.transformer.state_dict()
     for load in (
         lambda: DiTTransformer2DModel.from_pretrained(quantized_folder, subfolder="transformer"),
         lambda: DiTTransformer2DModel.from_pretrained(quantized_folder / "transformer"),
         lambda: AutoModel.from_pretrained(str(quantized_folder / "transformer")),
-        lambda: DiTTransformer2DModel.from_pretrained(quantized_folder / "transformer", device_map="cpu"),
+        lambda: DiTTransformer2DModel.from_pretrained(
+            quantized_folder / "transformer", device_map="cpu"
+        ),
     ):
         got = load().state_dict()
         assert got.keys() == want.keys()
@@ -83,7 +85,14 @@ def test_parallel_loading(quantized_folder, tmp_path):
         "from diffusers import DiffusionPipeline\n"
         "torch.save(tiny.sample(DiffusionPipeline.from_pretrained(sys.argv[2])), sys.argv[3])\n"
     )
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "s"), str(tmp_path / "o")]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(Path(__file__).parent),
+        str(tmp_path / "s"),
+        str(tmp_path / "o"),
+    ]
     env = {**os.environ, "HF_ENABLE_PARALLEL_LOADING": "yes"}
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env=env)
     assert torch.equal(torch.load(tmp_path / "o"), tiny.sample(pipe))

@@ -46,7 +46,11 @@ def test_requests_do_not_depend_on_the_batch_size():
     pipe = tiny.pipeline()
     requests = sets.load("auto", pipe, 4)
     a, b = (
-        torch.cat(drift.record(pipe, pipe.transformer, requests, Calibration(samples=4, steps=2, batch=n)).pictures)
+        torch.cat(
+            drift.record(
+                pipe, pipe.transformer, requests, Calibration(samples=4, steps=2, batch=n)
+            ).pictures
+        )
         for n in (1, 4)
     )
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -77,7 +81,9 @@ def test_frechet_distance_agrees_with_torchmetrics():
     metric.set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
-    assert fid.frechet(a.flatten(1), b.flatten(1)) == pytest.approx(float(metric.compute()), rel=1e-4)
+    assert fid.frechet(a.flatten(1), b.flatten(1)) == pytest.approx(
+        float(metric.compute()), rel=1e-4
+    )
 
 
 def test_psnr_and_ssim():
@@ -110,7 +116,9 @@ def test_evaluation_and_report(float_folder, quantized_folder):
 def test_the_verdict_of_a_bad_model_is_bad(float_folder, tmp_path):
     pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False)
     for block in pipe.transformer.transformer_blocks:
-        block.ff.net[2].weight_scale.data = (block.ff.net[2].part("weight_scale") * 3).view(torch.int32)
+        block.ff.net[2].weight_scale.data = (block.ff.net[2].part("weight_scale") * 3).view(
+            torch.int32
+        )
     result = run.evaluate(open_source(pipe), open_source(float_folder), HOW)
     assert not report.verdict(result)[0]
 

@@ -92,7 +92,8 @@ def test_two_level_expands_to_int8_without_wrapping(kind):
     x = matrices()[kind]
     params = fmt.fit(x)
     ends = [(c - params["zero"]) * params["scale2"] for c in (0, 15)]
-    assert min(e.min() for e in ends) >= -128 and max(e.max() for e in ends) <= 127
+    assert min(e.min() for e in ends) >= -128
+    assert max(e.max() for e in ends) <= 127
     parts = fmt.pack(x, params)
     expanded = fmt.expand(parts["weight"], parts["weight_scale_2"])
     assert torch.equal(expanded.float() * parts["weight_scale"], fmt.snap(x, params))

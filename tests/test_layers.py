@@ -49,7 +49,10 @@ def imports(path: Path) -> set[str]:
 def test_imports_point_down():
     root = Path(__file__).parent.parent / "dtq"
     files = {
-        str(p.relative_to(root).with_suffix("")).replace("/", ".").removesuffix("__init__").rstrip("."): p
+        str(p.relative_to(root).with_suffix(""))
+        .replace("/", ".")
+        .removesuffix("__init__")
+        .rstrip("."): p
         for p in root.rglob("*.py")
     }
     wrong = []

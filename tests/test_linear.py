@@ -143,7 +143,9 @@ def test_inductor_gives_the_same_numbers():
     layer, _ = make()
     x = torch.randn(16, 128)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_lora_trains_on_top_and_sees_the_raw_input():

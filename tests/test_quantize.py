@@ -62,8 +62,10 @@ def test_harden_is_the_same_function_with_other_activations():
     assert ((a - b).norm() / a.norm()) < 1e-4
     seen = []
     for m in (model, twin):
-        hook = m.transformer_blocks[1].ff.net[0].proj.register_forward_pre_hook(
-            lambda _, args: seen.append(args[0].abs().amax((0, 1)))
+        hook = (
+            m.transformer_blocks[1]
+            .ff.net[0]
+            .proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().amax((0, 1))))
         )
         with torch.no_grad():
             m(x, **arguments)
@@ -103,9 +105,17 @@ def test_n_processes_equal_one():
     calls = [engine.made_inputs(model, 4, t, i) for i, t in enumerate((900.0, 700.0, 300.0, 100.0))]
     source = Source("x", None, "transformer", model)
     how = Calibration(bins=4)
-    whole = calibrate(source, scan.sites, how, frozenset({"channels"}), inputs=calls, progress=False)
-    half = calibrate(source, scan.sites, how, frozenset({"channels"}), inputs=calls[:2], progress=False)
-    half.merge(calibrate(source, scan.sites, how, frozenset({"channels"}), inputs=calls[2:], progress=False))
+    whole = calibrate(
+        source, scan.sites, how, frozenset({"channels"}), inputs=calls, progress=False
+    )
+    half = calibrate(
+        source, scan.sites, how, frozenset({"channels"}), inputs=calls[:2], progress=False
+    )
+    half.merge(
+        calibrate(
+            source, scan.sites, how, frozenset({"channels"}), inputs=calls[2:], progress=False
+        )
+    )
     for name, stats in whole.sites.items():
         for key, tensor in stats.tensors().items():
             torch.testing.assert_close(half.sites[name].tensors()[key], tensor)
@@ -116,7 +126,9 @@ def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
     source = open_source(pipe)
     scan = scan_model(source.model)
     before = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
-    stats = calibrate(source, scan.sites, Recipe.load("w4a8", **QUICK).calibration, EVERYTHING, progress=False)
+    stats = calibrate(
+        source, scan.sites, Recipe.load("w4a8", **QUICK).calibration, EVERYTHING, progress=False
+    )
     after = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
     assert before == after
     site = stats.sites["transformer_blocks.0.attn1.to_q"]
@@ -143,7 +155,9 @@ def test_the_guard_promotes_within_its_budget():
 def test_bias_correction_removes_the_mean_error():
     errors = {}
     for correct in (False, True):
-        pipe = dtq.quantize(tiny.pipeline(), "rtn-w4a8", correct_bias=correct, progress=False, **QUICK)
+        pipe = dtq.quantize(
+            tiny.pipeline(), "rtn-w4a8", correct_bias=correct, progress=False, **QUICK
+        )
         layer = pipe.transformer.transformer_blocks[1].ff.net[2]
         float_layer = tiny.dit().transformer_blocks[1].ff.net[2]
         seen = []

@@ -100,7 +100,10 @@ def test_plan_resolves_roles_rules_and_fallbacks():
     assert by_role["embed"].kept
     assert by_role["head"].kept
     assert by_role["attn.q"].weights == "int4-2l-g64"
-    rules = [{"match": "ffn.down", "weights": "int8-row"}, {"match": "*blocks.1.attn1.to_q", "acts": "none"}]
+    rules = [
+        {"match": "ffn.down", "weights": "int8-row"},
+        {"match": "*blocks.1.attn1.to_q", "acts": "none"},
+    ]
     plan = Recipe.load("w4a8", rules=rules).plan(scan)
     assert plan["transformer_blocks.0.ff.net.2"].weights == "int8-row"
     assert plan["transformer_blocks.1.attn1.to_q"].acts == "none"
@@ -113,7 +116,9 @@ def test_plan_resolves_roles_rules_and_fallbacks():
     assert "divisible by 64" in layer.note
 
 
-@pytest.mark.parametrize("pattern", ["transformer_blocks.0", "transformer_blocks.0.attn1.to_q", "attn1", "re:to_[qk]$"])
+@pytest.mark.parametrize(
+    "pattern", ["transformer_blocks.0", "transformer_blocks.0.attn1.to_q", "attn1", "re:to_[qk]$"]
+)
 def test_modules_to_not_convert(pattern):
     plan = Recipe.load("w4a8").plan(scan_model(tiny.dit()), [pattern])
     assert plan["transformer_blocks.0.attn1.to_q"].kept
@@ -131,4 +136,9 @@ def test_the_scan_knows_every_linear_of_the_known_families(name):
     assert {"ffn.up", "ffn.down", "embed", "head", "attn.q"} <= set(roles.values())
     assert ("xattn.k" in roles.values()) == (name in ("pixart", "wan"))
     shared = [{x.role for x in site.linears} for site in scan.sites if len(site.linears) > 1]
-    assert {"attn.q", "attn.k", "attn.v"} in shared or {"attn.q", "attn.k", "attn.v", "ffn.up"} in shared
+    assert {"attn.q", "attn.k", "attn.v"} in shared or {
+        "attn.q",
+        "attn.k",
+        "attn.v",
+        "ffn.up",
+    } in shared

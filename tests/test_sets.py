@@ -21,7 +21,11 @@ class Prompted:
 
 
 def test_shipped_sets_have_what_their_names_say():
-    assert len(sets.load("prompts-64", Prompted(), 64).entries) == len(set(sets.load("prompts-64", Prompted(), 64).entries)) == 64
+    assert (
+        len(sets.load("prompts-64", Prompted(), 64).entries)
+        == len(set(sets.load("prompts-64", Prompted(), 64).entries))
+        == 64
+    )
     assert len(set(sets.load("imagenet-64", tiny.pipeline(), 64).entries)) == 64
 
 

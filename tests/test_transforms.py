@@ -107,4 +107,5 @@ def test_search_is_deterministic():
     w = torch.randn(64, K, generator=torch.Generator().manual_seed(6))
     how = {"fmt": FORMATS["int4-2l-g64"], "acts": ACTS["int8-row"]}
     a, b = (TRANSFORMS["search"].call([w], stats, **how) for _ in range(2))
-    assert a.label == b.label and torch.equal(a.transform.scale, b.transform.scale)
+    assert a.label == b.label
+    assert torch.equal(a.transform.scale, b.transform.scale)

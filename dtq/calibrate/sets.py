@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the float model is asked for: label sets and prompt sets, shipped, local, or from the hub."""
+"""What the float model is asked for: label and prompt sets, shipped, local, or from the hub."""
 
 from __future__ import annotations
 

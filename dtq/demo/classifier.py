@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ class EmojiClassifier(nn.Module):
                 nn.GroupNorm(8, after),
                 nn.SiLU(),
             )
-            for before, after in zip(channels, channels[1:], strict=False)
+            for before, after in itertools.pairwise(channels)
         )
         self.num_features = channels[-1]
         self.head = nn.Linear(self.num_features, classes)

@@ -94,10 +94,8 @@ class Run:
             if self.step % 50 == 0 or self.step == self.steps:
                 pace = (time.monotonic() - started) / (self.step - first)
                 left = pace * (self.steps - self.step) / 60
-                print(
-                    f"{self.name} {self.step}/{self.steps} loss {smooth:.5f} {pace:.2f} s/step {left:.0f} min left",
-                    flush=True,
-                )
+                where = f"{self.name} {self.step}/{self.steps} loss {smooth:.5f}"
+                print(f"{where} {pace:.2f} s/step {left:.0f} min left", flush=True)
             if self.step % 250 == 0 or self.step == self.steps:
                 self.save()
                 yield
@@ -149,7 +147,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(pictures: Tensor, work: Path, steps: int, device: str) -> AutoencoderKL:
-    """Fit the autoencoder on L1, picture gradients and a faint KL term; returns the averaged one."""
+    """Fit the autoencoder on L1, picture gradients and a faint KL term; returns the average."""
     torch.manual_seed(2)
     run = Run("vae", new_vae().to(device), work, steps, 2e-3)
 

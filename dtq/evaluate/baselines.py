@@ -40,7 +40,8 @@ def _torchao(bits: int) -> Callable[[nn.Module, Sequence[str]], None]:
             config = api.Int8DynamicActivationInt8WeightConfig()
         else:
             config = api.Int8DynamicActivationIntxWeightConfig(
-                weight_dtype=torch.int4, weight_granularity=api.PerGroup(64)
+                weight_dtype=torch.int4,  # type: ignore[attr-defined]
+                weight_granularity=api.PerGroup(64),
             )
         api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
 
@@ -56,8 +57,8 @@ def _quanto(model: nn.Module, names: Sequence[str]) -> None:
 def _torchao_bits(linear: nn.Module) -> float:
     weight: Any = linear.weight
     bits = 4 if "Intx" in type(weight).__name__ else 8
-    side = [getattr(weight, n, None) for n in ("scale", "zero_point")]
-    side = [t for t in side if isinstance(t, torch.Tensor)]
+    named = (getattr(weight, n, None) for n in ("scale", "zero_point"))
+    side = [t for t in named if isinstance(t, torch.Tensor)]
     return bits + 8 * sum(t.numel() * t.element_size() for t in side) / weight.numel()
 
 

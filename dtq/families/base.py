@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 ROLES: dict[str, str] = {
     "attn.q": "query projection of self or joint attention",
@@ -77,8 +76,8 @@ class Scan:
         return [linear for site in self.sites for linear in site.linears]
 
 
-Inputs = Callable[[nn.Module, int, torch.Tensor, torch.Generator], dict[str, Any]]
-"""``(model, batch, timestep (batch,), generator) -> keyword arguments of one forward``."""
+Inputs = Callable[[Any, int, torch.Tensor, torch.Generator], dict[str, Any]]
+"""``(config, batch, timestep (batch,), generator) -> keyword arguments of one forward``."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random arguments of one forward: latents, timestep and conditions of the right shape."""
+"""Random arguments of one forward: latents, timestep and conditions of the right shape.
+
+Every function is an ``Inputs``: ``(config, batch, timestep (batch,), generator) -> arguments``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def class_labels(
-    model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator
-) -> dict[str, Any]:
+def class_labels(c: Any, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
     """DiT: a label drawn from the whole table for each picture, half of them the null label."""
-    c = model.config
     labels = torch.randint(0, c.num_embeds_ada_norm, (batch,), generator=rng)
     labels[batch // 2 :] = c.num_embeds_ada_norm  # as guidance does
     return {
@@ -23,9 +23,8 @@ def class_labels(
     }
 
 
-def text(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
+def text(c: Any, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
     """PixArt and other cross-attention models on square latents."""
-    c = model.config
     width = c.get("caption_channels") or c.cross_attention_dim
     return {
         "hidden_states": _noise(rng, batch, c.in_channels, c.sample_size, c.sample_size),
@@ -37,11 +36,8 @@ def text(model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator) -
     }
 
 
-def joint_text(
-    model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator
-) -> dict[str, Any]:
+def joint_text(c: Any, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
     """SD3: text joins the attention, a pooled vector joins the time."""
-    c = model.config
     return {
         "hidden_states": _noise(rng, batch, c.in_channels, c.sample_size, c.sample_size),
         "timestep": timestep,
@@ -50,11 +46,8 @@ def joint_text(
     }
 
 
-def packed_text(
-    model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator
-) -> dict[str, Any]:
+def packed_text(c: Any, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
     """Flux: packed latents with explicit positions."""
-    c = model.config
     side, words = 16, 32
     ids = torch.zeros(side * side, 3)
     ids[:, 1] = torch.arange(side).repeat_interleave(side)
@@ -70,11 +63,8 @@ def packed_text(
     }
 
 
-def video_text(
-    model: nn.Module, batch: int, timestep: Tensor, rng: torch.Generator
-) -> dict[str, Any]:
+def video_text(c: Any, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
     """Wan: five latent frames, text by cross-attention."""
-    c = model.config
     return {
         "hidden_states": _noise(rng, batch, c.in_channels, 5, 16, 16),
         "timestep": timestep.long(),

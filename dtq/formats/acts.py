@@ -48,7 +48,7 @@ def row_codes(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def fake_quantize(x: Tensor, acts: Acts) -> Tensor:
-    """What is left of float32 ``x`` (R, K) after quantizing it; a static scale is fitted to ``x``."""
+    """Float32 ``x`` (R, K) after quantizing and back; a static scale is fitted to ``x``."""
     if acts.bits == 16:
         return x
     scale = row_scale(x.reshape(1, -1)) if acts.static else row_scale(x)

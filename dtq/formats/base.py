@@ -42,9 +42,13 @@ class Spec:
 class Format(Protocol):
     """How numbers are kept. Stateless: everything learned is in ``Params``."""
 
-    name: str
-    group: int | None
-    """Columns that share parameters; None when a whole row does."""
+    @property
+    def name(self) -> str:
+        """Grid, then granularity: ``int4-g64``."""
+
+    @property
+    def group(self) -> int | None:
+        """Columns that share parameters; None when a whole row does."""
 
     def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
         """The parts that a matrix of this shape is stored as.
@@ -73,7 +77,7 @@ class Format(Protocol):
         """
 
     def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
-        """Nearest representable values, as float. ``x`` holds the columns ``cols`` of the matrix."""
+        """Nearest representable values, as float; ``x`` holds columns ``cols`` of the matrix."""
 
     def pack(self, x: Tensor, params: Params) -> Parts:
         """The stored tensors of ``snap(x, params)``."""

@@ -28,10 +28,7 @@ def _quantize_rows(
     scale: Tensor | None,  # (1,) float32, or None: one per row
 ) -> tuple[Tensor, Tensor]:
     x = _transform_rows(x, pre_scale, block)
-    if scale is None:
-        rows = row_scale(x)
-    else:
-        rows = scale.reshape(1, 1).expand(x.shape[0], 1)
+    rows = row_scale(x) if scale is None else scale.reshape(1, 1).expand(x.shape[0], 1)
     return row_codes(x, rows).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
 
 

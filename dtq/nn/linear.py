@@ -133,7 +133,7 @@ class QuantLinear(nn.Linear):
         """float (..., K) to float (..., N) in the dtype of ``x``."""
         rows = x.reshape(-1, self.in_features)  # (M, K)
         if torch.is_grad_enabled() and (rows.requires_grad or _learns(self.bias)):
-            y = _StraightThrough.apply(rows, self.bias, self)
+            y = _StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         else:
             y = self._multiply(rows, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)

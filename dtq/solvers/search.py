@@ -40,9 +40,8 @@ def fit_clipped(
     *,
     clips: Sequence[float] = CLIPS,
     outer: Params | None = None,
-    cols: slice | None = None,
 ) -> Params:
-    """Parameters with the best clip per row and group of ``w``, the columns ``cols`` of the matrix."""
+    """Parameters with the best clip for every row and group of ``w``, whole groups of columns."""
     weight = torch.ones(w.shape[1]).to(w) if importance is None else importance.to(w)
     errors = []
     for clip in clips:

@@ -1,0 +1,47 @@
+# make demo   quantize the bundled model, load it in diffusers, compare, write a report with pictures
+# make test   checks and tests
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test check bench kernels results clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dtq needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/dtq quantize demo --recipe w4a8 -o .demo/w4a8 --overwrite
+	$(BIN)/dtq eval .demo/w4a8 --reference demo --fid 64 -o .demo/report
+	@echo "open .demo/report/report.html"
+
+test: setup check
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/dtq recipe check recipes/*.yaml
+
+# the tables of docs/results.md, with torchao and optimum-quanto beside dtq; they get an environment
+# of their own because diffusers imports torchao wherever it is installed, slowly
+results: .venv-results/.ready
+	.venv-results/bin/python docs/results.py
+
+.venv-results/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-results
+	.venv-results/bin/pip install -q --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	.venv-results/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval,baselines]'
+	touch .venv-results/.ready
+
+bench kernels:
+	@echo "make $@: this version has no compiled kernels; the torch reference ops run everywhere" >&2; exit 1
+
+clean:
+	rm -rf .venv .venv-results .demo build dist *.egg-info

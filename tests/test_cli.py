@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a person uses it: the journey, bad input, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from diffusers import DiffusionPipeline
+
+from dtq import checkpoint
+from dtq.cli import main
+
+FAST = ["--samples", "4", "--steps", "4"]
+ROOT = Path(__file__).parent.parent
+
+
+def dtq(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def test_the_journey(float_folder, tmp_path):
+    out = tmp_path / "q"
+    plan = json.loads(dtq("plan", float_folder, "--set", "guard.to=", "--json").stdout)
+    done = dtq("quantize", float_folder, "--set", "guard.to=", *FAST, "-o", out).stdout
+    assert "from_pretrained" in done
+    file = out / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert file.stat().st_size == plan["bytes"]
+    shown = dtq("inspect", out, "--kernels").stdout
+    assert "checksums good" in shown
+    assert "w4a8-two-level: used" in shown
+    assert len(json.loads(dtq("inspect", out, "--json").stdout)["layers"]) == 14
+    dtq("sample", out, "-p", "3", "-p", "5", "--steps", "2", "-o", tmp_path / "pictures")
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {
+        "0000.png",
+        "0001.png",
+        "sheet.png",
+    }
+    told = dtq(
+        "eval",
+        out,
+        "--reference",
+        float_folder,
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+        "-o",
+        tmp_path / "report",
+    ).stdout
+    assert "Close to the float model" in told
+    assert (tmp_path / "report" / "report.html").stat().st_size > 20_000
+    assert json.loads((tmp_path / "report" / "eval.json").read_text())["rows"][0]["error"] < 0.01
+    assert torch.isfinite(tiny.sample(DiffusionPipeline.from_pretrained(out))).all()
+
+
+def test_calibrate_once_quantize_twice(float_folder, tmp_path):
+    stats = tmp_path / "s.safetensors"
+    dtq("calibrate", float_folder, *FAST, "-o", stats)
+    for recipe in ("w4a8", "w8a8"):
+        dtq("quantize", float_folder, "--recipe", recipe, "--stats", stats, "-o", tmp_path / recipe)
+        checkpoint.verify(tmp_path / recipe)
+
+
+def test_a_bare_transformer_folder(float_folder, tmp_path):
+    dtq("quantize", float_folder / "transformer", "--recipe", "rtn-w4a8", "-o", tmp_path / "t")
+    assert checkpoint.verify(tmp_path / "t") == tmp_path / "t"
+
+
+def test_json_is_only_json(float_folder, tmp_path):
+    result = dtq("quantize", float_folder, *FAST, "--json", "-o", tmp_path / "q")
+    assert json.loads(result.stdout)["recipe"] == "w4a8"
+    result = dtq(
+        "eval",
+        tmp_path / "q",
+        "--reference",
+        float_folder,
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+        "--json",
+    )
+    assert json.loads(result.stdout)["conditions"]["samples"] == 2
+
+
+def test_recipes(tmp_path):
+    assert "w4a8" in dtq("recipe", "ls").stdout
+    assert "weights: int4-2l-g64" in dtq("recipe", "show", "w4a8").stdout
+    dtq("recipe", "cp", "w4a8", tmp_path / "my.yaml")
+    assert "good" in dtq("recipe", "check", tmp_path / "my.yaml").stdout
+    assert "exists" in dtq("recipe", "cp", "w4a8", tmp_path / "my.yaml", code=1).stderr
+    (tmp_path / "my.yaml").write_text("wieghts: int4-g64\nacts: int7\n")
+    told = dtq("recipe", "check", tmp_path / "my.yaml", code=1).stderr
+    assert "did you mean 'weights'" in told
+
+
+def test_doctor():
+    told = dtq("doctor").stdout
+    assert "torch" in told
+    assert "kernels" in told
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
+def test_every_help_has_an_example(command):
+    told = dtq(*([command] if command else []), "--help").stdout
+    assert "dtq " in told or command in ("recipe", "doctor")
+    for sub in getattr(main.commands.get(command), "commands", {}):
+        assert dtq(command, sub, "--help").stdout
+
+
+BAD = {
+    "no such path": (["quantize", "{tmp}/nowhere", "-o", "{tmp}/o"], "no such folder"),
+    "not a diffusers folder": (
+        ["quantize", "{tmp}/empty", "-o", "{tmp}/o"],
+        "not a diffusers folder",
+    ),
+    "a file": (["quantize", "{tmp}/file.txt", "-o", "{tmp}/o"], "is a file"),
+    "unknown recipe": (
+        ["quantize", "{float}", "--recipe", "w4a9", "-o", "{tmp}/o"],
+        "did you mean w4a8",
+    ),
+    "unknown key": (
+        ["quantize", "{float}", "--set", "wieghts=int4-g64", "-o", "{tmp}/o"],
+        "did you mean 'weights'",
+    ),
+    "bad setting": (["quantize", "{float}", "--set", "weights", "-o", "{tmp}/o"], "KEY=VALUE"),
+    "bad value": (["plan", "{float}", "--set", "calibration.steps=many"], "whole number"),
+    "output not empty": (["quantize", "{float}", "-o", "{tmp}/full"], "not empty"),
+    "output is a file": (["quantize", "{float}", "-o", "{tmp}/file.txt"], "is a file"),
+    "unknown component": (
+        ["quantize", "{float}", "--component", "unet", "-o", "{tmp}/o"],
+        "has no 'unet'",
+    ),
+    "unknown set": (
+        ["quantize", "{float}", "--calibration", "coco", "-o", "{tmp}/o"],
+        "unknown calibration set",
+    ),
+    "no statistics": (
+        ["quantize", "{float}", "--stats", "{tmp}/x.safetensors", "-o", "{tmp}/o"],
+        "dtq calibrate",
+    ),
+    "quantized already": (["quantize", "{quantized}", "-o", "{tmp}/o"], "quantized already"),
+    "inspect a float model": (["inspect", "{float}"], "not quantized by dtq"),
+    "inspect nothing": (["inspect", "{tmp}/nowhere"], "no such folder"),
+    "inspect damage": (["inspect", "{damaged}"], "truncated or damaged"),
+    "sample damage": (["sample", "{damaged}", "-o", "{tmp}/o"], "truncated or damaged"),
+    "eval damage": (["eval", "{damaged}", "--reference", "{float}"], "truncated or damaged"),
+    "eval nothing": (["eval", "{quantized}", "--reference", "{tmp}/nowhere"], "no such folder"),
+    "bad label": (["sample", "{quantized}", "-p", "unicorn", "-o", "{tmp}/o"], "not a label"),
+    "plan nothing": (["plan", "nowhere"], "MODEL is"),
+}
+
+
+@pytest.fixture
+def places(float_folder, quantized_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "file.txt").write_text("x")
+    import shutil
+
+    shutil.copytree(quantized_folder, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    return {
+        "tmp": tmp_path,
+        "float": float_folder,
+        "quantized": quantized_folder,
+        "damaged": tmp_path / "damaged",
+    }
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_gives_a_reason_and_writes_nothing(kind, places):
+    arguments, words = BAD[kind]
+    result = dtq(*(a.format(**places) for a in arguments), code=1)
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (places["tmp"] / "o").exists() or not any((places["tmp"] / "o").iterdir())
+    assert not list(places["tmp"].glob(".*partial*"))
+
+
+def test_a_full_disk_leaves_nothing(float_folder, tmp_path, monkeypatch):
+    def full(self, folder, **options):
+        (Path(folder) / "half.safetensors").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusers.DiTPipeline.save_pretrained", full)
+    told = dtq(
+        "quantize", float_folder, "--recipe", "rtn-w4a8", "-o", tmp_path / "q", code=1
+    ).stderr
+    assert "No space left" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_nearly_full_disk_is_noticed_before_the_work(float_folder, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    told = dtq("quantize", float_folder, *FAST, "-o", tmp_path / "q", code=1).stderr
+    assert "the checkpoint needs" in told
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(float_folder, tmp_path, sent):
+    command = [
+        sys.executable,
+        "-m",
+        "dtq.cli",
+        "quantize",
+        str(float_folder),
+        "--samples",
+        "4000",
+        "-o",
+        str(tmp_path / "q"),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    seen = ""
+    while "calibrate" not in seen:
+        seen += process.stderr.read(1)
+    time.sleep(0.5)
+    process.send_signal(sent)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
