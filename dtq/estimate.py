@@ -103,7 +103,8 @@ def _seconds(scan: Scan, plan: Plan, recipe: Recipe) -> float:
         if layer.transform.name == "search":
             total += 100 * (2 * 1024 * weights / rate + 40 * weights / 1e9)
         if layer.solver.name == "gptq":
-            total += 4 * weights * columns / rate + columns * 4e-4
+            tries = 2 if layer.transform.name == "search" else 1  # close rivals are solved too
+            total += tries * (4 * weights * columns / rate + columns * 4e-4)
     return total
 
 

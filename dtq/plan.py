@@ -106,9 +106,6 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     bins: int = 1
 
-    def __iter__(self) -> Iterable[LayerPlan]:  # type: ignore[override]
-        return iter(self.layers)
-
     def __getitem__(self, name: str) -> LayerPlan:
         return self._by_name[name]
 

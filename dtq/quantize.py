@@ -166,10 +166,12 @@ def quantize_source(
 
     ``config`` is the one that diffusers already holds, when it does; it is completed.
     """
-    scan, plan = plan_source(source, recipe, skip)
+    calls = None if inputs is None else list(inputs)
+    scan, plan = plan_source(source, recipe, skip, calls)
     needs = recipe.needs()
-    if statistics is None and needs and not _data_free(recipe):
-        statistics = calibrate_source(source, scan, recipe, needs, inputs=inputs, progress=progress)
+    driven = source.pipeline is not None or calls is not None
+    if statistics is None and needs and (driven or not _data_free(recipe)):
+        statistics = calibrate_source(source, scan, recipe, needs, inputs=calls, progress=progress)
     elif statistics is not None:
         _check_statistics(statistics, scan, needs)
     elif needs:
@@ -196,15 +198,26 @@ def quantize_source(
     return report
 
 
-def plan_source(source: Source, recipe: Recipe, skip: Sequence[str] = ()) -> tuple[Scan, Plan]:
+def plan_source(
+    source: Source,
+    recipe: Recipe,
+    skip: Sequence[str] = (),
+    calls: Sequence[dict[str, Any]] | None = None,
+) -> tuple[Scan, Plan]:
     """Scan the model and resolve the recipe to its layers.
+
+    Args:
+        source: the model.
+        recipe: what to do.
+        skip: layers to keep.
+        calls: keyword arguments of forwards; the first is traced, when there are any.
 
     Raises:
         InputError: it is quantized already, or no layer would be.
     """
     if getattr(source.model, "is_quantized", False):
         raise InputError(f"{source.name} is quantized already; give the float model")
-    scan = scan_model(source.model, _first_call(source))
+    scan = scan_model(source.model, _first_call(source, calls))
     keep = tuple(getattr(source.model, "_keep_in_fp32_modules", None) or ())
     plan = recipe.plan(scan, (*skip, *keep))
     if not plan.quantized():
@@ -238,8 +251,10 @@ def on_the_fly(model: nn.Module, config: DTQConfig, keep: list[str]) -> Report:
     return quantize_source(source, recipe, skip=skip, progress=False, config=config)
 
 
-def _first_call(source: Source) -> Any:
-    """How to trace one forward: made-up inputs if the family is known, else a pipeline step."""
+def _first_call(source: Source, calls: Sequence[dict[str, Any]] | None) -> Any:
+    """How to trace one forward: a given call, made-up inputs, or a step of the pipeline."""
+    if calls:
+        return lambda model: model(**calls[0])
     if source.family is not None or source.pipeline is None:
         return None
     pipeline, once = source.pipeline, replace(Recipe().calibration, samples=1, steps=1, batch=1)
@@ -296,10 +311,10 @@ def _solve_all(
             for members in _alike(site, plan):
                 weights = [_weight(model, layer.name) for layer in members]
                 choice = _choose(members, weights, stats)
-                for layer, weight in zip(members, weights, strict=True):
-                    solved[layer.name] = _solve(layer, weight, choice, stats, recipe)
-                    bar.update()
-                report.sites.append(_describe(site, stats, choice))
+                best = _solve_site(members, weights, choice, stats, recipe)
+                solved |= {result.plan.name: result for result in best}
+                report.sites.append(_describe(site, stats, choice, best[0].transform))
+                bar.update(len(members))
             bar.update(sum(plan[x.name].kept for x in site.linears))
     return solved
 
@@ -326,6 +341,24 @@ def _choose(members: list[LayerPlan], weights: list[Tensor], stats: SiteStats | 
         acts=ACTS[layer.acts],
         **dict(layer.transform.knobs),
     )
+
+
+def _solve_site(
+    members: list[LayerPlan],
+    weights: list[Tensor],
+    choice: Choice,
+    stats: SiteStats | None,
+    recipe: Recipe,
+) -> list[_Solved]:
+    """Solve the linears of a site under the chosen transform, and under its close rivals.
+
+    The search judges with plain rounding; what counts is the error after the solver.
+    """
+    tries = [
+        [_solve(layer, w, each, stats, recipe) for layer, w in zip(members, weights, strict=True)]
+        for each in (choice, *choice.rivals)
+    ]
+    return min(tries, key=lambda results: sum(r.report.error or 0.0 for r in results))
 
 
 def _solve(
@@ -444,12 +477,12 @@ def _final(plan: Plan, solved: dict[str, _Solved]) -> Plan:
     )
 
 
-def _describe(site: Site, stats: SiteStats | None, choice: Choice) -> SiteReport:
+def _describe(site: Site, stats: SiteStats | None, choice: Choice, transform: Online) -> SiteReport:
     report = SiteReport(site.name, candidates=choice.errors)
     if stats is None or stats.reservoir is None or not len(stats.reservoir.rows):
         return report
     rows, bins = stats.reservoir.rows, stats.reservoir.stratum // 2
-    after = choice.transform.x(rows.to(choice.transform.scale.device)).cpu()
+    after = transform.x(rows.to(transform.scale.device)).cpu()
     for b in range(stats.bins):
         if (bins == b).any():
             report.peaks.append(_imbalance(rows[bins == b]))

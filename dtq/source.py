@@ -21,6 +21,7 @@ from dtq.errors import InputError
 from dtq.families import Family, Scan, find, scan, scan_names
 from dtq.harden import harden
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -152,7 +153,7 @@ def skeleton(what: str, component: str = "transformer") -> tuple[nn.Module, torc
     else:
         path = Path(what)
         if not path.exists():
-            raise InputError(_missing(what))
+            path = _hub_config(what, component)
         folder = path / component if folder_kind(path) == "pipeline" else path
         if not (folder / "config.json").is_file():
             raise InputError(f"{path} has no component {component!r}")
@@ -219,17 +220,32 @@ def _component(pipeline: DiffusionPipeline, name: str) -> nn.Module:
     return model
 
 
+def _hub_config(name: str, component: str) -> Path:
+    """A folder with the configs of a hub model, no weights."""
+    if not _HUB_ID.fullmatch(name):
+        raise InputError(_missing(name))
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", "config.json", f"{component}/config.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise InputError(_refused(name, error)) from error
+
+
+def _refused(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"{name}: no such folder, and the hub did not give it: {reason}"
+
+
 def _from_hub(name: str, dtype: str | torch.dtype, component: str) -> Source:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not _HUB_ID.fullmatch(name):
         raise InputError(_missing(name))
     chosen = torch.bfloat16 if dtype == "auto" else _dtype(dtype, Path())
     try:
         pipeline = _pipeline(name, chosen)
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{name}: no such folder, and the hub did not give it: {reason}"
-        ) from error
+        raise InputError(_refused(name, error)) from error
     return Source(name, pipeline, component, _component(pipeline, component))
 
 

@@ -77,8 +77,10 @@ def calibrate(
     """
     watch = _Watch(source, sites, calibration.bins, needs)
     if inputs is None and source.pipeline is not None:
-        runs = _pipeline_runs(source.pipeline, calibration)
-        total = None
+        requests = sets.load(calibration.set, source.pipeline, calibration.samples)
+        batches = -(-len(requests.entries) // calibration.batch)
+        runs: Iterator[object] = run_pipeline(source.pipeline, requests, calibration)
+        total = batches * calibration.steps or None
         origin = "pipeline"
     else:
         if inputs is None:
@@ -94,8 +96,8 @@ def calibrate(
         calls = list(inputs)
         if not calls:
             raise InputError("inputs is empty: nothing to calibrate on")
-        runs = (_forward(source.model, arguments) for arguments in calls)
-        total = len(calls)
+        runs = (source.model(**arguments) for arguments in calls)
+        total, batches = len(calls), len(calls)
     with (
         watch.hooks(),
         torch.no_grad(),
@@ -104,10 +106,9 @@ def calibrate(
         ) as bar,
     ):
         watch.tick = bar.update
-        for expected in runs:
-            if bar.total is None and expected and watch.calls:
-                # the first batch tells how often the sampler calls the model
-                bar.total = watch.calls * expected
+        for done, _ in enumerate(runs, 1):
+            if origin == "pipeline" and done == 1:
+                bar.total = watch.calls * batches  # samplers may call more often than they step
                 bar.refresh()
     about = {
         "model": type(source.model).__name__,
@@ -150,18 +151,6 @@ def run_pipeline(
             yield pipeline(**{requests.argument: entries}, generator=generators, **options)
     finally:
         pipeline.set_progress_bar_config(**shown)
-
-
-def _pipeline_runs(pipeline: Any, calibration: Calibration) -> Iterator[int]:
-    requests = sets.load(calibration.set, pipeline, calibration.samples)
-    batches = -(-len(requests.entries) // calibration.batch)
-    for _ in run_pipeline(pipeline, requests, calibration):
-        yield batches
-
-
-def _forward(model: nn.Module, arguments: dict[str, Any]) -> int:
-    model(**arguments)
-    return 0
 
 
 def _made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:

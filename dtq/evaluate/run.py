@@ -23,7 +23,7 @@ from dtq.evaluate import baselines as others
 from dtq.evaluate import drift, fid, pictures
 from dtq.nn.linear import QuantLinear
 from dtq.recipe import Calibration
-from dtq.source import Source
+from dtq.source import Source, read_json
 
 Say = Callable[[str], None]
 
@@ -114,17 +114,17 @@ def evaluate(
     requests = sets.load(how.set, reference.pipeline, how.samples)
     say("float pipeline")
     truth = drift.record(reference.pipeline, reference.model, requests, how)
-    extractor = _extractor() if fid_samples else None
+    extractor = extractor_for(reference.pipeline) if fid_samples else None
     more = Calibration(**{**asdict(how), "samples": fid_samples, "seed": how.seed + 1})
     float_features = None
     if extractor is not None:
         say(f"float pipeline, {fid_samples} pictures for FID")
         float_features = _features(reference.pipeline, more, extractor)
     say("candidate, teacher-forced and free-running")
-    row = _row(candidate.name, drift.teacher_forced(truth, candidate.model))
-    row.bits = _bits(candidate.model)
+    row = row_of(candidate.name, drift.teacher_forced(truth, candidate.model))
+    row.bits = stored_bits(candidate.model)
     ran = drift.record(candidate.pipeline, candidate.model, requests, how)
-    _compare_pictures(row, truth, ran)
+    compare_pictures(row, truth, ran)
     row.divergence = drift.free_running(truth, ran)
     result = Evaluation(
         candidate.name, reference.name, _conditions(how, requests, fid_samples), [row]
@@ -149,7 +149,7 @@ def evaluate(
     return result
 
 
-def _row(name: str, steps: list[float]) -> Row:
+def row_of(name: str, steps: list[float]) -> Row:
     return Row(name, sum(steps) / max(1, len(steps)), steps)
 
 
@@ -157,14 +157,14 @@ def _baseline_row(name: str, model: nn.Module, names: list[str], truth: drift.Tr
     baseline = others.find(name)
     changed = copy.deepcopy(model)
     baseline.apply(changed, names)
-    row = _row(name, drift.teacher_forced(truth, changed))
+    row = row_of(name, drift.teacher_forced(truth, changed))
     weights = {n: model.get_submodule(n).weight.numel() for n in names}  # type: ignore[union-attr, operator]
     bits = sum(baseline.bits(changed.get_submodule(n)) * k for n, k in weights.items())
     row.bits = bits / sum(weights.values())
     return row
 
 
-def _compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -> None:
+def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -> None:
     want, got = torch.cat(truth.pictures), torch.cat(ran.pictures)
     if want.ndim == 5:  # video: frames are pictures
         want, got = want.flatten(0, 1), got.flatten(0, 1)
@@ -173,7 +173,7 @@ def _compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) 
     row.ssim = float(pictures.ssim(got, want).mean())
 
 
-def _bits(model: nn.Module) -> float | None:
+def stored_bits(model: nn.Module) -> float | None:
     """Stored bits per weight of the layers that also quantize their input."""
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.acts != "none"]
     if not layers:
@@ -182,7 +182,7 @@ def _bits(model: nn.Module) -> float | None:
     return 8 * stored / sum(m.in_features * m.out_features for m in layers)
 
 
-class _Extractor:
+class Extractor:
     """The bundled classifier and what it says of the training pictures."""
 
     def __init__(self, folder: Path) -> None:
@@ -195,12 +195,20 @@ class _Extractor:
         self.model.eval()
 
 
-def _extractor() -> _Extractor:
-    return _Extractor(demo.folder() / "classifier")
+def extractor_for(pipeline: Any) -> Extractor:
+    """The bundled feature extractor, for pipelines whose pictures it knows.
+
+    Raises:
+        InputError: a pipeline of other pictures.
+    """
+    known = read_json(demo.folder() / "model_index.json")["id2label"]
+    if getattr(pipeline, "labels", None) != {name: int(number) for number, name in known.items()}:
+        raise InputError("domain FID is for models of the bundled emoji; leave --fid out")
+    return Extractor(demo.folder() / "classifier")
 
 
 @torch.no_grad()
-def _features(pipeline: Any, how: Calibration, extractor: _Extractor) -> Tensor:
+def _features(pipeline: Any, how: Calibration, extractor: Extractor) -> Tensor:
     requests = sets.load(how.set, pipeline, how.samples)
     found = []
     for result in run_pipeline(pipeline, requests, how):

@@ -8,7 +8,7 @@ Every method but ``search`` does as it is told; ``search`` tries them all and ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,11 +29,13 @@ class Choice:
         transform: what the layers of the site will run.
         label: the choice in words, such as ``smooth(0.35, max) + hadamard 64``.
         errors: relative output error by candidate family, empty when nothing was searched.
+        rivals: other choices that came close; the caller may solve them too and keep the best.
     """
 
     transform: Online
     label: str
     errors: dict[str, float]
+    rivals: tuple[Choice, ...] = ()
 
 
 def none(weights: Sequence[Tensor], stats: SiteStats | None, *, fmt: Format, acts: Acts) -> Choice:
@@ -94,6 +96,7 @@ def search(
     acts: Acts,
     step: float = 0.05,
     rows: int = 1024,
+    close: float = 1.5,
     block: int = 64,
     seed: int = 0,
 ) -> Choice:
@@ -106,6 +109,8 @@ def search(
     Args:
         step: spacing of alpha.
         rows: sampled input rows that candidates are judged on.
+        close: families within this factor of the best are returned as rivals. Candidates are judged
+            with plain rounding; a solver that repairs errors can turn a close order around.
         block: largest Hadamard block.
         seed: of the random signs.
     """
@@ -138,9 +143,11 @@ def search(
                 s = smoothing(weights, stats, alpha=near, beta=0.0 if awq else None, over=over)
                 label = f"smooth({near:.2f}{', weights aside' if awq else ''}, {over}){tail}"
                 try_(kind, s, size, label)
-    kind = min(best, key=lambda k: best[k][0])
-    _, transform, label = best[kind]
-    return Choice(transform, label, {k: e for k, (e, _, _) in best.items()})
+    ranked = sorted(best.values(), key=lambda found: found[0])
+    errors = {kind: error for kind, (error, _, _) in best.items()}
+    kept = [found for found in ranked if found[0] <= close * ranked[0][0]]
+    first, *rivals = (Choice(transform, label, errors) for _, transform, label in kept)
+    return replace(first, rivals=tuple(rivals))
 
 
 def _grid(low: float, high: float, step: float) -> Iterator[tuple[float, bool, str]]:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundled model: stock, small, recognisable; and what w4a8 must reach on it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from dtq import demo
+from dtq.calibrate import sets
+from dtq.demo.classifier import EmojiClassifier
+from dtq.demo.data import load_emoji
+from dtq.errors import InputError
+from dtq.evaluate import baselines, drift
+from dtq.evaluate.run import extractor_for, stored_bits
+from dtq.nn import QuantLinear
+from dtq.quantize import calibrate_source, plan_source, quantize_source
+from dtq.recipe import Calibration, Recipe
+from dtq.source import open_source
+
+HOW = Calibration(samples=4, steps=10, batch=4, seed=1000)
+EVERYTHING = frozenset({"channels", "gram", "reservoir"})
+
+
+def test_the_folder_is_stock_diffusers_and_small():
+    files = [f for f in demo.folder().rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 32e6
+    assert {f.suffix for f in files} <= {".json", ".safetensors", ".md"}
+    index = json.loads((demo.folder() / "model_index.json").read_text())
+    assert index["_class_name"] == "DiTPipeline"
+    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+    assert len(index["id2label"]) == 99
+    config = json.loads((demo.folder() / "transformer" / "config.json").read_text())
+    assert config["num_layers"] >= 8
+    assert config["num_attention_heads"] * config["attention_head_dim"] >= 256
+    readme = (demo.folder() / "README.md").read_text()
+    assert "Apache" in readme
+    assert "emoji-datasource-google" in readme
+
+
+def test_it_loads_without_dtq():
+    script = (
+        "import sys\nfrom diffusers import DiffusionPipeline\n"
+        "p = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "assert 'dtq' not in sys.modules and type(p).__name__ == 'DiTPipeline'\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(demo.folder())], check=True)
+
+
+@pytest.mark.slow
+def test_its_pictures_are_of_the_class_asked_for():
+    pipe = DiffusionPipeline.from_pretrained(demo.folder())
+    extractor = extractor_for(pipe)
+    assert isinstance(extractor.model, EmojiClassifier)
+    assert extractor.real is not None
+    pipe.set_progress_bar_config(disable=True)
+    wanted = list(range(0, 99, 4))
+    generator = [torch.Generator().manual_seed(i) for i in wanted]
+    images = torch.as_tensor(
+        pipe(wanted, generator=generator, num_inference_steps=20, output_type="pt").images
+    )
+    with torch.no_grad():
+        top = extractor.model(images).topk(5, dim=1).indices
+    hits = (top == torch.tensor(wanted).unsqueeze(1)).any(1).float().mean().item()
+    assert hits >= 0.6, hits  # chance is 5 %
+
+
+@pytest.fixture(scope="module", params=["demo", "demo-hard"])
+def measured(request):
+    """Teacher-forced error of several recipes on one model, all on the same recorded inputs."""
+    name = request.param
+    source = open_source(name)
+    truth = drift.record(source.pipeline, source.model, sets.load("auto", source.pipeline, 4), HOW)
+    recipe = Recipe.load("w4a8", calibration={"samples": 16, "steps": 10})
+    scan, _ = plan_source(source, recipe)
+    stats = calibrate_source(source, scan, recipe, EVERYTHING, progress=False)
+    errors, bits, layers = {}, {}, []
+    for label, changes in (("w4a8", {}), ("w8a8", {}), ("rtn-w4a8", {}), ("none", {"transform": "none"}),
+                           ("smooth", {"transform": "smooth"}), ("hadamard", {"transform": "hadamard"})):  # fmt: skip
+        opened = open_source(name)
+        chosen = Recipe.load("w4a8" if changes else label, **changes)
+        quantize_source(opened, chosen, statistics=stats, progress=False)
+        steps = drift.teacher_forced(truth, opened.model)
+        errors[label], bits[label] = sum(steps) / len(steps), stored_bits(opened.model)
+        if label == "w4a8":
+            layers = [
+                n
+                for n, m in opened.model.named_modules()
+                if isinstance(m, QuantLinear) and m.acts != "none"
+            ]
+    return name, errors, bits, layers, truth
+
+
+@pytest.mark.slow
+def test_recipes_reach_their_targets(measured):
+    name, errors, bits, _, _ = measured
+    assert bits["w4a8"] <= 4.6
+    assert errors["w8a8"] <= 0.2 * errors["w4a8"]
+    assert errors["w4a8"] <= (0.03 if name == "demo-hard" else 0.4) * errors["rtn-w4a8"]
+
+
+@pytest.mark.slow
+def test_the_search_beats_its_parts_or_ties(measured):
+    _, errors, _, _, _ = measured
+    assert errors["w4a8"] <= 1.02 * min(errors["none"], errors["smooth"], errors["hadamard"])
+
+
+@pytest.mark.slow
+def test_w4a8_beats_quanto_on_the_same_layers(measured):
+    pytest.importorskip("optimum.quanto")
+    name, errors, bits, layers, truth = measured
+    opened = open_source(name)
+    baselines.find("quanto-int4").apply(opened.model, layers)
+    steps = drift.teacher_forced(truth, opened.model)
+    assert errors["w4a8"] <= 0.4 * sum(steps) / len(steps)
+    other = baselines.find("quanto-int4").bits(opened.model.get_submodule(layers[0]))
+    assert bits["w4a8"] <= other
+
+
+def test_the_training_data_reader_says_what_is_wrong(tmp_path):
+    with pytest.raises(InputError, match="npm pack"):
+        load_emoji(tmp_path / "x.tgz")

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README and docs name exists: commands, options, files, table members."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from dtq.cli import main
+from dtq.formats import FORMATS
+from dtq.formats.acts import ACTS
+from dtq.recipe import names
+from dtq.solvers import SOLVERS
+from dtq.transforms import TRANSFORMS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S):
+            found += [
+                (page.name, line.strip())
+                for line in block.splitlines()
+                if line.strip().startswith("dtq ")
+            ]
+    return found
+
+
+def test_there_are_commands_to_check():
+    assert len(commands()) >= 3
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_every_command_parses(page, line):
+    words = shlex.split(line, comments=True)[1:]
+    group: click.Command = main
+    context = click.Context(main)
+    while isinstance(group, click.Group):
+        group = group.get_command(context, words.pop(0))
+        assert group is not None, line
+    group.make_context(line, words)
+
+
+def test_tables_are_documented():
+    formats = (ROOT / "docs/formats.md").read_text()
+    recipes = (ROOT / "docs/recipes.md").read_text() + (ROOT / "README.md").read_text()
+    for name in [*FORMATS, *ACTS]:
+        stem, _, group = name.rpartition("-")
+        assert f"`{name}`" in formats or (
+            f"`{stem}-g32`" in formats and f"`-{group}`" in formats
+        ), name
+    for name in [*TRANSFORMS, *SOLVERS, *names()]:
+        assert f"`{name}`" in recipes, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_pages_name_exist(page):
+    for name in re.findall(
+        r"`((?:dtq|tests|recipes|calibration|docs|cuda_ext)/[\w/.-]+\.\w+)", page.read_text()
+    ):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
