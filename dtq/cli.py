@@ -405,7 +405,7 @@ def sample(
 @click.option(
     "--baseline",
     multiple=True,
-    help="Another library on the same layers: torchao-w4a8, torchao-w8a8, quanto-int4.",
+    help="Another library on the same layers: torchao-w4a8, torchao-w8a8, quanto-int4, bnb-nf4.",
 )
 @click.option(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True

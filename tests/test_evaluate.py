@@ -133,7 +133,8 @@ def test_what_cannot_be_compared():
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
 def test_baselines_change_only_the_layers_they_are_given(name):
-    pytest.importorskip("torchao" if "torchao" in name else "optimum.quanto")
+    packages = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
+    pytest.importorskip(packages[name.split("-")[0]])
     model, plain = tiny.dit(), tiny.dit()
     chosen = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".ff." in n]
     baselines.find(name).apply(model, chosen)

@@ -54,6 +54,27 @@ def _quanto(model: nn.Module, names: Sequence[str]) -> None:
     quanto.freeze(model)
 
 
+def _nf4(model: nn.Module, names: Sequence[str]) -> None:
+    bnb = _import("bitsandbytes", "bitsandbytes")
+    for name in names:
+        old: Any = model.get_submodule(name)
+        weight = old.weight.detach()
+        new = bnb.nn.Linear4bit(
+            old.in_features, old.out_features, bias=old.bias is not None,
+            compute_dtype=weight.dtype, compress_statistics=False, quant_type="nf4",
+        )  # fmt: skip
+        new.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=False, quant_type="nf4"
+        )
+        new.bias = old.bias
+        model.set_submodule(name, new.to(weight.device))
+
+
+def _nf4_bits(linear: nn.Module) -> float:
+    state: Any = linear.weight.quant_state  # type: ignore[union-attr]
+    return 4 + 8 * state.absmax.element_size() / float(state.blocksize)
+
+
 def _torchao_bits(linear: nn.Module) -> float:
     weight: Any = linear.weight
     bits = 4 if "Intx" in type(weight).__name__ else 8
@@ -78,6 +99,7 @@ BASELINES: dict[str, Baseline] = {
     "quanto-int4": Baseline(
         "optimum-quanto qint4 weights, float activations", _quanto, _quanto_bits
     ),
+    "bnb-nf4": Baseline("bitsandbytes NF4 weights g64, float activations", _nf4, _nf4_bits),
 }
 
 
