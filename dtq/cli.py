@@ -49,7 +49,7 @@ class Commands(click.Group):
         except OSError as error:
             _fail(" ".join(str(error).split()))
         except KeyboardInterrupt:
-            click.echo("interrupted; nothing was written", err=True)
+            click.echo("interrupted; no half-written folder is left", err=True)
             sys.exit(130)
 
 
@@ -728,6 +728,11 @@ def _print_result(report: Report, output: Path, seconds: float) -> None:
         _table(
             ("worst layers", "weights", "output error", "transform"),
             [(x.name, x.weights, f"{x.error:.1e}", x.transform) for x in worst],
+        )
+    other = [x.name for x in plan.layers if x.role == "other"]
+    if other:
+        click.echo(
+            f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
         )
     for x in promoted:
         click.echo(f"promoted {x.name} to {x.weights}: error {x.error_before:.1e} -> {x.error:.1e}")

@@ -115,3 +115,20 @@ def test_explain_names_every_refusal():
     lines = explain(Task(FORMATS["int4-asym-g64"], ACTS["none"], 1))
     assert lines[-1] == "integer-groups: used"
     assert "not int8" in lines[0]
+
+
+def test_a_device_gives_the_numbers_of_the_cpu(device):
+    """Integer products agree bit for bit; float ones within rounding."""
+    x, w, bias = operands(33)
+    pre = (torch.rand(128) + 0.5).to(torch.bfloat16)
+    for fmt in FORMATS.values():
+        task = Task(fmt, ACTS["int8-row"], 64)
+        parts = fmt.pack(w, fmt.fit(w))
+        want = pick(task).call(task, x, parts, pre, None, bias)
+        there = {k: v.to(device) for k, v in parts.items()}
+        got = (
+            pick(task).call(task, x.to(device), there, pre.to(device), None, bias.to(device)).cpu()
+        )
+        if pick(task).name in ("w8a8", "w4a8-two-level"):
+            assert torch.equal(got, want), fmt.name
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

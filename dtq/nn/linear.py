@@ -88,6 +88,7 @@ class QuantLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.task = Task(FORMATS[weights], ACTS[acts], block)
         self.kernel: Kernel = pick(self.task)
+        self._specs = part_specs(self._shape, weights, acts, pre_quant, bins)
         self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
         for name, spec in self.specs().items():
             dtype = _BITS.get(spec.dtype, spec.dtype)
@@ -98,13 +99,7 @@ class QuantLinear(nn.Linear):
 
     def specs(self) -> dict[str, Spec]:
         """Shape and on-disk dtype of every part this layer owns."""
-        return part_specs(
-            (self.out_features, self.in_features),
-            self.weights,
-            self.acts,
-            self.pre_quant,
-            self.bins,
-        )
+        return self._specs
 
     def fill(self, parts: Mapping[str, Tensor]) -> None:
         """Take over stored parts (on-disk dtypes).
@@ -123,7 +118,7 @@ class QuantLinear(nn.Linear):
         """A stored part with its on-disk dtype, sharing memory."""
         tensor = self._parameters[name]
         assert tensor is not None
-        return to_disk(tensor, self.specs()[name])
+        return to_disk(tensor, self._specs[name])
 
     def parts(self) -> Parts:
         """Every stored part with its on-disk dtype, sharing memory."""
@@ -139,7 +134,7 @@ class QuantLinear(nn.Linear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        weight = {name: self.part(name) for name in self.task.weights.layout(self._shape)}
+        weight = {name: self.part(name) for name in self._specs if name.startswith("weight")}
         pre_scale = self.part("pre_quant_scale").reshape(-1) if self.pre_quant else None
         act_scale = self._step_scale() if self.task.acts.static else None
         return self.kernel.call(self.task, rows, weight, pre_scale, act_scale, bias)
