@@ -20,7 +20,7 @@ from dtq.config import DTQConfig
 from dtq.diffusers import mark
 from dtq.errors import InputError
 from dtq.families import Scan, Site
-from dtq.formats import FORMATS, Params
+from dtq.formats import FORMATS, Parts
 from dtq.formats.acts import ACTS, fake_quantize, row_scale
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finish
@@ -95,14 +95,12 @@ class Report:
 
 @dataclass
 class _Solved:
-    """One layer's result, before it is packed."""
+    """One layer's result, packed: the float weight stays in the model until the swap."""
 
     plan: LayerPlan
-    snapped: Tensor
-    params: Params
+    parts: Parts
     transform: Online
     bias_shift: Tensor | None
-    input_scale: Tensor | None
     report: LayerReport
 
 
@@ -167,6 +165,7 @@ def quantize_source(
     ``config`` is the one that diffusers already holds, when it does; it is completed.
     """
     calls = None if inputs is None else list(inputs)
+    source.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
     scan, plan = plan_source(source, recipe, skip, calls)
     needs = recipe.needs()
     driven = source.pipeline is not None or calls is not None
@@ -377,17 +376,16 @@ def _solve(
     if recipe.correct_bias and stats is not None:
         mean = transform.x(stats.channels.mean().to(changed))
         shift = (changed - snapped) @ mean
-    scale = _static_scale(transform, stats) if ACTS[layer.acts].static else None
+    parts = fmt.pack(snapped, params)
+    if layer.pre_quant:
+        # a copy: linears that share a transform must not share memory, safetensors refuses that
+        parts["pre_quant_scale"] = transform.scale.reshape(1, -1).clone()
+    if ACTS[layer.acts].static:
+        parts["input_scale"] = _static_scale(transform, stats)
+    error = _output_error(layer, weight, snapped, transform, shift, stats)
     final = replace(layer, block=transform.block)
-    report = LayerReport(
-        layer.name,
-        layer.role,
-        layer.weights,
-        layer.bits(),
-        choice.label,
-        _output_error(layer, weight, snapped, transform, shift, stats),
-    )
-    return _Solved(final, snapped, params, transform, shift, scale, report)
+    report = LayerReport(layer.name, layer.role, layer.weights, layer.bits(), choice.label, error)
+    return _Solved(final, parts, transform, shift, report)
 
 
 def _output_error(
@@ -519,13 +517,7 @@ def _swap(model: nn.Module, result: _Solved, bins: int, compute_dtype: torch.dty
         compute_dtype=compute_dtype,
         device="meta",
     )
-    parts = FORMATS[layer.weights].pack(result.snapped, result.params)
-    if layer.pre_quant:
-        # a copy: linears that share a transform must not share memory, safetensors refuses that
-        parts["pre_quant_scale"] = result.transform.scale.reshape(1, -1).clone()
-    if result.input_scale is not None:
-        parts["input_scale"] = result.input_scale
-    new.fill({name: part.to(old.weight.device) for name, part in parts.items()})
+    new.fill({name: part.to(old.weight.device) for name, part in result.parts.items()})
     if old.bias is not None:
         shift = 0.0 if result.bias_shift is None else result.bias_shift
         bias = (old.bias.detach().float() + shift).to(compute_dtype)
