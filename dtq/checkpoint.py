@@ -26,30 +26,41 @@ from torch import Tensor
 
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
-from dtq.plan import LoadPlan, file_bytes, part_specs
+from dtq.plan import SAFETENSORS_DTYPES, LoadPlan, file_bytes, part_specs
 from dtq.source import folder_kind, read_json
 
 CHECKSUMS = "dtq_checksums"
-"""int32 (1 + tensors,): format version, then CRC-32 of the tensors in order of their names."""
+"""int32 (2 + tensors,): format version; CRC-32 of the names, dtypes and shapes (:func:`outline`);
+CRC-32 of the tensors in order of their names."""
 
 
 def with_checksums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint and their checksums."""
     sums = [checksum(tensors[key]) for key in sorted(tensors)]
-    values = torch.tensor([FORMAT_VERSION, *sums], dtype=torch.int64).to(torch.int32)
-    return {**tensors, CHECKSUMS: values}
+    described = {k: (SAFETENSORS_DTYPES[t.dtype], tuple(t.shape)) for k, t in tensors.items()}
+    values = [FORMAT_VERSION, outline(described), *sums]
+    return {**tensors, CHECKSUMS: torch.tensor(values, dtype=torch.int64).to(torch.int32)}
 
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the tensor's bytes, as a signed 32-bit number."""
     data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    value = zlib.crc32(data)
+    return _signed(zlib.crc32(data))
+
+
+def outline(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """CRC-32 of a line ``name dtype shape`` per tensor, in order of names, signed."""
+    lines = (f"{k} {dtype} {list(shape)}\n" for k, (dtype, shape) in sorted(tensors.items()))
+    return _signed(zlib.crc32("".join(lines).encode()))
+
+
+def _signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
 def predicted_bytes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
     """Exact size of the unsharded file with these tensors: data, header, checksums."""
-    sums = {CHECKSUMS: ((1 + len(tensors),), torch.int32)}
+    sums = {CHECKSUMS: ((2 + len(tensors),), torch.int32)}
     return file_bytes({**tensors, **sums}, {"format": "pt"})
 
 
@@ -69,6 +80,7 @@ class Reader:
         self.sums: dict[str, int] = {}
         self.where: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         values: Tensor | None = None
         for file in files:
             found = self._read_header(Path(file))
@@ -78,7 +90,7 @@ class Reader:
             raise CheckpointError(
                 f"{files_read}: the tensor {CHECKSUMS} is missing; not a dtq file"
             )
-        version, *sums = values.tolist()
+        version, names_sum, *sums = values.tolist()
         if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"{files_read}: format {version}, this dtq reads up to {FORMAT_VERSION}: "
@@ -89,6 +101,11 @@ class Reader:
             raise CheckpointError(
                 f"{files_read}: {len(names)} tensors where {len(sums)} were saved; a file is "
                 f"missing or from another model"
+            )
+        if outline({k: (self.dtypes[k], self.shapes[k]) for k in names}) != names_sum:
+            raise CheckpointError(
+                f"{files_read}: truncated or damaged (a tensor's name, dtype or shape is not what "
+                f"was saved); copy it again"
             )
         self.sums = dict(zip(names, sums, strict=True))
 
@@ -132,7 +149,8 @@ class Reader:
                     if key == CHECKSUMS:
                         continue
                     self.where[key] = str(file)
-                    self.shapes[key] = tuple(opened.get_slice(key).get_shape())
+                    part = opened.get_slice(key)
+                    self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), part.get_dtype()
                 if CHECKSUMS not in opened.keys():  # noqa: SIM118
                     return None
                 values: Tensor = opened.get_tensor(CHECKSUMS)
@@ -140,7 +158,7 @@ class Reader:
             raise CheckpointError(
                 f"{file}: truncated or damaged ({error}); copy it again"
             ) from error
-        if values.dtype != torch.int32 or values.ndim != 1 or not len(values):
+        if values.dtype != torch.int32 or values.ndim != 1 or len(values) < 2:
             raise CheckpointError(f"{file}: {CHECKSUMS} is damaged; copy the file again")
         return values
 

@@ -189,7 +189,7 @@ def file_bytes(
     Format: 8 bytes of length, a JSON header padded to a multiple of 8, the data without gaps.
     """
     # the writer sorts by dtype, widest first, then by name
-    rank = list(_SAFETENSORS)
+    rank = list(SAFETENSORS_DTYPES)
     order = sorted(tensors, key=lambda name: (rank.index(tensors[name][1]), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -197,7 +197,7 @@ def file_bytes(
         shape, dtype = tensors[name]
         size = Spec(tuple(shape), dtype).nbytes
         header[name] = {
-            "dtype": _SAFETENSORS[dtype],
+            "dtype": SAFETENSORS_DTYPES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, offset + size],
         }
@@ -207,7 +207,7 @@ def file_bytes(
 
 
 # in the order of the safetensors writer
-_SAFETENSORS = {
+SAFETENSORS_DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",

@@ -154,6 +154,21 @@ def test_a_flipped_bit_is_an_error_that_names_file_and_key(copy, place):
             read(copy)
 
 
+@pytest.mark.parametrize(
+    "old", [b"proj_out_1.bias", b'"BF16"', b"[128,64]", b"transformer_blocks.1.ff"]
+)
+def test_a_flipped_bit_in_the_header_is_an_error(copy, old):
+    file = copy / "transformer" / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[data.index(old) + len(old) - 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"damaged|missing"):
+        checkpoint.verify(copy)
+    # diffusers itself reads the header of a single file before it asks dtq
+    with pytest.raises((CheckpointError, OSError), match=r"damaged|missing|Unable to load weights"):
+        load(copy)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.9999])
 def test_a_truncated_file_is_an_error(copy, keep):
     file = copy / "transformer" / WEIGHTS

@@ -88,7 +88,7 @@ def _sheet(result: Evaluation) -> str:
         return "<p class=sub>No still pictures to show.</p>"
     rows = [r for pair in zip(*(row.split(8) for row in rows), strict=True) for r in pair]
     size = rows[0].shape[-1]
-    data = base64.b64encode(pictures.png(pictures.sheet(rows, scale=max(1, 112 // size)))).decode()
+    data = base64.b64encode(pictures.png(pictures.sheet(rows, scale=max(1, 128 // size)))).decode()
     names = " above, ".join(_t(n) for n in result.pictures)
     return (
         f"<figure><img class=sheet alt='pictures side by side' src='data:image/png;base64,{data}'>"
@@ -147,8 +147,8 @@ def _steps_plot(rows: list[Row]) -> str:
 
 def _divergence_plot(row: Row) -> str:
     figure, axes = _axes()
-    steps = range(1, len(row.divergence) + 1)
-    axes.plot(steps, [max(v, 1e-12) for v in row.divergence], marker="o", ms=3)
+    steps = range(2, len(row.divergence) + 1)  # both runs enter the first step with the same noise
+    axes.plot(steps, row.divergence[1:], marker="o", ms=3)
     axes.set(xlabel="step", ylabel="relative squared distance of latents", yscale="log")
     return _figure(figure, "Free-running: how far the latents drift apart from the same seed.")
 
@@ -165,7 +165,8 @@ def _layer_plot(report: dict[str, Any]) -> str:
 
 
 def _range_plot(report: dict[str, Any]) -> str:
-    sites = [s for s in report["sites"] if s["peaks"]]
+    plain = {x["name"] for x in report["layers"] if x["role"] == "adaln"}  # no transform there
+    sites = [s for s in report["sites"] if s["peaks"] and s["name"] not in plain]
     if not sites:
         return ""
     figure, axes = _axes()
@@ -205,10 +206,12 @@ def _layer_table(report: dict[str, Any]) -> str:
 
 def _axes() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.4, 3.3), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, axis="y", color="#e3e6e8", lw=0.6)
     return figure, axes
 
