@@ -28,7 +28,6 @@ ABLATIONS = {
     "w4a8, rotation alone": {"transform": "hadamard"},
     "w4a8, clip search instead of GPTQ": {"solver": "search"},
     "w4a8, modulation w4a16": {"modulation": "w4a16"},
-    "w4a8, modulation kept": {"modulation": "keep"},
     "w4a8, activations int8-step": {"acts": "int8-step"},
 }
 
