@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/dtq quantize demo --recipe w4a8 -o .demo/w4a8 --overwrite
-	$(BIN)/dtq eval .demo/w4a8 --reference demo --fid 64 -o .demo/report
+	$(BIN)/dtq eval .demo/w4a8 --reference demo --set emoji-16 --fid 64 -o .demo/report
 	@echo "open .demo/report/report.html"
 
 test: setup check

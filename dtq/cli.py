@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import click
 import torch
 import yaml
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 import dtq
@@ -74,6 +76,9 @@ def main(verbose: bool) -> None:
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("dtq").setLevel(logging.INFO if verbose else logging.WARNING)
+    if not verbose:  # diffusers' own deprecations are not the user's business
+        warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+        diffusers_logging.set_verbosity_error()
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -659,8 +664,6 @@ def _check_disk(model: torch.nn.Module, plan: Plan, dtype: torch.dtype, output: 
 
 @contextlib.contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
-    from diffusers.utils import logging as diffusers_logging
-
     if quiet:
         diffusers_logging.disable_progress_bar()
     try:

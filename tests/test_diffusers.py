@@ -103,10 +103,18 @@ def test_what_diffusers_does_to_models_leaves_the_numbers_alone(quantized_folder
     want = tiny.sample(pipe)
     pipe.transformer = copy.deepcopy(pipe.transformer)
     assert torch.equal(tiny.sample(pipe), want)
-    pipe.transformer.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_type="leaf_level"
-    )
-    assert torch.equal(tiny.sample(pipe), want)
+
+
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_group_offload_leaves_the_numbers_alone(level):
+    model = dtq.quantize(tiny.flux(), "rtn-w4a8", progress=False)
+    arguments = made_inputs(model, 2, 0.5, 1)
+    with torch.no_grad():
+        want = model(**arguments)[0]
+        model.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type=level, num_blocks_per_group=1
+        )
+        assert torch.equal(model(**arguments)[0], want)
 
 
 def test_dequantize_gives_a_plain_model_that_saves_as_one(quantized_folder, tmp_path):

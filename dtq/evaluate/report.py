@@ -106,7 +106,7 @@ def _table(result: Evaluation) -> str:
         "PSNR worst",
         "SSIM",
         "FID to float",
-        "FID to training set",
+        "FID to real",
     )
     body = "".join(
         "<tr>"

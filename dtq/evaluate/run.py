@@ -115,7 +115,10 @@ def evaluate(
     say("float pipeline")
     truth = drift.record(reference.pipeline, reference.model, requests, how)
     extractor = extractor_for(reference.pipeline) if fid_samples else None
-    more = Calibration(**{**asdict(how), "samples": fid_samples, "seed": how.seed + 1})
+    # FID asks for every label evenly, whatever the contact sheet shows
+    more = Calibration(
+        **{**asdict(how), "set": "auto", "samples": fid_samples, "seed": how.seed + 1}
+    )
     float_features = None
     if extractor is not None:
         say(f"float pipeline, {fid_samples} pictures for FID")
