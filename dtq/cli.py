@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import shutil
 import signal
 import sys
@@ -27,10 +26,11 @@ from dtq import checkpoint, source
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
 from dtq.errors import DtqError, InputError
-from dtq.estimate import Estimate, estimate
+from dtq.estimate import estimate
 from dtq.kernels import KERNELS, explain
 from dtq.plan import Plan
-from dtq.quantize import Report, calibrate_source, plan_source, quantize_source
+from dtq.printing import or_dash, print_plan, print_result, size, table
+from dtq.quantize import calibrate_source, plan_source, quantize_source
 from dtq.recipe import Calibration, Recipe, find, names
 
 MODEL_HELP = "MODEL is a local diffusers folder, a hub id, or demo (the model bundled with dtq)."
@@ -187,7 +187,7 @@ def quantize(
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
-        _print_result(report, output, time.monotonic() - started)
+        print_result(report, output, time.monotonic() - started)
 
 
 @main.command()
@@ -225,7 +225,7 @@ def plan(
         data["bits_adaln"] = resolved.bits([x for x in resolved.quantized() if x.role == "adaln"])
         click.echo(json.dumps(data))
         return
-    _print_plan(resolved, cost, scan.traced, chosen)
+    print_plan(resolved, cost, scan.traced, chosen)
 
 
 @main.command()
@@ -256,7 +256,7 @@ def calibrate(model: str, output: Path, dtype: str, component: str, **choices: A
     statistics = calibrate_source(opened, scan, chosen, needs)
     store.save(statistics, output)
     click.echo(
-        f"{output}: {len(statistics.sites)} inputs, {statistics.about['calls']} model calls, {_size(output.stat().st_size)}"
+        f"{output}: {len(statistics.sites)} inputs, {statistics.about['calls']} model calls, {size(output.stat().st_size)}"
     )
 
 
@@ -292,14 +292,14 @@ def inspect(folder: Path, component: str, kernels: bool, as_json: bool) -> None:
         for name, m in layers
     ]
     config = model.config["quantization_config"]
-    size = sum(f.stat().st_size for f in where.glob("*.safetensors"))
+    stored = sum(f.stat().st_size for f in where.glob("*.safetensors"))
     if as_json:
-        click.echo(json.dumps({"recipe": config.recipe, "bytes": size, "layers": rows}))
+        click.echo(json.dumps({"recipe": config.recipe, "bytes": stored, "layers": rows}))
         return
     click.echo(
-        f"{folder}: recipe {config.recipe}, {len(rows)} quantized linears, {_size(size)}, checksums good"
+        f"{folder}: recipe {config.recipe}, {len(rows)} quantized linears, {size(stored)}, checksums good"
     )
-    _table(
+    table(
         ("layer", "N x K", "weights", "acts", "bits", "kernel"),
         [
             (
@@ -455,17 +455,17 @@ def evaluate_(
     if as_json:
         click.echo(json.dumps(result.to_json()))
         return
-    _table(
+    table(
         ("model", "per-step error", "worst step", "bits", "PSNR", "SSIM", "FID to float"),
         [
             (
                 r.name,
                 f"{r.error:.2e}",
                 f"{max(r.error_steps):.2e}",
-                _or(r.bits, ".2f"),
-                _or(r.psnr, ".1f"),
-                _or(r.ssim, ".4f"),
-                _or(r.fid_float, ".2f"),
+                or_dash(r.bits, ".2f"),
+                or_dash(r.psnr, ".1f"),
+                or_dash(r.ssim, ".4f"),
+                or_dash(r.fid_float, ".2f"),
             )
             for r in result.rows
         ],
@@ -483,7 +483,7 @@ def recipe() -> None:
 @recipe.command("ls")
 def recipe_ls() -> None:
     """Names and one line each."""
-    _table(("recipe", "about"), [(name, Recipe.load(name).about) for name in names()])
+    table(("recipe", "about"), [(name, Recipe.load(name).about) for name in names()])
 
 
 @recipe.command("show")
@@ -575,10 +575,10 @@ def doctor() -> None:
     rows.append(
         (
             "bundled model",
-            _size(sum(f.stat().st_size for f in demo.folder().rglob("*") if f.is_file())),
+            size(sum(f.stat().st_size for f in demo.folder().rglob("*") if f.is_file())),
         )
     )
-    _table(("what", "here"), rows)
+    table(("what", "here"), rows)
 
 
 def _found(util: Any, package: str) -> bool:
@@ -659,7 +659,7 @@ def _check_disk(model: torch.nn.Module, plan: Plan, dtype: torch.dtype, output: 
     needed = checkpoint.predicted_bytes(file_tensors(model, plan, dtype))
     free = shutil.disk_usage(parent).free
     if free < 1.1 * needed:
-        raise InputError(f"{parent}: {_size(free)} free, the checkpoint needs {_size(needed)}")
+        raise InputError(f"{parent}: {size(free)} free, the checkpoint needs {size(needed)}")
 
 
 @contextlib.contextmanager
@@ -671,102 +671,6 @@ def _quiet(quiet: bool) -> Iterator[None]:
     finally:
         if quiet:
             diffusers_logging.enable_progress_bar()
-
-
-def _print_plan(plan: Plan, cost: Estimate, traced: bool, chosen: Recipe) -> None:
-    rows = []
-    for x in plan.layers:
-        how = "kept" if x.kept else f"{x.transform.name}, {x.solver.name}"
-        bits = "" if x.kept else f"{x.bits(plan.bins):.2f}"
-        rows.append(
-            (
-                x.name,
-                x.role,
-                "x".join(map(str, x.shape)),
-                x.weights or "-",
-                x.acts if not x.kept else "-",
-                bits,
-                how,
-                x.note,
-            )
-        )
-    _table(("layer", "role", "N x K", "weights", "acts", "bits", "how", "note"), rows)
-    modulation = [x for x in plan.quantized() if x.role == "adaln"]
-    click.echo()
-    if not traced:
-        click.echo(
-            "no inputs could be made up for this class: layers were sorted by name, not by a traced forward"
-        )
-    other = [x.name for x in plan.layers if x.role == "other"]
-    if other:
-        click.echo(
-            f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
-        )
-    click.echo(f"attention and feed-forward  {plan.bits(plan.gemm()):.3f} bits per weight")
-    if modulation:
-        click.echo(f"modulation                  {plan.bits(modulation):.3f} bits per weight")
-    click.echo(
-        f"file                        {cost.file} bytes ({_size(cost.file)}); float {_size(cost.float_file)}"
-    )
-    if cost.file_most > cost.file:
-        click.echo(
-            f"  at most                   {_size(cost.file_most)} if the guard spends its whole budget ({chosen.guard.budget} bits)"
-        )
-    click.echo(f"peak memory                 about {_size(cost.memory)}")
-    click.echo(
-        f"time                        {'unknown' if cost.seconds is None else f'about {_duration(cost.seconds)} on this machine'}"
-    )
-
-
-def _print_result(report: Report, output: Path, seconds: float) -> None:
-    plan = report.plan
-    promoted = [x for x in report.layers if x.promoted]
-    worst = sorted(
-        (x for x in report.layers if x.error is not None), key=lambda x: -(x.error or 0)
-    )[:5]
-    click.echo(
-        f"{output}: {len(plan.quantized())} linears, {plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight, {_duration(seconds)}"
-    )
-    if worst:
-        _table(
-            ("worst layers", "weights", "output error", "transform"),
-            [(x.name, x.weights, f"{x.error:.1e}", x.transform) for x in worst],
-        )
-    other = [x.name for x in plan.layers if x.role == "other"]
-    if other:
-        click.echo(
-            f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
-        )
-    for x in promoted:
-        click.echo(f"promoted {x.name} to {x.weights}: error {x.error_before:.1e} -> {x.error:.1e}")
-    click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    lines = [tuple(map(str, row)) for row in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for i, line in enumerate(lines):
-        click.echo("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
-        if i == 0:
-            click.echo("  ".join("-" * w for w in widths))
-
-
-def _or(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dtq import checkpoint
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear, check_part, from_disk, to_disk
-from dtq.nn.swap import finish, swap_empty
+from dtq.nn.swap import finish, planned_linears, swap_empty
 from dtq.plan import Plan, part_specs
 
 log = logging.getLogger("dtq")
@@ -111,7 +111,9 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             plan = config.load_plan()
             if self._reader is not None:
-                self._reader.check_plan(plan, _linear_shapes(model, plan.layers))
+                linears = planned_linears(model, plan).items()
+                shapes = {name: (x.out_features, x.in_features) for name, x in linears}
+                self._reader.check_plan(plan, shapes)
             swap_empty(model, plan, config.compute_dtype or torch.float32)
             log.info("dtq: %d quantized linears, recipe %s", len(plan.layers), config.recipe)
         model.register_to_config(quantization_config=config)  # type: ignore[operator]
@@ -186,19 +188,6 @@ def register(on_the_fly: OnTheFly) -> None:
     DTQQuantizer.on_the_fly = staticmethod(on_the_fly)
     auto.AUTO_QUANTIZER_MAPPING.setdefault("dtq", DTQQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
-
-
-def _linear_shapes(model: nn.Module, names: Any) -> dict[str, tuple[int, int]]:
-    shapes = {}
-    for name in names:
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError as error:
-            raise CheckpointError(f"config.json: the model has no layer {name!r}") from error
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(f"config.json: {name!r} is not a linear of this model")
-        shapes[name] = (linear.out_features, linear.in_features)
-    return shapes
 
 
 def _as_floats(state: dict[str, Tensor], layers: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,64 +10,34 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from dtq.calibrate import engine, sets
 from dtq.calibrate.engine import Statistics
-from dtq.calibrate.stats import SiteStats
 from dtq.config import DTQConfig
 from dtq.diffusers import mark
 from dtq.errors import InputError
-from dtq.families import Scan, Site
-from dtq.formats import FORMATS, Parts
-from dtq.formats.acts import ACTS, fake_quantize, row_scale
+from dtq.families import Scan
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finish
-from dtq.plan import Call, LayerPlan, Plan
+from dtq.plan import Plan
 from dtq.recipe import Recipe
-from dtq.solvers import SOLVERS
+from dtq.solve import (
+    LayerReport,
+    SiteReport,
+    Solved,
+    alike,
+    choose,
+    describe,
+    float_weight,
+    solve,
+    solve_site,
+)
 from dtq.source import Source, open_source, scan_model
-from dtq.transforms import TRANSFORMS, Choice, Online
+from dtq.transforms import Choice
 
 log = logging.getLogger("dtq")
-
-
-@dataclass
-class LayerReport:
-    """How one layer came out.
-
-    Attributes:
-        error: relative squared error of its output on sampled rows, None without them.
-        bits: stored bits per weight.
-        transform: what was chosen, in words.
-        promoted: the guard raised it; ``error_before`` is why.
-    """
-
-    name: str
-    role: str
-    weights: str
-    bits: float
-    transform: str
-    error: float | None = None
-    promoted: bool = False
-    error_before: float | None = None
-
-
-@dataclass
-class SiteReport:
-    """How one input looks.
-
-    Attributes:
-        peaks: largest magnitude per timestep bin over the typical channel's, before.
-        peaks_after: the same on sampled rows after the transform.
-        candidates: output error of each candidate family of the transform search.
-    """
-
-    name: str
-    peaks: list[float] = field(default_factory=list)
-    peaks_after: list[float] = field(default_factory=list)
-    candidates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,17 +61,6 @@ class Report:
             "layers": [asdict(layer) for layer in self.layers],
             "sites": [asdict(site) for site in self.sites],
         }
-
-
-@dataclass
-class _Solved:
-    """One layer's result, packed: the float weight stays in the model until the swap."""
-
-    plan: LayerPlan
-    parts: Parts
-    transform: Online
-    bias_shift: Tensor | None
-    report: LayerReport
 
 
 def quantize(
@@ -298,8 +257,8 @@ def _solve_all(
     statistics: Statistics | None,
     report: Report,
     progress: bool,
-) -> dict[str, _Solved]:
-    solved: dict[str, _Solved] = {}
+) -> dict[str, Solved]:
+    solved: dict[str, Solved] = {}
     work = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
     total = sum(len(s.linears) for s in work)
     with tqdm(
@@ -307,118 +266,15 @@ def _solve_all(
     ) as bar:
         for site in work:
             stats = statistics.sites.get(site.name) if statistics else None
-            for members in _alike(site, plan):
-                weights = [_weight(model, layer.name) for layer in members]
-                choice = _choose(members, weights, stats)
-                best = _solve_site(members, weights, choice, stats, recipe)
+            for members in alike(site, plan):
+                weights = [float_weight(model, layer.name) for layer in members]
+                choice = choose(members, weights, stats)
+                best = solve_site(members, weights, choice, stats, recipe)
                 solved |= {result.plan.name: result for result in best}
-                report.sites.append(_describe(site, stats, choice, best[0].transform))
+                report.sites.append(describe(site, stats, choice, best[0].transform))
                 bar.update(len(members))
             bar.update(sum(plan[x.name].kept for x in site.linears))
     return solved
-
-
-def _alike(site: Site, plan: Plan) -> list[list[LayerPlan]]:
-    """The quantized linears of a site, those together that can share one transform."""
-    groups: dict[tuple[Call, str, int], list[LayerPlan]] = {}
-    for linear in site.linears:
-        layer = plan[linear.name]
-        if not layer.kept:
-            groups.setdefault((layer.transform, layer.acts, layer.block), []).append(layer)
-    return list(groups.values())
-
-
-def _choose(members: list[LayerPlan], weights: list[Tensor], stats: SiteStats | None) -> Choice:
-    layer = members[0]
-    method = TRANSFORMS[layer.transform.name]
-    if method.needs and stats is None:
-        raise InputError(f"{layer.name}: transform {layer.transform.name} needs calibration data")
-    return method.call(
-        weights,
-        stats,
-        fmt=FORMATS[layer.weights],
-        acts=ACTS[layer.acts],
-        **dict(layer.transform.knobs),
-    )
-
-
-def _solve_site(
-    members: list[LayerPlan],
-    weights: list[Tensor],
-    choice: Choice,
-    stats: SiteStats | None,
-    recipe: Recipe,
-) -> list[_Solved]:
-    """Solve the linears of a site under the chosen transform, and under its close rivals.
-
-    The search judges with plain rounding; what counts is the error after the solver.
-    """
-    tries = [
-        [_solve(layer, w, each, stats, recipe) for layer, w in zip(members, weights, strict=True)]
-        for each in (choice, *choice.rivals)
-    ]
-    return min(tries, key=lambda results: sum(r.report.error or 0.0 for r in results))
-
-
-def _solve(
-    layer: LayerPlan, weight: Tensor, choice: Choice, stats: SiteStats | None, recipe: Recipe
-) -> _Solved:
-    """One linear: change its weight, round it, measure, correct its mean."""
-    transform, fmt = choice.transform, FORMATS[layer.weights]
-    changed = transform.w(weight)
-    gram = None
-    if stats is not None and stats.gram is not None:
-        gram = transform.gram(stats.gram.second_moment().to(changed))
-    snapped, params = SOLVERS[layer.solver.name].call(
-        changed, fmt, gram, **dict(layer.solver.knobs)
-    )
-    shift = None
-    if recipe.correct_bias and stats is not None:
-        mean = transform.x(stats.channels.mean().to(changed))
-        shift = (changed - snapped) @ mean
-    parts = fmt.pack(snapped, params)
-    if layer.pre_quant:
-        # a copy: linears that share a transform must not share memory, safetensors refuses that
-        parts["pre_quant_scale"] = transform.scale.reshape(1, -1).clone()
-    if ACTS[layer.acts].static:
-        parts["input_scale"] = _static_scale(transform, stats)
-    error = _output_error(layer, weight, snapped, transform, shift, stats)
-    final = replace(layer, block=transform.block)
-    report = LayerReport(layer.name, layer.role, layer.weights, layer.bits(), choice.label, error)
-    return _Solved(final, parts, transform, shift, report)
-
-
-def _output_error(
-    layer: LayerPlan,
-    weight: Tensor,
-    snapped: Tensor,
-    transform: Online,
-    shift: Tensor | None,
-    stats: SiteStats | None,
-) -> float | None:
-    """Relative squared error of the layer's output on sampled rows."""
-    if stats is None or stats.reservoir is None:
-        return None
-    x = stats.reservoir.rows.to(weight)
-    want = x @ weight.T
-    got = fake_quantize(transform.x(x), ACTS[layer.acts]) @ snapped.T
-    if shift is not None:
-        got = got + shift
-    return float((got - want).square().sum() / want.square().sum().clamp(min=1e-30))
-
-
-def _static_scale(transform: Online, stats: SiteStats | None) -> Tensor:
-    """One activation scale per timestep bin (1, bins), from sampled rows."""
-    if stats is None or stats.reservoir is None:
-        raise InputError("static activation scales need calibration data")
-    rows = transform.x(stats.reservoir.rows.to(transform.scale.device))
-    bins = (stats.reservoir.stratum // 2).to(rows.device)
-    everything = row_scale(rows.reshape(1, -1)).reshape(())
-    scales = [
-        row_scale(rows[bins == b].reshape(1, -1)).reshape(()) if (bins == b).any() else everything
-        for b in range(stats.bins)
-    ]
-    return torch.stack(scales).reshape(1, -1)
 
 
 def _guard(
@@ -427,7 +283,7 @@ def _guard(
     plan: Plan,
     recipe: Recipe,
     statistics: Statistics | None,
-    solved: dict[str, _Solved],
+    solved: dict[str, Solved],
 ) -> Plan:
     """Promote the layers that came out badly, worst first, while the budget lasts."""
     guard = recipe.guard
@@ -450,9 +306,9 @@ def _guard(
             continue
         before = solved[layer.name]
         choice = Choice(before.transform, before.report.transform, {})
-        again = _solve(
+        again = solve(
             raised,
-            _weight(model, layer.name),
+            float_weight(model, layer.name),
             choice,
             statistics.sites[site_of[layer.name]],
             recipe,
@@ -468,39 +324,14 @@ def _guard(
     return _final(plan, solved)
 
 
-def _final(plan: Plan, solved: dict[str, _Solved]) -> Plan:
+def _final(plan: Plan, solved: dict[str, Solved]) -> Plan:
     """The plan with the Hadamard blocks that were chosen."""
     return plan.with_layers(
         {x.name: replace(x, block=solved[x.name].plan.block) for x in plan.quantized()}
     )
 
 
-def _describe(site: Site, stats: SiteStats | None, choice: Choice, transform: Online) -> SiteReport:
-    report = SiteReport(site.name, candidates=choice.errors)
-    if stats is None or stats.reservoir is None or not len(stats.reservoir.rows):
-        return report
-    rows, bins = stats.reservoir.rows, stats.reservoir.stratum // 2
-    after = transform.x(rows.to(transform.scale.device)).cpu()
-    for b in range(stats.bins):
-        if (bins == b).any():
-            report.peaks.append(_imbalance(rows[bins == b]))
-            report.peaks_after.append(_imbalance(after[bins == b]))
-    return report
-
-
-def _imbalance(rows: Tensor) -> float:
-    """Largest channel peak over the mean channel peak (ViDiT-Q's measure of imbalance)."""
-    peaks = rows.abs().amax(0)
-    return float(peaks.max() / peaks.mean().clamp(min=1e-30))
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().float()
-
-
-def _swap(model: nn.Module, result: _Solved, bins: int, compute_dtype: torch.dtype) -> None:
+def _swap(model: nn.Module, result: Solved, bins: int, compute_dtype: torch.dtype) -> None:
     """Pack, and put the quantized linear where the float one was."""
     layer = result.plan
     old = model.get_submodule(layer.name)

@@ -16,9 +16,9 @@ ROWS = [
     {"recipe", "nn", "harden", "config", "demo"},
     {"source"},
     {"calibrate", "checkpoint"},
-    {"diffusers"},
+    {"diffusers", "solve"},
     {"quantize", "estimate"},
-    {"evaluate"},
+    {"evaluate", "printing"},
     {""},  # the package itself: what `import dtq` gives
     {"cli"},
 ]

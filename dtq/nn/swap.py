@@ -23,13 +23,8 @@ def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> 
     Raises:
         CheckpointError: the plan names a module that is not a linear of this model.
     """
-    for name, layer in plan.layers.items():
-        try:
-            old = model.get_submodule(name)
-        except AttributeError as error:
-            raise CheckpointError(f"config.json: the model has no layer {name!r}") from error
-        if not isinstance(old, nn.Linear):
-            raise CheckpointError(f"config.json: {name!r} is a {type(old).__name__}, not a linear")
+    for name, old in planned_linears(model, plan).items():
+        layer = plan.layers[name]
         new = QuantLinear(
             old.in_features,
             old.out_features,
@@ -44,6 +39,25 @@ def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> 
         )
         model.set_submodule(name, new)
     finish(model, plan.edges)
+
+
+def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Linear]:
+    """The linears that a plan names.
+
+    Raises:
+        CheckpointError: the plan names a module that is not a linear of this model.
+    """
+    found = {}
+    for name in plan.layers:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(f"config.json: the model has no layer {name!r}") from error
+        if not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise CheckpointError(f"config.json: {name!r} is a {kind}, not a linear")
+        found[name] = module
+    return found
 
 
 def finish(model: nn.Module, edges: tuple[float, ...]) -> None:

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line prints: tables, sizes, durations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from dtq.estimate import Estimate
+from dtq.plan import Plan
+from dtq.quantize import Report
+from dtq.recipe import Recipe
+
+
+def print_plan(plan: Plan, cost: Estimate, traced: bool, chosen: Recipe) -> None:
+    rows = []
+    for x in plan.layers:
+        how = "kept" if x.kept else f"{x.transform.name}, {x.solver.name}"
+        bits = "" if x.kept else f"{x.bits(plan.bins):.2f}"
+        rows.append(
+            (
+                x.name,
+                x.role,
+                "x".join(map(str, x.shape)),
+                x.weights or "-",
+                x.acts if not x.kept else "-",
+                bits,
+                how,
+                x.note,
+            )
+        )
+    table(("layer", "role", "N x K", "weights", "acts", "bits", "how", "note"), rows)
+    modulation = [x for x in plan.quantized() if x.role == "adaln"]
+    click.echo()
+    if not traced:
+        click.echo(
+            "no inputs could be made up for this class: layers were sorted by name, not by a traced forward"
+        )
+    other = [x.name for x in plan.layers if x.role == "other"]
+    if other:
+        click.echo(
+            f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
+        )
+    click.echo(f"attention and feed-forward  {plan.bits(plan.gemm()):.3f} bits per weight")
+    if modulation:
+        click.echo(f"modulation                  {plan.bits(modulation):.3f} bits per weight")
+    click.echo(
+        f"file                        {cost.file} bytes ({size(cost.file)}); float {size(cost.float_file)}"
+    )
+    if cost.file_most > cost.file:
+        click.echo(
+            f"  at most                   {size(cost.file_most)} if the guard spends its whole budget ({chosen.guard.budget} bits)"
+        )
+    click.echo(f"peak memory                 about {size(cost.memory)}")
+    click.echo(
+        f"time                        {'unknown' if cost.seconds is None else f'about {duration(cost.seconds)} on this machine'}"
+    )
+
+
+def print_result(report: Report, output: Path, seconds: float) -> None:
+    plan = report.plan
+    promoted = [x for x in report.layers if x.promoted]
+    worst = sorted(
+        (x for x in report.layers if x.error is not None), key=lambda x: -(x.error or 0)
+    )[:5]
+    click.echo(
+        f"{output}: {len(plan.quantized())} linears, {plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight, {duration(seconds)}"
+    )
+    if worst:
+        table(
+            ("worst layers", "weights", "output error", "transform"),
+            [(x.name, x.weights, f"{x.error:.1e}", x.transform) for x in worst],
+        )
+    other = [x.name for x in plan.layers if x.role == "other"]
+    if other:
+        click.echo(
+            f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
+        )
+    for x in promoted:
+        click.echo(f"promoted {x.name} to {x.weights}: error {x.error_before:.1e} -> {x.error:.1e}")
+    click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    lines = [tuple(map(str, row)) for row in (head, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for i, line in enumerate(lines):
+        click.echo("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+        if i == 0:
+            click.echo("  ".join("-" * w for w in widths))
+
+
+def or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
