@@ -27,6 +27,8 @@ from dtq.transforms.hadamard import block_for
 MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
 """How modulation linears are stored: always weight-only, see docs/design.md."""
 
+_MODULATION_FALLBACK = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int8-row"), "keep": ()}
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -88,7 +90,7 @@ class Recipe:
         acts: format of their inputs.
         transform: how the change of input channels is chosen.
         solver: how weights are rounded.
-        fallback: weight format where a layer's shape does not fit ``weights``.
+        fallback: weight formats, the first that fits a layer whose shape ``weights`` does not.
         modulation: a key of ``MODULATION``.
         correct_bias: move the mean error of each layer into its bias.
         keep: roles or globs on names that stay in the compute dtype.
@@ -103,7 +105,7 @@ class Recipe:
     acts: str = "int8-row"
     transform: Call = Call("search")
     solver: Call = Call("gptq")
-    fallback: str = "int8-row"
+    fallback: tuple[str, ...] = ("int4-2l-g32", "int8-row")
     modulation: str = "w8a16"
     correct_bias: bool = True
     keep: tuple[str, ...] = ("embed", "head")
@@ -141,7 +143,8 @@ class Recipe:
         """Names that no table knows, and knobs that no method has."""
         found: list[str] = []
         _known(self.weights, FORMATS, "weights", found)
-        _known(self.fallback, FORMATS, "fallback", found)
+        for i, name in enumerate(self.fallback):
+            _known(name, FORMATS, f"fallback[{i}]", found)
         _known(self.acts, ACTS, "acts", found)
         _known(self.modulation, MODULATION, "modulation", found)
         _method(self.transform, {k: m.call for k, m in TRANSFORMS.items()}, "transform", found)
@@ -224,9 +227,11 @@ class Recipe:
         base = LayerPlan(linear.name, linear.role, linear.shape)
         chosen = [rule for rule in self.rules if _matches(rule.match, linear)]
         weights, acts, transform, solver = self.weights, self.acts, self.transform, self.solver
+        fallback = self.fallback
         if linear.role == "adaln":
             weights, acts, transform = MODULATION[self.modulation], "none", Call("none")
             solver = self.solver if self.solver.name == "rtn" else Call("search")
+            fallback = _MODULATION_FALLBACK[self.modulation]
         if any(_skipped(pattern, linear.name) for pattern in skips):
             return replace(base, note="named in modules_to_not_convert")
         if not chosen and any(_matches(selector, linear) for selector in self.keep):
@@ -237,13 +242,9 @@ class Recipe:
             transform, solver = rule.transform or transform, rule.solver or solver
         if not weights:
             return replace(base, note="the recipe keeps it")
-        note = ""
-        try:
-            FORMATS[weights].layout(linear.shape)
-        except InputError as error:
-            # modulation shapes that groups do not divide are few; they too go to the fallback
-            note = f"{self.fallback} because {str(error).split('. Use')[0]}"
-            weights = self.fallback
+        weights, note = _fitting((weights, *fallback), linear.shape)
+        if not weights:
+            return replace(base, note=f"kept: {note}")
         changed = transform.name != "none"
         turns = "hadamard" in transform.name or transform.name == "search"
         block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64)) if turns else 1
@@ -257,6 +258,19 @@ class Recipe:
             solver=solver,
             note=note,
         )
+
+
+def _fitting(formats: Iterable[str], shape: tuple[int, int]) -> tuple[str, str]:
+    """The first format that a shape fits, and why the first choice did not; empty if none does."""
+    reason = ""
+    for name in formats:
+        try:
+            FORMATS[name].layout(shape)
+        except InputError as error:
+            reason = reason or str(error).split(". Use")[0]
+        else:
+            return name, reason
+    return "", reason
 
 
 def find(what: str | Path) -> Path:
@@ -351,7 +365,7 @@ def _words(kind: str) -> str:
         "int": "a whole number",
         "float": "a number",
         "bool": "true or false",
-        "tuple[str, ...]": "a list of roles or name patterns",
+        "tuple[str, ...]": "a list of names",
         "tuple[Rule, ...]": "a list of rules",
     }.get(kind, "a mapping")
 

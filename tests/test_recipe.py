@@ -9,7 +9,7 @@ import yaml
 
 from dtq.data import folder
 from dtq.errors import InputError, RecipeError
-from dtq.families import ROLES
+from dtq.families import ROLES, Linear
 from dtq.plan import Call
 from dtq.recipe import Recipe, names
 from dtq.source import scan_model
@@ -111,9 +111,17 @@ def test_plan_resolves_roles_rules_and_fallbacks():
     with pytest.raises(RecipeError, match="matches no layer"):
         Recipe.load("w4a8", rules=[{"match": "xattn.q", "weights": "int8-row"}]).plan(scan)
     odd = scan_model(tiny.dit(heads=3))  # 96 channels: groups of 64 do not fit
-    layer = Recipe.load("w4a8").plan(odd)["transformer_blocks.0.attn1.to_q"]
-    assert layer.weights == "int8-row"
+    plan = Recipe.load("w4a8").plan(odd)
+    layer = plan["transformer_blocks.0.attn1.to_q"]
+    assert layer.weights == "int4-2l-g32"
     assert "divisible by 64" in layer.note
+    assert plan["transformer_blocks.0.norm1.linear"].weights == "int8-row"
+    assert plan.bits(plan.gemm()) < 5.2
+    shape = (30, 30)
+    assert (
+        Recipe.load("w4a8")._layer(Linear("a.0.ff.net.2", "ffn.down", shape, True), ()).weights
+        == "int8-row"
+    )
 
 
 @pytest.mark.parametrize(
