@@ -227,7 +227,11 @@ def test_an_interrupt_leaves_nothing(float_folder, tmp_path, sent):
         str(tmp_path / "q"),
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=env,
+        # a runner in the background ignores SIGINT, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     seen = ""
     while "calibrate" not in seen:
         seen += process.stderr.read(1)
