@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from dtq.calibrate.stats import Origin, SiteStats
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
-from dtq.transforms import TRANSFORMS, Chain, Diagonal, Online, Rotation
-from dtq.transforms.hadamard import block_for, fwht, signs
+from dtq.transforms import TRANSFORMS, Chain, Diagonal, Online, Permutation, Rotation
+from dtq.transforms.hadamard import block_for, fwht, rotate, rotate_back, signs
+from dtq.transforms.methods import incoherence, zigzag
+from dtq.transforms.smooth import OVER, smoothing
 
 K = 192
 
@@ -39,6 +43,9 @@ def some_transforms():
         "chain": Chain((Diagonal(s), Rotation(16), Diagonal(s.flip(0)))),
         "empty": Chain(),
         "online": Online.of(s, signs(K, 3), 64),
+        "permutation": Permutation(torch.randperm(K, generator=g)),
+        "dual": Rotation(16, turns=2),
+        "online dual": Online.of(s, signs(K, 3), 64, torch.randperm(K, generator=g), turns=2),
     }
 
 
@@ -49,6 +56,36 @@ def test_a_transform_cancels_and_carries_the_second_moment(name):
     x, w = torch.randn(50, K, generator=g).double(), torch.randn(30, K, generator=g).double()
     torch.testing.assert_close(t.x(x) @ t.w(w).T, x @ w.T, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(t.gram(x.T @ x), t.x(x).T @ t.x(x), rtol=1e-10, atol=1e-9)
+
+
+def test_rows_that_read_the_changed_input_read_the_raw_one():
+    g = torch.Generator().manual_seed(2)
+    x, v = torch.randn(50, K, generator=g).double(), torch.randn(4, K, generator=g).double()
+    for name in ("online", "online dual"):
+        t = some_transforms()[name]
+        torch.testing.assert_close(x @ t.raw(v).T, t.x(x) @ v.T, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_two_turns_spread_one_channel_over_every_block_and_turn_back(block):
+    x = torch.randn(5, 256, dtype=torch.float64)
+    turned = rotate(x, block, turns=2)
+    assert torch.allclose(rotate_back(turned, block, turns=2), x)
+    assert not torch.allclose(rotate_back(turned, block), x)
+    one = torch.zeros(1, 256)
+    one[0, 100] = 1
+    energy = rotate(one, block, turns=2).square().reshape(-1, block).sum(1)
+    assert torch.allclose(energy, torch.full_like(energy, block / 256))
+
+
+def test_zigzag_gives_every_block_the_same_share_of_outliers():
+    peaks = torch.ones(256)
+    peaks[:8] = torch.arange(8, 0, -1) * 10.0  # all in the first block
+    order = zigzag(peaks, 64)
+    assert sorted(order.tolist()) == list(range(256))
+    assert peaks[order].reshape(4, 64).gt(1).sum(1).tolist() == [2, 2, 2, 2]
+    sums = peaks[order].reshape(4, 64).sum(1)
+    assert sums.max() == sums.min()  # back and forth: 8 + 1, 7 + 2, ...
 
 
 @pytest.mark.parametrize("block", [1, 2, 16, 64])
@@ -109,3 +146,51 @@ def test_search_is_deterministic():
     a, b = (TRANSFORMS["search"].call([w], stats, **how) for _ in range(2))
     assert a.label == b.label
     assert torch.equal(a.transform.scale, b.transform.scale)
+
+
+def test_ditas_is_never_worse_than_no_smoothing_or_either_end_of_its_grid():
+    stats = stats_of(salient())
+    w = torch.randn(128, K, generator=torch.Generator().manual_seed(7)) * 0.05
+    how = {"fmt": FORMATS["int4-row"], "acts": ACTS["int8-row"]}
+    found = TRANSFORMS["ditas"].call([w], stats, **how)
+    assert found.errors["smooth"] < 0.5 * found.errors["none"]
+    from dtq.transforms.methods import _Judge
+
+    judge = _Judge([w], stats, how["fmt"], how["acts"], 1024)
+    for alpha in (0.0, 0.5, 1.0):
+        s = TRANSFORMS["smooth"].call([w], stats, alpha=alpha, **how).transform
+        assert judge(found.transform) <= judge(s)
+
+
+def test_ars_turns_twice_only_where_one_hadamard_leaves_outliers_at_any_scale():
+    how = {"fmt": FORMATS["int4-row"], "acts": ACTS["int8-row"]}
+    w = torch.ones(8, K)
+    calm = torch.randn(2048, K, generator=torch.Generator().manual_seed(8))
+    # a different channel is large in every row: no fixed smoothing can help
+    g = torch.Generator().manual_seed(9)
+    wild = calm.scatter_add(
+        1, torch.randint(0, K, (2048, 1), generator=g), torch.full((2048, 1), 300.0)
+    )
+    for factor in (1.0, 0.01):
+        assert TRANSFORMS["ars"].call([w], stats_of(calm * factor), **how).transform.turns == 1
+        found = TRANSFORMS["ars"].call([w], stats_of(wild * factor), block=8, **how)
+        assert found.transform.turns == 2
+        once = TRANSFORMS["smooth-hadamard"].call([w], stats_of(wild * factor), block=8, **how)
+        assert incoherence(found.transform.x(wild)) < 0.7 * incoherence(once.transform.x(wild))
+
+
+def test_correlation_weighted_peaks_prefer_steps_that_miss_the_large_weights():
+    w = torch.arange(1.0, 65.0)
+    along, against = w.clone(), w.flip(0)
+    mixed = OVER["ssc"](torch.stack([along, against]), w)
+    share = (mixed - along) / (against - along)
+    assert torch.allclose(share[w != 32.5], torch.tensor(math.e**2 / (1 + math.e**2)), atol=1e-4)
+
+
+def test_balancing_with_half_gives_both_sides_the_geometric_mean():
+    # PTQ4DiT, 2405.16005, eq. 8: after it the salience of input and weight agree, up to one factor
+    x = salient()
+    w = torch.randn(96, K, generator=torch.Generator().manual_seed(10)) * 0.05
+    s = smoothing([w], stats_of(x), alpha=0.5)
+    ratio = (x / s).abs().amax(0) / (w * s).abs().amax(0)
+    assert ratio.max() / ratio.min() < 1.001

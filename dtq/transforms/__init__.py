@@ -7,7 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dtq.transforms import methods
-from dtq.transforms.base import Chain, Diagonal, Online, Rotation, Transform
+from dtq.transforms.base import (
+    Chain,
+    Diagonal,
+    Online,
+    Permutation,
+    Rotation,
+    Transform,
+)
 from dtq.transforms.methods import Choice
 
 
@@ -24,7 +31,19 @@ TRANSFORMS: dict[str, Method] = {
     "smooth": Method(methods.smooth, frozenset({"channels"})),
     "hadamard": Method(methods.hadamard),
     "smooth-hadamard": Method(methods.smooth_hadamard, frozenset({"channels"})),
+    "ditas": Method(methods.ditas, frozenset({"channels", "reservoir"})),
+    "ars": Method(methods.ars, frozenset({"channels", "reservoir"})),
     "search": Method(methods.search, frozenset({"channels", "reservoir"})),
 }
 
-__all__ = ["TRANSFORMS", "Chain", "Choice", "Diagonal", "Method", "Online", "Rotation", "Transform"]
+__all__ = [
+    "TRANSFORMS",
+    "Chain",
+    "Choice",
+    "Diagonal",
+    "Method",
+    "Online",
+    "Permutation",
+    "Rotation",
+    "Transform",
+]

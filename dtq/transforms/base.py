@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtq.transforms.hadamard import fwht
+from dtq.transforms.hadamard import rotate, rotate_back
 
 
 class Transform(Protocol):
@@ -48,19 +48,39 @@ class Diagonal:
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """Hadamard over blocks of ``block`` channels; random signs go into a diagonal before it."""
+class Permutation:
+    """Channel ``order[j]`` moves to place j; order: int (K,)."""
 
-    block: int
+    order: Tensor
 
     def x(self, x: Tensor) -> Tensor:
-        return fwht(x, self.block)
+        return x[..., self.order.to(x.device, torch.int64)]
 
     def w(self, w: Tensor) -> Tensor:
-        return fwht(w, self.block)
+        return self.x(w)
 
     def gram(self, h: Tensor) -> Tensor:
-        return fwht(fwht(h, self.block).T, self.block).T
+        return self.x(self.x(h).T).T
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Hadamard over blocks of ``block`` channels; random signs go into a diagonal before it.
+
+    Two ``turns`` rotate twice, the blocks exchanging channels in between (:func:`rotate`).
+    """
+
+    block: int
+    turns: int = 1
+
+    def x(self, x: Tensor) -> Tensor:
+        return rotate(x, self.block, self.turns)
+
+    def w(self, w: Tensor) -> Tensor:
+        return self.x(w)
+
+    def gram(self, h: Tensor) -> Tensor:
+        return self.x(self.x(h).T).T
 
 
 @dataclass(frozen=True)
@@ -87,23 +107,40 @@ class Chain:
 
 @dataclass(frozen=True)
 class Online:
-    """The form that a layer runs: one diagonal, then one block rotation.
+    """The form that a layer runs: a diagonal, a permutation if there is one, a block rotation.
 
     Smoothing and the random signs of the rotation share the diagonal: ``scale = sign / s``. It is
     what the file keeps (``pre_quant_scale``, bfloat16), so it is rounded here, before the weight
     is divided by it.
+
+    Attributes:
+        scale: bfloat16 (K,).
+        block: Hadamard block, 1 for none.
+        order: int32 (K,), the channel that moves to each place; None leaves them.
+        turns: block rotations, 1 or 2.
     """
 
     scale: Tensor
     block: int
+    order: Tensor | None = None
+    turns: int = 1
 
     @classmethod
-    def of(cls, smoothing: Tensor, sign: Tensor, block: int) -> Online:
-        """From smoothing ``s`` (K,) that divides the input, signs (K,), and a Hadamard block."""
-        return cls((sign.to(smoothing) / smoothing).to(torch.bfloat16), block)
+    def of(
+        cls,
+        smoothing: Tensor,
+        sign: Tensor,
+        block: int,
+        order: Tensor | None = None,
+        turns: int = 1,
+    ) -> Online:
+        """From smoothing ``s`` (K,) that divides the input, signs (K,), and the rotation."""
+        scale = (sign.to(smoothing) / smoothing).to(torch.bfloat16)
+        return cls(scale, block, None if order is None else order.to(torch.int32), turns)
 
     def chain(self) -> Chain:
-        return Chain((Diagonal(self.scale), Rotation(self.block)))
+        order = () if self.order is None else (Permutation(self.order),)
+        return Chain((Diagonal(self.scale), *order, Rotation(self.block, self.turns)))
 
     def x(self, x: Tensor) -> Tensor:
         return self.chain().x(x)
@@ -113,3 +150,10 @@ class Online:
 
     def gram(self, h: Tensor) -> Tensor:
         return self.chain().gram(h)
+
+    def raw(self, v: Tensor) -> Tensor:
+        """Rows ``v`` (R, K) that read the changed input, as rows that read the raw one."""
+        v = rotate_back(v, self.block, self.turns)
+        if self.order is not None:
+            v = v[..., torch.argsort(self.order.to(v.device, torch.int64))]
+        return v * self.scale.to(v)

@@ -31,6 +31,27 @@ def fwht(x: Tensor, block: int) -> Tensor:
     return x.reshape(shape) * block**-0.5
 
 
+def rotate(x: Tensor, block: int, turns: int = 1) -> Tensor:
+    """``turns`` block transforms of (..., K), between two of them every block meets every other.
+
+    The exchange deals the columns of each block out over all blocks, so that two turns spread one
+    channel over ``block * block`` others with 2 log2(block) additions.
+    """
+    x = fwht(x, block)
+    return fwht(_dealt(x, block), block) if turns == 2 else x
+
+
+def rotate_back(x: Tensor, block: int, turns: int = 1) -> Tensor:
+    """Inverse of :func:`rotate`."""
+    x = fwht(x, block)
+    return fwht(_dealt(x, x.shape[-1] // block), block) if turns == 2 else x
+
+
+def _dealt(x: Tensor, block: int) -> Tensor:
+    """Columns read block by block, written column by column: the transpose of (K/block, block)."""
+    return x.unflatten(-1, (-1, block)).transpose(-1, -2).flatten(-2)
+
+
 def block_for(columns: int, largest: int = 64) -> int:
     """The largest power of two up to ``largest`` that divides ``columns``."""
     block = 1

@@ -88,6 +88,96 @@ def smooth_hadamard(
     return Choice(_online(weights, s, n, seed), f"smooth({alpha:g}, {over}) + hadamard {n}", {})
 
 
+def ditas(
+    weights: Sequence[Tensor],
+    stats: SiteStats,
+    *,
+    fmt: Format,
+    acts: Acts,
+    step: float = 0.05,
+    over: str = "max",
+    rows: int = 1024,
+) -> Choice:
+    """DiTAS' temporal-aggregated smoothing with its layer-wise grid (2409.07756, sec. 3.2, 3.3).
+
+    Alpha over [0, 1] by ``step``, judged by the squared output error of the layer with weights and
+    activations quantized. The identity is a candidate too; smoothing comes before the weight is
+    quantized, where the released code smooths the quantized weight.
+    """
+    judge = _Judge(weights, stats, fmt, acts, rows)
+    best = _online(weights, None, 1, 0)
+    label, errors = "none", {"none": judge(best)}
+    least = errors["none"]
+    for i in range(round(1 / step) + 1):
+        s = smoothing(weights, stats, alpha=i * step, over=over)
+        transform = _online(weights, s, 1, 0)
+        error = judge(transform)
+        errors["smooth"] = min(error, errors.get("smooth", error))
+        if error < least:
+            least, best, label = error, transform, f"smooth({i * step:.2f}, {over})"
+    return Choice(best, label, errors)
+
+
+def ars(
+    weights: Sequence[Tensor],
+    stats: SiteStats,
+    *,
+    fmt: Format,
+    acts: Acts,
+    alpha: float = 0.5,
+    over: str = "max",
+    limit: float = 4.0,
+    block: int = 64,
+    seed: int = 0,
+) -> Choice:
+    """LRQ-DiT's adaptive rotation scheme (2508.03485): Hadamard, or a dual rotation where needed.
+
+    The paper rotates twice, with an outlier-aware permutation, where ``|X|_F / sqrt(numel)`` is
+    large; multiplying an activation by a constant would change that choice. Here the statistic is
+    the incoherence of the rows after one Hadamard, the mean over rows of ``max|x| / rms(x)``: what
+    one turn left over ``limit`` gets the second. The permutation deals channels by peak over the
+    blocks in zigzag order (DuQuant, 2406.01721, sec. 3.2), so that no block holds two outliers;
+    the greedy rotation of DuQuant is replaced by the Hadamard, which spreads a lone outlier evenly.
+
+    Args:
+        alpha: of the smoothing that comes first (0.5 in every released script).
+        over: aggregation of the peaks over timesteps.
+        limit: incoherence above which the dual rotation is used; Gaussian rows have about 3.
+        block: largest Hadamard block.
+        seed: of the random signs.
+    """
+    n = block_for(weights[0].shape[1], block)
+    s = smoothing(weights, stats, alpha=alpha, over=over)
+    once = _online(weights, s, n, seed)
+    if n == 1:
+        return Choice(once, f"smooth({alpha:g}, {over})", {})
+    assert stats.reservoir is not None
+    rows = stats.reservoir.rows.to(weights[0].device)
+    label = f"smooth({alpha:g}, {over}) + "
+    if incoherence(once.x(rows)) <= limit:
+        return Choice(once, f"{label}hadamard {n}", {})
+    twice = Online.of(s, _signs(weights[0], seed), n, zigzag((rows / s).abs().amax(0), n), turns=2)
+    return Choice(twice, f"{label}dual hadamard {n}", {})
+
+
+def incoherence(rows: Tensor) -> float:
+    """Mean over rows (R, K) of the largest magnitude over the root mean square; scale-invariant."""
+    rms = rows.square().mean(-1).sqrt().clamp(min=1e-30)
+    return float((rows.abs().amax(-1) / rms).mean())
+
+
+def zigzag(peaks: Tensor, block: int) -> Tensor:
+    """An order of channels that deals them, largest peak first, over K/block blocks back and forth.
+
+    Returns:
+        int64 (K,), the channel that moves to each place.
+    """
+    blocks = len(peaks) // block
+    dealt = torch.argsort(peaks, descending=True, stable=True).reshape(block, blocks)
+    dealt[1::2] = dealt[1::2].flip(1)
+    return dealt.T.reshape(-1)
+
+
 def search(
     weights: Sequence[Tensor],
     stats: SiteStats,
@@ -184,5 +274,9 @@ class _Judge:
 def _online(weights: Sequence[Tensor], s: Tensor | None, block: int, seed: int) -> Online:
     w = weights[0]
     s = torch.ones(w.shape[1], device=w.device) if s is None else s
-    sign = signs(w.shape[1], seed) if block > 1 else torch.ones(w.shape[1])
-    return Online.of(s, sign.to(w.device), block)
+    sign = _signs(w, seed) if block > 1 else torch.ones(w.shape[1], device=w.device)
+    return Online.of(s, sign, block)
+
+
+def _signs(w: Tensor, seed: int) -> Tensor:
+    return signs(w.shape[1], seed).to(w.device)
