@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocation: the law of the knapsack by brute force, the metrics, measuring without a trace."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from dtq.allocate import (
+    GROUPS,
+    LIMIT,
+    METRICS,
+    Allocation,
+    Option,
+    allocate,
+    damages,
+    groups_of,
+    knapsack,
+    measure,
+    parse_budget,
+)
+from dtq.errors import InputError
+from dtq.families import ROLES, Linear, Site
+
+# --- knapsack --------------------------------------------------------------------------------
+
+
+def cost(choice) -> int:
+    return sum(option.cost for option in choice.values())
+
+
+def damage(choice) -> float:
+    return math.fsum(option.damage for option in choice.values())
+
+
+def tables(kind: str, rng: random.Random, items: int, options: int):
+    """Random instances: costs and damages unrelated, convex, or from a handful of values."""
+    draw = {
+        "any": lambda k: Option(f"o{k}", rng.randint(1, 50), rng.random()),
+        "convex": lambda k: Option(f"o{k}", 10 * (k + 1), 4.0**-k),
+        "ties": lambda k: Option(f"o{k}", rng.choice((2, 4, 4, 8)), rng.choice((0.0, 0.1, 0.3))),
+        "wide": lambda k: Option(f"o{k}", rng.randint(1, 10**9), 10 ** rng.uniform(-9, 0)),
+    }[kind]
+    made = {}
+    for i in range(items):
+        scale = 1.0 if kind == "ties" else rng.uniform(0.1, 10)
+        each = [draw(k) for k in range(options)]
+        made[f"i{i}"] = [Option(o.name, o.cost, scale * o.damage) for o in each]
+    return made
+
+
+def everything(made):
+    """Every choice there is, as (damage, cost), by brute force."""
+    for picks in itertools.product(*made.values()):
+        yield math.fsum(o.damage for o in picks), sum(o.cost for o in picks), picks
+
+
+def budgets(made, count: int = 7) -> list[int]:
+    least = sum(min(o.cost for o in options) for options in made.values())
+    most = sum(max(o.cost for o in options) for options in made.values())
+    return [least + (most - least) * i // (count - 1) for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["any", "convex", "ties", "wide"])
+def test_optimum_by_brute_force(kind):
+    rng = random.Random(kind)
+    for _ in range(40):
+        made = tables(kind, rng, rng.randint(1, 5), rng.randint(1, 4))
+        choices = list(everything(made))
+        for budget in budgets(made):
+            chosen = knapsack(made, budget)
+            best = min(d for d, c, _ in choices if c <= budget)
+            assert list(chosen) == list(made)
+            assert all(chosen[item] in made[item] for item in made)
+            assert cost(chosen) <= budget
+            assert damage(chosen) == pytest.approx(best, rel=1e-12, abs=1e-15)
+            # and nothing as good is cheaper
+            assert cost(chosen) == min(c for d, c, _ in choices if d <= damage(chosen) + 1e-15)
+
+
+@pytest.mark.parametrize("kind", ["any", "convex", "ties", "wide"])
+@pytest.mark.parametrize("limit", [1, 5])
+def test_thinned_is_optimal_up_to_one_item(kind, limit):
+    rng = random.Random(kind)
+    for _ in range(40):
+        made = tables(kind, rng, 5, 4)
+        choices = list(everything(made))
+        # what one upgrade can save at most
+        step = max(max(o.damage for o in t) - min(o.damage for o in t) for t in made.values())
+        for budget in budgets(made):
+            chosen = knapsack(made, budget, limit=limit)
+            assert cost(chosen) <= budget
+            best = min(d for d, c, _ in choices if c <= budget)
+            assert damage(chosen) <= best + step + 1e-12
+
+
+def network(seed: int, items: int = 200):
+    """Sites of one DiT-like network in five formats."""
+    rng = random.Random(seed)
+    made = {}
+    for i in range(items):
+        count = 1152 * 1152 * (3, 1, 4, 4, 1)[i % 5]
+        scale = 10 ** rng.uniform(-6, -2)
+        made[f"i{i}"] = [
+            Option(f"b{b}", int(count * b / 8), scale * 4.0**-b * rng.uniform(0.3, 3))
+            for b in (2.25, 3.25, 4.25, 6.5, 8.25)
+        ]
+    return made
+
+
+def relaxed(made, budget: int) -> float:
+    """The linear relaxation: options may be mixed; no choice is better. By its dual."""
+
+    def dual(price: float) -> float:
+        return (
+            sum(min(o.damage + price * o.cost for o in t) for t in made.values()) - price * budget
+        )
+
+    return max(dual(10 ** (e / 200)) for e in range(-3200, -1200))
+
+
+@pytest.mark.parametrize(("limit", "loss"), [(1, 0.02), (4096, 0.0025), (LIMIT, 0.001)])
+def test_large_is_near_the_relaxation_and_monotone(limit, loss):
+    made, last = network(0), math.inf
+    for budget in budgets(made, 5)[1:4]:
+        chosen = knapsack(made, budget, limit=limit)
+        assert cost(chosen) <= budget
+        assert 1 <= damage(chosen) / relaxed(made, budget) <= 1 + loss
+        assert damage(chosen) <= last
+        last = damage(chosen)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 4096])
+def test_monotone_in_budget(limit):
+    rng = random.Random(limit)
+    for kind in ("any", "convex", "ties", "wide"):
+        made = tables(kind, rng, 8, 4)
+        found = [damage(knapsack(made, b, limit=limit)) for b in budgets(made, 60)]
+        assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(found))
+
+
+def test_monotone_in_sensitivity():
+    rng = random.Random(0)
+    for _ in range(50):
+        shape = [(2, rng.uniform(1, 2)), (4, rng.uniform(0.1, 1)), (8, 0.0)]
+        scales = [rng.uniform(0.1, 10) for _ in range(5)]
+        made = {
+            f"i{i}": [Option(f"o{c}", c, s * d) for c, d in shape] for i, s in enumerate(scales)
+        }
+        for budget in range(10, 41, 3):
+            chosen = knapsack(made, budget)
+            by_need = [chosen[f"i{i}"].cost for i in sorted(range(5), key=lambda i: scales[i])]
+            assert by_need == sorted(by_need)
+            # two items that swap their sensitivities swap their options
+            swapped = knapsack({**made, "i0": made["i1"], "i1": made["i0"]}, budget)
+            assert (swapped["i0"], swapped["i1"]) == (chosen["i1"], chosen["i0"])
+
+
+def test_equal_sensitivities_upgrade_the_cheapest_first():
+    sizes = [7, 3, 11, 5, 2]
+    made = {f"i{n}": [Option("low", n, 1.0), Option("high", 2 * n, 0.25)] for n in sizes}
+    for raised in range(6):
+        cheapest = sorted(sizes)[:raised]
+        chosen = knapsack(made, sum(sizes) + sum(cheapest))
+        assert sorted(int(i[1:]) for i, o in chosen.items() if o.name == "high") == cheapest
+
+
+def test_bounds_by_brute_force():
+    rng = random.Random(0)
+    for trial in range(60):
+        made = tables("ties" if trial % 2 else "any", rng, 5, 3)
+        group_of = {"i0": "a", "i1": "a", "i2": "b", "i3": "b"}  # i4 is free
+        bounds = {"a": (rng.randint(0, 60), rng.randint(20, 80)), "b": (0, rng.randint(10, 80))}
+
+        def fits(picks, bounds=bounds):
+            a, b = picks[0].cost + picks[1].cost, picks[2].cost + picks[3].cost
+            (a0, a1), (b0, b1) = bounds["a"], bounds["b"]
+            return a0 <= a <= a1 and b0 <= b <= b1
+
+        for budget in budgets(made):
+            allowed = [d for d, c, p in everything(made) if c <= budget and fits(p)]
+            if not allowed:
+                with pytest.raises(InputError):
+                    knapsack(made, budget, bounds=bounds, group_of=group_of)
+                continue
+            chosen = knapsack(made, budget, bounds=bounds, group_of=group_of)
+            assert fits(list(chosen.values()))
+            assert damage(chosen) == pytest.approx(min(allowed), rel=1e-12, abs=1e-15)
+
+
+def test_too_small_names_the_smallest_budget():
+    made = {"a": [Option("x", 300, 1.0), Option("y", 500, 0.0)], "b": [Option("x", 33, 1.0)]}
+    with pytest.raises(InputError, match=r"200 bytes .* at least 333 bytes \(2\.664 bits"):
+        knapsack(made, 200, weights=1000)
+    assert cost(knapsack(made, parse_budget("2.664", 1000))) == 333
+    with pytest.raises(InputError, match=r"at least 333 bytes\. Raise it"):
+        knapsack(made, 332)
+
+
+def test_infinite_damage_is_never_chosen():
+    made = {"a": [Option("x", 1, math.inf), Option("y", 5, 2.0)], "b": [Option("x", 1, 1.0)]}
+    assert knapsack(made, 10)["a"].name == "y"
+    with pytest.raises(InputError, match="at least 6 bytes"):
+        knapsack(made, 5)
+    with pytest.raises(InputError, match=r"^a, b: no option gives finite"):
+        knapsack({"a": [Option("x", 1, math.inf)], "b": [Option("x", 1, math.nan)]}, 9)
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+SHAPES = {"picture": (2, 4, 8, 8), "video": (2, 4, 5, 8, 8), "tokens": (2, 64, 16)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_laws(name, shape):
+    torch.manual_seed(0)
+    metric, want, noise = METRICS[name], torch.randn(shape), torch.randn(shape)
+    assert metric(want, want) == 0
+    small, large = metric(want, want + 0.01 * noise), metric(want, want + 0.02 * noise)
+    assert large == pytest.approx(4 * small, rel=1e-3)  # squared
+    assert 0.1e-4 < small < 10e-4  # relative
+    assert metric(7 * want, 7 * (want + 0.01 * noise)) == pytest.approx(small, rel=1e-3)
+    for bad in (math.nan, math.inf):
+        broken = want.clone()
+        broken[(0,) * want.ndim] = bad
+        assert metric(want, broken) == math.inf
+
+
+def test_metrics_see_what_they_are_for():
+    torch.manual_seed(0)
+    want = torch.randn(2, 4, 6, 8, 8)
+    checker = ((torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1).expand_as(want)
+    shift = torch.ones_like(want)
+    flicker = torch.tensor([1.0, -1.0]).repeat(3)[:, None, None].expand_as(want)
+    both = torch.randn(1, 4, 6, 8, 8).expand_as(want)  # the same in both halves of guidance
+
+    def damage_of(error):
+        return {name: metric(want, want + 0.1 * error) for name, metric in METRICS.items()}
+
+    assert damage_of(shift)["content"] > 100 * damage_of(shift)["fidelity"]
+    assert damage_of(checker)["fidelity"] > 100 * damage_of(checker)["content"]
+    assert damage_of(flicker)["temporal"] > 100 * damage_of(flicker)["fidelity"]
+    assert damage_of(shift)["temporal"] < 1e-12
+    assert damage_of(both)["text"] < 1e-12 < damage_of(both)["mse"]
+
+
+def test_metrics_fall_back():
+    torch.manual_seed(0)
+    want, got = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    assert METRICS["temporal"](want, got) == METRICS["fidelity"](want, got)
+    assert METRICS["text"](want, got) == METRICS["content"](want, got)
+    one = torch.randn(1, 4, 1, 1), torch.randn(1, 4, 1, 1)
+    assert METRICS["fidelity"](*one) == METRICS["mse"](*one)
+
+
+def test_parts_without_energy_stay_finite():
+    still = torch.randn(1, 4, 1, 8, 8).expand(2, 4, 5, 8, 8)  # no motion, no guidance
+    got = still + 0.01 * torch.randn(still.shape)
+    for name in ("temporal", "text"):
+        assert METRICS[name](still, still) == 0
+        assert 1 < METRICS[name](still, got) < math.inf
+    zero = torch.zeros(2, 4, 8, 8)
+    assert {metric(zero, zero) for metric in METRICS.values()} == {0}
+
+
+def test_every_role_has_a_group():
+    assert set(GROUPS) == set(ROLES)
+    assert set(GROUPS.values()) <= set(METRICS)
+    names = {
+        "blocks.0.attn1.to_q": ("attn.q", "fidelity"),
+        "blocks.0.attn2.to_k": ("xattn.k", "text"),
+        "blocks.0.ff.net.2": ("ffn.down", "fidelity"),
+        "temporal_blocks.0.attn1.to_q": ("attn.q", "temporal"),
+        "temporal_blocks.0.ff.net.2": ("ffn.down", "fidelity"),
+    }
+    sites = [Site(n, (Linear(n, role, (4, 4), True),)) for n, (role, _) in names.items()]
+    assert groups_of(sites) == {n: group for n, (_, group) in names.items()}
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def record(model, latents, count: int = 2) -> list[Call]:
+    made = []
+    for i in range(count):
+        kwargs = {
+            "timestep": torch.full((len(latents),), 900 - 400 * i),
+            "class_labels": torch.arange(len(latents)),
+            "return_dict": False,
+        }
+        call = Call((latents + i,), kwargs)
+        with torch.no_grad():
+            call.output = model(*call.args, **call.kwargs)[0]
+        made.append(call)
+    return made
+
+
+def rounded(linear: nn.Linear, step: float) -> nn.Linear:
+    new = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    new.load_state_dict(linear.state_dict())
+    new.weight.data = (new.weight / step).round() * step
+    return new
+
+
+ATTENTION, FFN = "transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2"
+
+
+@pytest.fixture
+def dit():
+    return tiny.dit()
+
+
+@pytest.fixture
+def candidates(dit):
+    return {
+        "attention": {
+            f"{step}": {n: rounded(dit.get_submodule(n), step) for n in (ATTENTION, ATTENTION[:-1] + "k")}
+            for step in (0.01, 0.05)
+        },
+        "ffn": {f"{step}": {FFN: rounded(dit.get_submodule(FFN), step)} for step in (0.01, 0.05)},
+    }  # fmt: skip
+
+
+def test_measure_leaves_no_trace(dit, candidates):
+    torch.manual_seed(0)
+    calls = record(dit, torch.randn(2, 4, 8, 8))
+    modules = dict(dit.named_modules())
+    state = {k: v.clone() for k, v in dit.state_dict().items()}
+    measured = measure(dit, calls, candidates, progress=False)
+    after = dict(dit.named_modules())
+    assert list(after) == list(modules)
+    assert all(after[name] is module for name, module in modules.items())
+    assert all(torch.equal(v, state[k]) for k, v in dit.state_dict().items())
+    for call in calls:
+        with torch.no_grad():
+            assert torch.equal(dit(*call.args, **call.kwargs)[0], call.output)
+    assert list(measured) == ["attention", "ffn"]
+    for options in measured.values():
+        assert set(options["0.01"]) == set(METRICS)
+        for name in METRICS:
+            assert 0 < options["0.01"][name] < options["0.05"][name] < 1
+
+
+def test_measure_is_one_item_at_a_time(dit, candidates):
+    torch.manual_seed(0)
+    calls = record(dit, torch.randn(2, 4, 8, 8))
+    alone = measure(dit, calls, {"ffn": candidates["ffn"]}, progress=False)
+    assert measure(dit, calls, candidates, progress=False)["ffn"] == alone["ffn"]
+    dit.set_submodule(FFN, candidates["ffn"]["0.05"][FFN])
+    errors = []
+    for call in calls:
+        with torch.no_grad():
+            errors.append(METRICS["mse"](call.output, dit(*call.args, **call.kwargs)[0]))
+    assert alone["ffn"]["0.05"]["mse"] == pytest.approx(sum(errors) / 2)
+
+
+def test_measure_restores_on_errors(dit, candidates):
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("broken")
+
+    calls = record(dit, torch.randn(2, 4, 8, 8))
+    modules = dict(dit.named_modules())
+    both = {FFN: Broken(), ATTENTION: candidates["attention"]["0.01"][ATTENTION]}
+    with pytest.raises(RuntimeError, match="broken"):
+        measure(dit, calls, {"x": {"y": both}}, progress=False)
+    assert all(m is modules[n] for n, m in dit.named_modules())
+    with pytest.raises(AttributeError):
+        measure(dit, calls, {"x": {"y": {**both, "no.such": Broken()}}}, progress=False)
+    assert all(m is modules[n] for n, m in dit.named_modules())
+
+
+def test_measure_says_infinite(dit):
+    calls = record(dit, torch.randn(2, 4, 8, 8))
+    broken = rounded(dit.get_submodule(FFN), 0.01)
+    broken.weight.data[0, 0] = math.nan
+    measured = measure(dit, calls, {"x": {"y": {FFN: broken}}}, progress=False)
+    assert set(measured["x"]["y"].values()) == {math.inf}
+
+
+def test_guidance_is_seen_in_one_call_or_in_two(dit, candidates):
+    torch.manual_seed(0)
+    half = torch.randn(2, 4, 8, 8)
+    together = record(dit, half.repeat(2, 1, 1, 1))
+    apart = []
+    for call in together:
+        for i in (0, 2):
+            kwargs = {k: v if k == "return_dict" else v[i : i + 2] for k, v in call.kwargs.items()}
+            apart.append(Call((call.args[0][i : i + 2],), kwargs, call.output[i : i + 2]))
+    plain = record(dit, torch.randn(4, 4, 8, 8))
+    one, two, none = (
+        measure(dit, calls, {"ffn": candidates["ffn"]}, progress=False)["ffn"]["0.05"]
+        for calls in (together, apart, plain)
+    )
+    assert one == pytest.approx(two, rel=1e-3)
+    assert one["text"] != one["content"]
+    assert none["text"] == none["content"]
+
+
+# --- damages and all of it --------------------------------------------------------------------
+
+
+def made_up(rng: random.Random, items: int = 6):
+    measured = {
+        f"i{i}": {o: {m: rng.uniform(0.1, 1) for m in METRICS} for o in ("w4", "w8")}
+        for i in range(items)
+    }
+    groups = {item: ("text", "fidelity")[i % 2] for i, item in enumerate(measured)}
+    return measured, groups
+
+
+def test_decoupled_divides_the_plain_error_of_a_group():
+    measured, groups = made_up(random.Random(0))
+    hurts = damages(measured, groups)
+    for group, option in itertools.product(("text", "fidelity"), ("w4", "w8")):
+        members = [i for i, g in groups.items() if g == group]
+        whole = sum(measured[i][option]["mse"] for i in members)
+        assert sum(hurts[i][option] for i in members) == pytest.approx(whole)
+        by_metric = sorted(members, key=lambda i: measured[i][option][group])
+        assert sorted(members, key=lambda i: hurts[i][option]) == by_metric
+    plain = damages(measured, groups, decoupled=False)
+    assert all(plain[i][o] == measured[i][o]["mse"] for i in measured for o in ("w4", "w8"))
+
+
+def test_decoupled_edges():
+    measured, groups = made_up(random.Random(0))
+    for metrics in measured["i0"].values():
+        metrics.update(dict.fromkeys(METRICS, math.inf))
+    for i in ("i1", "i3", "i5"):
+        measured[i]["w8"]["fidelity"] = 0.0  # the metric sees nothing in the whole group
+    measured["i2"]["float"] = dict.fromkeys(METRICS, 0.0)
+    hurts = damages(measured, groups)
+    assert hurts["i0"] == {"w4": math.inf, "w8": math.inf}
+    assert all(math.isfinite(hurts[i]["w4"]) for i in hurts if i != "i0")
+    assert hurts["i1"]["w8"] == measured["i1"]["w8"]["mse"]
+    assert hurts["i2"]["float"] == 0
+
+
+def test_allocate():
+    measured, groups = made_up(random.Random(1))
+    weights = {item: 100 * (i + 1) for i, item in enumerate(measured)}
+    costs = {i: {"w4": n // 2, "w8": n} for i, n in weights.items()}
+    for item in measured:
+        measured[item]["w8"] = {m: d / 100 for m, d in measured[item]["w4"].items()}
+    budget = parse_budget("6", sum(weights.values()))
+    found = allocate(measured, costs, budget, groups=groups, weights=weights)
+    assert set(found.choice) == set(measured)
+    assert found.bytes == sum(costs[i][o] for i, o in found.choice.items()) <= budget
+    hurts = damages(measured, groups)
+    assert found.damage == pytest.approx(sum(hurts[i][o] for i, o in found.choice.items()))
+    assert (found.lowest.cost, found.highest.cost) == (1050, 2100)
+    assert found.lowest.damage > found.damage > found.highest.damage
+    assert {len(line) for line in found.table()} == {len(Allocation.HEAD)}
+    assert json.loads(json.dumps(found.to_json()))["rows"][0]["bits"] in (4, 8)
+    ordered = list(found.choice.values())
+    assert set(ordered) == {"w4", "w8"}
+    held = allocate(
+        measured, costs, budget, groups=groups, weights=weights, bounds={"text": (0, 450)}
+    )
+    assert {o for i, o in held.choice.items() if groups[i] == "text"} == {"w4"}
+    with pytest.raises(InputError, match=r"at least 1050 bytes \(4\.000 bits per weight\)"):
+        allocate(measured, costs, 1000, groups=groups, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("4.8", 600_000),
+        (" 4 ", 500_000),
+        ("12MB", 12_000_000),
+        ("1.5GiB", 3 << 29),
+        ("800kB", 800_000),
+        ("800 KB", 800_000),
+        ("64KiB", 65536),
+        ("100000b", 100_000),
+        (".5mb", 500_000),
+        ("0.3MB", 300_000),
+        ("1.0019kB", 1001),
+    ],
+)
+def test_parse_budget(text, count):
+    assert parse_budget(text, 1_000_000) == count
+
+
+@pytest.mark.parametrize("text", ["", "four", "-4", "12XB", "4.8.1", "0", "33", "0MB", "1e6", "MB"])
+def test_parse_budget_refuses_with_an_example(text):
+    with pytest.raises(InputError, match=r"12MB or 1\.5GiB"):
+        parse_budget(text, 1_000_000)
