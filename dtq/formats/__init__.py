@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 from dtq.formats.base import Format, Params, Parts, Spec, bits_per_weight
+from dtq.formats.floats import Fp8, MxFp4, NvFp4
+from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid
 from dtq.formats.integer import Int, TwoLevelInt
+from dtq.formats.lut import Lut, lloyd
+from dtq.formats.ternary import Ternary
+from dtq.formats.twinlog import companded, geometric, geometric_with_zero
+from dtq.formats.vq import Vq
 
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
     for fmt in (
         Int("int8-row", 8),
         Int("int8-g64", 8, group=64),
+        Int("int8-asym-g128", 8, group=128, asymmetric=True),
         Int("int4-row", 4),
         Int("int4-g32", 4, group=32),
         Int("int4-g64", 4, group=64),
@@ -19,9 +26,41 @@ FORMATS: dict[str, Format] = {
         Int("int4-asym-g32", 4, group=32, asymmetric=True),
         Int("int4-asym-g64", 4, group=64, asymmetric=True),
         Int("int4-asym-g128", 4, group=128, asymmetric=True),
+        Int("int3-row", 3),
+        Int("int3-g64", 3, group=64),
+        Int("int3-asym-g64", 3, group=64, asymmetric=True),
+        Int("int2-g64", 2, group=64),
+        Int("int2-asym-g64", 2, group=64, asymmetric=True),
         TwoLevelInt("int4-2l-g32", group=32),
         TwoLevelInt("int4-2l-g64", group=64),
         TwoLevelInt("int4-2l-g128", group=128),
+        TwoLevelInt("int3-2l-g64", group=64, bits=3),
+        Fp8("fp8-row"),
+        Grid("e1m2-row", E1M2),
+        Grid("e2m1-row", E2M1),
+        Grid("e3m0-row", E3M0),
+        Grid("nf4-g64", NF4, group=64),
+        NvFp4("nvfp4"),
+        NvFp4("nvfp4-46", ends=(6.0, 4.0)),
+        MxFp4("mxfp4"),
+        Lut("lut4-row", 4, lloyd),
+        Lut("lut4-g64", 4, lloyd, group=64),
+        Lut("lut3-g64", 3, lloyd, group=64),
+        Lut("twinlog4-row", 4, geometric),
+        Lut("twinlog4-g64", 4, geometric, group=64),
+        Lut("twinlog4z-row", 4, geometric_with_zero),
+        Lut("twinlog4c-row", 4, companded),
+        Lut("twinlog3-row", 3, geometric),
+        Lut("twinlog3-g64", 3, geometric, group=64),
+        Lut("twinlog3z-row", 3, geometric_with_zero),
+        Lut("twinlog3c-row", 3, companded),
+        Vq("vq-256x4", 256, 4),
+        Vq("vq-256x4-row", 256, 4, scaled=True),
+        Vq("vq-64x2", 64, 2),
+        Vq("vq-64x2-row", 64, 2, scaled=True),
+        Ternary("ternary-row"),
+        Ternary("ternary-g64", group=64),
+        Ternary("trit-row", trits=True),
     )
 }
 

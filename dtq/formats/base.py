@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dtq.errors import InputError
+
 Params = dict[str, Tensor]
 """What ``fit`` learned, already rounded to the dtype that is stored. Column axes are groups."""
 
@@ -50,6 +52,14 @@ class Format(Protocol):
     def group(self) -> int | None:
         """Columns that share parameters; None when a whole row does."""
 
+    @property
+    def vector(self) -> int:
+        """Columns coded together; ``snap`` and ``fit`` take slices of whole vectors."""
+
+    @property
+    def learned(self) -> bool:
+        """``fit`` learns its levels from data: it uses ``importance`` and ignores ``clip``."""
+
     def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
         """The parts that a matrix of this shape is stored as.
 
@@ -69,8 +79,8 @@ class Format(Protocol):
 
         Args:
             x: float matrix (N, K), or a slice of whole groups of it.
-            importance: weight of each column's squared error (K,), for formats that learn their
-                levels from data. Formats on a fixed grid have no use for it.
+            importance: weight of each column's squared error (K,), for formats that choose by
+                error: learned levels, nvfp4-46. Others have no use for it.
             clip: share of the range to keep, a number or (N, groups).
             outer: parameters of the whole matrix; those that belong to whole rows are taken from
                 there and not learned again. Column solvers use it to fit one group.
@@ -91,13 +101,45 @@ def bits_per_weight(fmt: Format, shape: tuple[int, int]) -> float:
     return 8 * sum(s.nbytes for s in fmt.layout(shape).values()) / math.prod(shape)
 
 
-def group_of(columns: int, group: int | None, cols: slice | None, device: torch.device) -> Tensor:
-    """Index of the parameter column that each of ``columns`` weights uses."""
+def groups_of(name: str, columns: int, group: int | None) -> int:
+    """Parameter columns of a row.
+
+    Raises:
+        InputError: the columns are not whole groups.
+    """
+    if group is None:
+        return 1
+    if columns % group:
+        raise InputError(
+            f"{name} needs input features divisible by {group}, got {columns}. "
+            f"Use int4-row or int8-row for this layer, or keep it."
+        )
+    return columns // group
+
+
+def spread(value: Tensor, columns: int, group: int | None, cols: slice | None) -> Tensor:
+    """The parameter of each of ``columns`` weights: (N, groups) to (N, columns), or (N, 1)."""
+    if group is None:
+        return value
     start = cols.start or 0 if cols is not None else 0
-    index = torch.arange(start, start + columns, device=device)
-    return index // group if group is not None else torch.zeros_like(index)
+    first, last = start // group, (start + columns - 1) // group
+    if first == last:
+        return value[:, first : first + 1]
+    return value[:, torch.arange(start, start + columns, device=value.device) // group]
 
 
 def in_groups(x: Tensor, group: int | None) -> Tensor:
     """View (N, K) as (N, K/group, group); a row is one group when ``group`` is None."""
     return x.unflatten(1, (-1, group if group is not None else x.shape[1]))
+
+
+def divide(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale``, and 0 where the scale is 0: such a group holds zeros alone."""
+    return x / torch.where(scale == 0, torch.inf, scale)
+
+
+def column_weights(x: Tensor, importance: Tensor | None) -> Tensor:
+    """Weight of the squared error of each column (1, K); all alike when none is given, or all 0."""
+    if importance is None or not importance.any():
+        return x.new_ones((1, x.shape[1]), dtype=torch.float32)
+    return importance.to(x.device, torch.float32).reshape(1, -1)

@@ -7,8 +7,9 @@ Definitions (docs/formats.md has the bit pictures), for a group with range [lo, 
 - asymmetric: ``scale = clip * (hi - lo) / (2^b - 1)``, ``w = (code - zero) * scale`` with
   lo <= 0 <= hi, so that zero is always representable;
 - two-level (QServe, 2405.04532, sec. 4.1, "progressive group quantization"): a float scale per
-  row to the grid [-119, 119], inside it ``w8 = (code - zero) * scale2`` with integers per group.
-  ``w8`` is an int8 matrix, so the product with int8 activations is exact integer arithmetic.
+  row to the grid [-119, 119] (at 3 bits [-112, 112]), inside it ``w8 = (code - zero) * scale2``
+  with integers per group. ``w8`` is an int8 matrix, so the product with int8 activations is exact
+  integer arithmetic.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtq.errors import InputError
-from dtq.formats.base import Params, Parts, Spec, group_of, in_groups
-from dtq.formats.bits import pack_nibbles, unpack_nibbles
+from dtq.formats.base import Params, Parts, Spec, groups_of, in_groups, spread
+from dtq.formats.bits import pack_bits, packed_width, unpack_bits
 
 _TINY = 1e-30  # scale of an all-zero group: any positive number represents its zeros exactly
 
@@ -38,12 +38,14 @@ class Int:
     group: int | None = None
     asymmetric: bool = False
 
+    vector = 1
+    learned = False
+
     def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
         rows, columns = shape
-        groups = _groups(self.name, columns, self.group)
-        packed = columns if self.bits == 8 else _even(self.name, columns) // 2
+        groups = groups_of(self.name, columns, self.group)
         parts = {
-            "weight": Spec((rows, packed), torch.int8),
+            "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
             "weight_scale": Spec((rows, groups), self._scale_dtype),
         }
         if self.asymmetric:
@@ -70,16 +72,16 @@ class Int:
         return {"weight_scale": scale, "weight_zero_point": zero}
 
     def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
-        scale, zero = self._per_column(x.shape[1], params, cols, x.device)
+        scale, zero = self._per_column(x.shape[1], params, cols)
         return (self._codes(x, scale, zero) - zero) * scale
 
     def pack(self, x: Tensor, params: Params) -> Parts:
-        scale, zero = self._per_column(x.shape[1], params, None, x.device)
+        scale, zero = self._per_column(x.shape[1], params, None)
         codes = self._codes(x, scale, zero)
-        if self.bits == 4:
-            weight = pack_nibbles(codes if self.asymmetric else codes + 8)
-        else:
+        if self.bits == 8:
             weight = (codes - 128 if self.asymmetric else codes).to(torch.int8)
+        else:
+            weight = pack_bits(codes if self.asymmetric else codes + self._offset, self.bits)
         parts = {"weight": weight, "weight_scale": params["weight_scale"]}
         if self.asymmetric:
             stored = params["weight_zero_point"] - (128 if self.bits == 8 else 0)
@@ -88,13 +90,18 @@ class Int:
 
     def unpack(self, parts: Parts) -> Tensor:
         weight, scale = parts["weight"], parts["weight_scale"].float()
-        codes = (unpack_nibbles(weight) if self.bits == 4 else weight).float()
+        codes = (weight if self.bits == 8 else unpack_bits(weight, self.bits)).float()
+        grouped = codes.unflatten(1, (scale.shape[1], -1))
         if self.asymmetric:
-            grouped = codes.unflatten(1, (scale.shape[1], -1))
             grouped = grouped - parts["weight_zero_point"].float().unsqueeze(-1)
-        else:
-            grouped = (codes - 8 if self.bits == 4 else codes).unflatten(1, (scale.shape[1], -1))
+        elif self.bits < 8:
+            grouped = grouped - self._offset
         return (grouped * scale.unsqueeze(-1)).flatten(1)
+
+    @property
+    def _offset(self) -> int:
+        # symmetric codes below 8 bits are stored unsigned
+        return 2 ** (self.bits - 1)
 
     @property
     def _scale_dtype(self) -> torch.dtype:
@@ -105,12 +112,12 @@ class Int:
         return scale.clamp(min=_TINY).to(self._scale_dtype)
 
     def _per_column(
-        self, columns: int, params: Params, cols: slice | None, device: torch.device
+        self, columns: int, params: Params, cols: slice | None
     ) -> tuple[Tensor, Tensor | float]:
-        index = group_of(columns, self.group, cols, device)
-        scale = params["weight_scale"].float()[:, index]
-        zero = params["weight_zero_point"][:, index] if self.asymmetric else 0.0
-        return scale, zero
+        scale = spread(params["weight_scale"], columns, self.group, cols).float()
+        if not self.asymmetric:
+            return scale, 0.0
+        return scale, spread(params["weight_zero_point"], columns, self.group, cols)
 
     def _codes(self, x: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
         low, high = (0, 2**self.bits - 1) if self.asymmetric else _symmetric_range(self.bits)
@@ -119,24 +126,32 @@ class Int:
 
 @dataclass(frozen=True)
 class TwoLevelInt:
-    """4-bit codes that expand exactly to int8: a float scale per row, two nibbles per group.
+    """3- or 4-bit codes that expand exactly to int8: a float scale per row, a byte per group.
 
-    The second level's scale is at most ceil(238 / 15) = 16 and its zero at most 15, so one byte
-    (``weight_scale_2``: ``scale2 - 1`` in the high nibble, zero in the low) holds both: 4 + 8/group
-    bits per weight and 32 bits per row.
+    That byte (``weight_scale_2``) holds the zero in its low ``bits`` bits and ``scale2 - 1`` in the
+    others: 4 bits each at 4 bits, 3 and 5 at 3 bits. It costs 8/group bits per weight.
     """
 
     name: str
     group: int
+    bits: int = 4
 
-    LIMIT = 119
-    """Largest level-1 magnitude; rounding of zero and scale2 then stays within int8."""
+    vector = 1
+    learned = False
+
+    @property
+    def limit(self) -> int:
+        """Largest level-1 magnitude; rounding of zero and scale2 then stays within int8.
+
+        scale2 fits its bits too: ceil(238 / 15) = 16 at 4 bits, 224 / 7 = 32 at 3.
+        """
+        return 119 if self.bits == 4 else 112
 
     def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
         rows, columns = shape
-        groups = _groups(self.name, columns, self.group)
+        groups = groups_of(self.name, columns, self.group)
         return {
-            "weight": Spec((rows, _even(self.name, columns) // 2), torch.int8),
+            "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
             "weight_scale": Spec((rows, 1), torch.float32),
             "weight_scale_2": Spec((rows, groups), torch.int8),
         }
@@ -151,17 +166,17 @@ class TwoLevelInt:
     ) -> Params:
         x = x.float()
         if outer is None:
-            scale = (x.abs().amax(1, keepdim=True) / self.LIMIT).clamp(min=_TINY)
+            scale = (x.abs().amax(1, keepdim=True) / self.limit).clamp(min=_TINY)
         else:
             scale = outer["weight_scale"]
         low, high = _range_with_zero(in_groups(x / scale, self.group), clip)
-        low, high = low.clamp(min=-self.LIMIT), high.clamp(max=self.LIMIT)
+        low, high = low.clamp(min=-self.limit), high.clamp(max=self.limit)
         # up, not to nearest: the last code must reach the end of the range that clip asked for
-        scale2 = torch.ceil((high - low) / 15 - 1e-4).clamp(1, 16)
-        zero = torch.round(-low / scale2).clamp(0, 15)
+        scale2 = torch.ceil((high - low) / self._top - 1e-4).clamp(1, 2 ** (8 - self.bits))
+        zero = torch.round(-low / scale2).clamp(0, self._top)
         # (code - zero) * scale2 must stay in int8 at both ends; a corner can miss by a few units
         zero = torch.minimum(zero, torch.floor(128 / scale2))
-        zero = torch.maximum(zero, 15 - torch.floor(127 / scale2))
+        zero = torch.maximum(zero, self._top - torch.floor(127 / scale2))
         return {"weight_scale": scale, "scale2": scale2, "zero": zero}
 
     def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
@@ -170,31 +185,37 @@ class TwoLevelInt:
 
     def pack(self, x: Tensor, params: Params) -> Parts:
         codes, _, _ = self._codes(x, params, None)
-        byte = params["zero"].to(torch.uint8) | ((params["scale2"] - 1).to(torch.uint8) << 4)
+        scale2 = (params["scale2"] - 1).to(torch.uint8)
+        byte = params["zero"].to(torch.uint8) | (scale2 << self.bits)
         return {
-            "weight": pack_nibbles(codes),
+            "weight": pack_bits(codes, self.bits),
             "weight_scale": params["weight_scale"],
             "weight_scale_2": byte.view(torch.int8),
         }
 
     def unpack(self, parts: Parts) -> Tensor:
-        return self.expand(parts["weight"], parts["weight_scale_2"]).float() * parts["weight_scale"]
+        expanded = self.expand(parts["weight"], parts["weight_scale_2"], self.bits)
+        return expanded.float() * parts["weight_scale"].float()
 
     @staticmethod
-    def expand(weight: Tensor, weight_scale_2: Tensor) -> Tensor:
-        """Exact int8 matrix (N, K) of packed codes (N, K/2) and group bytes (N, groups)."""
+    def expand(weight: Tensor, weight_scale_2: Tensor, bits: int = 4) -> Tensor:
+        """Exact int8 (N, K) of packed codes (N, K * bits / 8) and group bytes (N, groups)."""
         byte = weight_scale_2.view(torch.uint8)
-        scale2, zero = (byte >> 4).to(torch.int16) + 1, (byte & 15).to(torch.int16)
-        codes = unpack_nibbles(weight).to(torch.int16).unflatten(1, (byte.shape[1], -1))
+        scale2, zero = (byte >> bits).to(torch.int16) + 1, (byte & (2**bits - 1)).to(torch.int16)
+        codes = unpack_bits(weight, bits).to(torch.int16).unflatten(1, (byte.shape[1], -1))
         return ((codes - zero.unsqueeze(-1)) * scale2.unsqueeze(-1)).flatten(1).to(torch.int8)
+
+    @property
+    def _top(self) -> int:
+        return 2**self.bits - 1
 
     def _codes(
         self, x: Tensor, params: Params, cols: slice | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        index = group_of(x.shape[1], self.group, cols, x.device)
-        scale2, zero = params["scale2"][:, index], params["zero"][:, index]
+        scale2 = spread(params["scale2"], x.shape[1], self.group, cols)
+        zero = spread(params["zero"], x.shape[1], self.group, cols)
         levels = x.float() / params["weight_scale"] / scale2
-        return (torch.round(levels) + zero).clamp(0, 15), scale2, zero
+        return (torch.round(levels) + zero).clamp(0, self._top), scale2, zero
 
 
 def _symmetric_range(bits: int) -> tuple[int, int]:
@@ -206,22 +227,3 @@ def _range_with_zero(grouped: Tensor, clip: Tensor | float) -> tuple[Tensor, Ten
     low = (clip * grouped.amin(-1)).clamp(max=0)
     high = (clip * grouped.amax(-1)).clamp(min=0)
     return low, high
-
-
-def _groups(name: str, columns: int, group: int | None) -> int:
-    if group is None:
-        return 1
-    if columns % group:
-        raise InputError(
-            f"{name} needs input features divisible by {group}, got {columns}. "
-            f"Use int4-row or int8-row for this layer, or keep it."
-        )
-    return columns // group
-
-
-def _even(name: str, columns: int) -> int:
-    if columns % 2:
-        raise InputError(
-            f"{name} needs an even number of input features, got {columns}. Use int8-row."
-        )
-    return columns

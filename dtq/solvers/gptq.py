@@ -8,7 +8,9 @@ import logging
 import torch
 from torch import Tensor
 
+from dtq.errors import InputError
 from dtq.formats import Format, Params
+from dtq.solvers.check import check
 from dtq.solvers.search import CLIPS, fit_clipped
 
 log = logging.getLogger("dtq")
@@ -27,7 +29,9 @@ def gptq(
 
     GPTQ (2210.17323, algorithm 1) with the parameters of a group fitted when the group is
     entered, on the columns as repaired so far, by clip search weighted with diag(H). Errors are
-    those of the format's own grid, so a two-level format repairs its second rounding too.
+    those of the format's own grid, so a two-level format repairs its second rounding too. A format
+    that codes several columns together snaps them as repaired so far, then hands their errors on
+    one by one (GPTVQ, 2402.15319, algorithm 1).
 
     Args:
         w: float (N, K).
@@ -39,7 +43,11 @@ def gptq(
 
     Returns:
         The snapped weight (N, K) and its parameters.
+
+    Raises:
+        InputError: a weight or a moment is not finite, or H is not positive.
     """
+    check(w, gram)
     clips = CLIPS if clip else (1.0,)
     if gram is None:
         gram = torch.eye(w.shape[1], device=w.device)
@@ -54,24 +62,25 @@ def gptq(
     for start in range(0, todo.shape[1], width):
         stop = min(start + width, todo.shape[1])
         errors = torch.zeros_like(todo[:, start:stop])
-        for j in range(start, stop):
+        for j in range(start, stop, fmt.vector):
             if fmt.group is not None and j % group == 0:
                 cols = slice(j, j + group)
                 part = fit_clipped(todo[:, cols], fmt, importance[cols], clips=clips, outer=params)
                 _put(params, part, j // group)
-            column = slice(j, j + 1)
-            done[:, column] = fmt.snap(todo[:, column], params, column)
-            error = (todo[:, column] - done[:, column]) / inverse[j, j]
-            todo[:, j:stop] -= error * inverse[j, j:stop]
-            errors[:, j - start : j - start + 1] = error
+            cols = slice(j, j + fmt.vector)
+            done[:, cols] = fmt.snap(todo[:, cols], params, cols)
+            for i in range(j, j + fmt.vector):
+                error = (todo[:, i] - done[:, i]) / inverse[i, i]
+                todo[:, i:stop] -= torch.outer(error, inverse[i, i:stop])
+                errors[:, i - start] = error
         todo[:, stop:] -= errors @ inverse[start:stop, stop:]
     return fmt.snap(done, params), params
 
 
 def _put(params: Params, part: Params, index: int) -> None:
-    """Write the parameters of one group into those of the matrix; row-wide ones are equal."""
+    """Write the parameters of one group into those of the matrix; wider ones are equal."""
     for key, value in part.items():
-        if params[key].shape[1] > 1:
+        if value.shape[1] < params[key].shape[1]:
             params[key][:, index : index + 1] = value
 
 
@@ -92,4 +101,7 @@ def _inverse_factor(h: Tensor, damp: float) -> Tensor:
             inverse = torch.cholesky_inverse(lower)
             upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
             return upper.to(h)
-    raise ValueError("gptq: the second moment has infinite or missing entries")
+    raise InputError(
+        "gptq: the second moment of the input is not positive definite even when damped by "
+        f"{share:g} of its mean diagonal. Calibrate again, or use search for this layer."
+    )

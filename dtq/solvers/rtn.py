@@ -6,9 +6,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from dtq.formats import Format, Params
+from dtq.solvers.check import check
 
 
 def rtn(w: Tensor, fmt: Format, gram: Tensor | None = None) -> tuple[Tensor, Params]:
     """Fit to the full range, round each weight to its nearest value."""
+    check(w)
     params = fmt.fit(w)
     return fmt.snap(w, params), params

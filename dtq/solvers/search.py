@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dtq.formats import Format, Params
 from dtq.formats.base import in_groups
+from dtq.solvers.check import check
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
@@ -21,13 +22,14 @@ def search(
 
     Args:
         w: float (N, K).
-        fmt: the format; one that ignores ``clip`` gets its plain fit.
+        fmt: the format; one that learns its levels is fitted once, by the same weighted error.
         gram: second moment of the input (K, K); its diagonal weighs the columns. None: all alike.
         clips: shares of the range to try.
 
     Returns:
         The snapped weight (N, K) and its parameters.
     """
+    check(w, gram)
     importance = None if gram is None else gram.diagonal()
     params = fit_clipped(w, fmt, importance, clips=clips)
     return fmt.snap(w, params), params
@@ -41,13 +43,23 @@ def fit_clipped(
     clips: Sequence[float] = CLIPS,
     outer: Params | None = None,
 ) -> Params:
-    """Parameters with the best clip for every row and group of ``w``, whole groups of columns."""
+    """Parameters with the best clip for every row and group of ``w``, whole groups of columns.
+
+    A format that learns its levels has no clip. What it finds is a local optimum, so the fit
+    without importance stands as a candidate: search never loses to plain rounding.
+    """
     weight = torch.ones(w.shape[1]).to(w) if importance is None else importance.to(w)
-    errors = []
-    for clip in clips:
-        params = fmt.fit(w, clip=clip, outer=outer)
-        error = (fmt.snap(w, params) - w).square() * weight
-        errors.append(in_groups(error, fmt.group).sum(-1))
-    best = torch.stack(errors).argmin(0)  # (N, groups); the widest range wins ties
+
+    def errors(params: Params) -> Tensor:
+        return in_groups((fmt.snap(w, params) - w).square() * weight, fmt.group).sum(-1)
+
+    if fmt.learned:
+        params = fmt.fit(w, importance, outer=outer)
+        if importance is None or outer is not None:
+            return params
+        plain = fmt.fit(w)
+        return plain if errors(plain).sum() < errors(params).sum() else params
+    tries = [errors(fmt.fit(w, importance, clip=clip, outer=outer)) for clip in clips]
+    best = torch.stack(tries).argmin(0)  # (N, groups); the widest range wins ties
     chosen = torch.tensor(list(clips)).to(w)[best]
-    return fmt.fit(w, clip=chosen, outer=outer)
+    return fmt.fit(w, importance, clip=chosen, outer=outer)

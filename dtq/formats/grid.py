@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sixteen fixed levels times a scale per row or group: 4-bit floats and NormalFloat.
+
+A 4-bit float code is a sign bit (8) and the index of a magnitude. E2M1 is the element of the OCP
+Microscaling formats (MX specification 1.0, sec. 5.3.3); E1M2 and E3M0 are its neighbours that
+HQ-DiT (2405.19751) and LLM-FP4 (2310.16836) choose between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dtq.formats.base import Params, Parts, Spec, divide, groups_of, in_groups, spread
+from dtq.formats.bits import pack_bits, packed_width, unpack_bits
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Numbers by code. A level that occurs twice (-0) is only ever written as its lower code."""
+
+    values: tuple[float, ...]
+
+    @property
+    def bits(self) -> int:
+        return int(math.log2(len(self.values)))
+
+    @property
+    def top(self) -> float:
+        return max(abs(v) for v in self.values)
+
+    def codes(self, u: Tensor) -> Tensor:
+        """Code of the nearest level, uint8; a tie goes to the even code."""
+        codes, ends = _sorted(self.values, u.device)
+        return codes[torch.bucketize(u, ends, out_int32=True)]
+
+    def of(self, codes: Tensor) -> Tensor:
+        """The levels of integer codes, float32."""
+        return torch.tensor(self.values, device=codes.device)[codes.int()]
+
+    def snap(self, u: Tensor) -> Tensor:
+        return self.of(self.codes(u))
+
+
+@cache
+def _sorted(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes by rising level, and the largest number that each but the last one stands for."""
+    codes = sorted((c for c, v in enumerate(values) if v not in values[:c]), key=values.__getitem__)
+    level = torch.tensor([values[c] for c in codes])
+    middle = (level[1:] + level[:-1]) / 2
+    below = torch.nextafter(middle, torch.tensor(-torch.inf))
+    even = torch.tensor(codes[:-1]) % 2 == 0
+    ends = torch.where(even, middle, below)  # the middle itself belongs to the even neighbour
+    return torch.tensor(codes, dtype=torch.uint8, device=device), ends.to(device)
+
+
+def _signed(magnitudes: Sequence[float]) -> Levels:
+    return Levels((*magnitudes, *(-m + 0.0 for m in magnitudes)))
+
+
+E1M2 = _signed((0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5))
+E2M1 = _signed((0, 0.5, 1, 1.5, 2, 3, 4, 6))
+E3M0 = _signed((0, 0.25, 0.5, 1, 2, 4, 8, 16))
+
+# QLoRA (2305.14314, appendix E): quantiles of the normal distribution, half of the codes on each
+# side of an exact zero, scaled to [-1, 1]. The constants that its code prints, so files agree.
+NF4 = Levels(
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``w = level * scale``, the largest level at the largest magnitude of the row or group.
+
+    Row scales are float32, group scales bfloat16.
+    """
+
+    name: str
+    levels: Levels
+    group: int | None = None
+
+    vector = 1
+    learned = False
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+        rows, columns = shape
+        width = packed_width(self.name, columns, self.levels.bits)
+        groups = groups_of(self.name, columns, self.group)
+        return {
+            "weight": Spec((rows, width), torch.int8),
+            "weight_scale": Spec((rows, groups), self._scale_dtype),
+        }
+
+    def fit(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        *,
+        clip: Tensor | float = 1.0,
+        outer: Params | None = None,
+    ) -> Params:
+        if outer is not None and self.group is None:
+            return outer
+        peak = in_groups(x.float(), self.group).abs().amax(-1)
+        return {"weight_scale": (clip * peak / self.levels.top).to(self._scale_dtype)}
+
+    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+        scale = spread(params["weight_scale"], x.shape[1], self.group, cols).float()
+        return self.levels.snap(divide(x.float(), scale)) * scale
+
+    def pack(self, x: Tensor, params: Params) -> Parts:
+        scale = spread(params["weight_scale"], x.shape[1], self.group, None).float()
+        codes = self.levels.codes(divide(x.float(), scale))
+        return {"weight": pack_bits(codes, self.levels.bits), **params}
+
+    def unpack(self, parts: Parts) -> Tensor:
+        levels = self.levels.of(unpack_bits(parts["weight"], self.levels.bits))
+        scale = parts["weight_scale"].float()
+        return (levels.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.group is None else torch.bfloat16

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned levels: a look-up table per layer, a scale per row or group.
+
+How the levels are found is a function ``(moments, bits) -> levels``: :func:`lloyd` here, the
+twin-log families in ``twinlog.py``. It sees the weights scaled to [-1, 1] through
+:class:`Moments`, which judges any set of levels with a few look-ups instead of a pass over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtq.formats.base import (
+    Params,
+    Parts,
+    Spec,
+    column_weights,
+    divide,
+    groups_of,
+    in_groups,
+    spread,
+)
+from dtq.formats.bits import pack_bits, packed_width, unpack_bits
+
+SAMPLE = 2**20
+"""Weights that the levels of a layer are learned from, in whole rows."""
+
+_FINE = 2**15  # levels are multiples of 1/_FINE: equal or well apart, so that snapping settles
+_SHARES = (1.5, 1.4, 1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+class Moments:
+    """Sorted weights with running sums of ``weight * x^p``, p = 0, 1, 2, in float64."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.x, order = x.double().sort()
+        weight = weight.double()[order]
+        self.sums = [
+            torch.cat([weight.new_zeros(1), (weight * self.x**p).cumsum(0)]) for p in range(3)
+        ]
+
+    def cells(self, levels: Tensor) -> list[Tensor]:
+        """The three sums over what is nearest to each of the rising levels (..., L)."""
+        inner = torch.searchsorted(self.x, (levels[..., 1:] + levels[..., :-1]) / 2)
+        first = torch.zeros_like(inner[..., :1])
+        ends = torch.cat([first, inner, first + len(self.x)], -1)
+        return [s[ends].diff(dim=-1) for s in self.sums]
+
+    def error(self, levels: Tensor) -> Tensor:
+        """Weighted squared error of rounding to the nearest of the levels (..., L)."""
+        mass, mean, square = self.cells(levels)
+        return (square - 2 * levels * mean + levels.square() * mass).sum(-1)
+
+
+Find = Callable[[Moments, int], Tensor]
+
+
+def lloyd(moments: Moments, bits: int, steps: int = 100) -> Tensor:
+    """Levels that are the means of their cells (Lloyd 1957/1982; Max 1960), from quantiles."""
+    mass = moments.sums[0]
+    share = (torch.arange(2**bits, device=mass.device, dtype=mass.dtype) + 0.5) / 2**bits
+    start = torch.searchsorted(mass, share * mass[-1]).clamp(1, len(moments.x)) - 1
+    levels = moments.x[start]
+    for _ in range(steps):
+        mass, mean, _ = moments.cells(levels)
+        levels = torch.where(mass > 0, mean / mass, levels)
+    return levels
+
+
+@dataclass(frozen=True)
+class Lut:
+    """``w = lut[code] * scale``; row scales are float32, group scales bfloat16.
+
+    ``fit`` finds the levels once for the matrix, on weights over their row's or group's largest
+    magnitude; then the scale of each row or group, by error over a few shares of that magnitude
+    and a least-squares step. Errors are weighted with the importance.
+    """
+
+    name: str
+    bits: int
+    find: Find
+    group: int | None = None
+
+    vector = 1
+    learned = True
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+        rows, columns = shape
+        groups = groups_of(self.name, columns, self.group)
+        return {
+            "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
+            "weight_scale": Spec((rows, groups), self._scale_dtype),
+            "weight_lut": Spec((1, 2**self.bits), torch.float32),
+        }
+
+    def fit(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        *,
+        clip: Tensor | float = 1.0,
+        outer: Params | None = None,
+    ) -> Params:
+        if outer is not None and self.group is None:
+            return outer
+        grouped = in_groups(x.float(), self.group)  # (N, groups, group)
+        weight = in_groups(column_weights(x, importance), self.group)  # (1, groups, group)
+        lut = self._levels(grouped, weight) if outer is None else outer["weight_lut"]
+        return {"weight_scale": self._scale(grouped, weight, lut), "weight_lut": lut}
+
+    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+        scale = spread(params["weight_scale"], x.shape[1], self.group, cols).float()
+        lut = params["weight_lut"].reshape(-1)
+        return lut[_nearest(divide(x.float(), scale), lut)] * scale
+
+    def pack(self, x: Tensor, params: Params) -> Parts:
+        scale = spread(params["weight_scale"], x.shape[1], self.group, None).float()
+        codes = _nearest(divide(x.float(), scale), params["weight_lut"].reshape(-1))
+        return {"weight": pack_bits(codes, self.bits), **params}
+
+    def unpack(self, parts: Parts) -> Tensor:
+        scale = parts["weight_scale"].float()
+        codes = unpack_bits(parts["weight"], self.bits).int()
+        levels = parts["weight_lut"].float().reshape(-1)[codes]
+        return (levels.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.group is None else torch.bfloat16
+
+    def _levels(self, grouped: Tensor, weight: Tensor) -> Tensor:
+        """The look-up table (1, 2^bits), rising."""
+        every = -(-grouped.numel() // SAMPLE)
+        some = grouped[::every]
+        peak = some.abs().amax(-1, keepdim=True)
+        moments = Moments(divide(some, peak).flatten(), (weight * peak.square()).flatten())
+        levels = self.find(moments, self.bits).reshape(1, -1)
+        return (torch.round(levels * _FINE) / _FINE).float() + 0.0  # no -0
+
+    def _scale(self, grouped: Tensor, weight: Tensor, lut: Tensor) -> Tensor:
+        """Scale of each row or group (N, groups), as stored."""
+        lut = lut.reshape(-1)
+        peak = grouped.abs().amax(-1, keepdim=True)
+
+        def snapped(scale: Tensor) -> Tensor:
+            return lut[_nearest(divide(grouped, scale), lut)]
+
+        errors = []
+        for share in _SHARES:
+            scale = share * peak
+            errors.append(((snapped(scale) * scale - grouped).square() * weight).sum(-1, True))
+        scale = torch.tensor(_SHARES).to(peak)[torch.stack(errors).argmin(0)] * peak
+        level = snapped(scale)
+        along, norm = ((weight * level * v).sum(-1, True) for v in (grouped, level))
+        return torch.where(norm > 0, along / norm, scale).squeeze(-1).to(self._scale_dtype)
+
+
+def _nearest(u: Tensor, lut: Tensor) -> Tensor:
+    """Index of the nearest of the rising levels; a tie goes down."""
+    return torch.bucketize(u, (lut[1:] + lut[:-1]) / 2, out_int32=True)
