@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
-from dtq.plan import SAFETENSORS_DTYPES, LoadPlan, file_bytes, part_specs
+from dtq.plan import SAFETENSORS_DTYPES, LoadPlan, file_bytes
 from dtq.source import folder_kind, read_json
 
 CHECKSUMS = "dtq_checksums"
@@ -112,10 +112,7 @@ class Reader:
     def check_plan(self, plan: LoadPlan, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Every planned part is there with its shape; ``shapes`` gives (N, K) per layer."""
         for name, layer in plan.layers.items():
-            specs = part_specs(
-                shapes[name], layer["weights"], layer["acts"], layer["pre_quant"], plan.bins
-            )
-            for part, spec in specs.items():
+            for part, spec in layer.stored(shapes[name], plan.bins).items():
                 key = f"{name}.{part}"
                 if key not in self.where:
                     files = ", ".join(sorted(set(self.where.values())))

@@ -35,7 +35,7 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         compute_dtype: dtype of everything that is not quantized; set when saving.
         format_version: of the checkpoint; absent means a float model.
         timestep_edges: boundaries of the bins of static activation scales.
-        layers: name -> weights, acts, block, pre_quant.
+        layers: name -> what ``plan.Runtime`` holds.
 
     Raises:
         CheckpointError: a field of a saved config is damaged, or from a newer dtq.
@@ -97,7 +97,8 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Raises:
             CheckpointError: a field is damaged.
         """
-        return LoadPlan.checked(self.layers, self.timestep_edges, "config.json")
+        runtime = self.extra.get("runtime")
+        return LoadPlan.checked(self.layers, self.timestep_edges, "config.json", runtime)
 
     def _check_saved(self) -> None:
         version = self.format_version

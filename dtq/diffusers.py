@@ -22,7 +22,7 @@ from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear, check_part, from_disk, to_disk
 from dtq.nn.swap import finish, planned_linears, swap_empty
-from dtq.plan import Plan, part_specs
+from dtq.plan import Plan, Runtime
 
 log = logging.getLogger("dtq")
 
@@ -123,7 +123,8 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             for module in model.modules():
                 if isinstance(module, QuantLinear) and module.bias is not None:
                     module.compute_dtype = module.bias.dtype
-            finish(model, self.quantization_config.load_plan().edges)
+            plan = self.quantization_config.load_plan()
+            finish(model, plan.edges, plan.policy)
         else:
             assert DTQQuantizer.on_the_fly is not None
             self.report = DTQQuantizer.on_the_fly(model, self.quantization_config, self._keep)
@@ -175,7 +176,7 @@ def mark(
     config.recipe = plan.recipe
     config.compute_dtype = dtype
     config.timestep_edges = list(edges)
-    config.layers = {layer.name: layer.runtime() for layer in plan.quantized()}
+    config.layers = {layer.name: layer.runtime().to_json() for layer in plan.quantized()}
     quantizer = DTQQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
     model.is_quantized = True  # type: ignore[assignment]
@@ -190,12 +191,11 @@ def register(on_the_fly: OnTheFly) -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
 
 
-def _as_floats(state: dict[str, Tensor], layers: dict[str, Any]) -> dict[str, Tensor]:
+def _as_floats(state: dict[str, Tensor], layers: dict[str, Runtime]) -> dict[str, Tensor]:
     """Scales as the floats whose bits they hold in memory; their dtype is the format's."""
     tensors = dict(state)
     for name, layer in layers.items():
         # dtypes do not depend on the shape: any that every format accepts will do
-        specs = part_specs((16, 1024), layer["weights"], layer["acts"], layer["pre_quant"], 1)
-        for part, spec in specs.items():
+        for part, spec in layer.stored((1024, 1024)).items():
             tensors[f"{name}.{part}"] = to_disk(tensors[f"{name}.{part}"], spec)
     return tensors

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, Spec
-from dtq.formats.acts import ACTS
+from dtq.formats.acts import ACTS, MODES
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,85 @@ class Call:
     knobs: tuple[tuple[str, Any], ...] = ()
 
 
-def part_specs(
-    shape: tuple[int, int], weights: str, acts: str, pre_quant: bool, bins: int
-) -> dict[str, Spec]:
-    """Shape and on-disk dtype of every stored part of a quantized linear (N, K), bias aside."""
-    specs = dict(FORMATS[weights].layout(shape))
-    if pre_quant:
-        specs["pre_quant_scale"] = Spec((1, shape[1]), torch.bfloat16)
-    if ACTS[acts].static:
-        specs["input_scale"] = Spec((1, bins), torch.float32)
-    return specs
+@dataclass(frozen=True)
+class Runtime:
+    """What a loader must know of a quantized linear; the entry of ``layers`` in ``config.json``.
+
+    Attributes:
+        weights: weight format, a key of ``FORMATS``.
+        acts: activation format, a key of ``ACTS``.
+        block: Hadamard block of the online rotation, 1 for none.
+        pre_quant: whether the file has a vector that multiplies the input first.
+        rank: of the low-rank branch, 0 for none.
+        permute: whether the file has an order of the input channels.
+        turns: block rotations, 1 or 2.
+    """
+
+    weights: str
+    acts: str
+    block: int = 1
+    pre_quant: bool = False
+    rank: int = 0
+    permute: bool = False
+    turns: int = 1
+
+    ALWAYS = ("weights", "acts", "block", "pre_quant")
+    """Keys that are always written; the others only where they are not the default."""
+
+    def stored(self, shape: tuple[int, int], bins: int = 1) -> dict[str, Spec]:
+        """Shape and on-disk dtype of every stored part of a linear (N, K), bias aside."""
+        rows, columns = shape
+        specs = dict(FORMATS[self.weights].layout(shape))
+        if self.pre_quant:
+            specs["pre_quant_scale"] = Spec((1, columns), torch.bfloat16)
+        if self.permute:
+            specs["pre_quant_order"] = Spec((1, columns), torch.int32)
+        if ACTS[self.acts].static:
+            specs["input_scale"] = Spec((1, bins), torch.float32)
+        if self.rank:
+            specs["proj_down"] = Spec((self.rank, columns), torch.bfloat16)
+            specs["proj_up"] = Spec((rows, self.rank), torch.bfloat16)
+        return specs
+
+    def to_json(self) -> dict[str, Any]:
+        default = Runtime(self.weights, self.acts)
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in self.ALWAYS or getattr(self, f.name) != getattr(default, f.name)
+        }
+
+    @classmethod
+    def checked(cls, data: object, where: str) -> Runtime:
+        """Read an entry of ``layers``.
+
+        Raises:
+            CheckpointError: it is not what dtq writes; says which key.
+        """
+        kinds = {f.name: {"str": str, "int": int, "bool": bool}[str(f.type)] for f in fields(cls)}
+        if not isinstance(data, dict) or not set(cls.ALWAYS) <= set(data) <= set(kinds):
+            raise CheckpointError(
+                f"{where} must have the keys {sorted(cls.ALWAYS)}, may have "
+                f"{sorted(set(kinds) - set(cls.ALWAYS))}"
+            )
+        for key, value in data.items():
+            if type(value) is not kinds[key]:
+                wanted = kinds[key].__name__
+                raise CheckpointError(f"{where}[{key!r}] must be {wanted}, is {value!r}")
+        for key, table in (("weights", FORMATS), ("acts", ACTS)):
+            if data[key] not in table:
+                raise CheckpointError(
+                    f"{where}[{key!r}]: unknown format {data[key]!r}; this dtq knows "
+                    f"{', '.join(table)}. A newer dtq may have written it: pip install -U dtq"
+                )
+        found = cls(**data)
+        if found.block < 1 or found.block & (found.block - 1):
+            raise CheckpointError(f"{where}['block'] must be a power of two, is {found.block}")
+        if found.turns not in (1, 2):
+            raise CheckpointError(f"{where}['turns'] must be 1 or 2, is {found.turns}")
+        if found.rank < 0:
+            raise CheckpointError(f"{where}['rank'] must not be negative, is {found.rank}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -52,8 +121,11 @@ class LayerPlan:
         acts: activation format.
         block: Hadamard block at run time.
         pre_quant: whether the file has a per-channel vector for its input.
+        rank, permute, turns: see :class:`Runtime`.
         transform: how its transform is found.
         solver: how its weight is found.
+        lowrank: how its low-rank branch is found.
+        choose: weight formats that are all solved, the best one kept.
         note: why it is kept, or not as the recipe says.
     """
 
@@ -64,8 +136,13 @@ class LayerPlan:
     acts: str = "none"
     block: int = 1
     pre_quant: bool = False
+    rank: int = 0
+    permute: bool = False
+    turns: int = 1
     transform: Call = Call("none")
     solver: Call = Call("rtn")
+    lowrank: Call = Call("none")
+    choose: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -74,7 +151,7 @@ class LayerPlan:
 
     def stored(self, bins: int = 1) -> dict[str, Spec]:
         """Shape and dtype of every part that the file holds for this layer, bias aside."""
-        return part_specs(self.shape, self.weights, self.acts, self.pre_quant, bins)
+        return self.runtime().stored(self.shape, bins)
 
     def nbytes(self, bins: int = 1, kept_dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the weight and everything that belongs to it, bias aside."""
@@ -86,10 +163,9 @@ class LayerPlan:
         """Stored bits per weight, all metadata counted."""
         return 8 * self.nbytes(bins) / math.prod(self.shape)
 
-    def runtime(self) -> dict[str, Any]:
-        """What a loader must know; written to ``config.json``."""
-        keys = ("weights", "acts", "block", "pre_quant")
-        return {key: getattr(self, key) for key in keys}
+    def runtime(self) -> Runtime:
+        """What a loader must know."""
+        return Runtime(**{f.name: getattr(self, f.name) for f in fields(Runtime)})
 
 
 @dataclass(frozen=True)
@@ -136,49 +212,120 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class StepPolicy:
+    """Activation precision by part of the trajectory, on the same weights.
+
+    Written to ``quantization_config.runtime.diffusion_step_policy``: in the ``first_last_n`` form
+    that diffusers and vLLM-Omni read where it can be said so, else as ``bins``. ``edges`` and
+    ``modes`` are always there: they hold for any number of steps.
+
+    Attributes:
+        edges: timesteps that separate the ranges, rising, in the units the transformer is called
+            with.
+        modes: one of ``MODES`` per range, the least noisy range first.
+        steps: of the sampler it was searched with, 0 if unknown.
+    """
+
+    edges: tuple[float, ...]
+    modes: tuple[str, ...]
+    steps: int = 0
+    counts: tuple[int, ...] = ()
+    """Sampler steps in each range, for the ``first_last_n`` form."""
+
+    def to_json(self) -> dict[str, Any]:
+        bins = {"edges": list(self.edges), "modes": list(self.modes)}
+        bins |= {"num_inference_steps": self.steps, "counts": list(self.counts)}
+        inner = [m for m in self.modes if m != "native"]
+        flips = sum(a != b for a, b in zip(self.modes, self.modes[1:], strict=False))
+        ends = self.modes[0] != "native" or self.modes[-1] != "native"
+        if self.counts and len(set(inner)) == 1 and ends and flips <= 2 and "native" in self.modes:
+            first, last = 0, 0
+            for mode, count in zip(reversed(self.modes), reversed(self.counts), strict=True):
+                if mode == "native":
+                    break
+                first += count
+            for mode, count in zip(self.modes, self.counts, strict=True):
+                if mode == "native":
+                    break
+                last += count
+            return {
+                "schema_version": 1,
+                "type": "first_last_n",
+                "index_space": "denoising_loop_iteration",
+                "scope": ["transformer"],
+                "default_mode": "native",
+                "first_steps": {"count": first, "mode": inner[0]},
+                "last_steps": {"count": last, "mode": inner[0]},
+                **bins,
+            }
+        return {
+            "schema_version": 1,
+            "type": "bins",
+            "scope": ["transformer"],
+            "default_mode": "native",
+            **bins,
+        }
+
+    @classmethod
+    def checked(cls, data: object, where: str) -> StepPolicy:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            CheckpointError: a field is damaged, or the policy has no ``edges`` and ``modes``: step
+                counts alone say nothing to a transformer, which is only told the timestep.
+        """
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{where} must be a mapping")
+        edges, modes = data.get("edges"), data.get("modes")
+        if not isinstance(edges, list) or not isinstance(modes, list):
+            raise CheckpointError(f"{where}: needs the lists 'edges' and 'modes'")
+        if not all(isinstance(e, int | float) for e in edges) or edges != sorted(edges):
+            raise CheckpointError(f"{where}: 'edges' must be a rising list of numbers")
+        if len(modes) != len(edges) + 1 or not set(modes) <= set(MODES):
+            raise CheckpointError(
+                f"{where}: 'modes' must be one more than the edges, each of {', '.join(MODES)}"
+            )
+        counts = data.get("counts", [])
+        ok = isinstance(counts, list) and all(isinstance(c, int) for c in counts)
+        steps = data.get("num_inference_steps", 0)
+        if not ok or not isinstance(steps, int):
+            raise CheckpointError(f"{where}: 'counts' and 'num_inference_steps' must be integers")
+        return cls(tuple(map(float, edges)), tuple(modes), steps, tuple(counts))
+
+
+@dataclass(frozen=True)
 class LoadPlan:
     """The part of a plan that ``config.json`` keeps: what to build before the file is read."""
 
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, Runtime] = field(default_factory=dict)
     edges: tuple[float, ...] = ()
+    policy: StepPolicy | None = None
 
     @property
     def bins(self) -> int:
         return len(self.edges) + 1
 
     @classmethod
-    def checked(cls, layers: object, edges: object, where: str) -> LoadPlan:
-        """Read the two fields of ``quantization_config``.
+    def checked(cls, layers: object, edges: object, where: str, runtime: object = None) -> LoadPlan:
+        """Read the fields ``layers``, ``timestep_edges`` and ``runtime`` of the config.
 
         Raises:
             CheckpointError: a field is not what dtq writes; says which layer and key.
         """
         if not isinstance(layers, dict):
             raise CheckpointError(f"{where}: 'layers' must map layer names to their formats")
-        for name, layer in layers.items():
-            _check_layer(layer, f"{where}: layers[{name!r}]")
+        read = {
+            name: Runtime.checked(layer, f"{where}: layers[{name!r}]")
+            for name, layer in layers.items()
+        }
         ok = isinstance(edges, list | tuple) and all(isinstance(e, int | float) for e in edges)
         if not ok or list(edges) != sorted(edges):  # type: ignore[call-overload]
             raise CheckpointError(f"{where}: 'timestep_edges' must be a rising list of numbers")
-        return cls(layers, tuple(float(e) for e in edges))  # type: ignore[attr-defined]
-
-
-def _check_layer(layer: object, where: str) -> None:
-    expected = {"weights": str, "acts": str, "block": int, "pre_quant": bool}
-    if not isinstance(layer, dict) or set(layer) != set(expected):
-        raise CheckpointError(f"{where} must have the keys {sorted(expected)}")
-    for key, kind in expected.items():
-        if type(layer[key]) is not kind:
-            raise CheckpointError(f"{where}[{key!r}] must be {kind.__name__}, is {layer[key]!r}")
-    for key, table in (("weights", FORMATS), ("acts", ACTS)):
-        if layer[key] not in table:
-            raise CheckpointError(
-                f"{where}[{key!r}]: unknown format {layer[key]!r}; this dtq knows "
-                f"{', '.join(table)}. A newer dtq may have written it: pip install -U dtq"
-            )
-    block = layer["block"]
-    if block < 1 or block & (block - 1):
-        raise CheckpointError(f"{where}['block'] must be a power of two, is {block}")
+        policy = None
+        if isinstance(runtime, dict) and "diffusion_step_policy" in runtime:
+            at = f"{where}: runtime.diffusion_step_policy"
+            policy = StepPolicy.checked(runtime["diffusion_step_policy"], at)
+        return cls(read, tuple(float(e) for e in edges), policy)  # type: ignore[attr-defined]
 
 
 def file_bytes(

@@ -24,14 +24,15 @@ def operands(m, n=48, k=128, seed=0):
 
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
-@pytest.mark.parametrize("acts", ["none", "int8-row"])
+@pytest.mark.parametrize("acts", ["none", "int8-row", "int4-row", "int4-g64"])
 def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
     x, w, bias = operands(m)
     task = Task(fmt, ACTS[acts], 64)
     parts = fmt.pack(w, fmt.fit(w))
     scale = (torch.rand(128) + 0.5).to(torch.bfloat16)
-    got = pick(task).call(task, x, parts, scale, None, bias)
-    want = KERNELS[-1].call(task, x, parts, scale, None, bias)
+    parts["pre_quant_scale"] = scale.reshape(1, -1)
+    got = pick(task).call(task, x, parts, bias)
+    want = KERNELS[-1].call(task, x, parts, bias)
     assert got.shape == (m, 48)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
@@ -123,12 +124,10 @@ def test_a_device_gives_the_numbers_of_the_cpu(device):
     pre = (torch.rand(128) + 0.5).to(torch.bfloat16)
     for fmt in FORMATS.values():
         task = Task(fmt, ACTS["int8-row"], 64)
-        parts = fmt.pack(w, fmt.fit(w))
-        want = pick(task).call(task, x, parts, pre, None, bias)
+        parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": pre.reshape(1, -1)}
+        want = pick(task).call(task, x, parts, bias)
         there = {k: v.to(device) for k, v in parts.items()}
-        got = (
-            pick(task).call(task, x.to(device), there, pre.to(device), None, bias.to(device)).cpu()
-        )
+        got = pick(task).call(task, x.to(device), there, bias.to(device)).cpu()
         if pick(task).name in ("w8a8", "w4a8-two-level"):
             assert torch.equal(got, want), fmt.name
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

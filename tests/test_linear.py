@@ -17,6 +17,7 @@ from dtq.errors import CheckpointError
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 from dtq.transforms import Online
+from dtq.plan import Runtime
 from dtq.transforms.hadamard import signs
 
 
@@ -27,9 +28,7 @@ def make(weights="int4-2l-g64", acts="int8-row", n=48, k=128, seed=0, dtype=torc
     turn = Online.of(torch.rand(k, generator=g) + 0.5, signs(k, 0), 64)
     fmt = FORMATS[weights]
     changed = turn.w(w)
-    layer = QuantLinear(
-        k, n, True, weights, acts, block=64, pre_quant=True, bins=4, compute_dtype=dtype
-    )
+    layer = QuantLinear(k, n, True, Runtime(weights, acts, 64, True), bins=4, compute_dtype=dtype)
     parts = fmt.pack(changed, fmt.fit(changed))
     parts["pre_quant_scale"] = turn.scale.reshape(1, -1)
     if acts == "int8-step":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How activations are kept between the quantize step and the product: ``ACTS``.
 
-A row is a token. ``int8-row`` takes its scale from the token itself, so no token depends on the
-rest of its batch (ViDiT-Q, 2406.02540, sec. 3.2). ``int8-step`` reads one scale per layer and
-timestep bin from the file. ``none`` leaves activations in the compute dtype (weight-only).
+A row is a token. Every dynamic format takes its scales from the token itself, so no token depends
+on the rest of its batch (ViDiT-Q, 2406.02540, sec. 3.2). ``int8-step`` reads one scale per layer
+and timestep bin from the file. ``none`` leaves activations in the compute dtype (weight-only).
 """
 
 from __future__ import annotations
@@ -24,32 +24,85 @@ class Acts:
     Attributes:
         bits: bits of a code; 16 means not quantized.
         static: the scale is stored, one per timestep bin, instead of measured.
+        grid: name of the weight format that a token is rounded with, as if it were a row of a
+            matrix; empty for integers with one scale per token, which have kernels.
     """
 
     name: str
     bits: int
     static: bool = False
+    grid: str = ""
+
+    @property
+    def levels(self) -> int:
+        """Largest code of the integer formats."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def integer(self) -> bool:
+        """Codes are int8 with one scale per token: what the integer kernels multiply."""
+        return self.bits < 16 and not self.grid
 
 
 ACTS: dict[str, Acts] = {
-    a.name: a for a in (Acts("none", 16), Acts("int8-row", 8), Acts("int8-step", 8, static=True))
+    a.name: a
+    for a in (
+        Acts("none", 16),
+        Acts("int8-row", 8),
+        Acts("int8-step", 8, static=True),
+        Acts("int6-row", 6),
+        Acts("int4-row", 4),
+        Acts("int4-g64", 4, grid="int4-g64"),
+        Acts("int4-asym-g64", 4, grid="int4-asym-g64"),
+        Acts("int8-asym-g128", 8, grid="int8-asym-g128"),
+        Acts("fp8-row", 8, grid="fp8-row"),
+        Acts("e2m1-row", 4, grid="e2m1-row"),
+        Acts("nvfp4", 4, grid="nvfp4"),
+        Acts("mxfp4", 4, grid="mxfp4"),
+    )
 }
 
 
-def row_scale(x: Tensor) -> Tensor:
-    """Scale of each row, float32 (..., 1), of float32 (..., K): its largest magnitude over 127."""
+MODES: dict[str, str] = {
+    "native": "",
+    "a16": "none",
+    "a8": "int8-row",
+    "a6": "int6-row",
+    "a4": "int4-row",
+}
+"""Activation modes of a step policy, and the format each one means; native is the layer's own."""
+
+
+def row_scale(x: Tensor, levels: int = 127) -> Tensor:
+    """Scale of each row, float32 (..., 1), of float32 (..., K): largest magnitude over levels."""
     peak = x.abs().amax(-1, keepdim=True)
-    return torch.where(peak > 0, (peak / 127).clamp(min=FLOOR), torch.ones_like(peak))
+    return torch.where(peak > 0, (peak / levels).clamp(min=FLOOR), torch.ones_like(peak))
 
 
-def row_codes(x: Tensor, scale: Tensor) -> Tensor:
-    """Codes in [-127, 127] as float, ties to even."""
-    return torch.round(x / scale).clamp(-127, 127)
+def row_codes(x: Tensor, scale: Tensor, levels: int = 127) -> Tensor:
+    """Codes in [-levels, levels] as float, ties to even."""
+    return torch.round(x / scale).clamp(-levels, levels)
 
 
 def fake_quantize(x: Tensor, acts: Acts) -> Tensor:
     """Float32 ``x`` (R, K) after quantizing and back; a static scale is fitted to ``x``."""
     if acts.bits == 16:
         return x
-    scale = row_scale(x.reshape(1, -1)) if acts.static else row_scale(x)
-    return row_codes(x, scale) * scale
+    if acts.grid:
+        return _on_grid(x, acts.grid)
+    scale = row_scale(x.reshape(1, -1) if acts.static else x, acts.levels)
+    return row_codes(x, scale, acts.levels) * scale
+
+
+def _on_grid(x: Tensor, name: str) -> Tensor:
+    """Round rows with a weight format; what that keeps per matrix is kept per row here."""
+    from dtq.formats import FORMATS  # the table imports this package
+
+    fmt = FORMATS[name]
+    if name != "nvfp4":
+        return fmt.snap(x, fmt.fit(x))
+    # one second-level scale per token, else a token would depend on its batch
+    peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    one = fmt.fit(torch.ones_like(x[:1]))
+    unit = x / peak
+    return fmt.snap(unit, fmt.fit(unit, outer=one)) * peak

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats.acts import row_codes, row_scale
+from dtq.formats.acts import ACTS, MODES, fake_quantize, row_codes, row_scale
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
-from dtq.transforms.hadamard import fwht
+from dtq.transforms.hadamard import fwht, rotate
 
 _LIBRARY = torch.library.Library("dtq", "DEF")
 
@@ -26,27 +26,74 @@ def _quantize_rows(
     pre_scale: Tensor | None,  # (K,) bfloat16
     block: int,
     scale: Tensor | None,  # (1,) float32, or None: one per row
+    levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
-    x = _transform_rows(x, pre_scale, block)
-    rows = row_scale(x) if scale is None else scale.reshape(1, 1).expand(x.shape[0], 1)
-    return row_codes(x, rows).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
+    x = x.float()
+    if pre_scale is not None:
+        x = x * pre_scale.float()
+    x = fwht(x, block)
+    rows = row_scale(x, levels) if scale is None else scale.reshape(1, 1).expand(x.shape[0], 1)
+    return row_codes(x, rows, levels).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
 
 
 def _quantize_rows_fake(
-    x: Tensor, pre_scale: Tensor | None, block: int, scale: Tensor | None
+    x: Tensor, pre_scale: Tensor | None, block: int, scale: Tensor | None, levels: int = 127
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
 def _transform_rows(
-    x: Tensor,  # (M, K)
-    pre_scale: Tensor | None,
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    order: Tensor | None,  # (K,) int32, the channel that moves to each place
     block: int,
+    turns: int,
 ) -> Tensor:
-    x = x.float()
-    if pre_scale is not None:
-        x = x * pre_scale.float()
-    return fwht(x, block)
+    x = x.float() if pre_scale is None else x.float() * pre_scale.float()
+    if order is not None:
+        x = x[:, order.long()]
+    return rotate(x, block, turns).clone()  # (M, K) float32
+
+
+def _float_like(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _round_rows(
+    x: Tensor,  # (M, K) float32
+    acts: str,
+) -> Tensor:
+    return fake_quantize(x, ACTS[acts]).clone()  # (M, K) float32
+
+
+def _step_linear(
+    x: Tensor,  # (M, K)
+    mode: Tensor,  # (1,) int64 on the CPU, index into modes
+    modes: str,  # keys of acts.MODES, comma-separated
+    weights: str,
+    acts: str,
+    block: int,
+    turns: int,
+    names: str,  # of the parts, comma-separated
+    parts: list[Tensor],
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    from dtq.formats import FORMATS
+    from dtq.kernels.table import Task, pick
+
+    chosen = MODES[modes.split(",")[int(mode)]] or acts
+    task = Task(FORMATS[weights], ACTS[chosen], block, turns)
+    named = dict(zip(names.split(","), parts, strict=True))
+    if not task.acts.static:
+        named.pop("input_scale", None)
+    return pick(task).call(task, x, named, bias)
+
+
+def _step_linear_fake(x: Tensor, *rest: object) -> Tensor:
+    columns = rest[-1]
+    assert isinstance(columns, int)
+    return x.new_empty((x.shape[0], columns))
 
 
 def _w8a8_linear(
@@ -137,10 +184,24 @@ def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 _OPS = (
     (
-        "quantize_rows(Tensor x, Tensor? pre_scale, int block, Tensor? scale) -> (Tensor, Tensor)",
+        "quantize_rows(Tensor x, Tensor? pre_scale, int block, Tensor? scale, int levels=127)"
+        " -> (Tensor, Tensor)",
         _quantize_rows,
         _quantize_rows_fake,
     ),
+    (
+        "transform_rows(Tensor x, Tensor? pre_scale, Tensor? order, int block, int turns)"
+        " -> Tensor",
+        _transform_rows,
+        _float_like,
+    ),
+    (
+        "step_linear(Tensor x, Tensor mode, str modes, str weights, str acts, int block,"
+        " int turns, str names, Tensor[] parts, Tensor? bias, int out_features) -> Tensor",
+        _step_linear,
+        _step_linear_fake,
+    ),
+    ("round_rows(Tensor x, str acts) -> Tensor", _round_rows, _float_like),
     (
         "w8a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? bias, ScalarType dtype) -> Tensor",

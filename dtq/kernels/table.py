@@ -18,23 +18,30 @@ import dtq.kernels.ops  # noqa: F401  (defines torch.ops.dtq)
 from dtq.formats import Format, Parts
 from dtq.formats.acts import Acts
 from dtq.formats.integer import Int, TwoLevelInt
-from dtq.transforms.hadamard import fwht
 
 ops = torch.ops.dtq
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a layer asks of a kernel: formats, transform, and its tensors at call time."""
+    """What a layer asks of a kernel: formats, and the rotation that its input gets first.
+
+    Attributes:
+        block: Hadamard block.
+        turns: block rotations, see ``dtq.transforms.hadamard.rotate``.
+    """
 
     weights: Format
     acts: Acts
-    block: int
+    block: int = 1
+    turns: int = 1
 
 
-Call = Callable[
-    [Task, Tensor, Parts, Tensor | None, Tensor | None, Tensor | None], Tensor
-]  # (task, x (M, K), parts, pre_scale (K,), act_scale (1,), bias (N,)) -> (M, N) in x's dtype
+Call = Callable[[Task, Tensor, Parts, Tensor | None], Tensor]
+"""``(task, x (M, K), parts, bias (N,)) -> (M, N)`` in the dtype of x.
+
+``parts`` are the layer's, by name, with on-disk dtypes; ``input_scale`` is the one of this step.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,67 +60,50 @@ class Kernel:
 
 
 def _int8_fits(task: Task) -> str | None:
-    if task.acts.bits != 8:
-        return f"activations are {task.acts.name}, not int8"
+    if not task.acts.integer:
+        return f"activations are {task.acts.name}, not int8 with one scale per token"
     if task.weights.name != "int8-row":
         return f"weights are {task.weights.name}, not int8-row"
     return None
 
 
-def _int8(
-    task: Task,
-    x: Tensor,
-    parts: Parts,
-    pre_scale: Tensor | None,
-    act_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    codes, scale = ops.quantize_rows(x, pre_scale, task.block, act_scale)
+def _int8(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    codes, scale = _codes(task, x, parts)
     y: Tensor = ops.w8a8_linear(codes, scale, parts["weight"], parts["weight_scale"], bias, x.dtype)
     return y
 
 
 def _two_level_fits(task: Task) -> str | None:
-    if task.acts.bits != 8:
-        return f"activations are {task.acts.name}, not int8"
-    if not isinstance(task.weights, TwoLevelInt):
-        return f"weights are {task.weights.name}, not two-level"
+    if not task.acts.integer:
+        return f"activations are {task.acts.name}, not int8 with one scale per token"
+    if not isinstance(task.weights, TwoLevelInt) or task.weights.bits != 4:
+        return f"weights are {task.weights.name}, not 4-bit two-level"
     return None
 
 
-def _two_level(
-    task: Task,
-    x: Tensor,
-    parts: Parts,
-    pre_scale: Tensor | None,
-    act_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    codes, scale = ops.quantize_rows(x, pre_scale, task.block, act_scale)
+def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    codes, scale = _codes(task, x, parts)
     weight = parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
     y: Tensor = ops.w4a8_linear(codes, scale, *weight, bias, x.dtype)
     return y
 
 
 def _group_fits(task: Task) -> str | None:
-    return None if isinstance(task.weights, Int) else f"weights are {task.weights.name}"
+    if task.acts.grid:
+        return f"activations are {task.acts.name}"
+    if not isinstance(task.weights, Int) or task.weights.bits not in (4, 8):
+        return f"weights are {task.weights.name}, not 4- or 8-bit integers"
+    return None
 
 
-def _group(
-    task: Task,
-    x: Tensor,
-    parts: Parts,
-    pre_scale: Tensor | None,
-    act_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
+def _group(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     assert isinstance(task.weights, Int)
     weight = parts["weight"], parts["weight_scale"], parts.get("weight_zero_point")
     bits = task.weights.bits
     if task.acts.bits == 16:
-        y: Tensor = ops.group_a16_linear(_changed(x, pre_scale, task.block), *weight, bits, bias)
+        y: Tensor = ops.group_a16_linear(_changed(task, x, parts), *weight, bits, bias)
         return y
-    codes, scale = ops.quantize_rows(x, pre_scale, task.block, act_scale)
+    codes, scale = _codes(task, x, parts)
     y = ops.group_a8_linear(codes, scale, *weight, bits, bias, x.dtype)
     return y
 
@@ -122,28 +112,46 @@ def _always(task: Task) -> str | None:
     return None
 
 
-def _reference(
-    task: Task,
-    x: Tensor,
-    parts: Parts,
-    pre_scale: Tensor | None,
-    act_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    w = task.weights.unpack(parts)
+def _reference(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
     if task.acts.bits == 16:
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(_changed(x, pre_scale, task.block), w.to(x.dtype), bias)
-    codes, scale = ops.quantize_rows(x, pre_scale, task.block, act_scale)
-    y = (codes.float() @ w.T) * scale.unsqueeze(1)
+        return F.linear(_changed(task, x, parts), w.to(x.dtype), bias)
+    if task.acts.grid:
+        y = ops.round_rows(_transformed(task, x, parts), task.acts.name) @ w.T
+    else:
+        codes, scale = _codes(task, x, parts)
+        y = (codes.float() @ w.T) * scale.unsqueeze(1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _changed(x: Tensor, pre_scale: Tensor | None, block: int) -> Tensor:
-    if pre_scale is None and block == 1:
+def _codes(task: Task, x: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+    """int8 (M, K) and row scales (M,) of the changed input."""
+    static, levels = parts.get("input_scale"), task.acts.levels
+    if task.turns == 1 and "pre_quant_order" not in parts:
+        codes, scale = ops.quantize_rows(x, _pre_scale(parts), task.block, static, levels)
+    else:
+        codes, scale = ops.quantize_rows(_transformed(task, x, parts), None, 1, static, levels)
+    return codes, scale
+
+
+def _changed(task: Task, x: Tensor, parts: Parts) -> Tensor:
+    """The changed input in the dtype of ``x``."""
+    if "pre_quant_scale" not in parts and task.block == 1:
         return x
-    wide = x.float() if pre_scale is None else x.float() * pre_scale.float()
-    return fwht(wide, block).to(x.dtype)
+    return _transformed(task, x, parts).to(x.dtype)
+
+
+def _transformed(task: Task, x: Tensor, parts: Parts) -> Tensor:
+    order = parts.get("pre_quant_order")
+    order = None if order is None else order.reshape(-1)
+    y: Tensor = ops.transform_rows(x, _pre_scale(parts), order, task.block, task.turns)
+    return y
+
+
+def _pre_scale(parts: Parts) -> Tensor | None:
+    scale = parts.get("pre_quant_scale")
+    return None if scale is None else scale.reshape(-1)
 
 
 KERNELS: tuple[Kernel, ...] = (

@@ -10,40 +10,58 @@ tensors (``torch_dtype``, ``.to``, layerwise casting) can touch them. On disk th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, Parts, Spec
 from dtq.formats.acts import ACTS
 from dtq.kernels.table import Kernel, Task, pick
-from dtq.plan import part_specs
-from dtq.transforms.hadamard import fwht
+from dtq.plan import Runtime, StepPolicy
+from dtq.transforms import Online
 
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float8_e4m3fn: torch.int8,
+}
 
 
 class StepClock(nn.Module):
-    """The timestep bin that the model is in, a 1-element tensor shared by every layer.
+    """The part of the trajectory that the model is in, shared by every layer.
 
-    A tensor, not a number: a compiled graph then serves every timestep.
+    Tensors, not numbers: a compiled graph then serves every timestep.
+
+    Attributes:
+        bin: int64 (1,), the bin of static activation scales.
+        mode: int64 (1,) on the CPU, index into ``modes``: host code branches on it, without
+            waiting for a GPU more than once a step.
+        modes: activation modes of the step policy, keys of ``acts.MODES``; empty without one.
     """
 
     bin: Tensor
     edges: Tensor
 
-    def __init__(self, edges: list[float]) -> None:
+    def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
         super().__init__()
         self.register_buffer("bin", torch.zeros(1, dtype=torch.int64), persistent=False)
-        self.register_buffer("edges", torch.tensor(edges, dtype=torch.float64), persistent=False)
+        at = torch.tensor(list(edges), dtype=torch.float64)
+        self.register_buffer("edges", at, persistent=False)
+        self.modes = policy.modes if policy is not None else ()
+        self.mode = torch.zeros(1, dtype=torch.int64)
+        self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
 
     def set(self, timestep: Tensor) -> None:
-        """Move to the bin of ``timestep``, a tensor of any shape; the first entry decides."""
-        now = timestep.reshape(-1)[:1].to(self.edges)
-        self.bin.copy_(torch.bucketize(now, self.edges))
+        """Move to where ``timestep`` is, a tensor of any shape; the first entry decides."""
+        first = timestep.reshape(-1)[:1]
+        self.bin.copy_(torch.bucketize(first.to(self.edges), self.edges))
+        if self.modes:
+            self.mode.copy_(torch.bucketize(first.cpu().double(), self.mode_edges))
 
 
 class QuantLinear(nn.Linear):
@@ -53,10 +71,7 @@ class QuantLinear(nn.Linear):
         in_features: K.
         out_features: N.
         bias: whether there is one, kept in ``compute_dtype``.
-        weights: name of the weight format, a key of ``FORMATS``.
-        acts: name of the activation format, a key of ``ACTS``.
-        block: Hadamard block of the online rotation, 1 for none.
-        pre_quant: whether a per-channel vector multiplies the input first.
+        runtime: formats, and what happens to the input on the way.
         bins: timestep bins of a static activation format.
         compute_dtype: dtype of bias and of everything around the layer.
         device: where the (empty) parts are made.
@@ -72,23 +87,20 @@ class QuantLinear(nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool,
-        weights: str,
-        acts: str,
+        runtime: Runtime,
         *,
-        block: int = 1,
-        pre_quant: bool = False,
         bins: int = 1,
         compute_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.weights, self.acts = weights, acts
-        self.block, self.pre_quant, self.bins = block, pre_quant, bins
+        self.runtime, self.bins = runtime, bins
+        self.weights, self.acts = runtime.weights, runtime.acts
         self.compute_dtype = compute_dtype
-        self.task = Task(FORMATS[weights], ACTS[acts], block)
+        self.task = Task(FORMATS[self.weights], ACTS[self.acts], runtime.block, runtime.turns)
         self.kernel: Kernel = pick(self.task)
-        self._specs = part_specs(self._shape, weights, acts, pre_quant, bins)
+        self._specs = runtime.stored(self._shape, bins)
         self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
         for name, spec in self.specs().items():
             dtype = _BITS.get(spec.dtype, spec.dtype)
@@ -124,6 +136,10 @@ class QuantLinear(nn.Linear):
         """Every stored part with its on-disk dtype, sharing memory."""
         return {name: self.part(name) for name in self.specs()}
 
+    def hear(self, clock: StepClock | None) -> None:
+        """Read static scales and the step policy by this clock from now on."""
+        self._clock = [] if clock is None else [clock]
+
     def forward(self, x: Tensor) -> Tensor:
         """float (..., K) to float (..., N) in the dtype of ``x``."""
         rows = x.reshape(-1, self.in_features)  # (M, K)
@@ -134,21 +150,48 @@ class QuantLinear(nn.Linear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        weight = {name: self.part(name) for name in self._specs if name.startswith("weight")}
-        pre_scale = self.part("pre_quant_scale").reshape(-1) if self.pre_quant else None
-        act_scale = self._step_scale() if self.task.acts.static else None
-        return self.kernel.call(self.task, rows, weight, pre_scale, act_scale, bias)
+        parts = {name: self.part(name) for name in self._specs if not name.startswith("proj_")}
+        if self.task.acts.static:
+            parts["input_scale"] = self._step_scale()
+        if self._clock and self._clock[0].modes and self.task.acts.bits < 16:
+            y = self._stepped(rows, parts, bias)
+        else:
+            y = self.kernel.call(self.task, rows, parts, bias)
+        if self.runtime.rank:
+            down, up = (self.part(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
+            y = y + F.linear(F.linear(rows, down), up)
+        return y
+
+    def _stepped(self, rows: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+        """The product with the activation format that the step policy names for this step."""
+        clock, task = self._clock[0], self.task
+        y: Tensor = torch.ops.dtq.step_linear(
+            rows, clock.mode, ",".join(clock.modes), self.weights, self.acts, task.block,
+            task.turns, ",".join(parts), list(parts.values()), bias, self.out_features,
+        )  # fmt: skip
+        return y
+
+    def transform(self) -> Online:
+        """The change that the input goes through before it is quantized."""
+        if self.runtime.pre_quant:
+            scale = self.part("pre_quant_scale").reshape(-1)
+        else:
+            scale = torch.ones(self.in_features, dtype=torch.bfloat16, device=self.weight.device)
+        order = self.part("pre_quant_order").reshape(-1) if self.runtime.permute else None
+        return Online(scale, self.task.block, order, self.task.turns)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float matrix (N, K) that multiplies the untransformed input."""
         fmt = self.task.weights
-        w = fwht(fmt.unpack({n: self.part(n) for n in fmt.layout(self._shape)}), self.block)
-        if self.pre_quant:
-            w = w * self.part("pre_quant_scale").float()
+        w = fmt.unpack({n: self.part(n) for n in fmt.layout(self._shape)})
+        w = self.transform().raw(w)
+        if self.runtime.rank:
+            w = w + self.part("proj_up").float() @ self.part("proj_down").float()
         return w.to(dtype or self.compute_dtype)
 
     def extra_repr(self) -> str:
-        turn = f", hadamard={self.block}" if self.block > 1 else ""
+        turn = f", hadamard={self.task.block}" if self.task.block > 1 else ""
+        turn += f", rank={self.runtime.rank}" if self.runtime.rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, weights={self.weights}, acts={self.acts}{turn}"
@@ -160,6 +203,8 @@ class QuantLinear(nn.Linear):
 
     def _step_scale(self) -> Tensor:
         table = self.part("input_scale").reshape(-1)  # (bins,)
+        if len(table) == 1:
+            return table
         if not self._clock:
             raise RuntimeError(
                 "this layer has one activation scale per timestep bin, but no clock tells it the "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError
 from dtq.families import TIME_ARGUMENTS
 from dtq.nn.linear import QuantLinear, StepClock
-from dtq.plan import LoadPlan
+from dtq.plan import LoadPlan, StepPolicy
 
 _CLOCK = "_dtq_clock"
 
@@ -29,16 +29,13 @@ def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> 
             old.in_features,
             old.out_features,
             old.bias is not None,
-            layer["weights"],
-            layer["acts"],
-            block=layer["block"],
-            pre_quant=layer["pre_quant"],
+            layer,
             bins=plan.bins,
             compute_dtype=compute_dtype,
             device=old.weight.device,
         )
         model.set_submodule(name, new)
-    finish(model, plan.edges)
+    finish(model, plan.edges, plan.policy)
 
 
 def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Linear]:
@@ -60,7 +57,7 @@ def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Linear]:
     return found
 
 
-def finish(model: nn.Module, edges: tuple[float, ...]) -> None:
+def finish(model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None) -> None:
     """What a model with quantized linears needs besides them: fusion guard and step clock."""
     for module in model.modules():
         if any(isinstance(child, QuantLinear) for child in module.children()) and hasattr(
@@ -68,19 +65,22 @@ def finish(model: nn.Module, edges: tuple[float, ...]) -> None:
         ):
             # diffusers would concatenate the codes of q, k and v as if they were weights
             module._supports_qkv_fusion = False  # type: ignore[assignment]
-    if edges:
-        install_clock(model, edges)
+    if edges or policy is not None:
+        install_clock(model, edges, policy)
 
 
-def install_clock(model: nn.Module, edges: tuple[float, ...]) -> None:
+def install_clock(
+    model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None
+) -> StepClock:
     """Give the model a clock set from its timestep argument, and show it to every layer."""
-    clock = StepClock(list(edges))
+    clock = StepClock(edges, policy)
     if not hasattr(model, _CLOCK):
         model.register_forward_pre_hook(_tell_time, with_kwargs=True)
     model.add_module(_CLOCK, clock)
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module._clock = [clock]
+            module.hear(clock)
+    return clock
 
 
 def _tell_time(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
