@@ -89,7 +89,7 @@ def calibrate(
                 "Activations of real pictures differ; give the pipeline when you have it.",
                 type(source.model).__name__,
             )
-            inputs = _made_up(source, calibration)
+            inputs = made_up(source, calibration)
             origin = "made up"
         else:
             origin = "given"
@@ -125,6 +125,26 @@ def timestep_argument(model: nn.Module) -> str | None:
     return next((name for name in TIME_ARGUMENTS if name in parameters), None)
 
 
+def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The timestep of a call, the first of the batch; 0 where the model takes none."""
+    name = timestep_argument(model)
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    now = bound.get(name) if name else None
+    return float(torch.as_tensor(now).reshape(-1)[0]) if now is not None else 0.0
+
+
+def timestep_edges(top: float, value: float, bins: int) -> list[float]:
+    """Boundaries of equal bins of the timestep.
+
+    Args:
+        top: largest timestep, 0 for a class without a family.
+        value: the timestep of the first call, which is the noisiest: up to 1000, or up to 1.
+        bins: how many.
+    """
+    top = top or (1000.0 if value > 1.5 else 1.0)
+    return [top * i / bins for i in range(1, bins)]
+
+
 def run_pipeline(
     pipeline: Any, requests: sets.Requests, calibration: Calibration, output: str = "pt"
 ) -> Iterator[Any]:
@@ -153,7 +173,7 @@ def run_pipeline(
         pipeline.set_progress_bar_config(**shown)
 
 
-def _made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:
+def made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:
     """Random calls over the whole trajectory, noisiest first as a sampler goes."""
     family = source.family
     if family is None:
@@ -180,7 +200,6 @@ class _Watch:
         self.bin = 0
         self.batch = 1
         self.tick: Callable[[], object] = lambda: None
-        self._time = timestep_argument(source.model)
         self._signature = inspect.signature(source.model.forward)
 
     @contextmanager
@@ -200,12 +219,9 @@ class _Watch:
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
         self.batch = first.shape[0] if first is not None and first.ndim else 1
-        now = bound.get(self._time) if self._time else None
-        value = float(torch.as_tensor(now).reshape(-1)[0]) if now is not None else 0.0
+        value = timestep_of(self.model, args, kwargs)
         if not self.edges and self.bins > 1:
-            # a class without a family: the first call is the noisiest, 999 or 1.0
-            top = self.top or (1000.0 if value > 1.5 else 1.0)
-            self.edges = [top * i / self.bins for i in range(1, self.bins)]
+            self.edges = timestep_edges(self.top, value, self.bins)
         self.bin = sum(value > edge for edge in self.edges)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:

@@ -9,7 +9,6 @@ grow into the next and the figure has little variance. Free-running error lets i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +17,8 @@ from torch import Tensor, nn
 
 from dtq.calibrate import sets
 from dtq.calibrate.engine import run_pipeline
+from dtq.calibrate.record import Recorded, replay, watch_calls
 from dtq.recipe import Calibration
-
-
-@dataclass
-class Recorded:
-    """One call of the transformer: arguments, output, position in its sampling run."""
-
-    step: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
 
 
 @dataclass
@@ -52,20 +42,14 @@ def record(
     pipeline: Any, model: nn.Module, requests: sets.Requests, how: Calibration
 ) -> Trajectory:
     """Run the pipeline over the requests and keep every call of ``model``."""
-    trajectory, step = Trajectory(), 0
+    trajectory = Trajectory()
 
-    def watch(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        nonlocal step
-        call = Recorded(step, _kept(args), _kept(kwargs), _first(output).detach().cpu().clone())
-        trajectory.calls.append(call)
-        step += 1
-
-    with _hook(model, watch):
+    def run() -> Iterator[None]:
         for result in run_pipeline(pipeline, requests, how):
-            step = 0
             trajectory.pictures.append(_pictures(result))
+            yield
+
+    watch_calls(model, run, trajectory.calls.append)
     return trajectory
 
 
@@ -76,12 +60,10 @@ def teacher_forced(trajectory: Trajectory, model: nn.Module) -> list[float]:
     Returns:
         One number per step: ``|q - f|^2 / |f|^2`` averaged over the calls of that step.
     """
-    device = next(model.parameters()).device
     sums = [0.0] * trajectory.steps()
     counts = [0] * trajectory.steps()
     for call in trajectory.calls:
-        output = _first(model(*_to(call.args, device), **_to(call.kwargs, device))).cpu()
-        sums[call.step] += relative_error(output, call.output)
+        sums[call.step] += relative_error(replay(model, call), call.output)
         counts[call.step] += 1
     return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
 
@@ -104,49 +86,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float(difference.square().sum() / want.double().square().sum().clamp(min=1e-300))
 
 
-@contextmanager
-def _hook(model: nn.Module, watch: Any) -> Iterator[None]:
-    handle = model.register_forward_hook(watch, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _latents(call: Recorded) -> Tensor:
     found = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor)]
     return found[0]
-
-
-def _first(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    value = output[0]
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _pictures(result: Any) -> Tensor:
     frames = result.images if hasattr(result, "images") else result.frames
     pictures = torch.as_tensor(frames).detach().float().cpu()
     return pictures.clamp(0, 1)
-
-
-def _kept(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {k: _kept(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_kept(v) for v in value)
-    return value
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(v, device) for v in value)
-    return value
