@@ -101,6 +101,11 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--calibration", help="Calibration set: shipped name, file, hub:OWNER/NAME."
             ),
+            click.option(
+                "--budget",
+                metavar="BITS|SIZE",
+                help="Mixed precision within this: 4.8 bits per weight, 12MB (ViDiT-Q-MP).",
+            ),
             click.option("--samples", type=click.IntRange(1), help="Pictures to calibrate on."),
             click.option("--steps", type=click.IntRange(1), help="Sampler steps."),
             click.option("--guidance", type=float, help="Guidance scale."),
@@ -282,7 +287,7 @@ def inspect(folder: Path, component: str, kernels: bool, as_json: bool) -> None:
             "shape": [m.out_features, m.in_features],
             "weights": m.weights,
             "acts": m.acts,
-            "hadamard": m.block,
+            "hadamard": m.task.block,
             "bits": 8
             * sum(s.nbytes for s in m.specs().values())
             / (m.in_features * m.out_features),
@@ -612,6 +617,8 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
     ):
         if choices[option] is not None:
             data["calibration"][key] = choices[option]
+    if choices["budget"] is not None:
+        data["allocate"]["budget"] = choices["budget"]
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:

@@ -1,43 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The story: plan, calibrate, transform, solve, guard, swap."""
+"""The story: plan, calibrate, transform, solve, guard or allocate, swap, refine, step policy."""
 
 from __future__ import annotations
 
 import logging
-import statistics as numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from dtq import steps
+from dtq.budget import guard, mixed
 from dtq.calibrate import engine, sets
 from dtq.calibrate.engine import Statistics
+from dtq.calibrate.record import Recorded, sample_calls, spread
 from dtq.config import DTQConfig
 from dtq.diffusers import mark
 from dtq.errors import InputError
 from dtq.families import Scan
-from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finish
 from dtq.plan import Plan
 from dtq.recipe import Recipe
-from dtq.solve import (
-    LayerReport,
-    SiteReport,
-    Solved,
-    alike,
-    choose,
-    describe,
-    float_weight,
-    solve,
-    solve_site,
-)
+from dtq.refine import REFINE
+from dtq.solve import LayerReport, SiteReport, built, solve_all
 from dtq.source import Source, open_source, scan_model
-from dtq.transforms import Choice
 
 log = logging.getLogger("dtq")
+
+_TEACHER_CALLS = 40  # of the float model, that fine-tuning learns from
 
 
 @dataclass
@@ -49,6 +42,9 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     sites: list[SiteReport] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
+    refine: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``dtq_report.json``."""
@@ -58,6 +54,9 @@ class Report:
             "bits_all": self.plan.bits(self.plan.quantized()),
             "edges": list(self.edges),
             "calibration": self.about,
+            "allocation": self.allocation,
+            "refine": self.refine,
+            "steps": self.steps,
             "layers": [asdict(layer) for layer in self.layers],
             "sites": [asdict(site) for site in self.sites],
         }
@@ -118,10 +117,12 @@ def quantize_source(
     skip: Sequence[str] = (),
     progress: bool = True,
     config: DTQConfig | None = None,
+    work: Path | None = None,
 ) -> Report:
     """Quantize the model of an opened source in place; see :func:`quantize`.
 
-    ``config`` is the one that diffusers already holds, when it does; it is completed.
+    ``config`` is the one that diffusers already holds, when it does; it is completed. ``work`` is
+    a folder where long stages leave what they finished, so that the next run goes on from there.
     """
     calls = None if inputs is None else list(inputs)
     source.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
@@ -136,22 +137,50 @@ def quantize_source(
         log.warning("no calibration data: solver %s falls back to clip search", recipe.solver.name)
     report = Report(plan, statistics.edges if statistics and plan.bins > 1 else ())
     report.about = dict(statistics.about) if statistics else {"origin": "none"}
-    solved = _solve_all(source.model, scan, plan, recipe, statistics, report, progress)
-    plan = _guard(source.model, scan, plan, recipe, statistics, solved)
+    recorded = _record(source, recipe, calls)
+    solved, report.sites = solve_all(
+        source.model, scan, plan, recipe, statistics, progress=progress
+    )
+    if recipe.allocate.budget:
+        plan, chosen = mixed(
+            source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress
+        )
+        report.allocation = chosen.to_json()
+    else:
+        plan = guard(source.model, scan, plan, recipe, statistics, solved)
     report.plan = plan
     dtype = source.dtype  # before the first swap
+    floats: dict[str, nn.Linear] = {}
     for layer in plan.quantized():
         result = solved.pop(layer.name)
         report.layers.append(result.report)
-        _swap(source.model, result, plan.bins, dtype)
+        old = source.model.get_submodule(layer.name)
+        assert isinstance(old, nn.Linear)
+        source.model.set_submodule(layer.name, built(result, old, plan.bins, dtype))
+        if recipe.refine.name != "none":
+            floats[layer.name] = old  # the teacher
     finish(source.model, report.edges)
-    mark(
-        source.model,
-        plan,
-        report.edges,
-        dtype,
-        config or DTQConfig(modules_to_not_convert=list(skip) or None),
-    )
+    config = config or DTQConfig(modules_to_not_convert=list(skip) or None)
+    if recipe.refine.name != "none":
+        report.refine = (
+            REFINE[recipe.refine.name](
+                source.model,
+                floats,
+                spread(recorded, _TEACHER_CALLS),
+                progress=progress,
+                save=work,
+                **dict(recipe.refine.knobs),
+            )
+        ).to_json()
+        del floats
+    if recipe.steps.modes:
+        top = source.family.largest_timestep if source.family else 0.0
+        policy = steps.search(
+            source.model, recorded, recipe, static_edges=report.edges, top=top, progress=progress
+        )
+        config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
+        report.steps = policy.to_json()
+    mark(source.model, plan, report.edges, dtype, config)
     source.model.hf_quantizer.report = report  # type: ignore[union-attr, assignment]
     return report
 
@@ -249,109 +278,10 @@ def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str])
         raise InputError("the statistics are of another model: no layer name matches")
 
 
-def _solve_all(
-    model: nn.Module,
-    scan: Scan,
-    plan: Plan,
-    recipe: Recipe,
-    statistics: Statistics | None,
-    report: Report,
-    progress: bool,
-) -> dict[str, Solved]:
-    solved: dict[str, Solved] = {}
-    work = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
-    total = sum(len(s.linears) for s in work)
-    with tqdm(
-        total=total, desc="quantize", unit="layer", disable=not progress, dynamic_ncols=True
-    ) as bar:
-        for site in work:
-            stats = statistics.sites.get(site.name) if statistics else None
-            for members in alike(site, plan):
-                weights = [float_weight(model, layer.name) for layer in members]
-                choice = choose(members, weights, stats)
-                best = solve_site(members, weights, choice, stats, recipe)
-                solved |= {result.plan.name: result for result in best}
-                report.sites.append(describe(site, stats, choice, best[0].transform))
-                bar.update(len(members))
-            bar.update(sum(plan[x.name].kept for x in site.linears))
-    return solved
-
-
-def _guard(
-    model: nn.Module,
-    scan: Scan,
-    plan: Plan,
-    recipe: Recipe,
-    statistics: Statistics | None,
-    solved: dict[str, Solved],
-) -> Plan:
-    """Promote the layers that came out badly, worst first, while the budget lasts."""
-    guard = recipe.guard
-    gemm = [x for x in plan.gemm() if solved[x.name].report.error is not None]
-    if not guard.to or not gemm or statistics is None:
-        return _final(plan, solved)
-    errors = {x.name: solved[x.name].report.error or 0.0 for x in gemm}
-    limit = min(guard.above, guard.factor * numbers.median(errors.values()))
-    site_of = {x.name: site.name for site in scan.sites for x in site.linears}
-    for layer in sorted(gemm, key=lambda x: -errors[x.name]):
-        if errors[layer.name] <= limit or layer.weights == guard.to:
-            continue
-        raised = replace(layer, weights=guard.to)
-        if (
-            plan.with_layers({layer.name: raised}).bits(
-                plan.with_layers({layer.name: raised}).gemm()
-            )
-            > guard.budget
-        ):
-            continue
-        before = solved[layer.name]
-        choice = Choice(before.transform, before.report.transform, {})
-        again = solve(
-            raised,
-            float_weight(model, layer.name),
-            choice,
-            statistics.sites[site_of[layer.name]],
-            recipe,
-        )
-        if (again.report.error or 0.0) >= errors[layer.name]:
-            continue
-        again.report.promoted, again.report.error_before = True, errors[layer.name]
-        solved[layer.name] = again
-        plan = plan.with_layers(
-            {layer.name: replace(raised, note=f"promoted: error {errors[layer.name]:.1e}")}
-        )
-        log.info("guard: %s to %s, output error %.1e", layer.name, guard.to, errors[layer.name])
-    return _final(plan, solved)
-
-
-def _final(plan: Plan, solved: dict[str, Solved]) -> Plan:
-    """The plan with the Hadamard blocks that were chosen."""
-    return plan.with_layers(
-        {x.name: replace(x, block=solved[x.name].plan.block) for x in plan.quantized()}
-    )
-
-
-def _swap(model: nn.Module, result: Solved, bins: int, compute_dtype: torch.dtype) -> None:
-    """Pack, and put the quantized linear where the float one was."""
-    layer = result.plan
-    old = model.get_submodule(layer.name)
-    assert isinstance(old, nn.Linear)
-    new = QuantLinear(
-        old.in_features,
-        old.out_features,
-        old.bias is not None,
-        layer.weights,
-        layer.acts,
-        block=layer.block,
-        pre_quant=layer.pre_quant,
-        bins=bins,
-        compute_dtype=compute_dtype,
-        device="meta",
-    )
-    new.fill({name: part.to(old.weight.device) for name, part in result.parts.items()})
-    if old.bias is not None:
-        shift = 0.0 if result.bias_shift is None else result.bias_shift
-        bias = (old.bias.detach().float() + shift).to(compute_dtype)
-        new.bias = nn.Parameter(bias, requires_grad=False)
-    new.train(old.training)
-    model.set_submodule(layer.name, new)
+def _record(
+    source: Source, recipe: Recipe, calls: Sequence[dict[str, Any]] | None
+) -> list[Recorded]:
+    """One sampling run of the float model, for the stages that compare with it."""
+    if not (recipe.allocate.budget or recipe.refine.name != "none" or recipe.steps.modes):
+        return []
+    return sample_calls(source, recipe.calibration, 4, inputs=calls)

@@ -18,16 +18,21 @@ from dtq.data import folder
 from dtq.errors import InputError, RecipeError
 from dtq.families import ROLES, Linear, Scan
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
+from dtq.formats.acts import ACTS, MODES
 from dtq.plan import Call, LayerPlan, Plan
+from dtq.refine import REFINE
 from dtq.solvers import SOLVERS
+from dtq.solvers.lowrank import LOWRANK, rank_for
 from dtq.transforms import TRANSFORMS
 from dtq.transforms.hadamard import block_for
 
 MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
-"""How modulation linears are stored: always weight-only, see docs/design.md."""
+"""How modulation linears are stored, or the name of a format: weight-only, see docs/design.md."""
 
 _MODULATION_FALLBACK = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int8-row"), "keep": ()}
+
+
+_LOWRANK: dict[str, Callable[..., Any]] = {"none": lambda: None, **LOWRANK}
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,42 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Allocate:
+    """Mixed precision: which layers get which of several formats, within a budget.
+
+    Attributes:
+        budget: over attention and feed-forward: bits per weight (``"4.8"``) or bytes (``"12MB"``);
+            empty switches it off.
+        options: weight formats to choose from, for every site.
+        decoupled: rank the layers of a group by the group's own metric and split the budget over
+            groups by output error (ViDiT-Q-MP); otherwise output error alone.
+        calls: recorded calls of the float model that candidates are measured on.
+    """
+
+    budget: str | float = ""
+    options: tuple[str, ...] = ("int4-2l-g64", "int8-row")
+    decoupled: bool = True
+    calls: int = 8
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Step policy: activation precision by part of the trajectory, on the same weights.
+
+    Attributes:
+        modes: precisions to choose from, keys of ``acts.MODES``, cheapest first; empty: none.
+        cost: share of steps that may run in a dearer mode than the first.
+        ranges: parts that the trajectory is cut into.
+        calls: recorded calls of the float model that modes are measured on, per range.
+    """
+
+    modes: tuple[str, ...] = ()
+    cost: float = 0.25
+    ranges: int = 8
+    calls: int = 2
+
+
+@dataclass(frozen=True)
 class Rule:
     """Exceptions: what layers matching a role or a glob on the name do instead."""
 
@@ -77,6 +118,7 @@ class Rule:
     acts: str | None = None
     transform: Call | None = None
     solver: Call | None = None
+    lowrank: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -91,11 +133,17 @@ class Recipe:
         transform: how the change of input channels is chosen.
         solver: how weights are rounded.
         fallback: weight formats, the first that fits a layer whose shape ``weights`` does not.
-        modulation: a key of ``MODULATION``.
+        choose: formats that every layer is solved in, the best one kept; ``weights`` is for the
+            plan. They should cost the same.
+        lowrank: a 16-bit branch of low rank beside every weight; ``none`` for none.
+        modulation: a key of ``MODULATION``, or a weight format.
         correct_bias: move the mean error of each layer into its bias.
         keep: roles or globs on names that stay in the compute dtype.
         rules: exceptions, the last match wins.
         guard: promotion of sensitive layers; ``to: ""`` switches it off.
+        allocate: formats by layer within a budget.
+        refine: fine-tuning of what is continuous, block by block; ``none`` for none.
+        steps: activation precision by part of the trajectory.
         calibration: what to run the float model on.
     """
 
@@ -105,12 +153,17 @@ class Recipe:
     acts: str = "int8-row"
     transform: Call = Call("search")
     solver: Call = Call("gptq")
+    choose: tuple[str, ...] = ()
+    lowrank: Call = Call("none")
     fallback: tuple[str, ...] = ("int4-2l-g32", "int8-row")
     modulation: str = "w8a16"
     correct_bias: bool = True
     keep: tuple[str, ...] = ("embed", "head")
     rules: tuple[Rule, ...] = ()
     guard: Guard = field(default_factory=Guard)
+    allocate: Allocate = field(default_factory=Allocate)
+    refine: Call = Call("none")
+    steps: Steps = field(default_factory=Steps)
     calibration: Calibration = field(default_factory=Calibration)
 
     @classmethod
@@ -146,7 +199,15 @@ class Recipe:
         for i, name in enumerate(self.fallback):
             _known(name, FORMATS, f"fallback[{i}]", found)
         _known(self.acts, ACTS, "acts", found)
-        _known(self.modulation, MODULATION, "modulation", found)
+        _known(self.modulation, [*MODULATION, *FORMATS], "modulation", found)
+        for i, name in enumerate(self.choose):
+            _known(name, FORMATS, f"choose[{i}]", found)
+        _method(self.lowrank, _LOWRANK, "lowrank", found)
+        _method(self.refine, {"none": lambda: None, **REFINE}, "refine", found)
+        for i, name in enumerate(self.allocate.options):
+            _known(name, FORMATS, f"allocate.options[{i}]", found)
+        for i, name in enumerate(self.steps.modes):
+            _known(name, MODES, f"steps.modes[{i}]", found)
         _method(self.transform, {k: m.call for k, m in TRANSFORMS.items()}, "transform", found)
         _method(self.solver, {k: s.call for k, s in SOLVERS.items()}, "solver", found)
         if self.guard.to:
@@ -160,6 +221,8 @@ class Recipe:
             if rule.transform:
                 calls = {k: m.call for k, m in TRANSFORMS.items()}
                 _method(rule.transform, calls, f"{at}.transform", found)
+            if rule.lowrank:
+                _method(rule.lowrank, _LOWRANK, f"{at}.lowrank", found)
             if rule.solver:
                 _method(rule.solver, {k: s.call for k, s in SOLVERS.items()}, f"{at}.solver", found)
             _selector(rule.match, f"{at}.match", found)
@@ -211,8 +274,11 @@ class Recipe:
         )
         if self.correct_bias:
             wanted |= {"channels"}
-        if self.guard.to:
+        if self.guard.to or self.choose:
             wanted |= {"reservoir"}
+        low = [self.lowrank, *(r.lowrank for r in self.rules if r.lowrank)]
+        if any(call.name == "svd" for call in low):
+            wanted |= {"gram"}
         acts = [self.acts, *(r.acts for r in self.rules if r.acts is not None)]
         if any(ACTS[a].static for a in acts):
             wanted |= {"reservoir"}
@@ -227,11 +293,12 @@ class Recipe:
         base = LayerPlan(linear.name, linear.role, linear.shape)
         chosen = [rule for rule in self.rules if _matches(rule.match, linear)]
         weights, acts, transform, solver = self.weights, self.acts, self.transform, self.solver
-        fallback = self.fallback
+        fallback, lowrank, choose = self.fallback, self.lowrank, self.choose
         if linear.role == "adaln":
-            weights, acts, transform = MODULATION[self.modulation], "none", Call("none")
+            weights = MODULATION.get(self.modulation, self.modulation)
+            acts, transform, lowrank, choose = "none", Call("none"), Call("none"), ()
             solver = self.solver if self.solver.name == "rtn" else Call("search")
-            fallback = _MODULATION_FALLBACK[self.modulation]
+            fallback = _MODULATION_FALLBACK.get(self.modulation, ("int8-row",))
         if any(_skipped(pattern, linear.name) for pattern in skips):
             return replace(base, note="named in modules_to_not_convert")
         if not chosen and any(_matches(selector, linear) for selector in self.keep):
@@ -240,13 +307,15 @@ class Recipe:
             weights = weights if rule.weights is None else rule.weights
             acts = acts if rule.acts is None else rule.acts
             transform, solver = rule.transform or transform, rule.solver or solver
+            lowrank = rule.lowrank or lowrank
+            choose = choose if rule.weights is None else ()
         if not weights:
             return replace(base, note="the recipe keeps it")
         weights, note = _fitting((weights, *fallback), linear.shape)
         if not weights:
             return replace(base, note=f"kept: {note}")
         changed = transform.name != "none"
-        turns = "hadamard" in transform.name or transform.name == "search"
+        turns = "hadamard" in transform.name or transform.name in ("search", "ars")
         block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64)) if turns else 1
         return replace(
             base,
@@ -256,6 +325,9 @@ class Recipe:
             pre_quant=changed,
             transform=transform,
             solver=solver,
+            lowrank=lowrank,
+            rank=0 if lowrank.name == "none" else rank_for(linear.shape, dict(lowrank.knobs)),
+            choose=choose if not note else (),
             note=note,
         )
 
@@ -332,20 +404,26 @@ def _read(kind: type[Any], data: Mapping[str, Any], at: str, problems: list[str]
     return kind(**values)
 
 
+_SECTIONS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Guard, Calibration, Allocate, Steps)
+}
+
+
 def _value(kind: str, value: Any, where: str, problems: list[str]) -> Any:
     if "Call" in kind:
         return _call(value, where, problems)
-    if kind == "Guard" or kind == "Calibration":
+    if kind in _SECTIONS:
         if isinstance(value, Mapping):
-            return _read(
-                {"Guard": Guard, "Calibration": Calibration}[kind], value, f"{where}.", problems
-            )
+            return _read(_SECTIONS[kind], value, f"{where}.", problems)
     elif kind == "tuple[Rule, ...]":
         if isinstance(value, list | tuple) and all(isinstance(v, Mapping) for v in value):
             return tuple(_read(Rule, v, f"{where}[{i}].", problems) for i, v in enumerate(value))
     elif kind == "tuple[str, ...]":
         if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
             return tuple(value)
+    elif kind == "str | float":
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
     elif kind == "float":
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -362,6 +440,7 @@ def _words(kind: str) -> str:
     return {
         "str": "a name",
         "str | None": "a name",
+        "str | float": "a number or a size",
         "int": "a whole number",
         "float": "a number",
         "bool": "true or false",

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from dtq.calibrate.engine import Statistics
 from dtq.calibrate.stats import SiteStats
 from dtq.errors import InputError
-from dtq.families import Site
+from dtq.families import Scan, Site
 from dtq.formats import FORMATS, Parts
 from dtq.formats.acts import ACTS, fake_quantize, row_scale
+from dtq.nn.linear import QuantLinear
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
 from dtq.solvers import SOLVERS
+from dtq.solvers.lowrank import LOWRANK, Branch
 from dtq.transforms import TRANSFORMS, Choice, Online
 
 
@@ -65,6 +70,7 @@ class Solved:
     transform: Online
     bias_shift: Tensor | None
     report: LayerReport
+    misfit: float = 0.0
 
 
 def solve_site(
@@ -78,39 +84,122 @@ def solve_site(
 
     The search judges with plain rounding; what counts is the error after the solver.
     """
-    tries = [
-        [solve(layer, w, each, stats, recipe) for layer, w in zip(members, weights, strict=True)]
-        for each in (choice, *choice.rivals)
-    ]
+    for layer, w in zip(members, weights, strict=True):
+        check_finite(layer.name, w, stats)
+    tries = []
+    for each in (choice, *choice.rivals):
+        branches = _branches(members, weights, each, stats)
+        jobs = zip(members, weights, branches, strict=True)
+        tries.append([solve(layer, w, each, stats, recipe, low) for layer, w, low in jobs])
     return min(tries, key=lambda results: sum(r.report.error or 0.0 for r in results))
 
 
+def check_finite(name: str, weight: Tensor, stats: SiteStats | None) -> None:
+    """Refuse what no solver can repair.
+
+    Raises:
+        InputError: the weight or what calibration saw of its input has NaN or infinity.
+    """
+    if not torch.isfinite(weight).all():
+        raise InputError(
+            f"{name}: the float weight has NaN or infinite entries. Load an intact copy, or in a "
+            f"dtype that holds it (float16 ends at 65504)"
+        )
+    if stats is None:
+        return
+    seen = [stats.channels.total] + ([stats.gram.gram] if stats.gram is not None else [])
+    if not all(bool(torch.isfinite(t).all()) for t in seen):
+        raise InputError(
+            f"{name}: its input was NaN or infinite while calibrating. Load the model in bfloat16 "
+            f"or float32 (--dtype), float16 may overflow"
+        )
+
+
 def solve(
-    layer: LayerPlan, weight: Tensor, choice: Choice, stats: SiteStats | None, recipe: Recipe
+    layer: LayerPlan,
+    weight: Tensor,
+    choice: Choice,
+    stats: SiteStats | None,
+    recipe: Recipe,
+    branch: Branch | None = None,
 ) -> Solved:
-    """One linear: change its weight, round it, measure, correct its mean."""
+    """One linear: change its weight, split it, round the rest, measure, correct its mean.
+
+    Where the plan gives several formats to choose from, all are solved and the one with the least
+    output error (without rows to measure on: weight error) stays.
+    """
+    names = layer.choose or (layer.weights,)
+    tries = [
+        _solve_in(replace(layer, weights=n), weight, choice, stats, recipe, branch) for n in names
+    ]
+    return min(tries, key=lambda r: (r.report.error or 0.0, r.misfit))
+
+
+def _solve_in(
+    layer: LayerPlan,
+    weight: Tensor,
+    choice: Choice,
+    stats: SiteStats | None,
+    recipe: Recipe,
+    branch: Branch | None,
+) -> Solved:
     transform, fmt = choice.transform, FORMATS[layer.weights]
     changed = transform.w(weight)
-    gram = None
-    if stats is not None and stats.gram is not None:
-        gram = transform.gram(stats.gram.second_moment().to(changed))
+    low, parts = torch.zeros_like(changed), {}
+    if branch is not None:
+        # what runs is the rounded branch on the raw input; the residual is what that leaves
+        raw = transform.raw(branch.down).bfloat16()
+        parts = {"proj_down": raw, "proj_up": branch.up.bfloat16()}
+        low = parts["proj_up"].to(changed) @ transform.w(raw.to(changed))
     snapped, params = SOLVERS[layer.solver.name].call(
-        changed, fmt, gram, **dict(layer.solver.knobs)
+        changed - low, fmt, _gram(transform, stats, changed), **dict(layer.solver.knobs)
     )
     shift = None
     if recipe.correct_bias and stats is not None:
         mean = transform.x(stats.channels.mean().to(changed))
-        shift = (changed - snapped) @ mean
-    parts = fmt.pack(snapped, params)
+        shift = (changed - low - snapped) @ mean
+    parts |= fmt.pack(snapped, params)
     if layer.pre_quant:
         # a copy: linears that share a transform must not share memory, safetensors refuses that
         parts["pre_quant_scale"] = transform.scale.reshape(1, -1).clone()
+    if transform.order is not None:
+        parts["pre_quant_order"] = transform.order.reshape(1, -1).clone()
     if ACTS[layer.acts].static:
         parts["input_scale"] = _static_scale(transform, stats)
-    error = _output_error(layer, weight, snapped, transform, shift, stats)
-    final = replace(layer, block=transform.block)
-    report = LayerReport(layer.name, layer.role, layer.weights, layer.bits(), choice.label, error)
-    return Solved(final, parts, transform, shift, report)
+    error = _output_error(layer, weight, snapped, low, transform, shift, stats)
+    final = replace(
+        layer,
+        block=transform.block,
+        turns=transform.turns,
+        permute=transform.order is not None,
+        rank=0 if branch is None else len(branch.down),
+    )
+    misfit = float((changed - low - snapped).square().sum())
+    report = LayerReport(final.name, final.role, final.weights, final.bits(), choice.label, error)
+    return Solved(final, parts, transform, shift, report, misfit)
+
+
+def _branches(
+    members: list[LayerPlan], weights: list[Tensor], choice: Choice, stats: SiteStats | None
+) -> list[Branch | None]:
+    """The low-rank branch of each linear of a site, None where the plan wants none."""
+    found: list[Branch | None] = [None] * len(members)
+    wanted = [i for i, layer in enumerate(members) if layer.lowrank.name != "none"]
+    for key in dict.fromkeys((members[i].lowrank, members[i].weights) for i in wanted):
+        same = [i for i in wanted if (members[i].lowrank, members[i].weights) == key]
+        changed = [choice.transform.w(weights[i]) for i in same]
+        call, gram = key[0], _gram(choice.transform, stats, changed[0])
+        made = LOWRANK[call.name](changed, FORMATS[key[1]], gram, **dict(call.knobs))
+        for i, branch in zip(same, made, strict=True):
+            found[i] = branch
+    return found
+
+
+def _gram(transform: Online, stats: SiteStats | None, like: Tensor) -> Tensor | None:
+    """Second moment of the changed input, None without calibration."""
+    if stats is None or stats.gram is None:
+        return None
+    return transform.gram(stats.gram.second_moment().to(like))
 
 
 def choose(members: list[LayerPlan], weights: list[Tensor], stats: SiteStats | None) -> Choice:
@@ -131,6 +220,7 @@ def _output_error(
     layer: LayerPlan,
     weight: Tensor,
     snapped: Tensor,
+    low: Tensor,
     transform: Online,
     shift: Tensor | None,
     stats: SiteStats | None,
@@ -140,7 +230,8 @@ def _output_error(
         return None
     x = stats.reservoir.rows.to(weight)
     want = x @ weight.T
-    got = fake_quantize(transform.x(x), ACTS[layer.acts]) @ snapped.T
+    changed = transform.x(x)
+    got = fake_quantize(changed, ACTS[layer.acts]) @ snapped.T + changed @ low.T
     if shift is not None:
         got = got + shift
     return float((got - want).square().sum() / want.square().sum().clamp(min=1e-30))
@@ -193,3 +284,57 @@ def float_weight(model: nn.Module, name: str) -> Tensor:
     weight = model.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight.detach().float()
+
+
+def solve_all(
+    model: nn.Module,
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    *,
+    only: Collection[str] | None = None,
+    what: str = "quantize",
+    progress: bool = True,
+) -> tuple[dict[str, Solved], list[SiteReport]]:
+    """Solve every quantized layer, or those named in ``only``, site by site."""
+    solved: dict[str, Solved] = {}
+    reports: list[SiteReport] = []
+    wanted = {x.name for x in plan.quantized()}
+    wanted &= wanted if only is None else set(only)
+    with tqdm(
+        total=len(wanted), desc=what, unit="layer", disable=not progress, dynamic_ncols=True
+    ) as bar:
+        for site in scan.sites:
+            stats = statistics.sites.get(site.name) if statistics else None
+            for group in alike(site, plan):
+                members = [x for x in group if x.name in wanted]
+                if not members:
+                    continue
+                weights = [float_weight(model, layer.name) for layer in members]
+                choice = choose(members, weights, stats)
+                best = solve_site(members, weights, choice, stats, recipe)
+                solved |= {result.plan.name: result for result in best}
+                reports.append(describe(site, stats, choice, best[0].transform))
+                bar.update(len(members))
+    return solved, reports
+
+
+def built(result: Solved, old: nn.Linear, bins: int, compute_dtype: torch.dtype) -> QuantLinear:
+    """The quantized linear that stands in for a float one."""
+    layer = result.plan
+    new = QuantLinear(
+        old.in_features,
+        old.out_features,
+        old.bias is not None,
+        layer.runtime(),
+        bins=bins,
+        compute_dtype=compute_dtype,
+        device="meta",
+    )
+    new.fill({name: part.to(old.weight.device) for name, part in result.parts.items()})
+    if old.bias is not None:
+        shift = 0.0 if result.bias_shift is None else result.bias_shift
+        bias = (old.bias.detach().float() + shift).to(compute_dtype)
+        new.bias = nn.Parameter(bias, requires_grad=False)
+    return new.train(old.training)

@@ -177,8 +177,9 @@ def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -
 
 
 def stored_bits(model: nn.Module) -> float | None:
-    """Stored bits per weight of the layers that also quantize their input."""
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.acts != "none"]
+    """Stored bits per weight of the layers that also quantize their input, else of all."""
+    every = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    layers = [m for m in every if m.acts != "none"] or every
     if not layers:
         return None
     stored = sum(spec.nbytes for m in layers for spec in m.specs().values())

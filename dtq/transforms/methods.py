@@ -187,6 +187,7 @@ def search(
     step: float = 0.05,
     rows: int = 1024,
     close: float = 1.5,
+    rotate: bool = True,
     block: int = 64,
     seed: int = 0,
 ) -> Choice:
@@ -201,11 +202,12 @@ def search(
         rows: sampled input rows that candidates are judged on.
         close: families within this factor of the best are returned as rivals. Candidates are judged
             with plain rounding; a solver that repairs errors can turn a close order around.
+        rotate: try rotations too; without them this is SVDQuant's grid (2411.05007, sec. 4.3).
         block: largest Hadamard block.
         seed: of the random signs.
     """
     judge = _Judge(weights, stats, fmt, acts, rows)
-    n = block_for(weights[0].shape[1], block)
+    n = block_for(weights[0].shape[1], block) if rotate else 1
     best: dict[str, tuple[float, Online, str]] = {}
 
     def try_(kind: str, s: Tensor | None, size: int, label: str) -> float:

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gets how many bits: the guard that promotes what came out badly, and mixed precision."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics as numbers
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from dtq.allocate import Allocation, allocate, groups_of, measure, parse_budget
+from dtq.calibrate.engine import Statistics
+from dtq.calibrate.record import Recorded, spread
+from dtq.errors import InputError
+from dtq.families import Scan
+from dtq.formats import FORMATS
+from dtq.nn.linear import StepClock
+from dtq.nn.swap import install_clock
+from dtq.plan import Call, LayerPlan, Plan
+from dtq.recipe import Recipe
+from dtq.solve import Solved, built, float_weight, solve, solve_all
+from dtq.transforms import Choice
+
+log = logging.getLogger("dtq")
+
+
+def mixed(
+    model: nn.Module,
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    recorded: list[Recorded],
+    solved: dict[str, Solved],
+    *,
+    progress: bool = True,
+) -> tuple[Plan, Allocation]:
+    """Give every site the format that the recipe's budget allows.
+
+    Every option is solved for every site, measured alone in the float model on recorded calls, and
+    the best combination within the budget is taken (``dtq.allocate``).
+
+    Args:
+        model: the float transformer.
+        scan: its linears.
+        plan: the recipe's, in its plain weight format.
+        recipe: says which options and the budget.
+        statistics: of calibration.
+        recorded: calls of the float model.
+        solved: results in the plain format; completed with the chosen ones.
+        progress: show progress bars.
+
+    Raises:
+        InputError: the budget is below what the cheapest options need.
+    """
+    how, gemm = recipe.allocate, {x.name for x in plan.gemm()}
+    sites = {
+        s.name: names
+        for s in scan.sites
+        if (names := [x.name for x in s.linears if x.name in gemm])
+    }
+    weights = {
+        site: sum(math.prod(plan[name].shape) for name in names) for site, names in sites.items()
+    }
+    budget = parse_budget(str(how.budget), sum(weights.values()))
+    results: dict[str, dict[str, dict[str, Solved]]] = {site: {} for site in sites}
+    for option in how.options:
+        found = solved
+        if option != recipe.weights:
+            other = plan.with_layers({x.name: _in_format(x, option) for x in plan.gemm()})
+            found, _ = solve_all(
+                model, scan, other, recipe, statistics, only=gemm, what=option, progress=progress
+            )
+        for site, names in sites.items():
+            results[site][option] = {name: found[name] for name in names}
+    edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
+    clock = install_clock(model, edges) if edges else None
+    candidates = {
+        site: {o: _modules(model, found, plan.bins, clock) for o, found in options.items()}
+        for site, options in results.items()
+    }
+    costs = {
+        site: {o: sum(r.plan.nbytes(plan.bins) for r in f.values()) for o, f in options.items()}
+        for site, options in results.items()
+    }
+    calls = spread(recorded, how.calls)
+    chosen = allocate(
+        measure(model, calls, candidates, progress=progress),
+        costs,
+        budget,
+        groups=groups_of(s for s in scan.sites if s.name in sites),
+        weights=weights,
+        decoupled=how.decoupled,
+    )
+    for site, option in chosen.choice.items():
+        solved |= results[site][option]
+    return final(plan, solved), chosen
+
+
+def _modules(
+    model: nn.Module, found: Mapping[str, Solved], bins: int, clock: StepClock | None
+) -> dict[str, nn.Module]:
+    """Quantized linears by name, told the time by the float model that they will stand in."""
+    modules: dict[str, nn.Module] = {}
+    for name, result in found.items():
+        old = model.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        new = built(result, old, bins, old.weight.dtype)
+        new.hear(clock)
+        modules[name] = new
+    return modules
+
+
+def _in_format(layer: LayerPlan, option: str) -> LayerPlan:
+    """The layer in another format, if that fits its shape; promoted formats need no branch."""
+    try:
+        FORMATS[option].layout(layer.shape)
+    except InputError:
+        return layer
+    return replace(layer, weights=option, choose=())
+
+
+def guard(
+    model: nn.Module,
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    solved: dict[str, Solved],
+) -> Plan:
+    """Promote the layers that came out badly, worst first, while the budget lasts."""
+    how = recipe.guard
+    gemm = [x for x in plan.gemm() if solved[x.name].report.error is not None]
+    if not how.to or not gemm or statistics is None:
+        return final(plan, solved)
+    errors = {x.name: solved[x.name].report.error or 0.0 for x in gemm}
+    limit = min(how.above, how.factor * numbers.median(errors.values()))
+    site_of = {x.name: site.name for site in scan.sites for x in site.linears}
+    for layer in sorted(gemm, key=lambda x: -errors[x.name]):
+        if errors[layer.name] <= limit or layer.weights == how.to:
+            continue
+        raised = replace(layer, weights=how.to, rank=0, lowrank=Call("none"), choose=())
+        if (
+            plan.with_layers({layer.name: raised}).bits(
+                plan.with_layers({layer.name: raised}).gemm()
+            )
+            > how.budget
+        ):
+            continue
+        before = solved[layer.name]
+        choice = Choice(before.transform, before.report.transform, {})
+        again = solve(
+            raised,
+            float_weight(model, layer.name),
+            choice,
+            statistics.sites[site_of[layer.name]],
+            recipe,
+        )
+        if (again.report.error or 0.0) >= errors[layer.name]:
+            continue
+        again.report.promoted, again.report.error_before = True, errors[layer.name]
+        solved[layer.name] = again
+        plan = plan.with_layers(
+            {layer.name: replace(raised, note=f"promoted: error {errors[layer.name]:.1e}")}
+        )
+        log.info("guard: %s to %s, output error %.1e", layer.name, how.to, errors[layer.name])
+    return final(plan, solved)
+
+
+def final(plan: Plan, solved: dict[str, Solved]) -> Plan:
+    """The plan with the formats, transforms and ranks that were chosen."""
+    return plan.with_layers(
+        {
+            x.name: replace(solved[x.name].plan, note=x.note or solved[x.name].plan.note)
+            for x in plan.quantized()
+        }
+    )
