@@ -1,128 +1,237 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the tables of docs/results.md: ``make results``.
 
-Every row of a table sees the same recorded inputs of the float model, in one process.
+Every row of a table sees the same recorded inputs of the float model and the same statistics. A
+row runs in a process of its own, which gives its peak memory, and leaves a JSON file: run the
+same command again and only missing rows are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from dtq.calibrate import sets
-from dtq.evaluate import baselines, drift
-from dtq.evaluate.run import compare_pictures, row_of, stored_bits
-from dtq.nn import QuantLinear
+from dtq.calibrate import sets, store
+from dtq.evaluate import baselines, drift, fid
+from dtq.evaluate.run import compare_pictures, extractor_for, row_of
 from dtq.quantize import calibrate_source, plan_source, quantize_source
-from dtq.recipe import Calibration, Recipe
+from dtq.recipe import Calibration, Recipe, names
 from dtq.source import open_source
 
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
-RECIPES = ("w8a8", "w4a8", "rtn-w4a8")
-ABLATIONS = {
-    "w4a8, no transform": {"transform": "none"},
-    "w4a8, smoothing 0.5 alone": {"transform": "smooth"},
-    "w4a8, rotation alone": {"transform": "hadamard"},
-    "w4a8, clip search instead of GPTQ": {"solver": "search"},
-    "w4a8, modulation w4a16": {"modulation": "w4a16"},
-    "w4a8, activations int8-step": {"acts": "int8-step"},
+MODELS = ("demo", "demo-hard")
+OURS = ("w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq")
+# label: (recipe, top-level keys that differ)
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "w4a8, no transform": ("w4a8", {"transform": "none"}),
+    "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth"}),
+    "w4a8, rotation alone": ("w4a8", {"transform": "hadamard"}),
+    "w4a8, clip search instead of GPTQ": ("w4a8", {"solver": "search"}),
+    "w4a8, modulation w4a16": ("w4a8", {"modulation": "w4a16"}),
+    "w4a8, activations int8-step": ("w4a8", {"acts": "int8-step"}),
+    "ditas over the first step": ("ditas", {"transform": {"ditas": {"over": "first"}}}),
+    "ditas over the mean": ("ditas", {"transform": {"ditas": {"over": "mean"}}}),
+    "ditas, no branch": ("ditas", {"lowrank": "none"}),
+    "lrq-dit, uniform 4 bits": ("lrq-dit", {"weights": "int4-row", "solver": "search"}),
+    "lrq-dit, 3 bits": ("lrq-dit", {"weights": "twinlog3-row"}),
+    "lrq-dit, uniform 3 bits": ("lrq-dit", {"weights": "int3-row", "solver": "search"}),
+    "vq4dit, plain k-means": ("vq4dit", {"refine": "none"}),
+    "hq-dit, E2M1 everywhere": ("hq-dit", {"choose": []}),
+    "hq-dit, rounding": ("hq-dit", {"solver": "search"}),
+    "viditq-mp, not decoupled": (
+        "viditq-mp",
+        {
+            "allocate": {
+                "budget": 5.6,
+                "options": ["int4-asym-row", "int8-row"],
+                "decoupled": False,
+            }
+        },
+    ),
+    "w4a4, half of the steps int8": ("w4a4", {"steps": {"modes": ["native", "a8"], "cost": 0.5}}),
 }
 
 
-def measure(name: str, samples: int, calibration: int) -> list[dict]:
-    """All rows for one model."""
-    how = Calibration(samples=samples, steps=20, batch=8, seed=1000)
-    float_model = open_source(name)
-    requests = sets.load("auto", float_model.pipeline, how.samples)
-    truth = drift.record(float_model.pipeline, float_model.model, requests, how)
+def rows() -> list[str]:
+    return [*names(), *VARIANTS, *baselines.BASELINES]
+
+
+def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
+    """Record the float model once: inputs, outputs, pictures, statistics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "truth.pt").exists():
+        return
+    how = _how(samples)
+    source = open_source(name)
+    requests = sets.load("auto", source.pipeline, how.samples)
+    truth = drift.record(source.pipeline, source.model, requests, how)
     recipe = Recipe.load("w4a8", calibration={"samples": calibration})
-    scan, _ = plan_source(float_model, recipe)
-    stats = calibrate_source(float_model, scan, recipe, EVERYTHING)
-    rows, layers = [], []
-    variants = {r: (r, {}) for r in RECIPES} | {k: ("w4a8", v) for k, v in ABLATIONS.items()}
-    for label, (base, changes) in variants.items():
-        opened = open_source(name)
-        chosen = Recipe.load(base, **changes)
-        report = quantize_source(opened, chosen, statistics=stats, progress=False)
-        row = row_of(label, drift.teacher_forced(truth, opened.model))
-        row.bits = stored_bits(opened.model)
-        if not changes:
-            ran = drift.record(opened.pipeline, opened.model, requests, how)
-            compare_pictures(row, truth, ran)
-        if label == "w4a8":
-            layers = [
-                n
-                for n, m in opened.model.named_modules()
-                if isinstance(m, QuantLinear) and m.acts != "none"
-            ]
-        rows.append(
-            {
-                "model": name,
-                "row": label,
-                "error": row.error,
-                "bits": row.bits,
-                "psnr": row.psnr,
-                "promoted": sum(x.promoted for x in report.layers),
-            }
+    scan, _ = plan_source(source, recipe)
+    for bins in (8, 1):
+        chosen = replace(recipe, calibration=replace(recipe.calibration, bins=bins))
+        stats = calibrate_source(source, scan, chosen, EVERYTHING)
+        store.save(stats, folder / f"stats-{bins}.safetensors")
+    torch.save(truth, folder / "truth.pt")
+
+
+def measure(name: str, row: str, folder: Path, samples: int) -> dict:
+    """One row; the models are small, so everything but the row itself costs little memory."""
+    truth: drift.Trajectory = torch.load(folder / "truth.pt", weights_only=False)
+    source = open_source(name)
+    before = _peak()
+    started = time.monotonic()
+    if row in baselines.BASELINES:
+        layers = [x.name for x in plan_source(source, Recipe.load("w4a8"))[1].gemm()]
+        weights = {n: source.model.get_submodule(n).weight.numel() for n in layers}
+        baseline = baselines.BASELINES[row]
+        baseline.apply(source.model, layers)
+        bits = sum(baseline.bits(source.model.get_submodule(n)) * k for n, k in weights.items())
+        found = {"bits": bits / sum(weights.values()), "promoted": 0}
+    else:
+        base, changes = VARIANTS.get(row, (row, {}))
+        recipe = Recipe.load(base, **changes)
+        stats = store.load(folder / f"stats-{1 if recipe.calibration.bins == 1 else 8}.safetensors")
+        report = quantize_source(source, recipe, statistics=stats, progress=False)
+        plan = report.plan
+        found = {
+            "bits": plan.bits(plan.gemm()),
+            "bits_all": plan.bits(plan.quantized()),
+            "promoted": sum(x.promoted for x in report.layers),
+            "formats": sorted({x.weights for x in plan.gemm()}),
+            "steps": report.steps,
+        }
+    found["seconds"] = time.monotonic() - started
+    found["memory"] = _peak() - before
+    measured = row_of(row, drift.teacher_forced(truth, source.model))
+    found |= {"model": name, "row": row, "error": measured.error, "by_step": measured.error_steps}
+    if row in (*names(), *baselines.BASELINES):
+        how = _how(samples)
+        requests = sets.load("auto", source.pipeline, how.samples)
+        ran = drift.record(source.pipeline, source.model, requests, how)
+        compare_pictures(measured, truth, ran)
+        features = extractor_for(source.pipeline).model.features
+        with torch.no_grad():
+            got, want = (features(torch.cat(t.pictures)) for t in (ran, truth))
+        found |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}
+    return found
+
+
+def _how(samples: int) -> Calibration:
+    return Calibration(samples=samples, steps=20, batch=8, seed=1000)
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def table(found: dict[str, dict[str, dict]], labels: list[str]) -> list[str]:
+    head = (
+        "| row | bits | demo: error | demo-hard: error | PSNR | PSNR hard | FID | time | memory |"
+    )
+    lines = [head, "| --- |" + " ---: |" * 8]
+    for label in labels:
+        easy, hard = (found[m].get(label) for m in MODELS)
+        if easy is None or hard is None:
+            continue
+        cells = [f"{easy['bits']:.2f}", f"{easy['error']:.2e}", f"{hard['error']:.2e}"]
+        cells += [f"{r['psnr']:.1f}" if r.get("psnr") else "" for r in (easy, hard)]
+        cells.append(f"{easy['fid']:.2f}" if "fid" in easy else "")
+        cells += [f"{easy['seconds']:.0f} s", f"{max(0, easy['memory']) / 1e6:.0f} MB"]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
+    """Error against bits, the rows of dtq, of the papers and of other libraries."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axis, model in zip(figure.subplots(1, 2), MODELS, strict=True):
+        papers = [r for r in names() if r not in OURS]
+        kinds = (
+            ("dtq", OURS, "o", "#1668b8"),
+            ("methods of the papers", papers, "s", "#c2571a"),
+            ("other libraries", list(baselines.BASELINES), "^", "#5b7f2b"),
         )
-        print(json.dumps(rows[-1]), flush=True)
-    for label, baseline in baselines.BASELINES.items():
-        opened = open_source(name)
-        baseline.apply(opened.model, layers)
-        error = drift.teacher_forced(truth, opened.model)
-        bits = sum(
-            baseline.bits(opened.model.get_submodule(n))
-            * float_model.model.get_submodule(n).weight.numel()
-            for n in layers
-        )
-        weights = sum(float_model.model.get_submodule(n).weight.numel() for n in layers)
-        rows.append(
-            {
-                "model": name,
-                "row": label,
-                "error": sum(error) / len(error),
-                "bits": bits / weights,
-                "psnr": None,
-                "promoted": 0,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        for label, group, marker, colour in kinds:
+            points = [found[model][r] for r in group if r in found[model]]
+            axis.scatter(
+                [p["bits"] for p in points], [p["error"] for p in points], label=label,
+                marker=marker, color=colour, zorder=3,
+            )  # fmt: skip
+            for p in points:
+                axis.annotate(
+                    p["row"], (p["bits"], p["error"]), fontsize=7, xytext=(4, 3),
+                    textcoords="offset points",
+                )  # fmt: skip
+        axis.set(
+            yscale="log", title=model, xlabel="bits per weight, all metadata",
+            ylabel="teacher-forced error",
+        )  # fmt: skip
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=64, help="pictures that rows are judged on")
     parser.add_argument("--calibration", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path(".results/results.json"))
+    parser.add_argument("--out", type=Path, default=Path(".results"))
+    parser.add_argument("--jobs", type=int, default=2, help="rows measured at a time")
+    parser.add_argument("--only", nargs="*", help="rows to measure; others are left alone")
+    parser.add_argument("--row", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    rows = [
-        row
-        for name in ("demo", "demo-hard")
-        for row in measure(name, options.samples, options.calibration)
-    ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    conditions = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        **vars(options),
-        "out": None,
+    if options.row:
+        name, row = options.row
+        found = measure(name, row, options.out / name, options.samples)
+        found |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        _file(options.out, name, row).write_text(json.dumps(found, indent=1))
+        return
+    for name in MODELS:
+        prepare(name, options.out / name, options.samples, options.calibration)
+    jobs = [(m, r) for m in MODELS for r in options.only or rows()]
+    missing = [(m, r) for m, r in jobs if not _file(options.out, m, r).exists()]
+
+    def one(job: tuple[str, str]) -> None:
+        command = [sys.executable, __file__, "--out", str(options.out)]
+        command += ["--samples", str(options.samples), "--row", *job]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        state = "done" if ran.returncode == 0 else f"FAILED: {ran.stderr.strip()[-400:]}"
+        print(f"{job[0]}: {job[1]}: {state}", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, missing))
+    found: dict[str, dict[str, dict]] = {m: {} for m in MODELS}
+    for name in MODELS:
+        for row in rows():
+            if _file(options.out, name, row).exists():
+                found[name][row] = json.loads(_file(options.out, name, row).read_text())
+    ours = sorted((r for r in names() if r in OURS), key=OURS.index)
+    papers = [r for r in names() if r not in OURS]
+    sections = {
+        "Recipes of dtq": ours,
+        "Methods of the papers": papers,
+        "Other libraries": list(baselines.BASELINES),
+        "Variants": list(VARIANTS),
     }
-    options.out.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1))
-    print("| row | demo: error | demo-hard: error | bits | PSNR demo | PSNR hard |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in (r for r in rows if r["model"] == "demo"):
-        hard = next(r for r in rows if r["model"] == "demo-hard" and r["row"] == row["row"])
-        cells = (
-            f"{row['error']:.2e}",
-            f"{hard['error']:.2e}",
-            f"{row['bits']:.2f}",
-            *("" if r["psnr"] is None else f"{r['psnr']:.1f}" for r in (row, hard)),
-        )
-        print("| " + " | ".join((row["row"], *cells)) + " |")
+    for title, labels in sections.items():
+        print(f"\n### {title}\n")
+        print("\n".join(table(found, labels)))
+    plot(found, options.out / "frontier.png")
+
+
+def _file(out: Path, model: str, row: str) -> Path:
+    return out / model / f"{row.replace(' ', '_').replace(',', '')}.json"
 
 
 if __name__ == "__main__":
