@@ -15,6 +15,7 @@ from dtq.nn import QuantLinear
 from dtq.quantize import on_the_fly as _on_the_fly
 from dtq.quantize import quantize
 from dtq.recipe import Recipe
+from dtq.terdit import load_ternary
 
 __version__ = "0.1.0"
 
@@ -31,5 +32,6 @@ __all__ = [
     "RecipeError",
     "__version__",
     "harden",
+    "load_ternary",
     "quantize",
 ]

@@ -181,14 +181,16 @@ def quantize(
         opened = source.open_source(model, dtype=dtype, component=component)
         _, plan = plan_source(opened, chosen, keep)
         _check_disk(opened.model, plan, opened.dtype, output)
+        work = output.with_name(f"{output.name}.work")
         report = quantize_source(
-            opened, chosen, statistics=statistics, skip=keep, progress=not as_json
+            opened, chosen, statistics=statistics, skip=keep, progress=not as_json, work=work
         )
         saveable = opened.pipeline if opened.pipeline is not None else opened.model
         with checkpoint.whole_folder(output, overwrite=overwrite) as side:
             checkpoint.save_into(saveable, side, shard_size)
             text = json.dumps(report.to_json(), indent=1) + "\n"
             (side / "dtq_report.json").write_text(text, encoding="utf-8")
+        shutil.rmtree(work, ignore_errors=True)  # what an interrupted run would go on from
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:

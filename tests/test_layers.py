@@ -20,7 +20,7 @@ ROWS = [
     {"calibrate", "checkpoint"},
     {"diffusers", "solve", "allocate"},
     {"steps", "budget"},
-    {"quantize", "estimate"},
+    {"quantize", "estimate", "terdit"},
     {"evaluate", "printing"},
     {""},  # the package itself: what `import dtq` gives
     {"cli"},

@@ -16,8 +16,8 @@ import dtq
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
-from dtq.transforms import Online
 from dtq.plan import Runtime
+from dtq.transforms import Online
 from dtq.transforms.hadamard import signs
 
 

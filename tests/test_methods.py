@@ -22,8 +22,19 @@ from dtq.quantize import calibrate_source, plan_source, quantize_source
 from dtq.recipe import Calibration, Recipe, names
 from dtq.source import open_source
 
-PRESETS = "ditas viditq viditq-mp lrq-dit vq4dit hq-dit terdit ptq4dit q-dit svdquant".split()
-FAMILY = "w8a8 w4a8 w4a8-hq w4a16 w4a4 w3a8 nvfp4 mxfp4 w2-vq".split()
+PRESETS = [
+    "ditas",
+    "viditq",
+    "viditq-mp",
+    "lrq-dit",
+    "vq4dit",
+    "hq-dit",
+    "terdit",
+    "ptq4dit",
+    "q-dit",
+    "svdquant",
+]
+FAMILY = ["w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq"]
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
 FAST = Calibration(samples=4, steps=5, batch=4, bins=4)
 # two of eight blocks: every path of the code at a quarter of the time
@@ -61,16 +72,15 @@ def test_a_recipe_quantizes_saves_loads_and_samples(prepared, name, tmp_path):
     changes = {"calibration": replace(FAST, bins=bins)}
     if recipe.refine.name != "none":
         changes["refine"] = replace(
-            recipe.refine, knobs=(*(k for k in recipe.refine.knobs if k[0] != "steps"), ("steps", 8))
+            recipe.refine,
+            knobs=(*(k for k in recipe.refine.knobs if k[0] != "steps"), ("steps", 8)),
         )
     if recipe.allocate.budget:
         changes["allocate"] = replace(recipe.allocate, calls=2)
     recipe = replace(recipe, **changes)
     opened = replace(source, pipeline=copy.copy(source.pipeline), model=copy.deepcopy(source.model))
     opened.pipeline.register_modules(transformer=opened.model)
-    report = quantize_source(
-        opened, recipe, statistics=stats[bins], skip=KEEP, progress=False
-    )
+    report = quantize_source(opened, recipe, statistics=stats[bins], skip=KEEP, progress=False)
     steps = drift.teacher_forced(truth, opened.model)
     assert sum(steps) / len(steps) < LOOSE.get(name, 0.05)
     plan = report.plan
@@ -153,3 +163,50 @@ def test_dead_channels_and_few_rows_are_solved_all_the_same():
     layer = pipe.transformer.transformer_blocks[0].attn1.to_out[0]
     assert torch.isfinite(layer.dequantize()).all()
     assert torch.isfinite(tiny.sample(pipe)).all()
+
+
+@pytest.mark.parametrize("fmt", ["ternary-row", "trit-row"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_trained_ternary_weights_load_run_and_save(fmt, packed, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    model = tiny.dit()
+    given, want = {}, {}
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and "transformer_blocks" in name:
+            codes = torch.randint(-1, 2, linear.weight.shape, generator=g, dtype=torch.int8)
+            alpha = 0.02 + 0.01 * torch.rand((), generator=g)
+            want[name] = codes.float() * alpha
+            byte = (codes + 1).to(torch.uint8).chunk(4)
+            four = byte[0] << 6 | byte[1] << 4 | byte[2] << 2 | byte[3]
+            given[name] = (four if packed else codes, alpha)
+    plain = copy.deepcopy(model)
+    for name, w in want.items():
+        plain.get_submodule(name).weight.data = w
+    dtq.load_ternary(model, given, fmt=fmt)
+    x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([400, 400])
+    label = torch.tensor([1, 2])
+    with torch.no_grad():
+        got, float_out = (m(x, timestep=t, class_labels=label)[0] for m in (model, plain))
+        torch.testing.assert_close(got, float_out, rtol=1e-4, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)(x, timestep=t, class_labels=label)[0]
+    assert torch.equal(again, got)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda codes: {"nowhere": (codes, 1.0)}, "no linear"),
+        (lambda codes: {"transformer_blocks.0.ff.net.2": (codes[:5], 1.0)}, "codes are"),
+        (lambda codes: {"transformer_blocks.0.ff.net.2": (codes * 3, 1.0)}, "-1, 0 or 1"),
+        (
+            lambda codes: {
+                "transformer_blocks.0.ff.net.2": (torch.full((32, 512), 3, dtype=torch.uint8), 1.0)
+            },
+            "hold a 3",
+        ),
+    ],
+)
+def test_ternary_weights_that_do_not_fit_are_refused(change, says):
+    with pytest.raises(dtq.errors.InputError, match=says):
+        dtq.load_ternary(tiny.dit(), change(torch.ones(128, 512, dtype=torch.int8)))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -38,9 +39,7 @@ def run(model, t: float) -> torch.Tensor:
 def test_the_search_spends_its_budget_where_it_helps(pipe):
     policy = pipe.transformer.hf_quantizer.report.steps
     assert set(policy["modes"]) == {"native", "a8"}
-    dear = sum(
-        c for c, m in zip(policy["counts"], policy["modes"], strict=True) if m == "a8"
-    )
+    dear = sum(c for c, m in zip(policy["counts"], policy["modes"], strict=True) if m == "a8")
     assert 0 < dear <= 0.5 * policy["num_inference_steps"]
     free = dtq.quantize(
         tiny.pipeline(), "w4a8", progress=False, steps={**STEPS, "cost": 1.0}, **COARSE, **QUICK
@@ -51,7 +50,7 @@ def test_the_search_spends_its_budget_where_it_helps(pipe):
 def test_each_range_runs_in_its_own_format(pipe):
     model, policy = pipe.transformer, pipe.transformer.hf_quantizer.report.steps
     edges = [0.0, *policy["edges"], 1000.0]
-    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     obeyed = [run(model, t) for t in middles]
     found = StepPolicy.checked(policy, "here")
     for t, mode, got in zip(middles, policy["modes"], obeyed, strict=True):

@@ -120,7 +120,7 @@ def test_search_is_never_worse_than_none_smoothing_or_rotation_alone(fmt):
 
     from dtq.transforms.methods import _Judge
 
-    judge = _Judge(weights, stats, how["fmt"], how["acts"], 1024)
+    judge = _Judge(weights, stats, how["fmt"], how["acts"], 512)
     best = judge(found.transform)
     assert best == pytest.approx(min(found.errors.values()))
     for name in ("none", "hadamard"):
@@ -156,7 +156,7 @@ def test_ditas_is_never_worse_than_no_smoothing_or_either_end_of_its_grid():
     assert found.errors["smooth"] < 0.5 * found.errors["none"]
     from dtq.transforms.methods import _Judge
 
-    judge = _Judge([w], stats, how["fmt"], how["acts"], 1024)
+    judge = _Judge([w], stats, how["fmt"], how["acts"], 512)
     for alpha in (0.0, 0.5, 1.0):
         s = TRANSFORMS["smooth"].call([w], stats, alpha=alpha, **how).transform
         assert judge(found.transform) <= judge(s)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtq.calibrate.stats import SiteStats
-from dtq.formats import Format
+from dtq.formats import FORMATS, Format, bits_per_weight
 from dtq.formats.acts import Acts, fake_quantize
 from dtq.transforms.base import Online
 from dtq.transforms.hadamard import block_for, signs
@@ -185,7 +185,7 @@ def search(
     fmt: Format,
     acts: Acts,
     step: float = 0.05,
-    rows: int = 1024,
+    rows: int = 512,
     close: float = 1.5,
     rotate: bool = True,
     block: int = 64,
@@ -260,7 +260,7 @@ class _Judge:
         sample = stats.reservoir.rows.to(self.weights[0])
         self.x = sample[:: max(1, len(sample) // rows)][:rows]
         self.want = [self.x @ w.T for w in self.weights]
-        self.fmt, self.acts = fmt, acts
+        self.fmt, self.acts = _stand_in(fmt, self.weights[0]), acts
 
     def __call__(self, transform: Online) -> float:
         x = fake_quantize(transform.x(self.x), self.acts)
@@ -271,6 +271,16 @@ class _Judge:
             power = want.square().sum().clamp(min=1e-30)
             error += float((got - want).square().sum() / power) / len(self.weights)
         return error
+
+
+def _stand_in(fmt: Format, like: Tensor) -> Format:
+    """A format that learns its levels would learn them again for every candidate: judge with
+    integers of as many bits in its place."""
+    if not fmt.learned:
+        return fmt
+    bits = bits_per_weight(fmt, (4096, 4096))
+    name = "int2-g64" if bits < 2.5 else "int3-g64" if bits < 3.5 else "int4-g64"
+    return FORMATS[name if like.shape[1] % 64 == 0 else "int4-row"]
 
 
 def _online(weights: Sequence[Tensor], s: Tensor | None, block: int, seed: int) -> Online:
