@@ -27,6 +27,26 @@ from dtq.transforms import Choice
 log = logging.getLogger("dtq")
 
 
+def check_budget(plan: Plan, recipe: Recipe) -> None:
+    """Refuse a budget below the cheapest options before any work is done.
+
+    Raises:
+        InputError: says the least there is.
+    """
+    weights = sum(math.prod(x.shape) for x in plan.gemm())
+    budget = parse_budget(str(recipe.allocate.budget), weights)
+    least = sum(
+        min(_in_format(x, option).nbytes(plan.bins) for option in recipe.allocate.options)
+        for x in plan.gemm()
+    )
+    if budget < least:
+        raise InputError(
+            f"a budget of {recipe.allocate.budget} is too small: the options "
+            f"{', '.join(recipe.allocate.options)} need at least {least} bytes "
+            f"({8 * least / weights:.3f} bits per weight). Raise it, or allow narrower formats"
+        )
+
+
 def mixed(
     model: nn.Module,
     scan: Scan,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dtq import steps
-from dtq.budget import guard, mixed
+from dtq.budget import check_budget, guard, mixed
 from dtq.calibrate import engine, sets
 from dtq.calibrate.engine import Statistics
 from dtq.calibrate.record import Recorded, sample_calls, spread
@@ -127,6 +127,8 @@ def quantize_source(
     calls = None if inputs is None else list(inputs)
     source.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
     scan, plan = plan_source(source, recipe, skip, calls)
+    if recipe.allocate.budget:
+        check_budget(plan, recipe)
     needs = recipe.needs()
     driven = source.pipeline is not None or calls is not None
     if statistics is None and needs and (driven or not _data_free(recipe)):

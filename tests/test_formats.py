@@ -1,19 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three laws of a format over the whole table, and what the integer formats promise."""
+"""The three laws of a format over the whole table, and what each kind of format promises."""
 
 from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+from functools import cache
+from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
 
 from dtq.errors import InputError
 from dtq.formats import FORMATS, bits_per_weight
-from dtq.formats.bits import pack_nibbles, unpack_nibbles
-from dtq.formats.integer import TwoLevelInt
+from dtq.formats.bits import (
+    pack_bits,
+    pack_nibbles,
+    pack_trits,
+    unpack_bits,
+    unpack_nibbles,
+    unpack_trits,
+)
+from dtq.formats.floats import Fp8
+from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid
+from dtq.formats.integer import Int, TwoLevelInt
+from dtq.formats.lut import Lut, Moments, lloyd
+from dtq.formats.ternary import Ternary
+from dtq.formats.vq import kmeans
+from dtq.solvers.search import search
+from dtq.transforms.hadamard import fwht
+
+DOCS = Path(__file__).parent.parent / "docs"
+_spec = importlib.util.spec_from_file_location("docs_formats", DOCS / "formats.py")
+page = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(page)
 
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
 
+# their levels are where the data is, or logarithmic, and miss zero
+NO_ZERO = {n for n in FORMATS if re.match(r"vq|lut|twinlog\d-", n)}
 
+
+@cache
 def matrices() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     normal = torch.randn(24, 384, generator=g)
@@ -27,39 +57,75 @@ def matrices() -> dict[str, torch.Tensor]:
         "huge": normal * 1e6,
         "zero": torch.zeros(24, 384),
         "half zero": torch.cat([torch.zeros(24, 192), normal[:, :192]], 1),
+        "few values": normal.sign() * 0.3,
     }
 
 
-@ALL
-@pytest.mark.parametrize("kind", matrices())
-def test_laws(fmt, kind):
-    x = matrices()[kind]
+@cache
+def draw(kind: str) -> torch.Tensor:
+    return page.draw(kind)
+
+
+def nmse(fmt, w, clip: bool = False) -> float:
+    params = search(w, fmt)[1] if clip else fmt.fit(w)
+    return page.nmse(fmt.snap(w, params), w)
+
+
+def check_laws(fmt, x):
     params = fmt.fit(x)
     snapped = fmt.snap(x, params)
     parts = fmt.pack(x, params)
+    assert torch.isfinite(snapped).all()
     assert torch.equal(fmt.unpack(parts), snapped)
     assert torch.equal(fmt.snap(snapped, params), snapped)
     layout = fmt.layout(x.shape)
     assert {k: (s.shape, s.dtype) for k, s in layout.items()} == {
         k: (tuple(p.shape), p.dtype) for k, p in parts.items()
     }
+    return snapped
 
 
 @ALL
-def test_zero_is_exact_and_error_is_within_half_a_step(fmt):
-    x = matrices()["normal"]
+@pytest.mark.parametrize("kind", matrices())
+def test_laws(fmt, kind):
+    snapped = check_laws(fmt, matrices()[kind])
+    if kind == "zero":
+        assert (snapped == 0).all()
+    if kind == "half zero" and fmt.name not in NO_ZERO:
+        assert (snapped[:, :192] == 0).all()
+
+
+@ALL
+@pytest.mark.parametrize("columns", [1152, 2240, 333])
+def test_laws_at_awkward_shapes(fmt, columns):
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
+    try:
+        fmt.layout(x.shape)
+    except InputError as refusal:
+        assert re.search(r"Use int\d-row", str(refusal))
+        assert columns != 1152
+        return
+    check_laws(fmt, x)
+
+
+@ALL
+def test_zero_is_exact_and_error_is_small(fmt):
+    x = matrices()["normal"].clone()
     x[:, ::5] = 0
     snapped = fmt.snap(x, fmt.fit(x))
-    assert (snapped[:, ::5] == 0).all()
-    assert ((snapped - x).norm() / x.norm()) < 0.2
+    if fmt.name not in NO_ZERO:
+        assert (snapped[:, ::5] == 0).all()
+    bits = round(bits_per_weight(fmt, (1152, 1152)))
+    limit = {2: 0.55, 3: 0.35, 4: 0.2, 5: 0.2, 8: 0.03}[bits]
+    assert ((snapped - x).norm() / x.norm()) < (0.75 if fmt.name == "int2-g64" else limit)
 
 
 @ALL
 def test_a_slice_of_columns_snaps_like_the_whole(fmt):
     x = matrices()["outliers"]
     params = fmt.fit(x)
-    cols = slice(128, 256)
-    assert torch.equal(fmt.snap(x[:, cols], params, cols), fmt.snap(x, params)[:, cols])
+    for cols in (slice(128, 256), slice(0, fmt.vector), slice(382 // fmt.vector * fmt.vector, 384)):
+        assert torch.equal(fmt.snap(x[:, cols], params, cols), fmt.snap(x, params)[:, cols])
 
 
 @ALL
@@ -73,54 +139,443 @@ def test_fitting_one_group_inside_the_outer_parameters_equals_fitting_all(fmt):
 
 
 @ALL
-def test_shapes_that_do_not_fit_are_refused_with_a_way_out(fmt):
-    if fmt.group is not None or fmt.name.startswith("int4"):
-        with pytest.raises(InputError, match=r"Use int"):
-            fmt.layout((8, 33))
+def test_unpack_has_gradients_in_its_float_parts(fmt):
+    x = matrices()["normal"]
+    parts = fmt.pack(x, fmt.fit(x))
+    wide = {k: p.float().requires_grad_() if p.is_floating_point() else p for k, p in parts.items()}
+    got = fmt.unpack(wide)
+    assert torch.equal(got, fmt.unpack(parts))
+    floats = [p for p in wide.values() if p.requires_grad]
+    for grad in torch.autograd.grad(got.square().sum(), floats) if floats else ():
+        assert torch.isfinite(grad).all()
+        assert grad.abs().sum() > 0
+    assert floats or fmt.name == "mxfp4"
 
 
-def test_nibbles_round_trip():
+@ALL
+def test_learned_formats_follow_importance_and_others_follow_clip(fmt):
+    x = torch.cat([matrices()["normal"], matrices()["normal"].sign() * 0.01], 1)  # (24, 768)
+    weight = torch.cat([torch.full((384,), 1e-4), torch.ones(384)])
+
+    def weighted(params):
+        return ((fmt.snap(x, params) - x).square() * weight).sum()
+
+    if fmt.learned:
+        # levels and scales are found in turn, not at once: a hair can be lost
+        assert weighted(fmt.fit(x, weight)) <= 1.01 * weighted(fmt.fit(x))
+        for value, same in zip(
+            fmt.fit(x).values(), fmt.fit(x, torch.zeros(768)).values(), strict=True
+        ):
+            assert torch.equal(value, same)  # nothing is important: all is
+    else:
+        name = "weight_scale_2" if isinstance(fmt, TwoLevelInt) else "weight_scale"
+        full, half = (fmt.pack(x, fmt.fit(x, clip=c))[name].float() for c in (1.0, 0.5))
+        assert not torch.equal(full, half)
+
+
+def test_shapes_that_do_not_fit_are_refused_with_a_way_out():
+    for fmt in FORMATS.values():
+        if not isinstance(fmt, Fp8) and fmt.name not in ("int8-row", "trit-row"):
+            with pytest.raises(InputError, match=r"Use int"):
+                fmt.layout((4096, 33))
+    with pytest.raises(InputError, match=r"at least 1024 vectors of 4"):
+        FORMATS["vq-256x4"].layout((32, 64))
+
+
+# --- bits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("rows", [1, 7])
+def test_bits_round_trip_as_a_little_endian_stream(bits, rows):
+    codes = torch.randint(0, 2**bits, (rows, 48), generator=torch.Generator().manual_seed(bits))
+    packed = pack_bits(codes, bits)
+    assert packed.dtype == torch.int8
+    assert packed.shape == (rows, 6 * bits)
+    assert torch.equal(unpack_bits(packed, bits), codes.to(torch.uint8))
+    assert torch.equal(unpack_bits(packed, bits, 5), codes[:, :5].to(torch.uint8))
+    number = sum(int(c) << (bits * i) for i, c in enumerate(codes[0]))
+    assert bytes(packed.view(torch.uint8)[0].tolist()) == number.to_bytes(6 * bits, "little")
+
+
+def test_nibbles_are_four_bits():
     codes = torch.randint(0, 16, (7, 66), dtype=torch.int8)
     assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    assert torch.equal(pack_nibbles(codes), pack_bits(codes, 4))
     assert pack_nibbles(torch.tensor([[3, 10]])).view(torch.uint8).item() == 0xA3
 
 
+def test_trits_round_trip():
+    codes = torch.tensor(list(itertools.product(range(3), repeat=5)), dtype=torch.uint8)
+    packed = pack_trits(codes)
+    assert packed.view(torch.uint8).flatten().unique().numel() == 243
+    assert torch.equal(unpack_trits(packed), codes)
+    assert packed[1].view(torch.uint8).item() == 2 * 0 + 1 * 81  # the last column is the top digit
+
+
+# --- integers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["int4-2l-g64", "int3-2l-g64"])
 @pytest.mark.parametrize("kind", matrices())
-def test_two_level_expands_to_int8_without_wrapping(kind):
-    fmt = FORMATS["int4-2l-g64"]
+@pytest.mark.parametrize("clip", [1.0, 0.6])
+def test_two_level_expands_to_int8_without_wrapping(name, kind, clip):
+    fmt = FORMATS[name]
     assert isinstance(fmt, TwoLevelInt)
     x = matrices()[kind]
-    params = fmt.fit(x)
-    ends = [(c - params["zero"]) * params["scale2"] for c in (0, 15)]
+    params = fmt.fit(x, clip=clip)
+    ends = [(c - params["zero"]) * params["scale2"] for c in (0, 2**fmt.bits - 1)]
     assert min(e.min() for e in ends) >= -128
     assert max(e.max() for e in ends) <= 127
     parts = fmt.pack(x, params)
-    expanded = fmt.expand(parts["weight"], parts["weight_scale_2"])
+    expanded = fmt.expand(parts["weight"], parts["weight_scale_2"], fmt.bits)
     assert torch.equal(expanded.float() * parts["weight_scale"], fmt.snap(x, params))
 
 
-# Normalised squared error of unit Gaussian rows of 1152: the table that docs/formats.md prints.
-# Figures are this project's own; another seed moves them by about 1 %.
-EXPECTED = {
-    "int8-row": 6.3e-5,
-    "int4-asym-row": 0.0162,
-    "int4-row": 0.0210,
-    "int4-g64": 0.0116,
-    "int4-asym-g32": 0.0065,
-    "int4-asym-g64": 0.0083,
-    "int4-asym-g128": 0.0102,
-}
+@pytest.mark.parametrize("bits", [3, 4])
+def test_two_level_never_wraps_whatever_the_range(bits):
+    """Every pair of ends on the level-1 grid, each in a group of its own."""
+    fmt = TwoLevelInt("any", 8, bits=bits)
+    end = torch.arange(-fmt.limit, fmt.limit + 1.0)
+    x = torch.cartesian_prod(end, end).repeat(1, 4)
+    params = fmt.fit(x, outer={"weight_scale": torch.ones(len(x), 1)})
+    for code in (0, 2**bits - 1):
+        level = (code - params["zero"]) * params["scale2"]
+        assert level.min() >= -128
+        assert level.max() <= 127
+    parts = fmt.pack(x, params)
+    assert torch.equal(fmt.unpack(parts), fmt.snap(x, params))
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_reference_error(name):
-    w = torch.randn(1024, 1152, generator=torch.Generator().manual_seed(0))
+# --- floats -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [E2M1, E1M2, E3M0], ids=["e2m1", "e1m2", "e3m0"])
+def test_minifloats_encode_and_decode_every_code_and_tie(levels):
+    exponent, mantissa = {E2M1: (2, 1), E1M2: (1, 2), E3M0: (3, 0)}[levels]
+    bias = 2 ** (exponent - 1) - 1
+    for code in range(16):
+        e, m = code % 8 >> mantissa, code % 2**mantissa
+        digits = m if e == 0 else 2**mantissa + m  # subnormal, or with the hidden one
+        value = digits * 2.0 ** (max(e, 1) - bias - mantissa)
+        assert levels.values[code] == (-value if code >= 8 else value), code
+    values = torch.tensor(levels.values)
+    assert levels.codes(values).tolist() == [*range(8), 0, *range(9, 16)]  # -0 is 0
+    positive = values[:8]
+    middle = (positive[1:] + positive[:-1]) / 2
+    up, down = torch.nextafter(middle, torch.tensor(99.0)), torch.nextafter(middle, -middle)
+    even = torch.tensor([0, 2, 2, 4, 4, 6, 6], dtype=torch.uint8)
+    assert torch.equal(levels.codes(middle), even)
+    assert torch.equal(levels.codes(-middle), torch.where(even > 0, even + 8, even))
+    assert levels.codes(up).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert levels.codes(down).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert levels.codes(torch.tensor([1e9, -1e9, -0.0])).tolist() == [7, 15, 0]
+
+
+def test_e4m3_is_the_hardware_type_and_saturates():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = every[every.isfinite()].reshape(1, -1)  # 254 codes
+    fmt = FORMATS["fp8-row"]
+    params = {"weight_scale": torch.ones(1, 1)}
+    assert torch.equal(fmt.snap(every, params), every)
+    middle = (every[0, :126] + every[0, 1:127]) / 2
+    even = torch.where(torch.arange(126) % 2 == 0, every[0, :126], every[0, 1:127])
+    assert torch.equal(fmt.snap(middle.reshape(1, -1), params)[0], even)
+    far = torch.tensor([[1e9, -1e9]])
+    assert fmt.snap(far, params).tolist() == [[448.0, -448.0]]
+
+
+def test_nf4_is_the_quantiles_that_qlora_defines():
+    inverse, offset = NormalDist().inv_cdf, 0.9677083
+    above = [inverse(offset + (0.5 - offset) * i / 8) for i in range(8)]
+    below = [-inverse(offset + (0.5 - offset) * i / 7) for i in range(7)]
+    levels = sorted([*above, 0.0, *below])
+    want = [v / max(levels) for v in levels]
+    assert NF4.values == pytest.approx(want, abs=3e-7)
+
+
+def test_nvfp4_parts_are_the_published_layout():
+    x = matrices()["normal"]
+    for name, end in (("nvfp4", 6), ("nvfp4-46", 4)):
+        fmt = FORMATS[name]
+        params = fmt.fit(x)
+        assert params["weight_scale_2"].item() == pytest.approx(x.abs().max().item() / end / 448)
+        assert fmt.fit(x[:, :16], outer=params)["weight_scale_2"] is params["weight_scale_2"]
+    scale = params["weight_scale"].float() * params["weight_scale_2"]
+    ends = (x.unflatten(1, (-1, 16)).abs().amax(-1) / scale).flatten()
+    at_six = ends > 5
+    assert 0.2 < at_six.float().mean() < 0.8  # both ends are used
+    assert (ends[at_six] - 6).abs().max() < 0.5
+
+
+def test_nvfp4_blocks_with_scale_zero_stay_zero():
+    """Other tools write such blocks; ours keeps the smallest scale instead."""
+    fmt = FORMATS["nvfp4"]
+    x = matrices()["normal"]
+    params = fmt.fit(x)
+    assert (params["weight_scale"].float() > 0).all()
+    params["weight_scale"][:, 3] = torch.zeros(24).to(torch.float8_e4m3fn)
+    snapped = fmt.snap(x, params)
+    assert (snapped[:, 48:64] == 0).all()
+    assert torch.equal(fmt.unpack(fmt.pack(x, params)), snapped)
+
+
+def test_mxfp4_scales_are_powers_of_two():
+    fmt = FORMATS["mxfp4"]
+    x = torch.zeros(4, 32)
+    x[:, 0] = torch.tensor([4.0, 7.99, 8.0, 1.0])
+    assert fmt.fit(x)["weight_scale"].flatten().tolist() == [127, 127, 128, 125]
+    assert fmt.snap(x, fmt.fit(x))[:, 0].tolist() == [4.0, 6.0, 8.0, 1.0]
+
+
+# --- ternary ----------------------------------------------------------------------------------
+
+
+def test_ternary_fit_is_the_best_alpha():
+    x = torch.randn(8, 200, generator=torch.Generator().manual_seed(1))
+    weight = torch.rand(200, generator=torch.Generator().manual_seed(2))
+    fmt = FORMATS["ternary-row"]
+    best = ((fmt.snap(x, fmt.fit(x, weight)) - x).square() * weight).sum(1)
+    for alpha in torch.linspace(0.05, 3, 200):
+        params = {"weight_scale": torch.full((8, 1), float(alpha))}
+        assert (((fmt.snap(x, params) - x).square() * weight).sum(1) >= best - 1e-4).all()
+
+
+@pytest.mark.parametrize("name", ["ternary-row", "ternary-g64", "trit-row"])
+def test_trained_ternary_codes_become_parts(name):
     fmt = FORMATS[name]
-    error = ((fmt.snap(w, fmt.fit(w)) - w).square().sum() / w.square().sum()).item()
-    assert error == pytest.approx(EXPECTED[name], rel=0.03)
+    assert isinstance(fmt, Ternary)
+    codes = torch.randint(-1, 2, (6, 128), dtype=torch.int8)
+    parts = fmt.parts_of(codes, 0.5)
+    assert torch.equal(fmt.unpack(parts), codes * 0.5)
+    layout = fmt.layout((6, 128))
+    assert {k: (tuple(p.shape), p.dtype) for k, p in parts.items()} == {
+        k: (s.shape, s.dtype) for k, s in layout.items()
+    }
+    rows = torch.rand(6, 1).bfloat16()
+    assert torch.equal(fmt.unpack(fmt.parts_of(codes, rows)), codes * rows.float())
+
+
+# --- learned levels ---------------------------------------------------------------------------
+
+
+def test_moments_judge_levels_as_a_pass_over_the_data_would():
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(500, generator=g), torch.rand(500, generator=g)
+    levels = torch.randn(3, 8, generator=g, dtype=torch.float64).sort().values
+    nearest = (x[:, None, None] - levels).square().amin(-1)  # (500, 3)
+    want = (nearest * weight[:, None]).sum(0)
+    torch.testing.assert_close(Moments(x, weight).error(levels), want.double())
+
+
+def test_lloyd_never_gets_worse():
+    x = draw("laplace")[:32].flatten()
+    moments = Moments(x, torch.ones_like(x))
+    errors = [float(moments.error(lloyd(moments, 4, steps))) for steps in range(0, 30, 3)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_kmeans_never_gets_worse_and_repeats():
+    vectors = draw("normal")[:16].reshape(-1, 4)  # (4608, 4)
+    weight = torch.ones_like(vectors)
+    errors = []
+    for steps in range(0, 12, 2):
+        words = kmeans(vectors, weight, 32, steps=steps)
+        errors.append(float(torch.cdist(vectors, words).amin(1).square().sum()))
+    assert errors == sorted(errors, reverse=True)
+    assert torch.equal(words, kmeans(vectors, weight, 32, steps=10))
+
+
+def test_kmeans_fills_empty_words():
+    vectors = torch.cat([torch.zeros(100, 2), torch.arange(30.0).reshape(-1, 2)])
+    words = kmeans(vectors, torch.ones_like(vectors), 16)
+    assert torch.cdist(vectors, words).amin(1).max() < 1e-3
+
+
+def test_twin_log_families():
+    x = matrices()["normal"]
+    levels = {
+        kind: FORMATS[f"twinlog4{kind}-row"].fit(x)["weight_lut"][0] for kind in ("", "z", "c")
+    }
+    for kind, lut in levels.items():
+        assert torch.equal(lut, -lut.flip(0)), kind
+        assert (lut.diff() >= 0).all()
+        assert (lut == 0).sum() == (0 if kind == "" else 2)
+    ratio = levels[""][9:] / levels[""][8:-1]
+    assert ratio.max() - ratio.min() < 0.01
+
+
+# --- the reference table ----------------------------------------------------------------------
+
+# Normalised squared error per row of 1152 or per group: normal, Laplace, t(5), and a normal with
+# 0.3 % of the weights six times as large. Laplace within 3 % like the normal; the other two hang on
+# a few large weights and were drawn independently, hence 5 %. None: not in the reference.
+N = None
+REFERENCE = [
+    (Int("int8-row", 8), False, (6.3e-5, 1.5e-4, N, N)),
+    (Int("int4-asym-row", 4, asymmetric=True), False, (0.0162, 0.0352, 0.0478, 0.0586)),
+    (Int("int4-row", 4), False, (0.0210, 0.0494, 0.0750, 0.1152)),
+    (Int("int4-row", 4), True, (0.0117, 0.0245, 0.0328, 0.0428)),
+    (Int("int3-asym-row", 3, asymmetric=True), False, (0.0745, 0.148, 0.203, 0.253)),
+    (Int("int3-row", 3), True, (0.0403, 0.0710, 0.0829, 0.0856)),
+    (Grid("e2m1-row", E2M1), False, (0.0134, 0.0218, 0.0294, 0.0417)),
+    (Grid("e2m1-row", E2M1), True, (0.0122, 0.0174, 0.0214, 0.0281)),
+    (Grid("e1m2-row", E1M2), True, (0.0128, 0.0265, 0.0353, 0.0455)),
+    (Grid("e3m0-row", E3M0), True, (0.0362, 0.0353, 0.0352, 0.0347)),
+    (Grid("nf4-row", NF4), False, (0.0111, 0.0211, 0.0300, 0.0438)),
+    (Grid("nf4-row", NF4), True, (0.0095, 0.0158, 0.0206, 0.0280)),
+    (Int("int4-asym-g16", 4, group=16, asymmetric=True), False, (0.0049, N, 0.0057, N)),
+    (Int("int4-asym-g32", 4, group=32, asymmetric=True), False, (0.0065, N, 0.0086, N)),
+    (Int("int4-asym-g64", 4, group=64, asymmetric=True), False, (0.0083, N, 0.0127, N)),
+    (Int("int4-asym-g64", 4, group=64, asymmetric=True), True, (0.0077, N, 0.0119, N)),
+    (Int("int4-asym-g128", 4, group=128, asymmetric=True), False, (0.0102, N, 0.0181, N)),
+    (Int("int4-asym-g128", 4, group=128, asymmetric=True), True, (0.0092, N, 0.0164, N)),
+    (Int("int4-g64", 4, group=64), False, (0.0116, N, N, N)),
+    (Int("int4-g64", 4, group=64), True, (0.0090, N, N, N)),
+    (TwoLevelInt("int4-2l-g64", 64), True, (0.0080, N, 0.0128, N)),
+    (TwoLevelInt("int4-2l-g128", 128), True, (0.0094, N, 0.0170, N)),
+    (Int("int3-asym-g64", 3, group=64, asymmetric=True), True, (0.0312, N, 0.0476, N)),
+    (Int("int3-g64", 3, group=64), True, (0.0358, N, N, N)),
+    (TwoLevelInt("int3-2l-g64", 64, bits=3), True, (0.0313, N, N, N)),
+    (FORMATS["fp8-row"], False, (7.0e-4, N, N, N)),
+    (FORMATS["nf4-g64"], False, (0.0085, N, N, N)),
+    (FORMATS["nf4-g64"], True, (0.0073, N, N, N)),
+    (FORMATS["nvfp4"], False, (0.0091, N, 0.0086, N)),
+    (FORMATS["nvfp4-46"], False, (0.0076, N, 0.0075, N)),
+    (FORMATS["mxfp4"], False, (0.0131, N, 0.0159, N)),
+    (FORMATS["twinlog4-row"], False, (0.0139, 0.0192, N, N)),
+    (FORMATS["twinlog3-row"], False, (0.0427, 0.0616, 0.0652, N)),
+    (FORMATS["twinlog4c-row"], False, (0.0108, 0.0165, N, N)),
+    (FORMATS["twinlog3c-row"], False, (0.0440, 0.0668, 0.0773, N)),
+    (FORMATS["twinlog3-g64"], False, (0.0354, N, N, N)),
+    (Lut("lut3-row", 3, lloyd), False, (0.0348, 0.0543, 0.0644, N)),
+    (FORMATS["vq-256x4"], False, (0.0956, N, N, N)),
+    (FORMATS["vq-64x2"], False, (0.0303, N, N, N)),
+    (FORMATS["ternary-row"], False, (0.190, N, N, N)),
+]
+# One table for the whole layer, where the reference searched a shape for every row: the heavy tails
+# pay for it. A scale per row, where the reference has the table alone: Lloyd is better.
+AT_MOST = [
+    (FORMATS["twinlog4-row"], {"t5": 0.0199 * 1.07, "contaminated": 0.0208 * 1.13}),
+    (FORMATS["twinlog3-row"], {"contaminated": 0.0682 * 1.16}),
+    (FORMATS["twinlog4c-row"], {"t5": 0.0192 * 1.08, "contaminated": 0.0216 * 1.14}),
+    (FORMATS["twinlog3c-row"], {"contaminated": 0.0825 * 1.14}),
+    (FORMATS["twinlog3-g64"], {"t5": 0.0414 * 1.13}),
+    (
+        FORMATS["lut4-row"],
+        {"normal": 0.0095, "laplace": 0.0154, "t5": 0.0197, "contaminated": 0.0190},
+    ),
+    (Lut("lut3-row", 3, lloyd), {"contaminated": 0.078}),
+]
+KINDS = ("normal", "laplace", "t5", "contaminated")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "clip", "want"), REFERENCE, ids=[f.name + "-clip" * c for f, c, _ in REFERENCE]
+)
+def test_reference_error(fmt, clip, want):
+    for kind, expected in zip(KINDS, want, strict=True):
+        if expected is not None:
+            rel = 0.035 if kind in KINDS[:2] else 0.055
+            assert nmse(fmt, draw(kind), clip) == pytest.approx(expected, rel=rel), kind
+
+
+@pytest.mark.parametrize(("fmt", "limits"), AT_MOST, ids=[f.name for f, _ in AT_MOST])
+def test_error_is_at_most(fmt, limits):
+    for kind, limit in limits.items():
+        assert nmse(fmt, draw(kind)) <= limit, kind
+
+
+def test_reference_ternary_rules():
+    w = draw("normal")
+    fmt = FORMATS["ternary-row"]
+    gamma = fmt.absmean(w)
+    assert torch.equal(
+        fmt.snap(w, gamma) / gamma["weight_scale"], (w / w.abs().mean()).round().clamp(-1, 1)
+    )
+    assert page.nmse(fmt.snap(w, gamma), w) == pytest.approx(0.264, rel=0.03)
+    codes = (fmt.snap(w, gamma) / gamma["weight_scale"]).to(torch.int8)
+    alpha = (codes * w).sum() / codes.abs().sum()
+    trained = fmt.unpack(fmt.parts_of(codes, alpha))
+    assert page.nmse(trained, w) == pytest.approx(0.213, rel=0.03)
+    assert (codes == 0).float().mean() == pytest.approx(0.31, abs=0.01)
+
+
+def literal_twin_log(w, bits):
+    """The published grid: even steps of log2|w| from the least to the largest of a row's sign."""
+    half = torch.zeros_like(w)
+    for sign in (1, -1):
+        ours = (w * sign) > 0
+        log = torch.where(ours, w.abs(), torch.nan).log2()
+        low = log.nan_to_num(torch.inf).amin(1, keepdim=True)
+        high = log.nan_to_num(-torch.inf).amax(1, keepdim=True)
+        step = (high - low) / (2 ** (bits - 1) - 1)
+        level = torch.exp2(low + ((log - low) / step).round() * step)
+        half = torch.where(ours, sign * level, half)
+    return half
+
+
+def test_the_literal_twin_log_grid_is_worse_than_zeroing():
+    w = draw("normal")
+    assert page.nmse(literal_twin_log(w, 4), w) == pytest.approx(0.143, rel=0.1)
+    assert page.nmse(literal_twin_log(w, 3), w) > 1
+    assert nmse(FORMATS["twinlog3-row"], w) < 0.05
+
+
+def test_order_of_formats():
+    w, heavy = draw("normal"), draw("t5")
+    error = {n: nmse(FORMATS[n], w) for n in FORMATS if not n.startswith("vq")}
+    assert error["int4-asym-g32"] < error["int4-asym-g64"] < error["int4-asym-g128"]
+    assert error["int4-asym-g128"] < error["int4-asym-row"]
+    assert error["nvfp4-46"] < error["nvfp4"] < error["mxfp4"]
+    assert error["lut4-g64"] < error["nf4-g64"] < error["int4-g64"]
+    assert error["lut4-row"] < error["twinlog4c-row"] < error["twinlog4-row"]
+    assert error["ternary-g64"] < error["ternary-row"]
+    for name in ("int4-asym-g64", "int3-asym-g64"):
+        assert nmse(FORMATS[name], w, clip=True) < error[name]
+    formats = {n: FORMATS[n] for n in ("e1m2-row", "e2m1-row", "e3m0-row")}
+    clipped = {n: nmse(f, w, clip=True) for n, f in formats.items()}
+    assert min(clipped, key=clipped.get) == "e2m1-row"
+    # twin-log pays on heavy tails alone, and a rotation takes those away
+    uniform, twin = FORMATS["int3-row"], FORMATS["twinlog3-row"]
+    assert nmse(twin, heavy) < nmse(uniform, heavy, clip=True)
+    assert nmse(twin, w) > nmse(uniform, w, clip=True)
+    rotated = fwht(heavy, 128)
+    assert nmse(twin, rotated) > nmse(uniform, rotated, clip=True)
+
+
+def test_vectors_beat_scalars_at_two_bits():
+    w = draw("normal")
+    scalar = nmse(Lut("lut2-row", 2, lloyd), w)
+    assert nmse(FORMATS["vq-256x4"], w) < scalar == pytest.approx(0.1175, rel=0.03)
+
+
+# --- sizes and the page -----------------------------------------------------------------------
 
 
 def test_bits_per_weight_count_everything():
-    assert bits_per_weight(FORMATS["int4-2l-g64"], (256, 256)) == 4 + 8 / 64 + 32 / 256
-    assert bits_per_weight(FORMATS["int4-asym-g64"], (256, 256)) == 4 + 16 / 64 + 8 / 64
-    assert bits_per_weight(FORMATS["int8-g64"], (256, 256)) == 8.25
+    want = {
+        "int4-2l-g64": 4 + 8 / 64 + 32 / 256,
+        "int3-2l-g64": 3 + 8 / 64 + 32 / 256,
+        "int4-asym-g64": 4 + 16 / 64 + 8 / 64,
+        "int8-g64": 8.25,
+        "nvfp4": 4.5 + 32 / 256**2,
+        "mxfp4": 4.25,
+        "nf4-g64": 4.25,
+        "vq-256x4": 2 + 256 * 4 * 16 / 256**2,
+        "vq-64x2-row": 3 + 64 * 2 * 16 / 256**2 + 16 / 256,
+        "ternary-g64": 2.25,
+    }
+    for name, bits in want.items():
+        assert bits_per_weight(FORMATS[name], (256, 256)) == bits, name
+    assert bits_per_weight(FORMATS["trit-row"], (256, 1280)) == 1.6 + 32 / 1280
+
+
+def test_the_page_lists_every_format_as_it_is():
+    text = (DOCS / "formats.md").read_text()
+    table = text.split("## Bit pictures")[0]
+    assert re.findall(r"^\| `([^`]+)` \|", table, re.M) == list(FORMATS)
+    for fmt in FORMATS.values():
+        assert page.about(fmt) in table
+    for name in ("int4-asym-g64", "nvfp4-46", "twinlog3-row"):
+        assert page.about(FORMATS[name]) + page.errors(FORMATS[name]) in table

@@ -11,7 +11,7 @@ from torch import Tensor
 from dtq.errors import InputError
 from dtq.formats import Format, Params
 from dtq.solvers.check import check
-from dtq.solvers.search import CLIPS, fit_clipped
+from dtq.solvers.search import fit_clipped
 
 log = logging.getLogger("dtq")
 
@@ -48,7 +48,7 @@ def gptq(
         InputError: a weight or a moment is not finite, or H is not positive.
     """
     check(w, gram)
-    clips = CLIPS if clip else (1.0,)
+    clips = None if clip else (1.0,)
     if gram is None:
         gram = torch.eye(w.shape[1], device=w.device)
     todo = w.float().clone()

@@ -13,10 +13,12 @@ from dtq.formats.base import in_groups
 from dtq.solvers.check import check
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+ROW_CLIPS = (*CLIPS, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+"""The largest of a row lies further out than the largest of a group, the more so in heavy tails."""
 
 
 def search(
-    w: Tensor, fmt: Format, gram: Tensor | None = None, *, clips: Sequence[float] = CLIPS
+    w: Tensor, fmt: Format, gram: Tensor | None = None, *, clips: Sequence[float] | None = None
 ) -> tuple[Tensor, Params]:
     """Choose the clip of every group that has the least squared error, then round to nearest.
 
@@ -24,7 +26,7 @@ def search(
         w: float (N, K).
         fmt: the format; one that learns its levels is fitted once, by the same weighted error.
         gram: second moment of the input (K, K); its diagonal weighs the columns. None: all alike.
-        clips: shares of the range to try.
+        clips: shares of the range to try; by default those that suit a row or a group.
 
     Returns:
         The snapped weight (N, K) and its parameters.
@@ -40,7 +42,7 @@ def fit_clipped(
     fmt: Format,
     importance: Tensor | None = None,
     *,
-    clips: Sequence[float] = CLIPS,
+    clips: Sequence[float] | None = None,
     outer: Params | None = None,
 ) -> Params:
     """Parameters with the best clip for every row and group of ``w``, whole groups of columns.
@@ -59,6 +61,8 @@ def fit_clipped(
             return params
         plain = fmt.fit(w)
         return plain if errors(plain).sum() < errors(params).sum() else params
+    if clips is None:
+        clips = ROW_CLIPS if fmt.group is None else CLIPS
     tries = [errors(fmt.fit(w, importance, clip=clip, outer=outer)) for clip in clips]
     best = torch.stack(tries).argmin(0)  # (N, groups); the widest range wins ties
     chosen = torch.tensor(list(clips)).to(w)[best]
