@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dtq.calibrate import sets, store
+from dtq.calibrate.engine import Statistics
+from dtq.calibrate.stats import SiteStats
 from dtq.evaluate import baselines, drift, fid
 from dtq.evaluate.run import compare_pictures, extractor_for, row_of
 from dtq.quantize import calibrate_source, plan_source, quantize_source
@@ -76,11 +77,23 @@ def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
     truth = drift.record(source.pipeline, source.model, requests, how)
     recipe = Recipe.load("w4a8", calibration={"samples": calibration})
     scan, _ = plan_source(source, recipe)
-    for bins in (8, 1):
-        chosen = replace(recipe, calibration=replace(recipe.calibration, bins=bins))
-        stats = calibrate_source(source, scan, chosen, EVERYTHING)
-        store.save(stats, folder / f"stats-{bins}.safetensors")
+    stats = calibrate_source(source, scan, recipe, EVERYTHING)
+    store.save(stats, folder / "stats-8.safetensors")
+    for site in stats.sites.values():
+        _forget_the_time(site)
+    store.save(Statistics(stats.sites, (), stats.about), folder / "stats-1.safetensors")
     torch.save(truth, folder / "truth.pt")
+
+
+def _forget_the_time(site: SiteStats) -> None:
+    """The same statistics in one timestep bin, for recipes with one static scale."""
+    c = site.channels
+    c.low, c.high = c.low.amin(0, keepdim=True), c.high.amax(0, keepdim=True)
+    c.total, c.square = c.total.sum(0, keepdim=True), c.square.sum(0, keepdim=True)
+    c.rows = c.rows.sum(0, keepdim=True)
+    assert site.reservoir is not None
+    site.reservoir.stratum %= 2
+    site.bins = 1
 
 
 def measure(name: str, row: str, folder: Path, samples: int) -> dict:

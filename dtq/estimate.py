@@ -105,6 +105,17 @@ def _seconds(scan: Scan, plan: Plan, recipe: Recipe) -> float:
         if layer.solver.name == "gptq":
             tries = 2 if layer.transform.name == "search" else 1  # close rivals are solved too
             total += tries * (4 * weights * columns / rate + columns * 4e-4)
+        if layer.lowrank.name != "none":
+            rounds = dict(layer.lowrank.knobs).get("iterations", 8) / 2  # most stop early
+            total += rounds * 40 * weights * min(layer.shape) / rate
+    call = 8 * forward / rate  # four recorded pictures, both branches
+    if recipe.allocate.budget:
+        sites = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
+        total += sites * len(recipe.allocate.options) * recipe.allocate.calls * call
+    if recipe.refine.name != "none":
+        blocks = len({x.name.split(".")[1] for x in plan.gemm() if "." in x.name})
+        # a step trains one block, three times its forward; inputs are captured block by block
+        total += (3 * dict(recipe.refine.knobs).get("steps", 100) + 40 * blocks) * call
     return total
 
 

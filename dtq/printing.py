@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import statistics as numbers
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +81,22 @@ def print_result(report: Report, output: Path, seconds: float) -> None:
         click.echo(
             f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
         )
+    if report.allocation:
+        chosen = Counter(row["option"] for row in report.allocation["rows"])
+        spent, allowed = report.allocation["bytes"], report.allocation["budget"]
+        inputs = ", ".join(f"{n} inputs in {option}" for option, n in chosen.most_common())
+        click.echo(f"budget: {size(spent)} of {size(allowed)} spent; {inputs}")
+    blocks = report.refine.get("blocks", [])
+    if blocks:
+        better = [b for b in blocks if b["accepted"] and b["before"] and b["after"]]
+        gain = numbers.median(b["after"] / b["before"] for b in better) if better else 1.0
+        click.echo(
+            f"fine-tuned {len(better)} of {len(blocks)} blocks, median block error x {gain:.2f}"
+        )
+    if report.steps:
+        counts = zip(report.steps["modes"], report.steps["counts"], strict=True)
+        said = ", then ".join(f"{mode} for {n}" for mode, n in reversed(list(counts)))
+        click.echo(f"step policy over {report.steps['num_inference_steps']} steps: {said}")
     for x in promoted:
         click.echo(f"promoted {x.name} to {x.weights}: error {x.error_before:.1e} -> {x.error:.1e}")
     click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
