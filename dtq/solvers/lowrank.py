@@ -58,22 +58,27 @@ def svd(
         bits: room for the branch in bits per weight, which sets the rank by the shape.
         iterations: rounds after the first.
         share: one ``down`` for all weights, as fused kernels for q, k, v want it.
-        weighted: decompose in the metric of ``gram`` (ours); the paper's is plain.
+        weighted: also decompose in the metric of ``gram`` (ours; the paper's is plain) and keep
+            the better: what a branch takes out of the weight is not what rounding loses.
     """
     groups = [list(weights)] if share else [[w] for w in weights]
     found: list[Branch] = []
     for members in groups:
         joint, r = torch.cat(members), _rank_of(members[0], rank, bits)
-        factor = _factor(gram if weighted else None, joint)
+        factors = [None] if gram is None or not weighted else [None, _factor(gram, joint)]
         best: Branch | None = None
-        least, kept = math.inf, torch.zeros_like(joint)
-        for _ in range(iterations + 1):
-            branch = _decompose(joint - kept, r, factor)
-            kept, _ = search(joint - branch.matrix(), fmt, gram)
-            error = _error(joint - branch.matrix() - kept, gram)
-            if error >= least:
-                break
-            least, best = error, branch
+        least = math.inf
+        for factor in factors:
+            kept, last = torch.zeros_like(joint), math.inf
+            for _ in range(iterations + 1):
+                branch = _decompose(joint - kept, r, factor)
+                kept, _ = search(joint - branch.matrix(), fmt, gram)
+                error = _error(joint - branch.matrix() - kept, gram)
+                if error < least:
+                    least, best = error, branch
+                if error >= last:
+                    break
+                last = error
         assert best is not None
         sizes = [len(w) for w in members]
         found += [Branch(up, best.down) for up in best.up.split(sizes)]
@@ -125,10 +130,8 @@ def _rank_of(w: Tensor, rank: int, bits: float) -> int:
     return rank_for((w.shape[0], w.shape[1]), {"rank": rank, "bits": bits})
 
 
-def _factor(gram: Tensor | None, w: Tensor) -> Tensor | None:
+def _factor(gram: Tensor, w: Tensor) -> Tensor:
     """Lower Cholesky factor of the damped gram: ``|D S|^2 = tr(D H D^T)``."""
-    if gram is None:
-        return None
     h = gram.double()
     mean = h.diagonal().mean().clamp(min=1e-30)
     eye = torch.eye(len(h), dtype=torch.float64, device=h.device)

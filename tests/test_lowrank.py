@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank branches: exact when full, never worse with rank or rounds, the same on the raw input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dtq.calibrate.stats import Origin, SiteStats
+from dtq.formats import FORMATS, bits_per_weight
+from dtq.formats.acts import ACTS
+from dtq.nn.linear import QuantLinear
+from dtq.plan import Call, LayerPlan
+from dtq.recipe import Recipe
+from dtq.solve import solve_site
+from dtq.solvers import SOLVERS
+from dtq.solvers.lowrank import LOWRANK, loftq, rank_for, svd
+from dtq.transforms import TRANSFORMS
+from dtq.transforms.hadamard import fwht
+
+K, N = 128, 96
+FMT = FORMATS["int4-g64"]
+
+
+def layer(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight with salient columns, input rows with salient channels, their second moment."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(N, K, generator=g) * torch.exp(0.6 * torch.randn(K, generator=g)) * 0.05
+    x = torch.randn(1024, K, generator=g) * torch.exp(0.8 * torch.randn(K, generator=g))
+    return w, x, x.T @ x / len(x)
+
+
+def missed(w, branch, gram) -> float:
+    """Output error of branch and rounded residual together."""
+    kept = SOLVERS["search"].call(w - branch.matrix(), FMT, gram)[0]
+    d = w - branch.matrix() - kept
+    return float(((d @ gram) * d).sum())
+
+
+def test_full_rank_leaves_nothing_but_the_rounding_of_its_factors():
+    w, _, _ = layer()
+    (branch,) = svd([w], FMT, None, rank=N)
+    assert (w - branch.matrix()).norm() < 0.02 * w.norm()
+
+
+@pytest.mark.parametrize("name", LOWRANK)
+def test_a_branch_lowers_the_error(name):
+    w, _, gram = layer()
+    (branch,) = LOWRANK[name]([w], FMT, gram, rank=8)
+    nothing = SOLVERS["search"].call(w, FMT, gram)[0] - w
+    assert missed(w, branch, gram) < float(((nothing @ gram) * nothing).sum())
+
+
+def test_more_rank_and_more_rounds_are_never_worse():
+    w, _, gram = layer()
+    by_rank = [missed(w, svd([w], FMT, gram, rank=r)[0], gram) for r in (2, 8, 32)]
+    assert by_rank[0] > by_rank[1] > by_rank[2]
+    by_round = [missed(w, svd([w], FMT, gram, rank=8, iterations=i)[0], gram) for i in (0, 2, 8)]
+    assert by_round[0] >= by_round[1] >= by_round[2]
+    nothing = SOLVERS["search"].call(w, FMT, gram)[0] - w
+    assert by_rank[0] < float(((nothing @ gram) * nothing).sum())
+
+
+def test_decomposing_first_beats_quantizing_first():
+    for seed in range(3):
+        w, _, _ = layer(seed)
+        eye = torch.eye(K)
+        first = missed(w, svd([w], FMT, None, rank=16, iterations=0)[0], eye)
+        after = missed(w, loftq([w], FMT, None, rank=16, iterations=1)[0], eye)
+        assert first < after
+
+
+def test_the_metric_of_the_input_helps_the_output():
+    for seed in range(3):
+        w, x, _ = layer(seed)
+        w, x = fwht(w, 64), fwht(x, 64)
+        gram = x.T @ x / len(x)
+        plain = missed(w, svd([w], FMT, gram, rank=8, weighted=False)[0], gram)
+        assert missed(w, svd([w], FMT, gram, rank=8)[0], gram) < plain
+
+
+def test_weights_that_share_the_down_projection_share_it():
+    parts = [layer(seed)[0] for seed in range(3)]
+    branches = svd(parts, FMT, layer()[2], rank=8, share=True)
+    assert all(torch.equal(b.down, branches[0].down) for b in branches)
+    assert [b.up.shape for b in branches] == [(N, 8)] * 3
+    alone = svd(parts, FMT, layer()[2], rank=8)
+    assert not torch.equal(alone[0].down, alone[1].down)
+
+
+def test_bits_set_the_rank_by_the_shape():
+    assert rank_for((3072, 3072), {"bits": 1 / 3}) == 32  # SVDQuant's rank on FLUX
+    assert rank_for((256, 256), {"bits": 0.5}) == 4
+    assert rank_for((8, 8), {"rank": 32}) == 8
+    for shape in ((256, 1024), (96, 128)):
+        r = rank_for(shape, {"bits": 0.5})
+        assert 16 * r * sum(shape) / (shape[0] * shape[1]) <= 0.5 or r == 1
+
+
+@pytest.mark.parametrize("transform", ["none", "smooth-hadamard", "ars"])
+def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform):
+    w, x, _ = layer()
+    stats = SiteStats(K, 2, frozenset({"channels", "gram", "reservoir"}))
+    for call, rows in enumerate(x.split(256)):
+        stats.see(rows, Origin(call % 2, call, torch.zeros(len(rows), dtype=torch.int64)))
+    plan = LayerPlan(
+        "it", "ffn.up", (N, K), "int4-g64", "none", pre_quant=transform != "none",
+        transform=Call(transform), solver=Call("gptq"), lowrank=Call("svd", (("rank", 8),)),
+    )  # fmt: skip
+    how = {"fmt": FMT, "acts": ACTS["none"]}
+    choice = TRANSFORMS[transform].call([w], stats, **how)
+    recipe = Recipe.load("w4a8", correct_bias=False)
+    (solved,) = solve_site([plan], [w], choice, stats, recipe)
+    assert solved.plan.rank == 8
+    bits = bits_per_weight(FMT, (N, K)) + 16 * 8 * (N + K) / (N * K)
+    bits += 16 / N * solved.plan.pre_quant + 32 / N * solved.plan.permute
+    assert solved.report.bits == pytest.approx(bits)
+    new = QuantLinear(K, N, False, solved.plan.runtime())
+    new.fill(solved.parts)
+    torch.testing.assert_close(new(x), x @ new.dequantize().T, rtol=1e-3, atol=1e-3)
+    error = (new(x) - x @ w.T).square().sum() / (x @ w.T).square().sum()
+    assert error == pytest.approx(solved.report.error, rel=0.1)
+    (bare,) = solve_site(
+        [LayerPlan(**{**plan.__dict__, "lowrank": Call("none")})], [w], choice, stats, recipe
+    )
+    assert solved.report.error < bare.report.error
