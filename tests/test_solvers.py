@@ -3,22 +3,30 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from functools import cache
+
 import pytest
 import torch
 
-from dtq.formats import FORMATS
+from dtq.errors import InputError
+from dtq.formats import FORMATS, bits_per_weight
 from dtq.solvers import SOLVERS
 
 K = 256
-PAIRS = pytest.mark.parametrize("solver", SOLVERS)
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+KINDS = """int4-asym-g64 int3-2l-g64 e2m1-row nvfp4-46 mxfp4 lut4-g64 twinlog3-row vq-256x4-row
+vq-64x2 ternary-g64 trit-row"""
+SOME = pytest.mark.parametrize("name", KINDS.split())  # one of each kind
 
 
-def problem(seed: int = 0, rows: int = 2000):
+@cache
+def problem(seed: int = 0, rows: int = 2000, n: int = 48, k: int = K):
     g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(K, K, generator=g) * 0.4 + torch.eye(K)
-    x = torch.randn(rows, K, generator=g) * torch.exp(0.6 * torch.randn(K, generator=g)) @ mix
-    w = torch.randn(48, K, generator=g) * 0.05
+    mix = torch.randn(k, k, generator=g) * 0.4 + torch.eye(k)
+    x = torch.randn(rows, k, generator=g) * torch.exp(0.6 * torch.randn(k, generator=g)) @ mix
+    w = torch.randn(n, k, generator=g) * 0.05
     return w, x
 
 
@@ -27,58 +35,146 @@ def objective(w, snapped, gram):
     return float((d @ gram.double() * d).sum())
 
 
-@ALL
-@PAIRS
-def test_the_result_is_representable(fmt, solver):
-    w, x = problem()
-    snapped, params = SOLVERS[solver].call(w, fmt, x.T @ x / len(x))
+def check_representable(fmt, snapped, params):
+    assert torch.isfinite(snapped).all()
     assert torch.equal(fmt.snap(snapped, params), snapped)
     assert torch.equal(fmt.unpack(fmt.pack(snapped, params)), snapped)
 
 
 @ALL
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_gptq_beats_clip_search_beats_rounding(fmt, seed):
     w, x = problem(seed)
     gram = x[:1500].T @ x[:1500] / 1500
     held = x[1500:].T @ x[1500:] / 500
-    result = {name: SOLVERS[name].call(w, fmt, gram)[0] for name in SOLVERS}
-    diagonal = {n: objective(w, r, gram.diagonal().diag()) for n, r in result.items()}
+    result = {name: SOLVERS[name].call(w, fmt, gram) for name in SOLVERS}
+    for snapped, params in result.values():
+        check_representable(fmt, snapped, params)
+    diagonal = {n: objective(w, r, gram.diagonal().diag()) for n, (r, _) in result.items()}
     assert diagonal["search"] <= diagonal["rtn"]
-    error = {n: objective(w, r, gram) for n, r in result.items()}
-    # an 8-bit grid is so fine that group scales in bfloat16 decide; 4 bits must win clearly
-    assert error["gptq"] <= error["rtn"] * (0.8 if fmt.name.startswith("int4") else 1.0)
-    fresh = {n: objective(w, r, held) for n, r in result.items()}
+    error = {n: objective(w, r, gram) for n, (r, _) in result.items()}
+    # an 8-bit grid is so fine that group scales in bfloat16 decide; fewer must win clearly
+    assert error["gptq"] <= error["rtn"] * (0.8 if bits_per_weight(fmt, (1152, 1152)) < 8 else 1.0)
+    fresh = {n: objective(w, r, held) for n, (r, _) in result.items()}
     assert fresh["gptq"] <= fresh["rtn"]
 
 
 @ALL
-def test_gptq_on_the_identity_is_clip_search(fmt):
-    w, _ = problem()
-    assert torch.equal(
-        SOLVERS["gptq"].call(w, fmt, torch.eye(K))[0], SOLVERS["search"].call(w, fmt, None)[0]
-    )
+def test_gptq_without_correlations_is_clip_search(fmt):
+    w, x = problem()
+    for gram in (torch.eye(K), x.square().mean(0).diag()):
+        got, want = (SOLVERS[n].call(w, fmt, gram)[0] for n in ("gptq", "search"))
+        assert torch.equal(got, want)
+    plain = SOLVERS["gptq"].call(w, fmt)[0]
+    assert torch.equal(plain, SOLVERS["search"].call(w, fmt)[0])
+    if fmt.learned:  # there is no clip to search: it is the fit
+        assert torch.equal(plain, SOLVERS["rtn"].call(w, fmt)[0])
+    else:
+        unclipped = SOLVERS["gptq"].call(w, fmt, torch.eye(K), clip=False)[0]
+        assert torch.equal(unclipped, SOLVERS["rtn"].call(w, fmt)[0])
 
 
-def test_gptq_with_clip_beats_gptq_without():
+@pytest.mark.parametrize("name", ["int4-asym-g64", "e2m1-row", "nvfp4"])
+def test_gptq_with_clip_beats_gptq_without(name):
     w, x = problem(3)
     gram = x.T @ x / len(x)
-    fmt = FORMATS["int4-asym-g64"]
-    plain, clipped = (SOLVERS["gptq"].call(w, fmt, gram, clip=c)[0] for c in (False, True))
+    plain, clipped = (
+        SOLVERS["gptq"].call(w, FORMATS[name], gram, clip=c)[0] for c in (False, True)
+    )
     assert objective(w, clipped, gram) < objective(w, plain, gram)
 
 
-def test_gptq_survives_singular_moments_and_dead_inputs():
+@pytest.mark.parametrize(
+    ("name", "n", "k"),
+    [
+        ("int4-asym-g128", 7, 1152),
+        ("vq-256x4", 33, 1152),
+        ("lut4-g64", 7, 1152),
+        ("nvfp4", 7, 1152),
+        ("int3-2l-g64", 5, 2240),
+        ("trit-row", 5, 2240),
+        ("vq-64x2", 5, 2240),
+    ],
+)
+def test_gptq_at_widths_that_blocks_do_not_divide(name, n, k):
+    """2240 is 17.5 blocks of 128; rows are odd."""
+    w, x = problem(0, rows=300, n=n, k=k)
+    gram = x.T @ x / len(x)
+    fmt = FORMATS[name]
+    fmt.layout(w.shape)
+    snapped, params = SOLVERS["gptq"].call(w, fmt, gram)
+    check_representable(fmt, snapped, params)
+    assert objective(w, snapped, gram) < objective(w, SOLVERS["rtn"].call(w, fmt)[0], gram)
+
+
+@SOME
+@pytest.mark.parametrize("block", [16, 96, 1000])
+def test_blocks_change_rounding_errors_only(name, block):
+    w, x = problem()
+    gram = x.T @ x / len(x)
+    whole, parts = (
+        objective(w, SOLVERS["gptq"].call(w, FORMATS[name], gram, block=b)[0], gram)
+        for b in (128, block)
+    )
+    assert parts == pytest.approx(whole, rel=0.02)
+
+
+@SOME
+def test_gptq_survives_singular_moments_and_dead_inputs(name):
     w, x = problem(0, rows=40)  # rank 40 of 256
+    x = x.clone()  # the problem is shared
     x[:, 7] = 0
-    snapped, _ = SOLVERS["gptq"].call(w, FORMATS["int4-2l-g64"], x.T @ x / 40)
+    x[:, 64:128] = 0  # a whole group
+    fmt = FORMATS[name]
+    gram = x.T @ x / 40
+    snapped, params = SOLVERS["gptq"].call(w, fmt, gram)
+    check_representable(fmt, snapped, params)
+    assert objective(w, snapped, gram) < objective(w, SOLVERS["rtn"].call(w, fmt)[0], gram)
+    dead, _ = SOLVERS["gptq"].call(w, fmt, torch.zeros(K, K))
+    assert torch.isfinite(dead).all()
+
+
+def test_damping_is_raised_until_the_moment_factors(caplog):
+    w, x = problem(0, rows=40)
+    gram = x.T @ x / 40
+    gram = gram - 0.02 * gram.diagonal().mean() * torch.eye(K)  # slightly indefinite
+    with caplog.at_level(logging.INFO, "dtq"):
+        snapped, _ = SOLVERS["gptq"].call(w, FORMATS["int4-g64"], gram)
+    assert "damping raised" in caplog.text
     assert torch.isfinite(snapped).all()
-    assert (snapped - w).norm() < 0.7 * w.norm()
+    no_moment = torch.eye(K) - 1e6 * (1 - torch.eye(K))
+    with pytest.raises(InputError, match="not positive definite"):
+        SOLVERS["gptq"].call(w, FORMATS["int4-g64"], no_moment)
 
 
-def test_gptq_refuses_broken_moments():
+def test_nvfp4_keeps_the_scale_of_the_matrix():
+    w, x = problem()
+    for name in ("nvfp4", "nvfp4-46"):
+        _, params = SOLVERS["gptq"].call(w, FORMATS[name], x.T @ x / len(x))
+        assert torch.equal(params["weight_scale_2"], FORMATS[name].fit(w)["weight_scale_2"])
+
+
+def test_vectors_are_snapped_together():
+    """Every vector of the result is a word, chosen with the repairs that its columns had got."""
+    w, x = problem()
+    fmt = FORMATS["vq-256x4"]
+    snapped, params = SOLVERS["gptq"].call(w, fmt, x.T @ x / len(x))
+    words = {tuple(word) for word in params["weight_lut"].float().tolist()}
+    assert {tuple(v) for v in snapped.reshape(-1, 4).tolist()} <= words
+    assert not torch.equal(snapped, fmt.snap(w, params))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_refused(solver, bad):
     w, _ = problem()
+    broken = w.clone()
+    broken[3, 5:7] = bad
+    with pytest.raises(InputError, match=re.escape("the weight has 2 entries")):
+        SOLVERS[solver].call(broken, FORMATS["int4-row"], torch.eye(K))
+    if solver == "rtn":  # it does not look at the input
+        return
     gram = torch.eye(K)
-    gram[3, 3] = torch.nan
-    with pytest.raises(ValueError, match="second moment"):
-        SOLVERS["gptq"].call(w, FORMATS["int4-row"], gram)
+    gram[3, 3] = bad
+    with pytest.raises(InputError, match="second moment of the input has 1 entries"):
+        SOLVERS[solver].call(w, FORMATS["int4-row"], gram)
