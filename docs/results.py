@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 
 from dtq.calibrate import sets, store
-from dtq.calibrate.engine import Statistics
-from dtq.calibrate.stats import SiteStats
 from dtq.evaluate import baselines, drift, fid
 from dtq.evaluate.run import compare_pictures, extractor_for, row_of
 from dtq.quantize import calibrate_source, plan_source, quantize_source
@@ -81,22 +79,8 @@ def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
     recipe = Recipe.load("w4a8", calibration={"samples": calibration})
     scan, _ = plan_source(source, recipe)
     stats = calibrate_source(source, scan, recipe, EVERYTHING)
-    store.save(stats, folder / "stats-8.safetensors")
-    for site in stats.sites.values():
-        _forget_the_time(site)
-    store.save(Statistics(stats.sites, (), stats.about), folder / "stats-1.safetensors")
+    store.save(stats, folder / "stats.safetensors")
     torch.save(truth, folder / "truth.pt")
-
-
-def _forget_the_time(site: SiteStats) -> None:
-    """The same statistics in one timestep bin, for recipes with one static scale."""
-    c = site.channels
-    c.low, c.high = c.low.amin(0, keepdim=True), c.high.amax(0, keepdim=True)
-    c.total, c.square = c.total.sum(0, keepdim=True), c.square.sum(0, keepdim=True)
-    c.rows = c.rows.sum(0, keepdim=True)
-    assert site.reservoir is not None
-    site.reservoir.stratum %= 2
-    site.bins = 1
 
 
 def measure(name: str, row: str, folder: Path, samples: int) -> dict:
@@ -116,7 +100,7 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
     else:
         base, changes = VARIANTS.get(row, (row, {}))
         recipe = Recipe.load(base, **changes)
-        stats = store.load(folder / f"stats-{1 if recipe.calibration.bins == 1 else 8}.safetensors")
+        stats = store.load(folder / "stats.safetensors")
         report = quantize_source(source, recipe, statistics=stats, progress=False)
         plan = report.plan
         found = {

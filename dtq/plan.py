@@ -62,7 +62,8 @@ class Runtime:
         if self.permute:
             specs["pre_quant_order"] = Spec((1, columns), torch.int32)
         if ACTS[self.acts].static:
-            specs["input_scale"] = Spec((1, bins), torch.float32)
+            count = bins if ACTS[self.acts].stepped else 1
+            specs["input_scale"] = Spec((1, count), torch.float32)
         if self.rank:
             specs["proj_down"] = Spec((self.rank, columns), torch.bfloat16)
             specs["proj_up"] = Spec((rows, self.rank), torch.bfloat16)

@@ -261,7 +261,7 @@ class Recipe:
         ]
         if unused:
             raise RecipeError(f"recipe {self.name}", unused)
-        bins = self.calibration.bins if any(ACTS[x.acts].static for x in layers) else 1
+        bins = self.calibration.bins if any(ACTS[x.acts].stepped for x in layers) else 1
         return Plan(self.name, tuple(layers), bins)
 
     def needs(self) -> frozenset[str]:
@@ -314,6 +314,8 @@ class Recipe:
         weights, note = _fitting((weights, *fallback), linear.shape)
         if not weights:
             return replace(base, note=f"kept: {note}")
+        acts, other = _acts_fitting(acts, linear.shape[1])
+        note = "; ".join(x for x in (note, other) if x)
         changed = transform.name != "none"
         turns = "hadamard" in transform.name or transform.name in ("search", "ars")
         block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64)) if turns else 1
@@ -327,7 +329,7 @@ class Recipe:
             solver=solver,
             lowrank=lowrank,
             rank=0 if lowrank.name == "none" else rank_for(linear.shape, dict(lowrank.knobs)),
-            choose=choose if not note else (),
+            choose=choose if weights == self.weights else (),
             note=note,
         )
 
@@ -343,6 +345,19 @@ def _fitting(formats: Iterable[str], shape: tuple[int, int]) -> tuple[str, str]:
         else:
             return name, reason
     return "", reason
+
+
+def _acts_fitting(acts: str, columns: int) -> tuple[str, str]:
+    """The activation format, or where its groups do not divide K, one scale per token."""
+    if not ACTS[acts].grid:
+        return acts, ""
+    try:
+        FORMATS[ACTS[acts].grid].layout((1, columns))
+    except InputError as error:
+        return f"int{ACTS[acts].bits}-row", f"input as int{ACTS[acts].bits}-row: {error}".split(
+            ". "
+        )[0]
+    return acts, ""
 
 
 def find(what: str | Path) -> Path:
@@ -457,7 +472,7 @@ def _call(value: Any, where: str, problems: list[str]) -> Call:
     if isinstance(value, Mapping) and len(value) == 1:
         name, knobs = next(iter(value.items()))
         if isinstance(name, str) and (knobs is None or isinstance(knobs, Mapping)):
-            return Call(name, tuple((knobs or {}).items()))
+            return Call(name, tuple(sorted((knobs or {}).items())))
     problems.append(f"{where}: expected a method name, or one name with its knobs, got {value!r}")
     return Call("")
 
@@ -471,7 +486,9 @@ def _method(
     knobs = {
         name: p.default
         for name, p in parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+        and p.default is not inspect.Parameter.empty
+        and name not in ("progress", "save")  # the caller's, not the recipe's
     }
     for knob, value in call.knobs:
         if not _known(knob, knobs, f"{at}.{call.name}", problems, "knob"):

@@ -165,7 +165,7 @@ def _solve_in(
     if transform.order is not None:
         parts["pre_quant_order"] = transform.order.reshape(1, -1).clone()
     if ACTS[layer.acts].static:
-        parts["input_scale"] = _static_scale(transform, stats)
+        parts["input_scale"] = _static_scale(transform, stats, ACTS[layer.acts].stepped)
     error = _output_error(layer, weight, snapped, low, transform, shift, stats)
     final = replace(
         layer,
@@ -237,13 +237,15 @@ def _output_error(
     return float((got - want).square().sum() / want.square().sum().clamp(min=1e-30))
 
 
-def _static_scale(transform: Online, stats: SiteStats | None) -> Tensor:
-    """One activation scale per timestep bin (1, bins), from sampled rows."""
+def _static_scale(transform: Online, stats: SiteStats | None, stepped: bool) -> Tensor:
+    """One activation scale (1, 1), or one per timestep bin (1, bins), from sampled rows."""
     if stats is None or stats.reservoir is None:
         raise InputError("static activation scales need calibration data")
     rows = transform.x(stats.reservoir.rows.to(transform.scale.device))
     bins = (stats.reservoir.stratum // 2).to(rows.device)
     everything = row_scale(rows.reshape(1, -1)).reshape(())
+    if not stepped:
+        return everything.reshape(1, 1)
     scales = [
         row_scale(rows[bins == b].reshape(1, -1)).reshape(()) if (bins == b).any() else everything
         for b in range(stats.bins)

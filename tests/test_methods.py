@@ -49,16 +49,11 @@ def test_the_presets_and_the_family_are_there():
 
 @pytest.fixture(scope="module", params=["demo", "demo-hard"])
 def prepared(request):
-    """The float model opened once, its statistics with and without timestep bins, a trajectory."""
+    """The float model opened once, its statistics, a trajectory."""
     source = open_source(request.param)
     scan, _ = plan_source(source, Recipe.load("w4a8"))
-    stats = {
-        bins: calibrate_source(
-            source, scan, replace(Recipe(), calibration=replace(FAST, bins=bins)), EVERYTHING,
-            progress=False,
-        )
-        for bins in (4, 1)
-    }  # fmt: skip
+    fast = replace(Recipe(), calibration=FAST)
+    stats = calibrate_source(source, scan, fast, EVERYTHING, progress=False)
     how = Calibration(samples=2, steps=3, batch=2, seed=7)
     requests = sets.load("auto", source.pipeline, 2)
     return source, stats, drift.record(source.pipeline, source.model, requests, how)
@@ -68,8 +63,7 @@ def prepared(request):
 def test_a_recipe_quantizes_saves_loads_and_samples(prepared, name, tmp_path):
     source, stats, truth = prepared
     recipe = Recipe.load(name)
-    bins = 1 if recipe.calibration.bins == 1 else 4
-    changes = {"calibration": replace(FAST, bins=bins)}
+    changes = {"calibration": FAST}
     if recipe.refine.name != "none":
         changes["refine"] = replace(
             recipe.refine,
@@ -80,7 +74,7 @@ def test_a_recipe_quantizes_saves_loads_and_samples(prepared, name, tmp_path):
     recipe = replace(recipe, **changes)
     opened = replace(source, pipeline=copy.copy(source.pipeline), model=copy.deepcopy(source.model))
     opened.pipeline.register_modules(transformer=opened.model)
-    report = quantize_source(opened, recipe, statistics=stats[bins], skip=KEEP, progress=False)
+    report = quantize_source(opened, recipe, statistics=stats, skip=KEEP, progress=False)
     steps = drift.teacher_forced(truth, opened.model)
     assert sum(steps) / len(steps) < LOOSE.get(name, 0.05)
     plan = report.plan

@@ -150,3 +150,16 @@ def test_the_scan_knows_every_linear_of_the_known_families(name):
         "attn.v",
         "ffn.up",
     } in shared
+
+
+def test_activation_groups_that_do_not_divide_the_input_give_way_with_a_note():
+    model = tiny.dit(heads=3)  # width 96
+    plan = Recipe.load("q-dit", allocate={"budget": ""}).plan(scan_model(model))
+    narrow = [x for x in plan.gemm() if x.shape[1] % 128]
+    assert narrow
+    assert all(x.acts == "int8-row" and "int8-asym-g128" in x.note for x in narrow)
+
+
+def test_knobs_that_belong_to_the_caller_are_not_the_recipes():
+    with pytest.raises(RecipeError, match="progress"):
+        Recipe.load("w4a8", refine={"blocks": {"progress": False}})

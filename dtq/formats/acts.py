@@ -3,7 +3,7 @@
 
 A row is a token. Every dynamic format takes its scales from the token itself, so no token depends
 on the rest of its batch (ViDiT-Q, 2406.02540, sec. 3.2). ``int8-step`` reads one scale per layer
-and timestep bin from the file. ``none`` leaves activations in the compute dtype (weight-only).
+and timestep bin from the file, ``int8-static`` one per layer. ``none`` leaves activations in the compute dtype (weight-only).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Acts:
 
     Attributes:
         bits: bits of a code; 16 means not quantized.
-        static: the scale is stored, one per timestep bin, instead of measured.
+        static: the scale is stored instead of measured.
+        stepped: one stored scale per timestep bin; otherwise one for all.
         grid: name of the weight format that a token is rounded with, as if it were a row of a
             matrix; empty for integers with one scale per token, which have kernels.
     """
@@ -31,6 +32,7 @@ class Acts:
     name: str
     bits: int
     static: bool = False
+    stepped: bool = False
     grid: str = ""
 
     @property
@@ -49,7 +51,8 @@ ACTS: dict[str, Acts] = {
     for a in (
         Acts("none", 16),
         Acts("int8-row", 8),
-        Acts("int8-step", 8, static=True),
+        Acts("int8-step", 8, static=True, stepped=True),
+        Acts("int8-static", 8, static=True),
         Acts("int6-row", 6),
         Acts("int4-row", 4),
         Acts("int4-g64", 4, grid="int4-g64"),
