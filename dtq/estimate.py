@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dtq.allocate import parse_budget
 from dtq.checkpoint import predicted_bytes
 from dtq.families import Scan
 from dtq.plan import Plan
@@ -24,7 +25,7 @@ class Estimate:
 
     Attributes:
         file: exact size of the transformer's safetensors file when nothing is promoted.
-        file_most: with the guard's whole budget spent.
+        file_most: with the whole budget spent, the guard's or that of mixed precision.
         float_file: of the float transformer in the compute dtype.
         memory: peak while quantizing, all statistics in memory.
         seconds: on this machine, None when the model could not be traced.
@@ -53,11 +54,15 @@ def estimate(
     file = predicted_bytes(tensors)
     gemm = sum(math.prod(x.shape) for x in plan.gemm())
     spare = max(0.0, recipe.guard.budget - plan.bits(plan.gemm())) if recipe.guard.to else 0.0
+    most = file + round(spare * gemm / 8)
+    if recipe.allocate.budget:
+        allowed = parse_budget(str(recipe.allocate.budget), gemm)
+        most = file - sum(x.nbytes(plan.bins) for x in plan.gemm()) + allowed
     floats = sum(t.numel() * dtype.itemsize for t in model.state_dict().values())
     needs = recipe.needs()
     return Estimate(
         file,
-        file + round(spare * gemm / 8),
+        most,
         floats,
         peak_memory(plan, needs, floats),
         _seconds(scan, plan, recipe) if scan.traced else None,

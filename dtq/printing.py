@@ -54,7 +54,7 @@ def print_plan(plan: Plan, cost: Estimate, traced: bool, chosen: Recipe) -> None
     )
     if cost.file_most > cost.file:
         click.echo(
-            f"  at most                   {size(cost.file_most)} if the guard spends its whole budget ({chosen.guard.budget} bits)"
+            f"  at most                   {size(cost.file_most)} if the whole budget is spent ({chosen.allocate.budget or chosen.guard.budget})"
         )
     click.echo(f"peak memory                 about {size(cost.memory)}")
     click.echo(

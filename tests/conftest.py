@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dtq
 from dtq import checkpoint
+from dtq.plan import Call
+from dtq.recipe import Recipe
 
 QUICK = {"calibration": {"samples": 8, "batch": 4, "steps": 8, "bins": 4}}
+
+
+def hasty(name: str, **overrides) -> Recipe:
+    """A shipped recipe with every method in place but little patience: for tests of the path."""
+    recipe = Recipe.load(name, **{**QUICK, **overrides})
+
+    def call(was: Call, **knobs) -> Call:
+        return Call(was.name, tuple(sorted({**dict(was.knobs), **knobs}.items())))
+
+    if recipe.transform.name == "search":
+        recipe = replace(recipe, transform=call(recipe.transform, step=0.25, rows=64))
+    if recipe.lowrank.name != "none":
+        recipe = replace(recipe, lowrank=call(recipe.lowrank, iterations=1))
+    if recipe.refine.name != "none":
+        recipe = replace(recipe, refine=call(recipe.refine, steps=6))
+    return replace(recipe, allocate=replace(recipe.allocate, calls=2))
 
 
 @pytest.fixture(scope="session")

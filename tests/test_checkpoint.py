@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import QUICK
+from conftest import hasty
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,7 +23,7 @@ from dtq.errors import CheckpointError, InputError
 from dtq.estimate import file_tensors
 from dtq.plan import file_bytes
 from dtq.quantize import plan_source
-from dtq.recipe import Recipe, names
+from dtq.recipe import names
 from dtq.source import Source, skeleton
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,7 +32,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", names())
 def test_loaded_samples_equal_those_of_the_model_in_memory(recipe, dtype, float_folder, tmp_path):
-    pipe = dtq.quantize(float_folder, recipe, dtype=dtype, progress=False, **QUICK)
+    pipe = dtq.quantize(float_folder, hasty(recipe), dtype=dtype, progress=False)
     want = tiny.sample(pipe)
     checkpoint.write(pipe, tmp_path / "q")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "q", torch_dtype=dtype)
@@ -102,7 +102,7 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
 @pytest.mark.parametrize("recipe", names())
 def test_the_file_has_exactly_the_bytes_that_the_plan_said(recipe, float_folder, tmp_path):
     model, dtype = skeleton(str(float_folder))
-    chosen = Recipe.load(recipe, guard={"to": ""}, **QUICK)
+    chosen = hasty(recipe, guard={"to": ""}, allocate={"budget": ""})
     _, plan = plan_source(Source("x", None, "transformer", model), chosen)
     said = checkpoint.predicted_bytes(file_tensors(model, plan, dtype))
     pipe = dtq.quantize(float_folder, chosen, progress=False)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from conftest import QUICK
+from conftest import QUICK, hasty
 from diffusers import DiffusionPipeline
 
 import dtq
@@ -62,16 +62,7 @@ def prepared(request):
 @pytest.mark.parametrize("name", names())
 def test_a_recipe_quantizes_saves_loads_and_samples(prepared, name, tmp_path):
     source, stats, truth = prepared
-    recipe = Recipe.load(name)
-    changes = {"calibration": FAST}
-    if recipe.refine.name != "none":
-        changes["refine"] = replace(
-            recipe.refine,
-            knobs=(*(k for k in recipe.refine.knobs if k[0] != "steps"), ("steps", 8)),
-        )
-    if recipe.allocate.budget:
-        changes["allocate"] = replace(recipe.allocate, calls=2)
-    recipe = replace(recipe, **changes)
+    recipe = replace(hasty(name), calibration=FAST)
     opened = replace(source, pipeline=copy.copy(source.pipeline), model=copy.deepcopy(source.model))
     opened.pipeline.register_modules(transformer=opened.model)
     report = quantize_source(opened, recipe, statistics=stats, skip=KEEP, progress=False)
