@@ -3,7 +3,8 @@
 
 A row is a token. Every dynamic format takes its scales from the token itself, so no token depends
 on the rest of its batch (ViDiT-Q, 2406.02540, sec. 3.2). ``int8-step`` reads one scale per layer
-and timestep bin from the file, ``int8-static`` one per layer. ``none`` leaves activations in the compute dtype (weight-only).
+and timestep bin from the file, ``int8-static`` one per layer. ``none`` leaves activations in the
+compute dtype (weight-only).
 """
 
 from __future__ import annotations
