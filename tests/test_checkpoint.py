@@ -29,8 +29,12 @@ from dtq.source import Source, skeleton
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recipe", names())
+# every recipe in float32 runs on the bundled model, see test_methods.py
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [(name, torch.bfloat16) for name in names()]
+    + [(name, torch.float32) for name in ("w4a8", "w8a8", "w4a16", "nvfp4", "vq4dit")],
+)
 def test_loaded_samples_equal_those_of_the_model_in_memory(recipe, dtype, float_folder, tmp_path):
     pipe = dtq.quantize(float_folder, hasty(recipe), dtype=dtype, progress=False)
     want = tiny.sample(pipe)
