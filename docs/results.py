@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,8 +29,19 @@ from dtq.source import open_source
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
 MODELS = ("demo", "demo-hard")
 OURS = ("w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq")
+BUDGETS: dict[str, tuple[str, dict]] = {
+    f"w4a8 --budget {bits}": (
+        "w4a8",
+        {"allocate": {"budget": bits, "options": options}, "guard": {"to": ""}},
+    )
+    for bits, options in (
+        (4.1, ["int4-2l-g64", "int3-2l-g64"]),
+        (4.8, ["int4-2l-g64", "int8-row"]),
+    )
+}
 # label: (recipe, top-level keys that differ)
 VARIANTS: dict[str, tuple[str, dict]] = {
+    **BUDGETS,
     "w4a8, no transform": ("w4a8", {"transform": "none"}),
     "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth"}),
     "w4a8, rotation alone": ("w4a8", {"transform": "hadamard"}),
@@ -107,7 +119,7 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
             "bits": plan.bits(plan.gemm()),
             "bits_all": plan.bits(plan.quantized()),
             "promoted": sum(x.promoted for x in report.layers),
-            "formats": sorted({x.weights for x in plan.gemm()}),
+            "formats": Counter(x.weights for x in plan.gemm()),
             "steps": report.steps,
         }
     found["seconds"] = time.monotonic() - started
@@ -154,6 +166,36 @@ def table(found: dict[str, dict[str, dict]], labels: list[str]) -> list[str]:
     return lines
 
 
+def claims(found: dict[str, dict]) -> list[str]:
+    """What the papers say, and what the rows of ``demo`` say to it."""
+    pairs = {
+        "smoothing over all timesteps beats one step (DiTAS)": ("ditas", "ditas over the first step"),
+        "the maximum over time beats the mean (DiTAS)": ("ditas", "ditas over the mean"),
+        "the low-rank compensation helps (DiTAS)": ("ditas", "ditas, no branch"),
+        "twin-log beats uniform at 4 bits (LRQ-DiT)": ("lrq-dit", "lrq-dit, uniform 4 bits"),
+        "twin-log beats uniform at 3 bits (LRQ-DiT)": ("lrq-dit, 3 bits", "lrq-dit, uniform 3 bits"),
+        "calibrated assignments beat k-means (VQ4DiT)": ("vq4dit", "vq4dit, plain k-means"),
+        "choosing the format by layer beats E2M1 (HQ-DiT)": ("hq-dit", "hq-dit, E2M1 everywhere"),
+        "GPTQ on the FP grid helps (HQ-DiT)": ("hq-dit", "hq-dit, rounding"),
+        "decoupled metrics beat one metric (ViDiT-Q-MP)": ("viditq-mp", "viditq-mp, not decoupled"),
+    }  # fmt: skip
+    lines = ["| claim | with | without | ratio |", "| --- | ---: | ---: | ---: |"]
+    for claim, (a, b) in pairs.items():
+        if a in found and b in found:
+            x, y = found[a]["error"], found[b]["error"]
+            lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2f} |")
+    for label in ("rtn-w4a8", "w4a8", "w4a4"):
+        if label in found:
+            steps = found[label]["by_step"]
+            k = len(steps) // 4
+            x, y = sum(steps[:k]) / k, sum(steps[-k:]) / k
+            claim = f"the first quarter of the steps errs more than the last ({label})"
+            lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2f} |")
+    if "hq-dit" in found:
+        lines.append(f"| formats that HQ-DiT chose | {found['hq-dit']['formats']} | | |")
+    return lines
+
+
 def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
     """Error against bits, the rows of dtq, of the papers and of other libraries."""
     from matplotlib.figure import Figure
@@ -162,7 +204,7 @@ def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
     for axis, model in zip(figure.subplots(1, 2), MODELS, strict=True):
         papers = [r for r in names() if r not in OURS]
         kinds = (
-            ("dtq", OURS, "o", "#1668b8"),
+            ("dtq", [*OURS, *BUDGETS], "o", "#1668b8"),
             ("methods of the papers", papers, "s", "#c2571a"),
             ("other libraries", list(baselines.BASELINES), "^", "#5b7f2b"),
         )
@@ -227,11 +269,14 @@ def main() -> None:
         "Recipes of dtq": ours,
         "Methods of the papers": papers,
         "Other libraries": list(baselines.BASELINES),
-        "Variants": list(VARIANTS),
+        "Budgets": list(BUDGETS),
+        "Variants": [v for v in VARIANTS if v not in BUDGETS],
     }
     for title, labels in sections.items():
         print(f"\n### {title}\n")
         print("\n".join(table(found, labels)))
+    print("\n### Claims of the papers\n")
+    print("\n".join(claims(found["demo"])))
     plot(found, options.out / "frontier.png")
 
 
