@@ -26,6 +26,8 @@ from dtq.transforms import Choice
 
 log = logging.getLogger("dtq")
 
+_JUDGES = 24  # recorded calls that whole-model alternatives are judged on
+
 
 def check_budget(plan: Plan, recipe: Recipe) -> None:
     """Refuse a budget below the cheapest options before any work is done.
@@ -118,6 +120,43 @@ def mixed(
     for site, option in chosen.choice.items():
         solved |= results[site][option]
     return final(plan, solved), chosen
+
+
+def compare(
+    model: nn.Module,
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    recorded: list[Recorded],
+    solved: dict[str, Solved],
+    *,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Solve the whole model with other transforms too, and keep what errs least.
+
+    A transform is searched input by input on sampled rows; how errors add up over the model is
+    only seen on its output. ``solved`` is completed with the winner.
+
+    Returns:
+        Teacher-forced error of each candidate, the recipe's own first.
+    """
+    calls, gemm = spread(recorded, _JUDGES), {x.name for x in plan.gemm()}
+    found = {recipe.transform.name: {name: solved[name] for name in gemm}}
+    for other in recipe.compare:
+        changed = {x.name: replace(x, transform=Call(other)) for x in plan.gemm()}
+        found[other], _ = solve_all(
+            model, scan, plan.with_layers(changed), recipe, statistics, only=gemm, what=other,
+            progress=progress,
+        )  # fmt: skip
+    edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
+    clock = install_clock(model, edges) if edges else None
+    candidates = {name: _modules(model, each, plan.bins, clock) for name, each in found.items()}
+    errors = measure(model, calls, {"model": candidates}, progress=progress)["model"]
+    best = min(errors, key=lambda name: errors[name]["mse"])
+    solved |= found[best]
+    log.info("transform: %s", ", ".join(f"{n} {e['mse']:.2e}" for n, e in errors.items()))
+    return {name: error["mse"] for name, error in errors.items()}
 
 
 def _modules(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dtq import steps
-from dtq.budget import check_budget, guard, mixed
+from dtq.budget import check_budget, compare, guard, mixed
 from dtq.calibrate import engine, sets
 from dtq.calibrate.engine import Statistics
 from dtq.calibrate.record import Recorded, sample_calls, spread
@@ -42,6 +42,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     sites: list[SiteReport] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    compared: dict[str, float] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     refine: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class Report:
             "bits_all": self.plan.bits(self.plan.quantized()),
             "edges": list(self.edges),
             "calibration": self.about,
+            "compared": self.compared,
             "allocation": self.allocation,
             "refine": self.refine,
             "steps": self.steps,
@@ -143,6 +145,10 @@ def quantize_source(
     solved, report.sites = solve_all(
         source.model, scan, plan, recipe, statistics, progress=progress
     )
+    if recipe.compare and recorded:
+        report.compared = compare(
+            source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress
+        )
     if recipe.allocate.budget:
         plan, chosen = mixed(
             source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress
@@ -284,6 +290,9 @@ def _record(
     source: Source, recipe: Recipe, calls: Sequence[dict[str, Any]] | None
 ) -> list[Recorded]:
     """One sampling run of the float model, for the stages that compare with it."""
-    if not (recipe.allocate.budget or recipe.refine.name != "none" or recipe.steps.modes):
+    needed = recipe.allocate.budget or recipe.steps.modes or recipe.refine.name != "none"
+    # made-up inputs would say little about which transform is better
+    wanted = recipe.compare and (source.pipeline is not None or calls is not None)
+    if not needed and not wanted:
         return []
     return sample_calls(source, recipe.calibration, 4, inputs=calls)

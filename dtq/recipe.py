@@ -131,6 +131,8 @@ class Recipe:
         weights: format of attention and feed-forward weights.
         acts: format of their inputs.
         transform: how the change of input channels is chosen.
+        compare: transforms that the whole model is solved with as well; what has the least error
+            on recorded calls of the float model stays.
         solver: how weights are rounded.
         fallback: weight formats, the first that fits a layer whose shape ``weights`` does not.
         choose: formats that every layer is solved in, the best one kept; ``weights`` is for the
@@ -152,6 +154,7 @@ class Recipe:
     weights: str = "int4-2l-g64"
     acts: str = "int8-row"
     transform: Call = Call("search")
+    compare: tuple[str, ...] = ()
     solver: Call = Call("gptq")
     choose: tuple[str, ...] = ()
     lowrank: Call = Call("none")
@@ -209,6 +212,8 @@ class Recipe:
         for i, name in enumerate(self.steps.modes):
             _known(name, MODES, f"steps.modes[{i}]", found)
         _method(self.transform, {k: m.call for k, m in TRANSFORMS.items()}, "transform", found)
+        for i, name in enumerate(self.compare):
+            _known(name, TRANSFORMS, f"compare[{i}]", found)
         _method(self.solver, {k: s.call for k, s in SOLVERS.items()}, "solver", found)
         if self.guard.to:
             _known(self.guard.to, FORMATS, "guard.to", found)

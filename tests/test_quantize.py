@@ -191,3 +191,27 @@ def test_static_and_dynamic_activations(acts):
 def test_nothing_to_quantize_is_an_error():
     with pytest.raises(InputError, match="leaves every layer"):
         dtq.quantize(tiny.dit(), "w4a8", keep=["*"], progress=False)
+
+
+def test_a_whole_model_alternative_replaces_the_search_where_it_errs_less():
+    pipe = tiny.pipeline()
+    dtq.quantize(pipe, "w4a8", progress=False, compare=["hadamard", "none"], **QUICK)
+    report = pipe.transformer.hf_quantizer.report
+    assert list(report.compared) == ["search", "hadamard", "none"]
+    best = min(report.compared, key=report.compared.get)
+    labels = {x.transform for x in report.layers if x.role != "adaln"}
+    if best != "search":
+        assert len(labels) == 1
+    alone = tiny.pipeline()
+    dtq.quantize(alone, "w4a8", progress=False, compare=[], transform=best, **QUICK)
+    assert torch.equal(tiny.sample(alone), tiny.sample(pipe))
+
+
+def test_statistics_alone_are_enough_without_a_pipeline():
+    source = Source("x", None, "transformer", tiny.dit())
+    scan, _ = plan_source(source, Recipe.load("w4a8"))
+    stats = calibrate(
+        source, scan.sites, Recipe.load("w4a8", **QUICK).calibration, EVERYTHING, progress=False
+    )
+    model = dtq.quantize(source.model, "w4a8", statistics=stats, progress=False, **QUICK)
+    assert model.hf_quantizer.report.compared == {}
