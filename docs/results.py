@@ -29,6 +29,7 @@ from dtq.source import open_source
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
 MODELS = ("demo", "demo-hard")
 OURS = ("w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq")
+NAIVE = "rtn-w4a8"
 BUDGETS: dict[str, tuple[str, dict]] = {
     f"w4a8 --budget {bits}": (
         "w4a8",
@@ -183,14 +184,14 @@ def claims(found: dict[str, dict]) -> list[str]:
     for claim, (a, b) in pairs.items():
         if a in found and b in found:
             x, y = found[a]["error"], found[b]["error"]
-            lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2f} |")
+            lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2g} |")
     for label in ("rtn-w4a8", "w4a8", "w4a4"):
         if label in found:
             steps = found[label]["by_step"]
             k = len(steps) // 4
             x, y = sum(steps[:k]) / k, sum(steps[-k:]) / k
             claim = f"the first quarter of the steps errs more than the last ({label})"
-            lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2f} |")
+            lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2g} |")
     if "hq-dit" in found:
         lines.append(f"| formats that HQ-DiT chose | {found['hq-dit']['formats']} | | |")
     return lines
@@ -202,11 +203,11 @@ def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axis, model in zip(figure.subplots(1, 2), MODELS, strict=True):
-        papers = [r for r in names() if r not in OURS]
+        papers = [r for r in names() if r not in (*OURS, NAIVE)]
         kinds = (
             ("dtq", [*OURS, *BUDGETS], "o", "#1668b8"),
             ("methods of the papers", papers, "s", "#c2571a"),
-            ("other libraries", list(baselines.BASELINES), "^", "#5b7f2b"),
+            ("other libraries, rounding", [*baselines.BASELINES, NAIVE], "^", "#5b7f2b"),
         )
         for label, group, marker, colour in kinds:
             points = [found[model][r] for r in group if r in found[model]]
@@ -264,11 +265,11 @@ def main() -> None:
             if _file(options.out, name, row).exists():
                 found[name][row] = json.loads(_file(options.out, name, row).read_text())
     ours = sorted((r for r in names() if r in OURS), key=OURS.index)
-    papers = [r for r in names() if r not in OURS]
+    papers = [r for r in names() if r not in (*OURS, NAIVE)]
     sections = {
         "Recipes of dtq": ours,
         "Methods of the papers": papers,
-        "Other libraries": list(baselines.BASELINES),
+        "Other libraries, and plain rounding": [*baselines.BASELINES, NAIVE],
         "Budgets": list(BUDGETS),
         "Variants": [v for v in VARIANTS if v not in BUDGETS],
     }
