@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dtq import checkpoint
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
-from dtq.nn.linear import QuantLinear, check_part, from_disk, to_disk
+from dtq.nn.linear import QuantLinear, aligned, check_part, from_disk, to_disk
 from dtq.nn.swap import finish, planned_linears, swap_empty
 from dtq.plan import Plan, Runtime
 
@@ -67,7 +67,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if self._reader is not None:
             self._reader.check(state_dict)
-        return {key: t for key, t in state_dict.items() if key != checkpoint.CHECKSUMS}
+        return {key: aligned(t) for key, t in state_dict.items() if key != checkpoint.CHECKSUMS}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Any, param_name: str, *args: Any, **kwargs: Any

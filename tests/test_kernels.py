@@ -37,11 +37,12 @@ def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("k", [1, 2, 37, 4160])
 @pytest.mark.parametrize("m", [1, 17, 118])
-def test_w8a8_is_exact_integer_arithmetic(m):
+def test_w8a8_is_exact_integer_arithmetic(m, k):
     g = torch.Generator().manual_seed(0)
-    codes = torch.randint(-127, 128, (m, 4160), dtype=torch.int8, generator=g)
-    weight = torch.randint(-127, 128, (33, 4160), dtype=torch.int8, generator=g)
+    codes = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=g)
+    weight = torch.randint(-127, 128, (33, k), dtype=torch.int8, generator=g)
     one = torch.ones(m), torch.ones(33, 1)
     got = ops.w8a8_linear(codes, one[0], weight, one[1], None, torch.float32)
     assert torch.equal(got, (codes.long() @ weight.long().T).float())

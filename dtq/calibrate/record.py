@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dtq.calibrate import sets
 from dtq.calibrate.engine import made_up, run_pipeline, timestep_of
+from dtq.errors import InputError
 from dtq.recipe import Calibration
 from dtq.source import Source
 
@@ -125,12 +126,24 @@ def replay(model: nn.Module, call: Recorded) -> Tensor:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The prediction in what a diffusers transformer returns."""
+    """The prediction in what a diffusers transformer returns.
+
+    The first entry of an output class or tuple; the pictures of a list as one tensor.
+
+    Raises:
+        InputError: there is no tensor in it.
+    """
     if isinstance(output, Tensor):
         return output
-    value = output[0]
-    assert isinstance(value, Tensor)
-    return value
+    if isinstance(output, list) and output and all(isinstance(t, Tensor) for t in output):
+        same = all(t.shape == output[0].shape for t in output)
+        return torch.stack(output) if same else torch.cat([t.flatten() for t in output])
+    entries = list(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(entries, list | tuple):
+        for entry in entries:
+            if isinstance(entry, Tensor | Mapping | list | tuple) and len(entry):
+                return first_tensor(entry)
+    raise InputError(f"a model that returns {type(output).__name__} without a tensor is no denoiser")
 
 
 @contextmanager

@@ -175,6 +175,8 @@ def _dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -
 def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact int32 (M, N) of int8 (M, K) and (N, K)."""
     rows, columns = a.shape
+    if columns == 1:  # torch._int_mm returns memory that it has not written
+        return a.int() * b.int().T
     if a.is_cuda:  # torch._int_mm wants more than 16 rows and multiples of 8 there
         if rows > 16 and columns % 8 == 0 and len(b) % 8 == 0:
             return torch._int_mm(a, b.T)

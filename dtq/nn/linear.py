@@ -247,6 +247,16 @@ def from_disk(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(bits) if bits is not None else tensor.contiguous()
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address that is a multiple of 64, copied if it must be.
+
+    Tensors of a mapped file begin anywhere, and float kernels round differently there: without
+    this a loaded model is not bit-identical to the one that was saved.
+    """
+    ready = tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0
+    return tensor if ready else tensor.clone()
+
+
 def to_disk(tensor: Tensor, spec: Spec) -> Tensor:
     """Inverse of :func:`from_disk`, sharing memory."""
     return tensor.view(spec.dtype) if spec.dtype in _BITS else tensor

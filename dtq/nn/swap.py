@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
 from dtq.families import TIME_ARGUMENTS
-from dtq.nn.linear import QuantLinear, StepClock
+from dtq.nn.linear import QuantLinear, StepClock, aligned
 from dtq.plan import LoadPlan, StepPolicy
 
 _CLOCK = "_dtq_clock"
@@ -58,13 +58,15 @@ def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Linear]:
 
 
 def finish(model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None) -> None:
-    """What a model with quantized linears needs besides them: fusion guard and step clock."""
+    """What a model with quantized linears needs besides them: fusion guard, alignment, clock."""
     for module in model.modules():
         if any(isinstance(child, QuantLinear) for child in module.children()) and hasattr(
             module, "fuse_projections"
         ):
             # diffusers would concatenate the codes of q, k and v as if they were weights
             module._supports_qkv_fusion = False  # type: ignore[assignment]
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = aligned(tensor.data)
     if edges or policy is not None:
         install_clock(model, edges, policy)
 

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every transformer class of diffusers as a tiny random model, with arguments of one forward.
+
+``zoo.json`` maps the name of a class to ``init``, its configuration, and ``inputs``; a tensor is
+``{"__t__": shape, "dtype": ..., "val" or "fill": ...}``, random where it has no value. Most
+configurations have the sizes of diffusers' own tests (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import diffusers.models.transformers
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+def classes() -> dict[str, type[nn.Module]]:
+    """Every model class in ``diffusers.models.transformers``, exported or not."""
+    package = diffusers.models.transformers
+    found = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        loaded = importlib.import_module(f"{package.__name__}.{module.name}")
+        for name, kind in vars(loaded).items():
+            if (
+                inspect.isclass(kind)
+                and issubclass(kind, ModelMixin)
+                and kind.__module__ == loaded.__name__
+            ):
+                found[name] = kind
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def _configs() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "zoo.json").read_text())
+
+
+def names() -> list[str]:
+    return [*_configs()]
+
+
+def model(name: str) -> nn.Module:
+    """The tiny model, random, in evaluation mode; gates that start at zero are opened."""
+    torch.manual_seed(0)
+    built = classes()[name](**_value(_configs()[name]["init"], torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.normal_(std=0.02)
+    return built.eval()
+
+
+def inputs(name: str, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of one forward."""
+    return _value(_configs()[name]["inputs"], torch.Generator().manual_seed(seed))
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The first tensor in what a forward returns."""
+    found = next(_tensors(output), None)
+    assert found is not None
+    return found
+
+
+def _tensors(value: Any):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
+
+
+def _value(v: Any, rng: torch.Generator) -> Any:
+    if isinstance(v, list):
+        return [_value(x, rng) for x in v]
+    if not isinstance(v, dict):
+        return v
+    if "__t__" in v:
+        dtype = getattr(torch, v["dtype"])
+        if "val" in v:
+            return torch.tensor(v["val"], dtype=dtype).reshape(v["__t__"])
+        if "fill" in v:
+            return torch.full(v["__t__"], v["fill"], dtype=dtype)
+        return torch.randn(v["__t__"], generator=rng).to(dtype)
+    if "__items__" in v:
+        return {k: _value(x, rng) for k, x in v["__items__"]}
+    if "__tuple__" in v:
+        return tuple(_value(x, rng) for x in v["__tuple__"])
+    if "__call__" in v:
+        module, function = v["__call__"].split(":")
+        return getattr(importlib.import_module(module), function)(*v["args"])
+    return {k: _value(x, rng) for k, x in v.items()}
