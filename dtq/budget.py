@@ -166,8 +166,7 @@ def _modules(
     modules: dict[str, nn.Module] = {}
     for name, result in found.items():
         old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        new = built(result, old, bins, old.weight.dtype)
+        new = built(result, old, bins, next(old.parameters()).dtype)
         new.hear(clock)
         modules[name] = new
     return modules

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dtq import checkpoint
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
-from dtq.nn.linear import QuantLinear, aligned, check_part, from_disk, to_disk
+from dtq.nn.linear import QuantLinear, aligned, check_part, from_disk, shape_of, to_disk
 from dtq.nn.swap import finish, planned_linears, swap_empty
 from dtq.plan import Plan, Runtime
 
@@ -112,7 +112,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             plan = config.load_plan()
             if self._reader is not None:
                 linears = planned_linears(model, plan).items()
-                shapes = {name: (x.out_features, x.in_features) for name, x in linears}
+                shapes = {name: shape_of(module) for name, module in linears}
                 self._reader.check_plan(plan, shapes)
             swap_empty(model, plan, config.compute_dtype or torch.float32)
             log.info("dtq: %d quantized linears, recipe %s", len(plan.layers), config.recipe)
@@ -141,12 +141,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                plain = nn.Linear(
-                    module.in_features, module.out_features, bias=False, device="meta"
-                )
-                plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
-                plain.bias = module.bias
-                model.set_submodule(name, plain)
+                model.set_submodule(name, module.unquantized())
         # else a later save would write float weights that claim to be quantized
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
         model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]

@@ -158,12 +158,11 @@ def quantize_source(
         plan = guard(source.model, scan, plan, recipe, statistics, solved)
     report.plan = plan
     dtype = source.dtype  # before the first swap
-    floats: dict[str, nn.Linear] = {}
+    floats: dict[str, nn.Module] = {}
     for layer in plan.quantized():
         result = solved.pop(layer.name)
         report.layers.append(result.report)
         old = source.model.get_submodule(layer.name)
-        assert isinstance(old, nn.Linear)
         source.model.set_submodule(layer.name, built(result, old, plan.bins, dtype))
         if recipe.refine.name != "none":
             floats[layer.name] = old  # the teacher

@@ -283,9 +283,10 @@ def alike(site: Site, plan: Plan) -> list[list[LayerPlan]]:
 
 
 def float_weight(model: nn.Module, name: str) -> Tensor:
+    """The matrix (N, K) of a linear or 1 x 1 convolution, float32."""
     weight = model.get_submodule(name).weight
     assert isinstance(weight, Tensor)
-    return weight.detach().float()
+    return weight.detach().float().flatten(1)
 
 
 def solve_all(
@@ -322,20 +323,14 @@ def solve_all(
     return solved, reports
 
 
-def built(result: Solved, old: nn.Linear, bins: int, compute_dtype: torch.dtype) -> QuantLinear:
-    """The quantized linear that stands in for a float one."""
-    layer = result.plan
-    new = QuantLinear(
-        old.in_features,
-        old.out_features,
-        old.bias is not None,
-        layer.runtime(),
-        bins=bins,
-        compute_dtype=compute_dtype,
-        device="meta",
+def built(result: Solved, old: nn.Module, bins: int, compute_dtype: torch.dtype) -> QuantLinear:
+    """The quantized linear that stands in for a float one, or for a 1 x 1 convolution."""
+    new = QuantLinear.in_place_of(
+        old, result.plan.runtime(), bins=bins, compute_dtype=compute_dtype, device="meta"
     )
-    new.fill({name: part.to(old.weight.device) for name, part in result.parts.items()})
-    if old.bias is not None:
+    device = next(old.parameters()).device
+    new.fill({name: part.to(device) for name, part in result.parts.items()})
+    if isinstance(old.bias, Tensor):
         shift = 0.0 if result.bias_shift is None else result.bias_shift
         bias = (old.bias.detach().float() + shift).to(compute_dtype)
         new.bias = nn.Parameter(bias, requires_grad=False)

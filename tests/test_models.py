@@ -9,6 +9,7 @@ import zoo
 
 import dtq
 from dtq.nn import QuantLinear
+from dtq.source import scan_model
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 forgive less than real ones
@@ -38,3 +39,104 @@ def test_round_trip(name, recipe, tmp_path):
 
 def test_the_zoo_is_complete():
     assert set(zoo.names()) == set(zoo.classes())
+
+
+ROLES = {
+    "AuraFlowTransformer2DModel": {
+        "joint_transformer_blocks.0.ff.linear_2": "ffn.up",
+        "joint_transformer_blocks.0.ff.out_projection": "ffn.down",
+        "joint_transformer_blocks.0.attn.add_k_proj": "attn.k",
+    },
+    "ChromaTransformer2DModel": {"distilled_guidance_layer.layers.0.linear_1": "embed"},
+    "FluxTransformer2DModel": {
+        "single_transformer_blocks.0.proj_out": "ffn.down",
+        "single_transformer_blocks.0.proj_mlp": "ffn.up",
+        "single_transformer_blocks.0.norm.linear": "adaln",
+        "norm_out.linear": "head",
+    },
+    "Flux2Transformer2DModel": {"single_transformer_blocks.0.attn.to_qkv_mlp_proj": "attn.qkv"},
+    "HiDreamImageTransformer2DModel": {
+        "double_stream_blocks.0.block.ff_i.experts.0.w1": "ffn.up",
+        "double_stream_blocks.0.block.ff_i.shared_experts.w2": "ffn.down",
+        "double_stream_blocks.0.block.attn1.to_q_t": "attn.q",
+        "caption_projection.0.linear": "embed",
+    },
+    "Kandinsky5Transformer3DModel": {
+        "visual_transformer_blocks.0.cross_attention.to_key": "xattn.k",
+        "visual_transformer_blocks.0.self_attention.out_layer": "attn.out",
+        "visual_transformer_blocks.0.feed_forward.in_layer": "ffn.up",
+    },
+    "PixArtTransformer2DModel": {
+        "transformer_blocks.0.attn2.to_k": "xattn.k",
+        "transformer_blocks.0.attn1.to_k": "attn.k",
+        "adaln_single.linear": "embed",
+    },
+    "PRXTransformer2DModel": {
+        "blocks.0.attention.img_qkv_proj": "attn.qkv",
+        "blocks.0.attention.txt_kv_proj": "xattn.kv",
+        "blocks.0.up_proj": "ffn.up",
+    },
+    "SanaTransformer2DModel": {
+        "transformer_blocks.0.ff.conv_inverted": "ffn.up",
+        "transformer_blocks.0.ff.conv_point": "ffn.down",
+        "patch_embed.proj": "embed",
+    },
+    "T5FilmDecoder": {
+        "decoders.0.layer.2.DenseReluDense.wo": "ffn.down",
+        "decoders.0.layer.0.FiLMLayer.scale_bias": "adaln",
+        "decoders.0.layer.1.attention.to_k": "xattn.k",
+    },
+    "WanAnimate2Transformer3DModel": {
+        "blocks.0.ffn.0": "ffn.up",
+        "blocks.0.ffn.2": "ffn.down",
+        "blocks.0.cross_attn.add_k_proj": "xattn.k",
+    },
+}
+
+
+def scanned(name: str, model=None):
+    return scan_model(model or zoo.model(name), lambda model: model(**zoo.inputs(name)))
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_roles_are_seen_by_structure(name):
+    roles = {linear.name: linear.role for linear in scanned(name).linears()}
+    assert {key: roles.get(key) for key in ROLES[name]} == ROLES[name]
+
+
+def test_what_cannot_be_quantized_is_named():
+    assert scanned("SanaTransformer2DModel").unmatched == {
+        "transformer_blocks.0.ff.conv_depth.weight": "convolution with a 3x3 kernel"
+    }
+
+
+def test_experts_that_no_token_chose_are_quantized_too():
+    name = "HiDreamImageTransformer2DModel"
+    model = zoo.model(name)
+    idle = "double_stream_blocks.0.block.ff_i.experts.0"
+    for module in model.modules():  # the gate prefers other experts
+        if type(module).__name__ == "MoEGate":
+            module.weight.data[0] = 0
+            module.weight.data[1:] = 1
+            module.top_k = 1
+    scan = scanned(name, model)
+    assert f"{idle}.w1" not in scan.rows  # not called
+    found = {linear.name: linear.role for linear in scan.linears()}
+    assert found[f"{idle}.w1"] == "ffn.up"
+    assert found[f"{idle}.w2"] == "ffn.down"
+    dtq.quantize(model, "w4a8", inputs=[zoo.inputs(name)], progress=False, **QUICK)
+    assert isinstance(model.get_submodule(f"{idle}.w1"), QuantLinear)
+    with torch.no_grad():
+        assert zoo.first_tensor(model(**zoo.inputs(name))).isfinite().all()
+
+
+def test_a_pointwise_convolution_dequantizes_to_itself():
+    model = zoo.model("SanaTransformer2DModel")
+    point = model.transformer_blocks[0].ff.conv_point
+    want, before = point.weight.clone(), type(point)
+    dtq.quantize(model, "w8a8", inputs=[zoo.inputs("SanaTransformer2DModel")], **QUICK)
+    assert isinstance(model.transformer_blocks[0].ff.conv_point, QuantLinear)
+    model.dequantize()
+    again = model.transformer_blocks[0].ff.conv_point
+    assert type(again) is before
+    torch.testing.assert_close(again.weight, want, atol=0.02, rtol=0.02)

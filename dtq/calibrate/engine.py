@@ -18,6 +18,7 @@ from dtq.calibrate import sets
 from dtq.calibrate.stats import Origin, SiteStats
 from dtq.errors import InputError
 from dtq.families import TIME_ARGUMENTS, Site
+from dtq.nn.linear import rows_of
 from dtq.recipe import Calibration
 from dtq.source import Source, made_inputs
 
@@ -230,7 +231,7 @@ class _Watch:
 
     def _see(self, stats: SiteStats) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1])
+            rows = rows_of(module, args[0])
             halves = 2 if self.batch > 1 and len(rows) % 2 == 0 else 1
             branch = torch.arange(len(rows)) * halves // max(1, len(rows))
             stats.see(rows, Origin(self.bin, self.calls, branch.clamp(max=1)))

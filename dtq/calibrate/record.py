@@ -143,7 +143,9 @@ def first_tensor(output: Any) -> Tensor:
         for entry in entries:
             if isinstance(entry, Tensor | Mapping | list | tuple) and len(entry):
                 return first_tensor(entry)
-    raise InputError(f"a model that returns {type(output).__name__} without a tensor is no denoiser")
+    raise InputError(
+        f"a model that returns {type(output).__name__} without a tensor is no denoiser"
+    )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ ROLES: dict[str, str] = {
     "xattn.q": "query projection of cross-attention",
     "xattn.k": "key projection of cross-attention, input from the condition",
     "xattn.v": "value projection of cross-attention, input from the condition",
+    "xattn.kv": "fused keys and values of cross-attention, input from the condition",
     "xattn.out": "output projection of cross-attention",
     "ffn.up": "feed-forward, to the wide side",
     "ffn.down": "feed-forward, back to the narrow side",
@@ -64,6 +65,7 @@ class Scan:
         never: linears that the traced forward did not call; they are never quantized.
         traced: False when no forward could be run and names alone decided.
         rows: input rows of each linear in the traced forward.
+        unmatched: weights in blocks that cannot be quantized, and what they are.
     """
 
     family: str
@@ -71,6 +73,7 @@ class Scan:
     never: tuple[str, ...] = ()
     traced: bool = True
     rows: dict[str, int] = field(default_factory=dict)
+    unmatched: dict[str, str] = field(default_factory=dict)
 
     def linears(self) -> list[Linear]:
         return [linear for site in self.sites for linear in site.linears]

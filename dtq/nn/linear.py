@@ -10,6 +10,7 @@ tensors (``torch_dtype``, ``.to``, layerwise casting) can touch them. On disk th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ class QuantLinear(nn.Linear):
         bins: timestep bins of a static activation format.
         compute_dtype: dtype of bias and of everything around the layer.
         device: where the (empty) parts are made.
+        spatial: axes behind the channels, for a layer that stands in for a 1 x 1 convolution.
 
     Raises:
         InputError: the shape does not fit the format.
@@ -92,8 +94,12 @@ class QuantLinear(nn.Linear):
         bins: int = 1,
         compute_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        spatial: int = 0,
     ) -> None:
         nn.Module.__init__(self)
+        self.spatial = spatial
+        if spatial:  # code that looks at a convolution asks for these
+            self.in_channels, self.out_channels = in_features, out_features
         self.in_features, self.out_features = in_features, out_features
         self.runtime, self.bins = runtime, bins
         self.weights, self.acts = runtime.weights, runtime.acts
@@ -108,6 +114,30 @@ class QuantLinear(nn.Linear):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         vector = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
         self.register_parameter("bias", None if vector is None else nn.Parameter(vector))
+
+    @classmethod
+    def in_place_of(
+        cls,
+        old: nn.Module,
+        runtime: Runtime,
+        *,
+        bins: int = 1,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> QuantLinear:
+        """An empty layer for where a linear or a 1 x 1 convolution was."""
+        rows, columns = shape_of(old)
+        kernel = getattr(old, "kernel_size", ())
+        return cls(
+            columns,
+            rows,
+            old.bias is not None,
+            runtime,
+            bins=bins,
+            compute_dtype=compute_dtype,
+            device=device,
+            spatial=len(kernel),
+        )
 
     def specs(self) -> dict[str, Spec]:
         """Shape and on-disk dtype of every part this layer owns."""
@@ -141,7 +171,13 @@ class QuantLinear(nn.Linear):
         self._clock = [] if clock is None else [clock]
 
     def forward(self, x: Tensor) -> Tensor:
-        """float (..., K) to float (..., N) in the dtype of ``x``."""
+        """float (..., K) to float (..., N) in the dtype of ``x``; channels before spatial axes."""
+        if self.spatial:
+            axis = -1 - self.spatial
+            return self._forward(x.movedim(axis, -1)).movedim(-1, axis)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (M, K)
         if torch.is_grad_enabled() and (rows.requires_grad or _learns(self.bias)):
             y = _StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
@@ -197,6 +233,18 @@ class QuantLinear(nn.Linear):
             f"bias={self.bias is not None}, weights={self.weights}, acts={self.acts}{turn}"
         )
 
+    def unquantized(self) -> nn.Module:
+        """The float linear or 1 x 1 convolution with the values of this layer."""
+        weight = self.dequantize()
+        plain: nn.Module = nn.Linear(self.in_features, self.out_features, False, device="meta")
+        if self.spatial:
+            kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.spatial - 1]
+            plain = kind(self.in_features, self.out_features, 1, bias=False, device="meta")
+            weight = weight.reshape(*weight.shape, *(1,) * self.spatial)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = self.bias
+        return plain
+
     @property
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -230,6 +278,35 @@ class _StraightThrough(torch.autograd.Function):
 
 def _learns(bias: Tensor | None) -> bool:
     return bias is not None and bias.requires_grad
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a matrix product: a linear, or a convolution with a 1 x 1 kernel."""
+    return isinstance(module, nn.Linear) or is_pointwise(module)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose kernel sees one position."""
+    return (
+        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and math.prod(module.kernel_size) == math.prod(module.stride) == module.groups == 1
+        and not any(module.padding)
+    )
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear or 1 x 1 convolution."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return module.out_channels, module.in_channels
+
+
+def rows_of(module: nn.Module, x: Tensor) -> Tensor:
+    """The input of a linear (..., K) or 1 x 1 convolution (B, K, ...) as rows (M, K)."""
+    axes = len(getattr(module, "kernel_size", ()))
+    last = x.movedim(-1 - axes, -1)
+    return last.reshape(-1, last.shape[-1])
 
 
 def check_part(key: str, tensor: Tensor, spec: Spec) -> None:

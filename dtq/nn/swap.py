@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
 from dtq.families import TIME_ARGUMENTS
-from dtq.nn.linear import QuantLinear, StepClock, aligned
+from dtq.nn.linear import QuantLinear, StepClock, aligned, is_linear
 from dtq.plan import LoadPlan, StepPolicy
 
 _CLOCK = "_dtq_clock"
@@ -25,20 +25,15 @@ def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> 
     """
     for name, old in planned_linears(model, plan).items():
         layer = plan.layers[name]
-        new = QuantLinear(
-            old.in_features,
-            old.out_features,
-            old.bias is not None,
-            layer,
-            bins=plan.bins,
-            compute_dtype=compute_dtype,
-            device=old.weight.device,
+        device = next(old.parameters()).device
+        new = QuantLinear.in_place_of(
+            old, layer, bins=plan.bins, compute_dtype=compute_dtype, device=device
         )
         model.set_submodule(name, new)
     finish(model, plan.edges, plan.policy)
 
 
-def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Linear]:
+def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Module]:
     """The linears that a plan names.
 
     Raises:
@@ -50,7 +45,7 @@ def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Linear]:
             module = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"config.json: the model has no layer {name!r}") from error
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             kind = type(module).__name__
             raise CheckpointError(f"config.json: {name!r} is a {kind}, not a linear")
         found[name] = module
