@@ -223,13 +223,18 @@ def _block(name: str, blocks: tuple[str, ...]) -> str:
 
 def _idle_experts(model: nn.Module, seen: Mapping[str, _Seen]) -> dict[str, str]:
     """Experts that were not called, each with a sibling that was."""
-    called = {re.sub(r"\d+", "*", name): name for name in seen if "expert" in name}
+    called = {_anywhere(name): name for name in seen if "expert" in name}
     found = {}
     for name, _ in linears_of(model):
-        sibling = called.get(re.sub(r"\d+", "*", name))
+        sibling = called.get(_anywhere(name))
         if name not in seen and sibling is not None:
             found[name] = sibling
     return found
+
+
+def _anywhere(name: str) -> str:
+    """The name without places in lists, equal for siblings."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _roles(
