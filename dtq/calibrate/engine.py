@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from dtq.calibrate import sets
 from dtq.calibrate.stats import Origin, SiteStats
 from dtq.errors import InputError
-from dtq.families import TIME_ARGUMENTS, Site
+from dtq.families import TIME_ARGUMENTS, Site, sibling_key
 from dtq.nn.linear import rows_of
 from dtq.recipe import Calibration
 from dtq.source import Source, made_inputs
@@ -111,6 +111,7 @@ def calibrate(
             if origin == "pipeline" and done == 1:
                 bar.total = watch.calls * batches  # samplers may call more often than they step
                 bar.refresh()
+    _lend(watch.stats)
     about = {
         "model": type(source.model).__name__,
         "origin": origin,
@@ -118,6 +119,20 @@ def calibrate(
         **{k: getattr(calibration, k) for k in ("set", "samples", "steps", "guidance", "seed")},
     }
     return Statistics(watch.stats, tuple(watch.edges), about)
+
+
+def _lend(stats: dict[str, SiteStats]) -> None:
+    """Sites that saw nothing take what their siblings saw: experts read the same stream."""
+    seen = {name: site for name, site in stats.items() if len(site.channels.peaks())}
+    for name in set(stats) - set(seen):
+        key = sibling_key(name)
+        lenders = [site for other, site in seen.items() if sibling_key(other) == key != name]
+        for lender in lenders:
+            stats[name].merge(lender)
+        if not lenders:
+            del stats[name]
+        how = "takes the statistics of its siblings" if lenders else "is rounded without data"
+        log.warning("calibrate: nothing reached %s; it %s", name, how)
 
 
 def timestep_argument(model: nn.Module) -> str | None:

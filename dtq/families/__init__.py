@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from dtq.families import inputs
-from dtq.families.base import ROLES, TIME_ARGUMENTS, Family, Linear, Scan, Site
+from dtq.families.base import ROLES, TIME_ARGUMENTS, Family, Linear, Scan, Site, sibling_key
 from dtq.families.scan import scan, scan_names
 
 FAMILIES: tuple[Family, ...] = (
@@ -35,4 +35,5 @@ __all__ = [
     "find",
     "scan",
     "scan_names",
+    "sibling_key",
 ]

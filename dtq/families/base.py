@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,11 @@ class Scan:
 
     def linears(self) -> list[Linear]:
         return [linear for site in self.sites for linear in site.linears]
+
+
+def sibling_key(name: str) -> str:
+    """The name without the place in the innermost list, equal for the experts of one block."""
+    return re.sub(r"(.*)\.\d+\.", r"\1.*.", name)
 
 
 Inputs = Callable[[Any, int, torch.Tensor, torch.Generator], dict[str, Any]]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.families.base import Family, Linear, Scan, Site
+from dtq.families.base import Family, Linear, Scan, Site, sibling_key
 from dtq.nn.linear import is_linear, shape_of
 
 # what precedes a name in a regular expression: the start of the path or of a component
@@ -95,7 +95,7 @@ class _Trace:
 def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], object]) -> Scan:
     """Trace one forward and sort the linears into sites.
 
-    An expert that no token chose is a site of its own with the role of its siblings.
+    An expert that no token chose has the sites and roles of its siblings.
 
     Args:
         model: the transformer, on any device, meta included.
@@ -121,7 +121,9 @@ def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], obj
     for name, what in seen.items():
         groups.setdefault((what.input, _block(name, blocks)), []).append(name)
     idle = _idle_experts(model, seen)
-    together = [*groups.values(), *([name] for name in idle)]
+    for name, sibling in idle.items():
+        groups.setdefault((seen[sibling].input, name.rpartition(".")[0]), []).append(name)
+    together = [*groups.values()]
     roles = _roles(model, family, blocks, trace, together)
     roles |= {name: roles[sibling] for name, sibling in idle.items()}
     sites = tuple(_site(model, names, roles) for names in together)
@@ -223,18 +225,13 @@ def _block(name: str, blocks: tuple[str, ...]) -> str:
 
 def _idle_experts(model: nn.Module, seen: Mapping[str, _Seen]) -> dict[str, str]:
     """Experts that were not called, each with a sibling that was."""
-    called = {_anywhere(name): name for name in seen if "expert" in name}
+    called = {sibling_key(name): name for name in seen if "expert" in name}
     found = {}
     for name, _ in linears_of(model):
-        sibling = called.get(_anywhere(name))
+        sibling = called.get(sibling_key(name))
         if name not in seen and sibling is not None:
             found[name] = sibling
     return found
-
-
-def _anywhere(name: str) -> str:
-    """The name without places in lists, equal for siblings."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _roles(
