@@ -12,8 +12,8 @@ from dataclasses import replace
 from torch import nn
 
 from dtq.allocate import Allocation, allocate, groups_of, measure, parse_budget
+from dtq.calibrate.calls import Recorded, spread
 from dtq.calibrate.engine import Statistics
-from dtq.calibrate.record import Recorded, spread
 from dtq.errors import InputError
 from dtq.families import Scan
 from dtq.formats import FORMATS

@@ -15,8 +15,9 @@ from torch import nn
 from dtq import steps
 from dtq.budget import check_budget, compare, guard, mixed
 from dtq.calibrate import engine, sets
+from dtq.calibrate.calls import Recorded, spread
 from dtq.calibrate.engine import Statistics
-from dtq.calibrate.record import Recorded, sample_calls, spread
+from dtq.calibrate.record import sample_calls
 from dtq.config import DTQConfig
 from dtq.diffusers import mark
 from dtq.errors import InputError

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm.auto import tqdm
 
-from dtq.allocate import Option, knapsack, mse
+from dtq.allocate import Option, knapsack
+from dtq.calibrate.calls import Recorded, relative_error, replay, spread
 from dtq.calibrate.engine import timestep_edges
-from dtq.calibrate.record import Recorded, replay, spread
 from dtq.errors import InputError
 from dtq.formats.acts import ACTS, MODES
 from dtq.nn.swap import install_clock
@@ -69,7 +69,9 @@ def search(
         for mode in how.modes:
             install_clock(model, static_edges, StepPolicy((), (mode,)))
             for r, sample in picked.items():
-                error = sum(mse(c.output, replay(model, c)) for c in sample) / len(sample)
+                error = sum(relative_error(replay(model, c), c.output) for c in sample) / len(
+                    sample
+                )
                 bar.update(len(sample))
                 # one step's error times the steps that make it
                 tables[str(r)].append(Option(mode, bits[mode] * steps[r], error * steps[r]))

@@ -9,7 +9,7 @@ from pathlib import Path
 ROWS = [
     {"errors", "data"},
     {"formats"},
-    {"calibrate.stats"},
+    {"calibrate.stats", "calibrate.calls"},
     {"transforms", "solvers"},
     {"kernels", "plan"},
     {"families", "nn.linear"},
@@ -25,7 +25,7 @@ ROWS = [
     {""},  # the package itself: what `import dtq` gives
     {"cli"},
 ]
-# calibrate.stats is read by transforms; formats.integer by the ops; demo/train is a script
+# calibrate.stats is read by transforms, calls by refine; formats.integer by the ops; demo/train is a script
 SCRIPTS = {"demo.train"}
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import tiny
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 from dtq import refine
+from dtq.calibrate.calls import Recorded
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
@@ -27,15 +26,13 @@ from dtq.transforms import Online
 from dtq.transforms.hadamard import signs
 
 
-@dataclass
-class Call:
-    kwargs: dict[str, Any]
-    args: tuple = field(default=())
+def call(i, kwargs, args=()):
+    return Recorded(i, args, kwargs, torch.empty(0))
 
 
 def calls_of(model, count=6, batch=2):
     times = torch.linspace(900, 100, count).tolist()
-    return [Call(made_inputs(model, batch, t, i)) for i, t in enumerate(times)]
+    return [call(i, made_inputs(model, batch, t, i)) for i, t in enumerate(times)]
 
 
 def quantized(model, weights, acts="none", only="blocks."):
@@ -382,7 +379,7 @@ def test_layers_outside_blocks_and_blocks_that_do_not_run_are_left_alone(caplog)
     model = Odd().eval()
     floats = quantized(model, "int4-row", only="")
     start = parts_of(model)
-    calls = [Call({}, (torch.randn(32, 8),)) for _ in range(5)]
+    calls = [call(i, {}, (torch.randn(32, 8),)) for i in range(5)]
     with caplog.at_level(logging.WARNING, "dtq"):
         report = REFINE["blocks"](model, floats, calls, **FAST)
     assert [b.name for b in report.blocks] == ["stages.0.0", "stages.1.0"]
