@@ -20,7 +20,7 @@ from dtq.calibrate.engine import timestep_edges
 from dtq.errors import InputError
 from dtq.formats.acts import ACTS, MODES
 from dtq.nn.swap import install_clock
-from dtq.plan import StepPolicy
+from dtq.policy import StepPolicy
 from dtq.recipe import Recipe
 
 log = logging.getLogger("dtq")

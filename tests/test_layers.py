@@ -9,7 +9,7 @@ from pathlib import Path
 ROWS = [
     {"errors", "data"},
     {"formats"},
-    {"calibrate.stats", "calibrate.calls"},
+    {"calibrate.stats", "calibrate.calls", "policy"},
     {"transforms", "solvers"},
     {"kernels", "plan"},
     {"families", "nn.linear"},

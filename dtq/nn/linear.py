@@ -21,7 +21,8 @@ from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, Parts, Spec
 from dtq.formats.acts import ACTS
 from dtq.kernels.table import Kernel, Task, pick
-from dtq.plan import Runtime, StepPolicy
+from dtq.plan import Runtime
+from dtq.policy import StepPolicy
 from dtq.transforms import Online
 
 _BITS = {

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError
 from dtq.families import TIME_ARGUMENTS
 from dtq.nn.linear import QuantLinear, StepClock
-from dtq.plan import LoadPlan, StepPolicy
+from dtq.plan import LoadPlan
+from dtq.policy import StepPolicy
 
 _CLOCK = "_dtq_clock"
 
