@@ -14,7 +14,7 @@ ROWS = [
     {"kernels", "plan"},
     {"families", "nn.linear"},
     {"nn", "harden", "config", "demo"},
-    {"refine"},
+    {"refine", "reader"},
     {"recipe"},
     {"source"},
     {"calibrate", "checkpoint"},
