@@ -28,6 +28,7 @@ from dtq.recipe import Recipe
 from dtq.refine import REFINE
 from dtq.solve import LayerReport, SiteReport, built, solve_all
 from dtq.source import Source, open_source, scan_model
+from dtq.transforms import TRANSFORMS
 
 log = logging.getLogger("dtq")
 
@@ -263,10 +264,9 @@ def _first_call(source: Source, calls: Sequence[dict[str, Any]] | None) -> Any:
 
 
 def _data_free(recipe: Recipe) -> bool:
-    """Weight-only recipes without transforms lose little without data; others need it."""
-    return (
-        recipe.acts == "none" and recipe.transform.name in ("none", "hadamard") and not recipe.rules
-    )
+    """Weight-only recipes whose transform needs none lose little without data; others need it."""
+    without = not TRANSFORMS[recipe.transform.name].needs
+    return recipe.acts == "none" and without and not recipe.rules
 
 
 def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str]) -> None:

@@ -31,7 +31,15 @@ MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
 _MODULATION_FALLBACK = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int8-row"), "keep": ()}
 
 
-_LOWRANK: dict[str, Callable[..., Any]] = {"none": lambda: None, **LOWRANK}
+def _methods() -> dict[str, dict[str, Callable[..., Any]]]:
+    """The methods that a key of the recipe names; read late, tables may have grown."""
+    none = {"none": lambda: None}
+    return {
+        "transform": {name: row.call for name, row in TRANSFORMS.items()},
+        "solver": {name: row.call for name, row in SOLVERS.items()},
+        "lowrank": none | {name: row.call for name, row in LOWRANK.items()},
+        "refine": none | REFINE,
+    }
 
 
 @dataclass(frozen=True)
@@ -204,16 +212,15 @@ class Recipe:
         check_name(self.modulation, [*MODULATION, *FORMATS], "modulation", found)
         for i, name in enumerate(self.choose):
             check_name(name, FORMATS, f"choose[{i}]", found)
-        check_call(self.lowrank, _LOWRANK, "lowrank", found)
-        check_call(self.refine, {"none": lambda: None, **REFINE}, "refine", found)
         for i, name in enumerate(self.allocate.options):
             check_name(name, FORMATS, f"allocate.options[{i}]", found)
         for i, name in enumerate(self.steps.modes):
             check_name(name, MODES, f"steps.modes[{i}]", found)
-        check_call(self.transform, {k: m.call for k, m in TRANSFORMS.items()}, "transform", found)
+        methods = _methods()
+        for key, table in methods.items():
+            check_call(getattr(self, key), table, key, found)
         for i, name in enumerate(self.compare):
             check_name(name, TRANSFORMS, f"compare[{i}]", found)
-        check_call(self.solver, {k: s.call for k, s in SOLVERS.items()}, "solver", found)
         if self.guard.to:
             check_name(self.guard.to, FORMATS, "guard.to", found)
         for i, rule in enumerate(self.rules):
@@ -222,15 +229,9 @@ class Recipe:
                 check_name(rule.weights, FORMATS, f"{at}.weights", found)
             if rule.acts is not None:
                 check_name(rule.acts, ACTS, f"{at}.acts", found)
-            if rule.transform:
-                calls = {k: m.call for k, m in TRANSFORMS.items()}
-                check_call(rule.transform, calls, f"{at}.transform", found)
-            if rule.lowrank:
-                check_call(rule.lowrank, _LOWRANK, f"{at}.lowrank", found)
-            if rule.solver:
-                check_call(
-                    rule.solver, {k: s.call for k, s in SOLVERS.items()}, f"{at}.solver", found
-                )
+            for key in ("transform", "solver", "lowrank"):
+                if call := getattr(rule, key):
+                    check_call(call, methods[key], f"{at}.{key}", found)
             _selector(rule.match, f"{at}.match", found)
         for selector in self.keep:
             _selector(selector, "keep", found)
@@ -274,17 +275,16 @@ class Recipe:
         """The statistics that this recipe's methods read."""
         transforms = [self.transform, *(r.transform for r in self.rules if r.transform)]
         solvers = [self.solver, *(r.solver for r in self.rules if r.solver)]
+        branches = [self.lowrank, *(r.lowrank for r in self.rules if r.lowrank)]
         wanted = frozenset().union(
             *(TRANSFORMS[t.name].needs for t in transforms),
             *(SOLVERS[s.name].needs for s in solvers),
+            *(LOWRANK[b.name].needs for b in branches if b.name != "none"),
         )
         if self.correct_bias:
             wanted |= {"channels"}
         if self.guard.to or self.choose:
             wanted |= {"reservoir"}
-        low = [self.lowrank, *(r.lowrank for r in self.rules if r.lowrank)]
-        if any(call.name == "svd" for call in low):
-            wanted |= {"gram"}
         acts = [self.acts, *(r.acts for r in self.rules if r.acts is not None)]
         if any(ACTS[a].static for a in acts):
             wanted |= {"reservoir"}
@@ -323,8 +323,9 @@ class Recipe:
         acts, other = _acts_fitting(acts, linear.shape[1])
         note = "; ".join(x for x in (note, other) if x)
         changed = transform.name != "none"
-        turns = "hadamard" in transform.name or transform.name in ("search", "ars")
-        block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64)) if turns else 1
+        block = 1
+        if TRANSFORMS[transform.name].rotates:
+            block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64))
         return replace(
             base,
             weights=weights,

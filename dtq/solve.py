@@ -189,7 +189,7 @@ def _branches(
         same = [i for i in wanted if (members[i].lowrank, members[i].weights) == key]
         changed = [choice.transform.w(weights[i]) for i in same]
         call, gram = key[0], _gram(choice.transform, stats, changed[0])
-        made = LOWRANK[call.name](changed, FORMATS[key[1]], gram, **dict(call.knobs))
+        made = LOWRANK[call.name].call(changed, FORMATS[key[1]], gram, **dict(call.knobs))
         for i, branch in zip(same, made, strict=True):
             found[i] = branch
     return found

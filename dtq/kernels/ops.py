@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats.acts import ACTS, MODES, fake_quantize, row_codes, row_scale
+from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
 from dtq.transforms.hadamard import fwht, rotate
@@ -82,8 +82,7 @@ def _step_linear(
     from dtq.formats import FORMATS
     from dtq.kernels.table import Task, pick
 
-    chosen = MODES[modes.split(",")[int(mode)]] or acts
-    task = Task(FORMATS[weights], ACTS[chosen], block, turns)
+    task = Task(FORMATS[weights], acts_of(modes.split(",")[int(mode)], acts), block, turns)
     named = dict(zip(names.split(","), parts, strict=True))
     if not task.acts.static:
         named.pop("input_scale", None)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtq.formats import Parts
-from dtq.formats.acts import ACTS, MODES, Acts, fake_quantize, row_codes
+from dtq.formats.acts import Acts, acts_of, fake_quantize, row_codes
 from dtq.formats.vq import Vq
 from dtq.nn.linear import QuantLinear
 from dtq.refine.job import How
@@ -185,7 +185,7 @@ def _acts_now(layer: QuantLinear) -> Acts:
     acts: Acts = layer.task.acts
     clock = layer.clock
     if clock is not None and clock.modes and acts.bits < 16:
-        return ACTS[MODES[clock.modes[int(clock.mode)]] or acts.name]
+        return acts_of(clock.modes[int(clock.mode)], acts.name)
     return acts
 
 
