@@ -9,6 +9,7 @@ import torch
 from conftest import QUICK
 
 import dtq
+from dtq import solve
 from dtq.calibrate import engine, sets, store
 from dtq.calibrate.engine import calibrate
 from dtq.errors import InputError
@@ -16,7 +17,7 @@ from dtq.evaluate import drift
 from dtq.harden import harden
 from dtq.quantize import plan_source
 from dtq.recipe import Calibration, Recipe
-from dtq.source import Source, open_source, scan_model
+from dtq.source import Source, made_inputs, open_source, scan_model
 
 HOW = Calibration(samples=4, steps=4, batch=4, seed=99)
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
@@ -215,3 +216,31 @@ def test_statistics_alone_are_enough_without_a_pipeline():
     )
     model = dtq.quantize(source.model, "w4a8", statistics=stats, progress=False, **QUICK)
     assert model.hf_quantizer.report.compared == {}
+
+
+@pytest.mark.parametrize("what", ["weight", "input"])
+def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, monkeypatch):
+    model = tiny.dit()
+    recipe = Recipe.load("w4a8", **QUICK)
+    scan, _ = plan_source(Source("dit", None, "transformer", model), recipe)
+    stats = calibrate(
+        Source("dit", None, "transformer", model), scan.sites, recipe.calibration, recipe.needs(),
+        inputs=[made_inputs(model, 2, 500.0, 0)], progress=False,
+    )  # fmt: skip
+    name = "transformer_blocks.1.ff.net.2"
+    if what == "weight":
+        model.get_submodule(name).weight.data[3, 5] = float("nan")
+    else:
+        site = next(s for s in scan.sites if s.linears[0].name == name)
+        stats.sites[site.name].channels.total[0, 0] = float("inf")
+    before = solve.choose
+
+    def choose(members, weights, stats):
+        assert members[0].name != name
+        return before(members, weights, stats)
+
+    monkeypatch.setattr(solve, "choose", choose)
+    with pytest.raises(InputError, match=rf"{name}: .* 1 entries that are NaN or infinite"):
+        dtq.quantize(
+            model, recipe, statistics=stats, progress=False, transform={"search": {"step": 0.5}}
+        )
