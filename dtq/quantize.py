@@ -151,6 +151,11 @@ def quantize_source(
         report.compared = compare(
             source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress
         )
+    elif recipe.compare:
+        log.warning(
+            "no pipeline and no inputs to compare transforms on: %s stays, without trying %s",
+            recipe.transform.name, ", ".join(recipe.compare),
+        )  # fmt: skip
     if recipe.allocate.budget:
         plan, chosen = mixed(
             source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress

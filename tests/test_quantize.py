@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import tiny
 import torch
@@ -208,14 +210,29 @@ def test_a_whole_model_alternative_replaces_the_search_where_it_errs_less():
     assert torch.equal(tiny.sample(alone), tiny.sample(pipe))
 
 
-def test_statistics_alone_are_enough_without_a_pipeline():
+def test_statistics_alone_are_enough_without_a_pipeline(caplog):
     source = Source("x", None, "transformer", tiny.dit())
     scan, _ = plan_source(source, Recipe.load("w4a8"))
     stats = calibrate(
         source, scan.sites, Recipe.load("w4a8", **QUICK).calibration, EVERYTHING, progress=False
     )
-    model = dtq.quantize(source.model, "w4a8", statistics=stats, progress=False, **QUICK)
+    with caplog.at_level(logging.WARNING, "dtq"):
+        model = dtq.quantize(source.model, "w4a8", statistics=stats, progress=False, **QUICK)
     assert model.hf_quantizer.report.compared == {}
+    assert "search stays, without trying hadamard" in caplog.text
+
+
+def test_an_option_that_does_not_fit_a_layer_is_said(caplog):
+    pipe = tiny.pipeline(heads=2)  # of width 64
+    with caplog.at_level(logging.WARNING, "dtq"):
+        dtq.quantize(
+            pipe, "w4a8", progress=False, compare=[], transform="hadamard", solver="rtn",
+            weights="int8-row", guard={"to": ""}, correct_bias=False,
+            allocate={"budget": 9, "options": ["int8-row", "int8-asym-g128"], "calls": 1}, **QUICK,
+        )  # fmt: skip
+    name = "transformer_blocks.0.attn1.to_q"
+    why = "int8-asym-g128 needs input features divisible by 128, got 64"
+    assert f"{name}: stays in int8-row: {why}" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["weight", "input"])
