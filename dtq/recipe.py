@@ -278,6 +278,7 @@ class Recipe:
         branches = [self.lowrank, *(r.lowrank for r in self.rules if r.lowrank)]
         wanted = frozenset().union(
             *(TRANSFORMS[t.name].needs for t in transforms),
+            *(TRANSFORMS[name].needs for name in self.compare),
             *(SOLVERS[s.name].needs for s in solvers),
             *(LOWRANK[b.name].needs for b in branches if b.name != "none"),
         )
@@ -322,7 +323,8 @@ class Recipe:
             return replace(base, note=f"kept: {note}")
         acts, other = _acts_fitting(acts, linear.shape[1])
         note = "; ".join(x for x in (note, other) if x)
-        changed = transform.name != "none"
+        others = self.compare if linear.role != "adaln" else ()
+        changed = any(name != "none" for name in (transform.name, *others))
         block = 1
         if TRANSFORMS[transform.name].rotates:
             block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64))

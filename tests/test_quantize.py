@@ -210,6 +210,19 @@ def test_a_whole_model_alternative_replaces_the_search_where_it_errs_less():
     assert torch.equal(tiny.sample(alone), tiny.sample(pipe))
 
 
+def test_an_alternative_may_change_the_input_where_the_recipe_does_not():
+    how = {"guard": {"to": ""}, "correct_bias": False, **QUICK}
+    pipe, alone = tiny.pipeline(), tiny.pipeline()
+    more = {"transform": "none", "solver": "rtn", "compare": ["smooth", "hadamard"]}
+    dtq.quantize(pipe, "w4a8", progress=False, **more, **how)
+    found = pipe.transformer.hf_quantizer.report.compared
+    assert list(found) == ["none", "smooth", "hadamard"]
+    assert max(found.values()) < 10 * min(found.values())
+    plan = pipe.transformer.hf_quantizer.report.plan
+    _, before = plan_source(open_source(alone), Recipe.load("w4a8", **more, **how))
+    assert [x.nbytes() for x in before.layers] == [x.nbytes() for x in plan.layers]
+
+
 def test_statistics_alone_are_enough_without_a_pipeline(caplog):
     source = Source("x", None, "transformer", tiny.dit())
     scan, _ = plan_source(source, Recipe.load("w4a8"))
