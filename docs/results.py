@@ -43,9 +43,19 @@ BUDGETS: dict[str, tuple[str, dict]] = {
 # label: (recipe, top-level keys that differ)
 VARIANTS: dict[str, tuple[str, dict]] = {
     **BUDGETS,
-    "w4a8, no transform": ("w4a8", {"transform": "none"}),
-    "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth"}),
-    "w4a8, rotation alone": ("w4a8", {"transform": "hadamard"}),
+    "w4a8, no transform": ("w4a8", {"transform": "none", "compare": []}),
+    "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth", "compare": []}),
+    "w4a8, rotation alone": ("w4a8", {"transform": "hadamard", "compare": []}),
+    "w4a8, search alone": ("w4a8", {"compare": []}),
+    # other random signs; seed 0 is in the two rows above
+    **{
+        f"w4a8, {label}, seed {seed}": (
+            "w4a8",
+            {"transform": {name: {"seed": seed}}, "compare": []},
+        )
+        for label, name, last in (("search", "search", 2), ("rotation alone", "hadamard", 3))
+        for seed in range(1, last + 1)
+    },
     "w4a8, clip search instead of GPTQ": ("w4a8", {"solver": "search"}),
     "w4a8, modulation w4a16": ("w4a8", {"modulation": "w4a16"}),
     "w4a8, activations int8-step": ("w4a8", {"acts": "int8-step"}),
@@ -73,7 +83,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 
 
 # claims that are checked on one model
-DEMO_ONLY = {label for label, (base, _) in VARIANTS.items() if base != "w4a8"}
+DEMO_ONLY = {label for label, (base, _) in VARIANTS.items() if base != "w4a8" or ", seed " in label}
 
 
 def rows() -> list[str]:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from torch import nn
 
 from dtq.allocate import Allocation, allocate, groups_of, measure, parse_budget
+from dtq.calibrate.calls import Recorded, spread
 from dtq.calibrate.engine import Statistics
-from dtq.calibrate.record import Recorded, spread
 from dtq.errors import InputError
 from dtq.families import Scan
 from dtq.formats import FORMATS
@@ -93,6 +93,9 @@ def mixed(
         found = solved
         if option != recipe.weights:
             other = plan.with_layers({x.name: _in_format(x, option) for x in plan.gemm()})
+            for x in other.gemm():
+                if x.weights != option:
+                    log.warning("%s: stays in %s: %s", x.name, x.weights, x.note)
             found, _ = solve_all(
                 model, scan, other, recipe, statistics, only=gemm, what=option, progress=progress
             )
@@ -173,11 +176,11 @@ def _modules(
 
 
 def _in_format(layer: LayerPlan, option: str) -> LayerPlan:
-    """The layer in another format, if that fits its shape; promoted formats need no branch."""
+    """The layer in another format, if that fits its shape; otherwise as it is, with a note."""
     try:
         FORMATS[option].layout(layer.shape)
-    except InputError:
-        return layer
+    except InputError as error:
+        return replace(layer, note=layer.note or str(error).split(". Use")[0])
     return replace(layer, weights=option, choose=())
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from dtq import steps
 from dtq.budget import check_budget, compare, guard, mixed
 from dtq.calibrate import engine, sets
+from dtq.calibrate.calls import Recorded, spread
 from dtq.calibrate.engine import Statistics
-from dtq.calibrate.record import Recorded, sample_calls, spread
+from dtq.calibrate.record import sample_calls
 from dtq.config import DTQConfig
 from dtq.diffusers import mark
 from dtq.errors import InputError
@@ -27,6 +28,7 @@ from dtq.recipe import Recipe
 from dtq.refine import REFINE
 from dtq.solve import LayerReport, SiteReport, built, solve_all
 from dtq.source import Source, open_source, scan_model
+from dtq.transforms import TRANSFORMS
 
 log = logging.getLogger("dtq")
 
@@ -149,6 +151,11 @@ def quantize_source(
         report.compared = compare(
             source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress
         )
+    elif recipe.compare:
+        log.warning(
+            "no pipeline and no inputs to compare transforms on: %s stays, without trying %s",
+            recipe.transform.name, ", ".join(recipe.compare),
+        )  # fmt: skip
     if recipe.allocate.budget:
         plan, chosen = mixed(
             source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress
@@ -261,10 +268,9 @@ def _first_call(source: Source, calls: Sequence[dict[str, Any]] | None) -> Any:
 
 
 def _data_free(recipe: Recipe) -> bool:
-    """Weight-only recipes without transforms lose little without data; others need it."""
-    return (
-        recipe.acts == "none" and recipe.transform.name in ("none", "hadamard") and not recipe.rules
-    )
+    """Weight-only recipes whose transform needs none lose little without data; others need it."""
+    without = not TRANSFORMS[recipe.transform.name].needs
+    return recipe.acts == "none" and without and not recipe.rules
 
 
 def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str]) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from dtq.families import ROLES, Linear, Scan
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS, MODES
 from dtq.plan import Call, LayerPlan, Plan
+from dtq.reader import check_call, check_name, plain, read
 from dtq.refine import REFINE
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, rank_for
@@ -32,7 +31,15 @@ MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
 _MODULATION_FALLBACK = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int8-row"), "keep": ()}
 
 
-_LOWRANK: dict[str, Callable[..., Any]] = {"none": lambda: None, **LOWRANK}
+def _methods() -> dict[str, dict[str, Callable[..., Any]]]:
+    """The methods that a key of the recipe names; read late, tables may have grown."""
+    none = {"none": lambda: None}
+    return {
+        "transform": {name: row.call for name, row in TRANSFORMS.items()},
+        "solver": {name: row.call for name, row in SOLVERS.items()},
+        "lowrank": none | {name: row.call for name, row in LOWRANK.items()},
+        "refine": none | REFINE,
+    }
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class Recipe:
         if not isinstance(data, dict):
             raise RecipeError(where, ["a recipe is a mapping of keys to values"])
         problems: list[str] = []
-        recipe = _read(cls, {**data, **overrides, "name": name}, "", problems)
+        recipe = read(cls, {**data, **overrides, "name": name}, "", problems)
         problems += recipe.problems() if not problems else []
         if problems:
             raise RecipeError(where, problems)
@@ -198,38 +205,33 @@ class Recipe:
     def problems(self) -> list[str]:
         """Names that no table knows, and knobs that no method has."""
         found: list[str] = []
-        _known(self.weights, FORMATS, "weights", found)
+        check_name(self.weights, FORMATS, "weights", found)
         for i, name in enumerate(self.fallback):
-            _known(name, FORMATS, f"fallback[{i}]", found)
-        _known(self.acts, ACTS, "acts", found)
-        _known(self.modulation, [*MODULATION, *FORMATS], "modulation", found)
+            check_name(name, FORMATS, f"fallback[{i}]", found)
+        check_name(self.acts, ACTS, "acts", found)
+        check_name(self.modulation, [*MODULATION, *FORMATS], "modulation", found)
         for i, name in enumerate(self.choose):
-            _known(name, FORMATS, f"choose[{i}]", found)
-        _method(self.lowrank, _LOWRANK, "lowrank", found)
-        _method(self.refine, {"none": lambda: None, **REFINE}, "refine", found)
+            check_name(name, FORMATS, f"choose[{i}]", found)
         for i, name in enumerate(self.allocate.options):
-            _known(name, FORMATS, f"allocate.options[{i}]", found)
+            check_name(name, FORMATS, f"allocate.options[{i}]", found)
         for i, name in enumerate(self.steps.modes):
-            _known(name, MODES, f"steps.modes[{i}]", found)
-        _method(self.transform, {k: m.call for k, m in TRANSFORMS.items()}, "transform", found)
+            check_name(name, MODES, f"steps.modes[{i}]", found)
+        methods = _methods()
+        for key, table in methods.items():
+            check_call(getattr(self, key), table, key, found)
         for i, name in enumerate(self.compare):
-            _known(name, TRANSFORMS, f"compare[{i}]", found)
-        _method(self.solver, {k: s.call for k, s in SOLVERS.items()}, "solver", found)
+            check_name(name, TRANSFORMS, f"compare[{i}]", found)
         if self.guard.to:
-            _known(self.guard.to, FORMATS, "guard.to", found)
+            check_name(self.guard.to, FORMATS, "guard.to", found)
         for i, rule in enumerate(self.rules):
             at = f"rules[{i}]"
             if rule.weights:
-                _known(rule.weights, FORMATS, f"{at}.weights", found)
+                check_name(rule.weights, FORMATS, f"{at}.weights", found)
             if rule.acts is not None:
-                _known(rule.acts, ACTS, f"{at}.acts", found)
-            if rule.transform:
-                calls = {k: m.call for k, m in TRANSFORMS.items()}
-                _method(rule.transform, calls, f"{at}.transform", found)
-            if rule.lowrank:
-                _method(rule.lowrank, _LOWRANK, f"{at}.lowrank", found)
-            if rule.solver:
-                _method(rule.solver, {k: s.call for k, s in SOLVERS.items()}, f"{at}.solver", found)
+                check_name(rule.acts, ACTS, f"{at}.acts", found)
+            for key in ("transform", "solver", "lowrank"):
+                if call := getattr(rule, key):
+                    check_call(call, methods[key], f"{at}.{key}", found)
             _selector(rule.match, f"{at}.match", found)
         for selector in self.keep:
             _selector(selector, "keep", found)
@@ -273,17 +275,17 @@ class Recipe:
         """The statistics that this recipe's methods read."""
         transforms = [self.transform, *(r.transform for r in self.rules if r.transform)]
         solvers = [self.solver, *(r.solver for r in self.rules if r.solver)]
+        branches = [self.lowrank, *(r.lowrank for r in self.rules if r.lowrank)]
         wanted = frozenset().union(
             *(TRANSFORMS[t.name].needs for t in transforms),
+            *(TRANSFORMS[name].needs for name in self.compare),
             *(SOLVERS[s.name].needs for s in solvers),
+            *(LOWRANK[b.name].needs for b in branches if b.name != "none"),
         )
         if self.correct_bias:
             wanted |= {"channels"}
         if self.guard.to or self.choose:
             wanted |= {"reservoir"}
-        low = [self.lowrank, *(r.lowrank for r in self.rules if r.lowrank)]
-        if any(call.name == "svd" for call in low):
-            wanted |= {"gram"}
         acts = [self.acts, *(r.acts for r in self.rules if r.acts is not None)]
         if any(ACTS[a].static for a in acts):
             wanted |= {"reservoir"}
@@ -291,7 +293,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every default filled in; ``dtq recipe show`` prints it as YAML."""
-        data: dict[str, Any] = _plain(self)
+        data: dict[str, Any] = plain(self)
         return data
 
     def _layer(self, linear: Linear, skips: tuple[str, ...]) -> LayerPlan:
@@ -321,9 +323,11 @@ class Recipe:
             return replace(base, note=f"kept: {note}")
         acts, other = _acts_fitting(acts, linear.shape[1])
         note = "; ".join(x for x in (note, other) if x)
-        changed = transform.name != "none"
-        turns = "hadamard" in transform.name or transform.name in ("search", "ars")
-        block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64)) if turns else 1
+        others = self.compare if linear.role != "adaln" else ()
+        changed = any(name != "none" for name in (transform.name, *others))
+        block = 1
+        if TRANSFORMS[transform.name].rotates:
+            block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64))
         return replace(
             base,
             weights=weights,
@@ -405,119 +409,6 @@ def _skipped(pattern: str, name: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or pattern in name.split(".")
 
 
-def _read(kind: type[Any], data: Mapping[str, Any], at: str, problems: list[str]) -> Any:
-    """Build a dataclass from a mapping; unknown keys and wrong types go to ``problems``."""
-    known = {f.name: f for f in fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        where = f"{at}{key}"
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            problems.append(f"{where}: unknown key{hint}")
-            continue
-        values[key] = _value(str(known[key].type), value, where, problems)
-    missing = [n for n, f in known.items() if n == "match" and n not in values]
-    problems += [f"{at}{name}: missing" for name in missing]
-    if missing:
-        values.update(dict.fromkeys(missing, ""))
-    return kind(**values)
-
-
-_SECTIONS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Guard, Calibration, Allocate, Steps)
-}
-
-
-def _value(kind: str, value: Any, where: str, problems: list[str]) -> Any:
-    if "Call" in kind:
-        return _call(value, where, problems)
-    if kind in _SECTIONS:
-        if isinstance(value, Mapping):
-            return _read(_SECTIONS[kind], value, f"{where}.", problems)
-    elif kind == "tuple[Rule, ...]":
-        if isinstance(value, list | tuple) and all(isinstance(v, Mapping) for v in value):
-            return tuple(_read(Rule, v, f"{where}[{i}].", problems) for i, v in enumerate(value))
-    elif kind == "tuple[str, ...]":
-        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-    elif kind == "str | float":
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            return str(value)
-    elif kind == "float":
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif kind in ("int", "bool"):
-        if type(value).__name__ == kind:
-            return value
-    elif isinstance(value, str):
-        return value
-    problems.append(f"{where}: expected {_words(kind)}, got {value!r}")
-    return {"int": 1, "float": 1.0, "bool": False}.get(kind, "")
-
-
-def _words(kind: str) -> str:
-    return {
-        "str": "a name",
-        "str | None": "a name",
-        "str | float": "a number or a size",
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "tuple[str, ...]": "a list of names",
-        "tuple[Rule, ...]": "a list of rules",
-    }.get(kind, "a mapping")
-
-
-def _call(value: Any, where: str, problems: list[str]) -> Call:
-    if isinstance(value, Call):
-        return value
-    if isinstance(value, str):
-        return Call(value)
-    if isinstance(value, Mapping) and len(value) == 1:
-        name, knobs = next(iter(value.items()))
-        if isinstance(name, str) and (knobs is None or isinstance(knobs, Mapping)):
-            return Call(name, tuple(sorted((knobs or {}).items())))
-    problems.append(f"{where}: expected a method name, or one name with its knobs, got {value!r}")
-    return Call("")
-
-
-def _method(
-    call: Call, table: Mapping[str, Callable[..., Any]], at: str, problems: list[str]
-) -> None:
-    if not _known(call.name, table, at, problems):
-        return
-    parameters = inspect.signature(table[call.name]).parameters
-    knobs = {
-        name: p.default
-        for name, p in parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-        and p.default is not inspect.Parameter.empty
-        and name not in ("progress", "save")  # the caller's, not the recipe's
-    }
-    for knob, value in call.knobs:
-        if not _known(knob, knobs, f"{at}.{call.name}", problems, "knob"):
-            continue
-        default = knobs[knob]
-        number = isinstance(default, int | float) and not isinstance(default, bool)
-        fits = isinstance(value, int | float) if number else isinstance(value, type(default))
-        if isinstance(value, bool) != isinstance(default, bool) or not fits:
-            words = _words(type(default).__name__)
-            problems.append(f"{at}.{call.name}.{knob}: expected {words}, got {value!r}")
-
-
-def _known(
-    name: str, table: Iterable[str], at: str, problems: list[str], what: str = "name"
-) -> bool:
-    known = list(table)
-    if name in known:
-        return True
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
-    problems.append(f"{at}: unknown {what} {name!r}; {hint}")
-    return False
-
-
 def _selector(selector: str, at: str, problems: list[str]) -> None:
     """A selector without wildcard or dot must be a role; others are globs on names."""
     if selector in ROLES or any(c in selector for c in "*?[") or selector.count(".") > 1:
@@ -527,14 +418,3 @@ def _selector(selector: str, at: str, problems: list[str]) -> None:
     near = difflib.get_close_matches(selector, ROLES, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"roles: {', '.join(ROLES)}"
     problems.append(f"{at}: {selector!r} is neither a role nor a pattern; {hint}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Call):
-        return {value.name: dict(value.knobs)} if value.knobs else value.name
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    if hasattr(value, "__dataclass_fields__"):
-        plain = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-        return {k: v for k, v in plain.items() if not (isinstance(value, Rule) and v is None)}
-    return value

@@ -20,6 +20,7 @@ from dtq.nn.linear import QuantLinear
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
 from dtq.solvers import SOLVERS
+from dtq.solvers.check import check
 from dtq.solvers.lowrank import LOWRANK, Branch
 from dtq.transforms import TRANSFORMS, Choice, Online
 
@@ -84,35 +85,12 @@ def solve_site(
 
     The search judges with plain rounding; what counts is the error after the solver.
     """
-    for layer, w in zip(members, weights, strict=True):
-        check_finite(layer.name, w, stats)
     tries = []
     for each in (choice, *choice.rivals):
         branches = _branches(members, weights, each, stats)
         jobs = zip(members, weights, branches, strict=True)
         tries.append([solve(layer, w, each, stats, recipe, low) for layer, w, low in jobs])
     return min(tries, key=lambda results: sum(r.report.error or 0.0 for r in results))
-
-
-def check_finite(name: str, weight: Tensor, stats: SiteStats | None) -> None:
-    """Refuse what no solver can repair.
-
-    Raises:
-        InputError: the weight or what calibration saw of its input has NaN or infinity.
-    """
-    if not torch.isfinite(weight).all():
-        raise InputError(
-            f"{name}: the float weight has NaN or infinite entries. Load an intact copy, or in a "
-            f"dtype that holds it (float16 ends at 65504)"
-        )
-    if stats is None:
-        return
-    seen = [stats.channels.total] + ([stats.gram.gram] if stats.gram is not None else [])
-    if not all(bool(torch.isfinite(t).all()) for t in seen):
-        raise InputError(
-            f"{name}: its input was NaN or infinite while calibrating. Load the model in bfloat16 "
-            f"or float32 (--dtype), float16 may overflow"
-        )
 
 
 def solve(
@@ -189,10 +167,17 @@ def _branches(
         same = [i for i in wanted if (members[i].lowrank, members[i].weights) == key]
         changed = [choice.transform.w(weights[i]) for i in same]
         call, gram = key[0], _gram(choice.transform, stats, changed[0])
-        made = LOWRANK[call.name](changed, FORMATS[key[1]], gram, **dict(call.knobs))
+        made = LOWRANK[call.name].call(changed, FORMATS[key[1]], gram, **dict(call.knobs))
         for i, branch in zip(same, made, strict=True):
             found[i] = branch
     return found
+
+
+def _moments(stats: SiteStats | None) -> list[Tensor]:
+    """Sums over the input that turn NaN or infinite where it was."""
+    if stats is None:
+        return []
+    return [stats.channels.total, *([] if stats.gram is None else [stats.gram.gram])]
 
 
 def _gram(transform: Online, stats: SiteStats | None, like: Tensor) -> Tensor | None:
@@ -315,6 +300,8 @@ def solve_all(
                 if not members:
                     continue
                 weights = [float_weight(model, layer.name) for layer in members]
+                for layer, w in zip(members, weights, strict=True):
+                    check(w, *_moments(stats), layer=layer.name)
                 choice = choose(members, weights, stats)
                 best = solve_site(members, weights, choice, stats, recipe)
                 solved |= {result.plan.name: result for result in best}

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm.auto import tqdm
 
-from dtq.allocate import Option, knapsack, mse
+from dtq.allocate import Option, knapsack
+from dtq.calibrate.calls import Recorded, relative_error, replay, spread
 from dtq.calibrate.engine import timestep_edges
-from dtq.calibrate.record import Recorded, replay, spread
 from dtq.errors import InputError
-from dtq.formats.acts import ACTS, MODES
+from dtq.formats.acts import acts_of
 from dtq.nn.swap import install_clock
-from dtq.plan import StepPolicy
+from dtq.policy import StepPolicy
 from dtq.recipe import Recipe
 
 log = logging.getLogger("dtq")
@@ -60,7 +60,7 @@ def search(
         by_range.setdefault(sum(call.timestep > e for e in edges), []).append(call)
     steps = {r: len({c.timestep for c in cs}) for r, cs in by_range.items()}
     picked = {r: spread(cs, how.calls) for r, cs in by_range.items()}
-    bits = {mode: _bits(mode, recipe.acts) for mode in how.modes}
+    bits = {mode: acts_of(mode, recipe.acts).bits for mode in how.modes}
     tables: dict[str, list[Option]] = {str(r): [] for r in sorted(by_range)}
     total = len(how.modes) * sum(map(len, picked.values()))
     with tqdm(
@@ -69,7 +69,9 @@ def search(
         for mode in how.modes:
             install_clock(model, static_edges, StepPolicy((), (mode,)))
             for r, sample in picked.items():
-                error = sum(mse(c.output, replay(model, c)) for c in sample) / len(sample)
+                error = sum(relative_error(replay(model, c), c.output) for c in sample) / len(
+                    sample
+                )
                 bar.update(len(sample))
                 # one step's error times the steps that make it
                 tables[str(r)].append(Option(mode, bits[mode] * steps[r], error * steps[r]))
@@ -81,10 +83,6 @@ def search(
     install_clock(model, static_edges, policy)
     log.info("steps: %s", ", ".join(policy.modes))
     return policy
-
-
-def _bits(mode: str, acts: str) -> int:
-    return ACTS[MODES[mode] or acts].bits
 
 
 def _filled(modes: list[str]) -> list[str]:

@@ -7,8 +7,6 @@ import itertools
 import json
 import math
 import random
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import tiny
@@ -28,6 +26,7 @@ from dtq.allocate import (
     measure,
     parse_budget,
 )
+from dtq.calibrate.calls import Recorded, spread
 from dtq.errors import InputError
 from dtq.families import ROLES, Linear, Site
 
@@ -290,14 +289,7 @@ def test_every_role_has_a_group():
 # --- measuring -------------------------------------------------------------------------------
 
 
-@dataclass
-class Call:
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-def record(model, latents, count: int = 2) -> list[Call]:
+def record(model, latents, count: int = 2) -> list[Recorded]:
     made = []
     for i in range(count):
         kwargs = {
@@ -305,11 +297,26 @@ def record(model, latents, count: int = 2) -> list[Call]:
             "class_labels": torch.arange(len(latents)),
             "return_dict": False,
         }
-        call = Call((latents + i,), kwargs)
         with torch.no_grad():
-            call.output = model(*call.args, **call.kwargs)[0]
-        made.append(call)
+            made.append(Recorded(i, (latents + i,), kwargs, model(latents + i, **kwargs)[0]))
     return made
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_spread_keeps_the_branches_of_guidance_together(branches):
+    calls = [
+        Recorded(i * branches + b, (torch.full((1, 4), float(i)),), {}, torch.zeros(1))
+        for i in range(20)
+        for b in range(branches)
+    ]
+    for count in (1, 4, 7, 100):
+        picked = spread(calls, count)
+        assert len(picked) == max(1, min(20, count // branches)) * branches
+        steps = [call.step for call in picked]
+        assert steps == sorted(set(steps))
+        assert all(step // branches in {s // branches for s in steps[::branches]} for step in steps)
+    middle = spread(calls, 1 * branches)
+    assert [c.latents.flatten()[0] for c in middle] == [10.0] * branches
 
 
 def rounded(linear: nn.Linear, step: float) -> nn.Linear:
@@ -403,7 +410,8 @@ def test_guidance_is_seen_in_one_call_or_in_two(dit, candidates):
     for call in together:
         for i in (0, 2):
             kwargs = {k: v if k == "return_dict" else v[i : i + 2] for k, v in call.kwargs.items()}
-            apart.append(Call((call.args[0][i : i + 2],), kwargs, call.output[i : i + 2]))
+            args = (call.args[0][i : i + 2],)
+            apart.append(Recorded(call.step, args, kwargs, call.output[i : i + 2]))
     plain = record(dit, torch.randn(4, 4, 8, 8))
     one, two, none = (
         measure(dit, calls, {"ffn": candidates["ffn"]}, progress=False)["ffn"]["0.05"]

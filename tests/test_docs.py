@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -73,3 +75,11 @@ def test_files_that_pages_name_exist(page):
         r"`((?:dtq|tests|recipes|calibration|docs|cuda_ext)/[\w/.-]+\.\w+)", page.read_text()
     ):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_script_of_the_bundled_model_runs(tmp_path, monkeypatch, capsys):
+    line = f"demo.py --every 90 --steps 1 --sheet-steps 1 --rows 2 --guidance 4 --out {tmp_path}/sheet.png"
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    runpy.run_path(str(ROOT / "docs/demo.py"), run_name="__main__")
+    assert "2 labels, 1 steps, guidance 4: first guess" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").stat().st_size > 1000

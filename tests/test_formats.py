@@ -586,3 +586,19 @@ def test_the_page_lists_every_format_as_it_is():
         assert page.about(fmt) in table
     for name in ("int4-asym-g64", "nvfp4-46", "twinlog3-row"):
         assert page.about(FORMATS[name]) + page.errors(FORMATS[name]) in table
+
+
+@pytest.mark.parametrize("name", ["vq-256x4", "vq-64x2-row"])
+def test_vectors_and_their_words_are_there_for_training(name):
+    fmt, x = FORMATS[name], torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    parts = fmt.pack(x, fmt.fit(x))
+    vectors, codes = fmt.split(x, parts), fmt.codes(parts)
+    torch.testing.assert_close(fmt.join(vectors, parts), x)
+    # the word of a vector is the nearest, and words alone change when codes do
+    words = parts["weight_lut"].float()
+    assert torch.equal(torch.cdist(vectors, words.expand(64, -1, -1)).argmin(-1), codes.long())
+    assert torch.equal(fmt.unpack(parts), fmt.join(words[codes.int()], parts))
+    assert torch.equal(fmt.with_codes(parts, codes)["weight"], parts["weight"])
+    other = fmt.with_codes(parts, (codes.long() + 1) % fmt.words)
+    assert torch.equal(fmt.codes(other), ((codes.long() + 1) % fmt.words).to(torch.uint8))
+    assert all(torch.equal(other[n], parts[n]) for n in parts if n != "weight")

@@ -9,13 +9,13 @@ from pathlib import Path
 ROWS = [
     {"errors", "data"},
     {"formats"},
-    {"calibrate.stats"},
+    {"calibrate.stats", "calibrate.calls", "policy"},
     {"transforms", "solvers"},
     {"kernels", "plan"},
     {"nn.linear"},
     {"families"},
     {"nn", "harden", "config", "demo"},
-    {"refine"},
+    {"refine", "reader"},
     {"recipe"},
     {"source"},
     {"calibrate", "checkpoint"},
@@ -26,7 +26,7 @@ ROWS = [
     {""},  # the package itself: what `import dtq` gives
     {"cli"},
 ]
-# calibrate.stats is read by transforms; formats.integer by the ops; demo/train is a script
+# calibrate.stats is read by transforms, calls by refine; formats.integer by the ops; demo/train is a script
 SCRIPTS = {"demo.train"}
 
 

@@ -43,10 +43,18 @@ def test_full_rank_leaves_nothing_but_the_rounding_of_its_factors():
     assert (w - branch.matrix()).norm() < 0.02 * w.norm()
 
 
+def test_a_recipe_collects_what_its_branch_reads():
+    without = {"transform": "none", "solver": "rtn", "guard": {"to": ""}, "correct_bias": False}
+    for name, row in LOWRANK.items():
+        assert Recipe.load("w4a16", lowrank=name, **without).needs() == row.needs
+    rule = {"rules": [{"match": "ffn.up", "lowrank": "svd"}]}
+    assert Recipe.load("w4a16", **rule, **without).needs() == {"gram"}
+
+
 @pytest.mark.parametrize("name", LOWRANK)
 def test_a_branch_lowers_the_error(name):
     w, _, gram = layer()
-    (branch,) = LOWRANK[name]([w], FMT, gram, rank=8)
+    (branch,) = LOWRANK[name].call([w], FMT, gram, rank=8)
     nothing = SOLVERS["search"].call(w, FMT, gram)[0] - w
     assert missed(w, branch, gram) < float(((nothing @ gram) * nothing).sum())
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import tiny
 import torch
 from conftest import QUICK
 
 import dtq
+from dtq import solve
 from dtq.calibrate import engine, sets, store
 from dtq.calibrate.engine import calibrate
 from dtq.errors import InputError
@@ -16,7 +19,7 @@ from dtq.evaluate import drift
 from dtq.harden import harden
 from dtq.quantize import plan_source
 from dtq.recipe import Calibration, Recipe
-from dtq.source import Source, open_source, scan_model
+from dtq.source import Source, made_inputs, open_source, scan_model
 
 HOW = Calibration(samples=4, steps=4, batch=4, seed=99)
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
@@ -207,11 +210,67 @@ def test_a_whole_model_alternative_replaces_the_search_where_it_errs_less():
     assert torch.equal(tiny.sample(alone), tiny.sample(pipe))
 
 
-def test_statistics_alone_are_enough_without_a_pipeline():
+def test_an_alternative_may_change_the_input_where_the_recipe_does_not():
+    how = {"guard": {"to": ""}, "correct_bias": False, **QUICK}
+    pipe, alone = tiny.pipeline(), tiny.pipeline()
+    more = {"transform": "none", "solver": "rtn", "compare": ["smooth", "hadamard"]}
+    dtq.quantize(pipe, "w4a8", progress=False, **more, **how)
+    found = pipe.transformer.hf_quantizer.report.compared
+    assert list(found) == ["none", "smooth", "hadamard"]
+    assert max(found.values()) < 10 * min(found.values())
+    plan = pipe.transformer.hf_quantizer.report.plan
+    _, before = plan_source(open_source(alone), Recipe.load("w4a8", **more, **how))
+    assert [x.nbytes() for x in before.layers] == [x.nbytes() for x in plan.layers]
+
+
+def test_statistics_alone_are_enough_without_a_pipeline(caplog):
     source = Source("x", None, "transformer", tiny.dit())
     scan, _ = plan_source(source, Recipe.load("w4a8"))
     stats = calibrate(
         source, scan.sites, Recipe.load("w4a8", **QUICK).calibration, EVERYTHING, progress=False
     )
-    model = dtq.quantize(source.model, "w4a8", statistics=stats, progress=False, **QUICK)
+    with caplog.at_level(logging.WARNING, "dtq"):
+        model = dtq.quantize(source.model, "w4a8", statistics=stats, progress=False, **QUICK)
     assert model.hf_quantizer.report.compared == {}
+    assert "search stays, without trying hadamard" in caplog.text
+
+
+def test_an_option_that_does_not_fit_a_layer_is_said(caplog):
+    pipe = tiny.pipeline(heads=2)  # of width 64
+    with caplog.at_level(logging.WARNING, "dtq"):
+        dtq.quantize(
+            pipe, "w4a8", progress=False, compare=[], transform="hadamard", solver="rtn",
+            weights="int8-row", guard={"to": ""}, correct_bias=False,
+            allocate={"budget": 9, "options": ["int8-row", "int8-asym-g128"], "calls": 1}, **QUICK,
+        )  # fmt: skip
+    name = "transformer_blocks.0.attn1.to_q"
+    why = "int8-asym-g128 needs input features divisible by 128, got 64"
+    assert f"{name}: stays in int8-row: {why}" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["weight", "input"])
+def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, monkeypatch):
+    model = tiny.dit()
+    recipe = Recipe.load("w4a8", **QUICK)
+    scan, _ = plan_source(Source("dit", None, "transformer", model), recipe)
+    stats = calibrate(
+        Source("dit", None, "transformer", model), scan.sites, recipe.calibration, recipe.needs(),
+        inputs=[made_inputs(model, 2, 500.0, 0)], progress=False,
+    )  # fmt: skip
+    name = "transformer_blocks.1.ff.net.2"
+    if what == "weight":
+        model.get_submodule(name).weight.data[3, 5] = float("nan")
+    else:
+        site = next(s for s in scan.sites if s.linears[0].name == name)
+        stats.sites[site.name].channels.total[0, 0] = float("inf")
+    before = solve.choose
+
+    def choose(members, weights, stats):
+        assert members[0].name != name
+        return before(members, weights, stats)
+
+    monkeypatch.setattr(solve, "choose", choose)
+    with pytest.raises(InputError, match=rf"{name}: .* 1 entries that are NaN or infinite"):
+        dtq.quantize(
+            model, recipe, statistics=stats, progress=False, transform={"search": {"step": 0.5}}
+        )

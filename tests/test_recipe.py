@@ -69,6 +69,28 @@ def test_all_mistakes_at_once_with_nearest_names(tmp_path):
         assert words in text, text
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"weights": 4}, "weights: expected a name, got 4"),
+        ({"keep": "embed"}, "keep: expected a list of names, got 'embed'"),
+        ({"keep": ["embed", 3]}, "keep: expected a list of names"),
+        ({"rules": ["ffn.up"]}, "rules: expected a list of rules"),
+        ({"rules": [{"match": "ffn.up", "weights": None}]}, "rules[0].weights: expected a name"),
+        ({"rules": [{"match": "ffn.up", "solver": None}]}, "rules[0].solver: expected a method"),
+        ({"guard": "int8-row"}, "guard: expected a mapping"),
+        ({"guard": {"above": float("inf")}}, "guard.above: expected a number"),
+        ({"allocate": {"budget": True}}, "allocate.budget: expected a number or a size"),
+        ({"calibration": {"samples": True}}, "calibration.samples: expected a whole number"),
+        ({"solver": {"gptq": {}, "rtn": {}}}, "solver: expected a method name, or one name"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_what_is_expected(given, says):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load("w4a8", **given)
+    assert says in str(caught.value)
+
+
 def test_unknown_and_missing_recipes():
     with pytest.raises(InputError, match="did you mean w4a8"):
         Recipe.load("w4a88")

@@ -6,36 +6,35 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import nn
 
-from dtq import refine
+from dtq.calibrate.calls import Recorded
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
 from dtq.nn import QuantLinear
-from dtq.nn.swap import install_clock
+from dtq.nn.swap import install_clock, placed
 from dtq.plan import Runtime
-from dtq.refine import REFINE, Trainee, VectorTrainee
+from dtq.refine import REFINE
+from dtq.refine.examples import examples_of
+from dtq.refine.order import find, layers_of
+from dtq.refine.trainees import Trainee, VectorTrainee, set_state, state_of
 from dtq.source import made_inputs
 from dtq.transforms import Online
 from dtq.transforms.hadamard import signs
 
 
-@dataclass
-class Call:
-    kwargs: dict[str, Any]
-    args: tuple = field(default=())
+def call(i, kwargs, args=()):
+    return Recorded(i, args, kwargs, torch.empty(0))
 
 
 def calls_of(model, count=6, batch=2):
     times = torch.linspace(900, 100, count).tolist()
-    return [Call(made_inputs(model, batch, t, i)) for i, t in enumerate(times)]
+    return [call(i, made_inputs(model, batch, t, i)) for i, t in enumerate(times)]
 
 
 def quantized(model, weights, acts="none", only="blocks."):
@@ -64,7 +63,7 @@ def parts_of(model):
         f"{name}.{part}": t.clone()
         for name, m in model.named_modules()
         if isinstance(m, QuantLinear)
-        for part, t in refine._state(m).items()
+        for part, t in state_of(m).items()
     }
 
 
@@ -129,7 +128,7 @@ def test_blocks_of_every_family_in_the_order_in_which_they_run(name):
     names = [b.name for b in report.blocks]
     if name == "flux":
         assert names == ["transformer_blocks.0", "single_transformer_blocks.0"]
-    assert names == refine.find(model)
+    assert names == find(model)
     assert all(b.accepted and b.after < b.before for b in report.blocks)
     json.dumps(report.to_json(), allow_nan=False)
 
@@ -138,7 +137,7 @@ def test_nothing_but_the_parts_is_touched():
     model = tiny.pixart()
     calls = calls_of(model, 3)
     floats = quantized(model, "int4-row")
-    inside = refine.layers_of(model, "transformer_blocks.0")
+    inside = layers_of(model, "transformer_blocks.0")
     model.transformer_blocks[0].scale_shift_table.requires_grad_(True)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     others = {k: v.clone() for k, v in model.state_dict().items() if "blocks." not in k}
@@ -150,7 +149,7 @@ def test_nothing_but_the_parts_is_touched():
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert all(torch.equal(model.state_dict()[k], v) for k, v in others.items())
     assert torch.equal(model.transformer_blocks[0].scale_shift_table, table)
-    assert refine.layers_of(model, "transformer_blocks.0") == inside
+    assert layers_of(model, "transformer_blocks.0") == inside
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
 
@@ -202,8 +201,8 @@ def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
             trainee.logits.data = torch.zeros(len(best), 3).scatter(1, best, 1000.0)
         predicted = trainee(x).detach()
         twin = copy.deepcopy(layer)
-        twin._clock = layer._clock
-        refine._set_state(twin, trainee.state())
+        twin.hear(layer.clock)
+        set_state(twin, trainee.state())
         assert predicted.dtype == dtype
         assert not torch.allclose(twin(x).detach().float(), layer(x).detach().float(), rtol=0.01)
         # activations of 16 bits run in the model's dtype, training in float32
@@ -244,9 +243,7 @@ def test_a_block_that_becomes_non_finite_is_restored_and_said(caplog, broken):
     assert "non-finite" in report.blocks[0].note
     assert "transformer_blocks.0 is not finite" in caplog.text
     assert same(start, parts_of(model))
-    assert all(
-        type(m) is QuantLinear for m in refine.layers_of(model, "transformer_blocks").values()
-    )
+    assert all(type(m) is QuantLinear for m in layers_of(model, "transformer_blocks").values())
     json.dumps(report.to_json(), allow_nan=False)
 
 
@@ -301,10 +298,10 @@ def test_mixed_codewords_become_hard():
     linear = nn.Linear(128, 64)
     layer = rounded(linear, Runtime("vq-256x4-row", "none"))
     trainee = VectorTrainee(layer, linear.weight, 3)
-    k, now = layer.part("weight_lut"), refine.codewords(layer)
-    assert torch.equal(refine.with_codewords(layer, now), layer.part("weight"))
+    fmt, k = layer.task.weights, layer.part("weight_lut")
+    now = fmt.codes(layer.parts()).flatten()
     # the present word first, then the nearest others
-    assert torch.equal(trainee.options[:, 0], now)
+    assert torch.equal(trainee.options[:, 0], now.long())
     unit = linear.weight.detach() / layer.part("weight_scale").float()
     order = torch.cdist(unit.reshape(-1, 4), k.float()).argsort(1)[:, :3]
     assert torch.equal(trainee.options.sort(1).values, order.sort(1).values)
@@ -330,20 +327,20 @@ def test_mixed_codewords_become_hard():
     trainee.fix(everything=True)
     best = trainee.options.gather(1, trainee.logits.argmax(1, True)).reshape(-1)
     twin = copy.deepcopy(layer)
-    refine._set_state(twin, trainee.state())
-    assert torch.equal(refine.codewords(twin), best)
+    set_state(twin, trainee.state())
+    assert torch.equal(fmt.codes(twin.parts()).flatten(), best)
 
 
 def test_static_scales_follow_the_step_of_the_call():
     model = tiny.dit(heads=2)
     floats = quantized(model, "int4-row", "int8-step")
-    for layer in refine.layers_of(model, "transformer_blocks").values():
+    for layer in layers_of(model, "transformer_blocks").values():
         layer.bins = 2
         layer._specs = layer.runtime.stored(layer._shape, 2)
         layer.fill(layer.parts() | {"input_scale": torch.tensor([[0.03, 0.05]])})
     install_clock(model, (500.0,))
     calls = calls_of(model, 4)
-    examples = refine._examples(model, "transformer_blocks.0", floats, calls)
+    examples = examples_of(model, "transformer_blocks.0", floats, calls)
     assert [e.moment[0].item() for e in examples] == [1, 1, 0, 0]
     report = REFINE["blocks"](model, floats, calls, **FAST)
     assert all(b.after < b.before for b in report.blocks if b.accepted)
@@ -356,7 +353,7 @@ def test_placed_restores_after_an_error():
     before = model.get_submodule(name)
 
     def fail():
-        with refine.placed(model, floats):
+        with placed(model, floats):
             assert model.get_submodule(name) is floats[name]
             raise ValueError("inside")
 
@@ -382,7 +379,7 @@ def test_layers_outside_blocks_and_blocks_that_do_not_run_are_left_alone(caplog)
     model = Odd().eval()
     floats = quantized(model, "int4-row", only="")
     start = parts_of(model)
-    calls = [Call({}, (torch.randn(32, 8),)) for _ in range(5)]
+    calls = [call(i, {}, (torch.randn(32, 8),)) for i in range(5)]
     with caplog.at_level(logging.WARNING, "dtq"):
         report = REFINE["blocks"](model, floats, calls, **FAST)
     assert [b.name for b in report.blocks] == ["stages.0.0", "stages.1.0"]

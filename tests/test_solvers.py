@@ -176,5 +176,5 @@ def test_numbers_that_are_not_finite_are_refused(solver, bad):
         return
     gram = torch.eye(K)
     gram[3, 3] = bad
-    with pytest.raises(InputError, match="second moment of the input has 1 entries"):
+    with pytest.raises(InputError, match="calibration saw of the input has 1 entries"):
         SOLVERS[solver].call(w, FORMATS["int4-row"], gram)

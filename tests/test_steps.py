@@ -18,7 +18,7 @@ from dtq import checkpoint
 from dtq.errors import CheckpointError, RecipeError
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import install_clock
-from dtq.plan import StepPolicy
+from dtq.policy import StepPolicy
 from dtq.recipe import Recipe
 
 STEPS = {"modes": ["native", "a8"], "cost": 0.5, "ranges": 4, "calls": 1}

@@ -108,6 +108,16 @@ def test_blocks_and_signs():
 GOLDEN_SIGNS = [1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0, 1.0]  # a file written today must load tomorrow
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_row_of_the_table_says_what_the_method_reads_and_whether_it_turns(name):
+    row, stats = TRANSFORMS[name], stats_of(salient())
+    w = torch.randn(64, K, generator=torch.Generator().manual_seed(4)) * 0.05
+    how = {"fmt": FORMATS["int4-row"], "acts": ACTS["int8-row"]}
+    found = row.call([w], stats if row.needs else None, **how)
+    every = (found, *found.rivals)
+    assert row.rotates == any(choice.transform.block > 1 for choice in every)
+
+
 @pytest.mark.parametrize("fmt", ["int4-2l-g64", "int4-row", "int8-row"])
 def test_search_is_never_worse_than_none_smoothing_or_rotation_alone(fmt):
     x = salient()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dtq.calibrate import sets
+from dtq.calibrate.calls import Recorded, relative_error, replay
 from dtq.calibrate.engine import run_pipeline
-from dtq.calibrate.record import Recorded, replay, watch_calls
+from dtq.calibrate.record import watch_calls
 from dtq.recipe import Calibration
 
 
@@ -73,22 +74,9 @@ def free_running(reference: Trajectory, candidate: Trajectory) -> list[float]:
     sums = [0.0] * reference.steps()
     counts = [0] * reference.steps()
     for want, got in zip(reference.calls, candidate.calls, strict=True):
-        sums[want.step] += relative_error(_latents(got), _latents(want))
+        sums[want.step] += relative_error(got.latents, want.latents)
         counts[want.step] += 1
     return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """``|got - want|^2 / |want|^2`` in float64; infinite when ``got`` is not finite."""
-    if not torch.isfinite(got).all():
-        return float("inf")
-    difference = got.double() - want.double()
-    return float(difference.square().sum() / want.double().square().sum().clamp(min=1e-300))
-
-
-def _latents(call: Recorded) -> Tensor:
-    found = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor)]
-    return found[0]
 
 
 def _pictures(result: Any) -> Tensor:

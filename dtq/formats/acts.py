@@ -28,6 +28,8 @@ class Acts:
         stepped: one stored scale per timestep bin; otherwise one for all.
         grid: name of the weight format that a token is rounded with, as if it were a row of a
             matrix; empty for integers with one scale per token, which have kernels.
+        outer: that format has a scale for the whole matrix too; each token takes its own instead,
+            else it would depend on its batch.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Acts:
     static: bool = False
     stepped: bool = False
     grid: str = ""
+    outer: bool = False
 
     @property
     def levels(self) -> int:
@@ -61,7 +64,7 @@ ACTS: dict[str, Acts] = {
         Acts("int8-asym-g128", 8, grid="int8-asym-g128"),
         Acts("fp8-row", 8, grid="fp8-row"),
         Acts("e2m1-row", 4, grid="e2m1-row"),
-        Acts("nvfp4", 4, grid="nvfp4"),
+        Acts("nvfp4", 4, grid="nvfp4", outer=True),
         Acts("mxfp4", 4, grid="mxfp4"),
     )
 }
@@ -75,6 +78,11 @@ MODES: dict[str, str] = {
     "a4": "int4-row",
 }
 """Activation modes of a step policy, and the format each one means; native is the layer's own."""
+
+
+def acts_of(mode: str, native: str) -> Acts:
+    """What a mode of the step policy means for a layer whose own format is ``native``."""
+    return ACTS[MODES[mode] or native]
 
 
 def row_scale(x: Tensor, levels: int = 127) -> Tensor:
@@ -93,19 +101,18 @@ def fake_quantize(x: Tensor, acts: Acts) -> Tensor:
     if acts.bits == 16:
         return x
     if acts.grid:
-        return _on_grid(x, acts.grid)
+        return _on_grid(x, acts)
     scale = row_scale(x.reshape(1, -1) if acts.static else x, acts.levels)
     return row_codes(x, scale, acts.levels) * scale
 
 
-def _on_grid(x: Tensor, name: str) -> Tensor:
+def _on_grid(x: Tensor, acts: Acts) -> Tensor:
     """Round rows with a weight format; what that keeps per matrix is kept per row here."""
     from dtq.formats import FORMATS  # the table imports this package
 
-    fmt = FORMATS[name]
-    if name != "nvfp4":
+    fmt = FORMATS[acts.grid]
+    if not acts.outer:
         return fmt.snap(x, fmt.fit(x))
-    # one second-level scale per token, else a token would depend on its batch
     peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     one = fmt.fit(torch.ones_like(x[:1]))
     unit = x / peak

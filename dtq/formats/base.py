@@ -133,6 +133,22 @@ def in_groups(x: Tensor, group: int | None) -> Tensor:
     return x.unflatten(1, (-1, group if group is not None else x.shape[1]))
 
 
+def scale_dtype(group: int | None) -> torch.dtype:
+    """float32 for a scale per row; bfloat16 for one per group, of which there are many.
+
+    Unlike float16 it has no smallest weight below which a scale becomes zero.
+    """
+    return torch.float32 if group is None else torch.bfloat16
+
+
+def scaled(codes: Tensor, scale: Tensor, zero: Tensor | int | None = None) -> Tensor:
+    """``(code - zero) * scale``, float32 (N, K); scale, and zero if it is a tensor, (N, groups)."""
+    grouped = codes.float().unflatten(1, (scale.shape[1], -1))  # (N, groups, group)
+    if zero is not None:
+        grouped = grouped - (zero.float().unsqueeze(-1) if isinstance(zero, Tensor) else zero)
+    return (grouped * scale.float().unsqueeze(-1)).flatten(1)
+
+
 def divide(x: Tensor, scale: Tensor) -> Tensor:
     """``x / scale``, and 0 where the scale is 0: such a group holds zeros alone."""
     return x / torch.where(scale == 0, torch.inf, scale)

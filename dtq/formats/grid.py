@@ -16,7 +16,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dtq.formats.base import Params, Parts, Spec, divide, groups_of, in_groups, spread
+from dtq.formats.base import (
+    Params,
+    Parts,
+    Spec,
+    divide,
+    groups_of,
+    in_groups,
+    scale_dtype,
+    scaled,
+    spread,
+)
 from dtq.formats.bits import pack_bits, packed_width, unpack_bits
 
 
@@ -111,7 +121,7 @@ class Grid:
         groups = groups_of(self.name, columns, self.group)
         return {
             "weight": Spec((rows, width), torch.int8),
-            "weight_scale": Spec((rows, groups), self._scale_dtype),
+            "weight_scale": Spec((rows, groups), scale_dtype(self.group)),
         }
 
     def fit(
@@ -125,7 +135,7 @@ class Grid:
         if outer is not None and self.group is None:
             return outer
         peak = in_groups(x.float(), self.group).abs().amax(-1)
-        return {"weight_scale": (clip * peak / self.levels.top).to(self._scale_dtype)}
+        return {"weight_scale": (clip * peak / self.levels.top).to(scale_dtype(self.group))}
 
     def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
         scale = spread(params["weight_scale"], x.shape[1], self.group, cols).float()
@@ -138,9 +148,4 @@ class Grid:
 
     def unpack(self, parts: Parts) -> Tensor:
         levels = self.levels.of(unpack_bits(parts["weight"], self.levels.bits))
-        scale = parts["weight_scale"].float()
-        return (levels.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
-
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        return torch.float32 if self.group is None else torch.bfloat16
+        return scaled(levels, parts["weight_scale"])

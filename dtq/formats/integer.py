@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtq.formats.base import Params, Parts, Spec, groups_of, in_groups, spread
+from dtq.formats.base import Params, Parts, Spec, groups_of, in_groups, scale_dtype, scaled, spread
 from dtq.formats.bits import pack_bits, packed_width, unpack_bits
 
 _TINY = 1e-30  # scale of an all-zero group: any positive number represents its zeros exactly
@@ -29,8 +29,7 @@ _TINY = 1e-30  # scale of an all-zero group: any positive number represents its 
 class Int:
     """``bits``-bit integers with one float scale per row, or per ``group`` columns of a row.
 
-    Row scales are float32. Group scales are bfloat16: there are many of them, and unlike float16
-    it has no smallest weight below which a scale becomes zero.
+    Row scales are float32, group scales bfloat16.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Int:
         groups = groups_of(self.name, columns, self.group)
         parts = {
             "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
-            "weight_scale": Spec((rows, groups), self._scale_dtype),
+            "weight_scale": Spec((rows, groups), scale_dtype(self.group)),
         }
         if self.asymmetric:
             parts["weight_zero_point"] = Spec((rows, groups), torch.int8)
@@ -89,27 +88,19 @@ class Int:
         return parts
 
     def unpack(self, parts: Parts) -> Tensor:
-        weight, scale = parts["weight"], parts["weight_scale"].float()
-        codes = (weight if self.bits == 8 else unpack_bits(weight, self.bits)).float()
-        grouped = codes.unflatten(1, (scale.shape[1], -1))
-        if self.asymmetric:
-            grouped = grouped - parts["weight_zero_point"].float().unsqueeze(-1)
-        elif self.bits < 8:
-            grouped = grouped - self._offset
-        return (grouped * scale.unsqueeze(-1)).flatten(1)
+        weight = parts["weight"]
+        codes = weight if self.bits == 8 else unpack_bits(weight, self.bits)
+        offset = self._offset if self.bits < 8 else None
+        return scaled(codes, parts["weight_scale"], parts.get("weight_zero_point", offset))
 
     @property
     def _offset(self) -> int:
         # symmetric codes below 8 bits are stored unsigned
         return 2 ** (self.bits - 1)
 
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        return torch.float32 if self.group is None else torch.bfloat16
-
     def _stored(self, scale: Tensor) -> Tensor:
         # round first: the file keeps this dtype, so the weight must be snapped with what it keeps
-        return scale.clamp(min=_TINY).to(self._scale_dtype)
+        return scale.clamp(min=_TINY).to(scale_dtype(self.group))
 
     def _per_column(
         self, columns: int, params: Params, cols: slice | None

@@ -22,6 +22,8 @@ from dtq.formats.base import (
     divide,
     groups_of,
     in_groups,
+    scale_dtype,
+    scaled,
     spread,
 )
 from dtq.formats.bits import pack_bits, packed_width, unpack_bits
@@ -93,7 +95,7 @@ class Lut:
         groups = groups_of(self.name, columns, self.group)
         return {
             "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
-            "weight_scale": Spec((rows, groups), self._scale_dtype),
+            "weight_scale": Spec((rows, groups), scale_dtype(self.group)),
             "weight_lut": Spec((1, 2**self.bits), torch.float32),
         }
 
@@ -123,14 +125,9 @@ class Lut:
         return {"weight": pack_bits(codes, self.bits), **params}
 
     def unpack(self, parts: Parts) -> Tensor:
-        scale = parts["weight_scale"].float()
         codes = unpack_bits(parts["weight"], self.bits).int()
         levels = parts["weight_lut"].float().reshape(-1)[codes]
-        return (levels.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
-
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        return torch.float32 if self.group is None else torch.bfloat16
+        return scaled(levels, parts["weight_scale"])
 
     def _levels(self, grouped: Tensor, weight: Tensor) -> Tensor:
         """The look-up table (1, 2^bits), rising."""
@@ -156,7 +153,7 @@ class Lut:
         scale = torch.tensor(_SHARES).to(peak)[torch.stack(errors).argmin(0)] * peak
         level = snapped(scale)
         along, norm = ((weight * level * v).sum(-1, True) for v in (grouped, level))
-        return torch.where(norm > 0, along / norm, scale).squeeze(-1).to(self._scale_dtype)
+        return torch.where(norm > 0, along / norm, scale).squeeze(-1).to(scale_dtype(self.group))
 
 
 def _nearest(u: Tensor, lut: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from dtq.formats.base import (
     divide,
     groups_of,
     in_groups,
+    scale_dtype,
+    scaled,
     spread,
 )
 from dtq.formats.bits import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
@@ -43,7 +45,7 @@ class Ternary:
 
     def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
         rows, columns = shape
-        scale = Spec((rows, groups_of(self.name, columns, self.group)), self._scale_dtype)
+        scale = Spec((rows, groups_of(self.name, columns, self.group)), scale_dtype(self.group))
         if not self.trits:
             width = packed_width(self.name, columns, 2)
             return {"weight": Spec((rows, width), torch.int8), "weight_scale": scale}
@@ -72,7 +74,7 @@ class Ternary:
         total, mass = (mass * size).cumsum(-1), mass.cumsum(-1)
         mean = divide(total, mass)
         best = (mean * total).argmax(-1, keepdim=True)
-        return {"weight_scale": mean.gather(-1, best).squeeze(-1).to(self._scale_dtype)}
+        return {"weight_scale": mean.gather(-1, best).squeeze(-1).to(scale_dtype(self.group))}
 
     def absmean(self, x: Tensor) -> Params:
         """TerDiT's rule: codes ``clip(round(W / gamma))``, gamma = mean |W| of all."""
@@ -96,24 +98,18 @@ class Ternary:
         return {**self._stored(codes), "weight_scale": self._scales(alpha, codes.shape)}
 
     def unpack(self, parts: Parts) -> Tensor:
-        scale = parts["weight_scale"].float()
         if self.trits:
             codes = unpack_trits(parts["weight"])
             if "weight_tail" in parts:
                 codes = torch.cat([codes, parts["weight_tail"].view(torch.uint8)], 1)
         else:
             codes = unpack_bits(parts["weight"], 2)
-        grouped = (codes.float() - 1).unflatten(1, (scale.shape[1], -1))
-        return (grouped * scale.unsqueeze(-1)).flatten(1)
-
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        return torch.float32 if self.group is None else torch.bfloat16
+        return scaled(codes, parts["weight_scale"], 1)
 
     def _scales(self, alpha: Tensor | float, shape: torch.Size) -> Tensor:
         groups = groups_of(self.name, shape[1], self.group)
         alpha = torch.as_tensor(alpha, dtype=torch.float32)
-        return alpha.expand(shape[0], groups).to(self._scale_dtype).contiguous()
+        return alpha.expand(shape[0], groups).to(scale_dtype(self.group)).contiguous()
 
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         return torch.round(divide(x.float(), scale)).clamp(-1, 1)

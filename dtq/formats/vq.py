@@ -68,44 +68,60 @@ class Vq:
             return outer
         x = x.float()
         params = {}
-        scale = x.new_ones((len(x), 1))
+        power = x.new_ones((len(x), 1))
         if self.scaled:
             params["weight_scale"] = x.square().mean(1, keepdim=True).sqrt().to(torch.bfloat16)
-            scale = params["weight_scale"].float()
-        vectors = divide(x, scale).reshape(-1, self.vector)
+            power = params["weight_scale"].float().square()
+        vectors = self.split(x, params).flatten(0, 1)
         pick = torch.arange(len(vectors))
         if len(pick) > SAMPLE:
             shuffled = torch.randperm(len(pick), generator=torch.Generator().manual_seed(0))
             pick = shuffled[:SAMPLE]
         pick = pick.to(x.device)
         columns = column_weights(x, importance).reshape(-1, self.vector)
-        weight = columns[pick % len(columns)] * scale.square()[pick // len(columns)]
+        weight = columns[pick % len(columns)] * power[pick // len(columns)]
         words = kmeans(vectors[pick], weight, self.words)
         return {"weight_lut": words.to(torch.bfloat16), **params}
 
     def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
-        return self._values(self._codes(x, params), params)
+        return self._values(self._nearest(x, params), params)
 
     def pack(self, x: Tensor, params: Params) -> Parts:
-        return {"weight": pack_bits(self._codes(x, params), self._bits), **params}
+        return {"weight": pack_bits(self._nearest(x, params), self._bits), **params}
 
     def unpack(self, parts: Parts) -> Tensor:
-        return self._values(unpack_bits(parts["weight"], self._bits), parts)
+        return self._values(self.codes(parts), parts)
+
+    def codes(self, parts: Parts) -> Tensor:
+        """The word of each vector, uint8 (N, K / vector)."""
+        return unpack_bits(parts["weight"], self._bits)
+
+    def with_codes(self, parts: Parts, codes: Tensor) -> Parts:
+        """The parts with other words, integers (N, K / vector); the codebook stays."""
+        return {**parts, "weight": pack_bits(codes, self._bits)}
+
+    def split(self, x: Tensor, params: Params) -> Tensor:
+        """The vectors (N, K / vector, vector) of a matrix (N, K), rows over their scale if any."""
+        x = x.float()
+        if self.scaled:
+            x = divide(x, params["weight_scale"].float())
+        return x.unflatten(1, (-1, self.vector))
+
+    def join(self, vectors: Tensor, params: Params) -> Tensor:
+        """Inverse of :meth:`split`."""
+        x = vectors.flatten(1)
+        return x * params["weight_scale"].float() if self.scaled else x
 
     @property
     def _bits(self) -> int:
         return int(math.log2(self.words))
 
-    def _codes(self, x: Tensor, params: Params) -> Tensor:
-        x = x.float()
-        if self.scaled:
-            x = divide(x, params["weight_scale"].float())
-        nearest = nearest_words(x.reshape(-1, self.vector), params["weight_lut"].float())
-        return nearest.reshape(len(x), -1)  # (N, K / vector)
+    def _nearest(self, x: Tensor, params: Params) -> Tensor:
+        vectors = self.split(x, params).flatten(0, 1)  # (S, vector)
+        return nearest_words(vectors, params["weight_lut"].float()).reshape(len(x), -1)
 
     def _values(self, codes: Tensor, params: Params) -> Tensor:
-        values = params["weight_lut"].float()[codes.int()].flatten(1)
-        return values * params["weight_scale"].float() if self.scaled else values
+        return self.join(params["weight_lut"].float()[codes.int()], params)
 
 
 def nearest_words(vectors: Tensor, words: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats.acts import ACTS, MODES, fake_quantize, row_codes, row_scale
+from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
+from dtq.formats.base import scaled
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
 from dtq.transforms.hadamard import fwht, rotate
@@ -82,8 +83,7 @@ def _step_linear(
     from dtq.formats import FORMATS
     from dtq.kernels.table import Task, pick
 
-    chosen = MODES[modes.split(",")[int(mode)]] or acts
-    task = Task(FORMATS[weights], ACTS[chosen], block, turns)
+    task = Task(FORMATS[weights], acts_of(modes.split(",")[int(mode)], acts), block, turns)
     named = dict(zip(names.split(","), parts, strict=True))
     if not task.acts.static:
         named.pop("input_scale", None)
@@ -164,12 +164,8 @@ def _same_dtype(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
 
 def _dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     codes = unpack_nibbles(weight) if bits == 4 else weight
-    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
-    if zero is not None:
-        grouped = grouped - zero.float().unsqueeze(-1)
-    elif bits == 4:
-        grouped = grouped - 8
-    return (grouped * scale.float().unsqueeze(-1)).flatten(1)
+    offset = 8 if bits == 4 else None
+    return scaled(codes, scale, offset if zero is None else zero)
 
 
 def _int_matmul(a: Tensor, b: Tensor) -> Tensor:

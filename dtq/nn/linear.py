@@ -22,7 +22,8 @@ from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, Parts, Spec
 from dtq.formats.acts import ACTS
 from dtq.kernels.table import Kernel, Task, pick
-from dtq.plan import Runtime, StepPolicy
+from dtq.plan import Runtime
+from dtq.policy import StepPolicy
 from dtq.transforms import Online
 
 _BITS = {
@@ -166,6 +167,11 @@ class QuantLinear(nn.Linear):
         """Every stored part with its on-disk dtype, sharing memory."""
         return {name: self.part(name) for name in self.specs()}
 
+    @property
+    def clock(self) -> StepClock | None:
+        """What tells the layer where in the trajectory it is; None without one."""
+        return self._clock[0] if self._clock else None
+
     def hear(self, clock: StepClock | None) -> None:
         """Read static scales and the step policy by this clock from now on."""
         self._clock = [] if clock is None else [clock]
@@ -188,7 +194,7 @@ class QuantLinear(nn.Linear):
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         parts = {name: self.part(name) for name in self._specs if not name.startswith("proj_")}
         if self.task.acts.static:
-            parts["input_scale"] = self._step_scale()
+            parts["input_scale"] = self.step_scale()
         if self._clock and self._clock[0].modes and self.task.acts.bits < 16:
             y = self._stepped(rows, parts, bias)
         else:
@@ -206,6 +212,18 @@ class QuantLinear(nn.Linear):
             task.turns, ",".join(parts), list(parts.values()), bias, self.out_features,
         )  # fmt: skip
         return y
+
+    def step_scale(self) -> Tensor:
+        """The stored activation scale (1,) of this step."""
+        table = self.part("input_scale").reshape(-1)  # (bins,)
+        if len(table) == 1:
+            return table
+        if not self._clock:
+            raise RuntimeError(
+                "this layer has one activation scale per timestep bin, but no clock tells it the "
+                "timestep; load the model with diffusers or call dtq.nn.swap.install_clock(model)"
+            )
+        return table.index_select(0, self._clock[0].bin.to(table.device))
 
     def transform(self) -> Online:
         """The change that the input goes through before it is quantized."""
@@ -248,17 +266,6 @@ class QuantLinear(nn.Linear):
     @property
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
-
-    def _step_scale(self) -> Tensor:
-        table = self.part("input_scale").reshape(-1)  # (bins,)
-        if len(table) == 1:
-            return table
-        if not self._clock:
-            raise RuntimeError(
-                "this layer has one activation scale per timestep bin, but no clock tells it the "
-                "timestep; load the model with diffusers or call dtq.nn.swap.install_clock(model)"
-            )
-        return table.index_select(0, self._clock[0].bin.to(table.device))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError
 from dtq.families import TIME_ARGUMENTS
 from dtq.nn.linear import QuantLinear, StepClock, aligned, is_linear
-from dtq.plan import LoadPlan, StepPolicy
+from dtq.plan import LoadPlan
+from dtq.policy import StepPolicy
 
 _CLOCK = "_dtq_clock"
 
@@ -50,6 +53,29 @@ def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Module]:
             raise CheckpointError(f"config.json: {name!r} is a {kind}, not a linear")
         found[name] = module
     return found
+
+
+@contextmanager
+def placed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules in place of some, by dotted name, on the device of those they replace.
+
+    The model is as before afterwards, also on errors, and the others are back where they were.
+    """
+    before = {name: model.get_submodule(name) for name in modules}
+    homes = {name: _device(module) for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module.to(_device(before[name])))
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+        for name, module in modules.items():
+            module.to(homes[name])
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters(), torch.empty(0)).device
 
 
 def finish(model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None) -> None:

@@ -114,7 +114,18 @@ def loftq(
     return found
 
 
-LOWRANK: dict[str, Callable[..., list[Branch]]] = {"svd": svd, "loftq": loftq}
+@dataclass(frozen=True)
+class LowRank:
+    """A row of the table: the function, and what calibration must collect for it."""
+
+    call: Callable[..., list[Branch]]
+    needs: frozenset[str] = frozenset()
+
+
+LOWRANK: dict[str, LowRank] = {
+    "svd": LowRank(svd, frozenset({"gram"})),
+    "loftq": LowRank(loftq),
+}
 
 
 def rank_for(shape: tuple[int, int], knobs: Mapping[str, Any]) -> int:

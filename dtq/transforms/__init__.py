@@ -20,20 +20,27 @@ from dtq.transforms.methods import Choice
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: the function, and what calibration must collect for it."""
+    """A row of the table.
+
+    Attributes:
+        call: the function.
+        needs: what calibration must collect for it.
+        rotates: it may turn the input, by a Hadamard over blocks.
+    """
 
     call: Callable[..., Choice]
     needs: frozenset[str] = frozenset()
+    rotates: bool = False
 
 
 TRANSFORMS: dict[str, Method] = {
     "none": Method(methods.none),
     "smooth": Method(methods.smooth, frozenset({"channels"})),
-    "hadamard": Method(methods.hadamard),
-    "smooth-hadamard": Method(methods.smooth_hadamard, frozenset({"channels"})),
+    "hadamard": Method(methods.hadamard, rotates=True),
+    "smooth-hadamard": Method(methods.smooth_hadamard, frozenset({"channels"}), rotates=True),
     "ditas": Method(methods.ditas, frozenset({"channels", "reservoir"})),
-    "ars": Method(methods.ars, frozenset({"channels", "reservoir"})),
-    "search": Method(methods.search, frozenset({"channels", "reservoir"})),
+    "ars": Method(methods.ars, frozenset({"channels", "reservoir"}), rotates=True),
+    "search": Method(methods.search, frozenset({"channels", "reservoir"}), rotates=True),
 }
 
 __all__ = [
