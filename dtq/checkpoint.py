@@ -27,7 +27,7 @@ from torch import Tensor
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
 from dtq.plan import SAFETENSORS_DTYPES, LoadPlan, file_bytes
-from dtq.source import folder_kind, read_json
+from dtq.source import Components, denoisers_on_disk, folder_kind, read_json
 
 CHECKSUMS = "dtq_checksums"
 """int32 (2 + tensors,): format version; CRC-32 of the names, dtypes and shapes (:func:`outline`);
@@ -160,17 +160,32 @@ class Reader:
         return values
 
 
-def verify(path: Path, component: str = "transformer") -> Path:
-    """Check a checkpoint without building the model; returns the folder of the quantized model.
+def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
+    """Check a checkpoint without building the models.
+
+    Returns:
+        Component to folder of every model that dtq quantized.
 
     Raises:
-        InputError: not a diffusers folder, or not quantized by dtq.
+        InputError: not a diffusers folder, or nothing in it is quantized by dtq.
         CheckpointError: damaged, incomplete or from a newer dtq; names file and key.
     """
-    folder = path / component if folder_kind(path) == "pipeline" else path
-    config = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != "dtq":
-        raise InputError(f"{folder} is not quantized by dtq (no quantization_config)")
+    folders = {"transformer": path}
+    if folder_kind(path) == "pipeline":
+        names = denoisers_on_disk(path) if component == "auto" else component
+        folders = {n: path / n for n in ([names] if isinstance(names, str) else names)}
+    found = {}
+    for name, folder in folders.items():
+        config = read_json(folder / "config.json").get("quantization_config")
+        if isinstance(config, dict) and config.get("quant_method") == "dtq":
+            _verify_model(folder, config)
+            found[name] = folder
+    if not found:
+        raise InputError(f"{path} is not quantized by dtq (no quantization_config)")
+    return found
+
+
+def _verify_model(folder: Path, config: dict[str, Any]) -> None:
     DTQConfig(**config)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -180,7 +195,6 @@ def verify(path: Path, component: str = "transformer") -> Path:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 reader.check({key: opened.get_tensor(key)})
-    return folder
 
 
 def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str = "10GB") -> Path:

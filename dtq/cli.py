@@ -27,10 +27,19 @@ from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
 from dtq.errors import DtqError, InputError
 from dtq.estimate import estimate
-from dtq.kernels import KERNELS, explain
+from dtq.kernels import KERNELS
 from dtq.plan import Plan
-from dtq.printing import or_dash, print_plan, print_result, size, table
-from dtq.quantize import calibrate_source, plan_source, quantize_source
+from dtq.printing import (
+    inspected,
+    or_dash,
+    plan_json,
+    print_inspected,
+    print_plan,
+    print_result,
+    size,
+    table,
+)
+from dtq.quantize import calibrate_source, plan_source, quantize_sources
 from dtq.recipe import Calibration, Recipe, find, names
 
 MODEL_HELP = "MODEL is a local diffusers folder, a hub id, or demo (the model bundled with dtq)."
@@ -116,6 +125,15 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+component_option = click.option(
+    "--component",
+    "components",
+    multiple=True,
+    metavar="NAME",
+    help="Which model of the pipeline; repeat for more. Default: every diffusion transformer.",
+)
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--component and --dtype."""
     for option in (
@@ -126,12 +144,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Of everything that is not quantized. auto: as on disk (fp32 for fp16 files without a GPU).",
         ),
-        click.option(
-            "--component",
-            default="transformer",
-            show_default=True,
-            help="Which model of the pipeline.",
-        ),
+        component_option,
     ):
         command = option(command)
     return command
@@ -163,7 +176,7 @@ def quantize(
     overwrite: bool,
     as_json: bool,
     dtype: str,
-    component: str,
+    components: tuple[str, ...],
     **choices: Any,
 ) -> None:
     """Quantize MODEL and write a diffusers folder.
@@ -178,36 +191,49 @@ def quantize(
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
     with _quiet(as_json):
-        opened = source.open_source(model, dtype=dtype, component=component)
-        _, plan = plan_source(opened, chosen, keep)
-        _check_disk(opened.model, plan, opened.dtype, output)
+        opened = source.open_sources(model, dtype=dtype, component=components or "auto")
+        for each in opened:
+            _, plan = plan_source(each, chosen, keep)
+            _check_disk(each.model, plan, each.dtype, output)
         work = output.with_name(f"{output.name}.work")
-        report = quantize_source(
+        reports = quantize_sources(
             opened, chosen, statistics=statistics, skip=keep, progress=not as_json, work=work
         )
-        saveable = opened.pipeline if opened.pipeline is not None else opened.model
+        first = opened[0]
+        saveable = first.pipeline if first.pipeline is not None else first.model
+        data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
+        if len(data) == 1:
+            (data,) = data.values()
         with checkpoint.whole_folder(output, overwrite=overwrite) as side:
             checkpoint.save_into(saveable, side, shard_size)
-            text = json.dumps(report.to_json(), indent=1) + "\n"
+            text = json.dumps(data, indent=1) + "\n"
             (side / "dtq_report.json").write_text(text, encoding="utf-8")
         shutil.rmtree(work, ignore_errors=True)  # what an interrupted run would go on from
     if as_json:
-        click.echo(json.dumps(report.to_json()))
-    else:
+        click.echo(json.dumps(data))
+        return
+    for name, report in reports.items():
+        if len(reports) > 1:
+            click.echo(f"{name}:")
         print_result(report, output, time.monotonic() - started)
 
 
 @main.command()
 @click.argument("model")
 @recipe_options
-@click.option("--component", default="transformer", show_default=True)
+@component_option
 @click.option(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
 )
 @click.option("--keep", multiple=True, metavar="LAYER", help="Layer to keep.")
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
 def plan(
-    model: str, component: str, dtype: str, keep: tuple[str, ...], as_json: bool, **choices: Any
+    model: str,
+    components: tuple[str, ...],
+    dtype: str,
+    keep: tuple[str, ...],
+    as_json: bool,
+    **choices: Any,
 ) -> None:
     """Show what would happen to each layer, and what it costs, without loading weights.
 
@@ -215,24 +241,21 @@ def plan(
     dtq plan demo --recipe w4a8
     """
     chosen = _recipe(choices)
-    skeleton, on_disk = source.skeleton(model, component)
-    compute = on_disk if dtype == "auto" else source.DTYPES[dtype]
-    opened = source.Source(model, None, component, skeleton)
-    scan, resolved = plan_source(opened, chosen, keep)
-    cost = estimate(skeleton, scan, resolved, chosen, compute)
+    every: dict[str, dict[str, Any]] = {}
+    found = source.skeletons(model, components or "auto")
+    for name, (skeleton, on_disk) in found.items():
+        compute = on_disk if dtype == "auto" else source.DTYPES[dtype]
+        opened = source.Source(model, None, name, skeleton)
+        scan, resolved = plan_source(opened, chosen, keep)
+        cost = estimate(skeleton, scan, resolved, chosen, compute)
+        if as_json:
+            every[name] = plan_json(resolved, cost, scan)
+            continue
+        if len(found) > 1:
+            click.echo(f"{name}:")
+        print_plan(resolved, cost, scan, chosen)
     if as_json:
-        data = {
-            **resolved.to_json(),
-            "bytes": cost.file,
-            "bytes_most": cost.file_most,
-            "memory": cost.memory,
-            "seconds": cost.seconds,
-        }
-        data["bits_gemm"] = resolved.bits(resolved.gemm())
-        data["bits_adaln"] = resolved.bits([x for x in resolved.quantized() if x.role == "adaln"])
-        click.echo(json.dumps(data))
-        return
-    print_plan(resolved, cost, scan.traced, chosen)
+        click.echo(json.dumps(every if len(every) > 1 else next(iter(every.values()))))
 
 
 @main.command()
@@ -246,7 +269,9 @@ def plan(
     required=True,
     help="File to write, .safetensors.",
 )
-def calibrate(model: str, output: Path, dtype: str, component: str, **choices: Any) -> None:
+def calibrate(
+    model: str, output: Path, dtype: str, components: tuple[str, ...], **choices: Any
+) -> None:
     """Run the float model once and keep its statistics for any number of recipes.
 
     \b
@@ -256,7 +281,11 @@ def calibrate(model: str, output: Path, dtype: str, component: str, **choices: A
     chosen = _recipe(choices)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
-    opened = source.open_source(model, dtype=dtype, component=component)
+    every = source.open_sources(model, dtype=dtype, component=components or "auto")
+    if len(every) > 1:
+        names = ", ".join(each.component for each in every)
+        raise InputError(f"{model} has several transformers: choose one of {names} by --component")
+    (opened,) = every
     scan, _ = plan_source(opened, chosen)
     # everything, whatever this recipe needs: the file then serves other recipes too
     needs = frozenset({"channels", "gram", "reservoir"})
@@ -269,60 +298,24 @@ def calibrate(model: str, output: Path, dtype: str, component: str, **choices: A
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--component", default="transformer", show_default=True)
+@component_option
 @click.option(
     "--kernels", is_flag=True, help="Show which kernel runs each layer, and why not another."
 )
 @click.option("--json", "as_json", is_flag=True)
-def inspect(folder: Path, component: str, kernels: bool, as_json: bool) -> None:
+def inspect(folder: Path, components: tuple[str, ...], kernels: bool, as_json: bool) -> None:
     """Check a quantized FOLDER and show what is in it.
 
     \b
     dtq inspect demo-w4a8 --kernels
     """
-    where = checkpoint.verify(_existing(folder), component)
-    model = source.model_class(where).from_pretrained(where)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, dtq.QuantLinear)]
-    rows = [
-        {
-            "name": name,
-            "shape": [m.out_features, m.in_features],
-            "weights": m.weights,
-            "acts": m.acts,
-            "hadamard": m.task.block,
-            "bits": 8
-            * sum(s.nbytes for s in m.specs().values())
-            / (m.in_features * m.out_features),
-            "kernel": m.kernel.name,
-            "kernels": explain(m.task),
-        }
-        for name, m in layers
-    ]
-    config = model.config["quantization_config"]
-    stored = sum(f.stat().st_size for f in where.glob("*.safetensors"))
+    found = checkpoint.verify(_existing(folder), components or "auto")
+    every = {name: inspected(where) for name, where in found.items()}
     if as_json:
-        click.echo(json.dumps({"recipe": config.recipe, "bytes": stored, "layers": rows}))
+        click.echo(json.dumps(every if len(every) > 1 else next(iter(every.values()))))
         return
-    click.echo(
-        f"{folder}: recipe {config.recipe}, {len(rows)} quantized linears, {size(stored)}, checksums good"
-    )
-    table(
-        ("layer", "N x K", "weights", "acts", "bits", "kernel"),
-        [
-            (
-                r["name"],
-                "x".join(map(str, r["shape"])),
-                r["weights"],
-                r["acts"],
-                f"{r['bits']:.2f}",
-                r["kernel"],
-            )
-            for r in rows
-        ],
-    )
-    if kernels:
-        for text in sorted({"; ".join(r["kernels"]) for r in rows}):
-            click.echo(f"  {text}")
+    for name, data in every.items():
+        print_inspected(f"{folder}/{name}" if len(every) > 1 else str(folder), data, kernels)
 
 
 @main.command()

@@ -4,20 +4,90 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics as numbers
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dtq.estimate import Estimate
+from dtq.families import Scan
+from dtq.kernels import explain
+from dtq.nn import QuantLinear
 from dtq.plan import Plan
 from dtq.quantize import Report
 from dtq.recipe import Recipe
+from dtq.source import model_class
 
 
-def print_plan(plan: Plan, cost: Estimate, traced: bool, chosen: Recipe) -> None:
+def plan_json(plan: Plan, cost: Estimate, scan: Scan) -> dict[str, Any]:
+    """What ``dtq plan --json`` prints of one transformer."""
+    return {
+        **plan.to_json(),
+        "family": scan.family,
+        "traced": scan.traced,
+        "unmatched": scan.unmatched,
+        "bytes": cost.file,
+        "bytes_most": cost.file_most,
+        "memory": cost.memory,
+        "seconds": cost.seconds,
+        "bits_gemm": plan.bits(plan.gemm()),
+        "bits_adaln": plan.bits([x for x in plan.quantized() if x.role == "adaln"]),
+    }
+
+
+def inspected(folder: Path) -> dict[str, Any]:
+    """What is in the folder of a quantized model, and which kernel would run each layer."""
+    model = model_class(folder).from_pretrained(folder)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+    rows = [
+        {
+            "name": name,
+            "shape": [m.out_features, m.in_features],
+            "weights": m.weights,
+            "acts": m.acts,
+            "hadamard": m.task.block,
+            "bits": 8
+            * sum(s.nbytes for s in m.specs().values())
+            / (m.in_features * m.out_features),
+            "kernel": m.kernel.name,
+            "kernels": explain(m.task),
+        }
+        for name, m in layers
+    ]
+    config = model.config["quantization_config"]
+    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return {"recipe": config.recipe, "bytes": stored, "layers": rows}
+
+
+def print_inspected(folder: str, data: dict[str, Any], kernels: bool) -> None:
+    rows = data["layers"]
+    click.echo(
+        f"{folder}: recipe {data['recipe']}, {len(rows)} quantized linears, {size(data['bytes'])}, checksums good"
+    )
+    table(
+        ("layer", "N x K", "weights", "acts", "bits", "kernel"),
+        [
+            (
+                r["name"],
+                "x".join(map(str, r["shape"])),
+                r["weights"],
+                r["acts"],
+                f"{r['bits']:.2f}",
+                r["kernel"],
+            )
+            for r in rows
+        ],
+    )
+    if kernels:
+        for text in sorted({"; ".join(r["kernels"]) for r in rows}):
+            click.echo(f"  {text}")
+
+
+def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
     rows = []
     for x in plan.layers:
         how = "kept" if x.kept else f"{x.transform.name}, {x.solver.name}"
@@ -37,7 +107,7 @@ def print_plan(plan: Plan, cost: Estimate, traced: bool, chosen: Recipe) -> None
     table(("layer", "role", "N x K", "weights", "acts", "bits", "how", "note"), rows)
     modulation = [x for x in plan.quantized() if x.role == "adaln"]
     click.echo()
-    if not traced:
+    if not scan.traced:
         click.echo(
             "no inputs could be made up for this class: layers were sorted by name, not by a traced forward"
         )
@@ -46,6 +116,8 @@ def print_plan(plan: Plan, cost: Estimate, traced: bool, chosen: Recipe) -> None
         click.echo(
             f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
         )
+    for name, what in _each_once(scan.unmatched).items():
+        click.echo(f"kept, {what}: {name}")
     click.echo(f"attention and feed-forward  {plan.bits(plan.gemm()):.3f} bits per weight")
     if modulation:
         click.echo(f"modulation                  {plan.bits(modulation):.3f} bits per weight")
@@ -127,3 +199,8 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _each_once(names: dict[str, str]) -> dict[str, str]:
+    """The same in every block is said once."""
+    return {re.sub(r"\.\d+\.", ".*.", name): what for name, what in names.items()}

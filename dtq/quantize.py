@@ -27,7 +27,7 @@ from dtq.plan import Plan
 from dtq.recipe import Recipe
 from dtq.refine import REFINE
 from dtq.solve import LayerReport, SiteReport, built, solve_all
-from dtq.source import Source, open_source, scan_model
+from dtq.source import Components, Source, open_sources, scan_model
 from dtq.transforms import TRANSFORMS
 
 log = logging.getLogger("dtq")
@@ -72,7 +72,7 @@ def quantize(
     *,
     statistics: Statistics | None = None,
     inputs: Iterable[dict[str, Any]] | None = None,
-    component: str = "transformer",
+    component: Components = "auto",
     dtype: str | torch.dtype = "auto",
     modules_to_not_convert: Sequence[str] = (),
     progress: bool = True,
@@ -86,7 +86,7 @@ def quantize(
         recipe: name, YAML path or :class:`Recipe`.
         statistics: from an earlier calibration of the same model; otherwise it is run now.
         inputs: keyword arguments of the transformer's forward to calibrate a bare one on.
-        component: which part of a pipeline to quantize.
+        component: which parts of a pipeline to quantize; ``auto`` is every diffusion transformer.
         dtype: of everything that is not quantized, when opening a folder; see ``open_source``.
         modules_to_not_convert: layers to keep: names, prefixes, path components, ``re:...``.
         progress: show progress bars.
@@ -100,16 +100,68 @@ def quantize(
         InputError, RecipeError: what was given cannot be used; nothing was changed.
     """
     chosen = Recipe.load(recipe, **overrides)
-    source = open_source(model, dtype=dtype, component=component)
-    quantize_source(
-        source,
+    sources = open_sources(model, dtype=dtype, component=component)
+    quantize_sources(
+        sources,
         chosen,
         statistics=statistics,
         inputs=inputs,
         skip=modules_to_not_convert,
         progress=progress,
     )
-    return source.pipeline if source.pipeline is not None else source.model
+    first = sources[0]
+    return first.pipeline if first.pipeline is not None else first.model
+
+
+def quantize_sources(
+    sources: Sequence[Source],
+    recipe: Recipe,
+    *,
+    statistics: Statistics | None = None,
+    inputs: Iterable[dict[str, Any]] | None = None,
+    skip: Sequence[str] = (),
+    progress: bool = True,
+    work: Path | None = None,
+) -> dict[str, Report]:
+    """Quantize the transformers of one pipeline, or a bare one; see :func:`quantize`.
+
+    All of them are calibrated before the first is changed, so that each sees the float pipeline.
+
+    Returns:
+        A report per component.
+
+    Raises:
+        InputError: statistics or inputs are given, which are those of one transformer, but there
+            are several.
+    """
+    if len(sources) == 1:
+        (one,) = sources
+        how: dict[str, Any] = {"skip": skip, "progress": progress, "work": work}
+        report = quantize_source(one, recipe, statistics=statistics, inputs=inputs, **how)
+        return {one.component: report}
+    if statistics is not None or inputs is not None:
+        names = ", ".join(source.component for source in sources)
+        raise InputError(
+            f"statistics and inputs are those of one transformer, the pipeline has {names}: "
+            f"quantize them one by one with component="
+        )
+    seen: dict[str, Statistics | None] = {}
+    for source in sources:
+        scan, _ = plan_source(source, recipe, skip)
+        needs = recipe.needs()
+        wanted = calibrate_source(source, scan, recipe, needs, progress=progress) if needs else None
+        seen[source.component] = wanted
+    return {
+        source.component: quantize_source(
+            source,
+            recipe,
+            statistics=seen[source.component],
+            skip=skip,
+            progress=progress,
+            work=work / source.component if work is not None else None,
+        )
+        for source in sources
+    }
 
 
 def quantize_source(

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from dtq import demo
 from dtq.errors import InputError
 from dtq.families import Family, Scan, find, scan, scan_names
 from dtq.harden import harden
+
+Components = str | Sequence[str]
+"""``auto``, or one or more components of a pipeline."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,40 +58,95 @@ class Source:
 
 
 def open_source(
-    what: object, *, dtype: str | torch.dtype = "auto", component: str = "transformer"
+    what: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
 ) -> Source:
+    """The first of :func:`open_sources`."""
+    return open_sources(what, dtype=dtype, component=component)[0]
+
+
+def open_sources(
+    what: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
+) -> list[Source]:
     """Open a pipeline or transformer given as object, local folder, hub id, or bundled name.
 
     Args:
         what: a diffusers pipeline or model; a folder; ``demo``, ``demo-hard``; else a hub id.
         dtype: ``auto``, ``fp32``, ``bf16``, ``fp16`` or a torch dtype. ``auto`` is the dtype on
             disk, but float32 for float16 files when there is no GPU.
-        component: which part of a pipeline to quantize.
+        component: parts of the pipeline to quantize; ``auto`` is every diffusion transformer in
+            it: Wan 2.2 has one for the noisy and one for the clean part of the trajectory.
+
+    Returns:
+        One source for each; they share the pipeline. A bare transformer is one source.
 
     Raises:
         InputError: it is none of these, or has no such transformer.
     """
     if isinstance(what, DiffusionPipeline):
-        return Source(type(what).__name__, what, component, _component(what, component))
+        return _sources(type(what).__name__, what, component)
     if isinstance(what, nn.Module):
-        return Source(type(what).__name__, None, component, what)
+        return [Source(type(what).__name__, None, "transformer", what)]
     if not isinstance(what, str | Path):
         raise InputError(f"expected a path, hub id, pipeline or model, got {type(what).__name__}")
     name = str(what)
-    if name in demo.NAMES:
-        pipeline = _pipeline(demo.folder(), _dtype(dtype, demo.folder() / "transformer"))
-        if name == "demo-hard":
-            harden(pipeline.transformer)
-        return Source(name, pipeline, "transformer", pipeline.transformer, demo.folder())
-    path = Path(what)
+    path = demo.folder() if name in demo.NAMES else Path(what)
     if not path.exists():
-        return _from_hub(name, dtype, component)
-    kind = folder_kind(path)
-    if kind == "pipeline":
-        pipeline = _pipeline(path, _dtype(dtype, path / component))
-        return Source(name, pipeline, component, _component(pipeline, component), path)
-    model = model_class(path).from_pretrained(path, torch_dtype=_dtype(dtype, path))
-    return Source(name, None, component, model, path)
+        if not _HUB_ID.fullmatch(name):
+            raise InputError(_missing(name))
+        pipeline = _from_hub(name, torch.bfloat16 if dtype == "auto" else _dtype(dtype, Path()))
+        return _sources(name, pipeline, component)
+    if folder_kind(path) == "model":
+        model = model_class(path).from_pretrained(path, torch_dtype=_dtype(dtype, path))
+        return [Source(name, None, "transformer", model, path)]
+    first = _wanted(denoisers_on_disk(path), component, path)[0]
+    pipeline = _pipeline(path, _dtype(dtype, path / first))
+    if name == "demo-hard":
+        harden(pipeline.transformer)
+    return _sources(name, pipeline, component, path)
+
+
+def denoisers(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the diffusion transformers among the components of a pipeline."""
+    found = [n for n, m in pipeline.components.items() if type(m).__name__ in _transformers()]
+    return sorted(found)  # transformer before transformer_2
+
+
+def denoisers_on_disk(folder: Path) -> list[str]:
+    """The same, from the ``model_index.json`` of a pipeline folder."""
+    parts = read_json(folder / "model_index.json")
+    found = [
+        name
+        for name, what in parts.items()
+        if isinstance(what, list) and len(what) == 2 and what[1] in _transformers()
+    ]
+    return sorted(found)
+
+
+def _sources(
+    name: str, pipeline: DiffusionPipeline, component: Components, path: Path | None = None
+) -> list[Source]:
+    chosen = _wanted(denoisers(pipeline), component, type(pipeline).__name__)
+    return [Source(name, pipeline, c, _component(pipeline, c), path) for c in chosen]
+
+
+def _wanted(found: list[str], component: Components, where: object) -> list[str]:
+    """What the user asked for, ``auto`` resolved."""
+    if component != "auto":
+        return [component] if isinstance(component, str) else list(component)
+    if not found:
+        raise InputError(
+            f"{where} has no diffusion transformer of diffusers; name the model to quantize with "
+            f"component="
+        )
+    return found
+
+
+@functools.cache
+def _transformers() -> frozenset[str]:
+    """Names of the classes that diffusers counts among its transformers."""
+    from diffusers.models import transformers
+
+    return frozenset(n for n, kind in vars(transformers).items() if isinstance(kind, type))
 
 
 def folder_kind(path: Path) -> str:
@@ -142,25 +201,29 @@ def model_class(folder: Path) -> Any:
     return kind
 
 
-def skeleton(what: str, component: str = "transformer") -> tuple[nn.Module, torch.dtype]:
-    """The transformer on the meta device, from its config alone, and its dtype on disk.
+def skeletons(
+    what: str, component: Components = "auto"
+) -> dict[str, tuple[nn.Module, torch.dtype]]:
+    """The transformers on the meta device, from their configs alone, and their dtypes on disk.
 
     Raises:
-        InputError: as :func:`open_source`.
+        InputError: as :func:`open_sources`.
     """
-    if what in demo.NAMES:
-        folder = demo.folder() / "transformer"
-    else:
-        path = Path(what)
-        if not path.exists():
-            path = _hub_config(what, component)
-        folder = path / component if folder_kind(path) == "pipeline" else path
+    path = demo.folder() if what in demo.NAMES else Path(what)
+    if not path.exists():
+        path = _hub_config(what)
+    folders = {"transformer": path}
+    if folder_kind(path) == "pipeline":
+        folders = {c: path / c for c in _wanted(denoisers_on_disk(path), component, path)}
+    found = {}
+    for name, folder in folders.items():
         if not (folder / "config.json").is_file():
-            raise InputError(f"{path} has no component {component!r}")
-    kind = model_class(folder)
-    with torch.device("meta"):
-        model: nn.Module = kind.from_config(read_json(folder / "config.json"))
-    return model.eval(), _dtype("auto", folder)
+            raise InputError(f"{path} has no component {name!r}")
+        kind = model_class(folder)
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(read_json(folder / "config.json"))
+        found[name] = model.eval(), _dtype("auto", folder)
+    return found
 
 
 def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = None) -> Scan:
@@ -220,15 +283,14 @@ def _component(pipeline: DiffusionPipeline, name: str) -> nn.Module:
     return model
 
 
-def _hub_config(name: str, component: str) -> Path:
+def _hub_config(name: str) -> Path:
     """A folder with the configs of a hub model, no weights."""
     if not _HUB_ID.fullmatch(name):
         raise InputError(_missing(name))
     from huggingface_hub import snapshot_download
 
-    wanted = ["model_index.json", "config.json", f"{component}/config.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=["*.json"]))
     except (OSError, ValueError) as error:
         raise InputError(_refused(name, error)) from error
 
@@ -238,15 +300,11 @@ def _refused(name: str, error: Exception) -> str:
     return f"{name}: no such folder, and the hub did not give it: {reason}"
 
 
-def _from_hub(name: str, dtype: str | torch.dtype, component: str) -> Source:
-    if not _HUB_ID.fullmatch(name):
-        raise InputError(_missing(name))
-    chosen = torch.bfloat16 if dtype == "auto" else _dtype(dtype, Path())
+def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
-        pipeline = _pipeline(name, chosen)
+        return _pipeline(name, dtype)
     except OSError as error:
         raise InputError(_refused(name, error)) from error
-    return Source(name, pipeline, component, _component(pipeline, component))
 
 
 def _missing(name: str) -> str:

@@ -24,7 +24,7 @@ from dtq.estimate import file_tensors
 from dtq.plan import file_bytes
 from dtq.quantize import plan_source
 from dtq.recipe import names
-from dtq.source import Source, skeleton
+from dtq.source import Source, skeletons
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -105,7 +105,7 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
 
 @pytest.mark.parametrize("recipe", names())
 def test_the_file_has_exactly_the_bytes_that_the_plan_said(recipe, float_folder, tmp_path):
-    model, dtype = skeleton(str(float_folder))
+    ((model, dtype),) = skeletons(str(float_folder)).values()
     chosen = hasty(recipe, guard={"to": ""}, allocate={"budget": ""})
     _, plan = plan_source(Source("x", None, "transformer", model), chosen)
     said = checkpoint.predicted_bytes(file_tensors(model, plan, dtype))

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import tiny
 import torch
 from conftest import QUICK
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 
 import dtq
 from dtq import solve
@@ -17,6 +19,7 @@ from dtq.calibrate.engine import calibrate
 from dtq.errors import InputError
 from dtq.evaluate import drift
 from dtq.harden import harden
+from dtq.nn import QuantLinear
 from dtq.quantize import plan_source
 from dtq.recipe import Calibration, Recipe
 from dtq.source import Source, made_inputs, open_source, scan_model
@@ -274,3 +277,58 @@ def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, m
         dtq.quantize(
             model, recipe, statistics=stats, progress=False, transform={"search": {"step": 0.5}}
         )
+
+
+class TwoStages(DiffusionPipeline):
+    """A pipeline whose first steps are one transformer's, the others another's, as in Wan 2.2."""
+
+    def __init__(self, transformer, transformer_2, scheduler):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, transformer_2=transformer_2, scheduler=scheduler
+        )
+
+    @torch.no_grad()
+    def __call__(self, class_labels, generator=None, num_inference_steps=4, output_type="pt"):
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generator])
+        labels = torch.tensor(class_labels)
+        for i, t in enumerate(self.scheduler.timesteps):
+            model = self.transformer if i < num_inference_steps / 2 else self.transformer_2
+            noise = model(x, timestep=t.expand(len(x)), class_labels=labels).sample
+            x = self.scheduler.step(noise, t, x).prev_sample
+        return ImagePipelineOutput(images=x)
+
+
+def two_stages() -> TwoStages:
+    return TwoStages(tiny.dit(), tiny.dit(seed=1), DDIMScheduler())
+
+
+def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
+    pipe = two_stages()
+    floats = [copy.deepcopy(pipe.transformer), copy.deepcopy(pipe.transformer_2)]
+    dtq.quantize(pipe, "w4a8", progress=False, **QUICK)
+    for model, was in zip((pipe.transformer, pipe.transformer_2), floats, strict=True):
+        assert any(isinstance(m, QuantLinear) for m in model.modules())
+        call = made_inputs(was, 2, 500.0, 0)
+        with torch.no_grad():
+            got, want = model(**call).sample, was(**call).sample
+        assert float((got - want).square().sum() / want.square().sum()) < 0.02
+    pipe.save_pretrained(tmp_path)
+    again = TwoStages.from_pretrained(tmp_path)
+    ran = [
+        p([1, 2], generator=[torch.Generator().manual_seed(i) for i in range(2)]).images
+        for p in (pipe, again)
+    ]
+    assert torch.equal(*ran)
+
+
+def test_one_transformer_of_two(tmp_path):
+    pipe = two_stages()
+    dtq.quantize(pipe, "w4a8", component="transformer_2", progress=False, **QUICK)
+    assert not any(isinstance(m, QuantLinear) for m in pipe.transformer.modules())
+    assert any(isinstance(m, QuantLinear) for m in pipe.transformer_2.modules())
+    with pytest.raises(InputError, match="transformer_2"):
+        dtq.quantize(two_stages(), "w4a8", inputs=[{}], progress=False)
+    with pytest.raises(InputError, match="its models are"):
+        dtq.quantize(two_stages(), "w4a8", component="unet", progress=False)
