@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 import dtq
 from dtq import checkpoint, source
+from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
 from dtq.errors import DtqError, InputError
@@ -164,6 +165,12 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="LAYER",
     help="Layer to keep: name, prefix, component or re:PATTERN.",
 )
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What statistics may take, 8GB; the float model runs more often where it is little. "
+    "Default: half of what is free.",
+)
 @click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, no progress bars.")
@@ -172,6 +179,7 @@ def quantize(
     output: Path,
     stats: Path | None,
     keep: tuple[str, ...],
+    memory: str | None,
     shard_size: str,
     overwrite: bool,
     as_json: bool,
@@ -197,7 +205,13 @@ def quantize(
             _check_disk(each.model, plan, each.dtype, output)
         work = output.with_name(f"{output.name}.work")
         reports = quantize_sources(
-            opened, chosen, statistics=statistics, skip=keep, progress=not as_json, work=work
+            opened,
+            chosen,
+            statistics=statistics,
+            skip=keep,
+            progress=not as_json,
+            work=work,
+            memory=parse_size(memory) if memory else None,
         )
         first = opened[0]
         saveable = first.pipeline if first.pipeline is not None else first.model

@@ -4,25 +4,29 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from dtq import steps
 from dtq.budget import check_budget, compare, guard, mixed
-from dtq.calibrate import engine, sets
+from dtq.calibrate import engine, sets, store
 from dtq.calibrate.calls import Recorded, spread
 from dtq.calibrate.engine import Statistics
 from dtq.calibrate.record import sample_calls
 from dtq.config import DTQConfig
 from dtq.diffusers import mark
 from dtq.errors import InputError
-from dtq.families import Scan
+from dtq.families import Scan, Site
 from dtq.nn.swap import finish
+from dtq.paging import paged
 from dtq.plan import Plan
 from dtq.recipe import Recipe
 from dtq.refine import REFINE
@@ -76,6 +80,7 @@ def quantize(
     dtype: str | torch.dtype = "auto",
     modules_to_not_convert: Sequence[str] = (),
     progress: bool = True,
+    memory: int | None = None,
     **overrides: Any,
 ) -> Any:
     """Quantize a diffusion transformer after training.
@@ -90,6 +95,7 @@ def quantize(
         dtype: of everything that is not quantized, when opening a folder; see ``open_source``.
         modules_to_not_convert: layers to keep: names, prefixes, path components, ``re:...``.
         progress: show progress bars.
+        memory: bytes that the statistics may take; default: half of what is free.
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
     Returns:
@@ -108,6 +114,7 @@ def quantize(
         inputs=inputs,
         skip=modules_to_not_convert,
         progress=progress,
+        memory=memory,
     )
     first = sources[0]
     return first.pipeline if first.pipeline is not None else first.model
@@ -122,6 +129,7 @@ def quantize_sources(
     skip: Sequence[str] = (),
     progress: bool = True,
     work: Path | None = None,
+    memory: int | None = None,
 ) -> dict[str, Report]:
     """Quantize the transformers of one pipeline, or a bare one; see :func:`quantize`.
 
@@ -136,7 +144,7 @@ def quantize_sources(
     """
     if len(sources) == 1:
         (one,) = sources
-        how: dict[str, Any] = {"skip": skip, "progress": progress, "work": work}
+        how: dict[str, Any] = {"skip": skip, "progress": progress, "work": work, "memory": memory}
         report = quantize_source(one, recipe, statistics=statistics, inputs=inputs, **how)
         return {one.component: report}
     if statistics is not None or inputs is not None:
@@ -149,8 +157,11 @@ def quantize_sources(
     for source in sources:
         scan, _ = plan_source(source, recipe, skip)
         needs = recipe.needs()
-        wanted = calibrate_source(source, scan, recipe, needs, progress=progress) if needs else None
-        seen[source.component] = wanted
+        seen[source.component] = (
+            calibrate_source(source, scan, recipe, needs, progress=progress, memory=memory)
+            if needs
+            else None
+        )
     return {
         source.component: quantize_source(
             source,
@@ -159,6 +170,7 @@ def quantize_sources(
             skip=skip,
             progress=progress,
             work=work / source.component if work is not None else None,
+            memory=memory,
         )
         for source in sources
     }
@@ -174,6 +186,7 @@ def quantize_source(
     progress: bool = True,
     config: DTQConfig | None = None,
     work: Path | None = None,
+    memory: int | None = None,
 ) -> Report:
     """Quantize the model of an opened source in place; see :func:`quantize`.
 
@@ -188,14 +201,17 @@ def quantize_source(
     needs = recipe.needs()
     driven = source.pipeline is not None or calls is not None
     if statistics is None and needs and (driven or not _data_free(recipe)):
-        statistics = calibrate_source(source, scan, recipe, needs, inputs=calls, progress=progress)
+        statistics = calibrate_source(
+            source, scan, recipe, needs, inputs=calls, progress=progress, memory=memory
+        )
     elif statistics is not None:
         _check_statistics(statistics, scan, needs)
     elif needs:
         log.warning("no calibration data: solver %s falls back to clip search", recipe.solver.name)
     report = Report(plan, statistics.edges if statistics and plan.bins > 1 else ())
     report.about = dict(statistics.about) if statistics else {"origin": "none"}
-    recorded = _record(source, recipe, calls)
+    with paged(*_modules(source)):
+        recorded = _record(source, recipe, calls)
     solved, report.sites = solve_all(
         source.model, scan, plan, recipe, statistics, progress=progress
     )
@@ -286,13 +302,45 @@ def calibrate_source(
     *,
     inputs: Iterable[dict[str, Any]] | None = None,
     progress: bool = True,
+    memory: int | None = None,
 ) -> Statistics:
-    """Run the float model once over the recipe's calibration set."""
+    """Run the float model over the recipe's calibration set.
+
+    Once, if the statistics fit in ``memory`` bytes (default: half of what is free); else as often
+    as it takes, each time for as many inputs as fit, and they wait on disk.
+    """
     plan = recipe.plan(scan)
     sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
-    return engine.calibrate(
-        source, sites, recipe.calibration, needs, inputs=inputs, progress=progress
-    )
+    how = recipe.calibration
+    memory = memory or psutil.virtual_memory().available // 2
+    portions = engine.portions(sites, how.bins, needs, memory)
+    if inputs is not None:
+        inputs = list(inputs)
+
+    def run(portion: Sequence[Site]) -> Statistics:
+        with paged(*_modules(source)):
+            return engine.calibrate(source, portion, how, needs, inputs=inputs, progress=progress)
+
+    if len(portions) == 1:
+        return run(sites)
+    log.warning(
+        "the statistics of %d inputs do not fit in %.1f GB: the float model runs %d times",
+        len(sites), memory / 1e9, len(portions),
+    )  # fmt: skip
+    folder = tempfile.TemporaryDirectory(prefix="dtq-statistics-")
+    files = []
+    for i, portion in enumerate(portions):
+        files.append(Path(folder.name) / f"{i}.safetensors")
+        store.save(run(portion), files[-1])
+    statistics = store.load(*files)
+    weakref.finalize(statistics, folder.cleanup)
+    return statistics
+
+
+def _modules(source: Source) -> list[nn.Module]:
+    """The model, and the others of its pipeline."""
+    parts = source.pipeline.components.values() if source.pipeline is not None else [source.model]
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def on_the_fly(model: nn.Module, config: DTQConfig, keep: list[str]) -> Report:

@@ -17,6 +17,7 @@ from dtq.families import Scan, Site
 from dtq.formats import FORMATS, Parts
 from dtq.formats.acts import ACTS, fake_quantize, row_scale
 from dtq.nn.linear import QuantLinear
+from dtq.paging import release
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
 from dtq.solvers import SOLVERS
@@ -305,6 +306,7 @@ def solve_all(
                 choice = choose(members, weights, stats)
                 best = solve_site(members, weights, choice, stats, recipe)
                 solved |= {result.plan.name: result for result in best}
+                release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]
                 reports.append(describe(site, stats, choice, best[0].transform))
                 bar.update(len(members))
     return solved, reports

@@ -7,7 +7,7 @@ import ast
 from pathlib import Path
 
 ROWS = [
-    {"errors", "data"},
+    {"errors", "data", "paging"},
     {"formats"},
     {"calibrate.stats", "calibrate.calls", "policy"},
     {"transforms", "solvers"},

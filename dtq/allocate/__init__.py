@@ -10,7 +10,7 @@ bits, and one choice for all timesteps, because a second copy of a weight would 
 one saves.
 """
 
-from dtq.allocate.allocation import Allocation, Row, allocate, parse_budget
+from dtq.allocate.allocation import Allocation, Row, allocate, parse_budget, parse_size
 from dtq.allocate.knapsack import LIMIT, Bounds, Option, knapsack
 from dtq.allocate.measure import Measured, damages, measure
 from dtq.allocate.metrics import GROUPS, METRICS, groups_of
@@ -30,4 +30,5 @@ __all__ = [
     "knapsack",
     "measure",
     "parse_budget",
+    "parse_size",
 ]

@@ -121,6 +121,17 @@ UNITS = {
 }
 
 
+def parse_size(text: str) -> int:
+    """Bytes of ``8GB`` (10^9 each) or ``1.5GiB`` (2^30).
+
+    Raises:
+        InputError: it is no size.
+    """
+    if not re.fullmatch(r"[\d.]+\s*[a-z]+", text.strip().lower()):
+        raise InputError(f"size {text!r}: write 8GB or 1.5GiB")
+    return parse_budget(text, 0)
+
+
 def parse_budget(text: str, weights: int) -> int:
     """Bytes of a budget as one writes it.
 

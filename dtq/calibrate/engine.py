@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ class Statistics:
         about: how it was made: model class, set, samples, steps, seed.
     """
 
-    sites: dict[str, SiteStats]
+    sites: Mapping[str, SiteStats]
     edges: tuple[float, ...]
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -47,6 +47,7 @@ class Statistics:
         """
         if self.edges != other.edges or set(self.sites) != set(other.sites):
             raise InputError("statistics of different models or bins cannot be merged")
+        self.sites = dict(self.sites)  # of a file they would be read anew
         for name, stats in self.sites.items():
             stats.merge(other.sites[name])
 
@@ -119,6 +120,22 @@ def calibrate(
         **{k: getattr(calibration, k) for k in ("set", "samples", "steps", "guidance", "seed")},
     }
     return Statistics(watch.stats, tuple(watch.edges), about)
+
+
+def portions(
+    sites: Sequence[Site], bins: int, needs: frozenset[str], memory: int
+) -> list[list[Site]]:
+    """The sites in runs whose statistics fit in ``memory`` bytes; a site alone always does."""
+    found: list[list[Site]] = [[]]
+    free = memory
+    for site in sites:
+        size = SiteStats.nbytes(site.columns, bins, needs)
+        if size > free and found[-1]:
+            found.append([])
+            free = memory
+        found[-1].append(site)
+        free -= size
+    return found
 
 
 def _lend(stats: dict[str, SiteStats]) -> None:

@@ -177,6 +177,13 @@ class SiteStats:
         self.gram = Gram(columns) if "gram" in wanted else None
         self.reservoir = Reservoir(columns, bins) if "reservoir" in wanted else None
 
+    @staticmethod
+    def nbytes(columns: int, bins: int, wanted: frozenset[str]) -> int:
+        """What a site takes in memory when all is seen."""
+        rows = max(256, min(4096, 2**22 // columns)) if "reservoir" in wanted else 0
+        gram = columns**2 if "gram" in wanted else 0
+        return 4 * (gram + rows * columns) + 24 * bins * columns
+
     def see(self, rows: Tensor, origin: Origin) -> None:
         """Take in float rows (R, K) of any float dtype; rows are read as float32."""
         for stat in self._stats().values():

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give back the memory of weights that are mapped from files: one block at a time is in RAM.
+
+``from_pretrained`` maps safetensors files when nothing has to be cast: a weight is read from disk
+when it is used and stays in memory until the kernel needs the room. Here it goes as soon as its
+block is done. Nothing changes but what is resident: the next use reads it again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+_PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: drops clean file pages, never data
+
+
+@contextmanager
+def paged(*models: nn.Module) -> Iterator[None]:
+    """Release the mapped weights of each block as soon as it has run.
+
+    Blocks are the elements of module lists; what lies outside of them stays. Models whose weights
+    are not mapped, and systems without ``MADV_PAGEOUT``, run as they always do.
+    """
+    handles = []
+    for model in models:
+        mapped = Mapped()
+        if not any(mapped.holds(p) for p in model.parameters()):
+            continue
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    handles.append(block.register_forward_hook(_releasing(mapped)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Release the pages of mapped tensors; others are left alone."""
+    mapped = Mapped()
+    for tensor in tensors:
+        mapped.release(tensor)
+
+
+class Mapped:
+    """The address ranges of this process that are mapped from safetensors files."""
+
+    def __init__(self) -> None:
+        ranges = []
+        maps = Path("/proc/self/maps")
+        if sys.platform == "linux" and maps.exists():
+            for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.endswith(".safetensors"):
+                    first, last = line.split(" ", 1)[0].split("-")
+                    ranges.append((int(first, 16), int(last, 16)))
+        self.ranges = sorted(ranges)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in a mapped file."""
+        if tensor.device.type != "cpu":
+            return False
+        at = tensor.data_ptr()
+        place = bisect.bisect_right(self.ranges, (at, sys.maxsize)) - 1
+        return place >= 0 and self.ranges[place][0] <= at < self.ranges[place][1]
+
+    def release(self, tensor: Tensor) -> None:
+        """Let the pages that a mapped tensor alone lies on go."""
+        if not self.holds(tensor):
+            return
+        page = mmap.PAGESIZE
+        start = -(-tensor.data_ptr() // page) * page
+        end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+        if end > start:
+            # advice: on a kernel that does not know it the pages simply stay
+            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _releasing(mapped: Mapped) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        for parameter in module.parameters():
+            mapped.release(parameter)
+
+    return hook

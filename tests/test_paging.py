@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mapped weights leave memory after their block has run; statistics wait on disk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import QUICK
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dtq
+from dtq.calibrate import store
+from dtq.errors import InputError
+from dtq.paging import Mapped, paged, release
+from dtq.quantize import calibrate_source, plan_source
+from dtq.recipe import Recipe
+from dtq.source import open_source
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="MADV_PAGEOUT is Linux's")
+MB = 2**20
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(24))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def mapped_stack(path: Path) -> Stack:
+    with torch.device("meta"):
+        model = Stack()
+    save_file({f"blocks.{i}.weight": torch.randn(1024, 1024) for i in range(24)}, path)
+    model.load_state_dict(load_file(path), assign=True)
+    return model.requires_grad_(False)
+
+
+def resident_files() -> int:
+    """Bytes of mapped files that are in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("RssFile")) * 1024
+
+
+@linux
+def test_a_mapped_model_is_resident_block_by_block(tmp_path):
+    model = mapped_stack(tmp_path / "stack.safetensors")
+    release(model.parameters())
+    x = torch.ones(1, 1024)
+    before = resident_files()
+    with paged(model):
+        first = model(x)
+    assert resident_files() - before < 16 * MB  # of 96
+    second = model(x)
+    assert resident_files() - before > 64 * MB  # the test can see it
+    with paged(model):
+        third = model(x)
+    assert resident_files() - before < 16 * MB
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+@linux
+def test_only_mapped_tensors_are_touched(tmp_path):
+    model = mapped_stack(tmp_path / "stack.safetensors")
+    mapped = Mapped()
+    assert all(mapped.holds(p) for p in model.parameters())
+    own = torch.ones(1 << 20)
+    assert not mapped.holds(own)
+    release([own])
+    assert bool((own == 1).all())
+
+
+def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
+    how = Recipe.load("w4a8", **QUICK)
+    whole, parts = (open_source(tiny.pipeline()) for _ in range(2))
+    scan, _ = plan_source(whole, how)
+    needs = how.needs()
+    want = calibrate_source(whole, scan, how, needs, progress=False)
+    got = calibrate_source(parts, scan, how, needs, progress=False, memory=600_000)
+    assert "the float model runs" in caplog.text
+    assert set(got.sites) == set(want.sites)
+    assert got.edges == want.edges
+    for name, site in want.sites.items():
+        again = got.sites[name].tensors()
+        assert all(torch.equal(tensor, again[key]) for key, tensor in site.tensors().items())
+
+
+def test_a_little_memory_gives_the_same_model():
+    states = []
+    for memory in (None, 600_000):
+        pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, memory=memory, **QUICK)
+        states.append(pipe.transformer.state_dict())
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+def test_statistics_of_different_runs_do_not_mix(tmp_path):
+    for seed in range(2):
+        how = Recipe.load("w8a8", **{"calibration": {**QUICK["calibration"], "seed": seed}})
+        source = open_source(tiny.pipeline())
+        scan, _ = plan_source(source, how)
+        seen = calibrate_source(source, scan, how, how.needs(), progress=False)
+        store.save(seen, tmp_path / f"{seed}.safetensors")
+    with pytest.raises(InputError, match="different runs"):
+        store.load(tmp_path / "0.safetensors", tmp_path / "1.safetensors")
