@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import torch
 import yaml
 from diffusers.utils import logging as diffusers_logging
@@ -126,6 +127,12 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+memory_option = click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What statistics may take, 8GB; the float model runs more often where it is little. "
+    "Default: half of what is free.",
+)
 component_option = click.option(
     "--component",
     "components",
@@ -165,12 +172,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="LAYER",
     help="Layer to keep: name, prefix, component or re:PATTERN.",
 )
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="What statistics may take, 8GB; the float model runs more often where it is little. "
-    "Default: half of what is free.",
-)
+@memory_option
 @click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, no progress bars.")
@@ -240,12 +242,14 @@ def quantize(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
 )
 @click.option("--keep", multiple=True, metavar="LAYER", help="Layer to keep.")
+@memory_option
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
 def plan(
     model: str,
     components: tuple[str, ...],
     dtype: str,
     keep: tuple[str, ...],
+    memory: str | None,
     as_json: bool,
     **choices: Any,
 ) -> None:
@@ -261,7 +265,15 @@ def plan(
         compute = on_disk if dtype == "auto" else source.DTYPES[dtype]
         opened = source.Source(model, None, name, skeleton)
         scan, resolved = plan_source(opened, chosen, keep)
-        cost = estimate(skeleton, scan, resolved, chosen, compute)
+        cost = estimate(
+            skeleton,
+            scan,
+            resolved,
+            chosen,
+            compute,
+            memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
+            mapped=compute == on_disk,
+        )
         if as_json:
             every[name] = plan_json(resolved, cost, scan)
             continue

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
 
 from dtq.allocate import parse_budget
+from dtq.calibrate.stats import SiteStats
 from dtq.checkpoint import predicted_bytes
-from dtq.families import Scan
+from dtq.families import Scan, blocks_of
 from dtq.plan import Plan
 from dtq.recipe import Recipe
 
@@ -27,7 +30,7 @@ class Estimate:
         file: exact size of the transformer's safetensors file when nothing is promoted.
         file_most: with the whole budget spent, the guard's or that of mixed precision.
         float_file: of the float transformer in the compute dtype.
-        memory: peak while quantizing, all statistics in memory.
+        memory: peak while quantizing, see :func:`peak_memory`.
         seconds: on this machine, None when the model could not be traced.
     """
 
@@ -39,7 +42,14 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module, scan: Scan, plan: Plan, recipe: Recipe, dtype: torch.dtype
+    model: nn.Module,
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    *,
+    memory: int | None = None,
+    mapped: bool = False,
 ) -> Estimate:
     """Work out the cost of a plan.
 
@@ -49,6 +59,7 @@ def estimate(
         plan: what happens to them.
         recipe: for its calibration and guard.
         dtype: compute dtype, that of every kept tensor.
+        memory, mapped: see :func:`peak_memory`.
     """
     tensors = file_tensors(model, plan, dtype)
     file = predicted_bytes(tensors)
@@ -59,12 +70,11 @@ def estimate(
         allowed = parse_budget(str(recipe.allocate.budget), gemm)
         most = file - sum(x.nbytes(plan.bins) for x in plan.gemm()) + allowed
     floats = sum(t.numel() * dtype.itemsize for t in model.state_dict().values())
-    needs = recipe.needs()
     return Estimate(
         file,
         most,
         floats,
-        peak_memory(plan, needs, floats),
+        peak_memory(model, plan, recipe.needs(), dtype, memory=memory, mapped=mapped),
         _seconds(scan, plan, recipe) if scan.traced else None,
     )
 
@@ -84,16 +94,46 @@ def file_tensors(
     return tensors
 
 
-def peak_memory(plan: Plan, needs: frozenset[str], float_bytes: int) -> int:
-    """Bytes at the peak: the float model, statistics of every site, the work on the largest."""
-    statistics = 0
+def peak_memory(
+    model: nn.Module,
+    plan: Plan,
+    needs: frozenset[str],
+    dtype: torch.dtype,
+    *,
+    memory: int | None = None,
+    mapped: bool = False,
+) -> int:
+    """Bytes at the peak.
+
+    This process, the float model, the statistics, the work on the largest layer, and what is
+    quantized already. Of a mapped model one block at a time is resident, and what lies outside of
+    blocks. Activations are not counted.
+
+    Args:
+        model: the float transformer; the meta device will do.
+        plan: what happens to it.
+        needs: statistics that are kept.
+        dtype: compute dtype.
+        memory: most bytes of statistics.
+        mapped: whether the file has that dtype, so that it is mapped and not read.
+    """
+    statistics, columns_seen = 0, 0
     for layer in plan.quantized():  # sites share, so this is an upper bound
         columns = layer.shape[1]
-        statistics += 4 * columns * columns * ("gram" in needs)
-        statistics += 4 * columns * max(256, min(4096, 2**22 // columns)) * ("reservoir" in needs)
+        statistics += SiteStats.nbytes(columns, plan.bins, needs)
+        columns_seen = max(columns_seen, columns)
+    floats: Counter[str] = Counter()
+    blocks = blocks_of(model)
+    for name, tensor in model.state_dict().items():
+        home = next((prefix for prefix in blocks if name.startswith(prefix)), "")
+        floats[home] += tensor.numel() * dtype.itemsize
+    outside = floats.pop("", 0)
+    resident = outside + (max(floats.values(), default=0) if mapped else floats.total())
     largest = max((math.prod(x.shape) for x in plan.quantized()), default=0)
-    widest = max((x.shape[1] for x in plan.quantized()), default=0)
-    return float_bytes + statistics + 6 * 4 * largest + 3 * 8 * widest**2
+    done = sum(x.nbytes(plan.bins) for x in plan.quantized())
+    here = psutil.Process().memory_info().rss
+    working = 6 * 4 * largest + 3 * 8 * columns_seen**2
+    return here + resident + min(statistics, memory or statistics) + working + done
 
 
 def _seconds(scan: Scan, plan: Plan, recipe: Recipe) -> float:

@@ -7,7 +7,7 @@ from torch import nn
 
 from dtq.families import inputs
 from dtq.families.base import ROLES, TIME_ARGUMENTS, Family, Linear, Scan, Site, sibling_key
-from dtq.families.scan import scan, scan_names
+from dtq.families.scan import blocks_of, scan, scan_names
 
 FAMILIES: tuple[Family, ...] = (
     Family("dit", ("DiTTransformer2DModel",), inputs.class_labels),
@@ -32,6 +32,7 @@ __all__ = [
     "Linear",
     "Scan",
     "Site",
+    "blocks_of",
     "find",
     "scan",
     "scan_names",

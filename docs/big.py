@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize a large model with random weights, and measure what it takes.
+
+    python docs/big.py --billion 2 --recipe w4a8
+
+Builds a FLUX-shaped transformer on disk, shard by shard, so that it never is in memory; prints
+what ``dtq plan`` foretells; runs ``dtq quantize`` and loads the result, each in a process of its
+own whose peak resident memory the kernel reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
+
+SHARD = 1_000_000_000
+
+
+def config(billion: float) -> dict:
+    """A FLUX shape of about that many parameters: width 1536 to 3072, blocks 12 : 28 as there."""
+    heads = 12 if billion < 3 else 24
+    width = 128 * heads
+    double = max(1, round(billion * 1e9 / (36 + 15 * 2) / width**2))
+    return {
+        "num_layers": double,
+        "num_single_layers": 2 * double,
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "joint_attention_dim": 4096,
+        "guidance_embeds": True,
+    }
+
+
+def build(folder: Path, billion: float) -> int:
+    """Write the model; returns the number of its parameters."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**config(billion))
+    folder.mkdir(parents=True)
+    model.save_config(folder)
+    rng = torch.Generator().manual_seed(0)
+    where, shard, size, files = {}, {}, 0, 0
+    tensors = list(model.state_dict().items())
+    for i, (name, meta) in enumerate(tensors):
+        ones = name.endswith("norm_q.weight") or (".norm" in name and meta.ndim == 1)
+        made = torch.ones(meta.shape) if ones else torch.randn(meta.shape, generator=rng) * 0.02
+        shard[name] = made.bfloat16()
+        size += shard[name].nbytes
+        if size > SHARD or i == len(tensors) - 1:
+            file = f"diffusion_pytorch_model-{files:05d}.safetensors"
+            save_file(shard, folder / file, {"format": "pt"})
+            where |= dict.fromkeys(shard, file)
+            shard, size, files = {}, 0, files + 1
+    index = {"metadata": {}, "weight_map": where}
+    name = "diffusion_pytorch_model.safetensors.index.json"
+    (folder / name).write_text(json.dumps(index))
+    return sum(t.numel() for _, t in tensors)
+
+
+def run(*command: str) -> tuple[float, int]:
+    """Seconds, and peak resident bytes of a command; its output is shown."""
+    started = time.monotonic()
+    child = subprocess.Popen([sys.executable, *command])
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return time.monotonic() - started, usage.ru_maxrss * 1024
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--billion", type=float, default=2.0)
+    parser.add_argument("--recipe", default="w4a8")
+    parser.add_argument("--set", nargs="*", default=[], help="recipe keys, KEY=VALUE")
+    parser.add_argument("--memory", default="2GB", help="for statistics")
+    parser.add_argument("--out", type=Path, default=Path(".big"))
+    options = parser.parse_args()
+    source, target = options.out / f"flux-{options.billion:g}b", options.out / "quantized"
+    if not source.exists():
+        print(f"{build(source, options.billion) / 1e9:.2f} B parameters", flush=True)
+    settings = [x for pair in options.set for x in ("--set", pair)]
+    plan = ["-m", "dtq.cli", "plan", str(source), "--recipe", options.recipe, *settings]
+    plan += ["--memory", options.memory]
+    told = json.loads(subprocess.check_output([sys.executable, *plan, "--json"]))
+    shutil.rmtree(target, ignore_errors=True)
+    seconds, peak = run(
+        "-m", "dtq.cli", "quantize", str(source), "--recipe", options.recipe, *settings,
+        "--memory", options.memory, "--samples", "2", "--steps", "4", "-o", str(target),
+        "--set", "calibration.batch=1",
+    )  # fmt: skip
+    loaded, load_peak = run(
+        "-c",
+        "import sys, dtq, diffusers;diffusers.FluxTransformer2DModel.from_pretrained(sys.argv[1])",
+        str(target),
+    )
+    bare, bare_peak = run("-c", "import dtq, diffusers; diffusers.FluxTransformer2DModel")
+    rows = {
+        "float file": bytes_of(source),
+        "quantized file": bytes_of(target),
+        "quantized file, foretold": told["bytes"],
+        "peak memory of quantize": peak,
+        "peak memory of quantize, foretold": told["memory"],
+        "peak memory of load": load_peak,
+        "peak memory of the imports alone": bare_peak,
+    }
+    print(
+        f"{options.recipe}: {seconds:.0f} s to quantize (foretold {told['seconds']:.0f} s), ",
+        end="",
+    )
+    print(f"{loaded - bare:.0f} s to load")
+    for name, value in rows.items():
+        print(f"{name:36} {value / 1e9:8.3f} GB")
+    print(
+        f"cpu seconds of all children {resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
