@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--billion", type=float, default=2.0)
     parser.add_argument("--recipe", default="w4a8")
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys, KEY=VALUE")
-    parser.add_argument("--memory", default="2GB", help="for statistics")
+    parser.add_argument("--memory", default="6GB", help="for statistics")
     parser.add_argument("--out", type=Path, default=Path(".big"))
     options = parser.parse_args()
     source, target = options.out / f"flux-{options.billion:g}b", options.out / "quantized"
@@ -99,8 +99,8 @@ def main() -> None:
     shutil.rmtree(target, ignore_errors=True)
     seconds, peak = run(
         "-m", "dtq.cli", "quantize", str(source), "--recipe", options.recipe, *settings,
-        "--memory", options.memory, "--samples", "2", "--steps", "4", "-o", str(target),
-        "--set", "calibration.batch=1",
+        "--memory", options.memory, "--samples", "1", "-o", str(target),
+        "--set", "calibration.batch=1", "--set", "calibration.bins=4",
     )  # fmt: skip
     loaded, load_peak = run(
         "-c",

@@ -121,6 +121,13 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--steps", type=click.IntRange(1), help="Sampler steps."),
             click.option("--guidance", type=float, help="Guidance scale."),
             click.option("--seed", type=click.IntRange(0), help="Seed of the calibration latents."),
+            click.option(
+                "--arg",
+                "arguments",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="Argument of the pipeline's call while calibrating: height=512, num_frames=17.",
+            ),
         )
     ):
         command = option(command)
@@ -638,6 +645,11 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
     ):
         if choices[option] is not None:
             data["calibration"][key] = choices[option]
+    for argument in choices["arguments"]:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise InputError(f"--arg {argument}: expected NAME=VALUE")
+        data["calibration"]["arguments"][name] = yaml.safe_load(text)
     if choices["budget"] is not None:
         data["allocate"]["budget"] = choices["budget"]
     for setting in settings:

@@ -36,7 +36,7 @@ def paged(*models: nn.Module) -> Iterator[None]:
             continue
         for module in model.modules():
             if isinstance(module, nn.ModuleList):
-                for block in module:
+                for block in module.children():  # entries may be None
                     handles.append(block.register_forward_hook(_releasing(mapped)))
     try:
         yield

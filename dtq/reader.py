@@ -17,8 +17,8 @@ from dtq.plan import Call
 def read(kind: type[Any], data: Mapping[str, Any], at: str, problems: list[str]) -> Any:
     """Build a dataclass from a mapping; what is wrong goes to ``problems``.
 
-    Fields may be strings, numbers, booleans, a :class:`Call`, another dataclass, or a tuple of
-    strings or dataclasses.
+    Fields may be strings, numbers, booleans, a :class:`Call`, another dataclass, a free mapping,
+    or a tuple of strings or dataclasses.
 
     Args:
         kind: the dataclass.
@@ -106,6 +106,9 @@ def _value(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
         entry = Mapping if is_dataclass(each) else str
         if isinstance(value, list | tuple) and all(isinstance(v, entry) for v in value):
             return tuple(_value(each, v, f"{where}[{i}]", problems) for i, v in enumerate(value))
+    elif get_origin(kind) is dict:
+        if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+            return dict(value)
     elif kind == str | float:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)

@@ -54,6 +54,7 @@ class Calibration:
         batch: pictures generated together.
         bins: timestep bins of the statistics.
         seed: of the latents.
+        arguments: more arguments of the pipeline's call: ``{height: 512, num_frames: 17}``.
     """
 
     set: str = "auto"
@@ -63,6 +64,7 @@ class Calibration:
     batch: int = 8
     bins: int = 8
     seed: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -81,7 +82,9 @@ def calibrate(
     if inputs is None and source.pipeline is not None:
         requests = sets.load(calibration.set, source.pipeline, calibration.samples)
         batches = -(-len(requests.entries) // calibration.batch)
-        runs: Iterator[object] = run_pipeline(source.pipeline, requests, calibration)
+        runs: Iterator[object] = run_pipeline(
+            source.pipeline, requests, calibration, output="latent"
+        )
         total = batches * calibration.steps or None
         origin = "pipeline"
     else:
@@ -192,6 +195,12 @@ def run_pipeline(
     if calibration.guidance:
         options["guidance_scale"] = calibration.guidance
     options = {k: v for k, v in options.items() if k in parameters}
+    for name in calibration.arguments:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
+            raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
+    options |= calibration.arguments
     shown = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(disable=True)
     try:
