@@ -21,7 +21,7 @@ demo: setup
 	@echo "open .demo/report/report.html"
 
 test: setup check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: setup
 	$(BIN)/ruff check .
