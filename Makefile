@@ -33,6 +33,7 @@ check: setup
 # of their own because diffusers imports torchao wherever it is installed, slowly
 results: .venv-results/.ready
 	.venv-results/bin/python docs/results.py
+	.venv-results/bin/python docs/results_page.py --date $$(date -u +%F)
 
 .venv-results/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-results
