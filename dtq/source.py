@@ -177,7 +177,7 @@ def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = Non
         return scan_names(model, None)
     try:
         return scan(model, family, run or _call_once)
-    except (RuntimeError, TypeError) as error:  # TypeError is what .numpy() raises there
+    except (RuntimeError, ValueError) as error:
         if next(model.parameters()).device.type != "meta":
             raise
         reason = str(error).partition("\n")[0]

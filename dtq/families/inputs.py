@@ -21,7 +21,7 @@ SIDE = 16
 TOKENS = SIDE * SIDE
 WORDS = 32
 FRAMES = 5
-"""Latent frames of a video; four of them and one also divide into the chunks of causal models."""
+"""Latent frames of a video: the first, which causal VAEs have by itself, and four."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Call:
             self.config.get(s) if isinstance(s, str) else s(self.config) if callable(s) else s
             for s in sizes
         ]
-        return None if None in found else tuple(found)
+        known = tuple(size for size in found if size is not None)
+        return known if len(known) == len(found) else None
 
 
-Size = int | str | Callable[[Any], int]
+Size = int | str | Callable[[Any], int | None]
 Maker = Callable[[Call], Any]
 
 
@@ -67,9 +68,9 @@ def step(call: Call) -> Tensor:
     return call.timestep.long()
 
 
-def time_of_each(count: int) -> Maker:
-    """(B, count): every frame or token has the same time."""
-    return lambda call: call.timestep[:, None].expand(-1, count).clone()
+def time_of_each(*counts: int) -> Maker:
+    """(B, *counts): every frame or token has the same time."""
+    return lambda call: call.timestep.view(-1, *(1 for _ in counts)).repeat(1, *counts)
 
 
 def guidance(scale: float) -> Maker:
@@ -145,13 +146,40 @@ def grid(axes: int, words: int = 0, side: int = SIDE) -> Maker:
     return made
 
 
-def line(*axes: int, of: int = 0) -> Maker:
+def line(*axes: int, of: int) -> Maker:
     """(WORDS, of) int64: the number of the word on the given axes, zero on others."""
 
     def made(call: Call) -> Tensor:
         ids = torch.zeros(WORDS, of, dtype=torch.long)
         ids[:, axes] = torch.arange(WORDS)[:, None]
         return ids
+
+    return made
+
+
+def numbers(*counts: int) -> Maker:
+    """One (count,) int64 from zero for each count; the tensor itself if there is but one."""
+
+    def made(call: Call) -> Any:
+        found = [torch.arange(count) for count in counts]
+        return found if len(found) > 1 else found[0]
+
+    return made
+
+
+def frames(first: int, count: int) -> Maker:
+    """(B, count) int64: numbers of frames."""
+    return batched(lambda call: torch.arange(first, first + count))
+
+
+def batched(maker: Maker) -> Maker:
+    """(B, ...) of what ``maker`` makes once, a tensor (...) or a tuple of tensors."""
+
+    def made(call: Call) -> Any:
+        once = maker(call)
+        if isinstance(once, tuple):
+            return tuple(t.expand(call.batch, *t.shape).clone() for t in once)
+        return once.expand(call.batch, *once.shape).clone()
 
     return made
 
@@ -187,3 +215,35 @@ def resolution(call: Call) -> dict[str, Tensor | None]:
         return {"resolution": None, "aspect_ratio": None}
     size = torch.full((call.batch, 2), 1024.0)
     return {"resolution": size, "aspect_ratio": torch.ones(call.batch, 1)}
+
+
+def lumina_rotation(call: Call) -> Tensor:
+    """(384, 384, head / 2) complex: rows and columns turn the even and the odd channels."""
+    side, half = 384, call.config.hidden_size // call.config.num_attention_heads // 2
+    angles = torch.outer(torch.arange(side), 10000.0 ** (-torch.arange(0, half, 2) / half))
+    rows, columns = angles[:, None].expand(-1, side, -1), angles.expand(side, -1, -1)
+    both = torch.stack([rows, columns], -1).flatten(2)  # (384, 384, head / 2)
+    return torch.polar(torch.ones_like(both), both)
+
+
+def first_frame(call: Call) -> Tensor:
+    """HunyuanVideo 1.5: features (B, WORDS, K) of the first frame, zero for text to video."""
+    shape = call.batch, WORDS, call.config.image_embed_dim
+    scale = 0.0 if call.config.task_type == "t2v" else 1.0
+    return scale * torch.randn(shape, generator=call.rng)
+
+
+def cosmos_condition(call: Call) -> Any:
+    """Text (B, WORDS, K), for models with image context the pair of it and (B, tokens, K)."""
+    width = (
+        "crossattn_proj_in_channels" if call.config.use_crossattn_projection else "text_embed_dim"
+    )
+    text = noise(WORDS, width)(call)
+    if not call.config.get("img_context_dim_in"):
+        return text
+    return text, noise("img_context_num_tokens", "img_context_dim_in")(call)
+
+
+def words_then_picture(word: int, picture: int) -> Maker:
+    """(B, WORDS + TOKENS) int64: which of the two a token is."""
+    return batched(lambda call: torch.tensor([word] * WORDS + [picture] * TOKENS))
