@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``FAMILIES``: the models that dtq knows by name, a row each, most used first.
+"""``FAMILIES``: the models that dtq knows by name, a row each: pictures, videos, sounds.
 
-``largest_timestep`` is 1 where the pipeline divides the scheduler's timesteps by 1000.
+``largest_timestep`` is 1 where the pipeline divides the scheduler's timesteps by 1000, or its
+scheduler counts from 0 to 1. Where a pipeline turns time around, the largest is the clean picture.
 """
 
 from __future__ import annotations
@@ -78,15 +79,14 @@ _CROP = {
     "target_size": full(1024, 2),
     "crop_coords": full(0, 2),
 }
-_WAN = (
-    _VIDEO
-    | _UMT5
-    | {
-        "timestep": step,
-        "encoder_hidden_states_image": noise(257, "image_dim"),
-    }
-)
-_ANYFLOW = _UMT5 | {
+_WAN = {
+    **_VIDEO,
+    **_UMT5,
+    "timestep": step,
+    "encoder_hidden_states_image": noise(257, "image_dim"),
+}
+_ANYFLOW = {
+    **_UMT5,
     "hidden_states": noise(FRAMES, "in_channels", SIDE, SIDE),
     "timestep": time_of_each(FRAMES),
     "r_timestep": time_of_each(FRAMES),
