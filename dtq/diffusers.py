@@ -125,6 +125,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                     module.compute_dtype = module.bias.dtype
             plan = self.quantization_config.load_plan()
             finish(model, plan.edges, plan.policy)
+            share_rows(model, self.quantization_config)
         else:
             assert DTQQuantizer.on_the_fly is not None
             self.report = DTQQuantizer.on_the_fly(model, self.quantization_config, self._keep)
@@ -135,6 +136,12 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not safe_serialization:
             raise InputError("dtq checkpoints are safetensors only: safe_serialization=True")
+        wrapped = sorted(k.split(".base_layer.")[0] for k in state_dict if ".base_layer." in k)
+        if wrapped:
+            raise InputError(
+                f"adapters are loaded (on {wrapped[0]}, for one), and a checkpoint has none: "
+                f"unload_lora_weights() before saving, and fuse_lora() before that to keep them"
+            )
         specs = self.quantization_config.load_plan()
         return checkpoint.with_checksums(_as_floats(state_dict, specs.layers)), {}
 
@@ -172,11 +179,18 @@ def mark(
     config.compute_dtype = dtype
     config.timestep_edges = list(edges)
     config.layers = {layer.name: layer.runtime().to_json() for layer in plan.quantized()}
+    share_rows(model, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
     model.hf_quantizer = quantizer  # type: ignore[assignment]
+
+
+def share_rows(model: nn.Module, config: DTQConfig) -> None:
+    """Let every quantized linear write what becomes of it into its row of ``config.json``."""
+    for name, row in config.layers.items():
+        model.get_submodule(name).row = row  # type: ignore[assignment]
 
 
 def register(on_the_fly: OnTheFly) -> None:
