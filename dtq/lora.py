@@ -17,7 +17,8 @@ import torch
 from diffusers.loaders import lora_pipeline
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.lycoris_utils import LycorisTuner
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from dtq.errors import InputError
@@ -98,9 +99,31 @@ def register() -> None:
 
     create_new_module.dtq = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)
+    _refuse_lycoris()
+    _teach_flux()
 
-    # Flux compares the shape of an adapter with that of ``weight``, which may be packed, and
-    # widens the layer where the adapter is larger
+
+def _refuse_lycoris() -> None:
+    """LoKr and LoHa take the shape of ``weight``, and merge into it, whatever it holds."""
+    create = LycorisTuner._create_new_module.__func__
+
+    def create_new_module(cls: Any, /, config: Any, name: str, target: Any, **kwargs: Any) -> Any:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, QuantLinear):
+            raise InputError(
+                f"adapter {name!r} is {config.peft_type.value}; quantized linears take plain LoRA. "
+                f"Merge it into the float model and quantize that"
+            )
+        return create(cls, config, name, target, **kwargs)
+
+    LycorisTuner._create_new_module = classmethod(create_new_module)
+
+
+def _teach_flux() -> None:
+    """The shape of a layer is not that of its ``weight``, which may be packed.
+
+    Flux compares it with that of the adapter, and widens a layer where the adapter is larger.
+    """
     flux = lora_pipeline.FluxLoraLoaderMixin
     shape = flux._calculate_module_shape
     expand = lora_pipeline._maybe_dequantize_weight_for_expanded_lora

@@ -241,8 +241,11 @@ def test_what_cannot_be_done_is_said():
     name = next(iter(linears(model)))
     with pytest.raises(InputError, match=r"Dora.*float weight"):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=[name], use_dora=True))
-    model = quantized("flux")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=[name], lora_bias=True))
+    for kind in (peft.LoKrConfig, peft.LoHaConfig):
+        with pytest.raises(InputError, match="plain LoRA"):
+            peft.get_peft_model(quantized("flux"), kind(target_modules=[name]))
+    config = peft.LoraConfig(target_modules=[name], lora_bias=True)
+    wrapped = peft.get_peft_model(quantized("flux"), config)
     with pytest.raises(InputError, match="bias"):
         wrapped.merge_and_unload()
     model = quantized("flux")
@@ -250,6 +253,28 @@ def test_what_cannot_be_done_is_said():
     model.load_lora_adapter(state)
     with pytest.raises(InputError, match="not finite"):
         model.fuse_lora(safe_fusing=True)
+
+
+def test_control_adapters_widen_kept_layers_only():
+    pipe = pipeline("flux", quantized("flux"))
+    model, inner = pipe.transformer, next(iter(linears(pipe.transformer)))
+
+    def twice_as_wide(name: str) -> dict[str, torch.Tensor]:
+        layer = model.get_submodule(name)
+        return {
+            f"transformer.{name}.lora_A.weight": torch.randn(4, 2 * layer.in_features),
+            f"transformer.{name}.lora_B.weight": torch.randn(layer.out_features, 4),
+        }
+
+    plain = run(model)
+    with pytest.raises(InputError, match="widens a linear"):
+        pipe.load_lora_weights(twice_as_wide(inner))
+    assert torch.equal(run(model), plain)
+    pipe.load_lora_weights(twice_as_wide("x_embedder"))
+    assert model.config.in_channels == 32
+    assert run(model).isfinite().all()
+    pipe.unload_lora_weights(reset_to_overwritten_params=True)
+    assert torch.equal(run(model), plain)
 
 
 def test_which_classes_diffusers_gives_adapters():
