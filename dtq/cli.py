@@ -187,7 +187,7 @@ def quantize(
         )
         saveable = opened.pipeline if opened.pipeline is not None else opened.model
         with checkpoint.whole_folder(output, overwrite=overwrite) as side:
-            checkpoint.save_into(saveable, side, shard_size)
+            checkpoint.save_into(saveable, side, shard_size, report.to_json())
             text = json.dumps(report.to_json(), indent=1) + "\n"
             (side / "dtq_report.json").write_text(text, encoding="utf-8")
         shutil.rmtree(work, ignore_errors=True)  # what an interrupted run would go on from

@@ -18,6 +18,7 @@ from diffusers.utils import get_module_from_name, is_transformers_available
 from torch import Tensor, nn
 
 from dtq import checkpoint
+from dtq.card import hub_id
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear, aligned, check_part, from_disk, shape_of, to_disk
@@ -187,6 +188,8 @@ def mark(
     config.compute_dtype = dtype
     config.timestep_edges = list(edges)
     config.layers = {layer.name: layer.runtime().to_json() for layer in plan.quantized()}
+    if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
+        config.extra.setdefault("base_model", base)
     share_rows(model, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
