@@ -6,6 +6,8 @@ Importing it teaches diffusers to load dtq checkpoints.
 
 from __future__ import annotations
 
+from diffusers.utils import is_peft_available
+
 from dtq import diffusers as _diffusers
 from dtq.config import DTQConfig
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
@@ -20,6 +22,10 @@ from dtq.terdit import load_ternary
 __version__ = "0.1.0"
 
 _diffusers.register(_on_the_fly)
+if is_peft_available():
+    from dtq import lora as _lora
+
+    _lora.register()
 
 __all__ = [
     "FORMATS",

@@ -228,7 +228,7 @@ def quantize(
         if len(data) == 1:
             (data,) = data.values()
         with checkpoint.whole_folder(output, overwrite=overwrite) as side:
-            checkpoint.save_into(saveable, side, shard_size)
+            checkpoint.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
             text = json.dumps(data, indent=1) + "\n"
             (side / "dtq_report.json").write_text(text, encoding="utf-8")
         shutil.rmtree(work, ignore_errors=True)  # what an interrupted run would go on from

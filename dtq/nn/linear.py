@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtq.errors import CheckpointError
+from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, Parts, Spec
 from dtq.formats.acts import ACTS
 from dtq.kernels.table import Kernel, Task, pick
@@ -108,6 +109,7 @@ class QuantLinear(nn.Linear):
         self.task = Task(FORMATS[self.weights], ACTS[self.acts], runtime.block, runtime.turns)
         self.kernel: Kernel = pick(self.task)
         self._specs = runtime.stored(self._shape, bins)
+        self.row: dict[str, Any] = {}  # of this layer in config.json
         self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
         for name, spec in self.specs().items():
             dtype = _BITS.get(spec.dtype, spec.dtype)
@@ -166,6 +168,48 @@ class QuantLinear(nn.Linear):
     def parts(self) -> Parts:
         """Every stored part with its on-disk dtype, sharing memory."""
         return {name: self.part(name) for name in self.specs()}
+
+    def widen(self, down: Tensor, up: Tensor) -> tuple[int, int]:
+        """Add the term ``up @ down`` to the low-rank branch; returns its first and last rank.
+
+        Args:
+            down: float (R, K), for the untransformed input.
+            up: float (N, R).
+
+        Raises:
+            InputError: the layer is offloaded.
+        """
+        if self.weight.is_meta:
+            raise InputError("this layer is offloaded; fuse adapters before offloading the model")
+        first = self.runtime.rank
+        factors = [
+            down.to(self.weight.device, torch.bfloat16),
+            up.to(self.weight.device, torch.bfloat16),
+        ]
+        if first:
+            factors = [
+                torch.cat([self.part("proj_down"), factors[0]]),
+                torch.cat([self.part("proj_up"), factors[1]], 1),
+            ]
+        self._set_branch(*factors)
+        return first, self.runtime.rank
+
+    def narrow(self, first: int, last: int) -> None:
+        """Take the ranks ``first`` to ``last`` of the low-rank branch out: undo :meth:`widen`."""
+        down, up = self.part("proj_down"), self.part("proj_up")
+        self._set_branch(
+            torch.cat([down[:first], down[last:]]), torch.cat([up[:, :first], up[:, last:]], 1)
+        )
+
+    def _set_branch(self, down: Tensor, up: Tensor) -> None:
+        self.runtime = replace(self.runtime, rank=len(down))
+        self._specs = self.runtime.stored(self._shape, self.bins)
+        for name, factor in (("proj_down", down), ("proj_up", up)):
+            self._parameters.pop(name, None)
+            if len(down):
+                self._parameters[name] = nn.Parameter(from_disk(factor), requires_grad=False)
+        self.row.clear()
+        self.row.update(self.runtime.to_json())
 
     @property
     def clock(self) -> StepClock | None:
