@@ -12,6 +12,19 @@ import torch
 from accelerate import cpu_offload
 from accelerate.utils import send_to_device
 from diffusers import DiTPipeline
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    apply_faster_cache,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
+)
+from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -221,3 +234,107 @@ def test_an_exported_program_says_the_same(name, policy):
     with torch.no_grad():
         program = torch.export.export(model, (), calls(name)[0]).module()
     assert same(outputs(program, calls(name)), want)
+
+
+# caches of diffusers
+
+_BLOCKS = r"(transformer_|single_transformer_)?blocks\.\d+\."
+STEPS = (999.0, 800.0, 600.0, 400.0, 200.0, 10.0)
+
+
+def first_block(now):
+    return apply_first_block_cache, FirstBlockCacheConfig(threshold=10.0)
+
+
+def pyramid(now):
+    return apply_pyramid_attention_broadcast, PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 950),
+        cross_attention_block_skip_range=3,
+        cross_attention_timestep_skip_range=(100, 950),
+        current_timestep_callback=lambda: now[0],
+    )
+
+
+def faster(now):
+    return apply_faster_cache, FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 700),
+        attention_weight_callback=lambda module: 0.3,
+        is_guidance_distilled=True,
+        current_timestep_callback=lambda: now[0],
+    )
+
+
+def taylor(now):
+    return apply_taylorseer_cache, TaylorSeerCacheConfig(
+        cache_interval=2,
+        disable_cache_before_step=1,
+        taylor_factors_dtype=torch.float32,
+        cache_identifiers=[rf"{_BLOCKS}attn\d?"],
+    )
+
+
+def mag(now):
+    return apply_mag_cache, MagCacheConfig(
+        num_inference_steps=len(STEPS), mag_ratios=[1.0] * len(STEPS), threshold=0.5
+    )
+
+
+def cached(model, inputs, cache) -> tuple[list[torch.Tensor], int, int]:
+    """Outputs along a trajectory, calls of linears, and how many there would be without a cache."""
+    now, count = [0.0], [0]
+
+    def called(*_):
+        count[0] += 1
+
+    watched = [m.register_forward_hook(called) for m in model.modules() if isinstance(m, nn.Linear)]
+    outputs(model, inputs)
+    plain, count[0] = count[0], 0
+    apply, config = cache(now)
+    model.enable_cache(config) if isinstance(model, CacheMixin) else apply(model, config)
+    got = []
+    for now[0], each in zip(STEPS, inputs, strict=True):
+        with CacheMixin.cache_context(model, "cond"):
+            got += outputs(model, (each,))
+    for hook in watched:
+        hook.remove()
+    return got, count[0], plain
+
+
+@pytest.mark.parametrize("cache", [first_block, pyramid, faster, taylor, mag])
+@pytest.mark.parametrize("name", tiny.TRANSFORMERS)
+def test_caches_skip_what_they_skip_on_the_float_model(name, cache):
+    if (name, cache) == ("sd3", first_block):
+        pytest.skip("its last block returns no text, which this cache cannot do on any SD3")
+    model = tiny.TRANSFORMERS[name]()
+    inputs = tuple(made_inputs(model, 2, t, seed=1) for t in STEPS)
+    want, calls_float, plain = cached(model, inputs, cache)
+    got, calls_quantized, _ = cached(quantized(name, "int8-step"), inputs, cache)
+    assert calls_quantized == calls_float < plain
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() / b.norm() < 0.2
+
+
+@pytest.mark.parametrize("cache", [first_block, pyramid, faster, taylor, mag])
+def test_without_its_cache_a_model_is_as_before(cache):
+    model = quantized("flux", "int8-step")
+    want = outputs(model, calls("flux"))
+    model.enable_cache(cache([0.0])[1])
+    model.disable_cache()
+    assert same(outputs(model, calls("flux")), want)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "pixart"])
+def test_the_attention_backend_can_be_chosen(name):
+    model = quantized(name)
+    want = outputs(model, calls(name))
+    model.set_attention_backend("native")
+    assert same(outputs(model, calls(name)), want)
+
+
+def test_cache_dit():
+    cache_dit = pytest.importorskip("cache_dit")
+    pipe = tiny.pipeline()
+    pipe.transformer = quantized("dit")
+    cache_dit.enable_cache(pipe)
+    assert tiny.sample(pipe, steps=6).isfinite().all()
