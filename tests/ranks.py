@@ -32,8 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 EXACT = ("w8a8", "w4a8", "static")
 CASES = [
-    *((name, kind) for name in tiny.TRANSFORMERS for kind in ("w8a8", "w4a8", "w4a16")),
-    *(("pixart", kind) for kind in list(KINDS)[3:]),
+    *((name, kind) for name in ("dit", "pixart", "flux") for kind in ("w8a8", "w4a8", "w4a16")),
+    *(("wan", kind) for kind in ("w4a8", "w4a16")),
+    ("sd3", "w4a8"),
+    *(("dit", kind) for kind in list(KINDS)[3:]),
 ]
 TIMES = (900.0, 100.0)
 FEW = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 2}}

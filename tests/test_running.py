@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -24,6 +26,8 @@ from diffusers.hooks import (
     apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
 )
+from diffusers.hooks.tensor_parallel import _check_tp_supported
+from diffusers.models._modeling_parallel import TensorParallelConfig
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -338,3 +342,33 @@ def test_cache_dit():
     pipe.transformer = quantized("dit")
     cache_dit.enable_cache(pipe)
     assert tiny.sample(pipe, steps=6).isfinite().all()
+
+
+# the page
+
+
+PAGE = Path(__file__).parent.parent / "docs/running.md"
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S))
+def test_examples_of_the_page_run(block, tmp_path):
+    model = quantized("flux")
+    model.save_pretrained(tmp_path / "saved")
+    named = {"model": model, "device": CPU, "backend": "eager", "saved": tmp_path / "saved"}
+    names = {**named, "inputs": calls("flux")[0]}
+    torch._dynamo.reset()
+    meet = f"file://{tmp_path / 'meet'}"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    try:
+        exec(block, names)
+        if "enable_cache" not in block:  # needs the context that a pipeline gives
+            assert outputs(names["model"], calls("flux")[:1])[0].isfinite().all()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_diffusers_refuses_to_split_quantized_models():
+    with pytest.raises((ValueError, RuntimeError), match="quantized"):
+        _check_tp_supported(
+            "Flux", {}, 4, TensorParallelConfig(tp_degree=2), model=quantized("flux")
+        )
