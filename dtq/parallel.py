@@ -303,7 +303,7 @@ def shard(model: nn.Module, rank: int, world: int, group: Group = None) -> nn.Mo
 def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None) -> nn.Module:
     """Load this process' slices of a transformer; other slices are never read.
 
-    Checksums are of whole tensors, so those of slices are not compared; ``dtq verify`` does.
+    Checksums are of whole tensors, so those of slices are not compared; ``dtq inspect`` does.
 
     Args:
         folder: of the transformer, with its ``config.json``.
