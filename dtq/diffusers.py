@@ -158,6 +158,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 model.set_submodule(name, module.unquantized())
+        vars(model).pop("_skip_layerwise_casting_patterns", None)  # named the quantized layers
         # else a later save would write float weights that claim to be quantized
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
         model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]

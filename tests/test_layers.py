@@ -20,7 +20,7 @@ ROWS = [
     {"source"},
     {"calibrate", "checkpoint"},
     {"diffusers", "solve", "allocate"},
-    {"steps", "budget"},
+    {"steps", "budget", "parallel"},
     {"quantize", "estimate", "terdit"},
     {"evaluate", "printing"},
     {""},  # the package itself: what `import dtq` gives

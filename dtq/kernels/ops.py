@@ -104,7 +104,7 @@ def _w8a8_linear(
     bias: Tensor | None,  # (N,) any float dtype
     dtype: torch.dtype,
 ) -> Tensor:
-    y = _int_matmul(codes, weight).float() * row_scale.unsqueeze(1) * weight_scale.T
+    y = int_matmul(codes, weight).float() * row_scale.unsqueeze(1) * weight_scale.T
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)  # (M, N)
@@ -168,7 +168,7 @@ def _dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -
     return scaled(codes, scale, offset if zero is None else zero)
 
 
-def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact int32 (M, N) of int8 (M, K) and (N, K)."""
     rows, columns = a.shape
     if columns == 1:  # torch._int_mm returns memory that it has not written

@@ -11,7 +11,7 @@ tensors (``torch_dtype``, ``.to``, layerwise casting) can touch them. On disk th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,23 +38,20 @@ _BITS = {
 class StepClock(nn.Module):
     """The part of the trajectory that the model is in, shared by every layer.
 
-    Tensors, not numbers: a compiled graph then serves every timestep.
+    Tensors, not numbers: a compiled graph then serves every timestep. Not buffers: offloading to
+    disk, or with a stream, would put back the value they had when it was switched on.
 
     Attributes:
-        bin: int64 (1,), the bin of static activation scales.
+        bin: int64 (1,), the bin of static activation scales, on the device of the timestep.
         mode: int64 (1,) on the CPU, index into ``modes``: host code branches on it, without
             waiting for a GPU more than once a step.
         modes: activation modes of the step policy, keys of ``acts.MODES``; empty without one.
     """
 
-    bin: Tensor
-    edges: Tensor
-
     def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
         super().__init__()
-        self.register_buffer("bin", torch.zeros(1, dtype=torch.int64), persistent=False)
-        at = torch.tensor(list(edges), dtype=torch.float64)
-        self.register_buffer("edges", at, persistent=False)
+        self.bin = torch.zeros(1, dtype=torch.int64)
+        self.edges = torch.tensor(list(edges), dtype=torch.float64)
         self.modes = policy.modes if policy is not None else ()
         self.mode = torch.zeros(1, dtype=torch.int64)
         self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
@@ -62,9 +59,20 @@ class StepClock(nn.Module):
     def set(self, timestep: Tensor) -> None:
         """Move to where ``timestep`` is, a tensor of any shape; the first entry decides."""
         first = timestep.reshape(-1)[:1]
+        self._follow(first.device)
         self.bin.copy_(torch.bucketize(first.to(self.edges), self.edges))
         if self.modes:
             self.mode.copy_(torch.bucketize(first.cpu().double(), self.mode_edges))
+
+    def _follow(self, device: torch.device) -> None:
+        if self.bin.device != device:
+            with torch.inference_mode(False):  # else it could not be set outside of that mode
+                self.bin, self.edges = self.bin.to(device), self.edges.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepClock:
+        # before the first call: a device that changes in it would compile a second graph
+        self._follow(fn(self.bin).device)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class QuantLinear(nn.Linear):
