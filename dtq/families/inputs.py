@@ -36,7 +36,12 @@ class Call:
     def sizes(self, sizes: tuple[Size, ...]) -> tuple[int, ...] | None:
         """As numbers; None when the configuration leaves one of them out."""
         found = [
-            self.config.get(s) if isinstance(s, str) else s(self.config) if callable(s) else s
+            # attributes: diffusers changes those only when it widens a layer
+            getattr(self.config, s, None)
+            if isinstance(s, str)
+            else s(self.config)
+            if callable(s)
+            else s
             for s in sizes
         ]
         known = tuple(size for size in found if size is not None)
