@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -275,6 +279,18 @@ def test_control_adapters_widen_kept_layers_only():
     assert run(model).isfinite().all()
     pipe.unload_lora_weights(reset_to_overwritten_params=True)
     assert torch.equal(run(model), plain)
+
+
+def test_dtq_does_without_peft():
+    script = (
+        "import sys; sys.modules['peft'] = None  # importing it fails from here on\n"
+        "import dtq, tiny\n"
+        "dtq.quantize(tiny.flux(), 'w4a16', progress=False)\n"
+        "assert 'dtq.lora' not in sys.modules\n"
+    )
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=env)
 
 
 def test_which_classes_diffusers_gives_adapters():
