@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import zoo
 
 from dtq.cli import main
 from dtq.formats import FORMATS
@@ -83,3 +84,9 @@ def test_the_script_of_the_bundled_model_runs(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "docs/demo.py"), run_name="__main__")
     assert "2 labels, 1 steps, guidance 4: first guess" in capsys.readouterr().out
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_the_page_of_models_has_every_class():
+    page = (ROOT / "docs" / "models.md").read_text()
+    listed = {line.split(" ")[1] for line in page.splitlines() if line.startswith("| ")}
+    assert set(zoo.names()) <= listed

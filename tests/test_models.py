@@ -67,6 +67,11 @@ ROLES = {
         "visual_transformer_blocks.0.self_attention.out_layer": "attn.out",
         "visual_transformer_blocks.0.feed_forward.in_layer": "ffn.up",
     },
+    "NucleusMoEImageTransformer2DModel": {
+        "transformer_blocks.0.encoder_proj": "embed",
+        "transformer_blocks.0.attn.add_k_proj": "xattn.k",
+        "transformer_blocks.0.attn.to_q": "attn.q",
+    },
     "PixArtTransformer2DModel": {
         "transformer_blocks.0.attn2.to_k": "xattn.k",
         "transformer_blocks.0.attn1.to_k": "attn.k",

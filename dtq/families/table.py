@@ -183,6 +183,8 @@ FAMILIES: tuple[Family, ...] = (
         "nucleus",
         ("NucleusMoEImageTransformer2DModel",),
         arguments(**_PACKED, **_JOINT, img_shapes=picture_shapes),
+        # each block embeds the text anew; by shape it would be a feed-forward
+        roles=((r"\.encoder_proj$", "embed"),),
         largest_timestep=1.0,
     ),
     Family(
