@@ -259,6 +259,17 @@ def test_what_cannot_be_done_is_said():
         model.fuse_lora(safe_fusing=True)
 
 
+def test_convolutions_and_offloaded_layers_are_refused():
+    runtime = next(iter(linears(_quantized("flux", "w4a16")).values())).runtime
+    layer = dtq.QuantLinear.in_place_of(nn.Conv2d(64, 64, 1), runtime)
+    model = nn.ModuleDict({"pointwise": layer})
+    with pytest.raises(InputError, match="1 x 1 convolution"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["pointwise"]), model)
+    away = dtq.QuantLinear(64, 64, True, runtime, device="meta")
+    with pytest.raises(InputError, match="before offloading"):
+        away.widen(torch.ones(2, 64), torch.ones(64, 2))
+
+
 def test_control_adapters_widen_kept_layers_only():
     pipe = pipeline("flux", quantized("flux"))
     model, inner = pipe.transformer, next(iter(linears(pipe.transformer)))
