@@ -29,7 +29,7 @@ from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
 from dtq.errors import DtqError, InputError
 from dtq.estimate import estimate
-from dtq.kernels import KERNELS
+from dtq.kernels import KERNELS, on_cpu
 from dtq.plan import Plan
 from dtq.printing import (
     inspected,
@@ -596,14 +596,10 @@ def doctor() -> None:
     rows.append(
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     )
-    rows.append(
-        (
-            "kernels",
-            ", ".join(k.name for k in KERNELS)
-            + " (torch reference ops; no compiled extension in this version)",
-        )
-    )
-    rows.append(("compiler", shutil.which("g++") or "none; not needed by this version"))
+    rows.append(("kernels", ", ".join(k.name for k in KERNELS)))
+    for kernel in KERNELS:
+        rows.append((f"  {kernel.name}", on_cpu(kernel)))
+    rows.append(("compiler", shutil.which("g++") or "no g++; needed once, for compiled kernels"))
     rows.append(("nvcc", shutil.which("nvcc") or "none; not needed by this version"))
     rows.append(
         (
