@@ -35,8 +35,10 @@ from dtq.printing import (
     inspected,
     or_dash,
     plan_json,
+    print_bench,
     print_inspected,
     print_plan,
+    print_race,
     print_result,
     size,
     table,
@@ -555,6 +557,37 @@ def recipe_cp(name: str, target: Path) -> None:
         raise InputError(f"{target}: a recipe file ends in .yaml")
     shutil.copyfile(find(name), target)
     click.echo(f"{target}: edit it, then dtq recipe check {target}")
+
+
+@main.command("bench")
+@click.option("--suite", type=click.Choice(["gemm", "e2e"]), default="gemm", show_default=True)
+@click.option(
+    "--quick", is_flag=True, help="Fewer sizes; blocks of the large model, not all of it."
+)
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(2))
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="FILE for every figure.")
+def bench_(suite: str, quick: bool, rounds: int, threads: int, json_file: Path | None) -> None:
+    """Time quantized layers beside float ones on this machine.
+
+    gemm: single linears. e2e: one denoising step of a model with random weights, and of the demo.
+
+    \b
+    dtq bench --quick
+    """
+    from dtq import bench
+    from dtq.kernels import load
+
+    load()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        result = bench.SUITES[suite](quick=quick, rounds=rounds, say=print_race)
+    finally:
+        torch.set_num_threads(before)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    print_bench(result)
 
 
 @main.command()

@@ -22,7 +22,9 @@ ROWS = [
     {"diffusers", "solve", "allocate"},
     {"steps", "budget"},
     {"quantize", "estimate", "terdit"},
-    {"evaluate", "printing"},
+    {"evaluate"},
+    {"bench"},
+    {"printing"},
     {""},  # the package itself: what `import dtq` gives
     {"cli"},
 ]
