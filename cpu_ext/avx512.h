@@ -10,6 +10,8 @@ namespace {
 
 constexpr int kLanes = 16;
 typedef float V __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 
 template <int h>
 inline V swapped(V v) {
@@ -45,6 +47,14 @@ inline void transpose16(const int32_t* in, int64_t stride, int32_t* out) {
   }
 }
 
+inline void low_bytes(U v, int8_t* out) {
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8((__m512i)v));
+}
+
+inline void low_halves(U v, uint16_t* out) {
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16((__m512i)v));
+}
+
 inline __m512i load_int8(const int8_t* w, int width) {
   const __mmask64 inside = width >= 64 ? ~0ull : (1ull << width) - 1;
   return _mm512_maskz_loadu_epi8(inside, w);
@@ -74,6 +84,15 @@ typedef int8_t Code;
 typedef uint8_t Weight;
 constexpr int kQuad = 4;
 constexpr int kShift = 128;
+
+inline void add_codes(const Code* codes, int32_t* shift) {
+  __m512i sum = _mm512_loadu_si512(shift);
+  for (int i = 0; i < 16; i++)  // 128 as an unsigned weight, taken off
+    sum = _mm512_sub_epi32(sum, _mm512_dpbusd_epi32(_mm512_setzero_si512(),
+                                                    _mm512_set1_epi8((char)128),
+                                                    _mm512_loadu_si512(codes + 64 * i)));
+  _mm512_storeu_si512(shift, sum);
+}
 
 inline __m512i made_unsigned(__m512i weights) {
   return _mm512_xor_si512(weights, _mm512_set1_epi8((char)0x80));

@@ -4,6 +4,8 @@
 //   kLanes          floats of a vector
 //   swapped<h>(v)   v with lanes i and i ^ h exchanged
 //   transpose16     a 16 x 16 block of 32-bit values
+//   low_bytes, low_halves   of each 32-bit lane, stored one after the other
+//   add_codes       what to add to the sums of 16 tokens for the unsigned weights of a step
 //   Code            how a packed code is kept
 //   kQuad           codes of one token that lie side by side: what one instruction adds up
 //   what weights.h asks for, and weights.h itself
@@ -21,10 +23,7 @@ namespace {
 constexpr int64_t kCodes = kStep * kTokens;  // codes of a token block in a step
 constexpr int kQuads = kStep / kQuad;
 
-typedef int32_t I __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t H __attribute__((vector_size(kLanes * 2)));
-typedef int8_t B __attribute__((vector_size(kLanes)));
 
 inline V splat(float x) { return x - (V){}; }
 
@@ -45,7 +44,7 @@ inline V from_half(U h) {
   return (V)((U)small | inf | ((h & 0x8000) << 16));
 }
 
-inline H to_half(V f) {
+inline U to_half(V f) {
   // the sum with 2^(exponent + 13) rounds the mantissa to 10 bits, ties to even
   U w = (U)f, doubled = w + w;
   V base = (V)(w & 0x7fffffff) * splat(0x1p112f) * splat(0x1p-110f);
@@ -54,13 +53,13 @@ inline H to_half(V f) {
   U bits = (U)((V)((bias >> 1) + 0x07800000) + base);
   U rest = ((bits >> 13) & 0x7c00) + (bits & 0xfff), nan = (U){} + 0x7e00;
   rest = doubled > 0xff000000 ? nan : rest;
-  return __builtin_convertvector(((w & 0x80000000) >> 16) | rest, H);
+  return ((w & 0x80000000) >> 16) | rest;
 }
 
-inline H to_bfloat(V f) {
+inline U to_bfloat(V f) {
   U w = (U)f, nan = (U){} + 0x7fc0;
   U rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  return __builtin_convertvector((w & 0x7fffffff) > 0x7f800000 ? nan : rounded, H);
+  return (w & 0x7fffffff) > 0x7f800000 ? nan : rounded;
 }
 
 inline V load_as_float(const void* p, Float type) {
@@ -161,12 +160,12 @@ inline float largest(const float* row, int64_t columns) {
   return value;
 }
 
-inline B rounded(V x, V scale, V levels) {
+inline U rounded(V x, V scale, V levels) {
   V v = x / scale;
   v = v > levels ? levels : v;
   v = v < -levels ? -levels : v;
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it ends at the ones, ties to even
-  return __builtin_convertvector((I)(v + magic), B);  // its low byte is the integer
+  return (U)(v + magic);  // its low byte is the integer
 }
 
 void quantize(const Rows& q, int64_t first, int64_t last, float* row) {
@@ -191,9 +190,10 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* row) {
     q.scale[r] = scale;
     int8_t* codes = q.codes + r * q.columns;
     for (int64_t k = 0; k < q.columns; k += kLanes) {
-      const B b = rounded(load(row + k), splat(scale), levels);
+      int8_t bytes[kLanes];
       const int64_t left = q.columns - k;
-      memcpy(codes + k, &b, left < kLanes ? left : kLanes);
+      low_bytes(rounded(load(row + k), splat(scale), levels), left < kLanes ? bytes : codes + k);
+      if (left < kLanes) memcpy(codes + k, bytes, left);
     }
   }
 }
@@ -207,20 +207,22 @@ void pack(const Linear& g, int64_t first, int64_t last) {
   for (int64_t b = first; b < last; b++) {
     int32_t* shift = g.shift + b * kTokens;
     memset(shift, 0, kTokens * 4);
+    const int8_t* codes = g.codes + b * kTokens * g.columns;
+    const bool whole = g.tokens - b * kTokens >= kTokens && g.columns % 4 == 0;
     Code* out = (Code*)g.packed + b * g.steps * kCodes;
-    for (int64_t s = 0; s < g.steps; s++, out += kCodes) {
-      memset(rows, 0, sizeof rows);
+    for (int64_t s = 0; s < g.steps; s++, codes += kStep, out += kCodes) {
       const int64_t left = g.columns - s * kStep, width = left < kStep ? left : kStep;
-      for (int t = 0; t < kTokens && b * kTokens + t < g.tokens; t++) {
-        const int8_t* codes = g.codes + (b * kTokens + t) * g.columns + s * kStep;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < width; i++) rows[t][i] = codes[i];
-        if (kShift)
-          for (int i = 0; i < kStep; i++) sum += rows[t][i];
-        shift[t] -= kShift * sum;
+      if (sizeof(Code) == 1 && whole && width == kStep) {  // as they lie
+        transpose16((const int32_t*)codes, g.columns / 4, (int32_t*)out);
+      } else {
+        memset(rows, 0, sizeof rows);
+        for (int t = 0; t < kTokens && b * kTokens + t < g.tokens; t++)
+          for (int64_t i = 0; i < width; i++) rows[t][i] = codes[t * g.columns + i];
+        for (int part = 0; part < (int)sizeof(Code); part++)
+          transpose16((const int32_t*)rows + part * 16, sizeof(Code) * 16,
+                      (int32_t*)out + part * 256);
       }
-      for (int part = 0; part < (int)sizeof(Code); part++)
-        transpose16((const int32_t*)rows + part * 16, sizeof(Code) * 16, (int32_t*)out + part * 256);
+      add_codes(out, shift);
     }
   }
 }
@@ -248,8 +250,9 @@ inline void store_line(void* out, int64_t at, const float* values, int count, Fl
     if (type == kFloat32) {
       memcpy((float*)out + at + i, &v, left * 4);
     } else {
-      const H h = type == kBFloat16 ? to_bfloat(v) : to_half(v);
-      memcpy((uint16_t*)out + at + i, &h, left * 2);
+      uint16_t halves[kLanes], *to = (uint16_t*)out + at + i;
+      low_halves(type == kBFloat16 ? to_bfloat(v) : to_half(v), left < kLanes ? halves : to);
+      if (left < kLanes) memcpy(to, halves, left * 2);
     }
   }
 }

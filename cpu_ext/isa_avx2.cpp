@@ -12,6 +12,8 @@ namespace {
 
 constexpr int kLanes = 8;
 typedef float V __attribute__((vector_size(32)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 
 template <int h>
 inline V swapped(V v) {
@@ -43,6 +45,18 @@ inline void transpose16(const int32_t* in, int64_t stride, int32_t* out) {
   for (int i = 0; i < 16; i += 8)
     for (int j = 0; j < 16; j += 8)
       transpose8((const float*)in + i * stride + j, stride, (float*)out + j * 16 + i);
+}
+
+inline __m128i halves(U v) {
+  const __m256i low = _mm256_and_si256((__m256i)v, _mm256_set1_epi32(0xffff));
+  return _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+}
+
+inline void low_halves(U v, uint16_t* out) { _mm_storeu_si128((__m128i*)out, halves(v)); }
+
+inline void low_bytes(U v, int8_t* out) {
+  const __m128i bytes = halves(v & 0xff);
+  _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(bytes, bytes));
 }
 
 // 32 weights of 16 bytes.
@@ -87,10 +101,21 @@ inline void keep(const __m256i* weights, Weight* out) {
 inline __m256i add_products(__m256i sum, __m256i weight, __m256i codes) {
   return _mm256_dpbusd_avx_epi32(sum, weight, codes);
 }
+
+inline void add_codes(const Code* codes, int32_t* shift) {
+  for (int i = 0; i < 32; i++) {  // 128 as an unsigned weight, taken off
+    __m256i* to = (__m256i*)shift + i % 2;
+    const __m256i x = _mm256_load_si256((const __m256i*)codes + i);
+    const __m256i part = add_products(_mm256_setzero_si256(), _mm256_set1_epi8((char)128), x);
+    _mm256_storeu_si256(to, _mm256_sub_epi32(_mm256_loadu_si256(to), part));
+  }
+}
 #else
 typedef int16_t Code;
 typedef int16_t Weight;
 constexpr int kQuad = 2, kShift = 0, kBlock = 4;
+
+inline void add_codes(const Code*, int32_t*) {}  // the weights are signed
 
 inline void keep(const __m256i* weights, Weight* out) {
   for (int i = 0; i < 4; i++) {

@@ -7,6 +7,8 @@ namespace {
 
 constexpr int kLanes = 4;
 typedef float V __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 
 template <int h>
 inline V swapped(V v) {
@@ -18,10 +20,20 @@ inline void transpose16(const int32_t* in, int64_t stride, int32_t* out) {
     for (int j = 0; j < 16; j++) out[j * 16 + i] = in[i * stride + j];
 }
 
+inline void low_bytes(U v, int8_t* out) {
+  for (int i = 0; i < kLanes; i++) out[i] = (int8_t)v[i];
+}
+
+inline void low_halves(U v, uint16_t* out) {
+  for (int i = 0; i < kLanes; i++) out[i] = (uint16_t)v[i];
+}
+
 typedef int16_t Code;
 typedef int16_t Weight;
 constexpr int kQuad = 2;
 constexpr int kShift = 0;
+
+inline void add_codes(const Code*, int32_t*) {}  // the weights are signed
 
 inline void widen(const int8_t* w, int width, Weight* out) {
   for (int i = 0; i < kStep; i++) out[i] = i < width ? w[i] : 0;
