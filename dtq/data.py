@@ -9,7 +9,8 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(name: str) -> Path:
-    """The folder ``recipes`` or ``calibration``, from a wheel, an editable install or a checkout.
+    """The folder ``recipes``, ``calibration`` or ``cpu_ext``: of a wheel, an editable install or a
+    checkout.
 
     Raises:
         FileNotFoundError: neither place has it (a broken installation).

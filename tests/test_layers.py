@@ -22,7 +22,9 @@ ROWS = [
     {"diffusers", "lora", "solve", "allocate"},
     {"steps", "budget", "parallel"},
     {"quantize", "estimate", "terdit"},
-    {"evaluate", "printing"},
+    {"evaluate"},
+    {"bench"},
+    {"printing"},
     {""},  # the package itself: what `import dtq` gives
     {"cli"},
 ]
