@@ -60,18 +60,19 @@ bool has_amx() {
 struct Candidate {
   const Kernels* kernels;
   bool (*present)();
+  bool proven;  // has given the reference's bits on a machine that has it; others only by name
 };
 
 bool always() { return true; }
 
 // from the plainest to the fastest
 const Candidate kCandidates[] = {
-    {&portable, always},
+    {&portable, always, true},
 #ifdef __x86_64__
-    {&avx2, has_avx2},
-    {&avxvnni, has_avxvnni},
-    {&vnni, has_vnni},
-    {&amx, has_amx},
+    {&avx2, has_avx2, true},
+    {&avxvnni, has_avxvnni, false},
+    {&vnni, has_vnni, true},
+    {&amx, has_amx, false},
 #endif
 };
 
@@ -98,8 +99,9 @@ bool use(const char* name) {
   const Kernels* best = nullptr;
   bool found = name == nullptr;
   for (const Candidate& c : kCandidates) {
-    if (c.present()) best = c.kernels;
-    if (name && !strcmp(name, c.kernels->name)) {
+    const bool named = name && !strcmp(name, c.kernels->name);
+    if ((c.proven || named) && c.present()) best = c.kernels;
+    if (named) {
       found = best == c.kernels;
       break;
     }

@@ -4,7 +4,7 @@
 The rungs, best first: the library beside the package (``make kernels``), the one in the user's
 cache, a compilation into that cache when a quantized layer first runs on the CPU, the torch
 reference. ``DTQ_KERNELS=0`` leaves only the last; ``DTQ_CPU_ISA=`` ref, avx2, avxvnni, vnni or amx
-chooses the instruction set instead of the best one.
+chooses the instruction set instead of the best proven one.
 """
 
 from __future__ import annotations
