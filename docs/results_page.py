@@ -174,10 +174,13 @@ def main() -> None:
         below=n.against("w4a8", [r for r in rivals if 4 <= demo[r]["bits"] < mine]),
         hq=n.ratio("w4a8-hq", "w4a8"),
         hq_hard=n.ratio("w4a8-hq", "w4a8", "demo-hard"),
-        low=", ".join(f"{r} {n.error(r):.2e} at {demo[r]['bits']:.2f} bits" for r in low),
+        low=", ".join(f"{r} {n.error(r):.2e} at {demo[r]['bits']:.2f} bits" for r in low)
+        or "not run",
         claims="\n".join(results.claims(demo)),
         signs=", ".join(f"{r} {n.error(r):.2e}" for r in signs) or "not run",
-        missing=f"\nRows not run yet: {'; '.join(left)}.\n" if left else "",
+        missing=f"\nRows not run yet on this model: {'; '.join(left)}. Those that were measured on the model\nbefore are in [results-7750.md](results-7750.md).\n"
+        if left
+        else "",
         targets="\n".join(target_rows(n)),
     )
     (HERE / "results.md").write_text(page)
