@@ -27,6 +27,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -59,10 +60,19 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def quantize(arguments: list[str], log: str) -> None:
-    """``dtq quantize``, in a process that has imported everything already."""
+def forked(arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> Any:
+    """``dtq quantize`` in a process that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dtq.cli"])
+    child = context.Process(target=_quantize, args=(arguments, str(log), environment or {}))
+    child.start()
+    return child
+
+
+def _quantize(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     from dtq.cli import main
 
+    os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -75,10 +85,7 @@ class Run:
     def __init__(self, arguments: list[str], processes: int, log: Path) -> None:
         self.processes = processes
         if processes == 1:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["dtq.cli"])
-            self.child = context.Process(target=quantize, args=(arguments, str(log)))
-            self.child.start()
+            self.child = forked(arguments, log)
             return
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={processes}", "-m", "dtq", "quantize", *arguments]
