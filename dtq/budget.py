@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics as numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -21,8 +21,10 @@ from dtq.nn.linear import StepClock
 from dtq.nn.swap import install_clock
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
-from dtq.solve import Solved, built, float_weight, solve, solve_all
+from dtq.solve import built, float_weight, solve, solve_all
+from dtq.solved import SiteReport, Solved, from_result, to_result
 from dtq.transforms import Choice
+from dtq.work import Result, Work
 
 log = logging.getLogger("dtq")
 
@@ -59,6 +61,7 @@ def mixed(
     solved: dict[str, Solved],
     *,
     progress: bool = True,
+    work: Work | None = None,
 ) -> tuple[Plan, Allocation]:
     """Give every site the format that the recipe's budget allows.
 
@@ -74,6 +77,7 @@ def mixed(
         recorded: calls of the float model.
         solved: results in the plain format; completed with the chosen ones.
         progress: show progress bars.
+        work: keeps every layer solved and every option measured.
 
     Raises:
         InputError: the budget is below what the cheapest options need.
@@ -97,15 +101,15 @@ def mixed(
                 if x.weights != option:
                     log.warning("%s: stays in %s: %s", x.name, x.weights, x.note)
             found, _ = solve_all(
-                model, scan, other, recipe, statistics, only=gemm, what=option, progress=progress
-            )
+                model, scan, other, recipe, statistics, only=gemm, what=option, progress=progress,
+                work=work,
+            )  # fmt: skip
         for site, names in sites.items():
             results[site][option] = {name: found[name] for name in names}
     edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
     clock = install_clock(model, edges) if edges else None
     candidates = {
-        site: {o: _modules(model, found, plan.bins, clock) for o, found in options.items()}
-        for site, options in results.items()
+        site: Built(model, options, plan.bins, clock) for site, options in results.items()
     }
     costs = {
         site: {o: sum(r.plan.nbytes(plan.bins) for r in f.values()) for o, f in options.items()}
@@ -113,7 +117,7 @@ def mixed(
     }
     calls = spread(recorded, how.calls)
     chosen = allocate(
-        measure(model, calls, candidates, progress=progress),
+        measure(model, calls, candidates, progress=progress, what="allocate", work=work),
         costs,
         budget,
         groups=groups_of(s for s in scan.sites if s.name in sites),
@@ -135,6 +139,7 @@ def compare(
     solved: dict[str, Solved],
     *,
     progress: bool = True,
+    work: Work | None = None,
 ) -> dict[str, float]:
     """Solve the whole model with other transforms too, and keep what errs least.
 
@@ -150,29 +155,53 @@ def compare(
         changed = {x.name: replace(x, transform=Call(other)) for x in plan.gemm()}
         found[other], _ = solve_all(
             model, scan, plan.with_layers(changed), recipe, statistics, only=gemm, what=other,
-            progress=progress,
+            progress=progress, work=work,
         )  # fmt: skip
     edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
     clock = install_clock(model, edges) if edges else None
-    candidates = {name: _modules(model, each, plan.bins, clock) for name, each in found.items()}
-    errors = measure(model, calls, {"model": candidates}, progress=progress)["model"]
+    candidates = {"model": Built(model, found, plan.bins, clock)}
+    errors = measure(model, calls, candidates, progress=progress, what="compare", work=work)[
+        "model"
+    ]
     best = min(errors, key=lambda name: errors[name]["mse"])
     solved |= found[best]
     log.info("transform: %s", ", ".join(f"{n} {e['mse']:.2e}" for n, e in errors.items()))
     return {name: error["mse"] for name, error in errors.items()}
 
 
-def _modules(
-    model: nn.Module, found: Mapping[str, Solved], bins: int, clock: StepClock | None
-) -> dict[str, nn.Module]:
-    """Quantized linears by name, told the time by the float model that they will stand in."""
-    modules: dict[str, nn.Module] = {}
-    for name, result in found.items():
-        old = model.get_submodule(name)
-        new = built(result, old, bins, next(old.parameters()).dtype)
-        new.hear(clock)
-        modules[name] = new
-    return modules
+class Built(Mapping[str, dict[str, nn.Module]]):
+    """Option to the quantized linears by name, built when looked up: never two options at once.
+
+    Args:
+        model: the float model that they will stand in; its clock tells them the time.
+        options: option to solved layers.
+        bins: timestep bins of static scales.
+        clock: of the model, None without one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Mapping[str, Mapping[str, Solved]],
+        bins: int,
+        clock: StepClock | None,
+    ) -> None:
+        self.model, self.options, self.bins, self.clock = model, options, bins, clock
+
+    def __getitem__(self, option: str) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {}
+        for name, result in self.options[option].items():
+            old = self.model.get_submodule(name)
+            new = built(result, old, self.bins, next(old.parameters()).dtype)
+            new.hear(self.clock)
+            modules[name] = new
+        return modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.options)
+
+    def __len__(self) -> int:
+        return len(self.options)
 
 
 def _in_format(layer: LayerPlan, option: str) -> LayerPlan:
@@ -191,12 +220,15 @@ def guard(
     recipe: Recipe,
     statistics: Statistics | None,
     solved: dict[str, Solved],
+    work: Work | None = None,
 ) -> Plan:
     """Promote the layers that came out badly, worst first, while the budget lasts."""
+    work = work or Work()
     how = recipe.guard
     gemm = [x for x in plan.gemm() if solved[x.name].report.error is not None]
     if not how.to or not gemm or statistics is None:
         return final(plan, solved)
+    sites = statistics.sites
     errors = {x.name: solved[x.name].report.error or 0.0 for x in gemm}
     limit = min(how.above, how.factor * numbers.median(errors.values()))
     site_of = {x.name: site.name for site in scan.sites for x in site.linears}
@@ -211,15 +243,15 @@ def guard(
             > how.budget
         ):
             continue
-        before = solved[layer.name]
-        choice = Choice(before.transform, before.report.transform, {})
-        again = solve(
-            raised,
-            float_weight(model, layer.name),
-            choice,
-            statistics.sites[site_of[layer.name]],
-            recipe,
-        )
+
+        def again_in(raised: LayerPlan = raised, before: Solved = solved[layer.name]) -> Result:
+            choice = Choice(before.transform, before.report.transform, {})
+            stats = sites[site_of[raised.name]]
+            result = solve(raised, float_weight(model, raised.name), choice, stats, recipe)
+            return to_result([result], SiteReport(site_of[raised.name]))
+
+        promoted = plan.with_layers({layer.name: raised})
+        ((again,), _) = from_result(*work.once(f"guard/{layer.name}", again_in), promoted)
         if (again.report.error or 0.0) >= errors[layer.name]:
             continue
         again.report.promoted, again.report.error_before = True, errors[layer.name]

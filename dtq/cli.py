@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
 from dtq.errors import DtqError, InputError
 from dtq.estimate import estimate
+from dtq.job import inputs_of, job
 from dtq.kernels import KERNELS, on_cpu
 from dtq.plan import Plan
 from dtq.printing import (
@@ -45,6 +47,7 @@ from dtq.printing import (
 )
 from dtq.quantize import calibrate_source, plan_source, quantize_sources
 from dtq.recipe import Calibration, Recipe, find, names
+from dtq.team import Team
 
 MODEL_HELP = "MODEL is a local diffusers folder, a hub id, or demo (the model bundled with dtq)."
 
@@ -73,7 +76,8 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str) -> None:
-    click.echo(f"error: {message}", err=True)
+    rank = os.environ.get("RANK", "0")
+    click.echo(f"error{f' in process {rank}' if rank != '0' else ''}: {message}", err=True)
     sys.exit(1)
 
 
@@ -194,6 +198,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @memory_option
 @click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
+@click.option("--fresh", is_flag=True, help="Forget what an interrupted run finished.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, no progress bars.")
 def quantize(
     model: str,
@@ -203,6 +208,7 @@ def quantize(
     memory: str | None,
     shard_size: str,
     overwrite: bool,
+    fresh: bool,
     as_json: bool,
     dtype: str,
     components: tuple[str, ...],
@@ -210,40 +216,51 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a diffusers folder.
 
+    A run that was interrupted goes on when the same command is given again.
+
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
     dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
     """
     chosen = _recipe(choices)
-    checkpoint.check_free(output, overwrite=overwrite)
+    team = Team.join()
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
-    with _quiet(as_json):
+    with (
+        _quiet(as_json or not team.leads),
+        job(output, team, fresh=fresh, overwrite=overwrite) as run,
+    ):
+        if run.finished:
+            told = (output / "dtq_report.json").read_text(encoding="utf-8")
+            click.echo(told if as_json else f"{output}: the run before had finished it")
+            return
         opened = source.open_sources(model, dtype=dtype, component=components or "auto")
         for each in opened:
             _, plan = plan_source(each, chosen, keep)
             _check_disk(each.model, plan, each.dtype, output)
-        work = output.with_name(f"{output.name}.work")
+        inputs = inputs_of(opened, chosen, keep, stats) if team.leads else {}
+        run.begin(inputs, parse_size(memory) if memory else None)
         reports = quantize_sources(
             opened,
             chosen,
             statistics=statistics,
             skip=keep,
-            progress=not as_json,
-            work=work,
-            memory=parse_size(memory) if memory else None,
+            progress=team.leads and not as_json,
+            work=run.work,
+            memory=run.memory,
         )
+        if not team.leads:
+            return
         first = opened[0]
         saveable = first.pipeline if first.pipeline is not None else first.model
         data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
         if len(data) == 1:
             (data,) = data.values()
-        with checkpoint.whole_folder(output, overwrite=overwrite) as side:
+        with run.result() as side:
             checkpoint.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
             text = json.dumps(data, indent=1) + "\n"
             (side / "dtq_report.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(work, ignore_errors=True)  # what an interrupted run would go on from
     if as_json:
         click.echo(json.dumps(data))
         return

@@ -25,3 +25,7 @@ class RecipeError(DtqError):
 
 class CheckpointError(DtqError):
     """A checkpoint that is damaged, incomplete, or from a newer dtq; names the file and the key."""
+
+
+class TeamError(DtqError):
+    """Another process of the run died, or does not answer."""

@@ -20,19 +20,22 @@ from dtq.budget import check_budget, compare, guard, mixed
 from dtq.calibrate import engine, sets, store
 from dtq.calibrate.calls import Recorded, spread
 from dtq.calibrate.engine import Statistics
+from dtq.calibrate.gather import gather
 from dtq.calibrate.record import sample_calls
 from dtq.config import DTQConfig
 from dtq.diffusers import mark
 from dtq.errors import InputError
-from dtq.families import Scan, Site
+from dtq.families import Scan
 from dtq.nn.swap import finish
 from dtq.paging import paged
 from dtq.plan import Plan
 from dtq.recipe import Recipe
 from dtq.refine import REFINE
-from dtq.solve import LayerReport, SiteReport, built, solve_all
+from dtq.solve import built, solve_all
+from dtq.solved import LayerReport, SiteReport
 from dtq.source import Components, Source, open_sources, scan_model
 from dtq.transforms import TRANSFORMS
+from dtq.work import Work
 
 log = logging.getLogger("dtq")
 
@@ -128,12 +131,17 @@ def quantize_sources(
     inputs: Iterable[dict[str, Any]] | None = None,
     skip: Sequence[str] = (),
     progress: bool = True,
-    work: Path | None = None,
+    work: Work | None = None,
     memory: int | None = None,
 ) -> dict[str, Report]:
     """Quantize the transformers of one pipeline, or a bare one; see :func:`quantize`.
 
     All of them are calibrated before the first is changed, so that each sees the float pipeline.
+
+    Args:
+        sources: the opened transformers.
+        recipe, statistics, inputs, skip, progress, memory: as for :func:`quantize`.
+        work: where units of work are kept and shared by processes; default: in memory.
 
     Returns:
         A report per component.
@@ -153,15 +161,19 @@ def quantize_sources(
             f"statistics and inputs are those of one transformer, the pipeline has {names}: "
             f"quantize them one by one with component="
         )
+    work = work or Work()
     seen: dict[str, Statistics | None] = {}
     for source in sources:
         scan, _ = plan_source(source, recipe, skip)
         needs = recipe.needs()
         seen[source.component] = (
-            calibrate_source(source, scan, recipe, needs, progress=progress, memory=memory)
+            calibrate_source(
+                source, scan, recipe, needs, progress=progress, memory=memory,
+                work=work.within(source.component),
+            )
             if needs
             else None
-        )
+        )  # fmt: skip
     return {
         source.component: quantize_source(
             source,
@@ -169,7 +181,7 @@ def quantize_sources(
             statistics=seen[source.component],
             skip=skip,
             progress=progress,
-            work=work / source.component if work is not None else None,
+            work=work.within(source.component),
             memory=memory,
         )
         for source in sources
@@ -185,14 +197,15 @@ def quantize_source(
     skip: Sequence[str] = (),
     progress: bool = True,
     config: DTQConfig | None = None,
-    work: Path | None = None,
+    work: Work | None = None,
     memory: int | None = None,
 ) -> Report:
-    """Quantize the model of an opened source in place; see :func:`quantize`.
+    """Quantize the model of an opened source in place; see :func:`quantize_sources`.
 
-    ``config`` is the one that diffusers already holds, when it does; it is completed. ``work`` is
-    a folder where long stages leave what they finished, so that the next run goes on from there.
+    ``config`` is the one that diffusers already holds, when it does; it is completed. Of several
+    processes all but the first leave when formats are decided; their model stays float.
     """
+    work = work or Work()
     calls = None if inputs is None else list(inputs)
     source.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
     scan, plan = plan_source(source, recipe, skip, calls)
@@ -202,7 +215,7 @@ def quantize_source(
     driven = source.pipeline is not None or calls is not None
     if statistics is None and needs and (driven or not _data_free(recipe)):
         statistics = calibrate_source(
-            source, scan, recipe, needs, inputs=calls, progress=progress, memory=memory
+            source, scan, recipe, needs, inputs=calls, progress=progress, memory=memory, work=work
         )
     elif statistics is not None:
         _check_statistics(statistics, scan, needs)
@@ -213,12 +226,13 @@ def quantize_source(
     with paged(*_modules(source)):
         recorded = _record(source, recipe, calls)
     solved, report.sites = solve_all(
-        source.model, scan, plan, recipe, statistics, progress=progress
+        source.model, scan, plan, recipe, statistics, progress=progress, work=work
     )
     if recipe.compare and recorded:
         report.compared = compare(
-            source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress
-        )
+            source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress,
+            work=work,
+        )  # fmt: skip
     elif recipe.compare:
         log.warning(
             "no pipeline and no inputs to compare transforms on: %s stays, without trying %s",
@@ -226,11 +240,15 @@ def quantize_source(
         )  # fmt: skip
     if recipe.allocate.budget:
         plan, chosen = mixed(
-            source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress
-        )
+            source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress,
+            work=work,
+        )  # fmt: skip
         report.allocation = chosen.to_json()
-    else:
-        plan = guard(source.model, scan, plan, recipe, statistics, solved)
+    work.meet()
+    if not work.team.leads:
+        return report
+    if not recipe.allocate.budget:
+        plan = guard(source.model, scan, plan, recipe, statistics, solved, work)
     report.plan = plan
     dtype = source.dtype  # before the first swap
     floats: dict[str, nn.Module] = {}
@@ -250,7 +268,7 @@ def quantize_source(
                 floats,
                 spread(recorded, _TEACHER_CALLS),
                 progress=progress,
-                save=work,
+                save=work.folder / "refine" if work.folder is not None else None,
                 **dict(recipe.refine.knobs),
             )
         ).to_json()
@@ -303,37 +321,41 @@ def calibrate_source(
     inputs: Iterable[dict[str, Any]] | None = None,
     progress: bool = True,
     memory: int | None = None,
+    work: Work | None = None,
 ) -> Statistics:
     """Run the float model over the recipe's calibration set.
 
     Once, if the statistics fit in ``memory`` bytes (default: half of what is free); else as often
-    as it takes, each time for as many inputs as fit, and they wait on disk.
+    as it takes, each time for as many inputs as fit, and they wait on disk. Each part of the set
+    that is seen is kept in ``work``.
     """
+    work = work or Work()
     plan = recipe.plan(scan)
     sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
     how = recipe.calibration
     memory = memory or psutil.virtual_memory().available // 2
     portions = engine.portions(sites, how.bins, needs, memory)
-    if inputs is not None:
-        inputs = list(inputs)
-
-    def run(portion: Sequence[Site]) -> Statistics:
-        with paged(*_modules(source)):
-            return engine.calibrate(source, portion, how, needs, inputs=inputs, progress=progress)
-
-    if len(portions) == 1:
-        return run(sites)
-    log.warning(
-        "the statistics of %d inputs do not fit in %.1f GB: the float model runs %d times",
-        len(sites), memory / 1e9, len(portions),
-    )  # fmt: skip
-    folder = tempfile.TemporaryDirectory(prefix="dtq-statistics-")
-    files = []
-    for i, portion in enumerate(portions):
-        files.append(Path(folder.name) / f"{i}.safetensors")
-        store.save(run(portion), files[-1])
+    calls = None if inputs is None else list(inputs)
+    with paged(*_modules(source)):
+        if len(portions) == 1 and work.folder is None:
+            return engine.calibrate(source, sites, how, needs, inputs=calls, progress=progress)
+        if len(portions) > 1:
+            log.warning(
+                "the statistics of %d inputs do not fit in %.1f GB: the float model runs %d times",
+                len(sites), memory / 1e9, len(portions),
+            )  # fmt: skip
+        folder = None
+        if work.folder is None:
+            folder = tempfile.TemporaryDirectory(prefix="dtq-statistics-")
+            work = Work(Path(folder.name))
+        runs = engine.drive(source, how, calls)
+        files = [
+            gather(source, portion, how, needs, runs, work, progress=progress)
+            for portion in portions
+        ]
     statistics = store.load(*files)
-    weakref.finalize(statistics, folder.cleanup)
+    if folder is not None:
+        weakref.finalize(statistics, folder.cleanup)
     return statistics
 
 

@@ -52,6 +52,8 @@ class Calibration:
         steps: sampler steps; 0 takes the pipeline's own default.
         guidance: guidance scale; 0 takes the pipeline's own default.
         batch: pictures generated together.
+        parts: the batches are seen in so many parts, which are then added up in order, whoever saw
+            them: so many processes can share the work, and get what one alone gets.
         bins: timestep bins of the statistics.
         seed: of the latents.
         arguments: more arguments of the pipeline's call: ``{height: 512, num_frames: 17}``.
@@ -64,6 +66,7 @@ class Calibration:
     steps: int = 20
     guidance: float = 0.0
     batch: int = 8
+    parts: int = 8
     bins: int = 8
     seed: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -241,7 +244,7 @@ class Recipe:
         for selector in self.keep:
             _selector(selector, "keep", found)
         c = self.calibration
-        for key in ("samples", "batch", "bins"):
+        for key in ("samples", "batch", "parts", "bins"):
             if getattr(c, key) < 1:
                 found.append(f"calibration.{key}: must be at least 1, is {getattr(c, key)}")
         for key in ("steps", "guidance", "seed"):

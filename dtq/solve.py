@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,65 +15,18 @@ from dtq.calibrate.engine import Statistics
 from dtq.calibrate.stats import SiteStats
 from dtq.errors import InputError
 from dtq.families import Scan, Site
-from dtq.formats import FORMATS, Parts
+from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS, fake_quantize, row_scale
 from dtq.nn.linear import QuantLinear
 from dtq.paging import release
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
+from dtq.solved import LayerReport, SiteReport, Solved, from_result, to_result
 from dtq.solvers import SOLVERS
 from dtq.solvers.check import check
 from dtq.solvers.lowrank import LOWRANK, Branch
 from dtq.transforms import TRANSFORMS, Choice, Online
-
-
-@dataclass
-class LayerReport:
-    """How one layer came out.
-
-    Attributes:
-        error: relative squared error of its output on sampled rows, None without them.
-        bits: stored bits per weight.
-        transform: what was chosen, in words.
-        promoted: the guard raised it; ``error_before`` is why.
-    """
-
-    name: str
-    role: str
-    weights: str
-    bits: float
-    transform: str
-    error: float | None = None
-    promoted: bool = False
-    error_before: float | None = None
-
-
-@dataclass
-class SiteReport:
-    """How one input looks.
-
-    Attributes:
-        peaks: largest magnitude per timestep bin over the typical channel's, before.
-        peaks_after: the same on sampled rows after the transform.
-        candidates: output error of each candidate family of the transform search.
-    """
-
-    name: str
-    peaks: list[float] = field(default_factory=list)
-    peaks_after: list[float] = field(default_factory=list)
-    candidates: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Solved:
-    """One layer's result, packed: the float weight stays in the model until the swap."""
-
-    plan: LayerPlan
-    parts: Parts
-    transform: Online
-    bias_shift: Tensor | None
-    report: LayerReport
-    misfit: float = 0.0
+from dtq.work import Work
 
 
 def solve_site(
@@ -285,31 +239,45 @@ def solve_all(
     only: Collection[str] | None = None,
     what: str = "quantize",
     progress: bool = True,
+    work: Work | None = None,
 ) -> tuple[dict[str, Solved], list[SiteReport]]:
-    """Solve every quantized layer, or those named in ``only``, site by site."""
-    solved: dict[str, Solved] = {}
-    reports: list[SiteReport] = []
+    """Solve every quantized layer, or those named in ``only``, site by site.
+
+    The linears that share a transform are a unit of ``work``, named after ``what``.
+    """
+    work = work or Work()
     wanted = {x.name for x in plan.quantized()}
     wanted &= wanted if only is None else set(only)
+    jobs: dict[str, tuple[Site, list[LayerPlan]]] = {}
+    for site in scan.sites:
+        for i, group in enumerate(alike(site, plan)):
+            if members := [x for x in group if x.name in wanted]:
+                jobs[f"{what}/{site.name}.{i}"] = site, members
+    todo = work.todo({unit: _cost(members) for unit, (_, members) in jobs.items()})
     with tqdm(
-        total=len(wanted), desc=what, unit="layer", disable=not progress, dynamic_ncols=True
-    ) as bar:
-        for site in scan.sites:
+        total=sum(len(jobs[unit][1]) for unit in todo),
+        desc=what, unit="layer", disable=not progress, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        for unit in todo:
+            site, members = jobs[unit]
             stats = statistics.sites.get(site.name) if statistics else None
-            for group in alike(site, plan):
-                members = [x for x in group if x.name in wanted]
-                if not members:
-                    continue
-                weights = [float_weight(model, layer.name) for layer in members]
-                for layer, w in zip(members, weights, strict=True):
-                    check(w, *_moments(stats), layer=layer.name)
-                choice = choose(members, weights, stats)
-                best = solve_site(members, weights, choice, stats, recipe)
-                solved |= {result.plan.name: result for result in best}
-                release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]
-                reports.append(describe(site, stats, choice, best[0].transform))
-                bar.update(len(members))
-    return solved, reports
+            weights = [float_weight(model, layer.name) for layer in members]
+            for layer, w in zip(members, weights, strict=True):
+                check(w, *_moments(stats), layer=layer.name)
+            choice = choose(members, weights, stats)
+            best = solve_site(members, weights, choice, stats, recipe)
+            release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]
+            work.save(unit, *to_result(best, describe(site, stats, choice, best[0].transform)))
+            bar.update(len(members))
+    work.meet()
+    found = [from_result(*work.load(unit), plan) for unit in jobs]
+    solved = {result.plan.name: result for results, _ in found for result in results}
+    return solved, [report for _, report in found]
+
+
+def _cost(members: list[LayerPlan]) -> float:
+    """In proportion to the time it takes: GPTQ is columns times weights."""
+    return sum(math.prod(x.shape) * x.shape[1] for x in members)
 
 
 def built(result: Solved, old: nn.Module, bins: int, compute_dtype: torch.dtype) -> QuantLinear:

@@ -7,8 +7,9 @@ import ast
 from pathlib import Path
 
 ROWS = [
-    {"errors", "data", "paging"},
-    {"formats"},
+    {"errors", "data", "paging", "durable"},
+    {"team", "lock"},
+    {"formats", "work"},
     {"calibrate.stats", "calibrate.calls", "policy"},
     {"transforms", "solvers"},
     {"kernels", "plan"},
@@ -19,14 +20,16 @@ ROWS = [
     {"recipe"},
     {"source"},
     {"calibrate", "checkpoint"},
+    {"solved"},
     {"diffusers", "lora", "solve", "allocate"},
-    {"steps", "budget", "parallel"},
+    {"steps", "budget", "parallel", "job"},
     {"quantize", "estimate", "terdit"},
     {"evaluate"},
     {"bench"},
     {"printing"},
     {""},  # the package itself: what `import dtq` gives
     {"cli"},
+    {"__main__"},
 ]
 # calibrate.stats is read by transforms, calls by refine; formats.integer by the ops; demo/train is a script
 SCRIPTS = {"demo.train"}

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from dtq.allocate.metrics import METRICS, content
 from dtq.calibrate.calls import Recorded, moments, replay
 from dtq.nn.swap import placed
+from dtq.work import Work
 
 Measured = dict[str, dict[str, dict[str, float]]]
 """Item, option, metric to damage."""
@@ -25,6 +26,8 @@ def measure(
     candidates: Mapping[str, Mapping[str, Mapping[str, nn.Module]]],
     *,
     progress: bool = True,
+    what: str = "measure",
+    work: Work | None = None,
 ) -> Measured:
     """Damage of each option of each item alone, everything else float, on the same inputs.
 
@@ -35,29 +38,39 @@ def measure(
         candidates: item, option, layer name to the module that stands in for the float linear, on
             any device. Each option is looked up once, so the mappings may build it then.
         progress: show a progress bar.
+        what: name of the stage; an option of an item is a unit of ``work``.
+        work: where units are kept and shared.
 
     Returns:
         Every metric, averaged over the calls; infinite where an output was not finite.
     """
     assert calls, "nothing was recorded"
+    work = work or Work()
     pairs = moments(calls)
-    total = len(calls) * sum(len(options) for options in candidates.values())
-    measured: Measured = {}
+    units = {
+        f"{what}/{item}/{option}": (item, option)
+        for item, options in candidates.items()
+        for option in options
+    }
+    todo = work.todo(dict.fromkeys(units, 1.0))
     with tqdm(
-        total=total, desc="measure", unit="call", disable=not progress, dynamic_ncols=True
-    ) as bar:
-        for item, options in candidates.items():
-            measured[item] = {}
-            for option, modules in options.items():
-                with placed(model, modules):
-                    found = []
-                    for moment in pairs:
-                        got = [replay(model, call) for call in moment]
-                        found.append(_compare(moment, got))
-                        bar.update(len(moment))
-                measured[item][option] = {
-                    name: sum(each[name] for each in found) / len(found) for name in METRICS
-                }
+        total=len(calls) * len(todo),
+        desc=what, unit="call", disable=not progress, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        for unit in todo:
+            item, option = units[unit]
+            with placed(model, candidates[item][option]):
+                found = []
+                for moment in pairs:
+                    got = [replay(model, call) for call in moment]
+                    found.append(_compare(moment, got))
+                    bar.update(len(moment))
+            means = {name: sum(each[name] for each in found) / len(found) for name in METRICS}
+            work.save(unit, {}, means)
+    work.meet()
+    measured: Measured = {item: {} for item in candidates}
+    for unit, (item, option) in units.items():
+        measured[item][option] = work.load(unit)[1]
     return measured
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from dtq.recipe import Calibration
 from dtq.source import Source, made_inputs
 
 log = logging.getLogger("dtq")
+
+_PLACES = 65537  # numbers for the calls of a batch; prime, for they decide which rows are sampled
 
 
 @dataclass
@@ -49,8 +52,74 @@ class Statistics:
         if self.edges != other.edges or set(self.sites) != set(other.sites):
             raise InputError("statistics of different models or bins cannot be merged")
         self.sites = dict(self.sites)  # of a file they would be read anew
+        if "calls" in self.about and "calls" in other.about:
+            self.about = {**self.about, "calls": self.about["calls"] + other.about["calls"]}
         for name, stats in self.sites.items():
             stats.merge(other.sites[name])
+
+
+@dataclass(frozen=True)
+class Drive:
+    """What the float model runs on, in batches that do not depend on who runs them.
+
+    Attributes:
+        origin: ``pipeline``, ``given`` or ``made up``.
+        batches: how many there are.
+        run: generates one batch, or calls the bare transformer once.
+        first: timestep of the first call, None where the sampler decides.
+    """
+
+    origin: str
+    batches: int
+    run: Callable[[int], object]
+    first: float | None = None
+
+    def parts(self, wanted: int) -> list[range]:
+        """The batches in at most ``wanted`` runs of nearly equal length."""
+        count = min(wanted, self.batches)
+        cuts = [i * self.batches // count for i in range(count + 1)]
+        return [range(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+def drive(
+    source: Source, calibration: Calibration, inputs: Sequence[dict[str, Any]] | None = None
+) -> Drive:
+    """How to run the float model.
+
+    A pipeline runs its own sampler, both branches of guidance included. A bare transformer runs
+    on ``inputs``, or on random latents and conditions made up for its family, with a warning.
+
+    Args:
+        source: the model.
+        calibration: what to run.
+        inputs: keyword arguments of the transformer's forward, one mapping a call.
+
+    Raises:
+        InputError: the model cannot be driven; says what would.
+    """
+    model, pipeline = source.model, source.pipeline
+    if inputs is None and pipeline is not None:
+        requests = sets.load(calibration.set, pipeline, calibration.samples)
+        batch = media.wanted(pipeline, calibration).batch(calibration.batch)
+        batches = -(-len(requests.entries) // batch)
+
+        def generate(i: int) -> object:
+            return list(run_pipeline(pipeline, requests, calibration, "latent", i))
+
+        return Drive("pipeline", batches, generate)
+    origin = "given"
+    if inputs is None:
+        log.warning(
+            "no pipeline and no inputs: calibrating %s on random latents and conditions. "
+            "Activations of real pictures differ; give the pipeline when you have it.",
+            type(model).__name__,
+        )
+        inputs, origin = list(made_up(source, calibration)), "made up"
+    if not inputs:
+        raise InputError("inputs is empty: nothing to calibrate on")
+    calls = inputs
+    first = timestep_of(model, (), calls[0])
+    return Drive(origin, len(calls), lambda i: model(**calls[i]), first)
 
 
 def calibrate(
@@ -62,10 +131,7 @@ def calibrate(
     inputs: Iterable[dict[str, Any]] | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Run the float model and collect statistics of every site's input.
-
-    A pipeline runs its own sampler, both branches of guidance included. A bare transformer runs
-    on ``inputs``, or on random latents and conditions made up for its family, with a warning.
+    """Run the float model and collect statistics of every site's input, part by part.
 
     Args:
         source: the model.
@@ -78,48 +144,58 @@ def calibrate(
     Raises:
         InputError: the model cannot be driven; says what would.
     """
-    watch = _Watch(source, sites, calibration.bins, needs)
-    if inputs is None and source.pipeline is not None:
-        requests = sets.load(calibration.set, source.pipeline, calibration.samples)
-        batch = media.wanted(source.pipeline, calibration).batch(calibration.batch)
-        batches = -(-len(requests.entries) // batch)
-        runs: Iterator[object] = run_pipeline(
-            source.pipeline, requests, calibration, output="latent"
-        )
-        total = batches * calibration.steps or None
-        origin = "pipeline"
-    else:
-        if inputs is None:
-            log.warning(
-                "no pipeline and no inputs: calibrating %s on random latents and conditions. "
-                "Activations of real pictures differ; give the pipeline when you have it.",
-                type(source.model).__name__,
-            )
-            inputs = made_up(source, calibration)
-            origin = "made up"
+    runs = drive(source, calibration, None if inputs is None else list(inputs))
+    total: Statistics | None = None
+    for part in runs.parts(calibration.parts):
+        seen = see(source, sites, calibration, needs, runs, part, progress=progress)
+        if total is None:
+            total = seen
         else:
-            origin = "given"
-        calls = list(inputs)
-        if not calls:
-            raise InputError("inputs is empty: nothing to calibrate on")
-        runs = (source.model(**arguments) for arguments in calls)
-        total, batches = len(calls), len(calls)
+            total.merge(seen)
+    assert total is not None
+    return lent(total)
+
+
+def see(
+    source: Source,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    needs: frozenset[str],
+    runs: Drive,
+    part: range,
+    *,
+    progress: bool = True,
+) -> Statistics:
+    """The statistics of one part of the batches; parts are added up by ``Statistics.merge``.
+
+    Args:
+        source, sites, calibration, needs: as for :func:`calibrate`.
+        runs: from :func:`drive`.
+        part: which batches.
+        progress: show a bar over all batches, those of other parts included.
+    """
+    watch = _Watch(source, sites, calibration.bins, needs, runs.first)
+    per_batch = calibration.steps if runs.origin == "pipeline" else 1
     with (
         watch.hooks(),
         torch.no_grad(),
         tqdm(
-            total=total, desc="calibrate", unit="call", disable=not progress, dynamic_ncols=True
+            total=runs.batches * per_batch or None, initial=part.start * per_batch,
+            desc="calibrate", unit="call", disable=not progress, dynamic_ncols=True,
+            leave=part.stop == runs.batches,
         ) as bar,
-    ):
+    ):  # fmt: skip
         watch.tick = bar.update
-        for done, _ in enumerate(runs, 1):
-            if origin == "pipeline" and done == 1:
-                bar.total = watch.calls * batches  # samplers may call more often than they step
+        for i in part:
+            watch.begin(i)
+            runs.run(i)
+            if runs.origin == "pipeline" and i == part.start:
+                # samplers may call more often than they step
+                bar.total, bar.n = watch.calls * runs.batches, watch.calls * (part.start + 1)
                 bar.refresh()
-    _lend(watch.stats)
     about = {
         "model": type(source.model).__name__,
-        "origin": origin,
+        "origin": runs.origin,
         "calls": watch.calls,
         **{k: getattr(calibration, k) for k in ("set", "samples", "steps", "guidance", "seed")},
     }
@@ -142,10 +218,11 @@ def portions(
     return found
 
 
-def _lend(stats: dict[str, SiteStats]) -> None:
+def lent(statistics: Statistics) -> Statistics:
     """Sites that saw nothing take what their siblings saw: experts read the same stream."""
+    stats = dict(statistics.sites)
     seen = {name: site for name, site in stats.items() if len(site.channels.peaks())}
-    for name in set(stats) - set(seen):
+    for name in sorted(set(stats) - set(seen)):
         key = sibling_key(name)
         lenders = [site for other, site in seen.items() if sibling_key(other) == key != name]
         for lender in lenders:
@@ -154,6 +231,7 @@ def _lend(stats: dict[str, SiteStats]) -> None:
             del stats[name]
         how = "takes the statistics of its siblings" if lenders else "is rounded without data"
         log.warning("calibrate: nothing reached %s; it %s", name, how)
+    return Statistics(stats, statistics.edges, statistics.about)
 
 
 def timestep_argument(model: nn.Module) -> str | None:
@@ -183,9 +261,13 @@ def timestep_edges(top: float, value: float, bins: int) -> list[float]:
 
 
 def run_pipeline(
-    pipeline: Any, requests: sets.Requests, calibration: Calibration, output: str = "pt"
+    pipeline: Any,
+    requests: sets.Requests,
+    calibration: Calibration,
+    output: str = "pt",
+    only: int | None = None,
 ) -> Iterator[Any]:
-    """Generate the requests batch by batch; yields the pipeline's output of each batch.
+    """Generate the requests batch by batch, or one of the batches; yields the pipeline's outputs.
 
     The latents of a request depend on the seed and its place, not on the batch size.
 
@@ -207,12 +289,13 @@ def run_pipeline(
     options |= calibration.arguments
     beside = media.wanted(pipeline, calibration)
     batch = beside.batch(calibration.batch)
-    if beside.warning:
+    if beside.warning and not only:
         log.warning("%s: %s", type(pipeline).__name__, beside.warning)
     shown = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(disable=True)
     try:
-        for start in range(0, len(requests.entries), batch):
+        starts = range(0, len(requests.entries), batch)
+        for start in starts if only is None else starts[only : only + 1]:
             entries = list(requests.entries[start : start + batch])
             generators = [
                 torch.Generator().manual_seed(calibration.seed * 1_000_003 + start + i)
@@ -248,17 +331,27 @@ class _Watch:
     """The hooks, and the statistics that they feed."""
 
     def __init__(
-        self, source: Source, sites: Sequence[Site], bins: int, needs: frozenset[str]
+        self,
+        source: Source,
+        sites: Sequence[Site],
+        bins: int,
+        needs: frozenset[str],
+        first: float | None,
     ) -> None:
-        self.model, self.sites, self.bins = source.model, sites, bins
+        self.model, self.sites, self.bins, self.first = source.model, sites, bins, first
         self.stats = {s.name: SiteStats(s.columns, bins, needs) for s in sites}
         self.top = source.family.largest_timestep if source.family else 0.0
         self.edges: list[float] = []
         self.calls = 0
+        self.place = 0
         self.bin = 0
         self.batch = 1
         self.tick: Callable[[], object] = lambda: None
         self._signature = inspect.signature(source.model.forward)
+
+    def begin(self, batch: int) -> None:
+        """Number the calls of a batch, whoever runs it, whatever ran before."""
+        self.place = batch * _PLACES
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -279,11 +372,13 @@ class _Watch:
         self.batch = first.shape[0] if first is not None and first.ndim else 1
         value = timestep_of(self.model, args, kwargs)
         if not self.edges and self.bins > 1:
-            self.edges = timestep_edges(self.top, value, self.bins)
+            noisiest = value if self.first is None else self.first
+            self.edges = timestep_edges(self.top, noisiest, self.bins)
         self.bin = sum(value > edge for edge in self.edges)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.calls += 1
+        self.place += 1
         self.tick()
 
     def _see(self, stats: SiteStats) -> Callable[..., None]:
@@ -291,6 +386,6 @@ class _Watch:
             rows = rows_of(module, args[0])
             halves = 2 if self.batch > 1 and len(rows) % 2 == 0 else 1
             branch = torch.arange(len(rows)) * halves // max(1, len(rows))
-            stats.see(rows, Origin(self.bin, self.calls, branch.clamp(max=1)))
+            stats.see(rows, Origin(self.bin, self.place, branch.clamp(max=1)))
 
         return hook

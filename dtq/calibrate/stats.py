@@ -21,7 +21,7 @@ class Origin:
 
     Attributes:
         bin: timestep bin of every row.
-        call: running number of the model call, unique over the whole calibration.
+        call: number of the model call, by its batch and its place there.
         branch: per row, 1 for the unconditional half of a guided batch, else 0; int64 (rows,).
     """
 

@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 
 from dtq.calibrate.engine import Statistics
 from dtq.calibrate.stats import SiteStats
+from dtq.durable import replace_file
 from dtq.errors import CheckpointError, InputError
 
 VERSION = "1"
 
 
 def save(statistics: Statistics, path: Path) -> None:
-    """Write to a side file, then rename.
+    """Write a file that is whole or absent.
 
     Raises:
         InputError: the folder does not exist.
@@ -37,9 +38,7 @@ def save(statistics: Statistics, path: Path) -> None:
         "edges": json.dumps(list(statistics.edges)),
         "about": json.dumps(statistics.about),
     }
-    side = path.with_name(path.name + ".partial")
-    save_file(tensors, side, metadata)
-    side.replace(path)
+    replace_file(path, lambda draft: save_file(tensors, draft, metadata))
 
 
 def load(*paths: Path) -> Statistics:

@@ -6,9 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dtq.calibrate.calls import Recorded
+from dtq.durable import replace_file
 from dtq.nn.linear import QuantLinear
 from dtq.refine.job import BlockReport, How
 from dtq.refine.order import layers_of
@@ -66,18 +66,11 @@ class Shelf:
             for part, tensor in state_of(layer).items()
         }
         data = json.dumps({"fingerprint": self.fingerprint, "report": asdict(report)}, indent=1)
-        _replace(tensors, lambda path: save_file(state, path))
-        _replace(about, lambda path: path.write_text(data))
+        replace_file(tensors, lambda path: save_file(state, path))
+        replace_file(about, lambda path: path.write_text(data))
 
     def _files(self, i: int) -> tuple[Path, Path]:
         return self.folder / f"block-{i}.safetensors", self.folder / f"block-{i}.json"
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, then move it there: it is whole or absent."""
-    draft = path.with_name(path.name + ".part")
-    write(draft)
-    os.replace(draft, path)
 
 
 def fingerprint(

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run into one output folder: who may write, from what, and how far it got.
+
+Beside ``OUT`` there are, while a run is on or after it was killed, ``.OUT.work`` with the manifest
+and the finished units (``work.py``), and ``.OUT.lock``. The output itself appears by a rename at
+the end. The manifest says what the units were made from; a run continues when that is the same.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+from torch import nn
+
+from dtq import demo
+from dtq.calibrate import sets
+from dtq.checkpoint import check_free, checksum, whole_folder
+from dtq.durable import replace_file, sync_tree
+from dtq.errors import InputError
+from dtq.lock import locked
+from dtq.recipe import Recipe
+from dtq.source import Source
+from dtq.team import ALONE, Team
+from dtq.work import Work
+
+log = logging.getLogger("dtq")
+
+
+class Job:
+    """What :func:`job` gives: the work of this run, and writing its result.
+
+    Attributes:
+        work: finished units; :meth:`begin` checks what they were made from.
+        finished: the output is there already, made by a run that was killed right after.
+        memory: bytes that statistics may take, after :meth:`begin`.
+    """
+
+    def __init__(self, output: Path, team: Team, overwrite: bool) -> None:
+        output = output if output.name else output.resolve()  # of "."
+        self.output, self.team, self.overwrite = output, team, overwrite
+        self.folder = output.with_name(f".{output.name}.work")
+        self.work = Work(self.folder, team)
+        self.memory = 0
+        self.finished = False
+
+    def begin(self, inputs: Mapping[str, Any], memory: int | None = None) -> None:
+        """Continue the units that were made from the same ``inputs``, or start.
+
+        Numbers of threads and bytes are taken over from the run that started: the first changes
+        how sums are rounded, the second where statistics are cut into files.
+
+        Args:
+            inputs: plain data that says what the result depends on, see :func:`inputs_of`.
+            memory: bytes that statistics may take; default: half of what is free.
+
+        Raises:
+            InputError: the units are of other inputs, says which; or the folder is not visible to
+                every process.
+        """
+        manifest = self.folder / "manifest.json"
+        if self.team.leads:
+            beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            free = memory or psutil.virtual_memory().available // 2 // beside
+            here = {"inputs": dict(inputs), "threads": torch.get_num_threads(), "memory": free}
+            if manifest.exists():
+                before = json.loads(manifest.read_text(encoding="utf-8"))
+                self._check_same(before["inputs"], json.loads(json.dumps(here["inputs"])))
+                log.warning("%s: going on where the run before stopped", self.folder)
+                here = {**here, "threads": before["threads"]}
+                here["memory"] = memory or before["memory"]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(here, indent=1) + "\n"
+            replace_file(manifest, lambda draft: draft.write_text(text, encoding="utf-8"))
+        self.team.meet()
+        if not manifest.exists():
+            raise InputError(
+                f"{manifest}: process {self.team.rank} does not see what process 0 wrote; the "
+                f"output has to be on a file system that all machines share"
+            )
+        agreed = json.loads(manifest.read_text(encoding="utf-8"))
+        torch.set_num_threads(agreed["threads"])
+        self.memory = agreed["memory"]
+
+    @contextmanager
+    def result(self) -> Iterator[Path]:
+        """A folder to write the output into, which becomes the output, on the disk, at the end."""
+        with whole_folder(self.output, overwrite=self.overwrite) as side:
+            yield side
+            sync_tree(side)
+            text = json.dumps({"output": _digest_of(side)})
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(self._mark, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    @property
+    def _mark(self) -> Path:
+        return self.folder / "finished.json"
+
+    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        was, new = _flat(before), _flat(now)
+        changed = [
+            f"{key}: {_shown(was.get(key))} before, {_shown(new.get(key))} now"
+            for key in sorted({*was, *new})
+            if was.get(key) != new.get(key)
+        ]
+        if changed:
+            lines = "\n".join(f"  - {line}" for line in changed)
+            raise InputError(
+                f"{self.folder}: an unfinished run into {self.output} was made from other inputs:\n"
+                f"{lines}\nGive what it was given to continue it, or --fresh to start over"
+            )
+
+    def was_finished(self) -> bool:
+        """Whether the output is what the run before was about to leave."""
+        if not (self._mark.exists() and self.output.is_dir()):
+            return False
+        digest = json.loads(self._mark.read_text(encoding="utf-8"))["output"]
+        return bool(digest == _digest_of(self.output))
+
+
+@contextmanager
+def job(
+    output: Path, team: Team = ALONE, *, fresh: bool = False, overwrite: bool = False
+) -> Iterator[Job]:
+    """The run that makes ``output``, alone in its folder.
+
+    Units stay when it fails, and go when it is done, or when nothing was finished.
+
+    Args:
+        output: folder to make.
+        team: the processes of the run.
+        fresh: forget what was finished before.
+        overwrite: replace an output that is not empty.
+
+    Raises:
+        InputError: another run writes there, or the output is not empty.
+    """
+    one = Job(output, team, overwrite)
+    if not team.leads:
+        one.finished = team.tell(None)
+        yield one
+        return
+    output = one.output
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output.parent}: cannot write there ({error.strerror})") from error
+    with locked(output.with_name(f".{output.name}.lock")):
+        if fresh:
+            shutil.rmtree(one.folder, ignore_errors=True)
+        one.finished = one.was_finished()
+        if not one.finished:
+            check_free(output, overwrite=overwrite)
+        _clear(output)
+        team.tell(one.finished)
+        try:
+            yield one
+        except BaseException:
+            if any(one.folder.rglob("*.safetensors")):
+                log.warning(
+                    "%s keeps what is finished: the same command goes on from there, --fresh "
+                    "starts over", one.folder,
+                )  # fmt: skip
+            else:
+                shutil.rmtree(one.folder, ignore_errors=True)
+            raise
+        shutil.rmtree(one.folder, ignore_errors=True)
+
+
+def _clear(output: Path) -> None:
+    """Remove what a run left that was killed while it wrote or replaced the output."""
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
+        shutil.rmtree(left)
+    for old in output.parent.glob(f".{glob.escape(output.name)}.*.old"):
+        if output.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(output)
+
+
+def inputs_of(
+    sources: Sequence[Source], recipe: Recipe, skip: Sequence[str], statistics: Path | None
+) -> dict[str, Any]:
+    """What the bytes of the result depend on, apart from the number of threads.
+
+    Args:
+        sources: the opened transformers.
+        recipe: what to do.
+        skip: layers to keep.
+        statistics: a file from ``dtq calibrate``.
+    """
+    pipeline, how = sources[0].pipeline, recipe.calibration
+    entries = None
+    if pipeline is not None and recipe.needs() and statistics is None:
+        entries = [str(entry) for entry in sets.load(how.set, pipeline, how.samples).entries]
+    return {
+        "model": _model(sources[0]),
+        "components": [source.component for source in sources],
+        "dtype": str(sources[0].dtype),
+        "device": next(sources[0].model.parameters()).device.type,
+        "recipe": recipe.to_dict(),
+        "calibration set": None if entries is None else _sha(json.dumps(entries).encode()),
+        "statistics": None if statistics is None else _sha_of(statistics),
+        "keep": list(skip),
+        "dtq": _digest_of(Path(__file__).parent, "*.py"),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def _model(source: Source) -> str:
+    """Hash of the files of the model; of its tensors when it came from no folder."""
+    where = source.path
+    if where is None:  # of the hub: a folder in the cache
+        cached = Path(str(getattr(source.model.config, "_name_or_path", "")))  # type: ignore[union-attr]
+        where = cached.parent if (cached.parent / "model_index.json").is_file() else cached
+        if not (where / "config.json").is_file() and not (where / "model_index.json").is_file():
+            return _tensors(source.model)
+    # demo-hard is made of the files of demo
+    return f"{source.name} {_digest_of(where)}" if source.name in demo.NAMES else _digest_of(where)
+
+
+def _tensors(model: nn.Module) -> str:
+    sums = [f"{name} {checksum(tensor)}" for name, tensor in model.state_dict().items()]
+    return _sha("\n".join(sums).encode())
+
+
+def _digest_of(folder: Path, pattern: str = "*") -> str:
+    """Hash of the names and contents of the files below a folder."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    lines = [f"{path.relative_to(folder).as_posix()} {_sha_of(path)}" for path in files]
+    return _sha("\n".join(lines).encode())
+
+
+def _sha_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _flat(data: Any, at: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    if not isinstance(data, Mapping):
+        return {at: data}
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= _flat(value, f"{at}.{key}" if at else str(key))
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value as one line, hashes shortened."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(w[:12] if len(w) == 64 else w for w in text.split()) or "nothing"

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes make the bytes that one makes; when one dies the others say so, and stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import kill  # docs/kill.py
+import pytest
+
+from dtq.team import Team
+
+RECIPE = {
+    "whole model": ["--set", "transform=hadamard", "--set", "compare=[none]"],
+    "budget": [
+        "--budget", "5", "--set", "allocate.options=[int4-2l-g64, int8-row]",
+        "--set", "allocate.calls=2", "--set", "compare=[]", "--set", "transform=hadamard",
+    ],
+    "fine-tuned": [
+        "--recipe", "rtn-w4a8", "--set", "refine={blocks: {steps: 2}}",
+        "--set", "steps={modes: [native, a16]}",
+    ],
+}  # fmt: skip
+FEW = ["--samples", "5", "--steps", "2", "--set", "calibration.batch=1"]
+
+
+class Processes:
+    """``dtq quantize`` in several processes, as a launcher starts them."""
+
+    def __init__(self, arguments: list[str], size: int, log: Path, **environment: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        self.children = [
+            kill.forked(
+                arguments, log.with_name(f"{log.name}{rank}"), {**shared, "RANK": str(rank)}
+            )
+            for rank in range(size)
+        ]
+
+    def codes(self, timeout: float = 300.0) -> list[int | None]:
+        """Exit codes, None of what still runs."""
+        end = time.monotonic() + timeout
+        for child in self.children:
+            child.join(max(0.0, end - time.monotonic()))
+        return [child.exitcode for child in self.children]
+
+
+def bytes_of(folder: Path, arguments: list[str], size: int) -> dict[str, str]:
+    out, log = folder / f"q{size}", folder / f"log{size}-"
+    codes = Processes([*arguments, "-o", str(out)], size, log).codes()
+    assert codes == [0] * size, "".join(p.read_text() for p in folder.glob("log*"))
+    return kill.digest(out)
+
+
+@pytest.mark.parametrize("kind", RECIPE)
+def test_one_and_two_processes_make_the_same_bytes(float_folder, tmp_path, kind):
+    arguments = [str(float_folder), *FEW, *RECIPE[kind]]
+    assert bytes_of(tmp_path, arguments, 2) == bytes_of(tmp_path, arguments, 1)
+    shown = [(tmp_path / f"log2-{rank}").read_text() for rank in (0, 1)]
+    assert "quantize: " in shown[0]
+    assert shown[1] == ""  # one prints
+
+
+@pytest.mark.slow
+def test_four_processes_too(float_folder, tmp_path):
+    arguments = [str(float_folder), *FEW, *RECIPE["whole model"]]
+    assert bytes_of(tmp_path, arguments, 4) == bytes_of(tmp_path, arguments, 1)
+
+
+def test_one_dies_the_other_says_so_and_one_process_goes_on(float_folder, tmp_path):
+    arguments = [str(float_folder), *FEW, *RECIPE["whole model"]]
+    want = bytes_of(tmp_path, arguments, 1)
+    out, work = tmp_path / "q", tmp_path / ".q.work"
+    run = Processes([*arguments, "-o", str(out)], 2, tmp_path / "killed", DTQ_TIMEOUT="60")
+    while not list(work.glob("statistics/*.safetensors")):
+        time.sleep(0.01)
+        assert run.codes(0) == [None, None]
+    os.kill(run.children[1].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    assert run.codes() == [1, -signal.SIGKILL]
+    assert time.monotonic() - killed < 60
+    told = (tmp_path / "killed0").read_text()
+    assert "another process died or does not answer" in told
+    assert "Traceback" not in told
+    assert not out.exists()
+    assert not (tmp_path / ".q.lock").exists()
+    assert list(work.rglob("*.safetensors"))
+    codes = Processes([*arguments, "-o", str(out)], 1, tmp_path / "again").codes()
+    assert codes == [0]
+    assert "going on where the run before stopped" in (tmp_path / "again0").read_text()
+    assert kill.digest(out) == want
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_work_is_shared_by_cost_and_nothing_is_left_out(size):
+    costs = {f"layer.{i}": float(cost) for i, cost in enumerate([1, 9, 2, 8, 3, 7, 1, 1])}
+    shares = [Team(rank, size).share(costs) for rank in range(size)]
+    assert sorted(name for share in shares for name in share) == sorted(costs)
+    loads = [sum(costs[name] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= 2
+    assert all(share == [name for name in costs if name in share] for share in shares)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was killed goes on where it stopped, and ends in the same bytes; one run a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import kill  # docs/kill.py
+import psutil
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from conftest import hasty
+from safetensors.torch import load_file
+
+from dtq import job, solve
+from dtq.calibrate import gather
+from dtq.cli import main
+from dtq.errors import CheckpointError, InputError
+from dtq.lock import locked
+from dtq.quantize import quantize_sources
+from dtq.source import open_source
+from dtq.work import Work
+
+FEW = [
+    "--samples", "4", "--steps", "2", "--set", "calibration.batch=1",
+    "--set", "transform.search.step=0.5", "--set", "transform.search.rows=32",
+]  # fmt: skip
+
+
+def run(*arguments, code: int | None = 0):
+    result = CliRunner().invoke(main, ["quantize", *map(str, arguments)])
+    assert code is None or result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+@pytest.fixture
+def dies(monkeypatch):
+    """Make solving stop, as a crash would, after so many inputs."""
+    before = solve.solve_site
+
+    def after(count: int) -> None:
+        left = [count]
+
+        def crash(*arguments):
+            if not left[0]:
+                raise MemoryError("a crash")
+            left[0] -= 1
+            return before(*arguments)
+
+        monkeypatch.setattr(solve, "solve_site", crash)
+
+    yield after
+    monkeypatch.setattr(solve, "solve_site", before)
+
+
+def test_killed_runs_end_in_the_same_bytes(float_folder, tmp_path):
+    count = kill.kill_and_continue([str(float_folder), *FEW], 3, folder=tmp_path)
+    assert count.kills == 3
+    assert count.finished >= 1
+
+
+def test_what_is_finished_is_not_done_again(float_folder, tmp_path, dies, caplog):
+    out = tmp_path / "q"
+    run(float_folder, *FEW, "-o", tmp_path / "whole")
+    dies(3)
+    run(float_folder, *FEW, "-o", out, code=None)
+    assert not out.exists()
+    assert len(list((tmp_path / ".q.work" / "quantize").iterdir())) == 3
+    assert not (tmp_path / ".q.lock").exists()
+    dies(1)  # and once more
+    run(float_folder, *FEW, "-o", out, code=None)
+    dies(1000)
+    run(float_folder, *FEW, "-o", out)
+    assert caplog.text.count("going on where the run before stopped") == 2
+    assert kill.digest(out) == kill.digest(tmp_path / "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"q", "whole"}
+
+
+def test_the_calibration_is_continued_part_by_part(float_folder, tmp_path, monkeypatch):
+    run(float_folder, *FEW, "-o", tmp_path / "whole")
+    see, parts = gather.see, []
+
+    def crash(*arguments, **options):
+        if len(parts) == 2:
+            raise MemoryError("a crash")
+        parts.append(arguments[-1])
+        return see(*arguments, **options)
+
+    monkeypatch.setattr(gather, "see", crash)
+    run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
+    assert parts == [range(0, 1), range(1, 2)]
+    del parts[:]
+    run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
+    assert parts == [range(2, 3), range(3, 4)]
+    monkeypatch.setattr(gather, "see", see)
+    run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
+    assert kill.digest(tmp_path / "q") == kill.digest(tmp_path / "whole")
+
+
+CHANGES = {
+    "recipe.solver": ["--set", "solver=search"],
+    "recipe.calibration.seed": ["--seed", "5"],
+    "keep": ["--keep", "transformer_blocks.0"],
+    "dtype": ["--dtype", "bf16"],
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_other_inputs_do_not_continue_it(float_folder, tmp_path, dies, key):
+    out = tmp_path / "q"
+    dies(1)
+    run(float_folder, *FEW, "-o", out, code=None)
+    told = run(float_folder, *FEW, *CHANGES[key], "-o", out, code=1).stderr
+    assert f"- {key}" in told
+    assert "--fresh" in told
+    assert len(list((tmp_path / ".q.work" / "quantize").iterdir())) == 1  # still there
+
+
+def test_another_model_does_not_continue_it_and_fresh_starts_over(tmp_path, dies):
+    model, out = tmp_path / "float", tmp_path / "q"
+    tiny.pipeline().save_pretrained(model)
+    dies(1)
+    run(model, *FEW, "-o", out, code=None)
+    tiny.pipeline(seed=1).save_pretrained(model)
+    told = run(model, *FEW, "-o", out, code=1).stderr
+    assert "- model: " in told
+    dies(1000)
+    run(model, *FEW, "-o", tmp_path / "alone")
+    run(model, *FEW, "--fresh", "-o", out)
+    assert kill.digest(out) == kill.digest(tmp_path / "alone")
+
+
+def test_a_run_killed_right_before_its_end_is_known_to_be_finished(float_folder, tmp_path):
+    out, work = tmp_path / "q", tmp_path / ".q.work"
+    run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out)
+    work.mkdir()
+    digest = job._digest_of(out)
+    (work / "finished.json").write_text(json.dumps({"output": digest}))
+    told = run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out).stdout
+    assert "had finished it" in told
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+    told = run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out, code=1).stderr
+    assert "not empty" in told
+
+
+def test_what_a_killed_writer_left_is_cleared(float_folder, tmp_path):
+    out = tmp_path / "q"
+    (tmp_path / ".q.abc.partial").mkdir()
+    (tmp_path / ".q.abc.partial" / "half").write_text("x")
+    (tmp_path / ".q.abc.old").mkdir()  # --overwrite was killed between its two renames
+    (tmp_path / ".q.abc.old" / "mine").write_text("x")
+    told = run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out, code=1).stderr
+    assert "not empty" in told
+    assert (out / "mine").read_text() == "x"
+    run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "--overwrite", "-o", out)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_a_living_run_keeps_others_out(float_folder, tmp_path):
+    out, lock = tmp_path / "q", tmp_path / ".q.lock"
+    with locked(lock):
+        told = run(float_folder, *FEW, "-o", out, code=1).stderr
+        assert f"process {os.getpid()} on " in told
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert not lock.exists()
+
+
+def test_a_dead_run_does_not(tmp_path, caplog):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    host = os.uname().nodename
+    owner = {"pid": child.pid, "host": host, "started": psutil.Process(child.pid).create_time()}
+    child.communicate(b"\n")
+    lock = tmp_path / "lock"
+    lock.write_text(json.dumps(owner))
+    with locked(lock):
+        assert f"process {child.pid} on {host} is dead" in caplog.text
+    lock.write_text(json.dumps({**owner, "pid": os.getpid()}))  # its number was given again
+    with locked(lock):
+        pass
+    lock.write_text(json.dumps({**owner, "host": "elsewhere"}))
+    with pytest.raises(InputError, match="on elsewhere"), locked(lock):
+        pass
+    lock.write_text("")
+    with pytest.raises(InputError, match="not a lock"), locked(lock):
+        pass
+
+
+def test_units_are_the_same_in_memory_and_in_a_folder(tmp_path):
+    states = []
+    for work in (Work(), Work(tmp_path)):
+        source = open_source(tiny.pipeline())
+        recipe = hasty("w4a8", allocate={"budget": 5, "options": ["int4-2l-g64", "int8-row"]})
+        quantize_sources([source], recipe, progress=False, work=work)
+        states.append(source.model.state_dict())
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "statistics",
+        "quantize",
+        "int8-row",
+        "allocate",
+    }
+
+
+def test_a_damaged_unit_is_named(tmp_path):
+    work = Work(tmp_path)
+    work.save("a/b.c", {"x": torch.ones(3)}, {"y": 0.1})
+    assert "a/b.c" in work
+    tensors, data = work.load("a/b.c")
+    assert data == {"y": 0.1}
+    assert torch.equal(tensors["x"], torch.ones(3))
+    assert list(load_file(tmp_path / "a" / "b.c.safetensors")) == ["x"]
+    (tmp_path / "a" / "b.c.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"b\.c\.safetensors: damaged"):
+        work.load("a/b.c")
