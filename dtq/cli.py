@@ -27,7 +27,8 @@ from dtq import checkpoint, source
 from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
-from dtq.errors import DtqError, InputError
+from dtq.documents import parse_yaml, read_json
+from dtq.errors import DtqError, InputError, first_line
 from dtq.estimate import estimate
 from dtq.kernels import KERNELS, on_cpu
 from dtq.plan import Plan
@@ -61,7 +62,14 @@ class Commands(click.Group):
             _fail(str(error))
         except SafetensorError as error:
             _fail(f"safetensors: {error}")
-        except OSError as error:
+        except (MemoryError, RuntimeError, OSError) as error:
+            if source.out_of_memory(error):
+                _fail(
+                    f"out of memory ({first_line(error)}). Take less at a time: --memory 4GB, "
+                    f"--set calibration.batch=1; dtq plan says what is needed"
+                )
+            if not isinstance(error, OSError):
+                raise
             _fail(" ".join(str(error).split()))
         except KeyboardInterrupt:
             click.echo("interrupted; no half-written folder is left", err=True)
@@ -678,14 +686,15 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
         name, equals, text = argument.partition("=")
         if not equals:
             raise InputError(f"--arg {argument}: expected NAME=VALUE")
-        data["calibration"]["arguments"][name] = yaml.safe_load(text)
+        data["calibration"]["arguments"][name] = parse_yaml(text, f"--arg {argument}")
     if choices["budget"] is not None:
         data["allocate"]["budget"] = choices["budget"]
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: expected KEY=VALUE")
-        _put(data, key.split("."), yaml.safe_load(text) if text else "", setting)
+        value = parse_yaml(text, f"--set {setting}") if text else ""
+        _put(data, key.split("."), value, setting)
     return Recipe.load(chosen, **data)
 
 
@@ -707,7 +716,7 @@ def _open(model: str, dtype: str) -> source.Source:
     path = Path(model)
     if path.is_dir() and source.folder_kind(path) == "pipeline":
         config = path / "transformer" / "config.json"
-        if config.is_file() and "quantization_config" in source.read_json(config):
+        if config.is_file() and "quantization_config" in read_json(config):
             checkpoint.verify(path)
     return source.open_source(model, dtype=dtype)
 

@@ -5,6 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from safetensors import SafetensorError
+
+FOREIGN = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    MemoryError,
+    SafetensorError,
+)
+"""What libraries raise over a file that they can make nothing of. Where a file of others goes into
+one, these become a :class:`DtqError` that names the file; the original is its cause."""
+
 
 class DtqError(Exception):
     """Base of everything dtq raises on purpose. The command line prints it as one line."""
@@ -25,3 +43,9 @@ class RecipeError(DtqError):
 
 class CheckpointError(DtqError):
     """A checkpoint that is damaged, incomplete, or from a newer dtq; names the file and the key."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library in one line: its kind and the first line of what it says."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__

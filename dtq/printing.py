@@ -21,7 +21,7 @@ from dtq.nn import QuantLinear
 from dtq.plan import Plan
 from dtq.quantize import Report
 from dtq.recipe import Recipe
-from dtq.source import model_class
+from dtq.source import load_model
 
 
 def plan_json(plan: Plan, cost: Estimate, scan: Scan) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def plan_json(plan: Plan, cost: Estimate, scan: Scan) -> dict[str, Any]:
 
 def inspected(folder: Path) -> dict[str, Any]:
     """What is in the folder of a quantized model, and which kernel would run each layer."""
-    model = model_class(folder).from_pretrained(folder)
+    model = load_model(folder)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
     rows = [
         {
