@@ -192,6 +192,12 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @memory_option
 @click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
+@click.option(
+    "--sentinel/--no-sentinel",
+    default=True,
+    show_default=True,
+    help="A short run at the end, beside the float model; layers that fail in it are promoted.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, no progress bars.")
 def quantize(
     model: str,
@@ -201,6 +207,7 @@ def quantize(
     memory: str | None,
     shard_size: str,
     overwrite: bool,
+    sentinel: bool,
     as_json: bool,
     dtype: str,
     components: tuple[str, ...],
@@ -231,6 +238,7 @@ def quantize(
             progress=not as_json,
             work=work,
             memory=parse_size(memory) if memory else None,
+            last_look=sentinel,
         )
         first = opened[0]
         saveable = first.pipeline if first.pipeline is not None else first.model

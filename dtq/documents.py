@@ -89,7 +89,7 @@ def parse_yaml(text: str, where: str) -> Any:
     if len(text) > LARGEST_YAML:
         raise InputError(f"{where}: larger than {LARGEST_YAML} bytes; no recipe is that long")
     try:
-        data = yaml.load(text, Loader=_Plain)  # noqa: S506  (a SafeLoader that takes less)
+        data = yaml.load(text, Loader=_Plain)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # its constructors pass on what int(), float() and date() say of strange numbers
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
@@ -153,7 +153,7 @@ class _Plain(yaml.SafeLoader):
         self.depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             raise _at(event, f"the alias *{event.anchor}; write the value out")
         self.depth += 1

@@ -45,6 +45,10 @@ class CheckpointError(DtqError):
     """A checkpoint that is damaged, incomplete, or from a newer dtq; names the file and the key."""
 
 
+class NumberError(DtqError):
+    """NaN or infinite numbers where a model runs; names the layer and the step."""
+
+
 def first_line(error: BaseException) -> str:
     """An error of a library in one line: its kind and the first line of what it says."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

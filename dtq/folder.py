@@ -230,8 +230,7 @@ def check_shapes(
         dtype, shape = found[key]
         if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{key} has shape {list(shape)} in the file, {config} asks for "
-                f"{list(tensor.shape)}"
+                f"{key} has shape {list(shape)} in the file, {config} asks for {list(tensor.shape)}"
             )
         if tensor.is_floating_point() and dtype[0] not in "FB":
             raise CheckpointError(

@@ -81,7 +81,9 @@ class StepPolicy:
             raise CheckpointError(f"{where}: needs the lists 'edges' and 'modes'")
         if not numbers(edges) or edges != sorted(edges):
             raise CheckpointError(f"{where}: 'edges' must be a rising list of numbers")
-        if len(modes) != len(edges) + 1 or not all(isinstance(m, str) and m in MODES for m in modes):
+        if len(modes) != len(edges) + 1 or not all(
+            isinstance(m, str) and m in MODES for m in modes
+        ):
             raise CheckpointError(
                 f"{where}: 'modes' must be one more than the edges, each of {', '.join(MODES)}"
             )

@@ -13,7 +13,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from dtq.plan import Call
 
-
 LARGEST = 10**9
 """No knob of a method is larger."""
 
@@ -164,5 +163,7 @@ def _call(value: Any, where: str, problems: list[str]) -> Call:
         name, knobs = next(iter(value.items()))
         if isinstance(name, str) and (knobs is None or isinstance(knobs, Mapping)):
             return Call(name, tuple(sorted((knobs or {}).items())))
-    problems.append(f"{where}: expected a method name, or one name with its knobs, got {_shown(value)}")
+    problems.append(
+        f"{where}: expected a method name, or one name with its knobs, got {_shown(value)}"
+    )
     return Call("")

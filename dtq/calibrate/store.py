@@ -74,7 +74,9 @@ def load(*paths: Path) -> Statistics:
         raise InputError(f"{', '.join(map(str, paths))}: statistics of different runs")
     ((edges, about),) = headers
     said = parse_json(about, f"{paths[0]}: about")
-    if not isinstance(said, dict) or not all(isinstance(v, str | int | float) for v in said.values()):
+    if not isinstance(said, dict) or not all(
+        isinstance(v, str | int | float) for v in said.values()
+    ):
         raise CheckpointError(f"{paths[0]}: 'about' must map words to words and numbers")
     return Statistics(_OnDisk(where), tuple(_edges(paths[0], edges)), said)
 
@@ -103,7 +105,9 @@ def _checked_sites(path: Path, file: Any, metadata: Mapping[str, str]) -> list[s
     for site, parts in found.items():
         kinds = Counter(_PARTS[part][0] for part in parts)
         if kinds["channels"] != 5 or any(n != _PARTS_OF[kind] for kind, n in kinds.items()):
-            raise CheckpointError(f"{path}: {site}: statistics are missing; run dtq calibrate again")
+            raise CheckpointError(
+                f"{path}: {site}: statistics are missing; run dtq calibrate again"
+            )
         columns = (*parts["channels.low"][1], 0, 0)[1]
         rows = parts.get("reservoir.sample", ("", (0,)))[1][0] if columns else 0
         sizes = {"B": bins, "K": columns, "R": rows, "1": 1}
