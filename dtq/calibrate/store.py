@@ -112,7 +112,7 @@ def _checked_sites(path: Path, file: Any, metadata: Mapping[str, str]) -> list[s
         rows = parts.get("reservoir.sample", ("", (0,)))[1][0] if columns else 0
         sizes = {"B": bins, "K": columns, "R": rows, "1": 1}
         for part, (dtype, shape) in parts.items():
-            kind, wanted, axes = _PARTS[part]
+            _, wanted, axes = _PARTS[part]
             expected = tuple(sizes[axis] for axis in axes)
             if dtype != wanted or shape != expected or not columns:
                 raise CheckpointError(

@@ -75,7 +75,7 @@ class Steps:
 
 
 def broken(value: Any) -> int:
-    """Entries that are NaN or infinite in the floating tensors of nested tuples, lists, mappings."""
+    """Entries that are NaN or infinite in the tensors of nested tuples, lists and mappings."""
     return sum(int((~t.isfinite()).sum()) for t in _floats(value))
 
 
