@@ -53,11 +53,11 @@ def check_folder(path: Path) -> None:
     check_links(path)
     index = path / "model_index.json"
     if not index.is_file():
-        _check_part(path)
+        _check_part(path, read_json(path / "config.json").get("_class_name"))
         return
-    for name in components(index):
+    for name, (_, kind) in components(index).items():
         if (path / name).is_dir():
-            _check_part(path / name)
+            _check_part(path / name, kind)
 
 
 def components(index: Path) -> dict[str, tuple[str, str]]:
@@ -239,8 +239,8 @@ def check_shapes(
             )
 
 
-def _check_part(folder: Path) -> None:
-    """One component: its configs, its files, its size."""
+def _check_part(folder: Path, name: object) -> None:
+    """One component: its configs, its files, its size as a model of the class ``name``."""
     weight_files(folder)
     scheduler = folder / "scheduler_config.json"
     if scheduler.is_file():
@@ -251,7 +251,7 @@ def _check_part(folder: Path) -> None:
             )
     if not (folder / "config.json").is_file():
         return
-    kind = model_kind(read_json(folder / "config.json").get("_class_name"))
+    kind = model_kind(name)
     try:
         if kind is not None:
             skeleton(folder, kind)

@@ -391,7 +391,7 @@ def disk_dtype(folder: Path) -> torch.dtype:
     """The float dtype of most tensors in the safetensors files of a model folder."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     count: Counter[torch.dtype] = Counter()
-    for file in weight_files(folder):
+    for file in weight_files(folder) if folder.is_dir() else []:
         with safe_open(file, framework="pt") as header:
             count.update(
                 names[dtype]
