@@ -27,8 +27,8 @@ from dtq import checkpoint, source
 from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
-from dtq.documents import parse_yaml, read_json
-from dtq.errors import DtqError, InputError, first_line
+from dtq.documents import parse_yaml, read_json, write_folder, write_whole
+from dtq.errors import DtqError, InputError, NumberError, first_line
 from dtq.estimate import estimate
 from dtq.kernels import KERNELS, on_cpu
 from dtq.plan import Plan
@@ -427,14 +427,20 @@ def sample(
         if entries
         else sets.load("auto", opened.pipeline, count)
     )
-    output.mkdir(parents=True, exist_ok=True)
     every = []
     with torch.no_grad():
         for result in run_pipeline(opened.pipeline, requests, how):
             every.append(torch.as_tensor(result.images).float().cpu())
+    if not all(batch.isfinite().all() for batch in every):
+        raise NumberError(
+            f"{model}: the pictures hold numbers that are not finite. DTQ_DEBUG_NAN=1 dtq sample "
+            f"... names the first layer and step; --dtype bf16 has more range than fp16"
+        )
+    write_folder(output)
     for i, picture in enumerate(torch.cat(every)):
-        pictures.as_image(picture).save(output / f"{i:04d}.png")
-    pictures.sheet(list(torch.cat(every).split(8)), scale=2).save(output / "sheet.png")
+        write_whole(output / f"{i:04d}.png", pictures.png(pictures.as_image(picture)))
+    sheet = pictures.sheet(list(torch.cat(every).split(8)), scale=2)
+    write_whole(output / "sheet.png", pictures.png(sheet))
     click.echo(f"{output}: {len(requests.entries)} pictures and sheet.png")
 
 
@@ -498,11 +504,9 @@ def evaluate_(
     result = run.evaluate(opened, float_model, how, baselines=baseline, fid_samples=fid, say=say)
     result.quantization = run.quantization_report(opened.path)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").write_text(
-            json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8"
-        )
-        (output / "report.html").write_text(report.render(result), encoding="utf-8")
+        write_folder(output)
+        write_whole(output / "eval.json", json.dumps(result.to_json(), indent=1) + "\n")
+        write_whole(output / "report.html", report.render(result))
     if as_json:
         click.echo(json.dumps(result.to_json()))
         return
@@ -602,7 +606,7 @@ def bench_(suite: str, quick: bool, rounds: int, threads: int, json_file: Path |
     finally:
         torch.set_num_threads(before)
     if json_file is not None:
-        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_whole(json_file, json.dumps(result.to_json(), indent=1) + "\n")
     print_bench(result)
 
 
