@@ -182,7 +182,7 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* row) {
       scale = *q.fixed;
     } else {
       const float peak = largest(row, q.columns);
-      if (peak > 0) {
+      if (peak != 0) {  // NaN too: the codes of such a row are numbers, its scale must say so
         scale = peak / (float)q.levels;
         scale = scale < 1e-8f ? 1e-8f : scale;
       }

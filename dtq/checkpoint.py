@@ -22,13 +22,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtq.card import card
 from dtq.config import FORMAT_VERSION, DTQConfig
+from dtq.documents import read_json
 from dtq.errors import CheckpointError, InputError
+from dtq.folder import PICKLES, check_folder, check_shapes
+from dtq.nn.linear import shape_of
+from dtq.nn.swap import planned_linears
 from dtq.plan import SAFETENSORS_DTYPES, LoadPlan, file_bytes
-from dtq.source import Components, denoisers_on_disk, folder_kind, read_json
+from dtq.source import Components, denoisers_on_disk, folder_kind
 
 CHECKSUMS = "dtq_checksums"
 """int32 (2 + tensors,): format version; CRC-32 of the names, dtypes and shapes (:func:`outline`);
@@ -110,10 +114,23 @@ class Reader:
             )
         self.sums = dict(zip(names, sums, strict=True))
 
-    def check_plan(self, plan: LoadPlan, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Every planned part is there with its shape; ``shapes`` gives (N, K) per layer."""
-        for name, layer in plan.layers.items():
-            for part, spec in layer.stored(shapes[name], plan.bins).items():
+    def check_plan(self, plan: LoadPlan, model: nn.Module) -> None:
+        """Every planned part is there with its shape, and what else the float model holds.
+
+        Args:
+            plan: of the file.
+            model: the float model, on any device.
+
+        Raises:
+            CheckpointError: names the layer or tensor that is not as ``config.json`` says.
+        """
+        for name, module in planned_linears(model, plan).items():
+            shape = shape_of(module)
+            try:
+                parts = plan.layers[name].checked_for(shape, plan.bins)
+            except InputError as error:
+                raise CheckpointError(f"config.json: layers[{name!r}]: {error}") from error
+            for part, spec in parts.items():
                 key = f"{name}.{part}"
                 if key not in self.where:
                     files = ", ".join(sorted(set(self.where.values())))
@@ -123,6 +140,8 @@ class Reader:
                         f"{self.where[key]}: {key} has shape {list(self.shapes[key])}, "
                         f"config.json asks for {list(spec.shape)}"
                     )
+        found = {key: (self.dtypes[key], self.shapes[key]) for key in self.where}
+        check_shapes("config.json", model, found, plan.layers)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Compare checksums.
@@ -141,11 +160,15 @@ class Reader:
 
     def _read_header(self, file: Path) -> Tensor | None:
         """Note the tensors of a file; returns the checksums if they are in it."""
+        if file.suffix in PICKLES:
+            raise CheckpointError(f"{file}: pickle, which can run code; dtq reads safetensors only")
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
                     if key == CHECKSUMS:
                         continue
+                    if key in self.where:
+                        raise CheckpointError(f"{file}: {key} is also in {self.where[key]}")
                     self.where[key] = str(file)
                     part = opened.get_slice(key)
                     self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), part.get_dtype()
@@ -171,8 +194,10 @@ def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
         InputError: not a diffusers folder, or nothing in it is quantized by dtq.
         CheckpointError: damaged, incomplete or from a newer dtq; names file and key.
     """
+    kind = folder_kind(path)
+    check_folder(path)
     folders = {"transformer": path}
-    if folder_kind(path) == "pipeline":
+    if kind == "pipeline":
         names = denoisers_on_disk(path) if component == "auto" else component
         folders = {n: path / n for n in ([names] if isinstance(names, str) else names)}
     found = {}
@@ -252,7 +277,9 @@ def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             old = side.with_suffix(".old")
             out.rename(old)
         side.rename(out)
-        if old is not None:
+        if old is not None and old.is_symlink():
+            old.unlink()  # the link, not what it leads to
+        elif old is not None:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{out}: could not be written ({error})") from error
@@ -273,13 +300,13 @@ def _remember_labels(labels: Mapping[str, int], index: Path) -> None:
     names: dict[str, list[str]] = {}
     for name, number in labels.items():
         names.setdefault(str(number), []).append(name)
-    data = json.loads(index.read_text(encoding="utf-8"))
+    data = read_json(index)
     data["id2label"] = {number: ", ".join(every) for number, every in names.items()}
     index.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _forget_path(config: Path) -> None:
     """Where the model was read from is nobody's business, and makes equal models unequal."""
-    data = json.loads(config.read_text(encoding="utf-8"))
+    data = read_json(config)
     if data.pop("_name_or_path", None) is not None:
         config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -28,7 +28,8 @@ from dtq import checkpoint, source
 from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
-from dtq.errors import DtqError, InputError
+from dtq.documents import parse_yaml, read_json, write_folder, write_whole
+from dtq.errors import DtqError, InputError, NumberError, first_line
 from dtq.estimate import estimate
 from dtq.job import inputs_of, job
 from dtq.kernels import KERNELS, on_cpu
@@ -64,7 +65,14 @@ class Commands(click.Group):
             _fail(str(error))
         except SafetensorError as error:
             _fail(f"safetensors: {error}")
-        except OSError as error:
+        except (MemoryError, RuntimeError, OSError) as error:
+            if source.out_of_memory(error):
+                _fail(
+                    f"out of memory ({first_line(error)}). Take less at a time: --memory 4GB, "
+                    f"--set calibration.batch=1; dtq plan says what is needed"
+                )
+            if not isinstance(error, OSError):
+                raise
             _fail(" ".join(str(error).split()))
         except KeyboardInterrupt:
             click.echo("interrupted; no half-written folder is left", err=True)
@@ -199,6 +207,12 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
 @click.option("--fresh", is_flag=True, help="Forget what an interrupted run finished.")
+@click.option(
+    "--sentinel/--no-sentinel",
+    default=True,
+    show_default=True,
+    help="A short run at the end, beside the float model; layers that fail in it are promoted.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, no progress bars.")
 def quantize(
     model: str,
@@ -209,6 +223,7 @@ def quantize(
     shard_size: str,
     overwrite: bool,
     fresh: bool,
+    sentinel: bool,
     as_json: bool,
     dtype: str,
     components: tuple[str, ...],
@@ -249,6 +264,7 @@ def quantize(
             progress=team.leads and not as_json,
             work=run.work,
             memory=run.memory,
+            last_look=sentinel,
         )
         if not team.leads:
             return
@@ -454,18 +470,26 @@ def sample(
         if entries
         else sets.load("auto", opened.pipeline, count)
     )
-    output.mkdir(parents=True, exist_ok=True)
     every: list[torch.Tensor] = []
     with torch.no_grad():
         for result in run_pipeline(opened.pipeline, requests, how):
-            for made in drift.finished(result):
-                pictures.save(made, output / f"{len(every):04d}", drift.rate(opened.pipeline))
-                every.append(made)
+            every += drift.finished(result)
+    if not all(made.isfinite().all() for made in every):
+        raise NumberError(
+            f"{model}: the pictures hold numbers that are not finite. DTQ_DEBUG_NAN=1 dtq sample "
+            f"... names the first layer and step; --dtype bf16 has more range than fp16"
+        )
+    write_folder(output)
+    files = []
+    for i, made in enumerate(every):
+        suffix, data = pictures.encoded(made, drift.rate(opened.pipeline))
+        files.append(f"{i:04d}{suffix}")
+        write_whole(output / files[-1], data)
     if all(made.ndim == 3 and made.shape == every[0].shape for made in every):
-        pictures.sheet(
-            [torch.stack(every[i : i + 8]) for i in range(0, len(every), 8)], scale=2
-        ).save(output / "sheet.png")
-    click.echo(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+        rows = [torch.stack(every[i : i + 8]) for i in range(0, len(every), 8)]
+        files.append("sheet.png")
+        write_whole(output / files[-1], pictures.png(pictures.sheet(rows, scale=2)))
+    click.echo(f"{output}: {', '.join(files)}")
 
 
 @main.command("eval")
@@ -537,11 +561,9 @@ def evaluate_(
     result = run.evaluate(opened, float_model, how, baselines=baseline, fid_samples=fid, say=say)
     result.quantization = run.quantization_report(opened.path)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").write_text(
-            json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8"
-        )
-        (output / "report.html").write_text(report.render(result), encoding="utf-8")
+        write_folder(output)
+        write_whole(output / "eval.json", json.dumps(result.to_json(), indent=1) + "\n")
+        write_whole(output / "report.html", report.render(result))
     if as_json:
         click.echo(json.dumps(result.to_json()))
         return
@@ -641,7 +663,7 @@ def bench_(suite: str, quick: bool, rounds: int, threads: int, json_file: Path |
     finally:
         torch.set_num_threads(before)
     if json_file is not None:
-        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_whole(json_file, json.dumps(result.to_json(), indent=1) + "\n")
     print_bench(result)
 
 
@@ -737,7 +759,8 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
         key, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: expected KEY=VALUE")
-        _put(data, key.split("."), yaml.safe_load(text) if text else "", setting)
+        value = parse_yaml(text, f"--set {setting}") if text else ""
+        _put(data, key.split("."), value, setting)
     return Recipe.load(chosen, **data)
 
 
@@ -748,7 +771,7 @@ def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
         name, equals, text = argument.partition("=")
         if not equals:
             raise InputError(f"--arg {argument}: expected NAME=VALUE")
-        found[name] = yaml.safe_load(text)
+        found[name] = parse_yaml(text, f"--arg {argument}")
     return found
 
 
@@ -770,7 +793,7 @@ def _open(model: str, dtype: str) -> source.Source:
     path = Path(model)
     if path.is_dir() and source.folder_kind(path) == "pipeline":
         config = path / "transformer" / "config.json"
-        if config.is_file() and "quantization_config" in source.read_json(config):
+        if config.is_file() and "quantization_config" in read_json(config):
             checkpoint.verify(path)
     return source.open_source(model, dtype=dtype)
 

@@ -102,14 +102,44 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def _check_saved(self) -> None:
         version = self.format_version
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise CheckpointError(f"config.json: 'format_version' must be a number, is {version!r}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"config.json: 'format_version' is {version}, this dtq reads up to "
                 f"{FORMAT_VERSION}: pip install -U dtq"
             )
+        self._check_words()
         self.load_plan()
+
+    def _check_words(self) -> None:
+        """Fields that only people read are text all the same: model cards print them."""
+        keep = self.modules_to_not_convert
+        for key, good, words in (
+            ("recipe", _word(self.recipe), "a name"),
+            ("base_model", _word(self.extra.get("base_model", "")), "a hub id"),
+            ("runtime", isinstance(self.extra.get("runtime", {}), dict), "a mapping"),
+            (
+                "modules_to_not_convert",
+                keep is None or (isinstance(keep, list) and all(map(_word, keep))),
+                "a list of names",
+            ),
+        ):
+            if not good:
+                raise CheckpointError(f"config.json: {key!r} must be {words}")
+        if self.compute_dtype not in (None, *_COMPUTE):
+            raise CheckpointError(
+                f"config.json: 'compute_dtype' must be one of "
+                f"{', '.join(str(d).removeprefix('torch.') for d in _COMPUTE)}"
+            )
+
+
+_COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _word(value: object) -> bool:
+    """Text of one line."""
+    return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

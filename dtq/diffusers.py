@@ -21,8 +21,8 @@ from dtq import checkpoint
 from dtq.card import hub_id
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
-from dtq.nn.linear import QuantLinear, aligned, check_part, from_disk, shape_of, to_disk
-from dtq.nn.swap import finish, planned_linears, swap_empty
+from dtq.nn.linear import QuantLinear, aligned, check_part, from_disk, to_disk
+from dtq.nn.swap import finish, swap_empty
 from dtq.plan import Plan, Runtime
 
 log = logging.getLogger("dtq")
@@ -120,9 +120,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             plan = config.load_plan()
             if self._reader is not None:
-                linears = planned_linears(model, plan).items()
-                shapes = {name: shape_of(module) for name, module in linears}
-                self._reader.check_plan(plan, shapes)
+                self._reader.check_plan(plan, model)
             swap_empty(model, plan, config.compute_dtype or torch.float32)
             log.info("dtq: %d quantized linears, recipe %s", len(plan.layers), config.recipe)
         model.register_to_config(quantization_config=config)  # type: ignore[operator]

@@ -5,6 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from safetensors import SafetensorError
+
+FOREIGN = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    MemoryError,
+    SafetensorError,
+)
+"""What libraries raise over a file that they can make nothing of. Where a file of others goes into
+one, these become a :class:`DtqError` that names the file; the original is its cause."""
+
 
 class DtqError(Exception):
     """Base of everything dtq raises on purpose. The command line prints it as one line."""
@@ -29,3 +47,13 @@ class CheckpointError(DtqError):
 
 class TeamError(DtqError):
     """Another process of the run died, or does not answer."""
+
+
+class NumberError(DtqError):
+    """NaN or infinite numbers where a model runs; names the layer and the step."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library in one line: its kind and the first line of what it says."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__

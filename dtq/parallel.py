@@ -30,14 +30,16 @@ from torch import Tensor, nn
 
 from dtq.checkpoint import CHECKSUMS, Reader
 from dtq.config import DTQConfig
+from dtq.documents import read_json
 from dtq.errors import InputError
+from dtq.folder import check_folder
 from dtq.formats import FORMATS, Spec
 from dtq.formats.acts import ACTS, Acts, acts_of, fake_quantize, row_codes, scale_of
 from dtq.formats.integer import TwoLevelInt
 from dtq.kernels.ops import int_matmul
 from dtq.nn.linear import QuantLinear, aligned, from_disk, shape_of
-from dtq.nn.swap import finish, planned_linears, swap_empty
-from dtq.source import model_class, read_json
+from dtq.nn.swap import finish, swap_empty
+from dtq.source import model_class, reading
 
 Group = Any
 """A ``torch.distributed`` process group; None is the default one."""
@@ -314,16 +316,16 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
         CheckpointError: a file is damaged or incomplete.
     """
     folder = Path(folder)
+    check_folder(folder)
     config = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != "dtq":
         raise InputError(f"{folder} is no transformer quantized by dtq (no quantization_config)")
     settings = DTQConfig(**config)
     plan, kind = settings.load_plan(), model_class(folder)
-    with init_empty_weights():
+    with reading(folder), init_empty_weights():
         model: nn.Module = kind.from_config(kind.load_config(folder))
     files = sorted(folder.glob("*.safetensors"))
-    shapes = {name: shape_of(layer) for name, layer in planned_linears(model, plan).items()}
-    Reader(files).check_plan(plan, shapes)
+    Reader(files).check_plan(plan, model)
     swap_empty(model, plan, settings.compute_dtype or torch.float32)
     _check(model, rank, world, group)
     for name, piece in _cut(model, rank, world, group).items():

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from dtq.errors import CheckpointError
+from dtq.documents import numbers
+from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, Spec
 from dtq.formats.acts import ACTS
 from dtq.policy import StepPolicy
@@ -69,6 +70,18 @@ class Runtime:
             specs["proj_down"] = Spec((self.rank, columns), torch.bfloat16)
             specs["proj_up"] = Spec((rows, self.rank), torch.bfloat16)
         return specs
+
+    def checked_for(self, shape: tuple[int, int], bins: int = 1) -> dict[str, Spec]:
+        """:meth:`stored`, after asking whether a linear of this shape can be such a layer.
+
+        Raises:
+            InputError: a group of a format, or the rotation block, does not divide K.
+        """
+        if shape[1] % self.block:
+            raise InputError(f"rotation blocks of {self.block} do not divide K = {shape[1]}")
+        if ACTS[self.acts].grid:
+            FORMATS[ACTS[self.acts].grid].layout((1, shape[1]))
+        return self.stored(shape, bins)
 
     def to_json(self) -> dict[str, Any]:
         default = Runtime(self.weights, self.acts)
@@ -238,8 +251,7 @@ class LoadPlan:
             name: Runtime.checked(layer, f"{where}: layers[{name!r}]")
             for name, layer in layers.items()
         }
-        ok = isinstance(edges, list | tuple) and all(isinstance(e, int | float) for e in edges)
-        if not ok or list(edges) != sorted(edges):  # type: ignore[call-overload]
+        if not numbers(edges) or list(edges) != sorted(edges):  # type: ignore[call-overload]
             raise CheckpointError(f"{where}: 'timestep_edges' must be a rising list of numbers")
         policy = None
         if isinstance(runtime, dict) and "diffusion_step_policy" in runtime:

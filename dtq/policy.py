@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dtq.documents import numbers
 from dtq.errors import CheckpointError
 from dtq.formats.acts import MODES
 
@@ -78,15 +79,19 @@ class StepPolicy:
         edges, modes = data.get("edges"), data.get("modes")
         if not isinstance(edges, list) or not isinstance(modes, list):
             raise CheckpointError(f"{where}: needs the lists 'edges' and 'modes'")
-        if not all(isinstance(e, int | float) for e in edges) or edges != sorted(edges):
+        if not numbers(edges) or edges != sorted(edges):
             raise CheckpointError(f"{where}: 'edges' must be a rising list of numbers")
-        if len(modes) != len(edges) + 1 or not set(modes) <= set(MODES):
+        if len(modes) != len(edges) + 1 or not all(
+            isinstance(m, str) and m in MODES for m in modes
+        ):
             raise CheckpointError(
                 f"{where}: 'modes' must be one more than the edges, each of {', '.join(MODES)}"
             )
         counts = data.get("counts", [])
-        ok = isinstance(counts, list) and all(isinstance(c, int) for c in counts)
         steps = data.get("num_inference_steps", 0)
-        if not ok or not isinstance(steps, int):
-            raise CheckpointError(f"{where}: 'counts' and 'num_inference_steps' must be integers")
+        fits = isinstance(counts, list) and len(counts) in (0, len(modes))
+        if not fits or not all(type(n) is int and n >= 0 for n in (*counts, steps)):
+            raise CheckpointError(
+                f"{where}: 'counts', one per range, and 'num_inference_steps' must be whole numbers"
+            )
         return cls(tuple(map(float, edges)), tuple(modes), steps, tuple(counts))

@@ -21,7 +21,7 @@ from dtq.nn import QuantLinear
 from dtq.plan import Plan
 from dtq.quantize import Report
 from dtq.recipe import Recipe
-from dtq.source import model_class
+from dtq.source import load_model
 
 
 def plan_json(plan: Plan, cost: Estimate, scan: Scan) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def plan_json(plan: Plan, cost: Estimate, scan: Scan) -> dict[str, Any]:
 
 def inspected(folder: Path) -> dict[str, Any]:
     """What is in the folder of a quantized model, and which kernel would run each layer."""
-    model = model_class(folder).from_pretrained(folder)
+    model = load_model(folder)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
     rows = [
         {
@@ -137,7 +137,8 @@ def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
 
 def print_result(report: Report, output: Path, seconds: float) -> None:
     plan = report.plan
-    promoted = [x for x in report.layers if x.promoted]
+    watched = {x["layer"] for x in report.sentinel.get("promoted", [])}
+    promoted = [x for x in report.layers if x.promoted and x.name not in watched]
     worst = sorted(
         (x for x in report.layers if x.error is not None), key=lambda x: -(x.error or 0)
     )[:5]
@@ -172,6 +173,8 @@ def print_result(report: Report, output: Path, seconds: float) -> None:
         click.echo(f"step policy over {report.steps['num_inference_steps']} steps: {said}")
     for x in promoted:
         click.echo(f"promoted {x.name} to {x.weights}: error {x.error_before:.1e} -> {x.error:.1e}")
+    for x in report.sentinel.get("promoted", []):
+        click.echo(f"sentinel: {x['layer']} to {x['to']}: {x['why']}")
     click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
 
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import nn
 
-from dtq import steps
+from dtq import sentinel, steps
 from dtq.budget import check_budget, compare, guard, mixed
 from dtq.calibrate import engine, sets, store
 from dtq.calibrate.calls import Recorded, spread
@@ -55,6 +55,7 @@ class Report:
     allocation: dict[str, Any] = field(default_factory=dict)
     refine: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
+    sentinel: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``dtq_report.json``."""
@@ -68,6 +69,7 @@ class Report:
             "allocation": self.allocation,
             "refine": self.refine,
             "steps": self.steps,
+            "sentinel": self.sentinel,
             "layers": [asdict(layer) for layer in self.layers],
             "sites": [asdict(site) for site in self.sites],
         }
@@ -84,6 +86,7 @@ def quantize(
     modules_to_not_convert: Sequence[str] = (),
     progress: bool = True,
     memory: int | None = None,
+    last_look: bool = True,
     **overrides: Any,
 ) -> Any:
     """Quantize a diffusion transformer after training.
@@ -99,6 +102,8 @@ def quantize(
         modules_to_not_convert: layers to keep: names, prefixes, path components, ``re:...``.
         progress: show progress bars.
         memory: bytes that the statistics may take; default: half of what is free.
+        last_look: at the end, run the model beside the float one for a few steps and promote
+            layers that fail (``dtq.sentinel``).
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
     Returns:
@@ -118,6 +123,7 @@ def quantize(
         skip=modules_to_not_convert,
         progress=progress,
         memory=memory,
+        last_look=last_look,
     )
     first = sources[0]
     return first.pipeline if first.pipeline is not None else first.model
@@ -133,6 +139,7 @@ def quantize_sources(
     progress: bool = True,
     work: Work | None = None,
     memory: int | None = None,
+    last_look: bool = False,
 ) -> dict[str, Report]:
     """Quantize the transformers of one pipeline, or a bare one; see :func:`quantize`.
 
@@ -153,6 +160,7 @@ def quantize_sources(
     if len(sources) == 1:
         (one,) = sources
         how: dict[str, Any] = {"skip": skip, "progress": progress, "work": work, "memory": memory}
+        how["last_look"] = last_look
         report = quantize_source(one, recipe, statistics=statistics, inputs=inputs, **how)
         return {one.component: report}
     if statistics is not None or inputs is not None:
@@ -183,6 +191,7 @@ def quantize_sources(
             progress=progress,
             work=work.within(source.component),
             memory=memory,
+            last_look=last_look,
         )
         for source in sources
     }
@@ -199,6 +208,7 @@ def quantize_source(
     config: DTQConfig | None = None,
     work: Work | None = None,
     memory: int | None = None,
+    last_look: bool = False,
 ) -> Report:
     """Quantize the model of an opened source in place; see :func:`quantize_sources`.
 
@@ -257,8 +267,8 @@ def quantize_source(
         report.layers.append(result.report)
         old = source.model.get_submodule(layer.name)
         source.model.set_submodule(layer.name, built(result, old, plan.bins, dtype))
-        if recipe.refine.name != "none":
-            floats[layer.name] = old  # the teacher
+        if recipe.refine.name != "none" or last_look:
+            floats[layer.name] = old  # the teacher, and what the last look compares with
     finish(source.model, report.edges)
     config = config or DTQConfig(modules_to_not_convert=list(skip) or None)
     if recipe.refine.name != "none":
@@ -272,7 +282,6 @@ def quantize_source(
                 **dict(recipe.refine.knobs),
             )
         ).to_json()
-        del floats
     if recipe.steps.modes:
         top = source.family.largest_timestep if source.family else 0.0
         policy = steps.search(
@@ -280,6 +289,13 @@ def quantize_source(
         )
         config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
         report.steps = policy.to_json()
+    if last_look and (driven or statistics is not None):
+        plan, report.sentinel = sentinel.watch(
+            source, floats, scan, plan, recipe, statistics, report.layers,
+            inputs=calls, progress=progress,
+        )  # fmt: skip
+        report.plan = plan
+    del floats
     mark(source.model, plan, report.edges, dtype, config)
     source.model.hf_quantizer.report = report  # type: ignore[union-attr, assignment]
     return report

@@ -13,6 +13,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from dtq.plan import Call
 
+LARGEST = 10**9
+"""No knob of a method is larger."""
+
 
 def read(kind: type[Any], data: Mapping[str, Any], at: str, problems: list[str]) -> Any:
     """Build a dataclass from a mapping; what is wrong goes to ``problems``.
@@ -87,10 +90,11 @@ def check_call(
             continue
         default = knobs[knob]
         number = isinstance(default, int | float) and not isinstance(default, bool)
-        fits = isinstance(value, int | float) if number else isinstance(value, type(default))
+        fits = abs(value) <= LARGEST if _number(value) else False
+        fits = fits if number else isinstance(value, type(default))
         if isinstance(value, bool) != isinstance(default, bool) or not fits:
             words = _words(type(default))
-            problems.append(f"{at}.{call.name}.{knob}: expected {words}, got {value!r}")
+            problems.append(f"{at}.{call.name}.{knob}: expected {words}, got {_shown(value)}")
 
 
 def _value(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
@@ -113,11 +117,11 @@ def _value(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)
     elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if _number(value) and not isinstance(value, bool):
             return float(value)
     elif type(value) is kind:
         return value
-    problems.append(f"{where}: expected {_words(kind)}, got {value!r}")
+    problems.append(f"{where}: expected {_words(kind)}, got {_shown(value)}")
     return {int: 1, float: 1.0, bool: False}.get(kind, "")
 
 
@@ -125,6 +129,16 @@ def _present(kind: Any) -> Any:
     """``X`` of ``X | None``: a key that is there has a value."""
     some = [k for k in get_args(kind) if k is not NoneType]
     return some[0] if NoneType in get_args(kind) and len(some) == 1 else kind
+
+
+def _shown(value: object) -> str:
+    """A value as a message quotes it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]} ..."
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _words(kind: Any) -> str:
@@ -149,5 +163,7 @@ def _call(value: Any, where: str, problems: list[str]) -> Call:
         name, knobs = next(iter(value.items()))
         if isinstance(name, str) and (knobs is None or isinstance(knobs, Mapping)):
             return Call(name, tuple(sorted((knobs or {}).items())))
-    problems.append(f"{where}: expected a method name, or one name with its knobs, got {value!r}")
+    problems.append(
+        f"{where}: expected a method name, or one name with its knobs, got {_shown(value)}"
+    )
     return Call("")

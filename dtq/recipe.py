@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dtq.data import folder
+from dtq.documents import LARGEST_YAML, parse_yaml, read_text
 from dtq.errors import InputError, RecipeError
 from dtq.families import ROLES, Linear, Scan
 from dtq.formats import FORMATS
@@ -27,6 +27,9 @@ from dtq.transforms.hadamard import block_for
 
 MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
 """How modulation linears are stored, or the name of a format: weight-only, see docs/design.md."""
+
+_MOST = {"samples": 10**6, "steps": 10**4, "batch": 10**4, "bins": 1000, "seed": 2**40}
+"""Beyond these lists alone would not fit in memory."""
 
 _MODULATION_FALLBACK = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int8-row"), "keep": ()}
 
@@ -198,9 +201,9 @@ class Recipe:
             path = find(what)
             where, name = str(path), path.stem
             try:
-                data = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise RecipeError(where, [f"not YAML: {' '.join(str(error).split())}"]) from error
+                data = parse_yaml(read_text(path, LARGEST_YAML), where)
+            except InputError as error:
+                raise RecipeError(where, [str(error).removeprefix(f"{where}: ")]) from error
         if not isinstance(data, dict):
             raise RecipeError(where, ["a recipe is a mapping of keys to values"])
         problems: list[str] = []
@@ -250,6 +253,9 @@ class Recipe:
         for key in ("steps", "guidance", "seed"):
             if getattr(c, key) < 0:
                 found.append(f"calibration.{key}: must not be negative, is {getattr(c, key)}")
+        for key, most in _MOST.items():
+            if getattr(c, key) > most:
+                found.append(f"calibration.{key}: must be at most {most}, is {getattr(c, key)}")
         return found
 
     def plan(self, scan: Scan, skip: Iterable[str] = ()) -> Plan:
@@ -411,9 +417,10 @@ def _matches(selector: str, linear: Linear) -> bool:
 
 def _skipped(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
-        import re
-
-        return re.search(pattern[3:], name) is not None
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
     return name == pattern or name.startswith(f"{pattern}.") or pattern in name.split(".")
 
 

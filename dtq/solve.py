@@ -135,6 +135,13 @@ def _moments(stats: SiteStats | None) -> list[Tensor]:
     return [stats.channels.total, *([] if stats.gram is None else [stats.gram.gram])]
 
 
+def _broken_bins(stats: SiteStats | None) -> str:
+    """Where in the trajectory the input was not finite, for messages."""
+    good = [] if stats is None else stats.channels.total.isfinite().all(1).tolist()
+    bad = [str(b + 1) for b, fine in enumerate(good) if not fine]
+    return f" (timestep bins {', '.join(bad)} of {len(good)})" if bad else ""
+
+
 def _gram(transform: Online, stats: SiteStats | None, like: Tensor) -> Tensor | None:
     """Second moment of the changed input, None without calibration."""
     if stats is None or stats.gram is None:
@@ -263,7 +270,7 @@ def solve_all(
             stats = statistics.sites.get(site.name) if statistics else None
             weights = [float_weight(model, layer.name) for layer in members]
             for layer, w in zip(members, weights, strict=True):
-                check(w, *_moments(stats), layer=layer.name)
+                check(w, *_moments(stats), layer=f"{layer.name}{_broken_bins(stats)}")
             choice = choose(members, weights, stats)
             best = solve_site(members, weights, choice, stats, recipe)
             release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from torch import nn
 
 from dtq import demo
-from dtq.errors import InputError
+from dtq.documents import read_json
+from dtq.errors import FOREIGN, InputError, first_line
 from dtq.families import Family, Scan, find, scan, scan_names
+from dtq.folder import check_folder, components, model_kind, skeleton, weight_files
 from dtq.harden import harden
 
 log = logging.getLogger("dtq")
@@ -98,8 +101,10 @@ def open_sources(
             raise InputError(_missing(name))
         pipeline = _from_hub(name, torch.bfloat16 if dtype == "auto" else _dtype(dtype, Path()))
         return _sources(name, pipeline, component)
-    if folder_kind(path) == "model":
-        model = model_class(path).from_pretrained(path, torch_dtype=_dtype(dtype, path))
+    kind = folder_kind(path)
+    check_folder(path)
+    if kind == "model":
+        model = load_model(path, torch_dtype=_dtype(dtype, path))
         return [Source(name, None, "transformer", model, path)]
     first = _wanted(denoisers_on_disk(path), component, path)[0]
     pipeline = _pipeline(path, _dtype(dtype, path / first))
@@ -116,13 +121,8 @@ def denoisers(pipeline: DiffusionPipeline) -> list[str]:
 
 def denoisers_on_disk(folder: Path) -> list[str]:
     """The same, from the ``model_index.json`` of a pipeline folder."""
-    parts = read_json(folder / "model_index.json")
-    found = [
-        name
-        for name, what in parts.items()
-        if isinstance(what, list) and len(what) == 2 and what[1] in _transformers()
-    ]
-    return sorted(found)
+    parts = components(folder / "model_index.json")
+    return sorted(name for name, (_, kind) in parts.items() if kind in _transformers())
 
 
 def _sources(
@@ -170,23 +170,6 @@ def folder_kind(path: Path) -> str:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        InputError: no such file, or not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return data
-
-
 def model_class(folder: Path) -> Any:
     """The diffusers class that a model folder names.
 
@@ -194,14 +177,49 @@ def model_class(folder: Path) -> Any:
         InputError: the installed diffusers has no such class, or it is not a transformer.
     """
     name = read_json(folder / "config.json").get("_class_name", "")
-    kind = getattr(diffusers, name, None)
+    kind = model_kind(name)
     if kind is None:
-        raise InputError(f"{folder}: diffusers {diffusers.__version__} has no class {name!r}")
+        raise InputError(f"{folder}: diffusers {diffusers.__version__} has no model {name!r}")
     if "UNet" in name or "Autoencoder" in name:
         raise InputError(
             f"{folder}: {name} is not a diffusion transformer; dtq quantizes those only"
         )
     return kind
+
+
+def load_model(folder: Path, **options: Any) -> Any:
+    """The model of a folder, by ``from_pretrained``; only safetensors.
+
+    Raises:
+        InputError: diffusers cannot load it; says why in one line.
+    """
+    kind = model_class(folder)
+    with reading(folder):
+        return kind.from_pretrained(folder, use_safetensors=True, **options)
+
+
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """What diffusers raises over a folder becomes one line that names it.
+
+    Raises:
+        InputError: the library could not read it.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except FOREIGN as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{where}: diffusers cannot load it ({first_line(error)})") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is all used; torch has no one class for that."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return full or any(word in str(error).lower() for word in words)
 
 
 def skeletons(
@@ -222,10 +240,7 @@ def skeletons(
     for name, folder in folders.items():
         if not (folder / "config.json").is_file():
             raise InputError(f"{path} has no component {name!r}")
-        kind = model_class(folder)
-        with torch.device("meta"):
-            model: nn.Module = kind.from_config(read_json(folder / "config.json"))
-        found[name] = model.eval(), _dtype("auto", folder)
+        found[name] = skeleton(folder, model_class(folder)), _dtype("auto", folder)
     return found
 
 
@@ -286,7 +301,10 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _pipeline(where: str | Path, dtype: torch.dtype | None) -> DiffusionPipeline:
-    pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(where, torch_dtype=dtype)
+    with reading(where):
+        pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(
+            where, torch_dtype=dtype, use_safetensors=True
+        )
     return pipeline
 
 
@@ -302,27 +320,44 @@ def _component(pipeline: DiffusionPipeline, name: str) -> nn.Module:
 
 
 def _hub_config(name: str) -> Path:
-    """A folder with the configs of a hub model, no weights."""
+    """A folder with the configs of a hub model, no weights; from the cache without a network."""
     if not _HUB_ID.fullmatch(name):
         raise InputError(_missing(name))
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json"]))
-    except (OSError, ValueError) as error:
+    except FOREIGN as error:
         raise InputError(_refused(name, error)) from error
 
 
 def _refused(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    return f"{name}: no such folder, and the hub did not give it: {reason}"
+    return (
+        f"{name}: no such folder, and neither the hub nor its cache here gave it "
+        f"({first_line(error)}). Check the name and the network, or give a local folder"
+    )
 
 
 def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline by hub id, from the cache where the hub cannot be reached."""
     try:
-        return _pipeline(name, dtype)
-    except OSError as error:
+        folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
+    except FOREIGN as error:
+        folder = _cached(name, error)
+    check_folder(folder)
+    return _pipeline(folder, dtype)
+
+
+def _cached(name: str, error: Exception) -> Path:
+    """What an earlier download left; ``error`` is why the hub does not give it now."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except FOREIGN:
         raise InputError(_refused(name, error)) from error
+    log.warning("%s: the hub cannot be reached, taken from its cache", name)
+    return folder
 
 
 def _missing(name: str) -> str:
@@ -341,9 +376,10 @@ def _dtype(dtype: str | torch.dtype, folder: Path) -> torch.dtype:
         return DTYPES[dtype]
     config = folder / "config.json"
     if config.is_file():
-        recorded = read_json(config).get("quantization_config", {}).get("compute_dtype")
-        if recorded:
-            found: torch.dtype = getattr(torch, recorded)
+        saved = read_json(config).get("quantization_config")
+        recorded = saved.get("compute_dtype") if isinstance(saved, dict) else None
+        found = getattr(torch, recorded, None) if isinstance(recorded, str) else None
+        if isinstance(found, torch.dtype):
             return found
     on_disk = disk_dtype(folder)
     if on_disk == torch.float16 and not torch.cuda.is_available():
@@ -355,11 +391,11 @@ def disk_dtype(folder: Path) -> torch.dtype:
     """The float dtype of most tensors in the safetensors files of a model folder."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     count: Counter[torch.dtype] = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if size > file.stat().st_size:
-                break  # damaged; the loader will say so
-            header = json.loads(stream.read(size))
-        count.update(names[t["dtype"]] for n, t in header.items() if t.get("dtype") in names)
+    for file in weight_files(folder) if folder.is_dir() else []:
+        with safe_open(file, framework="pt") as header:
+            count.update(
+                names[dtype]
+                for key in header.keys()  # noqa: SIM118  (safe_open is not a mapping)
+                if (dtype := header.get_slice(key).get_dtype()) in names
+            )
     return count.most_common(1)[0][0] if count else torch.float32

@@ -79,8 +79,10 @@ def load_ternary(
             raise InputError(
                 f"{name}: codes are {list(codes.shape)}, the linear is {list(old.weight.shape)}"
             )
-        if not bool((codes.abs() <= 1).all()):
+        if not bool(((codes.abs() <= 1) & (codes == codes.round())).all()):
             raise InputError(f"{name}: codes must be -1, 0 or 1")
+        if not bool(torch.as_tensor(alpha).isfinite().all()):
+            raise InputError(f"{name}: alpha must be finite")
         new = QuantLinear(
             old.in_features, old.out_features, old.bias is not None, Runtime(fmt, "none"),
             compute_dtype=dtype, device="meta",

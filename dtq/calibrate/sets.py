@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dtq.data import folder
-from dtq.errors import InputError
+from dtq.documents import read_text
+from dtq.errors import FOREIGN, InputError, first_line
 
 _COLUMNS = ("prompt", "caption", "text", "label", "class_label", "class")
+_LARGEST = 2**26  # bytes of prompts
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -99,17 +101,23 @@ def _file(path: Path) -> list[Any]:
         return _lines(path)
     if path.suffix not in _FILES:
         raise InputError(f"calibration set {path}: expected .txt, {', '.join(_FILES)}")
-    return _column(
-        _datasets().load_dataset(_FILES[path.suffix], data_files=str(path), split="train"),
-        None,
-        str(path),
-    )
+    kind, where = _FILES[path.suffix], str(path)
+    return _column(_loaded(where, kind, data_files=where, split="train"), None, where)
 
 
 def _hub(what: str) -> list[Any]:
     name, _, rest = what.partition(":")
     split, _, column = rest.partition(":")
-    return _column(_datasets().load_dataset(name, split=split or "train"), column or None, name)
+    return _column(_loaded(name, name, split=split or "train"), column or None, name)
+
+
+def _loaded(where: str, *what: str, **options: str) -> Any:
+    try:
+        return _datasets().load_dataset(*what, **options)
+    except FOREIGN as error:
+        raise InputError(
+            f"calibration set {where}: cannot be read ({first_line(error)})"
+        ) from error
 
 
 def _column(table: Any, column: str | None, name: str) -> list[Any]:
@@ -131,7 +139,7 @@ def _datasets() -> Any:
 
 
 def _lines(path: Path) -> list[Any]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in read_text(path, _LARGEST).splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 

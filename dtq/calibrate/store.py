@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dtq.calibrate.engine import Statistics
 from dtq.calibrate.stats import SiteStats
+from dtq.documents import numbers, parse_json
 from dtq.durable import replace_file
 from dtq.errors import CheckpointError, InputError
 
@@ -24,7 +27,7 @@ def save(statistics: Statistics, path: Path) -> None:
     """Write a file that is whole or absent.
 
     Raises:
-        InputError: the folder does not exist.
+        InputError: the folder does not exist, or cannot be written.
     """
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder")
@@ -38,7 +41,10 @@ def save(statistics: Statistics, path: Path) -> None:
         "edges": json.dumps(list(statistics.edges)),
         "about": json.dumps(statistics.about),
     }
-    replace_file(path, lambda draft: save_file(tensors, draft, metadata))
+    try:
+        replace_file(path, lambda draft: save_file(tensors, draft, metadata))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: could not be written ({error})") from error
 
 
 def load(*paths: Path) -> Statistics:
@@ -59,12 +65,75 @@ def load(*paths: Path) -> Statistics:
                 raise CheckpointError(
                     f"{path}: not statistics written by dtq calibrate, version {VERSION}"
                 )
-            headers.add((metadata["edges"], metadata["about"]))
-            where |= {key.split("|")[0]: path for key in file.keys()}  # noqa: SIM118
+            headers.add((metadata.get("edges", ""), metadata.get("about", "")))
+            where |= dict.fromkeys(_checked_sites(path, file, metadata), path)
     if len(headers) != 1:
         raise InputError(f"{', '.join(map(str, paths))}: statistics of different runs")
     ((edges, about),) = headers
-    return Statistics(_OnDisk(where), tuple(json.loads(edges)), json.loads(about))
+    said = parse_json(about, f"{paths[0]}: about")
+    if not isinstance(said, dict) or not all(
+        isinstance(v, str | int | float) for v in said.values()
+    ):
+        raise CheckpointError(f"{paths[0]}: 'about' must map words to words and numbers")
+    return Statistics(_OnDisk(where), tuple(_edges(paths[0], edges)), said)
+
+
+def _edges(path: Path, text: str) -> list[float]:
+    edges: Any = parse_json(text, f"{path}: edges")
+    if not numbers(edges) or edges != sorted(edges):
+        raise CheckpointError(f"{path}: 'edges' must be a rising list of numbers")
+    found: list[float] = edges
+    return found
+
+
+def _checked_sites(path: Path, file: Any, metadata: Mapping[str, str]) -> list[str]:
+    """Names of the sites; every tensor has the dtype and shape that the others and the bins ask.
+
+    Only the header is read: a file that lies about sizes is refused before anything is allocated.
+    """
+    bins = len(_edges(path, metadata.get("edges", ""))) + 1
+    found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+        site, bar, part = key.partition("|")
+        if not bar or part not in _PARTS:
+            raise CheckpointError(f"{path}: {key!r} is not a statistic; run dtq calibrate again")
+        tensor = file.get_slice(key)
+        found.setdefault(site, {})[part] = tensor.get_dtype(), tuple(tensor.get_shape())
+    for site, parts in found.items():
+        kinds = Counter(_PARTS[part][0] for part in parts)
+        if kinds["channels"] != 5 or any(n != _PARTS_OF[kind] for kind, n in kinds.items()):
+            raise CheckpointError(
+                f"{path}: {site}: statistics are missing; run dtq calibrate again"
+            )
+        columns = (*parts["channels.low"][1], 0, 0)[1]
+        rows = parts.get("reservoir.sample", ("", (0,)))[1][0] if columns else 0
+        sizes = {"B": bins, "K": columns, "R": rows, "1": 1}
+        for part, (dtype, shape) in parts.items():
+            _, wanted, axes = _PARTS[part]
+            expected = tuple(sizes[axis] for axis in axes)
+            if dtype != wanted or shape != expected or not columns:
+                raise CheckpointError(
+                    f"{path}: {site}|{part} is {dtype} {list(shape)}, expected {wanted} "
+                    f"{list(expected)}; run dtq calibrate again"
+                )
+    return list(found)
+
+
+_PARTS = {
+    "channels.low": ("channels", "F32", "BK"),
+    "channels.high": ("channels", "F32", "BK"),
+    "channels.total": ("channels", "F64", "BK"),
+    "channels.square": ("channels", "F64", "BK"),
+    "channels.rows": ("channels", "I64", "B"),
+    "gram.gram": ("gram", "F32", "KK"),
+    "gram.count": ("gram", "I64", "1"),
+    "reservoir.sample": ("reservoir", "F32", "RK"),
+    "reservoir.key": ("reservoir", "I64", "R"),
+    "reservoir.stratum": ("reservoir", "I64", "R"),
+}
+"""Tensors of a site: the statistic, dtype and axes: B bins, K channels, R sampled rows."""
+
+_PARTS_OF = Counter(kind for kind, _, _ in _PARTS.values())
 
 
 class _OnDisk(Mapping[str, SiteStats]):
@@ -76,7 +145,22 @@ class _OnDisk(Mapping[str, SiteStats]):
     def __getitem__(self, name: str) -> SiteStats:
         with _opened(self.where[name]) as file:
             keys = [k for k in file.keys() if k.split("|")[0] == name]  # noqa: SIM118
-            return SiteStats.from_tensors({k.split("|")[1]: file.get_tensor(k) for k in keys})
+            tensors = {k.split("|")[1]: file.get_tensor(k) for k in keys}
+        self._check(name, tensors)
+        return SiteStats.from_tensors(tensors)
+
+    def _check(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Values that are counts or places; what is measured is judged where it is used."""
+        bins, _ = tensors["channels.low"].shape
+        limits = {"channels.rows": 2**62, "gram.count": 2**62, "reservoir.key": 2**31}
+        limits["reservoir.stratum"] = 2 * bins
+        for part, most in limits.items():
+            values = tensors.get(part)
+            if values is not None and bool(((values < 0) | (values >= most)).any()):
+                raise CheckpointError(
+                    f"{self.where[name]}: {name}|{part} holds numbers outside of 0 to {most - 1}; "
+                    f"run dtq calibrate again"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
@@ -90,5 +174,5 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); run dtq calibrate again") from error

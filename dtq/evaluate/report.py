@@ -197,7 +197,7 @@ def _layer_table(report: dict[str, Any]) -> str:
         f"<th>{h}</th>" for h in ("layer", "role", "weights", "bits", "error", "transform")
     )
     rows = "".join(
-        f"<tr><td>{_t(x['name'])}</td><td>{x['role']}</td><td>{x['weights']}{' (promoted)' if x['promoted'] else ''}</td>"
+        f"<tr><td>{_t(x['name'])}</td><td>{_t(x['role'])}</td><td>{_t(x['weights'])}{' (promoted)' if x['promoted'] else ''}</td>"
         f"<td>{x['bits']:.2f}</td><td>{_n(x['error'], '.1e')}</td><td>{_t(x['transform'])}</td></tr>"
         for x in report["layers"]
     )

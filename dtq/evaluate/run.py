@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,12 +17,13 @@ from dtq import demo
 from dtq.calibrate import sets
 from dtq.calibrate.engine import run_pipeline
 from dtq.demo.classifier import EmojiClassifier
+from dtq.documents import numbers, read_json
 from dtq.errors import InputError
 from dtq.evaluate import baselines as others
 from dtq.evaluate import drift, fid, pictures
 from dtq.nn.linear import QuantLinear
 from dtq.recipe import Calibration
-from dtq.source import Source, read_json
+from dtq.source import Source
 
 Say = Callable[[str], None]
 
@@ -243,12 +243,43 @@ def _conditions(how: Calibration, requests: sets.Requests, fid_samples: int) -> 
 
 
 def quantization_report(path: Path | None) -> dict[str, Any]:
-    """What ``dtq quantize`` wrote beside the checkpoint; empty when it is not there."""
+    """What ``dtq quantize`` wrote beside the checkpoint; empty when it is not there.
+
+    Raises:
+        InputError: the file is there and is not what dtq writes; names the key.
+    """
     file = path / "dtq_report.json" if path is not None else None
     if file is None or not file.is_file():
         return {}
-    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    data = read_json(file)
+    for key, kinds in _REPORT.items():
+        rows = data.get(key)
+        if not isinstance(rows, list):
+            raise InputError(f"{file}: {key!r} must be a list; delete the file to go without")
+        for i, row in enumerate(rows):
+            for name, fits in kinds.items():
+                if not isinstance(row, dict) or name not in row or not fits(row[name]):
+                    raise InputError(
+                        f"{file}: {key}[{i}]: {name!r} is missing or not what dtq writes; delete "
+                        f"the file to go without"
+                    )
     return data
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_REPORT: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "layers": {
+        **dict.fromkeys(("name", "role", "weights", "transform"), _text),
+        "promoted": lambda value: isinstance(value, bool),
+        "bits": lambda value: numbers([value]),
+        "error": lambda value: value is None or numbers([value]),
+    },
+    "sites": {"name": _text, "peaks": numbers, "peaks_after": numbers},
+}
+"""What the page reads of the report, and what each must be."""
 
 
 __all__ = ["Evaluation", "Row", "evaluate", "quantization_report"]

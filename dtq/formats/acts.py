@@ -91,8 +91,11 @@ def row_scale(x: Tensor, levels: int = 127) -> Tensor:
 
 
 def scale_of(peak: Tensor, levels: int = 127) -> Tensor:
-    """Scale of rows with these largest magnitudes."""
-    return torch.where(peak > 0, (peak / levels).clamp(min=FLOOR), torch.ones_like(peak))
+    """Scale of rows with these largest magnitudes.
+
+    NaN for a row with NaN in it: its codes are numbers, and only the scale can say so.
+    """
+    return torch.where(peak == 0, torch.ones_like(peak), (peak / levels).clamp(min=FLOOR))
 
 
 def row_codes(x: Tensor, scale: Tensor, levels: int = 127) -> Tensor:
@@ -125,6 +128,6 @@ def _on_grid(x: Tensor, acts: Acts, peak: Tensor | None) -> Tensor:
         beyond = peak is not None and fmt.group is None  # the scale belongs to the whole token
         return fmt.snap(x, fmt.fit(torch.cat([x, peak], 1) if beyond else x))  # type: ignore[list-item]
     peak = (x.abs().amax(-1, keepdim=True) if peak is None else peak).clamp(min=1e-30)
-    one = fmt.fit(torch.ones_like(x[:1]))
+    one = fmt.fit(x.new_ones(1, x.shape[1]))
     unit = x / peak
     return fmt.snap(unit, fmt.fit(unit, outer=one)) * peak

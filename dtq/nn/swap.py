@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
 from dtq.families import TIME_ARGUMENTS
+from dtq.nn import alarm
 from dtq.nn.linear import QuantLinear, StepClock, aligned, is_linear
 from dtq.plan import LoadPlan
 from dtq.policy import StepPolicy
@@ -96,6 +97,8 @@ def finish(model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None
         tensor.data = aligned(tensor.data)
     if edges or policy is not None:
         install_clock(model, edges, policy)
+    if alarm.wanted():
+        alarm.arm(model)
 
 
 def install_clock(

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON and YAML that others wrote: small, shallow, each key once, every number a number.
+
+A document may come with a model from anywhere. It is data and nothing else: no tags that build
+objects, no aliases (ten lines of them expand to gigabytes), no NaN, no key that a second one
+overrides unseen. What is refused is refused in one line with the file and the key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtq.errors import InputError
+
+LARGEST_JSON = 64 * 2**20
+"""Bytes. The config of a model with 10 000 quantized layers has 2 MB."""
+LARGEST_YAML = 2**18
+"""Bytes. The longest recipe shipped has 1 kB."""
+DEEPEST = 64
+"""Levels of lists and mappings. A model's config has five."""
+LARGEST_INT = 2**63
+"""Beyond it tensors cannot count."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: no such file, too large, or not a JSON object in the sense of this page.
+    """
+    data = parse_json(read_text(path, LARGEST_JSON), str(path))
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return data
+
+
+def read_text(path: Path, largest: int) -> str:
+    """A text file of at most so many bytes.
+
+    Raises:
+        InputError: no such file, not a plain file, too large, or not UTF-8.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+            raise InputError(f"{path}: not a file")
+        with path.open("rb") as file:
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    if len(data) > largest:
+        raise InputError(f"{path}: larger than {largest} bytes; nothing dtq reads is that long")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text ({error.reason} at byte {error.start})") from error
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        InputError: it cannot be written; says why.
+    """
+    side = path.with_name(f".{path.name}.partial")
+    try:
+        side.write_bytes(data.encode() if isinstance(data, str) else data)
+        side.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror or error})") from error
+    finally:
+        side.unlink(missing_ok=True)
+
+
+def write_folder(path: Path) -> None:
+    """Make a folder to write into, and those above it.
+
+    Raises:
+        InputError: it cannot be made; says why.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror or error})") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON data; ``where`` begins every message.
+
+    Raises:
+        InputError: not JSON, a key twice, NaN, a number beyond 64 bits, too deep.
+    """
+    try:
+        data = json.loads(
+            text, object_pairs_hook=_each_once, parse_constant=_no_constant, parse_float=_finite
+        )
+    except _Refused as error:
+        raise InputError(f"{where}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{where}: not JSON ({reason})") from error
+    _bounded(data, where)
+    return data
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML data without aliases, tags, repeated keys or depth; ``where`` begins every message.
+
+    Raises:
+        InputError: says which line.
+    """
+    if len(text) > LARGEST_YAML:
+        raise InputError(f"{where}: larger than {LARGEST_YAML} bytes; no recipe is that long")
+    try:
+        data = yaml.load(text, Loader=_Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # its constructors pass on what int(), float() and date() say of strange numbers
+        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    _bounded(data, where)
+    return data
+
+
+def numbers(value: object) -> bool:
+    """Whether a value is a list of finite numbers."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value
+    )
+
+
+class _Refused(ValueError):
+    """What this page refuses, and the standard parser would not."""
+
+
+def _each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Refused(f"the key {key!r} is there twice; keep one")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise _Refused(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _Refused(f"{text} is beyond the range of numbers")
+    return value
+
+
+def _bounded(data: Any, where: str) -> None:
+    """Depth and whole numbers, without recursion."""
+    level, depth = [("", data)], 0
+    while level:
+        below: list[tuple[str, Any]] = []
+        for at, value in level:
+            if isinstance(value, dict):
+                below += [(f"{at}.{key}"[-80:], item) for key, item in value.items()]
+            elif isinstance(value, list):
+                below += [(at, item) for item in value]
+            elif isinstance(value, int) and abs(value) >= LARGEST_INT:
+                raise InputError(f"{where}: {at.lstrip('.')}: a number beyond 64 bits")
+        level, depth = below, depth + 1
+        if depth > DEEPEST:
+            raise InputError(f"{where}: nested deeper than {DEEPEST} levels")
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML as a recipe needs it."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _at(event, f"the alias *{event.anchor}; write the value out")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _at(event, f"nested deeper than {DEEPEST} levels")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise _at(key, f"the key {key.value!r} is there twice; keep one")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _at(place: Any, what: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=place.start_mark)

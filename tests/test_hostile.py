@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files from anywhere: nothing runs, nothing is read outside the folder, nothing huge is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dtq
+from dtq import checkpoint, documents, source
+from dtq.calibrate import store
+from dtq.cli import main
+from dtq.documents import parse_json, parse_yaml, read_json
+from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
+from dtq.evaluate.run import quantization_report
+from dtq.recipe import Recipe
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FEW = {"calibration": {"samples": 4, "batch": 4, "steps": 4, "bins": 4}}
+
+
+@pytest.fixture(scope="module")
+def quick_folder(tmp_path_factory, float_folder) -> Path:
+    """A quantized pipeline, rounded to nearest: made in a moment."""
+    pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False, last_look=False, **FEW)
+    return checkpoint.write(pipe, tmp_path_factory.mktemp("quick") / "pipe")
+
+
+@pytest.fixture
+def copy(quick_folder, tmp_path) -> Path:
+    shutil.copytree(quick_folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def float_copy(float_folder, tmp_path) -> Path:
+    shutil.copytree(float_folder, tmp_path / "float")
+    return tmp_path / "float"
+
+
+def edit(file: Path, change) -> None:
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def refused(folder: Path, words: str) -> None:
+    """Every way in says no with dtq's own error, at once."""
+    started = time.monotonic()
+    with pytest.raises(DtqError, match=words):
+        source.open_sources(str(folder))
+    for command in (["inspect"], ["sample", "-o", str(folder.parent / "o")]):
+        result = CliRunner().invoke(main, [command[0], str(folder), *command[1:]])
+        assert result.exit_code == 1, result.output
+        assert result.stderr.startswith("error: "), result.stderr
+    assert not (folder.parent / "o").exists()
+    assert time.monotonic() - started < 60
+
+
+JSON = {
+    "twice": ('{"a": 1, "a": 2}', "'a' is there twice"),
+    "nan": ('{"a": NaN}', "NaN is not a number"),
+    "infinity": ('{"a": -Infinity}', "-Infinity is not a number"),
+    "beyond floats": ('{"a": 1e999}', "1e999 is beyond"),
+    "beyond integers": ('{"a": {"b": 99999999999999999999}}', "a.b: a number beyond 64 bits"),
+    "digits": ('{"a": ' + "9" * 9999 + "}", "not JSON"),
+    "deep": ("[" * 100_000, "nested too deep|not JSON"),
+    "rather deep": ("[" * 100 + "]" * 100, "nested deeper than 64"),
+    "text": ("hello", "not JSON"),
+    "surrogate": ('{"a": "\\ud800"', "not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", JSON)
+def test_json_is_small_shallow_and_plain(kind):
+    text, words = JSON[kind]
+    with pytest.raises(InputError, match=rf"^x\.json: .*({words})"):
+        parse_json(text, "x.json")
+
+
+def test_json_files_are_files(tmp_path, monkeypatch):
+    (tmp_path / "list").write_text("[1]")
+    (tmp_path / "bytes").write_bytes(b'{"a": "\xff"}')
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    monkeypatch.setattr(documents, "LARGEST_JSON", 100)
+    (tmp_path / "large").write_text('{"a": "' + "x" * 100 + '"}')
+    for name, words in {
+        "list": "expected a JSON object",
+        "bytes": "not text",
+        "folder": "not a file",
+        "pipe": "not a file",
+        "large": "larger than 100 bytes",
+        "nothing": "No such file",
+    }.items():
+        with pytest.raises(InputError, match=f"{name}: {words}"):
+            read_json(tmp_path / name)
+
+
+YAML = {
+    "bomb": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "alias \\*a.*line 2"),
+    "object": ("a: !!python/object/apply:os.system ['touch pwned']", "not YAML.*python/object"),
+    "name": ("a: !!python/name:os.system", "not YAML"),
+    "tag": ("a: !mine 3", "not YAML"),
+    "twice": ("acts: none\nacts: int8-row", "'acts' is there twice"),
+    "deep": ("a: " + "[" * 5000, "nested deeper than 64"),
+    "digits": ("a: " + "9" * 9999, "not YAML"),
+    "beyond integers": ("a: 99999999999999999999", "beyond 64 bits"),
+    "date": ("a: 2020-13-45", "not YAML"),
+    "key": ("? [1, 2]\n: 3", "not YAML"),
+    "control": ("a: \x07", "not YAML"),
+    "large": ("# " + "x" * 2**18, "larger than"),
+}
+
+
+@pytest.mark.parametrize("kind", YAML)
+def test_recipes_are_data(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, words = YAML[kind]
+    with pytest.raises(InputError, match=rf"(?s)^there: .*{words}"):
+        parse_yaml(text, "there")
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError):
+        Recipe.load("r.yaml")
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("calibration: {samples: 1000000000000}", "at most 1000000"),
+        ("calibration: {steps: 100000}", "at most 10000"),
+        ("transform: {search: {step: .nan}}", "search.step: expected a number"),
+        ("solver: {gptq: {damp: 1.0e+300}}", "gptq.damp: expected a number"),
+        ("guard: {factor: .inf}", "guard.factor: expected a number"),
+        (f"weights: {['x'] * 5000}", r"got \['x'.{90,120} \.\.\.$"),
+    ],
+)
+def test_recipes_ask_for_nothing_huge(text, words, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_settings_of_the_command_line_are_data_too(float_folder):
+    result = CliRunner().invoke(
+        main, ["plan", str(float_folder), "--set", "weights=!!python/name:os.system"]
+    )
+    assert result.exit_code == 1
+    assert "not YAML" in result.stderr
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_pickle_is_refused_and_never_opened(float_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    part = float_copy / "transformer"
+    (part / WEIGHTS).unlink()
+    (part / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    refused(float_copy, "the weights are pickle .*can run code; dtq reads safetensors")
+    result = CliRunner().invoke(main, ["plan", str(part)])
+    assert "the weights are pickle" in result.stderr
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_pickle_with_a_plan_is_refused_by_from_pretrained(copy):
+    part = copy / "transformer"
+    torch.save(load_file(part / WEIGHTS), part / "diffusion_pytorch_model.bin")
+    (part / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="pickle, which can run code"):
+        DiTTransformer2DModel.from_pretrained(part)
+
+
+def shards(folder: Path) -> Path:
+    """The transformer in several files; its index."""
+    model = DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    (folder / "transformer" / WEIGHTS).unlink()
+    model.save_pretrained(folder / "transformer", max_shard_size="300kB")
+    return folder / "transformer" / f"{WEIGHTS}.index.json"
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret.safetensors", "/etc/passwd", "a\x00.safetensors", "x.bin", 3, None]
+)
+def test_shards_are_plain_names(name, float_copy):
+    index = shards(float_copy)
+    edit(index, lambda data: data["weight_map"].update({"pos_embed.proj.bias": name}))
+    refused(float_copy, r"weight_map\['pos_embed.proj.bias'\] must be the name of a safetensors")
+
+
+def test_a_missing_shard_and_an_odd_index(float_copy):
+    index = shards(float_copy)
+    next(index.parent.glob("*-00002-*")).unlink()
+    refused(float_copy, "00002.*missing")
+    index.write_text("[]")
+    refused(float_copy, "expected a JSON object")
+
+
+def test_a_tensor_in_two_files_is_refused(copy):
+    part = copy / "transformer"
+    with safe_open(part / WEIGHTS, framework="pt") as file:
+        tensor = file.get_tensor("proj_out_1.bias")
+    save_file({"proj_out_1.bias": tensor}, part / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"proj_out_1.bias is also in"):
+        checkpoint.verify(copy)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "loop"])
+def test_links_do_not_lead_out_of_the_folder(what, copy, tmp_path):
+    part = copy / "transformer"
+    if what == "file":
+        (part / WEIGHTS).rename(tmp_path / "elsewhere.safetensors")
+        (part / WEIGHTS).symlink_to(tmp_path / "elsewhere.safetensors")
+    elif what == "folder":
+        part.rename(tmp_path / "elsewhere")
+        part.symlink_to(tmp_path / "elsewhere")
+    else:
+        (part / "more.json").symlink_to(part / "more.json")
+    refused(copy, "leads nowhere" if what == "loop" else "a link out of the folder")
+
+
+def test_links_inside_and_those_of_the_hub_cache_are_followed(quick_folder, tmp_path):
+    """The hub keeps files in blobs/ and links to them; a user may link to the whole folder."""
+    snapshot = tmp_path / "models--me--it" / "snapshots" / "abc"
+    shutil.copytree(quick_folder, snapshot)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    (snapshot / "transformer" / WEIGHTS).rename(blobs / "1")
+    (snapshot / "transformer" / WEIGHTS).symlink_to(Path("../../../blobs/1"))
+    (tmp_path / "short").symlink_to(snapshot)
+    for folder in (snapshot, tmp_path / "short"):
+        assert checkpoint.verify(folder)
+
+
+def test_overwriting_a_link_leaves_what_it_leads_to(copy, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "mine").write_text("x")
+    (tmp_path / "out").symlink_to(tmp_path / "precious")
+    pipe = DiffusionPipeline.from_pretrained(copy)
+    checkpoint.write(pipe, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "precious" / "mine").read_text() == "x"
+    assert checkpoint.verify(tmp_path / "out")
+    assert not (tmp_path / "out").is_symlink()
+
+
+INDEX = {
+    "code": (lambda i: i.update(transformer=["antigravity", "Thing"]), "'antigravity', whose code"),
+    "imported": (lambda i: i.update(transformer=["subprocess", "Popen"]), "would be imported"),
+    "traversal": (lambda i: i.update({"../../x": ["diffusers", "X"]}), "not the name of a comp"),
+    "custom pipeline": (lambda i: i.update(_class_name=["mine", "Mine"]), "come as code"),
+    "three": (lambda i: i.update(vae=["a", "b", "c"]), "must be .library, class."),
+    "no strings": (lambda i: i.update(vae=[["a"], {}]), "must be .library, class."),
+    "attribute": (lambda i: i.update(vae=["diffusers", "a.b"]), "not the name of a class"),
+    "unknown class": (lambda i: i.update(vae=["diffusers", "NoSuch"]), "diffusers cannot load"),
+    "unknown pipeline": (lambda i: i.update(_class_name="NoSuch"), "diffusers cannot load"),
+}
+
+
+@pytest.mark.parametrize("kind", INDEX)
+def test_the_index_names_classes_of_known_libraries(kind, copy):
+    change, words = INDEX[kind]
+    edit(copy / "model_index.json", change)
+    with pytest.raises(DtqError, match=words):
+        source.open_sources(str(copy))
+
+
+CONFIG = {
+    "layers": ("transformer", {"num_layers": 10**9}, "more than .* modules.*number of layers"),
+    "size": ("transformer", {"sample_size": 10**6}, "tables of|cannot be built"),
+    "heads": ("transformer", {"num_attention_heads": 2**40}, "cannot be built|shape|cannot load"),
+    "zero": ("transformer", {"num_attention_heads": 0}, "cannot be built|has shape"),
+    "words": ("transformer", {"num_layers": "many"}, "cannot be built"),
+    "steps": ("scheduler", {"num_train_timesteps": 10**12}, "must be 1 to 1000000"),
+    "vae": ("vae", {"layers_per_block": 10**9}, "more than .* modules"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIG)
+def test_configs_ask_for_no_more_than_the_files_hold(kind, copy):
+    part, change, words = CONFIG[kind]
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    edit(copy / part / name, lambda data: data.update(change))
+    with pytest.raises(DtqError, match=words):
+        source.open_sources(str(copy))
+
+
+@pytest.mark.parametrize("name", ["os", ["a"], "AutoencoderKL", "DiTPipeline", 3])
+def test_a_bare_model_names_a_transformer(name, copy):
+    edit(copy / "transformer" / "config.json", lambda data: data.update(_class_name=name))
+    with pytest.raises(DtqError, match=r"has no model|is not a diffusion transformer|cannot be"):
+        source.open_sources(str(copy / "transformer"))
+
+
+Q = "transformer_blocks.0.attn1.to_q"
+FIELDS = {
+    "rank": (lambda q: q["layers"][Q].update(rank=10**12), "proj_down is missing"),
+    "block": (lambda q: q["layers"][Q].update(block=2**40), "do not divide K = 128"),
+    "edges": (lambda q: q.update(timestep_edges=["x"]), "rising list"),
+    "bool edges": (lambda q: q.update(timestep_edges=[True]), "rising list"),
+    "version": (lambda q: q.update(format_version=True), "format_version"),
+    "dtype": (lambda q: q.update(compute_dtype="int8"), "not a float dtype"),
+    "odd dtype": (lambda q: q.update(compute_dtype="float8_e5m2"), "must be one of"),
+    "recipe": (lambda q: q.update(recipe={"a": 1}), "'recipe' must be a name"),
+    "newlines": (lambda q: q.update(base_model="x\n# Free money"), "'base_model' must be"),
+    "keep": (lambda q: q.update(modules_to_not_convert=[3]), "'modules_to_not_convert'"),
+    "runtime": (lambda q: q.update(runtime=[1]), "'runtime' must be"),
+    "policy": (
+        lambda q: q.update(
+            runtime={"diffusion_step_policy": {"edges": [], "modes": [["a16"]]}}
+        ),
+        "'modes' must be",
+    ),
+    "no entry": (lambda q: q["layers"].pop(Q), f"{Q}.weight .*(shape|no entry in 'layers')"),
+    "float layer": (
+        lambda q: q["layers"].update({"norm_out": q["layers"][Q]}),
+        "no layer 'norm_out'|not a linear",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_fields_of_the_plan_are_checked_before_anything_is_made(kind, copy):
+    change, words = FIELDS[kind]
+    edit(copy / "transformer" / "config.json", lambda data: change(data["quantization_config"]))
+    with pytest.raises(DtqError, match=words):
+        DiTTransformer2DModel.from_pretrained(copy / "transformer")
+
+
+def test_codes_are_not_taken_for_weights(float_folder, tmp_path):
+    """int8-row codes have the shape of the weight; without its entry the layer would be noise."""
+    pipe = dtq.quantize(
+        float_folder, "rtn-w4a8", weights="int8-row", progress=False, last_look=False, **FEW
+    )
+    checkpoint.write(pipe, tmp_path / "q")
+    config = tmp_path / "q" / "transformer" / "config.json"
+    edit(config, lambda data: data["quantization_config"]["layers"].pop(Q))
+    with pytest.raises(CheckpointError, match=f"{Q}.weight is I8 .*no entry in 'layers'"):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "q" / "transformer")
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory, float_folder) -> Path:
+    from dtq.quantize import calibrate_source, plan_source
+
+    recipe = Recipe.load("w4a8", **FEW)
+    opened = source.open_source(float_folder)
+    scan, _ = plan_source(opened, recipe)
+    needs = frozenset({"channels", "gram", "reservoir"})
+    found = calibrate_source(opened, scan, recipe, needs, progress=False)
+    path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
+    store.save(found, path)
+    return path
+
+
+def tampered(path: Path, out: Path, change) -> Path:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, out, metadata)
+    return out
+
+
+SITE = "transformer_blocks.0.attn1.to_q"
+STATISTICS = {
+    "no edges": (lambda t, m: m.pop("edges"), "edges: not JSON"),
+    "odd edges": (lambda t, m: m.update(edges='["a"]'), "'edges' must be"),
+    "nan edges": (lambda t, m: m.update(edges="[NaN]"), "NaN is not a number"),
+    "no about": (lambda t, m: m.pop("about"), "about: not JSON"),
+    "odd about": (lambda t, m: m.update(about='{"origin": []}'), "'about' must map"),
+    "unknown": (lambda t, m: t.update(x=torch.ones(1)), "'x' is not a statistic"),
+    "missing": (lambda t, m: t.pop(f"{SITE}|gram.count"), "statistics are missing"),
+    "no channels": (lambda t, m: t.pop(f"{SITE}|channels.low"), "statistics are missing"),
+    "shape": (
+        lambda t, m: t.update({f"{SITE}|gram.gram": torch.zeros(3, 128)}),
+        r"gram.gram is F32 \[3, 128\], expected F32 \[128, 128\]",
+    ),
+    "dtype": (
+        lambda t, m: t.update({f"{SITE}|reservoir.key": t[f"{SITE}|reservoir.key"].float()}),
+        "reservoir.key is F32",
+    ),
+    "scalar": (
+        lambda t, m: t.update({f"{SITE}|channels.low": torch.tensor(1.0)}),
+        "channels.* expected",
+    ),
+    "stratum": (lambda t, m: t[f"{SITE}|reservoir.stratum"].fill_(2**40), "outside of 0 to 7"),
+    "count": (lambda t, m: t[f"{SITE}|gram.count"].fill_(-1), "gram.count holds numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_statistics_are_checked_by_their_header_first(kind, statistics, tmp_path):
+    change, words = STATISTICS[kind]
+    bad = tampered(statistics, tmp_path / "s.safetensors", change)
+    with pytest.raises(DtqError, match=words):
+        dict(store.load(bad).sites)
+
+
+def test_good_statistics_load(statistics):
+    assert SITE in dict(store.load(statistics).sites)
+
+
+REPORT = {"name": "a", "role": "b", "weights": "c", "transform": "d", "promoted": False,
+          "bits": 4.0, "error": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({}, "'layers' must be a list"),
+        ({"layers": [3], "sites": []}, r"layers\[0\]: 'name' is missing"),
+        ({"layers": [{**REPORT, "role": ["x"]}], "sites": []}, "'role' is missing or not"),
+        ({"layers": [{**REPORT, "error": "x"}], "sites": []}, "'error' is missing or not"),
+        ({"layers": [REPORT], "sites": [{"name": "x", "peaks": ["y"]}]}, "'peaks' is missing"),
+    ],
+)
+def test_the_report_beside_a_checkpoint_is_checked(data, words, tmp_path):
+    (tmp_path / "dtq_report.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=words):
+        quantization_report(tmp_path)
+
+
+def test_the_page_of_a_report_runs_nothing():
+    from dtq.evaluate.report import _layer_table
+
+    evil = "<script>alert(1)</script>"
+    page = _layer_table({"layers": [{**REPORT, "role": evil, "weights": evil, "name": evil}]})
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), torch.tensor([[float("inf")]] * 128)])
+def test_ternary_scales_are_finite_and_codes_whole(alpha):
+    import tiny
+
+    codes = torch.zeros(128, 128, dtype=torch.int8)
+    with pytest.raises(InputError, match="alpha must be finite"):
+        dtq.load_ternary(tiny.dit(), {Q: (codes, alpha)})
+    with pytest.raises(InputError, match="must be -1, 0 or 1"):
+        dtq.load_ternary(tiny.dit(), {Q: (codes + 0.5, 1.0)})
