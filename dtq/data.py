@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(name: str) -> Path:
-    """The folder ``recipes`` or ``calibration``, from a wheel, an editable install or a checkout.
+    """The folder ``recipes``, ``calibration`` or ``gate``, from wherever dtq is installed.
 
     Raises:
         FileNotFoundError: neither place has it (a broken installation).
