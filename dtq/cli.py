@@ -439,6 +439,12 @@ def sample(
     show_default=True,
     help="What to ask for, as in calibration.",
 )
+@click.option(
+    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Generated together."
+)
+@click.option(
+    "--pictures", "keep_pictures", is_flag=True, help="Keep every picture, for the gate's sheet."
+)
 @click.option("--fid", default=0, show_default=True, help="Pictures for domain FID (emoji models).")
 @click.option(
     "--baseline",
@@ -459,6 +465,8 @@ def evaluate_(
     seed: int,
     requests: str,
     fid: int,
+    batch: int,
+    keep_pictures: bool,
     baseline: tuple[str, ...],
     dtype: str,
     as_json: bool,
@@ -468,25 +476,25 @@ def evaluate_(
     \b
     dtq eval demo-w4a8 --reference demo -o report
     """
-    from dtq.evaluate import report, run
+    from dtq.evaluate import report, run, runfile
 
     say: Callable[[str], None] = (
         (lambda line: None) if as_json else (lambda line: click.echo(f"  {line}"))
     )
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
     how = Calibration(
-        set=requests, samples=samples, steps=steps, guidance=guidance, batch=8, seed=seed
+        set=requests, samples=samples, steps=steps, guidance=guidance, batch=batch, seed=seed
     )
     result = run.evaluate(opened, float_model, how, baselines=baseline, fid_samples=fid, say=say)
     result.quantization = run.quantization_report(opened.path)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").write_text(
-            json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8"
-        )
+        (output / "eval.json").write_text(runfile.text(result.to_json()), encoding="utf-8")
         (output / "report.html").write_text(report.render(result), encoding="utf-8")
+        if keep_pictures:
+            run.write_pictures(result, output)
     if as_json:
-        click.echo(json.dumps(result.to_json()))
+        click.echo(json.dumps(runfile.finite(result.to_json())))
         return
     table(
         ("model", "per-step error", "worst step", "bits", "PSNR", "SSIM", "FID to float"),

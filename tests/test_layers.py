@@ -7,7 +7,7 @@ import ast
 from pathlib import Path
 
 ROWS = [
-    {"errors", "data", "paging"},
+    {"errors", "data", "paging", "version"},
     {"formats"},
     {"calibrate.stats", "calibrate.calls", "policy"},
     {"transforms", "solvers"},

@@ -207,12 +207,17 @@ def run_pipeline(
         for start in range(0, len(requests.entries), calibration.batch):
             entries = list(requests.entries[start : start + calibration.batch])
             generators = [
-                torch.Generator().manual_seed(calibration.seed * 1_000_003 + start + i)
+                torch.Generator().manual_seed(seed_of(calibration.seed, start + i))
                 for i in range(len(entries))
             ]
             yield pipeline(**{requests.argument: entries}, generator=generators, **options)
     finally:
         pipeline.set_progress_bar_config(**shown)
+
+
+def seed_of(seed: int, place: int) -> int:
+    """Seed of the latents of the request at a place."""
+    return seed * 1_000_003 + place
 
 
 def made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:

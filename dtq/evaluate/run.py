@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from dtq import demo
 from dtq.calibrate import sets
-from dtq.calibrate.engine import run_pipeline
+from dtq.calibrate.engine import run_pipeline, seed_of
 from dtq.demo.classifier import EmojiClassifier
 from dtq.errors import InputError
 from dtq.evaluate import baselines as others
 from dtq.evaluate import drift, fid, pictures
+from dtq.evaluate.identity import fingerprint, hardware, recipe_of
+from dtq.evaluate.metrics import EQUAL_DB
+from dtq.evaluate.runfile import Run, Sample
 from dtq.nn.linear import QuantLinear
 from dtq.recipe import Calibration
 from dtq.source import Source, read_json
+from dtq.version import __version__
 
 Say = Callable[[str], None]
 
@@ -58,7 +62,7 @@ class Row:
 
 @dataclass
 class Evaluation:
-    """The whole result; ``pictures`` are the rows of the contact sheet."""
+    """The whole result; ``pictures`` are the rows of the contact sheet, ``run`` is for the gate."""
 
     candidate: str
     reference: str
@@ -67,10 +71,12 @@ class Evaluation:
     pictures: dict[str, Tensor] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     fid_real_float: float | None = None
+    run: Run | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, pictures left out."""
         return {
+            **(self.run.to_json() if self.run else {}),
             "candidate": self.candidate,
             "reference": self.reference,
             "conditions": self.conditions,
@@ -111,9 +117,12 @@ def evaluate(
         )
     for name in baselines:
         others.find(name)
-    requests = sets.load(how.set, reference.pipeline, how.samples)
+    # nested: more samples later are these and others
+    requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
     say("float pipeline")
     truth = drift.record(reference.pipeline, reference.model, requests, how)
+    say("float pipeline again, other batches, for the noise floor")
+    again = drift.record(reference.pipeline, reference.model, requests, other_batches(how))
     extractor = extractor_for(reference.pipeline) if fid_samples else None
     # FID asks for every label evenly, whatever the contact sheet shows
     more = Calibration(
@@ -124,13 +133,27 @@ def evaluate(
         say(f"float pipeline, {fid_samples} pictures for FID")
         float_features = _features(reference.pipeline, more, extractor)
     say("candidate, teacher-forced and free-running")
-    row = row_of(candidate.name, drift.teacher_forced(truth, candidate.model))
+    outputs = drift.replayed(truth, candidate.model)
+    row = row_of(candidate.name, drift.step_errors(truth, outputs))
     row.bits = stored_bits(candidate.model)
     ran = drift.record(candidate.pipeline, candidate.model, requests, how)
     compare_pictures(row, truth, ran)
     row.divergence = drift.free_running(truth, ran)
-    result = Evaluation(
-        candidate.name, reference.name, _conditions(how, requests, fid_samples), [row]
+    conditions = _conditions(how, requests, fid_samples) | _job(how, reference, candidate, truth)
+    result = Evaluation(candidate.name, reference.name, conditions, [row])
+    result.run = Run(
+        candidate.name,
+        reference.name,
+        conditions,
+        {
+            "checkpoint": fingerprint(candidate.model),
+            "reference": fingerprint(reference.model),
+            "recipe": recipe_of(candidate.model),
+        },
+        _samples(how, requests, reference.pipeline),
+        _values(truth, truth, outputs, ran),
+        _values(truth, again, outputs, ran),
+        _failures(truth, ran),
     )
     result.pictures = {"float": torch.cat(truth.pictures), candidate.name: torch.cat(ran.pictures)}
     if extractor is not None and float_features is not None:
@@ -150,6 +173,12 @@ def evaluate(
         say(f"baseline {name}")
         result.rows.append(_baseline_row(name, reference.model, names, truth))
     return result
+
+
+def other_batches(how: Calibration) -> Calibration:
+    """The same job with other batches: what then differs is the noise of the float model."""
+    batch = min(how.batch, how.samples)
+    return replace(how, batch=batch // 2 if batch > 1 else 2)
 
 
 def row_of(name: str, steps: list[float]) -> Row:
@@ -233,6 +262,91 @@ def _conditions(how: Calibration, requests: sets.Requests, fid_samples: int) -> 
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
     }
+
+
+def _job(
+    how: Calibration, reference: Source, candidate: Source, truth: drift.Trajectory
+) -> dict[str, Any]:
+    """What a comparison with another run has to know."""
+    scheduler = getattr(reference.pipeline, "scheduler", None)
+    return {
+        "steps": truth.steps(),
+        "sampler": type(scheduler).__name__,
+        "arguments": how.arguments,
+        "batch": how.batch,
+        "dtype": str(reference.dtype).removeprefix("torch."),
+        "dtq": __version__,
+        "hardware": hardware(candidate.model),
+    }
+
+
+def _samples(how: Calibration, requests: sets.Requests, pipeline: Any) -> list[Sample]:
+    names = {number: name for name, number in (getattr(pipeline, "labels", None) or {}).items()}
+    return [
+        Sample(f"{i:04d}", str(names.get(entry, entry)), seed_of(how.seed, i))
+        for i, entry in enumerate(requests.entries)
+    ]
+
+
+def _values(
+    truth: drift.Trajectory,
+    want: drift.Trajectory,
+    outputs: Sequence[Tensor],
+    ran: drift.Trajectory,
+) -> dict[str, dict[str, Any]]:
+    """Every metric of every sample against a run of the float model.
+
+    Args:
+        truth: whose inputs ``outputs`` are replies to.
+        want: the run to compare with.
+        outputs: of the candidate, teacher-forced.
+        ran: the candidate's own run.
+    """
+    floats = want.by_sample([call.output for call in want.calls])
+    error = drift.sample_errors(truth.by_sample(outputs), floats)
+    apart = drift.sample_errors(
+        ran.by_sample([call.latents for call in ran.calls]),
+        want.by_sample([call.latents for call in want.calls]),
+    )
+    shown, right = torch.cat(ran.pictures), torch.cat(want.pictures)
+    likeness = pictures.psnr(shown, right).clamp(max=EQUAL_DB)
+    frames = len(right) if right.ndim == 4 else right.shape[0] * right.shape[1]
+    flat = (x.reshape(frames, *x.shape[-3:]) for x in (shown, right))
+    same = pictures.ssim(*flat).reshape(len(right), -1).mean(1)
+    # both runs enter the first step with the same noise
+    columns: dict[str, Sequence[Any]] = {
+        "error": error,
+        "divergence": [steps[1:] or steps for steps in apart],
+        "psnr": likeness.tolist(),
+        "ssim": same.tolist(),
+    }
+    return {
+        metric: {f"{i:04d}": value for i, value in enumerate(column)}
+        for metric, column in columns.items()
+    }
+
+
+def _failures(truth: drift.Trajectory, ran: drift.Trajectory) -> dict[str, str]:
+    """Samples that are no picture, by id."""
+    found = {}
+    for i, (right, shown) in enumerate(
+        zip(torch.cat(truth.pictures), torch.cat(ran.pictures), strict=True)
+    ):
+        for who, picture in (("the float model", right), ("the candidate", shown)):
+            if not torch.isfinite(picture).all():
+                found[f"{i:04d}"] = f"{who} made numbers that are not finite"
+            elif picture.max() - picture.min() < 1 / 255 and len(picture.unique()) == 1:
+                found[f"{i:04d}"] = f"{who} made an empty picture"
+    return found
+
+
+def write_pictures(result: Evaluation, folder: Path) -> None:
+    """``pictures/<float | candidate>/<sample>.png``, for videos the middle frame."""
+    for side, every in zip(("float", "candidate"), result.pictures.values(), strict=True):
+        (folder / "pictures" / side).mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(every):
+            still = picture if picture.ndim == 3 else picture[len(picture) // 2]
+            pictures.as_image(still).save(folder / "pictures" / side / f"{i:04d}.png")
 
 
 def quantization_report(path: Path | None) -> dict[str, Any]:
