@@ -27,6 +27,7 @@ from dtq import checkpoint, source
 from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
+from dtq.cli_gate import gate
 from dtq.errors import DtqError, InputError
 from dtq.estimate import estimate
 from dtq.kernels import KERNELS
@@ -84,6 +85,7 @@ def main(verbose: bool) -> None:
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8     quantize the bundled model
     dtq eval demo-w4a8 --reference demo -o report    compare it with the float one
+    dtq gate report --baseline base.json             fail when it got worse since
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("dtq").setLevel(logging.INFO if verbose else logging.WARNING)
@@ -514,6 +516,9 @@ def evaluate_(
     click.echo(report.verdict(result)[1])
     if output is not None:
         click.echo(f"report: {output / 'report.html'}")
+
+
+main.add_command(gate)
 
 
 @main.group()

@@ -24,6 +24,7 @@ ROWS = [
     {"quantize", "estimate", "terdit"},
     {"evaluate", "printing"},
     {""},  # the package itself: what `import dtq` gives
+    {"cli_gate"},
     {"cli"},
 ]
 # calibrate.stats is read by transforms, calls by refine; formats.integer by the ops; demo/train is a script

@@ -117,12 +117,8 @@ def evaluate(
         )
     for name in baselines:
         others.find(name)
-    # nested: more samples later are these and others
-    requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
-    say("float pipeline")
-    truth = drift.record(reference.pipeline, reference.model, requests, how)
-    say("float pipeline again, other batches, for the noise floor")
-    again = drift.record(reference.pipeline, reference.model, requests, other_batches(how))
+    job = observe(reference, how, say)
+    truth, requests = job.truth, job.requests
     extractor = extractor_for(reference.pipeline) if fid_samples else None
     # FID asks for every label evenly, whatever the contact sheet shows
     more = Calibration(
@@ -133,28 +129,14 @@ def evaluate(
         say(f"float pipeline, {fid_samples} pictures for FID")
         float_features = _features(reference.pipeline, more, extractor)
     say("candidate, teacher-forced and free-running")
-    outputs = drift.replayed(truth, candidate.model)
-    row = row_of(candidate.name, drift.step_errors(truth, outputs))
+    seen = compare(job, candidate)
+    row = row_of(candidate.name, drift.step_errors(truth, seen.outputs))
     row.bits = stored_bits(candidate.model)
-    ran = drift.record(candidate.pipeline, candidate.model, requests, how)
+    ran = seen.ran
     compare_pictures(row, truth, ran)
     row.divergence = drift.free_running(truth, ran)
-    conditions = _conditions(how, requests, fid_samples) | _job(how, reference, candidate, truth)
-    result = Evaluation(candidate.name, reference.name, conditions, [row])
-    result.run = Run(
-        candidate.name,
-        reference.name,
-        conditions,
-        {
-            "checkpoint": fingerprint(candidate.model),
-            "reference": fingerprint(reference.model),
-            "recipe": recipe_of(candidate.model),
-        },
-        _samples(how, requests, reference.pipeline),
-        _values(truth, truth, outputs, ran),
-        _values(truth, again, outputs, ran),
-        _failures(truth, ran),
-    )
+    conditions = _conditions(how, requests, fid_samples) | seen.run.conditions
+    result = Evaluation(candidate.name, reference.name, conditions, [row], run=seen.run)
     result.pictures = {"float": torch.cat(truth.pictures), candidate.name: torch.cat(ran.pictures)}
     if extractor is not None and float_features is not None:
         say(f"candidate, {fid_samples} pictures for FID")
@@ -179,6 +161,70 @@ def other_batches(how: Calibration) -> Calibration:
     """The same job with other batches: what then differs is the noise of the float model."""
     batch = min(how.batch, how.samples)
     return replace(how, batch=batch // 2 if batch > 1 else 2)
+
+
+@dataclass
+class Job:
+    """What the float model did, once for any number of candidates.
+
+    Attributes:
+        truth: what candidates are compared with.
+        again: the same in other batches, for the noise floor.
+    """
+
+    reference: Source
+    how: Calibration
+    requests: sets.Requests
+    truth: drift.Trajectory
+    again: drift.Trajectory
+
+
+@dataclass
+class Seen:
+    """What one candidate did: teacher-forced ``outputs``, its own run, the values of the gate."""
+
+    outputs: list[Tensor]
+    ran: drift.Trajectory
+    run: Run
+
+
+def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -> Job:
+    """Run the float pipeline twice."""
+    # nested: more samples later are these and others
+    requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
+    say("float pipeline")
+    truth = drift.record(reference.pipeline, reference.model, requests, how)
+    say("float pipeline again, other batches, for the noise floor")
+    again = drift.record(reference.pipeline, reference.model, requests, other_batches(how))
+    return Job(reference, how, requests, truth, again)
+
+
+def compare(job: Job, candidate: Source, how: Calibration | None = None) -> Seen:
+    """Run a candidate on the float model's inputs and on its own, from the same seeds.
+
+    Args:
+        job: what the float model did.
+        candidate: the quantized pipeline.
+        how: the candidate's own batch size; by default the job's.
+    """
+    how = how or job.how
+    outputs = drift.replayed(job.truth, candidate.model)
+    ran = drift.record(candidate.pipeline, candidate.model, job.requests, how)
+    run = Run(
+        candidate.name,
+        job.reference.name,
+        _conditions(how, job.requests, 0) | _job(how, job.reference, candidate, job.truth),
+        {
+            "checkpoint": fingerprint(candidate.model),
+            "reference": fingerprint(job.reference.model),
+            "recipe": recipe_of(candidate.model),
+        },
+        _samples(how, job.requests, job.reference.pipeline),
+        _values(job.truth, job.truth, outputs, ran),
+        _values(job.truth, job.again, outputs, ran),
+        _failures(job.truth, ran),
+    )
+    return Seen(outputs, ran, run)
 
 
 def row_of(name: str, steps: list[float]) -> Row:
