@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
+import subprocess
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import tiny
+import yaml
 from click.testing import CliRunner
 
 import dtq as library
@@ -20,6 +25,7 @@ from dtq.recipe import Calibration
 from dtq.source import open_source
 
 HOW = Calibration(samples=16, steps=4, batch=8, seed=3)
+gate_group = main.commands["gate"].commands
 POLICY = Policy(
     name="tiny",
     about="for tests",
@@ -263,6 +269,51 @@ def test_the_sheet_is_sorted_by_harm(place, base):
     assert page.count("<figure>") == 16
     assert "http" not in page
     assert page.index(f"x2 · {worst.prompt}") == page.index("figcaption>x") + len("figcaption>")
+
+
+# --- the GitHub action
+
+
+ACTION = yaml.safe_load((Path(__file__).parent.parent / "action.yml").read_text())
+
+
+def step(words):
+    return next(s["run"] for s in ACTION["runs"]["steps"] if words in s.get("run", ""))
+
+
+def test_the_action_names_options_that_exist():
+    for words, command in (("dtq eval", main.commands["eval"]), ("dtq gate", gate_group["check"])):
+        known = {option for p in command.params for option in p.opts}
+        script = step(words)
+        used = set(re.findall(r"(?<= )--[a-z-]+|(?<= )-o", script[script.index(words) :]))
+        assert used
+        assert used <= known
+    used = set(re.findall(r"inputs\.(\w+)", json.dumps(ACTION)))
+    assert used == set(ACTION["inputs"])
+
+
+@pytest.mark.parametrize(
+    ("code", "rule", "verdict", "ends"),
+    [
+        (0, "fail", "pass", 0),
+        (1, "pass", "regression", 1),
+        (2, "fail", "inconclusive", 2),
+        (2, "pass", "inconclusive", 0),
+        (3, "pass", "invalid", 3),
+        (130, "pass", "invalid", 130),
+    ],
+)
+def test_the_action_passes_the_verdict_on(tmp_path, code, rule, verdict, ends):
+    (tmp_path / "dtq").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "dtq").chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNNER_TEMP": str(tmp_path),
+        "GITHUB_WORKSPACE": str(tmp_path), "GITHUB_OUTPUT": str(tmp_path / "output"),
+        "BASELINE": "b.json", "POLICY": "default", "INCONCLUSIVE": rule,
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-eo", "pipefail", "-c", step("dtq gate")], env=env, check=False)
+    assert done.returncode == ends
+    assert (tmp_path / "output").read_text() == f"verdict={verdict}\n"
 
 
 # --- baselines
