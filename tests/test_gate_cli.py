@@ -353,6 +353,8 @@ def test_what_cannot_be_accepted(place, monkeypatch):
     assert "no baseline file" in dtq("gate", "accept", "run", *into, code=3).stderr
     into[1] = "nowhere/base.json"
     assert "no such folder" in dtq("gate", "accept", "run", *into, code=3).stderr
+    wide = [*arguments[:-1], "default", "--reason", "x"]
+    assert "16 prompts; the policy's first look is at 32" in dtq("gate", *wide, code=3).stderr
     changed(place, lambda data: data["values"].pop("error"))
     told = dtq("gate", *arguments, "--reason", "x", code=3).stderr
     assert "cannot be a baseline" in told

@@ -36,7 +36,10 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
     """
     if not reason.strip():
         raise InputError("a baseline needs a reason: --reason 'GPTQ damping is 0.02 now'")
-    if wrong := flaws(run, [*policy.primary, *policy.secondary]):
+    wrong = flaws(run, [*policy.primary, *policy.secondary])
+    if (prompts := len({sample.prompt for sample in run.samples})) < policy.looks[0]:
+        wrong.append(f"{prompts} prompts; the policy's first look is at {policy.looks[0]}")
+    if wrong:
         lines = "\n".join(f"  - {problem}" for problem in wrong)
         raise InputError(f"this run cannot be a baseline:\n{lines}")
     old = _old(file)
