@@ -26,7 +26,6 @@ from torch import nn
 
 import dtq
 from dtq.evaluate import run
-from dtq.evaluate.drift import Trajectory
 from dtq.evaluate.gate import Outcome, judge
 from dtq.evaluate.interval import paired
 from dtq.evaluate.limits import Limit, Policy
@@ -117,31 +116,35 @@ def reruns(options: argparse.Namespace) -> None:
     expect(moved > 0.9 * options.count, "the re-runs are not mere copies")
 
 
+def draws(options: argparse.Namespace) -> None:
+    """The bundled model twice, in batches of 8 and one by one: seeded draws of its prompts."""
+    policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
+    how = Calibration(samples=64, steps=options.steps, batch=8, seed=1000)
+    base, other = (
+        run.compare(run.observe(reference, each), candidate).run
+        for each in (how, replace(how, batch=1))
+    )
+    moved = sum(other.values["error"][x] != base.values["error"][x] for x in base.values["error"])
+    said = [judge(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
+    found = Counter(verdict.outcome.word for verdict in said)
+    whole = [verdict.rows[0] for verdict in said]
+    print(
+        f"demo, w4a8, {options.steps} steps, batches of 8 and 1, {moved} of 64 samples with other "
+        f"errors, {options.count} draws of 32 prompts: {dict(found)}; mean error x "
+        f"{np.exp(min(r.mean for r in whole)):.4f} to {np.exp(max(r.mean for r in whole)):.4f}, "
+        f"noise x {np.exp(max(r.noise for r in whole)):.5f}"
+    )
+    expect(found["pass"] >= 0.99 * options.count, f"{found['pass']} of {options.count} pass")
+    expect(moved > 32, "the re-run is not a mere copy")
+
+
 def planted(options: argparse.Namespace) -> None:
     """Defects of the bundled model, each against the unchanged one, under the default policy."""
-    policy = Policy.load("default")
-    reference = open_source("demo")
-    how = Calibration(samples=64, steps=options.steps, batch=8, seed=1000)
+    policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
     started = time.process_time()
-    wide = run.observe(reference, how)
-    candidate = open_source(options.w4a8 or dtq.quantize("demo", "w4a8", progress=False))
-    base, other = (
-        run.compare(wide, candidate).run,
-        run.compare(_redo(wide, 5), candidate, replace(how, batch=5)).run,
-    )
-    found = Counter(
-        judge(_drawn(other, seed), _drawn(base, seed), policy).outcome.word
-        for seed in range(options.count)
-    )
-    print(
-        f"demo, w4a8, {options.steps} steps, batches of 8 and 5, {options.count} draws of 32 of 64 prompts: {dict(found)}"
-    )
-    expect(
-        found["pass"] >= 0.99 * options.count,
-        f"{found['pass']} of {options.count} re-runs of demo pass",
-    )
-    job = _first(wide, 32)
-    base = _head(base, 32)
+    how = Calibration(samples=32, steps=options.steps, batch=8, seed=1000)
+    job = run.observe(reference, how)
+    base = run.compare(job, candidate).run
     print(
         "\n| planted | verdict | error | quarters | PSNR lost, dB |\n| --- | --- | --- | --- | --- |"
     )
@@ -251,22 +254,8 @@ def _swap(layer: QuantLinear) -> None:
             data[[0, 1]] = data[[1, 0]].clone()
 
 
-def _redo(job: run.Job, batch: int) -> run.Job:
-    return run.observe(job.reference, replace(job.how, batch=batch))
-
-
-def _first(job: run.Job, count: int) -> run.Job:
-    """The first samples of a job, whole batches."""
-
-    def cut(whole: Trajectory) -> Trajectory:
-        size = len(whole.pictures[0])
-        batches = count // size
-        return Trajectory(whole.calls[: batches * whole.steps()], whole.pictures[:batches])
-
-    requests = replace(job.requests, entries=job.requests.entries[:count])
-    return run.Job(
-        job.reference, replace(job.how, samples=count), requests, cut(job.truth), cut(job.again)
-    )
+def _w4a8(options: argparse.Namespace) -> Source:
+    return open_source(options.w4a8 or dtq.quantize("demo", "w4a8", progress=False))
 
 
 def _head(whole: Run, count: int) -> Run:
@@ -301,7 +290,13 @@ def _made_up(errors: np.ndarray) -> Run:
     )
 
 
-PARTS = {"coverage": coverage, "margin": margin, "reruns": reruns, "planted": planted}
+PARTS = {
+    "coverage": coverage,
+    "margin": margin,
+    "reruns": reruns,
+    "draws": draws,
+    "planted": planted,
+}
 
 
 def main() -> None:
