@@ -51,6 +51,7 @@ check: setup
 # of their own because diffusers imports torchao wherever it is installed, slowly
 results: .venv-results/.ready
 	.venv-results/bin/python docs/results.py
+	.venv-results/bin/python docs/results_page.py --date $$(date -u +%F)
 
 .venv-results/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-results
@@ -58,8 +59,12 @@ results: .venv-results/.ready
 	.venv-results/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval,baselines]'
 	touch .venv-results/.ready
 
-bench kernels:
-	@echo "make $@: this version has no compiled kernels; the torch reference ops run everywhere" >&2; exit 1
+# the CPU kernels, compiled ahead of time; without this the first quantized layer on a CPU does it
+kernels: setup
+	$(BIN)/python -c 'from dtq.kernels import build; print(build.ahead())'
+
+bench: setup
+	$(BIN)/dtq bench
 
 clean:
-	rm -rf .venv .venv-results .demo build dist *.egg-info
+	rm -rf .venv .venv-results .demo build dist dtq/_lib *.egg-info

@@ -6,6 +6,8 @@ Importing it teaches diffusers to load dtq checkpoints.
 
 from __future__ import annotations
 
+from diffusers.utils import is_peft_available
+
 from dtq import diffusers as _diffusers
 from dtq.config import DTQConfig
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
@@ -19,6 +21,10 @@ from dtq.terdit import load_ternary
 from dtq.version import __version__
 
 _diffusers.register(_on_the_fly)
+if is_peft_available():
+    from dtq import lora as _lora
+
+    _lora.register()
 
 __all__ = [
     "FORMATS",

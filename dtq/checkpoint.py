@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dtq.card import card
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
 from dtq.plan import SAFETENSORS_DTYPES, LoadPlan, file_bytes
@@ -215,8 +216,11 @@ def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str
     return out
 
 
-def save_into(saveable: Any, folder: Path, shard: str = "10GB") -> None:
-    """``save_pretrained`` as a standard folder, without the path the model was read from."""
+def save_into(
+    saveable: Any, folder: Path, shard: str = "10GB", report: dict[str, Any] | None = None
+) -> None:
+    """``save_pretrained`` as a standard folder with a model card, without the path the model was
+    read from; ``report`` is what the card says was measured."""
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
         _forget_path(config)
@@ -224,6 +228,7 @@ def save_into(saveable: Any, folder: Path, shard: str = "10GB") -> None:
         _remember_labels(saveable.labels, folder / "model_index.json")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)  # the safetensors writer leaves its files private
+    (folder / "README.md").write_text(card(saveable, report), encoding="utf-8")
 
 
 @contextmanager

@@ -30,14 +30,16 @@ from dtq.calibrate.engine import run_pipeline
 from dtq.cli_gate import gate
 from dtq.errors import DtqError, InputError
 from dtq.estimate import estimate
-from dtq.kernels import KERNELS
+from dtq.kernels import KERNELS, on_cpu
 from dtq.plan import Plan
 from dtq.printing import (
     inspected,
     or_dash,
     plan_json,
+    print_bench,
     print_inspected,
     print_plan,
+    print_race,
     print_result,
     size,
     table,
@@ -230,7 +232,7 @@ def quantize(
         if len(data) == 1:
             (data,) = data.values()
         with checkpoint.whole_folder(output, overwrite=overwrite) as side:
-            checkpoint.save_into(saveable, side, shard_size)
+            checkpoint.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
             text = json.dumps(data, indent=1) + "\n"
             (side / "dtq_report.json").write_text(text, encoding="utf-8")
         shutil.rmtree(work, ignore_errors=True)  # what an interrupted run would go on from
@@ -570,6 +572,37 @@ def recipe_cp(name: str, target: Path) -> None:
     click.echo(f"{target}: edit it, then dtq recipe check {target}")
 
 
+@main.command("bench")
+@click.option("--suite", type=click.Choice(["gemm", "e2e"]), default="gemm", show_default=True)
+@click.option(
+    "--quick", is_flag=True, help="Fewer sizes; blocks of the large model, not all of it."
+)
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(2))
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="FILE for every figure.")
+def bench_(suite: str, quick: bool, rounds: int, threads: int, json_file: Path | None) -> None:
+    """Time quantized layers beside float ones on this machine.
+
+    gemm: single linears. e2e: one denoising step of a model with random weights, and of the demo.
+
+    \b
+    dtq bench --quick
+    """
+    from dtq import bench
+    from dtq.kernels import load
+
+    load()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        result = bench.SUITES[suite](quick=quick, rounds=rounds, say=print_race)
+    finally:
+        torch.set_num_threads(before)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    print_bench(result)
+
+
 @main.command()
 def doctor() -> None:
     """Say what this machine has, what runs on it, and what is missing."""
@@ -609,14 +642,10 @@ def doctor() -> None:
     rows.append(
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     )
-    rows.append(
-        (
-            "kernels",
-            ", ".join(k.name for k in KERNELS)
-            + " (torch reference ops; no compiled extension in this version)",
-        )
-    )
-    rows.append(("compiler", shutil.which("g++") or "none; not needed by this version"))
+    rows.append(("kernels", ", ".join(k.name for k in KERNELS)))
+    for kernel in KERNELS:
+        rows.append((f"  {kernel.name}", on_cpu(kernel)))
+    rows.append(("compiler", shutil.which("g++") or "no g++; needed once, for compiled kernels"))
     rows.append(("nvcc", shutil.which("nvcc") or "none; not needed by this version"))
     rows.append(
         (

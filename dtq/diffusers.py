@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.utils import get_module_from_name
+from diffusers.utils import get_module_from_name, is_transformers_available
 from torch import Tensor, nn
 
 from dtq import checkpoint
+from dtq.card import hub_id
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear, aligned, check_part, from_disk, shape_of, to_disk
@@ -51,8 +52,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 "a dtq model cannot be dispatched to disk by device_map: diffusers casts floating "
                 "tensors first. Use enable_group_offload(offload_to_disk_path=...)"
             )
-        if self.pre_quantized and self.quantization_config.format_version is None:
-            raise CheckpointError("config.json: quantization_config has no 'format_version'")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """The recorded compute dtype unless the user asks for another."""
@@ -61,12 +60,19 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
         if self.pre_quantized:
+            if self.quantization_config.format_version is None:
+                raise CheckpointError("config.json: quantization_config has no 'format_version'")
             self._reader = checkpoint.Reader(files)
         return [key for key in loaded_keys if key != checkpoint.CHECKSUMS]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if self._reader is not None:
             self._reader.check(state_dict)
+        elif checkpoint.CHECKSUMS in state_dict:
+            raise InputError(
+                "from_single_file takes float models and quantizes them; this file is quantized "
+                "by dtq: load its folder, with config.json, with from_pretrained"
+            )
         return {key: aligned(t) for key, t in state_dict.items() if key != checkpoint.CHECKSUMS}
 
     def check_if_quantized_param(
@@ -104,9 +110,12 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model: nn.Module,
         device_map: Any = None,
         keep_in_fp32_modules: Any = (),
+        state_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         config = self.quantization_config
+        if state_dict is not None:  # only from_single_file passes it, and never says pre_quantized
+            self.pre_quantized = False
         self._keep = list(keep_in_fp32_modules or ())
         if self.pre_quantized:
             plan = config.load_plan()
@@ -125,6 +134,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                     module.compute_dtype = module.bias.dtype
             plan = self.quantization_config.load_plan()
             finish(model, plan.edges, plan.policy)
+            share_rows(model, self.quantization_config)
         else:
             assert DTQQuantizer.on_the_fly is not None
             self.report = DTQQuantizer.on_the_fly(model, self.quantization_config, self._keep)
@@ -135,6 +145,12 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not safe_serialization:
             raise InputError("dtq checkpoints are safetensors only: safe_serialization=True")
+        wrapped = sorted(k.split(".base_layer.")[0] for k in state_dict if ".base_layer." in k)
+        if wrapped:
+            raise InputError(
+                f"adapters are loaded (on {wrapped[0]}, for one), and a checkpoint has none: "
+                f"unload_lora_weights() before saving, and fuse_lora() before that to keep them"
+            )
         specs = self.quantization_config.load_plan()
         return checkpoint.with_checksums(_as_floats(state_dict, specs.layers)), {}
 
@@ -142,6 +158,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 model.set_submodule(name, module.unquantized())
+        vars(model).pop("_skip_layerwise_casting_patterns", None)  # named the quantized layers
         # else a later save would write float weights that claim to be quantized
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
         model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]
@@ -172,6 +189,9 @@ def mark(
     config.compute_dtype = dtype
     config.timestep_edges = list(edges)
     config.layers = {layer.name: layer.runtime().to_json() for layer in plan.quantized()}
+    if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
+        config.extra.setdefault("base_model", base)
+    share_rows(model, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
     model.is_quantized = True  # type: ignore[assignment]
@@ -179,11 +199,29 @@ def mark(
     model.hf_quantizer = quantizer  # type: ignore[assignment]
 
 
+def share_rows(model: nn.Module, config: DTQConfig) -> None:
+    """Let every quantized linear write what becomes of it into its row of ``config.json``."""
+    for name, row in config.layers.items():
+        model.get_submodule(name).row = row  # type: ignore[assignment]
+
+
 def register(on_the_fly: OnTheFly) -> None:
     """Write dtq into diffusers' tables, unless a dtq is there already."""
     DTQQuantizer.on_the_fly = staticmethod(on_the_fly)
     auto.AUTO_QUANTIZER_MAPPING.setdefault("dtq", DTQQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
+    if is_transformers_available():  # diffusers has imported it; it asks both for a quant_backend
+        from transformers.quantizers import auto as text
+
+        text.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
+        text.AUTO_QUANTIZER_MAPPING.setdefault("dtq", _refuse_text)
+
+
+def _refuse_text(*args: Any, **kwargs: Any) -> None:
+    raise InputError(
+        "dtq quantizes models of diffusers, and this is one of transformers; name what to "
+        'quantize: components_to_quantize=["transformer"]'
+    )
 
 
 def _as_floats(state: dict[str, Tensor], layers: dict[str, Runtime]) -> dict[str, Tensor]:

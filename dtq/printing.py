@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from dtq.bench import OURS, Result, Row, geometric_means, verdict
 from dtq.estimate import Estimate
 from dtq.families import Scan
 from dtq.kernels import explain
@@ -172,6 +173,42 @@ def print_result(report: Report, output: Path, seconds: float) -> None:
     for x in promoted:
         click.echo(f"promoted {x.name} to {x.weights}: error {x.error_before:.1e} -> {x.error:.1e}")
     click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
+
+
+def print_race(rows: Sequence[Row]) -> None:
+    """One size, as soon as it is measured."""
+    table(
+        (f"{rows[0].case}, M {rows[0].tokens}", "ms", "weights", *(f"/ {ours}" for ours in OURS)),
+        [
+            (
+                row.name,
+                f"{row.seconds * 1e3:.3f}",
+                size(row.bytes),
+                *(
+                    "{1:.2f} ({0:.2f}-{2:.2f})".format(*row.ratio[ours])
+                    if ours in row.ratio
+                    else "1"
+                    for ours in OURS
+                ),
+            )
+            for row in rows
+        ],
+    )
+    click.echo()
+
+
+def print_bench(result: Result) -> None:
+    """Geometric means over the cases, the conditions, a sentence."""
+    for ours in OURS:
+        means = geometric_means(result.rows, ours)
+        tokens, others = sorted({t for t, _ in means}), list(dict.fromkeys(n for _, n in means))
+        table(
+            (f"time / {ours}", *(f"M {t}" for t in tokens)),
+            [(name, *(or_dash(means.get((t, name)), ".2f") for t in tokens)) for name in others],
+        )
+        click.echo()
+    click.echo(", ".join(f"{key} {value}" for key, value in result.conditions.items()))
+    click.echo(verdict(result.rows))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

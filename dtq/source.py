@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from dtq import demo
 from dtq.errors import InputError
 from dtq.families import Family, Scan, find, scan, scan_names
 from dtq.harden import harden
+
+log = logging.getLogger("dtq")
 
 Components = str | Sequence[str]
 """``auto``, or one or more components of a pipeline."""
@@ -227,11 +230,24 @@ def skeletons(
 
 
 def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = None) -> Scan:
-    """Scan by a traced forward with made-up inputs, or ``run``; by names if neither is possible."""
+    """Scan by a traced forward with made-up inputs, or ``run``; by names if neither is possible.
+
+    On the meta device a forward that reads the values of its tensors cannot run, for example to
+    sort tokens by expert or to cut captions to their length.
+    """
     family = find(model)
     if run is None and family is None:
         return scan_names(model, None)
-    return scan(model, family, run or _call_once)
+    try:
+        return scan(model, family, run or _call_once)
+    except (RuntimeError, ValueError) as error:
+        if next(model.parameters()).device.type != "meta":
+            raise
+        reason = str(error).partition("\n")[0]
+        log.warning(
+            "%s: sorted by names, its forward needs weights (%s)", type(model).__name__, reason
+        )
+        return scan_names(model, family)
 
 
 def made_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> dict[str, Any]:
@@ -248,8 +264,8 @@ def made_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> dic
         )
     rng = torch.Generator().manual_seed(seed)
     arguments = family.inputs(model.config, batch, torch.full((batch,), timestep), rng)
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    moved: dict[str, Any] = _move(arguments, parameter.device, parameter.dtype)
+    # model.dtype passes over what stays in float32, such as the first parameter of Wan
+    moved: dict[str, Any] = _move(arguments, model.device, model.dtype)  # type: ignore[arg-type]
     return moved
 
 
@@ -264,6 +280,8 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, dict):
         return {key: _move(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_move(item, device, dtype) for item in value)
     return value
 
 

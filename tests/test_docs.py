@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import zoo
 
 from dtq.cli import main
 from dtq.formats import FORMATS
@@ -71,7 +72,8 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_that_pages_name_exist(page):
     for name in re.findall(
-        r"`((?:dtq|tests|recipes|calibration|docs|cuda_ext)/[\w/.-]+\.\w+)", page.read_text()
+        r"`((?:dtq|tests|recipes|calibration|docs|cuda_ext|cpu_ext)/[\w/.-]+\.\w+)",
+        page.read_text(),
     ):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
 
@@ -82,3 +84,9 @@ def test_the_script_of_the_bundled_model_runs(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "docs/demo.py"), run_name="__main__")
     assert "2 labels, 1 steps, guidance 4: first guess" in capsys.readouterr().out
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_the_page_of_models_has_every_class():
+    page = (ROOT / "docs" / "models.md").read_text()
+    listed = {line.split(" ")[1] for line in page.splitlines() if line.startswith("| ")}
+    assert set(zoo.names()) <= listed

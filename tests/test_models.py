@@ -8,8 +8,9 @@ import torch
 import zoo
 
 import dtq
+from dtq.families import FAMILIES, Scan, find
 from dtq.nn import QuantLinear
-from dtq.source import scan_model
+from dtq.source import made_inputs, scan_model
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 forgive less than real ones
@@ -65,6 +66,11 @@ ROLES = {
         "visual_transformer_blocks.0.cross_attention.to_key": "xattn.k",
         "visual_transformer_blocks.0.self_attention.out_layer": "attn.out",
         "visual_transformer_blocks.0.feed_forward.in_layer": "ffn.up",
+    },
+    "NucleusMoEImageTransformer2DModel": {
+        "transformer_blocks.0.encoder_proj": "embed",
+        "transformer_blocks.0.attn.add_k_proj": "xattn.k",
+        "transformer_blocks.0.attn.to_q": "attn.q",
     },
     "PixArtTransformer2DModel": {
         "transformer_blocks.0.attn2.to_k": "xattn.k",
@@ -138,3 +144,76 @@ def test_a_pointwise_convolution_dequantizes_to_itself():
     again = model.transformer_blocks[0].ff.conv_point
     assert type(again) is before
     torch.testing.assert_close(again.weight, want, atol=0.02, rtol=0.02)
+
+
+CLASSES = [name for family in FAMILIES for name in family.classes]
+NO_FAMILY = {
+    "Cosmos3OmniTransformer": "one packed sequence of text, video, sound and actions",
+    "DreamLiteTransformer2DModel": "part of a U-Net, takes no timestep",
+    "MiniMaxH3Transformer3DModel": "one packed sequence of text, video and sound",
+    "MiniMaxMusic3RVQDepthDecoder": "predicts tokens, no denoiser",
+    "RFD4ProteinaTransformer": "proteins: its features depend on the chain",
+    "T5FilmDecoder": "needs the notes of its encoders; its pipeline is deprecated",
+    "Transformer2DModel": "part of U-Nets; its arguments depend on the caller",
+    "TransformerTemporalModel": "part of U-Nets; its arguments depend on the caller",
+    "WanAnimate2Transformer3DModel": "fills a cache in one call and reads it in the next",
+}
+NOT_ON_META = {
+    "AnyFlowFARTransformer3DModel": "FlexAttention",
+    "ErnieImageTransformer2DModel": "autocast",
+    "GlmImageTransformer2DModel": "indexes by a mask",
+    "HeliosTransformer3DModel": "autocast",
+    "HiDreamImageTransformer2DModel": "sorts tokens by expert",
+    "HunyuanImageTransformer2DModel": "indexes by a mask",
+    "HunyuanVideo15Transformer3DModel": "asks whether a picture is given",
+    "HunyuanVideoFramepackTransformer3DModel": "cuts captions to their length",
+    "Ideogram4Transformer2DModel": "autocast",
+    "Kandinsky6SRTransformer3DModel": "FlexAttention",
+    "Lumina2Transformer2DModel": "cuts captions to their length",
+    "MochiTransformer3DModel": "autocast",
+    "OmniGenTransformer2DModel": "asks for the largest position",
+    "QwenImage21Transformer2DModel": "repeats tokens by a mask",
+}
+
+
+def grouped(scan: Scan) -> set[tuple[tuple[str, str], ...]]:
+    """Name and role of the linears of each site."""
+    return {tuple((linear.name, linear.role) for linear in site.linears) for site in scan.sites}
+
+
+def test_every_denoiser_has_a_family():
+    assert len(set(CLASSES)) == len(CLASSES)
+    assert set(CLASSES) | set(NO_FAMILY) == set(zoo.classes())
+    assert not set(CLASSES) & set(NO_FAMILY)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_made_inputs_run_and_show_what_real_ones_show(name):
+    model = zoo.model(name)
+    with torch.no_grad():
+        made = made_inputs(model, 2, 0.5 * find(model).largest_timestep, 0)
+        assert zoo.first_tensor(model(**made)).isfinite().all()
+    assert grouped(scan_model(model)) == grouped(scanned(name, model))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_without_weights_is_traced_or_a_line_says_why_not(name, caplog):
+    model = zoo.model(name)
+    with torch.device("meta"):
+        empty = type(model).from_config(model.config).eval()
+    scan = scan_model(empty)
+    assert scan.traced == (name not in NOT_ON_META)
+    if scan.traced:
+        assert grouped(scan) == grouped(scan_model(model))
+        assert not caplog.records
+    else:
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith(f"{name}: sorted by names, its forward needs weights (")
+
+
+def test_a_failing_forward_is_no_reason_to_go_by_names():
+    def fails(model):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scan_model(zoo.model("FluxTransformer2DModel"), fails)

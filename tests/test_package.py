@@ -29,7 +29,8 @@ def test_every_package_is_listed():
     found = {
         ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "dtq").rglob("__init__.py")
     }
-    assert found | {"dtq._recipes", "dtq._calibration", "dtq._gate"} == set(
+    data = {f"dtq._{name}" for name in ("recipes", "calibration", "gate", "cpu_ext")}
+    assert found | data == set(
         project["tool"]["setuptools"]["packages"]
     )
 
@@ -59,6 +60,8 @@ def test_the_wheel_has_everything(tmp_path):
     assert "dtq/demo/pipeline/transformer/diffusion_pytorch_model.safetensors" in names
     assert "dtq/demo/pipeline/README.md" in names
     assert "dtq/py.typed" in names
+    for path in folder("cpu_ext").iterdir():
+        assert f"dtq/_cpu_ext/{path.name}" in names
 
 
 def test_missing_data_folders_are_reported():

@@ -5,17 +5,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from dtq.families import inputs
 from dtq.families.base import ROLES, TIME_ARGUMENTS, Family, Linear, Scan, Site, sibling_key
 from dtq.families.scan import blocks_of, scan, scan_names
-
-FAMILIES: tuple[Family, ...] = (
-    Family("dit", ("DiTTransformer2DModel",), inputs.class_labels),
-    Family("pixart", ("PixArtTransformer2DModel",), inputs.text),
-    Family("sd3", ("SD3Transformer2DModel",), inputs.joint_text),
-    Family("flux", ("FluxTransformer2DModel",), inputs.packed_text, largest_timestep=1.0),
-    Family("wan", ("WanTransformer3DModel",), inputs.video_text),
-)
+from dtq.families.table import FAMILIES
 
 
 def find(model: nn.Module) -> Family | None:

@@ -87,7 +87,11 @@ def acts_of(mode: str, native: str) -> Acts:
 
 def row_scale(x: Tensor, levels: int = 127) -> Tensor:
     """Scale of each row, float32 (..., 1), of float32 (..., K): largest magnitude over levels."""
-    peak = x.abs().amax(-1, keepdim=True)
+    return scale_of(x.abs().amax(-1, keepdim=True), levels)
+
+
+def scale_of(peak: Tensor, levels: int = 127) -> Tensor:
+    """Scale of rows with these largest magnitudes."""
     return torch.where(peak > 0, (peak / levels).clamp(min=FLOOR), torch.ones_like(peak))
 
 
@@ -96,24 +100,31 @@ def row_codes(x: Tensor, scale: Tensor, levels: int = 127) -> Tensor:
     return torch.round(x / scale).clamp(-levels, levels)
 
 
-def fake_quantize(x: Tensor, acts: Acts) -> Tensor:
-    """Float32 ``x`` (R, K) after quantizing and back; a static scale is fitted to ``x``."""
+def fake_quantize(x: Tensor, acts: Acts, peak: Tensor | None = None) -> Tensor:
+    """Float32 ``x`` (R, K) after quantizing and back; a static scale is fitted to ``x``.
+
+    Args:
+        x: tokens, or some channels of them, in whole groups.
+        acts: the format, with a ``grid`` if there is a peak.
+        peak: largest magnitude of each whole token (R, 1), if ``x`` is not whole.
+    """
     if acts.bits == 16:
         return x
     if acts.grid:
-        return _on_grid(x, acts)
+        return _on_grid(x, acts, peak)
     scale = row_scale(x.reshape(1, -1) if acts.static else x, acts.levels)
     return row_codes(x, scale, acts.levels) * scale
 
 
-def _on_grid(x: Tensor, acts: Acts) -> Tensor:
+def _on_grid(x: Tensor, acts: Acts, peak: Tensor | None) -> Tensor:
     """Round rows with a weight format; what that keeps per matrix is kept per row here."""
     from dtq.formats import FORMATS  # the table imports this package
 
     fmt = FORMATS[acts.grid]
     if not acts.outer:
-        return fmt.snap(x, fmt.fit(x))
-    peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        beyond = peak is not None and fmt.group is None  # the scale belongs to the whole token
+        return fmt.snap(x, fmt.fit(torch.cat([x, peak], 1) if beyond else x))  # type: ignore[list-item]
+    peak = (x.abs().amax(-1, keepdim=True) if peak is None else peak).clamp(min=1e-30)
     one = fmt.fit(torch.ones_like(x[:1]))
     unit = x / peak
     return fmt.snap(unit, fmt.fit(unit, outer=one)) * peak

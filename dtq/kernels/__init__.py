@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
-from dtq.kernels.table import KERNELS, Kernel, Task, explain, pick
+from dtq.kernels.build import load
+from dtq.kernels.table import KERNELS, Kernel, Task, explain, on_cpu, pick
 
-__all__ = ["KERNELS", "Kernel", "Task", "explain", "pick"]
+__all__ = ["KERNELS", "Kernel", "Task", "explain", "load", "on_cpu", "pick"]

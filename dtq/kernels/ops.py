@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every ``dtq::`` op: schema, fake and torch reference. Extensions only add implementations.
 
+The reference is registered for every device (CompositeExplicitAutograd); what an extension
+registers for one device comes before it there. The first call on the CPU looks for the extension.
+
 Conventions: M tokens, N output and K input channels. Scales are float32 unless said otherwise.
 The products of the int8 ops are exact int32; the epilogue is
 ``float(acc) * row_scale * weight_scale + bias`` in float32, in that order, then one cast. A kernel
-that follows it gives the same numbers bit for bit.
+that follows it gives the same numbers bit for bit. So does ``quantize_rows``: one float32 operation
+after the other in the order written here, butterflies smallest distance first, ties to even.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +25,7 @@ from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
 from dtq.formats.base import scaled
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
+from dtq.kernels import build
 from dtq.transforms.hadamard import fwht, rotate
 
 _LIBRARY = torch.library.Library("dtq", "DEF")
@@ -104,7 +113,7 @@ def _w8a8_linear(
     bias: Tensor | None,  # (N,) any float dtype
     dtype: torch.dtype,
 ) -> Tensor:
-    y = _int_matmul(codes, weight).float() * row_scale.unsqueeze(1) * weight_scale.T
+    y = int_matmul(codes, weight).float() * row_scale.unsqueeze(1) * weight_scale.T
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)  # (M, N)
@@ -168,7 +177,7 @@ def _dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -
     return scaled(codes, scale, offset if zero is None else zero)
 
 
-def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact int32 (M, N) of int8 (M, K) and (N, K)."""
     rows, columns = a.shape
     if columns == 1:  # torch._int_mm returns memory that it has not written
@@ -226,8 +235,26 @@ _OPS = (
     ),
 )
 
+
+def _loading(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference; the first call on the CPU loads the library, which then takes its place.
+
+    Here and not in the layers: an op is opaque to ``torch.compile``, and nothing is compiled for
+    those who never multiply on a CPU.
+    """
+
+    @functools.wraps(reference)
+    def call(first: Tensor, *rest: Any) -> Any:
+        if first.device.type == "cpu" and build.load():
+            return getattr(torch.ops.dtq, name)(first, *rest)
+        return reference(first, *rest)
+
+    return call
+
+
 for _schema, _reference, _fake in _OPS:
     _name = _schema.split("(")[0]
     _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    _run = _loading(_name, _reference) if _name in build.OPS else _reference
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dtq::{_name}", _fake, lib=_LIBRARY)

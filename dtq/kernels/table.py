@@ -2,7 +2,9 @@
 """``KERNELS``: who multiplies, in order of preference. The last row always fits.
 
 A kernel is chosen once, when a layer is built, never per call. ``explain`` gives the reason of
-every refusal; ``dtq inspect --kernels`` prints them.
+every refusal; ``dtq inspect --kernels`` prints them. A row is one arithmetic on every device: its
+ops run compiled where the dispatcher has an implementation, as torch reference elsewhere, with the
+same numbers, so that a layer may move between devices.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import dtq.kernels.ops  # noqa: F401  (defines torch.ops.dtq)
 from dtq.formats import Format, Parts
 from dtq.formats.acts import Acts
 from dtq.formats.integer import Int, TwoLevelInt
+from dtq.kernels import build
 
 ops = torch.ops.dtq
 
@@ -52,11 +55,13 @@ class Kernel:
         name: shown by ``dtq inspect``.
         fits: None when the kernel can do the task, else why not.
         call: does it.
+        ops: those whose compiled form it runs on the CPU; without any it is torch reference.
     """
 
     name: str
     fits: Callable[[Task], str | None]
     call: Call
+    ops: tuple[str, ...] = ()
 
 
 def _int8_fits(task: Task) -> str | None:
@@ -155,8 +160,8 @@ def _pre_scale(parts: Parts) -> Tensor | None:
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("w8a8", _int8_fits, _int8),
-    Kernel("w4a8-two-level", _two_level_fits, _two_level),
+    Kernel("w8a8", _int8_fits, _int8, ("quantize_rows", "w8a8_linear")),
+    Kernel("w4a8-two-level", _two_level_fits, _two_level, ("quantize_rows", "w4a8_linear")),
     Kernel("integer-groups", _group_fits, _group),
     Kernel("reference", _always, _reference),
 )
@@ -168,11 +173,21 @@ def pick(task: Task) -> Kernel:
 
 
 def explain(task: Task) -> list[str]:
-    """One line per kernel down to the one that is used, with the reason of each refusal."""
-    lines = []
+    """One line per kernel down to the one that is used, with the reason of each refusal.
+
+    The last one says what it runs on the CPU, and why not something faster.
+    """
+    lines: list[str] = []
     for kernel in KERNELS:
         reason = kernel.fits(task)
-        lines.append(f"{kernel.name}: {'used' if reason is None else reason}")
         if reason is None:
-            break
-    return lines
+            return [*lines, f"{kernel.name}: used ({on_cpu(kernel)})"]
+        lines.append(f"{kernel.name}: {reason}")
+    raise AssertionError("the last kernel fits everything")
+
+
+def on_cpu(kernel: Kernel) -> str:
+    """What a kernel runs on the CPU."""
+    if not kernel.ops:
+        return "on the CPU: torch reference: no compiled form yet"
+    return f"on the CPU: {build.describe()}"

@@ -11,14 +11,15 @@ tensors (``torch_dtype``, ``.to``, layerwise casting) can touch them. On disk th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtq.errors import CheckpointError
+from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, Parts, Spec
 from dtq.formats.acts import ACTS
 from dtq.kernels.table import Kernel, Task, pick
@@ -37,23 +38,20 @@ _BITS = {
 class StepClock(nn.Module):
     """The part of the trajectory that the model is in, shared by every layer.
 
-    Tensors, not numbers: a compiled graph then serves every timestep.
+    Tensors, not numbers: a compiled graph then serves every timestep. Not buffers: offloading to
+    disk, or with a stream, would put back the value they had when it was switched on.
 
     Attributes:
-        bin: int64 (1,), the bin of static activation scales.
+        bin: int64 (1,), the bin of static activation scales, on the device of the timestep.
         mode: int64 (1,) on the CPU, index into ``modes``: host code branches on it, without
             waiting for a GPU more than once a step.
         modes: activation modes of the step policy, keys of ``acts.MODES``; empty without one.
     """
 
-    bin: Tensor
-    edges: Tensor
-
     def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
         super().__init__()
-        self.register_buffer("bin", torch.zeros(1, dtype=torch.int64), persistent=False)
-        at = torch.tensor(list(edges), dtype=torch.float64)
-        self.register_buffer("edges", at, persistent=False)
+        self.bin = torch.zeros(1, dtype=torch.int64)
+        self.edges = torch.tensor(list(edges), dtype=torch.float64)
         self.modes = policy.modes if policy is not None else ()
         self.mode = torch.zeros(1, dtype=torch.int64)
         self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
@@ -61,9 +59,20 @@ class StepClock(nn.Module):
     def set(self, timestep: Tensor) -> None:
         """Move to where ``timestep`` is, a tensor of any shape; the first entry decides."""
         first = timestep.reshape(-1)[:1]
+        self._follow(first.device)
         self.bin.copy_(torch.bucketize(first.to(self.edges), self.edges))
         if self.modes:
             self.mode.copy_(torch.bucketize(first.cpu().double(), self.mode_edges))
+
+    def _follow(self, device: torch.device) -> None:
+        if self.bin.device != device:
+            with torch.inference_mode(False):  # else it could not be set outside of that mode
+                self.bin, self.edges = self.bin.to(device), self.edges.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepClock:
+        # before the first call: a device that changes in it would compile a second graph
+        self._follow(fn(self.bin).device)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class QuantLinear(nn.Linear):
@@ -108,6 +117,7 @@ class QuantLinear(nn.Linear):
         self.task = Task(FORMATS[self.weights], ACTS[self.acts], runtime.block, runtime.turns)
         self.kernel: Kernel = pick(self.task)
         self._specs = runtime.stored(self._shape, bins)
+        self.row: dict[str, Any] = {}  # of this layer in config.json
         self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
         for name, spec in self.specs().items():
             dtype = _BITS.get(spec.dtype, spec.dtype)
@@ -166,6 +176,48 @@ class QuantLinear(nn.Linear):
     def parts(self) -> Parts:
         """Every stored part with its on-disk dtype, sharing memory."""
         return {name: self.part(name) for name in self.specs()}
+
+    def widen(self, down: Tensor, up: Tensor) -> tuple[int, int]:
+        """Add the term ``up @ down`` to the low-rank branch; returns its first and last rank.
+
+        Args:
+            down: float (R, K), for the untransformed input.
+            up: float (N, R).
+
+        Raises:
+            InputError: the layer is offloaded.
+        """
+        if self.weight.is_meta:
+            raise InputError("this layer is offloaded; fuse adapters before offloading the model")
+        first = self.runtime.rank
+        factors = [
+            down.to(self.weight.device, torch.bfloat16),
+            up.to(self.weight.device, torch.bfloat16),
+        ]
+        if first:
+            factors = [
+                torch.cat([self.part("proj_down"), factors[0]]),
+                torch.cat([self.part("proj_up"), factors[1]], 1),
+            ]
+        self._set_branch(*factors)
+        return first, self.runtime.rank
+
+    def narrow(self, first: int, last: int) -> None:
+        """Take the ranks ``first`` to ``last`` of the low-rank branch out: undo :meth:`widen`."""
+        down, up = self.part("proj_down"), self.part("proj_up")
+        self._set_branch(
+            torch.cat([down[:first], down[last:]]), torch.cat([up[:, :first], up[:, last:]], 1)
+        )
+
+    def _set_branch(self, down: Tensor, up: Tensor) -> None:
+        self.runtime = replace(self.runtime, rank=len(down))
+        self._specs = self.runtime.stored(self._shape, self.bins)
+        for name, factor in (("proj_down", down), ("proj_up", up)):
+            self._parameters.pop(name, None)
+            if len(down):
+                self._parameters[name] = nn.Parameter(from_disk(factor), requires_grad=False)
+        self.row.clear()
+        self.row.update(self.runtime.to_json())
 
     @property
     def clock(self) -> StepClock | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -79,13 +80,18 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def finish(model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None) -> None:
-    """What a model with quantized linears needs besides them: fusion guard, alignment, clock."""
+    """What a model with quantized linears needs besides them: guards, alignment, clock."""
     for module in model.modules():
         if any(isinstance(child, QuantLinear) for child in module.children()) and hasattr(
             module, "fuse_projections"
         ):
             # diffusers would concatenate the codes of q, k and v as if they were weights
             module._supports_qkv_fusion = False  # type: ignore[assignment]
+    quantized = [n for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+    others = getattr(type(model), "_skip_layerwise_casting_patterns", None) or ()
+    # scales cannot be cast, but biases can, and nothing is gained by that
+    pattern = f"^({'|'.join(map(re.escape, quantized))})$"
+    model._skip_layerwise_casting_patterns = [*others, pattern]  # type: ignore[assignment]
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = aligned(tensor.data)
     if edges or policy is not None:
@@ -96,7 +102,7 @@ def install_clock(
     model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None
 ) -> StepClock:
     """Give the model a clock set from its timestep argument, and show it to every layer."""
-    clock = StepClock(edges, policy)
+    clock = StepClock(edges, policy).to(_device(model))
     if not hasattr(model, _CLOCK):
         model.register_forward_pre_hook(_tell_time, with_kwargs=True)
     model.add_module(_CLOCK, clock)

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512: vectors of 16, weights made unsigned for vpdpbusd (unsigned by signed bytes).
+#pragma once
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace dtq {
+namespace {
+
+constexpr int kLanes = 16;
+typedef float V __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
+
+template <int h>
+inline V swapped(V v) {
+  if constexpr (h == 1) return (V)_mm512_permute_ps((__m512)v, 0xb1);
+  if constexpr (h == 2) return (V)_mm512_permute_ps((__m512)v, 0x4e);
+  if constexpr (h == 4) return (V)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1);
+  return (V)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e);
+}
+
+// `stride` in 32-bit values; the result is dense.
+inline void transpose16(const int32_t* in, int64_t stride, int32_t* out) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(in + i * stride);
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // fours: column j of each 128-bit lane in a[i + j]
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int j = 0; j < 4; j++) {  // lanes
+    const __m512i p = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+    const __m512i q = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512i r = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+    const __m512i s = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_store_si512(out + j * 16, _mm512_shuffle_i32x4(p, q, 0x88));
+    _mm512_store_si512(out + (4 + j) * 16, _mm512_shuffle_i32x4(r, s, 0x88));
+    _mm512_store_si512(out + (8 + j) * 16, _mm512_shuffle_i32x4(p, q, 0xdd));
+    _mm512_store_si512(out + (12 + j) * 16, _mm512_shuffle_i32x4(r, s, 0xdd));
+  }
+}
+
+inline void low_bytes(U v, int8_t* out) {
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8((__m512i)v));
+}
+
+inline void low_halves(U v, uint16_t* out) {
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16((__m512i)v));
+}
+
+inline __m512i load_int8(const int8_t* w, int width) {
+  const __mmask64 inside = width >= 64 ? ~0ull : (1ull << width) - 1;
+  return _mm512_maskz_loadu_epi8(inside, w);
+}
+
+// 64 weights of 32 bytes: spread a byte over 16 bits, put the high code into the high byte.
+inline __m512i load_int4(const int8_t* w, int width, const Levels& levels) {
+  const __m256i bytes =
+      width >= 64 ? _mm256_loadu_si256((const __m256i*)w)
+                  : _mm256_maskz_loadu_epi8((1u << (width / 2)) - 1, (const void*)w);
+  const __m512i wide = _mm512_cvtepu8_epi16(bytes);
+  const __m512i codes = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)),
+                                         _mm512_set1_epi8(15));
+  __m512i table;
+  if (levels.same) {  // groups of 64 and more
+    table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)levels.of[0]));
+  } else {
+    table = _mm512_castsi128_si512(_mm_load_si128((const __m128i*)levels.of[0]));
+    table = _mm512_inserti32x4(table, _mm_load_si128((const __m128i*)levels.of[1]), 1);
+    table = _mm512_inserti32x4(table, _mm_load_si128((const __m128i*)levels.of[2]), 2);
+    table = _mm512_inserti32x4(table, _mm_load_si128((const __m128i*)levels.of[3]), 3);
+  }
+  return _mm512_shuffle_epi8(table, codes);
+}
+
+typedef int8_t Code;
+typedef uint8_t Weight;
+constexpr int kQuad = 4;
+constexpr int kShift = 128;
+
+inline void add_codes(const Code* codes, int32_t* shift) {
+  __m512i sum = _mm512_loadu_si512(shift);
+  for (int i = 0; i < 16; i++)  // 128 as an unsigned weight, taken off
+    sum = _mm512_sub_epi32(sum, _mm512_dpbusd_epi32(_mm512_setzero_si512(),
+                                                    _mm512_set1_epi8((char)128),
+                                                    _mm512_loadu_si512(codes + 64 * i)));
+  _mm512_storeu_si512(shift, sum);
+}
+
+inline __m512i made_unsigned(__m512i weights) {
+  return _mm512_xor_si512(weights, _mm512_set1_epi8((char)0x80));
+}
+
+inline void widen(const int8_t* w, int width, Weight* out) {
+  _mm512_store_si512(out, made_unsigned(load_int8(w, width)));
+}
+
+inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
+  _mm512_store_si512(out, made_unsigned(load_int4(w, width, levels)));
+}
+
+}  // namespace
+}  // namespace dtq
+
+#include "weights.h"
+
+namespace dtq {
+namespace {
+
+// Up to kFew tokens: 64 channels of a weight row by 64 of each token, summed at the end. Three ways
+// to get the weights: int8 and 4-bit ones in registers, those of odd groups by way of memory.
+enum Source { kInt8, kInt4, kOdd };
+
+template <Source source>
+inline __m512i weights_of(const Linear& g, int64_t n, int64_t s) {
+  const int64_t at = s * kStep, left = g.columns - at;
+  const int width = left < kStep ? (int)left : kStep;
+  if constexpr (source == kInt8) {
+    const int8_t* w = g.weight + n * g.columns + at;
+    return made_unsigned(width == kStep ? _mm512_loadu_si512(w) : load_int8(w, width));
+  } else if constexpr (source == kInt4) {
+    const int8_t* w = g.weight + (n * g.columns + at) / 2;
+    return made_unsigned(load_int4(w, width, levels_at(g, n, s)));
+  } else {
+    alignas(64) Weight line[kStep];
+    unpack_step(g, n, s, line);
+    return _mm512_load_si512(line);
+  }
+}
+
+template <int tokens, Source source>
+inline void dot_tokens(const Linear& g, int64_t n, int32_t* sums) {
+  const Code* codes = (const Code*)g.packed;
+  __m512i even[tokens], odd[tokens];  // an addition takes longer than until the next one can start
+  for (int t = 0; t < tokens; t++) even[t] = odd[t] = _mm512_setzero_si512();
+  int64_t s = 0;
+  for (; s + 1 < g.steps; s += 2) {
+    const __m512i first = weights_of<source>(g, n, s), second = weights_of<source>(g, n, s + 1);
+    for (int t = 0; t < tokens; t++) {
+      const Code* x = codes + (t * g.steps + s) * kStep;
+      even[t] = _mm512_dpbusd_epi32(even[t], first, _mm512_load_si512(x));
+      odd[t] = _mm512_dpbusd_epi32(odd[t], second, _mm512_load_si512(x + kStep));
+    }
+  }
+  if (s < g.steps) {
+    const __m512i last = weights_of<source>(g, n, s);
+    for (int t = 0; t < tokens; t++)
+      even[t] = _mm512_dpbusd_epi32(even[t], last,
+                                    _mm512_load_si512(codes + (t * g.steps + s) * kStep));
+  }
+  for (int t = 0; t < tokens; t++)
+    sums[t] = _mm512_reduce_add_epi32(_mm512_add_epi32(even[t], odd[t]));
+}
+
+template <Source source>
+inline void dot_from(const Linear& g, int64_t n, int32_t* sums) {
+  switch (g.tokens) {
+    case 1: return dot_tokens<1, source>(g, n, sums);
+    case 2: return dot_tokens<2, source>(g, n, sums);
+    case 3: return dot_tokens<3, source>(g, n, sums);
+    case 4: return dot_tokens<4, source>(g, n, sums);
+    case 5: return dot_tokens<5, source>(g, n, sums);
+    case 6: return dot_tokens<6, source>(g, n, sums);
+    case 7: return dot_tokens<7, source>(g, n, sums);
+    default: return dot_tokens<8, source>(g, n, sums);
+  }
+}
+
+inline void dot_few(const Linear& g, int64_t n, int32_t* sums) {
+  if (!g.groups) return dot_from<kInt8>(g, n, sums);
+  if (g.group_bits < 0) return dot_from<kOdd>(g, n, sums);
+  dot_from<kInt4>(g, n, sums);
+}
+
+}  // namespace
+}  // namespace dtq

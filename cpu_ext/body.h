@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every instruction set does alike. Included once per file, after the file has defined
+//
+//   kLanes          floats of a vector
+//   swapped<h>(v)   v with lanes i and i ^ h exchanged
+//   transpose16     a 16 x 16 block of 32-bit values
+//   low_bytes, low_halves   of each 32-bit lane, stored one after the other
+//   add_codes       what to add to the sums of 16 tokens for the unsigned weights of a step
+//   Code            how a packed code is kept
+//   kQuad           codes of one token that lie side by side: what one instruction adds up
+//   what weights.h asks for, and weights.h itself
+//   multiply_group  a panel by 1 to kGroup token blocks
+//   dot_few         one output channel by up to kFew tokens
+//
+// Everything is in an anonymous namespace: see kernels.h.
+#pragma once
+#include <stddef.h>
+#include <string.h>
+
+namespace dtq {
+namespace {
+
+constexpr int64_t kCodes = kStep * kTokens;  // codes of a token block in a step
+constexpr int kQuads = kStep / kQuad;
+
+typedef uint16_t H __attribute__((vector_size(kLanes * 2)));
+
+inline V splat(float x) { return x - (V){}; }
+
+inline V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+// ---------------------------------------------------------------------------- number formats
+
+inline V from_half(U h) {
+  // the exponent of a half sits 112 below that of a float; a product by a power of two is exact
+  V small = (V)((h & 0x7fff) << 13) * splat(0x1p112f);
+  U inf = (U)((h & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (V)((U)small | inf | ((h & 0x8000) << 16));
+}
+
+inline U to_half(V f) {
+  // the sum with 2^(exponent + 13) rounds the mantissa to 10 bits, ties to even
+  U w = (U)f, doubled = w + w;
+  V base = (V)(w & 0x7fffffff) * splat(0x1p112f) * splat(0x1p-110f);
+  U bias = doubled & 0xff000000, least = (U){} + 0x71000000;
+  bias = bias < least ? least : bias;
+  U bits = (U)((V)((bias >> 1) + 0x07800000) + base);
+  U rest = ((bits >> 13) & 0x7c00) + (bits & 0xfff), nan = (U){} + 0x7e00;
+  rest = doubled > 0xff000000 ? nan : rest;
+  return ((w & 0x80000000) >> 16) | rest;
+}
+
+inline U to_bfloat(V f) {
+  U w = (U)f, nan = (U){} + 0x7fc0;
+  U rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  return (w & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+}
+
+inline V load_as_float(const void* p, Float type) {
+  if (type == kFloat32) return load((const float*)p);
+  H h;
+  memcpy(&h, p, sizeof h);
+  U u = __builtin_convertvector(h, U);
+  return type == kBFloat16 ? (V)(u << 16) : from_half(u);
+}
+
+// ---------------------------------------------------------------------------- quantize_rows
+
+// One step of the transform inside a vector: (a + b, a - b) of lanes h apart.
+template <int h>
+inline V butterfly(V v, I lane) {
+  I odd = ((lane & h) != 0) & (I)((U){} + 0x80000000);
+  return swapped<h>(v) + (V)((I)v ^ odd);  // b + a, and a + (-b)
+}
+
+inline V butterflies(V v, I lane, int64_t block) {
+  if (block > 1) v = butterfly<1>(v, lane);
+  if (block > 2) v = butterfly<2>(v, lane);
+  if constexpr (kLanes > 4)
+    if (block > 4) v = butterfly<4>(v, lane);
+  if constexpr (kLanes > 8)
+    if (block > 8) v = butterfly<8>(v, lane);
+  return v;
+}
+
+// Distances of a whole vector and more, count vectors a block, kept in registers.
+template <int count>
+inline void transform_vectors(float* x) {
+  V v[count];
+  for (int i = 0; i < count; i++) v[i] = load(x + i * kLanes);
+  for (int half = 1; half < count; half *= 2)
+    for (int i = 0; i < count; i++)
+      if (!(i & half)) {
+        V a = v[i], b = v[i + half];
+        v[i] = a + b;
+        v[i + half] = a - b;
+      }
+  for (int i = 0; i < count; i++) store(x + i * kLanes, v[i]);
+}
+
+inline void transform_long(float* x, int64_t block) {
+  for (int64_t half = kLanes; half < block; half *= 2)
+    for (int64_t at = 0; at < block; at += 2 * half)
+      for (int64_t i = at; i < at + half; i += kLanes) {
+        V a = load(x + i), b = load(x + i + half);
+        store(x + i, a + b);
+        store(x + i + half, a - b);
+      }
+}
+
+inline void transform_rest(float* x, int64_t columns, int64_t block) {
+  for (int64_t at = 0; at < columns; at += block) {
+    if (block == 2 * kLanes) transform_vectors<2>(x + at);
+    else if (block == 4 * kLanes) transform_vectors<4>(x + at);
+    else if (block == 8 * kLanes) transform_vectors<8>(x + at);
+    else transform_long(x + at, block);
+  }
+}
+
+// Row `r` as floats, scaled and through the short distances of the transform.
+inline void load_row(const Rows& q, int64_t r, float* row, I lane) {
+  const int size = q.type == kFloat32 ? 4 : 2;
+  const char* x = (const char*)q.x + r * q.stride * size;
+  for (int64_t k = 0; k < q.columns; k += kLanes) {
+    const int64_t left = q.columns - k;
+    V v;
+    if (left >= kLanes) {
+      v = load_as_float(x + k * size, q.type);
+      if (q.pre_scale) v = v * load(q.pre_scale + k);
+    } else {
+      char end[kLanes * 4] = {};
+      float scale[kLanes] = {};
+      memcpy(end, x + k * size, left * size);
+      v = load_as_float(end, q.type);
+      if (q.pre_scale) {
+        memcpy(scale, q.pre_scale + k, left * 4);
+        v = v * load(scale);
+      }
+    }
+    store(row + k, butterflies(v, lane, q.block));
+  }
+}
+
+inline float largest(const float* row, int64_t columns) {
+  I peak = {};  // the bits of magnitudes order as the magnitudes do, and NaN is above all
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    I bits = (I)load(row + k) & 0x7fffffff;
+    peak = bits > peak ? bits : peak;
+  }
+  int32_t most = 0;
+  for (int i = 0; i < kLanes; i++) most = peak[i] > most ? peak[i] : most;
+  float value;
+  memcpy(&value, &most, 4);
+  return value;
+}
+
+inline U rounded(V x, V scale, V levels) {
+  V v = x / scale;
+  v = v > levels ? levels : v;
+  v = v < -levels ? -levels : v;
+  const V magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it ends at the ones, ties to even
+  return (U)(v + magic);  // its low byte is the integer
+}
+
+void quantize(const Rows& q, int64_t first, int64_t last, float* row) {
+  I lane;
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  const V levels = splat((float)q.levels);
+  for (int64_t r = first; r < last; r++) {
+    load_row(q, r, row, lane);
+    if (q.block > kLanes) transform_rest(row, q.columns, q.block);
+    if (q.block > 1)
+      for (int64_t k = 0; k < q.columns; k += kLanes) store(row + k, load(row + k) * splat(q.unit));
+    float scale = 1;
+    if (q.fixed) {
+      scale = *q.fixed;
+    } else {
+      const float peak = largest(row, q.columns);
+      if (peak > 0) {
+        scale = peak / (float)q.levels;
+        scale = scale < 1e-8f ? 1e-8f : scale;
+      }
+    }
+    q.scale[r] = scale;
+    int8_t* codes = q.codes + r * q.columns;
+    for (int64_t k = 0; k < q.columns; k += kLanes) {
+      int8_t bytes[kLanes];
+      const int64_t left = q.columns - k;
+      low_bytes(rounded(load(row + k), splat(scale), levels), left < kLanes ? bytes : codes + k);
+      if (left < kLanes) memcpy(codes + k, bytes, left);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------- packing of codes
+
+// Tokens lie in lanes: [block][step][kQuads][kTokens][kQuad]. The shift takes back what unsigned
+// weights add: (w + 128) * x = w * x + 128 * x.
+void pack(const Linear& g, int64_t first, int64_t last) {
+  alignas(64) Code rows[kTokens][kStep];
+  for (int64_t b = first; b < last; b++) {
+    int32_t* shift = g.shift + b * kTokens;
+    memset(shift, 0, kTokens * 4);
+    const int8_t* codes = g.codes + b * kTokens * g.columns;
+    const bool whole = g.tokens - b * kTokens >= kTokens && g.columns % 4 == 0;
+    Code* out = (Code*)g.packed + b * g.steps * kCodes;
+    for (int64_t s = 0; s < g.steps; s++, codes += kStep, out += kCodes) {
+      const int64_t left = g.columns - s * kStep, width = left < kStep ? left : kStep;
+      if (sizeof(Code) == 1 && whole && width == kStep) {  // as they lie
+        transpose16((const int32_t*)codes, g.columns / 4, (int32_t*)out);
+      } else {
+        memset(rows, 0, sizeof rows);
+        for (int t = 0; t < kTokens && b * kTokens + t < g.tokens; t++)
+          for (int64_t i = 0; i < width; i++) rows[t][i] = codes[t * g.columns + i];
+        for (int part = 0; part < (int)sizeof(Code); part++)
+          transpose16((const int32_t*)rows + part * 16, sizeof(Code) * 16,
+                      (int32_t*)out + part * 256);
+      }
+      add_codes(out, shift);
+    }
+  }
+}
+
+// Tokens one after the other, each (steps, kStep).
+void pack_few(const Linear& g) {
+  for (int64_t t = 0; t < g.tokens; t++) {
+    Code* out = (Code*)g.packed + t * g.steps * kStep;
+    memset(out + (g.steps - 1) * kStep, 0, kStep * sizeof(Code));
+    int32_t sum = 0;
+    for (int64_t k = 0; k < g.columns; k++) {
+      out[k] = g.codes[t * g.columns + k];
+      sum += out[k];
+    }
+    g.shift[t] = -kShift * sum;
+  }
+}
+
+// ---------------------------------------------------------------------------- the product
+
+inline void store_line(void* out, int64_t at, const float* values, int count, Float type) {
+  for (int i = 0; i < count; i += kLanes) {
+    const int left = count - i < kLanes ? count - i : kLanes;
+    const V v = load(values + i);
+    if (type == kFloat32) {
+      memcpy((float*)out + at + i, &v, left * 4);
+    } else {
+      uint16_t halves[kLanes], *to = (uint16_t*)out + at + i;
+      low_halves(type == kBFloat16 ? to_bfloat(v) : to_half(v), left < kLanes ? halves : to);
+      if (left < kLanes) memcpy(to, halves, left * 2);
+    }
+  }
+}
+
+// float(sum) * row_scale * weight_scale + bias in this order, then one rounding.
+inline void finish(const Linear& g, int64_t n, int64_t token, const int32_t* sums) {
+  alignas(64) float by_row[kTokens][kTokens], by_token[kTokens][kTokens];
+  const int64_t rows = g.rows - n < 16 ? g.rows - n : 16;
+  float scale[kTokens] = {};
+  const int64_t tokens = g.tokens - token < kTokens ? g.tokens - token : kTokens;
+  memcpy(scale, g.row_scale + token, tokens * 4);
+  for (int64_t i = 0; i < rows; i++) {
+    const V weight = splat(g.weight_scale[n + i]), bias = splat(g.bias ? g.bias[n + i] : 0);
+    for (int t = 0; t < kTokens; t += kLanes) {
+      I sum, shift;
+      memcpy(&sum, sums + i * kGroup * kTokens + t, sizeof sum);
+      memcpy(&shift, g.shift + token + t, sizeof shift);
+      V y = __builtin_convertvector(sum + shift, V) * load(scale + t) * weight;
+      store(&by_row[i][t], g.bias ? y + bias : y);
+    }
+  }
+  transpose16((const int32_t*)by_row, 16, (int32_t*)by_token);
+  for (int64_t t = 0; t < tokens; t++)
+    store_line(g.out, (token + t) * g.rows + n, by_token[t], (int)rows, g.type);
+}
+
+void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, int64_t panel_end,
+              void* scratch) {
+  alignas(64) int32_t sums[kRows * kGroup * kTokens];
+  Weight* weights = (Weight*)scratch;  // [step][kRows][kStep]
+  for (int64_t p = panel; p < panel_end; p++) {
+    const int64_t n = p * kRows, rows = g.rows - n < kRows ? g.rows - n : kRows;
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t s = 0; s < g.steps; s++)
+        unpack_step(g, n + i, s, weights + (s * kRows + i) * kStep);
+    int64_t at = block, groups = (block_end - block + kGroup - 1) / kGroup;
+    for (; groups; groups--) {
+      // as even as they come: a block alone makes poor use of the registers
+      const int count = (int)((block_end - at + groups - 1) / groups);
+      const Code* codes = (const Code*)g.packed + at * g.steps * kCodes;
+      multiply_group(weights, codes, g.steps, count, sums);
+      for (int c = 0; c < count; c++)
+        for (int i = 0; i < rows; i += 16)
+          finish(g, n + i, (at + c) * kTokens, sums + i * kGroup * kTokens + c * kTokens);
+      at += count;
+    }
+  }
+}
+
+void multiply_few(const Linear& g, int64_t first, int64_t last) {
+  alignas(64) float line[kFew][16];
+  for (int64_t n = first; n < last; n += 16) {
+    const int rows = (int)(last - n < 16 ? last - n : 16);
+    for (int i = 0; i < rows; i++) {
+      int32_t sums[kFew];
+      dot_few(g, n + i, sums);
+      for (int t = 0; t < g.tokens; t++) {
+        float y = (float)(sums[t] + g.shift[t]) * g.row_scale[t] * g.weight_scale[n + i];
+        line[t][i] = g.bias ? y + g.bias[n + i] : y;
+      }
+    }
+    for (int t = 0; t < g.tokens; t++) store_line(g.out, t * g.rows + n, line[t], rows, g.type);
+  }
+}
+
+}  // namespace
+}  // namespace dtq

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction sets this machine has, and which one is used.
+#include "dispatch.h"
+
+#include <string.h>
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace dtq {
+
+alignas(64) int8_t levels_of[256][16];
+
+namespace {
+
+#ifdef __x86_64__
+struct Registers {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+Registers ask(unsigned leaf, unsigned sub) {
+  Registers r;
+  if (!__get_cpuid_count(leaf, sub, &r.a, &r.b, &r.c, &r.d)) return {};
+  return r;
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avxvnni() { return has_avx2() && (ask(7, 1).a >> 4 & 1); }
+
+bool has_vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_amx() {
+  const unsigned d = ask(7, 0).d;
+  if (!has_vnni() || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;  // tiles, int8
+#ifdef __linux__
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;
+  // tile data has to be asked for, once a process: threads and forks inherit the permission
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*present)();
+  bool proven;  // has given the reference's bits on a machine that has it; others only by name
+};
+
+bool always() { return true; }
+
+// from the plainest to the fastest
+const Candidate kCandidates[] = {
+    {&portable, always, true},
+#ifdef __x86_64__
+    {&avx2, has_avx2, true},
+    {&avxvnni, has_avxvnni, false},
+    {&vnni, has_vnni, true},
+    {&amx, has_amx, false},
+#endif
+};
+
+void fill_levels() {
+  for (int byte = 0; byte < 256; byte++)
+    for (int code = 0; code < 16; code++)
+      levels_of[byte][code] = (int8_t)((code - (byte & 15)) * ((byte >> 4) + 1));
+}
+
+const Kernels* chosen = nullptr;
+
+}  // namespace
+
+const Kernels& kernels() {
+  if (!chosen) use(nullptr);
+  return *chosen;
+}
+
+bool use(const char* name) {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+#endif
+  fill_levels();
+  const Kernels* best = nullptr;
+  bool found = name == nullptr;
+  for (const Candidate& c : kCandidates) {
+    const bool named = name && !strcmp(name, c.kernels->name);
+    if ((c.proven || named) && c.present()) best = c.kernels;
+    if (named) {
+      found = best == c.kernels;
+      break;
+    }
+  }
+  chosen = best;
+  return found;
+}
+
+}  // namespace dtq

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// AMX int8: a tile of 16 output channels by a tile of 16 tokens, 64 channels deep, an instruction.
+//
+// The weights are the left operand, plain rows of 64 bytes, so they need no transposing; the codes,
+// packed once for all panels, are the right one.
+#include "avx512.h"
+
+namespace dtq {
+namespace {
+
+struct alignas(64) TileShapes {
+  uint8_t palette, start, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+inline void configure_tiles() {
+  TileShapes shapes = {};
+  shapes.palette = 1;
+  for (int i = 0; i < 8; i++) {
+    shapes.row_bytes[i] = 64;
+    shapes.rows[i] = 16;
+  }
+  // GCC 12 thinks that the instruction reads 8 of these 64 bytes and drops the other stores
+  asm volatile("" : "+m"(shapes)::"memory");
+  _tile_loadconfig(&shapes);
+}
+
+// 32 output channels by one or two token blocks; tiles 0-3 sums, 4 and 5 weights, 6 and 7 codes.
+template <int count>
+inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t steps, int32_t* sums) {
+  const int64_t next = steps * kStep * kTokens;
+  constexpr int64_t line = kGroup * kTokens * 4;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < steps; s++) {
+    const Weight* w = weights + s * kRows * kStep;
+    const Code* x = codes + s * kStep * kTokens;
+    // codes come from L2 and are used once a panel: a streaming load leaves the weights in L1
+    _tile_stream_loadd(6, x, 64);
+    _tile_loadd(4, w, kStep);
+    _tile_dpbusd(0, 4, 6);
+    _tile_loadd(5, w + 16 * kStep, kStep);
+    _tile_dpbusd(1, 5, 6);
+    if (count == 2) {
+      _tile_stream_loadd(7, x + next, 64);
+      _tile_dpbusd(2, 4, 7);
+      _tile_dpbusd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, line);
+  _tile_stored(1, sums + 16 * kGroup * kTokens, line);
+  if (count == 2) {
+    _tile_stored(2, sums + kTokens, line);
+    _tile_stored(3, sums + 16 * kGroup * kTokens + kTokens, line);
+  }
+}
+
+inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int count,
+                           int32_t* sums) {
+  asm volatile("" ::: "memory");  // a tile load does not tell the compiler what it reads
+  configure_tiles();
+  if (count >= 2) multiply_tiles<2>(weights, codes, steps, sums);
+  if (count != 2) {
+    const int done = count - 1;
+    multiply_tiles<1>(weights, codes + done * steps * kStep * kTokens, steps, sums + done * kTokens);
+  }
+  _tile_release();
+  asm volatile("" ::: "memory");
+}
+
+}  // namespace
+}  // namespace dtq
+
+#include "body.h"
+
+namespace dtq {
+const Kernels amx = {"amx", sizeof(Code), sizeof(Weight), quantize,
+                     pack,  multiply,     pack_few,       multiply_few};
+}

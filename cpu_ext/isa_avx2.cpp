@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2, and AVX-VNNI when compiled with -mavxvnni.
+//
+// AVX2 multiplies in 16 bits: vpmaddwd is exact for any int8 values, where vpmaddubsw saturates,
+// and costs the same number of instructions as taking signs apart first.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace dtq {
+namespace {
+
+constexpr int kLanes = 8;
+typedef float V __attribute__((vector_size(32)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
+
+template <int h>
+inline V swapped(V v) {
+  if constexpr (h == 1) return (V)_mm256_permute_ps((__m256)v, 0xb1);
+  if constexpr (h == 2) return (V)_mm256_permute_ps((__m256)v, 0x4e);
+  return (V)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1);
+}
+
+inline void transpose8(const float* in, int64_t stride, float* out) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(in + i * stride);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(out + i * 16, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
+    _mm256_storeu_ps(out + (4 + i) * 16, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+  }
+}
+
+inline void transpose16(const int32_t* in, int64_t stride, int32_t* out) {
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 16; j += 8)
+      transpose8((const float*)in + i * stride + j, stride, (float*)out + j * 16 + i);
+}
+
+inline __m128i halves(U v) {
+  const __m256i low = _mm256_and_si256((__m256i)v, _mm256_set1_epi32(0xffff));
+  return _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+}
+
+inline void low_halves(U v, uint16_t* out) { _mm_storeu_si128((__m128i*)out, halves(v)); }
+
+inline void low_bytes(U v, int8_t* out) {
+  const __m128i bytes = halves(v & 0xff);
+  _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(bytes, bytes));
+}
+
+// 32 weights of 16 bytes.
+inline __m256i load_int4(const int8_t* w, const int8_t* low, const int8_t* high) {
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)w));
+  const __m256i codes = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)),
+                                         _mm256_set1_epi8(15));
+  const __m256i table = _mm256_loadu2_m128i((const __m128i*)high, (const __m128i*)low);
+  return _mm256_shuffle_epi8(table, codes);
+}
+
+// 64 weights of a row as two vectors of int8; past the end of the row they are whatever, times 0.
+inline void load_int8(const int8_t* w, int width, __m256i* out) {
+  alignas(32) int8_t end[kStep] = {};
+  if (width < kStep) {
+    for (int i = 0; i < width; i++) end[i] = w[i];
+    w = end;
+  }
+  for (int i = 0; i < 2; i++) out[i] = _mm256_loadu_si256((const __m256i*)w + i);
+}
+
+inline void load_int4(const int8_t* w, int width, const Levels& levels, __m256i* out) {
+  alignas(32) int8_t end[kStep / 2] = {};
+  if (width < kStep) {
+    for (int i = 0; i < width / 2; i++) end[i] = w[i];
+    w = end;
+  }
+  for (int i = 0; i < 2; i++) out[i] = load_int4(w + 16 * i, levels.of[2 * i], levels.of[2 * i + 1]);
+}
+
+#ifdef __AVXVNNI__
+typedef int8_t Code;
+typedef uint8_t Weight;
+constexpr int kQuad = 4, kShift = 128, kBlock = 4;
+
+inline void keep(const __m256i* weights, Weight* out) {
+  for (int i = 0; i < 2; i++)
+    _mm256_store_si256((__m256i*)out + i,
+                       _mm256_xor_si256(weights[i], _mm256_set1_epi8((char)0x80)));
+}
+
+inline __m256i add_products(__m256i sum, __m256i weight, __m256i codes) {
+  return _mm256_dpbusd_avx_epi32(sum, weight, codes);
+}
+
+inline void add_codes(const Code* codes, int32_t* shift) {
+  for (int i = 0; i < 32; i++) {  // 128 as an unsigned weight, taken off
+    __m256i* to = (__m256i*)shift + i % 2;
+    const __m256i x = _mm256_load_si256((const __m256i*)codes + i);
+    const __m256i part = add_products(_mm256_setzero_si256(), _mm256_set1_epi8((char)128), x);
+    _mm256_storeu_si256(to, _mm256_sub_epi32(_mm256_loadu_si256(to), part));
+  }
+}
+#else
+typedef int16_t Code;
+typedef int16_t Weight;
+constexpr int kQuad = 2, kShift = 0, kBlock = 4;
+
+inline void add_codes(const Code*, int32_t*) {}  // the weights are signed
+
+inline void keep(const __m256i* weights, Weight* out) {
+  for (int i = 0; i < 4; i++) {
+    const __m256i both = weights[i / 2];
+    const __m128i half = i % 2 ? _mm256_extracti128_si256(both, 1) : _mm256_castsi256_si128(both);
+    _mm256_store_si256((__m256i*)out + i, _mm256_cvtepi8_epi16(half));
+  }
+}
+
+inline __m256i add_products(__m256i sum, __m256i weight, __m256i codes) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(weight, codes));
+}
+#endif
+
+inline void widen(const int8_t* w, int width, Weight* out) {
+  __m256i weights[2];
+  load_int8(w, width, weights);
+  keep(weights, out);
+}
+
+inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
+  __m256i weights[2];
+  load_int4(w, width, levels, weights);
+  keep(weights, out);
+}
+
+}  // namespace
+}  // namespace dtq
+
+#include "weights.h"
+
+namespace dtq {
+namespace {
+
+// kBlock output channels by 16 tokens: 8 sums, 2 of codes and 1 of weights, of 16 registers.
+inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, int32_t* sums) {
+  __m256i sum[kBlock][2];
+  for (int r = 0; r < kBlock; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+  for (int64_t s = 0; s < steps; s++) {
+    const Weight* w = weights + s * kRows * kStep;
+    const Code* x = codes + s * kStep * kTokens;
+    for (int q = 0; q < kStep; q += kQuad, x += kQuad * kTokens) {
+      const __m256i low = _mm256_load_si256((const __m256i*)x);
+      const __m256i high = _mm256_load_si256((const __m256i*)x + 1);
+#pragma GCC unroll 8
+      for (int r = 0; r < kBlock; r++) {
+        const __m256i weight = _mm256_set1_epi32(*(const int32_t*)(w + r * kStep + q));
+        sum[r][0] = add_products(sum[r][0], weight, low);
+        sum[r][1] = add_products(sum[r][1], weight, high);
+      }
+    }
+  }
+  for (int r = 0; r < kBlock; r++)
+    for (int i = 0; i < 2; i++)
+      _mm256_store_si256((__m256i*)(sums + r * kGroup * kTokens) + i, sum[r][i]);
+}
+
+inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int count,
+                           int32_t* sums) {
+  for (int c = 0; c < count; c++)
+    for (int n = 0; n < kRows; n += kBlock)
+      multiply_block(weights + n * kStep, codes + c * steps * kStep * kTokens, steps,
+                     sums + (n * kGroup + c) * kTokens);
+}
+
+inline int32_t total(__m256i v) {
+  int32_t lane[8], sum = 0;
+  _mm256_storeu_si256((__m256i*)lane, v);
+  for (int i = 0; i < 8; i++) sum += lane[i];
+  return sum;
+}
+
+// Steps of a row are unpacked into a cache line or two, then added for each token.
+template <int tokens>
+inline void dot_tokens(const Linear& g, int64_t n, int32_t* sums) {
+  constexpr int parts = kStep * sizeof(Weight) / 32;
+  alignas(64) Weight line[kStep];
+  __m256i sum[tokens];
+  for (int t = 0; t < tokens; t++) sum[t] = _mm256_setzero_si256();
+  for (int64_t s = 0; s < g.steps; s++) {
+    unpack_step(g, n, s, line);
+    for (int t = 0; t < tokens; t++) {
+      const __m256i* x = (const __m256i*)((const Code*)g.packed + (t * g.steps + s) * kStep);
+      for (int i = 0; i < parts; i++)
+        sum[t] = add_products(sum[t], _mm256_load_si256((const __m256i*)line + i),
+                              _mm256_load_si256(x + i));
+    }
+  }
+  for (int t = 0; t < tokens; t++) sums[t] = total(sum[t]);
+}
+
+inline void dot_few(const Linear& g, int64_t n, int32_t* sums) {
+  switch (g.tokens) {
+    case 1: return dot_tokens<1>(g, n, sums);
+    case 2: return dot_tokens<2>(g, n, sums);
+    case 3: return dot_tokens<3>(g, n, sums);
+    case 4: return dot_tokens<4>(g, n, sums);
+    case 5: return dot_tokens<5>(g, n, sums);
+    case 6: return dot_tokens<6>(g, n, sums);
+    case 7: return dot_tokens<7>(g, n, sums);
+    default: return dot_tokens<8>(g, n, sums);
+  }
+}
+
+}  // namespace
+}  // namespace dtq
+
+#include "body.h"
+
+namespace dtq {
+#ifdef __AVXVNNI__
+const Kernels avxvnni = {"avxvnni", sizeof(Code), sizeof(Weight), quantize,
+                         pack,      multiply,     pack_few,       multiply_few};
+#else
+const Kernels avx2 = {"avx2", sizeof(Code), sizeof(Weight), quantize,
+                      pack,   multiply,     pack_few,       multiply_few};
+#endif
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// Portable C++: what a machine without AVX2 runs, and what the other paths are judged by.
+#include "kernels.h"
+
+namespace dtq {
+namespace {
+
+constexpr int kLanes = 4;
+typedef float V __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
+
+template <int h>
+inline V swapped(V v) {
+  return V{v[0 ^ h], v[1 ^ h], v[2 ^ h], v[3 ^ h]};
+}
+
+inline void transpose16(const int32_t* in, int64_t stride, int32_t* out) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) out[j * 16 + i] = in[i * stride + j];
+}
+
+inline void low_bytes(U v, int8_t* out) {
+  for (int i = 0; i < kLanes; i++) out[i] = (int8_t)v[i];
+}
+
+inline void low_halves(U v, uint16_t* out) {
+  for (int i = 0; i < kLanes; i++) out[i] = (uint16_t)v[i];
+}
+
+typedef int16_t Code;
+typedef int16_t Weight;
+constexpr int kQuad = 2;
+constexpr int kShift = 0;
+
+inline void add_codes(const Code*, int32_t*) {}  // the weights are signed
+
+inline void widen(const int8_t* w, int width, Weight* out) {
+  for (int i = 0; i < kStep; i++) out[i] = i < width ? w[i] : 0;
+}
+
+inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
+  for (int i = 0; i < kStep; i += 2) {
+    const uint8_t byte = i < width ? w[i / 2] : 0;
+    out[i] = levels.of[i / 16][byte & 15];
+    out[i + 1] = levels.of[i / 16][byte >> 4];
+  }
+}
+
+}  // namespace
+}  // namespace dtq
+
+#include "weights.h"
+
+namespace dtq {
+namespace {
+
+inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int count,
+                           int32_t* sums) {
+  for (int c = 0; c < count; c++)
+    for (int n = 0; n < kRows; n++) {
+      int32_t sum[kTokens] = {};
+      for (int64_t s = 0; s < steps; s++) {
+        const Weight* w = weights + (s * kRows + n) * kStep;
+        const Code* x = codes + (c * steps + s) * kStep * kTokens;
+        for (int q = 0; q < kStep; q += 2, x += 2 * kTokens)
+          for (int t = 0; t < kTokens; t++) sum[t] += w[q] * x[2 * t] + w[q + 1] * x[2 * t + 1];
+      }
+      for (int t = 0; t < kTokens; t++) sums[(n * kGroup + c) * kTokens + t] = sum[t];
+    }
+}
+
+inline void dot_few(const Linear& g, int64_t n, int32_t* sums) {
+  Weight line[kStep];
+  for (int t = 0; t < g.tokens; t++) sums[t] = 0;
+  for (int64_t s = 0; s < g.steps; s++) {
+    unpack_step(g, n, s, line);
+    for (int t = 0; t < g.tokens; t++) {
+      const Code* x = (const Code*)g.packed + (t * g.steps + s) * kStep;
+      for (int i = 0; i < kStep; i++) sums[t] += line[i] * x[i];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dtq
+
+#include "body.h"
+
+namespace dtq {
+const Kernels portable = {"ref",    sizeof(Code), sizeof(Weight), quantize,
+                          pack,     multiply,     pack_few,       multiply_few};
+}

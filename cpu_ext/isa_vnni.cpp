@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX512-VNNI: vpdpbusd adds four products of unsigned weights and signed codes to each of 16 sums.
+#include "avx512.h"
+
+namespace dtq {
+namespace {
+
+// `rows` output channels by `count` token blocks, sums in registers: 8 x 3 = 24 of the 32.
+template <int rows, int count>
+inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, int32_t* sums) {
+  __m512i sum[rows][count];
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < count; c++) sum[r][c] = _mm512_setzero_si512();
+  const int64_t next = steps * kStep * kTokens;
+  for (int64_t s = 0; s < steps; s++) {
+    const Weight* w = weights + s * kRows * kStep;
+    const Code* x = codes + s * kStep * kTokens;
+    for (int q = 0; q < kStep / 4; q++, x += 64) {
+      __m512i tokens[count];
+      for (int c = 0; c < count; c++) tokens[c] = _mm512_load_si512(x + c * next);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; r++) {
+        const __m512i weight = _mm512_set1_epi32(*(const int32_t*)(w + r * kStep + q * 4));
+        for (int c = 0; c < count; c++)
+          sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], weight, tokens[c]);
+      }
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < count; c++)
+      _mm512_store_si512(sums + (r * kGroup + c) * kTokens, sum[r][c]);
+}
+
+template <int rows, int count>
+inline void multiply_rows(const Weight* weights, const Code* codes, int64_t steps, int32_t* sums) {
+  for (int n = 0; n < kRows; n += rows)
+    multiply_block<rows, count>(weights + n * kStep, codes, steps, sums + n * kGroup * kTokens);
+}
+
+inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int count,
+                           int32_t* sums) {
+  if (count == 3) multiply_rows<8, 3>(weights, codes, steps, sums);
+  else if (count == 2) multiply_rows<8, 2>(weights, codes, steps, sums);
+  else multiply_rows<16, 1>(weights, codes, steps, sums);
+}
+
+}  // namespace
+}  // namespace dtq
+
+#include "body.h"
+
+namespace dtq {
+const Kernels vnni = {"vnni", sizeof(Code), sizeof(Weight), quantize,
+                      pack,   multiply,     pack_few,       multiply_few};
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the torch glue hands to a kernel, and the table of functions that each instruction set has.
+//
+// No C++ library and no torch headers here: the files that include this are compiled for
+// instruction sets that the machine may lack, and an inline function of a shared header compiled
+// there could be the copy that the linker keeps for everybody.
+#pragma once
+#include <stdint.h>
+
+namespace dtq {
+
+enum Float { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int kStep = 64;    // input channels of one step: a cache line of int8
+constexpr int kTokens = 16;  // tokens side by side in a block: the int32 lanes of 512 bits
+constexpr int kRows = 32;    // output channels of a panel; two AMX tiles, four register blocks
+constexpr int kGroup = 3;    // token blocks multiplied together
+constexpr int kFew = 8;      // up to this many tokens each weight is read once and not rearranged
+
+// quantize_rows
+struct Rows {
+  const void* x;  // (M, K), rows `stride` elements apart
+  Float type;
+  int64_t stride, columns;
+  const float* pre_scale;  // (K) or null
+  int64_t block;           // of the Hadamard transform; 1 for none
+  float unit;              // block ** -0.5
+  const float* fixed;      // one scale for all rows, or null
+  int levels;
+  int8_t* codes;  // (M, K)
+  float* scale;   // (M)
+};
+
+// w8a8_linear and w4a8_linear
+struct Linear {
+  int64_t tokens, rows, columns;  // M, N, K
+  int64_t steps;                  // ceil(K / kStep)
+  const int8_t* codes;            // (M, K)
+  const float* row_scale;         // (M)
+  const int8_t* weight;           // (N, K), or (N, K / 2) when there are groups
+  const uint8_t* groups;          // (N, K / group): scale2 - 1 and zero; null for int8
+  int64_t group;
+  int group_bits;  // group == 1 << group_bits, at least 4; or -1 for any other group
+  const float* weight_scale;  // (N)
+  const float* bias;          // (N) or null
+  void* out;                  // (M, N)
+  Float type;
+
+  void* packed;    // codes as the multiplier reads them, see `pack`
+  int32_t* shift;  // (M, rounded up to kTokens): what the multiplier adds to every sum of a token
+};
+
+struct Kernels {
+  const char* name;
+  int code_bytes;   // of a packed code
+  int panel_bytes;  // of a weight in a panel
+  // rows [first, last); `scratch` holds K floats, rounded up to a multiple of 16
+  void (*quantize)(const Rows&, int64_t first, int64_t last, float* scratch);
+  // token blocks [first, last), for `multiply`
+  void (*pack)(const Linear&, int64_t first, int64_t last);
+  // token blocks [block, block_end) by panels [panel, panel_end)
+  void (*multiply)(const Linear&, int64_t block, int64_t block_end, int64_t panel,
+                   int64_t panel_end, void* scratch);
+  // up to kFew tokens: all of them packed, or output channels [first, last)
+  void (*pack_few)(const Linear&);
+  void (*multiply_few)(const Linear&, int64_t first, int64_t last);
+};
+
+extern const Kernels portable;
+#ifdef __x86_64__
+extern const Kernels avx2, avxvnni, vnni, amx;
+#endif
+
+// The 16 int8 levels of a group byte: (code - zero) * scale2, wrapped as torch wraps.
+extern int8_t levels_of[256][16];
+
+// The levels of 64 columns, for each 16 of them.
+struct Levels {
+  const int8_t* of[4];
+  bool same;  // all four
+};
+
+}  // namespace dtq

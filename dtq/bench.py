@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast quantized layers are on this machine, beside float ones and other libraries.
+
+One interleaved run: in every round each candidate runs once (small ones several times), in a random
+order. A figure is the median over rounds of the ratio of two times of the same round, so that a
+machine that is busy with something else slows both. With one thread the clock is that of the
+thread, which stands still while others have the core; with several it is the wall's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtq.demo import folder as demo_folder
+from dtq.evaluate.baselines import BASELINES
+from dtq.formats import FORMATS
+from dtq.kernels import build
+from dtq.nn import QuantLinear
+from dtq.plan import Runtime
+
+SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288))
+"""(K, N) of DiT-XL and FLUX."""
+TOKENS = (1, 64, 256, 1024)
+OURS = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
+"""Recipes and the format of their weights."""
+MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
+"""What the baselines import, by the first word of their name."""
+
+_ENOUGH = 2e-3  # seconds of a measurement: below, the clock's own time shows
+
+
+@dataclass
+class Candidate:
+    """Something that does the job.
+
+    Attributes:
+        run: does it once.
+        bytes: of its weights, scales and all.
+    """
+
+    name: str
+    run: Callable[[], object]
+    bytes: int
+
+
+@dataclass
+class Row:
+    """What one candidate did at one size.
+
+    Attributes:
+        case: ``K x N, M tokens`` or the model's name.
+        seconds: median of a run.
+        ratio: for each of ours, quartiles of this one's time over ours; above 1 ours is faster.
+    """
+
+    case: str
+    tokens: int
+    name: str
+    seconds: float
+    bytes: int
+    ratio: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """A whole suite, with the conditions it was measured in."""
+
+    suite: str
+    conditions: dict[str, str | int]
+    rows: list[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"verdict": verdict(self.rows)}
+
+
+def gemm(
+    *, quick: bool = False, rounds: int = 15, say: Callable[[list[Row]], None] | None = None
+) -> Result:
+    """Whole linears, bfloat16 in to bfloat16 out."""
+    rows: list[Row] = []
+    for k, n in SHAPES[:3] if quick else SHAPES:
+        layers = _layers(k, n)
+        for m in TOKENS[:3] if quick else TOKENS:
+            x = torch.randn(m, k).bfloat16()
+            found = race(f"{k} x {n}", m, _on(layers, x, n), rounds)
+            rows += found
+            if say:
+                say(found)
+    return Result("gemm", conditions(rounds), rows)
+
+
+def e2e(
+    *, quick: bool = False, rounds: int = 15, say: Callable[[list[Row]], None] | None = None
+) -> Result:
+    """One denoising step of whole models: a DiT of the shape of DiT-XL/2, and the demo."""
+    rows: list[Row] = []
+    for name, model, tokens in _models(quick):
+        found = race(name, tokens, _steps(model), rounds)
+        rows += found
+        if say:
+            say(found)
+    return Result("e2e", conditions(rounds), rows)
+
+
+SUITES: dict[str, Callable[..., Result]] = {"gemm": gemm, "e2e": e2e}
+
+
+def conditions(rounds: int) -> dict[str, str | int]:
+    """What a figure needs beside it."""
+    return {
+        "cpu": _cpu(),
+        "kernels": build.describe(),
+        "threads": torch.get_num_threads(),
+        "clock": "thread" if torch.get_num_threads() == 1 else "wall",
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+@torch.no_grad()
+def race(case: str, tokens: int, candidates: Sequence[Candidate], rounds: int) -> list[Row]:
+    """Time candidates side by side."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    repeats = {}
+    for c in candidates:  # a first run that does not count: memory is allocated, kernels are made
+        c.run()
+        started = clock()
+        c.run()
+        repeats[c.name] = max(1, min(50, int(_ENOUGH / max(clock() - started, 1e-6))))
+    for i in range(rounds):
+        order = list(candidates)
+        random.Random(i).shuffle(order)
+        for c in order:
+            started = clock()
+            for _ in range(repeats[c.name]):
+                c.run()
+            times[c.name].append((clock() - started) / repeats[c.name])
+    rows = []
+    for c in candidates:
+        ratio = {
+            ours: _quartiles(a / b for a, b in zip(times[c.name], times[ours], strict=True))
+            for ours in OURS
+            if ours in times and ours != c.name
+        }
+        rows.append(Row(case, tokens, c.name, statistics.median(times[c.name]), c.bytes, ratio))
+    return rows
+
+
+def geometric_means(rows: Iterable[Row], ours: str) -> dict[tuple[int, str], float]:
+    """By tokens and candidate: how many times as long as ours it takes, over all cases."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        if ours in row.ratio:
+            found.setdefault((row.tokens, row.name), []).append(row.ratio[ours][1])
+    return {key: statistics.geometric_mean(values) for key, values in found.items()}
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """A plain sentence. Only what is faster than every float candidate is recommended."""
+    many = [row for row in rows if row.tokens > 1]
+    said = []
+    for ours in OURS:
+        speed = {
+            rival: statistics.geometric_mean(
+                row.ratio[ours][1] for row in many if row.name == rival
+            )
+            for rival in ("bf16", "fp32")
+            if any(row.name == rival and ours in row.ratio for row in many)
+        }
+        if not speed:
+            continue
+        rival = min(speed, key=lambda name: speed[name])  # the faster of the two
+        smaller = _bytes(many, "bf16") / _bytes(many, ours)
+        said.append((speed[rival], ours, rival, smaller))
+    if not said:
+        return "nothing of dtq was measured"
+    pace, ours, rival, smaller = max(said)
+    if pace > 1:
+        return (
+            f"{ours} is {pace:.1f}x faster than {rival} here and {smaller:.1f}x smaller than bf16"
+        )
+    return (
+        f"nothing of dtq is faster than {rival} here; {ours} takes {1 / pace:.1f}x as long "
+        f"and is {smaller:.1f}x smaller than bf16: quantize for memory, not for speed"
+    )
+
+
+# ---------------------------------------------------------------------------------- candidates
+
+
+def _layers(k: int, n: int) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    float_layer = nn.Linear(k, n)
+    layers: dict[str, nn.Module] = {
+        name: quantized(float_layer, weights) for name, weights in OURS.items()
+    }
+    layers["fp32"] = float_layer
+    layers["bf16"] = nn.Linear(k, n, dtype=torch.bfloat16)
+    for name, baseline in BASELINES.items():
+        if _installed(MODULES[name.split("-")[0]]):
+            holder = nn.Sequential(nn.Linear(k, n, dtype=torch.bfloat16))
+            baseline.apply(holder, ["0"])
+            layers[name] = holder[0]
+    return layers
+
+
+def quantized(layer: nn.Linear, weights: str, acts: str = "int8-row") -> QuantLinear:
+    """The layer as a recipe leaves it, smoothed and rotated online; rounded to nearest."""
+    fmt, w = FORMATS[weights], layer.weight.detach().float()
+    block = 64 if layer.in_features % 64 == 0 else 1
+    new = QuantLinear.in_place_of(
+        layer, Runtime(weights, acts, block, True), compute_dtype=torch.bfloat16
+    )
+    parts = fmt.pack(w, fmt.fit(w))
+    parts["pre_quant_scale"] = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
+    new.fill(parts)
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach().bfloat16(), requires_grad=False)
+    return new
+
+
+def _on(layers: dict[str, nn.Module], x: Tensor, n: int) -> list[Candidate]:
+    found = []
+    for name, layer in layers.items():
+        given = x.float() if name == "fp32" else x
+        found.append(Candidate(name, _call(layer, given), _size(name, layer)))
+    codes = torch.randint(-127, 128, x.shape, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (n, x.shape[1]), dtype=torch.int8)
+    # the bare product: codes given, no scales, no bias, int32 out
+    found.append(Candidate("_int_mm, bare", lambda: torch._int_mm(codes, weight.T), weight.numel()))
+    bits, unit, bias = weight.T, torch.rand(n), torch.rand(n)
+
+    def by_int_mm() -> Tensor:
+        peak = x.float().abs().amax(1, keepdim=True) / 127
+        y = torch._int_mm((x.float() / peak).round().to(torch.int8), bits)
+        return (y.float() * peak * unit + bias).to(x.dtype)
+
+    found.append(Candidate("_int_mm, eager", by_int_mm, weight.numel() + 4 * n))
+    return found
+
+
+def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: layer(x)
+
+
+def _size(name: str, layer: nn.Module) -> int:
+    if name in BASELINES:
+        assert isinstance(layer, nn.Module)
+        weight: Any = layer.weight
+        return math.ceil(BASELINES[name].bits(layer) * weight.numel() / 8)
+    return sum(p.nbytes for p in layer.parameters())
+
+
+def _models(quick: bool) -> Iterable[tuple[str, nn.Module, int]]:
+    from diffusers import DiTTransformer2DModel
+
+    blocks = 4 if quick else 28
+    torch.manual_seed(0)
+    for tokens in (256,) if quick else (256, 1024):
+        model = DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8,
+            num_layers=blocks, sample_size=2 * math.isqrt(tokens), patch_size=2,
+            num_embeds_ada_norm=1000,
+        )  # fmt: skip
+        yield f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2", model.eval(), tokens
+    model = DiTTransformer2DModel.from_pretrained(demo_folder() / "transformer")
+    yield "demo, batch 2", model.eval(), (model.config.sample_size // model.config.patch_size) ** 2
+
+
+def _steps(model: nn.Module) -> list[Candidate]:
+    import copy
+
+    config: Any = model.config
+    x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
+    given = {"timestep": torch.tensor([500, 500]), "class_labels": torch.tensor([1, 2])}
+    found = []
+
+    def add(name: str, chosen: nn.Module, dtype: torch.dtype) -> None:
+        size = sum(p.nbytes for p in chosen.parameters())
+        latent = x.to(dtype)
+        found.append(Candidate(name, lambda: chosen(latent, **given)[0], size))
+
+    half = copy.deepcopy(model).bfloat16()
+    for name, weights in OURS.items():
+        ours = copy.deepcopy(half)
+        for where, layer in list(ours.named_modules()):
+            # attention and feed-forward, what recipes quantize; modulation stays float
+            if isinstance(layer, nn.Linear) and (".attn" in where or ".ff." in where):
+                ours.set_submodule(where, quantized(layer, weights))
+        add(name, ours, torch.bfloat16)
+    add("bf16", half, torch.bfloat16)
+    add("fp32", model, torch.float32)
+    return found
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package above it
+        return False
+
+
+def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _bytes(rows: Iterable[Row], name: str) -> int:
+    return sum(row.bytes for row in rows if row.name == name)
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith("model name")]
+    except OSError:
+        lines = []
+    return lines[0].split(":", 1)[1].strip() if lines else platform.machine()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on quantized linears: adapters run beside them, and fuse into their low-rank branch.
+
+A quantized linear transforms its input inside, so an adapter sees what it would see beside the
+float one, and nothing needs to be converted. Fusing puts ``A`` and ``B * scale`` beside the factors
+of the low-rank branch: the codes stay as they are, unfusing gives back every bit, and a fused model
+saves and loads like any other. The factors are kept in bfloat16, as the file has them.
+
+Only imported where peft is installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.loaders import lora_pipeline
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.lycoris_utils import LycorisTuner
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from dtq.errors import InputError
+from dtq.nn.linear import QuantLinear
+
+
+class LoraLinear(Linear):  # type: ignore[misc]
+    """peft's layer for a linear, with a merge that leaves the weight alone.
+
+    Raises:
+        InputError: the adapter needs the float weight, or the linear stands in for a convolution.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, *args, **kwargs)
+        self.fused: dict[str, tuple[int, int]] = {}  # adapter -> its ranks in the branch
+        if self.get_base_layer().spatial:
+            raise InputError(
+                f"adapter {adapter_name!r} is for a quantized 1 x 1 convolution; keep that layer "
+                f"when quantizing: modules_to_not_convert, or keep: in the recipe"
+            )
+
+    def resolve_lora_variant(self, **kwargs: Any) -> None:
+        """Plain LoRA only."""
+        variant = super().resolve_lora_variant(**kwargs)
+        if variant is not None:
+            kind = type(variant).__name__.removesuffix("LinearVariant")
+            raise InputError(
+                f"this adapter is {kind}, which needs the float weight; quantized linears take "
+                f"plain LoRA. Merge it into the float model and quantize that"
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Move adapters into the low-rank branch of the quantized linear.
+
+        Raises:
+            InputError: an adapter has a bias, or (``safe_merge``) numbers that are not finite.
+        """
+        base = self.get_base_layer()
+        if not isinstance(base, QuantLinear):  # dequantized since
+            super().merge(safe_merge, adapter_names)
+            return
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            if self.lora_B[name].bias is not None:
+                raise InputError(f"adapter {name!r} has a bias and cannot be fused; leave it on")
+            down = self.lora_A[name].weight.detach()
+            up = self.lora_B[name].weight.detach() * self.scaling[name]
+            if safe_merge and not (down.isfinite().all() and up.isfinite().all()):
+                raise InputError(f"adapter {name!r} has numbers that are not finite")
+            self.fused[name] = base.widen(down, up)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take fused adapters out again, the last first; every bit is as before."""
+        base = self.get_base_layer()
+        if not isinstance(base, QuantLinear):
+            super().unmerge()
+            return
+        while self.merged_adapters:
+            base.narrow(*self.fused.pop(self.merged_adapters.pop()))
+
+
+def register() -> None:
+    """Make peft put :class:`LoraLinear` on quantized linears, and diffusers see their shape.
+
+    peft has no table of layers to add a row to, only one per ``LoraConfig``, and diffusers makes
+    those itself; so this wraps the one function through which peft makes every layer.
+    """
+    if getattr(LoraModel._create_new_module, "dtq", False):
+        return
+    create = LoraModel._create_new_module
+
+    def create_new_module(lora_config: Any, *args: Any, **kwargs: Any) -> Any:
+        lora_config._register_custom_module({QuantLinear: LoraLinear})
+        return create(lora_config, *args, **kwargs)
+
+    create_new_module.dtq = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = staticmethod(create_new_module)
+    _refuse_lycoris()
+    _teach_flux()
+
+
+def _refuse_lycoris() -> None:
+    """LoKr and LoHa take the shape of ``weight``, and merge into it, whatever it holds."""
+    create = LycorisTuner._create_new_module.__func__
+
+    def create_new_module(cls: Any, /, config: Any, name: str, target: Any, **kwargs: Any) -> Any:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, QuantLinear):
+            raise InputError(
+                f"adapter {name!r} is {config.peft_type.value}; quantized linears take plain LoRA. "
+                f"Merge it into the float model and quantize that"
+            )
+        return create(cls, config, name, target, **kwargs)
+
+    LycorisTuner._create_new_module = classmethod(create_new_module)
+
+
+def _teach_flux() -> None:
+    """The shape of a layer is not that of its ``weight``, which may be packed.
+
+    Flux compares it with that of the adapter, and widens a layer where the adapter is larger.
+    """
+    flux = lora_pipeline.FluxLoraLoaderMixin
+    shape = flux._calculate_module_shape
+    expand = lora_pipeline._maybe_dequantize_weight_for_expanded_lora
+
+    def module_shape(
+        model: nn.Module,
+        base_module: nn.Module | None = None,
+        base_weight_param_name: str | None = None,
+    ) -> torch.Size:
+        module = base_module
+        if base_weight_param_name:
+            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
+        if isinstance(module, QuantLinear):
+            return torch.Size((module.out_features, module.in_features))
+        return shape(model, base_module, base_weight_param_name)
+
+    def expandable_weight(model: nn.Module, module: nn.Module) -> Any:
+        if isinstance(module, QuantLinear):
+            raise InputError(
+                f"this adapter widens a linear of {module.in_features} inputs that is quantized; "
+                f"keep that layer when quantizing: modules_to_not_convert, or keep: in the recipe"
+            )
+        return expand(model, module)
+
+    flux._calculate_module_shape = staticmethod(module_shape)
+    lora_pipeline._maybe_dequantize_weight_for_expanded_lora = expandable_weight

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each of several processes does in ``test_parallel.py``; spawned, so in a file of its own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import dtq
+from dtq.nn.swap import install_clock
+from dtq.parallel import Slice, load_sharded, shard
+from dtq.policy import StepPolicy
+from dtq.source import made_inputs
+
+ROTATED = {"transform": "hadamard", "solver": "rtn", "correct_bias": False}
+KINDS: dict[str, dict[str, Any]] = {
+    "w8a8": {"weights": "int8-row", **ROTATED},
+    "w4a8": {"weights": "int4-2l-g64", **ROTATED},
+    "w4a16": {"weights": "int4-asym-g64", "acts": "none", **ROTATED},
+    "static": {"weights": "int8-row", "acts": "int8-step", **ROTATED},
+    "groups": {"weights": "int4-g64", **ROTATED},
+    "fp8": {"weights": "fp8-row", "acts": "fp8-row", **ROTATED},
+    "nvfp4": {"weights": "nvfp4", "acts": "nvfp4", **ROTATED},
+    "branch": {"weights": "int8-row", "lowrank": {"svd": {"rank": 8}}, **ROTATED},
+}
+EXACT = ("w8a8", "w4a8", "static")
+CASES = [
+    *((name, kind) for name in ("dit", "pixart", "flux") for kind in ("w8a8", "w4a8", "w4a16")),
+    *(("wan", kind) for kind in ("w4a8", "w4a16")),
+    ("sd3", "w4a8"),
+    *(("dit", kind) for kind in list(KINDS)[3:]),
+]
+TIMES = (900.0, 100.0)
+FEW = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 2}}
+
+
+@functools.cache
+def quantized(name: str, kind: str) -> nn.Module:
+    model = tiny.TRANSFORMERS[name]()
+    return dtq.quantize(model, "rtn-w4a8", progress=False, **KINDS[kind], **FEW)
+
+
+def outputs(model: nn.Module, name: str) -> list[torch.Tensor]:
+    calls = [made_inputs(tiny.TRANSFORMERS[name](), 2, t, seed=1) for t in TIMES]
+    with torch.no_grad():
+        return [model(**call)[0] for call in calls]
+
+
+def every_case(rank: int, world: int, folder: Path) -> None:
+    """Leave in ``folder`` what the model says whole and cut, for each case."""
+    meet = f"file://{folder / 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    said = {}
+    for name, kind in CASES:
+        whole = quantized(name, kind)
+        cut = shard(copy.deepcopy(whole), rank, world)
+        slices = sum(isinstance(m, Slice) for m in cut.modules())
+        said[name, kind] = outputs(whole, name), outputs(cut, name), slices
+    policy = StepPolicy((500.0,), ("a16", "native"))
+    whole = copy.deepcopy(quantized("dit", "w8a8"))
+    install_clock(whole, (), policy)
+    cut = shard(copy.deepcopy(whole), rank, world)
+    said["dit", "policy"] = outputs(whole, "dit"), outputs(cut, "dit"), 1
+    for name in ("dit", "flux"):
+        cut = load_sharded(folder / name, rank, world)
+        want = outputs(quantized(name, "w4a8"), name)
+        said[name, "loaded"] = want, outputs(cut, name), sum(p.nbytes for p in cut.parameters())
+    torch.save(said, folder / f"{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq bench``: ratios of one interleaved run, and a sentence that never praises what is slower."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dtq import bench
+from dtq.bench import Candidate, Row
+from dtq.cli import main
+
+
+def rows(ours, bf16, fp32):
+    """Ratios that one size would give."""
+    ratio = {"w4a8": (bf16 / ours,) * 3}
+    return [
+        Row("k", 256, "w4a8", ours, 30),
+        Row("k", 256, "bf16", bf16, 120, ratio),
+        Row("k", 256, "fp32", fp32, 240, {"w4a8": (fp32 / ours,) * 3}),
+    ]
+
+
+def test_the_sentence_compares_with_the_faster_float():
+    said = bench.verdict(rows(1.0, 2.6, 5.0))
+    assert said == "w4a8 is 2.6x faster than bf16 here and 4.0x smaller than bf16"
+    assert "1.5x faster than fp32" in bench.verdict(rows(2.0, 9.0, 3.0))
+
+
+def test_what_is_slower_is_not_recommended():
+    said = bench.verdict(rows(3.0, 2.0, 4.0))
+    assert said.startswith("nothing of dtq is faster than bf16 here; w4a8 takes 1.5x as long")
+    assert "faster than bf16 here and" not in said
+
+
+def test_a_race_gives_ratios_of_the_same_round():
+    x = torch.randn(64, 64)
+
+    def times(n):
+        return lambda: [x @ x for _ in range(n)]
+
+    candidates = [Candidate("w8a8", times(20), 1), Candidate("twice", times(40), 2)]
+    ours, twice = bench.race("case", 64, candidates, 9)
+    assert ours.ratio == {}
+    low, middle, high = twice.ratio["w8a8"]
+    assert low <= middle <= high
+    assert 1.2 < middle < 3.5
+
+
+def test_the_layers_of_the_race_do_the_same_job():
+    layers = bench._layers(128, 48)
+    x = torch.randn(5, 128).bfloat16()
+    turn = layers["w8a8"].transform()
+    assert turn.block == 64
+    for name in bench.OURS:
+        y = layers[name](x)
+        assert y.dtype == torch.bfloat16
+        assert y.shape == (5, 48)
+    assert bench._size("w4a8", layers["w4a8"]) < 0.4 * bench._size("bf16", layers["bf16"])
+
+
+@pytest.mark.slow
+def test_the_command_writes_every_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", ((64, 64), (128, 64)))
+    monkeypatch.setattr(bench, "TOKENS", (1, 20))
+    file = tmp_path / "bench.json"
+    before = torch.get_num_threads()
+    done = CliRunner().invoke(main, ["bench", "--rounds", "2", "--json", str(file)])
+    assert done.exit_code == 0, done.output + str(done.exception)
+    assert torch.get_num_threads() == before
+    data = json.loads(file.read_text())
+    assert {row["name"] for row in data["rows"]} >= {"w8a8", "w4a8", "fp32", "bf16"}
+    assert data["conditions"]["threads"] == 1
+    assert data["verdict"] in done.output

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU kernels give the reference's numbers bit for bit, and are built or refused aloud."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtq.formats import FORMATS
+from dtq.formats.integer import TwoLevelInt
+from dtq.kernels import Task, build, explain, ops
+from dtq.nn import QuantLinear
+from dtq.plan import Runtime
+
+ROOT = Path(__file__).parent.parent
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# tokens around one block of 16, a group of three, and the few that are not rearranged
+TOKENS = [1, 2, 5, 8, 9, 16, 17, 48, 118]
+compiled = torch.ops.dtq
+
+
+@pytest.fixture
+def library():
+    if not build.load():
+        pytest.skip(build.describe())
+
+
+@pytest.fixture(params=build.ISAS)
+def isa(request, library):
+    """Every path that this machine has."""
+    if build.use(request.param) != request.param:
+        build.use(None)
+        pytest.skip(f"no {request.param} on this CPU")
+    yield request.param
+    build.use(None)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def int8(*shape, seed=0, low=-127):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(low, 128, shape, dtype=torch.int8, generator=g)
+
+
+def same(got, want):
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        for a, b in zip(got, want, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_rows_gives_the_bits_of_the_reference(isa, dtype):
+    for m, k in [(1, 64), (5, 1152), (17, 4160), (3, 96)]:
+        x = (random(m, k) * 3).to(dtype)
+        x[0, : k // 2] = 0
+        pre = (torch.rand(k, generator=torch.Generator().manual_seed(1)) - 0.5).to(torch.bfloat16)
+        for block in (1, 2, 4, 8, 16, 32, 64, 128):
+            if k % block:
+                continue
+            for scale in (None, torch.tensor([0.02])):
+                for levels in (127, 31, 7):
+                    for p in (None, pre):
+                        args = (x, p, block, scale, levels)
+                        got = compiled.quantize_rows(*args)
+                        assert same(got, ops._quantize_rows(*args)), (m, k, block, scale, levels)
+
+
+def test_quantize_rows_at_odd_places(isa):
+    for k in (1, 2, 3, 15, 37, 65):
+        x = random(4, k)
+        assert same(compiled.quantize_rows(x, None, 1, None), ops._quantize_rows(x, None, 1, None))
+    ties = torch.zeros(2, 64)
+    ties[1, :4] = torch.tensor([127.0, 0.5, 1.5, -2.5])
+    assert compiled.quantize_rows(ties, None, 1, None)[0][1, :4].tolist() == [127, 0, 2, -2]
+    tiny = torch.full((1, 8), 1e-30)  # below the smallest scale
+    huge = torch.tensor([[3e38, -1.0]])
+    for x in (tiny, huge, random(6, 8).T, random(9, 12)[:, ::2], random(8, 20)[1:5, 3:19]):
+        args = (x, None, 2, None)
+        assert same(compiled.quantize_rows(*args), ops._quantize_rows(*args))
+    assert same(
+        compiled.quantize_rows(random(3, 8).double(), None, 8, None),
+        ops._quantize_rows(random(3, 8).double(), None, 8, None),
+    )
+
+
+@pytest.mark.parametrize("m", TOKENS)
+def test_w8a8_gives_the_bits_of_the_reference(isa, m):
+    for n, k in [(1, 1), (33, 2), (16, 37), (31, 65), (48, 1152), (100, 4160)]:
+        codes, weight = int8(m, k, low=-128), int8(n, k, seed=1, low=-128)
+        rows, columns = random(m).abs(), random(n, 1).abs()
+        for dtype in DTYPES:
+            for bias in (None, random(n).to(dtype)):
+                args = (codes, rows, weight, columns, bias, dtype)
+                got, want = compiled.w8a8_linear(*args), ops._w8a8_linear(*args)
+                assert same([got], [want]), (n, k, dtype)
+
+
+@pytest.mark.parametrize("m", TOKENS)
+def test_w4a8_gives_the_bits_of_the_reference(isa, m):
+    for n, k, group in [(1, 32, 32), (33, 96, 32), (48, 1152, 64), (70, 384, 128), (9, 40, 20)]:
+        codes, weight = int8(m, k), int8(n, k // 2, seed=1, low=-128)
+        groups = int8(n, k // group, seed=2, low=-128)  # also those whose levels wrap around
+        rows, columns = random(m).abs(), random(n, 1).abs()
+        for dtype in DTYPES:
+            for bias in (None, random(n).to(dtype)):
+                args = (codes, rows, weight, columns, groups, bias, dtype)
+                got, want = compiled.w4a8_linear(*args), ops._w4a8_linear(*args)
+                assert same([got], [want]), (n, k, group, dtype)
+
+
+def test_packed_and_expanded_weights_give_the_same_bits(isa):
+    codes, weight, groups = int8(20, 192), int8(40, 96, seed=1), int8(40, 3, seed=2)
+    scale = random(20).abs(), random(40, 1).abs()
+    packed = compiled.w4a8_linear(codes, scale[0], weight, scale[1], groups, None, torch.float32)
+    expanded = TwoLevelInt.expand(weight, groups)
+    plain = compiled.w8a8_linear(codes, scale[0], expanded, scale[1], None, torch.float32)
+    assert torch.equal(packed, plain)
+
+
+def test_nothing_to_do(isa):
+    for m, n in [(0, 5), (5, 0)]:
+        y = compiled.w8a8_linear(
+            int8(m, 64), random(m), int8(n, 64), random(n, 1), random(n), torch.bfloat16
+        )
+        assert y.shape == (m, n)
+    assert compiled.quantize_rows(random(0, 64), None, 64, None)[0].shape == (0, 64)
+
+
+def test_extreme_outputs_round_as_torch_rounds(isa):
+    codes, weight = torch.full((3, 64), 127, dtype=torch.int8), int8(16, 64)
+    for unit in (1e-12, 6e-11, 1e-4, 1e-1, 1e30, torch.inf, torch.nan):
+        args = (codes, torch.full((3,), unit), weight, torch.ones(16, 1), None)
+        for dtype in DTYPES:
+            got, want = compiled.w8a8_linear(*args, dtype), ops._w8a8_linear(*args, dtype)
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_strides_and_addresses(isa):
+    weight, codes = int8(50, 130)[1:34, 1:65], int8(80, 200)[3:70:2, 5:69]
+    args = (codes, random(34).abs(), weight, random(33, 1).abs(), None, torch.float32)
+    assert torch.equal(compiled.w8a8_linear(*args), ops._w8a8_linear(*args))
+
+
+def test_threads_and_batches_change_nothing(isa):
+    m, n, k = 200, 100, 256
+    x, weight, groups = random(m, k).bfloat16(), int8(n, k // 2, seed=1), int8(n, k // 64, seed=2)
+
+    def run(x):
+        codes, scale = compiled.quantize_rows(x, None, 64, None)
+        return compiled.w4a8_linear(
+            codes, scale, weight, torch.ones(n, 1), groups, None, torch.bfloat16
+        )
+
+    before = torch.get_num_threads()
+    whole = run(x)
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(run(x), whole), threads
+    finally:
+        torch.set_num_threads(before)
+    for part in (1, 3, 8, 17, 64):
+        assert torch.equal(torch.cat([run(p) for p in x.split(part)]), whole), part
+
+
+def test_opcheck(isa):
+    x = random(5, 128).bfloat16()
+    torch.library.opcheck(compiled.quantize_rows, (x, torch.ones(128).bfloat16(), 64, None))
+    codes, scale = compiled.quantize_rows(x, None, 1, None)
+    args = (codes, scale, int8(33, 128), torch.ones(33, 1), random(33), torch.float16)
+    torch.library.opcheck(compiled.w8a8_linear, args)
+    args = (codes, scale, int8(33, 64), torch.ones(33, 1), int8(33, 2), None, torch.float32)
+    torch.library.opcheck(compiled.w4a8_linear, args)
+
+
+def test_operands_that_do_not_fit_are_refused(isa):
+    codes, one = int8(3, 64), torch.ones
+    with pytest.raises(RuntimeError, match="do not fit the weight"):
+        compiled.w8a8_linear(codes, one(3), int8(5, 63), one(5, 1), None, torch.float32)
+    with pytest.raises(RuntimeError, match="one scale per token"):
+        compiled.w8a8_linear(codes, one(2), int8(5, 64), one(5, 1), None, torch.float32)
+    with pytest.raises(RuntimeError, match="bias"):
+        compiled.w8a8_linear(codes, one(3), int8(5, 64), one(5, 1), one(4), torch.float32)
+    with pytest.raises(RuntimeError, match="whole blocks"):
+        compiled.quantize_rows(random(2, 96), None, 64, None)
+
+
+def test_one_layer_compiled_by_torch(library):
+    fmt = FORMATS["int4-2l-g64"]
+    w = random(48, 128)
+    layer = QuantLinear(128, 48, False, Runtime("int4-2l-g64", "int8-row", 1, False))
+    layer.fill(fmt.pack(w, fmt.fit(w)))
+    x = random(20, 128)
+    torch._dynamo.reset()
+    whole = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(whole(x), layer(x))
+
+
+# -------------------------------------------------------------------------------- building
+
+RUN = """
+    import torch
+    from dtq.kernels import build, load
+    x = torch.arange(6.0).reshape(2, 3)
+    codes, _ = torch.ops.dtq.quantize_rows(x, None, 1, None)  # the first use
+    assert codes.tolist() == [[0, 64, 127], [76, 102, 127]], codes
+    print(build.isa(), "|", build.describe())
+"""
+
+
+def fresh(tmp_path, **variables):
+    """A new process with a cache of its own."""
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("DTQ_")} | home | variables
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(RUN)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+def compiler(tmp_path, body):
+    """A program that stands in for the compiler."""
+    path = tmp_path / "fake-cxx"
+    path.write_text(f"#!/bin/sh\necho called >> {tmp_path}/calls\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_beside(request):
+    """The tests of building start from a checkout without a library beside the package."""
+    if "tmp_path" in request.fixturenames and build._beside().exists():
+        pytest.skip("built ahead: nothing is compiled")
+
+
+def test_the_reference_runs_without_a_compiler(tmp_path):
+    said, warned = fresh(tmp_path, CXX="no-such-compiler")
+    assert said == "None | torch reference: no C++ compiler (CXX=no-such-compiler)"
+    assert warned.count("the torch reference runs on the CPU: no C++ compiler") == 1
+
+
+def test_the_reference_runs_when_the_compiler_fails(tmp_path):
+    broken = compiler(tmp_path, "echo 'ops.cpp:1: error: it hurts' >&2; exit 1")
+    said, warned = fresh(tmp_path, CXX=broken)
+    assert said.endswith("fake-cxx failed: ops.cpp:1: error: it hurts")
+    assert warned.count("it hurts") == 1
+    assert not list((tmp_path / "cache").rglob("*.so"))  # nothing half-made stays
+
+
+def test_a_broken_library_is_refused(tmp_path):
+    said, _ = fresh(tmp_path, CXX=compiler(tmp_path, "for f; do :; done; echo junk > $f"))
+    assert said.startswith("None | torch reference: ")
+
+
+def test_it_can_be_switched_off(tmp_path):
+    said, warned = fresh(tmp_path, DTQ_KERNELS="0")
+    assert said == "None | torch reference: DTQ_KERNELS=0"
+    assert "dtq:" not in warned
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    said, _ = fresh(tmp_path)
+    assert "torch reference: " in said
+
+
+def test_an_import_compiles_nothing(tmp_path):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    code = "import dtq, dtq.cli; from dtq.kernels import build; assert not build._state.tried"
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_compile_once(library, tmp_path):
+    counting = compiler(tmp_path, 'exec g++ -O0 "$@"')
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(RUN)]
+    running = [
+        subprocess.Popen(
+            command, env=env | {"CXX": counting, "DTQ_CPU_ISA": "ref"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [process.communicate() for process in running]
+    assert all(out.startswith("ref | ref kernels, cached") for out, _ in said), said
+    assert sum(err.count("compiling CPU kernels, once") for _, err in said) == 1
+    units = (tmp_path / "calls").read_text().count("called")
+    assert units <= len(build.UNITS) + 1
+    _, err = fresh(tmp_path, CXX=counting)
+    assert "compiling" not in err
+
+
+def test_explain_says_what_runs():
+    from dtq.formats.acts import ACTS
+
+    (line,) = explain(Task(FORMATS["int8-row"], ACTS["int8-row"]))
+    assert line.startswith("w8a8: used (on the CPU: ")
+    assert build.describe() in line
