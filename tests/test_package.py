@@ -30,9 +30,7 @@ def test_every_package_is_listed():
         ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "dtq").rglob("__init__.py")
     }
     data = {f"dtq._{name}" for name in ("recipes", "calibration", "gate", "cpu_ext")}
-    assert found | data == set(
-        project["tool"]["setuptools"]["packages"]
-    )
+    assert found | data == set(project["tool"]["setuptools"]["packages"])
 
 
 @pytest.mark.slow

@@ -190,6 +190,7 @@ def mismatches(run: Run, baseline: Run, policy: Policy) -> list[str]:
 def flaws(run: Run, limits: Sequence[Limit]) -> list[str]:
     """What a run lacks of the metrics of a policy, or has and cannot be used."""
     found = [f"sample {name} failed: {why}" for name, why in run.failures.items()]
+    found += [f"{name} was asked for and is missing: {why}" for name, why in run.missing.items()]
     declared = run.conditions.get("samples")
     if declared != len(run.samples):
         found.append(f"{declared} samples were asked for, {len(run.samples)} are listed")

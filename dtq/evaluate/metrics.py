@@ -24,6 +24,7 @@ class Metric:
         ratio: compared as a logarithm of the quotient; the margin is a factor above 1.
         higher: more is better.
         steps: one value per step; a sample's is their mean.
+        when: which runs have it: all, those of videos, or those that asked for it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Metric:
     ratio: bool = False
     higher: bool = False
     steps: bool = False
+    when: str = "always"
 
     def worse(self, candidate: float, baseline: float) -> float:
         """How much worse the candidate is: a logarithm of a factor, or a difference."""
@@ -73,5 +75,17 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("psnr", "dB against the float model's picture of the same seed", "dB", higher=True),
         Metric("ssim", "structural similarity to that picture", "", higher=True),
+        Metric("flicker", "grey levels by which neighbouring frames differ more", "", when="video"),
+        Metric("flickering", "VBench's temporal flickering", "", higher=True, when="video"),
+        Metric("frame-energy", "frame differences, squared, candidate / float or its inverse",
+               "factor", ratio=True, when="video"),
+        Metric("temporal-psnr", "dB of frame differences", "dB", higher=True, when="video"),
+        Metric("temporal-ssim", "structural similarity of frame differences", "", higher=True,
+               when="video"),
+        Metric("ms-ssim", "multi-scale structural similarity", "", higher=True, when="asked"),
+        Metric("lpips", "LPIPS to the float model's picture", "", when="asked"),
+        Metric("clip-score", "CLIPScore of picture and prompt", "", higher=True, when="asked"),
+        Metric("clip-iqa", "CLIP-IQA of the picture", "", higher=True, when="asked"),
+        Metric("image-reward", "ImageReward of the picture", "", higher=True, when="asked"),
     )
-}
+}  # fmt: skip

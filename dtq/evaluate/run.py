@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dtq import demo
 from dtq.calibrate import sets
-from dtq.calibrate.engine import run_pipeline, seed_of
-from dtq.demo.classifier import EmojiClassifier
+from dtq.calibrate.engine import seed_of
 from dtq.errors import InputError
 from dtq.evaluate import baselines as others
-from dtq.evaluate import drift, fid, pictures
+from dtq.evaluate import drift, extractors, figures, pictures, video
+from dtq.evaluate.distributions import Figure
+from dtq.evaluate.extractors import Extractor
+from dtq.evaluate.figures import Asked, Crowd
 from dtq.evaluate.identity import fingerprint, hardware, recipe_of
 from dtq.evaluate.metrics import EQUAL_DB
 from dtq.evaluate.runfile import Run, Sample
 from dtq.nn.linear import QuantLinear
 from dtq.recipe import Calibration
-from dtq.source import Source, read_json
+from dtq.source import Source
 from dtq.version import __version__
 
 Say = Callable[[str], None]
@@ -46,6 +46,7 @@ class Row:
         ssim: mean.
         fid_float: domain FID against the float model's pictures.
         fid_real: domain FID against the training pictures, where known.
+        temporal: of videos, mean of each figure of ``video_values``.
     """
 
     name: str
@@ -58,11 +59,19 @@ class Row:
     ssim: float | None = None
     fid_float: float | None = None
     fid_real: float | None = None
+    temporal: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Evaluation:
-    """The whole result; ``pictures`` are the rows of the contact sheet, ``run`` is for the gate."""
+    """The whole result.
+
+    Attributes:
+        pictures: rows of the contact sheet.
+        run: for the gate.
+        figures: of whole sets of pictures, and ``crowds``, what they were computed from.
+        command: that made it, for the report.
+    """
 
     candidate: str
     reference: str
@@ -72,6 +81,9 @@ class Evaluation:
     quantization: dict[str, Any] = field(default_factory=dict)
     fid_real_float: float | None = None
     run: Run | None = None
+    figures: list[Figure] = field(default_factory=list)
+    crowds: dict[str, Crowd] = field(default_factory=dict)
+    command: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, pictures left out."""
@@ -82,6 +94,7 @@ class Evaluation:
             "conditions": self.conditions,
             "fid_real_float": self.fid_real_float,
             "rows": [asdict(row) for row in self.rows],
+            "figures": figures.to_json(self.figures),
         }
 
 
@@ -91,7 +104,7 @@ def evaluate(
     how: Calibration,
     *,
     baselines: Sequence[str] = (),
-    fid_samples: int = 0,
+    asked: Asked | None = None,
     say: Say = lambda line: None,
 ) -> Evaluation:
     """Compare a quantized pipeline with its float one.
@@ -101,8 +114,7 @@ def evaluate(
         reference: the float one.
         how: requests, steps, guidance, seed and batch of both.
         baselines: rows of other libraries, names of ``baselines.BASELINES``.
-        fid_samples: pictures for domain FID, 0 for none; needs a model whose pictures the bundled
-            classifier knows.
+        asked: figures beyond those that every run has.
         say: told what is being done.
 
     Raises:
@@ -115,19 +127,12 @@ def evaluate(
             f"{candidate.name} has a {type(candidate.model).__name__}, {reference.name} a "
             f"{type(reference.model).__name__}: not the same model"
         )
+    asked = asked or Asked()
+    asked.check()
     for name in baselines:
         others.find(name)
     job = observe(reference, how, say)
-    truth, requests = job.truth, job.requests
-    extractor = extractor_for(reference.pipeline) if fid_samples else None
-    # FID asks for every label evenly, whatever the contact sheet shows
-    more = Calibration(
-        **{**asdict(how), "set": "auto", "samples": fid_samples, "seed": how.seed + 1}
-    )
-    float_features = None
-    if extractor is not None:
-        say(f"float pipeline, {fid_samples} pictures for FID")
-        float_features = _features(reference.pipeline, more, extractor)
+    truth = job.truth
     say("candidate, teacher-forced and free-running")
     seen = compare(job, candidate)
     row = row_of(candidate.name, drift.step_errors(truth, seen.outputs))
@@ -135,17 +140,16 @@ def evaluate(
     ran = seen.ran
     compare_pictures(row, truth, ran)
     row.divergence = drift.free_running(truth, ran)
-    conditions = _conditions(how, requests, fid_samples) | seen.run.conditions
-    result = Evaluation(candidate.name, reference.name, conditions, [row], run=seen.run)
+    for name in asked.pairs:
+        _pair_values(name, job, seen, asked.where.get(name, ""))
+    result = Evaluation(candidate.name, reference.name, seen.run.conditions, [row], run=seen.run)
     result.pictures = {"float": torch.cat(truth.pictures), candidate.name: torch.cat(ran.pictures)}
-    if extractor is not None and float_features is not None:
-        say(f"candidate, {fid_samples} pictures for FID")
-        features = _features(candidate.pipeline, more, extractor)
-        row.fid_float = fid.frechet(features, float_features)
-        real = extractor.real
-        if real is not None:
-            row.fid_real = fid.frechet_moments(*fid.moments(features), *real)
-            result.fid_real_float = fid.frechet_moments(*fid.moments(float_features), *real)
+    if asked.distributions:
+        found = figures.distributions(candidate, reference, how, asked, say)
+        result.figures, result.crowds = found.figures, found.crowds
+        seen.run.missing |= found.missing
+        seen.run.conditions["fid_samples"] = asked.samples
+        _fid_cells(row, result)
     names = [
         n
         for n, m in candidate.model.named_modules()
@@ -216,7 +220,7 @@ def compare(job: Job, candidate: Source, how: Calibration | None = None) -> Seen
     run = Run(
         candidate.name,
         job.reference.name,
-        _conditions(how, job.requests, 0) | _job(how, job.reference, candidate, job.truth),
+        _conditions(how, job.requests) | _job(how, job.reference, candidate, job.truth),
         {
             "checkpoint": fingerprint(candidate.model),
             "reference": fingerprint(job.reference.model),
@@ -227,6 +231,8 @@ def compare(job: Job, candidate: Source, how: Calibration | None = None) -> Seen
         _values(job.truth, job.again, outputs, ran),
         _failures(job.truth, ran),
     )
+    if ran.pictures[0].ndim == 5:
+        _video_values(run, job, ran)
     return Seen(outputs, ran, run)
 
 
@@ -247,6 +253,8 @@ def _baseline_row(name: str, model: nn.Module, names: list[str], truth: drift.Tr
 
 def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -> None:
     want, got = torch.cat(truth.pictures), torch.cat(ran.pictures)
+    if want.ndim == 5 and want.shape[1] > 1:
+        row.temporal = {k: float(v.mean()) for k, v in video_values(got, want).items()}
     if want.ndim == 5:  # video: frames are pictures
         want, got = want.flatten(0, 1), got.flatten(0, 1)
     values = pictures.psnr(got, want)
@@ -264,49 +272,79 @@ def stored_bits(model: nn.Module) -> float | None:
     return 8 * stored / sum(m.in_features * m.out_features for m in layers)
 
 
-class Extractor:
-    """The bundled classifier and what it says of the training pictures."""
-
-    def __init__(self, folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        self.real = None
-        if "real.mean" in tensors:
-            self.real = (tensors.pop("real.mean").double(), tensors.pop("real.cov").double())
-        self.model = EmojiClassifier(tensors["head.weight"].shape[0])
-        self.model.load_state_dict({k: v.float() for k, v in tensors.items()})
-        self.model.eval()
-
-
 def extractor_for(pipeline: Any) -> Extractor:
     """The bundled feature extractor, for pipelines whose pictures it knows.
 
     Raises:
         InputError: a pipeline of other pictures.
     """
-    known = read_json(demo.folder() / "model_index.json")["id2label"]
-    if getattr(pipeline, "labels", None) != {name: int(number) for number, name in known.items()}:
+    if not figures.bundled(pipeline):
         raise InputError("domain FID is for models of the bundled emoji; leave --fid out")
-    return Extractor(demo.folder() / "classifier")
+    return extractors.load("emoji")
 
 
-@torch.no_grad()
-def _features(pipeline: Any, how: Calibration, extractor: Extractor) -> Tensor:
-    requests = sets.load(how.set, pipeline, how.samples)
-    found = []
-    for result in run_pipeline(pipeline, requests, how):
-        images = torch.as_tensor(result.images).float().cpu().clamp(0, 1)
-        found.append(extractor.model.features(images))
-    return torch.cat(found)
+def _fid_cells(row: Row, result: Evaluation) -> None:
+    """FID where the table of models shows it."""
+    for each in result.figures:
+        if each.metric == "fid" and each.against == "float model's pictures":
+            row.fid_float = each.value
+        if each.metric == "fid" and each.against == "training pictures":
+            assert each.change is not None
+            row.fid_real, result.fid_real_float = each.value, each.value - each.change
 
 
-def _conditions(how: Calibration, requests: sets.Requests, fid_samples: int) -> dict[str, Any]:
+def _pair_values(metric: str, job: Job, seen: Seen, where: str) -> None:
+    """A perceptual figure of every sample into the run, or why it is not there."""
+    ids = [sample.id for sample in seen.run.samples]
+    prompts = [sample.prompt for sample in seen.run.samples]
+    got, want, again = (_stills(torch.cat(t.pictures)) for t in (seen.ran, job.truth, job.again))
+    try:
+        first, second = figures.pair(metric, got, want, again, prompts, where)
+    except InputError as error:
+        seen.run.missing[metric] = str(error)
+        return
+    seen.run.values[metric] = dict(zip(ids, first, strict=True))
+    seen.run.rerun[metric] = dict(zip(ids, second, strict=True))
+
+
+def _stills(shown: Tensor) -> Tensor:
+    """Pictures, or the middle frame of each video."""
+    return shown if shown.ndim == 4 else shown[:, shown.shape[1] // 2]
+
+
+def _video_values(run: Run, job: Job, ran: drift.Trajectory) -> None:
+    """Figures of frames over time; runs of one frame have none."""
+    got, want, again = (torch.cat(t.pictures) for t in (ran, job.truth, job.again))
+    if got.shape[1] < 2:
+        return
+    for table, right in ((run.values, want), (run.rerun, again)):
+        for metric, values in video_values(got, right).items():
+            ids = (sample.id for sample in run.samples)
+            table[metric] = dict(zip(ids, values.tolist(), strict=True))
+
+
+def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
+    """Every figure of videos (B, F, 3, H, W) against the float model's, each (B,)."""
+    energy = video.frame_energy(got) / video.frame_energy(want).clamp(min=1e-12)
+    energy = energy.clamp(min=1e-12)
+    shown, right = (video.temporal_flickering(v) for v in (got, want))
+    return {
+        "flicker": 255 * (right - shown),
+        "flickering": shown,
+        # motion that is lost is as bad as motion that is new
+        "frame-energy": torch.maximum(energy, 1 / energy),
+        "temporal-psnr": video.temporal_psnr(got, want).clamp(max=EQUAL_DB),
+        "temporal-ssim": video.temporal_ssim(got, want),
+    }
+
+
+def _conditions(how: Calibration, requests: sets.Requests) -> dict[str, Any]:
     return {
         "set": how.set,
         "samples": len(requests.entries),
         "steps": how.steps or "pipeline default",
         "guidance": how.guidance or "pipeline default",
         "seed": how.seed,
-        "fid_samples": fid_samples,
         "torch": torch.__version__,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
@@ -382,10 +420,8 @@ def _failures(truth: drift.Trajectory, ran: drift.Trajectory) -> dict[str, str]:
         zip(torch.cat(truth.pictures), torch.cat(ran.pictures), strict=True)
     ):
         for who, picture in (("the float model", right), ("the candidate", shown)):
-            if not torch.isfinite(picture).all():
-                found[f"{i:04d}"] = f"{who} made numbers that are not finite"
-            elif picture.max() == picture.min():
-                found[f"{i:04d}"] = f"{who} made an empty picture"
+            if why := pictures.flaw(picture):
+                found[f"{i:04d}"] = f"{who} made {why}"
     return found
 
 

@@ -50,6 +50,7 @@ class Run:
         values: metric to sample id to value, or one value per step.
         rerun: the same against a second run of the float model; its difference is noise.
         failures: sample id to what went wrong.
+        missing: figure that was asked for to why it is not there.
     """
 
     candidate: str
@@ -60,6 +61,7 @@ class Run:
     values: dict[str, dict[str, Value]]
     rerun: dict[str, dict[str, Value]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite become null."""
@@ -73,6 +75,7 @@ class Run:
             "values": finite(self.values),
             "rerun": finite(self.rerun),
             "failures": self.failures,
+            "missing": self.missing,
         }
 
 
@@ -122,6 +125,7 @@ def parse(data: Any, where: str = "run") -> Run:
         "values": dict,
         "rerun": dict,
         "failures": dict,
+        "missing": dict,
     }
     if not isinstance(data, dict) or "format" not in data:
         raise InputError(f"{where}: not a run file of this dtq; make it again with dtq eval")
