@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
     found = []
     for part in logits.double().split(split):
         log_p = part.log_softmax(1)  # (n, C)
-        log_mean = log_p.logsumexp(0) - torch.log(torch.tensor(float(len(part))))
+        log_mean = log_p.logsumexp(0) - math.log(len(part))
         found.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
     return float(torch.stack(found).mean())
 
