@@ -1,10 +1,14 @@
 # make demo   quantize the bundled model, load it in diffusers, compare, write a report with pictures
 # make test   checks and tests
+# make gate   quantize the bundled model and fail if it got worse than the baseline file
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check bench kernels results clean
+BASELINE ?= gate/demo-w4a8.json
+PROMPTS ?= 32
+
+.PHONY: setup demo gate baseline test check bench kernels results clean
 
 setup: $(READY)
 
@@ -19,6 +23,20 @@ demo: setup
 	$(BIN)/dtq quantize demo --recipe w4a8 -o .demo/w4a8 --overwrite
 	$(BIN)/dtq eval .demo/w4a8 --reference demo --set emoji-16 --fid 64 -o .demo/report
 	@echo "open .demo/report/report.html"
+
+# exit codes of dtq gate: 1 regression, 2 undecided (PROMPTS=64), 3 not comparable
+gate: .demo/gate/eval.json
+	$(BIN)/dtq gate .demo/gate --baseline $(BASELINE) --junit .demo/gate.xml --sheet .demo/gate.html
+
+# REASON="why the figures may change"; 96 prompts are all that the default policy looks at
+baseline: PROMPTS = 96
+baseline: .demo/gate/eval.json
+	$(BIN)/dtq gate accept .demo/gate --baseline $(BASELINE) --reason "$(REASON)"
+
+.PHONY: .demo/gate/eval.json
+.demo/gate/eval.json: setup
+	$(BIN)/dtq quantize demo --recipe w4a8 -o .demo/gate-w4a8 --overwrite
+	$(BIN)/dtq eval .demo/gate-w4a8 --reference demo --samples $(PROMPTS) --steps 8 --pictures -o .demo/gate
 
 test: setup check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -52,7 +52,7 @@ def sample(
 @torch.no_grad()
 def shares(pipe: DiffusionPipeline, images: Tensor, labels: list[int]) -> tuple[float, float]:
     """How many pictures have their label as the classifier's first guess, and in its first five."""
-    guesses = extractor_for(pipe).model(images).topk(5, 1).indices  # (B, 5)
+    guesses = extractor_for(pipe)(images)["logits"].topk(5, 1).indices  # (B, 5)
     hits = guesses == torch.tensor(labels).unsqueeze(1)
     return float(hits[:, 0].float().mean()), float(hits.any(1).float().mean())
 

@@ -142,9 +142,8 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
         requests = sets.load("auto", source.pipeline, how.samples)
         ran = drift.record(source.pipeline, source.model, requests, how)
         compare_pictures(measured, truth, ran)
-        features = extractor_for(source.pipeline).model.features
-        with torch.no_grad():
-            got, want = (features(torch.cat(t.pictures)) for t in (ran, truth))
+        extractor = extractor_for(source.pipeline)
+        got, want = (extractor(torch.cat(t.pictures))["pool"] for t in (ran, truth))
         found |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}
     return found
 

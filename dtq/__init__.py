@@ -18,8 +18,7 @@ from dtq.quantize import on_the_fly as _on_the_fly
 from dtq.quantize import quantize
 from dtq.recipe import Recipe
 from dtq.terdit import load_ternary
-
-__version__ = "0.1.0"
+from dtq.version import __version__
 
 _diffusers.register(_on_the_fly)
 if is_peft_available():

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ from dtq import checkpoint, source
 from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
+from dtq.cli_gate import gate
 from dtq.documents import parse_yaml, read_json, write_folder, write_whole
 from dtq.errors import DtqError, InputError, NumberError, first_line
 from dtq.estimate import estimate
@@ -98,6 +100,7 @@ def main(verbose: bool) -> None:
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8     quantize the bundled model
     dtq eval demo-w4a8 --reference demo -o report    compare it with the float one
+    dtq gate report --baseline base.json             fail when it got worse since
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("dtq").setLevel(logging.INFO if verbose else logging.WARNING)
@@ -511,11 +514,52 @@ def sample(
     show_default=True,
     help="What to ask for, as in calibration.",
 )
-@click.option("--fid", default=0, show_default=True, help="Pictures for domain FID (emoji models).")
 @click.option(
-    "--baseline",
+    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Generated together."
+)
+@click.option(
+    "--pictures", "keep_pictures", is_flag=True, help="Keep every picture, for the gate's sheet."
+)
+@click.option(
+    "--fid",
+    default=0,
+    show_default=True,
+    help="Pictures of each model for figures of whole sets; fid when no --metric names one.",
+)
+@click.option(
+    "--metric",
+    "metrics",
     multiple=True,
-    help="Another library on the same layers: torchao-w4a8, torchao-w8a8, quanto-int4, bnb-nf4.",
+    help="More figures, commas between: fid sfid kid is precision recall fd-dinov2 cmmd (with "
+    "--fid), ms-ssim lpips clip-score clip-iqa image-reward. One that cannot run: exit code 3.",
+)
+@click.option(
+    "--features",
+    default="auto",
+    show_default=True,
+    help="Extractor of fid, kid, ...: emoji, inception, dinov2, clip, random; auto: emoji for the "
+    "bundled models, else inception.",
+)
+@click.option(
+    "--extractor",
+    "weights",
+    multiple=True,
+    metavar="NAME=WHERE",
+    help="Local path or hub id of an extractor's or a metric's weights.",
+)
+@click.option(
+    "--reference-set",
+    type=click.Path(path_type=Path),
+    help="ADM npz, pictures or moments, to compare with too.",
+)
+@click.option("--npz", is_flag=True, help="Keep those pictures for the ADM suite: candidate.npz.")
+@click.option(
+    "--against",
+    "--baseline",
+    "baseline",
+    multiple=True,
+    help="Rows of other libraries on the same layers, commas between: torchao-int4, torchao-w4a8, "
+    "torchao-w8a8, quanto-int4, bnb-nf4.",
 )
 @click.option(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
@@ -532,6 +576,13 @@ def evaluate_(
     seed: int,
     requests: str,
     fid: int,
+    metrics: tuple[str, ...],
+    features: str,
+    weights: tuple[str, ...],
+    reference_set: Path | None,
+    npz: bool,
+    batch: int,
+    keep_pictures: bool,
     baseline: tuple[str, ...],
     dtype: str,
     arguments: tuple[str, ...],
@@ -542,31 +593,51 @@ def evaluate_(
 
     \b
     dtq eval demo-w4a8 --reference demo -o report
+    dtq eval demo-w4a8 --reference demo --fid 256 --metric fid,kid,precision,recall
     """
-    from dtq.evaluate import report, run
+    from dtq.evaluate import adm, figures, report, run, runfile
 
     say: Callable[[str], None] = (
         (lambda line: None) if as_json else (lambda line: click.echo(f"  {line}"))
     )
+    asked = figures.Asked(
+        tuple(_listed(metrics)) or (("fid",) if fid else ()), fid, features,
+        _pairs(weights, "--extractor"), reference_set,
+    )  # fmt: skip
+    asked.check()
+    if output is not None:  # a gate must never read an older run than the one that failed
+        (output / "eval.json").unlink(missing_ok=True)
+    if npz and (output is None or not asked.distributions):
+        raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
     how = Calibration(
         set=requests,
         samples=samples,
         steps=steps,
         guidance=guidance,
+        batch=batch,
         seed=seed,
         arguments=_arguments(arguments),
         images=images or "",
     )
-    result = run.evaluate(opened, float_model, how, baselines=baseline, fid_samples=fid, say=say)
+    result = run.evaluate(
+        opened, float_model, how, baselines=_listed(baseline), asked=asked, say=say
+    )
     result.quantization = run.quantization_report(opened.path)
+    result.command = f"dtq {shlex.join(sys.argv[1:])}"
     if output is not None:
         write_folder(output)
-        write_whole(output / "eval.json", json.dumps(result.to_json(), indent=1) + "\n")
+        for side, crowd in result.crowds.items():
+            crowd.save(output / f"features-{side}.safetensors")
+            if npz:
+                adm.write(crowd.pictures, output / f"{side}.npz")
+        write_whole(output / "eval.json", runfile.text(result.to_json()))
         write_whole(output / "report.html", report.render(result))
+        if keep_pictures:
+            run.write_pictures(result, output)
     if as_json:
-        click.echo(json.dumps(result.to_json()))
-        return
+        click.echo(json.dumps(runfile.finite(result.to_json())))
+        sys.exit(3 if result.run is not None and result.run.missing else 0)
     table(
         ("model", "per-step error", "worst step", "bits", "PSNR", "SSIM", "FID to float"),
         [
@@ -582,9 +653,19 @@ def evaluate_(
             for r in result.rows
         ],
     )
+    if result.figures:
+        table(report.FIGURES, [report.figure_cells(each) for each in result.figures])
+        click.echo(report.figure_conditions(result))
     click.echo(report.verdict(result)[1])
     if output is not None:
         click.echo(f"report: {output / 'report.html'}")
+    if result.run is not None and result.run.missing:
+        for name, why in result.run.missing.items():
+            click.echo(f"error: {name} was asked for and is missing: {why}", err=True)
+        sys.exit(3)
+
+
+main.add_command(gate)
 
 
 @main.group()
@@ -786,6 +867,21 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
             data[step] = below
         data = below
     data[path[-1]] = value
+
+
+def _listed(options: Sequence[str]) -> list[str]:
+    """Words of an option that takes commas and may be repeated."""
+    return [word.strip() for option in options for word in option.split(",") if word.strip()]
+
+
+def _pairs(options: Sequence[str], option: str) -> dict[str, str]:
+    found = {}
+    for text in options:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{option} {text}: expected NAME=WHERE")
+        found[name] = value
+    return found
 
 
 def _open(model: str, dtype: str) -> source.Source:

@@ -21,7 +21,7 @@ def read(kind: type[Any], data: Mapping[str, Any], at: str, problems: list[str])
     """Build a dataclass from a mapping; what is wrong goes to ``problems``.
 
     Fields may be strings, numbers, booleans, a :class:`Call`, another dataclass, a free mapping,
-    or a tuple of strings or dataclasses.
+    or a tuple of strings, whole numbers or dataclasses.
 
     Args:
         kind: the dataclass.
@@ -107,8 +107,9 @@ def _value(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
             return read(kind, value, f"{where}.", problems)  # type: ignore[arg-type]
     elif get_origin(kind) is tuple:
         each = get_args(kind)[0]
-        entry = Mapping if is_dataclass(each) else str
-        if isinstance(value, list | tuple) and all(isinstance(v, entry) for v in value):
+        entry = Mapping if is_dataclass(each) else each
+        right = (isinstance(v, entry) and not isinstance(v, bool) for v in _entries(value))
+        if isinstance(value, list | tuple) and all(right):
             return tuple(_value(each, v, f"{where}[{i}]", problems) for i, v in enumerate(value))
     elif get_origin(kind) is dict:
         if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
@@ -123,6 +124,10 @@ def _value(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
         return value
     problems.append(f"{where}: expected {_words(kind)}, got {_shown(value)}")
     return {int: 1, float: 1.0, bool: False}.get(kind, "")
+
+
+def _entries(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def _present(kind: Any) -> Any:
@@ -144,7 +149,8 @@ def _number(value: object) -> bool:
 def _words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         each: type[Any] = get_args(kind)[0]
-        return "a list of names" if each is str else f"a list of {each.__name__.lower()}s"
+        plain_kinds = {str: "a list of names", int: "a list of whole numbers"}
+        return plain_kinds.get(each, f"a list of {each.__name__.lower()}s")
     return {
         str: "a name",
         str | float: "a number or a size",

@@ -46,8 +46,7 @@ def test_every_command_parses(page, line):
     group: click.Command = main
     context = click.Context(main)
     while isinstance(group, click.Group):
-        group = group.get_command(context, words.pop(0))
-        assert group is not None, line
+        _, group, words = group.resolve_command(context, words)
     group.make_context(line, words)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -13,7 +14,9 @@ import torch
 import dtq
 from dtq.calibrate import sets
 from dtq.errors import InputError
-from dtq.evaluate import baselines, drift, fid, pictures, report, run
+from dtq.evaluate import baselines, drift, fid, pictures, report, run, runfile
+from dtq.evaluate.identity import fingerprint
+from dtq.evaluate.metrics import METRICS
 from dtq.recipe import Calibration
 from dtq.source import open_source
 
@@ -36,6 +39,32 @@ def test_teacher_forced_error_has_the_known_value():
     pipe.transformer.proj_out_2.bias.data *= 1.1
     for value in drift.teacher_forced(truth, pipe.transformer):
         assert value == pytest.approx(0.01, rel=1e-3)
+
+
+def test_samples_of_a_batch_have_errors_of_their_own():
+    """The batch's figures are of all; each sample's are what it has alone."""
+    pipe = tiny.pipeline()
+    requests = sets.load("auto", pipe, 4)
+    found = []
+    for batch in (4, 1):
+        how = Calibration(samples=4, steps=3, batch=batch, seed=5)
+        truth = drift.record(pipe, pipe.transformer, requests, how)
+        other = tiny.dit()
+        other.proj_out_2.bias.data += 0.1
+        outputs = truth.by_sample(drift.replayed(truth, other))
+        floats = truth.by_sample([call.output for call in truth.calls])
+        found.append(torch.tensor(drift.sample_errors(outputs, floats)))
+    assert found[0].shape == (4, 3)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+    assert found[0].std(0).min() > 1e-3 * found[0].mean()
+
+
+def test_more_samples_begin_with_the_same_ones():
+    pipe = tiny.pipeline()
+    few, many = (sets.load("auto", pipe, n, nested=True).entries for n in (32, 96))
+    assert many[:32] == few
+    gaps = torch.tensor(sorted(few)).diff()
+    assert gaps.max() < 64  # of 1000 labels, 32 evenly would be 31 apart
 
 
 def test_a_broken_model_has_infinite_error():
@@ -96,7 +125,7 @@ def test_psnr_and_ssim():
     assert pictures.ssim(torch.rand(2, 3, 32, 32), a).max() < 0.5
 
 
-def test_evaluation_and_report(float_folder, quantized_folder):
+def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
     result = run.evaluate(open_source(quantized_folder), open_source(float_folder), HOW)
     row = result.rows[0]
     assert 0 < row.error < 0.01
@@ -104,6 +133,21 @@ def test_evaluation_and_report(float_folder, quantized_folder):
     assert row.divergence[0] == 0.0  # both start from the same noise
     assert row.psnr > 20
     assert 4 < row.bits < 5
+    held = runfile.parse(json.loads(runfile.text(result.to_json())))
+    assert [s.seed for s in held.samples] == [5 * 1_000_003 + i for i in range(4)]
+    assert len({s.prompt for s in held.samples}) == 4
+    assert set(held.values) == set(held.rerun) == set(METRICS)
+    errors = torch.tensor(list(held.values["error"].values()))
+    assert errors.shape == (4, 3)
+    torch.testing.assert_close(errors.mean(0), torch.tensor(row.error_steps), rtol=0.2, atol=0)
+    again = torch.tensor(list(held.rerun["error"].values()))
+    torch.testing.assert_close(again, errors, rtol=1e-2, atol=0)  # the noise is small, and is there
+    assert not torch.equal(again, errors)
+    assert held.conditions["sampler"] == "DDIMScheduler"
+    assert held.identity["recipe"] == "w4a8"
+    assert held.failures == {}
+    run.write_pictures(result, tmp_path)
+    assert len(list(tmp_path.glob("pictures/*/*.png"))) == 8
     page = report.render(result)
     close, sentence = report.verdict(result)
     assert close
@@ -129,6 +173,25 @@ def test_what_cannot_be_compared():
         run.evaluate(open_source(tiny.dit()), pipe, HOW)
     with pytest.raises(InputError, match="unknown baseline"):
         run.evaluate(pipe, pipe, HOW, baselines=["gptqq"])
+
+
+def test_a_picture_that_is_none_is_a_failure(float_folder):
+    pipe = tiny.pipeline()
+    pipe.transformer.proj_out_2.bias.data[0] = math.nan
+    result = run.evaluate(open_source(pipe), open_source(float_folder), HOW)
+    assert len(result.run.failures) == 4
+    assert "the candidate made numbers that are not finite" in result.run.failures["0000"]
+    text = runfile.text(result.to_json())
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_a_fingerprint_sees_one_bit():
+    model = tiny.dit()
+    before = fingerprint(model)
+    assert fingerprint(tiny.dit()) == before
+    model.proj_out_2.bias.data[3] += 1e-6
+    assert fingerprint(model) != before
 
 
 @pytest.mark.parametrize("name", baselines.BASELINES)

@@ -7,7 +7,7 @@ import ast
 from pathlib import Path
 
 ROWS = [
-    {"errors", "data", "paging", "durable"},
+    {"errors", "data", "paging", "durable", "version"},
     {"team", "lock"},
     {"formats", "work", "documents"},
     {"calibrate.stats", "calibrate.calls", "policy"},
@@ -28,6 +28,7 @@ ROWS = [
     {"bench"},
     {"printing"},
     {""},  # the package itself: what `import dtq` gives
+    {"cli_gate"},
     {"cli"},
     {"__main__"},
 ]

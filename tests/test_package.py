@@ -29,9 +29,8 @@ def test_every_package_is_listed():
     found = {
         ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "dtq").rglob("__init__.py")
     }
-    assert found | {"dtq._recipes", "dtq._calibration", "dtq._cpu_ext"} == set(
-        project["tool"]["setuptools"]["packages"]
-    )
+    data = {f"dtq._{name}" for name in ("recipes", "calibration", "gate", "cpu_ext")}
+    assert found | data == set(project["tool"]["setuptools"]["packages"])
 
 
 @pytest.mark.slow
@@ -55,6 +54,7 @@ def test_the_wheel_has_everything(tmp_path):
     for path in folder("recipes").glob("*.yaml"):
         assert f"dtq/_recipes/{path.name}" in names
     assert "dtq/_calibration/prompts-64.txt" in names
+    assert "dtq/_gate/default.yaml" in names
     assert "dtq/demo/pipeline/transformer/diffusion_pytorch_model.safetensors" in names
     assert "dtq/demo/pipeline/README.md" in names
     assert "dtq/py.typed" in names

@@ -298,7 +298,7 @@ def run_pipeline(
         for start in starts if only is None else starts[only : only + 1]:
             entries = list(requests.entries[start : start + batch])
             generators = [
-                torch.Generator().manual_seed(calibration.seed * 1_000_003 + start + i)
+                torch.Generator().manual_seed(seed_of(calibration.seed, start + i))
                 for i in range(len(entries))
             ]
             asked = {requests.argument: entries} | beside.of(start)
@@ -312,6 +312,11 @@ def run_pipeline(
             yield result
     finally:
         pipeline.set_progress_bar_config(**shown)
+
+
+def seed_of(seed: int, place: int) -> int:
+    """Seed of the latents of the request at a place."""
+    return seed * 1_000_003 + place
 
 
 def made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:

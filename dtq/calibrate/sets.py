@@ -27,7 +27,7 @@ class Requests:
     entries: tuple[Any, ...]
 
 
-def load(name: str, pipeline: Any, count: int) -> Requests:
+def load(name: str, pipeline: Any, count: int, *, nested: bool = False) -> Requests:
     """``count`` requests for a pipeline.
 
     Args:
@@ -35,6 +35,7 @@ def load(name: str, pipeline: Any, count: int) -> Requests:
             ``.jsonl``, ``.csv`` or ``.parquet`` file; or ``hub:OWNER/NAME[:SPLIT[:COLUMN]]``.
         pipeline: decides whether labels or prompts are wanted, and knows its labels.
         count: entries wanted; a larger set is thinned evenly, a smaller one repeated.
+        nested: in an order that begins the same for every count, spread over the set all along.
 
     Raises:
         InputError: no such set, an empty or unreadable one, or labels for a prompt pipeline.
@@ -52,7 +53,7 @@ def load(name: str, pipeline: Any, count: int) -> Requests:
         raise InputError(f"calibration set {name!r} is empty")
     if argument == "class_labels":
         entries = [_label(entry, name, pipeline) for entry in entries]
-    return Requests(name, argument, tuple(_evenly([*entries], count)))
+    return Requests(name, argument, tuple((_spread if nested else _evenly)([*entries], count)))
 
 
 def given(entries: list[str], pipeline: Any) -> Requests:
@@ -164,3 +165,9 @@ def _evenly(entries: list[Any], count: int) -> list[Any]:
     if len(entries) >= count:
         return [entries[i * len(entries) // count] for i in range(count)]
     return [entries[i % len(entries)] for i in range(count)]
+
+
+def _spread(entries: list[Any], count: int) -> list[Any]:
+    """The first ``count`` in golden-ratio order, whose every beginning covers the set."""
+    order = sorted(range(len(entries)), key=lambda i: (i * 0.6180339887498949) % 1)
+    return [entries[order[i % len(order)]] for i in range(count)]

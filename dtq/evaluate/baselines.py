@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dtq.errors import InputError
+from dtq.evaluate.packages import need
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Baseline:
 
 def _torchao(bits: int) -> Callable[[nn.Module, Sequence[str]], None]:
     def apply(model: nn.Module, names: Sequence[str]) -> None:
-        api = _import("torchao.quantization", "torchao")
+        api = need("torchao.quantization", "torchao")
         wanted = set(names)
         if bits == 8:
             config = api.Int8DynamicActivationInt8WeightConfig()
@@ -48,14 +49,24 @@ def _torchao(bits: int) -> Callable[[nn.Module, Sequence[str]], None]:
     return apply
 
 
+def _torchao_int4(model: nn.Module, names: Sequence[str]) -> None:
+    api = need("torchao.quantization", "torchao")
+    wanted = set(names)
+    config = api.IntxWeightOnlyConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=api.PerGroup(64),
+    )
+    api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
+
+
 def _quanto(model: nn.Module, names: Sequence[str]) -> None:
-    quanto = _import("optimum.quanto", "optimum-quanto")
+    quanto = need("optimum.quanto", "optimum-quanto")
     quanto.quantize(model, weights=quanto.qint4, include=list(names))
     quanto.freeze(model)
 
 
 def _nf4(model: nn.Module, names: Sequence[str]) -> None:
-    bnb = _import("bitsandbytes", "bitsandbytes")
+    bnb = need("bitsandbytes", "bitsandbytes")
     for name in names:
         old: Any = model.get_submodule(name)
         weight = old.weight.detach()
@@ -93,6 +104,9 @@ BASELINES: dict[str, Baseline] = {
     "torchao-w4a8": Baseline(
         "torchao int8 dynamic activations, int4 weights g64", _torchao(4), _torchao_bits
     ),
+    "torchao-int4": Baseline(
+        "torchao int4 weights g64, float activations", _torchao_int4, _torchao_bits
+    ),
     "torchao-w8a8": Baseline(
         "torchao int8 dynamic activations, int8 weights", _torchao(8), _torchao_bits
     ),
@@ -112,12 +126,3 @@ def find(name: str) -> Baseline:
     if name not in BASELINES:
         raise InputError(f"unknown baseline {name!r}; there are {', '.join(BASELINES)}")
     return BASELINES[name]
-
-
-def _import(module: str, package: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"this baseline needs {package}: pip install dtq[eval]") from error

@@ -8,7 +8,7 @@ grow into the next and the figure has little variance. Free-running error lets i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,32 @@ class Trajectory:
     def steps(self) -> int:
         return 1 + max((call.step for call in self.calls), default=-1)
 
+    def by_sample(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Of one tensor per call, what belongs to each sample: ``[sample][step]`` (branches, ...).
+
+        Guidance puts both branches into one batch, one after the other, so row r belongs to
+        picture r mod B.
+
+        Raises:
+            InputError: a call's rows are no multiple of the pictures of its batch.
+        """
+        found: list[list[Tensor]] = []
+        batch = -1
+        for call, tensor in zip(self.calls, tensors, strict=True):
+            batch += call.step == 0
+            count = len(self.pictures[batch])
+            if len(tensor) % count:
+                raise InputError(
+                    f"a call for {count} pictures has {len(tensor)} rows, so they cannot be told "
+                    f"apart; evaluate with --batch 1"
+                )
+            rows = tensor.reshape(len(tensor) // count, count, *tensor.shape[1:]).unbind(1)
+            if call.step == 0:
+                found += [[] for _ in range(count)]
+            for steps, row in zip(found[-count:], rows, strict=True):
+                steps.append(row)
+        return found
+
 
 @torch.no_grad()
 def record(
@@ -62,12 +88,31 @@ def teacher_forced(trajectory: Trajectory, model: nn.Module) -> list[float]:
     Returns:
         One number per step: ``|q - f|^2 / |f|^2`` averaged over the calls of that step.
     """
+    return step_errors(trajectory, replayed(trajectory, model))
+
+
+@torch.no_grad()
+def replayed(trajectory: Trajectory, model: nn.Module) -> list[Tensor]:
+    """What another model returns to every recorded call."""
+    return [replay(model, call) for call in trajectory.calls]
+
+
+def step_errors(trajectory: Trajectory, outputs: Sequence[Tensor]) -> list[float]:
+    """Relative squared error per step of one output per call."""
     sums = [0.0] * trajectory.steps()
     counts = [0] * trajectory.steps()
-    for call in trajectory.calls:
-        sums[call.step] += relative_error(replay(model, call), call.output)
+    for call, output in zip(trajectory.calls, outputs, strict=True):
+        sums[call.step] += relative_error(output, call.output)
         counts[call.step] += 1
     return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
+
+
+def sample_errors(got: list[list[Tensor]], want: list[list[Tensor]]) -> list[list[float]]:
+    """Relative squared error ``[sample][step]`` of two results of :meth:`Trajectory.by_sample`."""
+    return [
+        [relative_error(a, b) for a, b in zip(mine, theirs, strict=True)]
+        for mine, theirs in zip(got, want, strict=True)
+    ]
 
 
 def free_running(reference: Trajectory, candidate: Trajectory) -> list[float]:

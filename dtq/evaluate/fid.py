@@ -3,21 +3,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The Gaussian of one side, with its square root kept: it is the costly part.
+
+    Attributes:
+        mean: float64 (D,).
+        cov: float64 (D, D).
+    """
+
+    mean: Tensor
+    cov: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Of features (N, D), N >= 2."""
+        return cls(*moments(features))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Symmetric square root of the covariance (D, D)."""
+        values, vectors = torch.linalg.eigh(self.cov)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+    def to(self, other: Moments) -> float:
+        """Frechet distance; real eigenvalues through ``root(A) B root(A)``."""
+        inner = torch.linalg.eigvalsh(self.root @ other.cov @ self.root)
+        cross = inner.clamp(min=0).sqrt().sum()
+        gap = (self.mean - other.mean).square().sum()
+        return float(gap + self.cov.trace() + other.cov.trace() - 2 * cross)
+
+    def to_features(self, features: Tensor) -> float:
+        """Frechet distance to features (N, D), cheap for N < D: singular values, no D x D root."""
+        x = features.double()
+        mean = x.mean(0)
+        centred = (x - mean) / (len(x) - 1) ** 0.5  # (N, D), its gram is the covariance
+        cross = torch.linalg.svdvals(centred @ self.root).sum()
+        gap = (self.mean - mean).square().sum()
+        return float(gap + self.cov.trace() + centred.square().sum() - 2 * cross)
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Frechet distance of the Gaussians fitted to two feature sets.
 
-    The trace of the matrix root is taken through the symmetric form
-    ``sqrt(A)^T B sqrt(A)``, whose eigenvalues are real, in float64.
-
     Args:
         a: features (N, D), N >= 2.
         b: features (M, D), M >= 2.
     """
-    return frechet_moments(*moments(a), *moments(b))
+    return Moments.of(a).to(Moments.of(b))
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,8 +70,4 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def frechet_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """Frechet distance from means (D,) and covariances (D, D)."""
-    values, vectors = torch.linalg.eigh(cov_a.double())
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b.double() @ root).clamp(min=0).sqrt().sum()
-    gap = (mean_a.double() - mean_b.double()).square().sum()
-    return float(gap + cov_a.double().trace() + cov_b.double().trace() - 2 * cross)
+    return Moments(mean_a.double(), cov_a.double()).to(Moments(mean_b.double(), cov_b.double()))

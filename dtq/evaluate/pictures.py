@@ -26,6 +26,19 @@ def ssim(got: Tensor, want: Tensor) -> Tensor:
     return value.reshape(-1)
 
 
+def flaw(picture: Tensor) -> str:
+    """Why a picture or video is none: not finite, or one grey level everywhere. Else empty.
+
+    Args:
+        picture: float, any shape, in [0, 1] where it is right.
+    """
+    if not torch.isfinite(picture).all():
+        return "numbers that are not finite"
+    if float(picture.max() - picture.min()) < 1 / 255:
+        return "an empty picture"
+    return ""
+
+
 def as_image(picture: Tensor) -> Image.Image:
     """A PIL image of a float picture (3, H, W) in [0, 1]."""
     data = (picture.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -5,25 +5,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dtq import demo
 from dtq.calibrate import sets
-from dtq.calibrate.engine import run_pipeline
-from dtq.demo.classifier import EmojiClassifier
+from dtq.calibrate.engine import seed_of
 from dtq.documents import numbers, read_json
 from dtq.errors import InputError
 from dtq.evaluate import baselines as others
-from dtq.evaluate import drift, fid, pictures
+from dtq.evaluate import drift, extractors, figures, pictures, video
+from dtq.evaluate.distributions import Figure
+from dtq.evaluate.extractors import Extractor
+from dtq.evaluate.figures import Asked, Crowd
+from dtq.evaluate.identity import fingerprint, hardware, recipe_of
+from dtq.evaluate.metrics import EQUAL_DB
+from dtq.evaluate.runfile import Run, Sample
 from dtq.nn.linear import QuantLinear
 from dtq.recipe import Calibration
 from dtq.source import Source
+from dtq.version import __version__
 
 Say = Callable[[str], None]
 
@@ -42,6 +46,7 @@ class Row:
         ssim: mean.
         fid_float: domain FID against the float model's pictures.
         fid_real: domain FID against the training pictures, where known.
+        temporal: of videos, mean of each figure of ``video_values``.
     """
 
     name: str
@@ -54,11 +59,19 @@ class Row:
     ssim: float | None = None
     fid_float: float | None = None
     fid_real: float | None = None
+    temporal: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Evaluation:
-    """The whole result; ``pictures`` are the rows of the contact sheet."""
+    """The whole result.
+
+    Attributes:
+        pictures: rows of the contact sheet.
+        run: for the gate.
+        figures: of whole sets of pictures, and ``crowds``, what they were computed from.
+        command: that made it, for the report.
+    """
 
     candidate: str
     reference: str
@@ -67,15 +80,21 @@ class Evaluation:
     pictures: dict[str, Tensor] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     fid_real_float: float | None = None
+    run: Run | None = None
+    figures: list[Figure] = field(default_factory=list)
+    crowds: dict[str, Crowd] = field(default_factory=dict)
+    command: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, pictures left out."""
         return {
+            **(self.run.to_json() if self.run else {}),
             "candidate": self.candidate,
             "reference": self.reference,
             "conditions": self.conditions,
             "fid_real_float": self.fid_real_float,
             "rows": [asdict(row) for row in self.rows],
+            "figures": figures.to_json(self.figures),
         }
 
 
@@ -85,7 +104,7 @@ def evaluate(
     how: Calibration,
     *,
     baselines: Sequence[str] = (),
-    fid_samples: int = 0,
+    asked: Asked | None = None,
     say: Say = lambda line: None,
 ) -> Evaluation:
     """Compare a quantized pipeline with its float one.
@@ -95,8 +114,7 @@ def evaluate(
         reference: the float one.
         how: requests, steps, guidance, seed and batch of both.
         baselines: rows of other libraries, names of ``baselines.BASELINES``.
-        fid_samples: pictures for domain FID, 0 for none; needs a model whose pictures the bundled
-            classifier knows.
+        asked: figures beyond those that every run has.
         say: told what is being done.
 
     Raises:
@@ -109,38 +127,29 @@ def evaluate(
             f"{candidate.name} has a {type(candidate.model).__name__}, {reference.name} a "
             f"{type(reference.model).__name__}: not the same model"
         )
+    asked = asked or Asked()
+    asked.check()
     for name in baselines:
         others.find(name)
-    requests = sets.load(how.set, reference.pipeline, how.samples)
-    say("float pipeline")
-    truth = drift.record(reference.pipeline, reference.model, requests, how)
-    extractor = extractor_for(reference.pipeline) if fid_samples else None
-    # FID asks for every label evenly, whatever the contact sheet shows
-    more = Calibration(
-        **{**asdict(how), "set": "auto", "samples": fid_samples, "seed": how.seed + 1}
-    )
-    float_features = None
-    if extractor is not None:
-        say(f"float pipeline, {fid_samples} pictures for FID")
-        float_features = _features(reference.pipeline, more, extractor)
+    job = observe(reference, how, say)
+    truth = job.truth
     say("candidate, teacher-forced and free-running")
-    row = row_of(candidate.name, drift.teacher_forced(truth, candidate.model))
+    seen = compare(job, candidate)
+    row = row_of(candidate.name, drift.step_errors(truth, seen.outputs))
     row.bits = stored_bits(candidate.model)
-    ran = drift.record(candidate.pipeline, candidate.model, requests, how)
+    ran = seen.ran
     compare_pictures(row, truth, ran)
     row.divergence = drift.free_running(truth, ran)
-    result = Evaluation(
-        candidate.name, reference.name, _conditions(how, requests, fid_samples), [row]
-    )
+    for name in asked.pairs:
+        _pair_values(name, job, seen, asked.where.get(name, ""))
+    result = Evaluation(candidate.name, reference.name, seen.run.conditions, [row], run=seen.run)
     result.pictures = {"float": torch.cat(truth.pictures), candidate.name: torch.cat(ran.pictures)}
-    if extractor is not None and float_features is not None:
-        say(f"candidate, {fid_samples} pictures for FID")
-        features = _features(candidate.pipeline, more, extractor)
-        row.fid_float = fid.frechet(features, float_features)
-        real = extractor.real
-        if real is not None:
-            row.fid_real = fid.frechet_moments(*fid.moments(features), *real)
-            result.fid_real_float = fid.frechet_moments(*fid.moments(float_features), *real)
+    if asked.distributions:
+        found = figures.distributions(candidate, reference, how, asked, say)
+        result.figures, result.crowds = found.figures, found.crowds
+        seen.run.missing |= found.missing
+        seen.run.conditions["fid_samples"] = asked.samples
+        _fid_cells(row, result)
     names = [
         n
         for n, m in candidate.model.named_modules()
@@ -150,6 +159,81 @@ def evaluate(
         say(f"baseline {name}")
         result.rows.append(_baseline_row(name, reference.model, names, truth))
     return result
+
+
+def other_batches(how: Calibration) -> Calibration:
+    """The same job one by one: what then differs is the noise of the float model.
+
+    Halved batches would not do: products of many rows are often bit-identical, those of few are
+    not.
+    """
+    return replace(how, batch=1 if min(how.batch, how.samples) > 1 else 2)
+
+
+@dataclass
+class Job:
+    """What the float model did, once for any number of candidates.
+
+    Attributes:
+        truth: what candidates are compared with.
+        again: the same in other batches, for the noise floor.
+    """
+
+    reference: Source
+    how: Calibration
+    requests: sets.Requests
+    truth: drift.Trajectory
+    again: drift.Trajectory
+
+
+@dataclass
+class Seen:
+    """What one candidate did: teacher-forced ``outputs``, its own run, the values of the gate."""
+
+    outputs: list[Tensor]
+    ran: drift.Trajectory
+    run: Run
+
+
+def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -> Job:
+    """Run the float pipeline twice."""
+    # nested: more samples later are these and others
+    requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
+    say("float pipeline")
+    truth = drift.record(reference.pipeline, reference.model, requests, how)
+    say("float pipeline again, other batches, for the noise floor")
+    again = drift.record(reference.pipeline, reference.model, requests, other_batches(how))
+    return Job(reference, how, requests, truth, again)
+
+
+def compare(job: Job, candidate: Source, how: Calibration | None = None) -> Seen:
+    """Run a candidate on the float model's inputs and on its own, from the same seeds.
+
+    Args:
+        job: what the float model did.
+        candidate: the quantized pipeline.
+        how: the candidate's own batch size; by default the job's.
+    """
+    how = how or job.how
+    outputs = drift.replayed(job.truth, candidate.model)
+    ran = drift.record(candidate.pipeline, candidate.model, job.requests, how)
+    run = Run(
+        candidate.name,
+        job.reference.name,
+        _conditions(how, job.requests) | _job(how, job.reference, candidate, job.truth),
+        {
+            "checkpoint": fingerprint(candidate.model),
+            "reference": fingerprint(job.reference.model),
+            "recipe": recipe_of(candidate.model),
+        },
+        _samples(how, job.requests, job.reference.pipeline),
+        _values(job.truth, job.truth, outputs, ran),
+        _values(job.truth, job.again, outputs, ran),
+        _failures(job.truth, ran),
+    )
+    if ran.pictures[0].ndim == 5:
+        _video_values(run, job, ran)
+    return Seen(outputs, ran, run)
 
 
 def row_of(name: str, steps: list[float]) -> Row:
@@ -176,6 +260,8 @@ def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -
     want, got = torch.cat(truth.pictures), torch.cat(ran.pictures)
     if want.ndim == 3:  # sound has no such measures
         return
+    if want.ndim == 5 and want.shape[1] > 1:
+        row.temporal = {k: float(v.mean()) for k, v in video_values(got, want).items()}
     if want.ndim == 5:  # video: frames are pictures
         want, got = want.flatten(0, 1), got.flatten(0, 1)
     values = pictures.psnr(got, want)
@@ -193,53 +279,166 @@ def stored_bits(model: nn.Module) -> float | None:
     return 8 * stored / sum(m.in_features * m.out_features for m in layers)
 
 
-class Extractor:
-    """The bundled classifier and what it says of the training pictures."""
-
-    def __init__(self, folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        self.real = None
-        if "real.mean" in tensors:
-            self.real = (tensors.pop("real.mean").double(), tensors.pop("real.cov").double())
-        self.model = EmojiClassifier(tensors["head.weight"].shape[0])
-        self.model.load_state_dict({k: v.float() for k, v in tensors.items()})
-        self.model.eval()
-
-
 def extractor_for(pipeline: Any) -> Extractor:
     """The bundled feature extractor, for pipelines whose pictures it knows.
 
     Raises:
         InputError: a pipeline of other pictures.
     """
-    known = read_json(demo.folder() / "model_index.json")["id2label"]
-    if getattr(pipeline, "labels", None) != {name: int(number) for number, name in known.items()}:
+    if not figures.bundled(pipeline):
         raise InputError("domain FID is for models of the bundled emoji; leave --fid out")
-    return Extractor(demo.folder() / "classifier")
+    return extractors.load("emoji")
 
 
-@torch.no_grad()
-def _features(pipeline: Any, how: Calibration, extractor: Extractor) -> Tensor:
-    requests = sets.load(how.set, pipeline, how.samples)
-    found = []
-    for result in run_pipeline(pipeline, requests, how):
-        images = torch.as_tensor(result.images).float().cpu().clamp(0, 1)
-        found.append(extractor.model.features(images))
-    return torch.cat(found)
+def _fid_cells(row: Row, result: Evaluation) -> None:
+    """FID where the table of models shows it."""
+    for each in result.figures:
+        if each.metric == "fid" and each.against == "float model's pictures":
+            row.fid_float = each.value
+        if each.metric == "fid" and each.against == "training pictures":
+            assert each.change is not None
+            row.fid_real, result.fid_real_float = each.value, each.value - each.change
 
 
-def _conditions(how: Calibration, requests: sets.Requests, fid_samples: int) -> dict[str, Any]:
+def _pair_values(metric: str, job: Job, seen: Seen, where: str) -> None:
+    """A perceptual figure of every sample into the run, or why it is not there."""
+    ids = [sample.id for sample in seen.run.samples]
+    prompts = [sample.prompt for sample in seen.run.samples]
+    got, want, again = (_stills(torch.cat(t.pictures)) for t in (seen.ran, job.truth, job.again))
+    try:
+        first, second = figures.pair(metric, got, want, again, prompts, where)
+    except InputError as error:
+        seen.run.missing[metric] = str(error)
+        return
+    seen.run.values[metric] = dict(zip(ids, first, strict=True))
+    seen.run.rerun[metric] = dict(zip(ids, second, strict=True))
+
+
+def _stills(shown: Tensor) -> Tensor:
+    """Pictures, or the middle frame of each video."""
+    return shown if shown.ndim == 4 else shown[:, shown.shape[1] // 2]
+
+
+def _video_values(run: Run, job: Job, ran: drift.Trajectory) -> None:
+    """Figures of frames over time; runs of one frame have none."""
+    got, want, again = (torch.cat(t.pictures) for t in (ran, job.truth, job.again))
+    if got.shape[1] < 2:
+        return
+    for table, right in ((run.values, want), (run.rerun, again)):
+        for metric, values in video_values(got, right).items():
+            ids = (sample.id for sample in run.samples)
+            table[metric] = dict(zip(ids, values.tolist(), strict=True))
+
+
+def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
+    """Every figure of videos (B, F, 3, H, W) against the float model's, each (B,)."""
+    energy = video.frame_energy(got) / video.frame_energy(want).clamp(min=1e-12)
+    energy = energy.clamp(min=1e-12)
+    shown, right = (video.temporal_flickering(v) for v in (got, want))
+    return {
+        "flicker": 255 * (right - shown),
+        "flickering": shown,
+        # motion that is lost is as bad as motion that is new
+        "frame-energy": torch.maximum(energy, 1 / energy),
+        "temporal-psnr": video.temporal_psnr(got, want).clamp(max=EQUAL_DB),
+        "temporal-ssim": video.temporal_ssim(got, want),
+    }
+
+
+def _conditions(how: Calibration, requests: sets.Requests) -> dict[str, Any]:
     return {
         "set": how.set,
         "samples": len(requests.entries),
         "steps": how.steps or "pipeline default",
         "guidance": how.guidance or "pipeline default",
         "seed": how.seed,
-        "fid_samples": fid_samples,
         "torch": torch.__version__,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
     }
+
+
+def _job(
+    how: Calibration, reference: Source, candidate: Source, truth: drift.Trajectory
+) -> dict[str, Any]:
+    """What a comparison with another run has to know."""
+    scheduler = getattr(reference.pipeline, "scheduler", None)
+    return {
+        "steps": truth.steps(),
+        "sampler": type(scheduler).__name__,
+        "arguments": how.arguments,
+        "batch": how.batch,
+        "dtype": str(reference.dtype).removeprefix("torch."),
+        "dtq": __version__,
+        "hardware": hardware(candidate.model),
+    }
+
+
+def _samples(how: Calibration, requests: sets.Requests, pipeline: Any) -> list[Sample]:
+    names = {number: name for name, number in (getattr(pipeline, "labels", None) or {}).items()}
+    return [
+        Sample(f"{i:04d}", str(names.get(entry, entry)), seed_of(how.seed, i))
+        for i, entry in enumerate(requests.entries)
+    ]
+
+
+def _values(
+    truth: drift.Trajectory,
+    want: drift.Trajectory,
+    outputs: Sequence[Tensor],
+    ran: drift.Trajectory,
+) -> dict[str, dict[str, Any]]:
+    """Every metric of every sample against a run of the float model.
+
+    Args:
+        truth: whose inputs ``outputs`` are replies to.
+        want: the run to compare with.
+        outputs: of the candidate, teacher-forced.
+        ran: the candidate's own run.
+    """
+    floats = want.by_sample([call.output for call in want.calls])
+    error = drift.sample_errors(truth.by_sample(outputs), floats)
+    apart = drift.sample_errors(
+        ran.by_sample([call.latents for call in ran.calls]),
+        want.by_sample([call.latents for call in want.calls]),
+    )
+    shown, right = torch.cat(ran.pictures), torch.cat(want.pictures)
+    # both runs enter the first step with the same noise
+    columns: dict[str, Sequence[Any]] = {
+        "error": error,
+        "divergence": [steps[1:] or steps for steps in apart],
+    }
+    if right.ndim > 3:  # a sound has no such measures
+        likeness = pictures.psnr(shown, right).clamp(max=EQUAL_DB)
+        frames = len(right) if right.ndim == 4 else right.shape[0] * right.shape[1]
+        flat = (x.reshape(frames, *x.shape[-3:]) for x in (shown, right))
+        same = pictures.ssim(*flat).reshape(len(right), -1).mean(1)
+        columns |= {"psnr": likeness.tolist(), "ssim": same.tolist()}
+    return {
+        metric: {f"{i:04d}": value for i, value in enumerate(column)}
+        for metric, column in columns.items()
+    }
+
+
+def _failures(truth: drift.Trajectory, ran: drift.Trajectory) -> dict[str, str]:
+    """Samples that are no picture, by id."""
+    found = {}
+    for i, (right, shown) in enumerate(
+        zip(torch.cat(truth.pictures), torch.cat(ran.pictures), strict=True)
+    ):
+        for who, picture in (("the float model", right), ("the candidate", shown)):
+            if why := pictures.flaw(picture):
+                found[f"{i:04d}"] = f"{who} made {why}"
+    return found
+
+
+def write_pictures(result: Evaluation, folder: Path) -> None:
+    """``pictures/<float | candidate>/<sample>.png``, for videos the middle frame."""
+    for side, every in zip(("float", "candidate"), result.pictures.values(), strict=True):
+        (folder / "pictures" / side).mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(every):
+            still = picture if picture.ndim == 3 else picture[len(picture) // 2]
+            pictures.as_image(still).save(folder / "pictures" / side / f"{i:04d}.png")
 
 
 def quantization_report(path: Path | None) -> dict[str, Any]:

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the gate: coverage of its interval, false alarms, planted regressions.
+
+    python docs/gate.py                        # everything, prints the counts of docs/gate.md
+    python docs/gate.py coverage reruns        # some of it
+    python docs/gate.py planted --w4a8 demo-w4a8   # a checkpoint that is there already
+
+Exits with 1 when a count is not what docs/gate.md promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import dtq
+from dtq.calibrate import sets
+from dtq.evaluate import drift, run
+from dtq.evaluate.gate import Outcome, judge
+from dtq.evaluate.interval import paired
+from dtq.evaluate.limits import Limit, Policy
+from dtq.evaluate.runfile import Run
+from dtq.nn.linear import QuantLinear
+from dtq.recipe import Calibration
+from dtq.source import Source, open_source
+
+HERE = Path(__file__).parent
+BAD: list[str] = []
+
+SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda g, n: g.normal(size=n),
+    "a tenth much worse": lambda g, n: np.where(g.random(n) < 0.1, g.normal(5, 1, n), g.normal(0, 1, n)) - 0.5,
+    "exponential": lambda g, n: g.exponential(size=n) - 1,
+    "t, 3 degrees": lambda g, n: g.standard_t(3, n),
+    "log-normal, sigma 1 (not promised)": lambda g, n: np.exp(g.normal(size=n)) - np.exp(0.5),
+}  # fmt: skip
+
+
+def expect(good: bool, words: str) -> None:
+    print(f"{'ok  ' if good else 'BAD '} {words}", flush=True)
+    if not good:
+        BAD.append(words)
+
+
+def coverage(options: argparse.Namespace) -> None:
+    """Share of one-sided bounds that are on the right side of the true mean."""
+    print(
+        "\n| differences | n | upper 95 % | lower 95 % | upper 98.3 % | lower 98.3 % |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for name, draw in SHAPES.items():
+        for n in (16, 32, 64):
+            g, hits = np.random.default_rng(n), np.zeros(4)
+            for i in range(options.sets):
+                p = paired(draw(g, n), floor=1e-3, resamples=1999, seed=i)
+                hits += [
+                    p.upper(0.05) >= 0,
+                    p.lower(0.05) <= 0,
+                    p.upper(0.05 / 3) >= 0,
+                    p.lower(0.05 / 3) <= 0,
+                ]
+            shares = hits / options.sets
+            print(f"| {name} | {n} | " + " | ".join(f"{s:.3f}" for s in shares) + " |", flush=True)
+            if n == 32 and "not promised" not in name:
+                expect(min(shares[:2]) >= 0.92, f"{name}, n = 32: {min(shares[:2]):.3f} >= 0.92")
+
+
+def margin(options: argparse.Namespace) -> None:
+    """At the margin itself a pass is wrong, and so is a regression: alpha is 0.05 for each."""
+    policy = Policy(primary=(Limit("error", 1.05),), resamples=1999)
+    for shape in ("a tenth much worse", "exponential", "t, 3 degrees"):
+        found: Counter[str] = Counter()
+        for i in range(options.sets // 2):
+            g = np.random.default_rng(i)
+            levels = np.exp(g.normal(size=96))
+            worse = levels * 1.05 * np.exp(0.05 * SHAPES[shape](g, 96))
+            found[judge(_made_up(worse), _made_up(levels), policy).outcome.word] += 1
+        total = sum(found.values())
+        print(
+            f"true ratio at the margin, {shape}, 3 looks, {total} gates: {dict(found)}", flush=True
+        )
+        expect(found["pass"] <= 0.08 * total, f"a wrong pass in {found['pass']} of {total}")
+        expect(found["regression"] <= 0.08 * total, f"a wrong alarm in {found['regression']}")
+
+
+def reruns(options: argparse.Namespace) -> None:
+    """200 seeded re-runs of one quantized tiny DiT, other batches than the baseline's."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import tiny
+
+    quick = {"calibration": {"samples": 8, "batch": 4, "steps": 8, "bins": 4}}
+    pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **quick)
+    reference, candidate = open_source(tiny.pipeline()), open_source(pipe)
+    policy, found, moved = Policy.load("default"), Counter[str](), 0
+    for seed in range(options.count):
+        how = Calibration(samples=32, steps=4, batch=16, seed=seed)
+        base = run.compare(run.observe(reference, how), candidate).run
+        other = replace(how, batch=(1, 2, 5)[seed % 3])
+        again = run.compare(run.observe(reference, other), candidate).run
+        moved += again.values != base.values
+        found[judge(again, base, policy).outcome.word] += 1
+    print(f"tiny DiT, w4a8, 32 prompts, 4 steps, seeds 0..{options.count - 1}, batches of 16, then of 1, 2 or 5: {dict(found)}; "
+          f"{moved} re-runs with other numbers")  # fmt: skip
+    expect(
+        found["pass"] >= 0.99 * options.count, f"{found['pass']} of {options.count} re-runs pass"
+    )
+    expect(moved > 0.9 * options.count, "the re-runs are not mere copies")
+
+
+def draws(options: argparse.Namespace) -> None:
+    """The bundled model twice, other batches and threads: seeded draws of its prompts."""
+    policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
+    how = Calibration(samples=64, steps=options.steps, batch=8, seed=1000)
+    base = run.compare(run.observe(reference, how), candidate).run
+    torch.set_num_threads(2)
+    one_by_one = replace(how, batch=1)
+    other = run.compare(run.observe(reference, one_by_one), candidate).run
+    torch.set_num_threads(1)
+    moved = sum(other.values["error"][x] != base.values["error"][x] for x in base.values["error"])
+    said = [judge(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
+    found = Counter(verdict.outcome.word for verdict in said)
+    whole = [verdict.rows[0] for verdict in said]
+    print(
+        f"demo, w4a8, {options.steps} steps, batches of 8 by 1 thread and of 1 by 2, {moved} of 64 "
+        f"samples with other errors, {options.count} draws of 32 prompts: {dict(found)}; mean "
+        f"error x {np.exp(min(r.mean for r in whole)):.4f} to "
+        f"{np.exp(max(r.mean for r in whole)):.4f}, "
+        f"noise x {np.exp(max(r.noise for r in whole)):.5f}"
+    )
+    expect(found["pass"] >= 0.99 * options.count, f"{found['pass']} of {options.count} pass")
+    expect(moved > 32, "the re-run is not a mere copy")
+
+
+def fresh(options: argparse.Namespace) -> None:
+    """The bundled model with other seeds than the baseline's, which the gate itself would refuse.
+
+    The errors of one checkpoint then really differ from prompt to prompt, and their true mean is
+    the same. A regression is a false alarm; undecided is the honest answer to too much variance.
+    """
+    policy = replace(Policy.load("default"), secondary=())
+    reference, candidate = open_source("demo"), _w4a8(options)
+    held = [_errors(reference, candidate, 1000 + i, options.steps) for i in range(options.seeds)]
+    logs = [np.log([np.mean(v) for v in each.values["error"].values()]) for each in held]
+    spread = np.std(logs[1] - logs[0], ddof=1)
+    found: Counter[str] = Counter()
+    for k in range(options.count):
+        g = np.random.default_rng(k)
+        a, b = g.choice(len(held), 2, replace=False)
+        places = g.permutation(len(held[a].samples)).tolist()
+        said = judge(_picked(held[b], places), _picked(held[a], places), policy)
+        found[said.outcome.word] += 1
+    print(
+        f"demo, w4a8, {options.steps} steps, 96 prompts, {len(held)} seeds, {options.count} draws of "
+        f"two of them and of the prompts' order: {dict(found)}; standard deviation of ln(error "
+        f"ratio) {spread:.3f}"
+    )
+    expect(found["regression"] <= 0.05 * options.count, f"{found['regression']} false alarms")
+
+
+def planted(options: argparse.Namespace) -> None:
+    """Defects of the bundled model, each against the unchanged one, under the default policy."""
+    policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
+    started = time.process_time()
+    how = Calibration(samples=32, steps=options.steps, batch=8, seed=1000)
+    job = run.observe(reference, how)
+    base = run.compare(job, candidate).run
+    print(
+        "\n| planted | verdict | error | quarters | PSNR lost, dB |\n| --- | --- | --- | --- | --- |"
+    )
+
+    def gated(
+        name: str, changed: Source, against: Run = base, must: Outcome = Outcome.REGRESSION
+    ) -> Run:
+        mine = run.compare(job, changed).run
+        said = judge(mine, against, policy)
+        shown = [r.metric.shown(r.mean) for r in said.rows]
+        print(
+            f"| {name} | {said.outcome.word} | {shown[0]} | {' '.join(shown[1:5])} | {shown[6]} |",
+            flush=True,
+        )
+        expect(said.outcome is must, f"{name}: {said.outcome.word}")
+        return mine
+
+    unchanged = gated("nothing", candidate, must=Outcome.PASS)
+    for defect in DEFECTS:
+        with defect(candidate.model) as name:
+            gated(name, candidate)
+    gated(
+        "recipe rtn-w4a8 in place of w4a8",
+        open_source(dtq.quantize("demo", "rtn-w4a8", progress=False)),
+    )
+    stepped = dtq.quantize("demo", "w4a8", acts="int8-step", compare=[], progress=False,
+                           calibration={"samples": 16, "steps": 10})  # fmt: skip
+    static = open_source(stepped)
+    right = run.compare(job, static).run
+    with step_bin(static.model) as name:
+        gated(name, static, right)
+    removed = copy.deepcopy(unchanged)
+    del removed.values["psnr"]
+    expect(judge(removed, base, policy).outcome is Outcome.INVALID, "a metric removed: invalid")
+    removed = copy.deepcopy(unchanged)
+    del removed.values["error"]["0007"]
+    expect(
+        judge(removed, base, policy).outcome is Outcome.INVALID, "a sample's value removed: invalid"
+    )
+    removed = copy.deepcopy(unchanged)
+    removed.samples.pop()
+    expect(judge(removed, base, policy).outcome is Outcome.INVALID, "a sample removed: invalid")
+    few = judge(_head(unchanged, 16), base, policy).outcome
+    expect(few is Outcome.INCONCLUSIVE, f"16 prompts: {few.word}")
+    print(f"{time.process_time() - started:.0f} s of one core")
+
+
+@contextmanager
+def scale(model: nn.Module) -> Iterator[str]:
+    layer = _layer(model, "transformer_blocks.4.ff.net.2")
+    before = layer._parameters["weight_scale"].data.clone()
+    layer.part("weight_scale").mul_(1.5)
+    yield "scale of blocks.4.ff.net.2 x 1.5"
+    layer._parameters["weight_scale"].data.copy_(before)
+
+
+@contextmanager
+def swapped(model: nn.Module) -> Iterator[str]:
+    layer = _layer(model, "transformer_blocks.4.ff.net.2")
+    _swap(layer)
+    yield "outputs 0 and 1 of blocks.4.ff.net.2 swapped"
+    _swap(layer)
+
+
+@contextmanager
+def swapped_values(model: nn.Module) -> Iterator[str]:
+    layer = _layer(model, "transformer_blocks.4.attn1.to_v")
+    _swap(layer)
+    yield "outputs 0 and 1 of blocks.4.attn1.to_v swapped"
+    _swap(layer)
+
+
+@contextmanager
+def bias(model: nn.Module) -> Iterator[str]:
+    last = len(model.transformer_blocks) - 1
+    layer = _layer(model, f"transformer_blocks.{last}.ff.net.2")
+    before = layer.bias.data.clone()
+    layer.bias.data.zero_()
+    yield f"bias of blocks.{last}.ff.net.2 dropped"
+    layer.bias.data.copy_(before)
+
+
+@contextmanager
+def step_bin(model: nn.Module) -> Iterator[str]:
+    """The activation scale of one timestep bin, in every layer that has one, halved."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.task.acts.stepped]
+    for layer in layers:
+        layer.part("input_scale").reshape(-1)[0] *= 0.5
+    yield "int8-step: scales of the last of 8 timestep bins x 0.5"
+    for layer in layers:
+        layer.part("input_scale").reshape(-1)[0] *= 2
+
+
+DEFECTS = (scale, swapped, swapped_values, bias)
+
+
+def _layer(model: nn.Module, name: str) -> QuantLinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, QuantLinear), name
+    return layer
+
+
+def _swap(layer: QuantLinear) -> None:
+    for name, spec in layer.specs().items():
+        if spec.shape and spec.shape[0] == layer.out_features:
+            data = layer._parameters[name].data
+            data[[0, 1]] = data[[1, 0]].clone()
+
+
+def _errors(reference: Source, candidate: Source, seed: int, steps: int) -> Run:
+    """Teacher-forced errors of 96 prompts, nothing else."""
+    how = Calibration(samples=96, steps=steps, batch=8, seed=seed)
+    requests = sets.load("auto", reference.pipeline, 96, nested=True)
+    truth = drift.record(reference.pipeline, reference.model, requests, how)
+    outputs = drift.replayed(truth, candidate.model)
+    floats = truth.by_sample([call.output for call in truth.calls])
+    return _made_up(np.array(drift.sample_errors(truth.by_sample(outputs), floats)))
+
+
+def _w4a8(options: argparse.Namespace) -> Source:
+    return open_source(options.w4a8 or dtq.quantize("demo", "w4a8", progress=False))
+
+
+def _head(whole: Run, count: int) -> Run:
+    return _picked(whole, list(range(count)))
+
+
+def _drawn(whole: Run, seed: int) -> Run:
+    g = np.random.default_rng(seed)
+    return _picked(whole, g.permutation(len(whole.samples))[:32].tolist())
+
+
+def _picked(whole: Run, places: list[int]) -> Run:
+    samples = [whole.samples[i] for i in places]
+    tables = (
+        {m: {s.id: table[s.id] for s in samples} for m, table in part.items()}
+        for part in (whole.values, whole.rerun)
+    )
+    values, rerun = tables
+    conditions = {**whole.conditions, "samples": len(samples)}
+    return replace(whole, samples=samples, values=values, rerun=rerun, conditions=conditions)
+
+
+def _made_up(errors: np.ndarray) -> Run:
+    from dtq.evaluate.runfile import JOB, Sample
+
+    ids = [f"{i:04d}" for i in range(len(errors))]
+    rows = errors.reshape(len(errors), -1).tolist()
+    values = {"error": dict(zip(ids, rows, strict=True))}
+    place = dict.fromkeys((*JOB, "hardware", "torch"), "made up")
+    samples = [Sample(x, x, 0) for x in ids]
+    return Run(
+        "c", "r", {**place, "samples": len(ids)}, {"reference": "r"}, samples, values, values
+    )
+
+
+PARTS = {
+    "coverage": coverage,
+    "margin": margin,
+    "reruns": reruns,
+    "draws": draws,
+    "fresh": fresh,
+    "planted": planted,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--sets", type=int, default=2000, help="simulated sets of differences")
+    parser.add_argument("--count", type=int, default=200, help="re-runs of an unchanged checkpoint")
+    parser.add_argument("--seeds", type=int, default=4, help="of the bundled model, for fresh")
+    parser.add_argument("--steps", type=int, default=8, help="sampler steps of the bundled model")
+    parser.add_argument("--w4a8", help="checkpoint of demo by recipe w4a8; made when not given")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.parts or PARTS:
+        PARTS[name](options)
+    sys.exit(bool(BAD))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoint, recipe and machine a figure belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of every tensor of a model, 16 hex digits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().data)  # type: ignore[arg-type]
+    return found.hexdigest()[:16]
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of plain data, 16 hex digits."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recipe_of(model: nn.Module) -> str:
+    """The recipe that a quantized model says it was made by; ``float`` for others."""
+    config = getattr(model, "config", {}).get("quantization_config")
+    if config is None:
+        return "float"
+    said = config.get("recipe") if isinstance(config, dict) else getattr(config, "recipe", None)
+    return str(said or "unknown")
+
+
+def hardware(model: nn.Module) -> str:
+    """What the model runs on: ``cpu x86_64 AVX512``, ``NVIDIA H200 sm_90``."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

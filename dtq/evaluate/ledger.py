@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Baseline files: an accepted run, and who accepted what and why, ever since."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dtq.errors import InputError
+from dtq.evaluate import runfile
+from dtq.evaluate.gate import flaws, judge, key_of
+from dtq.evaluate.limits import Policy
+from dtq.evaluate.runfile import Run
+
+
+def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> dict[str, Any]:
+    """Make a run the baseline; the file appears whole or stays as it was.
+
+    Args:
+        run: what later runs are compared with.
+        file: the baseline file; its history is kept.
+        reason: why, for those who read the history.
+        policy: the run must have every metric of it.
+        who: name in the history; the user's by default.
+
+    Returns:
+        The new entry of the history.
+
+    Raises:
+        InputError: no reason, a run that the gate could not use, or a file that is no baseline.
+    """
+    if not reason.strip():
+        raise InputError("a baseline needs a reason: --reason 'GPTQ damping is 0.02 now'")
+    wrong = flaws(run, [*policy.primary, *policy.secondary])
+    if (prompts := len({sample.prompt for sample in run.samples})) < policy.looks[0]:
+        wrong.append(f"{prompts} prompts; the policy's first look is at {policy.looks[0]}")
+    if wrong:
+        lines = "\n".join(f"  - {problem}" for problem in wrong)
+        raise InputError(f"this run cannot be a baseline:\n{lines}")
+    old = _old(file)
+    entry: dict[str, Any] = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "who": who or _user(),
+        "why": reason.strip(),
+        **key_of(run, policy),
+        "candidate": run.candidate,
+        "dtq": run.conditions.get("dtq"),
+        "errors": _means(run),
+    }
+    if old is not None:
+        verdict = judge(run, runfile.parse(old, str(file)), policy)
+        entry["against_the_last"] = {"verdict": verdict.outcome.word, "because": verdict.sentence}
+    history = [*(old or {}).get("history", []), entry]
+    _write(file, runfile.text({**run.to_json(), "history": history}))
+    return entry
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    """Entries of a baseline file, oldest first.
+
+    Raises:
+        InputError: no such file, or not a baseline.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such baseline; dtq gate accept writes one")
+    entries: list[dict[str, Any]] = (_old(file) or {})["history"]
+    return entries
+
+
+def _old(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{file}: not JSON ({error}); a baseline is not replaced blindly"
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("history"), list):
+        raise InputError(f"{file}: no baseline file; choose another name for the baseline")
+    return data
+
+
+def _means(run: Run) -> dict[str, float]:
+    found = {}
+    for metric, table in run.values.items():
+        flat = [x for v in table.values() for x in (v if isinstance(v, list) else [v])]
+        found[metric] = sum(flat) / len(flat)
+    return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no entry for this user id, as in containers
+        return f"user {os.getuid()}"
+
+
+def _write(file: Path, text: str) -> None:
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}: no such folder")
+    handle, side = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".partial", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(side).chmod(0o644)
+        Path(side).replace(file)
+    finally:
+        Path(side).unlink(missing_ok=True)

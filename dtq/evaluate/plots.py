@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's plots, as SVG that takes its colours from the page: dark pages too."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+INK, LINE = "#010203", "#010204"
+"""Stand for the page's text and line colour while matplotlib draws."""
+
+COLOURS = ("#2f7ed8", "#d9822b", "#3a9d5d", "#b04fc4", "#c4493d", "#6b8299")
+
+
+def steps(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Error of each step, one line per model."""
+    figure, axes = _axes()
+    for (name, values), colour in zip(rows, _cycle(len(rows)), strict=True):
+        axes.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=name, color=colour)
+    axes.set(xlabel="step, noisiest first", ylabel="relative squared error", yscale="log")
+    _legend(axes, 8)
+    return _svg(figure)
+
+
+def divergence(values: Sequence[float]) -> str:
+    """Distance of the latents that enter each step; the first is 0 by design."""
+    figure, axes = _axes()
+    shown = range(2, len(values) + 1)
+    axes.plot(shown, values[1:], marker="o", ms=3, color=COLOURS[0])
+    axes.set(xlabel="step", ylabel="relative squared distance", yscale="log")
+    return _svg(figure)
+
+
+def layers(found: Sequence[dict[str, Any]]) -> str:
+    """Output error of each layer in call order, coloured by role."""
+    figure, axes = _axes()
+    roles = sorted({x["role"] for x in found})
+    for role, colour in zip(roles, _cycle(len(roles)), strict=True):
+        points = [(i, x["error"]) for i, x in enumerate(found) if x["role"] == role]
+        axes.scatter(*zip(*points, strict=True), s=12, label=role, color=colour)
+    axes.set(xlabel="layer, in call order", ylabel="relative squared output error", yscale="log")
+    _legend(axes, 7, ncol=3)
+    return _svg(figure)
+
+
+def ranges(sites: Sequence[dict[str, Any]]) -> str:
+    """Channel peaks over timesteps, before and after the transforms; one thin line per input."""
+    figure, axes = _axes()
+    for key, label, colour in (
+        ("peaks", "before", COLOURS[4]),
+        ("peaks_after", "after", COLOURS[2]),
+    ):
+        lines = [s[key] for s in sites]
+        bins = range(1, len(lines[0]) + 1)
+        for line in lines:
+            axes.plot(bins, line, color=colour, alpha=0.18, lw=0.8)
+        middle = [sorted(column)[len(column) // 2] for column in zip(*lines, strict=True)]
+        axes.plot(bins, middle, color=colour, lw=2.2, label=f"{label} (median)")
+    axes.set(
+        xlabel="timestep bin, last is noisiest",
+        ylabel="largest channel peak / mean peak",
+        yscale="log",
+    )
+    _legend(axes, 8)
+    return _svg(figure)
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _axes() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(5.4, 3.3), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(LINE)
+    axes.tick_params(which="both", colors=INK, labelcolor=INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, axis="y", color=LINE, lw=0.6)
+    return figure, axes
+
+
+def _legend(axes: Any, size: int, ncol: int = 1) -> None:
+    axes.legend(frameon=False, fontsize=size, ncol=ncol, labelcolor=INK)
+
+
+def _svg(figure: Any) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    return text.replace(INK, "currentColor").replace(LINE, "var(--line)")

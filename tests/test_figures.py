@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of whole sets against independent implementations, on the same features."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from dtq.cli import main
+from dtq.errors import InputError
+from dtq.evaluate import adm, distributions, extractors, figures, packages, run
+from dtq.evaluate.distributions import DISTRIBUTIONS, Against, figure
+from dtq.evaluate.fid import Moments, frechet
+from dtq.evaluate.figures import Asked
+from dtq.evaluate.kernel import cmmd, kid
+from dtq.evaluate.manifold import inception_score, precision_recall
+from dtq.recipe import Calibration
+from dtq.source import open_source
+
+HOW = Calibration(samples=4, steps=2, batch=2, seed=5)
+
+
+@pytest.fixture(scope="module")
+def sides():
+    """Two sets of features that differ in mean, spread and correlation: (300, 24), (260, 24)."""
+    g = torch.Generator().manual_seed(3)
+    mix = torch.randn(24, 24, generator=g) / 5
+    a = torch.randn(300, 24, generator=g) @ (mix + torch.eye(24))
+    b = 1.3 * torch.randn(260, 24, generator=g) + 0.2
+    return a, b
+
+
+def test_frechet_distance_against_the_root_of_the_product(sides):
+    """The textbook form: the non-symmetric product's own square root, by eigenvalues."""
+    a, b = (s.double().numpy() for s in sides)
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(ca @ cb).astype(complex)).real.sum()
+    want = ((a.mean(0) - b.mean(0)) ** 2).sum() + ca.trace() + cb.trace() - 2 * root
+    assert frechet(*sides) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [8, 24, 200])
+def test_the_cheap_route_is_the_same_distance(sides, count):
+    reference = Moments.of(sides[0])
+    rows = sides[1][:count]
+    assert reference.to_features(rows) == pytest.approx(reference.to(Moments.of(rows)), rel=1e-6)
+
+
+def test_kid_against_loops(sides):
+    a, b = (s[:40].double().numpy() for s in sides)
+
+    def kernel(x, y):
+        return (float(x @ y) / len(x) + 1) ** 3
+
+    n = len(a)
+    within = sum(
+        kernel(s[i], s[j]) for s in (a, b) for i in range(n) for j in range(n) if i != j
+    ) / (n * (n - 1))
+    across = sum(kernel(x, y) for x in a for y in b) / n**2
+    got, spread = kid(sides[0][:40], sides[1][:40])
+    assert got == pytest.approx(within - 2 * across, rel=1e-9)
+    assert spread == 0.0
+
+
+def test_kid_of_subsets_is_near_and_has_a_spread(sides):
+    whole = kid(sides[0][:200], sides[1][:200])[0]
+    some, spread = kid(*sides, size=100, subsets=50)
+    assert 0 < spread < whole
+    assert abs(some - whole) < 4 * spread
+
+
+def test_equal_distributions_have_no_kid_on_average():
+    g = torch.Generator().manual_seed(0)
+    found = [
+        kid(torch.randn(20, 4, generator=g), torch.randn(20, 4, generator=g))[0] for _ in range(400)
+    ]
+    assert abs(np.mean(found)) < 4 * np.std(found) / 20  # unbiased: sometimes below 0
+    assert min(found) < 0
+
+
+def test_cmmd_against_loops(sides):
+    a, b = (s[:30].double().numpy() for s in sides)
+    a, b = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in (a, b))
+
+    def mean(x, y):
+        return np.mean([[math.exp(-((p - q) ** 2).sum() / 200) for q in y] for p in x])
+
+    want = 1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b))
+    assert cmmd(7 * sides[0][:30], sides[1][:30]) == pytest.approx(want, rel=1e-6)
+
+
+def test_inception_score_against_loops(sides):
+    logits = 2 * sides[0][:, :10]
+    scores = []
+    for start in (0, 128, 256):
+        p = np.exp(logits[start : start + 128].double().numpy())
+        p /= p.sum(1, keepdims=True)
+        kl = [(row * (np.log(row) - np.log(p.mean(0)))).sum() for row in p]
+        scores.append(np.exp(np.mean(kl)))
+    assert inception_score(logits, split=128) == pytest.approx(np.mean(scores), rel=1e-9)
+    assert inception_score(torch.zeros(50, 10)) == pytest.approx(1.0)
+    assert inception_score(100 * torch.eye(10).repeat(5, 1)) == pytest.approx(10.0, rel=1e-6)
+
+
+def test_precision_and_recall_against_loops(sides):
+    a, b = (s[:80].double().numpy() for s in sides)
+
+    def radii(x):
+        return [sorted(np.linalg.norm(p - q) for q in x)[3] for p in x]
+
+    ra, rb = radii(a), radii(b)
+    precision = np.mean(
+        [any(np.linalg.norm(p - q) <= r for q, r in zip(b, rb, strict=True)) for p in a]
+    )
+    recall = np.mean(
+        [any(np.linalg.norm(p - q) <= r for q, r in zip(a, ra, strict=True)) for p in b]
+    )
+    got = precision_recall(sides[0][:80], sides[1][:80])
+    assert got == (pytest.approx(precision), pytest.approx(recall))
+    assert 0 < got[0] < 1
+    assert precision_recall(sides[0], sides[0]) == (1.0, 1.0)
+    assert precision_recall(sides[0], sides[0] + 100) == (0.0, 0.0)
+
+
+def test_everything_against_torch_fidelity(sides):
+    fidelity = pytest.importorskip("torch_fidelity", exc_type=ImportError)
+    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+
+    assert fidelity.__version__
+    a, b = sides
+    stats = [metric_fid.fid_features_to_statistics(s.double()) for s in sides]
+    want = metric_fid.fid_statistics_to_metric(*stats, verbose=False)
+    assert frechet(a, b) == pytest.approx(float(want["frechet_inception_distance"]), rel=1e-3)
+    want = metric_isc.isc_features_to_metric(a[:, :10], splits=1, shuffle=False)
+    assert inception_score(a[:, :10]) == pytest.approx(want["inception_score_mean"], rel=1e-3)
+    want = metric_prc.prc_features_to_metric(a, b, verbose=False)
+    precision, recall = precision_recall(a, b)
+    assert (precision, recall) == (
+        pytest.approx(float(want["precision"]), rel=1e-3),
+        pytest.approx(float(want["recall"]), rel=1e-3),
+    )
+    want = metric_kid.kid_features_to_metric(a[:200], b[:200], kid_subsets=1, kid_subset_size=200,
+                                             verbose=False)  # fmt: skip
+    got = kid(a[:200], b[:200])[0]
+    assert got == pytest.approx(want["kernel_inception_distance_mean"], rel=1e-3)
+
+
+def test_the_interval_covers_the_change_and_shrinks():
+    """FID(candidate) - FID(float) of two sets from the same distribution: 0 is inside, mostly."""
+    g = torch.Generator().manual_seed(1)
+    reference = Moments.of(torch.randn(5000, 6, generator=g))
+    inside = 0
+    widths = []
+    for _ in range(40):
+        x, y = torch.randn(120, 6, generator=g), torch.randn(120, 6, generator=g)
+        low, high = distributions.interval(x, y, reference, range(120))
+        inside += low <= 0 <= high
+        widths.append(high - low)
+    assert inside >= 34  # 95 % of 40 is 38
+    x, y = torch.randn(1920, 6, generator=g), torch.randn(1920, 6, generator=g)
+    low, high = distributions.interval(x, y, reference, range(1920))
+    assert high - low < 0.4 * np.mean(widths)
+
+
+def test_samples_of_one_request_are_drawn_together():
+    g = torch.Generator().manual_seed(1)
+    reference = Moments.of(torch.randn(500, 4, generator=g))
+    x, y = torch.randn(20, 4, generator=g), torch.randn(20, 4, generator=g)
+    alone = distributions.interval(x, y, reference, range(20))
+    twice = distributions.interval(x.repeat(9, 1), y.repeat(9, 1), reference, [*range(20)] * 9)
+    free = distributions.interval(x.repeat(9, 1), y.repeat(9, 1), reference, range(180))
+    # nine copies of a sample tell nothing new
+    assert twice[1] - twice[0] == pytest.approx(alone[1] - alone[0], rel=0.3)
+    assert free[1] - free[0] < 0.6 * (twice[1] - twice[0])
+
+
+def test_adm_files_come_back(tmp_path, sides):
+    pictures = torch.rand(5, 3, 8, 6)
+    adm.write(pictures, tmp_path / "made.npz")
+    held = np.load(tmp_path / "made.npz")["arr_0"]
+    assert held.shape == (5, 8, 6, 3)
+    assert held.dtype == np.uint8
+    back = adm.read(tmp_path / "made.npz").pictures
+    torch.testing.assert_close(
+        back.permute(0, 3, 1, 2) / 255, pictures, atol=0.5 / 255 + 1e-6, rtol=0
+    )
+    pool, spatial = (Moments.of(s) for s in sides)
+    adm.write_moments(tmp_path / "real.npz", pool, spatial)
+    again = adm.read(tmp_path / "real.npz")
+    assert again.pictures is None
+    assert pool.to(again.pool) == pytest.approx(0, abs=1e-9)
+    assert torch.equal(again.spatial.cov, spatial.cov)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, "expected uint8"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "expected uint8"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "expected \\(D,\\)"),
+        ({"other": np.zeros(3)}, "expected arr_0"),
+        ({"arr_0": np.array([{}], dtype=object)}, "plain arrays"),
+    ],
+)
+def test_adm_files_that_are_none(tmp_path, arrays, words):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(InputError, match=words):
+        adm.read(tmp_path / "x.npz")
+
+
+def test_adm_files_that_are_not_there_or_damaged(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        adm.read(tmp_path / "x.npz")
+    (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(InputError, match="not an npz"):
+        adm.read(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("name", ["emoji", "random"])
+def test_bundled_extractors(name):
+    shown = torch.rand(3, 3, 64, 64)
+    extractor = extractors.load(name)
+    first, second = extractor(shown), extractor(shown, batch=2)
+    assert set(first) == {"pool", "spatial", "logits"}
+    assert first["spatial"].shape[1] % extractors.SPATIAL == 0
+    for kind in first:
+        torch.testing.assert_close(first[kind], second[kind], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(first[kind][0], first[kind][1])
+
+
+def test_extractors_from_a_local_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=16, projection_dim=8,
+    )  # fmt: skip
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip")
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    for name, width, size in (("clip", 8, 32), ("dinov2", 16, 224)):
+        extractor = extractors.load(name, str(tmp_path / name))
+        assert extractor(torch.rand(2, 3, 20, 24))["pool"].shape == (2, width)
+        assert str(tmp_path / name) in extractor.name
+        assert extractor.resizer == f"bicubic-antialias {size}"
+
+
+def test_inception_as_torchscript(tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+            return x.float().mean((2, 3))
+
+    torch.jit.script(Mean()).save(str(tmp_path / "inception.pt"))
+    found = extractors.load("inception", str(tmp_path / "inception.pt"))(torch.ones(2, 3, 8, 8))
+    torch.testing.assert_close(found["pool"], torch.full((2, 3), 255.0))
+
+
+def test_extractors_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(InputError, match="needs its weights"):
+        extractors.load("inception")
+    with pytest.raises(InputError, match="no such file"):
+        extractors.load("inception", str(tmp_path / "x.pth"))
+    with pytest.raises(InputError, match="unknown extractor"):
+        extractors.load("vgg")
+    with pytest.raises(InputError, match="pip install some-package"):
+        packages.need("some_package_that_is_not_there", "some-package")
+    with pytest.raises(InputError, match="--extractor clip=FOLDER"):
+        extractors.load("clip", str(tmp_path))
+
+
+def test_every_distribution_gives_a_figure(sides):
+    extractor = extractors.load("random")
+    made, floats = (dict.fromkeys(("pool", "spatial", "logits"), s[:200]) for s in sides)
+    for name in DISTRIBUTIONS:
+        found = figure(name, extractor, made, Against("float", floats), of="c")
+        assert math.isfinite(found.value)
+        assert found.samples == 200
+        again = figure(name, extractor, floats, Against("float", floats), of="c")
+        if not DISTRIBUTIONS[name].alone and name not in ("precision", "recall"):
+            assert again.value < found.value
+
+
+def test_figures_that_lack_something(sides):
+    extractor = extractors.load("random")
+    made = {"pool": sides[0]}
+    with pytest.raises(InputError, match="needs logits"):
+        figure("is", extractor, made, Against("float", made), of="c")
+    only = Against("ref.npz", None, {"pool": Moments.of(sides[1])})
+    assert figure("fid", extractor, made, only, of="c").reference_samples is None
+    with pytest.raises(InputError, match="only moments"):
+        figure("kid", extractor, made, only, of="c")
+    broken = {"pool": sides[0] * math.nan}
+    with pytest.raises(InputError, match="no features"):
+        figure("fid", extractor, broken, only, of="c")
+    few = {"pool": sides[0][:3]}
+    with pytest.raises(InputError, match="3 neighbours need more"):
+        figure("recall", extractor, few, Against("float", few), of="c")
+
+
+def test_what_is_asked_for_is_checked_before_anything_runs():
+    with pytest.raises(InputError, match="did you mean sfid"):
+        Asked(("sfidd",), 8).check()
+    with pytest.raises(InputError, match="--fid 256"):
+        Asked(("kid",)).check()
+    with pytest.raises(InputError, match="unknown extractor"):
+        Asked(("kid",), 8, "vgg").check()
+    Asked(("ms-ssim",)).check()
+
+
+def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_folder, tmp_path):
+    asked = ("fid", "kid", "is", "precision", "cmmd", "ms-ssim")
+    adm.write(torch.rand(6, 3, 32, 32), tmp_path / "ref.npz")
+    lines = [
+        "eval", quantized_folder, "--reference", float_folder, "--samples", 2, "--steps", 2,
+        "--fid", 8, "--metric", ",".join(asked), "--features", "random", "--npz",
+        "--extractor", f"clip={tmp_path}", "--reference-set", tmp_path / "ref.npz",
+        "-o", tmp_path / "out",
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, [str(x) for x in lines])
+    assert result.exit_code == 3, result.output
+    assert "cmmd was asked for and is missing" in result.output
+    data = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert set(data["missing"]) == {"cmmd", "ms-ssim"}
+    kinds = {(f["metric"], f["against"]) for f in data["figures"]}
+    assert {("fid", "float model's pictures"), ("fid", "ref.npz"), ("is", "")} <= kinds
+    for f in data["figures"]:
+        assert f["samples"] == 8
+        assert f["extractor"] == "random (plumbing only)"
+        if (f["metric"], f["against"]) == ("fid", "ref.npz"):
+            assert f["low"] < f["change"] < f["high"]
+    assert len(adm.read(tmp_path / "out" / "candidate.npz").pictures) == 8
+    page = (tmp_path / "out" / "report.html").read_text()
+    for words in ("bicubic-antialias 64", "8 samples", "2 steps of DDIMScheduler", "cmmd"):
+        assert words in page
+    assert "Not a valid run" in page
+
+
+def test_pictures_that_failed_count(float_folder):
+    pipe = tiny.pipeline()
+    pipe.transformer.proj_out_2.bias.data[0] = math.nan
+    asked = Asked(("fid", "is"), 4, "random")
+    found = figures.distributions(open_source(pipe), open_source(float_folder), HOW, asked)
+    assert found.figures == []
+    assert "4 of 4 pictures of candidate failed: numbers that are not finite" in found.missing["is"]
+
+
+def test_stored_features_give_the_same_figure(float_folder, quantized_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    asked = Asked(("fid",), 6, "random")
+    found = figures.distributions(
+        open_source(quantized_folder), open_source(float_folder), HOW, asked
+    )
+    for side, held in found.crowds.items():
+        held.save(tmp_path / f"{side}.safetensors")
+    made, floats = (
+        load_file(tmp_path / f"{s}.safetensors")["random.pool"] for s in ("candidate", "float")
+    )
+    assert frechet(floats, made) == pytest.approx(found.figures[0].value, rel=1e-6)
+
+
+def test_ms_ssim_of_large_pictures():
+    g = torch.Generator().manual_seed(0)
+    want = torch.rand(2, 3, 176, 176, generator=g)
+    got = (want + 0.05 * torch.randn(want.shape, generator=g)).clamp(0, 1)
+    same, moved = figures.pair("ms-ssim", want, want, got, ["a", "b"], "")
+    assert same == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert max(moved) < 0.9999
+    with pytest.raises(InputError, match="above 160"):
+        figures.pair("ms-ssim", want[..., :64], want[..., :64], got[..., :64], ["a", "b"], "")
+
+
+def test_clip_score_from_a_local_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vocab_size": 40, "eos_token_id": 1, "bos_token_id": 0}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 32, "patch_size": 16}  # fmt: skip
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    words = {
+        w: i for i, w in enumerate(["<|startoftext|>", "<|endoftext|>", "a", "b</w>", "a</w>"])
+    }
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    ).save_pretrained(tmp_path)
+    got, want = torch.rand(2, 3, 40, 40), torch.rand(2, 3, 40, 40)
+    first, second = figures.pair("clip-score", got, want, want, ["a", "b"], str(tmp_path))
+    assert first == second  # the float model's run did not move
+    assert all(0 <= x <= 100 for x in first)
+
+
+def test_perceptual_figures_without_their_weights(tmp_path):
+    shown = torch.rand(1, 3, 64, 64)
+    for metric in ("lpips", "image-reward", "clip-iqa", "clip-score"):
+        with pytest.raises(InputError):
+            figures.pair(metric, shown, shown, shown, ["a"], str(tmp_path / "none"))
+
+
+def test_domain_figures_are_for_the_bundled_models(float_folder):
+    with pytest.raises(InputError, match="bundled emoji"):
+        run.extractor_for(open_source(float_folder).pipeline)
