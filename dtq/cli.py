@@ -29,7 +29,7 @@ from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
 from dtq.errors import DtqError, InputError
 from dtq.estimate import estimate
-from dtq.kernels import KERNELS, on_cpu
+from dtq.kernels import KERNELS, LIBRARIES, on
 from dtq.plan import Plan
 from dtq.printing import (
     inspected,
@@ -631,9 +631,10 @@ def doctor() -> None:
     )
     rows.append(("kernels", ", ".join(k.name for k in KERNELS)))
     for kernel in KERNELS:
-        rows.append((f"  {kernel.name}", on_cpu(kernel)))
-    rows.append(("compiler", shutil.which("g++") or "no g++; needed once, for compiled kernels"))
-    rows.append(("nvcc", shutil.which("nvcc") or "none; not needed by this version"))
+        rows.append((f"  {kernel.name}", "; ".join(on(kernel, x) for x in LIBRARIES.values())))
+    for library in LIBRARIES.values():
+        rows.append((f"{library.title} kernels", library.describe()))
+        rows += [(f"  {name}", what) for name, what in library.rungs()]
     rows.append(
         (
             "bundled model",
