@@ -99,6 +99,14 @@ struct Stats {
   uint64_t wavefronts = 0;  // that they took
   uint64_t ideal = 0;       // that they would take without bank conflicts
 
+  Stats& operator+=(const Stats& other) {
+    auto* sum = reinterpret_cast<uint64_t*>(this);
+    auto* add = reinterpret_cast<const uint64_t*>(&other);
+    for (size_t i = 0; i < sizeof(Stats) / 8; i++) sum[i] += add[i];
+    return *this;
+  }
+
+  // Wavefronts over those needed; 1 without bank conflicts.
   double conflicts() const { return ideal ? double(wavefronts) / double(ideal) : 1; }
 };
 
@@ -375,9 +383,7 @@ inline Outcome launch(const Shape& s, uint64_t seed, const std::function<void()>
           c.blocks.push_back(new_block(c, s.grid, {x + i, y, z}, s.threads, s.shared));
         run(c);
         out.error = c.error;
-        auto* sum = reinterpret_cast<uint64_t*>(&out.stats);
-        auto* add = reinterpret_cast<const uint64_t*>(&c.stats);
-        for (size_t i = 0; i < sizeof(Stats) / 8; i++) sum[i] += add[i];
+        out.stats += c.stats;
       }
   return out;
 }

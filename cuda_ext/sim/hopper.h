@@ -136,7 +136,7 @@ inline void load_box(void* to, const TensorMap& map, uint64_t* bar, int column, 
   const int bytes = map.box_rows * map.box_bytes;
   check_aligned(to, 1024, "bulk copy");
   const unsigned offset = offset_of(to, size_t(bytes), "bulk copy");
-  if (map.box_bytes != 128 && map.box_bytes != 64) fail("bulk copy: boxes are 64 or 128 bytes wide");
+  if (map.box_bytes != 128 && map.box_bytes != 64) fail("bulk copy: a box is 64 or 128 bytes wide");
   if (map.box_rows > 256) fail("bulk copy: a box has at most 256 rows");
   if (!mbarrier_at(block(), bar, "bulk copy").visible)
     fail("bulk copy: mbarrier initialised without fence");

@@ -13,7 +13,7 @@ namespace sim {
 
 struct Session {
   uint64_t seed = 0;  // of the next launches
-  Stats stats;        // of the last launch
+  Stats stats;        // summed over launches
   std::string error;  // of the last launch that failed
   uint64_t launches = 0;
 };
@@ -30,7 +30,7 @@ int launch(void (*kernel)(P), const Shape& s, Stream, const P& p) {
   auto& session = sim::session();
   session.launches++;
   const sim::Outcome out = sim::launch(s, session.seed, [&] { kernel(p); });
-  session.stats = out.stats;
+  session.stats += out.stats;
   if (out.error.empty()) return kOk;
   session.error = out.error;
   return kEmulator;
