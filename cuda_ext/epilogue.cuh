@@ -30,17 +30,40 @@ DTQ_DEV float finished(const Gemm& g, int64_t m, int64_t n, float v) {
 DTQ_DEV bool has_extras(const Gemm& g) { return g.gelu || g.gate || g.down; }
 
 // Two neighbours, the first in an even column.
-DTQ_DEV void store_pair(const Gemm& g, int64_t m, int64_t n, float v0, float v1) {
-  const int64_t at = m * g.rows + n;
-  if (g.rows % 2) {
-    store_float(g.out, at, v0, g.out_type);
-    if (n + 1 < g.rows) store_float(g.out, at + 1, v1, g.out_type);
-  } else if (g.out_type == kFloat32) {
-    stg(reinterpret_cast<U2*>(static_cast<float*>(g.out) + at), U2{float_bits(v0), float_bits(v1)});
+DTQ_DEV void store_halves(const Gemm& g, int64_t m, int64_t n, uint16_t h0, uint16_t h1) {
+  uint16_t* to = static_cast<uint16_t*>(g.out) + m * g.rows + n;
+  if (g.rows % 2 == 0) {
+    stg(reinterpret_cast<uint32_t*>(to), uint32_t(h0) | uint32_t(h1) << 16);
   } else {
-    const uint32_t pair = round_float(v0, g.out_type) | round_float(v1, g.out_type) << 16;
-    stg(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(g.out) + at), pair);
+    stg(to, h0);
+    if (n + 1 < g.rows) stg(to + 1, h1);
   }
+}
+
+DTQ_DEV void store_pair(const Gemm& g, int64_t m, int64_t n, float v0, float v1) {
+  if (g.out_type != kFloat32)
+    return store_halves(g, m, n, uint16_t(round_float(v0, g.out_type)),
+                        uint16_t(round_float(v1, g.out_type)));
+  float* to = static_cast<float*>(g.out) + m * g.rows + n;
+  if (g.rows % 2 == 0) {
+    stg(reinterpret_cast<U2*>(to), U2{float_bits(v0), float_bits(v1)});
+  } else {
+    stg(to, v0);
+    if (n + 1 < g.rows) stg(to + 1, v1);
+  }
+}
+
+// Which tile a block has. Neighbours in a band share columns of the weight, bands share tokens:
+// what runs at one time stays in the L2 cache.
+struct Place {
+  int64_t m, n;  // tiles
+};
+
+DTQ_DEV Place place_of(int64_t id, int64_t tiles_m, int64_t tiles_n) {
+  constexpr int64_t kBand = 8;
+  const int64_t in_band = kBand * tiles_n, first = id / in_band * kBand;
+  const int64_t height = tiles_m - first < kBand ? tiles_m - first : kBand, rest = id % in_band;
+  return {first + rest % height, rest / height};
 }
 
 // Two neighbours of a row of `down` or `up` as mma wants them; zero past the last row.

@@ -14,6 +14,7 @@
 // either. A thread's columns are in one group of 16 or more.
 #pragma once
 #include "epilogue.cuh"
+#include "gemm_plan.h"
 
 namespace dtq {
 
@@ -32,19 +33,6 @@ struct MmaTile {
   static constexpr int kStage = kBytesX + kBytesW, kShared = stages * kStage;
   static_assert(kShared <= 48 * 1024, "more has to be asked for, and two blocks shall fit");
 };
-
-// Which tile a block has. Neighbours in a band share columns of the weight, bands share tokens:
-// what runs at one time stays in the L2 cache.
-struct Place {
-  int64_t m, n;  // tiles
-};
-
-DTQ_DEV Place place_of(int64_t id, int64_t tiles_m, int64_t tiles_n) {
-  constexpr int64_t kBand = 8;
-  const int64_t in_band = kBand * tiles_n, first = id / in_band * kBand;
-  const int64_t height = tiles_m - first < kBand ? tiles_m - first : kBand, rest = id % in_band;
-  return {first + rest % height, rest / height};
-}
 
 // Rows [first, first + rows) x `width` bytes from byte `at`, of a matrix (all, row_bytes); zeros
 // where it ends.
@@ -202,14 +190,13 @@ template <class T, bool extras>
 DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_mma(const DTQ_CONSTANT GemmArgs p) {
   DTQ_SHARED(shared);
   const Gemm& g = p.g;
-  const int64_t tiles_m = (g.tokens + T::kTileM - 1) / T::kTileM;
-  const int64_t tiles_n = (g.rows + T::kTileN - 1) / T::kTileN;
   const int split = int(block_x() % p.splits);
-  const Place tile = place_of(block_x() / p.splits, tiles_m, tiles_n);
+  const Place tile = place_of(block_x() / p.splits, over(g.tokens, T::kTileM),
+                              over(g.rows, T::kTileN));
   const int warp_m = warp() % T::kWarpsM, warp_n = warp() / T::kWarpsM;
   const int64_t first_m = tile.m * T::kTileM + warp_m * T::kWarpM;
   const int64_t first_n = tile.n * T::kTileN + warp_n * T::kWarpN;
-  const int64_t all = (g.columns + kStep - 1) / kStep, first = split * p.in_split;
+  const int64_t all = over(g.columns, kStep), first = split * p.in_split;
   const int steps = int(all - first < p.in_split ? all - first : p.in_split);
 
   int32_t sums[T::kBlocksM][T::kBlocksN][4] = {};

@@ -5,6 +5,7 @@
 #include <stdio.h>
 
 #include "launch.h"
+#include "numbers.cuh"
 
 namespace dtq {
 
@@ -32,8 +33,6 @@ struct Plan {
   int splits;        // of K
   int64_t in_split;  // steps of 64 columns in each
 };
-
-inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t tiles_of(const Gemm& g, Tile tile) {
   return over(g.tokens, kTileSizes[tile].tokens) * over(g.rows, kTileSizes[tile].rows);

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float types that are known when the kernel runs.
+// Quotients that round up, and float types that are known when the kernel runs.
 #pragma once
 #include "arch.cuh"
 
 namespace dtq {
+
+DTQ_HD int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 DTQ_DEV float load_float(const void* p, int64_t i, Float type) {
   if (type == kFloat32) return ldg(static_cast<const float*>(p) + i);

@@ -227,6 +227,17 @@ const Case kCases[] = {
     {kTable, 5, 40, 256, 256, 80, kFloat32, true, 0, "16x128"},
     {kTable, 65, 66, 160, 32, 80, kBFloat16, true, 0, "64x64"},
     {kTable, 513, 390, 128, 128, 80, kBFloat16, false, 0, "128x128"},
+    // Hopper
+    {kInt8, 1024, 256, 512, 0, 90, kBFloat16, true, 0, "wgmma"},
+    {kInt8, 130, 1026, 1152, 0, 90, kBFloat16, true, 0, "wgmma"},
+    {kInt8, 520, 393, 96, 0, 90, kFloat32, false, 0, "wgmma"},
+    {kTwoLevel, 257, 512, 1152, 128, 90, kBFloat16, true, 0, "wgmma"},
+    {kTwoLevel, 300, 515, 416, 32, 90, kFloat16, true, 0, "wgmma"},
+    {kTwoLevel, 513, 514, 64, 64, 90, kFloat32, false, 0, "wgmma"},
+    {kTable, 140, 1000, 640, 640, 90, kBFloat16, true, 0, "wgmma"},
+    {kTable, 259, 514, 192, 64, 90, kFloat32, true, 0, "wgmma"},
+    {kTwoLevel, 260, 513, 128, 64, 90, kBFloat16, true, 7, "wgmma"},
+    {kInt8, 260, 514, 160, 0, 90, kFloat32, true, 7, "wgmma"},
     // what follows the bias
     {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
     {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},
