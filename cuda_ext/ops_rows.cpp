@@ -14,82 +14,123 @@ using namespace dtq::binding;
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-void set_transform(dtq::Rows& rows, const Tensor& x, const Maybe& pre_scale, const Maybe& order,
-                   int64_t block, int64_t turns) {
-  int64_t columns = x.size(1);
+const Maybe kNone;
+
+// pre_scale, order, block and turns of the schemas.
+struct Change {
+  const Maybe &pre_scale, &order;
+  int64_t block, turns;
+};
+
+// scale, bin and levels of the schemas.
+struct Grid {
+  const Maybe &scale, &bin;
+  int64_t levels;
+};
+
+dtq::Rows rows_of(const Tensor& x, const Change& change) {
+  int64_t columns = x.size(1), block = change.block;
   STD_TORCH_CHECK(block >= 1 && (block & (block - 1)) == 0 && columns % block == 0, "dtq: ", columns,
                   " columns are not whole blocks of ", block);
-  STD_TORCH_CHECK(turns == 1 || turns == 2, "dtq: ", turns, " turns; there can be 1 or 2");
-  if (pre_scale) {
-    check(*pre_scale, "pre_scale", x, ScalarType::BFloat16);
-    check_count(*pre_scale, "pre_scale", columns);
+  STD_TORCH_CHECK(change.turns == 1 || change.turns == 2, "dtq: ", change.turns,
+                  " turns; there can be 1 or 2");
+  if (change.pre_scale) {
+    check(*change.pre_scale, "pre_scale", x, ScalarType::BFloat16);
+    check_count(*change.pre_scale, "pre_scale", columns);
   }
-  if (order) {
-    check(*order, "order", x, ScalarType::Int);
-    check_count(*order, "order", columns);
+  if (change.order) {
+    check(*change.order, "order", x, ScalarType::Int);
+    check_count(*change.order, "order", columns);
   }
+  dtq::Rows rows{};
   rows.x = x.data_ptr();
   rows.type = float_of(x.scalar_type());
   rows.rows = x.size(0);
   rows.columns = columns;
   rows.stride = rows.rows > 1 ? x.stride(0) : columns;
-  rows.pre_scale = data<uint16_t>(pre_scale);
-  rows.order = data<int32_t>(order);
+  rows.pre_scale = data<uint16_t>(change.pre_scale);
+  rows.order = data<int32_t>(change.order);
   rows.block = block;
-  rows.turns = int(turns);
+  rows.turns = int(change.turns);
+  rows.levels = 127;
+  rows.out_stride = columns;
+  return rows;
 }
 
-void set_codes(dtq::Rows& rows, const Tensor& x, const Tensor& codes, const Tensor& scale,
-               const Maybe& fixed, int64_t levels) {
-  STD_TORCH_CHECK(levels >= 1 && levels <= 127, "dtq: levels is ", levels, ", not in 1..127");
-  if (fixed) {
-    check(*fixed, "scale", x, ScalarType::Float);
-    check_count(*fixed, "scale", 1);
+void set_grid(dtq::Rows& rows, const Tensor& x, const Grid& grid) {
+  STD_TORCH_CHECK(grid.levels >= 1 && grid.levels <= 127, "dtq: levels is ", grid.levels,
+                  ", not in 1..127");
+  STD_TORCH_CHECK(grid.scale || !grid.bin, "dtq: a bin needs a table of scales");
+  if (grid.scale) {
+    check(*grid.scale, "scale", x, ScalarType::Float);
+    STD_TORCH_CHECK(grid.scale->numel() >= 1, "dtq: the table of scales is empty");
   }
-  rows.output = dtq::kInt8;
-  rows.levels = int(levels);
-  rows.fixed = data<float>(fixed);
-  rows.out = codes.data_ptr();
-  rows.out_stride = codes.size(1);
-  rows.scale = static_cast<float*>(scale.data_ptr());
+  if (grid.bin) {
+    check(*grid.bin, "bin", x, ScalarType::Long);
+    check_count(*grid.bin, "bin", 1);
+  }
+  rows.levels = int(grid.levels);
+  rows.fixed = data<float>(grid.scale);
+  rows.bin = data<int64_t>(grid.bin);
 }
 
-// The quantizing ops: they differ in what happens to a row before. None without a kernel for this.
-template <class Before>
-std::optional<Pair> quantized(const Tensor& x, const Maybe& pre_scale, int64_t block, const Maybe& scale,
-                              int64_t levels, Before before) {
-  if (!has_kernels(x.scalar_type()) || !served(x)) return std::nullopt;
-  Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Char);
+// Codes and scales of the rows, or nothing where there is no kernel for them.
+std::optional<Pair> quantized(dtq::Rows& rows, const Tensor& x, dtq::Output output) {
+  auto type = output == dtq::kE4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Char;
+  Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1)}, type);
   Tensor scales = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
-  dtq::Rows rows{};
-  set_transform(rows, x, pre_scale, std::nullopt, block, 1);
-  set_codes(rows, x, codes, scales, scale, levels);
-  before(rows);
-  int code = dtq::launch_rows(rows, stream_of(x));
-  if (!launched(code, "quantizing rows")) return std::nullopt;
+  rows.output = output;
+  rows.out = codes.data_ptr();
+  rows.scale = static_cast<float*>(scales.data_ptr());
+  if (!launched(dtq::launch_rows(rows, stream_of(x)), "quantizing rows")) return std::nullopt;
   return Pair{codes, scales};
 }
+
+bool has_rows(const Tensor& x) { return has_kernels(x.scalar_type()) && served(x); }
 
 Pair quantize_rows(const Tensor& given, const Maybe& pre_scale, int64_t block, const Maybe& scale,
                    int64_t levels) {
   Tensor x = with_rows(given, "x");
   DeviceGuard guard(x.get_device_index());
-  auto done = quantized(x, pre_scale, block, scale, levels, [](dtq::Rows&) {});
-  if (done) return *done;
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, kNone, block, 1});
+    set_grid(rows, x, {scale, kNone, levels});
+    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
+  }
   return reference<Pair>("dtq_reference::quantize_rows", given, pre_scale, block, scale, levels);
 }
 
-Pair gelu_quantize_rows(const Tensor& given, const Maybe& pre_scale, int64_t block, const Maybe& scale,
-                        int64_t levels) {
+Pair binned_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                          int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
   Tensor x = with_rows(given, "x");
   DeviceGuard guard(x.get_device_index());
-  auto gelu = [](dtq::Rows& rows) { rows.before = dtq::kGelu; };
-  auto done = quantized(x, pre_scale, block, scale, levels, gelu);
-  if (done) return *done;
-  return reference<Pair>("dtq_reference::gelu_quantize_rows", given, pre_scale, block, scale, levels);
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    set_grid(rows, x, {scale, bin, levels});
+    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
+  }
+  return reference<Pair>("dtq_reference::binned_quantize_rows", given, pre_scale, order, block, turns,
+                         scale, bin, levels);
 }
 
-void check_modulation(const Tensor& x, const Maybe& up, const Maybe& along) {
+Pair gelu_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                        int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
+  Tensor x = with_rows(given, "x");
+  DeviceGuard guard(x.get_device_index());
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    set_grid(rows, x, {scale, bin, levels});
+    rows.before = dtq::kGelu;
+    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
+  }
+  return reference<Pair>("dtq_reference::gelu_quantize_rows", given, pre_scale, order, block, turns, scale,
+                         bin, levels);
+}
+
+void set_modulation(dtq::Rows& rows, const Tensor& x, const Maybe& up, const Maybe& along, double eps) {
+  rows.before = dtq::kNorm;
+  rows.eps = float(eps);
+  rows.rows_per_modulate = std::max<int64_t>(1, x.size(0));
   STD_TORCH_CHECK(up.has_value() == along.has_value(), "dtq: modulation needs both a scale and a shift");
   if (!up) return;
   check(*up, "modulate_scale", x, up->scalar_type());
@@ -99,45 +140,49 @@ void check_modulation(const Tensor& x, const Maybe& up, const Maybe& along) {
                       x.size(0) % up->size(0) == 0 && along->numel() == up->numel(),
                   "dtq: modulate_scale and modulate_shift must be (images, ", x.size(1),
                   "), and the rows, ", x.size(0), ", a multiple of the images");
+  rows.modulate_scale = up->data_ptr();
+  rows.modulate_shift = along->data_ptr();
+  rows.modulate_type = float_of(up->scalar_type());
+  rows.modulate_stride = x.size(1);
+  rows.rows_per_modulate = std::max<int64_t>(1, x.size(0) / up->size(0));
 }
 
 Pair norm_quantize_rows(const Tensor& given, const Maybe& modulate_scale, const Maybe& modulate_shift,
-                        double eps, const Maybe& pre_scale, int64_t block, const Maybe& scale,
-                        int64_t levels) {
+                        double eps, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                        int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
   Tensor x = with_rows(given, "x");
   DeviceGuard guard(x.get_device_index());
-  check_modulation(x, modulate_scale, modulate_shift);
-  auto norm = [&](dtq::Rows& rows) {
-    rows.before = dtq::kNorm;
-    rows.eps = float(eps);
-    rows.rows_per_modulate = std::max<int64_t>(1, x.size(0));
-    if (!modulate_scale) return;
-    rows.modulate_scale = modulate_scale->data_ptr();
-    rows.modulate_shift = modulate_shift->data_ptr();
-    rows.modulate_type = float_of(modulate_scale->scalar_type());
-    rows.modulate_stride = x.size(1);
-    rows.rows_per_modulate = std::max<int64_t>(1, x.size(0) / modulate_scale->size(0));
-  };
-  auto done = quantized(x, pre_scale, block, scale, levels, norm);
-  if (done) return *done;
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    set_grid(rows, x, {scale, bin, levels});
+    set_modulation(rows, x, modulate_scale, modulate_shift, eps);
+    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
+  }
   return reference<Pair>("dtq_reference::norm_quantize_rows", given, modulate_scale, modulate_shift, eps,
-                         pre_scale, block, scale, levels);
+                         pre_scale, order, block, turns, scale, bin, levels);
+}
+
+Pair e4m3_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                        int64_t turns) {
+  Tensor x = with_rows(given, "x");
+  DeviceGuard guard(x.get_device_index());
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    if (auto done = quantized(rows, x, dtq::kE4m3)) return *done;
+  }
+  return reference<Pair>("dtq_reference::e4m3_quantize_rows", given, pre_scale, order, block, turns);
 }
 
 Tensor transform_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
                       int64_t turns) {
   Tensor x = with_rows(given, "x");
   DeviceGuard guard(x.get_device_index());
-  if (has_kernels(x.scalar_type()) && served(x)) {
+  if (has_rows(x)) {
     Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
-    dtq::Rows rows{};
-    set_transform(rows, x, pre_scale, order, block, turns);
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
     rows.output = dtq::kFloat;
-    rows.levels = 127;
     rows.out = y.data_ptr();
-    rows.out_stride = x.size(1);
-    int code = dtq::launch_rows(rows, stream_of(x));
-    if (launched(code, "transform_rows")) return y;
+    if (launched(dtq::launch_rows(rows, stream_of(x)), "transform_rows")) return y;
   }
   return reference<Tensor>("dtq_reference::transform_rows", given, pre_scale, order, block, turns);
 }
@@ -249,6 +294,8 @@ Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts, cons
 STABLE_TORCH_LIBRARY_IMPL(dtq, CUDA, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("transform_rows", TORCH_BOX(&transform_rows));
+  m.impl("binned_quantize_rows", TORCH_BOX(&binned_quantize_rows));
+  m.impl("e4m3_quantize_rows", TORCH_BOX(&e4m3_quantize_rows));
   m.impl("gelu_quantize_rows", TORCH_BOX(&gelu_quantize_rows));
   m.impl("norm_quantize_rows", TORCH_BOX(&norm_quantize_rows));
   m.impl("dequantize", TORCH_BOX(&dequantize));

@@ -116,8 +116,11 @@ def test_every_op_passes_opcheck(dtype):
     torch.library.opcheck(ops.weight_linear, (x, *weight, bias))
     torch.library.opcheck(ops.resident_linear, (x, *weight, bias))
     up = torch.ones(1, 128, dtype=dtype)
-    torch.library.opcheck(ops.norm_quantize_rows, (x, up, up, 1e-6, pre, 64, None))
-    torch.library.opcheck(ops.gelu_quantize_rows, (x, pre, 64, None))
+    change, grid = (pre, None, 64, 1), (torch.tensor([0.1, 0.2]), torch.ones(1, dtype=torch.int64))
+    torch.library.opcheck(ops.norm_quantize_rows, (x, up, up, 1e-6, *change, None, None))
+    torch.library.opcheck(ops.gelu_quantize_rows, (x, *change, None, None))
+    torch.library.opcheck(ops.binned_quantize_rows, (x, *change, *grid))
+    torch.library.opcheck(ops.e4m3_quantize_rows, (x, *change))
 
 
 def test_explain_names_every_refusal():

@@ -16,7 +16,7 @@ import torch
 
 from dtq.data import folder
 from dtq.formats import FORMATS
-from dtq.kernels import nvcc
+from dtq.kernels import fused, nvcc
 from dtq.kernels.decode import spelling
 from dtq.kernels.native import Library, Unavailable
 
@@ -114,8 +114,7 @@ CUDA = Library(
     title="GPU",
     ops=(
         "quantize_rows",
-        "gelu_quantize_rows",
-        "norm_quantize_rows",
+        *(schema.split("(")[0] for schema, _, _ in fused.OPS),
         "transform_rows",
         "w8a8_linear",
         "w4a8_linear",

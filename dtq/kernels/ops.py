@@ -25,6 +25,7 @@ from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
 from dtq.formats.base import scaled
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
+from dtq.kernels import fused
 from dtq.kernels.cpu import CPU
 from dtq.kernels.cuda import CUDA
 from dtq.kernels.native import Library
@@ -160,44 +161,6 @@ def _group_a8_linear(
     return y.to(dtype)
 
 
-def _norm_quantize_rows(
-    x: Tensor,  # (M, K)
-    modulate_scale: Tensor | None,  # (images, K): the rows of an image lie together
-    modulate_shift: Tensor | None,
-    eps: float,
-    pre_scale: Tensor | None,
-    block: int,
-    scale: Tensor | None,
-    levels: int = 127,
-) -> tuple[Tensor, Tensor]:
-    y = F.layer_norm(x.float(), x.shape[1:], eps=eps)
-    if modulate_scale is not None and modulate_shift is not None:
-        y = y.reshape(len(modulate_scale), -1, x.shape[1])  # (images, rows of one, K)
-        y = y * (1 + modulate_scale.float().unsqueeze(1)) + modulate_shift.float().unsqueeze(1)
-    return _quantize_rows(y.reshape(x.shape), pre_scale, block, scale, levels)
-
-
-def _norm_quantize_rows_fake(
-    x: Tensor,
-    modulate_scale: Tensor | None,
-    modulate_shift: Tensor | None,
-    eps: float,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    return _quantize_rows_fake(x, *rest)
-
-
-def _gelu_quantize_rows(
-    x: Tensor,  # (M, K)
-    pre_scale: Tensor | None,
-    block: int,
-    scale: Tensor | None,
-    levels: int = 127,
-) -> tuple[Tensor, Tensor]:
-    y = F.gelu(x.float(), approximate="tanh")
-    return _quantize_rows(y, pre_scale, block, scale, levels)
-
-
 def _dequantize(
     parts: list[Tensor],
     names: str,  # of the parts, comma-separated
@@ -296,18 +259,6 @@ _OPS = (
         _rows_by_rows,
     ),
     (
-        "gelu_quantize_rows(Tensor x, Tensor? pre_scale, int block, Tensor? scale, int levels=127)"
-        " -> (Tensor, Tensor)",
-        _gelu_quantize_rows,
-        _quantize_rows_fake,
-    ),
-    (
-        "norm_quantize_rows(Tensor x, Tensor? modulate_scale, Tensor? modulate_shift, float eps,"
-        " Tensor? pre_scale, int block, Tensor? scale, int levels=127) -> (Tensor, Tensor)",
-        _norm_quantize_rows,
-        _norm_quantize_rows_fake,
-    ),
-    (
         "dequantize(Tensor[] parts, str names, str weights, int columns, ScalarType dtype)"
         " -> Tensor",
         _dequantize,
@@ -323,6 +274,7 @@ _OPS = (
         _resident_linear,
         _weight_linear_fake,
     ),
+    *fused.OPS,
 )
 
 
