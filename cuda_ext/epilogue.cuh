@@ -9,8 +9,9 @@ namespace dtq {
 struct GemmArgs {
   Gemm g;
   Groups groups;
-  int splits;        // of K; more than one: int32 sums go to the workspace, (splits, M, N)
-  int64_t in_split;  // steps of K in a split
+  int splits;    // of K
+  int in_split;  // steps of K in a split
+  bool partial;  // int32 sums go to the workspace, (splits, M, N), for sum_splits
 };
 
 DTQ_DEV float scaled(int32_t sum, float row_scale, float weight_scale, const void* bias,
@@ -26,8 +27,6 @@ DTQ_DEV float finished(const Gemm& g, int64_t m, int64_t n, float v) {
   const float gate = load_float(g.gate, m / g.gate_tokens * g.rows + n, g.out_type);
   return fadd(fmul(gate, v), load_float(g.residual, m * g.rows + n, g.out_type));
 }
-
-DTQ_DEV bool has_extras(const Gemm& g) { return g.gelu || g.gate || g.down; }
 
 // Two neighbours, the first in an even column.
 DTQ_DEV void store_halves(const Gemm& g, int64_t m, int64_t n, uint16_t h0, uint16_t h1) {
@@ -56,13 +55,13 @@ DTQ_DEV void store_pair(const Gemm& g, int64_t m, int64_t n, float v0, float v1)
 // Which tile a block has. Neighbours in a band share columns of the weight, bands share tokens:
 // what runs at one time stays in the L2 cache.
 struct Place {
-  int64_t m, n;  // tiles
+  int m, n;  // tiles
 };
 
-DTQ_DEV Place place_of(int64_t id, int64_t tiles_m, int64_t tiles_n) {
-  constexpr int64_t kBand = 8;
-  const int64_t in_band = kBand * tiles_n, first = id / in_band * kBand;
-  const int64_t height = tiles_m - first < kBand ? tiles_m - first : kBand, rest = id % in_band;
+DTQ_DEV Place place_of(int id, int tiles_m, int tiles_n) {
+  constexpr int kBand = 8;
+  const int in_band = kBand * tiles_n, first = id / in_band * kBand;
+  const int height = tiles_m - first < kBand ? tiles_m - first : kBand, rest = id % in_band;
   return {first + rest % height, rest / height};
 }
 

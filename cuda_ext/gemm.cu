@@ -32,8 +32,8 @@ const char* dtq_gemm_kernel(const Gemm* g) {
   static thread_local char text[64];
   if (refusal(*g)) return nullptr;
   const Plan plan = plan_of(*g);
-  if (plan.splits == 1) return kTileSizes[plan.tile].name;
-  snprintf(text, sizeof text, "%s, K in %d", kTileSizes[plan.tile].name, plan.splits);
+  if (!plan.partial) return kTileSizes[plan.tile].name;
+  snprintf(text, sizeof text, "%s, K in %d, summed after", kTileSizes[plan.tile].name, plan.splits);
   return text;
 }
 

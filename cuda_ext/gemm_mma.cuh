@@ -34,37 +34,64 @@ struct MmaTile {
   static_assert(kShared <= 48 * 1024, "more has to be asked for, and two blocks shall fit");
 };
 
-// Rows [first, first + rows) x `width` bytes from byte `at`, of a matrix (all, row_bytes); zeros
-// where it ends.
+// This thread's 16-byte chunks of a tile of `rows` rows x `width` bytes: always the same bytes of a
+// row, in every kPitch-th row. What lies outside the matrix arrives as zeros.
 template <class T, int rows, int width>
-DTQ_DEV void load_tile(unsigned char* to, const void* from, int64_t first, int64_t all,
-                       int64_t row_bytes, int64_t at) {
-  constexpr int kChunks = width / 16, kAll = rows * kChunks;
-  DTQ_UNROLL for (int c = 0; c < (kAll + T::kThreads - 1) / T::kThreads; c++) {
-    const int i = tid() + c * T::kThreads;
-    if (kAll % T::kThreads && i >= kAll) break;
-    const int64_t row = first + i / kChunks, byte = at + i % kChunks * 16;
-    const int64_t left = row < all ? row_bytes - byte : 0;
-    const int valid = left < 0 ? 0 : left > 16 ? 16 : int(left);
-    const auto* p = static_cast<const uint8_t*>(from) + (valid ? row * row_bytes + byte : 0);
-    if constexpr (T::kAligned) {
-      cp_async16(to + i * 16, p, valid);
-    } else {  // byte by byte: a width that 16 does not divide is rare in a model
-      uint32_t word[4] = {};
-      for (int b = 0; b < valid; b++) word[b / 4] |= uint32_t(ldg(p + b)) << (b % 4 * 8);
-      sts(to + i * 16, U4{word[0], word[1], word[2], word[3]});
+struct Loader {
+  static constexpr int kAcross = width / 16, kPitch = T::kThreads / kAcross;
+  static constexpr int kChunks = (rows + kPitch - 1) / kPitch;
+  static_assert(T::kThreads % kAcross == 0 && (rows % kPitch == 0 || kChunks == 1));
+  const uint8_t* from;
+  int64_t row_bytes;
+  int byte;        // of the row, in step 0
+  uint32_t there;  // which of the chunks lie in rows of the matrix
+
+  DTQ_DEV Loader(const void* matrix, int first, int64_t all, int64_t bytes) {
+    const int row = first + tid() / kAcross;
+    row_bytes = bytes;
+    byte = tid() % kAcross * 16;
+    from = static_cast<const uint8_t*>(matrix) + row * bytes + byte;
+    there = 0;
+    DTQ_UNROLL for (int c = 0; c < kChunks; c++)
+      there |= uint32_t(row + c * kPitch < all && tid() / kAcross + c * kPitch < rows) << c;
+  }
+
+  DTQ_DEV void load(unsigned char* to, int step) const {
+    const int left = int(row_bytes) - byte - step * width, valid = left > 16 ? 16 : left;
+    DTQ_UNROLL for (int c = 0; c < kChunks; c++) {
+      if (rows < kPitch && tid() / kAcross >= rows) break;
+      const uint8_t* p = from + c * kPitch * row_bytes + step * width;
+      const int bytes = there >> c & 1 && valid > 0 ? valid : 0;
+      unsigned char* chunk = to + (tid() + c * T::kThreads) * 16;
+      if constexpr (T::kAligned) cp_async16(chunk, p, bytes);
+      else copy_bytes(chunk, p, bytes);
     }
   }
-}
+
+  // A width that 16 does not divide is rare in a model.
+  DTQ_DEV static void copy_bytes(unsigned char* to, const uint8_t* p, int bytes) {
+    uint32_t word[4] = {};
+    DTQ_UNROLL for (int b = 0; b < 16; b++)
+      if (b < bytes) word[b / 4] |= uint32_t(ldg(p + b)) << (b % 4 * 8);
+    sts(to, U4{word[0], word[1], word[2], word[3]});
+  }
+};
 
 template <class T>
-DTQ_DEV void load_stage(const Gemm& g, unsigned char* stage, Place tile, int64_t step) {
-  load_tile<T, T::kTileM, kStep>(stage, g.codes, tile.m * T::kTileM, g.tokens, g.columns,
-                                 step * kStep);
-  load_tile<T, T::kTileN, T::kRowW>(stage + T::kBytesX, g.weight, tile.n * T::kTileN, g.rows,
-                                    g.columns * T::Source::kBits / 8, step * T::kRowW);
-  cp_async_commit();
-}
+struct StageLoader {
+  Loader<T, T::kTileM, kStep> x;
+  Loader<T, T::kTileN, T::kRowW> w;
+
+  DTQ_DEV StageLoader(const Gemm& g, Place tile)
+      : x(g.codes, tile.m * T::kTileM, g.tokens, g.columns),
+        w(g.weight, tile.n * T::kTileN, g.rows, g.columns * T::Source::kBits / 8) {}
+
+  DTQ_DEV void load(unsigned char* stage, int step) const {
+    x.load(stage, step);
+    w.load(stage + T::kBytesX, step);
+    cp_async_commit();
+  }
+};
 
 // Columns 16 t .. 16 t + 15 of row `row` of the stage's weights.
 template <class T>
@@ -105,13 +132,14 @@ DTQ_DEV void multiply(const unsigned char* stage, int warp_m, int warp_n,
 
 // The scales of this thread's rows for its columns of a step.
 template <class T>
-DTQ_DEV void load_scales(const GemmArgs& p, int64_t first_row, int64_t step,
+DTQ_DEV void load_scales(const GemmArgs& p, int first_row, int step,
                          typename T::Source::Scale (&scale)[T::kBlocksN]) {
-  int64_t k = step * kStep + lane() % 4 * 16;
-  if (k >= p.g.columns) k = p.g.columns - 1;  // its codes are zeros
-  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
-    const int64_t n = first_row + j * 8 + lane() / 4;
-    scale[j] = T::Source::scale(p.groups, n < p.g.rows ? n : p.g.rows - 1, k);
+  const int group = (step * kStep + lane() % 4 * 16) >> p.groups.shift;
+  const int last = p.groups.count - 1, end = int(p.g.rows) - 1;
+  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {  // beyond the end any scale: codes are zeros
+    const int n = first_row + j * 8 + lane() / 4;
+    const int index = (n < end ? n : end) * p.groups.count + (group < last ? group : last);
+    scale[j] = T::Source::scale(p.groups, index);
   }
 }
 
@@ -191,18 +219,19 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_mma(const DTQ_CONSTANT GemmArgs 
   DTQ_SHARED(shared);
   const Gemm& g = p.g;
   const int split = int(block_x() % p.splits);
-  const Place tile = place_of(block_x() / p.splits, over(g.tokens, T::kTileM),
-                              over(g.rows, T::kTileN));
+  const Place tile = place_of(block_x() / p.splits, int(over(g.tokens, T::kTileM)),
+                              int(over(g.rows, T::kTileN)));
   const int warp_m = warp() % T::kWarpsM, warp_n = warp() / T::kWarpsM;
-  const int64_t first_m = tile.m * T::kTileM + warp_m * T::kWarpM;
-  const int64_t first_n = tile.n * T::kTileN + warp_n * T::kWarpN;
-  const int64_t all = over(g.columns, kStep), first = split * p.in_split;
-  const int steps = int(all - first < p.in_split ? all - first : p.in_split);
+  const int first_m = tile.m * T::kTileM + warp_m * T::kWarpM;
+  const int first_n = tile.n * T::kTileN + warp_n * T::kWarpN;
+  const int all = int(over(g.columns, kStep)), first = split * p.in_split;
+  const int steps = all - first < p.in_split ? all - first : p.in_split;
 
   int32_t sums[T::kBlocksM][T::kBlocksN][4] = {};
   typename T::Source::Scale scale[T::kBlocksN], next[T::kBlocksN];
+  const StageLoader<T> loader(g, tile);
   DTQ_UNROLL for (int s = 0; s < T::kStages - 1; s++) {
-    if (s < steps) load_stage<T>(g, shared + s * T::kStage, tile, first + s);
+    if (s < steps) loader.load(shared + s * T::kStage, first + s);
     else cp_async_commit();  // the wait below counts groups
   }
   load_scales<T>(p, first_n, first, next);
@@ -210,13 +239,13 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_mma(const DTQ_CONSTANT GemmArgs 
     cp_async_wait<T::kStages - 2>();
     sync_threads();  // the stage is there for all, and the one filled next is read by none
     const int ahead = s + T::kStages - 1;
-    if (ahead < steps) load_stage<T>(g, shared + ahead % T::kStages * T::kStage, tile, first + ahead);
+    if (ahead < steps) loader.load(shared + ahead % T::kStages * T::kStage, first + ahead);
     else cp_async_commit();
     DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) scale[j] = next[j];
     if (s + 1 < steps) load_scales<T>(p, first_n, first + s + 1, next);
     multiply<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, scale, sums);
   }
-  if (p.splits > 1) store_sums<T>(p, split, first_m, first_n, sums);
+  if (p.partial) store_sums<T>(p, split, first_m, first_n, sums);
   else finish<T, extras>(g, first_m, first_n, sums);
 }
 

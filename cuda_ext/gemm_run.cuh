@@ -19,11 +19,10 @@ template <class Source>
 using Tile16 = MmaTile<Source, 16, 128, 16, 32, deep<Source>, true>;
 using TileOdd = MmaTile<Int8, 64, 64, 32, 32, 3, false>;
 
-template <class T>
+template <class T, bool extras>
 int run_mma(const GemmArgs& p, int64_t tiles, Stream stream) {
   const Shape shape = {{unsigned(tiles * p.splits)}, unsigned(T::kThreads), size_t(T::kShared)};
-  const bool extras = p.g.gelu || p.g.gate || p.g.down;
-  return launch(extras ? gemm_mma<T, true> : gemm_mma<T, false>, shape, stream, p);
+  return launch(gemm_mma<T, extras>, shape, stream, p);
 }
 
 template <class Source>
@@ -31,17 +30,19 @@ int run(const Gemm& g, const Plan& plan, Stream stream) {
   const auto* groups = g.weights == kTable ? reinterpret_cast<const uint8_t*>(g.tables) : g.groups;
   int shift = 0;
   while (g.group > int64_t(1) << shift) shift++;  // one table a row: any power above K will do
-  const int64_t count = g.weights == kInt8 ? 0 : g.columns / g.group;
-  const GemmArgs p = {g, {groups, count, shift}, plan.splits, plan.in_split};
+  const int count = g.weights == kInt8 ? 0 : int(g.columns / g.group);
+  const GemmArgs p = {g, {groups, count, shift}, plan.splits, plan.in_split, plan.partial};
   const int64_t tiles = tiles_of(g, plan.tile);
   int status = kUnsupported;
-  if (plan.tile == kMma128) status = run_mma<Tile128<Source>>(p, tiles, stream);
-  if (plan.tile == kMma64) status = run_mma<Tile64<Source>>(p, tiles, stream);
-  if (plan.tile == kMma16) status = run_mma<Tile16<Source>>(p, tiles, stream);
+  if (plan.tile == kMma128)
+    status = has_extras(g) ? run_mma<Tile128<Source>, true>(p, tiles, stream)
+                           : run_mma<Tile128<Source>, false>(p, tiles, stream);
+  if (plan.tile == kMma64) status = run_mma<Tile64<Source>, false>(p, tiles, stream);
+  if (plan.tile == kMma16) status = run_mma<Tile16<Source>, false>(p, tiles, stream);
   if (plan.tile == kWgmma) status = run_wgmma<Source>(p, stream);
   if constexpr (Source::kBits == 8)
-    if (plan.tile == kMmaOdd) status = run_mma<TileOdd>(p, tiles, stream);
-  if (status != kOk || plan.splits == 1) return status;
+    if (plan.tile == kMmaOdd) status = run_mma<TileOdd, false>(p, tiles, stream);
+  if (status != kOk || !plan.partial) return status;
   constexpr int kThreads = 256;
   const Shape shape = {{unsigned(over(g.tokens * g.rows, kThreads))}, kThreads};
   return launch(sum_splits<kThreads>, shape, stream, p);

@@ -72,9 +72,9 @@ DTQ_DEV void start_ring(const Ring<T>& ring) {
 }
 
 template <class T>
-DTQ_DEV void produce(const WgmmaArgs& a, const Ring<T>& ring, int token, int row, int steps) {
+DTQ_DEV void produce(const WgmmaArgs& a, const Ring<T>& ring, int rank, int token, int row,
+                     int steps) {
   constexpr int kHalf = T::kTokens / T::kCluster;
-  const int rank = T::kCluster > 1 ? cluster_rank() : 0;
   const unsigned all = T::kCluster > 1 ? (1u << T::kCluster) - 1 : 0;
   Slot slot;
   for (int s = 0; s < steps; s++) {
@@ -96,24 +96,42 @@ DTQ_DEV void release(const Ring<T>& ring, int stage) {
     for (int r = 0; r < T::kCluster; r++) mbarrier_arrive_at(ring.empty(stage), r);
 }
 
-// The stage's 128 columns of this thread's two rows as int8: a[k] is operand A of columns 32 k ..
-// + 31. `row` is the first of the two in the tile, `n` in the weight.
-template <class T>
-DTQ_DEV void expand_stage(const GemmArgs& p, const unsigned char* w, int row, int64_t n, int64_t k,
-                          uint32_t (&a)[4][4]) {
+// The stage's 128 columns of this thread's two rows as int8: a[i] is operand A of columns 32 i ..
+// + 31. `groups` of a row lie in a stage, of which K fills `left` + 1; `index` are the first ones.
+template <class T, int groups>
+DTQ_DEV void expand_groups(const GemmArgs& p, const unsigned char* w, int row,
+                           const int (&index)[2], int left, uint32_t (&a)[4][4]) {
   const int t = lane() % 4, swizzle = row / 2 % 4;  // the same for row + 8
-  DTQ_UNROLL for (int h = 0; h < 2; h++) {
-    const unsigned char* codes = w + (row + h * 8) * T::kRowW + t / 2 * 4;
-    const int64_t at = n + h * 8 < p.g.rows ? n + h * 8 : p.g.rows - 1;
-    DTQ_UNROLL for (int i = 0; i < 4; i++) {
-      const int64_t column = k + i * 32 < p.g.columns ? k + i * 32 : p.g.columns - 1;
-      const auto scale = T::Source::scale(p.groups, at, column);
-      const unsigned char* chunk = codes + (i ^ swizzle) * 16;
-      const uint32_t word = byte_perm(lds<uint32_t>(chunk), lds<uint32_t>(chunk + 8),
+  const int offset = row * T::kRowW + swizzle * 16 + t / 2 * 4;
+  typename T::Source::Scale scale[2];
+  DTQ_UNROLL for (int i = 0; i < 4; i++) {
+    if (i % (4 / groups) == 0) {
+      const int group = i / (4 / groups) < left ? i / (4 / groups) : left;
+      DTQ_UNROLL for (int h = 0; h < 2; h++)
+        scale[h] = T::Source::scale(p.groups, index[h] + group);
+    }
+    const unsigned char* chunk = w + (offset ^ i * 16);
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const unsigned char* codes = chunk + h * 8 * T::kRowW;
+      const uint32_t word = byte_perm(lds<uint32_t>(codes), lds<uint32_t>(codes + 8),
                                       t % 2 ? 0x7632 : 0x5410);
-      T::Source::expand(word, scale, a[i][h], a[i][2 + h]);
+      T::Source::expand(word, scale[h], a[i][h], a[i][2 + h]);
     }
   }
+}
+
+// Step `s`; `row` is the first of the two in the tile, `n` in the weight.
+template <class T>
+DTQ_DEV void expand_stage(const GemmArgs& p, const unsigned char* w, int row, int n, int s,
+                          uint32_t (&a)[4][4]) {
+  const int shift = p.groups.shift, count = p.groups.count, end = int(p.g.rows) - 1;
+  const int first = s * T::kDepth >> shift;
+  const int index[2] = {(n < end ? n : end) * count + first,
+                        (n + 8 < end ? n + 8 : end) * count + first};
+  const int left = count - 1 - first;
+  if (shift >= 7) expand_groups<T, 1>(p, w, row, index, left, a);
+  else if (shift == 6) expand_groups<T, 2>(p, w, row, index, left, a);
+  else expand_groups<T, 4>(p, w, row, index, left, a);
 }
 
 template <class T>
@@ -137,13 +155,13 @@ DTQ_DEV void multiply_int8(const Ring<T>& ring, int group, int steps, int32_t (&
 }
 
 template <class T>
-DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int64_t n, int steps,
+DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int n, int steps,
                            int32_t (&sums)[128]) {
   uint32_t a[2][4][4];  // the tensor cores read one while the other is filled
   Slot slot, last, next;
   auto fill = [&](int s, uint32_t(&to)[4][4]) {
     mbarrier_wait(ring.full(next.stage), next.round & 1);
-    expand_stage<T>(p, ring.w(next.stage), row, n, int64_t(s) * T::kDepth, to);
+    expand_stage<T>(p, ring.w(next.stage), row, n, s, to);
     advance<T>(next);
   };
   auto step = [&](int s, uint32_t(&now)[4][4], uint32_t(&then)[4][4]) {
@@ -167,80 +185,80 @@ DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int6
   release<T>(ring, last.stage);
 }
 
-// + up @ down^T: the sums have rows of the weight down, tokens across.
-DTQ_DEV void add_lowrank_transposed(const Gemm& g, int64_t first_m, int64_t n,
-                                           float (&v)[32][4]) {
-  const int pair = lane() % 4 * 2;
-  for (int64_t r = pair; r < g.rank; r += 16) {
-    uint32_t a[4];
+// + up @ down^T of 16 rows by 8 tokens: the sums have rows of the weight down, tokens across.
+DTQ_DEV void add_lowrank_transposed(const Gemm& g, int first_m, int n, float (&v)[4]) {
+  for (int r = lane() % 4 * 2; r < g.rank; r += 16) {
+    uint32_t a[4], b[2];
     DTQ_UNROLL for (int q = 0; q < 4; q++)
       a[q] = lowrank_pair(g.up, n + q % 2 * 8, g.rows, g.rank, r + q / 2 * 8);
-    DTQ_UNROLL for (int j = 0; j < 32; j++) {
-      const int64_t m = first_m + j * 8 + lane() / 4;
-      const uint32_t b0 = lowrank_pair(g.down, m, g.tokens, g.rank, r);
-      const uint32_t b1 = lowrank_pair(g.down, m, g.tokens, g.rank, r + 8);
-      lowrank_mma(v[j], a, b0, b1, g.lowrank_type);
-    }
+    DTQ_UNROLL for (int q = 0; q < 2; q++)
+      b[q] = lowrank_pair(g.down, first_m + lane() / 4, g.tokens, g.rank, r + q * 8);
+    lowrank_mma(v, a, b[0], b[1], g.lowrank_type);
   }
 }
 
-// Rows n and n + 8 by 256 tokens of this thread's share. 16-bit outputs are turned round in 8 x 8
-// blocks, so that the four lanes of a token write 16 bytes side by side.
+// Rows n and n + 8 by two tokens from m. 16-bit outputs are turned round in 8 x 8 blocks, so that
+// the four lanes of a token write 16 bytes side by side; 32-bit ones lie eight lanes to 32 bytes.
+DTQ_DEV void store_transposed(const Gemm& g, int m, int n, const float (&v)[4]) {
+  DTQ_UNROLL for (int h = 0; h < 2; h++) {
+    const int row = n + h * 8;
+    if (g.out_type == kFloat32) {
+      DTQ_UNROLL for (int e = 0; e < 2; e++)
+        if (m + e < g.tokens && row < g.rows)
+          stg(static_cast<float*>(g.out) + (m + e) * g.rows + row, v[h * 2 + e]);
+      continue;
+    }
+    const uint32_t pair = transpose_8x8(round_float(v[h * 2], g.out_type) |
+                                        round_float(v[h * 2 + 1], g.out_type) << 16);
+    const int token = m - lane() % 4 * 2 + lane() / 4, first = row - lane() / 4 + lane() % 4 * 2;
+    if (token < g.tokens && first < g.rows)
+      store_halves(g, token, first, uint16_t(pair), uint16_t(pair >> 16));
+  }
+}
+
+// Rows n and n + 8 of all tokens of the tile.
 template <bool extras>
-DTQ_DEV void finish_transposed(const Gemm& g, int64_t first_m, int64_t n,
-                               const int32_t (&sums)[128]) {
-  const int t = lane() % 4;
-  float v[32][4], scale[2], bias[2];
+DTQ_DEV void finish_transposed(const Gemm& g, int first_m, int n, const int32_t (&sums)[128]) {
+  float scale[2], bias[2];
   DTQ_UNROLL for (int h = 0; h < 2; h++) {
     const bool there = n + h * 8 < g.rows;
     scale[h] = there ? ldg(g.weight_scale + n + h * 8) : 0;
     bias[h] = there && g.bias ? load_float(g.bias, n + h * 8, g.bias_type) : 0;
   }
-  DTQ_UNROLL for (int j = 0; j < 32; j++)
+  DTQ_UNROLL for (int j = 0; j < 32; j++) {
+    if (first_m + j * 8 >= g.tokens) break;
+    const int m = first_m + j * 8 + lane() % 4 * 2;
+    float v[4];
     DTQ_UNROLL for (int e = 0; e < 2; e++) {
-      const int64_t m = first_m + j * 8 + t * 2 + e;
-      const float row_scale = m < g.tokens ? ldg(g.row_scale + m) : 0;
+      const float row_scale = m + e < g.tokens ? ldg(g.row_scale + m + e) : 0;
       DTQ_UNROLL for (int h = 0; h < 2; h++) {
         const float y = fmul(fmul(int_to_float(sums[j * 4 + h * 2 + e]), row_scale), scale[h]);
-        v[j][h * 2 + e] = g.bias ? fadd(y, bias[h]) : y;
+        v[h * 2 + e] = g.bias ? fadd(y, bias[h]) : y;
       }
     }
-  if (extras && g.down) add_lowrank_transposed(g, first_m, n, v);
-  DTQ_UNROLL for (int j = 0; j < 32; j++)
-    DTQ_UNROLL for (int h = 0; h < 2; h++) {
-      const int64_t row = n + h * 8, m = first_m + j * 8 + t * 2;
-      if (extras) {
-        DTQ_UNROLL for (int e = 0; e < 2; e++)
-          if (m + e < g.tokens && row < g.rows)
-            v[j][h * 2 + e] = finished(g, m + e, row, v[j][h * 2 + e]);
-      }
-      if (g.out_type == kFloat32) {  // eight lanes write 32 bytes side by side
-        DTQ_UNROLL for (int e = 0; e < 2; e++)
-          if (m + e < g.tokens && row < g.rows)
-            stg(static_cast<float*>(g.out) + (m + e) * g.rows + row, v[j][h * 2 + e]);
-        continue;
-      }
-      const uint32_t pair = transpose_8x8(round_float(v[j][h * 2], g.out_type) |
-                                          round_float(v[j][h * 2 + 1], g.out_type) << 16);
-      const int64_t token = first_m + j * 8 + lane() / 4, first = row - lane() / 4 + t * 2;
-      if (token < g.tokens && first < g.rows)
-        store_halves(g, token, first, uint16_t(pair), uint16_t(pair >> 16));
+    if (extras) {
+      if (g.down) add_lowrank_transposed(g, first_m + j * 8, n, v);
+      DTQ_UNROLL for (int i = 0; i < 4; i++)
+        if (m + i % 2 < g.tokens && n + i / 2 * 8 < g.rows)
+          v[i] = finished(g, m + i % 2, n + i / 2 * 8, v[i]);
     }
+    store_transposed(g, m, n, v);
+  }
 }
 
 template <class T, bool extras>
 DTQ_DEV void wgmma_body(const WgmmaArgs& a, unsigned char* shared) {
   const Gemm& g = a.p.g;
   const Ring<T> ring = {shared};
-  const int64_t tiles_n = over(over(g.rows, T::kRows), T::kCluster);  // of a whole cluster
-  const Place tile = place_of(block_x() / T::kCluster, over(g.tokens, T::kTokens), tiles_n);
-  const int64_t tile_n = tile.n * T::kCluster + (T::kCluster > 1 ? cluster_rank() : 0);
-  const int64_t token = tile.m * T::kTokens, row = tile_n * T::kRows;
+  const int rank = T::kCluster > 1 ? cluster_rank() : 0;
+  const Place tile = place_of(block_x() / T::kCluster, int(over(g.tokens, T::kTokens)),
+                              int(over(g.rows, T::kRows * T::kCluster)));
+  const int token = tile.m * T::kTokens, row = (tile.n * T::kCluster + rank) * T::kRows;
   const int steps = int(over(g.columns, T::kDepth));
   start_ring<T>(ring);
   if (warp() < 4) {
     fewer_registers<40>();
-    if (tid() == 0) produce<T>(a, ring, int(token), int(row), steps);
+    if (tid() == 0) produce<T>(a, ring, rank, token, row, steps);
   } else {
     more_registers<232>();
     const int group = warp() / 4 - 1, in_tile = (warp() - 4) * 16 + lane() / 4;
@@ -277,8 +295,7 @@ int run_wgmma(const GemmArgs& p, Stream stream) {
   const int64_t blocks = over(g.tokens, T::kTokens) *
                          over(over(g.rows, T::kRows), T::kCluster) * T::kCluster;
   const Shape shape = {{unsigned(blocks)}, T::kThreads, T::kShared, T::kCluster};
-  const bool extras = g.gelu || g.gate || g.down;
-  return launch(extras ? gemm_wgmma<T, true> : gemm_wgmma<T, false>, shape, stream, a);
+  return launch(has_extras(g) ? gemm_wgmma<T, true> : gemm_wgmma<T, false>, shape, stream, a);
 }
 
 }  // namespace dtq

@@ -13,19 +13,19 @@ namespace dtq {
 // Where the group bytes or tables of a weight lie.
 struct Groups {
   const uint8_t* bytes;  // (N, count) bytes or tables of 16
-  int64_t count;         // groups of a row
-  int shift;             // group == 1 << shift; 62 for one a row
+  int count;             // groups of a row
+  int shift;             // group == 1 << shift, or larger where a row has one
 };
 
 // Each of the three has
 //   kBits     of a stored weight
 //   Scale     what a thread keeps per row and group
-//   scale     reads it; `k` is a column of the group
+//   scale     reads that of group `index`, counted over all rows
 //   expand    see above
 struct Int8 {
   static constexpr int kBits = 8;
   struct Scale {};
-  DTQ_DEV static Scale scale(const Groups&, int64_t, int64_t) { return {}; }
+  DTQ_DEV static Scale scale(const Groups&, int) { return {}; }
 };
 
 // (code - zero) * scale2 in four bytes at once. With b = 128 - scale2 * zero no byte of
@@ -43,9 +43,7 @@ struct TwoLevel {
     return {scale2, (128 - scale2 * (byte & 15)) * 0x01010101u};
   }
 
-  DTQ_DEV static Scale scale(const Groups& g, int64_t row, int64_t k) {
-    return scale_of(ldg(g.bytes + row * g.count + (k >> g.shift)));
-  }
+  DTQ_DEV static Scale scale(const Groups& g, int index) { return scale_of(ldg(g.bytes + index)); }
 
   DTQ_DEV static void expand(uint32_t word, const Scale& s, uint32_t& first, uint32_t& second) {
     const uint32_t even = ((word & 0x0F0F0F0Fu) * s.scale2 + s.b) ^ 0x80808080u;
@@ -61,8 +59,8 @@ struct Table {
   static constexpr int kBits = 4;
   using Scale = U4;
 
-  DTQ_DEV static Scale scale(const Groups& g, int64_t row, int64_t k) {
-    return ldg(reinterpret_cast<const U4*>(g.bytes) + row * g.count + (k >> g.shift));
+  DTQ_DEV static Scale scale(const Groups& g, int index) {
+    return ldg(reinterpret_cast<const U4*>(g.bytes) + index);
   }
 
   DTQ_DEV static uint32_t look_up(uint32_t codes, const Scale& t) {  // the low 16 bits

@@ -220,7 +220,7 @@ const Case kCases[] = {
     {kInt8, 33, 7, 77, 0, 80, kFloat32, true, 0, "any alignment"},
     {kInt8, 3, 70, 129, 0, 80, kBFloat16, false, 0, "any alignment"},
     {kTwoLevel, 1, 257, 1152, 128, 80, kBFloat16, true, 0, "16x128"},
-    {kTwoLevel, 16, 128, 1152, 64, 80, kFloat16, true, 0, "K in"},
+    {kTwoLevel, 16, 128, 1152, 64, 80, kFloat16, true, 0, "K in 4"},
     {kTwoLevel, 70, 33, 96, 32, 80, kBFloat16, true, 0, "64x64"},
     {kTwoLevel, 127, 130, 384, 128, 80, kFloat32, false, 0, "64x64"},
     {kTwoLevel, 520, 500, 320, 64, 80, kBFloat16, true, 0, "128x128"},
@@ -241,7 +241,7 @@ const Case kCases[] = {
     // what follows the bias
     {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
     {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},
-    {kTwoLevel, 140, 72, 128, 64, 80, kBFloat16, true, 4, "64x64"},
+    {kTwoLevel, 140, 72, 128, 64, 80, kBFloat16, true, 4, "summed after"},
     {kTwoLevel, 16, 80, 512, 64, 80, kFloat32, true, 7, "K in"},
     {kTwoLevel, 513, 520, 64, 32, 80, kFloat16, true, 7, "128x128"},
 };
