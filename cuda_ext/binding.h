@@ -6,8 +6,10 @@
 // contradict each other are errors. What is right but has no kernel goes to dtq_reference::*, the torch
 // reference of the op. Nothing here waits for the GPU or allocates other than through torch.
 #pragma once
+#if !defined(DTQ_SIM)
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#endif
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,22 +27,59 @@
 
 #include "types.h"
 
-#define DTQ_EXPORT extern "C" __attribute__((visibility("default")))
+#if defined(DTQ_SIM)
+#include "sim/session.h"
+#define DTQ_NAMESPACE dtq_sim
+#define DTQ_KEY CPU
+#else
+#define DTQ_NAMESPACE dtq
+#define DTQ_KEY CUDA
+#endif
 
-// only in a torch with CUDA, hence weak: the library also loads without
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#define DTQ_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace dtq::binding {
 
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
 using Maybe = std::optional<Tensor>;
 
 constexpr int kOldest = 80;  // the int8 matrix instructions of Ampere
 
 // ------------------------------------------------------------------------------------- the device
+
+#if defined(DTQ_SIM)
+// The emulator stands in for a GPU: tensors of the CPU, and the capability that a test asks for.
+inline int& emulated() {
+  static int arch = 90;
+  return arch;
+}
+
+struct Guard {
+  explicit Guard(const Tensor&) {}
+};
+
+inline Stream stream_of(const Tensor&) { return nullptr; }
+inline int capability(const Tensor&) { return emulated(); }
+inline int multiprocessors(const Tensor&) { return 8; }
+inline bool at_home(const Tensor& t, const Tensor&) { return t.is_cpu(); }
+inline bool failed(int code) { return code == kEmulator; }
+inline std::string failure(int) { return sim::session().error; }
+#else
+
+}  // namespace dtq::binding
+
+// only in a torch with CUDA, hence weak: the library also loads without
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace dtq::binding {
+
+// The device of the input is the current one as long as this lives.
+struct Guard {
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit Guard(const Tensor& t) : guard(t.get_device_index()) {}
+};
 
 using GetStream = AOTITorchError (*)(int32_t, void**);
 
@@ -52,30 +91,57 @@ inline GetStream find_stream() {
                  : nullptr;
 }
 
-inline cudaStream_t stream_of(const Tensor& x) {
+inline Stream stream_of(const Tensor& x) {
   static const GetStream get = find_stream();
   STD_TORCH_CHECK(get != nullptr, "dtq: this torch has no CUDA streams");
-  void* stream = nullptr;
+  Stream stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+  return stream;
 }
 
-// 90 for sm_90; asked once per device
-inline int capability(int device) {
-  static std::array<std::atomic<int>, 64> known{};
+// What a device is does not change: asked once for each.
+template <class Ask>
+int once(const Tensor& t, std::array<std::atomic<int>, 64>& known, Ask ask) {
+  const int device = t.get_device_index();
   STD_TORCH_CHECK(device >= 0 && device < int(known.size()), "dtq: device ", device);
   int found = known[device].load(std::memory_order_relaxed);
   if (found == 0) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    found = 10 * major + minor;
+    found = ask(device);
     known[device].store(found, std::memory_order_relaxed);
   }
   return found;
 }
 
-inline bool served(const Tensor& x) { return capability(x.get_device_index()) >= kOldest; }
+// 90 for sm_90.
+inline int capability(const Tensor& t) {
+  static std::array<std::atomic<int>, 64> known{};
+  return once(t, known, [](int device) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return 10 * major + minor;
+  });
+}
+
+// Those of a slice of a GPU, if it is one.
+inline int multiprocessors(const Tensor& t) {
+  static std::array<std::atomic<int>, 64> known{};
+  return once(t, known, [](int device) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+  });
+}
+
+inline bool at_home(const Tensor& t, const Tensor& like) {
+  return t.is_cuda() && t.get_device_index() == like.get_device_index();
+}
+
+inline bool failed(int code) { return code > 0; }
+inline const char* failure(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+#endif
+
+inline bool served(const Tensor& x) { return capability(x) >= kOldest; }
 
 // ------------------------------------------------------------------------------------- the operands
 
@@ -106,8 +172,8 @@ inline dtq::Float float_of(ScalarType type) {
 
 // The same device, this type, elements side by side.
 inline void check(const Tensor& t, const char* name, const Tensor& like, ScalarType type) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), "dtq: ", name,
-                  " is not on the device of the input, cuda:", like.get_device_index());
+  STD_TORCH_CHECK(at_home(t, like), "dtq: ", name, " is not on the device of the input, cuda:",
+                  like.get_device_index());
   STD_TORCH_CHECK(t.scalar_type() == type, "dtq: ", name, " is ", name_of(t.scalar_type()),
                   ", expected ", name_of(type));
   STD_TORCH_CHECK(t.is_contiguous(), "dtq: ", name, " is not contiguous");
@@ -130,13 +196,17 @@ inline Tensor with_rows(const Tensor& x, const char* name) {
 
 // A launch answers 0, a cudaError_t, or a negative number: no kernel for this.
 inline bool launched(int code, const char* what) {
-  STD_TORCH_CHECK(code <= 0, "dtq: ", what, ": ", cudaGetErrorString(static_cast<cudaError_t>(code)));
+  STD_TORCH_CHECK(!failed(code), "dtq: ", what, ": ", failure(code));
   return code == 0;
 }
+
+// Calls that no kernel could do, so far: tests and measurements look at it.
+inline std::atomic<int64_t> references{0};
 
 // The torch reference of an op: the arguments in the order of the schema.
 template <class Result, class... Arguments>
 Result reference(const char* name, const Arguments&... arguments) {
+  references++;
   constexpr size_t count = sizeof...(Arguments);
   std::array<StableIValue, count> stack{torch::stable::detail::from(arguments)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));

@@ -8,17 +8,6 @@ namespace {
 
 using namespace dtq::binding;
 
-// Asked once per device.
-int multiprocessors(int device) {
-  static std::array<std::atomic<int>, 64> known{};
-  int found = known[device].load(std::memory_order_relaxed);
-  if (found == 0) {
-    cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
-    known[device].store(found, std::memory_order_relaxed);
-  }
-  return found;
-}
-
 // What every product of codes has: the operands but for the weight, checked.
 dtq::Gemm product(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                   const Tensor& weight_scale, const Maybe& bias, ScalarType type) {
@@ -47,9 +36,8 @@ dtq::Gemm product(const Tensor& codes, const Tensor& row_scale, const Tensor& we
     g.bias_type = float_of(bias->scalar_type());
   }
   g.out_type = float_of(type);
-  int device = codes.get_device_index();
-  g.arch = capability(device);
-  g.sms = multiprocessors(device);
+  g.arch = capability(codes);
+  g.sms = multiprocessors(codes);
   return g;
 }
 
@@ -73,7 +61,7 @@ std::optional<Tensor> multiplied(dtq::Gemm& g, const Tensor& codes, ScalarType t
 
 Tensor w8a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                    const Tensor& weight_scale, const Maybe& bias, ScalarType type) {
-  DeviceGuard guard(codes.get_device_index());
+  Guard guard(codes);
   dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
   STD_TORCH_CHECK(weight.size(1) == g.columns, "dtq: codes with ", g.columns,
                   " columns do not fit the weight, which has ", weight.size(1));
@@ -85,7 +73,7 @@ Tensor w8a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& w
 
 Tensor w4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                    const Tensor& weight_scale, const Tensor& groups, const Maybe& bias, ScalarType type) {
-  DeviceGuard guard(codes.get_device_index());
+  Guard guard(codes);
   dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
   check(groups, "weight_scale_2", codes, ScalarType::Char);
   STD_TORCH_CHECK(2 * weight.size(1) == g.columns, "dtq: codes with ", g.columns,
@@ -104,7 +92,23 @@ Tensor w4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& w
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dtq, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
   m.impl("w4a8_linear", TORCH_BOX(&w4a8_linear));
+}
+
+// "wgmma 256x128" or why there is none, for a product of these sizes with (N, K) int8 or, with a
+// group, 4-bit weights: for people, and for the benchmark. The text lives until the next call.
+DTQ_EXPORT const char* dtq_cuda_gemm(int arch, int sms, int64_t m, int64_t n, int64_t k, int group) {
+  dtq::Gemm g{};
+  g.tokens = m;
+  g.rows = n;
+  g.columns = k;
+  g.weights = group ? dtq::kTwoLevel : dtq::kInt8;
+  g.group = group;
+  g.out_type = g.bias_type = dtq::kBFloat16;
+  g.arch = arch;
+  g.sms = sms;
+  const char* refusal = dtq_gemm_refusal(&g);
+  return refusal ? refusal : dtq_gemm_kernel(&g);
 }

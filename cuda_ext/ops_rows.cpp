@@ -53,7 +53,7 @@ dtq::Rows rows_of(const Tensor& x, const Change& change) {
   rows.block = block;
   rows.turns = int(change.turns);
   rows.levels = 127;
-  rows.out_stride = columns;
+  rows.out_stride = rows.width = columns;
   return rows;
 }
 
@@ -91,7 +91,7 @@ bool has_rows(const Tensor& x) { return has_kernels(x.scalar_type()) && served(x
 Pair quantize_rows(const Tensor& given, const Maybe& pre_scale, int64_t block, const Maybe& scale,
                    int64_t levels) {
   Tensor x = with_rows(given, "x");
-  DeviceGuard guard(x.get_device_index());
+  Guard guard(x);
   if (has_rows(x)) {
     dtq::Rows rows = rows_of(x, {pre_scale, kNone, block, 1});
     set_grid(rows, x, {scale, kNone, levels});
@@ -103,7 +103,7 @@ Pair quantize_rows(const Tensor& given, const Maybe& pre_scale, int64_t block, c
 Pair binned_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
                           int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
   Tensor x = with_rows(given, "x");
-  DeviceGuard guard(x.get_device_index());
+  Guard guard(x);
   if (has_rows(x)) {
     dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
     set_grid(rows, x, {scale, bin, levels});
@@ -116,7 +116,7 @@ Pair binned_quantize_rows(const Tensor& given, const Maybe& pre_scale, const May
 Pair gelu_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
                         int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
   Tensor x = with_rows(given, "x");
-  DeviceGuard guard(x.get_device_index());
+  Guard guard(x);
   if (has_rows(x)) {
     dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
     set_grid(rows, x, {scale, bin, levels});
@@ -151,7 +151,7 @@ Pair norm_quantize_rows(const Tensor& given, const Maybe& modulate_scale, const 
                         double eps, const Maybe& pre_scale, const Maybe& order, int64_t block,
                         int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
   Tensor x = with_rows(given, "x");
-  DeviceGuard guard(x.get_device_index());
+  Guard guard(x);
   if (has_rows(x)) {
     dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
     set_grid(rows, x, {scale, bin, levels});
@@ -165,7 +165,7 @@ Pair norm_quantize_rows(const Tensor& given, const Maybe& modulate_scale, const 
 Pair e4m3_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
                         int64_t turns) {
   Tensor x = with_rows(given, "x");
-  DeviceGuard guard(x.get_device_index());
+  Guard guard(x);
   if (has_rows(x)) {
     dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
     if (auto done = quantized(rows, x, dtq::kE4m3)) return *done;
@@ -176,7 +176,7 @@ Pair e4m3_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe
 Tensor transform_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
                       int64_t turns) {
   Tensor x = with_rows(given, "x");
-  DeviceGuard guard(x.get_device_index());
+  Guard guard(x);
   if (has_rows(x)) {
     Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
     dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
@@ -252,7 +252,7 @@ Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names, co
                   int64_t columns, ScalarType type) {
   STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
   const Tensor& first = parts[0];
-  DeviceGuard guard(first.get_device_index());
+  Guard guard(first);
   dtq::Weight weight;
   if (has_kernels(type) && served(first) &&
       set_weight(weight, first, format, names, parts, first.size(0), columns)) {
@@ -266,7 +266,7 @@ Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names, co
 Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts, const std::string& names,
                      const std::string& format, const Maybe& bias) {
   Tensor x = with_rows(given, "x");
-  DeviceGuard guard(x.get_device_index());
+  Guard guard(x);
   STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
   int64_t outputs = parts[0].size(0);
   if (bias) check_count(*bias, "bias", outputs);
@@ -291,7 +291,7 @@ Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts, cons
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dtq, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("transform_rows", TORCH_BOX(&transform_rows));
   m.impl("binned_quantize_rows", TORCH_BOX(&binned_quantize_rows));
@@ -311,5 +311,13 @@ DTQ_EXPORT void dtq_cuda_format(const char* name, int codes, int bits, int offse
   spellings()[name] = {codes, bits, offset, vector, scale_type, {levels, levels + count}};
 }
 
+// Calls that went to the torch reference.
+DTQ_EXPORT int64_t dtq_cuda_references() { return references.load(); }
+
+#if defined(DTQ_SIM)
+DTQ_EXPORT void dtq_sim_arch(int arch) { emulated() = arch; }
+DTQ_EXPORT void dtq_sim_seed(uint64_t seed) { dtq::sim::session().seed = seed; }
+#else
 // Whether the stream of torch can be had: what a GPU test asks first.
 DTQ_EXPORT int dtq_cuda_has_stream() { return find_stream() != nullptr; }
+#endif

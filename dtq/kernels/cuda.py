@@ -100,7 +100,15 @@ def _made(work: Path, archs: tuple[str, ...], ptx: bool) -> Path:
 
 
 def _prepare(library: ctypes.CDLL) -> None:
-    library.dtq_cuda_archs.restype = ctypes.c_char_p
+    library.dtq_cuda_archs.restype = library.dtq_cuda_gemm.restype = ctypes.c_char_p
+    sizes = ctypes.c_int64
+    library.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, sizes, sizes, sizes, ctypes.c_int]
+    library.dtq_cuda_references.restype = ctypes.c_int64
+    tell_formats(library)
+
+
+def tell_formats(library: ctypes.CDLL) -> None:
+    """Spell every format of the table to the decoder of a library."""
     for name, fmt in FORMATS.items():
         found = spelling(fmt)
         if found is not None:

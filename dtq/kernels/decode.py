@@ -61,7 +61,7 @@ def spelling(fmt: Format) -> Spelling | None:
             bits = words.bit_length() - 1
             return Spelling(WORDS, bits, BFLOAT16 if scaled else NO_SCALE, vector=vector)
         case Ternary(trits=True):
-            return Spelling(TRITS, 0, scale, 1)
+            return Spelling(TRITS, 2, scale, 1)
         case Ternary():
             return Spelling(AFFINE, 2, scale, 1)
     return None

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 ARCHS = ("80", "86", "89", "90a", "100", "120")
@@ -28,6 +27,12 @@ PTX = "80"
 ABI = (2, 10)
 """The torch whose stable ABI is used; any later one loads the library."""
 
+
+def target() -> str:
+    """The version that torch's headers are told to stay compatible with."""
+    return f"0x{ABI[0]:02x}{ABI[1]:02x}000000000000ULL"
+
+
 FLAGS = (
     "-std=c++20",
     "-O3",
@@ -35,28 +40,21 @@ FLAGS = (
     # no contraction: a fused multiply-add rounds once where the reference rounds twice
     "-fmad=false",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
-    f"-DTORCH_TARGET_VERSION=0x{ABI[0]:02x}{ABI[1]:02x}000000000000ULL",
+    f"-DTORCH_TARGET_VERSION={target()}",
 )
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A source file.
-
-    Attributes:
-        archs: for which it has kernels; compiled for another one its launchers only refuse.
-        torch: whether it includes torch's headers.
-    """
-
-    source: str
-    archs: tuple[str, ...] = ARCHS
-    torch: bool = False
 
 
 UNITS = (
-    Unit("ops_gemm.cpp", torch=True),
-    Unit("ops_rows.cpp", torch=True),
+    "gemm.cu",
+    "gemm_int8.cu",
+    "gemm_two_level.cu",
+    "gemm_table.cu",
+    "rows.cu",
+    "weights.cu",
+    "ops_gemm.cpp",
+    "ops_rows.cpp",
 )
+"""The source files. The C++ ones know of torch; kernels of one generation are empty elsewhere."""
 
 
 def find_nvcc(*homes: str | None) -> str | None:
@@ -87,21 +85,22 @@ def commands(
         archs: those wanted, from ``ARCHS`` or like them.
         ptx: whether to add PTX for later GPUs.
     """
-    objects, compiling = [], []
-    for unit in UNITS:
-        target = str(work / f"{Path(unit.source).stem}.o")
-        objects.append(target)
-        known = unit.archs != ARCHS
-        chosen = [a for a in archs if a in unit.archs] if known else list(archs)
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen or archs[:1]]
-        if ptx and not known:
-            codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
-        headers = []
-        if unit.torch:
-            named = " ".join(f"sm_{a}" for a in archs) + (" and PTX" if ptx else "")
-            headers = [f'-DDTQ_ARCHS="{named}"', "-isystem", str(torch_home / "include")]
-        source = str(folder / unit.source)
-        compiling.append([nvcc, *FLAGS, *headers, *codes, "-c", source, "-o", target])
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    if ptx:
+        codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
+    named = " ".join(f"sm_{a}" for a in archs) + (" and PTX" if ptx else "")
+    headers = [f'-DDTQ_ARCHS="{named}"', "-isystem", str(torch_home / "include")]
+    objects = [str(work / f"{Path(unit).stem}.o") for unit in UNITS]
+    compiling = [
+        [
+            nvcc,
+            *FLAGS,
+            *(headers if unit.endswith(".cpp") else codes),
+            *("-c", str(folder / unit)),
+            *("-o", target),
+        ]
+        for unit, target in zip(UNITS, objects, strict=True)
+    ]
     # libtorch.so needs libtorch_cuda.so where there is one, so the library finds the stream of
     # torch without naming a file that a torch without CUDA does not have
     libraries = [f"-L{torch_home / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
