@@ -42,7 +42,7 @@ class Fault:
     program: str = "test_gemm.cpp"
 
 
-MMA, EPILOGUE, WEIGHTS, WGMMA = "gemm_mma.cuh", "epilogue.cuh", "weights.cuh", "gemm_wgmma.cuh"
+MMA, EPILOGUE, WEIGHTS, WGMMA = "gemm_mma.cuh", "epilogue.cuh", "levels.cuh", "gemm_wgmma.cuh"
 FULL = "mbarrier_wait(ring.full(slot.stage), slot.round & 1);"
 EMPTY = "if (slot.round) mbarrier_wait(ring.empty(slot.stage), (slot.round - 1) & 1);"
 ISSUE = "wgmma_s8<256>(sums, now[k], x + uint64_t(2 * k), s || k);"

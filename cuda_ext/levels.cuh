@@ -6,7 +6,7 @@
 //   expand   a word to two registers: int8 of codes 0..3, and of codes 4..7
 #pragma once
 #include "launch.h"
-#include "numbers.cuh"
+#include "floats.cuh"
 
 namespace dtq {
 
