@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // From an int32 sum to an output: the order of operations is the reference's, each rounds once.
 #pragma once
-#include "weights.cuh"
+#include "levels.cuh"
 
 namespace dtq {
 

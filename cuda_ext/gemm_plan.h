@@ -5,7 +5,7 @@
 #include <stdio.h>
 
 #include "launch.h"
-#include "numbers.cuh"
+#include "floats.cuh"
 
 namespace dtq {
 
