@@ -36,6 +36,8 @@ class Wheel(bdist_wheel):
             made = None
             print(f"dtq: a wheel without CUDA kernels: {error}", file=sys.stderr)
         self.root_is_pure = made is None
+        if made:  # else setuptools sets its pure files apart from the library
+            self.distribution.has_ext_modules = lambda: True
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

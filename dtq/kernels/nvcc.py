@@ -69,7 +69,7 @@ def find_nvcc(*homes: str | None) -> str | None:
 
 def sources(folder: Path) -> list[Path]:
     """Everything that the library is made of."""
-    kinds = (".cpp", ".cu", ".cuh", ".h")
+    kinds = (".cpp", ".cu", ".cuh", ".h", ".inc")
     return sorted(path for path in folder.iterdir() if path.suffix in kinds)
 
 
