@@ -59,9 +59,10 @@ results: .venv-results/.ready
 	.venv-results/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval,baselines]'
 	touch .venv-results/.ready
 
-# the CPU kernels, compiled ahead of time; without this the first quantized layer on a CPU does it
+# the kernels, compiled ahead of time, those for GPUs where nvcc is; without this the first quantized
+# layer on a device does it
 kernels: setup
-	$(BIN)/python -c 'from dtq.kernels import build; print(build.ahead())'
+	$(BIN)/python -m dtq.kernels
 
 bench: setup
 	$(BIN)/dtq bench

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dtq.demo import folder as demo_folder
 from dtq.evaluate.baselines import BASELINES
 from dtq.formats import FORMATS
-from dtq.kernels import build
+from dtq.kernels import CPU
 from dtq.nn import QuantLinear
 from dtq.plan import Runtime
 
@@ -120,7 +120,7 @@ def conditions(rounds: int) -> dict[str, str | int]:
     """What a figure needs beside it."""
     return {
         "cpu": _cpu(),
-        "kernels": build.describe(),
+        "kernels": CPU.describe(),
         "threads": torch.get_num_threads(),
         "clock": "thread" if torch.get_num_threads() == 1 else "wall",
         "torch": torch.__version__,

@@ -34,7 +34,7 @@ from dtq.documents import parse_yaml, read_json, write_folder, write_whole
 from dtq.errors import DtqError, InputError, NumberError, first_line
 from dtq.estimate import estimate
 from dtq.job import inputs_of, job
-from dtq.kernels import KERNELS, on_cpu
+from dtq.kernels import KERNELS, LIBRARIES, on
 from dtq.plan import Plan
 from dtq.printing import (
     inspected,
@@ -789,9 +789,10 @@ def doctor() -> None:
     )
     rows.append(("kernels", ", ".join(k.name for k in KERNELS)))
     for kernel in KERNELS:
-        rows.append((f"  {kernel.name}", on_cpu(kernel)))
-    rows.append(("compiler", shutil.which("g++") or "no g++; needed once, for compiled kernels"))
-    rows.append(("nvcc", shutil.which("nvcc") or "none; not needed by this version"))
+        rows.append((f"  {kernel.name}", "; ".join(on(kernel, x) for x in LIBRARIES.values())))
+    for library in LIBRARIES.values():
+        rows.append((f"{library.title} kernels", library.describe()))
+        rows += [(f"  {name}", what) for name, what in library.rungs()]
     rows.append(
         (
             "bundled model",

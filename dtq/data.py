@@ -9,8 +9,8 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(name: str) -> Path:
-    """The folder ``recipes``, ``calibration``, ``gate`` or ``cpu_ext``: of a wheel, an editable
-    install or a checkout.
+    """The folder ``recipes``, ``calibration``, ``gate``, ``cpu_ext`` or ``cuda_ext``: of a wheel, an
+    editable install or a checkout.
 
     Raises:
         FileNotFoundError: neither place has it (a broken installation).

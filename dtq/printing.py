@@ -55,7 +55,7 @@ def inspected(folder: Path) -> dict[str, Any]:
             * sum(s.nbytes for s in m.specs().values())
             / (m.in_features * m.out_features),
             "kernel": m.kernel.name,
-            "kernels": explain(m.task),
+            "kernels": explain(m.task, (m.out_features, m.in_features)),
         }
         for name, m in layers
     ]
@@ -84,8 +84,18 @@ def print_inspected(folder: str, data: dict[str, Any], kernels: bool) -> None:
         ],
     )
     if kernels:
-        for text in sorted({"; ".join(r["kernels"]) for r in rows}):
-            click.echo(f"  {text}")
+        print_kernels(rows)
+
+
+def print_kernels(rows: Sequence[dict[str, Any]]) -> None:
+    """What runs each layer on each device, and every refusal; layers with the same answer once."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row["kernels"]), []).append(row["name"])
+    for lines, names in alike.items():
+        click.echo(f"\n{', '.join(_each_once(dict.fromkeys(names, '')))}")
+        for line in lines:
+            click.echo(f"  {line}")
 
 
 def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:

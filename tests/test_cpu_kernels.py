@@ -15,7 +15,7 @@ import torch
 
 from dtq.formats import FORMATS
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import Task, build, explain, ops
+from dtq.kernels import CPU, Task, cpu, explain, ops
 from dtq.nn import QuantLinear
 from dtq.plan import Runtime
 
@@ -28,18 +28,18 @@ compiled = torch.ops.dtq
 
 @pytest.fixture
 def library():
-    if not build.load():
-        pytest.skip(build.describe())
+    if not CPU.load():
+        pytest.skip(CPU.describe())
 
 
-@pytest.fixture(params=build.ISAS)
+@pytest.fixture(params=cpu.ISAS)
 def isa(request, library):
     """Every path that this machine has."""
-    if build.use(request.param) != request.param:
-        build.use(None)
+    if cpu.use(request.param) != request.param:
+        cpu.use(None)
         pytest.skip(f"no {request.param} on this CPU")
     yield request.param
-    build.use(None)
+    cpu.use(None)
 
 
 def random(*shape, seed=0):
@@ -210,11 +210,11 @@ def test_one_layer_compiled_by_torch(library):
 
 RUN = """
     import torch
-    from dtq.kernels import build, load
+    from dtq.kernels import CPU, cpu
     x = torch.arange(6.0).reshape(2, 3)
     codes, _ = torch.ops.dtq.quantize_rows(x, None, 1, None)  # the first use
     assert codes.tolist() == [[0, 64, 127], [76, 102, 127]], codes
-    print(build.isa(), "|", build.describe())
+    print(cpu.isa(), "|", CPU.describe())
 """
 
 
@@ -240,7 +240,7 @@ def compiler(tmp_path, body):
 @pytest.fixture(autouse=True)
 def nothing_beside(request):
     """The tests of building start from a checkout without a library beside the package."""
-    if "tmp_path" in request.fixturenames and build._beside().exists():
+    if "tmp_path" in request.fixturenames and CPU.beside().exists():
         pytest.skip("built ahead: nothing is compiled")
 
 
@@ -277,7 +277,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
 
 def test_an_import_compiles_nothing(tmp_path):
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    code = "import dtq, dtq.cli; from dtq.kernels import build; assert not build._state.tried"
+    code = "import dtq, dtq.cli; from dtq.kernels import LIBRARIES; assert not any(x.state.tried for x in LIBRARIES.values())"
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
     assert not list(tmp_path.iterdir())
 
@@ -298,7 +298,7 @@ def test_two_processes_compile_once(library, tmp_path):
     assert all(out.startswith("ref | ref kernels, cached") for out, _ in said), said
     assert sum(err.count("compiling CPU kernels, once") for _, err in said) == 1
     units = (tmp_path / "calls").read_text().count("called")
-    assert units <= len(build.UNITS) + 1
+    assert units <= len(cpu.UNITS) + 1
     _, err = fresh(tmp_path, CXX=counting)
     assert "compiling" not in err
 
@@ -306,6 +306,6 @@ def test_two_processes_compile_once(library, tmp_path):
 def test_explain_says_what_runs():
     from dtq.formats.acts import ACTS
 
-    (line,) = explain(Task(FORMATS["int8-row"], ACTS["int8-row"]))
-    assert line.startswith("w8a8: used (on the CPU: ")
-    assert build.describe() in line
+    used, here, _ = explain(Task(FORMATS["int8-row"], ACTS["int8-row"]))
+    assert used == "w8a8: used"
+    assert here == f"on the CPU: {CPU.describe()}"

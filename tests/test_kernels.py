@@ -110,13 +110,24 @@ def test_every_op_passes_opcheck(dtype):
     p = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].fit(w))
     args = (p["weight"], p["weight_scale"], p["weight_zero_point"], 4, bias)
     torch.library.opcheck(ops.group_a8_linear, (codes, scale, *args, dtype))
-    torch.library.opcheck(ops.group_a16_linear, (x, *args))
+    parts = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].fit(w))
+    weight = (list(parts.values()), ",".join(parts), "int4-asym-g64")
+    torch.library.opcheck(ops.dequantize, (*weight, 128, dtype))
+    torch.library.opcheck(ops.weight_linear, (x, *weight, bias))
+    torch.library.opcheck(ops.resident_linear, (x, *weight, bias))
+    up = torch.ones(1, 128, dtype=dtype)
+    change, grid = (pre, None, 64, 1), (torch.tensor([0.1, 0.2]), torch.ones(1, dtype=torch.int64))
+    torch.library.opcheck(ops.norm_quantize_rows, (x, up, up, 1e-6, *change, None, None))
+    torch.library.opcheck(ops.gelu_quantize_rows, (x, *change, None, None))
+    torch.library.opcheck(ops.binned_quantize_rows, (x, *change, *grid))
+    torch.library.opcheck(ops.e4m3_quantize_rows, (x, *change))
 
 
 def test_explain_names_every_refusal():
     lines = explain(Task(FORMATS["int4-asym-g64"], ACTS["none"], 1))
-    assert lines[-1].startswith("integer-groups: used (on the CPU: torch reference")
     assert "not int8" in lines[0]
+    assert "weight-only: used" in lines
+    assert any(line.startswith("on the CPU: torch reference: no compiled form") for line in lines)
 
 
 def test_a_device_gives_the_numbers_of_the_cpu(device):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ import pytest
 
 import dtq
 from dtq.data import folder
+from dtq.kernels import cuda, nvcc
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,12 +31,13 @@ def test_every_package_is_listed():
     found = {
         ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "dtq").rglob("__init__.py")
     }
-    data = {f"dtq._{name}" for name in ("recipes", "calibration", "gate", "cpu_ext")}
-    assert found | data == set(project["tool"]["setuptools"]["packages"])
+    data = ("recipes", "calibration", "gate", "cpu_ext", "cuda_ext")
+    assert found | {f"dtq._{name}" for name in data} == set(
+        project["tool"]["setuptools"]["packages"]
+    )
 
 
-@pytest.mark.slow
-def test_the_wheel_has_everything(tmp_path):
+def wheel(tmp_path, **variables) -> Path:
     command = [
         sys.executable,
         "-m",
@@ -46,10 +49,16 @@ def test_the_wheel_has_everything(tmp_path):
         str(tmp_path),
         str(ROOT),
     ]
-    subprocess.run(command, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "none-any" in wheel.name
-    names = set(zipfile.ZipFile(wheel).namelist())
+    subprocess.run(command, check=True, env={**os.environ, **variables})
+    (made,) = tmp_path.glob("*.whl")
+    return made
+
+
+@pytest.mark.slow
+def test_the_wheel_has_everything(tmp_path):
+    made = wheel(tmp_path, DTQ_KERNELS="0")
+    assert "none-any" in made.name
+    names = set(zipfile.ZipFile(made).namelist())
     assert {n.split("/")[0].split("-")[0] for n in names} == {"dtq"}
     for path in folder("recipes").glob("*.yaml"):
         assert f"dtq/_recipes/{path.name}" in names
@@ -60,6 +69,39 @@ def test_the_wheel_has_everything(tmp_path):
     assert "dtq/py.typed" in names
     for path in folder("cpu_ext").iterdir():
         assert f"dtq/_cpu_ext/{path.name}" in names
+    for path in nvcc.sources(folder("cuda_ext")):
+        assert f"dtq/_cuda_ext/{path.name}" in names
+    assert not any(name.endswith(".so") for name in names)
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path) -> Path:
+    """An nvcc that writes a word into the file it is asked for."""
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    script = home / "bin" / "nvcc"
+    script.write_text('#!/bin/sh\nfor f; do :; done\necho made > "$f"\n')
+    script.chmod(0o755)
+    return home
+
+
+@pytest.mark.slow
+def test_with_nvcc_the_wheel_has_the_library(tmp_path, fake_nvcc):
+    made = wheel(tmp_path / "out", CUDA_HOME=str(fake_nvcc), DTQ_KERNELS="1")
+    assert "-py3-none-linux_" in made.name
+    with zipfile.ZipFile(made) as inside:
+        (library,) = [name for name in inside.namelist() if name.endswith(".so")]
+        assert library == f"dtq/_lib/{cuda.CUDA.beside().name}"
+        assert inside.read(library) == b"made\n"
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_leaves_a_wheel_for_everybody(tmp_path, fake_nvcc):
+    (fake_nvcc / "bin" / "nvcc").write_text("#!/bin/sh\necho 'x.cu: error: no' >&2\nexit 1\n")
+    made = wheel(tmp_path / "out", CUDA_HOME=str(fake_nvcc))
+    assert "none-any" in made.name
+    with pytest.raises(subprocess.CalledProcessError):
+        wheel(tmp_path / "no", CUDA_HOME=str(fake_nvcc), DTQ_KERNELS="1")
 
 
 def test_missing_data_folders_are_reported():

@@ -3,7 +3,14 @@
 
 from __future__ import annotations
 
-from dtq.kernels.build import load
-from dtq.kernels.table import KERNELS, Kernel, Task, explain, on_cpu, pick
+from dtq.kernels.cpu import CPU
+from dtq.kernels.cuda import CUDA
+from dtq.kernels.ops import LIBRARIES
+from dtq.kernels.table import KERNELS, Kernel, Task, explain, on, pick
 
-__all__ = ["KERNELS", "Kernel", "Task", "explain", "load", "on_cpu", "pick"]
+__all__ = ["CPU", "CUDA", "KERNELS", "LIBRARIES", "Kernel", "Task", "explain", "load", "on", "pick"]
+
+
+def load() -> bool:
+    """Compile or load the CPU kernels now instead of at first use; whether they are in use."""
+    return CPU.load()

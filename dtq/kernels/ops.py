@@ -25,10 +25,21 @@ from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
 from dtq.formats.base import scaled
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import build
+from dtq.kernels import fused
+from dtq.kernels.cpu import CPU
+from dtq.kernels.cuda import CUDA
+from dtq.kernels.native import Library
+from dtq.kernels.resident import Resident
 from dtq.transforms.hadamard import fwht, rotate
 
+LIBRARIES: dict[str, Library] = {"cpu": CPU, "cuda": CUDA}
+"""Who implements ops on a device, beside the reference."""
+
+_RESIDENT = Resident()
+
 _LIBRARY = torch.library.Library("dtq", "DEF")
+# the same ops, torch reference on every device: what an extension calls when it has no kernel
+_REFERENCE = torch.library.Library("dtq_reference", "DEF")
 
 
 def _quantize_rows(
@@ -142,39 +153,59 @@ def _group_a8_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    w = _dequantize(weight, weight_scale, weight_zero_point, bits)
+    stored, offset = (unpack_nibbles(weight), 8) if bits == 4 else (weight, None)
+    w = scaled(stored, weight_scale, offset if weight_zero_point is None else weight_zero_point)
     y = (codes.float() @ w.T) * row_scale.unsqueeze(1)
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)
 
 
-def _group_a16_linear(
+def _dequantize(
+    parts: list[Tensor],
+    names: str,  # of the parts, comma-separated
+    weights: str,  # a key of FORMATS
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from dtq.formats import FORMATS
+
+    named = dict(zip(names.split(","), parts, strict=True))
+    return FORMATS[weights].unpack(named).to(dtype)  # (N, K)
+
+
+def _dequantize_fake(
+    parts: list[Tensor], names: str, weights: str, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return parts[0].new_empty((parts[0].shape[0], columns), dtype=dtype)
+
+
+def _weight_linear(
     x: Tensor,  # (M, K)
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bits: int,
+    parts: list[Tensor],
+    names: str,
+    weights: str,
     bias: Tensor | None,
 ) -> Tensor:
-    w = _dequantize(weight, weight_scale, weight_zero_point, bits).to(x.dtype)
+    w = torch.ops.dtq.dequantize(parts, names, weights, x.shape[1], x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def _resident_linear(
+    x: Tensor, parts: list[Tensor], names: str, weights: str, bias: Tensor | None
+) -> Tensor:
+    w = _RESIDENT.weight(parts, names, weights, x.shape[1], x.dtype)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def _weight_linear_fake(x: Tensor, parts: list[Tensor], *rest: object) -> Tensor:
+    return x.new_empty((x.shape[0], parts[0].shape[0]))
 
 
 def _rows_by_rows(codes: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
     dtype = rest[-1]
     assert isinstance(dtype, torch.dtype)
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
-
-
-def _same_dtype(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-def _dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    codes = unpack_nibbles(weight) if bits == 4 else weight
-    offset = 8 if bits == 4 else None
-    return scaled(codes, scale, offset if zero is None else zero)
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -228,24 +259,39 @@ _OPS = (
         _rows_by_rows,
     ),
     (
-        "group_a16_linear(Tensor x, Tensor weight, Tensor weight_scale,"
-        " Tensor? weight_zero_point, int bits, Tensor? bias) -> Tensor",
-        _group_a16_linear,
-        _same_dtype,
+        "dequantize(Tensor[] parts, str names, str weights, int columns, ScalarType dtype)"
+        " -> Tensor",
+        _dequantize,
+        _dequantize_fake,
     ),
+    (
+        "weight_linear(Tensor x, Tensor[] parts, str names, str weights, Tensor? bias) -> Tensor",
+        _weight_linear,
+        _weight_linear_fake,
+    ),
+    (
+        "resident_linear(Tensor x, Tensor[] parts, str names, str weights, Tensor? bias) -> Tensor",
+        _resident_linear,
+        _weight_linear_fake,
+    ),
+    *fused.OPS,
 )
 
 
 def _loading(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference; the first call on the CPU loads the library, which then takes its place.
+    """The reference; the first call on a device loads its library, which then takes its place.
 
     Here and not in the layers: an op is opaque to ``torch.compile``, and nothing is compiled for
-    those who never multiply on a CPU.
+    those who never multiply on that device.
     """
+    libraries = {d: library for d, library in LIBRARIES.items() if name in library.ops}
+    if not libraries:
+        return reference
 
     @functools.wraps(reference)
-    def call(first: Tensor, *rest: Any) -> Any:
-        if first.device.type == "cpu" and build.load():
+    def call(first: Any, *rest: Any) -> Any:
+        device = (first[0] if isinstance(first, list) else first).device.type
+        if device in libraries and libraries[device].load():
             return getattr(torch.ops.dtq, name)(first, *rest)
         return reference(first, *rest)
 
@@ -255,6 +301,8 @@ def _loading(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 for _schema, _reference, _fake in _OPS:
     _name = _schema.split("(")[0]
     _LIBRARY.define(_schema)
-    _run = _loading(_name, _reference) if _name in build.OPS else _reference
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _loading(_name, _reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"dtq::{_name}", _fake, lib=_LIBRARY)
+    if _name in CUDA.ops:
+        _REFERENCE.define(_schema)
+        _REFERENCE.impl(_name, _reference, "CompositeExplicitAutograd")

@@ -4,7 +4,8 @@
 A kernel is chosen once, when a layer is built, never per call. ``explain`` gives the reason of
 every refusal; ``dtq inspect --kernels`` prints them. A row is one arithmetic on every device: its
 ops run compiled where the dispatcher has an implementation, as torch reference elsewhere, with the
-same numbers, so that a layer may move between devices.
+same numbers, so that a layer may move between devices. One exception: on a GPU the int8 rows leave
+products that are too small for them to float (``dtq/kernels/dispatch.py``).
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import dtq.kernels.ops  # noqa: F401  (defines torch.ops.dtq)
 from dtq.formats import Format, Parts
 from dtq.formats.acts import Acts
 from dtq.formats.integer import Int, TwoLevelInt
-from dtq.kernels import build
+from dtq.kernels import cuda, dispatch
+from dtq.kernels.native import Library
+from dtq.kernels.ops import LIBRARIES
 
 ops = torch.ops.dtq
 
@@ -55,7 +57,7 @@ class Kernel:
         name: shown by ``dtq inspect``.
         fits: None when the kernel can do the task, else why not.
         call: does it.
-        ops: those whose compiled form it runs on the CPU; without any it is torch reference.
+        ops: those whose compiled form it runs where a library has them all.
     """
 
     name: str
@@ -73,6 +75,8 @@ def _int8_fits(task: Task) -> str | None:
 
 
 def _int8(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    if dispatch.answer(x, len(parts["weight"])) != "int8":
+        return _small(task, x, parts, bias)
     codes, scale = _codes(task, x, parts)
     y: Tensor = ops.w8a8_linear(codes, scale, parts["weight"], parts["weight_scale"], bias, x.dtype)
     return y
@@ -87,14 +91,37 @@ def _two_level_fits(task: Task) -> str | None:
 
 
 def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    if dispatch.answer(x, len(parts["weight"])) != "int8":
+        return _small(task, x, parts, bias)
     codes, scale = _codes(task, x, parts)
     weight = parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
     y: Tensor = ops.w4a8_linear(codes, scale, *weight, bias, x.dtype)
     return y
 
 
+def _small(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """The product in float, of packed or of decoded weights, as the dispatcher says."""
+    weight = [t for n, t in parts.items() if n.startswith("weight")]
+    names = ",".join(n for n in parts if n.startswith("weight"))
+    few = dispatch.answer(x, len(parts["weight"])) == "few"
+    multiply = ops.weight_linear if few else ops.resident_linear
+    y: Tensor = multiply(_changed(task, x, parts), weight, names, task.weights.name, bias)
+    return y
+
+
+def _weight_only_fits(task: Task) -> str | None:
+    return None if task.acts.bits == 16 else f"activations are {task.acts.name}, not float"
+
+
+def _weight_only(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    weight = [t for n, t in parts.items() if n.startswith("weight")]
+    names = ",".join(n for n in parts if n.startswith("weight"))
+    y: Tensor = ops.weight_linear(_changed(task, x, parts), weight, names, task.weights.name, bias)
+    return y
+
+
 def _group_fits(task: Task) -> str | None:
-    if task.acts.grid:
+    if task.acts.bits == 16 or task.acts.grid:
         return f"activations are {task.acts.name}"
     if not isinstance(task.weights, Int) or task.weights.bits not in (4, 8):
         return f"weights are {task.weights.name}, not 4- or 8-bit integers"
@@ -104,12 +131,8 @@ def _group_fits(task: Task) -> str | None:
 def _group(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     assert isinstance(task.weights, Int)
     weight = parts["weight"], parts["weight_scale"], parts.get("weight_zero_point")
-    bits = task.weights.bits
-    if task.acts.bits == 16:
-        y: Tensor = ops.group_a16_linear(_changed(task, x, parts), *weight, bits, bias)
-        return y
     codes, scale = _codes(task, x, parts)
-    y = ops.group_a8_linear(codes, scale, *weight, bits, bias, x.dtype)
+    y: Tensor = ops.group_a8_linear(codes, scale, *weight, task.weights.bits, bias, x.dtype)
     return y
 
 
@@ -119,7 +142,7 @@ def _always(task: Task) -> str | None:
 
 def _reference(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
-    if task.acts.bits == 16:
+    if task.acts.bits == 16:  # a format that is not in FORMATS
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(_changed(task, x, parts), w.to(x.dtype), bias)
     if task.acts.grid:
@@ -162,6 +185,7 @@ def _pre_scale(parts: Parts) -> Tensor | None:
 KERNELS: tuple[Kernel, ...] = (
     Kernel("w8a8", _int8_fits, _int8, ("quantize_rows", "w8a8_linear")),
     Kernel("w4a8-two-level", _two_level_fits, _two_level, ("quantize_rows", "w4a8_linear")),
+    Kernel("weight-only", _weight_only_fits, _weight_only, ("dequantize", "weight_linear")),
     Kernel("integer-groups", _group_fits, _group),
     Kernel("reference", _always, _reference),
 )
@@ -172,22 +196,47 @@ def pick(task: Task) -> Kernel:
     return next(kernel for kernel in KERNELS if kernel.fits(task) is None)
 
 
-def explain(task: Task) -> list[str]:
+def explain(task: Task, shape: tuple[int, int] | None = None) -> list[str]:
     """One line per kernel down to the one that is used, with the reason of each refusal.
 
-    The last one says what it runs on the CPU, and why not something faster.
+    Then one for each device: what it runs there, and why not something faster.
+
+    Args:
+        shape: (N, K) of the layer, for what depends on it.
     """
     lines: list[str] = []
     for kernel in KERNELS:
         reason = kernel.fits(task)
         if reason is None:
-            return [*lines, f"{kernel.name}: used ({on_cpu(kernel)})"]
+            lines.append(f"{kernel.name}: used")
+            return lines + [on(kernel, library, shape) for library in LIBRARIES.values()]
         lines.append(f"{kernel.name}: {reason}")
     raise AssertionError("the last kernel fits everything")
 
 
-def on_cpu(kernel: Kernel) -> str:
-    """What a kernel runs on the CPU."""
-    if not kernel.ops:
-        return "on the CPU: torch reference: no compiled form yet"
-    return f"on the CPU: {build.describe()}"
+def on(kernel: Kernel, library: Library, shape: tuple[int, int] | None = None) -> str:
+    """What a kernel runs on a device."""
+    where = f"on the {library.title}"
+    missing = [name for name in kernel.ops if name not in library.ops]
+    if missing or not kernel.ops:
+        return f"{where}: torch reference: no compiled form yet"
+    said = f"{where}: {library.describe()}"
+    if library is cuda.CUDA and shape is not None and kernel.name in INT8:
+        said += f" ({_by_size(shape)})"
+    return said
+
+
+INT8 = ("w8a8", "w4a8-two-level")
+"""Kernels that the dispatcher of the GPU stands before."""
+
+
+def _by_size(shape: tuple[int, int]) -> str:
+    n, k = shape
+    if dispatch.INT8_ONLY:
+        return "int8 at every size: DTQ_CUDA_INT8=1"
+    found = [c for c in cuda.capabilities() if c >= cuda.OLDEST]
+    said = [
+        f"sm_{major}{minor}: {dispatch.sentence((major, minor), n, k)}"
+        for major, minor in found or [(9, 0)]
+    ]
+    return "; ".join(said)

@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instructions that the kernels use, one function each: PTX under nvcc, the emulator of sim/
+// elsewhere (-DDTQ_SIM). No other file holds PTX, so the very kernels that run on a GPU run on a
+// CPU as well.
+//
+// Rules for a kernel: shared memory only through lds, sts and the copies below; every lane of a
+// warp reaches shfl, ldmatrix and mma; one struct of parameters, `const DTQ_CONSTANT P p`, so that
+// `launch` can start it here and there.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "types.h"
+
+#if defined(DTQ_SIM)
+#include "sim/hopper.h"
+#include "sim/session.h"
+
+#define DTQ_KERNEL inline
+#define DTQ_CONSTANT
+#define DTQ_DEV inline
+#define DTQ_HD inline
+#define DTQ_UNROLL
+#define DTQ_BOUNDS(threads, blocks)
+#define DTQ_SHARED(name) unsigned char* name = ::dtq::sim::block().shared
+#define DTQ_HAS_WGMMA 1
+
+#else
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#define DTQ_KERNEL __global__
+#define DTQ_CONSTANT __grid_constant__
+#define DTQ_DEV __device__ __forceinline__
+#define DTQ_HD __host__ __device__ __forceinline__
+#define DTQ_UNROLL _Pragma("unroll")
+#define DTQ_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+// 1024: the swizzle of bulk copies goes by address
+#define DTQ_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define DTQ_HAS_WGMMA 1  // sm_90a alone; elsewhere the body of a Hopper kernel is left empty
+#endif
+
+namespace dtq {
+
+struct alignas(8) U2 {
+  uint32_t x, y;
+};
+struct alignas(16) U4 {
+  uint32_t x, y, z, w;
+};
+using TensorMap = CUtensorMap;
+
+DTQ_DEV int tid() { return int(threadIdx.x); }
+DTQ_DEV int lane() { return int(threadIdx.x & 31); }
+DTQ_DEV int warp() { return int(threadIdx.x >> 5); }
+DTQ_DEV int block_threads() { return int(blockDim.x); }
+DTQ_DEV int block_x() { return int(blockIdx.x); }
+DTQ_DEV int block_y() { return int(blockIdx.y); }
+DTQ_DEV int block_z() { return int(blockIdx.z); }
+DTQ_DEV int grid_x() { return int(gridDim.x); }
+DTQ_DEV int grid_y() { return int(gridDim.y); }
+
+// ---------------------------------------------------------------------------- memory
+
+DTQ_DEV uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// Global memory that nobody writes while the kernel runs.
+template <class T>
+DTQ_DEV T ldg(const T* p) {
+  T value;
+  if constexpr (sizeof(T) == 16) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+    memcpy(&value, &v, 16);
+  } else if constexpr (sizeof(T) == 8) {
+    const uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
+    memcpy(&value, &v, 8);
+  } else if constexpr (sizeof(T) == 4) {
+    const unsigned v = __ldg(reinterpret_cast<const unsigned*>(p));
+    memcpy(&value, &v, 4);
+  } else if constexpr (sizeof(T) == 2) {
+    const unsigned short v = __ldg(reinterpret_cast<const unsigned short*>(p));
+    memcpy(&value, &v, 2);
+  } else {
+    static_assert(sizeof(T) == 1, "ldg loads 1, 2, 4, 8 or 16 bytes");
+    const unsigned char v = __ldg(reinterpret_cast<const unsigned char*>(p));
+    memcpy(&value, &v, 1);
+  }
+  return value;
+}
+
+template <class T>
+DTQ_DEV void stg(T* p, T value) {
+  *p = value;
+}
+
+template <class T>
+DTQ_DEV T lds(const void* p) {
+  return *reinterpret_cast<const T*>(p);
+}
+
+template <class T>
+DTQ_DEV void sts(void* p, T value) {
+  *reinterpret_cast<T*>(p) = value;
+}
+
+// 16 bytes to shared memory, of which `valid` are read and the rest are zeros. Not through L1: a
+// tile is read once per block.
+DTQ_DEV void cp_async16(void* to, const void* from, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid)
+               : "memory");
+}
+
+DTQ_DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but the latest `rest` groups of this thread have landed.
+template <int rest>
+DTQ_DEV void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(rest) : "memory");
+}
+
+// ---------------------------------------------------------------------------- threads together
+
+DTQ_DEV void sync_threads() { __syncthreads(); }
+// `threads` threads, whole warps, at barrier 1 to 15
+DTQ_DEV void sync_named(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+DTQ_DEV void sync_warp() { __syncwarp(); }
+
+// 4-byte values of all 32 lanes.
+template <class T>
+DTQ_DEV T shfl_xor(T value, int mask) {
+  static_assert(sizeof(T) == 4, "shfl_xor moves 4 bytes");
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class T>
+DTQ_DEV T shfl(T value, int from) {
+  static_assert(sizeof(T) == 4, "shfl moves 4 bytes");
+  return __shfl_sync(0xffffffffu, value, from);
+}
+
+// ---------------------------------------------------------------------------- fragments
+
+// Four 8 x 8 matrices of 16-bit values; lane 8 q + r points at row r of matrix q.
+DTQ_DEV void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+}
+DTQ_DEV void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+}
+
+// D (16 x 8) += A (16 x 32) B (32 x 8). With g = lane / 4 and t = lane % 4, four bytes a register:
+// a[0] row g, k 4t..; a[1] row g + 8; a[2], a[3] the same at k + 16; b0 column g, k 4t..; b1 at
+// k + 16; c[0], c[1] row g, columns 2t, 2t + 1; c[2], c[3] row g + 8.
+DTQ_DEV void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// An 8 x 8 matrix of 16-bit values, two neighbours of row g in each register, transposed.
+DTQ_DEV uint32_t transpose_8x8(uint32_t v) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
+// D (16 x 8) += A (16 x 16) B (16 x 8): as above with pairs of 16-bit values, k 2t.. and + 8.
+DTQ_DEV void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DTQ_DEV void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---------------------------------------------------------------------------- arithmetic
+// Each rounds once and nothing is contracted: the reference does the same, one after the other.
+
+// Byte i of the result is byte s_i of (b, a), where s_i is nibble i of the selector; with bit 3 of
+// s_i set it is that byte's sign, eight times.
+DTQ_DEV uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;  // not __byte_perm, which masks the sign bits
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+DTQ_DEV int32_t dp4a(uint32_t a, uint32_t b, int32_t c) { return __dp4a(int(a), int(b), c); }
+
+DTQ_DEV float fadd(float a, float b) { return __fadd_rn(a, b); }
+DTQ_DEV float fsub(float a, float b) { return __fsub_rn(a, b); }
+DTQ_DEV float fmul(float a, float b) { return __fmul_rn(a, b); }
+DTQ_DEV float fdiv(float a, float b) { return __fdiv_rn(a, b); }
+DTQ_DEV float ffma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DTQ_DEV float fsqrt(float a) { return __fsqrt_rn(a); }
+DTQ_DEV float int_to_float(int32_t a) { return __int2float_rn(a); }
+// not bit for bit the same on a CPU
+DTQ_DEV float fexp(float a) { return expf(a); }
+DTQ_DEV float ftanh(float a) { return tanhf(a); }
+DTQ_DEV float frsqrt(float a) { return __frsqrt_rn(a); }
+
+// To the nearest integer, ties to even; saturates, and NaN is 0.
+DTQ_DEV int32_t round_to_int(float f) { return __float2int_rn(f); }
+
+DTQ_DEV uint32_t float_bits(float f) { return __float_as_uint(f); }
+DTQ_DEV float bits_float(uint32_t u) { return __uint_as_float(u); }
+
+DTQ_DEV uint16_t float_to_bf16(float f) {
+  uint16_t h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+DTQ_DEV float bf16_to_float(uint16_t h) { return bits_float(uint32_t(h) << 16); }
+DTQ_DEV uint16_t float_to_f16(float f) {
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+DTQ_DEV float f16_to_float(uint16_t h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+
+// ---------------------------------------------------------------------------- sm_90
+
+#if defined(DTQ_HAS_WGMMA)
+DTQ_DEV int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+
+DTQ_DEV void mbarrier_init(uint64_t* bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count)
+               : "memory");
+}
+
+// After the inits, before anything asynchronous uses them; then a barrier for the other threads.
+DTQ_DEV void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+DTQ_DEV void mbarrier_arrive(uint64_t* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+
+DTQ_DEV void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(bar)),
+               "r"(bytes)
+               : "memory");
+}
+
+// The mbarrier at the same place of another block of the cluster.
+DTQ_DEV void mbarrier_arrive_at(uint64_t* bar, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(bar)),
+      "r"(rank)
+      : "memory");
+}
+
+// Until the phase of this parity is over.
+DTQ_DEV void mbarrier_wait(uint64_t* bar, int parity) {
+  uint32_t over;
+  do {
+    asm volatile(
+        "{\n.reg .pred over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n}"
+        : "=r"(over)
+        : "r"(shared_address(bar)), "r"(parity)
+        : "memory");
+  } while (!over);
+}
+
+DTQ_DEV void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// A warpgroup gives registers back, another takes them.
+template <int registers>
+DTQ_DEV void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+DTQ_DEV void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+DTQ_DEV void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The box at (column byte, row) into shared memory of the blocks in `mask` (0: only this one),
+// swizzled; each of those blocks' mbarriers counts its bytes. What lies outside the
+// tensor arrives as zeros.
+DTQ_DEV void load_box(void* to, const TensorMap& map, uint64_t* bar, int column, int row,
+                      unsigned mask = 0) {
+  if (mask)
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(bar)), "r"(column), "r"(row), "h"(uint16_t(mask))
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(bar)), "r"(column), "r"(row)
+        : "memory");
+}
+
+// Rows of 128 bytes in the 128-byte swizzle, 8 rows 1024 bytes from the next 8.
+DTQ_DEV uint64_t swizzled_rows(const void* p) {
+  return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 |
+         (shared_address(p) & 0x3FFFF) >> 4;
+}
+
+DTQ_DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DTQ_DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int rest>
+DTQ_DEV void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(rest) : "memory");
+}
+
+#include "wgmma.inc"
+#endif
+
+// ---------------------------------------------------------------------------- host
+
+// Rows of `row_bytes` bytes without gaps, in boxes of box_rows x 64 or 128 bytes; the swizzle is as
+// wide as the box. The driver's function is looked up: nothing links with libcuda.
+inline int encode_rows(TensorMap* map, const void* base, int64_t rows, int64_t row_bytes,
+                       int box_rows, int box_bytes) {
+  if (reinterpret_cast<uintptr_t>(base) % 16 || row_bytes % 16) return kUnsupported;
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(
+      "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+  if (error != cudaSuccess) return error;
+  if (result != cudaDriverEntryPointSuccess) return kUnsupported;
+  const cuuint64_t size[2] = {cuuint64_t(row_bytes), cuuint64_t(rows)};
+  const cuuint64_t pitch[1] = {cuuint64_t(row_bytes)};
+  const cuuint32_t box[2] = {cuuint32_t(box_bytes), cuuint32_t(box_rows)}, step[2] = {1, 1};
+  const CUresult done = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+      map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), size, pitch, box, step,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return done == CUDA_SUCCESS ? kOk : kUnsupported;
+}
+
+struct Grid {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+struct Shape {
+  Grid grid;
+  unsigned threads = 32;
+  size_t shared = 0;     // bytes
+  unsigned cluster = 1;  // blocks along x
+};
+
+// Starts the kernel on the stream. Returns a cudaError_t.
+template <class P>
+int launch(void (*kernel)(P), const Shape& s, Stream stream, const P& p) {
+  if (s.shared > 48 * 1024) {
+    // per kernel and device; setting it again is harmless and allowed while a graph is captured
+    const cudaError_t error = cudaFuncSetAttribute(
+        (const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = {s.grid.x, s.grid.y, s.grid.z};
+  config.blockDim = {s.threads, 1, 1};
+  config.dynamicSmemBytes = s.shared;
+  config.stream = cudaStream_t(stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {s.cluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = s.cluster > 1 ? 1 : 0;
+  P copy = p;
+  void* arguments[] = {&copy};
+  return cudaLaunchKernelExC(&config, (const void*)kernel, arguments);
+}
+
+}  // namespace dtq
+#endif

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the bindings share: the device and stream of a tensor, checks of operands, the way back to the
+// torch reference. dtq/kernels/ops.py declares the ops.
+//
+// Only torch's stable ABI: one file for every torch from 2.10, with and without CUDA. Operands that
+// contradict each other are errors. What is right but has no kernel goes to dtq_reference::*, the torch
+// reference of the op. Nothing here waits for the GPU or allocates other than through torch.
+#pragma once
+#if !defined(DTQ_SIM)
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#endif
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "types.h"
+
+#if defined(DTQ_SIM)
+#include "sim/session.h"
+#define DTQ_NAMESPACE dtq_sim
+#define DTQ_KEY CPU
+#else
+#define DTQ_NAMESPACE dtq
+#define DTQ_KEY CUDA
+#endif
+
+#define DTQ_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace dtq::binding {
+
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+constexpr int kOldest = 80;  // the int8 matrix instructions of Ampere
+
+// ------------------------------------------------------------------------------------- the device
+
+#if defined(DTQ_SIM)
+// The emulator stands in for a GPU: tensors of the CPU, and the capability that a test asks for.
+inline int& emulated() {
+  static int arch = 90;
+  return arch;
+}
+
+struct Guard {
+  explicit Guard(const Tensor&) {}
+};
+
+inline Stream stream_of(const Tensor&) { return nullptr; }
+inline int capability(const Tensor&) { return emulated(); }
+inline int multiprocessors(const Tensor&) { return 8; }
+inline bool at_home(const Tensor& t, const Tensor&) { return t.is_cpu(); }
+inline bool failed(int code) { return code == kEmulator; }
+inline std::string failure(int) { return sim::session().error; }
+#else
+
+}  // namespace dtq::binding
+
+// only in a torch with CUDA, hence weak: the library also loads without
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace dtq::binding {
+
+// The device of the input is the current one as long as this lives.
+struct Guard {
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit Guard(const Tensor& t) : guard(t.get_device_index()) {}
+};
+
+using GetStream = AOTITorchError (*)(int32_t, void**);
+
+inline GetStream find_stream() {
+  if (aoti_torch_get_current_cuda_stream) return aoti_torch_get_current_cuda_stream;
+  // a torch whose libtorch.so does not need libtorch_cuda.so has it loaded all the same
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                 : nullptr;
+}
+
+inline Stream stream_of(const Tensor& x) {
+  static const GetStream get = find_stream();
+  STD_TORCH_CHECK(get != nullptr, "dtq: this torch has no CUDA streams");
+  Stream stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(x.get_device_index(), &stream));
+  return stream;
+}
+
+// What a device is does not change: asked once for each.
+template <class Ask>
+int once(const Tensor& t, std::array<std::atomic<int>, 64>& known, Ask ask) {
+  const int device = t.get_device_index();
+  STD_TORCH_CHECK(device >= 0 && device < int(known.size()), "dtq: device ", device);
+  int found = known[device].load(std::memory_order_relaxed);
+  if (found == 0) {
+    found = ask(device);
+    known[device].store(found, std::memory_order_relaxed);
+  }
+  return found;
+}
+
+// 90 for sm_90.
+inline int capability(const Tensor& t) {
+  static std::array<std::atomic<int>, 64> known{};
+  return once(t, known, [](int device) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return 10 * major + minor;
+  });
+}
+
+// Those of a slice of a GPU, if it is one.
+inline int multiprocessors(const Tensor& t) {
+  static std::array<std::atomic<int>, 64> known{};
+  return once(t, known, [](int device) {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+  });
+}
+
+inline bool at_home(const Tensor& t, const Tensor& like) {
+  return t.is_cuda() && t.get_device_index() == like.get_device_index();
+}
+
+inline bool failed(int code) { return code > 0; }
+inline const char* failure(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+#endif
+
+inline bool served(const Tensor& x) { return capability(x) >= kOldest; }
+
+// ------------------------------------------------------------------------------------- the operands
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    default: return "another type";
+  }
+}
+
+inline bool has_kernels(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+inline dtq::Float float_of(ScalarType type) {
+  return type == ScalarType::Float      ? dtq::kFloat32
+         : type == ScalarType::BFloat16 ? dtq::kBFloat16
+                                        : dtq::kFloat16;
+}
+
+// The same device, this type, elements side by side.
+inline void check(const Tensor& t, const char* name, const Tensor& like, ScalarType type) {
+  STD_TORCH_CHECK(at_home(t, like), "dtq: ", name, " is not on the device of the input, cuda:",
+                  like.get_device_index());
+  STD_TORCH_CHECK(t.scalar_type() == type, "dtq: ", name, " is ", name_of(t.scalar_type()),
+                  ", expected ", name_of(type));
+  STD_TORCH_CHECK(t.is_contiguous(), "dtq: ", name, " is not contiguous");
+}
+
+inline void check_count(const Tensor& t, const char* name, int64_t count) {
+  STD_TORCH_CHECK(t.numel() == count, "dtq: ", name, " has ", t.numel(), " elements, expected ", count);
+}
+
+template <class T>
+const T* data(const Maybe& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+// Rows may be strided, as a slice of columns is; channels side by side.
+inline Tensor with_rows(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2, "dtq: ", name, " has ", x.dim(), " dimensions, expected 2");
+  return x.stride(1) == 1 || x.size(1) == 1 || x.numel() == 0 ? x : torch::stable::contiguous(x);
+}
+
+// A launch answers 0, a cudaError_t, or a negative number: no kernel for this.
+inline bool launched(int code, const char* what) {
+  STD_TORCH_CHECK(!failed(code), "dtq: ", what, ": ", failure(code));
+  return code == 0;
+}
+
+// Calls that no kernel could do, so far: tests and measurements look at it.
+inline std::atomic<int64_t> references{0};
+
+// The torch reference of an op: the arguments in the order of the schema.
+template <class Result, class... Arguments>
+Result reference(const char* name, const Arguments&... arguments) {
+  references++;
+  constexpr size_t count = sizeof...(Arguments);
+  std::array<StableIValue, count> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  if constexpr (std::is_same_v<Result, Tensor>) {
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  } else {
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+  }
+}
+
+}  // namespace dtq::binding

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// From an int32 sum to an output: the order of operations is the reference's, each rounds once.
+#pragma once
+#include "levels.cuh"
+
+namespace dtq {
+
+// What a product's kernels are started with.
+struct GemmArgs {
+  Gemm g;
+  Groups groups;
+  int splits;    // of K
+  int in_split;  // steps of K in a split
+  bool partial;  // int32 sums go to the workspace, (splits, M, N), for sum_splits
+};
+
+DTQ_DEV float scaled(int32_t sum, float row_scale, float weight_scale, const void* bias,
+                     Float bias_type, int64_t n) {
+  const float v = fmul(fmul(int_to_float(sum), row_scale), weight_scale);
+  return bias ? fadd(v, load_float(bias, n, bias_type)) : v;
+}
+
+// GELU, then gate * v + residual, where there are any.
+DTQ_DEV float finished(const Gemm& g, int64_t m, int64_t n, float v) {
+  if (g.gelu) v = gelu_tanh(v);
+  if (!g.gate) return v;
+  const float gate = load_float(g.gate, m / g.gate_tokens * g.rows + n, g.out_type);
+  return fadd(fmul(gate, v), load_float(g.residual, m * g.rows + n, g.out_type));
+}
+
+// Two neighbours, the first in an even column.
+DTQ_DEV void store_halves(const Gemm& g, int64_t m, int64_t n, uint16_t h0, uint16_t h1) {
+  uint16_t* to = static_cast<uint16_t*>(g.out) + m * g.rows + n;
+  if (g.rows % 2 == 0) {
+    stg(reinterpret_cast<uint32_t*>(to), uint32_t(h0) | uint32_t(h1) << 16);
+  } else {
+    stg(to, h0);
+    if (n + 1 < g.rows) stg(to + 1, h1);
+  }
+}
+
+DTQ_DEV void store_pair(const Gemm& g, int64_t m, int64_t n, float v0, float v1) {
+  if (g.out_type != kFloat32)
+    return store_halves(g, m, n, uint16_t(round_float(v0, g.out_type)),
+                        uint16_t(round_float(v1, g.out_type)));
+  float* to = static_cast<float*>(g.out) + m * g.rows + n;
+  if (g.rows % 2 == 0) {
+    stg(reinterpret_cast<U2*>(to), U2{float_bits(v0), float_bits(v1)});
+  } else {
+    stg(to, v0);
+    if (n + 1 < g.rows) stg(to + 1, v1);
+  }
+}
+
+// Which tile a block has. Neighbours in a band share columns of the weight, bands share tokens:
+// what runs at one time stays in the L2 cache.
+struct Place {
+  int m, n;  // tiles
+};
+
+DTQ_DEV Place place_of(int id, int tiles_m, int tiles_n) {
+  constexpr int kBand = 8;
+  const int in_band = kBand * tiles_n, first = id / in_band * kBand;
+  const int height = tiles_m - first < kBand ? tiles_m - first : kBand, rest = id % in_band;
+  return {first + rest % height, rest / height};
+}
+
+// Two neighbours of a row of `down` or `up` as mma wants them; zero past the last row.
+DTQ_DEV uint32_t lowrank_pair(const void* p, int64_t row, int64_t rows, int64_t rank, int64_t r) {
+  if (row >= rows) return 0;
+  return ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + row * rank + r));
+}
+
+DTQ_DEV void lowrank_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                         Float type) {
+  if (type == kBFloat16) mma_bf16(c, a, b0, b1);
+  else mma_f16(c, a, b0, b1);
+}
+
+// After a product in splits: sums them and finishes. One thread an output. Integers may be summed
+// in any order, so the outcome does not depend on the number of splits.
+template <int threads>
+DTQ_KERNEL void sum_splits(const DTQ_CONSTANT GemmArgs p) {
+  const Gemm& g = p.g;
+  const int64_t size = g.tokens * g.rows, at = int64_t(block_x()) * threads + tid();
+  if (at >= size) return;
+  const int64_t m = at / g.rows, n = at % g.rows;
+  int32_t sum = 0;
+  for (int s = 0; s < p.splits; s++)
+    sum += ldg(static_cast<const int32_t*>(g.workspace) + s * size + at);
+  float v = scaled(sum, ldg(g.row_scale + m), ldg(g.weight_scale + n), g.bias, g.bias_type, n);
+  if (g.down)
+    for (int64_t r = 0; r < g.rank; r++)
+      v = ffma(load_float(g.down, m * g.rank + r, g.lowrank_type),
+               load_float(g.up, n * g.rank + r, g.lowrank_type), v);
+  store_float(g.out, at, finished(g, m, n, v), g.out_type);
+}
+
+}  // namespace dtq

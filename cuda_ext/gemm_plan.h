@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernel multiplies: a static choice by architecture and shape, nothing is timed at run time.
+#pragma once
+#include <stdint.h>
+#include <stdio.h>
+
+#include "launch.h"
+#include "floats.cuh"
+
+namespace dtq {
+
+enum Tile {
+  kMma128,   // 128 tokens x 128 rows
+  kMma64,    // 64 x 64: fewer idle multiprocessors when there are few tiles
+  kMma16,    // 16 x 128, a few tokens: what counts is reading the weight once
+  kMmaOdd,   // 64 x 64, rows that do not start at multiples of 16 bytes
+  kWgmma,    // sm_90: 256 tokens x 128 rows
+  kTiles
+};
+
+struct TileSize {
+  const char* name;
+  int64_t tokens, rows;
+};
+
+constexpr TileSize kTileSizes[kTiles] = {
+    {"mma 128x128", 128, 128}, {"mma 64x64", 64, 64},        {"mma 16x128", 16, 128},
+    {"mma 64x64, any alignment", 64, 64}, {"wgmma 256x128", 256, 128},
+};
+
+struct Plan {
+  Tile tile;
+  int splits;    // of K
+  int in_split;  // steps of 64 columns in each
+  bool partial;  // sums go through the workspace: K is split, or a small tile has more to add
+};
+
+inline int64_t tiles_of(const Gemm& g, Tile tile) {
+  return over(g.tokens, kTileSizes[tile].tokens) * over(g.rows, kTileSizes[tile].rows);
+}
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+inline const char* refusal(const Gemm& g) {
+  if (g.arch < 80) return "needs compute capability 8.0 or newer";
+  if (g.tokens < 0 || g.rows < 1 || g.columns < 1) return "empty weight";
+  if (g.columns > 133144) return "the int32 sum may overflow beyond 133144 columns";
+  if (g.tokens >= 1 << 24 || g.rows >= 1 << 24 || over(g.tokens, 16) * over(g.rows, 64) >= 1 << 26)
+    return "more than 2^26 tiles, 2^24 tokens or 2^24 rows";  // of which the kernels count in int
+  if (g.rank % 16 || (g.down && !g.rank)) return "low-rank branches come in ranks divisible by 16";
+  if (g.lowrank_type == kFloat32 && g.down) return "low-rank factors are bfloat16 or float16";
+  if (g.gate && (!g.residual || g.gate_tokens < 1)) return "a gate comes with a residual";
+  if (g.weights == kInt8) return nullptr;
+  if (g.group < 1 || g.rows * (g.columns / g.group) >= 1 << 30) return "more than 2^30 groups";
+  const bool row_tables = g.weights == kTable && g.group == g.columns;
+  if (g.group != 32 && g.group != 64 && g.group != 128 && !row_tables)
+    return "4-bit weights come in groups of 32, 64 or 128 columns";
+  if (g.columns % 32 || g.columns % g.group) return "4-bit weights come in whole groups";
+  if (!aligned16(g.codes) || !aligned16(g.weight) || !aligned16(g.tables))
+    return "4-bit weights and their codes start at multiples of 16 bytes";
+  return nullptr;
+}
+
+// wgmma reads whole tiles of 256 tokens; below that mma.sync keeps up and fills more of the device.
+inline bool wants_wgmma(const Gemm& g) {
+  return g.arch == 90 && g.tokens > 128 && g.columns % 32 == 0 && aligned16(g.codes) &&
+         aligned16(g.weight) && tiles_of(g, kWgmma) * 2 >= g.sms;
+}
+
+inline bool has_extras(const Gemm& g) { return g.gelu || g.gate || g.down; }
+
+inline Plan plan_of(const Gemm& g) {
+  const int steps = int(over(g.columns, 64));
+  if (g.columns % 16 || !aligned16(g.codes) || !aligned16(g.weight))
+    return {kMmaOdd, 1, steps, has_extras(g)};
+  if (wants_wgmma(g)) return {kWgmma, 1, steps, false};
+  if (g.tokens > 64) {
+    if (tiles_of(g, kMma128) >= g.sms) return {kMma128, 1, steps, false};
+    return {kMma64, 1, steps, has_extras(g)};
+  }
+  const Tile tile = g.tokens <= 16 ? kMma16 : kMma64;
+  // two blocks for every multiprocessor, at least four steps each
+  int splits = int(2 * g.sms / tiles_of(g, tile));
+  if (splits > steps / 4) splits = steps / 4;
+  if (splits > 32) splits = 32;
+  if (splits < 1) splits = 1;
+  const int in_split = int(over(steps, splits));
+  splits = int(over(steps, in_split));
+  return {tile, splits, in_split, splits > 1 || has_extras(g)};
+}
+
+inline int64_t workspace_of(const Gemm& g, const Plan& p) {
+  return p.partial ? p.splits * g.tokens * g.rows * 4 : 0;
+}
+
+}  // namespace dtq

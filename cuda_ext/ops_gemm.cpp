@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// dtq::* on CUDA for products of int8 codes: launch.h.
+#include "launch.h"
+
+#include "binding.h"
+
+namespace {
+
+using namespace dtq::binding;
+
+// What every product of codes has: the operands but for the weight, checked.
+dtq::Gemm product(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                  const Tensor& weight_scale, const Maybe& bias, ScalarType type) {
+  STD_TORCH_CHECK(codes.dim() == 2 && weight.dim() == 2, "dtq: codes and weight must be matrices");
+  check(codes, "codes", codes, ScalarType::Char);
+  check(row_scale, "row_scale", codes, ScalarType::Float);
+  check(weight, "weight", codes, ScalarType::Char);
+  check(weight_scale, "weight_scale", codes, ScalarType::Float);
+  int64_t tokens = codes.size(0), rows = weight.size(0);
+  STD_TORCH_CHECK(row_scale.numel() == tokens, "dtq: ", row_scale.numel(), " row scales for ", tokens,
+                  " tokens; there must be one scale per token");
+  check_count(weight_scale, "weight_scale", rows);
+  dtq::Gemm g{};
+  g.tokens = tokens;
+  g.rows = rows;
+  g.columns = codes.size(1);
+  g.codes = static_cast<const int8_t*>(codes.data_ptr());
+  g.row_scale = static_cast<const float*>(row_scale.data_ptr());
+  g.weight = weight.data_ptr();
+  g.weight_scale = static_cast<const float*>(weight_scale.data_ptr());
+  if (bias) {
+    check(*bias, "bias", codes, bias->scalar_type());
+    check_count(*bias, "bias", rows);
+    STD_TORCH_CHECK(has_kernels(bias->scalar_type()), "dtq: bias is ", name_of(bias->scalar_type()));
+    g.bias = bias->data_ptr();
+    g.bias_type = float_of(bias->scalar_type());
+  }
+  g.out_type = float_of(type);
+  g.arch = capability(codes);
+  g.sms = multiprocessors(codes);
+  return g;
+}
+
+// The product, or nothing where no kernel can do it.
+std::optional<Tensor> multiplied(dtq::Gemm& g, const Tensor& codes, ScalarType type) {
+  if (!has_kernels(type) || !served(codes)) return std::nullopt;
+  Tensor out = torch::stable::new_empty(codes, {g.tokens, g.rows}, type);
+  if (g.tokens == 0 || g.rows == 0) return out;
+  if (g.columns == 0 || dtq_gemm_refusal(&g)) return std::nullopt;
+  g.out = out.data_ptr();
+  g.workspace_bytes = dtq_gemm_workspace(&g);
+  Tensor workspace;  // lives until the launch: the allocator of torch knows the stream
+  if (g.workspace_bytes > 0) {
+    workspace = torch::stable::new_empty(codes, {g.workspace_bytes}, ScalarType::Char);
+    g.workspace = workspace.data_ptr();
+  }
+  int code = dtq_gemm(&g, stream_of(codes));
+  if (!launched(code, "the product of codes")) return std::nullopt;
+  return out;
+}
+
+Tensor w8a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                   const Tensor& weight_scale, const Maybe& bias, ScalarType type) {
+  Guard guard(codes);
+  dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
+  STD_TORCH_CHECK(weight.size(1) == g.columns, "dtq: codes with ", g.columns,
+                  " columns do not fit the weight, which has ", weight.size(1));
+  g.weights = dtq::kInt8;
+  if (auto done = multiplied(g, codes, type)) return *done;
+  return reference<Tensor>("dtq_reference::w8a8_linear", codes, row_scale, weight, weight_scale, bias,
+                           type);
+}
+
+Tensor w4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                   const Tensor& weight_scale, const Tensor& groups, const Maybe& bias, ScalarType type) {
+  Guard guard(codes);
+  dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
+  check(groups, "weight_scale_2", codes, ScalarType::Char);
+  STD_TORCH_CHECK(2 * weight.size(1) == g.columns, "dtq: codes with ", g.columns,
+                  " columns do not fit the weight, which has ", 2 * weight.size(1));
+  STD_TORCH_CHECK(groups.dim() == 2 && groups.size(0) == g.rows && groups.size(1) > 0 &&
+                      g.columns % groups.size(1) == 0,
+                  "dtq: weight_scale_2 must be (", g.rows, ", groups), and ", g.columns,
+                  " columns whole groups");
+  g.weights = dtq::kTwoLevel;
+  g.groups = static_cast<const uint8_t*>(groups.data_ptr());
+  g.group = g.columns / groups.size(1);
+  if (auto done = multiplied(g, codes, type)) return *done;
+  return reference<Tensor>("dtq_reference::w4a8_linear", codes, row_scale, weight, weight_scale, groups,
+                           bias, type);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
+  m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
+  m.impl("w4a8_linear", TORCH_BOX(&w4a8_linear));
+}
+
+// "wgmma 256x128" or why there is none, for a product of these sizes with (N, K) int8 or, with a
+// group, 4-bit weights: for people, and for the benchmark. The text lives until the next call.
+DTQ_EXPORT const char* dtq_cuda_gemm(int arch, int sms, int64_t m, int64_t n, int64_t k, int group) {
+  dtq::Gemm g{};
+  g.tokens = m;
+  g.rows = n;
+  g.columns = k;
+  g.weights = group ? dtq::kTwoLevel : dtq::kInt8;
+  g.group = group;
+  g.out_type = g.bias_type = dtq::kBFloat16;
+  g.arch = arch;
+  g.sms = sms;
+  const char* refusal = dtq_gemm_refusal(&g);
+  return refusal ? refusal : dtq_gemm_kernel(&g);
+}

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+// dtq::* on CUDA for rows of activations, few tokens and decoded weights: launch_rows.h.
+#include "launch_rows.h"
+
+#include <map>
+
+#include "binding.h"
+
+namespace {
+
+using namespace dtq::binding;
+
+// ------------------------------------------------------------------------------ rows of activations
+
+using Pair = std::tuple<Tensor, Tensor>;
+
+const Maybe kNone;
+
+// pre_scale, order, block and turns of the schemas.
+struct Change {
+  const Maybe &pre_scale, &order;
+  int64_t block, turns;
+};
+
+// scale, bin and levels of the schemas.
+struct Grid {
+  const Maybe &scale, &bin;
+  int64_t levels;
+};
+
+dtq::Rows rows_of(const Tensor& x, const Change& change) {
+  int64_t columns = x.size(1), block = change.block;
+  STD_TORCH_CHECK(block >= 1 && (block & (block - 1)) == 0 && columns % block == 0, "dtq: ", columns,
+                  " columns are not whole blocks of ", block);
+  STD_TORCH_CHECK(change.turns == 1 || change.turns == 2, "dtq: ", change.turns,
+                  " turns; there can be 1 or 2");
+  if (change.pre_scale) {
+    check(*change.pre_scale, "pre_scale", x, ScalarType::BFloat16);
+    check_count(*change.pre_scale, "pre_scale", columns);
+  }
+  if (change.order) {
+    check(*change.order, "order", x, ScalarType::Int);
+    check_count(*change.order, "order", columns);
+  }
+  dtq::Rows rows{};
+  rows.x = x.data_ptr();
+  rows.type = float_of(x.scalar_type());
+  rows.rows = x.size(0);
+  rows.columns = columns;
+  rows.stride = rows.rows > 1 ? x.stride(0) : columns;
+  rows.pre_scale = data<uint16_t>(change.pre_scale);
+  rows.order = data<int32_t>(change.order);
+  rows.block = block;
+  rows.turns = int(change.turns);
+  rows.levels = 127;
+  rows.out_stride = rows.width = columns;
+  return rows;
+}
+
+void set_grid(dtq::Rows& rows, const Tensor& x, const Grid& grid) {
+  STD_TORCH_CHECK(grid.levels >= 1 && grid.levels <= 127, "dtq: levels is ", grid.levels,
+                  ", not in 1..127");
+  STD_TORCH_CHECK(grid.scale || !grid.bin, "dtq: a bin needs a table of scales");
+  if (grid.scale) {
+    check(*grid.scale, "scale", x, ScalarType::Float);
+    STD_TORCH_CHECK(grid.scale->numel() >= 1, "dtq: the table of scales is empty");
+  }
+  if (grid.bin) {
+    check(*grid.bin, "bin", x, ScalarType::Long);
+    check_count(*grid.bin, "bin", 1);
+  }
+  rows.levels = int(grid.levels);
+  rows.fixed = data<float>(grid.scale);
+  rows.bin = data<int64_t>(grid.bin);
+}
+
+// Codes and scales of the rows, or nothing where there is no kernel for them.
+std::optional<Pair> quantized(dtq::Rows& rows, const Tensor& x, dtq::Output output) {
+  auto type = output == dtq::kE4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Char;
+  Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1)}, type);
+  Tensor scales = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
+  rows.output = output;
+  rows.out = codes.data_ptr();
+  rows.scale = static_cast<float*>(scales.data_ptr());
+  if (!launched(dtq::launch_rows(rows, stream_of(x)), "quantizing rows")) return std::nullopt;
+  return Pair{codes, scales};
+}
+
+bool has_rows(const Tensor& x) { return has_kernels(x.scalar_type()) && served(x); }
+
+Pair quantize_rows(const Tensor& given, const Maybe& pre_scale, int64_t block, const Maybe& scale,
+                   int64_t levels) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, kNone, block, 1});
+    set_grid(rows, x, {scale, kNone, levels});
+    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
+  }
+  return reference<Pair>("dtq_reference::quantize_rows", given, pre_scale, block, scale, levels);
+}
+
+Pair binned_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                          int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    set_grid(rows, x, {scale, bin, levels});
+    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
+  }
+  return reference<Pair>("dtq_reference::binned_quantize_rows", given, pre_scale, order, block, turns,
+                         scale, bin, levels);
+}
+
+Pair gelu_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                        int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    set_grid(rows, x, {scale, bin, levels});
+    rows.before = dtq::kGelu;
+    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
+  }
+  return reference<Pair>("dtq_reference::gelu_quantize_rows", given, pre_scale, order, block, turns, scale,
+                         bin, levels);
+}
+
+void set_modulation(dtq::Rows& rows, const Tensor& x, const Maybe& up, const Maybe& along, double eps) {
+  rows.before = dtq::kNorm;
+  rows.eps = float(eps);
+  rows.rows_per_modulate = std::max<int64_t>(1, x.size(0));
+  STD_TORCH_CHECK(up.has_value() == along.has_value(), "dtq: modulation needs both a scale and a shift");
+  if (!up) return;
+  check(*up, "modulate_scale", x, up->scalar_type());
+  check(*along, "modulate_shift", x, up->scalar_type());
+  STD_TORCH_CHECK(has_kernels(up->scalar_type()), "dtq: modulate_scale is ", name_of(up->scalar_type()));
+  STD_TORCH_CHECK(up->dim() == 2 && up->size(1) == x.size(1) && up->size(0) > 0 &&
+                      x.size(0) % up->size(0) == 0 && along->numel() == up->numel(),
+                  "dtq: modulate_scale and modulate_shift must be (images, ", x.size(1),
+                  "), and the rows, ", x.size(0), ", a multiple of the images");
+  rows.modulate_scale = up->data_ptr();
+  rows.modulate_shift = along->data_ptr();
+  rows.modulate_type = float_of(up->scalar_type());
+  rows.modulate_stride = x.size(1);
+  rows.rows_per_modulate = std::max<int64_t>(1, x.size(0) / up->size(0));
+}
+
+Pair norm_quantize_rows(const Tensor& given, const Maybe& modulate_scale, const Maybe& modulate_shift,
+                        double eps, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                        int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    set_grid(rows, x, {scale, bin, levels});
+    set_modulation(rows, x, modulate_scale, modulate_shift, eps);
+    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
+  }
+  return reference<Pair>("dtq_reference::norm_quantize_rows", given, modulate_scale, modulate_shift, eps,
+                         pre_scale, order, block, turns, scale, bin, levels);
+}
+
+Pair e4m3_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                        int64_t turns) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    if (auto done = quantized(rows, x, dtq::kE4m3)) return *done;
+  }
+  return reference<Pair>("dtq_reference::e4m3_quantize_rows", given, pre_scale, order, block, turns);
+}
+
+Tensor transform_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                      int64_t turns) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  if (has_rows(x)) {
+    Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    rows.output = dtq::kFloat;
+    rows.out = y.data_ptr();
+    if (launched(dtq::launch_rows(rows, stream_of(x)), "transform_rows")) return y;
+  }
+  return reference<Tensor>("dtq_reference::transform_rows", given, pre_scale, order, block, turns);
+}
+
+// ------------------------------------------------------------------------------- weights as stored
+
+// What a format of dtq/formats is to the decoder; dtq/kernels/decode.py tells at load.
+struct Spelling {
+  int codes, bits, offset, vector, scale_type;
+  std::vector<float> levels;
+};
+
+std::map<std::string, Spelling>& spellings() {
+  static std::map<std::string, Spelling> known;
+  return known;
+}
+
+// Operands of the decoder, by the name of the part.
+bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format, const std::string& names,
+                const std::vector<Tensor>& parts, int64_t rows, int64_t columns) {
+  auto found = spellings().find(format);
+  if (found == spellings().end()) return false;
+  const Spelling& spelling = found->second;
+  w = dtq::Weight{};
+  w.codes = static_cast<dtq::Codes>(spelling.codes);
+  w.bits = spelling.bits;
+  w.rows = rows;
+  w.columns = columns;
+  w.offset = spelling.offset;
+  w.vector = spelling.vector;
+  w.scale_type = static_cast<dtq::ScaleType>(spelling.scale_type);
+  std::copy(spelling.levels.begin(), spelling.levels.end(), w.levels);
+  size_t begin = 0;
+  for (const Tensor& part : parts) {
+    size_t end = std::min(names.find(',', begin), names.size());
+    std::string name = names.substr(begin, end - begin);
+    begin = end + 1;
+    check(part, name.c_str(), like, part.scalar_type());
+    const void* at = part.data_ptr();
+    if (name == "weight") {
+      w.weight = static_cast<const uint8_t*>(at);
+    } else if (name == "weight_tail") {
+      w.tail = static_cast<const uint8_t*>(at);
+    } else if (name == "weight_scale") {
+      w.scale = at;
+      if (w.codes != dtq::kTwoLevel) w.groups = part.size(1);
+    } else if (name == "weight_scale_2" && w.codes == dtq::kTwoLevel) {
+      w.group_bytes = static_cast<const uint8_t*>(at);
+      w.groups = part.size(1);
+    } else if (name == "weight_scale_2") {
+      w.scale_2 = static_cast<const float*>(at);
+    } else if (name == "weight_zero_point") {
+      w.zero = static_cast<const int8_t*>(at);
+    } else if (name == "weight_lut" && w.codes == dtq::kWords) {
+      w.words = static_cast<const uint16_t*>(at);
+    } else if (name == "weight_lut") {
+      w.table = static_cast<const float*>(at);
+    } else {
+      STD_TORCH_CHECK(false, "dtq: ", format, " has no part ", name);
+    }
+  }
+  if (w.groups == 0) w.groups = 1;
+  return true;
+}
+
+Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names, const std::string& format,
+                  int64_t columns, ScalarType type) {
+  STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
+  const Tensor& first = parts[0];
+  Guard guard(first);
+  dtq::Weight weight;
+  if (has_kernels(type) && served(first) &&
+      set_weight(weight, first, format, names, parts, first.size(0), columns)) {
+    Tensor out = torch::stable::new_empty(first, {first.size(0), columns}, type);
+    int code = dtq::launch_dequantize(weight, out.data_ptr(), float_of(type), stream_of(first));
+    if (launched(code, "dequantize")) return out;
+  }
+  return reference<Tensor>("dtq_reference::dequantize", parts, names, format, columns, type);
+}
+
+Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts, const std::string& names,
+                     const std::string& format, const Maybe& bias) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
+  int64_t outputs = parts[0].size(0);
+  if (bias) check_count(*bias, "bias", outputs);
+  bool few = x.size(0) <= dtq::kFewTokens && has_kernels(x.scalar_type()) && served(x);
+  if (few && (!bias || bias->scalar_type() == x.scalar_type())) {
+    dtq::Few task{};
+    if (set_weight(task.weight, x, format, names, parts, outputs, x.size(1))) {
+      if (bias) check(*bias, "bias", x, x.scalar_type());
+      Tensor y = torch::stable::new_empty(x, {x.size(0), outputs}, x.scalar_type());
+      task.x = x.data_ptr();
+      task.type = float_of(x.scalar_type());
+      task.tokens = x.size(0);
+      task.stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
+      task.bias = bias ? bias->data_ptr() : nullptr;
+      task.y = y.data_ptr();
+      int code = dtq::launch_few(task, stream_of(x));
+      if (launched(code, "weight_linear")) return y;
+    }
+  }
+  return reference<Tensor>("dtq_reference::weight_linear", given, parts, names, format, bias);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("transform_rows", TORCH_BOX(&transform_rows));
+  m.impl("binned_quantize_rows", TORCH_BOX(&binned_quantize_rows));
+  m.impl("e4m3_quantize_rows", TORCH_BOX(&e4m3_quantize_rows));
+  m.impl("gelu_quantize_rows", TORCH_BOX(&gelu_quantize_rows));
+  m.impl("norm_quantize_rows", TORCH_BOX(&norm_quantize_rows));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("weight_linear", TORCH_BOX(&weight_linear));
+}
+
+// The architectures that are in this file.
+DTQ_EXPORT const char* dtq_cuda_archs() { return DTQ_ARCHS; }
+
+// Before the first call of an op, from one thread: the loader's.
+DTQ_EXPORT void dtq_cuda_format(const char* name, int codes, int bits, int offset, int vector,
+                                int scale_type, const float* levels, int count) {
+  spellings()[name] = {codes, bits, offset, vector, scale_type, {levels, levels + count}};
+}
+
+// Calls that went to the torch reference.
+DTQ_EXPORT int64_t dtq_cuda_references() { return references.load(); }
+
+#if defined(DTQ_SIM)
+DTQ_EXPORT void dtq_sim_arch(int arch) { emulated() = arch; }
+DTQ_EXPORT void dtq_sim_seed(uint64_t seed) { dtq::sim::session().seed = seed; }
+#else
+// Whether the stream of torch can be had: what a GPU test asks first.
+DTQ_EXPORT int dtq_cuda_has_stream() { return find_stream() != nullptr; }
+#endif

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of activations: [GELU | LayerNorm and modulate], pre_scale, order, rotation, quantize.
+//
+// Two kernels: rows_held.cuh for rows that registers hold, int8, everything aligned: read once, written
+// once; rows_streamed.cuh for all the rest, a tile at a time. A row is held by kThreads threads, each of
+// them runs of 16 columns: thread t of tile i has columns (i * kThreads + t) * 16 and on.
+//
+// Order of float32 operations (dtq/kernels/ops.py and fused.py do the same in torch):
+//   norm       mean = sum(x) / K; rstd = 1 / sqrt(sum((x - mean)^2) / K + eps);
+//              ((x - mean) * rstd) * (1 + modulate_scale) + modulate_shift
+//   sum        each run of 16 columns by halves (i with i + 8, then 4, 2, 1); lane l of 32 adds the
+//              runs l, l + 32, l + 64 ... one after the other; lanes by halves (16, 8, 4, 2, 1)
+//   then       * pre_scale; order; butterflies, smallest distance first; * block^-0.5
+//   int8       scale = max|x| / levels, at least 1e-8, 1 for a row without a magnitude above 0 (and
+//              for one with a NaN); round(x / scale), ties to even, within +-levels, 0 for NaN
+//   e4m3       scale = max|x| / 448; x / scale, 0 where the scale is 0, rounded to e4m3
+#pragma once
+#include "runs.cuh"
+
+namespace dtq {
+
+// What the host works out from Rows.
+struct RowPlan {
+  Rows r;
+  float unit;                                          // block^-0.5
+  bool whole_x, whole_modulate, whole_pre, whole_out;  // 16-byte access is allowed
+  int64_t tiles;                                       // of a row
+  int dealt;  // floats before the row in shared memory between two turns; -1: it is in `out`
+};
+
+constexpr int kWarpWords = 32;  // at the start of shared memory: what `largest` and `total` use
+
+// ---------------------------------------------------------------------------- rotation
+
+// One step inside a thread: (a + b, a - b) of columns `half` apart.
+template <int half>
+DTQ_DEV void step_in_thread(float (&v)[kRun]) {
+  DTQ_UNROLL for (int i = 0; i < kRun; i++)
+    if (!(i & half)) {
+      const float a = v[i], b = v[i + half];
+      v[i] = a + b;
+      v[i + half] = a - b;
+    }
+}
+
+// One step between lanes: the partner's values, plus ours in the lower half, minus ours in the upper.
+DTQ_DEV void step_in_warp(float (&v)[kRun], int distance) {
+  const float sign = lane() & distance ? -1.0f : 1.0f;
+  DTQ_UNROLL for (int i = 0; i < kRun; i++)
+    v[i] = ffma(sign, v[i], shfl_xor(v[i], distance));
+}
+
+// One step between warps; values lie thread by thread, so that neighbours use different banks.
+template <int kThreads>
+DTQ_DEV void step_in_block(float (&v)[kRun], int thread, int distance, float* exchange) {
+  sync_threads();
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) sts(exchange + i * kThreads + thread, v[i]);
+  sync_threads();
+  const float sign = thread & distance ? -1.0f : 1.0f;
+  DTQ_UNROLL for (int i = 0; i < kRun; i++)
+    v[i] = ffma(sign, v[i], lds<float>(exchange + i * kThreads + (thread ^ distance)));
+}
+
+template <int kThreads>
+DTQ_DEV void rotate(float (&v)[kRun], int thread, int64_t block, float unit, float* exchange) {
+  if (block == 1) return;
+  step_in_thread<1>(v);
+  if (block > 2) step_in_thread<2>(v);
+  if (block > 4) step_in_thread<4>(v);
+  if (block > 8) step_in_thread<8>(v);
+  for (int lanes = 1; lanes < 32 && lanes * kRun < block; lanes *= 2)
+    step_in_warp(v, lanes);
+  if (kThreads > 32)
+    for (int threads = 32; threads * kRun < block; threads *= 2)
+      step_in_block<kThreads>(v, thread, threads, exchange);
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], unit);
+}
+
+// ---------------------------------------------------------------------------- over a row
+
+DTQ_DEV float sum_of_run(const float (&v)[kRun]) {
+  float s[8];
+  DTQ_UNROLL for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
+  DTQ_UNROLL for (int half = 4; half; half /= 2)
+    DTQ_UNROLL for (int i = 0; i < half; i++) s[i] = s[i] + s[i + half];
+  return s[0];
+}
+
+DTQ_DEV float sum_of_lanes(float x) {
+  for (int lanes = 16; lanes; lanes /= 2) x = x + shfl_xor(x, lanes);
+  return x;
+}
+
+// The sums of all runs of a row lie in `runs`; every warp of the block adds them up for itself.
+DTQ_DEV float sum_of_block(const float* runs, int64_t count) {
+  sync_threads();
+  float x = 0;
+  for (int64_t j = lane(); j < count; j += 32) x = x + lds<float>(runs + j);
+  x = sum_of_lanes(x);
+  sync_threads();  // they may be written again
+  return x;
+}
+
+DTQ_DEV uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// Of all threads of a row; `words` holds one a warp.
+template <int kThreads>
+DTQ_DEV uint32_t largest(uint32_t x, int thread, uint32_t* words) {
+  for (int lanes = 16; lanes; lanes /= 2) x = larger(x, shfl_xor(x, lanes));
+  if (kThreads == 32) return x;
+  sync_threads();
+  if (thread % 32 == 0) sts(words + thread / 32, x);
+  sync_threads();
+  for (int i = 0; i < kThreads / 32; i++) x = larger(x, lds<uint32_t>(words + i));
+  return x;
+}
+
+template <int kThreads>
+DTQ_DEV int32_t total(int32_t x, int thread, uint32_t* words) {
+  for (int lanes = 16; lanes; lanes /= 2) x += shfl_xor(x, lanes);
+  if (kThreads == 32) return x;
+  sync_threads();
+  if (thread % 32 == 0) sts(words + thread / 32, (uint32_t)x);
+  sync_threads();
+  x = 0;
+  for (int i = 0; i < kThreads / 32; i++) x += lds<int32_t>(words + i);
+  return x;
+}
+
+// ---------------------------------------------------------------------------- quantizing
+
+// RN(x / scale) from inverse = RN(1 / scale): the first refinement gives a neighbour of the quotient,
+// the second the rounded quotient (Markstein 1990, theorem for a correctly rounded reciprocal).
+// For scales and quotients far from the ends of the float range.
+DTQ_DEV float quotient(float x, float scale, float inverse) {
+  float q = fmul(x, inverse);
+  q = ffma(ffma(-q, scale, x), inverse, q);
+  return ffma(ffma(-q, scale, x), inverse, q);
+}
+
+// The integer next to q, |q| < 2^22, ties to even, in the low bits.
+DTQ_DEV uint32_t nearest(float q) { return float_bits(q + 12582912.0f); }
+
+// How the numbers of a row become codes. A static scale is at least 1e-8, as dtq writes them.
+struct Quantizer {
+  float scale, inverse, levels;
+  bool plain;  // every number is finite and within the levels
+};
+
+DTQ_DEV float stored_scale(const Rows& r) { return ldg(r.fixed + (r.bin ? ldg(r.bin) : 0)); }
+
+DTQ_DEV Quantizer quantizer(const Rows& r, uint32_t peak) {
+  Quantizer q;
+  q.levels = int_to_float(r.levels);
+  q.plain = !r.fixed && peak < 0x7f800000;
+  q.scale = 1;
+  if (r.fixed) {
+    q.scale = stored_scale(r);
+  } else if (bits_float(peak) > 0) {
+    q.scale = fdiv(bits_float(peak), q.levels);
+    q.scale = q.scale < 1e-8f ? 1e-8f : q.scale;
+  }
+  q.inverse = fdiv(1, q.scale);
+  return q;
+}
+
+DTQ_DEV uint32_t code_of(const Quantizer& q, float x) {
+  // where the quotient is out of reach of `quotient`, its sign is all that counts; by an infinite
+  // scale everything is 0, and there `quotient` gives NaN
+  const float rough = fmul(x, q.inverse);
+  float v = fabsf(rough) < 512 ? quotient(x, q.scale, q.inverse) : rough;
+  v = v > q.levels ? q.levels : v;
+  v = v < -q.levels ? -q.levels : v;
+  return v == v ? nearest(v) & 0xff : 0;
+}
+
+// The codes of a run, four in a word. Returns their sum.
+DTQ_DEV int32_t codes_of(const Quantizer& q, const float (&v)[kRun], uint32_t (&packed)[4]) {
+  int32_t sum = 0;
+  DTQ_UNROLL for (int i = 0; i < 4; i++) {
+    uint32_t c[4];
+    if (q.plain)
+      DTQ_UNROLL for (int j = 0; j < 4; j++)
+        c[j] = nearest(quotient(v[i * 4 + j], q.scale, q.inverse));
+    else
+      DTQ_UNROLL for (int j = 0; j < 4; j++) c[j] = code_of(q, v[i * 4 + j]);
+    // the low bytes of four words
+    packed[i] = byte_perm(byte_perm(c[0], c[1], 0x0040), byte_perm(c[2], c[3], 0x0040), 0x5410);
+    sum = dp4a(packed[i], 0x01010101, sum);
+  }
+  return sum;
+}
+
+}  // namespace dtq

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instructions of arch.cuh as the emulator carries them out.
+//
+// What the hardware may do early or late, the emulator does at a moment drawn from the seed: a
+// cp.async lands at once or as late as its wait allows, a wgmma group runs at its commit or at its
+// wait, a bulk copy lands whenever. What the hardware leaves undefined is an error: a misaligned
+// address, a wgmma that reads what the generic proxy wrote without a fence, an mbarrier that nobody
+// made visible.
+#pragma once
+#include <cmath>
+
+#include "block.h"
+
+namespace dtq {
+
+struct alignas(8) U2 {
+  uint32_t x, y;
+};
+struct alignas(16) U4 {
+  uint32_t x, y, z, w;
+};
+
+inline int tid() { return int(sim::self->index); }
+inline int lane() { return tid() & 31; }
+inline int warp() { return tid() >> 5; }
+inline int block_threads() { return int(sim::block().threads.size()); }
+inline int block_x() { return int(sim::block().index.x); }
+inline int block_y() { return int(sim::block().index.y); }
+inline int block_z() { return int(sim::block().index.z); }
+inline int grid_x() { return int(sim::block().grid.x); }
+inline int grid_y() { return int(sim::block().grid.y); }
+inline int cluster_rank() { return int(sim::block().rank); }
+
+// ---------------------------------------------------------------------------- memory
+
+namespace sim {
+
+inline unsigned offset_of(const void* p, size_t bytes, const char* what) {
+  Block& b = block();
+  auto* at = static_cast<const unsigned char*>(p);
+  if (at < b.shared || at + bytes > b.shared + b.bytes)
+    fail(std::string(what) + ": outside shared memory");
+  return unsigned(at - b.shared);
+}
+
+inline void check_aligned(const void* p, size_t bytes, const char* what) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail(std::string(what) + ": misaligned address");
+}
+
+inline void mark_dirty(unsigned offset, size_t bytes) {
+  for (unsigned c = offset / 16; c <= (offset + bytes - 1) / 16; c++) {
+    block().dirty[c] = self->index + 1;
+    self->dirty.push_back(c);
+  }
+}
+
+inline void land(const Copy& c) {
+  mark_dirty(unsigned(c.to - block().shared), 16);
+  if (c.valid) std::memcpy(c.to, c.from, c.valid);
+  std::memset(c.to + c.valid, 0, 16 - c.valid);
+}
+
+}  // namespace sim
+
+template <class T>
+inline T ldg(const T* p) {
+  sim::check_aligned(p, sizeof(T), "ld.global");
+  return *p;
+}
+
+template <class T>
+inline void stg(T* p, T value) {
+  sim::check_aligned(p, sizeof(T), "st.global");
+  *p = value;
+}
+
+template <class T>
+inline T lds(const void* p) {
+  sim::check_aligned(p, sizeof(T), "ld.shared");
+  sim::offset_of(p, sizeof(T), "ld.shared");
+  sim::note_access(p, sizeof(T));
+  T value;
+  std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+template <class T>
+inline void sts(void* p, T value) {
+  sim::check_aligned(p, sizeof(T), "st.shared");
+  sim::mark_dirty(sim::offset_of(p, sizeof(T), "st.shared"), sizeof(T));
+  sim::note_access(p, sizeof(T));
+  std::memcpy(p, &value, sizeof(T));
+}
+
+inline void cp_async16(void* to, const void* from, int valid) {
+  sim::check_aligned(to, 16, "cp.async to");
+  if (valid) sim::check_aligned(from, 16, "cp.async from");
+  if (valid < 0 || valid > 16) sim::fail("cp.async: source size");
+  sim::offset_of(to, 16, "cp.async");
+  sim::note_access(to, 16);
+  sim::stats().copies++;
+  const sim::Copy copy = {static_cast<unsigned char*>(to), from, unsigned(valid)};
+  if (sim::coin()) sim::land(copy);
+  else sim::self->open.push_back(copy);
+}
+
+inline void cp_async_commit() {
+  sim::self->groups.push_back(std::move(sim::self->open));
+  sim::self->open.clear();
+}
+
+// All but the latest `rest` groups of this thread have landed.
+template <int rest>
+inline void cp_async_wait() {
+  auto& groups = sim::self->groups;
+  while (int(groups.size()) > rest) {
+    for (auto& copy : groups.front()) sim::land(copy);
+    groups.pop_front();
+  }
+}
+
+// ---------------------------------------------------------------------------- threads together
+
+inline void sync_threads() { sim::sync(0, unsigned(sim::block().threads.size())); }
+inline void sync_named(int id, int threads) { sim::sync(unsigned(id), unsigned(threads)); }
+inline void sync_warp() {
+  sim::together("syncwarp", [](sim::Lane&) {}, [](sim::Warp&) {});
+}
+
+namespace sim {
+
+template <class T>
+inline T shuffle(const char* what, T value, int number, bool exclusive) {
+  static_assert(sizeof(T) == 4);
+  Lane& lane = together(
+      what,
+      [&](Lane& l) {
+        std::memcpy(l.in, &value, 4);
+        l.number = number;
+      },
+      [&](Warp& w) {
+        for (unsigned i = 0; i < w.size; i++) {
+          const int from = exclusive ? int(i) ^ w.lane[i].number : w.lane[i].number;
+          w.lane[i].out[0] = w.lane[from & 31].in[0];
+        }
+      });
+  std::memcpy(&value, lane.out, 4);
+  return value;
+}
+
+}  // namespace sim
+
+// 4-byte values of all 32 lanes.
+template <class T>
+inline T shfl_xor(T value, int mask) {
+  return sim::shuffle("shfl.bfly", value, mask, true);
+}
+template <class T>
+inline T shfl(T value, int from) {
+  return sim::shuffle("shfl.idx", value, from, false);
+}
+
+// ---------------------------------------------------------------------------- fragments
+
+namespace sim {
+
+inline void load_matrices(const char* what, uint32_t (&r)[4], const void* p, bool transposed) {
+  check_aligned(p, 16, what);
+  offset_of(p, 16, what);
+  Lane& lane = together(
+      what, [&](Lane& l) { l.address = p; },
+      [&](Warp& w) {
+        stats().ldmatrix++;
+        uintptr_t address[32];
+        for (int i = 0; i < 32; i++) address[i] = reinterpret_cast<uintptr_t>(w.lane[i].address);
+        count_wavefronts(address, 32, 16, stats());
+        for (int q = 0; q < 4; q++)
+          for (int i = 0; i < 32; i++) {
+            uint16_t half[2];
+            for (int e = 0; e < 2; e++) {
+              const int row = transposed ? i % 4 * 2 + e : i / 4;
+              const int column = transposed ? i / 4 : i % 4 * 2 + e;
+              auto* from = static_cast<const char*>(w.lane[8 * q + row].address);
+              std::memcpy(&half[e], from + column * 2, 2);
+            }
+            std::memcpy(&w.lane[i].out[q], half, 4);
+          }
+      });
+  std::memcpy(r, lane.out, 16);
+}
+
+inline float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline float half_of(uint32_t pair, int high, bool brain) {
+  const uint16_t h = uint16_t(pair >> (16 * high));
+  if (brain) return bits_to_float(uint32_t(h) << 16);
+  _Float16 f;
+  std::memcpy(&f, &h, 2);
+  return float(f);
+}
+
+// D (16 x 8) += A (16 x 32) B (32 x 8), int8, sums that wrap as int32 does.
+inline void multiply_s8(Warp& w) {
+  stats().mma++;
+  int8_t a[16][32], b[8][32];
+  for (int i = 0; i < 32; i++)
+    for (int byte = 0; byte < 4; byte++) {
+      const int k = i % 4 * 4 + byte;
+      for (int q = 0; q < 4; q++)
+        a[i / 4 + q % 2 * 8][k + q / 2 * 16] = int8_t(w.lane[i].in[q] >> (8 * byte));
+      for (int q = 0; q < 2; q++) b[i / 4][k + q * 16] = int8_t(w.lane[i].in[4 + q] >> (8 * byte));
+    }
+  for (int i = 0; i < 32; i++)
+    for (int q = 0; q < 4; q++) {
+      const int8_t *row = a[i / 4 + q / 2 * 8], *column = b[i % 4 * 2 + q % 2];
+      int32_t sum = 0;
+      for (int k = 0; k < 32; k++) sum += int32_t(row[k]) * column[k];
+      w.lane[i].out[q] = w.lane[i].in[6 + q] + uint32_t(sum);
+    }
+}
+
+// D (16 x 8) += A (16 x 16) B (16 x 8), float sums; the hardware's order of summation is its own.
+inline void multiply_half(Warp& w, bool brain) {
+  stats().mma++;
+  float a[16][16], b[8][16];
+  for (int i = 0; i < 32; i++)
+    for (int e = 0; e < 2; e++) {
+      const int k = i % 4 * 2 + e;
+      for (int q = 0; q < 4; q++)
+        a[i / 4 + q % 2 * 8][k + q / 2 * 8] = half_of(w.lane[i].in[q], e, brain);
+      for (int q = 0; q < 2; q++) b[i / 4][k + q * 8] = half_of(w.lane[i].in[4 + q], e, brain);
+    }
+  for (int i = 0; i < 32; i++)
+    for (int q = 0; q < 4; q++) {
+      double sum = bits_to_float(w.lane[i].in[6 + q]);
+      for (int k = 0; k < 16; k++)
+        sum += double(a[i / 4 + q / 2 * 8][k]) * b[i % 4 * 2 + q % 2][k];
+      const float rounded = float(sum);
+      std::memcpy(&w.lane[i].out[q], &rounded, 4);
+    }
+}
+
+template <class C, class Run>
+inline void mma(const char* what, C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                Run run) {
+  Lane& lane = together(
+      what,
+      [&](Lane& l) {
+        std::memcpy(l.in, a, 16);
+        l.in[4] = b0;
+        l.in[5] = b1;
+        std::memcpy(l.in + 6, c, 16);
+      },
+      run);
+  std::memcpy(c, lane.out, 16);
+}
+
+}  // namespace sim
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
+  sim::load_matrices("ldmatrix", r, p, false);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
+  sim::load_matrices("ldmatrix.trans", r, p, true);
+}
+inline uint32_t transpose_8x8(uint32_t v) {
+  auto half = [](const sim::Warp& w, int row, int column) {
+    return w.lane[row * 4 + column / 2].in[0] >> (column % 2 * 16) & 0xFFFF;
+  };
+  return sim::together(
+             "movmatrix", [&](sim::Lane& l) { l.in[0] = v; },
+             [&](sim::Warp& w) {
+               for (int i = 0; i < 32; i++)
+                 w.lane[i].out[0] =
+                     half(w, i % 4 * 2, i / 4) | half(w, i % 4 * 2 + 1, i / 4) << 16;
+             })
+      .out[0];
+}
+inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  sim::mma("mma.s8", c, a, b0, b1, [](sim::Warp& w) { sim::multiply_s8(w); });
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  sim::mma("mma.bf16", c, a, b0, b1, [](sim::Warp& w) { sim::multiply_half(w, true); });
+}
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  sim::mma("mma.f16", c, a, b0, b1, [](sim::Warp& w) { sim::multiply_half(w, false); });
+}
+
+// ---------------------------------------------------------------------------- arithmetic
+
+inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = (uint64_t(b) << 32) | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++) {
+    const uint32_t s = (selector >> (4 * i)) & 15;
+    uint8_t byte = uint8_t(bytes >> (8 * (s & 7)));
+    if (s & 8) byte = byte & 0x80 ? 0xFF : 0;
+    result |= uint32_t(byte) << (8 * i);
+  }
+  return result;
+}
+
+inline int32_t dp4a(uint32_t a, uint32_t b, int32_t c) {
+  for (int i = 0; i < 32; i += 8) c += int32_t(int8_t(a >> i)) * int8_t(b >> i);
+  return c;
+}
+
+inline float fadd(float a, float b) { return a + b; }
+inline float fsub(float a, float b) { return a - b; }
+inline float fmul(float a, float b) { return a * b; }
+inline float fdiv(float a, float b) { return a / b; }
+inline float ffma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float fsqrt(float a) { return std::sqrt(a); }
+inline float int_to_float(int32_t a) { return float(a); }
+// not bit for bit the same on a GPU
+inline float fexp(float a) { return std::exp(a); }
+inline float ftanh(float a) { return std::tanh(a); }
+inline float frsqrt(float a) { return 1.0f / std::sqrt(a); }
+
+// To the nearest integer, ties to even; saturates, and NaN is 0.
+inline int32_t round_to_int(float f) {
+  if (f != f) return 0;
+  if (f >= 2147483648.0f) return INT32_MAX;
+  if (f <= -2147483648.0f) return INT32_MIN;
+  return int32_t(std::nearbyint(f));
+}
+
+inline uint32_t float_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+inline float bits_float(uint32_t u) { return sim::bits_to_float(u); }
+
+inline uint16_t float_to_bf16(float f) {
+  const uint32_t u = float_bits(f);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN, as the hardware writes it
+  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline float bf16_to_float(uint16_t h) { return bits_float(uint32_t(h) << 16); }
+
+inline uint16_t float_to_f16(float f) {
+  if (f != f) return 0x7fff;
+  const _Float16 h = _Float16(f);
+  uint16_t u;
+  std::memcpy(&u, &h, 2);
+  return u;
+}
+inline float f16_to_float(uint16_t u) { return sim::half_of(u, 0, false); }
+
+}  // namespace dtq

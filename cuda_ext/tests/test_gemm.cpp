@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+// The GEMM kernels on the emulator against plain loops, bit for bit. Buffers are exactly as large
+// as the kernel may touch, so that address sanitizer sees one byte too far.
+//
+//   test_gemm [SEEDS [ARCH]]   only cases of this architecture
+//
+// -DDTQ_ONLY=0, 1 or 2 compiles int8, two-level or table weights alone.
+#include <cmath>
+#include <cstring>
+
+#include "../gemm.cu"
+#if !defined(DTQ_ONLY) || DTQ_ONLY == 0
+#include "../gemm_int8.cu"
+#else
+int dtq::gemm_int8(const Gemm&, const Plan&, Stream) { return kUnsupported; }
+#endif
+#if !defined(DTQ_ONLY) || DTQ_ONLY == 1
+#include "../gemm_two_level.cu"
+#else
+int dtq::gemm_two_level(const Gemm&, const Plan&, Stream) { return kUnsupported; }
+#endif
+#if !defined(DTQ_ONLY) || DTQ_ONLY == 2
+#include "../gemm_table.cu"
+#else
+int dtq::gemm_table(const Gemm&, const Plan&, Stream) { return kUnsupported; }
+#endif
+#include "check.h"
+
+using namespace dtq;
+
+struct Case {
+  Weights weights;
+  int64_t m, n, k, group;
+  int arch;
+  Float type;
+  bool bias;
+  int extras;  // 1 GELU, 2 gate and residual, 4 low-rank
+  const char* kernel;
+};
+
+// Of the right size, and where a GPU's allocator would put it.
+template <class T>
+struct Buffer {
+  T* data;
+  int64_t size;
+  explicit Buffer(int64_t n) : size(n) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 256, size_t(n ? n : 1) * sizeof(T))) std::abort();
+    data = static_cast<T*>(p);
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+uint32_t bits_at(const void* p, int64_t i, Float type) {
+  uint32_t u = 0;
+  if (type == kFloat32) std::memcpy(&u, static_cast<const float*>(p) + i, 4);
+  else std::memcpy(&u, static_cast<const uint16_t*>(p) + i, 2);
+  return u;
+}
+
+void fill(void* p, int64_t n, Float type, Random& r, float scale) {
+  for (int64_t i = 0; i < n; i++) {
+    const float v = r.real(-scale, scale);
+    const uint32_t u = round_float(v, type);
+    if (type == kFloat32) std::memcpy(static_cast<float*>(p) + i, &u, 4);
+    else static_cast<uint16_t*>(p)[i] = uint16_t(u);
+  }
+}
+
+// What w8 stands for column k of row n, straight from the definition of the format.
+int weight_at(const Case& c, const uint8_t* weight, const uint8_t* groups, const int8_t* tables,
+              int64_t n, int64_t k) {
+  if (c.weights == kInt8) return int8_t(weight[n * c.k + k]);
+  const int code = weight[(n * c.k + k) / 2] >> (k % 2 * 4) & 15;
+  const int64_t group = n * (c.k / c.group) + k / c.group;
+  if (c.weights == kTable) return tables[group * 16 + code];
+  return (code - (groups[group] & 15)) * ((groups[group] >> 4) + 1);
+}
+
+void run_case(const Case& c, uint64_t seed) {
+  Random r(seed * 977 + uint64_t(c.m * 31 + c.n * 7 + c.k));
+  const int64_t width = c.weights == kInt8 ? c.k : c.k / 2;
+  const int64_t groups_of_row = c.weights == kInt8 ? 0 : c.k / c.group;
+  const int size = c.type == kFloat32 ? 4 : 2;
+  Buffer<int8_t> codes(c.m * c.k), tables(c.weights == kTable ? c.n * groups_of_row * 16 : 0);
+  Buffer<uint8_t> weight(c.n * width), groups(c.weights == kTwoLevel ? c.n * groups_of_row : 0);
+  Buffer<float> row_scale(c.m), weight_scale(c.n);
+  Buffer<uint8_t> bias(c.n * size), out(c.m * c.n * size), residual(c.m * c.n * size);
+  const int64_t gate_tokens = 5, gates = (c.m + gate_tokens - 1) / gate_tokens, rank = 32;
+  Buffer<uint8_t> gate(gates * c.n * size);
+  Buffer<uint16_t> down(c.m * rank), up(c.n * rank);
+  for (int64_t i = 0; i < codes.size; i++) codes[i] = int8_t(r.between(-127, 127));
+  for (int64_t i = 0; i < weight.size; i++)
+    weight[i] = c.weights == kInt8 ? uint8_t(r.between(-127, 127)) : uint8_t(r.next());
+  for (int64_t i = 0; i < tables.size; i++) tables[i] = int8_t(r.between(-127, 127));
+  for (int64_t i = 0; i < groups.size; i++) {
+    int zero, scale2;
+    do {
+      zero = r.between(0, 15), scale2 = r.between(1, 16);
+    } while (scale2 * zero > 128 || scale2 * (15 - zero) > 127);
+    groups[i] = uint8_t(zero | (scale2 - 1) << 4);
+  }
+  for (int64_t i = 0; i < c.m; i++) row_scale[i] = r.real(0.001f, 0.1f);
+  for (int64_t i = 0; i < c.n; i++) weight_scale[i] = r.real(0.001f, 0.01f);
+  fill(bias.data, c.n, c.type, r, 2);
+  fill(residual.data, c.m * c.n, c.type, r, 2);
+  fill(gate.data, gates * c.n, c.type, r, 1);
+  const Float lowrank = seed % 2 ? kFloat16 : kBFloat16;
+  fill(down.data, c.m * rank, lowrank, r, 1);
+  fill(up.data, c.n * rank, lowrank, r, 1);
+  std::memset(out.data, 0xA5, size_t(out.size));
+
+  Gemm g = {};
+  g.tokens = c.m, g.rows = c.n, g.columns = c.k;
+  g.codes = codes.data, g.row_scale = row_scale.data;
+  g.weights = c.weights, g.weight = weight.data, g.group = c.group;
+  g.groups = groups.data, g.tables = c.weights == kTable ? tables.data : nullptr;
+  g.weight_scale = weight_scale.data;
+  g.bias = c.bias ? bias.data : nullptr, g.bias_type = c.type;
+  g.out = out.data, g.out_type = c.type;
+  g.gelu = c.extras & 1;
+  if (c.extras & 2) g.gate = gate.data, g.gate_tokens = gate_tokens, g.residual = residual.data;
+  if (c.extras & 4) g.down = down.data, g.up = up.data, g.rank = rank, g.lowrank_type = lowrank;
+  g.arch = c.arch, g.sms = 16;
+  Buffer<uint8_t> workspace(dtq_gemm_workspace(&g));
+  g.workspace = workspace.data, g.workspace_bytes = workspace.size;
+
+  sim::session().seed = seed;
+  sim::session().error.clear();
+  sim::session().stats = {};
+  const char* kernel = dtq_gemm_kernel(&g);
+  const int status = dtq_gemm(&g, nullptr);
+  int64_t wrong = 0, first = -1;
+  for (int64_t m = 0; m < c.m && status == kOk; m++)
+    for (int64_t n = 0; n < c.n; n++) {
+      int64_t sum = 0;
+      for (int64_t k = 0; k < c.k; k++)
+        sum += codes[m * c.k + k] * weight_at(c, weight.data, groups.data, tables.data, n, k);
+      float v = float(int32_t(sum)) * row_scale[m] * weight_scale[n];
+      if (c.bias) v = v + float_of(bits_at(bias.data, n, c.type), c.type);
+      if (c.extras & 4) {
+        double add = v;
+        for (int64_t i = 0; i < rank; i++)
+          add += double(float_of(down[m * rank + i], lowrank)) * float_of(up[n * rank + i], lowrank);
+        v = float(add);
+      }
+      if (c.extras & 1)
+        v = float(0.5 * v * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * double(v)))));
+      if (c.extras & 2)
+        v = float_of(bits_at(gate.data, m / gate_tokens * c.n + n, c.type), c.type) * v +
+            float_of(bits_at(residual.data, m * c.n + n, c.type), c.type);
+      const uint32_t got = bits_at(out.data, m * c.n + n, c.type), want = round_float(v, c.type);
+      bool same = got == want;
+      if (c.extras & 5) {  // tanh and the order of float sums differ: one unit of the output type
+        const float a = float_of(got, c.type), unit = c.type == kFloat32 ? 2e-6f : 0.01f;
+        same = std::fabs(a - v) <= unit * (std::fabs(v) + 1);
+      }
+      if (!same && wrong++ == 0) first = m * c.n + n;
+    }
+  const bool good = status == kOk && !wrong && kernel && std::strstr(kernel, c.kernel) &&
+                    sim::session().stats.conflicts() < 1.02;
+  check(good, "%d (%d, %d, %d) group %d arch %d type %d extras %d seed %d: %s, conflicts %.2f, %lld "
+        "wrong, first at %lld%s%s", int(c.weights), int(c.m), int(c.n), int(c.k), int(c.group),
+        c.arch, int(c.type), c.extras, int(seed), kernel ? kernel : "no kernel",
+        sim::session().stats.conflicts(), (long long)wrong, (long long)first,
+        status == kOk ? "" : ": ", status == kOk ? "" : sim::session().error.c_str());
+}
+
+// Every legal group byte by every pair of neighbouring codes, through the arithmetic on four bytes.
+void every_level() {
+  long wrong = 0, tried = 0;
+  for (uint32_t byte = 0; byte < 256; byte++) {
+    const int zero = byte & 15, scale2 = int(byte >> 4) + 1;
+    if (scale2 * zero > 128 || scale2 * (15 - zero) > 127) continue;
+    for (uint32_t pair = 0; pair < 65536; pair++) {
+      uint32_t out[2];
+      const uint32_t word = pair | (pair ^ 0x5A5A) << 16;
+      TwoLevel::expand(word, TwoLevel::scale_of(byte), out[0], out[1]);
+      for (int i = 0; i < 8; i++) {
+        const int code = word >> (4 * i) & 15;
+        wrong += int8_t(out[i / 4] >> (i % 4 * 8)) != (code - zero) * scale2;
+        tried++;
+      }
+    }
+  }
+  check(!wrong && tried > 10000000, "two-level arithmetic: %ld of %ld wrong", wrong, tried);
+}
+
+// Every four neighbouring codes through a table.
+void every_look_up() {
+  Random r(5);
+  long wrong = 0;
+  for (int round = 0; round < 4; round++) {
+    int8_t table[16];
+    for (auto& v : table) v = int8_t(r.next());
+    U4 t;
+    std::memcpy(&t, table, 16);
+    for (uint32_t codes = 0; codes < 65536; codes++) {
+      uint32_t out[2];
+      Table::expand(codes | (codes ^ 0xFFFF) << 16, t, out[0], out[1]);
+      for (int i = 0; i < 4; i++) {
+        const int code = codes >> (4 * i) & 15;
+        wrong += int8_t(out[0] >> (8 * i)) != table[code];
+        wrong += int8_t(out[1] >> (8 * i)) != table[15 - code];
+      }
+    }
+  }
+  check(!wrong, "table look-up: %ld wrong", wrong);
+}
+
+void refusals() {
+  Gemm g = {};
+  g.tokens = 4, g.rows = 8, g.columns = 64, g.arch = 80, g.sms = 16;
+  check(!dtq_gemm_refusal(&g), "int8 is not refused");
+  g.tokens = 0;
+  check(dtq_gemm(&g, nullptr) == kOk && sim::session().launches == 0, "no tokens, no launch");
+  g.tokens = 4, g.weights = kTwoLevel, g.group = 48;
+  check(dtq_gemm(&g, nullptr) == kUnsupported, "groups of 48 are refused");
+  g.weights = kInt8, g.arch = 75;
+  check(dtq_gemm_kernel(&g) == nullptr && dtq_gemm_refusal(&g), "sm_75 is refused");
+  g.arch = 80, g.columns = 200000;
+  check(dtq_gemm(&g, nullptr) == kUnsupported, "sums that may overflow are refused");
+  g.columns = 4096;
+  check(dtq_gemm_workspace(&g) > 0 && dtq_gemm(&g, nullptr) == kWorkspace, "workspace is asked for");
+}
+
+const Case kCases[] = {
+    // tails in every direction; K = 1152 is DiT-XL's width
+    {kInt8, 1, 96, 128, 0, 80, kBFloat16, true, 0, "16x128"},
+    {kInt8, 15, 130, 1152, 0, 80, kFloat32, true, 0, "16x128"},
+    {kInt8, 17, 65, 80, 0, 80, kFloat16, false, 0, "64x64"},
+    {kInt8, 129, 257, 192, 0, 80, kBFloat16, true, 0, "64x64"},
+    {kInt8, 512, 512, 144, 0, 80, kBFloat16, true, 0, "128x128"},
+    {kInt8, 33, 7, 77, 0, 80, kFloat32, true, 0, "any alignment"},
+    {kInt8, 3, 70, 129, 0, 80, kBFloat16, false, 0, "any alignment"},
+    {kTwoLevel, 1, 257, 1152, 128, 80, kBFloat16, true, 0, "16x128"},
+    {kTwoLevel, 16, 128, 1152, 64, 80, kFloat16, true, 0, "K in 4"},
+    {kTwoLevel, 70, 33, 96, 32, 80, kBFloat16, true, 0, "64x64"},
+    {kTwoLevel, 127, 130, 384, 128, 80, kFloat32, false, 0, "64x64"},
+    {kTwoLevel, 520, 500, 320, 64, 80, kBFloat16, true, 0, "128x128"},
+    {kTable, 5, 40, 256, 256, 80, kFloat32, true, 0, "16x128"},
+    {kTable, 65, 66, 160, 32, 80, kBFloat16, true, 0, "64x64"},
+    {kTable, 513, 390, 128, 128, 80, kBFloat16, false, 0, "128x128"},
+    // Hopper
+    {kInt8, 1024, 256, 512, 0, 90, kBFloat16, true, 0, "wgmma"},
+    {kInt8, 130, 1026, 1152, 0, 90, kBFloat16, true, 0, "wgmma"},
+    {kInt8, 520, 393, 96, 0, 90, kFloat32, false, 0, "wgmma"},
+    {kTwoLevel, 257, 512, 1152, 128, 90, kBFloat16, true, 0, "wgmma"},
+    {kTwoLevel, 300, 515, 416, 32, 90, kFloat16, true, 0, "wgmma"},
+    {kTwoLevel, 513, 514, 64, 64, 90, kFloat32, false, 0, "wgmma"},
+    {kTable, 140, 1000, 640, 640, 90, kBFloat16, true, 0, "wgmma"},
+    {kTable, 259, 514, 192, 64, 90, kFloat32, true, 0, "wgmma"},
+    {kTwoLevel, 260, 513, 128, 64, 90, kBFloat16, true, 7, "wgmma"},
+    {kInt8, 260, 514, 160, 0, 90, kFloat32, true, 7, "wgmma"},
+    // what follows the bias
+    {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
+    {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},
+    {kTwoLevel, 140, 72, 128, 64, 80, kBFloat16, true, 4, "summed after"},
+    {kTwoLevel, 16, 80, 512, 64, 80, kFloat32, true, 7, "K in"},
+    {kTwoLevel, 513, 520, 64, 32, 80, kFloat16, true, 7, "128x128"},
+};
+
+int main(int argc, char** argv) {
+  refusals();
+  every_level();
+  every_look_up();
+  int ran = 0;
+  for (int seed = 0; seed < seeds(argc, argv, 2); seed++)
+    for (const Case& c : kCases) {
+#if defined(DTQ_ONLY)
+      if (c.weights != DTQ_ONLY) continue;
+#endif
+      if (argc > 2 && std::atoi(argv[2]) != c.arch) continue;
+      run_case(c, uint64_t(seed));
+      ran++;
+    }
+  check(ran > 0, "%d cases", ran);
+  return done();
+}
+
+// For callers in another language, when this is built as a library.
+extern "C" {
+void dtq_sim_seed(uint64_t seed) { sim::session().seed = seed; }
+const char* dtq_sim_error() { return sim::session().error.c_str(); }
+}

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CUDA kernels: when they can be used, and how they are compiled at first use.
+
+``torch.utils.cpp_extension`` says where CUDA is; the compilation is the one that also makes the
+wheel (``dtq/kernels/nvcc.py``), for the GPUs of this machine only. ``cpp_extension.load`` is not
+used: it wants ninja, and links what the stable ABI makes unnecessary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from dtq.data import folder
+from dtq.formats import FORMATS
+from dtq.kernels import fused, nvcc
+from dtq.kernels.decode import spelling
+from dtq.kernels.native import Library, Unavailable
+
+OLDEST = (8, 0)
+"""Smallest capability with kernels: the int8 matrix instructions of Ampere."""
+
+
+def capabilities() -> list[tuple[int, int]]:
+    """Of the GPUs that torch can use."""
+    if not torch.cuda.is_available():
+        return []
+    return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+
+
+def _usable() -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < nvcc.ABI:
+        raise Unavailable(f"torch {torch.__version__} has no stable ABI; 2.10 or newer has")
+    if torch.version.cuda is None:
+        raise Unavailable("this torch is built without CUDA")
+    found = capabilities()
+    if not found:
+        raise Unavailable("no GPU that torch can use")
+    if found[0] < OLDEST:
+        raise Unavailable(f"sm_{found[0][0]}{found[0][1]}: kernels begin with sm_80")
+
+
+def _builds() -> str:
+    return "+".join(f"sm_{arch}" for arch in _archs())
+
+
+def _archs() -> tuple[str, ...]:
+    found = [nvcc.arch_of(capability) for capability in capabilities()]
+    return nvcc.wanted_archs(found or nvcc.ARCHS)
+
+
+@functools.cache
+def _key() -> str:
+    return nvcc.key(folder("cuda_ext"))
+
+
+def _compiler() -> str:
+    found = nvcc.find_nvcc(_cuda_home())
+    if found is None:
+        raise Unavailable("no nvcc on the path or in CUDA_HOME")
+    return found
+
+
+def _cuda_home() -> str | None:
+    try:
+        from torch.utils.cpp_extension import CUDA_HOME
+    except ImportError:  # it needs setuptools, which an installed dtq does not
+        return None
+    return CUDA_HOME
+
+
+def _compile(work: Path) -> Path:
+    return _made(work, _archs(), ptx=False)
+
+
+def ahead() -> Path:
+    """Compile for every architecture, to the place beside the package: ``make kernels``.
+
+    Raises:
+        OSError: there is no nvcc, or it failed.
+    """
+    import dataclasses
+
+    def every(work: Path) -> Path:
+        return _made(work, nvcc.wanted_archs(), ptx=True)
+
+    return dataclasses.replace(CUDA, compile=every).build(CUDA.beside())
+
+
+def _made(work: Path, archs: tuple[str, ...], ptx: bool) -> Path:
+    home = Path(torch.__file__).parent
+    try:
+        return nvcc.compile_library(_compiler(), folder("cuda_ext"), home, work, archs, ptx)
+    except OSError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _prepare(library: ctypes.CDLL) -> None:
+    library.dtq_cuda_archs.restype = library.dtq_cuda_gemm.restype = ctypes.c_char_p
+    sizes = ctypes.c_int64
+    library.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, sizes, sizes, sizes, ctypes.c_int]
+    library.dtq_cuda_references.restype = ctypes.c_int64
+    tell_formats(library)
+
+
+def tell_formats(library: ctypes.CDLL) -> None:
+    """Spell every format of the table to the decoder of a library."""
+    for name, fmt in FORMATS.items():
+        found = spelling(fmt)
+        if found is not None:
+            levels = (ctypes.c_float * len(found.levels))(*found.levels)
+            numbers = found.codes, found.bits, found.offset, found.vector, found.scale
+            library.dtq_cuda_format(name.encode(), *numbers, levels, len(found.levels))
+
+
+CUDA = Library(
+    device="cuda",
+    title="GPU",
+    ops=(
+        "quantize_rows",
+        *(schema.split("(")[0] for schema, _, _ in fused.OPS),
+        "transform_rows",
+        "w8a8_linear",
+        "w4a8_linear",
+        "dequantize",
+        "weight_linear",
+    ),
+    key=_key,
+    compile=_compile,
+    compiler=_compiler,
+    builds=_builds,
+    usable=_usable,
+    prepare=_prepare,
+    says=lambda library: str(library.dtq_cuda_archs().decode()),
+    takes=60,
+)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a format is to a compiled decoder: numbers of ``Weight`` in ``cuda_ext/launch_rows.h``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtq.formats import Format
+from dtq.formats.floats import Fp8, MxFp4, NvFp4
+from dtq.formats.grid import E2M1, Grid
+from dtq.formats.integer import Int, TwoLevelInt
+from dtq.formats.lut import Lut
+from dtq.formats.ternary import Ternary
+from dtq.formats.vq import Vq
+
+AFFINE, TABLE, FLOAT8, WORDS, TRITS, TWO_LEVEL = range(6)
+"""``Codes`` there."""
+
+NO_SCALE, FLOAT32, BFLOAT16, E4M3, POWER = range(5)
+"""``ScaleType`` there."""
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How the codes of a format become numbers.
+
+    Attributes:
+        offset: what symmetric codes below 8 bits were raised by.
+        vector: weights of a code.
+        levels: of a table that is the same in every file.
+    """
+
+    codes: int
+    bits: int
+    scale: int
+    offset: int = 0
+    vector: int = 1
+    levels: tuple[float, ...] = ()
+
+
+def spelling(fmt: Format) -> Spelling | None:
+    """The spelling of a format; None for one that the decoder does not know."""
+    scale = FLOAT32 if fmt.group is None else BFLOAT16
+    match fmt:
+        case Int(bits=bits, asymmetric=asymmetric):
+            offset = 0 if asymmetric or bits == 8 else 2 ** (bits - 1)
+            return Spelling(AFFINE, bits, scale, offset)
+        case TwoLevelInt(bits=bits):
+            return Spelling(TWO_LEVEL, bits, FLOAT32)
+        case Fp8():
+            return Spelling(FLOAT8, 8, FLOAT32)
+        case Grid(levels=levels):
+            return Spelling(TABLE, levels.bits, scale, levels=levels.values)
+        case NvFp4():
+            return Spelling(TABLE, 4, E4M3, levels=E2M1.values)
+        case MxFp4():
+            return Spelling(TABLE, 4, POWER, levels=E2M1.values)
+        case Lut(bits=bits):
+            return Spelling(TABLE, bits, scale)
+        case Vq(words=words, vector=vector, scaled=scaled):
+            bits = words.bit_length() - 1
+            return Spelling(WORDS, bits, BFLOAT16 if scaled else NO_SCALE, vector=vector)
+        case Ternary(trits=True):
+            return Spelling(TRITS, 2, scale, 1)
+        case Ternary():
+            return Spelling(AFFINE, 2, scale, 1)
+    return None

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ARCHS``: which arithmetic a GPU does for a product of M tokens with an int8-able weight (N, K).
+
+A static table by architecture, tokens and operations: nothing is timed when a layer runs, so the
+same layer on the same GPU always does the same. Three answers:
+
+- ``few``: each packed weight is read once and multiplied in float; for a handful of tokens, where
+  reading weights is all that takes time;
+- ``float``: the weight is decoded once and kept, the product is torch's; for products so small
+  that quantizing the input costs more than int8 saves;
+- ``int8``: the row of ``KERNELS``, with the numbers that every device gives.
+
+The first two do not round the input, so they are at least as close to the float model, but they
+are other numbers than a CPU gives, and ``float`` takes 2 bytes a weight. ``DTQ_CUDA_INT8=1`` keeps
+int8 at every size: the CPU's numbers, no second copy. Only bfloat16 and float16 inputs come here:
+float32 products are slow enough for int8 to win always.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtq.kernels.cuda import CUDA
+
+INT8_ONLY = os.environ.get("DTQ_CUDA_INT8") == "1"
+"""Whether int8 is kept at every size."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What is true of GPUs from one capability to the next row's.
+
+    Attributes:
+        since: the smallest capability.
+        few: most tokens (M) of ``few``; ``kFewTokens`` in ``cuda_ext/launch_rows.h``.
+        least: operations (2 M N K) from which ``int8`` pays.
+        source: of ``least``.
+    """
+
+    since: tuple[int, int]
+    few: int
+    least: float
+    source: str
+
+
+# the model: a quantizing pass of its own, 2 to 2.5 us a launch, int8 as fast as published kernels
+ARCHS = (
+    Arch((8, 0), 16, 1e9, "modelled for A100: 0.97x at 0.7 GFLOP, 1.18x at 2.7"),
+    Arch((8, 6), 16, 0, "modelled for RTX 4090, whose int8 is four times bf16: 1.6x at 0.7 GFLOP"),
+    Arch((9, 0), 16, 3e9, "modelled for H200: 0.91x at 2.7 GFLOP, 1.16x at 4.8"),
+    Arch((10, 0), 16, 8e9, "modelled for B200: 0.78x at 2.7 GFLOP, 0.98x to 1.15x at 10.9"),
+    Arch((12, 0), 16, 0, "as 8.6: int8 is four times bf16"),
+)
+
+
+def arch(capability: tuple[int, int]) -> Arch:
+    """The row of a GPU of this capability, 8.0 or later."""
+    return max((row for row in ARCHS if row.since <= capability), key=lambda row: row.since)
+
+
+def choose(capability: tuple[int, int], m: int, n: int, k: int) -> str:
+    """``few``, ``float`` or ``int8`` for a product of (M, K) with (N, K)."""
+    row = arch(capability)
+    if m <= row.few:
+        return "few"
+    return "float" if 2 * m * n * k < row.least else "int8"
+
+
+def answer(x: Tensor, n: int) -> str:
+    """What is done for ``x`` (M, K) and N outputs: always ``int8`` off the GPU."""
+    if INT8_ONLY or not _on_gpu(x) or x.dtype not in (torch.bfloat16, torch.float16):
+        return "int8"
+    capability = _capability(x.device.index or 0)
+    return choose(capability, x.shape[0], n, x.shape[1]) if capability >= (8, 0) else "int8"
+
+
+def sentence(capability: tuple[int, int], n: int, k: int) -> str:
+    """The table for one layer, in words."""
+    row = arch(capability)
+    first = math.ceil(row.least / (2 * n * k))
+    parts = [f"up to {row.few} tokens the packed weight times float"]
+    if first > row.few + 1:
+        parts.append(f"then decoded to float below {first} tokens")
+    return ", ".join([*parts, "then int8"])
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(index: int) -> tuple[int, int]:
+    # without the library the torch reference runs: it decodes slowly, so int8 at any size
+    if not torch.cuda.is_available() or not CUDA.load():
+        return 0, 0
+    return torch.cuda.get_device_capability(index)

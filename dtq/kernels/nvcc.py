@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the CUDA library is compiled: which file for which architectures, with what flags.
+
+The standard library only: building a wheel reads this file without torch and without dtq
+(``cuda_ext/build_kernels.py``). torch's stable ABI is the only thing of torch that the library
+uses, so its headers may be those of a torch without CUDA, and one file serves every torch from
+2.10 and every Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ARCHS = ("80", "86", "89", "90a", "100", "120")
+"""Machine code in a library that is built ahead; sm_86 and sm_89 also serve what lies between."""
+
+PTX = "80"
+"""For GPUs that are newer than all of these: the driver compiles it."""
+
+ABI = (2, 10)
+"""The torch whose stable ABI is used; any later one loads the library."""
+
+
+def target() -> str:
+    """The version that torch's headers are told to stay compatible with."""
+    return f"0x{ABI[0]:02x}{ABI[1]:02x}000000000000ULL"
+
+
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    # no contraction: a fused multiply-add rounds once where the reference rounds twice
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    f"-DTORCH_TARGET_VERSION={target()}",
+)
+
+
+UNITS = (
+    "gemm.cu",
+    "gemm_int8.cu",
+    "gemm_two_level.cu",
+    "gemm_table.cu",
+    "rows.cu",
+    "weights.cu",
+    "ops_gemm.cpp",
+    "ops_rows.cpp",
+)
+"""The source files. The C++ ones know of torch; kernels of one generation are empty elsewhere."""
+
+
+def find_nvcc(*homes: str | None) -> str | None:
+    """The compiler: of the CUDA folders given, ``CUDA_HOME`` or ``CUDA_PATH``, else on the path."""
+    named = (*homes, os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+    for home in filter(None, named):
+        found = shutil.which(str(Path(home) / "bin" / "nvcc"))
+        if found:
+            return found
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def sources(folder: Path) -> list[Path]:
+    """Everything that the library is made of."""
+    kinds = (".cpp", ".cu", ".cuh", ".h", ".inc")
+    return sorted(path for path in folder.iterdir() if path.suffix in kinds)
+
+
+def commands(
+    nvcc: str, folder: Path, torch_home: Path, work: Path, archs: Sequence[str], ptx: bool
+) -> tuple[list[list[str]], list[str]]:
+    """One command for each source file, and the one that links what they made.
+
+    Args:
+        folder: the sources.
+        torch_home: the installed package, for headers and for ``libtorch.so``.
+        work: gets the objects, and ``library.so``.
+        archs: those wanted, from ``ARCHS`` or like them.
+        ptx: whether to add PTX for later GPUs.
+    """
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    if ptx:
+        codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
+    named = " ".join(f"sm_{a}" for a in archs) + (" and PTX" if ptx else "")
+    headers = [f'-DDTQ_ARCHS="{named}"', "-isystem", str(torch_home / "include")]
+    objects = [str(work / f"{Path(unit).stem}.o") for unit in UNITS]
+    compiling = [
+        [
+            nvcc,
+            *FLAGS,
+            *(headers if unit.endswith(".cpp") else codes),
+            *("-c", str(folder / unit)),
+            *("-o", target),
+        ]
+        for unit, target in zip(UNITS, objects, strict=True)
+    ]
+    # libtorch.so needs libtorch_cuda.so where there is one, so the library finds the stream of
+    # torch without naming a file that a torch without CUDA does not have
+    libraries = [f"-L{torch_home / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    output = str(work / "library.so")
+    return compiling, [nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", output]
+
+
+def compile_library(
+    nvcc: str,
+    folder: Path,
+    torch_home: Path,
+    work: Path,
+    archs: Sequence[str] = ARCHS,
+    ptx: bool = True,
+) -> Path:
+    """Compile and link; see :func:`commands`.
+
+    Raises:
+        OSError: nvcc failed; its first error is in the message.
+    """
+    compiling, linking = commands(nvcc, folder, torch_home, work, archs, ptx)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, compiling))
+    _run(linking)
+    return work / "library.so"
+
+
+def key(folder: Path) -> str:
+    """Names everything that a library depends on but the architectures."""
+    total = hashlib.sha256(f"{platform.machine()} {FLAGS} {UNITS}".encode())
+    for path in sources(folder):
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """nvcc's name of a device: the features of Hopper alone need the ``a``."""
+    major, minor = capability
+    return f"{major}{minor}{'a' if capability == (9, 0) else ''}"
+
+
+def wanted_archs(default: Iterable[str] = ARCHS) -> tuple[str, ...]:
+    """``DTQ_CUDA_ARCHS=80;90a``, else the default."""
+    named = os.environ.get("DTQ_CUDA_ARCHS", "").replace(",", ";").split(";")
+    return tuple(a.strip() for a in named if a.strip()) or tuple(default)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        said = [line for line in lines if "error" in line or "fatal" in line] or lines
+        raise OSError(f"nvcc failed: {said[0].strip() if said else 'no output'}")

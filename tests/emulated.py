@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA library on the block emulator: binding and kernels, on tensors of the CPU.
+
+``library()`` compiles everything that nvcc compiles with g++ instead (once for each state of the
+sources, into the user's cache) and gives its ops as ``torch.ops.dtq_sim``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtq.data import folder
+from dtq.kernels import cuda, nvcc
+from dtq.kernels import ops as declared
+
+FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-march=native",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-w",
+]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("the emulator needs g++ on x86-64")
+    path = _built()
+    definitions = torch.library.Library("dtq_sim", "DEF")
+    for schema, _, _ in declared._OPS:
+        if schema.split("(")[0] in cuda.CUDA.ops:
+            definitions.define(schema)
+    _KEPT.append(definitions)
+    torch.ops.load_library(str(path))
+    found = ctypes.CDLL(str(path))
+    cuda.tell_formats(found)
+    found.dtq_cuda_gemm.restype = ctypes.c_char_p
+    sizes = [ctypes.c_int64] * 3
+    found.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, *sizes, ctypes.c_int]
+    found.dtq_cuda_references.restype = ctypes.c_int64
+    return found
+
+
+_KEPT: list[torch.library.Library] = []  # a library goes with its last reference
+
+
+def _built() -> Path:
+    sources, home = folder("cuda_ext"), Path(torch.__file__).parent
+    files = [*nvcc.sources(sources), *(sources / "sim").iterdir()]
+    from dtq.kernels.native import digest
+
+    key = digest(files, torch.__version__, FLAGS)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtq"
+    target = base / f"dtq_sim-{key}.so"
+    if target.exists():
+        return target
+    base.mkdir(parents=True, exist_ok=True)
+    work = base / f"sim-{os.getpid()}"
+    work.mkdir()
+    objects = []
+    for unit in nvcc.UNITS:
+        objects.append(str(work / f"{Path(unit).stem}.o"))
+        headers = ["-isystem", str(home / "include"), f"-DTORCH_TARGET_VERSION={nvcc.target()}"]
+        extra = ['-DDTQ_ARCHS="emulator"', *headers] if unit.endswith(".cpp") else []
+        source = ["-x", "c++", "-c", str(sources / unit)]
+        subprocess.run(["g++", *FLAGS, "-DDTQ_SIM", *extra, *source, "-o", objects[-1]], check=True)
+    made = work / "library.so"
+    link = [f"-L{home / 'lib'}", "-ltorch_cpu", "-o", str(made)]
+    subprocess.run(["g++", "-shared", *objects, *link], check=True)
+    os.replace(made, target)
+    shutil.rmtree(work)
+    return target
