@@ -9,8 +9,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(name: str) -> Path:
-    """The folder ``recipes``, ``calibration``, ``gate``, ``cpu_ext`` or ``cuda_ext``: of a wheel, an
-    editable install or a checkout.
+    """The folder ``recipes``, ``calibration``, ``gate``, ``cpu_ext`` or ``cuda_ext``.
+
+    Of a wheel, an editable install or a checkout.
 
     Raises:
         FileNotFoundError: neither place has it (a broken installation).

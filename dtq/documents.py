@@ -29,12 +29,12 @@ LARGEST_INT = 2**63
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file. It may say ``-Infinity``, as schedulers of diffusers do.
 
     Raises:
         InputError: no such file, too large, or not a JSON object in the sense of this page.
     """
-    data = parse_json(read_text(path, LARGEST_JSON), str(path))
+    data = parse_json(read_text(path, LARGEST_JSON), str(path), infinite=True)
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a JSON object")
     return data
@@ -89,15 +89,18 @@ def write_folder(path: Path) -> None:
         raise InputError(f"{path}: cannot be made ({error.strerror or error})") from error
 
 
-def parse_json(text: str, where: str) -> Any:
-    """JSON data; ``where`` begins every message.
+def parse_json(text: str, where: str, *, infinite: bool = False) -> Any:
+    """JSON data; ``where`` begins every message, ``infinite`` allows infinities by name.
 
     Raises:
         InputError: not JSON, a key twice, NaN, a number beyond 64 bits, too deep.
     """
     try:
         data = json.loads(
-            text, object_pairs_hook=_each_once, parse_constant=_no_constant, parse_float=_finite
+            text,
+            object_pairs_hook=_each_once,
+            parse_constant=_no_nan if infinite else _no_constant,
+            parse_float=_finite,
         )
     except _Refused as error:
         raise InputError(f"{where}: {error}") from error
@@ -147,6 +150,10 @@ def _each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise _Refused(f"{name} is not a number")
+
+
+def _no_nan(name: str) -> float:
+    return _no_constant(name) if name == "NaN" else float(name)
 
 
 def _finite(text: str) -> float:

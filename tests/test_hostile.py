@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -87,6 +88,16 @@ def test_json_is_small_shallow_and_plain(kind):
     text, words = JSON[kind]
     with pytest.raises(InputError, match=rf"^x\.json: .*({words})"):
         parse_json(text, "x.json")
+
+
+def test_schedulers_of_diffusers_say_infinity(tmp_path):
+    DPMSolverMultistepScheduler().save_config(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    assert "-Infinity" in file.read_text()
+    assert documents.read_json(file)["lambda_min_clipped"] == -math.inf
+    file.write_text('{"a": NaN}')
+    with pytest.raises(InputError, match="NaN is not a number"):
+        documents.read_json(file)
 
 
 def test_json_files_are_files(tmp_path, monkeypatch):
