@@ -259,7 +259,9 @@ def quantize_source(
         source.model.set_submodule(layer.name, built(result, old, plan.bins, dtype))
         if recipe.refine.name != "none":
             floats[layer.name] = old  # the teacher
-    finish(source.model, report.edges)
+    # of the command the model is only written; if it runs, it runs as it will when loaded
+    runs = work.folder is None or recipe.refine.name != "none" or bool(recipe.steps.modes)
+    finish(source.model, report.edges, align=runs)
     config = config or DTQConfig(modules_to_not_convert=list(skip) or None)
     if recipe.refine.name != "none":
         report.refine = (
@@ -304,7 +306,10 @@ def plan_source(
     """
     if getattr(source.model, "is_quantized", False):
         raise InputError(f"{source.name} is quantized already; give the float model")
-    scan = scan_model(source.model, _first_call(source, calls))
+    if source.scan is None:
+        with paged(*_modules(source)):
+            source.scan = scan_model(source.model, _first_call(source, calls))
+    scan = source.scan
     keep = tuple(getattr(source.model, "_keep_in_fp32_modules", None) or ())
     plan = recipe.plan(scan, (*skip, *keep))
     if not plan.quantized():
