@@ -213,7 +213,7 @@ def quantize_source(
         check_budget(plan, recipe)
     needs = recipe.needs()
     driven = source.pipeline is not None or calls is not None
-    if statistics is None and needs and (driven or not _data_free(recipe)):
+    if statistics is None and needs_of(recipe, driven):
         statistics = calibrate_source(
             source, scan, recipe, needs, inputs=calls, progress=progress, memory=memory, work=work
         )
@@ -394,10 +394,15 @@ def _first_call(source: Source, calls: Sequence[dict[str, Any]] | None) -> Any:
     return run
 
 
-def _data_free(recipe: Recipe) -> bool:
-    """Weight-only recipes whose transform needs none lose little without data; others need it."""
+def needs_of(recipe: Recipe, driven: bool) -> frozenset[str]:
+    """The statistics that are collected for a recipe.
+
+    Weight-only recipes whose transform needs none lose little without data: where no pipeline and
+    no inputs drive the model they do without.
+    """
     without = not TRANSFORMS[recipe.transform.name].needs
-    return recipe.acts == "none" and without and not recipe.rules
+    data_free = recipe.acts == "none" and without and not recipe.rules
+    return recipe.needs() if driven or not data_free else frozenset()
 
 
 def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str]) -> None:
