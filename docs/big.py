@@ -67,14 +67,30 @@ def build(folder: Path, billion: float) -> int:
     return sum(t.numel() for _, t in tensors)
 
 
-def run(*command: str) -> tuple[float, int]:
-    """Seconds, and peak resident bytes of a command; its output is shown."""
-    started = time.monotonic()
+def run(*command: str, folder: Path | None = None) -> tuple[float, int, int]:
+    """Seconds, peak resident bytes, and most bytes in ``folder``; output of the command is shown.
+
+    Resident are mapped pages of files too, which the kernel can take back at any time.
+    """
+    started, disk = time.monotonic(), 0
     child = subprocess.Popen([sys.executable, *command])
-    _, status, usage = os.wait4(child.pid, 0)
+    while True:
+        done, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if done:
+            break
+        disk = max(disk, sum(size_of(p) for p in folder.rglob("*")) if folder else 0)
+        time.sleep(0.2)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
-    return time.monotonic() - started, usage.ru_maxrss * 1024
+    return time.monotonic() - started, usage.ru_maxrss * 1024, disk
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 of what is gone or a folder."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def bytes_of(folder: Path) -> int:
@@ -89,31 +105,36 @@ def main() -> None:
     parser.add_argument("--memory", default="6GB", help="for statistics")
     parser.add_argument("--out", type=Path, default=Path(".big"))
     options = parser.parse_args()
-    source, target = options.out / f"flux-{options.billion:g}b", options.out / "quantized"
+    source = options.out / f"flux-{options.billion:g}b"
+    target = options.out / "run" / "quantized"
     if not source.exists():
         print(f"{build(source, options.billion) / 1e9:.2f} B parameters", flush=True)
     settings = [x for pair in options.set for x in ("--set", pair)]
     plan = ["-m", "dtq.cli", "plan", str(source), "--recipe", options.recipe, *settings]
-    plan += ["--memory", options.memory]
+    plan += ["--memory", options.memory, "--samples", "1"]
+    plan += ["--set", "calibration.batch=1", "--set", "calibration.bins=4"]
     told = json.loads(subprocess.check_output([sys.executable, *plan, "--json"]))
-    shutil.rmtree(target, ignore_errors=True)
-    seconds, peak = run(
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.parent.mkdir()
+    seconds, peak, disk = run(
         "-m", "dtq.cli", "quantize", str(source), "--recipe", options.recipe, *settings,
         "--memory", options.memory, "--samples", "1", "-o", str(target),
-        "--set", "calibration.batch=1", "--set", "calibration.bins=4",
+        "--set", "calibration.batch=1", "--set", "calibration.bins=4", folder=target.parent,
     )  # fmt: skip
-    loaded, load_peak = run(
+    loaded, load_peak, _ = run(
         "-c",
         "import sys, dtq, diffusers;diffusers.FluxTransformer2DModel.from_pretrained(sys.argv[1])",
         str(target),
     )
-    bare, bare_peak = run("-c", "import dtq, diffusers; diffusers.FluxTransformer2DModel")
+    bare, bare_peak, _ = run("-c", "import dtq, diffusers; diffusers.FluxTransformer2DModel")
     rows = {
         "float file": bytes_of(source),
         "quantized file": bytes_of(target),
         "quantized file, foretold": told["bytes"],
         "peak memory of quantize": peak,
         "peak memory of quantize, foretold": told["memory"],
+        "peak disk of quantize": disk,
+        "peak disk of quantize, foretold": told["disk"],
         "peak memory of load": load_peak,
         "peak memory of the imports alone": bare_peak,
     }

@@ -48,7 +48,7 @@ from dtq.printing import (
     size,
     table,
 )
-from dtq.quantize import calibrate_source, plan_source, quantize_sources
+from dtq.quantize import calibrate_source, needs_of, plan_source, quantize_sources
 from dtq.recipe import Calibration, Recipe, find, names
 from dtq.team import Team
 
@@ -316,6 +316,8 @@ def plan(
     chosen = _recipe(choices)
     every: dict[str, dict[str, Any]] = {}
     found = source.skeletons(model, components or "auto")
+    folder = Path(model)
+    driven = not folder.exists() or source.folder_kind(folder) == "pipeline"
     for name, (skeleton, on_disk) in found.items():
         compute = on_disk if dtype == "auto" else source.DTYPES[dtype]
         opened = source.Source(model, None, name, skeleton)
@@ -326,6 +328,7 @@ def plan(
             resolved,
             chosen,
             compute,
+            needs=needs_of(chosen, driven),
             memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
             mapped=compute == on_disk,
         )

@@ -20,6 +20,7 @@ from dtq.plan import Plan
 from dtq.recipe import Recipe
 
 _TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
+_COPIES = 8  # float32 matrices of a layer's size that its solver holds
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Estimate:
         file_most: with the whole budget spent, the guard's or that of mixed precision.
         float_file: of the float transformer in the compute dtype.
         memory: peak while quantizing, see :func:`peak_memory`.
+        disk: peak while quantizing, the output included, see :func:`disk_needed`.
         seconds: on this machine, None when the model could not be traced.
     """
 
@@ -38,6 +40,7 @@ class Estimate:
     file_most: int
     float_file: int
     memory: int
+    disk: int
     seconds: float | None
 
 
@@ -48,10 +51,11 @@ def estimate(
     recipe: Recipe,
     dtype: torch.dtype,
     *,
+    needs: frozenset[str] | None = None,
     memory: int | None = None,
     mapped: bool = False,
 ) -> Estimate:
-    """Work out the cost of a plan.
+    """Work out the cost of a plan, carried out by the command line.
 
     Args:
         model: the float transformer; the meta device will do.
@@ -59,8 +63,10 @@ def estimate(
         plan: what happens to them.
         recipe: for its calibration and guard.
         dtype: compute dtype, that of every kept tensor.
+        needs: statistics that are collected; default: what the recipe asks for.
         memory, mapped: see :func:`peak_memory`.
     """
+    needs = recipe.needs() if needs is None else needs
     tensors = file_tensors(model, plan, dtype)
     file = predicted_bytes(tensors)
     gemm = sum(math.prod(x.shape) for x in plan.gemm())
@@ -70,12 +76,23 @@ def estimate(
         allowed = parse_budget(str(recipe.allocate.budget), gemm)
         most = file - sum(x.nbytes(plan.bins) for x in plan.gemm()) + allowed
     floats = sum(t.numel() * dtype.itemsize for t in model.state_dict().values())
+    disk = disk_needed(scan, plan, recipe, needs, most, memory)
     return Estimate(
         file,
         most,
         floats,
-        peak_memory(model, plan, recipe.needs(), dtype, memory=memory, mapped=mapped),
-        _seconds(scan, plan, recipe) if scan.traced else None,
+        peak_memory(
+            model,
+            scan,
+            plan,
+            needs,
+            dtype,
+            bins=recipe.calibration.bins,
+            memory=memory,
+            mapped=mapped,
+        ),
+        disk,
+        _seconds(scan, plan, recipe, needs) if scan.traced else None,
     )
 
 
@@ -96,32 +113,44 @@ def file_tensors(
 
 def peak_memory(
     model: nn.Module,
+    scan: Scan,
     plan: Plan,
     needs: frozenset[str],
     dtype: torch.dtype,
     *,
+    bins: int = 1,
     memory: int | None = None,
     mapped: bool = False,
 ) -> int:
-    """Bytes at the peak.
+    """Bytes at the peak, in this process.
 
-    This process, the float model, the statistics, the work on the largest layer, and what is
-    quantized already. Of a mapped model one block at a time is resident, and what lies outside of
-    blocks. Activations are not counted.
+    The process itself, the float model, and the largest of what is there one after another: the
+    statistics; the work on the linears of one input; the quantized model, as it is written. Of a
+    mapped model one block at a time is resident, and what lies outside of blocks. Activations are
+    not counted.
 
     Args:
         model: the float transformer; the meta device will do.
+        scan: its linears.
         plan: what happens to it.
-        needs: statistics that are kept.
+        needs: statistics that are collected.
         dtype: compute dtype.
+        bins: timestep bins of the statistics.
         memory: most bytes of statistics.
         mapped: whether the file has that dtype, so that it is mapped and not read.
     """
-    statistics, columns_seen = 0, 0
-    for layer in plan.quantized():  # sites share, so this is an upper bound
-        columns = layer.shape[1]
-        statistics += SiteStats.nbytes(columns, plan.bins, needs)
-        columns_seen = max(columns_seen, columns)
+    statistics, working = 0, 0
+    for site in scan.sites:
+        counts = [math.prod(plan[x.name].shape) for x in site.linears if not plan[x.name].kept]
+        if not counts:
+            continue
+        seen = SiteStats.nbytes(site.columns, bins, needs) if needs else 0
+        statistics += seen
+        # the weights of the site, and what is made of one of them on the way to its codes
+        solving = 4 * sum(counts) + _COPIES * 4 * max(counts) + seen
+        if "gram" in needs:  # it is rotated in float32, and factored in float64
+            solving += (2 * 4 + 3 * 8) * site.columns**2
+        working = max(working, solving)
     floats: Counter[str] = Counter()
     blocks = blocks_of(model)
     for name, tensor in model.state_dict().items():
@@ -129,25 +158,48 @@ def peak_memory(
         floats[home] += tensor.numel() * dtype.itemsize
     outside = floats.pop("", 0)
     resident = outside + (max(floats.values(), default=0) if mapped else floats.total())
-    largest = max((math.prod(x.shape) for x in plan.quantized()), default=0)
     done = sum(x.nbytes(plan.bins) for x in plan.quantized())
     here = psutil.Process().memory_info().rss
-    working = 6 * 4 * largest + 3 * 8 * columns_seen**2
-    return here + resident + min(statistics, memory or statistics) + working + done
+    return here + resident + max(min(statistics, memory or statistics), working, done)
 
 
-def _seconds(scan: Scan, plan: Plan, recipe: Recipe) -> float:
+def disk_needed(
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    needs: frozenset[str],
+    written: int,
+    memory: int | None = None,
+) -> int:
+    """Bytes on disk at the peak: statistics, solved units of every alternative, the output.
+
+    Args:
+        scan, plan, recipe: what happens.
+        needs: statistics that are collected.
+        written: of the output.
+        memory: most bytes of statistics in memory; a file with them is replaced by the next.
+    """
+    kept = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
+    seen = sum(SiteStats.nbytes(s.columns, recipe.calibration.bins, needs) for s in kept)
+    seen = seen if needs else 0
+    options = len(recipe.allocate.options) - 1 if recipe.allocate.budget else 0
+    units = sum(x.nbytes(plan.bins) for x in plan.quantized())
+    others = sum(x.nbytes(plan.bins) for x in plan.gemm()) * (len(recipe.compare) + options)
+    return seen + max(min(seen, memory or seen), units + others + written)
+
+
+def _seconds(scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str]) -> float:
     rate = _multiply_rate()
     shapes = {x.name: x.shape for x in scan.linears()}
     forward = sum(2 * rows * math.prod(shapes[n]) for n, rows in scan.rows.items()) / _TRACED_BATCH
     c = recipe.calibration
     calls = c.samples * (c.steps or 50) * 2  # both branches of guidance
-    total = 1.5 * forward * calls / rate if recipe.needs() else 0.0
+    total = 1.5 * forward * calls / rate if needs else 0.0
     for layer in plan.quantized():
         weights, columns = math.prod(layer.shape), layer.shape[1]
         if layer.transform.name == "search":
             total += 100 * (2 * 1024 * weights / rate + 40 * weights / 1e9)
-        if layer.solver.name == "gptq":
+        if layer.solver.name == "gptq" and needs:
             tries = 2 if layer.transform.name == "search" else 1  # close rivals are solved too
             total += tries * (4 * weights * columns / rate + columns * 4e-4)
         if layer.lowrank.name != "none":

@@ -80,6 +80,8 @@ class Job:
                 log.warning("%s: going on where the run before stopped", self.folder)
                 here = {**here, "threads": before["threads"]}
                 here["memory"] = memory or before["memory"]
+            else:  # units that nobody knows the inputs of: a run was killed as it removed them
+                shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(here, indent=1) + "\n"
             replace_file(manifest, lambda draft: draft.write_text(text, encoding="utf-8"))

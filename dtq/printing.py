@@ -34,6 +34,7 @@ def plan_json(plan: Plan, cost: Estimate, scan: Scan) -> dict[str, Any]:
         "bytes": cost.file,
         "bytes_most": cost.file_most,
         "memory": cost.memory,
+        "disk": cost.disk,
         "seconds": cost.seconds,
         "bits_gemm": plan.bits(plan.gemm()),
         "bits_adaln": plan.bits([x for x in plan.quantized() if x.role == "adaln"]),
@@ -140,6 +141,7 @@ def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
             f"  at most                   {size(cost.file_most)} if the whole budget is spent ({chosen.allocate.budget or chosen.guard.budget})"
         )
     click.echo(f"peak memory                 about {size(cost.memory)}")
+    click.echo(f"disk while it runs          about {size(cost.disk)}")
     click.echo(
         f"time                        {'unknown' if cost.seconds is None else f'about {duration(cost.seconds)} on this machine'}"
     )

@@ -223,7 +223,7 @@ def quantize_source(
         check_budget(plan, recipe)
     needs = recipe.needs()
     driven = source.pipeline is not None or calls is not None
-    if statistics is None and needs and (driven or not _data_free(recipe)):
+    if statistics is None and needs_of(recipe, driven):
         statistics = calibrate_source(
             source, scan, recipe, needs, inputs=calls, progress=progress, memory=memory, work=work
         )
@@ -269,7 +269,10 @@ def quantize_source(
         source.model.set_submodule(layer.name, built(result, old, plan.bins, dtype))
         if recipe.refine.name != "none" or last_look:
             floats[layer.name] = old  # the teacher, and what the last look compares with
-    finish(source.model, report.edges)
+    # of the command the model is only written; if it runs, it runs as it will when loaded
+    runs = work.folder is None or recipe.refine.name != "none" or bool(recipe.steps.modes)
+    runs = runs or last_look
+    finish(source.model, report.edges, align=runs)
     config = config or DTQConfig(modules_to_not_convert=list(skip) or None)
     if recipe.refine.name != "none":
         report.refine = (
@@ -320,7 +323,10 @@ def plan_source(
     """
     if getattr(source.model, "is_quantized", False):
         raise InputError(f"{source.name} is quantized already; give the float model")
-    scan = scan_model(source.model, _first_call(source, calls))
+    if source.scan is None:
+        with paged(*_modules(source)):
+            source.scan = scan_model(source.model, _first_call(source, calls))
+    scan = source.scan
     keep = tuple(getattr(source.model, "_keep_in_fp32_modules", None) or ())
     plan = recipe.plan(scan, (*skip, *keep))
     if not plan.quantized():
@@ -405,10 +411,15 @@ def _first_call(source: Source, calls: Sequence[dict[str, Any]] | None) -> Any:
     return run
 
 
-def _data_free(recipe: Recipe) -> bool:
-    """Weight-only recipes whose transform needs none lose little without data; others need it."""
+def needs_of(recipe: Recipe, driven: bool) -> frozenset[str]:
+    """The statistics that are collected for a recipe.
+
+    Weight-only recipes whose transform needs none lose little without data: where no pipeline and
+    no inputs drive the model they do without.
+    """
     without = not TRANSFORMS[recipe.transform.name].needs
-    return recipe.acts == "none" and without and not recipe.rules
+    data_free = recipe.acts == "none" and without and not recipe.rules
+    return recipe.needs() if driven or not data_free else frozenset()
 
 
 def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str]) -> None:

@@ -45,6 +45,7 @@ class Source:
         component: name of the transformer in the pipeline.
         model: the transformer.
         path: its local folder, None when it was handed over in memory or by the hub.
+        scan: of the model, once it was made.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Source:
     component: str
     model: nn.Module
     path: Path | None = None
+    scan: Scan | None = None
 
     @property
     def family(self) -> Family | None:

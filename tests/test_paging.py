@@ -16,10 +16,12 @@ from torch import nn
 import dtq
 from dtq.calibrate import store
 from dtq.errors import InputError
+from dtq.nn import QuantLinear
 from dtq.paging import Mapped, paged, release
-from dtq.quantize import calibrate_source, plan_source
+from dtq.quantize import calibrate_source, plan_source, quantize_sources
 from dtq.recipe import Recipe
 from dtq.source import open_source
+from dtq.work import Work
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="MADV_PAGEOUT is Linux's")
 MB = 2**20
@@ -100,6 +102,18 @@ def test_a_little_memory_gives_the_same_model():
         pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, memory=memory, **QUICK)
         states.append(pipe.transformer.state_dict())
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+@linux
+def test_what_is_solved_waits_in_its_files(float_folder, tmp_path):
+    source = open_source(float_folder / "transformer")
+    recipe = Recipe.load("w4a16")
+    quantize_sources([source], recipe, progress=False, work=Work(tmp_path))
+    layers = [m for m in source.model.modules() if isinstance(m, QuantLinear)]
+    mapped = Mapped()
+    assert layers
+    assert all(mapped.holds(layer.weight) for layer in layers)
+    assert not list(tmp_path.rglob("statistics/*"))  # weight-only, and nothing drives the model
 
 
 def test_statistics_of_different_runs_do_not_mix(tmp_path):

@@ -135,6 +135,30 @@ def test_another_model_does_not_continue_it_and_fresh_starts_over(tmp_path, dies
     assert kill.digest(out) == kill.digest(tmp_path / "alone")
 
 
+def test_units_without_a_manifest_are_not_trusted(float_folder, tmp_path, dies):
+    other = [*FEW, "--seed", "5"]
+    dies(1)
+    run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
+    (tmp_path / ".q.work" / "manifest.json").unlink()  # killed as it removed the folder
+    dies(1000)
+    run(float_folder, *other, "-o", tmp_path / "q")
+    run(float_folder, *other, "-o", tmp_path / "alone")
+    assert kill.digest(tmp_path / "q") == kill.digest(tmp_path / "alone")
+
+
+def test_a_continued_run_takes_over_the_number_of_threads(float_folder, tmp_path, dies):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        dies(1)
+        run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
+        torch.set_num_threads(2)
+        run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_run_killed_right_before_its_end_is_known_to_be_finished(float_folder, tmp_path):
     out, work = tmp_path / "q", tmp_path / ".q.work"
     run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out)

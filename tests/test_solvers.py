@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from functools import cache
 
 import pytest
@@ -72,6 +73,14 @@ def test_gptq_without_correlations_is_clip_search(fmt):
     else:
         unclipped = SOLVERS["gptq"].call(w, fmt, torch.eye(K), clip=False)[0]
         assert torch.equal(unclipped, SOLVERS["rtn"].call(w, fmt)[0])
+
+
+def test_gptq_without_data_factors_nothing(monkeypatch):
+    # of (15360, 15360) it is 1.9 GB
+    monkeypatch.setattr(sys.modules["dtq.solvers.gptq"], "_inverse_factor", None)
+    w, _ = problem()
+    snapped, _ = SOLVERS["gptq"].call(w, FORMATS["int4-g64"])
+    assert torch.equal(snapped, SOLVERS["search"].call(w, FORMATS["int4-g64"])[0])
 
 
 @pytest.mark.parametrize("name", ["int4-asym-g64", "e2m1-row", "nvfp4"])

@@ -80,8 +80,17 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters(), torch.empty(0)).device
 
 
-def finish(model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None) -> None:
-    """What a model with quantized linears needs besides them: guards, alignment, clock."""
+def finish(
+    model: nn.Module,
+    edges: tuple[float, ...],
+    policy: StepPolicy | None = None,
+    *,
+    align: bool = True,
+) -> None:
+    """What a model with quantized linears needs besides them: guards, alignment, clock.
+
+    Without ``align`` mapped tensors stay in their files: for a model that is saved and never run.
+    """
     for module in model.modules():
         if any(isinstance(child, QuantLinear) for child in module.children()) and hasattr(
             module, "fuse_projections"
@@ -93,7 +102,7 @@ def finish(model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None
     # scales cannot be cast, but biases can, and nothing is gained by that
     pattern = f"^({'|'.join(map(re.escape, quantized))})$"
     model._skip_layerwise_casting_patterns = [*others, pattern]  # type: ignore[assignment]
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers()) if align else ():
         tensor.data = aligned(tensor.data)
     if edges or policy is not None:
         install_clock(model, edges, policy)

@@ -36,7 +36,7 @@ def gptq(
     Args:
         w: float (N, K).
         fmt: any format; groups must divide ``block`` or the other way round.
-        gram: H, float (K, K). None or the identity gives clip search alone.
+        gram: H, float (K, K). None gives what the identity does: clip search alone.
         damp: added to the diagonal, as a share of its mean; raised tenfold until H factors.
         block: columns that are repaired at once.
         clip: search the clip of each group; otherwise the full range.
@@ -49,12 +49,9 @@ def gptq(
     """
     check(w, gram)
     clips = None if clip else (1.0,)
-    if gram is None:
-        gram = torch.eye(w.shape[1], device=w.device)
     todo = w.float().clone()
-    h = gram.to(todo)
-    importance = h.diagonal()
-    inverse = _inverse_factor(h, damp)
+    inverse = None if gram is None else _inverse_factor(gram.to(todo), damp)
+    importance = torch.ones(w.shape[1]).to(todo) if gram is None else gram.diagonal().to(todo)
     params = fit_clipped(todo, fmt, importance, clips=clips)
     group = fmt.group or todo.shape[1]
     done = torch.zeros_like(todo)
@@ -69,11 +66,14 @@ def gptq(
                 _put(params, part, j // group)
             cols = slice(j, j + fmt.vector)
             done[:, cols] = fmt.snap(todo[:, cols], params, cols)
+            if inverse is None:
+                continue  # nothing says which columns could repair the error
             for i in range(j, j + fmt.vector):
                 error = (todo[:, i] - done[:, i]) / inverse[i, i]
                 todo[:, i:stop] -= torch.outer(error, inverse[i, i:stop])
                 errors[:, i - start] = error
-        todo[:, stop:] -= errors @ inverse[start:stop, stop:]
+        if inverse is not None:
+            todo[:, stop:] -= errors @ inverse[start:stop, stop:]
     return fmt.snap(done, params), params
 
 
@@ -86,20 +86,24 @@ def _put(params: Params, part: Params, index: int) -> None:
 
 def _inverse_factor(h: Tensor, damp: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped ``h`` (K, K), in the dtype of ``h``."""
-    exact = h.double()
-    diagonal = exact.diagonal()
-    dead = diagonal <= 0
+    # the largest matrices of a run: two in float64 at a time, each let go as soon as it was used
+    damped = h.double()
+    diagonal = damped.diagonal()
+    dead = diagonal <= 0  # an input that is always zero
     mean = float(diagonal.mean()) or 1.0
-    exact = exact + torch.diag(dead.double() * mean)  # an input that is always zero
+    before = diagonal + dead.double() * mean
     for attempt in range(6):
         share = damp * 10**attempt
-        damped = exact + torch.eye(len(h), dtype=torch.float64, device=h.device) * (share * mean)
+        diagonal.copy_(before + share * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             if attempt:
                 log.info("gptq: damping raised to %g of the mean diagonal", share)
+            del damped, diagonal
             inverse = torch.cholesky_inverse(lower)
+            del lower
             upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+            del inverse
             return upper.to(h)
     raise InputError(
         "gptq: the second moment of the input is not positive definite even when damped by "
