@@ -13,6 +13,7 @@ FOREIGN = (
     TypeError,
     LookupError,
     AttributeError,
+    NameError,
     RuntimeError,
     ArithmeticError,
     AssertionError,
