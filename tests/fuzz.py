@@ -37,7 +37,7 @@ import tiny
 import torch
 import yaml
 from diffusers import DiTTransformer2DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dtq
