@@ -194,7 +194,16 @@ def shards(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../secret.safetensors", "/etc/passwd", "a\x00.safetensors", "x.bin", 3, None]
+    "name",
+    [
+        "../../secret.safetensors",
+        "x" * 300 + ".safetensors",
+        "/etc/passwd",
+        "a\x00.safetensors",
+        "x.bin",
+        3,
+        None,
+    ],
 )
 def test_shards_are_plain_names(name, float_copy):
     index = shards(float_copy)

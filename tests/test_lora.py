@@ -331,7 +331,7 @@ def test_adapters_that_need_the_float_weight_are_refused(kind):
     model = quantized("sd3")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     names = [n for n in linears(model) if n.endswith("attn.to_q")]
-    with pytest.raises(InputError, match="quantized linears take plain LoRA|float weight"):
+    with pytest.raises(InputError, match=r"quantized linears take plain LoRA|float weight"):
         peft.get_peft_model(model, ADAPTERS[kind](names))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
