@@ -460,3 +460,13 @@ def test_ternary_scales_are_finite_and_codes_whole(alpha):
         dtq.load_ternary(tiny.dit(), {Q: (codes, alpha)})
     with pytest.raises(InputError, match="must be -1, 0 or 1"):
         dtq.load_ternary(tiny.dit(), {Q: (codes + 0.5, 1.0)})
+
+
+def test_messages_are_short_and_steer_no_terminal():
+    with pytest.raises(InputError) as caught:
+        parse_json(
+            '{"a\\u001b[2J": ' + str(2**64) + ', "b": ' + "9" * 30 + "}", "x\x1b" + "y" * 9999
+        )
+    assert len(str(caught.value)) < 4100
+    assert "\x1b" not in str(caught.value)
+    assert str(caught.value).startswith("x\\x1byyy")
