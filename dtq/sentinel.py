@@ -48,6 +48,8 @@ APART = 4.0
 """... if it is so many times the median of the model: a recipe may be coarse all over."""
 DROP = 10.0
 """dB by which a block may be worse than the one before it, once it is below 3 dB."""
+BLAMED = 0.05
+"""Relative squared error of a layer from which it may be what ruins its block."""
 VARIANCE = 4.0
 """Factor by which the variance of outputs and latents may grow or shrink."""
 ROUNDS = 16
@@ -255,7 +257,11 @@ def findings(seen: Look) -> list[Finding]:
         for error, name, call in lost
     ]
     for block, call, text in _drops(seen):
-        inside = [x for x in _worst(seen) if x[2] == call and x[1].startswith(f"{block}.")]
+        inside = [
+            (error, name, at)
+            for error, name, at in _worst(seen)
+            if at == call and error > BLAMED and name.startswith(f"{block}.")
+        ]
         if inside:
             found.append(Finding(max(inside)[1], f"{text}, and it errs most in there"))
     return found

@@ -53,7 +53,7 @@ def soak(cycles: int) -> tuple[float, list[int]]:
             assert torch.equal(cycle(folder, out), want), f"cycle {i} made another picture"
             gc.collect()
             sizes.append(process.memory_info().rss)
-            if (i + 1) % 50 == 0:
+            if (i + 1) % 20 == 0:
                 print(f"{i + 1} cycles, {sizes[-1] / 1e6:.1f} MB", flush=True)
     return slope(sizes), sizes
 
