@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from dtq.calibrate.calls import Recorded, first_tensor, relative_error, replay
 from dtq.calibrate.engine import Statistics
 from dtq.calibrate.record import sample_calls
+from dtq.documents import finite
 from dtq.errors import NumberError
 from dtq.families import Scan, blocks_of
 from dtq.nn.linear import QuantLinear, rows_of
@@ -103,13 +104,14 @@ class Look:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: what is not finite is null."""
-        return {
+        data: dict[str, Any] = finite({
             "calls": self.calls,
-            "block_snr_db": {name: [_finite(v) for v in each] for name, each in self.snr.items()},
+            "block_snr_db": self.snr,
             "saturation": {name: share for name, (share, _) in self.saturation.items() if share},
-            "variance": [_finite(v) for v in self.variance],
-            "latent_variance": [_finite(v) for v in self.latents],
-        }
+            "variance": self.variance,
+            "latent_variance": self.latents,
+        })  # fmt: skip
+        return data
 
 
 def watch(
@@ -433,7 +435,3 @@ def _ratio(got: Tensor, want: Tensor) -> float:
     if got.numel() < 2:
         return 1.0
     return float(got.double().var() / want.double().var().clamp(min=1e-300))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -443,6 +443,14 @@ def test_the_report_beside_a_checkpoint_is_checked(data, words, tmp_path):
         quantization_report(tmp_path)
 
 
+def test_what_dtq_writes_is_json_that_it_reads(tmp_path):
+    data = {"layers": [{**REPORT, "error": float("inf")}], "sites": [], "a": (float("nan"), 1.5)}
+    (tmp_path / "dtq_report.json").write_text(json.dumps(documents.finite(data)))
+    read = quantization_report(tmp_path)
+    assert read["layers"][0]["error"] is None
+    assert read["a"] == [None, 1.5]
+
+
 def test_the_page_of_a_report_runs_nothing():
     from dtq.evaluate.report import _layer_table
 
