@@ -30,7 +30,7 @@ from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
 from dtq.cli_gate import gate
-from dtq.documents import parse_yaml, read_json, write_folder, write_whole
+from dtq.documents import finite, parse_yaml, read_json, write_folder, write_whole
 from dtq.errors import DtqError, InputError, NumberError, first_line
 from dtq.estimate import estimate
 from dtq.job import inputs_of, job
@@ -276,6 +276,7 @@ def quantize(
         data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
         if len(data) == 1:
             (data,) = data.values()
+        data = finite(data)
         with run.result() as side:
             checkpoint.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
             text = json.dumps(data, indent=1) + "\n"

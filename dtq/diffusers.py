@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -208,11 +210,42 @@ def register(on_the_fly: OnTheFly) -> None:
     DTQQuantizer.on_the_fly = staticmethod(on_the_fly)
     auto.AUTO_QUANTIZER_MAPPING.setdefault("dtq", DTQQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
+    _guard_control_nets()
     if is_transformers_available():  # diffusers has imported it; it asks both for a quant_backend
         from transformers.quantizers import auto as text
 
         text.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
         text.AUTO_QUANTIZER_MAPPING.setdefault("dtq", _refuse_text)
+
+
+def _guard_control_nets() -> None:
+    """``from_transformer`` of control nets copies weights by name, and here those are codes.
+
+    ``load_state_dict(strict=False)`` takes int8 codes of the right shape for weights: the control
+    net would be noise. Classes that share modules instead of copying have no such argument.
+    """
+    from diffusers.models import controlnets
+
+    for kind in vars(controlnets).values():
+        made = vars(kind).get("from_transformer") if isinstance(kind, type) else None
+        if not isinstance(made, classmethod) or hasattr(made.__func__, "dtq"):
+            continue
+        if "load_weights_from_transformer" in inspect.signature(made.__func__).parameters:
+            kind.from_transformer = classmethod(_of_floats(made.__func__))  # type: ignore[attr-defined]
+
+
+def _of_floats(make: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def from_transformer(cls: Any, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(m, QuantLinear) for m in transformer.modules()):
+            raise InputError(
+                f"{cls.__name__}.from_transformer copies float weights, and this transformer holds "
+                f"codes; give the float model, or dequantize() a copy of this one"
+            )
+        return make(cls, transformer, *args, **kwargs)
+
+    from_transformer.dtq = True  # type: ignore[attr-defined]
+    return from_transformer
 
 
 def _refuse_text(*args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ FOREIGN = (
     TypeError,
     LookupError,
     AttributeError,
+    NameError,
     RuntimeError,
     ArithmeticError,
     AssertionError,
@@ -24,8 +25,21 @@ FOREIGN = (
 one, these become a :class:`DtqError` that names the file; the original is its cause."""
 
 
+LONGEST = 4000
+"""Characters of a message."""
+
+
 class DtqError(Exception):
-    """Base of everything dtq raises on purpose. The command line prints it as one line."""
+    """Base of everything dtq raises on purpose. The command line prints it as one line.
+
+    Messages quote files, and files may hold anything: what is long is cut, and what would steer a
+    terminal is written as its escape.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        said = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in said)
 
 
 class InputError(DtqError):

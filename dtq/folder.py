@@ -37,7 +37,7 @@ MOST_TRAIN_STEPS = 10**6
 """Of a scheduler, which makes tables that long; real ones have 1000."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_SHARD = re.compile(r"[\w.-]+\.safetensors")
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 _MODULES_PER_TENSOR = 16  # a block has more modules than tensors, but not by that much
 _LIBRARIES = ("diffusers", "transformers")
 

@@ -17,8 +17,7 @@ import torch
 from diffusers.loaders import lora_pipeline
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.lycoris_utils import LycorisTuner
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from dtq.errors import InputError
@@ -99,24 +98,57 @@ def register() -> None:
 
     create_new_module.dtq = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)
-    _refuse_lycoris()
+    _refuse_others()
     _teach_flux()
 
 
-def _refuse_lycoris() -> None:
-    """LoKr and LoHa take the shape of ``weight``, and merge into it, whatever it holds."""
-    create = LycorisTuner._create_new_module.__func__
+def _refuse_others() -> None:
+    """Every other adapter of peft reads ``weight``, or merges into it, whatever it holds.
 
-    def create_new_module(cls: Any, /, config: Any, name: str, target: Any, **kwargs: Any) -> Any:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, QuantLinear):
-            raise InputError(
-                f"adapter {name!r} is {config.peft_type.value}; quantized linears take plain LoRA. "
-                f"Merge it into the float model and quantize that"
-            )
-        return create(cls, config, name, target, **kwargs)
+    OFT turns it, IA3 and VeRA take its shape, BOFT multiplies by it: on codes that is noise, or an
+    error far from its cause. All tuners make their layers through one method of their own.
+    """
+    inject = BaseTuner.inject_adapter
 
-    LycorisTuner._create_new_module = classmethod(create_new_module)
+    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        create = self._create_and_replace
+
+        def create_and_replace(config: Any, name: str, target: Any, *rest: Any, **more: Any) -> Any:
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            if isinstance(base, QuantLinear):
+                _check_kind(config, name)
+            return create(config, name, target, *rest, **more)
+
+        self._create_and_replace = create_and_replace
+        try:
+            return inject(self, model, *args, **kwargs)
+        finally:
+            del self._create_and_replace
+
+    BaseTuner.inject_adapter = inject_adapter
+
+
+def _check_kind(config: Any, name: str) -> None:
+    """Plain LoRA that does not start from the weight.
+
+    Raises:
+        InputError: says what the adapter is.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise InputError(
+            f"adapter {name!r} is {kind}; quantized linears take plain LoRA. "
+            f"Merge it into the float model and quantize that"
+        )
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, bool) and start not in _STARTS:
+        raise InputError(
+            f"adapter {name!r} starts from the float weight (init_lora_weights={start!r}), and the "
+            f"layer holds codes; use True, False or {', '.join(map(repr, _STARTS))}"
+        )
+
+
+_STARTS = ("gaussian", "orthogonal")
 
 
 def _teach_flux() -> None:

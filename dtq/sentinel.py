@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from dtq.calibrate.calls import Recorded, first_tensor, relative_error, replay
 from dtq.calibrate.engine import Statistics
 from dtq.calibrate.record import sample_calls
+from dtq.documents import finite
 from dtq.errors import NumberError
 from dtq.families import Scan, blocks_of
 from dtq.nn.linear import QuantLinear, rows_of
@@ -49,6 +50,8 @@ APART = 4.0
 """... if it is so many times the median of the model: a recipe may be coarse all over."""
 DROP = 10.0
 """dB by which a block may be worse than the one before it, once it is below 3 dB."""
+BLAMED = 0.05
+"""Relative squared error of a layer from which it may be what ruins its block."""
 VARIANCE = 4.0
 """Factor by which the variance of outputs and latents may grow or shrink."""
 ROUNDS = 16
@@ -102,13 +105,14 @@ class Look:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: what is not finite is null."""
-        return {
+        data: dict[str, Any] = finite({
             "calls": self.calls,
-            "block_snr_db": {name: [_finite(v) for v in each] for name, each in self.snr.items()},
+            "block_snr_db": self.snr,
             "saturation": {name: share for name, (share, _) in self.saturation.items() if share},
-            "variance": [_finite(v) for v in self.variance],
-            "latent_variance": [_finite(v) for v in self.latents],
-        }
+            "variance": self.variance,
+            "latent_variance": self.latents,
+        })  # fmt: skip
+        return data
 
 
 def watch(
@@ -256,7 +260,11 @@ def findings(seen: Look) -> list[Finding]:
         for error, name, call in lost
     ]
     for block, call, text in _drops(seen):
-        inside = [x for x in _worst(seen) if x[2] == call and x[1].startswith(f"{block}.")]
+        inside = [
+            (error, name, at)
+            for error, name, at in _worst(seen)
+            if at == call and error > BLAMED and name.startswith(f"{block}.")
+        ]
         if inside:
             found.append(Finding(max(inside)[1], f"{text}, and it errs most in there"))
     return found
@@ -428,7 +436,3 @@ def _ratio(got: Tensor, want: Tensor) -> float:
     if got.numel() < 2:
         return 1.0
     return float(got.double().var() / want.double().var().clamp(min=1e-300))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

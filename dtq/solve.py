@@ -139,7 +139,7 @@ def _broken_bins(stats: SiteStats | None) -> str:
     """Where in the trajectory the input was not finite, for messages."""
     good = [] if stats is None else stats.channels.total.isfinite().all(1).tolist()
     bad = [str(b + 1) for b, fine in enumerate(good) if not fine]
-    return f" (timestep bins {', '.join(bad)} of {len(good)})" if bad else ""
+    return f": in timestep bins {', '.join(bad)} of {len(good)}" if bad else ""
 
 
 def _gram(transform: Online, stats: SiteStats | None, like: Tensor) -> Tensor | None:

@@ -205,7 +205,16 @@ def shards(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../secret.safetensors", "/etc/passwd", "a\x00.safetensors", "x.bin", 3, None]
+    "name",
+    [
+        "../../secret.safetensors",
+        "x" * 300 + ".safetensors",
+        "/etc/passwd",
+        "a\x00.safetensors",
+        "x.bin",
+        3,
+        None,
+    ],
 )
 def test_shards_are_plain_names(name, float_copy):
     index = shards(float_copy)
@@ -445,6 +454,14 @@ def test_the_report_beside_a_checkpoint_is_checked(data, words, tmp_path):
         quantization_report(tmp_path)
 
 
+def test_what_dtq_writes_is_json_that_it_reads(tmp_path):
+    data = {"layers": [{**REPORT, "error": float("inf")}], "sites": [], "a": (float("nan"), 1.5)}
+    (tmp_path / "dtq_report.json").write_text(json.dumps(documents.finite(data)))
+    read = quantization_report(tmp_path)
+    assert read["layers"][0]["error"] is None
+    assert read["a"] == [None, 1.5]
+
+
 def test_the_page_of_a_report_runs_nothing():
     from dtq.evaluate.report import _layer_table
 
@@ -462,3 +479,13 @@ def test_ternary_scales_are_finite_and_codes_whole(alpha):
         dtq.load_ternary(tiny.dit(), {Q: (codes, alpha)})
     with pytest.raises(InputError, match="must be -1, 0 or 1"):
         dtq.load_ternary(tiny.dit(), {Q: (codes + 0.5, 1.0)})
+
+
+def test_messages_are_short_and_steer_no_terminal():
+    with pytest.raises(InputError) as caught:
+        parse_json(
+            '{"a\\u001b[2J": ' + str(2**64) + ', "b": ' + "9" * 30 + "}", "x\x1b" + "y" * 9999
+        )
+    assert len(str(caught.value)) < 4100
+    assert "\x1b" not in str(caught.value)
+    assert str(caught.value).startswith("x\\x1byyy")

@@ -308,3 +308,59 @@ def test_which_classes_diffusers_gives_adapters():
     """When this fails, another class can take part in the tests above."""
     kinds = {name: isinstance(make(), PeftAdapterMixin) for name, make in tiny.TRANSFORMERS.items()}
     assert {name for name, has in kinds.items() if has} == LORA
+
+
+ADAPTERS = {
+    "oft": lambda t: peft.OFTConfig(r=0, oft_block_size=32, target_modules=t),
+    "boft": lambda t: peft.BOFTConfig(boft_block_size=4, target_modules=t),
+    "ia3": lambda t: peft.IA3Config(target_modules=t, feedforward_modules=[]),
+    "loha": lambda t: peft.LoHaConfig(target_modules=t),
+    "lokr": lambda t: peft.LoKrConfig(target_modules=t),
+    "vera": lambda t: peft.VeraConfig(target_modules=t),
+    "hra": lambda t: peft.HRAConfig(target_modules=t),
+    "fourier": lambda t: peft.FourierFTConfig(n_frequency=10, target_modules=t),
+    "miss": lambda t: peft.MissConfig(target_modules=t),
+    "adalora": lambda t: peft.AdaLoraConfig(total_step=10, target_modules=t),
+    "pissa": lambda t: peft.LoraConfig(init_lora_weights="pissa", target_modules=t),
+    "olora": lambda t: peft.LoraConfig(init_lora_weights="olora", target_modules=t),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_that_need_the_float_weight_are_refused(kind):
+    model = quantized("sd3")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    names = [n for n in linears(model) if n.endswith("attn.to_q")]
+    with pytest.raises(InputError, match=r"quantized linears take plain LoRA|float weight"):
+        peft.get_peft_model(model, ADAPTERS[kind](names))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_adapters_on_layers_that_are_kept_are_none_of_our_business():
+    model = quantized("sd3")
+    name = "context_embedder"
+    assert name not in linears(model)
+    adapted = peft.get_peft_model(model, ADAPTERS["ia3"]([name]))
+    assert torch.isfinite(run(adapted.base_model.model)).all()
+    float_model = tiny.sd3()
+    peft.get_peft_model(float_model, ADAPTERS["hra"](["to_q"]))
+    assert torch.isfinite(run(float_model)).all()
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_control_nets_are_not_made_of_codes(kind):
+    net = {"flux": diffusers.FluxControlNetModel, "sd3": diffusers.SD3ControlNetModel}[kind]
+    with pytest.raises(InputError, match="copies float weights, and this transformer holds codes"):
+        net.from_transformer(quantized(kind))
+
+
+def test_control_nets_of_float_models_are_made_as_ever():
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32}
+    net = diffusers.FluxControlNetModel.from_transformer(
+        tiny.flux(), **sizes, num_attention_heads=4
+    )
+    want = tiny.flux().transformer_blocks[0].attn.to_q.weight
+    assert torch.equal(net.transformer_blocks[0].attn.to_q.weight, want)
+    model = quantized("flux")
+    model.dequantize()
+    diffusers.FluxControlNetModel.from_transformer(model, **sizes, num_attention_heads=4)

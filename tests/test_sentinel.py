@@ -217,6 +217,8 @@ def test_what_no_layer_is_to_blame_for_is_said():
     ]
     seen.errors = {"b.x": [0.1, 0.2], "b.y": [0.0, 0.01], "c": [0.01, 0.01]}
     assert [x.layer for x in sentinel.findings(seen)] == ["b.x"]
+    seen.errors = {"b.x": [0.01, 0.04], "b.y": [0.0, 0.01], "c": [0.001, 0.001]}
+    assert sentinel.findings(seen) == []  # they err less than what is seen behind them
 
 
 def test_the_command_line_switches_it_off(float_folder, tmp_path, monkeypatch):
