@@ -97,6 +97,15 @@ def main(verbose: bool) -> None:
         diffusers_logging.set_verbosity_error()
 
 
+argument_option = click.option(
+    "--arg",
+    "arguments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Argument of the pipeline's call: height=512, num_frames=17.",
+)
+
+
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--recipe, --set and the calibration shortcuts."""
     for option in reversed(
@@ -126,13 +135,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--steps", type=click.IntRange(1), help="Sampler steps."),
             click.option("--guidance", type=float, help="Guidance scale."),
             click.option("--seed", type=click.IntRange(0), help="Seed of the calibration latents."),
-            click.option(
-                "--arg",
-                "arguments",
-                multiple=True,
-                metavar="NAME=VALUE",
-                help="Argument of the pipeline's call while calibrating: height=512, num_frames=17.",
-            ),
+            argument_option,
         )
     ):
         command = option(command)
@@ -376,6 +379,7 @@ def inspect(folder: Path, components: tuple[str, ...], kernels: bool, as_json: b
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--guidance", default=0.0, help="0: the pipeline's default.")
 @click.option("--seed", default=0, show_default=True)
+@argument_option
 @click.option(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
 )
@@ -393,10 +397,13 @@ def sample(
     steps: int,
     guidance: float,
     seed: int,
+    arguments: tuple[str, ...],
     dtype: str,
     output: Path,
 ) -> None:
-    """Make pictures with a float or quantized MODEL.
+    """Make pictures or videos with a float or quantized MODEL.
+
+    A video is an animated PNG and a folder of its frames.
 
     \b
     dtq sample demo-w4a8 -p face-smiling -p cat-face -o pictures
@@ -407,8 +414,9 @@ def sample(
     if opened.pipeline is None:
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
     how = Calibration(
-        samples=len(entries) or count, steps=steps, guidance=guidance, batch=8, seed=seed
-    )
+        samples=len(entries) or count, steps=steps, guidance=guidance, batch=8, seed=seed,
+        arguments=_arguments(arguments),
+    )  # fmt: skip
     requests = (
         sets.given(list(entries), opened.pipeline)
         if entries
@@ -418,11 +426,19 @@ def sample(
     every = []
     with torch.no_grad():
         for result in run_pipeline(opened.pipeline, requests, how):
-            every.append(torch.as_tensor(result.images).float().cpu())
-    for i, picture in enumerate(torch.cat(every)):
-        pictures.as_image(picture).save(output / f"{i:04d}.png")
-    pictures.sheet(list(torch.cat(every).split(8)), scale=2).save(output / "sheet.png")
-    click.echo(f"{output}: {len(requests.entries)} pictures and sheet.png")
+            every.append(pictures.shown(result))
+    made = torch.cat(every)
+    for i, picture in enumerate(made):
+        (output / f"{i:04d}.png").write_bytes(pictures.file(picture))
+        if made.ndim == 5:  # the frames too: what other tools read
+            (output / f"{i:04d}").mkdir(exist_ok=True)
+            for k, frame in enumerate(picture):
+                pictures.as_image(frame).save(output / f"{i:04d}" / f"{k:04d}.png")
+    # of videos a row of frames each
+    rows = list(made.split(8)) if made.ndim == 4 else [pictures.strip(video) for video in made]
+    pictures.sheet(rows, scale=2 if made.shape[-1] <= 128 else 1).save(output / "sheet.png")
+    what = "pictures" if made.ndim == 4 else f"videos of {made.shape[1]} frames"
+    click.echo(f"{output}: {len(made)} {what} and sheet.png")
 
 
 @main.command("eval")
@@ -437,6 +453,7 @@ def sample(
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--guidance", default=0.0, help="0: the pipeline's default.")
 @click.option("--seed", default=1000, show_default=True, help="Not the calibration's.")
+@argument_option
 @click.option(
     "--set",
     "requests",
@@ -503,6 +520,7 @@ def evaluate_(
     steps: int,
     guidance: float,
     seed: int,
+    arguments: tuple[str, ...],
     requests: str,
     fid: int,
     metrics: tuple[str, ...],
@@ -538,8 +556,9 @@ def evaluate_(
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
     how = Calibration(
-        set=requests, samples=samples, steps=steps, guidance=guidance, batch=batch, seed=seed
-    )
+        set=requests, samples=samples, steps=steps, guidance=guidance, batch=batch, seed=seed,
+        arguments=_arguments(arguments),
+    )  # fmt: skip
     result = run.evaluate(
         opened, float_model, how, baselines=_listed(baseline), asked=asked, say=say
     )
@@ -752,11 +771,7 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
     ):
         if choices[option] is not None:
             data["calibration"][key] = choices[option]
-    for argument in choices["arguments"]:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise InputError(f"--arg {argument}: expected NAME=VALUE")
-        data["calibration"]["arguments"][name] = yaml.safe_load(text)
+    data["calibration"]["arguments"] |= _arguments(choices["arguments"])
     if choices["budget"] is not None:
         data["allocate"]["budget"] = choices["budget"]
     for setting in settings:
@@ -780,6 +795,11 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
     data[path[-1]] = value
 
 
+def _arguments(options: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the pipeline's call."""
+    return {name: yaml.safe_load(text) for name, text in _pairs(options, "--arg").items()}
+
+
 def _listed(options: Sequence[str]) -> list[str]:
     """Words of an option that takes commas and may be repeated."""
     return [word.strip() for option in options for word in option.split(",") if word.strip()]
@@ -790,7 +810,7 @@ def _pairs(options: Sequence[str], option: str) -> dict[str, str]:
     for text in options:
         name, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"{option} {text}: expected NAME=WHERE")
+            raise InputError(f"{option} {text}: expected NAME=VALUE")
         found[name] = value
     return found
 

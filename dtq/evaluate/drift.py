@@ -20,6 +20,7 @@ from dtq.calibrate.calls import Recorded, relative_error, replay
 from dtq.calibrate.engine import run_pipeline
 from dtq.calibrate.record import watch_calls
 from dtq.errors import InputError
+from dtq.evaluate.pictures import shown
 from dtq.recipe import Calibration
 
 
@@ -74,7 +75,7 @@ def record(
 
     def run() -> Iterator[None]:
         for result in run_pipeline(pipeline, requests, how):
-            trajectory.pictures.append(_pictures(result))
+            trajectory.pictures.append(shown(result))
             yield
 
     watch_calls(model, run, trajectory.calls.append)
@@ -123,9 +124,3 @@ def free_running(reference: Trajectory, candidate: Trajectory) -> list[float]:
         sums[want.step] += relative_error(got.latents, want.latents)
         counts[want.step] += 1
     return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
-
-
-def _pictures(result: Any) -> Tensor:
-    frames = result.images if hasattr(result, "images") else result.frames
-    pictures = torch.as_tensor(frames).detach().float().cpu()
-    return pictures.clamp(0, 1)

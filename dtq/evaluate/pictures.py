@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -38,10 +40,45 @@ def flaw(picture: Tensor) -> str:
     return ""
 
 
+def shown(result: Any) -> Tensor:
+    """What a pipeline made, float on the CPU, [0, 1]: (B, 3, H, W), or (B, F, 3, H, W)."""
+    made = result.images if hasattr(result, "images") else result.frames
+    return torch.as_tensor(made).detach().float().cpu().clamp(0, 1)
+
+
+def strip(video: Tensor, count: int = 8) -> Tensor:
+    """At most ``count`` frames of a video (F, 3, H, W), first and last among them."""
+    places = torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()
+    return video[places]
+
+
 def as_image(picture: Tensor) -> Image.Image:
     """A PIL image of a float picture (3, H, W) in [0, 1]."""
     data = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(data.permute(1, 2, 0).contiguous().numpy())
+
+
+def file(shown: Tensor, longest: int | None = None, milliseconds: int = 125) -> bytes:
+    """A PNG file of a picture, an animated one of a video.
+
+    Args:
+        shown: float (3, H, W), or (F, 3, H, W), in [0, 1].
+        longest: pixels of the longer side, when it is to be smaller.
+        milliseconds: that a frame stays.
+    """
+    frames = shown.nan_to_num().clamp(0, 1)
+    frames = frames if frames.ndim == 4 else frames[None]
+    largest = max(frames.shape[-2:])
+    if longest is not None and largest > longest:
+        size = [max(1, round(side * longest / largest)) for side in frames.shape[-2:]]
+        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+    images = [as_image(frame) for frame in frames]
+    more: dict[str, Any] = {}
+    if len(images) > 1:
+        more = {"save_all": True, "append_images": images[1:], "duration": milliseconds, "loop": 0}
+    stream = io.BytesIO()
+    images[0].save(stream, "PNG", optimize=True, **more)
+    return stream.getvalue()
 
 
 def sheet(rows: list[Tensor], gap: int = 4, scale: int = 1) -> Image.Image:
