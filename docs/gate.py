@@ -27,7 +27,7 @@ from torch import nn
 import dtq
 from dtq.calibrate import sets
 from dtq.evaluate import drift, run
-from dtq.evaluate.gate import Outcome, judge
+from dtq.evaluate.gate import Outcome, Verdict, judge
 from dtq.evaluate.interval import paired
 from dtq.evaluate.limits import Limit, Policy
 from dtq.evaluate.runfile import Run
@@ -84,7 +84,7 @@ def margin(options: argparse.Namespace) -> None:
             g = np.random.default_rng(i)
             levels = np.exp(g.normal(size=96))
             worse = levels * 1.05 * np.exp(0.05 * SHAPES[shape](g, 96))
-            found[judge(_made_up(worse), _made_up(levels), policy).outcome.word] += 1
+            found[_in_looks(_made_up(worse), _made_up(levels), policy).outcome.word] += 1
         total = sum(found.values())
         print(
             f"true ratio at the margin, {shape}, 3 looks, {total} gates: {dict(found)}", flush=True
@@ -157,7 +157,7 @@ def fresh(options: argparse.Namespace) -> None:
         g = np.random.default_rng(k)
         a, b = g.choice(len(held), 2, replace=False)
         places = g.permutation(len(held[a].samples)).tolist()
-        said = judge(_picked(held[b], places), _picked(held[a], places), policy)
+        said = _in_looks(_picked(held[b], places), _picked(held[a], places), policy)
         found[said.outcome.word] += 1
     print(
         f"demo, w4a8, {options.steps} steps, 96 prompts, {len(held)} seeds, {options.count} draws of "
@@ -295,6 +295,15 @@ def _errors(reference: Source, candidate: Source, seed: int, steps: int) -> Run:
 
 def _w4a8(options: argparse.Namespace) -> Source:
     return open_source(options.w4a8 or dtq.quantize("demo", "w4a8", progress=False))
+
+
+def _in_looks(whole: Run, base: Run, policy: Policy) -> Verdict:
+    """As one who adds samples until the gate has decided: the first look that does counts."""
+    for count in policy.looks:
+        said = judge(_head(whole, count), _head(base, count), policy)
+        if said.outcome is not Outcome.INCONCLUSIVE:
+            break
+    return said
 
 
 def _head(whole: Run, count: int) -> Run:

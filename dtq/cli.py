@@ -452,13 +452,13 @@ def sample(
 ) -> None:
     """Make pictures, videos or sounds with a float or quantized MODEL.
 
+    A video is an animated PNG and a folder of its frames, a sound a WAV file.
+
     \b
     dtq sample demo-w4a8 -p face-smiling -p cat-face -o pictures
     dtq sample wan-w4a8 -p "a cat surfs" --arg num_frames=33 --batch 1 -o videos
-
-    Videos are animated .webp files, sounds .wav files.
     """
-    from dtq.evaluate import drift, pictures
+    from dtq.evaluate import pictures
 
     opened = _open(model, dtype)
     if opened.pipeline is None:
@@ -480,23 +480,30 @@ def sample(
     every: list[torch.Tensor] = []
     with torch.no_grad():
         for result in run_pipeline(opened.pipeline, requests, how):
-            every += drift.finished(result)
+            every += pictures.shown(result)
     if not all(made.isfinite().all() for made in every):
         raise NumberError(
             f"{model}: the pictures hold numbers that are not finite. DTQ_DEBUG_NAN=1 dtq sample "
             f"... names the first layer and step; --dtype bf16 has more range than fp16"
         )
     write_folder(output)
-    files = []
     for i, made in enumerate(every):
-        suffix, data = pictures.encoded(made, drift.rate(opened.pipeline))
-        files.append(f"{i:04d}{suffix}")
-        write_whole(output / files[-1], data)
-    if all(made.ndim == 3 and made.shape == every[0].shape for made in every):
+        suffix, data = pictures.encoded(made, pictures.rate(opened.pipeline))
+        write_whole(output / f"{i:04d}{suffix}", data)
+        if made.ndim == 4:  # the frames too: what other tools read
+            write_folder(output / f"{i:04d}")
+            for k, frame in enumerate(made):
+                write_whole(output / f"{i:04d}" / f"{k:04d}.png", pictures.file(frame))
+    first = every[0]
+    what = {2: "sounds", 3: "pictures", 4: f"videos of {len(first)} frames"}[first.ndim]
+    if first.ndim > 2 and all(made.shape == first.shape for made in every):
+        what += " and sheet.png"
         rows = [torch.stack(every[i : i + 8]) for i in range(0, len(every), 8)]
-        files.append("sheet.png")
-        write_whole(output / files[-1], pictures.png(pictures.sheet(rows, scale=2)))
-    click.echo(f"{output}: {', '.join(files)}")
+        if first.ndim == 4:  # a row of frames each
+            rows = [pictures.strip(video) for video in every]
+        page = pictures.sheet(rows, scale=2 if first.shape[-1] <= 128 else 1)
+        write_whole(output / "sheet.png", pictures.png(page))
+    click.echo(f"{output}: {len(every)} {what}")
 
 
 @main.command("eval")
@@ -874,6 +881,11 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
     data[path[-1]] = value
 
 
+def _arguments(options: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the pipeline's call."""
+    return {name: yaml.safe_load(text) for name, text in _pairs(options, "--arg").items()}
+
+
 def _listed(options: Sequence[str]) -> list[str]:
     """Words of an option that takes commas and may be repeated."""
     return [word.strip() for option in options for word in option.split(",") if word.strip()]
@@ -884,7 +896,7 @@ def _pairs(options: Sequence[str], option: str) -> dict[str, str]:
     for text in options:
         name, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"{option} {text}: expected NAME=WHERE")
+            raise InputError(f"{option} {text}: expected NAME=VALUE")
         found[name] = value
     return found
 

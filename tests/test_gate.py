@@ -143,7 +143,7 @@ def test_close_to_the_margin_is_inconclusive_until_there_are_more_prompts():
     assert first.outcome is Outcome.INCONCLUSIVE
     assert "at least 64 prompts" in first.sentence
     later = judge(run, base, ERROR)
-    assert (later.outcome, later.look) == (Outcome.PASS, 2)
+    assert (later.outcome, later.look) == (Outcome.PASS, 3)
 
 
 def test_too_few_prompts_are_inconclusive():
@@ -186,16 +186,29 @@ def test_a_secondary_metric_does_not_decide_but_must_be_there():
     assert judge(run, a_run(), policy).outcome is Outcome.INVALID
 
 
-def test_the_margin_is_never_below_twice_the_noise():
-    run = a_run(worse=1.2)
+def noisy(factor, **more):
+    run = a_run(**more)
     for steps in run.rerun["error"].values():
-        steps[:] = [x * 1.3 for x in steps]
-    verdict = judge(run, a_run(), ERROR)
+        steps[:] = [x * factor for x in steps]
+    return run
+
+
+def test_the_margin_is_never_below_twice_the_noise():
+    verdict = judge(noisy(1.08, worse=1.1), a_run(), ERROR)
     (row,) = verdict.rows
-    assert row.noise == pytest.approx(np.log(1.3))  # the rerun was of the worse run's own values
+    assert row.noise == pytest.approx(np.log(1.08))
     assert row.margin == pytest.approx(2 * row.noise)
     assert row.asked == pytest.approx(np.log(1.05))
     assert verdict.outcome is Outcome.PASS
+    assert verdict.notes == ["error: judged at x1.166, twice the measured noise, not at x1.05"]
+
+
+def test_noise_cannot_make_a_regression_pass():
+    """A job that does not repeat proves nothing, however wide it makes the margin."""
+    verdict = judge(noisy(1.3, worse=1.2), a_run(), ERROR)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "moves error x1.3, far above the policy's margin" in verdict.sentence
+    assert judge(noisy(1.3, worse=9.0), a_run(), ERROR).outcome is Outcome.REGRESSION
 
 
 def test_holm_keeps_one_verdict_in_twenty():
@@ -211,13 +224,17 @@ def test_holm_keeps_one_verdict_in_twenty():
     assert called <= 7  # 3 expected, 24 were it 0.05 for each
 
 
-def test_looks_stop_at_the_first_that_is_sure():
-    """More samples that come later cannot change what an earlier look would have said."""
-    run = a_run(96)
+@pytest.mark.parametrize(("count", "look", "used"), [(32, 1, 32), (80, 2, 64), (99, 3, 96)])
+def test_a_run_is_judged_at_the_largest_look_that_it_reaches(count, look, used):
+    """Harm that the first prompts do not show is not passed over when it was measured."""
+    run = a_run(count)
     for name in list(run.values["error"])[32:]:
-        run.values["error"][name] = [9.0] * 4
-    verdict = judge(run, a_run(96), ERROR)
-    assert (verdict.outcome, verdict.look) == (Outcome.PASS, 1)
+        run.values["error"][name] = run.rerun["error"][name] = [9.0] * 4
+    verdict = judge(run, a_run(count), ERROR)
+    assert (verdict.look, verdict.prompts) == (look, used)
+    assert verdict.outcome is (Outcome.PASS if count == 32 else Outcome.REGRESSION)
+    unused = [note for note in verdict.notes if "were not used" in note]
+    assert len(unused) == (count != used)
 
 
 # --- what makes a run invalid
@@ -243,6 +260,10 @@ BROKEN = {
     ),
     "a step": (lambda r: r.values["error"]["0001"].pop(), "error has 3, 4 steps"),
     "steps": (lambda r: r.values["error"].update({"0001": 0.1}), "not a finite number for 0001"),
+    "a figure that was asked for": (
+        lambda r: r.missing.update({"cmmd": "no weights"}),
+        "cmmd was asked for and is missing: no weights",
+    ),
     "a picture": (lambda r: r.failures.update({"0002": "empty"}), "sample 0002 failed: empty"),
     "the same seed": (
         lambda r: r.samples.__setitem__(0, Sample("0000", "prompt 0000", 5)),

@@ -26,7 +26,7 @@ from dtq.evaluate import adm, extractors
 from dtq.evaluate.distributions import DISTRIBUTIONS, Against, Figure, figure
 from dtq.evaluate.extractors import Extractor, Features
 from dtq.evaluate.perceptual import ALONE, PERCEPTUAL
-from dtq.evaluate.pictures import flaw
+from dtq.evaluate.pictures import flaw, shown
 from dtq.recipe import Calibration
 from dtq.source import Source
 
@@ -204,15 +204,15 @@ def crowd(
     kept: list[Tensor] = []
     failed: dict[int, str] = {}
     for result in run_pipeline(pipeline, requests, how):
-        shown = torch.as_tensor(getattr(result, "images", result[0])).float().cpu()
-        if shown.ndim != 4:
+        made = shown(result)
+        if made.ndim != 4:
             raise InputError("distributions compare pictures; this pipeline makes videos")
         start = sum(map(len, kept))
-        for i, picture in enumerate(shown):
+        for i, picture in enumerate(made):
             if why := flaw(picture):
                 failed[start + i] = why
         # as files would hold them: what the ADM suite sees is what is measured
-        kept.append((shown.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8))
+        kept.append((made.nan_to_num() * 255).round().to(torch.uint8))
         for name, extractor in ready.items():
             parts[name].append(extractor(kept[-1].float() / 255))
     features = {
@@ -271,8 +271,8 @@ def _chosen(features: str, pipeline: Any) -> str:
 
 def _reference(held: adm.Reference, extractor: Extractor, name: str) -> Against:
     if held.pictures is not None:
-        shown = held.pictures.permute(0, 3, 1, 2).float() / 255
-        return Against(held.name, extractor(shown))
+        floats = held.pictures.permute(0, 3, 1, 2).float() / 255
+        return Against(held.name, extractor(floats))
     if name != "inception":
         raise InputError(f"{held.name} has Inception moments, these are features of {name}")
     known = {"pool": held.pool, "spatial": held.spatial}

@@ -5,7 +5,9 @@ Both runs were compared with their float model on the same prompts and seeds. Fo
 paired differences over prompts give a studentized interval of their mean; below the margin it is
 a pass, above it a regression, across it neither. Two families of claims are made, "no metric is
 worse by more than its margin" and "one is", each at level ``alpha`` by Holm over the primary
-metrics, and at ``alpha / looks`` at each look. What cannot be compared is invalid, never absent.
+metrics, and at ``alpha / looks`` at each look. A run is judged at the largest look that it reaches,
+so no sample of a look is left unread; as every look spends its own share of ``alpha``, adding
+samples and judging again is paid for. What cannot be compared is invalid, never absent.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from dtq.evaluate.interval import holm, paired, samples_needed, sign_test
 from dtq.evaluate.limits import Limit, Policy
 from dtq.evaluate.metrics import METRICS, Metric
 from dtq.evaluate.runfile import JOB, PLACE, Run, Sample, Value
+
+LOUD = 4
+"""How far noise may raise a margin, as a multiple of it; beyond, a pass would prove nothing."""
 
 
 class Outcome(IntEnum):
@@ -69,6 +74,11 @@ class Judged:
     differences: dict[str, float]
     outcome: Outcome = Outcome.INCONCLUSIVE
 
+    @property
+    def loud(self) -> bool:
+        """Whether noise raised the margin so far that staying below it is no pass."""
+        return self.margin > LOUD * self.asked
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; margins and bounds on the scale of the differences."""
         data = {k: v for k, v in vars(self).items() if k not in ("metric", "outcome")}
@@ -87,7 +97,7 @@ class Verdict:
         notes: what differs between the runs without making them incomparable.
         rows: the metrics.
         prompts: that the deciding look used.
-        look: which of the policy's looks decided, from 1; 0 for none.
+        look: which of the policy's looks this is, from 1; 0 for none.
         alpha: that this look spent.
         key: what the verdict belongs to: checkpoint, recipe, policy, hardware.
     """
@@ -132,19 +142,26 @@ def judge(run: Run, baseline: Run, policy: Policy) -> Verdict:
         return Verdict(Outcome.INCONCLUSIVE, sentence, prompts=len(prompts), **common)
     spent = policy.alpha / len(policy.looks)
     verdict = Verdict(Outcome.INCONCLUSIVE, "", alpha=spent, **common)
-    for number, count in enumerate(policy.looks, 1):
-        if count > len(prompts):
-            break
-        rows = look(run, baseline, policy, prompts[:count], spent)
-        verdict.rows, verdict.prompts, verdict.look = rows, count, number
-        decided = {row.outcome for row in rows if row.primary}
-        if Outcome.REGRESSION in decided:
-            verdict.outcome = Outcome.REGRESSION
-            break
-        if decided == {Outcome.PASS}:
-            verdict.outcome = Outcome.PASS
-            break
+    verdict.look, verdict.prompts = max(
+        (number, count) for number, count in enumerate(policy.looks, 1) if count <= len(prompts)
+    )
+    verdict.rows = look(run, baseline, policy, prompts[: verdict.prompts], spent)
+    decided = {row.outcome for row in verdict.rows if row.primary}
+    if Outcome.REGRESSION in decided:
+        verdict.outcome = Outcome.REGRESSION
+    elif decided == {Outcome.PASS}:
+        verdict.outcome = Outcome.PASS
+    if verdict.prompts < len(prompts):
+        verdict.notes.append(
+            f"{len(prompts) - verdict.prompts} prompts beyond look {verdict.look} were not used"
+        )
     verdict.sentence = _sentence(verdict, policy, len(prompts))
+    verdict.notes += [
+        f"{row.name}: judged at {row.metric.shown(row.margin)}, twice the measured noise, not at "
+        f"{row.metric.shown(row.asked)}"
+        for row in verdict.rows
+        if row.margin > row.asked
+    ]
     return verdict
 
 
@@ -161,7 +178,7 @@ def look(
         worse = holm([row.p_regression for row in group], alpha)
         held = holm([row.p_pass for row in group], alpha)
         for row, is_worse, holds in zip(group, worse, held, strict=True):
-            row.outcome = Outcome.PASS if holds else Outcome.INCONCLUSIVE
+            row.outcome = Outcome.PASS if holds and not row.loud else Outcome.INCONCLUSIVE
             row.outcome = Outcome.REGRESSION if is_worse else row.outcome
     return rows
 
@@ -355,6 +372,12 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
         )
         return f"Worse than the baseline: {words} ({where})."
     open_rows = [row for row in chosen if row.outcome is not Outcome.PASS]
+    if loud := [row for row in open_rows if row.loud]:
+        words = ", ".join(f"{r.name} {r.metric.shown(r.noise)}" for r in loud)
+        return (
+            f"Undecided: a second run of the float model moves {words}, far above the policy's "
+            f"margin ({where}); make the job repeatable, or give a wider margin."
+        )
     names = ", ".join(row.name for row in open_rows)
     later = [count for count in policy.looks if count > prompts]
     way = (

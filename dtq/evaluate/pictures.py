@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import io
 import wave
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from dtq.errors import InputError
 
 
 def psnr(got: Tensor, want: Tensor) -> Tensor:
@@ -39,6 +43,34 @@ def flaw(picture: Tensor) -> str:
     return ""
 
 
+def shown(result: Any) -> Tensor:
+    """What a pipeline made, float on the CPU.
+
+    Returns:
+        Pictures (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or sounds (B, channels, samples).
+
+    Raises:
+        InputError: it returned none of these.
+    """
+    for kind in ("images", "frames", "audios"):
+        if hasattr(result, kind):
+            made = torch.as_tensor(getattr(result, kind)).detach().float().cpu()
+            return made if kind == "audios" else made.clamp(0, 1)
+    raise InputError(f"{type(result).__name__}: neither images, frames nor audios")
+
+
+def rate(pipeline: Any) -> int:
+    """Samples of a sound in a second, as the autoencoder of a pipeline says."""
+    config = getattr(getattr(pipeline, "vae", None), "config", {})
+    return int(config.get("sampling_rate", 44100))
+
+
+def strip(video: Tensor, count: int = 8) -> Tensor:
+    """At most ``count`` frames of a video (F, 3, H, W), first and last among them."""
+    places = torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()
+    return video[places]
+
+
 def as_image(picture: Tensor) -> Image.Image:
     """A PIL image of a float picture (3, H, W) in [0, 1]."""
     data = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -53,24 +85,41 @@ def encoded(made: Tensor, rate: int = 44100) -> tuple[str, bytes]:
         rate: samples of a sound in a second.
 
     Returns:
-        Its suffix and its bytes: ``.png``, an animated ``.webp`` of 8 frames a second, or ``.wav``.
+        Its suffix and its bytes: ``.png``, animated for a video, or ``.wav``.
     """
-    if made.ndim == 3:
-        return ".png", png(as_image(made))
+    if made.ndim > 2:
+        return ".png", file(made)
     stream = io.BytesIO()
-    if made.ndim == 4:
-        first, *rest = [as_image(frame) for frame in made]
-        first.save(
-            stream, "WEBP", save_all=True, append_images=rest, duration=125, loop=0, quality=90
-        )
-        return ".webp", stream.getvalue()
     data = (made.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous()
-    with wave.open(stream, "wb") as file:
-        file.setnchannels(len(made))
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(data.numpy().tobytes())
+    with wave.open(stream, "wb") as wav:
+        wav.setnchannels(len(made))
+        wav.setsampwidth(2)
+        wav.setframerate(rate)
+        wav.writeframes(data.numpy().tobytes())
     return ".wav", stream.getvalue()
+
+
+def file(shown: Tensor, longest: int | None = None, milliseconds: int = 125) -> bytes:
+    """A PNG file of a picture, an animated one of a video.
+
+    Args:
+        shown: float (3, H, W), or (F, 3, H, W), in [0, 1].
+        longest: pixels of the longer side, when it is to be smaller.
+        milliseconds: that a frame stays.
+    """
+    frames = shown.nan_to_num().clamp(0, 1)
+    frames = frames if frames.ndim == 4 else frames[None]
+    largest = max(frames.shape[-2:])
+    if longest is not None and largest > longest:
+        size = [max(1, round(side * longest / largest)) for side in frames.shape[-2:]]
+        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+    images = [as_image(frame) for frame in frames]
+    more: dict[str, Any] = {}
+    if len(images) > 1:
+        more = {"save_all": True, "append_images": images[1:], "duration": milliseconds, "loop": 0}
+    stream = io.BytesIO()
+    images[0].save(stream, "PNG", optimize=True, **more)
+    return stream.getvalue()
 
 
 def sheet(rows: list[Tensor], gap: int = 4, scale: int = 1) -> Image.Image:

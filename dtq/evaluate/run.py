@@ -433,12 +433,11 @@ def _failures(truth: drift.Trajectory, ran: drift.Trajectory) -> dict[str, str]:
 
 
 def write_pictures(result: Evaluation, folder: Path) -> None:
-    """``pictures/<float | candidate>/<sample>.png``, for videos the middle frame."""
+    """``pictures/<float | candidate>/<sample>.png``; of videos animated ones."""
     for side, every in zip(("float", "candidate"), result.pictures.values(), strict=True):
         (folder / "pictures" / side).mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(every):
-            still = picture if picture.ndim == 3 else picture[len(picture) // 2]
-            pictures.as_image(still).save(folder / "pictures" / side / f"{i:04d}.png")
+            (folder / "pictures" / side / f"{i:04d}.png").write_bytes(pictures.file(picture))
 
 
 def quantization_report(path: Path | None) -> dict[str, Any]:
