@@ -23,7 +23,9 @@ ROWS = [
     {"steps", "budget", "parallel"},
     {"quantize", "estimate", "terdit"},
     {"evaluate"},
+    {"clock"},
     {"bench"},
+    {"bench_gpu"},
     {"printing"},
     {""},  # the package itself: what `import dtq` gives
     {"cli"},
