@@ -280,6 +280,8 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_wgmma(const DTQ_CONSTANT WgmmaAr
 #if defined(DTQ_HAS_WGMMA)
   DTQ_SHARED(shared);
   wgmma_body<T, extras>(a, shared);
+#else
+  trap();  // compiled for another architecture: an error, not an output that nobody wrote
 #endif
 }
 

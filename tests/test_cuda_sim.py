@@ -50,7 +50,8 @@ def gemm(tmp_path_factory):
 
 def test_the_gemm_kernels_on_the_emulator(gemm):
     said = call(gemm[0], 2)
-    assert said.count("mma 128x128") and said.count("wgmma"), "the plan no longer reaches a kernel"
+    for kernel in ("mma 16x128", "mma 64x64", "mma 128x128", "any alignment", "wgmma 256x128"):
+        assert kernel in said, "the plan no longer reaches it"
 
 
 def test_the_gemm_kernels_touch_only_their_memory(tmp_path):
@@ -61,7 +62,8 @@ def test_the_gemm_kernels_touch_only_their_memory(tmp_path):
 
 def test_planted_faults_are_noticed():
     said = call(sys.executable, SOURCES / "sim/mutate.py", "--short")
-    assert "2 of 2 faults noticed" in said
+    noticed = [line for line in said.splitlines() if line.startswith("noticed")]
+    assert len(noticed) >= 2, said
 
 
 class Gemm(ctypes.Structure):
