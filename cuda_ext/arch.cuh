@@ -38,7 +38,7 @@
 // 1024: the swizzle of bulk copies goes by address
 #define DTQ_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define DTQ_HAS_WGMMA 1  // sm_90a alone; elsewhere the body of a Hopper kernel is left empty
+#define DTQ_HAS_WGMMA 1  // sm_90a alone; elsewhere a Hopper kernel traps
 #endif
 
 namespace dtq {
@@ -122,6 +122,7 @@ DTQ_DEV void cp_async_wait() {
 
 // ---------------------------------------------------------------------------- threads together
 
+DTQ_DEV void trap() { asm volatile("trap;"); }
 DTQ_DEV void sync_threads() { __syncthreads(); }
 // `threads` threads, whole warps, at barrier 1 to 15
 DTQ_DEV void sync_named(int id, int threads) {

@@ -44,7 +44,7 @@ inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 1
 inline const char* refusal(const Gemm& g) {
   if (g.arch < 80) return "needs compute capability 8.0 or newer";
   if (g.tokens < 0 || g.rows < 1 || g.columns < 1) return "empty weight";
-  if (g.columns > 133144) return "the int32 sum may overflow beyond 133144 columns";
+  if (g.columns > 131071) return "the int32 sum may overflow beyond 131071 columns";
   if (g.tokens >= 1 << 24 || g.rows >= 1 << 24 || over(g.tokens, 16) * over(g.rows, 64) >= 1 << 26)
     return "more than 2^26 tiles, 2^24 tokens or 2^24 rows";  // of which the kernels count in int
   if (g.rank % 16 || (g.down && !g.rank)) return "low-rank branches come in ranks divisible by 16";

@@ -231,10 +231,8 @@ DTQ_DEV void finish_transposed(const Gemm& g, int first_m, int n, const int32_t 
     float v[4];
     DTQ_UNROLL for (int e = 0; e < 2; e++) {
       const float row_scale = m + e < g.tokens ? ldg(g.row_scale + m + e) : 0;
-      DTQ_UNROLL for (int h = 0; h < 2; h++) {
-        const float y = fmul(fmul(int_to_float(sums[j * 4 + h * 2 + e]), row_scale), scale[h]);
-        v[h * 2 + e] = g.bias ? fadd(y, bias[h]) : y;
-      }
+      DTQ_UNROLL for (int h = 0; h < 2; h++)
+        v[h * 2 + e] = scaled(sums[j * 4 + h * 2 + e], row_scale, scale[h], g.bias, bias[h]);
     }
     if (extras) {
       if (g.down) add_lowrank_transposed(g, first_m + j * 8, n, v);
@@ -280,6 +278,8 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_wgmma(const DTQ_CONSTANT WgmmaAr
 #if defined(DTQ_HAS_WGMMA)
   DTQ_SHARED(shared);
   wgmma_body<T, extras>(a, shared);
+#else
+  trap();  // compiled for another architecture: an error, not an output that nobody wrote
 #endif
 }
 
