@@ -152,7 +152,7 @@ def ours(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     """The quantized layer, dispatcher included."""
     layer = quantized(plain, OURS[name])
     size = sum(p.nbytes for p in layer.parameters())
-    return Candidate(name, _spread(layer, x, count), size)
+    return Candidate(name, spread(layer, x, count), size)
 
 
 def product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
@@ -172,7 +172,7 @@ def product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
 def rivals(plain: nn.Linear, x: Tensor, count: int) -> Iterable[Candidate | None]:
     """cuBLAS in bfloat16, torch's own 8-bit products, libraries that are installed."""
     k, n = plain.in_features, plain.out_features
-    yield Candidate("bf16", _spread(plain, x, count), plain.weight.nbytes)
+    yield Candidate("bf16", spread(plain, x, count), plain.weight.nbytes)
     on_cpu = x.device.type == "cpu"
     if on_cpu or (len(x) > 16 and k % 8 == n % 8 == 0):
         codes = torch.randint(-127, 128, x.shape, dtype=torch.int8, device=x.device)
@@ -192,7 +192,7 @@ def rivals(plain: nn.Linear, x: Tensor, count: int) -> Iterable[Candidate | None
             holder = nn.Sequential(copy.deepcopy(plain))
             baseline.apply(holder, ["0"])
             size = math.ceil(baseline.bits(holder[0]) * k * n / 8)
-            yield Candidate(name, _spread(holder[0], x, count), size)
+            yield Candidate(name, spread(holder[0], x, count), size)
 
 
 def _scaled_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
@@ -209,7 +209,8 @@ def _scaled_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     return Candidate("_scaled_mm e4m3", turning([_bound(run, *s) for s in sets]), b.numel())
 
 
-def _spread(layer: nn.Module, x: Tensor, count: int) -> Callable[[], object]:
+def spread(layer: nn.Module, x: Tensor, count: int) -> Callable[[], object]:
+    """Runs of ``count`` copies of a layer and its input, one after the other."""
     layers = [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
     return turning([_bound(each, x.clone()) for each in layers])
 
