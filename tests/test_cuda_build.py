@@ -13,9 +13,10 @@ import pytest
 
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
 ARCHS = ("80", "89", "90a", "100", "120")
-IMMA, IGMMA = "IMMA.16832.S8.S8", "IGMMA.64x256x32.S8.S8"
+IMMA = "IMMA.16832.S8.S8"
+HOPPER = ("IGMMA.64x256x32.S8.S8", "IGMMA.64x128x32.S8.S8", "UTMALDG.2D.MULTICAST")
 HMMA = dict.fromkeys(ARCHS, ("HMMA.16816.F32.BF16", "HMMA.16816.F32 "))
-GEMM = dict.fromkeys(ARCHS, (IMMA,)) | {"90a": (IMMA, IGMMA, "UTMALDG.2D.MULTICAST")}
+GEMM = dict.fromkeys(ARCHS, (IMMA,)) | {"90a": (IMMA, *HOPPER)}
 WANTED = {
     "gemm_int8.cu": GEMM,
     "gemm_two_level.cu": GEMM,

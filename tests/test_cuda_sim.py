@@ -50,7 +50,14 @@ def gemm(tmp_path_factory):
 
 def test_the_gemm_kernels_on_the_emulator(gemm):
     said = call(gemm[0], 2)
-    for kernel in ("mma 16x128", "mma 64x64", "mma 128x128", "any alignment", "wgmma 256x128"):
+    for kernel in (
+        "mma 16x128",
+        "mma 64x64",
+        "mma 128x128",
+        "any alignment",
+        "wgmma 256x128",
+        "wgmma 128x128",
+    ):
         assert kernel in said, "the plan no longer reaches it"
 
 
