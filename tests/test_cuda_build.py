@@ -14,8 +14,14 @@ import pytest
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
 ARCHS = ("80", "89", "90a", "100", "120")
 IMMA, IGMMA = "IMMA.16832.S8.S8", "IGMMA.64x256x32.S8.S8"
+HMMA = dict.fromkeys(ARCHS, ("HMMA.16816.F32.BF16", "HMMA.16816.F32 "))
 GEMM = dict.fromkeys(ARCHS, (IMMA,)) | {"90a": (IMMA, IGMMA, "UTMALDG.2D.MULTICAST")}
-WANTED = {"gemm_int8.cu": GEMM, "gemm_two_level.cu": GEMM, "gemm_table.cu": GEMM}
+WANTED = {
+    "gemm_int8.cu": GEMM,
+    "gemm_two_level.cu": GEMM,
+    "gemm_table.cu": GEMM,
+    "weights.cu": HMMA,
+}
 """Instructions that the machine code of a file must have; of the others nothing is asked."""
 
 pytestmark = [
