@@ -9,7 +9,7 @@ BASELINE ?= gate/demo-w4a8.json
 PROMPTS ?= 32
 POLICY ?= bundled
 
-.PHONY: setup demo gate baseline test check bench kernels results clean
+.PHONY: setup demo gate baseline test check bench kernels gpu results clean
 
 setup: $(READY)
 
@@ -68,6 +68,11 @@ kernels: setup
 
 bench: setup
 	$(BIN)/dtq bench
+
+# on a machine with a GPU, from a checkout, nothing installed but torch and what dtq imports: is it
+# right, is it fast; every figure to .gpu. Not part of make test
+gpu:
+	PYTHONPATH=. $(PYTHON) tests/gpu.py --out .gpu
 
 clean:
 	rm -rf .venv .venv-results .demo build dist dtq/_lib *.egg-info

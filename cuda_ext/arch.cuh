@@ -38,7 +38,7 @@
 // 1024: the swizzle of bulk copies goes by address
 #define DTQ_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define DTQ_HAS_WGMMA 1  // sm_90a alone; elsewhere the body of a Hopper kernel is left empty
+#define DTQ_HAS_WGMMA 1  // sm_90a alone; elsewhere a Hopper kernel traps
 #endif
 
 namespace dtq {
@@ -122,6 +122,7 @@ DTQ_DEV void cp_async_wait() {
 
 // ---------------------------------------------------------------------------- threads together
 
+DTQ_DEV void trap() { asm volatile("trap;"); }
 DTQ_DEV void sync_threads() { __syncthreads(); }
 // `threads` threads, whole warps, at barrier 1 to 15
 DTQ_DEV void sync_named(int id, int threads) {
@@ -231,6 +232,17 @@ DTQ_DEV uint16_t float_to_f16(float f) {
   uint16_t h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
+}
+// Two of them, the first in the low half.
+DTQ_DEV uint32_t floats_to_bf16x2(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+DTQ_DEV uint32_t floats_to_f16x2(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 DTQ_DEV float f16_to_float(uint16_t h) {
   float f;

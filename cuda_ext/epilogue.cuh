@@ -14,10 +14,9 @@ struct GemmArgs {
   bool partial;  // int32 sums go to the workspace, (splits, M, N), for sum_splits
 };
 
-DTQ_DEV float scaled(int32_t sum, float row_scale, float weight_scale, const void* bias,
-                     Float bias_type, int64_t n) {
+DTQ_DEV float scaled(int32_t sum, float row_scale, float weight_scale, bool has_bias, float bias) {
   const float v = fmul(fmul(int_to_float(sum), row_scale), weight_scale);
-  return bias ? fadd(v, load_float(bias, n, bias_type)) : v;
+  return has_bias ? fadd(v, bias) : v;
 }
 
 // GELU, then gate * v + residual, where there are any.
@@ -88,7 +87,8 @@ DTQ_KERNEL void sum_splits(const DTQ_CONSTANT GemmArgs p) {
   int32_t sum = 0;
   for (int s = 0; s < p.splits; s++)
     sum += ldg(static_cast<const int32_t*>(g.workspace) + s * size + at);
-  float v = scaled(sum, ldg(g.row_scale + m), ldg(g.weight_scale + n), g.bias, g.bias_type, n);
+  const float bias = g.bias ? load_float(g.bias, n, g.bias_type) : 0;
+  float v = scaled(sum, ldg(g.row_scale + m), ldg(g.weight_scale + n), g.bias, bias);
   if (g.down)
     for (int64_t r = 0; r < g.rank; r++)
       v = ffma(load_float(g.down, m * g.rank + r, g.lowrank_type),

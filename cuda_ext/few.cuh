@@ -18,6 +18,8 @@ namespace dtq {
 constexpr int kWarps = 4;      // of a block: more rows of the file in flight than one warp asks for
 constexpr int kRowsTile = 16;  // output channels of a block
 constexpr int kStepColumns = 64;
+constexpr int kHalves = kFewTokens / 8;
+constexpr int kAhead = 2;  // steps whose weights are on their way: memory answers after hundreds of cycles
 
 struct FewPlan {
   WeightPlan weight;
@@ -26,8 +28,7 @@ struct FewPlan {
   bool whole_x;
 };
 
-// kHalves: groups of 8 tokens.
-template <Codes kCodes, int kBits, Float kType, int kHalves>
+template <Codes kCodes, int kBits>
 DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan p) {
   DTQ_SHARED(shared);
   const Few& f = p.f;
@@ -35,30 +36,46 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan
   const int64_t n = (int64_t)block_x() * kRowsTile + lane() / 4;
   float* table = (float*)shared;
   float* sums = table + 16;  // (kWarps, kHalves, 16 rows, 8 tokens)
+  const bool brain = f.type == kBFloat16;
+  const int halves = f.tokens - p.first > 8 ? kHalves : 1;  // groups of 8 tokens
   share_table(p.weight.w, table);
 
   float acc[kHalves][4] = {};
-  for (int64_t k = (int64_t)warp() * kStepColumns; k < columns; k += kWarps * kStepColumns) {
-    const int64_t at = k + lane() % 4 * kRun;
-    uint32_t w[2][kRun / 2];  // [row g or g + 8][pair]
-    DTQ_UNROLL for (int h = 0; h < 2; h++) {
-      float v[kRun];
-      if (n + h * 8 < rows && at < columns) decode<kCodes, kBits>(p.weight, n + h * 8, at, table, v);
-      else DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = 0;
-      DTQ_UNROLL for (int i = 0; i < kRun / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], kType);
-    }
+  constexpr int64_t kTurn = kWarps * kStepColumns;
+  const int64_t first = warp() * kStepColumns + lane() % 4 * kRun;
+  Run<kCodes, kBits> coming[kAhead][2];  // [step][row g or g + 8]
+  DTQ_UNROLL for (int s = 0; s < kAhead; s++)
+    DTQ_UNROLL for (int h = 0; h < 2; h++)
+      fetch(p.weight, n + h * 8, first + s * kTurn, coming[s][h]);
+
+  // One step; `now` becomes the step kAhead further on.
+  auto step = [&](int64_t at, Run<kCodes, kBits>(&now)[2]) {
+    uint32_t x[kHalves][kRun / 2] = {};
     DTQ_UNROLL for (int h = 0; h < kHalves; h++) {
       const int64_t token = p.first + h * 8 + lane() / 4;
-      uint32_t x[kRun / 2] = {};
-      if (token < f.tokens)
-        read_pairs((const uint16_t*)f.x + token * f.stride, at, columns, p.whole_x, x);
+      if (token < f.tokens && at < columns)
+        read_pairs((const uint16_t*)f.x + token * f.stride, at, columns, p.whole_x, x[h]);
+    }
+    uint32_t w[2][kRun / 2];  // [row][pair]
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const Run<kCodes, kBits> run = now[h];
+      fetch(p.weight, n + h * 8, at + kAhead * kTurn, now[h]);
+      float v[kRun];
+      expand(p.weight, run, at, table, v);
+      DTQ_UNROLL for (int i = 0; i < kRun / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], f.type);
+    }
+    DTQ_UNROLL for (int h = 0; h < kHalves; h++) {
+      if (h == halves) break;
       DTQ_UNROLL for (int j = 0; j < 4; j++) {
         const uint32_t a[4] = {w[0][j * 2], w[1][j * 2], w[0][j * 2 + 1], w[1][j * 2 + 1]};
-        if constexpr (kType == kBFloat16) mma_bf16(acc[h], a, x[j * 2], x[j * 2 + 1]);
-        else mma_f16(acc[h], a, x[j * 2], x[j * 2 + 1]);
+        if (brain) mma_bf16(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
+        else mma_f16(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
       }
     }
-  }
+  };
+  // steps beyond the row add zeros
+  for (int64_t k = warp() * kStepColumns; k < columns; k += kAhead * kTurn)
+    DTQ_UNROLL for (int s = 0; s < kAhead; s++) step(k + s * kTurn + lane() % 4 * kRun, coming[s]);
 
   DTQ_UNROLL for (int h = 0; h < kHalves; h++)
     DTQ_UNROLL for (int i = 0; i < 4; i++) {
@@ -66,14 +83,14 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan
       sts(sums + ((warp() * kHalves + h) * 16 + row) * 8 + token, acc[h][i]);
     }
   sync_threads();
-  for (int i = tid(); i < kHalves * 128; i += kWarps * 32) {
+  for (int i = tid(); i < halves * 128; i += kWarps * 32) {
     const int64_t token = p.first + i / 128 * 8 + i % 8;
     const int64_t row = (int64_t)block_x() * kRowsTile + i / 8 % 16;
     if (token >= f.tokens || row >= rows) continue;
     float sum = lds<float>(sums + i);
     for (int s = 1; s < kWarps; s++) sum = sum + lds<float>(sums + s * kHalves * 128 + i);
-    if (f.bias) sum = sum + to_float(ldg((const uint16_t*)f.bias + row), kType);
-    stg((uint16_t*)f.y + token * rows + row, to_16(sum, kType));
+    if (f.bias) sum = sum + to_float(ldg((const uint16_t*)f.bias + row), f.type);
+    stg((uint16_t*)f.y + token * rows + row, to_16(sum, f.type));
   }
 }
 
@@ -96,7 +113,9 @@ DTQ_KERNEL void DTQ_BOUNDS(kDecodeThreads, 4) decode_kernel(const DTQ_CONSTANT D
   const int64_t columns = p.weight.w.columns, n = at / p.runs, k = at % p.runs * kRun;
   if (n >= p.weight.w.rows) return;
   float v[kRun];
-  decode<kCodes, kBits>(p.weight, n, k, (const float*)shared, v);
+  Run<kCodes, kBits> run;
+  fetch(p.weight, n, k, run);
+  expand(p.weight, run, k, (const float*)shared, v);
   if (p.type == kFloat32) write_floats((float*)p.out + n * columns, k, columns, p.whole_out, v);
   else write_halves((uint16_t*)p.out + n * columns, k, columns, p.whole_out, p.type, v);
 }

@@ -191,8 +191,7 @@ DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
         DTQ_UNROLL for (int h = 0; h < 2; h++) {
           const int64_t m = first_m + i * 16 + h * 8 + row;
           const float row_scale = m < g.tokens ? ldg(g.row_scale + m) : 0;
-          const float y = fmul(fmul(int_to_float(sums[i][j][h * 2 + e]), row_scale), scale);
-          v[i][j][h * 2 + e] = g.bias ? fadd(y, bias) : y;
+          v[i][j][h * 2 + e] = scaled(sums[i][j][h * 2 + e], row_scale, scale, g.bias, bias);
         }
     }
   }

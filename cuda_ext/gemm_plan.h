@@ -10,11 +10,12 @@
 namespace dtq {
 
 enum Tile {
-  kMma128,   // 128 tokens x 128 rows
-  kMma64,    // 64 x 64: fewer idle multiprocessors when there are few tiles
-  kMma16,    // 16 x 128, a few tokens: what counts is reading the weight once
-  kMmaOdd,   // 64 x 64, rows that do not start at multiples of 16 bytes
-  kWgmma,    // sm_90: 256 tokens x 128 rows
+  kMma128,    // 128 tokens x 128 rows
+  kMma64,     // 64 x 64: fewer idle multiprocessors when there are few tiles
+  kMma16,     // 16 x 128, a few tokens: what counts is reading the weight once
+  kMmaOdd,    // 64 x 64, rows that do not start at multiples of 16 bytes
+  kWgmma256,  // sm_90: 256 tokens x 128 rows
+  kWgmma128,  // 128 x 128: the weight is expanded for half as many tokens
   kTiles
 };
 
@@ -24,8 +25,12 @@ struct TileSize {
 };
 
 constexpr TileSize kTileSizes[kTiles] = {
-    {"mma 128x128", 128, 128}, {"mma 64x64", 64, 64},        {"mma 16x128", 16, 128},
-    {"mma 64x64, any alignment", 64, 64}, {"wgmma 256x128", 256, 128},
+    {"mma 128x128", 128, 128},
+    {"mma 64x64", 64, 64},
+    {"mma 16x128", 16, 128},
+    {"mma 64x64, any alignment", 64, 64},
+    {"wgmma 256x128", 256, 128},
+    {"wgmma 128x128", 128, 128},
 };
 
 struct Plan {
@@ -44,7 +49,7 @@ inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 1
 inline const char* refusal(const Gemm& g) {
   if (g.arch < 80) return "needs compute capability 8.0 or newer";
   if (g.tokens < 0 || g.rows < 1 || g.columns < 1) return "empty weight";
-  if (g.columns > 133144) return "the int32 sum may overflow beyond 133144 columns";
+  if (g.columns > 131071) return "the int32 sum may overflow beyond 131071 columns";
   if (g.tokens >= 1 << 24 || g.rows >= 1 << 24 || over(g.tokens, 16) * over(g.rows, 64) >= 1 << 26)
     return "more than 2^26 tiles, 2^24 tokens or 2^24 rows";  // of which the kernels count in int
   if (g.rank % 16 || (g.down && !g.rank)) return "low-rank branches come in ranks divisible by 16";
@@ -61,10 +66,17 @@ inline const char* refusal(const Gemm& g) {
   return nullptr;
 }
 
-// wgmma reads whole tiles of 256 tokens; below that mma.sync keeps up and fills more of the device.
+// With fewer tiles mma.sync fills more of the device.
 inline bool wants_wgmma(const Gemm& g) {
-  return g.arch == 90 && g.tokens > 128 && g.columns % 32 == 0 && aligned16(g.codes) &&
-         aligned16(g.weight) && tiles_of(g, kWgmma) * 2 >= g.sms;
+  return g.arch == 90 && g.tokens > 64 && g.columns % 32 == 0 && aligned16(g.codes) &&
+         aligned16(g.weight) && tiles_of(g, kWgmma128) * 2 >= g.sms;
+}
+
+// Where one round of blocks after the other takes longer with large tiles, small ones.
+inline Tile wgmma_tile(const Gemm& g) {
+  const int64_t large = over(tiles_of(g, kWgmma256), g.sms) * 256;
+  const int64_t small = over(tiles_of(g, kWgmma128), g.sms) * 128;
+  return large <= small ? kWgmma256 : kWgmma128;
 }
 
 inline bool has_extras(const Gemm& g) { return g.gelu || g.gate || g.down; }
@@ -73,7 +85,7 @@ inline Plan plan_of(const Gemm& g) {
   const int steps = int(over(g.columns, 64));
   if (g.columns % 16 || !aligned16(g.codes) || !aligned16(g.weight))
     return {kMmaOdd, 1, steps, has_extras(g)};
-  if (wants_wgmma(g)) return {kWgmma, 1, steps, false};
+  if (wants_wgmma(g)) return {wgmma_tile(g), 1, steps, false};
   if (g.tokens > 64) {
     if (tiles_of(g, kMma128) >= g.sms) return {kMma128, 1, steps, false};
     return {kMma64, 1, steps, has_extras(g)};

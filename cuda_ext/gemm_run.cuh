@@ -17,6 +17,10 @@ template <class Source>
 using Tile64 = MmaTile<Source, 64, 64, 32, 32, deep<Source>, true>;
 template <class Source>
 using Tile16 = MmaTile<Source, 16, 128, 16, 32, deep<Source>, true>;
+template <class Source>
+using Wgmma256 = WgmmaTile<Source, 256, Source::kBits == 8 ? 4 : 5, 2>;
+template <class Source>
+using Wgmma128 = WgmmaTile<Source, 128, Source::kBits == 8 ? 6 : 8, 2>;
 using TileOdd = MmaTile<Int8, 64, 64, 32, 32, 3, false>;
 
 template <class T, bool extras>
@@ -39,7 +43,8 @@ int run(const Gemm& g, const Plan& plan, Stream stream) {
                            : run_mma<Tile128<Source>, false>(p, tiles, stream);
   if (plan.tile == kMma64) status = run_mma<Tile64<Source>, false>(p, tiles, stream);
   if (plan.tile == kMma16) status = run_mma<Tile16<Source>, false>(p, tiles, stream);
-  if (plan.tile == kWgmma) status = run_wgmma<Source>(p, stream);
+  if (plan.tile == kWgmma256) status = run_wgmma<Wgmma256<Source>>(p, stream);
+  if (plan.tile == kWgmma128) status = run_wgmma<Wgmma128<Source>>(p, stream);
   if constexpr (Source::kBits == 8)
     if (plan.tile == kMmaOdd) status = run_mma<TileOdd, false>(p, tiles, stream);
   if (status != kOk || !plan.partial) return status;

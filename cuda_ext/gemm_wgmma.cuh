@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 x int8 on Hopper: out^T = W x^T with wgmma, 64 output rows by 256 tokens a warpgroup.
+// int8 x int8 on Hopper: out^T = W x^T with wgmma, 64 output rows by 256 or 128 tokens a warpgroup.
 //
 //   warpgroup 0      one thread brings tiles into a ring of stages by bulk copies; two blocks of a
 //                    cluster share their tokens, each brings half of them to both
@@ -16,12 +16,13 @@
 
 namespace dtq {
 
-template <class Source_, int stages, int cluster>
+template <class Source_, int tokens, int stages, int cluster>
 struct WgmmaTile {
   using Source = Source_;
-  static constexpr int kTokens = 256, kRows = 128, kDepth = 128;
+  static constexpr int kTokens = tokens, kRows = 128, kDepth = 128;
   static constexpr int kStages = stages, kCluster = cluster;
   static constexpr int kThreads = 384, kWarps = 8;  // of which multiply
+  static constexpr int kSums = tokens / 2;          // of a thread
   static constexpr int kRowW = kDepth * Source::kBits / 8;
   static constexpr int kBytesX = kTokens * kDepth, kBytesW = kRows * kRowW;
   static constexpr int kStage = kBytesX + kBytesW;
@@ -135,7 +136,7 @@ DTQ_DEV void expand_stage(const GemmArgs& p, const unsigned char* w, int row, in
 }
 
 template <class T>
-DTQ_DEV void multiply_int8(const Ring<T>& ring, int group, int steps, int32_t (&sums)[128]) {
+DTQ_DEV void multiply_int8(const Ring<T>& ring, int group, int steps, int32_t (&sums)[T::kSums]) {
   Slot slot, last;
   for (int s = 0; s < steps; s++) {
     mbarrier_wait(ring.full(slot.stage), slot.round & 1);
@@ -143,7 +144,7 @@ DTQ_DEV void multiply_int8(const Ring<T>& ring, int group, int steps, int32_t (&
     const uint64_t x = swizzled_rows(ring.x(slot.stage));
     wgmma_fence();
     DTQ_UNROLL for (int k = 0; k < 4; k++)  // 32 bytes on are 2 in the address field
-      wgmma_s8<256>(sums, w + uint64_t(2 * k), x + uint64_t(2 * k), s || k);
+      wgmma_s8<T::kTokens>(sums, w + uint64_t(2 * k), x + uint64_t(2 * k), s || k);
     wgmma_commit();
     wgmma_wait<1>();
     if (s) release<T>(ring, last.stage);
@@ -156,7 +157,7 @@ DTQ_DEV void multiply_int8(const Ring<T>& ring, int group, int steps, int32_t (&
 
 template <class T>
 DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int n, int steps,
-                           int32_t (&sums)[128]) {
+                           int32_t (&sums)[T::kSums]) {
   uint32_t a[2][4][4];  // the tensor cores read one while the other is filled
   Slot slot, last, next;
   auto fill = [&](int s, uint32_t(&to)[4][4]) {
@@ -168,7 +169,7 @@ DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int 
     const uint64_t x = swizzled_rows(ring.x(slot.stage));
     wgmma_fence();
     DTQ_UNROLL for (int k = 0; k < 4; k++)
-      wgmma_s8<256>(sums, now[k], x + uint64_t(2 * k), s || k);
+      wgmma_s8<T::kTokens>(sums, now[k], x + uint64_t(2 * k), s || k);
     wgmma_commit();
     wgmma_wait<1>();  // the last step's, which read `then`
     if (s) release<T>(ring, last.stage);
@@ -217,24 +218,23 @@ DTQ_DEV void store_transposed(const Gemm& g, int m, int n, const float (&v)[4]) 
 }
 
 // Rows n and n + 8 of all tokens of the tile.
-template <bool extras>
-DTQ_DEV void finish_transposed(const Gemm& g, int first_m, int n, const int32_t (&sums)[128]) {
+template <class T, bool extras>
+DTQ_DEV void finish_transposed(const Gemm& g, int first_m, int n,
+                               const int32_t (&sums)[T::kSums]) {
   float scale[2], bias[2];
   DTQ_UNROLL for (int h = 0; h < 2; h++) {
     const bool there = n + h * 8 < g.rows;
     scale[h] = there ? ldg(g.weight_scale + n + h * 8) : 0;
     bias[h] = there && g.bias ? load_float(g.bias, n + h * 8, g.bias_type) : 0;
   }
-  DTQ_UNROLL for (int j = 0; j < 32; j++) {
+  DTQ_UNROLL for (int j = 0; j < T::kTokens / 8; j++) {
     if (first_m + j * 8 >= g.tokens) break;
     const int m = first_m + j * 8 + lane() % 4 * 2;
     float v[4];
     DTQ_UNROLL for (int e = 0; e < 2; e++) {
       const float row_scale = m + e < g.tokens ? ldg(g.row_scale + m + e) : 0;
-      DTQ_UNROLL for (int h = 0; h < 2; h++) {
-        const float y = fmul(fmul(int_to_float(sums[j * 4 + h * 2 + e]), row_scale), scale[h]);
-        v[h * 2 + e] = g.bias ? fadd(y, bias[h]) : y;
-      }
+      DTQ_UNROLL for (int h = 0; h < 2; h++)
+        v[h * 2 + e] = scaled(sums[j * 4 + h * 2 + e], row_scale, scale[h], g.bias, bias[h]);
     }
     if (extras) {
       if (g.down) add_lowrank_transposed(g, first_m + j * 8, n, v);
@@ -262,10 +262,10 @@ DTQ_DEV void wgmma_body(const WgmmaArgs& a, unsigned char* shared) {
   } else {
     more_registers<232>();
     const int group = warp() / 4 - 1, in_tile = (warp() - 4) * 16 + lane() / 4;
-    int32_t sums[128];
+    int32_t sums[T::kSums];
     if constexpr (T::Source::kBits == 8) multiply_int8<T>(ring, group, steps, sums);
     else multiply_4bit<T>(a.p, ring, in_tile, row + in_tile, steps, sums);
-    finish_transposed<extras>(g, token, row + in_tile, sums);
+    finish_transposed<T, extras>(g, token, row + in_tile, sums);
   }
   if (T::kCluster > 1) {  // the other block may still signal here
     sync_warp();
@@ -280,17 +280,19 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_wgmma(const DTQ_CONSTANT WgmmaAr
 #if defined(DTQ_HAS_WGMMA)
   DTQ_SHARED(shared);
   wgmma_body<T, extras>(a, shared);
+#else
+  trap();  // compiled for another architecture: an error, not an output that nobody wrote
 #endif
 }
 
-template <class Source>
+template <class T>
 int run_wgmma(const GemmArgs& p, Stream stream) {
-  using T = WgmmaTile<Source, Source::kBits == 8 ? 4 : 5, 2>;
   WgmmaArgs a = {{}, {}, p};
   const Gemm& g = p.g;
   int status = encode_rows(&a.x, g.codes, g.tokens, g.columns, T::kTokens / T::kCluster, T::kDepth);
   if (status != kOk) return status;
-  status = encode_rows(&a.w, g.weight, g.rows, g.columns * Source::kBits / 8, T::kRows, T::kRowW);
+  const int64_t bytes = g.columns * T::Source::kBits / 8;
+  status = encode_rows(&a.w, g.weight, g.rows, bytes, T::kRows, T::kRowW);
   if (status != kOk) return status;
   const int64_t blocks = over(g.tokens, T::kTokens) *
                          over(over(g.rows, T::kRows), T::kCluster) * T::kCluster;

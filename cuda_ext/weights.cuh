@@ -12,14 +12,14 @@ namespace dtq {
 struct WeightPlan {
   Weight w;
   int64_t row_bytes;
-  int64_t group;    // columns that share a scale
-  bool whole;       // each run starts at a multiple of its bytes, or of 8
-  bool one_group;   // no run has columns of two groups
+  int group;      // columns that share a scale: a row, or a multiple of 16
+  int shift;      // its logarithm, -1 if it is no power of two; 31 for a row
+  bool whole;     // each run starts where it can be read at once
 };
 
 constexpr float kBase = 8388608.0f;  // 2^23
 
-// 2^23 + code, exactly.
+// 2^23 + code, exactly: the code under that exponent.
 DTQ_DEV float raised(uint32_t code) { return bits_float(0x4b000000 | code); }
 
 // ---------------------------------------------------------------------------- codes
@@ -66,29 +66,58 @@ DTQ_DEV uint32_t code_at(const uint32_t* words, int i) {
   return code & ((1u << kBits) - 1);
 }
 
-// Five base-3 digits a byte, then one code a byte.
-DTQ_DEV uint32_t trit_at(const Weight& w, const uint8_t* row, int64_t n, int64_t k) {
-  const int64_t packed = w.columns / 5;
-  if (k >= w.columns) return 1;
-  if (k / 5 >= packed) return ldg(w.tail + n * (w.columns % 5) + k % 5);
-  uint32_t byte = ldg(row + k / 5);
-  for (int64_t digit = k % 5; digit; digit--) byte /= 3;
-  return byte % 3;
+// 2^23 + code i, of a signed byte 2^23 + 128 + code. Codes that have the same place in their bytes are
+// masked together, then a byte permutation puts each under the exponent.
+template <int kBits>
+DTQ_DEV float raised_at(const uint32_t* words, int i) {
+  if constexpr (kBits == 3) {
+    return raised(code_at<3>(words, i));
+  } else {
+    constexpr int kInByte = 8 / kBits;
+    uint32_t plane = words[i * kBits / 32] >> i % kInByte * kBits;
+    if constexpr (kBits < 8) plane &= ((1u << kBits) - 1) * 0x01010101u;
+    else plane ^= 0x80808080;
+    return bits_float(byte_perm(plane, 0x4b000000, 0x7540 | (uint32_t)(i / kInByte % 4)));
+  }
+}
+
+// Columns k to k + 15 of base-3 digits, five a byte, behind the bytes one code a byte, as 2-bit codes.
+DTQ_DEV uint32_t read_trits(const Weight& w, const uint8_t* row, int64_t n, int64_t k) {
+  const int64_t packed = w.columns / 5, rest = w.columns % 5;
+  int64_t at = k / 5;
+  int digit = (int)(k - at * 5);
+  uint32_t byte = byte_at(row, at, packed), codes = 0;
+  for (int i = 0; i < digit; i++) byte /= 3;
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
+    if (digit == 5) {
+      digit = 0;
+      byte = byte_at(row, ++at, packed);
+    }
+    uint32_t code = byte % 3;
+    byte /= 3;
+    digit++;
+    if (k + i >= packed * 5)
+      code = k + i < w.columns ? ldg(w.tail + n * rest + k + i - packed * 5) : 0;
+    codes |= code << i * 2;
+  }
+  return codes;
 }
 
 // ---------------------------------------------------------------------------- scales
 
-DTQ_DEV float scale_at(const Weight& w, int64_t n, int64_t group) {
-  const int64_t groups = w.codes == kTwoLevel ? 1 : w.groups;
-  const int64_t at = n * groups + (w.codes == kTwoLevel ? 0 : group);
-  switch (w.scale_type) {
-    case kScaleFloat32: return ldg((const float*)w.scale + at);
-    case kScaleBFloat16: return bf16_to_float(ldg((const uint16_t*)w.scale + at));
-    case kScaleE4m3: return fmul(from_e4m3(ldg((const uint8_t*)w.scale + at)), ldg(w.scale_2));
-    case kScalePower: return bits_float((uint32_t)ldg((const uint8_t*)w.scale + at) << 23);
-    case kNoScale: return 1;
-  }
-  return 1;
+// As stored: what is done to it would wait for it. The usual types first.
+DTQ_DEV uint32_t scale_bits(const Weight& w, int at) {
+  if (w.scale_type == kScaleBFloat16) return ldg((const uint16_t*)w.scale + at);
+  if (w.scale_type == kScaleFloat32) return ldg((const uint32_t*)w.scale + at);
+  if (w.scale_type == kNoScale) return 0x3f800000;  // 1
+  return ldg((const uint8_t*)w.scale + at);
+}
+
+DTQ_DEV float scale_of(const Weight& w, uint32_t bits) {
+  if (w.scale_type == kScaleBFloat16) return bf16_to_float((uint16_t)bits);
+  if (w.scale_type == kScalePower) return bits_float(bits << 23);
+  if (w.scale_type == kScaleE4m3) return fmul(from_e4m3(bits), ldg(w.scale_2));
+  return bits_float(bits);
 }
 
 // ---------------------------------------------------------------------------- runs
@@ -101,84 +130,74 @@ DTQ_DEV void share_table(const Weight& w, float* shared) {
   sync_threads();
 }
 
-// Columns [k, k + 16) of row n, k a multiple of 16. Columns beyond the row are 0.
+// A run as it is loaded; loads are issued long before they are used.
 template <Codes kCodes, int kBits>
-DTQ_DEV void decode(const WeightPlan& p, int64_t n, int64_t k, const float* table,
-                    float (&v)[kRun]) {
-  const Weight& w = p.w;
-  const uint8_t* row = w.weight + n * p.row_bytes;
-  const int64_t groups = w.groups;
-  auto group_of = [&](int i) {
-    if (p.one_group) return k / p.group;
-    return k + i < w.columns ? (k + i) / p.group : 0;
-  };
+struct Run {
+  static constexpr int kVector = kCodes != kWords ? 1 : kBits == 8 ? 4 : 2;
+  static constexpr int kBytes = kRun / kVector * kBits / 8;
+  uint32_t words[(kBytes + 3) / 4];
+  uint32_t scale;  // bits
+  uint32_t zero;   // a byte; kTwoLevel: of the group
+};
 
+// Columns [k, k + 16) of row n, k a multiple of 16; a row or run that is not there gets the scale 0.
+template <Codes kCodes, int kBits>
+DTQ_DEV void fetch(const WeightPlan& p, int64_t n, int64_t k, Run<kCodes, kBits>& run) {
+  using R = Run<kCodes, kBits>;
+  const Weight& w = p.w;
+  DTQ_UNROLL for (int i = 0; i < (R::kBytes + 3) / 4; i++) run.words[i] = 0;
+  run.scale = 0;
+  run.zero = 0;
+  if (n >= w.rows || k >= w.columns) return;
+  const uint8_t* row = w.weight + n * p.row_bytes;
+  if constexpr (kCodes == kTrits) run.words[0] = read_trits(w, row, n, k);
+  else read_bytes<R::kBytes>(row, k / R::kVector * kBits / 8, p.row_bytes, p.whole, run.words);
+  const int group = p.shift < 0 ? (int)k / p.group : (int)k >> p.shift;
+  const int at = (int)n * (int)w.groups + group;  // the host has made sure that there are fewer
+  const bool by_row = kCodes == kTwoLevel || kCodes == kWords;
+  run.scale = scale_bits(w, by_row ? (int)n : at);
+  if constexpr (kCodes == kAffine) {
+    if (w.zero) run.zero = ldg((const uint8_t*)w.zero + at);
+    else run.zero = (uint32_t)w.offset;
+  }
+  if constexpr (kCodes == kTwoLevel) run.zero = ldg(w.group_bytes + at);
+}
+
+// What a run stands for. Columns beyond the row are 0.
+template <Codes kCodes, int kBits>
+DTQ_DEV void expand(const WeightPlan& p, const Run<kCodes, kBits>& run, int64_t k,
+                    const float* table, float (&v)[kRun]) {
   if constexpr (kCodes == kWords) {
-    constexpr int kVector = kBits == 8 ? 4 : 2, kCount = kRun / kVector;
-    uint32_t words[(kCount * kBits / 8 + 3) / 4];
-    read_bytes<kCount * kBits / 8>(row, k / kVector * kBits / 8, p.row_bytes, p.whole, words);
-    const float scale = w.scale_type == kNoScale ? 1 : scale_at(w, n, 0);
-    DTQ_UNROLL for (int i = 0; i < kCount; i++) {
-      const uint16_t* word = w.words + code_at<kBits>(words, i) * kVector;
+    constexpr int kVector = Run<kCodes, kBits>::kVector;
+    DTQ_UNROLL for (int i = 0; i < kRun / kVector; i++) {
+      const uint16_t* word = p.w.words + code_at<kBits>(run.words, i) * kVector;
+      uint32_t pair[kVector / 2];
       if constexpr (kVector == 4) {
         const U2 four = ldg((const U2*)word);
-        const uint32_t pair[2] = {four.x, four.y};
-        DTQ_UNROLL for (int j = 0; j < 4; j++)
-          v[i * 4 + j] = bf16_to_float((uint16_t)(pair[j / 2] >> j % 2 * 16));
+        pair[0] = four.x, pair[1] = four.y;
       } else {
-        const uint32_t pair = ldg((const uint32_t*)word);
-        v[i * 2] = bf16_to_float((uint16_t)pair);
-        v[i * 2 + 1] = bf16_to_float((uint16_t)(pair >> 16));
+        pair[0] = ldg((const uint32_t*)word);
       }
+      DTQ_UNROLL for (int j = 0; j < kVector; j++)
+        v[i * kVector + j] = bf16_to_float((uint16_t)(pair[j / 2] >> j % 2 * 16));
     }
-    DTQ_UNROLL for (int i = 0; i < kRun; i++)
-      v[i] = k + i < w.columns ? fmul(v[i], scale) : 0;  // times 1 changes nothing
-    return;
-  }
-
-  if constexpr (kCodes == kTrits) {
-    DTQ_UNROLL for (int i = 0; i < kRun; i++)
-      v[i] = raised(trit_at(w, row, n, k + i)) - (kBase + 1);
+  } else if constexpr (kCodes == kTwoLevel) {
+    const int scale2 = (int)(run.zero >> kBits) + 1, zero = (int)(run.zero & ((1 << kBits) - 1));
+    DTQ_UNROLL for (int i = 0; i < kRun; i++)  // wraps as int8 does
+      v[i] = int_to_float((int8_t)(((int)code_at<kBits>(run.words, i) - zero) * scale2));
+  } else if constexpr (kCodes == kAffine || kCodes == kTrits) {
+    const int zero = kCodes == kTrits ? 1 : (int8_t)run.zero + (kBits == 8 ? 128 : 0);
+    const float base = kBase + int_to_float(zero);
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = raised_at<kBits>(run.words, i) - base;
   } else {
-    uint32_t words[(kRun * kBits / 8 + 3) / 4];
-    read_bytes<kRun * kBits / 8>(row, k * kBits / 8, p.row_bytes, p.whole, words);
     DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-      const uint32_t code = code_at<kBits>(words, i);
-      if constexpr (kCodes == kTable) v[i] = lds<float>(table + code);
-      else if constexpr (kCodes == kFloat8) v[i] = from_e4m3(code);
-      else if constexpr (kCodes == kTwoLevel) v[i] = (float)code;
-      else v[i] = raised(kBits == 8 ? code ^ 0x80 : code);  // a signed byte, plus 128
+      const uint32_t code = code_at<kBits>(run.words, i);
+      v[i] = kCodes == kTable ? lds<float>(table + code) : from_e4m3(code);
     }
   }
-
-  auto each = [&](auto&& change) {  // change(value, parameters of its group)
-    if (p.one_group) {
-      const auto group = change(group_of(0));
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = group(v[i]);
-    } else {
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = change(group_of(i))(v[i]);
-    }
-  };
-  if constexpr (kCodes == kAffine)
-    each([&](int64_t group) {
-      const int zero = w.zero ? (int8_t)ldg((const uint8_t*)w.zero + n * groups + group) : w.offset;
-      const float base = kBase + int_to_float(zero + (kBits == 8 ? 128 : 0));
-      return [base](float x) { return x - base; };
-    });
-  if constexpr (kCodes == kTwoLevel)
-    each([&](int64_t group) {
-      const uint32_t byte = ldg(w.group_bytes + n * groups + group);
-      const int scale2 = (int)(byte >> kBits) + 1, zero = (int)(byte & ((1 << kBits) - 1));
-      return [scale2, zero](float x) {  // wraps as int8 does
-        return int_to_float((int8_t)(((int)x - zero) * scale2));
-      };
-    });
-  each([&](int64_t group) {
-    const float scale = scale_at(w, n, group);
-    return [scale](float x) { return fmul(x, scale); };
-  });
-  DTQ_UNROLL for (int i = 0; i < kRun; i++)
-    if (k + i >= w.columns) v[i] = 0;
+  const float scale = scale_of(p.w, run.scale);
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], scale);
+  clear_beyond(v, k, p.w.columns);
 }
 
 }  // namespace dtq

@@ -3,8 +3,8 @@
 
 One interleaved run: in every round each candidate runs once (small ones several times), in a random
 order. A figure is the median over rounds of the ratio of two times of the same round, so that a
-machine that is busy with something else slows both. With one thread the clock is that of the
-thread, which stands still while others have the core; with several it is the wall's.
+machine that is busy with something else slows both. ``dtq/clock.py`` has the clocks,
+``dtq/bench_gpu.py`` the suites for a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtq.clock import Clock, HostClock
 from dtq.demo import folder as demo_folder
 from dtq.evaluate.baselines import BASELINES
 from dtq.formats import FORMATS
@@ -36,8 +37,6 @@ OURS = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
 """Recipes and the format of their weights."""
 MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
 """What the baselines import, by the first word of their name."""
-
-_ENOUGH = 2e-3  # seconds of a measurement: below, the clock's own time shows
 
 
 @dataclass
@@ -122,7 +121,7 @@ def conditions(rounds: int) -> dict[str, str | int]:
         "cpu": _cpu(),
         "kernels": CPU.describe(),
         "threads": torch.get_num_threads(),
-        "clock": "thread" if torch.get_num_threads() == 1 else "wall",
+        "clock": HostClock().name,
         "torch": torch.__version__,
         "rounds": rounds,
         "date": time.strftime("%Y-%m-%d"),
@@ -130,30 +129,29 @@ def conditions(rounds: int) -> dict[str, str | int]:
 
 
 @torch.no_grad()
-def race(case: str, tokens: int, candidates: Sequence[Candidate], rounds: int) -> list[Row]:
-    """Time candidates side by side."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+def race(
+    case: str,
+    tokens: int,
+    candidates: Sequence[Candidate],
+    rounds: int,
+    clock: Clock | None = None,
+    ours: Iterable[str] = tuple(OURS),
+) -> list[Row]:
+    """Time candidates side by side; ratios are over each of ``ours``."""
+    clock = clock or HostClock()
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
-    repeats = {}
-    for c in candidates:  # a first run that does not count: memory is allocated, kernels are made
-        c.run()
-        started = clock()
-        c.run()
-        repeats[c.name] = max(1, min(50, int(_ENOUGH / max(clock() - started, 1e-6))))
+    watches = {c.name: clock.watch(c.run) for c in candidates}
     for i in range(rounds):
         order = list(candidates)
         random.Random(i).shuffle(order)
         for c in order:
-            started = clock()
-            for _ in range(repeats[c.name]):
-                c.run()
-            times[c.name].append((clock() - started) / repeats[c.name])
+            times[c.name].append(watches[c.name]())
     rows = []
     for c in candidates:
         ratio = {
-            ours: _quartiles(a / b for a, b in zip(times[c.name], times[ours], strict=True))
-            for ours in OURS
-            if ours in times and ours != c.name
+            name: _quartiles(a / b for a, b in zip(times[c.name], times[name], strict=True))
+            for name in ours
+            if name in times and name != c.name
         }
         rows.append(Row(case, tokens, c.name, statistics.median(times[c.name]), c.bytes, ratio))
     return rows
@@ -210,7 +208,7 @@ def _layers(k: int, n: int) -> dict[str, nn.Module]:
     layers["fp32"] = float_layer
     layers["bf16"] = nn.Linear(k, n, dtype=torch.bfloat16)
     for name, baseline in BASELINES.items():
-        if _installed(MODULES[name.split("-")[0]]):
+        if installed(MODULES[name.split("-")[0]]):
             holder = nn.Sequential(nn.Linear(k, n, dtype=torch.bfloat16))
             baseline.apply(holder, ["0"])
             layers[name] = holder[0]
@@ -306,7 +304,8 @@ def _steps(model: nn.Module) -> list[Candidate]:
     return found
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a module could be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package above it

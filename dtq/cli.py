@@ -730,28 +730,36 @@ def recipe_cp(name: str, target: Path) -> None:
 
 @main.command("bench")
 @click.option("--suite", type=click.Choice(["gemm", "e2e"]), default="gemm", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The GPU where there is one.")
 @click.option(
     "--quick", is_flag=True, help="Fewer sizes; blocks of the large model, not all of it."
 )
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(2))
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="FILE for every figure.")
-def bench_(suite: str, quick: bool, rounds: int, threads: int, json_file: Path | None) -> None:
+def bench_(
+    suite: str, device: str | None, quick: bool, rounds: int, threads: int, json_file: Path | None
+) -> None:
     """Time quantized layers beside float ones on this machine.
 
-    gemm: single linears. e2e: one denoising step of a model with random weights, and of the demo.
+    gemm: single linears. e2e: one denoising step of models with random weights.
 
     \b
     dtq bench --quick
+    dtq bench --suite e2e --device cuda
     """
-    from dtq import bench
-    from dtq.kernels import load
+    from dtq import bench, bench_gpu
+    from dtq.kernels import LIBRARIES
 
-    load()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        bench_gpu.gpu()
+    LIBRARIES[device].load()
+    suites = bench_gpu.SUITES if device == "cuda" else bench.SUITES
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = bench.SUITES[suite](quick=quick, rounds=rounds, say=print_race)
+        result = suites[suite](quick=quick, rounds=rounds, say=print_race)
     finally:
         torch.set_num_threads(before)
     if json_file is not None:
@@ -857,17 +865,6 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
     return Recipe.load(chosen, **data)
 
 
-def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
-    """``--arg NAME=VALUE``; values as YAML reads them."""
-    found = {}
-    for argument in given:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise InputError(f"--arg {argument}: expected NAME=VALUE")
-        found[name] = parse_yaml(text, f"--arg {argument}")
-    return found
-
-
 def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
     for step in path[:-1]:
         below: Any = data.get(step)
@@ -882,8 +879,9 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
 
 
 def _arguments(options: Sequence[str]) -> dict[str, Any]:
-    """Arguments of the pipeline's call."""
-    return {name: yaml.safe_load(text) for name, text in _pairs(options, "--arg").items()}
+    """Arguments of the pipeline's call; values as YAML reads them."""
+    pairs = _pairs(options, "--arg")
+    return {name: parse_yaml(text, f"--arg {name}={text}") for name, text in pairs.items()}
 
 
 def _listed(options: Sequence[str]) -> list[str]:

@@ -25,7 +25,9 @@ ROWS = [
     {"steps", "budget", "parallel", "job", "sentinel"},
     {"quantize", "estimate", "terdit"},
     {"evaluate"},
+    {"clock"},
     {"bench"},
+    {"bench_gpu"},
     {"printing"},
     {""},  # the package itself: what `import dtq` gives
     {"cli_gate"},

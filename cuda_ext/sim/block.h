@@ -115,6 +115,7 @@ struct Cluster;
 struct Block {
   Dim index, grid;
   unsigned rank = 0, alive = 0;
+  unsigned asleep = 0;  // rounds in which none of its warps goes on
   size_t bytes = 0;
   unsigned char* shared = nullptr;
   std::vector<unsigned> dirty;  // per 16-byte chunk: 1 + the thread that wrote it, or 0
@@ -325,6 +326,8 @@ inline void run(Cluster& c) {
   };
   std::vector<Turn> turns;
   unsigned alive = 0;
+  // blocks of a cluster do not start together
+  if (c.blocks.size() > 1) c.blocks[draw(c) % c.blocks.size()]->asleep = unsigned(draw(c) % 32);
   for (auto& b : c.blocks)
     for (unsigned w = 0; w < b->warps.size(); w++) turns.push_back({b.get(), w});
   for (unsigned idle = 0; c.error.empty();) {
@@ -333,8 +336,14 @@ inline void run(Cluster& c) {
     if (!alive) break;
     for (size_t i = turns.size(); i > 1; i--) std::swap(turns[i - 1], turns[draw(c) % i]);
     bool moved = false;
+    if (c.blocks.size() > 1 && draw(c) % 64 == 0)
+      c.blocks[draw(c) % c.blocks.size()]->asleep = unsigned(draw(c) % 32);
     for (Turn turn : turns) {
       if (draw(c) % 4 == 0) continue;  // this warp falls behind
+      if (turn.block->asleep) {
+        moved = true;
+        continue;
+      }
       if (!c.pending.empty() && draw(c) % 8 == 0) land_one(c), moved = true;
       Block& b = *turn.block;
       const size_t first = turn.warp * 32, last = std::min(first + 32, b.threads.size());
@@ -346,6 +355,7 @@ inline void run(Cluster& c) {
       }
       if (!c.error.empty()) return;
     }
+    for (auto& b : c.blocks) b->asleep -= b->asleep > 0;
     idle = moved ? 0 : idle + 1;
     if (idle > 64 && !c.pending.empty()) land_one(c), idle = 0;
     if (idle > 64) c.error = "deadlock: threads wait for what no thread and no copy will bring";

@@ -142,12 +142,16 @@ void run_case(const Case& c, uint64_t seed) {
       if (c.bias) v = v + float_of(bits_at(bias.data, n, c.type), c.type);
       if (c.extras & 4) {
         double add = v;
-        for (int64_t i = 0; i < rank; i++)
-          add += double(float_of(down[m * rank + i], lowrank)) * float_of(up[n * rank + i], lowrank);
+        for (int64_t i = 0; i < rank; i++) {
+          const double x = float_of(down[m * rank + i], lowrank);
+          add += x * float_of(up[n * rank + i], lowrank);
+        }
         v = float(add);
       }
-      if (c.extras & 1)
-        v = float(0.5 * v * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * double(v)))));
+      if (c.extras & 1) {
+        const double x = v, inner = 0.7978845608028654 * (x + 0.044715 * x * x * x);
+        v = float(0.5 * x * (1 + std::tanh(inner)));
+      }
       if (c.extras & 2)
         v = float_of(bits_at(gate.data, m / gate_tokens * c.n + n, c.type), c.type) * v +
             float_of(bits_at(residual.data, m * c.n + n, c.type), c.type);
@@ -161,11 +165,13 @@ void run_case(const Case& c, uint64_t seed) {
     }
   const bool good = status == kOk && !wrong && kernel && std::strstr(kernel, c.kernel) &&
                     sim::session().stats.conflicts() < 1.02;
-  check(good, "%d (%d, %d, %d) group %d arch %d type %d extras %d seed %d: %s, conflicts %.2f, %lld "
-        "wrong, first at %lld%s%s", int(c.weights), int(c.m), int(c.n), int(c.k), int(c.group),
-        c.arch, int(c.type), c.extras, int(seed), kernel ? kernel : "no kernel",
-        sim::session().stats.conflicts(), (long long)wrong, (long long)first,
-        status == kOk ? "" : ": ", status == kOk ? "" : sim::session().error.c_str());
+  const char* names[] = {"int8", "two-level", "table"};
+  check(good, "%s (%d, %d, %d) group %d sm_%d type %d extras %d seed %d: %s, conflicts %.2f, "
+        "%d wrong",
+        names[c.weights], int(c.m), int(c.n), int(c.k), int(c.group), c.arch, int(c.type), c.extras,
+        int(seed), kernel ? kernel : "no kernel", sim::session().stats.conflicts(), int(wrong));
+  if (wrong) std::printf("  first wrong: row %d, column %d\n", int(first / c.n), int(first % c.n));
+  if (status != kOk) std::printf("  status %d: %s\n", status, sim::session().error.c_str());
 }
 
 // Every legal group byte by every pair of neighbouring codes, through the arithmetic on four bytes.
@@ -223,7 +229,7 @@ void refusals() {
   g.arch = 80, g.columns = 200000;
   check(dtq_gemm(&g, nullptr) == kUnsupported, "sums that may overflow are refused");
   g.columns = 4096;
-  check(dtq_gemm_workspace(&g) > 0 && dtq_gemm(&g, nullptr) == kWorkspace, "workspace is asked for");
+  check(dtq_gemm_workspace(&g) > 0 && dtq_gemm(&g, nullptr) == kWorkspace, "workspace is needed");
 }
 
 const Case kCases[] = {
@@ -254,6 +260,8 @@ const Case kCases[] = {
     {kTable, 259, 514, 192, 64, 90, kFloat32, true, 0, "wgmma"},
     {kTwoLevel, 260, 513, 128, 64, 90, kBFloat16, true, 7, "wgmma"},
     {kInt8, 260, 514, 160, 0, 90, kFloat32, true, 7, "wgmma"},
+    {kTwoLevel, 127, 1025, 192, 64, 90, kBFloat16, true, 0, "wgmma 128x128"},
+    {kInt8, 66, 1030, 1152, 0, 90, kFloat16, true, 4, "wgmma 128x128"},
     // what follows the bias
     {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
     {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},

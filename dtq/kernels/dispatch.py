@@ -66,17 +66,21 @@ def arch(capability: tuple[int, int]) -> Arch:
 def choose(capability: tuple[int, int], m: int, n: int, k: int) -> str:
     """``few``, ``float`` or ``int8`` for a product of (M, K) with (N, K)."""
     row = arch(capability)
-    if m <= row.few:
-        return "few"
-    return "float" if 2 * m * n * k < row.least else "int8"
+    return _choose(row.few, row.least, m, n, k)
 
 
 def answer(x: Tensor, n: int) -> str:
     """What is done for ``x`` (M, K) and N outputs: always ``int8`` off the GPU."""
     if INT8_ONLY or not _on_gpu(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return "int8"
-    capability = _capability(x.device.index or 0)
-    return choose(capability, x.shape[0], n, x.shape[1]) if capability >= (8, 0) else "int8"
+    few, least = _limits(x.device.index or 0)
+    return _choose(few, least, x.shape[0], n, x.shape[1])
+
+
+def _choose(few: int, least: float, m: int, n: int, k: int) -> str:
+    if m <= few:
+        return "few"
+    return "float" if 2 * m * n * k < least else "int8"
 
 
 def sentence(capability: tuple[int, int], n: int, k: int) -> str:
@@ -94,8 +98,10 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _capability(index: int) -> tuple[int, int]:
-    # without the library the torch reference runs: it decodes slowly, so int8 at any size
+def _limits(index: int) -> tuple[int, float]:
+    """``few`` and ``least`` of a device; those of int8 at every size where there is no library."""
+    # the torch reference decodes slowly
     if not torch.cuda.is_available() or not CUDA.load():
-        return 0, 0
-    return torch.cuda.get_device_capability(index)
+        return -1, 0.0
+    row = arch(torch.cuda.get_device_capability(index))
+    return row.few, row.least

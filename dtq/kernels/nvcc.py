@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ARCHS = ("80", "86", "89", "90a", "100", "120")
-"""Machine code in a library that is built ahead; sm_86 and sm_89 also serve what lies between."""
+ARCHS = ("80", "89", "90a", "100", "120")
+"""Machine code in a library that is built ahead; what lies between runs that of the one before."""
 
 PTX = "80"
 """For GPUs that are newer than all of these: the driver compiles it."""

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled ops against the torch reference, on whatever implements them: a GPU, or the emulator.
+
+Each check of ``CHECKS`` takes the ops, the device, a seed and a size to stay below; it raises
+AssertionError with the operands' sizes. References are computed on the CPU. Plain functions, so
+that a machine without pytest can run them too.
+"""
+
+from __future__ import annotations
+
+import random as dice
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dtq.formats import FORMATS
+from dtq.kernels import fused
+from dtq.kernels import ops as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = (1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 129, 200, 257)
+COLUMNS = (64, 96, 128, 192, 256, 320, 1152, 3072)
+OUTPUTS = (1, 7, 16, 33, 64, 72, 127, 128, 130, 256, 1152)
+
+
+class Size:
+    """Random sizes whose product stays below a limit, from lists of awkward ones."""
+
+    def __init__(self, seed: int, limit: int) -> None:
+        self.dice, self.limit = dice.Random(seed), limit
+
+    def rows(self) -> tuple[int, int]:
+        """(M, K)"""
+        return self._below(ROWS, COLUMNS)
+
+    def product(self) -> tuple[int, int, int]:
+        """(M, N, K)"""
+        return self._below(ROWS, OUTPUTS, COLUMNS)
+
+    def _below(self, *lists: tuple[int, ...]) -> Any:
+        while True:
+            found = tuple(self.dice.choice(each) for each in lists)
+            total = 1
+            for one in found:
+                total *= one
+            if total <= self.limit:
+                return found
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def int8(*shape: int, seed: int = 0, low: int = -127) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(low, 128, shape, dtype=torch.int8, generator=g)
+
+
+def agree(
+    op: Any, check: Callable[..., Any], args: tuple[Any, ...], device: Any, what: str
+) -> None:
+    """The op on the device gives the bits of the reference on the CPU."""
+
+    def there(value: Any) -> Any:
+        if isinstance(value, list):
+            return [there(v) for v in value]
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    got, want = op(*map(there, args)), check(*args)
+    if isinstance(want, torch.Tensor):
+        got, want = (got,), (want,)
+    for a, b in zip(got, want, strict=True):
+        a = a.cpu()
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{what}: {a.dtype} {tuple(a.shape)}"
+        differ = ~((a == b) | (a.isnan() & b.isnan())) if a.is_floating_point() else a != b
+        count = int(differ.sum())
+        assert not count, (
+            f"{what}: {count} of {a.numel()} differ, first at {differ.nonzero()[0].tolist()}"
+        )
+
+
+def quantize_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    (m, k), d = size.rows(), size.dice
+    block = d.choice([b for b in (1, 2, 16, 32, 64, 128, 256) if k % b == 0])
+    dtype, levels = d.choice(DTYPES), d.choice((127, 31, 7))
+    x = (normal(m, k, seed=seed) * 3).to(dtype)
+    x[0] = 0
+    pre = d.choice((None, (torch.rand(k) - 0.5).to(torch.bfloat16)))
+    scale = d.choice((None, torch.tensor([0.02])))
+    what = f"quantize_rows M {m} K {k} block {block} {dtype} levels {levels} scale {scale} pre {pre is not None}"
+    agree(ops.quantize_rows, reference._quantize_rows, (x, pre, block, scale, levels), device, what)
+
+
+def transform_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    (m, k), d = size.rows(), size.dice
+    block, turns = d.choice([b for b in (1, 16, 32, 64) if k % b == 0]), d.choice((1, 2))
+    turns = turns if block > 1 and (k // block) >= 1 else 1
+    order = d.choice((None, torch.randperm(k, dtype=torch.int32)))
+    x = normal(m, k, seed=seed).to(d.choice(DTYPES))
+    args = (x, (torch.rand(k) + 0.5).to(torch.bfloat16), order, block, turns)
+    what = f"transform_rows M {m} K {k} block {block} turns {turns} order {order is not None}"
+    agree(ops.transform_rows, reference._transform_rows, args, device, what)
+
+
+def fused_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    (m, k), d = size.rows(), size.dice
+    block, dtype = d.choice([b for b in (1, 64) if k % b == 0]), d.choice(DTYPES)
+    x = normal(m, k, seed=seed).to(dtype)
+    images = d.choice([i for i in (1, 2, 4, m) if m % i == 0])
+    up, along = (normal(images, k, seed=seed + i).to(dtype) * 0.1 for i in (1, 2))
+    change = ((torch.rand(k) + 0.5).to(torch.bfloat16), None, block, 1)
+    table, place = torch.rand(5) / 10, torch.tensor([d.randrange(5)])
+    grid = d.choice(((None, None, 127), (table, place, 127)))
+    what = f"M {m} K {k} block {block} {dtype} images {images} binned {grid[0] is not None}"
+    args = (x, up, along, 1e-6, *change, *grid)
+    agree(ops.norm_quantize_rows, fused._norm_quantize_rows, args, device, f"norm {what}")
+    args = (x, *change, *grid)
+    agree(ops.gelu_quantize_rows, fused._gelu_quantize_rows, args, device, f"gelu {what}")
+    agree(ops.binned_quantize_rows, fused._binned_quantize_rows, args, device, f"binned {what}")
+    if torch.device(device).type == "cuda":  # e4m3 tensors are compared as bytes
+        codes, _ = ops.e4m3_quantize_rows(x.to(device), *(_to(c, device) for c in change))
+        want, _ = fused._e4m3_quantize_rows(x, *change)
+        assert torch.equal(codes.cpu().view(torch.uint8), want.view(torch.uint8)), f"e4m3 {what}"
+
+
+def _to(value: Any, device: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def w8a8(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    (m, n, k), d = size.product(), size.dice
+    k += d.choice((0, 0, 0, 1, 8))  # some that no row of 16 bytes fits
+    dtype = d.choice(DTYPES)
+    bias = d.choice((None, normal(n, seed=3).to(d.choice(DTYPES))))
+    args = (
+        int8(m, k, seed=seed), normal(m, seed=1).abs(), int8(n, k, seed=seed + 1),
+        normal(n, 1, seed=2).abs(), bias, dtype,
+    )  # fmt: skip
+    agree(ops.w8a8_linear, reference._w8a8_linear, args, device, f"w8a8 M {m} N {n} K {k} {dtype}")
+
+
+def w4a8(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    (m, n, k), d = size.product(), size.dice
+    group = d.choice([g for g in (32, 64, 128) if k % g == 0])
+    fmt, dtype = FORMATS[f"int4-2l-g{group}"], d.choice(DTYPES)
+    w = normal(n, k, seed=seed)
+    p = fmt.pack(w, fmt.fit(w))
+    args = (
+        int8(m, k, seed=seed), normal(m, seed=1).abs(), p["weight"], p["weight_scale"],
+        p["weight_scale_2"], d.choice((None, normal(n, seed=3).to(dtype))), dtype,
+    )  # fmt: skip
+    what = f"w4a8 M {m} N {n} K {k} group {group} {dtype}"
+    agree(ops.w4a8_linear, reference._w4a8_linear, args, device, what)
+
+
+def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
+    d = dice.Random(seed)
+    name = d.choice(list(FORMATS))
+    n, k = d.choice((33, 67, 128)), d.choice((256, 384))
+    w = normal(n, k, seed=seed) * 0.1
+    parts = FORMATS[name].pack(w, FORMATS[name].fit(w))
+    stored = (list(parts.values()), ",".join(parts), name)
+    dtype = d.choice(DTYPES)
+    agree(ops.dequantize, reference._dequantize, (*stored, k, dtype), device, f"{name} N {n} K {k}")
+    m = d.choice((1, 3, 16))
+    x, bias = normal(m, k, seed=seed + 1).to(dtype), normal(n, seed=2).to(dtype)
+    there = [part.to(device) for part in stored[0]]
+    got = ops.weight_linear(x.to(device), there, *stored[1:], bias.to(device)).cpu().double()
+    exact = reference._dequantize(*stored, k, dtype).double()
+    want = F.linear(x.double(), exact, bias.double())
+    # sums in another order: within the rounding of K products and of the output
+    bound = (
+        F.linear(x.double().abs(), exact.abs()) * k * 2**-24 + want.abs() * torch.finfo(dtype).eps
+    )
+    assert ((got - want).abs() <= bound + 1e-30).all(), (
+        f"weight_linear {name} M {m} N {n} K {k} {dtype}"
+    )
+
+
+CHECKS = (quantize_rows, transform_rows, fused_rows, w8a8, w4a8, decoded)

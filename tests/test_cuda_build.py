@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nvcc compiles every kernel for every architecture: the wanted instructions, nothing spilled."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parent.parent / "cuda_ext"
+ARCHS = ("80", "89", "90a", "100", "120")
+IMMA = "IMMA.16832.S8.S8"
+HOPPER = ("IGMMA.64x256x32.S8.S8", "IGMMA.64x128x32.S8.S8", "UTMALDG.2D.MULTICAST")
+HMMA = dict.fromkeys(ARCHS, ("HMMA.16816.F32.BF16", "HMMA.16816.F32 "))
+GEMM = dict.fromkeys(ARCHS, (IMMA,)) | {"90a": (IMMA, *HOPPER)}
+WANTED = {
+    "gemm_int8.cu": GEMM,
+    "gemm_two_level.cu": GEMM,
+    "gemm_table.cu": GEMM,
+    "weights.cu": HMMA,
+}
+"""Instructions that the machine code of a file must have; of the others nothing is asked."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc"),
+]
+
+
+def disassembled(path):
+    """SASS, by the tool beside nvcc or those of PyPI: nvidia-cuda-cuobjdump and -nvdisasm."""
+    packages = Path(sysconfig.get_paths()["purelib"])
+    folders = [str(p.parent) for p in packages.glob("nvidia/cu*/bin/cuobjdump")]
+    tool = shutil.which("cuobjdump") or shutil.which(
+        "cuobjdump", path=":".join([*folders, "/none"])
+    )
+    if tool is None:
+        return None
+    done = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", sorted(p.name for p in SOURCES.glob("*.cu")))
+def test_it_compiles_and_spills_nothing(source, arch, tmp_path):
+    target = tmp_path / "kernels.o"
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-Werror=all-warnings"]
+    command = ["nvcc", *flags, "-c", str(SOURCES / source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
+    # ptxas waits after every wgmma when it cannot prove that registers are left alone
+    assert "serializ" not in said, said
+    spilled = [line for line in said.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
+    assert not spilled, said
+    sass = disassembled(target)
+    if sass is not None:
+        for wanted in WANTED.get(source, {}).get(arch, ()):
+            assert wanted in sass, wanted

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA library without a GPU: its binding on the emulator, its building, its dispatcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import agreement
+import emulated
+import pytest
+import torch
+
+from dtq.data import folder
+from dtq.formats import FORMATS
+from dtq.formats.acts import ACTS
+from dtq.kernels import CUDA, Task, cuda, decode, dispatch, explain, nvcc, ops, pick, table
+from dtq.kernels.native import Library, Unavailable
+
+ROOT = Path(__file__).parent.parent
+sim = torch.ops.dtq_sim
+
+
+# ------------------------------------------------------------------------------------- binding
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def emulator(request):
+    library = emulated.library()
+    library.dtq_sim_arch(request.param)
+    before = library.dtq_cuda_references()
+    yield library
+    assert library.dtq_cuda_references() == before, "a task went to the torch reference"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("check", agreement.CHECKS, ids=lambda c: c.__name__)
+def test_the_binding_gives_the_bits_of_the_reference(emulator, check, seed):
+    emulator.dtq_sim_seed(seed)
+    check(sim, "cpu", seed, 10**6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_decoded(emulator, name):
+    fmt, w = FORMATS[name], agreement.normal(67, 256) * 0.1
+    parts = fmt.pack(w, fmt.fit(w))
+    stored = (list(parts.values()), ",".join(parts), name, 256, torch.bfloat16)
+    assert torch.equal(sim.dequantize(*stored), fmt.unpack(parts).to(torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_nothing_to_do_launches_nothing(emulator):
+    codes, one = agreement.int8(0, 64), torch.ones(5, 1)
+    y = sim.w8a8_linear(codes, torch.ones(0), agreement.int8(5, 64), one, None, torch.bfloat16)
+    assert (y.shape, y.dtype) == ((0, 5), torch.bfloat16)
+    assert sim.quantize_rows(torch.ones(0, 64), None, 64, None)[0].shape == (0, 64)
+
+
+@pytest.mark.slow
+def test_slices_are_read_where_they_lie(emulator):
+    x = agreement.normal(9, 200)[:, 8:136]
+    got, want = sim.quantize_rows(x, None, 64, None), ops._quantize_rows(x, None, 64, None)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.slow
+def test_what_contradicts_itself_is_an_error(emulator):
+    codes, one = agreement.int8(3, 64), torch.ones
+    weight, cut = agreement.int8(5, 64), agreement.int8(5, 128)[:, ::2]
+
+    right = {"codes": codes, "row": one(3), "weight": weight, "scale": one(5, 1), "bias": None}
+
+    for message, wrong in {
+        "do not fit the weight": {"weight": agreement.int8(5, 63)},
+        "one scale per token": {"row": one(2)},
+        "bias has 4 elements, expected 5": {"bias": one(4)},
+        "weight is not contiguous": {"weight": cut},
+        "row_scale is float64, expected float32": {"row": one(3).double()},
+        "codes is uint8, expected int8": {"codes": codes.view(torch.uint8)},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            sim.w8a8_linear(*(right | wrong).values(), torch.float32)
+    with pytest.raises(RuntimeError, match="whole blocks of 64"):
+        sim.quantize_rows(one(2, 96), None, 64, None)
+    with pytest.raises(RuntimeError, match="levels is 200"):
+        sim.quantize_rows(one(2, 64), None, 64, None, 200)
+    up = one(2, 64)
+    with pytest.raises(RuntimeError, match="a multiple of the images"):
+        sim.norm_quantize_rows(one(3, 64), up, up, 1e-6, None, None, 64, 1, None, None)
+
+
+@pytest.mark.slow
+def test_what_has_no_kernel_goes_to_the_reference():
+    library = emulated.library()
+    before = library.dtq_cuda_references()
+    x = agreement.normal(3, 64).double()
+    got, want = sim.quantize_rows(x, None, 64, None), ops._quantize_rows(x, None, 64, None)
+    assert torch.equal(got[0], want[0])
+    library.dtq_sim_arch(75)
+    x = x.float()
+    assert torch.equal(sim.quantize_rows(x, None, 64, None)[0], want[0])
+    library.dtq_sim_arch(90)
+    assert library.dtq_cuda_references() == before + 2
+
+
+@pytest.mark.slow
+def test_the_kernel_of_a_product_can_be_asked():
+    ask = emulated.library().dtq_cuda_gemm
+    assert ask(90, 132, 4096, 3072, 3072, 0).startswith(b"wgmma")
+    assert ask(90, 132, 4096, 3072, 3072, 128).startswith(b"wgmma")
+    assert ask(80, 108, 4096, 3072, 3072, 0).startswith(b"mma")
+    assert b"8.0" in ask(75, 40, 4096, 3072, 3072, 0)
+
+
+# ------------------------------------------------------------------------------------- building
+
+
+def test_every_source_is_compiled_or_included():
+    names = {p.name for p in nvcc.sources(folder("cuda_ext"))}
+    assert set(nvcc.UNITS) <= names
+    text = "".join((folder("cuda_ext") / name).read_text() for name in names)
+    unused = [n for n in names - set(nvcc.UNITS) if f'"{n}"' not in text]
+    assert not unused
+
+
+def test_one_command_for_each_source_and_one_that_links(tmp_path):
+    compiling, linking = nvcc.commands(
+        "nvcc", folder("cuda_ext"), Path("/torch"), tmp_path, ("80", "90a"), True
+    )
+    assert len(compiling) == len(nvcc.UNITS)
+    kernels = next(c for c in compiling if c[-3].endswith("gemm_int8.cu"))
+    assert "-gencode=arch=compute_90a,code=sm_90a" in kernels
+    assert "-gencode=arch=compute_80,code=compute_80" in kernels
+    binding = next(c for c in compiling if c[-3].endswith("ops_rows.cpp"))
+    assert '-DDTQ_ARCHS="sm_80 sm_90a and PTX"' in binding
+    assert {"-ltorch", "-cudart=static"} <= set(linking)
+    assert all(c[-1] in linking for c in compiling)
+
+
+def test_architectures():
+    assert nvcc.arch_of((9, 0)) == "90a"
+    assert nvcc.arch_of((8, 6)) == "86"
+    assert set(nvcc.wanted_archs()) >= {"80", "90a", "100", "120"}
+
+
+def test_architectures_can_be_named(monkeypatch):
+    monkeypatch.setenv("DTQ_CUDA_ARCHS", "80; 90a")
+    assert nvcc.wanted_archs() == ("80", "90a")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(Unavailable, match=r"without CUDA|no GPU"):
+        CUDA.usable()
+    assert "torch reference" in CUDA.describe()
+    assert [name for name, what in CUDA.rungs() if what.startswith("used")] == ["torch reference"]
+    assert all("without CUDA" in what or "no GPU" in what for _, what in CUDA.rungs())
+
+
+def library(tmp_path, monkeypatch, **changed) -> Library:
+    """A library of the kind, that a shell script compiles."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("DTQ_KERNELS", raising=False)
+
+    def compile_it(work: Path) -> Path:
+        (work / "library.so").write_text("junk")
+        return work / "library.so"
+
+    given = {"key": lambda: "k", "compile": compile_it, "compiler": lambda: "nvcc"} | changed
+    return Library("test", "TEST", ("quantize_rows",), **given)
+
+
+def test_rungs_from_the_first_to_the_last(tmp_path, monkeypatch):
+    def none():
+        raise Unavailable("no nvcc")
+
+    here = library(tmp_path, monkeypatch)
+    assert dict(here.rungs())["compiled at first use"] == "used: by nvcc"
+    without = library(tmp_path, monkeypatch, compiler=none)
+    assert dict(without.rungs())["compiled at first use"] == "no nvcc"
+    assert dict(without.rungs())["torch reference"] == "used"
+    here.build(here.cached())
+    assert dict(without.rungs())["user cache"].startswith("used: ")
+    monkeypatch.setenv("DTQ_KERNELS", "0")
+    assert dict(here.rungs())["torch reference"] == "used: DTQ_KERNELS=0"
+
+
+def test_it_is_compiled_once_and_says_so(tmp_path, monkeypatch, capsys):
+    here = library(tmp_path, monkeypatch, builds=lambda: "sm_90a", takes=90)
+    monkeypatch.setattr(here, "open", lambda path: path)
+    assert here.load()
+    said = capsys.readouterr().err
+    assert said == "dtq: compiling TEST kernels for sm_90a, once (~90 s)\n"
+    assert here.state.path == tmp_path / "dtq" / "dtq_test-k-sm_90a.so"
+    again = library(tmp_path, monkeypatch, builds=lambda: "sm_90a")
+    monkeypatch.setattr(again, "open", lambda path: path)
+    assert again.load()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_library_that_does_not_load_is_a_reason(tmp_path, monkeypatch, caplog):
+    here = library(tmp_path, monkeypatch)
+    assert not here.load()
+    assert "the torch reference runs on the TEST" in caplog.text
+    assert here.describe().startswith("torch reference: ")
+
+
+# what a torch of version 2.10 has, and the C and C++ runtimes; the stream is weak
+ALLOWED = set((ROOT / "tests" / "abi.txt").read_text().split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_binding_needs_only_the_stable_abi(tmp_path):
+    found = set()
+    units = [u for u in nvcc.UNITS if u.endswith(".cpp")]
+    home = Path(torch.__file__).parent
+    compiling, _ = nvcc.commands("nvcc", folder("cuda_ext"), home, tmp_path, ("80",), True)
+    for command in compiling:
+        if Path(command[-3]).name in units:
+            subprocess.run(command, check=True)
+            listed = subprocess.run(
+                ["nm", "--undefined-only", command[-1]], check=True, capture_output=True, text=True
+            )
+            found |= {line.split()[-1] for line in listed.stdout.splitlines()}
+    torches = {name for name in found if name.startswith(("aoti_", "torch_"))}
+    assert len(torches) > 20
+    assert torches <= ALLOWED, sorted(torches - ALLOWED)
+    # nothing of torch's C++, whose names change with every version
+    assert not [n for n in found if "c10" in n or ("N2at" in n) or "N5torch3jit" in n]
+
+
+LOADED = """
+    import ctypes, sys, torch
+    from pathlib import Path
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from dtq.kernels import CUDA, Task, pick
+    CUDA.opened = CUDA.open(Path(sys.argv[1]))
+    assert CUDA.opened.dtq_cuda_has_stream() == int(torch.version.cuda is not None)
+    print(CUDA.says(CUDA.opened))
+    o = torch.ops.dtq
+    with FakeTensorMode():
+        x = torch.empty(5, 64, device="cuda", dtype=torch.bfloat16)
+        codes, scale = o.quantize_rows(x, None, 64, None)
+        weight = torch.empty(7, 64, device="cuda", dtype=torch.int8)
+        y = o.w8a8_linear(codes, scale, weight, torch.empty(7, 1, device="cuda"), None, x.dtype)
+        assert (y.shape, y.dtype, y.device.type) == ((5, 7), x.dtype, "cuda")
+    for name in CUDA.ops:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dtq::{name}", "CUDA"), name
+    x = torch.randn(5, 64)
+    torch.library.opcheck(o.quantize_rows, (x, None, 64, None))
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(x):
+        return o.quantize_rows(x, None, 64, None)[0]
+    assert torch.equal(f(x), o.quantize_rows(x, None, 64, None)[0])
+"""
+
+
+@pytest.mark.slow
+def test_a_library_that_was_built_ahead_loads_without_a_gpu():
+    if not CUDA.beside().exists():
+        pytest.skip("no library beside the package: make kernels, where nvcc is")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOADED), str(CUDA.beside())],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "sm_90a" in done.stdout
+
+
+# ------------------------------------------------------------------------------------- dispatching
+
+
+def test_every_format_is_spelled():
+    assert not [name for name, fmt in FORMATS.items() if decode.spelling(fmt) is None]
+
+
+def test_the_table_of_the_dispatcher():
+    h200, ada, b200 = (9, 0), (8, 9), (10, 0)
+    assert dispatch.choose(h200, 1, 18432, 3072) == "few"
+    assert dispatch.choose(h200, 16, 1152, 1152) == "few"
+    assert dispatch.choose(h200, 256, 1152, 1152) == "float"  # 0.7 GFLOP
+    assert dispatch.choose(h200, 1024, 1152, 1152) == "float"  # 2.7
+    assert dispatch.choose(h200, 4096, 3072, 3072) == "int8"
+    assert dispatch.choose(h200, 1024, 1152, 4608) == "int8"
+    assert dispatch.choose(ada, 17, 1152, 1152) == "int8"
+    assert dispatch.choose(b200, 1024, 1152, 1152) == "float"
+    assert dispatch.choose((12, 1), 256, 1152, 1152) == "int8"
+    for row in dispatch.ARCHS:  # more tokens never lead back
+        steps = [dispatch.choose(row.since, m, 1152, 1152) for m in range(1, 5000)]
+        order = [s for i, s in enumerate(steps) if i == 0 or s != steps[i - 1]]
+        assert order in (["few", "float", "int8"], ["few", "int8"])
+
+
+def test_the_dispatcher_knows_what_the_kernels_do():
+    text = (folder("cuda_ext") / "launch_rows.h").read_text()
+    assert f"kFewTokens = {dispatch.ARCHS[0].few};" in text
+
+
+def test_the_dispatcher_stays_out_of_the_way_off_the_gpu():
+    assert dispatch.answer(torch.ones(1, 64, dtype=torch.bfloat16), 64) == "int8"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The dispatcher takes the CPU for an H200."""
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(dispatch, "_limits", lambda index: (16, 3e9))
+
+
+@pytest.mark.parametrize("name", ["int8-row", "int4-2l-g64"])
+@pytest.mark.parametrize("m", [3, 40])
+def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
+    fmt, w = FORMATS[name], agreement.normal(48, 128) * 0.1
+    task = Task(fmt, ACTS["int8-row"], 64)
+    parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": torch.ones(1, 128).bfloat16()}
+    x = agreement.normal(m, 128).bfloat16()
+    got = pick(task).call(task, x, parts, None)
+    turned = torch.ops.dtq.transform_rows(x, torch.ones(128).bfloat16(), None, 64, 1)
+    want = (
+        turned.bfloat16()
+        @ fmt.unpack({n: p for n, p in parts.items() if "pre" not in n}).bfloat16().T
+    )
+    assert torch.equal(got, want)
+    assert pick(task).call(task, x.float(), parts, None).dtype == torch.float32
+
+
+def test_int8_can_be_kept_at_every_size(as_on_a_gpu, monkeypatch):
+    assert dispatch.answer(torch.ones(40, 64).bfloat16(), 64) == "float"
+    monkeypatch.setattr(dispatch, "INT8_ONLY", True)
+    assert dispatch.answer(torch.ones(40, 64).bfloat16(), 64) == "int8"
+
+
+def test_a_decoded_weight_is_kept_until_its_codes_change():
+    fmt, w = FORMATS["int4-2l-g64"], agreement.normal(48, 128) * 0.1
+    parts = fmt.pack(w, fmt.fit(w))
+    x, names = agreement.normal(5, 128), ",".join(parts)
+
+    def run():
+        return torch.ops.dtq.resident_linear(x, list(parts.values()), names, fmt.name, None)
+
+    before = ops._RESIDENT.nbytes
+    first = run()
+    assert ops._RESIDENT.nbytes == before + 48 * 128 * 4
+    assert torch.equal(run(), first)
+    parts["weight"].zero_()
+    assert not torch.equal(run(), first)
+    parts.clear()
+    assert ops._RESIDENT.nbytes == before
+
+
+def test_compiled_layers_ask_the_dispatcher_once(as_on_a_gpu):
+    fmt, w = FORMATS["int8-row"], agreement.normal(48, 128) * 0.1
+    task, parts = Task(fmt, ACTS["int8-row"]), fmt.pack(w, fmt.fit(w))
+    x = agreement.normal(40, 128).bfloat16()
+    torch._dynamo.reset()
+    whole = torch.compile(
+        lambda x: table._int8(task, x, parts, None), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(whole(x), pick(task).call(task, x, parts, None))
+
+
+def test_inspection_says_what_a_gpu_would_do():
+    lines = explain(Task(FORMATS["int4-2l-g64"], ACTS["int8-row"], 64), (1152, 1152))
+    assert lines[0].startswith("w8a8: weights are int4-2l-g64")
+    assert any(line.startswith("on the CPU: ") for line in lines)
+    (gpu,) = [line for line in lines if line.startswith("on the GPU: ")]
+    assert CUDA.describe() in gpu
+    assert "up to 16 tokens the packed weight times float" in gpu
+    lines = explain(Task(FORMATS["nvfp4"], ACTS["none"]), (1152, 1152))
+    assert "weight-only: used" in lines
+    lines = explain(Task(FORMATS["nvfp4"], ACTS["nvfp4"]), (1152, 1152))
+    assert "on the GPU: torch reference: no compiled form yet" in lines
+
+
+def test_the_home_of_cuda_is_asked_of_torch(monkeypatch):
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/opt/some-cuda")
+    assert cuda._cuda_home() == "/opt/some-cuda"
