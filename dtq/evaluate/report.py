@@ -51,7 +51,8 @@ th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--li
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; }
-td.words, th.words { white-space: normal; text-align: left; overflow-wrap: anywhere; }
+td.words, th.words { white-space: normal; text-align: left; overflow-wrap: break-word;
+  min-width: 230px; }
 figure { margin: 12px 0; min-width: 0; }
 svg { max-width: 100%; height: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
