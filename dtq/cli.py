@@ -97,15 +97,6 @@ def main(verbose: bool) -> None:
         diffusers_logging.set_verbosity_error()
 
 
-argument_option = click.option(
-    "--arg",
-    "arguments",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Argument of the pipeline's call: height=512, num_frames=17.",
-)
-
-
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--recipe, --set and the calibration shortcuts."""
     for option in reversed(
@@ -135,11 +126,27 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--steps", type=click.IntRange(1), help="Sampler steps."),
             click.option("--guidance", type=float, help="Guidance scale."),
             click.option("--seed", type=click.IntRange(0), help="Seed of the calibration latents."),
-            argument_option,
         )
     ):
         command = option(command)
-    return command
+    return call_options(command)
+
+
+def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a pipeline is called with: --arg and --images."""
+    argument = click.option(
+        "--arg",
+        "arguments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Argument of the pipeline's call: height=512, num_frames=17. Repeat for more.",
+    )
+    images = click.option(
+        "--images",
+        type=click.Path(),
+        help="A picture or a folder of them, for pipelines that edit or continue pictures.",
+    )
+    return argument(images(command))
 
 
 memory_option = click.option(
@@ -379,10 +386,13 @@ def inspect(folder: Path, components: tuple[str, ...], kernels: bool, as_json: b
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--guidance", default=0.0, help="0: the pipeline's default.")
 @click.option("--seed", default=0, show_default=True)
-@argument_option
+@click.option(
+    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Generated together."
+)
 @click.option(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
 )
+@call_options
 @click.option(
     "-o",
     "--output",
@@ -397,48 +407,51 @@ def sample(
     steps: int,
     guidance: float,
     seed: int,
-    arguments: tuple[str, ...],
+    batch: int,
     dtype: str,
+    arguments: tuple[str, ...],
+    images: str | None,
     output: Path,
 ) -> None:
-    """Make pictures or videos with a float or quantized MODEL.
-
-    A video is an animated PNG and a folder of its frames.
+    """Make pictures, videos or sounds with a float or quantized MODEL.
 
     \b
     dtq sample demo-w4a8 -p face-smiling -p cat-face -o pictures
+    dtq sample wan-w4a8 -p "a cat surfs" --arg num_frames=33 --batch 1 -o videos
+
+    Videos are animated .webp files, sounds .wav files.
     """
-    from dtq.evaluate import pictures
+    from dtq.evaluate import drift, pictures
 
     opened = _open(model, dtype)
     if opened.pipeline is None:
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
     how = Calibration(
-        samples=len(entries) or count, steps=steps, guidance=guidance, batch=8, seed=seed,
+        samples=len(entries) or count,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        seed=seed,
         arguments=_arguments(arguments),
-    )  # fmt: skip
+        images=images or "",
+    )
     requests = (
         sets.given(list(entries), opened.pipeline)
         if entries
         else sets.load("auto", opened.pipeline, count)
     )
     output.mkdir(parents=True, exist_ok=True)
-    every = []
+    every: list[torch.Tensor] = []
     with torch.no_grad():
         for result in run_pipeline(opened.pipeline, requests, how):
-            every.append(pictures.shown(result))
-    made = torch.cat(every)
-    for i, picture in enumerate(made):
-        (output / f"{i:04d}.png").write_bytes(pictures.file(picture))
-        if made.ndim == 5:  # the frames too: what other tools read
-            (output / f"{i:04d}").mkdir(exist_ok=True)
-            for k, frame in enumerate(picture):
-                pictures.as_image(frame).save(output / f"{i:04d}" / f"{k:04d}.png")
-    # of videos a row of frames each
-    rows = list(made.split(8)) if made.ndim == 4 else [pictures.strip(video) for video in made]
-    pictures.sheet(rows, scale=2 if made.shape[-1] <= 128 else 1).save(output / "sheet.png")
-    what = "pictures" if made.ndim == 4 else f"videos of {made.shape[1]} frames"
-    click.echo(f"{output}: {len(made)} {what} and sheet.png")
+            for made in drift.finished(result):
+                pictures.save(made, output / f"{len(every):04d}", drift.rate(opened.pipeline))
+                every.append(made)
+    if all(made.ndim == 3 and made.shape == every[0].shape for made in every):
+        pictures.sheet(
+            [torch.stack(every[i : i + 8]) for i in range(0, len(every), 8)], scale=2
+        ).save(output / "sheet.png")
+    click.echo(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
 @main.command("eval")
@@ -453,7 +466,6 @@ def sample(
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--guidance", default=0.0, help="0: the pipeline's default.")
 @click.option("--seed", default=1000, show_default=True, help="Not the calibration's.")
-@argument_option
 @click.option(
     "--set",
     "requests",
@@ -511,6 +523,7 @@ def sample(
 @click.option(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
 )
+@call_options
 @click.option("--json", "as_json", is_flag=True)
 def evaluate_(
     candidate: str,
@@ -520,7 +533,6 @@ def evaluate_(
     steps: int,
     guidance: float,
     seed: int,
-    arguments: tuple[str, ...],
     requests: str,
     fid: int,
     metrics: tuple[str, ...],
@@ -532,6 +544,8 @@ def evaluate_(
     keep_pictures: bool,
     baseline: tuple[str, ...],
     dtype: str,
+    arguments: tuple[str, ...],
+    images: str | None,
     as_json: bool,
 ) -> None:
     """Compare a quantized CANDIDATE with its float model, same seeds.
@@ -556,9 +570,15 @@ def evaluate_(
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
     how = Calibration(
-        set=requests, samples=samples, steps=steps, guidance=guidance, batch=batch, seed=seed,
+        set=requests,
+        samples=samples,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        seed=seed,
         arguments=_arguments(arguments),
-    )  # fmt: skip
+        images=images or "",
+    )
     result = run.evaluate(
         opened, float_model, how, baselines=_listed(baseline), asked=asked, say=say
     )
@@ -768,6 +788,7 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
         ("steps", "steps"),
         ("guidance", "guidance"),
         ("seed", "seed"),
+        ("images", "images"),
     ):
         if choices[option] is not None:
             data["calibration"][key] = choices[option]
@@ -782,6 +803,11 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
     return Recipe.load(chosen, **data)
 
 
+def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
+    """``--arg NAME=VALUE``; values as YAML reads them."""
+    return {name: yaml.safe_load(text) for name, text in _pairs(given, "--arg").items()}
+
+
 def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
     for step in path[:-1]:
         below: Any = data.get(step)
@@ -793,11 +819,6 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
             data[step] = below
         data = below
     data[path[-1]] = value
-
-
-def _arguments(options: Sequence[str]) -> dict[str, Any]:
-    """Arguments of the pipeline's call."""
-    return {name: yaml.safe_load(text) for name, text in _pairs(options, "--arg").items()}
 
 
 def _listed(options: Sequence[str]) -> list[str]:

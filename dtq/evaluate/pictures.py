@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+import wave
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,18 +42,6 @@ def flaw(picture: Tensor) -> str:
     return ""
 
 
-def shown(result: Any) -> Tensor:
-    """What a pipeline made, float on the CPU, [0, 1]: (B, 3, H, W), or (B, F, 3, H, W)."""
-    made = result.images if hasattr(result, "images") else result.frames
-    return torch.as_tensor(made).detach().float().cpu().clamp(0, 1)
-
-
-def strip(video: Tensor, count: int = 8) -> Tensor:
-    """At most ``count`` frames of a video (F, 3, H, W), first and last among them."""
-    places = torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()
-    return video[places]
-
-
 def as_image(picture: Tensor) -> Image.Image:
     """A PIL image of a float picture (3, H, W) in [0, 1]."""
     data = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -79,6 +69,35 @@ def file(shown: Tensor, longest: int | None = None, milliseconds: int = 125) -> 
     stream = io.BytesIO()
     images[0].save(stream, "PNG", optimize=True, **more)
     return stream.getvalue()
+
+
+def save(made: Tensor, stem: Path, rate: int = 44100) -> Path:
+    """Write a picture (3, H, W), a video (F, 3, H, W), or a sound (channels, samples).
+
+    Args:
+        made: pictures and videos in [0, 1], sounds in [-1, 1].
+        stem: path without suffix.
+        rate: samples of a sound in a second.
+
+    Returns:
+        The file: ``.png``, an animated ``.webp`` of 8 frames a second, or ``.wav``.
+    """
+    if made.ndim == 3:
+        path = stem.with_name(f"{stem.name}.png")
+        as_image(made).save(path)
+    elif made.ndim == 4:
+        path = stem.with_name(f"{stem.name}.webp")
+        first, *rest = [as_image(frame) for frame in made]
+        first.save(path, save_all=True, append_images=rest, duration=125, loop=0, quality=90)
+    else:
+        path = stem.with_name(f"{stem.name}.wav")
+        data = (made.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous()
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(len(made))
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(data.numpy().tobytes())
+    return path
 
 
 def sheet(rows: list[Tensor], gap: int = 4, scale: int = 1) -> Image.Image:

@@ -169,6 +169,8 @@ def _lost(run: Run | None) -> str:
 def _pairs(result: Evaluation) -> str:
     """Float, candidate and difference of each sample; videos move."""
     want, got = result.pictures.values()
+    if want.ndim == 3:
+        return "<p class=sub>Sounds are not shown.</p>"
     run = result.run
     errors = [0.0] * len(want)
     names = [str(i) for i in range(len(want))]

@@ -201,6 +201,11 @@ def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -
     requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
     say("float pipeline")
     truth = drift.record(reference.pipeline, reference.model, requests, how)
+    if len({made.shape[1:] for made in truth.pictures}) > 1:
+        raise InputError(
+            "pictures of several sizes cannot be compared; ask for one: --arg height=512 "
+            "--arg width=512"
+        )
     say("float pipeline again, other batches, for the noise floor")
     again = drift.record(reference.pipeline, reference.model, requests, other_batches(how))
     return Job(reference, how, requests, truth, again)
@@ -253,6 +258,8 @@ def _baseline_row(name: str, model: nn.Module, names: list[str], truth: drift.Tr
 
 def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -> None:
     want, got = torch.cat(truth.pictures), torch.cat(ran.pictures)
+    if want.ndim == 3:  # sound has no such measures
+        return
     if want.ndim == 5 and want.shape[1] > 1:
         row.temporal = {k: float(v.mean()) for k, v in video_values(got, want).items()}
     if want.ndim == 5:  # video: frames are pictures
@@ -359,7 +366,7 @@ def _job(
     return {
         "steps": truth.steps(),
         "sampler": type(scheduler).__name__,
-        "arguments": how.arguments,
+        "arguments": how.arguments | ({"images": how.images} if how.images else {}),
         "batch": how.batch,
         "dtype": str(reference.dtype).removeprefix("torch."),
         "dtq": __version__,
@@ -395,18 +402,17 @@ def _values(
         ran.by_sample([call.latents for call in ran.calls]),
         want.by_sample([call.latents for call in want.calls]),
     )
-    shown, right = torch.cat(ran.pictures), torch.cat(want.pictures)
-    likeness = pictures.psnr(shown, right).clamp(max=EQUAL_DB)
-    frames = len(right) if right.ndim == 4 else right.shape[0] * right.shape[1]
-    flat = (x.reshape(frames, *x.shape[-3:]) for x in (shown, right))
-    same = pictures.ssim(*flat).reshape(len(right), -1).mean(1)
     # both runs enter the first step with the same noise
     columns: dict[str, Sequence[Any]] = {
         "error": error,
         "divergence": [steps[1:] or steps for steps in apart],
-        "psnr": likeness.tolist(),
-        "ssim": same.tolist(),
     }
+    shown, right = torch.cat(ran.pictures), torch.cat(want.pictures)
+    if right.ndim > 3:  # sound has no such measures
+        frames = len(right) if right.ndim == 4 else right.shape[0] * right.shape[1]
+        flat = (x.reshape(frames, *x.shape[-3:]) for x in (shown, right))
+        columns["psnr"] = pictures.psnr(shown, right).clamp(max=EQUAL_DB).tolist()
+        columns["ssim"] = pictures.ssim(*flat).reshape(len(right), -1).mean(1).tolist()
     return {
         metric: {f"{i:04d}": value for i, value in enumerate(column)}
         for metric, column in columns.items()
@@ -430,7 +436,8 @@ def write_pictures(result: Evaluation, folder: Path) -> None:
     for side, every in zip(("float", "candidate"), result.pictures.values(), strict=True):
         (folder / "pictures" / side).mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(every):
-            (folder / "pictures" / side / f"{i:04d}.png").write_bytes(pictures.file(picture))
+            if picture.ndim > 2:
+                (folder / "pictures" / side / f"{i:04d}.png").write_bytes(pictures.file(picture))
 
 
 def quantization_report(path: Path | None) -> dict[str, Any]:
