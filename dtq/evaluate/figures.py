@@ -24,13 +24,12 @@ from dtq.documents import read_json
 from dtq.errors import InputError
 from dtq.evaluate import adm, extractors
 from dtq.evaluate.distributions import DISTRIBUTIONS, Against, Figure, figure
+from dtq.evaluate.drift import finished
 from dtq.evaluate.extractors import Extractor, Features
 from dtq.evaluate.perceptual import ALONE, PERCEPTUAL
-from dtq.evaluate.pictures import flaw, shown
+from dtq.evaluate.pictures import flaw
 from dtq.recipe import Calibration
 from dtq.source import Source
-
-Values = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -198,15 +197,15 @@ def crowd(
     """Features of everything a pipeline makes for the requests, batch by batch.
 
     Raises:
-        InputError: it makes videos.
+        InputError: it makes videos or sounds.
     """
     parts: dict[str, list[Features]] = {name: [] for name in ready}
     kept: list[Tensor] = []
     failed: dict[int, str] = {}
     for result in run_pipeline(pipeline, requests, how):
-        made = shown(result)
+        made = finished(result)
         if made.ndim != 4:
-            raise InputError("distributions compare pictures; this pipeline makes videos")
+            raise InputError("distributions compare pictures; this pipeline makes videos or sounds")
         start = sum(map(len, kept))
         for i, picture in enumerate(made):
             if why := flaw(picture):

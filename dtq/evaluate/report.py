@@ -51,7 +51,8 @@ th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--li
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; }
-td.words, th.words { white-space: normal; text-align: left; overflow-wrap: anywhere; }
+td.words, th.words { white-space: normal; text-align: left; overflow-wrap: break-word;
+  min-width: 230px; }
 figure { margin: 12px 0; min-width: 0; }
 svg { max-width: 100%; height: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
@@ -168,6 +169,8 @@ def _lost(run: Run | None) -> str:
 def _pairs(result: Evaluation) -> str:
     """Float, candidate and difference of each sample; videos move."""
     want, got = result.pictures.values()
+    if want.ndim == 3:
+        return "<p class=sub>Sounds are not shown.</p>"
     run = result.run
     errors = [0.0] * len(want)
     names = [str(i) for i in range(len(want))]

@@ -201,6 +201,11 @@ def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -
     requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
     say("float pipeline")
     truth = drift.record(reference.pipeline, reference.model, requests, how)
+    if len({made.shape[1:] for made in truth.pictures}) > 1:
+        raise InputError(
+            "pictures of several sizes cannot be compared; ask for one: --arg height=512 "
+            "--arg width=512"
+        )
     say("float pipeline again, other batches, for the noise floor")
     again = drift.record(reference.pipeline, reference.model, requests, other_batches(how))
     return Job(reference, how, requests, truth, again)
@@ -252,11 +257,6 @@ def _baseline_row(name: str, model: nn.Module, names: list[str], truth: drift.Tr
 
 
 def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -> None:
-    if len({made.shape[1:] for made in truth.pictures}) > 1:
-        raise InputError(
-            "pictures of several sizes cannot be compared; ask for one: --arg height=512 "
-            "--arg width=512"
-        )
     want, got = torch.cat(truth.pictures), torch.cat(ran.pictures)
     if want.ndim == 3:  # sound has no such measures
         return
@@ -366,7 +366,7 @@ def _job(
     return {
         "steps": truth.steps(),
         "sampler": type(scheduler).__name__,
-        "arguments": how.arguments,
+        "arguments": how.arguments | ({"images": how.images} if how.images else {}),
         "batch": how.batch,
         "dtype": str(reference.dtype).removeprefix("torch."),
         "dtq": __version__,
@@ -437,7 +437,8 @@ def write_pictures(result: Evaluation, folder: Path) -> None:
     for side, every in zip(("float", "candidate"), result.pictures.values(), strict=True):
         (folder / "pictures" / side).mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(every):
-            (folder / "pictures" / side / f"{i:04d}.png").write_bytes(pictures.file(picture))
+            if picture.ndim > 2:
+                (folder / "pictures" / side / f"{i:04d}.png").write_bytes(pictures.file(picture))
 
 
 def quantization_report(path: Path | None) -> dict[str, Any]:
