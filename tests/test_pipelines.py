@@ -66,7 +66,13 @@ def test_videos_are_sampled_and_compared(tmp_path):
         return result.output
 
     said = run("sample", tmp_path / "out", "-p", "A CAT", "--steps", 2, "-o", tmp_path / "made")
-    assert "0000.webp" in said
+    assert "1 videos of 5 frames" in said
+    assert len(list((tmp_path / "made" / "0000").glob("*.png"))) == 5
+    with Image.open(tmp_path / "made" / "0000.png") as moving:
+        assert moving.n_frames == 5
+        assert moving.size == (16, 16)
+    with Image.open(tmp_path / "made" / "sheet.png") as sheet:
+        assert sheet.size[0] > 5 * 16
     words = ("eval", tmp_path / "out", "--reference", tmp_path / "float", "--samples", 2)
     run(*words, "--steps", 2, "--pictures", "-o", tmp_path / "run")
     held = runfile.read(tmp_path / "run")

@@ -24,10 +24,9 @@ from dtq.documents import read_json
 from dtq.errors import InputError
 from dtq.evaluate import adm, extractors
 from dtq.evaluate.distributions import DISTRIBUTIONS, Against, Figure, figure
-from dtq.evaluate.drift import finished
 from dtq.evaluate.extractors import Extractor, Features
 from dtq.evaluate.perceptual import ALONE, PERCEPTUAL
-from dtq.evaluate.pictures import flaw
+from dtq.evaluate.pictures import flaw, shown
 from dtq.recipe import Calibration
 from dtq.source import Source
 
@@ -203,7 +202,7 @@ def crowd(
     kept: list[Tensor] = []
     failed: dict[int, str] = {}
     for result in run_pipeline(pipeline, requests, how):
-        made = finished(result)
+        made = shown(result)
         if made.ndim != 4:
             raise InputError("distributions compare pictures; this pipeline makes videos or sounds")
         start = sum(map(len, kept))
