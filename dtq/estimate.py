@@ -20,6 +20,7 @@ from dtq.plan import Plan
 from dtq.recipe import Recipe
 
 _TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
+_CLIPS = 2e-7  # seconds per weight to search its clip: 60 s of CPU for 0.33 B weights
 _COPIES = 8  # float32 matrices of a layer's size that its solver holds
 
 
@@ -199,6 +200,8 @@ def _seconds(scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str]) -> f
         weights, columns = math.prod(layer.shape), layer.shape[1]
         if layer.transform.name == "search":
             total += 100 * (2 * 1024 * weights / rate + 40 * weights / 1e9)
+        if layer.solver.name in ("gptq", "search"):
+            total += _CLIPS * weights
         if layer.solver.name == "gptq" and needs:
             tries = 2 if layer.transform.name == "search" else 1  # close rivals are solved too
             total += tries * (4 * weights * columns / rate + columns * 4e-4)

@@ -28,7 +28,7 @@ from dtq.work import Work
 
 FEW = [
     "--samples", "4", "--steps", "2", "--set", "calibration.batch=1",
-    "--set", "transform.search.step=0.5", "--set", "transform.search.rows=32",
+    "--set", "transform=hadamard", "--set", "compare=[none]",
 ]  # fmt: skip
 
 
