@@ -417,6 +417,10 @@ STATISTICS = {
         lambda t, m: t.update({f"{SITE}|channels.low": torch.tensor(1.0)}),
         "channels.* expected",
     ),
+    "no axes": (
+        lambda t, m: t.update({f"{SITE}|reservoir.sample": torch.tensor(1.0)}),
+        "reservoir.* expected",
+    ),
     "stratum": (lambda t, m: t[f"{SITE}|reservoir.stratum"].fill_(2**40), "outside of 0 to 7"),
     "count": (lambda t, m: t[f"{SITE}|gram.count"].fill_(-1), "gram.count holds numbers"),
 }

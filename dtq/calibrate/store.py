@@ -106,7 +106,7 @@ def _checked_sites(path: Path, file: Any, metadata: Mapping[str, str]) -> list[s
                 f"{path}: {site}: statistics are missing; run dtq calibrate again"
             )
         columns = (*parts["channels.low"][1], 0, 0)[1]
-        rows = parts.get("reservoir.sample", ("", (0,)))[1][0] if columns else 0
+        rows = (*parts.get("reservoir.sample", ("", ()))[1], 0)[0]
         sizes = {"B": bins, "K": columns, "R": rows, "1": 1}
         for part, (dtype, shape) in parts.items():
             _, wanted, axes = _PARTS[part]
