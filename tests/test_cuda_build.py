@@ -61,3 +61,11 @@ def test_it_compiles_and_spills_nothing(source, arch, tmp_path):
     if sass is not None:
         for wanted in WANTED.get(source, {}).get(arch, ()):
             assert wanted in sass, wanted
+
+
+def test_the_test_for_a_gpu_compiles(tmp_path):
+    flags = ["-std=c++17", "-O1", "-arch=sm_80", "-DDTQ_ONLY=1", "-x", "cu"]
+    source, program = SOURCES / "tests/test_gemm.cpp", tmp_path / "test_gemm"
+    command = ["nvcc", *flags, str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,14 @@ def test_the_gemm_kernels_touch_only_their_memory(tmp_path):
     program = tmp_path / "test_gemm"
     call(*COMPILE, *SANITIZE, "-O1", SOURCES / "tests/test_gemm.cpp", "-o", program)
     call(program, 1, env=os.environ | OPTIONS)
+
+
+def test_every_fault_has_its_place():
+    tables = list((SOURCES / "sim").glob("faults_*.toml"))
+    faults = [f for table in tables for f in tomllib.loads(table.read_text())["fault"]]
+    assert len(faults) > 30
+    for fault in faults:
+        assert fault["old"] in (SOURCES / fault["file"]).read_text(), fault["name"]
 
 
 def test_planted_faults_are_noticed():

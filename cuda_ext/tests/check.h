@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tests that run kernels on the emulator share: random numbers, and a count of failures.
+// What the tests that run kernels share: memory, numbers, a count of failures. Built with -DDTQ_SIM
+// they run on the emulator, by nvcc on a GPU.
 #pragma once
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "../arch.cuh"
@@ -19,6 +21,74 @@ struct Random {
   int between(int low, int high) { return low + int(next() % uint64_t(high - low + 1)); }
   float real(float low, float high) { return low + (high - low) * float(next() % 65536) / 65536.f; }
 };
+
+// Exactly as large as asked for, where a GPU's allocator would put it.
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  int64_t size;
+  explicit Buffer(int64_t n) : size(n) {
+    const size_t bytes = size_t(n ? n : 1) * sizeof(T);
+#if defined(DTQ_SIM)
+    if (posix_memalign(reinterpret_cast<void**>(&data), 256, bytes)) std::abort();
+#else
+    if (cudaMallocManaged(&data, bytes) != cudaSuccess) std::abort();
+#endif
+  }
+  ~Buffer() {
+#if defined(DTQ_SIM)
+    std::free(data);
+#else
+    cudaFree(data);
+#endif
+  }
+  Buffer(const Buffer&) = delete;
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+// Nothing on the emulator, where a launch returns when it is done.
+inline int wait_for_device() {
+#if defined(DTQ_SIM)
+  return 0;
+#else
+  return cudaDeviceSynchronize();
+#endif
+}
+
+// Conversions of the host, written down again: the device's are under test.
+inline float float_from(uint32_t bits, dtq::Float type) {
+  float f;
+  if (type == dtq::kFloat16) {
+    const uint32_t exponent = bits >> 10 & 31, sign = (bits & 0x8000) << 16;
+    bits = (bits & 0x7fff) << 13;  // the exponent of a half sits 112 below that of a float
+    std::memcpy(&f, &bits, 4);
+    f *= 0x1p112f;
+    std::memcpy(&bits, &f, 4);
+    bits |= sign | (exponent == 31 ? 0x7f800000 : 0);
+  } else if (type == dtq::kBFloat16) {
+    bits <<= 16;
+  }
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Finite values, to nearest, ties to even.
+inline uint32_t rounded_to(float f, dtq::Float type) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if (type == dtq::kFloat32) return u;
+  if (type == dtq::kBFloat16) return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  const uint32_t sign = u >> 16 & 0x8000;
+  u &= 0x7fffffff;
+  if (u >= 0x47800000) return sign | 0x7c00;
+  if (u < 0x38800000) {  // a denormal: the sum with 2^-1 ends at the ones
+    std::memcpy(&f, &u, 4);
+    f += 0.5f;
+    std::memcpy(&u, &f, 4);
+    return sign | (u - 0x3f000000);
+  }
+  return sign | (u + 0xfff + (u >> 13 & 1) - 0x38000000) >> 13;
+}
 
 inline int failures = 0;
 
