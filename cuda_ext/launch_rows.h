@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the torch binding calls for rows of activations, for few tokens, and to decode weights.
+//
+// Plain C++: no torch, no exceptions, no memory of its own, nothing but a launch on the stream given.
+// Pointers are device pointers; row strides count elements. Every function returns 0, a cudaError_t
+// (positive), or why it will not do the task (negative, `refusal` says it in words); nothing was
+// launched then. Nothing to do is not an error: zero rows return 0 without a launch.
+#pragma once
+#include <stdint.h>
+
+typedef struct CUstream_st* cudaStream_t;
+
+namespace dtq {
+
+enum Float { kFloat32, kBFloat16, kFloat16 };
+
+enum Refusal {
+  kBadBlock = -1,   // not a power of two, or the columns are not whole blocks of it
+  kLongBlock = -2,  // a block is longer than what one thread block transforms: kLongestBlock
+  kLongRow = -3,    // two turns of a row that shared memory does not hold
+  kBadLevels = -4,
+  kBadWeight = -5,  // bits, groups and columns do not fit together
+};
+
+const char* refusal(int code);
+
+constexpr int64_t kLongestBlock = 8192;
+
+// ---------------------------------------------------------------------------- rows of activations
+
+enum Before {
+  kAsIs,
+  kGelu,  // tanh approximation
+  kNorm,  // LayerNorm without weights, then * (1 + modulate_scale) + modulate_shift
+};
+
+enum Output {
+  kInt8,   // codes, one scale per row
+  kE4m3,   // the same with float8_e4m3fn codes
+  kFloat,  // float32, not quantized
+};
+
+// Row by row: `before`, times pre_scale, order, rotation, quantize. Strided rows need columns side by
+// side. All in float32, in the order that rows.cuh writes down.
+struct Rows {
+  const void* x;  // (M, K)
+  Float type;
+  int64_t rows, columns, stride;
+
+  Before before;
+  // kNorm: row r is modulated with row r / rows_per_modulate of these; both null for none
+  const void *modulate_scale, *modulate_shift;  // (M / rows_per_modulate, K)
+  Float modulate_type;
+  int64_t modulate_stride, rows_per_modulate;
+  float eps;
+
+  const uint16_t* pre_scale;  // (K) bfloat16, or null
+  const int32_t* order;       // (K), the channel that moves to each place, or null
+  int64_t block;              // of the Hadamard transform, 1 for none
+  int turns;                  // 1 or 2, see dtq.transforms.hadamard.rotate
+
+  Output output;
+  int levels;          // kInt8: the largest code, 1 to 127
+  const float* fixed;  // a scale for all rows, or a table of them; null to measure each row
+  const int64_t* bin;  // (1), the place in that table; null for the first
+  void* out;           // (M, out_stride) of int8, e4m3 bytes or float32; columns beyond K become 0
+  int64_t out_stride;
+  float* scale;        // (M); unused by kFloat
+  int32_t* sums;       // (M), kInt8: the sum of the codes of each row, or null
+};
+
+int launch_rows(const Rows& rows, cudaStream_t stream);
+
+// ---------------------------------------------------------------------------- weights as stored
+
+enum Codes {
+  kAffine,    // bits 2, 3, 4, 8: code - zero; signed bytes at 8 bits
+  kTable,     // bits 3, 4: table[code]
+  kFloat8,    // bits 8: e4m3
+  kWords,     // bits 6 or 8: words[code], `vector` columns each
+  kTrits,     // ternary codes, five a byte: digit - 1
+  kTwoLevel,  // bits 3, 4: int8 of (code - zero) * scale2
+};
+
+enum ScaleType {
+  kNoScale,  // kWords only
+  kScaleFloat32,
+  kScaleBFloat16,
+  kScaleE4m3,   // times scale_2
+  kScalePower,  // a byte: 2^(byte - 127)
+};
+
+// A matrix (N, K) in the packing of the file (docs/formats.md), not rearranged.
+struct Weight {
+  Codes codes;
+  int bits;
+  int64_t rows, columns;  // N, K
+  const uint8_t* weight;
+  const uint8_t* tail;  // kTrits: (N, K % 5) codes one a byte, null when K % 5 == 0
+
+  ScaleType scale_type;
+  const void* scale;     // (N, groups)
+  const float* scale_2;  // (1), kScaleE4m3
+  int64_t groups;        // of a row; of kTwoLevel: group bytes, its scale is one per row
+
+  const int8_t* zero;          // kAffine: (N, groups), or null for `offset` everywhere
+  int offset;                  // what symmetric codes below 8 bits were raised by
+  const uint8_t* group_bytes;  // kTwoLevel: (N, groups), zero in the low bits, scale2 - 1 above
+
+  const float* table;     // kTable: (2^bits) on the device, or null for `levels`
+  float levels[16];       // kTable: the constants of a format
+  const uint16_t* words;  // kWords: (2^bits, vector) bfloat16
+  int vector;             // 2 or 4
+};
+
+// out (N, K) = the float32 values that the format stands for, rounded once to `type`.
+int launch_dequantize(const Weight& weight, void* out, Float type, cudaStream_t stream);
+
+// y (M, N) = x (M, K) W^T + bias for few tokens, each weight read once and rounded to the type of x
+// first. Sums are float32 in an order that depends on K alone (see few.cuh), so that a token's
+// output does not depend on its batch.
+struct Few {
+  Weight weight;
+  const void* x;  // (M, K)
+  Float type;     // of x, bias and y
+  int64_t tokens, stride;
+  const void* bias;  // (N) or null
+  void* y;           // (M, N)
+};
+
+int launch_few(const Few& few, cudaStream_t stream);
+
+constexpr int64_t kFewTokens = 16;  // above this a product with decoded weights is faster
+
+}  // namespace dtq
