@@ -2,24 +2,21 @@
 // What the torch binding calls for rows of activations, for few tokens, and to decode weights.
 //
 // Plain C++: no torch, no exceptions, no memory of its own, nothing but a launch on the stream given.
-// Pointers are device pointers; row strides count elements. Every function returns 0, a cudaError_t
+// Pointers are device pointers; row strides count elements. Every function returns kOk, a cudaError_t
 // (positive), or why it will not do the task (negative, `refusal` says it in words); nothing was
-// launched then. Nothing to do is not an error: zero rows return 0 without a launch.
+// launched then. Nothing to do is not an error: zero rows return kOk without a launch.
 #pragma once
-#include <stdint.h>
-
-typedef struct CUstream_st* cudaStream_t;
+#include "types.h"
 
 namespace dtq {
 
-enum Float { kFloat32, kBFloat16, kFloat16 };
-
+// Beside those of Status.
 enum Refusal {
-  kBadBlock = -1,   // not a power of two, or the columns are not whole blocks of it
-  kLongBlock = -2,  // a block is longer than what one thread block transforms: kLongestBlock
-  kLongRow = -3,    // two turns of a row that shared memory does not hold
-  kBadLevels = -4,
-  kBadWeight = -5,  // bits, groups and columns do not fit together
+  kBadBlock = -16,   // not a power of two, or the columns are not whole blocks of it
+  kLongBlock = -17,  // longer than kLongestBlock
+  kLongRow = -18,    // two turns, quantized, of a row that shared memory does not hold
+  kBadLevels = -19,  // not 1 to 127
+  kBadWeight = -20,  // bits, groups and columns do not fit together
 };
 
 const char* refusal(int code);
@@ -63,13 +60,13 @@ struct Rows {
   int levels;          // kInt8: the largest code, 1 to 127
   const float* fixed;  // a scale for all rows, or a table of them; null to measure each row
   const int64_t* bin;  // (1), the place in that table; null for the first
-  void* out;           // (M, out_stride) of int8, e4m3 bytes or float32; columns beyond K become 0
-  int64_t out_stride;
+  void* out;           // (M, width) of int8, e4m3 bytes or float32
+  int64_t out_stride, width;  // columns written, at least K; those beyond K become 0
   float* scale;        // (M); unused by kFloat
   int32_t* sums;       // (M), kInt8: the sum of the codes of each row, or null
 };
 
-int launch_rows(const Rows& rows, cudaStream_t stream);
+int launch_rows(const Rows& rows, Stream stream);
 
 // ---------------------------------------------------------------------------- weights as stored
 
@@ -114,7 +111,7 @@ struct Weight {
 };
 
 // out (N, K) = the float32 values that the format stands for, rounded once to `type`.
-int launch_dequantize(const Weight& weight, void* out, Float type, cudaStream_t stream);
+int launch_dequantize(const Weight& weight, void* out, Float type, Stream stream);
 
 // y (M, N) = x (M, K) W^T + bias for few tokens, each weight read once and rounded to the type of x
 // first. Sums are float32 in an order that depends on K alone (see few.cuh), so that a token's
@@ -128,7 +125,7 @@ struct Few {
   void* y;           // (M, N)
 };
 
-int launch_few(const Few& few, cudaStream_t stream);
+int launch_few(const Few& few, Stream stream);
 
 constexpr int64_t kFewTokens = 16;  // above this a product with decoded weights is faster
 

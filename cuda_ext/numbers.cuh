@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// Number formats and the one transcendental function, with the same bits on every device.
+//
+// Products go through fmul: the compiler may fuse a plain one with the sum that follows, which
+// rounds once where the reference rounds twice.
+#pragma once
+#include "arch.cuh"
+#include "launch_rows.h"
+namespace dtq {
+
+// ---------------------------------------------------------------------------- e4m3
+
+// Four exponent bits biased by 7, three of mantissa, no infinity; 0x7f and 0xff are NaN.
+DTQ_DEV float from_e4m3(uint32_t c) {
+  const uint32_t nan = (c & 0x7f) == 0x7f ? 0x7fc00000 : 0;
+  // the exponent sits 120 below that of a float; a product by a power of two is exact
+  return bits_float(float_bits(fmul(bits_float((c & 0x7f) << 20), 0x1p120f)) | nan | (c & 0x80) << 24);
+}
+
+// Ties to even; magnitudes above 448 become 448.
+DTQ_DEV uint32_t to_e4m3(float x) {
+  const uint32_t sign = float_bits(x) >> 24 & 0x80, u = float_bits(x) & 0x7fffffff;
+  if (u > 0x7f800000) return sign | 0x7f;
+  if (u >= 0x43e00000) return sign | 0x7e;
+  if (u < 0x3c800000)  // a multiple of 2^-9: the sum with 2^14 rounds there
+    return sign | (float_bits(bits_float(u) + 0x1p14f) - 0x46800000);
+  return sign | (u - 0x3c000000 + 0x7ffff + (u >> 20 & 1)) >> 20;
+}
+
+// ---------------------------------------------------------------------------- by type
+
+DTQ_DEV float to_float(uint16_t h, Float type) {
+  return type == kBFloat16 ? bf16_to_float(h) : f16_to_float(h);
+}
+
+DTQ_DEV uint16_t to_16(float x, Float type) { return type == kBFloat16 ? float_to_bf16(x) : float_to_f16(x); }
+
+// The value as that type keeps it.
+DTQ_DEV float rounded_to(float x, Float type) {
+  return type == kFloat32 ? x : to_float(to_16(x, type), type);
+}
+
+// ---------------------------------------------------------------------------- GELU
+
+// 2^n, n in [-126, 128]; 128 is infinity.
+DTQ_DEV float power_of_two(int n) { return bits_float((uint32_t)(n + 127) << 23); }
+
+// e^t, relative error below 3e-7, for t in [-87, 88.7]; less is taken as -87, more is infinity. Each
+// product and each sum is rounded: dtq.kernels.fused does the same in torch.
+DTQ_DEV float exponential(float t) {
+  t = t > 89.0f ? 89.0f : t;
+  t = t < -87.0f ? -87.0f : t;
+  const int n = round_to_int(fmul(t, 1.44269504f));  // 0 for NaN
+  // ln 2 in two parts, the first short enough for an exact product
+  const float whole = int_to_float(n);
+  const float r = (t - fmul(whole, 0.693359375f)) - fmul(whole, -2.12194440e-4f);
+  float p = 1.0f / 720;
+  p = fmul(p, r) + 1.0f / 120;
+  p = fmul(p, r) + 1.0f / 24;
+  p = fmul(p, r) + 1.0f / 6;
+  p = fmul(p, r) + 0.5f;
+  p = fmul(p, r) + 1.0f;
+  p = fmul(p, r) + 1.0f;
+  return fmul(p, power_of_two(n));
+}
+
+// GELU in its tanh form, x (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+DTQ_DEV float gelu(float x) {
+  const float cube = fmul(fmul(x, x), x);
+  const float u = fmul(x + fmul(cube, 0.044715f), 1.59576912f);  // 2 sqrt(2 / pi)
+  return fdiv(x, 1.0f + exponential(-u));
+}
+
+}  // namespace dtq
