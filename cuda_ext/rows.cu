@@ -84,7 +84,7 @@ int launch_rows(const Rows& r, Stream stream) {
   if (r.rows == 0 || r.width == 0) return kOk;
   RowPlan p = {};
   p.r = r;
-  p.unit = (float)(1 / __builtin_sqrt((double)r.block));
+  p.unit = (float)__builtin_pow((double)r.block, -0.5);
   p.whole_x = whole(r.x, r.stride, bytes_of(r.type));
   p.whole_modulate = whole(r.modulate_scale, r.modulate_stride, bytes_of(r.modulate_type)) &&
                      whole(r.modulate_shift, 0, 1);

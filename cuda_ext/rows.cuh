@@ -16,11 +16,9 @@
 //              for one with a NaN); round(x / scale), ties to even, within +-levels, 0 for NaN
 //   e4m3       scale = max|x| / 448; x / scale, 0 where the scale is 0, rounded to e4m3
 #pragma once
-#include "numbers.cuh"
+#include "runs.cuh"
 
 namespace dtq {
-
-constexpr int kRun = 16;  // columns of a thread: 16 bytes of codes, so that stores are whole
 
 // What the host works out from Rows.
 struct RowPlan {
@@ -30,57 +28,6 @@ struct RowPlan {
   int64_t tiles;
   int dealt;  // floats before the row in shared memory between two turns; -1: it is in `out`
 };
-
-// ---------------------------------------------------------------------------- reading
-
-// Columns [k, k + 16) of an array; what lies beyond its end is 0.
-DTQ_DEV void read_run(const void* from, Float type, int64_t k, int64_t columns, bool whole,
-                      float (&v)[kRun]) {
-  if (whole && k + kRun <= columns) {
-    if (type == kFloat32) {
-      DTQ_UNROLL for (int i = 0; i < 4; i++) {
-        const U4 q = ldg((const U4*)((const float*)from + k + i * 4));
-        v[i * 4] = bits_float(q.x);
-        v[i * 4 + 1] = bits_float(q.y);
-        v[i * 4 + 2] = bits_float(q.z);
-        v[i * 4 + 3] = bits_float(q.w);
-      }
-    } else {
-      DTQ_UNROLL for (int i = 0; i < 2; i++) {
-        const U4 q = ldg((const U4*)((const uint16_t*)from + k + i * 8));
-        const uint32_t pair[4] = {q.x, q.y, q.z, q.w};
-        DTQ_UNROLL for (int j = 0; j < 4; j++) {
-          v[i * 8 + j * 2] = to_float((uint16_t)pair[j], type);
-          v[i * 8 + j * 2 + 1] = to_float((uint16_t)(pair[j] >> 16), type);
-        }
-      }
-    }
-  } else {
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-      v[i] = 0;
-      if (k + i < columns)
-        v[i] = type == kFloat32 ? ldg((const float*)from + k + i)
-                                : to_float(ldg((const uint16_t*)from + k + i), type);
-    }
-  }
-}
-
-// The same, column order[k] in the place of k.
-DTQ_DEV void gather_run(const void* from, Float type, const int32_t* order, int64_t k,
-                        int64_t columns, float (&v)[kRun]) {
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-    v[i] = 0;
-    if (k + i < columns) {
-      const int64_t at = ldg(order + k + i);
-      v[i] = type == kFloat32 ? ldg((const float*)from + at)
-                              : to_float(ldg((const uint16_t*)from + at), type);
-    }
-  }
-}
-
-DTQ_DEV const void* row_of(const void* from, Float type, int64_t row, int64_t stride) {
-  return (const unsigned char*)from + row * stride * (type == kFloat32 ? 4 : 2);
-}
 
 // ---------------------------------------------------------------------------- rotation
 
@@ -220,30 +167,6 @@ DTQ_DEV uint32_t code_of(const Quantizer& q, float x) {
   v = v > q.levels ? q.levels : v;
   v = v < -q.levels ? -q.levels : v;
   return v == v ? nearest(v) & 0xff : 0;
-}
-
-// ---------------------------------------------------------------------------- writing
-
-DTQ_DEV void write_bytes(unsigned char* row, int64_t k, int64_t width, bool whole,
-                         const uint32_t (&words)[4]) {
-  if (whole && k + kRun <= width) {
-    stg((U4*)(row + k), U4{words[0], words[1], words[2], words[3]});
-  } else {
-    DTQ_UNROLL for (int i = 0; i < kRun; i++)
-      if (k + i < width) stg(row + k + i, (unsigned char)(words[i / 4] >> i % 4 * 8));
-  }
-}
-
-DTQ_DEV void write_floats(float* row, int64_t k, int64_t width, bool whole,
-                          const float (&v)[kRun]) {
-  if (whole && k + kRun <= width) {
-    DTQ_UNROLL for (int i = 0; i < 4; i++)
-      stg((U4*)(row + k + i * 4), U4{float_bits(v[i * 4]), float_bits(v[i * 4 + 1]),
-                                     float_bits(v[i * 4 + 2]), float_bits(v[i * 4 + 3])});
-  } else {
-    DTQ_UNROLL for (int i = 0; i < kRun; i++)
-      if (k + i < width) stg(row + k + i, v[i]);
-  }
 }
 
 // ---------------------------------------------------------------------------- the kernel

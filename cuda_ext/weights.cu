@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// launch_dequantize and launch_few: which compiled decoder a stored weight takes.
+#include "few.cuh"
+
+namespace dtq {
+
+namespace {
+
+bool whole(const void* p, int64_t stride, int size) {
+  return (uintptr_t)p % 16 == 0 && stride * size % 16 == 0;
+}
+
+// What a run of 16 columns takes in the file; 3 and 6 bits are read as 16-bit words.
+int run_alignment(const Weight& w) {
+  const int bytes = w.codes == kWords ? kRun / w.vector * w.bits / 8 : kRun * w.bits / 8;
+  return bytes == 6 ? 2 : bytes == 12 ? 4 : bytes;
+}
+
+// kOk, or why not.
+int plan(const Weight& w, WeightPlan& p) {
+  p.w = w;
+  p.group = w.columns;
+  p.one_group = true;
+  if (w.rows < 0 || w.columns < 0) return kBadWeight;
+  if (w.codes == kTrits) {
+    p.row_bytes = w.columns / 5;
+    if (w.columns % 5 && !w.tail) return kBadWeight;
+  } else {
+    const int vector = w.codes == kWords ? w.vector : 1;
+    if (vector < 1 || w.columns % vector || w.columns / vector * w.bits % 8) return kBadWeight;
+    p.row_bytes = w.columns / vector * w.bits / 8;
+  }
+  if (w.codes != kWords) {
+    if (w.groups < 1 || w.columns % w.groups) return kBadWeight;
+    p.group = w.columns / w.groups;
+    p.one_group = w.groups == 1 || p.group % kRun == 0;
+    if (w.scale_type == kNoScale) return kBadWeight;
+  }
+  if (w.columns == 0) p.group = 1;
+  const int aligned = w.codes == kTrits ? 1 : run_alignment(w);
+  p.whole = w.codes != kTrits && (uintptr_t)w.weight % aligned == 0 && p.row_bytes % aligned == 0;
+  return kOk;
+}
+
+template <Codes kCodes, int kBits>
+struct Decoder {
+  static int dequantize(const DecodePlan& p, Stream stream) {
+    Shape shape;
+    const int64_t blocks =
+        (p.weight.w.rows * p.runs + kDecodeThreads - 1) / kDecodeThreads;
+    if (blocks >> 31) return kUnsupported;
+    shape.grid.x = (unsigned)blocks;
+    shape.threads = kDecodeThreads;
+    shape.shared = kCodes == kTable ? 64 : 0;
+    return launch(decode_kernel<kCodes, kBits>, shape, stream, p);
+  }
+
+  template <Float kType, int kHalves>
+  static int start(const FewPlan& p, Stream stream) {
+    Shape shape;
+    shape.grid.x = (unsigned)((p.weight.w.rows + kRowsTile - 1) / kRowsTile);
+    shape.threads = kWarps * 32;
+    shape.shared = (16 + kWarps * kHalves * 128) * 4;
+    return launch(few_kernel<kCodes, kBits, kType, kHalves>, shape, stream, p);
+  }
+
+  template <Float kType>
+  static int few(FewPlan& p, Stream stream) {
+    for (p.first = 0; p.first < p.f.tokens; p.first += kFewTokens) {
+      const bool more = p.f.tokens - p.first > 8;
+      const int status = more ? start<kType, 2>(p, stream) : start<kType, 1>(p, stream);
+      if (status != kOk) return status;
+    }
+    return kOk;
+  }
+};
+
+// Calls `run` with the decoder of a weight: every kind of codes that a format has.
+template <class Run>
+int with_decoder(const Weight& w, Run run) {
+  switch (w.codes * 16 + w.bits) {
+    case kAffine * 16 + 2: return run(Decoder<kAffine, 2>());
+    case kAffine * 16 + 3: return run(Decoder<kAffine, 3>());
+    case kAffine * 16 + 4: return run(Decoder<kAffine, 4>());
+    case kAffine * 16 + 8: return run(Decoder<kAffine, 8>());
+    case kTable * 16 + 3: return run(Decoder<kTable, 3>());
+    case kTable * 16 + 4: return run(Decoder<kTable, 4>());
+    case kFloat8 * 16 + 8: return run(Decoder<kFloat8, 8>());
+    case kWords * 16 + 6: return w.vector == 2 ? run(Decoder<kWords, 6>()) : kBadWeight;
+    case kWords * 16 + 8: return w.vector == 4 ? run(Decoder<kWords, 8>()) : kBadWeight;
+    case kTrits * 16 + 2: return run(Decoder<kTrits, 2>());
+    case kTwoLevel * 16 + 3: return run(Decoder<kTwoLevel, 3>());
+    case kTwoLevel * 16 + 4: return run(Decoder<kTwoLevel, 4>());
+    default: return kBadWeight;
+  }
+}
+
+}  // namespace
+
+int launch_dequantize(const Weight& w, void* out, Float type, Stream stream) {
+  DecodePlan p = {};
+  const int status = plan(w, p.weight);
+  if (status != kOk) return status;
+  p.out = out;
+  p.type = type;
+  p.runs = (w.columns + kRun - 1) / kRun;
+  p.whole_out = whole(out, w.columns, type == kFloat32 ? 4 : 2);
+  return with_decoder(w, [&](auto decoder) {
+    if (w.rows == 0 || w.columns == 0) return (int)kOk;
+    return decoder.dequantize(p, stream);
+  });
+}
+
+int launch_few(const Few& f, Stream stream) {
+  FewPlan p = {};
+  const int status = plan(f.weight, p.weight);
+  if (status != kOk) return status;
+  if (f.type == kFloat32) return kUnsupported;
+  p.f = f;
+  p.whole_x = whole(f.x, f.stride, 2);
+  return with_decoder(f.weight, [&](auto decoder) {
+    if (f.weight.rows == 0) return (int)kOk;
+    if (f.type == kBFloat16) return decoder.template few<kBFloat16>(p, stream);
+    return decoder.template few<kFloat16>(p, stream);
+  });
+}
+
+}  // namespace dtq
