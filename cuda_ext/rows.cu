@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // launch_rows: which of the compiled row kernels does the task.
-#include "rows.cuh"
+#include "rows_held.cuh"
+#include "rows_streamed.cuh"
 
 namespace dtq {
 
@@ -19,59 +20,74 @@ namespace {
 
 constexpr int64_t kSharedBytes = 99 * 1024;  // what every architecture from sm_80 on gives a block
 
-bool whole(const void* p, int64_t stride, int size) {
-  return (uintptr_t)p % 16 == 0 && stride * size % 16 == 0;
-}
-
 int bytes_of(Float type) { return type == kFloat32 ? 4 : 2; }
 
-template <int kThreads, int kTiles, Float kType, Before kBefore>
-int start(RowPlan& p, Stream stream) {
+// Floats of shared memory before the row between two turns.
+template <int kThreads, Before kBefore>
+int64_t shared_floats(const Rows& r) {
+  int64_t floats = kWarpWords;
+  if (r.block > 32 * kRun) floats += kThreads * kRun;
+  if (kBefore == kNorm) floats += (r.columns + kRun - 1) / kRun;
+  return floats;
+}
+
+template <int kThreads, int kTiles, Before kBefore>
+int start_held(RowPlan& p, Stream stream) {
+  constexpr int64_t kTile = kThreads * kRun, kRows = DTQ_BLOCK_OF(kThreads) / kThreads;
+  p.tiles = (p.r.width + kTile - 1) / kTile;
+  Shape shape;
+  shape.grid.x = (unsigned)((p.r.rows + kRows - 1) / kRows);
+  shape.threads = (unsigned)(kThreads * kRows);
+  shape.shared = kThreads == 32 ? 0 : (size_t)shared_floats<kThreads, kBefore>(p.r) * 4;
+  return launch(held_rows_kernel<kThreads, kTiles, kBefore>, shape, stream, p);
+}
+
+template <int kThreads, Before kBefore>
+int start_streamed(RowPlan& p, Stream stream) {
   const Rows& r = p.r;
-  constexpr int64_t kTile = kThreads * kRun, kRows = kThreads < 128 ? 128 / kThreads : 1;
+  constexpr int64_t kTile = kThreads * kRun;
   p.tiles = (r.width + kTile - 1) / kTile;
-  int64_t floats = 0;
-  if (kThreads > 32) {
-    floats = kWords;
-    if (r.block > 32 * kRun) floats += kTile;
-    if (kBefore == kNorm) floats += (r.columns + kRun - 1) / kRun;
-    p.dealt = -1;
-    if (r.turns == 2) {
-      if ((floats + r.columns) * 4 <= kSharedBytes) {
-        p.dealt = (int)floats;
-        floats += r.columns;
-      } else if (r.output != kFloat) {
-        return kLongRow;
-      }
+  int64_t floats = shared_floats<kThreads, kBefore>(r);
+  p.dealt = -1;
+  if (r.turns == 2) {
+    if ((floats + r.columns) * 4 <= kSharedBytes) {
+      p.dealt = (int)floats;
+      floats += r.columns;
+    } else if (r.output != kFloat) {
+      return kLongRow;
     }
   }
+  if (floats * 4 > kSharedBytes) return kLongRow;
   Shape shape;
-  shape.grid.x = (unsigned)((r.rows + kRows - 1) / kRows);
-  shape.threads = (unsigned)(kThreads * kRows);
+  shape.grid.x = (unsigned)r.rows;
+  shape.threads = kThreads;
   shape.shared = (size_t)floats * 4;
-  return launch(rows_kernel<kThreads, kTiles, kType, kBefore>, shape, stream, p);
+  return launch(streamed_rows_kernel<kThreads, kBefore>, shape, stream, p);
 }
 
-// A warp a row while a warp holds it, else a block that does; the last one computes what it cannot
-// hold twice. A block's rotation must fit into its tile.
-template <Float kType, Before kBefore>
-int start_sized(RowPlan& p, Stream stream) {
+// Registers hold a row of whole runs if every array can be read 16 bytes at a time.
+bool can_hold(const RowPlan& p) {
+  const Rows& r = p.r;
+  return r.output == kInt8 && !r.order && r.turns == 1 && r.columns % kRun == 0 &&
+         r.width % kRun == 0 && r.width <= 3 * 512 * kRun && p.whole_x && p.whole_out &&
+         (!r.modulate_scale || p.whole_modulate) && (!r.pre_scale || p.whole_pre);
+}
+
+// A warp holds a row of up to 1536 columns, blocks of threads longer ones. The blocks of a rotation
+// must fit into a tile.
+template <Before kBefore>
+int start(RowPlan& p, Stream stream) {
   const int64_t width = p.r.width, block = p.r.block;
-  if (width <= 3 * 512 && block <= 512 && p.r.turns == 1)
-    return start<32, 3, kType, kBefore>(p, stream);
-  if (width <= 2 * 2048 && block <= 2048) return start<128, 2, kType, kBefore>(p, stream);
-  if (width <= 3 * 4096 && block <= 4096) return start<256, 3, kType, kBefore>(p, stream);
-  return start<512, 3, kType, kBefore>(p, stream);
-}
-
-template <Float kType>
-int start_typed(RowPlan& p, Stream stream) {
-  switch (p.r.before) {
-    case kAsIs: return start_sized<kType, kAsIs>(p, stream);
-    case kGelu: return start_sized<kType, kGelu>(p, stream);
-    case kNorm: return start_sized<kType, kNorm>(p, stream);
+  if (can_hold(p)) {
+    if (width <= 3 * 32 * kRun && block <= 32 * kRun) return start_held<32, 3, kBefore>(p, stream);
+    if (width <= 2 * 128 * kRun && block <= 128 * kRun)
+      return start_held<128, 2, kBefore>(p, stream);
+    if (width <= 3 * 256 * kRun && block <= 256 * kRun)
+      return start_held<256, 3, kBefore>(p, stream);
+    return start_held<512, 3, kBefore>(p, stream);
   }
-  return kUnsupported;
+  if (width <= 2 * 128 * kRun && block <= 128 * kRun) return start_streamed<128, kBefore>(p, stream);
+  return start_streamed<512, kBefore>(p, stream);
 }
 
 }  // namespace
@@ -80,20 +96,20 @@ int launch_rows(const Rows& r, Stream stream) {
   if (r.block < 1 || (r.block & (r.block - 1)) || r.columns % r.block) return kBadBlock;
   if (r.block > kLongestBlock) return kLongBlock;
   if (r.output == kInt8 && (r.levels < 1 || r.levels > 127)) return kBadLevels;
-  if (r.width < r.columns || r.rows >> 33 || (r.turns != 1 && r.turns != 2)) return kUnsupported;
+  if (r.width < r.columns || r.rows >> 31 || (r.turns != 1 && r.turns != 2)) return kUnsupported;
   if (r.rows == 0 || r.width == 0) return kOk;
   RowPlan p = {};
   p.r = r;
   p.unit = (float)__builtin_pow((double)r.block, -0.5);
-  p.whole_x = whole(r.x, r.stride, bytes_of(r.type));
-  p.whole_modulate = whole(r.modulate_scale, r.modulate_stride, bytes_of(r.modulate_type)) &&
-                     whole(r.modulate_shift, 0, 1);
-  p.whole_pre = whole(r.pre_scale, 0, 1);
-  p.whole_out = whole(r.out, r.out_stride, r.output == kFloat ? 4 : 1);
-  switch (r.type) {
-    case kFloat32: return start_typed<kFloat32>(p, stream);
-    case kBFloat16: return start_typed<kBFloat16>(p, stream);
-    case kFloat16: return start_typed<kFloat16>(p, stream);
+  p.whole_x = reads_whole(r.x, r.stride, bytes_of(r.type));
+  p.whole_modulate = reads_whole(r.modulate_scale, r.modulate_stride, bytes_of(r.modulate_type)) &&
+                     reads_whole(r.modulate_shift, 0, 1);
+  p.whole_pre = reads_whole(r.pre_scale, 0, 1);
+  p.whole_out = reads_whole(r.out, r.out_stride, r.output == kFloat ? 4 : 1);
+  switch (r.before) {
+    case kAsIs: return start<kAsIs>(p, stream);
+    case kGelu: return start<kGelu>(p, stream);
+    case kNorm: return start<kNorm>(p, stream);
   }
   return kUnsupported;
 }

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of activations: [GELU | LayerNorm and modulate], pre_scale, order, rotation, quantize.
 //
-// A row stays on chip: it is read once, lies in registers, and is written once. kThreads threads hold a
-// row, each of them runs of kRun columns: thread t of tile i holds columns (i * kThreads + t) * kRun
-// and on. A row longer than kTiles tiles is not truncated: its further tiles are computed again from
-// memory where they are needed a second time.
+// Two kernels: rows_held.cuh for rows that registers hold, int8, everything aligned: read once, written
+// once; rows_streamed.cuh for all the rest, a tile at a time. A row is held by kThreads threads, each of
+// them runs of 16 columns: thread t of tile i has columns (i * kThreads + t) * 16 and on.
 //
 // Order of float32 operations (dtq/kernels/ops.py and fused.py do the same in torch):
 //   norm       mean = sum(x) / K; rstd = 1 / sqrt(sum((x - mean)^2) / K + eps);
@@ -23,11 +22,13 @@ namespace dtq {
 // What the host works out from Rows.
 struct RowPlan {
   Rows r;
-  float unit;                                     // block^-0.5
+  float unit;                                          // block^-0.5
   bool whole_x, whole_modulate, whole_pre, whole_out;  // 16-byte access is allowed
-  int64_t tiles;
+  int64_t tiles;                                       // of a row
   int dealt;  // floats before the row in shared memory between two turns; -1: it is in `out`
 };
+
+constexpr int kWarpWords = 32;  // at the start of shared memory: what `largest` and `total` use
 
 // ---------------------------------------------------------------------------- rotation
 
@@ -46,7 +47,7 @@ DTQ_DEV void step_in_thread(float (&v)[kRun]) {
 DTQ_DEV void step_in_warp(float (&v)[kRun], int distance) {
   const float sign = lane() & distance ? -1.0f : 1.0f;
   DTQ_UNROLL for (int i = 0; i < kRun; i++)
-    v[i] = shfl_xor(v[i], distance) + fmul(sign, v[i]);  // exact product
+    v[i] = ffma(sign, v[i], shfl_xor(v[i], distance));
 }
 
 // One step between warps; values lie thread by thread, so that neighbours use different banks.
@@ -57,7 +58,7 @@ DTQ_DEV void step_in_block(float (&v)[kRun], int thread, int distance, float* ex
   sync_threads();
   const float sign = thread & distance ? -1.0f : 1.0f;
   DTQ_UNROLL for (int i = 0; i < kRun; i++)
-    v[i] = lds<float>(exchange + i * kThreads + (thread ^ distance)) + fmul(sign, v[i]);
+    v[i] = ffma(sign, v[i], lds<float>(exchange + i * kThreads + (thread ^ distance)));
 }
 
 template <int kThreads>
@@ -90,11 +91,14 @@ DTQ_DEV float sum_of_lanes(float x) {
   return x;
 }
 
-// The sums of all runs of a row lie in `runs`; every warp adds them up for itself.
-DTQ_DEV float sum_of_runs(const float* runs, int64_t count) {
+// The sums of all runs of a row lie in `runs`; every warp of the block adds them up for itself.
+DTQ_DEV float sum_of_block(const float* runs, int64_t count) {
+  sync_threads();
   float x = 0;
   for (int64_t j = lane(); j < count; j += 32) x = x + lds<float>(runs + j);
-  return sum_of_lanes(x);
+  x = sum_of_lanes(x);
+  sync_threads();  // they may be written again
+  return x;
 }
 
 DTQ_DEV uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
@@ -137,215 +141,54 @@ DTQ_DEV float quotient(float x, float scale, float inverse) {
 // The integer next to q, |q| < 2^22, ties to even, in the low bits.
 DTQ_DEV uint32_t nearest(float q) { return float_bits(q + 12582912.0f); }
 
-// How the numbers of a row become codes.
+// How the numbers of a row become codes. A static scale is at least 1e-8, as dtq writes them.
 struct Quantizer {
   float scale, inverse, levels;
-  bool refined;  // x / scale by `quotient`, and it is within the levels
+  bool plain;  // every number is finite and within the levels
 };
 
-DTQ_DEV Quantizer quantizer(uint32_t peak, int levels, const float* fixed, const int64_t* bin) {
+DTQ_DEV float stored_scale(const Rows& r) { return ldg(r.fixed + (r.bin ? ldg(r.bin) : 0)); }
+
+DTQ_DEV Quantizer quantizer(const Rows& r, uint32_t peak) {
   Quantizer q;
-  q.levels = (float)levels;
-  if (fixed) {
-    q.scale = fixed[bin ? *bin : 0];
-    q.refined = false;
-  } else {
-    q.scale = 1;
-    if (bits_float(peak) > 0) {
-      q.scale = fdiv(bits_float(peak), q.levels);
-      q.scale = q.scale < 1e-8f ? 1e-8f : q.scale;
-    }
-    q.refined = peak < 0x7f800000;
+  q.levels = int_to_float(r.levels);
+  q.plain = !r.fixed && peak < 0x7f800000;
+  q.scale = 1;
+  if (r.fixed) {
+    q.scale = stored_scale(r);
+  } else if (bits_float(peak) > 0) {
+    q.scale = fdiv(bits_float(peak), q.levels);
+    q.scale = q.scale < 1e-8f ? 1e-8f : q.scale;
   }
   q.inverse = fdiv(1, q.scale);
   return q;
 }
 
 DTQ_DEV uint32_t code_of(const Quantizer& q, float x) {
-  if (q.refined) return nearest(quotient(x, q.scale, q.inverse)) & 0xff;
-  float v = fdiv(x, q.scale);
+  // where the quotient is out of reach of `quotient`, its sign is all that counts; by an infinite
+  // scale everything is 0, and there `quotient` gives NaN
+  const float rough = fmul(x, q.inverse);
+  float v = fabsf(rough) < 512 ? quotient(x, q.scale, q.inverse) : rough;
   v = v > q.levels ? q.levels : v;
   v = v < -q.levels ? -q.levels : v;
   return v == v ? nearest(v) & 0xff : 0;
 }
 
-// ---------------------------------------------------------------------------- the kernel
-
-// Shared memory of rows_kernel: [exchange][sums of runs][row between turns]; one row of 32 threads
-// has none. kWords is what `largest` and `total` use.
-constexpr int kWords = 32;
-
-template <int kThreads, int kTiles, Float kType, Before kBefore>
-DTQ_KERNEL void DTQ_BOUNDS(kThreads < 128 ? 128 : kThreads, 1) rows_kernel(const DTQ_CONSTANT RowPlan p) {
-  DTQ_SHARED(shared);
-  constexpr int kRows = kThreads < 128 ? 128 / kThreads : 1;  // of a thread block
-  const Rows& r = p.r;
-  const int thread = tid() % kThreads;
-  const int64_t row = (int64_t)block_x() * kRows + tid() / kThreads;
-  if (row >= r.rows) return;  // a whole warp; rows of more threads are a block of their own
-  uint32_t* words = (uint32_t*)shared;
-  float* exchange = (float*)shared + kWords;
-  float* runs = exchange + (r.block > 32 * kRun ? kThreads * kRun : 0);
-  float* dealt = p.dealt < 0 ? (float*)r.out + row * r.out_stride : (float*)shared + p.dealt;
-  auto deal = [&](int64_t k, float value) {
-    if (p.dealt < 0) dealt[k] = value;
-    else sts(dealt + k, value);
-  };
-  const void* x = row_of(r.x, kType, row, r.stride);
-
-  float held[kTiles][kRun];
-  auto column = [&](int64_t tile) { return (tile * kThreads + thread) * kRun; };
-  auto each_tile = [&](auto&& body) {
-    DTQ_UNROLL for (int i = 0; i < kTiles; i++)
-      if (i < p.tiles) body((int64_t)i, held[i], true);
-    for (int64_t i = kTiles; i < p.tiles; i++) {
-      float v[kRun];
-      body(i, v, false);
-    }
-  };
-  auto clear_beyond = [&](int64_t k, float (&v)[kRun]) {
-    if (k + kRun > r.columns)
-      DTQ_UNROLL for (int i = 0; i < kRun; i++)
-        if (k + i >= r.columns) v[i] = 0;
-  };
-
-  float mean = 0, rstd = 1;
-  if (kBefore == kNorm) {
-    const int64_t count = (r.columns + kRun - 1) / kRun;
-    float own = 0;
-    auto add_run = [&](int64_t tile, const float (&v)[kRun]) {
-      const float s = sum_of_run(v);
-      if (kThreads == 32) own = own + s;
-      else if (column(tile) < r.columns) sts(runs + column(tile) / kRun, s);
-    };
-    auto sum_up = [&] {
-      if (kThreads == 32) return sum_of_lanes(own);
-      sync_threads();
-      const float s = sum_of_runs(runs, count);
-      sync_threads();
-      return s;
-    };
-    each_tile([&](int64_t tile, float (&v)[kRun], bool) {
-      read_run(x, kType, column(tile), r.columns, p.whole_x, v);
-      add_run(tile, v);
-    });
-    mean = fdiv(sum_up(), (float)r.columns);
-    own = 0;
-    each_tile([&](int64_t tile, float (&v)[kRun], bool kept) {
-      if (!kept) read_run(x, kType, column(tile), r.columns, p.whole_x, v);
-      float square[kRun];
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) square[i] = fmul(v[i] - mean, v[i] - mean);
-      clear_beyond(column(tile), square);
-      add_run(tile, square);
-    });
-    rstd = fdiv(1, fsqrt(fdiv(sum_up(), (float)r.columns) + r.eps));
-  }
-
-  // A run as it enters the rotation.
-  auto changed = [&](int64_t tile, float (&v)[kRun], bool kept) {
-    const int64_t k = column(tile);
-    float other[kRun];
-    auto along = [&](const void* from, Float type, bool whole, float (&into)[kRun]) {
-      if (r.order) gather_run(from, type, r.order, k, r.columns, into);
-      else read_run(from, type, k, r.columns, whole, into);
-    };
-    if (kBefore != kNorm || !kept || r.order) along(x, kType, p.whole_x, v);
-    if (kBefore == kGelu) DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = gelu(v[i]);
-    if (kBefore == kNorm) {
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i] - mean, rstd);
-      if (r.modulate_scale) {
-        const int64_t by = row / r.rows_per_modulate;
-        along(row_of(r.modulate_scale, r.modulate_type, by, r.modulate_stride), r.modulate_type,
-              p.whole_modulate, other);
-        DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], 1.0f + other[i]);
-        along(row_of(r.modulate_shift, r.modulate_type, by, r.modulate_stride), r.modulate_type,
-              p.whole_modulate, other);
-        DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = v[i] + other[i];
-      }
-      clear_beyond(k, v);
-    }
-    if (r.pre_scale) {
-      along(r.pre_scale, kBFloat16, p.whole_pre, other);
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], other[i]);
-    }
-    rotate<kThreads>(v, thread, r.block, p.unit, exchange);
-  };
-  // A run of the second turn: the blocks have been dealt out.
-  auto turned = [&](int64_t tile, float (&v)[kRun]) {
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-      const int64_t k = column(tile) + i;
-      v[i] = k >= r.columns ? 0 : p.dealt < 0 ? dealt[k] : lds<float>(dealt + k);
-    }
-    rotate<kThreads>(v, thread, r.block, p.unit, exchange);
-  };
-
-  if (r.turns == 2) {
-    const int64_t blocks = r.columns / r.block;
-    each_tile([&](int64_t tile, float (&v)[kRun], bool kept) {
-      changed(tile, v, kept);
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-        const int64_t k = column(tile) + i;
-        if (k < r.columns) deal(k % r.block * blocks + k / r.block, v[i]);
-      }
-    });
-    sync_threads();
-  }
-
-  uint32_t peak = 0;  // the bits of magnitudes order as the magnitudes do, and NaN is above all
-  each_tile([&](int64_t tile, float (&v)[kRun], bool kept) {
-    if (r.turns == 2) turned(tile, v);
-    else changed(tile, v, kept);
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) peak = larger(peak, float_bits(v[i]) & 0x7fffffff);
-  });
-  auto again = [&](int64_t tile, float (&v)[kRun], bool kept) {
-    if (kept) return;
-    if (r.turns == 2) turned(tile, v);
-    else changed(tile, v, false);
-  };
-
-  if (r.output == kFloat) {
-    float* out = (float*)r.out + row * r.out_stride;
-    each_tile([&](int64_t tile, float (&v)[kRun], bool kept) {
-      again(tile, v, kept);
-      write_floats(out, column(tile), r.width, p.whole_out, v);
-    });
-    return;
-  }
-
-  if (!r.fixed) peak = largest<kThreads>(peak, thread, words);
-  unsigned char* out = (unsigned char*)r.out + row * r.out_stride;
-  if (r.output == kE4m3) {
-    float scale = r.fixed ? r.fixed[r.bin ? *r.bin : 0] : fdiv(bits_float(peak), 448);
-    if (thread == 0) r.scale[row] = scale;
-    const float divisor = scale == 0 ? bits_float(0x7f800000) : scale;
-    each_tile([&](int64_t tile, float (&v)[kRun], bool kept) {
-      again(tile, v, kept);
-      uint32_t packed[4] = {};
-      DTQ_UNROLL for (int i = 0; i < kRun; i++)
-        if (column(tile) + i < r.columns)
-          packed[i / 4] |= to_e4m3(fdiv(v[i], divisor)) << i % 4 * 8;
-      write_bytes(out, column(tile), r.width, p.whole_out, packed);
-    });
-    return;
-  }
-
-  const Quantizer q = quantizer(peak, r.levels, r.fixed, r.bin);
-  if (thread == 0) r.scale[row] = q.scale;
+// The codes of a run, four in a word. Returns their sum.
+DTQ_DEV int32_t codes_of(const Quantizer& q, const float (&v)[kRun], uint32_t (&packed)[4]) {
   int32_t sum = 0;
-  each_tile([&](int64_t tile, float (&v)[kRun], bool kept) {
-    again(tile, v, kept);
-    uint32_t packed[4] = {};
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-      const uint32_t code = column(tile) + i < r.columns ? code_of(q, v[i]) : 0;
-      packed[i / 4] |= code << i % 4 * 8;
-      sum += (int8_t)code;
-    }
-    write_bytes(out, column(tile), r.width, p.whole_out, packed);
-  });
-  if (r.sums) {
-    sum = total<kThreads>(sum, thread, words);
-    if (thread == 0) r.sums[row] = sum;
+  DTQ_UNROLL for (int i = 0; i < 4; i++) {
+    uint32_t c[4];
+    if (q.plain)
+      DTQ_UNROLL for (int j = 0; j < 4; j++)
+        c[j] = nearest(quotient(v[i * 4 + j], q.scale, q.inverse));
+    else
+      DTQ_UNROLL for (int j = 0; j < 4; j++) c[j] = code_of(q, v[i * 4 + j]);
+    // the low bytes of four words
+    packed[i] = byte_perm(byte_perm(c[0], c[1], 0x0040), byte_perm(c[2], c[3], 0x0040), 0x5410);
+    sum = dp4a(packed[i], 0x01010101, sum);
   }
+  return sum;
 }
 
 }  // namespace dtq

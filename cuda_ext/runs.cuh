@@ -7,37 +7,44 @@ namespace dtq {
 
 constexpr int kRun = 16;  // 16 bytes of codes: one store
 
+// Whether runs of rows `stride` elements apart start at multiples of 16 bytes.
+inline bool reads_whole(const void* p, int64_t stride, int size) {
+  return (uintptr_t)p % 16 == 0 && stride * size % 16 == 0;
+}
+
 // ---------------------------------------------------------------------------- reading
 
-// Columns [k, k + 16) of an array; what lies beyond its end is 0.
+// Columns [k, k + 16) of an array, 16-byte aligned.
+DTQ_DEV void read_whole_run(const void* from, Float type, int64_t k, float (&v)[kRun]) {
+  if (type == kFloat32) {
+    DTQ_UNROLL for (int i = 0; i < 4; i++) {
+      const U4 q = ldg((const U4*)((const float*)from + k + i * 4));
+      v[i * 4] = bits_float(q.x);
+      v[i * 4 + 1] = bits_float(q.y);
+      v[i * 4 + 2] = bits_float(q.z);
+      v[i * 4 + 3] = bits_float(q.w);
+    }
+  } else {
+    U4 q[2];
+    DTQ_UNROLL for (int i = 0; i < 2; i++) q[i] = ldg((const U4*)((const uint16_t*)from + k + i * 8));
+    const uint32_t pair[8] = {q[0].x, q[0].y, q[0].z, q[0].w, q[1].x, q[1].y, q[1].z, q[1].w};
+    DTQ_UNROLL for (int i = 0; i < kRun; i++)
+      v[i] = to_float((uint16_t)(pair[i / 2] >> i % 2 * 16), type);
+  }
+}
+
+DTQ_DEV float read_one(const void* from, Float type, int64_t k) {
+  return type == kFloat32 ? ldg((const float*)from + k)
+                          : to_float(ldg((const uint16_t*)from + k), type);
+}
+
+// The same where it may not be aligned; what lies beyond the end is 0.
 DTQ_DEV void read_run(const void* from, Float type, int64_t k, int64_t columns, bool whole,
                       float (&v)[kRun]) {
   if (whole && k + kRun <= columns) {
-    if (type == kFloat32) {
-      DTQ_UNROLL for (int i = 0; i < 4; i++) {
-        const U4 q = ldg((const U4*)((const float*)from + k + i * 4));
-        v[i * 4] = bits_float(q.x);
-        v[i * 4 + 1] = bits_float(q.y);
-        v[i * 4 + 2] = bits_float(q.z);
-        v[i * 4 + 3] = bits_float(q.w);
-      }
-    } else {
-      DTQ_UNROLL for (int i = 0; i < 2; i++) {
-        const U4 q = ldg((const U4*)((const uint16_t*)from + k + i * 8));
-        const uint32_t pair[4] = {q.x, q.y, q.z, q.w};
-        DTQ_UNROLL for (int j = 0; j < 4; j++) {
-          v[i * 8 + j * 2] = to_float((uint16_t)pair[j], type);
-          v[i * 8 + j * 2 + 1] = to_float((uint16_t)(pair[j] >> 16), type);
-        }
-      }
-    }
+    read_whole_run(from, type, k, v);
   } else {
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-      v[i] = 0;
-      if (k + i < columns)
-        v[i] = type == kFloat32 ? ldg((const float*)from + k + i)
-                                : to_float(ldg((const uint16_t*)from + k + i), type);
-    }
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = k + i < columns ? read_one(from, type, k + i) : 0;
   }
 }
 
@@ -59,14 +66,8 @@ DTQ_DEV void read_pairs(const uint16_t* from, int64_t k, int64_t columns, bool w
 // As read_run, column order[k] in the place of k.
 DTQ_DEV void gather_run(const void* from, Float type, const int32_t* order, int64_t k,
                         int64_t columns, float (&v)[kRun]) {
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-    v[i] = 0;
-    if (k + i < columns) {
-      const int64_t at = ldg(order + k + i);
-      v[i] = type == kFloat32 ? ldg((const float*)from + at)
-                              : to_float(ldg((const uint16_t*)from + at), type);
-    }
-  }
+  DTQ_UNROLL for (int i = 0; i < kRun; i++)
+    v[i] = k + i < columns ? read_one(from, type, ldg(order + k + i)) : 0;
 }
 
 DTQ_DEV const void* row_of(const void* from, Float type, int64_t row, int64_t stride) {

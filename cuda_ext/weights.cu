@@ -6,10 +6,6 @@ namespace dtq {
 
 namespace {
 
-bool whole(const void* p, int64_t stride, int size) {
-  return (uintptr_t)p % 16 == 0 && stride * size % 16 == 0;
-}
-
 // What a run of 16 columns takes in the file; 3 and 6 bits are read as 16-bit words.
 int run_alignment(const Weight& w) {
   const int bytes = w.codes == kWords ? kRun / w.vector * w.bits / 8 : kRun * w.bits / 8;
@@ -104,7 +100,7 @@ int launch_dequantize(const Weight& w, void* out, Float type, Stream stream) {
   p.out = out;
   p.type = type;
   p.runs = (w.columns + kRun - 1) / kRun;
-  p.whole_out = whole(out, w.columns, type == kFloat32 ? 4 : 2);
+  p.whole_out = reads_whole(out, w.columns, type == kFloat32 ? 4 : 2);
   return with_decoder(w, [&](auto decoder) {
     if (w.rows == 0 || w.columns == 0) return (int)kOk;
     return decoder.dequantize(p, stream);
@@ -117,7 +113,7 @@ int launch_few(const Few& f, Stream stream) {
   if (status != kOk) return status;
   if (f.type == kFloat32) return kUnsupported;
   p.f = f;
-  p.whole_x = whole(f.x, f.stride, 2);
+  p.whole_x = reads_whole(f.x, f.stride, 2);
   return with_decoder(f.weight, [&](auto decoder) {
     if (f.weight.rows == 0) return (int)kOk;
     if (f.type == kBFloat16) return decoder.template few<kBFloat16>(p, stream);

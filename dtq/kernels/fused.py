@@ -72,7 +72,8 @@ def norm_modulate(
     count = x.new_full((1, 1), columns)  # a tensor: CUDA turns a number into its reciprocal
     centred = x - sum_rows(x) / count
     variance = sum_rows(centred * centred) / count
-    y = centred * (torch.ones_like(variance) / torch.sqrt(variance + eps))
+    root = (variance + eps).double().sqrt().float()  # in float32 it may miss the nearest number
+    y = centred * (torch.ones_like(root) / root)
     if modulate_scale is not None and modulate_shift is not None:
         each = rows // max(len(modulate_scale), 1)
         y = y * (1.0 + modulate_scale.float()).repeat_interleave(each, 0)
