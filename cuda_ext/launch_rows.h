@@ -61,7 +61,8 @@ struct Rows {
   const float* fixed;  // a scale for all rows, or a table of them; null to measure each row
   const int64_t* bin;  // (1), the place in that table; null for the first
   void* out;           // (M, width) of int8, e4m3 bytes or float32
-  int64_t out_stride, width;  // columns written, at least K; those beyond K become 0
+  int64_t out_stride;
+  int64_t width;       // columns written, at least K, those beyond it as 0; 0 for K
   float* scale;        // (M); unused by kFloat
   int32_t* sums;       // (M), kInt8: the sum of the codes of each row, or null
 };

@@ -23,31 +23,34 @@ constexpr int64_t kSharedBytes = 99 * 1024;  // what every architecture from sm_
 int bytes_of(Float type) { return type == kFloat32 ? 4 : 2; }
 
 // Floats of shared memory before the row between two turns.
-template <int kThreads, Before kBefore>
-int64_t shared_floats(const Rows& r) {
+template <Before kBefore>
+int64_t shared_floats(const Rows& r, int threads) {
   int64_t floats = kWarpWords;
-  if (r.block > 32 * kRun) floats += kThreads * kRun;
+  if (r.block > 32 * kRun) floats += threads * kRun;
   if (kBefore == kNorm) floats += (r.columns + kRun - 1) / kRun;
   return floats;
 }
 
-template <int kThreads, int kTiles, Before kBefore>
-int start_held(RowPlan& p, Stream stream) {
-  constexpr int64_t kTile = kThreads * kRun, kRows = DTQ_BLOCK_OF(kThreads) / kThreads;
-  p.tiles = (p.r.width + kTile - 1) / kTile;
+Shape shape_of(const Rows& r, int threads, int64_t floats) {
   Shape shape;
-  shape.grid.x = (unsigned)((p.r.rows + kRows - 1) / kRows);
-  shape.threads = (unsigned)(kThreads * kRows);
-  shape.shared = kThreads == 32 ? 0 : (size_t)shared_floats<kThreads, kBefore>(p.r) * 4;
-  return launch(held_rows_kernel<kThreads, kTiles, kBefore>, shape, stream, p);
+  shape.grid.x = (unsigned)r.rows;
+  shape.threads = (unsigned)threads;
+  shape.shared = (size_t)floats * 4;
+  return shape;
 }
 
-template <int kThreads, Before kBefore>
-int start_streamed(RowPlan& p, Stream stream) {
+template <Before kBefore>
+int start_held(RowPlan& p, int threads, Stream stream) {
+  p.tiles = 1;
+  const Shape shape = shape_of(p.r, threads, shared_floats<kBefore>(p.r, threads));
+  return launch(held_rows_kernel<kBefore>, shape, stream, p);
+}
+
+template <Before kBefore>
+int start_streamed(RowPlan& p, int threads, Stream stream) {
   const Rows& r = p.r;
-  constexpr int64_t kTile = kThreads * kRun;
-  p.tiles = (r.width + kTile - 1) / kTile;
-  int64_t floats = shared_floats<kThreads, kBefore>(r);
+  p.tiles = (r.width + threads * kRun - 1) / (threads * kRun);
+  int64_t floats = shared_floats<kBefore>(r, threads);
   p.dealt = -1;
   if (r.turns == 2) {
     if ((floats + r.columns) * 4 <= kSharedBytes) {
@@ -58,48 +61,38 @@ int start_streamed(RowPlan& p, Stream stream) {
     }
   }
   if (floats * 4 > kSharedBytes) return kLongRow;
-  Shape shape;
-  shape.grid.x = (unsigned)r.rows;
-  shape.threads = kThreads;
-  shape.shared = (size_t)floats * 4;
-  return launch(streamed_rows_kernel<kThreads, kBefore>, shape, stream, p);
+  return launch(streamed_rows_kernel<kBefore>, shape_of(r, threads, floats), stream, p);
 }
 
-// Registers hold a row of whole runs if every array can be read 16 bytes at a time.
+// Whether every array can be read 16 bytes at a time and a row is not too long.
 bool can_hold(const RowPlan& p) {
   const Rows& r = p.r;
   return r.output == kInt8 && !r.order && r.turns == 1 && r.columns % kRun == 0 &&
-         r.width % kRun == 0 && r.width <= 3 * 512 * kRun && p.whole_x && p.whole_out &&
+         r.width % kRun == 0 && r.width <= kHeld && p.whole_x && p.whole_out &&
          (!r.modulate_scale || p.whole_modulate) && (!r.pre_scale || p.whole_pre);
 }
 
-// A warp holds a row of up to 1536 columns, blocks of threads longer ones. The blocks of a rotation
-// must fit into a tile.
+// Whole warps, a run a thread. The blocks of a rotation are within a tile: a row is whole blocks.
 template <Before kBefore>
 int start(RowPlan& p, Stream stream) {
-  const int64_t width = p.r.width, block = p.r.block;
-  if (can_hold(p)) {
-    if (width <= 3 * 32 * kRun && block <= 32 * kRun) return start_held<32, 3, kBefore>(p, stream);
-    if (width <= 2 * 128 * kRun && block <= 128 * kRun)
-      return start_held<128, 2, kBefore>(p, stream);
-    if (width <= 3 * 256 * kRun && block <= 256 * kRun)
-      return start_held<256, 3, kBefore>(p, stream);
-    return start_held<512, 3, kBefore>(p, stream);
-  }
-  if (width <= 2 * 128 * kRun && block <= 128 * kRun) return start_streamed<128, kBefore>(p, stream);
-  return start_streamed<512, kBefore>(p, stream);
+  const int64_t warps = (p.r.width + 32 * kRun - 1) / (32 * kRun);
+  if (can_hold(p)) return start_held<kBefore>(p, (int)warps * 32, stream);
+  const bool one = warps * 32 <= kStreamedThreads;
+  return start_streamed<kBefore>(p, one ? (int)warps * 32 : kStreamedThreads, stream);
 }
 
 }  // namespace
 
-int launch_rows(const Rows& r, Stream stream) {
+int launch_rows(const Rows& rows, Stream stream) {
+  RowPlan p = {};
+  p.r = rows;
+  Rows& r = p.r;
+  if (r.width == 0) r.width = r.columns;
   if (r.block < 1 || (r.block & (r.block - 1)) || r.columns % r.block) return kBadBlock;
   if (r.block > kLongestBlock) return kLongBlock;
   if (r.output == kInt8 && (r.levels < 1 || r.levels > 127)) return kBadLevels;
   if (r.width < r.columns || r.rows >> 31 || (r.turns != 1 && r.turns != 2)) return kUnsupported;
   if (r.rows == 0 || r.width == 0) return kOk;
-  RowPlan p = {};
-  p.r = r;
   p.unit = (float)__builtin_pow((double)r.block, -0.5);
   p.whole_x = reads_whole(r.x, r.stride, bytes_of(r.type));
   p.whole_modulate = reads_whole(r.modulate_scale, r.modulate_stride, bytes_of(r.modulate_type)) &&

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of activations: [GELU | LayerNorm and modulate], pre_scale, order, rotation, quantize.
 //
-// Two kernels: rows_held.cuh for rows that registers hold, int8, everything aligned: read once, written
-// once; rows_streamed.cuh for all the rest, a tile at a time. A row is held by kThreads threads, each of
-// them runs of 16 columns: thread t of tile i has columns (i * kThreads + t) * 16 and on.
+// A block of threads does a row, a thread runs of 16 columns side by side. Two kernels: rows_held.cuh for
+// rows of which each thread holds one run, to int8, everything aligned: read once, written once;
+// rows_streamed.cuh for all the rest, tile by tile of as many runs as there are threads.
 //
 // Order of float32 operations (dtq/kernels/ops.py and fused.py do the same in torch):
 //   norm       mean = sum(x) / K; rstd = 1 / sqrt(sum((x - mean)^2) / K + eps);
@@ -24,9 +24,15 @@ struct RowPlan {
   Rows r;
   float unit;                                          // block^-0.5
   bool whole_x, whole_modulate, whole_pre, whole_out;  // 16-byte access is allowed
-  int64_t tiles;                                       // of a row
+  int64_t tiles;                                       // of a row; one if it is held
   int dealt;  // floats before the row in shared memory between two turns; -1: it is in `out`
 };
+
+#if defined(__CUDACC__)
+#define DTQ_ROLLED _Pragma("unroll 1")
+#else
+#define DTQ_ROLLED
+#endif
 
 constexpr int kWarpWords = 32;  // at the start of shared memory: what `largest` and `total` use
 
@@ -51,28 +57,29 @@ DTQ_DEV void step_in_warp(float (&v)[kRun], int distance) {
 }
 
 // One step between warps; values lie thread by thread, so that neighbours use different banks.
-template <int kThreads>
-DTQ_DEV void step_in_block(float (&v)[kRun], int thread, int distance, float* exchange) {
+DTQ_DEV void step_in_block(float (&v)[kRun], int distance, float* exchange) {
+  const int threads = block_threads();
+  // threads beyond the row may have no partner; theirs are zeros
+  const int partner = (tid() ^ distance) < threads ? tid() ^ distance : tid();
   sync_threads();
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) sts(exchange + i * kThreads + thread, v[i]);
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) sts(exchange + i * threads + tid(), v[i]);
   sync_threads();
-  const float sign = thread & distance ? -1.0f : 1.0f;
+  const float sign = tid() & distance ? -1.0f : 1.0f;
   DTQ_UNROLL for (int i = 0; i < kRun; i++)
-    v[i] = ffma(sign, v[i], lds<float>(exchange + i * kThreads + (thread ^ distance)));
+    v[i] = ffma(sign, v[i], lds<float>(exchange + i * threads + partner));
 }
 
-template <int kThreads>
-DTQ_DEV void rotate(float (&v)[kRun], int thread, int64_t block, float unit, float* exchange) {
+// The blocks of a tile; every thread of the block calls it.
+DTQ_DEV void rotate(float (&v)[kRun], int64_t block, float unit, float* exchange) {
   if (block == 1) return;
   step_in_thread<1>(v);
   if (block > 2) step_in_thread<2>(v);
   if (block > 4) step_in_thread<4>(v);
   if (block > 8) step_in_thread<8>(v);
-  for (int lanes = 1; lanes < 32 && lanes * kRun < block; lanes *= 2)
+  DTQ_ROLLED for (int lanes = 1; lanes < 32 && lanes * kRun < block; lanes *= 2)
     step_in_warp(v, lanes);
-  if (kThreads > 32)
-    for (int threads = 32; threads * kRun < block; threads *= 2)
-      step_in_block<kThreads>(v, thread, threads, exchange);
+  DTQ_ROLLED for (int threads = 32; threads * kRun < block; threads *= 2)
+    step_in_block(v, threads, exchange);
   DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], unit);
 }
 
@@ -87,7 +94,7 @@ DTQ_DEV float sum_of_run(const float (&v)[kRun]) {
 }
 
 DTQ_DEV float sum_of_lanes(float x) {
-  for (int lanes = 16; lanes; lanes /= 2) x = x + shfl_xor(x, lanes);
+  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = x + shfl_xor(x, lanes);
   return x;
 }
 
@@ -103,27 +110,35 @@ DTQ_DEV float sum_of_block(const float* runs, int64_t count) {
 
 DTQ_DEV uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// Of all threads of a row; `words` holds one a warp.
-template <int kThreads>
-DTQ_DEV uint32_t largest(uint32_t x, int thread, uint32_t* words) {
-  for (int lanes = 16; lanes; lanes /= 2) x = larger(x, shfl_xor(x, lanes));
-  if (kThreads == 32) return x;
+// The bits of magnitudes order as the magnitudes do, and NaN is above all.
+DTQ_DEV uint32_t peak_of_run(const float (&v)[kRun]) {
+  uint32_t peak = 0;
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) peak = larger(peak, float_bits(v[i]) & 0x7fffffff);
+  return peak;
+}
+
+// Of all threads of the block; `words` holds one a warp.
+DTQ_DEV uint32_t largest(uint32_t x, uint32_t* words) {
+  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = larger(x, shfl_xor(x, lanes));
+  const int warps = block_threads() / 32;
+  if (warps == 1) return x;
   sync_threads();
-  if (thread % 32 == 0) sts(words + thread / 32, x);
+  if (lane() == 0) sts(words + warp(), x);
   sync_threads();
-  for (int i = 0; i < kThreads / 32; i++) x = larger(x, lds<uint32_t>(words + i));
+  x = lane() < warps ? lds<uint32_t>(words + lane()) : 0;
+  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = larger(x, shfl_xor(x, lanes));
   return x;
 }
 
-template <int kThreads>
-DTQ_DEV int32_t total(int32_t x, int thread, uint32_t* words) {
-  for (int lanes = 16; lanes; lanes /= 2) x += shfl_xor(x, lanes);
-  if (kThreads == 32) return x;
+DTQ_DEV int32_t total(int32_t x, uint32_t* words) {
+  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x += shfl_xor(x, lanes);
+  const int warps = block_threads() / 32;
+  if (warps == 1) return x;
   sync_threads();
-  if (thread % 32 == 0) sts(words + thread / 32, (uint32_t)x);
+  if (lane() == 0) sts(words + warp(), (uint32_t)x);
   sync_threads();
-  x = 0;
-  for (int i = 0; i < kThreads / 32; i++) x += lds<int32_t>(words + i);
+  x = lane() < warps ? lds<int32_t>(words + lane()) : 0;
+  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x += shfl_xor(x, lanes);
   return x;
 }
 

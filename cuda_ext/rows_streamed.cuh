@@ -6,26 +6,27 @@
 
 namespace dtq {
 
+constexpr int kStreamedThreads = 512;  // and their tile is kLongestBlock
+
 // Shared memory: as for held rows, then the row between two turns if there is room.
-template <int kThreads, Before kBefore>
-DTQ_KERNEL void DTQ_BOUNDS(kThreads, 1) streamed_rows_kernel(const DTQ_CONSTANT RowPlan p) {
+template <Before kBefore>
+DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_CONSTANT RowPlan p) {
   DTQ_SHARED(shared);
   const Rows& r = p.r;
-  const int thread = tid();
   const int64_t row = block_x();
   uint32_t* words = (uint32_t*)shared;
   float* exchange = (float*)shared + kWarpWords;
-  float* runs = exchange + (r.block > 32 * kRun ? kThreads * kRun : 0);
+  float* runs = exchange + (r.block > 32 * kRun ? block_threads() * kRun : 0);
   // between two turns a float32 row may lie where it is written to: each thread reads its run and
   // writes it afterwards
   float* dealt = p.dealt < 0 ? (float*)r.out + row * r.out_stride : (float*)shared + p.dealt;
-  auto column = [&](int64_t tile) { return (tile * kThreads + thread) * kRun; };
+  auto column = [&](int64_t tile) { return (tile * block_threads() + tid()) * kRun; };
   const void* x = row_of(r.x, r.type, row, r.stride);
 
   float mean = 0, rstd = 1;
   if constexpr (kBefore == kNorm) {
     auto mean_of_row = [&](bool squared) {
-      for (int64_t tile = 0; tile < p.tiles; tile++) {
+      DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
         float v[kRun];
         const int64_t k = column(tile);
         if (k >= r.columns) continue;
@@ -71,12 +72,12 @@ DTQ_KERNEL void DTQ_BOUNDS(kThreads, 1) streamed_rows_kernel(const DTQ_CONSTANT 
       along(r.pre_scale, kBFloat16, p.whole_pre, other);
       DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], other[i]);
     }
-    rotate<kThreads>(v, thread, r.block, p.unit, exchange);
+    rotate(v, r.block, p.unit, exchange);
   };
 
   if (r.turns == 2) {
     const int64_t blocks = r.columns / r.block;
-    for (int64_t tile = 0; tile < p.tiles; tile++) {
+    DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
       float v[kRun];
       first_turn(tile, v);
       DTQ_UNROLL for (int i = 0; i < kRun; i++) {
@@ -96,29 +97,28 @@ DTQ_KERNEL void DTQ_BOUNDS(kThreads, 1) streamed_rows_kernel(const DTQ_CONSTANT 
       const int64_t k = column(tile) + i;
       v[i] = k >= r.columns ? 0 : p.dealt < 0 ? dealt[k] : lds<float>(dealt + k);
     }
-    rotate<kThreads>(v, thread, r.block, p.unit, exchange);
+    rotate(v, r.block, p.unit, exchange);
   };
 
   Quantizer q = {};
   if (r.output != kFloat) {
     uint32_t peak = 0;
     if (!r.fixed) {
-      for (int64_t tile = 0; tile < p.tiles; tile++) {
+      DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
         float v[kRun];
         changed(tile, v);
-        DTQ_UNROLL for (int i = 0; i < kRun; i++)
-          peak = larger(peak, float_bits(v[i]) & 0x7fffffff);
+        peak = larger(peak, peak_of_run(v));
       }
-      peak = largest<kThreads>(peak, thread, words);
+      peak = largest(peak, words);
     }
     if (r.output == kInt8) q = quantizer(r, peak);
     else q.scale = r.fixed ? stored_scale(r) : fdiv(bits_float(peak), 448);
-    if (thread == 0) stg(r.scale + row, q.scale);
+    if (tid() == 0) stg(r.scale + row, q.scale);
   }
   const float divisor = q.scale == 0 ? bits_float(0x7f800000) : q.scale;
   const int64_t start = row * r.out_stride;
   int32_t sum = 0;
-  for (int64_t tile = 0; tile < p.tiles; tile++) {
+  DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
     float v[kRun];
     const int64_t k = column(tile);
     changed(tile, v);
@@ -136,8 +136,8 @@ DTQ_KERNEL void DTQ_BOUNDS(kThreads, 1) streamed_rows_kernel(const DTQ_CONSTANT 
     write_bytes((unsigned char*)r.out + start, k, r.width, p.whole_out, packed);
   }
   if (r.output == kInt8 && r.sums) {
-    sum = total<kThreads>(sum, thread, words);
-    if (thread == 0) stg(r.sums + row, sum);
+    sum = total(sum, words);
+    if (tid() == 0) stg(r.sums + row, sum);
   }
 }
 

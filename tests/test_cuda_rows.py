@@ -178,7 +178,7 @@ def run_rows(
         bin=address(bin),
         out=address(out),
         out_stride=width,
-        width=width,
+        width=width if pad else 0,
         scale=address(measured),
         sums=address(total) if sums else None,
     )
