@@ -18,6 +18,7 @@ namespace dtq {
 constexpr int kWarps = 4;      // of a block: more rows of the file in flight than one warp asks for
 constexpr int kRowsTile = 16;  // output channels of a block
 constexpr int kStepColumns = 64;
+constexpr int kHalves = kFewTokens / 8;
 
 struct FewPlan {
   WeightPlan weight;
@@ -26,8 +27,7 @@ struct FewPlan {
   bool whole_x;
 };
 
-// kHalves: groups of 8 tokens.
-template <Codes kCodes, int kBits, Float kType, int kHalves>
+template <Codes kCodes, int kBits>
 DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan p) {
   DTQ_SHARED(shared);
   const Few& f = p.f;
@@ -35,6 +35,8 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan
   const int64_t n = (int64_t)block_x() * kRowsTile + lane() / 4;
   float* table = (float*)shared;
   float* sums = table + 16;  // (kWarps, kHalves, 16 rows, 8 tokens)
+  const bool brain = f.type == kBFloat16;
+  const int halves = f.tokens - p.first > 8 ? kHalves : 1;  // groups of 8 tokens
   share_table(p.weight.w, table);
 
   float acc[kHalves][4] = {};
@@ -45,16 +47,17 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan
       float v[kRun];
       if (n + h * 8 < rows && at < columns) decode<kCodes, kBits>(p.weight, n + h * 8, at, table, v);
       else DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = 0;
-      DTQ_UNROLL for (int i = 0; i < kRun / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], kType);
+      DTQ_UNROLL for (int i = 0; i < kRun / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], f.type);
     }
     DTQ_UNROLL for (int h = 0; h < kHalves; h++) {
+      if (h == halves) break;
       const int64_t token = p.first + h * 8 + lane() / 4;
       uint32_t x[kRun / 2] = {};
       if (token < f.tokens)
         read_pairs((const uint16_t*)f.x + token * f.stride, at, columns, p.whole_x, x);
       DTQ_UNROLL for (int j = 0; j < 4; j++) {
         const uint32_t a[4] = {w[0][j * 2], w[1][j * 2], w[0][j * 2 + 1], w[1][j * 2 + 1]};
-        if constexpr (kType == kBFloat16) mma_bf16(acc[h], a, x[j * 2], x[j * 2 + 1]);
+        if (brain) mma_bf16(acc[h], a, x[j * 2], x[j * 2 + 1]);
         else mma_f16(acc[h], a, x[j * 2], x[j * 2 + 1]);
       }
     }
@@ -66,14 +69,14 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan
       sts(sums + ((warp() * kHalves + h) * 16 + row) * 8 + token, acc[h][i]);
     }
   sync_threads();
-  for (int i = tid(); i < kHalves * 128; i += kWarps * 32) {
+  for (int i = tid(); i < halves * 128; i += kWarps * 32) {
     const int64_t token = p.first + i / 128 * 8 + i % 8;
     const int64_t row = (int64_t)block_x() * kRowsTile + i / 8 % 16;
     if (token >= f.tokens || row >= rows) continue;
     float sum = lds<float>(sums + i);
     for (int s = 1; s < kWarps; s++) sum = sum + lds<float>(sums + s * kHalves * 128 + i);
-    if (f.bias) sum = sum + to_float(ldg((const uint16_t*)f.bias + row), kType);
-    stg((uint16_t*)f.y + token * rows + row, to_16(sum, kType));
+    if (f.bias) sum = sum + to_float(ldg((const uint16_t*)f.bias + row), f.type);
+    stg((uint16_t*)f.y + token * rows + row, to_16(sum, f.type));
   }
 }
 

@@ -17,6 +17,7 @@ enum Refusal {
   kLongRow = -18,    // two turns, quantized, of a row that shared memory does not hold
   kBadLevels = -19,  // not 1 to 127
   kBadWeight = -20,  // bits, groups and columns do not fit together
+  kBadGroup = -21,   // groups of a number of columns that is no multiple of 16
 };
 
 const char* refusal(int code);

@@ -6,10 +6,6 @@
 #pragma once
 #include "arch.cuh"
 #include "launch_rows.h"
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 namespace dtq {
 
 // ---------------------------------------------------------------------------- e4m3
@@ -41,19 +37,7 @@ DTQ_DEV uint16_t to_16(float x, Float type) { return type == kBFloat16 ? float_t
 
 // Two of them, the first in the low half.
 DTQ_DEV uint32_t pair_of(float low, float high, Float type) {
-#if defined(__CUDACC__)  // one instruction
-  uint32_t pair;
-  if (type == kBFloat16) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    memcpy(&pair, &v, 4);
-  } else {
-    const __half2 v = __floats2half2_rn(low, high);
-    memcpy(&pair, &v, 4);
-  }
-  return pair;
-#else
-  return to_16(low, type) | (uint32_t)to_16(high, type) << 16;
-#endif
+  return type == kBFloat16 ? floats_to_bf16x2(low, high) : floats_to_f16x2(low, high);
 }
 
 // ---------------------------------------------------------------------------- GELU

@@ -12,6 +12,7 @@ const char* refusal(int code) {
     case kLongRow: return "two turns of a row that shared memory does not hold";
     case kBadLevels: return "levels must be 1 to 127";
     case kBadWeight: return "bits, groups and columns of the weight do not fit together";
+    case kBadGroup: return "groups must be a multiple of 16 columns, or a row";
     default: return "no refusal";
   }
 }

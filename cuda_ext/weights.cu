@@ -15,9 +15,9 @@ int run_alignment(const Weight& w) {
 // kOk, or why not.
 int plan(const Weight& w, WeightPlan& p) {
   p.w = w;
-  p.group = w.columns;
-  p.one_group = true;
-  if (w.rows < 0 || w.columns < 0) return kBadWeight;
+  p.group = (int)w.columns;
+  p.shift = 31;
+  if (w.rows < 0 || w.columns < 0 || w.columns >> 31) return kBadWeight;
   if (w.codes == kTrits) {
     p.row_bytes = w.columns / 5;
     if (w.columns % 5 && !w.tail) return kBadWeight;
@@ -28,11 +28,13 @@ int plan(const Weight& w, WeightPlan& p) {
   }
   if (w.codes != kWords) {
     if (w.groups < 1 || w.columns % w.groups) return kBadWeight;
-    p.group = w.columns / w.groups;
-    p.one_group = w.groups == 1 || p.group % kRun == 0;
+    p.group = (int)(w.columns / w.groups);
+    if (w.groups > 1) {
+      if (p.group % kRun) return kBadGroup;
+      p.shift = p.group & (p.group - 1) ? -1 : __builtin_ctz((unsigned)p.group);
+    }
     if (w.scale_type == kNoScale) return kBadWeight;
   }
-  if (w.columns == 0) p.group = 1;
   const int aligned = w.codes == kTrits ? 1 : run_alignment(w);
   p.whole = w.codes != kTrits && (uintptr_t)w.weight % aligned == 0 && p.row_bytes % aligned == 0;
   return kOk;
@@ -51,20 +53,13 @@ struct Decoder {
     return launch(decode_kernel<kCodes, kBits>, shape, stream, p);
   }
 
-  template <Float kType, int kHalves>
-  static int start(const FewPlan& p, Stream stream) {
+  static int few(FewPlan& p, Stream stream) {
     Shape shape;
     shape.grid.x = (unsigned)((p.weight.w.rows + kRowsTile - 1) / kRowsTile);
     shape.threads = kWarps * 32;
-    shape.shared = (16 + kWarps * kHalves * 128) * 4;
-    return launch(few_kernel<kCodes, kBits, kType, kHalves>, shape, stream, p);
-  }
-
-  template <Float kType>
-  static int few(FewPlan& p, Stream stream) {
+    shape.shared = (16 + kWarps * kFewTokens * kRowsTile) * 4;
     for (p.first = 0; p.first < p.f.tokens; p.first += kFewTokens) {
-      const bool more = p.f.tokens - p.first > 8;
-      const int status = more ? start<kType, 2>(p, stream) : start<kType, 1>(p, stream);
+      const int status = launch(few_kernel<kCodes, kBits>, shape, stream, p);
       if (status != kOk) return status;
     }
     return kOk;
@@ -116,8 +111,7 @@ int launch_few(const Few& f, Stream stream) {
   p.whole_x = reads_whole(f.x, f.stride, 2);
   return with_decoder(f.weight, [&](auto decoder) {
     if (f.weight.rows == 0) return (int)kOk;
-    if (f.type == kBFloat16) return decoder.template few<kBFloat16>(p, stream);
-    return decoder.template few<kFloat16>(p, stream);
+    return decoder.few(p, stream);
   });
 }
 

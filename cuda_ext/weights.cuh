@@ -12,9 +12,9 @@ namespace dtq {
 struct WeightPlan {
   Weight w;
   int64_t row_bytes;
-  int64_t group;    // columns that share a scale
-  bool whole;       // each run starts at a multiple of its bytes, or of 8
-  bool one_group;   // no run has columns of two groups
+  int group;      // columns that share a scale: a row, or a multiple of 16
+  int shift;      // its logarithm, -1 if it is no power of two; 31 for a row
+  bool whole;     // each run starts where it can be read at once
 };
 
 constexpr float kBase = 8388608.0f;  // 2^23
@@ -66,21 +66,32 @@ DTQ_DEV uint32_t code_at(const uint32_t* words, int i) {
   return code & ((1u << kBits) - 1);
 }
 
-// Five base-3 digits a byte, then one code a byte.
-DTQ_DEV uint32_t trit_at(const Weight& w, const uint8_t* row, int64_t n, int64_t k) {
+// Columns k to k + 15 of base-3 digits, five a byte; behind the bytes one code a byte.
+DTQ_DEV void read_trits(const Weight& w, const uint8_t* row, int64_t n, int64_t k,
+                        uint32_t (&codes)[kRun]) {
   const int64_t packed = w.columns / 5;
-  if (k >= w.columns) return 1;
-  if (k / 5 >= packed) return ldg(w.tail + n * (w.columns % 5) + k % 5);
-  uint32_t byte = ldg(row + k / 5);
-  for (int64_t digit = k % 5; digit; digit--) byte /= 3;
-  return byte % 3;
+  int64_t at = k / 5;
+  int digit = (int)(k - at * 5);
+  uint32_t byte = byte_at(row, at, packed);
+  for (int i = 0; i < digit; i++) byte /= 3;
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
+    if (digit == 5) {
+      digit = 0;
+      byte = byte_at(row, ++at, packed);
+    }
+    codes[i] = byte % 3;
+    byte /= 3;
+    digit++;
+    if (k + i >= packed * 5)
+      codes[i] = byte_at(w.tail, n * (w.columns % 5) + k + i - packed * 5,
+                         k + i < w.columns ? (n + 1) * (w.columns % 5) : 0);
+  }
 }
 
 // ---------------------------------------------------------------------------- scales
 
 DTQ_DEV float scale_at(const Weight& w, int64_t n, int64_t group) {
-  const int64_t groups = w.codes == kTwoLevel ? 1 : w.groups;
-  const int64_t at = n * groups + (w.codes == kTwoLevel ? 0 : group);
+  const int64_t at = n * (w.codes == kTwoLevel ? 1 : w.groups) + group;
   switch (w.scale_type) {
     case kScaleFloat32: return ldg((const float*)w.scale + at);
     case kScaleBFloat16: return bf16_to_float(ldg((const uint16_t*)w.scale + at));
@@ -107,12 +118,6 @@ DTQ_DEV void decode(const WeightPlan& p, int64_t n, int64_t k, const float* tabl
                     float (&v)[kRun]) {
   const Weight& w = p.w;
   const uint8_t* row = w.weight + n * p.row_bytes;
-  const int64_t groups = w.groups;
-  auto group_of = [&](int i) {
-    if (p.one_group) return k / p.group;
-    return k + i < w.columns ? (k + i) / p.group : 0;
-  };
-
   if constexpr (kCodes == kWords) {
     constexpr int kVector = kBits == 8 ? 4 : 2, kCount = kRun / kVector;
     uint32_t words[(kCount * kBits / 8 + 3) / 4];
@@ -136,47 +141,35 @@ DTQ_DEV void decode(const WeightPlan& p, int64_t n, int64_t k, const float* tabl
     return;
   }
 
+  uint32_t words[(kRun * kBits / 8 + 3) / 4];
   if constexpr (kCodes == kTrits) {
-    DTQ_UNROLL for (int i = 0; i < kRun; i++)
-      v[i] = raised(trit_at(w, row, n, k + i)) - (kBase + 1);
+    uint32_t codes[kRun];
+    read_trits(w, row, n, k, codes);
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = raised(codes[i]) - (kBase + 1);
   } else {
-    uint32_t words[(kRun * kBits / 8 + 3) / 4];
     read_bytes<kRun * kBits / 8>(row, k * kBits / 8, p.row_bytes, p.whole, words);
     DTQ_UNROLL for (int i = 0; i < kRun; i++) {
       const uint32_t code = code_at<kBits>(words, i);
       if constexpr (kCodes == kTable) v[i] = lds<float>(table + code);
       else if constexpr (kCodes == kFloat8) v[i] = from_e4m3(code);
-      else if constexpr (kCodes == kTwoLevel) v[i] = (float)code;
       else v[i] = raised(kBits == 8 ? code ^ 0x80 : code);  // a signed byte, plus 128
     }
   }
 
-  auto each = [&](auto&& change) {  // change(value, parameters of its group)
-    if (p.one_group) {
-      const auto group = change(group_of(0));
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = group(v[i]);
-    } else {
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = change(group_of(i))(v[i]);
-    }
-  };
-  if constexpr (kCodes == kAffine)
-    each([&](int64_t group) {
-      const int zero = w.zero ? (int8_t)ldg((const uint8_t*)w.zero + n * groups + group) : w.offset;
-      const float base = kBase + int_to_float(zero + (kBits == 8 ? 128 : 0));
-      return [base](float x) { return x - base; };
-    });
-  if constexpr (kCodes == kTwoLevel)
-    each([&](int64_t group) {
-      const uint32_t byte = ldg(w.group_bytes + n * groups + group);
-      const int scale2 = (int)(byte >> kBits) + 1, zero = (int)(byte & ((1 << kBits) - 1));
-      return [scale2, zero](float x) {  // wraps as int8 does
-        return int_to_float((int8_t)(((int)x - zero) * scale2));
-      };
-    });
-  each([&](int64_t group) {
-    const float scale = scale_at(w, n, group);
-    return [scale](float x) { return fmul(x, scale); };
-  });
+  const int group = p.shift < 0 ? (int)k / p.group : (int)k >> p.shift;
+  if constexpr (kCodes == kAffine) {
+    const int zero = w.zero ? (int8_t)ldg((const uint8_t*)w.zero + n * w.groups + group) : w.offset;
+    const float base = kBase + int_to_float(zero + (kBits == 8 ? 128 : 0));
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = v[i] - base;
+  }
+  if constexpr (kCodes == kTwoLevel) {
+    const uint32_t byte = ldg(w.group_bytes + n * w.groups + group);
+    const int scale2 = (int)(byte >> kBits) + 1, zero = (int)(byte & ((1 << kBits) - 1));
+    DTQ_UNROLL for (int i = 0; i < kRun; i++)  // wraps as int8 does
+      v[i] = int_to_float((int8_t)((code_at<kBits>(words, i) - zero) * scale2));
+  }
+  const float scale = scale_at(w, n, kCodes == kTwoLevel ? 0 : group);
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], scale);
   DTQ_UNROLL for (int i = 0; i < kRun; i++)
     if (k + i >= w.columns) v[i] = 0;
 }

@@ -529,15 +529,14 @@ def test_a_token_does_not_depend_on_its_batch(library):
         assert torch.equal(alone, whole[first:last])
 
 
-def test_groups_that_end_amid_a_run(library):
-    n, k = 3, 40
-    for fmt in (Int("int4-g20", 4, group=20), TwoLevelInt("int4-2l-g8", group=8)):
-        parts = packed(fmt, n, k)
-        weight = stored(fmt, parts)
-        weight.rows, weight.columns = n, k
-        out = torch.zeros(n, k)
-        assert library.dequantize(byref(weight), out.data_ptr(), 0) == 0
-        assert torch.equal(out, fmt.unpack(parts))
+def test_groups_that_are_no_power_of_two(library):
+    fmt = Int("int4-g48", 4, group=48)
+    parts = packed(fmt, 3, 144)
+    weight = stored(fmt, parts)
+    weight.rows, weight.columns = 3, 144
+    out = torch.zeros(3, 144)
+    assert library.dequantize(byref(weight), out.data_ptr(), 0) == 0
+    assert torch.equal(out, fmt.unpack(parts))
 
 
 def test_weights_at_odd_addresses(library):
@@ -564,3 +563,9 @@ def test_what_weights_are_refused(library):
             setattr(weight, field, value)
         status = library.dequantize(byref(weight), torch.zeros(4, 64).data_ptr(), 0)
         assert "fit together" in library.why(status).decode(), change
+    fmt = Int("int4-g20", 4, group=20)
+    parts = packed(fmt, 3, 40)
+    weight = stored(fmt, parts)
+    weight.rows, weight.columns = 3, 40
+    status = library.dequantize(byref(weight), torch.zeros(3, 40).data_ptr(), 0)
+    assert "multiple of 16" in library.why(status).decode()

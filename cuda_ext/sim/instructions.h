@@ -350,6 +350,12 @@ inline uint16_t float_to_f16(float f) {
   std::memcpy(&u, &h, 2);
   return u;
 }
+inline uint32_t floats_to_bf16x2(float low, float high) {
+  return float_to_bf16(low) | uint32_t(float_to_bf16(high)) << 16;
+}
+inline uint32_t floats_to_f16x2(float low, float high) {
+  return float_to_f16(low) | uint32_t(float_to_f16(high)) << 16;
+}
 inline float f16_to_float(uint16_t u) { return sim::half_of(u, 0, false); }
 
 }  // namespace dtq
