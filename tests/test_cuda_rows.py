@@ -113,8 +113,6 @@ def compile_host(target: Path, sources: Path = SOURCES) -> ctypes.CDLL:
     library.dequantize.argtypes = [POINTER(Weight), c_void_p, c_int]
     library.e4m3_to_float.argtypes, library.e4m3_to_float.restype = [c_uint32], c_float
     library.float_to_e4m3.argtypes, library.float_to_e4m3.restype = [c_float], c_uint32
-    library.wrong_quotients.argtypes = [c_int64, c_uint64]
-    library.wrong_quotients.restype = c_int64
     assert library.size_of_rows() == ctypes.sizeof(Rows)
     assert library.size_of_weight() == ctypes.sizeof(Weight)
     assert library.size_of_few() == ctypes.sizeof(Few)
@@ -367,10 +365,6 @@ def test_e4m3_rows(library):
         assert same(got, (want_codes.view(torch.uint8), scale)), (m, k)
     zero = run_rows(library, torch.zeros(1, 48), output=E4M3)
     assert not zero[0].any() and zero[1].tolist() == [0.0]
-
-
-def test_quotients_are_rounded_as_a_division_rounds_them(library):
-    assert library.wrong_quotients(400_000, 5) == 0
 
 
 def test_what_rows_are_refused(library):

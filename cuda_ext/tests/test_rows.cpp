@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+// The row and weight kernels against plain loops, on the emulator: test_rows [seeds]. What torch makes of
+// the same numbers is in tests/test_cuda_rows.py; this program is for the sanitizers and for faults.
+//
+// -DDTQ_ONLY=1 compiles rows of activations alone, 2 stored weights alone.
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+#if !defined(DTQ_ONLY) || DTQ_ONLY == 1
+#define DTQ_TEST_ROWS 1
+#include "../rows.cu"
+#endif
+#if !defined(DTQ_ONLY) || DTQ_ONLY == 2
+#define DTQ_TEST_WEIGHTS 1
+#include "../weights.cu"
+#endif
+
+using namespace dtq;
+
+namespace {
+
+template <class T>
+using Array = std::vector<T>;
+
+// ---------------------------------------------------------------------------- rows
+
+#if defined(DTQ_TEST_ROWS)
+
+// What a row is before it is quantized, by the book: one loop after the other.
+Array<float> plain_row(const Rows& r, int64_t row) {
+  const int64_t columns = r.columns;
+  const float* x = (const float*)r.x + row * r.stride;
+  Array<float> v(x, x + columns);
+  if (r.before == kNorm) {
+    auto sum = [&](auto&& term) {
+      float lanes[32] = {};
+      for (int64_t start = 0; start < columns; start += 16) {
+        float run[16] = {};
+        for (int i = 0; i < 16 && start + i < columns; i++) run[i] = term(start + i);
+        for (int half = 8; half; half /= 2)
+          for (int i = 0; i < half; i++) run[i] += run[i + half];
+        lanes[start / 16 % 32] += run[0];
+      }
+      for (int half = 16; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+      return lanes[0];
+    };
+    const float mean = sum([&](int64_t k) { return x[k]; }) / (float)columns;
+    const float variance =
+        sum([&](int64_t k) { return (x[k] - mean) * (x[k] - mean); }) / (float)columns;
+    const float rstd = 1 / std::sqrt(variance + r.eps);
+    const int64_t by = row / r.rows_per_modulate * r.modulate_stride;
+    for (int64_t k = 0; k < columns; k++) {
+      v[k] = (v[k] - mean) * rstd;
+      v[k] = v[k] * (1 + ((const float*)r.modulate_scale)[by + k]);
+      v[k] = v[k] + ((const float*)r.modulate_shift)[by + k];
+    }
+  }
+  if (r.pre_scale)
+    for (int64_t k = 0; k < columns; k++) v[k] *= bf16_to_float(r.pre_scale[k]);
+  if (r.order) {
+    const Array<float> from = v;
+    for (int64_t k = 0; k < columns; k++) v[k] = from[r.order[k]];
+  }
+  for (int turn = 0; turn < r.turns; turn++) {
+    if (turn) {
+      const Array<float> from = v;
+      const int64_t blocks = columns / r.block;
+      for (int64_t k = 0; k < columns; k++) v[k % r.block * blocks + k / r.block] = from[k];
+    }
+    for (int64_t half = 1; half < r.block; half *= 2)
+      for (int64_t k = 0; k < columns; k++)
+        if (!(k & half)) {
+          const float a = v[k], b = v[k + half];
+          v[k] = a + b;
+          v[k + half] = a - b;
+        }
+    if (r.block > 1)
+      for (float& value : v) value *= (float)std::pow((double)r.block, -0.5);
+  }
+  return v;
+}
+
+void check_rows(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Before before,
+                int turns = 1, bool shuffled = false, bool fixed = false, int64_t pad = 0) {
+  Random random(seed);
+  // as large as they must be, so that a sanitizer sees what is beyond
+  Array<float> x(rows * columns), scale(columns * rows), shift(columns * rows), measured(rows);
+  for (auto* a : {&x, &scale, &shift})
+    for (float& value : *a) value = random.real(-3, 3);
+  Array<uint16_t> pre(columns);
+  for (auto& value : pre) value = float_to_bf16(random.real(-1, 1));
+  Array<int32_t> order(columns), sums(rows);
+  for (int64_t k = 0; k < columns; k++) order[k] = (int32_t)k;
+  for (int64_t k = columns - 1; k > 0; k--) std::swap(order[k], order[random.between(0, (int)k)]);
+  const int64_t width = columns + pad, bin = 1;
+  Array<int8_t> codes(rows * width, 55);
+  const float table[2] = {9, 0.02f};
+  Rows r = {};
+  r.x = x.data(), r.rows = rows, r.columns = r.stride = columns;
+  r.before = before, r.eps = 1e-6f;
+  r.modulate_scale = scale.data(), r.modulate_shift = shift.data();
+  r.modulate_stride = columns, r.rows_per_modulate = 2;
+  r.pre_scale = pre.data(), r.order = shuffled ? order.data() : nullptr;
+  r.block = block, r.turns = turns, r.levels = 127;
+  r.fixed = fixed ? table : nullptr, r.bin = fixed ? &bin : nullptr;
+  r.out = codes.data(), r.out_stride = r.width = width, r.scale = measured.data();
+  r.sums = sums.data();
+  sim::session().seed = seed;
+  const int status = launch_rows(r, nullptr);
+  int64_t wrong = 0;
+  for (int64_t row = 0; row < rows && status == kOk; row++) {
+    const Array<float> v = plain_row(r, row);
+    float peak = 0;
+    for (float value : v) peak = std::max(peak, std::fabs(value));
+    const float by = fixed ? table[1] : std::max(peak / 127, 1e-8f);
+    int32_t sum = 0;
+    wrong += measured[row] != by;
+    for (int64_t k = 0; k < width; k++) {
+      float want = k < columns ? std::nearbyint(v[k] / by) : 0;
+      want = std::min(std::max(want, -127.f), 127.f);
+      wrong += codes[row * width + k] != want;
+      sum += (int)want;
+    }
+    wrong += sums[row] != sum;
+  }
+  check(status == kOk && !wrong, "rows %lld x %lld block %lld before %d turns %d: %lld wrong, %s",
+        (long long)rows, (long long)columns, (long long)block, before, turns, (long long)wrong,
+        status == kOk ? "" : status == kEmulator ? sim::session().error.c_str() : refusal(status));
+}
+
+// All kinds of mantissas, and numbers next to a half-integer number of scales.
+void check_quotients(uint64_t seed) {
+  Random random(seed);
+  int64_t wrong = 0, count = 300000;
+  for (int64_t i = 0; i < count; i++) {
+    const uint64_t r = random.next();
+    const float scale = bits_float((uint32_t)(100 + r % 60) << 23 | (r >> 8 & 0x7fffff));
+    float x = bits_float((uint32_t)(r >> 16 & 0x7fffff) | 0x3f800000) * scale * (r >> 40 & 63);
+    if (i % 2) x = ((float)(r >> 40 & 127) + 0.5f) * scale;
+    x = bits_float(float_bits(x) + (uint32_t)(r >> 20 & 7));
+    wrong += quotient(x, scale, 1 / scale) != x / scale;
+  }
+  check(!wrong, "%lld of %lld quotients", (long long)wrong, (long long)count);
+}
+
+void test_rows(uint64_t seed) {
+  check_quotients(seed);
+  check_rows(seed, 3, 1152, 128, kAsIs);
+  check_rows(seed, 2, 96, 1, kAsIs, 1, false, false, 16);
+  check_rows(seed, 2, 3072, 1024, kAsIs);
+  check_rows(seed, 3, 1152, 64, kNorm);
+  check_rows(seed, 2, 4608, 512, kNorm, 1, false, true);
+  // streamed
+  check_rows(seed, 2, 37, 1, kAsIs, 1, false, false, 11);
+  check_rows(seed, 2, 1160, 8, kNorm, 1, true);
+  check_rows(seed, 1, 16384 + 1024, 1024, kAsIs);
+  check_rows(seed, 2, 768, 16, kAsIs, 2, true);
+  check_rows(seed, 1, 9216, 1024, kNorm, 2);
+}
+#endif
+
+// ---------------------------------------------------------------------------- weights
+
+#if defined(DTQ_TEST_WEIGHTS)
+
+struct Stored {
+  Array<uint8_t> bytes, tail, groups;
+  Array<float> scale, table;
+  Array<float> values;  // (N, K), what they stand for
+  Weight w = {};
+};
+
+// A few kinds of codes, written bit by bit.
+Stored random_weight(Random& random, Codes codes, int bits, int64_t rows, int64_t columns,
+                     int64_t groups) {
+  Stored s;
+  Weight& w = s.w;
+  w.codes = codes, w.bits = bits, w.rows = rows, w.columns = columns, w.groups = groups;
+  w.scale_type = kScaleFloat32;
+  const int64_t each = columns / groups, scales = codes == kTwoLevel ? 1 : groups;
+  for (int64_t i = 0; i < rows * scales; i++) s.scale.push_back(random.real(0.01f, 0.02f));
+  for (int i = 0; i < 1 << bits && codes == kTable; i++) s.table.push_back(random.real(-1, 1));
+  for (int64_t i = 0; i < rows * groups && codes == kTwoLevel; i++)
+    s.groups.push_back((uint8_t)random.between(0, 255));
+  const int64_t row_bytes = codes == kTrits ? columns / 5 : columns * bits / 8;
+  s.bytes.assign(rows * row_bytes, 0);
+  w.offset = codes == kAffine ? 1 << (bits - 1) : 0;
+  for (int64_t n = 0; n < rows; n++)
+    for (int64_t k = 0; k < columns; k++) {
+      uint8_t* row = s.bytes.data() + n * row_bytes;
+      const int code = random.between(0, codes == kTrits ? 2 : (1 << bits) - 1);
+      float value = (float)(code - w.offset);
+      if (codes == kTrits) {
+        int digit = 1;
+        for (int64_t i = 0; i < k % 5; i++) digit *= 3;
+        if (k < columns / 5 * 5) row[k / 5] = (uint8_t)(row[k / 5] + code * digit);
+        else s.tail.push_back((uint8_t)code);
+        value = (float)(code - 1);
+      } else {
+        for (int b = 0; b < bits; b++)
+          row[(k * bits + b) / 8] |= (uint8_t)((code >> b & 1) << (k * bits + b) % 8);
+      }
+      if (codes == kTable) value = s.table[code];
+      if (codes == kTwoLevel) {
+        const int byte = s.groups[n * groups + k / each];
+        value = (float)(int8_t)((code - (byte & ((1 << bits) - 1))) * ((byte >> bits) + 1));
+      }
+      s.values.push_back(value * s.scale[n * scales + (codes == kTwoLevel ? 0 : k / each)]);
+    }
+  w.weight = s.bytes.data(), w.tail = s.tail.data(), w.group_bytes = s.groups.data();
+  w.table = s.table.data(), w.scale = s.scale.data();
+  return s;
+}
+
+void check_weight(uint64_t seed, Codes codes, int bits, int64_t rows, int64_t columns,
+                  int64_t groups, int64_t tokens) {
+  Random random(seed + bits);
+  Stored s = random_weight(random, codes, bits, rows, columns, groups);
+  sim::session().seed = seed;
+  Array<float> decoded(rows * columns);
+  const int status = launch_dequantize(s.w, decoded.data(), kFloat32, nullptr);
+  check(status == kOk && decoded == s.values, "codes %d bits %d: %s", codes, bits,
+        sim::session().error.c_str());
+
+  Array<uint16_t> x(tokens * columns), bias(rows), y(tokens * rows);
+  for (auto* a : {&x, &bias})
+    for (auto& value : *a) value = float_to_bf16(random.real(-1, 1));
+  Few f = {};
+  f.weight = s.w, f.x = x.data(), f.type = kBFloat16, f.tokens = tokens, f.stride = columns;
+  f.bias = bias.data(), f.y = y.data();
+  const int done = launch_few(f, nullptr);
+  double worst = 0;
+  for (int64_t m = 0; m < tokens; m++)
+    for (int64_t n = 0; n < rows; n++) {
+      double sum = bf16_to_float(bias[n]), size = 1e-3;
+      for (int64_t k = 0; k < columns; k++) {
+        const double term = (double)bf16_to_float(x[m * columns + k]) *
+                            bf16_to_float(float_to_bf16(s.values[n * columns + k]));
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double error = std::fabs(bf16_to_float(y[m * rows + n]) - sum);
+      worst = std::max(worst, error / (std::fabs(sum) / 256 + size / 4096 / 256));
+    }
+  check(done == kOk && worst <= 1, "few: codes %d bits %d, %lld tokens: %.2f of the bound, %s", codes,
+        bits, (long long)tokens, worst, sim::session().error.c_str());
+}
+
+void test_weights(uint64_t seed) {
+  check_weight(seed, kAffine, 4, 19, 1152, 18, 3);
+  check_weight(seed, kAffine, 2, 5, 128, 2, 9);
+  check_weight(seed, kAffine, 3, 3, 40, 1, 1);
+  check_weight(seed, kTable, 4, 17, 320, 5, 16);
+  check_weight(seed, kTrits, 2, 6, 163, 1, 2);
+  check_weight(seed, kTwoLevel, 4, 33, 128, 2, 17);
+}
+#endif
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int seeds = count > 1 ? std::atoi(arguments[1]) : 1;
+  for (int seed = 1; seed <= seeds; seed++) {
+#if defined(DTQ_TEST_ROWS)
+    test_rows((uint64_t)seed);
+#endif
+#if defined(DTQ_TEST_WEIGHTS)
+    test_weights((uint64_t)seed);
+#endif
+  }
+  return done();
+}
