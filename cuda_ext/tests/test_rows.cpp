@@ -130,14 +130,14 @@ void check_rows(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Bef
         status == kOk ? "" : status == kEmulator ? sim::session().error.c_str() : refusal(status));
 }
 
-// All kinds of mantissas, and numbers next to a half-integer number of scales.
+// All kinds of mantissas, quotients from 1 on, and numbers next to a half-integer number of scales.
 void check_quotients(uint64_t seed) {
   Random random(seed);
   int64_t wrong = 0, count = 300000;
   for (int64_t i = 0; i < count; i++) {
     const uint64_t r = random.next();
     const float scale = bits_float((uint32_t)(100 + r % 60) << 23 | (r >> 8 & 0x7fffff));
-    float x = bits_float((uint32_t)(r >> 16 & 0x7fffff) | 0x3f800000) * scale * (r >> 40 & 63);
+    float x = bits_float((uint32_t)(r >> 16 & 0x7fffff) | 0x3f800000) * scale * (1 + (r >> 40 & 63));
     if (i % 2) x = ((float)(r >> 40 & 127) + 0.5f) * scale;
     x = bits_float(float_bits(x) + (uint32_t)(r >> 20 & 7));
     wrong += quotient(x, scale, 1 / scale) != x / scale;

@@ -92,7 +92,7 @@ def _norm_quantize_rows(
     turns: int,
     scale: Tensor | None,  # (bins,) float32, or None: one per row
     bin: Tensor | None,  # (1,) int64, the place in it; None is the first
-    levels: int,
+    levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
     y = norm_modulate(x, modulate_scale, modulate_shift, eps)
     return _quantized(y, pre_scale, order, block, turns, scale, bin, levels)
@@ -106,7 +106,7 @@ def _gelu_quantize_rows(
     turns: int,
     scale: Tensor | None,
     bin: Tensor | None,
-    levels: int,
+    levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
     return _quantized(gelu(x.float()), pre_scale, order, block, turns, scale, bin, levels)
 
@@ -119,7 +119,7 @@ def _binned_quantize_rows(
     turns: int,
     scale: Tensor | None,
     bin: Tensor | None,
-    levels: int,
+    levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
     return _quantized(x.float(), pre_scale, order, block, turns, scale, bin, levels)
 
