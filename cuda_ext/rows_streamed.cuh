@@ -32,21 +32,23 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
         if (k >= r.columns) continue;
         read_run(x, r.type, k, r.columns, p.whole_x, v);
         if (squared) {
-          DTQ_UNROLL for (int i = 0; i < kRun; i++)
-            v[i] = k + i < r.columns ? fmul(v[i] - mean, v[i] - mean) : 0;
+          DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i] - mean, v[i] - mean);
+          clear_beyond(v, k, r.columns);
         }
         sts(runs + k / kRun, sum_of_run(v));
       }
       const float s = sum_of_block(runs, (r.columns + kRun - 1) / kRun);
       return fdiv(s, int_to_float((int32_t)r.columns));
     };
-    mean = mean_of_row(false);
-    rstd = fdiv(1, fsqrt(mean_of_row(true) + r.eps));
+    DTQ_ROLLED for (int squared = 0; squared < 2; squared++) {
+      const float m = mean_of_row(squared);
+      if (squared) rstd = fdiv(1, fsqrt(m + r.eps));
+      else mean = m;
+    }
   }
 
-  // A run as it comes out of the first turn.
-  auto first_turn = [&](int64_t tile, float (&v)[kRun]) {
-    const int64_t k = column(tile);
+  // A run as it enters the first turn.
+  auto source = [&](int64_t k, float (&v)[kRun]) {
     auto along = [&](const void* from, Float type, bool whole, float (&into)[kRun]) {
       if (r.order) gather_run(from, type, r.order, k, r.columns, into);
       else read_run(from, type, k, r.columns, whole, into);
@@ -58,73 +60,43 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
       DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i] - mean, rstd);
       if (r.modulate_scale) {
         const int64_t by = row / r.rows_per_modulate;
-        along(row_of(r.modulate_scale, r.modulate_type, by, r.modulate_stride), r.modulate_type,
-              p.whole_modulate, other);
+        const Float type = r.modulate_type;
+        along(row_of(r.modulate_scale, type, by, r.modulate_stride), type, p.whole_modulate, other);
         DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], 1.0f + other[i]);
-        along(row_of(r.modulate_shift, r.modulate_type, by, r.modulate_stride), r.modulate_type,
-              p.whole_modulate, other);
+        along(row_of(r.modulate_shift, type, by, r.modulate_stride), type, p.whole_modulate, other);
         DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = v[i] + other[i];
       }
-      DTQ_UNROLL for (int i = 0; i < kRun; i++)
-        if (k + i >= r.columns) v[i] = 0;
+      clear_beyond(v, k, r.columns);
     }
     if (r.pre_scale) {
       along(r.pre_scale, kBFloat16, p.whole_pre, other);
       DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], other[i]);
     }
-    rotate(v, r.block, p.unit, exchange);
   };
 
-  if (r.turns == 2) {
-    const int64_t blocks = r.columns / r.block;
-    DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
-      float v[kRun];
-      first_turn(tile, v);
-      DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-        const int64_t k = column(tile) + i;
-        if (k >= r.columns) continue;
-        float* to = dealt + k % r.block * blocks + k / r.block;
-        if (p.dealt < 0) *to = v[i];
-        else sts(to, v[i]);
-      }
-    }
-    sync_threads();
-  }
-
-  auto changed = [&](int64_t tile, float (&v)[kRun]) {
-    if (r.turns == 1) return first_turn(tile, v);
+  // The first turn deals the columns of each block out over all blocks.
+  const int64_t blocks = r.columns / r.block;
+  auto deal = [&](int64_t k, const float (&v)[kRun]) {
     DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-      const int64_t k = column(tile) + i;
-      v[i] = k >= r.columns ? 0 : p.dealt < 0 ? dealt[k] : lds<float>(dealt + k);
+      if (k + i >= r.columns) continue;
+      float* to = dealt + (k + i) % r.block * blocks + (k + i) / r.block;
+      if (p.dealt < 0) *to = v[i];
+      else sts(to, v[i]);
     }
-    rotate(v, r.block, p.unit, exchange);
+  };
+  auto take = [&](int64_t k, float (&v)[kRun]) {
+    DTQ_UNROLL for (int i = 0; i < kRun; i++)
+      v[i] = k + i >= r.columns ? 0 : p.dealt < 0 ? dealt[k + i] : lds<float>(dealt + k + i);
   };
 
   Quantizer q = {};
-  if (r.output != kFloat) {
-    uint32_t peak = 0;
-    if (!r.fixed) {
-      DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
-        float v[kRun];
-        changed(tile, v);
-        peak = larger(peak, peak_of_run(v));
-      }
-      peak = largest(peak, words);
-    }
-    if (r.output == kInt8) q = quantizer(r, peak);
-    else q.scale = r.fixed ? stored_scale(r) : fdiv(bits_float(peak), 448);
-    if (tid() == 0) stg(r.scale + row, q.scale);
-  }
-  const float divisor = q.scale == 0 ? bits_float(0x7f800000) : q.scale;
-  const int64_t start = row * r.out_stride;
+  float divisor = 1;
   int32_t sum = 0;
-  DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
-    float v[kRun];
-    const int64_t k = column(tile);
-    changed(tile, v);
+  const int64_t start = row * r.out_stride;
+  auto write = [&](int64_t k, const float (&v)[kRun]) {
     if (r.output == kFloat) {
       write_floats((float*)r.out + start, k, r.width, p.whole_out, v);
-      continue;
+      return;
     }
     uint32_t packed[4] = {};
     if (r.output == kInt8) {
@@ -134,6 +106,31 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
         if (k + i < r.columns) packed[i / 4] |= to_e4m3(fdiv(v[i], divisor)) << i % 4 * 8;
     }
     write_bytes((unsigned char*)r.out + start, k, r.width, p.whole_out, packed);
+  };
+
+  enum { kDeal, kMeasure, kWrite };
+  uint32_t peak = 0;
+  DTQ_ROLLED for (int pass = kDeal; pass <= kWrite; pass++) {
+    if (pass == kDeal && r.turns == 1) continue;
+    if (pass == kMeasure && (r.output == kFloat || r.fixed)) continue;
+    if (pass == kWrite && r.output != kFloat) {
+      if (!r.fixed) peak = largest(peak, words);
+      if (r.output == kInt8) q = quantizer(r, peak);
+      else q.scale = r.fixed ? stored_scale(r) : fdiv(bits_float(peak), 448);
+      divisor = q.scale == 0 ? bits_float(0x7f800000) : q.scale;
+      if (tid() == 0) stg(r.scale + row, q.scale);
+    }
+    DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
+      float v[kRun];
+      const int64_t k = column(tile);
+      if (pass > kDeal && r.turns == 2) take(k, v);
+      else source(k, v);
+      rotate(v, r.block, p.unit, exchange);
+      if (pass == kDeal) deal(k, v);
+      else if (pass == kMeasure) peak = larger(peak, peak_of_run(v));
+      else write(k, v);
+    }
+    if (pass == kDeal) sync_threads();  // the second turn reads what others dealt
   }
   if (r.output == kInt8 && r.sums) {
     sum = total(sum, words);

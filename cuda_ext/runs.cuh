@@ -70,6 +70,14 @@ DTQ_DEV void gather_run(const void* from, Float type, const int32_t* order, int6
     v[i] = k + i < columns ? read_one(from, type, ldg(order + k + i)) : 0;
 }
 
+// Columns from the end of the row on become 0.
+DTQ_DEV void clear_beyond(float (&v)[kRun], int64_t k, int64_t columns) {
+  if (k + kRun <= columns) return;
+  const int left = k < columns ? (int)(columns - k) : 0;
+  DTQ_UNROLL for (int i = 0; i < kRun; i++)
+    if (i >= left) v[i] = 0;
+}
+
 DTQ_DEV const void* row_of(const void* from, Float type, int64_t row, int64_t stride) {
   return (const unsigned char*)from + row * stride * (type == kFloat32 ? 4 : 2);
 }

@@ -136,8 +136,8 @@ DTQ_DEV void decode(const WeightPlan& p, int64_t n, int64_t k, const float* tabl
         v[i * 2 + 1] = bf16_to_float((uint16_t)(pair >> 16));
       }
     }
-    DTQ_UNROLL for (int i = 0; i < kRun; i++)
-      v[i] = k + i < w.columns ? fmul(v[i], scale) : 0;  // times 1 changes nothing
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], scale);  // by 1: unchanged
+    clear_beyond(v, k, w.columns);
     return;
   }
 
@@ -170,8 +170,7 @@ DTQ_DEV void decode(const WeightPlan& p, int64_t n, int64_t k, const float* tabl
   }
   const float scale = scale_at(w, n, kCodes == kTwoLevel ? 0 : group);
   DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], scale);
-  DTQ_UNROLL for (int i = 0; i < kRun; i++)
-    if (k + i >= w.columns) v[i] = 0;
+  clear_beyond(v, k, w.columns);
 }
 
 }  // namespace dtq
