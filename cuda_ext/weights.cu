@@ -17,7 +17,8 @@ int plan(const Weight& w, WeightPlan& p) {
   p.w = w;
   p.group = (int)w.columns;
   p.shift = 31;
-  if (w.rows < 0 || w.columns < 0 || w.columns >> 31) return kBadWeight;
+  if (w.rows < 0 || w.columns < 0 || w.groups < 0) return kBadWeight;
+  if (w.rows >> 31 || w.columns >> 31 || w.rows * w.groups >> 31) return kUnsupported;
   if (w.codes == kTrits) {
     p.row_bytes = w.columns / 5;
     if (w.columns % 5 && !w.tail) return kBadWeight;

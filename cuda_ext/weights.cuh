@@ -19,7 +19,7 @@ struct WeightPlan {
 
 constexpr float kBase = 8388608.0f;  // 2^23
 
-// 2^23 + code, exactly.
+// 2^23 + code, exactly: the code under that exponent.
 DTQ_DEV float raised(uint32_t code) { return bits_float(0x4b000000 | code); }
 
 // ---------------------------------------------------------------------------- codes
@@ -66,6 +66,21 @@ DTQ_DEV uint32_t code_at(const uint32_t* words, int i) {
   return code & ((1u << kBits) - 1);
 }
 
+// 2^23 + code i, of a signed byte 2^23 + 128 + code. Codes that have the same place in their bytes are
+// masked together, then a byte permutation puts each under the exponent.
+template <int kBits>
+DTQ_DEV float raised_at(const uint32_t* words, int i) {
+  if constexpr (kBits == 3) {
+    return raised(code_at<3>(words, i));
+  } else {
+    constexpr int kInByte = 8 / kBits;
+    uint32_t plane = words[i * kBits / 32] >> i % kInByte * kBits;
+    if constexpr (kBits < 8) plane &= ((1u << kBits) - 1) * 0x01010101u;
+    else plane ^= 0x80808080;
+    return bits_float(byte_perm(plane, 0x4b000000, 0x7540 | (uint32_t)(i / kInByte % 4)));
+  }
+}
+
 // Columns k to k + 15 of base-3 digits, five a byte; behind the bytes one code a byte.
 DTQ_DEV void read_trits(const Weight& w, const uint8_t* row, int64_t n, int64_t k,
                         uint32_t (&codes)[kRun]) {
@@ -90,16 +105,14 @@ DTQ_DEV void read_trits(const Weight& w, const uint8_t* row, int64_t n, int64_t 
 
 // ---------------------------------------------------------------------------- scales
 
-DTQ_DEV float scale_at(const Weight& w, int64_t n, int64_t group) {
-  const int64_t at = n * (w.codes == kTwoLevel ? 1 : w.groups) + group;
-  switch (w.scale_type) {
-    case kScaleFloat32: return ldg((const float*)w.scale + at);
-    case kScaleBFloat16: return bf16_to_float(ldg((const uint16_t*)w.scale + at));
-    case kScaleE4m3: return fmul(from_e4m3(ldg((const uint8_t*)w.scale + at)), ldg(w.scale_2));
-    case kScalePower: return bits_float((uint32_t)ldg((const uint8_t*)w.scale + at) << 23);
-    case kNoScale: return 1;
-  }
-  return 1;
+DTQ_DEV float scale_at(const Weight& w, int at) {
+  // the usual ones first: a chain of comparisons costs less than a jump by table
+  if (w.scale_type == kScaleBFloat16) return bf16_to_float(ldg((const uint16_t*)w.scale + at));
+  if (w.scale_type == kScaleFloat32) return ldg((const float*)w.scale + at);
+  if (w.scale_type == kNoScale) return 1;
+  const uint32_t byte = ldg((const uint8_t*)w.scale + at);
+  if (w.scale_type == kScalePower) return bits_float(byte << 23);
+  return fmul(from_e4m3(byte), ldg(w.scale_2));
 }
 
 // ---------------------------------------------------------------------------- runs
@@ -122,7 +135,7 @@ DTQ_DEV void decode(const WeightPlan& p, int64_t n, int64_t k, const float* tabl
     constexpr int kVector = kBits == 8 ? 4 : 2, kCount = kRun / kVector;
     uint32_t words[(kCount * kBits / 8 + 3) / 4];
     read_bytes<kCount * kBits / 8>(row, k / kVector * kBits / 8, p.row_bytes, p.whole, words);
-    const float scale = w.scale_type == kNoScale ? 1 : scale_at(w, n, 0);
+    const float scale = scale_at(w, (int)n);
     DTQ_UNROLL for (int i = 0; i < kCount; i++) {
       const uint16_t* word = w.words + code_at<kBits>(words, i) * kVector;
       if constexpr (kVector == 4) {
@@ -149,26 +162,26 @@ DTQ_DEV void decode(const WeightPlan& p, int64_t n, int64_t k, const float* tabl
   } else {
     read_bytes<kRun * kBits / 8>(row, k * kBits / 8, p.row_bytes, p.whole, words);
     DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-      const uint32_t code = code_at<kBits>(words, i);
-      if constexpr (kCodes == kTable) v[i] = lds<float>(table + code);
-      else if constexpr (kCodes == kFloat8) v[i] = from_e4m3(code);
-      else v[i] = raised(kBits == 8 ? code ^ 0x80 : code);  // a signed byte, plus 128
+      if constexpr (kCodes == kTable) v[i] = lds<float>(table + code_at<kBits>(words, i));
+      else if constexpr (kCodes == kFloat8) v[i] = from_e4m3(code_at<kBits>(words, i));
+      else v[i] = raised_at<kBits>(words, i);
     }
   }
 
   const int group = p.shift < 0 ? (int)k / p.group : (int)k >> p.shift;
+  const int at = (int)n * (int)w.groups + group;  // the host has made sure that there are fewer
   if constexpr (kCodes == kAffine) {
-    const int zero = w.zero ? (int8_t)ldg((const uint8_t*)w.zero + n * w.groups + group) : w.offset;
+    const int zero = w.zero ? (int8_t)ldg((const uint8_t*)w.zero + at) : w.offset;
     const float base = kBase + int_to_float(zero + (kBits == 8 ? 128 : 0));
     DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = v[i] - base;
   }
   if constexpr (kCodes == kTwoLevel) {
-    const uint32_t byte = ldg(w.group_bytes + n * w.groups + group);
+    const uint32_t byte = ldg(w.group_bytes + at);
     const int scale2 = (int)(byte >> kBits) + 1, zero = (int)(byte & ((1 << kBits) - 1));
     DTQ_UNROLL for (int i = 0; i < kRun; i++)  // wraps as int8 does
       v[i] = int_to_float((int8_t)((code_at<kBits>(words, i) - zero) * scale2));
   }
-  const float scale = scale_at(w, n, kCodes == kTwoLevel ? 0 : group);
+  const float scale = scale_at(w, kCodes == kTwoLevel ? (int)n : at);
   DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], scale);
   clear_beyond(v, k, w.columns);
 }
