@@ -19,6 +19,7 @@ constexpr int kWarps = 4;      // of a block: more rows of the file in flight th
 constexpr int kRowsTile = 16;  // output channels of a block
 constexpr int kStepColumns = 64;
 constexpr int kHalves = kFewTokens / 8;
+constexpr int kAhead = 2;  // steps whose weights are on their way: memory answers after hundreds of cycles
 
 struct FewPlan {
   WeightPlan weight;
@@ -40,28 +41,41 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan
   share_table(p.weight.w, table);
 
   float acc[kHalves][4] = {};
-  for (int64_t k = (int64_t)warp() * kStepColumns; k < columns; k += kWarps * kStepColumns) {
-    const int64_t at = k + lane() % 4 * kRun;
-    uint32_t w[2][kRun / 2];  // [row g or g + 8][pair]
+  constexpr int64_t kTurn = kWarps * kStepColumns;
+  const int64_t first = warp() * kStepColumns + lane() % 4 * kRun;
+  Run<kCodes, kBits> coming[kAhead][2];  // [step][row g or g + 8]
+  DTQ_UNROLL for (int s = 0; s < kAhead; s++)
+    DTQ_UNROLL for (int h = 0; h < 2; h++)
+      fetch(p.weight, n + h * 8, first + s * kTurn, coming[s][h]);
+
+  // One step; `now` becomes the step kAhead further on.
+  auto step = [&](int64_t at, Run<kCodes, kBits>(&now)[2]) {
+    uint32_t x[kHalves][kRun / 2] = {};
+    DTQ_UNROLL for (int h = 0; h < kHalves; h++) {
+      const int64_t token = p.first + h * 8 + lane() / 4;
+      if (token < f.tokens && at < columns)
+        read_pairs((const uint16_t*)f.x + token * f.stride, at, columns, p.whole_x, x[h]);
+    }
+    uint32_t w[2][kRun / 2];  // [row][pair]
     DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const Run<kCodes, kBits> run = now[h];
+      fetch(p.weight, n + h * 8, at + kAhead * kTurn, now[h]);
       float v[kRun];
-      if (n + h * 8 < rows && at < columns) decode<kCodes, kBits>(p.weight, n + h * 8, at, table, v);
-      else DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = 0;
+      expand(p.weight, run, at, table, v);
       DTQ_UNROLL for (int i = 0; i < kRun / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], f.type);
     }
     DTQ_UNROLL for (int h = 0; h < kHalves; h++) {
       if (h == halves) break;
-      const int64_t token = p.first + h * 8 + lane() / 4;
-      uint32_t x[kRun / 2] = {};
-      if (token < f.tokens)
-        read_pairs((const uint16_t*)f.x + token * f.stride, at, columns, p.whole_x, x);
       DTQ_UNROLL for (int j = 0; j < 4; j++) {
         const uint32_t a[4] = {w[0][j * 2], w[1][j * 2], w[0][j * 2 + 1], w[1][j * 2 + 1]};
-        if (brain) mma_bf16(acc[h], a, x[j * 2], x[j * 2 + 1]);
-        else mma_f16(acc[h], a, x[j * 2], x[j * 2 + 1]);
+        if (brain) mma_bf16(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
+        else mma_f16(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
       }
     }
-  }
+  };
+  // steps beyond the row add zeros
+  for (int64_t k = warp() * kStepColumns; k < columns; k += kAhead * kTurn)
+    DTQ_UNROLL for (int s = 0; s < kAhead; s++) step(k + s * kTurn + lane() % 4 * kRun, coming[s]);
 
   DTQ_UNROLL for (int h = 0; h < kHalves; h++)
     DTQ_UNROLL for (int i = 0; i < 4; i++) {
@@ -99,7 +113,9 @@ DTQ_KERNEL void DTQ_BOUNDS(kDecodeThreads, 4) decode_kernel(const DTQ_CONSTANT D
   const int64_t columns = p.weight.w.columns, n = at / p.runs, k = at % p.runs * kRun;
   if (n >= p.weight.w.rows) return;
   float v[kRun];
-  decode<kCodes, kBits>(p.weight, n, k, (const float*)shared, v);
+  Run<kCodes, kBits> run;
+  fetch(p.weight, n, k, run);
+  expand(p.weight, run, k, (const float*)shared, v);
   if (p.type == kFloat32) write_floats((float*)p.out + n * columns, k, columns, p.whole_out, v);
   else write_halves((uint16_t*)p.out + n * columns, k, columns, p.whole_out, p.type, v);
 }

@@ -81,38 +81,43 @@ DTQ_DEV float raised_at(const uint32_t* words, int i) {
   }
 }
 
-// Columns k to k + 15 of base-3 digits, five a byte; behind the bytes one code a byte.
-DTQ_DEV void read_trits(const Weight& w, const uint8_t* row, int64_t n, int64_t k,
-                        uint32_t (&codes)[kRun]) {
-  const int64_t packed = w.columns / 5;
+// Columns k to k + 15 of base-3 digits, five a byte, behind the bytes one code a byte, as 2-bit codes.
+DTQ_DEV uint32_t read_trits(const Weight& w, const uint8_t* row, int64_t n, int64_t k) {
+  const int64_t packed = w.columns / 5, rest = w.columns % 5;
   int64_t at = k / 5;
   int digit = (int)(k - at * 5);
-  uint32_t byte = byte_at(row, at, packed);
+  uint32_t byte = byte_at(row, at, packed), codes = 0;
   for (int i = 0; i < digit; i++) byte /= 3;
   DTQ_UNROLL for (int i = 0; i < kRun; i++) {
     if (digit == 5) {
       digit = 0;
       byte = byte_at(row, ++at, packed);
     }
-    codes[i] = byte % 3;
+    uint32_t code = byte % 3;
     byte /= 3;
     digit++;
     if (k + i >= packed * 5)
-      codes[i] = byte_at(w.tail, n * (w.columns % 5) + k + i - packed * 5,
-                         k + i < w.columns ? (n + 1) * (w.columns % 5) : 0);
+      code = k + i < w.columns ? ldg(w.tail + n * rest + k + i - packed * 5) : 0;
+    codes |= code << i * 2;
   }
+  return codes;
 }
 
 // ---------------------------------------------------------------------------- scales
 
-DTQ_DEV float scale_at(const Weight& w, int at) {
-  // the usual ones first: a chain of comparisons costs less than a jump by table
-  if (w.scale_type == kScaleBFloat16) return bf16_to_float(ldg((const uint16_t*)w.scale + at));
-  if (w.scale_type == kScaleFloat32) return ldg((const float*)w.scale + at);
-  if (w.scale_type == kNoScale) return 1;
-  const uint32_t byte = ldg((const uint8_t*)w.scale + at);
-  if (w.scale_type == kScalePower) return bits_float(byte << 23);
-  return fmul(from_e4m3(byte), ldg(w.scale_2));
+// As stored: what is done to it would wait for it. The usual types first.
+DTQ_DEV uint32_t scale_bits(const Weight& w, int at) {
+  if (w.scale_type == kScaleBFloat16) return ldg((const uint16_t*)w.scale + at);
+  if (w.scale_type == kScaleFloat32) return ldg((const uint32_t*)w.scale + at);
+  if (w.scale_type == kNoScale) return 0x3f800000;  // 1
+  return ldg((const uint8_t*)w.scale + at);
+}
+
+DTQ_DEV float scale_of(const Weight& w, uint32_t bits) {
+  if (w.scale_type == kScaleBFloat16) return bf16_to_float((uint16_t)bits);
+  if (w.scale_type == kScalePower) return bits_float(bits << 23);
+  if (w.scale_type == kScaleE4m3) return fmul(from_e4m3(bits), ldg(w.scale_2));
+  return bits_float(bits);
 }
 
 // ---------------------------------------------------------------------------- runs
@@ -125,65 +130,74 @@ DTQ_DEV void share_table(const Weight& w, float* shared) {
   sync_threads();
 }
 
-// Columns [k, k + 16) of row n, k a multiple of 16. Columns beyond the row are 0.
+// A run as it is loaded; loads are issued long before they are used.
 template <Codes kCodes, int kBits>
-DTQ_DEV void decode(const WeightPlan& p, int64_t n, int64_t k, const float* table,
-                    float (&v)[kRun]) {
+struct Run {
+  static constexpr int kVector = kCodes != kWords ? 1 : kBits == 8 ? 4 : 2;
+  static constexpr int kBytes = kRun / kVector * kBits / 8;
+  uint32_t words[(kBytes + 3) / 4];
+  uint32_t scale;  // bits
+  uint32_t zero;   // a byte; kTwoLevel: of the group
+};
+
+// Columns [k, k + 16) of row n, k a multiple of 16; a row or run that is not there gets the scale 0.
+template <Codes kCodes, int kBits>
+DTQ_DEV void fetch(const WeightPlan& p, int64_t n, int64_t k, Run<kCodes, kBits>& run) {
+  using R = Run<kCodes, kBits>;
   const Weight& w = p.w;
+  DTQ_UNROLL for (int i = 0; i < (R::kBytes + 3) / 4; i++) run.words[i] = 0;
+  run.scale = 0;
+  run.zero = 0;
+  if (n >= w.rows || k >= w.columns) return;
   const uint8_t* row = w.weight + n * p.row_bytes;
-  if constexpr (kCodes == kWords) {
-    constexpr int kVector = kBits == 8 ? 4 : 2, kCount = kRun / kVector;
-    uint32_t words[(kCount * kBits / 8 + 3) / 4];
-    read_bytes<kCount * kBits / 8>(row, k / kVector * kBits / 8, p.row_bytes, p.whole, words);
-    const float scale = scale_at(w, (int)n);
-    DTQ_UNROLL for (int i = 0; i < kCount; i++) {
-      const uint16_t* word = w.words + code_at<kBits>(words, i) * kVector;
-      if constexpr (kVector == 4) {
-        const U2 four = ldg((const U2*)word);
-        const uint32_t pair[2] = {four.x, four.y};
-        DTQ_UNROLL for (int j = 0; j < 4; j++)
-          v[i * 4 + j] = bf16_to_float((uint16_t)(pair[j / 2] >> j % 2 * 16));
-      } else {
-        const uint32_t pair = ldg((const uint32_t*)word);
-        v[i * 2] = bf16_to_float((uint16_t)pair);
-        v[i * 2 + 1] = bf16_to_float((uint16_t)(pair >> 16));
-      }
-    }
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], scale);  // by 1: unchanged
-    clear_beyond(v, k, w.columns);
-    return;
-  }
-
-  uint32_t words[(kRun * kBits / 8 + 3) / 4];
-  if constexpr (kCodes == kTrits) {
-    uint32_t codes[kRun];
-    read_trits(w, row, n, k, codes);
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = raised(codes[i]) - (kBase + 1);
-  } else {
-    read_bytes<kRun * kBits / 8>(row, k * kBits / 8, p.row_bytes, p.whole, words);
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-      if constexpr (kCodes == kTable) v[i] = lds<float>(table + code_at<kBits>(words, i));
-      else if constexpr (kCodes == kFloat8) v[i] = from_e4m3(code_at<kBits>(words, i));
-      else v[i] = raised_at<kBits>(words, i);
-    }
-  }
-
+  if constexpr (kCodes == kTrits) run.words[0] = read_trits(w, row, n, k);
+  else read_bytes<R::kBytes>(row, k / R::kVector * kBits / 8, p.row_bytes, p.whole, run.words);
   const int group = p.shift < 0 ? (int)k / p.group : (int)k >> p.shift;
   const int at = (int)n * (int)w.groups + group;  // the host has made sure that there are fewer
+  const bool by_row = kCodes == kTwoLevel || kCodes == kWords;
+  run.scale = scale_bits(w, by_row ? (int)n : at);
   if constexpr (kCodes == kAffine) {
-    const int zero = w.zero ? (int8_t)ldg((const uint8_t*)w.zero + at) : w.offset;
-    const float base = kBase + int_to_float(zero + (kBits == 8 ? 128 : 0));
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = v[i] - base;
+    if (w.zero) run.zero = ldg((const uint8_t*)w.zero + at);
+    else run.zero = (uint32_t)w.offset;
   }
-  if constexpr (kCodes == kTwoLevel) {
-    const uint32_t byte = ldg(w.group_bytes + at);
-    const int scale2 = (int)(byte >> kBits) + 1, zero = (int)(byte & ((1 << kBits) - 1));
+  if constexpr (kCodes == kTwoLevel) run.zero = ldg(w.group_bytes + at);
+}
+
+// What a run stands for. Columns beyond the row are 0.
+template <Codes kCodes, int kBits>
+DTQ_DEV void expand(const WeightPlan& p, const Run<kCodes, kBits>& run, int64_t k,
+                    const float* table, float (&v)[kRun]) {
+  if constexpr (kCodes == kWords) {
+    constexpr int kVector = Run<kCodes, kBits>::kVector;
+    DTQ_UNROLL for (int i = 0; i < kRun / kVector; i++) {
+      const uint16_t* word = p.w.words + code_at<kBits>(run.words, i) * kVector;
+      uint32_t pair[kVector / 2];
+      if constexpr (kVector == 4) {
+        const U2 four = ldg((const U2*)word);
+        pair[0] = four.x, pair[1] = four.y;
+      } else {
+        pair[0] = ldg((const uint32_t*)word);
+      }
+      DTQ_UNROLL for (int j = 0; j < kVector; j++)
+        v[i * kVector + j] = bf16_to_float((uint16_t)(pair[j / 2] >> j % 2 * 16));
+    }
+  } else if constexpr (kCodes == kTwoLevel) {
+    const int scale2 = (int)(run.zero >> kBits) + 1, zero = (int)(run.zero & ((1 << kBits) - 1));
     DTQ_UNROLL for (int i = 0; i < kRun; i++)  // wraps as int8 does
-      v[i] = int_to_float((int8_t)((code_at<kBits>(words, i) - zero) * scale2));
+      v[i] = int_to_float((int8_t)(((int)code_at<kBits>(run.words, i) - zero) * scale2));
+  } else if constexpr (kCodes == kAffine || kCodes == kTrits) {
+    const int zero = kCodes == kTrits ? 1 : (int8_t)run.zero + (kBits == 8 ? 128 : 0);
+    const float base = kBase + int_to_float(zero);
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = raised_at<kBits>(run.words, i) - base;
+  } else {
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) {
+      const uint32_t code = code_at<kBits>(run.words, i);
+      v[i] = kCodes == kTable ? lds<float>(table + code) : from_e4m3(code);
+    }
   }
-  const float scale = scale_at(w, kCodes == kTwoLevel ? (int)n : at);
+  const float scale = scale_of(p.w, run.scale);
   DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], scale);
-  clear_beyond(v, k, w.columns);
+  clear_beyond(v, k, p.w.columns);
 }
 
 }  // namespace dtq
