@@ -150,6 +150,7 @@ void test_rows(uint64_t seed) {
   check_rows(seed, 3, 1152, 128, kAsIs);
   check_rows(seed, 2, 96, 1, kAsIs, 1, false, false, 16);
   check_rows(seed, 2, 3072, 1024, kAsIs);
+  check_rows(seed, 1, 4096, 4096, kAsIs);
   check_rows(seed, 3, 1152, 64, kNorm);
   check_rows(seed, 2, 4608, 512, kNorm, 1, false, true);
   // streamed
