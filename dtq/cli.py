@@ -127,17 +127,27 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--steps", type=click.IntRange(1), help="Sampler steps."),
             click.option("--guidance", type=float, help="Guidance scale."),
             click.option("--seed", type=click.IntRange(0), help="Seed of the calibration latents."),
-            click.option(
-                "--arg",
-                "arguments",
-                multiple=True,
-                metavar="NAME=VALUE",
-                help="Argument of the pipeline's call while calibrating: height=512, num_frames=17.",
-            ),
         )
     ):
         command = option(command)
-    return command
+    return call_options(command)
+
+
+def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a pipeline is called with: --arg and --images."""
+    argument = click.option(
+        "--arg",
+        "arguments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Argument of the pipeline's call: height=512, num_frames=17. Repeat for more.",
+    )
+    images = click.option(
+        "--images",
+        type=click.Path(),
+        help="A picture or a folder of them, for pipelines that edit or continue pictures.",
+    )
+    return argument(images(command))
 
 
 memory_option = click.option(
@@ -394,8 +404,12 @@ def inspect(folder: Path, components: tuple[str, ...], kernels: bool, as_json: b
 @click.option("--guidance", default=0.0, help="0: the pipeline's default.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
+    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Generated together."
+)
+@click.option(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
 )
+@call_options
 @click.option(
     "-o",
     "--output",
@@ -410,21 +424,33 @@ def sample(
     steps: int,
     guidance: float,
     seed: int,
+    batch: int,
     dtype: str,
+    arguments: tuple[str, ...],
+    images: str | None,
     output: Path,
 ) -> None:
-    """Make pictures with a float or quantized MODEL.
+    """Make pictures, videos or sounds with a float or quantized MODEL.
 
     \b
     dtq sample demo-w4a8 -p face-smiling -p cat-face -o pictures
+    dtq sample wan-w4a8 -p "a cat surfs" --arg num_frames=33 --batch 1 -o videos
+
+    Videos are animated .webp files, sounds .wav files.
     """
-    from dtq.evaluate import pictures
+    from dtq.evaluate import drift, pictures
 
     opened = _open(model, dtype)
     if opened.pipeline is None:
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
     how = Calibration(
-        samples=len(entries) or count, steps=steps, guidance=guidance, batch=8, seed=seed
+        samples=len(entries) or count,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        seed=seed,
+        arguments=_arguments(arguments),
+        images=images or "",
     )
     requests = (
         sets.given(list(entries), opened.pipeline)
@@ -432,14 +458,17 @@ def sample(
         else sets.load("auto", opened.pipeline, count)
     )
     output.mkdir(parents=True, exist_ok=True)
-    every = []
+    every: list[torch.Tensor] = []
     with torch.no_grad():
         for result in run_pipeline(opened.pipeline, requests, how):
-            every.append(torch.as_tensor(result.images).float().cpu())
-    for i, picture in enumerate(torch.cat(every)):
-        pictures.as_image(picture).save(output / f"{i:04d}.png")
-    pictures.sheet(list(torch.cat(every).split(8)), scale=2).save(output / "sheet.png")
-    click.echo(f"{output}: {len(requests.entries)} pictures and sheet.png")
+            for made in drift.finished(result):
+                pictures.save(made, output / f"{len(every):04d}", drift.rate(opened.pipeline))
+                every.append(made)
+    if all(made.ndim == 3 and made.shape == every[0].shape for made in every):
+        pictures.sheet(
+            [torch.stack(every[i : i + 8]) for i in range(0, len(every), 8)], scale=2
+        ).save(output / "sheet.png")
+    click.echo(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
 @main.command("eval")
@@ -470,6 +499,7 @@ def sample(
 @click.option(
     "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
 )
+@call_options
 @click.option("--json", "as_json", is_flag=True)
 def evaluate_(
     candidate: str,
@@ -483,6 +513,8 @@ def evaluate_(
     fid: int,
     baseline: tuple[str, ...],
     dtype: str,
+    arguments: tuple[str, ...],
+    images: str | None,
     as_json: bool,
 ) -> None:
     """Compare a quantized CANDIDATE with its float model, same seeds.
@@ -497,7 +529,13 @@ def evaluate_(
     )
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
     how = Calibration(
-        set=requests, samples=samples, steps=steps, guidance=guidance, batch=8, seed=seed
+        set=requests,
+        samples=samples,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        arguments=_arguments(arguments),
+        images=images or "",
     )
     result = run.evaluate(opened, float_model, how, baselines=baseline, fid_samples=fid, say=say)
     result.quantization = run.quantization_report(opened.path)
@@ -691,14 +729,11 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
         ("steps", "steps"),
         ("guidance", "guidance"),
         ("seed", "seed"),
+        ("images", "images"),
     ):
         if choices[option] is not None:
             data["calibration"][key] = choices[option]
-    for argument in choices["arguments"]:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise InputError(f"--arg {argument}: expected NAME=VALUE")
-        data["calibration"]["arguments"][name] = yaml.safe_load(text)
+    data["calibration"]["arguments"] |= _arguments(choices["arguments"])
     if choices["budget"] is not None:
         data["allocate"]["budget"] = choices["budget"]
     for setting in settings:
@@ -707,6 +742,17 @@ def _recipe(choices: dict[str, Any]) -> Recipe:
             raise InputError(f"--set {setting}: expected KEY=VALUE")
         _put(data, key.split("."), yaml.safe_load(text) if text else "", setting)
     return Recipe.load(chosen, **data)
+
+
+def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
+    """``--arg NAME=VALUE``; values as YAML reads them."""
+    found = {}
+    for argument in given:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise InputError(f"--arg {argument}: expected NAME=VALUE")
+        found[name] = yaml.safe_load(text)
+    return found
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> None:

@@ -57,6 +57,8 @@ class Calibration:
         bins: timestep bins of the statistics.
         seed: of the latents.
         arguments: more arguments of the pipeline's call: ``{height: 512, num_frames: 17}``.
+        images: a picture, or a folder of them, for pipelines that edit or continue pictures; empty:
+            made-up ones.
     """
 
     set: str = "auto"
@@ -68,6 +70,7 @@ class Calibration:
     bins: int = 8
     seed: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
+    images: str = ""
 
 
 @dataclass(frozen=True)

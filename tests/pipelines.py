@@ -115,22 +115,41 @@ def flux() -> DiffusionPipeline:
 
 
 def wan(two: bool = False) -> DiffusionPipeline:
+    second = {"transformer_2": tiny.wan(), "boundary_ratio": 0.8} if two else {}
+    return diffusers.WanPipeline(transformer=tiny.wan(), **second, **wan_parts())
+
+
+def wan_parts() -> dict[str, Any]:
     torch.manual_seed(4)
     video_vae = diffusers.AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
         temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
-    torch.manual_seed(5)
-    second = {"transformer_2": tiny.wan(), "boundary_ratio": 0.8} if two else {}
-    return diffusers.WanPipeline(
-        tokenizer=tokenizer(),
-        text_encoder=t5(kind=UMT5EncoderModel),
-        transformer=tiny.wan(),
-        vae=video_vae.eval(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **second,
-    )
+    return {
+        "tokenizer": tokenizer(),
+        "text_encoder": t5(kind=UMT5EncoderModel),
+        "vae": video_vae.eval(),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def wan_from_picture() -> DiffusionPipeline:
+    """Its transformer sees latents, a mask and the picture's latents."""
+    return diffusers.WanImageToVideoPipeline(transformer=tiny.wan(12), **wan_parts())
+
+
+def kontext() -> DiffusionPipeline:
+    """FLUX that edits a picture."""
+    return diffusers.FluxKontextPipeline(**flux().components)
+
+
+def sd3_from_picture() -> DiffusionPipeline:
+    return diffusers.StableDiffusion3Img2ImgPipeline(**sd3().components)
+
+
+def inpaint() -> DiffusionPipeline:
+    return diffusers.FluxInpaintPipeline(**flux().components)
 
 
 def wan_two() -> DiffusionPipeline:
@@ -139,6 +158,14 @@ def wan_two() -> DiffusionPipeline:
 
 PIPELINES = {"pixart": pixart, "sd3": sd3, "flux": flux, "wan": wan, "wan 2.2": wan_two}
 
+# pipelines that want a picture, some a mask too
+FROM_PICTURES = {
+    "wan i2v": wan_from_picture,
+    "kontext": kontext,
+    "sd3 img2img": sd3_from_picture,
+    "inpaint": inpaint,
+}
+
 # arguments that make a call small
 SMALL: dict[str, dict[str, Any]] = {
     "pixart": {"height": 16, "width": 16, "use_resolution_binning": False},
@@ -146,6 +173,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "flux": {"height": 16, "width": 16},
     "wan": {"height": 16, "width": 16, "num_frames": 5},
     "wan 2.2": {"height": 16, "width": 16, "num_frames": 5},
+    "wan i2v": {"height": 16, "width": 16, "num_frames": 5},
+    "kontext": {"height": 16, "width": 16, "_auto_resize": False, "max_area": 256},
+    "sd3 img2img": {"height": 16, "width": 16},
+    "inpaint": {"height": 16, "width": 16},
 }
 
 

@@ -12,8 +12,11 @@ import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 
+from dtq.calibrate import media
 from dtq.cli import main
+from dtq.errors import InputError
 from dtq.nn import QuantLinear
+from dtq.recipe import Calibration
 
 SPATIAL = {"height", "width", "num_frames", "use_resolution_binning"}
 
@@ -51,3 +54,73 @@ def test_an_unknown_argument_is_named(tmp_path):
     assert result.exit_code == 1
     assert "no argument 'hight'; did you mean height" in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", pipelines.FROM_PICTURES)
+def test_a_pipeline_that_works_on_pictures(name, tmp_path):
+    pipelines.FROM_PICTURES[name]().save_pretrained(tmp_path / "float")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(2):
+        media.made_up((20, 24), i).save(photos / f"{i}.png")
+    result = quantize(tmp_path / "float", tmp_path / "out", name, "--images", str(photos))
+    assert result.exit_code == 0, result.output
+    assert "made up" not in result.output
+    small = [f"--arg={k}={json.dumps(v)}" for k, v in pipelines.SMALL[name].items()]
+    command = ["eval", str(tmp_path / "out"), "--reference", str(tmp_path / "float"), "--json"]
+    few = ("--samples", "2", "--steps", "4", "--images", str(photos))
+    result = CliRunner().invoke(main, [*command, *few, *small])
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)["rows"][0]
+    assert 0 < row["error"] < 0.1
+    command = ["sample", str(tmp_path / "out"), "-n", "1", "--steps", "2", "-o"]
+    result = CliRunner().invoke(main, [*command, str(tmp_path / "made"), *small])
+    assert result.exit_code == 0, result.output
+    files = sorted(path.name for path in (tmp_path / "made").iterdir())
+    assert files == (["0000.webp"] if name == "wan i2v" else ["0000.png", "sheet.png"])
+
+
+def test_pictures_are_made_up_with_a_warning(caplog):
+    how = Calibration(samples=1, steps=2, batch=4, arguments=pipelines.SMALL["inpaint"])
+    beside = media.wanted(pipelines.inpaint(), how)
+    assert beside.arguments == ("image", "mask_image")
+    assert beside.batch(4) == 1
+    assert "--images" in beside.warning
+    made = beside.of(0)
+    assert made["image"].size == made["mask_image"].size == (16, 16)
+    assert made["mask_image"].getextrema() == (0, 255)
+    assert beside.of(0)["image"].tobytes() == made["image"].tobytes()
+    assert beside.of(1)["image"].tobytes() != made["image"].tobytes()
+
+
+def test_prompts_are_enough_for_the_others():
+    for name, make in pipelines.PIPELINES.items():
+        beside = media.wanted(make(), Calibration())
+        assert beside.arguments == (), name
+        assert beside.batch(4) == 4
+        assert beside.of(0) == {}
+
+
+def test_bad_pictures_are_said(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    pipe = pipelines.sd3_from_picture()
+    cases = {
+        "no such file or folder": tmp_path / "nowhere",
+        "no .png": tmp_path / "empty",
+        "no picture": tmp_path / "broken.png",
+    }
+    for reason, path in cases.items():
+        with pytest.raises(InputError, match=reason):
+            media.wanted(pipe, Calibration(images=str(path))).of(0)
+    with pytest.raises(InputError, match="takes no pictures"):
+        media.wanted(pipelines.pixart(), Calibration(images=str(tmp_path / "broken.png")))
+    with pytest.raises(InputError, match="give it with --images"):
+        media.wanted(pipe, Calibration(arguments={"image": "cat.png"}))
+
+
+def test_a_clip_pans_over_a_picture():
+    clip = media.MAKERS["video"](media.made_up((32, 48), 0))
+    assert len(clip) == media.FRAMES
+    assert {frame.size for frame in clip} == {(48, 32)}
+    assert clip[0].tobytes() != clip[-1].tobytes()

@@ -90,13 +90,13 @@ def flux() -> nn.Module:
     )
 
 
-def wan() -> nn.Module:
+def wan(inputs: int = 4) -> nn.Module:
     torch.manual_seed(0)
     return _lively(
         diffusers.WanTransformer3DModel(
             num_attention_heads=4,
             attention_head_dim=32,
-            in_channels=4,
+            in_channels=inputs,
             out_channels=4,
             text_dim=64,
             freq_dim=64,

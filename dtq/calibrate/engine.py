@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dtq.calibrate import sets
+from dtq.calibrate import media, sets
 from dtq.calibrate.stats import Origin, SiteStats
 from dtq.errors import InputError
 from dtq.families import TIME_ARGUMENTS, Site, sibling_key
@@ -100,7 +100,8 @@ def drive(
     model, pipeline = source.model, source.pipeline
     if inputs is None and pipeline is not None:
         requests = sets.load(calibration.set, pipeline, calibration.samples)
-        batches = -(-len(requests.entries) // calibration.batch)
+        batch = media.wanted(pipeline, calibration).batch(calibration.batch)
+        batches = -(-len(requests.entries) // batch)
 
         def generate(i: int) -> object:
             return list(run_pipeline(pipeline, requests, calibration, "latent", i))
@@ -269,6 +270,9 @@ def run_pipeline(
     """Generate the requests batch by batch, or one of the batches; yields the pipeline's outputs.
 
     The latents of a request depend on the seed and its place, not on the batch size.
+
+    Raises:
+        InputError: the pipeline takes no such argument, or refuses what it is given.
     """
     parameters = inspect.signature(type(pipeline).__call__).parameters
     options: dict[str, Any] = {"output_type": output}
@@ -283,17 +287,29 @@ def run_pipeline(
             hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
             raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
     options |= calibration.arguments
+    beside = media.wanted(pipeline, calibration)
+    batch = beside.batch(calibration.batch)
+    if beside.warning and not only:  # once, not with every batch
+        log.warning("%s: %s", type(pipeline).__name__, beside.warning)
     shown = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(disable=True)
     try:
-        starts = range(0, len(requests.entries), calibration.batch)
+        starts = range(0, len(requests.entries), batch)
         for start in starts if only is None else starts[only : only + 1]:
-            entries = list(requests.entries[start : start + calibration.batch])
+            entries = list(requests.entries[start : start + batch])
             generators = [
                 torch.Generator().manual_seed(calibration.seed * 1_000_003 + start + i)
                 for i in range(len(entries))
             ]
-            yield pipeline(**{requests.argument: entries}, generator=generators, **options)
+            asked = {requests.argument: entries} | beside.of(start)
+            try:
+                result = pipeline(**asked, generator=generators, **options)
+            except (TypeError, ValueError, NameError) as error:
+                raise InputError(
+                    f"{type(pipeline).__name__} did not take the call ({type(error).__name__}: "
+                    f"{error}); arguments beside the prompt: {sorted(options)}"
+                ) from error
+            yield result
     finally:
         pipeline.set_progress_bar_config(**shown)
 

@@ -19,6 +19,7 @@ from dtq.calibrate import sets
 from dtq.calibrate.calls import Recorded, relative_error, replay
 from dtq.calibrate.engine import run_pipeline
 from dtq.calibrate.record import watch_calls
+from dtq.errors import InputError
 from dtq.recipe import Calibration
 
 
@@ -28,7 +29,7 @@ class Trajectory:
 
     Attributes:
         calls: in order.
-        pictures: float (B, 3, H, W) in [0, 1] on the CPU, or the pipeline's own output for video.
+        pictures: what the pipeline returned, see :func:`finished`.
     """
 
     calls: list[Recorded] = field(default_factory=list)
@@ -47,7 +48,7 @@ def record(
 
     def run() -> Iterator[None]:
         for result in run_pipeline(pipeline, requests, how):
-            trajectory.pictures.append(_pictures(result))
+            trajectory.pictures.append(finished(result))
             yield
 
     watch_calls(model, run, trajectory.calls.append)
@@ -79,7 +80,23 @@ def free_running(reference: Trajectory, candidate: Trajectory) -> list[float]:
     return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
 
 
-def _pictures(result: Any) -> Tensor:
-    frames = result.images if hasattr(result, "images") else result.frames
-    pictures = torch.as_tensor(frames).detach().float().cpu()
-    return pictures.clamp(0, 1)
+def finished(result: Any) -> Tensor:
+    """What a pipeline returned, float on the CPU.
+
+    Returns:
+        Pictures (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or sounds (B, channels, samples).
+
+    Raises:
+        InputError: it returned none of these.
+    """
+    for kind in ("images", "frames", "audios"):
+        if hasattr(result, kind):
+            made = torch.as_tensor(getattr(result, kind)).detach().float().cpu()
+            return made if kind == "audios" else made.clamp(0, 1)
+    raise InputError(f"{type(result).__name__}: neither images, frames nor audios")
+
+
+def rate(pipeline: Any) -> int:
+    """Samples of a sound in a second, as the autoencoder of a pipeline says."""
+    config = getattr(getattr(pipeline, "vae", None), "config", {})
+    return int(config.get("sampling_rate", 44100))

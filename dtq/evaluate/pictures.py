@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+import wave
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -29,6 +31,35 @@ def as_image(picture: Tensor) -> Image.Image:
     """A PIL image of a float picture (3, H, W) in [0, 1]."""
     data = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(data.permute(1, 2, 0).contiguous().numpy())
+
+
+def save(made: Tensor, stem: Path, rate: int = 44100) -> Path:
+    """Write a picture (3, H, W), a video (F, 3, H, W), or a sound (channels, samples).
+
+    Args:
+        made: pictures and videos in [0, 1], sounds in [-1, 1].
+        stem: path without suffix.
+        rate: samples of a sound in a second.
+
+    Returns:
+        The file: ``.png``, an animated ``.webp`` of 8 frames a second, or ``.wav``.
+    """
+    if made.ndim == 3:
+        path = stem.with_name(f"{stem.name}.png")
+        as_image(made).save(path)
+    elif made.ndim == 4:
+        path = stem.with_name(f"{stem.name}.webp")
+        first, *rest = [as_image(frame) for frame in made]
+        first.save(path, save_all=True, append_images=rest, duration=125, loop=0, quality=90)
+    else:
+        path = stem.with_name(f"{stem.name}.wav")
+        data = (made.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous()
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(len(made))
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(data.numpy().tobytes())
+    return path
 
 
 def sheet(rows: list[Tensor], gap: int = 4, scale: int = 1) -> Image.Image:

@@ -168,7 +168,14 @@ def _baseline_row(name: str, model: nn.Module, names: list[str], truth: drift.Tr
 
 
 def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -> None:
+    if len({made.shape[1:] for made in truth.pictures}) > 1:
+        raise InputError(
+            "pictures of several sizes cannot be compared; ask for one: --arg height=512 "
+            "--arg width=512"
+        )
     want, got = torch.cat(truth.pictures), torch.cat(ran.pictures)
+    if want.ndim == 3:  # sound has no such measures
+        return
     if want.ndim == 5:  # video: frames are pictures
         want, got = want.flatten(0, 1), got.flatten(0, 1)
     values = pictures.psnr(got, want)

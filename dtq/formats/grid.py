@@ -46,7 +46,7 @@ class Levels:
 
     def codes(self, u: Tensor) -> Tensor:
         """Code of the nearest level, uint8; a tie goes to the even code."""
-        codes, ends = _sorted(self.values, u.device)
+        codes, _, ends = _sorted(self.values, u.device)
         return codes[torch.bucketize(u, ends, out_int32=True)]
 
     def of(self, codes: Tensor) -> Tensor:
@@ -54,19 +54,21 @@ class Levels:
         return torch.tensor(self.values, device=codes.device)[codes.int()]
 
     def snap(self, u: Tensor) -> Tensor:
-        return self.of(self.codes(u))
+        """The nearest levels themselves, float32."""
+        _, levels, ends = _sorted(self.values, u.device)
+        return levels[torch.bucketize(u, ends, out_int32=True)]
 
 
 @cache
-def _sorted(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes by rising level, and the largest number that each but the last one stands for."""
+def _sorted(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """By rising level: codes, levels, and the largest number that each but the last stands for."""
     codes = sorted((c for c, v in enumerate(values) if v not in values[:c]), key=values.__getitem__)
     level = torch.tensor([values[c] for c in codes])
     middle = (level[1:] + level[:-1]) / 2
     below = torch.nextafter(middle, torch.tensor(-torch.inf))
     even = torch.tensor(codes[:-1]) % 2 == 0
     ends = torch.where(even, middle, below)  # the middle itself belongs to the even neighbour
-    return torch.tensor(codes, dtype=torch.uint8, device=device), ends.to(device)
+    return torch.tensor(codes, dtype=torch.uint8, device=device), level.to(device), ends.to(device)
 
 
 def _signed(magnitudes: Sequence[float]) -> Levels:
