@@ -170,7 +170,7 @@ DTQ_DEV Quantizer quantizer(const Rows& r, uint32_t peak) {
   q.scale = 1;
   if (r.fixed) {
     q.scale = stored_scale(r);
-  } else if (bits_float(peak) > 0) {
+  } else if (peak) {  // NaN too: the codes of such a row are numbers, its scale must say so
     q.scale = fdiv(bits_float(peak), q.levels);
     q.scale = q.scale < 1e-8f ? 1e-8f : q.scale;
   }

@@ -206,6 +206,7 @@ def inputs_of(
     entries = None
     if pipeline is not None and recipe.needs() and statistics is None:
         entries = [str(entry) for entry in sets.load(how.set, pipeline, how.samples).entries]
+    pictures = Path(how.images) if how.images else None
     return {
         "model": _model(sources[0]),
         "components": [source.component for source in sources],
@@ -213,6 +214,7 @@ def inputs_of(
         "device": next(sources[0].model.parameters()).device.type,
         "recipe": recipe.to_dict(),
         "calibration set": None if entries is None else _sha(json.dumps(entries).encode()),
+        "calibration pictures": None if pictures is None else _contents(pictures),
         "statistics": None if statistics is None else _sha_of(statistics),
         "keep": list(skip),
         "dtq": _digest_of(Path(__file__).parent, "*.py"),
@@ -243,6 +245,10 @@ def _digest_of(folder: Path, pattern: str = "*") -> str:
     files = sorted(path for path in folder.rglob(pattern) if path.is_file())
     lines = [f"{path.relative_to(folder).as_posix()} {_sha_of(path)}" for path in files]
     return _sha("\n".join(lines).encode())
+
+
+def _contents(path: Path) -> str:
+    return _digest_of(path) if path.is_dir() else _sha_of(path)
 
 
 def _sha_of(path: Path) -> str:

@@ -289,7 +289,7 @@ def run_pipeline(
     options |= calibration.arguments
     beside = media.wanted(pipeline, calibration)
     batch = beside.batch(calibration.batch)
-    if beside.warning and not only:
+    if beside.warning and not only:  # once, not with every batch
         log.warning("%s: %s", type(pipeline).__name__, beside.warning)
     shown = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(disable=True)
