@@ -36,6 +36,13 @@
 #define DTQ_KEY CUDA
 #endif
 
+// the newer one keeps the message of the error; headers of 2.10 and 2.11 lack it
+#if defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define DTQ_CHECKED STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define DTQ_CHECKED TORCH_ERROR_CODE_CHECK
+#endif
+
 #define DTQ_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace dtq::binding {
@@ -95,7 +102,7 @@ inline Stream stream_of(const Tensor& x) {
   static const GetStream get = find_stream();
   STD_TORCH_CHECK(get != nullptr, "dtq: this torch has no CUDA streams");
   Stream stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(x.get_device_index(), &stream));
+  DTQ_CHECKED(get(x.get_device_index(), &stream));
   return stream;
 }
 
@@ -209,7 +216,7 @@ Result reference(const char* name, const Arguments&... arguments) {
   references++;
   constexpr size_t count = sizeof...(Arguments);
   std::array<StableIValue, count> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  DTQ_CHECKED(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   if constexpr (std::is_same_v<Result, Tensor>) {
     return torch::stable::detail::to<Tensor>(stack[0]);
   } else {

@@ -11,8 +11,8 @@
 //   sum        each run of 16 columns by halves (i with i + 8, then 4, 2, 1); lane l of 32 adds the
 //              runs l, l + 32, l + 64 ... one after the other; lanes by halves (16, 8, 4, 2, 1)
 //   then       * pre_scale; order; butterflies, smallest distance first; * block^-0.5
-//   int8       scale = max|x| / levels, at least 1e-8, 1 for a row without a magnitude above 0 (and
-//              for one with a NaN); round(x / scale), ties to even, within +-levels, 0 for NaN
+//   int8       scale = max|x| / levels, at least 1e-8, 1 for a row of zeros, NaN for one
+//              with a NaN; round(x / scale), ties to even, within +-levels, 0 for NaN
 //   e4m3       scale = max|x| / 448; x / scale, 0 where the scale is 0, rounded to e4m3
 #pragma once
 #include "runs.cuh"

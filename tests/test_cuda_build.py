@@ -15,8 +15,8 @@ SOURCES = Path(__file__).parent.parent / "cuda_ext"
 ARCHS = ("80", "89", "90a", "100", "120")
 IMMA = "IMMA.16832.S8.S8"
 HOPPER = ("IGMMA.64x256x32.S8.S8", "IGMMA.64x128x32.S8.S8", "UTMALDG.2D.MULTICAST")
-HMMA = dict.fromkeys(ARCHS, ("HMMA.16816.F32.BF16", "HMMA.16816.F32 "))
 GEMM = dict.fromkeys(ARCHS, (IMMA,)) | {"90a": (IMMA, *HOPPER)}
+HMMA = dict.fromkeys(ARCHS, ("HMMA.16816.F32.BF16", "HMMA.16816.F32 "))
 WANTED = {
     "gemm_int8.cu": GEMM,
     "gemm_two_level.cu": GEMM,

@@ -205,7 +205,12 @@ def run_rows(
 
 
 def same(got, want):
-    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
+    """Dtypes and values, NaN where the other is NaN."""
+    return all(
+        a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(got, want, strict=True)
+    )  # fmt: skip
 
 
 def pre_scale(k, seed=1):

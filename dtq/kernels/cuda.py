@@ -136,5 +136,5 @@ CUDA = Library(
     usable=_usable,
     prepare=_prepare,
     says=lambda library: str(library.dtq_cuda_archs().decode()),
-    takes=60,
+    takes=90,
 )
