@@ -8,20 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from dtq.errors import InputError
+
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` make a file beside ``path``, then move it there.
 
     The name of the side file has the process id: two processes do not write into one file.
+
+    Raises:
+        InputError: it cannot be written; says why.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(draft)
         _sync(draft)
         os.replace(draft, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:  # safetensors has a class of its own for full disks
+        raise InputError(f"{path}: could not be written ({error})") from error
     finally:
         draft.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
 def sync_tree(folder: Path) -> None:

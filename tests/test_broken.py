@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 import shutil
 from contextlib import contextmanager
@@ -246,7 +247,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(command, float_folder,
     with files_of_at_most(size):
         told = failed(*(a.format(float=float_folder, out=out) for a in arguments))
     assert "could not be written" in told
-    left = [p for p in tmp_path.rglob("*") if p.is_file()]
+    left = [p for p in tmp_path.rglob("*") if p.is_file() and ".out.work" not in p.parts]
     assert left == []
 
 
@@ -256,7 +257,7 @@ def test_a_place_that_cannot_be_written_is_named(command, float_folder):
     out = "/proc/dtq-out/x"  # no user may write there
     told = failed(*(a.format(float=float_folder, out=out) for a in arguments))
     assert "/proc" in told
-    assert "cannot be made" in told or "no such folder" in told or "0 B free" in told
+    assert re.search("cannot be made|no such folder|0 B free|cannot write there", told)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom permissions stop")
@@ -273,7 +274,9 @@ def test_permission_denied_is_said(float_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("dtq.checkpoint.tempfile.mkdtemp", denied)
     told = failed("quantize", float_folder, *FAST, "-o", tmp_path / "q")
     assert "cannot write there (Permission denied)" in told
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == [
+        ".q.work"
+    ]  # the same command goes on from there
 
 
 def test_files_that_may_not_be_read_are_named(float_copy, monkeypatch):

@@ -467,10 +467,12 @@ def test_what_dtq_writes_is_json_that_it_reads(tmp_path):
 
 
 def test_the_page_of_a_report_runs_nothing():
-    from dtq.evaluate.report import _layer_table
+    from dtq.evaluate.report import _layers
 
     evil = "<script>alert(1)</script>"
-    page = _layer_table({"layers": [{**REPORT, "role": evil, "weights": evil, "name": evil}]})
+    layer = {**REPORT, "role": evil, "weights": evil, "name": evil}
+    page = "".join(_layers({"layers": [layer], "sites": []}))
+    assert "alert(1)" in page
     assert "<script" not in page
 
 

@@ -7,7 +7,8 @@ import ast
 from pathlib import Path
 
 ROWS = [
-    {"errors", "data", "paging", "durable", "version"},
+    {"errors", "data", "paging", "version"},
+    {"durable"},
     {"team", "lock"},
     {"formats", "work", "documents"},
     {"calibrate.stats", "calibrate.calls", "policy"},

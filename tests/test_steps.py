@@ -124,7 +124,7 @@ def test_the_form_others_read_is_used_where_it_says_the_same(modes, counts, kind
         ({"modes": ["a9", "a8"]}, "a16"),
         ({"edges": [3, 1]}, "rising"),
         ({"edges": None}, "edges"),
-        ({"counts": ["x"]}, "integers"),
+        ({"counts": ["x"]}, "whole numbers"),
     ],
 )
 def test_a_damaged_policy_is_refused(change, says):

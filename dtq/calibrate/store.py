@@ -41,10 +41,7 @@ def save(statistics: Statistics, path: Path) -> None:
         "edges": json.dumps(list(statistics.edges)),
         "about": json.dumps(statistics.about),
     }
-    try:
-        replace_file(path, lambda draft: save_file(tensors, draft, metadata))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: could not be written ({error})") from error
+    replace_file(path, lambda draft: save_file(tensors, draft, metadata))
 
 
 def load(*paths: Path) -> Statistics:
