@@ -77,8 +77,8 @@ def measured(request):
     scan, _ = plan_source(source, recipe)
     stats = calibrate_source(source, scan, recipe, EVERYTHING, progress=False)
     errors, bits, layers = {}, {}, []
-    for label, changes in (("w4a8", {}), ("w8a8", {}), ("rtn-w4a8", {}), ("none", {"transform": "none"}),
-                           ("smooth", {"transform": "smooth"}), ("hadamard", {"transform": "hadamard"})):  # fmt: skip
+    alone = {t: {"transform": t, "compare": []} for t in ("none", "smooth", "hadamard")}
+    for label, changes in ({"w4a8": {}, "w8a8": {}, "rtn-w4a8": {}} | alone).items():
         opened = open_source(name)
         chosen = Recipe.load("w4a8" if changes else label, **changes)
         quantize_source(opened, chosen, statistics=stats, progress=False)
