@@ -31,6 +31,8 @@ from typing import Any
 
 import psutil
 
+from dtq.errors import FOREIGN, DtqError
+
 TIMEOUT = 120.0  # seconds; by then the other processes have noticed
 
 
@@ -135,7 +137,7 @@ def check_does_not_load(folder: Path) -> None:
         return
     try:
         DiffusionPipeline.from_pretrained(folder)
-    except Exception:  # noqa: BLE001  (diffusers raises many kinds)
+    except (DtqError, *FOREIGN):
         return
     raise SystemExit(f"{folder} is half-written, and loads")
 

@@ -25,6 +25,7 @@ from dtq.cli import main
 from dtq.documents import parse_json, parse_yaml, read_json
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
 from dtq.evaluate.run import quantization_report
+from dtq.folder import check_folder
 from dtq.recipe import Recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -316,6 +317,15 @@ def test_configs_ask_for_no_more_than_the_files_hold(kind, copy):
     edit(copy / part / name, lambda data: data.update(change))
     with pytest.raises(DtqError, match=words):
         source.open_sources(str(copy))
+
+
+def test_the_name_of_a_folder_excuses_no_config(copy):
+    """Classes that read their own weights while they are built are left to diffusers; a path with
+    the word in it is none of them."""
+    folder = copy.rename(copy.with_name("a meta tensor"))
+    edit(folder / "transformer" / "config.json", lambda data: data.update(num_layers="many"))
+    with pytest.raises(InputError, match="cannot be built"):
+        check_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["os", ["a"], "AutoencoderKL", "DiTPipeline", 3])
