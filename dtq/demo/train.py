@@ -10,11 +10,8 @@ about two hours, on a GPU minutes. Every stage leaves its state in ``--work``.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,99 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtq.demo.classifier import EmojiClassifier, accuracy
 from dtq.demo.data import load_emoji
+from dtq.demo.stage import Run
 from dtq.evaluate.fid import moments
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes the label of the unconditional branch
-Batch = Callable[[int, torch.Generator], Tensor]
-
-
-class Run:
-    """One training stage: optimiser, warm-up and cosine, average of weights, save and resume."""
-
-    def __init__(
-        self, name: str, model: nn.Module, work: Path, steps: int, lr: float, muon: bool = False
-    ) -> None:
-        self.name, self.model, self.steps, self.lr = name, model, steps, lr
-        self.path = work / f"{name}.pt"
-        self.average = copy.deepcopy(model).requires_grad_(False)
-        self.optimizers = _optimizers(model, lr, muon)
-        self.step = 0
-        if self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            self.step = state["step"]
-            self.model.load_state_dict(state["model"])
-            self.average.load_state_dict(state["average"])
-            if len(state["optimizers"]) == len(self.optimizers):
-                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                    optimizer.load_state_dict(saved)
-
-    def save(self) -> None:
-        """Write the state to a side file, then rename, so that a kill leaves the old one whole."""
-        side = self.path.with_suffix(".tmp")
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        torch.save(state, side)
-        side.replace(self.path)
-
-    def loop(self, loss_of: Callable[[torch.Generator], Tensor]) -> Iterator[None]:
-        """Run the remaining steps; ``loss_of`` draws with the generator of its step."""
-        started, first, smooth = time.monotonic(), self.step, math.nan
-        while self.step < self.steps:
-            rng = torch.Generator().manual_seed(1_000_003 * self.step + 17)
-            progress = self.step / self.steps
-            rate = self.lr * min(1.0, (self.step + 1) / 200)
-            rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-            loss = loss_of(rng)
-            self.model.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.step += 1
-            # the average looks back over a tenth of what is done, at most 1000 steps
-            keep = min(0.999, 1 - 10 / (self.step + 10))
-            with torch.no_grad():
-                for mean, now in zip(
-                    self.average.parameters(), self.model.parameters(), strict=True
-                ):
-                    mean.lerp_(now, 1 - keep)
-            smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
-            if self.step % 50 == 0 or self.step == self.steps:
-                pace = (time.monotonic() - started) / (self.step - first)
-                left = pace * (self.steps - self.step) / 60
-                where = f"{self.name} {self.step}/{self.steps} loss {smooth:.5f}"
-                print(f"{where} {pace:.2f} s/step {left:.0f} min left", flush=True)
-            if self.step % 250 == 0 or self.step == self.steps:
-                self.save()
-                yield
-
-
-def _optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW; with ``muon`` the hidden matrices get Muon instead (Jordan 2024, RMS-matched rate)."""
-    named = list(model.named_parameters())
-    inner = [
-        p
-        for name, p in named
-        if muon and p.ndim == 2 and "embedding_table" not in name and "proj_out" not in name
-    ]
-    hidden = {id(p) for p in inner}
-    rest = [p for _, p in named if id(p) not in hidden]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))]
-    if inner:
-        rule = "match_rms_adamw"
-        found.append(torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn=rule))
-    return found
 
 
 def shift_pictures(pictures: Tensor, rng: torch.Generator) -> Tensor:
