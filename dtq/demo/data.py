@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures the bundled model was trained on: Noto Emoji, 64x64, 99 subcategories.
+"""The pictures the bundled models were trained on: Noto Emoji, 64x64, 99 subcategories.
 
 The artwork comes in the npm package ``emoji-datasource-google`` (``npm pack
-emoji-datasource-google@16.0.0``). It is needed to train the bundled model, never to use it.
+emoji-datasource-google@16.0.0``). It is needed to train the bundled models, never to use them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,21 @@ def load_emoji(package: Path) -> tuple[Tensor, Tensor, list[str]]:
     return pictures, labels, names
 
 
+def load_cutouts(package: Path, names: Sequence[str]) -> dict[str, Image.Image]:
+    """Pictures of the package with their transparency, by the short names of its ``emoji.json``.
+
+    Raises:
+        InputError: the file is not that package, or has no such picture.
+    """
+    read = _reader(package)
+    images = {
+        entry["short_name"]: entry["image"] for entry in json.loads(read("package/emoji.json"))
+    }
+    if missing := sorted(set(names) - set(images)):
+        raise InputError(f"{package}: no emoji named {', '.join(missing)}")
+    return {name: _opened(read(_PICTURES + images[name])) for name in names}
+
+
 def _reader(package: Path) -> Callable[[str], bytes]:
     if package.is_dir():
         return lambda name: (package.parent / name).read_bytes()
@@ -67,8 +82,12 @@ def _reader(package: Path) -> Callable[[str], bytes]:
     return files.__getitem__
 
 
+def _opened(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png)).convert("RGBA")
+
+
 def _on_white(png: bytes) -> Tensor:
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    picture = _opened(png)
     white = Image.new("RGBA", picture.size, "white")
     rgb = Image.alpha_composite(white, picture).convert("RGB")
     if rgb.size != (64, 64):
