@@ -11,7 +11,6 @@ resumable at any time: run the same command again. Every stage leaves its state 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from dtq import demo
+from dtq import call, demo
 from dtq.demo.clips import FRAMES, SIZE, THINGS, captions, clips
 from dtq.demo.data import load_cutouts
 from dtq.demo.stage import Run
 from dtq.demo.train import encode, new_scheduler
 
 WORDS = 64  # of the text encoder
+SET = "moving-emoji"
 LENGTH = 120  # tokens that LattePipeline pads to when it makes several clips at once
 
 
@@ -178,11 +178,8 @@ def export(out: Path, film: Film, vae: AutoencoderKL) -> None:
         scheduler=new_scheduler(),
     )
     pipe.save_pretrained(out)
-    call = {
-        "arguments": {"height": SIZE, "width": SIZE, "video_length": FRAMES},
-        "set": "moving-emoji",
-    }
-    (out / "dtq_call.json").write_text(json.dumps(call, indent=2, sort_keys=True) + "\n")
+    _portable(out)
+    call.write(out, call.Call({"height": SIZE, "width": SIZE, "video_length": FRAMES}, SET))
     (out / "README.md").write_text(_CARD)
 
 
@@ -202,6 +199,14 @@ Trained from scratch by `python -m dtq.demo.train_video` on pictures of the npm 
 2.0, fonts under SIL Open Font License 1.1; the package itself under MIT. No picture is included.
 The weights are under Apache License 2.0.
 """
+
+
+def _portable(out: Path) -> None:
+    """Call the tokenizer by the name that every version of transformers knows it by."""
+    for file in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        text = (out / file).read_text()
+        text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        (out / file).write_text(text)
 
 
 def _encoded(vae: Any, film: Tensor) -> Tensor:
