@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dtq.data import folder
 from dtq.documents import read_json, write_whole
@@ -63,6 +64,12 @@ def read(pipeline: Path) -> Call:
     if chosen not in ("auto", *(known.stem for known in folder("calibration").glob("*.txt"))):
         raise InputError(f"{path}: set: {chosen!r} is not one that dtq ships")
     return Call(sizes, chosen)
+
+
+def of(pipeline: Any) -> Call:
+    """The file of the folder that a pipeline was read from."""
+    where = getattr(getattr(pipeline, "config", None), "_name_or_path", None)
+    return read(Path(where)) if where else Call()
 
 
 def write(pipeline: Path, call: Call) -> None:

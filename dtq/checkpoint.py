@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dtq import call
 from dtq.card import card
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.documents import read_json
@@ -249,6 +251,8 @@ def save_into(
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
         _forget_path(config)
+    if isinstance(saveable, DiffusionPipeline):
+        call.write(folder, call.of(saveable))
     if getattr(saveable, "labels", None):
         _remember_labels(saveable.labels, folder / "model_index.json")
     for file in folder.rglob("*.safetensors"):

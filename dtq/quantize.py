@@ -29,7 +29,7 @@ from dtq.families import Scan
 from dtq.nn.swap import finish
 from dtq.paging import paged
 from dtq.plan import Plan
-from dtq.recipe import Recipe
+from dtq.recipe import Calibration, Recipe
 from dtq.refine import REFINE
 from dtq.solve import built, solve_all
 from dtq.solved import LayerReport, SiteReport
@@ -325,7 +325,7 @@ def plan_source(
         raise InputError(f"{source.name} is quantized already; give the float model")
     if source.scan is None:
         with paged(*_modules(source)):
-            source.scan = scan_model(source.model, _first_call(source, calls))
+            source.scan = scan_model(source.model, _first_call(source, recipe.calibration, calls))
     scan = source.scan
     keep = tuple(getattr(source.model, "_keep_in_fp32_modules", None) or ())
     plan = recipe.plan(scan, (*skip, *keep))
@@ -396,16 +396,16 @@ def on_the_fly(model: nn.Module, config: DTQConfig, keep: list[str]) -> Report:
     return quantize_source(source, recipe, skip=skip, progress=False, config=config)
 
 
-def _first_call(source: Source, calls: Sequence[dict[str, Any]] | None) -> Any:
+def _first_call(source: Source, how: Calibration, calls: Sequence[dict[str, Any]] | None) -> Any:
     """How to trace one forward: a given call, made-up inputs, or a step of the pipeline."""
     if calls:
         return lambda model: model(**calls[0])
     if source.family is not None or source.pipeline is None:
         return None
-    pipeline, once = source.pipeline, replace(Recipe().calibration, samples=1, steps=1, batch=1)
+    pipeline, once = source.pipeline, replace(how, samples=1, steps=1, batch=1)
 
     def run(model: nn.Module) -> None:
-        for _ in engine.run_pipeline(pipeline, sets.load("auto", pipeline, 1), once):
+        for _ in engine.run_pipeline(pipeline, sets.load(once.set, pipeline, 1), once):
             pass
 
     return run

@@ -19,7 +19,7 @@ ROWS = [
     {"nn", "harden", "config", "demo", "folder"},
     {"refine", "reader", "card"},
     {"recipe"},
-    {"source"},
+    {"source", "call"},
     {"calibrate", "checkpoint"},
     {"solved"},
     {"diffusers", "lora", "solve", "allocate"},
@@ -35,8 +35,8 @@ ROWS = [
     {"cli"},
     {"__main__"},
 ]
-# calibrate.stats is read by transforms, calls by refine; formats.integer by the ops; demo/train is a script
-SCRIPTS = {"demo.train"}
+# calibrate.stats is read by transforms, calls by refine; formats.integer by the ops; demo/train and train_video are scripts
+SCRIPTS = {"demo.train", "demo.train_video"}
 
 
 def row(module: str) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dtq import call
 from dtq.calibrate import media, sets
 from dtq.calibrate.stats import Origin, SiteStats
 from dtq.errors import InputError
@@ -99,6 +100,7 @@ def drive(
     """
     model, pipeline = source.model, source.pipeline
     if inputs is None and pipeline is not None:
+        calibration = call.of(pipeline).fill(calibration)
         requests = sets.load(calibration.set, pipeline, calibration.samples)
         batch = media.wanted(pipeline, calibration).batch(calibration.batch)
         batches = -(-len(requests.entries) // batch)
@@ -274,6 +276,7 @@ def run_pipeline(
     Raises:
         InputError: the pipeline takes no such argument, or refuses what it is given.
     """
+    calibration = call.of(pipeline).fill(calibration)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     options: dict[str, Any] = {"output_type": output}
     if calibration.steps:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtq import call
 from dtq.data import folder
 from dtq.documents import read_text
 from dtq.errors import FOREIGN, InputError, first_line
@@ -41,6 +42,8 @@ def load(name: str, pipeline: Any, count: int, *, nested: bool = False) -> Reque
         InputError: no such set, an empty or unreadable one, or labels for a prompt pipeline.
     """
     argument = _argument(pipeline)
+    if name == "auto":
+        name = call.of(pipeline).set
     if name == "auto":
         entries = _own_labels(pipeline) if argument == "class_labels" else _shipped("prompts-64")
     elif name.startswith("hub:"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtq import call
 from dtq.calibrate import sets
 from dtq.calibrate.engine import seed_of
 from dtq.documents import numbers, read_json
@@ -132,6 +133,7 @@ def evaluate(
     for name in baselines:
         others.find(name)
     job = observe(reference, how, say)
+    how = job.how
     truth = job.truth
     say("candidate, teacher-forced and free-running")
     seen = compare(job, candidate)
@@ -197,6 +199,7 @@ class Seen:
 
 def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -> Job:
     """Run the float pipeline twice."""
+    how = call.of(reference.pipeline).fill(how)
     # nested: more samples later are these and others
     requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
     say("float pipeline")
