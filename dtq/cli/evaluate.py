@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -15,11 +16,10 @@ import torch
 from dtq import checkpoint, source
 from dtq.calibrate import sets
 from dtq.calibrate.engine import run_pipeline
-from dtq.cli.options import arguments_of, call_options, listed, pairs
+from dtq.cli.options import calibration_of, call_options, listed, pairs
 from dtq.documents import read_json, write_folder, write_whole
 from dtq.errors import InputError, NumberError
 from dtq.printing import or_dash, table
-from dtq.recipe import Calibration
 
 
 @click.command()
@@ -60,14 +60,9 @@ def sample(
     model: str,
     entries: tuple[str, ...],
     count: int,
-    steps: int,
-    guidance: float,
-    seed: int,
-    batch: int,
     dtype: str,
-    arguments: tuple[str, ...],
-    images: str | None,
     output: Path,
+    **job: Any,
 ) -> None:
     """Make pictures, videos or sounds with a float or quantized MODEL.
 
@@ -82,15 +77,7 @@ def sample(
     opened = _open(model, dtype)
     if opened.pipeline is None:
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
-    how = Calibration(
-        samples=len(entries) or count,
-        steps=steps,
-        guidance=guidance,
-        batch=batch,
-        seed=seed,
-        arguments=arguments_of(arguments),
-        images=images or "",
-    )
+    how = calibration_of(samples=len(entries) or count, **job)
     requests = (
         sets.given(list(entries), opened.pipeline)
         if entries
@@ -200,10 +187,6 @@ def evaluate(
     candidate: str,
     reference: str,
     output: Path | None,
-    samples: int,
-    steps: int,
-    guidance: float,
-    seed: int,
     requests: str,
     fid: int,
     metrics: tuple[str, ...],
@@ -211,13 +194,11 @@ def evaluate(
     weights: tuple[str, ...],
     reference_set: Path | None,
     npz: bool,
-    batch: int,
     keep_pictures: bool,
     baseline: tuple[str, ...],
     dtype: str,
-    arguments: tuple[str, ...],
-    images: str | None,
     as_json: bool,
+    **job: Any,
 ) -> None:
     """Compare a quantized CANDIDATE with its float model, same seeds.
 
@@ -240,16 +221,7 @@ def evaluate(
     if npz and (output is None or not asked.distributions):
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
-    how = Calibration(
-        set=requests,
-        samples=samples,
-        steps=steps,
-        guidance=guidance,
-        batch=batch,
-        seed=seed,
-        arguments=arguments_of(arguments),
-        images=images or "",
-    )
+    how = calibration_of(set=requests, **job)
     result = run.evaluate(
         opened, float_model, how, baselines=listed(baseline), asked=asked, say=say
     )

@@ -11,7 +11,7 @@ import click
 from dtq import source
 from dtq.documents import parse_yaml
 from dtq.errors import InputError
-from dtq.recipe import Recipe
+from dtq.recipe import Calibration, Recipe
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,6 +136,11 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
             data[step] = below
         data = below
     data[path[-1]] = value
+
+
+def calibration_of(*, arguments: Sequence[str], images: str | None, **job: Any) -> Calibration:
+    """What a pipeline is to run: the job's own options, and those of :func:`call_options`."""
+    return Calibration(**job, arguments=arguments_of(arguments), images=images or "")
 
 
 def arguments_of(options: Sequence[str]) -> dict[str, Any]:
