@@ -20,9 +20,11 @@ import dtq as library
 from dtq.cli import main
 from dtq.evaluate import ledger, run, runfile
 from dtq.evaluate.gate import Outcome, judge
+from dtq.evaluate.identity import fingerprint
 from dtq.evaluate.limits import Limit, Policy
 from dtq.recipe import Calibration
 from dtq.source import open_source
+from gate import scaled, swapped, without_bias  # docs/gate.py
 
 HOW = Calibration(samples=16, steps=4, batch=8, seed=3)
 gate_group = main.commands["gate"].commands
@@ -86,28 +88,13 @@ def changed(place, change):
 # --- planted regressions
 
 
-def scale(model):
-    model.transformer_blocks[1].ff.net[2].part("weight_scale").mul_(1.5)
-
-
-def swapped(model):
-    layer = model.transformer_blocks[1].ff.net[2]
-    for name, spec in layer.specs().items():
-        if spec.shape[0] == layer.out_features:
-            data = layer._parameters[name].data
-            data[[0, 1]] = data[[1, 0]].clone()
-
-
-def no_bias(model):
-    model.transformer_blocks[-1].ff.net[2].bias.data.zero_()
-
-
-@pytest.mark.parametrize("defect", [scale, swapped, no_bias])
+@pytest.mark.parametrize("defect", [scaled, swapped, without_bias])
 def test_a_planted_defect_is_a_regression(defect, job, base, quantized_folder):
     broken = open_source(quantized_folder)
-    defect(broken.model)
-    verdict = judge(run.compare(job, broken).run, base, POLICY)
+    with defect(broken.model, "blocks.1.ff.net.2"):
+        verdict = judge(run.compare(job, broken).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION, verdict.sentence
+    assert fingerprint(broken.model) == base.identity["checkpoint"]  # it was taken back
 
 
 def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
