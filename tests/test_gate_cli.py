@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 import dtq as library
 from dtq.cli import main
+from dtq.errors import InputError
 from dtq.evaluate import ledger, run, runfile
 from dtq.evaluate.gate import Outcome, judge
 from dtq.evaluate.identity import fingerprint
@@ -349,6 +350,33 @@ def test_what_cannot_be_accepted(place, monkeypatch):
     assert (place / "base.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [3, {}, {"why": 3}, {"who": None}, {"against_the_last": "pass"}, {"against_the_last": {}}],
+)
+def test_a_history_that_is_none(place, entry):
+    data = json.loads((place / "base.json").read_text())
+    data["history"].append(
+        {**data["history"][0], **entry} if isinstance(entry, dict) and entry else entry
+    )
+    (place / "base.json").write_text(json.dumps(data))
+    before = (place / "base.json").read_bytes()
+    words = "history[1] is not what dtq gate accept writes"
+    assert words in dtq("gate", "log", place / "base.json", code=3).stderr
+    arguments = ("--baseline", place / "base.json", "--policy", place / "tiny.yaml")
+    assert words in dtq("gate", "accept", place / "run", *arguments, "--reason", "x", code=3).stderr
+    assert (place / "base.json").read_bytes() == before
+
+
+def test_what_the_policy_leaves_out_may_be_missing_in_a_baseline(place, base):
+    run = copy.deepcopy(base)
+    run.values["divergence"] = {s.id: None for s in run.samples}
+    run.values["ssim"] = {}
+    entry = ledger.accept(run, place / "base.json", "again", POLICY)
+    assert entry["errors"]["divergence"] is entry["errors"]["ssim"] is None
+    assert entry["errors"]["psnr"] > 0
+
+
 def test_a_baseline_is_written_whole_or_not_at_all(place, base, monkeypatch):
     before = (place / "base.json").read_bytes()
 
@@ -356,10 +384,11 @@ def test_a_baseline_is_written_whole_or_not_at_all(place, base, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    files = set(place.iterdir())
+    with pytest.raises(InputError, match="No space"):
         ledger.accept(base, place / "base.json", "again", POLICY)
     assert (place / "base.json").read_bytes() == before
-    assert not list(place.glob(".*partial"))
+    assert set(place.iterdir()) == files
 
 
 def test_eval_writes_what_the_gate_reads(float_folder, quantized_folder, place):

@@ -17,7 +17,7 @@ from dtq import checkpoint, source
 from dtq.calibrate import sets
 from dtq.calibrate.engine import run_pipeline
 from dtq.cli.options import calibration_of, call_options, listed, pairs
-from dtq.documents import read_json, write_folder, write_whole
+from dtq.documents import finite, read_json, write_folder, write_whole
 from dtq.errors import InputError, NumberError
 from dtq.printing import or_dash, table
 
@@ -238,7 +238,7 @@ def evaluate(
         if keep_pictures:
             run.write_pictures(result, output)
     if as_json:
-        click.echo(json.dumps(runfile.finite(result.to_json())))
+        click.echo(json.dumps(finite(result.to_json())))
         sys.exit(3 if result.run is not None and result.run.missing else 0)
     table(
         ("model", "per-step error", "worst step", "bits", "PSNR", "SSIM", "FID to float"),
