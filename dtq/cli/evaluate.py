@@ -221,11 +221,12 @@ def evaluate(
     if npz and (output is None or not asked.distributions):
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
+    quantization = run.quantization_report(opened.path)
     how = calibration_of(set=requests, **job)
     result = run.evaluate(
         opened, float_model, how, baselines=listed(baseline), asked=asked, say=say
     )
-    result.quantization = run.quantization_report(opened.path)
+    result.quantization = quantization
     result.command = f"dtq {shlex.join(sys.argv[1:])}"
     if output is not None:
         write_folder(output)
@@ -271,7 +272,7 @@ def _open(model: str, dtype: str) -> source.Source:
     """Open a model; a dtq checkpoint is verified first, so that damage is one clear line."""
     path = Path(model)
     if path.is_dir() and source.folder_kind(path) == "pipeline":
-        config = path / "transformer" / "config.json"
-        if config.is_file() and "quantization_config" in read_json(config):
+        configs = [path / name / "config.json" for name in source.denoisers_on_disk(path)]
+        if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
             checkpoint.verify(path)
     return source.open_source(model, dtype=dtype)
