@@ -367,10 +367,9 @@ def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
     """Every figure of videos (B, F, 3, H, W) against the float model's, each (B,)."""
     energy = video.frame_energy(got) / video.frame_energy(want).clamp(min=1e-12)
     energy = energy.clamp(min=1e-12)
-    shown, right = (video.temporal_flickering(v) for v in (got, want))
     return {
-        "flicker": 255 * (right - shown),
-        "flickering": shown,
+        "flicker": video.flicker_excess(got, want),
+        "flickering": video.temporal_flickering(got),
         # motion that is lost is as bad as motion that is new
         "frame-energy": torch.maximum(energy, 1 / energy),
         "temporal-psnr": video.temporal_psnr(got, want).clamp(max=EQUAL_DB),
