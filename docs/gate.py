@@ -30,7 +30,7 @@ from dtq.evaluate import drift, run
 from dtq.evaluate.gate import Outcome, Verdict, judge
 from dtq.evaluate.interval import paired
 from dtq.evaluate.limits import Limit, Policy
-from dtq.evaluate.runfile import Run
+from dtq.evaluate.runfile import JOB, Run, Sample
 from dtq.nn.linear import QuantLinear
 from dtq.recipe import Calibration
 from dtq.source import Source, open_source
@@ -192,8 +192,8 @@ def planted(options: argparse.Namespace) -> None:
         return mine
 
     unchanged = gated("nothing", candidate, must=Outcome.PASS)
-    for defect in DEFECTS:
-        with defect(candidate.model) as name:
+    for defect, at in DEFECTS:
+        with defect(candidate.model, at) as name:
             gated(name, candidate)
     gated(
         "recipe rtn-w4a8 in place of w4a8",
@@ -222,37 +222,28 @@ def planted(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def scale(model: nn.Module) -> Iterator[str]:
-    layer = _layer(model, "transformer_blocks.4.ff.net.2")
+def scaled(model: nn.Module, at: str) -> Iterator[str]:
+    layer = _layer(model, at)
     before = layer._parameters["weight_scale"].data.clone()
     layer.part("weight_scale").mul_(1.5)
-    yield "scale of blocks.4.ff.net.2 x 1.5"
+    yield f"scale of {at} x 1.5"
     layer._parameters["weight_scale"].data.copy_(before)
 
 
 @contextmanager
-def swapped(model: nn.Module) -> Iterator[str]:
-    layer = _layer(model, "transformer_blocks.4.ff.net.2")
+def swapped(model: nn.Module, at: str) -> Iterator[str]:
+    layer = _layer(model, at)
     _swap(layer)
-    yield "outputs 0 and 1 of blocks.4.ff.net.2 swapped"
-    _swap(layer)
-
-
-@contextmanager
-def swapped_values(model: nn.Module) -> Iterator[str]:
-    layer = _layer(model, "transformer_blocks.4.attn1.to_v")
-    _swap(layer)
-    yield "outputs 0 and 1 of blocks.4.attn1.to_v swapped"
+    yield f"outputs 0 and 1 of {at} swapped"
     _swap(layer)
 
 
 @contextmanager
-def bias(model: nn.Module) -> Iterator[str]:
-    last = len(model.transformer_blocks) - 1
-    layer = _layer(model, f"transformer_blocks.{last}.ff.net.2")
+def without_bias(model: nn.Module, at: str) -> Iterator[str]:
+    layer = _layer(model, at)
     before = layer.bias.data.clone()
     layer.bias.data.zero_()
-    yield f"bias of blocks.{last}.ff.net.2 dropped"
+    yield f"bias of {at} dropped"
     layer.bias.data.copy_(before)
 
 
@@ -267,12 +258,17 @@ def step_bin(model: nn.Module) -> Iterator[str]:
         layer.part("input_scale").reshape(-1)[0] *= 2
 
 
-DEFECTS = (scale, swapped, swapped_values, bias)
+DEFECTS = (
+    (scaled, "blocks.4.ff.net.2"),
+    (swapped, "blocks.4.ff.net.2"),
+    (swapped, "blocks.4.attn1.to_v"),
+    (without_bias, "blocks.7.ff.net.2"),
+)
 
 
-def _layer(model: nn.Module, name: str) -> QuantLinear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, QuantLinear), name
+def _layer(model: nn.Module, at: str) -> QuantLinear:
+    layer = model.get_submodule(f"transformer_{at}")
+    assert isinstance(layer, QuantLinear), at
     return layer
 
 
@@ -327,8 +323,6 @@ def _picked(whole: Run, places: list[int]) -> Run:
 
 
 def _made_up(errors: np.ndarray) -> Run:
-    from dtq.evaluate.runfile import JOB, Sample
-
     ids = [f"{i:04d}" for i in range(len(errors))]
     rows = errors.reshape(len(errors), -1).tolist()
     values = {"error": dict(zip(ids, rows, strict=True))}

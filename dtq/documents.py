@@ -173,20 +173,34 @@ def _finite(text: str) -> float:
 
 
 def _bounded(data: Any, where: str) -> None:
-    """Depth and whole numbers, without recursion."""
+    """Depth, whole numbers and text, without recursion."""
     level, depth = [("", data)], 0
     while level:
         below: list[tuple[str, Any]] = []
         for at, value in level:
             if isinstance(value, dict):
                 below += [(f"{at}.{key}"[-80:], item) for key, item in value.items()]
+                if not all(_unicode(key) for key in value):
+                    raise InputError(f"{where}: {at.lstrip('.')}: a key that is no Unicode text")
             elif isinstance(value, list):
                 below += [(at, item) for item in value]
             elif isinstance(value, int) and abs(value) >= LARGEST_INT:
                 raise InputError(f"{where}: {at.lstrip('.')}: a number beyond 64 bits")
+            elif not _unicode(value):
+                raise InputError(f"{where}: {at.lstrip('.')}: no Unicode text")
         level, depth = below, depth + 1
         if depth > DEEPEST:
             raise InputError(f"{where}: nested deeper than {DEEPEST} levels")
+
+
+def _unicode(value: object) -> bool:
+    """False for text with half of a surrogate pair, which no file and no terminal takes."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 class _Plain(yaml.SafeLoader):

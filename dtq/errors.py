@@ -38,8 +38,7 @@ class DtqError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        said = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in said)
+        return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
 
 
 class InputError(DtqError):
@@ -65,6 +64,11 @@ class TeamError(DtqError):
 
 class NumberError(DtqError):
     """NaN or infinite numbers where a model runs; names the layer and the step."""
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of what would steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

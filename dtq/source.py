@@ -64,6 +64,12 @@ class Source:
         dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
         return dtype
 
+    def models(self) -> dict[str, nn.Module]:
+        """Every diffusion transformer of its pipeline by its name there, this one first."""
+        names = [] if self.pipeline is None else denoisers(self.pipeline)
+        others = {name: getattr(self.pipeline, name) for name in names}
+        return {self.component: self.model} | others
+
 
 def open_source(
     what: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import tiny
 import torch
@@ -45,9 +46,12 @@ from dtq import checkpoint, source
 from dtq.calibrate import store
 from dtq.documents import parse_json
 from dtq.errors import FOREIGN, DtqError
-from dtq.evaluate.run import quantization_report
+from dtq.evaluate import ledger, runfile, verdict
+from dtq.evaluate.gate import judge
+from dtq.evaluate.limits import Limit, Policy
+from dtq.evaluate.run import compare, observe, quantization_report
 from dtq.quantize import calibrate_source, plan_source
-from dtq.recipe import Recipe, find, names
+from dtq.recipe import Calibration, Recipe, find, names
 
 SECONDS = 20
 """For one case: a slow, shared machine included; a good folder takes a twentieth of one."""
@@ -55,6 +59,14 @@ GIGABYTES = 4
 """Address space beyond what the process had before the first case."""
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+POLICY = Policy(
+    primary=(Limit("error", 1.05), Limit("error", 1.1, parts=3)),
+    secondary=(Limit("psnr", 1.0),),
+    looks=(8,),
+    resamples=400,
+)
+"""Of the gate: what a run of 8 prompts allows."""
 
 EXTREMES: tuple[Any, ...] = (
     0, -1, 1, 2, 3, 7, 255, 2**15, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
@@ -258,6 +270,16 @@ class Seeds:
         pipe.transformer.save_pretrained(folder / "shards", max_shard_size="200kB")
         for name in names():
             shutil.copy(find(name), folder / f"{name}.yaml")
+        gate = folder / "gate"
+        gate.mkdir()
+        policy = POLICY.to_dict()
+        del policy["name"]
+        (gate / "policy.yaml").write_text(yaml.safe_dump(policy))
+        job = observe(opened, Calibration(samples=8, steps=3, batch=4))
+        made = compare(job, source.open_source(folder / "quantized")).run
+        (gate / "run.json").write_text(runfile.text(made.to_json()))
+        for reason in ("first", "second"):
+            ledger.accept(made, gate / "base.json", reason, POLICY)
 
 
 class Target:
@@ -273,6 +295,18 @@ def load_model(folder: Path) -> None:
 
 def sites(path: Path) -> None:
     dict(store.load(path).sites)
+
+
+def gated(folder: Path) -> None:
+    """All that ``dtq gate`` does with a run, a baseline and a policy."""
+    policy = Policy.load(folder / "policy.yaml")
+    ledger.history(folder / "base.json")
+    run, base = (runfile.read(folder / name) for name in ("run.json", "base.json"))
+    said = judge(run, base, policy)
+    runfile.text(said.to_json()).encode()
+    verdict.markdown(said, run).encode()
+    ElementTree.fromstring(verdict.junit(said))
+    ledger.accept(run, folder / "base.json", "again", policy)
 
 
 MODEL = ("config.json", WEIGHTS, WEIGHTS)
@@ -295,12 +329,13 @@ TARGETS: dict[str, Target] = {
     "statistics": Target("statistics.safetensors", ("",), sites),
     "recipe": Target("*.yaml", ("",), Recipe.load),
     "report": Target("quantized/dtq_report.json", ("",), lambda path: quantization_report(path.parent)),
+    "gate": Target("gate", ("run.json", "base.json", "policy.yaml"), gated),
     "json": Target("quantized/dtq_report.json", ("",), lambda path: parse_json(path.read_text(errors="replace"), "x")),
 }  # fmt: skip
 """Name to target; a command that reads a new kind of file adds a row."""
 
 SHARE = {"verify": 4, "open": 1, "plan": 2, "load": 3, "shards": 2, "statistics": 4, "recipe": 6,
-         "report": 3, "json": 1}  # fmt: skip
+         "report": 3, "gate": 6, "json": 1}  # fmt: skip
 """How often each comes up: those that read most of the format more often."""
 
 

@@ -19,6 +19,8 @@ from diffusers import DiffusionPipeline
 
 from dtq import checkpoint
 from dtq.cli import main
+from dtq.cli.options import calibration_of
+from dtq.recipe import Calibration
 
 FAST = ["--samples", "4", "--steps", "4"]
 ROOT = Path(__file__).parent.parent
@@ -93,6 +95,14 @@ def test_json_is_only_json(float_folder, tmp_path):
         "--json",
     )
     assert json.loads(result.stdout)["conditions"]["samples"] == 2
+
+
+def test_sample_and_eval_run_the_job_that_their_options_say():
+    job = {"samples": 3, "steps": 2, "guidance": 1.5, "seed": 4, "batch": 5}
+    assert calibration_of(arguments=("height=16", "max_area=[1]"), images="cat.png", **job) == (
+        Calibration(**job, arguments={"height": 16, "max_area": [1]}, images="cat.png")
+    )
+    assert calibration_of(arguments=(), images=None, **job) == Calibration(**job)
 
 
 def test_recipes(tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 
+import pipelines
 import pytest
 import tiny
 import torch
@@ -174,6 +175,57 @@ def test_what_cannot_be_compared():
         run.evaluate(open_source(tiny.dit()), pipe, HOW)
     with pytest.raises(InputError, match="unknown baseline"):
         run.evaluate(pipe, pipe, HOW, baselines=["gptqq"])
+
+
+def test_both_transformers_of_a_pipeline_are_judged():
+    """Wan 2.2: each step is of whichever runs, and the fingerprints are of both."""
+    how = Calibration(samples=2, steps=4, batch=2, arguments=pipelines.SMALL["wan 2.2"])
+    float_model, changed = (open_source(pipelines.wan_two()) for _ in range(2))
+    assert list(float_model.models()) == ["transformer", "transformer_2"]
+    changed.models()["transformer_2"].proj_out.weight.data *= 1.1
+    changed.models()["transformer_2"].proj_out.bias.data *= 1.1
+    job = run.observe(float_model, how)
+    turns = [call.model for call in job.truth.calls]
+    assert set(turns) == {"transformer", "transformer_2"}
+    assert [call.step for call in job.truth.calls] == list(range(len(turns)))
+    seen = run.compare(job, changed)
+    errors = drift.step_errors(job.truth, seen.outputs)
+    for turn, error in zip(turns, errors, strict=True):
+        assert error == pytest.approx(0.01 if turn == "transformer_2" else 0.0, rel=1e-3)
+    calls = {name: turns.count(name) for name in ("transformer", "transformer_2")}
+    assert seen.run.conditions["calls"] == calls
+    assert seen.run.identity["checkpoint"] != seen.run.identity["reference"]
+    assert run.compare(job, float_model).run.identity["checkpoint"] == fingerprint(
+        *float_model.models().values()
+    )
+
+
+def test_a_transformer_that_is_never_called_is_said(caplog):
+    pipe = pipelines.wan_two()
+    pipe.register_to_config(boundary_ratio=0.0)  # the first one has every step
+    how = Calibration(samples=1, steps=2, batch=1, arguments=pipelines.SMALL["wan 2.2"])
+    run.observe(open_source(pipe), how)
+    assert "transformer_2 is not called in this job, so it is not judged" in caplog.text
+
+
+def test_pipelines_of_other_transformers_are_not_compared():
+    two, one = open_source(pipelines.wan_two()), open_source(pipelines.wan())
+    with pytest.raises(InputError, match=r"transformer_2.*not the same model"):
+        run.evaluate(two, one, HOW)
+
+
+def test_a_candidate_with_weights_alone_has_baselines(float_folder, monkeypatch):
+    """The same linears by another library, though none of them quantizes its input."""
+    seen = []
+    mine = baselines.Baseline("as it is", lambda model, names: seen.extend(names), lambda x: 4.5)
+    monkeypatch.setitem(baselines.BASELINES, "mine", mine)
+    pipe = dtq.quantize(float_folder, "rtn-w4a8", acts="none", progress=False)
+    candidate, reference = open_source(pipe), open_source(float_folder)
+    result = run.evaluate(candidate, reference, HOW, baselines=["mine"])
+    assert seen == list(run.judged_layers(candidate.model))
+    assert (result.rows[1].error, result.rows[1].bits) == (0.0, 4.5)
+    with pytest.raises(InputError, match="no quantized layer"):
+        run.evaluate(reference, reference, HOW, baselines=["mine"])
 
 
 def test_a_picture_that_is_none_is_a_failure(float_folder):

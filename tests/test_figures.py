@@ -45,11 +45,23 @@ def test_frechet_distance_against_the_root_of_the_product(sides):
     assert frechet(*sides) == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("count", [8, 24, 200])
+@pytest.mark.parametrize("count", [2, 8, 23])
 def test_the_cheap_route_is_the_same_distance(sides, count):
     reference = Moments.of(sides[0])
     rows = sides[1][:count]
     assert reference.to_features(rows) == pytest.approx(reference.to(Moments.of(rows)), rel=1e-6)
+
+
+def test_many_features_or_few_are_one_distance(sides):
+    """The figure and the middle of its interval are the same number."""
+    for count in (8, 200):
+        rows = sides[1][:count]
+        found = DISTRIBUTIONS["fid"].value(rows, Against("x", {"pool": sides[0]}))
+        assert found == Moments.of(sides[0]).to_features(rows)
+        # roots of D x D matrices of rank N - 1 would leave 1e-6
+        assert Moments.of(rows).to_features(rows) == pytest.approx(0, abs=1e-10)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        Moments.of(sides[0]).to_features(sides[1][:1])
 
 
 def test_kid_against_loops(sides):

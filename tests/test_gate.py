@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+import gate as measured  # docs/gate.py
 from dtq.errors import InputError, RecipeError
 from dtq.evaluate import limits, runfile
 from dtq.evaluate.gate import Outcome, judge
@@ -49,12 +50,7 @@ def a_run(n=32, seed=0, worse=1.0, spread=0.0, steps=4, **conditions) -> Run:
 # --- the interval
 
 
-SHAPES = {
-    "normal": lambda g, n: g.normal(size=n),
-    "a tenth much worse": lambda g, n: np.where(g.random(n) < 0.1, g.normal(5, 1, n), g.normal(0, 1, n)) - 0.5,
-    "exponential": lambda g, n: g.exponential(size=n) - 1,
-    "t with 3 degrees": lambda g, n: g.standard_t(3, n),
-}  # fmt: skip
+SHAPES = {name: draw for name, draw in measured.SHAPES.items() if "not promised" not in name}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -258,6 +254,14 @@ BROKEN = {
         lambda r: r.values["error"].update({"0001": [1.0, None, 1.0, 1.0]}),
         "error is not a finite number for 0001",
     ),
+    "a number that can be squared": (
+        lambda r: r.values["error"].update({"0001": [1.0, 1e308, 1.0, 1.0]}),
+        "error is beyond 1e+100 for 0001",
+    ),
+    "the steps of its noise": (
+        lambda r: r.rerun.update(error={k: v[:2] for k, v in r.rerun["error"].items()}),
+        "error has 4 steps, its noise 2",
+    ),
     "a step": (lambda r: r.values["error"]["0001"].pop(), "error has 3, 4 steps"),
     "steps": (lambda r: r.values["error"].update({"0001": 0.1}), "not a finite number for 0001"),
     "a figure that was asked for": (
@@ -303,6 +307,22 @@ def test_without_it_a_run_is_invalid(what, side):
     assert any(words in reason for reason in verdict.reasons), verdict.reasons
 
 
+def test_trajectories_of_other_lengths_are_not_compared():
+    """Whatever the conditions say."""
+    quarters = Policy(primary=(Limit("error", 1.05, parts=4),))
+    long = a_run(steps=8)
+    long.conditions["steps"] = 4
+    verdict = judge(long, a_run(steps=4), quarters)
+    assert verdict.outcome is Outcome.INVALID
+    assert verdict.reasons == ["error: 8 steps in the run, 4 in the baseline"]
+
+
+def test_reasons_do_not_steer_a_terminal():
+    run = a_run()
+    run.failures["0001"] = "\x1b[31mred"
+    assert judge(run, a_run(), ERROR).reasons == [r"run: sample 0001 failed: \x1b[31mred"]
+
+
 def test_every_reason_is_given_at_once():
     run = a_run(torch="other", set="mine")
     del run.values["error"]
@@ -343,6 +363,9 @@ def test_a_run_file_reads_back(tmp_path):
         ('{"rows": []}', "make it again"),
         ('{"format": 99}', "this dtq reads 1"),
         ('{"format": 1, "samples": 3}', "missing or damaged: candidate"),
+        ('{"format": 1, "format": 1}', "'format' is there twice"),
+        ('{"format": NaN}', "NaN is not a number"),
+        ("[" * 100 + "]" * 100, "nested deeper than 64 levels"),
     ],
 )
 def test_what_is_no_run_file(tmp_path, text, words):
@@ -358,6 +381,21 @@ def test_damaged_parts_of_a_run_file():
     for key, value in (("samples", [3]), ("values", {"error": 3})):
         with pytest.raises(InputError, match=key):
             runfile.parse({**json.loads(json.dumps(good)), key: value})
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "a/b", "", "a b"])
+def test_ids_of_samples_are_names_of_files(name):
+    good = json.loads(json.dumps(a_run().to_json()))
+    good["samples"][3]["id"] = name
+    with pytest.raises(InputError, match=r"samples\[3\]: the id .* is no plain name"):
+        runfile.parse(good)
+
+
+def test_a_run_file_has_a_size(tmp_path, monkeypatch):
+    (tmp_path / "eval.json").write_text(runfile.text(a_run().to_json()))
+    monkeypatch.setattr(runfile, "LARGEST_JSON", 1000)
+    with pytest.raises(InputError, match="larger than 1000 bytes"):
+        runfile.read(tmp_path)
 
 
 def test_the_shipped_policies_are_good():
@@ -403,6 +441,12 @@ def test_a_policy_reports_every_mistake_at_once(tmp_path):
         ),
         ("- 1", "a mapping"),
         ("a: [", "not YAML"),
+        ("a: &x [1]\nprimary: *x", "the alias *x"),
+        ("primary: [{metric: psnr, margin: 1.0e+300}]", "beyond what is measured"),
+        ("primary: [{metric: psnr, margin: 1.0e-300}]", "beyond what is measured"),
+        ("primary: [{metric: error, margin: 1.1}]\nalpha: 1.0e-300", "0.000001 at least"),
+        ("primary: [{metric: error, margin: 1.1}]\nresamples: 2000000000", "at most 1000000"),
+        ("primary: [{metric: error, margin: 1.1}]\nseed: -1", "must not be below 0"),
     ],
 )
 def test_what_is_no_policy(tmp_path, text, words):

@@ -18,11 +18,14 @@ from click.testing import CliRunner
 
 import dtq as library
 from dtq.cli import main
+from dtq.errors import InputError
 from dtq.evaluate import ledger, run, runfile
 from dtq.evaluate.gate import Outcome, judge
+from dtq.evaluate.identity import fingerprint
 from dtq.evaluate.limits import Limit, Policy
 from dtq.recipe import Calibration
 from dtq.source import open_source
+from gate import scaled, swapped, without_bias  # docs/gate.py
 
 HOW = Calibration(samples=16, steps=4, batch=8, seed=3)
 gate_group = main.commands["gate"].commands
@@ -86,28 +89,13 @@ def changed(place, change):
 # --- planted regressions
 
 
-def scale(model):
-    model.transformer_blocks[1].ff.net[2].part("weight_scale").mul_(1.5)
-
-
-def swapped(model):
-    layer = model.transformer_blocks[1].ff.net[2]
-    for name, spec in layer.specs().items():
-        if spec.shape[0] == layer.out_features:
-            data = layer._parameters[name].data
-            data[[0, 1]] = data[[1, 0]].clone()
-
-
-def no_bias(model):
-    model.transformer_blocks[-1].ff.net[2].bias.data.zero_()
-
-
-@pytest.mark.parametrize("defect", [scale, swapped, no_bias])
+@pytest.mark.parametrize("defect", [scaled, swapped, without_bias])
 def test_a_planted_defect_is_a_regression(defect, job, base, quantized_folder):
     broken = open_source(quantized_folder)
-    defect(broken.model)
-    verdict = judge(run.compare(job, broken).run, base, POLICY)
+    with defect(broken.model, "blocks.1.ff.net.2"):
+        verdict = judge(run.compare(job, broken).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION, verdict.sentence
+    assert fingerprint(broken.model) == base.identity["checkpoint"]  # it was taken back
 
 
 def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
@@ -362,6 +350,33 @@ def test_what_cannot_be_accepted(place, monkeypatch):
     assert (place / "base.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [3, {}, {"why": 3}, {"who": None}, {"against_the_last": "pass"}, {"against_the_last": {}}],
+)
+def test_a_history_that_is_none(place, entry):
+    data = json.loads((place / "base.json").read_text())
+    data["history"].append(
+        {**data["history"][0], **entry} if isinstance(entry, dict) and entry else entry
+    )
+    (place / "base.json").write_text(json.dumps(data))
+    before = (place / "base.json").read_bytes()
+    words = "history[1] is not what dtq gate accept writes"
+    assert words in dtq("gate", "log", place / "base.json", code=3).stderr
+    arguments = ("--baseline", place / "base.json", "--policy", place / "tiny.yaml")
+    assert words in dtq("gate", "accept", place / "run", *arguments, "--reason", "x", code=3).stderr
+    assert (place / "base.json").read_bytes() == before
+
+
+def test_what_the_policy_leaves_out_may_be_missing_in_a_baseline(place, base):
+    run = copy.deepcopy(base)
+    run.values["divergence"] = {s.id: None for s in run.samples}
+    run.values["ssim"] = {}
+    entry = ledger.accept(run, place / "base.json", "again", POLICY)
+    assert entry["errors"]["divergence"] is entry["errors"]["ssim"] is None
+    assert entry["errors"]["psnr"] > 0
+
+
 def test_a_baseline_is_written_whole_or_not_at_all(place, base, monkeypatch):
     before = (place / "base.json").read_bytes()
 
@@ -369,10 +384,11 @@ def test_a_baseline_is_written_whole_or_not_at_all(place, base, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    files = set(place.iterdir())
+    with pytest.raises(InputError, match="No space"):
         ledger.accept(base, place / "base.json", "again", POLICY)
     assert (place / "base.json").read_bytes() == before
-    assert not list(place.glob(".*partial"))
+    assert set(place.iterdir()) == files
 
 
 def test_eval_writes_what_the_gate_reads(float_folder, quantized_folder, place):

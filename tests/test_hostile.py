@@ -80,7 +80,8 @@ JSON = {
     "deep": ("[" * 100_000, "nested too deep|not JSON"),
     "rather deep": ("[" * 100 + "]" * 100, "nested deeper than 64"),
     "text": ("hello", "not JSON"),
-    "surrogate": ('{"a": "\\ud800"', "not JSON"),
+    "surrogate": ('{"a": {"b": ["\\ud800"]}}', "a.b: no Unicode text"),
+    "surrogate key": ('{"a": {"\\udfff": 1}}', "a: a key that is no Unicode text"),
 }
 
 

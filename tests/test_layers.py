@@ -31,7 +31,6 @@ ROWS = [
     {"bench_gpu"},
     {"printing"},
     {""},  # the package itself: what `import dtq` gives
-    {"cli_gate"},
     {"cli"},
     {"__main__"},
 ]

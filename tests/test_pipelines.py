@@ -91,6 +91,30 @@ def test_videos_are_sampled_and_compared(tmp_path):
     assert judge(held, held, policy).outcome is Outcome.PASS
 
 
+def test_a_pipeline_of_two_transformers_is_compared(tmp_path):
+    """The whole way: both are judged, the page has the layers of both, damage in either is said."""
+    pipelines.wan_two().save_pretrained(tmp_path / "float")
+    result = quantize(tmp_path / "float", tmp_path / "out", "wan 2.2", "--recipe=rtn-w4a8")
+    assert result.exit_code == 0, result.output
+    small = [f"--arg={k}={json.dumps(v)}" for k, v in pipelines.SMALL["wan 2.2"].items()]
+    command = ["eval", str(tmp_path / "out"), "--reference", str(tmp_path / "float"), *small]
+    more = ["--samples=2", "--steps=4", "-o", str(tmp_path / "report")]
+    result = CliRunner().invoke(main, [*command, *more])
+    assert result.exit_code == 0, result.output
+    held = runfile.read(tmp_path / "report")
+    calls = held.conditions["calls"]
+    assert min(calls["transformer"], calls["transformer_2"]) > 0
+    assert len(held.values["error"]["0000"]) == sum(calls.values())
+    page = (tmp_path / "report" / "report.html").read_text()
+    for name in ("transformer", "transformer_2"):
+        assert f"{name}.blocks.0.attn1.to_q" in page
+    for file in (tmp_path / "out" / "transformer_2").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:5000])
+    result = CliRunner().invoke(main, [*command, *more])
+    assert result.exit_code == 1
+    assert "truncated or damaged" in result.output
+
+
 def test_an_unknown_argument_is_named(tmp_path):
     pipelines.pixart().save_pretrained(tmp_path / "float")
     result = quantize(tmp_path / "float", tmp_path / "out", "pixart", "--arg", "hight=16")

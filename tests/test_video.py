@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dtq.errors import InputError
-from dtq.evaluate import run, vbench, video
+from dtq.evaluate import pictures, run, vbench, video
 
 RECORDED = Path(__file__).parent / "assets" / "vbench_eval_results.json"
 """What vbench 0.1.5 wrote for three clips of moving discs, ``dimension_list=["temporal_flickering"]``."""
@@ -40,7 +40,7 @@ def in_numpy(clips):
 
 
 def test_temporal_flickering_against_integers():
-    clips = video.as_bytes(moving())
+    clips = pictures.as_bytes(moving())
     assert video.temporal_flickering(clips).tolist() == pytest.approx(in_numpy(clips), abs=1e-12)
     assert video.temporal_flickering(moving()).tolist() == pytest.approx(in_numpy(clips), abs=1e-12)
 
@@ -57,7 +57,7 @@ def test_temporal_flickering_against_the_package(monkeypatch):
     """The package's own function on the same frames; its reader of files is left out."""
     pytest.importorskip("cv2")
     theirs = pytest.importorskip("vbench.temporal_flickering", exc_type=ImportError)
-    clips = video.as_bytes(moving(seed=4))
+    clips = pictures.as_bytes(moving(seed=4))
     frames = {str(i): list(c.permute(0, 2, 3, 1).numpy()[..., ::-1]) for i, c in enumerate(clips)}
     monkeypatch.setattr(theirs, "get_frames", frames.__getitem__)
     want = [theirs.cal_score(name) for name in frames]

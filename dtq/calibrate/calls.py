@@ -23,6 +23,7 @@ class Recorded:
         args, kwargs: of its forward.
         output: its first output.
         timestep: that it was called with, 0 if it takes none.
+        model: name in its pipeline of the transformer that was called.
     """
 
     step: int
@@ -30,6 +31,7 @@ class Recorded:
     kwargs: dict[str, Any]
     output: Tensor
     timestep: float = 0.0
+    model: str = "transformer"
 
     @property
     def latents(self) -> Tensor:

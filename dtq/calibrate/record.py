@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,25 +21,34 @@ from dtq.source import Source
 
 @torch.no_grad()
 def watch_calls(
-    model: nn.Module, run: Callable[[], Iterable[object]], keep: Callable[[Recorded], None]
+    models: Mapping[str, nn.Module],
+    run: Callable[[], Iterable[object]],
+    keep: Callable[[Recorded], None],
 ) -> None:
-    """Give every call that ``run`` makes of ``model`` to ``keep``, steps counted per item of run.
+    """Give every call that ``run`` makes of the models to ``keep``, steps counted per item of run.
 
     Args:
-        model: the transformer.
+        models: the transformers by name; their calls are counted as one trajectory.
         run: drives it; yields after every sampling run.
         keep: takes each call as it ends.
     """
     step = 0
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        nonlocal step
-        output = first_tensor(out).detach().cpu().clone()
-        when = timestep_of(module, args, kwargs)
-        keep(Recorded(step, copied(args), copied(kwargs), output, when))
-        step += 1
+    def hook(name: str) -> Callable[..., None]:
+        def take(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        ) -> None:
+            nonlocal step
+            output = first_tensor(out).detach().cpu().clone()
+            when = timestep_of(module, args, kwargs)
+            keep(Recorded(step, copied(args), copied(kwargs), output, when, name))
+            step += 1
 
-    with _hooked(model, hook):
+        return take
+
+    with ExitStack() as hooks:
+        for name, model in models.items():
+            hooks.enter_context(_hooked(model, hook(name)))
         for _ in run():
             step = 0
 
@@ -78,7 +87,7 @@ def sample_calls(
             # a run of its own each: nothing says that they follow one another
             yield [source.model(**_moved(kwargs, source.model)) for kwargs in given]
 
-    watch_calls(source.model, run, calls.append)
+    watch_calls({source.component: source.model}, run, calls.append)
     return calls
 
 

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dtq.demo.classifier import EmojiClassifier, accuracy
 from dtq.demo.data import load_emoji
 from dtq.demo.stage import Run
-from dtq.evaluate.fid import moments
+from dtq.evaluate.fid import Moments
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes the label of the unconditional branch
 
@@ -217,7 +217,8 @@ def export(
     weights = {k: v.half().contiguous() for k, v in classifier.state_dict().items()}
     with torch.no_grad():
         chunks = [classifier.features(chunk.float() / 255) for chunk in pictures.split(256)]
-    weights["real.mean"], weights["real.cov"] = (m.float() for m in moments(torch.cat(chunks)))
+    real = Moments.of(torch.cat(chunks))
+    weights["real.mean"], weights["real.cov"] = real.mean.float(), real.cov.float()
     save_file(weights, out / "classifier" / "model.safetensors", {"labels": json.dumps(names)})
     (out / "README.md").write_text(_CARD)
 

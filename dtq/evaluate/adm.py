@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dtq.errors import InputError
 from dtq.evaluate.fid import Moments
+from dtq.evaluate.pictures import as_bytes
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ def write(pictures: Tensor, path: Path) -> None:
         pictures: float (N, 3, H, W) in [0, 1].
         path: ends in ``.npz``.
     """
-    data = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    np.savez(path, arr_0=data.contiguous().numpy())
+    np.savez(path, arr_0=as_bytes(pictures).permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def write_moments(path: Path, pool: Moments, spatial: Moments) -> None:

@@ -107,7 +107,7 @@ class Figure:
 
 
 def _frechet(kind: str) -> Callable[[Tensor, Against], float]:
-    return lambda made, against: against.gaussian(kind).to(Moments.of(made))
+    return lambda made, against: against.gaussian(kind).to_features(made)
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {
@@ -203,13 +203,8 @@ def interval(
     groups = list(places.values())
     g = torch.Generator().manual_seed(0)
 
-    def distance(rows: Tensor) -> float:
-        if len(rows) < rows.shape[1]:
-            return reference.to_features(rows)
-        return reference.to(Moments.of(rows))
-
     def of(rows: list[int]) -> float:
-        return distance(made[rows]) - distance(floats[rows])
+        return reference.to_features(made[rows]) - reference.to_features(floats[rows])
 
     centre = of(list(range(len(made))))
     found = []

@@ -2,13 +2,14 @@
 """Per-step error against the float model: teacher-forced, and free-running.
 
 Teacher-forced is the primary metric. The float pipeline runs once and every call of its
-transformer is recorded; each model is then given the *same* inputs, so one step's error cannot
+transformers is recorded, whichever runs: Wan 2.2 has one for the noisy part of the trajectory and
+one for the rest. Each model is then given the *same* inputs, so one step's error cannot
 grow into the next and the figure has little variance. Free-running error lets it grow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +24,13 @@ from dtq.errors import InputError
 from dtq.evaluate.pictures import shown
 from dtq.recipe import Calibration
 
+Models = nn.Module | Mapping[str, nn.Module]
+"""The transformer of a pipeline; where it has several, all of them by their names there."""
+
 
 @dataclass
 class Trajectory:
-    """What a pipeline did: calls of its transformer and the finished pictures.
+    """What a pipeline did: calls of its transformers and the finished pictures.
 
     Attributes:
         calls: in order.
@@ -67,10 +71,8 @@ class Trajectory:
 
 
 @torch.no_grad()
-def record(
-    pipeline: Any, model: nn.Module, requests: sets.Requests, how: Calibration
-) -> Trajectory:
-    """Run the pipeline over the requests and keep every call of ``model``."""
+def record(pipeline: Any, model: Models, requests: sets.Requests, how: Calibration) -> Trajectory:
+    """Run the pipeline over the requests and keep every call of its transformers."""
     trajectory = Trajectory()
 
     def run() -> Iterator[None]:
@@ -78,12 +80,12 @@ def record(
             trajectory.pictures.append(shown(result))
             yield
 
-    watch_calls(model, run, trajectory.calls.append)
+    watch_calls(_named(model), run, trajectory.calls.append)
     return trajectory
 
 
 @torch.no_grad()
-def teacher_forced(trajectory: Trajectory, model: nn.Module) -> list[float]:
+def teacher_forced(trajectory: Trajectory, model: Models) -> list[float]:
     """Relative squared error of the model's output per step, on the recorded inputs.
 
     Returns:
@@ -93,9 +95,10 @@ def teacher_forced(trajectory: Trajectory, model: nn.Module) -> list[float]:
 
 
 @torch.no_grad()
-def replayed(trajectory: Trajectory, model: nn.Module) -> list[Tensor]:
-    """What another model returns to every recorded call."""
-    return [replay(model, call) for call in trajectory.calls]
+def replayed(trajectory: Trajectory, model: Models) -> list[Tensor]:
+    """What other transformers return to every recorded call of theirs."""
+    models = _named(model)
+    return [replay(models[call.model], call) for call in trajectory.calls]
 
 
 def step_errors(trajectory: Trajectory, outputs: Sequence[Tensor]) -> list[float]:
@@ -124,3 +127,7 @@ def free_running(reference: Trajectory, candidate: Trajectory) -> list[float]:
         sums[want.step] += relative_error(got.latents, want.latents)
         counts[want.step] += 1
     return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
+
+
+def _named(model: Models) -> Mapping[str, nn.Module]:
+    return {"transformer": model} if isinstance(model, nn.Module) else model

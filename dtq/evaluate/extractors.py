@@ -22,6 +22,7 @@ from dtq.demo.classifier import EmojiClassifier
 from dtq.errors import InputError
 from dtq.evaluate import packages
 from dtq.evaluate.fid import Moments
+from dtq.evaluate.pictures import as_bytes
 
 Features = dict[str, Tensor]
 
@@ -124,7 +125,7 @@ def inception(where: str) -> Extractor:
         script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
 
         def scripted(pictures: Tensor) -> Features:
-            return {"pool": script(_bytes(pictures), return_features=True)}
+            return {"pool": script(as_bytes(pictures), return_features=True)}
 
         return Extractor(f"inception {path.name}", "in the file", scripted)
     module = packages.need("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
@@ -137,7 +138,7 @@ def inception(where: str) -> Extractor:
 
     def call(pictures: Tensor) -> Features:
         seen.clear()
-        pool, logits = model(_bytes(pictures))
+        pool, logits = model(as_bytes(pictures))
         spatial = seen.pop()[:, :SPATIAL].flatten(1)
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
@@ -199,7 +200,3 @@ def _file(where: str, name: str, example: str) -> Path:
     if not Path(where).is_file():
         raise InputError(f"{where}: no such file; {name} needs its weights, for example {example}")
     return Path(where)
-
-
-def _bytes(pictures: Tensor) -> Tensor:
-    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8)

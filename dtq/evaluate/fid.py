@@ -24,8 +24,9 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Of features (N, D), N >= 2."""
-        return cls(*moments(features))
+        """Of features (N, D), N >= 2, in float64."""
+        x = _enough(features)
+        return cls(x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1]))
 
     @cached_property
     def root(self) -> Tensor:
@@ -41,8 +42,10 @@ class Moments:
         return float(gap + self.cov.trace() + other.cov.trace() - 2 * cross)
 
     def to_features(self, features: Tensor) -> float:
-        """Frechet distance to features (N, D), cheap for N < D: singular values, no D x D root."""
-        x = features.double()
+        """Frechet distance to features (N, D); for N < D by singular values, no D x D root."""
+        if len(features) >= features.shape[1]:
+            return self.to(Moments.of(features))
+        x = _enough(features)
         mean = x.mean(0)
         centred = (x - mean) / (len(x) - 1) ** 0.5  # (N, D), its gram is the covariance
         cross = torch.linalg.svdvals(centred @ self.root).sum()
@@ -57,17 +60,10 @@ def frechet(a: Tensor, b: Tensor) -> float:
         a: features (N, D), N >= 2.
         b: features (M, D), M >= 2.
     """
-    return Moments.of(a).to(Moments.of(b))
+    return Moments.of(a).to_features(b)
 
 
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) in float64 of features (N, D)."""
+def _enough(features: Tensor) -> Tensor:
     if len(features) < 2:
         raise ValueError("a Frechet distance needs at least 2 samples on each side")
-    x = features.double()
-    return x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])
-
-
-def frechet_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """Frechet distance from means (D,) and covariances (D, D)."""
-    return Moments(mean_a.double(), cov_a.double()).to(Moments(mean_b.double(), cov_b.double()))
+    return features.double()

@@ -26,7 +26,7 @@ from dtq.evaluate import adm, extractors
 from dtq.evaluate.distributions import DISTRIBUTIONS, Against, Figure, figure
 from dtq.evaluate.extractors import Extractor, Features
 from dtq.evaluate.perceptual import ALONE, PERCEPTUAL
-from dtq.evaluate.pictures import flaw, shown
+from dtq.evaluate.pictures import as_bytes, flaw, shown
 from dtq.recipe import Calibration
 from dtq.source import Source
 
@@ -210,7 +210,7 @@ def crowd(
             if why := flaw(picture):
                 failed[start + i] = why
         # as files would hold them: what the ADM suite sees is what is measured
-        kept.append((made.nan_to_num() * 255).round().to(torch.uint8))
+        kept.append(as_bytes(made.nan_to_num()))
         for name, extractor in ready.items():
             parts[name].append(extractor(kept[-1].float() / 255))
     features = {

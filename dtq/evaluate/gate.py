@@ -18,11 +18,15 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from dtq.errors import printable
 from dtq.evaluate.identity import digest
 from dtq.evaluate.interval import holm, paired, samples_needed, sign_test
 from dtq.evaluate.limits import Limit, Policy
 from dtq.evaluate.metrics import METRICS, Metric
 from dtq.evaluate.runfile import JOB, PLACE, Run, Sample, Value
+
+LARGEST = 1e100
+"""No figure is larger; squares of larger ones are beyond the range of numbers."""
 
 LOUD = 4
 """How far noise may raise a margin, as a multiple of it; beyond, a pass would prove nothing."""
@@ -128,7 +132,10 @@ def judge(run: Run, baseline: Run, policy: Policy) -> Verdict:
     limits = [*policy.primary, *policy.secondary]
     for side, name in ((run, "run"), (baseline, "baseline")):
         reasons += [f"{name}: {problem}" for problem in flaws(side, limits)]
-    notes = _notes(run, baseline, policy)
+    # they quote the files, and files may hold anything
+    reasons, notes = (
+        [printable(x) for x in said] for said in (reasons, _notes(run, baseline, policy))
+    )
     common: dict[str, Any] = {"notes": notes, "key": key, "policy": policy.to_dict()}
     if reasons:
         sentence = f"Nothing can be said: {len(reasons)} thing(s) make the runs incomparable."
@@ -198,6 +205,10 @@ def mismatches(run: Run, baseline: Run, policy: Policy) -> list[str]:
             f"the float models differ: {run.identity.get('reference')} in the run, "
             f"{baseline.identity.get('reference')} in the baseline"
         )
+    for name in dict.fromkeys(limit.metric for limit in (*policy.primary, *policy.secondary)):
+        mine, theirs = (_counts(side.values.get(name, {})) for side in (run, baseline))
+        if mine and theirs and mine != theirs:
+            found.append(f"{name}: {_all(mine)} steps in the run, {_all(theirs)} in the baseline")
     for ours, other in zip(run.samples, baseline.samples, strict=False):
         if ours != other:
             found.append(f"{_said(ours)} in the run is {_said(other)} in the baseline")
@@ -223,6 +234,9 @@ def flaws(run: Run, limits: Sequence[Limit]) -> list[str]:
                 found.append(f"{what} was not measured")
                 continue
             found += _value_flaws(table[name], METRICS[name], what, ids, parts)
+        counts, noise = (_counts(table.get(name, {})) for table in (run.values, run.rerun))
+        if counts and noise and counts != noise:
+            found.append(f"{name} has {_all(counts)} steps, its noise {_all(noise)}")
     return found
 
 
@@ -318,28 +332,38 @@ def _value_flaws(
     found = []
     if missing := [name for name in ids if name not in table]:
         found.append(f"{what} is missing for {_few(missing)}")
-    if unknown := [name for name in table if name not in set(ids)]:
+    if unknown := sorted(set(table) - set(ids)):
         found.append(f"{what} has values of samples that are not listed: {_few(unknown)}")
-    lengths = set()
-    broken = []
+    broken, vast = [], []
     for name in ids:
         value = table.get(name, [] if metric.steps else 0.0)
         if name in table and isinstance(value, list) != metric.steps:
             broken.append(name)
             continue
         entries = value if isinstance(value, list) else [value]
-        if name in table:
-            lengths.add(len(entries))
         if any(isinstance(x, bool) or not isinstance(x, int | float) for x in entries) or any(
             not math.isfinite(x) for x in entries
         ):
             broken.append(name)
+        elif any(abs(x) > LARGEST for x in entries):
+            vast.append(name)
     if broken:
         found.append(f"{what} is not a finite number for {_few(broken)}")
+    if vast:
+        found.append(f"{what} is beyond {LARGEST:g} for {_few(vast)}")
+    lengths = _counts(table)
     if metric.steps and (len(lengths) > 1 or min(lengths, default=1) < max(1, parts)):
-        counts = ", ".join(map(str, sorted(lengths)))
-        found.append(f"{what} has {counts} steps, the policy cuts them into {parts} part(s)")
+        found.append(f"{what} has {_all(lengths)} steps, the policy cuts them into {parts} part(s)")
     return found
+
+
+def _counts(table: dict[str, Value]) -> set[int]:
+    """Numbers of steps that the samples of a table have; one where it is as it should be."""
+    return {len(value) for value in table.values() if isinstance(value, list)}
+
+
+def _all(counts: set[int]) -> str:
+    return ", ".join(map(str, sorted(counts)))
 
 
 def _condition(run: Run, name: str) -> Any:

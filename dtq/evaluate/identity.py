@@ -12,8 +12,13 @@ import torch
 from torch import nn
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of every tensor of a model, 16 hex digits."""
+def fingerprint(model: nn.Module, *others: nn.Module) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of every tensor of a model, 16 hex digits.
+
+    Of several models it is that of their fingerprints.
+    """
+    if others:
+        return digest([fingerprint(each) for each in (model, *others)])
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -27,8 +32,13 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def recipe_of(model: nn.Module) -> str:
-    """The recipe that a quantized model says it was made by; ``float`` for others."""
+def recipe_of(model: nn.Module, *others: nn.Module) -> str:
+    """The recipe that a quantized model says it was made by; ``float`` for others.
+
+    Of several models it is theirs, each once.
+    """
+    if others:
+        return ", ".join(dict.fromkeys(recipe_of(each) for each in (model, *others)))
     config = getattr(model, "config", {}).get("quantization_config")
     if config is None:
         return "float"

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dtq.documents import LARGEST_JSON, numbers, parse_json, read_text
+from dtq.durable import replace_file
 from dtq.errors import InputError
 from dtq.evaluate import runfile
 from dtq.evaluate.gate import flaws, judge, key_of
@@ -75,22 +75,31 @@ def history(file: Path) -> list[dict[str, Any]]:
 def _old(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{file}: not JSON ({error}); a baseline is not replaced blindly"
-        ) from error
+    data = parse_json(read_text(file, LARGEST_JSON), str(file))
     if not isinstance(data, dict) or not isinstance(data.get("history"), list):
         raise InputError(f"{file}: no baseline file; choose another name for the baseline")
+    for i, entry in enumerate(data["history"]):
+        if not _is_entry(entry):
+            raise InputError(f"{file}: history[{i}] is not what dtq gate accept writes")
     return data
 
 
-def _means(run: Run) -> dict[str, float]:
-    found = {}
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry has what ``dtq gate log`` shows of it, all of it text."""
+    if not isinstance(entry, dict):
+        return False
+    last = entry.get("against_the_last", {"verdict": ""})
+    shown = [entry.get(key) for key in ("when", "who", "why", "recipe", "checkpoint")]
+    shown.append(last.get("verdict") if isinstance(last, dict) else None)
+    return all(isinstance(words, str) for words in shown)
+
+
+def _means(run: Run) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
     for metric, table in run.values.items():
         flat = [x for v in table.values() for x in (v if isinstance(v, list) else [v])]
-        found[metric] = sum(flat) / len(flat)
+        # a metric that the policy leaves out may be missing for some samples
+        found[metric] = sum(flat) / len(flat) if flat and numbers(flat) else None
     return found
 
 
@@ -104,13 +113,4 @@ def _user() -> str:
 def _write(file: Path, text: str) -> None:
     if not file.parent.is_dir():
         raise InputError(f"{file.parent}: no such folder")
-    handle, side = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".partial", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(side).chmod(0o644)
-        Path(side).replace(file)
-    finally:
-        Path(side).unlink(missing_ok=True)
+    replace_file(file, lambda draft: draft.write_text(text, encoding="utf-8"))

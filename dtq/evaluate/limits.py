@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dtq.data import folder
+from dtq.documents import LARGEST_YAML, parse_yaml, read_text
 from dtq.errors import InputError, RecipeError
 from dtq.evaluate.identity import digest
 from dtq.evaluate.metrics import METRICS
@@ -20,6 +19,12 @@ from dtq.reader import read as read_fields
 
 LEAST = 8
 """Prompts below which no interval means anything."""
+
+RESAMPLES = 1_000_000
+"""At most: seconds a metric."""
+
+FINEST, COARSEST = 1e-12, 1e9
+"""Margins as they are compared, a factor as its logarithm: nothing is measured beyond."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,9 @@ class Policy:
             return what
         path = find(what)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(str(path), [f"not YAML: {' '.join(str(error).split())}"]) from error
+            data = parse_yaml(read_text(path, LARGEST_YAML), str(path))
+        except InputError as error:
+            raise RecipeError(str(path), [str(error).removeprefix(f"{path}: ")]) from error
         if not isinstance(data, dict):
             raise RecipeError(str(path), ["a policy is a mapping of keys to values"])
         problems: list[str] = []
@@ -101,13 +106,17 @@ class Policy:
             {f"{metric} in {parts}" for metric, parts in rows if rows.count((metric, parts)) > 1}
         )
         found += [f"primary, secondary: {what} part(s) is there twice" for what in twice]
-        if not 0 < self.alpha < 0.5:
-            found.append(f"alpha: must be between 0 and 0.5, is {self.alpha}")
+        if not 1e-6 <= self.alpha < 0.5:
+            found.append(f"alpha: must be between 0 and 0.5, 0.000001 at least, is {self.alpha}")
+        if self.resamples > RESAMPLES:
+            found.append(f"resamples: at most {RESAMPLES}, is {self.resamples}")
+        if self.seed < 0:
+            found.append(f"seed: must not be below 0, is {self.seed}")
         if not self.looks or list(self.looks) != sorted(set(self.looks)):
             found.append(f"looks: must be rising numbers of prompts, is {list(self.looks)}")
         elif self.looks[0] < LEAST:
             found.append(f"looks[0]: below {LEAST} prompts no interval holds, is {self.looks[0]}")
-        elif self.primary and 0 < self.alpha < 0.5:
+        elif self.primary and 1e-6 <= self.alpha < 0.5:
             least = self.alpha / len(self.looks) / sum(x.parts for x in self.primary)
             if self.resamples * least < 5:
                 found.append(
@@ -135,8 +144,10 @@ def _limit_problems(limit: Limit, at: str) -> list[str]:
     metric = METRICS[limit.metric]
     if metric.ratio and limit.margin <= 1:
         found.append(f"{at}.margin: {metric.name} takes a factor above 1, is {limit.margin}")
-    if not metric.ratio and limit.margin <= 0:
+    elif not metric.ratio and limit.margin <= 0:
         found.append(f"{at}.margin: must be above 0, is {limit.margin}")
+    elif not FINEST <= metric.inside(limit.margin) <= COARSEST:
+        found.append(f"{at}.margin: {limit.margin} is beyond what is measured")
     if limit.parts < 1:
         found.append(f"{at}.parts: must be at least 1, is {limit.parts}")
     if limit.parts > 1 and not metric.steps:

@@ -71,10 +71,14 @@ def strip(video: Tensor, count: int = 8) -> Tensor:
     return video[places]
 
 
+def as_bytes(shown: Tensor) -> Tensor:
+    """8-bit values as a file would hold them: uint8, same shape, from float in [0, 1]."""
+    return (shown.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def as_image(picture: Tensor) -> Image.Image:
     """A PIL image of a float picture (3, H, W) in [0, 1]."""
-    data = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(data.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(as_bytes(picture).permute(1, 2, 0).contiguous().numpy())
 
 
 def encoded(made: Tensor, rate: int = 44100) -> tuple[str, bytes]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dtq.evaluate import pictures, plots
 from dtq.evaluate.distributions import Figure
 from dtq.evaluate.interval import paired
-from dtq.evaluate.metrics import METRICS, Metric
+from dtq.evaluate.metrics import METRICS, TINY, Metric
 from dtq.evaluate.run import Evaluation
 from dtq.evaluate.runfile import Run, Value
 
@@ -262,8 +262,7 @@ def _values(run: Run) -> str:
 
 
 def _interval(units: Sequence[float], metric: Metric) -> tuple[str, str]:
-    tiny = 1e-12
-    x = [math.log(max(v, tiny)) if metric.ratio else v for v in units]
+    x = [math.log(max(v, TINY)) if metric.ratio else v for v in units]
     if not all(map(math.isfinite, x)):
         return "not finite", "–"
     back = math.exp if metric.ratio else float

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from dtq.nn.linear import QuantLinear
 from dtq.recipe import Calibration
 from dtq.source import Source
 from dtq.version import __version__
+
+log = logging.getLogger("dtq")
 
 Say = Callable[[str], None]
 
@@ -119,26 +123,31 @@ def evaluate(
         say: told what is being done.
 
     Raises:
-        InputError: a bare transformer, or models that do not belong together.
+        InputError: a bare transformer, models that do not belong together, or baselines of a
+            candidate without a quantized layer.
     """
     if candidate.pipeline is None or reference.pipeline is None:
         raise InputError("eval needs pipelines on both sides; these are bare transformers")
-    if type(candidate.model) is not type(reference.model):
+    models, floats = candidate.models(), reference.models()
+    kinds, known = ({n: type(m).__name__ for n, m in x.items()} for x in (models, floats))
+    if kinds != known:
         raise InputError(
-            f"{candidate.name} has a {type(candidate.model).__name__}, {reference.name} a "
-            f"{type(reference.model).__name__}: not the same model"
+            f"{candidate.name} has {kinds}, {reference.name} {known}: not the same model"
         )
+    names = {part: list(judged_layers(model)) for part, model in models.items()}
     asked = asked or Asked()
     asked.check()
     for name in baselines:
         others.find(name)
+    if baselines and not any(names.values()):
+        raise InputError(f"{candidate.name} has no quantized layer that others could quantize too")
     job = observe(reference, how, say)
     how = job.how
     truth = job.truth
     say("candidate, teacher-forced and free-running")
     seen = compare(job, candidate)
     row = row_of(candidate.name, drift.step_errors(truth, seen.outputs))
-    row.bits = stored_bits(candidate.model)
+    row.bits = stored_bits(*models.values())
     ran = seen.ran
     compare_pictures(row, truth, ran)
     row.divergence = drift.free_running(truth, ran)
@@ -152,14 +161,9 @@ def evaluate(
         seen.run.missing |= found.missing
         seen.run.conditions["fid_samples"] = asked.samples
         _fid_cells(row, result)
-    names = [
-        n
-        for n, m in candidate.model.named_modules()
-        if isinstance(m, QuantLinear) and m.acts != "none"
-    ]
     for name in baselines:
         say(f"baseline {name}")
-        result.rows.append(_baseline_row(name, reference.model, names, truth))
+        result.rows.append(_baseline_row(name, floats, names, truth))
     return result
 
 
@@ -203,36 +207,50 @@ def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -
     # nested: more samples later are these and others
     requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
     say("float pipeline")
-    truth = drift.record(reference.pipeline, reference.model, requests, how)
+    models = reference.models()
+    truth = drift.record(reference.pipeline, models, requests, how)
+    for name, count in calls_of(truth, models).items():
+        if not count:
+            log.warning(
+                "%s: %s is not called in this job, so it is not judged; another number of --steps "
+                "may reach it",
+                reference.name,
+                name,
+            )
     if len({made.shape[1:] for made in truth.pictures}) > 1:
         raise InputError(
             "pictures of several sizes cannot be compared; ask for one: --arg height=512 "
             "--arg width=512"
         )
     say("float pipeline again, other batches, for the noise floor")
-    again = drift.record(reference.pipeline, reference.model, requests, other_batches(how))
+    again = drift.record(reference.pipeline, models, requests, other_batches(how))
     return Job(reference, how, requests, truth, again)
 
 
-def compare(job: Job, candidate: Source, how: Calibration | None = None) -> Seen:
+def calls_of(trajectory: drift.Trajectory, models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How often each transformer was called."""
+    counted = Counter(call.model for call in trajectory.calls)
+    return {name: counted[name] for name in models}
+
+
+def compare(job: Job, candidate: Source) -> Seen:
     """Run a candidate on the float model's inputs and on its own, from the same seeds.
 
     Args:
         job: what the float model did.
         candidate: the quantized pipeline.
-        how: the candidate's own batch size; by default the job's.
     """
-    how = how or job.how
-    outputs = drift.replayed(job.truth, candidate.model)
-    ran = drift.record(candidate.pipeline, candidate.model, job.requests, how)
+    how, models = job.how, candidate.models()
+    outputs = drift.replayed(job.truth, models)
+    ran = drift.record(candidate.pipeline, models, job.requests, how)
     run = Run(
         candidate.name,
         job.reference.name,
         _conditions(how, job.requests) | _job(how, job.reference, candidate, job.truth),
         {
-            "checkpoint": fingerprint(candidate.model),
-            "reference": fingerprint(job.reference.model),
-            "recipe": recipe_of(candidate.model),
+            "checkpoint": fingerprint(*models.values()),
+            "reference": fingerprint(*job.reference.models().values()),
+            "recipe": recipe_of(*models.values()),
         },
         _samples(how, job.requests, job.reference.pipeline),
         _values(job.truth, job.truth, outputs, ran),
@@ -248,14 +266,24 @@ def row_of(name: str, steps: list[float]) -> Row:
     return Row(name, sum(steps) / max(1, len(steps)), steps)
 
 
-def _baseline_row(name: str, model: nn.Module, names: list[str], truth: drift.Trajectory) -> Row:
+def _baseline_row(
+    name: str,
+    models: Mapping[str, nn.Module],
+    names: Mapping[str, Sequence[str]],
+    truth: drift.Trajectory,
+) -> Row:
     baseline = others.find(name)
-    changed = copy.deepcopy(model)
-    baseline.apply(changed, names)
+    changed = {part: copy.deepcopy(model) for part, model in models.items()}
+    bits, weights = 0.0, 0
+    for part, layers in names.items():
+        if layers:
+            baseline.apply(changed[part], layers)
+        for layer in layers:
+            count: int = models[part].get_submodule(layer).weight.numel()  # type: ignore[union-attr, operator, assignment]
+            bits += baseline.bits(changed[part].get_submodule(layer)) * count
+            weights += count
     row = row_of(name, drift.teacher_forced(truth, changed))
-    weights = {n: model.get_submodule(n).weight.numel() for n in names}  # type: ignore[union-attr, operator]
-    bits = sum(baseline.bits(changed.get_submodule(n)) * k for n, k in weights.items())
-    row.bits = bits / sum(weights.values())
+    row.bits = bits / weights
     return row
 
 
@@ -272,10 +300,15 @@ def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -
     row.ssim = float(pictures.ssim(got, want).mean())
 
 
-def stored_bits(model: nn.Module) -> float | None:
-    """Stored bits per weight of the layers that also quantize their input, else of all."""
-    every = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    layers = [m for m in every if m.acts != "none"] or every
+def judged_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The layers that also quantize their input, by name; where there are none, all quantized."""
+    every = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    return {n: m for n, m in every.items() if m.acts != "none"} or every
+
+
+def stored_bits(*models: nn.Module) -> float | None:
+    """Stored bits per weight of :func:`judged_layers`; None where there are none."""
+    layers = [layer for model in models for layer in judged_layers(model).values()]
     if not layers:
         return None
     stored = sum(spec.nbytes for m in layers for spec in m.specs().values())
@@ -337,10 +370,9 @@ def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
     """Every figure of videos (B, F, 3, H, W) against the float model's, each (B,)."""
     energy = video.frame_energy(got) / video.frame_energy(want).clamp(min=1e-12)
     energy = energy.clamp(min=1e-12)
-    shown, right = (video.temporal_flickering(v) for v in (got, want))
     return {
-        "flicker": 255 * (right - shown),
-        "flickering": shown,
+        "flicker": video.flicker_excess(got, want),
+        "flickering": video.temporal_flickering(got),
         # motion that is lost is as bad as motion that is new
         "frame-energy": torch.maximum(energy, 1 / energy),
         "temporal-psnr": video.temporal_psnr(got, want).clamp(max=EQUAL_DB),
@@ -366,7 +398,8 @@ def _job(
 ) -> dict[str, Any]:
     """What a comparison with another run has to know."""
     scheduler = getattr(reference.pipeline, "scheduler", None)
-    return {
+    calls = calls_of(truth, reference.models())
+    return ({"calls": calls} if len(calls) > 1 else {}) | {
         "steps": truth.steps(),
         "sampler": type(scheduler).__name__,
         "arguments": how.arguments | ({"images": how.images} if how.images else {}),
@@ -454,18 +487,30 @@ def quantization_report(path: Path | None) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     data = read_json(file)
+    several = "layers" not in data and all(isinstance(part, dict) for part in data.values())
+    if not data or not several:
+        _check_report(data, str(file))
+        return data
+    found: dict[str, Any] = {key: [] for key in _REPORT}
+    for name, part in data.items():  # a report of each transformer
+        _check_report(part, f"{file}: {name}")
+        for key, rows in found.items():
+            rows += [{**row, "name": f"{name}.{row['name']}"} for row in part[key]]
+    return found
+
+
+def _check_report(data: dict[str, Any], where: str) -> None:
     for key, kinds in _REPORT.items():
         rows = data.get(key)
         if not isinstance(rows, list):
-            raise InputError(f"{file}: {key!r} must be a list; delete the file to go without")
+            raise InputError(f"{where}: {key!r} must be a list; delete the file to go without")
         for i, row in enumerate(rows):
             for name, fits in kinds.items():
                 if not isinstance(row, dict) or name not in row or not fits(row[name]):
                     raise InputError(
-                        f"{file}: {key}[{i}]: {name!r} is missing or not what dtq writes; delete "
+                        f"{where}: {key}[{i}]: {name!r} is missing or not what dtq writes; delete "
                         f"the file to go without"
                     )
-    return data
 
 
 def _text(value: object) -> bool:
@@ -482,6 +527,3 @@ _REPORT: dict[str, dict[str, Callable[[Any], bool]]] = {
     "sites": {"name": _text, "peaks": numbers, "peaks_after": numbers},
 }
 """What the page reads of the report, and what each must be."""
-
-
-__all__ = ["Evaluation", "Row", "evaluate", "quantization_report"]

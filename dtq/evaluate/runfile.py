@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtq.documents import LARGEST_JSON, finite, parse_json, read_text
 from dtq.errors import InputError
 
 FORMAT = 1
@@ -79,15 +80,6 @@ class Run:
         }
 
 
-def finite(data: Any) -> Any:
-    """The same data with null for every number that JSON cannot hold."""
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, dict):
-        return {key: finite(value) for key, value in data.items()}
-    return [finite(value) for value in data] if isinstance(data, list) else data
-
-
 def text(data: dict[str, Any]) -> str:
     """A JSON file's text, strict: no NaN, no Infinity."""
     return json.dumps(finite(data), indent=1, allow_nan=False) + "\n"
@@ -97,17 +89,14 @@ def read(where: str | Path) -> Run:
     """A run from an ``eval`` folder, its ``eval.json``, or a baseline file.
 
     Raises:
-        InputError: no such file, or not a run file; says what is missing.
+        InputError: no such file, not JSON in the sense of ``documents.py``, or not a run file; says
+            what is missing.
     """
     path = Path(where)
     path = path / "eval.json" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no such run file; dtq eval ... -o FOLDER writes one")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    return parse(data, str(path))
+    return parse(parse_json(read_text(path, LARGEST_JSON), str(path)), str(path))
 
 
 def parse(data: Any, where: str = "run") -> Run:
@@ -141,6 +130,8 @@ def parse(data: Any, where: str = "run") -> Run:
             not isinstance(sample.get(key), kind) for key, kind in fields.items()
         ):
             raise InputError(f"{where}: samples[{i}] needs an id, a prompt and a seed")
+        if not re.fullmatch(r"[\w-]+", sample["id"]):  # a picture's file has its name
+            raise InputError(f"{where}: samples[{i}]: the id {sample['id']!r} is no plain name")
     for part in ("values", "rerun"):
         for metric, table in data[part].items():
             if not isinstance(table, dict):

@@ -9,11 +9,6 @@ from torch import Tensor
 from dtq.evaluate import pictures
 
 
-def as_bytes(videos: Tensor) -> Tensor:
-    """8-bit frames as a file would hold them: uint8, same shape, from float in [0, 1]."""
-    return (videos.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 def temporal_flickering(videos: Tensor) -> Tensor:
     """VBench 0.1.5's ``temporal_flickering`` (2311.17982, sec. A.1): 1 is a still.
 
@@ -63,7 +58,7 @@ def _changes(videos: Tensor) -> Tensor:
     """Mean absolute difference of each pair of frames in grey levels: float64 (B, F - 1)."""
     if videos.ndim != 5 or videos.shape[1] < 2:
         raise ValueError(f"videos are (B, F, 3, H, W) with F >= 2, got {list(videos.shape)}")
-    frames = (videos if videos.dtype == torch.uint8 else as_bytes(videos)).double()
+    frames = (videos if videos.dtype == torch.uint8 else pictures.as_bytes(videos)).double()
     return (frames[:, 1:] - frames[:, :-1]).abs().flatten(2).mean(2)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import yaml
 
-from dtq.errors import DtqError
+from dtq.errors import DtqError, printable
 from dtq.printing import table
 
 INVALID = 3
@@ -190,20 +190,19 @@ def log(baseline: Path) -> None:
     """
     from dtq.evaluate import ledger
 
-    table(
-        ("when", "who", "recipe", "checkpoint", "against the last", "why"),
-        [
-            (
-                e["when"],
-                e["who"],
-                e["recipe"],
-                e["checkpoint"],
-                e.get("against_the_last", {}).get("verdict", "-"),
-                e["why"],
-            )
-            for e in ledger.history(baseline)
-        ],
-    )
+    rows = [
+        (
+            e["when"],
+            e["who"],
+            e["recipe"],
+            e["checkpoint"],
+            e.get("against_the_last", {}).get("verdict", "-"),
+            e["why"],
+        )
+        for e in ledger.history(baseline)
+    ]
+    head = ("when", "who", "recipe", "checkpoint", "against the last", "why")
+    table(head, [tuple(map(printable, row)) for row in rows])
 
 
 @gate.command("policy")

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq bench``: quantized layers beside float ones, timed on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import torch
+
+from dtq.bench import SUITES
+from dtq.documents import write_whole
+from dtq.kernels import LIBRARIES
+from dtq.printing import print_bench, print_race
+
+
+@click.command("bench")
+@click.option("--suite", type=click.Choice(["gemm", "e2e"]), default="gemm", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The GPU where there is one.")
+@click.option(
+    "--quick", is_flag=True, help="Fewer sizes; blocks of the large model, not all of it."
+)
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(2))
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="FILE for every figure.")
+def bench(
+    suite: str, device: str | None, quick: bool, rounds: int, threads: int, json_file: Path | None
+) -> None:
+    """Time quantized layers beside float ones on this machine.
+
+    gemm: single linears. e2e: one denoising step of models with random weights.
+
+    \b
+    dtq bench --quick
+    dtq bench --suite e2e --device cuda
+    """
+    from dtq import bench_gpu
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        bench_gpu.gpu()
+    LIBRARIES[device].load()
+    suites = bench_gpu.SUITES if device == "cuda" else SUITES
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        result = suites[suite](quick=quick, rounds=rounds, say=print_race)
+    finally:
+        torch.set_num_threads(before)
+    if json_file is not None:
+        write_whole(json_file, json.dumps(result.to_json(), indent=1) + "\n")
+    print_bench(result)

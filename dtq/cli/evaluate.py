@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq sample`` and ``dtq eval``: what a model makes, alone and beside its float one."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from dtq import checkpoint, source
+from dtq.calibrate import sets
+from dtq.calibrate.engine import run_pipeline
+from dtq.cli.options import calibration_of, call_options, listed, pairs
+from dtq.documents import finite, read_json, write_folder, write_whole
+from dtq.errors import InputError, NumberError
+from dtq.printing import or_dash, table
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--prompt",
+    "-p",
+    "entries",
+    multiple=True,
+    help="Prompt, or class name or number. Repeat for more pictures.",
+)
+@click.option(
+    "-n",
+    "--count",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Pictures when no prompt is given.",
+)
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
+@click.option("--guidance", default=0.0, help="0: the pipeline's default.")
+@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Generated together."
+)
+@click.option(
+    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
+)
+@call_options
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the pictures.",
+)
+def sample(
+    model: str,
+    entries: tuple[str, ...],
+    count: int,
+    dtype: str,
+    output: Path,
+    **job: Any,
+) -> None:
+    """Make pictures, videos or sounds with a float or quantized MODEL.
+
+    A video is an animated PNG and a folder of its frames, a sound a WAV file.
+
+    \b
+    dtq sample demo-w4a8 -p face-smiling -p cat-face -o pictures
+    dtq sample wan-w4a8 -p "a cat surfs" --arg num_frames=33 --batch 1 -o videos
+    """
+    from dtq.evaluate import pictures
+
+    opened = _open(model, dtype)
+    if opened.pipeline is None:
+        raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
+    how = calibration_of(samples=len(entries) or count, **job)
+    requests = (
+        sets.given(list(entries), opened.pipeline)
+        if entries
+        else sets.load("auto", opened.pipeline, count)
+    )
+    every: list[torch.Tensor] = []
+    with torch.no_grad():
+        for result in run_pipeline(opened.pipeline, requests, how):
+            every += pictures.shown(result)
+    if not all(made.isfinite().all() for made in every):
+        raise NumberError(
+            f"{model}: the pictures hold numbers that are not finite. DTQ_DEBUG_NAN=1 dtq sample "
+            f"... names the first layer and step; --dtype bf16 has more range than fp16"
+        )
+    write_folder(output)
+    for i, made in enumerate(every):
+        suffix, data = pictures.encoded(made, pictures.rate(opened.pipeline))
+        write_whole(output / f"{i:04d}{suffix}", data)
+        if made.ndim == 4:  # the frames too: what other tools read
+            write_folder(output / f"{i:04d}")
+            for k, frame in enumerate(made):
+                write_whole(output / f"{i:04d}" / f"{k:04d}.png", pictures.file(frame))
+    first = every[0]
+    what = {2: "sounds", 3: "pictures", 4: f"videos of {len(first)} frames"}[first.ndim]
+    if first.ndim > 2 and all(made.shape == first.shape for made in every):
+        what += " and sheet.png"
+        rows = [torch.stack(every[i : i + 8]) for i in range(0, len(every), 8)]
+        if first.ndim == 4:  # a row of frames each
+            rows = [pictures.strip(video) for video in every]
+        page = pictures.sheet(rows, scale=2 if first.shape[-1] <= 128 else 1)
+        write_whole(output / "sheet.png", pictures.png(page))
+    click.echo(f"{output}: {len(every)} {what}")
+
+
+@click.command("eval")
+@click.argument("candidate")
+@click.option("--reference", required=True, help="The float model.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for report.html and eval.json."
+)
+@click.option(
+    "--samples", default=16, show_default=True, type=click.IntRange(1), help="Same-seed pictures."
+)
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
+@click.option("--guidance", default=0.0, help="0: the pipeline's default.")
+@click.option("--seed", default=1000, show_default=True, help="Not the calibration's.")
+@click.option(
+    "--set",
+    "requests",
+    default="auto",
+    show_default=True,
+    help="What to ask for, as in calibration.",
+)
+@click.option(
+    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Generated together."
+)
+@click.option(
+    "--pictures", "keep_pictures", is_flag=True, help="Keep every picture, for the gate's sheet."
+)
+@click.option(
+    "--fid",
+    default=0,
+    show_default=True,
+    help="Pictures of each model for figures of whole sets; fid when no --metric names one.",
+)
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    help="More figures, commas between: fid sfid kid is precision recall fd-dinov2 cmmd (with "
+    "--fid), ms-ssim lpips clip-score clip-iqa image-reward. One that cannot run: exit code 3.",
+)
+@click.option(
+    "--features",
+    default="auto",
+    show_default=True,
+    help="Extractor of fid, kid, ...: emoji, inception, dinov2, clip, random; auto: emoji for the "
+    "bundled models, else inception.",
+)
+@click.option(
+    "--extractor",
+    "weights",
+    multiple=True,
+    metavar="NAME=WHERE",
+    help="Local path or hub id of an extractor's or a metric's weights.",
+)
+@click.option(
+    "--reference-set",
+    type=click.Path(path_type=Path),
+    help="ADM npz, pictures or moments, to compare with too.",
+)
+@click.option("--npz", is_flag=True, help="Keep those pictures for the ADM suite: candidate.npz.")
+@click.option(
+    "--against",
+    "--baseline",
+    "baseline",
+    multiple=True,
+    help="Rows of other libraries on the same layers, commas between: torchao-int4, torchao-w4a8, "
+    "torchao-w8a8, quanto-int4, bnb-nf4.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
+)
+@call_options
+@click.option("--json", "as_json", is_flag=True)
+def evaluate(
+    candidate: str,
+    reference: str,
+    output: Path | None,
+    requests: str,
+    fid: int,
+    metrics: tuple[str, ...],
+    features: str,
+    weights: tuple[str, ...],
+    reference_set: Path | None,
+    npz: bool,
+    keep_pictures: bool,
+    baseline: tuple[str, ...],
+    dtype: str,
+    as_json: bool,
+    **job: Any,
+) -> None:
+    """Compare a quantized CANDIDATE with its float model, same seeds.
+
+    \b
+    dtq eval demo-w4a8 --reference demo -o report
+    dtq eval demo-w4a8 --reference demo --fid 256 --metric fid,kid,precision,recall
+    """
+    from dtq.evaluate import adm, figures, report, run, runfile
+
+    say: Callable[[str], None] = (
+        (lambda line: None) if as_json else (lambda line: click.echo(f"  {line}"))
+    )
+    asked = figures.Asked(
+        tuple(listed(metrics)) or (("fid",) if fid else ()), fid, features,
+        pairs(weights, "--extractor"), reference_set,
+    )  # fmt: skip
+    asked.check()
+    if output is not None:  # a gate must never read an older run than the one that failed
+        (output / "eval.json").unlink(missing_ok=True)
+    if npz and (output is None or not asked.distributions):
+        raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
+    opened, float_model = _open(candidate, dtype), _open(reference, dtype)
+    quantization = run.quantization_report(opened.path)
+    how = calibration_of(set=requests, **job)
+    result = run.evaluate(
+        opened, float_model, how, baselines=listed(baseline), asked=asked, say=say
+    )
+    result.quantization = quantization
+    result.command = f"dtq {shlex.join(sys.argv[1:])}"
+    if output is not None:
+        write_folder(output)
+        for side, crowd in result.crowds.items():
+            crowd.save(output / f"features-{side}.safetensors")
+            if npz:
+                adm.write(crowd.pictures, output / f"{side}.npz")
+        write_whole(output / "eval.json", runfile.text(result.to_json()))
+        write_whole(output / "report.html", report.render(result))
+        if keep_pictures:
+            run.write_pictures(result, output)
+    if as_json:
+        click.echo(json.dumps(finite(result.to_json())))
+        sys.exit(3 if result.run is not None and result.run.missing else 0)
+    table(
+        ("model", "per-step error", "worst step", "bits", "PSNR", "SSIM", "FID to float"),
+        [
+            (
+                r.name,
+                f"{r.error:.2e}",
+                f"{max(r.error_steps):.2e}",
+                or_dash(r.bits, ".2f"),
+                or_dash(r.psnr, ".1f"),
+                or_dash(r.ssim, ".4f"),
+                or_dash(r.fid_float, ".2f"),
+            )
+            for r in result.rows
+        ],
+    )
+    if result.figures:
+        table(report.FIGURES, [report.figure_cells(each) for each in result.figures])
+        click.echo(report.figure_conditions(result))
+    click.echo(report.verdict(result)[1])
+    if output is not None:
+        click.echo(f"report: {output / 'report.html'}")
+    if result.run is not None and result.run.missing:
+        for name, why in result.run.missing.items():
+            click.echo(f"error: {name} was asked for and is missing: {why}", err=True)
+        sys.exit(3)
+
+
+def _open(model: str, dtype: str) -> source.Source:
+    """Open a model; a dtq checkpoint is verified first, so that damage is one clear line."""
+    path = Path(model)
+    if path.is_dir() and source.folder_kind(path) == "pipeline":
+        configs = [path / name / "config.json" for name in source.denoisers_on_disk(path)]
+        if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
+            checkpoint.verify(path)
+    return source.open_source(model, dtype=dtype)

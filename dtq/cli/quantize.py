@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq quantize``, ``dtq plan`` and ``dtq calibrate``: from a float model to a quantized folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from dtq import checkpoint, source
+from dtq.allocate import parse_size
+from dtq.calibrate import store
+from dtq.cli.options import (
+    component_option,
+    memory_option,
+    model_options,
+    recipe_options,
+    recipe_with,
+)
+from dtq.documents import finite
+from dtq.errors import InputError
+from dtq.estimate import estimate
+from dtq.job import inputs_of, job
+from dtq.plan import Plan
+from dtq.printing import plan_json, print_plan, print_result, size
+from dtq.quantize import calibrate_source, needs_of, plan_source, quantize_sources
+from dtq.team import Team
+
+
+@click.command()
+@click.argument("model")
+@recipe_options
+@model_options
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write."
+)
+@click.option("--stats", type=click.Path(path_type=Path), help="Statistics from dtq calibrate.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="LAYER",
+    help="Layer to keep: name, prefix, component or re:PATTERN.",
+)
+@memory_option
+@click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
+@click.option("--fresh", is_flag=True, help="Forget what an interrupted run finished.")
+@click.option(
+    "--sentinel/--no-sentinel",
+    default=True,
+    show_default=True,
+    help="A short run at the end, beside the float model; layers that fail in it are promoted.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, no progress bars.")
+def quantize(
+    model: str,
+    output: Path,
+    stats: Path | None,
+    keep: tuple[str, ...],
+    memory: str | None,
+    shard_size: str,
+    overwrite: bool,
+    fresh: bool,
+    sentinel: bool,
+    as_json: bool,
+    dtype: str,
+    components: tuple[str, ...],
+    **choices: Any,
+) -> None:
+    """Quantize MODEL and write a diffusers folder.
+
+    A run that was interrupted goes on when the same command is given again.
+
+    \b
+    dtq quantize demo --recipe w4a8 -o demo-w4a8
+    dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
+    dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
+    """
+    chosen = recipe_with(choices)
+    team = Team.join()
+    statistics = store.load(stats) if stats else None
+    started = time.monotonic()
+    with (
+        _quiet(as_json or not team.leads),
+        job(output, team, fresh=fresh, overwrite=overwrite) as run,
+    ):
+        if run.finished:
+            told = (output / "dtq_report.json").read_text(encoding="utf-8")
+            click.echo(told if as_json else f"{output}: the run before had finished it")
+            return
+        opened = source.open_sources(model, dtype=dtype, component=components or "auto")
+        for each in opened:
+            _, plan = plan_source(each, chosen, keep)
+            _check_disk(each.model, plan, each.dtype, output)
+        inputs = inputs_of(opened, chosen, keep, stats) if team.leads else {}
+        run.begin(inputs, parse_size(memory) if memory else None)
+        reports = quantize_sources(
+            opened,
+            chosen,
+            statistics=statistics,
+            skip=keep,
+            progress=team.leads and not as_json,
+            work=run.work,
+            memory=run.memory,
+            last_look=sentinel,
+        )
+        if not team.leads:
+            return
+        first = opened[0]
+        saveable = first.pipeline if first.pipeline is not None else first.model
+        data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
+        if len(data) == 1:
+            (data,) = data.values()
+        data = finite(data)
+        with run.result() as side:
+            checkpoint.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
+            text = json.dumps(data, indent=1) + "\n"
+            (side / "dtq_report.json").write_text(text, encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(data))
+        return
+    for name, report in reports.items():
+        if len(reports) > 1:
+            click.echo(f"{name}:")
+        print_result(report, output, time.monotonic() - started)
+
+
+@click.command()
+@click.argument("model")
+@recipe_options
+@component_option
+@click.option(
+    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
+)
+@click.option("--keep", multiple=True, metavar="LAYER", help="Layer to keep.")
+@memory_option
+@click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
+def plan(
+    model: str,
+    components: tuple[str, ...],
+    dtype: str,
+    keep: tuple[str, ...],
+    memory: str | None,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Show what would happen to each layer, and what it costs, without loading weights.
+
+    \b
+    dtq plan demo --recipe w4a8
+    """
+    chosen = recipe_with(choices)
+    every: dict[str, dict[str, Any]] = {}
+    found = source.skeletons(model, components or "auto")
+    folder = Path(model)
+    driven = not folder.exists() or source.folder_kind(folder) == "pipeline"
+    for name, (skeleton, on_disk) in found.items():
+        compute = on_disk if dtype == "auto" else source.DTYPES[dtype]
+        opened = source.Source(model, None, name, skeleton)
+        scan, resolved = plan_source(opened, chosen, keep)
+        cost = estimate(
+            skeleton,
+            scan,
+            resolved,
+            chosen,
+            compute,
+            needs=needs_of(chosen, driven),
+            memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
+            mapped=compute == on_disk,
+        )
+        if as_json:
+            every[name] = plan_json(resolved, cost, scan)
+            continue
+        if len(found) > 1:
+            click.echo(f"{name}:")
+        print_plan(resolved, cost, scan, chosen)
+    if as_json:
+        click.echo(json.dumps(every if len(every) > 1 else next(iter(every.values()))))
+
+
+@click.command()
+@click.argument("model")
+@recipe_options
+@model_options
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File to write, .safetensors.",
+)
+def calibrate(
+    model: str, output: Path, dtype: str, components: tuple[str, ...], **choices: Any
+) -> None:
+    """Run the float model once and keep its statistics for any number of recipes.
+
+    \b
+    dtq calibrate demo -o demo-stats.safetensors
+    dtq quantize demo --recipe w4a8 --stats demo-stats.safetensors -o demo-w4a8
+    """
+    chosen = recipe_with(choices)
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent}: no such folder")
+    every = source.open_sources(model, dtype=dtype, component=components or "auto")
+    if len(every) > 1:
+        names = ", ".join(each.component for each in every)
+        raise InputError(f"{model} has several transformers: choose one of {names} by --component")
+    (opened,) = every
+    scan, _ = plan_source(opened, chosen)
+    # everything, whatever this recipe needs: the file then serves other recipes too
+    needs = frozenset({"channels", "gram", "reservoir"})
+    statistics = calibrate_source(opened, scan, chosen, needs)
+    store.save(statistics, output)
+    click.echo(
+        f"{output}: {len(statistics.sites)} inputs, {statistics.about['calls']} model calls, {size(output.stat().st_size)}"
+    )
+
+
+def _check_disk(model: torch.nn.Module, plan: Plan, dtype: torch.dtype, output: Path) -> None:
+    """Say early that the disk is too full, not after the work."""
+    from dtq.estimate import file_tensors
+
+    parent = output.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    needed = checkpoint.predicted_bytes(file_tensors(model, plan, dtype))
+    free = shutil.disk_usage(parent).free
+    if free < 1.1 * needed:
+        raise InputError(f"{parent}: {size(free)} free, the checkpoint needs {size(needed)}")
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    if quiet:
+        diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            diffusers_logging.enable_progress_bar()
