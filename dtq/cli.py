@@ -30,7 +30,8 @@ from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
 from dtq.cli_gate import gate
-from dtq.documents import finite, parse_yaml, read_json, write_folder, write_whole
+from dtq.documents import finite, parse_yaml, read_json
+from dtq.durable import write_folder, write_whole
 from dtq.errors import DtqError, InputError, NumberError, first_line
 from dtq.estimate import estimate
 from dtq.job import inputs_of, job

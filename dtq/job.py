@@ -27,7 +27,7 @@ from torch import nn
 from dtq import demo
 from dtq.calibrate import sets
 from dtq.checkpoint import check_free, checksum, whole_folder
-from dtq.durable import replace_file, sync_tree
+from dtq.durable import sync_tree, write_whole
 from dtq.errors import InputError
 from dtq.lock import locked
 from dtq.recipe import Recipe
@@ -83,8 +83,7 @@ class Job:
             else:  # units that nobody knows the inputs of: a run was killed as it removed them
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(here, indent=1) + "\n"
-            replace_file(manifest, lambda draft: draft.write_text(text, encoding="utf-8"))
+            write_whole(manifest, json.dumps(here, indent=1) + "\n")
         self.team.meet()
         if not manifest.exists():
             raise InputError(
@@ -101,9 +100,8 @@ class Job:
         with whole_folder(self.output, overwrite=self.overwrite) as side:
             yield side
             sync_tree(side)
-            text = json.dumps({"output": _digest_of(side)})
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self._mark, lambda draft: draft.write_text(text, encoding="utf-8"))
+            write_whole(self._mark, json.dumps({"output": _digest_of(side)}))
 
     @property
     def _mark(self) -> Path:

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 import dtq as library
 from dtq.cli import main
+from dtq.errors import InputError
 from dtq.evaluate import ledger, run, runfile
 from dtq.evaluate.gate import Outcome, judge
 from dtq.evaluate.limits import Limit, Policy
@@ -369,7 +370,7 @@ def test_a_baseline_is_written_whole_or_not_at_all(place, base, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=r"base.json: could not be written .*No space"):
         ledger.accept(base, place / "base.json", "again", POLICY)
     assert (place / "base.json").read_bytes() == before
     assert not list(place.glob(".*partial"))

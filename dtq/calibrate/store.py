@@ -29,8 +29,6 @@ def save(statistics: Statistics, path: Path) -> None:
     Raises:
         InputError: the folder does not exist, or cannot be written.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder")
     tensors = {
         f"{site}|{key}": tensor.contiguous()
         for site, stats in statistics.sites.items()

@@ -6,11 +6,11 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dtq.durable import write_whole
 from dtq.errors import InputError
 from dtq.evaluate import runfile
 from dtq.evaluate.gate import flaws, judge, key_of
@@ -56,7 +56,7 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
         verdict = judge(run, runfile.parse(old, str(file)), policy)
         entry["against_the_last"] = {"verdict": verdict.outcome.word, "because": verdict.sentence}
     history = [*(old or {}).get("history", []), entry]
-    _write(file, runfile.text({**run.to_json(), "history": history}))
+    write_whole(file, runfile.text({**run.to_json(), "history": history}))
     return entry
 
 
@@ -99,18 +99,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # no entry for this user id, as in containers
         return f"user {os.getuid()}"
-
-
-def _write(file: Path, text: str) -> None:
-    if not file.parent.is_dir():
-        raise InputError(f"{file.parent}: no such folder")
-    handle, side = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".partial", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(side).chmod(0o644)
-        Path(side).replace(file)
-    finally:
-        Path(side).unlink(missing_ok=True)
