@@ -29,6 +29,7 @@ from dtq import checkpoint, source
 from dtq.allocate import parse_size
 from dtq.calibrate import sets, store
 from dtq.calibrate.engine import run_pipeline
+from dtq.calibrate.stats import STATS
 from dtq.cli_gate import gate
 from dtq.documents import finite, parse_yaml, read_json
 from dtq.durable import write_folder, write_whole
@@ -168,6 +169,9 @@ memory_option = click.option(
     help="What statistics may take, 8GB; the float model runs more often where it is little. "
     "Default: half of what is free.",
 )
+fresh_option = click.option(
+    "--fresh", is_flag=True, help="Forget what an interrupted run finished."
+)
 component_option = click.option(
     "--component",
     "components",
@@ -210,7 +214,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @memory_option
 @click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
-@click.option("--fresh", is_flag=True, help="Forget what an interrupted run finished.")
+@fresh_option
 @click.option(
     "--sentinel/--no-sentinel",
     default=True,
@@ -258,7 +262,7 @@ def quantize(
         for each in opened:
             _, plan = plan_source(each, chosen, keep)
             _check_disk(each.model, plan, each.dtype, output)
-        inputs = inputs_of(opened, chosen, keep, stats) if team.leads else {}
+        inputs = inputs_of(opened, chosen, chosen.needs(), keep, stats) if team.leads else {}
         run.begin(inputs, parse_size(memory) if memory else None)
         reports = quantize_sources(
             opened,
@@ -355,10 +359,18 @@ def plan(
     required=True,
     help="File to write, .safetensors.",
 )
+@fresh_option
 def calibrate(
-    model: str, output: Path, dtype: str, components: tuple[str, ...], **choices: Any
+    model: str,
+    output: Path,
+    fresh: bool,
+    dtype: str,
+    components: tuple[str, ...],
+    **choices: Any,
 ) -> None:
     """Run the float model once and keep its statistics for any number of recipes.
+
+    A run that was interrupted goes on when the same command is given again.
 
     \b
     dtq calibrate demo -o demo-stats.safetensors
@@ -367,16 +379,25 @@ def calibrate(
     chosen = _recipe(choices)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
-    every = source.open_sources(model, dtype=dtype, component=components or "auto")
-    if len(every) > 1:
-        names = ", ".join(each.component for each in every)
-        raise InputError(f"{model} has several transformers: choose one of {names} by --component")
-    (opened,) = every
-    scan, _ = plan_source(opened, chosen)
-    # everything, whatever this recipe needs: the file then serves other recipes too
-    needs = frozenset({"channels", "gram", "reservoir"})
-    statistics = calibrate_source(opened, scan, chosen, needs)
-    store.save(statistics, output)
+    team = Team.join()
+    with _quiet(not team.leads), job(output, team, fresh=fresh, file=True) as run:
+        every = source.open_sources(model, dtype=dtype, component=components or "auto")
+        if len(every) > 1:
+            found = ", ".join(each.component for each in every)
+            raise InputError(
+                f"{model} has several transformers: choose one of {found} by --component"
+            )
+        (opened,) = every
+        scan, _ = plan_source(opened, chosen)
+        # everything, whatever this recipe needs: the file then serves other recipes too
+        needs = frozenset(STATS)
+        run.begin(inputs_of(every, chosen, needs) if team.leads else {})
+        statistics = calibrate_source(
+            opened, scan, chosen, needs, progress=team.leads, memory=run.memory, work=run.work
+        )
+        if not team.leads:
+            return
+        store.save(statistics, output)
     click.echo(
         f"{output}: {len(statistics.sites)} inputs, {statistics.about['calls']} model calls, {size(output.stat().st_size)}"
     )

@@ -36,7 +36,7 @@ class Statistics:
     Attributes:
         sites: by site name.
         edges: timesteps that separate the bins, rising.
-        about: how it was made: model class, set, samples, steps, seed.
+        about: how it was made: model class, set, samples, steps, seed, parts.
     """
 
     sites: Mapping[str, SiteStats]
@@ -146,13 +146,15 @@ def calibrate(
     """
     runs = drive(source, calibration, None if inputs is None else list(inputs))
     total: Statistics | None = None
-    for part in runs.parts(calibration.parts):
+    parts = runs.parts(calibration.parts)
+    for part in parts:
         seen = see(source, sites, calibration, needs, runs, part, progress=progress)
         if total is None:
             total = seen
         else:
             total.merge(seen)
     assert total is not None
+    total.about["parts"] = len(parts)
     return lent(total)
 
 
