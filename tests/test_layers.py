@@ -21,7 +21,7 @@ ROWS = [
     {"recipe"},
     {"source"},
     {"calibrate", "checkpoint"},
-    {"solved"},
+    {"solved", "look"},
     {"diffusers", "lora", "solve", "allocate"},
     {"steps", "budget", "parallel", "job", "sentinel"},
     {"quantize", "estimate", "terdit"},
