@@ -381,7 +381,7 @@ def calibrate_source(
             gather(source, portion, how, needs, runs, work, progress=progress)
             for portion in portions
         ]
-    statistics = store.load(*files)
+    statistics = engine.lent(store.load(*files))  # a sibling may be in another portion
     if folder is not None:
         weakref.finalize(statistics, folder.cleanup)
     return statistics

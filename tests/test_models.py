@@ -11,7 +11,9 @@ import dtq
 from dtq.calibrate.calls import first_tensor
 from dtq.families import FAMILIES, Scan, find
 from dtq.nn import QuantLinear
-from dtq.source import made_inputs, scan_model
+from dtq.quantize import calibrate_source
+from dtq.recipe import Recipe
+from dtq.source import Source, made_inputs, scan_model
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 forgive less than real ones
@@ -135,6 +137,30 @@ def test_experts_that_no_token_chose_are_quantized_too():
     assert isinstance(model.get_submodule(f"{idle}.w1"), QuantLinear)
     with torch.no_grad():
         assert first_tensor(model(**zoo.inputs(name))).isfinite().all()
+
+
+def test_idle_experts_take_statistics_of_siblings_in_other_portions():
+    name = "HiDreamImageTransformer2DModel"
+    model = zoo.model(name)
+    for module in model.modules():
+        if type(module).__name__ == "MoEGate":
+            module.register_forward_hook(lambda gate, x, out: (out[0].clamp(min=1), *out[1:]))
+    recipe = Recipe.load("w4a8", **QUICK)
+    source = Source(name, None, "transformer", model)
+    scan = scanned(name, model)
+    inputs = [zoo.inputs(name, seed) for seed in range(2)]
+    whole, cut = (
+        calibrate_source(
+            source, scan, recipe, recipe.needs(), inputs=inputs, progress=False, memory=memory
+        )
+        for memory in (None, 1)  # all at once, and every input in a run of its own
+    )
+    idle = "double_stream_blocks.0.block.ff_i.experts.0.w1"
+    assert len(whole.sites[idle].channels.peaks())
+    assert set(whole.sites) == set(cut.sites)
+    for site, stats in whole.sites.items():
+        got = cut.sites[site].tensors()
+        assert all(torch.equal(t, got[key]) for key, t in stats.tensors().items())
 
 
 def test_a_pointwise_convolution_dequantizes_to_itself():

@@ -222,13 +222,16 @@ def portions(
 
 def lent(statistics: Statistics) -> Statistics:
     """Sites that saw nothing take what their siblings saw: experts read the same stream."""
+    names = sorted(statistics.sites)  # one order, wherever they are kept: it decides how sums round
+    idle = {name for name in names if not len(statistics.sites[name].channels.peaks())}
+    if not idle:
+        return statistics  # left where it is: on disk it may not fit in memory
     stats = dict(statistics.sites)
-    seen = {name: site for name, site in stats.items() if len(site.channels.peaks())}
-    for name in sorted(set(stats) - set(seen)):
+    for name in sorted(idle):
         key = sibling_key(name)
-        lenders = [site for other, site in seen.items() if sibling_key(other) == key != name]
+        lenders = [n for n in names if n not in idle and sibling_key(n) == key != name]
         for lender in lenders:
-            stats[name].merge(lender)
+            stats[name].merge(stats[lender])
         if not lenders:
             del stats[name]
         how = "takes the statistics of its siblings" if lenders else "is rounded without data"
