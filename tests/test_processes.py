@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import kill  # docs/kill.py
+import pipelines
 import pytest
 
 from dtq.calibrate import store
@@ -83,6 +84,15 @@ def test_one_and_two_processes_make_the_same_bytes(float_folder, tmp_path, kind)
 def test_four_processes_too(float_folder, tmp_path):
     arguments = [str(float_folder), *FEW, *RECIPE["whole model"]]
     assert bytes_of(tmp_path, arguments, 4) == bytes_of(tmp_path, arguments, 1)
+
+
+@pytest.mark.slow
+def test_two_transformers_too(tmp_path):
+    pipelines.wan(two=True).save_pretrained(tmp_path / "float")
+    arguments = [str(tmp_path / "float"), "--samples", "2", "--steps", "4", *RECIPE["whole model"]]
+    arguments += ["--set", "calibration.batch=1", "--set", "solver=rtn"]
+    arguments += ["--arg", "height=32", "--arg", "width=32", "--arg", "num_frames=5"]
+    assert bytes_of(tmp_path, arguments, 2) == bytes_of(tmp_path, arguments, 1)
 
 
 def test_one_dies_the_other_says_so_and_one_process_goes_on(float_folder, tmp_path):
