@@ -62,23 +62,28 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def forked(arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> Any:
+def forked(
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    command: str = "quantize",
+) -> Any:
     """``dtq quantize`` in a process that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dtq.cli"])
-    child = context.Process(target=_quantize, args=(arguments, str(log), environment or {}))
+    child = context.Process(target=_dtq, args=([command, *arguments], str(log), environment or {}))
     child.start()
     return child
 
 
-def _quantize(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _dtq(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     from dtq.cli import main
 
     os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    main(["quantize", *arguments])
+    main(arguments)
 
 
 class Run:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import zoo  # noqa: E402
 
 import dtq  # noqa: E402
+from dtq.calibrate.calls import first_tensor  # noqa: E402
 from dtq.families import Scan, find  # noqa: E402
 from dtq.nn.linear import shape_of  # noqa: E402
 from dtq.recipe import Recipe  # noqa: E402
@@ -38,13 +39,13 @@ def measure(name: str, recipe: str) -> str:
     """The error of the quantized model, or why there is none."""
     model = zoo.model(name)
     with torch.no_grad():
-        want = zoo.first_tensor(model(**zoo.inputs(name))).double()
+        want = first_tensor(model(**zoo.inputs(name))).double()
     calls = [zoo.inputs(name, seed) for seed in range(2)]
     dtq.quantize(model, recipe, inputs=calls, progress=False, **QUICK)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        got = zoo.first_tensor(model(**zoo.inputs(name)))
+        got = first_tensor(model(**zoo.inputs(name)))
         model.save_pretrained(folder)
-        again = zoo.first_tensor(type(model).from_pretrained(folder)(**zoo.inputs(name)))
+        again = first_tensor(type(model).from_pretrained(folder)(**zoo.inputs(name)))
     if not torch.equal(got, again):
         return "differs after loading"
     return f"{float((got.double() - want).square().sum() / want.square().sum()):.0e}"

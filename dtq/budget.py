@@ -17,11 +17,11 @@ from dtq.calibrate.engine import Statistics
 from dtq.errors import InputError
 from dtq.families import Scan
 from dtq.formats import FORMATS
-from dtq.nn.linear import StepClock
+from dtq.nn.linear import StepClock, matrix_of
 from dtq.nn.swap import install_clock
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
-from dtq.solve import built, float_weight, solve, solve_all
+from dtq.solve import built, solve, solve_all
 from dtq.solved import SiteReport, Solved, from_result, to_result
 from dtq.transforms import Choice
 from dtq.work import Result, Work
@@ -247,7 +247,8 @@ def guard(
         def again_in(raised: LayerPlan = raised, before: Solved = solved[layer.name]) -> Result:
             choice = Choice(before.transform, before.report.transform, {})
             stats = sites[site_of[raised.name]]
-            result = solve(raised, float_weight(model, raised.name), choice, stats, recipe)
+            weight = matrix_of(model.get_submodule(raised.name))
+            result = solve(raised, weight, choice, stats, recipe)
             return to_result([result], SiteReport(site_of[raised.name]))
 
         promoted = plan.with_layers({layer.name: raised})

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dtq.data import folder
-from dtq.documents import read_json, write_whole
+from dtq.documents import read_json
+from dtq.durable import write_whole
 from dtq.errors import InputError
 from dtq.recipe import Calibration
 

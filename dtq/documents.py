@@ -61,34 +61,6 @@ def read_text(path: Path, largest: int) -> str:
         raise InputError(f"{path}: not text ({error.reason} at byte {error.start})") from error
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Raises:
-        InputError: it cannot be written; says why.
-    """
-    side = path.with_name(f".{path.name}.partial")
-    try:
-        side.write_bytes(data.encode() if isinstance(data, str) else data)
-        side.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: could not be written ({error.strerror or error})") from error
-    finally:
-        side.unlink(missing_ok=True)
-
-
-def write_folder(path: Path) -> None:
-    """Make a folder to write into, and those above it.
-
-    Raises:
-        InputError: it cannot be made; says why.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made ({error.strerror or error})") from error
-
-
 def parse_json(text: str, where: str, *, infinite: bool = False) -> Any:
     """JSON data; ``where`` begins every message, ``infinite`` allows infinities by name.
 

@@ -19,9 +19,11 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     The name of the side file has the process id: two processes do not write into one file.
 
     Raises:
-        InputError: it cannot be written; says why.
+        InputError: there is no such folder, or it cannot be written; says why.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(draft)
         _sync(draft)
@@ -31,6 +33,24 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise InputError(f"{path}: could not be written ({error})") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """:func:`replace_file` with text, as UTF-8, or bytes."""
+    raw = data.encode() if isinstance(data, str) else data
+    replace_file(path, lambda draft: draft.write_bytes(raw))
+
+
+def write_folder(path: Path) -> None:
+    """Make a folder to write into, and those above it.
+
+    Raises:
+        InputError: it cannot be made; says why.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror or error})") from error
 
 
 def sync_tree(folder: Path) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run into one output folder: who may write, from what, and how far it got.
+"""One run into one output: who may write, from what, and how far it got.
 
 Beside ``OUT`` there are, while a run is on or after it was killed, ``.OUT.work`` with the manifest
-and the finished units (``work.py``), and ``.OUT.lock``. The output itself appears by a rename at
-the end. The manifest says what the units were made from; a run continues when that is the same.
+and the finished units (``work.py``), and ``.OUT.lock``. The output itself, a folder or a file,
+appears by a rename at the end. The manifest says what the units were made from; a run continues
+when that is the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import nn
 from dtq import demo
 from dtq.calibrate import sets
 from dtq.checkpoint import check_free, checksum, whole_folder
-from dtq.durable import replace_file, sync_tree
+from dtq.durable import sync_tree, write_whole
 from dtq.errors import InputError
 from dtq.lock import locked
 from dtq.recipe import Recipe
@@ -83,8 +84,7 @@ class Job:
             else:  # units that nobody knows the inputs of: a run was killed as it removed them
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(here, indent=1) + "\n"
-            replace_file(manifest, lambda draft: draft.write_text(text, encoding="utf-8"))
+            write_whole(manifest, json.dumps(here, indent=1) + "\n")
         self.team.meet()
         if not manifest.exists():
             raise InputError(
@@ -101,9 +101,8 @@ class Job:
         with whole_folder(self.output, overwrite=self.overwrite) as side:
             yield side
             sync_tree(side)
-            text = json.dumps({"output": _digest_of(side)})
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self._mark, lambda draft: draft.write_text(text, encoding="utf-8"))
+            write_whole(self._mark, json.dumps({"output": _digest_of(side)}))
 
     @property
     def _mark(self) -> Path:
@@ -133,7 +132,12 @@ class Job:
 
 @contextmanager
 def job(
-    output: Path, team: Team = ALONE, *, fresh: bool = False, overwrite: bool = False
+    output: Path,
+    team: Team = ALONE,
+    *,
+    fresh: bool = False,
+    overwrite: bool = False,
+    file: bool = False,
 ) -> Iterator[Job]:
     """The run that makes ``output``, alone in its folder.
 
@@ -144,9 +148,10 @@ def job(
         team: the processes of the run.
         fresh: forget what was finished before.
         overwrite: replace an output that is not empty.
+        file: the output is one file, which the caller replaces; not by :meth:`Job.result`.
 
     Raises:
-        InputError: another run writes there, or the output is not empty.
+        InputError: another run writes there, the output is not empty, or a folder and not a file.
     """
     one = Job(output, team, overwrite)
     if not team.leads:
@@ -162,7 +167,9 @@ def job(
         if fresh:
             shutil.rmtree(one.folder, ignore_errors=True)
         one.finished = one.was_finished()
-        if not one.finished:
+        if file and output.is_dir():
+            raise InputError(f"{output} is a folder; give a file")
+        if not file and not one.finished:
             check_free(output, overwrite=overwrite)
         _clear(output)
         team.tell(one.finished)
@@ -183,7 +190,10 @@ def job(
 def _clear(output: Path) -> None:
     """Remove what a run left that was killed while it wrote or replaced the output."""
     for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
-        shutil.rmtree(left)
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
     for old in output.parent.glob(f".{glob.escape(output.name)}.*.old"):
         if output.exists():
             shutil.rmtree(old)
@@ -192,19 +202,24 @@ def _clear(output: Path) -> None:
 
 
 def inputs_of(
-    sources: Sequence[Source], recipe: Recipe, skip: Sequence[str], statistics: Path | None
+    sources: Sequence[Source],
+    recipe: Recipe,
+    needs: frozenset[str],
+    skip: Sequence[str] = (),
+    statistics: Path | None = None,
 ) -> dict[str, Any]:
     """What the bytes of the result depend on, apart from the number of threads.
 
     Args:
         sources: the opened transformers.
         recipe: what to do.
+        needs: statistics that are asked for.
         skip: layers to keep.
-        statistics: a file from ``dtq calibrate``.
+        statistics: a file from ``dtq calibrate`` that has them.
     """
     pipeline, how = sources[0].pipeline, recipe.calibration
     entries = None
-    if pipeline is not None and recipe.needs() and statistics is None:
+    if pipeline is not None and needs and statistics is None:
         entries = [str(entry) for entry in sets.load(how.set, pipeline, how.samples).entries]
     pictures = Path(how.images) if how.images else None
     return {

@@ -143,7 +143,8 @@ def quantize_sources(
 ) -> dict[str, Report]:
     """Quantize the transformers of one pipeline, or a bare one; see :func:`quantize`.
 
-    All of them are calibrated before the first is changed, so that each sees the float pipeline.
+    All of them are calibrated, and the calls that alternatives are compared on are recorded, before
+    the first is changed: each sees the float pipeline, in every process.
 
     Args:
         sources: the opened transformers.
@@ -171,6 +172,7 @@ def quantize_sources(
         )
     work = work or Work()
     seen: dict[str, Statistics | None] = {}
+    recorded: dict[str, list[Recorded]] = {}
     for source in sources:
         scan, _ = plan_source(source, recipe, skip)
         needs = recipe.needs()
@@ -182,11 +184,13 @@ def quantize_sources(
             if needs
             else None
         )  # fmt: skip
+        recorded[source.component] = _record(source, recipe, None)
     return {
         source.component: quantize_source(
             source,
             recipe,
             statistics=seen[source.component],
+            recorded=recorded.pop(source.component),
             skip=skip,
             progress=progress,
             work=work.within(source.component),
@@ -203,6 +207,7 @@ def quantize_source(
     *,
     statistics: Statistics | None = None,
     inputs: Iterable[dict[str, Any]] | None = None,
+    recorded: list[Recorded] | None = None,
     skip: Sequence[str] = (),
     progress: bool = True,
     config: DTQConfig | None = None,
@@ -212,8 +217,9 @@ def quantize_source(
 ) -> Report:
     """Quantize the model of an opened source in place; see :func:`quantize_sources`.
 
-    ``config`` is the one that diffusers already holds, when it does; it is completed. Of several
-    processes all but the first leave when formats are decided; their model stays float.
+    ``recorded`` are calls of the float model, made now if they are not given. ``config`` is the one
+    that diffusers already holds, when it does; it is completed. Of several processes all but the
+    first leave when formats are decided; their model stays float.
     """
     work = work or Work()
     calls = None if inputs is None else list(inputs)
@@ -233,7 +239,7 @@ def quantize_source(
         log.warning("no calibration data: solver %s falls back to clip search", recipe.solver.name)
     report = Report(plan, statistics.edges if statistics and plan.bins > 1 else ())
     report.about = dict(statistics.about) if statistics else {"origin": "none"}
-    with paged(*_modules(source)):
+    if recorded is None:
         recorded = _record(source, recipe, calls)
     solved, report.sites = solve_all(
         source.model, scan, plan, recipe, statistics, progress=progress, work=work
@@ -375,7 +381,7 @@ def calibrate_source(
             gather(source, portion, how, needs, runs, work, progress=progress)
             for portion in portions
         ]
-    statistics = store.load(*files)
+    statistics = engine.lent(store.load(*files))  # a sibling may be in another portion
     if folder is not None:
         weakref.finalize(statistics, folder.cleanup)
     return statistics
@@ -449,4 +455,5 @@ def _record(
     wanted = recipe.compare and (source.pipeline is not None or calls is not None)
     if not needed and not wanted:
         return []
-    return sample_calls(source, recipe.calibration, 4, inputs=calls)
+    with paged(*_modules(source)):
+        return sample_calls(source, recipe.calibration, 4, inputs=calls)

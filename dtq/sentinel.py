@@ -12,24 +12,20 @@ from __future__ import annotations
 import logging
 import math
 import statistics as numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from dtq.calibrate.calls import Recorded, first_tensor, relative_error, replay
 from dtq.calibrate.engine import Statistics
-from dtq.calibrate.record import sample_calls
-from dtq.documents import finite
 from dtq.errors import NumberError
-from dtq.families import Scan, blocks_of
-from dtq.nn.linear import QuantLinear, rows_of
-from dtq.nn.swap import finish, placed
-from dtq.paging import paged, release
+from dtq.families import Scan
+from dtq.look import Look, look, reference_of
+from dtq.nn.linear import QuantLinear, matrix_of
+from dtq.nn.swap import finish
+from dtq.paging import paged
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
 from dtq.solve import built, choose, solve
@@ -38,10 +34,6 @@ from dtq.source import Source
 
 log = logging.getLogger("dtq")
 
-STEPS = 8
-"""Sampler steps of the run, or the recipe's where they are fewer: over the whole trajectory."""
-ROWS = 64
-"""Rows of a layer's input, and of a block's output, that are compared in a call."""
 SATURATED = 0.02
 """Share of a static layer's inputs that may lie beyond its scale."""
 LOST = 0.5
@@ -80,41 +72,6 @@ class Promotion:
     why: str
 
 
-@dataclass
-class Look:
-    """What a run showed.
-
-    Attributes:
-        calls: of the transformer that were compared.
-        snr: dB of each block's output against the float model's, per call, same inputs.
-        errors: relative squared error of each layer on its own input, per call.
-        saturation: largest share of inputs beyond a static scale, and the call, per layer.
-        broken: layers whose output was not finite though their input was, and the call.
-        variance: of the output over the float model's, per call.
-        latents: the same of the latents, both models sampling on their own; empty without a
-            pipeline.
-    """
-
-    calls: int
-    snr: dict[str, list[float]] = field(default_factory=dict)
-    errors: dict[str, list[float]] = field(default_factory=dict)
-    saturation: dict[str, tuple[float, int]] = field(default_factory=dict)
-    broken: dict[str, int] = field(default_factory=dict)
-    variance: list[float] = field(default_factory=list)
-    latents: list[float] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: what is not finite is null."""
-        data: dict[str, Any] = finite({
-            "calls": self.calls,
-            "block_snr_db": self.snr,
-            "saturation": {name: share for name, (share, _) in self.saturation.items() if share},
-            "variance": self.variance,
-            "latent_variance": self.latents,
-        })  # fmt: skip
-        return data
-
-
 def watch(
     source: Source,
     floats: Mapping[str, nn.Module],
@@ -150,7 +107,7 @@ def watch(
     with paged(model), tqdm(
         desc="sentinel", unit="call", disable=not progress, dynamic_ncols=True
     ) as bar:  # fmt: skip
-        reference = _reference(source, floats, recipe, inputs, bar.update)
+        reference = reference_of(source, floats, recipe, inputs, bar.update)
         seen = look(source, floats, recipe, reference, inputs, bar.update)
         for _ in range(ROUNDS):
             found = findings(seen)
@@ -169,76 +126,6 @@ def watch(
     for said in complaints(seen):
         log.warning("sentinel: %s", said)
     return plan, {**seen.to_json(), "promoted": [asdict(each) for each in promoted]}
-
-
-@dataclass
-class _Reference:
-    """The float run: its calls, and sampled rows of every block's output, per call."""
-
-    calls: list[Recorded]
-    blocks: list[dict[str, Tensor]]
-
-
-def _short(recipe: Recipe) -> Any:
-    """The calibration's settings for a run of few steps and one picture."""
-    how = recipe.calibration
-    return replace(how, samples=1, batch=1, bins=4, steps=min(how.steps or STEPS, STEPS))
-
-
-def _sampled(
-    source: Source, recipe: Recipe, inputs: Sequence[dict[str, Any]] | None
-) -> list[Recorded]:
-    few = None if inputs is None else list(inputs)[:: -(-len(inputs) // STEPS)]
-    return sample_calls(source, _short(recipe), 1, inputs=few)
-
-
-def _reference(
-    source: Source,
-    floats: Mapping[str, nn.Module],
-    recipe: Recipe,
-    inputs: Sequence[dict[str, Any]] | None,
-    tick: Callable[[], object],
-) -> _Reference:
-    """One short run of the float model; its linears stand in their old places meanwhile."""
-    blocks: list[dict[str, Tensor]] = []
-    with placed(source.model, floats), _blocks(source.model, blocks, tick):
-        calls = _sampled(source, recipe, inputs)
-    for i, call in enumerate(calls):
-        if not call.output.isfinite().all():
-            bad = next((n for n, rows in blocks[i].items() if not rows.isfinite().all()), "its end")
-            raise NumberError(
-                f"{source.name}: the float model itself gives numbers that are not finite at step "
-                f"{call.step} (timestep {call.timestep:g}), first seen behind {bad}. Use another "
-                f"dtype: --dtype bf16"
-            )
-    return _Reference(calls, blocks)
-
-
-def look(
-    source: Source,
-    floats: Mapping[str, nn.Module],
-    recipe: Recipe,
-    reference: _Reference,
-    inputs: Sequence[dict[str, Any]] | None,
-    tick: Callable[[], object],
-) -> Look:
-    """The quantized model on the calls of the float one, and sampling on its own."""
-    model, seen = source.model, Look(len(reference.calls))
-    blocks: list[dict[str, Tensor]] = []
-    with _blocks(model, blocks, tick), _layers(model, floats, seen) as count:
-        for i, call in enumerate(reference.calls):
-            count(i)
-            output = replay(model, call)
-            seen.variance.append(_ratio(output, call.output))
-    for got, want in zip(blocks, reference.blocks, strict=True):
-        for name, rows in want.items():
-            error = relative_error(got[name], rows) if name in got else 0.0
-            seen.snr.setdefault(name, []).append(-10 * math.log10(max(error, 1e-30)))
-    if source.pipeline is not None and inputs is None:
-        own = _sampled(source, recipe, None)
-        pairs = zip(own, reference.calls, strict=False)
-        seen.latents = [_ratio(a.latents, b.latents) for a, b in pairs]
-    return seen
 
 
 def findings(seen: Look) -> list[Finding]:
@@ -335,7 +222,7 @@ def _promote(
         return Promotion(name, dtype, finding.why), plan.with_layers({name: kept})
     site = next(s.name for s in scan.sites for x in s.linears if x.name == name)
     stats = None if statistics is None else statistics.sites.get(site)
-    weight = _weight(old)
+    weight = matrix_of(old)
     result = solve(raised, weight, choose([raised], [weight], stats), stats, recipe)
     new = built(result, old, plan.bins, before.compute_dtype)
     new.hear(before.clock)
@@ -347,92 +234,3 @@ def _promote(
         Promotion(name, raised.weights, finding.why),
         plan.with_layers({name: replace(result.plan, note=note)}),
     )
-
-
-@contextmanager
-def _blocks(
-    model: nn.Module, calls: list[dict[str, Tensor]], tick: Callable[[], object]
-) -> Iterator[None]:
-    """Collect sampled rows of every block's output, a mapping per call of the model."""
-
-    def begin(module: nn.Module, args: Any) -> None:
-        calls.append({})
-        tick()
-
-    def end(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            rows = first_tensor(output).detach()
-            rows = rows.reshape(-1, rows.shape[-1])
-            calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
-
-        return hook
-
-    handles = [model.register_forward_pre_hook(begin)]
-    for prefix in blocks_of(model):
-        name = prefix.removesuffix(".")
-        handles.append(model.get_submodule(name).register_forward_hook(end(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _layers(
-    model: nn.Module, floats: Mapping[str, nn.Module], seen: Look
-) -> Iterator[Callable[[int], None]]:
-    """Compare every quantized layer with its float one on the input that it gets."""
-    now = [0]
-
-    def hook_of(name: str, old: nn.Module) -> Callable[..., None]:
-        def hook(module: QuantLinear, args: Any, output: Tensor) -> None:
-            call = now[0]
-            x, y = rows_of(old, args[0]), rows_of(old, output)
-            step = _stride(len(x))
-            x, y = x[::step].detach(), y[::step].detach().float()
-            if not x.isfinite().all():
-                return  # the fault is before it
-            bias = None if old.bias is None else old.bias.detach().float()  # type: ignore[operator, union-attr]
-            want = F.linear(x.float(), _weight(old).to(x.device), bias)
-            release([old.weight])  # type: ignore[list-item]
-            if not output.isfinite().all():
-                seen.broken.setdefault(name, call)
-            elif bool(want.square().sum() > 0):
-                seen.errors.setdefault(name, [0.0] * seen.calls)[call] = relative_error(y, want)
-            if module.task.acts.static:
-                turned = module.transform().x(x.float()).abs()
-                beyond = turned > (module.task.acts.levels + 0.5) * module.step_scale()
-                share = float(beyond.float().mean())
-                seen.saturation[name] = max(seen.saturation.get(name, (0.0, 0)), (share, call))
-
-        return hook
-
-    handles = [
-        layer.register_forward_hook(hook_of(name, floats[name]))
-        for name, layer in model.named_modules()
-        if isinstance(layer, QuantLinear) and name in floats
-    ]
-    try:
-        yield lambda call: now.__setitem__(0, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    """Float32 (N, K)."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().float().flatten(1)
-
-
-def _stride(rows: int) -> int:
-    return max(1, -(-rows // ROWS))
-
-
-def _ratio(got: Tensor, want: Tensor) -> float:
-    """Variance of one over that of the other; NaN or infinite where numbers are."""
-    if got.numel() < 2:
-        return 1.0
-    return float(got.double().var() / want.double().var().clamp(min=1e-300))

@@ -17,7 +17,7 @@ from dtq.errors import InputError
 from dtq.families import Scan, Site
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS, fake_quantize, row_scale
-from dtq.nn.linear import QuantLinear
+from dtq.nn.linear import QuantLinear, matrix_of
 from dtq.paging import release
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
@@ -229,13 +229,6 @@ def alike(site: Site, plan: Plan) -> list[list[LayerPlan]]:
     return list(groups.values())
 
 
-def float_weight(model: nn.Module, name: str) -> Tensor:
-    """The matrix (N, K) of a linear or 1 x 1 convolution, float32."""
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().float().flatten(1)
-
-
 def solve_all(
     model: nn.Module,
     scan: Scan,
@@ -268,7 +261,7 @@ def solve_all(
         for unit in todo:
             site, members = jobs[unit]
             stats = statistics.sites.get(site.name) if statistics else None
-            weights = [float_weight(model, layer.name) for layer in members]
+            weights = [matrix_of(model.get_submodule(layer.name)) for layer in members]
             for layer, w in zip(members, weights, strict=True):
                 check(w, *_moments(stats), layer=f"{layer.name}{_broken_bins(stats)}")
             choice = choose(members, weights, stats)

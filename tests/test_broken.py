@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import dtq
 from dtq import cli, source
 from dtq.calibrate import sets
-from dtq.documents import write_whole
+from dtq.durable import write_whole
 from dtq.errors import InputError, NumberError
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
@@ -366,3 +366,5 @@ def test_a_file_is_whole_or_absent(tmp_path):
         write_whole(tmp_path / "a", "x" * 100)
     assert (tmp_path / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(InputError, match="b: no such folder"):
+        write_whole(tmp_path / "b" / "a", "x")

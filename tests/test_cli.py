@@ -252,4 +252,4 @@ def test_an_interrupt_leaves_nothing_half_done(float_folder, tmp_path, sent):
     assert "interrupted" in rest
     assert "Traceback" not in rest
     assert {p.name for p in tmp_path.iterdir()} <= {".q.work"}
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.partial"))

@@ -21,7 +21,7 @@ ROWS = [
     {"recipe"},
     {"source", "call"},
     {"calibrate", "checkpoint"},
-    {"solved"},
+    {"solved", "look"},
     {"diffusers", "lora", "solve", "allocate"},
     {"steps", "budget", "parallel", "job", "sentinel"},
     {"quantize", "estimate", "terdit"},

@@ -8,9 +8,12 @@ import torch
 import zoo
 
 import dtq
+from dtq.calibrate.calls import first_tensor
 from dtq.families import FAMILIES, Scan, find
 from dtq.nn import QuantLinear
-from dtq.source import made_inputs, scan_model
+from dtq.quantize import calibrate_source
+from dtq.recipe import Recipe
+from dtq.source import Source, made_inputs, scan_model
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 forgive less than real ones
@@ -24,19 +27,19 @@ COARSE = {"transform": {"search": {"step": 0.25}}}  # five alphas, not twenty-on
 def test_round_trip(name, recipe, tmp_path):
     model = zoo.model(name)
     with torch.no_grad():
-        want = zoo.first_tensor(model(**zoo.inputs(name))).double()
+        want = first_tensor(model(**zoo.inputs(name))).double()
     calls = [zoo.inputs(name, seed) for seed in range(2)]
     coarse = {} if recipe == "w4a16" else COARSE
     dtq.quantize(model, recipe, inputs=calls, progress=False, **QUICK, **coarse)
     assert any(isinstance(m, QuantLinear) for m in model.modules())
     with torch.no_grad():
-        got = zoo.first_tensor(model(**zoo.inputs(name)))
+        got = first_tensor(model(**zoo.inputs(name)))
     error = float((got.double() - want).square().sum() / want.square().sum())
     assert error < BARS[recipe]
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     loaded = type(model).from_pretrained(tmp_path)
     with torch.no_grad():
-        again = zoo.first_tensor(loaded(**zoo.inputs(name)))
+        again = first_tensor(loaded(**zoo.inputs(name)))
     assert torch.equal(got, again)
 
 
@@ -133,7 +136,31 @@ def test_experts_that_no_token_chose_are_quantized_too():
     dtq.quantize(model, "w4a8", inputs=[zoo.inputs(name)], progress=False, **QUICK)
     assert isinstance(model.get_submodule(f"{idle}.w1"), QuantLinear)
     with torch.no_grad():
-        assert zoo.first_tensor(model(**zoo.inputs(name))).isfinite().all()
+        assert first_tensor(model(**zoo.inputs(name))).isfinite().all()
+
+
+def test_idle_experts_take_statistics_of_siblings_in_other_portions():
+    name = "HiDreamImageTransformer2DModel"
+    model = zoo.model(name)
+    for module in model.modules():
+        if type(module).__name__ == "MoEGate":
+            module.register_forward_hook(lambda gate, x, out: (out[0].clamp(min=1), *out[1:]))
+    recipe = Recipe.load("w4a8", **QUICK)
+    source = Source(name, None, "transformer", model)
+    scan = scanned(name, model)
+    inputs = [zoo.inputs(name, seed) for seed in range(2)]
+    whole, cut = (
+        calibrate_source(
+            source, scan, recipe, recipe.needs(), inputs=inputs, progress=False, memory=memory
+        )
+        for memory in (None, 1)  # all at once, and every input in a run of its own
+    )
+    idle = "double_stream_blocks.0.block.ff_i.experts.0.w1"
+    assert len(whole.sites[idle].channels.peaks())
+    assert set(whole.sites) == set(cut.sites)
+    for site, stats in whole.sites.items():
+        got = cut.sites[site].tensors()
+        assert all(torch.equal(t, got[key]) for key, t in stats.tensors().items())
 
 
 def test_a_pointwise_convolution_dequantizes_to_itself():
@@ -194,7 +221,7 @@ def test_made_inputs_run_and_show_what_real_ones_show(name):
     model = zoo.model(name)
     with torch.no_grad():
         made = made_inputs(model, 2, 0.5 * find(model).largest_timestep, 0)
-        assert zoo.first_tensor(model(**made)).isfinite().all()
+        assert first_tensor(model(**made)).isfinite().all()
     assert grouped(scan_model(model)) == grouped(scanned(name, model))
 
 

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import kill  # docs/kill.py
+import pipelines
 import pytest
 
+from dtq.calibrate import store
 from dtq.team import Team
 
 RECIPE = {
@@ -31,7 +33,14 @@ FEW = ["--samples", "5", "--steps", "2", "--set", "calibration.batch=1"]
 class Processes:
     """``dtq quantize`` in several processes, as a launcher starts them."""
 
-    def __init__(self, arguments: list[str], size: int, log: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        size: int,
+        log: Path,
+        command: str = "quantize",
+        **environment: str,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -39,7 +48,10 @@ class Processes:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
         self.children = [
             kill.forked(
-                arguments, log.with_name(f"{log.name}{rank}"), {**shared, "RANK": str(rank)}
+                arguments,
+                log.with_name(f"{log.name}{rank}"),
+                {**shared, "RANK": str(rank)},
+                command,
             )
             for rank in range(size)
         ]
@@ -74,6 +86,15 @@ def test_four_processes_too(float_folder, tmp_path):
     assert bytes_of(tmp_path, arguments, 4) == bytes_of(tmp_path, arguments, 1)
 
 
+@pytest.mark.slow
+def test_two_transformers_too(tmp_path):
+    pipelines.wan(two=True).save_pretrained(tmp_path / "float")
+    arguments = [str(tmp_path / "float"), "--samples", "2", "--steps", "4", *RECIPE["whole model"]]
+    arguments += ["--set", "calibration.batch=1", "--set", "solver=rtn"]
+    arguments += ["--arg", "height=32", "--arg", "width=32", "--arg", "num_frames=5"]
+    assert bytes_of(tmp_path, arguments, 2) == bytes_of(tmp_path, arguments, 1)
+
+
 def test_one_dies_the_other_says_so_and_one_process_goes_on(float_folder, tmp_path):
     arguments = [str(float_folder), *FEW, *RECIPE["whole model"]]
     want = bytes_of(tmp_path, arguments, 1)
@@ -96,6 +117,36 @@ def test_one_dies_the_other_says_so_and_one_process_goes_on(float_folder, tmp_pa
     assert codes == [0]
     assert "going on where the run before stopped" in (tmp_path / "again0").read_text()
     assert kill.digest(out) == want
+
+
+def test_statistics_of_one_and_two_processes_and_a_killed_run_have_the_same_bytes(
+    float_folder, tmp_path
+):
+    made = {}
+
+    def start(name: str, size: int) -> Processes:
+        made[name] = tmp_path / f"{name}.safetensors"
+        arguments = [str(float_folder), *FEW, "-o", str(made[name])]
+        return Processes(arguments, size, tmp_path / f"{name}-", "calibrate", DTQ_TIMEOUT="60")
+
+    assert start("one", 1).codes() == [0]
+    assert start("two", 2).codes() == [0, 0]
+    run, work = start("killed", 2), tmp_path / ".killed.safetensors.work"
+    while not list(work.glob("statistics/*.safetensors")):
+        time.sleep(0.01)
+        assert run.codes(0) == [None, None]
+    os.kill(run.children[0].pid, signal.SIGKILL)
+    assert run.codes() == [-signal.SIGKILL, 1]
+    assert not made["killed"].exists()
+    assert start("killed", 1).codes() == [0]
+    told = (tmp_path / "killed-0").read_text()
+    assert "going on where the run before stopped" in told
+    assert {p.name for p in tmp_path.iterdir() if p.suffix != ".safetensors"} == {
+        *("one-0", "two-0", "two-1", "killed-0", "killed-1")
+    }
+    assert len({file.read_bytes() for file in made.values()}) == 1
+    about = store.load(made["one"]).about
+    assert (about["samples"], about["parts"]) == (5, 5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 
 import pytest
@@ -321,6 +322,25 @@ def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
         for p in (pipe, again)
     ]
     assert torch.equal(*ran)
+
+
+def test_alternatives_are_compared_on_calls_of_the_float_pipeline(monkeypatch):
+    """Else those of the second transformer depend on whether this process changed the first."""
+    pipe, quantized = two_stages(), []
+    module = importlib.import_module("dtq.quantize")  # the package has a function of that name
+    before = module.sample_calls
+
+    def sampled(*arguments, **options):
+        models = (pipe.transformer, pipe.transformer_2)
+        quantized.append([any(isinstance(m, QuantLinear) for m in x.modules()) for x in models])
+        return before(*arguments, **options)
+
+    monkeypatch.setattr(module, "sample_calls", sampled)
+    dtq.quantize(pipe, "rtn-w4a8", compare=["hadamard"], progress=False, **QUICK)
+    assert quantized == [[False, False], [False, False]]
+    assert all(
+        len(m.hf_quantizer.report.compared) == 2 for m in (pipe.transformer, pipe.transformer_2)
+    )
 
 
 def test_one_transformer_of_two(tmp_path):

@@ -23,6 +23,7 @@ from dtq.cli import main
 from dtq.errors import CheckpointError, InputError
 from dtq.lock import locked
 from dtq.quantize import quantize_sources
+from dtq.recipe import Recipe
 from dtq.source import open_source
 from dtq.work import Work
 
@@ -32,8 +33,8 @@ FEW = [
 ]  # fmt: skip
 
 
-def run(*arguments, code: int | None = 0):
-    result = CliRunner().invoke(main, ["quantize", *map(str, arguments)])
+def run(*arguments, code: int | None = 0, command: str = "quantize"):
+    result = CliRunner().invoke(main, [command, *map(str, arguments)])
     assert code is None or result.exit_code == code, result.output + str(result.exception)
     return result
 
@@ -100,6 +101,68 @@ def test_the_calibration_is_continued_part_by_part(float_folder, tmp_path, monke
     monkeypatch.setattr(gather, "see", see)
     run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
     assert kill.digest(tmp_path / "q") == kill.digest(tmp_path / "whole")
+
+
+def test_statistics_are_continued_part_by_part(float_folder, tmp_path, monkeypatch):
+    def calibrate(name: str, *more: str, code: int | None = 0):
+        out = tmp_path / f"{name}.safetensors"
+        return run(float_folder, *FEW, *more, "-o", out, code=code, command="calibrate")
+
+    calibrate("whole")
+    see, parts = gather.see, []
+
+    def crash(*arguments, **options):
+        if len(parts) == 2:
+            raise MemoryError("a crash")
+        parts.append(arguments[-1])
+        return see(*arguments, **options)
+
+    monkeypatch.setattr(gather, "see", crash)
+    calibrate("killed", code=None)
+    assert parts == [range(0, 1), range(1, 2)]
+    assert not (tmp_path / "killed.safetensors").exists()
+    told = calibrate("killed", "--seed", "5", code=1).stderr
+    assert "- recipe.calibration.seed: 0 before, 5 now" in told
+    del parts[:]
+    calibrate("killed")
+    assert parts == [range(2, 3), range(3, 4)]
+    want = (tmp_path / "whole.safetensors").read_bytes()
+    assert (tmp_path / "killed.safetensors").read_bytes() == want
+    del parts[:]
+    calibrate("killed", "--seed", "5", code=None)  # over the file that is there
+    assert (tmp_path / "killed.safetensors").read_bytes() == want
+    monkeypatch.setattr(gather, "see", see)
+    calibrate("killed", "--fresh")
+    assert (tmp_path / "killed.safetensors").read_bytes() == want
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.safetensors", "killed.safetensors"}
+
+
+def test_statistics_are_of_the_entries_whatever_the_recipe_needs(tmp_path, monkeypatch):
+    model, entries = tmp_path / "float", tmp_path / "set.txt"
+    tiny.pipeline().save_pretrained(model)
+    arguments = [model, "--recipe", "w4a16", "--set", "transform=none", "--set", "solver=rtn"]
+    arguments += ["--set", "correct_bias=false", *FEW[:6], "--calibration", entries]
+    assert not Recipe.load("w4a16", transform="none", solver="rtn", correct_bias=False).needs()
+    out = tmp_path / "s.safetensors"
+    before, seen = gather.see, []
+
+    def crash(*args, **options):
+        if seen:
+            raise MemoryError("a crash")
+        seen.append(args)
+        return before(*args, **options)
+
+    monkeypatch.setattr(gather, "see", crash)
+    entries.write_text("1\n2\n3\n4\n")
+    run(*arguments, "-o", out, code=None, command="calibrate")
+    entries.write_text("1\n2\n3\n5\n")
+    told = run(*arguments, "-o", out, code=1, command="calibrate").stderr
+    assert "- calibration set: " in told
+
+
+def test_a_folder_is_no_place_for_statistics(float_folder, tmp_path):
+    told = run(float_folder, *FEW, "-o", tmp_path, code=1, command="calibrate").stderr
+    assert f"{tmp_path} is a folder; give a file" in told
 
 
 CHANGES = {

@@ -179,15 +179,30 @@ def test_model_cpu_offload(quantized_folder):
 # compiling
 
 
-@pytest.mark.parametrize("policy", [None, POLICY], ids=["static-scales", "step-policy"])
-@pytest.mark.parametrize("name", ["dit", "flux"])
-def test_one_compilation_serves_a_trajectory(name, policy):
-    model = quantized(name, "int8-step")
-    if policy is not None:
-        install_clock(model, model._dtq_clock.edges.tolist(), policy)
-    want = outputs(model, calls(name))
+@pytest.fixture
+def counter() -> CompileCounter:
+    """A backend that counts what it compiles; nothing is compiled yet."""
     torch._dynamo.reset()
-    counter = CompileCounter()
+    return CompileCounter()
+
+
+@pytest.fixture(params=[None, POLICY], ids=["static-scales", "step-policy"])
+def stepped(request):
+    """Makes models that look at the timestep: for static scales, or for a policy too."""
+
+    def made(name: str) -> nn.Module:
+        model = quantized(name, "int8-step")
+        if request.param is not None:
+            install_clock(model, model._dtq_clock.edges.tolist(), request.param)
+        return model
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_one_compilation_serves_a_trajectory(name, stepped, counter):
+    model = stepped(name)
+    want = outputs(model, calls(name))
     model.compile(fullgraph=True, backend=counter)
     got = outputs(model, calls(name)[:1])
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -196,23 +211,19 @@ def test_one_compilation_serves_a_trajectory(name, policy):
     assert same(got, want)
 
 
-def test_one_compilation_serves_a_pipeline():
+def test_one_compilation_serves_a_pipeline(counter):
     pipe = tiny.pipeline()
     pipe.transformer = quantized("dit", "int8-step")
     want = tiny.sample(pipe, steps=4)
-    torch._dynamo.reset()
-    counter = CompileCounter()
     pipe.transformer.compile(fullgraph=True, backend=counter)
     assert torch.equal(tiny.sample(pipe, steps=4), want)
     assert counter.frame_count == GRAPHS
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
-def test_compiling_repeated_blocks_compiles_each_kind_once(name):
+def test_compiling_repeated_blocks_compiles_each_kind_once(name, counter):
     model = quantized(name, "int8-step")
     want = outputs(model, calls(name))
-    torch._dynamo.reset()
-    counter = CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     assert same(outputs(model, calls(name)), want)
     assert counter.frame_count == len(model._repeated_blocks)
@@ -228,12 +239,9 @@ def test_inductor_makes_the_same_picture():
     torch.testing.assert_close(tiny.sample(pipe), want, atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("policy", [None, POLICY], ids=["static-scales", "step-policy"])
 @pytest.mark.parametrize("name", ["dit", "flux"])
-def test_an_exported_program_says_the_same(name, policy):
-    model = quantized(name, "int8-step")
-    if policy is not None:
-        install_clock(model, model._dtq_clock.edges.tolist(), policy)
+def test_an_exported_program_says_the_same(name, stepped):
+    model = stepped(name)
     want = outputs(model, calls(name))
     with torch.no_grad():
         program = torch.export.export(model, (), calls(name)[0]).module()

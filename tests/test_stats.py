@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -92,6 +94,9 @@ def test_statistics_survive_the_file(tmp_path):
     assert back.about == stats.about
     for name, tensor in stats.sites["a.b"].tensors().items():
         assert torch.equal(back.sites["a.b"].tensors()[name], tensor)
+    raw = (tmp_path / "s.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert list(header["__metadata__"]) == ["about", "dtq_statistics", "edges"]
 
 
 def test_bad_statistics_files_are_refused(tmp_path):

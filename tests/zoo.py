@@ -63,26 +63,6 @@ def inputs(name: str, seed: int = 0) -> dict[str, Any]:
     return _value(_configs()[name]["inputs"], torch.Generator().manual_seed(seed))
 
 
-def first_tensor(output: Any) -> torch.Tensor:
-    """The first tensor in what a forward returns."""
-    found = next(_tensors(output), None)
-    assert found is not None
-    return found
-
-
-def _tensors(value: Any):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
-
-
 def _value(v: Any, rng: torch.Generator) -> Any:
     if isinstance(v, list):
         return [_value(x, rng) for x in v]

@@ -37,7 +37,7 @@ class Statistics:
     Attributes:
         sites: by site name.
         edges: timesteps that separate the bins, rising.
-        about: how it was made: model class, set, samples, steps, seed.
+        about: how it was made: model class, set, samples, steps, seed, parts.
     """
 
     sites: Mapping[str, SiteStats]
@@ -148,13 +148,15 @@ def calibrate(
     """
     runs = drive(source, calibration, None if inputs is None else list(inputs))
     total: Statistics | None = None
-    for part in runs.parts(calibration.parts):
+    parts = runs.parts(calibration.parts)
+    for part in parts:
         seen = see(source, sites, calibration, needs, runs, part, progress=progress)
         if total is None:
             total = seen
         else:
             total.merge(seen)
     assert total is not None
+    total.about["parts"] = len(parts)
     return lent(total)
 
 
@@ -222,13 +224,16 @@ def portions(
 
 def lent(statistics: Statistics) -> Statistics:
     """Sites that saw nothing take what their siblings saw: experts read the same stream."""
+    names = sorted(statistics.sites)  # one order, wherever they are kept: it decides how sums round
+    idle = {name for name in names if not len(statistics.sites[name].channels.peaks())}
+    if not idle:
+        return statistics  # left where it is: on disk it may not fit in memory
     stats = dict(statistics.sites)
-    seen = {name: site for name, site in stats.items() if len(site.channels.peaks())}
-    for name in sorted(set(stats) - set(seen)):
+    for name in sorted(idle):
         key = sibling_key(name)
-        lenders = [site for other, site in seen.items() if sibling_key(other) == key != name]
+        lenders = [n for n in names if n not in idle and sibling_key(n) == key != name]
         for lender in lenders:
-            stats[name].merge(lender)
+            stats[name].merge(stats[lender])
         if not lenders:
             del stats[name]
         how = "takes the statistics of its siblings" if lenders else "is rounded without data"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtq.calibrate import store
-from dtq.calibrate.engine import Drive, Statistics, lent, see
+from dtq.calibrate.engine import Drive, Statistics, see
 from dtq.errors import CheckpointError
 from dtq.families import Site
 from dtq.recipe import Calibration
@@ -56,7 +56,7 @@ def gather(
             seen = see(source, sites, calibration, needs, runs, parts[mine], progress=progress)
         for turn in range(first, end):
             if turn == mine and seen is not None:
-                _add(path, seen, turn, last=turn + 1 == len(parts))
+                _add(path, seen, turn)
             team.meet()
     return path
 
@@ -72,7 +72,7 @@ def _parts_in(path: Path) -> int:
         return 0
 
 
-def _add(path: Path, seen: Statistics, place: int, *, last: bool) -> None:
+def _add(path: Path, seen: Statistics, place: int) -> None:
     """Add part number ``place`` to those before it; one site at a time is there twice."""
     about, sites = seen.about, dict(seen.sites)
     if place:
@@ -82,5 +82,4 @@ def _add(path: Path, seen: Statistics, place: int, *, last: bool) -> None:
             site.merge(sites[name])
             sites[name] = site
         about = {**about, "calls": before.about["calls"] + about["calls"]}
-    total = Statistics(sites, seen.edges, {**about, "parts": place + 1})
-    store.save(lent(total) if last else total, path)
+    store.save(Statistics(sites, seen.edges, {**about, "parts": place + 1}), path)

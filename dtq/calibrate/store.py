@@ -24,13 +24,11 @@ VERSION = "1"
 
 
 def save(statistics: Statistics, path: Path) -> None:
-    """Write a file that is whole or absent.
+    """Write a file that is whole or absent; the same statistics make the same bytes.
 
     Raises:
         InputError: the folder does not exist, or cannot be written.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder")
     tensors = {
         f"{site}|{key}": tensor.contiguous()
         for site, stats in statistics.sites.items()
@@ -41,7 +39,24 @@ def save(statistics: Statistics, path: Path) -> None:
         "edges": json.dumps(list(statistics.edges)),
         "about": json.dumps(statistics.about),
     }
-    replace_file(path, lambda draft: save_file(tensors, draft, metadata))
+
+    def write(draft: Path) -> None:
+        save_file(tensors, draft, metadata)
+        _order_metadata(draft)
+
+    replace_file(path, write)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata in the header: safetensors writes its keys in an order of chance."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def load(*paths: Path) -> Statistics:

@@ -10,7 +10,7 @@ import click
 import torch
 
 from dtq.bench import SUITES
-from dtq.documents import write_whole
+from dtq.durable import write_whole
 from dtq.kernels import LIBRARIES
 from dtq.printing import print_bench, print_race
 

@@ -17,7 +17,8 @@ from dtq import checkpoint, source
 from dtq.calibrate import sets
 from dtq.calibrate.engine import run_pipeline
 from dtq.cli.options import calibration_of, call_options, listed, pairs
-from dtq.documents import finite, read_json, write_folder, write_whole
+from dtq.documents import finite, read_json
+from dtq.durable import write_folder, write_whole
 from dtq.errors import InputError, NumberError
 from dtq.printing import or_dash, table
 

@@ -19,6 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from dtq import checkpoint, source
 from dtq.allocate import parse_size
 from dtq.calibrate import store
+from dtq.calibrate.stats import STATS
 from dtq.cli.options import (
     component_option,
     memory_option,
@@ -34,6 +35,10 @@ from dtq.plan import Plan
 from dtq.printing import plan_json, print_plan, print_result, size
 from dtq.quantize import calibrate_source, needs_of, plan_source, quantize_sources
 from dtq.team import Team
+
+fresh_option = click.option(
+    "--fresh", is_flag=True, help="Forget what an interrupted run finished."
+)
 
 
 @click.command()
@@ -53,7 +58,7 @@ from dtq.team import Team
 @memory_option
 @click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
-@click.option("--fresh", is_flag=True, help="Forget what an interrupted run finished.")
+@fresh_option
 @click.option(
     "--sentinel/--no-sentinel",
     default=True,
@@ -101,7 +106,7 @@ def quantize(
         for each in opened:
             _, plan = plan_source(each, chosen, keep)
             _check_disk(each.model, plan, each.dtype, output)
-        inputs = inputs_of(opened, chosen, keep, stats) if team.leads else {}
+        inputs = inputs_of(opened, chosen, chosen.needs(), keep, stats) if team.leads else {}
         run.begin(inputs, parse_size(memory) if memory else None)
         reports = quantize_sources(
             opened,
@@ -198,10 +203,18 @@ def plan(
     required=True,
     help="File to write, .safetensors.",
 )
+@fresh_option
 def calibrate(
-    model: str, output: Path, dtype: str, components: tuple[str, ...], **choices: Any
+    model: str,
+    output: Path,
+    fresh: bool,
+    dtype: str,
+    components: tuple[str, ...],
+    **choices: Any,
 ) -> None:
     """Run the float model once and keep its statistics for any number of recipes.
+
+    A run that was interrupted goes on when the same command is given again.
 
     \b
     dtq calibrate demo -o demo-stats.safetensors
@@ -210,16 +223,25 @@ def calibrate(
     chosen = recipe_with(choices)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
-    every = source.open_sources(model, dtype=dtype, component=components or "auto")
-    if len(every) > 1:
-        names = ", ".join(each.component for each in every)
-        raise InputError(f"{model} has several transformers: choose one of {names} by --component")
-    (opened,) = every
-    scan, _ = plan_source(opened, chosen)
-    # everything, whatever this recipe needs: the file then serves other recipes too
-    needs = frozenset({"channels", "gram", "reservoir"})
-    statistics = calibrate_source(opened, scan, chosen, needs)
-    store.save(statistics, output)
+    team = Team.join()
+    with _quiet(not team.leads), job(output, team, fresh=fresh, file=True) as run:
+        every = source.open_sources(model, dtype=dtype, component=components or "auto")
+        if len(every) > 1:
+            found = ", ".join(each.component for each in every)
+            raise InputError(
+                f"{model} has several transformers: choose one of {found} by --component"
+            )
+        (opened,) = every
+        scan, _ = plan_source(opened, chosen)
+        # everything, whatever this recipe needs: the file then serves other recipes too
+        needs = frozenset(STATS)
+        run.begin(inputs_of(every, chosen, needs) if team.leads else {})
+        statistics = calibrate_source(
+            opened, scan, chosen, needs, progress=team.leads, memory=run.memory, work=run.work
+        )
+        if not team.leads:
+            return
+        store.save(statistics, output)
     click.echo(
         f"{output}: {len(statistics.sites)} inputs, {statistics.about['calls']} model calls, {size(output.stat().st_size)}"
     )

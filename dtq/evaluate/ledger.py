@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dtq.documents import LARGEST_JSON, numbers, parse_json, read_text
-from dtq.durable import replace_file
+from dtq.durable import write_whole
 from dtq.errors import InputError
 from dtq.evaluate import runfile
 from dtq.evaluate.gate import flaws, judge, key_of
@@ -56,7 +56,7 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
         verdict = judge(run, runfile.parse(old, str(file)), policy)
         entry["against_the_last"] = {"verdict": verdict.outcome.word, "because": verdict.sentence}
     history = [*(old or {}).get("history", []), entry]
-    _write(file, runfile.text({**run.to_json(), "history": history}))
+    write_whole(file, runfile.text({**run.to_json(), "history": history}))
     return entry
 
 
@@ -108,9 +108,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # no entry for this user id, as in containers
         return f"user {os.getuid()}"
-
-
-def _write(file: Path, text: str) -> None:
-    if not file.parent.is_dir():
-        raise InputError(f"{file.parent}: no such folder")
-    replace_file(file, lambda draft: draft.write_text(text, encoding="utf-8"))

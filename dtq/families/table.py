@@ -61,28 +61,31 @@ def _cogvideo_tokens(config: Any) -> int:
 _SQUARE = {"hidden_states": noise("in_channels", "sample_size", "sample_size"), "timestep": time}
 _PICTURE = {"hidden_states": noise("in_channels", 32, 32), "timestep": time}
 _VIDEO = {"hidden_states": noise("in_channels", FRAMES, SIDE, SIDE), "timestep": time}
+_STEPPED_VIDEO = _VIDEO | {"timestep": step}
 _PACKED = {"hidden_states": noise(TOKENS, "in_channels"), "timestep": time}
+_SOUND = {"hidden_states": noise("in_channels", TOKENS), "timestep": time}
 _JOINT = {"encoder_hidden_states": noise(WORDS, "joint_attention_dim")}
 _CAPTION = {"encoder_hidden_states": noise(WORDS, "caption_channels")}
 _TEXT = {"encoder_hidden_states": noise(WORDS, "text_embed_dim")}
+_CONTEXT = {"encoder_hidden_states": noise(WORDS, "context_in_dim")}
 _UMT5 = {"encoder_hidden_states": noise(WORDS, "text_dim")}
 _MASK = {"encoder_attention_mask": mask(WORDS)}
 _POOLED = {"pooled_projections": noise("pooled_projection_dim")}
 _IDS = {"img_ids": grid(3), "txt_ids": line(of=3)}
 _IDS_4 = {"img_ids": grid(4), "txt_ids": line(3, of=4)}
-_TEXT_2 = {
+_CROP = {"target_size": full(1024, 2), "crop_coords": full(0, 2)}
+_FLUX = {**_PACKED, **_JOINT, **_IDS}
+_HUNYUAN = {
+    **_TEXT,
+    **_MASK,
     "encoder_hidden_states_2": noise(WORDS, "text_embed_2_dim"),
     "encoder_attention_mask_2": mask(WORDS),
+    "timestep_r": when("use_meanflow", time),
 }
-_CROP = {
-    "original_size": full(1024, 2),
-    "target_size": full(1024, 2),
-    "crop_coords": full(0, 2),
-}
+_HUNYUAN_VIDEO = {**_VIDEO, **_TEXT, **_MASK, **_POOLED, "guidance": guidance(6000.0)}
 _WAN = {
-    **_VIDEO,
+    **_STEPPED_VIDEO,
     **_UMT5,
-    "timestep": step,
     "encoder_hidden_states_image": noise(257, "image_dim"),
 }
 _ANYFLOW = {
@@ -139,7 +142,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "flux",
         ("FluxTransformer2DModel",),
-        arguments(**_PACKED, **_JOINT, **_POOLED, **_IDS, guidance=guidance(3.5)),
+        arguments(**_FLUX, **_POOLED, guidance=guidance(3.5)),
         largest_timestep=1.0,
     ),
     Family(
@@ -151,7 +154,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "chroma",
         ("ChromaTransformer2DModel", "OvisImageTransformer2DModel"),
-        arguments(**_PACKED, **_JOINT, **_IDS),
+        arguments(**_FLUX),
         largest_timestep=1.0,
     ),
     Family(
@@ -160,14 +163,12 @@ FAMILIES: tuple[Family, ...] = (
         arguments(**_PACKED, **_JOINT, img_ids=grid(3), txt_ids=line(1, 2, of=3)),
         largest_timestep=1.0,
     ),
-    Family("bria", ("BriaTransformer2DModel",), arguments(**_PACKED, **_JOINT, **_IDS)),
+    Family("bria", ("BriaTransformer2DModel",), arguments(**_FLUX)),
     Family(
         "bria-fibo",
         ("BriaFiboTransformer2DModel",),
         arguments(
-            **_PACKED,
-            **_JOINT,
-            **_IDS,
+            **_FLUX,
             text_encoder_layers=listed(
                 lambda c: c.num_layers + c.num_single_layers, noise(WORDS, "text_encoder_dim")
             ),
@@ -207,7 +208,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "cogview",
         ("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
-        arguments(**_SQUARE, **_TEXT, **_CROP),
+        arguments(**_SQUARE, **_TEXT, **_CROP, original_size=full(1024, 2)),
     ),
     Family(
         "z-image",
@@ -251,14 +252,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "hunyuan-image",
         ("HunyuanImageTransformer2DModel",),
-        arguments(
-            **_PICTURE,
-            **_TEXT,
-            **_MASK,
-            **_TEXT_2,
-            timestep_r=when("use_meanflow", time),
-            guidance=guidance(3500.0),
-        ),
+        arguments(**_PICTURE, **_HUNYUAN, guidance=guidance(3500.0)),
     ),
     Family(
         "lumina-next",
@@ -280,8 +274,7 @@ FAMILIES: tuple[Family, ...] = (
             **_TEXT,
             prior_token_id=draws("prior_vq_quantizer_codebook_size", TOKENS),
             prior_token_drop=full(False, TOKENS, dtype=torch.bool),
-            target_size=full(1024, 2),
-            crop_coords=full(0, 2),
+            **_CROP,
         ),
     ),
     Family(
@@ -319,7 +312,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "prx",
         ("PRXTransformer2DModel",),
-        arguments(**_PICTURE, encoder_hidden_states=noise(WORDS, "context_in_dim")),
+        arguments(**_PICTURE, **_CONTEXT),
         largest_timestep=1.0,
     ),
     Family(
@@ -379,7 +372,7 @@ FAMILIES: tuple[Family, ...] = (
         ("QwenImage21Transformer2DModel",),
         arguments(
             **_PACKED,
-            encoder_hidden_states=noise(WORDS, "context_in_dim"),
+            **_CONTEXT,
             img_shapes=picture_shapes,
             img_mask=batched(lambda call: torch.arange(WORDS + TOKENS // 4) >= WORDS),
         ),
@@ -410,7 +403,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "hunyuan-video",
         ("HunyuanVideoTransformer3DModel",),
-        arguments(**_VIDEO, **_TEXT, **_MASK, **_POOLED, guidance=guidance(6000.0)),
+        arguments(**_HUNYUAN_VIDEO),
     ),
     Family(
         "wan-vace",
@@ -432,7 +425,7 @@ FAMILIES: tuple[Family, ...] = (
         "helios",
         ("HeliosTransformer3DModel",),
         arguments(
-            **_VIDEO | {"timestep": step},
+            **_STEPPED_VIDEO,
             **_UMT5,
             indices_latents_history_long=frames(1, 16),
             indices_latents_history_mid=frames(17, 2),
@@ -456,24 +449,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "hunyuan-video15",
         ("HunyuanVideo15Transformer3DModel",),
-        arguments(
-            **_VIDEO,
-            **_TEXT,
-            **_MASK,
-            **_TEXT_2,
-            image_embeds=first_frame,
-            timestep_r=when("use_meanflow", time),
-        ),
+        arguments(**_VIDEO, **_HUNYUAN, image_embeds=first_frame),
     ),
     Family(
         "framepack",
         ("HunyuanVideoFramepackTransformer3DModel",),
         arguments(
-            **_VIDEO,
-            **_TEXT,
-            **_MASK,
-            **_POOLED,
-            guidance=guidance(6000.0),
+            **_HUNYUAN_VIDEO,
             image_embeds=noise(WORDS, "image_proj_dim"),
             indices_latents=numbers(FRAMES),
             latents_clean=noise("in_channels", 2, SIDE, SIDE),
@@ -502,7 +484,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "ltx",
         ("LTXVideoTransformer3DModel",),
-        arguments(**_LTX, encoder_hidden_states=noise(WORDS, "caption_channels"), **_MASK),
+        arguments(**_LTX, **_CAPTION, **_MASK),
     ),
     Family(
         "ltx2",
@@ -536,7 +518,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "allegro",
         ("AllegroTransformer3DModel",),
-        arguments(**_VIDEO | {"timestep": step}, **_CAPTION),
+        arguments(**_STEPPED_VIDEO, **_CAPTION),
     ),
     Family(
         "easyanimate",
@@ -598,8 +580,7 @@ FAMILIES: tuple[Family, ...] = (
         "sana-wm",
         ("SanaWMTransformer3DModel",),
         arguments(
-            hidden_states=noise("in_channels", FRAMES, SIDE, SIDE),
-            timestep=time_of_each(1, FRAMES),
+            **_VIDEO | {"timestep": time_of_each(1, FRAMES)},
             encoder_hidden_states=noise(1, WORDS, "caption_channels"),
             **_MASK,
         ),
@@ -608,8 +589,7 @@ FAMILIES: tuple[Family, ...] = (
         "sana-wm-refiner",
         ("SanaWMLTX2RefinerTransformer3DModel",),
         arguments(
-            hidden_states=noise(TOKENS, "in_channels"),
-            timestep=time_of_each(TOKENS),
+            **_PACKED | {"timestep": time_of_each(TOKENS)},
             **_CAPTION,
             video_rotary_emb=batched(
                 rotation(TOKENS, lambda c: c.num_attention_heads * c.attention_head_dim)
@@ -621,8 +601,7 @@ FAMILIES: tuple[Family, ...] = (
         "stable-audio",
         ("StableAudioDiTModel",),
         arguments(
-            hidden_states=noise("in_channels", TOKENS),
-            timestep=time,
+            **_SOUND,
             encoder_hidden_states=noise(WORDS, "cross_attention_input_dim"),
             global_hidden_states=noise(1, "global_states_input_dim"),
             rotary_embedding=rotation(TOKENS + 1, lambda c: c.attention_head_dim // 2),
@@ -671,8 +650,7 @@ FAMILIES: tuple[Family, ...] = (
         "minimax-music3",
         ("MiniMaxMusic3Transformer1DModel",),
         arguments(
-            hidden_states=noise("in_channels", TOKENS),
-            timestep=time,
+            **_SOUND,
             encoder_hidden_states=noise(TOKENS, "condition_dim"),
         ),
         largest_timestep=1.0,

@@ -361,6 +361,13 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return module.out_channels, module.in_channels
 
 
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a float linear or 1 x 1 convolution as a matrix (N, K), float32."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().float().flatten(1)
+
+
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:
     """The input of a linear (..., K) or 1 x 1 convolution (B, K, ...) as rows (M, K)."""
     axes = len(getattr(module, "kernel_size", ()))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dtq.calibrate.calls import Recorded
-from dtq.durable import replace_file
+from dtq.durable import replace_file, write_whole
 from dtq.nn.linear import QuantLinear
 from dtq.refine.job import BlockReport, How
 from dtq.refine.order import layers_of
@@ -67,7 +67,7 @@ class Shelf:
         }
         data = json.dumps({"fingerprint": self.fingerprint, "report": asdict(report)}, indent=1)
         replace_file(tensors, lambda path: save_file(state, path))
-        replace_file(about, lambda path: path.write_text(data))
+        write_whole(about, data)
 
     def _files(self, i: int) -> tuple[Path, Path]:
         return self.folder / f"block-{i}.safetensors", self.folder / f"block-{i}.json"
