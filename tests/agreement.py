@@ -121,7 +121,7 @@ def fused_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     agree(ops.norm_quantize_rows, fused._norm_quantize_rows, args, device, f"norm {what}")
     args = (x, *change, *grid)
     agree(ops.gelu_quantize_rows, fused._gelu_quantize_rows, args, device, f"gelu {what}")
-    agree(ops.binned_quantize_rows, fused._binned_quantize_rows, args, device, f"binned {what}")
+    agree(ops.binned_quantize_rows, fused.binned_quantize_rows, args, device, f"binned {what}")
     if torch.device(device).type == "cuda":  # e4m3 tensors are compared as bytes
         codes, _ = ops.e4m3_quantize_rows(x.to(device), *(_to(c, device) for c in change))
         want, _ = fused._e4m3_quantize_rows(x, *change)

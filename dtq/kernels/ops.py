@@ -30,7 +30,7 @@ from dtq.kernels.cpu import CPU
 from dtq.kernels.cuda import CUDA
 from dtq.kernels.native import Library
 from dtq.kernels.resident import Resident
-from dtq.transforms.hadamard import fwht, rotate
+from dtq.transforms.hadamard import fwht
 
 LIBRARIES: dict[str, Library] = {"cpu": CPU, "cuda": CUDA}
 """Who implements ops on a device, beside the reference."""
@@ -57,12 +57,6 @@ def _quantize_rows(
     return row_codes(x, rows, levels).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
 
 
-def _quantize_rows_fake(
-    x: Tensor, pre_scale: Tensor | None, block: int, scale: Tensor | None, levels: int = 127
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
-
-
 def _transform_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,  # (K,) bfloat16
@@ -70,10 +64,7 @@ def _transform_rows(
     block: int,
     turns: int,
 ) -> Tensor:
-    x = x.float() if pre_scale is None else x.float() * pre_scale.float()
-    if order is not None:
-        x = x[:, order.long()]
-    return rotate(x, block, turns).clone()  # (M, K) float32
+    return fused.changed(x.float(), pre_scale, order, block, turns).clone()  # (M, K) float32
 
 
 def _float_like(x: Tensor, *rest: object) -> Tensor:
@@ -225,7 +216,7 @@ _OPS = (
         "quantize_rows(Tensor x, Tensor? pre_scale, int block, Tensor? scale, int levels=127)"
         " -> (Tensor, Tensor)",
         _quantize_rows,
-        _quantize_rows_fake,
+        fused.codes_like,
     ),
     (
         "transform_rows(Tensor x, Tensor? pre_scale, Tensor? order, int block, int turns)"
