@@ -87,6 +87,22 @@ def test_what_contradicts_itself_is_an_error(emulator):
     }.items():
         with pytest.raises(RuntimeError, match=message):
             sim.w8a8_linear(*(right | wrong).values(), torch.float32)
+    then = {"bias": None, "gelu": True, "gate": one(1, 5), "residual": one(3, 5)}
+    for message, wrong in {
+        "a gate comes with a residual": {"residual": None},
+        "gate must be .images, 5.": {"gate": one(2, 5)},
+        "residual must be .3, 5.": {"residual": one(3, 4)},
+        "gate is bfloat16, expected float32": {"gate": one(1, 5).bfloat16()},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            sim.w8a8_epilogue_linear(*(right | then | wrong).values(), torch.float32)
+    packed = codes, one(3), agreement.int8(5, 32), one(5, 1)
+    for message, tables in {
+        "tables must be .5, groups.": agreement.int8(4, 2, 16),
+        "tables must have 16 entries": agreement.int8(5, 2, 8),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            sim.lut4a8_linear(*packed, tables, None, torch.float32)
     with pytest.raises(RuntimeError, match="whole blocks of 64"):
         sim.quantize_rows(one(2, 96), None, 64, None)
     with pytest.raises(RuntimeError, match="levels is 200"):

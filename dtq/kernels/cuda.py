@@ -17,7 +17,7 @@ import torch
 
 from dtq.data import folder
 from dtq.formats import FORMATS
-from dtq.kernels import extension, fused, nvcc
+from dtq.kernels import epilogue, extension, fused, nvcc
 from dtq.kernels.decode import spelling
 from dtq.kernels.native import Library, Unavailable
 
@@ -129,7 +129,7 @@ CUDA = Library(
     title="GPU",
     ops=(
         "quantize_rows",
-        *(schema.split("(")[0] for schema, _, _ in fused.OPS),
+        *(schema.split("(")[0] for schema, _, _ in (*fused.OPS, *epilogue.OPS)),
         "transform_rows",
         "w8a8_linear",
         "w4a8_linear",

@@ -25,7 +25,7 @@ from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
 from dtq.formats.base import scaled
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import fused
+from dtq.kernels import epilogue, fused
 from dtq.kernels.cpu import CPU
 from dtq.kernels.cuda import CUDA
 from dtq.kernels.native import Library
@@ -193,12 +193,6 @@ def _weight_linear_fake(x: Tensor, parts: list[Tensor], *rest: object) -> Tensor
     return x.new_empty((x.shape[0], parts[0].shape[0]))
 
 
-def _rows_by_rows(codes: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
-    dtype = rest[-1]
-    assert isinstance(dtype, torch.dtype)
-    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
-
-
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact int32 (M, N) of int8 (M, K) and (N, K)."""
     rows, columns = a.shape
@@ -235,19 +229,19 @@ _OPS = (
         "w8a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? bias, ScalarType dtype) -> Tensor",
         _w8a8_linear,
-        _rows_by_rows,
+        epilogue.rows_by_rows,
     ),
     (
         "w4a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w4a8_linear,
-        _rows_by_rows,
+        epilogue.rows_by_rows,
     ),
     (
         "group_a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? weight_zero_point, int bits, Tensor? bias, ScalarType dtype) -> Tensor",
         _group_a8_linear,
-        _rows_by_rows,
+        epilogue.rows_by_rows,
     ),
     (
         "dequantize(Tensor[] parts, str names, str weights, int columns, ScalarType dtype)"
@@ -266,6 +260,7 @@ _OPS = (
         _weight_linear_fake,
     ),
     *fused.OPS,
+    *epilogue.OPS,
 )
 
 
