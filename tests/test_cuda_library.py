@@ -18,7 +18,7 @@ import torch
 from dtq.data import folder
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
-from dtq.kernels import CUDA, Task, decode, dispatch, explain, nvcc, ops, pick, table
+from dtq.kernels import CUDA, Task, cuda, decode, dispatch, explain, nvcc, ops, pick, table
 from dtq.kernels.native import Library, Unavailable
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +178,27 @@ def test_without_a_gpu_it_says_so():
     assert "torch reference" in CUDA.describe()
     assert [name for name, what in CUDA.rungs() if what.startswith("used")] == ["torch reference"]
     assert all("without CUDA" in what or "no GPU" in what for _, what in CUDA.rungs())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "builds"),
+    [([(7, 5), (9, 0)], "sm_90a"), ([(8, 0), (8, 9)], "sm_80+sm_89"), ([(6, 1), (7, 5)], None)],
+)
+def test_an_old_gpu_beside_a_new_one_takes_nothing_from_it(capabilities, builds, monkeypatch):
+    monkeypatch.delenv("DTQ_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "capabilities", lambda: capabilities)
+    if builds is None:
+        with pytest.raises(Unavailable, match="sm_75: kernels begin with sm_80"):
+            CUDA.usable()
+        return
+    CUDA.usable()
+    assert CUDA.builds() == builds
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(CUDA, "load", lambda: True)
+    found = [dispatch._limits(i) for i in range(2)]
+    assert [few for few, _ in found] == [16 if c >= (8, 0) else -1 for c in capabilities]
 
 
 def library(tmp_path, monkeypatch, **changed) -> Library:

@@ -43,8 +43,8 @@ def _usable() -> None:
     found = capabilities()
     if not found:
         raise Unavailable("no GPU that torch can use")
-    if found[0] < OLDEST:
-        raise Unavailable(f"sm_{found[0][0]}{found[0][1]}: kernels begin with sm_80")
+    if found[-1] < OLDEST:
+        raise Unavailable(f"sm_{found[-1][0]}{found[-1][1]}: kernels begin with sm_80")
 
 
 def _builds() -> str:
@@ -52,7 +52,8 @@ def _builds() -> str:
 
 
 def _archs() -> tuple[str, ...]:
-    found = [nvcc.arch_of(capability) for capability in capabilities()]
+    # an older GPU beside one with kernels runs the reference
+    found = [nvcc.arch_of(capability) for capability in capabilities() if capability >= OLDEST]
     return nvcc.wanted_archs(found or nvcc.ARCHS)
 
 
