@@ -211,10 +211,6 @@ DTQ_DEV float fdiv(float a, float b) { return __fdiv_rn(a, b); }
 DTQ_DEV float ffma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DTQ_DEV float fsqrt(float a) { return __fsqrt_rn(a); }
 DTQ_DEV float int_to_float(int32_t a) { return __int2float_rn(a); }
-// not bit for bit the same on a CPU
-DTQ_DEV float fexp(float a) { return expf(a); }
-DTQ_DEV float ftanh(float a) { return tanhf(a); }
-DTQ_DEV float frsqrt(float a) { return __frsqrt_rn(a); }
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.
 DTQ_DEV int32_t round_to_int(float f) { return __float2int_rn(f); }

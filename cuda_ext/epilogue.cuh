@@ -2,6 +2,7 @@
 // From an int32 sum to an output: the order of operations is the reference's, each rounds once.
 #pragma once
 #include "levels.cuh"
+#include "numbers.cuh"
 
 namespace dtq {
 
@@ -21,7 +22,7 @@ DTQ_DEV float scaled(int32_t sum, float row_scale, float weight_scale, bool has_
 
 // GELU, then gate * v + residual, where there are any.
 DTQ_DEV float finished(const Gemm& g, int64_t m, int64_t n, float v) {
-  if (g.gelu) v = gelu_tanh(v);
+  if (g.gelu) v = gelu(v);
   if (!g.gate) return v;
   const float gate = load_float(g.gate, m / g.gate_tokens * g.rows + n, g.out_type);
   return fadd(fmul(gate, v), load_float(g.residual, m * g.rows + n, g.out_type));

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Number formats and the one transcendental function, with the same bits on every device.
+// e4m3 and the one transcendental function, with the same bits on every device.
 //
 // Products go through fmul: the compiler may fuse a plain one with the sum that follows, which
 // rounds once where the reference rounds twice.
 #pragma once
 #include "arch.cuh"
-#include "launch_rows.h"
 namespace dtq {
 
 // ---------------------------------------------------------------------------- e4m3
@@ -25,19 +24,6 @@ DTQ_DEV uint32_t to_e4m3(float x) {
   if (u < 0x3c800000)  // a multiple of 2^-9: the sum with 2^14 rounds there
     return sign | (float_bits(bits_float(u) + 0x1p14f) - 0x46800000);
   return sign | (u - 0x3c000000 + 0x7ffff + (u >> 20 & 1)) >> 20;
-}
-
-// ---------------------------------------------------------------------------- by type
-
-DTQ_DEV float to_float(uint16_t h, Float type) {
-  return type == kBFloat16 ? bf16_to_float(h) : f16_to_float(h);
-}
-
-DTQ_DEV uint16_t to_16(float x, Float type) { return type == kBFloat16 ? float_to_bf16(x) : float_to_f16(x); }
-
-// Two of them, the first in the low half.
-DTQ_DEV uint32_t pair_of(float low, float high, Float type) {
-  return type == kBFloat16 ? floats_to_bf16x2(low, high) : floats_to_f16x2(low, high);
 }
 
 // ---------------------------------------------------------------------------- GELU

@@ -59,13 +59,63 @@ std::optional<Tensor> multiplied(dtq::Gemm& g, const Tensor& codes, ScalarType t
   return out;
 }
 
+// The weight of a product: what its dimensions and further parts say.
+void set_int8(dtq::Gemm& g, const Tensor& weight) {
+  STD_TORCH_CHECK(weight.size(1) == g.columns, "dtq: codes with ", g.columns,
+                  " columns do not fit the weight, which has ", weight.size(1));
+  g.weights = dtq::kInt8;
+}
+
+// `parts` has a row for each of the weight and a column for each group.
+void set_groups(dtq::Gemm& g, const Tensor& weight, const Tensor& parts, const char* name) {
+  check(parts, name, weight, ScalarType::Char);
+  STD_TORCH_CHECK(2 * weight.size(1) == g.columns, "dtq: codes with ", g.columns,
+                  " columns do not fit the weight, which has ", 2 * weight.size(1));
+  STD_TORCH_CHECK(parts.dim() >= 2 && parts.size(0) == g.rows && parts.size(1) > 0 &&
+                      g.columns % parts.size(1) == 0,
+                  "dtq: ", name, " must be (", g.rows, ", groups), and ", g.columns,
+                  " columns whole groups");
+  g.group = g.columns / parts.size(1);
+}
+
+void set_two_level(dtq::Gemm& g, const Tensor& weight, const Tensor& groups) {
+  set_groups(g, weight, groups, "weight_scale_2");
+  STD_TORCH_CHECK(groups.dim() == 2, "dtq: weight_scale_2 must be a matrix");
+  g.weights = dtq::kTwoLevel;
+  g.groups = static_cast<const uint8_t*>(groups.data_ptr());
+}
+
+void set_table(dtq::Gemm& g, const Tensor& weight, const Tensor& tables) {
+  set_groups(g, weight, tables, "tables");
+  STD_TORCH_CHECK(tables.dim() == 3 && tables.size(2) == 16, "dtq: tables must have 16 entries");
+  g.weights = dtq::kTable;
+  g.tables = static_cast<const int8_t*>(tables.data_ptr());
+}
+
+// What follows the bias.
+void set_epilogue(dtq::Gemm& g, const Tensor& codes, bool gelu, const Maybe& gate, const Maybe& residual,
+                  ScalarType type) {
+  g.gelu = gelu;
+  STD_TORCH_CHECK(gate.has_value() == residual.has_value(), "dtq: a gate comes with a residual");
+  if (!gate) return;
+  check(*gate, "gate", codes, type);
+  check(*residual, "residual", codes, type);
+  STD_TORCH_CHECK(gate->dim() == 2 && gate->size(1) == g.rows && gate->size(0) > 0 &&
+                      g.tokens % gate->size(0) == 0,
+                  "dtq: gate must be (images, ", g.rows, "), and the tokens, ", g.tokens,
+                  ", a multiple of the images");
+  STD_TORCH_CHECK(residual->dim() == 2 && residual->size(0) == g.tokens && residual->size(1) == g.rows,
+                  "dtq: residual must be (", g.tokens, ", ", g.rows, ")");
+  g.gate = gate->data_ptr();
+  g.gate_tokens = std::max<int64_t>(1, g.tokens / gate->size(0));
+  g.residual = residual->data_ptr();
+}
+
 Tensor w8a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                    const Tensor& weight_scale, const Maybe& bias, ScalarType type) {
   Guard guard(codes);
   dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
-  STD_TORCH_CHECK(weight.size(1) == g.columns, "dtq: codes with ", g.columns,
-                  " columns do not fit the weight, which has ", weight.size(1));
-  g.weights = dtq::kInt8;
+  set_int8(g, weight);
   if (auto done = multiplied(g, codes, type)) return *done;
   return reference<Tensor>("dtq_reference::w8a8_linear", codes, row_scale, weight, weight_scale, bias,
                            type);
@@ -75,19 +125,45 @@ Tensor w4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& w
                    const Tensor& weight_scale, const Tensor& groups, const Maybe& bias, ScalarType type) {
   Guard guard(codes);
   dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
-  check(groups, "weight_scale_2", codes, ScalarType::Char);
-  STD_TORCH_CHECK(2 * weight.size(1) == g.columns, "dtq: codes with ", g.columns,
-                  " columns do not fit the weight, which has ", 2 * weight.size(1));
-  STD_TORCH_CHECK(groups.dim() == 2 && groups.size(0) == g.rows && groups.size(1) > 0 &&
-                      g.columns % groups.size(1) == 0,
-                  "dtq: weight_scale_2 must be (", g.rows, ", groups), and ", g.columns,
-                  " columns whole groups");
-  g.weights = dtq::kTwoLevel;
-  g.groups = static_cast<const uint8_t*>(groups.data_ptr());
-  g.group = g.columns / groups.size(1);
+  set_two_level(g, weight, groups);
   if (auto done = multiplied(g, codes, type)) return *done;
   return reference<Tensor>("dtq_reference::w4a8_linear", codes, row_scale, weight, weight_scale, groups,
                            bias, type);
+}
+
+Tensor lut4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                     const Tensor& weight_scale, const Tensor& tables, const Maybe& bias,
+                     ScalarType type) {
+  Guard guard(codes);
+  dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
+  set_table(g, weight, tables);
+  if (auto done = multiplied(g, codes, type)) return *done;
+  return reference<Tensor>("dtq_reference::lut4a8_linear", codes, row_scale, weight, weight_scale, tables,
+                           bias, type);
+}
+
+Tensor w8a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                            const Tensor& weight_scale, const Maybe& bias, bool gelu, const Maybe& gate,
+                            const Maybe& residual, ScalarType type) {
+  Guard guard(codes);
+  dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
+  set_int8(g, weight);
+  set_epilogue(g, codes, gelu, gate, residual, type);
+  if (auto done = multiplied(g, codes, type)) return *done;
+  return reference<Tensor>("dtq_reference::w8a8_epilogue_linear", codes, row_scale, weight, weight_scale,
+                           bias, gelu, gate, residual, type);
+}
+
+Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                            const Tensor& weight_scale, const Tensor& groups, const Maybe& bias, bool gelu,
+                            const Maybe& gate, const Maybe& residual, ScalarType type) {
+  Guard guard(codes);
+  dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
+  set_two_level(g, weight, groups);
+  set_epilogue(g, codes, gelu, gate, residual, type);
+  if (auto done = multiplied(g, codes, type)) return *done;
+  return reference<Tensor>("dtq_reference::w4a8_epilogue_linear", codes, row_scale, weight, weight_scale,
+                           groups, bias, gelu, gate, residual, type);
 }
 
 }  // namespace
@@ -95,6 +171,9 @@ Tensor w4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& w
 STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
   m.impl("w4a8_linear", TORCH_BOX(&w4a8_linear));
+  m.impl("lut4a8_linear", TORCH_BOX(&lut4a8_linear));
+  m.impl("w8a8_epilogue_linear", TORCH_BOX(&w8a8_epilogue_linear));
+  m.impl("w4a8_epilogue_linear", TORCH_BOX(&w4a8_epilogue_linear));
 }
 
 // "wgmma 256x128" or why there is none, for a product of these sizes with (N, K) int8 or, with a

@@ -100,31 +100,21 @@ Pair quantize_rows(const Tensor& given, const Maybe& pre_scale, int64_t block, c
   return reference<Pair>("dtq_reference::quantize_rows", given, pre_scale, block, scale, levels);
 }
 
-Pair binned_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
-                          int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
-  Tensor x = with_rows(given, "x");
-  Guard guard(x);
-  if (has_rows(x)) {
-    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
-    set_grid(rows, x, {scale, bin, levels});
-    if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
-  }
-  return reference<Pair>("dtq_reference::binned_quantize_rows", given, pre_scale, order, block, turns,
-                         scale, bin, levels);
-}
-
-Pair gelu_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+// binned_quantize_rows, and gelu_quantize_rows: one argument list.
+template <dtq::Before before>
+Pair grid_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
                         int64_t turns, const Maybe& scale, const Maybe& bin, int64_t levels) {
+  constexpr const char* kReference = before == dtq::kGelu ? "dtq_reference::gelu_quantize_rows"
+                                                          : "dtq_reference::binned_quantize_rows";
   Tensor x = with_rows(given, "x");
   Guard guard(x);
   if (has_rows(x)) {
     dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
     set_grid(rows, x, {scale, bin, levels});
-    rows.before = dtq::kGelu;
+    rows.before = before;
     if (auto done = quantized(rows, x, dtq::kInt8)) return *done;
   }
-  return reference<Pair>("dtq_reference::gelu_quantize_rows", given, pre_scale, order, block, turns, scale,
-                         bin, levels);
+  return reference<Pair>(kReference, given, pre_scale, order, block, turns, scale, bin, levels);
 }
 
 void set_modulation(dtq::Rows& rows, const Tensor& x, const Maybe& up, const Maybe& along, double eps) {
@@ -294,9 +284,9 @@ Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts, cons
 STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("transform_rows", TORCH_BOX(&transform_rows));
-  m.impl("binned_quantize_rows", TORCH_BOX(&binned_quantize_rows));
+  m.impl("binned_quantize_rows", TORCH_BOX(&grid_quantize_rows<dtq::kAsIs>));
   m.impl("e4m3_quantize_rows", TORCH_BOX(&e4m3_quantize_rows));
-  m.impl("gelu_quantize_rows", TORCH_BOX(&gelu_quantize_rows));
+  m.impl("gelu_quantize_rows", TORCH_BOX(&grid_quantize_rows<dtq::kGelu>));
   m.impl("norm_quantize_rows", TORCH_BOX(&norm_quantize_rows));
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("weight_linear", TORCH_BOX(&weight_linear));

@@ -15,6 +15,8 @@
 //              with a NaN; round(x / scale), ties to even, within +-levels, 0 for NaN
 //   e4m3       scale = max|x| / 448; x / scale, 0 where the scale is 0, rounded to e4m3
 #pragma once
+#include "launch_rows.h"
+#include "numbers.cuh"
 #include "runs.cuh"
 
 namespace dtq {

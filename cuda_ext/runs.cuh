@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs of 16 columns of a row: what one thread reads, holds and writes.
 #pragma once
-#include "numbers.cuh"
+#include "floats.cuh"
 
 namespace dtq {
 
@@ -33,18 +33,13 @@ DTQ_DEV void read_whole_run(const void* from, Float type, int64_t k, float (&v)[
   }
 }
 
-DTQ_DEV float read_one(const void* from, Float type, int64_t k) {
-  return type == kFloat32 ? ldg((const float*)from + k)
-                          : to_float(ldg((const uint16_t*)from + k), type);
-}
-
 // The same where it may not be aligned; what lies beyond the end is 0.
 DTQ_DEV void read_run(const void* from, Float type, int64_t k, int64_t columns, bool whole,
                       float (&v)[kRun]) {
   if (whole && k + kRun <= columns) {
     read_whole_run(from, type, k, v);
   } else {
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = k + i < columns ? read_one(from, type, k + i) : 0;
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = k + i < columns ? load_float(from, k + i, type) : 0;
   }
 }
 
@@ -67,7 +62,7 @@ DTQ_DEV void read_pairs(const uint16_t* from, int64_t k, int64_t columns, bool w
 DTQ_DEV void gather_run(const void* from, Float type, const int32_t* order, int64_t k,
                         int64_t columns, float (&v)[kRun]) {
   DTQ_UNROLL for (int i = 0; i < kRun; i++)
-    v[i] = k + i < columns ? read_one(from, type, ldg(order + k + i)) : 0;
+    v[i] = k + i < columns ? load_float(from, ldg(order + k + i), type) : 0;
 }
 
 // Columns from the end of the row on become 0.

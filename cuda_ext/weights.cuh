@@ -4,6 +4,8 @@
 // Every value is that of the format's `unpack` bit for bit: float32, one product with the scale. A code
 // is turned into a float without a conversion instruction: its bits under the exponent of 2^23.
 #pragma once
+#include "launch_rows.h"
+#include "numbers.cuh"
 #include "runs.cuh"
 
 namespace dtq {

@@ -10,10 +10,11 @@ launches.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,48 +52,51 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def gemm(
-    *,
-    quick: bool = False,
-    rounds: int = 15,
-    say: Callable[[list[Row]], None] | None = None,
-    device: torch.device | None = None,
-) -> Result:
+def gemm(device: torch.device, quick: bool, rounds: int, clock: Clock) -> Iterator[list[Row]]:
     """Whole linears, bfloat16 in to bfloat16 out, and the bare products."""
-    device = device or gpu()
-    clock = clock_of(device)
-    rows: list[Row] = []
     for k, n in SHAPES[::2] if quick else SHAPES:
         for m in TOKENS[::2] if quick else TOKENS:
-            found = linear_race(m, k, n, rounds, device, clock)
-            rows += found
-            if say:
-                say(found)
-    return Result("gemm", conditions(rounds, device, clock), rows)
+            yield linear_race(m, k, n, rounds, device, clock)
 
 
-def e2e(
+def e2e(device: torch.device, quick: bool, rounds: int, clock: Clock) -> Iterator[list[Row]]:
+    """One denoising step of models with random weights, eager and compiled."""
+    for case, make in (("flux", flux), ("dit", dit)):
+        model, given, tokens = make(device, quick)
+        yield model_race(f"{case} shape", tokens, model, given, rounds, clock)
+        del model, given  # before the next is made
+
+
+Races = Callable[[torch.device, bool, int, Clock], Iterator[list[Row]]]
+
+
+def suite(
+    races: Races,
     *,
     quick: bool = False,
     rounds: int = 15,
     say: Callable[[list[Row]], None] | None = None,
     device: torch.device | None = None,
 ) -> Result:
-    """One denoising step of models with random weights, eager and compiled."""
+    """Every race of a suite; ``say`` hears of each when it is over.
+
+    Raises:
+        InputError: no device is given, and there is no GPU.
+    """
     device = device or gpu()
     clock = clock_of(device)
     rows: list[Row] = []
-    for case, make in (("flux", flux), ("dit", dit)):
-        model, given, tokens = make(device, quick)
-        found = model_race(f"{case} shape", tokens, model, given, rounds, clock)
+    for found in races(device, quick, rounds, clock):
         rows += found
         if say:
             say(found)
-        del model
-    return Result("e2e", conditions(rounds, device, clock), rows)
+    return Result(races.__name__, conditions(rounds, device, clock), rows)
 
 
-SUITES: dict[str, Callable[..., Result]] = {"gemm": gemm, "e2e": e2e}
+SUITES: dict[str, Callable[..., Result]] = {
+    "gemm": functools.partial(suite, gemm),
+    "e2e": functools.partial(suite, e2e),
+}
 
 
 def conditions(rounds: int, device: torch.device, clock: Clock) -> dict[str, str | int]:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,15 @@ class Reader:
                 f"was saved); copy it again"
             )
         self.sums = dict(zip(names, sums, strict=True))
+        self._refuses: dict[str, Callable[[Tensor], str | None]] = {}
+
+    def expect(self, plan: LoadPlan) -> None:
+        """Ask the values of the planned parts, too, from now on."""
+        for name, layer in plan.layers.items():
+            # what is asked does not depend on the shape: any that every format accepts will do
+            for part, spec in layer.stored((1024, 1024)).items():
+                if spec.refuses is not None:
+                    self._refuses[f"{name}.{part}"] = spec.refuses
 
     def check_plan(self, plan: LoadPlan, model: nn.Module) -> None:
         """Every planned part is there with its shape, and what else the float model holds.
@@ -126,6 +135,7 @@ class Reader:
         Raises:
             CheckpointError: names the layer or tensor that is not as ``config.json`` says.
         """
+        self.expect(plan)
         for name, module in planned_linears(model, plan).items():
             shape = shape_of(module)
             try:
@@ -146,11 +156,14 @@ class Reader:
         check_shapes("config.json", model, found, plan.layers)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compare checksums.
+        """Compare checksums, and ask the values of what :meth:`expect` was told of.
 
         Raises:
-            CheckpointError: a tensor is not what was saved; names file and key.
+            CheckpointError: a tensor is not what was saved, or holds what dtq does not write; names
+                file and key.
         """
+        for key, tensor in tensors.items():
+            self.check_values(key, tensor)
         if os.environ.get("DTQ_VERIFY", "1") == "0":
             return
         for key, tensor in tensors.items():
@@ -159,6 +172,19 @@ class Reader:
                     f"{self.where.get(key, 'checkpoint')}: {key} is damaged (checksum differs); "
                     f"copy the file again"
                 )
+
+    def check_values(self, key: str, tensor: Tensor) -> None:
+        """Ask a tensor, or a slice of it.
+
+        Raises:
+            CheckpointError: it holds what dtq does not write; names file and key.
+        """
+        wrong = self._refuses[key](tensor) if key in self._refuses else None
+        if wrong:
+            raise CheckpointError(
+                f"{self.where[key]}: {key} holds {wrong}, which dtq does not write; "
+                f"quantize the model again"
+            )
 
     def _read_header(self, file: Path) -> Tensor | None:
         """Note the tensors of a file; returns the checksums if they are in it."""
@@ -214,11 +240,12 @@ def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
 
 
 def _verify_model(folder: Path, config: dict[str, Any]) -> None:
-    DTQConfig(**config)
+    plan = DTQConfig(**config).load_plan()
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: no safetensors file")
     reader = Reader(files)
+    reader.expect(plan)
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118

@@ -259,7 +259,10 @@ def _as_floats(state: dict[str, Tensor], layers: dict[str, Runtime]) -> dict[str
     """Scales as the floats whose bits they hold in memory; their dtype is the format's."""
     tensors = dict(state)
     for name, layer in layers.items():
-        # dtypes do not depend on the shape: any that every format accepts will do
+        # dtypes do not depend on the shape: any that every format accepts will do; whether base-3
+        # codes have a tail does
         for part, spec in layer.stored((1024, 1024)).items():
-            tensors[f"{name}.{part}"] = to_disk(tensors[f"{name}.{part}"], spec)
+            key = f"{name}.{part}"
+            if key in tensors:
+                tensors[key] = to_disk(tensors[key], spec)
     return tensors

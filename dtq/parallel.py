@@ -325,7 +325,8 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
     with reading(folder), init_empty_weights():
         model: nn.Module = kind.from_config(kind.load_config(folder))
     files = sorted(folder.glob("*.safetensors"))
-    Reader(files).check_plan(plan, model)
+    reader = Reader(files)
+    reader.check_plan(plan, model)
     swap_empty(model, plan, settings.compute_dtype or torch.float32)
     _check(model, rank, world, group)
     for name, piece in _cut(model, rank, world, group).items():
@@ -336,9 +337,11 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
                 name, _, part = key.rpartition(".")
                 module = model.get_submodule(name)
                 if isinstance(module, Slice):
-                    _put(module, part, module.take(part, opened.get_slice(key)))
+                    tensor = module.take(part, opened.get_slice(key))
                 else:
-                    _put(module, part, opened.get_tensor(key))
+                    tensor = opened.get_tensor(key)
+                reader.check_values(key, tensor)
+                _put(module, part, tensor)
     finish(model, plan.edges, plan.policy)
     return model.eval()
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtq.documents import numbers
 from dtq.errors import CheckpointError, InputError
@@ -62,7 +63,7 @@ class Runtime:
         if self.pre_quant:
             specs["pre_quant_scale"] = Spec((1, columns), torch.bfloat16)
         if self.permute:
-            specs["pre_quant_order"] = Spec((1, columns), torch.int32)
+            specs["pre_quant_order"] = Spec((1, columns), torch.int32, _no_order)
         if ACTS[self.acts].static:
             count = bins if ACTS[self.acts].stepped else 1
             specs["input_scale"] = Spec((1, count), torch.float32)
@@ -122,6 +123,13 @@ class Runtime:
         if found.rank < 0:
             raise CheckpointError(f"{where}['rank'] must not be negative, is {found.rank}")
         return found
+
+
+def _no_order(order: Tensor) -> str | None:
+    places = torch.arange(order.numel(), dtype=order.dtype)
+    if torch.equal(order.reshape(-1).sort().values, places):
+        return None
+    return f"numbers that are no order of {order.numel()} channels"
 
 
 @dataclass(frozen=True)

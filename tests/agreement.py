@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dtq.formats import FORMATS
-from dtq.kernels import fused
+from dtq.kernels import epilogue, fused
 from dtq.kernels import ops as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,7 +121,7 @@ def fused_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     agree(ops.norm_quantize_rows, fused._norm_quantize_rows, args, device, f"norm {what}")
     args = (x, *change, *grid)
     agree(ops.gelu_quantize_rows, fused._gelu_quantize_rows, args, device, f"gelu {what}")
-    agree(ops.binned_quantize_rows, fused._binned_quantize_rows, args, device, f"binned {what}")
+    agree(ops.binned_quantize_rows, fused.binned_quantize_rows, args, device, f"binned {what}")
     if torch.device(device).type == "cuda":  # e4m3 tensors are compared as bytes
         codes, _ = ops.e4m3_quantize_rows(x.to(device), *(_to(c, device) for c in change))
         want, _ = fused._e4m3_quantize_rows(x, *change)
@@ -160,6 +160,31 @@ def w4a8(ops: Any, device: Any, seed: int, limit: int) -> None:
     agree(ops.w4a8_linear, reference._w4a8_linear, args, device, what)
 
 
+def epilogues(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    (m, n, k), d = size.product(), size.dice
+    group, dtype = d.choice([g for g in (32, 64, 128) if k % g == 0]), d.choice(DTYPES)
+    fmt, w = FORMATS[f"int4-2l-g{group}"], normal(n, k, seed=seed)
+    p = fmt.pack(w, fmt.fit(w))
+    # sums of a few units: where GELU bends
+    rows = normal(m, seed=1).abs() * 0.02 / k**0.5
+    given = int8(m, k, seed=seed), rows, p["weight"], p["weight_scale"]
+    bias = d.choice((None, normal(n, seed=3).to(dtype)))
+    images = d.choice([i for i in (1, 2, 4, m) if m % i == 0])
+    both = normal(images, n, seed=4).to(dtype), normal(m, n, seed=5).to(dtype)
+    gate = d.choice(((None, None), both))
+    then = (bias, d.choice((False, True)), *gate, dtype)
+    what = f"M {m} N {n} K {k} {dtype} gelu {then[1]} gate {gate[0] is not None} images {images}"
+    four, eight = ops.w4a8_epilogue_linear, ops.w8a8_epilogue_linear
+    args = (*given, p["weight_scale_2"], *then)
+    agree(four, epilogue._w4a8_epilogue_linear, args, device, f"w4a8 {what}")
+    args = (*given[:2], int8(n, k, seed=6), *given[3:], *then)
+    agree(eight, epilogue._w8a8_epilogue_linear, args, device, f"w8a8 {what}")
+    tables = int8(n, d.choice((1, k // group)), 16, seed=7, low=-128)
+    args = (*given, tables, bias, dtype)
+    agree(ops.lut4a8_linear, epilogue._lut4a8_linear, args, device, f"lut4a8 {what}")
+
+
 def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     d = dice.Random(seed)
     name = d.choice(list(FORMATS))
@@ -184,4 +209,4 @@ def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     )
 
 
-CHECKS = (quantize_rows, transform_rows, fused_rows, w8a8, w4a8, decoded)
+CHECKS = (quantize_rows, transform_rows, fused_rows, w8a8, w4a8, epilogues, decoded)

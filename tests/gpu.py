@@ -44,7 +44,7 @@ from dtq.bench import Candidate, Row, quantized, race
 from dtq.clock import Clock, clock_of
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
-from dtq.kernels import CUDA, Task, cuda, nvcc, ops, pick
+from dtq.kernels import CUDA, Task, extension, nvcc, ops, pick
 
 dtq = torch.ops.dtq
 
@@ -147,7 +147,7 @@ def instructions(s: Session) -> None:
         if not s.cuda:
             library = golden.emulated(Path(folder))
         else:
-            found = nvcc.find_nvcc(cuda._cuda_home())
+            found = nvcc.find_nvcc(extension.cuda_home())
             if found is None:
                 s.tell("golden vectors", "no nvcc: not compared")
                 return

@@ -78,6 +78,21 @@ def test_save_load_save_gives_the_same_bytes(quantized_folder, tmp_path):
     assert a.read_bytes() == (quantized_folder / "transformer" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("heads", [4, 5])
+def test_base_3_codes_are_saved_with_and_without_a_tail(heads, tmp_path):
+    """128 columns leave three behind the last five, 160 none."""
+    given = {"norm_num_groups": 32, "heads": heads, "blocks": 1}
+    model = dtq.quantize(
+        tiny.dit(**given), "w4a16", weights="trit-row", progress=False, last_look=False
+    )
+    model.save_pretrained(tmp_path)
+    q = "transformer_blocks.0.attn1.to_q"
+    assert (f"{q}.weight_tail" in load_file(tmp_path / WEIGHTS)) == (heads == 4)
+    again = DiTTransformer2DModel.from_pretrained(tmp_path)
+    for name, part in model.get_submodule(q).parts().items():
+        assert torch.equal(again.get_submodule(q).part(name), part)
+
+
 def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -87,6 +87,22 @@ def test_what_contradicts_itself_is_an_error(emulator):
     }.items():
         with pytest.raises(RuntimeError, match=message):
             sim.w8a8_linear(*(right | wrong).values(), torch.float32)
+    then = {"bias": None, "gelu": True, "gate": one(1, 5), "residual": one(3, 5)}
+    for message, wrong in {
+        "a gate comes with a residual": {"residual": None},
+        "gate must be .images, 5.": {"gate": one(2, 5)},
+        "residual must be .3, 5.": {"residual": one(3, 4)},
+        "gate is bfloat16, expected float32": {"gate": one(1, 5).bfloat16()},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            sim.w8a8_epilogue_linear(*(right | then | wrong).values(), torch.float32)
+    packed = codes, one(3), agreement.int8(5, 32), one(5, 1)
+    for message, tables in {
+        "tables must be .5, groups.": agreement.int8(4, 2, 16),
+        "tables must have 16 entries": agreement.int8(5, 2, 8),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            sim.lut4a8_linear(*packed, tables, None, torch.float32)
     with pytest.raises(RuntimeError, match="whole blocks of 64"):
         sim.quantize_rows(one(2, 96), None, 64, None)
     with pytest.raises(RuntimeError, match="levels is 200"):
@@ -140,7 +156,7 @@ def test_one_command_for_each_source_and_one_that_links(tmp_path):
     assert "-gencode=arch=compute_80,code=compute_80" in kernels
     binding = next(c for c in compiling if c[-3].endswith("ops_rows.cpp"))
     assert '-DDTQ_ARCHS="sm_80 sm_90a and PTX"' in binding
-    assert {"-ltorch", "-cudart=static"} <= set(linking)
+    assert {f"-Xlinker={nvcc.LINKED}", "-cudart=static"} <= set(linking)
     assert all(c[-1] in linking for c in compiling)
 
 
@@ -162,6 +178,27 @@ def test_without_a_gpu_it_says_so():
     assert "torch reference" in CUDA.describe()
     assert [name for name, what in CUDA.rungs() if what.startswith("used")] == ["torch reference"]
     assert all("without CUDA" in what or "no GPU" in what for _, what in CUDA.rungs())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "builds"),
+    [([(7, 5), (9, 0)], "sm_90a"), ([(8, 0), (8, 9)], "sm_80+sm_89"), ([(6, 1), (7, 5)], None)],
+)
+def test_an_old_gpu_beside_a_new_one_takes_nothing_from_it(capabilities, builds, monkeypatch):
+    monkeypatch.delenv("DTQ_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "capabilities", lambda: capabilities)
+    if builds is None:
+        with pytest.raises(Unavailable, match="sm_75: kernels begin with sm_80"):
+            CUDA.usable()
+        return
+    CUDA.usable()
+    assert CUDA.builds() == builds
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(CUDA, "load", lambda: True)
+    found = [dispatch._limits(i) for i in range(2)]
+    assert [few for few, _ in found] == [16 if c >= (8, 0) else -1 for c in capabilities]
 
 
 def library(tmp_path, monkeypatch, **changed) -> Library:
@@ -378,10 +415,3 @@ def test_inspection_says_what_a_gpu_would_do():
     assert "weight-only: used" in lines
     lines = explain(Task(FORMATS["nvfp4"], ACTS["nvfp4"]), (1152, 1152))
     assert "on the GPU: torch reference: no compiled form yet" in lines
-
-
-def test_the_home_of_cuda_is_asked_of_torch(monkeypatch):
-    from torch.utils import cpp_extension
-
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/opt/some-cuda")
-    assert cuda._cuda_home() == "/opt/some-cuda"

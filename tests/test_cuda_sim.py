@@ -16,7 +16,7 @@ import torch
 
 from dtq.formats.bits import pack_nibbles
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import ops
+from dtq.kernels import fused, ops
 
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
 COMPILE = ("g++", "-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-w")
@@ -195,3 +195,31 @@ def test_tables_give_the_bits_of_the_expanded_weight(gemm, arch, group):
     table = {"weights": 2, "tables": tables.data_ptr(), "group": group}
     got, name = product(library, arch, 7, *args, **table)
     assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_gelu_gate_and_residual_give_the_bits_of_torch(gemm, arch, dtype):
+    """In every kernel that finishes an output: whole tiles, tails, and the sum of splits."""
+    library = ctypes.CDLL(str(gemm[1]))
+    seen = set()
+    for m, n, k in [(6, 48, 1152), (300, 257, 384), (33, 7, 77), (520, 512, 128)]:
+        codes = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=seeded(0))
+        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=seeded(1))
+        # sums of a few units: where GELU bends
+        row_scale = torch.rand(m, generator=seeded(2)) * 5e-3 / k**0.5
+        scale = torch.rand(n, 1, generator=seeded(3)) * 0.1
+        bias = torch.randn(n, generator=seeded(4)).to(dtype)
+        images = 3 if m % 3 == 0 else 1
+        gate = torch.randn(images, n, generator=seeded(5)).to(dtype)
+        residual = torch.randn(m, n, generator=seeded(6)).to(dtype)
+        y = fused.gelu(ops._w8a8_linear(codes, row_scale, weight, scale, bias, torch.float32))
+        gated = gate.float().repeat_interleave(m // images, 0) * y + residual.float()
+        args = (codes, row_scale, weight, scale, bias, dtype)
+        got, name = product(library, arch, m, *args, gelu=True)
+        assert torch.equal(got, y.to(dtype)), (name, m, n, k)
+        gates = {"gate": gate.data_ptr(), "gate_tokens": m // images}
+        got, _ = product(library, arch, m, *args, gelu=True, **gates, residual=residual.data_ptr())
+        assert torch.equal(got, gated.to(dtype)), (name, m, n, k)
+        seen.add(name.split(",")[0])
+    assert len(seen) >= 3, seen

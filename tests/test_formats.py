@@ -90,6 +90,7 @@ def check_laws(fmt, x):
     assert {k: (s.shape, s.dtype) for k, s in layout.items()} == {
         k: (tuple(p.shape), p.dtype) for k, p in parts.items()
     }
+    assert not [k for k, s in layout.items() if s.refuses is not None and s.refuses(parts[k])]
     return snapped
 
 

@@ -120,6 +120,22 @@ def test_models_are_quantized_with_their_modulation():
     assert tokens == 24
 
 
+def test_a_suite_tells_of_every_race_and_keeps_its_rows(monkeypatch):
+    monkeypatch.setattr(bench_gpu, "SHAPES", ((64, 32), (64, 33), (128, 16)))
+    monkeypatch.setattr(bench_gpu, "TOKENS", (3, 4, 5))
+    told = []
+    result = bench_gpu.SUITES["gemm"](quick=True, rounds=2, say=told.append, device=HERE)
+    assert [(rows[0].case, rows[0].tokens) for rows in told] == [
+        ("64 x 32", 3), ("64 x 32", 5), ("128 x 16", 3), ("128 x 16", 5)
+    ]  # fmt: skip
+    assert result.rows == [row for rows in told for row in rows]
+    assert (result.suite, result.conditions["rounds"]) == ("gemm", 2)
+    told.clear()
+    result = bench_gpu.SUITES["e2e"](quick=True, rounds=2, say=told.append, device=HERE)
+    assert [rows[0].case for rows in told] == ["flux shape", "dit shape"]
+    assert (result.suite, len(result.rows)) == ("e2e", 6)
+
+
 def test_operands_are_taken_in_turn():
     seen = []
     run = bench_gpu.turning([lambda i=i: seen.append(i) for i in range(3)])

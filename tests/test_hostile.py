@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from safetensors import safe_open
@@ -26,6 +27,7 @@ from dtq.documents import parse_json, parse_yaml, read_json
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
 from dtq.evaluate.run import quantization_report
 from dtq.folder import check_folder
+from dtq.parallel import load_sharded
 from dtq.recipe import Recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -381,6 +383,83 @@ def test_codes_are_not_taken_for_weights(float_folder, tmp_path):
     edit(config, lambda data: data["quantization_config"]["layers"].pop(Q))
     with pytest.raises(CheckpointError, match=f"{Q}.weight is I8 .*no entry in 'layers'"):
         DiTTransformer2DModel.from_pretrained(tmp_path / "q" / "transformer")
+
+
+@pytest.fixture(scope="module")
+def two_level_folder(tmp_path_factory, float_folder) -> Path:
+    pipe = dtq.quantize(
+        float_folder, "rtn-w4a8", weights="int4-2l-g64", progress=False, last_look=False, **FEW
+    )
+    return checkpoint.write(pipe, tmp_path_factory.mktemp("two-level") / "pipe")
+
+
+@pytest.fixture
+def alone():
+    """The group of processes that sharded loading asks for, of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def rewritten(folder: Path, change) -> Path:
+    """The transformer with other tensors and their right checksums; its weights file."""
+    file = folder / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    tensors.pop(checkpoint.CHECKSUMS)
+    change(tensors)
+    save_file(checkpoint.with_checksums(tensors), file, {"format": "pt"})
+    return file
+
+
+def group_byte(zero: int, scale2: int):
+    def change(tensors):
+        tensors[f"{Q}.weight_scale_2"].view(torch.uint8)[3, 1] = zero | (scale2 - 1) << 4
+
+    return change
+
+
+def order(places: torch.Tensor):
+    def change(tensors):
+        tensors[f"{Q}.pre_quant_order"] = places.int().reshape(1, -1)
+
+    return change
+
+
+VALUES = {  # the largest and smallest of (code - zero) * scale2 are int8, or one more
+    "first group byte that fits": (group_byte(8, 16), None),
+    "group byte, above": (group_byte(6, 15), "weight_scale_2 holds 1 group bytes"),
+    "group byte, below": (group_byte(9, 15), "weight_scale_2 holds 1 group bytes"),
+    "order": (order(torch.arange(128).flip(0)), None),
+    "order, twice": (order(torch.arange(128).clamp(max=126)), "order of 128 channels"),
+    "order, beyond": (order(torch.arange(128) + 1), "order of 128 channels"),
+    "order, negative": (order(torch.arange(128) - 1), "order of 128 channels"),
+}
+
+
+@pytest.mark.parametrize("checksums", ["0", "1"])
+@pytest.mark.parametrize("kind", VALUES)
+def test_values_that_kernels_count_on_are_asked_when_a_file_is_read(
+    kind, checksums, two_level_folder, alone, tmp_path, monkeypatch
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(two_level_folder, copy)
+    monkeypatch.setenv("DTQ_VERIFY", checksums)
+    change, words = VALUES[kind]
+    file = rewritten(copy, change)
+    if kind.startswith("order"):
+        config = copy / "transformer" / "config.json"
+        edit(config, lambda data: data["quantization_config"]["layers"][Q].update(permute=True))
+    reads = (
+        lambda: DiTTransformer2DModel.from_pretrained(file.parent),
+        lambda: checkpoint.verify(copy),
+        lambda: load_sharded(file.parent, 0, 1),
+    )
+    for read in reads:
+        if words is None:
+            assert read()
+        else:
+            with pytest.raises(CheckpointError, match=rf"{file}: {Q}\..*{words}"):
+                read()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
@@ -104,9 +105,15 @@ def test_every_op_passes_opcheck(dtype):
     torch.library.opcheck(
         ops.w8a8_linear, (codes, scale, p["weight"], p["weight_scale"], bias, dtype)
     )
+    args = (p["weight"], p["weight_scale"], bias, True, None, None, dtype)
+    torch.library.opcheck(ops.w8a8_epilogue_linear, (codes, scale, *args))
     p = FORMATS["int4-2l-g64"].pack(w, FORMATS["int4-2l-g64"].fit(w))
     args = (p["weight"], p["weight_scale"], p["weight_scale_2"], bias, dtype)
     torch.library.opcheck(ops.w4a8_linear, (codes, scale, *args))
+    both = torch.ones(1, len(bias), dtype=dtype), torch.ones(5, len(bias), dtype=dtype)
+    torch.library.opcheck(ops.w4a8_epilogue_linear, (codes, scale, *args[:4], True, *both, dtype))
+    args = (p["weight"], p["weight_scale"], torch.ones(len(w), 2, 16, dtype=torch.int8), bias)
+    torch.library.opcheck(ops.lut4a8_linear, (codes, scale, *args, dtype))
     p = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].fit(w))
     args = (p["weight"], p["weight_scale"], p["weight_zero_point"], 4, bias)
     torch.library.opcheck(ops.group_a8_linear, (codes, scale, *args, dtype))
@@ -121,6 +128,34 @@ def test_every_op_passes_opcheck(dtype):
     torch.library.opcheck(ops.gelu_quantize_rows, (x, *change, None, None))
     torch.library.opcheck(ops.binned_quantize_rows, (x, *change, *grid))
     torch.library.opcheck(ops.e4m3_quantize_rows, (x, *change))
+
+
+def test_what_follows_a_product_is_gelu_gate_and_residual():
+    x, w, bias = operands(6)
+    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].fit(w))
+    codes, scale = ops.quantize_rows(x, None, 1, None)
+    given = codes, scale, p["weight"], p["weight_scale"], bias
+    y = ops.w8a8_linear(*given, torch.float32)
+    gate, residual = torch.randn(2, len(bias)), torch.randn(6, len(bias))
+    got = ops.w8a8_epilogue_linear(*given, True, gate, residual, torch.float32)
+    bent = F.gelu(y, approximate="tanh")
+    want = torch.cat([gate[:1] * bent[:3], gate[1:] * bent[3:]]) + residual
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="a gate comes with a residual"):
+        ops.w8a8_epilogue_linear(*given, False, gate, None, torch.float32)
+
+
+def test_a_table_of_the_levels_of_int4_is_int4():
+    x, w, bias = operands(5)
+    fmt = FORMATS["int4-2l-g64"]
+    p = fmt.pack(w, fmt.fit(w))
+    byte = p["weight_scale_2"].view(torch.uint8).short()
+    levels = (torch.arange(16) - (byte & 15).unsqueeze(-1)) * ((byte >> 4) + 1).unsqueeze(-1)
+    codes, scale = ops.quantize_rows(x, None, 1, None)
+    given = codes, scale, p["weight"], p["weight_scale"]
+    want = ops.w4a8_linear(*given, p["weight_scale_2"], bias, torch.float32)
+    got = ops.lut4a8_linear(*given, levels.to(torch.int8), bias, torch.float32)
+    assert torch.equal(got, want)
 
 
 def test_explain_names_every_refusal():

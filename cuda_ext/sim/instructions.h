@@ -316,10 +316,6 @@ inline float fdiv(float a, float b) { return a / b; }
 inline float ffma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float fsqrt(float a) { return std::sqrt(a); }
 inline float int_to_float(int32_t a) { return float(a); }
-// not bit for bit the same on a GPU
-inline float fexp(float a) { return std::exp(a); }
-inline float ftanh(float a) { return std::tanh(a); }
-inline float frsqrt(float a) { return 1.0f / std::sqrt(a); }
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.
 inline int32_t round_to_int(float f) {

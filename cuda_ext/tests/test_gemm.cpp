@@ -154,7 +154,7 @@ void run_case(const Case& c, uint64_t seed) {
             float_from(bits_at(residual.data, m * c.n + n, c.type), c.type);
       const uint32_t got = bits_at(out.data, m * c.n + n, c.type), want = rounded_to(v, c.type);
       bool same = got == want;
-      if (c.extras & 5) {  // tanh and the order of float sums differ: one unit of the output type
+      if (c.extras & 5) {  // the tanh of a host and the order of float sums differ: one unit
         const float a = float_from(got, c.type), unit = c.type == kFloat32 ? 2e-6f : 0.01f;
         same = std::fabs(a - v) <= unit * (std::fabs(v) + 1);
       }

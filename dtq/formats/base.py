@@ -14,7 +14,8 @@ Laws, for every format ``f``, matrix ``x`` and ``p = f.fit(x)``:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -31,10 +32,16 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape and dtype of one stored part."""
+    """Shape and dtype of one stored part.
+
+    Attributes:
+        refuses: what is wrong with values of that dtype which no such part holds, None when nothing
+            is. Kernels count on it, so files are asked when they are read.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    refuses: Callable[[Tensor], str | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:

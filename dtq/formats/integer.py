@@ -144,7 +144,7 @@ class TwoLevelInt:
         return {
             "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
             "weight_scale": Spec((rows, 1), torch.float32),
-            "weight_scale_2": Spec((rows, groups), torch.int8),
+            "weight_scale_2": Spec((rows, groups), torch.int8, self._refuses),
         }
 
     def fit(
@@ -187,6 +187,12 @@ class TwoLevelInt:
     def unpack(self, parts: Parts) -> Tensor:
         expanded = self.expand(parts["weight"], parts["weight_scale_2"], self.bits)
         return expanded.float() * parts["weight_scale"].float()
+
+    def _refuses(self, weight_scale_2: Tensor) -> str | None:
+        byte = weight_scale_2.view(torch.uint8).to(torch.int16)
+        scale2, zero = (byte >> self.bits) + 1, byte & self._top
+        wrong = int(((scale2 * zero > 128) | (scale2 * (self._top - zero) > 127)).sum())
+        return f"{wrong} group bytes whose weights leave int8" if wrong else None
 
     @staticmethod
     def expand(weight: Tensor, weight_scale_2: Tensor, bits: int = 4) -> Tensor:

@@ -51,7 +51,7 @@ class Ternary:
             return {"weight": Spec((rows, width), torch.int8), "weight_scale": scale}
         parts = {"weight": Spec((rows, columns // 5), torch.int8), "weight_scale": scale}
         if columns % 5:
-            parts["weight_tail"] = Spec((rows, columns % 5), torch.int8)
+            parts["weight_tail"] = Spec((rows, columns % 5), torch.int8, _no_codes)
         return parts
 
     def fit(
@@ -123,3 +123,8 @@ class Ternary:
         if whole < digits.shape[1]:
             parts["weight_tail"] = digits[:, whole:].contiguous().view(torch.int8)
         return parts
+
+
+def _no_codes(weight_tail: Tensor) -> str | None:
+    wrong = int((weight_tail.view(torch.uint8) > 2).sum())
+    return f"{wrong} ternary codes other than 0, 1 and 2" if wrong else None

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled CUDA kernels: when they can be used, and how they are compiled at first use.
 
-``torch.utils.cpp_extension`` says where CUDA is; the compilation is the one that also makes the
-wheel (``dtq/kernels/nvcc.py``), for the GPUs of this machine only. ``cpp_extension.load`` is not
-used: it wants ninja, and links what the stable ABI makes unnecessary.
+``torch.utils.cpp_extension`` compiles (``extension.py``), for the GPUs of this machine only; where
+it cannot, nvcc is called directly, as for a wheel. Files and flags are those of ``nvcc.py``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+import logging
 from pathlib import Path
 
 import torch
 
 from dtq.data import folder
 from dtq.formats import FORMATS
-from dtq.kernels import fused, nvcc
+from dtq.kernels import epilogue, extension, fused, nvcc
 from dtq.kernels.decode import spelling
 from dtq.kernels.native import Library, Unavailable
+
+_log = logging.getLogger(__name__)
 
 OLDEST = (8, 0)
 """Smallest capability with kernels: the int8 matrix instructions of Ampere."""
@@ -40,8 +43,8 @@ def _usable() -> None:
     found = capabilities()
     if not found:
         raise Unavailable("no GPU that torch can use")
-    if found[0] < OLDEST:
-        raise Unavailable(f"sm_{found[0][0]}{found[0][1]}: kernels begin with sm_80")
+    if found[-1] < OLDEST:
+        raise Unavailable(f"sm_{found[-1][0]}{found[-1][1]}: kernels begin with sm_80")
 
 
 def _builds() -> str:
@@ -49,7 +52,8 @@ def _builds() -> str:
 
 
 def _archs() -> tuple[str, ...]:
-    found = [nvcc.arch_of(capability) for capability in capabilities()]
+    # an older GPU beside one with kernels runs the reference
+    found = [nvcc.arch_of(capability) for capability in capabilities() if capability >= OLDEST]
     return nvcc.wanted_archs(found or nvcc.ARCHS)
 
 
@@ -58,19 +62,18 @@ def _key() -> str:
     return nvcc.key(folder("cuda_ext"))
 
 
-def _compiler() -> str:
-    found = nvcc.find_nvcc(_cuda_home())
+def _nvcc() -> str:
+    found = nvcc.find_nvcc(extension.cuda_home())
     if found is None:
         raise Unavailable("no nvcc on the path or in CUDA_HOME")
     return found
 
 
-def _cuda_home() -> str | None:
-    try:
-        from torch.utils.cpp_extension import CUDA_HOME
-    except ImportError:  # it needs setuptools, which an installed dtq does not
-        return None
-    return CUDA_HOME
+def _compiler() -> str:
+    found, refused = _nvcc(), extension.refusal()
+    if refused is None:
+        return f"torch.utils.cpp_extension with ninja and {found}"
+    return f"{found}, not torch.utils.cpp_extension: {refused}"
 
 
 def _compile(work: Path) -> Path:
@@ -83,7 +86,6 @@ def ahead() -> Path:
     Raises:
         OSError: there is no nvcc, or it failed.
     """
-    import dataclasses
 
     def every(work: Path) -> Path:
         return _made(work, nvcc.wanted_archs(), ptx=True)
@@ -92,9 +94,15 @@ def ahead() -> Path:
 
 
 def _made(work: Path, archs: tuple[str, ...], ptx: bool) -> Path:
-    home = Path(torch.__file__).parent
+    compiler, sources = _nvcc(), folder("cuda_ext")
+    if extension.refusal() is None:
+        try:
+            return extension.compile_library(sources, work, archs, ptx)
+        except OSError as error:
+            _log.warning("dtq: %s; nvcc is called directly", error)
     try:
-        return nvcc.compile_library(_compiler(), folder("cuda_ext"), home, work, archs, ptx)
+        home = Path(torch.__file__).parent
+        return nvcc.compile_library(compiler, sources, home, work, archs, ptx)
     except OSError as error:
         raise Unavailable(str(error)) from error
 
@@ -122,7 +130,7 @@ CUDA = Library(
     title="GPU",
     ops=(
         "quantize_rows",
-        *(schema.split("(")[0] for schema, _, _ in fused.OPS),
+        *(schema.split("(")[0] for schema, _, _ in (*fused.OPS, *epilogue.OPS)),
         "transform_rows",
         "w8a8_linear",
         "w4a8_linear",

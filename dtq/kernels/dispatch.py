@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtq.kernels.cuda import CUDA
+from dtq.kernels.cuda import CUDA, OLDEST
 
 INT8_ONLY = os.environ.get("DTQ_CUDA_INT8") == "1"
 """Whether int8 is kept at every size."""
@@ -99,9 +99,12 @@ def _on_gpu(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _limits(index: int) -> tuple[int, float]:
-    """``few`` and ``least`` of a device; those of int8 at every size where there is no library."""
+    """``few`` and ``least`` of a device; those of int8 at every size where there are no kernels."""
     # the torch reference decodes slowly
     if not torch.cuda.is_available() or not CUDA.load():
         return -1, 0.0
-    row = arch(torch.cuda.get_device_capability(index))
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        return -1, 0.0
+    row = arch(capability)
     return row.few, row.least

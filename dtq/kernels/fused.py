@@ -8,6 +8,8 @@ depends on K alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,11 +83,8 @@ def norm_modulate(
     return y
 
 
-def _norm_quantize_rows(
-    x: Tensor,
-    modulate_scale: Tensor | None,
-    modulate_shift: Tensor | None,
-    eps: float,
+def binned_quantize_rows(
+    x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,  # (K,) bfloat16
     order: Tensor | None,  # (K,) int32
     block: int,
@@ -94,34 +93,28 @@ def _norm_quantize_rows(
     bin: Tensor | None,  # (1,) int64, the place in it; None is the first
     levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
-    y = norm_modulate(x, modulate_scale, modulate_shift, eps)
-    return _quantized(y, pre_scale, order, block, turns, scale, bin, levels)
+    """Codes int8 (M, K) and their scales (M,) after the change of the input."""
+    x = changed(x.float(), pre_scale, order, block, turns)
+    if scale is None:
+        rows = row_scale(x, levels)
+    else:
+        one = scale.reshape(-1)[:1] if bin is None else scale.reshape(-1).index_select(0, bin)
+        rows = one.reshape(1, 1).expand(x.shape[0], 1)
+    return row_codes(x, rows, levels).to(torch.int8), rows.reshape(-1).clone()
 
 
-def _gelu_quantize_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,
-    order: Tensor | None,
-    block: int,
-    turns: int,
-    scale: Tensor | None,
-    bin: Tensor | None,
-    levels: int = 127,
+def _norm_quantize_rows(
+    x: Tensor,
+    modulate_scale: Tensor | None,
+    modulate_shift: Tensor | None,
+    eps: float,
+    *rest: Any,  # of binned_quantize_rows
 ) -> tuple[Tensor, Tensor]:
-    return _quantized(gelu(x.float()), pre_scale, order, block, turns, scale, bin, levels)
+    return binned_quantize_rows(norm_modulate(x, modulate_scale, modulate_shift, eps), *rest)
 
 
-def _binned_quantize_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,
-    order: Tensor | None,
-    block: int,
-    turns: int,
-    scale: Tensor | None,
-    bin: Tensor | None,
-    levels: int = 127,
-) -> tuple[Tensor, Tensor]:
-    return _quantized(x.float(), pre_scale, order, block, turns, scale, bin, levels)
+def _gelu_quantize_rows(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return binned_quantize_rows(gelu(x.float()), *rest)
 
 
 def _e4m3_quantize_rows(
@@ -131,34 +124,16 @@ def _e4m3_quantize_rows(
     block: int,
     turns: int,
 ) -> tuple[Tensor, Tensor]:
-    x = _changed(x.float(), pre_scale, order, block, turns)
+    x = changed(x.float(), pre_scale, order, block, turns)
     scale = x.abs().amax(1, keepdim=True) / x.new_full((1, 1), _E4M3_MAX)
     codes = divide(x, scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return codes, scale.reshape(-1)  # (M, K), (M,)
 
 
-def _quantized(
-    x: Tensor,
-    pre_scale: Tensor | None,
-    order: Tensor | None,
-    block: int,
-    turns: int,
-    scale: Tensor | None,
-    bin: Tensor | None,
-    levels: int,
-) -> tuple[Tensor, Tensor]:
-    x = _changed(x, pre_scale, order, block, turns)
-    if scale is None:
-        rows = row_scale(x, levels)
-    else:
-        one = scale.reshape(-1)[:1] if bin is None else scale.reshape(-1).index_select(0, bin)
-        rows = one.reshape(1, 1).expand(x.shape[0], 1)
-    return row_codes(x, rows, levels).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
-
-
-def _changed(
+def changed(
     x: Tensor, pre_scale: Tensor | None, order: Tensor | None, block: int, turns: int
 ) -> Tensor:
+    """What a layer does to its float32 input (M, K) before it quantizes; may be ``x`` itself."""
     if pre_scale is not None:
         x = x * pre_scale.float()
     if order is not None:
@@ -174,7 +149,8 @@ def _by_halves(x: Tensor) -> Tensor:
     return x.squeeze(-1)
 
 
-def _codes_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def codes_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """Empty int8 codes and scales of rows, for fakes."""
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
@@ -191,17 +167,17 @@ OPS = (
         "norm_quantize_rows(Tensor x, Tensor? modulate_scale, Tensor? modulate_shift, float eps,"
         f" {_CHANGE}, {_GRID}) -> (Tensor, Tensor)",
         _norm_quantize_rows,
-        _codes_like,
+        codes_like,
     ),
     (
         f"gelu_quantize_rows(Tensor x, {_CHANGE}, {_GRID}) -> (Tensor, Tensor)",
         _gelu_quantize_rows,
-        _codes_like,
+        codes_like,
     ),
     (
         f"binned_quantize_rows(Tensor x, {_CHANGE}, {_GRID}) -> (Tensor, Tensor)",
-        _binned_quantize_rows,
-        _codes_like,
+        binned_quantize_rows,
+        codes_like,
     ),
     (
         f"e4m3_quantize_rows(Tensor x, {_CHANGE}) -> (Tensor, Tensor)",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -33,15 +34,23 @@ def target() -> str:
     return f"0x{ABI[0]:02x}{ABI[1]:02x}000000000000ULL"
 
 
-FLAGS = (
-    "-std=c++20",
-    "-O3",
+FLAGS = ("-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION={target()}")
+"""Of every file."""
+
+DEVICE = (
     "--expt-relaxed-constexpr",
     # no contraction: a fused multiply-add rounds once where the reference rounds twice
     "-fmad=false",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    f"-DTORCH_TARGET_VERSION={target()}",
 )
+"""Of nvcc alone."""
+
+HOST = ("-fPIC", "-fvisibility=hidden")
+"""Of the C++ compiler, also where nvcc calls it."""
+
+# libtorch.so needs libtorch_cuda.so where there is one, so the library finds the stream of torch
+# without naming a file that a torch without CUDA does not have
+LINKED = "--no-as-needed,-ltorch,-ltorch_cpu,--as-needed"
+"""For the linker, in one argument: nvcc would change the order. The first is needed by no name."""
 
 
 UNITS = (
@@ -73,6 +82,28 @@ def sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in kinds)
 
 
+def host_flags(archs: Sequence[str], ptx: bool) -> list[str]:
+    """Of a C++ file, for the C++ compiler; arguments as of :func:`commands`."""
+    return [*FLAGS, *HOST, _named(archs, ptx)]
+
+
+def device_flags(archs: Sequence[str], ptx: bool) -> list[str]:
+    """Of a CUDA file, for nvcc."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    if ptx:
+        codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
+    return [*FLAGS, *DEVICE, _passed(), *codes]
+
+
+def _named(archs: Sequence[str], ptx: bool) -> str:
+    named = " ".join(f"sm_{a}" for a in archs) + (" and PTX" if ptx else "")
+    return f'-DDTQ_ARCHS="{named}"'
+
+
+def _passed() -> str:
+    return f"-Xcompiler={','.join(HOST)}"
+
+
 def commands(
     nvcc: str, folder: Path, torch_home: Path, work: Path, archs: Sequence[str], ptx: bool
 ) -> tuple[list[list[str]], list[str]]:
@@ -85,25 +116,19 @@ def commands(
         archs: those wanted, from ``ARCHS`` or like them.
         ptx: whether to add PTX for later GPUs.
     """
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    if ptx:
-        codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
-    named = " ".join(f"sm_{a}" for a in archs) + (" and PTX" if ptx else "")
-    headers = [f'-DDTQ_ARCHS="{named}"', "-isystem", str(torch_home / "include")]
+    device = device_flags(archs, ptx)
+    host = [*FLAGS, _passed(), _named(archs, ptx), "-isystem", str(torch_home / "include")]
     objects = [str(work / f"{Path(unit).stem}.o") for unit in UNITS]
     compiling = [
         [
             nvcc,
-            *FLAGS,
-            *(headers if unit.endswith(".cpp") else codes),
+            *(host if unit.endswith(".cpp") else device),
             *("-c", str(folder / unit)),
             *("-o", target),
         ]
         for unit, target in zip(UNITS, objects, strict=True)
     ]
-    # libtorch.so needs libtorch_cuda.so where there is one, so the library finds the stream of
-    # torch without naming a file that a torch without CUDA does not have
-    libraries = [f"-L{torch_home / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    libraries = [f"-L{torch_home / 'lib'}", f"-Xlinker={LINKED}"]
     output = str(work / "library.so")
     return compiling, [nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", output]
 
@@ -130,7 +155,9 @@ def compile_library(
 
 def key(folder: Path) -> str:
     """Names everything that a library depends on but the architectures."""
-    total = hashlib.sha256(f"{platform.machine()} {FLAGS} {UNITS}".encode())
+    total = hashlib.sha256(
+        f"{platform.machine()} {FLAGS} {DEVICE} {HOST} {LINKED} {UNITS}".encode()
+    )
     for path in sources(folder):
         total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()[:16]
@@ -148,9 +175,14 @@ def wanted_archs(default: Iterable[str] = ARCHS) -> tuple[str, ...]:
     return tuple(a.strip() for a in named if a.strip()) or tuple(default)
 
 
+def first_error(who: str, said: str) -> str:
+    """What a compiler's output comes to, in a line."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"error:|fatal|\bld: ", line)] or lines
+    return f"{who} failed: {errors[0].strip() if errors else 'no output'}"
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        said = [line for line in lines if "error" in line or "fatal" in line] or lines
-        raise OSError(f"nvcc failed: {said[0].strip() if said else 'no output'}")
+        raise OSError(first_error("nvcc", done.stderr + done.stdout))

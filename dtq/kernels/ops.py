@@ -25,12 +25,12 @@ from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
 from dtq.formats.base import scaled
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import fused
+from dtq.kernels import epilogue, fused
 from dtq.kernels.cpu import CPU
 from dtq.kernels.cuda import CUDA
 from dtq.kernels.native import Library
 from dtq.kernels.resident import Resident
-from dtq.transforms.hadamard import fwht, rotate
+from dtq.transforms.hadamard import fwht
 
 LIBRARIES: dict[str, Library] = {"cpu": CPU, "cuda": CUDA}
 """Who implements ops on a device, beside the reference."""
@@ -57,12 +57,6 @@ def _quantize_rows(
     return row_codes(x, rows, levels).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
 
 
-def _quantize_rows_fake(
-    x: Tensor, pre_scale: Tensor | None, block: int, scale: Tensor | None, levels: int = 127
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
-
-
 def _transform_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,  # (K,) bfloat16
@@ -70,10 +64,7 @@ def _transform_rows(
     block: int,
     turns: int,
 ) -> Tensor:
-    x = x.float() if pre_scale is None else x.float() * pre_scale.float()
-    if order is not None:
-        x = x[:, order.long()]
-    return rotate(x, block, turns).clone()  # (M, K) float32
+    return fused.changed(x.float(), pre_scale, order, block, turns).clone()  # (M, K) float32
 
 
 def _float_like(x: Tensor, *rest: object) -> Tensor:
@@ -202,12 +193,6 @@ def _weight_linear_fake(x: Tensor, parts: list[Tensor], *rest: object) -> Tensor
     return x.new_empty((x.shape[0], parts[0].shape[0]))
 
 
-def _rows_by_rows(codes: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
-    dtype = rest[-1]
-    assert isinstance(dtype, torch.dtype)
-    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
-
-
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact int32 (M, N) of int8 (M, K) and (N, K)."""
     rows, columns = a.shape
@@ -225,7 +210,7 @@ _OPS = (
         "quantize_rows(Tensor x, Tensor? pre_scale, int block, Tensor? scale, int levels=127)"
         " -> (Tensor, Tensor)",
         _quantize_rows,
-        _quantize_rows_fake,
+        fused.codes_like,
     ),
     (
         "transform_rows(Tensor x, Tensor? pre_scale, Tensor? order, int block, int turns)"
@@ -244,19 +229,19 @@ _OPS = (
         "w8a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? bias, ScalarType dtype) -> Tensor",
         _w8a8_linear,
-        _rows_by_rows,
+        epilogue.rows_by_rows,
     ),
     (
         "w4a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w4a8_linear,
-        _rows_by_rows,
+        epilogue.rows_by_rows,
     ),
     (
         "group_a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? weight_zero_point, int bits, Tensor? bias, ScalarType dtype) -> Tensor",
         _group_a8_linear,
-        _rows_by_rows,
+        epilogue.rows_by_rows,
     ),
     (
         "dequantize(Tensor[] parts, str names, str weights, int columns, ScalarType dtype)"
@@ -275,6 +260,7 @@ _OPS = (
         _weight_linear_fake,
     ),
     *fused.OPS,
+    *epilogue.OPS,
 )
 
 

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ops that do more after the product of codes: schema, reference and fake, as in ``ops.py``.
+
+After the bias, in float32 and in this order: GELU (that of :func:`dtq.kernels.fused.gelu`), then
+``gate * y + residual``, then one cast. And the product with codes into int8 tables as weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtq.formats.bits import unpack_nibbles
+from dtq.kernels.fused import gelu as gelu_of
+
+_reference = torch.ops.dtq_reference
+
+
+def _w8a8_epilogue_linear(
+    codes: Tensor,  # (M, K) int8
+    row_scale: Tensor,  # (M,)
+    weight: Tensor,  # (N, K) int8
+    weight_scale: Tensor,  # (N, 1)
+    bias: Tensor | None,  # (N,) any float dtype
+    gelu: bool,
+    gate: Tensor | None,  # (B, N) of dtype, B divides M: row r takes r // (M / B)
+    residual: Tensor | None,  # (M, N) of dtype, with a gate
+    dtype: torch.dtype,
+) -> Tensor:
+    y = _reference.w8a8_linear(codes, row_scale, weight, weight_scale, bias, torch.float32)
+    return finished(y, gelu, gate, residual, dtype)  # (M, N)
+
+
+def _w4a8_epilogue_linear(
+    codes: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,  # (N, K/2) int8, two codes a byte
+    weight_scale: Tensor,
+    weight_scale_2: Tensor,  # (N, K/group) int8, scale2 - 1 and zero
+    bias: Tensor | None,
+    gelu: bool,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    given = codes, row_scale, weight, weight_scale, weight_scale_2, bias
+    return finished(_reference.w4a8_linear(*given, torch.float32), gelu, gate, residual, dtype)
+
+
+def _lut4a8_linear(
+    codes: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,  # (N, K/2) int8, two codes a byte
+    weight_scale: Tensor,
+    tables: Tensor,  # (N, groups, 16) int8, what a code of a group stands for
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    index = unpack_nibbles(weight).long().unflatten(1, (tables.shape[1], -1))
+    expanded = tables.gather(2, index).flatten(1)  # (N, K)
+    y: Tensor = _reference.w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
+    return y
+
+
+def finished(
+    y: Tensor, gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What follows the bias, on float32 (M, N).
+
+    Raises:
+        ValueError: a gate without a residual, or the other way round.
+    """
+    if (gate is None) != (residual is None):
+        raise ValueError("a gate comes with a residual")
+    if gelu:
+        y = gelu_of(y)
+    if gate is not None and residual is not None:
+        y = gate.float().repeat_interleave(len(y) // len(gate), 0) * y + residual.float()
+    return y.to(dtype)
+
+
+def rows_by_rows(codes: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    """Empty (M, N) of the dtype that comes last, for fakes."""
+    dtype = rest[-1]
+    assert isinstance(dtype, torch.dtype)
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
+
+
+_PRODUCT = "Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale"
+_THEN = "Tensor? bias, bool gelu, Tensor? gate, Tensor? residual, ScalarType dtype"
+
+OPS = (
+    (
+        f"w8a8_epilogue_linear({_PRODUCT}, {_THEN}) -> Tensor",
+        _w8a8_epilogue_linear,
+        rows_by_rows,
+    ),
+    (
+        f"w4a8_epilogue_linear({_PRODUCT}, Tensor weight_scale_2, {_THEN}) -> Tensor",
+        _w4a8_epilogue_linear,
+        rows_by_rows,
+    ),
+    (
+        f"lut4a8_linear({_PRODUCT}, Tensor tables, Tensor? bias, ScalarType dtype) -> Tensor",
+        _lut4a8_linear,
+        rows_by_rows,
+    ),
+)
+"""Schema, reference and fake, as rows of the table in ``ops.py``."""
