@@ -40,8 +40,9 @@ baseline: .demo/gate/eval.json
 	$(BIN)/dtq quantize demo --recipe w4a8 -o .demo/gate-w4a8 --overwrite
 	$(BIN)/dtq eval .demo/gate-w4a8 --reference demo --samples $(PROMPTS) --steps 8 --pictures -o .demo/gate
 
+# neighbours share fixtures, so each worker starts with a half of the tests and steals when it is done
 test: setup check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

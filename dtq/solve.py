@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,30 @@ from dtq.transforms import TRANSFORMS, Choice, Online
 from dtq.work import Work
 
 
+class _Input:
+    """What calibration keeps of one input, under one transform: worked out once for its readers."""
+
+    def __init__(self, stats: SiteStats | None, choice: Choice, acts: str, like: Tensor) -> None:
+        self.stats, self.transform = stats, choice.transform
+        self.acts, self.like = ACTS[acts], like
+
+    @cached_property
+    def gram(self) -> Tensor | None:
+        """Second moment (K, K) of the changed input, None without calibration."""
+        if self.stats is None or self.stats.gram is None:
+            return None
+        return self.transform.gram(self.stats.gram.second_moment().to(self.like))
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Sampled rows (R, K): as they are, changed, and rounded as the layer multiplies them."""
+        if self.stats is None or self.stats.reservoir is None:
+            return None
+        x = self.stats.reservoir.rows.to(self.like)
+        changed = self.transform.x(x)
+        return x, changed, fake_quantize(changed, self.acts)
+
+
 def solve_site(
     members: list[LayerPlan],
     weights: list[Tensor],
@@ -42,9 +67,10 @@ def solve_site(
     """
     tries = []
     for each in (choice, *choice.rivals):
-        branches = _branches(members, weights, each, stats)
+        seen = _Input(stats, each, members[0].acts, weights[0])
+        branches = _branches(members, weights, each, seen)
         jobs = zip(members, weights, branches, strict=True)
-        tries.append([solve(layer, w, each, stats, recipe, low) for layer, w, low in jobs])
+        tries.append([solve(layer, w, each, stats, recipe, low, seen) for layer, w, low in jobs])
     return min(tries, key=lambda results: sum(r.report.error or 0.0 for r in results))
 
 
@@ -55,15 +81,17 @@ def solve(
     stats: SiteStats | None,
     recipe: Recipe,
     branch: Branch | None = None,
+    seen: _Input | None = None,
 ) -> Solved:
     """One linear: change its weight, split it, round the rest, measure, correct its mean.
 
     Where the plan gives several formats to choose from, all are solved and the one with the least
     output error (without rows to measure on: weight error) stays.
     """
+    seen = seen or _Input(stats, choice, layer.acts, weight)
     names = layer.choose or (layer.weights,)
     tries = [
-        _solve_in(replace(layer, weights=n), weight, choice, stats, recipe, branch) for n in names
+        _solve_in(replace(layer, weights=n), weight, choice, seen, recipe, branch) for n in names
     ]
     return min(tries, key=lambda r: (r.report.error or 0.0, r.misfit))
 
@@ -72,25 +100,27 @@ def _solve_in(
     layer: LayerPlan,
     weight: Tensor,
     choice: Choice,
-    stats: SiteStats | None,
+    seen: _Input,
     recipe: Recipe,
     branch: Branch | None,
 ) -> Solved:
-    transform, fmt = choice.transform, FORMATS[layer.weights]
+    transform, stats, fmt = choice.transform, seen.stats, FORMATS[layer.weights]
     changed = transform.w(weight)
-    low, parts = torch.zeros_like(changed), {}
+    low: Tensor | None = None
+    parts = {}
     if branch is not None:
         # what runs is the rounded branch on the raw input; the residual is what that leaves
         raw = transform.raw(branch.down).bfloat16()
         parts = {"proj_down": raw, "proj_up": branch.up.bfloat16()}
         low = parts["proj_up"].to(changed) @ transform.w(raw.to(changed))
+        changed = changed - low
     snapped, params = SOLVERS[layer.solver.name].call(
-        changed - low, fmt, _gram(transform, stats, changed), **dict(layer.solver.knobs)
+        changed, fmt, seen.gram, **dict(layer.solver.knobs)
     )
     shift = None
     if recipe.correct_bias and stats is not None:
         mean = transform.x(stats.channels.mean().to(changed))
-        shift = (changed - low - snapped) @ mean
+        shift = (changed - snapped) @ mean
     parts |= fmt.pack(snapped, params)
     if layer.pre_quant:
         # a copy: linears that share a transform must not share memory, safetensors refuses that
@@ -99,7 +129,7 @@ def _solve_in(
         parts["pre_quant_order"] = transform.order.reshape(1, -1).clone()
     if ACTS[layer.acts].static:
         parts["input_scale"] = _static_scale(transform, stats, ACTS[layer.acts].stepped)
-    error = _output_error(layer, weight, snapped, low, transform, shift, stats)
+    error = _output_error(weight, snapped, low, shift, seen)
     final = replace(
         layer,
         block=transform.block,
@@ -107,13 +137,13 @@ def _solve_in(
         permute=transform.order is not None,
         rank=0 if branch is None else len(branch.down),
     )
-    misfit = float((changed - low - snapped).square().sum())
+    misfit = float((changed - snapped).square().sum())
     report = LayerReport(final.name, final.role, final.weights, final.bits(), choice.label, error)
     return Solved(final, parts, transform, shift, report, misfit)
 
 
 def _branches(
-    members: list[LayerPlan], weights: list[Tensor], choice: Choice, stats: SiteStats | None
+    members: list[LayerPlan], weights: list[Tensor], choice: Choice, seen: _Input
 ) -> list[Branch | None]:
     """The low-rank branch of each linear of a site, None where the plan wants none."""
     found: list[Branch | None] = [None] * len(members)
@@ -121,8 +151,8 @@ def _branches(
     for key in dict.fromkeys((members[i].lowrank, members[i].weights) for i in wanted):
         same = [i for i in wanted if (members[i].lowrank, members[i].weights) == key]
         changed = [choice.transform.w(weights[i]) for i in same]
-        call, gram = key[0], _gram(choice.transform, stats, changed[0])
-        made = LOWRANK[call.name].call(changed, FORMATS[key[1]], gram, **dict(call.knobs))
+        call = key[0]
+        made = LOWRANK[call.name].call(changed, FORMATS[key[1]], seen.gram, **dict(call.knobs))
         for i, branch in zip(same, made, strict=True):
             found[i] = branch
     return found
@@ -142,13 +172,6 @@ def _broken_bins(stats: SiteStats | None) -> str:
     return f": in timestep bins {', '.join(bad)} of {len(good)}" if bad else ""
 
 
-def _gram(transform: Online, stats: SiteStats | None, like: Tensor) -> Tensor | None:
-    """Second moment of the changed input, None without calibration."""
-    if stats is None or stats.gram is None:
-        return None
-    return transform.gram(stats.gram.second_moment().to(like))
-
-
 def choose(members: list[LayerPlan], weights: list[Tensor], stats: SiteStats | None) -> Choice:
     layer = members[0]
     method = TRANSFORMS[layer.transform.name]
@@ -164,24 +187,19 @@ def choose(members: list[LayerPlan], weights: list[Tensor], stats: SiteStats | N
 
 
 def _output_error(
-    layer: LayerPlan,
-    weight: Tensor,
-    snapped: Tensor,
-    low: Tensor,
-    transform: Online,
-    shift: Tensor | None,
-    stats: SiteStats | None,
+    weight: Tensor, snapped: Tensor, low: Tensor | None, shift: Tensor | None, seen: _Input
 ) -> float | None:
     """Relative squared error of the layer's output on sampled rows."""
-    if stats is None or stats.reservoir is None:
+    if seen.rows is None:
         return None
-    x = stats.reservoir.rows.to(weight)
+    x, changed, rounded = seen.rows
     want = x @ weight.T
-    changed = transform.x(x)
-    got = fake_quantize(changed, ACTS[layer.acts]) @ snapped.T + changed @ low.T
+    got = rounded @ snapped.T
+    if low is not None:
+        got += changed @ low.T
     if shift is not None:
-        got = got + shift
-    return float((got - want).square().sum() / want.square().sum().clamp(min=1e-30))
+        got += shift
+    return float(got.sub_(want).square_().sum() / want.square_().sum().clamp(min=1e-30))
 
 
 def _static_scale(transform: Online, stats: SiteStats | None, stepped: bool) -> Tensor:

@@ -49,7 +49,8 @@ def disassembled(path):
 def test_it_compiles_and_spills_nothing(source, arch, tmp_path):
     target = tmp_path / "kernels.o"
     flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-Werror=all-warnings"]
-    command = ["nvcc", *flags, "-c", str(SOURCES / source), "-o", str(target)]
+    part = "-c" if arch == ARCHS[0] else "-cubin"  # the host's code is the same for every one
+    command = ["nvcc", *flags, part, str(SOURCES / source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]

@@ -88,7 +88,7 @@ class Format(Protocol):
             x: float matrix (N, K), or a slice of whole groups of it.
             importance: weight of each column's squared error (K,), for formats that choose by
                 error: learned levels, nvfp4-46. Others have no use for it.
-            clip: share of the range to keep, a number or (N, groups).
+            clip: share of the range to keep, a number, (N, 1) or (N, groups).
             outer: parameters of the whole matrix; those that belong to whole rows are taken from
                 there and not learned again. Column solvers use it to fit one group.
         """
@@ -132,6 +132,8 @@ def spread(value: Tensor, columns: int, group: int | None, cols: slice | None) -
     first, last = start // group, (start + columns - 1) // group
     if first == last:
         return value[:, first : first + 1]
+    if start % group == 0 and columns % group == 0:
+        return value[:, first : last + 1].unsqueeze(-1).expand(-1, -1, group).flatten(1)
     return value[:, torch.arange(start, start + columns, device=value.device) // group]
 
 

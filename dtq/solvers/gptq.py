@@ -56,24 +56,30 @@ def gptq(
     group = fmt.group or todo.shape[1]
     done = torch.zeros_like(todo)
     width = max(block, fmt.group or 0) // (fmt.group or 1) * (fmt.group or 1)
+    steps = None if inverse is None else inverse.diagonal().unbind()
     for start in range(0, todo.shape[1], width):
         stop = min(start + width, todo.shape[1])
-        errors = torch.zeros_like(todo[:, start:stop])
+        # a column of the matrix is a row here: what one step reads lies together
+        ahead = todo[:, start:stop].T.contiguous()  # (columns, N)
+        errors = torch.zeros_like(ahead)
         for j in range(start, stop, fmt.vector):
             if fmt.group is not None and j % group == 0:
                 cols = slice(j, j + group)
-                part = fit_clipped(todo[:, cols], fmt, importance[cols], clips=clips, outer=params)
+                now = ahead[j - start : j - start + group].T.contiguous()
+                part = fit_clipped(now, fmt, importance[cols], clips=clips, outer=params)
                 _put(params, part, j // group)
             cols = slice(j, j + fmt.vector)
-            done[:, cols] = fmt.snap(todo[:, cols], params, cols)
-            if inverse is None:
+            now = ahead[j - start : j - start + fmt.vector]  # (vector, N)
+            kept = fmt.snap(now.T.contiguous(), params, cols)
+            done[:, cols] = kept
+            if inverse is None or steps is None:
                 continue  # nothing says which columns could repair the error
-            for i in range(j, j + fmt.vector):
-                error = (todo[:, i] - done[:, i]) / inverse[i, i]
-                todo[:, i:stop] -= torch.outer(error, inverse[i, i:stop])
-                errors[:, i - start] = error
+            for i, column in zip(range(j, j + fmt.vector), kept.T, strict=True):
+                error = torch.sub(ahead[i - start], column, out=errors[i - start])
+                error.div_(steps[i])
+                ahead[i - start + 1 :] -= inverse[i, i + 1 : stop].unsqueeze(1) * error
         if inverse is not None:
-            todo[:, stop:] -= errors @ inverse[start:stop, stop:]
+            todo[:, stop:] -= errors.T.contiguous() @ inverse[start:stop, stop:]
     return fmt.snap(done, params), params
 
 

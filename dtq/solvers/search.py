@@ -16,6 +16,8 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 ROW_CLIPS = (*CLIPS, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 """The largest of a row lies further out than the largest of a group, the more so in heavy tails."""
 
+_TOGETHER = 2**15  # weights that are tried with several clips at once: more would leave the cache
+
 
 def search(
     w: Tensor, fmt: Format, gram: Tensor | None = None, *, clips: Sequence[float] | None = None
@@ -52,7 +54,7 @@ def fit_clipped(
     """
     weight = torch.ones(w.shape[1]).to(w) if importance is None else importance.to(w)
 
-    def errors(params: Params) -> Tensor:
+    def errors(w: Tensor, params: Params) -> Tensor:
         return in_groups((fmt.snap(w, params) - w).square() * weight, fmt.group).sum(-1)
 
     if fmt.learned:
@@ -60,10 +62,22 @@ def fit_clipped(
         if importance is None or outer is not None:
             return params
         plain = fmt.fit(w)
-        return plain if errors(plain).sum() < errors(params).sum() else params
+        return plain if errors(w, plain).sum() < errors(w, params).sum() else params
     if clips is None:
         clips = ROW_CLIPS if fmt.group is None else CLIPS
-    tries = [errors(fmt.fit(w, importance, clip=clip, outer=outer)) for clip in clips]
-    best = torch.stack(tries).argmin(0)  # (N, groups); the widest range wins ties
-    chosen = torch.tensor(list(clips)).to(w)[best]
-    return fmt.fit(w, importance, clip=chosen, outer=outer)
+    shares, tries = torch.tensor(list(clips)).to(w), []
+    for some in shares.split(max(1, _TOGETHER // w.numel())):
+        # one matrix below the other, each with its clip: rows do not see each other
+        many = w.repeat(len(some), 1)
+        clip = some.repeat_interleave(len(w)).unsqueeze(1)
+        params = fmt.fit(many, importance, clip=clip, outer=_below(outer, len(w), len(some)))
+        tries.append(errors(many, params).unflatten(0, (len(some), -1)))
+    best = torch.cat(tries).argmin(0)  # (N, groups); the widest range wins ties
+    return fmt.fit(w, importance, clip=shares[best], outer=outer)
+
+
+def _below(outer: Params | None, rows: int, times: int) -> Params | None:
+    """The parameters of whole rows for ``times`` copies of the matrix, one below the other."""
+    if outer is None:
+        return None
+    return {k: v.repeat(times, 1) if v.shape == (rows, 1) else v for k, v in outer.items()}

@@ -22,13 +22,16 @@ def fwht(x: Tensor, block: int) -> Tensor:
     if block == 1:
         return x
     shape = x.shape
+    x = x.contiguous()
     half = 1
     while half < block:
-        pairs = x.reshape(-1, 2, half)
-        a, b = pairs[:, 0], pairs[:, 1]
-        x = torch.stack((a + b, a - b), dim=1)
+        pairs = x.view(-1, 2, half)
+        turned = torch.empty_like(pairs)
+        torch.add(pairs[:, 0], pairs[:, 1], out=turned[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=turned[:, 1])
+        x = turned
         half *= 2
-    return x.reshape(shape) * block**-0.5
+    return x.view(shape).mul_(block**-0.5)
 
 
 def rotate(x: Tensor, block: int, turns: int = 1) -> Tensor:

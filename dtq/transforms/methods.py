@@ -260,16 +260,16 @@ class _Judge:
         sample = stats.reservoir.rows.to(self.weights[0])
         self.x = sample[:: max(1, len(sample) // rows)][:rows]
         self.want = [self.x @ w.T for w in self.weights]
+        self.power = [want.square().sum().clamp(min=1e-30) for want in self.want]
         self.fmt, self.acts = _stand_in(fmt, self.weights[0]), acts
 
     def __call__(self, transform: Online) -> float:
         x = fake_quantize(transform.x(self.x), self.acts)
         error = 0.0
-        for w, want in zip(self.weights, self.want, strict=True):
+        for w, want, power in zip(self.weights, self.want, self.power, strict=True):
             changed = transform.w(w)
             got = x @ self.fmt.snap(changed, self.fmt.fit(changed)).T
-            power = want.square().sum().clamp(min=1e-30)
-            error += float((got - want).square().sum() / power) / len(self.weights)
+            error += float(got.sub_(want).square_().sum() / power) / len(self.weights)
         return error
 
 
