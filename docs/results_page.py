@@ -63,7 +63,7 @@ Below 4 bits: {low}.
 
 {claims}
 
-Rows of one table differ a little when only the random signs of the rotation change: {signs}. Smaller ratios say nothing.
+Rows of one table differ a little when only the random signs of the rotation change: {signs}. Differences of that size say nothing.
 {missing}
 ## Targets
 
@@ -178,9 +178,7 @@ def main() -> None:
         or "not run",
         claims="\n".join(results.claims(demo)),
         signs=", ".join(f"{r} {n.error(r):.2e}" for r in signs) or "not run",
-        missing=f"\nRows not run yet on this model: {'; '.join(left)}. Those that were measured on the model\nbefore are in [results-7750.md](results-7750.md).\n"
-        if left
-        else "",
+        missing=f"\nRows not run yet on this model: {'; '.join(left)}.\n" if left else "",
         targets="\n".join(target_rows(n)),
     )
     (HERE / "results.md").write_text(page)
