@@ -40,9 +40,12 @@ BUDGETS: dict[str, tuple[str, dict]] = {
         (4.8, ["int4-2l-g64", "int8-row"]),
     )
 }
+# as few bits as the methods of the papers at 2 bits; a scale a row is dear where rows are narrow
+TWO_BITS = "w2-vq, no row scales"
 # label: (recipe, top-level keys that differ)
 VARIANTS: dict[str, tuple[str, dict]] = {
     **BUDGETS,
+    TWO_BITS: ("w2-vq", {"weights": "vq-256x4"}),
     "w4a8, no transform": ("w4a8", {"transform": "none", "compare": []}),
     "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth", "compare": []}),
     "w4a8, rotation alone": ("w4a8", {"transform": "hadamard", "compare": []}),
@@ -83,7 +86,11 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 
 
 # claims that are checked on one model
-DEMO_ONLY = {label for label, (base, _) in VARIANTS.items() if base != "w4a8" or ", seed " in label}
+DEMO_ONLY = {
+    label
+    for label, (base, _) in VARIANTS.items()
+    if base not in ("w4a8", "w2-vq") or ", seed " in label
+}
 
 
 def rows() -> list[str]:
@@ -218,13 +225,15 @@ def _holds(ratio: float) -> str:
 
 def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
     """Error against bits, the rows of dtq, of the papers and of other libraries."""
+    from adjustText import adjust_text
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axis, model in zip(figure.subplots(1, 2), MODELS, strict=True):
+    figure = Figure(figsize=(9, 12), layout="constrained")
+    for axis, model in zip(figure.subplots(2, 1), MODELS, strict=True):
+        words = []
         papers = [r for r in names() if r not in (*OURS, NAIVE)]
         kinds = (
-            ("dtq", [*OURS, *BUDGETS], "o", "#1668b8"),
+            ("dtq", [*OURS, *BUDGETS, TWO_BITS], "o", "#1668b8"),
             ("methods of the papers", papers, "s", "#c2571a"),
             ("other libraries, rounding", [*baselines.BASELINES, NAIVE], "^", "#5b7f2b"),
         )
@@ -234,16 +243,14 @@ def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
                 [p["bits"] for p in points], [p["error"] for p in points], label=label,
                 marker=marker, color=colour, zorder=3,
             )  # fmt: skip
-            for p in points:
-                axis.annotate(
-                    p["row"], (p["bits"], p["error"]), fontsize=7, xytext=(4, 3),
-                    textcoords="offset points",
-                )  # fmt: skip
+            words += [axis.text(p["bits"], p["error"], p["row"], fontsize=8) for p in points]
         axis.set(
             yscale="log", title=model, xlabel="bits per weight, all metadata",
             ylabel="teacher-forced error",
         )  # fmt: skip
         axis.grid(alpha=0.3)
+        axis.margins(0.08)
+        adjust_text(words, ax=axis, arrowprops={"arrowstyle": "-", "color": "#999", "lw": 0.6})
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
