@@ -22,14 +22,14 @@ def fwht(x: Tensor, block: int) -> Tensor:
     if block == 1:
         return x
     shape = x.shape
-    x = x.contiguous()
+    x = x.clone(memory_format=torch.contiguous_format)
     half = 1
-    while half < block:
+    while half < block:  # in place: a new matrix for each distance takes twice the time
         pairs = x.view(-1, 2, half)
-        turned = torch.empty_like(pairs)
-        torch.add(pairs[:, 0], pairs[:, 1], out=turned[:, 0])
-        torch.sub(pairs[:, 0], pairs[:, 1], out=turned[:, 1])
-        x = turned
+        a, b = pairs[:, 0], pairs[:, 1]
+        difference = a - b
+        a += b
+        b.copy_(difference)
         half *= 2
     return x.view(shape).mul_(block**-0.5)
 
