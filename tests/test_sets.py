@@ -77,3 +77,13 @@ def test_refusals(tmp_path):
         sets.load(str(tmp_path / "big.txt"), tiny.pipeline(), 1)
     with pytest.raises(InputError, match="cannot drive"):
         sets.load("auto", object(), 1)
+
+
+def test_a_label_that_is_nearly_right_is_told_the_right_one():
+    pipe = tiny.pipeline()
+    pipe.labels = {"cat-face": 0, "face-smiling": 1, "face-sleepy": 2}
+    assert sets.given(["face-smiling", "2"], pipe).entries == (1, 2)
+    with pytest.raises(InputError, match="did you mean face-smiling"):
+        sets.given(["face-smilng"], pipe)
+    with pytest.raises(InputError, match=r"'zzz' is not a label of this model$"):
+        sets.given(["zzz"], pipe)

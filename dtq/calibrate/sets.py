@@ -156,8 +156,10 @@ def _label(entry: Any, name: str, pipeline: Any) -> int:
     try:
         number = int(entry)
     except (TypeError, ValueError) as error:
+        near = difflib.get_close_matches(str(entry), labels, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise InputError(
-            f"calibration set {name}: {entry!r} is not a label of this model"
+            f"calibration set {name}: {entry!r} is not a label of this model{hint}"
         ) from error
     if not 0 <= number < size:
         raise InputError(f"calibration set {name}: label {number} is not in [0, {size})")
