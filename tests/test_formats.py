@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from dtq.formats.bits import (
     unpack_trits,
 )
 from dtq.formats.floats import Fp8
-from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid
+from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid, Levels
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import Lut, Moments, lloyd
 from dtq.formats.ternary import Ternary
@@ -603,3 +604,15 @@ def test_vectors_and_their_words_are_there_for_training(name):
     other = fmt.with_codes(parts, (codes.long() + 1) % fmt.words)
     assert torch.equal(fmt.codes(other), ((codes.long() + 1) % fmt.words).to(torch.uint8))
     assert all(torch.equal(other[n], parts[n]) for n in parts if n != "weight")
+
+
+def test_e2m1_by_its_bits_is_the_table_bit_for_bit():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2, 2.5, 3.5, 4, 5, 6, 7, 1e30, math.inf])
+    near = [torch.nextafter(edges, edges * 0), edges, torch.nextafter(edges, edges * 9)]
+    u = torch.cat([every.float(), *near, *(-x for x in near)])
+    u = u[~u.isnan()]
+    want = Levels(E2M1.values).snap(u)
+    assert torch.equal(E2M1.snap(u).view(torch.int32), want.view(torch.int32))
+    assert torch.equal(E2M1.of(E2M1.codes(u)), want)
+    assert E2M1.snap(torch.tensor([math.nan])).isnan().all()

@@ -9,7 +9,6 @@ HQ-DiT (2405.19751) and LLM-FP4 (2310.16836) choose between.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -71,13 +70,25 @@ def _sorted(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Te
     return torch.tensor(codes, dtype=torch.uint8, device=device), level.to(device), ends.to(device)
 
 
-def _signed(magnitudes: Sequence[float]) -> Levels:
-    return Levels((*magnitudes, *(-m + 0.0 for m in magnitudes)))
+def _signed(*magnitudes: float) -> tuple[float, ...]:
+    return (*magnitudes, *(-m + 0.0 for m in magnitudes))
 
 
-E1M2 = _signed((0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5))
-E2M1 = _signed((0, 0.5, 1, 1.5, 2, 3, 4, 6))
-E3M0 = _signed((0, 0.25, 0.5, 1, 2, 4, 8, 16))
+class _E2M1(Levels):
+    """Its levels follow from the bits of a float32: many times faster than looking them up."""
+
+    def snap(self, u: Tensor) -> Tensor:
+        size = u.detach().float().abs()
+        # the power of two below it, 1 for what is smaller: levels lie half of that apart
+        below = (size.clamp(1, 6).view(torch.int32) & 0x7F800000).view(torch.float32)
+        # there float32 has the same spacing: the sum is rounded to a level, ties to even
+        magic = below * (3 * 2.0**21)
+        return size.clamp_(max=6).add_(magic).sub_(magic).copysign_(u).add_(0.0)  # -0 becomes 0
+
+
+E1M2 = Levels(_signed(0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5))
+E2M1 = _E2M1(_signed(0, 0.5, 1, 1.5, 2, 3, 4, 6))
+E3M0 = Levels(_signed(0, 0.25, 0.5, 1, 2, 4, 8, 16))
 
 # QLoRA (2305.14314, appendix E): quantiles of the normal distribution, half of the codes on each
 # side of an exact zero, scaled to [-1, 1]. The constants that its code prints, so files agree.
