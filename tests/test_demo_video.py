@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clips ``demo-video`` is trained on, and the folder that its training script writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+
+from dtq import call, demo
+from dtq.calibrate import sets
+from dtq.cli import main
+from dtq.demo.clips import FRAMES, MOTIONS, SIZE, THINGS, captions, clip, clips
+from dtq.demo.train_video import Film, export, new_tokenizer
+
+WHERE = {  # of the ink: how it goes from the first frame to the last, in x, y and amount
+    "moves left": (-1, 0, 0),
+    "moves right": (1, 0, 0),
+    "moves up": (0, -1, 0),
+    "moves down": (0, 1, 0),
+    "grows": (0, 0, 1),
+    "shrinks": (0, 0, -1),
+    "turns": (0, 0, 0),
+    "stands still": (0, 0, 0),
+}
+
+
+def ink(frame: torch.Tensor) -> tuple[float, float, float]:
+    """Middle and amount of what is not white."""
+    dark = 255.0 - frame.float().mean(0)
+    places = torch.arange(SIZE).float()
+    amount = dark.sum()
+    x, y = ((dark.sum(d) * places).sum() / amount for d in (0, 1))
+    return float(x), float(y), float(amount.sqrt())
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_a_clip_moves_as_its_caption_says(motion):
+    drawn = clip(Image.new("RGBA", (SIZE, SIZE), "red"), motion)
+    assert drawn.shape == (FRAMES, 3, SIZE, SIZE)
+    assert drawn.dtype == torch.uint8
+    first, last = ink(drawn[0]), ink(drawn[-1])
+    for a, b, sign in zip(first, last, WHERE[motion], strict=True):
+        assert (b - a) * sign > 10 if sign else abs(b - a) < 2
+    assert bool((drawn[0] != drawn[3]).any()) == (motion != "stands still")
+
+
+def test_every_caption_is_drawn_and_asked_for():
+    pictures = {name: Image.new("RGBA", (SIZE, SIZE), "blue") for name in THINGS.values()}
+    drawn, labels = clips(pictures, variants=1, seed=0)
+    assert len(drawn) == len(captions()) == len(set(captions())) == len(THINGS) * len(MOTIONS)
+    assert labels.tolist() == list(range(len(captions())))
+    asked = sets._shipped("moving-emoji")
+    assert set(asked) <= set(captions())
+    unknown = new_tokenizer().unk_token_id
+    assert unknown not in new_tokenizer()(captions()[0]).input_ids
+
+
+def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
+    vae = AutoencoderKL.from_pretrained(demo.folder() / "vae", torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    export(tmp_path / "video", Film(len(new_tokenizer())), vae)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "video", torch_dtype=torch.float32)
+    assert type(pipe).__name__ == "LattePipeline"
+    assert call.of(pipe).sizes == {"height": SIZE, "width": SIZE, "video_length": FRAMES}
+    few = ["--samples", "2", "--steps", "2", "--set", "calibration.bins=2", "--no-sentinel"]
+    out = tmp_path / "quantized"
+    for command in (
+        ["quantize", tmp_path / "video", "--recipe", "rtn-w4a8", *few, "-o", out],
+        ["sample", out, "-p", "red heart moves left", "--steps", "2", "-o", tmp_path / "seen"],
+    ):
+        done = CliRunner().invoke(main, [str(word) for word in command])
+        assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "seen" / "0000").glob("*.png"))) == FRAMES
+    assert call.read(out) == call.of(pipe)
