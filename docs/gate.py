@@ -26,7 +26,7 @@ from torch import nn
 
 import dtq
 from dtq.calibrate import sets
-from dtq.evaluate import drift, run
+from dtq.evaluate import drift, trial
 from dtq.evaluate.gate import Outcome, Verdict, judge
 from dtq.evaluate.interval import paired
 from dtq.evaluate.limits import Limit, Policy
@@ -104,9 +104,9 @@ def reruns(options: argparse.Namespace) -> None:
     policy, found, moved = Policy.load("default"), Counter[str](), 0
     for seed in range(options.count):
         how = Calibration(samples=32, steps=4, batch=16, seed=seed)
-        base = run.compare(run.observe(reference, how), candidate).run
+        base = trial.compare(trial.observe(reference, how), candidate).run
         other = replace(how, batch=(1, 2, 5)[seed % 3])
-        again = run.compare(run.observe(reference, other), candidate).run
+        again = trial.compare(trial.observe(reference, other), candidate).run
         moved += again.values != base.values
         found[judge(again, base, policy).outcome.word] += 1
     print(f"tiny DiT, w4a8, 32 prompts, 4 steps, seeds 0..{options.count - 1}, batches of 16, then of 1, 2 or 5: {dict(found)}; "
@@ -121,10 +121,10 @@ def draws(options: argparse.Namespace) -> None:
     """The bundled model twice, other batches and threads: seeded draws of its prompts."""
     policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
     how = Calibration(samples=64, steps=options.steps, batch=8, seed=1000)
-    base = run.compare(run.observe(reference, how), candidate).run
+    base = trial.compare(trial.observe(reference, how), candidate).run
     torch.set_num_threads(2)
     one_by_one = replace(how, batch=1)
-    other = run.compare(run.observe(reference, one_by_one), candidate).run
+    other = trial.compare(trial.observe(reference, one_by_one), candidate).run
     torch.set_num_threads(1)
     moved = sum(other.values["error"][x] != base.values["error"][x] for x in base.values["error"])
     said = [judge(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
@@ -172,8 +172,8 @@ def planted(options: argparse.Namespace) -> None:
     policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
     started = time.process_time()
     how = Calibration(samples=32, steps=options.steps, batch=8, seed=1000)
-    job = run.observe(reference, how)
-    base = run.compare(job, candidate).run
+    job = trial.observe(reference, how)
+    base = trial.compare(job, candidate).run
     print(
         "\n| planted | verdict | error | quarters | PSNR lost, dB |\n| --- | --- | --- | --- | --- |"
     )
@@ -181,7 +181,7 @@ def planted(options: argparse.Namespace) -> None:
     def gated(
         name: str, changed: Source, against: Run = base, must: Outcome = Outcome.REGRESSION
     ) -> Run:
-        mine = run.compare(job, changed).run
+        mine = trial.compare(job, changed).run
         said = judge(mine, against, policy)
         shown = [r.metric.shown(r.mean) for r in said.rows]
         print(
@@ -202,7 +202,7 @@ def planted(options: argparse.Namespace) -> None:
     stepped = dtq.quantize("demo", "w4a8", acts="int8-step", compare=[], progress=False,
                            calibration={"samples": 16, "steps": 10})  # fmt: skip
     static = open_source(stepped)
-    right = run.compare(job, static).run
+    right = trial.compare(job, static).run
     with step_bin(static.model) as name:
         gated(name, static, right)
     removed = copy.deepcopy(unchanged)

@@ -32,19 +32,15 @@ class Call:
 
     Attributes:
         sizes: arguments of its call, whole numbers.
-        set: shipped set to ask it for; ``auto`` is as for any pipeline.
+        set: what ``auto`` means for it (``calibrate/sets.py``); ``auto`` is as for any pipeline.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     set: str = "auto"
 
     def fill(self, how: Calibration) -> Calibration:
-        """``how`` with what it leaves open; filling twice is filling once."""
-        return replace(
-            how,
-            set=self.set if how.set == "auto" else how.set,
-            arguments={**self.sizes, **how.arguments},
-        )
+        """``how`` with the sizes that it leaves open; filling twice is filling once."""
+        return replace(how, arguments={**self.sizes, **how.arguments})
 
 
 def read(pipeline: Path) -> Call:

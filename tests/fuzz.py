@@ -49,7 +49,8 @@ from dtq.errors import FOREIGN, DtqError
 from dtq.evaluate import ledger, runfile, verdict
 from dtq.evaluate.gate import judge
 from dtq.evaluate.limits import Limit, Policy
-from dtq.evaluate.run import compare, observe, quantization_report
+from dtq.evaluate.quantization import quantization_report
+from dtq.evaluate.trial import compare, observe
 from dtq.quantize import calibrate_source, plan_source
 from dtq.recipe import Calibration, Recipe, find, names
 

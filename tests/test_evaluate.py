@@ -15,7 +15,7 @@ import torch
 import dtq
 from dtq.calibrate import sets
 from dtq.errors import InputError
-from dtq.evaluate import baselines, drift, fid, pictures, report, run, runfile
+from dtq.evaluate import baselines, drift, fid, pictures, report, run, runfile, trial
 from dtq.evaluate.identity import fingerprint
 from dtq.evaluate.metrics import METRICS
 from dtq.recipe import Calibration
@@ -184,18 +184,18 @@ def test_both_transformers_of_a_pipeline_are_judged():
     assert list(float_model.models()) == ["transformer", "transformer_2"]
     changed.models()["transformer_2"].proj_out.weight.data *= 1.1
     changed.models()["transformer_2"].proj_out.bias.data *= 1.1
-    job = run.observe(float_model, how)
+    job = trial.observe(float_model, how)
     turns = [call.model for call in job.truth.calls]
     assert set(turns) == {"transformer", "transformer_2"}
     assert [call.step for call in job.truth.calls] == list(range(len(turns)))
-    seen = run.compare(job, changed)
+    seen = trial.compare(job, changed)
     errors = drift.step_errors(job.truth, seen.outputs)
     for turn, error in zip(turns, errors, strict=True):
         assert error == pytest.approx(0.01 if turn == "transformer_2" else 0.0, rel=1e-3)
     calls = {name: turns.count(name) for name in ("transformer", "transformer_2")}
     assert seen.run.conditions["calls"] == calls
     assert seen.run.identity["checkpoint"] != seen.run.identity["reference"]
-    assert run.compare(job, float_model).run.identity["checkpoint"] == fingerprint(
+    assert trial.compare(job, float_model).run.identity["checkpoint"] == fingerprint(
         *float_model.models().values()
     )
 
@@ -204,7 +204,7 @@ def test_a_transformer_that_is_never_called_is_said(caplog):
     pipe = pipelines.wan_two()
     pipe.register_to_config(boundary_ratio=0.0)  # the first one has every step
     how = Calibration(samples=1, steps=2, batch=1, arguments=pipelines.SMALL["wan 2.2"])
-    run.observe(open_source(pipe), how)
+    trial.observe(open_source(pipe), how)
     assert "transformer_2 is not called in this job, so it is not judged" in caplog.text
 
 

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 import dtq as library
 from dtq.cli import main
 from dtq.errors import InputError
-from dtq.evaluate import ledger, run, runfile
+from dtq.evaluate import ledger, runfile, trial
 from dtq.evaluate.gate import Outcome, judge
 from dtq.evaluate.identity import fingerprint
 from dtq.evaluate.limits import Limit, Policy
@@ -47,7 +47,7 @@ def dtq(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def job(float_folder):
-    return run.observe(open_source(float_folder), HOW)
+    return trial.observe(open_source(float_folder), HOW)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def candidate(quantized_folder):
 
 @pytest.fixture(scope="module")
 def base(job, candidate):
-    return run.compare(job, candidate).run
+    return trial.compare(job, candidate).run
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def changed(place, change):
 def test_a_planted_defect_is_a_regression(defect, job, base, quantized_folder):
     broken = open_source(quantized_folder)
     with defect(broken.model, "blocks.1.ff.net.2"):
-        verdict = judge(run.compare(job, broken).run, base, POLICY)
+        verdict = judge(trial.compare(job, broken).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION, verdict.sentence
     assert fingerprint(broken.model) == base.identity["checkpoint"]  # it was taken back
 
@@ -104,11 +104,11 @@ def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
         calibration={"samples": 4, "batch": 4, "steps": 8, "bins": 4},
     )  # fmt: skip
     source = open_source(pipe)
-    right = run.compare(job, source).run
+    right = trial.compare(job, source).run
     for module in source.model.modules():
         if isinstance(module, library.QuantLinear) and module.task.acts.stepped:
             module.part("input_scale").reshape(-1)[1] *= 0.5
-    verdict = judge(run.compare(job, source).run, right, POLICY)
+    verdict = judge(trial.compare(job, source).run, right, POLICY)
     assert verdict.outcome is Outcome.REGRESSION
     quarters = {r.name: r.outcome for r in verdict.rows if "/" in r.name}
     assert Outcome.REGRESSION in quarters.values()
@@ -117,7 +117,7 @@ def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
 
 def test_a_recipe_that_changed_silently_is_a_regression(job, base, float_folder):
     naive = open_source(library.quantize(float_folder, "rtn-w4a8", progress=False))
-    verdict = judge(run.compare(job, naive).run, base, POLICY)
+    verdict = judge(trial.compare(job, naive).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION
     assert any("recipe: rtn-w4a8 in the run" in note for note in verdict.notes)
 
@@ -129,8 +129,8 @@ def test_unchanged_checkpoints_pass_whatever_the_batch(candidate):
         runs = []
         for batch in (8, 1):
             how = Calibration(samples=8, steps=2, batch=batch, seed=seed)
-            small = run.observe(reference, how)
-            runs.append(run.compare(small, candidate).run)
+            small = trial.observe(reference, how)
+            runs.append(trial.compare(small, candidate).run)
         moved += runs[0].values != runs[1].values
         halves = Policy(**{**vars(policy), "primary": (Limit("error", 1.05, parts=2),)})
         outcomes.append(judge(runs[1], runs[0], halves).outcome)

@@ -25,7 +25,7 @@ from dtq.calibrate import store
 from dtq.cli import main
 from dtq.documents import parse_json, parse_yaml, read_json
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
-from dtq.evaluate.run import quantization_report
+from dtq.evaluate.quantization import quantization_report
 from dtq.folder import check_folder
 from dtq.parallel import load_sharded
 from dtq.recipe import Recipe

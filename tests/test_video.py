@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dtq.errors import InputError
-from dtq.evaluate import pictures, run, vbench, video
+from dtq.evaluate import pictures, trial, vbench, video
 
 RECORDED = Path(__file__).parent / "assets" / "vbench_eval_results.json"
 """What vbench 0.1.5 wrote for three clips of moving discs, ``dimension_list=["temporal_flickering"]``."""
@@ -69,7 +69,7 @@ def test_paired_figures_of_a_video_with_itself():
     assert video.flicker_excess(clips, clips).abs().max() == 0
     assert video.temporal_psnr(clips, clips).isinf().all()
     torch.testing.assert_close(video.temporal_ssim(clips, clips), torch.ones(3))
-    values = run.video_values(clips, clips)
+    values = trial.video_values(clips, clips)
     assert values["frame-energy"].tolist() == [1.0] * 3
 
 
@@ -84,7 +84,7 @@ def test_flicker_is_seen_and_a_shift_of_brightness_is_not():
     frozen = steady[:, :1].expand_as(steady)
     assert video.flicker_excess(frozen, steady).max() < 0
     for changed in (shaking, frozen):
-        assert run.video_values(changed, steady)["frame-energy"].min() > 1.001
+        assert trial.video_values(changed, steady)["frame-energy"].min() > 1.001
 
 
 def test_temporal_psnr_has_the_known_value():

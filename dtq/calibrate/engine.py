@@ -100,7 +100,6 @@ def drive(
     """
     model, pipeline = source.model, source.pipeline
     if inputs is None and pipeline is not None:
-        calibration = call.of(pipeline).fill(calibration)
         requests = sets.load(calibration.set, pipeline, calibration.samples)
         batch = media.wanted(pipeline, calibration).batch(calibration.batch)
         batches = -(-len(requests.entries) // batch)

@@ -16,7 +16,7 @@ import torch
 from dtq import checkpoint, source
 from dtq.calibrate import sets
 from dtq.calibrate.engine import run_pipeline
-from dtq.cli.options import calibration_of, call_options, listed, pairs
+from dtq.cli.options import calibration_of, listed, pairs, sampling_options
 from dtq.documents import finite, read_json
 from dtq.durable import write_folder, write_whole
 from dtq.errors import InputError, NumberError
@@ -40,16 +40,7 @@ from dtq.printing import or_dash, table
     type=click.IntRange(1),
     help="Pictures when no prompt is given.",
 )
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
-@click.option("--guidance", default=0.0, help="0: the pipeline's default.")
-@click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Generated together."
-)
-@click.option(
-    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
-)
-@call_options
+@sampling_options(seed=0)
 @click.option(
     "-o",
     "--output",
@@ -122,18 +113,13 @@ def sample(
 @click.option(
     "--samples", default=16, show_default=True, type=click.IntRange(1), help="Same-seed pictures."
 )
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1))
-@click.option("--guidance", default=0.0, help="0: the pipeline's default.")
-@click.option("--seed", default=1000, show_default=True, help="Not the calibration's.")
+@sampling_options(seed=1000, about="Not the calibration's.")
 @click.option(
     "--set",
     "requests",
     default="auto",
     show_default=True,
     help="What to ask for, as in calibration.",
-)
-@click.option(
-    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Generated together."
 )
 @click.option(
     "--pictures", "keep_pictures", is_flag=True, help="Keep every picture, for the gate's sheet."
@@ -179,10 +165,6 @@ def sample(
     help="Rows of other libraries on the same layers, commas between: torchao-int4, torchao-w4a8, "
     "torchao-w8a8, quanto-int4, bnb-nf4.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
-)
-@call_options
 @click.option("--json", "as_json", is_flag=True)
 def evaluate(
     candidate: str,
@@ -208,6 +190,7 @@ def evaluate(
     dtq eval demo-w4a8 --reference demo --fid 256 --metric fid,kid,precision,recall
     """
     from dtq.evaluate import adm, figures, report, run, runfile
+    from dtq.evaluate.quantization import quantization_report
 
     say: Callable[[str], None] = (
         (lambda line: None) if as_json else (lambda line: click.echo(f"  {line}"))
@@ -222,7 +205,7 @@ def evaluate(
     if npz and (output is None or not asked.distributions):
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
-    quantization = run.quantization_report(opened.path)
+    quantization = quantization_report(opened.path)
     how = calibration_of(set=requests, **job)
     result = run.evaluate(
         opened, float_model, how, baselines=listed(baseline), asked=asked, say=say

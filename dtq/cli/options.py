@@ -81,20 +81,47 @@ component_option = click.option(
 )
 
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", *source.DTYPES]),
+    default="auto",
+    show_default=True,
+    help="Of everything that is not quantized. auto: as on disk (fp32 for fp16 files without a GPU).",
+)
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--component and --dtype."""
-    for option in (
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", *source.DTYPES]),
-            default="auto",
-            show_default=True,
-            help="Of everything that is not quantized. auto: as on disk (fp32 for fp16 files without a GPU).",
-        ),
-        component_option,
-    ):
-        command = option(command)
-    return command
+    return component_option(dtype_option(command))
+
+
+def sampling_options(seed: int, about: str | None = None) -> Callable[..., Callable[..., Any]]:
+    """How a pipeline is sampled: --steps, --guidance, --seed, --batch, --dtype, --arg, --images.
+
+    Args:
+        seed: the default, and ``about`` it, for the help.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = dtype_option(call_options(command))
+        for option in reversed(
+            (
+                click.option("--steps", default=20, show_default=True, type=click.IntRange(1)),
+                click.option("--guidance", default=0.0, help="0: the pipeline's default."),
+                click.option("--seed", default=seed, show_default=True, help=about),
+                click.option(
+                    "--batch",
+                    default=8,
+                    show_default=True,
+                    type=click.IntRange(1),
+                    help="Generated together.",
+                ),
+            )
+        ):
+            command = option(command)
+        return command
+
+    return add
 
 
 def recipe_with(choices: dict[str, Any]) -> Recipe:

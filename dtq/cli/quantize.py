@@ -21,7 +21,6 @@ from dtq.allocate import parse_size
 from dtq.calibrate import store
 from dtq.calibrate.stats import STATS
 from dtq.cli.options import (
-    component_option,
     memory_option,
     model_options,
     recipe_options,
@@ -142,10 +141,7 @@ def quantize(
 @click.command()
 @click.argument("model")
 @recipe_options
-@component_option
-@click.option(
-    "--dtype", type=click.Choice(["auto", *source.DTYPES]), default="auto", show_default=True
-)
+@model_options
 @click.option("--keep", multiple=True, metavar="LAYER", help="Layer to keep.")
 @memory_option
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A candidate run beside its float model, same inputs, same seeds: the values of every sample."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtq import call
+from dtq.calibrate import sets
+from dtq.calibrate.engine import seed_of
+from dtq.errors import InputError
+from dtq.evaluate import drift, figures, pictures, video
+from dtq.evaluate.identity import fingerprint, hardware, recipe_of
+from dtq.evaluate.metrics import EQUAL_DB
+from dtq.evaluate.runfile import Run, Sample
+from dtq.recipe import Calibration
+from dtq.source import Source
+from dtq.version import __version__
+
+log = logging.getLogger("dtq")
+
+Say = Callable[[str], None]
+
+
+def other_batches(how: Calibration) -> Calibration:
+    """The same job one by one: what then differs is the noise of the float model.
+
+    Halved batches would not do: products of many rows are often bit-identical, those of few are
+    not.
+    """
+    return replace(how, batch=1 if min(how.batch, how.samples) > 1 else 2)
+
+
+@dataclass
+class Job:
+    """What the float model did, once for any number of candidates.
+
+    Attributes:
+        truth: what candidates are compared with.
+        again: the same in other batches, for the noise floor.
+    """
+
+    reference: Source
+    how: Calibration
+    requests: sets.Requests
+    truth: drift.Trajectory
+    again: drift.Trajectory
+
+
+@dataclass
+class Seen:
+    """What one candidate did: teacher-forced ``outputs``, its own run, the values of the gate."""
+
+    outputs: list[Tensor]
+    ran: drift.Trajectory
+    run: Run
+
+
+def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -> Job:
+    """Run the float pipeline twice."""
+    how = call.of(reference.pipeline).fill(how)
+    # nested: more samples later are these and others
+    requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
+    say("float pipeline")
+    models = reference.models()
+    truth = drift.record(reference.pipeline, models, requests, how)
+    for name, count in calls_of(truth, models).items():
+        if not count:
+            log.warning(
+                "%s: %s is not called in this job, so it is not judged; another number of --steps "
+                "may reach it",
+                reference.name,
+                name,
+            )
+    if len({made.shape[1:] for made in truth.pictures}) > 1:
+        raise InputError(
+            "pictures of several sizes cannot be compared; ask for one: --arg height=512 "
+            "--arg width=512"
+        )
+    say("float pipeline again, other batches, for the noise floor")
+    again = drift.record(reference.pipeline, models, requests, other_batches(how))
+    return Job(reference, how, requests, truth, again)
+
+
+def calls_of(trajectory: drift.Trajectory, models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How often each transformer was called."""
+    counted = Counter(call.model for call in trajectory.calls)
+    return {name: counted[name] for name in models}
+
+
+def compare(job: Job, candidate: Source) -> Seen:
+    """Run a candidate on the float model's inputs and on its own, from the same seeds.
+
+    Args:
+        job: what the float model did.
+        candidate: the quantized pipeline.
+    """
+    how, models = job.how, candidate.models()
+    outputs = drift.replayed(job.truth, models)
+    ran = drift.record(candidate.pipeline, models, job.requests, how)
+    run = Run(
+        candidate.name,
+        job.reference.name,
+        _conditions(how, job.requests) | _job(how, job.reference, candidate, job.truth),
+        {
+            "checkpoint": fingerprint(*models.values()),
+            "reference": fingerprint(*job.reference.models().values()),
+            "recipe": recipe_of(*models.values()),
+        },
+        _samples(how, job.requests, job.reference.pipeline),
+        _values(job.truth, job.truth, outputs, ran),
+        _values(job.truth, job.again, outputs, ran),
+        _failures(job.truth, ran),
+    )
+    if ran.pictures[0].ndim == 5:
+        _video_values(run, job, ran)
+    return Seen(outputs, ran, run)
+
+
+def pair_values(metric: str, job: Job, seen: Seen, where: str) -> None:
+    """A perceptual figure of every sample into the run, or why it is not there."""
+    ids = [sample.id for sample in seen.run.samples]
+    prompts = [sample.prompt for sample in seen.run.samples]
+    got, want, again = (_stills(torch.cat(t.pictures)) for t in (seen.ran, job.truth, job.again))
+    try:
+        first, second = figures.pair(metric, got, want, again, prompts, where)
+    except InputError as error:
+        seen.run.missing[metric] = str(error)
+        return
+    seen.run.values[metric] = dict(zip(ids, first, strict=True))
+    seen.run.rerun[metric] = dict(zip(ids, second, strict=True))
+
+
+def _stills(shown: Tensor) -> Tensor:
+    """Pictures, or the middle frame of each video."""
+    return shown if shown.ndim == 4 else shown[:, shown.shape[1] // 2]
+
+
+def _video_values(run: Run, job: Job, ran: drift.Trajectory) -> None:
+    """Figures of frames over time; runs of one frame have none."""
+    got, want, again = (torch.cat(t.pictures) for t in (ran, job.truth, job.again))
+    if got.shape[1] < 2:
+        return
+    for table, right in ((run.values, want), (run.rerun, again)):
+        for metric, values in video_values(got, right).items():
+            ids = (sample.id for sample in run.samples)
+            table[metric] = dict(zip(ids, values.tolist(), strict=True))
+
+
+def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
+    """Every figure of videos (B, F, 3, H, W) against the float model's, each (B,)."""
+    energy = video.frame_energy(got) / video.frame_energy(want).clamp(min=1e-12)
+    energy = energy.clamp(min=1e-12)
+    return {
+        "flicker": video.flicker_excess(got, want),
+        "flickering": video.temporal_flickering(got),
+        # motion that is lost is as bad as motion that is new
+        "frame-energy": torch.maximum(energy, 1 / energy),
+        "temporal-psnr": video.temporal_psnr(got, want).clamp(max=EQUAL_DB),
+        "temporal-ssim": video.temporal_ssim(got, want),
+    }
+
+
+def _conditions(how: Calibration, requests: sets.Requests) -> dict[str, Any]:
+    return {
+        "set": requests.name,
+        "samples": len(requests.entries),
+        "steps": how.steps or "pipeline default",
+        "guidance": how.guidance or "pipeline default",
+        "seed": how.seed,
+        "torch": torch.__version__,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _job(
+    how: Calibration, reference: Source, candidate: Source, truth: drift.Trajectory
+) -> dict[str, Any]:
+    """What a comparison with another run has to know."""
+    scheduler = getattr(reference.pipeline, "scheduler", None)
+    calls = calls_of(truth, reference.models())
+    return ({"calls": calls} if len(calls) > 1 else {}) | {
+        "steps": truth.steps(),
+        "sampler": type(scheduler).__name__,
+        "arguments": how.arguments | ({"images": how.images} if how.images else {}),
+        "batch": how.batch,
+        "dtype": str(reference.dtype).removeprefix("torch."),
+        "dtq": __version__,
+        "hardware": hardware(candidate.model),
+    }
+
+
+def _samples(how: Calibration, requests: sets.Requests, pipeline: Any) -> list[Sample]:
+    names = {number: name for name, number in (getattr(pipeline, "labels", None) or {}).items()}
+    return [
+        Sample(f"{i:04d}", str(names.get(entry, entry)), seed_of(how.seed, i))
+        for i, entry in enumerate(requests.entries)
+    ]
+
+
+def _values(
+    truth: drift.Trajectory,
+    want: drift.Trajectory,
+    outputs: Sequence[Tensor],
+    ran: drift.Trajectory,
+) -> dict[str, dict[str, Any]]:
+    """Every metric of every sample against a run of the float model.
+
+    Args:
+        truth: whose inputs ``outputs`` are replies to.
+        want: the run to compare with.
+        outputs: of the candidate, teacher-forced.
+        ran: the candidate's own run.
+    """
+    floats = want.by_sample([call.output for call in want.calls])
+    error = drift.sample_errors(truth.by_sample(outputs), floats)
+    apart = drift.sample_errors(
+        ran.by_sample([call.latents for call in ran.calls]),
+        want.by_sample([call.latents for call in want.calls]),
+    )
+    shown, right = torch.cat(ran.pictures), torch.cat(want.pictures)
+    # both runs enter the first step with the same noise
+    columns: dict[str, Sequence[Any]] = {
+        "error": error,
+        "divergence": [steps[1:] or steps for steps in apart],
+    }
+    if right.ndim > 3:  # a sound has no such measures
+        likeness = pictures.psnr(shown, right).clamp(max=EQUAL_DB)
+        frames = len(right) if right.ndim == 4 else right.shape[0] * right.shape[1]
+        flat = (x.reshape(frames, *x.shape[-3:]) for x in (shown, right))
+        same = pictures.ssim(*flat).reshape(len(right), -1).mean(1)
+        columns |= {"psnr": likeness.tolist(), "ssim": same.tolist()}
+    return {
+        metric: {f"{i:04d}": value for i, value in enumerate(column)}
+        for metric, column in columns.items()
+    }
+
+
+def _failures(truth: drift.Trajectory, ran: drift.Trajectory) -> dict[str, str]:
+    """Samples that are no picture, by id."""
+    found = {}
+    for i, (right, shown) in enumerate(
+        zip(torch.cat(truth.pictures), torch.cat(ran.pictures), strict=True)
+    ):
+        for who, picture in (("the float model", right), ("the candidate", shown)):
+            if why := pictures.flaw(picture):
+                found[f"{i:04d}"] = f"{who} made {why}"
+    return found
