@@ -82,23 +82,29 @@ def test_what_is_finished_is_not_done_again(float_folder, tmp_path, dies, caplog
     assert {p.name for p in tmp_path.iterdir()} == {"q", "whole"}
 
 
-def test_the_calibration_is_continued_part_by_part(float_folder, tmp_path, monkeypatch):
-    run(float_folder, *FEW, "-o", tmp_path / "whole")
+def dies_after(monkeypatch, count: int) -> list[range]:
+    """Calibration crashes when that many parts were seen; the parts, to be emptied to go on."""
     see, parts = gather.see, []
 
     def crash(*arguments, **options):
-        if len(parts) == 2:
+        if len(parts) == count:
             raise MemoryError("a crash")
         parts.append(arguments[-1])
         return see(*arguments, **options)
 
     monkeypatch.setattr(gather, "see", crash)
+    return parts
+
+
+def test_the_calibration_is_continued_part_by_part(float_folder, tmp_path, monkeypatch):
+    run(float_folder, *FEW, "-o", tmp_path / "whole")
+    parts = dies_after(monkeypatch, 2)
     run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
     assert parts == [range(0, 1), range(1, 2)]
     del parts[:]
     run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
     assert parts == [range(2, 3), range(3, 4)]
-    monkeypatch.setattr(gather, "see", see)
+    monkeypatch.undo()
     run(float_folder, *FEW, "-o", tmp_path / "q", code=None)
     assert kill.digest(tmp_path / "q") == kill.digest(tmp_path / "whole")
 
@@ -109,15 +115,7 @@ def test_statistics_are_continued_part_by_part(float_folder, tmp_path, monkeypat
         return run(float_folder, *FEW, *more, "-o", out, code=code, command="calibrate")
 
     calibrate("whole")
-    see, parts = gather.see, []
-
-    def crash(*arguments, **options):
-        if len(parts) == 2:
-            raise MemoryError("a crash")
-        parts.append(arguments[-1])
-        return see(*arguments, **options)
-
-    monkeypatch.setattr(gather, "see", crash)
+    parts = dies_after(monkeypatch, 2)
     calibrate("killed", code=None)
     assert parts == [range(0, 1), range(1, 2)]
     assert not (tmp_path / "killed.safetensors").exists()
@@ -131,7 +129,7 @@ def test_statistics_are_continued_part_by_part(float_folder, tmp_path, monkeypat
     del parts[:]
     calibrate("killed", "--seed", "5", code=None)  # over the file that is there
     assert (tmp_path / "killed.safetensors").read_bytes() == want
-    monkeypatch.setattr(gather, "see", see)
+    monkeypatch.undo()
     calibrate("killed", "--fresh")
     assert (tmp_path / "killed.safetensors").read_bytes() == want
     assert {p.name for p in tmp_path.iterdir()} == {"whole.safetensors", "killed.safetensors"}
@@ -144,15 +142,7 @@ def test_statistics_are_of_the_entries_whatever_the_recipe_needs(tmp_path, monke
     arguments += ["--set", "correct_bias=false", *FEW[:6], "--calibration", entries]
     assert not Recipe.load("w4a16", transform="none", solver="rtn", correct_bias=False).needs()
     out = tmp_path / "s.safetensors"
-    before, seen = gather.see, []
-
-    def crash(*args, **options):
-        if seen:
-            raise MemoryError("a crash")
-        seen.append(args)
-        return before(*args, **options)
-
-    monkeypatch.setattr(gather, "see", crash)
+    dies_after(monkeypatch, 1)
     entries.write_text("1\n2\n3\n4\n")
     run(*arguments, "-o", out, code=None, command="calibrate")
     entries.write_text("1\n2\n3\n5\n")
