@@ -219,7 +219,7 @@ def claims(found: dict[str, dict]) -> list[str]:
 
 
 def _holds(ratio: float) -> str:
-    """What a ratio of errors says, with over without: 5 % is what other random signs change too."""
+    """What a ratio of errors says, with over without: other random signs change 5 % too."""
     return "no difference" if 0.95 <= ratio <= 1.05 else "yes" if ratio < 1 else "no"
 
 

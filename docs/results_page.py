@@ -64,7 +64,8 @@ for each channel of the input, 16 / N bits: 0.05 here, 0.005 at N = 3072.
 
 {claims}
 
-Rows of one table differ a little when only the random signs of the rotation change: {signs}. Differences of that size say nothing.
+Rows of one table differ a little when only the random signs of the rotation change: {signs}. Differences of that size say nothing: a claim
+holds, or does not, where the errors differ by more than 5 %.
 {missing}
 ## Targets
 
