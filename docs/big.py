@@ -5,13 +5,15 @@
 
 Builds a FLUX-shaped transformer on disk, shard by shard, so that it never is in memory; prints
 what ``dtq plan`` foretells; runs ``dtq quantize`` and loads the result, each in a process of its
-own whose peak resident memory the kernel reports.
+own whose peak resident memory the kernel reports. Run again after an interruption, it goes on, and
+what was measured before counts; ``--fresh`` starts over.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,10 +32,10 @@ SHARD = 1_000_000_000
 
 
 def config(billion: float) -> dict:
-    """A FLUX shape of about that many parameters: width 1536 to 3072, blocks 12 : 28 as there."""
+    """A FLUX shape of at least that many parameters: width 1536 to 3072, blocks 1 : 2 as there."""
     heads = 12 if billion < 3 else 24
     width = 128 * heads
-    double = max(1, round(billion * 1e9 / (36 + 15 * 2) / width**2))
+    double = math.ceil(billion * 1e9 / (36 + 15 * 2) / width**2)
     return {
         "num_layers": double,
         "num_single_layers": 2 * double,
@@ -68,22 +71,50 @@ def build(folder: Path, billion: float) -> int:
     return sum(t.numel() for _, t in tensors)
 
 
-def run(*command: str, folder: Path | None = None) -> tuple[float, int, int]:
-    """Seconds, peak resident bytes, and most bytes in ``folder``; output of the command is shown.
+@dataclass
+class Cost:
+    """Seconds, peak resident bytes, most bytes on disk.
 
     Resident are mapped pages of files too, which the kernel can take back at any time.
     """
-    started, disk = time.monotonic(), 0
+
+    seconds: float = 0.0
+    peak: int = 0
+    disk: int = 0
+
+
+def run(*command: str, folder: Path | None = None) -> Cost:
+    """Run a command, whose output is shown; ``folder`` is what it writes to.
+
+    What it cost is kept beside the folder, so that a run that is continued counts as one.
+    """
+    notes = folder / "cost.json" if folder else None
+    before = Cost(**json.loads(notes.read_text())) if notes and notes.exists() else Cost()
+    started, now = time.monotonic(), before
     child = subprocess.Popen([sys.executable, *command])
     while True:
         done, status, usage = os.wait4(child.pid, os.WNOHANG)
+        peak = usage.ru_maxrss * 1024 if done else resident(child.pid)
+        disk = sum(size_of(p) for p in folder.rglob("*")) if folder else 0
+        seconds = before.seconds + time.monotonic() - started
+        now = Cost(seconds, max(now.peak, peak), max(now.disk, disk))
+        if notes:
+            notes.write_text(json.dumps(asdict(now)))
         if done:
             break
-        disk = max(disk, sum(size_of(p) for p in folder.rglob("*")) if folder else 0)
         time.sleep(0.2)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
-    return time.monotonic() - started, usage.ru_maxrss * 1024, disk
+    return now
+
+
+def resident(process: int) -> int:
+    """Bytes that a process had resident at its peak so far, 0 of one that is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0)
 
 
 def size_of(path: Path) -> int:
@@ -105,9 +136,10 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys, KEY=VALUE")
     parser.add_argument("--memory", default="6GB", help="for statistics")
     parser.add_argument("--out", type=Path, default=Path(".big"))
+    parser.add_argument("--fresh", action="store_true", help="do not continue an earlier run")
     options = parser.parse_args()
     source = options.out / f"flux-{options.billion:g}b"
-    target = options.out / "run" / "quantized"
+    target = options.out / f"{source.name}-{options.recipe}" / "quantized"
     if not source.exists():
         # in a process of its own: a child's peak begins with what its parent has resident
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -118,35 +150,36 @@ def main() -> None:
     plan += ["--memory", options.memory, "--samples", "1"]
     plan += ["--set", "calibration.batch=1", "--set", "calibration.bins=4"]
     told = json.loads(subprocess.check_output([sys.executable, *plan, "--json"]))
-    shutil.rmtree(target.parent, ignore_errors=True)
-    target.parent.mkdir()
-    seconds, peak, disk = run(
+    if options.fresh:
+        shutil.rmtree(target.parent, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    quantized = run(
         "-m", "dtq.cli", "quantize", str(source), "--recipe", options.recipe, *settings,
         "--memory", options.memory, "--samples", "1", "-o", str(target),
         "--set", "calibration.batch=1", "--set", "calibration.bins=4", folder=target.parent,
     )  # fmt: skip
-    loaded, load_peak, _ = run(
+    loaded = run(
         "-c",
         "import sys, dtq, diffusers;diffusers.FluxTransformer2DModel.from_pretrained(sys.argv[1])",
         str(target),
     )
-    bare, bare_peak, _ = run("-c", "import dtq, diffusers; diffusers.FluxTransformer2DModel")
+    bare = run("-c", "import dtq, diffusers; diffusers.FluxTransformer2DModel")
     rows = {
         "float file": bytes_of(source),
         "quantized file": bytes_of(target),
         "quantized file, foretold": told["bytes"],
-        "peak memory of quantize": peak,
+        "peak memory of quantize": quantized.peak,
         "peak memory of quantize, foretold": told["memory"],
-        "peak disk of quantize": disk,
+        "peak disk of quantize": quantized.disk,
         "peak disk of quantize, foretold": told["disk"],
-        "peak memory of load": load_peak,
-        "peak memory of the imports alone": bare_peak,
+        "peak memory of load": loaded.peak,
+        "peak memory of the imports alone": bare.peak,
     }
     print(
-        f"{options.recipe}: {seconds:.0f} s to quantize (foretold {told['seconds']:.0f} s), ",
+        f"{options.recipe}: {quantized.seconds:.0f} s to quantize (foretold {told['seconds']:.0f} s), ",
         end="",
     )
-    print(f"{loaded - bare:.0f} s to load")
+    print(f"{loaded.seconds - bare.seconds:.0f} s to load")
     for name, value in rows.items():
         print(f"{name:36} {value / 1e9:8.3f} GB")
     print(

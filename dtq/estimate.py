@@ -21,6 +21,7 @@ from dtq.recipe import Recipe
 
 _TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
 _CLIPS = 2e-7  # seconds per weight to search its clip: 60 s of CPU for 0.33 B weights
+_CANDIDATES, _JUDGED = 90, 4e-8  # of the transform search, and seconds per weight of each
 _COPIES = 8  # float32 matrices of a layer's size that its solver holds
 
 
@@ -199,7 +200,9 @@ def _seconds(scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str]) -> f
     for layer in plan.quantized():
         weights, columns = math.prod(layer.shape), layer.shape[1]
         if layer.transform.name == "search":
-            total += 100 * (2 * 1024 * weights / rate + 40 * weights / 1e9)
+            knobs = {"rows": 512, "outputs": 1024} | dict(layer.transform.knobs)
+            judged = min(layer.shape[0], knobs["outputs"]) * columns
+            total += _CANDIDATES * judged * (2 * knobs["rows"] / rate + _JUDGED)
         if layer.solver.name in ("gptq", "search"):
             total += _CLIPS * weights
         if layer.solver.name == "gptq" and needs:

@@ -149,6 +149,23 @@ def test_smoothing_and_rotation_together_beat_each_alone_on_salient_inputs():
     assert found.errors["smooth + hadamard"] <= 0.7 * alone
 
 
+def test_search_on_some_outputs_finds_what_the_search_on_all_finds_nearly():
+    stats = stats_of(salient())
+    g = torch.Generator().manual_seed(7)
+    weights = [torch.randn(n, K, generator=g) * 0.05 for n in (512, 96)]
+    how = {"fmt": FORMATS["int4-2l-g64"], "acts": ACTS["int8-row"]}
+    whole, few, more = (
+        TRANSFORMS["search"].call(weights, stats, outputs=n, **how) for n in (512, 64, 9999)
+    )
+    assert torch.equal(whole.transform.scale, more.transform.scale)
+
+    from dtq.transforms.methods import _Judge
+
+    judge = _Judge(weights, stats, how["fmt"], how["acts"], 512)
+    assert judge(few.transform) <= 1.02 * judge(whole.transform)
+    assert few.errors != whole.errors
+
+
 def test_search_is_deterministic():
     stats = stats_of(salient())
     w = torch.randn(64, K, generator=torch.Generator().manual_seed(6))

@@ -18,7 +18,7 @@ from dtq.formats import FORMATS, Format, bits_per_weight
 from dtq.formats.acts import Acts, fake_quantize
 from dtq.transforms.base import Online
 from dtq.transforms.hadamard import block_for, signs
-from dtq.transforms.smooth import smoothing
+from dtq.transforms.smooth import column_peaks, smoothing
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ def search(
     acts: Acts,
     step: float = 0.05,
     rows: int = 512,
+    outputs: int = 1024,
     close: float = 1.5,
     rotate: bool = True,
     block: int = 64,
@@ -200,19 +201,25 @@ def search(
     Args:
         step: spacing of alpha.
         rows: sampled input rows that candidates are judged on.
+        outputs: channels of each output, evenly spread, that candidates are judged on.
         close: families within this factor of the best are returned as rivals. Candidates are judged
             with plain rounding; a solver that repairs errors can turn a close order around.
         rotate: try rotations too; without them this is SVDQuant's grid (2411.05007, sec. 4.3).
         block: largest Hadamard block.
         seed: of the random signs.
     """
-    judge = _Judge(weights, stats, fmt, acts, rows)
+    judge = _Judge([_spread(w, outputs) for w in weights], stats, fmt, acts, rows)
     n = block_for(weights[0].shape[1], block) if rotate else 1
+    peaks = [column_peaks(weights).unsqueeze(0)]  # all that smoothing wants of the weights
     best: dict[str, tuple[float, Online, str]] = {}
+    judged: dict[tuple[int, bytes], float] = {}
 
     def try_(kind: str, s: Tensor | None, size: int, label: str) -> float:
         transform = _online(weights, s, size, seed)
-        error = judge(transform)
+        key = size, transform.scale.view(torch.uint8).cpu().numpy().tobytes()
+        if key not in judged:  # the corners of the grid meet
+            judged[key] = judge(transform)
+        error = judged[key]
         if kind not in best or error < best[kind][0]:
             best[kind] = (error, transform, label)
         return error
@@ -226,13 +233,13 @@ def search(
         tail = f" + hadamard {size}" if size > 1 else ""
         coarse: dict[tuple[float, bool, str], float] = {}
         for alpha, awq, over in _grid(0.0, 1.0, 2 * step):
-            s = smoothing(weights, stats, alpha=alpha, beta=0.0 if awq else None, over=over)
+            s = smoothing(peaks, stats, alpha=alpha, beta=0.0 if awq else None, over=over)
             label = f"smooth({alpha:.2f}{', weights aside' if awq else ''}, {over}){tail}"
             coarse[alpha, awq, over] = try_(kind, s, size, label)
         alpha, awq, over = min(coarse, key=lambda key: coarse[key])
         for near in (alpha - step, alpha + step):
             if 0 <= near <= 1:
-                s = smoothing(weights, stats, alpha=near, beta=0.0 if awq else None, over=over)
+                s = smoothing(peaks, stats, alpha=near, beta=0.0 if awq else None, over=over)
                 label = f"smooth({near:.2f}{', weights aside' if awq else ''}, {over}){tail}"
                 try_(kind, s, size, label)
     ranked = sorted(best.values(), key=lambda found: found[0])
@@ -247,6 +254,13 @@ def _grid(low: float, high: float, step: float) -> Iterator[tuple[float, bool, s
         for awq in (False, True):
             for over in ("max", "mean"):
                 yield low + i * step, awq, over
+
+
+def _spread(w: Tensor, count: int) -> Tensor:
+    """At most ``count`` rows of (N, K), evenly spread."""
+    if len(w) <= count:
+        return w
+    return w[torch.arange(count, device=w.device) * len(w) // count]
 
 
 class _Judge:

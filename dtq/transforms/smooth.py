@@ -34,6 +34,11 @@ sec. 3.3): steps whose outliers sit where the weight has none count more.
 """
 
 
+def column_peaks(weights: Sequence[Tensor]) -> Tensor:
+    """Largest magnitude of each input channel over matrices (N_i, K): float32 (K,)."""
+    return torch.stack([m.float().abs().amax(0) for m in weights]).amax(0)
+
+
 def smoothing(
     weights: Sequence[Tensor],
     stats: SiteStats,
@@ -54,7 +59,7 @@ def smoothing(
     Returns:
         float32 (K,), the input is divided by it; geometric mean 1, within [1e-3, 1e3].
     """
-    w = torch.stack([m.float().abs().amax(0) for m in weights]).amax(0).clamp(min=1e-5)
+    w = column_peaks(weights).clamp(min=1e-5)
     a = OVER[over](stats.channels.peaks().to(w), w).clamp(min=1e-5)
     log = alpha * a.log() - (1 - alpha if beta is None else beta) * w.log()
     s: Tensor = (log - log.mean()).exp().clamp(1e-3, 1e3)
