@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dtq
 from dtq import checkpoint
+from dtq.formats import vq
 from dtq.plan import Call
 from dtq.recipe import Recipe
 
@@ -33,6 +34,12 @@ def hasty(name: str, **overrides) -> Recipe:
     if recipe.refine.name != "none":
         recipe = replace(recipe, refine=call(recipe.refine, steps=6))
     return replace(recipe, allocate=replace(recipe.allocate, calls=2))
+
+
+@pytest.fixture
+def few_vectors(monkeypatch):
+    """Codebooks are learned from few vectors: for tests of the path."""
+    monkeypatch.setattr(vq, "SAMPLE", 2**12)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
     [(name, torch.bfloat16) for name in names()]
     + [(name, torch.float32) for name in ("w4a8", "w8a8", "w4a16", "nvfp4", "vq4dit")],
 )
-def test_loaded_samples_equal_those_of_the_model_in_memory(recipe, dtype, float_folder, tmp_path):
+def test_loaded_samples_equal_those_of_the_model_in_memory(
+    recipe, dtype, float_folder, tmp_path, few_vectors
+):
     pipe = dtq.quantize(float_folder, hasty(recipe), dtype=dtype, progress=False)
     want = tiny.sample(pipe)
     checkpoint.write(pipe, tmp_path / "q")
@@ -119,9 +121,13 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", names())
-def test_the_file_has_exactly_the_bytes_that_the_plan_said(recipe, float_folder, tmp_path):
+def test_the_file_has_exactly_the_bytes_that_the_plan_said(
+    recipe, float_folder, tmp_path, few_vectors
+):
     ((model, dtype),) = skeletons(str(float_folder)).values()
-    chosen = hasty(recipe, guard={"to": ""}, allocate={"budget": ""})
+    # how a layer was solved leaves no trace in its size
+    quick = {"solver": "rtn", "refine": "none", "compare": []}
+    chosen = hasty(recipe, guard={"to": ""}, allocate={"budget": ""}, **quick)
     _, plan = plan_source(Source("x", None, "transformer", model), chosen)
     said = checkpoint.predicted_bytes(file_tensors(model, plan, dtype))
     pipe = dtq.quantize(float_folder, chosen, progress=False)
