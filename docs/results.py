@@ -148,7 +148,7 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
         how = _how(samples)
         requests = sets.load("auto", source.pipeline, how.samples)
         ran = drift.record(source.pipeline, source.model, requests, how)
-        compare_pictures(measured, truth, ran)
+        compare_pictures(measured, torch.cat(truth.pictures), torch.cat(ran.pictures))
         extractor = extractor_for(source.pipeline)
         got, want = (extractor(torch.cat(t.pictures))["pool"] for t in (ran, truth))
         found |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}

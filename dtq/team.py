@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of one run: who is who, who does what, and waiting for each other.
 
-Results travel through the work folder (``work.py``), so a process group carries nothing but
-"I am here" and small plain data: gloo serves on every machine, also where models are on GPUs.
+Results travel through a folder (``work.py``, ``evaluate/exchange.py``), so a process group carries
+nothing but "I am here" and small plain data: gloo serves on every machine, also where models are on
+GPUs.
 """
 
 from __future__ import annotations
@@ -108,6 +109,19 @@ class Team:
             if rank == self.rank:
                 mine.add(name)
         return [name for name in costs if name in mine]
+
+    def deal(self, count: int, batch: int) -> list[int]:
+        """Which of ``count`` places are for this process: whole batches in turn.
+
+        Raises:
+            InputError: there are fewer batches than processes.
+        """
+        if -(-count // batch) < self.size:
+            raise InputError(
+                f"{count} in batches of {batch} are too few for {self.size} processes; ask for "
+                f"more, or for smaller batches"
+            )
+        return [i for i in range(count) if i // batch % self.size == self.rank]
 
     def _lost(self, error: RuntimeError) -> TeamError:
         reason = " ".join(str(error).split())

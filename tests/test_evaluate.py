@@ -30,7 +30,7 @@ def test_a_model_has_no_error_against_itself():
     again = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
     assert truth.steps() == 3
     assert drift.teacher_forced(truth, pipe.transformer) == [0.0] * 3
-    assert drift.free_running(truth, again) == [0.0] * 3
+    assert drift.mean_by_step(drift.free_running(truth, again)) == [0.0] * 3
 
 
 def test_teacher_forced_error_has_the_known_value():
@@ -189,7 +189,7 @@ def test_both_transformers_of_a_pipeline_are_judged():
     assert set(turns) == {"transformer", "transformer_2"}
     assert [call.step for call in job.truth.calls] == list(range(len(turns)))
     seen = trial.compare(job, changed)
-    errors = drift.step_errors(job.truth, seen.outputs)
+    errors = drift.mean_by_step(drift.call_errors(job.truth, seen.outputs))
     for turn, error in zip(turns, errors, strict=True):
         assert error == pytest.approx(0.01 if turn == "transformer_2" else 0.0, rel=1e-3)
     calls = {name: turns.count(name) for name in ("transformer", "transformer_2")}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,7 +14,10 @@ import kill  # docs/kill.py
 import pipelines
 import pytest
 
+from dtq.bench import installed
 from dtq.calibrate import store
+from dtq.errors import TeamError
+from dtq.evaluate.exchange import check_ids
 from dtq.team import Team
 
 RECIPE = {
@@ -27,6 +31,7 @@ RECIPE = {
         "--set", "steps={modes: [native, a16]}",
     ],
 }  # fmt: skip
+OTHERS = installed("optimum.quanto")
 FEW = ["--samples", "5", "--steps", "2", "--set", "calibration.batch=1"]
 
 
@@ -78,6 +83,66 @@ def test_one_and_two_processes_make_the_same_bytes(float_folder, tmp_path, kind)
     shown = [(tmp_path / f"log2-{rank}").read_text() for rank in (0, 1)]
     assert "quantize: " in shown[0]
     assert shown[1] == ""  # one prints
+
+
+def judged(folder: Path, arguments: list[str], size: int) -> tuple[dict, dict]:
+    """``eval.json`` and the digests of the other files that ``dtq eval`` leaves."""
+    out, log = folder / f"run{size}", folder / f"log{size}-"
+    codes = Processes([*arguments, "-o", str(out)], size, log, "eval").codes()
+    assert codes == [0] * size, "".join(p.read_text() for p in folder.glob("log*"))
+    data = json.loads((out / "eval.json").read_text())
+    assert data["conditions"].pop("processes", 1) == size
+    digests = kill.digest(out)
+    return data, {k: v for k, v in digests.items() if Path(k).suffix in (".png", ".safetensors")}
+
+
+def test_one_and_two_processes_judge_alike(float_folder, quantized_folder, tmp_path):
+    arguments = [
+        str(quantized_folder), "--reference", str(float_folder), "--samples", "6", "--batch", "2",
+        "--steps", "2", "--fid", "10", "--features", "random", "--metric", "fid",
+        "--pictures", *(["--against", "quanto-int4"] if OTHERS else []),
+    ]  # fmt: skip
+    alone, files = judged(tmp_path, arguments, 1)
+    two, same = judged(tmp_path, arguments, 2)
+    assert two == alone
+    assert same == files
+    assert len([name for name in files if name.endswith(".png")]) == 12
+    assert len(alone["values"]["error"]) == 6
+    assert len(alone["rows"]) == 1 + OTHERS
+    assert (tmp_path / "log2-1").read_text() == ""  # one prints
+
+
+def test_one_and_two_processes_make_the_same_pictures(float_folder, tmp_path):
+    found = []
+    for size in (1, 2):
+        out, log = tmp_path / f"out{size}", tmp_path / f"log{size}-"
+        arguments = [str(float_folder), "-n", "5", "--steps", "2", "--batch", "2", "-o", str(out)]
+        assert Processes(arguments, size, log, "sample").codes() == [0] * size
+        found.append(kill.digest(out))
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    assert "5 pictures and sheet.png" in (tmp_path / "log2-0").read_text()
+
+
+def test_too_few_pictures_for_the_processes_are_refused(float_folder, tmp_path):
+    arguments = [str(float_folder), "-n", "4", "--batch", "4", "-o", str(tmp_path / "out")]
+    codes = Processes(arguments, 2, tmp_path / "log", "sample").codes()
+    assert codes == [1, 1]
+    assert "4 in batches of 4 are too few for 2 processes" in (tmp_path / "log0").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (["0000", "0001"], "0002"),
+        (["0000", "0001", "0001"], "0001, 0002"),
+        (["0000", "0001", "0002", "0003"], "unknown"),
+    ],
+)
+def test_a_sample_that_nobody_or_two_made_is_an_error(ids, says):
+    check_ids(["0002", "0000", "0001"], 3)
+    with pytest.raises(TeamError, match=says):
+        check_ids(ids, 3)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +105,7 @@ def drive(
         batches = -(-len(requests.entries) // batch)
 
         def generate(i: int) -> object:
-            return list(run_pipeline(pipeline, requests, calibration, "latent", i))
+            return list(run_pipeline(pipeline, requests, calibration, "latent", [i * batch]))
 
         return Drive("pipeline", batches, generate)
     origin = "given"
@@ -271,9 +271,11 @@ def run_pipeline(
     requests: sets.Requests,
     calibration: Calibration,
     output: str = "pt",
-    only: int | None = None,
+    only: Container[int] | None = None,
 ) -> Iterator[Any]:
-    """Generate the requests batch by batch, or one of the batches; yields the pipeline's outputs.
+    """Generate the requests batch by batch; yields the pipeline's outputs.
+
+    With ``only`` those batches whose first request has its place there.
 
     The latents of a request depend on the seed and its place, not on the batch size.
 
@@ -296,13 +298,13 @@ def run_pipeline(
     options |= calibration.arguments
     beside = media.wanted(pipeline, calibration)
     batch = beside.batch(calibration.batch)
-    if beside.warning and not only:  # once, not with every batch
+    if beside.warning and (only is None or 0 in only):  # once, not with every batch
         log.warning("%s: %s", type(pipeline).__name__, beside.warning)
     shown = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(disable=True)
     try:
         starts = range(0, len(requests.entries), batch)
-        for start in starts if only is None else starts[only : only + 1]:
+        for start in starts if only is None else filter(only.__contains__, starts):
             entries = list(requests.entries[start : start + batch])
             generators = [
                 torch.Generator().manual_seed(seed_of(calibration.seed, start + i))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ from dtq.documents import finite, read_json
 from dtq.durable import write_folder, write_whole
 from dtq.errors import InputError, NumberError
 from dtq.printing import or_dash, table
+from dtq.team import Team
+
+_ON_SHEET = 64
+"""Pictures of one sheet at most."""
 
 
 @click.command()
@@ -58,14 +63,16 @@ def sample(
 ) -> None:
     """Make pictures, videos or sounds with a float or quantized MODEL.
 
-    A video is an animated PNG and a folder of its frames, a sound a WAV file.
+    A video is an animated PNG and a folder of its frames, a sound a WAV file. Under torchrun the
+    processes share the pictures.
 
     \b
     dtq sample demo-w4a8 -p face-smiling -p cat-face -o pictures
     dtq sample wan-w4a8 -p "a cat surfs" --arg num_frames=33 --batch 1 -o videos
     """
-    from dtq.evaluate import pictures
+    from dtq.evaluate import exchange, pictures
 
+    team = _team(output)
     opened = _open(model, dtype)
     if opened.pipeline is None:
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
@@ -75,33 +82,54 @@ def sample(
         if entries
         else sets.load("auto", opened.pipeline, count)
     )
-    every: list[torch.Tensor] = []
+    places = team.deal(len(requests.entries), how.batch)
+    left = iter(places)
+    shown: dict[int, torch.Tensor] = {}  # on the sheet
     with torch.no_grad():
-        for result in run_pipeline(opened.pipeline, requests, how):
-            every += pictures.shown(result)
-    if not all(made.isfinite().all() for made in every):
-        raise NumberError(
-            f"{model}: the pictures hold numbers that are not finite. DTQ_DEBUG_NAN=1 dtq sample "
-            f"... names the first layer and step; --dtype bf16 has more range than fp16"
-        )
-    write_folder(output)
-    for i, made in enumerate(every):
-        suffix, data = pictures.encoded(made, pictures.rate(opened.pipeline))
-        write_whole(output / f"{i:04d}{suffix}", data)
-        if made.ndim == 4:  # the frames too: what other tools read
-            write_folder(output / f"{i:04d}")
-            for k, frame in enumerate(made):
-                write_whole(output / f"{i:04d}" / f"{k:04d}.png", pictures.file(frame))
+        for result in run_pipeline(opened.pipeline, requests, how, only=places):
+            for made in pictures.shown(result):
+                if not made.isfinite().all():
+                    raise NumberError(
+                        f"{model}: the pictures hold numbers that are not finite. DTQ_DEBUG_NAN=1 "
+                        f"dtq sample ... names the first layer and step; --dtype bf16 has more "
+                        f"range than fp16"
+                    )
+                place = next(left)
+                _write(made, output / f"{place:04d}", pictures.rate(opened.pipeline))
+                if place < _ON_SHEET:
+                    shown[place] = made
+    tensors = {f"{place:04d}": made for place, made in shown.items()}
+    found = exchange.gather(team, output / ".shares", "sheet", tensors, places)
+    if found is None:
+        return
+    shutil.rmtree(output / ".shares", ignore_errors=True)
+    count = len(requests.entries)
+    exchange.check_ids([f"{place:04d}" for _, made_by in found for place in made_by], count)
+    together = {name: made for part, _ in found for name, made in part.items()}
+    every = [together[name] for name in sorted(together)]
     first = every[0]
     what = {2: "sounds", 3: "pictures", 4: f"videos of {len(first)} frames"}[first.ndim]
     if first.ndim > 2 and all(made.shape == first.shape for made in every):
-        what += " and sheet.png"
+        what += " and sheet.png" if len(every) == count else f", {len(every)} of them on sheet.png"
         rows = [torch.stack(every[i : i + 8]) for i in range(0, len(every), 8)]
         if first.ndim == 4:  # a row of frames each
             rows = [pictures.strip(video) for video in every]
         page = pictures.sheet(rows, scale=2 if first.shape[-1] <= 128 else 1)
         write_whole(output / "sheet.png", pictures.png(page))
-    click.echo(f"{output}: {len(every)} {what}")
+    click.echo(f"{output}: {count} {what}")
+
+
+def _write(made: torch.Tensor, path: Path, rate: int) -> None:
+    """A picture, a sound, or a video, which also gets a folder of frames: what other tools read."""
+    from dtq.evaluate import pictures
+
+    suffix, data = pictures.encoded(made, rate)
+    write_folder(path.parent)
+    write_whole(path.with_suffix(suffix), data)
+    if made.ndim == 4:
+        write_folder(path)
+        for k, frame in enumerate(made):
+            write_whole(path / f"{k:04d}.png", pictures.file(frame))
 
 
 @click.command("eval")
@@ -185,6 +213,8 @@ def evaluate(
 ) -> None:
     """Compare a quantized CANDIDATE with its float model, same seeds.
 
+    Under torchrun the processes share the pictures; the figures are those of one process.
+
     \b
     dtq eval demo-w4a8 --reference demo -o report
     dtq eval demo-w4a8 --reference demo --fid 256 --metric fid,kid,precision,recall
@@ -192,15 +222,19 @@ def evaluate(
     from dtq.evaluate import adm, figures, report, run, runfile
     from dtq.evaluate.quantization import quantization_report
 
+    team = _team(output)
+    quiet = as_json or not team.leads
     say: Callable[[str], None] = (
-        (lambda line: None) if as_json else (lambda line: click.echo(f"  {line}"))
+        (lambda line: None) if quiet else (lambda line: click.echo(f"  {line}"))
     )
     asked = figures.Asked(
         tuple(listed(metrics)) or (("fid",) if fid else ()), fid, features,
         pairs(weights, "--extractor"), reference_set,
     )  # fmt: skip
     asked.check()
-    if output is not None:  # a gate must never read an older run than the one that failed
+    if (
+        output is not None and team.leads
+    ):  # a gate must never read an older run than the one that failed
         (output / "eval.json").unlink(missing_ok=True)
     if npz and (output is None or not asked.distributions):
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
@@ -208,12 +242,16 @@ def evaluate(
     quantization = quantization_report(opened.path)
     how = calibration_of(set=requests, **job)
     result = run.evaluate(
-        opened, float_model, how, baselines=listed(baseline), asked=asked, say=say
-    )
+        opened, float_model, how, baselines=listed(baseline), asked=asked, say=say,
+        team=team, folder=None if output is None else output / ".shares",
+    )  # fmt: skip
+    if result is None:  # the first process says and writes it
+        return
     result.quantization = quantization
     result.command = f"dtq {shlex.join(sys.argv[1:])}"
     if output is not None:
         write_folder(output)
+        shutil.rmtree(output / ".shares", ignore_errors=True)
         for side, crowd in result.crowds.items():
             crowd.save(output / f"features-{side}.safetensors")
             if npz:
@@ -250,6 +288,18 @@ def evaluate(
         for name, why in result.run.missing.items():
             click.echo(f"error: {name} was asked for and is missing: {why}", err=True)
         sys.exit(3)
+
+
+def _team(output: Path | None) -> Team:
+    """The processes that share the pictures.
+
+    Raises:
+        InputError: several, and no folder that all of them see.
+    """
+    team = Team.join()
+    if team.size > 1 and output is None:
+        raise InputError("several processes share a folder that all of them see; give it: -o")
+    return team
 
 
 def _open(model: str, dtype: str) -> source.Source:

@@ -9,7 +9,7 @@ grow into the next and the figure has little variance. Free-running error lets i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,12 +71,21 @@ class Trajectory:
 
 
 @torch.no_grad()
-def record(pipeline: Any, model: Models, requests: sets.Requests, how: Calibration) -> Trajectory:
-    """Run the pipeline over the requests and keep every call of its transformers."""
+def record(
+    pipeline: Any,
+    model: Models,
+    requests: sets.Requests,
+    how: Calibration,
+    only: Container[int] | None = None,
+) -> Trajectory:
+    """Run the pipeline over the requests and keep every call of its transformers.
+
+    With ``only`` the batches that begin at one of those places.
+    """
     trajectory = Trajectory()
 
     def run() -> Iterator[None]:
-        for result in run_pipeline(pipeline, requests, how):
+        for result in run_pipeline(pipeline, requests, how, only=only):
             trajectory.pictures.append(shown(result))
             yield
 
@@ -91,7 +100,7 @@ def teacher_forced(trajectory: Trajectory, model: Models) -> list[float]:
     Returns:
         One number per step: ``|q - f|^2 / |f|^2`` averaged over the calls of that step.
     """
-    return step_errors(trajectory, replayed(trajectory, model))
+    return mean_by_step(call_errors(trajectory, replayed(trajectory, model)))
 
 
 @torch.no_grad()
@@ -101,13 +110,19 @@ def replayed(trajectory: Trajectory, model: Models) -> list[Tensor]:
     return [replay(models[call.model], call) for call in trajectory.calls]
 
 
-def step_errors(trajectory: Trajectory, outputs: Sequence[Tensor]) -> list[float]:
-    """Relative squared error per step of one output per call."""
-    sums = [0.0] * trajectory.steps()
-    counts = [0] * trajectory.steps()
-    for call, output in zip(trajectory.calls, outputs, strict=True):
-        sums[call.step] += relative_error(output, call.output)
-        counts[call.step] += 1
+def call_errors(trajectory: Trajectory, outputs: Sequence[Tensor]) -> list[tuple[int, float]]:
+    """Step and relative squared error of one output per call."""
+    pairs = zip(trajectory.calls, outputs, strict=True)
+    return [(call.step, relative_error(output, call.output)) for call, output in pairs]
+
+
+def mean_by_step(errors: Sequence[tuple[int, float]]) -> list[float]:
+    """Mean of the errors of each step, noisiest first."""
+    steps = 1 + max((step for step, _ in errors), default=-1)
+    sums, counts = [0.0] * steps, [0] * steps
+    for step, error in errors:
+        sums[step] += error
+        counts[step] += 1
     return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
 
 
@@ -119,14 +134,10 @@ def sample_errors(got: list[list[Tensor]], want: list[list[Tensor]]) -> list[lis
     ]
 
 
-def free_running(reference: Trajectory, candidate: Trajectory) -> list[float]:
-    """Relative squared distance of the latents that enter each step, both runs from one seed."""
-    sums = [0.0] * reference.steps()
-    counts = [0] * reference.steps()
-    for want, got in zip(reference.calls, candidate.calls, strict=True):
-        sums[want.step] += relative_error(got.latents, want.latents)
-        counts[want.step] += 1
-    return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
+def free_running(reference: Trajectory, candidate: Trajectory) -> list[tuple[int, float]]:
+    """Step and relative squared distance of the latents that enter each call, from one seed."""
+    pairs = zip(reference.calls, candidate.calls, strict=True)
+    return [(want.step, relative_error(got.latents, want.latents)) for want, got in pairs]
 
 
 def _named(model: Models) -> Mapping[str, nn.Module]:

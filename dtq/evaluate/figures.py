@@ -24,11 +24,13 @@ from dtq.documents import read_json
 from dtq.errors import InputError
 from dtq.evaluate import adm, extractors
 from dtq.evaluate.distributions import DISTRIBUTIONS, Against, Figure, figure
+from dtq.evaluate.exchange import check_ids, gather
 from dtq.evaluate.extractors import Extractor, Features
-from dtq.evaluate.perceptual import ALONE, PERCEPTUAL
+from dtq.evaluate.perceptual import PERCEPTUAL, UNPAIRED
 from dtq.evaluate.pictures import as_bytes, flaw, shown
 from dtq.recipe import Calibration
 from dtq.source import Source
+from dtq.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,13 @@ class Crowd:
         """Float (N, 3, H, W) in [0, 1]."""
         return self.bytes.float() / 255
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Features as ``<extractor>.<kind>`` (N, D)."""
+        return {f"{n}.{k}": t for n, every in self.features.items() for k, t in every.items()}
+
     def save(self, file: Path) -> None:
-        """Features as ``<extractor>.<kind>`` (N, D), for figures of another day."""
-        tensors = {f"{n}.{k}": t for n, every in self.features.items() for k, t in every.items()}
-        save_file(tensors, file)
+        """:meth:`tensors` as safetensors, for figures of another day."""
+        save_file(self.tensors(), file)
 
 
 @dataclass
@@ -119,6 +124,8 @@ def distributions(
     how: Calibration,
     asked: Asked,
     say: Callable[[str], None] = lambda line: None,
+    team: Team = ALONE,
+    folder: Path | None = None,
 ) -> Found:
     """Generate with both models, from the same seeds, and compare the sets.
 
@@ -128,6 +135,7 @@ def distributions(
             the contact sheet shows.
         asked: which figures, of how many pictures.
         say: told what is being done.
+        team, folder: processes that share the pictures, and where; only the first computes figures.
     """
     found = Found()
     ready: dict[str, Extractor] = {}
@@ -146,7 +154,14 @@ def distributions(
     requests = sets.load(more.set, reference.pipeline, more.samples)
     for side, source in (("float", reference), ("candidate", candidate)):
         say(f"{side}, {asked.samples} pictures for {', '.join(wanted)}")
-        found.crowds[side] = crowd(source.pipeline, requests, more, ready)
+        places = team.deal(len(requests.entries), more.batch)
+        made = crowd(source.pipeline, requests, more, ready, places)
+        shared = _whole(team, folder, side, made, places)
+        if shared is None:
+            continue
+        found.crowds[side] = shared
+    if not team.leads:
+        return found
     failed = {side: made.failed for side, made in found.crowds.items() if made.failed}
     if failed:
         words = "; ".join(
@@ -191,9 +206,13 @@ def _of(
 
 @torch.no_grad()
 def crowd(
-    pipeline: Any, requests: sets.Requests, how: Calibration, ready: Mapping[str, Extractor]
+    pipeline: Any,
+    requests: sets.Requests,
+    how: Calibration,
+    ready: Mapping[str, Extractor],
+    places: Sequence[int],
 ) -> Crowd:
-    """Features of everything a pipeline makes for the requests, batch by batch.
+    """Features of everything a pipeline makes for the requests at some places, batch by batch.
 
     Raises:
         InputError: it makes videos or sounds.
@@ -201,14 +220,14 @@ def crowd(
     parts: dict[str, list[Features]] = {name: [] for name in ready}
     kept: list[Tensor] = []
     failed: dict[int, str] = {}
-    for result in run_pipeline(pipeline, requests, how):
+    for result in run_pipeline(pipeline, requests, how, only=places):
         made = shown(result)
         if made.ndim != 4:
             raise InputError("distributions compare pictures; this pipeline makes videos or sounds")
         start = sum(map(len, kept))
         for i, picture in enumerate(made):
             if why := flaw(picture):
-                failed[start + i] = why
+                failed[places[start + i]] = why
         # as files would hold them: what the ADM suite sees is what is measured
         kept.append(as_bytes(made.nan_to_num()))
         for name, extractor in ready.items():
@@ -218,6 +237,26 @@ def crowd(
         for name, every in parts.items()
     }
     return Crowd(features, torch.cat(kept), failed)
+
+
+def _whole(
+    team: Team, folder: Path | None, side: str, made: Crowd, places: Sequence[int]
+) -> Crowd | None:
+    """The pictures of all processes in the order of their places, on the first; None elsewhere."""
+    tensors = {**made.tensors(), "": made.bytes}
+    found = gather(team, folder, side, tensors, {"places": places, "failed": made.failed})
+    if found is None:
+        return None
+    every = [place for _, plain in found for place in plain["places"]]
+    check_ids([f"{place:04d}" for place in every], len(every))
+    order = torch.tensor(every).argsort()
+    held = {key: torch.cat([part[key] for part, _ in found])[order] for key in tensors}
+    features = {
+        name: {kind: held[f"{name}.{kind}"] for kind in kinds}
+        for name, kinds in made.features.items()
+    }
+    failed = {int(i): why for _, plain in found for i, why in plain["failed"].items()}
+    return Crowd(features, held[""], dict(sorted(failed.items())))
 
 
 def pair(
@@ -242,7 +281,7 @@ def pair(
     """
     measure = PERCEPTUAL[metric]
     first = measure(got, want, prompts, where).double()
-    if metric in ALONE:  # what moves is the float model's own figure
+    if metric in UNPAIRED:  # what moves is the float model's own figure
         moved = measure(again, again, prompts, where) - measure(want, want, prompts, where)
         second = first + moved.double()
     else:

@@ -118,7 +118,7 @@ PERCEPTUAL: dict[str, Measure] = {
 }
 """By the name of their row in ``metrics.METRICS``."""
 
-ALONE = frozenset({"clip-score", "clip-iqa", "image-reward"})
+UNPAIRED = frozenset({"clip-score", "clip-iqa", "image-reward"})
 """Do not look at the float model's picture."""
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dtq.errors import InputError
@@ -17,12 +16,14 @@ from dtq.evaluate import baselines as others
 from dtq.evaluate import drift, extractors, figures, pictures
 from dtq.evaluate.distributions import Figure
 from dtq.evaluate.extractors import Extractor
-from dtq.evaluate.figures import Asked, Crowd
+from dtq.evaluate.figures import Asked, Crowd, Found
 from dtq.evaluate.runfile import Run
+from dtq.evaluate.share import Share, by_step, placed, whole
 from dtq.evaluate.trial import Say, compare, observe, pair_values, video_values
 from dtq.nn.linear import QuantLinear
 from dtq.recipe import Calibration
 from dtq.source import Source
+from dtq.team import ALONE, Team
 
 
 @dataclass
@@ -99,7 +100,9 @@ def evaluate(
     baselines: Sequence[str] = (),
     asked: Asked | None = None,
     say: Say = lambda line: None,
-) -> Evaluation:
+    team: Team = ALONE,
+    folder: Path | None = None,
+) -> Evaluation | None:
     """Compare a quantized pipeline with its float one.
 
     Args:
@@ -109,6 +112,11 @@ def evaluate(
         baselines: rows of other libraries, names of ``baselines.BASELINES``.
         asked: figures beyond those that every run has.
         say: told what is being done.
+        team: processes that share the samples.
+        folder: that all of them see, for what they tell each other; one process needs none.
+
+    Returns:
+        The result on the first process, None on the others.
 
     Raises:
         InputError: a bare transformer, models that do not belong together, or baselines of a
@@ -129,29 +137,41 @@ def evaluate(
         others.find(name)
     if baselines and not any(names.values()):
         raise InputError(f"{candidate.name} has no quantized layer that others could quantize too")
-    job = observe(reference, how, say)
-    how = job.how
-    truth = job.truth
+    job = observe(reference, how, say, team)
     say("candidate, teacher-forced and free-running")
     seen = compare(job, candidate)
-    row = row_of(candidate.name, drift.step_errors(truth, seen.outputs))
-    row.bits = stored_bits(*models.values())
-    ran = seen.ran
-    compare_pictures(row, truth, ran)
-    row.divergence = drift.free_running(truth, ran)
     for name in asked.pairs:
         pair_values(name, job, seen, asked.where.get(name, ""))
-    result = Evaluation(candidate.name, reference.name, seen.run.conditions, [row], run=seen.run)
-    result.pictures = {"float": torch.cat(truth.pictures), candidate.name: torch.cat(ran.pictures)}
-    if asked.distributions:
-        found = figures.distributions(candidate, reference, how, asked, say)
-        result.figures, result.crowds = found.figures, found.crowds
-        seen.run.missing |= found.missing
-        seen.run.conditions["fid_samples"] = asked.samples
-        _fid_cells(row, result)
+    mine, bits = Share.of(job, seen), {candidate.name: stored_bits(*models.values())}
     for name in baselines:
         say(f"baseline {name}")
-        result.rows.append(_baseline_row(name, floats, names, truth))
+        errors, bits[name] = _baseline(name, floats, names, job.truth)
+        mine.errors[name] = placed(job, errors)
+    share = whole(team, folder, mine, len(job.requests.entries))
+    found = Found()
+    if asked.distributions:
+        found = figures.distributions(candidate, reference, job.how, asked, say, team, folder)
+    if share is None:
+        return None
+    result = _result(candidate.name, reference.name, share, bits)
+    if asked.distributions:
+        result.figures, result.crowds = found.figures, found.crowds
+        share.run.missing |= found.missing
+        share.run.conditions["fid_samples"] = asked.samples
+        _fid_cells(result.rows[0], result)
+    return result
+
+
+def _result(
+    candidate: str, reference: str, share: Share, bits: Mapping[str, float | None]
+) -> Evaluation:
+    rows = [row_of(name, by_step(errors)) for name, errors in share.errors.items()]
+    for row in rows:
+        row.bits = bits[row.name]
+    compare_pictures(rows[0], share.floats, share.made)
+    rows[0].divergence = by_step(share.divergence)
+    result = Evaluation(candidate, reference, share.run.conditions, rows, run=share.run)
+    result.pictures = {"float": share.floats, candidate: share.made}
     return result
 
 
@@ -159,12 +179,13 @@ def row_of(name: str, steps: list[float]) -> Row:
     return Row(name, sum(steps) / max(1, len(steps)), steps)
 
 
-def _baseline_row(
+def _baseline(
     name: str,
     models: Mapping[str, nn.Module],
     names: Mapping[str, Sequence[str]],
     truth: drift.Trajectory,
-) -> Row:
+) -> tuple[list[tuple[int, float]], float]:
+    """Errors of the calls of another library, and its bits per weight."""
     baseline = others.find(name)
     changed = {part: copy.deepcopy(model) for part, model in models.items()}
     bits, weights = 0.0, 0
@@ -175,13 +196,11 @@ def _baseline_row(
             count: int = models[part].get_submodule(layer).weight.numel()  # type: ignore[union-attr, operator, assignment]
             bits += baseline.bits(changed[part].get_submodule(layer)) * count
             weights += count
-    row = row_of(name, drift.teacher_forced(truth, changed))
-    row.bits = bits / weights
-    return row
+    return drift.call_errors(truth, drift.replayed(truth, changed)), bits / weights
 
 
-def compare_pictures(row: Row, truth: drift.Trajectory, ran: drift.Trajectory) -> None:
-    want, got = torch.cat(truth.pictures), torch.cat(ran.pictures)
+def compare_pictures(row: Row, want: Tensor, got: Tensor) -> None:
+    """Figures of the candidate's pictures ``got`` against the float model's."""
     if want.ndim == 3:  # sound has no such measures
         return
     if want.ndim == 5 and want.shape[1] > 1:

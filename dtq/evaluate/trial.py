@@ -22,6 +22,7 @@ from dtq.evaluate.metrics import EQUAL_DB
 from dtq.evaluate.runfile import Run, Sample
 from dtq.recipe import Calibration
 from dtq.source import Source
+from dtq.team import ALONE, Team
 from dtq.version import __version__
 
 log = logging.getLogger("dtq")
@@ -43,6 +44,7 @@ class Job:
     """What the float model did, once for any number of candidates.
 
     Attributes:
+        requests: all of them; ``places`` are those of this process.
         truth: what candidates are compared with.
         again: the same in other batches, for the noise floor.
     """
@@ -50,6 +52,7 @@ class Job:
     reference: Source
     how: Calibration
     requests: sets.Requests
+    places: list[int]
     truth: drift.Trajectory
     again: drift.Trajectory
 
@@ -63,14 +66,18 @@ class Seen:
     run: Run
 
 
-def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -> Job:
-    """Run the float pipeline twice."""
+def observe(
+    reference: Source, how: Calibration, say: Say = lambda line: None, team: Team = ALONE
+) -> Job:
+    """Run the float pipeline twice, over what this process has of the requests."""
     how = call.of(reference.pipeline).fill(how)
     # nested: more samples later are these and others
     requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
+    other = other_batches(how)
+    places = team.deal(len(requests.entries), max(how.batch, other.batch))
     say("float pipeline")
     models = reference.models()
-    truth = drift.record(reference.pipeline, models, requests, how)
+    truth = drift.record(reference.pipeline, models, requests, how, places)
     for name, count in calls_of(truth, models).items():
         if not count:
             log.warning(
@@ -85,8 +92,8 @@ def observe(reference: Source, how: Calibration, say: Say = lambda line: None) -
             "--arg width=512"
         )
     say("float pipeline again, other batches, for the noise floor")
-    again = drift.record(reference.pipeline, models, requests, other_batches(how))
-    return Job(reference, how, requests, truth, again)
+    again = drift.record(reference.pipeline, models, requests, other, places)
+    return Job(reference, how, requests, places, truth, again)
 
 
 def calls_of(trajectory: drift.Trajectory, models: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -104,7 +111,9 @@ def compare(job: Job, candidate: Source) -> Seen:
     """
     how, models = job.how, candidate.models()
     outputs = drift.replayed(job.truth, models)
-    ran = drift.record(candidate.pipeline, models, job.requests, how)
+    ran = drift.record(candidate.pipeline, models, job.requests, how, job.places)
+    samples = _samples(job)
+    ids = [sample.id for sample in samples]
     run = Run(
         candidate.name,
         job.reference.name,
@@ -114,10 +123,10 @@ def compare(job: Job, candidate: Source) -> Seen:
             "reference": fingerprint(*job.reference.models().values()),
             "recipe": recipe_of(*models.values()),
         },
-        _samples(how, job.requests, job.reference.pipeline),
-        _values(job.truth, job.truth, outputs, ran),
-        _values(job.truth, job.again, outputs, ran),
-        _failures(job.truth, ran),
+        samples,
+        _values(ids, job.truth, job.truth, outputs, ran),
+        _values(ids, job.truth, job.again, outputs, ran),
+        _failures(ids, job.truth, ran),
     )
     if ran.pictures[0].ndim == 5:
         _video_values(run, job, ran)
@@ -198,15 +207,17 @@ def _job(
     }
 
 
-def _samples(how: Calibration, requests: sets.Requests, pipeline: Any) -> list[Sample]:
-    names = {number: name for name, number in (getattr(pipeline, "labels", None) or {}).items()}
+def _samples(job: Job) -> list[Sample]:
+    labels = getattr(job.reference.pipeline, "labels", None) or {}
+    names, entries = {number: name for name, number in labels.items()}, job.requests.entries
     return [
-        Sample(f"{i:04d}", str(names.get(entry, entry)), seed_of(how.seed, i))
-        for i, entry in enumerate(requests.entries)
+        Sample(f"{i:04d}", str(names.get(entries[i], entries[i])), seed_of(job.how.seed, i))
+        for i in job.places
     ]
 
 
 def _values(
+    ids: Sequence[str],
     truth: drift.Trajectory,
     want: drift.Trajectory,
     outputs: Sequence[Tensor],
@@ -215,6 +226,7 @@ def _values(
     """Every metric of every sample against a run of the float model.
 
     Args:
+        ids: of the samples.
         truth: whose inputs ``outputs`` are replies to.
         want: the run to compare with.
         outputs: of the candidate, teacher-forced.
@@ -238,19 +250,15 @@ def _values(
         flat = (x.reshape(frames, *x.shape[-3:]) for x in (shown, right))
         same = pictures.ssim(*flat).reshape(len(right), -1).mean(1)
         columns |= {"psnr": likeness.tolist(), "ssim": same.tolist()}
-    return {
-        metric: {f"{i:04d}": value for i, value in enumerate(column)}
-        for metric, column in columns.items()
-    }
+    return {metric: dict(zip(ids, column, strict=True)) for metric, column in columns.items()}
 
 
-def _failures(truth: drift.Trajectory, ran: drift.Trajectory) -> dict[str, str]:
+def _failures(ids: Sequence[str], truth: drift.Trajectory, ran: drift.Trajectory) -> dict[str, str]:
     """Samples that are no picture, by id."""
     found = {}
-    for i, (right, shown) in enumerate(
-        zip(torch.cat(truth.pictures), torch.cat(ran.pictures), strict=True)
-    ):
+    made = torch.cat(truth.pictures), torch.cat(ran.pictures)
+    for name, right, shown in zip(ids, *made, strict=True):
         for who, picture in (("the float model", right), ("the candidate", shown)):
             if why := pictures.flaw(picture):
-                found[f"{i:04d}"] = f"{who} made {why}"
+                found[name] = f"{who} made {why}"
     return found
