@@ -6,22 +6,22 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from torch import nn
 
 from dtq.allocate import parse_budget
-from dtq.calibrate.stats import SiteStats
+from dtq.calibrate.stats import GRAM_ROWS, SiteStats
 from dtq.checkpoint import predicted_bytes
 from dtq.families import Scan, blocks_of
-from dtq.plan import Plan
+from dtq.plan import Call, Plan
+from dtq.probe import kind, paces
 from dtq.recipe import Recipe
 
 _TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
-_CLIPS = 2e-7  # seconds per weight to search its clip: 60 s of CPU for 0.33 B weights
-_CANDIDATES, _JUDGED = 90, 4e-8  # of the transform search, and seconds per weight of each
+_FORWARD = 1.8  # time of a model over that of its linears at the rate of one large product
 _COPIES = 8  # float32 matrices of a layer's size that its solver holds
 
 
@@ -196,22 +196,22 @@ def _seconds(scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str]) -> f
     forward = sum(2 * rows * math.prod(shapes[n]) for n, rows in scan.rows.items()) / _TRACED_BATCH
     c = recipe.calibration
     calls = c.samples * (c.steps or 50) * 2  # both branches of guidance
-    total = 1.5 * forward * calls / rate if needs else 0.0
-    for layer in plan.quantized():
-        weights, columns = math.prod(layer.shape), layer.shape[1]
-        if layer.transform.name == "search":
-            knobs = {"rows": 512, "outputs": 1024} | dict(layer.transform.knobs)
-            judged = min(layer.shape[0], knobs["outputs"]) * columns
-            total += _CANDIDATES * judged * (2 * knobs["rows"] / rate + _JUDGED)
-        if layer.solver.name in ("gptq", "search"):
-            total += _CLIPS * weights
-        if layer.solver.name == "gptq" and needs:
-            tries = 2 if layer.transform.name == "search" else 1  # close rivals are solved too
-            total += tries * (4 * weights * columns / rate + columns * 4e-4)
-        if layer.lowrank.name != "none":
-            rounds = dict(layer.lowrank.knobs).get("iterations", 8) / 2  # most stop early
-            total += rounds * 40 * weights * min(layer.shape) / rate
-    call = 8 * forward / rate  # four recorded pictures, both branches
+    total = 0.0
+    if needs:
+        total += _FORWARD * forward * calls / rate
+    if "gram" in needs:
+        counted = calls / (2 * c.batch) * GRAM_ROWS
+        total += counted * sum(2 * s.columns**2 for s in scan.sites) / rate
+    versions = [plan.quantized()]
+    for other in recipe.compare:
+        versions.append([replace(x, transform=Call(other)) for x in plan.gemm()])
+    for option in recipe.allocate.options if recipe.allocate.budget else ():
+        versions.append([replace(x, weights=option) for x in plan.gemm() if x.weights != option])
+    for layers in versions:
+        known = paces(layers, recipe, needs, rate)
+        products = "gram" in needs
+        total += sum(known[kind(x)].seconds(x.shape, rate, products) for x in layers)
+    call = _FORWARD * 8 * forward / rate  # four recorded pictures, both branches
     if recipe.allocate.budget:
         sites = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
         total += sites * len(recipe.allocate.options) * recipe.allocate.calls * call

@@ -93,6 +93,10 @@ class Channels:
         return mean.float()
 
 
+GRAM_ROWS = 512
+"""Rows of a call that count in the second moment."""
+
+
 class Gram:
     """Second moment: the sum of ``rows.T @ rows`` over a sample of rows, and how many.
 
@@ -100,7 +104,7 @@ class Gram:
     layer itself. Tensors: ``gram`` float32 (K, K), ``count`` int64 (1,).
     """
 
-    def __init__(self, columns: int, per_call: int = 512) -> None:
+    def __init__(self, columns: int, per_call: int = GRAM_ROWS) -> None:
         self.per_call = per_call
         self.gram = torch.zeros(columns, columns)
         self.count = torch.zeros(1, dtype=torch.int64)
