@@ -28,7 +28,7 @@ def hasty(name: str, **overrides) -> Recipe:
         return Call(was.name, tuple(sorted({**dict(was.knobs), **knobs}.items())))
 
     if recipe.transform.name == "search":
-        recipe = replace(recipe, transform=call(recipe.transform, step=0.25, rows=64))
+        recipe = replace(recipe, transform=call(recipe.transform, step=0.25, rows=64, close=1.0))
     if recipe.lowrank.name != "none":
         recipe = replace(recipe, lowrank=call(recipe.lowrank, iterations=1))
     if recipe.refine.name != "none":

@@ -29,6 +29,7 @@ SPATIAL = {"height", "width", "num_frames", "use_resolution_binning"}
 def quantize(folder, out, name, *more):
     arguments = [f"--arg={k}={json.dumps(v)}" for k, v in pipelines.SMALL[name].items()]
     few = ("--samples=2", "--steps=4", "--set", "calibration.batch=2")
+    few += ("--set", "transform={search: {step: 0.25, close: 1.0}}")
     command = ["quantize", str(folder), "-o", str(out), *few, *arguments, *more]
     return CliRunner().invoke(main, command)
 
