@@ -23,7 +23,7 @@ ROWS = [
     {"calibrate", "checkpoint"},
     {"solved", "look"},
     {"diffusers", "lora", "solve", "allocate"},
-    {"steps", "budget", "parallel", "job", "sentinel"},
+    {"steps", "budget", "parallel", "job", "sentinel", "probe"},
     {"quantize", "estimate", "terdit"},
     {"evaluate"},
     {"clock"},
