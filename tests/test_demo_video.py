@@ -62,8 +62,10 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
     vae = AutoencoderKL.from_pretrained(demo.folder() / "vae", torch_dtype=torch.float32)
     torch.manual_seed(0)
     export(tmp_path / "video", Film(len(new_tokenizer())), vae)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "video", torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "video")
     assert type(pipe).__name__ == "LattePipeline"
+    parts = (pipe.text_encoder, pipe.vae, pipe.transformer)
+    assert {part.dtype for part in parts} == {torch.float32}  # nobody named one
     assert call.of(pipe).sizes == {"height": SIZE, "width": SIZE, "video_length": FRAMES}
     few = ["--samples", "2", "--steps", "2", "--set", "calibration.bins=2", "--no-sentinel"]
     out = tmp_path / "quantized"
