@@ -20,7 +20,7 @@ from dtq.kernels import fused, ops
 
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
 COMPILE = ("g++", "-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-w")
-SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # address sanitizer cannot follow frames from one fiber's stack to the heap
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dtq.durable import replace_file, write_folder
-from dtq.errors import TeamError
+from dtq.errors import InputError, TeamError
 from dtq.team import Team
 
 
@@ -31,10 +31,13 @@ def gather(
         plain: of this process, plain data.
 
     Raises:
+        InputError: several processes, and no folder.
         TeamError: another process died, or does not see the folder.
     """
-    if team.size == 1 or folder is None:
+    if team.size == 1:
         return [(dict(tensors), plain)]
+    if folder is None:
+        raise InputError(f"{team.size} processes need a folder that all of them see")
     write_folder(folder)
     held = {key: tensor.contiguous() for key, tensor in tensors.items()}
     about = {"plain": json.dumps(plain)}
