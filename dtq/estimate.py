@@ -207,10 +207,9 @@ def _seconds(scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str]) -> f
         versions.append([replace(x, transform=Call(other)) for x in plan.gemm()])
     for option in recipe.allocate.options if recipe.allocate.budget else ():
         versions.append([replace(x, weights=option) for x in plan.gemm() if x.weights != option])
-    for layers in versions:
-        known = paces(layers, recipe, needs, rate)
-        products = "gram" in needs
-        total += sum(known[kind(x)].seconds(x.shape, rate, products) for x in layers)
+    layers = [layer for version in versions for layer in version]
+    known = paces(layers, recipe, needs, rate)
+    total += sum(known[kind(x)].seconds(x.shape, rate, "gram" in needs) for x in layers)
     call = _FORWARD * 8 * forward / rate  # four recorded pictures, both branches
     if recipe.allocate.budget:
         sites = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)

@@ -8,22 +8,24 @@ which grow otherwise than the rest, are counted apart.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtq.calibrate.stats import Origin, Reservoir, SiteStats
-from dtq.plan import LayerPlan
+from dtq.plan import Call, LayerPlan
 from dtq.recipe import Recipe
 from dtq.solve import choose, solve_site
 from dtq.transforms import TRANSFORMS
 
-_COLUMNS, _ROWS = 512, (256, 768)
+_COLUMNS, _ROWS = 256, (128, 384)
 _BINS = 4
 
 
@@ -32,16 +34,16 @@ class Pace:
     """Seconds of one kind of layer.
 
     Attributes:
-        judged: of the transform search, per element of the sampled rows and of the judged weights.
-        outputs: judged channels of an output at most, 0 where nothing is searched.
-        rows: sampled inputs that are judged on.
+        chosen: of choosing the transform, per element of the sampled inputs and of the weight.
+        rows: sampled inputs that it is chosen on.
+        outputs: channels of an output that it is chosen on, at most.
         column, weight: of solving once, products aside.
         tries: transforms that are solved.
     """
 
-    judged: float
-    outputs: int
+    chosen: float
     rows: int
+    outputs: float
     column: float
     weight: float
     tries: int
@@ -55,9 +57,9 @@ class Pace:
             gram: whether there are second moments, so GPTQ's products.
         """
         n, k = shape
-        search = self.judged * k * (self.rows + min(n, self.outputs)) if self.outputs else 0.0
+        choose = self.chosen * k * (self.rows + min(n, self.outputs))
         solve = self.column * k + self.weight * n * k + _products(n, k, rate, gram)
-        return search + self.tries * solve
+        return choose + self.tries * solve
 
 
 def paces(
@@ -90,36 +92,39 @@ def _measured(layer: LayerPlan, recipe: Recipe, needs: frozenset[str], rate: flo
     generator = torch.Generator().manual_seed(0)
     stats = _statistics(needs, generator) if needs else None
     if stats is None:
-        layer = replace(layer, transform=type(layer.transform)("none"))
-    spans, searched, tries = [], 0.0, 1
+        layer = replace(layer, transform=Call("none"))
+    members = {n: [replace(layer, shape=(n, _COLUMNS))] for n in _ROWS}
+    weights = {n: [torch.randn(n, _COLUMNS, generator=generator) * 0.02] for n in _ROWS}
+    few, many = _ROWS
+    rows, outputs = _sampled(layer.transform)
+    choice, spent = _timed(partial(choose, members[many], weights[many], stats))
+    chosen = spent / (_COLUMNS * (rows + min(many, outputs)))
+    alone = replace(choice, rivals=())  # it is of the columns, so it fits both
+    solved = {}
     for n in _ROWS:
-        members = [replace(layer, shape=(n, _COLUMNS))]
-        weights = [torch.randn(n, _COLUMNS, generator=generator) * 0.02]
-        choice = choose(members, weights, stats)
-        alone = replace(choice, rivals=())
-        if n == _ROWS[1] and TRANSFORMS[layer.transform.name].call is TRANSFORMS["search"].call:
-            searched = _span(partial(choose, members, weights, stats))
-            tries = 1 + len(choice.rivals)
-        solved = _span(partial(solve_site, members, weights, alone, stats, recipe))
-        spans.append(max(0.0, solved - _products(n, _COLUMNS, rate, "gram" in needs)))
-    few, many = spans
-    weight = max(0.0, (many - few) / ((_ROWS[1] - _ROWS[0]) * _COLUMNS))
-    column = max(0.0, few / _COLUMNS - weight * _ROWS[0])
-    knobs = {"rows": 512, "outputs": 1024} | dict(layer.transform.knobs)
-    rows, outputs = int(knobs["rows"]), int(knobs["outputs"]) if searched else 0
-    judged = searched / (_COLUMNS * (rows + min(_ROWS[1], outputs)))
-    return Pace(judged, outputs, rows, column, weight, tries)
+        work = partial(solve_site, members[n], weights[n], alone, stats, recipe)
+        spent = min(_timed(work)[1] for _ in range(2))
+        solved[n] = max(0.0, spent - _products(n, _COLUMNS, rate, "gram" in needs))
+    weight = max(0.0, (solved[many] - solved[few]) / ((many - few) * _COLUMNS))
+    column = max(0.0, solved[few] / _COLUMNS - weight * few)
+    return Pace(chosen, rows, outputs, column, weight, 1 + len(choice.rivals))
 
 
-def _span(work: Callable[[], object]) -> float:
-    """Seconds of the faster of two runs; with one thread of its own time, not of others'."""
+def _sampled(transform: Call) -> tuple[int, float]:
+    """Inputs, and channels of an output, that a transform is chosen on: knobs of those names.
+
+    Without them it looks at no input, and at the whole weight.
+    """
+    known = inspect.signature(TRANSFORMS[transform.name].call).parameters
+    knobs = {name: knob.default for name, knob in known.items()} | dict(transform.knobs)
+    return int(knobs.get("rows", 0)), float(knobs.get("outputs", math.inf))
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """A result and its seconds; with one thread of its own time, not of others'."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = math.inf
-    for _ in range(2):
-        started = clock()
-        work()
-        best = min(best, clock() - started)
-    return best
+    started = clock()
+    return work(), clock() - started
 
 
 def _products(n: int, k: int, rate: float, gram: bool) -> float:

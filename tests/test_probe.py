@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time that a plan foretells: which work is counted, and how it grows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from dtq import probe
+from dtq.plan import Call
+from dtq.quantize import plan_source
+from dtq.recipe import Recipe
+from dtq.source import open_source
+
+RATE = 1e11
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe") / "model"
+    tiny.pipeline().save_pretrained(folder)
+    return open_source(str(folder))
+
+
+def paces_of(source, recipe):
+    layers = plan_source(source, recipe)[1].quantized()
+    return layers, probe.paces(layers, recipe, recipe.needs(), RATE)
+
+
+@pytest.mark.parametrize(
+    ("transform", "rows", "outputs"),
+    [
+        (Call("search"), 512, 1024),
+        (Call("search", (("outputs", 64),)), 512, 64),
+        (Call("ditas", (("rows", 100),)), 100, math.inf),
+        (Call("none"), 0, math.inf),
+    ],
+)
+def test_what_a_transform_is_chosen_on_is_read_off_its_knobs(transform, rows, outputs):
+    assert probe._sampled(transform) == (rows, outputs)
+
+
+def test_a_wider_output_costs_no_more_choosing_than_the_transform_looks_at():
+    pace = probe.Pace(chosen=1e-6, rows=512, outputs=1024, column=0.0, weight=0.0, tries=1)
+    free = math.inf  # of products
+    assert pace.seconds((1024, 64), free, gram=True) == pace.seconds((4096, 64), free, gram=True)
+    assert pace.seconds((512, 64), free, gram=True) < pace.seconds((1024, 64), free, gram=True)
+    assert pace.seconds((64, 128), free, gram=True) == 2 * pace.seconds((64, 64), free, gram=True)
+
+
+def test_rivals_are_solved_and_cost_what_a_solve_costs():
+    pace = probe.Pace(chosen=0.0, rows=0, outputs=math.inf, column=1e-6, weight=1e-9, tries=1)
+    once = pace.seconds((512, 256), RATE, gram=True)
+    assert replace(pace, tries=3).seconds((512, 256), RATE, gram=True) == pytest.approx(3 * once)
+
+
+@pytest.mark.parametrize("name", ["ditas", "w4a8", "rtn-w4a8"])
+def test_every_kind_of_layer_is_measured_once_and_takes_time(name, source, monkeypatch):
+    asked = []
+    measured = probe._measured
+    monkeypatch.setattr(
+        probe, "_measured", lambda kind, *a: asked.append(kind) or measured(kind, *a)
+    )
+    layers, paces = paces_of(source, Recipe.load(name))
+    assert set(asked) == set(paces)
+    assert len(asked) == len(paces)
+    for layer in layers:
+        assert paces[probe.kind(layer)].seconds(layer.shape, RATE, gram=False) > 0
+
+
+def test_a_grid_of_candidates_takes_longer_than_none(source):
+    def choosing(recipe):
+        _, paces = paces_of(source, recipe)
+        alone = [replace(p, column=0.0, weight=0.0) for p in paces.values()]
+        return max(p.seconds((4096, 1024), math.inf, gram=False) for p in alone)
+
+    grid = choosing(Recipe.load("ditas", solver="rtn"))
+    assert grid > 10 * choosing(Recipe.load("ditas", solver="rtn", transform="none"))
