@@ -354,10 +354,8 @@ def test_the_attention_backend_can_be_chosen(name):
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan"])
 def test_cache_dit_skips_what_it_skips_on_the_float_model(name):
     cache_dit = pytest.importorskip("cache_dit")
-    make, sample = (
-        pipelines.PIPELINES.get(name, tiny.pipeline),
-        functools.partial(tiny.sample, steps=8),
-    )
+    make = pipelines.PIPELINES.get(name, tiny.pipeline)
+    sample = functools.partial(tiny.sample, steps=8)
     if name != "dit":
         sample = functools.partial(pipelines.sample, name=name, steps=8)
     calls_of, pictures = [], []

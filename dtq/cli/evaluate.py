@@ -232,9 +232,8 @@ def evaluate(
         pairs(weights, "--extractor"), reference_set,
     )  # fmt: skip
     asked.check()
-    if (
-        output is not None and team.leads
-    ):  # a gate must never read an older run than the one that failed
+    # a gate must never read an older run than the one that failed
+    if output is not None and team.leads:
         (output / "eval.json").unlink(missing_ok=True)
     if npz and (output is None or not asked.distributions):
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
