@@ -64,6 +64,7 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
     export(tmp_path / "video", Film(len(new_tokenizer())), vae)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "video")
     assert type(pipe).__name__ == "LattePipeline"
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
     parts = (pipe.text_encoder, pipe.vae, pipe.transformer)
     assert {part.dtype for part in parts} == {torch.float32}  # nobody named one
     assert call.of(pipe).sizes == {"height": SIZE, "width": SIZE, "video_length": FRAMES}
