@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,19 +68,24 @@ def forked(
     log: Path,
     environment: dict[str, str] | None = None,
     command: str = "quantize",
+    first: Callable[[], object] = int,
 ) -> Any:
-    """``dtq quantize`` in a process that has imported everything already."""
+    """``dtq quantize`` in a process that has imported everything already, after ``first``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dtq.cli"])
-    child = context.Process(target=_dtq, args=([command, *arguments], str(log), environment or {}))
+    how = ([command, *arguments], str(log), environment or {}, first)
+    child = context.Process(target=_dtq, args=how)
     child.start()
     return child
 
 
-def _dtq(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _dtq(
+    arguments: list[str], log: str, environment: dict[str, str], first: Callable[[], object]
+) -> None:
     from dtq.cli import main
 
     os.environ.update(environment)
+    first()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

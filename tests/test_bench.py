@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import quanto
 import torch
 from click.testing import CliRunner
 
@@ -64,6 +65,7 @@ def test_the_layers_of_the_race_do_the_same_job():
 
 @pytest.mark.slow
 def test_the_command_writes_every_figure(tmp_path, monkeypatch):
+    quanto.in_python()
     monkeypatch.setattr(bench, "SHAPES", ((64, 64), (128, 64)))
     monkeypatch.setattr(bench, "TOKENS", (1, 20))
     file = tmp_path / "bench.json"

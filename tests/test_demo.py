@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import quanto
 import torch
 from diffusers import DiffusionPipeline
 
@@ -111,6 +112,7 @@ def test_the_search_beats_its_parts_or_ties(measured):
 @pytest.mark.slow
 def test_w4a8_beats_quanto_on_the_same_layers(measured):
     pytest.importorskip("optimum.quanto")
+    quanto.in_python()
     name, errors, bits, layers, truth = measured
     opened = open_source(name)
     baselines.find("quanto-int4").apply(opened.model, layers)

@@ -13,6 +13,7 @@ from pathlib import Path
 import kill  # docs/kill.py
 import pipelines
 import pytest
+import quanto
 
 from dtq.bench import installed
 from dtq.calibrate import store
@@ -57,6 +58,7 @@ class Processes:
                 log.with_name(f"{log.name}{rank}"),
                 {**shared, "RANK": str(rank)},
                 command,
+                quanto.in_python if "--against" in arguments else int,
             )
             for rank in range(size)
         ]
