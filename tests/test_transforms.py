@@ -98,6 +98,17 @@ def test_fwht_is_orthonormal_symmetric_and_independent_of_the_batch(block):
     assert torch.equal(torch.stack([fwht(row, block) for row in x]), fwht(x, block))
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (64,), (3, 2**17), (0, 64)])
+def test_a_transform_of_any_size_leaves_its_input_alone(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    turned = fwht(x, shape[-1])
+    assert torch.equal(x, before)
+    assert turned.shape == x.shape
+    torch.testing.assert_close(fwht(turned, shape[-1]), x)
+    assert shape[0] == 0 or not torch.allclose(turned, x)
+
+
 def test_blocks_and_signs():
     assert [block_for(k) for k in (1152, 2240, 96, 30, 7)] == [64, 64, 32, 2, 1]
     assert torch.equal(signs(64, 5), signs(128, 5)[:64])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_CACHED = 2**16  # numbers that stay in the cache of a core
 
 
 def fwht(x: Tensor, block: int) -> Tensor:
@@ -21,17 +22,22 @@ def fwht(x: Tensor, block: int) -> Tensor:
     """
     if block == 1:
         return x
-    shape = x.shape
-    x = x.clone(memory_format=torch.contiguous_format)
-    half = 1
-    while half < block:  # in place: a new matrix for each distance takes twice the time
-        pairs = x.view(-1, 2, half)
-        a, b = pairs[:, 0], pairs[:, 1]
-        difference = a - b
-        a += b
-        b.copy_(difference)
-        half *= 2
-    return x.view(shape).mul_(block**-0.5)
+    runs = x.reshape(-1, block)
+    made = torch.empty_like(runs)
+    step = max(1, _CACHED // block if x.device.type == "cpu" else len(runs))
+    for start in range(0, len(runs), step):
+        # one run a column: neighbours in memory are then added to neighbours at every distance
+        now = runs[start : start + step].T.clone(memory_format=torch.contiguous_format)
+        half = 1
+        while half < block:
+            pairs = now.view(-1, 2, half, now.shape[1])
+            a, b = pairs[:, 0], pairs[:, 1]
+            difference = a - b
+            a += b
+            b.copy_(difference)
+            half *= 2
+        made[start : start + step] = now.mul_(block**-0.5).T
+    return made.view(x.shape)
 
 
 def rotate(x: Tensor, block: int, turns: int = 1) -> Tensor:
