@@ -9,7 +9,7 @@ BASELINE ?= gate/demo-w4a8.json
 PROMPTS ?= 32
 POLICY ?= bundled
 
-.PHONY: setup demo gate baseline test check bench kernels gpu results clean
+.PHONY: setup demo gate baseline test units check bench kernels gpu results clean
 
 setup: $(READY)
 
@@ -41,7 +41,10 @@ baseline: .demo/gate/eval.json
 	$(BIN)/dtq eval .demo/gate-w4a8 --reference demo --samples $(PROMPTS) --steps 8 --pictures -o .demo/gate
 
 # neighbours share fixtures, so each worker starts with a half of the tests and steals when it is done
-test: setup check
+test: setup
+	@$(MAKE) --no-print-directory -j2 check units
+
+units:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: setup

@@ -232,8 +232,9 @@ def test_compiling_repeated_blocks_compiles_each_kind_once(name, counter):
 
 @pytest.mark.slow
 def test_inductor_makes_the_same_picture():
-    pipe = tiny.pipeline()
-    pipe.transformer = quantized("dit", "int8-step")
+    pipe = dtq.quantize(
+        tiny.pipeline(blocks=1), "rtn-w4a8", acts="int8-step", progress=False, **FEW
+    )
     want = tiny.sample(pipe)
     torch._dynamo.reset()
     pipe.transformer.compile(fullgraph=True)
