@@ -54,7 +54,7 @@ def float_folder(tmp_path_factory) -> Path:
 def quantized_folder(tmp_path_factory, float_folder) -> Path:
     """The same, quantized to w4a8 and saved. Copy it before damaging it."""
     folder = tmp_path_factory.mktemp("quantized") / "pipe"
-    pipe = dtq.quantize(float_folder, "w4a8", progress=False, **QUICK)
+    pipe = dtq.quantize(float_folder, hasty("w4a8"), progress=False)
     return checkpoint.write(pipe, folder)
 
 

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import tiny
 import torch
-from conftest import QUICK
+from conftest import hasty
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from torch import nn
@@ -22,7 +22,7 @@ from dtq.source import made_inputs
 @cache
 def _pair(name: str) -> tuple[nn.Module, nn.Module]:
     model = tiny.TRANSFORMERS[name]()
-    return model, dtq.quantize(copy.deepcopy(model), "w4a8", progress=False, **QUICK)
+    return model, dtq.quantize(copy.deepcopy(model), hasty("w4a8"), progress=False)
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:

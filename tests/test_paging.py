@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import QUICK
+from conftest import QUICK, hasty
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -82,7 +82,7 @@ def test_only_mapped_tensors_are_touched(tmp_path):
 
 
 def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
-    how = Recipe.load("w4a8", **QUICK)
+    how = hasty("w4a8")
     whole, parts = (open_source(tiny.pipeline()) for _ in range(2))
     scan, _ = plan_source(whole, how)
     needs = how.needs()
@@ -99,7 +99,7 @@ def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
 def test_a_little_memory_gives_the_same_model():
     states = []
     for memory in (None, 600_000):
-        pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, memory=memory, **QUICK)
+        pipe = dtq.quantize(tiny.pipeline(), hasty("w4a8"), progress=False, memory=memory)
         states.append(pipe.transformer.state_dict())
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
 

@@ -10,7 +10,7 @@ import logging
 import pytest
 import tiny
 import torch
-from conftest import QUICK
+from conftest import QUICK, hasty
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 
 import dtq
@@ -86,23 +86,25 @@ def test_harden_is_the_same_function_with_other_activations():
 def test_quantizing_is_deterministic():
     states = []
     for _ in range(2):
-        pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **QUICK)
+        pipe = dtq.quantize(tiny.pipeline(), hasty("w4a8"), progress=False)
         states.append(pipe.transformer.state_dict())
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 def test_statistics_are_reusable_and_equal_calibrating_now(tmp_path):
     source = open_source(tiny.pipeline())
-    recipe = Recipe.load("w4a8", **QUICK)
+    recipe = hasty("w4a8")
     scan, _ = plan_source(source, recipe)
     stats = calibrate(source, scan.sites, recipe.calibration, EVERYTHING, progress=False)
     store.save(stats, tmp_path / "s.safetensors")
     again = store.load(tmp_path / "s.safetensors")
-    now = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **QUICK).transformer.state_dict()
-    later = dtq.quantize(tiny.pipeline(), "w4a8", statistics=again, progress=False).transformer
+    now = dtq.quantize(tiny.pipeline(), hasty("w4a8"), progress=False).transformer.state_dict()
+    later = dtq.quantize(
+        tiny.pipeline(), hasty("w4a8"), statistics=again, progress=False
+    ).transformer
     assert all(torch.equal(now[k], t) for k, t in later.state_dict().items())
     with pytest.raises(InputError, match="another model"):
-        dtq.quantize(tiny.pipeline(heads=2), "w4a8", statistics=again, progress=False)
+        dtq.quantize(tiny.pipeline(heads=2), hasty("w4a8"), statistics=again, progress=False)
 
 
 def test_n_processes_equal_one():
@@ -133,9 +135,7 @@ def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
     source = open_source(pipe)
     scan = scan_model(source.model)
     before = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
-    stats = calibrate(
-        source, scan.sites, Recipe.load("w4a8", **QUICK).calibration, EVERYTHING, progress=False
-    )
+    stats = calibrate(source, scan.sites, hasty("w4a8").calibration, EVERYTHING, progress=False)
     after = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
     assert before == after
     site = stats.sites["transformer_blocks.0.attn1.to_q"]
@@ -146,7 +146,7 @@ def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
 
 def test_the_guard_promotes_within_its_budget():
     always = {"to": "int8-row", "above": 0.0, "budget": 6.0}
-    pipe = dtq.quantize(tiny.pipeline(), "w4a8", guard=always, progress=False, **QUICK)
+    pipe = dtq.quantize(tiny.pipeline(), hasty("w4a8", guard=always), progress=False)
     report = pipe.transformer.hf_quantizer.report
     promoted = [x for x in report.layers if x.promoted]
     assert promoted
@@ -155,7 +155,7 @@ def test_the_guard_promotes_within_its_budget():
     worst = max(x.error_before for x in promoted)
     kept = [x.error for x in report.layers if not x.promoted and x.role != "adaln"]
     assert worst > max(kept)
-    calm = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **QUICK).transformer
+    calm = dtq.quantize(tiny.pipeline(), hasty("w4a8"), progress=False).transformer
     assert not any(x.promoted for x in calm.hf_quantizer.report.layers)
 
 
@@ -230,11 +230,9 @@ def test_an_alternative_may_change_the_input_where_the_recipe_does_not():
 def test_statistics_alone_are_enough_without_a_pipeline(caplog):
     source = Source("x", None, "transformer", tiny.dit())
     scan, _ = plan_source(source, Recipe.load("w4a8"))
-    stats = calibrate(
-        source, scan.sites, Recipe.load("w4a8", **QUICK).calibration, EVERYTHING, progress=False
-    )
+    stats = calibrate(source, scan.sites, hasty("w4a8").calibration, EVERYTHING, progress=False)
     with caplog.at_level(logging.WARNING, "dtq"):
-        model = dtq.quantize(source.model, "w4a8", statistics=stats, progress=False, **QUICK)
+        model = dtq.quantize(source.model, hasty("w4a8"), statistics=stats, progress=False)
     assert model.hf_quantizer.report.compared == {}
     assert "search stays, without trying hadamard" in caplog.text
 
@@ -255,7 +253,7 @@ def test_an_option_that_does_not_fit_a_layer_is_said(caplog):
 @pytest.mark.parametrize("what", ["weight", "input"])
 def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, monkeypatch):
     model = tiny.dit()
-    recipe = Recipe.load("w4a8", **QUICK)
+    recipe = hasty("w4a8")
     scan, _ = plan_source(Source("dit", None, "transformer", model), recipe)
     stats = calibrate(
         Source("dit", None, "transformer", model), scan.sites, recipe.calibration, recipe.needs(),
@@ -308,7 +306,7 @@ def two_stages() -> TwoStages:
 def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
     pipe = two_stages()
     floats = [copy.deepcopy(pipe.transformer), copy.deepcopy(pipe.transformer_2)]
-    dtq.quantize(pipe, "w4a8", progress=False, **QUICK)
+    dtq.quantize(pipe, hasty("w4a8"), progress=False)
     for model, was in zip((pipe.transformer, pipe.transformer_2), floats, strict=True):
         assert any(isinstance(m, QuantLinear) for m in model.modules())
         call = made_inputs(was, 2, 500.0, 0)
@@ -345,7 +343,7 @@ def test_alternatives_are_compared_on_calls_of_the_float_pipeline(monkeypatch):
 
 def test_one_transformer_of_two(tmp_path):
     pipe = two_stages()
-    dtq.quantize(pipe, "w4a8", component="transformer_2", progress=False, **QUICK)
+    dtq.quantize(pipe, hasty("w4a8"), component="transformer_2", progress=False)
     assert not any(isinstance(m, QuantLinear) for m in pipe.transformer.modules())
     assert any(isinstance(m, QuantLinear) for m in pipe.transformer_2.modules())
     with pytest.raises(InputError, match="transformer_2"):
