@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of several processes does in ``test_parallel.py``; spawned, so in a file of its own."""
+"""What each of several processes does in ``test_parallel.py``; started afresh, so in a file of its own."""
 
 from __future__ import annotations
 

@@ -102,7 +102,10 @@ def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for name in ("dit", "flux"):
         ranks.quantized(name, "w4a8").save_pretrained(folder / name)
-    torch.multiprocessing.spawn(ranks.every_case, (2, folder), nprocs=2)
+    torch.multiprocessing.set_forkserver_preload(["dtq.cli"])  # imported once
+    torch.multiprocessing.start_processes(
+        ranks.every_case, (2, folder), nprocs=2, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
