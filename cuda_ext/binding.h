@@ -190,6 +190,19 @@ inline void check_count(const Tensor& t, const char* name, int64_t count) {
   STD_TORCH_CHECK(t.numel() == count, "dtq: ", name, " has ", t.numel(), " elements, expected ", count);
 }
 
+inline int64_t bytes_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+    case ScalarType::Long: return t.numel() * 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return t.numel() * 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Short: return t.numel() * 2;
+    default: return t.numel();
+  }
+}
+
 template <class T>
 const T* data(const Maybe& t) {
   return t ? static_cast<const T*>(t->data_ptr()) : nullptr;

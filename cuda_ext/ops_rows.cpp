@@ -190,6 +190,41 @@ std::map<std::string, Spelling>& spellings() {
   return known;
 }
 
+// Bytes that a part of a weight must have, whatever type they are seen as.
+int64_t bytes_of_part(const dtq::Weight& w, const std::string& name) {
+  const bool two_level = w.codes == dtq::kTwoLevel, words = w.codes == dtq::kWords;
+  const int64_t cells = w.rows * w.groups, scale = w.scale_type == dtq::kScaleFloat32    ? 4
+                                                   : w.scale_type == dtq::kScaleBFloat16 ? 2
+                                                                                         : 1;
+  if (name == "weight")
+    return w.rows * (w.codes == dtq::kTrits ? w.columns / 5
+                                            : w.columns / (words ? w.vector : 1) * w.bits / 8);
+  if (name == "weight_tail") return w.rows * (w.columns % 5);
+  if (name == "weight_scale") return two_level ? w.rows * 4 : cells * scale;
+  if (name == "weight_scale_2") return two_level ? cells : 4;
+  if (name == "weight_zero_point") return cells;
+  return words ? (int64_t(1) << w.bits) * w.vector * 2 : (int64_t(1) << w.bits) * 4;  // weight_lut
+}
+
+void check_parts(const dtq::Weight& w, const std::string& format,
+                 const std::map<std::string, Tensor>& parts) {
+  auto lack = [&](bool needed, const void* part, const char* name) {
+    STD_TORCH_CHECK(!needed || part, "dtq: ", format, " lacks ", name);
+  };
+  const bool constants = std::any_of(w.levels, w.levels + 16, [](float level) { return level != 0; });
+  lack(true, w.weight, "weight");
+  lack(w.codes == dtq::kTrits && w.columns % 5, w.tail, "weight_tail");
+  lack(w.scale_type != dtq::kNoScale, w.scale, "weight_scale");
+  lack(w.scale_type == dtq::kScaleE4m3, w.scale_2, "weight_scale_2");
+  lack(w.codes == dtq::kTwoLevel, w.group_bytes, "weight_scale_2");
+  lack(w.codes == dtq::kTable && !constants, w.table, "weight_lut");
+  lack(w.codes == dtq::kWords, w.words, "weight_lut");
+  for (const auto& [name, part] : parts)
+    STD_TORCH_CHECK(bytes_of(part) == bytes_of_part(w, name), "dtq: ", format, " of (", w.rows, ", ",
+                    w.columns, "): ", name, " has ", bytes_of(part), " bytes, expected ",
+                    bytes_of_part(w, name));
+}
+
 // Operands of the decoder, by the name of the part.
 bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format, const std::string& names,
                 const std::vector<Tensor>& parts, int64_t rows, int64_t columns) {
@@ -205,12 +240,15 @@ bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format, c
   w.vector = spelling.vector;
   w.scale_type = static_cast<dtq::ScaleType>(spelling.scale_type);
   std::copy(spelling.levels.begin(), spelling.levels.end(), w.levels);
+  std::map<std::string, Tensor> known;
   size_t begin = 0;
   for (const Tensor& part : parts) {
     size_t end = std::min(names.find(',', begin), names.size());
-    std::string name = names.substr(begin, end - begin);
+    std::string name = names.substr(std::min(begin, names.size()), end - begin);
     begin = end + 1;
     check(part, name.c_str(), like, part.scalar_type());
+    STD_TORCH_CHECK(part.dim() == 2, "dtq: ", name, " has ", part.dim(), " dimensions, expected 2");
+    known.insert_or_assign(name, part);
     const void* at = part.data_ptr();
     if (name == "weight") {
       w.weight = static_cast<const uint8_t*>(at);
@@ -235,6 +273,7 @@ bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format, c
     }
   }
   if (w.groups == 0) w.groups = 1;
+  check_parts(w, format, known);
   return true;
 }
 

@@ -113,6 +113,38 @@ def test_what_contradicts_itself_is_an_error(emulator):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_weight_whose_parts_do_not_fit_is_an_error(emulator, name):
+    fmt, w = FORMATS[name], agreement.normal(16, 256) * 0.1
+    right = fmt.pack(w, fmt.fit(w))
+
+    def decode(parts, columns=256):
+        stored = (list(parts.values()), ",".join(parts), name, columns, torch.bfloat16)
+        return sim.dequantize(*stored)
+
+    def linear(parts):
+        return sim.weight_linear(
+            torch.ones(2, 256), list(parts.values()), ",".join(parts), name, None
+        )
+
+    for part, tensor in right.items():
+        longer = {**right, part: torch.cat([tensor, tensor])}
+        if part != "weight":  # its rows say how many there are
+            with pytest.raises(RuntimeError, match=f"{name} of .16, 256.: {part} has"):
+                decode(longer)
+        elif "weight_scale" in right:
+            with pytest.raises(RuntimeError, match=f"{name} of .32, 256.: weight_.* expected"):
+                linear(longer)
+        if part not in ("weight", "weight_zero_point"):  # the offset stands in for zero points
+            with pytest.raises(RuntimeError, match=f"{name} lacks {part}"):
+                decode({k: v for k, v in right.items() if k != part})
+        with pytest.raises(RuntimeError, match=f"{part} has 1 dimensions"):
+            decode({**right, part: tensor.reshape(-1)})
+    with pytest.raises(RuntimeError, match="expected"):
+        decode(right, columns=512)
+
+
+@pytest.mark.slow
 def test_what_has_no_kernel_goes_to_the_reference():
     library = emulated.library()
     before = library.dtq_cuda_references()
