@@ -118,20 +118,18 @@ def reruns(options: argparse.Namespace) -> None:
 
 
 def draws(options: argparse.Namespace) -> None:
-    """The bundled model twice, other batches and threads: seeded draws of its prompts."""
+    """The bundled model twice, in other batches: seeded draws of its prompts."""
     policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
     how = Calibration(samples=64, steps=options.steps, batch=8, seed=1000)
     base = trial.compare(trial.observe(reference, how), candidate).run
-    torch.set_num_threads(2)
     one_by_one = replace(how, batch=1)
     other = trial.compare(trial.observe(reference, one_by_one), candidate).run
-    torch.set_num_threads(1)
     moved = sum(other.values["error"][x] != base.values["error"][x] for x in base.values["error"])
     said = [judge(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
     found = Counter(verdict.outcome.word for verdict in said)
     whole = [verdict.rows[0] for verdict in said]
     print(
-        f"demo, w4a8, {options.steps} steps, batches of 8 by 1 thread and of 1 by 2, {moved} of 64 "
+        f"demo, w4a8, {options.steps} steps, batches of 8 and of 1, {moved} of 64 "
         f"samples with other errors, {options.count} draws of 32 prompts: {dict(found)}; mean "
         f"error x {np.exp(min(r.mean for r in whole)):.4f} to "
         f"{np.exp(max(r.mean for r in whole)):.4f}, "
