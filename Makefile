@@ -1,13 +1,17 @@
 # make demo   quantize the bundled model, load it in diffusers, compare, write a report with pictures
 # make test   checks and tests
-# make gate   quantize the bundled model and fail if it got worse than the baseline file
+# make gate   quantize a bundled model and fail if it got worse than the baseline file (MODEL=demo-video)
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-BASELINE ?= gate/demo-w4a8.json
+MODEL ?= demo
+BASELINE ?= gate/$(MODEL)-w4a8.json
 PROMPTS ?= 32
-POLICY ?= bundled
+POLICY.demo = bundled
+POLICY.demo-video = bundled-video
+POLICY ?= $(POLICY.$(MODEL))
+RUN := .demo/gate-$(MODEL)
 
 .PHONY: setup demo gate baseline test units check bench kernels gpu results clean
 
@@ -26,19 +30,24 @@ demo: setup
 	@echo "open .demo/report/report.html"
 
 # exit codes of dtq gate: 1 regression, 2 undecided (PROMPTS=64; UNDECIDED=pass only warns), 3 not comparable
-gate: .demo/gate/eval.json
-	$(BIN)/dtq gate .demo/gate --baseline $(BASELINE) --policy $(POLICY) --junit .demo/gate.xml --sheet .demo/gate.html \
+gate: $(RUN)/eval.json
+	$(BIN)/dtq gate $(RUN) --baseline $(BASELINE) --policy $(POLICY) --junit $(RUN).xml --sheet $(RUN).html \
 	  || { code=$$?; [ $$code = 2 ] && [ "$(UNDECIDED)" = pass ] && echo "warning: the gate is undecided" || exit $$code; }
 
 # REASON="why the figures may change"; 96 prompts are all that the default policy looks at
 baseline: PROMPTS = 96
-baseline: .demo/gate/eval.json
-	$(BIN)/dtq gate accept .demo/gate --baseline $(BASELINE) --policy $(POLICY) --reason "$(REASON)"
+baseline: $(RUN)/eval.json
+	$(BIN)/dtq gate accept $(RUN) --baseline $(BASELINE) --policy $(POLICY) --reason "$(REASON)"
 
-.PHONY: .demo/gate/eval.json
-.demo/gate/eval.json: setup
-	$(BIN)/dtq quantize demo --recipe w4a8 -o .demo/gate-w4a8 --overwrite
-	$(BIN)/dtq eval .demo/gate-w4a8 --reference demo --samples $(PROMPTS) --steps 8 --pictures -o .demo/gate
+# a clip costs what forty pictures do: fewer of them, of fewer steps
+QUANTIZE.demo-video = --samples 16 --steps 10 --guidance 4
+EVALUATE.demo = --steps 8
+EVALUATE.demo-video = --steps 4 --guidance 4
+
+.PHONY: $(RUN)/eval.json
+$(RUN)/eval.json: setup
+	$(BIN)/dtq quantize $(MODEL) --recipe w4a8 $(QUANTIZE.$(MODEL)) -o $(RUN)-w4a8 --overwrite
+	$(BIN)/dtq eval $(RUN)-w4a8 --reference $(MODEL) --samples $(PROMPTS) $(EVALUATE.$(MODEL)) --pictures -o $(RUN)
 
 # neighbours share fixtures, so each worker starts with a half of the tests and steals when it is done
 test: setup

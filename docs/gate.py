@@ -119,7 +119,7 @@ def reruns(options: argparse.Namespace) -> None:
 
 def draws(options: argparse.Namespace) -> None:
     """The bundled model twice, in other batches: seeded draws of its prompts."""
-    policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
+    policy, reference, candidate = Policy.load("default"), *_pair(options)
     how = Calibration(samples=64, steps=options.steps, batch=8, seed=1000)
     base = trial.compare(trial.observe(reference, how), candidate).run
     one_by_one = replace(how, batch=1)
@@ -129,8 +129,7 @@ def draws(options: argparse.Namespace) -> None:
     found = Counter(verdict.outcome.word for verdict in said)
     whole = [verdict.rows[0] for verdict in said]
     print(
-        f"demo, w4a8, {options.steps} steps, batches of 8 and of 1, {moved} of 64 "
-        f"samples with other errors, {options.count} draws of 32 prompts: {dict(found)}; mean "
+        f"{options.model}, w4a8, {options.steps} steps, batches of 8 and of 1, {moved} of 64 samples with other errors, {options.count} draws of 32 prompts: {dict(found)}; mean "
         f"error x {np.exp(min(r.mean for r in whole)):.4f} to "
         f"{np.exp(max(r.mean for r in whole)):.4f}, "
         f"noise x {np.exp(max(r.noise for r in whole)):.5f}"
@@ -146,7 +145,7 @@ def fresh(options: argparse.Namespace) -> None:
     the same. A regression is a false alarm; undecided is the honest answer to too much variance.
     """
     policy = replace(Policy.load("default"), secondary=())
-    reference, candidate = open_source("demo"), _w4a8(options)
+    reference, candidate = _pair(options)
     held = [_errors(reference, candidate, 1000 + i, options.steps) for i in range(options.seeds)]
     logs = [np.log([np.mean(v) for v in each.values["error"].values()]) for each in held]
     spread = np.std(logs[1] - logs[0], ddof=1)
@@ -158,7 +157,7 @@ def fresh(options: argparse.Namespace) -> None:
         said = _in_looks(_picked(held[b], places), _picked(held[a], places), policy)
         found[said.outcome.word] += 1
     print(
-        f"demo, w4a8, {options.steps} steps, 96 prompts, {len(held)} seeds, {options.count} draws of "
+        f"{options.model}, w4a8, {options.steps} steps, 96 prompts, {len(held)} seeds, {options.count} draws of "
         f"two of them and of the prompts' order: {dict(found)}; standard deviation of ln(error "
         f"ratio) {spread:.3f}"
     )
@@ -167,7 +166,7 @@ def fresh(options: argparse.Namespace) -> None:
 
 def planted(options: argparse.Namespace) -> None:
     """Defects of the bundled model, each against the unchanged one, under the default policy."""
-    policy, reference, candidate = Policy.load("default"), open_source("demo"), _w4a8(options)
+    policy, reference, candidate = Policy.load("default"), *_pair(options)
     started = time.process_time()
     how = Calibration(samples=32, steps=options.steps, batch=8, seed=1000)
     job = trial.observe(reference, how)
@@ -190,14 +189,14 @@ def planted(options: argparse.Namespace) -> None:
         return mine
 
     unchanged = gated("nothing", candidate, must=Outcome.PASS)
-    for defect, at in DEFECTS:
+    for defect, at in DEFECTS[options.model]:
         with defect(candidate.model, at) as name:
             gated(name, candidate)
     gated(
         "recipe rtn-w4a8 in place of w4a8",
-        open_source(dtq.quantize("demo", "rtn-w4a8", progress=False)),
+        open_source(dtq.quantize(options.model, "rtn-w4a8", progress=False)),
     )
-    stepped = dtq.quantize("demo", "w4a8", acts="int8-step", compare=[], progress=False,
+    stepped = dtq.quantize(options.model, "w4a8", acts="int8-step", compare=[], progress=False,
                            calibration={"samples": 16, "steps": 10})  # fmt: skip
     static = open_source(stepped)
     right = trial.compare(job, static).run
@@ -256,16 +255,24 @@ def step_bin(model: nn.Module) -> Iterator[str]:
         layer.part("input_scale").reshape(-1)[0] *= 2
 
 
-DEFECTS = (
-    (scaled, "blocks.4.ff.net.2"),
-    (swapped, "blocks.4.ff.net.2"),
-    (swapped, "blocks.4.attn1.to_v"),
-    (without_bias, "blocks.7.ff.net.2"),
-)
+DEFECTS = {
+    "demo": (
+        (scaled, "transformer_blocks.4.ff.net.2"),
+        (swapped, "transformer_blocks.4.ff.net.2"),
+        (swapped, "transformer_blocks.4.attn1.to_v"),
+        (without_bias, "transformer_blocks.7.ff.net.2"),
+    ),
+    "demo-video": (
+        (scaled, "transformer_blocks.3.ff.net.2"),
+        (swapped, "transformer_blocks.3.ff.net.2"),
+        (swapped, "temporal_transformer_blocks.3.attn1.to_v"),
+        (without_bias, "temporal_transformer_blocks.5.ff.net.2"),
+    ),
+}
 
 
 def _layer(model: nn.Module, at: str) -> QuantLinear:
-    layer = model.get_submodule(f"transformer_{at}")
+    layer = model.get_submodule(at)
     assert isinstance(layer, QuantLinear), at
     return layer
 
@@ -287,8 +294,10 @@ def _errors(reference: Source, candidate: Source, seed: int, steps: int) -> Run:
     return _made_up(np.array(drift.sample_errors(truth.by_sample(outputs), floats)))
 
 
-def _w4a8(options: argparse.Namespace) -> Source:
-    return open_source(options.w4a8 or dtq.quantize("demo", "w4a8", progress=False))
+def _pair(options: argparse.Namespace) -> tuple[Source, Source]:
+    """The bundled model, and the same by ``w4a8``."""
+    made = options.w4a8 or dtq.quantize(options.model, "w4a8", progress=False)
+    return open_source(options.model), open_source(made)
 
 
 def _in_looks(whole: Run, base: Run, policy: Policy) -> Verdict:
@@ -350,7 +359,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="re-runs of an unchanged checkpoint")
     parser.add_argument("--seeds", type=int, default=4, help="of the bundled model, for fresh")
     parser.add_argument("--steps", type=int, default=8, help="sampler steps of the bundled model")
-    parser.add_argument("--w4a8", help="checkpoint of demo by recipe w4a8; made when not given")
+    parser.add_argument(
+        "--model", choices=DEFECTS, default="demo", help="for draws, fresh, planted"
+    )
+    parser.add_argument("--w4a8", help="its checkpoint by recipe w4a8; made when not given")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.parts or PARTS:

@@ -84,7 +84,7 @@ def open_sources(
     """Open a pipeline or transformer given as object, local folder, hub id, or bundled name.
 
     Args:
-        what: a diffusers pipeline or model; a folder; ``demo``, ``demo-hard``; else a hub id.
+        what: a diffusers pipeline or model; a folder; a bundled name; else a hub id.
         dtype: ``auto``, ``fp32``, ``bf16``, ``fp16`` or a torch dtype. ``auto`` is the dtype on
             disk, but float32 for float16 files when there is no GPU.
         component: parts of the pipeline to quantize; ``auto`` is every diffusion transformer in
@@ -103,7 +103,7 @@ def open_sources(
     if not isinstance(what, str | Path):
         raise InputError(f"expected a path, hub id, pipeline or model, got {type(what).__name__}")
     name = str(what)
-    path = demo.folder() if name in demo.NAMES else Path(what)
+    path = demo.folder(name) if name in demo.FOLDERS else Path(what)
     if not path.exists():
         if not _HUB_ID.fullmatch(name):
             raise InputError(_missing(name))
@@ -238,7 +238,7 @@ def skeletons(
     Raises:
         InputError: as :func:`open_sources`.
     """
-    path = demo.folder() if what in demo.NAMES else Path(what)
+    path = demo.folder(what) if what in demo.FOLDERS else Path(what)
     if not path.exists():
         path = _hub_config(what)
     folders = {"transformer": path}
@@ -371,7 +371,7 @@ def _cached(name: str, error: Exception) -> Path:
 def _missing(name: str) -> str:
     return (
         f"{name}: no such folder. MODEL is a local diffusers folder, a hub id like "
-        f"black-forest-labs/FLUX.1-dev, or {' or '.join(demo.NAMES)}"
+        f"black-forest-labs/FLUX.1-dev, or {' or '.join(demo.FOLDERS)}"
     )
 
 

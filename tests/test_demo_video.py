@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -56,6 +58,48 @@ def test_every_caption_is_drawn_and_asked_for():
     assert set(asked) <= set(captions())
     unknown = new_tokenizer().unk_token_id
     assert unknown not in new_tokenizer()(captions()[0]).input_ids
+
+
+def test_the_bundled_folder_is_stock_and_small():
+    folder = demo.folder("demo-video")
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 32e6
+    assert {f.suffix for f in files} <= {".json", ".safetensors", ".md"}
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index.pop("_class_name") == "LattePipeline"
+    libraries = {kind[0] for name, kind in index.items() if not name.startswith("_")}
+    assert libraries == {"diffusers", "transformers"}
+    readme = (folder / "README.md").read_text()
+    assert "Apache" in readme
+    assert "emoji-datasource-google" in readme
+
+
+@pytest.mark.slow
+def test_its_clips_move_and_have_the_colour_that_the_captions_say():
+    pipe = DiffusionPipeline.from_pretrained(demo.folder("demo-video"))
+    pipe.set_progress_bar_config(disable=True)
+    asked = [
+        "red heart moves left",
+        "green apple moves right",
+        "yellow star moves up",
+        "blue heart moves down",
+    ]
+    seeds = [torch.Generator().manual_seed(i) for i in range(len(asked))]
+    made = torch.as_tensor(
+        pipe(asked, generator=seeds, num_inference_steps=10, guidance_scale=4, output_type="pt",
+             **call.of(pipe).sizes).frames
+    )  # fmt: skip
+    assert made.shape == (4, FRAMES, 3, SIZE, SIZE)
+    right = 0
+    for frames, caption in zip(made, asked, strict=True):
+        (x0, y0, _), (x1, y1, _) = ink(frames[0] * 255), ink(frames[-1] * 255)
+        dx, dy, _ = WHERE[caption.split(" ", 2)[2]]
+        right += (x1 - x0) * dx + (y1 - y0) * dy > 8
+    assert right >= 3
+    most = [int((1 - frame).mean((0, 2, 3)).argmin()) for frame in made]  # least taken away
+    assert most[0] == 0
+    assert most[1] == 1
+    assert most[3] == 2
 
 
 def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):

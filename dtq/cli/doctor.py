@@ -54,12 +54,9 @@ def doctor() -> None:
     for library in LIBRARIES.values():
         rows.append((f"{library.title} kernels", library.describe()))
         rows += [(f"  {name}", what) for name, what in library.rungs()]
-    rows.append(
-        (
-            "bundled model",
-            size(sum(f.stat().st_size for f in demo.folder().rglob("*") if f.is_file())),
-        )
-    )
+    for name in ("demo", "demo-video"):
+        files = (f for f in demo.folder(name).rglob("*") if f.is_file())
+        rows.append((f"bundled {name}", size(sum(f.stat().st_size for f in files))))
     table(("what", "here"), rows)
 
 

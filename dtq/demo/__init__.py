@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled model: a class-conditional emoji DiT, a stock diffusers ``DiTPipeline`` folder."""
+"""The bundled models, stock diffusers folders: an emoji ``DiTPipeline``, a ``LattePipeline``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-NAMES = ("demo", "demo-hard")
+FOLDERS = {"demo": "pipeline", "demo-hard": "pipeline", "demo-video": "video"}
 """``demo-hard`` is ``demo`` with activation outliers, made on the fly by ``dtq.harden``."""
 
 
-def folder() -> Path:
-    """The pipeline folder.
+def folder(name: str = "demo") -> Path:
+    """The pipeline folder of a bundled model.
 
     Raises:
         FileNotFoundError: the installation lacks its weights.
     """
-    path = Path(__file__).resolve().parent / "pipeline"
+    path = Path(__file__).resolve().parent / FOLDERS[name]
     if not (path / "model_index.json").is_file():
-        raise FileNotFoundError("dtq is installed without its bundled model; reinstall it")
+        raise FileNotFoundError("dtq is installed without its bundled models; reinstall it")
     return path
