@@ -37,6 +37,7 @@ from dtq.source import Source, open_source
 
 HERE = Path(__file__).parent
 BAD: list[str] = []
+GUIDANCE = 4.0  # of the bundled models
 
 SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda g, n: g.normal(size=n),
@@ -120,7 +121,7 @@ def reruns(options: argparse.Namespace) -> None:
 def draws(options: argparse.Namespace) -> None:
     """The bundled model twice, in other batches: seeded draws of its prompts."""
     policy, reference, candidate = Policy.load("default"), *_pair(options)
-    how = Calibration(samples=64, steps=options.steps, batch=8, seed=1000)
+    how = Calibration(samples=64, steps=options.steps, guidance=GUIDANCE, batch=8, seed=1000)
     base = trial.compare(trial.observe(reference, how), candidate).run
     one_by_one = replace(how, batch=1)
     other = trial.compare(trial.observe(reference, one_by_one), candidate).run
@@ -168,7 +169,7 @@ def planted(options: argparse.Namespace) -> None:
     """Defects of the bundled model, each against the unchanged one, under the default policy."""
     policy, reference, candidate = Policy.load("default"), *_pair(options)
     started = time.process_time()
-    how = Calibration(samples=32, steps=options.steps, batch=8, seed=1000)
+    how = Calibration(samples=32, steps=options.steps, guidance=GUIDANCE, batch=8, seed=1000)
     job = trial.observe(reference, how)
     base = trial.compare(job, candidate).run
     print(
@@ -197,7 +198,7 @@ def planted(options: argparse.Namespace) -> None:
         open_source(dtq.quantize(options.model, "rtn-w4a8", progress=False)),
     )
     stepped = dtq.quantize(options.model, "w4a8", acts="int8-step", compare=[], progress=False,
-                           calibration={"samples": 16, "steps": 10})  # fmt: skip
+                           calibration={"samples": 16, "steps": 10, "guidance": GUIDANCE})  # fmt: skip
     static = open_source(stepped)
     right = trial.compare(job, static).run
     with step_bin(static.model) as name:
@@ -286,7 +287,7 @@ def _swap(layer: QuantLinear) -> None:
 
 def _errors(reference: Source, candidate: Source, seed: int, steps: int) -> Run:
     """Teacher-forced errors of 96 prompts, nothing else."""
-    how = Calibration(samples=96, steps=steps, batch=8, seed=seed)
+    how = Calibration(samples=96, steps=steps, guidance=GUIDANCE, batch=8, seed=seed)
     requests = sets.load("auto", reference.pipeline, 96, nested=True)
     truth = drift.record(reference.pipeline, reference.model, requests, how)
     outputs = drift.replayed(truth, candidate.model)
