@@ -371,7 +371,7 @@ def _cached(name: str, error: Exception) -> Path:
 def _missing(name: str) -> str:
     return (
         f"{name}: no such folder. MODEL is a local diffusers folder, a hub id like "
-        f"black-forest-labs/FLUX.1-dev, or {' or '.join(demo.FOLDERS)}"
+        f"black-forest-labs/FLUX.1-dev, or one of {', '.join(demo.FOLDERS)}"
     )
 
 
