@@ -247,7 +247,9 @@ def _model(source: Source) -> str:
         if not (where / "config.json").is_file() and not (where / "model_index.json").is_file():
             return _tensors(source.model)
     # demo-hard is made of the files of demo
-    return f"{source.name} {_digest_of(where)}" if source.name in demo.FOLDERS else _digest_of(where)
+    return (
+        f"{source.name} {_digest_of(where)}" if source.name in demo.FOLDERS else _digest_of(where)
+    )
 
 
 def _tensors(model: nn.Module) -> str:

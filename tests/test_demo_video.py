@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from dtq.calibrate import sets
 from dtq.cli import main
 from dtq.demo.clips import FRAMES, MOTIONS, SIZE, THINGS, captions, clip, clips
 from dtq.demo.train_video import Film, export, new_tokenizer
+from dtq.evaluate import trial
+from dtq.recipe import Calibration
+from dtq.source import open_source
 
 WHERE = {  # of the ink: how it goes from the first frame to the last, in x, y and amount
     "moves left": (-1, 0, 0),
@@ -122,3 +126,18 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
         assert done.exit_code == 0, done.output
     assert len(list((tmp_path / "seen" / "0000").glob("*.png"))) == FRAMES
     assert call.read(out) == call.of(pipe)
+
+
+def test_the_noise_of_a_pipeline_that_treats_one_prompt_otherwise_is_not_that_of_one_by_one():
+    how = Calibration(samples=4, steps=1, batch=4, guidance=4.0)
+    for name, alike in (("demo", True), ("demo-video", False)):
+        source = open_source(name)
+        requests = sets.load("auto", source.pipeline, 4)
+        assert (
+            trial.one_is_as_several(source, requests, call.of(source.pipeline).fill(how)) is alike
+        )
+    assert trial.other_batches(how, alike=True).batch == 1
+    assert trial.other_batches(how, alike=False).batch == 2
+    assert trial.other_batches(replace(how, batch=2), alike=False).batch == 3
+    assert trial.other_batches(replace(how, batch=1), alike=True).batch == 2
+    assert trial.other_batches(replace(how, batch=1), alike=False).batch == 1

@@ -92,7 +92,7 @@ def changed(place, change):
 @pytest.mark.parametrize("defect", [scaled, swapped, without_bias])
 def test_a_planted_defect_is_a_regression(defect, job, base, quantized_folder):
     broken = open_source(quantized_folder)
-    with defect(broken.model, "blocks.1.ff.net.2"):
+    with defect(broken.model, "transformer_blocks.1.ff.net.2"):
         verdict = judge(trial.compare(job, broken).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION, verdict.sentence
     assert fingerprint(broken.model) == base.identity["checkpoint"]  # it was taken back

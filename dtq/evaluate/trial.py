@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,13 +31,41 @@ log = logging.getLogger("dtq")
 Say = Callable[[str], None]
 
 
-def other_batches(how: Calibration) -> Calibration:
-    """The same job one by one: what then differs is the noise of the float model.
+def other_batches(how: Calibration, alike: bool) -> Calibration:
+    """The same job in other batches: what then differs is the noise of the float model.
 
-    Halved batches would not do: products of many rows are often bit-identical, those of few are
-    not.
+    One by one: products of many rows are often bit-identical however many they are, those of few
+    are not.
+
+    Args:
+        how: the job.
+        alike: whether the pipeline does the same for one sample as for several, see
+            :func:`one_is_as_several`; where it does not, one by one would be another job.
     """
-    return replace(how, batch=1 if min(how.batch, how.samples) > 1 else 2)
+    size = min(how.batch, how.samples)
+    if alike:
+        return replace(how, batch=1 if size > 1 else 2)
+    return replace(how, batch={1: 1, 2: 3}.get(size, 2))
+
+
+def one_is_as_several(reference: Source, requests: sets.Requests, how: Calibration) -> bool:
+    """Whether the transformers are given the same, rows aside, for a sample alone and for two.
+
+    Latte cuts the padding of a prompt that comes alone, and makes it zero in company.
+    """
+    alone, together = (
+        drift.record(
+            reference.pipeline, reference.models(), requests, replace(how, batch=n), range(1)
+        )
+        for n in (1, 2)
+    )
+    return _shapes(alone) == _shapes(together)
+
+
+def _shapes(trajectory: drift.Trajectory) -> list[tuple[int, ...]]:
+    first = trajectory.calls[0]
+    given = (*first.args, *first.kwargs.values())
+    return [tuple(x.shape[1:]) for x in given if isinstance(x, Tensor)]
 
 
 @dataclass
@@ -73,8 +102,9 @@ def observe(
     how = call.of(reference.pipeline).fill(how)
     # nested: more samples later are these and others
     requests = sets.load(how.set, reference.pipeline, how.samples, nested=True)
-    other = other_batches(how)
-    places = team.deal(len(requests.entries), max(how.batch, other.batch))
+    alike = how.samples < 2 or one_is_as_several(reference, requests, how)
+    other = other_batches(how, alike)
+    places = team.deal(len(requests.entries), math.lcm(how.batch, other.batch))
     say("float pipeline")
     models = reference.models()
     truth = drift.record(reference.pipeline, models, requests, how, places)
