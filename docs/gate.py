@@ -201,7 +201,7 @@ def planted(options: argparse.Namespace) -> None:
                            calibration={"samples": 16, "steps": 10, "guidance": GUIDANCE})  # fmt: skip
     static = open_source(stepped)
     right = trial.compare(job, static).run
-    with step_bin(static.model) as name:
+    with step_bin(static.model, LAST_BIN[options.model]) as name:
         gated(name, static, right)
     removed = copy.deepcopy(unchanged)
     del removed.values["psnr"]
@@ -246,14 +246,14 @@ def without_bias(model: nn.Module, at: str) -> Iterator[str]:
 
 
 @contextmanager
-def step_bin(model: nn.Module) -> Iterator[str]:
+def step_bin(model: nn.Module, place: int) -> Iterator[str]:
     """The activation scale of one timestep bin, in every layer that has one, halved."""
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.task.acts.stepped]
     for layer in layers:
-        layer.part("input_scale").reshape(-1)[0] *= 0.5
-    yield "int8-step: scales of the last of 8 timestep bins x 0.5"
+        layer.part("input_scale").reshape(-1)[place] *= 0.5
+    yield f"int8-step: scales of bin {place + 1} of 8, the least noisy first, x 0.5"
     for layer in layers:
-        layer.part("input_scale").reshape(-1)[0] *= 2
+        layer.part("input_scale").reshape(-1)[place] *= 2
 
 
 DEFECTS = {
@@ -266,10 +266,13 @@ DEFECTS = {
     "demo-video": (
         (scaled, "transformer_blocks.3.ff.net.2"),
         (swapped, "transformer_blocks.3.ff.net.2"),
-        (swapped, "temporal_transformer_blocks.3.attn1.to_v"),
-        (without_bias, "temporal_transformer_blocks.5.ff.net.2"),
+        (swapped, "temporal_transformer_blocks.3.ff.net.2"),
+        (without_bias, "transformer_blocks.5.ff.net.0.proj"),
     ),
 }
+
+LAST_BIN = {"demo": 0, "demo-video": 1}
+"""Where the last step falls: of 8 steps, and of 4."""
 
 
 def _layer(model: nn.Module, at: str) -> QuantLinear:

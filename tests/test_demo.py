@@ -74,7 +74,7 @@ def measured(request):
     name = request.param
     source = open_source(name)
     truth = drift.record(source.pipeline, source.model, sets.load("auto", source.pipeline, 4), HOW)
-    recipe = Recipe.load("w4a8", calibration={"samples": 16, "steps": 10})
+    recipe = Recipe.load("w4a8", calibration={"samples": 8, "steps": 10})
     scan, _ = plan_source(source, recipe)
     stats = calibrate_source(source, scan, recipe, EVERYTHING, progress=False)
     errors, bits, layers = {}, {}, []

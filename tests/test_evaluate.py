@@ -9,6 +9,7 @@ import re
 
 import pipelines
 import pytest
+import quanto
 import tiny
 import torch
 
@@ -251,6 +252,7 @@ def test_a_fingerprint_sees_one_bit():
 def test_baselines_change_only_the_layers_they_are_given(name):
     packages = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
     pytest.importorskip(packages[name.split("-")[0]])
+    quanto.in_python()
     model, plain = tiny.dit(), tiny.dit()
     chosen = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".ff." in n]
     baselines.find(name).apply(model, chosen)
