@@ -41,7 +41,7 @@ baseline: PROMPTS = $(LOOKS.$(MODEL))
 baseline: $(RUN)/eval.json
 	$(BIN)/dtq gate accept $(RUN) --baseline $(BASELINE) --policy $(POLICY) --reason "$(REASON)"
 
-# a clip costs what forty pictures do: fewer of them, of fewer steps
+# a clip costs more than a picture: fewer of them, of fewer steps
 QUANTIZE.demo-video = --samples 16 --steps 10 --guidance 4
 EVALUATE.demo = --steps 8
 EVALUATE.demo-video = --steps 4 --guidance 4

@@ -99,10 +99,12 @@ def run(*command: str, folder: Path | None = None) -> Cost:
         seconds = before.seconds + time.monotonic() - started
         now = Cost(seconds, max(now.peak, peak), max(now.disk, disk))
         if notes:
-            notes.write_text(json.dumps(asdict(now)))
+            draft = notes.with_suffix(".partial")
+            draft.write_text(json.dumps(asdict(now)))
+            draft.replace(notes)
         if done:
             break
-        time.sleep(0.2)
+        time.sleep(0.5)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
     return now

@@ -16,8 +16,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from dtq.source import Source, open_source
 
 HERE = Path(__file__).parent
 BAD: list[str] = []
+Defect = Callable[[nn.Module, str], AbstractContextManager[str]]
 GUIDANCE = 4.0  # of the bundled models
 
 SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
@@ -130,7 +131,8 @@ def draws(options: argparse.Namespace) -> None:
     found = Counter(verdict.outcome.word for verdict in said)
     whole = [verdict.rows[0] for verdict in said]
     print(
-        f"{options.model}, w4a8, {options.steps} steps, batches of 8 and of 1, {moved} of 64 samples with other errors, {options.count} draws of 32 prompts: {dict(found)}; mean "
+        f"demo, w4a8, {options.steps} steps, batches of 8 and of 1, {moved} of 64 samples with other "
+        f"errors, {options.count} draws of 32 prompts: {dict(found)}; mean "
         f"error x {np.exp(min(r.mean for r in whole)):.4f} to "
         f"{np.exp(max(r.mean for r in whole)):.4f}, "
         f"noise x {np.exp(max(r.noise for r in whole)):.5f}"
@@ -158,8 +160,8 @@ def fresh(options: argparse.Namespace) -> None:
         said = _in_looks(_picked(held[b], places), _picked(held[a], places), policy)
         found[said.outcome.word] += 1
     print(
-        f"{options.model}, w4a8, {options.steps} steps, 96 prompts, {len(held)} seeds, {options.count} draws of "
-        f"two of them and of the prompts' order: {dict(found)}; standard deviation of ln(error "
+        f"{options.model}, w4a8, {options.steps} steps, 96 prompts, {len(held)} seeds, "
+        f"{options.count} draws of two of them and of the prompts' order: {dict(found)}; standard deviation of ln(error "
         f"ratio) {spread:.3f}"
     )
     expect(found["regression"] <= 0.05 * options.count, f"{found['regression']} false alarms")
@@ -177,7 +179,10 @@ def planted(options: argparse.Namespace) -> None:
     )
 
     def gated(
-        name: str, changed: Source, against: Run = base, must: Outcome = Outcome.REGRESSION
+        name: str,
+        changed: Source,
+        against: Run = base,
+        may: tuple[Outcome, ...] = (Outcome.REGRESSION,),
     ) -> Run:
         mine = trial.compare(job, changed).run
         said = judge(mine, against, policy)
@@ -186,13 +191,17 @@ def planted(options: argparse.Namespace) -> None:
             f"| {name} | {said.outcome.word} | {shown[0]} | {' '.join(shown[1:5])} | {shown[6]} |",
             flush=True,
         )
-        expect(said.outcome is must, f"{name}: {said.outcome.word}")
+        expect(said.outcome in may, f"{name}: {said.outcome.word}")
         return mine
 
-    unchanged = gated("nothing", candidate, must=Outcome.PASS)
-    for defect, at in DEFECTS[options.model]:
+    unchanged = gated("nothing", candidate, may=(Outcome.PASS,))
+    plants = PLANTS[options.model]
+    for defect, at in plants.harmful:
         with defect(candidate.model, at) as name:
             gated(name, candidate)
+    for defect, at in plants.mild:
+        with defect(candidate.model, at) as name:
+            gated(name, candidate, may=(Outcome.PASS, Outcome.INCONCLUSIVE))
     gated(
         "recipe rtn-w4a8 in place of w4a8",
         open_source(dtq.quantize(options.model, "rtn-w4a8", progress=False)),
@@ -201,7 +210,7 @@ def planted(options: argparse.Namespace) -> None:
                            calibration={"samples": 16, "steps": 10, "guidance": GUIDANCE})  # fmt: skip
     static = open_source(stepped)
     right = trial.compare(job, static).run
-    with step_bin(static.model, LAST_BIN[options.model]) as name:
+    with step_bin(static.model, plants.last_bin) as name:
         gated(name, static, right)
     removed = copy.deepcopy(unchanged)
     del removed.values["psnr"]
@@ -256,23 +265,46 @@ def step_bin(model: nn.Module, place: int) -> Iterator[str]:
         layer.part("input_scale").reshape(-1)[place] *= 2
 
 
-DEFECTS = {
-    "demo": (
-        (scaled, "transformer_blocks.4.ff.net.2"),
-        (swapped, "transformer_blocks.4.ff.net.2"),
-        (swapped, "transformer_blocks.4.attn1.to_v"),
-        (without_bias, "transformer_blocks.7.ff.net.2"),
+@dataclass(frozen=True)
+class Plants:
+    """What is planted in a bundled model, each defect with the layer that it is planted in.
+
+    Attributes:
+        harmful: must be called.
+        mild: less harm than the margin; a call would be a false alarm.
+        last_bin: the timestep bin that the last sampler step falls into.
+    """
+
+    harmful: tuple[tuple[Defect, str], ...]
+    mild: tuple[tuple[Defect, str], ...]
+    last_bin: int
+
+
+PLANTS = {
+    "demo": Plants(
+        harmful=(
+            (scaled, "transformer_blocks.4.ff.net.2"),
+            (swapped, "transformer_blocks.4.ff.net.2"),
+            (swapped, "transformer_blocks.4.attn1.to_v"),
+            (without_bias, "transformer_blocks.7.ff.net.2"),
+        ),
+        mild=(),
+        last_bin=0,  # of 8 steps
     ),
-    "demo-video": (
-        (scaled, "transformer_blocks.3.ff.net.2"),
-        (swapped, "transformer_blocks.3.ff.net.2"),
-        (swapped, "temporal_transformer_blocks.3.ff.net.2"),
-        (without_bias, "transformer_blocks.5.ff.net.0.proj"),
+    "demo-video": Plants(
+        harmful=(
+            (scaled, "transformer_blocks.3.ff.net.2"),
+            (swapped, "transformer_blocks.3.ff.net.2"),
+            (swapped, "temporal_transformer_blocks.3.ff.net.2"),
+            (without_bias, "transformer_blocks.5.ff.net.0.proj"),
+        ),
+        mild=(
+            (swapped, "temporal_transformer_blocks.3.attn1.to_v"),
+            (without_bias, "temporal_transformer_blocks.5.ff.net.2"),
+        ),
+        last_bin=1,  # of 4 steps
     ),
 }
-
-LAST_BIN = {"demo": 0, "demo-video": 1}
-"""Where the last step falls: of 8 steps, and of 4."""
 
 
 def _layer(model: nn.Module, at: str) -> QuantLinear:
@@ -364,10 +396,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="of the bundled model, for fresh")
     parser.add_argument("--steps", type=int, default=8, help="sampler steps of the bundled model")
     parser.add_argument(
-        "--model", choices=DEFECTS, default="demo", help="for draws, fresh, planted"
+        "--model", choices=PLANTS, default="demo", help="for fresh and planted; draws needs demo"
     )
     parser.add_argument("--w4a8", help="its checkpoint by recipe w4a8; made when not given")
     options = parser.parse_args()
+    if options.model != "demo" and "draws" in (options.parts or PARTS):
+        parser.error("draws: only demo does the same for a prompt alone as for several")
     torch.set_num_threads(1)
     for name in options.parts or PARTS:
         PARTS[name](options)

@@ -277,7 +277,7 @@ def save_into(
     read from; ``report`` is what the card says was measured."""
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
-        _forget_path(config)
+        forget_path(config)
     if isinstance(saveable, DiffusionPipeline):
         call.write(folder, call.of(saveable))
     if getattr(saveable, "labels", None):
@@ -336,7 +336,7 @@ def _remember_labels(labels: Mapping[str, int], index: Path) -> None:
     index.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _forget_path(config: Path) -> None:
+def forget_path(config: Path) -> None:
     """Where the model was read from is nobody's business, and makes equal models unequal."""
     data = read_json(config)
     if data.pop("_name_or_path", None) is not None:

@@ -20,7 +20,7 @@ from dtq.evaluate import baselines, drift
 from dtq.evaluate.run import extractor_for, stored_bits
 from dtq.nn import QuantLinear
 from dtq.quantize import calibrate_source, plan_source, quantize_source
-from dtq.recipe import Calibration, Recipe, names
+from dtq.recipe import Calibration, Recipe
 from dtq.source import open_source
 
 HOW = Calibration(samples=4, steps=10, batch=4, seed=1000)
@@ -78,11 +78,10 @@ def measured(request):
     scan, _ = plan_source(source, recipe)
     stats = calibrate_source(source, scan, recipe, EVERYTHING, progress=False)
     errors, bits, layers = {}, {}, []
-    changes_of: dict[str, dict[str, object]] = {"w4a8": {}, "w8a8": {}, "rtn-w4a8": {}}
-    changes_of |= {t: {"transform": t, "compare": []} for t in ("none", "smooth", "hadamard")}
-    for label, changes in changes_of.items():
+    alone = {t: {"transform": t, "compare": []} for t in ("none", "smooth", "hadamard")}
+    for label, changes in ({"w4a8": {}, "w8a8": {}, "rtn-w4a8": {}} | alone).items():
         opened = open_source(name)
-        chosen = Recipe.load(label if label in names() else "w4a8", **changes)
+        chosen = Recipe.load("w4a8" if changes else label, **changes)
         quantize_source(opened, chosen, statistics=stats, progress=False)
         steps = drift.teacher_forced(truth, opened.model)
         errors[label], bits[label] = sum(steps) / len(steps), stored_bits(opened.model)

@@ -64,6 +64,10 @@ def test_every_caption_is_drawn_and_asked_for():
     assert unknown not in new_tokenizer()(captions()[0]).input_ids
 
 
+def without_paths(folder):
+    return not [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]
+
+
 def test_the_bundled_folder_is_stock_and_small():
     folder = demo.folder("demo-video")
     files = [f for f in folder.rglob("*") if f.is_file()]
@@ -73,6 +77,7 @@ def test_the_bundled_folder_is_stock_and_small():
     assert index.pop("_class_name") == "LattePipeline"
     libraries = {kind[0] for name, kind in index.items() if not name.startswith("_")}
     assert libraries == {"diffusers", "transformers"}
+    assert without_paths(folder)
     readme = (folder / "README.md").read_text()
     assert "Apache" in readme
     assert "emoji-datasource-google" in readme
@@ -110,6 +115,7 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
     vae = AutoencoderKL.from_pretrained(demo.folder() / "vae", torch_dtype=torch.float32)
     torch.manual_seed(0)
     export(tmp_path / "video", Film(len(new_tokenizer())), vae)
+    assert without_paths(tmp_path / "video")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "video")
     assert type(pipe).__name__ == "LattePipeline"
     assert pipe.scheduler.config.prediction_type == "v_prediction"

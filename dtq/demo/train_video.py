@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from dtq import call, demo
+from dtq import call, checkpoint, demo
 from dtq.demo import train as pictures
 from dtq.demo.clips import FRAMES, SIZE, THINGS, captions, clips
 from dtq.demo.data import load_cutouts
@@ -193,6 +193,7 @@ def export(out: Path, film: Film, vae: AutoencoderKL) -> None:
     )
     pipe.save_pretrained(out)
     _portable(out)
+    checkpoint.forget_path(out / "vae" / "config.json")
     call.write(out, call.Call({"height": SIZE, "width": SIZE, "video_length": FRAMES}, SET))
     (out / "README.md").write_text(_CARD)
 

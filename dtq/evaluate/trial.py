@@ -63,9 +63,13 @@ def one_is_as_several(reference: Source, requests: sets.Requests, how: Calibrati
 
 
 def _shapes(trajectory: drift.Trajectory) -> list[tuple[int, ...]]:
-    first = trajectory.calls[0]
-    given = (*first.args, *first.kwargs.values())
-    return [tuple(x.shape[1:]) for x in given if isinstance(x, Tensor)]
+    """Of the tensors of the first call, without their rows."""
+    return [
+        tuple(given.shape[1:])
+        for call in trajectory.calls[:1]
+        for given in (*call.args, *call.kwargs.values())
+        if isinstance(given, Tensor)
+    ]
 
 
 @dataclass
