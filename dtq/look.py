@@ -19,7 +19,7 @@ from dtq.errors import NumberError
 from dtq.families import blocks_of
 from dtq.nn.linear import QuantLinear, matrix_of, rows_of
 from dtq.nn.swap import placed
-from dtq.paging import release
+from dtq.paging import Mapped
 from dtq.recipe import Calibration, Recipe
 from dtq.source import Source
 
@@ -184,7 +184,7 @@ def _layers(
     model: nn.Module, floats: Mapping[str, nn.Module], seen: Look
 ) -> Iterator[Callable[[int], None]]:
     """Compare every quantized layer with its float one on the input that it gets."""
-    now = [0]
+    now, mapped = [0], Mapped()
 
     def hook_of(name: str, old: nn.Module) -> Callable[..., None]:
         def hook(module: QuantLinear, args: Any, output: Tensor) -> None:
@@ -196,7 +196,7 @@ def _layers(
                 return  # the fault is before it
             bias = None if old.bias is None else old.bias.detach().float()  # type: ignore[operator, union-attr]
             want = F.linear(x.float(), matrix_of(old).to(x.device), bias)
-            release([old.weight])  # type: ignore[list-item]
+            mapped.release([old.weight])  # type: ignore[list-item]
             if not output.isfinite().all():
                 seen.broken.setdefault(name, call)
             elif bool(want.square().sum() > 0):

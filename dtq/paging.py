@@ -45,15 +45,8 @@ def paged(*models: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def release(tensors: Iterable[Tensor]) -> None:
-    """Release the pages of mapped tensors; others are left alone."""
-    mapped = Mapped()
-    for tensor in tensors:
-        mapped.release(tensor)
-
-
 class Mapped:
-    """The address ranges of this process that are mapped from safetensors files."""
+    """The address ranges of this process that are mapped from safetensors files just now."""
 
     def __init__(self) -> None:
         ranges = []
@@ -73,16 +66,15 @@ class Mapped:
         place = bisect.bisect_right(self.ranges, (at, sys.maxsize)) - 1
         return place >= 0 and self.ranges[place][0] <= at < self.ranges[place][1]
 
-    def release(self, tensor: Tensor) -> None:
-        """Let the pages that a mapped tensor alone lies on go."""
-        if not self.holds(tensor):
-            return
+    def release(self, tensors: Iterable[Tensor]) -> None:
+        """Let the pages go that each mapped tensor alone lies on; other tensors are left alone."""
         page = mmap.PAGESIZE
-        start = -(-tensor.data_ptr() // page) * page
-        end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
-        if end > start:
-            # advice: on a kernel that does not know it the pages simply stay
-            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
+        for tensor in filter(self.holds, tensors):
+            start = -(-tensor.data_ptr() // page) * page
+            end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+            if end > start:
+                # advice: on a kernel that does not know it the pages simply stay
+                _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
 
 
 @functools.cache
@@ -92,7 +84,6 @@ def _libc() -> ctypes.CDLL:
 
 def _releasing(mapped: Mapped) -> Callable[..., None]:
     def hook(module: nn.Module, args: object, output: object) -> None:
-        for parameter in module.parameters():
-            mapped.release(parameter)
+        mapped.release(module.parameters())
 
     return hook

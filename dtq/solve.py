@@ -19,7 +19,7 @@ from dtq.families import Scan, Site
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS, fake_quantize, row_scale
 from dtq.nn.linear import QuantLinear, matrix_of
-from dtq.paging import release
+from dtq.paging import Mapped
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
 from dtq.solved import LayerReport, SiteReport, Solved, from_result, to_result
@@ -272,6 +272,7 @@ def solve_all(
             if members := [x for x in group if x.name in wanted]:
                 jobs[f"{what}/{site.name}.{i}"] = site, members
     todo = work.todo({unit: _cost(members) for unit, (_, members) in jobs.items()})
+    mapped = Mapped()
     with tqdm(
         total=sum(len(jobs[unit][1]) for unit in todo),
         desc=what, unit="layer", disable=not progress, dynamic_ncols=True,
@@ -284,7 +285,7 @@ def solve_all(
                 check(w, *_moments(stats), layer=f"{layer.name}{_broken_bins(stats)}")
             choice = choose(members, weights, stats)
             best = solve_site(members, weights, choice, stats, recipe)
-            release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]
+            mapped.release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]
             work.save(unit, *to_result(best, describe(site, stats, choice, best[0].transform)))
             bar.update(len(members))
     work.meet()

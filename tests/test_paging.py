@@ -17,7 +17,7 @@ import dtq
 from dtq.calibrate import store
 from dtq.errors import InputError
 from dtq.nn import QuantLinear
-from dtq.paging import Mapped, paged, release
+from dtq.paging import Mapped, paged
 from dtq.quantize import calibrate_source, plan_source, quantize_sources
 from dtq.recipe import Recipe
 from dtq.source import open_source
@@ -55,7 +55,7 @@ def resident_files() -> int:
 @linux
 def test_a_mapped_model_is_resident_block_by_block(tmp_path):
     model = mapped_stack(tmp_path / "stack.safetensors")
-    release(model.parameters())
+    Mapped().release(model.parameters())
     x = torch.ones(1, 1024)
     before = resident_files()
     with paged(model):
@@ -77,7 +77,7 @@ def test_only_mapped_tensors_are_touched(tmp_path):
     assert all(mapped.holds(p) for p in model.parameters())
     own = torch.ones(1 << 20)
     assert not mapped.holds(own)
-    release([own])
+    mapped.release([own])
     assert bool((own == 1).all())
 
 
