@@ -21,6 +21,7 @@
 #define DTQ_DEV inline
 #define DTQ_HD inline
 #define DTQ_UNROLL
+#define DTQ_ROLLED
 #define DTQ_BOUNDS(threads, blocks)
 #define DTQ_SHARED(name) unsigned char* name = ::dtq::sim::block().shared
 #define DTQ_HAS_WGMMA 1
@@ -34,6 +35,7 @@
 #define DTQ_DEV __device__ __forceinline__
 #define DTQ_HD __host__ __device__ __forceinline__
 #define DTQ_UNROLL _Pragma("unroll")
+#define DTQ_ROLLED _Pragma("unroll 1")
 #define DTQ_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 // 1024: the swizzle of bulk copies goes by address
 #define DTQ_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]

@@ -217,16 +217,37 @@ DTQ_DEV void store_transposed(const Gemm& g, int m, int n, const float (&v)[4]) 
   }
 }
 
+// What may come after scales and bias is long, and unrolled as the sums must be it would be most of
+// the kernel: it runs rolled, on values that wait at `held`, where the ring was.
+template <class T>
+DTQ_DEV void finish_held(const Gemm& g, const unsigned char* held, int first_m, int n) {
+  DTQ_ROLLED for (int j = 0; j < T::kTokens / 8; j++) {
+    if (first_m + j * 8 >= g.tokens) break;
+    const int m = first_m + j * 8 + lane() % 4 * 2;
+    const U4 u = lds<U4>(held + j * T::kWarps * 32 * 16);
+    float v[4] = {bits_float(u.x), bits_float(u.y), bits_float(u.z), bits_float(u.w)};
+    if (g.down) add_lowrank_transposed(g, first_m + j * 8, n, v);
+    DTQ_UNROLL for (int i = 0; i < 4; i++)
+      if (m + i % 2 < g.tokens && n + i / 2 * 8 < g.rows)
+        v[i] = finished(g, m + i % 2, n + i / 2 * 8, v[i]);
+    store_transposed(g, m, n, v);
+  }
+}
+
 // Rows n and n + 8 of all tokens of the tile.
 template <class T, bool extras>
-DTQ_DEV void finish_transposed(const Gemm& g, int first_m, int n,
+DTQ_DEV void finish_transposed(const Gemm& g, unsigned char* ring, int first_m, int n,
                                const int32_t (&sums)[T::kSums]) {
+  constexpr int kMultiply = T::kWarps * 32, kLoad = T::kThreads - kMultiply;
+  static_assert(kMultiply * T::kSums * 4 <= T::kStages * T::kStage, "the values fit");
   float scale[2], bias[2];
   DTQ_UNROLL for (int h = 0; h < 2; h++) {
     const bool there = n + h * 8 < g.rows;
     scale[h] = there ? ldg(g.weight_scale + n + h * 8) : 0;
     bias[h] = there && g.bias ? load_float(g.bias, n + h * 8, g.bias_type) : 0;
   }
+  unsigned char* const held = ring + (tid() - kLoad) * 16;
+  if (extras) sync_named(1, kMultiply);  // the other warpgroup is done with the ring, too
   DTQ_UNROLL for (int j = 0; j < T::kTokens / 8; j++) {
     if (first_m + j * 8 >= g.tokens) break;
     const int m = first_m + j * 8 + lane() % 4 * 2;
@@ -236,14 +257,12 @@ DTQ_DEV void finish_transposed(const Gemm& g, int first_m, int n,
       DTQ_UNROLL for (int h = 0; h < 2; h++)
         v[h * 2 + e] = scaled(sums[j * 4 + h * 2 + e], row_scale, scale[h], g.bias, bias[h]);
     }
-    if (extras) {
-      if (g.down) add_lowrank_transposed(g, first_m + j * 8, n, v);
-      DTQ_UNROLL for (int i = 0; i < 4; i++)
-        if (m + i % 2 < g.tokens && n + i / 2 * 8 < g.rows)
-          v[i] = finished(g, m + i % 2, n + i / 2 * 8, v[i]);
-    }
-    store_transposed(g, m, n, v);
+    if (extras)
+      sts(held + j * kMultiply * 16,
+          U4{float_bits(v[0]), float_bits(v[1]), float_bits(v[2]), float_bits(v[3])});
+    else store_transposed(g, m, n, v);
   }
+  if (extras) finish_held<T>(g, held, first_m, n);
 }
 
 template <class T, bool extras>
@@ -265,7 +284,7 @@ DTQ_DEV void wgmma_body(const WgmmaArgs& a, unsigned char* shared) {
     int32_t sums[T::kSums];
     if constexpr (T::Source::kBits == 8) multiply_int8<T>(ring, group, steps, sums);
     else multiply_4bit<T>(a.p, ring, in_tile, row + in_tile, steps, sums);
-    finish_transposed<T, extras>(g, token, row + in_tile, sums);
+    finish_transposed<T, extras>(g, shared, token, row + in_tile, sums);
   }
   if (T::kCluster > 1) {  // the other block may still signal here
     sync_warp();
