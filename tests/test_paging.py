@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dtq
-from dtq.calibrate import store
+from dtq.calibrate import gather, store
 from dtq.errors import InputError
 from dtq.nn import QuantLinear
 from dtq.paging import Mapped, paged
@@ -94,6 +95,28 @@ def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
     for name, site in want.sites.items():
         again = got.sites[name].tensors()
         assert all(torch.equal(tensor, again[key]) for key, tensor in site.tensors().items())
+
+
+def test_parts_are_added_one_site_at_a_time(tmp_path, monkeypatch):
+    source, how = open_source(tiny.pipeline()), hasty("w4a8")
+    scan, _ = plan_source(source, how)
+    first, second = (
+        calibrate_source(source, scan, how, how.needs(), progress=False) for _ in range(2)
+    )
+    path = tmp_path / "statistics.safetensors"
+    gather._add(path, first, 0)
+    before = [weakref.ref(site) for site in second.sites.values()]
+    save = store.save
+
+    def watched(statistics, path):
+        assert len(statistics.sites) == len(before)
+        assert not any(site() for site in before)
+        held = [t for site in statistics.sites.values() for t in site.tensors().values()]
+        assert not any(map(Mapped().holds, held))
+        save(statistics, path)
+
+    monkeypatch.setattr(store, "save", watched)
+    gather._add(path, second, 1)
 
 
 def test_a_little_memory_gives_the_same_model():

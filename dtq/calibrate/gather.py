@@ -73,13 +73,14 @@ def _parts_in(path: Path) -> int:
 
 
 def _add(path: Path, seen: Statistics, place: int) -> None:
-    """Add part number ``place`` to those before it; one site at a time is there twice."""
+    """Add part number ``place`` to those before it; ``seen`` is emptied, site by site."""
     about, sites = seen.about, dict(seen.sites)
+    seen.sites = {}
     if place:
         before = store.load(path)
-        for name in sites:
+        for name in list(sites):
             site = before.sites[name]
-            site.merge(sites[name])
+            site.merge(sites.pop(name))
             sites[name] = site
         about = {**about, "calls": before.about["calls"] + about["calls"]}
     store.save(Statistics(sites, seen.edges, {**about, "parts": place + 1}), path)

@@ -37,7 +37,10 @@ class Stat(Protocol):
         """Take in float rows (R, K)."""
 
     def merge(self, other: Self) -> None:
-        """Take in what another accumulator of the same kind saw."""
+        """Take in what another accumulator of the same kind saw.
+
+        Not in place: a tensor that was read from a file keeps all of it mapped.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything remembered, by name."""
@@ -71,9 +74,9 @@ class Channels:
     def merge(self, other: Self) -> None:
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
-        self.total += other.total
-        self.square += other.square
-        self.rows += other.rows
+        self.total = self.total + other.total
+        self.square = self.square + other.square
+        self.rows = self.rows + other.rows
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: getattr(self, k) for k in ("low", "high", "total", "square", "rows")}
@@ -116,7 +119,7 @@ class Gram:
 
     def merge(self, other: Self) -> None:
         self.gram = self.gram + other.gram.to(self.gram)
-        self.count += other.count
+        self.count = self.count + other.count
 
     def tensors(self) -> dict[str, Tensor]:
         return {"gram": self.gram.cpu(), "count": self.count}
