@@ -73,13 +73,16 @@ def build(folder: Path, billion: float) -> int:
 
 @dataclass
 class Cost:
-    """Seconds, peak resident bytes, most bytes on disk.
+    """Seconds, bytes of memory and disk at their peaks.
 
-    Resident are mapped pages of files too, which the kernel can take back at any time.
+    Attributes:
+        peak: resident, also mapped pages of files, which the kernel can take back at any time.
+        own: resident without those, as seen twice a second.
     """
 
     seconds: float = 0.0
     peak: int = 0
+    own: int = 0
     disk: int = 0
 
 
@@ -94,10 +97,10 @@ def run(*command: str, folder: Path | None = None) -> Cost:
     child = subprocess.Popen([sys.executable, *command])
     while True:
         done, status, usage = os.wait4(child.pid, os.WNOHANG)
-        peak = usage.ru_maxrss * 1024 if done else resident(child.pid)
+        peak, own = (usage.ru_maxrss * 1024, 0) if done else resident(child.pid)
         disk = sum(size_of(p) for p in folder.rglob("*")) if folder else 0
         seconds = before.seconds + time.monotonic() - started
-        now = Cost(seconds, max(now.peak, peak), max(now.disk, disk))
+        now = Cost(seconds, max(now.peak, peak), max(now.own, own), max(now.disk, disk))
         if notes:
             draft = notes.with_suffix(".partial")
             draft.write_text(json.dumps(asdict(now)))
@@ -110,13 +113,16 @@ def run(*command: str, folder: Path | None = None) -> Cost:
     return now
 
 
-def resident(process: int) -> int:
-    """Bytes that a process had resident at its peak so far, 0 of one that is gone."""
+def resident(process: int) -> tuple[int, int]:
+    """Bytes that a process had resident at its peak so far, and has now of its own; 0 of one that
+    is gone."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0)
+        return 0, 0
+    said = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+    peak, own = (int(said.get(key, ["0"])[0]) * 1024 for key in ("VmHWM", "RssAnon"))
+    return peak, own
 
 
 def size_of(path: Path) -> int:
@@ -171,6 +177,7 @@ def main() -> None:
         "quantized file": bytes_of(target),
         "quantized file, foretold": told["bytes"],
         "peak memory of quantize": quantized.peak,
+        "of it not pages of files": quantized.own,
         "peak memory of quantize, foretold": told["memory"],
         "peak disk of quantize": quantized.disk,
         "peak disk of quantize, foretold": told["disk"],
