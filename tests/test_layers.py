@@ -9,7 +9,8 @@ from pathlib import Path
 ROWS = [
     {"errors", "data", "paging", "version"},
     {"durable"},
-    {"team", "lock"},
+    {"lock"},
+    {"team"},
     {"formats", "work", "documents"},
     {"calibrate.stats", "calibrate.calls", "policy"},
     {"transforms", "solvers"},

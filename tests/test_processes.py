@@ -166,7 +166,7 @@ def test_one_dies_the_other_says_so_and_one_process_goes_on(float_folder, tmp_pa
     arguments = [str(float_folder), *FEW, *RECIPE["whole model"]]
     want = bytes_of(tmp_path, arguments, 1)
     out, work = tmp_path / "q", tmp_path / ".q.work"
-    run = Processes([*arguments, "-o", str(out)], 2, tmp_path / "killed", DTQ_TIMEOUT="60")
+    run = Processes([*arguments, "-o", str(out)], 2, tmp_path / "killed")
     while not list(work.glob("statistics/*.safetensors")):
         time.sleep(0.01)
         assert run.codes(0) == [None, None]
@@ -194,7 +194,7 @@ def test_statistics_of_one_and_two_processes_and_a_killed_run_have_the_same_byte
     def start(name: str, size: int) -> Processes:
         made[name] = tmp_path / f"{name}.safetensors"
         arguments = [str(float_folder), *FEW, "-o", str(made[name])]
-        return Processes(arguments, size, tmp_path / f"{name}-", "calibrate", DTQ_TIMEOUT="60")
+        return Processes(arguments, size, tmp_path / f"{name}-", "calibrate")
 
     assert start("one", 1).codes() == [0]
     assert start("two", 2).codes() == [0, 0]
