@@ -91,9 +91,13 @@ def _put(params: Params, part: Params, index: int) -> None:
 
 
 def _inverse_factor(h: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped ``h`` (K, K), in the dtype of ``h``."""
+    """Upper Cholesky factor of the inverse of the damped ``h`` (K, K), in the dtype of ``h``.
+
+    With the order of rows and columns turned round (P), P h P = C C^T gives U = P C^-1 P: one
+    factorization and the inverse of a triangle, where a dense inverse is never made.
+    """
     # the largest matrices of a run: two in float64 at a time, each let go as soon as it was used
-    damped = h.double()
+    damped = h.double().flip(0, 1)
     diagonal = damped.diagonal()
     dead = diagonal <= 0  # an input that is always zero
     mean = float(diagonal.mean()) or 1.0
@@ -106,12 +110,24 @@ def _inverse_factor(h: Tensor, damp: float) -> Tensor:
             if attempt:
                 log.info("gptq: damping raised to %g of the mean diagonal", share)
             del damped, diagonal
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-            del inverse
-            return upper.to(h)
+            _invert(lower)
+            return lower.flip(0, 1).to(h)
     raise InputError(
         "gptq: the second moment of the input is not positive definite even when damped by "
         f"{share:g} of its mean diagonal. Calibrate again, or use search for this layer."
     )
+
+
+def _invert(lower: Tensor) -> None:
+    """Put the inverse of a lower triangle (K, K) in its place, half by half."""
+    size = len(lower)
+    if size <= 256:
+        one = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, one, upper=False))
+        return
+    half = size // 2
+    first, second = lower[:half, :half], lower[half:, half:]
+    _invert(first)
+    _invert(second)
+    between = lower[half:, :half]
+    between.copy_(second @ (between @ first).neg_())
