@@ -52,7 +52,11 @@ def gptq(
     todo = w.float().clone()
     inverse = None if gram is None else _inverse_factor(gram.to(todo), damp)
     importance = torch.ones(w.shape[1]).to(todo) if gram is None else gram.diagonal().to(todo)
-    params = fit_clipped(todo, fmt, importance, clips=clips)
+    # groups are fitted when they are entered: of them only what is the whole row's is wanted here
+    if fmt.learned or fmt.group is None:
+        params = fit_clipped(todo, fmt, importance, clips=clips)
+    else:
+        params = fmt.fit(todo, importance)
     group = fmt.group or todo.shape[1]
     done = torch.zeros_like(todo)
     width = max(block, fmt.group or 0) // (fmt.group or 1) * (fmt.group or 1)
@@ -86,7 +90,9 @@ def gptq(
 def _put(params: Params, part: Params, index: int) -> None:
     """Write the parameters of one group into those of the matrix; wider ones are equal."""
     for key, value in part.items():
-        if value.shape[1] < params[key].shape[1]:
+        if params[key].shape[1] == value.shape[1]:  # the whole row's, or there is one group only
+            params[key] = value
+        else:
             params[key][:, index : index + 1] = value
 
 
