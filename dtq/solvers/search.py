@@ -16,7 +16,7 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 ROW_CLIPS = (*CLIPS, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 """The largest of a row lies further out than the largest of a group, the more so in heavy tails."""
 
-_TOGETHER = 2**15  # weights that are tried with several clips at once: more would leave the cache
+_TOGETHER = 2**17  # weights that are tried at once: more would leave the cache
 
 
 def search(
@@ -65,15 +65,27 @@ def fit_clipped(
         return plain if errors(w, plain).sum() < errors(w, params).sum() else params
     if clips is None:
         clips = ROW_CLIPS if fmt.group is None else CLIPS
-    shares, tries = torch.tensor(list(clips)).to(w), []
-    for some in shares.split(max(1, _TOGETHER // w.numel())):
-        # one matrix below the other, each with its clip: rows do not see each other
-        many = w.repeat(len(some), 1)
-        clip = some.repeat_interleave(len(w)).unsqueeze(1)
-        params = fmt.fit(many, importance, clip=clip, outer=_below(outer, len(w), len(some)))
-        tries.append(errors(many, params).unflatten(0, (len(some), -1)))
-    best = torch.cat(tries).argmin(0)  # (N, groups); the widest range wins ties
-    return fmt.fit(w, importance, clip=shares[best], outer=outer)
+    if fmt.group is not None and outer is None:
+        outer = fmt.fit(w, importance)  # what lies above groups depends on all rows, not on clips
+    shares, best = torch.tensor(list(clips)).to(w), []
+    for first in range(0, len(w), rows := max(1, _TOGETHER // w.shape[1])):
+        part, tries = w[first : first + rows], []
+        above = _rows(outer, slice(first, first + rows), len(w))
+        for some in shares.split(max(1, _TOGETHER // part.numel())):
+            # one matrix below the other, each with its clip: rows do not see each other
+            many = part.repeat(len(some), 1)
+            clip = some.repeat_interleave(len(part)).unsqueeze(1)
+            params = fmt.fit(many, importance, clip=clip, outer=_below(above, len(part), len(some)))
+            tries.append(errors(many, params).unflatten(0, (len(some), -1)))
+        best.append(torch.cat(tries).argmin(0))  # (rows, groups); the widest range wins ties
+    return fmt.fit(w, importance, clip=shares[torch.cat(best)], outer=outer)
+
+
+def _rows(outer: Params | None, rows: slice, count: int) -> Params | None:
+    """The parameters of some of ``count`` rows; what is the whole matrix's stays."""
+    if outer is None:
+        return None
+    return {k: v[rows] if v.shape == (count, 1) else v for k, v in outer.items()}
 
 
 def _below(outer: Params | None, rows: int, times: int) -> Params | None:
