@@ -36,6 +36,7 @@ class _Input:
     def __init__(self, stats: SiteStats | None, choice: Choice, acts: str, like: Tensor) -> None:
         self.stats, self.transform = stats, choice.transform
         self.acts, self.like = ACTS[acts], like
+        self.factors: dict[float, Tensor] = {}  # of the gram, see gptq
 
     @cached_property
     def gram(self) -> Tensor | None:
@@ -114,9 +115,9 @@ def _solve_in(
         parts = {"proj_down": raw, "proj_up": branch.up.bfloat16()}
         low = parts["proj_up"].to(changed) @ transform.w(raw.to(changed))
         changed = changed - low
-    snapped, params = SOLVERS[layer.solver.name].call(
-        changed, fmt, seen.gram, **dict(layer.solver.knobs)
-    )
+    solver = SOLVERS[layer.solver.name]
+    given = (seen.gram, seen.factors) if solver.shares else (seen.gram,)
+    snapped, params = solver.call(changed, fmt, *given, **dict(layer.solver.knobs))
     shift = None
     if recipe.correct_bias and stats is not None:
         mean = transform.x(stats.channels.mean().to(changed))

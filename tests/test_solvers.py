@@ -83,6 +83,15 @@ def test_gptq_without_data_factors_nothing(monkeypatch):
     assert torch.equal(snapped, SOLVERS["search"].call(w, FORMATS["int4-g64"])[0])
 
 
+def test_gptq_factors_once_for_weights_that_read_the_same(monkeypatch):
+    w, x = problem()
+    gram, factors, fmt = x.T @ x / len(x), {}, FORMATS["int4-g64"]
+    want = [SOLVERS["gptq"].call(some, fmt, gram)[0] for some in (w, w[:9])]
+    assert torch.equal(SOLVERS["gptq"].call(w, fmt, gram, factors=factors)[0], want[0])
+    monkeypatch.setattr(sys.modules["dtq.solvers.gptq"], "_inverse_factor", None)
+    assert torch.equal(SOLVERS["gptq"].call(w[:9], fmt, gram, factors=factors)[0], want[1])
+
+
 @pytest.mark.parametrize("name", ["int4-asym-g64", "e2m1-row", "nvfp4"])
 def test_gptq_with_clip_beats_gptq_without(name):
     w, x = problem(3)

@@ -16,16 +16,23 @@ from dtq.solvers.search import search
 
 @dataclass(frozen=True)
 class Solver:
-    """A row of the table: the function, and what calibration must collect for it."""
+    """A row of the table.
+
+    Attributes:
+        call: the function.
+        needs: what calibration must collect for it.
+        shares: whether it takes ``factors``, which linears that read one input share.
+    """
 
     call: Callable[..., tuple[Tensor, Params]]
     needs: frozenset[str] = frozenset()
+    shares: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(rtn),
     "search": Solver(search),
-    "gptq": Solver(gptq, frozenset({"gram"})),
+    "gptq": Solver(gptq, frozenset({"gram"}), shares=True),
 }
 
 __all__ = ["SOLVERS", "Solver"]

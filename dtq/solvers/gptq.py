@@ -20,6 +20,7 @@ def gptq(
     w: Tensor,
     fmt: Format,
     gram: Tensor | None = None,
+    factors: dict[float, Tensor] | None = None,
     *,
     damp: float = 0.01,
     block: int = 128,
@@ -37,6 +38,8 @@ def gptq(
         w: float (N, K).
         fmt: any format; groups must divide ``block`` or the other way round.
         gram: H, float (K, K). None gives what the identity does: clip search alone.
+        factors: what was worked out of ``gram`` alone, by ``damp``; kept here for the next weight
+            that reads the same input.
         damp: added to the diagonal, as a share of its mean; raised tenfold until H factors.
         block: columns that are repaired at once.
         clip: search the clip of each group; otherwise the full range.
@@ -50,7 +53,10 @@ def gptq(
     check(w, gram)
     clips = None if clip else (1.0,)
     todo = w.float().clone()
-    inverse = None if gram is None else _inverse_factor(gram.to(todo), damp)
+    factors = {} if factors is None else factors
+    if gram is not None and damp not in factors:
+        factors[damp] = _inverse_factor(gram.to(todo), damp)
+    inverse = None if gram is None else factors[damp]
     importance = torch.ones(w.shape[1]).to(todo) if gram is None else gram.diagonal().to(todo)
     # groups are fitted when they are entered: of them only what is the whole row's is wanted here
     if fmt.learned or fmt.group is None:
