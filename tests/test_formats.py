@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dtq.errors import InputError
-from dtq.formats import FORMATS, bits_per_weight
+from dtq.formats import FORMATS, base, bits_per_weight, snapped
 from dtq.formats.bits import (
     pack_bits,
     pack_nibbles,
@@ -93,6 +93,14 @@ def check_laws(fmt, x):
     }
     assert not [k for k, s in layout.items() if s.refuses is not None and s.refuses(parts[k])]
     return snapped
+
+
+@ALL
+def test_rows_are_snapped_a_few_at_a_time(fmt, monkeypatch):
+    monkeypatch.setattr(base, "_TOGETHER", 1000)
+    for x in matrices().values():
+        params = fmt.fit(x)
+        assert torch.equal(snapped(fmt, x, params), fmt.snap(x, params))
 
 
 @ALL

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtq.errors import InputError
-from dtq.formats import Format, Params
+from dtq.formats import Format, Params, snapped
 from dtq.solvers.check import check
 from dtq.solvers.search import fit_clipped
 
@@ -90,7 +90,7 @@ def gptq(
                 ahead[i - start + 1 :] -= inverse[i, i + 1 : stop].unsqueeze(1) * error
         if inverse is not None:
             todo[:, stop:] -= errors.T.contiguous() @ inverse[start:stop, stop:]
-    return fmt.snap(done, params), params
+    return snapped(fmt, done, params), params
 
 
 def _put(params: Params, part: Params, index: int) -> None:

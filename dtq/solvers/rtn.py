@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dtq.formats import Format, Params
+from dtq.formats import Format, Params, snapped
 from dtq.solvers.check import check
 
 
@@ -13,4 +13,4 @@ def rtn(w: Tensor, fmt: Format, gram: Tensor | None = None) -> tuple[Tensor, Par
     """Fit to the full range, round each weight to its nearest value."""
     check(w)
     params = fmt.fit(w)
-    return fmt.snap(w, params), params
+    return snapped(fmt, w, params), params

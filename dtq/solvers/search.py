@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtq.formats import Format, Params
+from dtq.formats import Format, Params, snapped
 from dtq.formats.base import in_groups
 from dtq.solvers.check import check
 
@@ -36,7 +36,7 @@ def search(
     check(w, gram)
     importance = None if gram is None else gram.diagonal()
     params = fit_clipped(w, fmt, importance, clips=clips)
-    return fmt.snap(w, params), params
+    return snapped(fmt, w, params), params
 
 
 def fit_clipped(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtq.calibrate.stats import SiteStats
-from dtq.formats import FORMATS, Format, bits_per_weight
+from dtq.formats import FORMATS, Format, bits_per_weight, snapped
 from dtq.formats.acts import Acts, fake_quantize
 from dtq.transforms.base import Online
 from dtq.transforms.hadamard import block_for, signs
@@ -282,7 +282,7 @@ class _Judge:
         error = 0.0
         for w, want, power in zip(self.weights, self.want, self.power, strict=True):
             changed = transform.w(w)
-            got = x @ self.fmt.snap(changed, self.fmt.fit(changed)).T
+            got = x @ snapped(self.fmt, changed, self.fmt.fit(changed)).T
             error += float(got.sub_(want).square_().sum() / power) / len(self.weights)
         return error
 
