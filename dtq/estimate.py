@@ -19,6 +19,7 @@ from dtq.families import Scan, blocks_of
 from dtq.plan import Call, Plan
 from dtq.probe import kind, paces
 from dtq.recipe import Recipe
+from dtq.solvers.gptq import factor_cost
 
 _TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
 _FORWARD = 1.8  # time of a model over that of its linears at the rate of one large product
@@ -150,8 +151,8 @@ def peak_memory(
         statistics += seen
         # the weights of the site, and what is made of one of them on the way to its codes
         solving = 4 * sum(counts) + _COPIES * 4 * max(counts) + seen
-        if "gram" in needs:  # it is rotated in float32, and factored in float64
-            solving += (2 * 4 + 3 * 8) * site.columns**2
+        if "gram" in needs:  # it is rotated in float32, and factored
+            solving += 2 * 4 * site.columns**2 + factor_cost(site.columns)[0]
         working = max(working, solving)
     floats: Counter[str] = Counter()
     blocks = blocks_of(model)
@@ -209,7 +210,10 @@ def _seconds(scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str]) -> f
         versions.append([replace(x, weights=option) for x in plan.gemm() if x.weights != option])
     layers = [layer for version in versions for layer in version]
     known = paces(layers, recipe, needs, rate)
-    total += sum(known[kind(x)].seconds(x.shape, rate, "gram" in needs) for x in layers)
+    readers = {x.name: len(s.linears) for s in scan.sites for x in s.linears}
+    total += sum(
+        known[kind(x)].seconds(x.shape, rate, "gram" in needs, readers[x.name]) for x in layers
+    )
     call = _FORWARD * 8 * forward / rate  # four recorded pictures, both branches
     if recipe.allocate.budget:
         sites = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)

@@ -23,6 +23,7 @@ from dtq.calibrate.stats import Origin, Reservoir, SiteStats
 from dtq.plan import Call, LayerPlan
 from dtq.recipe import Recipe
 from dtq.solve import choose, solve_site
+from dtq.solvers.gptq import factor_cost
 from dtq.transforms import TRANSFORMS
 
 _COLUMNS, _ROWS = 256, (128, 384)
@@ -48,17 +49,18 @@ class Pace:
     weight: float
     tries: int
 
-    def seconds(self, shape: tuple[int, int], rate: float, gram: bool) -> float:
+    def seconds(self, shape: tuple[int, int], rate: float, gram: bool, readers: int = 1) -> float:
         """For a linear (N, K).
 
         Args:
             shape: (N, K).
             rate: float32 operations a second.
             gram: whether there are second moments, so GPTQ's products.
+            readers: linears that share its input.
         """
         n, k = shape
         choose = self.chosen * k * (self.rows + min(n, self.outputs))
-        solve = self.column * k + self.weight * n * k + _products(n, k, rate, gram)
+        solve = self.column * k + self.weight * n * k + _products(n, k, rate, gram, readers)
         return choose + self.tries * solve
 
 
@@ -127,12 +129,12 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return work(), clock() - started
 
 
-def _products(n: int, k: int, rate: float, gram: bool) -> float:
+def _products(n: int, k: int, rate: float, gram: bool, readers: int = 1) -> float:
     """Seconds of what grows faster than the weight: errors on sampled rows; factors and repairs."""
     rows = Reservoir(k, 1).per_stratum * 2
     flops = 4.0 * rows * n * k
     if gram:
-        flops += 2.0 * n * k * k + 2 * 2.0 * k**3  # float64 takes twice the time
+        flops += 2.0 * n * k * k + factor_cost(k)[1] / readers
     return flops / rate
 
 

@@ -196,3 +196,23 @@ def test_numbers_that_are_not_finite_are_refused(solver, bad):
     gram[3, 3] = bad
     with pytest.raises(InputError, match="calibration saw of the input has 1 entries"):
         SOLVERS[solver].call(w, FORMATS["int4-row"], gram)
+
+
+def test_a_wide_factor_repairs_as_much_as_a_narrow_one(monkeypatch):
+    gptq, (w, x) = sys.modules["dtq.solvers.gptq"], problem(7)
+    x = x * torch.where(torch.arange(K) % 50 == 0, 100.0, 1.0)
+    gram, fmt = x.T @ x / len(x), FORMATS["int4-2l-g64"]
+    narrow = objective(w, SOLVERS["gptq"].call(w, fmt, gram)[0], gram)
+    monkeypatch.setattr(gptq, "_WIDE", K - 1)
+    made = []
+    factor = gptq._factor
+    monkeypatch.setattr(gptq, "_factor", lambda *a: made.append(a[-1]) or factor(*a))
+    wide = objective(w, SOLVERS["gptq"].call(w, fmt, gram)[0], gram)
+    assert made == [torch.float32]
+    assert wide == pytest.approx(narrow, rel=0.02)
+    # what float32 cannot factor float64 can, without more damping
+    monkeypatch.setattr(
+        gptq, "_factor", lambda h, s, d: factor(h, s, d) if d.itemsize > 4 else None
+    )
+    again = objective(w, SOLVERS["gptq"].call(w, fmt, gram)[0], gram)
+    assert again == pytest.approx(narrow, rel=1e-6)
