@@ -103,8 +103,8 @@ def _put(params: Params, part: Params, index: int) -> None:
 
 
 _WIDE = 4096
-"""Columns beyond which a factor is made in float32: a quarter of the time and half of the memory for
-the same error of the weight to a per cent, also where the scales of inputs differ a thousandfold."""
+"""Columns beyond which a factor is made in float32: a quarter of the time, half of the memory, and
+the same error of the weight to a per cent, also where scales of inputs differ a thousandfold."""
 
 
 def factor_cost(columns: int) -> tuple[int, float]:
