@@ -17,7 +17,7 @@ import torch
 from dtq import checkpoint, source
 from dtq.calibrate import sets
 from dtq.calibrate.engine import run_pipeline
-from dtq.cli.options import calibration_of, listed, pairs, sampling_options
+from dtq.cli.options import calibration_of, listed, pairs, quiet, sampling_options
 from dtq.documents import finite, read_json
 from dtq.durable import write_folder, write_whole
 from dtq.errors import InputError, NumberError
@@ -298,6 +298,7 @@ def _team(output: Path | None) -> Team:
     team = Team.join()
     if team.size > 1 and output is None:
         raise InputError("several processes share a folder that all of them see; give it: -o")
+    click.get_current_context().with_resource(quiet(not team.leads))
     return team
 
 

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
+from diffusers.utils import is_transformers_available
+from diffusers.utils import logging as diffusers_logging
 
 from dtq import source
 from dtq.documents import parse_yaml
@@ -190,3 +194,18 @@ def pairs(options: Sequence[str], option: str) -> dict[str, str]:
             raise InputError(f"{option} {text}: expected NAME=VALUE")
         found[name] = value
     return found
+
+
+@contextmanager
+def quiet(really: bool = True) -> Iterator[None]:
+    """Without the bars of other libraries: for JSON, and where another process shows them."""
+    noisy: list[Any] = [diffusers_logging] if really else []
+    if really and is_transformers_available():
+        noisy.append(importlib.import_module("transformers.utils.logging"))
+    for library in noisy:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in noisy:
+            library.enable_progress_bar()

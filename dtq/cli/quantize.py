@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import psutil
 import torch
-from diffusers.utils import logging as diffusers_logging
 
 from dtq import checkpoint, source
 from dtq.allocate import parse_size
@@ -23,6 +20,7 @@ from dtq.calibrate.stats import STATS
 from dtq.cli.options import (
     memory_option,
     model_options,
+    quiet,
     recipe_options,
     recipe_with,
 )
@@ -94,7 +92,7 @@ def quantize(
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
     with (
-        _quiet(as_json or not team.leads),
+        quiet(as_json or not team.leads),
         job(output, team, fresh=fresh, overwrite=overwrite) as run,
     ):
         if run.finished:
@@ -220,7 +218,7 @@ def calibrate(
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
     team = Team.join()
-    with _quiet(not team.leads), job(output, team, fresh=fresh, file=True) as run:
+    with quiet(not team.leads), job(output, team, fresh=fresh, file=True) as run:
         every = source.open_sources(model, dtype=dtype, component=components or "auto")
         if len(every) > 1:
             found = ", ".join(each.component for each in every)
@@ -254,14 +252,3 @@ def _check_disk(model: torch.nn.Module, plan: Plan, dtype: torch.dtype, output: 
     free = shutil.disk_usage(parent).free
     if free < 1.1 * needed:
         raise InputError(f"{parent}: {size(free)} free, the checkpoint needs {size(needed)}")
-
-
-@contextlib.contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    if quiet:
-        diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if quiet:
-            diffusers_logging.enable_progress_bar()
