@@ -89,7 +89,7 @@ def gptq(
                 error.div_(steps[i])
                 ahead[i - start + 1 :] -= inverse[i, i + 1 : stop].unsqueeze(1) * error
         if inverse is not None:
-            todo[:, stop:] -= errors.T.contiguous() @ inverse[start:stop, stop:]
+            todo[:, stop:].addmm_(errors.T, inverse[start:stop, stop:], alpha=-1)
     return snapped(fmt, done, params), params
 
 
