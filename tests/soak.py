@@ -2,6 +2,7 @@
 """Load, sample, save, over and over: memory must stay flat.
 
     python tests/soak.py --cycles 500
+    python tests/soak.py --cycles 500 --float      what diffusers leaves without dtq's layers
 
 Each cycle opens the same quantized folder, makes a picture and saves the pipeline to another
 folder. What the process holds (RSS) is read after every cycle; the slope over the cycles after the
@@ -29,7 +30,10 @@ LIMIT = 20_000
 """Bytes a cycle: 500 cycles may leave 10 MB. A leaked layer has 8 kB, a model a megabyte."""
 
 
-def made(folder: Path) -> Path:
+def made(folder: Path, quantized: bool = True) -> Path:
+    if not quantized:
+        tiny.pipeline().save_pretrained(folder / "f")
+        return folder / "f"
     few = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 4}}
     pipe = dtq.quantize(tiny.pipeline(), "rtn-w4a8", acts="int8-step", progress=False, **few)
     return checkpoint.write(pipe, folder / "q")
@@ -43,11 +47,11 @@ def cycle(folder: Path, out: Path) -> torch.Tensor:
     return pictures
 
 
-def soak(cycles: int) -> tuple[float, list[int]]:
+def soak(cycles: int, quantized: bool = True) -> tuple[float, list[int]]:
     """Slope of RSS in bytes a cycle, and RSS after every cycle."""
     process, sizes = psutil.Process(), []
     with tempfile.TemporaryDirectory(prefix="dtq-soak-") as place:
-        folder, out = made(Path(place)), Path(place) / "out"
+        folder, out = made(Path(place), quantized), Path(place) / "out"
         want = cycle(folder, out)
         gc.collect()
         gc.freeze()  # collecting looks at what cycles leave, not at every module imported before
@@ -72,12 +76,13 @@ def slope(sizes: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cycles", type=int, default=500)
+    parser.add_argument("--float", action="store_true", help="a float pipeline, to compare with")
     options = parser.parse_args()
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    grows, sizes = soak(options.cycles)
+    grows, sizes = soak(options.cycles, not options.float)
     late = sizes[len(sizes) // 5 :]
     print(
         f"{len(sizes)} cycles: {min(late) / 1e6:.1f} to {max(late) / 1e6:.1f} MB after the first "
