@@ -2,11 +2,13 @@
 """Quantize a large model with random weights, and measure what it takes.
 
     python docs/big.py --billion 2 --recipe w4a8
+    python docs/big.py --billion 12 --recipe w4a8 --plan
 
 Builds a FLUX-shaped transformer on disk, shard by shard, so that it never is in memory; prints
 what ``dtq plan`` foretells; runs ``dtq quantize`` and loads the result, each in a process of its
 own whose peak resident memory the kernel reports. Run again after an interruption, it goes on, and
-what was measured before counts; ``--fresh`` starts over.
+what was measured before counts; ``--fresh`` starts over. ``--plan`` stops behind the forecast, for
+which files are enough that are one hole each, and take no room.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def config(billion: float) -> dict:
     }
 
 
-def build(folder: Path, billion: float) -> int:
-    """Write the model; returns the number of its parameters."""
+def build(folder: Path, billion: float, hollow: bool = False) -> int:
+    """Write the model, or files of its size without anything; returns its parameters' number."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(**config(billion))
     folder.mkdir(parents=True)
@@ -57,18 +59,34 @@ def build(folder: Path, billion: float) -> int:
     tensors = list(model.state_dict().items())
     for i, (name, meta) in enumerate(tensors):
         ones = name.endswith("norm_q.weight") or (".norm" in name and meta.ndim == 1)
-        made = torch.ones(meta.shape) if ones else torch.randn(meta.shape, generator=rng) * 0.02
-        shard[name] = made.bfloat16()
+        if hollow:
+            shard[name] = meta.bfloat16()
+        else:
+            made = torch.ones(meta.shape) if ones else torch.randn(meta.shape, generator=rng) * 0.02
+            shard[name] = made.bfloat16()
         size += shard[name].nbytes
         if size > SHARD or i == len(tensors) - 1:
             file = f"diffusion_pytorch_model-{files:05d}.safetensors"
-            save_file(shard, folder / file, {"format": "pt"})
+            (save_hole if hollow else save_file)(shard, folder / file, {"format": "pt"})
             where |= dict.fromkeys(shard, file)
             shard, size, files = {}, 0, files + 1
     index = {"metadata": {}, "weight_map": where}
     name = "diffusion_pytorch_model.safetensors.index.json"
     (folder / name).write_text(json.dumps(index))
     return sum(t.numel() for _, t in tensors)
+
+
+def save_hole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file of bfloat16 zeros that a file system need not keep."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 @dataclass
@@ -144,20 +162,26 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys, KEY=VALUE")
     parser.add_argument("--memory", default="6GB", help="for statistics")
     parser.add_argument("--out", type=Path, default=Path(".big"))
+    parser.add_argument("--plan", action="store_true", help="the forecast alone")
     parser.add_argument("--fresh", action="store_true", help="do not continue an earlier run")
     options = parser.parse_args()
-    source = options.out / f"flux-{options.billion:g}b"
+    source = options.out / f"flux-{options.billion:g}b{'-hollow' if options.plan else ''}"
     target = options.out / f"{source.name}-{options.recipe}" / "quantized"
     if not source.exists():
         # in a process of its own: a child's peak begins with what its parent has resident
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            count = pool.apply(build, (source, options.billion))
+            count = pool.apply(build, (source, options.billion, options.plan))
         print(f"{count / 1e9:.2f} B parameters", flush=True)
     settings = [x for pair in options.set for x in ("--set", pair)]
     plan = ["-m", "dtq.cli", "plan", str(source), "--recipe", options.recipe, *settings]
     plan += ["--memory", options.memory, "--samples", "1"]
     plan += ["--set", "calibration.batch=1", "--set", "calibration.bins=4"]
     told = json.loads(subprocess.check_output([sys.executable, *plan, "--json"]))
+    if options.plan:
+        for name in ("bytes", "memory", "disk"):
+            print(f"{name:8} {told[name] / 1e9:8.3f} GB")
+        print(f"time     {told['seconds'] / 3600:8.1f} h")
+        return
     if options.fresh:
         shutil.rmtree(target.parent, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
