@@ -154,7 +154,7 @@ class Team:
         600 by default.
 
         Raises:
-            InputError: the variables or the time-out are no numbers.
+            InputError: a variable is missing, or no number.
             TeamError: not all of them came.
         """
         try:
@@ -168,7 +168,12 @@ class Team:
             return cls()
         try:
             return cls(rank, size, Board(rank, size, patience))
-        except (KeyError, RuntimeError, TeamError, ValueError) as error:
+        except KeyError as error:
+            raise InputError(
+                f"WORLD_SIZE is {size} and {error.args[0]} is not set: start the processes with "
+                f"torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each"
+            ) from error
+        except (RuntimeError, TeamError, ValueError) as error:
             raise TeamError(f"the {size} processes did not find each other: {error}") from error
 
     @property

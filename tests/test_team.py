@@ -114,3 +114,10 @@ def test_a_variable_that_is_no_number(name, monkeypatch):
     monkeypatch.setenv(name, "two")
     with pytest.raises(InputError, match=name):
         Team.join()
+
+
+def test_a_variable_that_is_missing(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR is not set"):
+        Team.join()
