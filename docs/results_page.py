@@ -27,7 +27,7 @@ on the float run's own inputs (teacher-forced), mean over 20 steps, both branche
 `make results` (`docs/results.py`, then `docs/results_page.py`, defaults): 16 pictures of seed 1000, 20 DDIM steps, guidance
 4; calibration on 64 pictures of seed 0, one set of statistics for all rows; every row of a column sees the same recorded
 inputs, in a process of its own. {date}, torch {torch} CPU, float32, one thread a row on 2 shared cores that had other
-work: times are upper bounds, good for orders of magnitude, and quantizing has become faster since, to the same bits. torchao 0.18, optimum-quanto 0.2.7, bitsandbytes 0.50.
+work: times are upper bounds, good for orders of magnitude. torchao 0.18, optimum-quanto 0.2.7, bitsandbytes 0.50.
 `demo-hard` is the same function with outliers ([demo.md](demo.md)).
 
 ### Recipes of dtq
