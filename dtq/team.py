@@ -8,6 +8,7 @@ other nothing but "I am here" and small plain data, through the store of ``torch
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import json
 import os
@@ -125,6 +126,13 @@ class Board:
         self._beat.join(_BEAT)
 
 
+@functools.cache
+def _board(rank: int, size: int, patience: float, process: int) -> Board:
+    """One for all commands of a process: what was said stays on the board."""
+    return Board(rank, size, patience)
+
+
+@functools.cache
 def _home() -> str:
     """This machine and, in a container, its table of processes."""
     boot, table = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
@@ -167,7 +175,7 @@ class Team:
         if size == 1:
             return cls()
         try:
-            return cls(rank, size, Board(rank, size, patience))
+            return cls(rank, size, _board(rank, size, patience, os.getpid()))
         except KeyError as error:
             raise InputError(
                 f"WORLD_SIZE is {size} and {error.args[0]} is not set: start the processes with "

@@ -57,6 +57,18 @@ def test_everyone_hears_what_the_first_says():
     assert answers(said, 3) == {0: turns, 1: turns, 2: turns}
 
 
+def test_a_second_command_of_the_same_processes_waits_too():
+    def do(team):
+        first = team.tell(1 if team.leads else None)
+        again = Team.join()
+        if again.leads:
+            time.sleep(0.5)
+        return [first, again.tell(2 if again.leads else None)]
+
+    _, said = run(do)
+    assert answers(said, 2) == {0: [1, 2], 1: [1, 2]}
+
+
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_slow_one_is_waited_for(slow):
     def do(team):
@@ -72,6 +84,7 @@ def test_a_slow_one_is_waited_for(slow):
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_dead_one_is_not(dead):
     def do(team):
+        team.meet()
         if team.rank == dead:
             os.kill(os.getpid(), signal.SIGKILL)
         team.meet()
