@@ -55,6 +55,20 @@ inline void low_halves(U v, uint16_t* out) {
   _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16((__m512i)v));
 }
 
+inline U bytes_at(const uint8_t* p) {
+  return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+
+inline I signed_at(const uint8_t* p) {
+  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+
+inline V look_up(const float* table, U codes) {
+  return (V)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(table));
+}
+
+inline V fused(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
 inline __m512i load_int8(const int8_t* w, int width) {
   const __mmask64 inside = width >= 64 ? ~0ull : (1ull << width) - 1;
   return _mm512_maskz_loadu_epi8(inside, w);

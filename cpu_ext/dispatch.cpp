@@ -15,6 +15,8 @@
 namespace dtq {
 
 alignas(64) int8_t levels_of[256][16];
+uint8_t trits_of[256][8];
+float e4m3_of[256];
 
 namespace {
 
@@ -70,16 +72,22 @@ const Candidate kCandidates[] = {
     {&portable, always, true},
 #ifdef __x86_64__
     {&avx2, has_avx2, true},
-    {&avxvnni, has_avxvnni, false},
+    {&avxvnni, has_avxvnni, true},
     {&vnni, has_vnni, true},
     {&amx, has_amx, false},
 #endif
 };
 
-void fill_levels() {
-  for (int byte = 0; byte < 256; byte++)
+void fill_tables() {
+  for (int byte = 0; byte < 256; byte++) {
     for (int code = 0; code < 16; code++)
       levels_of[byte][code] = (int8_t)((code - (byte & 15)) * ((byte >> 4) + 1));
+    const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    const float size = exponent ? __builtin_ldexpf(8 + mantissa, exponent - 10)
+                                : __builtin_ldexpf(mantissa, -9);
+    e4m3_of[byte] = (byte & 127) == 127 ? __builtin_nanf("") : byte & 128 ? -size : size;
+    for (int i = 0, rest = byte; i < 5; i++, rest /= 3) trits_of[byte][i] = rest % 3;
+  }
 }
 
 const Kernels* chosen = nullptr;
@@ -95,7 +103,7 @@ bool use(const char* name) {
 #ifdef __x86_64__
   __builtin_cpu_init();
 #endif
-  fill_levels();
+  fill_tables();
   const Kernels* best = nullptr;
   bool found = name == nullptr;
   for (const Candidate& c : kCandidates) {

@@ -75,8 +75,9 @@ inline void multiply_group(const Weight* weights, const Code* codes, int64_t ste
 }  // namespace dtq
 
 #include "body.h"
+#include "stored.h"
 
 namespace dtq {
-const Kernels amx = {"amx", sizeof(Code), sizeof(Weight), quantize,
-                     pack,  multiply,     pack_few,       multiply_few};
+const Kernels amx = {"amx", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
+                       multiply_few, decode, multiply_stored};
 }

@@ -59,6 +59,22 @@ inline void low_bytes(U v, int8_t* out) {
   _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(bytes, bytes));
 }
 
+inline U bytes_at(const uint8_t* p) {
+  return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+
+inline I signed_at(const uint8_t* p) {
+  return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+
+inline V look_up(const float* table, U codes) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)codes);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)codes);
+  return (V)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
+}
+
+inline V fused(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
 // 32 weights of 16 bytes.
 inline __m256i load_int4(const int8_t* w, const int8_t* low, const int8_t* high) {
   const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)w));
@@ -224,13 +240,14 @@ inline void dot_few(const Linear& g, int64_t n, int32_t* sums) {
 }  // namespace dtq
 
 #include "body.h"
+#include "stored.h"
 
 namespace dtq {
 #ifdef __AVXVNNI__
-const Kernels avxvnni = {"avxvnni", sizeof(Code), sizeof(Weight), quantize,
-                         pack,      multiply,     pack_few,       multiply_few};
+const Kernels avxvnni = {"avxvnni", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
+                       multiply_few, decode, multiply_stored};
 #else
-const Kernels avx2 = {"avx2", sizeof(Code), sizeof(Weight), quantize,
-                      pack,   multiply,     pack_few,       multiply_few};
+const Kernels avx2 = {"avx2", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
+                       multiply_few, decode, multiply_stored};
 #endif
 }

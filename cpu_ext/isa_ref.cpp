@@ -28,6 +28,20 @@ inline void low_halves(U v, uint16_t* out) {
   for (int i = 0; i < kLanes; i++) out[i] = (uint16_t)v[i];
 }
 
+inline U bytes_at(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
+
+inline I signed_at(const uint8_t* p) {
+  return I{(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
+}
+
+inline V look_up(const float* table, U codes) {
+  V v;
+  for (int i = 0; i < kLanes; i++) v[i] = table[codes[i] & 15];
+  return v;
+}
+
+inline V fused(V a, V b, V c) { return a * b + c; }
+
 typedef int16_t Code;
 typedef int16_t Weight;
 constexpr int kQuad = 2;
@@ -86,8 +100,9 @@ inline void dot_few(const Linear& g, int64_t n, int32_t* sums) {
 }  // namespace dtq
 
 #include "body.h"
+#include "stored.h"
 
 namespace dtq {
-const Kernels portable = {"ref",    sizeof(Code), sizeof(Weight), quantize,
-                          pack,     multiply,     pack_few,       multiply_few};
+const Kernels portable = {"ref", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
+                       multiply_few, decode, multiply_stored};
 }

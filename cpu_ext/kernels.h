@@ -50,6 +50,65 @@ struct Linear {
   int32_t* shift;  // (M, rounded up to kTokens): what the multiplier adds to every sum of a token
 };
 
+// The numbers of both are known to dtq/kernels/decode.py.
+enum Codes {
+  kAffine,    // 2, 3, 4 bits: code - zero; 8 bits: signed bytes
+  kTable,     // 3, 4 bits: table[code]
+  kFloat8,    // 8 bits: e4m3
+  kWords,     // 6 or 8 bits: words[code], `vector` columns each
+  kTrits,     // ternary codes, five a byte: digit - 1
+  kTwoLevel,  // 3, 4 bits: int8 of (code - zero) * scale2
+};
+
+enum ScaleType {
+  kNoScale,  // kWords only
+  kScaleFloat32,
+  kScaleBFloat16,
+  kScaleE4m3,   // times scale_2
+  kScalePower,  // a byte: 2^(byte - 127)
+};
+
+// A matrix (N, K) of any format in the packing of the file (docs/formats.md), and how it is spelt.
+struct Stored {
+  Codes codes;
+  int bits;
+  int64_t rows, columns;  // N, K
+  int64_t row_bytes;
+  const uint8_t *weight, *end;
+  const uint8_t* tail;  // kTrits: (N, K % 5) codes one a byte, null when K % 5 == 0
+
+  ScaleType scale_type;
+  const void* scale;     // (N, groups)
+  const float* scale_2;  // (1), kScaleE4m3
+  int64_t groups;        // of a row, more than one of a multiple of 16 columns each; of kTwoLevel:
+                         // group bytes, its scale is one per row
+
+  const int8_t* zero;          // kAffine: (N, groups), or null for `offset` everywhere
+  int offset;                  // what symmetric codes below 8 bits were raised by
+  const uint8_t* group_bytes;  // kTwoLevel: (N, groups), zero in the low bits, scale2 - 1 above
+
+  float levels[16];       // kTable: of the format or of the file
+  bool finite;            // all of them
+  const uint16_t* words;  // kWords: (2^bits, vector) bfloat16
+  int vector;             // 2 or 4
+};
+
+// dequantize and weight_linear
+struct Decode {
+  Stored weight;
+  Float type;  // that weights are rounded to
+  void* out;   // (N, K) of it, or of products (M, N)
+
+  const float* x;        // (M, columns), the rest of each row 0
+  int64_t tokens, line;  // M, at most kFewFloats; K rounded up to 16
+  const float* bias;     // (N) or null
+};
+
+constexpr int kChunk = 256;     // columns decoded together
+constexpr int kTogether = 4;    // output channels decoded together
+constexpr int kFewFloats = 16;  // above this a product with decoded weights is faster
+constexpr int kScratch = kTogether * (kChunk + kFewFloats * 16);
+
 struct Kernels {
   const char* name;
   int code_bytes;   // of a packed code
@@ -64,6 +123,9 @@ struct Kernels {
   // up to kFew tokens: all of them packed, or output channels [first, last)
   void (*pack_few)(const Linear&);
   void (*multiply_few)(const Linear&, int64_t first, int64_t last);
+  // rows [first, last) of a stored matrix, and their products; `scratch` holds kScratch floats
+  void (*decode)(const Decode&, int64_t first, int64_t last, float* scratch);
+  void (*multiply_stored)(const Decode&, int64_t first, int64_t last, float* scratch);
 };
 
 extern const Kernels portable;
@@ -73,6 +135,11 @@ extern const Kernels avx2, avxvnni, vnni, amx;
 
 // The 16 int8 levels of a group byte: (code - zero) * scale2, wrapped as torch wraps.
 extern int8_t levels_of[256][16];
+
+// The five ternary codes of a byte, lowest first.
+extern uint8_t trits_of[256][8];
+
+extern float e4m3_of[256];
 
 // The levels of 64 columns, for each 16 of them.
 struct Levels {

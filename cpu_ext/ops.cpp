@@ -3,62 +3,24 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <stdlib.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <new>
-#include <optional>
 #include <tuple>
 
 #include "dispatch.h"
+#include "glue.h"
 
 namespace {
 
-using at::Tensor;
+using namespace dtq::glue;
 using dtq::Kernels;
 using dtq::kFew;
 using dtq::kGroup;
 using dtq::kRows;
 using dtq::kStep;
 using dtq::kTokens;
-using MaybeTensor = std::optional<Tensor>;
-
-// Memory of one thread that calls again and again, aligned for vector loads.
-class Scratch {
- public:
-  ~Scratch() { free(memory_); }
-  template <typename T = char>
-  T* get(int64_t bytes) {
-    if (bytes > size_) {
-      free(memory_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_ = aligned_alloc(4096, size_);
-      if (!memory_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return static_cast<T*>(memory_);
-  }
-
- private:
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-};
-
-int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
-dtq::Float float_type(at::ScalarType type) {
-  return type == at::kBFloat16 ? dtq::kBFloat16
-         : type == at::kHalf   ? dtq::kFloat16
-                               : dtq::kFloat32;
-}
-
-bool written_directly(at::ScalarType type) {
-  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
-}
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_in, const MaybeTensor& pre_scale,
                                          int64_t block, const MaybeTensor& scale, int64_t levels) {

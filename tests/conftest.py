@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import dtq
 from dtq import checkpoint
 from dtq.formats import vq
+from dtq.kernels import CPU, cpu
 from dtq.plan import Call
 from dtq.recipe import Recipe
 
@@ -63,3 +64,20 @@ def device(request) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def library():
+    """The compiled CPU kernels."""
+    if not CPU.load():
+        pytest.skip(CPU.describe())
+
+
+@pytest.fixture(params=cpu.ISAS)
+def isa(request, library):
+    """Every path that this machine has."""
+    if cpu.use(request.param) != request.param:
+        cpu.use(None)
+        pytest.skip(f"no {request.param} on this CPU")
+    yield request.param
+    cpu.use(None)

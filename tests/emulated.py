@@ -21,6 +21,7 @@ import torch
 from dtq.data import folder
 from dtq.kernels import cuda, nvcc
 from dtq.kernels import ops as declared
+from dtq.kernels.decode import tell
 
 FLAGS = [
     "-std=c++20",
@@ -45,7 +46,7 @@ def library() -> ctypes.CDLL:
     _KEPT.append(definitions)
     torch.ops.load_library(str(path))
     found = ctypes.CDLL(str(path))
-    cuda.tell_formats(found)
+    tell(found.dtq_cuda_format)
     found.dtq_cuda_gemm.restype = ctypes.c_char_p
     sizes = [ctypes.c_int64] * 3
     found.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, *sizes, ctypes.c_int]

@@ -26,22 +26,6 @@ TOKENS = [1, 2, 5, 8, 9, 16, 17, 48, 118]
 compiled = torch.ops.dtq
 
 
-@pytest.fixture
-def library():
-    if not CPU.load():
-        pytest.skip(CPU.describe())
-
-
-@pytest.fixture(params=cpu.ISAS)
-def isa(request, library):
-    """Every path that this machine has."""
-    if cpu.use(request.param) != request.param:
-        cpu.use(None)
-        pytest.skip(f"no {request.param} on this CPU")
-    yield request.param
-    cpu.use(None)
-
-
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

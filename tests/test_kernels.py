@@ -162,6 +162,8 @@ def test_explain_names_every_refusal():
     lines = explain(Task(FORMATS["int4-asym-g64"], ACTS["none"], 1))
     assert "not int8" in lines[0]
     assert "weight-only: used" in lines
+    assert any(line.startswith("on the CPU: ") and "no compiled form" not in line for line in lines)
+    lines = explain(Task(FORMATS["nf4-g64"], ACTS["int8-row"], 1))
     assert any(line.startswith("on the CPU: torch reference: no compiled form") for line in lines)
 
 

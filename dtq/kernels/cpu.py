@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from dtq.data import folder
+from dtq.kernels.decode import tell
 from dtq.kernels.native import Library, Unavailable, digest, run
 
 ISAS = ("ref", "avx2", "avxvnni", "vnni", "amx")
@@ -31,6 +32,9 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 # no contraction: a fused multiply-add rounds once where the reference rounds twice
 _KERNEL = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-w")
+# OpenMP at compile time, else at::parallel_for is a plain loop; not at link time: the functions are
+# those of the OpenMP library that torch has loaded
+_GLUE = ("-O2", "-fopenmp", "-w")
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,8 @@ UNITS = (
     Unit("isa_vnni.cpp", (*_KERNEL, *_AVX512), "vnni", x86=True),
     Unit("isa_amx.cpp", (*_KERNEL, *_AVX512, "-mamx-tile", "-mamx-int8"), "amx", x86=True),
     Unit("dispatch.cpp", _KERNEL, "dispatch"),
-    # OpenMP at compile time, else at::parallel_for is a plain loop; not at link time: the functions
-    # are those of the OpenMP library that torch has loaded
-    Unit("ops.cpp", ("-O2", "-fopenmp", "-w"), "ops"),
+    Unit("ops.cpp", _GLUE, "ops"),
+    Unit("ops_stored.cpp", _GLUE, "ops_stored"),
 )
 
 
@@ -102,7 +105,7 @@ def _compile(work: Path) -> Path:
 
     def translate(unit: Unit) -> str:
         source, target = str(_sources() / unit.source), str(work / f"{unit.name}.o")
-        extra = headers if unit.name == "ops" else []
+        extra = headers if unit.flags == _GLUE else []
         run([*compiler, *common, *unit.flags, *extra, "-c", source, "-o", target])
         return target
 
@@ -117,6 +120,7 @@ def _compile(work: Path) -> Path:
 def _prepare(library: ctypes.CDLL) -> None:
     library.dtq_isa.restype = ctypes.c_char_p
     library.dtq_use.argtypes = [ctypes.c_char_p]
+    tell(library.dtq_cpu_format)
     wanted = os.environ.get("DTQ_CPU_ISA")
     if wanted and not library.dtq_use(wanted.encode()):
         used = library.dtq_isa().decode()
@@ -126,7 +130,7 @@ def _prepare(library: ctypes.CDLL) -> None:
 CPU = Library(
     device="cpu",
     title="CPU",
-    ops=("quantize_rows", "w8a8_linear", "w4a8_linear"),
+    ops=("quantize_rows", "w8a8_linear", "w4a8_linear", "dequantize", "weight_linear"),
     key=_key,
     compile=_compile,
     compiler=lambda: _compiler()[0],

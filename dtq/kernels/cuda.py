@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from dtq.data import folder
-from dtq.formats import FORMATS
 from dtq.kernels import epilogue, extension, fused, nvcc
-from dtq.kernels.decode import spelling
+from dtq.kernels.decode import tell
 from dtq.kernels.native import Library, Unavailable
 
 _log = logging.getLogger(__name__)
@@ -112,17 +111,7 @@ def _prepare(library: ctypes.CDLL) -> None:
     sizes = ctypes.c_int64
     library.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, sizes, sizes, sizes, ctypes.c_int]
     library.dtq_cuda_references.restype = ctypes.c_int64
-    tell_formats(library)
-
-
-def tell_formats(library: ctypes.CDLL) -> None:
-    """Spell every format of the table to the decoder of a library."""
-    for name, fmt in FORMATS.items():
-        found = spelling(fmt)
-        if found is not None:
-            levels = (ctypes.c_float * len(found.levels))(*found.levels)
-            numbers = found.codes, found.bits, found.offset, found.vector, found.scale
-            library.dtq_cuda_format(name.encode(), *numbers, levels, len(found.levels))
+    tell(library.dtq_cuda_format)
 
 
 CUDA = Library(

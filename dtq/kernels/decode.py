@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a format is to a compiled decoder: numbers of ``Weight`` in ``cuda_ext/launch_rows.h``."""
+"""What a format is to a compiled decoder.
+
+Numbers of ``Weight`` in ``cuda_ext/launch_rows.h`` and of ``Stored`` in ``cpu_ext/kernels.h``.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from dtq.formats import Format
+from dtq.formats import FORMATS, Format
 from dtq.formats.floats import Fp8, MxFp4, NvFp4
 from dtq.formats.grid import E2M1, Grid
 from dtq.formats.integer import Int, TwoLevelInt
@@ -14,10 +19,10 @@ from dtq.formats.ternary import Ternary
 from dtq.formats.vq import Vq
 
 AFFINE, TABLE, FLOAT8, WORDS, TRITS, TWO_LEVEL = range(6)
-"""``Codes`` there."""
+"""``Codes`` in both."""
 
 NO_SCALE, FLOAT32, BFLOAT16, E4M3, POWER = range(5)
-"""``ScaleType`` there."""
+"""``ScaleType`` in both."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +70,13 @@ def spelling(fmt: Format) -> Spelling | None:
         case Ternary():
             return Spelling(AFFINE, 2, scale, 1)
     return None
+
+
+def tell(say: Callable[..., None]) -> None:
+    """Spell every format of the table to a library, by its function that takes one."""
+    for name, fmt in FORMATS.items():
+        found = spelling(fmt)
+        if found is not None:
+            levels = (ctypes.c_float * len(found.levels))(*found.levels)
+            numbers = found.codes, found.bits, found.offset, found.vector, found.scale
+            say(name.encode(), *numbers, levels, len(found.levels))

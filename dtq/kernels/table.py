@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats import Format, Parts
+from dtq.formats import FORMATS, Format, Parts
 from dtq.formats.acts import Acts
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.kernels import cuda, dispatch
@@ -101,11 +101,9 @@ def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
 
 def _small(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """The product in float, of packed or of decoded weights, as the dispatcher says."""
-    weight = [t for n, t in parts.items() if n.startswith("weight")]
-    names = ",".join(n for n in parts if n.startswith("weight"))
     few = dispatch.answer(x, len(parts["weight"])) == "few"
     multiply = ops.weight_linear if few else ops.resident_linear
-    y: Tensor = multiply(_changed(task, x, parts), weight, names, task.weights.name, bias)
+    y: Tensor = multiply(_changed(task, x, parts), *_stored(task, parts), bias)
     return y
 
 
@@ -114,9 +112,7 @@ def _weight_only_fits(task: Task) -> str | None:
 
 
 def _weight_only(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    weight = [t for n, t in parts.items() if n.startswith("weight")]
-    names = ",".join(n for n in parts if n.startswith("weight"))
-    y: Tensor = ops.weight_linear(_changed(task, x, parts), weight, names, task.weights.name, bias)
+    y: Tensor = ops.weight_linear(_changed(task, x, parts), *_stored(task, parts), bias)
     return y
 
 
@@ -141,7 +137,10 @@ def _always(task: Task) -> str | None:
 
 
 def _reference(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
+    if FORMATS.get(task.weights.name) is task.weights:
+        w: Tensor = ops.dequantize(*_stored(task, parts), x.shape[1], torch.float32)
+    else:
+        w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
     if task.acts.bits == 16:  # a format that is not in FORMATS
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(_changed(task, x, parts), w.to(x.dtype), bias)
@@ -151,6 +150,12 @@ def _reference(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
         codes, scale = _codes(task, x, parts)
         y = (codes.float() @ w.T) * scale.unsqueeze(1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _stored(task: Task, parts: Parts) -> tuple[list[Tensor], str, str]:
+    """The parts of the weight, their names, its format: what the ops ask for."""
+    names = [name for name in parts if name.startswith("weight")]
+    return [parts[name] for name in names], ",".join(names), task.weights.name
 
 
 def _codes(task: Task, x: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
