@@ -84,12 +84,12 @@ inline __m512i load_int4(const int8_t* w, int width, const Levels& levels) {
                                          _mm512_set1_epi8(15));
   __m512i table;
   if (levels.same) {  // groups of 64 and more
-    table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)levels.of[0]));
+    table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)levels.of[0]));
   } else {
-    table = _mm512_castsi128_si512(_mm_load_si128((const __m128i*)levels.of[0]));
-    table = _mm512_inserti32x4(table, _mm_load_si128((const __m128i*)levels.of[1]), 1);
-    table = _mm512_inserti32x4(table, _mm_load_si128((const __m128i*)levels.of[2]), 2);
-    table = _mm512_inserti32x4(table, _mm_load_si128((const __m128i*)levels.of[3]), 3);
+    table = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)levels.of[0]));
+    table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i*)levels.of[1]), 1);
+    table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i*)levels.of[2]), 2);
+    table = _mm512_inserti32x4(table, _mm_loadu_si128((const __m128i*)levels.of[3]), 3);
   }
   return _mm512_shuffle_epi8(table, codes);
 }
@@ -99,13 +99,11 @@ typedef uint8_t Weight;
 constexpr int kQuad = 4;
 constexpr int kShift = 128;
 
-inline void add_codes(const Code* codes, int32_t* shift) {
-  __m512i sum = _mm512_loadu_si512(shift);
-  for (int i = 0; i < 16; i++)  // 128 as an unsigned weight, taken off
-    sum = _mm512_sub_epi32(sum, _mm512_dpbusd_epi32(_mm512_setzero_si512(),
-                                                    _mm512_set1_epi8((char)128),
-                                                    _mm512_loadu_si512(codes + 64 * i)));
-  _mm512_storeu_si512(shift, sum);
+inline void add_codes(const Code* codes, int32_t* sums) {
+  __m512i sum = _mm512_loadu_si512(sums);
+  for (int i = 0; i < 16; i++)
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + 64 * i));
+  _mm512_storeu_si512(sums, sum);
 }
 
 inline __m512i made_unsigned(__m512i weights) {
@@ -134,14 +132,13 @@ enum Source { kInt8, kInt4, kOdd };
 
 template <Source source>
 inline __m512i weights_of(const Linear& g, int64_t n, int64_t s) {
-  const int64_t at = s * kStep, left = g.columns - at;
-  const int width = left < kStep ? (int)left : kStep;
+  const Span span = span_of(g, s);
   if constexpr (source == kInt8) {
-    const int8_t* w = g.weight + n * g.columns + at;
-    return made_unsigned(width == kStep ? _mm512_loadu_si512(w) : load_int8(w, width));
+    const int8_t* w = g.weight + n * g.columns + span.at;
+    return made_unsigned(span.width == kStep ? _mm512_loadu_si512(w) : load_int8(w, span.width));
   } else if constexpr (source == kInt4) {
-    const int8_t* w = g.weight + (n * g.columns + at) / 2;
-    return made_unsigned(load_int4(w, width, levels_at(g, n, s)));
+    const int8_t* w = g.weight + (n * g.columns + span.at) / 2;
+    return made_unsigned(load_int4(w, span.width, levels_at(g, n, span.at)));
   } else {
     alignas(64) Weight line[kStep];
     unpack_step(g, n, s, line);
@@ -150,12 +147,11 @@ inline __m512i weights_of(const Linear& g, int64_t n, int64_t s) {
 }
 
 template <int tokens, Source source>
-inline void dot_tokens(const Linear& g, int64_t n, int32_t* sums) {
+inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   const Code* codes = (const Code*)g.packed;
   __m512i even[tokens], odd[tokens];  // an addition takes longer than until the next one can start
   for (int t = 0; t < tokens; t++) even[t] = odd[t] = _mm512_setzero_si512();
-  int64_t s = 0;
-  for (; s + 1 < g.steps; s += 2) {
+  for (; s + 1 < end; s += 2) {
     const __m512i first = weights_of<source>(g, n, s), second = weights_of<source>(g, n, s + 1);
     for (int t = 0; t < tokens; t++) {
       const Code* x = codes + (t * g.steps + s) * kStep;
@@ -163,7 +159,7 @@ inline void dot_tokens(const Linear& g, int64_t n, int32_t* sums) {
       odd[t] = _mm512_dpbusd_epi32(odd[t], second, _mm512_load_si512(x + kStep));
     }
   }
-  if (s < g.steps) {
+  if (s < end) {
     const __m512i last = weights_of<source>(g, n, s);
     for (int t = 0; t < tokens; t++)
       even[t] = _mm512_dpbusd_epi32(even[t], last,
@@ -174,23 +170,23 @@ inline void dot_tokens(const Linear& g, int64_t n, int32_t* sums) {
 }
 
 template <Source source>
-inline void dot_from(const Linear& g, int64_t n, int32_t* sums) {
+inline void dot_from(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   switch (g.tokens) {
-    case 1: return dot_tokens<1, source>(g, n, sums);
-    case 2: return dot_tokens<2, source>(g, n, sums);
-    case 3: return dot_tokens<3, source>(g, n, sums);
-    case 4: return dot_tokens<4, source>(g, n, sums);
-    case 5: return dot_tokens<5, source>(g, n, sums);
-    case 6: return dot_tokens<6, source>(g, n, sums);
-    case 7: return dot_tokens<7, source>(g, n, sums);
-    default: return dot_tokens<8, source>(g, n, sums);
+    case 1: return dot_tokens<1, source>(g, n, s, end, sums);
+    case 2: return dot_tokens<2, source>(g, n, s, end, sums);
+    case 3: return dot_tokens<3, source>(g, n, s, end, sums);
+    case 4: return dot_tokens<4, source>(g, n, s, end, sums);
+    case 5: return dot_tokens<5, source>(g, n, s, end, sums);
+    case 6: return dot_tokens<6, source>(g, n, s, end, sums);
+    case 7: return dot_tokens<7, source>(g, n, s, end, sums);
+    default: return dot_tokens<8, source>(g, n, s, end, sums);
   }
 }
 
-inline void dot_few(const Linear& g, int64_t n, int32_t* sums) {
-  if (!g.groups) return dot_from<kInt8>(g, n, sums);
-  if (g.group_bits < 0) return dot_from<kOdd>(g, n, sums);
-  dot_from<kInt4>(g, n, sums);
+inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
+  if (!g.nibbles) return dot_from<kInt8>(g, n, s, end, sums);
+  if (g.group_bits < 0) return dot_from<kOdd>(g, n, s, end, sums);
+  dot_from<kInt4>(g, n, s, end, sums);
 }
 
 }  // namespace

@@ -5,12 +5,12 @@
 //   swapped<h>(v)   v with lanes i and i ^ h exchanged
 //   transpose16     a 16 x 16 block of 32-bit values
 //   low_bytes, low_halves   of each 32-bit lane, stored one after the other
-//   add_codes       what to add to the sums of 16 tokens for the unsigned weights of a step
+//   add_codes       the codes of a step, added to the sums of 16 tokens
 //   Code            how a packed code is kept
 //   kQuad           codes of one token that lie side by side: what one instruction adds up
 //   what weights.h asks for, and weights.h itself
 //   multiply_group  a panel by 1 to kGroup token blocks
-//   dot_few         one output channel by up to kFew tokens
+//   dot_few         some steps of one output channel by up to kFew tokens
 //
 // Everything is in an anonymous namespace: see kernels.h.
 #pragma once
@@ -200,45 +200,51 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* row) {
 
 // ---------------------------------------------------------------------------- packing of codes
 
-// Tokens lie in lanes: [block][step][kQuads][kTokens][kQuad]. The shift takes back what unsigned
-// weights add: (w + 128) * x = w * x + 128 * x.
+// Tokens lie in lanes: [block][step][kQuads][kTokens][kQuad]. Their sums take back what unsigned
+// weights and zeros add: (w + 128) * x = w * x + 128 * x.
 void pack(const Linear& g, int64_t first, int64_t last) {
   alignas(64) Code rows[kTokens][kStep];
   for (int64_t b = first; b < last; b++) {
-    int32_t* shift = g.shift + b * kTokens;
-    memset(shift, 0, kTokens * 4);
+    int32_t* sums = g.section_sums + b * g.sections * kTokens;
+    memset(sums, 0, g.sections * kTokens * 4);
     const int8_t* codes = g.codes + b * kTokens * g.columns;
     const bool whole = g.tokens - b * kTokens >= kTokens && g.columns % 4 == 0;
     Code* out = (Code*)g.packed + b * g.steps * kCodes;
-    for (int64_t s = 0; s < g.steps; s++, codes += kStep, out += kCodes) {
-      const int64_t left = g.columns - s * kStep, width = left < kStep ? left : kStep;
-      if (sizeof(Code) == 1 && whole && width == kStep) {  // as they lie
-        transpose16((const int32_t*)codes, g.columns / 4, (int32_t*)out);
+    const int64_t steps = g.steps / g.sections;
+    for (int64_t s = 0, left = steps; s < g.steps; s++, out += kCodes) {
+      const Span span = span_of(g, s);
+      if (sizeof(Code) == 1 && whole && span.width == kStep) {  // as they lie
+        transpose16((const int32_t*)(codes + span.at), g.columns / 4, (int32_t*)out);
       } else {
         memset(rows, 0, sizeof rows);
         for (int t = 0; t < kTokens && b * kTokens + t < g.tokens; t++)
-          for (int64_t i = 0; i < width; i++) rows[t][i] = codes[t * g.columns + i];
+          for (int i = 0; i < span.width; i++) rows[t][i] = codes[t * g.columns + span.at + i];
         for (int part = 0; part < (int)sizeof(Code); part++)
           transpose16((const int32_t*)rows + part * 16, sizeof(Code) * 16,
                       (int32_t*)out + part * 256);
       }
-      add_codes(out, shift);
+      add_codes(out, sums);
+      if (--left == 0) left = steps, sums += kTokens;
     }
   }
 }
 
 // Tokens one after the other, each (steps, kStep).
 void pack_few(const Linear& g) {
-  for (int64_t t = 0; t < g.tokens; t++) {
-    Code* out = (Code*)g.packed + t * g.steps * kStep;
-    memset(out + (g.steps - 1) * kStep, 0, kStep * sizeof(Code));
-    int32_t sum = 0;
-    for (int64_t k = 0; k < g.columns; k++) {
-      out[k] = g.codes[t * g.columns + k];
-      sum += out[k];
+  const int64_t steps = g.steps / g.sections;
+  memset(g.packed, 0, g.tokens * g.steps * kStep * sizeof(Code));
+  for (int64_t t = 0; t < g.tokens; t++)
+    for (int64_t c = 0; c < g.sections; c++) {
+      const int64_t wide = g.columns / g.sections;
+      const int8_t* codes = g.codes + t * g.columns + c * wide;
+      Code* out = (Code*)g.packed + (t * g.steps + c * steps) * kStep;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < wide; k++) {
+        out[k] = codes[k];
+        sum += codes[k];
+      }
+      g.section_sums[c * kFew + t] = sum;
     }
-    g.shift[t] = -kShift * sum;
-  }
 }
 
 // ---------------------------------------------------------------------------- the product
@@ -257,20 +263,53 @@ inline void store_line(void* out, int64_t at, const float* values, int count, Fl
   }
 }
 
-// float(sum) * row_scale * weight_scale + bias in this order, then one rounding.
-inline void finish(const Linear& g, int64_t n, int64_t token, const int32_t* sums) {
+// What a stored code is raised by, of a section: its zero and what makes weights unsigned.
+inline int raised_by(const Linear& g, int64_t n, int64_t section) {
+  return kShift + (g.section_zero ? g.section_zero[n * g.sections + section] : g.zero);
+}
+
+// The sums of a section as floats, times its scale, added to those before it.
+inline void add_section(const Linear& g, int64_t n, int64_t rows, int64_t block, int count,
+                        int64_t section, const int32_t* sums, float* totals) {
+  for (int64_t i = 0; i < rows; i++) {
+    const V scale = splat(g.section_scale[(n + i) * g.sections + section]);
+    const int raised = raised_by(g, n + i, section);
+    for (int c = 0; c < count; c++) {
+      const int32_t* codes = g.section_sums + ((block + c) * g.sections + section) * kTokens;
+      for (int t = 0; t < kTokens; t += kLanes) {
+        const int64_t at = (i * kGroup + c) * kTokens + t;
+        I sum, code;
+        memcpy(&sum, sums + at, sizeof sum);
+        memcpy(&code, codes + t, sizeof code);
+        const V y = __builtin_convertvector(sum - code * raised, V) * scale;
+        store(totals + at, section ? load(totals + at) + y : y);
+      }
+    }
+  }
+}
+
+// float(sum) * row_scale * weight_scale + bias in this order, or total * row_scale + bias where there
+// are sections; then one rounding.
+inline void finish(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
+                   const float* totals) {
   alignas(64) float by_row[kTokens][kTokens], by_token[kTokens][kTokens];
   const int64_t rows = g.rows - n < 16 ? g.rows - n : 16;
   float scale[kTokens] = {};
   const int64_t tokens = g.tokens - token < kTokens ? g.tokens - token : kTokens;
   memcpy(scale, g.row_scale + token, tokens * 4);
   for (int64_t i = 0; i < rows; i++) {
-    const V weight = splat(g.weight_scale[n + i]), bias = splat(g.bias ? g.bias[n + i] : 0);
+    const V bias = splat(g.bias ? g.bias[n + i] : 0);
+    const V weight = splat(g.section_scale ? 1 : g.weight_scale[n + i]);
     for (int t = 0; t < kTokens; t += kLanes) {
-      I sum, shift;
-      memcpy(&sum, sums + i * kGroup * kTokens + t, sizeof sum);
-      memcpy(&shift, g.shift + token + t, sizeof shift);
-      V y = __builtin_convertvector(sum + shift, V) * load(scale + t) * weight;
+      V y;
+      if (g.section_scale) {
+        y = load(totals + i * kGroup * kTokens + t) * load(scale + t);
+      } else {
+        I sum, code;
+        memcpy(&sum, sums + i * kGroup * kTokens + t, sizeof sum);
+        memcpy(&code, g.section_sums + token + t, sizeof code);
+        y = __builtin_convertvector(sum - code * kShift, V) * load(scale + t) * weight;
+      }
       store(&by_row[i][t], g.bias ? y + bias : y);
     }
   }
@@ -282,7 +321,9 @@ inline void finish(const Linear& g, int64_t n, int64_t token, const int32_t* sum
 void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, int64_t panel_end,
               void* scratch) {
   alignas(64) int32_t sums[kRows * kGroup * kTokens];
+  alignas(64) float totals[kRows * kGroup * kTokens];
   Weight* weights = (Weight*)scratch;  // [step][kRows][kStep]
+  const int64_t steps = g.steps / g.sections, next = g.steps * kCodes;
   for (int64_t p = panel; p < panel_end; p++) {
     const int64_t n = p * kRows, rows = g.rows - n < kRows ? g.rows - n : kRows;
     for (int64_t i = 0; i < rows; i++)
@@ -292,11 +333,18 @@ void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, 
     for (; groups; groups--) {
       // as even as they come: a block alone makes poor use of the registers
       const int count = (int)((block_end - at + groups - 1) / groups);
-      const Code* codes = (const Code*)g.packed + at * g.steps * kCodes;
-      multiply_group(weights, codes, g.steps, count, sums);
+      const Code* codes = (const Code*)g.packed + at * next;
+      for (int64_t section = 0; section < g.sections; section++) {
+        const int64_t step = section * steps;
+        multiply_group(weights + step * kRows * kStep, codes + step * kCodes, steps, next, count,
+                       sums);
+        if (g.section_scale) add_section(g, n, rows, at, count, section, sums, totals);
+      }
       for (int c = 0; c < count; c++)
-        for (int i = 0; i < rows; i += 16)
-          finish(g, n + i, (at + c) * kTokens, sums + i * kGroup * kTokens + c * kTokens);
+        for (int i = 0; i < rows; i += 16) {
+          const int first = (i * kGroup + c) * kTokens;
+          finish(g, n + i, (at + c) * kTokens, sums + first, totals + first);
+        }
       at += count;
     }
   }
@@ -308,10 +356,26 @@ void multiply_few(const Linear& g, int64_t first, int64_t last) {
     const int rows = (int)(last - n < 16 ? last - n : 16);
     for (int i = 0; i < rows; i++) {
       int32_t sums[kFew];
-      dot_few(g, n + i, sums);
+      float y[kFew];
+      const int64_t steps = g.steps / g.sections;
+      for (int64_t section = 0; section < g.sections; section++) {
+        const int32_t* codes = g.section_sums + section * kFew;
+        dot_few(g, n + i, section * steps, (section + 1) * steps, sums);
+        if (!g.section_scale) {
+          for (int t = 0; t < g.tokens; t++)
+            y[t] = (float)(sums[t] - codes[t] * kShift) * g.row_scale[t] * g.weight_scale[n + i];
+          break;
+        }
+        const float scale = g.section_scale[(n + i) * g.sections + section];
+        const int raised = raised_by(g, n + i, section);
+        for (int t = 0; t < g.tokens; t++) {
+          const float part = (float)(sums[t] - codes[t] * raised) * scale;
+          y[t] = section ? y[t] + part : part;
+        }
+      }
       for (int t = 0; t < g.tokens; t++) {
-        float y = (float)(sums[t] + g.shift[t]) * g.row_scale[t] * g.weight_scale[n + i];
-        line[t][i] = g.bias ? y + g.bias[n + i] : y;
+        if (g.section_scale) y[t] = y[t] * g.row_scale[t];
+        line[t][i] = g.bias ? y[t] + g.bias[n + i] : y[t];
       }
     }
     for (int t = 0; t < g.tokens; t++) store_line(g.out, t * g.rows + n, line[t], rows, g.type);

@@ -28,8 +28,8 @@ inline void configure_tiles() {
 
 // 32 output channels by one or two token blocks; tiles 0-3 sums, 4 and 5 weights, 6 and 7 codes.
 template <int count>
-inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t steps, int32_t* sums) {
-  const int64_t next = steps * kStep * kTokens;
+inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+                           int32_t* sums) {
   constexpr int64_t line = kGroup * kTokens * 4;
   _tile_zero(0);
   _tile_zero(1);
@@ -58,14 +58,14 @@ inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t ste
   }
 }
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int count,
-                           int32_t* sums) {
+inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+                           int count, int32_t* sums) {
   asm volatile("" ::: "memory");  // a tile load does not tell the compiler what it reads
   configure_tiles();
-  if (count >= 2) multiply_tiles<2>(weights, codes, steps, sums);
+  if (count >= 2) multiply_tiles<2>(weights, codes, steps, next, sums);
   if (count != 2) {
     const int done = count - 1;
-    multiply_tiles<1>(weights, codes + done * steps * kStep * kTokens, steps, sums + done * kTokens);
+    multiply_tiles<1>(weights, codes + done * next, steps, next, sums + done * kTokens);
   }
   _tile_release();
   asm volatile("" ::: "memory");

@@ -118,20 +118,10 @@ inline __m256i add_products(__m256i sum, __m256i weight, __m256i codes) {
   return _mm256_dpbusd_avx_epi32(sum, weight, codes);
 }
 
-inline void add_codes(const Code* codes, int32_t* shift) {
-  for (int i = 0; i < 32; i++) {  // 128 as an unsigned weight, taken off
-    __m256i* to = (__m256i*)shift + i % 2;
-    const __m256i x = _mm256_load_si256((const __m256i*)codes + i);
-    const __m256i part = add_products(_mm256_setzero_si256(), _mm256_set1_epi8((char)128), x);
-    _mm256_storeu_si256(to, _mm256_sub_epi32(_mm256_loadu_si256(to), part));
-  }
-}
 #else
 typedef int16_t Code;
 typedef int16_t Weight;
 constexpr int kQuad = 2, kShift = 0, kBlock = 4;
-
-inline void add_codes(const Code*, int32_t*) {}  // the weights are signed
 
 inline void keep(const __m256i* weights, Weight* out) {
   for (int i = 0; i < 4; i++) {
@@ -145,6 +135,15 @@ inline __m256i add_products(__m256i sum, __m256i weight, __m256i codes) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(weight, codes));
 }
 #endif
+
+inline void add_codes(const Code* codes, int32_t* sums) {
+  const __m256i one = sizeof(Weight) == 1 ? _mm256_set1_epi8(1) : _mm256_set1_epi16(1);
+  for (int i = 0; i < kStep * 2 / kQuad; i++) {
+    __m256i* to = (__m256i*)sums + i % 2;
+    const __m256i x = _mm256_load_si256((const __m256i*)codes + i);
+    _mm256_storeu_si256(to, add_products(_mm256_loadu_si256(to), one, x));
+  }
+}
 
 inline void widen(const int8_t* w, int width, Weight* out) {
   __m256i weights[2];
@@ -189,11 +188,11 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
       _mm256_store_si256((__m256i*)(sums + r * kGroup * kTokens) + i, sum[r][i]);
 }
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int count,
-                           int32_t* sums) {
+inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+                           int count, int32_t* sums) {
   for (int c = 0; c < count; c++)
     for (int n = 0; n < kRows; n += kBlock)
-      multiply_block(weights + n * kStep, codes + c * steps * kStep * kTokens, steps,
+      multiply_block(weights + n * kStep, codes + c * next, steps,
                      sums + (n * kGroup + c) * kTokens);
 }
 
@@ -206,12 +205,12 @@ inline int32_t total(__m256i v) {
 
 // Steps of a row are unpacked into a cache line or two, then added for each token.
 template <int tokens>
-inline void dot_tokens(const Linear& g, int64_t n, int32_t* sums) {
+inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   constexpr int parts = kStep * sizeof(Weight) / 32;
   alignas(64) Weight line[kStep];
   __m256i sum[tokens];
   for (int t = 0; t < tokens; t++) sum[t] = _mm256_setzero_si256();
-  for (int64_t s = 0; s < g.steps; s++) {
+  for (; s < end; s++) {
     unpack_step(g, n, s, line);
     for (int t = 0; t < tokens; t++) {
       const __m256i* x = (const __m256i*)((const Code*)g.packed + (t * g.steps + s) * kStep);
@@ -223,16 +222,16 @@ inline void dot_tokens(const Linear& g, int64_t n, int32_t* sums) {
   for (int t = 0; t < tokens; t++) sums[t] = total(sum[t]);
 }
 
-inline void dot_few(const Linear& g, int64_t n, int32_t* sums) {
+inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   switch (g.tokens) {
-    case 1: return dot_tokens<1>(g, n, sums);
-    case 2: return dot_tokens<2>(g, n, sums);
-    case 3: return dot_tokens<3>(g, n, sums);
-    case 4: return dot_tokens<4>(g, n, sums);
-    case 5: return dot_tokens<5>(g, n, sums);
-    case 6: return dot_tokens<6>(g, n, sums);
-    case 7: return dot_tokens<7>(g, n, sums);
-    default: return dot_tokens<8>(g, n, sums);
+    case 1: return dot_tokens<1>(g, n, s, end, sums);
+    case 2: return dot_tokens<2>(g, n, s, end, sums);
+    case 3: return dot_tokens<3>(g, n, s, end, sums);
+    case 4: return dot_tokens<4>(g, n, s, end, sums);
+    case 5: return dot_tokens<5>(g, n, s, end, sums);
+    case 6: return dot_tokens<6>(g, n, s, end, sums);
+    case 7: return dot_tokens<7>(g, n, s, end, sums);
+    default: return dot_tokens<8>(g, n, s, end, sums);
   }
 }
 

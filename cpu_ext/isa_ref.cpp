@@ -47,7 +47,9 @@ typedef int16_t Weight;
 constexpr int kQuad = 2;
 constexpr int kShift = 0;
 
-inline void add_codes(const Code*, int32_t*) {}  // the weights are signed
+inline void add_codes(const Code* codes, int32_t* sums) {
+  for (int i = 0; i < kStep * kTokens; i++) sums[i / kQuad % kTokens] += codes[i];
+}
 
 inline void widen(const int8_t* w, int width, Weight* out) {
   for (int i = 0; i < kStep; i++) out[i] = i < width ? w[i] : 0;
@@ -69,14 +71,14 @@ inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out
 namespace dtq {
 namespace {
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int count,
-                           int32_t* sums) {
+inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+                           int count, int32_t* sums) {
   for (int c = 0; c < count; c++)
     for (int n = 0; n < kRows; n++) {
       int32_t sum[kTokens] = {};
       for (int64_t s = 0; s < steps; s++) {
         const Weight* w = weights + (s * kRows + n) * kStep;
-        const Code* x = codes + (c * steps + s) * kStep * kTokens;
+        const Code* x = codes + c * next + s * kStep * kTokens;
         for (int q = 0; q < kStep; q += 2, x += 2 * kTokens)
           for (int t = 0; t < kTokens; t++) sum[t] += w[q] * x[2 * t] + w[q + 1] * x[2 * t + 1];
       }
@@ -84,10 +86,10 @@ inline void multiply_group(const Weight* weights, const Code* codes, int64_t ste
     }
 }
 
-inline void dot_few(const Linear& g, int64_t n, int32_t* sums) {
+inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   Weight line[kStep];
   for (int t = 0; t < g.tokens; t++) sums[t] = 0;
-  for (int64_t s = 0; s < g.steps; s++) {
+  for (; s < end; s++) {
     unpack_step(g, n, s, line);
     for (int t = 0; t < g.tokens; t++) {
       const Code* x = (const Code*)g.packed + (t * g.steps + s) * kStep;

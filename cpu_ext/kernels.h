@@ -31,23 +31,34 @@ struct Rows {
   float* scale;   // (M)
 };
 
-// w8a8_linear and w4a8_linear
+// Products of int8 codes: w8a8_linear, w4a8_linear, lut4a8_linear and group_a8_linear.
 struct Linear {
   int64_t tokens, rows, columns;  // M, N, K
-  int64_t steps;                  // ceil(K / kStep)
+  int64_t steps;                  // of kStep channels
   const int8_t* codes;            // (M, K)
   const float* row_scale;         // (M)
-  const int8_t* weight;           // (N, K), or (N, K / 2) when there are groups
-  const uint8_t* groups;          // (N, K / group): scale2 - 1 and zero; null for int8
-  int64_t group;
-  int group_bits;  // group == 1 << group_bits, at least 4; or -1 for any other group
+  const int8_t* weight;           // (N, K), or (N, K / 2)
+  bool nibbles;                   // the second
+
+  // 4-bit codes and what they stand for: a byte of scale2 - 1 and zero for each group, or 16 int8
+  const uint8_t* groups;  // (N, row_groups)
+  const int8_t* tables;   // (N, row_groups, 16); neither of both: the codes themselves
+  int64_t row_groups, group;
+  int group_bits;  // a channel's group in its row is at >> group_bits; or -1 for any other group
   const float* weight_scale;  // (N)
+
+  // float scales inside a row: each section is a whole number of steps, filled with zeros, whose
+  // sum becomes a float of its own
+  const float* section_scale;  // (N, sections), or null: one section, weight_scale
+  const int8_t* section_zero;  // (N, sections), or null for `zero` everywhere
+  int zero;
+  int64_t sections;
+  int32_t* section_sums;  // of codes, for each block and section of kTokens; for few, of kFew
   const float* bias;          // (N) or null
   void* out;                  // (M, N)
   Float type;
 
-  void* packed;    // codes as the multiplier reads them, see `pack`
-  int32_t* shift;  // (M, rounded up to kTokens): what the multiplier adds to every sum of a token
+  void* packed;  // codes as the multiplier reads them, see `pack`
 };
 
 // The numbers of both are known to dtq/kernels/decode.py.
@@ -140,6 +151,12 @@ extern int8_t levels_of[256][16];
 extern uint8_t trits_of[256][8];
 
 extern float e4m3_of[256];
+
+// Where the channels of a step are in a row.
+struct Span {
+  int64_t at;
+  int width;
+};
 
 // The levels of 64 columns, for each 16 of them.
 struct Levels {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "dispatch.h"
 #include "glue.h"
@@ -75,9 +76,9 @@ int64_t blocks_at_once(int64_t blocks, int64_t block_bytes) {
 void multiply_many(dtq::Linear& g, const Kernels& kernels) {
   const int64_t blocks = (g.tokens + kTokens - 1) / kTokens;
   const int64_t block_bytes = g.steps * kStep * kTokens * kernels.code_bytes;
-  static thread_local Scratch packed, shift;
+  static thread_local Scratch packed, sums;
   g.packed = packed.get(blocks * block_bytes);
-  g.shift = shift.get<int32_t>(blocks * kTokens * 4);
+  g.section_sums = sums.get<int32_t>(blocks * g.sections * kTokens * 4);
   at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { kernels.pack(g, first, last); });
   const int64_t panels = (g.rows + kRows - 1) / kRows, high = blocks_at_once(blocks, block_bytes);
   const int64_t rows_of_tasks = (blocks + high - 1) / high;
@@ -96,10 +97,9 @@ void multiply_many(dtq::Linear& g, const Kernels& kernels) {
 }
 
 void multiply_few(dtq::Linear& g, const Kernels& kernels) {
-  static thread_local Scratch packed;
-  int32_t shift[kFew];
+  static thread_local Scratch packed, sums;
   g.packed = packed.get(g.tokens * g.steps * kStep * kernels.code_bytes);
-  g.shift = shift;
+  g.section_sums = sums.get<int32_t>(g.sections * kFew * 4);
   kernels.pack_few(g);
   const int64_t grain = std::max<int64_t>(1, 65536 / (g.columns * kRows));
   at::parallel_for(0, (g.rows + kRows - 1) / kRows, grain, [&](int64_t first, int64_t last) {
@@ -107,67 +107,138 @@ void multiply_few(dtq::Linear& g, const Kernels& kernels) {
   });
 }
 
-Tensor multiply(const Tensor& codes_in, const Tensor& row_scale_in, const Tensor& weight_in,
-                const Tensor& weight_scale_in, const Tensor& groups_in, const MaybeTensor& bias_in,
-                at::ScalarType type) {
-  const bool packed = groups_in.defined();
-  TORCH_CHECK(codes_in.dim() == 2 && weight_in.dim() == 2, "dtq linear: codes and weight are 2-D");
-  const Tensor codes = codes_in.contiguous(), weight = weight_in.contiguous();
-  const int64_t m = codes.size(0), k = codes.size(1), n = weight.size(0);
-  TORCH_CHECK(codes.scalar_type() == at::kChar && weight.scalar_type() == at::kChar,
-              "dtq linear: codes and weight are int8");
-  TORCH_CHECK(weight.size(1) * (packed ? 2 : 1) == k, "dtq linear: codes ", codes.sizes(),
-              " do not fit the weight ", weight.sizes());
-  TORCH_CHECK(row_scale_in.numel() == m && weight_scale_in.numel() == n,
-              "dtq linear: one scale per token and per output channel");
-  const Tensor row_scale = row_scale_in.to(at::kFloat).contiguous();
-  const Tensor weight_scale = weight_scale_in.to(at::kFloat).contiguous();
-  Tensor groups, bias;
+// Operands that every product of codes has, checked; they live as long as this does.
+class Product {
+ public:
+  Product(const Tensor& codes, const Tensor& row_scale, const Tensor& weight, bool nibbles,
+          const MaybeTensor& bias)
+      : codes_(codes.contiguous()), weight_(weight.contiguous()) {
+    TORCH_CHECK(codes.dim() == 2 && weight.dim() == 2, "dtq linear: codes and weight are 2-D");
+    TORCH_CHECK(codes.scalar_type() == at::kChar && weight.scalar_type() == at::kChar,
+                "dtq linear: codes and weight are int8");
+    g.tokens = codes.size(0);
+    g.columns = codes.size(1);
+    g.rows = weight.size(0);
+    g.nibbles = nibbles;
+    TORCH_CHECK(weight.size(1) * (nibbles ? 2 : 1) == g.columns, "dtq linear: codes ",
+                codes.sizes(), " do not fit the weight ", weight.sizes());
+    TORCH_CHECK(row_scale.numel() == g.tokens, "dtq linear: one scale per token");
+    g.codes = codes_.const_data_ptr<int8_t>();
+    g.weight = weight_.const_data_ptr<int8_t>();
+    g.row_scale = floats(row_scale);
+    if (bias) {
+      TORCH_CHECK(bias->numel() == g.rows, "dtq linear: bias must have ", g.rows, " entries");
+      g.bias = floats(*bias);
+    }
+    g.sections = 1;
+    set_group(1);
+  }
+
+  // One scale for each output channel.
+  void set_scale(const Tensor& weight_scale) {
+    TORCH_CHECK(weight_scale.numel() == g.rows, "dtq linear: one scale per output channel");
+    g.weight_scale = floats(weight_scale);
+  }
+
+  // Levels of 4-bit codes: a byte, or 16 of them, for each group of a row.
+  void set_levels(const Tensor& parts, int64_t entries, const char* name) {
+    TORCH_CHECK(parts.dim() == (entries > 1 ? 3 : 2) && parts.size(0) == g.rows &&
+                    parts.size(1) > 0 && g.columns % parts.size(1) == 0 &&
+                    parts.element_size() == 1 && (entries == 1 || parts.size(2) == entries),
+                "dtq linear: ", name, " ", parts.sizes(), " do not fit the weight");
+    const void* at = kept(parts.contiguous()).const_data_ptr();
+    if (entries == 1) g.groups = static_cast<const uint8_t*>(at);
+    else g.tables = static_cast<const int8_t*>(at);
+    set_group(parts.size(1));
+  }
+
+  // A float scale for each section of a row, and what its codes are raised by.
+  void set_sections(const Tensor& scale, const MaybeTensor& zero) {
+    TORCH_CHECK(scale.dim() == 2 && scale.size(0) == g.rows && scale.size(1) > 0 &&
+                    g.columns % scale.size(1) == 0,
+                "dtq linear: scales ", scale.sizes(), " do not fit the weight");
+    g.sections = scale.size(1);
+    TORCH_CHECK(!g.nibbles || g.columns / g.sections % 2 == 0, "dtq linear: groups of ",
+                g.columns / g.sections, " 4-bit weights do not end on a byte");
+    g.section_scale = floats(scale);
+    if (!zero) return;
+    TORCH_CHECK(zero->sizes() == scale.sizes() && zero->scalar_type() == at::kChar,
+                "dtq linear: zero points ", zero->sizes(), " do not fit the scales");
+    g.section_zero = kept(zero->contiguous()).const_data_ptr<int8_t>();
+  }
+
+  Tensor run(at::ScalarType type) {
+    const auto written = written_directly(type) ? type : at::kFloat;
+    Tensor out = at::empty({g.tokens, g.rows}, codes_.options().dtype(written));
+    if (out.numel() && g.columns) {
+      g.steps = g.sections * ((g.columns / g.sections + kStep - 1) / kStep);
+      g.out = out.mutable_data_ptr();
+      g.type = float_type(type);
+      const Kernels& kernels = dtq::kernels();
+      g.tokens <= kFew ? multiply_few(g, kernels) : multiply_many(g, kernels);
+    } else if (out.numel()) {  // an empty sum
+      out.zero_();
+      for (int64_t n = 0; g.bias && n < g.rows; n++) out.select(1, n).fill_(g.bias[n]);
+    }
+    return written == type ? out : out.to(type);
+  }
+
   dtq::Linear g = {};
-  if (packed) {
-    groups = groups_in.contiguous();
-    TORCH_CHECK(groups.dim() == 2 && groups.size(0) == n && groups.size(1) > 0 &&
-                    k % groups.size(1) == 0 && groups.element_size() == 1,
-                "dtq linear: group bytes ", groups.sizes(), " do not fit the weight");
-    g.groups = static_cast<const uint8_t*>(groups.const_data_ptr());
-    g.group = k / groups.size(1);
-    g.group_bits = g.group >= 16 && (g.group & (g.group - 1)) == 0 ? __builtin_ctzll(g.group) : -1;
+
+ private:
+  void set_group(int64_t count) {
+    g.row_groups = count;
+    g.group = std::max<int64_t>(1, g.columns / count);
+    const bool power = (g.group & (g.group - 1)) == 0;
+    g.group_bits = count == 1 ? 62 : g.group >= 16 && power ? __builtin_ctzll(g.group) : -1;
   }
-  if (bias_in) {
-    TORCH_CHECK(bias_in->numel() == n, "dtq linear: bias must have ", n, " entries");
-    bias = bias_in->to(at::kFloat).contiguous();
-    g.bias = bias.const_data_ptr<float>();
+
+  const Tensor& kept(Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back();
   }
-  Tensor out = at::empty({m, n}, codes.options().dtype(written_directly(type) ? type : at::kFloat));
-  if (m && n && k) {
-    g.tokens = m;
-    g.rows = n;
-    g.columns = k;
-    g.steps = (k + kStep - 1) / kStep;
-    g.codes = codes.const_data_ptr<int8_t>();
-    g.row_scale = row_scale.const_data_ptr<float>();
-    g.weight = weight.const_data_ptr<int8_t>();
-    g.weight_scale = weight_scale.const_data_ptr<float>();
-    g.out = out.mutable_data_ptr();
-    g.type = float_type(type);
-    const Kernels& kernels = dtq::kernels();
-    m <= kFew ? multiply_few(g, kernels) : multiply_many(g, kernels);
-  } else if (m && n) {  // an empty sum
-    out.zero_();
-    if (bias_in) out.add_(bias);
+
+  const float* floats(const Tensor& tensor) {
+    return kept(tensor.to(at::kFloat).contiguous()).const_data_ptr<float>();
   }
-  return written_directly(type) ? out : out.to(type);
-}
+
+  Tensor codes_, weight_;
+  std::vector<Tensor> kept_;
+};
 
 Tensor w8a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                    const Tensor& weight_scale, const MaybeTensor& bias, at::ScalarType type) {
-  return multiply(codes, row_scale, weight, weight_scale, Tensor(), bias, type);
+  Product product(codes, row_scale, weight, false, bias);
+  product.set_scale(weight_scale);
+  return product.run(type);
 }
 
 Tensor w4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                    const Tensor& weight_scale, const Tensor& weight_scale_2,
                    const MaybeTensor& bias, at::ScalarType type) {
-  return multiply(codes, row_scale, weight, weight_scale, weight_scale_2, bias, type);
+  Product product(codes, row_scale, weight, true, bias);
+  product.set_scale(weight_scale);
+  product.set_levels(weight_scale_2, 1, "group bytes");
+  return product.run(type);
+}
+
+Tensor lut4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                     const Tensor& weight_scale, const Tensor& tables, const MaybeTensor& bias,
+                     at::ScalarType type) {
+  Product product(codes, row_scale, weight, true, bias);
+  product.set_scale(weight_scale);
+  product.set_levels(tables, 16, "tables");
+  return product.run(type);
+}
+
+Tensor group_a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                       const Tensor& weight_scale, const MaybeTensor& weight_zero_point,
+                       int64_t bits, const MaybeTensor& bias, at::ScalarType type) {
+  TORCH_CHECK(bits == 4 || bits == 8, "group_a8_linear: ", bits, " bits; there can be 4 or 8");
+  Product product(codes, row_scale, weight, bits == 4, bias);
+  product.set_sections(weight_scale, weight_zero_point);
+  product.g.zero = bits == 4 ? 8 : 0;
+  return product.run(type);
 }
 
 }  // namespace
@@ -176,6 +247,8 @@ TORCH_LIBRARY_IMPL(dtq, CPU, m) {
   m.impl("quantize_rows", quantize_rows);
   m.impl("w8a8_linear", w8a8_linear);
   m.impl("w4a8_linear", w4a8_linear);
+  m.impl("lut4a8_linear", lut4a8_linear);
+  m.impl("group_a8_linear", group_a8_linear);
 }
 
 // For Python, by ctypes.

@@ -10,29 +10,43 @@
 namespace dtq {
 namespace {
 
-// Of columns [64 s, 64 s + 64) of row n.
-inline Levels levels_at(const Linear& g, int64_t n, int64_t s) {
-  const uint8_t* bytes = g.groups + (n * g.columns >> g.group_bits);
-  const int64_t at = s * kStep;
-  const int8_t* first = levels_of[bytes[at >> g.group_bits]];
+inline Span span_of(const Linear& g, int64_t s) {
+  int64_t at = s * kStep, end = g.columns;
+  if (g.sections > 1) {
+    const int64_t steps = g.steps / g.sections, section = s / steps, wide = g.columns / g.sections;
+    at = section * wide + (s - section * steps) * kStep;
+    end = (section + 1) * wide;
+  }
+  return {at, end - at < kStep ? (int)(end - at) : kStep};
+}
+
+// The 16 levels of a group.
+inline const int8_t* levels_of_group(const Linear& g, int64_t group) {
+  if (g.tables) return g.tables + group * 16;
+  return levels_of[g.groups ? g.groups[group] : 0];  // of the byte 0: the codes themselves
+}
+
+// Of the 64 columns from `at` on in row n.
+inline Levels levels_at(const Linear& g, int64_t n, int64_t at) {
+  const int64_t row = n * g.row_groups;
+  const int8_t* first = levels_of_group(g, row + (at >> g.group_bits));
   if (g.group_bits >= 6) return {{first, first, first, first}, true};
   Levels levels = {{first, first, first, first}, false};
   for (int i = 1; i < 4 && at + 16 * i < g.columns; i++)
-    levels.of[i] = levels_of[bytes[(at + 16 * i) >> g.group_bits]];
+    levels.of[i] = levels_of_group(g, row + ((at + 16 * i) >> g.group_bits));
   return levels;
 }
 
-// Columns [64 s, 64 s + 64) of row n.
+// Step s of row n.
 inline void unpack_step(const Linear& g, int64_t n, int64_t s, Weight* out) {
-  const int64_t at = s * kStep, left = g.columns - at;
-  const int width = left < kStep ? (int)left : kStep;
-  if (!g.groups) return widen(g.weight + n * g.columns + at, width, out);
-  const int8_t* w = g.weight + (n * g.columns + at) / 2;
-  if (g.group_bits >= 0) return unpack(w, width, levels_at(g, n, s), out);
-  const uint8_t* bytes = g.groups + n * (g.columns / g.group);
+  const Span span = span_of(g, s);
+  if (!g.nibbles) return widen(g.weight + n * g.columns + span.at, span.width, out);
+  const int8_t* w = g.weight + (n * g.columns + span.at) / 2;
+  if (g.group_bits >= 0) return unpack(w, span.width, levels_at(g, n, span.at), out);
   for (int i = 0; i < kStep; i++) {  // no recipe makes such groups: right, not fast
-    const int code = i < width ? (uint8_t)w[i / 2] >> (i & 1) * 4 & 15 : 0;
-    out[i] = (Weight)(levels_of[i < width ? bytes[(at + i) / g.group] : 0][code] + kShift);
+    const int code = i < span.width ? (uint8_t)w[i / 2] >> (i & 1) * 4 & 15 : 0;
+    const int64_t group = i < span.width ? (span.at + i) / g.group : 0;
+    out[i] = (Weight)(levels_of_group(g, n * g.row_groups + group)[code] + kShift);
   }
 }
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from dtq.formats import FORMATS
+from dtq.formats.acts import ACTS
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import CPU, Task, cpu, explain, ops
+from dtq.kernels import CPU, Task, cpu, epilogue, explain, ops
+from dtq.kernels.table import pick
 from dtq.nn import QuantLinear
 from dtq.plan import Runtime
 
@@ -100,6 +102,51 @@ def test_w4a8_gives_the_bits_of_the_reference(isa, m):
                 args = (codes, rows, weight, columns, groups, bias, dtype)
                 got, want = compiled.w4a8_linear(*args), ops._w4a8_linear(*args)
                 assert same([got], [want]), (n, k, group, dtype)
+
+
+@pytest.mark.parametrize("m", TOKENS)
+def test_tables_give_the_bits_of_the_reference(isa, m):
+    for n, k, group in [(1, 32, 32), (33, 96, 16), (48, 1152, 1152), (70, 384, 128), (9, 40, 20)]:
+        codes, weight = int8(m, k), int8(n, k // 2, seed=1, low=-128)
+        tables = int8(n, k // group, 16, seed=2, low=-128)
+        rows, columns = random(m).abs(), random(n, 1).abs()
+        for dtype in DTYPES:
+            args = (codes, rows, weight, columns, tables, random(n), dtype)
+            assert same([compiled.lut4a8_linear(*args)], [epilogue._lut4a8_linear(*args)]), (n, k)
+
+
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_give_the_bits_of_the_reference(isa, m, bits):
+    for n, k, group in [(1, 32, 32), (33, 96, 32), (48, 1152, 1152), (70, 384, 128), (9, 80, 20)]:
+        codes, weight = int8(m, k, low=-128), int8(n, k * bits // 8, seed=1, low=-128)
+        rows, scale = random(m).abs(), random(n, k // group).abs().bfloat16()
+        for zero in (None, int8(n, k // group, seed=2, low=-128)):
+            for dtype in DTYPES:
+                args = (codes, rows, weight, scale, zero, bits, random(n), dtype)
+                got, want = compiled.group_a8_linear(*args), ops._group_a8_linear(*args)
+                assert same([got], [want]), (n, k, group, dtype, zero is None)
+
+
+INTEGER = [
+    "int4-row", "int4-asym-row", "int4-g64", "int4-asym-g32", "int8-g64", "int8-asym-g128",
+    "e2m1-row", "e1m2-row", "e3m0-row", "lut4-row", "twinlog4-row", "twinlog4z-row",
+    "twinlog4c-row",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_formats_that_are_integers_are_multiplied_as_integers(isa, name):
+    fmt, task = FORMATS[name], Task(FORMATS[name], ACTS["int8-row"], 64)
+    kernel = pick(task)
+    assert set(kernel.ops) <= set(CPU.ops)
+    w, x, bias = random(50, 384), random(19, 384, seed=1), random(50, seed=2)
+    parts = fmt.pack(w, fmt.fit(w))
+    codes, scale = compiled.quantize_rows(x, None, 64, None)
+    want = codes.double() @ fmt.unpack(parts).double().T * scale.double().unsqueeze(1)
+    for tokens in (1, 8, 19):
+        got = kernel.call(task, x[:tokens], parts, bias)
+        torch.testing.assert_close(got.double(), (want + bias)[:tokens], rtol=2e-6, atol=2e-5)
 
 
 def test_packed_and_expanded_weights_give_the_same_bits(isa):
@@ -292,8 +339,6 @@ def test_two_processes_compile_once(library, tmp_path):
 
 
 def test_explain_says_what_runs():
-    from dtq.formats.acts import ACTS
-
     used, here, _ = explain(Task(FORMATS["int8-row"], ACTS["int8-row"]))
     assert used == "w8a8: used"
     assert here == f"on the CPU: {CPU.describe()}"

@@ -418,7 +418,9 @@ def test_twin_log_families():
         assert torch.equal(lut, -lut.flip(0)), kind
         assert (lut.diff() >= 0).all()
         assert (lut == 0).sum() == (0 if kind == "" else 2)
-    ratio = levels[""][9:] / levels[""][8:-1]
+        assert torch.equal(lut * 128, (lut * 128).to(torch.int8).float())  # for integer kernels
+    lut = FORMATS["twinlog4-g64"].fit(x)["weight_lut"][0]
+    ratio = lut[9:] / lut[8:-1]
     assert ratio.max() - ratio.min() < 0.01
 
 
@@ -460,7 +462,6 @@ REFERENCE = [
     (FORMATS["nvfp4"], False, (0.0091, N, 0.0086, N)),
     (FORMATS["nvfp4-46"], False, (0.0076, N, 0.0075, N)),
     (FORMATS["mxfp4"], False, (0.0131, N, 0.0159, N)),
-    (FORMATS["twinlog4-row"], False, (0.0139, 0.0192, N, N)),
     (FORMATS["twinlog3-row"], False, (0.0427, 0.0616, 0.0652, N)),
     (FORMATS["twinlog4c-row"], False, (0.0108, 0.0165, N, N)),
     (FORMATS["twinlog3c-row"], False, (0.0440, 0.0668, 0.0773, N)),
@@ -473,7 +474,10 @@ REFERENCE = [
 # One table for the whole layer, where the reference searched a shape for every row: the heavy tails
 # pay for it. A scale per row, where the reference has the table alone: Lloyd is better.
 AT_MOST = [
-    (FORMATS["twinlog4-row"], {"t5": 0.0199 * 1.07, "contaminated": 0.0208 * 1.13}),
+    (
+        FORMATS["twinlog4-row"],
+        {"normal": 0.0139, "laplace": 0.0192, "t5": 0.0199, "contaminated": 0.0208},
+    ),
     (FORMATS["twinlog3-row"], {"contaminated": 0.0682 * 1.16}),
     (FORMATS["twinlog4c-row"], {"t5": 0.0192 * 1.08, "contaminated": 0.0216 * 1.14}),
     (FORMATS["twinlog3c-row"], {"contaminated": 0.0825 * 1.14}),

@@ -43,6 +43,14 @@ class Levels:
     def top(self) -> float:
         return max(abs(v) for v in self.values)
 
+    @property
+    def integers(self) -> tuple[tuple[int, ...], float] | None:
+        """The levels as int8, and the power of two they are multiples of; None if there is none."""
+        for unit in (1.0, 0.5, 0.25):
+            if all(v / unit == int(v / unit) and abs(v / unit) <= 127 for v in self.values):
+                return tuple(int(v / unit) for v in self.values), unit
+        return None
+
     def codes(self, u: Tensor) -> Tensor:
         """Code of the nearest level, uint8; a tie goes to the even code."""
         codes, _, ends = _sorted(self.values, u.device)

@@ -48,7 +48,8 @@ class Int:
             "weight_scale": Spec((rows, groups), scale_dtype(self.group)),
         }
         if self.asymmetric:
-            parts["weight_zero_point"] = Spec((rows, groups), torch.int8)
+            refuses = self._refuses if self.bits < 8 else None
+            parts["weight_zero_point"] = Spec((rows, groups), torch.int8, refuses)
         return parts
 
     def fit(
@@ -92,6 +93,10 @@ class Int:
         codes = weight if self.bits == 8 else unpack_bits(weight, self.bits)
         offset = self._offset if self.bits < 8 else None
         return scaled(codes, parts["weight_scale"], parts.get("weight_zero_point", offset))
+
+    def _refuses(self, weight_zero_point: Tensor) -> str | None:
+        wrong = int(((weight_zero_point < 0) | (weight_zero_point >= 2**self.bits)).sum())
+        return f"{wrong} zero points outside 0 to {2**self.bits - 1}" if wrong else None
 
     @property
     def _offset(self) -> int:

@@ -31,7 +31,10 @@ from dtq.formats.bits import pack_bits, packed_width, unpack_bits
 SAMPLE = 2**20
 """Weights that the levels of a layer are learned from, in whole rows."""
 
-_FINE = 2**15  # levels are multiples of 1/_FINE: equal or well apart, so that snapping settles
+UNITS = 2**7
+"""Levels of the 4-bit formats with a scale per row are multiples of 1/UNITS, int8."""
+
+_FINE = 2**15  # of the others: equal or well apart, so that snapping settles
 _SHARES = (1.5, 1.4, 1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
@@ -96,8 +99,16 @@ class Lut:
         return {
             "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
             "weight_scale": Spec((rows, groups), scale_dtype(self.group)),
-            "weight_lut": Spec((1, 2**self.bits), torch.float32),
+            "weight_lut": Spec((1, 2**self.bits), torch.float32, self._refuses()),
         }
+
+    @property
+    def integers(self) -> bool:
+        """Levels are int8 over ``UNITS``: products with int8 codes are exact in int32."""
+        return self.bits == 4 and self.group is None
+
+    def _refuses(self) -> Callable[[Tensor], str | None] | None:
+        return _no_integers if self.integers else None
 
     def fit(
         self,
@@ -136,7 +147,10 @@ class Lut:
         peak = some.abs().amax(-1, keepdim=True)
         moments = Moments(divide(some, peak).flatten(), (weight * peak.square()).flatten())
         levels = self.find(moments, self.bits).reshape(1, -1)
-        return (torch.round(levels * _FINE) / _FINE).float() + 0.0  # no -0
+        rounded = (
+            _integers(levels, moments) if self.integers else torch.round(levels * _FINE) / _FINE
+        )
+        return rounded.float() + 0.0  # no -0
 
     def _scale(self, grouped: Tensor, weight: Tensor, lut: Tensor) -> Tensor:
         """Scale of each row or group (N, groups), as stored."""
@@ -154,6 +168,30 @@ class Lut:
         level = snapped(scale)
         along, norm = ((weight * level * v).sum(-1, True) for v in (grouped, level))
         return torch.where(norm > 0, along / norm, scale).squeeze(-1).to(scale_dtype(self.group))
+
+
+def _integers(levels: Tensor, moments: Moments) -> Tensor:
+    """Levels (1, L) stretched to int8 over ``UNITS``; the scale makes up for the change of size.
+
+    Where both signs have the same levels, each goes up or down, whatever errs least in all.
+    """
+    top = levels.abs().amax().clamp(min=1e-30)  # of a matrix of zeros
+    units = levels / top * (UNITS - 1)
+    best = torch.round(units)
+    half = units[0, units.shape[1] // 2 :]
+    if torch.equal(units[0], torch.cat([-half.flip(0), half])):
+        ups = torch.arange(2 ** len(half), device=units.device).unsqueeze(1)
+        up = (ups >> torch.arange(len(half), device=units.device) & 1) * (half != half.floor())
+        magnitude = half.floor() + up
+        tries = torch.cat([-magnitude.flip(1), magnitude], 1)
+        best = tries[moments.error(tries * (top / (UNITS - 1))).argmin()].unsqueeze(0)
+    return best / UNITS
+
+
+def _no_integers(weight_lut: Tensor) -> str | None:
+    units = weight_lut.float() * UNITS
+    wrong = int(((units != units.round()) | (units.abs() > UNITS - 1)).sum())
+    return f"{wrong} levels that are no int8 over {UNITS}" if wrong else None
 
 
 def _nearest(u: Tensor, lut: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ ISAS = ("ref", "avx2", "avxvnni", "vnni", "amx")
 _log = logging.getLogger(__name__)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
-# no contraction: a fused multiply-add rounds once where the reference rounds twice
-_KERNEL = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-w")
+# no contraction: a fused multiply-add rounds once where the reference rounds twice; sums of codes
+# may wrap around on the way
+_KERNEL = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fwrapv", "-w")
 # OpenMP at compile time, else at::parallel_for is a plain loop; not at link time: the functions are
 # those of the OpenMP library that torch has loaded
 _GLUE = ("-O2", "-fopenmp", "-w")
@@ -130,7 +131,15 @@ def _prepare(library: ctypes.CDLL) -> None:
 CPU = Library(
     device="cpu",
     title="CPU",
-    ops=("quantize_rows", "w8a8_linear", "w4a8_linear", "dequantize", "weight_linear"),
+    ops=(
+        "quantize_rows",
+        "w8a8_linear",
+        "w4a8_linear",
+        "lut4a8_linear",
+        "group_a8_linear",
+        "dequantize",
+        "weight_linear",
+    ),
     key=_key,
     compile=_compile,
     compiler=lambda: _compiler()[0],

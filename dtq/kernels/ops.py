@@ -6,9 +6,11 @@ registers for one device comes before it there. The first call on the CPU looks 
 
 Conventions: M tokens, N output and K input channels. Scales are float32 unless said otherwise.
 The products of the int8 ops are exact int32; the epilogue is
-``float(acc) * row_scale * weight_scale + bias`` in float32, in that order, then one cast. A kernel
-that follows it gives the same numbers bit for bit. So does ``quantize_rows``: one float32 operation
-after the other in the order written here, butterflies smallest distance first, ties to even.
+``float(acc) * row_scale * weight_scale + bias`` in float32, in that order, then one cast; with a
+scale for each group ``(float(acc_0) * scale_0 + float(acc_1) * scale_1 + ...) * row_scale + bias``.
+A kernel that follows it gives the same numbers bit for bit. So does ``quantize_rows``: one float32
+operation after the other in the order written here, butterflies smallest distance first, ties to
+even.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
-from dtq.formats.base import scaled
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
 from dtq.kernels import epilogue, fused
@@ -144,9 +145,17 @@ def _group_a8_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    stored, offset = (unpack_nibbles(weight), 8) if bits == 4 else (weight, None)
-    w = scaled(stored, weight_scale, offset if weight_zero_point is None else weight_zero_point)
-    y = (codes.float() @ w.T) * row_scale.unsqueeze(1)
+    stored, zero = (unpack_nibbles(weight), 8) if bits == 4 else (weight, 0)
+    groups = weight_scale.shape[1]
+    x, w = codes.tensor_split(groups, 1), stored.tensor_split(groups, 1)
+    y = codes.new_zeros((len(codes), len(weight)), dtype=torch.float32)
+    for i in range(groups):  # exact sums, then float32, the first group first
+        raised = zero if weight_zero_point is None else weight_zero_point[:, i].int()
+        total = int_matmul(x[i].contiguous(), w[i].contiguous())
+        total = total - x[i].sum(1, keepdim=True, dtype=torch.int32) * raised
+        part = total.float() * weight_scale[:, i].float()
+        y = y + part if i else part
+    y = y * row_scale.unsqueeze(1)
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)
@@ -289,6 +298,6 @@ for _schema, _reference, _fake in _OPS:
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_name, _loading(_name, _reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"dtq::{_name}", _fake, lib=_LIBRARY)
-    if _name in CUDA.ops:
+    if any(_name in library.ops for library in LIBRARIES.values()):
         _REFERENCE.define(_schema)
         _REFERENCE.impl(_name, _reference, "CompositeExplicitAutograd")

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dtq.formats import FORMATS, Format, Parts
 from dtq.formats.acts import Acts
+from dtq.formats.grid import Grid
 from dtq.formats.integer import Int, TwoLevelInt
+from dtq.formats.lut import UNITS, Lut
 from dtq.kernels import cuda, dispatch
 from dtq.kernels.native import Library
 from dtq.kernels.ops import LIBRARIES
@@ -96,6 +98,56 @@ def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
     codes, scale = _codes(task, x, parts)
     weight = parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
     y: Tensor = ops.w4a8_linear(codes, scale, *weight, bias, x.dtype)
+    return y
+
+
+def _row_fits(task: Task) -> str | None:
+    if not task.acts.integer:
+        return f"activations are {task.acts.name}, not int8 with one scale per token"
+    if not isinstance(task.weights, Int) or task.weights.bits != 4 or task.weights.group:
+        return f"weights are {task.weights.name}, not 4-bit integers with one scale per row"
+    return None
+
+
+def _row(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    if dispatch.answer(x, len(parts["weight"])) != "int8":
+        return _small(task, x, parts, bias)
+    codes, scale = _codes(task, x, parts)
+    # a group as wide as the row, whose scale2 is 1: the byte is the zero
+    zero = parts.get("weight_zero_point")
+    if zero is None:
+        zero = torch.full_like(parts["weight_scale"], 8, dtype=torch.int8)
+    weight = parts["weight"], parts["weight_scale"], zero
+    y: Tensor = ops.w4a8_linear(codes, scale, *weight, bias, x.dtype)
+    return y
+
+
+def _table_fits(task: Task) -> str | None:
+    if not task.acts.integer:
+        return f"activations are {task.acts.name}, not int8 with one scale per token"
+    match task.weights:
+        case Grid(levels=levels, group=None) if levels.bits == 4 and levels.integers:
+            return None
+        case Lut() as lut if lut.integers:
+            return None
+    return f"weights are {task.weights.name}, not 4-bit codes of int8 levels with a scale per row"
+
+
+def _table(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    rows = len(parts["weight"])
+    if dispatch.answer(x, rows) != "int8":
+        return _small(task, x, parts, bias)
+    codes, scale = _codes(task, x, parts)
+    if isinstance(task.weights, Grid):
+        assert task.weights.levels.integers is not None
+        values, unit = task.weights.levels.integers
+        levels = torch.tensor(values, dtype=torch.int8, device=x.device)
+    else:
+        unit = 1 / UNITS
+        levels = (parts["weight_lut"] * UNITS).to(torch.int8)
+    tables = levels.reshape(1, 1, 16).expand(rows, 1, 16).contiguous()
+    weight = parts["weight"], parts["weight_scale"] * unit, tables  # unit: a power of two
+    y: Tensor = ops.lut4a8_linear(codes, scale, *weight, bias, x.dtype)
     return y
 
 
@@ -190,8 +242,10 @@ def _pre_scale(parts: Parts) -> Tensor | None:
 KERNELS: tuple[Kernel, ...] = (
     Kernel("w8a8", _int8_fits, _int8, ("quantize_rows", "w8a8_linear")),
     Kernel("w4a8-two-level", _two_level_fits, _two_level, ("quantize_rows", "w4a8_linear")),
+    Kernel("w4a8-row", _row_fits, _row, ("quantize_rows", "w4a8_linear")),
+    Kernel("w4a8-table", _table_fits, _table, ("quantize_rows", "lut4a8_linear")),
     Kernel("weight-only", _weight_only_fits, _weight_only, ("dequantize", "weight_linear")),
-    Kernel("integer-groups", _group_fits, _group),
+    Kernel("integer-groups", _group_fits, _group, ("quantize_rows", "group_a8_linear")),
     Kernel("reference", _always, _reference),
 )
 
@@ -231,7 +285,7 @@ def on(kernel: Kernel, library: Library, shape: tuple[int, int] | None = None) -
     return said
 
 
-INT8 = ("w8a8", "w4a8-two-level")
+INT8 = ("w8a8", "w4a8-two-level", "w4a8-row", "w4a8-table")
 """Kernels that the dispatcher of the GPU stands before."""
 
 
