@@ -71,6 +71,20 @@ inline void multiply_group(const Weight* weights, const Code* codes, int64_t ste
   asm volatile("" ::: "memory");
 }
 
+int64_t peak(int64_t rounds) {
+  configure_tiles();
+  _tile_zero(4);
+  _tile_zero(6);
+  for (int64_t r = 0; r < rounds; r++) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 6);
+    _tile_dpbusd(2, 4, 6);
+    _tile_dpbusd(3, 4, 6);
+  }
+  _tile_release();
+  return rounds * 4 * 16 * 16 * 64 * 2;
+}
+
 }  // namespace
 }  // namespace dtq
 
@@ -79,5 +93,5 @@ inline void multiply_group(const Weight* weights, const Code* codes, int64_t ste
 
 namespace dtq {
 const Kernels amx = {"amx", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored};
+                       multiply_few, decode, multiply_stored, peak};
 }

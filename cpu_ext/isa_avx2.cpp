@@ -235,6 +235,25 @@ inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t*
   }
 }
 
+// In assembly: compilers put moves between the intrinsics.
+#ifdef __AVXVNNI__
+#define DTQ_ADD(sum) "%{vex%} vpdpbusd %0, %0, %%ymm" #sum "\n\t"
+#else
+#define DTQ_ADD(sum) \
+  "vpmaddwd %0, %0, %%ymm2\n\tvpaddd %%ymm2, %%ymm" #sum ", %%ymm" #sum "\n\t"
+#endif
+int64_t peak(int64_t rounds) {
+  const __m256i one = _mm256_set1_epi8(1);
+  for (int64_t r = 0; r < rounds; r++)
+    asm volatile(
+        DTQ_ADD(4) DTQ_ADD(5) DTQ_ADD(6) DTQ_ADD(7) DTQ_ADD(8) DTQ_ADD(9)
+        DTQ_ADD(10) DTQ_ADD(11) DTQ_ADD(12) DTQ_ADD(13) DTQ_ADD(14) DTQ_ADD(15)
+        ::"x"(one)
+        : "xmm2", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+  return rounds * 12 * (32 / sizeof(Weight)) * 2;
+}
+#undef DTQ_ADD
+
 }  // namespace
 }  // namespace dtq
 
@@ -244,9 +263,9 @@ inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t*
 namespace dtq {
 #ifdef __AVXVNNI__
 const Kernels avxvnni = {"avxvnni", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored};
+                       multiply_few, decode, multiply_stored, peak};
 #else
 const Kernels avx2 = {"avx2", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored};
+                       multiply_few, decode, multiply_stored, peak};
 #endif
 }

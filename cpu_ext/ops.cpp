@@ -255,3 +255,4 @@ TORCH_LIBRARY_IMPL(dtq, CPU, m) {
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 EXPORTED const char* dtq_isa() { return dtq::kernels().name; }
 EXPORTED int dtq_use(const char* name) { return dtq::use(name); }
+EXPORTED int64_t dtq_peak(int64_t rounds) { return dtq::kernels().peak(rounds); }

@@ -9,6 +9,7 @@ machine that is busy with something else slows both. ``dtq/clock.py`` has the cl
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import platform
@@ -23,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from dtq.clock import Clock, HostClock
-from dtq.demo import folder as demo_folder
 from dtq.evaluate.baselines import BASELINES
 from dtq.formats import FORMATS
-from dtq.kernels import CPU
+from dtq.kernels import CPU, cpu
 from dtq.nn import QuantLinear
 from dtq.plan import Runtime
 
@@ -60,6 +60,7 @@ class Row:
     Attributes:
         case: ``K x N, M tokens`` or the model's name.
         seconds: median of a run.
+        share: of the int8 operations that registers could do in that time, see ``cpu.peak``.
         ratio: for each of ours, quartiles of this one's time over ours; above 1 ours is faster.
     """
 
@@ -69,6 +70,7 @@ class Row:
     seconds: float
     bytes: int
     ratio: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    share: float | None = None
 
 
 @dataclass
@@ -93,6 +95,7 @@ def gemm(
         for m in TOKENS[:3] if quick else TOKENS:
             x = torch.randn(m, k).bfloat16()
             found = race(f"{k} x {n}", m, _on(layers, x, n), rounds)
+            _note_shares(found, 2 * m * n * k)
             rows += found
             if say:
                 say(found)
@@ -102,10 +105,12 @@ def gemm(
 def e2e(
     *, quick: bool = False, rounds: int = 15, say: Callable[[list[Row]], None] | None = None
 ) -> Result:
-    """One denoising step of whole models: a DiT of the shape of DiT-XL/2, and the demo."""
+    """One denoising step of models of the shapes of DiT-XL/2, PixArt and FLUX, and the demo."""
+    from dtq.bench_models import cases
+
     rows: list[Row] = []
-    for name, model, tokens in _models(quick):
-        found = race(name, tokens, _steps(model), rounds)
+    for case in cases(quick):
+        found = race(case.name, case.tokens, _steps(case.model, case.given), rounds)
         rows += found
         if say:
             say(found)
@@ -120,12 +125,20 @@ def conditions(rounds: int) -> dict[str, str | int]:
     return {
         "cpu": _cpu(),
         "kernels": CPU.describe(),
+        "peak": f"{cpu.peak() / 1e9:.0f} GOP/s of int8 in registers, a thread",
         "threads": torch.get_num_threads(),
         "clock": HostClock().name,
         "torch": torch.__version__,
         "rounds": rounds,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _note_shares(rows: Sequence[Row], operations: int) -> None:
+    peak = cpu.peak() * torch.get_num_threads()
+    for row in rows:
+        if peak and row.name in OURS:
+            row.share = operations / row.seconds / peak
 
 
 @torch.no_grad()
@@ -164,6 +177,19 @@ def geometric_means(rows: Iterable[Row], ours: str) -> dict[tuple[int, str], flo
         if ours in row.ratio:
             found.setdefault((row.tokens, row.name), []).append(row.ratio[ours][1])
     return {key: statistics.geometric_mean(values) for key, values in found.items()}
+
+
+def ratios(result: Result, ours: str) -> dict[str, dict[str, float]]:
+    """By case, or by tokens over all cases of the gemm suite: times over that of ``ours``."""
+    found: dict[str, dict[str, float]] = {}
+    if result.suite == "gemm":
+        for (tokens, name), value in geometric_means(result.rows, ours).items():
+            found.setdefault(f"M {tokens}", {})[name] = value
+        return found
+    for row in result.rows:
+        if ours in row.ratio:
+            found.setdefault(row.case, {})[row.name] = row.ratio[ours][1]
+    return found
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -262,46 +288,26 @@ def _size(name: str, layer: nn.Module) -> int:
     return sum(p.nbytes for p in layer.parameters())
 
 
-def _models(quick: bool) -> Iterable[tuple[str, nn.Module, int]]:
-    from diffusers import DiTTransformer2DModel
+def _steps(model: nn.Module, given: dict[str, Any]) -> list[Candidate]:
+    from dtq.bench_models import quantized_model
 
-    blocks = 4 if quick else 28
-    torch.manual_seed(0)
-    for tokens in (256,) if quick else (256, 1024):
-        model = DiTTransformer2DModel(
-            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8,
-            num_layers=blocks, sample_size=2 * math.isqrt(tokens), patch_size=2,
-            num_embeds_ada_norm=1000,
-        )  # fmt: skip
-        yield f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2", model.eval(), tokens
-    model = DiTTransformer2DModel.from_pretrained(demo_folder() / "transformer")
-    yield "demo, batch 2", model.eval(), (model.config.sample_size // model.config.patch_size) ** 2
-
-
-def _steps(model: nn.Module) -> list[Candidate]:
-    import copy
-
-    config: Any = model.config
-    x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
-    given = {"timestep": torch.tensor([500, 500]), "class_labels": torch.tensor([1, 2])}
     found = []
 
     def add(name: str, chosen: nn.Module, dtype: torch.dtype) -> None:
         size = sum(p.nbytes for p in chosen.parameters())
-        latent = x.to(dtype)
-        found.append(Candidate(name, lambda: chosen(latent, **given)[0], size))
+        inputs = {k: _as(v, dtype) for k, v in given.items()}
+        found.append(Candidate(name, lambda: chosen(**inputs)[0], size))
 
-    half = copy.deepcopy(model).bfloat16()
-    for name, weights in OURS.items():
-        ours = copy.deepcopy(half)
-        for where, layer in list(ours.named_modules()):
-            # attention and feed-forward, what recipes quantize; modulation stays float
-            if isinstance(layer, nn.Linear) and (".attn" in where or ".ff." in where):
-                ours.set_submodule(where, quantized(layer, weights))
-        add(name, ours, torch.bfloat16)
-    add("bf16", half, torch.bfloat16)
+    for name in OURS:
+        add(name, quantized_model(model, name), torch.bfloat16)
+    add("bf16", copy.deepcopy(model).bfloat16(), torch.bfloat16)
     add("fp32", model, torch.float32)
     return found
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value
 
 
 def installed(module: str) -> bool:

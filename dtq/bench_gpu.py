@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from dtq.bench import MODULES, OURS, Candidate, Result, Row, installed, quantized, race
+from dtq.bench_models import quantized_model
 from dtq.clock import Clock, clock_of
 from dtq.errors import InputError
 from dtq.evaluate.baselines import BASELINES
 from dtq.kernels import CUDA
-from dtq.nn import QuantLinear
-from dtq.plan import Runtime
 
 SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288), (12288, 3072))
 """(K, N) of DiT-XL and FLUX."""
@@ -295,7 +294,7 @@ def model_race(
     """
     makers: dict[str, Callable[[], nn.Module]] = {"bf16": lambda: model}
     for name in OURS:
-        makers[name] = lambda name=name: quantized_model(model, name)  # type: ignore[misc]
+        makers[name] = lambda name=name: quantized_model(model, name, MODULATION)  # type: ignore[misc]
     found = []
     for name, make in makers.items():
         chosen = make()
@@ -306,30 +305,6 @@ def model_race(
             found.append(Candidate(f"{name} compiled", _step(fast, given), size))
     names = [c.name for c in found if not c.name.startswith("bf16")]
     return race(case, tokens, found, rounds, clock, names)
-
-
-def quantized_model(model: nn.Module, name: str) -> nn.Module:
-    """A copy with quantized attention and feed-forward; at 4 bits modulation is weight-only."""
-    made = copy.deepcopy(model)
-    for where, layer in list(made.named_modules()):
-        if not isinstance(layer, nn.Linear) or "blocks." not in where:
-            continue
-        if "norm" not in where:
-            made.set_submodule(where, quantized(layer, OURS[name]))
-        elif name == "w4a8" and layer.in_features % 64 == 0:
-            made.set_submodule(where, weight_only(layer, MODULATION))
-    return made
-
-
-def weight_only(layer: nn.Linear, weights: str) -> QuantLinear:
-    """The layer with packed weights and float activations."""
-    new = quantized(layer, weights, "none")
-    plain = QuantLinear.in_place_of(
-        layer, Runtime(weights, "none"), compute_dtype=torch.bfloat16, device=layer.weight.device
-    )
-    plain.fill({n: t for n, t in new.parts().items() if n != "pre_quant_scale"})
-    plain.bias = new.bias
-    return plain
 
 
 def _step(model: Callable[..., Any], given: Given) -> Callable[[], object]:

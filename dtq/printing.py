@@ -192,13 +192,21 @@ def print_result(report: Report, output: Path, seconds: float) -> None:
 
 def print_race(rows: Sequence[Row]) -> None:
     """One size, as soon as it is measured."""
+    shares = any(row.share is not None for row in rows)
     table(
-        (f"{rows[0].case}, M {rows[0].tokens}", "ms", "weights", *(f"/ {ours}" for ours in OURS)),
+        (
+            f"{rows[0].case}, M {rows[0].tokens}",
+            "ms",
+            "weights",
+            *(["of peak"] if shares else []),
+            *(f"/ {ours}" for ours in OURS),
+        ),
         [
             (
                 row.name,
                 f"{row.seconds * 1e3:.3f}",
                 size(row.bytes),
+                *([or_dash(row.share, ".0%")] if shares else []),
                 *(
                     "{1:.2f} ({0:.2f}-{2:.2f})".format(*row.ratio[ours])
                     if ours in row.ratio

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import agreement
 import golden
 
-from dtq import bench_gpu
+from dtq import bench_gpu, bench_models
 from dtq.bench import Candidate, Row, quantized, race
 from dtq.clock import Clock, clock_of
 from dtq.formats import FORMATS
@@ -546,7 +546,7 @@ def t9(s: Session) -> Iterator[tuple[str, float]]:
 def t10(s: Session) -> Iterator[tuple[str, float]]:
     k, n = s.size(3072, 128), s.size(18432, 64)
     plain = nn.Linear(k, n, device=s.device, dtype=torch.bfloat16)
-    layer = bench_gpu.weight_only(plain, "int4-g64")
+    layer = bench_models.weight_only(plain, "int4-g64")
     for m in (1, 2, 4):
         x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
         count = bench_gpu.copies(s.device, plain.weight.nbytes // 4)

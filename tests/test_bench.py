@@ -70,10 +70,15 @@ def test_the_command_writes_every_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "TOKENS", (1, 20))
     file = tmp_path / "bench.json"
     before = torch.get_num_threads()
-    done = CliRunner().invoke(main, ["bench", "--rounds", "2", "--json", str(file)])
+    plot = tmp_path / "bench.svg"
+    command = ["bench", "--rounds", "2", "--json", str(file), "--plot", str(plot)]
+    done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output + str(done.exception)
     assert torch.get_num_threads() == before
     data = json.loads(file.read_text())
     assert {row["name"] for row in data["rows"]} >= {"w8a8", "w4a8", "fp32", "bf16"}
     assert data["conditions"]["threads"] == 1
     assert data["verdict"] in done.output
+    assert plot.read_text().startswith("<svg ")
+    shares = [row["share"] for row in data["rows"] if row["name"] == "w4a8"]
+    assert all(0 < share < 1.5 for share in shares if share is not None)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dtq import bench_gpu
+from dtq import bench_gpu, bench_models
 from dtq.cli import main
 from dtq.clock import HostClock
 from dtq.kernels import CUDA
@@ -110,7 +110,7 @@ def test_every_rival_of_a_linear_does_the_same_job():
 
 def test_models_are_quantized_with_their_modulation():
     model, given, tokens = bench_gpu.flux(HERE, quick=True)
-    made = bench_gpu.quantized_model(model, "w4a8")
+    made = bench_models.quantized_model(model, "w4a8", bench_gpu.MODULATION)
     kinds = {n: m.weights for n, m in made.named_modules() if hasattr(m, "runtime")}
     assert kinds["transformer_blocks.0.attn.to_q"] == "int4-2l-g64"
     assert kinds["transformer_blocks.0.norm1.linear"] == bench_gpu.MODULATION

@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 import torch
 
-from dtq.bench import SUITES
+from dtq.bench import SUITES, ratios
 from dtq.durable import write_whole
+from dtq.evaluate import plots
 from dtq.kernels import LIBRARIES
 from dtq.printing import print_bench, print_race
 
@@ -24,12 +25,20 @@ from dtq.printing import print_bench, print_race
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(2))
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="FILE for every figure.")
+@click.option("--plot", type=click.Path(path_type=Path), help="FILE.svg for a chart of the ratios.")
 def bench(
-    suite: str, device: str | None, quick: bool, rounds: int, threads: int, json_file: Path | None
+    suite: str,
+    device: str | None,
+    quick: bool,
+    rounds: int,
+    threads: int,
+    json_file: Path | None,
+    plot: Path | None,
 ) -> None:
     """Time quantized layers beside float ones on this machine.
 
-    gemm: single linears. e2e: one denoising step of models with random weights.
+    gemm: single linears. e2e: one denoising step of models with random weights. Beside float32 and
+    bfloat16 stand torch._int_mm and, where installed, torchao, optimum-quanto and bitsandbytes.
 
     \b
     dtq bench --quick
@@ -50,4 +59,6 @@ def bench(
         torch.set_num_threads(before)
     if json_file is not None:
         write_whole(json_file, json.dumps(result.to_json(), indent=1) + "\n")
+    if plot is not None:
+        write_whole(plot, plots.bench(ratios(result, "w4a8"), "w4a8"))
     print_bench(result)

@@ -66,6 +66,27 @@ def ranges(sites: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def bench(groups: dict[str, dict[str, float]], ours: str) -> str:
+    """Times over those of ``ours``, a group of bars each; a file of its own."""
+    figure, axes = _axes()
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    wide = 0.8 / len(names)
+    figure.set_size_inches(7.2, max(2.5, 0.9 + 0.16 * len(names) * len(groups)))
+    for i, (name, colour) in enumerate(zip(names, _cycle(len(names)), strict=True)):
+        places = [g + (i - (len(names) - 1) / 2) * wide for g in range(len(groups))]
+        values = [group.get(name, 0) for group in groups.values()]
+        bars = axes.barh(places, values, wide * 0.9, label=name, color=colour)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6, color=INK, padding=2)
+    axes.axvline(1, color=INK, lw=0.8)
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"time over that of {ours}: above 1 {ours} is faster", xscale="log")
+    axes.legend(frameon=False, fontsize=7, ncol=4, labelcolor=INK, loc="lower center",
+                bbox_to_anchor=(0.5, 1.0))  # fmt: skip
+    alone = '<svg style="color:#222;--line:#ccc;background:#fff" '
+    return _svg(figure).replace("<svg ", alone, 1)
+
+
 def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
