@@ -70,6 +70,36 @@ inline V load_as_float(const void* p, Float type) {
   return type == kBFloat16 ? (V)(u << 16) : from_half(u);
 }
 
+// How a float of a type is kept.
+template <bool wide>
+struct Kept {
+  typedef uint16_t T;
+};
+template <>
+struct Kept<true> {
+  typedef float T;
+};
+
+template <Float type, typename T>
+inline void store_whole(T* out, V v) {
+  if constexpr (type == kFloat32) store(out, v);
+  else low_halves(type == kBFloat16 ? to_bfloat(v) : to_half(v), out);
+}
+
+inline void store_line(void* out, int64_t at, const float* values, int count, Float type) {
+  for (int i = 0; i < count; i += kLanes) {
+    const int left = count - i < kLanes ? count - i : kLanes;
+    const V v = load(values + i);
+    if (type == kFloat32) {
+      memcpy((float*)out + at + i, &v, left * 4);
+    } else {
+      uint16_t halves[kLanes], *to = (uint16_t*)out + at + i;
+      low_halves(type == kBFloat16 ? to_bfloat(v) : to_half(v), left < kLanes ? halves : to);
+      if (left < kLanes) memcpy(to, halves, left * 2);
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------- quantize_rows
 
 // One step of the transform inside a vector: (a + b, a - b) of lanes h apart.
@@ -198,6 +228,46 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* row) {
   }
 }
 
+// ---------------------------------------------------------------------------- gelu
+
+// e^t as dtq/kernels/fused.py writes it down.
+inline V exponential(V t) {
+  t = t < splat(-87) ? splat(-87) : t;
+  t = t > splat(89) ? splat(89) : t;
+  const V magic = splat(12582912.0f);  // rounds to the nearest integer, ties to even
+  const V n = (t * splat(1.44269504f) + magic) - magic;
+  const V r = (t - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  const double rest[] = {1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
+  V p = splat((float)(1.0 / 720));
+  for (double c : rest) p = p * r + splat((float)c);
+  const V whole = n == n ? n : splat(0);
+  return p * (V)((U)(__builtin_convertvector(whole, I) + 127) << 23);
+}
+
+inline V gelu_of(V x) {
+  const V cube = x * x * x, u2 = (x + cube * splat(0.044715f)) * splat(1.59576912f);
+  return x / (splat(1) + exponential(-u2));
+}
+
+template <Float type>
+inline void gelu_of(const void* x, void* out, int64_t first, int64_t last) {
+  typedef typename Kept<type == kFloat32>::T T;
+  int64_t k = first;
+  for (; k + kLanes <= last; k += kLanes)
+    store_whole<type>((T*)out + k, gelu_of(load_as_float((const T*)x + k, type)));
+  if (k == last) return;
+  T end[kLanes] = {};
+  memcpy(end, (const T*)x + k, (last - k) * sizeof(T));
+  store_whole<type>(end, gelu_of(load_as_float(end, type)));
+  memcpy((T*)out + k, end, (last - k) * sizeof(T));
+}
+
+void gelu(const void* x, void* out, Float type, int64_t first, int64_t last) {
+  if (type == kFloat32) gelu_of<kFloat32>(x, out, first, last);
+  else if (type == kBFloat16) gelu_of<kBFloat16>(x, out, first, last);
+  else gelu_of<kFloat16>(x, out, first, last);
+}
+
 // ---------------------------------------------------------------------------- packing of codes
 
 // Tokens lie in lanes: [block][step][kQuads][kTokens][kQuad]. Their sums take back what unsigned
@@ -248,20 +318,6 @@ void pack_few(const Linear& g) {
 }
 
 // ---------------------------------------------------------------------------- the product
-
-inline void store_line(void* out, int64_t at, const float* values, int count, Float type) {
-  for (int i = 0; i < count; i += kLanes) {
-    const int left = count - i < kLanes ? count - i : kLanes;
-    const V v = load(values + i);
-    if (type == kFloat32) {
-      memcpy((float*)out + at + i, &v, left * 4);
-    } else {
-      uint16_t halves[kLanes], *to = (uint16_t*)out + at + i;
-      low_halves(type == kBFloat16 ? to_bfloat(v) : to_half(v), left < kLanes ? halves : to);
-      if (left < kLanes) memcpy(to, halves, left * 2);
-    }
-  }
-}
 
 // What a stored code is raised by, of a section: its zero and what makes weights unsigned.
 inline int raised_by(const Linear& g, int64_t n, int64_t section) {

@@ -93,5 +93,5 @@ int64_t peak(int64_t rounds) {
 
 namespace dtq {
 const Kernels amx = {"amx", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, peak};
+                       multiply_few, decode, multiply_stored, gelu, peak};
 }

@@ -137,6 +137,8 @@ struct Kernels {
   // rows [first, last) of a stored matrix, and their products; `scratch` holds kScratch floats
   void (*decode)(const Decode&, int64_t first, int64_t last, float* scratch);
   void (*multiply_stored)(const Decode&, int64_t first, int64_t last, float* scratch);
+  // elements [first, last) of a dense tensor
+  void (*gelu)(const void* x, void* out, Float type, int64_t first, int64_t last);
   // integer operations, a product and a sum each, done `rounds` times in registers; returns how many
   int64_t (*peak)(int64_t rounds);
 };

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -206,6 +207,18 @@ class Product {
   std::vector<Tensor> kept_;
 };
 
+Tensor gelu(const Tensor& x_in) {
+  const auto type = x_in.scalar_type();
+  const Tensor x = (written_directly(type) ? x_in : x_in.to(at::kFloat)).contiguous();
+  Tensor out = at::empty_like(x);
+  const dtq::Float written = float_type(x.scalar_type());
+  const Kernels& kernels = dtq::kernels();
+  at::parallel_for(0, x.numel(), 16384, [&](int64_t first, int64_t last) {
+    kernels.gelu(x.const_data_ptr(), out.mutable_data_ptr(), written, first, last);
+  });
+  return out.to(type);
+}
+
 Tensor w8a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                    const Tensor& weight_scale, const MaybeTensor& bias, at::ScalarType type) {
   Product product(codes, row_scale, weight, false, bias);
@@ -249,6 +262,7 @@ TORCH_LIBRARY_IMPL(dtq, CPU, m) {
   m.impl("w4a8_linear", w4a8_linear);
   m.impl("lut4a8_linear", lut4a8_linear);
   m.impl("group_a8_linear", group_a8_linear);
+  m.impl("gelu", gelu);
 }
 
 // For Python, by ctypes.

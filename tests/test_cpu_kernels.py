@@ -16,7 +16,7 @@ import torch
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import CPU, Task, cpu, epilogue, explain, ops
+from dtq.kernels import CPU, Task, cpu, epilogue, explain, fused, ops
 from dtq.kernels.table import pick
 from dtq.nn import QuantLinear
 from dtq.plan import Runtime
@@ -147,6 +147,17 @@ def test_formats_that_are_integers_are_multiplied_as_integers(isa, name):
     for tokens in (1, 8, 19):
         got = kernel.call(task, x[:tokens], parts, bias)
         torch.testing.assert_close(got.double(), (want + bias)[:tokens], rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_gives_the_bits_that_are_written_down(isa, dtype):
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-30, -90.0, 3e38, -3e38])
+    for x in (torch.linspace(-12, 12, 4099), random(3, 70000) * 4, special, random(0, 3)):
+        x = x.to(dtype)
+        got, want = compiled.gelu(x), fused.gelu(x.float()).to(dtype)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    x = random(40, 30).to(dtype).T[::2]
+    assert torch.equal(compiled.gelu(x), fused.gelu(x.float()).to(dtype))
 
 
 def test_packed_and_expanded_weights_give_the_same_bits(isa):

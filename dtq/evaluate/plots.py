@@ -80,7 +80,7 @@ def bench(groups: dict[str, dict[str, float]], ours: str) -> str:
     axes.axvline(1, color=INK, lw=0.8)
     axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel=f"time over that of {ours}: above 1 {ours} is faster", xscale="log")
+    axes.set(xlabel=f"time over that of {ours}: above 1 {ours} is faster")
     axes.legend(frameon=False, fontsize=7, ncol=4, labelcolor=INK, loc="lower center",
                 bbox_to_anchor=(0.5, 1.0))  # fmt: skip
     alone = '<svg style="color:#222;--line:#ccc;background:#fff" '

@@ -156,6 +156,7 @@ CPU = Library(
         "group_a8_linear",
         "dequantize",
         "weight_linear",
+        "gelu",
     ),
     key=_key,
     compile=_compile,

@@ -202,6 +202,12 @@ def _weight_linear_fake(x: Tensor, parts: list[Tensor], *rest: object) -> Tensor
     return x.new_empty((x.shape[0], parts[0].shape[0]))
 
 
+def _gelu(
+    x: Tensor,  # any shape and float dtype
+) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact int32 (M, N) of int8 (M, K) and (N, K)."""
     rows, columns = a.shape
@@ -268,6 +274,7 @@ _OPS = (
         _resident_linear,
         _weight_linear_fake,
     ),
+    ("gelu(Tensor x) -> Tensor", _gelu, torch.empty_like),
     *fused.OPS,
     *epilogue.OPS,
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError
 from dtq.families import TIME_ARGUMENTS
 from dtq.nn import alarm
+from dtq.nn.activation import quicken
 from dtq.nn.linear import QuantLinear, StepClock, aligned, is_linear
 from dtq.plan import LoadPlan
 from dtq.policy import StepPolicy
@@ -87,7 +88,7 @@ def finish(
     *,
     align: bool = True,
 ) -> None:
-    """What a model with quantized linears needs besides them: guards, alignment, clock.
+    """What a model with quantized linears needs besides them: guards, alignment, clock, GELU.
 
     Without ``align`` mapped tensors stay in their files: for a model that is saved and never run.
     """
@@ -104,6 +105,7 @@ def finish(
     model._skip_layerwise_casting_patterns = [*others, pattern]  # type: ignore[assignment]
     for tensor in (*model.parameters(), *model.buffers()) if align else ():
         tensor.data = aligned(tensor.data)
+    quicken(model)
     if edges or policy is not None:
         install_clock(model, edges, policy)
     if alarm.wanted():
