@@ -57,9 +57,8 @@ inline const char* refusal(const Gemm& g) {
   if (g.gate && (!g.residual || g.gate_tokens < 1)) return "a gate comes with a residual";
   if (g.weights == kInt8) return nullptr;
   if (g.group < 1 || g.rows * (g.columns / g.group) >= 1 << 30) return "more than 2^30 groups";
-  const bool row_tables = g.weights == kTable && g.group == g.columns;
-  if (g.group != 32 && g.group != 64 && g.group != 128 && !row_tables)
-    return "4-bit weights come in groups of 32, 64 or 128 columns";
+  if (g.group != 32 && g.group != 64 && g.group != 128 && g.group != g.columns)
+    return "4-bit weights come in groups of 32, 64 or 128 columns, or in rows";
   if (g.columns % 32 || g.columns % g.group) return "4-bit weights come in whole groups";
   if (!aligned16(g.codes) || !aligned16(g.weight) || !aligned16(g.tables))
     return "4-bit weights and their codes start at multiples of 16 bytes";

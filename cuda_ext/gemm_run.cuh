@@ -33,7 +33,7 @@ template <class Source>
 int run(const Gemm& g, const Plan& plan, Stream stream) {
   const auto* groups = g.weights == kTable ? reinterpret_cast<const uint8_t*>(g.tables) : g.groups;
   int shift = 0;
-  while (g.group > int64_t(1) << shift) shift++;  // one table a row: any power above K will do
+  while (g.group > int64_t(1) << shift) shift++;  // one for a row: any power above K will do
   const int count = g.weights == kInt8 ? 0 : int(g.columns / g.group);
   const GemmArgs p = {g, {groups, count, shift}, plan.splits, plan.in_split, plan.partial};
   const int64_t tiles = tiles_of(g, plan.tile);

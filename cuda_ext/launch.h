@@ -23,7 +23,7 @@ struct Gemm {
   const void* weight;
   const uint8_t* groups;      // kTwoLevel: (N, K / group), zero in the low nibble, scale2 - 1 above
   const int8_t* tables;       // kTable: (N, K / group, 16)
-  int64_t group;              // columns: 32, 64 or 128; for kTable also K, one table a row
+  int64_t group;              // columns: 32, 64 or 128, or K, one for a row
   const float* weight_scale;  // (N)
   const void* bias;           // (N) of bias_type, or null
   Float bias_type;

@@ -148,13 +148,15 @@ def w8a8(ops: Any, device: Any, seed: int, limit: int) -> None:
 def w4a8(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     (m, n, k), d = size.product(), size.dice
-    group = d.choice([g for g in (32, 64, 128) if k % g == 0])
-    fmt, dtype = FORMATS[f"int4-2l-g{group}"], d.choice(DTYPES)
-    w = normal(n, k, seed=seed)
+    group = d.choice([*(g for g in (32, 64, 128) if k % g == 0), "row"])
+    name = "int4-asym-row" if group == "row" else f"int4-2l-g{group}"
+    fmt, dtype, w = FORMATS[name], d.choice(DTYPES), normal(n, k, seed=seed)
     p = fmt.pack(w, fmt.fit(w))
+    # a row's zero is the byte of a group as wide as the row, whose scale is 1
+    groups = p["weight_zero_point"] if group == "row" else p["weight_scale_2"]
     args = (
         int8(m, k, seed=seed), normal(m, seed=1).abs(), p["weight"], p["weight_scale"],
-        p["weight_scale_2"], d.choice((None, normal(n, seed=3).to(dtype))), dtype,
+        groups, d.choice((None, normal(n, seed=3).to(dtype))), dtype,
     )  # fmt: skip
     what = f"w4a8 M {m} N {n} K {k} group {group} {dtype}"
     agree(ops.w4a8_linear, reference._w4a8_linear, args, device, what)
