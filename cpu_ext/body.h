@@ -9,7 +9,7 @@
 //   Code            how a packed code is kept
 //   kQuad           codes of one token that lie side by side: what one instruction adds up
 //   what weights.h asks for, and weights.h itself
-//   multiply_group  a panel by 1 to kGroup token blocks
+//   multiply_group  some steps of a panel by 1 to kGroup token blocks, added to the sums if `more`
 //   dot_few         some steps of one output channel by up to kFew tokens
 //
 // Everything is in an anonymous namespace: see kernels.h.
@@ -22,6 +22,9 @@ namespace {
 
 constexpr int64_t kCodes = kStep * kTokens;  // codes of a token block in a step
 constexpr int kQuads = kStep / kQuad;
+// Steps after which sums go to memory: codes of a group and weights of a panel stay in the first-level
+// cache for so many while each 8 rows of the panel pass by.
+constexpr int64_t kAtOnce = 8;
 
 typedef uint16_t H __attribute__((vector_size(kLanes * 2)));
 
@@ -391,9 +394,12 @@ void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, 
       const int count = (int)((block_end - at + groups - 1) / groups);
       const Code* codes = (const Code*)g.packed + at * next;
       for (int64_t section = 0; section < g.sections; section++) {
-        const int64_t step = section * steps;
-        multiply_group(weights + step * kRows * kStep, codes + step * kCodes, steps, next, count,
-                       sums);
+        const int64_t end = (section + 1) * steps;
+        for (int64_t step = section * steps, some; step < end; step += some) {
+          some = end - step < kAtOnce ? end - step : kAtOnce;
+          multiply_group(weights + step * kRows * kStep, codes + step * kCodes, some, next, count,
+                         step > section * steps, sums);
+        }
         if (g.section_scale) add_section(g, n, rows, at, count, section, sums, totals);
       }
       for (int c = 0; c < count; c++)

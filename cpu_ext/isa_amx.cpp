@@ -29,12 +29,21 @@ inline void configure_tiles() {
 // 32 output channels by one or two token blocks; tiles 0-3 sums, 4 and 5 weights, 6 and 7 codes.
 template <int count>
 inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int32_t* sums) {
+                           bool more, int32_t* sums) {
   constexpr int64_t line = kGroup * kTokens * 4;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (more) {
+    _tile_loadd(0, sums, line);
+    _tile_loadd(1, sums + 16 * kGroup * kTokens, line);
+    if (count == 2) {
+      _tile_loadd(2, sums + kTokens, line);
+      _tile_loadd(3, sums + 16 * kGroup * kTokens + kTokens, line);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t s = 0; s < steps; s++) {
     const Weight* w = weights + s * kRows * kStep;
     const Code* x = codes + s * kStep * kTokens;
@@ -59,13 +68,13 @@ inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t ste
 }
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int count, int32_t* sums) {
+                           int count, bool more, int32_t* sums) {
   asm volatile("" ::: "memory");  // a tile load does not tell the compiler what it reads
   configure_tiles();
-  if (count >= 2) multiply_tiles<2>(weights, codes, steps, next, sums);
+  if (count >= 2) multiply_tiles<2>(weights, codes, steps, next, more, sums);
   if (count != 2) {
     const int done = count - 1;
-    multiply_tiles<1>(weights, codes + done * next, steps, next, sums + done * kTokens);
+    multiply_tiles<1>(weights, codes + done * next, steps, next, more, sums + done * kTokens);
   }
   _tile_release();
   asm volatile("" ::: "memory");

@@ -166,9 +166,13 @@ namespace dtq {
 namespace {
 
 // kBlock output channels by 16 tokens: 8 sums, 2 of codes and 1 of weights, of 16 registers.
-inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, int32_t* sums) {
+inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, bool more,
+                           int32_t* sums) {
   __m256i sum[kBlock][2];
-  for (int r = 0; r < kBlock; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+  for (int r = 0; r < kBlock; r++)
+    for (int i = 0; i < 2; i++)
+      sum[r][i] = more ? _mm256_load_si256((__m256i*)(sums + r * kGroup * kTokens) + i)
+                       : _mm256_setzero_si256();
   for (int64_t s = 0; s < steps; s++) {
     const Weight* w = weights + s * kRows * kStep;
     const Code* x = codes + s * kStep * kTokens;
@@ -189,10 +193,10 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
 }
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int count, int32_t* sums) {
+                           int count, bool more, int32_t* sums) {
   for (int c = 0; c < count; c++)
     for (int n = 0; n < kRows; n += kBlock)
-      multiply_block(weights + n * kStep, codes + c * next, steps,
+      multiply_block(weights + n * kStep, codes + c * next, steps, more,
                      sums + (n * kGroup + c) * kTokens);
 }
 

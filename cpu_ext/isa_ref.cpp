@@ -72,7 +72,7 @@ namespace dtq {
 namespace {
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int count, int32_t* sums) {
+                           int count, bool more, int32_t* sums) {
   for (int c = 0; c < count; c++)
     for (int n = 0; n < kRows; n++) {
       int32_t sum[kTokens] = {};
@@ -82,7 +82,8 @@ inline void multiply_group(const Weight* weights, const Code* codes, int64_t ste
         for (int q = 0; q < kStep; q += 2, x += 2 * kTokens)
           for (int t = 0; t < kTokens; t++) sum[t] += w[q] * x[2 * t] + w[q + 1] * x[2 * t + 1];
       }
-      for (int t = 0; t < kTokens; t++) sums[(n * kGroup + c) * kTokens + t] = sum[t];
+      int32_t* to = sums + (n * kGroup + c) * kTokens;
+      for (int t = 0; t < kTokens; t++) to[t] = more ? to[t] + sum[t] : sum[t];
     }
 }
 

@@ -8,10 +8,12 @@ namespace {
 // `rows` output channels by `count` token blocks, sums in registers: 8 x 3 = 24 of the 32.
 template <int rows, int count>
 inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int32_t* sums) {
+                           bool more, int32_t* sums) {
   __m512i sum[rows][count];
   for (int r = 0; r < rows; r++)
-    for (int c = 0; c < count; c++) sum[r][c] = _mm512_setzero_si512();
+    for (int c = 0; c < count; c++)
+      sum[r][c] = more ? _mm512_load_si512(sums + (r * kGroup + c) * kTokens)
+                       : _mm512_setzero_si512();
   for (int64_t s = 0; s < steps; s++) {
     const Weight* w = weights + s * kRows * kStep;
     const Code* x = codes + s * kStep * kTokens;
@@ -33,17 +35,17 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
 
 template <int rows, int count>
 inline void multiply_rows(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                          int32_t* sums) {
+                          bool more, int32_t* sums) {
   for (int n = 0; n < kRows; n += rows)
-    multiply_block<rows, count>(weights + n * kStep, codes, steps, next,
+    multiply_block<rows, count>(weights + n * kStep, codes, steps, next, more,
                                 sums + n * kGroup * kTokens);
 }
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int count, int32_t* sums) {
-  if (count == 3) multiply_rows<8, 3>(weights, codes, steps, next, sums);
-  else if (count == 2) multiply_rows<8, 2>(weights, codes, steps, next, sums);
-  else multiply_rows<16, 1>(weights, codes, steps, next, sums);
+                           int count, bool more, int32_t* sums) {
+  if (count == 3) multiply_rows<8, 3>(weights, codes, steps, next, more, sums);
+  else if (count == 2) multiply_rows<8, 2>(weights, codes, steps, next, more, sums);
+  else multiply_rows<16, 1>(weights, codes, steps, next, more, sums);
 }
 
 // In assembly: compilers put moves between the intrinsics.

@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import os
 import platform
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -273,7 +275,46 @@ def _on(layers: dict[str, nn.Module], x: Tensor, n: int) -> list[Candidate]:
         return (y.float() * peak * unit + bias).to(x.dtype)
 
     found.append(Candidate("_int_mm, eager", by_int_mm, weight.numel() + 4 * n))
+    if x.device.type == "cpu" and hasattr(torch.ops, "onednn"):
+        found += _onednn(x, weight, unit, bias)
     return found
+
+
+def _onednn(x: Tensor, weight: Tensor, unit: Tensor, bias: Tensor) -> list[Candidate]:
+    """oneDNN's int8 linear: the product alone, and with tokens quantized by ``torch.compile``.
+
+    Its codes are unsigned with a zero of 128: for signed ones it has no fast kernel without AMX.
+    """
+    packed = torch.ops.onednn.qlinear_prepack(weight, list(x.shape))
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+
+    def product(codes: Tensor) -> Tensor:
+        made: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 128, packed, unit, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+        )
+        return made
+
+    def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+        peak = x.float().abs().amax(1, keepdim=True) / 127
+        return ((x.float() / peak).round() + 128).to(torch.uint8), peak
+
+    def finished(y: Tensor, peak: Tensor) -> Tensor:
+        return (y * peak + bias).to(x.dtype)
+
+    size = weight.numel() + 4 * len(weight)
+    codes, _ = quantized(x)
+    rows = [Candidate("oneDNN, bare", lambda: product(codes), size)]
+    if shutil.which(os.environ.get("CXX", "g++")):  # inductor's
+        before = torch.compile(quantized, dynamic=False)
+        after = torch.compile(finished, dynamic=False)
+
+        def run() -> Tensor:
+            made, peak = before(x)
+            y: Tensor = after(product(made), peak)
+            return y
+
+        rows.append(Candidate("oneDNN, compiled quantizing", run, size))
+    return rows
 
 
 def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:

@@ -96,7 +96,9 @@ def _torchao_bits(linear: nn.Module) -> float:
 
 def _quanto_bits(linear: nn.Module) -> float:
     weight: Any = linear.weight
-    side = [t for t in (weight._scale, weight._shift) if isinstance(t, torch.Tensor)]
+    # for bfloat16 scale and shift lie in one tensor
+    found = (getattr(weight, name, None) for name in ("_scale", "_shift", "_scale_shift"))
+    side = [t for t in found if isinstance(t, torch.Tensor)]
     return 4 + 8 * sum(t.numel() * t.element_size() for t in side) / weight.numel()
 
 
