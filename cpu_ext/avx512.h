@@ -130,6 +130,24 @@ namespace {
 // to get the weights: int8 and 4-bit ones in registers, those of odd groups by way of memory.
 enum Source { kInt8, kInt4, kOdd };
 
+// Whether the 4-bit codes of two steps are taken together, low halves of bytes and high halves: the
+// tokens' codes then lie even channels first, see `pack_few`.
+inline bool splits(const Linear& g) { return g.nibbles && g.group_bits >= 6 && g.sections == 1; }
+
+// The weights of two steps: 64 even channels and 64 odd ones.
+struct Halves {
+  __m512i low, high;
+};
+
+inline Halves halves_of(__m512i bytes, const int8_t* first, const int8_t* second) {
+  const __m512i levels = made_unsigned(_mm512_mask_broadcast_i32x4(
+      _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)first)), 0xff00,
+      _mm_loadu_si128((const __m128i*)second)));
+  const __m512i low = _mm512_set1_epi8(15);
+  return {_mm512_shuffle_epi8(levels, _mm512_and_si512(bytes, low)),
+          _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low))};
+}
+
 template <Source source>
 inline __m512i weights_of(const Linear& g, int64_t n, int64_t s) {
   const Span span = span_of(g, s);
@@ -151,6 +169,23 @@ inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32
   const Code* codes = (const Code*)g.packed;
   __m512i even[tokens], odd[tokens];  // an addition takes longer than until the next one can start
   for (int t = 0; t < tokens; t++) even[t] = odd[t] = _mm512_setzero_si512();
+  if (source == kInt4 && splits(g)) {
+    const int8_t* w = g.weight + n * g.columns / 2;
+    const int64_t row = n * g.row_groups;
+    for (; s + 1 < end; s += 2) {
+      const int64_t at = s * kStep, left = (g.columns - at) / 2;  // channels, bytes
+      const __m512i bytes =
+          left >= kStep ? _mm512_loadu_si512(w + at / 2) : load_int8(w + at / 2, (int)left);
+      const Halves halves =
+          halves_of(bytes, levels_of_group(g, row + (at >> g.group_bits)),
+                    levels_of_group(g, row + ((at + kStep) >> g.group_bits)));
+      for (int t = 0; t < tokens; t++) {
+        const Code* x = codes + (t * g.steps + s) * kStep;
+        even[t] = _mm512_dpbusd_epi32(even[t], halves.low, _mm512_load_si512(x));
+        odd[t] = _mm512_dpbusd_epi32(odd[t], halves.high, _mm512_load_si512(x + kStep));
+      }
+    }
+  }
   for (; s + 1 < end; s += 2) {
     const __m512i first = weights_of<source>(g, n, s), second = weights_of<source>(g, n, s + 1);
     for (int t = 0; t < tokens; t++) {

@@ -10,6 +10,7 @@
 //   kQuad           codes of one token that lie side by side: what one instruction adds up
 //   what weights.h asks for, and weights.h itself
 //   multiply_group  some steps of a panel by 1 to kGroup token blocks, added to the sums if `more`
+//   splits          whether dot_few wants the codes of two steps in another order
 //   dot_few         some steps of one output channel by up to kFew tokens
 //
 // Everything is in an anonymous namespace: see kernels.h.
@@ -302,7 +303,8 @@ void pack(const Linear& g, int64_t first, int64_t last) {
   }
 }
 
-// Tokens one after the other, each (steps, kStep).
+// Tokens one after the other, each (steps, kStep); where an instruction set `splits`, even channels of
+// two steps come before the odd ones.
 void pack_few(const Linear& g) {
   const int64_t steps = g.steps / g.sections;
   memset(g.packed, 0, g.tokens * g.steps * kStep * sizeof(Code));
@@ -317,6 +319,14 @@ void pack_few(const Linear& g) {
         sum += codes[k];
       }
       g.section_sums[c * kFew + t] = sum;
+      for (int64_t s = 0; splits(g) && s + 1 < steps; s += 2, out += 2 * kStep) {
+        Code two[2 * kStep];
+        memcpy(two, out, sizeof two);
+        for (int i = 0; i < kStep; i++) {
+          out[i] = two[2 * i];
+          out[kStep + i] = two[2 * i + 1];
+        }
+      }
     }
 }
 

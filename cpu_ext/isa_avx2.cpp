@@ -200,6 +200,8 @@ inline void multiply_group(const Weight* weights, const Code* codes, int64_t ste
                      sums + (n * kGroup + c) * kTokens);
 }
 
+inline bool splits(const Linear&) { return false; }
+
 inline int32_t total(__m256i v) {
   int32_t lane[8], sum = 0;
   _mm256_storeu_si256((__m256i*)lane, v);

@@ -87,6 +87,8 @@ inline void multiply_group(const Weight* weights, const Code* codes, int64_t ste
     }
 }
 
+inline bool splits(const Linear&) { return false; }
+
 inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   Weight line[kStep];
   for (int t = 0; t < g.tokens; t++) sums[t] = 0;

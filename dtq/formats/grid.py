@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Levels:
     def top(self) -> float:
         return max(abs(v) for v in self.values)
 
-    @property
+    @cached_property
     def integers(self) -> tuple[tuple[int, ...], float] | None:
         """The levels as int8, and the power of two they are multiples of; None if there is none."""
         for unit in (1.0, 0.5, 0.25):
