@@ -67,7 +67,7 @@ def test_the_wheel_has_everything(tmp_path):
     assert "dtq/demo/pipeline/transformer/diffusion_pytorch_model.safetensors" in names
     assert "dtq/demo/pipeline/README.md" in names
     assert "dtq/py.typed" in names
-    for path in folder("cpu_ext").iterdir():
+    for path in filter(Path.is_file, folder("cpu_ext").iterdir()):
         assert f"dtq/_cpu_ext/{path.name}" in names
     for path in nvcc.sources(folder("cuda_ext")):
         assert f"dtq/_cuda_ext/{path.name}" in names

@@ -36,7 +36,7 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx
 _KERNEL = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fwrapv", "-w")
 # OpenMP at compile time, else at::parallel_for is a plain loop; not at link time: the functions are
 # those of the OpenMP library that torch has loaded
-_GLUE = ("-O2", "-fopenmp", "-w")
+GLUE = ("-O2", "-fopenmp", "-w")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ UNITS = (
     Unit("isa_vnni.cpp", (*_KERNEL, *_AVX512), "vnni", x86=True),
     Unit("isa_amx.cpp", (*_KERNEL, *_AVX512, "-mamx-tile", "-mamx-int8"), "amx", x86=True),
     Unit("dispatch.cpp", _KERNEL, "dispatch"),
-    Unit("ops.cpp", _GLUE, "ops"),
-    Unit("ops_stored.cpp", _GLUE, "ops_stored"),
+    Unit("ops.cpp", GLUE, "ops"),
+    Unit("ops_stored.cpp", GLUE, "ops_stored"),
 )
 
 
@@ -122,7 +122,7 @@ def _compile(work: Path) -> Path:
 
     def translate(unit: Unit) -> str:
         source, target = str(_sources() / unit.source), str(work / f"{unit.name}.o")
-        extra = headers if unit.flags == _GLUE else []
+        extra = headers if unit.flags == GLUE else []
         run([*compiler, *common, *unit.flags, *extra, "-c", source, "-o", target])
         return target
 

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels without torch: every instruction set that this machine has, against plain loops. For
+// tests/test_cpu_driver.py, which also runs it on emulated CPUs that lack most of them.
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <random>
+#include <vector>
+
+#include "../dispatch.h"
+
+namespace {
+
+std::mt19937 dice(1);
+
+template <typename T>
+std::vector<T> draw(int64_t count, int low, int high) {
+  std::vector<T> made(count);
+  for (T& x : made) x = (T)(low + (int)(dice() % (unsigned)(high - low + 1)));
+  return made;
+}
+
+// Memory aligned as the kernels want it.
+struct Aligned {
+  std::vector<char> memory;
+  void* get(int64_t bytes) {
+    memory.assign(bytes + 64, 0);
+    return (void*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+  }
+};
+
+struct Case {
+  int64_t m, n, k, group;  // group 0: int8 weights
+};
+
+// float(sum) * row_scale * weight_scale + bias, sums by plain loops.
+std::vector<float> expected(const dtq::Linear& g, const Case& c) {
+  std::vector<float> out(c.m * c.n);
+  for (int64_t t = 0; t < c.m; t++)
+    for (int64_t n = 0; n < c.n; n++) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < c.k; k++) {
+        int weight;
+        if (c.group) {
+          const uint8_t byte = g.groups[n * g.row_groups + k / c.group];
+          const int code = (uint8_t)g.weight[(n * c.k + k) / 2] >> (k & 1) * 4 & 15;
+          weight = (int8_t)((code - (byte & 15)) * ((byte >> 4) + 1));
+        } else {
+          weight = g.weight[n * c.k + k];
+        }
+        sum += weight * g.codes[t * c.k + k];
+      }
+      const volatile float first = (float)sum * g.row_scale[t];  // rounded on its own
+      const volatile float second = first * g.weight_scale[n];
+      out[t * c.n + n] = second + g.bias[n];
+    }
+  return out;
+}
+
+bool product(const dtq::Kernels& kernels, const Case& c) {
+  const auto codes = draw<int8_t>(c.m * c.k, -128, 127);
+  const auto weight = draw<int8_t>(c.n * c.k / (c.group ? 2 : 1), -128, 127);
+  const auto groups = draw<uint8_t>(c.group ? c.n * (c.k / c.group) : 1, 0, 255);
+  const auto row_scale = draw<float>(c.m, 1, 9), weight_scale = draw<float>(c.n, 1, 9);
+  const auto bias = draw<float>(c.n, -9, 9);
+  std::vector<float> out(c.m * c.n);
+  dtq::Linear g = {};
+  g.tokens = c.m, g.rows = c.n, g.columns = c.k;
+  g.steps = (c.k + dtq::kStep - 1) / dtq::kStep;
+  g.codes = codes.data(), g.weight = weight.data();
+  g.row_scale = row_scale.data(), g.weight_scale = weight_scale.data(), g.bias = bias.data();
+  g.sections = 1;
+  g.row_groups = 1, g.group = c.k, g.group_bits = 62;
+  if (c.group) {
+    g.nibbles = true;
+    g.groups = groups.data();
+    g.row_groups = c.k / c.group, g.group = c.group, g.group_bits = __builtin_ctzll(c.group);
+  }
+  g.out = out.data();
+  g.type = dtq::kFloat32;
+  Aligned packed, sums, panel;
+  const int64_t blocks = (c.m + dtq::kTokens - 1) / dtq::kTokens;
+  g.packed = packed.get((blocks * dtq::kTokens + dtq::kFew) * g.steps * dtq::kStep * kernels.code_bytes);
+  g.section_sums = (int32_t*)sums.get((blocks * dtq::kTokens + dtq::kFew) * 4);
+  if (c.m <= dtq::kFew) {
+    kernels.pack_few(g);
+    kernels.multiply_few(g, 0, c.n);
+  } else {
+    kernels.pack(g, 0, blocks);
+    void* scratch = panel.get(g.steps * dtq::kStep * dtq::kRows * kernels.panel_bytes);
+    kernels.multiply(g, 0, blocks, 0, (c.n + dtq::kRows - 1) / dtq::kRows, scratch);
+  }
+  return out == expected(g, c);
+}
+
+bool rows(const dtq::Kernels& kernels) {
+  const int64_t m = 3, k = 200;
+  const auto x = draw<float>(m * k, -1000, 1000);
+  std::vector<int8_t> codes(m * k);
+  std::vector<float> scale(m), row(208);
+  dtq::Rows q = {};
+  q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
+  q.block = 1, q.unit = 1, q.levels = 127;
+  q.codes = codes.data(), q.scale = scale.data();
+  kernels.quantize(q, 0, m, row.data());
+  for (int64_t t = 0; t < m; t++) {
+    float peak = 0;
+    for (int64_t i = 0; i < k; i++) peak = fmaxf(peak, fabsf(x[t * k + i]));
+    if (scale[t] != peak / 127) return false;
+    for (int64_t i = 0; i < k; i++)
+      if (codes[t * k + i] != (int)nearbyintf(x[t * k + i] / scale[t])) return false;
+  }
+  return true;
+}
+
+bool decoded(const dtq::Kernels& kernels) {
+  const int64_t n = 5, k = 96;
+  const auto weight = draw<int8_t>(n * k / 2, -128, 127);
+  const auto scale = draw<float>(n, 1, 9);
+  std::vector<float> out(n * k), scratch(dtq::kScratch);
+  dtq::Decode d = {};
+  d.weight.codes = dtq::kAffine, d.weight.bits = 4, d.weight.offset = 8;
+  d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k / 2, d.weight.groups = 1;
+  d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + n * k / 2;
+  d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data(), d.weight.finite = true;
+  d.type = dtq::kFloat32, d.out = out.data();
+  kernels.decode(d, 0, n, scratch.data());
+  for (int64_t i = 0; i < n * k; i++) {
+    const int code = (uint8_t)weight[i / 2] >> (i & 1) * 4 & 15;
+    if (out[i] != (float)(code - 8) * scale[i / k]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  dtq::use(nullptr);
+  printf("best %s\n", dtq::kernels().name);
+  int failed = 0;
+  for (const char* name : {"ref", "avx2", "avxvnni", "vnni", "amx"}) {
+    if (!dtq::use(name)) {
+      printf("%s absent\n", name);
+      continue;
+    }
+    const dtq::Kernels& kernels = dtq::kernels();
+    bool right = !strcmp(kernels.name, name) && rows(kernels) && decoded(kernels);
+    for (const Case& c : {Case{1, 33, 64, 0}, Case{5, 16, 37, 0}, Case{20, 40, 700, 0},
+                          Case{1, 33, 192, 64}, Case{8, 5, 320, 64}, Case{50, 40, 640, 32}})
+      right = right && product(kernels, c);
+    printf("%s %s\n", name, right ? "right" : "WRONG");
+    failed |= !right;
+  }
+  return failed;
+}
