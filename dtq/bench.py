@@ -25,18 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtq.bench_models import OURS, cases, quantized, quantized_model
 from dtq.clock import Clock, HostClock
 from dtq.evaluate.baselines import BASELINES
-from dtq.formats import FORMATS
 from dtq.kernels import CPU, cpu
-from dtq.nn import QuantLinear
-from dtq.plan import Runtime
 
 SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288))
 """(K, N) of DiT-XL and FLUX."""
 TOKENS = (1, 64, 256, 1024)
-OURS = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
-"""Recipes and the format of their weights."""
 MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
 """What the baselines import, by the first word of their name."""
 
@@ -108,8 +104,6 @@ def e2e(
     *, quick: bool = False, rounds: int = 15, say: Callable[[list[Row]], None] | None = None
 ) -> Result:
     """One denoising step of models of the shapes of DiT-XL/2, PixArt and FLUX, and the demo."""
-    from dtq.bench_models import cases
-
     rows: list[Row] = []
     for case in cases(quick):
         found = race(case.name, case.tokens, _steps(case.model, case.given), rounds)
@@ -243,21 +237,6 @@ def _layers(k: int, n: int) -> dict[str, nn.Module]:
     return layers
 
 
-def quantized(layer: nn.Linear, weights: str, acts: str = "int8-row") -> QuantLinear:
-    """The layer as a recipe leaves it, smoothed and rotated online; rounded to nearest."""
-    fmt, w = FORMATS[weights], layer.weight.detach().float()
-    block = 64 if layer.in_features % 64 == 0 else 1
-    new = QuantLinear.in_place_of(
-        layer, Runtime(weights, acts, block, True), compute_dtype=torch.bfloat16
-    )
-    parts = fmt.pack(w, fmt.fit(w))
-    parts["pre_quant_scale"] = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
-    new.fill(parts)
-    if layer.bias is not None:
-        new.bias = nn.Parameter(layer.bias.detach().bfloat16(), requires_grad=False)
-    return new
-
-
 def _on(layers: dict[str, nn.Module], x: Tensor, n: int) -> list[Candidate]:
     found = []
     for name, layer in layers.items():
@@ -330,8 +309,6 @@ def _size(name: str, layer: nn.Module) -> int:
 
 
 def _steps(model: nn.Module, given: dict[str, Any]) -> list[Candidate]:
-    from dtq.bench_models import quantized_model
-
     found = []
 
     def add(name: str, chosen: nn.Module, dtype: torch.dtype) -> None:

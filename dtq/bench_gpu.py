@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.bench import MODULES, OURS, Candidate, Result, Row, installed, quantized, race
-from dtq.bench_models import quantized_model
+from dtq.bench import MODULES, Candidate, Result, Row, installed, race
+from dtq.bench_models import OURS, quantized, quantized_model
 from dtq.clock import Clock, clock_of
 from dtq.errors import InputError
 from dtq.evaluate.baselines import BASELINES

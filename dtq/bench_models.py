@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that ``dtq bench --suite e2e`` steps through on a CPU, and their quantized forms."""
+"""Layers and models that ``dtq bench`` times: float ones, and their quantized forms."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtq.bench import OURS, quantized
 from dtq.demo import folder as demo_folder
+from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 from dtq.plan import Runtime
 from dtq.recipe import MODULATION
+
+OURS = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
+"""Recipes and the format of their weights."""
 
 
 @dataclass
@@ -108,6 +111,21 @@ def _flux() -> Case:
     }
     name = "FLUX.1 shape, 1 double and 2 single blocks, 1024 + 128 tokens"
     return Case(name, model.eval(), given, 1152)
+
+
+def quantized(layer: nn.Linear, weights: str, acts: str = "int8-row") -> QuantLinear:
+    """The layer as a recipe leaves it, smoothed and rotated online; rounded to nearest."""
+    fmt, w = FORMATS[weights], layer.weight.detach().float()
+    block = 64 if layer.in_features % 64 == 0 else 1
+    new = QuantLinear.in_place_of(
+        layer, Runtime(weights, acts, block, True), compute_dtype=torch.bfloat16
+    )
+    parts = fmt.pack(w, fmt.fit(w))
+    parts["pre_quant_scale"] = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
+    new.fill(parts)
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach().bfloat16(), requires_grad=False)
+    return new
 
 
 def quantized_model(

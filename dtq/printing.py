@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from dtq.bench import OURS, Result, Row, geometric_means, verdict
+from dtq.bench import Result, Row, geometric_means, verdict
+from dtq.bench_models import OURS
 from dtq.estimate import Estimate
 from dtq.families import Scan
 from dtq.kernels import explain

@@ -18,6 +18,7 @@ from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.ternary import Ternary
 from dtq.nn.linear import QuantLinear
+from dtq.nn.swap import finish
 from dtq.plan import LayerPlan, Plan, Runtime
 
 
@@ -96,5 +97,6 @@ def load_ternary(
     for name, new in made.items():
         model.set_submodule(name, new)
         layers.append(LayerPlan(name, "other", (new.out_features, new.in_features), fmt))
+    finish(model, ())
     mark(model, Plan("terdit", tuple(layers)), (), dtype, DTQConfig())
     return model

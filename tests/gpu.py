@@ -40,7 +40,8 @@ import agreement
 import golden
 
 from dtq import bench_gpu, bench_models
-from dtq.bench import Candidate, Row, quantized, race
+from dtq.bench import Candidate, Row, race
+from dtq.bench_models import quantized
 from dtq.clock import Clock, clock_of
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS

@@ -10,7 +10,7 @@ import quanto
 import torch
 from click.testing import CliRunner
 
-from dtq import bench
+from dtq import bench, bench_models
 from dtq.bench import Candidate, Row
 from dtq.cli import main
 
@@ -56,7 +56,7 @@ def test_the_layers_of_the_race_do_the_same_job():
     x = torch.randn(5, 128).bfloat16()
     turn = layers["w8a8"].transform()
     assert turn.block == 64
-    for name in bench.OURS:
+    for name in bench_models.OURS:
         y = layers[name](x)
         assert y.dtype == torch.bfloat16
         assert y.shape == (5, 48)

@@ -28,6 +28,7 @@ ROWS = [
     {"quantize", "estimate", "terdit"},
     {"evaluate"},
     {"clock"},
+    {"bench_models"},
     {"bench"},
     {"bench_gpu"},
     {"printing"},
