@@ -27,6 +27,7 @@ from dtq.solvers.gptq import factor_cost
 from dtq.transforms import TRANSFORMS
 
 _COLUMNS, _ROWS = 256, (128, 384)
+_MANY_ROWS = (1024, 8192)  # without statistics a small layer is all overhead, and in the cache
 _BINS = 4
 
 
@@ -40,6 +41,7 @@ class Pace:
         outputs: channels of an output that it is chosen on, at most.
         column, weight: of solving once, products aside.
         tries: transforms that are solved.
+        judged: on sampled inputs, which there are none of without statistics.
     """
 
     chosen: float
@@ -48,6 +50,7 @@ class Pace:
     column: float
     weight: float
     tries: int
+    judged: bool = True
 
     def seconds(self, shape: tuple[int, int], rate: float, gram: bool, readers: int = 1) -> float:
         """For a linear (N, K).
@@ -60,7 +63,9 @@ class Pace:
         """
         n, k = shape
         choose = self.chosen * k * (self.rows + min(n, self.outputs))
-        solve = self.column * k + self.weight * n * k + _products(n, k, rate, gram, readers)
+        solve = self.column * k + self.weight * n * k
+        if self.judged:
+            solve += _products(n, k, rate, gram, readers)
         return choose + self.tries * solve
 
 
@@ -93,23 +98,26 @@ def kind(layer: LayerPlan) -> LayerPlan:
 def _measured(layer: LayerPlan, recipe: Recipe, needs: frozenset[str], rate: float) -> Pace:
     generator = torch.Generator().manual_seed(0)
     stats = _statistics(needs, generator) if needs else None
+    few, many = _ROWS
     if stats is None:
         layer = replace(layer, transform=Call("none"))
-    members = {n: [replace(layer, shape=(n, _COLUMNS))] for n in _ROWS}
-    weights = {n: [torch.randn(n, _COLUMNS, generator=generator) * 0.02] for n in _ROWS}
-    few, many = _ROWS
+        few, many = _MANY_ROWS
+    members = {n: [replace(layer, shape=(n, _COLUMNS))] for n in (few, many)}
+    weights = {n: [torch.randn(n, _COLUMNS, generator=generator) * 0.02] for n in (few, many)}
     rows, outputs = _sampled(layer.transform)
     choice, spent = _timed(partial(choose, members[many], weights[many], stats))
     chosen = spent / (_COLUMNS * (rows + min(many, outputs)))
     alone = replace(choice, rivals=())  # it is of the columns, so it fits both
     solved = {}
-    for n in _ROWS:
+    for n in (few, many):
         work = partial(solve_site, members[n], weights[n], alone, stats, recipe)
         spent = min(_timed(work)[1] for _ in range(2))
-        solved[n] = max(0.0, spent - _products(n, _COLUMNS, rate, "gram" in needs))
+        known = _products(n, _COLUMNS, rate, "gram" in needs) if stats is not None else 0.0
+        solved[n] = max(0.0, spent - known)
     weight = max(0.0, (solved[many] - solved[few]) / ((many - few) * _COLUMNS))
     column = max(0.0, solved[few] / _COLUMNS - weight * few)
-    return Pace(chosen, rows, outputs, column, weight, 1 + len(choice.rivals))
+    tries = 1 + len(choice.rivals)
+    return Pace(chosen, rows, outputs, column, weight, tries, stats is not None)
 
 
 def _sampled(transform: Call) -> tuple[int, float]:

@@ -51,6 +51,19 @@ def test_a_wider_output_costs_no_more_choosing_than_the_transform_looks_at():
     assert pace.seconds((64, 128), free, gram=True) == 2 * pace.seconds((64, 64), free, gram=True)
 
 
+def test_without_statistics_nothing_is_judged_on_them():
+    pace = probe.Pace(chosen=0.0, rows=0, outputs=math.inf, column=0.0, weight=1e-9, tries=1)
+    alone = replace(pace, judged=False).seconds((512, 256), RATE, gram=False)
+    assert alone == pytest.approx(512 * 256 * 1e-9)
+    assert pace.seconds((512, 256), RATE, gram=False) > alone
+
+
+def test_a_model_without_data_is_judged_by_weights_alone(source):
+    recipe = Recipe.load("w4a16")
+    paces = probe.paces(plan_source(source, recipe)[1].quantized(), recipe, frozenset(), RATE)
+    assert all(not pace.judged and pace.weight > 0 for pace in paces.values())
+
+
 def test_rivals_are_solved_and_cost_what_a_solve_costs():
     pace = probe.Pace(chosen=0.0, rows=0, outputs=math.inf, column=1e-6, weight=1e-9, tries=1)
     once = pace.seconds((512, 256), RATE, gram=True)
