@@ -68,12 +68,19 @@ class Kernel:
     ops: tuple[str, ...] = ()
 
 
+def _acts_refused(task: Task) -> str | None:
+    if task.acts.integer:
+        return None
+    return f"activations are {task.acts.name}, not int8 with one scale per token"
+
+
+def _unless(fits: bool, task: Task, wanted: str) -> str | None:
+    return None if fits else f"weights are {task.weights.name}, not {wanted}"
+
+
 def _int8_fits(task: Task) -> str | None:
-    if not task.acts.integer:
-        return f"activations are {task.acts.name}, not int8 with one scale per token"
-    if task.weights.name != "int8-row":
-        return f"weights are {task.weights.name}, not int8-row"
-    return None
+    fits = task.weights.name == "int8-row"
+    return _acts_refused(task) or _unless(fits, task, "int8-row")
 
 
 def _int8(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
@@ -85,11 +92,8 @@ def _int8(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
 
 
 def _two_level_fits(task: Task) -> str | None:
-    if not task.acts.integer:
-        return f"activations are {task.acts.name}, not int8 with one scale per token"
-    if not isinstance(task.weights, TwoLevelInt) or task.weights.bits != 4:
-        return f"weights are {task.weights.name}, not 4-bit two-level"
-    return None
+    fits = isinstance(task.weights, TwoLevelInt) and task.weights.bits == 4
+    return _acts_refused(task) or _unless(fits, task, "4-bit two-level")
 
 
 def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
@@ -102,11 +106,9 @@ def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
 
 
 def _row_fits(task: Task) -> str | None:
-    if not task.acts.integer:
-        return f"activations are {task.acts.name}, not int8 with one scale per token"
-    if not isinstance(task.weights, Int) or task.weights.bits != 4 or task.weights.group:
-        return f"weights are {task.weights.name}, not 4-bit integers with one scale per row"
-    return None
+    w = task.weights
+    fits = isinstance(w, Int) and w.bits == 4 and not w.group
+    return _acts_refused(task) or _unless(fits, task, "4-bit integers with one scale per row")
 
 
 def _row(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
@@ -123,14 +125,15 @@ def _row(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
 
 
 def _table_fits(task: Task) -> str | None:
-    if not task.acts.integer:
-        return f"activations are {task.acts.name}, not int8 with one scale per token"
     match task.weights:
-        case Grid(levels=levels, group=None) if levels.bits == 4 and levels.integers:
-            return None
-        case Lut() as lut if lut.integers:
-            return None
-    return f"weights are {task.weights.name}, not 4-bit codes of int8 levels with a scale per row"
+        case Grid(levels=levels, group=None):
+            fits = levels.bits == 4 and levels.integers is not None
+        case Lut() as lut:
+            fits = lut.integers
+        case _:
+            fits = False
+    wanted = "4-bit codes of int8 levels with a scale per row"
+    return _acts_refused(task) or _unless(fits, task, wanted)
 
 
 def _table(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
@@ -171,9 +174,8 @@ def _weight_only(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Te
 def _group_fits(task: Task) -> str | None:
     if task.acts.bits == 16 or task.acts.grid:
         return f"activations are {task.acts.name}"
-    if not isinstance(task.weights, Int) or task.weights.bits not in (4, 8):
-        return f"weights are {task.weights.name}, not 4- or 8-bit integers"
-    return None
+    fits = isinstance(task.weights, Int) and task.weights.bits in (4, 8)
+    return _unless(fits, task, "4- or 8-bit integers")
 
 
 def _group(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
