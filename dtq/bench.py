@@ -10,7 +10,9 @@ machine that is busy with something else slows both. ``dtq/clock.py`` has the cl
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
+import logging
 import math
 import os
 import platform
@@ -35,6 +37,8 @@ SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288))
 TOKENS = (1, 64, 256, 1024)
 MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
 """What the baselines import, by the first word of their name."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -118,10 +122,11 @@ SUITES: dict[str, Callable[..., Result]] = {"gemm": gemm, "e2e": e2e}
 
 def conditions(rounds: int) -> dict[str, str | int]:
     """What a figure needs beside it."""
+    peak = cpu.peak()
     return {
         "cpu": _cpu(),
         "kernels": CPU.describe(),
-        "peak": f"{cpu.peak() / 1e9:.0f} GOP/s of int8 in registers, a thread",
+        "peak": f"{peak / 1e9:.0f} GOP/s of int8 in registers, a thread" if peak else "unknown",
         "threads": torch.get_num_threads(),
         "clock": HostClock().name,
         "torch": torch.__version__,
@@ -254,7 +259,7 @@ def _on(layers: dict[str, nn.Module], x: Tensor, n: int) -> list[Candidate]:
         return (y.float() * peak * unit + bias).to(x.dtype)
 
     found.append(Candidate("_int_mm, eager", by_int_mm, weight.numel() + 4 * n))
-    if x.device.type == "cpu" and hasattr(torch.ops, "onednn"):
+    if torch.backends.mkldnn.is_available():
         found += _onednn(x, weight, unit, bias)
     return found
 
@@ -283,7 +288,7 @@ def _onednn(x: Tensor, weight: Tensor, unit: Tensor, bias: Tensor) -> list[Candi
     size = weight.numel() + 4 * len(weight)
     codes, _ = quantized(x)
     rows = [Candidate("oneDNN, bare", lambda: product(codes), size)]
-    if shutil.which(os.environ.get("CXX", "g++")):  # inductor's
+    if _inductor_compiles():
         before = torch.compile(quantized, dynamic=False)
         after = torch.compile(finished, dynamic=False)
 
@@ -294,6 +299,15 @@ def _onednn(x: Tensor, weight: Tensor, unit: Tensor, bias: Tensor) -> list[Candi
 
         rows.append(Candidate("oneDNN, compiled quantizing", run, size))
     return rows
+
+
+@functools.cache
+def _inductor_compiles() -> bool:
+    compiler = os.environ.get("CXX", "g++")
+    found = shutil.which(compiler) is not None
+    if not found:
+        _log.warning("dtq: no %s, so no row of oneDNN with compiled quantizing", compiler)
+    return found
 
 
 def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:

@@ -32,8 +32,8 @@ SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288),
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 PRODUCTS = ("w8a8 product", "w4a8 product")
 """Of given codes, beside the whole layers."""
-MODULATION = "int4-g64"
-"""Weight-only format of modulation in the 4-bit models."""
+MODULATION = {"w8a8": None, "w4a8": "int4-g64"}
+"""Weight-only format of modulation; None leaves it in bfloat16."""
 
 ops = torch.ops.dtq
 
@@ -294,7 +294,7 @@ def model_race(
     """
     makers: dict[str, Callable[[], nn.Module]] = {"bf16": lambda: model}
     for name in OURS:
-        makers[name] = lambda name=name: quantized_model(model, name, MODULATION)  # type: ignore[misc]
+        makers[name] = lambda name=name: quantized_model(model, name, MODULATION[name])  # type: ignore[misc]
     found = []
     for name, make in makers.items():
         chosen = make()

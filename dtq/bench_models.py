@@ -129,16 +129,20 @@ def quantized(layer: nn.Linear, weights: str, acts: str = "int8-row") -> QuantLi
 
 
 def quantized_model(
-    model: nn.Module, name: str, modulation: str = MODULATION["w8a16"]
+    model: nn.Module, name: str, modulation: str | None = MODULATION["w8a16"]
 ) -> nn.Module:
-    """A bfloat16 copy with quantized attention and feed-forward; modulation is weight-only."""
+    """A bfloat16 copy with quantized attention and feed-forward.
+
+    Args:
+        modulation: weight-only format of modulation; None leaves it alone.
+    """
     made = copy.deepcopy(model).bfloat16()
     for where, layer in list(made.named_modules()):
         if not isinstance(layer, nn.Linear) or "blocks." not in where:
             continue
         if "norm" not in where:
             made.set_submodule(where, quantized(layer, OURS[name]))
-        elif where.endswith(".linear") and layer.in_features % 64 == 0:
+        elif modulation and where.endswith(".linear") and layer.in_features % 64 == 0:
             made.set_submodule(where, weight_only(layer, modulation))
     return made
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import quanto
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from dtq import bench, bench_models
 from dtq.bench import Candidate, Row
 from dtq.cli import main
+from dtq.kernels import cpu
 
 
 def rows(ours, bf16, fp32):
@@ -81,4 +83,21 @@ def test_the_command_writes_every_figure(tmp_path, monkeypatch):
     assert data["verdict"] in done.output
     assert plot.read_text().startswith("<svg ")
     shares = [row["share"] for row in data["rows"] if row["name"] == "w4a8"]
-    assert all(0 < share < 1.5 for share in shares if share is not None)
+    known = cpu.peak() > 0
+    assert (data["conditions"]["peak"] != "unknown") == known
+    assert all((0 < share < 1.5) if known else share is None for share in shares)
+
+
+def test_a_chart_without_matplotlib_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench, "race", lambda *_: pytest.fail("timed"))
+    done = CliRunner().invoke(main, ["bench", "--plot", str(tmp_path / "bench.svg")])
+    assert "pip install matplotlib" in done.output
+
+
+def test_what_is_not_timed_for_want_of_a_compiler_is_said(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    bench._inductor_compiles.cache_clear()
+    assert not bench._inductor_compiles()
+    bench._inductor_compiles.cache_clear()
+    assert "no row of oneDNN with compiled quantizing" in caplog.text

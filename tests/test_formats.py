@@ -95,6 +95,24 @@ def check_laws(fmt, x):
     return snapped
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "wrong", "said"),
+    [
+        ("int4-asym-row", "weight_zero_point", 16, "1 zero points outside 0 to 15"),
+        ("int4-asym-g64", "weight_zero_point", -1, "1 zero points outside 0 to 15"),
+        ("twinlog4-row", "weight_lut", 0.3, "1 levels that are no int8 over 128"),
+        ("twinlog4-row", "weight_lut", 1.0, "1 levels that are no int8 over 128"),
+    ],
+)
+def test_parts_that_no_matrix_gives_are_refused(name, part, wrong, said):
+    fmt, x = FORMATS[name], torch.randn(8, 128)
+    parts = fmt.pack(x, fmt.fit(x))
+    refuses = fmt.layout(x.shape)[part].refuses
+    assert refuses(parts[part]) is None
+    parts[part][0, -1] = wrong
+    assert refuses(parts[part]) == said
+
+
 @ALL
 def test_rows_are_snapped_a_few_at_a_time(fmt, monkeypatch):
     monkeypatch.setattr(base, "_TOGETHER", 1000)

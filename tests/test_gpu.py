@@ -110,10 +110,13 @@ def test_every_rival_of_a_linear_does_the_same_job():
 
 def test_models_are_quantized_with_their_modulation():
     model, given, tokens = bench_gpu.flux(HERE, quick=True)
-    made = bench_models.quantized_model(model, "w4a8", bench_gpu.MODULATION)
+    made = bench_models.quantized_model(model, "w4a8", bench_gpu.MODULATION["w4a8"])
     kinds = {n: m.weights for n, m in made.named_modules() if hasattr(m, "runtime")}
     assert kinds["transformer_blocks.0.attn.to_q"] == "int4-2l-g64"
-    assert kinds["transformer_blocks.0.norm1.linear"] == bench_gpu.MODULATION
+    assert kinds["transformer_blocks.0.norm1.linear"] == bench_gpu.MODULATION["w4a8"]
+    eight = bench_models.quantized_model(model, "w8a8", bench_gpu.MODULATION["w8a8"])
+    kept = dict(eight.named_modules())["transformer_blocks.0.norm1.linear"]
+    assert type(kept) is torch.nn.Linear
     with torch.no_grad():
         got, want = made(**given)[0], model(**given)[0]
     assert (got - want).float().norm() < 0.5 * want.float().norm()

@@ -12,6 +12,7 @@ import torch
 from dtq.bench import SUITES, ratios
 from dtq.durable import write_whole
 from dtq.evaluate import plots
+from dtq.evaluate.packages import need
 from dtq.kernels import LIBRARIES
 from dtq.printing import print_bench, print_race
 
@@ -46,6 +47,8 @@ def bench(
     """
     from dtq import bench_gpu
 
+    if plot is not None:
+        need("matplotlib", "matplotlib")  # before minutes of measuring
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         bench_gpu.gpu()
