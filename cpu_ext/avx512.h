@@ -74,14 +74,38 @@ inline __m512i load_int8(const int8_t* w, int width) {
   return _mm512_maskz_loadu_epi8(inside, w);
 }
 
-// 64 weights of 32 bytes: spread a byte over 16 bits, put the high code into the high byte.
-inline __m512i load_int4(const int8_t* w, int width, const Levels& levels) {
+// 64 codes of 32 bytes: spread a byte over 16 bits, put the high code into the high byte.
+inline __m512i codes_of_4(const int8_t* w, int width) {
   const __m256i bytes =
       width >= 64 ? _mm256_loadu_si256((const __m256i*)w)
                   : _mm256_maskz_loadu_epi8((1u << (width / 2)) - 1, (const void*)w);
   const __m512i wide = _mm512_cvtepu8_epi16(bytes);
-  const __m512i codes = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)),
-                                         _mm512_set1_epi8(15));
+  return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
+}
+
+// The upper part of each piece of 24, 12 or 6 bits moves up, so that there are two pieces.
+template <int shift>
+inline __m512i parted(__m512i v, int64_t kept) {
+  constexpr int kEither = 0xa8;  // (a | b) & c
+  return _mm512_ternarylogic_epi64(v, _mm512_slli_epi64(v, shift), _mm512_set1_epi64(kept), kEither);
+}
+
+// 64 codes of 24 bytes: eight codes, three bytes, to each 64-bit lane, and a byte to each code.
+inline __m512i codes_of_3(const int8_t* w, int width) {
+  const uint32_t inside = width >= 64 ? 0xffffff : (1u << (width / 8 * 3)) - 1;
+  const __m512i bytes = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(inside, (const void*)w));
+  const __m512i at = _mm512_set_epi16(0, 0, 11, 10, 0, 0, 10, 9, 0, 0, 8, 7, 0, 0, 7, 6,  //
+                                      0, 0, 5, 4, 0, 0, 4, 3, 0, 0, 2, 1, 0, 0, 1, 0);
+  const __m512i odd = _mm512_set_epi64(8, 0, 8, 0, 8, 0, 8, 0);  // those begin at a high byte
+  __m512i v = _mm512_srlv_epi64(_mm512_maskz_permutexvar_epi16(0x33333333, at, bytes), odd);
+  v = parted<20>(v, 0x00000fff00000fff);
+  v = parted<10>(v, 0x003f003f003f003f);
+  return parted<5>(v, 0x0707070707070707);
+}
+
+template <int bits>
+inline __m512i load_codes(const int8_t* w, int width, const Levels& levels) {
+  const __m512i codes = bits == 4 ? codes_of_4(w, width) : codes_of_3(w, width);
   __m512i table;
   if (levels.same) {  // groups of 64 and more
     table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)levels.of[0]));
@@ -114,8 +138,9 @@ inline void widen(const int8_t* w, int width, Weight* out) {
   _mm512_store_si512(out, made_unsigned(load_int8(w, width)));
 }
 
+template <int bits>
 inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
-  _mm512_store_si512(out, made_unsigned(load_int4(w, width, levels)));
+  _mm512_store_si512(out, made_unsigned(load_codes<bits>(w, width, levels)));
 }
 
 }  // namespace
@@ -126,13 +151,13 @@ inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out
 namespace dtq {
 namespace {
 
-// Up to kFew tokens: 64 channels of a weight row by 64 of each token, summed at the end. Three ways
-// to get the weights: int8 and 4-bit ones in registers, those of odd groups by way of memory.
-enum Source { kInt8, kInt4, kOdd };
+// Up to kFew tokens: 64 channels of a weight row by 64 of each token, summed at the end. Weights of
+// odd groups come by way of memory, others stay in registers.
+enum Source { kInt8, kInt4, kInt3, kOdd };
 
 // Whether the 4-bit codes of two steps are taken together, low halves of bytes and high halves: the
 // tokens' codes then lie even channels first, see `pack_few`.
-inline bool splits(const Linear& g) { return g.nibbles && g.group_bits >= 6 && g.sections == 1; }
+inline bool splits(const Linear& g) { return g.bits == 4 && g.group_bits >= 6 && g.sections == 1; }
 
 // The weights of two steps: 64 even channels and 64 odd ones.
 struct Halves {
@@ -151,12 +176,12 @@ inline Halves halves_of(__m512i bytes, const int8_t* first, const int8_t* second
 template <Source source>
 inline __m512i weights_of(const Linear& g, int64_t n, int64_t s) {
   const Span span = span_of(g, s);
+  const int8_t* w = weights_at(g, n, span.at);
   if constexpr (source == kInt8) {
-    const int8_t* w = g.weight + n * g.columns + span.at;
     return made_unsigned(span.width == kStep ? _mm512_loadu_si512(w) : load_int8(w, span.width));
-  } else if constexpr (source == kInt4) {
-    const int8_t* w = g.weight + (n * g.columns + span.at) / 2;
-    return made_unsigned(load_int4(w, span.width, levels_at(g, n, span.at)));
+  } else if constexpr (source != kOdd) {
+    constexpr int bits = source == kInt4 ? 4 : 3;
+    return made_unsigned(load_codes<bits>(w, span.width, levels_at(g, n, span.at)));
   } else {
     alignas(64) Weight line[kStep];
     unpack_step(g, n, s, line);
@@ -219,9 +244,9 @@ inline void dot_from(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t
 }
 
 inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
-  if (!g.nibbles) return dot_from<kInt8>(g, n, s, end, sums);
+  if (g.bits == 8) return dot_from<kInt8>(g, n, s, end, sums);
   if (g.group_bits < 0) return dot_from<kOdd>(g, n, s, end, sums);
-  dot_from<kInt4>(g, n, s, end, sums);
+  g.bits == 4 ? dot_from<kInt4>(g, n, s, end, sums) : dot_from<kInt3>(g, n, s, end, sums);
 }
 
 }  // namespace

@@ -357,8 +357,26 @@ inline void add_section(const Linear& g, int64_t n, int64_t rows, int64_t block,
   }
 }
 
+inline V part_of(const void* from, int64_t at, int left, Float type) {
+  const int bytes = type == kFloat32 ? 4 : 2;
+  if (left >= kLanes) return load_as_float((const char*)from + at * bytes, type);
+  float end[kLanes] = {};
+  memcpy(end, (const char*)from + at * bytes, left * bytes);
+  return load_as_float(end, type);
+}
+
+// What follows the bias, on up to 16 channels of a token.
+inline void complete(const Linear& g, int64_t token, int64_t n, int count, float* line) {
+  for (int i = 0; g.gelu && i < count; i += kLanes) store(line + i, gelu_of(load(line + i)));
+  for (int i = 0; g.residual && i < count; i += kLanes) {
+    const V gate = part_of(g.gate, token / g.gated * g.rows + n + i, count - i, g.given);
+    const V rest = part_of(g.residual, token * g.rows + n + i, count - i, g.given);
+    store(line + i, gate * load(line + i) + rest);
+  }
+}
+
 // float(sum) * row_scale * weight_scale + bias in this order, or total * row_scale + bias where there
-// are sections; then one rounding.
+// are sections; what follows; then one rounding.
 inline void finish(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
                    const float* totals) {
   alignas(64) float by_row[kTokens][kTokens], by_token[kTokens][kTokens];
@@ -383,8 +401,10 @@ inline void finish(const Linear& g, int64_t n, int64_t token, const int32_t* sum
     }
   }
   transpose16((const int32_t*)by_row, 16, (int32_t*)by_token);
-  for (int64_t t = 0; t < tokens; t++)
+  for (int64_t t = 0; t < tokens; t++) {
+    complete(g, token + t, n, (int)rows, by_token[t]);
     store_line(g.out, (token + t) * g.rows + n, by_token[t], (int)rows, g.type);
+  }
 }
 
 void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, int64_t panel_end,
@@ -450,7 +470,10 @@ void multiply_few(const Linear& g, int64_t first, int64_t last) {
         line[t][i] = g.bias ? y[t] + g.bias[n + i] : y[t];
       }
     }
-    for (int t = 0; t < g.tokens; t++) store_line(g.out, t * g.rows + n, line[t], rows, g.type);
+    for (int t = 0; t < g.tokens; t++) {
+      complete(g, t, n, rows, line[t]);
+      store_line(g.out, t * g.rows + n, line[t], rows, g.type);
+    }
   }
 }
 

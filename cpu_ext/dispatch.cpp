@@ -14,7 +14,7 @@
 
 namespace dtq {
 
-alignas(64) int8_t levels_of[256][16];
+alignas(64) int8_t levels_of[2][256][16];
 uint8_t trits_of[256][8];
 float e4m3_of[256];
 
@@ -80,8 +80,11 @@ const Candidate kCandidates[] = {
 
 void fill_tables() {
   for (int byte = 0; byte < 256; byte++) {
-    for (int code = 0; code < 16; code++)
-      levels_of[byte][code] = (int8_t)((code - (byte & 15)) * ((byte >> 4) + 1));
+    for (int bits = 3; bits <= 4; bits++)
+      for (int code = 0; code < 1 << bits; code++) {
+        const int zero = byte & ((1 << bits) - 1), scale2 = (byte >> bits) + 1;
+        levels_of[bits - 3][byte][code] = (int8_t)((code - zero) * scale2);
+      }
     const int exponent = byte >> 3 & 15, mantissa = byte & 7;
     const float size = exponent ? __builtin_ldexpf(8 + mantissa, exponent - 10)
                                 : __builtin_ldexpf(mantissa, -9);

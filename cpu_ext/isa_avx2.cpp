@@ -75,13 +75,27 @@ inline V look_up(const float* table, U codes) {
 
 inline V fused(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
-// 32 weights of 16 bytes.
-inline __m256i load_int4(const int8_t* w, const int8_t* low, const int8_t* high) {
+// 32 codes of 16 bytes.
+inline __m256i codes_of_4(const int8_t* w) {
   const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)w));
-  const __m256i codes = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)),
-                                         _mm256_set1_epi8(15));
-  const __m256i table = _mm256_loadu2_m128i((const __m128i*)high, (const __m128i*)low);
-  return _mm256_shuffle_epi8(table, codes);
+  return _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
+}
+
+// The upper part of each piece of 24, 12 or 6 bits moves up, so that there are two pieces.
+template <int shift>
+inline __m256i parted(__m256i v, int64_t kept) {
+  return _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi64(v, shift)), _mm256_set1_epi64x(kept));
+}
+
+// 32 codes of 12 bytes, of 16 that are there: three bytes to each 64-bit lane, a byte to each code.
+inline __m256i codes_of_3(const int8_t* w) {
+  const __m128i threes = _mm_shuffle_epi8(
+      _mm_loadu_si128((const __m128i*)w),
+      _mm_set_epi8(-1, 11, 10, 9, -1, 8, 7, 6, -1, 5, 4, 3, -1, 2, 1, 0));
+  __m256i v = _mm256_cvtepu32_epi64(threes);
+  v = parted<20>(v, 0x00000fff00000fff);
+  v = parted<10>(v, 0x003f003f003f003f);
+  return parted<5>(v, 0x0707070707070707);
 }
 
 // 64 weights of a row as two vectors of int8; past the end of the row they are whatever, times 0.
@@ -94,13 +108,23 @@ inline void load_int8(const int8_t* w, int width, __m256i* out) {
   for (int i = 0; i < 2; i++) out[i] = _mm256_loadu_si256((const __m256i*)w + i);
 }
 
-inline void load_int4(const int8_t* w, int width, const Levels& levels, __m256i* out) {
-  alignas(32) int8_t end[kStep / 2] = {};
+template <int bits>
+inline void load_codes(const int8_t* w, int width, const Levels& levels, __m256i* out) {
+  constexpr int half = kStep * bits / 16;  // bytes of 32 codes
+  alignas(32) int8_t line[2 * half + 4] = {};
   if (width < kStep) {
-    for (int i = 0; i < width / 2; i++) end[i] = w[i];
-    w = end;
+    for (int i = 0; i < width * bits / 8; i++) line[i] = w[i];
+    w = line;
+  } else if (bits == 3) {  // the last load reaches past them
+    __builtin_memcpy(line, w, 2 * half);
+    w = line;
   }
-  for (int i = 0; i < 2; i++) out[i] = load_int4(w + 16 * i, levels.of[2 * i], levels.of[2 * i + 1]);
+  for (int i = 0; i < 2; i++) {
+    const __m256i codes = bits == 4 ? codes_of_4(w + half * i) : codes_of_3(w + half * i);
+    const __m256i table = _mm256_loadu2_m128i((const __m128i*)levels.of[2 * i + 1],
+                                              (const __m128i*)levels.of[2 * i]);
+    out[i] = _mm256_shuffle_epi8(table, codes);
+  }
 }
 
 #ifdef __AVXVNNI__
@@ -151,9 +175,10 @@ inline void widen(const int8_t* w, int width, Weight* out) {
   keep(weights, out);
 }
 
+template <int bits>
 inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
   __m256i weights[2];
-  load_int4(w, width, levels, weights);
+  load_codes<bits>(w, width, levels, weights);
   keep(weights, out);
 }
 

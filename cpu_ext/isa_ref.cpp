@@ -55,12 +55,11 @@ inline void widen(const int8_t* w, int width, Weight* out) {
   for (int i = 0; i < kStep; i++) out[i] = i < width ? w[i] : 0;
 }
 
+inline int code_at(const int8_t* w, int bits, int i);
+
+template <int bits>
 inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
-  for (int i = 0; i < kStep; i += 2) {
-    const uint8_t byte = i < width ? w[i / 2] : 0;
-    out[i] = levels.of[i / 16][byte & 15];
-    out[i + 1] = levels.of[i / 16][byte >> 4];
-  }
+  for (int i = 0; i < kStep; i++) out[i] = i < width ? levels.of[i / 16][code_at(w, bits, i)] : 0;
 }
 
 }  // namespace

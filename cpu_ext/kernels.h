@@ -31,16 +31,17 @@ struct Rows {
   float* scale;   // (M)
 };
 
-// Products of int8 codes: w8a8_linear, w4a8_linear, lut4a8_linear and group_a8_linear.
+// Products of int8 codes: w8a8_linear, w4a8_linear, w3a8_linear, lut4a8_linear, group_a8_linear, and
+// those that go on with an epilogue.
 struct Linear {
   int64_t tokens, rows, columns;  // M, N, K
   int64_t steps;                  // of kStep channels
   const int8_t* codes;            // (M, K)
   const float* row_scale;         // (M)
-  const int8_t* weight;           // (N, K), or (N, K / 2)
-  bool nibbles;                   // the second
+  const int8_t* weight;           // (N, K * bits / 8)
+  int bits;                       // 8, 4 or 3
 
-  // 4-bit codes and what they stand for: a byte of scale2 - 1 and zero for each group, or 16 int8
+  // what codes below 8 bits stand for: a byte of scale2 - 1 and zero for each group, or 16 int8
   const uint8_t* groups;  // (N, row_groups)
   const int8_t* tables;   // (N, row_groups, 16); neither of both: the codes themselves
   int64_t row_groups, group;
@@ -55,7 +56,15 @@ struct Linear {
   int64_t sections;
   int32_t* section_sums;  // of codes, for each block and section of kTokens; for few, of kFew
   const float* bias;          // (N) or null
-  void* out;                  // (M, N)
+
+  // what follows the bias: GELU, then gate * y + residual
+  bool gelu;
+  const void* gate;      // (M / gated, N), or null and no residual
+  const void* residual;  // (M, N)
+  int64_t gated;         // tokens of a row of gates
+  Float given;           // the type of both
+
+  void* out;  // (M, N)
   Float type;
 
   void* packed;  // codes as the multiplier reads them, see `pack`
@@ -148,8 +157,9 @@ extern const Kernels portable;
 extern const Kernels avx2, avxvnni, vnni, amx;
 #endif
 
-// The 16 int8 levels of a group byte: (code - zero) * scale2, wrapped as torch wraps.
-extern int8_t levels_of[256][16];
+// The int8 levels of a group byte, of 3- and of 4-bit codes: (code - zero) * scale2, wrapped as
+// torch wraps.
+extern int8_t levels_of[2][256][16];
 
 // The five ternary codes of a byte, lowest first.
 extern uint8_t trits_of[256][8];

@@ -1,12 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // dtq::dequantize and dtq::weight_linear on the CPU: stored weights of any format.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <map>
 #include <optional>
@@ -35,7 +28,7 @@ std::map<std::string, Spelling>& spellings() {
 class Weight {
  public:
   Weight(const Spelling& spelling, const std::string& format, const std::string& names,
-         at::TensorList parts, int64_t columns)
+         const std::vector<Tensor>& parts, int64_t columns)
       : format_(format) {
     w.codes = static_cast<dtq::Codes>(spelling.codes);
     w.bits = spelling.bits;
@@ -48,17 +41,17 @@ class Weight {
     for (const Tensor& part : parts) {
       const size_t end = std::min(names.find(',', begin), names.size());
       const std::string name = names.substr(std::min(begin, names.size()), end - begin);
-      TORCH_CHECK(part.dim() == 2, "dtq: ", name, " has ", part.dim(), " dimensions, expected 2");
-      parts_[name] = part.contiguous();
+      STD_TORCH_CHECK(part.dim() == 2, "dtq: ", name, " has ", part.dim(), " dimensions, expected 2");
+      parts_.insert_or_assign(name, side_by_side(part));
       begin = end + 1;
     }
-    w.rows = parts_.count("weight") ? parts_["weight"].size(0) : 0;
+    w.rows = parts_.count("weight") ? parts_.at("weight").size(0) : 0;
     w.row_bytes = w.codes == dtq::kTrits   ? columns / 5
                   : w.codes == dtq::kWords ? columns / w.vector * w.bits / 8
                                            : columns * w.bits / 8;
     const bool two_level = w.codes == dtq::kTwoLevel;
     const char* grouped = two_level ? "weight_scale_2" : "weight_scale";
-    w.groups = std::max<int64_t>(1, parts_.count(grouped) ? parts_[grouped].size(1) : 1);
+    w.groups = std::max<int64_t>(1, parts_.count(grouped) ? parts_.at(grouped).size(1) : 1);
     const int64_t cells = w.rows * w.groups;
     const int64_t scale = w.scale_type == dtq::kScaleFloat32    ? 4
                           : w.scale_type == dtq::kScaleBFloat16 ? 2
@@ -80,7 +73,7 @@ class Weight {
     }
     w.finite = std::all_of(w.levels, w.levels + 16, [](float x) { return x - x == 0; });
     for (const auto& [name, part] : parts_)
-      TORCH_CHECK(used_.count(name), "dtq: ", format_, " has no part ", name);
+      STD_TORCH_CHECK(used_.count(name), "dtq: ", format_, " has no part ", name);
   }
 
   // Groups that the decoder takes: whole runs of 16 columns.
@@ -94,10 +87,10 @@ class Weight {
   template <typename T>
   const T* take(const std::string& name, int64_t bytes) {
     const auto found = parts_.find(name);
-    TORCH_CHECK(found != parts_.end(), "dtq: ", format_, " lacks ", name);
+    STD_TORCH_CHECK(found != parts_.end(), "dtq: ", format_, " lacks ", name);
     const Tensor& part = found->second;
-    TORCH_CHECK(static_cast<int64_t>(part.nbytes()) == bytes, "dtq: ", format_, " of (", w.rows,
-                ", ", w.columns, "): ", name, " has ", part.nbytes(), " bytes, expected ", bytes);
+    STD_TORCH_CHECK(bytes_of(part) == bytes, "dtq: ", format_, " of (", w.rows,
+                ", ", w.columns, "): ", name, " has ", bytes_of(part), " bytes, expected ", bytes);
     used_[name] = true;
     return static_cast<const T*>(part.const_data_ptr());
   }
@@ -115,7 +108,7 @@ int64_t grain_of(int64_t columns) {
 template <class Run>
 void over_rows(dtq::Decode& d, Run run) {
   const int64_t tasks = (d.weight.rows + dtq::kTogether - 1) / dtq::kTogether;
-  at::parallel_for(0, tasks, grain_of(d.weight.columns) / dtq::kTogether,
+  torch::stable::parallel_for(0, tasks, grain_of(d.weight.columns) / dtq::kTogether,
                    [&](int64_t first, int64_t last) {
                      static thread_local Scratch scratch;
                      run(d, first * dtq::kTogether,
@@ -124,74 +117,67 @@ void over_rows(dtq::Decode& d, Run run) {
                    });
 }
 
-Tensor dequantize(at::TensorList parts, c10::string_view names, c10::string_view format_in,
-                  int64_t columns, at::ScalarType type) {
-  const std::string format(format_in);
-  TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
+Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names,
+                  const std::string& format, int64_t columns, ScalarType type) {
+  STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
   const auto found = spellings().find(format);
   if (found != spellings().end() && written_directly(type)) {
-    const Weight weight(found->second, format, std::string(names), parts, columns);
+    const Weight weight(found->second, format, names, parts, columns);
     if (weight.fits()) {
-      Tensor out = at::empty({weight.w.rows, columns}, parts[0].options().dtype(type));
+      Tensor out = torch::stable::new_empty(parts[0], {weight.w.rows, columns}, type);
       dtq::Decode d = {weight.w, float_type(type), out.mutable_data_ptr()};
       if (out.numel()) over_rows(d, dtq::kernels().decode);
       return out;
     }
   }
-  static const auto reference =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("dtq_reference::dequantize", "")
-          .typed<Tensor(at::TensorList, c10::string_view, c10::string_view, int64_t,
-                        at::ScalarType)>();
-  return reference.call(parts, names, format_in, columns, type);
+  return call("dtq_reference::dequantize", parts, names, format, columns, type);
 }
 
-Tensor weight_linear(const Tensor& x_in, at::TensorList parts, c10::string_view names,
-                     c10::string_view format_in, const MaybeTensor& bias_in) {
-  TORCH_CHECK(x_in.dim() == 2, "weight_linear: x must be (M, K), got ", x_in.sizes());
-  TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
-  const std::string format(format_in);
+Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& parts,
+                     const std::string& names, const std::string& format,
+                     const MaybeTensor& bias_in) {
+  STD_TORCH_CHECK(x_in.dim() == 2, "weight_linear: x must be (M, K), got ", shape_of(x_in));
+  STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
   const int64_t tokens = x_in.size(0), columns = x_in.size(1);
   const auto type = x_in.scalar_type();
   MaybeTensor bias;
-  if (bias_in) bias = bias_in->to(type);
+  if (bias_in) bias = as(*bias_in, type);
   const auto found = spellings().find(format);
   if (found != spellings().end() && tokens <= dtq::kFewFloats && written_directly(type)) {
-    const Weight weight(found->second, format, std::string(names), parts, columns);
+    const Weight weight(found->second, format, names, parts, columns);
     if (weight.fits()) {
       const int64_t rows = weight.w.rows;
-      Tensor out = at::empty({tokens, rows}, x_in.options());
+      Tensor out = torch::stable::new_empty(x_in, {tokens, rows}, type);
       if (!out.numel()) return out;
-      const Tensor x = x_in.contiguous();
-      Tensor wide_bias;
+            Tensor wide_bias;
       if (bias) {
-        TORCH_CHECK(bias->numel() == rows, "dtq linear: bias must have ", rows, " entries");
-        wide_bias = bias->to(at::kFloat).contiguous();
+        STD_TORCH_CHECK(bias->numel() == rows, "dtq linear: bias must have ", rows, " entries");
+        wide_bias = side_by_side(as(*bias, ScalarType::Float));
       }
       static thread_local Scratch floats;
       dtq::Decode d = {weight.w, float_type(type), out.mutable_data_ptr()};
       d.tokens = tokens;
       d.line = rounded_up(columns, 16);
       float* to = floats.get<float>(tokens * d.line * sizeof(float));
-      const Tensor wide = x.to(at::kFloat);
+      const Tensor wide = side_by_side(as(x_in, ScalarType::Float));
       for (int64_t t = 0; t < tokens; t++) {
-        std::copy_n(wide.const_data_ptr<float>() + t * columns, columns, to + t * d.line);
+        std::copy_n(data<float>(wide) + t * columns, columns, to + t * d.line);
         std::fill(to + t * d.line + columns, to + (t + 1) * d.line, 0.0f);
       }
       d.x = to;
-      d.bias = bias ? wide_bias.const_data_ptr<float>() : nullptr;
+      d.bias = bias ? data<float>(wide_bias) : nullptr;
       over_rows(d, dtq::kernels().multiply_stored);
       return out;
     }
   }
-  return at::linear(x_in, dequantize(parts, names, format_in, columns, type), bias);
+  return call("aten::linear", x_in, dequantize(parts, names, format, columns, type), bias);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dtq, CPU, m) {
-  m.impl("dequantize", dequantize);
-  m.impl("weight_linear", weight_linear);
+STABLE_TORCH_LIBRARY_IMPL(dtq, CPU, m) {
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("weight_linear", TORCH_BOX(&weight_linear));
 }
 
 // For Python, by ctypes, before the first call of an op.

@@ -3,8 +3,9 @@
 //
 //   Weight          how a weight in a panel is kept
 //   kShift          what is added to make it unsigned, 128 or 0
-//   widen, unpack   `width` int8 or 4-bit weights to 64 of them; past the width anything will do,
-//                   the codes there are zero
+//   widen           `width` int8 weights to 64 of them; past the width anything will do, the codes
+//                   there are zero
+//   unpack<bits>    the same of 4- or 3-bit ones
 #pragma once
 
 namespace dtq {
@@ -20,10 +21,20 @@ inline Span span_of(const Linear& g, int64_t s) {
   return {at, end - at < kStep ? (int)(end - at) : kStep};
 }
 
-// The 16 levels of a group.
+// The levels of a group.
 inline const int8_t* levels_of_group(const Linear& g, int64_t group) {
   if (g.tables) return g.tables + group * 16;
-  return levels_of[g.groups ? g.groups[group] : 0];  // of the byte 0: the codes themselves
+  return levels_of[g.bits == 4][g.groups ? g.groups[group] : 0];  // of 0: the codes themselves
+}
+
+inline const int8_t* weights_at(const Linear& g, int64_t n, int64_t column) {
+  return g.weight + (n * g.columns + column) * g.bits / 8;
+}
+
+inline int code_at(const int8_t* w, int bits, int i) {
+  if (bits == 4) return (uint8_t)w[i / 2] >> (i & 1) * 4 & 15;
+  const uint8_t* p = (const uint8_t*)w + i / 8 * 3;
+  return (p[0] | p[1] << 8 | p[2] << 16) >> i % 8 * 3 & 7;
 }
 
 // Of the 64 columns from `at` on in row n.
@@ -40,11 +51,14 @@ inline Levels levels_at(const Linear& g, int64_t n, int64_t at) {
 // Step s of row n.
 inline void unpack_step(const Linear& g, int64_t n, int64_t s, Weight* out) {
   const Span span = span_of(g, s);
-  if (!g.nibbles) return widen(g.weight + n * g.columns + span.at, span.width, out);
-  const int8_t* w = g.weight + (n * g.columns + span.at) / 2;
-  if (g.group_bits >= 0) return unpack(w, span.width, levels_at(g, n, span.at), out);
+  const int8_t* w = weights_at(g, n, span.at);
+  if (g.bits == 8) return widen(w, span.width, out);
+  if (g.group_bits >= 0) {
+    const Levels levels = levels_at(g, n, span.at);
+    return g.bits == 4 ? unpack<4>(w, span.width, levels, out) : unpack<3>(w, span.width, levels, out);
+  }
   for (int i = 0; i < kStep; i++) {  // no recipe makes such groups: right, not fast
-    const int code = i < span.width ? (uint8_t)w[i / 2] >> (i & 1) * 4 & 15 : 0;
+    const int code = i < span.width ? code_at(w, g.bits, i) : 0;
     const int64_t group = i < span.width ? (span.at + i) / g.group : 0;
     out[i] = (Weight)(levels_of_group(g, n * g.row_groups + group)[code] + kShift);
   }

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel: with the CUDA library in it where nvcc and torch's headers are, else pure Python.
+"""The wheel: with the libraries in it that can be compiled here, else pure Python.
 
-``DTQ_KERNELS=0`` never compiles, ``DTQ_KERNELS=1`` fails where it cannot. Nothing here imports
-torch or dtq. Under pip the headers are those of the torch in the environment that pip installs
-into: pip hides its packages from the build, not its folder.
+The CPU's takes a C++ compiler, that of GPUs nvcc; both take torch's headers. ``DTQ_KERNELS=0``
+never compiles; ``1``, ``cpu`` or ``cuda`` compiles both or that one alone, and fails where it
+cannot. Nothing here imports torch or dtq's ``__init__``. Under pip the headers are those of the
+torch in the environment that pip installs into: pip hides its packages from the build, not its
+folder.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import shutil
 import sys
@@ -28,15 +30,9 @@ class Wheel(bdist_wheel):
     def run(self) -> None:
         lib = Path(self.get_finalized_command("build").build_lib) / "dtq" / "_lib"
         shutil.rmtree(lib, ignore_errors=True)  # of an earlier build
-        try:
-            made = None if os.environ.get("DTQ_KERNELS") == "0" else compile_into(lib)
-        except OSError as error:
-            if os.environ.get("DTQ_KERNELS") == "1":
-                raise
-            made = None
-            print(f"dtq: a wheel without CUDA kernels: {error}", file=sys.stderr)
-        self.root_is_pure = made is None
-        if made:  # else setuptools sets its pure files apart from the library
+        made = compiled(lib, os.environ.get("DTQ_KERNELS", ""))
+        self.root_is_pure = not made
+        if made:  # else setuptools sets its pure files apart from the libraries
             self.distribution.has_ext_modules = lambda: True
         super().run()
 
@@ -45,27 +41,67 @@ class Wheel(bdist_wheel):
         return ("py3", "none", platform)
 
 
-def compile_into(lib: Path) -> Path:
-    """The library, in the folder of the package that dtq looks into.
+def compiled(lib: Path, wanted: str) -> list[str]:
+    """The names of the libraries that were made.
 
     Raises:
-        OSError: what is missing, or nvcc's error.
+        OSError: one that is wanted by name cannot be.
     """
-    nvcc = by_path("nvcc")
-    compiler, home = nvcc.find_nvcc(), torch_home()
-    if not sys.platform.startswith("linux"):
-        raise OSError(f"no kernels for {sys.platform} yet")
+    made = []
+    for name, compile_into in (("cpu", for_cpu), ("cuda", for_gpus)):
+        if wanted not in ("", "1", name):
+            continue
+        try:
+            compile_into(lib)
+            made.append(name)
+        except OSError as error:
+            if wanted:
+                raise
+            print(f"dtq: a wheel without {name.upper()} kernels: {error}", file=sys.stderr)
+    return made
+
+
+def for_cpu(lib: Path) -> None:
+    """The CPU's library, in the folder of the package that dtq looks into.
+
+    Raises:
+        OSError: what is missing, or the compiler's error.
+    """
+    gxx = module("gxx")
+    home, sources = needed(), ROOT / "cpu_ext"
+    target = lib / f"dtq_cpu-{gxx.key(sources)}.so"
+    with tempfile.TemporaryDirectory() as work:
+        put(gxx.compile_library(gxx.find(), sources, home, Path(work)), target)
+
+
+def for_gpus(lib: Path) -> None:
+    """The same for GPUs."""
+    nvcc = module("nvcc")
+    home, sources, compiler = needed(), ROOT / "cuda_ext", nvcc.find_nvcc()
     if compiler is None:
         raise OSError("no nvcc on the path or in CUDA_HOME")
-    if home is None:
-        raise OSError("no torch in this environment, whose headers are needed")
-    sources = ROOT / "cuda_ext"
-    lib.mkdir(parents=True)
     target = lib / f"dtq_cuda-{nvcc.key(sources)}.so"
     with tempfile.TemporaryDirectory() as work:
-        made = nvcc.compile_library(compiler, sources, home, Path(work), nvcc.wanted_archs())
-        shutil.copyfile(made, target)
-    return target
+        put(nvcc.compile_library(compiler, sources, home, Path(work), nvcc.wanted_archs()), target)
+
+
+def put(made: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(made, target)
+
+
+def needed() -> Path:
+    """The folder of torch, on a system for which there are kernels.
+
+    Raises:
+        OSError: one of both is not there.
+    """
+    if not sys.platform.startswith("linux"):
+        raise OSError(f"no kernels for {sys.platform} yet")
+    home = torch_home()
+    if home is None:
+        raise OSError("no torch in this environment, whose headers are needed")
+    return home
 
 
 def torch_home() -> Path | None:
@@ -76,12 +112,10 @@ def torch_home() -> Path | None:
     )
 
 
-def by_path(name: str) -> ModuleType:
-    """A module of dtq that needs nothing, without importing dtq."""
-    spec = importlib.util.spec_from_file_location(f"_dtq_{name}", ROOT / f"dtq/kernels/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def module(name: str) -> ModuleType:
+    """A module of ``dtq/kernels`` that needs no torch, without running dtq's own ``__init__``."""
+    for package in ("dtq", "dtq.kernels"):
+        if package not in sys.modules:
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = [str(ROOT.joinpath(*package.split(".")))]
+    return importlib.import_module(f"dtq.kernels.{name}")

@@ -15,6 +15,7 @@ from torch import nn
 from dtq.demo import folder as demo_folder
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
+from dtq.nn.activation import quicken
 from dtq.plan import Runtime
 from dtq.recipe import MODULATION
 
@@ -144,6 +145,7 @@ def quantized_model(
             made.set_submodule(where, quantized(layer, OURS[name]))
         elif modulation and where.endswith(".linear") and layer.in_features % 64 == 0:
             made.set_submodule(where, weight_only(layer, modulation))
+    quicken(made)
     return made
 
 

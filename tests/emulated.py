@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dtq.data import folder
-from dtq.kernels import cuda, nvcc
+from dtq.kernels import cuda, nvcc, toolchain
 from dtq.kernels import ops as declared
 from dtq.kernels.decode import tell
 
@@ -60,9 +60,7 @@ _KEPT: list[torch.library.Library] = []  # a library goes with its last referenc
 def _built() -> Path:
     sources, home = folder("cuda_ext"), Path(torch.__file__).parent
     files = [*nvcc.sources(sources), *(sources / "sim").iterdir()]
-    from dtq.kernels.native import digest
-
-    key = digest(files, torch.__version__, FLAGS)
+    key = toolchain.digest(files, torch.__version__, FLAGS)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtq"
     target = base / f"dtq_sim-{key}.so"
     if target.exists():
@@ -73,7 +71,11 @@ def _built() -> Path:
     objects = []
     for unit in nvcc.UNITS:
         objects.append(str(work / f"{Path(unit).stem}.o"))
-        headers = ["-isystem", str(home / "include"), f"-DTORCH_TARGET_VERSION={nvcc.target()}"]
+        headers = [
+            "-isystem",
+            str(home / "include"),
+            f"-DTORCH_TARGET_VERSION={toolchain.target()}",
+        ]
         extra = ['-DDTQ_ARCHS="emulator"', *headers] if unit.endswith(".cpp") else []
         source = ["-x", "c++", "-c", str(sources / unit)]
         subprocess.run(["g++", *FLAGS, "-DDTQ_SIM", *extra, *source, "-o", objects[-1]], check=True)

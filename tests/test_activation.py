@@ -66,3 +66,55 @@ def test_one_that_torch_compiles():
     with torch.no_grad():
         whole = torch.compile(model.projected, fullgraph=True, backend="eager")
         assert torch.equal(whole(x), model.projected(x))
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w4a8", "w8a8", "w4a8"])
+def test_it_is_done_with_the_linear_in_front_of_it(recipe):
+    settings = {"solver": "rtn", "compare": ()} if recipe == "w4a8" else {}
+    model = dtq.quantize(tiny.dit(), recipe, progress=False, **settings).bfloat16()
+    found = [m for m in model.modules() if isinstance(m, QuickProjectedGELU)]
+    assert found
+    for module in found:
+        x = torch.randn(3, 40, module.proj.in_features).bfloat16()
+        with torch.no_grad():
+            apart = module.gelu(module.proj(x))
+            once = module.proj.gelu(x)
+            assert (once is not None) == (module.proj.kernel.name in ("w8a8", "w4a8-two-level"))
+            together = module(x)
+            if once is None:
+                assert torch.equal(together, apart)
+                continue
+            assert torch.equal(together, once)
+            torch.testing.assert_close(together, apart, rtol=2**-6, atol=2**-8)
+            exact = F.gelu(module.proj.float()(x.float()), approximate="tanh")
+            module.proj.bfloat16()
+            errors = [(y.float() - exact).norm() for y in (together, apart)]
+            assert errors[0] < errors[1]  # one rounding less
+            seen = []
+            handle = module.proj.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y))
+            assert torch.equal(module(x), apart)
+            handle.remove()
+            assert len(seen) == 1
+        x.requires_grad_()
+        assert torch.equal(module(x).detach(), apart)
+
+
+def test_a_linear_with_an_adapter_stays_apart():
+    model = dtq.quantize(tiny.sd3(), "w8a8", progress=False, transform="none")
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=2, target_modules=["net.0.proj"], init_lora_weights=False))
+    (module, *_) = [m for m in model.modules() if isinstance(m, QuickProjectedGELU)]
+    x = torch.randn(2, module.proj.in_features)
+    with torch.no_grad():
+        assert torch.equal(module(x), module.gelu(module.proj(x)))
+
+
+def test_torch_compiles_it_with_its_linear():
+    model = dtq.quantize(tiny.dit(), "w8a8", progress=False, transform="none")
+    (module, *_) = [m for m in model.modules() if isinstance(m, QuickProjectedGELU)]
+    x = torch.randn(2, 5, module.proj.in_features)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        whole = torch.compile(module, fullgraph=True, backend="eager")
+        assert torch.equal(whole(x), module.proj.gelu(x))

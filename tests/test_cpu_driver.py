@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dtq.data import folder
-from dtq.kernels import cpu
+from dtq.kernels import cpu, gxx
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def driver(request, tmp_path_factory):
     """Compiled with the flags of the library, and once less eagerly than that."""
     work, sources = tmp_path_factory.mktemp("driver"), folder("cpu_ext")
-    units = [(u.source, u.flags, u.name) for u in cpu.UNITS if u.flags != cpu.GLUE]
+    units = [(u.source, u.flags, u.name) for u in gxx.UNITS if u.flags != gxx.GLUE]
     units.append(("tests/driver.cpp", ("-ffp-contract=off",), "driver"))
 
     def translate(unit):

@@ -16,7 +16,7 @@ import torch
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import CPU, Task, cpu, epilogue, explain, fused, ops
+from dtq.kernels import CPU, Task, epilogue, explain, fused, gxx, ops
 from dtq.kernels.table import pick
 from dtq.nn import QuantLinear
 from dtq.plan import Runtime
@@ -105,6 +105,18 @@ def test_w4a8_gives_the_bits_of_the_reference(isa, m):
 
 
 @pytest.mark.parametrize("m", TOKENS)
+def test_w3a8_gives_the_bits_of_the_reference(isa, m):
+    sizes = [(1, 32, 32), (33, 96, 16), (48, 1152, 64), (70, 384, 384), (9, 40, 20), (7, 200, 8)]
+    for n, k, group in sizes:
+        codes, weight = int8(m, k), int8(n, k * 3 // 8, seed=1, low=-128)
+        groups = int8(n, k // group, seed=2, low=-128)  # also those whose levels wrap around
+        rows, columns = random(m).abs(), random(n, 1).abs()
+        for dtype in DTYPES:
+            args = (codes, rows, weight, columns, groups, random(n), dtype)
+            assert same([compiled.w3a8_linear(*args)], [ops._w3a8_linear(*args)]), (n, k, group)
+
+
+@pytest.mark.parametrize("m", TOKENS)
 def test_tables_give_the_bits_of_the_reference(isa, m):
     for n, k, group in [(1, 32, 32), (33, 96, 16), (48, 1152, 1152), (70, 384, 128), (9, 40, 20)]:
         codes, weight = int8(m, k), int8(n, k // 2, seed=1, low=-128)
@@ -113,6 +125,52 @@ def test_tables_give_the_bits_of_the_reference(isa, m):
         for dtype in DTYPES:
             args = (codes, rows, weight, columns, tables, random(n), dtype)
             assert same([compiled.lut4a8_linear(*args)], [epilogue._lut4a8_linear(*args)]), (n, k)
+
+
+@pytest.mark.parametrize("m", [1, 6, 8, 18, 48])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_epilogues_give_the_bits_of_the_reference(isa, m, dtype):
+    for n, k in [(1, 64), (33, 192), (48, 1152)]:
+        codes, rows, columns, bias = int8(m, k), random(m).abs(), random(n, 1).abs() / 40, random(n)
+        eight = compiled.w8a8_epilogue_linear, epilogue._w8a8_epilogue_linear
+        four = compiled.w4a8_epilogue_linear, epilogue._w4a8_epilogue_linear
+        packed = int8(n, k // 2, seed=1), columns, int8(n, k // 64, seed=2)
+        for batch in (1, 2):
+            if m % batch:
+                continue
+            gated = random(batch, n, seed=3).to(dtype), random(m, n, seed=4).to(dtype)
+            mixed = gated[0].double(), gated[1]
+            for gelu, (gate, rest) in [
+                (True, (None, None)),
+                (False, gated),
+                (True, gated),
+                (True, mixed),
+            ]:
+                then = bias, gelu, gate, rest, dtype
+                for op, reference in (eight, four):
+                    weight = packed if op is four[0] else (int8(n, k, seed=1), columns)
+                    got, want = (
+                        op(codes, rows, *weight, *then),
+                        reference(codes, rows, *weight, *then),
+                    )
+                    assert same([got], [want]), (n, k, batch, gelu, gate is None)
+
+
+def test_epilogues_at_the_edge(isa):
+    op = compiled.w8a8_epilogue_linear
+    given = int8(4, 8), random(4).abs(), int8(5, 8, seed=1), random(5, 1).abs(), random(5)
+    gate, rest = random(2, 5), random(4, 5)
+    with pytest.raises((RuntimeError, ValueError), match="a gate comes with a residual"):
+        op(*given, True, gate, None, torch.float32)
+    with pytest.raises(RuntimeError, match=r"gate \[3, 5\] for 4 tokens of 5"):
+        op(*given, False, random(3, 5), rest, torch.float32)
+    with pytest.raises(RuntimeError, match=r"residual \[4, 4\] for 4 tokens of 5"):
+        op(*given, False, gate, random(4, 4), torch.float32)
+    want = epilogue._w8a8_epilogue_linear(*given, True, gate, rest, torch.float64)
+    assert torch.equal(op(*given, True, gate, rest, torch.float64), want)
+    nothing = int8(4, 0), random(4).abs(), int8(5, 0), random(5, 1).abs(), random(5)
+    want = epilogue._w8a8_epilogue_linear(*nothing, True, gate, rest, torch.float32)
+    assert torch.equal(op(*nothing, True, gate, rest, torch.float32), want)
 
 
 @pytest.mark.parametrize("m", TOKENS)
@@ -129,8 +187,8 @@ def test_groups_give_the_bits_of_the_reference(isa, m, bits):
 
 
 INTEGER = [
-    "int4-row", "int4-asym-row", "int4-g64", "int4-asym-g32", "int8-g64", "int8-asym-g128",
-    "e2m1-row", "e1m2-row", "e3m0-row", "lut4-row", "twinlog4-row", "twinlog4z-row",
+    "int3-row", "int3-2l-g64", "int4-row", "int4-asym-row", "int4-g64", "int4-asym-g32", "int8-g64",
+    "int8-asym-g128", "e2m1-row", "e1m2-row", "e3m0-row", "lut4-row", "twinlog4-row", "twinlog4z-row",
     "twinlog4c-row",
 ]  # fmt: skip
 
@@ -344,7 +402,7 @@ def test_two_processes_compile_once(library, tmp_path):
     assert all(out.startswith("ref | ref kernels, cached") for out, _ in said), said
     assert sum(err.count("compiling CPU kernels, once") for _, err in said) == 1
     units = (tmp_path / "calls").read_text().count("called")
-    assert units <= len(cpu.UNITS) + 1
+    assert units <= len(gxx.UNITS) + 1
     _, err = fresh(tmp_path, CXX=counting)
     assert "compiling" not in err
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from torch.utils import cpp_extension
 
-from dtq.kernels import CUDA, cuda, extension, nvcc
+from dtq.kernels import CUDA, cuda, extension, toolchain
 from dtq.kernels.native import Unavailable
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def test_ninja_of_this_python_is_found_and_called_though_not_on_the_path(tmp_pat
     ],
 )  # fmt: skip
 def test_the_first_error_is_the_one_that_tells(said, first):
-    assert nvcc.first_error("it", said) == f"it failed: {first}"
+    assert toolchain.first_error("it", said) == f"it failed: {first}"
 
 
 def test_without_ninja_nvcc_compiles(toolkit, no_ninja, tmp_path):
@@ -132,7 +132,7 @@ BOTH = """
     from pathlib import Path
     import torch
     from torch.utils import cpp_extension
-    from dtq.kernels import extension, nvcc
+    from dtq.kernels import extension, nvcc, toolchain
     folder, work, home, compiler = sys.argv[1:]
     cpp_extension.CUDA_HOME = home
     nvcc.UNITS = ("kernel.cu", "tiny.cpp")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ import pytest
 
 import dtq
 from dtq.data import folder
-from dtq.kernels import cuda, nvcc
+from dtq.kernels import cpu, cuda, nvcc
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,7 +88,7 @@ def fake_nvcc(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_with_nvcc_the_wheel_has_the_library(tmp_path, fake_nvcc):
-    made = wheel(tmp_path / "out", CUDA_HOME=str(fake_nvcc), DTQ_KERNELS="1")
+    made = wheel(tmp_path / "out", CUDA_HOME=str(fake_nvcc), DTQ_KERNELS="cuda")
     assert "-py3-none-linux_" in made.name
     with zipfile.ZipFile(made) as inside:
         (library,) = [name for name in inside.namelist() if name.endswith(".so")]
@@ -98,10 +99,33 @@ def test_with_nvcc_the_wheel_has_the_library(tmp_path, fake_nvcc):
 @pytest.mark.slow
 def test_a_compiler_that_fails_leaves_a_wheel_for_everybody(tmp_path, fake_nvcc):
     (fake_nvcc / "bin" / "nvcc").write_text("#!/bin/sh\necho 'x.cu: error: no' >&2\nexit 1\n")
-    made = wheel(tmp_path / "out", CUDA_HOME=str(fake_nvcc))
+    made = wheel(tmp_path / "out", CUDA_HOME=str(fake_nvcc), CXX="no-such-compiler")
     assert "none-any" in made.name
     with pytest.raises(subprocess.CalledProcessError):
-        wheel(tmp_path / "no", CUDA_HOME=str(fake_nvcc), DTQ_KERNELS="1")
+        wheel(tmp_path / "no", CUDA_HOME=str(fake_nvcc), DTQ_KERNELS="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_wheel_brings_compiled_cpu_kernels_to_a_machine_without_a_compiler(tmp_path):
+    made = wheel(tmp_path / "out", DTQ_KERNELS="cpu")
+    assert "-py3-none-linux_" in made.name
+    site = tmp_path / "site"
+    with zipfile.ZipFile(made) as inside:
+        (library,) = [name for name in inside.namelist() if name.endswith(".so")]
+        inside.extractall(site)
+    assert library == f"dtq/_lib/{cpu.CPU.beside().name}"
+    code = (
+        "from dtq.kernels import CPU; import dtq; print(dtq.__file__, CPU.load(), CPU.describe())"
+    )
+    bare = {"PYTHONPATH": str(site), "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | bare, cwd=tmp_path, check=True,
+        capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert said.startswith(str(site))
+    assert " True " in said
+    assert said.strip().endswith("kernels, built ahead")
 
 
 def test_missing_data_folders_are_reported():

@@ -32,6 +32,7 @@ struct Aligned {
 
 struct Case {
   int64_t m, n, k, group;  // group 0: int8 weights
+  int bits = 4;            // of others
 };
 
 // float(sum) * row_scale * weight_scale + bias, sums by plain loops.
@@ -44,8 +45,12 @@ std::vector<float> expected(const dtq::Linear& g, const Case& c) {
         int weight;
         if (c.group) {
           const uint8_t byte = g.groups[n * g.row_groups + k / c.group];
-          const int code = (uint8_t)g.weight[(n * c.k + k) / 2] >> (k & 1) * 4 & 15;
-          weight = (int8_t)((code - (byte & 15)) * ((byte >> 4) + 1));
+          int code = 0;
+          for (int i = 0; i < c.bits; i++) {
+            const int64_t bit = (n * c.k + k) * c.bits + i;
+            code |= ((uint8_t)g.weight[bit / 8] >> bit % 8 & 1) << i;
+          }
+          weight = (int8_t)((code - (byte & ((1 << c.bits) - 1))) * ((byte >> c.bits) + 1));
         } else {
           weight = g.weight[n * c.k + k];
         }
@@ -60,7 +65,7 @@ std::vector<float> expected(const dtq::Linear& g, const Case& c) {
 
 bool product(const dtq::Kernels& kernels, const Case& c) {
   const auto codes = draw<int8_t>(c.m * c.k, -128, 127);
-  const auto weight = draw<int8_t>(c.n * c.k / (c.group ? 2 : 1), -128, 127);
+  const auto weight = draw<int8_t>(c.n * c.k * (c.group ? c.bits : 8) / 8, -128, 127);
   const auto groups = draw<uint8_t>(c.group ? c.n * (c.k / c.group) : 1, 0, 255);
   const auto row_scale = draw<float>(c.m, 1, 9), weight_scale = draw<float>(c.n, 1, 9);
   const auto bias = draw<float>(c.n, -9, 9);
@@ -72,10 +77,11 @@ bool product(const dtq::Kernels& kernels, const Case& c) {
   g.row_scale = row_scale.data(), g.weight_scale = weight_scale.data(), g.bias = bias.data();
   g.sections = 1;
   g.row_groups = 1, g.group = c.k, g.group_bits = 62;
+  g.bits = c.group ? c.bits : 8;
   if (c.group) {
-    g.nibbles = true;
     g.groups = groups.data();
-    g.row_groups = c.k / c.group, g.group = c.group, g.group_bits = __builtin_ctzll(c.group);
+    g.row_groups = c.k / c.group, g.group = c.group;
+    g.group_bits = c.group < 16 ? -1 : __builtin_ctzll(c.group);
   }
   g.out = out.data();
   g.type = dtq::kFloat32;
@@ -147,7 +153,8 @@ int main() {
     const dtq::Kernels& kernels = dtq::kernels();
     bool right = !strcmp(kernels.name, name) && rows(kernels) && decoded(kernels);
     for (const Case& c : {Case{1, 33, 64, 0}, Case{5, 16, 37, 0}, Case{20, 40, 700, 0},
-                          Case{1, 33, 192, 64}, Case{8, 5, 320, 64}, Case{50, 40, 640, 32}})
+                          Case{1, 33, 192, 64}, Case{8, 5, 320, 64}, Case{50, 40, 640, 32},
+                          Case{1, 33, 192, 64, 3}, Case{8, 5, 328, 8, 3}, Case{50, 40, 640, 32, 3}})
       right = right && product(kernels, c);
     printf("%s %s\n", name, right ? "right" : "WRONG");
     failed |= !right;

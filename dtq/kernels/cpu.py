@@ -11,54 +11,20 @@ import ctypes
 import functools
 import logging
 import os
-import platform
-import shlex
-import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dtq.data import folder
+from dtq.kernels import gxx
 from dtq.kernels.decode import tell
-from dtq.kernels.native import Library, Unavailable, digest, run
+from dtq.kernels.native import Library, Unavailable, needs_abi
 
 ISAS = ("ref", "avx2", "avxvnni", "vnni", "amx")
 """Instruction sets, from the plainest to the fastest; ref is portable C++."""
 
 _log = logging.getLogger(__name__)
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
-# no contraction: a fused multiply-add rounds once where the reference rounds twice; sums of codes
-# may wrap around on the way
-_KERNEL = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fwrapv", "-w")
-# OpenMP at compile time, else at::parallel_for is a plain loop; not at link time: the functions are
-# those of the OpenMP library that torch has loaded
-GLUE = ("-O2", "-fopenmp", "-w")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A source file and what it is compiled with."""
-
-    source: str
-    flags: tuple[str, ...]
-    name: str
-    x86: bool = False
-
-
-UNITS = (
-    Unit("isa_ref.cpp", _KERNEL, "ref"),
-    Unit("isa_avx2.cpp", (*_KERNEL, *_AVX2), "avx2", x86=True),
-    Unit("isa_avx2.cpp", (*_KERNEL, *_AVX2, "-mavxvnni"), "avxvnni", x86=True),
-    Unit("isa_vnni.cpp", (*_KERNEL, *_AVX512), "vnni", x86=True),
-    Unit("isa_amx.cpp", (*_KERNEL, *_AVX512, "-mamx-tile", "-mamx-int8"), "amx", x86=True),
-    Unit("dispatch.cpp", _KERNEL, "dispatch"),
-    Unit("ops.cpp", GLUE, "ops"),
-    Unit("ops_stored.cpp", GLUE, "ops_stored"),
-)
 
 
 def isa() -> str | None:
@@ -94,44 +60,23 @@ def peak(rounds: int = 5) -> float:
     return best
 
 
-def _sources() -> Path:
-    return folder("cpu_ext")
-
-
 @functools.cache
 def _key() -> str:
-    files = [path for path in _sources().iterdir() if path.suffix in (".cpp", ".h")]
-    return digest(files, torch.__version__, platform.machine(), UNITS)
+    return gxx.key(folder("cpu_ext"))
 
 
-def _compiler() -> list[str]:
-    named = os.environ.get("CXX")
-    for command in [named] if named else ["g++", "clang++", "c++"]:
-        words = shlex.split(command)
-        if words and shutil.which(words[0]):
-            return words
-    raise Unavailable(f"no C++ compiler ({f'CXX={named}' if named else 'g++ or clang++'})")
+def _compiler() -> str:
+    try:
+        return gxx.find()[0]
+    except OSError as error:
+        raise Unavailable(str(error)) from error
 
 
 def _compile(work: Path) -> Path:
-    compiler, torch_home = _compiler(), Path(torch.__file__).parent
-    include = torch_home / "include"
-    common = ["-std=c++20", "-fPIC", "-fvisibility=hidden"]
-    headers = ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
-    x86 = platform.machine() in ("x86_64", "AMD64")
-
-    def translate(unit: Unit) -> str:
-        source, target = str(_sources() / unit.source), str(work / f"{unit.name}.o")
-        extra = headers if unit.flags == GLUE else []
-        run([*compiler, *common, *unit.flags, *extra, "-c", source, "-o", target])
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(translate, [u for u in UNITS if x86 or not u.x86]))
-    library = work / "library.so"
-    torch_libraries = [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    run([*compiler, "-shared", *objects, *torch_libraries, "-o", str(library)])
-    return library
+    try:
+        return gxx.compile_library(gxx.find(), folder("cpu_ext"), Path(torch.__file__).parent, work)
+    except OSError as error:
+        raise Unavailable(str(error)) from error
 
 
 def _prepare(library: ctypes.CDLL) -> None:
@@ -152,15 +97,19 @@ CPU = Library(
         "quantize_rows",
         "w8a8_linear",
         "w4a8_linear",
+        "w3a8_linear",
         "lut4a8_linear",
         "group_a8_linear",
         "dequantize",
         "weight_linear",
+        "w8a8_epilogue_linear",
+        "w4a8_epilogue_linear",
         "gelu",
     ),
     key=_key,
     compile=_compile,
-    compiler=lambda: _compiler()[0],
+    compiler=_compiler,
+    usable=needs_abi,
     prepare=_prepare,
     says=lambda library: str(library.dtq_isa().decode()),
 )

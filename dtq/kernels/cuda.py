@@ -18,7 +18,7 @@ import torch
 from dtq.data import folder
 from dtq.kernels import epilogue, extension, fused, nvcc
 from dtq.kernels.decode import tell
-from dtq.kernels.native import Library, Unavailable
+from dtq.kernels.native import Library, Unavailable, needs_abi
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +34,7 @@ def capabilities() -> list[tuple[int, int]]:
 
 
 def _usable() -> None:
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < nvcc.ABI:
-        raise Unavailable(f"torch {torch.__version__} has no stable ABI; 2.10 or newer has")
+    needs_abi()
     if torch.version.cuda is None:
         raise Unavailable("this torch is built without CUDA")
     found = capabilities()

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dtq.kernels import nvcc
+from dtq.kernels import nvcc, toolchain
 
 
 def cuda_home() -> str | None:
@@ -69,7 +69,7 @@ def compile_library(folder: Path, work: Path, archs: Sequence[str], ptx: bool) -
                 is_python_module=False,
             )
         except RuntimeError as error:
-            raise OSError(nvcc.first_error("torch.utils.cpp_extension", str(error))) from error
+            raise OSError(toolchain.first_error("torch.utils.cpp_extension", str(error))) from error
     return Path(made)
 
 

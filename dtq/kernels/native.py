@@ -9,19 +9,19 @@ reference. ``DTQ_KERNELS=0`` leaves only the last. Nothing happens at import.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from dtq.kernels.toolchain import ABI
 
 _log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -236,27 +236,16 @@ def switched_off() -> bool:
     return os.environ.get("DTQ_KERNELS") == "0"
 
 
-def digest(files: Iterable[Path], *rest: object) -> str:
-    """A name for what a library is made of."""
-    total = hashlib.sha256(" ".join(map(str, rest)).encode())
-    for path in sorted(files):
-        total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()[:16]
-
-
-def run(command: Sequence[str]) -> None:
-    """Run a compiler.
+def needs_abi() -> None:
+    """Ask for a torch whose stable ABI the libraries use.
 
     Raises:
-        Unavailable: it failed; its first error is the reason.
+        Unavailable: this one is older.
     """
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        first = next(
-            (line for line in lines if "error" in line), lines[0] if lines else "no output"
-        )
-        raise Unavailable(f"{command[0]} failed: {first.strip()}")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < ABI:
+        newer = ".".join(map(str, ABI))
+        raise Unavailable(f"torch {torch.__version__} has no stable ABI; {newer} or newer has")
 
 
 @contextmanager

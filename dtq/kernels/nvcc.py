@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the CUDA library is compiled: which file for which architectures, with what flags.
 
-The standard library only: building a wheel reads this file without torch and without dtq
+The standard library only: building a wheel reads this file without torch
 (``cuda_ext/build_kernels.py``). torch's stable ABI is the only thing of torch that the library
 uses, so its headers may be those of a torch without CUDA, and one file serves every torch from
 2.10 and every Python.
@@ -9,30 +9,20 @@ uses, so its headers may be those of a torch without CUDA, and one file serves e
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from dtq.kernels.toolchain import digest, run, target
 
 ARCHS = ("80", "89", "90a", "100", "120")
 """Machine code in a library that is built ahead; what lies between runs that of the one before."""
 
 PTX = "80"
 """For GPUs that are newer than all of these: the driver compiles it."""
-
-ABI = (2, 10)
-"""The torch whose stable ABI is used; any later one loads the library."""
-
-
-def target() -> str:
-    """The version that torch's headers are told to stay compatible with."""
-    return f"0x{ABI[0]:02x}{ABI[1]:02x}000000000000ULL"
-
 
 FLAGS = ("-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION={target()}")
 """Of every file."""
@@ -148,19 +138,15 @@ def compile_library(
     """
     compiling, linking = commands(nvcc, folder, torch_home, work, archs, ptx)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, compiling))
-    _run(linking)
+        list(pool.map(lambda command: run(command, "nvcc"), compiling))
+    run(linking, "nvcc")
     return work / "library.so"
 
 
 def key(folder: Path) -> str:
     """Names everything that a library depends on but the architectures."""
-    total = hashlib.sha256(
-        f"{platform.machine()} {FLAGS} {DEVICE} {HOST} {LINKED} {UNITS}".encode()
-    )
-    for path in sources(folder):
-        total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()[:16]
+    made_with = platform.machine(), FLAGS, DEVICE, HOST, LINKED, UNITS
+    return digest(sources(folder), *made_with)
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -173,16 +159,3 @@ def wanted_archs(default: Iterable[str] = ARCHS) -> tuple[str, ...]:
     """``DTQ_CUDA_ARCHS=80;90a``, else the default."""
     named = os.environ.get("DTQ_CUDA_ARCHS", "").replace(",", ";").split(";")
     return tuple(a.strip() for a in named if a.strip()) or tuple(default)
-
-
-def first_error(who: str, said: str) -> str:
-    """What a compiler's output comes to, in a line."""
-    lines = [line for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error:|fatal|\bld: ", line)] or lines
-    return f"{who} failed: {errors[0].strip() if errors else 'no output'}"
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(first_error("nvcc", done.stderr + done.stdout))

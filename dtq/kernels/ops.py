@@ -135,6 +135,19 @@ def _w4a8_linear(
     return _w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
 
 
+def _w3a8_linear(
+    codes: Tensor,  # (M, K) int8
+    row_scale: Tensor,  # (M,)
+    weight: Tensor,  # (N, 3K/8) int8, eight codes in three bytes
+    weight_scale: Tensor,  # (N, 1)
+    weight_scale_2: Tensor,  # (N, K/group) int8, scale2 - 1 and zero
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    expanded = TwoLevelInt.expand(weight, weight_scale_2, 3)
+    return _w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
+
+
 def _group_a8_linear(
     codes: Tensor,  # (M, K) int8
     row_scale: Tensor,  # (M,)
@@ -250,6 +263,12 @@ _OPS = (
         "w4a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w4a8_linear,
+        epilogue.rows_by_rows,
+    ),
+    (
+        "w3a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
+        " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
+        _w3a8_linear,
         epilogue.rows_by_rows,
     ),
     (

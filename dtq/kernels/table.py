@@ -29,6 +29,12 @@ from dtq.kernels.ops import LIBRARIES
 ops = torch.ops.dtq
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compiled(device: str) -> bool:
+    """Whether there are compiled kernels for a device; the first question loads them."""
+    return device in LIBRARIES and LIBRARIES[device].load()
+
+
 @dataclass(frozen=True)
 class Task:
     """What a layer asks of a kernel: formats, and the rotation that its input gets first.
@@ -60,12 +66,15 @@ class Kernel:
         fits: None when the kernel can do the task, else why not.
         call: does it.
         ops: those whose compiled form it runs where a library has them all.
+        gelu: does it with GELU behind the bias, before the one rounding; None where something else
+            than the product of codes runs.
     """
 
     name: str
     fits: Callable[[Task], str | None]
     call: Call
     ops: tuple[str, ...] = ()
+    gelu: Callable[[Task, Tensor, Parts, Tensor | None], Tensor | None] = lambda *_: None
 
 
 def _acts_refused(task: Task) -> str | None:
@@ -91,37 +100,78 @@ def _int8(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     return y
 
 
+def _int8_gelu(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:
+    if dispatch.answer(x, len(parts["weight"])) != "int8":
+        return None
+    weight = parts["weight"], parts["weight_scale"]
+    y: Tensor = ops.w8a8_epilogue_linear(*_codes(task, x, parts), *weight, bias, *_GELU, x.dtype)
+    return y
+
+
+_GELU = True, None, None
+"""No gate and no residual."""
+
+
 def _two_level_fits(task: Task) -> str | None:
     fits = isinstance(task.weights, TwoLevelInt) and task.weights.bits == 4
     return _acts_refused(task) or _unless(fits, task, "4-bit two-level")
 
 
 def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    return _of_group_bytes(ops.w4a8_linear, parts["weight_scale_2"], task, x, parts, bias)
+
+
+def _two_level_gelu(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:
     if dispatch.answer(x, len(parts["weight"])) != "int8":
-        return _small(task, x, parts, bias)
-    codes, scale = _codes(task, x, parts)
+        return None
     weight = parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
-    y: Tensor = ops.w4a8_linear(codes, scale, *weight, bias, x.dtype)
+    y: Tensor = ops.w4a8_epilogue_linear(*_codes(task, x, parts), *weight, bias, *_GELU, x.dtype)
     return y
 
 
 def _row_fits(task: Task) -> str | None:
-    w = task.weights
-    fits = isinstance(w, Int) and w.bits == 4 and not w.group
+    fits = isinstance(task.weights, Int) and task.weights.bits == 4 and not task.weights.group
     return _acts_refused(task) or _unless(fits, task, "4-bit integers with one scale per row")
 
 
 def _row(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    return _of_group_bytes(ops.w4a8_linear, _zeros(parts, 8), task, x, parts, bias)
+
+
+def _three_fits(task: Task) -> str | None:
+    match task.weights:
+        case TwoLevelInt(bits=3) | Int(bits=3, group=None):
+            fits = True
+        case _:
+            fits = False
+    return _acts_refused(task) or _unless(fits, task, "3-bit, two-level or with a scale per row")
+
+
+def _three(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    groups = parts["weight_scale_2"] if "weight_scale_2" in parts else _zeros(parts, 4)
+    return _of_group_bytes(ops.w3a8_linear, groups, task, x, parts, bias)
+
+
+def _zeros(parts: Parts, offset: int) -> Tensor:
+    """Group bytes of a row: a group as wide as it, whose scale2 is 1, so the byte is the zero."""
+    zero = parts.get("weight_zero_point")
+    if zero is None:
+        return torch.full_like(parts["weight_scale"], offset, dtype=torch.int8)
+    return zero
+
+
+def _of_group_bytes(
+    multiply: Callable[..., Tensor],
+    groups: Tensor,
+    task: Task,
+    x: Tensor,
+    parts: Parts,
+    bias: Tensor | None,
+) -> Tensor:
     if dispatch.answer(x, len(parts["weight"])) != "int8":
         return _small(task, x, parts, bias)
     codes, scale = _codes(task, x, parts)
-    # a group as wide as the row, whose scale2 is 1: the byte is the zero
-    zero = parts.get("weight_zero_point")
-    if zero is None:
-        zero = torch.full_like(parts["weight_scale"], 8, dtype=torch.int8)
-    weight = parts["weight"], parts["weight_scale"], zero
-    y: Tensor = ops.w4a8_linear(codes, scale, *weight, bias, x.dtype)
-    return y
+    return multiply(codes, scale, parts["weight"], parts["weight_scale"], groups, bias, x.dtype)
 
 
 def _table_fits(task: Task) -> str | None:
@@ -242,9 +292,16 @@ def _pre_scale(parts: Parts) -> Tensor | None:
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("w8a8", _int8_fits, _int8, ("quantize_rows", "w8a8_linear")),
-    Kernel("w4a8-two-level", _two_level_fits, _two_level, ("quantize_rows", "w4a8_linear")),
+    Kernel("w8a8", _int8_fits, _int8, ("quantize_rows", "w8a8_linear"), _int8_gelu),
+    Kernel(
+        "w4a8-two-level",
+        _two_level_fits,
+        _two_level,
+        ("quantize_rows", "w4a8_linear"),
+        _two_level_gelu,
+    ),
     Kernel("w4a8-row", _row_fits, _row, ("quantize_rows", "w4a8_linear")),
+    Kernel("w3a8", _three_fits, _three, ("quantize_rows", "w3a8_linear")),
     Kernel("w4a8-table", _table_fits, _table, ("quantize_rows", "lut4a8_linear")),
     Kernel("weight-only", _weight_only_fits, _weight_only, ("dequantize", "weight_linear")),
     Kernel("integer-groups", _group_fits, _group, ("quantize_rows", "group_a8_linear")),
@@ -287,7 +344,7 @@ def on(kernel: Kernel, library: Library, shape: tuple[int, int] | None = None) -
     return said
 
 
-INT8 = ("w8a8", "w4a8-two-level", "w4a8-row", "w4a8-table")
+INT8 = ("w8a8", "w4a8-two-level", "w4a8-row", "w3a8", "w4a8-table")
 """Kernels that the dispatcher of the GPU stands before."""
 
 

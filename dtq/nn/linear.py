@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, Parts, Spec
 from dtq.formats.acts import ACTS
-from dtq.kernels.table import Kernel, Task, pick
+from dtq.kernels.table import Kernel, Task, compiled, pick
 from dtq.plan import Runtime
 from dtq.policy import StepPolicy
 from dtq.transforms import Online
@@ -243,11 +243,38 @@ class QuantLinear(nn.Linear):
             y = self._multiply(rows, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+    def gelu(self, x: Tensor) -> Tensor | None:
+        """GELU, tanh form, of ``self(x)``, rounded once; None where that takes a pass of its own.
+
+        It does where there are no compiled kernels or not for this layer, where something listens
+        to the layer (hooks, offloading), and where gradients are asked for.
+        """
+        heard = self._forward_hooks or self._forward_pre_hooks
+        wrapped = hasattr(self, "_hf_hook") or hasattr(self, "_diffusers_hook")
+        if heard or wrapped or self.runtime.rank or self.spatial or self._changes_by_step:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or _learns(self.bias)):
+            return None
+        if not compiled(x.device.type):
+            return None
+        rows = x.reshape(-1, self.in_features)
+        y = self.kernel.gelu(self.task, rows, self._given(), self.bias)
+        return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def _changes_by_step(self) -> bool:
+        return bool(self._clock and self._clock[0].modes and self.task.acts.bits < 16)
+
+    def _given(self) -> Parts:
+        """What a kernel gets: the parts, and the activation scale of this step."""
         parts = {name: self.part(name) for name in self._specs if not name.startswith("proj_")}
         if self.task.acts.static:
             parts["input_scale"] = self.step_scale()
-        if self._clock and self._clock[0].modes and self.task.acts.bits < 16:
+        return parts
+
+    def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        parts = self._given()
+        if self._changes_by_step:
             y = self._stepped(rows, parts, bias)
         else:
             y = self.kernel.call(self.task, rows, parts, bias)
