@@ -28,7 +28,8 @@ from dtq.work import Result, Work
 
 log = logging.getLogger("dtq")
 
-_JUDGES = 24  # recorded calls that whole-model alternatives are judged on
+RECORDED = 4  # pictures whose sampling by the float model is recorded, to compare with
+JUDGES = 24  # recorded calls that whole-model alternatives are judged on
 
 
 def check_budget(plan: Plan, recipe: Recipe) -> None:
@@ -149,7 +150,7 @@ def compare(
     Returns:
         Teacher-forced error of each candidate, the recipe's own first.
     """
-    calls, gemm = spread(recorded, _JUDGES), {x.name for x in plan.gemm()}
+    calls, gemm = spread(recorded, JUDGES), {x.name for x in plan.gemm()}
     found = {recipe.transform.name: {name: solved[name] for name in gemm}}
     for other in recipe.compare:
         changed = {x.name: replace(x, transform=Call(other)) for x in plan.gemm()}

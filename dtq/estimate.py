@@ -12,7 +12,10 @@ import psutil
 import torch
 from torch import nn
 
+from dtq import look
 from dtq.allocate import parse_budget
+from dtq.budget import JUDGES, RECORDED
+from dtq.calibrate.engine import made_up_calls, portions
 from dtq.calibrate.stats import GRAM_ROWS, SiteStats
 from dtq.checkpoint import predicted_bytes
 from dtq.families import Scan, blocks_of
@@ -22,6 +25,7 @@ from dtq.recipe import Recipe
 from dtq.solvers.gptq import factor_cost
 
 _TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
+_STEPS = 50  # of a sampler, where the recipe leaves them to the pipeline
 _FORWARD = 1.8  # time of a model over that of its linears at the rate of one large product
 _COPIES = 8  # float32 matrices of a layer's size that its solver holds
 
@@ -57,6 +61,7 @@ def estimate(
     needs: frozenset[str] | None = None,
     memory: int | None = None,
     mapped: bool = False,
+    driven: bool = True,
 ) -> Estimate:
     """Work out the cost of a plan, carried out by the command line.
 
@@ -68,6 +73,8 @@ def estimate(
         dtype: compute dtype, that of every kept tensor.
         needs: statistics that are collected; default: what the recipe asks for.
         memory, mapped: see :func:`peak_memory`.
+        driven: whether a pipeline runs the model; a bare transformer gets a few made-up calls, and
+            no alternatives are compared on them.
     """
     needs = recipe.needs() if needs is None else needs
     tensors = file_tensors(model, plan, dtype)
@@ -79,6 +86,8 @@ def estimate(
         allowed = parse_budget(str(recipe.allocate.budget), gemm)
         most = file - sum(x.nbytes(plan.bins) for x in plan.gemm()) + allowed
     floats = sum(t.numel() * dtype.itemsize for t in model.state_dict().values())
+    if not driven:
+        recipe = replace(recipe, compare=())
     disk = disk_needed(scan, plan, recipe, needs, most, memory)
     return Estimate(
         file,
@@ -95,7 +104,9 @@ def estimate(
             mapped=mapped,
         ),
         disk,
-        _seconds(scan, plan, recipe, needs) if scan.traced else None,
+        _seconds(scan, plan, recipe, needs, _runs(model, recipe, driven), memory)
+        if scan.traced
+        else None,
     )
 
 
@@ -191,18 +202,59 @@ def disk_needed(
     return seen + max(min(seen, memory or seen), units + others + written)
 
 
-def _seconds(scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str]) -> float:
+@dataclass(frozen=True)
+class _Runs:
+    """How often the transformer is called.
+
+    Attributes:
+        calls: of the calibration.
+        pictures: in a call, each branch of guidance counted.
+        steps: of a sampler.
+        branches: of guidance.
+        looked: pictures through the model while the last look samples, replays and samples.
+    """
+
+    calls: int
+    pictures: int
+    steps: int
+    branches: int
+    looked: int
+
+
+def _runs(model: nn.Module, recipe: Recipe, driven: bool) -> _Runs:
+    c = recipe.calibration
+    batches, steps = -(-c.samples // c.batch), c.steps or _STEPS
+    if not driven:
+        looked = 2 * made_up_calls(look.short(recipe))
+        return _Runs(made_up_calls(c), c.batch, steps, 1, looked)
+    distilled = bool(getattr(getattr(model, "config", None), "guidance_embeds", False))
+    branches = 1 if distilled or 0 < c.guidance <= 1 else 2
+    looked = 3 * branches * min(steps, look.STEPS)
+    pictures = branches * min(c.batch, c.samples)
+    return _Runs(batches * steps, pictures, steps, branches, looked)
+
+
+def _seconds(
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    needs: frozenset[str],
+    runs: _Runs,
+    memory: int | None,
+) -> float:
     rate = _multiply_rate()
     shapes = {x.name: x.shape for x in scan.linears()}
-    forward = sum(2 * rows * math.prod(shapes[n]) for n, rows in scan.rows.items()) / _TRACED_BATCH
-    c = recipe.calibration
-    calls = c.samples * (c.steps or 50) * 2  # both branches of guidance
-    total = 0.0
+    flops = sum(2 * rows * math.prod(shapes[n]) for n, rows in scan.rows.items()) / _TRACED_BATCH
+    forward = _FORWARD * flops / rate  # of one picture
+    total = 2 * forward * runs.looked  # every linear runs twice, to be compared
     if needs:
-        total += _FORWARD * forward * calls / rate
-    if "gram" in needs:
-        counted = calls / (2 * c.batch) * GRAM_ROWS
-        total += counted * sum(2 * s.columns**2 for s in scan.sites) / rate
+        sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
+        room = memory or psutil.virtual_memory().available // 2
+        passes = len(portions(sites, recipe.calibration.bins, needs, room))
+        total += passes * runs.calls * runs.pictures * forward
+        if "gram" in needs:
+            counted = runs.calls * GRAM_ROWS
+            total += counted * sum(2 * s.columns**2 for s in sites) / rate
     versions = [plan.quantized()]
     for other in recipe.compare:
         versions.append([replace(x, transform=Call(other)) for x in plan.gemm()])
@@ -214,11 +266,15 @@ def _seconds(scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str]) -> f
     total += sum(
         known[kind(x)].seconds(x.shape, rate, "gram" in needs, readers[x.name]) for x in layers
     )
-    call = _FORWARD * 8 * forward / rate  # four recorded pictures, both branches
+    refined = recipe.refine.name != "none"
+    if recipe.compare or recipe.allocate.budget or recipe.steps.modes or refined:
+        total += RECORDED * runs.branches * runs.steps * forward
+    call = RECORDED * runs.branches * forward
+    total += (1 + len(recipe.compare)) * JUDGES * call if recipe.compare else 0.0
     if recipe.allocate.budget:
-        sites = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
-        total += sites * len(recipe.allocate.options) * recipe.allocate.calls * call
-    if recipe.refine.name != "none":
+        judged = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
+        total += judged * len(recipe.allocate.options) * recipe.allocate.calls * call
+    if refined:
         blocks = len({x.name.split(".")[1] for x in plan.gemm() if "." in x.name})
         # a step trains one block, three times its forward; inputs are captured block by block
         total += (3 * dict(recipe.refine.knobs).get("steps", 100) + 40 * blocks) * call

@@ -72,8 +72,8 @@ class Reference:
     blocks: list[dict[str, Tensor]]
 
 
-def _short(recipe: Recipe) -> Calibration:
-    """The calibration's settings for a run of few steps and one picture."""
+def short(recipe: Recipe) -> Calibration:
+    """The calibration's settings for the look's own runs: few steps, one picture."""
     how = recipe.calibration
     return replace(how, samples=1, batch=1, bins=4, steps=min(how.steps or STEPS, STEPS))
 
@@ -82,7 +82,7 @@ def _sampled(
     source: Source, recipe: Recipe, inputs: Sequence[dict[str, Any]] | None
 ) -> list[Recorded]:
     few = None if inputs is None else list(inputs)[:: -(-len(inputs) // STEPS)]
-    return sample_calls(source, _short(recipe), 1, inputs=few)
+    return sample_calls(source, short(recipe), 1, inputs=few)
 
 
 def reference_of(

@@ -3,7 +3,9 @@
 
 What a layer costs depends on its format, solver and transform, on the processor and on the number
 of threads. Two small layers are solved for each kind of layer in a plan; products of matrices,
-which grow otherwise than the rest, are counted apart.
+which grow otherwise than the rest, are counted apart. Without statistics there are none, and what
+is left is a stream over the weight, whose speed depends on what the caches hold: then the largest
+layer of the kind is solved.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from dtq.solvers.gptq import factor_cost
 from dtq.transforms import TRANSFORMS
 
 _COLUMNS, _ROWS = 256, (128, 384)
-_MANY_ROWS = (1024, 8192)  # without statistics a small layer is all overhead, and in the cache
+_MOST = 2**24  # weights of the largest layer, which is cut to that
 _BINS = 4
 
 
@@ -83,11 +85,14 @@ def paces(
     Returns:
         By :func:`kind`.
     """
-    found: dict[LayerPlan, Pace] = {}
+    largest: dict[LayerPlan, LayerPlan] = {}
     for layer in layers:
-        if kind(layer) not in found:
-            found[kind(layer)] = _measured(kind(layer), recipe, needs, rate)
-    return found
+        key = kind(layer)
+        if key not in largest or math.prod(layer.shape) > math.prod(largest[key].shape):
+            largest[key] = layer
+    if not needs:
+        return {key: _streamed(layer, recipe) for key, layer in largest.items()}
+    return {key: _measured(key, recipe, needs, rate) for key in largest}
 
 
 def kind(layer: LayerPlan) -> LayerPlan:
@@ -95,13 +100,20 @@ def kind(layer: LayerPlan) -> LayerPlan:
     return replace(layer, name="probe", role="", shape=(_ROWS[1], _COLUMNS), note="")
 
 
+def _streamed(layer: LayerPlan, recipe: Recipe) -> Pace:
+    n, k = layer.shape
+    rows = max(1, min(n, _MOST // k))
+    weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)) * 0.02
+    member = replace(layer, shape=(rows, k), transform=Call("none"))
+    choice = choose([member], [weight], None)
+    _, spent = _timed(partial(solve_site, [member], [weight], choice, None, recipe))
+    return Pace(0.0, 0, 0.0, 0.0, spent / weight.numel(), 1, judged=False)
+
+
 def _measured(layer: LayerPlan, recipe: Recipe, needs: frozenset[str], rate: float) -> Pace:
     generator = torch.Generator().manual_seed(0)
-    stats = _statistics(needs, generator) if needs else None
+    stats = _statistics(needs, generator)
     few, many = _ROWS
-    if stats is None:
-        layer = replace(layer, transform=Call("none"))
-        few, many = _MANY_ROWS
     members = {n: [replace(layer, shape=(n, _COLUMNS))] for n in (few, many)}
     weights = {n: [torch.randn(n, _COLUMNS, generator=generator) * 0.02] for n in (few, many)}
     rows, outputs = _sampled(layer.transform)
@@ -112,12 +124,10 @@ def _measured(layer: LayerPlan, recipe: Recipe, needs: frozenset[str], rate: flo
     for n in (few, many):
         work = partial(solve_site, members[n], weights[n], alone, stats, recipe)
         spent = min(_timed(work)[1] for _ in range(2))
-        known = _products(n, _COLUMNS, rate, "gram" in needs) if stats is not None else 0.0
-        solved[n] = max(0.0, spent - known)
+        solved[n] = max(0.0, spent - _products(n, _COLUMNS, rate, "gram" in needs))
     weight = max(0.0, (solved[many] - solved[few]) / ((many - few) * _COLUMNS))
     column = max(0.0, solved[few] / _COLUMNS - weight * few)
-    tries = 1 + len(choice.rivals)
-    return Pace(chosen, rows, outputs, column, weight, tries, stats is not None)
+    return Pace(chosen, rows, outputs, column, weight, 1 + len(choice.rivals))
 
 
 def _sampled(transform: Call) -> tuple[int, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dtq import sentinel, steps
-from dtq.budget import check_budget, compare, guard, mixed
+from dtq.budget import RECORDED, check_budget, compare, guard, mixed
 from dtq.calibrate import engine, sets, store
 from dtq.calibrate.calls import Recorded, spread
 from dtq.calibrate.engine import Statistics
@@ -456,4 +456,4 @@ def _record(
     if not needed and not wanted:
         return []
     with paged(*_modules(source)):
-        return sample_calls(source, recipe.calibration, 4, inputs=calls)
+        return sample_calls(source, recipe.calibration, RECORDED, inputs=calls)

@@ -64,6 +64,25 @@ def test_a_model_without_data_is_judged_by_weights_alone(source):
     assert all(not pace.judged and pace.weight > 0 for pace in paces.values())
 
 
+def test_without_data_the_largest_layer_is_solved_but_not_more_than_it_takes(source, monkeypatch):
+    recipe = Recipe.load("w4a16")
+    layers = plan_source(source, recipe)[1].quantized()
+    solved = []
+    solve = probe.solve_site
+    monkeypatch.setattr(
+        probe, "solve_site", lambda members, *a: solved.append(members[0]) or solve(members, *a)
+    )
+    probe.paces(layers, recipe, frozenset(), RATE)
+    assert {math.prod(x.shape) for x in solved} == {
+        max(math.prod(x.shape) for x in layers if probe.kind(x) == kind)
+        for kind in map(probe.kind, layers)
+    }
+    monkeypatch.setattr(probe, "_MOST", 1000)
+    solved.clear()
+    probe.paces(layers, recipe, frozenset(), RATE)
+    assert max(math.prod(x.shape) for x in solved) <= 1000
+
+
 def test_rivals_are_solved_and_cost_what_a_solve_costs():
     pace = probe.Pace(chosen=0.0, rows=0, outputs=math.inf, column=1e-6, weight=1e-9, tries=1)
     once = pace.seconds((512, 256), RATE, gram=True)
@@ -72,11 +91,9 @@ def test_rivals_are_solved_and_cost_what_a_solve_costs():
 
 @pytest.mark.parametrize("name", ["ditas", "w4a8", "rtn-w4a8"])
 def test_every_kind_of_layer_is_measured_once_and_takes_time(name, source, monkeypatch):
-    asked = []
-    measured = probe._measured
-    monkeypatch.setattr(
-        probe, "_measured", lambda kind, *a: asked.append(kind) or measured(kind, *a)
-    )
+    asked, how = [], "_streamed" if name == "rtn-w4a8" else "_measured"
+    measured = getattr(probe, how)
+    monkeypatch.setattr(probe, how, lambda x, *a: asked.append(probe.kind(x)) or measured(x, *a))
     layers, paces = paces_of(source, Recipe.load(name))
     assert set(asked) == set(paces)
     assert len(asked) == len(paces)

@@ -328,13 +328,18 @@ def seed_of(seed: int, place: int) -> int:
     return seed * 1_000_003 + place
 
 
+def made_up_calls(calibration: Calibration) -> int:
+    """How often a bare transformer is called."""
+    return max(calibration.bins, -(-calibration.samples // calibration.batch) * 4)
+
+
 def made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:
     """Random calls over the whole trajectory, noisiest first as a sampler goes."""
     family = source.family
     if family is None:
         made_inputs(source.model, 1, 0.0, 0)  # raises, with the way out
         return
-    calls = max(calibration.bins, -(-calibration.samples // calibration.batch) * 4)
+    calls = made_up_calls(calibration)
     for i in range(calls):
         share = 1 - (i + 0.5) / calls
         timestep = share * family.largest_timestep

@@ -175,6 +175,7 @@ def plan(
             needs=needs_of(chosen, driven),
             memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
             mapped=compute == on_disk,
+            driven=driven,
         )
         if as_json:
             every[name] = plan_json(resolved, cost, scan)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time that a plan foretells: how often the model runs, and what is not done is not counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from dtq import estimate as module
+from dtq.calibrate import engine
+from dtq.estimate import estimate
+from dtq.plan import Call
+from dtq.quantize import needs_of, plan_source, quantize_source
+from dtq.recipe import Recipe
+from dtq.source import open_source
+
+RECIPE = Recipe.load(
+    "w4a8",
+    solver="rtn",
+    calibration={"steps": 3, "samples": 5, "batch": 2, "bins": 4},
+    guard={"to": ""},
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("estimate") / "model"
+    tiny.pipeline().save_pretrained(made)
+    return made
+
+
+def seconds(source, recipe, driven, memory=2**34):
+    scan, plan = plan_source(source, recipe)
+    needs = needs_of(recipe, driven)
+    how = {"needs": needs, "driven": driven, "memory": memory}
+    return estimate(source.model, scan, plan, recipe, torch.float32, **how).seconds
+
+
+@pytest.fixture(autouse=True)
+def fixed(monkeypatch):
+    """Layers that cost nothing, on a machine of one operation a second."""
+    monkeypatch.setattr(module, "_multiply_rate", lambda: 1.0)
+    monkeypatch.setattr(
+        module, "paces", lambda layers, *_: {module.kind(x): Free() for x in layers}
+    )
+
+
+class Free:
+    def seconds(self, *_):
+        return 0.0
+
+
+@pytest.mark.parametrize("driven", [True, False])
+def test_the_calls_that_are_foretold_are_made(folder, driven):
+    source = open_source(str(folder if driven else folder / "transformer"))
+    sites = plan_source(source, RECIPE)[0].sites
+    pictures = []
+
+    def count(_, args, kwargs):
+        pictures.append(len(args[0] if args else kwargs["hidden_states"]))
+
+    handle = source.model.register_forward_pre_hook(count, with_kwargs=True)
+    engine.calibrate(source, sites, RECIPE.calibration, RECIPE.needs(), progress=False)
+    handle.remove()
+    runs = module._runs(source.model, RECIPE, driven)
+    assert len(pictures) == runs.calls
+    assert max(pictures) == runs.pictures  # the last batch of a pipeline may be smaller
+
+
+def test_a_model_without_a_second_branch_runs_half_as_much(folder):
+    source = open_source(str(folder))
+    guided = replace(RECIPE, calibration=replace(RECIPE.calibration, guidance=1.0))
+    assert module._runs(source.model, RECIPE, True).branches == 2
+    assert module._runs(source.model, guided, True).branches == 1
+    distilled = tiny.flux()
+    distilled.register_to_config(guidance_embeds=True)
+    assert module._runs(distilled, RECIPE, True).branches == 1
+
+
+def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
+    source = open_source(str(folder))
+    alone = replace(RECIPE, compare=(), transform=Call("none"))  # no second moments
+    scan, plan = plan_source(source, alone)
+    portions = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
+    once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
+    runs = module._runs(source.model, alone, True)
+    seen, looked = runs.calls * runs.pictures, 2 * runs.looked
+    assert often / once == pytest.approx((portions * seen + looked) / (seen + looked))
+
+
+def test_what_is_not_compared_costs_nothing(folder):
+    driven, bare = open_source(str(folder)), open_source(str(folder / "transformer"))
+    compared, plain = (replace(RECIPE, compare=x) for x in (("hadamard",), ()))
+    assert seconds(driven, compared, True) > seconds(driven, plain, True)
+    assert seconds(bare, compared, False) == seconds(bare, plain, False)
+    assert quantize_source(bare, compared, progress=False).compared == {}
