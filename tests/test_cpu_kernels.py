@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -411,3 +412,17 @@ def test_explain_says_what_runs():
     used, here, _ = explain(Task(FORMATS["int8-row"], ACTS["int8-row"]))
     assert used == "w8a8: used"
     assert here == f"on the CPU: {CPU.describe()}"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_the_library_needs_only_the_stable_abi(isa):
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", CPU.state.path], check=True, capture_output=True, text=True
+    )
+    found = {line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()}
+    torches = {name for name in found if name.startswith(("aoti_", "torch_"))}
+    assert len(torches) > 20
+    allowed = set((ROOT / "tests" / "abi.txt").read_text().split())
+    assert torches <= allowed, sorted(torches - allowed)
+    # nothing of torch's C++, whose names change with every version
+    assert not [n for n in found if "c10" in n or "N2at" in n or "N5torch" in n]
