@@ -106,7 +106,8 @@ def _streamed(layer: LayerPlan, recipe: Recipe) -> Pace:
     weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)) * 0.02
     member = replace(layer, shape=(rows, k), transform=Call("none"))
     choice = choose([member], [weight], None)
-    _, spent = _timed(partial(solve_site, [member], [weight], choice, None, recipe))
+    work = partial(solve_site, [member], [weight], choice, None, recipe)
+    spent = min(_timed(work)[1] for _ in range(2))  # the first finds memory cold
     return Pace(0.0, 0, 0.0, 0.0, spent / weight.numel(), 1, judged=False)
 
 

@@ -38,6 +38,23 @@ def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("acts", [name for name, a in ACTS.items() if a.grid])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_grids_of_floats_are_multiplied_in_the_type_of_the_tokens(acts, dtype):
+    x, w, bias = operands(20)
+    fmt = FORMATS["nvfp4"]
+    task = Task(fmt, ACTS[acts], 64)
+    parts = fmt.pack(w, fmt.fit(w))
+    kernel = pick(task)
+    assert kernel.name == "rounded-float"
+    want = kernel.call(task, x, parts, bias)
+    for tokens in (4, 20):
+        got = kernel.call(task, x[:tokens].to(dtype), parts, bias)
+        assert got.dtype == dtype
+        # rounding of the given tokens may move some to the next point of a coarse grid
+        assert (got.float() - want[:tokens]).norm() < 0.03 * want[:tokens].norm()
+
+
 @pytest.mark.parametrize("k", [1, 2, 37, 4160])
 @pytest.mark.parametrize("m", [1, 17, 118])
 def test_w8a8_is_exact_integer_arithmetic(m, k):

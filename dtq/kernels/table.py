@@ -221,6 +221,19 @@ def _weight_only(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Te
     return y
 
 
+def _rounded_fits(task: Task) -> str | None:
+    if not task.acts.grid:
+        return f"activations are {task.acts.name}, not rounded to a grid of floats"
+    return _unless(FORMATS.get(task.weights.name) is task.weights, task, "of the table of formats")
+
+
+def _rounded(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    # in the type of the tokens, as every float layer of the model multiplies
+    rows = ops.round_rows(_transformed(task, x, parts), task.acts.name).to(x.dtype)
+    y: Tensor = ops.weight_linear(rows, *_stored(task, parts), bias)
+    return y
+
+
 def _group_fits(task: Task) -> str | None:
     if task.acts.bits == 16 or task.acts.grid:
         return f"activations are {task.acts.name}"
@@ -304,6 +317,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("w3a8", _three_fits, _three, ("quantize_rows", "w3a8_linear")),
     Kernel("w4a8-table", _table_fits, _table, ("quantize_rows", "lut4a8_linear")),
     Kernel("weight-only", _weight_only_fits, _weight_only, ("dequantize", "weight_linear")),
+    Kernel("rounded-float", _rounded_fits, _rounded, ("dequantize", "weight_linear")),
     Kernel("integer-groups", _group_fits, _group, ("quantize_rows", "group_a8_linear")),
     Kernel("reference", _always, _reference),
 )
