@@ -14,6 +14,7 @@ import click
 import torch
 
 from dtq.estimate import estimate
+from dtq.paging import keep_freed
 from dtq.quantize import needs_of, plan_source, quantize_source
 from dtq.recipe import Recipe
 from dtq.source import open_source
@@ -24,6 +25,7 @@ from dtq.source import open_source
 @click.option("--model", default="demo", show_default=True)
 def main(recipes: tuple[str, ...], model: str) -> None:
     torch.set_num_threads(1)
+    keep_freed()
     print("| recipe | foretold | measured |\n| --- | --- | --- |", flush=True)
     for name in recipes:
         source, recipe = open_source(model), Recipe.load(name)
@@ -32,7 +34,7 @@ def main(recipes: tuple[str, ...], model: str) -> None:
         seconds = estimate(source.model, scan, plan, recipe, torch.float32, needs=needs).seconds
         assert seconds is not None
         started = time.process_time()
-        quantize_source(source, recipe, progress=False)
+        quantize_source(source, recipe, progress=False, last_look=True)
         spent = time.process_time() - started
         print(f"| `{name}` | {seconds:.0f} s | {spent:.0f} s |", flush=True)
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import psutil
@@ -26,7 +28,9 @@ from dtq.solvers.gptq import factor_cost
 
 _TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
 _STEPS = 50  # of a sampler, where the recipe leaves them to the pipeline
-_FORWARD = 1.8  # time of a model over that of its linears at the rate of one large product
+_FORWARD = 1.3  # time of a model's products over that of its linears at the rate of a large one
+_TOUCHED = 12  # passes over what goes into and comes out of linears: norms, copies, statistics
+_LOOKED = 1.3  # time of a call of the last look over that of another: layers are compared in it
 _COPIES = 8  # float32 matrices of a layer's size that its solver holds
 
 
@@ -62,6 +66,7 @@ def estimate(
     memory: int | None = None,
     mapped: bool = False,
     driven: bool = True,
+    reading: float = 0.0,
 ) -> Estimate:
     """Work out the cost of a plan, carried out by the command line.
 
@@ -75,6 +80,7 @@ def estimate(
         memory, mapped: see :func:`peak_memory`.
         driven: whether a pipeline runs the model; a bare transformer gets a few made-up calls, and
             no alternatives are compared on them.
+        reading: seconds to read the model's files once, which every call of a mapped model does.
     """
     needs = recipe.needs() if needs is None else needs
     tensors = file_tensors(model, plan, dtype)
@@ -104,7 +110,7 @@ def estimate(
             mapped=mapped,
         ),
         disk,
-        _seconds(scan, plan, recipe, needs, _runs(model, recipe, driven), memory)
+        _seconds(scan, plan, recipe, needs, _runs(model, recipe, driven), memory, dtype, reading)
         if scan.traced
         else None,
     )
@@ -241,19 +247,27 @@ def _seconds(
     needs: frozenset[str],
     runs: _Runs,
     memory: int | None,
+    dtype: torch.dtype,
+    reading: float,
 ) -> float:
-    rate = _multiply_rate()
-    shapes = {x.name: x.shape for x in scan.linears()}
-    flops = sum(2 * rows * math.prod(shapes[n]) for n, rows in scan.rows.items()) / _TRACED_BATCH
-    forward = _FORWARD * flops / rate  # of one picture
-    total = 2 * forward * runs.looked  # every linear runs twice, to be compared
+    rate, shapes = _multiply_rate(torch.float32), {x.name: x.shape for x in scan.linears()}
+    flops = sum(2 * rows * math.prod(shapes[n]) for n, rows in scan.rows.items())
+    touched = sum(rows * sum(shapes[n]) for n, rows in scan.rows.items())
+    picture = _FORWARD * flops / _multiply_rate(dtype) + _TOUCHED * touched * _touch()
+    picture /= _TRACED_BATCH
+
+    def forward(pictures: int) -> float:
+        return pictures * picture + reading
+
+    looks = runs.looked // runs.branches
+    total = looks * _LOOKED * forward(runs.branches) + 2 * reading  # hashed and solved
     if needs:
         sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
         room = memory or psutil.virtual_memory().available // 2
         passes = len(portions(sites, recipe.calibration.bins, needs, room))
-        total += passes * runs.calls * runs.pictures * forward
+        total += passes * runs.calls * forward(runs.pictures)
         if "gram" in needs:
-            counted = runs.calls * GRAM_ROWS
+            counted = runs.calls * min(GRAM_ROWS, runs.pictures * _rows(scan))
             total += counted * sum(2 * s.columns**2 for s in sites) / rate
     versions = [plan.quantized()]
     for other in recipe.compare:
@@ -261,15 +275,16 @@ def _seconds(
     for option in recipe.allocate.options if recipe.allocate.budget else ():
         versions.append([replace(x, weights=option) for x in plan.gemm() if x.weights != option])
     layers = [layer for version in versions for layer in version]
-    known = paces(layers, recipe, needs, rate)
+    sampled = runs.calls * runs.pictures * _rows(scan)
+    known = paces(layers, recipe, needs, rate, sampled)
     readers = {x.name: len(s.linears) for s in scan.sites for x in s.linears}
     total += sum(
         known[kind(x)].seconds(x.shape, rate, "gram" in needs, readers[x.name]) for x in layers
     )
     refined = recipe.refine.name != "none"
     if recipe.compare or recipe.allocate.budget or recipe.steps.modes or refined:
-        total += RECORDED * runs.branches * runs.steps * forward
-    call = RECORDED * runs.branches * forward
+        total += runs.steps * forward(RECORDED * runs.branches)
+    call = forward(RECORDED * runs.branches)
     total += (1 + len(recipe.compare)) * JUDGES * call if recipe.compare else 0.0
     if recipe.allocate.budget:
         judged = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
@@ -281,12 +296,27 @@ def _seconds(
     return total
 
 
-def _multiply_rate() -> float:
-    """Floating point operations per second of a float32 product on this machine."""
-    a = torch.randn(768, 768)
+def _rows(scan: Scan) -> int:
+    """Of a picture, in most linears."""
+    return statistics.mode(scan.rows.values()) // _TRACED_BATCH
+
+
+def _multiply_rate(dtype: torch.dtype) -> float:
+    """Floating point operations per second of a product on this machine."""
+    a = torch.randn(768, 768).to(dtype)
+    return 2 * 768**3 / _fastest(lambda: a @ a)
+
+
+def _touch() -> float:
+    """Seconds of a pass over a tensor, by element."""
+    a = torch.randn(512, 2048)
+    return _fastest(lambda: a.abs().amax(0)) / a.numel()
+
+
+def _fastest(work: Callable[[], object]) -> float:
     best = math.inf
     for _ in range(4):
         start = time.perf_counter()
-        a @ a
+        work()
         best = min(best, time.perf_counter() - start)
-    return 2 * 768**3 / best
+    return best

@@ -44,6 +44,7 @@ class Pace:
         column, weight: of solving once, products aside.
         tries: transforms that are solved.
         judged: on sampled inputs, which there are none of without statistics.
+        sampled: inputs that there are to sample.
     """
 
     chosen: float
@@ -53,6 +54,7 @@ class Pace:
     weight: float
     tries: int
     judged: bool = True
+    sampled: float = math.inf
 
     def seconds(self, shape: tuple[int, int], rate: float, gram: bool, readers: int = 1) -> float:
         """For a linear (N, K).
@@ -64,15 +66,19 @@ class Pace:
             readers: linears that share its input.
         """
         n, k = shape
-        choose = self.chosen * k * (self.rows + min(n, self.outputs))
+        choose = self.chosen * k * (min(self.rows, self.sampled) + min(n, self.outputs))
         solve = self.column * k + self.weight * n * k
         if self.judged:
-            solve += _products(n, k, rate, gram, readers)
+            solve += _products(n, k, rate, gram, readers, self.sampled)
         return choose + self.tries * solve
 
 
 def paces(
-    layers: Iterable[LayerPlan], recipe: Recipe, needs: frozenset[str], rate: float
+    layers: Iterable[LayerPlan],
+    recipe: Recipe,
+    needs: frozenset[str],
+    rate: float,
+    sampled: float = math.inf,
 ) -> dict[LayerPlan, Pace]:
     """Measure each kind of layer once.
 
@@ -81,6 +87,7 @@ def paces(
         recipe: that they are solved by.
         needs: statistics that there will be.
         rate: float32 operations a second.
+        sampled: rows of an input that calibration sees.
 
     Returns:
         By :func:`kind`.
@@ -92,7 +99,8 @@ def paces(
             largest[key] = layer
     if not needs:
         return {key: _streamed(layer, recipe) for key, layer in largest.items()}
-    return {key: _measured(key, recipe, needs, rate) for key in largest}
+    measured = {key: _measured(key, recipe, needs, rate) for key in largest}
+    return {key: replace(pace, sampled=sampled) for key, pace in measured.items()}
 
 
 def kind(layer: LayerPlan) -> LayerPlan:
@@ -148,9 +156,11 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return work(), clock() - started
 
 
-def _products(n: int, k: int, rate: float, gram: bool, readers: int = 1) -> float:
+def _products(
+    n: int, k: int, rate: float, gram: bool, readers: int = 1, sampled: float = math.inf
+) -> float:
     """Seconds of what grows faster than the weight: errors on sampled rows; factors and repairs."""
-    rows = Reservoir(k, 1).per_stratum * 2
+    rows = min(Reservoir(k, 1).per_stratum * 2, sampled)
     flops = 4.0 * rows * n * k
     if gram:
         flops += 2.0 * n * k * k + factor_cost(k)[1] / readers

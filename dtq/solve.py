@@ -19,7 +19,7 @@ from dtq.families import Scan, Site
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS, fake_quantize, row_scale
 from dtq.nn.linear import QuantLinear, matrix_of
-from dtq.paging import Mapped
+from dtq.paging import Mapped, give_freed
 from dtq.plan import Call, LayerPlan, Plan
 from dtq.recipe import Recipe
 from dtq.solved import LayerReport, SiteReport, Solved, from_result, to_result
@@ -289,6 +289,7 @@ def solve_all(
             mapped.release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]
             work.save(unit, *to_result(best, describe(site, stats, choice, best[0].transform)))
             bar.update(len(members))
+            give_freed()
     work.meet()
     found = [from_result(*work.load(unit), plan) for unit in jobs]
     solved = {result.plan.name: result for results, _ in found for result in results}

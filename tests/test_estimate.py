@@ -12,6 +12,7 @@ import torch
 from dtq import estimate as module
 from dtq.calibrate import engine
 from dtq.estimate import estimate
+from dtq.paging import reading_time
 from dtq.plan import Call
 from dtq.quantize import needs_of, plan_source, quantize_source
 from dtq.recipe import Recipe
@@ -42,7 +43,8 @@ def seconds(source, recipe, driven, memory=2**34):
 @pytest.fixture(autouse=True)
 def fixed(monkeypatch):
     """Layers that cost nothing, on a machine of one operation a second."""
-    monkeypatch.setattr(module, "_multiply_rate", lambda: 1.0)
+    monkeypatch.setattr(module, "_multiply_rate", lambda dtype: 1.0)
+    monkeypatch.setattr(module, "_touch", lambda: 1.0)
     monkeypatch.setattr(
         module, "paces", lambda layers, *_: {module.kind(x): Free() for x in layers}
     )
@@ -87,8 +89,29 @@ def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
     portions = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
     once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
     runs = module._runs(source.model, alone, True)
-    seen, looked = runs.calls * runs.pictures, 2 * runs.looked
+    seen, looked = runs.calls * runs.pictures, module._LOOKED * runs.looked
     assert often / once == pytest.approx((portions * seen + looked) / (seen + looked))
+
+
+def test_a_mapped_model_is_read_whenever_it_runs(folder):
+    source = open_source(str(folder / "transformer"))
+    scan, plan = plan_source(source, RECIPE)
+    how = {"needs": RECIPE.needs(), "driven": False}
+    without, read = (
+        estimate(source.model, scan, plan, RECIPE, torch.float32, **how, reading=r).seconds
+        for r in (0.0, 1e9)
+    )
+    runs = module._runs(source.model, RECIPE, False)
+    # hashed, solved, seen, and looked at
+    assert (read - without) / 1e9 == pytest.approx(
+        2 + runs.calls + module._LOOKED * runs.looked, 1e-3
+    )
+
+
+def test_reading_is_timed_where_there_are_files(folder, tmp_path):
+    assert reading_time(folder, "transformer") > 0
+    assert reading_time(folder / "transformer", "transformer") > 0
+    assert reading_time(tmp_path, "transformer") == reading_time(tmp_path / "no", "x") == 0
 
 
 def test_what_is_not_compared_costs_nothing(folder):

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
+import textwrap
 import weakref
 from pathlib import Path
 
@@ -148,3 +151,31 @@ def test_statistics_of_different_runs_do_not_mix(tmp_path):
         store.save(seen, tmp_path / f"{seed}.safetensors")
     with pytest.raises(InputError, match="different runs"):
         store.load(tmp_path / "0.safetensors", tmp_path / "1.safetensors")
+
+
+KEPT = """
+    import resource, torch
+    from dtq.paging import give_freed, keep_freed
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * 4096
+    first = faults()
+    keep_freed()
+    faults()
+    kept, held = faults(), resident()
+    give_freed()
+    print(first, kept, held - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own")
+def test_what_is_freed_is_kept_until_it_is_given_back():
+    command = [sys.executable, "-c", textwrap.dedent(KEPT)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    first, kept, given = map(int, said.split())
+    assert kept < first / 20
+    assert given > 2**25

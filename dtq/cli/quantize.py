@@ -28,6 +28,7 @@ from dtq.documents import finite
 from dtq.errors import InputError
 from dtq.estimate import estimate
 from dtq.job import inputs_of, job
+from dtq.paging import keep_freed, reading_time
 from dtq.plan import Plan
 from dtq.printing import plan_json, print_plan, print_result, size
 from dtq.quantize import calibrate_source, needs_of, plan_source, quantize_sources
@@ -87,6 +88,7 @@ def quantize(
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
     dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
     """
+    keep_freed()
     chosen = recipe_with(choices)
     team = Team.join()
     statistics = store.load(stats) if stats else None
@@ -157,6 +159,7 @@ def plan(
     \b
     dtq plan demo --recipe w4a8
     """
+    keep_freed()
     chosen = recipe_with(choices)
     every: dict[str, dict[str, Any]] = {}
     found = source.skeletons(model, components or "auto")
@@ -176,6 +179,7 @@ def plan(
             memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
             mapped=compute == on_disk,
             driven=driven,
+            reading=reading_time(folder, name) if compute == on_disk else 0.0,
         )
         if as_json:
             every[name] = plan_json(resolved, cost, scan)
@@ -215,6 +219,7 @@ def calibrate(
     dtq calibrate demo -o demo-stats.safetensors
     dtq quantize demo --recipe w4a8 --stats demo-stats.safetensors -o demo-w4a8
     """
+    keep_freed()
     chosen = recipe_with(choices)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
