@@ -24,6 +24,7 @@ from dtq.families import Scan, blocks_of
 from dtq.plan import Call, Plan
 from dtq.probe import kind, paces
 from dtq.recipe import Recipe
+from dtq.solve import COPIES
 from dtq.solvers.gptq import factor_cost
 
 _TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
@@ -31,7 +32,6 @@ _STEPS = 50  # of a sampler, where the recipe leaves them to the pipeline
 _FORWARD = 1.3  # time of a model's products over that of its linears at the rate of a large one
 _TOUCHED = 12  # passes over what goes into and comes out of linears: norms, copies, statistics
 _LOOKED = 1.3  # time of a call of the last look over that of another: layers are compared in it
-_COPIES = 8  # float32 matrices of a layer's size that its solver holds
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def peak_memory(
         seen = SiteStats.nbytes(site.columns, bins, needs) if needs else 0
         statistics += seen
         # the weights of the site, and what is made of one of them on the way to its codes
-        solving = 4 * sum(counts) + _COPIES * 4 * max(counts) + seen
+        solving = 4 * sum(counts) + COPIES * 4 * max(counts) + seen
         if "gram" in needs:  # it is rotated in float32, and factored
             solving += 2 * 4 * site.columns**2 + factor_cost(site.columns)[0]
         working = max(working, solving)

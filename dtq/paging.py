@@ -41,11 +41,32 @@ def keep_freed() -> None:
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_freed() -> None:
-    """Give back what :func:`keep_freed` kept: memory falls apart as sizes change."""
-    trim = _of_glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
+class _Mallinfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "free", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def give_freed(beyond: int = 0) -> None:
+    """Give back what :func:`keep_freed` kept: memory falls apart as sizes change.
+
+    Args:
+        beyond: only if that is more than so many bytes.
+    """
+    trim, info = _of_glibc("malloc_trim"), _of_glibc("mallinfo2")
+    if trim is None:
+        return
+    if info is not None:  # glibc 2.33
+        info.restype = _Mallinfo  # type: ignore[attr-defined]
+        if info().free <= beyond:  # type: ignore[attr-defined]
+            return
+    trim(0)
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:

@@ -167,6 +167,8 @@ KEPT = """
     keep_freed()
     faults()
     kept, held = faults(), resident()
+    give_freed(beyond=2**40)
+    assert resident() == held
     give_freed()
     print(first, kept, held - resident())
 """
