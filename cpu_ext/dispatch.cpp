@@ -4,6 +4,9 @@
 
 #include <string.h>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #ifdef __x86_64__
 #include <cpuid.h>
 #ifdef __linux__
@@ -59,6 +62,17 @@ bool has_amx() {
 }
 #endif
 
+#ifdef __aarch64__
+bool has_dot_products() {
+#ifdef __linux__
+  constexpr unsigned long kDotProducts = 1 << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kDotProducts;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Candidate {
   const Kernels* kernels;
   bool (*present)();
@@ -75,6 +89,9 @@ const Candidate kCandidates[] = {
     {&avxvnni, has_avxvnni, true},
     {&vnni, has_vnni, true},
     {&amx, has_amx, false},
+#endif
+#ifdef __aarch64__
+    {&neon, has_dot_products, true},
 #endif
 };
 

@@ -1,37 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Portable C++: what a machine without AVX2 runs, and what the other paths are judged by.
-#include "kernels.h"
+#include "lanes4.h"
 
 namespace dtq {
 namespace {
 
-constexpr int kLanes = 4;
-typedef float V __attribute__((vector_size(16)));
-typedef int32_t I __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
-
-template <int h>
-inline V swapped(V v) {
-  return V{v[0 ^ h], v[1 ^ h], v[2 ^ h], v[3 ^ h]};
-}
-
 inline void transpose16(const int32_t* in, int64_t stride, int32_t* out) {
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) out[j * 16 + i] = in[i * stride + j];
-}
-
-inline void low_bytes(U v, int8_t* out) {
-  for (int i = 0; i < kLanes; i++) out[i] = (int8_t)v[i];
-}
-
-inline void low_halves(U v, uint16_t* out) {
-  for (int i = 0; i < kLanes; i++) out[i] = (uint16_t)v[i];
-}
-
-inline U bytes_at(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
-
-inline I signed_at(const uint8_t* p) {
-  return I{(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
 }
 
 inline V look_up(const float* table, U codes) {

@@ -156,6 +156,9 @@ extern const Kernels portable;
 #ifdef __x86_64__
 extern const Kernels avx2, avxvnni, vnni, amx;
 #endif
+#ifdef __aarch64__
+extern const Kernels neon;
+#endif
 
 // The int8 levels of a group byte, of 3- and of 4-bit codes: (code - zero) * scale2, wrapped as
 // torch wraps.

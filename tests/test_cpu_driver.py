@@ -18,17 +18,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["-O2", "-O3"])
-def driver(request, tmp_path_factory):
-    """Compiled with the flags of the library, and once less eagerly than that."""
-    work, sources = tmp_path_factory.mktemp("driver"), folder("cpu_ext")
-    units = [(u.source, u.flags, u.name) for u in gxx.UNITS if u.flags != gxx.GLUE]
+def compiled(compiler, level, machine, work):
+    """The driver with the flags of the library, for an architecture."""
+    sources = folder("cpu_ext")
+    units = [
+        (u.source, u.flags, u.name)
+        for u in gxx.UNITS
+        if u.flags != gxx.GLUE and u.machine in ("", machine)
+    ]
     units.append(("tests/driver.cpp", ("-ffp-contract=off",), "driver"))
 
     def translate(unit):
         source, flags, name = unit
         target = str(work / f"{name}.o")
-        command = ["g++", "-std=c++20", *flags, request.param, "-c", str(sources / source)]
+        command = [compiler, "-std=c++20", *flags, level, "-c", str(sources / source)]
         subprocess.run([*command, "-o", target], check=True)
         return target
 
@@ -36,8 +39,15 @@ def driver(request, tmp_path_factory):
         objects = list(pool.map(translate, units))
     program = work / "driver"
     # nothing of the C++ library from a file that was compiled for instructions a CPU may lack
-    subprocess.run(["g++", *objects, "-o", str(program)], check=True)
+    static = ["-static"] if machine == "arm" else []
+    subprocess.run([compiler, *static, *objects, "-o", str(program)], check=True)
     return program
+
+
+@pytest.fixture(scope="module", params=["-O2", "-O3"])
+def driver(request, tmp_path_factory):
+    """As the library is compiled, and once less eagerly than that."""
+    return compiled("g++", request.param, "x86", tmp_path_factory.mktemp("driver"))
 
 
 def said(*command):
@@ -64,3 +74,17 @@ def test_older_machines_run_what_they_have(driver, model, best):
     here = cpu.ISAS.index(best)
     assert [found[name] for name in cpu.ISAS[: here + 1]] == ["right"] * (here + 1)
     assert {found[name] for name in cpu.ISAS[here + 1 :]} == {"absent"}
+
+
+ARM = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.skipif(
+    not (shutil.which(ARM) and shutil.which("qemu-aarch64")), reason=f"needs {ARM} and qemu-aarch64"
+)
+def test_arm_runs_what_it_has(tmp_path):
+    program = str(compiled(ARM, "-O3", "arm", tmp_path))
+    found = said("qemu-aarch64", "-cpu", "max", program)
+    assert (found["best"], found["neon"], found["ref"]) == ("neon", "right", "right")
+    found = said("qemu-aarch64", "-cpu", "cortex-a53", program)  # without dot products
+    assert (found["best"], found["neon"], found["ref"]) == ("ref", "absent", "right")

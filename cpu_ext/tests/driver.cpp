@@ -139,19 +139,49 @@ bool decoded(const dtq::Kernels& kernels) {
   return true;
 }
 
+// Tables and GELU in every type: the bits of the portable code.
+bool alike(const dtq::Kernels& kernels) {
+  const int64_t n = 6, k = 176;
+  const auto weight = draw<int8_t>(n * k / 2, -128, 127);
+  const auto scale = draw<float>(n, 1, 9), x = draw<float>(n * k, -400, 400);
+  bool same = true;
+  for (dtq::Float type : {dtq::kFloat32, dtq::kBFloat16, dtq::kFloat16}) {
+    std::vector<float> decoded[2], bent[2], scratch(dtq::kScratch);
+    for (int i = 0; i < 2; i++) {
+      const dtq::Kernels& by = i ? kernels : dtq::portable;
+      decoded[i].assign(n * k, 0), bent[i].assign(n * k, 0);
+      dtq::Decode d = {};
+      d.weight.codes = dtq::kTable, d.weight.bits = 4;
+      d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k / 2, d.weight.groups = 1;
+      d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + n * k / 2;
+      d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data();
+      for (int level = 0; level < 16; level++) d.weight.levels[level] = (level - 7) / 3.0f;
+      d.weight.finite = true;
+      d.type = type, d.out = decoded[i].data();
+      by.decode(d, 0, n, scratch.data());
+      std::vector<float> given(x);
+      for (float& value : given) value /= 37;
+      by.gelu(given.data(), bent[i].data(), type, 0, type == dtq::kFloat32 ? n * k : 2 * n * k);
+    }
+    same = same && !memcmp(decoded[0].data(), decoded[1].data(), n * k * 4) &&
+           !memcmp(bent[0].data(), bent[1].data(), n * k * 4);
+  }
+  return same;
+}
+
 }  // namespace
 
 int main() {
   dtq::use(nullptr);
   printf("best %s\n", dtq::kernels().name);
   int failed = 0;
-  for (const char* name : {"ref", "avx2", "avxvnni", "vnni", "amx"}) {
+  for (const char* name : {"ref", "avx2", "avxvnni", "vnni", "amx", "neon"}) {
     if (!dtq::use(name)) {
       printf("%s absent\n", name);
       continue;
     }
     const dtq::Kernels& kernels = dtq::kernels();
-    bool right = !strcmp(kernels.name, name) && rows(kernels) && decoded(kernels);
+    bool right = !strcmp(kernels.name, name) && rows(kernels) && decoded(kernels) && alike(kernels);
     for (const Case& c : {Case{1, 33, 64, 0}, Case{5, 16, 37, 0}, Case{20, 40, 700, 0},
                           Case{1, 33, 192, 64}, Case{8, 5, 320, 64}, Case{50, 40, 640, 32},
                           Case{1, 33, 192, 64, 3}, Case{8, 5, 328, 8, 3}, Case{50, 40, 640, 32, 3}})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled CPU kernels: how they are compiled, and which instruction set they use.
 
-``DTQ_CPU_ISA=`` ref, avx2, avxvnni, vnni or amx chooses the instruction set instead of the best
-proven one.
+``DTQ_CPU_ISA=`` ref, avx2, avxvnni, vnni, amx or neon chooses the instruction set instead of the
+best proven one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dtq.kernels import gxx
 from dtq.kernels.decode import tell
 from dtq.kernels.native import Library, Unavailable, needs_abi
 
-ISAS = ("ref", "avx2", "avxvnni", "vnni", "amx")
-"""Instruction sets, from the plainest to the fastest; ref is portable C++."""
+ISAS = ("ref", "avx2", "avxvnni", "vnni", "amx", "neon")
+"""Instruction sets, from the plainest to the fastest of x86, then Arm's; ref is portable C++."""
 
 _log = logging.getLogger(__name__)
 

@@ -28,22 +28,30 @@ _KERNEL = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fwrapv")
 GLUE = ("-O2", f"-DTORCH_TARGET_VERSION={target()}")
 
 
+_MACHINES = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
+
+
 @dataclass(frozen=True)
 class Unit:
-    """A source file and what it is compiled with."""
+    """A source file and what it is compiled with.
+
+    Attributes:
+        machine: the only architecture that it is for, a value of ``_MACHINES``; empty: all.
+    """
 
     source: str
     flags: tuple[str, ...]
     name: str
-    x86: bool = False
+    machine: str = ""
 
 
 UNITS = (
     Unit("isa_ref.cpp", _KERNEL, "ref"),
-    Unit("isa_avx2.cpp", (*_KERNEL, *_AVX2), "avx2", x86=True),
-    Unit("isa_avx2.cpp", (*_KERNEL, *_AVX2, "-mavxvnni"), "avxvnni", x86=True),
-    Unit("isa_vnni.cpp", (*_KERNEL, *_AVX512), "vnni", x86=True),
-    Unit("isa_amx.cpp", (*_KERNEL, *_AVX512, "-mamx-tile", "-mamx-int8"), "amx", x86=True),
+    Unit("isa_avx2.cpp", (*_KERNEL, *_AVX2), "avx2", "x86"),
+    Unit("isa_avx2.cpp", (*_KERNEL, *_AVX2, "-mavxvnni"), "avxvnni", "x86"),
+    Unit("isa_vnni.cpp", (*_KERNEL, *_AVX512), "vnni", "x86"),
+    Unit("isa_amx.cpp", (*_KERNEL, *_AVX512, "-mamx-tile", "-mamx-int8"), "amx", "x86"),
+    Unit("isa_neon.cpp", (*_KERNEL, "-march=armv8.2-a+dotprod"), "neon", "arm"),
     Unit("dispatch.cpp", _KERNEL, "dispatch"),
     Unit("ops.cpp", GLUE, "ops"),
     Unit("ops_stored.cpp", GLUE, "ops_stored"),
@@ -52,8 +60,8 @@ UNITS = (
 
 def units() -> list[Unit]:
     """Those of this machine's architecture."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return [unit for unit in UNITS if x86 or not unit.x86]
+    here = _MACHINES.get(platform.machine(), "")
+    return [unit for unit in UNITS if unit.machine in ("", here)]
 
 
 def sources(folder: Path) -> list[Path]:
