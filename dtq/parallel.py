@@ -186,6 +186,9 @@ class Slice(QuantLinear):
             raise InputError("a sharded model is for inference: run it under torch.no_grad()")
         return super()._forward(x)
 
+    def gelu(self, x: Tensor) -> Tensor | None:
+        return super().gelu(x) if self.rule == COLUMN else None
+
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         if self.rule == COLUMN:
             return super()._multiply(rows, bias)

@@ -45,7 +45,7 @@ class QuickProjectedGELU(GELU):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         linear = self.proj
-        y = linear.gelu(hidden_states) if type(linear) is QuantLinear else None
+        y = linear.gelu(hidden_states) if isinstance(linear, QuantLinear) else None
         return super().forward(hidden_states) if y is None else y
 
     def gelu(self, gate: Tensor) -> Tensor:
