@@ -66,15 +66,15 @@ class Kernel:
         fits: None when the kernel can do the task, else why not.
         call: does it.
         ops: those whose compiled form it runs where a library has them all.
-        gelu: does it with GELU behind the bias, before the one rounding; None where something else
-            than the product of codes runs.
+        gelu: does it with GELU behind the bias, before the one rounding, if it can; its result is
+            None where something else than the product of codes runs.
     """
 
     name: str
     fits: Callable[[Task], str | None]
     call: Call
     ops: tuple[str, ...] = ()
-    gelu: Callable[[Task, Tensor, Parts, Tensor | None], Tensor | None] = lambda *_: None
+    gelu: Callable[[Task, Tensor, Parts, Tensor | None], Tensor | None] | None = None
 
 
 def _acts_refused(task: Task) -> str | None:
