@@ -260,7 +260,7 @@ def _seconds(
         return pictures * picture + reading
 
     looks = runs.looked // runs.branches
-    total = looks * _LOOKED * forward(runs.branches) + 2 * reading  # hashed and solved
+    total = looks * _LOOKED * forward(runs.branches) + 3 * reading  # traced, hashed, solved
     if needs:
         sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
         room = memory or psutil.virtual_memory().available // 2

@@ -102,9 +102,9 @@ def test_a_mapped_model_is_read_whenever_it_runs(folder):
         for r in (0.0, 1e9)
     )
     runs = module._runs(source.model, RECIPE, False)
-    # hashed, solved, seen, and looked at
+    # traced, hashed, solved, seen, and looked at
     assert (read - without) / 1e9 == pytest.approx(
-        2 + runs.calls + module._LOOKED * runs.looked, 1e-3
+        3 + runs.calls + module._LOOKED * runs.looked, 1e-3
     )
 
 
