@@ -40,7 +40,7 @@ def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
 
 @pytest.mark.parametrize("acts", [name for name, a in ACTS.items() if a.grid])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_grids_of_floats_are_multiplied_in_the_type_of_the_tokens(acts, dtype):
+def test_grids_of_floats_are_multiplied_in_every_type(acts, dtype):
     x, w, bias = operands(20)
     fmt = FORMATS["nvfp4"]
     task = Task(fmt, ACTS[acts], 64)
@@ -53,6 +53,18 @@ def test_grids_of_floats_are_multiplied_in_the_type_of_the_tokens(acts, dtype):
         assert got.dtype == dtype
         # rounding of the given tokens may move some to the next point of a coarse grid
         assert (got.float() - want[:tokens]).norm() < 0.03 * want[:tokens].norm()
+
+
+def test_a_change_of_the_input_may_leave_the_range_of_float16():
+    x, w, bias = operands(4)
+    fmt = FORMATS["nvfp4"]
+    parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": torch.full((1, 128), 2.0**10).bfloat16()}
+    task = Task(fmt, ACTS["nvfp4"], 64)
+    x = (x * 1000).half()
+    y = pick(task).call(task, x / 2**10, parts, bias)
+    assert torch.isfinite(y).all()
+    plain = {k: v for k, v in parts.items() if k != "pre_quant_scale"}
+    torch.testing.assert_close(y, pick(task).call(task, x, plain, bias), rtol=0.02, atol=2)
 
 
 @pytest.mark.parametrize("k", [1, 2, 37, 4160])

@@ -228,10 +228,11 @@ def _rounded_fits(task: Task) -> str | None:
 
 
 def _rounded(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    # in the type of the tokens, as every float layer of the model multiplies
-    rows = ops.round_rows(_transformed(task, x, parts), task.acts.name).to(x.dtype)
+    rows = ops.round_rows(_transformed(task, x, parts), task.acts.name)
+    # as every layer of a bfloat16 model multiplies; what is changed may leave the range of float16
+    rows = rows.to(torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
     y: Tensor = ops.weight_linear(rows, *_stored(task, parts), bias)
-    return y
+    return y.to(x.dtype)
 
 
 def _group_fits(task: Task) -> str | None:
