@@ -68,9 +68,12 @@ def test_one_that_torch_compiles():
         assert torch.equal(whole(x), model.projected(x))
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4a8", "w8a8", "w4a8"])
+GELUS = ("w8a8", "w4a8-two-level", "w4a8-row")
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w4a8", "w8a8", "w4a8", "w3a8", "lrq-dit"])
 def test_it_is_done_with_the_linear_in_front_of_it(recipe):
-    settings = {"solver": "rtn", "compare": ()} if recipe == "w4a8" else {}
+    settings = {"solver": "rtn", "compare": ()} if recipe in ("w4a8", "w3a8") else {}
     model = dtq.quantize(tiny.dit(), recipe, progress=False, **settings).bfloat16()
     found = [m for m in model.modules() if isinstance(m, QuickProjectedGELU)]
     assert found
@@ -79,7 +82,7 @@ def test_it_is_done_with_the_linear_in_front_of_it(recipe):
         with torch.no_grad():
             apart = module.gelu(module.proj(x))
             once = module.proj.gelu(x)
-            assert (once is not None) == (module.proj.kernel.name in ("w8a8", "w4a8-two-level"))
+            assert (once is not None) == (module.proj.kernel.name in GELUS)
             together = module(x)
             if once is None:
                 assert torch.equal(together, apart)

@@ -122,11 +122,7 @@ def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
 
 
 def _two_level_gelu(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:
-    if dispatch.answer(x, len(parts["weight"])) != "int8":
-        return None
-    weight = parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
-    y: Tensor = ops.w4a8_epilogue_linear(*_codes(task, x, parts), *weight, bias, *_GELU, x.dtype)
-    return y
+    return _gelu_of_group_bytes(parts["weight_scale_2"], task, x, parts, bias)
 
 
 def _row_fits(task: Task) -> str | None:
@@ -136,6 +132,10 @@ def _row_fits(task: Task) -> str | None:
 
 def _row(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     return _of_group_bytes(ops.w4a8_linear, _zeros(parts, 8), task, x, parts, bias)
+
+
+def _row_gelu(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:
+    return _gelu_of_group_bytes(_zeros(parts, 8), task, x, parts, bias)
 
 
 def _three_fits(task: Task) -> str | None:
@@ -172,6 +172,16 @@ def _of_group_bytes(
         return _small(task, x, parts, bias)
     codes, scale = _codes(task, x, parts)
     return multiply(codes, scale, parts["weight"], parts["weight_scale"], groups, bias, x.dtype)
+
+
+def _gelu_of_group_bytes(
+    groups: Tensor, task: Task, x: Tensor, parts: Parts, bias: Tensor | None
+) -> Tensor | None:
+    if dispatch.answer(x, len(parts["weight"])) != "int8":
+        return None
+    weight = parts["weight"], parts["weight_scale"], groups
+    y: Tensor = ops.w4a8_epilogue_linear(*_codes(task, x, parts), *weight, bias, *_GELU, x.dtype)
+    return y
 
 
 def _table_fits(task: Task) -> str | None:
@@ -314,7 +324,7 @@ KERNELS: tuple[Kernel, ...] = (
         ("quantize_rows", "w4a8_linear"),
         _two_level_gelu,
     ),
-    Kernel("w4a8-row", _row_fits, _row, ("quantize_rows", "w4a8_linear")),
+    Kernel("w4a8-row", _row_fits, _row, ("quantize_rows", "w4a8_linear"), _row_gelu),
     Kernel("w3a8", _three_fits, _three, ("quantize_rows", "w3a8_linear")),
     Kernel("w4a8-table", _table_fits, _table, ("quantize_rows", "lut4a8_linear")),
     Kernel("weight-only", _weight_only_fits, _weight_only, ("dequantize", "weight_linear")),
