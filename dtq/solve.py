@@ -277,7 +277,6 @@ def solve_all(
                 jobs[f"{what}/{site.name}.{i}"] = site, members
     todo = work.todo({unit: _cost(members) for unit, (_, members) in jobs.items()})
     mapped = Mapped()
-    largest = max((math.prod(x.shape) for unit in todo for x in jobs[unit][1]), default=0)
     with tqdm(
         total=sum(len(jobs[unit][1]) for unit in todo),
         desc=what, unit="layer", disable=not progress, dynamic_ncols=True,
@@ -293,7 +292,7 @@ def solve_all(
             mapped.release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]
             work.save(unit, *to_result(best, describe(site, stats, choice, best[0].transform)))
             bar.update(len(members))
-            give_freed(beyond=COPIES * 4 * largest)
+            give_freed(beyond=COPIES * 4 * max(w.numel() for w in weights))
     work.meet()
     found = [from_result(*work.load(unit), plan) for unit in jobs]
     solved = {result.plan.name: result for results, _ in found for result in results}
