@@ -92,8 +92,11 @@ inline __m512i parted(__m512i v, int64_t kept) {
 
 // 64 codes of 24 bytes: eight codes, three bytes, to each 64-bit lane, and a byte to each code.
 inline __m512i codes_of_3(const int8_t* w, int width) {
-  const uint32_t inside = width >= 64 ? 0xffffff : (1u << (width / 8 * 3)) - 1;
-  const __m512i bytes = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(inside, (const void*)w));
+  const __m256i loaded =
+      width >= 64 ? _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)w)),
+                                            _mm_loadl_epi64((const __m128i*)(w + 16)), 1)
+                  : _mm256_maskz_loadu_epi8((1u << (width / 8 * 3)) - 1, (const void*)w);
+  const __m512i bytes = _mm512_castsi256_si512(loaded);
   const __m512i at = _mm512_set_epi16(0, 0, 11, 10, 0, 0, 10, 9, 0, 0, 8, 7, 0, 0, 7, 6,  //
                                       0, 0, 5, 4, 0, 0, 4, 3, 0, 0, 2, 1, 0, 0, 1, 0);
   const __m512i odd = _mm512_set_epi64(8, 0, 8, 0, 8, 0, 8, 0);  // those begin at a high byte

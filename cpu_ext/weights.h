@@ -28,7 +28,7 @@ inline const int8_t* levels_of_group(const Linear& g, int64_t group) {
 }
 
 inline const int8_t* weights_at(const Linear& g, int64_t n, int64_t column) {
-  return g.weight + (n * g.columns + column) * g.bits / 8;
+  return g.weight + ((n * g.columns + column) * g.bits >> 3);
 }
 
 inline int code_at(const int8_t* w, int bits, int i) {

@@ -446,6 +446,6 @@ def test_inspection_says_what_a_gpu_would_do():
     lines = explain(Task(FORMATS["nvfp4"], ACTS["none"]), (1152, 1152))
     assert "weight-only: used" in lines
     lines = explain(Task(FORMATS["nvfp4"], ACTS["nvfp4"]), (1152, 1152))
-    assert "rounded-float: used" in lines
+    assert "float-product: used" in lines
     lines = explain(Task(FORMATS["int4-g64"], ACTS["int8-row"]), (1152, 1152))
     assert "on the GPU: torch reference: no compiled form yet" in lines

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ def test_grids_of_floats_are_multiplied_in_every_type(acts, dtype):
     task = Task(fmt, ACTS[acts], 64)
     parts = fmt.pack(w, fmt.fit(w))
     kernel = pick(task)
-    assert kernel.name == "rounded-float"
+    assert kernel.name == "float-product"
     want = kernel.call(task, x, parts, bias)
     for tokens in (4, 20):
         got = kernel.call(task, x[:tokens].to(dtype), parts, bias)
@@ -193,6 +195,9 @@ def test_explain_names_every_refusal():
     assert "weight-only: used" in lines
     assert any(line.startswith("on the CPU: ") and "no compiled form" not in line for line in lines)
     lines = explain(Task(FORMATS["nf4-g64"], ACTS["int8-row"], 1))
+    assert "float-product: used" in lines
+    lines = explain(Task(replace(FORMATS["nf4-g64"], name="mine"), ACTS["int8-row"], 1))
+    assert "reference: used" in lines
     assert any(line.startswith("on the CPU: torch reference: no compiled form") for line in lines)
 
 

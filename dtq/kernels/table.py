@@ -231,18 +231,22 @@ def _weight_only(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Te
     return y
 
 
-def _rounded_fits(task: Task) -> str | None:
-    if not task.acts.grid:
-        return f"activations are {task.acts.name}, not rounded to a grid of floats"
+def _float_fits(task: Task) -> str | None:
     return _unless(FORMATS.get(task.weights.name) is task.weights, task, "of the table of formats")
 
 
-def _rounded(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    rows = ops.round_rows(_transformed(task, x, parts), task.acts.name)
-    # as every layer of a bfloat16 model multiplies; what is changed may leave the range of float16
-    rows = rows.to(torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
-    y: Tensor = ops.weight_linear(rows, *_stored(task, parts), bias)
-    return y.to(x.dtype)
+def _float(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    # as every layer of a bfloat16 model multiplies, and codes are exact in it; what is changed may
+    # leave the range of float16
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    if task.acts.grid:
+        rows = ops.round_rows(_transformed(task, x, parts), task.acts.name).to(dtype)
+        done: Tensor = ops.weight_linear(rows, *_stored(task, parts), bias)
+        return done.to(x.dtype)
+    codes, scale = _codes(task, x, parts)
+    y = ops.weight_linear(codes.to(dtype), *_stored(task, parts), None).float()
+    y = y * scale.unsqueeze(1)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _group_fits(task: Task) -> str | None:
@@ -265,11 +269,8 @@ def _always(task: Task) -> str | None:
 
 
 def _reference(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    if FORMATS.get(task.weights.name) is task.weights:
-        w: Tensor = ops.dequantize(*_stored(task, parts), x.shape[1], torch.float32)
-    else:
-        w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
-    if task.acts.bits == 16:  # a format that is not in FORMATS
+    w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
+    if task.acts.bits == 16:
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(_changed(task, x, parts), w.to(x.dtype), bias)
     if task.acts.grid:
@@ -328,8 +329,8 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("w3a8", _three_fits, _three, ("quantize_rows", "w3a8_linear")),
     Kernel("w4a8-table", _table_fits, _table, ("quantize_rows", "lut4a8_linear")),
     Kernel("weight-only", _weight_only_fits, _weight_only, ("dequantize", "weight_linear")),
-    Kernel("rounded-float", _rounded_fits, _rounded, ("dequantize", "weight_linear")),
     Kernel("integer-groups", _group_fits, _group, ("quantize_rows", "group_a8_linear")),
+    Kernel("float-product", _float_fits, _float, ("dequantize", "weight_linear")),
     Kernel("reference", _always, _reference),
 )
 
