@@ -198,15 +198,20 @@ inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32
   __m512i even[tokens], odd[tokens];  // an addition takes longer than until the next one can start
   for (int t = 0; t < tokens; t++) even[t] = odd[t] = _mm512_setzero_si512();
   if (source == kInt4 && splits(g)) {
-    const int8_t* w = g.weight + n * g.columns / 2;
-    const int64_t row = n * g.row_groups;
+    const int64_t row = n * g.row_groups, columns = g.columns;
+    const int bits = g.group_bits;
+    const int8_t *w = g.weight + n * columns / 2, *tables = g.tables + row * 16;
+    const uint8_t* groups = g.groups ? g.groups + row : nullptr;
+    const int8_t (*levels)[16] = g.levels;
+    const bool by_table = g.tables != nullptr;
+    const auto of = [=](int64_t group) {  // levels_of_group, of what stays in registers
+      return by_table ? tables + group * 16 : levels[groups ? groups[group] : 0];
+    };
     for (; s + 1 < end; s += 2) {
-      const int64_t at = s * kStep, left = (g.columns - at) / 2;  // channels, bytes
+      const int64_t at = s * kStep, left = (columns - at) >> 1;  // channels, bytes
       const __m512i bytes =
           left >= kStep ? _mm512_loadu_si512(w + at / 2) : load_int8(w + at / 2, (int)left);
-      const Halves halves =
-          halves_of(bytes, levels_of_group(g, row + (at >> g.group_bits)),
-                    levels_of_group(g, row + ((at + kStep) >> g.group_bits)));
+      const Halves halves = halves_of(bytes, of(at >> bits), of((at + kStep) >> bits));
       for (int t = 0; t < tokens; t++) {
         const Code* x = codes + (t * g.steps + s) * kStep;
         even[t] = _mm512_dpbusd_epi32(even[t], halves.low, _mm512_load_si512(x));
@@ -232,8 +237,9 @@ inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32
     sums[t] = _mm512_reduce_add_epi32(_mm512_add_epi32(even[t], odd[t]));
 }
 
+// Not inlined: a function of its own keeps its sums in registers whatever stands beside it.
 template <Source source>
-inline void dot_from(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
+__attribute__((noinline)) void dot_from(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   switch (g.tokens) {
     case 1: return dot_tokens<1, source>(g, n, s, end, sums);
     case 2: return dot_tokens<2, source>(g, n, s, end, sums);

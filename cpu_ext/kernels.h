@@ -44,6 +44,7 @@ struct Linear {
   // what codes below 8 bits stand for: a byte of scale2 - 1 and zero for each group, or 16 int8
   const uint8_t* groups;  // (N, row_groups)
   const int8_t* tables;   // (N, row_groups, 16); neither of both: the codes themselves
+  const int8_t (*levels)[16];  // of a byte: `levels_of` the bits
   int64_t row_groups, group;
   int group_bits;  // a channel's group in its row is at >> group_bits; or -1 for any other group
   const float* weight_scale;  // (N)
@@ -163,6 +164,8 @@ extern const Kernels neon;
 // The int8 levels of a group byte, of 3- and of 4-bit codes: (code - zero) * scale2, wrapped as
 // torch wraps.
 extern int8_t levels_of[2][256][16];
+
+inline const int8_t (*levels_of_bits(int bits))[16] { return levels_of[bits == 4]; }
 
 // The five ternary codes of a byte, lowest first.
 extern uint8_t trits_of[256][8];

@@ -116,6 +116,7 @@ class Product {
     g.columns = codes.size(1);
     g.rows = weight.size(0);
     g.bits = bits;
+    g.levels = dtq::levels_of_bits(bits);
     STD_TORCH_CHECK(g.columns * bits % 8 == 0 && weight.size(1) == g.columns * bits / 8, "dtq linear: codes ",
                 shape_of(codes), " do not fit the weight ", shape_of(weight));
     STD_TORCH_CHECK(row_scale.numel() == g.tokens, "dtq linear: one scale per token");

@@ -24,7 +24,7 @@ inline Span span_of(const Linear& g, int64_t s) {
 // The levels of a group.
 inline const int8_t* levels_of_group(const Linear& g, int64_t group) {
   if (g.tables) return g.tables + group * 16;
-  return levels_of[g.bits == 4][g.groups ? g.groups[group] : 0];  // of 0: the codes themselves
+  return g.levels[g.groups ? g.groups[group] : 0];  // of 0: the codes themselves
 }
 
 inline const int8_t* weights_at(const Linear& g, int64_t n, int64_t column) {

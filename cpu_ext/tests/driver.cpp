@@ -78,6 +78,7 @@ bool product(const dtq::Kernels& kernels, const Case& c) {
   g.sections = 1;
   g.row_groups = 1, g.group = c.k, g.group_bits = 62;
   g.bits = c.group ? c.bits : 8;
+  g.levels = dtq::levels_of_bits(g.bits);
   if (c.group) {
     g.groups = groups.data();
     g.row_groups = c.k / c.group, g.group = c.group;
