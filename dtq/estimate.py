@@ -92,8 +92,10 @@ def estimate(
         allowed = parse_budget(str(recipe.allocate.budget), gemm)
         most = file - sum(x.nbytes(plan.bins) for x in plan.gemm()) + allowed
     floats = sum(t.numel() * dtype.itemsize for t in model.state_dict().values())
+    runs = _runs(model, recipe, driven)
     if not driven:
         recipe = replace(recipe, compare=())
+        runs = runs if needs else replace(runs, looked=0)  # nothing to look with
     disk = disk_needed(scan, plan, recipe, needs, most, memory)
     return Estimate(
         file,
@@ -110,9 +112,7 @@ def estimate(
             mapped=mapped,
         ),
         disk,
-        _seconds(scan, plan, recipe, needs, _runs(model, recipe, driven), memory, dtype, reading)
-        if scan.traced
-        else None,
+        _seconds(scan, plan, recipe, needs, runs, memory, dtype, reading) if scan.traced else None,
     )
 
 
@@ -260,7 +260,8 @@ def _seconds(
         return pictures * picture + reading
 
     looks = runs.looked // runs.branches
-    total = looks * _LOOKED * forward(runs.branches) + 3 * reading  # traced, hashed, solved
+    total = looks * _LOOKED * forward(runs.branches)
+    total += forward(_TRACED_BATCH) + 2 * reading  # traced, hashed, solved
     if needs:
         sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
         room = memory or psutil.virtual_memory().available // 2

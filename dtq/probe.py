@@ -24,7 +24,7 @@ from torch import Tensor
 from dtq.calibrate.stats import Origin, Reservoir, SiteStats
 from dtq.plan import Call, LayerPlan
 from dtq.recipe import Recipe
-from dtq.solve import choose, solve_site
+from dtq.solve import choose, solve_site, tidy
 from dtq.solvers.gptq import factor_cost
 from dtq.transforms import TRANSFORMS
 
@@ -114,7 +114,11 @@ def _streamed(layer: LayerPlan, recipe: Recipe) -> Pace:
     weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)) * 0.02
     member = replace(layer, shape=(rows, k), transform=Call("none"))
     choice = choose([member], [weight], None)
-    work = partial(solve_site, [member], [weight], choice, None, recipe)
+
+    def work() -> None:
+        solve_site([member], [weight], choice, None, recipe)
+        tidy([weight])
+
     spent = min(_timed(work)[1] for _ in range(2))  # the first finds memory cold
     return Pace(0.0, 0, 0.0, 0.0, spent / weight.numel(), 1, judged=False)
 

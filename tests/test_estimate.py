@@ -89,7 +89,8 @@ def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
     portions = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
     once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
     runs = module._runs(source.model, alone, True)
-    seen, looked = runs.calls * runs.pictures, module._LOOKED * runs.looked
+    seen = runs.calls * runs.pictures
+    looked = module._LOOKED * runs.looked + module._TRACED_BATCH
     assert often / once == pytest.approx((portions * seen + looked) / (seen + looked))
 
 
@@ -112,6 +113,17 @@ def test_reading_is_timed_where_there_are_files(folder, tmp_path):
     assert reading_time(folder, "transformer") > 0
     assert reading_time(folder / "transformer", "transformer") > 0
     assert reading_time(tmp_path, "transformer") == reading_time(tmp_path / "no", "x") == 0
+
+
+def test_without_data_nothing_is_looked_at(folder):
+    source, recipe = open_source(str(folder / "transformer")), Recipe.load("w4a16")
+    scan, plan = plan_source(source, recipe)
+    how = {"needs": frozenset(), "driven": False}
+    without, read = (
+        estimate(source.model, scan, plan, recipe, torch.float32, **how, reading=r).seconds
+        for r in (0.0, 1e9)
+    )
+    assert (read - without) / 1e9 == pytest.approx(3, 1e-3)  # traced, hashed, solved
 
 
 def test_what_is_not_compared_costs_nothing(folder):
