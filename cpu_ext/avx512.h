@@ -239,7 +239,8 @@ inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32
 
 // Not inlined: a function of its own keeps its sums in registers whatever stands beside it.
 template <Source source>
-__attribute__((noinline)) void dot_from(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
+__attribute__((noinline)) void dot_from(const Linear& g, int64_t n, int64_t s, int64_t end,
+                                        int32_t* sums) {
   switch (g.tokens) {
     case 1: return dot_tokens<1, source>(g, n, s, end, sums);
     case 2: return dot_tokens<2, source>(g, n, s, end, sums);

@@ -76,7 +76,7 @@ bool has_dot_products() {
 struct Candidate {
   const Kernels* kernels;
   bool (*present)();
-  bool proven;  // has given the reference's bits on a machine that has it; others only by name
+  bool proven;  // has given the reference's bits where it is, a machine or qemu; others only by name
 };
 
 bool always() { return true; }

@@ -27,6 +27,7 @@
 namespace dtq::glue {
 
 using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
@@ -65,9 +66,13 @@ inline bool written_directly(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-// Neither asks torch where there is nothing to do: a call costs a microsecond.
+// None of them asks torch where there is nothing to do: a call costs a microsecond.
 inline Tensor as(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+inline Tensor direct(const Tensor& t) {
+  return written_directly(t.scalar_type()) ? t : as(t, ScalarType::Float);
 }
 
 inline Tensor side_by_side(const Tensor& t) {
@@ -89,7 +94,11 @@ inline std::string shape_of(const Tensor& t) {
   return said + "]";
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) { return shape_of(a) == shape_of(b); }
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim(); i++) same = a.size(i) == b.size(i);
+  return same;
+}
 
 // Another op: the arguments in the order of its schema.
 template <class... Arguments>

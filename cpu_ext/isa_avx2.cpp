@@ -217,15 +217,13 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
       _mm256_store_si256((__m256i*)(sums + r * kGroup * kTokens) + i, sum[r][i]);
 }
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int count, bool more, int32_t* sums) {
-  for (int c = 0; c < count; c++)
-    for (int n = 0; n < kRows; n += kBlock)
-      multiply_block(weights + n * kStep, codes + c * next, steps, more,
-                     sums + (n * kGroup + c) * kTokens);
-}
+}  // namespace
+}  // namespace dtq
 
-inline bool splits(const Linear&) { return false; }
+#include "blocks.h"
+
+namespace dtq {
+namespace {
 
 inline int32_t total(__m256i v) {
   int32_t lane[8], sum = 0;

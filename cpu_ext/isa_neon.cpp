@@ -127,15 +127,13 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
     for (int t = 0; t < 4; t++) vst1q_s32(sums + r * kGroup * kTokens + 4 * t, sum[r][t]);
 }
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int count, bool more, int32_t* sums) {
-  for (int c = 0; c < count; c++)
-    for (int n = 0; n < kRows; n += kBlock)
-      multiply_block(weights + n * kStep, codes + c * next, steps, more,
-                     sums + (n * kGroup + c) * kTokens);
-}
+}  // namespace
+}  // namespace dtq
 
-inline bool splits(const Linear&) { return false; }
+#include "blocks.h"
+
+namespace dtq {
+namespace {
 
 // Steps of a row are unpacked into a cache line, then added for each token.
 inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_in, const MaybeTensor& 
   STD_TORCH_CHECK(block >= 1 && (block & (block - 1)) == 0 && k % block == 0,
               "quantize_rows: ", k, " channels are not whole blocks of ", block);
   STD_TORCH_CHECK(levels >= 1 && levels <= 127, "quantize_rows: levels must be 1 to 127");
-  Tensor x = written_directly(x_in.scalar_type()) ? x_in : as(x_in, ScalarType::Float);
+  Tensor x = direct(x_in);
   if (k > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
   Tensor pre, fixed;
   if (pre_scale) {
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_in, const MaybeTensor& 
   q.scale = static_cast<float*>(scales.mutable_data_ptr());
   const Kernels& kernels = dtq::kernels();
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
-  torch::stable::parallel_for(0, m, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, m, grain, [&](int64_t first, int64_t last) {
     static thread_local Scratch row;
     kernels.quantize(q, first, last, row.get<float>(rounded_up(k, 16) * 4));
   });
@@ -74,7 +74,7 @@ void multiply_many(dtq::Linear& g, const Kernels& kernels) {
   static thread_local Scratch packed, sums;
   g.packed = packed.get(blocks * block_bytes);
   g.section_sums = sums.get<int32_t>(blocks * g.sections * kTokens * 4);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { kernels.pack(g, first, last); });
+  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { kernels.pack(g, first, last); });
   const int64_t panels = (g.rows + kRows - 1) / kRows, high = blocks_at_once(blocks, block_bytes);
   const int64_t rows_of_tasks = (blocks + high - 1) / high;
   const int64_t threads = torch::stable::get_num_threads();
@@ -82,7 +82,7 @@ void multiply_many(dtq::Linear& g, const Kernels& kernels) {
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
   const int64_t parts = std::clamp<int64_t>(wanted / rows_of_tasks, 1, panels);
   const int64_t wide = (panels + parts - 1) / parts, columns = (panels + wide - 1) / wide;
-  torch::stable::parallel_for(0, rows_of_tasks * columns, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, rows_of_tasks * columns, 1, [&](int64_t first, int64_t last) {
     static thread_local Scratch panel;
     void* scratch = panel.get(g.steps * kStep * kRows * kernels.panel_bytes);
     for (int64_t task = first; task < last; task++) {
@@ -98,7 +98,7 @@ void multiply_few(dtq::Linear& g, const Kernels& kernels) {
   g.section_sums = sums.get<int32_t>(g.sections * kFew * 4);
   kernels.pack_few(g);
   const int64_t grain = std::max<int64_t>(1, 65536 / (g.columns * kRows));
-  torch::stable::parallel_for(0, (g.rows + kRows - 1) / kRows, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, (g.rows + kRows - 1) / kRows, grain, [&](int64_t first, int64_t last) {
     kernels.multiply_few(g, first * kRows, std::min(last * kRows, g.rows));
   });
 }
@@ -226,11 +226,11 @@ class Product {
 
 Tensor gelu(const Tensor& x_in) {
   const auto type = x_in.scalar_type();
-  const Tensor x = side_by_side(written_directly(type) ? x_in : as(x_in, ScalarType::Float));
+  const Tensor x = side_by_side(direct(x_in));
   Tensor out = torch::stable::empty_like(x);
   const dtq::Float written = float_type(x.scalar_type());
   const Kernels& kernels = dtq::kernels();
-  torch::stable::parallel_for(0, x.numel(), 16384, [&](int64_t first, int64_t last) {
+  parallel_for(0, x.numel(), 16384, [&](int64_t first, int64_t last) {
     kernels.gelu(x.const_data_ptr(), out.mutable_data_ptr(), written, first, last);
   });
   return as(out, type);

@@ -108,7 +108,7 @@ int64_t grain_of(int64_t columns) {
 template <class Run>
 void over_rows(dtq::Decode& d, Run run) {
   const int64_t tasks = (d.weight.rows + dtq::kTogether - 1) / dtq::kTogether;
-  torch::stable::parallel_for(0, tasks, grain_of(d.weight.columns) / dtq::kTogether,
+  parallel_for(0, tasks, grain_of(d.weight.columns) / dtq::kTogether,
                    [&](int64_t first, int64_t last) {
                      static thread_local Scratch scratch;
                      run(d, first * dtq::kTogether,
@@ -149,7 +149,7 @@ Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& parts,
       const int64_t rows = weight.w.rows;
       Tensor out = torch::stable::new_empty(x_in, {tokens, rows}, type);
       if (!out.numel()) return out;
-            Tensor wide_bias;
+      Tensor wide_bias;
       if (bias) {
         STD_TORCH_CHECK(bias->numel() == rows, "dtq linear: bias must have ", rows, " entries");
         wide_bias = side_by_side(as(*bias, ScalarType::Float));

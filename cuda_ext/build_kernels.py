@@ -45,9 +45,11 @@ def compiled(lib: Path, wanted: str) -> list[str]:
     """The names of the libraries that were made.
 
     Raises:
-        OSError: one that is wanted by name cannot be.
+        OSError: one that is wanted by name cannot be, or there is none of that name.
     """
     made = []
+    if wanted not in ("", "0", "1", "cpu", "cuda"):
+        raise OSError(f"DTQ_KERNELS={wanted}: there are 0, 1, cpu and cuda")
     for name, compile_into in (("cpu", for_cpu), ("cuda", for_gpus)):
         if wanted not in ("", "1", name):
             continue
@@ -67,22 +69,21 @@ def for_cpu(lib: Path) -> None:
     Raises:
         OSError: what is missing, or the compiler's error.
     """
-    gxx = module("gxx")
-    home, sources = needed(), ROOT / "cpu_ext"
-    target = lib / f"dtq_cpu-{gxx.key(sources)}.so"
+    gxx, sources, home = module("gxx"), ROOT / "cpu_ext", needed()
     with tempfile.TemporaryDirectory() as work:
-        put(gxx.compile_library(gxx.find(), sources, home, Path(work)), target)
+        made = gxx.compile_library(gxx.find(), sources, home, Path(work))
+        put(made, lib / f"dtq_cpu-{gxx.key(sources)}.so")
 
 
 def for_gpus(lib: Path) -> None:
     """The same for GPUs."""
-    nvcc = module("nvcc")
-    home, sources, compiler = needed(), ROOT / "cuda_ext", nvcc.find_nvcc()
+    nvcc, sources, home = module("nvcc"), ROOT / "cuda_ext", needed()
+    compiler = nvcc.find_nvcc()
     if compiler is None:
         raise OSError("no nvcc on the path or in CUDA_HOME")
-    target = lib / f"dtq_cuda-{nvcc.key(sources)}.so"
     with tempfile.TemporaryDirectory() as work:
-        put(nvcc.compile_library(compiler, sources, home, Path(work), nvcc.wanted_archs()), target)
+        made = nvcc.compile_library(compiler, sources, home, Path(work), nvcc.wanted_archs())
+        put(made, lib / f"dtq_cuda-{nvcc.key(sources)}.so")
 
 
 def put(made: Path, target: Path) -> None:

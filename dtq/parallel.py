@@ -37,7 +37,7 @@ from dtq.formats import FORMATS, Spec
 from dtq.formats.acts import ACTS, Acts, acts_of, fake_quantize, row_codes, scale_of
 from dtq.formats.integer import TwoLevelInt
 from dtq.kernels.ops import int_matmul
-from dtq.nn.linear import QuantLinear, aligned, from_disk, shape_of
+from dtq.nn.linear import HOOKS, QuantLinear, aligned, from_disk, shape_of
 from dtq.nn.swap import finish, swap_empty
 from dtq.source import model_class, reading
 
@@ -466,7 +466,7 @@ def _check(model: nn.Module, rank: int, world: int, group: Group) -> None:
             f"no layer of the model can be cut for {world} processes. Use at most {most}, or "
             f"quantize with smaller groups or rotation blocks:\n{reasons}"
         )
-    hooked = [n for n in plan if any(hasattr(model.get_submodule(n), h) for h in _HOOKS)]
+    hooked = [n for n in plan if any(hasattr(model.get_submodule(n), h) for h in HOOKS)]
     if hooked:
         raise InputError(f"{hooked[0]} has hooks: shard before offloading or casting")
     if not dist.is_initialized():
@@ -479,6 +479,3 @@ def _check(model: nn.Module, rank: int, world: int, group: Group) -> None:
             f"this is process {dist.get_rank(group)} of {dist.get_world_size(group)} in the group, "
             f"not {rank} of {world}"
         )
-
-
-_HOOKS = ("_hf_hook", "_diffusers_hook")

@@ -18,7 +18,7 @@ import torch
 from dtq.data import folder
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
-from dtq.kernels import CUDA, Task, cuda, decode, dispatch, explain, nvcc, ops, pick, table
+from dtq.kernels import CUDA, Task, cuda, decode, dispatch, explain, nvcc, ops, pick
 from dtq.kernels.native import Library, Unavailable
 
 ROOT = Path(__file__).parent.parent
@@ -431,7 +431,7 @@ def test_compiled_layers_ask_the_dispatcher_once(as_on_a_gpu):
     x = agreement.normal(40, 128).bfloat16()
     torch._dynamo.reset()
     whole = torch.compile(
-        lambda x: table._int8(task, x, parts, None), fullgraph=True, backend="eager"
+        lambda x: pick(task).call(task, x, parts, None), fullgraph=True, backend="eager"
     )
     assert torch.equal(whole(x), pick(task).call(task, x, parts, None))
 

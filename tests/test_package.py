@@ -105,6 +105,17 @@ def test_a_compiler_that_fails_leaves_a_wheel_for_everybody(tmp_path, fake_nvcc)
         wheel(tmp_path / "no", CUDA_HOME=str(fake_nvcc), DTQ_KERNELS="cuda")
 
 
+def test_a_library_that_does_not_exist_is_no_pure_wheel(tmp_path):
+    sys.path.insert(0, str(ROOT))
+    try:
+        from cuda_ext.build_kernels import compiled
+    finally:
+        sys.path.remove(str(ROOT))
+    assert compiled(tmp_path, "0") == []
+    with pytest.raises(OSError, match="DTQ_KERNELS=gpu: there are 0, 1, cpu and cuda"):
+        compiled(tmp_path, "gpu")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_wheel_brings_compiled_cpu_kernels_to_a_machine_without_a_compiler(tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,10 @@ Call = Callable[[Task, Tensor, Parts, Tensor | None], Tensor]
 """
 
 
+Weight = tuple[Tensor, ...]
+"""What a product of codes asks for between the scales of the tokens and the bias."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A row of the table.
@@ -92,24 +97,8 @@ def _int8_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "int8-row")
 
 
-def _int8(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    if dispatch.answer(x, len(parts["weight"])) != "int8":
-        return _small(task, x, parts, bias)
-    codes, scale = _codes(task, x, parts)
-    y: Tensor = ops.w8a8_linear(codes, scale, parts["weight"], parts["weight_scale"], bias, x.dtype)
-    return y
-
-
-def _int8_gelu(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:
-    if dispatch.answer(x, len(parts["weight"])) != "int8":
-        return None
-    weight = parts["weight"], parts["weight_scale"]
-    y: Tensor = ops.w8a8_epilogue_linear(*_codes(task, x, parts), *weight, bias, *_GELU, x.dtype)
-    return y
-
-
-_GELU = True, None, None
-"""No gate and no residual."""
+def _int8(task: Task, parts: Parts) -> Weight:
+    return parts["weight"], parts["weight_scale"]
 
 
 def _two_level_fits(task: Task) -> str | None:
@@ -117,12 +106,8 @@ def _two_level_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "4-bit two-level")
 
 
-def _two_level(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    return _of_group_bytes(ops.w4a8_linear, parts["weight_scale_2"], task, x, parts, bias)
-
-
-def _two_level_gelu(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:
-    return _gelu_of_group_bytes(parts["weight_scale_2"], task, x, parts, bias)
+def _two_level(task: Task, parts: Parts) -> Weight:
+    return parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
 
 
 def _row_fits(task: Task) -> str | None:
@@ -130,12 +115,14 @@ def _row_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "4-bit integers with one scale per row")
 
 
-def _row(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    return _of_group_bytes(ops.w4a8_linear, _zeros(parts, 8), task, x, parts, bias)
-
-
-def _row_gelu(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:
-    return _gelu_of_group_bytes(_zeros(parts, 8), task, x, parts, bias)
+def _row(task: Task, parts: Parts) -> Weight:
+    """A group as wide as the row, whose scale2 is 1: its byte is the zero."""
+    assert isinstance(task.weights, Int)
+    zero = parts.get("weight_zero_point")
+    if zero is None:
+        middle = 2 ** (task.weights.bits - 1)
+        zero = torch.full_like(parts["weight_scale"], middle, dtype=torch.int8)
+    return parts["weight"], parts["weight_scale"], zero
 
 
 def _three_fits(task: Task) -> str | None:
@@ -147,41 +134,8 @@ def _three_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "3-bit, two-level or with a scale per row")
 
 
-def _three(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    groups = parts["weight_scale_2"] if "weight_scale_2" in parts else _zeros(parts, 4)
-    return _of_group_bytes(ops.w3a8_linear, groups, task, x, parts, bias)
-
-
-def _zeros(parts: Parts, offset: int) -> Tensor:
-    """Group bytes of a row: a group as wide as it, whose scale2 is 1, so the byte is the zero."""
-    zero = parts.get("weight_zero_point")
-    if zero is None:
-        return torch.full_like(parts["weight_scale"], offset, dtype=torch.int8)
-    return zero
-
-
-def _of_group_bytes(
-    multiply: Callable[..., Tensor],
-    groups: Tensor,
-    task: Task,
-    x: Tensor,
-    parts: Parts,
-    bias: Tensor | None,
-) -> Tensor:
-    if dispatch.answer(x, len(parts["weight"])) != "int8":
-        return _small(task, x, parts, bias)
-    codes, scale = _codes(task, x, parts)
-    return multiply(codes, scale, parts["weight"], parts["weight_scale"], groups, bias, x.dtype)
-
-
-def _gelu_of_group_bytes(
-    groups: Tensor, task: Task, x: Tensor, parts: Parts, bias: Tensor | None
-) -> Tensor | None:
-    if dispatch.answer(x, len(parts["weight"])) != "int8":
-        return None
-    weight = parts["weight"], parts["weight_scale"], groups
-    y: Tensor = ops.w4a8_epilogue_linear(*_codes(task, x, parts), *weight, bias, *_GELU, x.dtype)
-    return y
+def _three(task: Task, parts: Parts) -> Weight:
+    return (_two_level if isinstance(task.weights, TwoLevelInt) else _row)(task, parts)
 
 
 def _table_fits(task: Task) -> str | None:
@@ -196,22 +150,62 @@ def _table_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, wanted)
 
 
-def _table(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    rows = len(parts["weight"])
-    if dispatch.answer(x, rows) != "int8":
-        return _small(task, x, parts, bias)
-    codes, scale = _codes(task, x, parts)
+def _table(task: Task, parts: Parts) -> Weight:
+    weight, scale = parts["weight"], parts["weight_scale"]
     if isinstance(task.weights, Grid):
         assert task.weights.levels.integers is not None
         values, unit = task.weights.levels.integers
-        levels = torch.tensor(values, dtype=torch.int8, device=x.device)
+        levels = torch.tensor(values, dtype=torch.int8, device=weight.device)
     else:
         unit = 1 / UNITS
         levels = (parts["weight_lut"] * UNITS).to(torch.int8)
-    tables = levels.reshape(1, 1, 16).expand(rows, 1, 16).contiguous()
-    weight = parts["weight"], parts["weight_scale"] * unit, tables  # unit: a power of two
-    y: Tensor = ops.lut4a8_linear(codes, scale, *weight, bias, x.dtype)
+    tables = levels.reshape(1, 1, 16).expand(len(weight), 1, 16).contiguous()
+    return weight, scale * unit, tables  # unit: a power of two
+
+
+def _by_codes(
+    op: str,
+    weight: Callable[[Task, Parts], Weight],
+    task: Task,
+    x: Tensor,
+    parts: Parts,
+    bias: Tensor | None,
+) -> Tensor:
+    if dispatch.answer(x, len(parts["weight"])) != "int8":
+        return _small(task, x, parts, bias)
+    codes = _codes(task, x, parts)
+    y: Tensor = getattr(ops, op)(*codes, *weight(task, parts), bias, x.dtype)
     return y
+
+
+def _with_gelu(
+    op: str,
+    weight: Callable[[Task, Parts], Weight],
+    task: Task,
+    x: Tensor,
+    parts: Parts,
+    bias: Tensor | None,
+) -> Tensor | None:
+    if dispatch.answer(x, len(parts["weight"])) != "int8":
+        return None
+    codes = _codes(task, x, parts)
+    # no gate and no residual
+    y: Tensor = getattr(ops, op)(*codes, *weight(task, parts), bias, True, None, None, x.dtype)
+    return y
+
+
+def _integers(
+    name: str,
+    fits: Callable[[Task], str | None],
+    weight: Callable[[Task, Parts], Weight],
+    op: str,
+    gelu: str = "",
+) -> Kernel:
+    """A row whose products are of codes, by ``op``; ``gelu`` is the op that goes on with it."""
+    # partial, not functions of their own: layers, which hold a row, are pickled
+    call = partial(_by_codes, op, weight)
+    then = partial(_with_gelu, gelu, weight) if gelu else None
+    return Kernel(name, fits, call, ("quantize_rows", op), then)
 
 
 def _small(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
@@ -223,12 +217,9 @@ def _small(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
 
 
 def _weight_only_fits(task: Task) -> str | None:
-    return None if task.acts.bits == 16 else f"activations are {task.acts.name}, not float"
-
-
-def _weight_only(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    y: Tensor = ops.weight_linear(_changed(task, x, parts), *_stored(task, parts), bias)
-    return y
+    if task.acts.bits != 16:
+        return f"activations are {task.acts.name}, not float"
+    return _float_fits(task)
 
 
 def _float_fits(task: Task) -> str | None:
@@ -236,16 +227,31 @@ def _float_fits(task: Task) -> str | None:
 
 
 def _float(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = ops.weight_linear(rows, *_stored(task, parts), bias)
+        return y
+
+    return _in_float(multiply, task, x, parts, bias)
+
+
+def _in_float(
+    multiply: Callable[[Tensor, Tensor | None], Tensor],
+    task: Task,
+    x: Tensor,
+    parts: Parts,
+    bias: Tensor | None,
+) -> Tensor:
+    """The product of decoded weights with what the activation format leaves of the input."""
+    if task.acts.bits == 16:
+        return multiply(_changed(task, x, parts), bias)
     # as every layer of a bfloat16 model multiplies, and codes are exact in it; what is changed may
     # leave the range of float16
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if task.acts.grid:
         rows = ops.round_rows(_transformed(task, x, parts), task.acts.name).to(dtype)
-        done: Tensor = ops.weight_linear(rows, *_stored(task, parts), bias)
-        return done.to(x.dtype)
+        return multiply(rows, bias).to(x.dtype)
     codes, scale = _codes(task, x, parts)
-    y = ops.weight_linear(codes.to(dtype), *_stored(task, parts), None).float()
-    y = y * scale.unsqueeze(1)
+    y = multiply(codes.to(dtype), None).float() * scale.unsqueeze(1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -270,15 +276,11 @@ def _always(task: Task) -> str | None:
 
 def _reference(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
-    if task.acts.bits == 16:
-        bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(_changed(task, x, parts), w.to(x.dtype), bias)
-    if task.acts.grid:
-        y = ops.round_rows(_transformed(task, x, parts), task.acts.name) @ w.T
-    else:
-        codes, scale = _codes(task, x, parts)
-        y = (codes.float() @ w.T) * scale.unsqueeze(1)
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(rows, w.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+
+    return _in_float(multiply, task, x, parts, bias)
 
 
 def _stored(task: Task, parts: Parts) -> tuple[list[Tensor], str, str]:
@@ -317,18 +319,12 @@ def _pre_scale(parts: Parts) -> Tensor | None:
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("w8a8", _int8_fits, _int8, ("quantize_rows", "w8a8_linear"), _int8_gelu),
-    Kernel(
-        "w4a8-two-level",
-        _two_level_fits,
-        _two_level,
-        ("quantize_rows", "w4a8_linear"),
-        _two_level_gelu,
-    ),
-    Kernel("w4a8-row", _row_fits, _row, ("quantize_rows", "w4a8_linear"), _row_gelu),
-    Kernel("w3a8", _three_fits, _three, ("quantize_rows", "w3a8_linear")),
-    Kernel("w4a8-table", _table_fits, _table, ("quantize_rows", "lut4a8_linear")),
-    Kernel("weight-only", _weight_only_fits, _weight_only, ("dequantize", "weight_linear")),
+    _integers("w8a8", _int8_fits, _int8, "w8a8_linear", "w8a8_epilogue_linear"),
+    _integers("w4a8-two-level", _two_level_fits, _two_level, "w4a8_linear", "w4a8_epilogue_linear"),
+    _integers("w4a8-row", _row_fits, _row, "w4a8_linear", "w4a8_epilogue_linear"),
+    _integers("w3a8", _three_fits, _three, "w3a8_linear"),
+    _integers("w4a8-table", _table_fits, _table, "lut4a8_linear"),
+    Kernel("weight-only", _weight_only_fits, _float, ("dequantize", "weight_linear")),
     Kernel("integer-groups", _group_fits, _group, ("quantize_rows", "group_a8_linear")),
     Kernel("float-product", _float_fits, _float, ("dequantize", "weight_linear")),
     Kernel("reference", _always, _reference),

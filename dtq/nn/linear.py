@@ -35,6 +35,10 @@ _BITS = {
 }
 
 
+HOOKS = ("_hf_hook", "_diffusers_hook")
+"""What accelerate and diffusers leave on a module whose forward they wrapped."""
+
+
 class StepClock(nn.Module):
     """The part of the trajectory that the model is in, shared by every layer.
 
@@ -250,7 +254,7 @@ class QuantLinear(nn.Linear):
         to the layer (hooks, offloading), and where gradients are asked for.
         """
         heard = self._forward_hooks or self._forward_pre_hooks
-        wrapped = hasattr(self, "_hf_hook") or hasattr(self, "_diffusers_hook")
+        wrapped = any(hasattr(self, hook) for hook in HOOKS)
         if heard or wrapped or self.runtime.rank or self.spatial or self._changes_by_step:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or _learns(self.bias)):

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// For an instruction set that multiplies kBlock output channels by one token block at a time, and has
+// defined both: `multiply_block`.
+#pragma once
+
+namespace dtq {
+namespace {
+
+inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+                           int count, bool more, int32_t* sums) {
+  for (int c = 0; c < count; c++)
+    for (int n = 0; n < kRows; n += kBlock)
+      multiply_block(weights + n * kStep, codes + c * next, steps, more,
+                     sums + (n * kGroup + c) * kTokens);
+}
+
+inline bool splits(const Linear&) { return false; }
+
+}  // namespace
+}  // namespace dtq
