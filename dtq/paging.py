@@ -14,9 +14,7 @@ import bisect
 import ctypes
 import functools
 import mmap
-import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +22,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
-_TRIED = 2**28  # bytes whose reading is timed
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: drops clean file pages, never data
 
 
@@ -71,29 +68,6 @@ def give_freed(beyond: int = 0) -> None:
 
 def _of_glibc(name: str) -> Callable[..., int] | None:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-
-
-def reading_time(folder: Path, component: str) -> float:
-    """Seconds to read the shards of a model from disk, by what the first of them takes.
-
-    0 where there are none: a hub id, or a model that is not a folder.
-    """
-    places = [folder / component, folder]
-    shards = next((found for p in places if (found := sorted(p.glob("*.safetensors")))), [])
-    size = sum(shard.stat().st_size for shard in shards)
-    return size / _read_rate(shards[0]) if size else 0.0
-
-
-def _read_rate(path: Path) -> float:
-    """Bytes a second, from the disk and not from memory where the system can be asked to forget."""
-    with path.open("rb", buffering=0) as file:
-        length = min(path.stat().st_size, _TRIED)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, length, os.POSIX_FADV_DONTNEED)
-        started, left = time.perf_counter(), length
-        while left > 0 and (chunk := file.read(2**24)):
-            left -= len(chunk)
-        return length / max(time.perf_counter() - started, 1e-9)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import pytest
 import tiny
 import torch
 
-from dtq import estimate as module
+from dtq import forecast
 from dtq.calibrate import engine
 from dtq.estimate import estimate
-from dtq.paging import reading_time
+from dtq.machine import reading_time
 from dtq.plan import Call
 from dtq.quantize import needs_of, plan_source, quantize_source
 from dtq.recipe import Recipe
@@ -43,10 +43,10 @@ def seconds(source, recipe, driven, memory=2**34):
 @pytest.fixture(autouse=True)
 def fixed(monkeypatch):
     """Layers that cost nothing, on a machine of one operation a second."""
-    monkeypatch.setattr(module, "_multiply_rate", lambda dtype: 1.0)
-    monkeypatch.setattr(module, "_touch", lambda: 1.0)
+    monkeypatch.setattr(forecast, "multiply_rate", lambda dtype: 1.0)
+    monkeypatch.setattr(forecast, "touch", lambda: 1.0)
     monkeypatch.setattr(
-        module, "paces", lambda layers, *_: {module.kind(x): Free() for x in layers}
+        forecast, "paces", lambda layers, *_: {forecast.kind(x): Free() for x in layers}
     )
 
 
@@ -67,7 +67,7 @@ def test_the_calls_that_are_foretold_are_made(folder, driven):
     handle = source.model.register_forward_pre_hook(count, with_kwargs=True)
     engine.calibrate(source, sites, RECIPE.calibration, RECIPE.needs(), progress=False)
     handle.remove()
-    runs = module._runs(source.model, RECIPE, driven)
+    runs = forecast.runs_of(source.model, RECIPE, driven)
     assert len(pictures) == runs.calls
     assert max(pictures) == runs.pictures  # the last batch of a pipeline may be smaller
 
@@ -75,11 +75,11 @@ def test_the_calls_that_are_foretold_are_made(folder, driven):
 def test_a_model_without_a_second_branch_runs_half_as_much(folder):
     source = open_source(str(folder))
     guided = replace(RECIPE, calibration=replace(RECIPE.calibration, guidance=1.0))
-    assert module._runs(source.model, RECIPE, True).branches == 2
-    assert module._runs(source.model, guided, True).branches == 1
+    assert forecast.runs_of(source.model, RECIPE, True).branches == 2
+    assert forecast.runs_of(source.model, guided, True).branches == 1
     distilled = tiny.flux()
     distilled.register_to_config(guidance_embeds=True)
-    assert module._runs(distilled, RECIPE, True).branches == 1
+    assert forecast.runs_of(distilled, RECIPE, True).branches == 1
 
 
 def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
@@ -88,9 +88,9 @@ def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
     scan, plan = plan_source(source, alone)
     portions = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
     once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
-    runs = module._runs(source.model, alone, True)
+    runs = forecast.runs_of(source.model, alone, True)
     seen = runs.calls * runs.pictures
-    looked = module._LOOKED * runs.looked + module._TRACED_BATCH
+    looked = forecast.LOOKED * runs.looked + forecast.TRACED_BATCH
     assert often / once == pytest.approx((portions * seen + looked) / (seen + looked))
 
 
@@ -102,10 +102,10 @@ def test_a_mapped_model_is_read_whenever_it_runs(folder):
         estimate(source.model, scan, plan, RECIPE, torch.float32, **how, reading=r).seconds
         for r in (0.0, 1e9)
     )
-    runs = module._runs(source.model, RECIPE, False)
+    runs = forecast.runs_of(source.model, RECIPE, False)
     # traced, hashed, solved, seen, and looked at
     assert (read - without) / 1e9 == pytest.approx(
-        3 + runs.calls + module._LOOKED * runs.looked, 1e-3
+        3 + runs.calls + forecast.LOOKED * runs.looked, 1e-3
     )
 
 

@@ -7,7 +7,7 @@ import ast
 from pathlib import Path
 
 ROWS = [
-    {"errors", "data", "paging", "version"},
+    {"errors", "data", "paging", "machine", "version"},
     {"durable"},
     {"lock"},
     {"team"},
@@ -25,7 +25,8 @@ ROWS = [
     {"solved", "look"},
     {"diffusers", "lora", "solve", "allocate"},
     {"steps", "budget", "parallel", "job", "sentinel", "probe"},
-    {"quantize", "estimate", "terdit"},
+    {"quantize", "forecast", "terdit"},
+    {"estimate"},
     {"evaluate"},
     {"clock"},
     {"bench_models"},

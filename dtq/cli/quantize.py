@@ -28,7 +28,8 @@ from dtq.documents import finite
 from dtq.errors import InputError
 from dtq.estimate import estimate
 from dtq.job import inputs_of, job
-from dtq.paging import keep_freed, reading_time
+from dtq.machine import reading_time
+from dtq.paging import keep_freed
 from dtq.plan import Plan
 from dtq.printing import plan_json, print_plan, print_result, size
 from dtq.quantize import calibrate_source, needs_of, plan_source, quantize_sources
