@@ -10,6 +10,7 @@
 //   kQuad           codes of one token that lie side by side: what one instruction adds up
 //   what weights.h asks for, and weights.h itself
 //   multiply_group  some steps of a panel by 1 to kGroup token blocks, added to the sums if `more`
+//   kAtOnce         steps after which sums go to memory
 //   splits          whether dot_few wants the codes of two steps in another order
 //   dot_few         some steps of one output channel by up to kFew tokens
 //
@@ -23,9 +24,6 @@ namespace {
 
 constexpr int64_t kCodes = kStep * kTokens;  // codes of a token block in a step
 constexpr int kQuads = kStep / kQuad;
-// Steps after which sums go to memory: codes of a group and weights of a panel stay in the first-level
-// cache for so many while each 8 rows of the panel pass by.
-constexpr int64_t kAtOnce = 8;
 
 typedef uint16_t H __attribute__((vector_size(kLanes * 2)));
 

@@ -76,22 +76,21 @@ bool has_dot_products() {
 struct Candidate {
   const Kernels* kernels;
   bool (*present)();
-  bool proven;  // has given the reference's bits where it is, a machine or qemu; others only by name
 };
 
 bool always() { return true; }
 
 // from the plainest to the fastest
 const Candidate kCandidates[] = {
-    {&portable, always, true},
+    {&portable, always},
 #ifdef __x86_64__
-    {&avx2, has_avx2, true},
-    {&avxvnni, has_avxvnni, true},
-    {&vnni, has_vnni, true},
-    {&amx, has_amx, false},
+    {&avx2, has_avx2},
+    {&avxvnni, has_avxvnni},
+    {&vnni, has_vnni},
+    {&amx, has_amx},
 #endif
 #ifdef __aarch64__
-    {&neon, has_dot_products, true},
+    {&neon, has_dot_products},
 #endif
 };
 
@@ -128,7 +127,7 @@ bool use(const char* name) {
   bool found = name == nullptr;
   for (const Candidate& c : kCandidates) {
     const bool named = name && !strcmp(name, c.kernels->name);
-    if ((c.proven || named) && c.present()) best = c.kernels;
+    if (c.present()) best = c.kernels;
     if (named) {
       found = best == c.kernels;
       break;

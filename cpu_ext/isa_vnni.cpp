@@ -41,6 +41,8 @@ inline void multiply_rows(const Weight* weights, const Code* codes, int64_t step
                                 sums + n * kGroup * kTokens);
 }
 
+constexpr int64_t kAtOnce = 8;  // codes and weights stay in the first-level cache for so many
+
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
                            int count, bool more, int32_t* sums) {
   if (count == 3) multiply_rows<8, 3>(weights, codes, steps, next, more, sums);

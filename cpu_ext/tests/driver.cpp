@@ -3,6 +3,7 @@
 // tests/test_cpu_driver.py, which also runs it on emulated CPUs that lack most of them.
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <random>
@@ -29,6 +30,23 @@ struct Aligned {
     return (void*)(((uintptr_t)memory.data() + 63) / 64 * 64);
   }
 };
+
+// The product, as the glue carries it out; `out` and its type are set.
+void run(const dtq::Kernels& kernels, dtq::Linear g) {
+  Aligned packed, sums, panel;
+  const int64_t blocks = (g.tokens + dtq::kTokens - 1) / dtq::kTokens;
+  const int64_t tokens = blocks * dtq::kTokens + dtq::kFew;
+  g.packed = packed.get(tokens * g.steps * dtq::kStep * kernels.code_bytes);
+  g.section_sums = (int32_t*)sums.get(tokens * g.sections * 4);
+  if (g.tokens <= dtq::kFew) {
+    kernels.pack_few(g);
+    kernels.multiply_few(g, 0, g.rows);
+  } else {
+    kernels.pack(g, 0, blocks);
+    void* scratch = panel.get(g.steps * dtq::kStep * dtq::kRows * kernels.panel_bytes);
+    kernels.multiply(g, 0, blocks, 0, (g.rows + dtq::kRows - 1) / dtq::kRows, scratch);
+  }
+}
 
 struct Case {
   int64_t m, n, k, group;  // group 0: int8 weights
@@ -86,18 +104,7 @@ bool product(const dtq::Kernels& kernels, const Case& c) {
   }
   g.out = out.data();
   g.type = dtq::kFloat32;
-  Aligned packed, sums, panel;
-  const int64_t blocks = (c.m + dtq::kTokens - 1) / dtq::kTokens;
-  g.packed = packed.get((blocks * dtq::kTokens + dtq::kFew) * g.steps * dtq::kStep * kernels.code_bytes);
-  g.section_sums = (int32_t*)sums.get((blocks * dtq::kTokens + dtq::kFew) * 4);
-  if (c.m <= dtq::kFew) {
-    kernels.pack_few(g);
-    kernels.multiply_few(g, 0, c.n);
-  } else {
-    kernels.pack(g, 0, blocks);
-    void* scratch = panel.get(g.steps * dtq::kStep * dtq::kRows * kernels.panel_bytes);
-    kernels.multiply(g, 0, blocks, 0, (c.n + dtq::kRows - 1) / dtq::kRows, scratch);
-  }
+  run(kernels, g);
   return out == expected(g, c);
 }
 
@@ -170,9 +177,69 @@ bool alike(const dtq::Kernels& kernels) {
   return same;
 }
 
+// Products of drawn shapes, formats and epilogues: the bits of the portable code.
+bool agrees(const dtq::Kernels& kernels, int problems) {
+  for (int problem = 0; problem < problems; problem++) {
+    const auto pick = [](int low, int high) { return low + (int)(dice() % (high - low + 1)); };
+    dtq::Linear g = {};
+    g.tokens = pick(0, 3) ? pick(1, 70) : pick(1, 8), g.rows = pick(1, 70);
+    g.bits = pick(0, 1) ? 4 : pick(0, 1) ? 8 : 3;
+    g.levels = dtq::levels_of_bits(g.bits);
+    const int kind = g.bits == 3 ? 0 : pick(0, 2);  // two levels or none, tables, sections
+    const int groups = pick(1, 5), group = 8 * pick(1, kind == 2 ? 20 : 60);
+    g.columns = groups * group;
+    g.sections = kind == 2 ? groups : 1;
+    g.steps = g.sections * ((g.columns / g.sections + dtq::kStep - 1) / dtq::kStep);
+    g.row_groups = 1, g.group = g.columns, g.group_bits = 62;
+
+    const auto codes = draw<int8_t>(g.tokens * g.columns, -128, 127);
+    const auto weight = draw<int8_t>(g.rows * g.columns * g.bits / 8, -128, 127);
+    const auto bytes = draw<uint8_t>(g.rows * groups, 0, 255);
+    const auto tables = draw<int8_t>(g.rows * groups * 16, -128, 127);
+    const auto zeros = draw<int8_t>(g.rows * groups, -8, 7);
+    const auto row_scale = draw<float>(g.tokens, 1, 9), scale = draw<float>(g.rows * groups, 1, 9);
+    const auto bias = draw<float>(g.rows, -999, 999);
+    g.codes = codes.data(), g.weight = weight.data(), g.row_scale = row_scale.data();
+    g.weight_scale = scale.data();
+    if (kind == 2) {
+      g.section_scale = scale.data();
+      if (pick(0, 1)) g.section_zero = zeros.data();
+      else if (g.bits == 4) g.zero = 8;
+    } else if (kind == 1 && g.bits == 4) {
+      g.tables = tables.data();
+    } else if (g.bits != 8) {
+      g.groups = bytes.data();
+    }
+    if (g.tables || g.groups) {
+      g.row_groups = groups, g.group = group;
+      g.group_bits = group < 16 || (group & (group - 1)) ? -1 : __builtin_ctzll(group);
+    }
+    if (pick(0, 3)) g.bias = bias.data();
+    const auto gate = draw<float>(g.rows, -3, 3), residual = draw<float>(g.tokens * g.rows, -99, 99);
+    g.given = dtq::kFloat32, g.gated = g.tokens;
+    if (pick(0, 2) == 0) g.gate = gate.data(), g.residual = residual.data();
+    g.gelu = pick(0, 2) == 0;
+    g.type = (dtq::Float)pick(0, 2);
+
+    std::vector<float> got(g.tokens * g.rows), want(got);
+    g.out = want.data();
+    run(dtq::portable, g);
+    g.out = got.data();
+    run(kernels, g);
+    if (memcmp(got.data(), want.data(), got.size() * 4)) {
+      printf("# %s: problem %d, %ld x %ld x %ld, %d bits, kind %d, type %d\n", kernels.name, problem,
+             (long)g.tokens, (long)g.rows, (long)g.columns, g.bits, kind, g.type);
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
-int main() {
+// The argument: problems to draw for each instruction set.
+int main(int count, char** given) {
+  const int problems = count > 1 ? atoi(given[1]) : 300;
   dtq::use(nullptr);
   printf("best %s\n", dtq::kernels().name);
   int failed = 0;
@@ -187,6 +254,7 @@ int main() {
                           Case{1, 33, 192, 64}, Case{8, 5, 320, 64}, Case{50, 40, 640, 32},
                           Case{1, 33, 192, 64, 3}, Case{8, 5, 328, 8, 3}, Case{50, 40, 640, 32, 3}})
       right = right && product(kernels, c);
+    right = right && agrees(kernels, problems);
     printf("%s %s\n", name, right ? "right" : "WRONG");
     failed |= !right;
   }

@@ -2,7 +2,7 @@
 """The compiled CPU kernels: how they are compiled, and which instruction set they use.
 
 ``DTQ_CPU_ISA=`` ref, avx2, avxvnni, vnni, amx or neon chooses the instruction set instead of the
-best proven one.
+best one.
 """
 
 from __future__ import annotations
