@@ -155,9 +155,10 @@ inline void transform_rest(float* x, int64_t columns, int64_t block) {
   }
 }
 
-// Row `r` as floats, scaled and through the short distances of the transform.
+// Row `r` as floats, scaled; the short distances of the transform go along where no order comes first.
 inline void load_row(const Rows& q, int64_t r, float* row, I lane) {
   const int size = q.type == kFloat32 ? 4 : 2;
+  const int64_t block = q.order ? 1 : q.block;
   const char* x = (const char*)q.x + r * q.stride * size;
   for (int64_t k = 0; k < q.columns; k += kLanes) {
     const int64_t left = q.columns - k;
@@ -175,8 +176,42 @@ inline void load_row(const Rows& q, int64_t r, float* row, I lane) {
         v = v * load(scale);
       }
     }
-    store(row + k, butterflies(v, lane, q.block));
+    store(row + k, butterflies(v, lane, block));
   }
+}
+
+inline void short_distances(const Rows& q, float* row, I lane) {
+  for (int64_t k = 0; k < q.columns; k += kLanes)
+    store(row + k, butterflies(load(row + k), lane, q.block));
+}
+
+// The other distances, and the length that rows had.
+inline void end_transform(const Rows& q, float* row) {
+  if (q.block > kLanes) transform_rest(row, q.columns, q.block);
+  if (q.block > 1)
+    for (int64_t k = 0; k < q.columns; k += kLanes) store(row + k, load(row + k) * splat(q.unit));
+}
+
+// Row `r` scaled, in its order and rotated, in one of the two rows of `scratch`.
+inline float* changed_row(const Rows& q, int64_t r, float* scratch, I lane) {
+  const int64_t wide = (q.columns + 15) / 16 * 16, blocks = q.columns / q.block;
+  float *row = scratch, *other = scratch + wide;
+  load_row(q, r, row, lane);
+  if (q.order) {
+    for (int64_t k = q.columns; k < wide; k++) other[k] = 0;
+    for (int64_t k = 0; k < q.columns; k++) other[k] = row[q.order[k]];
+    float* ordered = other;
+    other = row, row = ordered;
+    short_distances(q, row, lane);
+  }
+  end_transform(q, row);
+  if (q.turns < 2) return row;
+  for (int64_t k = q.columns; k < wide; k++) other[k] = 0;
+  for (int64_t b = 0; b < blocks; b++)
+    for (int64_t i = 0; i < q.block; i++) other[i * blocks + b] = row[b * q.block + i];
+  short_distances(q, other, lane);
+  end_transform(q, other);
+  return other;
 }
 
 inline float largest(const float* row, int64_t columns) {
@@ -200,15 +235,16 @@ inline U rounded(V x, V scale, V levels) {
   return (U)(v + magic);  // its low byte is the integer
 }
 
-void quantize(const Rows& q, int64_t first, int64_t last, float* row) {
+void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
   I lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
   const V levels = splat((float)q.levels);
   for (int64_t r = first; r < last; r++) {
-    load_row(q, r, row, lane);
-    if (q.block > kLanes) transform_rest(row, q.columns, q.block);
-    if (q.block > 1)
-      for (int64_t k = 0; k < q.columns; k += kLanes) store(row + k, load(row + k) * splat(q.unit));
+    const float* row = changed_row(q, r, scratch, lane);
+    if (q.out) {
+      memcpy(q.out + r * q.columns, row, q.columns * 4);
+      continue;
+    }
     float scale = 1;
     if (q.fixed) {
       scale = *q.fixed;

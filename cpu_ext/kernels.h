@@ -17,18 +17,21 @@ constexpr int kRows = 32;    // output channels of a panel; two AMX tiles, four 
 constexpr int kGroup = 3;    // token blocks multiplied together
 constexpr int kFew = 8;      // up to this many tokens each weight is read once and not rearranged
 
-// quantize_rows
+// quantize_rows, transform_rows
 struct Rows {
   const void* x;  // (M, K), rows `stride` elements apart
   Float type;
   int64_t stride, columns;
   const float* pre_scale;  // (K) or null
+  const int32_t* order;    // (K), the channel that moves to each place, or null
   int64_t block;           // of the Hadamard transform; 1 for none
+  int turns;               // 1, or 2: again, with the channels of each block dealt out over all
   float unit;              // block ** -0.5
   const float* fixed;      // one scale for all rows, or null
   int levels;
   int8_t* codes;  // (M, K)
   float* scale;   // (M)
+  float* out;     // (M, K): the changed rows and no codes; or null
 };
 
 // Products of int8 codes: w8a8_linear, w4a8_linear, w3a8_linear, lut4a8_linear, group_a8_linear, and
@@ -134,7 +137,7 @@ struct Kernels {
   const char* name;
   int code_bytes;   // of a packed code
   int panel_bytes;  // of a weight in a panel
-  // rows [first, last); `scratch` holds K floats, rounded up to a multiple of 16
+  // rows [first, last); `scratch` holds two rows of K floats, each rounded up to a multiple of 16
   void (*quantize)(const Rows&, int64_t first, int64_t last, float* scratch);
   // token blocks [first, last), for `multiply`
   void (*pack)(const Linear&, int64_t first, int64_t last);

@@ -18,46 +18,80 @@ using dtq::kRows;
 using dtq::kStep;
 using dtq::kTokens;
 
+// Rows to be changed, and the tensors that they lie in.
+struct Given {
+  Given(const char* op, const Tensor& x_in, const MaybeTensor& pre_scale, const MaybeTensor& order_in,
+        int64_t block, int64_t turns) {
+    STD_TORCH_CHECK(x_in.dim() == 2, op, ": x must be (M, K), got ", shape_of(x_in));
+    const int64_t k = x_in.size(1);
+    STD_TORCH_CHECK(block >= 1 && (block & (block - 1)) == 0 && k % block == 0, op, ": ", k,
+                    " channels are not whole blocks of ", block);
+    STD_TORCH_CHECK(turns == 1 || turns == 2, op, ": turns must be 1 or 2");
+    x = direct(x_in);
+    if (k > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
+    if (pre_scale) {
+      STD_TORCH_CHECK(pre_scale->numel() == k, op, ": pre_scale must have ", k, " entries");
+      pre = side_by_side(as(*pre_scale, ScalarType::Float));
+      rows.pre_scale = data<float>(pre);
+    }
+    if (order_in) {
+      STD_TORCH_CHECK(order_in->numel() == k, op, ": order must have ", k, " entries");
+      order = side_by_side(as(*order_in, ScalarType::Int));
+      rows.order = data<int32_t>(order);
+      for (int64_t i = 0; i < k; i++)
+        STD_TORCH_CHECK(rows.order[i] >= 0 && rows.order[i] < k, op, ": channel ", rows.order[i],
+                        " in an order of ", k);
+    }
+    rows.x = x.const_data_ptr();
+    rows.type = float_type(x.scalar_type());
+    rows.stride = x.stride(0);
+    rows.columns = k;
+    rows.block = block;
+    rows.turns = static_cast<int>(turns);
+    rows.unit = static_cast<float>(std::pow(static_cast<double>(block), -0.5));
+  }
+
+  void run() const {
+    const Kernels& kernels = dtq::kernels();
+    const int64_t k = rows.columns, grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
+    parallel_for(0, x.size(0), grain, [&](int64_t first, int64_t last) {
+      static thread_local Scratch scratch;
+      kernels.quantize(rows, first, last, scratch.get<float>(2 * rounded_up(k, 16) * 4));
+    });
+  }
+
+  Tensor x, pre, order;
+  dtq::Rows rows = {};
+};
+
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_in, const MaybeTensor& pre_scale,
                                          int64_t block, const MaybeTensor& scale, int64_t levels) {
-  STD_TORCH_CHECK(x_in.dim() == 2, "quantize_rows: x must be (M, K), got ", shape_of(x_in));
-  const int64_t m = x_in.size(0), k = x_in.size(1);
-  STD_TORCH_CHECK(block >= 1 && (block & (block - 1)) == 0 && k % block == 0,
-              "quantize_rows: ", k, " channels are not whole blocks of ", block);
+  Given given("quantize_rows", x_in, pre_scale, std::nullopt, block, 1);
   STD_TORCH_CHECK(levels >= 1 && levels <= 127, "quantize_rows: levels must be 1 to 127");
-  Tensor x = direct(x_in);
-  if (k > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
-  Tensor pre, fixed;
-  if (pre_scale) {
-    STD_TORCH_CHECK(pre_scale->numel() == k, "quantize_rows: pre_scale must have ", k, " entries");
-    pre = side_by_side(as(*pre_scale, ScalarType::Float));
-  }
+  const int64_t m = given.x.size(0), k = given.x.size(1);
+  Tensor fixed;
   if (scale) {
     STD_TORCH_CHECK(scale->numel() == 1, "quantize_rows: one static scale, got ", scale->numel());
     fixed = as(*scale, ScalarType::Float);
+    given.rows.fixed = data<float>(fixed);
   }
-  Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(x, {m}, ScalarType::Float);
-  if (m == 0) return {codes, scales};
-  dtq::Rows q = {};
-  q.x = x.const_data_ptr();
-  q.type = float_type(x.scalar_type());
-  q.stride = x.stride(0);
-  q.columns = k;
-  q.pre_scale = pre_scale ? data<float>(pre) : nullptr;
-  q.block = block;
-  q.unit = static_cast<float>(std::pow(static_cast<double>(block), -0.5));
-  q.fixed = scale ? data<float>(fixed) : nullptr;
-  q.levels = static_cast<int>(levels);
-  q.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
-  q.scale = static_cast<float*>(scales.mutable_data_ptr());
-  const Kernels& kernels = dtq::kernels();
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
-  parallel_for(0, m, grain, [&](int64_t first, int64_t last) {
-    static thread_local Scratch row;
-    kernels.quantize(q, first, last, row.get<float>(rounded_up(k, 16) * 4));
-  });
+  Tensor codes = torch::stable::new_empty(given.x, {m, k}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(given.x, {m}, ScalarType::Float);
+  given.rows.levels = static_cast<int>(levels);
+  given.rows.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
+  given.rows.scale = static_cast<float*>(scales.mutable_data_ptr());
+  if (m) given.run();
   return {codes, scales};
+}
+
+Tensor transform_rows(const Tensor& x_in, const MaybeTensor& pre_scale, const MaybeTensor& order,
+                      int64_t block, int64_t turns) {
+  Given given("transform_rows", x_in, pre_scale, order, block, turns);
+  const int64_t m = given.x.size(0), k = given.x.size(1);
+  Tensor out = torch::stable::new_empty(given.x, {m, k}, ScalarType::Float);
+  given.rows.out = static_cast<float*>(out.mutable_data_ptr());
+  if (m && k) given.run();
+  return out;
 }
 
 // Token blocks that stay in the second-level cache while every panel passes by.
@@ -308,6 +342,7 @@ Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const 
 
 STABLE_TORCH_LIBRARY_IMPL(dtq, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("transform_rows", TORCH_BOX(&transform_rows));
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
   m.impl("w4a8_linear", TORCH_BOX(&two_level_linear<4>));
   m.impl("w3a8_linear", TORCH_BOX(&two_level_linear<3>));

@@ -62,6 +62,30 @@ def test_quantize_rows_gives_the_bits_of_the_reference(isa, dtype):
                         assert same(got, ops._quantize_rows(*args)), (m, k, block, scale, levels)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transform_rows_gives_the_bits_of_the_reference(isa, dtype):
+    for m, k, blocks in [
+        (5, 1152, (1, 4, 16, 128)),
+        (17, 4160, (64,)),
+        (3, 37, (1,)),
+        (1, 96, (8, 32)),
+    ]:
+        x = (random(m, k) * 3).to(dtype)
+        pre = (random(k, seed=1)).to(torch.bfloat16)
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(2)).int()
+        for block in blocks:
+            for p in (None, pre):
+                for o in (None, order):
+                    for turns in (1, 2):
+                        args = (x, p, o, block, turns)
+                        got = compiled.transform_rows(*args)
+                        assert same([got], [ops._transform_rows(*args)]), (m, k, block, turns)
+    for x in (random(6, 8).T, random(8, 20)[1:5, 3:19], random(3, 8).double()):
+        args = (x, None, None, 2, 2)
+        assert same([compiled.transform_rows(*args)], [ops._transform_rows(*args)])
+    assert compiled.transform_rows(random(0, 64), None, None, 64, 2).shape == (0, 64)
+
+
 def test_quantize_rows_at_odd_places(isa):
     for k in (1, 2, 3, 15, 37, 65):
         x = random(4, k)
@@ -277,6 +301,7 @@ def test_threads_and_batches_change_nothing(isa):
 def test_opcheck(isa):
     x = random(5, 128).bfloat16()
     torch.library.opcheck(compiled.quantize_rows, (x, torch.ones(128).bfloat16(), 64, None))
+    torch.library.opcheck(compiled.transform_rows, (x, None, torch.arange(128).int(), 64, 2))
     codes, scale = compiled.quantize_rows(x, None, 1, None)
     args = (codes, scale, int8(33, 128), torch.ones(33, 1), random(33), torch.float16)
     torch.library.opcheck(compiled.w8a8_linear, args)
@@ -294,6 +319,11 @@ def test_operands_that_do_not_fit_are_refused(isa):
         compiled.w8a8_linear(codes, one(3), int8(5, 64), one(5, 1), one(4), torch.float32)
     with pytest.raises(RuntimeError, match="whole blocks"):
         compiled.quantize_rows(random(2, 96), None, 64, None)
+    for channel in (-1, 96):
+        order = torch.arange(96, dtype=torch.int32)
+        order[5] = channel
+        with pytest.raises(RuntimeError, match=f"channel {channel} in an order of 96"):
+            compiled.transform_rows(random(2, 96), None, order, 32, 1)
 
 
 def test_one_layer_compiled_by_torch(library):

@@ -112,10 +112,10 @@ bool rows(const dtq::Kernels& kernels) {
   const int64_t m = 3, k = 200;
   const auto x = draw<float>(m * k, -1000, 1000);
   std::vector<int8_t> codes(m * k);
-  std::vector<float> scale(m), row(208);
+  std::vector<float> scale(m), row(2 * 208);
   dtq::Rows q = {};
   q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
-  q.block = 1, q.unit = 1, q.levels = 127;
+  q.block = 1, q.turns = 1, q.unit = 1, q.levels = 127;
   q.codes = codes.data(), q.scale = scale.data();
   kernels.quantize(q, 0, m, row.data());
   for (int64_t t = 0; t < m; t++) {
@@ -147,7 +147,7 @@ bool decoded(const dtq::Kernels& kernels) {
   return true;
 }
 
-// Tables and GELU in every type: the bits of the portable code.
+// Tables and GELU in every type, rows turned twice: the bits of the portable code.
 bool alike(const dtq::Kernels& kernels) {
   const int64_t n = 6, k = 176;
   const auto weight = draw<int8_t>(n * k / 2, -128, 127);
@@ -173,6 +173,20 @@ bool alike(const dtq::Kernels& kernels) {
     }
     same = same && !memcmp(decoded[0].data(), decoded[1].data(), n * k * 4) &&
            !memcmp(bent[0].data(), bent[1].data(), n * k * 4);
+  }
+  std::vector<int32_t> order(k);
+  for (int64_t i = 0; i < k; i++) order[i] = (int32_t)((i * 7 + 3) % k);
+  for (int64_t block : {1, 2, 8, 16}) {
+    std::vector<float> turned[2], rows(2 * k);
+    for (int i = 0; i < 2; i++) {
+      turned[i].assign(n * k, 0);
+      dtq::Rows q = {};
+      q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
+      q.order = order.data(), q.block = block, q.turns = 2, q.unit = 0.3f;
+      q.out = turned[i].data();
+      (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
+    }
+    same = same && turned[0] == turned[1];
   }
   return same;
 }
