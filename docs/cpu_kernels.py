@@ -42,6 +42,7 @@ def main(rounds: int) -> None:
         layers = {name: weight_only(layer, name) for name in WEIGHT_ONLY}
         several(f"weight-only, {MODULATION}", layers, layer, (1, 2, 8, 16, 64), rounds)
         gelu(rounds)
+        turned(rounds)
         profiled()
 
 
@@ -69,6 +70,28 @@ def gelu(rounds: int) -> None:
     ]
     found = race("gelu", 512, runs, rounds, ours=())
     print("\nGELU of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
+
+
+def turned(rounds: int) -> None:
+    """Quantizing an input that is turned twice, with and without an order of channels before."""
+    x = torch.randn(512, 4608).bfloat16()
+    order = torch.randperm(4608).int()
+
+    def twice(ops: object, order: torch.Tensor | None) -> Callable[[], object]:
+        def quantize() -> object:
+            turned = ops.transform_rows(x, None, order, 512, 2)  # type: ignore[attr-defined]
+            return torch.ops.dtq.quantize_rows(turned, None, 1, None)
+
+        return quantize
+
+    runs = [
+        Candidate("one turn", lambda: torch.ops.dtq.quantize_rows(x, None, 512, None), 0),
+        Candidate("two", twice(torch.ops.dtq, None), 0),
+        Candidate("two, ordered", twice(torch.ops.dtq, order), 0),
+        Candidate("two by torch", twice(torch.ops.dtq_reference, None), 0),
+    ]
+    found = race("turned", 512, runs, rounds, ours=())
+    print("\nCodes of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
 
 
 def profiled(steps: int = 5) -> None:
