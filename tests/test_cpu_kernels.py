@@ -63,7 +63,8 @@ def test_quantize_rows_gives_the_bits_of_the_reference(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_transform_rows_gives_the_bits_of_the_reference(isa, dtype):
+def test_changed_rows_have_the_bits_of_the_reference(isa, dtype):
+    scales, place = torch.tensor([0.02, 0.05, 0.01]), torch.tensor([2])
     for m, k, blocks in [
         (5, 1152, (1, 4, 16, 128)),
         (17, 4160, (64,)),
@@ -80,6 +81,10 @@ def test_transform_rows_gives_the_bits_of_the_reference(isa, dtype):
                         args = (x, p, o, block, turns)
                         got = compiled.transform_rows(*args)
                         assert same([got], [ops._transform_rows(*args)]), (m, k, block, turns)
+                        for scale, bin in ((None, None), (scales, None), (scales, place)):
+                            args = (x, p, o, block, turns, scale, bin, 127)
+                            got = compiled.binned_quantize_rows(*args)
+                            assert same(got, fused.binned_quantize_rows(*args)), args[3:]
     for x in (random(6, 8).T, random(8, 20)[1:5, 3:19], random(3, 8).double()):
         args = (x, None, None, 2, 2)
         assert same([compiled.transform_rows(*args)], [ops._transform_rows(*args)])
@@ -319,6 +324,9 @@ def test_operands_that_do_not_fit_are_refused(isa):
         compiled.w8a8_linear(codes, one(3), int8(5, 64), one(5, 1), one(4), torch.float32)
     with pytest.raises(RuntimeError, match="whole blocks"):
         compiled.quantize_rows(random(2, 96), None, 64, None)
+    scales, bin = one(3), torch.tensor([3])
+    with pytest.raises(RuntimeError, match="place 3 of 3 static scales"):
+        compiled.binned_quantize_rows(random(2, 96), None, None, 1, 1, scales, bin)
     for channel in (-1, 96):
         order = torch.arange(96, dtype=torch.int32)
         order[5] = channel

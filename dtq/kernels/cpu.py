@@ -95,6 +95,7 @@ CPU = Library(
     title="CPU",
     ops=(
         "quantize_rows",
+        "binned_quantize_rows",
         "transform_rows",
         "w8a8_linear",
         "w4a8_linear",

@@ -291,11 +291,13 @@ def _stored(task: Task, parts: Parts) -> tuple[list[Tensor], str, str]:
 
 def _codes(task: Task, x: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
     """int8 (M, K) and row scales (M,) of the changed input."""
-    static, levels = parts.get("input_scale"), task.acts.levels
-    if task.turns == 1 and "pre_quant_order" not in parts:
+    static, levels, order = parts.get("input_scale"), task.acts.levels, _order(parts)
+    if order is None and task.turns == 1:
         codes, scale = ops.quantize_rows(x, _pre_scale(parts), task.block, static, levels)
     else:
-        codes, scale = ops.quantize_rows(_transformed(task, x, parts), None, 1, static, levels)
+        codes, scale = ops.binned_quantize_rows(
+            x, _pre_scale(parts), order, task.block, task.turns, static, None, levels
+        )
     return codes, scale
 
 
@@ -307,10 +309,13 @@ def _changed(task: Task, x: Tensor, parts: Parts) -> Tensor:
 
 
 def _transformed(task: Task, x: Tensor, parts: Parts) -> Tensor:
-    order = parts.get("pre_quant_order")
-    order = None if order is None else order.reshape(-1)
-    y: Tensor = ops.transform_rows(x, _pre_scale(parts), order, task.block, task.turns)
+    y: Tensor = ops.transform_rows(x, _pre_scale(parts), _order(parts), task.block, task.turns)
     return y
+
+
+def _order(parts: Parts) -> Tensor | None:
+    order = parts.get("pre_quant_order")
+    return None if order is None else order.reshape(-1)
 
 
 def _pre_scale(parts: Parts) -> Tensor | None:
