@@ -9,8 +9,9 @@
 //   Code            how a packed code is kept
 //   kQuad           codes of one token that lie side by side: what one instruction adds up
 //   what weights.h asks for, and weights.h itself
-//   multiply_group  some steps of a panel by 1 to kGroup token blocks, added to the sums if `more`
-//   kAtOnce         steps after which sums go to memory
+//   multiply_group  some steps of a panel by 1 to kBlocks token blocks, added to the sums if `more`
+//   kBlocks, kAtOnce   token blocks multiplied together, at most kGroup; steps after which their sums
+//                   go to memory
 //   splits          whether dot_few wants the codes of two steps in another order
 //   dot_few         some steps of one output channel by up to kFew tokens
 //
@@ -441,18 +442,32 @@ inline void finish(const Linear& g, int64_t n, int64_t token, const int32_t* sum
   }
 }
 
+// Panel p in `weights`, [step][kRows][kStep]; returns how many output channels it has.
+inline int64_t unpack_panel(const Linear& g, int64_t p, Weight* weights) {
+  const int64_t n = p * kRows, rows = g.rows - n < kRows ? g.rows - n : kRows;
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t s = 0; s < g.steps; s++) unpack_step(g, n + i, s, weights + (s * kRows + i) * kStep);
+  return rows;
+}
+
+inline void finish_group(const Linear& g, int64_t n, int64_t rows, int64_t block, int count,
+                         const int32_t* sums, const float* totals) {
+  for (int c = 0; c < count; c++)
+    for (int i = 0; i < rows; i += 16) {
+      const int first = (i * kGroup + c) * kTokens;
+      finish(g, n + i, (block + c) * kTokens, sums + first, totals ? totals + first : nullptr);
+    }
+}
+
 void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, int64_t panel_end,
               void* scratch) {
   alignas(64) int32_t sums[kRows * kGroup * kTokens];
   alignas(64) float totals[kRows * kGroup * kTokens];
-  Weight* weights = (Weight*)scratch;  // [step][kRows][kStep]
+  Weight* weights = (Weight*)scratch;
   const int64_t steps = g.steps / g.sections, next = g.steps * kCodes;
   for (int64_t p = panel; p < panel_end; p++) {
-    const int64_t n = p * kRows, rows = g.rows - n < kRows ? g.rows - n : kRows;
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t s = 0; s < g.steps; s++)
-        unpack_step(g, n + i, s, weights + (s * kRows + i) * kStep);
-    int64_t at = block, groups = (block_end - block + kGroup - 1) / kGroup;
+    const int64_t n = p * kRows, rows = unpack_panel(g, p, weights);
+    int64_t at = block, groups = (block_end - block + kBlocks - 1) / kBlocks;
     for (; groups; groups--) {
       // as even as they come: a block alone makes poor use of the registers
       const int count = (int)((block_end - at + groups - 1) / groups);
@@ -466,11 +481,7 @@ void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, 
         }
         if (g.section_scale) add_section(g, n, rows, at, count, section, sums, totals);
       }
-      for (int c = 0; c < count; c++)
-        for (int i = 0; i < rows; i += 16) {
-          const int first = (i * kGroup + c) * kTokens;
-          finish(g, n + i, (at + c) * kTokens, sums + first, totals + first);
-        }
+      finish_group(g, n, rows, at, count, sums, totals);
       at += count;
     }
   }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX int8: a tile of 16 output channels by a tile of 16 tokens, 64 channels deep, an instruction. Two
-// tiles of weights by three of codes keep six sums going, as long as a section of channels is.
+// AMX int8: a tile of 16 output channels by a tile of 16 tokens, 64 channels deep, an instruction.
 //
 // The weights are the left operand, plain rows of 64 bytes, so they need no transposing; the codes,
-// packed once for all panels, are the right one.
+// packed once for all panels, are the right one. Loads feed the tiles more slowly than the tiles
+// multiply: two by two of them, weights from the first-level cache and codes past it.
 #include "avx512.h"
 
 namespace dtq {
@@ -27,70 +27,57 @@ inline void configure_tiles() {
   _tile_loadconfig(&shapes);
 }
 
-constexpr int64_t kLine = kGroup * kTokens * 4;  // bytes from one output channel's sums to the next
+constexpr int kBlocks = 2;
+constexpr int64_t kAtOnce = 18;  // 36 KB of a panel
+
+constexpr int64_t kLine = kGroup * kTokens * 4;   // bytes from one output channel's sums to the next
 constexpr int64_t kHalf = 16 * kGroup * kTokens;  // sums of the 16 output channels of a tile
-constexpr int64_t kAtOnce = INT64_MAX;            // a section's sums stay in tiles to its end
 
-// Tile 2 * c + h holds the sums of token block c by half h of the panel's output channels.
-template <int count>
-inline void end_tiles(int32_t* sums) {
-  _tile_stored(0, sums, kLine);
-  _tile_stored(1, sums + kHalf, kLine);
-  if constexpr (count > 1) {
-    _tile_stored(2, sums + kTokens, kLine);
-    _tile_stored(3, sums + kTokens + kHalf, kLine);
-  }
-  if constexpr (count > 2) {
-    _tile_stored(4, sums + 2 * kTokens, kLine);
-    _tile_stored(5, sums + 2 * kTokens + kHalf, kLine);
-  }
-}
-
-// A step leaves two tiles for operands: weights of one half in 6, codes of one block in 7. The second
-// half takes the blocks backwards, so that the last one stays where it is.
+// 32 output channels by one or two token blocks; tiles 0-3 sums, 4 and 5 weights, 6 and 7 codes.
 template <int count>
 inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int32_t* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
+                           bool more, int32_t* sums) {
+  if (more) {
+    _tile_loadd(0, sums, kLine);
+    _tile_loadd(1, sums + kHalf, kLine);
+    if (count == 2) {
+      _tile_loadd(2, sums + kTokens, kLine);
+      _tile_loadd(3, sums + kHalf + kTokens, kLine);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t s = 0; s < steps; s++) {
     const Weight* w = weights + s * kRows * kStep;
     const Code* x = codes + s * kStep * kTokens;
-    _tile_loadd(6, w, kStep);
-    _tile_loadd(7, x, 64);
-    _tile_dpbusd(0, 6, 7);
-    if constexpr (count > 1) {
-      _tile_loadd(7, x + next, 64);
-      _tile_dpbusd(2, 6, 7);
+    // codes come from L2 and are used once a panel: a streaming load leaves the weights in L1
+    _tile_stream_loadd(6, x, 64);
+    _tile_loadd(4, w, kStep);
+    _tile_dpbusd(0, 4, 6);
+    _tile_loadd(5, w + 16 * kStep, kStep);
+    _tile_dpbusd(1, 5, 6);
+    if (count == 2) {
+      _tile_stream_loadd(7, x + next, 64);
+      _tile_dpbusd(2, 4, 7);
+      _tile_dpbusd(3, 5, 7);
     }
-    if constexpr (count > 2) {
-      _tile_loadd(7, x + 2 * next, 64);
-      _tile_dpbusd(4, 6, 7);
-    }
-    _tile_loadd(6, w + 16 * kStep, kStep);
-    if constexpr (count > 2) {
-      _tile_dpbusd(5, 6, 7);
-      _tile_loadd(7, x + next, 64);
-    }
-    if constexpr (count > 1) {
-      _tile_dpbusd(3, 6, 7);
-      _tile_loadd(7, x, 64);
-    }
-    _tile_dpbusd(1, 6, 7);
   }
-  end_tiles<count>(sums);
+  _tile_stored(0, sums, kLine);
+  _tile_stored(1, sums + kHalf, kLine);
+  if (count == 2) {
+    _tile_stored(2, sums + kTokens, kLine);
+    _tile_stored(3, sums + kHalf + kTokens, kLine);
+  }
 }
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int count, bool, int32_t* sums) {
+                           int count, bool more, int32_t* sums) {
   asm volatile("" ::: "memory");  // a tile load does not tell the compiler what it reads
-  if (count == 3) multiply_tiles<3>(weights, codes, steps, next, sums);
-  else if (count == 2) multiply_tiles<2>(weights, codes, steps, next, sums);
-  else multiply_tiles<1>(weights, codes, steps, next, sums);
+  if (count == 2) multiply_tiles<2>(weights, codes, steps, next, more, sums);
+  else multiply_tiles<1>(weights, codes, steps, next, more, sums);
   asm volatile("" ::: "memory");
 }
 
@@ -117,11 +104,32 @@ int64_t peak(int64_t rounds) {
 namespace dtq {
 namespace {
 
-// Tiles are configured once for all that a thread multiplies.
+// Of a panel that is longer than the first-level cache, one part after the other passes by all blocks.
+void multiply_in_parts(const Linear& g, int64_t block, int64_t block_end, int64_t p, void* scratch) {
+  Weight* weights = (Weight*)scratch;
+  int32_t* sums = (int32_t*)(weights + g.steps * kStep * kRows);
+  const int64_t n = p * kRows, rows = unpack_panel(g, p, weights), next = g.steps * kCodes;
+  const int64_t wide = kRows * kGroup * kTokens;
+  for (int64_t step = 0; step < g.steps; step += kAtOnce) {
+    const int64_t some = g.steps - step < kAtOnce ? g.steps - step : kAtOnce;
+    for (int64_t at = block; at < block_end; at += kBlocks) {
+      const Code* codes = (const Code*)g.packed + at * next;
+      multiply_group(weights + step * kRows * kStep, codes + step * kCodes, some, next,
+                     block_end - at < kBlocks ? 1 : kBlocks, step > 0,
+                     sums + (at - block) / kBlocks * wide);
+    }
+  }
+  for (int64_t at = block; at < block_end; at += kBlocks)
+    finish_group(g, n, rows, at, block_end - at < kBlocks ? 1 : kBlocks,
+                 sums + (at - block) / kBlocks * wide, nullptr);
+}
+
 void multiply_tiled(const Linear& g, int64_t block, int64_t block_end, int64_t panel,
                     int64_t panel_end, void* scratch) {
   configure_tiles();
-  multiply(g, block, block_end, panel, panel_end, scratch);
+  if (g.steps <= kAtOnce || g.section_scale) multiply(g, block, block_end, panel, panel_end, scratch);
+  else
+    for (int64_t p = panel; p < panel_end; p++) multiply_in_parts(g, block, block_end, p, scratch);
   _tile_release();
 }
 

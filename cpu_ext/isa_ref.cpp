@@ -46,6 +46,7 @@ inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out
 namespace dtq {
 namespace {
 
+constexpr int kBlocks = kGroup;
 constexpr int64_t kAtOnce = 8;
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,

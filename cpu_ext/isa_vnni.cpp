@@ -41,6 +41,7 @@ inline void multiply_rows(const Weight* weights, const Code* codes, int64_t step
                                 sums + n * kGroup * kTokens);
 }
 
+constexpr int kBlocks = kGroup;
 constexpr int64_t kAtOnce = 8;  // codes and weights stay in the first-level cache for so many
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,

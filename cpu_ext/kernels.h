@@ -14,7 +14,7 @@ enum Float { kFloat32, kBFloat16, kFloat16 };
 constexpr int kStep = 64;    // input channels of one step: a cache line of int8
 constexpr int kTokens = 16;  // tokens side by side in a block: the int32 lanes of 512 bits
 constexpr int kRows = 32;    // output channels of a panel; two AMX tiles, four register blocks
-constexpr int kGroup = 3;    // token blocks multiplied together
+constexpr int kGroup = 3;    // token blocks whose sums lie side by side
 constexpr int kFew = 8;      // up to this many tokens each weight is read once and not rearranged
 
 // quantize_rows, transform_rows
@@ -141,7 +141,7 @@ struct Kernels {
   void (*quantize)(const Rows&, int64_t first, int64_t last, float* scratch);
   // token blocks [first, last), for `multiply`
   void (*pack)(const Linear&, int64_t first, int64_t last);
-  // token blocks [block, block_end) by panels [panel, panel_end)
+  // token blocks [block, block_end) by panels [panel, panel_end); `scratch` holds `scratch_bytes`
   void (*multiply)(const Linear&, int64_t block, int64_t block_end, int64_t panel,
                    int64_t panel_end, void* scratch);
   // up to kFew tokens: all of them packed, or output channels [first, last)
@@ -155,6 +155,12 @@ struct Kernels {
   // integer operations, a product and a sum each, done `rounds` times in registers; returns how many
   int64_t (*peak)(int64_t rounds);
 };
+
+// A panel of weights, and behind it the sums of every two of so many token blocks.
+static inline int64_t scratch_bytes(const Kernels& kernels, const Linear& g, int64_t blocks) {
+  return g.steps * kStep * kRows * kernels.panel_bytes +
+         (blocks + 1) / 2 * kRows * kGroup * kTokens * (int64_t)sizeof(int32_t);
+}
 
 extern const Kernels portable;
 #ifdef __x86_64__

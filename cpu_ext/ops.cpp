@@ -137,7 +137,7 @@ void multiply_many(dtq::Linear& g, const Kernels& kernels) {
   const int64_t wide = (panels + parts - 1) / parts, columns = (panels + wide - 1) / wide;
   parallel_for(0, rows_of_tasks * columns, 1, [&](int64_t first, int64_t last) {
     static thread_local Scratch panel;
-    void* scratch = panel.get(g.steps * kStep * kRows * kernels.panel_bytes);
+    void* scratch = panel.get(dtq::scratch_bytes(kernels, g, high));
     for (int64_t task = first; task < last; task++) {
       const int64_t b = task / columns * high, p = task % columns * wide;
       kernels.multiply(g, b, std::min(b + high, blocks), p, std::min(p + wide, panels), scratch);

@@ -43,7 +43,7 @@ void run(const dtq::Kernels& kernels, dtq::Linear g) {
     kernels.multiply_few(g, 0, g.rows);
   } else {
     kernels.pack(g, 0, blocks);
-    void* scratch = panel.get(g.steps * dtq::kStep * dtq::kRows * kernels.panel_bytes);
+    void* scratch = panel.get(dtq::scratch_bytes(kernels, g, blocks));
     kernels.multiply(g, 0, blocks, 0, (g.rows + dtq::kRows - 1) / dtq::kRows, scratch);
   }
 }
