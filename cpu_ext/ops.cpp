@@ -325,18 +325,21 @@ Tensor group_a8_linear(const Tensor& codes, const Tensor& row_scale, const Tenso
   return product.run(type);
 }
 
-// Products of nothing, and types that are not written directly, are left to the reference.
-bool completes(const Tensor& codes, ScalarType type) {
-  return written_directly(type) && codes.dim() == 2 && codes.size(0) > 0 && codes.size(1) > 0;
+// Products of nothing, types that are not written directly, and low-rank branches, which torch's own
+// product adds as fast, are left to the reference.
+bool completes(const Tensor& codes, ScalarType type, const MaybeTensor& low, const MaybeTensor& up) {
+  STD_TORCH_CHECK(low.has_value() == up.has_value(), "dtq linear: a low-rank branch has two factors");
+  return written_directly(type) && codes.dim() == 2 && codes.size(0) > 0 && codes.size(1) > 0 &&
+         !low && !up;
 }
 
 Tensor w8a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                             const Tensor& weight_scale, const MaybeTensor& bias, bool gelu,
                             const MaybeTensor& gate, const MaybeTensor& residual,
-                            ScalarType type) {
-  if (!completes(codes, type))
+                            ScalarType type, const MaybeTensor& low, const MaybeTensor& up) {
+  if (!completes(codes, type, low, up))
     return call("dtq_reference::w8a8_epilogue_linear", codes, row_scale, weight, weight_scale, bias,
-                gelu, gate, residual, type);
+                gelu, gate, residual, type, low, up);
   Product product(codes, row_scale, weight, 8, bias);
   product.set_scale(weight_scale);
   product.set_epilogue(gelu, gate, residual);
@@ -346,10 +349,11 @@ Tensor w8a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const 
 Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                             const Tensor& weight_scale, const Tensor& weight_scale_2,
                             const MaybeTensor& bias, bool gelu, const MaybeTensor& gate,
-                            const MaybeTensor& residual, ScalarType type) {
-  if (!completes(codes, type))
+                            const MaybeTensor& residual, ScalarType type, const MaybeTensor& low,
+                            const MaybeTensor& up) {
+  if (!completes(codes, type, low, up))
     return call("dtq_reference::w4a8_epilogue_linear", codes, row_scale, weight, weight_scale,
-                weight_scale_2, bias, gelu, gate, residual, type);
+                weight_scale_2, bias, gelu, gate, residual, type, low, up);
   Product product(codes, row_scale, weight, 4, bias);
   product.set_scale(weight_scale);
   product.set_levels(weight_scale_2, 1, "group bytes");

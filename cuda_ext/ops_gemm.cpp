@@ -92,6 +92,23 @@ void set_table(dtq::Gemm& g, const Tensor& weight, const Tensor& tables) {
   g.tables = static_cast<const int8_t*>(tables.data_ptr());
 }
 
+void set_branch(dtq::Gemm& g, const Tensor& codes, const Maybe& low, const Maybe& up) {
+  STD_TORCH_CHECK(low.has_value() == up.has_value(), "dtq: a low-rank branch has two factors");
+  if (!low) return;
+  const ScalarType type = low->scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "dtq: low is ", name_of(type),
+                  ", expected bfloat16 or float16");
+  check(*low, "low", codes, type);
+  check(*up, "up", codes, type);
+  STD_TORCH_CHECK(low->dim() == 2 && low->size(0) == g.tokens, "dtq: low must be (", g.tokens, ", rank)");
+  STD_TORCH_CHECK(up->dim() == 2 && up->size(0) == g.rows && up->size(1) == low->size(1),
+                  "dtq: up must be (", g.rows, ", ", low->size(1), ")");
+  g.down = low->data_ptr();
+  g.up = up->data_ptr();
+  g.rank = low->size(1);
+  g.lowrank_type = float_of(type);
+}
+
 // What follows the bias.
 void set_epilogue(dtq::Gemm& g, const Tensor& codes, bool gelu, const Maybe& gate, const Maybe& residual,
                   ScalarType type) {
@@ -144,26 +161,29 @@ Tensor lut4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor&
 
 Tensor w8a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                             const Tensor& weight_scale, const Maybe& bias, bool gelu, const Maybe& gate,
-                            const Maybe& residual, ScalarType type) {
+                            const Maybe& residual, ScalarType type, const Maybe& low, const Maybe& up) {
   Guard guard(codes);
   dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
   set_int8(g, weight);
+  set_branch(g, codes, low, up);
   set_epilogue(g, codes, gelu, gate, residual, type);
   if (auto done = multiplied(g, codes, type)) return *done;
   return reference<Tensor>("dtq_reference::w8a8_epilogue_linear", codes, row_scale, weight, weight_scale,
-                           bias, gelu, gate, residual, type);
+                           bias, gelu, gate, residual, type, low, up);
 }
 
 Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
                             const Tensor& weight_scale, const Tensor& groups, const Maybe& bias, bool gelu,
-                            const Maybe& gate, const Maybe& residual, ScalarType type) {
+                            const Maybe& gate, const Maybe& residual, ScalarType type, const Maybe& low,
+                            const Maybe& up) {
   Guard guard(codes);
   dtq::Gemm g = product(codes, row_scale, weight, weight_scale, bias, type);
   set_two_level(g, weight, groups);
+  set_branch(g, codes, low, up);
   set_epilogue(g, codes, gelu, gate, residual, type);
   if (auto done = multiplied(g, codes, type)) return *done;
   return reference<Tensor>("dtq_reference::w4a8_epilogue_linear", codes, row_scale, weight, weight_scale,
-                           groups, bias, gelu, gate, residual, type);
+                           groups, bias, gelu, gate, residual, type, low, up);
 }
 
 }  // namespace

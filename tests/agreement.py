@@ -187,6 +187,29 @@ def epilogues(ops: Any, device: Any, seed: int, limit: int) -> None:
     agree(ops.lut4a8_linear, epilogue._lut4a8_linear, args, device, f"lut4a8 {what}")
 
 
+def branches(ops: Any, device: Any, seed: int, limit: int) -> None:
+    """Low-rank branches, whose float products no two devices sum alike: near the reference."""
+    size = Size(seed, limit)
+    (m, n, k), d = size.product(), size.dice
+    group, half, rank = d.choice([g for g in (32, 64) if k % g == 0]), d.choice(DTYPES[1:]), 16
+    rank *= d.choice((1, 2, 3, 8))
+    low, up = normal(m, rank, seed=1).to(half), normal(n, rank, seed=2).to(half) / rank**0.5
+    given = int8(m, k, seed=seed), torch.full((m,), 0.02 / k**0.5)
+    then = normal(n, seed=3), d.choice((False, True)), None, None, torch.float32
+    for name, fmt in (("w8a8", FORMATS["int8-row"]), ("w4a8", FORMATS[f"int4-2l-g{group}"])):
+        w = normal(n, k, seed=seed)
+        args = (*given, *fmt.pack(w, fmt.fit(w)).values(), *then)
+        op, check = (
+            getattr(o, f"{p}{name}_epilogue_linear") for o, p in ((ops, ""), (epilogue, "_"))
+        )
+        there = [a.to(device) if isinstance(a, torch.Tensor) else a for a in (*args, low, up)]
+        got, want = op(*there).cpu(), check(*args, low, up)
+        far = (got - want).abs() > 1e-4 + 1e-4 * want.abs()
+        what = f"{name} M {m} N {n} K {k} rank {rank} {half} gelu {then[1]}"
+        assert not far.any(), f"{what}: {int(far.sum())} of {far.numel()} differ"
+        assert not torch.allclose(want, check(*args), atol=1e-3), f"{what}: no branch to be seen"
+
+
 def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     d = dice.Random(seed)
     name = d.choice(list(FORMATS))
@@ -211,4 +234,4 @@ def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     )
 
 
-CHECKS = (quantize_rows, transform_rows, fused_rows, w8a8, w4a8, epilogues, decoded)
+CHECKS = (quantize_rows, transform_rows, fused_rows, w8a8, w4a8, epilogues, branches, decoded)

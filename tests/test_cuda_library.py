@@ -96,6 +96,16 @@ def test_what_contradicts_itself_is_an_error(emulator):
     }.items():
         with pytest.raises(RuntimeError, match=message):
             sim.w8a8_epilogue_linear(*(right | then | wrong).values(), torch.float32)
+    then |= {"dtype": torch.float32, "low": one(3, 16).half(), "up": one(5, 16).half()}
+    for message, wrong in {
+        "two factors": {"up": None},
+        "low is float32, expected bfloat16 or float16": {"low": one(3, 16)},
+        "up is bfloat16, expected float16": {"up": one(5, 16).bfloat16()},
+        "low must be .3, rank.": {"low": one(4, 16).half()},
+        "up must be .5, 16.": {"up": one(5, 32).half()},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            sim.w8a8_epilogue_linear(*(right | then | wrong).values())
     packed = codes, one(3), agreement.int8(5, 32), one(5, 1)
     for message, tables in {
         "tables must be .5, groups.": agreement.int8(4, 2, 16),

@@ -143,6 +143,8 @@ def test_every_op_passes_opcheck(dtype):
     torch.library.opcheck(ops.w4a8_linear, (codes, scale, *args))
     both = torch.ones(1, len(bias), dtype=dtype), torch.ones(5, len(bias), dtype=dtype)
     torch.library.opcheck(ops.w4a8_epilogue_linear, (codes, scale, *args[:4], True, *both, dtype))
+    both = *both, dtype, torch.ones(5, 16).half(), torch.ones(len(w), 16).half()
+    torch.library.opcheck(ops.w4a8_epilogue_linear, (codes, scale, *args[:4], True, *both))
     args = (p["weight"], p["weight_scale"], torch.ones(len(w), 2, 16, dtype=torch.int8), bias)
     torch.library.opcheck(ops.lut4a8_linear, (codes, scale, *args, dtype))
     p = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].fit(w))
@@ -174,6 +176,19 @@ def test_what_follows_a_product_is_gelu_gate_and_residual():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     with pytest.raises((ValueError, RuntimeError), match="a gate comes with a residual"):
         ops.w8a8_epilogue_linear(*given, False, gate, None, torch.float32)
+
+
+def test_a_low_rank_branch_comes_before_gelu():
+    x, w, bias = operands(6)
+    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].fit(w))
+    codes, scale = ops.quantize_rows(x, None, 1, None)
+    given = codes, scale, p["weight"], p["weight_scale"], bias
+    low, up = torch.randn(6, 16).bfloat16(), torch.randn(len(bias), 16).bfloat16()
+    y = ops.w8a8_linear(*given, torch.float32) + low.float() @ up.float().T
+    got = ops.w8a8_epilogue_linear(*given, True, None, None, torch.float32, low, up)
+    torch.testing.assert_close(got, F.gelu(y, approximate="tanh"), rtol=1e-5, atol=1e-5)
+    with pytest.raises((ValueError, RuntimeError), match="two factors"):
+        ops.w8a8_epilogue_linear(*given, True, None, None, torch.float32, low)
 
 
 def test_a_table_of_the_levels_of_int4_is_int4():

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
+import torch.nn.functional as F
 
+import dtq
 from dtq.calibrate.stats import Origin, SiteStats
 from dtq.formats import FORMATS, bits_per_weight
 from dtq.formats.acts import ACTS
@@ -132,3 +135,25 @@ def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform
         [LayerPlan(**{**plan.__dict__, "lowrank": Call("none")})], [w], choice, stats, recipe
     )
     assert solved.report.error < bare.report.error
+
+
+def test_a_product_that_can_takes_the_branch_along(monkeypatch):
+    from dtq.nn import linear as module
+
+    torch.manual_seed(0)
+    model = dtq.quantize(tiny.dit(), "rtn-w4a8", progress=False).bfloat16()
+    layer = next(m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel.then)
+    x = torch.randn(2, 24, layer.in_features).bfloat16()
+    down, up = torch.randn(16, layer.in_features) * 0.1, torch.randn(layer.out_features, 16) * 0.1
+    with torch.no_grad():
+        plain = layer(x)
+        layer.widen(down, up)
+        apart = layer(x)
+        asked = []
+        monkeypatch.setattr(module, "branch_joins", lambda x, rank: asked.append(rank) or True)
+        joined, bent = layer(x), layer.gelu(x)
+    assert asked == [16, 16]
+    assert not torch.allclose(apart, plain, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(joined, apart, rtol=2**-6, atol=2**-5)
+    wanted = F.gelu(apart.float(), approximate="tanh")
+    torch.testing.assert_close(bent.float(), wanted, rtol=2**-5, atol=2**-5)

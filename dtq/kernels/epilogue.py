@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ops that do more after the product of codes: schema, reference and fake, as in ``ops.py``.
 
-After the bias, in float32 and in this order: GELU (that of :func:`dtq.kernels.fused.gelu`), then
-``gate * y + residual``, then one cast. And the product with codes into int8 tables as weights.
+After the bias, in float32 and in this order: a low-rank branch ``low @ up.T``, GELU (that of
+:func:`dtq.kernels.fused.gelu`), ``gate * y + residual``, one cast. All but the branch, whose float
+products may be summed in any order, is the same on every device bit for bit. And the product with
+codes into int8 tables as weights.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ def _w8a8_epilogue_linear(
     gate: Tensor | None,  # (B, N) of dtype, B divides M: row r takes r // (M / B)
     residual: Tensor | None,  # (M, N) of dtype, with a gate
     dtype: torch.dtype,
+    low: Tensor | None = None,  # (M, R) bfloat16 or float16
+    up: Tensor | None = None,  # (N, R) of the same
 ) -> Tensor:
     y = _reference.w8a8_linear(codes, row_scale, weight, weight_scale, bias, torch.float32)
-    return finished(y, gelu, gate, residual, dtype)  # (M, N)
+    return finished(_with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
 
 
 def _w4a8_epilogue_linear(
@@ -42,9 +46,12 @@ def _w4a8_epilogue_linear(
     gate: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     given = codes, row_scale, weight, weight_scale, weight_scale_2, bias
-    return finished(_reference.w4a8_linear(*given, torch.float32), gelu, gate, residual, dtype)
+    y = _with_branch(_reference.w4a8_linear(*given, torch.float32), low, up)
+    return finished(y, gelu, gate, residual, dtype)
 
 
 def _lut4a8_linear(
@@ -60,6 +67,12 @@ def _lut4a8_linear(
     expanded = tables.gather(2, index).flatten(1)  # (N, K)
     y: Tensor = _reference.w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
     return y
+
+
+def _with_branch(y: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
+    if (low is None) != (up is None):
+        raise ValueError("a low-rank branch has two factors")
+    return y if low is None or up is None else y + low.float() @ up.float().T
 
 
 def finished(
@@ -80,23 +93,23 @@ def finished(
 
 
 def rows_by_rows(codes: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
-    """Empty (M, N) of the dtype that comes last, for fakes."""
-    dtype = rest[-1]
-    assert isinstance(dtype, torch.dtype)
+    """Empty (M, N) of the dtype among the arguments, for fakes."""
+    dtype = next(given for given in rest if isinstance(given, torch.dtype))
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
 
 
 _PRODUCT = "Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale"
 _THEN = "Tensor? bias, bool gelu, Tensor? gate, Tensor? residual, ScalarType dtype"
+_BRANCH = "Tensor? low=None, Tensor? up=None"
 
 OPS = (
     (
-        f"w8a8_epilogue_linear({_PRODUCT}, {_THEN}) -> Tensor",
+        f"w8a8_epilogue_linear({_PRODUCT}, {_THEN}, {_BRANCH}) -> Tensor",
         _w8a8_epilogue_linear,
         rows_by_rows,
     ),
     (
-        f"w4a8_epilogue_linear({_PRODUCT}, Tensor weight_scale_2, {_THEN}) -> Tensor",
+        f"w4a8_epilogue_linear({_PRODUCT}, Tensor weight_scale_2, {_THEN}, {_BRANCH}) -> Tensor",
         _w4a8_epilogue_linear,
         rows_by_rows,
     ),

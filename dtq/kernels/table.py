@@ -63,6 +63,25 @@ Weight = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Then:
+    """What follows the bias of a product.
+
+    Attributes:
+        gelu: GELU, tanh form.
+        branch: ``low`` (M, R) and ``up`` (N, R) of a low-rank branch, added before it; or None.
+    """
+
+    gelu: bool = False
+    branch: tuple[Tensor, Tensor] | None = None
+
+
+def branch_joins(x: Tensor, rank: int) -> bool:
+    """Whether the compiled product for ``x`` adds a low-rank branch, as those of a GPU do."""
+    halves = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and halves and rank % 16 == 0 and compiled("cuda")
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A row of the table.
 
@@ -71,15 +90,15 @@ class Kernel:
         fits: None when the kernel can do the task, else why not.
         call: does it.
         ops: those whose compiled form it runs where a library has them all.
-        gelu: does it with GELU behind the bias, before the one rounding, if it can; its result is
-            None where something else than the product of codes runs.
+        then: does it and goes on before the one rounding, if it can; its result is None where
+            something else than the product of codes runs.
     """
 
     name: str
     fits: Callable[[Task], str | None]
     call: Call
     ops: tuple[str, ...] = ()
-    gelu: Callable[[Task, Tensor, Parts, Tensor | None], Tensor | None] | None = None
+    then: Callable[[Task, Tensor, Parts, Tensor | None, Then], Tensor | None] | None = None
 
 
 def _acts_refused(task: Task) -> str | None:
@@ -178,19 +197,20 @@ def _by_codes(
     return y
 
 
-def _with_gelu(
+def _and_then(
     op: str,
     weight: Callable[[Task, Parts], Weight],
     task: Task,
     x: Tensor,
     parts: Parts,
     bias: Tensor | None,
+    then: Then,
 ) -> Tensor | None:
     if dispatch.answer(x, len(parts["weight"])) != "int8":
         return None
-    codes = _codes(task, x, parts)
-    # no gate and no residual
-    y: Tensor = getattr(ops, op)(*codes, *weight(task, parts), bias, True, None, None, x.dtype)
+    given = *_codes(task, x, parts), *weight(task, parts), bias
+    gated = None, None
+    y: Tensor = getattr(ops, op)(*given, then.gelu, *gated, x.dtype, *(then.branch or ()))
     return y
 
 
@@ -199,12 +219,12 @@ def _integers(
     fits: Callable[[Task], str | None],
     weight: Callable[[Task, Parts], Weight],
     op: str,
-    gelu: str = "",
+    then_op: str = "",
 ) -> Kernel:
-    """A row whose products are of codes, by ``op``; ``gelu`` is the op that goes on with it."""
+    """A row whose products are of codes, by ``op``; ``then_op`` is the one that goes on with it."""
     # partial, not functions of their own: layers, which hold a row, are pickled
     call = partial(_by_codes, op, weight)
-    then = partial(_with_gelu, gelu, weight) if gelu else None
+    then = partial(_and_then, then_op, weight) if then_op else None
     return Kernel(name, fits, call, ("quantize_rows", op), then)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, Parts, Spec
 from dtq.formats.acts import ACTS
-from dtq.kernels.table import Kernel, Task, compiled, pick
+from dtq.kernels.table import Kernel, Task, Then, branch_joins, compiled, pick
 from dtq.plan import Runtime
 from dtq.policy import StepPolicy
 from dtq.transforms import Online
@@ -255,14 +256,17 @@ class QuantLinear(nn.Linear):
         """
         heard = self._forward_hooks or self._forward_pre_hooks
         wrapped = any(hasattr(self, hook) for hook in HOOKS)
-        if heard or wrapped or self.runtime.rank or self.spatial or self._changes_by_step:
+        if heard or wrapped or self.spatial or self._changes_by_step:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or _learns(self.bias)):
             return None
-        if self.kernel.gelu is None or not compiled(x.device.type):
+        if self.kernel.then is None or not compiled(x.device.type):
+            return None
+        if self.runtime.rank and not self._joins(x):
             return None
         rows = x.reshape(-1, self.in_features)
-        y = self.kernel.gelu(self.task, rows, self._given(), self.bias)
+        then = Then(gelu=True, branch=self._branch(rows))
+        y = self.kernel.then(self.task, rows, self._given(), self.bias, then)
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
 
     @property
@@ -276,16 +280,26 @@ class QuantLinear(nn.Linear):
             parts["input_scale"] = self.step_scale()
         return parts
 
+    def _branch(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The two factors of the low-rank branch of these rows."""
+        if not self.runtime.rank:
+            return None
+        down, up = (self.part(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
+        return F.linear(rows, down), up
+
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        parts = self._given()
-        if self._changes_by_step:
-            y = self._stepped(rows, parts, bias)
-        else:
-            y = self.kernel.call(self.task, rows, parts, bias)
-        if self.runtime.rank:
-            down, up = (self.part(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
-            y = y + F.linear(F.linear(rows, down), up)
-        return y
+        parts, branch = self._given(), self._branch(rows)
+        if branch and self.kernel.then and self._joins(rows):
+            joined = self.kernel.then(self.task, rows, parts, bias, Then(branch=branch))
+            if joined is not None:
+                return joined
+        run = self._stepped if self._changes_by_step else partial(self.kernel.call, self.task)
+        y = run(rows, parts, bias)
+        return y if branch is None else y + F.linear(*branch)
+
+    def _joins(self, x: Tensor) -> bool:
+        """Whether the product adds the low-rank branch itself."""
+        return not self._changes_by_step and branch_joins(x, self.runtime.rank)
 
     def _stepped(self, rows: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         """The product with the activation format that the step policy names for this step."""
