@@ -29,8 +29,8 @@ def keep_freed() -> None:
     """From now on the C library keeps what this process frees, for what it allocates next.
 
     By default every large tensor is a mapping of its own, whose pages the kernel has to find and
-    clear each time: a third of the time of rounding large layers. Nothing happens where the C
-    library is not glibc.
+    clear each time: a fifth of the time of quantizing large layers (docs/large.md). Nothing
+    happens where the C library is not glibc.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:
