@@ -113,6 +113,15 @@ const Kernels* chosen = nullptr;
 
 }  // namespace
 
+bool has_bfloat16() {
+#ifdef __x86_64__
+  static const bool found = has_vnni() && (ask(7, 1).a >> 5 & 1);
+  return found;
+#else
+  return false;
+#endif
+}
+
 const Kernels& kernels() {
   if (!chosen) use(nullptr);
   return *chosen;

@@ -11,4 +11,7 @@ const Kernels& kernels();
 // machine lacks them or nobody knows the name.
 bool use(const char* name);
 
+// Whether the machine multiplies pairs of bfloat16.
+bool has_bfloat16();
+
 }  // namespace dtq

@@ -100,6 +100,7 @@ int64_t peak(int64_t rounds) {
 
 #include "body.h"
 #include "stored.h"
+#include "stored_bf16.h"
 
 namespace dtq {
 namespace {
@@ -136,5 +137,5 @@ void multiply_tiled(const Linear& g, int64_t block, int64_t block_end, int64_t p
 }  // namespace
 
 const Kernels amx = {"amx", sizeof(Code), sizeof(Weight), quantize, pack, multiply_tiled, pack_few,
-                       multiply_few, decode, multiply_stored, gelu, peak};
+                       multiply_few, decode, multiply_stored, multiply_bfloat, gelu, peak};
 }

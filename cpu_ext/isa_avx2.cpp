@@ -292,9 +292,9 @@ int64_t peak(int64_t rounds) {
 namespace dtq {
 #ifdef __AVXVNNI__
 const Kernels avxvnni = {"avxvnni", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, gelu, peak};
+                       multiply_few, decode, multiply_stored, nullptr, gelu, peak};
 #else
 const Kernels avx2 = {"avx2", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, gelu, peak};
+                       multiply_few, decode, multiply_stored, nullptr, gelu, peak};
 #endif
 }

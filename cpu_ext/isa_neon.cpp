@@ -174,5 +174,5 @@ int64_t peak(int64_t rounds) {
 
 namespace dtq {
 const Kernels neon = {"neon", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                      multiply_few, decode, multiply_stored, gelu, peak};
+                      multiply_few, decode, multiply_stored, nullptr, gelu, peak};
 }

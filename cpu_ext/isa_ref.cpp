@@ -89,5 +89,5 @@ int64_t peak(int64_t) { return 0; }  // whatever the compiler makes of it
 
 namespace dtq {
 const Kernels portable = {"ref", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, gelu, peak};
+                       multiply_few, decode, multiply_stored, nullptr, gelu, peak};
 }

@@ -73,8 +73,9 @@ int64_t peak(int64_t rounds) {
 
 #include "body.h"
 #include "stored.h"
+#include "stored_bf16.h"
 
 namespace dtq {
 const Kernels vnni = {"vnni", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, gelu, peak};
+                       multiply_few, decode, multiply_stored, multiply_bfloat, gelu, peak};
 }

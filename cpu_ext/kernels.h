@@ -123,12 +123,12 @@ struct Decode {
   Float type;  // that weights are rounded to
   void* out;   // (N, K) of it, or of products (M, N)
 
-  const float* x;        // (M, columns), the rest of each row 0
-  int64_t tokens, line;  // M, at most kFewFloats; K rounded up to 16
+  const void* x;         // (M, line), 0 past K: float32, or bfloat16 for `multiply_bfloat`
+  int64_t tokens, line;  // M, at most kFewFloats; K rounded up to 32
   const float* bias;     // (N) or null
 };
 
-constexpr int kChunk = 256;     // columns decoded together
+constexpr int kChunk = 1024;     // columns decoded together
 constexpr int kTogether = 4;    // output channels decoded together
 constexpr int kFewFloats = 16;  // above this a product with decoded weights is faster
 constexpr int kScratch = kTogether * (kChunk + kFewFloats * 16);
@@ -150,6 +150,8 @@ struct Kernels {
   // rows [first, last) of a stored matrix, and their products; `scratch` holds kScratch floats
   void (*decode)(const Decode&, int64_t first, int64_t last, float* scratch);
   void (*multiply_stored)(const Decode&, int64_t first, int64_t last, float* scratch);
+  // the same of bfloat16 tokens, for machines that `has_bfloat16`; null where no instruction does it
+  void (*multiply_bfloat)(const Decode&, int64_t first, int64_t last, float* scratch);
   // elements [first, last) of a dense tensor
   void (*gelu)(const void* x, void* out, Float type, int64_t first, int64_t last);
   // integer operations, a product and a sum each, done `rounds` times in registers; returns how many

@@ -117,6 +117,18 @@ void over_rows(dtq::Decode& d, Run run) {
                    });
 }
 
+// A copy of contiguous rows, each `line` elements with zeros at its end; it lasts to the next call.
+const void* filled_up(const Tensor& x, int64_t line) {
+  static thread_local Scratch copy;
+  const int64_t size = x.element_size(), bytes = x.size(1) * size;
+  char* to = copy.get(x.size(0) * line * size);
+  for (int64_t t = 0; t < x.size(0); t++) {
+    std::copy_n(data<char>(x) + t * bytes, bytes, to + t * line * size);
+    std::fill(to + t * line * size + bytes, to + (t + 1) * line * size, 0);
+  }
+  return to;
+}
+
 Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names,
                   const std::string& format, int64_t columns, ScalarType type) {
   STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
@@ -154,19 +166,15 @@ Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& parts,
         STD_TORCH_CHECK(bias->numel() == rows, "dtq linear: bias must have ", rows, " entries");
         wide_bias = side_by_side(as(*bias, ScalarType::Float));
       }
-      static thread_local Scratch floats;
+      const dtq::Kernels& kernels = dtq::kernels();
+      const bool halves = type == ScalarType::BFloat16 && kernels.multiply_bfloat && dtq::has_bfloat16();
+      const Tensor x = side_by_side(halves ? x_in : as(x_in, ScalarType::Float));
       dtq::Decode d = {weight.w, float_type(type), out.mutable_data_ptr()};
       d.tokens = tokens;
-      d.line = rounded_up(columns, 16);
-      float* to = floats.get<float>(tokens * d.line * sizeof(float));
-      const Tensor wide = side_by_side(as(x_in, ScalarType::Float));
-      for (int64_t t = 0; t < tokens; t++) {
-        std::copy_n(data<float>(wide) + t * columns, columns, to + t * d.line);
-        std::fill(to + t * d.line + columns, to + (t + 1) * d.line, 0.0f);
-      }
-      d.x = to;
+      d.line = rounded_up(columns, 32);
+      d.x = filled_up(x, d.line);
       d.bias = bias ? data<float>(wide_bias) : nullptr;
-      over_rows(d, dtq::kernels().multiply_stored);
+      over_rows(d, halves ? kernels.multiply_bfloat : kernels.multiply_stored);
       return out;
     }
   }

@@ -91,27 +91,38 @@ constexpr bool looked_up(Codes kind, int bits) {
   return kind == kTable || kind == kTwoLevel || kind == kTrits || (kind == kAffine && bits < 8);
 }
 
+template <Codes kind>
+inline float group_scale(const Stored& w, int64_t n, int64_t at) {
+  return scale_at(w, kind == kTwoLevel || kind == kWords ? n : at);
+}
+
+template <Codes kind>
+inline float group_zero(const Stored& w, int64_t at) {
+  return kind == kTrits ? 1 : w.zero ? w.zero[at] : w.offset;
+}
+
+// What the codes from i * kLanes on stand for, before the scale.
+template <Codes kind, int bits>
+inline V levels_of_codes(const Stored& w, int64_t at, int i) {
+  const I code = (I)(lanes() + i * kLanes);
+  if constexpr (kind == kTable) return load(w.levels + i * kLanes);
+  if constexpr (kind != kTwoLevel)
+    return __builtin_convertvector(code, V) - splat(group_zero<kind>(w, at));
+  const int byte = w.group_bytes[at], zero = byte & ((1 << bits) - 1);
+  const I wide = (code - zero) * ((byte >> bits) + 1);
+  return __builtin_convertvector((wide << 24) >> 24, V);  // wraps as int8 does
+}
+
 template <Codes kind, int bits>
 inline void fill_group(const Decode& d, int64_t n, int64_t at, Group& group) {
   const Stored& w = d.weight;
-  group.scale = scale_at(w, kind == kTwoLevel || kind == kWords ? n : at);
-  group.zero = kind == kTrits ? 1 : w.zero ? w.zero[at] : w.offset;
+  group.scale = group_scale<kind>(w, n, at);
+  group.zero = group_zero<kind>(w, at);
   group.finite = group.scale - group.scale == 0 && w.finite;
   if constexpr (!looked_up(kind, bits)) return;
   for (int i = 0; i < kVectors; i++) {
-    const I code = (I)(lanes() + i * kLanes);
-    V level;
-    if constexpr (kind == kTable) {
-      level = load(w.levels + i * kLanes);
-    } else if constexpr (kind == kTwoLevel) {
-      const int byte = w.group_bytes[at], zero = byte & ((1 << bits) - 1);
-      const I wide = (code - zero) * ((byte >> bits) + 1);
-      level = __builtin_convertvector((wide << 24) >> 24, V);  // wraps as int8 does
-    } else {
-      level = __builtin_convertvector(code, V) - splat(group.zero);
-    }
-    level = rounded_to(level * splat(group.scale), d.type, group.finite);
-    store(group.table + i * kLanes, level);
+    const V level = levels_of_codes<kind, bits>(w, at, i) * splat(group.scale);
+    store(group.table + i * kLanes, rounded_to(level, d.type, group.finite));
   }
 }
 
@@ -215,25 +226,39 @@ void decode(const Decode& d, int64_t first, int64_t last, float* line) {
     }
 }
 
-// kTogether channels by `tokens` of them, kChunk columns.
-template <int tokens>
-inline void add_products(const float* lines, const float* x, int64_t line, int width, float* sums) {
-  V sum[tokens][kTogether];
-  for (int t = 0; t < tokens; t++)
-    for (int r = 0; r < kTogether; r++) sum[t][r] = load(sums + (t * kTogether + r) * kLanes);
-  for (int k = 0; k < width; k += kLanes) {
-    V w[kTogether];
-    for (int r = 0; r < kTogether; r++) w[r] = load(lines + r * kChunk + k);
-#pragma GCC unroll 4
-    for (int t = 0; t < tokens; t++) {
-      const V token = load(x + t * line + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < kTogether; r++) sum[t][r] = fused(w[r], token, sum[t][r]);
-    }
+// How float32 weights and tokens are multiplied.
+struct InFloats {
+  typedef float T;
+  static constexpr int kUnit = kRun;  // columns, to whole ones of which tokens are filled with zeros
+  Line line;
+
+  explicit InFloats(const Decode& d) : line(line_of(d.weight)) {}
+
+  // Columns [first, last) of row n, and what fills the last unit: numbers.
+  void decode(const Decode& d, int64_t n, int64_t first, int64_t last, float* out) {
+    line(d, n, first, last, out);
   }
-  for (int t = 0; t < tokens; t++)
-    for (int r = 0; r < kTogether; r++) store(sums + (t * kTogether + r) * kLanes, sum[t][r]);
-}
+
+  // kTogether channels by `tokens` of them, kChunk columns.
+  template <int tokens>
+  static void add(const float* lines, const float* x, int64_t line, int width, float* sums) {
+    V sum[tokens][kTogether];
+    for (int t = 0; t < tokens; t++)
+      for (int r = 0; r < kTogether; r++) sum[t][r] = load(sums + (t * kTogether + r) * kLanes);
+    for (int k = 0; k < width; k += kLanes) {
+      V w[kTogether];
+      for (int r = 0; r < kTogether; r++) w[r] = load(lines + r * kChunk + k);
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; t++) {
+        const V token = load(x + t * line + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < kTogether; r++) sum[t][r] = fused(w[r], token, sum[t][r]);
+      }
+    }
+    for (int t = 0; t < tokens; t++)
+      for (int r = 0; r < kTogether; r++) store(sums + (t * kTogether + r) * kLanes, sum[t][r]);
+  }
+};
 
 inline float total(const float* lane) {
   float sum[kLanes];
@@ -243,25 +268,40 @@ inline float total(const float* lane) {
   return sum[0];
 }
 
-// Each sum in an order that depends on K and the vectors' length alone.
-void multiply_stored(const Decode& d, int64_t first, int64_t last, float* lines) {
-  const Line decoded = line_of(d.weight);
+// Columns [first, last) of a row that comes next.
+inline void fetch_ahead(const Stored& w, int64_t n, int64_t first, int64_t last) {
+  const uint8_t* row = w.weight + n * w.row_bytes;
+  const uint8_t *p = row + first * w.row_bytes / w.columns, *end = row + last * w.row_bytes / w.columns;
+  for (; p < end && p < w.end; p += 64) __builtin_prefetch(p);
+}
+
+// Each sum in an order that depends on K and the instruction set alone.
+template <class How>
+inline void multiply_by(const Decode& d, int64_t first, int64_t last, float* scratch) {
+  typedef typename How::T T;
+  How how(d);
+  const T* x = (const T*)d.x;
+  T* lines = (T*)scratch;
   const int64_t columns = d.weight.columns, rows = d.weight.rows;
-  float* sums = lines + kTogether * kChunk;  // [token][kTogether][kLanes]
+  float* sums = scratch + kTogether * kChunk;  // [token][kTogether][kLanes]
   for (int64_t n = first; n < last; n += kTogether) {
     const int count = (int)(last - n < kTogether ? last - n : kTogether);
     memset(sums, 0, d.tokens * kTogether * kLanes * sizeof(float));
-    if (count < kTogether) memset(lines, 0, kTogether * kChunk * sizeof(float));
+    if (count < kTogether) memset(lines, 0, kTogether * kChunk * sizeof(T));
     for (int64_t k = 0; k < columns; k += kChunk) {
       const int64_t end = k + kChunk < columns ? k + kChunk : columns;
-      for (int r = 0; r < count; r++) decoded(d, n + r, k, end, lines + r * kChunk);
-      const int width = (int)(end - k + kRun - 1) / kRun * kRun;
+      for (int r = 0; r < count; r++) {
+        fetch_ahead(d.weight, n + r + kTogether, k, end);
+        how.decode(d, n + r, k, end, lines + r * kChunk);
+      }
+      const int width = (int)(end - k + How::kUnit - 1) / How::kUnit * How::kUnit;
       int64_t t = 0;
       for (; t + kTile <= d.tokens; t += kTile)
-        add_products<kTile>(lines, d.x + t * d.line + k, d.line, width,
-                            sums + t * kTogether * kLanes);
+        How::template add<kTile>(lines, x + t * d.line + k, d.line, width,
+                                 sums + t * kTogether * kLanes);
       for (; t < d.tokens; t++)
-        add_products<1>(lines, d.x + t * d.line + k, d.line, width, sums + t * kTogether * kLanes);
+        How::template add<1>(lines, x + t * d.line + k, d.line, width,
+                             sums + t * kTogether * kLanes);
     }
     for (int64_t t = 0; t < d.tokens; t++) {
       float y[kRun];
@@ -272,6 +312,10 @@ void multiply_stored(const Decode& d, int64_t first, int64_t last, float* lines)
       store_line(d.out, t * rows + n, y, count, d.type);
     }
   }
+}
+
+void multiply_stored(const Decode& d, int64_t first, int64_t last, float* scratch) {
+  multiply_by<InFloats>(d, first, last, scratch);
 }
 
 }  // namespace

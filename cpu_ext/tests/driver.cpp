@@ -191,6 +191,49 @@ bool alike(const dtq::Kernels& kernels) {
   return same;
 }
 
+float bfloat(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+
+// Products of pairs of bfloat16, where the machine has them: near those of its decoded weights.
+bool pairs(const dtq::Kernels& kernels) {
+  if (!kernels.multiply_bfloat || !dtq::has_bfloat16()) return true;
+  for (int bits : {4, 8})
+    for (int64_t k : {64, 176, 416}) {
+      const int64_t m = 5, n = 6, line = (k + 31) / 32 * 32;
+      const auto weight = draw<int8_t>(n * k * bits / 8, -128, 127);
+      const auto scale = draw<float>(n, 1, 9);
+      std::vector<uint16_t> x(m * line), w(n * k), out(m * n);
+      for (int64_t i = 0; i < m * line; i++)  // numbers from 1 to 4 of either sign
+        if (i % line < k) x[i] = (uint16_t)(0x3f80 + dice() % 256 + dice() % 2 * 0x8000);
+      std::vector<float> scratch(dtq::kScratch);
+      dtq::Decode d = {};
+      d.weight.codes = bits == 8 ? dtq::kAffine : dtq::kTable, d.weight.bits = bits;
+      d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k * bits / 8, d.weight.groups = 1;
+      d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + weight.size();
+      d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data();
+      for (int level = 0; level < 16; level++) d.weight.levels[level] = (level - 7) / 3.0f;
+      d.weight.finite = true;
+      d.type = dtq::kBFloat16, d.out = w.data();
+      dtq::portable.decode(d, 0, n, scratch.data());
+      d.out = out.data(), d.x = x.data(), d.tokens = m, d.line = line;
+      kernels.multiply_bfloat(d, 0, n, scratch.data());
+      for (int64_t t = 0; t < m; t++)
+        for (int64_t i = 0; i < n; i++) {
+          double want = 0, size = 0;
+          for (int64_t j = 0; j < k; j++) {
+            const double one = (double)bfloat(x[t * line + j]) * bfloat(w[i * k + j]);
+            want += one, size += fabs(one);
+          }
+          if (fabs(bfloat(out[t * n + i]) - want) > fabs(want) / 128 + size * 1e-5) return false;
+        }
+    }
+  return true;
+}
+
 // Products of drawn shapes, formats and epilogues: the bits of the portable code.
 bool agrees(const dtq::Kernels& kernels, int problems) {
   for (int problem = 0; problem < problems; problem++) {
@@ -268,7 +311,7 @@ int main(int count, char** given) {
                           Case{1, 33, 192, 64}, Case{8, 5, 320, 64}, Case{50, 40, 640, 32},
                           Case{1, 33, 192, 64, 3}, Case{8, 5, 328, 8, 3}, Case{50, 40, 640, 32, 3}})
       right = right && product(kernels, c);
-    right = right && agrees(kernels, problems);
+    right = right && pairs(kernels) && agrees(kernels, problems);
     printf("%s %s\n", name, right ? "right" : "WRONG");
     failed |= !right;
   }
