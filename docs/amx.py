@@ -78,6 +78,8 @@ CHANGES = [
     ),
     ("crregs.cc", "BX_XCR0_XTILEDATA_BIT].attr   = BX_XSAVE_ALIGN64", " | BX_XSAVE_XFD_SUPPORT"),
 ]
+# vcvtne2ps2bf16 takes its upper half from the lanes of the first operand, not from behind them
+UPPER_HALF = ("convert_ne_fp32_to_bfloat16(op1.vmm32u(n", " - DWORD_ELEMENTS(len)")
 # bytes that the manual calls signed (TDPBSSD and its kin) are extended by their sign
 SIGNED = {"DPBDSS": "xy", "DPBDSU": "x", "DPBDUS": "y"}
 
@@ -130,7 +132,7 @@ def change(cpu: Path) -> None:
     """Make the changes, once."""
     if FIRST_USE in (cpu / "proc_ctrl.cc").read_text("latin-1"):
         return
-    for name, there, added in CHANGES:
+    for name, there, added in [*CHANGES, ("avx/avx512_bf16.cc", *UPPER_HALF)]:
         swap(cpu / name, there, there + added)
     source = cpu / "avx" / "amx.cc"
     text = source.read_text("latin-1")
