@@ -6,9 +6,9 @@
 namespace dtq {
 namespace {
 
+constexpr int kBlocks = kGroup;
 // Codes of a group and weights of a panel stay in the first-level cache for so many steps while each
 // kBlock rows of the panel pass by.
-constexpr int kBlocks = kGroup;
 constexpr int64_t kAtOnce = 8;
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,

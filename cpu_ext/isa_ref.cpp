@@ -46,26 +46,27 @@ inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out
 namespace dtq {
 namespace {
 
-constexpr int kBlocks = kGroup;
-constexpr int64_t kAtOnce = 8;
+constexpr int kBlock = 1;
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
-                           int count, bool more, int32_t* sums) {
-  for (int c = 0; c < count; c++)
-    for (int n = 0; n < kRows; n++) {
-      int32_t sum[kTokens] = {};
-      for (int64_t s = 0; s < steps; s++) {
-        const Weight* w = weights + (s * kRows + n) * kStep;
-        const Code* x = codes + c * next + s * kStep * kTokens;
-        for (int q = 0; q < kStep; q += 2, x += 2 * kTokens)
-          for (int t = 0; t < kTokens; t++) sum[t] += w[q] * x[2 * t] + w[q + 1] * x[2 * t + 1];
-      }
-      int32_t* to = sums + (n * kGroup + c) * kTokens;
-      for (int t = 0; t < kTokens; t++) to[t] = more ? to[t] + sum[t] : sum[t];
-    }
+inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, bool more,
+                           int32_t* sums) {
+  int32_t sum[kTokens] = {};
+  for (int64_t s = 0; s < steps; s++) {
+    const Weight* w = weights + s * kRows * kStep;
+    const Code* x = codes + s * kStep * kTokens;
+    for (int q = 0; q < kStep; q += 2, x += 2 * kTokens)
+      for (int t = 0; t < kTokens; t++) sum[t] += w[q] * x[2 * t] + w[q + 1] * x[2 * t + 1];
+  }
+  for (int t = 0; t < kTokens; t++) sums[t] = more ? sums[t] + sum[t] : sum[t];
 }
 
-inline bool splits(const Linear&) { return false; }
+}  // namespace
+}  // namespace dtq
+
+#include "blocks.h"
+
+namespace dtq {
+namespace {
 
 inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   Weight line[kStep];

@@ -42,7 +42,7 @@ inline void multiply_rows(const Weight* weights, const Code* codes, int64_t step
 }
 
 constexpr int kBlocks = kGroup;
-constexpr int64_t kAtOnce = 8;  // codes and weights stay in the first-level cache for so many
+constexpr int64_t kAtOnce = 8;  // as in blocks.h
 
 inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
                            int count, bool more, int32_t* sums) {

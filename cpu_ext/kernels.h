@@ -128,7 +128,7 @@ struct Decode {
   const float* bias;     // (N) or null
 };
 
-constexpr int kChunk = 1024;     // columns decoded together
+constexpr int kChunk = 1024;    // columns decoded together
 constexpr int kTogether = 4;    // output channels decoded together
 constexpr int kFewFloats = 16;  // above this a product with decoded weights is faster
 constexpr int kScratch = kTogether * (kChunk + kFewFloats * 16);
@@ -158,7 +158,8 @@ struct Kernels {
   int64_t (*peak)(int64_t rounds);
 };
 
-// A panel of weights, and behind it the sums of every two of so many token blocks.
+// A panel of weights, and behind it the sums of every two of so many token blocks: AMX keeps them there
+// where a panel passes by in parts; others do not touch that memory.
 static inline int64_t scratch_bytes(const Kernels& kernels, const Linear& g, int64_t blocks) {
   return g.steps * kStep * kRows * kernels.panel_bytes +
          (blocks + 1) / 2 * kRows * kGroup * kTokens * (int64_t)sizeof(int32_t);

@@ -325,8 +325,8 @@ Tensor group_a8_linear(const Tensor& codes, const Tensor& row_scale, const Tenso
   return product.run(type);
 }
 
-// Products of nothing, types that are not written directly, and low-rank branches, which torch's own
-// product adds as fast, are left to the reference.
+// Products of nothing, types that are not written directly, and low-rank branches are left to the
+// reference; layers do not ask for the last on a CPU (branch_joins in dtq/kernels/table.py).
 bool completes(const Tensor& codes, ScalarType type, const MaybeTensor& low, const MaybeTensor& up) {
   STD_TORCH_CHECK(low.has_value() == up.has_value(), "dtq linear: a low-rank branch has two factors");
   return written_directly(type) && codes.dim() == 2 && codes.size(0) > 0 && codes.size(1) > 0 &&

@@ -193,7 +193,8 @@ def main(source: Path, kernel: Path, isolinux: str, modules: str) -> None:
         machine = MACHINE.format(bochs=bochs, work=work, without=WITHOUT)
         (work / "machine").write_text(machine)
         print(said := run(bochs, work))
-    sys.exit(0 if "amx right" in said and "status 0" in said else 1)
+    wanted = ("pairs present", "amx right", "status 0")
+    sys.exit(0 if all(line in said for line in wanted) else 1)
 
 
 def run(bochs: Path, work: Path) -> str:

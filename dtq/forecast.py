@@ -104,18 +104,8 @@ def seconds(
         if "gram" in needs:
             counted = runs.calls * min(GRAM_ROWS, runs.pictures * _rows(scan))
             total += counted * sum(2 * s.columns**2 for s in sites) / rate
-    versions = [plan.quantized()]
-    for other in recipe.compare:
-        versions.append([replace(x, transform=Call(other)) for x in plan.gemm()])
-    for option in recipe.allocate.options if recipe.allocate.budget else ():
-        versions.append([replace(x, weights=option) for x in plan.gemm() if x.weights != option])
-    layers = [layer for version in versions for layer in version]
     sampled = runs.calls * runs.pictures * _rows(scan)
-    known = paces(layers, recipe, needs, rate, sampled)
-    readers = {x.name: len(s.linears) for s in scan.sites for x in s.linears}
-    total += sum(
-        known[kind(x)].seconds(x.shape, rate, "gram" in needs, readers[x.name]) for x in layers
-    )
+    total += _solving(scan, plan, recipe, needs, rate, sampled)
     refined = recipe.refine.name != "none"
     if recipe.compare or recipe.allocate.budget or recipe.steps.modes or refined:
         total += runs.steps * forward(RECORDED * runs.branches)
@@ -129,6 +119,23 @@ def seconds(
         # a step trains one block, three times its forward; inputs are captured block by block
         total += (3 * dict(recipe.refine.knobs).get("steps", 100) + 40 * blocks) * call
     return total
+
+
+def _solving(
+    scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str], rate: float, sampled: int
+) -> float:
+    """Of every layer, in every version of it that the recipe compares."""
+    versions = [plan.quantized()]
+    for other in recipe.compare:
+        versions.append([replace(x, transform=Call(other)) for x in plan.gemm()])
+    for option in recipe.allocate.options if recipe.allocate.budget else ():
+        versions.append([replace(x, weights=option) for x in plan.gemm() if x.weights != option])
+    layers = [layer for version in versions for layer in version]
+    known = paces(layers, recipe, needs, rate, sampled)
+    readers = {x.name: len(s.linears) for s in scan.sites for x in s.linears}
+    return sum(
+        known[kind(x)].seconds(x.shape, rate, "gram" in needs, readers[x.name]) for x in layers
+    )
 
 
 def _rows(scan: Scan) -> int:
