@@ -25,6 +25,7 @@
 #define DTQ_BOUNDS(threads, blocks)
 #define DTQ_SHARED(name) unsigned char* name = ::dtq::sim::block().shared
 #define DTQ_HAS_WGMMA 1
+#define DTQ_HAS_FP4 1
 
 #else
 #include <cuda.h>
@@ -41,6 +42,10 @@
 #define DTQ_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DTQ_HAS_WGMMA 1  // sm_90a alone; elsewhere a Hopper kernel traps
+#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH_FAMILY_SPECIFIC__ == 1200 || \
+    defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+#define DTQ_HAS_FP4 1  // sm_120f, sm_120a, sm_121a
 #endif
 
 namespace dtq {
@@ -111,6 +116,13 @@ DTQ_DEV void sts(void* p, T value) {
 DTQ_DEV void cp_async16(void* to, const void* from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(from), "r"(valid)
+               : "memory");
+}
+
+// The same with 4 bytes, of which all are read or none.
+DTQ_DEV void cp_async4(void* to, const void* from, bool read) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(read ? 4 : 0)
                : "memory");
 }
 
@@ -193,6 +205,33 @@ DTQ_DEV void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#if defined(DTQ_HAS_FP4)
+// D (16 x 8) += A (16 x 64) B (64 x 8) of E2M1 codes, eight a register: a[0] row g, k 8t..; a[1] row
+// g + 8; a[2], a[3] the same at k + 32; b0 column g, k 8t..; b1 at k + 32. Every 16 columns have an
+// e4m3 scale, four to a register; with mx every 32 a power of two, two in the low half. Lanes t = 0
+// and 1 of a quad hold those of rows g and g + 8, lane t = 0 those of column g.
+template <bool mx>
+DTQ_DEV void mma_fp4(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                     uint32_t scales_a, uint32_t scales_b) {
+  if constexpr (mx)
+    asm volatile(
+        "mma.sync.aligned.kind::mxf4.block_scale.scale_vec::2X.m16n8k64.row.col.f32.e2m1.e2m1.f32"
+        ".ue8m0 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, {%10}, {0, 0}, "
+        "{%11}, {0, 0};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(scales_a),
+          "r"(scales_b));
+  else
+    asm volatile(
+        "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1"
+        ".f32.ue4m3 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, {%10}, {0, 0}, "
+        "{%11}, {0, 0};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(scales_a),
+          "r"(scales_b));
+}
+#endif
 
 // ---------------------------------------------------------------------------- arithmetic
 // Each rounds once and nothing is contracted: the reference does the same, one after the other.

@@ -230,11 +230,10 @@ Result reference(const char* name, const Arguments&... arguments) {
   constexpr size_t count = sizeof...(Arguments);
   std::array<StableIValue, count> stack{torch::stable::detail::from(arguments)...};
   DTQ_CHECKED(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  if constexpr (std::is_same_v<Result, Tensor>) {
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  } else {
-    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-  }
+  auto result = [&](size_t i) { return torch::stable::detail::to<Tensor>(stack[i]); };
+  if constexpr (std::is_same_v<Result, Tensor>) return result(0);
+  else if constexpr (std::tuple_size_v<Result> == 2) return {result(0), result(1)};
+  else return {result(0), result(1), result(2)};
 }
 
 }  // namespace dtq::binding

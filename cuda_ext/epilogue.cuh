@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From an int32 sum to an output: the order of operations is the reference's, each rounds once.
+// From a sum, int32 or of FP4 products, to an output: the order of operations is the reference's, each rounds once.
 #pragma once
 #include "levels.cuh"
 #include "numbers.cuh"
@@ -15,9 +15,24 @@ struct GemmArgs {
   bool partial;  // int32 sums go to the workspace, (splits, M, N), for sum_splits
 };
 
-DTQ_DEV float scaled(int32_t sum, float row_scale, float weight_scale, bool has_bias, float bias) {
-  const float v = fmul(fmul(int_to_float(sum), row_scale), weight_scale);
+DTQ_DEV float scaled(float sum, float row_scale, float weight_scale, bool has_bias, float bias) {
+  const float v = fmul(fmul(sum, row_scale), weight_scale);
   return has_bias ? fadd(v, bias) : v;
+}
+DTQ_DEV float scaled(int32_t sum, float row_scale, float weight_scale, bool has_bias, float bias) {
+  return scaled(int_to_float(sum), row_scale, weight_scale, has_bias, bias);
+}
+
+// Of a row of the weight; float sums, those of FP4, have one for all.
+template <class Sum>
+DTQ_DEV float weight_scale(const Gemm& g, int64_t n);
+template <>
+DTQ_DEV float weight_scale<int32_t>(const Gemm& g, int64_t n) {
+  return ldg(g.weight_scale + n);
+}
+template <>
+DTQ_DEV float weight_scale<float>(const Gemm& g, int64_t) {
+  return g.weight_scale ? ldg(g.weight_scale) : 1;
 }
 
 // GELU, then gate * v + residual, where there are any.

@@ -7,6 +7,7 @@ namespace dtq {
 int gemm_int8(const Gemm&, const Plan&, Stream);
 int gemm_two_level(const Gemm&, const Plan&, Stream);
 int gemm_table(const Gemm&, const Plan&, Stream);
+int gemm_fp4(const Gemm&, const Plan&, Stream);
 
 }  // namespace dtq
 
@@ -21,6 +22,7 @@ int dtq_gemm(const Gemm* g, Stream stream) {
   if (workspace_of(*g, plan) > g->workspace_bytes) return kWorkspace;
   if (g->weights == kInt8) return gemm_int8(*g, plan, stream);
   if (g->weights == kTwoLevel) return gemm_two_level(*g, plan, stream);
+  if (is_fp4(*g)) return gemm_fp4(*g, plan, stream);
   return gemm_table(*g, plan, stream);
 }
 

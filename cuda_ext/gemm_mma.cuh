@@ -25,7 +25,8 @@ struct MmaTile {
   using Source = Source_;
   static constexpr int kTileM = tile_m, kTileN = tile_n, kWarpM = warp_m, kWarpN = warp_n;
   static constexpr int kStages = stages;
-  static constexpr bool kAligned = aligned;  // rows start at multiples of 16 bytes
+  static constexpr bool kAligned = aligned;   // rows start at multiples of 16 bytes
+  static constexpr bool kSwizzled = false;    // see Loader
   static constexpr int kWarpsM = tile_m / warp_m, kThreads = 32 * kWarpsM * (tile_n / warp_n);
   static constexpr int kBlocksM = warp_m / 16, kBlocksN = warp_n / 8;  // mma of a warp
   static constexpr int kRowW = kStep * Source::kBits / 8;              // bytes
@@ -35,7 +36,8 @@ struct MmaTile {
 };
 
 // This thread's 16-byte chunks of a tile of `rows` rows x `width` bytes: always the same bytes of a
-// row, in every kPitch-th row. What lies outside the matrix arrives as zeros.
+// row, in every kPitch-th row. What lies outside the matrix arrives as zeros. Swizzled, the four chunks
+// of 64 bytes change places every other row, so that eight rows of a chunk lie in different banks.
 template <class T, int rows, int width>
 struct Loader {
   static constexpr int kAcross = width / 16, kPitch = T::kThreads / kAcross;
@@ -44,12 +46,18 @@ struct Loader {
   const uint8_t* from;
   int64_t row_bytes;
   int byte;        // of the row, in step 0
+  int place;       // of the first chunk in the tile
   uint32_t there;  // which of the chunks lie in rows of the matrix
 
   DTQ_DEV Loader(const void* matrix, int first, int64_t all, int64_t bytes) {
     const int row = first + tid() / kAcross;
     row_bytes = bytes;
     byte = tid() % kAcross * 16;
+    place = tid() * 16;
+    if constexpr (T::kSwizzled) {
+      static_assert(width == 64 && kPitch % 8 == 0);
+      place ^= tid() / kAcross / 2 % 4 * 16;
+    }
     from = static_cast<const uint8_t*>(matrix) + row * bytes + byte;
     there = 0;
     DTQ_UNROLL for (int c = 0; c < kChunks; c++)
@@ -62,7 +70,7 @@ struct Loader {
       if (rows < kPitch && tid() / kAcross >= rows) break;
       const uint8_t* p = from + c * kPitch * row_bytes + step * width;
       const int bytes = there >> c & 1 && valid > 0 ? valid : 0;
-      unsigned char* chunk = to + (tid() + c * T::kThreads) * 16;
+      unsigned char* chunk = to + place + c * T::kThreads * 16;
       if constexpr (T::kAligned) cp_async16(chunk, p, bytes);
       else copy_bytes(chunk, p, bytes);
     }
@@ -176,16 +184,16 @@ DTQ_DEV void add_lowrank(const Gemm& g, int64_t first_m, int64_t first_n,
   }
 }
 
-template <class T, bool extras>
+template <class T, bool extras, class Sum>
 DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
-                    const int32_t (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+                    const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
   const int row = lane() / 4, pair = lane() % 4 * 2;
   float v[T::kBlocksM][T::kBlocksN][4];
   DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
     DTQ_UNROLL for (int e = 0; e < 2; e++) {
       const int64_t n = first_n + j * 8 + pair + e;
       const bool there = n < g.rows;
-      const float scale = there ? ldg(g.weight_scale + n) : 0;
+      const float scale = there ? weight_scale<Sum>(g, n) : 0;
       const float bias = there && g.bias ? load_float(g.bias, n, g.bias_type) : 0;
       DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
         DTQ_UNROLL for (int h = 0; h < 2; h++) {

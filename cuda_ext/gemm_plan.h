@@ -16,6 +16,8 @@ enum Tile {
   kMmaOdd,    // 64 x 64, rows that do not start at multiples of 16 bytes
   kWgmma256,  // sm_90: 256 tokens x 128 rows
   kWgmma128,  // 128 x 128: the weight is expanded for half as many tokens
+  kFp4Large,  // sm_120, FP4: 128 x 128
+  kFp4Small,  // 64 x 64
   kTiles
 };
 
@@ -31,6 +33,8 @@ constexpr TileSize kTileSizes[kTiles] = {
     {"mma 64x64, any alignment", 64, 64},
     {"wgmma 256x128", 256, 128},
     {"wgmma 128x128", 128, 128},
+    {"fp4 128x128", 128, 128},
+    {"fp4 64x64", 64, 64},
 };
 
 struct Plan {
@@ -46,6 +50,22 @@ inline int64_t tiles_of(const Gemm& g, Tile tile) {
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+inline bool is_fp4(const Gemm& g) { return g.weights == kNvFp4 || g.weights == kMxFp4; }
+
+// Of a product of FP4 codes. A step of 128 columns has four bytes of scales, or eight: they are copied
+// four at a time.
+inline const char* fp4_refusal(const Gemm& g) {
+  const bool mx = g.weights == kMxFp4;
+  if (g.arch / 10 != 12) return "FP4 products are an instruction of compute capability 12";
+  if (g.group != (mx ? 32 : 16)) return "NVFP4 has groups of 16 columns, MXFP4 of 32";
+  if (g.columns % (mx ? 128 : 64)) return "NVFP4 wants multiples of 64 columns, MXFP4 of 128";
+  auto aligned4 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 4 == 0; };
+  if (!aligned16(g.codes) || !aligned16(g.weight) || !aligned4(g.code_scales) ||
+      !aligned4(g.groups))
+    return "FP4 codes start at multiples of 16 bytes, their scales of 4";
+  return nullptr;
+}
+
 inline const char* refusal(const Gemm& g) {
   if (g.arch < 80) return "needs compute capability 8.0 or newer";
   if (g.tokens < 0 || g.rows < 1 || g.columns < 1) return "empty weight";
@@ -56,6 +76,7 @@ inline const char* refusal(const Gemm& g) {
   if (g.lowrank_type == kFloat32 && g.down) return "low-rank factors are bfloat16 or float16";
   if (g.gate && (!g.residual || g.gate_tokens < 1)) return "a gate comes with a residual";
   if (g.weights == kInt8) return nullptr;
+  if (is_fp4(g)) return fp4_refusal(g);
   if (g.group < 1 || g.rows * (g.columns / g.group) >= 1 << 30) return "more than 2^30 groups";
   if (g.group != 32 && g.group != 64 && g.group != 128 && g.group != g.columns)
     return "4-bit weights come in groups of 32, 64 or 128 columns, or in rows";
@@ -82,6 +103,7 @@ inline bool has_extras(const Gemm& g) { return g.gelu || g.gate || g.down; }
 
 inline Plan plan_of(const Gemm& g) {
   const int steps = int(over(g.columns, 64));
+  if (is_fp4(g)) return {tiles_of(g, kFp4Large) >= g.sms ? kFp4Large : kFp4Small, 1, steps, false};
   if (g.columns % 16 || !aligned16(g.codes) || !aligned16(g.weight))
     return {kMmaOdd, 1, steps, has_extras(g)};
   if (wants_wgmma(g)) return {wgmma_tile(g), 1, steps, false};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of int8 activations, as the code that knows of torch calls them: pointers, sizes, a
-// stream. Nothing here allocates, waits or throws.
+// The products of int8 and FP4 activations, as the code that knows of torch calls them: pointers, sizes,
+// a stream. Nothing here allocates, waits or throws.
 #pragma once
 #include "types.h"
 
@@ -10,21 +10,26 @@ enum Weights {
   kInt8,      // (N, K) int8
   kTwoLevel,  // (N, K / 2), two codes a byte, the low nibble first; and a byte a group
   kTable,     // (N, K / 2) as above; each code names an entry of a table of int8
+  // E2M1 codes of both operands, two a byte, with a scale for each group of columns:
+  kNvFp4,  // an e4m3 for 16
+  kMxFp4,  // a biased exponent for 32
 };
 
 // out = float(codes @ weight^T) * row_scale * weight_scale + bias, in float32 and in this order;
 // then, where given, + low-rank; GELU; gate * that + residual; and one rounding to out_type.
 struct Gemm {
   int64_t tokens, rows, columns;  // M, N, K
-  const int8_t* codes;            // (M, K)
+  const int8_t* codes;            // (M, K), or FP4 (M, K / 2)
+  const uint8_t* code_scales;     // FP4: (M, K / group)
   const float* row_scale;         // (M)
 
   Weights weights;
   const void* weight;
-  const uint8_t* groups;      // kTwoLevel: (N, K / group), zero in the low nibble, scale2 - 1 above
+  const uint8_t* groups;      // kTwoLevel: (N, K / group), zero in the low nibble, scale2 - 1 above;
+                              // FP4: (N, K / group) scales
   const int8_t* tables;       // kTable: (N, K / group, 16)
-  int64_t group;              // columns: 32, 64 or 128, or K, one for a row
-  const float* weight_scale;  // (N)
+  int64_t group;              // columns: 32, 64 or 128, or K, one for a row; 16 or 32 of FP4
+  const float* weight_scale;  // (N); of FP4 (1), or null for 1
   const void* bias;           // (N) of bias_type, or null
   Float bias_type;
   void* out;  // (M, N) of out_type

@@ -18,6 +18,7 @@ enum Refusal {
   kBadLevels = -19,  // not 1 to 127
   kBadWeight = -20,  // bits, groups and columns do not fit together
   kBadGroup = -21,   // groups of a number of columns that is no multiple of 16
+  kBadFp4 = -22,     // FP4 rows that are not whole groups, or not aligned
 };
 
 const char* refusal(int code);
@@ -36,6 +37,9 @@ enum Output {
   kInt8,   // codes, one scale per row
   kE4m3,   // the same with float8_e4m3fn codes
   kFloat,  // float32, not quantized
+  // E2M1 codes, two a byte; one scale per row, NaN if something is not finite; and
+  kNvRow,  // an e4m3 for every 16 columns
+  kMxRow,  // a biased exponent for every 32: the row's scale is 1
 };
 
 // Row by row: `before`, times pre_scale, order, rotation, quantize. Strided rows need columns side by
@@ -61,8 +65,9 @@ struct Rows {
   int levels;          // kInt8: the largest code, 1 to 127
   const float* fixed;  // a scale for all rows, or a table of them; null to measure each row
   const int64_t* bin;  // (1), the place in that table; null for the first
-  void* out;           // (M, width) of int8, e4m3 bytes or float32
+  void* out;           // (M, width) of int8, e4m3 bytes or float32; FP4: (M, K / 2) bytes
   int64_t out_stride;
+  uint8_t* block_scale;  // FP4: (M, K / 16 or K / 32)
   int64_t width;       // columns written, at least K, those beyond it as 0; 0 for K
   float* scale;        // (M); unused by kFloat
   int32_t* sums;       // (M), kInt8: the sum of the codes of each row, or null

@@ -8,18 +8,29 @@ namespace {
 
 using namespace dtq::binding;
 
-// What every product of codes has: the operands but for the weight, checked.
-dtq::Gemm product(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
-                  const Tensor& weight_scale, const Maybe& bias, ScalarType type) {
+// Which kernels there are for a device: those of one generation alone must be in this file, its PTX lacks
+// them.
+int arch_of(const Tensor& t) {
+  const int found = capability(t);
+#if !defined(DTQ_SIM)
+  const std::string built = std::string(" ") + DTQ_ARCHS + " ", own = std::to_string(found);
+  auto has = [&](const std::string& arch) { return built.find(" sm_" + arch + " ") != std::string::npos; };
+  if (found == 90 && !has("90a")) return 89;
+  if (found / 10 == 12 && !has("120f") && !has(own + "a")) return 100;
+#endif
+  return found;
+}
+
+// What every product of codes has: the operands but for the scales of the weight, checked.
+dtq::Gemm product(const Tensor& codes, const Tensor& row_scale, const Tensor& weight, const Maybe& bias,
+                  ScalarType type) {
   STD_TORCH_CHECK(codes.dim() == 2 && weight.dim() == 2, "dtq: codes and weight must be matrices");
   check(codes, "codes", codes, ScalarType::Char);
   check(row_scale, "row_scale", codes, ScalarType::Float);
   check(weight, "weight", codes, ScalarType::Char);
-  check(weight_scale, "weight_scale", codes, ScalarType::Float);
   int64_t tokens = codes.size(0), rows = weight.size(0);
   STD_TORCH_CHECK(row_scale.numel() == tokens, "dtq: ", row_scale.numel(), " row scales for ", tokens,
                   " tokens; there must be one scale per token");
-  check_count(weight_scale, "weight_scale", rows);
   dtq::Gemm g{};
   g.tokens = tokens;
   g.rows = rows;
@@ -27,7 +38,6 @@ dtq::Gemm product(const Tensor& codes, const Tensor& row_scale, const Tensor& we
   g.codes = static_cast<const int8_t*>(codes.data_ptr());
   g.row_scale = static_cast<const float*>(row_scale.data_ptr());
   g.weight = weight.data_ptr();
-  g.weight_scale = static_cast<const float*>(weight_scale.data_ptr());
   if (bias) {
     check(*bias, "bias", codes, bias->scalar_type());
     check_count(*bias, "bias", rows);
@@ -36,8 +46,18 @@ dtq::Gemm product(const Tensor& codes, const Tensor& row_scale, const Tensor& we
     g.bias_type = float_of(bias->scalar_type());
   }
   g.out_type = float_of(type);
-  g.arch = capability(codes);
+  g.arch = arch_of(codes);
   g.sms = multiprocessors(codes);
+  return g;
+}
+
+// That of int8 codes, whose weights have a scale for each row.
+dtq::Gemm product(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                  const Tensor& weight_scale, const Maybe& bias, ScalarType type) {
+  dtq::Gemm g = product(codes, row_scale, weight, bias, type);
+  check(weight_scale, "weight_scale", codes, ScalarType::Float);
+  check_count(weight_scale, "weight_scale", g.rows);
+  g.weight_scale = static_cast<const float*>(weight_scale.data_ptr());
   return g;
 }
 
@@ -90,6 +110,30 @@ void set_table(dtq::Gemm& g, const Tensor& weight, const Tensor& tables) {
   STD_TORCH_CHECK(tables.dim() == 3 && tables.size(2) == 16, "dtq: tables must have 16 entries");
   g.weights = dtq::kTable;
   g.tables = static_cast<const int8_t*>(tables.data_ptr());
+}
+
+// Scales of blocks of both operands, e4m3 or biased exponents, and the one of the matrix.
+void set_fp4(dtq::Gemm& g, const Tensor& weight, const Tensor& code_scale, const Tensor& weight_scale,
+             const Maybe& outer) {
+  const bool mx = code_scale.scalar_type() == ScalarType::Byte;
+  const ScalarType type = mx ? ScalarType::Byte : ScalarType::Float8_e4m3fn;
+  check(code_scale, "code_scale", weight, type);
+  check(weight_scale, "weight_scale", weight, type);
+  STD_TORCH_CHECK(weight.size(1) == g.columns, "dtq: codes with ", 2 * g.columns,
+                  " columns do not fit the weight, which has ", 2 * weight.size(1));
+  g.columns *= 2;
+  g.group = mx ? 32 : 16;
+  g.weights = mx ? dtq::kMxFp4 : dtq::kNvFp4;
+  STD_TORCH_CHECK(g.columns % g.group == 0, "dtq: ", g.columns, " columns are not whole groups of ",
+                  g.group);
+  check_count(code_scale, "code_scale", g.tokens * (g.columns / g.group));
+  check_count(weight_scale, "weight_scale", g.rows * (g.columns / g.group));
+  g.code_scales = static_cast<const uint8_t*>(code_scale.data_ptr());
+  g.groups = static_cast<const uint8_t*>(weight_scale.data_ptr());
+  if (!outer) return;
+  check(*outer, "weight_scale_2", weight, ScalarType::Float);
+  check_count(*outer, "weight_scale_2", 1);
+  g.weight_scale = static_cast<const float*>(outer->data_ptr());
 }
 
 void set_branch(dtq::Gemm& g, const Tensor& codes, const Maybe& low, const Maybe& up) {
@@ -186,12 +230,27 @@ Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const 
                            groups, bias, gelu, gate, residual, type, low, up);
 }
 
+Tensor fp4_linear(const Tensor& codes, const Tensor& code_scale, const Tensor& row_scale,
+                  const Tensor& weight, const Tensor& weight_scale, const Maybe& weight_scale_2,
+                  const Maybe& bias, bool gelu, const Maybe& gate, const Maybe& residual, ScalarType type,
+                  const Maybe& low, const Maybe& up) {
+  Guard guard(codes);
+  dtq::Gemm g = product(codes, row_scale, weight, bias, type);
+  set_fp4(g, weight, code_scale, weight_scale, weight_scale_2);
+  set_branch(g, codes, low, up);
+  set_epilogue(g, codes, gelu, gate, residual, type);
+  if (auto done = multiplied(g, codes, type)) return *done;
+  return reference<Tensor>("dtq_reference::fp4_linear", codes, code_scale, row_scale, weight, weight_scale,
+                           weight_scale_2, bias, gelu, gate, residual, type, low, up);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
   m.impl("w4a8_linear", TORCH_BOX(&w4a8_linear));
   m.impl("lut4a8_linear", TORCH_BOX(&lut4a8_linear));
+  m.impl("fp4_linear", TORCH_BOX(&fp4_linear));
   m.impl("w8a8_epilogue_linear", TORCH_BOX(&w8a8_epilogue_linear));
   m.impl("w4a8_epilogue_linear", TORCH_BOX(&w4a8_epilogue_linear));
 }

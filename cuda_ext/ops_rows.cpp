@@ -13,6 +13,7 @@ using namespace dtq::binding;
 // ------------------------------------------------------------------------------ rows of activations
 
 using Pair = std::tuple<Tensor, Tensor>;
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
 const Maybe kNone;
 
@@ -161,6 +162,29 @@ Pair e4m3_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe
     if (auto done = quantized(rows, x, dtq::kE4m3)) return *done;
   }
   return reference<Pair>("dtq_reference::e4m3_quantize_rows", given, pre_scale, order, block, turns);
+}
+
+Triple fp4_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                         int64_t turns, bool mx) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  const int64_t group = mx ? 32 : 16, columns = x.size(1);
+  STD_TORCH_CHECK(columns % group == 0, "dtq: ", columns, " columns are not whole groups of ", group);
+  if (has_rows(x)) {
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    const ScalarType type = mx ? ScalarType::Byte : ScalarType::Float8_e4m3fn;
+    Tensor codes = torch::stable::new_empty(x, {x.size(0), columns / 2}, ScalarType::Char);
+    Tensor blocks = torch::stable::new_empty(x, {x.size(0), columns / group}, type);
+    Tensor scales = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
+    rows.output = mx ? dtq::kMxRow : dtq::kNvRow;
+    rows.out = codes.data_ptr();
+    rows.out_stride = columns / 2;
+    rows.block_scale = static_cast<uint8_t*>(blocks.data_ptr());
+    rows.scale = static_cast<float*>(scales.data_ptr());
+    if (launched(dtq::launch_rows(rows, stream_of(x)), "quantizing rows to FP4"))
+      return {codes, blocks, scales};
+  }
+  return reference<Triple>("dtq_reference::fp4_quantize_rows", given, pre_scale, order, block, turns, mx);
 }
 
 Tensor transform_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
@@ -325,6 +349,7 @@ STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("transform_rows", TORCH_BOX(&transform_rows));
   m.impl("binned_quantize_rows", TORCH_BOX(&grid_quantize_rows<dtq::kAsIs>));
   m.impl("e4m3_quantize_rows", TORCH_BOX(&e4m3_quantize_rows));
+  m.impl("fp4_quantize_rows", TORCH_BOX(&fp4_quantize_rows));
   m.impl("gelu_quantize_rows", TORCH_BOX(&grid_quantize_rows<dtq::kGelu>));
   m.impl("norm_quantize_rows", TORCH_BOX(&norm_quantize_rows));
   m.impl("dequantize", TORCH_BOX(&dequantize));

@@ -12,6 +12,7 @@ const char* refusal(int code) {
     case kLongRow: return "two turns of a row that shared memory does not hold";
     case kBadLevels: return "levels must be 1 to 127";
     case kBadWeight: return "bits, groups and columns of the weight do not fit together";
+    case kBadFp4: return "FP4 rows are whole groups of columns, at multiples of 8 bytes";
     case kBadGroup: return "groups must be a multiple of 16 columns, or a row";
     default: return "no refusal";
   }
@@ -68,7 +69,7 @@ int start_streamed(RowPlan& p, int threads, Stream stream) {
 // Whether every array can be read 16 bytes at a time and a row is not too long.
 bool can_hold(const RowPlan& p) {
   const Rows& r = p.r;
-  return r.output == kInt8 && !r.order && r.turns == 1 && r.columns % kRun == 0 &&
+  return (r.output == kInt8 || r.output >= kNvRow) && !r.order && r.turns == 1 && r.columns % kRun == 0 &&
          r.width % kRun == 0 && r.width <= kHeld && p.whole_x && p.whole_out &&
          (!r.modulate_scale || p.whole_modulate) && (!r.pre_scale || p.whole_pre);
 }
@@ -92,6 +93,11 @@ int launch_rows(const Rows& rows, Stream stream) {
   if (r.block < 1 || (r.block & (r.block - 1)) || r.columns % r.block) return kBadBlock;
   if (r.block > kLongestBlock) return kLongBlock;
   if (r.output == kInt8 && (r.levels < 1 || r.levels > 127)) return kBadLevels;
+  if (r.output >= kNvRow) {
+    const int64_t block = r.output == kNvRow ? 16 : 32;
+    if (r.columns % block || r.width != r.columns || r.fixed) return kBadFp4;
+    if ((uintptr_t)r.out % 8 || r.out_stride % 8) return kBadFp4;
+  }
   if (r.width < r.columns || r.rows >> 31 || (r.turns != 1 && r.turns != 2)) return kUnsupported;
   if (r.rows == 0 || r.width == 0) return kOk;
   p.unit = (float)__builtin_pow((double)r.block, -0.5);
@@ -99,7 +105,7 @@ int launch_rows(const Rows& rows, Stream stream) {
   p.whole_modulate = reads_whole(r.modulate_scale, r.modulate_stride, bytes_of(r.modulate_type)) &&
                      reads_whole(r.modulate_shift, 0, 1);
   p.whole_pre = reads_whole(r.pre_scale, 0, 1);
-  p.whole_out = reads_whole(r.out, r.out_stride, r.output == kFloat ? 4 : 1);
+  p.whole_out = r.output >= kNvRow || reads_whole(r.out, r.out_stride, r.output == kFloat ? 4 : 1);
   switch (r.before) {
     case kAsIs: return start<kAsIs>(p, stream);
     case kGelu: return start<kGelu>(p, stream);

@@ -14,6 +14,10 @@
 //   int8       scale = max|x| / levels, at least 1e-8, 1 for a row of zeros, NaN for one
 //              with a NaN; round(x / scale), ties to even, within +-levels, 0 for NaN
 //   e4m3       scale = max|x| / 448; x / scale, 0 where the scale is 0, rounded to e4m3
+//   NVFP4      peak = max|x|, at least 1e-30; u = x / peak; of each 16 columns the scale is max|u| /
+//              (1 / 2688) / 6, at least 2^-9, rounded to e4m3; u / (scale * (1 / 2688)) rounded to E2M1
+//   MXFP4      of each 32 columns the scale is 2^(floor(log2(max|x|)) - 2), at least 2^-126; x / scale
+//              rounded to E2M1. Codes of a row that is not finite are any.
 #pragma once
 #include "launch_rows.h"
 #include "numbers.cuh"
@@ -205,6 +209,68 @@ DTQ_DEV int32_t codes_of(const Quantizer& q, const float (&v)[kRun], uint32_t (&
     sum = dp4a(packed[i], 0x01010101, sum);
   }
   return sum;
+}
+
+// ---------------------------------------------------------------------------- FP4
+
+constexpr float kNvOuter = 1.0f / 2688;  // of the block scales: the largest, 448, ends at 6
+
+// The E2M1 code next to x, ties to the even one; what rounds to 0 has no sign.
+DTQ_DEV uint32_t e2m1_of(float x) {
+  const float size = fabsf(x);
+  const uint32_t code = uint32_t(size > 0.25f) + (size >= 0.75f) + (size > 1.25f) +
+                        (size >= 1.75f) + (size > 2.5f) + (size >= 3.5f) + (size > 5.0f);
+  return code ? code | (float_bits(x) >> 28 & 8) : 0;
+}
+
+// The scale of a run of 16 columns of NVFP4 that were divided by the row's peak, and their quotients.
+DTQ_DEV uint32_t nv_scale(float (&v)[kRun]) {
+  float s = fdiv(fdiv(bits_float(peak_of_run(v)), kNvOuter), 6);
+  s = s < 0x1p-9f ? 0x1p-9f : s;
+  const uint32_t byte = to_e4m3(s);
+  const float scale = fmul(from_e4m3(byte), kNvOuter);
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fdiv(v[i], scale);
+  return byte;
+}
+
+// The same of MXFP4, whose 32 columns two neighbouring lanes hold; all lanes come here.
+DTQ_DEV uint32_t mx_scale(float (&v)[kRun]) {
+  const uint32_t mine = peak_of_run(v), peak = larger(mine, shfl_xor(mine, 1));
+  // a block of zeros has the exponent that frexp gives 0
+  const uint32_t exponent = peak >> 23, byte = !peak ? 124 : exponent > 3 ? exponent - 2 : 1;
+  const float inverse = bits_float((254 - byte) << 23);
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], inverse);
+  return byte;
+}
+
+// The scale of the whole row, from the bits of its largest magnitude.
+DTQ_DEV float fp4_peak(uint32_t peak) {
+  const float p = bits_float(peak);
+  return p < 1e-30f ? 1e-30f : p;
+}
+
+DTQ_DEV float fp4_row_scale(const Rows& r, uint32_t peak) {
+  if (peak >= 0x7f800000) return bits_float(0x7fc00000);
+  return r.output == kNvRow ? fmul(kNvOuter, fp4_peak(peak)) : 1;
+}
+
+// Writes a run; all lanes come here, those beyond the row as well.
+DTQ_DEV void write_fp4(const Rows& r, int64_t row, int64_t k, uint32_t peak, float (&v)[kRun]) {
+  const bool nv = r.output == kNvRow;
+  uint32_t byte;
+  if (nv) {
+    const float whole = fp4_peak(peak);
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fdiv(v[i], whole);
+    byte = nv_scale(v);
+  } else {
+    byte = mx_scale(v);
+  }
+  if (k >= r.columns) return;
+  uint32_t words[2] = {};
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) words[i / 8] |= e2m1_of(v[i]) << (i % 8 * 4);
+  stg((U2*)((unsigned char*)r.out + row * r.out_stride + k / 2), U2{words[0], words[1]});
+  const int64_t block = nv ? 16 : 32;
+  if (k % block == 0) stg(r.block_scale + row * (r.columns / block) + k / block, (uint8_t)byte);
 }
 
 }  // namespace dtq

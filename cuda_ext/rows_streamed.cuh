@@ -90,10 +90,12 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
   };
 
   Quantizer q = {};
+  uint32_t peak = 0;
   float divisor = 1;
   int32_t sum = 0;
   const int64_t start = row * r.out_stride;
-  auto write = [&](int64_t k, const float (&v)[kRun]) {
+  auto write = [&](int64_t k, float (&v)[kRun]) {
+    if (r.output >= kNvRow) return write_fp4(r, row, k, peak, v);
     if (r.output == kFloat) {
       write_floats((float*)r.out + start, k, r.width, p.whole_out, v);
       return;
@@ -109,13 +111,13 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
   };
 
   enum { kDeal, kMeasure, kWrite };
-  uint32_t peak = 0;
   DTQ_ROLLED for (int pass = kDeal; pass <= kWrite; pass++) {
     if (pass == kDeal && r.turns == 1) continue;
     if (pass == kMeasure && (r.output == kFloat || r.fixed)) continue;
     if (pass == kWrite && r.output != kFloat) {
       if (!r.fixed) peak = largest(peak, words);
       if (r.output == kInt8) q = quantizer(r, peak);
+      else if (r.output >= kNvRow) q.scale = fp4_row_scale(r, peak);
       else q.scale = r.fixed ? stored_scale(r) : fdiv(bits_float(peak), 448);
       divisor = q.scale == 0 ? bits_float(0x7f800000) : q.scale;
       if (tid() == 0) stg(r.scale + row, q.scale);

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dtq.formats import FORMATS
-from dtq.kernels import epilogue, fused
+from dtq.kernels import epilogue, fp4, fused
 from dtq.kernels import ops as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -210,6 +210,55 @@ def branches(ops: Any, device: Any, seed: int, limit: int) -> None:
         assert not torch.allclose(want, check(*args), atol=1e-3), f"{what}: no branch to be seen"
 
 
+def fp4_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    (m, k), d = size.rows(), size.dice
+    mx = d.choice((False, True))
+    block, turns = d.choice([b for b in (1, 16, 32, 64, 128) if k % b == 0]), d.choice((1, 2))
+    x = (normal(m, k, seed=seed) * 10 ** normal(m, 1, seed=1)).to(d.choice(DTYPES))
+    x[0, 32:64] = 0
+    x[-1, :] *= 0
+    pre = d.choice((None, (torch.rand(k) + 0.5).to(torch.bfloat16)))
+    order = d.choice((None, torch.randperm(k, dtype=torch.int32)))
+    args = (x, pre, order, block, turns if block > 1 else 1, mx)
+    what = f"fp4_quantize_rows M {m} K {k} mx {mx} block {block} turns {args[4]} order {order is not None}"
+
+    def bytes_of(found: Any) -> tuple[torch.Tensor, ...]:
+        codes, scales, row = found
+        return codes.cpu(), scales.cpu().view(torch.uint8), row.cpu()
+
+    want = bytes_of(fp4._fp4_quantize_rows(*args))
+    agree(lambda *a: bytes_of(ops.fp4_quantize_rows(*a)), lambda *a: want, args, device, what)
+
+
+def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
+    """FP4 products, whose float sums no two devices order alike: near the reference."""
+    size = Size(seed, limit)
+    (m, n, _), d = size.product(), size.dice
+    name = d.choice(("nvfp4", "nvfp4-46", "mxfp4"))
+    k = d.choice((128, 384, 1152) if name == "mxfp4" else (64, 192, 320, 1152))
+    fmt, w = FORMATS[name], normal(n, k, seed=seed) / k**0.5
+    p = fmt.pack(w, fmt.fit(w))
+    x = normal(m, k, seed=seed + 1)
+    codes = fp4._fp4_quantize_rows(x, None, None, 1, 1, name == "mxfp4")
+    half, dtype = d.choice(DTYPES[1:]), torch.float32
+    branch = d.choice(
+        ((None, None), (normal(m, 32, seed=2).to(half), normal(n, 32, seed=3).to(half)))
+    )
+    gate = d.choice(((None, None), (normal(1, n, seed=4), normal(m, n, seed=5))))
+    bias, gelu = d.choice((None, normal(n, seed=6))), d.choice((False, True))
+    args = (
+        codes[0], codes[1], codes[2], p["weight"], p["weight_scale"], p.get("weight_scale_2"),
+        bias, gelu, *gate, dtype, *branch,
+    )  # fmt: skip
+    there = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+    got, want = ops.fp4_linear(*there).cpu(), fp4._fp4_linear(*args)
+    far = ~((got - want).abs() <= 1e-4 + 1e-4 * want.abs())
+    what = f"fp4_linear {name} M {m} N {n} K {k} gelu {gelu} branch {branch[0] is not None}"
+    assert not far.any(), f"{what}: {int(far.sum())} of {far.numel()} differ"
+    assert want.abs().mean() > 0.05, f"{what}: nothing to be seen"
+
+
 def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     d = dice.Random(seed)
     name = d.choice(list(FORMATS))
@@ -234,4 +283,10 @@ def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     )
 
 
-CHECKS = (quantize_rows, transform_rows, fused_rows, w8a8, w4a8, epilogues, branches, decoded)
+CHECKS = (
+    quantize_rows, transform_rows, fused_rows, fp4_rows, w8a8, w4a8, epilogues, branches, decoded,
+)  # fmt: skip
+"""On every architecture with kernels."""
+
+FP4 = (fp4_product,)
+"""Where the tensor cores multiply FP4: compute capability 12."""

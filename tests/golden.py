@@ -15,14 +15,19 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).parent.parent / "cuda_ext" / "tests" / "golden.cu"
-CASES = {"mma": (0, 320, 128), "ldmatrix": (1, 128, 256), "wgmma": (2, 3072, 4096)}
+CASES = {
+    "mma": (0, 320, 128), "ldmatrix": (1, 128, 256), "wgmma": (2, 3072, 4096), "fp4": (3, 384, 256),
+}  # fmt: skip
 """Number, words in, words out."""
+ONLY = {"wgmma": 9, "fp4": 12}
+"""The major compute capability of those that one generation alone has."""
 SEEDS = range(8)
 
 EMULATOR = {
     "mma": "78f13aedfcd8021c96df56fff97194a9",
     "ldmatrix": "c12fa3cc980276dbe492434162dbd4e8",
     "wgmma": "3dd1aa78b68299b17f0c5983bb53246d",
+    "fp4": "b9549150ece36a36a2ab512d8acc4b6e",
 }
 
 

@@ -143,7 +143,7 @@ def loading(s: Session) -> None:
 
 
 def instructions(s: Session) -> None:
-    """mma, ldmatrix and wgmma against what the emulator answers."""
+    """mma, ldmatrix, wgmma and FP4 mma against what the emulator answers."""
     with tempfile.TemporaryDirectory() as folder:
         if not s.cuda:
             library = golden.emulated(Path(folder))
@@ -154,7 +154,7 @@ def instructions(s: Session) -> None:
                 return
             library = golden.on_gpu(Path(folder), found, nvcc.arch_of(s.capability))
         for name, want in golden.EMULATOR.items():
-            if name == "wgmma" and s.capability != (9, 0):
+            if s.cuda and golden.ONLY.get(name, s.capability[0]) != s.capability[0]:
                 continue
             got = golden.answer(library, name, s.device)
             s.tell(f"{name} as the emulator", got, got == want)
@@ -163,7 +163,8 @@ def instructions(s: Session) -> None:
 def correctness(s: Session) -> None:
     """Every check of tests/agreement.py on random sizes."""
     before = references()
-    for check in agreement.CHECKS:
+    blackwell = s.cuda and s.capability[0] == 12
+    for check in (*agreement.CHECKS, *(agreement.FP4 if blackwell else ())):
         wrong = []
         seeds = s.size(40, 2)
         for seed in range(seeds):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
-ARCHS = ("80", "89", "90a", "100", "120")
+ARCHS = ("80", "89", "90a", "100", "120f")
 IMMA = "IMMA.16832.S8.S8"
 HOPPER = ("IGMMA.64x256x32.S8.S8", "IGMMA.64x128x32.S8.S8", "UTMALDG.2D.MULTICAST")
 GEMM = dict.fromkeys(ARCHS, (IMMA,)) | {"90a": (IMMA, *HOPPER)}
@@ -21,6 +21,7 @@ WANTED = {
     "gemm_int8.cu": GEMM,
     "gemm_two_level.cu": GEMM,
     "gemm_table.cu": GEMM,
+    "gemm_fp4.cu": {"120f": ("OMMA.SF.16864.F32.E2M1.E2M1",)},
     "weights.cu": HMMA,
 }
 """Instructions that the machine code of a file must have; of the others nothing is asked."""

@@ -18,8 +18,9 @@ import torch
 from dtq.data import folder
 from dtq.formats import FORMATS
 from dtq.formats.acts import ACTS
-from dtq.kernels import CUDA, Task, cuda, decode, dispatch, explain, nvcc, ops, pick
+from dtq.kernels import CUDA, Task, cuda, decode, dispatch, explain, fp4, nvcc, ops, pick
 from dtq.kernels.native import Library, Unavailable
+from dtq.kernels.table import Then
 
 ROOT = Path(__file__).parent.parent
 sim = torch.ops.dtq_sim
@@ -28,7 +29,7 @@ sim = torch.ops.dtq_sim
 # ------------------------------------------------------------------------------------- binding
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+@pytest.fixture(params=[80, 90, 120], ids=["sm_80", "sm_90", "sm_120"])
 def emulator(request):
     library = emulated.library()
     library.dtq_sim_arch(request.param)
@@ -43,6 +44,59 @@ def emulator(request):
 def test_the_binding_gives_the_bits_of_the_reference(emulator, check, seed):
     emulator.dtq_sim_seed(seed)
     check(sim, "cpu", seed, 10**6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("emulator", [120], indirect=True, ids=["sm_120"])
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("check", agreement.FP4, ids=lambda c: c.__name__)
+def test_fp4_products_are_near_the_reference(emulator, check, seed):
+    emulator.dtq_sim_seed(seed)
+    check(sim, "cpu", seed, 10**6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mx", [False, True])
+def test_fp4_rows_at_the_ends(emulator, mx):
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(4)
+    x = torch.stack([ties, -ties, ties * 2**-100, ties * 1e-38, ties * 3e37, ties * 0, ties, ties])
+    x[6, 3], x[7, 5] = torch.nan, -torch.inf
+    got, want = (
+        o(x, None, None, 1, 1, mx) for o in (sim.fp4_quantize_rows, fp4._fp4_quantize_rows)
+    )
+    assert torch.equal(got[2].isnan(), torch.arange(8) >= 6)
+    torch.testing.assert_close(got[2], want[2], rtol=0, atol=0, equal_nan=True)
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert torch.equal(a[:6].view(torch.uint8), b[:6].view(torch.uint8))
+    for rows, columns in ((2, 32), (3, 20000 - 20000 % 32)):  # longer than threads hold
+        x = agreement.normal(rows, columns + 8)[:, 4:-4]  # not aligned
+        got, want = (
+            o(x, None, None, 32, 1, mx) for o in (sim.fp4_quantize_rows, fp4._fp4_quantize_rows)
+        )
+        assert all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            for a, b in zip(got, want, strict=True)
+        )
+    with pytest.raises(RuntimeError, match="whole groups"):
+        sim.fp4_quantize_rows(torch.ones(2, 40), None, None, 1, 1, mx)
+
+
+@pytest.mark.slow
+def test_fp4_operands_that_contradict_each_other(emulator):
+    x = agreement.normal(3, 128)
+    codes, scales, rows = fp4._fp4_quantize_rows(x, None, None, 1, 1, False)
+    right = [codes, scales, rows, codes[:2].clone(), scales[:2].clone(), None, None, False]
+    for message, place, wrong in (
+        ("code_scale is float32, expected float8_e4m3fn", 1, scales.float()),
+        ("code_scale has 8 elements, expected 24", 1, scales[:1].clone()),
+        ("weight_scale is uint8, expected float8", 4, scales[:2].view(torch.uint8)),
+        ("do not fit the weight", 3, codes[:2, :32].clone()),
+        ("one scale per token", 2, rows[:2].clone()),
+        ("weight_scale_2 has 2 elements, expected 1", 5, torch.ones(2)),
+    ):
+        args = [wrong if i == place else given for i, given in enumerate(right)]
+        with pytest.raises(RuntimeError, match=message):
+            sim.fp4_linear(*args, None, None, torch.float32)
 
 
 @pytest.mark.slow
@@ -205,7 +259,8 @@ def test_one_command_for_each_source_and_one_that_links(tmp_path):
 def test_architectures():
     assert nvcc.arch_of((9, 0)) == "90a"
     assert nvcc.arch_of((8, 6)) == "86"
-    assert set(nvcc.wanted_archs()) >= {"80", "90a", "100", "120"}
+    assert nvcc.arch_of((12, 1)) == "121a"
+    assert set(nvcc.wanted_archs()) >= {"80", "90a", "100", "120f"}
 
 
 def test_architectures_can_be_named(monkeypatch):
@@ -411,6 +466,58 @@ def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
     assert pick(task).call(task, x.float(), parts, None).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4-46", "mxfp4"])
+def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
+    fmt, w = FORMATS[name], agreement.normal(48, 384) * 0.1
+    task = Task(fmt, ACTS[name.removesuffix("-46")], 64, 2)
+    parts = fmt.pack(w, fmt.fit(w)) | {
+        "pre_quant_scale": (torch.rand(1, 384) + 0.5).bfloat16(),
+        "pre_quant_order": torch.randperm(384, dtype=torch.int32).reshape(1, -1),
+    }
+    x, bias = agreement.normal(20, 384), agreement.normal(48)
+    decoded = pick(task).call(task, x, parts, bias)
+    low, up = agreement.normal(20, 16), agreement.normal(48, 16)
+    asked = []
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(dispatch, "_has_fp4", lambda index: asked.append(index) or True)
+    got = pick(task).call(task, x, parts, bias)
+    assert asked
+    torch.testing.assert_close(got, decoded, rtol=1e-4, atol=1e-4)
+    then = pick(task).then(task, x, parts, bias, Then(gelu=True, branch=(low, up)))
+    want = torch.nn.functional.gelu(decoded + low @ up.T, approximate="tanh")
+    torch.testing.assert_close(then, want, rtol=1e-4, atol=1e-4)
+    asked.clear()  # widths that its kernel does not take are decoded
+    w = w[:, :96] if name != "mxfp4" else w[:, :320]
+    narrow = Task(fmt, task.acts)
+    parts = fmt.pack(w, fmt.fit(w))
+    assert pick(narrow).then(narrow, x[:, : w.shape[1]], parts, bias, Then()) is None
+    assert pick(narrow).call(narrow, x[:, : w.shape[1]], parts, bias).shape == (20, 48)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "has"),
+    [
+        ((12, 0), "sm_80 sm_90a sm_120f and PTX", True),
+        ((12, 1), "sm_120f", True),
+        ((12, 0), "sm_120a", True),
+        ((12, 1), "sm_120a and PTX", False),
+        ((12, 0), "sm_80 and PTX", False),
+        ((10, 0), "sm_100 sm_120f", False),
+    ],
+)
+def test_fp4_products_need_their_machine_code(capability, archs, has, monkeypatch):
+    class Library:
+        def dtq_cuda_archs(self):
+            return archs.encode()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
+    monkeypatch.setattr(CUDA, "load", lambda: True)
+    monkeypatch.setattr(CUDA, "opened", Library())
+    assert dispatch._has_fp4(0) == has
+
+
 def test_int8_can_be_kept_at_every_size(as_on_a_gpu, monkeypatch):
     assert dispatch.answer(torch.ones(40, 64).bfloat16(), 64) == "float"
     monkeypatch.setattr(dispatch, "INT8_ONLY", True)
@@ -456,6 +563,10 @@ def test_inspection_says_what_a_gpu_would_do():
     lines = explain(Task(FORMATS["nvfp4"], ACTS["none"]), (1152, 1152))
     assert "weight-only: used" in lines
     lines = explain(Task(FORMATS["nvfp4"], ACTS["nvfp4"]), (1152, 1152))
+    assert "fp4: used" in lines
+    assert "sm_120: FP4 products" in lines[-1]
+    lines = explain(Task(FORMATS["nvfp4"], ACTS["mxfp4"]), (1152, 1152))
+    assert "fp4: activations are mxfp4, not nvfp4" in lines
     assert "float-product: used" in lines
     lines = explain(Task(FORMATS["int4-g64"], ACTS["int8-row"]), (1152, 1152))
     assert "on the GPU: torch reference: no compiled form yet" in lines

@@ -63,6 +63,7 @@ class Rows(Structure):
         ("bin", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
+        ("block_scale", c_void_p),
         ("width", c_int64),
         ("scale", c_void_p),
         ("sums", c_void_p),

@@ -58,6 +58,8 @@ def test_the_gemm_kernels_on_the_emulator(gemm):
         "any alignment",
         "wgmma 256x128",
         "wgmma 128x128",
+        "fp4 128x128",
+        "fp4 64x64",
     ):
         assert kernel in said, "the plan no longer reaches it"
 
@@ -87,7 +89,7 @@ class Gemm(ctypes.Structure):
 
     _fields_ = (
         *[(n, ctypes.c_int64) for n in ("tokens", "rows", "columns")],
-        *[(n, ctypes.c_void_p) for n in ("codes", "row_scale")],
+        *[(n, ctypes.c_void_p) for n in ("codes", "code_scales", "row_scale")],
         ("weights", ctypes.c_int),
         *[(n, ctypes.c_void_p) for n in ("weight", "groups", "tables")],
         ("group", ctypes.c_int64),

@@ -30,7 +30,7 @@ struct Warp;
 struct Copy {
   unsigned char* to;
   const void* from;
-  unsigned valid;
+  unsigned valid, size;
 };
 
 // A wgmma as issued; the registers are read when it runs, which may be as late as the wait.
@@ -265,7 +265,8 @@ inline void note_access(const void* p, unsigned bytes) {
   Access& a = w.accesses[number];
   if (a.lanes == 0) a.bytes = bytes;
   a.uniform = a.uniform && a.bytes == bytes;
-  a.address[a.lanes++ % 32] = reinterpret_cast<uintptr_t>(p);
+  a.address[self->index % 32] = reinterpret_cast<uintptr_t>(p);  // groups are of neighbouring lanes
+  a.lanes++;
   if (a.lanes == w.size && a.uniform) count_wavefronts(a.address, a.lanes, bytes, stats());
 }
 

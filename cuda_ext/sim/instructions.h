@@ -55,9 +55,21 @@ inline void mark_dirty(unsigned offset, size_t bytes) {
 }
 
 inline void land(const Copy& c) {
-  mark_dirty(unsigned(c.to - block().shared), 16);
+  mark_dirty(unsigned(c.to - block().shared), c.size);
   if (c.valid) std::memcpy(c.to, c.from, c.valid);
-  std::memset(c.to + c.valid, 0, 16 - c.valid);
+  std::memset(c.to + c.valid, 0, c.size - c.valid);
+}
+
+inline void copy_async(void* to, const void* from, unsigned valid, unsigned size) {
+  check_aligned(to, size, "cp.async to");
+  if (valid) check_aligned(from, size, "cp.async from");
+  if (valid > size) fail("cp.async: source size");
+  offset_of(to, size, "cp.async");
+  note_access(to, size);
+  stats().copies++;
+  const Copy copy = {static_cast<unsigned char*>(to), from, valid, size};
+  if (coin()) land(copy);
+  else self->open.push_back(copy);
 }
 
 }  // namespace sim
@@ -93,15 +105,10 @@ inline void sts(void* p, T value) {
 }
 
 inline void cp_async16(void* to, const void* from, int valid) {
-  sim::check_aligned(to, 16, "cp.async to");
-  if (valid) sim::check_aligned(from, 16, "cp.async from");
-  if (valid < 0 || valid > 16) sim::fail("cp.async: source size");
-  sim::offset_of(to, 16, "cp.async");
-  sim::note_access(to, 16);
-  sim::stats().copies++;
-  const sim::Copy copy = {static_cast<unsigned char*>(to), from, unsigned(valid)};
-  if (sim::coin()) sim::land(copy);
-  else sim::self->open.push_back(copy);
+  sim::copy_async(to, from, unsigned(valid), 16);
+}
+inline void cp_async4(void* to, const void* from, bool read) {
+  sim::copy_async(to, from, read ? 4 : 0, 4);
 }
 
 inline void cp_async_commit() {
@@ -244,9 +251,50 @@ inline void multiply_half(Warp& w, bool brain) {
     }
 }
 
+inline float e2m1(uint32_t code) {
+  constexpr float kSizes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  return code & 8 ? -kSizes[code & 7] : kSizes[code & 7];
+}
+
+inline float block_scale(uint32_t byte, bool mx) {
+  if (mx) return byte == 255 ? NAN : std::ldexp(1.0f, int(byte) - 127);
+  const int exponent = int(byte >> 3 & 15), mantissa = int(byte & 7);
+  if ((byte & 127) == 127) return NAN;
+  return exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
+}
+
+// D (16 x 8) += A (16 x 64) B (64 x 8), FP4 with a scale for each block of a row or a column. Products
+// are exact here; the hardware's order of summation is its own.
+inline void multiply_fp4(Warp& w, bool mx) {
+  stats().mma++;
+  double a[16][64], b[8][64];
+  const int blocks = mx ? 2 : 4, block = 64 / blocks;
+  auto scale = [&](int lane, int operand, int k) {
+    return double(block_scale(w.lane[lane].in[10 + operand] >> (k / block * 8) & 255, mx));
+  };
+  for (int i = 0; i < 32; i++)
+    for (int e = 0; e < 8; e++) {
+      const int k = i % 4 * 8 + e, g = i / 4;
+      for (int q = 0; q < 4; q++) {
+        const int row = g + q % 2 * 8, column = k + q / 2 * 32;
+        a[row][column] =
+            e2m1(w.lane[i].in[q] >> (4 * e) & 15) * scale(g * 4 + q % 2, 0, column);
+      }
+      for (int q = 0; q < 2; q++)
+        b[g][k + q * 32] = e2m1(w.lane[i].in[4 + q] >> (4 * e) & 15) * scale(g * 4, 1, k + q * 32);
+    }
+  for (int i = 0; i < 32; i++)
+    for (int q = 0; q < 4; q++) {
+      double sum = bits_to_float(w.lane[i].in[6 + q]);
+      for (int k = 0; k < 64; k++) sum += a[i / 4 + q / 2 * 8][k] * b[i % 4 * 2 + q % 2][k];
+      const float rounded = float(sum);
+      std::memcpy(&w.lane[i].out[q], &rounded, 4);
+    }
+}
+
 template <class C, class Run>
 inline void mma(const char* what, C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                Run run) {
+                Run run, uint32_t scales_a = 0, uint32_t scales_b = 0) {
   Lane& lane = together(
       what,
       [&](Lane& l) {
@@ -254,6 +302,8 @@ inline void mma(const char* what, C (&c)[4], const uint32_t (&a)[4], uint32_t b0
         l.in[4] = b0;
         l.in[5] = b1;
         std::memcpy(l.in + 6, c, 16);
+        l.in[10] = scales_a;
+        l.in[11] = scales_b;
       },
       run);
   std::memcpy(c, lane.out, 16);
@@ -288,6 +338,13 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   sim::mma("mma.f16", c, a, b0, b1, [](sim::Warp& w) { sim::multiply_half(w, false); });
+}
+
+template <bool mx>
+inline void mma_fp4(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                    uint32_t scales_a, uint32_t scales_b) {
+  sim::mma(mx ? "mma.mxf4" : "mma.nvf4", c, a, b0, b1,
+           [](sim::Warp& w) { sim::multiply_fp4(w, mx); }, scales_a, scales_b);
 }
 
 // ---------------------------------------------------------------------------- arithmetic

@@ -68,15 +68,35 @@ DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_wgmma(const DTQ_CONSTANT Golden p) {
 #endif
 }
 
+// One warp: mma m16n8k64 of FP4, NVFP4 and then MXFP4. In: 12 words a lane (4 of A, 2 of B, 4 unused, 2
+// of scales); out: 8. The products start from 0, and the scales are made powers of two near 1: every
+// order of summation gives the same.
+DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_fp4(const DTQ_CONSTANT Golden p) {
+#if defined(DTQ_HAS_FP4)
+  const uint32_t* in = p.in + lane() * 12;
+  uint32_t a[4];
+  for (int i = 0; i < 4; i++) a[i] = ldg(in + i);
+  const uint32_t x = ldg(in + 10) & 0x03030303, y = ldg(in + 11) & 0x03030303;
+  float nv[4] = {}, mx[4] = {};
+  mma_fp4<false>(nv, a, ldg(in + 4), ldg(in + 5), x * 8 + 0x30303030, y * 8 + 0x30303030);
+  mma_fp4<true>(mx, a, ldg(in + 4), ldg(in + 5), x + 0x7e7e7e7e, y + 0x7e7e7e7e);
+  for (int i = 0; i < 4; i++) {
+    stg(p.out + lane() * 8 + i, float_bits(nv[i]));
+    stg(p.out + lane() * 8 + 4 + i, float_bits(mx[i]));
+  }
+#endif
+}
+
 }  // namespace dtq
 
 using namespace dtq;
 
-// 0 mma, 1 ldmatrix, 2 wgmma; a cudaError_t or a Status.
+// 0 mma, 1 ldmatrix, 2 wgmma, 3 FP4; a cudaError_t or a Status.
 extern "C" __attribute__((visibility("default"))) int golden(int which, const void* in, void* out,
                                                              Stream stream) {
   const Golden p = {static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out)};
   if (which == 0) return launch(golden_mma, Shape{{1}, 32}, stream, p);
   if (which == 1) return launch(golden_ldmatrix, Shape{{1}, 32, 512}, stream, p);
+  if (which == 3) return launch(golden_fp4, Shape{{1}, 32}, stream, p);
   return launch(golden_wgmma, Shape{{1}, 128, 8192}, stream, p);
 }

@@ -8,7 +8,7 @@
 //
 //   test_gemm [SEEDS [ARCH]]   only cases of this architecture
 //
-// -DDTQ_ONLY=0, 1 or 2 compiles int8, two-level or table weights alone.
+// -DDTQ_ONLY=0, 1, 2 or 3 compiles int8, two-level, table or FP4 weights alone.
 #include <cmath>
 #include <cstring>
 
@@ -27,6 +27,11 @@ int dtq::gemm_two_level(const Gemm&, const Plan&, Stream) { return kUnsupported;
 #include "../gemm_table.cu"
 #else
 int dtq::gemm_table(const Gemm&, const Plan&, Stream) { return kUnsupported; }
+#endif
+#if !defined(DTQ_ONLY) || DTQ_ONLY == 3
+#include "../gemm_fp4.cu"
+#else
+int dtq::gemm_fp4(const Gemm&, const Plan&, Stream) { return kUnsupported; }
 #endif
 #include "check.h"
 
@@ -58,6 +63,19 @@ void fill(void* p, int64_t n, Float type, Random& r, float scale) {
   }
 }
 
+bool fp4(const Case& c) { return c.weights == kNvFp4 || c.weights == kMxFp4; }
+
+// What an E2M1 code and the scale of its group stand for.
+double fp4_at(const Case& c, const uint8_t* codes, const uint8_t* scales, int64_t row, int64_t k) {
+  const double sizes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  const int code = codes[(row * c.k + k) / 2] >> (k % 2 * 4) & 15;
+  const int scale = scales[row * (c.k / c.group) + k / c.group], exponent = scale >> 3;
+  double by = std::ldexp(1.0, scale - 127);
+  if (c.weights == kNvFp4)
+    by = exponent ? std::ldexp(8.0 + scale % 8, exponent - 10) : std::ldexp(scale, -9);
+  return (code & 8 ? -1 : 1) * sizes[code & 7] * by;
+}
+
 // What w8 stands for column k of row n, straight from the definition of the format.
 int weight_at(const Case& c, const uint8_t* weight, const uint8_t* groups, const int8_t* tables,
               int64_t n, int64_t k) {
@@ -73,18 +91,29 @@ void run_case(const Case& c, uint64_t seed) {
   const int64_t width = c.weights == kInt8 ? c.k : c.k / 2;
   const int64_t groups_of_row = c.weights == kInt8 ? 0 : c.k / c.group;
   const int size = c.type == kFloat32 ? 4 : 2;
-  Buffer<int8_t> codes(c.m * c.k), tables(c.weights == kTable ? c.n * groups_of_row * 16 : 0);
-  Buffer<uint8_t> weight(c.n * width), groups(c.weights == kTwoLevel ? c.n * groups_of_row : 0);
+  const bool grouped = c.weights == kTwoLevel || fp4(c);
+  Buffer<int8_t> codes(c.m * (fp4(c) ? width : c.k));
+  Buffer<int8_t> tables(c.weights == kTable ? c.n * groups_of_row * 16 : 0);
+  Buffer<uint8_t> weight(c.n * width), groups(grouped ? c.n * groups_of_row : 0);
+  Buffer<uint8_t> code_scales(fp4(c) ? c.m * groups_of_row : 0);
   Buffer<float> row_scale(c.m), weight_scale(c.n);
   Buffer<uint8_t> bias(c.n * size), out(c.m * c.n * size), residual(c.m * c.n * size);
   const int64_t gate_tokens = 5, gates = (c.m + gate_tokens - 1) / gate_tokens, rank = 32;
   Buffer<uint8_t> gate(gates * c.n * size);
   Buffer<uint16_t> down(c.m * rank), up(c.n * rank);
-  for (int64_t i = 0; i < codes.size; i++) codes[i] = int8_t(r.between(-127, 127));
+  for (int64_t i = 0; i < codes.size; i++)
+    codes[i] = fp4(c) ? int8_t(r.next()) : int8_t(r.between(-127, 127));
   for (int64_t i = 0; i < weight.size; i++)
     weight[i] = c.weights == kInt8 ? uint8_t(r.between(-127, 127)) : uint8_t(r.next());
   for (int64_t i = 0; i < tables.size; i++) tables[i] = int8_t(r.between(-127, 127));
+  // near 1: e4m3 from 2^-3 to 2^3, or exponents
+  auto block_scale = [&] { return uint8_t(c.weights == kNvFp4 ? r.between(32, 80) : r.between(124, 130)); };
+  for (int64_t i = 0; i < code_scales.size; i++) code_scales[i] = block_scale();
   for (int64_t i = 0; i < groups.size; i++) {
+    if (fp4(c)) {
+      groups[i] = block_scale();
+      continue;
+    }
     int zero, scale2;
     do {
       zero = r.between(0, 15), scale2 = r.between(1, 16);
@@ -106,7 +135,8 @@ void run_case(const Case& c, uint64_t seed) {
   g.codes = codes.data, g.row_scale = row_scale.data;
   g.weights = c.weights, g.weight = weight.data, g.group = c.group;
   g.groups = groups.data, g.tables = c.weights == kTable ? tables.data : nullptr;
-  g.weight_scale = weight_scale.data;
+  g.weight_scale = c.weights == kMxFp4 ? nullptr : weight_scale.data;
+  g.code_scales = code_scales.data;
   g.bias = c.bias ? bias.data : nullptr, g.bias_type = c.type;
   g.out = out.data, g.out_type = c.type;
   g.gelu = c.extras & 1;
@@ -133,9 +163,16 @@ void run_case(const Case& c, uint64_t seed) {
   for (int64_t m = 0; m < c.m && status == kOk; m++)
     for (int64_t n = 0; n < c.n; n++) {
       int64_t sum = 0;
+      double exact = 0;
+      const auto* packed = reinterpret_cast<const uint8_t*>(codes.data);
       for (int64_t k = 0; k < c.k; k++)
-        sum += codes[m * c.k + k] * weight_at(c, weight.data, groups.data, tables.data, n, k);
-      float v = float(int32_t(sum)) * row_scale[m] * weight_scale[n];
+        if (fp4(c))
+          exact += fp4_at(c, packed, code_scales.data, m, k) * fp4_at(c, weight.data, groups.data, n, k);
+        else
+          sum += codes[m * c.k + k] * weight_at(c, weight.data, groups.data, tables.data, n, k);
+      float v = fp4(c) ? float(exact) : float(int32_t(sum));
+      v = v * row_scale[m];
+      if (c.weights != kMxFp4) v = v * weight_scale[fp4(c) ? 0 : n];
       if (c.bias) v = v + float_from(bits_at(bias.data, n, c.type), c.type);
       if (c.extras & 4) {
         double add = v;
@@ -154,15 +191,16 @@ void run_case(const Case& c, uint64_t seed) {
             float_from(bits_at(residual.data, m * c.n + n, c.type), c.type);
       const uint32_t got = bits_at(out.data, m * c.n + n, c.type), want = rounded_to(v, c.type);
       bool same = got == want;
-      if (c.extras & 5) {  // the tanh of a host and the order of float sums differ: one unit
-        const float a = float_from(got, c.type), unit = c.type == kFloat32 ? 2e-6f : 0.01f;
+      if (c.extras & 5 || fp4(c)) {  // the tanh of a host and the order of float sums differ: one unit
+        const float a = float_from(got, c.type);
+        const float unit = c.type == kFloat32 ? fp4(c) ? 1e-5f : 2e-6f : 0.01f;
         same = std::fabs(a - v) <= unit * (std::fabs(v) + 1);
       }
       if (!same && wrong++ == 0) first = m * c.n + n;
     }
   const bool good = status == kOk && !wrong && kernel && std::strstr(kernel, c.kernel) &&
                     conflicts < 1.02;
-  const char* names[] = {"int8", "two-level", "table"};
+  const char* names[] = {"int8", "two-level", "table", "nvfp4", "mxfp4"};
   check(good, "%s (%d, %d, %d) group %d sm_%d type %d extras %d seed %d: %s, conflicts %.2f, "
         "%d wrong",
         names[c.weights], int(c.m), int(c.n), int(c.k), int(c.group), c.arch, int(c.type), c.extras,
@@ -228,6 +266,13 @@ void refusals() {
   check(dtq_gemm_kernel(&g) == nullptr && dtq_gemm_refusal(&g), "sm_75 is refused");
   g.arch = 80, g.columns = 200000;
   check(dtq_gemm(&g, nullptr) == kUnsupported, "sums that may overflow are refused");
+  Gemm four = g;
+  four.weights = kNvFp4, four.group = 16, four.columns = 128;
+  check(dtq_gemm(&four, nullptr) == kUnsupported, "FP4 products are refused before sm_120");
+  four.arch = 121;
+  check(!dtq_gemm_refusal(&four), "and taken there");
+  four.columns = 96;
+  check(dtq_gemm(&four, nullptr) == kUnsupported, "but not of 96 columns");
   g.columns = 4096;
   check(dtq_gemm_workspace(&g) > 0 && dtq_gemm(&g, nullptr) == kWorkspace, "workspace is needed");
 }
@@ -268,27 +313,35 @@ const Case kCases[] = {
     {kTwoLevel, 140, 72, 128, 64, 80, kBFloat16, true, 4, "summed after"},
     {kTwoLevel, 16, 80, 512, 64, 80, kFloat32, true, 7, "K in"},
     {kTwoLevel, 513, 520, 64, 32, 80, kFloat16, true, 7, "128x128"},
+    // FP4
+    {kNvFp4, 1, 33, 1152, 16, 120, kFloat32, true, 0, "fp4 64x64"},
+    {kNvFp4, 130, 257, 64, 16, 120, kFloat32, false, 0, "fp4 64x64"},
+    {kNvFp4, 513, 520, 320, 16, 120, kBFloat16, true, 0, "fp4 128x128"},
+    {kNvFp4, 520, 500, 192, 16, 121, kFloat32, true, 7, "fp4 128x128"},
+    {kMxFp4, 70, 66, 1152, 32, 120, kFloat32, true, 0, "fp4 64x64"},
+    {kMxFp4, 65, 129, 128, 32, 120, kFloat16, true, 7, "fp4 64x64"},
+    {kMxFp4, 515, 511, 384, 32, 120, kFloat32, false, 0, "fp4 128x128"},
 };
 
 int main(int argc, char** argv) {
   refusals();
-  bool hopper = true;
+  bool hopper = true, blackwell = true;
 #if defined(DTQ_SIM)
   every_level();
   every_look_up();
 #else
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return check(false, "a GPU"), done();
-  hopper = device.major == 9;
+  hopper = device.major == 9, blackwell = device.major == 12;
 #endif
   int ran = 0;
   for (int seed = 0; seed < seeds(argc, argv, 2); seed++)
     for (const Case& c : kCases) {
 #if defined(DTQ_ONLY)
-      if (c.weights != DTQ_ONLY) continue;
+      if ((fp4(c) ? 3 : int(c.weights)) != DTQ_ONLY) continue;
 #endif
       if (argc > 2 && std::atoi(argv[2]) != c.arch) continue;
-      if (c.arch == 90 && !hopper) continue;
+      if ((c.arch == 90 && !hopper) || (c.arch >= 120 && !blackwell)) continue;
       run_case(c, uint64_t(seed));
       ran++;
     }

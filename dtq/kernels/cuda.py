@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dtq.data import folder
-from dtq.kernels import epilogue, extension, fused, nvcc
+from dtq.kernels import epilogue, extension, fp4, fused, nvcc
 from dtq.kernels.decode import tell
 from dtq.kernels.native import Library, Unavailable, needs_abi
 
@@ -117,7 +117,7 @@ CUDA = Library(
     title="GPU",
     ops=(
         "quantize_rows",
-        *(schema.split("(")[0] for schema, _, _ in (*fused.OPS, *epilogue.OPS)),
+        *(schema.split("(")[0] for schema, _, _ in (*fused.OPS, *epilogue.OPS, *fp4.OPS)),
         "transform_rows",
         "w8a8_linear",
         "w4a8_linear",

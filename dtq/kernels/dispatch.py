@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dtq.kernels.cuda import CUDA, OLDEST
+from dtq.kernels.nvcc import arch_of
 
 INT8_ONLY = os.environ.get("DTQ_CUDA_INT8") == "1"
 """Whether int8 is kept at every size."""
@@ -77,6 +78,11 @@ def answer(x: Tensor, n: int) -> str:
     return _choose(few, least, x.shape[0], n, x.shape[1])
 
 
+def multiplies_fp4(x: Tensor, mx: bool) -> bool:
+    """Whether ``x`` (M, K) is on a GPU that multiplies FP4 codes, and K fits its kernel."""
+    return _on_gpu(x) and x.shape[1] % (128 if mx else 64) == 0 and _has_fp4(x.device.index or 0)
+
+
 def _choose(few: int, least: float, m: int, n: int, k: int) -> str:
     if m <= few:
         return "few"
@@ -95,6 +101,17 @@ def sentence(capability: tuple[int, int], n: int, k: int) -> str:
 
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_fp4(index: int) -> bool:
+    """Whether a device has FP4 products, and the library the machine code for them."""
+    if not torch.cuda.is_available() or not CUDA.load() or CUDA.opened is None:
+        return False
+    capability = torch.cuda.get_device_capability(index)
+    built = CUDA.opened.dtq_cuda_archs().decode().split()
+    mine = "sm_120f", f"sm_{arch_of(capability)}"
+    return capability[0] == 12 and any(name in built for name in mine)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -32,7 +32,7 @@ def _w8a8_epilogue_linear(
     up: Tensor | None = None,  # (N, R) of the same
 ) -> Tensor:
     y = _reference.w8a8_linear(codes, row_scale, weight, weight_scale, bias, torch.float32)
-    return finished(_with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
+    return finished(with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
 
 
 def _w4a8_epilogue_linear(
@@ -50,7 +50,7 @@ def _w4a8_epilogue_linear(
     up: Tensor | None = None,
 ) -> Tensor:
     given = codes, row_scale, weight, weight_scale, weight_scale_2, bias
-    y = _with_branch(_reference.w4a8_linear(*given, torch.float32), low, up)
+    y = with_branch(_reference.w4a8_linear(*given, torch.float32), low, up)
     return finished(y, gelu, gate, residual, dtype)
 
 
@@ -69,7 +69,12 @@ def _lut4a8_linear(
     return y
 
 
-def _with_branch(y: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
+def with_branch(y: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
+    """``y + low @ up.T`` of float32 (M, N), (M, R) and (N, R); ``y`` if there is no branch.
+
+    Raises:
+        ValueError: one factor without the other.
+    """
     if (low is None) != (up is None):
         raise ValueError("a low-rank branch has two factors")
     return y if low is None or up is None else y + low.float() @ up.float().T

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dtq.kernels.toolchain import digest, run, target
 
-ARCHS = ("80", "89", "90a", "100", "120")
+ARCHS = ("80", "89", "90a", "100", "120f")
 """Machine code in a library that is built ahead; what lies between runs that of the one before."""
 
 PTX = "80"
@@ -48,6 +48,7 @@ UNITS = (
     "gemm_int8.cu",
     "gemm_two_level.cu",
     "gemm_table.cu",
+    "gemm_fp4.cu",
     "rows.cu",
     "weights.cu",
     "ops_gemm.cpp",
@@ -150,9 +151,9 @@ def key(folder: Path) -> str:
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """nvcc's name of a device: the features of Hopper alone need the ``a``."""
+    """nvcc's name of a device; ``a`` for the matrix instructions of one generation alone."""
     major, minor = capability
-    return f"{major}{minor}{'a' if capability == (9, 0) else ''}"
+    return f"{major}{minor}{'a' if capability == (9, 0) or major == 12 else ''}"
 
 
 def wanted_archs(default: Iterable[str] = ARCHS) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
 from dtq.formats.bits import unpack_nibbles
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import epilogue, fused
+from dtq.kernels import epilogue, fp4, fused
 from dtq.kernels.cpu import CPU
 from dtq.kernels.cuda import CUDA
 from dtq.kernels.native import Library
@@ -296,6 +296,7 @@ _OPS = (
     ("gelu(Tensor x) -> Tensor", _gelu, torch.empty_like),
     *fused.OPS,
     *epilogue.OPS,
+    *fp4.OPS,
 )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dtq.formats import FORMATS, Format, Parts
 from dtq.formats.acts import Acts
+from dtq.formats.floats import MxFp4, NvFp4
 from dtq.formats.grid import Grid
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import UNITS, Lut
@@ -275,6 +276,37 @@ def _in_float(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def _fp4_fits(task: Task) -> str | None:
+    match task.weights:
+        case NvFp4():
+            acts = "nvfp4"
+        case MxFp4():
+            acts = "mxfp4"
+        case _:
+            return f"weights are {task.weights.name}, not nvfp4 or mxfp4"
+    return None if task.acts.name == acts else f"activations are {task.acts.name}, not {acts}"
+
+
+def _fp4(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    y = _fp4_then(task, x, parts, bias, Then())
+    return _float(task, x, parts, bias) if y is None else y
+
+
+def _fp4_then(
+    task: Task, x: Tensor, parts: Parts, bias: Tensor | None, then: Then
+) -> Tensor | None:
+    mx = isinstance(task.weights, MxFp4)
+    if not dispatch.multiplies_fp4(x, mx):
+        return None
+    change = _pre_scale(parts), _order(parts), task.block, task.turns
+    codes = ops.fp4_quantize_rows(x, *change, mx)
+    weight = parts["weight"], parts["weight_scale"], parts.get("weight_scale_2")
+    gated = None, None
+    given = *codes, *weight, bias, then.gelu, *gated, x.dtype
+    y: Tensor = ops.fp4_linear(*given, *(then.branch or ()))
+    return y
+
+
 def _group_fits(task: Task) -> str | None:
     if task.acts.bits == 16 or task.acts.grid:
         return f"activations are {task.acts.name}"
@@ -350,6 +382,7 @@ KERNELS: tuple[Kernel, ...] = (
     _integers("w3a8", _three_fits, _three, "w3a8_linear"),
     _integers("w4a8-table", _table_fits, _table, "lut4a8_linear"),
     Kernel("weight-only", _weight_only_fits, _float, ("dequantize", "weight_linear")),
+    Kernel("fp4", _fp4_fits, _fp4, ("dequantize", "weight_linear"), _fp4_then),
     Kernel("integer-groups", _group_fits, _group, ("quantize_rows", "group_a8_linear")),
     Kernel("float-product", _float_fits, _float, ("dequantize", "weight_linear")),
     Kernel("reference", _always, _reference),
@@ -388,6 +421,8 @@ def on(kernel: Kernel, library: Library, shape: tuple[int, int] | None = None) -
     said = f"{where}: {library.describe()}"
     if library is cuda.CUDA and shape is not None and kernel.name in INT8:
         said += f" ({_by_size(shape)})"
+    if library is cuda.CUDA and kernel.name == "fp4":
+        said += " (sm_120: FP4 products; before it decoded to float)"
     return said
 
 
