@@ -25,7 +25,7 @@ from dtq.bench_models import OURS, quantized, quantized_model
 from dtq.clock import Clock, clock_of
 from dtq.errors import InputError
 from dtq.evaluate.baselines import BASELINES
-from dtq.kernels import CUDA
+from dtq.kernels import CUDA, dispatch
 
 SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288), (12288, 3072))
 """(K, N) of DiT-XL and FLUX."""
@@ -129,12 +129,13 @@ def linear_race(
     plain = nn.Linear(k, n, device=device, dtype=torch.bfloat16)
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
     count = copies(device, x.nbytes + plain.weight.nbytes)
+    four = ("nvfp4",) if dispatch.multiplies_fp4(x, mx=False) else ()
     found = [
-        *(ours(name, plain, x, count) for name in OURS),
+        *(ours(name, plain, x, count) for name in (*OURS, *four)),
         *(product(name, plain, x, count) for name in OURS),
         *(rival for rival in rivals(plain, x, count) if rival is not None),
     ]
-    return race(f"{k} x {n}", m, found, rounds, clock, (*OURS, *PRODUCTS))
+    return race(f"{k} x {n}", m, found, rounds, clock, (*OURS, *four, *PRODUCTS))
 
 
 def copies(device: torch.device, size: int) -> int:
@@ -153,7 +154,7 @@ def turning(runs: Sequence[Callable[[], object]]) -> Callable[[], object]:
 
 def ours(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     """The quantized layer, dispatcher included."""
-    layer = quantized(plain, OURS[name])
+    layer = quantized(plain, OURS[name]) if name in OURS else quantized(plain, name, name)
     size = sum(p.nbytes for p in layer.parameters())
     return Candidate(name, spread(layer, x, count), size)
 

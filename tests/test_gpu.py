@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from dtq import bench_gpu, bench_models
 from dtq.cli import main
 from dtq.clock import HostClock
-from dtq.kernels import CUDA
+from dtq.kernels import CUDA, dispatch
 
 HERE = torch.device("cpu")
 
@@ -106,6 +106,14 @@ def test_every_rival_of_a_linear_does_the_same_job():
     assert {"w8a8", "w4a8", "w8a8 product", "w4a8 product", "bf16", "_int_mm, bare"} <= set(found)
     assert set(found["bf16"].ratio) == {"w8a8", "w4a8", "w8a8 product", "w4a8 product"}
     assert found["w4a8"].bytes < found["w8a8"].bytes < found["bf16"].bytes
+
+
+def test_fp4_is_raced_where_there_is_hardware_for_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "multiplies_fp4", lambda x, mx: True)
+    rows = bench_gpu.linear_race(20, 128, 64, 2, HERE, HostClock())
+    found = {row.name: row for row in rows}
+    assert "nvfp4" in found["bf16"].ratio
+    assert found["nvfp4"].bytes < found["w8a8"].bytes
 
 
 def test_models_are_quantized_with_their_modulation():
