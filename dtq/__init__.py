@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """dtq quantizes diffusion transformers after training, and proves that they did not get worse.
 
-Importing it teaches diffusers to load dtq checkpoints.
+Importing it teaches diffusers to load dtq checkpoints, and ``torch.compile`` the backend "dtq".
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from diffusers.utils import is_peft_available
 
 from dtq import diffusers as _diffusers
+from dtq import fusion as _fusion
 from dtq.config import DTQConfig
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
 from dtq.formats import FORMATS
@@ -21,6 +22,7 @@ from dtq.terdit import load_ternary
 from dtq.version import __version__
 
 _diffusers.register(_on_the_fly)
+_fusion.register()
 if is_peft_available():
     from dtq import lora as _lora
 

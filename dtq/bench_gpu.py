@@ -302,7 +302,7 @@ def model_race(
         size = _footprint(chosen, given)
         found.append(Candidate(name, _step(chosen, given), size))
         if compiled and next(model.parameters()).is_cuda:
-            fast: Any = torch.compile(chosen)
+            fast: Any = torch.compile(chosen, backend="inductor" if chosen is model else "dtq")
             found.append(Candidate(f"{name} compiled", _step(fast, given), size))
     names = [c.name for c in found if not c.name.startswith("bf16")]
     return race(case, tokens, found, rounds, clock, names)

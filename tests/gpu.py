@@ -348,6 +348,29 @@ def compiled(s: Session) -> str:
     return "holds"
 
 
+def fused(s: Session) -> str:
+    """A compiled DiT is fused, and stays near the eager one."""
+    if s.small:
+        return "left out: it needs a C++ compiler"
+    from dtq import fusion
+
+    model, given, _ = bench_gpu.dit(s.device, quick=True)
+    made, found = bench_models.quantized_model(model, "w4a8"), []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        found.append(fusion.fuse(module))
+        return fusion.backend(module, inputs)  # nothing is left to fuse
+
+    with torch.no_grad():
+        want = made(**given)[0].float()
+        got = torch.compile(made, backend=backend)(**given)[0].float()
+    assert sum(f.norms for f in found), found
+    assert sum(f.gates for f in found), found
+    error = float((got - want).norm() / want.norm())
+    assert error < 0.05, error
+    return f"{found[0]}, {error:.4f} from eager"
+
+
 def all_formats(s: Session) -> None:
     """Every format, weight-only and with int8 activations, gives an answer."""
     for fmt in FORMATS.values():
@@ -364,7 +387,7 @@ def all_formats(s: Session) -> None:
 
 ROBUST = (
     no_tokens, many_tokens, long_rows, every_stream, captured, no_waiting, the_same_twice,
-    a_token_alone, ends_of_the_range, the_wrong_device, every_gpu, compiled, all_formats,
+    a_token_alone, ends_of_the_range, the_wrong_device, every_gpu, compiled, fused, all_formats,
 )  # fmt: skip
 
 

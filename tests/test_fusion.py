@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graphs of torch.compile: what is fused, what is left alone, and that the numbers stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from torch import nn
+
+from dtq import fusion
+from dtq.bench_models import quantized
+from dtq.kernels import dispatch
+from dtq.nn import QuantLinear
+from dtq.plan import Runtime
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Fused ops as torch reference count as compiled."""
+    monkeypatch.setattr(fusion, "_compiled", lambda node, op: True)
+
+
+def layer(columns, rows, weights="int8-row", rank=0, acts="int8-row"):
+    """A quantized linear of random numbers, float32 bias."""
+    plain = nn.Linear(columns, rows)
+    new = quantized(plain, weights, acts)
+    new.bias = nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
+    if rank:
+        new.widen(torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / 4)
+    return new
+
+
+def run(call, *given, **options):
+    """Output of a compiled function, and what was fused in all of its graphs."""
+    total = fusion.Fused()
+
+    def backend(module, inputs):
+        for name, count in vars(fusion.fuse(module)).items():
+            setattr(total, name, getattr(total, name) + count)
+        return module.forward
+
+    return torch.compile(call, backend=backend, **options)(*given), total
+
+
+class Block(nn.Module):
+    """What a DiT block does, in a width that 4-bit groups divide."""
+
+    def __init__(self, weights="int4-2l-g64", rank=0, acts="int8-row"):
+        super().__init__()
+        self.norm = nn.LayerNorm(128, elementwise_affine=False, eps=1e-6)
+        self.q, self.k = (layer(128, 128, weights, rank, acts) for _ in range(2))
+        self.up, self.down = (
+            layer(128, 256, weights, rank, acts),
+            layer(256, 128, weights, rank, acts),
+        )
+
+    def forward(self, x, shift, scale, gate):
+        y = self.norm(x) * (1 + scale[:, None]) + shift[:, None]
+        x = x + gate[:, None] * (self.q(y) * 0.5 + self.k(y))
+        y = F.dropout(self.up(self.norm(x) * (1 + scale[:, None]) + shift[:, None]), 0.0)
+        y = self.down(F.gelu(y, approximate="tanh")) / 1.0
+        return gate.unsqueeze(1) * y + x
+
+
+def block_inputs(images=2, tokens=9, dtype=torch.float32):
+    given = torch.randn(images, tokens, 128), *(torch.randn(images, 128) * 0.5 for _ in range(3))
+    return tuple(each.to(dtype) for each in given)
+
+
+@pytest.mark.parametrize("weights", ["int8-row", "int4-2l-g64", "int4-asym-row"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_block_is_fused(everywhere, weights, rank):
+    block, given = Block(weights, rank), block_inputs()
+    with torch.no_grad():
+        want = block(*given)
+        got, fused = run(block, *given, fullgraph=True)
+    # a branch reads what is quantized as well, and is a sum of its own where no kernel adds it
+    assert fused == (fusion.Fused() if rank else fusion.Fused(norms=3, gelus=1, gates=1))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
+
+
+def test_fp4_products_go_on_too(everywhere, monkeypatch):
+    monkeypatch.setattr(dispatch, "multiplies_fp4", lambda x, mx: True)
+    block, given = Block("nvfp4", acts="nvfp4"), block_inputs()
+    with torch.no_grad():
+        want = block(*given)
+        got, fused = run(block, *given, fullgraph=True)
+    assert fused == fusion.Fused(gelus=1, gates=1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "norms", "gelus", "gates"),
+    [
+        ("DiTTransformer2DModel", 4, 1, 2),
+        ("FluxTransformer2DModel", 12, 3, 5),
+        ("SD3Transformer2DModel", 28, 7, 14),
+        ("WanTransformer3DModel", 8, 2, 4),
+        ("HunyuanVideoTransformer3DModel", 8, 3, 7),
+        ("QwenImageTransformer2DModel", 16, 4, 8),
+        ("Flux2Transformer2DModel", 9, 0, 5),
+        ("LTXVideoTransformer3DModel", 0, 1, 2),
+    ],
+)
+def test_models_of_every_kind_are_fused(everywhere, name, norms, gelus, gates):
+    model = zoo.model(name)
+    for where, old in list(model.named_modules()):
+        inside = "blocks" in where and "norm" not in where
+        if isinstance(old, nn.Linear) and inside and old.in_features >= 8:
+            new = quantized(old, "int8-row")
+            if old.bias is not None:
+                new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
+            model.set_submodule(where, new)
+    given = zoo.inputs(name)
+    with torch.no_grad():
+        want = model(**given)[0]
+        got, fused = run(lambda: model(**given)[0])
+    assert (fused.norms, fused.gelus, fused.gates) == (norms, gelus, gates)
+    assert (got - want).norm() < 1e-3 * want.norm()
+
+
+def test_bfloat16_is_rounded_less(everywhere):
+    block, given = Block(), block_inputs(tokens=40)
+    exact = nn.Module.__call__(_in_float(block), *given)
+    half = tuple(each.bfloat16() for each in given)
+    with torch.no_grad():
+        apart = block(*half)
+        got, fused = run(block, *half)
+    assert (fused.norms, fused.gates) == (3, 1)
+    assert got.dtype == torch.bfloat16
+    errors = [float((y.float() - exact).norm() / exact.norm()) for y in (got, apart)]
+    assert errors[0] < errors[1]
+
+
+def _in_float(block):
+    """The same block whose linears are float ones of the same weights."""
+    made = Block()
+    made.load_state_dict(block.state_dict())
+    for name in ("q", "k", "up", "down"):
+        made.set_submodule(name, getattr(block, name).unquantized().float())
+    return made
+
+
+def test_sizes_may_change(everywhere):
+    block, total = Block(), []
+
+    def backend(module, inputs):
+        total.append(fusion.fuse(module))
+        return module.forward
+
+    compiled = torch.compile(block, backend=backend, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for images, tokens in ((2, 9), (3, 20), (4, 11)):
+            given = block_inputs(images, tokens)
+            want = block(*given)
+            torch.testing.assert_close(
+                compiled(*given), want, rtol=0, atol=2e-3 * float(want.abs().max())
+            )
+    assert [(f.norms, f.gelus, f.gates) for f in total] == [(3, 1, 1)]
+
+
+def test_codes_are_made_once():
+    # no smoothing vectors: q and k ask for the very same
+    q, k = (
+        QuantLinear.in_place_of(nn.Linear(64, 64), Runtime("int8-row", "int8-row")) for _ in "qk"
+    )
+    for each in (q, k):
+        w = torch.randn(64, 64)
+        each.fill(each.task.weights.pack(w, each.task.weights.fit(w)))
+        nn.init.zeros_(each.bias)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        got, fused = run(lambda x: (q(x), k(x)), x)
+        assert torch.equal(got[0], q(x))
+        assert torch.equal(got[1], k(x))
+        assert fused.shared == 1
+
+        def between(x):
+            first = q(x)
+            x.add_(1)
+            return first, k(x)
+
+        got, fused = run(between, x.clone())
+        assert torch.equal(got[1], k(x + 1))
+    assert fused.shared == 0
+
+
+def test_what_is_written_to_in_between_is_left_alone(everywhere):
+    q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
+    x, shift, scale, gate = block_inputs()
+
+    def modulated(x):
+        y = norm(x) * (1 + scale[:, None]) + shift[:, None]
+        x.add_(1)
+        return q(y)
+
+    def gated(x):
+        y, other = q(x), x.clone()
+        other += y
+        return other + gate[:, None] * q(x), other
+
+    with torch.no_grad():
+        for call in (modulated, gated):
+            want = call(x.clone())
+            got, _ = run(call, x.clone())
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert run(modulated, x.clone())[1].norms == 0
+
+
+def test_what_others_read_is_left_alone(everywhere):
+    q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
+    affine = nn.LayerNorm(128)
+    x, shift, scale, gate = block_inputs()
+    per_token = torch.randn(2, 9, 128)
+
+    def read_elsewhere(x):
+        y = norm(x) * (1 + scale[:, None]) + shift[:, None]
+        z = q(y)
+        return z + gate[:, None] * z, y
+
+    def with_weights(x):
+        return q(affine(x) * (1 + scale[:, None]) + shift[:, None])
+
+    def modulated_by_token(x):
+        return q(norm(x) * (1 + per_token) + shift[:, None]) * per_token + x
+
+    def exact_gelu(x):
+        return F.gelu(q(x))
+
+    def transposed(x):
+        return gate[:, None] * q(x).transpose(0, 1).reshape(2, 9, 128) + x
+
+    with torch.no_grad():
+        for call in (read_elsewhere, with_weights, modulated_by_token, exact_gelu, transposed):
+            got, fused = run(call, x)
+            assert (fused.norms, fused.gelus, fused.gates) == (0, 0, 0), call.__name__
+            torch.testing.assert_close(got, call(x), rtol=0, atol=0)
+
+
+def test_gradients_are_those_of_the_parts(everywhere):
+    q, (x, _, _, gate) = layer(128, 128), block_inputs()
+    gate.requires_grad_()
+
+    def call(x):
+        return gate[:, None] * q(x) + x
+
+    got, fused = run(call, x)
+    assert fused.gates == 0
+    (mine,) = torch.autograd.grad(got.sum(), gate)
+    (want,) = torch.autograd.grad(call(x).sum(), gate)
+    torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.slow
+def test_the_backend_is_inductor_with_the_compiled_ops_of_the_device():
+    block, given = Block(), block_inputs()
+    with torch.no_grad():
+        want = block(*given)
+        for options in ({}, {"options": {"max_fusion_size": 8}}, {"mode": "reduce-overhead"}):
+            torch._dynamo.reset()
+            got = torch.compile(block, backend="dtq", fullgraph=True, **options)(*given)
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
+
+
+def test_only_what_is_compiled_for_the_device_is_used():
+    from dtq.kernels import CPU
+
+    with torch.no_grad():
+        _, fused = run(Block(), *block_inputs())
+    there = CPU.load()
+    assert fused.norms == (3 if there and "norm_quantize_rows" in CPU.ops else 0)
+    assert (fused.gates, fused.gelus) == (there, there)
