@@ -236,6 +236,20 @@ inline U rounded(V x, V scale, V levels) {
   return (U)(v + magic);  // its low byte is the integer
 }
 
+// Twice the E2M1 level next to x / scale, ties to the even code, in the low byte.
+inline U doubled_level(V x, V scale) {
+  const V quotient = x / scale;
+  V size = (V)((I)quotient & 0x7fffffff);
+  size = size > splat(6) ? splat(6) : size;
+  // the power of two below it, 1 for what is smaller: levels lie half of that apart
+  const V least = size < splat(1) ? splat(1) : size;
+  const V below = (V)((I)least & 0x7f800000);
+  const V magic = below * splat(3 * 2097152.0f);  // float32 is spaced like them there
+  const V level = (size + magic) - magic;
+  const I sign = (I)quotient & (I)((U){} + 0x80000000);
+  return (U)((V)((I)(level + level) | sign) + splat(12582912.0f));
+}
+
 void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
   I lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
@@ -251,17 +265,22 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
       scale = *q.fixed;
     } else {
       const float peak = largest(row, q.columns);
-      if (peak != 0) {  // NaN too: the codes of such a row are numbers, its scale must say so
+      if (!q.levels) {
+        scale = peak / 6;
+      } else if (peak != 0) {  // NaN too: the codes of such a row are numbers, its scale must say so
         scale = peak / (float)q.levels;
         scale = scale < 1e-8f ? 1e-8f : scale;
       }
     }
-    q.scale[r] = scale;
+    q.scale[r] = q.levels ? scale : scale / 2;
+    const V divisor = splat(scale == 0 ? __builtin_inff() : scale);  // such a row is zeros
     int8_t* codes = q.codes + r * q.columns;
     for (int64_t k = 0; k < q.columns; k += kLanes) {
       int8_t bytes[kLanes];
       const int64_t left = q.columns - k;
-      low_bytes(rounded(load(row + k), splat(scale), levels), left < kLanes ? bytes : codes + k);
+      const V x = load(row + k);
+      low_bytes(q.levels ? rounded(x, divisor, levels) : doubled_level(x, divisor),
+                left < kLanes ? bytes : codes + k);
       if (left < kLanes) memcpy(codes + k, bytes, left);
     }
   }

@@ -17,7 +17,7 @@ constexpr int kRows = 32;    // output channels of a panel; two AMX tiles, four 
 constexpr int kGroup = 3;    // token blocks whose sums lie side by side
 constexpr int kFew = 8;      // up to this many tokens each weight is read once and not rearranged
 
-// quantize_rows, transform_rows
+// quantize_rows, e2m1_quantize_rows, transform_rows
 struct Rows {
   const void* x;  // (M, K), rows `stride` elements apart
   Float type;
@@ -28,7 +28,7 @@ struct Rows {
   int turns;               // 1, or 2: again, with the channels of each block dealt out over all
   float unit;              // block ** -0.5
   const float* fixed;      // one scale for all rows, or null
-  int levels;
+  int levels;     // the largest code; 0 for E2M1 levels times two
   int8_t* codes;  // (M, K)
   float* scale;   // (M)
   float* out;     // (M, K): the changed rows and no codes; or null

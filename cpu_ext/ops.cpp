@@ -68,7 +68,6 @@ using Pair = std::tuple<Tensor, Tensor>;
 
 // Codes and scales; `scale` and its place `at`, or one scale per row.
 Pair codes_of(const char* op, Given given, const MaybeTensor& scale, int64_t at, int64_t levels) {
-  STD_TORCH_CHECK(levels >= 1 && levels <= 127, op, ": levels must be 1 to 127");
   const int64_t m = given.x.size(0), k = given.x.size(1);
   Tensor fixed;
   if (scale) {
@@ -86,11 +85,16 @@ Pair codes_of(const char* op, Given given, const MaybeTensor& scale, int64_t at,
   return {codes, scales};
 }
 
+void check_levels(const char* op, int64_t levels) {
+  STD_TORCH_CHECK(levels >= 1 && levels <= 127, op, ": levels must be 1 to 127");
+}
+
 Pair quantize_rows(const Tensor& x, const MaybeTensor& pre_scale, int64_t block,
                    const MaybeTensor& scale, int64_t levels) {
   STD_TORCH_CHECK(!scale || scale->numel() == 1, "quantize_rows: one static scale, got ",
                   scale ? scale->numel() : 0);
   constexpr const char* kOp = "quantize_rows";
+  check_levels(kOp, levels);
   return codes_of(kOp, Given(kOp, x, pre_scale, std::nullopt, block, 1), scale, 0, levels);
 }
 
@@ -98,9 +102,16 @@ Pair binned_quantize_rows(const Tensor& x, const MaybeTensor& pre_scale, const M
                           int64_t block, int64_t turns, const MaybeTensor& scale,
                           const MaybeTensor& bin, int64_t levels) {
   constexpr const char* kOp = "binned_quantize_rows";
+  check_levels(kOp, levels);
   STD_TORCH_CHECK(!bin || bin->numel() == 1, kOp, ": one bin, got ", bin ? bin->numel() : 0);
   const int64_t at = bin ? *data<int64_t>(as(*bin, ScalarType::Long)) : 0;
   return codes_of(kOp, Given(kOp, x, pre_scale, order, block, turns), scale, at, levels);
+}
+
+Pair e2m1_quantize_rows(const Tensor& x, const MaybeTensor& pre_scale, const MaybeTensor& order,
+                        int64_t block, int64_t turns) {
+  constexpr const char* kOp = "e2m1_quantize_rows";
+  return codes_of(kOp, Given(kOp, x, pre_scale, order, block, turns), std::nullopt, 0, 0);
 }
 
 Tensor transform_rows(const Tensor& x_in, const MaybeTensor& pre_scale, const MaybeTensor& order,
@@ -366,6 +377,7 @@ Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const 
 STABLE_TORCH_LIBRARY_IMPL(dtq, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("binned_quantize_rows", TORCH_BOX(&binned_quantize_rows));
+  m.impl("e2m1_quantize_rows", TORCH_BOX(&e2m1_quantize_rows));
   m.impl("transform_rows", TORCH_BOX(&transform_rows));
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
   m.impl("w4a8_linear", TORCH_BOX(&two_level_linear<4>));

@@ -37,6 +37,7 @@ enum Output {
   kInt8,   // codes, one scale per row
   kE4m3,   // the same with float8_e4m3fn codes
   kFloat,  // float32, not quantized
+  kE2m1,   // as kInt8: E2M1 levels times two
   // E2M1 codes, two a byte; one scale per row, NaN if something is not finite; and
   kNvRow,  // an e4m3 for every 16 columns
   kMxRow,  // a biased exponent for every 32: the row's scale is 1

@@ -153,15 +153,19 @@ Pair norm_quantize_rows(const Tensor& given, const Maybe& modulate_scale, const 
                          pre_scale, order, block, turns, scale, bin, levels);
 }
 
-Pair e4m3_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
-                        int64_t turns) {
+// e4m3_quantize_rows and e2m1_quantize_rows: one argument list.
+template <dtq::Output output>
+Pair float_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                         int64_t turns) {
+  constexpr const char* kReference = output == dtq::kE4m3 ? "dtq_reference::e4m3_quantize_rows"
+                                                          : "dtq_reference::e2m1_quantize_rows";
   Tensor x = with_rows(given, "x");
   Guard guard(x);
   if (has_rows(x)) {
     dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
-    if (auto done = quantized(rows, x, dtq::kE4m3)) return *done;
+    if (auto done = quantized(rows, x, output)) return *done;
   }
-  return reference<Pair>("dtq_reference::e4m3_quantize_rows", given, pre_scale, order, block, turns);
+  return reference<Pair>(kReference, given, pre_scale, order, block, turns);
 }
 
 Triple fp4_quantize_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
@@ -348,7 +352,8 @@ STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("transform_rows", TORCH_BOX(&transform_rows));
   m.impl("binned_quantize_rows", TORCH_BOX(&grid_quantize_rows<dtq::kAsIs>));
-  m.impl("e4m3_quantize_rows", TORCH_BOX(&e4m3_quantize_rows));
+  m.impl("e4m3_quantize_rows", TORCH_BOX(&float_quantize_rows<dtq::kE4m3>));
+  m.impl("e2m1_quantize_rows", TORCH_BOX(&float_quantize_rows<dtq::kE2m1>));
   m.impl("fp4_quantize_rows", TORCH_BOX(&fp4_quantize_rows));
   m.impl("gelu_quantize_rows", TORCH_BOX(&grid_quantize_rows<dtq::kGelu>));
   m.impl("norm_quantize_rows", TORCH_BOX(&norm_quantize_rows));

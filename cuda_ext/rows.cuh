@@ -14,6 +14,8 @@
 //   int8       scale = max|x| / levels, at least 1e-8, 1 for a row of zeros, NaN for one
 //              with a NaN; round(x / scale), ties to even, within +-levels, 0 for NaN
 //   e4m3       scale = max|x| / 448; x / scale, 0 where the scale is 0, rounded to e4m3
+//   E2M1       scale = max|x| / 6; x / scale, 0 where the scale is 0, rounded to E2M1; codes are twice
+//              that, the scale half
 //   NVFP4      peak = max|x|, at least 1e-30; u = x / peak; of each 16 columns the scale is max|u| /
 //              (1 / 2688) / 6, at least 2^-9, rounded to e4m3; u / (scale * (1 / 2688)) rounded to E2M1
 //   MXFP4      of each 32 columns the scale is 2^(floor(log2(max|x|)) - 2), at least 2^-126; x / scale
@@ -221,6 +223,16 @@ DTQ_DEV uint32_t e2m1_of(float x) {
   const uint32_t code = uint32_t(size > 0.25f) + (size >= 0.75f) + (size > 1.25f) +
                         (size >= 1.75f) + (size > 2.5f) + (size >= 3.5f) + (size > 5.0f);
   return code ? code | (float_bits(x) >> 28 & 8) : 0;
+}
+
+// Codes of a run as bytes of twice the level, four in a word.
+DTQ_DEV void doubled_levels(float divisor, const float (&v)[kRun], uint32_t (&packed)[4]) {
+  DTQ_UNROLL for (int i = 0; i < 4; i++) packed[i] = 0;
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
+    const uint32_t code = e2m1_of(fdiv(v[i], divisor)), index = code & 7;
+    const uint32_t size = index < 4 ? index : (2 | (index & 1)) << (index / 2 - 1);
+    packed[i / 4] |= ((code & 8 ? 0u - size : size) & 255) << i % 4 * 8;
+  }
 }
 
 // The scale of a run of 16 columns of NVFP4 that were divided by the row's peak, and their quotients.

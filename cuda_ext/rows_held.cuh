@@ -8,6 +8,11 @@ namespace dtq {
 constexpr int kHeldThreads = 1024;
 constexpr int64_t kHeld = kHeldThreads * kRun;
 
+DTQ_DEV void write_codes(const Rows& r, int64_t row, int64_t k, const uint32_t (&packed)[4]) {
+  stg((U4*)((unsigned char*)r.out + row * r.out_stride + k),
+      U4{packed[0], packed[1], packed[2], packed[3]});
+}
+
 // Shared memory: [kWarpWords][exchange, if rotation blocks are longer than a warp's 512 columns][sums of
 // runs, kNorm].
 template <Before kBefore>
@@ -60,12 +65,17 @@ DTQ_KERNEL void DTQ_BOUNDS(kHeldThreads, 1) held_rows_kernel(const DTQ_CONSTANT 
     if (tid() == 0) stg(r.scale + row, fp4_row_scale(r, peak));
     return;
   }
-  const Quantizer q = quantizer(r, peak);
   uint32_t packed[4];
+  if (r.output == kE2m1) {
+    const float scale = fdiv(bits_float(peak), 6);
+    doubled_levels(scale == 0 ? bits_float(0x7f800000) : scale, v, packed);
+    if (k < r.width) write_codes(r, row, k, packed);
+    if (tid() == 0) stg(r.scale + row, fmul(scale, 0.5f));
+    return;
+  }
+  const Quantizer q = quantizer(r, peak);
   int32_t sum = codes_of(q, v, packed);
-  if (k < r.width)
-    stg((U4*)((unsigned char*)r.out + row * r.out_stride + k),
-        U4{packed[0], packed[1], packed[2], packed[3]});
+  if (k < r.width) write_codes(r, row, k, packed);
   if (tid() == 0) stg(r.scale + row, q.scale);
   if (r.sums) {
     sum = total(sum, words);

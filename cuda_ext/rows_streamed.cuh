@@ -103,6 +103,8 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
     uint32_t packed[4] = {};
     if (r.output == kInt8) {
       sum += codes_of(q, v, packed);
+    } else if (r.output == kE2m1) {
+      doubled_levels(divisor, v, packed);
     } else {
       DTQ_UNROLL for (int i = 0; i < kRun; i++)
         if (k + i < r.columns) packed[i / 4] |= to_e4m3(fdiv(v[i], divisor)) << i % 4 * 8;
@@ -118,9 +120,9 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
       if (!r.fixed) peak = largest(peak, words);
       if (r.output == kInt8) q = quantizer(r, peak);
       else if (r.output >= kNvRow) q.scale = fp4_row_scale(r, peak);
-      else q.scale = r.fixed ? stored_scale(r) : fdiv(bits_float(peak), 448);
+      else q.scale = r.fixed ? stored_scale(r) : fdiv(bits_float(peak), r.output == kE2m1 ? 6 : 448);
       divisor = q.scale == 0 ? bits_float(0x7f800000) : q.scale;
-      if (tid() == 0) stg(r.scale + row, q.scale);
+      if (tid() == 0) stg(r.scale + row, r.output == kE2m1 ? fmul(q.scale, 0.5f) : q.scale);
     }
     DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
       float v[kRun];

@@ -122,6 +122,7 @@ def fused_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     args = (x, *change, *grid)
     agree(ops.gelu_quantize_rows, fused._gelu_quantize_rows, args, device, f"gelu {what}")
     agree(ops.binned_quantize_rows, fused.binned_quantize_rows, args, device, f"binned {what}")
+    agree(ops.e2m1_quantize_rows, fused._e2m1_quantize_rows, (x, *change), device, f"e2m1 {what}")
     if torch.device(device).type == "cuda":  # e4m3 tensors are compared as bytes
         codes, _ = ops.e4m3_quantize_rows(x.to(device), *(_to(c, device) for c in change))
         want, _ = fused._e4m3_quantize_rows(x, *change)

@@ -91,6 +91,32 @@ def test_changed_rows_have_the_bits_of_the_reference(isa, dtype):
     assert compiled.transform_rows(random(0, 64), None, None, 64, 2).shape == (0, 64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_e2m1_rows_have_the_bits_of_the_reference(isa, dtype):
+    for m, k, blocks in [(5, 1152, (1, 16, 128)), (17, 4160, (64,)), (3, 37, (1,))]:
+        x = (random(m, k) * 10 ** random(m, 1, seed=3)).to(dtype)
+        x[-1] = 0
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(2)).int()
+        for block in blocks:
+            for given in ((None, None), (random(k, seed=1).bfloat16(), order)):
+                args = (x, *given, block, 1 if block == 1 else 2)
+                got = compiled.e2m1_quantize_rows(*args)
+                assert same(got, fused._e2m1_quantize_rows(*args)), (m, k, block)
+    ties = torch.tensor([[6.0, 0.25, -0.25, 0.75, 1.25, -1.75, 2.5, 3.5, 5.0, -5.0, 5.01]])
+    codes, scale = compiled.e2m1_quantize_rows(ties.to(dtype), None, None, 1, 1)
+    assert codes.tolist() == [
+        [12, 0, 0, 2, 2, -4, 4, 8, 8, -8, 12 if dtype != torch.bfloat16 else 8]
+    ]
+    assert scale.tolist() == [0.5]
+    ends = torch.tensor([[1e-44, -3e-45, 0], [torch.nan, 1, 2], [torch.inf, 1, -1]])
+    got, want = (
+        compiled.e2m1_quantize_rows(ends, None, None, 1, 1),
+        (fused._e2m1_quantize_rows(ends, None, None, 1, 1)),
+    )
+    assert torch.equal(got[0][0], want[0][0])
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
+
+
 def test_quantize_rows_at_odd_places(isa):
     for k in (1, 2, 3, 15, 37, 65):
         x = random(4, k)

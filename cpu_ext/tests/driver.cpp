@@ -187,6 +187,21 @@ bool alike(const dtq::Kernels& kernels) {
       (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
     }
     same = same && turned[0] == turned[1];
+    std::vector<int8_t> codes[2];
+    std::vector<float> scale(n);
+    for (int i = 0; i < 2; i++) {
+      codes[i].assign(n * k, 0);
+      dtq::Rows q = {};
+      q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
+      q.block = block, q.turns = 1, q.unit = 0.3f;  // levels 0: E2M1
+      q.codes = codes[i].data(), q.scale = scale.data();
+      (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
+      for (int8_t code : codes[i]) {
+        const int size = code < 0 ? -code : code;
+        same = same && size <= 12 && (size < 5 || size == 6 || size == 8 || size == 12);
+      }
+    }
+    same = same && codes[0] == codes[1];
   }
   return same;
 }

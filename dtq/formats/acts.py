@@ -46,8 +46,16 @@ class Acts:
 
     @property
     def integer(self) -> bool:
-        """Codes are int8 with one scale per token: what the integer kernels multiply."""
+        """Codes are integers with one scale per token."""
         return self.bits < 16 and not self.grid
+
+    @property
+    def int8(self) -> bool:
+        """What the integer kernels multiply: int8 and one scale per token.
+
+        Twice an E2M1 level is an integer, so those are exact there too.
+        """
+        return self.integer or self.grid == "e2m1-row"
 
 
 ACTS: dict[str, Acts] = {

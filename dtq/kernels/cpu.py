@@ -96,6 +96,7 @@ CPU = Library(
     ops=(
         "quantize_rows",
         "binned_quantize_rows",
+        "e2m1_quantize_rows",
         "transform_rows",
         "w8a8_linear",
         "w4a8_linear",

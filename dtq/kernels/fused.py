@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dtq.formats.acts import row_codes, row_scale
 from dtq.formats.base import divide
+from dtq.formats.grid import E2M1
 from dtq.transforms.hadamard import rotate
 
 _RUN = 16  # columns that one thread of a kernel holds side by side
@@ -130,6 +131,20 @@ def _e4m3_quantize_rows(
     return codes, scale.reshape(-1)  # (M, K), (M,)
 
 
+def _e2m1_quantize_rows(
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,
+    order: Tensor | None,
+    block: int,
+    turns: int,
+) -> tuple[Tensor, Tensor]:
+    """E2M1 levels times two, which int8 holds, and half the scale; as the format ``e2m1-row``."""
+    x = changed(x.float(), pre_scale, order, block, turns)
+    scale = x.abs().amax(1, keepdim=True) / x.new_full((1, 1), E2M1.top)
+    codes = (E2M1.snap(divide(x, scale)) * 2).to(torch.int8)
+    return codes, (scale * 0.5).reshape(-1)  # (M, K), (M,)
+
+
 def changed(
     x: Tensor, pre_scale: Tensor | None, order: Tensor | None, block: int, turns: int
 ) -> Tensor:
@@ -183,6 +198,11 @@ OPS = (
         f"e4m3_quantize_rows(Tensor x, {_CHANGE}) -> (Tensor, Tensor)",
         _e4m3_quantize_rows,
         _e4m3_like,
+    ),
+    (
+        f"e2m1_quantize_rows(Tensor x, {_CHANGE}) -> (Tensor, Tensor)",
+        _e2m1_quantize_rows,
+        codes_like,
     ),
 )
 """Schema, reference and fake, as rows of the table in ``ops.py``."""

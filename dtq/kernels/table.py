@@ -103,9 +103,9 @@ class Kernel:
 
 
 def _acts_refused(task: Task) -> str | None:
-    if task.acts.integer:
+    if task.acts.int8:
         return None
-    return f"activations are {task.acts.name}, not int8 with one scale per token"
+    return f"activations are {task.acts.name}, not int8 or e2m1 with one scale per token"
 
 
 def _unless(fits: bool, task: Task, wanted: str) -> str | None:
@@ -268,7 +268,7 @@ def _in_float(
     # as every layer of a bfloat16 model multiplies, and codes are exact in it; what is changed may
     # leave the range of float16
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    if task.acts.grid:
+    if not task.acts.int8:
         rows = ops.round_rows(_transformed(task, x, parts), task.acts.name).to(dtype)
         return multiply(rows, bias).to(x.dtype)
     codes, scale = _codes(task, x, parts)
@@ -308,10 +308,8 @@ def _fp4_then(
 
 
 def _group_fits(task: Task) -> str | None:
-    if task.acts.bits == 16 or task.acts.grid:
-        return f"activations are {task.acts.name}"
     fits = isinstance(task.weights, Int) and task.weights.bits in (4, 8)
-    return _unless(fits, task, "4- or 8-bit integers")
+    return _acts_refused(task) or _unless(fits, task, "4- or 8-bit integers")
 
 
 def _group(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
@@ -344,7 +342,9 @@ def _stored(task: Task, parts: Parts) -> tuple[list[Tensor], str, str]:
 def _codes(task: Task, x: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
     """int8 (M, K) and row scales (M,) of the changed input."""
     static, levels, order = parts.get("input_scale"), task.acts.levels, _order(parts)
-    if order is None and task.turns == 1:
+    if not task.acts.integer:
+        codes, scale = ops.e2m1_quantize_rows(x, _pre_scale(parts), order, task.block, task.turns)
+    elif order is None and task.turns == 1:
         codes, scale = ops.quantize_rows(x, _pre_scale(parts), task.block, static, levels)
     else:
         codes, scale = ops.binned_quantize_rows(
