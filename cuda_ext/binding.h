@@ -30,9 +30,11 @@
 #if defined(DTQ_SIM)
 #include "sim/session.h"
 #define DTQ_NAMESPACE dtq_sim
+#define DTQ_OP(name) "dtq_sim::" name
 #define DTQ_KEY CPU
 #else
 #define DTQ_NAMESPACE dtq
+#define DTQ_OP(name) "dtq::" name
 #define DTQ_KEY CUDA
 #endif
 
@@ -223,10 +225,9 @@ inline bool launched(int code, const char* what) {
 // Calls that no kernel could do, so far: tests and measurements look at it.
 inline std::atomic<int64_t> references{0};
 
-// The torch reference of an op: the arguments in the order of the schema.
+// An op of torch: the arguments in the order of the schema.
 template <class Result, class... Arguments>
-Result reference(const char* name, const Arguments&... arguments) {
-  references++;
+Result call(const char* name, const Arguments&... arguments) {
   constexpr size_t count = sizeof...(Arguments);
   std::array<StableIValue, count> stack{torch::stable::detail::from(arguments)...};
   DTQ_CHECKED(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
@@ -234,6 +235,13 @@ Result reference(const char* name, const Arguments&... arguments) {
   if constexpr (std::is_same_v<Result, Tensor>) return result(0);
   else if constexpr (std::tuple_size_v<Result> == 2) return {result(0), result(1)};
   else return {result(0), result(1), result(2)};
+}
+
+// The torch reference of an op.
+template <class Result, class... Arguments>
+Result reference(const char* name, const Arguments&... arguments) {
+  references++;
+  return call<Result>(name, arguments...);
 }
 
 }  // namespace dtq::binding

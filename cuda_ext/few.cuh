@@ -99,7 +99,8 @@ struct DecodePlan {
   WeightPlan weight;
   void* out;
   Float type;
-  int64_t runs;  // of a row
+  bool integers;  // int8 instead, of values that are such
+  int64_t runs;   // of a row
   bool whole_out;
 };
 
@@ -116,6 +117,13 @@ DTQ_KERNEL void DTQ_BOUNDS(kDecodeThreads, 4) decode_kernel(const DTQ_CONSTANT D
   Run<kCodes, kBits> run;
   fetch(p.weight, n, k, run);
   expand(p.weight, run, k, (const float*)shared, v);
+  if (p.integers) {
+    uint32_t words[4] = {};
+    DTQ_UNROLL for (int i = 0; i < kRun; i++)
+      words[i / 4] |= ((uint32_t)round_to_int(v[i]) & 255) << i % 4 * 8;
+    write_bytes((unsigned char*)p.out + n * columns, k, columns, p.whole_out, words);
+    return;
+  }
   if (p.type == kFloat32) write_floats((float*)p.out + n * columns, k, columns, p.whole_out, v);
   else write_halves((uint16_t*)p.out + n * columns, k, columns, p.whole_out, p.type, v);
 }

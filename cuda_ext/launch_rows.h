@@ -88,7 +88,7 @@ enum Codes {
 };
 
 enum ScaleType {
-  kNoScale,  // kWords only
+  kNoScale,  // kWords, and what launch_expand takes
   kScaleFloat32,
   kScaleBFloat16,
   kScaleE4m3,   // times scale_2
@@ -120,6 +120,9 @@ struct Weight {
 
 // out (N, K) = the float32 values that the format stands for, rounded once to `type`.
 int launch_dequantize(const Weight& weight, void* out, Float type, Stream stream);
+
+// out (N, K) = the int8 of a kTwoLevel weight without a scale (kNoScale), before the row's.
+int launch_expand(const Weight& weight, int8_t* out, Stream stream);
 
 // y (M, N) = x (M, K) W^T + bias for few tokens, each weight read once and rounded to the type of x
 // first. Sums are float32 in an order that depends on K alone (see few.cuh), so that a token's

@@ -320,6 +320,39 @@ Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names, co
   return reference<Tensor>("dtq_reference::dequantize", parts, names, format, columns, type);
 }
 
+// 3-bit codes have no product of their own: they become int8 first, in memory that is given back.
+Tensor w3a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                   const Tensor& weight_scale, const Tensor& groups, const Maybe& bias, ScalarType type) {
+  Guard guard(codes);
+  check(codes, "codes", codes, ScalarType::Char);
+  check(weight, "weight", codes, ScalarType::Char);
+  check(groups, "weight_scale_2", codes, ScalarType::Char);
+  STD_TORCH_CHECK(codes.dim() == 2 && weight.dim() == 2 && groups.dim() == 2,
+                  "dtq: codes, weight and weight_scale_2 must be matrices");
+  const int64_t rows = weight.size(0), columns = codes.size(1);
+  STD_TORCH_CHECK(8 * weight.size(1) == 3 * columns, "dtq: codes with ", columns,
+                  " columns do not fit the weight, which has ", 8 * weight.size(1) / 3);
+  STD_TORCH_CHECK(groups.size(0) == rows && groups.size(1) > 0 && columns % groups.size(1) == 0,
+                  "dtq: weight_scale_2 must be (", rows, ", groups), and ", columns,
+                  " columns whole groups");
+  if (has_kernels(type) && served(codes)) {
+    dtq::Weight w{};
+    w.codes = dtq::kTwoLevel;
+    w.bits = 3;
+    w.rows = rows;
+    w.columns = columns;
+    w.weight = static_cast<const uint8_t*>(weight.data_ptr());
+    w.group_bytes = static_cast<const uint8_t*>(groups.data_ptr());
+    w.groups = groups.size(1);
+    Tensor wide = torch::stable::new_empty(codes, {rows, columns}, ScalarType::Char);
+    int code = dtq::launch_expand(w, static_cast<int8_t*>(wide.data_ptr()), stream_of(codes));
+    if (launched(code, "expanding 3-bit codes"))
+      return call<Tensor>(DTQ_OP("w8a8_linear"), codes, row_scale, wide, weight_scale, bias, type);
+  }
+  return reference<Tensor>("dtq_reference::w3a8_linear", codes, row_scale, weight, weight_scale, groups,
+                           bias, type);
+}
+
 Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts, const std::string& names,
                      const std::string& format, const Maybe& bias) {
   Tensor x = with_rows(given, "x");
@@ -358,6 +391,7 @@ STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("gelu_quantize_rows", TORCH_BOX(&grid_quantize_rows<dtq::kGelu>));
   m.impl("norm_quantize_rows", TORCH_BOX(&norm_quantize_rows));
   m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("w3a8_linear", TORCH_BOX(&w3a8_linear));
   m.impl("weight_linear", TORCH_BOX(&weight_linear));
 }
 

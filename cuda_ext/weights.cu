@@ -34,7 +34,7 @@ int plan(const Weight& w, WeightPlan& p) {
       if (p.group % kRun) return kBadGroup;
       p.shift = p.group & (p.group - 1) ? -1 : __builtin_ctz((unsigned)p.group);
     }
-    if (w.scale_type == kNoScale) return kBadWeight;
+    if (w.scale_type == kNoScale && w.codes != kTwoLevel) return kBadWeight;
   }
   const int aligned = w.codes == kTrits ? 1 : run_alignment(w);
   p.whole = w.codes != kTrits && (uintptr_t)w.weight % aligned == 0 && p.row_bytes % aligned == 0;
@@ -87,20 +87,32 @@ int with_decoder(const Weight& w, Run run) {
   }
 }
 
-}  // namespace
-
-int launch_dequantize(const Weight& w, void* out, Float type, Stream stream) {
-  DecodePlan p = {};
+int decode(const Weight& w, DecodePlan& p, int size, Stream stream) {
   const int status = plan(w, p.weight);
   if (status != kOk) return status;
-  p.out = out;
-  p.type = type;
   p.runs = (w.columns + kRun - 1) / kRun;
-  p.whole_out = reads_whole(out, w.columns, type == kFloat32 ? 4 : 2);
+  p.whole_out = reads_whole(p.out, w.columns, size);
   return with_decoder(w, [&](auto decoder) {
     if (w.rows == 0 || w.columns == 0) return (int)kOk;
     return decoder.dequantize(p, stream);
   });
+}
+
+}  // namespace
+
+int launch_dequantize(const Weight& w, void* out, Float type, Stream stream) {
+  DecodePlan p = {};
+  p.out = out;
+  p.type = type;
+  return decode(w, p, type == kFloat32 ? 4 : 2, stream);
+}
+
+int launch_expand(const Weight& w, int8_t* out, Stream stream) {
+  if (w.codes != kTwoLevel || w.scale_type != kNoScale) return kBadWeight;
+  DecodePlan p = {};
+  p.out = out;
+  p.integers = true;
+  return decode(w, p, 1, stream);
 }
 
 int launch_few(const Few& f, Stream stream) {

@@ -163,6 +163,23 @@ def w4a8(ops: Any, device: Any, seed: int, limit: int) -> None:
     agree(ops.w4a8_linear, reference._w4a8_linear, args, device, what)
 
 
+def w3a8(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    (m, n, k), d = size.product(), size.dice
+    name = d.choice(("int3-2l-g64", "int3-row") if k % 64 == 0 else ("int3-row",))
+    fmt, dtype, w = FORMATS[name], d.choice(DTYPES), normal(n, k, seed=seed)
+    p = fmt.pack(w, fmt.fit(w))
+    groups = p.get("weight_scale_2")
+    if groups is None:  # codes are raised by 4
+        groups = torch.full((n, 1), 4, dtype=torch.int8)
+    args = (
+        int8(m, k, seed=seed), normal(m, seed=1).abs(), p["weight"], p["weight_scale"],
+        groups, d.choice((None, normal(n, seed=3).to(dtype))), dtype,
+    )  # fmt: skip
+    what = f"w3a8 {name} M {m} N {n} K {k} {dtype}"
+    agree(ops.w3a8_linear, reference._w3a8_linear, args, device, what)
+
+
 def epilogues(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     (m, n, k), d = size.product(), size.dice
@@ -285,7 +302,7 @@ def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
 
 
 CHECKS = (
-    quantize_rows, transform_rows, fused_rows, fp4_rows, w8a8, w4a8, epilogues, branches, decoded,
+    quantize_rows, transform_rows, fused_rows, fp4_rows, w8a8, w4a8, w3a8, epilogues, branches, decoded,
 )  # fmt: skip
 """On every architecture with kernels."""
 

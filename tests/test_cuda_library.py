@@ -445,7 +445,7 @@ def test_the_dispatcher_stays_out_of_the_way_off_the_gpu():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The dispatcher takes the CPU for an H200."""
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
     monkeypatch.setattr(dispatch, "_limits", lambda index: (16, 3e9))
 
 
@@ -466,6 +466,17 @@ def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
     assert pick(task).call(task, x.float(), parts, None).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["int4-g64", "int8-asym-g128"])
+def test_integers_with_float_scales_are_multiplied_decoded(as_on_a_gpu, name, monkeypatch):
+    fmt, w = FORMATS[name], agreement.normal(48, 256) * 0.1
+    task, parts = Task(fmt, ACTS["int8-row"]), fmt.pack(w, fmt.fit(w))
+    x, bias = agreement.normal(20, 256), agreement.normal(48)
+    there = pick(task).call(task, x, parts, bias)
+    monkeypatch.undo()
+    here = pick(task).call(task, x, parts, bias)
+    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4-46", "mxfp4"])
 def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     fmt, w = FORMATS[name], agreement.normal(48, 384) * 0.1
@@ -478,7 +489,7 @@ def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     decoded = pick(task).call(task, x, parts, bias)
     low, up = agreement.normal(20, 16), agreement.normal(48, 16)
     asked = []
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
     monkeypatch.setattr(dispatch, "_has_fp4", lambda index: asked.append(index) or True)
     got = pick(task).call(task, x, parts, bias)
     assert asked
@@ -569,4 +580,4 @@ def test_inspection_says_what_a_gpu_would_do():
     assert "fp4: activations are mxfp4, not nvfp4" in lines
     assert "float-product: used" in lines
     lines = explain(Task(FORMATS["int4-g64"], ACTS["int8-row"]), (1152, 1152))
-    assert "on the GPU: torch reference: no compiled form yet" in lines
+    assert lines[-1] == f"on the GPU: {CUDA.describe()} (as float-product)"

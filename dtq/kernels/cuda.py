@@ -121,6 +121,7 @@ CUDA = Library(
         "transform_rows",
         "w8a8_linear",
         "w4a8_linear",
+        "w3a8_linear",
         "dequantize",
         "weight_linear",
     ),

@@ -72,7 +72,7 @@ def choose(capability: tuple[int, int], m: int, n: int, k: int) -> str:
 
 def answer(x: Tensor, n: int) -> str:
     """What is done for ``x`` (M, K) and N outputs: always ``int8`` off the GPU."""
-    if INT8_ONLY or not _on_gpu(x) or x.dtype not in (torch.bfloat16, torch.float16):
+    if INT8_ONLY or not on_gpu(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return "int8"
     few, least = _limits(x.device.index or 0)
     return _choose(few, least, x.shape[0], n, x.shape[1])
@@ -80,7 +80,7 @@ def answer(x: Tensor, n: int) -> str:
 
 def multiplies_fp4(x: Tensor, mx: bool) -> bool:
     """Whether ``x`` (M, K) is on a GPU that multiplies FP4 codes, and K fits its kernel."""
-    return _on_gpu(x) and x.shape[1] % (128 if mx else 64) == 0 and _has_fp4(x.device.index or 0)
+    return on_gpu(x) and x.shape[1] % (128 if mx else 64) == 0 and _has_fp4(x.device.index or 0)
 
 
 def _choose(few: int, least: float, m: int, n: int, k: int) -> str:
@@ -99,7 +99,8 @@ def sentence(capability: tuple[int, int], n: int, k: int) -> str:
     return ", ".join([*parts, "then int8"])
 
 
-def _on_gpu(x: Tensor) -> bool:
+def on_gpu(x: Tensor) -> bool:
+    """Whether the tables of this file are about this tensor."""
     return x.is_cuda
 
 

@@ -4,8 +4,9 @@
 A kernel is chosen once, when a layer is built, never per call. ``explain`` gives the reason of
 every refusal; ``dtq inspect --kernels`` prints them. A row is one arithmetic on every device: its
 ops run compiled where the dispatcher has an implementation, as torch reference elsewhere, with the
-same numbers, so that a layer may move between devices. One exception: on a GPU the int8 rows leave
-products that are too small for them to float (``dtq/kernels/dispatch.py``).
+same numbers, so that a layer may move between devices. Exceptions, on a GPU: the int8 rows leave
+products that are too small for them to float, and FP4 is multiplied by hardware that can
+(``dtq/kernels/dispatch.py``); integers with float scales in a row are multiplied decoded.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Kernel:
         ops: those whose compiled form it runs where a library has them all.
         then: does it and goes on before the one rounding, if it can; its result is None where
             something else than the product of codes runs.
+        gpu: the row whose way it goes on a GPU, where its own has no kernel there.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Kernel:
     call: Call
     ops: tuple[str, ...] = ()
     then: Callable[[Task, Tensor, Parts, Tensor | None, Then], Tensor | None] | None = None
+    gpu: str = ""
 
 
 def _acts_refused(task: Task) -> str | None:
@@ -314,6 +317,8 @@ def _group_fits(task: Task) -> str | None:
 
 def _group(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     assert isinstance(task.weights, Int)
+    if dispatch.on_gpu(x):  # a float scale for every 64 channels is slower than bfloat16 there
+        return _float(task, x, parts, bias)
     weight = parts["weight"], parts["weight_scale"], parts.get("weight_zero_point")
     codes, scale = _codes(task, x, parts)
     y: Tensor = ops.group_a8_linear(codes, scale, *weight, task.weights.bits, bias, x.dtype)
@@ -383,7 +388,13 @@ KERNELS: tuple[Kernel, ...] = (
     _integers("w4a8-table", _table_fits, _table, "lut4a8_linear"),
     Kernel("weight-only", _weight_only_fits, _float, ("dequantize", "weight_linear")),
     Kernel("fp4", _fp4_fits, _fp4, ("dequantize", "weight_linear"), _fp4_then),
-    Kernel("integer-groups", _group_fits, _group, ("quantize_rows", "group_a8_linear")),
+    Kernel(
+        "integer-groups",
+        _group_fits,
+        _group,
+        ("quantize_rows", "group_a8_linear"),
+        gpu="float-product",
+    ),
     Kernel("float-product", _float_fits, _float, ("dequantize", "weight_linear")),
     Kernel("reference", _always, _reference),
 )
@@ -415,6 +426,9 @@ def explain(task: Task, shape: tuple[int, int] | None = None) -> list[str]:
 def on(kernel: Kernel, library: Library, shape: tuple[int, int] | None = None) -> str:
     """What a kernel runs on a device."""
     where = f"on the {library.title}"
+    if library is cuda.CUDA and kernel.gpu:
+        other = next(row for row in KERNELS if row.name == kernel.gpu)
+        return f"{on(other, library, shape)} (as {other.name})"
     missing = [name for name in kernel.ops if name not in library.ops]
     if missing or not kernel.ops:
         return f"{where}: torch reference: no compiled form yet"
