@@ -236,18 +236,117 @@ inline U rounded(V x, V scale, V levels) {
   return (U)(v + magic);  // its low byte is the integer
 }
 
-// Twice the E2M1 level next to x / scale, ties to the even code, in the low byte.
-inline U doubled_level(V x, V scale) {
-  const V quotient = x / scale;
-  V size = (V)((I)quotient & 0x7fffffff);
-  size = size > splat(6) ? splat(6) : size;
-  // the power of two below it, 1 for what is smaller: levels lie half of that apart
-  const V least = size < splat(1) ? splat(1) : size;
-  const V below = (V)((I)least & 0x7f800000);
-  const V magic = below * splat(3 * 2097152.0f);  // float32 is spaced like them there
+// The number of a small float type next to x, ties to the even one: spaced `step` times the power of two
+// below it, which is at least `least`.
+inline V on_grid(V x, float least, float top, float step) {
+  V size = (V)((I)x & 0x7fffffff);
+  size = size > splat(top) ? splat(top) : size;
+  const V whole = size < splat(least) ? splat(least) : size;
+  const V below = (V)((I)whole & 0x7f800000);
+  const V magic = below * splat(step * 12582912.0f);  // float32 is spaced like them there
   const V level = (size + magic) - magic;
-  const I sign = (I)quotient & (I)((U){} + 0x80000000);
-  return (U)((V)((I)(level + level) | sign) + splat(12582912.0f));
+  const I sign = (I)x & (I)((U){} + 0x80000000);
+  return (V)((I)level | sign);
+}
+
+inline V on_e2m1(V x) { return on_grid(x, 1, 6, 0.5f); }
+inline V on_e4m3(V x) { return on_grid(x, 0x1p-6f, 448, 0.125f); }
+
+// Twice the E2M1 level next to x / scale in the low byte.
+inline U doubled_level(V x, V scale) {
+  const V level = on_e2m1(x / scale);
+  return (U)(level + level + splat(12582912.0f));
+}
+
+// Rounds to an integer, |x| < 2^22, ties to even.
+inline V integer(V x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+
+// A scale as bfloat16 keeps it, at least 1e-30.
+inline float kept_scale(float scale) {
+  uint32_t bits;
+  scale = scale < 1e-30f ? 1e-30f : scale;
+  memcpy(&bits, &scale, 4);
+  if ((bits & 0x7fffffff) <= 0x7f800000) bits += 0x7fff + (bits >> 16 & 1);
+  bits &= 0xffff0000;
+  memcpy(&scale, &bits, 4);
+  return scale;
+}
+
+// Integers of `bits` bits with a scale, and a zero, for the group.
+inline void round_integers(float* x, int64_t group, int bits, bool asymmetric) {
+  const float top = (float)((1 << (asymmetric ? bits : bits - 1)) - 1);
+  float range = largest(x, group), zero = 0, least = -top - 1, low = 0;
+  if (asymmetric && range == range) {  // a NaN is in the range already: comparisons pass over it
+    V lows = {}, highs = {};
+    for (int64_t k = 0; k < group; k += kLanes) {
+      const V v = load(x + k);
+      lows = v < lows ? v : lows;
+      highs = v > highs ? v : highs;
+    }
+    float high = 0;
+    for (int i = 0; i < kLanes; i++) {
+      low = lows[i] < low ? lows[i] : low;
+      high = highs[i] > high ? highs[i] : high;
+    }
+    range = high - low;
+  }
+  const V scale = splat(kept_scale(range / top));
+  if (asymmetric) {
+    zero = integer(splat(-low) / scale)[0];
+    zero = zero < 0 ? 0 : zero > top ? top : zero;
+    least = 0;
+  }
+  for (int64_t k = 0; k < group; k += kLanes) {
+    V code = integer(load(x + k) / scale) + splat(zero);
+    code = code < splat(least) ? splat(least) : code;
+    code = code > splat(top) ? splat(top) : code;
+    store(x + k, (code - splat(zero)) * scale);
+  }
+}
+
+// The block of a row of NVFP4, divided by the row's peak already, or of MXFP4.
+inline void round_fp4(float* x, int64_t group, float peak) {
+  constexpr float kOuter = 1.0f / 2688;  // of the block scales: the largest, 448, ends at 6
+  const float most = largest(x, group);
+  float scale;
+  if (group == 16) {
+    const float wanted = (most / kOuter) / 6;
+    scale = on_e4m3(splat(wanted < 0x1p-9f ? 0x1p-9f : wanted))[0] * kOuter;
+  } else {
+    uint32_t bits;
+    memcpy(&bits, &most, 4);
+    const uint32_t exponent = bits >> 23;
+    bits = (!bits ? 124 : exponent > 3 ? exponent - 2 : 1) << 23;
+    memcpy(&scale, &bits, 4);
+  }
+  for (int64_t k = 0; k < group; k += kLanes)
+    store(x + k, on_e2m1(load(x + k) / splat(scale)) * splat(scale) * splat(peak));
+}
+
+inline void round_row(const Rows& q, float* row) {
+  const bool wide = q.rounding == kInt8AsymG128;
+  if (q.rounding == kAsTheyAre) return;
+  if (q.rounding == kFp8Row) {
+    const float scale = largest(row, q.columns) / 448;
+    const V divisor = splat(scale == 0 ? __builtin_inff() : scale);
+    for (int64_t k = 0; k < q.columns; k += kLanes)
+      store(row + k, on_e4m3(load(row + k) / divisor) * splat(scale));
+    return;
+  }
+  if (q.rounding == kInt4G64 || q.rounding == kInt4AsymG64 || wide) {
+    const int64_t group = wide ? 128 : 64;
+    for (int64_t k = 0; k < q.columns; k += group)
+      round_integers(row + k, group, wide ? 8 : 4, q.rounding != kInt4G64);
+    return;
+  }
+  float peak = 1;
+  if (q.rounding == kNvFp4) {
+    peak = largest(row, q.columns);
+    peak = peak < 1e-30f ? 1e-30f : peak;
+    for (int64_t k = 0; k < q.columns; k += kLanes) store(row + k, load(row + k) / splat(peak));
+  }
+  const int64_t group = q.rounding == kNvFp4 ? 16 : 32;
+  for (int64_t k = 0; k < q.columns; k += group) round_fp4(row + k, group, peak);
 }
 
 void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
@@ -255,9 +354,12 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
   for (int i = 0; i < kLanes; i++) lane[i] = i;
   const V levels = splat((float)q.levels);
   for (int64_t r = first; r < last; r++) {
-    const float* row = changed_row(q, r, scratch, lane);
+    float* row = changed_row(q, r, scratch, lane);
     if (q.out) {
-      memcpy(q.out + r * q.columns, row, q.columns * 4);
+      round_row(q, row);
+      for (int64_t k = 0; k < q.columns; k += 1024)
+        store_line(q.out, r * q.columns + k, row + k,
+                   (int)(q.columns - k < 1024 ? q.columns - k : 1024), q.out_type);
       continue;
     }
     float scale = 1;

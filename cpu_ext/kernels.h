@@ -17,7 +17,10 @@ constexpr int kRows = 32;    // output channels of a panel; two AMX tiles, four 
 constexpr int kGroup = 3;    // token blocks whose sums lie side by side
 constexpr int kFew = 8;      // up to this many tokens each weight is read once and not rearranged
 
-// quantize_rows, e2m1_quantize_rows, transform_rows
+// Formats that rows are rounded with and back; dtq/formats/acts.py has them under these names.
+enum Rounding { kAsTheyAre, kInt4G64, kInt4AsymG64, kInt8AsymG128, kFp8Row, kNvFp4, kMxFp4 };
+
+// quantize_rows, e2m1_quantize_rows, transform_rows, round_rows
 struct Rows {
   const void* x;  // (M, K), rows `stride` elements apart
   Float type;
@@ -31,7 +34,9 @@ struct Rows {
   int levels;     // the largest code; 0 for E2M1 levels times two
   int8_t* codes;  // (M, K)
   float* scale;   // (M)
-  float* out;     // (M, K): the changed rows and no codes; or null
+  void* out;      // (M, K): the changed rows and no codes; or null
+  Rounding rounding;  // of what goes to `out`, and its type
+  Float out_type;
 };
 
 // Products of int8 codes: w8a8_linear, w4a8_linear, w3a8_linear, lut4a8_linear, group_a8_linear, and

@@ -119,9 +119,42 @@ Tensor transform_rows(const Tensor& x_in, const MaybeTensor& pre_scale, const Ma
   Given given("transform_rows", x_in, pre_scale, order, block, turns);
   const int64_t m = given.x.size(0), k = given.x.size(1);
   Tensor out = torch::stable::new_empty(given.x, {m, k}, ScalarType::Float);
-  given.rows.out = static_cast<float*>(out.mutable_data_ptr());
+  given.rows.out = out.mutable_data_ptr();
   if (m && k) given.run();
   return out;
+}
+
+struct Grid {
+  const char* name;
+  dtq::Rounding rounding;
+  int64_t group;  // columns that share a scale
+};
+
+constexpr Grid kGrids[] = {
+    {"int4-g64", dtq::kInt4G64, 64},
+    {"int4-asym-g64", dtq::kInt4AsymG64, 64},
+    {"int8-asym-g128", dtq::kInt8AsymG128, 128},
+    {"fp8-row", dtq::kFp8Row, 1},
+    {"nvfp4", dtq::kNvFp4, 16},
+    {"mxfp4", dtq::kMxFp4, 32},
+};
+
+Tensor round_rows(const Tensor& x, const MaybeTensor& pre_scale, const MaybeTensor& order, int64_t block,
+                  int64_t turns, const std::string& acts, ScalarType type) {
+  Given given("round_rows", x, pre_scale, order, block, turns);
+  const int64_t m = given.x.size(0), k = given.x.size(1);
+  for (const Grid& grid : kGrids) {
+    if (acts != grid.name || !written_directly(type)) continue;
+    STD_TORCH_CHECK(k % grid.group == 0, "round_rows: ", k, " columns are not whole groups of ",
+                    grid.group, " for ", acts);
+    Tensor out = torch::stable::new_empty(given.x, {m, k}, type);
+    given.rows.out = out.mutable_data_ptr();
+    given.rows.rounding = grid.rounding;
+    given.rows.out_type = float_type(type);
+    if (m && k) given.run();
+    return out;
+  }
+  return call("dtq_reference::round_rows", x, pre_scale, order, block, turns, acts, type);
 }
 
 // Token blocks that stay in the second-level cache while every panel passes by.
@@ -377,6 +410,7 @@ Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const 
 STABLE_TORCH_LIBRARY_IMPL(dtq, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("binned_quantize_rows", TORCH_BOX(&binned_quantize_rows));
+  m.impl("round_rows", TORCH_BOX(&round_rows));
   m.impl("e2m1_quantize_rows", TORCH_BOX(&e2m1_quantize_rows));
   m.impl("transform_rows", TORCH_BOX(&transform_rows));
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));

@@ -41,6 +41,17 @@ enum Output {
   // E2M1 codes, two a byte; one scale per row, NaN if something is not finite; and
   kNvRow,  // an e4m3 for every 16 columns
   kMxRow,  // a biased exponent for every 32: the row's scale is 1
+  kRounded,  // floats, rounded with a format and back
+};
+
+// Formats of kRounded; dtq/formats/acts.py has them under these names.
+enum Rounding {
+  kInt4G64,
+  kInt4AsymG64,
+  kInt8AsymG128,
+  kFp8Row,
+  kNvFp4Blocks,
+  kMxFp4Blocks,
 };
 
 // Row by row: `before`, times pre_scale, order, rotation, quantize. Strided rows need columns side by
@@ -66,11 +77,13 @@ struct Rows {
   int levels;          // kInt8: the largest code, 1 to 127
   const float* fixed;  // a scale for all rows, or a table of them; null to measure each row
   const int64_t* bin;  // (1), the place in that table; null for the first
-  void* out;           // (M, width) of int8, e4m3 bytes or float32; FP4: (M, K / 2) bytes
+  Rounding rounding;   // kRounded
+  Float out_type;      // kRounded
+  void* out;           // (M, width) of int8, e4m3 bytes or floats; FP4: (M, K / 2) bytes
   int64_t out_stride;
   uint8_t* block_scale;  // FP4: (M, K / 16 or K / 32)
   int64_t width;       // columns written, at least K, those beyond it as 0; 0 for K
-  float* scale;        // (M); unused by kFloat
+  float* scale;        // (M); unused by kFloat and kRounded
   int32_t* sums;       // (M), kInt8: the sum of the codes of each row, or null
 };
 

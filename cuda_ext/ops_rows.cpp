@@ -205,6 +205,32 @@ Tensor transform_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& 
   return reference<Tensor>("dtq_reference::transform_rows", given, pre_scale, order, block, turns);
 }
 
+const std::map<std::string, dtq::Rounding>& roundings() {
+  static const std::map<std::string, dtq::Rounding> known = {
+      {"int4-g64", dtq::kInt4G64},   {"int4-asym-g64", dtq::kInt4AsymG64},
+      {"fp8-row", dtq::kFp8Row},     {"int8-asym-g128", dtq::kInt8AsymG128},
+      {"nvfp4", dtq::kNvFp4Blocks},  {"mxfp4", dtq::kMxFp4Blocks},
+  };
+  return known;
+}
+
+Tensor round_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
+                  int64_t turns, const std::string& acts, ScalarType type) {
+  Tensor x = with_rows(given, "x");
+  Guard guard(x);
+  auto found = roundings().find(acts);
+  if (has_rows(x) && has_kernels(type) && found != roundings().end()) {
+    Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, type);
+    dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
+    rows.output = dtq::kRounded;
+    rows.rounding = found->second;
+    rows.out_type = float_of(type);
+    rows.out = y.data_ptr();
+    if (launched(dtq::launch_rows(rows, stream_of(x)), "round_rows")) return y;
+  }
+  return reference<Tensor>("dtq_reference::round_rows", given, pre_scale, order, block, turns, acts, type);
+}
+
 // ------------------------------------------------------------------------------- weights as stored
 
 // What a format of dtq/formats is to the decoder; dtq/kernels/decode.py tells at load.
@@ -383,6 +409,7 @@ Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts, cons
 
 STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("round_rows", TORCH_BOX(&round_rows));
   m.impl("transform_rows", TORCH_BOX(&transform_rows));
   m.impl("binned_quantize_rows", TORCH_BOX(&grid_quantize_rows<dtq::kAsIs>));
   m.impl("e4m3_quantize_rows", TORCH_BOX(&float_quantize_rows<dtq::kE4m3>));

@@ -58,7 +58,7 @@ int start_streamed(RowPlan& p, int threads, Stream stream) {
     if ((floats + r.columns) * 4 <= kSharedBytes) {
       p.dealt = (int)floats;
       floats += r.columns;
-    } else if (r.output != kFloat) {
+    } else if (r.output != kFloat && (r.output != kRounded || r.out_type != kFloat32)) {
       return kLongRow;
     }
   }
@@ -94,7 +94,10 @@ int launch_rows(const Rows& rows, Stream stream) {
   if (r.block < 1 || (r.block & (r.block - 1)) || r.columns % r.block) return kBadBlock;
   if (r.block > kLongestBlock) return kLongBlock;
   if (r.output == kInt8 && (r.levels < 1 || r.levels > 127)) return kBadLevels;
-  if (r.output >= kNvRow) {
+  if (r.output == kRounded) {
+    constexpr int64_t kGroups[] = {64, 64, 128, 1, 16, 32};  // of Rounding
+    if (r.columns % kGroups[r.rounding] || r.width != r.columns || r.fixed) return kBadGroup;
+  } else if (r.output >= kNvRow) {
     const int64_t block = r.output == kNvRow ? 16 : 32;
     if (r.columns % block || r.width != r.columns || r.fixed) return kBadFp4;
     if ((uintptr_t)r.out % 8 || r.out_stride % 8) return kBadFp4;
@@ -106,7 +109,9 @@ int launch_rows(const Rows& rows, Stream stream) {
   p.whole_modulate = reads_whole(r.modulate_scale, r.modulate_stride, bytes_of(r.modulate_type)) &&
                      reads_whole(r.modulate_shift, 0, 1);
   p.whole_pre = reads_whole(r.pre_scale, 0, 1);
-  p.whole_out = r.output >= kNvRow || reads_whole(r.out, r.out_stride, r.output == kFloat ? 4 : 1);
+  int size = r.output == kFloat ? 4 : r.output == kRounded ? bytes_of(r.out_type) : 1;
+  if (r.output == kNvRow || r.output == kMxRow) size = 16;  // FP4 rows are aligned
+  p.whole_out = reads_whole(r.out, r.out_stride, size);
   switch (r.before) {
     case kAsIs: return start<kAsIs>(p, stream);
     case kGelu: return start<kGelu>(p, stream);

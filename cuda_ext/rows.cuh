@@ -255,6 +255,63 @@ DTQ_DEV uint32_t mx_scale(float (&v)[kRun]) {
   return byte;
 }
 
+// ---------------------------------------------------------------------------- rounding and back
+
+// The largest or smallest of a group of `lanes` neighbours.
+DTQ_DEV float over_lanes(float x, int lanes, bool most) {
+  for (int i = 1; i < lanes; i *= 2) {
+    const float other = shfl_xor(x, i);
+    x = (other > x) == most ? other : x;
+  }
+  return x;
+}
+
+// Rounds to an integer, |x| < 2^22, ties to even.
+DTQ_DEV float integer(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// A scale as bfloat16 keeps it, at least 1e-30.
+DTQ_DEV float stored_scale(float s) { return bf16_to_float(float_to_bf16(s < 1e-30f ? 1e-30f : s)); }
+
+// Integers of `bits` bits with a scale, and a zero, for each group of `lanes` threads.
+DTQ_DEV void round_integers(int bits, int lanes, bool asymmetric, float (&v)[kRun]) {
+  float low = 0, high = 0;
+  uint32_t peak = 0;
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
+    low = v[i] < low ? v[i] : low;
+    high = v[i] > high ? v[i] : high;
+    peak = larger(peak, float_bits(v[i]) & 0x7fffffff);
+  }
+  for (int i = 1; i < lanes; i *= 2) peak = larger(peak, shfl_xor(peak, i));
+  low = over_lanes(low, lanes, false), high = over_lanes(high, lanes, true);
+  const float top = int_to_float((1 << (asymmetric ? bits : bits - 1)) - 1);
+  // a NaN is in the peak alone: comparisons pass over it
+  const float range = peak > 0x7f800000 || !asymmetric ? bits_float(peak) : high - low;
+  const float scale = stored_scale(fdiv(range, top));
+  float zero = 0, least = -top - 1;
+  if (asymmetric) {
+    zero = integer(fdiv(-low, scale));
+    zero = zero < 0 ? 0 : zero > top ? top : zero;
+    least = 0;
+  }
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
+    float code = integer(fdiv(v[i], scale)) + zero;
+    code = code < least ? least : code > top ? top : code;
+    v[i] = fmul(code - zero, scale);
+  }
+}
+
+// The number of a small float type next to x, ties to the even one: spaced `step` times the power of two
+// below it, which is at least `least`; 3 * 2^22 * step times that is spaced so in float32.
+DTQ_DEV float on_grid(float x, float least, float top, float step) {
+  float size = fabsf(x);
+  size = size > top ? top : size;
+  const float below = bits_float(float_bits(size < least ? least : size) & 0x7f800000);
+  const float magic = fmul(below, step * 12582912.0f), level = (size + magic) - magic;
+  return float_bits(x) >> 31 ? -level : level;
+}
+
+DTQ_DEV float on_e2m1(float x) { return on_grid(x, 1, 6, 0.5f); }
+
 // The scale of the whole row, from the bits of its largest magnitude.
 DTQ_DEV float fp4_peak(uint32_t peak) {
   const float p = bits_float(peak);
@@ -264,6 +321,35 @@ DTQ_DEV float fp4_peak(uint32_t peak) {
 DTQ_DEV float fp4_row_scale(const Rows& r, uint32_t peak) {
   if (peak >= 0x7f800000) return bits_float(0x7fc00000);
   return r.output == kNvRow ? fmul(kNvOuter, fp4_peak(peak)) : 1;
+}
+
+// A run as the format leaves it; all lanes come here, those beyond the row as well.
+DTQ_DEV void round_run(const Rows& r, uint32_t peak, float (&v)[kRun]) {
+  if (r.rounding == kInt4G64) return round_integers(4, 4, false, v);
+  if (r.rounding == kInt4AsymG64) return round_integers(4, 4, true, v);
+  if (r.rounding == kInt8AsymG128) return round_integers(8, 8, true, v);
+  if (r.rounding == kFp8Row) {
+    const float scale = fdiv(bits_float(peak), 448), divisor = scale == 0 ? bits_float(0x7f800000) : scale;
+    DTQ_UNROLL for (int i = 0; i < kRun; i++)
+      v[i] = fmul(on_grid(fdiv(v[i], divisor), 0x1p-6f, 448, 0.125f), scale);
+    return;
+  }
+  const bool nv = r.rounding == kNvFp4Blocks;
+  float scale, whole = 1;
+  if (nv) {
+    whole = fp4_peak(peak);
+    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fdiv(v[i], whole);
+    scale = fmul(from_e4m3(nv_scale(v)), kNvOuter);
+  } else {
+    scale = bits_float(mx_scale(v) << 23);
+  }
+  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(fmul(on_e2m1(v[i]), scale), whole);
+}
+
+DTQ_DEV void write_rounded(const Rows& r, int64_t row, int64_t k, bool whole, const float (&v)[kRun]) {
+  const int64_t at = row * r.out_stride;
+  if (r.out_type == kFloat32) write_floats((float*)r.out + at, k, r.width, whole, v);
+  else write_halves((uint16_t*)r.out + at, k, r.width, whole, r.out_type, v);
 }
 
 // Writes a run; all lanes come here, those beyond the row as well.

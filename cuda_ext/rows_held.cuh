@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of up to kHeld columns, a run a thread, to int8 or FP4; every array aligned, its columns whole runs.
+// Rows of up to kHeld columns, a run a thread, to int8, FP4 or rounded floats; every array aligned, its columns whole runs.
 #pragma once
 #include "rows.cuh"
 
@@ -60,6 +60,10 @@ DTQ_KERNEL void DTQ_BOUNDS(kHeldThreads, 1) held_rows_kernel(const DTQ_CONSTANT 
 
   uint32_t peak = 0;
   if (!r.fixed) peak = largest(peak_of_run(v), words);
+  if (r.output == kRounded) {
+    round_run(r, peak, v);
+    return write_rounded(r, row, k, true, v);
+  }
   if (r.output >= kNvRow) {
     write_fp4(r, row, k, peak, v);
     if (tid() == 0) stg(r.scale + row, fp4_row_scale(r, peak));

@@ -95,6 +95,10 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
   int32_t sum = 0;
   const int64_t start = row * r.out_stride;
   auto write = [&](int64_t k, float (&v)[kRun]) {
+    if (r.output == kRounded) {
+      round_run(r, peak, v);
+      return write_rounded(r, row, k, p.whole_out, v);
+    }
     if (r.output >= kNvRow) return write_fp4(r, row, k, peak, v);
     if (r.output == kFloat) {
       write_floats((float*)r.out + start, k, r.width, p.whole_out, v);
@@ -116,7 +120,8 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
   DTQ_ROLLED for (int pass = kDeal; pass <= kWrite; pass++) {
     if (pass == kDeal && r.turns == 1) continue;
     if (pass == kMeasure && (r.output == kFloat || r.fixed)) continue;
-    if (pass == kWrite && r.output != kFloat) {
+    if (pass == kWrite && r.output == kRounded) peak = largest(peak, words);
+    if (pass == kWrite && r.output != kFloat && r.output != kRounded) {
       if (!r.fixed) peak = largest(peak, words);
       if (r.output == kInt8) q = quantizer(r, peak);
       else if (r.output >= kNvRow) q.scale = fp4_row_scale(r, peak);

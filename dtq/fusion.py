@@ -159,7 +159,7 @@ def _fuse_norm(graph: _Graph, rows: fx.Node) -> bool:
         return False
     if not _only_rows(given.last) or not graph.quiet(given.norm, rows):
         return False
-    width = _shape(given.x)[-1]
+    width = int(_shape(given.x)[-1])
     with graph.graph.inserting_before(rows):
         x, *vectors = (
             graph.graph.call_method("reshape", (each, -1, width))
@@ -209,7 +209,7 @@ def _put(graph: _Graph, node: fx.Node, product: _Product) -> bool:
         return False
     if not _compiled(node, product.op):
         return False
-    width = _shape(node)[-1]
+    width = int(_shape(node)[-1])
     new, rows = graph.graph, []
     with new.inserting_before(node):
         for each in (product.gate, product.residual):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dtq.formats import FORMATS
+from dtq.formats.acts import ACTS
 from dtq.kernels import epilogue, fp4, fused
 from dtq.kernels import ops as reference
 
@@ -249,6 +250,25 @@ def fp4_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     agree(lambda *a: bytes_of(ops.fp4_quantize_rows(*a)), lambda *a: want, args, device, what)
 
 
+def rounded(ops: Any, device: Any, seed: int, limit: int) -> None:
+    size = Size(seed, limit)
+    d = size.dice
+    acts = d.choice([name for name, a in ACTS.items() if a.grid and not a.int8])
+    m, k = d.choice(ROWS), d.choice((128, 256, 1152, 3072))
+    m = max(1, min(m, limit // k))
+    block = d.choice((1, 32, 128))
+    x = (normal(m, k, seed=seed) * 10 ** normal(m, 1, seed=1)).to(d.choice(DTYPES))
+    x[-1, :64] = 0
+    change = (
+        d.choice((None, (torch.rand(k) + 0.5).to(torch.bfloat16))),
+        d.choice((None, torch.randperm(k, dtype=torch.int32))),
+        block, d.choice((1, 2)) if block > 1 else 1,
+    )  # fmt: skip
+    args = (x, *change, acts, d.choice(DTYPES[:2]))
+    what = f"round_rows {acts} M {m} K {k} block {block} turns {change[3]} {x.dtype} to {args[-1]}"
+    agree(ops.round_rows, reference._round_rows, args, device, what)
+
+
 def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
     """FP4 products, whose float sums no two devices order alike: near the reference."""
     size = Size(seed, limit)
@@ -302,7 +322,7 @@ def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
 
 
 CHECKS = (
-    quantize_rows, transform_rows, fused_rows, fp4_rows, w8a8, w4a8, w3a8, epilogues, branches, decoded,
+    quantize_rows, transform_rows, fused_rows, fp4_rows, rounded, w8a8, w4a8, w3a8, epilogues, branches, decoded,
 )  # fmt: skip
 """On every architecture with kernels."""
 

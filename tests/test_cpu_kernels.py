@@ -117,6 +117,26 @@ def test_e2m1_rows_have_the_bits_of_the_reference(isa, dtype):
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("acts", [name for name, a in ACTS.items() if a.grid and not a.int8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_rows_have_the_bits_of_the_reference(isa, acts, dtype):
+    for m, k, block in [(5, 1152, 128), (17, 256, 1), (3, 4224, 64)]:
+        x = (random(m, k) * 10 ** random(m, 1, seed=3)).to(dtype)
+        x[-1], x[0, :256] = 0, 0
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(2)).int()
+        for given in ((None, None), (random(k, seed=1).bfloat16(), order)):
+            for out in (*DTYPES, torch.float64):
+                args = (x, *given, block, 1 if block == 1 else 2, acts, out)
+                assert same([compiled.round_rows(*args)], [ops._round_rows(*args)]), args[3:]
+    ends = torch.randn(3, 256)
+    ends[0, 3], ends[1, 5] = torch.nan, torch.inf
+    rounded = compiled.round_rows(ends, None, None, 1, 1, acts, torch.float32)
+    assert (~rounded.isfinite()).any(1).tolist() == [True, True, False]
+    if ACTS[acts].grid != "fp8-row":
+        with pytest.raises(RuntimeError):
+            compiled.round_rows(torch.randn(2, 24), None, None, 1, 1, acts, torch.float32)
+
+
 def test_quantize_rows_at_odd_places(isa):
     for k in (1, 2, 3, 15, 37, 65):
         x = random(4, k)

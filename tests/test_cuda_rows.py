@@ -61,6 +61,8 @@ class Rows(Structure):
         ("levels", c_int),
         ("fixed", c_void_p),
         ("bin", c_void_p),
+        ("rounding", c_int),
+        ("out_type", c_int),
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("block_scale", c_void_p),

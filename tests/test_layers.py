@@ -17,7 +17,7 @@ ROWS = [
     {"kernels", "plan"},
     {"nn.linear"},
     {"families"},
-    {"nn", "harden", "config", "demo", "folder"},
+    {"nn", "fusion", "harden", "config", "demo", "folder"},
     {"refine", "reader", "card"},
     {"recipe"},
     {"source", "call"},

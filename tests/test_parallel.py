@@ -62,8 +62,10 @@ def test_a_token_is_quantized_without_looking_at_others(acts, cut):
     def changed(x):
         if format_.integer:
             return ops.quantize_rows(x, scale, 32, static, format_.levels)
-        rows = ops.transform_rows(x, scale, order, 32, 2)
-        return (rows if format_.bits == 16 else ops.round_rows(rows, acts),)
+        change = scale, order, 32, 2
+        if format_.bits == 16:
+            return (ops.transform_rows(x, *change),)
+        return (ops.round_rows(x, *change, acts, torch.float32),)
 
     x = tokens(cut[0])
     for whole, *halves in zip(changed(x), changed(x[: cut[1]]), changed(x[cut[1] :]), strict=True):

@@ -187,6 +187,19 @@ bool alike(const dtq::Kernels& kernels) {
       (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
     }
     same = same && turned[0] == turned[1];
+    for (auto rounding : {dtq::kInt4G64, dtq::kInt4AsymG64, dtq::kInt8AsymG128, dtq::kFp8Row,
+                          dtq::kNvFp4, dtq::kMxFp4}) {
+      std::vector<uint16_t> halves[2];
+      for (int i = 0; i < 2; i++) {
+        halves[i].assign(n * k, 0);
+        dtq::Rows q = {};
+        q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k / 128 * 128;
+        q.block = block, q.turns = 1, q.unit = 0.3f;
+        q.out = halves[i].data(), q.rounding = rounding, q.out_type = dtq::kBFloat16;
+        (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
+      }
+      same = same && halves[0] == halves[1];
+    }
     std::vector<int8_t> codes[2];
     std::vector<float> scale(n);
     for (int i = 0; i < 2; i++) {

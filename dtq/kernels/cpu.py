@@ -98,6 +98,7 @@ CPU = Library(
         "binned_quantize_rows",
         "e2m1_quantize_rows",
         "transform_rows",
+        "round_rows",
         "w8a8_linear",
         "w4a8_linear",
         "w3a8_linear",

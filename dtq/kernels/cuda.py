@@ -119,6 +119,7 @@ CUDA = Library(
         "quantize_rows",
         *(schema.split("(")[0] for schema, _, _ in (*fused.OPS, *epilogue.OPS, *fp4.OPS)),
         "transform_rows",
+        "round_rows",
         "w8a8_linear",
         "w4a8_linear",
         "w3a8_linear",

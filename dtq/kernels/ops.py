@@ -73,10 +73,22 @@ def _float_like(x: Tensor, *rest: object) -> Tensor:
 
 
 def _round_rows(
-    x: Tensor,  # (M, K) float32
-    acts: str,
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    order: Tensor | None,  # (K,) int32
+    block: int,
+    turns: int,
+    acts: str,  # a key of ACTS
+    dtype: torch.dtype,
 ) -> Tensor:
-    return fake_quantize(x, ACTS[acts]).clone()  # (M, K) float32
+    changed = fused.changed(x.float(), pre_scale, order, block, turns)
+    return fake_quantize(changed, ACTS[acts]).to(dtype, copy=True)  # (M, K)
+
+
+def _round_rows_fake(x: Tensor, *rest: object) -> Tensor:
+    dtype = rest[-1]
+    assert isinstance(dtype, torch.dtype)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _step_linear(
@@ -252,7 +264,12 @@ _OPS = (
         _step_linear,
         _step_linear_fake,
     ),
-    ("round_rows(Tensor x, str acts) -> Tensor", _round_rows, _float_like),
+    (
+        "round_rows(Tensor x, Tensor? pre_scale, Tensor? order, int block, int turns, str acts,"
+        " ScalarType dtype) -> Tensor",
+        _round_rows,
+        _round_rows_fake,
+    ),
     (
         "w8a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? bias, ScalarType dtype) -> Tensor",

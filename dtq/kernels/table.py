@@ -272,7 +272,8 @@ def _in_float(
     # leave the range of float16
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if not task.acts.int8:
-        rows = ops.round_rows(_transformed(task, x, parts), task.acts.name).to(dtype)
+        change = _pre_scale(parts), _order(parts), task.block, task.turns
+        rows = ops.round_rows(x, *change, task.acts.name, dtype)
         return multiply(rows, bias).to(x.dtype)
     codes, scale = _codes(task, x, parts)
     y = multiply(codes.to(dtype), None).float() * scale.unsqueeze(1)
