@@ -130,6 +130,131 @@ void check_rows(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Bef
         status == kOk ? "" : status == kEmulator ? sim::session().error.c_str() : refusal(status));
 }
 
+// The number of a list next to x, ties to the even place in it.
+float nearest_of(const Array<float>& sizes, float x) {
+  const float size = std::fabs(x);
+  size_t best = 0;
+  for (size_t i = 1; i < sizes.size(); i++) {
+    const double far = std::fabs((double)size - sizes[i]), least = std::fabs((double)size - sizes[best]);
+    if (far < least || (far == least && i % 2 == 0)) best = i;
+  }
+  return x < 0 ? -sizes[best] : sizes[best];
+}
+
+Array<float> e4m3_sizes() {
+  Array<float> sizes;
+  for (uint32_t code = 0; code < 127; code++) sizes.push_back(from_e4m3(code));
+  return sizes;
+}
+
+float as_bf16(float x) { return bf16_to_float(float_to_bf16(std::max(x, 1e-30f))); }
+
+// A row by the book: what the FP4 codes, E2M1 levels or rounded floats of `v` stand for.
+Array<float> plain_grid(const Array<float>& v, const Rows& r) {
+  static const Array<float> e2m1 = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6}, e4m3 = e4m3_sizes();
+  const int64_t columns = (int64_t)v.size();
+  Array<float> out(v.size());
+  float peak = 0;
+  for (float value : v) peak = std::max(peak, std::fabs(value));
+  const bool nv = r.output == kNvRow || (r.output == kRounded && r.rounding == kNvFp4Blocks);
+  const bool mx = r.output == kMxRow || (r.output == kRounded && r.rounding == kMxFp4Blocks);
+  if (r.output == kE2m1 || (r.output == kRounded && r.rounding == kFp8Row)) {
+    const bool small = r.output == kE2m1;
+    const float scale = peak / (small ? 6.f : 448.f);
+    for (int64_t k = 0; k < columns; k++)
+      out[k] = peak == 0 ? 0 : nearest_of(small ? e2m1 : e4m3, v[k] / scale) * scale;
+    return out;
+  }
+  const int64_t group = nv ? 16 : mx ? 32 : r.rounding == kInt8AsymG128 ? 128 : 64;
+  for (int64_t start = 0; start < columns; start += group) {
+    float low = 0, high = 0, most = 0;
+    for (int64_t k = start; k < start + group; k++) {
+      low = std::min(low, v[k]), high = std::max(high, v[k]);
+      most = std::max(most, std::fabs(v[k]));
+    }
+    for (int64_t k = start; k < start + group; k++) {
+      if (nv) {
+        const float whole = std::max(peak, 1e-30f), wanted = most / whole / (1.f / 2688) / 6;
+        const float scale = nearest_of(e4m3, std::max(wanted, 0x1p-9f)) * (1.f / 2688);
+        out[k] = nearest_of(e2m1, v[k] / whole / scale) * scale * whole;
+      } else if (mx) {
+        const float scale = most == 0 ? 1 : std::ldexp(1.f, std::ilogb(most) - 2);
+        out[k] = nearest_of(e2m1, v[k] / scale) * scale;
+      } else if (r.rounding == kInt4G64) {
+        const float scale = as_bf16(most / 7);
+        out[k] = std::min(std::max(std::nearbyint(v[k] / scale), -8.f), 7.f) * scale;
+      } else {
+        const float top = r.rounding == kInt8AsymG128 ? 255 : 15, scale = as_bf16((high - low) / top);
+        const float zero = std::min(std::max(std::nearbyint(-low / scale), 0.f), top);
+        const float code = std::min(std::max(std::nearbyint(v[k] / scale) + zero, 0.f), top);
+        out[k] = (code - zero) * scale;
+      }
+    }
+  }
+  return out;
+}
+
+void check_grids(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Output output,
+                 Rounding rounding = kInt4G64, bool shuffled = false) {
+  Random random(seed);
+  Array<float> x(rows * columns), scale(rows), rounded(output == kRounded ? rows * columns : 0);
+  for (float& value : x) value = random.real(-3, 3);
+  for (int64_t k = 0; k < 64; k++) x[k] = 0;  // a group of zeros
+  const float ties[] = {6, 0.25f, 0.75f, -1.25f, 1.75f, -2.5f, 3.5f, 5};  // of E2M1, in a row by itself
+  for (int64_t k = 0; k < columns; k++) x[(rows - 1) * columns + k] = ties[k % 8];
+  Array<int32_t> order(columns);
+  for (int64_t k = 0; k < columns; k++) order[k] = (int32_t)(columns - 1 - k);
+  const bool four = output == kNvRow || output == kMxRow;
+  const int64_t group = output == kNvRow ? 16 : 32;
+  Buffer<uint8_t> codes(output == kRounded ? 0 : rows * columns / (four ? 2 : 1));
+  Buffer<uint8_t> blocks(four ? rows * columns / group : 0);
+  Rows r = {};
+  r.x = x.data(), r.rows = rows, r.columns = r.stride = columns;
+  r.order = shuffled ? order.data() : nullptr, r.block = block, r.turns = 1, r.levels = 127;
+  r.output = output, r.rounding = rounding, r.out_type = kFloat32;
+  r.out = output == kRounded ? (void*)rounded.data() : codes.data;
+  r.out_stride = four ? columns / 2 : columns, r.block_scale = blocks.data;
+  r.scale = output == kRounded ? nullptr : scale.data();
+  sim::session().seed = seed;
+  const int status = launch_rows(r, nullptr);
+  int64_t wrong = 0;
+  const float sizes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  for (int64_t row = 0; row < rows && status == kOk; row++) {
+    const Array<float> want = plain_grid(plain_row(r, row), r);
+    for (int64_t k = 0; k < columns; k++) {
+      const int64_t at = row * columns + k;
+      float got;
+      if (output == kRounded) {
+        got = rounded[at];
+      } else if (output == kE2m1) {
+        got = (float)(int8_t)codes[at] * scale[row];
+      } else {
+        const int code = codes[at / 2] >> (k % 2 * 4) & 15;
+        const uint8_t byte = blocks[at / group];
+        const float by = output == kNvRow ? from_e4m3(byte) : std::ldexp(1.f, byte - 127);
+        got = (code & 8 ? -1 : 1) * sizes[code & 7] * by * scale[row];
+      }
+      // the scales of NVFP4 are multiplied in another order here
+      wrong += std::fabs(got - want[k]) > 1e-6f * std::fabs(want[k]);
+    }
+  }
+  check(status == kOk && !wrong, "grid %d %d of %lld x %lld block %lld: %lld wrong, %s", output,
+        rounding, (long long)rows, (long long)columns, (long long)block, (long long)wrong,
+        status == kOk ? "" : status == kEmulator ? sim::session().error.c_str() : refusal(status));
+}
+
+void test_grids(uint64_t seed) {
+  for (Output output : {kE2m1, kNvRow, kMxRow}) {
+    check_grids(seed, 3, 1152, 64, output);
+    check_grids(seed, 2, 640, 1, output, kInt4G64, true);  // streamed
+  }
+  for (Rounding rounding :
+       {kInt4G64, kInt4AsymG64, kInt8AsymG128, kFp8Row, kNvFp4Blocks, kMxFp4Blocks}) {
+    check_grids(seed, 3, 1152, 128, kRounded, rounding);
+    check_grids(seed, 2, 640, 1, kRounded, rounding, true);
+  }
+}
+
 // Quotients x / s next to where rounding them to float decides on which side of a half-integer h below
 // 128 they fall: with 24-bit mantissas X and S that is X 2^a = M S + d, M 2^-a half a unit beside h and
 // d small. M is odd, so every d has one S. Beyond |d| = 3 the error of `quotient` cannot reach the tie.
@@ -164,6 +289,7 @@ void check_quotients() {
 
 void test_rows(uint64_t seed) {
   check_quotients();
+  test_grids(seed);
   check_rows(seed, 3, 1152, 128, kAsIs);
   check_rows(seed, 2, 96, 1, kAsIs, 1, false, false, 16);
   check_rows(seed, 2, 3072, 1024, kAsIs);
