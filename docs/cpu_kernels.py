@@ -25,6 +25,16 @@ from dtq.kernels import CPU
 INT8_ACTS = ("int8-row", "int4-2l-g64", "int4-asym-row", "e2m1-row", "twinlog4-row", "int3-row",
              "int4-g64", "int4-asym-g128", "int8-asym-g128", "nf4-g64")  # fmt: skip
 WEIGHT_ONLY = ("int8-row", "int4-asym-g64", "nf4-g64", "nvfp4", "vq-256x4", "trit-row", "int3-g64")
+ACTS = {
+    "int4-2l-g64 x int8": ("int4-2l-g64", "int8-row"),
+    "e2m1-row x e2m1-row": ("e2m1-row", "e2m1-row"),
+    "e2m1-row x fp8-row": ("e2m1-row", "fp8-row"),
+    "nvfp4 x nvfp4": ("nvfp4", "nvfp4"),
+    "mxfp4 x mxfp4": ("mxfp4", "mxfp4"),
+    "int4-g64 x int4-g64": ("int4-g64", "int4-g64"),
+    "int4-asym-g128 x int8-asym-g128": ("int4-asym-g128", "int8-asym-g128"),
+}
+"""Weights and activations."""
 SHAPE, MODULATION = (1152, 4608), (1152, 6912)
 """(K, N)."""
 
@@ -39,11 +49,14 @@ def main(rounds: int) -> None:
         layer = nn.Linear(*SHAPE)
         layers = {name: quantized(layer, name) for name in INT8_ACTS}
         several(f"int8 activations, {SHAPE}", layers, layer, (1, 8, 64, 256, 1024), rounds)
+        layers = {name: quantized(layer, *formats) for name, formats in ACTS.items()}
+        several(f"other activations, {SHAPE}", layers, layer, (1, 64, 256, 1024), rounds)
         layer = nn.Linear(*MODULATION)
         layers = {name: weight_only(layer, name) for name in WEIGHT_ONLY}
         several(f"weight-only, {MODULATION}", layers, layer, (1, 2, 8, 16, 64), rounds)
         gelu(rounds)
         turned(rounds)
+        rounded(rounds)
         profiled()
 
 
@@ -89,6 +102,24 @@ def turned(rounds: int) -> None:
     ]
     found = race("turned", 512, runs, rounds, ours=())
     print("\nCodes of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
+
+
+def rounded(rounds: int) -> None:
+    """Rounding an input with the formats of activations that are no int8."""
+    x = torch.randn(1024, 1152).bfloat16()
+    names = ("int4-g64", "int4-asym-g64", "int8-asym-g128", "fp8-row", "nvfp4", "mxfp4")
+
+    def call(ops: Any, acts: str) -> Callable[[], object]:
+        return lambda: ops.round_rows(x, None, None, 64, 1, acts, torch.bfloat16)
+
+    print("\nRounding 1024 x 1152, turned in blocks of 64: dtq, torch")
+    for acts in names:
+        runs = [
+            Candidate("dtq", call(torch.ops.dtq, acts), 0),
+            Candidate("torch", call(torch.ops.dtq_reference, acts), 0),
+        ]
+        mine, theirs = (r.seconds * 1e3 for r in race("rounded", 1024, runs, rounds, ours=()))
+        print(f"  {acts}: {mine:.3g}, {theirs:.3g}")
 
 
 def profiled(steps: int = 5) -> None:
