@@ -24,7 +24,7 @@ from dtq.card import hub_id
 from dtq.config import FORMAT_VERSION, DTQConfig
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear, aligned, check_part, from_disk, to_disk
-from dtq.nn.swap import finish, swap_empty
+from dtq.nn.swap import finish, share_changes, swap_empty
 from dtq.plan import Plan, Runtime
 
 log = logging.getLogger("dtq")
@@ -134,6 +134,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                     module.compute_dtype = module.bias.dtype
             plan = self.quantization_config.load_plan()
             finish(model, plan.edges, plan.policy)
+            share_changes(model)
             share_rows(model, self.quantization_config)
         else:
             assert DTQQuantizer.on_the_fly is not None
@@ -191,6 +192,7 @@ def mark(
     config.layers = {layer.name: layer.runtime().to_json() for layer in plan.quantized()}
     if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
         config.extra.setdefault("base_model", base)
+    share_changes(model)
     share_rows(model, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]

@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import zoo
+from conftest import QUICK
 from torch import nn
 
+import dtq
 from dtq import fusion
 from dtq.bench_models import quantized
 from dtq.kernels import dispatch
 from dtq.nn import QuantLinear
+from dtq.nn.swap import share_changes
 from dtq.plan import Runtime
 
 
@@ -194,6 +201,93 @@ def test_codes_are_made_once():
         got, fused = run(between, x.clone())
         assert torch.equal(got[1], k(x + 1))
     assert fused.shared == 0
+
+
+def changing(*layers):
+    """Give layers one smoothing vector, each in memory of its own."""
+    for each in layers:
+        each.part("pre_quant_scale").copy_(torch.linspace(0.5, 1.5, 128))
+
+
+def test_layers_of_a_block_that_change_an_input_alike_share_its_codes(everywhere):
+    model, given = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()])}), block_inputs()
+    for block in model["blocks"]:
+        changing(block.q, block.k)
+    share_changes(model)
+
+    def call(x, *rest):
+        for block in model["blocks"]:
+            x = block(x, *rest)
+        return x
+
+    with torch.no_grad():
+        want = call(*given)
+        got, fused = run(call, *given)
+    # up has the vector of ones that down has as well, but another width
+    assert (fused.norms, fused.shared) == (4, 2)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
+    one = model["blocks"][0]
+    again = copy.deepcopy(one)
+    assert not again.k._first
+    assert (
+        pickle.loads(pickle.dumps(one.k))
+        .part("pre_quant_scale")
+        .equal(one.k.part("pre_quant_scale"))
+    )
+
+    torch._dynamo.reset()
+    changed = {k: v.clone() for k, v in one.state_dict().items()}
+    changed["k.pre_quant_scale"] *= -1  # bits of bfloat16: another vector
+    one.load_state_dict(changed)
+    with torch.no_grad():
+        want = call(*given)
+        got, fused = run(call, *given)
+    assert (fused.norms, fused.shared) == (5, 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
+
+
+def test_a_layer_follows_as_long_as_nothing_changes():
+    q, k, v = (layer(128, 128) for _ in "qkv")
+    model = nn.ModuleDict({"q": q, "k": k, "v": v})
+    changing(q, k)
+    share_changes(model)
+    assert (q._first, k._first, v._first) == ([], [q], [])
+    changing(v)
+    share_changes(model)
+    share_changes(model)
+    assert (k._first, v._first, q._followers) == ([q], [q], [k, v])
+    k.fill(k.parts())
+    assert (k._first, q._followers) == ([], [v])
+    q.fill(q.parts())
+    assert (v._first, q._followers) == ([], [])
+    share_changes(model)
+    k.to("meta")  # offloaded: read where it is
+    x = torch.randn(2, 128)
+    with torch.no_grad():
+        run(lambda x: v(x), x)
+    q.to("meta")
+    with torch.no_grad():
+        got, _ = run(lambda x: v(x), x)
+        assert torch.equal(got, v(x))
+
+
+def test_loaded_models_share_codes(tmp_path, everywhere):
+    model = tiny.dit()
+    given = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([500, 500]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    dtq.quantize(model, "w4a8", inputs=[given], progress=False, **QUICK)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for each in (model, loaded):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            want = each(**given)[0]
+            got, fused = run(lambda each=each: each(**given)[0])
+        assert fused.shared == 2 * len(each.transformer_blocks), fused
+        assert (got - want).norm() < 1e-2 * want.norm()
 
 
 def test_what_is_written_to_in_between_is_left_alone(everywhere):

@@ -36,6 +36,9 @@ _BITS = {
 }
 
 
+CHANGE = ("pre_quant_scale", "pre_quant_order")
+"""Parts that say how an input is changed before it is quantized."""
+
 HOOKS = ("_hf_hook", "_diffusers_hook")
 """What accelerate and diffusers leave on a module whose forward they wrapped."""
 
@@ -124,6 +127,8 @@ class QuantLinear(nn.Linear):
         self._specs = runtime.stored(self._shape, bins)
         self.row: dict[str, Any] = {}  # of this layer in config.json
         self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
+        self._first: list[QuantLinear] = []  # likewise, see `follow`
+        self._followers: list[QuantLinear] = []
         for name, spec in self.specs().items():
             dtype = _BITS.get(spec.dtype, spec.dtype)
             empty = torch.empty(spec.shape, dtype=dtype, device=device)
@@ -168,9 +173,35 @@ class QuantLinear(nn.Linear):
         specs = self.specs()
         if set(parts) != set(specs):
             raise CheckpointError(f"expected the parts {sorted(specs)}, got {sorted(parts)}")
+        self._part()
         for name, tensor in parts.items():
             check_part(name, tensor, specs[name])
             self._parameters[name] = nn.Parameter(from_disk(tensor), requires_grad=False)
+
+    def follow(self, first: QuantLinear | None) -> None:
+        """Say that another layer changes its input with the very same numbers; None for none.
+
+        A compiled graph then reads them there, sees that q, k and v ask for the same codes, and
+        makes them once (``dtq.fusion``). New parts of either layer end it; copies do not follow.
+        """
+        self._part()
+        if first is not None:
+            self._first.append(first)
+            first._followers.append(self)
+
+    def _part(self) -> None:
+        for first in self._first:
+            first._followers.remove(self)
+        for layer in (self, *self._followers):
+            layer._first.clear()
+        self._followers.clear()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._part()
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_first": [], "_followers": []}
 
     def part(self, name: str) -> Tensor:
         """A stored part with its on-disk dtype, sharing memory."""
@@ -276,6 +307,12 @@ class QuantLinear(nn.Linear):
     def _given(self) -> Parts:
         """What a kernel gets: the parts, and the activation scale of this step."""
         parts = {name: self.part(name) for name in self._specs if not name.startswith("proj_")}
+        if self._first and torch.compiler.is_compiling():
+            first = self._first[0]
+            for name in CHANGE:
+                # one that is offloaded is elsewhere
+                if name in parts and first.part(name).device == parts[name].device:
+                    parts[name] = first.part(name)
         if self.task.acts.static:
             parts["input_scale"] = self.step_scale()
         return parts
