@@ -144,7 +144,9 @@ def _share(graph: _Graph) -> int:
             continue
         key = f"{_name(node)} {node.args} {node.kwargs}"
         first = known.setdefault(key, node)
-        if first is not node and graph.quiet(first, node):
+        # a copy that somebody writes to is his own
+        own = graph.writes and (_written(first) or _written(node))
+        if first is not node and graph.quiet(first, node) and not own:
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
             shared += _name(first) in _ROWS
@@ -432,6 +434,15 @@ def _writes(node: fx.Node) -> bool:
     written = "out" in node.kwargs or node.kwargs.get("inplace") is True
     operators = "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem"
     return in_place or written or name in operators
+
+
+def _written(node: fx.Node) -> bool:
+    """Whether a value, or what may be a view of it, is written to."""
+    return any(
+        (_writes(user) and user.args[0] is node)
+        or ((user.op == "call_method" or _name(user) == "getitem") and _written(user))
+        for user in node.users
+    )
 
 
 def _compiled(node: fx.Node, op: str) -> bool:

@@ -312,6 +312,18 @@ def test_what_is_written_to_in_between_is_left_alone(everywhere):
         assert run(modulated, x.clone())[1].norms == 0
 
 
+def test_copies_that_are_written_to_stay_apart():
+    x = torch.randn(4, 6).T
+
+    def copies(x):
+        one, two = x.reshape(-1), x.reshape(-1)
+        one.view(6, 4).add_(1)
+        return one, two
+
+    got, _ = run(copies, x)
+    assert torch.equal(got[0], got[1] + 1)
+
+
 def test_what_others_read_is_left_alone(everywhere):
     q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
     affine = nn.LayerNorm(128)
