@@ -172,8 +172,8 @@ def _fuse_norm(graph: _Graph, rows: fx.Node) -> bool:
         vectors = [graph.graph.call_method("contiguous", (each,)) for each in vectors]
         rest: tuple[Any, ...] = rows.args[1:]
         if _name(rows) == "dtq::quantize_rows":
-            pre_scale, block, scale, levels = rest
-            rest = pre_scale, None, block, 1, scale, None, levels
+            pre_scale, block, scale, *levels = rest
+            rest = pre_scale, None, block, 1, scale, None, *levels
         new = graph.graph.call_function(ops.norm_quantize_rows, (x, *vectors, given.eps, *rest))
     graph.replace(rows, new)
     return True
