@@ -249,7 +249,7 @@ inline V on_grid(V x, float least, float top, float step) {
   return (V)((I)level | sign);
 }
 
-inline V on_e2m1(V x) { return on_grid(x, 1, 6, 0.5f); }
+inline V on_e2m1(V x) { return on_grid(x, 1, 6, 0.5f) + splat(0); }  // -0 becomes 0
 inline V on_e4m3(V x) { return on_grid(x, 0x1p-6f, 448, 0.125f); }
 
 // Twice the E2M1 level next to x / scale in the low byte.

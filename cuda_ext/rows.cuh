@@ -2,7 +2,7 @@
 // Rows of activations: [GELU | LayerNorm and modulate], pre_scale, order, rotation, quantize.
 //
 // A block of threads does a row, a thread runs of 16 columns side by side. Two kernels: rows_held.cuh for
-// rows of which each thread holds one run, to int8, everything aligned: read once, written once;
+// rows of which each thread holds one run, everything aligned: read once, written once;
 // rows_streamed.cuh for all the rest, tile by tile of as many runs as there are threads.
 //
 // Order of float32 operations (dtq/kernels/ops.py and fused.py do the same in torch):
@@ -310,7 +310,7 @@ DTQ_DEV float on_grid(float x, float least, float top, float step) {
   return float_bits(x) >> 31 ? -level : level;
 }
 
-DTQ_DEV float on_e2m1(float x) { return on_grid(x, 1, 6, 0.5f); }
+DTQ_DEV float on_e2m1(float x) { return on_grid(x, 1, 6, 0.5f) + 0.0f; }  // -0 becomes 0
 
 // The scale of the whole row, from the bits of its largest magnitude.
 DTQ_DEV float fp4_peak(uint32_t peak) {

@@ -17,7 +17,9 @@ writes to a tensor.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,6 +36,7 @@ _log = logging.getLogger(__name__)
 ops = torch.ops.dtq
 
 _CASTS = {"to", "type_as", "float", "bfloat16", "half", "type"}
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 _VIEWS = {"reshape", "view", "contiguous", "flatten", "squeeze", "unsqueeze"}
 _PURE = {
     *_CASTS,
@@ -106,6 +109,7 @@ class _Graph:
         self.graph = graph
         self.place = {node: i for i, node in enumerate(graph.nodes)}
         self.writes = [i for node, i in self.place.items() if _writes(node)]
+        self.switches = any("grad_enabled" in _name(node) for node in self.place)
 
     def nodes(self) -> Iterator[fx.Node]:
         """Those that are there now, as long as they are."""
@@ -116,6 +120,16 @@ class _Graph:
     def quiet(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether nothing is written to after the one and before the other."""
         return not any(self.place[first] < i < self.place[last] for i in self.writes)
+
+    def alike(self, first: fx.Node, node: fx.Node) -> bool:
+        """Whether the one may stand for the other, which is computed of the same.
+
+        Either may be a copy that is written to or given back as the caller's own, and one may
+        know a gradient that the other does not.
+        """
+        given_back = any(user.op == "output" for each in (first, node) for user in each.users)
+        after = any(self.place[first] < i for i in self.writes)
+        return not (given_back or after or self.switches)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """``new``, which stands before ``old``, takes its users."""
@@ -144,9 +158,7 @@ def _share(graph: _Graph) -> int:
             continue
         key = f"{_name(node)} {node.args} {node.kwargs}"
         first = known.setdefault(key, node)
-        # a copy that somebody writes to is his own
-        own = graph.writes and (_written(first) or _written(node))
-        if first is not node and graph.quiet(first, node) and not own:
+        if first is not node and graph.alike(first, node):
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
             shared += _name(first) in _ROWS
@@ -159,7 +171,9 @@ def _fuse_norm(graph: _Graph, rows: fx.Node) -> bool:
     given = _modulated(_through(rows.args[0], _VIEWS | _CASTS))
     if given is None or not _compiled(given.x, "norm_quantize_rows"):
         return False
-    if not _only_rows(given.last) or not graph.quiet(given.norm, rows):
+    if not _only_rows(given.last):
+        return False
+    if not graph.quiet(min(given.skipped, key=graph.place.__getitem__), rows):
         return False
     width = int(_shape(given.x)[-1])
     with graph.graph.inserting_before(rows):
@@ -182,7 +196,7 @@ def _fuse_norm(graph: _Graph, rows: fx.Node) -> bool:
 def _fuse_gelu(graph: _Graph, node: fx.Node) -> bool:
     if _name(node) == "gelu" and node.kwargs.get("approximate") != "tanh":
         return False
-    product = _product(node.args[0])
+    product = _product(node.args[0] if node.args else node.kwargs.get("input"))
     if product is None or product.gelu or product.gate is not None:
         return False
     product.gelu = True
@@ -195,7 +209,9 @@ def _fuse_gate(graph: _Graph, node: fx.Node) -> bool:
             product, like = _product(given), _value(node)
             if product is None or product.gate is not None or len(gated.users) != 1:
                 continue
-            if not (_is_like(residual, like) and _is_vector(gate, like)):
+            if not (_is_like(given, like) and _is_like(residual, like)) or residual is gated:
+                continue
+            if not _is_vector(gate, like):
                 continue
             if not like.dtype == _value(gate).dtype == product.dtype:
                 continue
@@ -231,14 +247,14 @@ def _put(graph: _Graph, node: fx.Node, product: _Product) -> bool:
 
 @dataclass
 class _Modulated:
-    """``norm(x) * (1 + scale) + shift``; ``last`` is the sum."""
+    """``norm(x) * (1 + scale) + shift``; ``last`` is the sum, others are no longer computed."""
 
     x: fx.Node
     scale: fx.Node
     shift: fx.Node
     eps: float
-    norm: fx.Node
     last: fx.Node
+    skipped: list[fx.Node]
 
 
 def _modulated(last: Any) -> _Modulated | None:
@@ -249,31 +265,44 @@ def _modulated(last: Any) -> _Modulated | None:
                 continue
             found = _norm_of(norm)
             for scale, one in _pairs(raised, "add"):
-                vectors = isinstance(scale, fx.Node) and isinstance(shift, fx.Node)
-                if found is None or one != 1 or not vectors:
+                if found is None or not isinstance(one, int | float) or one != 1:
                     continue
-                x, eps = found
-                like, up, along = _value(norm), _value(scale), _value(shift)
-                if (
-                    _is_vector(scale, like)
-                    and _is_vector(shift, like)
-                    and (up.shape[0] == along.shape[0])
-                ):
-                    return _Modulated(x, scale, shift, eps, norm, last)
+                x, given, eps = found
+                if _are_modulation(scale, shift, _value(norm)):
+                    skipped = [raised, norm, *_between(given, x)]
+                    return _Modulated(x, scale, shift, eps, last, skipped)
     return None
 
 
-def _norm_of(norm: fx.Node) -> tuple[fx.Node, float] | None:
-    """Input and epsilon of a LayerNorm over the last axis, without weights."""
+def _are_modulation(scale: Any, shift: Any, like: Tensor) -> bool:
+    """Whether these are a scale and a shift for each image of ``like``, or one for all."""
+    if not _is_vector(scale, like) or not _is_vector(shift, like):
+        return False
+    up, along = _value(scale), _value(shift)
+    alike = up.shape[0] == along.shape[0] and up.device == along.device == like.device
+    return alike and {up.dtype, along.dtype} <= _FLOATS
+
+
+def _between(node: fx.Node, source: fx.Node) -> list[fx.Node]:
+    """The views and casts that a value went through, the last one first."""
+    found = []
+    while node is not source:
+        found.append(node)
+        node = cast("fx.Node", node.args[0])
+    return found
+
+
+def _norm_of(norm: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    """Input before casts, input, epsilon of a LayerNorm over the last axis, without weights."""
     if not _is_tensor(norm):
         return None
     names = "input", "normalized_shape", "weight", "bias", "eps"
     given: dict[str, Any] = dict(zip(names, norm.args, strict=False)) | dict(norm.kwargs)
     x = _through(given["input"], _CASTS, upwards=True)
     plain = given.get("weight") is None and given.get("bias") is None
-    if not plain or len(given["normalized_shape"]) != 1 or not _value(x).dtype.is_floating_point:
+    if not plain or len(given["normalized_shape"]) != 1 or _value(x).dtype not in _FLOATS:
         return None
-    return x, given.get("eps", 1e-5)
+    return x, given["input"], given.get("eps", 1e-5)
 
 
 def _only_rows(last: fx.Node) -> bool:
@@ -311,7 +340,7 @@ def _product(given: Any) -> _Product | None:
         if not _changes_nothing(node):
             return None
         if sizes is None and name in ("reshape", "view"):
-            if not all(map(_same, _shape(node), _shape(given))):
+            if not _same_sizes(_shape(node), _shape(given)):
                 return None
             sizes = args[1:]
         node = args[0]
@@ -362,8 +391,13 @@ def _kept_rows(node: fx.Node) -> fx.Node | None:
     source: Any = node.args[0] if node.args else None
     if not _is_tensor(source) or not _is_tensor(node) or not _value(source).dim():
         return None
-    if any(isinstance(given, torch.dtype) for given in node.args) and _name(node) == "view":
-        return None  # the bits as another type
+    if _value(source).device != _value(node).device:
+        return None
+    if _value(source).dtype != _value(node).dtype:
+        # integers, and smaller floats, would not come back
+        floats = {_value(source).dtype, _value(node).dtype} <= _FLOATS
+        if not floats or _name(node) == "view":  # or the bits as another type
+            return None
     kept: fx.Node = source
     return kept if _same(_shape(kept)[-1], _shape(node)[-1]) else None
 
@@ -393,9 +427,11 @@ def _is_like(node: Any, like: Tensor) -> bool:
     if not _is_tensor(node):
         return False
     value = _value(node)
-    if value.dim() != like.dim() or value.dtype != like.dtype:
-        return False
-    return all(map(_same, value.shape, like.shape))
+    return value.dtype == like.dtype and _same_sizes(value.shape, like.shape)
+
+
+def _same_sizes(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(map(_same, a, b))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -429,20 +465,38 @@ def _name(node: Any) -> str:
 
 
 def _writes(node: fx.Node) -> bool:
-    name = _name(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    written = "out" in node.kwargs or node.kwargs.get("inplace") is True
-    operators = "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem"
-    return in_place or written or name in operators
+    """Whether a node may write to what others read; those that cannot be asked do."""
+    name, target = _name(node), node.target
+    if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    if node.op == "call_method":
+        return name.startswith("__i") or name == "__setitem__" or _in_place(name)
+    if node.op != "call_function":
+        return False
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = (getattr(target, overload) for overload in target.overloads())
+        return any(overload._schema.is_mutable for overload in overloads)
+    if getattr(target, "__module__", "") in ("_operator", "operator"):
+        return hasattr(operator, f"__{name}__") and name.startswith("i") and name not in _PLAIN
+    return _in_place(name) or node.kwargs.get("out") is not None or _asked_in_place(node)
 
 
-def _written(node: fx.Node) -> bool:
-    """Whether a value, or what may be a view of it, is written to."""
-    return any(
-        (_writes(user) and user.args[0] is node)
-        or ((user.op == "call_method" or _name(user) == "getitem") and _written(user))
-        for user in node.users
-    )
+_PLAIN = {"inv", "invert", "index", "is_", "is_not"}
+"""Operators that begin with an i and write nothing."""
+
+
+def _in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _asked_in_place(node: fx.Node) -> bool:
+    try:
+        bound = inspect.signature(cast("Any", node.target)).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # built in: its name says so
+        return node.kwargs.get("inplace") is True
+    return bound.arguments.get("inplace") is True
 
 
 def _compiled(node: fx.Node, op: str) -> bool:

@@ -35,8 +35,10 @@ from dtq.errors import InputError
 from dtq.folder import check_folder
 from dtq.formats import FORMATS, Spec
 from dtq.formats.acts import ACTS, Acts, acts_of, fake_quantize, row_codes, scale_of
-from dtq.formats.integer import TwoLevelInt
+from dtq.formats.base import divide
+from dtq.formats.grid import E2M1
 from dtq.kernels.ops import int_matmul
+from dtq.kernels.table import Task, expanded
 from dtq.nn.linear import HOOKS, QuantLinear, aligned, from_disk, shape_of
 from dtq.nn.swap import finish, swap_empty
 from dtq.source import model_class, reading
@@ -212,17 +214,21 @@ class Slice(QuantLinear):
         peak = x.abs().amax(-1, keepdim=True)  # (M, 1)
         if not acts.static:
             peak = self._all(peak, dist.ReduceOp.MAX)
-        if acts.grid:
+        if acts.grid and not acts.int8:
             return fake_quantize(x, acts, peak) @ fmt.unpack(weight).T, ()
-        scale = self.step_scale().expand_as(peak) if acts.static else scale_of(peak, acts.levels)
-        codes = row_codes(x, scale, acts.levels)
-        if fmt.name == "int8-row":
-            w8 = weight["weight"]
-        elif isinstance(fmt, TwoLevelInt) and fmt.bits == 4:
-            w8 = fmt.expand(weight["weight"], weight["weight_scale_2"])
-        else:
+        codes, scale = self._codes(acts, x, peak)
+        found = expanded(Task(fmt, acts), weight)
+        if found is None:
             return codes @ fmt.unpack(weight).T, (scale,)
-        return int_matmul(codes.to(torch.int8), w8), (scale, weight["weight_scale"].T)
+        return int_matmul(codes.to(torch.int8), found[0]), (scale, found[1].T)
+
+    def _codes(self, acts: Acts, x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes as float (M, K), and the scales of the tokens (M, 1)."""
+        if acts.grid:  # twice an E2M1 level is an integer
+            scale = peak / E2M1.top
+            return E2M1.snap(divide(x, scale)) * 2, scale * 0.5
+        scale = self.step_scale().expand_as(peak) if acts.static else scale_of(peak, acts.levels)
+        return row_codes(x, scale, acts.levels), scale
 
     def _changed(self, rows: Tensor) -> Tensor:
         if not self.runtime.pre_quant and self.runtime.block == 1:

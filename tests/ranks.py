@@ -25,12 +25,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "w4a8": {"weights": "int4-2l-g64", **ROTATED},
     "w4a16": {"weights": "int4-asym-g64", "acts": "none", **ROTATED},
     "static": {"weights": "int8-row", "acts": "int8-step", **ROTATED},
+    "rows": {"weights": "int4-asym-row", **ROTATED},
+    "e2m1": {"weights": "e2m1-row", "acts": "e2m1-row", **ROTATED},
     "groups": {"weights": "int4-g64", **ROTATED},
     "fp8": {"weights": "fp8-row", "acts": "fp8-row", **ROTATED},
     "nvfp4": {"weights": "nvfp4", "acts": "nvfp4", **ROTATED},
     "branch": {"weights": "int8-row", "lowrank": {"svd": {"rank": 8}}, **ROTATED},
 }
-EXACT = ("w8a8", "w4a8", "static")
+EXACT = ("w8a8", "w4a8", "static", "rows", "e2m1")
 CASES = [
     *((name, kind) for name in ("dit", "pixart", "flux") for kind in ("w8a8", "w4a8", "w4a16")),
     *(("wan", kind) for kind in ("w4a8", "w4a16")),

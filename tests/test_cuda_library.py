@@ -575,7 +575,9 @@ def test_inspection_says_what_a_gpu_would_do():
     assert "weight-only: used" in lines
     lines = explain(Task(FORMATS["nvfp4"], ACTS["nvfp4"]), (1152, 1152))
     assert "fp4: used" in lines
-    assert "sm_120: FP4 products" in lines[-1]
+    assert lines[-1] == "on sm_120: FP4 products; on other GPUs decoded to float"
+    lines = explain(Task(FORMATS["mxfp4"], ACTS["mxfp4"]), (1152, 96))
+    assert lines[-1] == "on sm_120: no FP4 products: K 96 is not a multiple of 128"
     lines = explain(Task(FORMATS["nvfp4"], ACTS["mxfp4"]), (1152, 1152))
     assert "fp4: activations are mxfp4, not nvfp4" in lines
     assert "float-product: used" in lines

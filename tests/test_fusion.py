@@ -315,13 +315,139 @@ def test_what_is_written_to_in_between_is_left_alone(everywhere):
 def test_copies_that_are_written_to_stay_apart():
     x = torch.randn(4, 6).T
 
-    def copies(x):
-        one, two = x.reshape(-1), x.reshape(-1)
+    def by_method(one):
         one.view(6, 4).add_(1)
-        return one, two
 
-    got, _ = run(copies, x)
-    assert torch.equal(got[0], got[1] + 1)
+    def by_function(one):
+        torch.add(one, 1, out=one)
+
+    def by_operator(one):
+        one %= 2
+
+    def by_place(one):
+        F.leaky_relu(one, 0.1, True)
+
+    def by_list(one):
+        torch._foreach_add_([one], 1.0)
+
+    for write in (by_method, by_function, by_operator, by_place, by_list):
+
+        def copies(x, write=write):
+            one, two = x.reshape(-1) * 1, x.reshape(-1).clone()
+            a, b = x.reshape(-1), x.reshape(-1)
+            write(a)
+            return one, two, a + 0, b + 0
+
+        torch._dynamo.reset()
+        want = copies(x.clone())
+        got, _ = run(copies, x.clone())
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), write.__name__
+
+    torch._dynamo.reset()
+    a, b = run(lambda x: (x[0], x[0]), x)[0]
+    a.add_(1)
+    assert torch.equal(b, a) == torch.equal(*_twice(x))
+
+
+def _twice(x):
+    a, b = x[0], x[0]
+    a.add_(1)
+    return a, b
+
+
+def test_views_without_gradients_are_not_those_with(everywhere):
+    w = torch.randn(4)
+
+    def call(x):
+        with torch.no_grad():
+            most = x.reshape(-1, 4).abs().max()
+        return (x.reshape(-1, 4) * w / most).sum()
+
+    x = torch.randn(2, 8, requires_grad=True)
+    (mine,) = torch.autograd.grad(run(call, x)[0], x)
+    (want,) = torch.autograd.grad(call(x), x)
+    torch.testing.assert_close(mine, want)
+
+
+def test_broadcast_products_are_left_alone(everywhere):
+    q, (x, _, _, gate) = layer(128, 128), block_inputs()
+    one, whole = torch.randn(2, 1, 128), torch.randn(1, 9, 128)
+
+    def by_token(x):
+        return x + gate[:, None] * q(one)
+
+    def by_image(x):
+        return x + gate[:, None] * q(whole)
+
+    def flat(x):
+        return x[:1] + gate[:1, None] * q(x[0])
+
+    def doubled(x):
+        z = gate[:, None] * q(x)
+        return z + z
+
+    def unsqueezed(x):
+        return F.gelu(q(x).unsqueeze(-1), approximate="tanh")
+
+    with torch.no_grad():
+        for call in (by_token, by_image, flat, doubled):
+            got, fused = run(call, x)
+            assert fused.gates == 0, call.__name__
+            torch.testing.assert_close(got, call(x), rtol=0, atol=0)
+        got, fused = run(unsqueezed, x)
+        assert got.shape == (2, 9, 128, 1)
+        torch.testing.assert_close(got, unsqueezed(x), rtol=1e-5, atol=1e-5)
+
+
+def test_writes_before_the_norm_count_too(everywhere):
+    q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
+    x, shift, scale, _ = block_inputs()
+
+    def scale_written(x):
+        s = scale[:, None].clone()
+        up = 1 + s
+        s.add_(1)
+        return q(norm(x) * up + shift[:, None])
+
+    def input_written(x):
+        half = x.bfloat16()
+        wide = half.float()
+        half.add_(1)
+        return q(norm(wide) * (1 + scale[:, None]) + shift[:, None])
+
+    with torch.no_grad():
+        for call in (scale_written, input_written):
+            got, fused = run(call, x)
+            assert fused.norms == 0, call.__name__
+            torch.testing.assert_close(got, call(x), rtol=0, atol=0)
+
+
+def test_what_casts_take_away_is_kept(everywhere):
+    q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
+    x, shift, scale, _ = block_inputs()
+
+    def modulated(x, to=torch.float32, by=torch.float32):
+        return (norm(x) * (1 + scale[:, None].to(by)) + shift[:, None].to(by)).to(to)
+
+    with torch.no_grad():
+        for to in (torch.int8, torch.float8_e4m3fn):
+            got, fused = run(lambda x, to=to: q(modulated(x, to).float()), x)
+            assert fused.norms == 0
+            torch.testing.assert_close(got, q(modulated(x, to).float()), rtol=0, atol=0)
+        got, fused = run(lambda x: q(modulated(x, by=torch.float64)), x)
+        assert fused.norms == 0
+        assert run(lambda x: q(modulated(x, by=torch.bfloat16)), x)[1].norms == 1
+
+
+def test_operands_may_be_named(everywhere):
+    q, (x, *_) = layer(128, 128), block_inputs()
+    rows = torch.randn(4, 128)
+    with torch.no_grad():
+        got, fused = run(lambda x: F.gelu(input=q(x), approximate="tanh"), x)
+        assert fused.gelus == 1
+        got, _ = run(lambda x: torch.ops.dtq.quantize_rows(x, None, 1, None), rows)
+        assert torch.equal(got[0], torch.ops.dtq.quantize_rows(rows, None, 1, None)[0])
+        run(lambda x: F.relu(input=x.reshape(-1), inplace=True), x.clone())
 
 
 def test_what_others_read_is_left_alone(everywhere):

@@ -27,7 +27,7 @@ class Acts:
         static: the scale is stored instead of measured.
         stepped: one stored scale per timestep bin; otherwise one for all.
         grid: name of the weight format that a token is rounded with, as if it were a row of a
-            matrix; empty for integers with one scale per token, which have kernels.
+            matrix; empty for integers with one scale per token.
         outer: that format has a scale for the whole matrix too; each token takes its own instead,
             else it would depend on its batch.
     """

@@ -174,7 +174,8 @@ class MxFp4:
         outer: Params | None = None,
     ) -> Params:
         peak = clip * in_groups(x.float(), self.group).abs().amax(-1)
-        exponent = torch.frexp(peak).exponent - 1  # floor(log2), exact
+        # floor(log2), exact; a block that is not finite gets the largest, and stays so
+        exponent = torch.where(peak.isfinite(), torch.frexp(peak).exponent - 1, 128)
         # 1, not 0: 2^-127 is subnormal, and some devices flush those to zero
         return {"weight_scale": (exponent - 2 + 127).clamp(1, 254).to(torch.uint8)}
 

@@ -78,9 +78,13 @@ def answer(x: Tensor, n: int) -> str:
     return _choose(few, least, x.shape[0], n, x.shape[1])
 
 
+FP4_COLUMNS = (64, 128)
+"""What the width of a product is a multiple of: of NVFP4, of MXFP4 (``cuda_ext/gemm_plan.h``)."""
+
+
 def multiplies_fp4(x: Tensor, mx: bool) -> bool:
     """Whether ``x`` (M, K) is on a GPU that multiplies FP4 codes, and K fits its kernel."""
-    return on_gpu(x) and x.shape[1] % (128 if mx else 64) == 0 and _has_fp4(x.device.index or 0)
+    return on_gpu(x) and x.shape[1] % FP4_COLUMNS[mx] == 0 and _has_fp4(x.device.index or 0)
 
 
 def _choose(few: int, least: float, m: int, n: int, k: int) -> str:

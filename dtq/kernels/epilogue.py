@@ -63,10 +63,15 @@ def _lut4a8_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    index = unpack_nibbles(weight).long().unflatten(1, (tables.shape[1], -1))
-    expanded = tables.gather(2, index).flatten(1)  # (N, K)
+    expanded = by_table(weight, tables)
     y: Tensor = _reference.w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
     return y
+
+
+def by_table(weight: Tensor, tables: Tensor) -> Tensor:
+    """The int8 (N, K) that codes (N, K/2), two a byte, name in tables (N, groups, 16)."""
+    index = unpack_nibbles(weight).long().unflatten(1, (tables.shape[1], -1))
+    return tables.gather(2, index).flatten(1)
 
 
 def with_branch(y: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:

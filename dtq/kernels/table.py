@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from dtq.formats.grid import Grid
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import UNITS, Lut
 from dtq.kernels import cuda, dispatch
+from dtq.kernels.epilogue import by_table
 from dtq.kernels.native import Library
 from dtq.kernels.ops import LIBRARIES
 
@@ -184,6 +186,27 @@ def _table(task: Task, parts: Parts) -> Weight:
         levels = (parts["weight_lut"] * UNITS).to(torch.int8)
     tables = levels.reshape(1, 1, 16).expand(len(weight), 1, 16).contiguous()
     return weight, scale * unit, tables  # unit: a power of two
+
+
+_EXPAND: tuple[tuple[Callable[[Task], str | None], Callable[[Task, Parts], Weight], Any], ...] = (
+    (_int8_fits, _int8, lambda weight: weight),
+    (_two_level_fits, _two_level, TwoLevelInt.expand),
+    (_row_fits, _row, TwoLevelInt.expand),
+    (_three_fits, _three, partial(TwoLevelInt.expand, bits=3)),
+    (_table_fits, _table, by_table),
+)
+
+
+def expanded(task: Task, parts: Parts) -> tuple[Tensor, Tensor] | None:
+    """The int8 matrix (N, K) that integer products multiply, and the scale of its rows (N, 1).
+
+    None where the product of the task is no such thing.
+    """
+    for fits, weight, expand in _EXPAND:
+        if fits(task) is None:
+            codes, scale, *more = weight(task, parts)
+            return expand(codes, *more), scale
+    return None
 
 
 def _by_codes(
@@ -388,7 +411,7 @@ KERNELS: tuple[Kernel, ...] = (
     _integers("w3a8", _three_fits, _three, "w3a8_linear"),
     _integers("w4a8-table", _table_fits, _table, "lut4a8_linear"),
     Kernel("weight-only", _weight_only_fits, _float, ("dequantize", "weight_linear")),
-    Kernel("fp4", _fp4_fits, _fp4, ("dequantize", "weight_linear"), _fp4_then),
+    Kernel("fp4", _fp4_fits, _fp4, ("round_rows", "dequantize", "weight_linear"), _fp4_then),
     Kernel(
         "integer-groups",
         _group_fits,
@@ -419,7 +442,8 @@ def explain(task: Task, shape: tuple[int, int] | None = None) -> list[str]:
         reason = kernel.fits(task)
         if reason is None:
             lines.append(f"{kernel.name}: used")
-            return lines + [on(kernel, library, shape) for library in LIBRARIES.values()]
+            lines += [on(kernel, library, shape) for library in LIBRARIES.values()]
+            return lines + ([_by_width(task, shape)] if kernel.name == "fp4" and shape else [])
         lines.append(f"{kernel.name}: {reason}")
     raise AssertionError("the last kernel fits everything")
 
@@ -436,13 +460,18 @@ def on(kernel: Kernel, library: Library, shape: tuple[int, int] | None = None) -
     said = f"{where}: {library.describe()}"
     if library is cuda.CUDA and shape is not None and kernel.name in INT8:
         said += f" ({_by_size(shape)})"
-    if library is cuda.CUDA and kernel.name == "fp4":
-        said += " (sm_120: FP4 products; before it decoded to float)"
     return said
 
 
 INT8 = ("w8a8", "w4a8-two-level", "w4a8-row", "w3a8", "w4a8-table")
 """Kernels that the dispatcher of the GPU stands before."""
+
+
+def _by_width(task: Task, shape: tuple[int, int]) -> str:
+    whole = dispatch.FP4_COLUMNS[isinstance(task.weights, MxFp4)]
+    if shape[1] % whole:
+        return f"on sm_120: no FP4 products: K {shape[1]} is not a multiple of {whole}"
+    return "on sm_120: FP4 products; on other GPUs decoded to float"
 
 
 def _by_size(shape: tuple[int, int]) -> str:
