@@ -44,6 +44,7 @@ _PURE = {
     *("add", "mul", "truediv", "dropout", "layer_norm", "gelu", "getitem"),
 }
 _ROWS = {"dtq::quantize_rows", "dtq::binned_quantize_rows"}
+_CODES = {*_ROWS, "dtq::e2m1_quantize_rows", "dtq::fp4_quantize_rows", "dtq::round_rows"}
 _EPILOGUES = {
     "dtq::w8a8_linear": "w8a8_epilogue_linear",
     "dtq::w4a8_linear": "w4a8_epilogue_linear",
@@ -154,14 +155,14 @@ def _share(graph: _Graph) -> int:
     known: dict[str, fx.Node] = {}
     shared = 0
     for node in graph.nodes():
-        if _name(node) not in _VIEWS | _ROWS | {"getitem"}:
+        if _name(node) not in _VIEWS | _CODES | {"getitem"}:
             continue
         key = f"{_name(node)} {node.args} {node.kwargs}"
         first = known.setdefault(key, node)
         if first is not node and graph.alike(first, node):
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
-            shared += _name(first) in _ROWS
+            shared += _name(first) in _CODES
         else:
             known[key] = node
     return shared

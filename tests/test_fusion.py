@@ -106,6 +106,20 @@ def test_fp4_products_go_on_too(everywhere, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("acts", ["e2m1-row", "nvfp4", "fp8-row", "int4-g64"])
+@pytest.mark.parametrize("fp4", [False, True])
+def test_codes_of_every_kind_are_shared(everywhere, monkeypatch, acts, fp4):
+    monkeypatch.setattr(dispatch, "multiplies_fp4", lambda x, mx: fp4)
+    q, k = (layer(128, 128, "nvfp4", acts=acts) for _ in "qk")
+    share_changes(nn.ModuleDict({"q": q, "k": k}))
+    x = torch.randn(2, 9, 128)
+    with torch.no_grad():
+        got, fused = run(lambda x: (q(x), k(x)), x)
+        assert torch.equal(got[0], q(x))
+        assert torch.equal(got[1], k(x))
+    assert fused.shared == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "norms", "gelus", "gates"),
