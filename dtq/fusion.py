@@ -17,32 +17,37 @@ writes to a tensor.
 
 from __future__ import annotations
 
-import inspect
 import logging
-import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.backends import registry
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from dtq.graph import (
+    CASTS,
+    FLOATS,
+    VIEWS,
+    Graph,
+    between,
+    is_like,
+    is_tensor,
+    is_vector,
+    kept_rows,
+    name_of,
+    pairs,
+    same_sizes,
+    shape_of,
+    through,
+    value_of,
+)
 from dtq.kernels.ops import LIBRARIES
 
 _log = logging.getLogger(__name__)
 
 ops = torch.ops.dtq
 
-_CASTS = {"to", "type_as", "float", "bfloat16", "half", "type"}
-_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
-_VIEWS = {"reshape", "view", "contiguous", "flatten", "squeeze", "unsqueeze"}
-_PURE = {
-    *_CASTS,
-    *_VIEWS,
-    *("add", "mul", "truediv", "dropout", "layer_norm", "gelu", "getitem"),
-}
 _ROWS = {"dtq::quantize_rows", "dtq::binned_quantize_rows"}
 _CODES = {*_ROWS, "dtq::e2m1_quantize_rows", "dtq::fp4_quantize_rows", "dtq::round_rows"}
 _EPILOGUES = {
@@ -88,14 +93,14 @@ def backend(
 
 def fuse(module: fx.GraphModule) -> Fused:
     """Rewrite a graph of Dynamo in place; returns what was done."""
-    graph, done = _Graph(module.graph), Fused()
+    graph, done = Graph(module.graph), Fused()
     done.shared = _share(graph)
     for node in graph.nodes():
-        if _name(node) in _ROWS and _fuse_norm(graph, node):
+        if name_of(node) in _ROWS and _fuse_norm(graph, node):
             done.norms += 1
-        elif _name(node) in ("gelu", "dtq::gelu") and _fuse_gelu(graph, node):
+        elif name_of(node) in ("gelu", "dtq::gelu") and _fuse_gelu(graph, node):
             done.gelus += 1
-        elif _name(node) == "add" and _fuse_gate(graph, node):
+        elif name_of(node) == "add" and _fuse_gate(graph, node):
             done.gates += 1
     module.graph.lint()
     module.recompile()
@@ -103,90 +108,46 @@ def fuse(module: fx.GraphModule) -> Fused:
     return done
 
 
-class _Graph:
-    """A graph that knows the order of its nodes, and where something is written to."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.place = {node: i for i, node in enumerate(graph.nodes)}
-        self.writes = [i for node, i in self.place.items() if _writes(node)]
-        self.switches = any("grad_enabled" in _name(node) for node in self.place)
-
-    def nodes(self) -> Iterator[fx.Node]:
-        """Those that are there now, as long as they are."""
-        for node in list(self.graph.nodes):
-            if not node._erased:
-                yield node
-
-    def quiet(self, first: fx.Node, last: fx.Node) -> bool:
-        """Whether nothing is written to after the one and before the other."""
-        return not any(self.place[first] < i < self.place[last] for i in self.writes)
-
-    def alike(self, first: fx.Node, node: fx.Node) -> bool:
-        """Whether the one may stand for the other, which is computed of the same.
-
-        Either may be a copy that is written to or given back as the caller's own, and one may
-        know a gradient that the other does not.
-        """
-        given_back = any(user.op == "output" for each in (first, node) for user in each.users)
-        after = any(self.place[first] < i for i in self.writes)
-        return not (given_back or after or self.switches)
-
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """``new``, which stands before ``old``, takes its users."""
-        new.meta, self.place[new] = dict(old.meta), self.place[old]
-        old.replace_all_uses_with(new)
-        self.drop(old)
-
-    def drop(self, node: fx.Node) -> None:
-        """Erase a node that nobody uses, and those that were there for it alone."""
-        inputs = node.all_input_nodes
-        self.graph.erase_node(node)
-        for each in inputs:
-            if not each.users and (_name(each) in _PURE or _name(each).startswith("dtq::")):
-                self.drop(each)
-
-
 # ------------------------------------------------------------------------------------- rewrites
 
 
-def _share(graph: _Graph) -> int:
+def _share(graph: Graph) -> int:
     """Views and codes that were asked for before."""
     known: dict[str, fx.Node] = {}
     shared = 0
     for node in graph.nodes():
-        if _name(node) not in _VIEWS | _CODES | {"getitem"}:
+        if name_of(node) not in VIEWS | _CODES | {"getitem"}:
             continue
-        key = f"{_name(node)} {node.args} {node.kwargs}"
+        key = f"{name_of(node)} {node.args} {node.kwargs}"
         first = known.setdefault(key, node)
         if first is not node and graph.alike(first, node):
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
-            shared += _name(first) in _CODES
+            shared += name_of(first) in _CODES
         else:
             known[key] = node
     return shared
 
 
-def _fuse_norm(graph: _Graph, rows: fx.Node) -> bool:
-    given = _modulated(_through(rows.args[0], _VIEWS | _CASTS))
+def _fuse_norm(graph: Graph, rows: fx.Node) -> bool:
+    given = _modulated(through(rows.args[0], VIEWS | CASTS))
     if given is None or not _compiled(given.x, "norm_quantize_rows"):
         return False
     if not _only_rows(given.last):
         return False
     if not graph.quiet(min(given.skipped, key=graph.place.__getitem__), rows):
         return False
-    width = int(_shape(given.x)[-1])
+    width = int(shape_of(given.x)[-1])
     with graph.graph.inserting_before(rows):
         x, *vectors = (
             graph.graph.call_method("reshape", (each, -1, width))
             for each in (given.x, given.scale, given.shift)
         )
-        if _value(given.scale).dtype != _value(given.shift).dtype:
+        if value_of(given.scale).dtype != value_of(given.shift).dtype:
             vectors = [graph.graph.call_method("float", (each,)) for each in vectors]
         vectors = [graph.graph.call_method("contiguous", (each,)) for each in vectors]
         rest: tuple[Any, ...] = rows.args[1:]
-        if _name(rows) == "dtq::quantize_rows":
+        if name_of(rows) == "dtq::quantize_rows":
             pre_scale, block, scale, *levels = rest
             rest = pre_scale, None, block, 1, scale, None, *levels
         new = graph.graph.call_function(ops.norm_quantize_rows, (x, *vectors, given.eps, *rest))
@@ -194,8 +155,8 @@ def _fuse_norm(graph: _Graph, rows: fx.Node) -> bool:
     return True
 
 
-def _fuse_gelu(graph: _Graph, node: fx.Node) -> bool:
-    if _name(node) == "gelu" and node.kwargs.get("approximate") != "tanh":
+def _fuse_gelu(graph: Graph, node: fx.Node) -> bool:
+    if name_of(node) == "gelu" and node.kwargs.get("approximate") != "tanh":
         return False
     product = _product(node.args[0] if node.args else node.kwargs.get("input"))
     if product is None or product.gelu or product.gate is not None:
@@ -204,31 +165,31 @@ def _fuse_gelu(graph: _Graph, node: fx.Node) -> bool:
     return _put(graph, node, product)
 
 
-def _fuse_gate(graph: _Graph, node: fx.Node) -> bool:
-    for gated, residual in _pairs(node, "add"):
-        for gate, given in _pairs(gated, "mul"):
-            product, like = _product(given), _value(node)
+def _fuse_gate(graph: Graph, node: fx.Node) -> bool:
+    for gated, residual in pairs(node, "add"):
+        for gate, given in pairs(gated, "mul"):
+            product, like = _product(given), value_of(node)
             if product is None or product.gate is not None or len(gated.users) != 1:
                 continue
-            if not (_is_like(given, like) and _is_like(residual, like)) or residual is gated:
+            if not (is_like(given, like) and is_like(residual, like)) or residual is gated:
                 continue
-            if not _is_vector(gate, like):
+            if not is_vector(gate, like):
                 continue
-            if not like.dtype == _value(gate).dtype == product.dtype:
+            if not like.dtype == value_of(gate).dtype == product.dtype:
                 continue
             product.gate, product.residual = gate, residual
             return _put(graph, node, product)
     return False
 
 
-def _put(graph: _Graph, node: fx.Node, product: _Product) -> bool:
+def _put(graph: Graph, node: fx.Node, product: _Product) -> bool:
     """The product goes on and stands where ``node`` was."""
     # kernels know no gradients
-    if _value(node).requires_grad or not graph.quiet(product.node, node):
+    if value_of(node).requires_grad or not graph.quiet(product.node, node):
         return False
     if not _compiled(node, product.op):
         return False
-    width = int(_shape(node)[-1])
+    width = int(shape_of(node)[-1])
     new, rows = graph.graph, []
     with new.inserting_before(node):
         for each in (product.gate, product.residual):
@@ -259,49 +220,40 @@ class _Modulated:
 
 
 def _modulated(last: Any) -> _Modulated | None:
-    for product, shift in _pairs(last, "add"):
-        for normed, raised in _pairs(product, "mul"):
-            norm = _through(normed, _CASTS)
-            if _name(norm) != "layer_norm" or any(len(n.users) > 1 for n in (product, norm)):
+    for product, shift in pairs(last, "add"):
+        for normed, raised in pairs(product, "mul"):
+            norm = through(normed, CASTS)
+            if name_of(norm) != "layer_norm" or any(len(n.users) > 1 for n in (product, norm)):
                 continue
             found = _norm_of(norm)
-            for scale, one in _pairs(raised, "add"):
+            for scale, one in pairs(raised, "add"):
                 if found is None or not isinstance(one, int | float) or one != 1:
                     continue
                 x, given, eps = found
-                if _are_modulation(scale, shift, _value(norm)):
-                    skipped = [raised, norm, *_between(given, x)]
+                if _are_modulation(scale, shift, value_of(norm)):
+                    skipped = [raised, norm, *between(given, x)]
                     return _Modulated(x, scale, shift, eps, last, skipped)
     return None
 
 
 def _are_modulation(scale: Any, shift: Any, like: Tensor) -> bool:
     """Whether these are a scale and a shift for each image of ``like``, or one for all."""
-    if not _is_vector(scale, like) or not _is_vector(shift, like):
+    if not is_vector(scale, like) or not is_vector(shift, like):
         return False
-    up, along = _value(scale), _value(shift)
+    up, along = value_of(scale), value_of(shift)
     alike = up.shape[0] == along.shape[0] and up.device == along.device == like.device
-    return alike and {up.dtype, along.dtype} <= _FLOATS
-
-
-def _between(node: fx.Node, source: fx.Node) -> list[fx.Node]:
-    """The views and casts that a value went through, the last one first."""
-    found = []
-    while node is not source:
-        found.append(node)
-        node = cast("fx.Node", node.args[0])
-    return found
+    return alike and {up.dtype, along.dtype} <= FLOATS
 
 
 def _norm_of(norm: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
     """Input before casts, input, epsilon of a LayerNorm over the last axis, without weights."""
-    if not _is_tensor(norm):
+    if not is_tensor(norm):
         return None
     names = "input", "normalized_shape", "weight", "bias", "eps"
     given: dict[str, Any] = dict(zip(names, norm.args, strict=False)) | dict(norm.kwargs)
-    x = _through(given["input"], _CASTS, upwards=True)
+    x = through(given["input"], CASTS, upwards=True)
     plain = given.get("weight") is None and given.get("bias") is None
-    if not plain or len(given["normalized_shape"]) != 1 or _value(x).dtype not in _FLOATS:
+    if not plain or len(given["normalized_shape"]) != 1 or value_of(x).dtype not in FLOATS:
         return None
     return x, given["input"], given.get("eps", 1e-5)
 
@@ -309,7 +261,7 @@ def _norm_of(norm: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
 def _only_rows(last: fx.Node) -> bool:
     """Whether a value is read by quantizers alone, through views and casts."""
     return all(
-        _name(user) in _ROWS or (_name(user) in _VIEWS | _CASTS and _only_rows(user))
+        name_of(user) in _ROWS or (name_of(user) in VIEWS | CASTS and _only_rows(user))
         for user in last.users
     )
 
@@ -334,14 +286,14 @@ def _product(given: Any) -> _Product | None:
     """The product that is all there is to a value, through views and what changes nothing."""
     node, sizes = given, None
     while isinstance(node, fx.Node) and len(node.users) == 1:
-        name, args = _name(node), cast("tuple[Any, ...]", node.args)
+        name, args = name_of(node), cast("tuple[Any, ...]", node.args)
         if name in _EPILOGUES or name in _OPERANDS:
             # without a view on the way the rows themselves are meant
             return _said(node, name, args, sizes) if sizes or node is given else None
         if not _changes_nothing(node):
             return None
         if sizes is None and name in ("reshape", "view"):
-            if not _same_sizes(_shape(node), _shape(given)):
+            if not same_sizes(shape_of(node), shape_of(given)):
                 return None
             sizes = args[1:]
         node = args[0]
@@ -362,9 +314,9 @@ def _said(node: fx.Node, name: str, args: tuple[Any, ...], sizes: Any) -> _Produ
 
 
 def _changes_nothing(node: fx.Node) -> bool:
-    name = _name(node)
-    source = _kept_rows(node)
-    if source is None or _value(source).dtype != _value(node).dtype:
+    name = name_of(node)
+    source = kept_rows(node)
+    if source is None or value_of(source).dtype != value_of(node).dtype:
         return False
     if name == "dropout":
         names = "input", "p", "training"
@@ -372,135 +324,10 @@ def _changes_nothing(node: fx.Node) -> bool:
         return options.get("p", 0.5) == 0 or options.get("training", True) is False
     if name == "truediv":
         return node.args[1:] == (1,)
-    return name in _VIEWS | _CASTS
-
-
-def _through(node: Any, names: set[str], *, upwards: bool = False) -> Any:
-    """What a value was before views that keep its rows, and casts; ``upwards``: to wider types."""
-    while isinstance(node, fx.Node) and _name(node) in names:
-        source = _kept_rows(node)
-        if source is None:
-            break
-        if upwards and _value(source).dtype.itemsize > _value(node).dtype.itemsize:
-            break
-        node = source
-    return node
-
-
-def _kept_rows(node: fx.Node) -> fx.Node | None:
-    """What a tensor is made of, if that has rows of the same length."""
-    source: Any = node.args[0] if node.args else None
-    if not _is_tensor(source) or not _is_tensor(node) or not _value(source).dim():
-        return None
-    if _value(source).device != _value(node).device:
-        return None
-    if _value(source).dtype != _value(node).dtype:
-        # integers, and smaller floats, would not come back
-        floats = {_value(source).dtype, _value(node).dtype} <= _FLOATS
-        if not floats or _name(node) == "view":  # or the bits as another type
-            return None
-    kept: fx.Node = source
-    return kept if _same(_shape(kept)[-1], _shape(node)[-1]) else None
-
-
-def _pairs(node: Any, name: str) -> Iterator[tuple[Any, Any]]:
-    """The two operands of a sum or product, both ways round."""
-    if _name(node) == name and len(node.args) == 2 and not node.kwargs and _is_tensor(node):
-        yield node.args[0], node.args[1]
-        yield node.args[1], node.args[0]
-
-
-def _is_vector(node: Any, like: Tensor) -> bool:
-    """Whether a value is one row for each image of (images, tokens, channels), or one for all."""
-    if not _is_tensor(node) or like.dim() != 3:
-        return False
-    images, *tokens, width = (1,) * (like.dim() - _value(node).dim()) + tuple(_shape(node))
-    return (
-        _value(node).dim() > 1
-        and _same(width, like.shape[-1])
-        and (_same(images, 1) or _same(images, like.shape[0]))
-        and all(_same(size, 1) for size in tokens)
-    )
-
-
-def _is_like(node: Any, like: Tensor) -> bool:
-    """Whether a value has a shape and type."""
-    if not _is_tensor(node):
-        return False
-    value = _value(node)
-    return value.dtype == like.dtype and _same_sizes(value.shape, like.shape)
-
-
-def _same_sizes(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(map(_same, a, b))
-
-
-def _same(a: Any, b: Any) -> bool:
-    return bool(statically_known_true(a == b))
-
-
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("example_value"), Tensor)
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["example_value"]
-
-
-def _shape(node: fx.Node) -> Any:
-    return _value(node).shape
-
-
-def _name(node: Any) -> str:
-    """``add``, ``reshape``, ``dtq::quantize_rows``; empty for what is not called."""
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
-        return ""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return str(target._qualified_op_name)
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name)
-    return str(getattr(target, "__name__", target))
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a node may write to what others read; those that cannot be asked do."""
-    name, target = _name(node), node.target
-    if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
-        return True
-    if node.op == "call_method":
-        return name.startswith("__i") or name == "__setitem__" or _in_place(name)
-    if node.op != "call_function":
-        return False
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        overloads = (getattr(target, overload) for overload in target.overloads())
-        return any(overload._schema.is_mutable for overload in overloads)
-    if getattr(target, "__module__", "") in ("_operator", "operator"):
-        return hasattr(operator, f"__{name}__") and name.startswith("i") and name not in _PLAIN
-    return _in_place(name) or node.kwargs.get("out") is not None or _asked_in_place(node)
-
-
-_PLAIN = {"inv", "invert", "index", "is_", "is_not"}
-"""Operators that begin with an i and write nothing."""
-
-
-def _in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
-
-
-def _asked_in_place(node: fx.Node) -> bool:
-    try:
-        bound = inspect.signature(cast("Any", node.target)).bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):  # built in: its name says so
-        return node.kwargs.get("inplace") is True
-    return bound.arguments.get("inplace") is True
+    return name in VIEWS | CASTS
 
 
 def _compiled(node: fx.Node, op: str) -> bool:
     """Whether the library of the node's device has the op."""
-    library = LIBRARIES.get(_value(node).device.type)
+    library = LIBRARIES.get(value_of(node).device.type)
     return library is not None and op in library.ops and library.load()

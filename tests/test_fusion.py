@@ -338,13 +338,16 @@ def test_copies_that_are_written_to_stay_apart():
     def by_operator(one):
         one %= 2
 
+    def by_item(one):
+        one[2:4] = 0
+
     def by_place(one):
         F.leaky_relu(one, 0.1, True)
 
     def by_list(one):
         torch._foreach_add_([one], 1.0)
 
-    for write in (by_method, by_function, by_operator, by_place, by_list):
+    for write in (by_method, by_function, by_operator, by_item, by_place, by_list):
 
         def copies(x, write=write):
             one, two = x.reshape(-1) * 1, x.reshape(-1).clone()

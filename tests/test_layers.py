@@ -14,7 +14,7 @@ ROWS = [
     {"formats", "work", "documents"},
     {"calibrate.stats", "calibrate.calls", "policy"},
     {"transforms", "solvers"},
-    {"kernels", "plan"},
+    {"kernels", "plan", "graph"},
     {"nn.linear"},
     {"families"},
     {"nn", "fusion", "harden", "config", "demo", "folder"},
