@@ -31,11 +31,11 @@ struct Rows {
   int turns;               // 1, or 2: again, with the channels of each block dealt out over all
   float unit;              // block ** -0.5
   const float* fixed;      // one scale for all rows, or null
-  int levels;     // the largest code; 0 for E2M1 levels times two
-  int8_t* codes;  // (M, K)
-  float* scale;   // (M)
-  void* out;      // (M, K): the changed rows and no codes; or null
-  Rounding rounding;  // of what goes to `out`, and its type
+  int levels;              // the largest code; 0 for E2M1 levels times two
+  int8_t* codes;           // (M, K)
+  float* scale;            // (M)
+  void* out;               // (M, K): the changed rows and no codes; or null
+  Rounding rounding;       // of what goes to `out`
   Float out_type;
 };
 

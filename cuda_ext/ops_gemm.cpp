@@ -230,8 +230,8 @@ Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const 
                            groups, bias, gelu, gate, residual, type, low, up);
 }
 
-Tensor fp4_linear(const Tensor& codes, const Tensor& code_scale, const Tensor& row_scale,
-                  const Tensor& weight, const Tensor& weight_scale, const Maybe& weight_scale_2,
+Tensor fp4_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+                  const Tensor& weight_scale, const Tensor& code_scale, const Maybe& weight_scale_2,
                   const Maybe& bias, bool gelu, const Maybe& gate, const Maybe& residual, ScalarType type,
                   const Maybe& low, const Maybe& up) {
   Guard guard(codes);
@@ -240,7 +240,7 @@ Tensor fp4_linear(const Tensor& codes, const Tensor& code_scale, const Tensor& r
   set_branch(g, codes, low, up);
   set_epilogue(g, codes, gelu, gate, residual, type);
   if (auto done = multiplied(g, codes, type)) return *done;
-  return reference<Tensor>("dtq_reference::fp4_linear", codes, code_scale, row_scale, weight, weight_scale,
+  return reference<Tensor>("dtq_reference::fp4_linear", codes, row_scale, weight, weight_scale, code_scale,
                            weight_scale_2, bias, gelu, gate, residual, type, low, up);
 }
 

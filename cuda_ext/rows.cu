@@ -69,7 +69,7 @@ int start_streamed(RowPlan& p, int threads, Stream stream) {
 // Whether every array can be read 16 bytes at a time and a row is not too long.
 bool can_hold(const RowPlan& p) {
   const Rows& r = p.r;
-  const bool coded = r.output == kInt8 || (r.output == kE2m1 && !r.fixed) || r.output >= kNvRow;
+  const bool coded = r.output == kInt8 || r.output == kE2m1 || r.output >= kNvRow;
   return coded && !r.order && r.turns == 1 && r.columns % kRun == 0 &&
          r.width % kRun == 0 && r.width <= kHeld && p.whole_x && p.whole_out &&
          (!r.modulate_scale || p.whole_modulate) && (!r.pre_scale || p.whole_pre);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of up to kHeld columns, a run a thread, to int8, FP4 or rounded floats; every array aligned, its columns whole runs.
+// Rows of up to kHeld columns, a run a thread, to int8, FP4 or rounded floats; every array aligned, its
+// columns whole runs.
 #pragma once
 #include "rows.cuh"
 

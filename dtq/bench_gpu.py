@@ -129,13 +129,15 @@ def linear_race(
     plain = nn.Linear(k, n, device=device, dtype=torch.bfloat16)
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
     count = copies(device, x.nbytes + plain.weight.nbytes)
-    four = ("nvfp4",) if dispatch.multiplies_fp4(x, mx=False) else ()
+    layers = {name: quantized(plain, weights) for name, weights in OURS.items()}
+    if dispatch.multiplies_fp4(x, mx=False):
+        layers["nvfp4"] = quantized(plain, "nvfp4", "nvfp4")
     found = [
-        *(ours(name, plain, x, count) for name in (*OURS, *four)),
+        *(ours(name, layer, x, count) for name, layer in layers.items()),
         *(product(name, plain, x, count) for name in OURS),
         *(rival for rival in rivals(plain, x, count) if rival is not None),
     ]
-    return race(f"{k} x {n}", m, found, rounds, clock, (*OURS, *four, *PRODUCTS))
+    return race(f"{k} x {n}", m, found, rounds, clock, (*layers, *PRODUCTS))
 
 
 def copies(device: torch.device, size: int) -> int:
@@ -152,9 +154,8 @@ def turning(runs: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turn)()
 
 
-def ours(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
+def ours(name: str, layer: nn.Module, x: Tensor, count: int) -> Candidate:
     """The quantized layer, dispatcher included."""
-    layer = quantized(plain, OURS[name]) if name in OURS else quantized(plain, name, name)
     size = sum(p.nbytes for p in layer.parameters())
     return Candidate(name, spread(layer, x, count), size)
 

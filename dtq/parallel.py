@@ -35,10 +35,9 @@ from dtq.errors import InputError
 from dtq.folder import check_folder
 from dtq.formats import FORMATS, Spec
 from dtq.formats.acts import ACTS, Acts, acts_of, fake_quantize, row_codes, scale_of
-from dtq.formats.base import divide
-from dtq.formats.grid import E2M1
+from dtq.formats.grid import doubled
 from dtq.kernels.ops import int_matmul
-from dtq.kernels.table import Task, expanded
+from dtq.kernels.table import Task, pick
 from dtq.nn.linear import HOOKS, QuantLinear, aligned, from_disk, shape_of
 from dtq.nn.swap import finish, swap_empty
 from dtq.source import model_class, reading
@@ -217,16 +216,17 @@ class Slice(QuantLinear):
         if acts.grid and not acts.int8:
             return fake_quantize(x, acts, peak) @ fmt.unpack(weight).T, ()
         codes, scale = self._codes(acts, x, peak)
-        found = expanded(Task(fmt, acts), weight)
-        if found is None:
+        task = Task(fmt, acts)
+        expand = pick(task).expand
+        if expand is None:
             return codes @ fmt.unpack(weight).T, (scale,)
-        return int_matmul(codes.to(torch.int8), found[0]), (scale, found[1].T)
+        w8, w_scale = expand(task, weight)
+        return int_matmul(codes.to(torch.int8), w8), (scale, w_scale.T)
 
     def _codes(self, acts: Acts, x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
         """Codes as float (M, K), and the scales of the tokens (M, 1)."""
-        if acts.grid:  # twice an E2M1 level is an integer
-            scale = peak / E2M1.top
-            return E2M1.snap(divide(x, scale)) * 2, scale * 0.5
+        if not acts.integer:
+            return doubled(x, peak)
         scale = self.step_scale().expand_as(peak) if acts.static else scale_of(peak, acts.levels)
         return row_codes(x, scale, acts.levels), scale
 

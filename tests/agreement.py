@@ -286,8 +286,8 @@ def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
     gate = d.choice(((None, None), (normal(1, n, seed=4), normal(m, n, seed=5))))
     bias, gelu = d.choice((None, normal(n, seed=6))), d.choice((False, True))
     args = (
-        codes[0], codes[1], codes[2], p["weight"], p["weight_scale"], p.get("weight_scale_2"),
-        bias, gelu, *gate, dtype, *branch,
+        codes[0], codes[2], p["weight"], p["weight_scale"], codes[1], p.get("weight_scale_2"), bias,
+        gelu, *gate, dtype, *branch,
     )  # fmt: skip
     there = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
     got, want = ops.fp4_linear(*there).cpu(), fp4._fp4_linear(*args)

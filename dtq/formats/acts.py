@@ -28,6 +28,7 @@ class Acts:
         stepped: one stored scale per timestep bin; otherwise one for all.
         grid: name of the weight format that a token is rounded with, as if it were a row of a
             matrix; empty for integers with one scale per token.
+        doubled: twice a level of that format is an integer.
         outer: that format has a scale for the whole matrix too; each token takes its own instead,
             else it would depend on its batch.
     """
@@ -37,6 +38,7 @@ class Acts:
     static: bool = False
     stepped: bool = False
     grid: str = ""
+    doubled: bool = False
     outer: bool = False
 
     @property
@@ -51,11 +53,8 @@ class Acts:
 
     @property
     def int8(self) -> bool:
-        """What the integer kernels multiply: int8 and one scale per token.
-
-        Twice an E2M1 level is an integer, so those are exact there too.
-        """
-        return self.integer or self.grid == "e2m1-row"
+        """What the integer kernels multiply: int8 and one scale per token."""
+        return self.integer or self.doubled
 
 
 ACTS: dict[str, Acts] = {
@@ -71,7 +70,7 @@ ACTS: dict[str, Acts] = {
         Acts("int4-asym-g64", 4, grid="int4-asym-g64"),
         Acts("int8-asym-g128", 8, grid="int8-asym-g128"),
         Acts("fp8-row", 8, grid="fp8-row"),
-        Acts("e2m1-row", 4, grid="e2m1-row"),
+        Acts("e2m1-row", 4, grid="e2m1-row", doubled=True),
         Acts("nvfp4", 4, grid="nvfp4", outer=True),
         Acts("mxfp4", 4, grid="mxfp4"),
     )

@@ -122,6 +122,16 @@ NF4 = Levels(
 )
 
 
+def doubled(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (M, K) as twice their E2M1 levels, which are integers, and half the scales (M, 1).
+
+    Args:
+        peak: the largest magnitude of each row (M, 1), which the largest level stands for.
+    """
+    scale = peak / x.new_full((1, 1), E2M1.top)  # a tensor: CUDA turns a number into its reciprocal
+    return E2M1.snap(divide(x, scale)) * 2, scale * 0.5
+
+
 @dataclass(frozen=True)
 class Grid:
     """``w = level * scale``, the largest level at the largest magnitude of the row or group.

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dtq.kernels.cpu import CPU
 from dtq.kernels.cuda import CUDA
+from dtq.kernels.explain import explain, on
 from dtq.kernels.ops import LIBRARIES
-from dtq.kernels.table import KERNELS, Kernel, Task, explain, on, pick
+from dtq.kernels.table import KERNELS, Kernel, Task, pick
 
 __all__ = ["CPU", "CUDA", "KERNELS", "LIBRARIES", "Kernel", "Task", "explain", "load", "on", "pick"]
 

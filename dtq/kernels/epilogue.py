@@ -108,23 +108,24 @@ def rows_by_rows(codes: Tensor, row_scale: Tensor, weight: Tensor, *rest: object
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
 
 
-_PRODUCT = "Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale"
-_THEN = "Tensor? bias, bool gelu, Tensor? gate, Tensor? residual, ScalarType dtype"
-_BRANCH = "Tensor? low=None, Tensor? up=None"
+PRODUCT = "Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale"
+THEN = "Tensor? bias, bool gelu, Tensor? gate, Tensor? residual, ScalarType dtype"
+BRANCH = "Tensor? low=None, Tensor? up=None"
+"""Parts of schemas: what every product begins with, what follows it, and its low-rank branch."""
 
 OPS = (
     (
-        f"w8a8_epilogue_linear({_PRODUCT}, {_THEN}, {_BRANCH}) -> Tensor",
+        f"w8a8_epilogue_linear({PRODUCT}, {THEN}, {BRANCH}) -> Tensor",
         _w8a8_epilogue_linear,
         rows_by_rows,
     ),
     (
-        f"w4a8_epilogue_linear({_PRODUCT}, Tensor weight_scale_2, {_THEN}, {_BRANCH}) -> Tensor",
+        f"w4a8_epilogue_linear({PRODUCT}, Tensor weight_scale_2, {THEN}, {BRANCH}) -> Tensor",
         _w4a8_epilogue_linear,
         rows_by_rows,
     ),
     (
-        f"lut4a8_linear({_PRODUCT}, Tensor tables, Tensor? bias, ScalarType dtype) -> Tensor",
+        f"lut4a8_linear({PRODUCT}, Tensor tables, Tensor? bias, ScalarType dtype) -> Tensor",
         _lut4a8_linear,
         rows_by_rows,
     ),

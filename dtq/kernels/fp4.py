@@ -15,8 +15,8 @@ from torch import Tensor
 from dtq.formats.bits import packed_width, unpack_bits
 from dtq.formats.floats import MxFp4, NvFp4
 from dtq.formats.grid import E2M1
-from dtq.kernels.epilogue import finished, with_branch
-from dtq.kernels.fused import changed
+from dtq.kernels.epilogue import BRANCH, PRODUCT, THEN, finished, rows_by_rows, with_branch
+from dtq.kernels.fused import CHANGE, changed
 
 _NV = NvFp4("nvfp4")
 _MX = MxFp4("mxfp4")
@@ -51,10 +51,10 @@ def _fp4_quantize_rows(
 
 def _fp4_linear(
     codes: Tensor,  # (M, K/2) int8, two E2M1 codes a byte
-    code_scale: Tensor,  # (M, K/16) float8_e4m3fn, or (M, K/32) uint8
     row_scale: Tensor,  # (M,) float32
     weight: Tensor,  # (N, K/2)
-    weight_scale: Tensor,  # (N, K/16) or (N, K/32)
+    weight_scale: Tensor,  # (N, K/16) float8_e4m3fn, or (N, K/32) uint8
+    code_scale: Tensor,  # (M, K/16) or (M, K/32) of the same
     weight_scale_2: Tensor | None,  # (1, 1) float32
     bias: Tensor | None,
     gelu: bool,
@@ -92,26 +92,17 @@ def _codes_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _product_like(
-    codes: Tensor, code_scale: Tensor, row_scale: Tensor, weight: Tensor, *rest: object
-) -> Tensor:
-    dtype = next(given for given in rest if isinstance(given, torch.dtype))
-    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
-
-
 OPS = (
     (
-        "fp4_quantize_rows(Tensor x, Tensor? pre_scale, Tensor? order, int block, int turns,"
-        " bool mx) -> (Tensor, Tensor, Tensor)",
+        f"fp4_quantize_rows(Tensor x, {CHANGE}, bool mx) -> (Tensor, Tensor, Tensor)",
         _fp4_quantize_rows,
         _codes_like,
     ),
     (
-        "fp4_linear(Tensor codes, Tensor code_scale, Tensor row_scale, Tensor weight,"
-        " Tensor weight_scale, Tensor? weight_scale_2, Tensor? bias, bool gelu, Tensor? gate,"
-        " Tensor? residual, ScalarType dtype, Tensor? low=None, Tensor? up=None) -> Tensor",
+        f"fp4_linear({PRODUCT}, Tensor code_scale, Tensor? weight_scale_2, {THEN}, {BRANCH})"
+        " -> Tensor",
         _fp4_linear,
-        _product_like,
+        rows_by_rows,
     ),
 )
 """Schema, reference and fake, as rows of the table in ``ops.py``."""

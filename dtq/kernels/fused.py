@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtq.formats.acts import row_codes, row_scale
 from dtq.formats.base import divide
-from dtq.formats.grid import E2M1
+from dtq.formats.grid import doubled
 from dtq.transforms.hadamard import rotate
 
 _RUN = 16  # columns that one thread of a kernel holds side by side
@@ -140,9 +140,8 @@ def _e2m1_quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """E2M1 levels times two, which int8 holds, and half the scale; as the format ``e2m1-row``."""
     x = changed(x.float(), pre_scale, order, block, turns)
-    scale = x.abs().amax(1, keepdim=True) / x.new_full((1, 1), E2M1.top)
-    codes = (E2M1.snap(divide(x, scale)) * 2).to(torch.int8)
-    return codes, (scale * 0.5).reshape(-1)  # (M, K), (M,)
+    codes, scale = doubled(x, x.abs().amax(1, keepdim=True))
+    return codes.to(torch.int8), scale.reshape(-1)  # (M, K), (M,)
 
 
 def changed(
@@ -174,33 +173,34 @@ def _e4m3_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-_CHANGE = "Tensor? pre_scale, Tensor? order, int block, int turns"
+CHANGE = "Tensor? pre_scale, Tensor? order, int block, int turns"
+"""Part of schemas: what a layer does to its input first."""
 _GRID = "Tensor? scale, Tensor? bin, int levels=127"
 
 OPS = (
     (
         "norm_quantize_rows(Tensor x, Tensor? modulate_scale, Tensor? modulate_shift, float eps,"
-        f" {_CHANGE}, {_GRID}) -> (Tensor, Tensor)",
+        f" {CHANGE}, {_GRID}) -> (Tensor, Tensor)",
         _norm_quantize_rows,
         codes_like,
     ),
     (
-        f"gelu_quantize_rows(Tensor x, {_CHANGE}, {_GRID}) -> (Tensor, Tensor)",
+        f"gelu_quantize_rows(Tensor x, {CHANGE}, {_GRID}) -> (Tensor, Tensor)",
         _gelu_quantize_rows,
         codes_like,
     ),
     (
-        f"binned_quantize_rows(Tensor x, {_CHANGE}, {_GRID}) -> (Tensor, Tensor)",
+        f"binned_quantize_rows(Tensor x, {CHANGE}, {_GRID}) -> (Tensor, Tensor)",
         binned_quantize_rows,
         codes_like,
     ),
     (
-        f"e4m3_quantize_rows(Tensor x, {_CHANGE}) -> (Tensor, Tensor)",
+        f"e4m3_quantize_rows(Tensor x, {CHANGE}) -> (Tensor, Tensor)",
         _e4m3_quantize_rows,
         _e4m3_like,
     ),
     (
-        f"e2m1_quantize_rows(Tensor x, {_CHANGE}) -> (Tensor, Tensor)",
+        f"e2m1_quantize_rows(Tensor x, {CHANGE}) -> (Tensor, Tensor)",
         _e2m1_quantize_rows,
         codes_like,
     ),

@@ -253,8 +253,7 @@ _OPS = (
         fused.codes_like,
     ),
     (
-        "transform_rows(Tensor x, Tensor? pre_scale, Tensor? order, int block, int turns)"
-        " -> Tensor",
+        f"transform_rows(Tensor x, {fused.CHANGE}) -> Tensor",
         _transform_rows,
         _float_like,
     ),
@@ -265,8 +264,7 @@ _OPS = (
         _step_linear_fake,
     ),
     (
-        "round_rows(Tensor x, Tensor? pre_scale, Tensor? order, int block, int turns, str acts,"
-        " ScalarType dtype) -> Tensor",
+        f"round_rows(Tensor x, {fused.CHANGE}, str acts, ScalarType dtype) -> Tensor",
         _round_rows,
         _round_rows_fake,
     ),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``KERNELS``: who multiplies, in order of preference. The last row always fits.
 
-A kernel is chosen once, when a layer is built, never per call. ``explain`` gives the reason of
+A kernel is chosen once, when a layer is built, never per call. ``explain.py`` gives the reason of
 every refusal; ``dtq inspect --kernels`` prints them. A row is one arithmetic on every device: its
 ops run compiled where the dispatcher has an implementation, as torch reference elsewhere, with the
 same numbers, so that a layer may move between devices. Exceptions, on a GPU: the int8 rows leave
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,6 @@ from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import UNITS, Lut
 from dtq.kernels import cuda, dispatch
 from dtq.kernels.epilogue import by_table
-from dtq.kernels.native import Library
 from dtq.kernels.ops import LIBRARIES
 
 ops = torch.ops.dtq
@@ -97,6 +95,8 @@ class Kernel:
         then: does it and goes on before the one rounding, if it can; its result is None where
             something else than the product of codes runs.
         gpu: the row whose way it goes on a GPU, where its own has no kernel there.
+        expand: the int8 matrix (N, K) that its products are of, and the scale of its rows (N, 1).
+        by_shape: what it does on a GPU with a weight (N, K), in words.
     """
 
     name: str
@@ -105,6 +105,8 @@ class Kernel:
     ops: tuple[str, ...] = ()
     then: Callable[[Task, Tensor, Parts, Tensor | None, Then], Tensor | None] | None = None
     gpu: str = ""
+    expand: Callable[[Task, Parts], tuple[Tensor, Tensor]] | None = None
+    by_shape: Callable[[Task, tuple[int, int]], str] | None = None
 
 
 def _acts_refused(task: Task) -> str | None:
@@ -188,27 +190,6 @@ def _table(task: Task, parts: Parts) -> Weight:
     return weight, scale * unit, tables  # unit: a power of two
 
 
-_EXPAND: tuple[tuple[Callable[[Task], str | None], Callable[[Task, Parts], Weight], Any], ...] = (
-    (_int8_fits, _int8, lambda weight: weight),
-    (_two_level_fits, _two_level, TwoLevelInt.expand),
-    (_row_fits, _row, TwoLevelInt.expand),
-    (_three_fits, _three, partial(TwoLevelInt.expand, bits=3)),
-    (_table_fits, _table, by_table),
-)
-
-
-def expanded(task: Task, parts: Parts) -> tuple[Tensor, Tensor] | None:
-    """The int8 matrix (N, K) that integer products multiply, and the scale of its rows (N, 1).
-
-    None where the product of the task is no such thing.
-    """
-    for fits, weight, expand in _EXPAND:
-        if fits(task) is None:
-            codes, scale, *more = weight(task, parts)
-            return expand(codes, *more), scale
-    return None
-
-
 def _by_codes(
     op: str,
     weight: Callable[[Task, Parts], Weight],
@@ -241,18 +222,53 @@ def _and_then(
     return y
 
 
+def _expanded(
+    weight: Callable[[Task, Parts], Weight],
+    int8: Callable[..., Tensor],
+    task: Task,
+    parts: Parts,
+) -> tuple[Tensor, Tensor]:
+    codes, scale, *more = weight(task, parts)
+    return int8(codes, *more), scale
+
+
+def _by_size(task: Task, shape: tuple[int, int]) -> str:
+    if dispatch.INT8_ONLY:
+        return "int8 at every size: DTQ_CUDA_INT8=1"
+    found = [c for c in cuda.capabilities() if c >= cuda.OLDEST]
+    said = [
+        f"sm_{major}{minor}: {dispatch.sentence((major, minor), *shape)}"
+        for major, minor in found or [(9, 0)]
+    ]
+    return "; ".join(said)
+
+
 def _integers(
     name: str,
     fits: Callable[[Task], str | None],
     weight: Callable[[Task, Parts], Weight],
+    int8: Callable[..., Tensor],
     op: str,
     then_op: str = "",
 ) -> Kernel:
-    """A row whose products are of codes, by ``op``; ``then_op`` is the one that goes on with it."""
+    """A row whose products are of codes, by ``op``; ``then_op`` is the one that goes on with it.
+
+    ``int8`` makes the int8 matrix of what ``weight`` gives, without the scale.
+    """
     # partial, not functions of their own: layers, which hold a row, are pickled
-    call = partial(_by_codes, op, weight)
-    then = partial(_and_then, then_op, weight) if then_op else None
-    return Kernel(name, fits, call, ("quantize_rows", op), then)
+    return Kernel(
+        name,
+        fits,
+        partial(_by_codes, op, weight),
+        ("quantize_rows", op),
+        partial(_and_then, then_op, weight) if then_op else None,
+        expand=partial(_expanded, weight, int8),
+        by_shape=_by_size,
+    )
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _small(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
@@ -326,12 +342,19 @@ def _fp4_then(
     if not dispatch.multiplies_fp4(x, mx):
         return None
     change = _pre_scale(parts), _order(parts), task.block, task.turns
-    codes = ops.fp4_quantize_rows(x, *change, mx)
-    weight = parts["weight"], parts["weight_scale"], parts.get("weight_scale_2")
+    codes, code_scale, row_scale = ops.fp4_quantize_rows(x, *change, mx)
+    weight, outer = (parts["weight"], parts["weight_scale"]), parts.get("weight_scale_2")
     gated = None, None
-    given = *codes, *weight, bias, then.gelu, *gated, x.dtype
+    given = codes, row_scale, *weight, code_scale, outer, bias, then.gelu, *gated, x.dtype
     y: Tensor = ops.fp4_linear(*given, *(then.branch or ()))
     return y
+
+
+def _by_width(task: Task, shape: tuple[int, int]) -> str:
+    whole = dispatch.FP4_COLUMNS[isinstance(task.weights, MxFp4)]
+    if shape[1] % whole:
+        return f"sm_120: no FP4 products, K {shape[1]} is not a multiple of {whole}"
+    return "sm_120: FP4 products; before it decoded to float"
 
 
 def _group_fits(task: Task) -> str | None:
@@ -404,14 +427,24 @@ def _pre_scale(parts: Parts) -> Tensor | None:
     return None if scale is None else scale.reshape(-1)
 
 
+_W4A8 = "w4a8_linear", "w4a8_epilogue_linear"
+_EXPAND_3 = partial(TwoLevelInt.expand, bits=3)
+
 KERNELS: tuple[Kernel, ...] = (
-    _integers("w8a8", _int8_fits, _int8, "w8a8_linear", "w8a8_epilogue_linear"),
-    _integers("w4a8-two-level", _two_level_fits, _two_level, "w4a8_linear", "w4a8_epilogue_linear"),
-    _integers("w4a8-row", _row_fits, _row, "w4a8_linear", "w4a8_epilogue_linear"),
-    _integers("w3a8", _three_fits, _three, "w3a8_linear"),
-    _integers("w4a8-table", _table_fits, _table, "lut4a8_linear"),
+    _integers("w8a8", _int8_fits, _int8, _as_it_is, "w8a8_linear", "w8a8_epilogue_linear"),
+    _integers("w4a8-two-level", _two_level_fits, _two_level, TwoLevelInt.expand, *_W4A8),
+    _integers("w4a8-row", _row_fits, _row, TwoLevelInt.expand, *_W4A8),
+    _integers("w3a8", _three_fits, _three, _EXPAND_3, "w3a8_linear"),
+    _integers("w4a8-table", _table_fits, _table, by_table, "lut4a8_linear"),
     Kernel("weight-only", _weight_only_fits, _float, ("dequantize", "weight_linear")),
-    Kernel("fp4", _fp4_fits, _fp4, ("round_rows", "dequantize", "weight_linear"), _fp4_then),
+    Kernel(
+        "fp4",
+        _fp4_fits,
+        _fp4,
+        ("round_rows", "dequantize", "weight_linear"),
+        _fp4_then,
+        by_shape=_by_width,
+    ),
     Kernel(
         "integer-groups",
         _group_fits,
@@ -427,60 +460,3 @@ KERNELS: tuple[Kernel, ...] = (
 def pick(task: Task) -> Kernel:
     """The first kernel of the table that fits."""
     return next(kernel for kernel in KERNELS if kernel.fits(task) is None)
-
-
-def explain(task: Task, shape: tuple[int, int] | None = None) -> list[str]:
-    """One line per kernel down to the one that is used, with the reason of each refusal.
-
-    Then one for each device: what it runs there, and why not something faster.
-
-    Args:
-        shape: (N, K) of the layer, for what depends on it.
-    """
-    lines: list[str] = []
-    for kernel in KERNELS:
-        reason = kernel.fits(task)
-        if reason is None:
-            lines.append(f"{kernel.name}: used")
-            lines += [on(kernel, library, shape) for library in LIBRARIES.values()]
-            return lines + ([_by_width(task, shape)] if kernel.name == "fp4" and shape else [])
-        lines.append(f"{kernel.name}: {reason}")
-    raise AssertionError("the last kernel fits everything")
-
-
-def on(kernel: Kernel, library: Library, shape: tuple[int, int] | None = None) -> str:
-    """What a kernel runs on a device."""
-    where = f"on the {library.title}"
-    if library is cuda.CUDA and kernel.gpu:
-        other = next(row for row in KERNELS if row.name == kernel.gpu)
-        return f"{on(other, library, shape)} (as {other.name})"
-    missing = [name for name in kernel.ops if name not in library.ops]
-    if missing or not kernel.ops:
-        return f"{where}: torch reference: no compiled form yet"
-    said = f"{where}: {library.describe()}"
-    if library is cuda.CUDA and shape is not None and kernel.name in INT8:
-        said += f" ({_by_size(shape)})"
-    return said
-
-
-INT8 = ("w8a8", "w4a8-two-level", "w4a8-row", "w3a8", "w4a8-table")
-"""Kernels that the dispatcher of the GPU stands before."""
-
-
-def _by_width(task: Task, shape: tuple[int, int]) -> str:
-    whole = dispatch.FP4_COLUMNS[isinstance(task.weights, MxFp4)]
-    if shape[1] % whole:
-        return f"on sm_120: no FP4 products: K {shape[1]} is not a multiple of {whole}"
-    return "on sm_120: FP4 products; on other GPUs decoded to float"
-
-
-def _by_size(shape: tuple[int, int]) -> str:
-    n, k = shape
-    if dispatch.INT8_ONLY:
-        return "int8 at every size: DTQ_CUDA_INT8=1"
-    found = [c for c in cuda.capabilities() if c >= cuda.OLDEST]
-    said = [
-        f"sm_{major}{minor}: {dispatch.sentence((major, minor), n, k)}"
-        for major, minor in found or [(9, 0)]
-    ]
-    return "; ".join(said)

@@ -173,7 +173,7 @@ class QuantLinear(nn.Linear):
         specs = self.specs()
         if set(parts) != set(specs):
             raise CheckpointError(f"expected the parts {sorted(specs)}, got {sorted(parts)}")
-        self._part()
+        self._leave()
         for name, tensor in parts.items():
             check_part(name, tensor, specs[name])
             self._parameters[name] = nn.Parameter(from_disk(tensor), requires_grad=False)
@@ -184,12 +184,12 @@ class QuantLinear(nn.Linear):
         A compiled graph then reads them there, sees that q, k and v ask for the same codes, and
         makes them once (``dtq.fusion``). New parts of either layer end it; copies do not follow.
         """
-        self._part()
+        self._leave()
         if first is not None:
             self._first.append(first)
             first._followers.append(self)
 
-    def _part(self) -> None:
+    def _leave(self) -> None:
         for first in self._first:
             first._followers.remove(self)
         for layer in (self, *self._followers):
@@ -197,7 +197,7 @@ class QuantLinear(nn.Linear):
         self._followers.clear()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._part()
+        self._leave()
         super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
