@@ -67,8 +67,8 @@ check: setup
 # the tables of docs/results.md, with torchao and optimum-quanto beside dtq; they get an environment
 # of their own because diffusers imports torchao wherever it is installed, slowly
 results: .venv-results/.ready
-	.venv-results/bin/python docs/results.py
-	.venv-results/bin/python docs/results_page.py --date $$(date -u +%F)
+	.venv-results/bin/python scripts/results.py
+	.venv-results/bin/python scripts/results_page.py --date $$(date -u +%F)
 
 .venv-results/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-results

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from diffusers.utils import is_peft_available
 
-from dtq import diffusers as _diffusers
-from dtq import fusion as _fusion
-from dtq.config import DTQConfig
+from dtq.api import on_the_fly as _on_the_fly
+from dtq.api import quantize
+from dtq.checkpoint.config import DTQConfig
+from dtq.demo.outliers import harden
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
 from dtq.formats import FORMATS
-from dtq.harden import harden
+from dtq.integrations import diffusers as _diffusers
+from dtq.integrations import torch_compile as _fusion
+from dtq.integrations.terdit import load_ternary
 from dtq.nn import QuantLinear
-from dtq.quantize import on_the_fly as _on_the_fly
-from dtq.quantize import quantize
-from dtq.recipe import Recipe
-from dtq.terdit import load_ternary
+from dtq.recipe.resolve import Recipe
 from dtq.version import __version__
 
 _diffusers.register(_on_the_fly)
 _fusion.register()
 if is_peft_available():
-    from dtq import lora as _lora
+    from dtq.integrations import peft as _lora
 
     _lora.register()
 

@@ -28,19 +28,21 @@ from diffusers.models.attention_processor import Attention
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dtq.checkpoint import CHECKSUMS, Reader
-from dtq.config import DTQConfig
-from dtq.documents import read_json
+from dtq.checkpoint.config import DTQConfig
+from dtq.checkpoint.reader import CHECKSUMS, Reader
 from dtq.errors import InputError
-from dtq.folder import check_folder
 from dtq.formats import FORMATS, Spec
-from dtq.formats.acts import ACTS, Acts, acts_of, fake_quantize, row_codes, scale_of
+from dtq.formats.activations import ACTS, Acts, acts_of, fake_quantize, row_codes, scale_of
 from dtq.formats.grid import doubled
+from dtq.io.safe_parse import read_json
 from dtq.kernels.ops import int_matmul
 from dtq.kernels.table import Task, pick
-from dtq.nn.linear import HOOKS, QuantLinear, aligned, from_disk, shape_of
+from dtq.models.linears import shape_of
+from dtq.nn.linear import HOOKS, QuantLinear
+from dtq.nn.storage import aligned, from_disk
 from dtq.nn.swap import finish, swap_empty
-from dtq.source import model_class, reading
+from dtq.pipelines.loading import model_class, reading
+from dtq.pipelines.validation import check_folder
 
 Group = Any
 """A ``torch.distributed`` process group; None is the default one."""

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
-from dtq.kernels import epilogue, fp4, fused
+from dtq.formats.activations import ACTS
 from dtq.kernels import ops as reference
+from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 129, 200, 257)
@@ -119,14 +119,22 @@ def fused_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     grid = d.choice(((None, None, 127), (table, place, 127)))
     what = f"M {m} K {k} block {block} {dtype} images {images} binned {grid[0] is not None}"
     args = (x, up, along, 1e-6, *change, *grid)
-    agree(ops.norm_quantize_rows, fused._norm_quantize_rows, args, device, f"norm {what}")
+    agree(ops.norm_quantize_rows, ops_quantize._norm_quantize_rows, args, device, f"norm {what}")
     args = (x, *change, *grid)
-    agree(ops.gelu_quantize_rows, fused._gelu_quantize_rows, args, device, f"gelu {what}")
-    agree(ops.binned_quantize_rows, fused.binned_quantize_rows, args, device, f"binned {what}")
-    agree(ops.e2m1_quantize_rows, fused._e2m1_quantize_rows, (x, *change), device, f"e2m1 {what}")
+    agree(ops.gelu_quantize_rows, ops_quantize._gelu_quantize_rows, args, device, f"gelu {what}")
+    agree(
+        ops.binned_quantize_rows, ops_quantize.binned_quantize_rows, args, device, f"binned {what}"
+    )
+    agree(
+        ops.e2m1_quantize_rows,
+        ops_quantize._e2m1_quantize_rows,
+        (x, *change),
+        device,
+        f"e2m1 {what}",
+    )
     if torch.device(device).type == "cuda":  # e4m3 tensors are compared as bytes
         codes, _ = ops.e4m3_quantize_rows(x.to(device), *(_to(c, device) for c in change))
-        want, _ = fused._e4m3_quantize_rows(x, *change)
+        want, _ = ops_quantize._e4m3_quantize_rows(x, *change)
         assert torch.equal(codes.cpu().view(torch.uint8), want.view(torch.uint8)), f"e4m3 {what}"
 
 
@@ -198,12 +206,12 @@ def epilogues(ops: Any, device: Any, seed: int, limit: int) -> None:
     what = f"M {m} N {n} K {k} {dtype} gelu {then[1]} gate {gate[0] is not None} images {images}"
     four, eight = ops.w4a8_epilogue_linear, ops.w8a8_epilogue_linear
     args = (*given, p["weight_scale_2"], *then)
-    agree(four, epilogue._w4a8_epilogue_linear, args, device, f"w4a8 {what}")
+    agree(four, ops_gemm._w4a8_epilogue_linear, args, device, f"w4a8 {what}")
     args = (*given[:2], int8(n, k, seed=6), *given[3:], *then)
-    agree(eight, epilogue._w8a8_epilogue_linear, args, device, f"w8a8 {what}")
+    agree(eight, ops_gemm._w8a8_epilogue_linear, args, device, f"w8a8 {what}")
     tables = int8(n, d.choice((1, k // group)), 16, seed=7, low=-128)
     args = (*given, tables, bias, dtype)
-    agree(ops.lut4a8_linear, epilogue._lut4a8_linear, args, device, f"lut4a8 {what}")
+    agree(ops.lut4a8_linear, ops_gemm._lut4a8_linear, args, device, f"lut4a8 {what}")
 
 
 def branches(ops: Any, device: Any, seed: int, limit: int) -> None:
@@ -219,7 +227,7 @@ def branches(ops: Any, device: Any, seed: int, limit: int) -> None:
         w = normal(n, k, seed=seed)
         args = (*given, *fmt.pack(w, fmt.fit(w)).values(), *then)
         op, check = (
-            getattr(o, f"{p}{name}_epilogue_linear") for o, p in ((ops, ""), (epilogue, "_"))
+            getattr(o, f"{p}{name}_epilogue_linear") for o, p in ((ops, ""), (ops_gemm, "_"))
         )
         there = [a.to(device) if isinstance(a, torch.Tensor) else a for a in (*args, low, up)]
         got, want = op(*there).cpu(), check(*args, low, up)
@@ -246,7 +254,7 @@ def fp4_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
         codes, scales, row = found
         return codes.cpu(), scales.cpu().view(torch.uint8), row.cpu()
 
-    want = bytes_of(fp4._fp4_quantize_rows(*args))
+    want = bytes_of(ops_fp4._fp4_quantize_rows(*args))
     agree(lambda *a: bytes_of(ops.fp4_quantize_rows(*a)), lambda *a: want, args, device, what)
 
 
@@ -278,7 +286,7 @@ def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
     fmt, w = FORMATS[name], normal(n, k, seed=seed) / k**0.5
     p = fmt.pack(w, fmt.fit(w))
     x = normal(m, k, seed=seed + 1)
-    codes = fp4._fp4_quantize_rows(x, None, None, 1, 1, name == "mxfp4")
+    codes = ops_fp4._fp4_quantize_rows(x, None, None, 1, 1, name == "mxfp4")
     half, dtype = d.choice(DTYPES[1:]), torch.float32
     branch = d.choice(
         ((None, None), (normal(m, 32, seed=2).to(half), normal(n, 32, seed=3).to(half)))
@@ -290,7 +298,7 @@ def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
         gelu, *gate, dtype, *branch,
     )  # fmt: skip
     there = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
-    got, want = ops.fp4_linear(*there).cpu(), fp4._fp4_linear(*args)
+    got, want = ops.fp4_linear(*there).cpu(), ops_fp4._fp4_linear(*args)
     far = ~((got - want).abs() <= 1e-4 + 1e-4 * want.abs())
     what = f"fp4_linear {name} M {m} N {n} K {k} gelu {gelu} branch {branch[0] is not None}"
     assert not far.any(), f"{what}: {int(far.sum())} of {far.numel()} differ"

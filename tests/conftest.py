@@ -9,14 +9,16 @@ import pytest
 import tiny
 import torch
 
+from dtq.checkpoint import writer
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dtq
-from dtq import checkpoint
 from dtq.formats import vq
-from dtq.kernels import CPU, cpu
-from dtq.plan import Call
-from dtq.recipe import Recipe
+from dtq.io.schema import Call
+from dtq.kernels import CPU
+from dtq.kernels.compile import cpu
+from dtq.recipe.resolve import Recipe
 
 QUICK = {"calibration": {"samples": 8, "batch": 4, "steps": 8, "bins": 4}}
 
@@ -56,7 +58,7 @@ def quantized_folder(tmp_path_factory, float_folder) -> Path:
     """The same, quantized to w4a8 and saved. Copy it before damaging it."""
     folder = tmp_path_factory.mktemp("quantized") / "pipe"
     pipe = dtq.quantize(float_folder, hasty("w4a8"), progress=False)
-    return checkpoint.write(pipe, folder)
+    return writer.write(pipe, folder)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

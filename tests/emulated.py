@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtq.data import folder
-from dtq.kernels import cuda, nvcc, toolchain
+from dtq.io.package_data import folder
 from dtq.kernels import ops as declared
-from dtq.kernels.decode import tell
+from dtq.kernels.compile import compiler, cuda, nvcc
+from dtq.kernels.compile.format_codes import tell
 
 FLAGS = [
     "-std=c++20",
@@ -60,7 +60,7 @@ _KEPT: list[torch.library.Library] = []  # a library goes with its last referenc
 def _built() -> Path:
     sources, home = folder("cuda_ext"), Path(torch.__file__).parent
     files = [*nvcc.sources(sources), *(sources / "sim").iterdir()]
-    key = toolchain.digest(files, torch.__version__, FLAGS)
+    key = compiler.digest(files, torch.__version__, FLAGS)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtq"
     target = base / f"dtq_sim-{key}.so"
     if target.exists():
@@ -74,7 +74,7 @@ def _built() -> Path:
         headers = [
             "-isystem",
             str(home / "include"),
-            f"-DTORCH_TARGET_VERSION={toolchain.target()}",
+            f"-DTORCH_TARGET_VERSION={compiler.target()}",
         ]
         extra = ['-DDTQ_ARCHS="emulator"', *headers] if unit.endswith(".cpp") else []
         source = ["-x", "c++", "-c", str(sources / unit)]

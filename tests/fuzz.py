@@ -42,17 +42,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dtq
-from dtq import checkpoint, source
 from dtq.calibrate import store
-from dtq.documents import parse_json
+from dtq.checkpoint import reader, writer
 from dtq.errors import FOREIGN, DtqError
-from dtq.evaluate import ledger, runfile, verdict
-from dtq.evaluate.gate import judge
-from dtq.evaluate.limits import Limit, Policy
-from dtq.evaluate.quantization import quantization_report
-from dtq.evaluate.trial import compare, observe
-from dtq.quantize import calibrate_source, plan_source
-from dtq.recipe import Calibration, Recipe, find, names
+from dtq.evaluate import run_file
+from dtq.evaluate.gate import baseline_file, render
+from dtq.evaluate.gate.decision import judge
+from dtq.evaluate.gate.policy import Limit, Policy
+from dtq.evaluate.paired_run import compare, observe
+from dtq.evaluate.report.quantization_report import quantization_report
+from dtq.io.safe_parse import parse_json
+from dtq.pipelines import loading
+from dtq.pipelines.settings import Calibration
+from dtq.recipe.resolve import Recipe, find, names
+from dtq.stages.calibrate import calibrate_source
+from dtq.stages.plan import plan_source
 
 SECONDS = 20
 """For one case: a slow, shared machine included; a good folder takes a twentieth of one."""
@@ -257,7 +261,7 @@ class Seeds:
         few = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 4}}
         self.folder = folder
         tiny.pipeline(blocks=1).save_pretrained(folder / "float")
-        opened = source.open_source(folder / "float")
+        opened = loading.open_source(folder / "float")
         recipe = Recipe.load("w4a8", **few)
         scan, _ = plan_source(opened, recipe)
         needs = frozenset({"channels", "gram", "reservoir"})
@@ -265,7 +269,7 @@ class Seeds:
         store.save(seen, folder / "statistics.safetensors")
         pipe = dtq.quantize(folder / "float", "w4a8", progress=False, last_look=False,
                             compare=[], solver="rtn", acts="int8-step", **few)  # fmt: skip
-        checkpoint.write(pipe, folder / "quantized")
+        writer.write(pipe, folder / "quantized")
         report = pipe.transformer.hf_quantizer.report.to_json()
         (folder / "quantized" / "dtq_report.json").write_text(json.dumps(report))
         pipe.transformer.save_pretrained(folder / "shards", max_shard_size="200kB")
@@ -277,10 +281,10 @@ class Seeds:
         del policy["name"]
         (gate / "policy.yaml").write_text(yaml.safe_dump(policy))
         job = observe(opened, Calibration(samples=8, steps=3, batch=4))
-        made = compare(job, source.open_source(folder / "quantized")).run
-        (gate / "run.json").write_text(runfile.text(made.to_json()))
+        made = compare(job, loading.open_source(folder / "quantized")).run
+        (gate / "run.json").write_text(run_file.text(made.to_json()))
         for reason in ("first", "second"):
-            ledger.accept(made, gate / "base.json", reason, POLICY)
+            baseline_file.accept(made, gate / "base.json", reason, POLICY)
 
 
 class Target:
@@ -301,32 +305,32 @@ def sites(path: Path) -> None:
 def gated(folder: Path) -> None:
     """All that ``dtq gate`` does with a run, a baseline and a policy."""
     policy = Policy.load(folder / "policy.yaml")
-    ledger.history(folder / "base.json")
-    run, base = (runfile.read(folder / name) for name in ("run.json", "base.json"))
+    baseline_file.history(folder / "base.json")
+    run, base = (run_file.read(folder / name) for name in ("run.json", "base.json"))
     said = judge(run, base, policy)
-    runfile.text(said.to_json()).encode()
-    verdict.markdown(said, run).encode()
-    ElementTree.fromstring(verdict.junit(said))
-    ledger.accept(run, folder / "base.json", "again", policy)
+    run_file.text(said.to_json()).encode()
+    render.markdown(said, run).encode()
+    ElementTree.fromstring(render.junit(said))
+    baseline_file.accept(run, folder / "base.json", "again", policy)
 
 
 MODEL = ("config.json", WEIGHTS, WEIGHTS)
 TARGETS: dict[str, Target] = {
-    "verify": Target("quantized", tuple(f"transformer/{f}" for f in MODEL), checkpoint.verify),
+    "verify": Target("quantized", tuple(f"transformer/{f}" for f in MODEL), reader.verify),
     "open": Target(
         "quantized",
         ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json", f"vae/{WEIGHTS}",
          "transformer/config.json", "transformer/config.json"),
-        lambda path: source.open_sources(str(path)),
+        lambda path: loading.open_sources(str(path)),
     ),
     "plan": Target(
         "float", ("model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}"),
-        lambda path: source.skeletons(str(path)),
+        lambda path: loading.skeletons(str(path)),
     ),
     "load": Target(
         "quantized/transformer", ("config.json#quantization_config", WEIGHTS), load_model
     ),
-    "shards": Target("shards", (f"{WEIGHTS}.index.json", "config.json"), checkpoint.verify),
+    "shards": Target("shards", (f"{WEIGHTS}.index.json", "config.json"), reader.verify),
     "statistics": Target("statistics.safetensors", ("",), sites),
     "recipe": Target("*.yaml", ("",), Recipe.load),
     "report": Target("quantized/dtq_report.json", ("",), lambda path: quantization_report(path.parent)),
@@ -368,7 +372,7 @@ def run_case(seed: int, seeds: Path, work: Path) -> tuple[str, str]:
         if name != "load" or from_dtq(error):
             raise
         try:
-            source.open_sources(str(place))
+            loading.open_sources(str(place))
         except DtqError:
             return name, "refused by diffusers"
         raise

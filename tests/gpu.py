@@ -39,13 +39,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import agreement
 import golden
 
-from dtq import bench_gpu, bench_models
-from dtq.bench import Candidate, Row, race
-from dtq.bench_models import quantized
-from dtq.clock import Clock, clock_of
+from dtq.bench import cases, gpu
+from dtq.bench.cases import quantized
+from dtq.bench.cpu import Candidate, Row, race
+from dtq.bench.timer import Clock, clock_of
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
-from dtq.kernels import CUDA, Task, extension, nvcc, ops, pick
+from dtq.formats.activations import ACTS
+from dtq.kernels import CUDA, Task, ops, pick
+from dtq.kernels.compile import cpp_extension, nvcc
 
 dtq = torch.ops.dtq
 
@@ -104,13 +105,13 @@ class Session:
 
 def ceilings(s: Session) -> None:
     """Copy, cuBLAS bfloat16, torch's 8-bit products, on random data."""
-    s.tell("copy, GB/s", f"{bench_gpu.bandwidth(s.device, s.rounds, s.clock) / 1e9:.0f}")
+    s.tell("copy, GB/s", f"{gpu.bandwidth(s.device, s.rounds, s.clock) / 1e9:.0f}")
     for m, k, n in [(4096, 3072, 3072), (8192, 8192, 8192)]:
         m, k, n = (s.size(v, 64) for v in (m, k, n))
         plain = nn.Linear(k, n, bias=False, device=s.device, dtype=torch.bfloat16)
         x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
-        count = bench_gpu.copies(s.device, x.nbytes + plain.weight.nbytes)
-        for rival in bench_gpu.rivals(plain, x, count):
+        count = gpu.copies(s.device, x.nbytes + plain.weight.nbytes)
+        for rival in gpu.rivals(plain, x, count):
             if rival is not None and rival.name in ("bf16", "_int_mm, bare", "_scaled_mm e4m3"):
                 rate = 2 * m * n * k / s.seconds(rival.run) / 1e12
                 s.tell(f"{rival.name} {m} x {k} x {n}, T(FL)OP/s", f"{rate:.0f}")
@@ -148,7 +149,7 @@ def instructions(s: Session) -> None:
         if not s.cuda:
             library = golden.emulated(Path(folder))
         else:
-            found = nvcc.find_nvcc(extension.cuda_home())
+            found = nvcc.find_nvcc(cpp_extension.cuda_home())
             if found is None:
                 s.tell("golden vectors", "no nvcc: not compared")
                 return
@@ -352,14 +353,14 @@ def fused(s: Session) -> str:
     """A compiled DiT is fused, and stays near the eager one."""
     if s.small:
         return "left out: it needs a C++ compiler"
-    from dtq import fusion
+    from dtq.integrations import torch_compile
 
-    model, given, _ = bench_gpu.dit(s.device, quick=True)
-    made, found = bench_models.quantized_model(model, "w4a8"), []
+    model, given, _ = gpu.dit(s.device, quick=True)
+    made, found = cases.quantized_model(model, "w4a8"), []
 
     def backend(module: Any, inputs: Any) -> Any:
-        found.append(fusion.fuse(module))
-        return fusion.backend(module, inputs)  # nothing is left to fuse
+        found.append(torch_compile.fuse(module))
+        return torch_compile.backend(module, inputs)  # nothing is left to fuse
 
     with torch.no_grad():
         want = made(**given)[0].float()
@@ -437,7 +438,7 @@ class Target:
 
 def _raced(s: Session, m: int, k: int, n: int) -> dict[str, Row]:
     m, k, n = s.size(m, 24), s.size(k, 128), s.size(n, 64)
-    found = bench_gpu.linear_race(m, k, n, s.rounds, s.device, s.clock)
+    found = gpu.linear_race(m, k, n, s.rounds, s.device, s.clock)
     s.rows += found
     return {row.name: row for row in found}
 
@@ -498,7 +499,7 @@ def _two_level(s: Session, m: int, k: int, n: int) -> float:
     x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
     codes, scale = dtq.quantize_rows(x, None, 1, None)
     eight, four = quantized(plain, "int8-row").parts(), quantized(plain, "int4-2l-g128").parts()
-    count = bench_gpu.copies(s.device, codes.nbytes + four["weight"].nbytes)
+    count = gpu.copies(s.device, codes.nbytes + four["weight"].nbytes)
 
     def sets(parts: dict[str, Tensor], names: tuple[str, ...]) -> list[tuple[Tensor, ...]]:
         return [(codes.clone(), scale, *(parts[n].clone() for n in names)) for _ in range(count)]
@@ -508,8 +509,8 @@ def _two_level(s: Session, m: int, k: int, n: int) -> float:
     found = race(
         f"{k} x {n}, g128", m,
         [
-            Candidate("w8a8", bench_gpu.turning([lambda g=g: dtq.w8a8_linear(*g, None, x.dtype) for g in w8]), 0),
-            Candidate("w4a8", bench_gpu.turning([lambda g=g: dtq.w4a8_linear(*g, None, x.dtype) for g in w4]), 0),
+            Candidate("w8a8", gpu.turning([lambda g=g: dtq.w8a8_linear(*g, None, x.dtype) for g in w8]), 0),
+            Candidate("w4a8", gpu.turning([lambda g=g: dtq.w4a8_linear(*g, None, x.dtype) for g in w4]), 0),
         ],
         s.rounds, s.clock,
     )  # fmt: skip
@@ -546,19 +547,19 @@ def t7(s: Session) -> Iterator[tuple[str, float]]:
 def _norm_seconds(s: Session, block: int) -> float:
     m, k = s.size(4096, 24), s.size(3072, 256)
     up, along = (torch.randn(1, k, device=s.device, dtype=torch.bfloat16) for _ in range(2))
-    count = bench_gpu.copies(s.device, 3 * m * k)
+    count = gpu.copies(s.device, 3 * m * k)
     every = [torch.randn(m, k, device=s.device, dtype=torch.bfloat16) for _ in range(count)]
     pre = None if block == 1 else torch.ones(k, device=s.device, dtype=torch.bfloat16)
     runs = [
         lambda x=x: dtq.norm_quantize_rows(x, up, along, 1e-6, pre, None, block, 1, None, None)
         for x in every
     ]
-    return s.seconds(bench_gpu.turning(runs))
+    return s.seconds(gpu.turning(runs))
 
 
 def t8(s: Session) -> Iterator[tuple[str, float]]:
     m, k = s.size(4096, 24), s.size(3072, 256)
-    reached = bench_gpu.bandwidth(s.device, s.rounds, s.clock)
+    reached = gpu.bandwidth(s.device, s.rounds, s.clock)
     yield "4096 x 3072", 3 * m * k / _norm_seconds(s, 1) / reached
 
 
@@ -571,15 +572,15 @@ def t9(s: Session) -> Iterator[tuple[str, float]]:
 def t10(s: Session) -> Iterator[tuple[str, float]]:
     k, n = s.size(3072, 128), s.size(18432, 64)
     plain = nn.Linear(k, n, device=s.device, dtype=torch.bfloat16)
-    layer = bench_models.weight_only(plain, "int4-g64")
+    layer = cases.weight_only(plain, "int4-g64")
     for m in (1, 2, 4):
         x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
-        count = bench_gpu.copies(s.device, plain.weight.nbytes // 4)
+        count = gpu.copies(s.device, plain.weight.nbytes // 4)
         found = race(
             f"{k} x {n}, weight-only", m,
             [
-                Candidate("bf16", bench_gpu.spread(plain, x, count), 0),
-                Candidate("w4a16", bench_gpu.spread(layer, x, count), 0),
+                Candidate("bf16", gpu.spread(plain, x, count), 0),
+                Candidate("w4a16", gpu.spread(layer, x, count), 0),
             ],
             s.rounds, s.clock, ("w4a16",),
         )  # fmt: skip
@@ -595,8 +596,8 @@ def t11(s: Session) -> Iterator[tuple[str, float]]:
 
 
 def t12(s: Session) -> Iterator[tuple[str, float]]:
-    model, given, tokens = bench_gpu.flux(s.device, quick=s.small)
-    rows = bench_gpu.model_race("flux shape", tokens, model, given, max(3, s.rounds // 3), s.clock)
+    model, given, tokens = gpu.flux(s.device, quick=s.small)
+    rows = gpu.model_race("flux shape", tokens, model, given, max(3, s.rounds // 3), s.clock)
     s.rows += rows
     found = {row.name: row for row in rows}
     for name in ("w8a8", "w4a8"):
@@ -648,7 +649,7 @@ PARTS = (ceilings, loading, instructions, correctness, robustness, sanitizer, ta
 
 def report(s: Session) -> None:
     data = {
-        "conditions": bench_gpu.conditions(s.rounds, s.device, s.clock),
+        "conditions": gpu.conditions(s.rounds, s.device, s.clock),
         "findings": [asdict(f) for f in s.findings],
         "rows": [asdict(row) for row in s.rows],
     }

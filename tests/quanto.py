@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from dtq.bench import installed
+from dtq.bench.cpu import installed
 
 
 class Extension:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 import dtq
-from dtq.nn.swap import install_clock
+from dtq.nn.timestep_hook import install_clock
 from dtq.parallel import Slice, load_sharded, shard
-from dtq.policy import StepPolicy
-from dtq.source import made_inputs
+from dtq.pipelines.loading import made_inputs
+from dtq.plan.step_policy import StepPolicy
 
 ROTATED = {"transform": "hadamard", "solver": "rtn", "correct_bias": False}
 KINDS: dict[str, dict[str, Any]] = {

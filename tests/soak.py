@@ -24,7 +24,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import dtq
-from dtq import checkpoint
+from dtq.checkpoint import writer
 
 LIMIT = 20_000
 """Bytes a cycle: 500 cycles may leave 10 MB. A leaked layer has 8 kB, a model a megabyte."""
@@ -36,14 +36,14 @@ def made(folder: Path, quantized: bool = True) -> Path:
         return folder / "f"
     few = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 4}}
     pipe = dtq.quantize(tiny.pipeline(), "rtn-w4a8", acts="int8-step", progress=False, **few)
-    return checkpoint.write(pipe, folder / "q")
+    return writer.write(pipe, folder / "q")
 
 
 def cycle(folder: Path, out: Path) -> torch.Tensor:
     """One load, sample, save; returns the pictures."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     pictures = tiny.sample(pipe, steps=1)
-    checkpoint.write(pipe, out, overwrite=True)
+    writer.write(pipe, out, overwrite=True)
     return pictures
 
 

@@ -13,7 +13,7 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 import dtq
-from dtq.nn.activation import QuickGELU, QuickProjectedGELU, quicken
+from dtq.nn.gelu import QuickGELU, QuickProjectedGELU, quicken
 
 
 class Model(nn.Module):

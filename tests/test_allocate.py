@@ -26,9 +26,9 @@ from dtq.allocate import (
     measure,
     parse_budget,
 )
-from dtq.calibrate.calls import Recorded, spread
 from dtq.errors import InputError
-from dtq.families import ROLES, Linear, Site
+from dtq.models import ROLES, Linear, Site
+from dtq.pipelines.recorded_calls import Recorded, spread
 
 # --- knapsack --------------------------------------------------------------------------------
 

@@ -11,10 +11,11 @@ import quanto
 import torch
 from click.testing import CliRunner
 
-from dtq import bench, bench_models
-from dtq.bench import Candidate, Row
+from dtq.bench import cases
+from dtq.bench import cpu as bench
+from dtq.bench.cpu import Candidate, Row
 from dtq.cli import main
-from dtq.kernels import cpu
+from dtq.kernels.compile import cpu
 
 
 def rows(ours, bf16, fp32):
@@ -58,7 +59,7 @@ def test_the_layers_of_the_race_do_the_same_job():
     x = torch.randn(5, 128).bfloat16()
     turn = layers["w8a8"].transform()
     assert turn.block == 64
-    for name in bench_models.OURS:
+    for name in cases.OURS:
         y = layers[name](x)
         assert y.dtype == torch.bfloat16
         assert y.shape == (5, 48)

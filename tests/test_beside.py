@@ -16,7 +16,7 @@ from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from torch import nn
 
 import dtq
-from dtq.source import made_inputs
+from dtq.pipelines.loading import made_inputs
 
 
 @cache

@@ -19,15 +19,15 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import dtq
-from dtq import cli, source
-from dtq.calibrate import sets
-from dtq.durable import write_whole
+from dtq import cli
 from dtq.errors import InputError, NumberError
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
-from dtq.nn import QuantLinear, alarm
-from dtq.plan import Runtime
-from dtq.source import made_inputs
+from dtq.formats.activations import ACTS
+from dtq.io.atomic import write_whole
+from dtq.nn import QuantLinear, nan_check
+from dtq.pipelines import loading, prompts
+from dtq.pipelines.loading import made_inputs
+from dtq.plan.layers import Runtime
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FAST = ["--recipe", "rtn-w4a8", "--samples", "2", "--steps", "2", "--no-sentinel"]
@@ -89,7 +89,7 @@ def quantized(acts: str = "int8-row", **more) -> torch.nn.Module:
 
 
 def test_the_alarm_names_the_first_layer_and_the_step(monkeypatch):
-    monkeypatch.setenv(alarm.VARIABLE, "1")
+    monkeypatch.setenv(nan_check.VARIABLE, "1")
     model = quantized()
     calls = [made_inputs(model, 1, t, 0) for t in (900.0, 500.0, 500.0, 100.0)]
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_the_alarm_listens_on_loaded_models_and_only_when_asked(tmp_path, monkey
     quantized().save_pretrained(tmp_path / "m")
     quiet = DiTTransformer2DModel.from_pretrained(tmp_path / "m")
     assert not any(m._forward_hooks for m in quiet.modules())
-    monkeypatch.setenv(alarm.VARIABLE, "1")
+    monkeypatch.setenv(nan_check.VARIABLE, "1")
     model = DiTTransformer2DModel.from_pretrained(tmp_path / "m")
     inputs = made_inputs(model, 1, 500.0, 0)
     with torch.no_grad():
@@ -198,9 +198,9 @@ def test_an_empty_prompt_is_a_prompt():
     import pipelines
 
     pipe = pipelines.pixart()
-    requests = sets.given([""], pipe)
-    from dtq.calibrate.engine import run_pipeline
-    from dtq.recipe import Calibration
+    requests = prompts.given([""], pipe)
+    from dtq.pipelines.sampling import run_pipeline
+    from dtq.pipelines.settings import Calibration
 
     how = Calibration(steps=1, batch=1, arguments={"use_resolution_binning": False})
     (result,) = run_pipeline(pipe, requests, how, "latent")
@@ -271,7 +271,7 @@ def test_permission_denied_is_said(float_folder, tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("dtq.checkpoint.tempfile.mkdtemp", denied)
+    monkeypatch.setattr("dtq.checkpoint.reader.tempfile.mkdtemp", denied)
     told = failed("quantize", float_folder, *FAST, "-o", tmp_path / "q")
     assert "cannot write there (Permission denied)" in told
     assert [p.name for p in tmp_path.iterdir()] == [
@@ -349,7 +349,7 @@ def test_without_hub_the_cache_is_used(cache, float_folder, tmp_path, caplog):
     shutil.copytree(float_folder, cache / "models--me--tiny" / "snapshots" / sha)
     (cache / "models--me--tiny" / "refs").mkdir()
     (cache / "models--me--tiny" / "refs" / "main").write_text(sha)
-    (opened,) = source.open_sources("me/tiny")
+    (opened,) = loading.open_sources("me/tiny")
     want = DiTTransformer2DModel.from_pretrained(float_folder / "transformer")
     assert torch.equal(
         opened.model.proj_out_2.weight.float(), want.proj_out_2.weight.bfloat16().float()

@@ -11,14 +11,13 @@ import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 
-from dtq import call
-from dtq.calibrate import sets
-from dtq.calibrate.engine import run_pipeline
 from dtq.cli import main
 from dtq.errors import InputError
-from dtq.evaluate import run
-from dtq.recipe import Calibration
-from dtq.source import open_source
+from dtq.evaluate import evaluate
+from dtq.pipelines import call_defaults, prompts
+from dtq.pipelines.loading import open_source
+from dtq.pipelines.sampling import run_pipeline
+from dtq.pipelines.settings import Calibration
 
 SIZES = {"height": 16, "width": 16, "num_frames": 5}
 
@@ -27,7 +26,7 @@ SIZES = {"height": 16, "width": 16, "num_frames": 5}
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("wan")
     pipelines.wan().save_pretrained(path)
-    call.write(path, call.Call(SIZES, "moving-emoji"))
+    call_defaults.write(path, call_defaults.Call(SIZES, "moving-emoji"))
     return path
 
 
@@ -44,7 +43,7 @@ def quantized(folder):
 
 def shapes(source, **arguments):
     how = Calibration(samples=1, steps=1, batch=1, arguments=arguments)
-    requests = sets.load("auto", source.pipeline, 1)
+    requests = prompts.load("auto", source.pipeline, 1)
     with torch.no_grad():
         return [
             torch.as_tensor(x.frames).shape for x in run_pipeline(source.pipeline, requests, how)
@@ -55,33 +54,33 @@ def test_the_call_is_as_the_folder_says_unless_the_user_says_otherwise(folder):
     source = open_source(str(folder))
     assert shapes(source) == [(1, 5, 3, 16, 16)]
     assert shapes(source, num_frames=9) == [(1, 9, 3, 16, 16)]
-    captions = list(sets.load("moving-emoji", source.pipeline, 64).entries)
-    assert list(sets.load("auto", source.pipeline, 64).entries) == captions
+    captions = list(prompts.load("moving-emoji", source.pipeline, 64).entries)
+    assert list(prompts.load("auto", source.pipeline, 64).entries) == captions
     assert len(set(captions)) == 64
 
 
 def test_a_pipeline_that_the_user_opened_is_called_so_too(folder):
     pipe = DiffusionPipeline.from_pretrained(folder)
-    assert call.of(pipe) == call.Call(SIZES, "moving-emoji")
-    assert call.of(pipelines.wan()) == call.Call()
+    assert call_defaults.of(pipe) == call_defaults.Call(SIZES, "moving-emoji")
+    assert call_defaults.of(pipelines.wan()) == call_defaults.Call()
 
 
 def test_the_quantized_folder_says_the_same(folder, quantized):
-    assert call.read(quantized) == call.read(folder)
+    assert call_defaults.read(quantized) == call_defaults.read(folder)
     DiffusionPipeline.from_pretrained(quantized)
 
 
 def test_what_was_compared_is_in_the_conditions(folder, quantized):
     how = Calibration(samples=1, steps=1, batch=1)
-    result = run.evaluate(open_source(str(quantized)), open_source(str(folder)), how)
+    result = evaluate.evaluate(open_source(str(quantized)), open_source(str(folder)), how)
     assert result.conditions["arguments"] == SIZES
     assert result.conditions["set"] == "moving-emoji"
 
 
 def test_nothing_to_say_writes_nothing(tmp_path):
-    call.write(tmp_path, call.Call())
+    call_defaults.write(tmp_path, call_defaults.Call())
     assert not list(tmp_path.iterdir())
-    assert call.read(tmp_path) == call.Call()
+    assert call_defaults.read(tmp_path) == call_defaults.Call()
 
 
 @pytest.mark.parametrize(
@@ -99,15 +98,15 @@ def test_nothing_to_say_writes_nothing(tmp_path):
     ],
 )
 def test_a_file_from_anywhere_is_sizes_and_a_set(data, message, tmp_path):
-    (tmp_path / call.FILE).write_text(json.dumps(data))
+    (tmp_path / call_defaults.FILE).write_text(json.dumps(data))
     with pytest.raises(InputError, match=message):
-        call.read(tmp_path)
+        call_defaults.read(tmp_path)
 
 
 def test_a_wrong_file_is_one_line(folder, tmp_path):
     bad = tmp_path / "bad"
     pipelines.wan().save_pretrained(bad)
-    (bad / call.FILE).write_text('{"sizes": {"heigth": 16}}')
+    (bad / call_defaults.FILE).write_text('{"sizes": {"heigth": 16}}')
     done = CliRunner().invoke(
         main, ["sample", str(bad), "-n", "1", "--steps", "1", "-o", str(tmp_path / "o")]
     )

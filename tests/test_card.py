@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 import dtq
-from dtq import checkpoint
-from dtq.card import card, hub_id
+from dtq.checkpoint import writer
+from dtq.checkpoint.model_card import card, hub_id
 from dtq.cli import main
 
 
@@ -43,8 +43,8 @@ def test_the_code_in_it_runs(quantized_folder):
 
 def test_a_bare_model_and_its_bits(tmp_path):
     model = dtq.quantize(tiny.flux(), "w4a16", progress=False)
-    checkpoint.write(model, tmp_path / "a")
-    checkpoint.write(type(model).from_pretrained(tmp_path / "a"), tmp_path / "b")
+    writer.write(model, tmp_path / "a")
+    writer.write(type(model).from_pretrained(tmp_path / "a"), tmp_path / "b")
     text = (tmp_path / "a/README.md").read_text()
     assert (tmp_path / "b/README.md").read_text() == text
     assert "from diffusers import FluxTransformer2DModel" in text
@@ -58,9 +58,9 @@ def test_the_base_model_is_kept(tmp_path):
     model = tiny.flux()
     model.register_to_config(_name_or_path="some-one/Some.Model-1")
     dtq.quantize(model, "w4a16", progress=False)
-    checkpoint.write(model, tmp_path / "a")
+    writer.write(model, tmp_path / "a")
     again = type(model).from_pretrained(tmp_path / "a", torch_dtype=torch.float32)
-    checkpoint.write(again, tmp_path / "b")
+    writer.write(again, tmp_path / "b")
     for folder in ("a", "b"):
         data = ModelCard.load(tmp_path / folder / "README.md").data
         assert data.base_model == ["some-one/Some.Model-1"]

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import dtq
-from dtq import checkpoint
+from dtq.checkpoint import reader, writer
+from dtq.checkpoint.file_size import file_bytes
 from dtq.errors import CheckpointError, InputError
-from dtq.estimate import file_tensors
-from dtq.plan import file_bytes
-from dtq.quantize import plan_source
-from dtq.recipe import names
-from dtq.source import Source, skeletons
+from dtq.estimate.size import file_tensors
+from dtq.pipelines.loading import Source, skeletons
+from dtq.recipe.resolve import names
+from dtq.stages.plan import plan_source
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -36,7 +36,7 @@ def test_loaded_samples_equal_those_of_the_model_in_memory(
 ):
     pipe = dtq.quantize(float_folder, hasty(recipe), dtype=torch.bfloat16, progress=False)
     want = tiny.sample(pipe)
-    checkpoint.write(pipe, tmp_path / "q")
+    writer.write(pipe, tmp_path / "q")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "q", torch_dtype=torch.bfloat16)
     assert torch.equal(tiny.sample(loaded), want)
     # without a dtype the one that was recorded is used, for the transformer
@@ -68,7 +68,7 @@ def test_save_load_save_gives_the_same_bytes(quantized_folder, tmp_path):
     first = DiffusionPipeline.from_pretrained(quantized_folder)
     first.save_pretrained(tmp_path / "a")
     second = DiffusionPipeline.from_pretrained(tmp_path / "a")
-    checkpoint.write(second, tmp_path / "b")
+    writer.write(second, tmp_path / "b")
     for file in sorted(p for p in quantized_folder.rglob("*") if p.is_file()):
         again = tmp_path / "b" / file.relative_to(quantized_folder)
         assert again.read_bytes() == file.read_bytes(), file.name
@@ -125,9 +125,9 @@ def test_the_file_has_exactly_the_bytes_that_the_plan_said(
     quick = {"solver": "rtn", "refine": "none", "compare": []}
     chosen = hasty(recipe, guard={"to": ""}, allocate={"budget": ""}, **quick)
     _, plan = plan_source(Source("x", None, "transformer", model), chosen)
-    said = checkpoint.predicted_bytes(file_tensors(model, plan, dtype))
+    said = reader.predicted_bytes(file_tensors(model, plan, dtype))
     pipe = dtq.quantize(float_folder, chosen, progress=False)
-    checkpoint.write(pipe, tmp_path / "q")
+    writer.write(pipe, tmp_path / "q")
     assert (tmp_path / "q" / "transformer" / WEIGHTS).stat().st_size == said
 
 
@@ -144,14 +144,14 @@ def test_file_bytes_formula(tmp_path):
 
 def test_shards(quantized_folder, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(quantized_folder)
-    checkpoint.write(pipe, tmp_path / "s", shard="300kB")
+    writer.write(pipe, tmp_path / "s", shard="300kB")
     assert len(list((tmp_path / "s" / "transformer").glob("*.safetensors"))) > 2
-    checkpoint.verify(tmp_path / "s")
+    reader.verify(tmp_path / "s")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "s")
     assert torch.equal(tiny.sample(loaded), tiny.sample(pipe))
     (next((tmp_path / "s" / "transformer").glob("*00002*"))).unlink()
     with pytest.raises((CheckpointError, OSError)):
-        checkpoint.verify(tmp_path / "s")
+        reader.verify(tmp_path / "s")
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_flipped_bit_is_an_error_that_names_file_and_key(copy, place):
     data = bytearray(file.read_bytes())
     data[int(place * len(data))] ^= 4
     file.write_bytes(data)
-    for read in (checkpoint.verify, load):
+    for read in (reader.verify, load):
         with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: \S+ is damaged"):
             read(copy)
 
@@ -184,7 +184,7 @@ def test_a_flipped_bit_in_the_header_is_an_error(copy, old):
     data[data.index(old) + len(old) - 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"damaged|missing"):
-        checkpoint.verify(copy)
+        reader.verify(copy)
     # diffusers itself reads the header of a single file before it asks dtq
     with pytest.raises((CheckpointError, OSError), match=r"damaged|missing|Unable to load weights"):
         load(copy)
@@ -196,7 +196,7 @@ def test_a_truncated_file_is_an_error(copy, keep):
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(CheckpointError, match=f"{WEIGHTS}: truncated or damaged"):
-        checkpoint.verify(copy)
+        reader.verify(copy)
     with pytest.raises((CheckpointError, OSError, SafetensorError)):
         load(copy)
 
@@ -245,7 +245,7 @@ def test_a_missing_tensor_is_an_error(copy):
 def test_a_file_from_a_newer_dtq_is_refused(copy):
     file = copy / "transformer" / WEIGHTS
     tensors = load_file(file)
-    tensors[checkpoint.CHECKSUMS][0] = 9
+    tensors[reader.CHECKSUMS][0] = 9
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match="format 9"):
         load(copy)
@@ -265,7 +265,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     ):
         Fails.error = error
         with pytest.raises(expected):
-            checkpoint.write(Fails(), out)
+            writer.write(Fails(), out)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -274,9 +274,9 @@ def test_an_occupied_folder_is_left_alone(tmp_path, quantized_folder):
     (tmp_path / "out" / "mine").write_text("precious")
     pipe = DiffusionPipeline.from_pretrained(quantized_folder)
     with pytest.raises(InputError, match="not empty"):
-        checkpoint.write(pipe, tmp_path / "out")
+        writer.write(pipe, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "precious"
-    checkpoint.write(pipe, tmp_path / "out", overwrite=True)
+    writer.write(pipe, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "mine").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -17,10 +17,10 @@ import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 
-from dtq import checkpoint
+from dtq.checkpoint import reader
 from dtq.cli import main
 from dtq.cli.options import calibration_of
-from dtq.recipe import Calibration
+from dtq.pipelines.settings import Calibration
 
 FAST = ["--samples", "4", "--steps", "4"]
 ROOT = Path(__file__).parent.parent
@@ -72,12 +72,12 @@ def test_calibrate_once_quantize_twice(float_folder, tmp_path):
     dtq("calibrate", float_folder, *FAST, "-o", stats)
     for recipe in ("w4a8", "w8a8"):
         dtq("quantize", float_folder, "--recipe", recipe, "--stats", stats, "-o", tmp_path / recipe)
-        checkpoint.verify(tmp_path / recipe)
+        reader.verify(tmp_path / recipe)
 
 
 def test_a_bare_transformer_folder(float_folder, tmp_path):
     dtq("quantize", float_folder / "transformer", "--recipe", "rtn-w4a8", "-o", tmp_path / "t")
-    assert checkpoint.verify(tmp_path / "t") == {"transformer": tmp_path / "t"}
+    assert reader.verify(tmp_path / "t") == {"transformer": tmp_path / "t"}
 
 
 def test_json_is_only_json(float_folder, tmp_path):

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dtq.data import folder
-from dtq.kernels import cpu, gxx
+from dtq.io.package_data import folder
+from dtq.kernels.compile import cpu, gcc
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
@@ -23,8 +23,8 @@ def compiled(compiler, level, machine, work, *, static=False):
     sources = folder("cpu_ext")
     units = [
         (u.source, u.flags, u.name)
-        for u in gxx.UNITS
-        if u.flags != gxx.GLUE and u.machine in ("", machine)
+        for u in gcc.UNITS
+        if u.flags != gcc.GLUE and u.machine in ("", machine)
     ]
     units.append(("tests/driver.cpp", ("-ffp-contract=off",), "driver"))
 

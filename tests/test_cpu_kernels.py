@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
+from dtq.formats.activations import ACTS
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import CPU, Task, epilogue, explain, fused, gxx, ops
+from dtq.kernels import CPU, Task, explain, ops, ops_gemm, ops_quantize
+from dtq.kernels.compile import gcc
 from dtq.kernels.table import pick
 from dtq.nn import QuantLinear
-from dtq.plan import Runtime
+from dtq.plan.layers import Runtime
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,7 +85,7 @@ def test_changed_rows_have_the_bits_of_the_reference(isa, dtype):
                         for scale, bin in ((None, None), (scales, None), (scales, place)):
                             args = (x, p, o, block, turns, scale, bin, 127)
                             got = compiled.binned_quantize_rows(*args)
-                            assert same(got, fused.binned_quantize_rows(*args)), args[3:]
+                            assert same(got, ops_quantize.binned_quantize_rows(*args)), args[3:]
     for x in (random(6, 8).T, random(8, 20)[1:5, 3:19], random(3, 8).double()):
         args = (x, None, None, 2, 2)
         assert same([compiled.transform_rows(*args)], [ops._transform_rows(*args)])
@@ -101,7 +102,7 @@ def test_e2m1_rows_have_the_bits_of_the_reference(isa, dtype):
             for given in ((None, None), (random(k, seed=1).bfloat16(), order)):
                 args = (x, *given, block, 1 if block == 1 else 2)
                 got = compiled.e2m1_quantize_rows(*args)
-                assert same(got, fused._e2m1_quantize_rows(*args)), (m, k, block)
+                assert same(got, ops_quantize._e2m1_quantize_rows(*args)), (m, k, block)
     ties = torch.tensor([[6.0, 0.25, -0.25, 0.75, 1.25, -1.75, 2.5, 3.5, 5.0, -5.0, 5.01]])
     codes, scale = compiled.e2m1_quantize_rows(ties.to(dtype), None, None, 1, 1)
     assert codes.tolist() == [
@@ -111,7 +112,7 @@ def test_e2m1_rows_have_the_bits_of_the_reference(isa, dtype):
     ends = torch.tensor([[1e-44, -3e-45, 0], [torch.nan, 1, 2], [torch.inf, 1, -1]])
     got, want = (
         compiled.e2m1_quantize_rows(ends, None, None, 1, 1),
-        (fused._e2m1_quantize_rows(ends, None, None, 1, 1)),
+        (ops_quantize._e2m1_quantize_rows(ends, None, None, 1, 1)),
     )
     assert torch.equal(got[0][0], want[0][0])
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
@@ -200,7 +201,7 @@ def test_tables_give_the_bits_of_the_reference(isa, m):
         rows, columns = random(m).abs(), random(n, 1).abs()
         for dtype in DTYPES:
             args = (codes, rows, weight, columns, tables, random(n), dtype)
-            assert same([compiled.lut4a8_linear(*args)], [epilogue._lut4a8_linear(*args)]), (n, k)
+            assert same([compiled.lut4a8_linear(*args)], [ops_gemm._lut4a8_linear(*args)]), (n, k)
 
 
 @pytest.mark.parametrize("m", [1, 6, 8, 18, 48])
@@ -208,8 +209,8 @@ def test_tables_give_the_bits_of_the_reference(isa, m):
 def test_epilogues_give_the_bits_of_the_reference(isa, m, dtype):
     for n, k in [(1, 64), (33, 192), (48, 1152)]:
         codes, rows, columns, bias = int8(m, k), random(m).abs(), random(n, 1).abs() / 40, random(n)
-        eight = compiled.w8a8_epilogue_linear, epilogue._w8a8_epilogue_linear
-        four = compiled.w4a8_epilogue_linear, epilogue._w4a8_epilogue_linear
+        eight = compiled.w8a8_epilogue_linear, ops_gemm._w8a8_epilogue_linear
+        four = compiled.w4a8_epilogue_linear, ops_gemm._w4a8_epilogue_linear
         packed = int8(n, k // 2, seed=1), columns, int8(n, k // 64, seed=2)
         for batch in (1, 2):
             if m % batch:
@@ -242,10 +243,10 @@ def test_epilogues_at_the_edge(isa):
         op(*given, False, random(3, 5), rest, torch.float32)
     with pytest.raises(RuntimeError, match=r"residual \[4, 4\] for 4 tokens of 5"):
         op(*given, False, gate, random(4, 4), torch.float32)
-    want = epilogue._w8a8_epilogue_linear(*given, True, gate, rest, torch.float64)
+    want = ops_gemm._w8a8_epilogue_linear(*given, True, gate, rest, torch.float64)
     assert torch.equal(op(*given, True, gate, rest, torch.float64), want)
     nothing = int8(4, 0), random(4).abs(), int8(5, 0), random(5, 1).abs(), random(5)
-    want = epilogue._w8a8_epilogue_linear(*nothing, True, gate, rest, torch.float32)
+    want = ops_gemm._w8a8_epilogue_linear(*nothing, True, gate, rest, torch.float32)
     assert torch.equal(op(*nothing, True, gate, rest, torch.float32), want)
 
 
@@ -288,10 +289,10 @@ def test_gelu_gives_the_bits_that_are_written_down(isa, dtype):
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-30, -90.0, 3e38, -3e38])
     for x in (torch.linspace(-12, 12, 4099), random(3, 70000) * 4, special, random(0, 3)):
         x = x.to(dtype)
-        got, want = compiled.gelu(x), fused.gelu(x.float()).to(dtype)
+        got, want = compiled.gelu(x), ops_quantize.gelu(x.float()).to(dtype)
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     x = random(40, 30).to(dtype).T[::2]
-    assert torch.equal(compiled.gelu(x), fused.gelu(x.float()).to(dtype))
+    assert torch.equal(compiled.gelu(x), ops_quantize.gelu(x.float()).to(dtype))
 
 
 def test_packed_and_expanded_weights_give_the_same_bits(isa):
@@ -487,7 +488,7 @@ def test_two_processes_compile_once(library, tmp_path):
     assert all(out.startswith("ref | ref kernels, cached") for out, _ in said), said
     assert sum(err.count("compiling CPU kernels, once") for _, err in said) == 1
     units = (tmp_path / "calls").read_text().count("called")
-    assert units <= len(gxx.UNITS) + 1
+    assert units <= len(gcc.UNITS) + 1
     _, err = fresh(tmp_path, CXX=counting)
     assert "compiling" not in err
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dtq.formats import FORMATS
 from dtq.kernels import ops
-from dtq.kernels.decode import spelling
+from dtq.kernels.compile.format_codes import spelling
 
 compiled = torch.ops.dtq
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -13,10 +13,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from torch.utils import cpp_extension
+from torch.utils import cpp_extension as torch_extension
 
-from dtq.kernels import CUDA, cuda, extension, toolchain
-from dtq.kernels.native import Unavailable
+from dtq.kernels import CUDA
+from dtq.kernels.compile import compiler, cuda
+from dtq.kernels.compile import cpp_extension as extension
+from dtq.kernels.compile.library import Unavailable
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +30,7 @@ def toolkit(tmp_path, monkeypatch) -> Path:
     script = tmp_path / "cuda/bin/nvcc"
     script.write_text('#!/bin/sh\nfor f; do :; done\necho made > "$f"\n')
     script.chmod(0o755)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(torch_extension, "CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.delenv("PYTORCH_NVCC", raising=False)
     return tmp_path / "cuda"
 
@@ -52,7 +54,7 @@ def test_who_compiles_is_said(toolkit, monkeypatch):
 def test_a_torch_without_cuda_or_a_home_without_nvcc_is_a_reason(toolkit, monkeypatch):
     shutil.rmtree(toolkit / "bin")
     assert extension.refusal() == f"no nvcc in {toolkit}"
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(torch_extension, "CUDA_HOME", None)
     assert extension.refusal() == "it knows no CUDA toolkit"
 
 
@@ -81,7 +83,7 @@ def test_ninja_of_this_python_is_found_and_called_though_not_on_the_path(tmp_pat
     ],
 )  # fmt: skip
 def test_the_first_error_is_the_one_that_tells(said, first):
-    assert toolchain.first_error("it", said) == f"it failed: {first}"
+    assert compiler.first_error("it", said) == f"it failed: {first}"
 
 
 def test_without_ninja_nvcc_compiles(toolkit, no_ninja, tmp_path):
@@ -96,7 +98,7 @@ def test_a_failure_of_the_extension_is_said_and_nvcc_compiles(
         raise RuntimeError("Error building extension\n[1/2] c++\nx.cpp:1: error: no\nninja: stop")
 
     monkeypatch.setattr(extension, "find_ninja", lambda: "/somewhere/ninja")
-    monkeypatch.setattr(cpp_extension, "load", fails)
+    monkeypatch.setattr(torch_extension, "load", fails)
     assert cuda._made(tmp_path, ("80",), ptx=False).read_text() == "made\n"
     assert caplog.messages == [
         "dtq: torch.utils.cpp_extension failed: x.cpp:1: error: no; nvcc is called directly"

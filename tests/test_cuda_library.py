@@ -15,11 +15,12 @@ import emulated
 import pytest
 import torch
 
-from dtq.data import folder
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
-from dtq.kernels import CUDA, Task, cuda, decode, dispatch, explain, fp4, nvcc, ops, pick
-from dtq.kernels.native import Library, Unavailable
+from dtq.formats.activations import ACTS
+from dtq.io.package_data import folder
+from dtq.kernels import CUDA, Task, explain, gpu_dispatch, ops, ops_fp4, pick
+from dtq.kernels.compile import cuda, format_codes, nvcc
+from dtq.kernels.compile.library import Library, Unavailable
 from dtq.kernels.table import Then
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,7 @@ def test_fp4_rows_at_the_ends(emulator, mx):
     x = torch.stack([ties, -ties, ties * 2**-100, ties * 1e-38, ties * 3e37, ties * 0, ties, ties])
     x[6, 3], x[7, 5] = torch.nan, -torch.inf
     got, want = (
-        o(x, None, None, 1, 1, mx) for o in (sim.fp4_quantize_rows, fp4._fp4_quantize_rows)
+        o(x, None, None, 1, 1, mx) for o in (sim.fp4_quantize_rows, ops_fp4._fp4_quantize_rows)
     )
     assert torch.equal(got[2].isnan(), torch.arange(8) >= 6)
     torch.testing.assert_close(got[2], want[2], rtol=0, atol=0, equal_nan=True)
@@ -71,7 +72,7 @@ def test_fp4_rows_at_the_ends(emulator, mx):
     for rows, columns in ((2, 32), (3, 20000 - 20000 % 32)):  # longer than threads hold
         x = agreement.normal(rows, columns + 8)[:, 4:-4]  # not aligned
         got, want = (
-            o(x, None, None, 32, 1, mx) for o in (sim.fp4_quantize_rows, fp4._fp4_quantize_rows)
+            o(x, None, None, 32, 1, mx) for o in (sim.fp4_quantize_rows, ops_fp4._fp4_quantize_rows)
         )
         assert all(
             torch.equal(a.view(torch.uint8), b.view(torch.uint8))
@@ -84,7 +85,7 @@ def test_fp4_rows_at_the_ends(emulator, mx):
 @pytest.mark.slow
 def test_fp4_operands_that_contradict_each_other(emulator):
     x = agreement.normal(3, 128)
-    codes, scales, rows = fp4._fp4_quantize_rows(x, None, None, 1, 1, False)
+    codes, scales, rows = ops_fp4._fp4_quantize_rows(x, None, None, 1, 1, False)
     right = [codes, rows, codes[:2].clone(), scales[:2].clone(), scales, None, None, False]
     for message, place, wrong in (
         ("code_scale is float32, expected float8_e4m3fn", 4, scales.float()),
@@ -294,7 +295,7 @@ def test_an_old_gpu_beside_a_new_one_takes_nothing_from_it(capabilities, builds,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
     monkeypatch.setattr(CUDA, "load", lambda: True)
-    found = [dispatch._limits(i) for i in range(2)]
+    found = [gpu_dispatch._limits(i) for i in range(2)]
     assert [few for few, _ in found] == [16 if c >= (8, 0) else -1 for c in capabilities]
 
 
@@ -413,40 +414,40 @@ def test_a_library_that_was_built_ahead_loads_without_a_gpu():
 
 
 def test_every_format_is_spelled():
-    assert not [name for name, fmt in FORMATS.items() if decode.spelling(fmt) is None]
+    assert not [name for name, fmt in FORMATS.items() if format_codes.spelling(fmt) is None]
 
 
 def test_the_table_of_the_dispatcher():
     h200, ada, b200 = (9, 0), (8, 9), (10, 0)
-    assert dispatch.choose(h200, 1, 18432, 3072) == "few"
-    assert dispatch.choose(h200, 16, 1152, 1152) == "few"
-    assert dispatch.choose(h200, 256, 1152, 1152) == "float"  # 0.7 GFLOP
-    assert dispatch.choose(h200, 1024, 1152, 1152) == "float"  # 2.7
-    assert dispatch.choose(h200, 4096, 3072, 3072) == "int8"
-    assert dispatch.choose(h200, 1024, 1152, 4608) == "int8"
-    assert dispatch.choose(ada, 17, 1152, 1152) == "int8"
-    assert dispatch.choose(b200, 1024, 1152, 1152) == "float"
-    assert dispatch.choose((12, 1), 256, 1152, 1152) == "int8"
-    for row in dispatch.ARCHS:  # more tokens never lead back
-        steps = [dispatch.choose(row.since, m, 1152, 1152) for m in range(1, 5000)]
+    assert gpu_dispatch.choose(h200, 1, 18432, 3072) == "few"
+    assert gpu_dispatch.choose(h200, 16, 1152, 1152) == "few"
+    assert gpu_dispatch.choose(h200, 256, 1152, 1152) == "float"  # 0.7 GFLOP
+    assert gpu_dispatch.choose(h200, 1024, 1152, 1152) == "float"  # 2.7
+    assert gpu_dispatch.choose(h200, 4096, 3072, 3072) == "int8"
+    assert gpu_dispatch.choose(h200, 1024, 1152, 4608) == "int8"
+    assert gpu_dispatch.choose(ada, 17, 1152, 1152) == "int8"
+    assert gpu_dispatch.choose(b200, 1024, 1152, 1152) == "float"
+    assert gpu_dispatch.choose((12, 1), 256, 1152, 1152) == "int8"
+    for row in gpu_dispatch.ARCHS:  # more tokens never lead back
+        steps = [gpu_dispatch.choose(row.since, m, 1152, 1152) for m in range(1, 5000)]
         order = [s for i, s in enumerate(steps) if i == 0 or s != steps[i - 1]]
         assert order in (["few", "float", "int8"], ["few", "int8"])
 
 
 def test_the_dispatcher_knows_what_the_kernels_do():
     text = (folder("cuda_ext") / "launch_rows.h").read_text()
-    assert f"kFewTokens = {dispatch.ARCHS[0].few};" in text
+    assert f"kFewTokens = {gpu_dispatch.ARCHS[0].few};" in text
 
 
 def test_the_dispatcher_stays_out_of_the_way_off_the_gpu():
-    assert dispatch.answer(torch.ones(1, 64, dtype=torch.bfloat16), 64) == "int8"
+    assert gpu_dispatch.answer(torch.ones(1, 64, dtype=torch.bfloat16), 64) == "int8"
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The dispatcher takes the CPU for an H200."""
-    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
-    monkeypatch.setattr(dispatch, "_limits", lambda index: (16, 3e9))
+    monkeypatch.setattr(gpu_dispatch, "on_gpu", lambda x: True)
+    monkeypatch.setattr(gpu_dispatch, "_limits", lambda index: (16, 3e9))
 
 
 @pytest.mark.parametrize("name", ["int8-row", "int4-2l-g64"])
@@ -489,8 +490,8 @@ def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     decoded = pick(task).call(task, x, parts, bias)
     low, up = agreement.normal(20, 16), agreement.normal(48, 16)
     asked = []
-    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
-    monkeypatch.setattr(dispatch, "_has_fp4", lambda index: asked.append(index) or True)
+    monkeypatch.setattr(gpu_dispatch, "on_gpu", lambda x: True)
+    monkeypatch.setattr(gpu_dispatch, "_has_fp4", lambda index: asked.append(index) or True)
     got = pick(task).call(task, x, parts, bias)
     assert asked
     torch.testing.assert_close(got, decoded, rtol=1e-4, atol=1e-4)
@@ -526,13 +527,13 @@ def test_fp4_products_need_their_machine_code(capability, archs, has, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
     monkeypatch.setattr(CUDA, "load", lambda: True)
     monkeypatch.setattr(CUDA, "opened", Library())
-    assert dispatch._has_fp4(0) == has
+    assert gpu_dispatch._has_fp4(0) == has
 
 
 def test_int8_can_be_kept_at_every_size(as_on_a_gpu, monkeypatch):
-    assert dispatch.answer(torch.ones(40, 64).bfloat16(), 64) == "float"
-    monkeypatch.setattr(dispatch, "INT8_ONLY", True)
-    assert dispatch.answer(torch.ones(40, 64).bfloat16(), 64) == "int8"
+    assert gpu_dispatch.answer(torch.ones(40, 64).bfloat16(), 64) == "float"
+    monkeypatch.setattr(gpu_dispatch, "INT8_ONLY", True)
+    assert gpu_dispatch.answer(torch.ones(40, 64).bfloat16(), 64) == "int8"
 
 
 def test_a_decoded_weight_is_kept_until_its_codes_change():

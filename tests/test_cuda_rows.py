@@ -21,7 +21,7 @@ from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import Lut
 from dtq.formats.ternary import Ternary
 from dtq.formats.vq import Vq
-from dtq.kernels import fused, ops
+from dtq.kernels import ops, ops_quantize
 
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -262,7 +262,9 @@ def test_static_scales_and_the_scale_of_a_bin(library):
         assert same(run_rows(library, x, scale=scales), want)
         at = torch.tensor([2])
         args = (x, None, None, 1, 1, scales, at, 127)
-        assert same(run_rows(library, x, scale=scales, bin=at), fused.binned_quantize_rows(*args))
+        assert same(
+            run_rows(library, x, scale=scales, bin=at), ops_quantize.binned_quantize_rows(*args)
+        )
 
 
 def test_rows_that_are_not_numbers(library):
@@ -320,7 +322,7 @@ def test_transform_rows_gives_the_bits_of_the_reference(library):
             got = run_rows(library, x, output=FLOAT, **options)
             assert same(got[:1], [ops._transform_rows(*args)]), (m, k, block, turns)
             if k < 20000:
-                want = fused.binned_quantize_rows(*args, None, None, 127)
+                want = ops_quantize.binned_quantize_rows(*args, None, None, 127)
                 assert same(run_rows(library, x, **options), want), (m, k, block, turns)
 
 
@@ -336,36 +338,36 @@ def test_norm_and_modulate(library):
             got = run_rows(
                 library, x, before=NORM, modulate=parts, pre=change[0], block=block, eps=1e-6
             )
-            assert same(got, fused._norm_quantize_rows(*args)), (m, k)
+            assert same(got, ops_quantize._norm_quantize_rows(*args)), (m, k)
     x, order = random(2, 96), torch.arange(95, -1, -1).int()
     args = (x, None, None, 1e-5, None, order, 32, 2, torch.tensor([0.03]), None, 31)
     got = run_rows(
         library, x, before=NORM, order=order, block=32, turns=2, eps=1e-5, scale=args[8], levels=31
     )
-    assert same(got, fused._norm_quantize_rows(*args))
+    assert same(got, ops_quantize._norm_quantize_rows(*args))
 
 
 def test_the_norm_is_the_norm(library):
     x = random(5, 1152) * 3 + 2
     scale, shift = random(1, 1152, seed=1), random(1, 1152, seed=2)
-    y = fused.norm_modulate(x, scale, shift, 1e-6)
+    y = ops_quantize.norm_modulate(x, scale, shift, 1e-6)
     want = F.layer_norm(x.double(), (1152,), eps=1e-6) * (1 + scale.double()) + shift.double()
     torch.testing.assert_close(y.double(), want, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(fused.sum_rows(x).double(), x.double().sum(1, True))
+    torch.testing.assert_close(ops_quantize.sum_rows(x).double(), x.double().sum(1, True))
 
 
 def test_gelu(library):
     x = torch.cat([random(4, 4608) * 3, torch.linspace(-12, 12, 4608).unsqueeze(0)])
     want = F.gelu(x.double(), approximate="tanh")
-    assert ((fused.gelu(x) - want).abs() <= 3e-7 * want.abs() + 1e-7).all()
+    assert ((ops_quantize.gelu(x) - want).abs() <= 3e-7 * want.abs() + 1e-7).all()
     for part in (x[:, :1152].contiguous(), x[:2], x[:, :53].bfloat16()):
         got = run_rows(library, part, before=GELU)
         args = (part, None, None, 1, 1, None, None, 127)
-        assert same(got, fused._gelu_quantize_rows(*args)), part.shape
+        assert same(got, ops_quantize._gelu_quantize_rows(*args)), part.shape
     edges = torch.tensor([[torch.inf, 0.0, -0.0, 100, -100, -3e38, 3e38, 1e-40], [torch.nan] * 8])
     args = (edges, None, None, 1, 1, None, None, 127)
-    assert same(run_rows(library, edges, before=GELU), fused._gelu_quantize_rows(*args))
-    assert fused.gelu(edges)[0, [0, 3, 6]].tolist() == [torch.inf, 100, edges[0, 6].item()]
+    assert same(run_rows(library, edges, before=GELU), ops_quantize._gelu_quantize_rows(*args))
+    assert ops_quantize.gelu(edges)[0, [0, 3, 6]].tolist() == [torch.inf, 100, edges[0, 6].item()]
 
 
 def test_e4m3_rows(library):
@@ -383,7 +385,7 @@ def test_e4m3_rows(library):
         x = random(m, k)
         x[0, :3] = 0
         got = run_rows(library, x, output=E4M3, block=block)
-        want_codes, scale = fused._e4m3_quantize_rows(x, None, None, block, 1)
+        want_codes, scale = ops_quantize._e4m3_quantize_rows(x, None, None, block, 1)
         assert same(got, (want_codes.view(torch.uint8), scale)), (m, k)
     zero = run_rows(library, torch.zeros(1, 48), output=E4M3)
     assert not zero[0].any()

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtq.formats.bits import pack_nibbles
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import fused, ops
+from dtq.formats.packing import pack_nibbles
+from dtq.kernels import ops, ops_quantize
 
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
 COMPILE = ("g++", "-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-w")
@@ -215,7 +215,9 @@ def test_gelu_gate_and_residual_give_the_bits_of_torch(gemm, arch, dtype):
         images = 3 if m % 3 == 0 else 1
         gate = torch.randn(images, n, generator=seeded(5)).to(dtype)
         residual = torch.randn(m, n, generator=seeded(6)).to(dtype)
-        y = fused.gelu(ops._w8a8_linear(codes, row_scale, weight, scale, bias, torch.float32))
+        y = ops_quantize.gelu(
+            ops._w8a8_linear(codes, row_scale, weight, scale, bias, torch.float32)
+        )
         gated = gate.float().repeat_interleave(m // images, 0) * y + residual.float()
         args = (codes, row_scale, weight, scale, bias, dtype)
         got, name = product(library, arch, m, *args, gelu=True)

@@ -11,17 +11,20 @@ import pytest
 import quanto
 import torch
 from diffusers import DiffusionPipeline
+from train_demo.data import load_emoji
 
 from dtq import demo
-from dtq.calibrate import sets
-from dtq.demo.data import load_emoji
+from dtq.api import quantize_source
 from dtq.errors import InputError
-from dtq.evaluate import baselines, drift
-from dtq.evaluate.run import extractor_for, stored_bits
+from dtq.evaluate import baselines, trajectory
+from dtq.evaluate.evaluate import extractor_for, stored_bits
 from dtq.nn import QuantLinear
-from dtq.quantize import calibrate_source, plan_source, quantize_source
-from dtq.recipe import Calibration, Recipe
-from dtq.source import open_source
+from dtq.pipelines import prompts
+from dtq.pipelines.loading import open_source
+from dtq.pipelines.settings import Calibration
+from dtq.recipe.resolve import Recipe
+from dtq.stages.calibrate import calibrate_source
+from dtq.stages.plan import plan_source
 
 HOW = Calibration(samples=4, steps=10, batch=4, seed=1000)
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
@@ -76,7 +79,9 @@ def measured(request):
     """Teacher-forced error of several recipes on one model, all on the same recorded inputs."""
     name = request.param
     source = open_source(name)
-    truth = drift.record(source.pipeline, source.model, sets.load("auto", source.pipeline, 4), HOW)
+    truth = trajectory.record(
+        source.pipeline, source.model, prompts.load("auto", source.pipeline, 4), HOW
+    )
     recipe = Recipe.load("w4a8", calibration={"samples": 8, "steps": 10})
     scan, _ = plan_source(source, recipe)
     stats = calibrate_source(source, scan, recipe, EVERYTHING, progress=False)
@@ -86,7 +91,7 @@ def measured(request):
         opened = open_source(name)
         chosen = Recipe.load("w4a8" if changes else label, **changes)
         quantize_source(opened, chosen, statistics=stats, progress=False)
-        steps = drift.teacher_forced(truth, opened.model)
+        steps = trajectory.teacher_forced(truth, opened.model)
         errors[label], bits[label] = sum(steps) / len(steps), stored_bits(opened.model)
         if label == "w4a8":
             layers = [
@@ -119,7 +124,7 @@ def test_w4a8_beats_quanto_on_the_same_layers(measured):
     name, errors, bits, layers, truth = measured
     opened = open_source(name)
     baselines.find("quanto-int4").apply(opened.model, layers)
-    steps = drift.teacher_forced(truth, opened.model)
+    steps = trajectory.teacher_forced(truth, opened.model)
     assert errors["w4a8"] <= 0.4 * sum(steps) / len(steps)
     other = baselines.find("quanto-int4").bits(opened.model.get_submodule(layers[0]))
     assert bits["w4a8"] <= other

@@ -11,15 +11,15 @@ import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from train_demo.clips import FRAMES, MOTIONS, SIZE, THINGS, captions, clip, clips
+from train_demo.train_video import Film, export, new_tokenizer
 
-from dtq import call, demo
-from dtq.calibrate import sets
+from dtq import demo
 from dtq.cli import main
-from dtq.demo.clips import FRAMES, MOTIONS, SIZE, THINGS, captions, clip, clips
-from dtq.demo.train_video import Film, export, new_tokenizer
-from dtq.evaluate import trial
-from dtq.recipe import Calibration
-from dtq.source import open_source
+from dtq.evaluate import paired_run
+from dtq.pipelines import call_defaults, prompts
+from dtq.pipelines.loading import open_source
+from dtq.pipelines.settings import Calibration
 
 WHERE = {  # of the ink: how it goes from the first frame to the last, in x, y and amount
     "moves left": (-1, 0, 0),
@@ -58,7 +58,7 @@ def test_every_caption_is_drawn_and_asked_for():
     drawn, labels = clips(pictures, variants=1, seed=0)
     assert len(drawn) == len(captions()) == len(set(captions())) == len(THINGS) * len(MOTIONS)
     assert labels.tolist() == list(range(len(captions())))
-    asked = sets._shipped("moving-emoji")
+    asked = prompts._shipped("moving-emoji")
     assert set(asked) <= set(captions())
     unknown = new_tokenizer().unk_token_id
     assert unknown not in new_tokenizer()(captions()[0]).input_ids
@@ -96,7 +96,7 @@ def test_its_clips_move_and_have_the_colour_that_the_captions_say():
     seeds = [torch.Generator().manual_seed(i) for i in range(len(asked))]
     made = torch.as_tensor(
         pipe(asked, generator=seeds, num_inference_steps=6, guidance_scale=4, output_type="pt",
-             **call.of(pipe).sizes).frames
+             **call_defaults.of(pipe).sizes).frames
     )  # fmt: skip
     assert made.shape == (4, FRAMES, 3, SIZE, SIZE)
     right = 0
@@ -121,7 +121,7 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     parts = (pipe.text_encoder, pipe.vae, pipe.transformer)
     assert {part.dtype for part in parts} == {torch.float32}  # nobody named one
-    assert call.of(pipe).sizes == {"height": SIZE, "width": SIZE, "video_length": FRAMES}
+    assert call_defaults.of(pipe).sizes == {"height": SIZE, "width": SIZE, "video_length": FRAMES}
     few = ["--samples", "2", "--steps", "2", "--set", "calibration.bins=2", "--no-sentinel"]
     out = tmp_path / "quantized"
     for command in (
@@ -131,19 +131,22 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
         done = CliRunner().invoke(main, [str(word) for word in command])
         assert done.exit_code == 0, done.output
     assert len(list((tmp_path / "seen" / "0000").glob("*.png"))) == FRAMES
-    assert call.read(out) == call.of(pipe)
+    assert call_defaults.read(out) == call_defaults.of(pipe)
 
 
 def test_the_noise_of_a_pipeline_that_treats_one_prompt_otherwise_is_not_that_of_one_by_one():
     how = Calibration(samples=4, steps=1, batch=4, guidance=4.0)
     for name, alike in (("demo", True), ("demo-video", False)):
         source = open_source(name)
-        requests = sets.load("auto", source.pipeline, 4)
+        requests = prompts.load("auto", source.pipeline, 4)
         assert (
-            trial.one_is_as_several(source, requests, call.of(source.pipeline).fill(how)) is alike
+            paired_run.one_is_as_several(
+                source, requests, call_defaults.of(source.pipeline).fill(how)
+            )
+            is alike
         )
-    assert trial.other_batches(how, alike=True).batch == 1
-    assert trial.other_batches(how, alike=False).batch == 2
-    assert trial.other_batches(replace(how, batch=2), alike=False).batch == 3
-    assert trial.other_batches(replace(how, batch=1), alike=True).batch == 2
-    assert trial.other_batches(replace(how, batch=1), alike=False).batch == 1
+    assert paired_run.other_batches(how, alike=True).batch == 1
+    assert paired_run.other_batches(how, alike=False).batch == 2
+    assert paired_run.other_batches(replace(how, batch=2), alike=False).batch == 3
+    assert paired_run.other_batches(replace(how, batch=1), alike=True).batch == 2
+    assert paired_run.other_batches(replace(how, batch=1), alike=False).batch == 1

@@ -18,8 +18,8 @@ from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 
 import dtq
 from dtq.errors import InputError
-from dtq.recipe import Recipe
-from dtq.source import made_inputs
+from dtq.pipelines.loading import made_inputs
+from dtq.recipe.resolve import Recipe
 
 
 def linears(model):

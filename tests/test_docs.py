@@ -15,8 +15,8 @@ import zoo
 
 from dtq.cli import main
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
-from dtq.recipe import names
+from dtq.formats.activations import ACTS
+from dtq.recipe.resolve import names
 from dtq.solvers import SOLVERS
 from dtq.transforms import TRANSFORMS
 
@@ -81,7 +81,7 @@ def test_files_that_pages_name_exist(page):
 def test_the_script_of_the_bundled_model_runs(tmp_path, monkeypatch, capsys):
     line = f"demo.py --every 90 --steps 1 --sheet-steps 1 --rows 2 --guidance 4 --out {tmp_path}/sheet.png"
     monkeypatch.setattr(sys, "argv", shlex.split(line))
-    runpy.run_path(str(ROOT / "docs/demo.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "scripts/demo.py"), run_name="__main__")
     assert "2 labels, 1 steps, guidance 4: first guess" in capsys.readouterr().out
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 

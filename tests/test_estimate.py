@@ -9,14 +9,16 @@ import pytest
 import tiny
 import torch
 
-from dtq import forecast
+from dtq.api import quantize_source
 from dtq.calibrate import engine
-from dtq.estimate import estimate
-from dtq.machine import reading_time
-from dtq.plan import Call
-from dtq.quantize import needs_of, plan_source, quantize_source
-from dtq.recipe import Recipe
-from dtq.source import open_source
+from dtq.estimate import duration
+from dtq.estimate.hardware import reading_time
+from dtq.estimate.size import estimate
+from dtq.io.schema import Call
+from dtq.pipelines.loading import open_source
+from dtq.recipe.resolve import Recipe
+from dtq.stages.calibrate import needs_of
+from dtq.stages.plan import plan_source
 
 RECIPE = Recipe.load(
     "w4a8",
@@ -43,10 +45,10 @@ def seconds(source, recipe, driven, memory=2**34):
 @pytest.fixture(autouse=True)
 def fixed(monkeypatch):
     """Layers that cost nothing, on a machine of one operation a second."""
-    monkeypatch.setattr(forecast, "multiply_rate", lambda dtype: 1.0)
-    monkeypatch.setattr(forecast, "touch", lambda: 1.0)
+    monkeypatch.setattr(duration, "multiply_rate", lambda dtype: 1.0)
+    monkeypatch.setattr(duration, "touch", lambda: 1.0)
     monkeypatch.setattr(
-        forecast, "paces", lambda layers, *_: {forecast.kind(x): Free() for x in layers}
+        duration, "paces", lambda layers, *_: {duration.kind(x): Free() for x in layers}
     )
 
 
@@ -67,7 +69,7 @@ def test_the_calls_that_are_foretold_are_made(folder, driven):
     handle = source.model.register_forward_pre_hook(count, with_kwargs=True)
     engine.calibrate(source, sites, RECIPE.calibration, RECIPE.needs(), progress=False)
     handle.remove()
-    runs = forecast.runs_of(source.model, RECIPE, driven)
+    runs = duration.runs_of(source.model, RECIPE, driven)
     assert len(pictures) == runs.calls
     assert max(pictures) == runs.pictures  # the last batch of a pipeline may be smaller
 
@@ -75,11 +77,11 @@ def test_the_calls_that_are_foretold_are_made(folder, driven):
 def test_a_model_without_a_second_branch_runs_half_as_much(folder):
     source = open_source(str(folder))
     guided = replace(RECIPE, calibration=replace(RECIPE.calibration, guidance=1.0))
-    assert forecast.runs_of(source.model, RECIPE, True).branches == 2
-    assert forecast.runs_of(source.model, guided, True).branches == 1
+    assert duration.runs_of(source.model, RECIPE, True).branches == 2
+    assert duration.runs_of(source.model, guided, True).branches == 1
     distilled = tiny.flux()
     distilled.register_to_config(guidance_embeds=True)
-    assert forecast.runs_of(distilled, RECIPE, True).branches == 1
+    assert duration.runs_of(distilled, RECIPE, True).branches == 1
 
 
 def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
@@ -88,9 +90,9 @@ def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
     scan, plan = plan_source(source, alone)
     portions = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
     once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
-    runs = forecast.runs_of(source.model, alone, True)
+    runs = duration.runs_of(source.model, alone, True)
     seen = runs.calls * runs.pictures
-    looked = forecast.LOOKED * runs.looked + forecast.TRACED_BATCH
+    looked = duration.LOOKED * runs.looked + duration.TRACED_BATCH
     assert often / once == pytest.approx((portions * seen + looked) / (seen + looked))
 
 
@@ -102,10 +104,10 @@ def test_a_mapped_model_is_read_whenever_it_runs(folder):
         estimate(source.model, scan, plan, RECIPE, torch.float32, **how, reading=r).seconds
         for r in (0.0, 1e9)
     )
-    runs = forecast.runs_of(source.model, RECIPE, False)
+    runs = duration.runs_of(source.model, RECIPE, False)
     # traced, hashed, solved, seen, and looked at
     assert (read - without) / 1e9 == pytest.approx(
-        3 + runs.calls + forecast.LOOKED * runs.looked, 1e-3
+        3 + runs.calls + duration.LOOKED * runs.looked, 1e-3
     )
 
 

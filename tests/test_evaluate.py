@@ -14,48 +14,50 @@ import tiny
 import torch
 
 import dtq
-from dtq.calibrate import sets
 from dtq.errors import InputError
-from dtq.evaluate import baselines, drift, fid, pictures, report, run, runfile, trial
-from dtq.evaluate.identity import fingerprint
-from dtq.evaluate.metrics import METRICS
-from dtq.recipe import Calibration
-from dtq.source import open_source
+from dtq.evaluate import baselines, evaluate, paired_run, run_file, trajectory
+from dtq.evaluate.fingerprint import fingerprint
+from dtq.evaluate.gate.metrics import METRICS
+from dtq.evaluate.metrics import fid, images
+from dtq.evaluate.report import html
+from dtq.pipelines import prompts
+from dtq.pipelines.loading import open_source
+from dtq.pipelines.settings import Calibration
 
 HOW = Calibration(samples=4, steps=3, batch=2, seed=5)
 
 
 def test_a_model_has_no_error_against_itself():
     pipe = tiny.pipeline()
-    truth = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
-    again = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+    truth = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), HOW)
+    again = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), HOW)
     assert truth.steps() == 3
-    assert drift.teacher_forced(truth, pipe.transformer) == [0.0] * 3
-    assert drift.mean_by_step(drift.free_running(truth, again)) == [0.0] * 3
+    assert trajectory.teacher_forced(truth, pipe.transformer) == [0.0] * 3
+    assert trajectory.mean_by_step(trajectory.free_running(truth, again)) == [0.0] * 3
 
 
 def test_teacher_forced_error_has_the_known_value():
     pipe = tiny.pipeline()
-    truth = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+    truth = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), HOW)
     pipe.transformer.proj_out_2.weight.data *= 1.1
     pipe.transformer.proj_out_2.bias.data *= 1.1
-    for value in drift.teacher_forced(truth, pipe.transformer):
+    for value in trajectory.teacher_forced(truth, pipe.transformer):
         assert value == pytest.approx(0.01, rel=1e-3)
 
 
 def test_samples_of_a_batch_have_errors_of_their_own():
     """The batch's figures are of all; each sample's are what it has alone."""
     pipe = tiny.pipeline()
-    requests = sets.load("auto", pipe, 4)
+    requests = prompts.load("auto", pipe, 4)
     found = []
     for batch in (4, 1):
         how = Calibration(samples=4, steps=3, batch=batch, seed=5)
-        truth = drift.record(pipe, pipe.transformer, requests, how)
+        truth = trajectory.record(pipe, pipe.transformer, requests, how)
         other = tiny.dit()
         other.proj_out_2.bias.data += 0.1
-        outputs = truth.by_sample(drift.replayed(truth, other))
+        outputs = truth.by_sample(trajectory.replayed(truth, other))
         floats = truth.by_sample([call.output for call in truth.calls])
-        found.append(torch.tensor(drift.sample_errors(outputs, floats)))
+        found.append(torch.tensor(trajectory.sample_errors(outputs, floats)))
     assert found[0].shape == (4, 3)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
     assert found[0].std(0).min() > 1e-3 * found[0].mean()
@@ -63,22 +65,22 @@ def test_samples_of_a_batch_have_errors_of_their_own():
 
 def test_more_samples_begin_with_the_same_ones():
     pipe = tiny.pipeline()
-    few, many = (sets.load("auto", pipe, n, nested=True).entries for n in (32, 96))
+    few, many = (prompts.load("auto", pipe, n, nested=True).entries for n in (32, 96))
     assert many[:32] == few
     gaps = torch.tensor(sorted(few)).diff()
     assert gaps.max() < 64  # of 1000 labels, 32 evenly would be 31 apart
 
 
 def test_a_broken_model_has_infinite_error():
-    assert drift.relative_error(torch.tensor([1.0, math.nan]), torch.ones(2)) == math.inf
+    assert trajectory.relative_error(torch.tensor([1.0, math.nan]), torch.ones(2)) == math.inf
 
 
 def test_requests_do_not_depend_on_the_batch_size():
     pipe = tiny.pipeline()
-    requests = sets.load("auto", pipe, 4)
+    requests = prompts.load("auto", pipe, 4)
     a, b = (
         torch.cat(
-            drift.record(
+            trajectory.record(
                 pipe, pipe.transformer, requests, Calibration(samples=4, steps=2, batch=n)
             ).pictures
         )
@@ -121,21 +123,21 @@ def test_psnr_and_ssim():
     a = torch.rand(2, 3, 32, 32)
     b = (a + 0.1).clamp(0, 1)
     want = -10 * torch.log10((a - b).square().flatten(1).mean(1))
-    torch.testing.assert_close(pictures.psnr(b, a).float(), want)
-    assert pictures.psnr(a, a).isinf().all()
-    torch.testing.assert_close(pictures.ssim(a, a), torch.ones(2))
-    assert pictures.ssim(torch.rand(2, 3, 32, 32), a).max() < 0.5
+    torch.testing.assert_close(images.psnr(b, a).float(), want)
+    assert images.psnr(a, a).isinf().all()
+    torch.testing.assert_close(images.ssim(a, a), torch.ones(2))
+    assert images.ssim(torch.rand(2, 3, 32, 32), a).max() < 0.5
 
 
 def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
-    result = run.evaluate(open_source(quantized_folder), open_source(float_folder), HOW)
+    result = evaluate.evaluate(open_source(quantized_folder), open_source(float_folder), HOW)
     row = result.rows[0]
     assert 0 < row.error < 0.01
     assert len(row.error_steps) == len(row.divergence) == 3
     assert row.divergence[0] == 0.0  # both start from the same noise
     assert row.psnr > 20
     assert 4 < row.bits < 5
-    held = runfile.parse(json.loads(runfile.text(result.to_json())))
+    held = run_file.parse(json.loads(run_file.text(result.to_json())))
     assert [s.seed for s in held.samples] == [5 * 1_000_003 + i for i in range(4)]
     assert len({s.prompt for s in held.samples}) == 4
     every = {name for name, metric in METRICS.items() if metric.when == "always"}
@@ -149,10 +151,10 @@ def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
     assert held.conditions["sampler"] == "DDIMScheduler"
     assert held.identity["recipe"] == "w4a8"
     assert held.failures == {}
-    run.write_pictures(result, tmp_path)
+    evaluate.write_pictures(result, tmp_path)
     assert len(list(tmp_path.glob("pictures/*/*.png"))) == 8
-    page = report.render(result)
-    close, sentence = report.verdict(result)
+    page = html.render(result)
+    close, sentence = html.verdict(result)
     assert close
     assert sentence in page
     assert "data:image/png;base64" in page
@@ -166,16 +168,16 @@ def test_the_verdict_of_a_bad_model_is_bad(float_folder, tmp_path):
         block.ff.net[2].weight_scale.data = (block.ff.net[2].part("weight_scale") * 3).view(
             torch.int32
         )
-    result = run.evaluate(open_source(pipe), open_source(float_folder), HOW)
-    assert not report.verdict(result)[0]
+    result = evaluate.evaluate(open_source(pipe), open_source(float_folder), HOW)
+    assert not html.verdict(result)[0]
 
 
 def test_what_cannot_be_compared():
     pipe = open_source(tiny.pipeline())
     with pytest.raises(InputError, match="bare transformers"):
-        run.evaluate(open_source(tiny.dit()), pipe, HOW)
+        evaluate.evaluate(open_source(tiny.dit()), pipe, HOW)
     with pytest.raises(InputError, match="unknown baseline"):
-        run.evaluate(pipe, pipe, HOW, baselines=["gptqq"])
+        evaluate.evaluate(pipe, pipe, HOW, baselines=["gptqq"])
 
 
 def test_both_transformers_of_a_pipeline_are_judged():
@@ -185,18 +187,18 @@ def test_both_transformers_of_a_pipeline_are_judged():
     assert list(float_model.models()) == ["transformer", "transformer_2"]
     changed.models()["transformer_2"].proj_out.weight.data *= 1.1
     changed.models()["transformer_2"].proj_out.bias.data *= 1.1
-    job = trial.observe(float_model, how)
+    job = paired_run.observe(float_model, how)
     turns = [call.model for call in job.truth.calls]
     assert set(turns) == {"transformer", "transformer_2"}
     assert [call.step for call in job.truth.calls] == list(range(len(turns)))
-    seen = trial.compare(job, changed)
-    errors = drift.mean_by_step(drift.call_errors(job.truth, seen.outputs))
+    seen = paired_run.compare(job, changed)
+    errors = trajectory.mean_by_step(trajectory.call_errors(job.truth, seen.outputs))
     for turn, error in zip(turns, errors, strict=True):
         assert error == pytest.approx(0.01 if turn == "transformer_2" else 0.0, rel=1e-3)
     calls = {name: turns.count(name) for name in ("transformer", "transformer_2")}
     assert seen.run.conditions["calls"] == calls
     assert seen.run.identity["checkpoint"] != seen.run.identity["reference"]
-    assert trial.compare(job, float_model).run.identity["checkpoint"] == fingerprint(
+    assert paired_run.compare(job, float_model).run.identity["checkpoint"] == fingerprint(
         *float_model.models().values()
     )
 
@@ -205,14 +207,14 @@ def test_a_transformer_that_is_never_called_is_said(caplog):
     pipe = pipelines.wan_two()
     pipe.register_to_config(boundary_ratio=0.0)  # the first one has every step
     how = Calibration(samples=1, steps=2, batch=1, arguments=pipelines.SMALL["wan 2.2"])
-    trial.observe(open_source(pipe), how)
+    paired_run.observe(open_source(pipe), how)
     assert "transformer_2 is not called in this job, so it is not judged" in caplog.text
 
 
 def test_pipelines_of_other_transformers_are_not_compared():
     two, one = open_source(pipelines.wan_two()), open_source(pipelines.wan())
     with pytest.raises(InputError, match=r"transformer_2.*not the same model"):
-        run.evaluate(two, one, HOW)
+        evaluate.evaluate(two, one, HOW)
 
 
 def test_a_candidate_with_weights_alone_has_baselines(float_folder, monkeypatch):
@@ -222,20 +224,20 @@ def test_a_candidate_with_weights_alone_has_baselines(float_folder, monkeypatch)
     monkeypatch.setitem(baselines.BASELINES, "mine", mine)
     pipe = dtq.quantize(float_folder, "rtn-w4a8", acts="none", progress=False)
     candidate, reference = open_source(pipe), open_source(float_folder)
-    result = run.evaluate(candidate, reference, HOW, baselines=["mine"])
-    assert seen == list(run.judged_layers(candidate.model))
+    result = evaluate.evaluate(candidate, reference, HOW, baselines=["mine"])
+    assert seen == list(evaluate.judged_layers(candidate.model))
     assert (result.rows[1].error, result.rows[1].bits) == (0.0, 4.5)
     with pytest.raises(InputError, match="no quantized layer"):
-        run.evaluate(reference, reference, HOW, baselines=["mine"])
+        evaluate.evaluate(reference, reference, HOW, baselines=["mine"])
 
 
 def test_a_picture_that_is_none_is_a_failure(float_folder):
     pipe = tiny.pipeline()
     pipe.transformer.proj_out_2.bias.data[0] = math.nan
-    result = run.evaluate(open_source(pipe), open_source(float_folder), HOW)
+    result = evaluate.evaluate(open_source(pipe), open_source(float_folder), HOW)
     assert len(result.run.failures) == 4
     assert "the candidate made numbers that are not finite" in result.run.failures["0000"]
-    text = runfile.text(result.to_json())
+    text = run_file.text(result.to_json())
     assert "NaN" not in text
     assert "Infinity" not in text
 
@@ -259,7 +261,7 @@ def test_baselines_change_only_the_layers_they_are_given(name):
     x = torch.randn(2, 4, 8, 8)
     arguments = {"timestep": torch.tensor([5, 5]), "class_labels": torch.tensor([1, 2])}
     with torch.no_grad():
-        error = drift.relative_error(model(x, **arguments)[0], plain(x, **arguments)[0])
+        error = trajectory.relative_error(model(x, **arguments)[0], plain(x, **arguments)[0])
     assert 0 < error < 0.1
     assert 4 <= baselines.find(name).bits(model.get_submodule(chosen[0])) < 9
     other = "transformer_blocks.0.attn1.to_q"

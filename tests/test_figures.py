@@ -14,14 +14,15 @@ from click.testing import CliRunner
 
 from dtq.cli import main
 from dtq.errors import InputError
-from dtq.evaluate import adm, distributions, extractors, figures, packages, run
-from dtq.evaluate.distributions import DISTRIBUTIONS, Against, figure
-from dtq.evaluate.fid import Moments, frechet
-from dtq.evaluate.figures import Asked
-from dtq.evaluate.kernel import cmmd, kid
-from dtq.evaluate.manifold import inception_score, precision_recall
-from dtq.recipe import Calibration
-from dtq.source import open_source
+from dtq.evaluate import evaluate, optional_packages, requested_metrics
+from dtq.evaluate.metrics import adm_suite, distributions, extractors
+from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, Against, figure
+from dtq.evaluate.metrics.fid import Moments, frechet
+from dtq.evaluate.metrics.mmd import cmmd, kid
+from dtq.evaluate.metrics.precision_recall import inception_score, precision_recall
+from dtq.evaluate.requested_metrics import Asked
+from dtq.pipelines.loading import open_source
+from dtq.pipelines.settings import Calibration
 
 HOW = Calibration(samples=4, steps=2, batch=2, seed=5)
 
@@ -194,17 +195,17 @@ def test_samples_of_one_request_are_drawn_together():
 
 def test_adm_files_come_back(tmp_path, sides):
     pictures = torch.rand(5, 3, 8, 6)
-    adm.write(pictures, tmp_path / "made.npz")
+    adm_suite.write(pictures, tmp_path / "made.npz")
     held = np.load(tmp_path / "made.npz")["arr_0"]
     assert held.shape == (5, 8, 6, 3)
     assert held.dtype == np.uint8
-    back = adm.read(tmp_path / "made.npz").pictures
+    back = adm_suite.read(tmp_path / "made.npz").pictures
     torch.testing.assert_close(
         back.permute(0, 3, 1, 2) / 255, pictures, atol=0.5 / 255 + 1e-6, rtol=0
     )
     pool, spatial = (Moments.of(s) for s in sides)
-    adm.write_moments(tmp_path / "real.npz", pool, spatial)
-    again = adm.read(tmp_path / "real.npz")
+    adm_suite.write_moments(tmp_path / "real.npz", pool, spatial)
+    again = adm_suite.read(tmp_path / "real.npz")
     assert again.pictures is None
     assert pool.to(again.pool) == pytest.approx(0, abs=1e-9)
     assert torch.equal(again.spatial.cov, spatial.cov)
@@ -223,15 +224,15 @@ def test_adm_files_come_back(tmp_path, sides):
 def test_adm_files_that_are_none(tmp_path, arrays, words):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(InputError, match=words):
-        adm.read(tmp_path / "x.npz")
+        adm_suite.read(tmp_path / "x.npz")
 
 
 def test_adm_files_that_are_not_there_or_damaged(tmp_path):
     with pytest.raises(InputError, match="no such file"):
-        adm.read(tmp_path / "x.npz")
+        adm_suite.read(tmp_path / "x.npz")
     (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 not a zip")
     with pytest.raises(InputError, match="not an npz"):
-        adm.read(tmp_path / "x.npz")
+        adm_suite.read(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("name", ["emoji", "random"])
@@ -282,7 +283,7 @@ def test_extractors_that_cannot_be_loaded(tmp_path):
     with pytest.raises(InputError, match="unknown extractor"):
         extractors.load("vgg")
     with pytest.raises(InputError, match="pip install some-package"):
-        packages.need("some_package_that_is_not_there", "some-package")
+        optional_packages.need("some_package_that_is_not_there", "some-package")
     with pytest.raises(InputError, match="--extractor clip=FOLDER"):
         extractors.load("clip", str(tmp_path))
 
@@ -328,7 +329,7 @@ def test_what_is_asked_for_is_checked_before_anything_runs():
 
 def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_folder, tmp_path):
     asked = ("fid", "kid", "is", "precision", "cmmd", "ms-ssim")
-    adm.write(torch.rand(6, 3, 32, 32), tmp_path / "ref.npz")
+    adm_suite.write(torch.rand(6, 3, 32, 32), tmp_path / "ref.npz")
     lines = [
         "eval", quantized_folder, "--reference", float_folder, "--samples", 2, "--steps", 2,
         "--fid", 8, "--metric", ",".join(asked), "--features", "random", "--npz",
@@ -347,7 +348,7 @@ def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_fold
         assert f["extractor"] == "random (plumbing only)"
         if (f["metric"], f["against"]) == ("fid", "ref.npz"):
             assert f["low"] < f["change"] < f["high"]
-    assert len(adm.read(tmp_path / "out" / "candidate.npz").pictures) == 8
+    assert len(adm_suite.read(tmp_path / "out" / "candidate.npz").pictures) == 8
     page = (tmp_path / "out" / "report.html").read_text()
     for words in ("bicubic-antialias 64", "8 samples", "2 steps of DDIMScheduler", "cmmd"):
         assert words in page
@@ -358,7 +359,9 @@ def test_pictures_that_failed_count(float_folder):
     pipe = tiny.pipeline()
     pipe.transformer.proj_out_2.bias.data[0] = math.nan
     asked = Asked(("fid", "is"), 4, "random")
-    found = figures.distributions(open_source(pipe), open_source(float_folder), HOW, asked)
+    found = requested_metrics.distributions(
+        open_source(pipe), open_source(float_folder), HOW, asked
+    )
     assert found.figures == []
     assert "4 of 4 pictures of candidate failed: numbers that are not finite" in found.missing["is"]
 
@@ -367,7 +370,7 @@ def test_stored_features_give_the_same_figure(float_folder, quantized_folder, tm
     from safetensors.torch import load_file
 
     asked = Asked(("fid",), 6, "random")
-    found = figures.distributions(
+    found = requested_metrics.distributions(
         open_source(quantized_folder), open_source(float_folder), HOW, asked
     )
     for side, held in found.crowds.items():
@@ -382,11 +385,13 @@ def test_ms_ssim_of_large_pictures():
     g = torch.Generator().manual_seed(0)
     want = torch.rand(2, 3, 176, 176, generator=g)
     got = (want + 0.05 * torch.randn(want.shape, generator=g)).clamp(0, 1)
-    same, moved = figures.pair("ms-ssim", want, want, got, ["a", "b"], "")
+    same, moved = requested_metrics.pair("ms-ssim", want, want, got, ["a", "b"], "")
     assert same == pytest.approx([1.0, 1.0], abs=1e-5)
     assert max(moved) < 0.9999
     with pytest.raises(InputError, match="above 160"):
-        figures.pair("ms-ssim", want[..., :64], want[..., :64], got[..., :64], ["a", "b"], "")
+        requested_metrics.pair(
+            "ms-ssim", want[..., :64], want[..., :64], got[..., :64], ["a", "b"], ""
+        )
 
 
 def test_clip_score_from_a_local_folder(tmp_path):
@@ -406,7 +411,7 @@ def test_clip_score_from_a_local_folder(tmp_path):
         str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
     ).save_pretrained(tmp_path)
     got, want = torch.rand(2, 3, 40, 40), torch.rand(2, 3, 40, 40)
-    first, second = figures.pair("clip-score", got, want, want, ["a", "b"], str(tmp_path))
+    first, second = requested_metrics.pair("clip-score", got, want, want, ["a", "b"], str(tmp_path))
     assert first == second  # the float model's run did not move
     assert all(0 <= x <= 100 for x in first)
 
@@ -415,9 +420,9 @@ def test_perceptual_figures_without_their_weights(tmp_path):
     shown = torch.rand(1, 3, 64, 64)
     for metric in ("lpips", "image-reward", "clip-iqa", "clip-score"):
         with pytest.raises(InputError):
-            figures.pair(metric, shown, shown, shown, ["a"], str(tmp_path / "none"))
+            requested_metrics.pair(metric, shown, shown, shown, ["a"], str(tmp_path / "none"))
 
 
 def test_domain_figures_are_for_the_bundled_models(float_folder):
     with pytest.raises(InputError, match="bundled emoji"):
-        run.extractor_for(open_source(float_folder).pipeline)
+        evaluate.extractor_for(open_source(float_folder).pipeline)

@@ -16,7 +16,11 @@ import torch
 
 from dtq.errors import InputError
 from dtq.formats import FORMATS, base, bits_per_weight, snapped
-from dtq.formats.bits import (
+from dtq.formats.floats import Fp8
+from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid, Levels
+from dtq.formats.integer import Int, TwoLevelInt
+from dtq.formats.lut import Lut, Moments, lloyd
+from dtq.formats.packing import (
     pack_bits,
     pack_nibbles,
     pack_trits,
@@ -24,14 +28,10 @@ from dtq.formats.bits import (
     unpack_nibbles,
     unpack_trits,
 )
-from dtq.formats.floats import Fp8
-from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid, Levels
-from dtq.formats.integer import Int, TwoLevelInt
-from dtq.formats.lut import Lut, Moments, lloyd
 from dtq.formats.ternary import Ternary
 from dtq.formats.vq import kmeans
-from dtq.solvers.search import search
-from dtq.transforms.hadamard import fwht
+from dtq.linalg.hadamard import fwht
+from dtq.solvers.clip_search import search
 
 DOCS = Path(__file__).parent.parent / "docs"
 _spec = importlib.util.spec_from_file_location("docs_formats", DOCS / "formats.py")

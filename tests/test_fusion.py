@@ -15,12 +15,12 @@ from conftest import QUICK
 from torch import nn
 
 import dtq
-from dtq import fusion
-from dtq.bench_models import quantized
-from dtq.kernels import dispatch
+from dtq.bench.cases import quantized
+from dtq.integrations import torch_compile
+from dtq.kernels import gpu_dispatch
 from dtq.nn import QuantLinear
-from dtq.nn.swap import share_changes
-from dtq.plan import Runtime
+from dtq.nn.shared_inputs import share_changes
+from dtq.plan.layers import Runtime
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _clean():
 @pytest.fixture
 def everywhere(monkeypatch):
     """Fused ops as torch reference count as compiled."""
-    monkeypatch.setattr(fusion, "_compiled", lambda node, op: True)
+    monkeypatch.setattr(torch_compile, "_compiled", lambda node, op: True)
 
 
 def layer(columns, rows, weights="int8-row", rank=0, acts="int8-row"):
@@ -49,10 +49,10 @@ def layer(columns, rows, weights="int8-row", rank=0, acts="int8-row"):
 
 def run(call, *given, **options):
     """Output of a compiled function, and what was fused in all of its graphs."""
-    total = fusion.Fused()
+    total = torch_compile.Fused()
 
     def backend(module, inputs):
-        for name, count in vars(fusion.fuse(module)).items():
+        for name, count in vars(torch_compile.fuse(module)).items():
             setattr(total, name, getattr(total, name) + count)
         return module.forward
 
@@ -92,24 +92,26 @@ def test_a_block_is_fused(everywhere, weights, rank):
         want = block(*given)
         got, fused = run(block, *given, fullgraph=True)
     # a branch reads what is quantized as well, and is a sum of its own where no kernel adds it
-    assert fused == (fusion.Fused() if rank else fusion.Fused(norms=3, gelus=1, gates=1))
+    assert fused == (
+        torch_compile.Fused() if rank else torch_compile.Fused(norms=3, gelus=1, gates=1)
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
 
 
 def test_fp4_products_go_on_too(everywhere, monkeypatch):
-    monkeypatch.setattr(dispatch, "multiplies_fp4", lambda x, mx: True)
+    monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: True)
     block, given = Block("nvfp4", acts="nvfp4"), block_inputs()
     with torch.no_grad():
         want = block(*given)
         got, fused = run(block, *given, fullgraph=True)
-    assert fused == fusion.Fused(gelus=1, gates=1)
+    assert fused == torch_compile.Fused(gelus=1, gates=1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("acts", ["e2m1-row", "nvfp4", "fp8-row", "int4-g64"])
 @pytest.mark.parametrize("fp4", [False, True])
 def test_codes_of_every_kind_are_shared(everywhere, monkeypatch, acts, fp4):
-    monkeypatch.setattr(dispatch, "multiplies_fp4", lambda x, mx: fp4)
+    monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: fp4)
     q, k = (layer(128, 128, "nvfp4", acts=acts) for _ in "qk")
     share_changes(nn.ModuleDict({"q": q, "k": k}))
     x = torch.randn(2, 9, 128)
@@ -177,7 +179,7 @@ def test_sizes_may_change(everywhere):
     block, total = Block(), []
 
     def backend(module, inputs):
-        total.append(fusion.fuse(module))
+        total.append(torch_compile.fuse(module))
         return module.forward
 
     compiled = torch.compile(block, backend=backend, dynamic=True, fullgraph=True)

@@ -8,8 +8,8 @@ from collections import Counter
 import fuzz
 import pytest
 
-from dtq import checkpoint
 from dtq.errors import InputError
+from dtq.io import checksum
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_another_error_is_a_failure(error, words, monkeypatch):
 def test_no_end_is_a_failure(monkeypatch):
     def hangs(path):
         while True:
-            checkpoint.checksum  # noqa: B018
+            checksum.checksum  # noqa: B018
 
     monkeypatch.setattr(fuzz, "TARGETS", {"x": fuzz.Target("*.yaml", ("",), hangs)})
     monkeypatch.setattr(fuzz, "SHARE", {"x": 1})

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import yaml
 
-import gate as measured  # docs/gate.py
+import gate as measured  # scripts/gate.py
 from dtq.errors import InputError, RecipeError
-from dtq.evaluate import limits, runfile
-from dtq.evaluate.gate import Outcome, judge
-from dtq.evaluate.interval import holm, paired, samples_needed, sign_test
-from dtq.evaluate.limits import Limit, Policy
-from dtq.evaluate.runfile import Run, Sample
+from dtq.evaluate import run_file
+from dtq.evaluate.gate import policy
+from dtq.evaluate.gate.bootstrap import holm, paired, samples_needed, sign_test
+from dtq.evaluate.gate.decision import Outcome, judge
+from dtq.evaluate.gate.policy import Limit, Policy
+from dtq.evaluate.run_file import Run, Sample
 
 ERROR = Policy(name="error", primary=(Limit("error", 1.05),), looks=(32, 64, 96))
 
@@ -285,14 +286,14 @@ BROKEN = {
     "unique ids": (lambda r: r.samples.__setitem__(1, r.samples[0]), "ids are not unique"),
     **{
         f"the same {name}": (lambda r, name=name: r.conditions.update({name: "x"}), f"{name}: ")
-        for name in (*runfile.JOB, "hardware", "torch")
+        for name in (*run_file.JOB, "hardware", "torch")
     },
     **{
         f"the recorded {name}": (
             lambda r, name=name: r.conditions.pop(name),
             f"{name} was not recorded",
         )
-        for name in (*runfile.JOB, "hardware")
+        for name in (*run_file.JOB, "hardware")
     },
 }
 
@@ -346,9 +347,9 @@ def test_a_run_file_reads_back(tmp_path):
     run = a_run()
     run.values["error"]["0001"][2] = float("inf")
     file = tmp_path / "eval.json"
-    file.write_text(runfile.text(run.to_json()))
+    file.write_text(run_file.text(run.to_json()))
     assert "Infinity" not in file.read_text()
-    again = runfile.read(tmp_path)
+    again = run_file.read(tmp_path)
     assert again.samples == run.samples
     assert again.values["error"]["0001"][2] is None
     assert again.values["psnr"] == run.values["psnr"]
@@ -371,16 +372,16 @@ def test_a_run_file_reads_back(tmp_path):
 def test_what_is_no_run_file(tmp_path, text, words):
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(InputError, match=words):
-        runfile.read(tmp_path)
+        run_file.read(tmp_path)
     with pytest.raises(InputError, match="dtq eval"):
-        runfile.read(tmp_path / "nothing.json")
+        run_file.read(tmp_path / "nothing.json")
 
 
 def test_damaged_parts_of_a_run_file():
     good = a_run().to_json()
     for key, value in (("samples", [3]), ("values", {"error": 3})):
         with pytest.raises(InputError, match=key):
-            runfile.parse({**json.loads(json.dumps(good)), key: value})
+            run_file.parse({**json.loads(json.dumps(good)), key: value})
 
 
 @pytest.mark.parametrize("name", ["../../etc/x", "a/b", "", "a b"])
@@ -388,23 +389,23 @@ def test_ids_of_samples_are_names_of_files(name):
     good = json.loads(json.dumps(a_run().to_json()))
     good["samples"][3]["id"] = name
     with pytest.raises(InputError, match=r"samples\[3\]: the id .* is no plain name"):
-        runfile.parse(good)
+        run_file.parse(good)
 
 
 def test_a_run_file_has_a_size(tmp_path, monkeypatch):
-    (tmp_path / "eval.json").write_text(runfile.text(a_run().to_json()))
-    monkeypatch.setattr(runfile, "LARGEST_JSON", 1000)
+    (tmp_path / "eval.json").write_text(run_file.text(a_run().to_json()))
+    monkeypatch.setattr(run_file, "LARGEST_JSON", 1000)
     with pytest.raises(InputError, match="larger than 1000 bytes"):
-        runfile.read(tmp_path)
+        run_file.read(tmp_path)
 
 
 def test_the_shipped_policies_are_good():
-    assert "default" in limits.names()
-    for name in limits.names():
-        policy = Policy.load(name)
-        assert policy.about
-        assert policy.primary
-        assert yaml.safe_dump(policy.to_dict())
+    assert "default" in policy.names()
+    for name in policy.names():
+        shipped = Policy.load(name)
+        assert shipped.about
+        assert shipped.primary
+        assert yaml.safe_dump(shipped.to_dict())
 
 
 def test_a_policy_reports_every_mistake_at_once(tmp_path):

@@ -19,13 +19,14 @@ from click.testing import CliRunner
 import dtq as library
 from dtq.cli import main
 from dtq.errors import InputError
-from dtq.evaluate import ledger, runfile, trial
-from dtq.evaluate.gate import Outcome, judge
-from dtq.evaluate.identity import fingerprint
-from dtq.evaluate.limits import Limit, Policy
-from dtq.recipe import Calibration
-from dtq.source import open_source
-from gate import scaled, swapped, without_bias  # docs/gate.py
+from dtq.evaluate import paired_run, run_file
+from dtq.evaluate.fingerprint import fingerprint
+from dtq.evaluate.gate import baseline_file
+from dtq.evaluate.gate.decision import Outcome, judge
+from dtq.evaluate.gate.policy import Limit, Policy
+from dtq.pipelines.loading import open_source
+from dtq.pipelines.settings import Calibration
+from gate import scaled, swapped, without_bias  # scripts/gate.py
 
 HOW = Calibration(samples=16, steps=4, batch=8, seed=3)
 gate_group = main.commands["gate"].commands
@@ -47,7 +48,7 @@ def dtq(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def job(float_folder):
-    return trial.observe(open_source(float_folder), HOW)
+    return paired_run.observe(open_source(float_folder), HOW)
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +58,19 @@ def candidate(quantized_folder):
 
 @pytest.fixture(scope="module")
 def base(job, candidate):
-    return trial.compare(job, candidate).run
+    return paired_run.compare(job, candidate).run
 
 
 @pytest.fixture
 def place(tmp_path, base):
     """An evaluated folder, a policy, and the baseline file."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "eval.json").write_text(runfile.text(base.to_json()))
+    (tmp_path / "run" / "eval.json").write_text(run_file.text(base.to_json()))
     (tmp_path / "tiny.yaml").write_text(
         "primary: [{metric: error, margin: 1.05}]\nsecondary: [{metric: psnr, margin: 1}]\n"
         "looks: [16, 32]\nresamples: 1999\n"
     )
-    ledger.accept(base, tmp_path / "base.json", "first", POLICY, "me")
+    baseline_file.accept(base, tmp_path / "base.json", "first", POLICY, "me")
     return tmp_path
 
 
@@ -93,7 +94,7 @@ def changed(place, change):
 def test_a_planted_defect_is_a_regression(defect, job, base, quantized_folder):
     broken = open_source(quantized_folder)
     with defect(broken.model, "transformer_blocks.1.ff.net.2"):
-        verdict = judge(trial.compare(job, broken).run, base, POLICY)
+        verdict = judge(paired_run.compare(job, broken).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION, verdict.sentence
     assert fingerprint(broken.model) == base.identity["checkpoint"]  # it was taken back
 
@@ -104,11 +105,11 @@ def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
         calibration={"samples": 4, "batch": 4, "steps": 8, "bins": 4},
     )  # fmt: skip
     source = open_source(pipe)
-    right = trial.compare(job, source).run
+    right = paired_run.compare(job, source).run
     for module in source.model.modules():
         if isinstance(module, library.QuantLinear) and module.task.acts.stepped:
             module.part("input_scale").reshape(-1)[1] *= 0.5
-    verdict = judge(trial.compare(job, source).run, right, POLICY)
+    verdict = judge(paired_run.compare(job, source).run, right, POLICY)
     assert verdict.outcome is Outcome.REGRESSION
     quarters = {r.name: r.outcome for r in verdict.rows if "/" in r.name}
     assert Outcome.REGRESSION in quarters.values()
@@ -117,7 +118,7 @@ def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
 
 def test_a_recipe_that_changed_silently_is_a_regression(job, base, float_folder):
     naive = open_source(library.quantize(float_folder, "rtn-w4a8", progress=False))
-    verdict = judge(trial.compare(job, naive).run, base, POLICY)
+    verdict = judge(paired_run.compare(job, naive).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION
     assert any("recipe: rtn-w4a8 in the run" in note for note in verdict.notes)
 
@@ -129,8 +130,8 @@ def test_unchanged_checkpoints_pass_whatever_the_batch(candidate):
         runs = []
         for batch in (8, 1):
             how = Calibration(samples=8, steps=2, batch=batch, seed=seed)
-            small = trial.observe(reference, how)
-            runs.append(trial.compare(small, candidate).run)
+            small = paired_run.observe(reference, how)
+            runs.append(paired_run.compare(small, candidate).run)
         moved += runs[0].values != runs[1].values
         halves = Policy(**{**vars(policy), "primary": (Limit("error", 1.05, parts=2),)})
         outcomes.append(judge(runs[1], runs[0], halves).outcome)
@@ -312,11 +313,11 @@ def test_a_baseline_keeps_its_history(place, base):
     other.identity["checkpoint"] = "another"
     for part in (other.values, other.rerun):
         part["error"] = {k: [1.5 * x for x in v] for k, v in part["error"].items()}
-    (place / "run" / "eval.json").write_text(runfile.text(other.to_json()))
+    (place / "run" / "eval.json").write_text(run_file.text(other.to_json()))
     arguments = ("--baseline", place / "base.json", "--policy", place / "tiny.yaml", "--who", "you")
     told = dtq("gate", "accept", place / "run", *arguments, "--reason", "faster").stdout
     assert "against the last one: regression" in told
-    first, second = ledger.history(place / "base.json")
+    first, second = baseline_file.history(place / "base.json")
     assert (first["who"], first["why"], second["who"], second["why"]) == (
         "me",
         "first",
@@ -372,7 +373,7 @@ def test_what_the_policy_leaves_out_may_be_missing_in_a_baseline(place, base):
     run = copy.deepcopy(base)
     run.values["divergence"] = {s.id: None for s in run.samples}
     run.values["ssim"] = {}
-    entry = ledger.accept(run, place / "base.json", "again", POLICY)
+    entry = baseline_file.accept(run, place / "base.json", "again", POLICY)
     assert entry["errors"]["divergence"] is entry["errors"]["ssim"] is None
     assert entry["errors"]["psnr"] > 0
 
@@ -386,7 +387,7 @@ def test_a_baseline_is_written_whole_or_not_at_all(place, base, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     files = set(place.iterdir())
     with pytest.raises(InputError, match=r"base.json: could not be written .*No space"):
-        ledger.accept(base, place / "base.json", "again", POLICY)
+        baseline_file.accept(base, place / "base.json", "again", POLICY)
     assert (place / "base.json").read_bytes() == before
     assert set(place.iterdir()) == files
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dtq import bench_gpu, bench_models
+from dtq.bench import cases
+from dtq.bench import gpu as bench_gpu
+from dtq.bench.timer import HostClock
 from dtq.cli import main
-from dtq.clock import HostClock
-from dtq.kernels import CUDA, dispatch
+from dtq.kernels import CUDA, gpu_dispatch
 
 HERE = torch.device("cpu")
 
@@ -109,7 +110,7 @@ def test_every_rival_of_a_linear_does_the_same_job():
 
 
 def test_fp4_is_raced_where_there_is_hardware_for_it(monkeypatch):
-    monkeypatch.setattr(dispatch, "multiplies_fp4", lambda x, mx: True)
+    monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: True)
     rows = bench_gpu.linear_race(20, 128, 64, 2, HERE, HostClock())
     found = {row.name: row for row in rows}
     assert "nvfp4" in found["bf16"].ratio
@@ -118,11 +119,11 @@ def test_fp4_is_raced_where_there_is_hardware_for_it(monkeypatch):
 
 def test_models_are_quantized_with_their_modulation():
     model, given, tokens = bench_gpu.flux(HERE, quick=True)
-    made = bench_models.quantized_model(model, "w4a8", bench_gpu.MODULATION["w4a8"])
+    made = cases.quantized_model(model, "w4a8", bench_gpu.MODULATION["w4a8"])
     kinds = {n: m.weights for n, m in made.named_modules() if hasattr(m, "runtime")}
     assert kinds["transformer_blocks.0.attn.to_q"] == "int4-2l-g64"
     assert kinds["transformer_blocks.0.norm1.linear"] == bench_gpu.MODULATION["w4a8"]
-    eight = bench_models.quantized_model(model, "w8a8", bench_gpu.MODULATION["w8a8"])
+    eight = cases.quantized_model(model, "w8a8", bench_gpu.MODULATION["w8a8"])
     kept = dict(eight.named_modules())["transformer_blocks.0.norm1.linear"]
     assert type(kept) is torch.nn.Linear
     with torch.no_grad():

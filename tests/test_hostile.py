@@ -20,15 +20,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dtq
-from dtq import checkpoint, documents, source
 from dtq.calibrate import store
+from dtq.checkpoint import reader, writer
 from dtq.cli import main
-from dtq.documents import parse_json, parse_yaml, read_json
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
-from dtq.evaluate.quantization import quantization_report
-from dtq.folder import check_folder
+from dtq.evaluate.report.quantization_report import quantization_report
+from dtq.io import safe_parse
+from dtq.io.safe_parse import parse_json, parse_yaml, read_json
 from dtq.parallel import load_sharded
-from dtq.recipe import Recipe
+from dtq.pipelines import loading
+from dtq.pipelines.validation import check_folder
+from dtq.recipe.resolve import Recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FEW = {"calibration": {"samples": 4, "batch": 4, "steps": 4, "bins": 4}}
@@ -38,7 +40,7 @@ FEW = {"calibration": {"samples": 4, "batch": 4, "steps": 4, "bins": 4}}
 def quick_folder(tmp_path_factory, float_folder) -> Path:
     """A quantized pipeline, rounded to nearest: made in a moment."""
     pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False, last_look=False, **FEW)
-    return checkpoint.write(pipe, tmp_path_factory.mktemp("quick") / "pipe")
+    return writer.write(pipe, tmp_path_factory.mktemp("quick") / "pipe")
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def refused(folder: Path, words: str) -> None:
     """Every way in says no with dtq's own error, at once."""
     started = time.monotonic()
     with pytest.raises(DtqError, match=words):
-        source.open_sources(str(folder))
+        loading.open_sources(str(folder))
     for command in (["inspect"], ["sample", "-o", str(folder.parent / "o")]):
         result = CliRunner().invoke(main, [command[0], str(folder), *command[1:]])
         assert result.exit_code == 1, result.output
@@ -98,10 +100,10 @@ def test_schedulers_of_diffusers_say_infinity(tmp_path):
     DPMSolverMultistepScheduler().save_config(tmp_path)
     file = tmp_path / "scheduler_config.json"
     assert "-Infinity" in file.read_text()
-    assert documents.read_json(file)["lambda_min_clipped"] == -math.inf
+    assert safe_parse.read_json(file)["lambda_min_clipped"] == -math.inf
     file.write_text('{"a": NaN}')
     with pytest.raises(InputError, match="NaN is not a number"):
-        documents.read_json(file)
+        safe_parse.read_json(file)
 
 
 def test_json_files_are_files(tmp_path, monkeypatch):
@@ -109,7 +111,7 @@ def test_json_files_are_files(tmp_path, monkeypatch):
     (tmp_path / "bytes").write_bytes(b'{"a": "\xff"}')
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
-    monkeypatch.setattr(documents, "LARGEST_JSON", 100)
+    monkeypatch.setattr(safe_parse, "LARGEST_JSON", 100)
     (tmp_path / "large").write_text('{"a": "' + "x" * 100 + '"}')
     for name, words in {
         "list": "expected a JSON object",
@@ -240,7 +242,7 @@ def test_a_tensor_in_two_files_is_refused(copy):
         tensor = file.get_tensor("proj_out_1.bias")
     save_file({"proj_out_1.bias": tensor}, part / "more.safetensors")
     with pytest.raises(CheckpointError, match=r"proj_out_1.bias is also in"):
-        checkpoint.verify(copy)
+        reader.verify(copy)
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "loop"])
@@ -267,7 +269,7 @@ def test_links_inside_and_those_of_the_hub_cache_are_followed(quick_folder, tmp_
     (snapshot / "transformer" / WEIGHTS).symlink_to(Path("../../../blobs/1"))
     (tmp_path / "short").symlink_to(snapshot)
     for folder in (snapshot, tmp_path / "short"):
-        assert checkpoint.verify(folder)
+        assert reader.verify(folder)
 
 
 def test_overwriting_a_link_leaves_what_it_leads_to(copy, tmp_path):
@@ -275,9 +277,9 @@ def test_overwriting_a_link_leaves_what_it_leads_to(copy, tmp_path):
     (tmp_path / "precious" / "mine").write_text("x")
     (tmp_path / "out").symlink_to(tmp_path / "precious")
     pipe = DiffusionPipeline.from_pretrained(copy)
-    checkpoint.write(pipe, tmp_path / "out", overwrite=True)
+    writer.write(pipe, tmp_path / "out", overwrite=True)
     assert (tmp_path / "precious" / "mine").read_text() == "x"
-    assert checkpoint.verify(tmp_path / "out")
+    assert reader.verify(tmp_path / "out")
     assert not (tmp_path / "out").is_symlink()
 
 
@@ -299,7 +301,7 @@ def test_the_index_names_classes_of_known_libraries(kind, copy):
     change, words = INDEX[kind]
     edit(copy / "model_index.json", change)
     with pytest.raises(DtqError, match=words):
-        source.open_sources(str(copy))
+        loading.open_sources(str(copy))
 
 
 CONFIG = {
@@ -319,7 +321,7 @@ def test_configs_ask_for_no_more_than_the_files_hold(kind, copy):
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     edit(copy / part / name, lambda data: data.update(change))
     with pytest.raises(DtqError, match=words):
-        source.open_sources(str(copy))
+        loading.open_sources(str(copy))
 
 
 def test_the_name_of_a_folder_excuses_no_config(copy):
@@ -335,7 +337,7 @@ def test_the_name_of_a_folder_excuses_no_config(copy):
 def test_a_bare_model_names_a_transformer(name, copy):
     edit(copy / "transformer" / "config.json", lambda data: data.update(_class_name=name))
     with pytest.raises(DtqError, match=r"has no model|is not a diffusion transformer|cannot be"):
-        source.open_sources(str(copy / "transformer"))
+        loading.open_sources(str(copy / "transformer"))
 
 
 Q = "transformer_blocks.0.attn1.to_q"
@@ -378,7 +380,7 @@ def test_codes_are_not_taken_for_weights(float_folder, tmp_path):
     pipe = dtq.quantize(
         float_folder, "rtn-w4a8", weights="int8-row", progress=False, last_look=False, **FEW
     )
-    checkpoint.write(pipe, tmp_path / "q")
+    writer.write(pipe, tmp_path / "q")
     config = tmp_path / "q" / "transformer" / "config.json"
     edit(config, lambda data: data["quantization_config"]["layers"].pop(Q))
     with pytest.raises(CheckpointError, match=f"{Q}.weight is I8 .*no entry in 'layers'"):
@@ -390,7 +392,7 @@ def two_level_folder(tmp_path_factory, float_folder) -> Path:
     pipe = dtq.quantize(
         float_folder, "rtn-w4a8", weights="int4-2l-g64", progress=False, last_look=False, **FEW
     )
-    return checkpoint.write(pipe, tmp_path_factory.mktemp("two-level") / "pipe")
+    return writer.write(pipe, tmp_path_factory.mktemp("two-level") / "pipe")
 
 
 @pytest.fixture
@@ -405,9 +407,9 @@ def rewritten(folder: Path, change) -> Path:
     """The transformer with other tensors and their right checksums; its weights file."""
     file = folder / "transformer" / WEIGHTS
     tensors = load_file(file)
-    tensors.pop(checkpoint.CHECKSUMS)
+    tensors.pop(reader.CHECKSUMS)
     change(tensors)
-    save_file(checkpoint.with_checksums(tensors), file, {"format": "pt"})
+    save_file(reader.with_checksums(tensors), file, {"format": "pt"})
     return file
 
 
@@ -451,7 +453,7 @@ def test_values_that_kernels_count_on_are_asked_when_a_file_is_read(
         edit(config, lambda data: data["quantization_config"]["layers"][Q].update(permute=True))
     reads = (
         lambda: DiTTransformer2DModel.from_pretrained(file.parent),
-        lambda: checkpoint.verify(copy),
+        lambda: reader.verify(copy),
         lambda: load_sharded(file.parent, 0, 1),
     )
     for read in reads:
@@ -464,10 +466,11 @@ def test_values_that_kernels_count_on_are_asked_when_a_file_is_read(
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory, float_folder) -> Path:
-    from dtq.quantize import calibrate_source, plan_source
+    from dtq.stages.calibrate import calibrate_source
+    from dtq.stages.plan import plan_source
 
     recipe = Recipe.load("w4a8", **FEW)
-    opened = source.open_source(float_folder)
+    opened = loading.open_source(float_folder)
     scan, _ = plan_source(opened, recipe)
     needs = frozenset({"channels", "gram", "reservoir"})
     found = calibrate_source(opened, scan, recipe, needs, progress=False)
@@ -550,14 +553,14 @@ def test_the_report_beside_a_checkpoint_is_checked(data, words, tmp_path):
 
 def test_what_dtq_writes_is_json_that_it_reads(tmp_path):
     data = {"layers": [{**REPORT, "error": float("inf")}], "sites": [], "a": (float("nan"), 1.5)}
-    (tmp_path / "dtq_report.json").write_text(json.dumps(documents.finite(data)))
+    (tmp_path / "dtq_report.json").write_text(json.dumps(safe_parse.finite(data)))
     read = quantization_report(tmp_path)
     assert read["layers"][0]["error"] is None
     assert read["a"] == [None, 1.5]
 
 
 def test_the_page_of_a_report_runs_nothing():
-    from dtq.evaluate.report import _layers
+    from dtq.evaluate.report.html import _layers
 
     evil = "<script>alert(1)</script>"
     layer = {**REPORT, "role": evil, "weights": evil, "name": evil}

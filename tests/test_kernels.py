@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
+from dtq.formats.activations import ACTS
 from dtq.kernels import KERNELS, Task, explain, pick
-from dtq.transforms.hadamard import fwht
+from dtq.linalg.hadamard import fwht
 
 ops = torch.ops.dtq
 ROWS = [0, 1, 17, 118]

@@ -1,88 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports point down the page: a file may import from its own package and from rows below."""
+"""Folders import downwards only: a folder may import from those below it in ``FOLDERS``."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
-ROWS = [
-    {"errors", "data", "paging", "machine", "version"},
-    {"durable"},
-    {"lock"},
-    {"team"},
-    {"formats", "work", "documents"},
-    {"calibrate.stats", "calibrate.calls", "policy"},
-    {"transforms", "solvers"},
-    {"kernels", "plan", "graph"},
-    {"nn.linear"},
-    {"families"},
-    {"nn", "fusion", "harden", "config", "demo", "folder"},
-    {"refine", "reader", "card"},
-    {"recipe"},
-    {"source", "call"},
-    {"calibrate", "checkpoint"},
-    {"solved", "look"},
-    {"diffusers", "lora", "solve", "allocate"},
-    {"steps", "budget", "parallel", "job", "sentinel", "probe"},
-    {"quantize", "forecast", "terdit"},
-    {"estimate"},
-    {"evaluate"},
-    {"clock"},
-    {"bench_models"},
-    {"bench"},
-    {"bench_gpu"},
-    {"printing"},
-    {""},  # the package itself: what `import dtq` gives
-    {"cli"},
-    {"__main__"},
+ROOT = Path(__file__).parent.parent / "dtq"
+
+FOLDERS = [
+    "__main__",
+    "cli",
+    "__init__",
+    "api",
+    "estimate",
+    "bench",
+    "stages",
+    "parallel",
+    "integrations",
+    "recipe",
+    "finetune",
+    "evaluate",
+    "checkpoint",
+    "allocate",
+    "nn",
+    "transforms",
+    "calibrate",
+    "kernels",
+    "pipelines",
+    "runs",
+    "plan",
+    "solvers",
+    "io",
+    "formats",
+    "demo",
+    "linalg",
+    "models",
+    "errors",
+    "version",
 ]
-# calibrate.stats is read by transforms, calls by refine; formats.integer by the ops; demo/train and train_video are scripts
-SCRIPTS = {"demo.train", "demo.train_video"}
+"""From top to bottom: what a person calls, how it is done, what it is done with."""
 
 
-def row(module: str) -> int:
-    candidates = [i for i, names in enumerate(ROWS) for n in names if module == n]
-    if candidates:
-        return candidates[0]
-    if "." in module:
-        return row(module.rsplit(".", 1)[0])
-    raise AssertionError(f"{module} is in no row of the table")
+def folder_of(module: str) -> str:
+    """First component below ``dtq``, ``__init__`` for the package itself."""
+    parts = module.split(".")
+    here = parts[1] if len(parts) > 1 else "__init__"
+    return here if (ROOT / here).is_dir() or (ROOT / f"{here}.py").is_file() else "__init__"
 
 
 def imports(path: Path) -> set[str]:
+    """Dotted names of dtq that a file imports anywhere, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{a.name}" for a in node.names}
-            found |= {node.module} - {"dtq"}  # `from dtq import x` imports x
-    return {f for f in found if f == "dtq" or f.startswith("dtq.")}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name == "dtq" or name.startswith("dtq.")}
 
 
-def test_imports_point_down():
-    root = Path(__file__).parent.parent / "dtq"
-    files = {
-        str(p.relative_to(root).with_suffix(""))
-        .replace("/", ".")
-        .removesuffix("__init__")
-        .rstrip("."): p
-        for p in root.rglob("*.py")
+def files() -> dict[Path, str]:
+    return {
+        path: folder_of(".".join(("dtq", *path.relative_to(ROOT).with_suffix("").parts)))
+        for path in ROOT.rglob("*.py")
     }
-    wrong = []
-    for name, path in files.items():
-        if name in SCRIPTS:
-            continue
-        for target in imports(path):
-            module = target.removeprefix("dtq").lstrip(".")
-            while module and module not in files:
-                module = module.rpartition(".")[0]
-            if module.split(".")[0] == name.split(".")[0]:
-                continue
-            if row(module) >= row(name):
-                wrong.append(f"dtq.{name} imports dtq.{module}")
-    assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def test_every_folder_is_in_the_list():
+    assert set(files().values()) == set(FOLDERS)
+
+
+def test_folders_import_downwards():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path, folder in files().items()
+        for name in imports(path)
+        if folder_of(name) != folder and FOLDERS.index(folder_of(name)) <= FOLDERS.index(folder)
+    ]
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_at_most_six_modules_lie_loose():
+    loose = sorted(path.name for path in ROOT.glob("*.py"))
+    assert len(loose) <= 6, loose
 
 
 def test_import_leaves_torch_alone():

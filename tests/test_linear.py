@@ -15,10 +15,10 @@ from torch._dynamo.testing import CompileCounter
 import dtq
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, bits_per_weight
+from dtq.linalg.hadamard import signs
 from dtq.nn import QuantLinear
-from dtq.plan import Runtime
+from dtq.plan.layers import Runtime
 from dtq.transforms import Online
-from dtq.transforms.hadamard import signs
 
 
 def make(weights="int4-2l-g64", acts="int8-row", n=48, k=128, seed=0, dtype=torch.float32):

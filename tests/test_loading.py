@@ -17,7 +17,7 @@ from torch import nn
 
 import dtq
 from dtq.errors import InputError
-from dtq.source import made_inputs
+from dtq.pipelines.loading import made_inputs
 
 
 def linears(model: nn.Module) -> dict[str, dtq.QuantLinear]:

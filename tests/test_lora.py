@@ -21,8 +21,8 @@ from torch import nn
 
 import dtq
 from dtq.errors import InputError
-from dtq.recipe import Recipe
-from dtq.source import made_inputs
+from dtq.pipelines.loading import made_inputs
+from dtq.recipe.resolve import Recipe
 
 peft = pytest.importorskip("peft")
 

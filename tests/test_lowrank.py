@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 
 import dtq
-from dtq.calibrate.stats import Origin, SiteStats
+from dtq.calibrate.observers import Origin, SiteStats
 from dtq.formats import FORMATS, bits_per_weight
-from dtq.formats.acts import ACTS
+from dtq.formats.activations import ACTS
+from dtq.io.schema import Call
+from dtq.linalg.hadamard import fwht
 from dtq.nn.linear import QuantLinear
-from dtq.plan import Call, LayerPlan
-from dtq.recipe import Recipe
-from dtq.solve import solve_site
+from dtq.plan.layers import LayerPlan
+from dtq.recipe.resolve import Recipe
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, loftq, rank_for, svd
+from dtq.stages.solve_layer import solve_site
 from dtq.transforms import TRANSFORMS
-from dtq.transforms.hadamard import fwht
 
 K, N = 128, 96
 FMT = FORMATS["int4-g64"]

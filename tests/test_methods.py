@@ -14,14 +14,18 @@ from conftest import QUICK, hasty
 from diffusers import DiffusionPipeline
 
 import dtq
-from dtq import checkpoint
-from dtq.calibrate import sets
-from dtq.evaluate import drift
-from dtq.evaluate.run import stored_bits
-from dtq.harden import harden
-from dtq.quantize import calibrate_source, plan_source, quantize_source
-from dtq.recipe import Calibration, Recipe, names
-from dtq.source import open_source
+from dtq.api import quantize_source
+from dtq.checkpoint import reader, writer
+from dtq.demo.outliers import harden
+from dtq.evaluate import trajectory
+from dtq.evaluate.evaluate import stored_bits
+from dtq.io import atomic
+from dtq.pipelines import prompts
+from dtq.pipelines.loading import open_source
+from dtq.pipelines.settings import Calibration
+from dtq.recipe.resolve import Recipe, names
+from dtq.stages.calibrate import calibrate_source
+from dtq.stages.plan import plan_source
 
 PRESETS = [
     "ditas",
@@ -56,8 +60,8 @@ def prepared(model):
     fast = replace(Recipe(), calibration=FAST)
     stats = calibrate_source(source, scan, fast, EVERYTHING, progress=False)
     how = Calibration(samples=2, steps=3, batch=2, seed=7)
-    requests = sets.load("auto", source.pipeline, 2)
-    return source, stats, drift.record(source.pipeline, source.model, requests, how)
+    requests = prompts.load("auto", source.pipeline, 2)
+    return source, stats, trajectory.record(source.pipeline, source.model, requests, how)
 
 
 @pytest.mark.parametrize("name", names())
@@ -68,16 +72,16 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
     opened = replace(source, pipeline=copy.copy(source.pipeline), model=copy.deepcopy(source.model))
     opened.pipeline.register_modules(transformer=opened.model)
     report = quantize_source(opened, recipe, statistics=stats, skip=KEEP, progress=False)
-    steps = drift.teacher_forced(truth, opened.model)
+    steps = trajectory.teacher_forced(truth, opened.model)
     assert sum(steps) / len(steps) < LOOSE.get(name, 0.05)
     plan = report.plan
     assert stored_bits(opened.model) == pytest.approx(
         plan.bits([x for x in plan.quantized() if x.acts != "none"] or plan.quantized())
     )
-    with checkpoint.whole_folder(tmp_path / "out", overwrite=False) as side:
-        checkpoint.save_into(opened.pipeline, side, "10GB")
+    with atomic.whole_folder(tmp_path / "out", overwrite=False) as side:
+        writer.save_into(opened.pipeline, side, "10GB")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    checkpoint.verify(tmp_path / "out")
+    reader.verify(tmp_path / "out")
     want, got = (tiny.sample(p, steps=2) for p in (opened.pipeline, loaded))
     assert torch.isfinite(got).all()
     assert torch.equal(want, got)
@@ -88,13 +92,13 @@ def test_errors_come_in_the_order_of_the_bits_that_are_spent():
     pipe = tiny.pipeline()
     harden(pipe.transformer)
     how = Calibration(samples=4, steps=4, batch=4, seed=99)
-    truth = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), how)
+    truth = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), how)
 
     def error(recipe: str, **overrides) -> float:
         twin = tiny.pipeline()
         harden(twin.transformer)
         dtq.quantize(twin, recipe, progress=False, **{**QUICK, **overrides})
-        steps = drift.teacher_forced(truth, twin.transformer)
+        steps = trajectory.teacher_forced(truth, twin.transformer)
         return sum(steps) / len(steps)
 
     # the branch's own bits shrink with the width: give the narrow model rank 8

@@ -8,12 +8,12 @@ import torch
 import zoo
 
 import dtq
-from dtq.calibrate.calls import first_tensor
-from dtq.families import FAMILIES, Scan, find
+from dtq.models import FAMILIES, Scan, find
 from dtq.nn import QuantLinear
-from dtq.quantize import calibrate_source
-from dtq.recipe import Recipe
-from dtq.source import Source, made_inputs, scan_model
+from dtq.pipelines.loading import Source, made_inputs, scan_model
+from dtq.pipelines.recorded_calls import first_tensor
+from dtq.recipe.resolve import Recipe
+from dtq.stages.calibrate import calibrate_source
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 forgive less than real ones

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import dtq
-from dtq.data import folder
-from dtq.kernels import cpu, cuda, nvcc
+from dtq.io.package_data import folder
+from dtq.kernels.compile import cpu, cuda, nvcc
 
 ROOT = Path(__file__).parent.parent
 

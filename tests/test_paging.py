@@ -18,14 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dtq
-from dtq.calibrate import gather, store
+from dtq.api import quantize_sources
+from dtq.calibrate import distributed, store
 from dtq.errors import InputError
+from dtq.io.memory import Mapped, paged
 from dtq.nn import QuantLinear
-from dtq.paging import Mapped, paged
-from dtq.quantize import calibrate_source, plan_source, quantize_sources
-from dtq.recipe import Recipe
-from dtq.source import open_source
-from dtq.work import Work
+from dtq.pipelines.loading import open_source
+from dtq.recipe.resolve import Recipe
+from dtq.runs.tasks import Work
+from dtq.stages.calibrate import calibrate_source
+from dtq.stages.plan import plan_source
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="MADV_PAGEOUT is Linux's")
 MB = 2**20
@@ -107,7 +109,7 @@ def test_parts_are_added_one_site_at_a_time(tmp_path, monkeypatch):
         calibrate_source(source, scan, how, how.needs(), progress=False) for _ in range(2)
     )
     path = tmp_path / "statistics.safetensors"
-    gather._add(path, first, 0)
+    distributed._add(path, first, 0)
     before = [weakref.ref(site) for site in second.sites.values()]
     save = store.save
 
@@ -119,7 +121,7 @@ def test_parts_are_added_one_site_at_a_time(tmp_path, monkeypatch):
         save(statistics, path)
 
     monkeypatch.setattr(store, "save", watched)
-    gather._add(path, second, 1)
+    distributed._add(path, second, 1)
 
 
 def test_a_little_memory_gives_the_same_model():

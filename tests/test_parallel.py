@@ -14,13 +14,13 @@ from torch import nn
 import dtq
 from dtq.errors import InputError
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
+from dtq.formats.activations import ACTS
 from dtq.nn import QuantLinear
 from dtq.parallel import ROW, Slice, shard, sliced, tp_plan
-from dtq.plan import Runtime
-from dtq.quantize import plan_source
-from dtq.recipe import Recipe, names
-from dtq.source import Source
+from dtq.pipelines.loading import Source
+from dtq.plan.layers import Runtime
+from dtq.recipe.resolve import Recipe, names
+from dtq.stages.plan import plan_source
 
 CUTS = [(64, 32), (64, 1), (33, 17), (7, 3), (2, 1)]
 INTEGER = ("w8a8", "w4a8-two-level")  # kernels whose products are exact, whatever the batch

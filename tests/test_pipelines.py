@@ -13,15 +13,15 @@ from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dtq.calibrate import media
 from dtq.cli import main
 from dtq.errors import InputError
-from dtq.evaluate import runfile
-from dtq.evaluate.gate import Outcome, judge
-from dtq.evaluate.limits import Limit, Policy
-from dtq.evaluate.metrics import METRICS
+from dtq.evaluate import run_file
+from dtq.evaluate.gate.decision import Outcome, judge
+from dtq.evaluate.gate.metrics import METRICS
+from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.nn import QuantLinear
-from dtq.recipe import Calibration
+from dtq.pipelines import image_inputs
+from dtq.pipelines.settings import Calibration
 
 SPATIAL = {"height", "width", "num_frames", "use_resolution_binning"}
 
@@ -76,7 +76,7 @@ def test_videos_are_sampled_and_compared(tmp_path):
         assert sheet.size[0] > 5 * 16
     words = ("eval", tmp_path / "out", "--reference", tmp_path / "float", "--samples", 2)
     run(*words, "--steps", 2, "--pictures", "-o", tmp_path / "run")
-    held = runfile.read(tmp_path / "run")
+    held = run_file.read(tmp_path / "run")
     of_videos = {name for name, metric in METRICS.items() if metric.when == "video"}
     assert len(of_videos) == 5
     assert of_videos <= set(held.values)
@@ -102,7 +102,7 @@ def test_a_pipeline_of_two_transformers_is_compared(tmp_path):
     more = ["--samples=2", "--steps=4", "-o", str(tmp_path / "report")]
     result = CliRunner().invoke(main, [*command, *more])
     assert result.exit_code == 0, result.output
-    held = runfile.read(tmp_path / "report")
+    held = run_file.read(tmp_path / "report")
     calls = held.conditions["calls"]
     assert min(calls["transformer"], calls["transformer_2"]) > 0
     assert len(held.values["error"]["0000"]) == sum(calls.values())
@@ -130,7 +130,7 @@ def test_a_pipeline_that_works_on_pictures(name, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(2):
-        media.made_up((20, 24), i).save(photos / f"{i}.png")
+        image_inputs.made_up((20, 24), i).save(photos / f"{i}.png")
     result = quantize(tmp_path / "float", tmp_path / "out", name, "--images", str(photos))
     assert result.exit_code == 0, result.output
     assert "made up" not in result.output
@@ -151,7 +151,7 @@ def test_a_pipeline_that_works_on_pictures(name, tmp_path):
 
 def test_pictures_are_made_up_with_a_warning(caplog):
     how = Calibration(samples=1, steps=2, batch=4, arguments=pipelines.SMALL["inpaint"])
-    beside = media.wanted(pipelines.inpaint(), how)
+    beside = image_inputs.wanted(pipelines.inpaint(), how)
     assert beside.arguments == ("image", "mask_image")
     assert beside.batch(4) == 1
     assert "--images" in beside.warning
@@ -164,7 +164,7 @@ def test_pictures_are_made_up_with_a_warning(caplog):
 
 def test_prompts_are_enough_for_the_others():
     for name, make in pipelines.PIPELINES.items():
-        beside = media.wanted(make(), Calibration())
+        beside = image_inputs.wanted(make(), Calibration())
         assert beside.arguments == (), name
         assert beside.batch(4) == 4
         assert beside.of(0) == {}
@@ -181,15 +181,15 @@ def test_bad_pictures_are_said(tmp_path):
     }
     for reason, path in cases.items():
         with pytest.raises(InputError, match=reason):
-            media.wanted(pipe, Calibration(images=str(path))).of(0)
+            image_inputs.wanted(pipe, Calibration(images=str(path))).of(0)
     with pytest.raises(InputError, match="takes no pictures"):
-        media.wanted(pipelines.pixart(), Calibration(images=str(tmp_path / "broken.png")))
+        image_inputs.wanted(pipelines.pixart(), Calibration(images=str(tmp_path / "broken.png")))
     with pytest.raises(InputError, match="give it with --images"):
-        media.wanted(pipe, Calibration(arguments={"image": "cat.png"}))
+        image_inputs.wanted(pipe, Calibration(arguments={"image": "cat.png"}))
 
 
 def test_a_clip_pans_over_a_picture():
-    clip = media.MAKERS["video"](media.made_up((32, 48), 0))
-    assert len(clip) == media.FRAMES
+    clip = image_inputs.MAKERS["video"](image_inputs.made_up((32, 48), 0))
+    assert len(clip) == image_inputs.FRAMES
     assert {frame.size for frame in clip} == {(48, 32)}
     assert clip[0].tobytes() != clip[-1].tobytes()

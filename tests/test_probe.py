@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from dtq import probe
-from dtq.plan import Call
-from dtq.quantize import plan_source
-from dtq.recipe import Recipe
-from dtq.source import open_source
+from dtq.estimate import solver_cost
+from dtq.io.schema import Call
+from dtq.pipelines.loading import open_source
+from dtq.recipe.resolve import Recipe
+from dtq.stages.plan import plan_source
 
 RATE = 1e11
 
@@ -27,7 +27,7 @@ def source(tmp_path_factory):
 
 def paces_of(source, recipe):
     layers = plan_source(source, recipe)[1].quantized()
-    return layers, probe.paces(layers, recipe, recipe.needs(), RATE)
+    return layers, solver_cost.paces(layers, recipe, recipe.needs(), RATE)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,11 @@ def paces_of(source, recipe):
     ],
 )
 def test_what_a_transform_is_chosen_on_is_read_off_its_knobs(transform, rows, outputs):
-    assert probe._sampled(transform) == (rows, outputs)
+    assert solver_cost._sampled(transform) == (rows, outputs)
 
 
 def test_a_wider_output_costs_no_more_choosing_than_the_transform_looks_at():
-    pace = probe.Pace(chosen=1e-6, rows=512, outputs=1024, column=0.0, weight=0.0, tries=1)
+    pace = solver_cost.Pace(chosen=1e-6, rows=512, outputs=1024, column=0.0, weight=0.0, tries=1)
     free = math.inf  # of products
     assert pace.seconds((1024, 64), free, gram=True) == pace.seconds((4096, 64), free, gram=True)
     assert pace.seconds((512, 64), free, gram=True) < pace.seconds((1024, 64), free, gram=True)
@@ -52,7 +52,7 @@ def test_a_wider_output_costs_no_more_choosing_than_the_transform_looks_at():
 
 
 def test_without_statistics_nothing_is_judged_on_them():
-    pace = probe.Pace(chosen=0.0, rows=0, outputs=math.inf, column=0.0, weight=1e-9, tries=1)
+    pace = solver_cost.Pace(chosen=0.0, rows=0, outputs=math.inf, column=0.0, weight=1e-9, tries=1)
     alone = replace(pace, judged=False).seconds((512, 256), RATE, gram=False)
     assert alone == pytest.approx(512 * 256 * 1e-9)
     assert pace.seconds((512, 256), RATE, gram=False) > alone
@@ -60,7 +60,7 @@ def test_without_statistics_nothing_is_judged_on_them():
 
 def test_a_model_without_data_is_judged_by_weights_alone(source):
     recipe = Recipe.load("w4a16")
-    paces = probe.paces(plan_source(source, recipe)[1].quantized(), recipe, frozenset(), RATE)
+    paces = solver_cost.paces(plan_source(source, recipe)[1].quantized(), recipe, frozenset(), RATE)
     assert all(not pace.judged and pace.weight > 0 for pace in paces.values())
 
 
@@ -68,23 +68,25 @@ def test_without_data_the_largest_layer_is_solved_but_not_more_than_it_takes(sou
     recipe = Recipe.load("w4a16")
     layers = plan_source(source, recipe)[1].quantized()
     solved = []
-    solve = probe.solve_site
+    solve = solver_cost.solve_site
     monkeypatch.setattr(
-        probe, "solve_site", lambda members, *a: solved.append(members[0]) or solve(members, *a)
+        solver_cost,
+        "solve_site",
+        lambda members, *a: solved.append(members[0]) or solve(members, *a),
     )
-    probe.paces(layers, recipe, frozenset(), RATE)
+    solver_cost.paces(layers, recipe, frozenset(), RATE)
     assert {math.prod(x.shape) for x in solved} == {
-        max(math.prod(x.shape) for x in layers if probe.kind(x) == kind)
-        for kind in map(probe.kind, layers)
+        max(math.prod(x.shape) for x in layers if solver_cost.kind(x) == kind)
+        for kind in map(solver_cost.kind, layers)
     }
-    monkeypatch.setattr(probe, "_MOST", 1000)
+    monkeypatch.setattr(solver_cost, "_MOST", 1000)
     solved.clear()
-    probe.paces(layers, recipe, frozenset(), RATE)
+    solver_cost.paces(layers, recipe, frozenset(), RATE)
     assert max(math.prod(x.shape) for x in solved) <= 1000
 
 
 def test_rivals_are_solved_and_cost_what_a_solve_costs():
-    pace = probe.Pace(chosen=0.0, rows=0, outputs=math.inf, column=1e-6, weight=1e-9, tries=1)
+    pace = solver_cost.Pace(chosen=0.0, rows=0, outputs=math.inf, column=1e-6, weight=1e-9, tries=1)
     once = pace.seconds((512, 256), RATE, gram=True)
     assert replace(pace, tries=3).seconds((512, 256), RATE, gram=True) == pytest.approx(3 * once)
 
@@ -92,13 +94,15 @@ def test_rivals_are_solved_and_cost_what_a_solve_costs():
 @pytest.mark.parametrize("name", ["ditas", "w4a8", "rtn-w4a8"])
 def test_every_kind_of_layer_is_measured_once_and_takes_time(name, source, monkeypatch):
     asked, how = [], "_streamed" if name == "rtn-w4a8" else "_measured"
-    measured = getattr(probe, how)
-    monkeypatch.setattr(probe, how, lambda x, *a: asked.append(probe.kind(x)) or measured(x, *a))
+    measured = getattr(solver_cost, how)
+    monkeypatch.setattr(
+        solver_cost, how, lambda x, *a: asked.append(solver_cost.kind(x)) or measured(x, *a)
+    )
     layers, paces = paces_of(source, Recipe.load(name))
     assert set(asked) == set(paces)
     assert len(asked) == len(paces)
     for layer in layers:
-        assert paces[probe.kind(layer)].seconds(layer.shape, RATE, gram=False) > 0
+        assert paces[solver_cost.kind(layer)].seconds(layer.shape, RATE, gram=False) > 0
 
 
 def test_a_grid_of_candidates_takes_longer_than_none(source):

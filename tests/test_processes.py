@@ -10,16 +10,16 @@ import socket
 import time
 from pathlib import Path
 
-import kill  # docs/kill.py
+import kill  # scripts/kill.py
 import pipelines
 import pytest
 import quanto
 
-from dtq.bench import installed
+from dtq.bench.cpu import installed
 from dtq.calibrate import store
 from dtq.errors import TeamError
-from dtq.evaluate.exchange import check_ids
-from dtq.team import Team
+from dtq.runs.gather import check_ids
+from dtq.runs.workers import Team
 
 RECIPE = {
     "whole model": ["--set", "transform=hadamard", "--set", "compare=[none]"],

@@ -14,16 +14,18 @@ from conftest import QUICK, hasty
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 
 import dtq
-from dtq import solve
-from dtq.calibrate import engine, sets, store
+from dtq.calibrate import engine, store
 from dtq.calibrate.engine import calibrate
+from dtq.demo.outliers import harden
 from dtq.errors import InputError
-from dtq.evaluate import drift
-from dtq.harden import harden
+from dtq.evaluate import trajectory
 from dtq.nn import QuantLinear
-from dtq.quantize import plan_source
-from dtq.recipe import Calibration, Recipe
-from dtq.source import Source, made_inputs, open_source, scan_model
+from dtq.pipelines import prompts
+from dtq.pipelines.loading import Source, made_inputs, open_source, scan_model
+from dtq.pipelines.settings import Calibration
+from dtq.recipe.resolve import Recipe
+from dtq.stages import transform_choice
+from dtq.stages.plan import plan_source
 
 HOW = Calibration(samples=4, steps=4, batch=4, seed=99)
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
@@ -34,7 +36,9 @@ def truth(request):
     pipe = tiny.pipeline()
     if request.param == "hard":
         harden(pipe.transformer)
-    return request.param, drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+    return request.param, trajectory.record(
+        pipe, pipe.transformer, prompts.load("auto", pipe, 4), HOW
+    )
 
 
 def error_of(kind, truth, recipe, **overrides) -> float:
@@ -42,7 +46,7 @@ def error_of(kind, truth, recipe, **overrides) -> float:
     if kind == "hard":
         harden(pipe.transformer)
     dtq.quantize(pipe, recipe, progress=False, **{**QUICK, **overrides})
-    steps = drift.teacher_forced(truth, pipe.transformer)
+    steps = trajectory.teacher_forced(truth, pipe.transformer)
     return sum(steps) / len(steps)
 
 
@@ -189,9 +193,9 @@ def test_modulation_switch_changes_bits():
 @pytest.mark.parametrize("acts", ["int8-row", "int8-step"])
 def test_static_and_dynamic_activations(acts):
     pipe = tiny.pipeline()
-    recorded = drift.record(pipe, pipe.transformer, sets.load("auto", pipe, 4), HOW)
+    recorded = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), HOW)
     dtq.quantize(pipe, "w8a8", acts=acts, progress=False, **QUICK)
-    steps = drift.teacher_forced(recorded, pipe.transformer)
+    steps = trajectory.teacher_forced(recorded, pipe.transformer)
     assert max(steps) < 5e-3
 
 
@@ -265,13 +269,13 @@ def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, m
     else:
         site = next(s for s in scan.sites if s.linears[0].name == name)
         stats.sites[site.name].channels.total[0, 0] = float("inf")
-    before = solve.choose
+    before = transform_choice.choose
 
     def choose(members, weights, stats):
         assert members[0].name != name
         return before(members, weights, stats)
 
-    monkeypatch.setattr(solve, "choose", choose)
+    monkeypatch.setattr(transform_choice, "choose", choose)
     with pytest.raises(InputError, match=rf"{name}: .* 1 entries that are NaN or infinite"):
         dtq.quantize(
             model, recipe, statistics=stats, progress=False, transform={"search": {"step": 0.5}}
@@ -325,7 +329,7 @@ def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
 def test_alternatives_are_compared_on_calls_of_the_float_pipeline(monkeypatch):
     """Else those of the second transformer depend on whether this process changed the first."""
     pipe, quantized = two_stages(), []
-    module = importlib.import_module("dtq.quantize")  # the package has a function of that name
+    module = importlib.import_module("dtq.api")  # the package has a function of that name
     before = module.sample_calls
 
     def sampled(*arguments, **options):

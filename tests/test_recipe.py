@@ -7,12 +7,12 @@ import pytest
 import tiny
 import yaml
 
-from dtq.data import folder
 from dtq.errors import InputError, RecipeError
-from dtq.families import ROLES, Linear
-from dtq.plan import Call
-from dtq.recipe import Recipe, names
-from dtq.source import scan_model
+from dtq.io.package_data import folder
+from dtq.io.schema import Call
+from dtq.models import ROLES, Linear
+from dtq.pipelines.loading import scan_model
+from dtq.recipe.resolve import Recipe, names
 
 
 @pytest.mark.parametrize("path", sorted(folder("recipes").rglob("*.yaml")), ids=lambda p: p.stem)

@@ -12,20 +12,21 @@ import tiny
 import torch
 from torch import nn
 
-from dtq.calibrate.calls import Recorded
 from dtq.errors import InputError
+from dtq.finetune import REFINE
+from dtq.finetune.block_order import find, layers_of
+from dtq.finetune.targets import examples_of
+from dtq.finetune.trainable import Trainee, VectorTrainee, set_state, state_of
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
+from dtq.formats.activations import ACTS
+from dtq.linalg.hadamard import signs
 from dtq.nn import QuantLinear
-from dtq.nn.swap import install_clock, placed
-from dtq.plan import Runtime
-from dtq.refine import REFINE
-from dtq.refine.examples import examples_of
-from dtq.refine.order import find, layers_of
-from dtq.refine.trainees import Trainee, VectorTrainee, set_state, state_of
-from dtq.source import made_inputs
+from dtq.nn.swap import placed
+from dtq.nn.timestep_hook import install_clock
+from dtq.pipelines.loading import made_inputs
+from dtq.pipelines.recorded_calls import Recorded
+from dtq.plan.layers import Runtime
 from dtq.transforms import Online
-from dtq.transforms.hadamard import signs
 
 
 def call(i, kwargs, args=()):

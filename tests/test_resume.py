@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-import kill  # docs/kill.py
+import kill  # scripts/kill.py
 import psutil
 import pytest
 import tiny
@@ -17,15 +17,16 @@ from click.testing import CliRunner
 from conftest import hasty
 from safetensors.torch import load_file
 
-from dtq import job, solve
-from dtq.calibrate import gather
+from dtq.api import quantize_sources
+from dtq.calibrate import distributed
 from dtq.cli import main
 from dtq.errors import CheckpointError, InputError
-from dtq.lock import locked
-from dtq.quantize import quantize_sources
-from dtq.recipe import Recipe
-from dtq.source import open_source
-from dtq.work import Work
+from dtq.io import checksum
+from dtq.io.run_lock import locked
+from dtq.pipelines.loading import open_source
+from dtq.recipe.resolve import Recipe
+from dtq.runs.tasks import Work
+from dtq.stages import solve_layer
 
 FEW = [
     "--samples", "4", "--steps", "2", "--set", "calibration.batch=1",
@@ -42,7 +43,7 @@ def run(*arguments, code: int | None = 0, command: str = "quantize"):
 @pytest.fixture
 def dies(monkeypatch):
     """Make solving stop, as a crash would, after so many inputs."""
-    before = solve.solve_site
+    before = solve_layer.solve_site
 
     def after(count: int) -> None:
         left = [count]
@@ -53,10 +54,10 @@ def dies(monkeypatch):
             left[0] -= 1
             return before(*arguments)
 
-        monkeypatch.setattr(solve, "solve_site", crash)
+        monkeypatch.setattr(solve_layer, "solve_site", crash)
 
     yield after
-    monkeypatch.setattr(solve, "solve_site", before)
+    monkeypatch.setattr(solve_layer, "solve_site", before)
 
 
 def test_killed_runs_end_in_the_same_bytes(float_folder, tmp_path):
@@ -84,7 +85,7 @@ def test_what_is_finished_is_not_done_again(float_folder, tmp_path, dies, caplog
 
 def dies_after(monkeypatch, count: int) -> list[range]:
     """Calibration crashes when that many parts were seen; the parts, to be emptied to go on."""
-    see, parts = gather.see, []
+    see, parts = distributed.see, []
 
     def crash(*arguments, **options):
         if len(parts) == count:
@@ -92,7 +93,7 @@ def dies_after(monkeypatch, count: int) -> list[range]:
         parts.append(arguments[-1])
         return see(*arguments, **options)
 
-    monkeypatch.setattr(gather, "see", crash)
+    monkeypatch.setattr(distributed, "see", crash)
     return parts
 
 
@@ -216,7 +217,7 @@ def test_a_run_killed_right_before_its_end_is_known_to_be_finished(float_folder,
     out, work = tmp_path / "q", tmp_path / ".q.work"
     run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out)
     work.mkdir()
-    digest = job._digest_of(out)
+    digest = checksum._digest_of(out)
     (work / "finished.json").write_text(json.dumps({"output": digest}))
     told = run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out).stdout
     assert "had finished it" in told

@@ -35,9 +35,9 @@ from torch._dynamo.testing import CompileCounter
 
 import dtq
 from dtq.nn import QuantLinear
-from dtq.nn.swap import install_clock
-from dtq.policy import StepPolicy
-from dtq.source import made_inputs
+from dtq.nn.timestep_hook import install_clock
+from dtq.pipelines.loading import made_inputs
+from dtq.plan.step_policy import StepPolicy
 
 CPU = torch.device("cpu")
 POLICY = StepPolicy((300.0, 700.0), ("a16", "native", "a8"))

@@ -15,13 +15,14 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import dtq
-from dtq import checkpoint, sentinel
+from dtq.checkpoint import writer
 from dtq.cli import main
 from dtq.errors import NumberError
 from dtq.nn import QuantLinear
-from dtq.source import made_inputs
+from dtq.pipelines.loading import made_inputs
+from dtq.stages import sanity_check
 
-quantize = importlib.import_module("dtq.quantize")  # the package has a function of that name
+quantize = importlib.import_module("dtq.api")  # the package has a function of that name
 Q = "transformer_blocks.1.attn1.to_v"
 FEW = {"calibration": {"samples": 4, "batch": 4, "steps": 4, "bins": 4}}
 STATIC = {"acts": "int8-step", "correct_bias": False}
@@ -42,7 +43,7 @@ def test_nothing_changes_when_nothing_is_wrong(recipe, tmp_path):
         pipe = dtq.quantize(
             tiny.pipeline(), recipe, refine="none", progress=False, last_look=last_look, **FEW
         )
-        folders.append(checkpoint.write(pipe, tmp_path / str(last_look)))
+        folders.append(writer.write(pipe, tmp_path / str(last_look)))
         seen = report_of(pipe).sentinel
         assert bool(seen) == last_look
         assert not seen or seen["promoted"] == []
@@ -101,7 +102,7 @@ def test_a_broken_layer_is_promoted_to_int8_with_the_reason(factor, monkeypatch,
     assert plan[Q].weights == "int8-row"
     assert plan[Q].note.startswith("sentinel: ")
     assert pipe.transformer.get_submodule(Q).weights == "int8-row"
-    checkpoint.write(pipe, tmp_path / "q")
+    writer.write(pipe, tmp_path / "q")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "q")
     assert torch.equal(tiny.sample(loaded), tiny.sample(pipe))
     monkeypatch.undo()
@@ -111,9 +112,9 @@ def test_a_broken_layer_is_promoted_to_int8_with_the_reason(factor, monkeypatch,
 
 def test_int8_that_fails_too_goes_back_to_the_float_layer(monkeypatch, tmp_path):
     sabotage(monkeypatch, Q, with_scale(math.nan))
-    promoted = sentinel.built
+    promoted = sanity_check.built
     monkeypatch.setattr(
-        sentinel, "built", lambda *a: (new := promoted(*a), with_scale(math.nan)(new))[0]
+        sanity_check, "built", lambda *a: (new := promoted(*a), with_scale(math.nan)(new))[0]
     )
     pipe = run(tiny.pipeline())
     steps = [(x["layer"], x["to"]) for x in report_of(pipe).sentinel["promoted"]]
@@ -122,7 +123,7 @@ def test_int8_that_fails_too_goes_back_to_the_float_layer(monkeypatch, tmp_path)
     assert type(layer) is nn.Linear
     assert report_of(pipe).plan[Q].kept
     assert Q not in [x.name for x in report_of(pipe).layers]
-    checkpoint.write(pipe, tmp_path / "q")
+    writer.write(pipe, tmp_path / "q")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "q")
     assert torch.equal(tiny.sample(loaded), tiny.sample(pipe))
 
@@ -209,16 +210,16 @@ def test_a_float_model_that_is_broken_itself_is_refused():
 
 
 def test_what_no_layer_is_to_blame_for_is_said():
-    seen = sentinel.Look(2, snr={"a": [30.0, 30.0], "b": [29.0, 1.0]}, variance=[1.0, math.nan])
-    assert sentinel.findings(seen) == []
-    assert sentinel.complaints(seen) == [
+    seen = sanity_check.Look(2, snr={"a": [30.0, 30.0], "b": [29.0, 1.0]}, variance=[1.0, math.nan])
+    assert sanity_check.findings(seen) == []
+    assert sanity_check.complaints(seen) == [
         "b has 1.0 dB of signal left at call 1, 30.0 dB before it",
         "the variance of its outputs is nan times the float model's at call 1",
     ]
     seen.errors = {"b.x": [0.1, 0.2], "b.y": [0.0, 0.01], "c": [0.01, 0.01]}
-    assert [x.layer for x in sentinel.findings(seen)] == ["b.x"]
+    assert [x.layer for x in sanity_check.findings(seen)] == ["b.x"]
     seen.errors = {"b.x": [0.01, 0.04], "b.y": [0.0, 0.01], "c": [0.001, 0.001]}
-    assert sentinel.findings(seen) == []  # they err less than what is seen behind them
+    assert sanity_check.findings(seen) == []  # they err less than what is seen behind them
 
 
 def test_the_command_line_switches_it_off(float_folder, tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ import re
 import pytest
 import tiny
 
-from dtq.calibrate import sets
-from dtq.data import folder
 from dtq.errors import InputError
+from dtq.io.package_data import folder
+from dtq.pipelines import prompts
 
 
 class Prompted:
@@ -22,11 +22,11 @@ class Prompted:
 
 def test_shipped_sets_have_what_their_names_say():
     assert (
-        len(sets.load("prompts-64", Prompted(), 64).entries)
-        == len(set(sets.load("prompts-64", Prompted(), 64).entries))
+        len(prompts.load("prompts-64", Prompted(), 64).entries)
+        == len(set(prompts.load("prompts-64", Prompted(), 64).entries))
         == 64
     )
-    assert len(set(sets.load("imagenet-64", tiny.pipeline(), 64).entries)) == 64
+    assert len(set(prompts.load("imagenet-64", tiny.pipeline(), 64).entries)) == 64
 
 
 def test_the_readme_has_the_hash_of_every_set():
@@ -37,10 +37,10 @@ def test_the_readme_has_the_hash_of_every_set():
 
 
 def test_auto_is_data_free_for_labels_and_the_prompts_otherwise():
-    labels = sets.load("auto", tiny.pipeline(), 10)
+    labels = prompts.load("auto", tiny.pipeline(), 10)
     assert labels.argument == "class_labels"
     assert labels.entries == (0, 100, 200, 300, 400, 500, 600, 700, 800, 900)
-    assert sets.load("auto", Prompted(), 3).argument == "prompt"
+    assert prompts.load("auto", Prompted(), 3).argument == "prompt"
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".parquet"])
@@ -58,32 +58,32 @@ def test_local_files(suffix, tmp_path):
         file.write_text("\n".join(json.dumps({"text": p}) for p in prompts))
     else:
         file.write_text(json.dumps([{"prompt": p} for p in prompts]))
-    assert sets.load(str(file), Prompted(), 3).entries == (prompts[0], prompts[1], prompts[0])
+    assert prompts.load(str(file), Prompted(), 3).entries == (prompts[0], prompts[1], prompts[0])
 
 
 def test_refusals(tmp_path):
     with pytest.raises(InputError, match="did you mean prompts-64"):
-        sets.load("prompts-65", Prompted(), 1)
+        prompts.load("prompts-65", Prompted(), 1)
     with pytest.raises(InputError, match="no such file"):
-        sets.load(str(tmp_path / "x.txt"), Prompted(), 1)
+        prompts.load(str(tmp_path / "x.txt"), Prompted(), 1)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(InputError, match="empty"):
-        sets.load(str(tmp_path / "empty.txt"), Prompted(), 1)
+        prompts.load(str(tmp_path / "empty.txt"), Prompted(), 1)
     (tmp_path / "bad.txt").write_text("cat\n")
     with pytest.raises(InputError, match="not a label"):
-        sets.load(str(tmp_path / "bad.txt"), tiny.pipeline(), 1)
+        prompts.load(str(tmp_path / "bad.txt"), tiny.pipeline(), 1)
     (tmp_path / "big.txt").write_text("1000\n")
     with pytest.raises(InputError, match="not in"):
-        sets.load(str(tmp_path / "big.txt"), tiny.pipeline(), 1)
+        prompts.load(str(tmp_path / "big.txt"), tiny.pipeline(), 1)
     with pytest.raises(InputError, match="cannot drive"):
-        sets.load("auto", object(), 1)
+        prompts.load("auto", object(), 1)
 
 
 def test_a_label_that_is_nearly_right_is_told_the_right_one():
     pipe = tiny.pipeline()
     pipe.labels = {"cat-face": 0, "face-smiling": 1, "face-sleepy": 2}
-    assert sets.given(["face-smiling", "2"], pipe).entries == (1, 2)
+    assert prompts.given(["face-smiling", "2"], pipe).entries == (1, 2)
     with pytest.raises(InputError, match="did you mean face-smiling"):
-        sets.given(["face-smilng"], pipe)
+        prompts.given(["face-smilng"], pipe)
     with pytest.raises(InputError, match=r"'zzz' is not a label of this model$"):
-        sets.given(["zzz"], pipe)
+        prompts.given(["zzz"], pipe)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dtq.calibrate import store
-from dtq.calibrate.engine import Statistics
-from dtq.calibrate.stats import Channels, Gram, Origin, Reservoir, SiteStats
+from dtq.calibrate.collection import Statistics
+from dtq.calibrate.observers import Channels, Gram, Origin, Reservoir, SiteStats
 from dtq.errors import CheckpointError, InputError
 
 K, BINS = 24, 4

@@ -14,12 +14,12 @@ from diffusers import DiffusionPipeline
 from torch._dynamo.testing import CompileCounter
 
 import dtq
-from dtq import checkpoint
+from dtq.checkpoint import writer
 from dtq.errors import CheckpointError, RecipeError
 from dtq.nn.linear import QuantLinear
-from dtq.nn.swap import install_clock
-from dtq.policy import StepPolicy
-from dtq.recipe import Recipe
+from dtq.nn.timestep_hook import install_clock
+from dtq.plan.step_policy import StepPolicy
+from dtq.recipe.resolve import Recipe
 
 STEPS = {"modes": ["native", "a8"], "cost": 0.5, "ranges": 4, "calls": 1}
 COARSE = {"acts": "int4-row", "transform": "hadamard", "solver": "rtn", "guard": {"to": ""}}
@@ -63,7 +63,7 @@ def test_each_range_runs_in_its_own_format(pipe):
 
 
 def test_it_is_saved_and_obeyed_by_a_plain_pipeline(pipe, tmp_path):
-    checkpoint.write(pipe, tmp_path / "out")
+    writer.write(pipe, tmp_path / "out")
     config = json.loads((tmp_path / "out/transformer/config.json").read_text())
     stored = config["quantization_config"]["runtime"]["diffusion_step_policy"]
     assert stored == pipe.transformer.hf_quantizer.report.steps

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from dtq.errors import InputError, TeamError
-from dtq.team import Team
+from dtq.runs.workers import Team
 
 
 def talk(rank: int, size: int, port: int, patience: float, do, said) -> None:

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from dtq.calibrate.stats import Origin, SiteStats
+from dtq.calibrate.observers import Origin, SiteStats
 from dtq.formats import FORMATS
-from dtq.formats.acts import ACTS
+from dtq.formats.activations import ACTS
+from dtq.linalg.hadamard import block_for, fwht, rotate, rotate_back, signs
 from dtq.transforms import TRANSFORMS, Chain, Diagonal, Online, Permutation, Rotation
-from dtq.transforms.hadamard import block_for, fwht, rotate, rotate_back, signs
 from dtq.transforms.methods import incoherence, zigzag
-from dtq.transforms.smooth import OVER, smoothing
+from dtq.transforms.smoothing import OVER, smoothing
 
 K = 192
 
@@ -139,7 +139,7 @@ def test_search_is_never_worse_than_none_smoothing_or_rotation_alone(fmt):
     found = TRANSFORMS["search"].call(weights, stats, **how)
     assert set(found.errors) == {"none", "smooth", "hadamard", "smooth + hadamard"}
 
-    from dtq.transforms.methods import _Judge
+    from dtq.transforms.objective import _Judge
 
     judge = _Judge(weights, stats, how["fmt"], how["acts"], 512)
     best = judge(found.transform)
@@ -170,7 +170,7 @@ def test_search_on_some_outputs_finds_what_the_search_on_all_finds_nearly():
     )
     assert torch.equal(whole.transform.scale, more.transform.scale)
 
-    from dtq.transforms.methods import _Judge
+    from dtq.transforms.objective import _Judge
 
     judge = _Judge(weights, stats, how["fmt"], how["acts"], 512)
     assert judge(few.transform) <= 1.02 * judge(whole.transform)
@@ -192,7 +192,7 @@ def test_ditas_is_never_worse_than_no_smoothing_or_either_end_of_its_grid():
     how = {"fmt": FORMATS["int4-row"], "acts": ACTS["int8-row"]}
     found = TRANSFORMS["ditas"].call([w], stats, **how)
     assert found.errors["smooth"] < 0.5 * found.errors["none"]
-    from dtq.transforms.methods import _Judge
+    from dtq.transforms.objective import _Judge
 
     judge = _Judge([w], stats, how["fmt"], how["acts"], 512)
     for alpha in (0.0, 0.5, 1.0):

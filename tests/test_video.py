@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dtq.errors import InputError
-from dtq.evaluate import pictures, trial, vbench, video
+from dtq.evaluate import paired_run, vbench
+from dtq.evaluate.metrics import images, video
 
 RECORDED = Path(__file__).parent / "assets" / "vbench_eval_results.json"
 """What vbench 0.1.5 wrote for three clips of moving discs, ``dimension_list=["temporal_flickering"]``."""
@@ -40,7 +41,7 @@ def in_numpy(clips):
 
 
 def test_temporal_flickering_against_integers():
-    clips = pictures.as_bytes(moving())
+    clips = images.as_bytes(moving())
     assert video.temporal_flickering(clips).tolist() == pytest.approx(in_numpy(clips), abs=1e-12)
     assert video.temporal_flickering(moving()).tolist() == pytest.approx(in_numpy(clips), abs=1e-12)
 
@@ -57,7 +58,7 @@ def test_temporal_flickering_against_the_package(monkeypatch):
     """The package's own function on the same frames; its reader of files is left out."""
     pytest.importorskip("cv2")
     theirs = pytest.importorskip("vbench.temporal_flickering", exc_type=ImportError)
-    clips = pictures.as_bytes(moving(seed=4))
+    clips = images.as_bytes(moving(seed=4))
     frames = {str(i): list(c.permute(0, 2, 3, 1).numpy()[..., ::-1]) for i, c in enumerate(clips)}
     monkeypatch.setattr(theirs, "get_frames", frames.__getitem__)
     want = [theirs.cal_score(name) for name in frames]
@@ -69,7 +70,7 @@ def test_paired_figures_of_a_video_with_itself():
     assert video.flicker_excess(clips, clips).abs().max() == 0
     assert video.temporal_psnr(clips, clips).isinf().all()
     torch.testing.assert_close(video.temporal_ssim(clips, clips), torch.ones(3))
-    values = trial.video_values(clips, clips)
+    values = paired_run.video_values(clips, clips)
     assert values["frame-energy"].tolist() == [1.0] * 3
 
 
@@ -84,7 +85,7 @@ def test_flicker_is_seen_and_a_shift_of_brightness_is_not():
     frozen = steady[:, :1].expand_as(steady)
     assert video.flicker_excess(frozen, steady).max() < 0
     for changed in (shaking, frozen):
-        assert trial.video_values(changed, steady)["frame-energy"].min() > 1.001
+        assert paired_run.video_values(changed, steady)["frame-energy"].min() > 1.001
 
 
 def test_temporal_psnr_has_the_known_value():

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dtq.allocate.metrics import METRICS, content
-from dtq.calibrate.calls import Recorded, moments, replay
 from dtq.nn.swap import placed
-from dtq.work import Work
+from dtq.pipelines.recorded_calls import Recorded, moments, replay
+from dtq.runs.tasks import Work
 
 Measured = dict[str, dict[str, dict[str, float]]]
 """Item, option, metric to damage."""

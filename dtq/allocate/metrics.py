@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dtq.calibrate.calls import relative_error
-from dtq.families import ROLES, Site
+from dtq.models import ROLES, Site
+from dtq.pipelines.recorded_calls import relative_error
 
 Metric = Callable[[Tensor, Tensor], float]
 """``(want, got) -> damage >= 0`` on two outputs of the transformer, infinite if not finite.

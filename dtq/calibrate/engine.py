@@ -3,60 +3,32 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dtq import call
-from dtq.calibrate import media, sets
-from dtq.calibrate.stats import Origin, SiteStats
+from dtq.calibrate.collection import Statistics
+from dtq.calibrate.observers import Origin, SiteStats
 from dtq.errors import InputError
-from dtq.families import TIME_ARGUMENTS, Site, sibling_key
-from dtq.nn.linear import rows_of
-from dtq.recipe import Calibration
-from dtq.source import Source, made_inputs
+from dtq.models import Site, sibling_key
+from dtq.models.linears import rows_of
+from dtq.models.timestep import timestep_edges, timestep_of
+from dtq.pipelines import image_inputs, prompts
+from dtq.pipelines.loading import Source
+from dtq.pipelines.sampling import made_up, run_pipeline
+from dtq.pipelines.settings import Calibration
 
 log = logging.getLogger("dtq")
 
 _PLACES = 65537  # numbers for the calls of a batch; prime, for they decide which rows are sampled
-
-
-@dataclass
-class Statistics:
-    """Everything one calibration run remembers.
-
-    Attributes:
-        sites: by site name.
-        edges: timesteps that separate the bins, rising.
-        about: how it was made: model class, set, samples, steps, seed, parts.
-    """
-
-    sites: Mapping[str, SiteStats]
-    edges: tuple[float, ...]
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def merge(self, other: Statistics) -> None:
-        """Take in what another run on the same model saw.
-
-        Raises:
-            InputError: other sites or bins.
-        """
-        if self.edges != other.edges or set(self.sites) != set(other.sites):
-            raise InputError("statistics of different models or bins cannot be merged")
-        self.sites = dict(self.sites)  # of a file they would be read anew
-        if "calls" in self.about and "calls" in other.about:
-            self.about = {**self.about, "calls": self.about["calls"] + other.about["calls"]}
-        for name, stats in self.sites.items():
-            stats.merge(other.sites[name])
 
 
 @dataclass(frozen=True)
@@ -100,8 +72,8 @@ def drive(
     """
     model, pipeline = source.model, source.pipeline
     if inputs is None and pipeline is not None:
-        requests = sets.load(calibration.set, pipeline, calibration.samples)
-        batch = media.wanted(pipeline, calibration).batch(calibration.batch)
+        requests = prompts.load(calibration.set, pipeline, calibration.samples)
+        batch = image_inputs.wanted(pipeline, calibration).batch(calibration.batch)
         batches = -(-len(requests.entries) // batch)
 
         def generate(i: int) -> object:
@@ -238,112 +210,6 @@ def lent(statistics: Statistics) -> Statistics:
         how = "takes the statistics of its siblings" if lenders else "is rounded without data"
         log.warning("calibrate: nothing reached %s; it %s", name, how)
     return Statistics(stats, statistics.edges, statistics.about)
-
-
-def timestep_argument(model: nn.Module) -> str | None:
-    """Name of the forward argument that carries the timestep, None when there is none."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in TIME_ARGUMENTS if name in parameters), None)
-
-
-def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The timestep of a call, the first of the batch; 0 where the model takes none."""
-    name = timestep_argument(model)
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    now = bound.get(name) if name else None
-    return float(torch.as_tensor(now).reshape(-1)[0]) if now is not None else 0.0
-
-
-def timestep_edges(top: float, value: float, bins: int) -> list[float]:
-    """Boundaries of equal bins of the timestep.
-
-    Args:
-        top: largest timestep, 0 for a class without a family.
-        value: the timestep of the first call, which is the noisiest: up to 1000, or up to 1.
-        bins: how many.
-    """
-    top = top or (1000.0 if value > 1.5 else 1.0)
-    return [top * i / bins for i in range(1, bins)]
-
-
-def run_pipeline(
-    pipeline: Any,
-    requests: sets.Requests,
-    calibration: Calibration,
-    output: str = "pt",
-    only: Container[int] | None = None,
-) -> Iterator[Any]:
-    """Generate the requests batch by batch; yields the pipeline's outputs.
-
-    With ``only`` those batches whose first request has its place there.
-
-    The latents of a request depend on the seed and its place, not on the batch size.
-
-    Raises:
-        InputError: the pipeline takes no such argument, or refuses what it is given.
-    """
-    calibration = call.of(pipeline).fill(calibration)
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    options: dict[str, Any] = {"output_type": output}
-    if calibration.steps:
-        options["num_inference_steps"] = calibration.steps
-    if calibration.guidance:
-        options["guidance_scale"] = calibration.guidance
-    options = {k: v for k, v in options.items() if k in parameters}
-    for name in calibration.arguments:
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
-            raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
-    options |= calibration.arguments
-    beside = media.wanted(pipeline, calibration)
-    batch = beside.batch(calibration.batch)
-    if beside.warning and (only is None or 0 in only):  # once, not with every batch
-        log.warning("%s: %s", type(pipeline).__name__, beside.warning)
-    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        starts = range(0, len(requests.entries), batch)
-        for start in starts if only is None else filter(only.__contains__, starts):
-            entries = list(requests.entries[start : start + batch])
-            generators = [
-                torch.Generator().manual_seed(seed_of(calibration.seed, start + i))
-                for i in range(len(entries))
-            ]
-            asked = {requests.argument: entries} | beside.of(start)
-            try:
-                result = pipeline(**asked, generator=generators, **options)
-            except (TypeError, ValueError, NameError) as error:
-                raise InputError(
-                    f"{type(pipeline).__name__} did not take the call ({type(error).__name__}: "
-                    f"{error}); arguments beside the prompt: {sorted(options)}"
-                ) from error
-            yield result
-    finally:
-        pipeline.set_progress_bar_config(**shown)
-
-
-def seed_of(seed: int, place: int) -> int:
-    """Seed of the latents of the request at a place."""
-    return seed * 1_000_003 + place
-
-
-def made_up_calls(calibration: Calibration) -> int:
-    """How often a bare transformer is called."""
-    return max(calibration.bins, -(-calibration.samples // calibration.batch) * 4)
-
-
-def made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:
-    """Random calls over the whole trajectory, noisiest first as a sampler goes."""
-    family = source.family
-    if family is None:
-        made_inputs(source.model, 1, 0.0, 0)  # raises, with the way out
-        return
-    calls = made_up_calls(calibration)
-    for i in range(calls):
-        share = 1 - (i + 0.5) / calls
-        timestep = share * family.largest_timestep
-        yield made_inputs(source.model, calibration.batch, timestep, calibration.seed + i)
 
 
 class _Watch:

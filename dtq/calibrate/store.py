@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dtq.calibrate.engine import Statistics
-from dtq.calibrate.stats import SiteStats
-from dtq.documents import numbers, parse_json
-from dtq.durable import replace_file
+from dtq.calibrate.collection import Statistics
+from dtq.calibrate.observers import SiteStats
 from dtq.errors import CheckpointError, InputError
+from dtq.io.atomic import replace_file
+from dtq.io.safe_parse import numbers, parse_json
 
 VERSION = "1"
 

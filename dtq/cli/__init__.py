@@ -18,9 +18,9 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 import dtq
-from dtq import source
 from dtq.cli import bench, doctor, evaluate, gate, inspect, quantize, recipe
 from dtq.errors import DtqError, first_line
+from dtq.pipelines import loading
 
 
 class Commands(click.Group):
@@ -36,7 +36,7 @@ class Commands(click.Group):
         except SafetensorError as error:
             _fail(f"safetensors: {error}")
         except (MemoryError, RuntimeError, OSError) as error:
-            if source.out_of_memory(error):
+            if loading.out_of_memory(error):
                 _fail(
                     f"out of memory ({first_line(error)}). Take less at a time: --memory 4GB, "
                     f"--set calibration.batch=1; dtq plan says what is needed"

@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 import torch
 
-from dtq.bench import SUITES, ratios
-from dtq.durable import write_whole
-from dtq.evaluate import plots
-from dtq.evaluate.packages import need
+from dtq.bench.cpu import SUITES, ratios
+from dtq.cli.output import print_bench, print_race
+from dtq.evaluate.optional_packages import need
+from dtq.evaluate.report import plots
+from dtq.io.atomic import write_whole
 from dtq.kernels import LIBRARIES
-from dtq.printing import print_bench, print_race
 
 
 @click.command("bench")
@@ -45,15 +45,15 @@ def bench(
     dtq bench --quick
     dtq bench --suite e2e --device cuda
     """
-    from dtq import bench_gpu
+    from dtq.bench import gpu
 
     if plot is not None:
         need("matplotlib", "matplotlib")  # before minutes of measuring
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
-        bench_gpu.gpu()
+        gpu.gpu()
     LIBRARIES[device].load()
-    suites = bench_gpu.SUITES if device == "cuda" else SUITES
+    suites = gpu.SUITES if device == "cuda" else SUITES
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -12,8 +12,8 @@ import torch
 
 import dtq
 from dtq import demo
+from dtq.cli.output import size, table
 from dtq.kernels import KERNELS, LIBRARIES, on
-from dtq.printing import size, table
 
 
 @click.command()

@@ -14,15 +14,15 @@ from typing import Any
 import click
 import torch
 
-from dtq import checkpoint, source
-from dtq.calibrate import sets
-from dtq.calibrate.engine import run_pipeline
+from dtq.checkpoint import reader
 from dtq.cli.options import calibration_of, listed, pairs, quiet, sampling_options
-from dtq.documents import finite, read_json
-from dtq.durable import write_folder, write_whole
+from dtq.cli.output import or_dash, table
 from dtq.errors import InputError, NumberError
-from dtq.printing import or_dash, table
-from dtq.team import Team
+from dtq.io.atomic import write_folder, write_whole
+from dtq.io.safe_parse import finite, read_json
+from dtq.pipelines import loading, prompts
+from dtq.pipelines.sampling import run_pipeline
+from dtq.runs.workers import Team
 
 _ON_SHEET = 64
 """Pictures of one sheet at most."""
@@ -70,7 +70,8 @@ def sample(
     dtq sample demo-w4a8 -p face-smiling -p cat-face -o pictures
     dtq sample wan-w4a8 -p "a cat surfs" --arg num_frames=33 --batch 1 -o videos
     """
-    from dtq.evaluate import exchange, pictures
+    from dtq.evaluate.metrics import images
+    from dtq.runs import gather
 
     team = _team(output)
     opened = _open(model, dtype)
@@ -78,16 +79,16 @@ def sample(
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
     how = calibration_of(samples=len(entries) or count, **job)
     requests = (
-        sets.given(list(entries), opened.pipeline)
+        prompts.given(list(entries), opened.pipeline)
         if entries
-        else sets.load("auto", opened.pipeline, count)
+        else prompts.load("auto", opened.pipeline, count)
     )
     places = team.deal(len(requests.entries), how.batch)
     left = iter(places)
     shown: dict[int, torch.Tensor] = {}  # on the sheet
     with torch.no_grad():
         for result in run_pipeline(opened.pipeline, requests, how, only=places):
-            for made in pictures.shown(result):
+            for made in images.shown(result):
                 if not made.isfinite().all():
                     raise NumberError(
                         f"{model}: the pictures hold numbers that are not finite. DTQ_DEBUG_NAN=1 "
@@ -95,16 +96,16 @@ def sample(
                         f"range than fp16"
                     )
                 place = next(left)
-                _write(made, output / f"{place:04d}", pictures.rate(opened.pipeline))
+                _write(made, output / f"{place:04d}", images.rate(opened.pipeline))
                 if place < _ON_SHEET:
                     shown[place] = made
     tensors = {f"{place:04d}": made for place, made in shown.items()}
-    found = exchange.gather(team, output / ".shares", "sheet", tensors, places)
+    found = gather.gather(team, output / ".shares", "sheet", tensors, places)
     if found is None:
         return
     shutil.rmtree(output / ".shares", ignore_errors=True)
     count = len(requests.entries)
-    exchange.check_ids([f"{place:04d}" for _, made_by in found for place in made_by], count)
+    gather.check_ids([f"{place:04d}" for _, made_by in found for place in made_by], count)
     together = {name: made for part, _ in found for name, made in part.items()}
     every = [together[name] for name in sorted(together)]
     first = every[0]
@@ -113,23 +114,23 @@ def sample(
         what += " and sheet.png" if len(every) == count else f", {len(every)} of them on sheet.png"
         rows = [torch.stack(every[i : i + 8]) for i in range(0, len(every), 8)]
         if first.ndim == 4:  # a row of frames each
-            rows = [pictures.strip(video) for video in every]
-        page = pictures.sheet(rows, scale=2 if first.shape[-1] <= 128 else 1)
-        write_whole(output / "sheet.png", pictures.png(page))
+            rows = [images.strip(video) for video in every]
+        page = images.sheet(rows, scale=2 if first.shape[-1] <= 128 else 1)
+        write_whole(output / "sheet.png", images.png(page))
     click.echo(f"{output}: {count} {what}")
 
 
 def _write(made: torch.Tensor, path: Path, rate: int) -> None:
     """A picture, a sound, or a video, which also gets a folder of frames: what other tools read."""
-    from dtq.evaluate import pictures
+    from dtq.evaluate.metrics import images
 
-    suffix, data = pictures.encoded(made, rate)
+    suffix, data = images.encoded(made, rate)
     write_folder(path.parent)
     write_whole(path.with_suffix(suffix), data)
     if made.ndim == 4:
         write_folder(path)
         for k, frame in enumerate(made):
-            write_whole(path / f"{k:04d}.png", pictures.file(frame))
+            write_whole(path / f"{k:04d}.png", images.file(frame))
 
 
 @click.command("eval")
@@ -219,15 +220,17 @@ def evaluate(
     dtq eval demo-w4a8 --reference demo -o report
     dtq eval demo-w4a8 --reference demo --fid 256 --metric fid,kid,precision,recall
     """
-    from dtq.evaluate import adm, figures, report, run, runfile
-    from dtq.evaluate.quantization import quantization_report
+    from dtq.evaluate import evaluate, requested_metrics, run_file
+    from dtq.evaluate.metrics import adm_suite
+    from dtq.evaluate.report import html
+    from dtq.evaluate.report.quantization_report import quantization_report
 
     team = _team(output)
     quiet = as_json or not team.leads
     say: Callable[[str], None] = (
         (lambda line: None) if quiet else (lambda line: click.echo(f"  {line}"))
     )
-    asked = figures.Asked(
+    asked = requested_metrics.Asked(
         tuple(listed(metrics)) or (("fid",) if fid else ()), fid, features,
         pairs(weights, "--extractor"), reference_set,
     )  # fmt: skip
@@ -240,7 +243,7 @@ def evaluate(
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
     quantization = quantization_report(opened.path)
     how = calibration_of(set=requests, **job)
-    result = run.evaluate(
+    result = evaluate.evaluate(
         opened, float_model, how, baselines=listed(baseline), asked=asked, say=say,
         team=team, folder=None if output is None else output / ".shares",
     )  # fmt: skip
@@ -254,11 +257,11 @@ def evaluate(
         for side, crowd in result.crowds.items():
             crowd.save(output / f"features-{side}.safetensors")
             if npz:
-                adm.write(crowd.pictures, output / f"{side}.npz")
-        write_whole(output / "eval.json", runfile.text(result.to_json()))
-        write_whole(output / "report.html", report.render(result))
+                adm_suite.write(crowd.pictures, output / f"{side}.npz")
+        write_whole(output / "eval.json", run_file.text(result.to_json()))
+        write_whole(output / "report.html", html.render(result))
         if keep_pictures:
-            run.write_pictures(result, output)
+            evaluate.write_pictures(result, output)
     if as_json:
         click.echo(json.dumps(finite(result.to_json())))
         sys.exit(3 if result.run is not None and result.run.missing else 0)
@@ -278,9 +281,9 @@ def evaluate(
         ],
     )
     if result.figures:
-        table(report.FIGURES, [report.figure_cells(each) for each in result.figures])
-        click.echo(report.figure_conditions(result))
-    click.echo(report.verdict(result)[1])
+        table(html.FIGURES, [html.figure_cells(each) for each in result.figures])
+        click.echo(html.figure_conditions(result))
+    click.echo(html.verdict(result)[1])
     if output is not None:
         click.echo(f"report: {output / 'report.html'}")
     if result.run is not None and result.run.missing:
@@ -302,11 +305,11 @@ def _team(output: Path | None) -> Team:
     return team
 
 
-def _open(model: str, dtype: str) -> source.Source:
+def _open(model: str, dtype: str) -> loading.Source:
     """Open a model; a dtq checkpoint is verified first, so that damage is one clear line."""
     path = Path(model)
-    if path.is_dir() and source.folder_kind(path) == "pipeline":
-        configs = [path / name / "config.json" for name in source.denoisers_on_disk(path)]
+    if path.is_dir() and loading.folder_kind(path) == "pipeline":
+        configs = [path / name / "config.json" for name in loading.denoisers_on_disk(path)]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
-            checkpoint.verify(path)
-    return source.open_source(model, dtype=dtype)
+            reader.verify(path)
+    return loading.open_source(model, dtype=dtype)

@@ -14,8 +14,8 @@ from typing import Any
 import click
 import yaml
 
+from dtq.cli.output import table
 from dtq.errors import DtqError, printable
-from dtq.printing import table
 
 INVALID = 3
 
@@ -125,28 +125,29 @@ def check(
     \b
     dtq gate run --baseline base.json --policy default --junit gate.xml
     """
-    from dtq.evaluate import runfile, verdict
-    from dtq.evaluate.gate import Outcome, judge
-    from dtq.evaluate.limits import Policy
+    from dtq.evaluate import run_file
+    from dtq.evaluate.gate import render
+    from dtq.evaluate.gate.decision import Outcome, judge
+    from dtq.evaluate.gate.policy import Policy
 
-    mine, theirs = runfile.read(run), runfile.read(baseline)
+    mine, theirs = run_file.read(run), run_file.read(baseline)
     found = judge(mine, theirs, Policy.load(policy))
-    text = runfile.text(found.to_json())
+    text = run_file.text(found.to_json())
     if out is not None:
         out.write_text(text, encoding="utf-8")
     if junit is not None:
-        junit.write_text(verdict.junit(found), encoding="utf-8")
+        junit.write_text(render.junit(found), encoding="utf-8")
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as stream:
-            stream.write(verdict.markdown(found, mine))
+            stream.write(render.markdown(found, mine))
     if sheet is not None:
         folder = run if run.is_dir() else run.parent
-        sheet.write_text(verdict.sheet(found, mine, folder), encoding="utf-8")
+        sheet.write_text(render.sheet(found, mine, folder), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(json.loads(text)))
     else:
         if found.rows:
-            table(verdict.HEAD, [verdict.cells(row) for row in found.rows])
+            table(render.HEAD, [render.cells(row) for row in found.rows])
         for line in (*found.reasons, *found.notes):
             click.echo(f"  - {line}")
         click.echo(f"{found.outcome.word}: {found.sentence}")
@@ -171,10 +172,11 @@ def accept(run: Path, baseline: Path, reason: str, policy: str, who: str) -> Non
     \b
     dtq gate accept run --baseline base.json --reason "GPTQ damping is 0.02 now"
     """
-    from dtq.evaluate import ledger, runfile
-    from dtq.evaluate.limits import Policy
+    from dtq.evaluate import run_file
+    from dtq.evaluate.gate import baseline_file
+    from dtq.evaluate.gate.policy import Policy
 
-    entry = ledger.accept(runfile.read(run), baseline, reason, Policy.load(policy), who)
+    entry = baseline_file.accept(run_file.read(run), baseline, reason, Policy.load(policy), who)
     last = entry.get("against_the_last")
     words = f"; against the last one: {last['verdict']}" if last else ", the first one"
     click.echo(f"{baseline}: {entry['recipe']} {entry['checkpoint']}, by {entry['who']}{words}")
@@ -188,7 +190,7 @@ def log(baseline: Path) -> None:
     \b
     dtq gate log base.json
     """
-    from dtq.evaluate import ledger
+    from dtq.evaluate.gate import baseline_file
 
     rows = [
         (
@@ -199,7 +201,7 @@ def log(baseline: Path) -> None:
             e.get("against_the_last", {}).get("verdict", "-"),
             e["why"],
         )
-        for e in ledger.history(baseline)
+        for e in baseline_file.history(baseline)
     ]
     head = ("when", "who", "recipe", "checkpoint", "against the last", "why")
     table(head, [tuple(map(printable, row)) for row in rows])
@@ -213,7 +215,7 @@ def policy_(name: str) -> None:
     \b
     dtq gate policy default > mine.yaml
     """
-    from dtq.evaluate.limits import Policy
+    from dtq.evaluate.gate.policy import Policy
 
     data = Policy.load(name).to_dict()
     data.pop("name")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from dtq import checkpoint
+from dtq.checkpoint import reader
 from dtq.cli.options import component_option
+from dtq.cli.output import inspected, print_inspected
 from dtq.errors import InputError
-from dtq.printing import inspected, print_inspected
 
 
 @click.command()
@@ -27,7 +27,7 @@ def inspect(folder: Path, components: tuple[str, ...], kernels: bool, as_json: b
     \b
     dtq inspect demo-w4a8 --kernels
     """
-    found = checkpoint.verify(_existing(folder), components or "auto")
+    found = reader.verify(_existing(folder), components or "auto")
     every = {name: inspected(where) for name, where in found.items()}
     if as_json:
         click.echo(json.dumps(every if len(every) > 1 else next(iter(every.values()))))

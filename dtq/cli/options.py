@@ -12,10 +12,11 @@ import click
 from diffusers.utils import is_transformers_available
 from diffusers.utils import logging as diffusers_logging
 
-from dtq import source
-from dtq.documents import parse_yaml
 from dtq.errors import InputError
-from dtq.recipe import Calibration, Recipe
+from dtq.io.safe_parse import parse_yaml
+from dtq.pipelines import loading
+from dtq.pipelines.settings import Calibration
+from dtq.recipe.resolve import Recipe
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +88,7 @@ component_option = click.option(
 
 dtype_option = click.option(
     "--dtype",
-    type=click.Choice(["auto", *source.DTYPES]),
+    type=click.Choice(["auto", *loading.DTYPES]),
     default="auto",
     show_default=True,
     help="Of everything that is not quantized. auto: as on disk (fp32 for fp16 files without a GPU).",

@@ -13,27 +13,25 @@ import click
 import psutil
 import torch
 
-from dtq import checkpoint, source
 from dtq.allocate import parse_size
+from dtq.api import quantize_sources
 from dtq.calibrate import store
-from dtq.calibrate.stats import STATS
-from dtq.cli.options import (
-    memory_option,
-    model_options,
-    quiet,
-    recipe_options,
-    recipe_with,
-)
-from dtq.documents import finite
+from dtq.calibrate.observers import STATS
+from dtq.checkpoint import reader, writer
+from dtq.cli.options import memory_option, model_options, quiet, recipe_options, recipe_with
+from dtq.cli.output import plan_json, print_plan, print_result, size
 from dtq.errors import InputError
-from dtq.estimate import estimate
-from dtq.job import inputs_of, job
-from dtq.machine import reading_time
-from dtq.paging import keep_freed
-from dtq.plan import Plan
-from dtq.printing import plan_json, print_plan, print_result, size
-from dtq.quantize import calibrate_source, needs_of, plan_source, quantize_sources
-from dtq.team import Team
+from dtq.estimate.hardware import reading_time
+from dtq.estimate.size import estimate
+from dtq.io.memory import keep_freed
+from dtq.io.safe_parse import finite
+from dtq.pipelines import loading
+from dtq.plan.layers import Plan
+from dtq.runs.run_dir import job
+from dtq.runs.workers import Team
+from dtq.stages.calibrate import calibrate_source, needs_of
+from dtq.stages.plan import plan_source
+from dtq.stages.run_identity import inputs_of
 
 fresh_option = click.option(
     "--fresh", is_flag=True, help="Forget what an interrupted run finished."
@@ -102,7 +100,7 @@ def quantize(
             told = (output / "dtq_report.json").read_text(encoding="utf-8")
             click.echo(told if as_json else f"{output}: the run before had finished it")
             return
-        opened = source.open_sources(model, dtype=dtype, component=components or "auto")
+        opened = loading.open_sources(model, dtype=dtype, component=components or "auto")
         for each in opened:
             _, plan = plan_source(each, chosen, keep)
             _check_disk(each.model, plan, each.dtype, output)
@@ -127,7 +125,7 @@ def quantize(
             (data,) = data.values()
         data = finite(data)
         with run.result() as side:
-            checkpoint.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
+            writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
             text = json.dumps(data, indent=1) + "\n"
             (side / "dtq_report.json").write_text(text, encoding="utf-8")
     if as_json:
@@ -163,12 +161,12 @@ def plan(
     keep_freed()
     chosen = recipe_with(choices)
     every: dict[str, dict[str, Any]] = {}
-    found = source.skeletons(model, components or "auto")
+    found = loading.skeletons(model, components or "auto")
     folder = Path(model)
-    driven = not folder.exists() or source.folder_kind(folder) == "pipeline"
+    driven = not folder.exists() or loading.folder_kind(folder) == "pipeline"
     for name, (skeleton, on_disk) in found.items():
-        compute = on_disk if dtype == "auto" else source.DTYPES[dtype]
-        opened = source.Source(model, None, name, skeleton)
+        compute = on_disk if dtype == "auto" else loading.DTYPES[dtype]
+        opened = loading.Source(model, None, name, skeleton)
         scan, resolved = plan_source(opened, chosen, keep)
         cost = estimate(
             skeleton,
@@ -226,7 +224,7 @@ def calibrate(
         raise InputError(f"{output.parent}: no such folder")
     team = Team.join()
     with quiet(not team.leads), job(output, team, fresh=fresh, file=True) as run:
-        every = source.open_sources(model, dtype=dtype, component=components or "auto")
+        every = loading.open_sources(model, dtype=dtype, component=components or "auto")
         if len(every) > 1:
             found = ", ".join(each.component for each in every)
             raise InputError(
@@ -250,12 +248,12 @@ def calibrate(
 
 def _check_disk(model: torch.nn.Module, plan: Plan, dtype: torch.dtype, output: Path) -> None:
     """Say early that the disk is too full, not after the work."""
-    from dtq.estimate import file_tensors
+    from dtq.estimate.size import file_tensors
 
     parent = output.resolve()
     while not parent.exists():
         parent = parent.parent
-    needed = checkpoint.predicted_bytes(file_tensors(model, plan, dtype))
+    needed = reader.predicted_bytes(file_tensors(model, plan, dtype))
     free = shutil.disk_usage(parent).free
     if free < 1.1 * needed:
         raise InputError(f"{parent}: {size(free)} free, the checkpoint needs {size(needed)}")

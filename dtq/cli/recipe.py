@@ -11,9 +11,9 @@ from pathlib import Path
 import click
 import yaml
 
+from dtq.cli.output import table
 from dtq.errors import DtqError, InputError
-from dtq.printing import table
-from dtq.recipe import Recipe, find, names
+from dtq.recipe.resolve import Recipe, find, names
 
 
 @click.group()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dtq.errors import InputError
-from dtq.evaluate.packages import need
+from dtq.evaluate.optional_packages import need
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from dtq.formats.base import (
     in_groups,
     spread,
 )
-from dtq.formats.bits import pack_bits, packed_width, unpack_bits
 from dtq.formats.grid import E2M1
+from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 _E4M3_MAX = 448.0
 _E4M3_TINY = 2.0**-9

@@ -26,7 +26,7 @@ from dtq.formats.base import (
     scaled,
     spread,
 )
-from dtq.formats.bits import pack_bits, packed_width, unpack_bits
+from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dtq.formats.base import Params, Parts, Spec, groups_of, in_groups, scale_dtype, scaled, spread
-from dtq.formats.bits import pack_bits, packed_width, unpack_bits
+from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 _TINY = 1e-30  # scale of an all-zero group: any positive number represents its zeros exactly
 

@@ -24,7 +24,7 @@ from dtq.formats.base import (
     scaled,
     spread,
 )
-from dtq.formats.bits import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
+from dtq.formats.packing import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
 
 
 @dataclass(frozen=True)

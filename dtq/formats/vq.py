@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtq.errors import InputError
 from dtq.formats.base import Params, Parts, Spec, column_weights, divide
-from dtq.formats.bits import pack_bits, packed_width, unpack_bits
+from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 SAMPLE = 2**16
 """Vectors that a codebook is learned from; a random choice of them in larger matrices."""

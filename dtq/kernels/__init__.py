@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dtq.kernels.cpu import CPU
-from dtq.kernels.cuda import CUDA
+from dtq.kernels.compile.cpu import CPU
+from dtq.kernels.compile.cuda import CUDA
 from dtq.kernels.explain import explain, on
-from dtq.kernels.ops import LIBRARIES
+from dtq.kernels.libraries import LIBRARIES
 from dtq.kernels.table import KERNELS, Kernel, Task, pick
 
 __all__ = ["CPU", "CUDA", "KERNELS", "LIBRARIES", "Kernel", "Task", "explain", "load", "on", "pick"]

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dtq.kernels import CPU, cuda
-from dtq.kernels.nvcc import find_nvcc
+from dtq.kernels import CPU
+from dtq.kernels.compile import cuda
+from dtq.kernels.compile.nvcc import find_nvcc
 
 print(CPU.build(CPU.beside()))
 if find_nvcc() is None:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from dtq.kernels.cuda import CUDA
-from dtq.kernels.native import Library
-from dtq.kernels.ops import LIBRARIES
+from dtq.kernels.compile.cuda import CUDA
+from dtq.kernels.compile.library import Library
+from dtq.kernels.libraries import LIBRARIES
 from dtq.kernels.table import KERNELS, Kernel, Task
 
 

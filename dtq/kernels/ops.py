@@ -23,18 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats.acts import ACTS, acts_of, fake_quantize, row_codes, row_scale
-from dtq.formats.bits import unpack_nibbles
+from dtq.formats.activations import ACTS, acts_of, fake_quantize, row_codes, row_scale
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import epilogue, fp4, fused
-from dtq.kernels.cpu import CPU
-from dtq.kernels.cuda import CUDA
-from dtq.kernels.native import Library
-from dtq.kernels.resident import Resident
-from dtq.transforms.hadamard import fwht
-
-LIBRARIES: dict[str, Library] = {"cpu": CPU, "cuda": CUDA}
-"""Who implements ops on a device, beside the reference."""
+from dtq.formats.packing import unpack_nibbles
+from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
+from dtq.kernels.libraries import LIBRARIES
+from dtq.kernels.weight_cache import Resident
+from dtq.linalg.hadamard import fwht
 
 _RESIDENT = Resident()
 
@@ -65,7 +60,7 @@ def _transform_rows(
     block: int,
     turns: int,
 ) -> Tensor:
-    return fused.changed(x.float(), pre_scale, order, block, turns).clone()  # (M, K) float32
+    return ops_quantize.changed(x.float(), pre_scale, order, block, turns).clone()  # (M, K) float32
 
 
 def _float_like(x: Tensor, *rest: object) -> Tensor:
@@ -81,7 +76,7 @@ def _round_rows(
     acts: str,  # a key of ACTS
     dtype: torch.dtype,
 ) -> Tensor:
-    changed = fused.changed(x.float(), pre_scale, order, block, turns)
+    changed = ops_quantize.changed(x.float(), pre_scale, order, block, turns)
     return fake_quantize(changed, ACTS[acts]).to(dtype, copy=True)  # (M, K)
 
 
@@ -250,10 +245,10 @@ _OPS = (
         "quantize_rows(Tensor x, Tensor? pre_scale, int block, Tensor? scale, int levels=127)"
         " -> (Tensor, Tensor)",
         _quantize_rows,
-        fused.codes_like,
+        ops_quantize.codes_like,
     ),
     (
-        f"transform_rows(Tensor x, {fused.CHANGE}) -> Tensor",
+        f"transform_rows(Tensor x, {ops_quantize.CHANGE}) -> Tensor",
         _transform_rows,
         _float_like,
     ),
@@ -264,7 +259,7 @@ _OPS = (
         _step_linear_fake,
     ),
     (
-        f"round_rows(Tensor x, {fused.CHANGE}, str acts, ScalarType dtype) -> Tensor",
+        f"round_rows(Tensor x, {ops_quantize.CHANGE}, str acts, ScalarType dtype) -> Tensor",
         _round_rows,
         _round_rows_fake,
     ),
@@ -272,25 +267,25 @@ _OPS = (
         "w8a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? bias, ScalarType dtype) -> Tensor",
         _w8a8_linear,
-        epilogue.rows_by_rows,
+        ops_gemm.rows_by_rows,
     ),
     (
         "w4a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w4a8_linear,
-        epilogue.rows_by_rows,
+        ops_gemm.rows_by_rows,
     ),
     (
         "w3a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w3a8_linear,
-        epilogue.rows_by_rows,
+        ops_gemm.rows_by_rows,
     ),
     (
         "group_a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? weight_zero_point, int bits, Tensor? bias, ScalarType dtype) -> Tensor",
         _group_a8_linear,
-        epilogue.rows_by_rows,
+        ops_gemm.rows_by_rows,
     ),
     (
         "dequantize(Tensor[] parts, str names, str weights, int columns, ScalarType dtype)"
@@ -309,9 +304,9 @@ _OPS = (
         _weight_linear_fake,
     ),
     ("gelu(Tensor x) -> Tensor", _gelu, torch.empty_like),
-    *fused.OPS,
-    *epilogue.OPS,
-    *fp4.OPS,
+    *ops_quantize.OPS,
+    *ops_gemm.OPS,
+    *ops_fp4.OPS,
 )
 
 

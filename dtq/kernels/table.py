@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtq.formats import FORMATS, Format, Parts
-from dtq.formats.acts import Acts
+from dtq.formats.activations import Acts
 from dtq.formats.floats import MxFp4, NvFp4
 from dtq.formats.grid import Grid
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import UNITS, Lut
-from dtq.kernels import cuda, dispatch
-from dtq.kernels.epilogue import by_table
-from dtq.kernels.ops import LIBRARIES
+from dtq.kernels import gpu_dispatch
+from dtq.kernels.compile import cuda
+from dtq.kernels.libraries import LIBRARIES
+from dtq.kernels.ops_gemm import by_table
 
 ops = torch.ops.dtq
 
@@ -198,7 +199,7 @@ def _by_codes(
     parts: Parts,
     bias: Tensor | None,
 ) -> Tensor:
-    if dispatch.answer(x, len(parts["weight"])) != "int8":
+    if gpu_dispatch.answer(x, len(parts["weight"])) != "int8":
         return _small(task, x, parts, bias)
     codes = _codes(task, x, parts)
     y: Tensor = getattr(ops, op)(*codes, *weight(task, parts), bias, x.dtype)
@@ -214,7 +215,7 @@ def _and_then(
     bias: Tensor | None,
     then: Then,
 ) -> Tensor | None:
-    if dispatch.answer(x, len(parts["weight"])) != "int8":
+    if gpu_dispatch.answer(x, len(parts["weight"])) != "int8":
         return None
     given = *_codes(task, x, parts), *weight(task, parts), bias
     gated = None, None
@@ -233,11 +234,11 @@ def _expanded(
 
 
 def _by_size(task: Task, shape: tuple[int, int]) -> str:
-    if dispatch.INT8_ONLY:
+    if gpu_dispatch.INT8_ONLY:
         return "int8 at every size: DTQ_CUDA_INT8=1"
     found = [c for c in cuda.capabilities() if c >= cuda.OLDEST]
     said = [
-        f"sm_{major}{minor}: {dispatch.sentence((major, minor), *shape)}"
+        f"sm_{major}{minor}: {gpu_dispatch.sentence((major, minor), *shape)}"
         for major, minor in found or [(9, 0)]
     ]
     return "; ".join(said)
@@ -273,7 +274,7 @@ def _as_it_is(weight: Tensor) -> Tensor:
 
 def _small(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """The product in float, of packed or of decoded weights, as the dispatcher says."""
-    few = dispatch.answer(x, len(parts["weight"])) == "few"
+    few = gpu_dispatch.answer(x, len(parts["weight"])) == "few"
     multiply = ops.weight_linear if few else ops.resident_linear
     y: Tensor = multiply(_changed(task, x, parts), *_stored(task, parts), bias)
     return y
@@ -339,7 +340,7 @@ def _fp4_then(
     task: Task, x: Tensor, parts: Parts, bias: Tensor | None, then: Then
 ) -> Tensor | None:
     mx = isinstance(task.weights, MxFp4)
-    if not dispatch.multiplies_fp4(x, mx):
+    if not gpu_dispatch.multiplies_fp4(x, mx):
         return None
     change = _pre_scale(parts), _order(parts), task.block, task.turns
     codes, code_scale, row_scale = ops.fp4_quantize_rows(x, *change, mx)
@@ -351,7 +352,7 @@ def _fp4_then(
 
 
 def _by_width(task: Task, shape: tuple[int, int]) -> str:
-    whole = dispatch.FP4_COLUMNS[isinstance(task.weights, MxFp4)]
+    whole = gpu_dispatch.FP4_COLUMNS[isinstance(task.weights, MxFp4)]
     if shape[1] % whole:
         return f"sm_120: no FP4 products, K {shape[1]} is not a multiple of {whole}"
     return "sm_120: FP4 products; before it decoded to float"
@@ -364,7 +365,7 @@ def _group_fits(task: Task) -> str | None:
 
 def _group(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     assert isinstance(task.weights, Int)
-    if dispatch.on_gpu(x):  # a float scale for every 64 channels is slower than bfloat16 there
+    if gpu_dispatch.on_gpu(x):  # a float scale for every 64 channels is slower than bfloat16 there
         return _float(task, x, parts, bias)
     weight = parts["weight"], parts["weight_scale"], parts.get("weight_zero_point")
     codes, scale = _codes(task, x, parts)

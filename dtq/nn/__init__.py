@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
-from dtq.nn.linear import QuantLinear, StepClock
+from dtq.nn.linear import QuantLinear
+from dtq.nn.step_clock import StepClock
 
 __all__ = ["QuantLinear", "StepClock"]

@@ -10,8 +10,7 @@ tensors (``torch_dtype``, ``.to``, layerwise casting) can touch them. On disk th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,65 +21,19 @@ from torch import Tensor, nn
 
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, Parts, Spec
-from dtq.formats.acts import ACTS
+from dtq.formats.activations import ACTS
 from dtq.kernels.table import Kernel, Task, Then, branch_joins, compiled, pick
-from dtq.plan import Runtime
-from dtq.policy import StepPolicy
+from dtq.models.linears import shape_of
+from dtq.nn.step_clock import StepClock
+from dtq.nn.storage import _BITS, check_part, from_disk, to_disk
+from dtq.plan.layers import Runtime
 from dtq.transforms import Online
-
-_BITS = {
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float8_e4m3fn: torch.int8,
-}
-
 
 CHANGE = ("pre_quant_scale", "pre_quant_order")
 """Parts that say how an input is changed before it is quantized."""
 
 HOOKS = ("_hf_hook", "_diffusers_hook")
 """What accelerate and diffusers leave on a module whose forward they wrapped."""
-
-
-class StepClock(nn.Module):
-    """The part of the trajectory that the model is in, shared by every layer.
-
-    Tensors, not numbers: a compiled graph then serves every timestep. Not buffers: offloading to
-    disk, or with a stream, would put back the value they had when it was switched on.
-
-    Attributes:
-        bin: int64 (1,), the bin of static activation scales, on the device of the timestep.
-        mode: int64 (1,) on the CPU, index into ``modes``: host code branches on it, without
-            waiting for a GPU more than once a step.
-        modes: activation modes of the step policy, keys of ``acts.MODES``; empty without one.
-    """
-
-    def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
-        super().__init__()
-        self.bin = torch.zeros(1, dtype=torch.int64)
-        self.edges = torch.tensor(list(edges), dtype=torch.float64)
-        self.modes = policy.modes if policy is not None else ()
-        self.mode = torch.zeros(1, dtype=torch.int64)
-        self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
-
-    def set(self, timestep: Tensor) -> None:
-        """Move to where ``timestep`` is, a tensor of any shape; the first entry decides."""
-        first = timestep.reshape(-1)[:1]
-        self._follow(first.device)
-        self.bin.copy_(torch.bucketize(first.to(self.edges), self.edges))
-        if self.modes:
-            self.mode.copy_(torch.bucketize(first.cpu().double(), self.mode_edges))
-
-    def _follow(self, device: torch.device) -> None:
-        if self.bin.device != device:
-            with torch.inference_mode(False):  # else it could not be set outside of that mode
-                self.bin, self.edges = self.bin.to(device), self.edges.to(device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepClock:
-        # before the first call: a device that changes in it would compile a second graph
-        self._follow(fn(self.bin).device)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class QuantLinear(nn.Linear):
@@ -419,69 +372,3 @@ class _StraightThrough(torch.autograd.Function):
 
 def _learns(bias: Tensor | None) -> bool:
     return bias is not None and bias.requires_grad
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a matrix product: a linear, or a convolution with a 1 x 1 kernel."""
-    return isinstance(module, nn.Linear) or is_pointwise(module)
-
-
-def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution whose kernel sees one position."""
-    return (
-        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        and math.prod(module.kernel_size) == math.prod(module.stride) == module.groups == 1
-        and not any(module.padding)
-    )
-
-
-def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of a linear or 1 x 1 convolution."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return module.out_channels, module.in_channels
-
-
-def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a float linear or 1 x 1 convolution as a matrix (N, K), float32."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().float().flatten(1)
-
-
-def rows_of(module: nn.Module, x: Tensor) -> Tensor:
-    """The input of a linear (..., K) or 1 x 1 convolution (B, K, ...) as rows (M, K)."""
-    axes = len(getattr(module, "kernel_size", ()))
-    last = x.movedim(-1 - axes, -1)
-    return last.reshape(-1, last.shape[-1])
-
-
-def check_part(key: str, tensor: Tensor, spec: Spec) -> None:
-    """Raise :class:`CheckpointError` unless the tensor is as the spec says."""
-    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-        raise CheckpointError(
-            f"{key}: expected {spec.dtype} {list(spec.shape)}, "
-            f"the file has {tensor.dtype} {list(tensor.shape)}"
-        )
-
-
-def from_disk(tensor: Tensor) -> Tensor:
-    """The bits of a float tensor as integers; integers as they are."""
-    bits = _BITS.get(tensor.dtype)
-    return tensor.contiguous().view(bits) if bits is not None else tensor.contiguous()
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor at an address that is a multiple of 64, copied if it must be.
-
-    Tensors of a mapped file begin anywhere, and float kernels round differently there: without
-    this a loaded model is not bit-identical to the one that was saved.
-    """
-    ready = tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0
-    return tensor if ready else tensor.clone()
-
-
-def to_disk(tensor: Tensor, spec: Spec) -> Tensor:
-    """Inverse of :func:`from_disk`, sharing memory."""
-    return tensor.view(spec.dtype) if spec.dtype in _BITS else tensor

@@ -3,24 +3,22 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dtq.errors import CheckpointError
-from dtq.families import TIME_ARGUMENTS
-from dtq.nn import alarm
-from dtq.nn.activation import quicken
-from dtq.nn.linear import CHANGE, QuantLinear, StepClock, aligned, is_linear
-from dtq.plan import LoadPlan
-from dtq.policy import StepPolicy
-
-_CLOCK = "_dtq_clock"
+from dtq.models.linears import is_linear
+from dtq.nn import nan_check
+from dtq.nn.gelu import quicken
+from dtq.nn.linear import QuantLinear
+from dtq.nn.storage import _device, aligned
+from dtq.nn.timestep_hook import install_clock
+from dtq.plan.layers import LoadPlan
+from dtq.plan.step_policy import StepPolicy
 
 
 def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> None:
@@ -77,10 +75,6 @@ def placed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]
             module.to(homes[name])
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters(), torch.empty(0)).device
-
-
 def finish(
     model: nn.Module,
     edges: tuple[float, ...],
@@ -108,61 +102,5 @@ def finish(
     quicken(model)
     if edges or policy is not None:
         install_clock(model, edges, policy)
-    if alarm.wanted():
-        alarm.arm(model)
-
-
-def share_changes(model: nn.Module) -> None:
-    """Let layers of a block that change their input alike, as q, k and v do, follow the first."""
-    firsts: dict[tuple[object, ...], list[QuantLinear]] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, QuantLinear) or not any(n in layer.specs() for n in CHANGE):
-            continue
-        layer.follow(None)
-        block = re.match(r".*?\.\d+(?=\.)", name)
-        key = block and block[0], layer.in_features, layer.task.block, layer.task.turns, layer.acts
-        known = firsts.setdefault(key, [])
-        first = next((other for other in known if _change_alike(layer, other)), None)
-        if first is None:
-            known.append(layer)
-        else:
-            layer.follow(first)
-
-
-def _change_alike(a: QuantLinear, b: QuantLinear) -> bool:
-    for name in CHANGE:
-        if (name in a.specs()) != (name in b.specs()):
-            return False
-        if name in a.specs():
-            x, y = a.part(name), b.part(name)
-            if x.is_meta or x.device != y.device or not torch.equal(x, y):
-                return False
-    return True
-
-
-def install_clock(
-    model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None
-) -> StepClock:
-    """Give the model a clock set from its timestep argument, and show it to every layer."""
-    clock = StepClock(edges, policy).to(_device(model))
-    if not hasattr(model, _CLOCK):
-        model.register_forward_pre_hook(_tell_time, with_kwargs=True)
-    model.add_module(_CLOCK, clock)
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.hear(clock)
-    return clock
-
-
-def _tell_time(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    clock = getattr(module, _CLOCK)
-    for name in TIME_ARGUMENTS:
-        if isinstance(kwargs.get(name), Tensor):
-            clock.set(kwargs[name])
-            return
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    for name, value in zip(names, args, strict=False):
-        if name in TIME_ARGUMENTS and isinstance(value, Tensor):
-            clock.set(value)
-            return
-    raise ValueError("static activation scales need the timestep as a tensor argument")
+    if nan_check.wanted():
+        nan_check.arm(model)

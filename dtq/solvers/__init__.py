@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dtq.formats import Params
+from dtq.solvers.clip_search import search
 from dtq.solvers.gptq import gptq
 from dtq.solvers.rtn import rtn
-from dtq.solvers.search import search
 
 
 @dataclass(frozen=True)

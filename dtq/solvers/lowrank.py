@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtq.formats import Format
-from dtq.solvers.search import search
+from dtq.solvers.clip_search import search
 
 _EXACT = 2048  # up to this size a full decomposition, above it a randomised one
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dtq.formats import Format, Params, snapped
-from dtq.solvers.check import check
+from dtq.solvers.finite import check
 
 
 def rtn(w: Tensor, fmt: Format, gram: Tensor | None = None) -> tuple[Tensor, Params]:

@@ -6,16 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dtq.transforms import methods
-from dtq.transforms.base import (
-    Chain,
-    Diagonal,
-    Online,
-    Permutation,
-    Rotation,
-    Transform,
-)
-from dtq.transforms.methods import Choice
+from dtq.transforms import grid_search, methods
+from dtq.transforms.base import Chain, Diagonal, Online, Permutation, Rotation, Transform
+from dtq.transforms.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ TRANSFORMS: dict[str, Method] = {
     "smooth-hadamard": Method(methods.smooth_hadamard, frozenset({"channels"}), rotates=True),
     "ditas": Method(methods.ditas, frozenset({"channels", "reservoir"})),
     "ars": Method(methods.ars, frozenset({"channels", "reservoir"}), rotates=True),
-    "search": Method(methods.search, frozenset({"channels", "reservoir"}), rotates=True),
+    "search": Method(grid_search.search, frozenset({"channels", "reservoir"}), rotates=True),
 }
 
 __all__ = [

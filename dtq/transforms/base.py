@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtq.transforms.hadamard import rotate, rotate_back
+from dtq.linalg.hadamard import rotate, rotate_back
 
 
 class Transform(Protocol):

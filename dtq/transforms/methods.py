@@ -7,35 +7,19 @@ Every method but ``search`` does as it is told; ``search`` tries them all and ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dtq.calibrate.stats import SiteStats
-from dtq.formats import FORMATS, Format, bits_per_weight, snapped
-from dtq.formats.acts import Acts, fake_quantize
+from dtq.calibrate.observers import SiteStats
+from dtq.formats import Format
+from dtq.formats.activations import Acts
+from dtq.linalg.hadamard import block_for
 from dtq.transforms.base import Online
-from dtq.transforms.hadamard import block_for, signs
-from dtq.transforms.smooth import column_peaks, smoothing
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A transform and how it was found.
-
-    Attributes:
-        transform: what the layers of the site will run.
-        label: the choice in words, such as ``smooth(0.35, max) + hadamard 64``.
-        errors: relative output error by candidate family, empty when nothing was searched.
-        rivals: other choices that came close; the caller may solve them too and keep the best.
-    """
-
-    transform: Online
-    label: str
-    errors: dict[str, float]
-    rivals: tuple[Choice, ...] = ()
+from dtq.transforms.choice import Choice, _online, _signs
+from dtq.transforms.objective import _Judge
+from dtq.transforms.smoothing import smoothing
 
 
 def none(weights: Sequence[Tensor], stats: SiteStats | None, *, fmt: Format, acts: Acts) -> Choice:
@@ -176,133 +160,3 @@ def zigzag(peaks: Tensor, block: int) -> Tensor:
     dealt = torch.argsort(peaks, descending=True, stable=True).reshape(block, blocks)
     dealt[1::2] = dealt[1::2].flip(1)
     return dealt.T.reshape(-1)
-
-
-def search(
-    weights: Sequence[Tensor],
-    stats: SiteStats,
-    *,
-    fmt: Format,
-    acts: Acts,
-    step: float = 0.05,
-    rows: int = 512,
-    outputs: int = 1024,
-    close: float = 1.5,
-    rotate: bool = True,
-    block: int = 64,
-    seed: int = 0,
-) -> Choice:
-    """Try none, smoothing, rotation and both on sampled rows; keep the smallest output error.
-
-    Smoothing runs over alpha in [0, 1], with beta = 1 - alpha and beta = 0, peaks aggregated by
-    max and by mean (DiTAS' layer-wise grid, 2409.07756, sec. 3.3, on stored rows instead of one
-    sampling run a layer). The grid is walked at twice ``step`` first, then around the best.
-
-    Args:
-        step: spacing of alpha.
-        rows: sampled input rows that candidates are judged on.
-        outputs: channels of each output, evenly spread, that candidates are judged on.
-        close: families within this factor of the best are returned as rivals. Candidates are judged
-            with plain rounding; a solver that repairs errors can turn a close order around.
-        rotate: try rotations too; without them this is SVDQuant's grid (2411.05007, sec. 4.3).
-        block: largest Hadamard block.
-        seed: of the random signs.
-    """
-    judge = _Judge([_spread(w, outputs) for w in weights], stats, fmt, acts, rows)
-    n = block_for(weights[0].shape[1], block) if rotate else 1
-    peaks = [column_peaks(weights).unsqueeze(0)]  # all that smoothing wants of the weights
-    best: dict[str, tuple[float, Online, str]] = {}
-    judged: dict[tuple[int, bytes], float] = {}
-
-    def try_(kind: str, s: Tensor | None, size: int, label: str) -> float:
-        transform = _online(weights, s, size, seed)
-        key = size, transform.scale.view(torch.uint8).cpu().numpy().tobytes()
-        if key not in judged:  # the corners of the grid meet
-            judged[key] = judge(transform)
-        error = judged[key]
-        if kind not in best or error < best[kind][0]:
-            best[kind] = (error, transform, label)
-        return error
-
-    try_("none", None, 1, "none")
-    sizes = {"smooth": 1}
-    if n > 1:
-        try_("hadamard", None, n, f"hadamard {n}")
-        sizes["smooth + hadamard"] = n
-    for kind, size in sizes.items():
-        tail = f" + hadamard {size}" if size > 1 else ""
-        coarse: dict[tuple[float, bool, str], float] = {}
-        for alpha, awq, over in _grid(0.0, 1.0, 2 * step):
-            s = smoothing(peaks, stats, alpha=alpha, beta=0.0 if awq else None, over=over)
-            label = f"smooth({alpha:.2f}{', weights aside' if awq else ''}, {over}){tail}"
-            coarse[alpha, awq, over] = try_(kind, s, size, label)
-        alpha, awq, over = min(coarse, key=lambda key: coarse[key])
-        for near in (alpha - step, alpha + step):
-            if 0 <= near <= 1:
-                s = smoothing(peaks, stats, alpha=near, beta=0.0 if awq else None, over=over)
-                label = f"smooth({near:.2f}{', weights aside' if awq else ''}, {over}){tail}"
-                try_(kind, s, size, label)
-    ranked = sorted(best.values(), key=lambda found: found[0])
-    errors = {kind: error for kind, (error, _, _) in best.items()}
-    kept = [found for found in ranked if found[0] <= close * ranked[0][0]]
-    first, *rivals = (Choice(transform, label, errors) for _, transform, label in kept)
-    return replace(first, rivals=tuple(rivals))
-
-
-def _grid(low: float, high: float, step: float) -> Iterator[tuple[float, bool, str]]:
-    for i in range(round((high - low) / step) + 1):
-        for awq in (False, True):
-            for over in ("max", "mean"):
-                yield low + i * step, awq, over
-
-
-def _spread(w: Tensor, count: int) -> Tensor:
-    """At most ``count`` rows of (N, K), evenly spread."""
-    if len(w) <= count:
-        return w
-    return w[torch.arange(count, device=w.device) * len(w) // count]
-
-
-class _Judge:
-    """Relative squared output error of a site under a transform, on sampled rows."""
-
-    def __init__(
-        self, weights: Sequence[Tensor], stats: SiteStats, fmt: Format, acts: Acts, rows: int
-    ) -> None:
-        assert stats.reservoir is not None
-        self.weights = [w.float() for w in weights]
-        sample = stats.reservoir.rows.to(self.weights[0])
-        self.x = sample[:: max(1, len(sample) // rows)][:rows]
-        self.want = [self.x @ w.T for w in self.weights]
-        self.power = [want.square().sum().clamp(min=1e-30) for want in self.want]
-        self.fmt, self.acts = _stand_in(fmt, self.weights[0]), acts
-
-    def __call__(self, transform: Online) -> float:
-        x = fake_quantize(transform.x(self.x), self.acts)
-        error = 0.0
-        for w, want, power in zip(self.weights, self.want, self.power, strict=True):
-            changed = transform.w(w)
-            got = x @ snapped(self.fmt, changed, self.fmt.fit(changed)).T
-            error += float(got.sub_(want).square_().sum() / power) / len(self.weights)
-        return error
-
-
-def _stand_in(fmt: Format, like: Tensor) -> Format:
-    """A format that learns its levels would learn them again for every candidate: judge with
-    integers of as many bits in its place."""
-    if not fmt.learned:
-        return fmt
-    bits = bits_per_weight(fmt, (4096, 4096))
-    name = "int2-g64" if bits < 2.5 else "int3-g64" if bits < 3.5 else "int4-g64"
-    return FORMATS[name if like.shape[1] % 64 == 0 else "int4-row"]
-
-
-def _online(weights: Sequence[Tensor], s: Tensor | None, block: int, seed: int) -> Online:
-    w = weights[0]
-    s = torch.ones(w.shape[1], device=w.device) if s is None else s
-    sign = _signs(w, seed) if block > 1 else torch.ones(w.shape[1], device=w.device)
-    return Online.of(s, sign, block)
-
-
-def _signs(w: Tensor, seed: int) -> Tensor:
-    return signs(w.shape[1], seed).to(w.device)

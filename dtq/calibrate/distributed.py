@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration that survives a crash and is shared by processes: parts, added up in one file.
+
+The batches are cut into parts by the recipe alone. Process r of R sees parts r, r + R, and so on;
+then they add what they saw to the file one after another, in order of the parts. Sums of floats
+depend on their order, and here the order is always the same: the file has the same numbers however
+many processes there are, and wherever one of them was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtq.calibrate import store
+from dtq.calibrate.collection import Statistics
+from dtq.calibrate.engine import Drive, see
+from dtq.errors import CheckpointError
+from dtq.models import Site
+from dtq.pipelines.loading import Source
+from dtq.pipelines.settings import Calibration
+from dtq.runs.tasks import Work
+
+
+def gather(
+    source: Source,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    needs: frozenset[str],
+    runs: Drive,
+    work: Work,
+    *,
+    progress: bool = True,
+) -> Path:
+    """The file with the statistics of some sites; goes on where an earlier run stopped.
+
+    Args:
+        source, sites, calibration, needs: as for ``engine.calibrate``.
+        runs: from ``engine.drive``.
+        work: in a folder.
+        progress: show a bar.
+
+    Raises:
+        TeamError: another process died.
+    """
+    parts, team = runs.parts(calibration.parts), work.team
+    names = "\n".join([*(site.name for site in sites), *sorted(needs)])
+    path = work.path(f"statistics/{hashlib.sha256(names.encode()).hexdigest()[:16]}")
+    assert path is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = team.tell(_parts_in(path) if team.leads else 0)
+    for first in range(done, len(parts), team.size):
+        mine, end = first + team.rank, min(first + team.size, len(parts))
+        seen = None
+        if mine < end:
+            seen = see(source, sites, calibration, needs, runs, parts[mine], progress=progress)
+        for turn in range(first, end):
+            if turn == mine and seen is not None:
+                _add(path, seen, turn)
+            team.meet()
+    return path
+
+
+def _parts_in(path: Path) -> int:
+    """How many parts a file has, 0 when there is none."""
+    if not path.exists():
+        return 0
+    try:
+        return int(store.load(path).about["parts"])
+    except CheckpointError:
+        path.unlink()  # what a crash of the whole machine left; seen again
+        return 0
+
+
+def _add(path: Path, seen: Statistics, place: int) -> None:
+    """Add part number ``place`` to those before it; ``seen`` is emptied, site by site."""
+    about, sites = seen.about, dict(seen.sites)
+    seen.sites = {}
+    if place:
+        before = store.load(path)
+        for name in list(sites):
+            site = before.sites[name]
+            site.merge(sites.pop(name))
+            sites[name] = site
+        about = {**about, "calls": before.about["calls"] + about["calls"]}
+    store.save(Statistics(sites, seen.edges, {**about, "parts": place + 1}), path)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card: what a folder holds, how to load it, what was measured. No dates, no paths."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dtq.checkpoint.config import DTQConfig
+from dtq.models.linears import is_linear
+from dtq.nn.linear import QuantLinear
+
+_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots")
+
+
+def card(saveable: Any, report: dict[str, Any] | None = None) -> str:
+    """The text of ``README.md`` for a quantized pipeline or model.
+
+    Args:
+        saveable: the pipeline or model.
+        report: ``Report.to_json()`` of the run that made it, when it is at hand.
+    """
+    models = _quantized(saveable)
+    configs = [_config(model) for model in models.values()]
+    bases = sorted({c.extra["base_model"] for c in configs if "base_model" in c.extra})
+    recipes = sorted({c.recipe for c in configs})
+    lines = ["---"]
+    if bases:
+        lines += ["base_model:", *(f"- {base}" for base in bases), "base_model_relation: quantized"]
+    lines += ["library_name: diffusers", "tags:", "- dtq", "- quantized", "---", ""]
+    of = f" of {', '.join(bases)}" if bases else ""
+    lines += [f"# {', '.join(recipes)}{of}", "", "Quantized after training by dtq.", ""]
+    lines += _table(models)
+    lines += ["", "```python", *_loading(saveable), "```"]
+    if report is not None:
+        lines += ["", *_measured(report)]
+    return "\n".join(lines) + "\n"
+
+
+def hub_id(where: str) -> str | None:
+    """The id of the hub model that diffusers says it read, None for a folder."""
+    if cached := _CACHED.search(where):
+        return "/".join(cached.groups())
+    return where if _HUB.fullmatch(where) and not Path(where).exists() else None
+
+
+def _quantized(saveable: Any) -> dict[str, nn.Module]:
+    parts = getattr(saveable, "components", {"": saveable})
+    return {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, nn.Module) and any(isinstance(m, QuantLinear) for m in part.modules())
+    }
+
+
+def _config(model: nn.Module) -> DTQConfig:
+    config: DTQConfig = model.config.quantization_config  # type: ignore[assignment, union-attr]
+    return config
+
+
+def _table(models: dict[str, nn.Module]) -> list[str]:
+    lines = [
+        "| model | recipe | quantized linears | weights | inputs | bits per weight | the rest |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, model in models.items():
+        layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+        every = sum(is_linear(m) for m in model.modules())
+        size = sum(spec.nbytes for m in layers for spec in m.specs().values())
+        count = sum(m.in_features * m.out_features for m in layers)
+        title = f"`{name}`, {type(model).__name__}" if name else type(model).__name__
+        config = _config(model)
+        lines.append(
+            f"| {title} | `{config.recipe}` | {len(layers)} of {every} "
+            f"| {_most(m.weights for m in layers)} | {_most(m.acts for m in layers)} "
+            f"| {8 * size / count:.2f} | {str(config.compute_dtype).removeprefix('torch.')} |"
+        )
+    return lines
+
+
+def _most(words: Any) -> str:
+    return ", ".join(f"{n} `{word}`" for word, n in Counter(words).most_common())
+
+
+def _loading(saveable: Any) -> list[str]:
+    kind = type(saveable).__name__ if isinstance(saveable, nn.Module) else "DiffusionPipeline"
+    name = "model" if isinstance(saveable, nn.Module) else "pipe"
+    return [
+        "import dtq  # teaches diffusers to load it",
+        f"from diffusers import {kind}",
+        "",
+        f'{name} = {kind}.from_pretrained("this repository or folder")',
+    ]
+
+
+def _measured(report: dict[str, Any]) -> list[str]:
+    errors = {x["name"]: x["error"] for x in report["layers"] if x["error"] is not None}
+    origin = report["calibration"].get("origin", "none")
+    lines = ["Measured while quantizing; `dtq_report.json` has every layer:", ""]
+    lines.append(f"- calibration inputs: {origin}")
+    if errors:
+        mean = math.exp(sum(math.log(max(e, 1e-12)) for e in errors.values()) / len(errors))
+        worst = max(errors, key=lambda name: errors[name])
+        lines.append(
+            f"- relative squared error of a layer's output: {mean:.1e} in the geometric mean, "
+            f"{errors[worst]:.1e} at worst (`{worst}`)"
+        )
+    for x in report.get("sentinel", {}).get("promoted", []):
+        lines.append(f"- promoted to {x['to']} in the last look: `{x['layer']}`, {x['why']}")
+    return lines

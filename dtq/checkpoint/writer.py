@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a quantized model or pipeline as a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from dtq.checkpoint.model_card import card
+from dtq.io.atomic import whole_folder
+from dtq.io.safe_parse import read_json
+from dtq.pipelines import call_defaults
+
+
+def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str = "10GB") -> Path:
+    """Save a quantized pipeline or model so that ``out`` appears whole or not at all.
+
+    Args:
+        saveable: anything with ``save_pretrained``.
+        out: folder to make.
+        overwrite: replace a folder that is not empty.
+        shard: largest file, as diffusers writes sizes.
+
+    Raises:
+        InputError: the folder is not empty, or cannot be made.
+    """
+    out = Path(out)
+    with whole_folder(out, overwrite=overwrite) as side:
+        save_into(saveable, side, shard)
+    return out
+
+
+def save_into(
+    saveable: Any, folder: Path, shard: str = "10GB", report: dict[str, Any] | None = None
+) -> None:
+    """``save_pretrained`` as a standard folder with a model card, without the path the model was
+    read from; ``report`` is what the card says was measured."""
+    saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
+    for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+        forget_path(config)
+    if isinstance(saveable, DiffusionPipeline):
+        call_defaults.write(folder, call_defaults.of(saveable))
+    if getattr(saveable, "labels", None):
+        _remember_labels(saveable.labels, folder / "model_index.json")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # the safetensors writer leaves its files private
+    (folder / "README.md").write_text(card(saveable, report), encoding="utf-8")
+
+
+def _remember_labels(labels: Mapping[str, int], index: Path) -> None:
+    """``DiTPipeline`` takes ``id2label`` and does not save it."""
+    names: dict[str, list[str]] = {}
+    for name, number in labels.items():
+        names.setdefault(str(number), []).append(name)
+    data = read_json(index)
+    data["id2label"] = {number: ", ".join(every) for number, every in names.items()}
+    index.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def forget_path(config: Path) -> None:
+    """Where the model was read from is nobody's business, and makes equal models unequal."""
+    data = read_json(config)
+    if data.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimates of memory, disk and time, made before a run starts."""

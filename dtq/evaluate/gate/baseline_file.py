@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Baseline files: an accepted run, and who accepted what and why, ever since."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dtq.errors import InputError
+from dtq.evaluate import run_file
+from dtq.evaluate.gate.decision import flaws, judge, key_of
+from dtq.evaluate.gate.policy import Policy
+from dtq.evaluate.run_file import Run
+from dtq.io.atomic import write_whole
+from dtq.io.safe_parse import LARGEST_JSON, numbers, parse_json, read_text
+
+
+def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> dict[str, Any]:
+    """Make a run the baseline; the file appears whole or stays as it was.
+
+    Args:
+        run: what later runs are compared with.
+        file: the baseline file; its history is kept.
+        reason: why, for those who read the history.
+        policy: the run must have every metric of it.
+        who: name in the history; the user's by default.
+
+    Returns:
+        The new entry of the history.
+
+    Raises:
+        InputError: no reason, a run that the gate could not use, or a file that is no baseline.
+    """
+    if not reason.strip():
+        raise InputError("a baseline needs a reason: --reason 'GPTQ damping is 0.02 now'")
+    wrong = flaws(run, [*policy.primary, *policy.secondary])
+    if (prompts := len({sample.prompt for sample in run.samples})) < policy.looks[0]:
+        wrong.append(f"{prompts} prompts; the policy's first look is at {policy.looks[0]}")
+    if wrong:
+        lines = "\n".join(f"  - {problem}" for problem in wrong)
+        raise InputError(f"this run cannot be a baseline:\n{lines}")
+    old = _old(file)
+    entry: dict[str, Any] = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "who": who or _user(),
+        "why": reason.strip(),
+        **key_of(run, policy),
+        "candidate": run.candidate,
+        "dtq": run.conditions.get("dtq"),
+        "errors": _means(run),
+    }
+    if old is not None:
+        verdict = judge(run, run_file.parse(old, str(file)), policy)
+        entry["against_the_last"] = {"verdict": verdict.outcome.word, "because": verdict.sentence}
+    history = [*(old or {}).get("history", []), entry]
+    write_whole(file, run_file.text({**run.to_json(), "history": history}))
+    return entry
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    """Entries of a baseline file, oldest first.
+
+    Raises:
+        InputError: no such file, or not a baseline.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such baseline; dtq gate accept writes one")
+    entries: list[dict[str, Any]] = (_old(file) or {})["history"]
+    return entries
+
+
+def _old(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    data = parse_json(read_text(file, LARGEST_JSON), str(file))
+    if not isinstance(data, dict) or not isinstance(data.get("history"), list):
+        raise InputError(f"{file}: no baseline file; choose another name for the baseline")
+    for i, entry in enumerate(data["history"]):
+        if not _is_entry(entry):
+            raise InputError(f"{file}: history[{i}] is not what dtq gate accept writes")
+    return data
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry has what ``dtq gate log`` shows of it, all of it text."""
+    if not isinstance(entry, dict):
+        return False
+    last = entry.get("against_the_last", {"verdict": ""})
+    shown = [entry.get(key) for key in ("when", "who", "why", "recipe", "checkpoint")]
+    shown.append(last.get("verdict") if isinstance(last, dict) else None)
+    return all(isinstance(words, str) for words in shown)
+
+
+def _means(run: Run) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for metric, table in run.values.items():
+        flat = [x for v in table.values() for x in (v if isinstance(v, list) else [v])]
+        # a metric that the policy leaves out may be missing for some samples
+        found[metric] = sum(flat) / len(flat) if flat and numbers(flat) else None
+    return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no entry for this user id, as in containers
+        return f"user {os.getuid()}"

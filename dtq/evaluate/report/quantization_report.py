@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq_report.json`` as the page of ``dtq eval`` reads it: it may come from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dtq.errors import InputError
+from dtq.io.safe_parse import numbers, read_json
+
+
+def quantization_report(path: Path | None) -> dict[str, Any]:
+    """What ``dtq quantize`` wrote beside the checkpoint; empty when it is not there.
+
+    Raises:
+        InputError: the file is there and is not what dtq writes; names the key.
+    """
+    file = path / "dtq_report.json" if path is not None else None
+    if file is None or not file.is_file():
+        return {}
+    data = read_json(file)
+    several = "layers" not in data and all(isinstance(part, dict) for part in data.values())
+    if not data or not several:
+        _check_report(data, str(file))
+        return data
+    found: dict[str, Any] = {key: [] for key in _REPORT}
+    for name, part in data.items():  # a report of each transformer
+        _check_report(part, f"{file}: {name}")
+        for key, rows in found.items():
+            rows += [{**row, "name": f"{name}.{row['name']}"} for row in part[key]]
+    return found
+
+
+def _check_report(data: dict[str, Any], where: str) -> None:
+    for key, kinds in _REPORT.items():
+        rows = data.get(key)
+        if not isinstance(rows, list):
+            raise InputError(f"{where}: {key!r} must be a list; delete the file to go without")
+        for i, row in enumerate(rows):
+            for name, fits in kinds.items():
+                if not isinstance(row, dict) or name not in row or not fits(row[name]):
+                    raise InputError(
+                        f"{where}: {key}[{i}]: {name!r} is missing or not what dtq writes; delete "
+                        f"the file to go without"
+                    )
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_REPORT: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "layers": {
+        **dict.fromkeys(("name", "role", "weights", "transform"), _text),
+        "promoted": lambda value: isinstance(value, bool),
+        "bits": lambda value: numbers([value]),
+        "error": lambda value: value is None or numbers([value]),
+    },
+    "sites": {"name": _text, "peaks": numbers, "peaks_after": numbers},
+}
+"""What the page reads of the report, and what each must be."""

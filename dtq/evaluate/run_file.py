@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run file, ``eval.json``: raw values of every sample, and the conditions they hold under."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtq.errors import InputError
+from dtq.io.safe_parse import LARGEST_JSON, finite, parse_json, read_text
+
+FORMAT = 1
+"""Version of the run file; a gate refuses newer ones."""
+
+JOB = ("set", "steps", "sampler", "guidance", "seed", "arguments", "dtype")
+"""Conditions without which two runs are not the same job."""
+
+PLACE = ("hardware", "torch", "dtq", "recipe", "batch")
+"""Conditions that a policy may ask to be the same."""
+
+Value = float | list[float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture or video that was asked for.
+
+    Attributes:
+        id: key of its values.
+        prompt: what was asked for; samples of one prompt are one unit.
+        seed: of its latents.
+    """
+
+    id: str
+    prompt: str
+    seed: int
+
+
+@dataclass
+class Run:
+    """What the gate reads.
+
+    Attributes:
+        candidate, reference: as the user named them.
+        conditions: of the job and of the place.
+        identity: fingerprints of ``checkpoint`` and ``reference``, the ``recipe``.
+        samples: in the order in which they were made.
+        values: metric to sample id to value, or one value per step.
+        rerun: the same against a second run of the float model; its difference is noise.
+        failures: sample id to what went wrong.
+        missing: figure that was asked for to why it is not there.
+    """
+
+    candidate: str
+    reference: str
+    conditions: dict[str, Any]
+    identity: dict[str, str]
+    samples: list[Sample]
+    values: dict[str, dict[str, Value]]
+    rerun: dict[str, dict[str, Value]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; numbers that are not finite become null."""
+        return {
+            "format": FORMAT,
+            "candidate": self.candidate,
+            "reference": self.reference,
+            "conditions": self.conditions,
+            "identity": self.identity,
+            "samples": [vars(sample) for sample in self.samples],
+            "values": finite(self.values),
+            "rerun": finite(self.rerun),
+            "failures": self.failures,
+            "missing": self.missing,
+        }
+
+
+def text(data: dict[str, Any]) -> str:
+    """A JSON file's text, strict: no NaN, no Infinity."""
+    return json.dumps(finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def read(where: str | Path) -> Run:
+    """A run from an ``eval`` folder, its ``eval.json``, or a baseline file.
+
+    Raises:
+        InputError: no such file, not JSON in the sense of ``documents.py``, or not a run file; says
+            what is missing.
+    """
+    path = Path(where)
+    path = path / "eval.json" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path}: no such run file; dtq eval ... -o FOLDER writes one")
+    return parse(parse_json(read_text(path, LARGEST_JSON), str(path)), str(path))
+
+
+def parse(data: Any, where: str = "run") -> Run:
+    """A run from plain data; the values are looked at by the gate, sample by sample.
+
+    Raises:
+        InputError: a part is missing or of another type; names all of them.
+    """
+    kinds: dict[str, type] = {
+        "candidate": str,
+        "reference": str,
+        "conditions": dict,
+        "identity": dict,
+        "samples": list,
+        "values": dict,
+        "rerun": dict,
+        "failures": dict,
+        "missing": dict,
+    }
+    if not isinstance(data, dict) or "format" not in data:
+        raise InputError(f"{where}: not a run file of this dtq; make it again with dtq eval")
+    if data["format"] != FORMAT:
+        raise InputError(f"{where}: format {data['format']!r}, this dtq reads {FORMAT}")
+    wrong = [key for key, kind in kinds.items() if not isinstance(data.get(key), kind)]
+    if wrong:
+        raise InputError(f"{where}: missing or damaged: {', '.join(wrong)}")
+    samples = data["samples"]
+    fields = {"id": str, "prompt": str, "seed": int}
+    for i, sample in enumerate(samples):
+        if not isinstance(sample, dict) or any(
+            not isinstance(sample.get(key), kind) for key, kind in fields.items()
+        ):
+            raise InputError(f"{where}: samples[{i}] needs an id, a prompt and a seed")
+        if not re.fullmatch(r"[\w-]+", sample["id"]):  # a picture's file has its name
+            raise InputError(f"{where}: samples[{i}]: the id {sample['id']!r} is no plain name")
+    for part in ("values", "rerun"):
+        for metric, table in data[part].items():
+            if not isinstance(table, dict):
+                raise InputError(f"{where}: {part}.{metric} must map samples to values")
+    made = [Sample(s["id"], s["prompt"], s["seed"]) for s in samples]
+    return Run(**{**{key: data[key] for key in kinds}, "samples": made})

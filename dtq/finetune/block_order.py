@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the blocks of a model are, and in which order they run."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from dtq.nn.linear import QuantLinear
+from dtq.pipelines.recorded_calls import Recorded, called
+
+log = logging.getLogger("dtq")
+
+
+def find(model: nn.Module) -> list[str]:
+    """Names of the elements of the outermost module lists that have quantized linears."""
+    found: list[str] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for key, child in module.named_children():
+            name = f"{prefix}{key}"
+            plain = not isinstance(child, nn.ModuleList | nn.ModuleDict)
+            if not (isinstance(module, nn.ModuleList) and plain):
+                visit(child, f"{name}.")
+            elif any(isinstance(m, QuantLinear) for m in child.modules()):
+                found.append(name)
+
+    visit(model, "")
+    return found
+
+
+@torch.no_grad()
+def in_order(model: nn.Module, call: Recorded) -> list[str]:
+    """The blocks that a call runs, the first one first."""
+    seen: dict[str, None] = {}
+    names = find(model)
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.setdefault(name)
+        )
+        for name in names
+    ]
+    try:
+        called(model, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if left := [name for name in names if name not in seen]:
+        log.warning("refine: the first call does not run %s; left as they are", ", ".join(left))
+    return list(seen)
+
+
+def layers_of(model: nn.Module, name: str) -> dict[str, QuantLinear]:
+    """The quantized linears of a block, by dotted name in the model."""
+    return {
+        f"{name}.{inner}".rstrip("."): module
+        for inner, module in model.get_submodule(name).named_modules()
+        if isinstance(module, QuantLinear)
+    }

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods: ``(model, floats, calls, **knobs) -> RefineReport``, and the loop over blocks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from dtq.errors import InputError
+from dtq.finetune.block_order import in_order, layers_of
+from dtq.finetune.report import BlockReport, How, RefineReport
+from dtq.finetune.resume import Shelf, fingerprint
+from dtq.finetune.targets import Example, error, examples_of, split
+from dtq.finetune.trainable import Trainee, VectorTrainee, set_state, state_of, trainee_of
+from dtq.nn.swap import placed
+from dtq.pipelines.recorded_calls import Recorded
+
+log = logging.getLogger("dtq")
+
+
+def blocks(
+    model: nn.Module,
+    floats: Mapping[str, nn.Linear],
+    calls: Sequence[Recorded],
+    *,
+    progress: bool = True,
+    save: Path | None = None,
+    steps: int = 100,
+    lr: float = 0.05,
+    lr_rest: float = 0.02,
+    clip: float = 1.0,
+    seed: int = 0,
+) -> RefineReport:
+    """Train scales, lookup tables, codebooks, biases and low-rank branches; no code changes.
+
+    Args:
+        model: with quantized linears in place, in evaluation mode. Changed in place.
+        floats: the float linears that they replaced, by dotted name.
+        calls: of the float model.
+        progress: show a progress bar.
+        save: folder for finished blocks; the same job continues there after an interruption.
+        steps: per block, one call each.
+        lr: of scales and tables, in units of their size and of the block's relative error: the
+            rate is ``lr * sqrt(before)``, so that a block which is nearly right moves little.
+        lr_rest: of low-rank branches, in the same units, and of biases, in units of the layer's
+            output and of that error.
+        clip: largest gradient norm, of the error in units of what it was before.
+        seed: of the order of the calls.
+
+    Raises:
+        InputError: no calls, or less than one step.
+    """
+    how = How("blocks", steps, lr, lr_rest, clip, seed)
+    return _refine(model, floats, calls, how, progress, save)
+
+
+def vq4dit(
+    model: nn.Module,
+    floats: Mapping[str, nn.Linear],
+    calls: Sequence[Recorded],
+    *,
+    progress: bool = True,
+    save: Path | None = None,
+    steps: int = 100,
+    lr: float = 0.05,
+    lr_rest: float = 0.02,
+    clip: float = 1.0,
+    seed: int = 0,
+    candidates: int = 2,
+    lr_logits: float = 0.2,
+    pull: float = 0.1,
+) -> RefineReport:
+    """VQ4DiT (2408.17131, sec. 3.2): :func:`blocks`, and codewords are chosen again with them.
+
+    Each sub-vector of a layer in a vector format mixes its ``n`` candidate codewords,
+    ``W = sum_n r_n C[a_n]`` with ``r = softmax(z)``; codebook, biases and ``z`` learn together from
+    the first step, on ``L_d + pull * mean(1 - |2 r - 1|)``. A sub-vector is fixed when its largest
+    ratio passes 0.99. Departures: the present codeword is a candidate and starts with nearly all of
+    the mix, so that only a steady gradient moves a sub-vector (the paper starts uniform; a start
+    near that left a block of the bundled model worse than k-means after 100 steps); ``L_d`` is in
+    units of the error before, with less pull on the ratios (lambda_r is 1 in the paper); whatever
+    is not fixed after three quarters of the steps is fixed then; and Adam replaces RMSprop.
+
+    Args:
+        candidates: codewords per sub-vector, ``n``.
+        lr_logits: of ``z``.
+        pull: weight of the term that makes ratios 0 or 1.
+
+    The other arguments are those of :func:`blocks`.
+
+    Raises:
+        InputError: no calls, less than one step or less than two candidates.
+    """
+    if candidates < 2:
+        raise InputError(f"vq4dit: candidates must be at least 2, is {candidates}")
+    how = How("vq4dit", steps, lr, lr_rest, clip, seed, candidates, lr_logits, pull)
+    return _refine(model, floats, calls, how, progress, save)
+
+
+def _refine(
+    model: nn.Module,
+    floats: Mapping[str, nn.Linear],
+    calls: Sequence[Recorded],
+    how: How,
+    progress: bool,
+    save: Path | None,
+) -> RefineReport:
+    if not calls:
+        raise InputError(f"refine: {how.method} needs recorded calls of the float model")
+    if how.steps < 1:
+        raise InputError(f"refine: {how.method} needs at least one step, got {how.steps}")
+    names = in_order(model, calls[0])
+    shelf = Shelf(save, fingerprint(model, floats, calls, how)) if save is not None else None
+    report = RefineReport(how.method)
+    with tqdm(
+        total=len(names) * how.steps,
+        desc=f"refine {how.method}",
+        unit="step",
+        disable=not progress,
+        dynamic_ncols=True,
+    ) as bar:
+        for i, name in enumerate(names):
+            done = shelf.load(i, model) if shelf is not None else None
+            if done is None:
+                done = _refine_block(model, name, floats, calls, how, how.seed + i, bar)
+                if shelf is not None:
+                    shelf.save(i, done, model)
+            bar.update((i + 1) * how.steps - bar.n)
+            shown = {
+                k: f"{v:.2e}" for k, v in (("before", done.before), ("after", done.after)) if v
+            }
+            bar.set_postfix({"block": name, **shown})
+            report.blocks.append(done)
+    return report
+
+
+def _refine_block(
+    model: nn.Module,
+    name: str,
+    floats: Mapping[str, nn.Linear],
+    calls: Sequence[Recorded],
+    how: How,
+    seed: int,
+    bar: Any,
+) -> BlockReport:
+    """Train one block, judge it, keep the better parts."""
+    layers = layers_of(model, name)
+    examples = examples_of(model, name, floats, calls)
+    if not examples:
+        return BlockReport(name, None, None, False, "no call reached it")
+    train, held = split(examples)
+    kept = {n: state_of(layer) for n, layer in layers.items()}
+    before = error(model.get_submodule(name), held or train)
+    finite = math.isfinite(before)
+    if finite:
+        trainees = {n: trainee_of(layer, floats[n], how) for n, layer in layers.items()}
+        with placed(model, trainees):
+            block = model.get_submodule(name)
+            finite = _train(block, list(trainees.values()), train, how, before, seed, bar)
+    if not finite:
+        log.warning("refine: the error of %s is not finite; left as it was", name)
+        return BlockReport(name, _finite(before), None, False, "non-finite error")
+    for n, layer in layers.items():
+        set_state(layer, trainees[n].state())
+    after = error(model.get_submodule(name), held or train)
+    if not after < before:
+        for n, layer in layers.items():
+            set_state(layer, kept[n])
+    log.info("refine: %s from %.2e to %.2e", name, before, after)
+    return BlockReport(name, _finite(before), _finite(after), after < before)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _train(
+    block: nn.Module,
+    trainees: Sequence[Trainee],
+    examples: Sequence[Example],
+    how: How,
+    unit: float,
+    seed: int,
+    bar: Any,
+) -> bool:
+    """Adam with a cosine schedule, one call a step; False as soon as the loss is not finite."""
+    soft = [t for t in trainees if isinstance(t, VectorTrainee)]
+    vectors = sum(len(t.logits) for t in soft)
+    groups = [group for t in trainees for group in t.groups(how, math.sqrt(unit))]
+    chosen = [p for group in groups for p in group["params"]]
+    if not chosen:
+        return True
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
+    order = _cycled(len(examples), seed)
+    with _frozen(block, chosen), torch.enable_grad():
+        for step in range(how.steps):
+            example = examples[next(order)]
+            loss = example.loss(block) / max(unit, 1e-30)
+            for t in soft:
+                loss = loss + how.pull * t.indecision() * len(t.logits) / vectors
+            if not torch.isfinite(loss):
+                return False
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(chosen, how.clip)
+            optimizer.step()
+            schedule.step()
+            for t in soft:
+                t.fix(everything=step + 1 >= 0.75 * how.steps)
+            bar.update()
+    return True
+
+
+def _cycled(count: int, seed: int) -> Iterator[int]:
+    """Places in a list over and over, each round in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+@contextmanager
+def _frozen(block: nn.Module, but: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Nothing of the block learns but these."""
+    learn = {id(p) for p in but}
+    flags = [(p, p.requires_grad) for p in block.parameters() if id(p) not in learn]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)

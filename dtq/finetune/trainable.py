@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What learns: stand-ins for quantized linears, computed in float32 with gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtq.finetune.report import How
+from dtq.formats import Parts
+from dtq.formats.activations import Acts, acts_of, fake_quantize, row_codes
+from dtq.formats.vq import Vq
+from dtq.nn.linear import QuantLinear
+
+SURE = 0.99
+"""A sub-vector whose largest ratio is above this has found its codeword (VQ4DiT, sec. 3.2)."""
+
+LEAD = 4.0
+"""First logit of the present codeword, the other candidates' being 0."""
+
+
+class Trainee(nn.Linear):
+    """A quantized linear whose float parts learn, computed in float32.
+
+    Every part is ``start * exp(d)`` (scales, which keep their sign) or ``start + unit * d``, with
+    ``d`` from zero: one learning rate fits all. It is rounded to the stored dtype on the way, the
+    gradient passing straight through, as it does through the rounding of activations.
+    """
+
+    def __init__(self, layer: QuantLinear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        # what code that looks at a linear finds there; neither learns
+        self.weight, self.bias = layer.weight, layer.bias
+        self._layer = [layer]  # in a list: not a submodule
+        self.dtypes = {n: s.dtype for n, s in layer.specs().items() if _learns(n, s.dtype)}
+        self.start = {n: layer.part(n).detach().float() for n in self.dtypes}
+        self.unit = {n: _rms(t) for n, t in self.start.items()}
+        if layer.bias is not None:
+            self.dtypes["bias"] = layer.bias.dtype
+            self.start["bias"] = layer.bias.detach().float().clone()
+            # the size of an output when the input's is one
+            self.unit["bias"] = _rms(layer.dequantize(torch.float32)) * self.in_features**0.5
+        self.moves = nn.ParameterDict({n: torch.zeros_like(t) for n, t in self.start.items()})
+
+    @property
+    def layer(self) -> QuantLinear:
+        return self._layer[0]
+
+    def groups(self, how: How, reach: float) -> list[dict[str, Any]]:
+        """Parameters and their learning rates, for the optimizer; ``reach`` is sqrt(before)."""
+        main = [p for n, p in self.moves.items() if n.startswith("weight_")]
+        rest = [p for n, p in self.moves.items() if not n.startswith("weight_")]
+        groups = [
+            {"params": main, "lr": how.lr * reach},
+            {"params": rest, "lr": how.lr_rest * reach},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float (..., K) to (..., N) in the dtype of ``x``."""
+        rows = x.reshape(-1, self.in_features).float()  # (M, K)
+        changed = self.layer.transform().x(rows)
+        with torch.no_grad():
+            rounded = self._rounded(changed)
+        y = F.linear(_straight(rounded, changed), self.matrix())  # (M, N)
+        if self.layer.runtime.rank:
+            y = y + F.linear(F.linear(rows, self.now("proj_down")), self.now("proj_up"))
+        if "bias" in self.moves:
+            y = y + self.now("bias")
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def matrix(self) -> Tensor:
+        """The weight (N, K) of the changed input."""
+        fmt = self.layer.task.weights
+        parts = {n: self.layer.part(n) for n in fmt.layout((self.out_features, self.in_features))}
+        return fmt.unpack(parts | {n: self.now(n) for n in parts if n in self.moves})
+
+    def now(self, name: str) -> Tensor:
+        """A part with the value it is stored with, float32."""
+        start, move = self.start[name], self.moves[name]
+        positive = "scale" in name
+        value = start * move.exp() if positive else start + self.unit[name] * move
+        return _straight(_cast(value, self.dtypes[name]).float(), value)
+
+    def state(self) -> Parts:
+        """Every stored part and the bias, with on-disk dtypes."""
+        with torch.no_grad():
+            found = {n: _cast(self.now(n), dtype) for n, dtype in self.dtypes.items()}
+        return self.layer.parts() | found
+
+    def _rounded(self, changed: Tensor) -> Tensor:
+        """The changed input (M, K) as the layer's product sees it."""
+        acts = _acts_now(self.layer)
+        if not acts.static:
+            return fake_quantize(changed, acts)
+        scale = self.layer.step_scale()
+        return row_codes(changed, scale, acts.levels) * scale
+
+
+class VectorTrainee(Trainee):
+    """The same for a vector format, each sub-vector a mix of candidate codewords.
+
+    Args:
+        layer: in a vector format: parts ``weight_lut`` (k, d), ``weight``, maybe ``weight_scale``.
+        weight: the float weight (N, K) of the raw input.
+        candidates: codewords per sub-vector.
+    """
+
+    def __init__(self, layer: QuantLinear, weight: Tensor, candidates: int) -> None:
+        super().__init__(layer)
+        target = layer.transform().w(weight.detach().float().to(layer.weight.device))
+        if layer.runtime.rank:
+            target = target - self.start["proj_up"] @ layer.transform().w(self.start["proj_down"])
+        fmt = self._format
+        vectors = fmt.split(target, layer.parts()).flatten(0, 1)  # (S, d)
+        now = fmt.codes(layer.parts()).flatten().long()  # (S,)
+        self.options = _candidates(vectors, self.start["weight_lut"], now, candidates)  # (S, n)
+        logits = torch.zeros_like(self.options, dtype=torch.float32)
+        logits[:, 0] = LEAD
+        self.logits = nn.Parameter(logits)  # (S, n)
+
+    def groups(self, how: How, reach: float) -> list[dict[str, Any]]:
+        return [*super().groups(how, reach), {"params": [self.logits], "lr": how.lr_logits}]
+
+    def matrix(self) -> Tensor:
+        words = F.embedding(self.options, self.now("weight_lut"))  # (S, n, d)
+        mixed = (self.logits.softmax(1).unsqueeze(-1) * words).sum(1)  # (S, d)
+        vectors = mixed.unflatten(0, (self.out_features, -1))
+        scale = {n: self.now(n) for n in self.moves if n == "weight_scale"}
+        return self._format.join(vectors, scale)
+
+    def indecision(self) -> Tensor:
+        """``mean(1 - |2 r - 1|)``, the paper's L_r: zero when every ratio is 0 or 1."""
+        return (1 - (2 * self.logits.softmax(1) - 1).abs()).mean()
+
+    @torch.no_grad()
+    def fix(self, everything: bool = False) -> None:
+        """Give the sub-vectors that are sure, or all, to their best candidate for good."""
+        ratios = self.logits.softmax(1)
+        sure = (ratios.amax(1) > SURE) | everything  # (S,)
+        # minus infinity: no gradient and no momentum brings a candidate back
+        alone = torch.full_like(ratios, -math.inf).scatter_(1, ratios.argmax(1, True), 0.0)
+        self.logits.copy_(torch.where(sure.unsqueeze(1), alone, self.logits))
+
+    def state(self) -> Parts:
+        best = self.options.gather(1, self.logits.argmax(1, True)).reshape(self.out_features, -1)
+        return self._format.with_codes(super().state(), best)
+
+    @property
+    def _format(self) -> Vq:
+        fmt = self.layer.task.weights
+        assert isinstance(fmt, Vq)
+        return fmt
+
+
+def trainee_of(layer: QuantLinear, linear: nn.Linear, how: How) -> Trainee:
+    if how.candidates and isinstance(layer.task.weights, Vq):
+        return VectorTrainee(layer, linear.weight, how.candidates)
+    return Trainee(layer)
+
+
+def _candidates(vectors: Tensor, codebook: Tensor, now: Tensor, count: int) -> Tensor:
+    """The present codeword, then the nearest others; int64 (S, n)."""
+    count = min(count, len(codebook))
+    found = []
+    for some, mine in zip(vectors.split(65536), now.split(65536), strict=True):
+        distance = torch.cdist(some, codebook)  # (s, k)
+        distance.scatter_(1, mine.unsqueeze(1), -1.0)
+        found.append(distance.topk(count, largest=False).indices)
+    return torch.cat(found)
+
+
+def _learns(name: str, dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and name.startswith(("weight_", "proj_"))
+
+
+def _acts_now(layer: QuantLinear) -> Acts:
+    """The activation format of this step: the layer's, or what a step policy says."""
+    acts: Acts = layer.task.acts
+    clock = layer.clock
+    if clock is not None and clock.modes and acts.bits < 16:
+        return acts_of(clock.modes[int(clock.mode)], acts.name)
+    return acts
+
+
+def _straight(value: Tensor, through: Tensor) -> Tensor:
+    """``value`` exactly, with the gradient of ``through``."""
+    return value.detach() + (through - through.detach())
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a narrower dtype; what is too large takes its largest number."""
+    largest = torch.finfo(dtype).max
+    return value.detach().clamp(-largest, largest).to(dtype)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def state_of(layer: QuantLinear) -> Parts:
+    """Every stored part, and a copy of the bias."""
+    bias = {} if layer.bias is None else {"bias": layer.bias.detach().clone()}
+    return layer.parts() | bias
+
+
+@torch.no_grad()
+def set_state(layer: QuantLinear, state: Mapping[str, Tensor]) -> None:
+    layer.fill({n: t for n, t in state.items() if n != "bias"})
+    if layer.bias is not None:
+        layer.bias.copy_(state["bias"])

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer class that diffusers asks for, and its registration.
+
+``import dtq`` writes two rows into the tables of ``diffusers.quantizers.auto``; from then on
+``from_pretrained`` of a dtq folder needs nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import get_module_from_name, is_transformers_available
+from torch import Tensor, nn
+
+from dtq.checkpoint import reader
+from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
+from dtq.checkpoint.model_card import hub_id
+from dtq.errors import CheckpointError, InputError
+from dtq.nn.linear import QuantLinear
+from dtq.nn.shared_inputs import share_changes
+from dtq.nn.storage import aligned, check_part, from_disk, to_disk
+from dtq.nn.swap import finish, swap_empty
+from dtq.plan.layers import Plan, Runtime
+
+log = logging.getLogger("dtq")
+
+OnTheFly = Callable[[nn.Module, DTQConfig, list[str]], object]
+"""Quantize a loaded float model in place: model, config, names to keep; returns the report."""
+
+
+class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Loads dtq checkpoints, and quantizes float models while they load."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+    required_packages = None
+    on_the_fly: OnTheFly | None = None  # set by register(); the story is above this file
+
+    def __init__(self, quantization_config: DTQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._reader: reader.Reader | None = None
+        self._keep: list[str] = []
+        self.report: object = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what would silently change the weights."""
+        if isinstance(device_map, dict) and "disk" in {str(v) for v in device_map.values()}:
+            raise ValueError(
+                "a dtq model cannot be dispatched to disk by device_map: diffusers casts floating "
+                "tensors first. Use enable_group_offload(offload_to_disk_path=...)"
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """The recorded compute dtype unless the user asks for another."""
+        recorded: torch.dtype | None = self.quantization_config.compute_dtype
+        return torch_dtype or recorded or torch.float32
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
+        if self.pre_quantized:
+            if self.quantization_config.format_version is None:
+                raise CheckpointError("config.json: quantization_config has no 'format_version'")
+            self._reader = reader.Reader(files)
+        return [key for key in loaded_keys if key != reader.CHECKSUMS]
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if self._reader is not None:
+            self._reader.check(state_dict)
+        elif reader.CHECKSUMS in state_dict:
+            raise InputError(
+                "from_single_file takes float models and quantizes them; this file is quantized "
+                "by dtq: load its folder, with config.json, with from_pretrained"
+            )
+        return {key: aligned(t) for key, t in state_dict.items() if key != reader.CHECKSUMS}
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Any, param_name: str, *args: Any, **kwargs: Any
+    ) -> bool:
+        module, part = get_module_from_name(model, param_name)
+        return isinstance(module, QuantLinear) and part in module.specs()
+
+    def check_quantized_param_shape(self, name: str, current: Tensor, loaded: Tensor) -> bool:
+        if tuple(current.shape) != tuple(loaded.shape):
+            raise CheckpointError(
+                f"{name}: expected shape {list(current.shape)}, the file has {list(loaded.shape)}"
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        module, part = get_module_from_name(model, param_name)
+        # not param_value: diffusers has already cast that one to torch_dtype
+        raw = state_dict[param_name] if state_dict is not None else param_value
+        check_part(param_name, raw, module.specs()[part])
+        value = from_disk(raw).to(target_device)
+        module._parameters[part] = nn.Parameter(value, requires_grad=False)
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        device_map: Any = None,
+        keep_in_fp32_modules: Any = (),
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config = self.quantization_config
+        if state_dict is not None:  # only from_single_file passes it, and never says pre_quantized
+            self.pre_quantized = False
+        self._keep = list(keep_in_fp32_modules or ())
+        if self.pre_quantized:
+            plan = config.load_plan()
+            if self._reader is not None:
+                self._reader.check_plan(plan, model)
+            swap_empty(model, plan, config.compute_dtype or torch.float32)
+            log.info("dtq: %d quantized linears, recipe %s", len(plan.layers), config.recipe)
+        model.register_to_config(quantization_config=config)  # type: ignore[operator]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.pre_quantized:
+            for module in model.modules():
+                if isinstance(module, QuantLinear) and module.bias is not None:
+                    module.compute_dtype = module.bias.dtype
+            plan = self.quantization_config.load_plan()
+            finish(model, plan.edges, plan.policy)
+            share_changes(model)
+            share_rows(model, self.quantization_config)
+        else:
+            assert DTQQuantizer.on_the_fly is not None
+            self.report = DTQQuantizer.on_the_fly(model, self.quantization_config, self._keep)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if not safe_serialization:
+            raise InputError("dtq checkpoints are safetensors only: safe_serialization=True")
+        wrapped = sorted(k.split(".base_layer.")[0] for k in state_dict if ".base_layer." in k)
+        if wrapped:
+            raise InputError(
+                f"adapters are loaded (on {wrapped[0]}, for one), and a checkpoint has none: "
+                f"unload_lora_weights() before saving, and fuse_lora() before that to keep them"
+            )
+        specs = self.quantization_config.load_plan()
+        return reader.with_checksums(_as_floats(state_dict, specs.layers)), {}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                model.set_submodule(name, module.unquantized())
+        vars(model).pop("_skip_layerwise_casting_patterns", None)  # named the quantized layers
+        # else a later save would write float weights that claim to be quantized
+        config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
+        model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]
+        return model
+
+    def get_cuda_warm_up_factor(self) -> int:
+        return 2
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def mark(
+    model: nn.Module, plan: Plan, edges: tuple[float, ...], dtype: torch.dtype, config: DTQConfig
+) -> None:
+    """Leave a model quantized in memory in the state that ``from_pretrained`` would leave it in."""
+    config.format_version = FORMAT_VERSION
+    config.recipe = plan.recipe
+    config.compute_dtype = dtype
+    config.timestep_edges = list(edges)
+    config.layers = {layer.name: layer.runtime().to_json() for layer in plan.quantized()}
+    if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
+        config.extra.setdefault("base_model", base)
+    share_changes(model)
+    share_rows(model, config)
+    quantizer = DTQQuantizer(config, pre_quantized=True)
+    model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+
+
+def share_rows(model: nn.Module, config: DTQConfig) -> None:
+    """Let every quantized linear write what becomes of it into its row of ``config.json``."""
+    for name, row in config.layers.items():
+        model.get_submodule(name).row = row  # type: ignore[assignment]
+
+
+def register(on_the_fly: OnTheFly) -> None:
+    """Write dtq into diffusers' tables, unless a dtq is there already."""
+    DTQQuantizer.on_the_fly = staticmethod(on_the_fly)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault("dtq", DTQQuantizer)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
+    _guard_control_nets()
+    if is_transformers_available():  # diffusers has imported it; it asks both for a quant_backend
+        from transformers.quantizers import auto as text
+
+        text.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
+        text.AUTO_QUANTIZER_MAPPING.setdefault("dtq", _refuse_text)
+
+
+def _guard_control_nets() -> None:
+    """``from_transformer`` of control nets copies weights by name, and here those are codes.
+
+    ``load_state_dict(strict=False)`` takes int8 codes of the right shape for weights: the control
+    net would be noise. Classes that share modules instead of copying have no such argument.
+    """
+    from diffusers.models import controlnets
+
+    for kind in vars(controlnets).values():
+        made = vars(kind).get("from_transformer") if isinstance(kind, type) else None
+        if not isinstance(made, classmethod) or hasattr(made.__func__, "dtq"):
+            continue
+        if "load_weights_from_transformer" in inspect.signature(made.__func__).parameters:
+            kind.from_transformer = classmethod(_of_floats(made.__func__))  # type: ignore[attr-defined]
+
+
+def _of_floats(make: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def from_transformer(cls: Any, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(m, QuantLinear) for m in transformer.modules()):
+            raise InputError(
+                f"{cls.__name__}.from_transformer copies float weights, and this transformer holds "
+                f"codes; give the float model, or dequantize() a copy of this one"
+            )
+        return make(cls, transformer, *args, **kwargs)
+
+    from_transformer.dtq = True  # type: ignore[attr-defined]
+    return from_transformer
+
+
+def _refuse_text(*args: Any, **kwargs: Any) -> None:
+    raise InputError(
+        "dtq quantizes models of diffusers, and this is one of transformers; name what to "
+        'quantize: components_to_quantize=["transformer"]'
+    )
+
+
+def _as_floats(state: dict[str, Tensor], layers: dict[str, Runtime]) -> dict[str, Tensor]:
+    """Scales as the floats whose bits they hold in memory; their dtype is the format's."""
+    tensors = dict(state)
+    for name, layer in layers.items():
+        # dtypes do not depend on the shape: any that every format accepts will do; whether base-3
+        # codes have a tail does
+        for part, spec in layer.stored((1024, 1024)).items():
+            key = f"{name}.{part}"
+            if key in tensors:
+                tensors[key] = to_disk(tensors[key], spec)
+    return tensors

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are whole or absent, and strict parsing of untrusted documents."""

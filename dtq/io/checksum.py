@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checksums of tensors and digests of files."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the tensor's bytes, as a signed 32-bit number."""
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _signed(zlib.crc32(data))
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def _digest_of(folder: Path, pattern: str = "*") -> str:
+    """Hash of the names and contents of the files below a folder."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    lines = [f"{path.relative_to(folder).as_posix()} {_sha_of(path)}" for path in files]
+    return _sha("\n".join(lines).encode())
+
+
+def _contents(path: Path) -> str:
+    return _digest_of(path) if path.is_dir() else _sha_of(path)
+
+
+def _sha_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

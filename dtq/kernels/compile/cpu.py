@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU kernels: how they are compiled, and which instruction set they use.
+
+``DTQ_CPU_ISA=`` ref, avx2, avxvnni, vnni, amx or neon chooses the instruction set instead of the
+best one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from dtq.io.package_data import folder
+from dtq.kernels.compile import gcc
+from dtq.kernels.compile.format_codes import tell
+from dtq.kernels.compile.library import Library, Unavailable, needs_abi
+
+ISAS = ("ref", "avx2", "avxvnni", "vnni", "amx", "neon")
+"""Instruction sets, from the plainest to the fastest of x86, then Arm's; ref is portable C++."""
+
+_log = logging.getLogger(__name__)
+
+
+def isa() -> str | None:
+    """The instruction set in use; None without the library."""
+    return None if CPU.opened is None else str(CPU.opened.dtq_isa().decode())
+
+
+def use(name: str | None) -> str:
+    """Use an instruction set, or the fastest below it that this machine has; None for the fastest.
+
+    Returns:
+        The one that is used.
+    """
+    assert CPU.opened is not None, "CPU.load() first"
+    wanted = None if name is None else name.encode()
+    if not CPU.opened.dtq_use(wanted):
+        _log.warning("dtq: no %s kernels on this CPU (known: %s)", name, ", ".join(ISAS))
+    return isa() or ""
+
+
+def peak(rounds: int = 5) -> float:
+    """Integer operations a second of CPU time that one thread does in registers, the best of a few.
+
+    0 without the library, and for an instruction set that has no instruction for them.
+    """
+    if CPU.opened is None:
+        return 0.0
+    best, count = 0.0, 2_000_000
+    for _ in range(rounds):
+        started = time.thread_time()
+        done = CPU.opened.dtq_peak(count)
+        best = max(best, done / (time.thread_time() - started))
+    return best
+
+
+@functools.cache
+def _key() -> str:
+    return gcc.key(folder("cpu_ext"))
+
+
+def _compiler() -> str:
+    try:
+        return gcc.find()[0]
+    except OSError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _compile(work: Path) -> Path:
+    try:
+        return gcc.compile_library(gcc.find(), folder("cpu_ext"), Path(torch.__file__).parent, work)
+    except OSError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _prepare(library: ctypes.CDLL) -> None:
+    library.dtq_isa.restype = ctypes.c_char_p
+    library.dtq_use.argtypes = [ctypes.c_char_p]
+    library.dtq_peak.argtypes, library.dtq_peak.restype = [ctypes.c_int64], ctypes.c_int64
+    tell(library.dtq_cpu_format)
+    wanted = os.environ.get("DTQ_CPU_ISA")
+    if wanted and not library.dtq_use(wanted.encode()):
+        used = library.dtq_isa().decode()
+        _log.warning("dtq: DTQ_CPU_ISA=%s: not on this CPU, %s is used", wanted, used)
+
+
+CPU = Library(
+    device="cpu",
+    title="CPU",
+    ops=(
+        "quantize_rows",
+        "binned_quantize_rows",
+        "e2m1_quantize_rows",
+        "transform_rows",
+        "round_rows",
+        "w8a8_linear",
+        "w4a8_linear",
+        "w3a8_linear",
+        "lut4a8_linear",
+        "group_a8_linear",
+        "dequantize",
+        "weight_linear",
+        "w8a8_epilogue_linear",
+        "w4a8_epilogue_linear",
+        "gelu",
+    ),
+    key=_key,
+    compile=_compile,
+    compiler=_compiler,
+    usable=needs_abi,
+    prepare=_prepare,
+    says=lambda library: str(library.dtq_isa().decode()),
+)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``FAMILIES``: the models dtq knows by name. Others are scanned by the general rules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dtq.models.base import ROLES, Family, Linear, Scan, Site, sibling_key
+from dtq.models.families import FAMILIES
+from dtq.models.scan import blocks_of, scan, scan_names
+from dtq.models.timestep import TIME_ARGUMENTS
+
+
+def find(model: nn.Module) -> Family | None:
+    """The family of a model by the name of its class, None when it has none."""
+    name = type(model).__name__
+    return next((family for family in FAMILIES if name in family.classes), None)
+
+
+__all__ = [
+    "FAMILIES",
+    "ROLES",
+    "TIME_ARGUMENTS",
+    "Family",
+    "Linear",
+    "Scan",
+    "Site",
+    "blocks_of",
+    "find",
+    "scan",
+    "scan_names",
+    "sibling_key",
+]

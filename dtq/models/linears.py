@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linears and 1 x 1 convolutions as matrices (N, K), their inputs as rows (M, K)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a matrix product: a linear, or a convolution with a 1 x 1 kernel."""
+    return isinstance(module, nn.Linear) or is_pointwise(module)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose kernel sees one position."""
+    return (
+        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and math.prod(module.kernel_size) == math.prod(module.stride) == module.groups == 1
+        and not any(module.padding)
+    )
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear or 1 x 1 convolution."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return module.out_channels, module.in_channels
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a float linear or 1 x 1 convolution as a matrix (N, K), float32."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().float().flatten(1)
+
+
+def rows_of(module: nn.Module, x: Tensor) -> Tensor:
+    """The input of a linear (..., K) or 1 x 1 convolution (B, K, ...) as rows (M, K)."""
+    axes = len(getattr(module, "kernel_size", ()))
+    last = x.movedim(-1 - axes, -1)
+    return last.reshape(-1, last.shape[-1])

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hook that sets the step clock whenever the model is called."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtq.models import TIME_ARGUMENTS
+from dtq.nn.linear import QuantLinear
+from dtq.nn.step_clock import StepClock
+from dtq.nn.storage import _device
+from dtq.plan.step_policy import StepPolicy
+
+_CLOCK = "_dtq_clock"
+
+
+def install_clock(
+    model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None
+) -> StepClock:
+    """Give the model a clock set from its timestep argument, and show it to every layer."""
+    clock = StepClock(edges, policy).to(_device(model))
+    if not hasattr(model, _CLOCK):
+        model.register_forward_pre_hook(_tell_time, with_kwargs=True)
+    model.add_module(_CLOCK, clock)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.hear(clock)
+    return clock
+
+
+def _tell_time(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    clock = getattr(module, _CLOCK)
+    for name in TIME_ARGUMENTS:
+        if isinstance(kwargs.get(name), Tensor):
+            clock.set(kwargs[name])
+            return
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    for name, value in zip(names, args, strict=False):
+        if name in TIME_ARGUMENTS and isinstance(value, Tensor):
+            clock.set(value)
+            return
+    raise ValueError("static activation scales need the timestep as a tensor argument")

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the float model is asked for: label and prompt sets, shipped, local, or from the hub."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtq.errors import FOREIGN, InputError, first_line
+from dtq.io.package_data import folder
+from dtq.io.safe_parse import read_text
+from dtq.pipelines import call_defaults
+
+_COLUMNS = ("prompt", "caption", "text", "label", "class_label", "class")
+_LARGEST = 2**26  # bytes of prompts
+_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What to generate: the pipeline argument that carries it, and one entry per picture."""
+
+    name: str
+    argument: str
+    entries: tuple[Any, ...]
+
+
+def load(name: str, pipeline: Any, count: int, *, nested: bool = False) -> Requests:
+    """``count`` requests for a pipeline.
+
+    Args:
+        name: ``auto``; a set shipped in ``calibration/``; a local ``.txt`` (one a line), ``.json``,
+            ``.jsonl``, ``.csv`` or ``.parquet`` file; or ``hub:OWNER/NAME[:SPLIT[:COLUMN]]``.
+        pipeline: decides whether labels or prompts are wanted, and knows its labels.
+        count: entries wanted; a larger set is thinned evenly, a smaller one repeated.
+        nested: in an order that begins the same for every count, spread over the set all along.
+
+    Raises:
+        InputError: no such set, an empty or unreadable one, or labels for a prompt pipeline.
+    """
+    argument = _argument(pipeline)
+    if name == "auto":
+        name = call_defaults.of(pipeline).set
+    if name == "auto":
+        entries = _own_labels(pipeline) if argument == "class_labels" else _shipped("prompts-64")
+    elif name.startswith("hub:"):
+        entries = _hub(name[4:])
+    elif Path(name).suffix:
+        entries = _file(Path(name))
+    else:
+        entries = _shipped(name)
+    if not entries:
+        raise InputError(f"calibration set {name!r} is empty")
+    if argument == "class_labels":
+        entries = [_label(entry, name, pipeline) for entry in entries]
+    return Requests(name, argument, tuple((_spread if nested else _evenly)([*entries], count)))
+
+
+def given(entries: list[str], pipeline: Any) -> Requests:
+    """Requests from the command line: prompts, or label names or numbers."""
+    argument = _argument(pipeline)
+    chosen: list[Any] = [*entries]
+    if argument == "class_labels":
+        chosen = [_label(entry, "given", pipeline) for entry in entries]
+    return Requests("given", argument, tuple(chosen))
+
+
+def _argument(pipeline: Any) -> str:
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    for argument in ("class_labels", "prompt"):
+        if argument in parameters:
+            return argument
+    raise InputError(
+        f"{type(pipeline).__name__} takes neither class_labels nor a prompt; dtq cannot drive it. "
+        f"Quantize its transformer alone, with inputs=[...]"
+    )
+
+
+def _own_labels(pipeline: Any) -> list[Any]:
+    """Every label the pipeline names, or the whole table of the transformer (data-free)."""
+    labels = getattr(pipeline, "labels", None)
+    if labels:
+        return sorted(set(labels.values()))
+    return list(range(pipeline.transformer.config.num_embeds_ada_norm))
+
+
+def _shipped(name: str) -> list[Any]:
+    known = sorted(path.stem for path in folder("calibration").glob("*.txt"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+        raise InputError(
+            f"unknown calibration set {name!r}; {hint} Or give a file or hub:OWNER/NAME"
+        )
+    return _lines(folder("calibration") / f"{name}.txt")
+
+
+def _file(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise InputError(f"calibration set {path}: no such file")
+    if path.suffix == ".txt":
+        return _lines(path)
+    if path.suffix not in _FILES:
+        raise InputError(f"calibration set {path}: expected .txt, {', '.join(_FILES)}")
+    kind, where = _FILES[path.suffix], str(path)
+    return _column(_loaded(where, kind, data_files=where, split="train"), None, where)
+
+
+def _hub(what: str) -> list[Any]:
+    name, _, rest = what.partition(":")
+    split, _, column = rest.partition(":")
+    return _column(_loaded(name, name, split=split or "train"), column or None, name)
+
+
+def _loaded(where: str, *what: str, **options: str) -> Any:
+    try:
+        return _datasets().load_dataset(*what, **options)
+    except FOREIGN as error:
+        raise InputError(
+            f"calibration set {where}: cannot be read ({first_line(error)})"
+        ) from error
+
+
+def _column(table: Any, column: str | None, name: str) -> list[Any]:
+    wanted = (column,) if column else _COLUMNS
+    for candidate in wanted:
+        if candidate in table.column_names:
+            return list(table[candidate])
+    raise InputError(f"calibration set {name}: has {table.column_names}, none of {wanted}")
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            "reading this set needs the package datasets: pip install dtq[eval]"
+        ) from error
+    return datasets
+
+
+def _lines(path: Path) -> list[Any]:
+    lines = (line.strip() for line in read_text(path, _LARGEST).splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _label(entry: Any, name: str, pipeline: Any) -> int:
+    """A class number, from a number or from a name that the pipeline knows."""
+    size = pipeline.transformer.config.num_embeds_ada_norm
+    labels = getattr(pipeline, "labels", None) or {}
+    if str(entry) in labels:
+        return int(labels[str(entry)])
+    try:
+        number = int(entry)
+    except (TypeError, ValueError) as error:
+        near = difflib.get_close_matches(str(entry), labels, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(
+            f"calibration set {name}: {entry!r} is not a label of this model{hint}"
+        ) from error
+    if not 0 <= number < size:
+        raise InputError(f"calibration set {name}: label {number} is not in [0, {size})")
+    return number
+
+
+def _evenly(entries: list[Any], count: int) -> list[Any]:
+    if len(entries) >= count:
+        return [entries[i * len(entries) // count] for i in range(count)]
+    return [entries[i % len(entries)] for i in range(count)]
+
+
+def _spread(entries: list[Any], count: int) -> list[Any]:
+    """The first ``count`` in golden-ratio order, whose every beginning covers the set."""
+    order = sorted(range(len(entries)), key=lambda i: (i * 0.6180339887498949) % 1)
+    return [entries[order[i % len(order)]] for i in range(count)]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Call a pipeline, or a bare transformer on random inputs."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+
+from dtq.errors import InputError
+from dtq.pipelines import call_defaults, image_inputs, prompts
+from dtq.pipelines.loading import Source, made_inputs
+from dtq.pipelines.settings import Calibration
+
+log = logging.getLogger("dtq")
+
+
+def run_pipeline(
+    pipeline: Any,
+    requests: prompts.Requests,
+    calibration: Calibration,
+    output: str = "pt",
+    only: Container[int] | None = None,
+) -> Iterator[Any]:
+    """Generate the requests batch by batch; yields the pipeline's outputs.
+
+    With ``only`` those batches whose first request has its place there.
+
+    The latents of a request depend on the seed and its place, not on the batch size.
+
+    Raises:
+        InputError: the pipeline takes no such argument, or refuses what it is given.
+    """
+    calibration = call_defaults.of(pipeline).fill(calibration)
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    options: dict[str, Any] = {"output_type": output}
+    if calibration.steps:
+        options["num_inference_steps"] = calibration.steps
+    if calibration.guidance:
+        options["guidance_scale"] = calibration.guidance
+    options = {k: v for k, v in options.items() if k in parameters}
+    for name in calibration.arguments:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
+            raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
+    options |= calibration.arguments
+    beside = image_inputs.wanted(pipeline, calibration)
+    batch = beside.batch(calibration.batch)
+    if beside.warning and (only is None or 0 in only):  # once, not with every batch
+        log.warning("%s: %s", type(pipeline).__name__, beside.warning)
+    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        starts = range(0, len(requests.entries), batch)
+        for start in starts if only is None else filter(only.__contains__, starts):
+            entries = list(requests.entries[start : start + batch])
+            generators = [
+                torch.Generator().manual_seed(seed_of(calibration.seed, start + i))
+                for i in range(len(entries))
+            ]
+            asked = {requests.argument: entries} | beside.of(start)
+            try:
+                result = pipeline(**asked, generator=generators, **options)
+            except (TypeError, ValueError, NameError) as error:
+                raise InputError(
+                    f"{type(pipeline).__name__} did not take the call ({type(error).__name__}: "
+                    f"{error}); arguments beside the prompt: {sorted(options)}"
+                ) from error
+            yield result
+    finally:
+        pipeline.set_progress_bar_config(**shown)
+
+
+def seed_of(seed: int, place: int) -> int:
+    """Seed of the latents of the request at a place."""
+    return seed * 1_000_003 + place
+
+
+def made_up_calls(calibration: Calibration) -> int:
+    """How often a bare transformer is called."""
+    return max(calibration.bins, -(-calibration.samples // calibration.batch) * 4)
+
+
+def made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:
+    """Random calls over the whole trajectory, noisiest first as a sampler goes."""
+    family = source.family
+    if family is None:
+        made_inputs(source.model, 1, 0.0, 0)  # raises, with the way out
+        return
+    calls = made_up_calls(calibration)
+    for i in range(calls):
+        share = 1 - (i + 0.5) / calls
+        timestep = share * family.largest_timestep
+        yield made_inputs(source.model, calibration.batch, timestep, calibration.seed + i)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: what happens to each linear by name, and what that costs in bytes.
+
+A recipe is intent in roles; a plan is fact in layers. The plan is what a checkpoint stores and a
+loader reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtq.errors import CheckpointError, InputError
+from dtq.formats import FORMATS, Spec
+from dtq.formats.activations import ACTS
+from dtq.io.safe_parse import numbers
+from dtq.io.schema import Call
+from dtq.plan.step_policy import StepPolicy
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a loader must know of a quantized linear; the entry of ``layers`` in ``config.json``.
+
+    Attributes:
+        weights: weight format, a key of ``FORMATS``.
+        acts: activation format, a key of ``ACTS``.
+        block: Hadamard block of the online rotation, 1 for none.
+        pre_quant: whether the file has a vector that multiplies the input first.
+        rank: of the low-rank branch, 0 for none.
+        permute: whether the file has an order of the input channels.
+        turns: block rotations, 1 or 2.
+    """
+
+    weights: str
+    acts: str
+    block: int = 1
+    pre_quant: bool = False
+    rank: int = 0
+    permute: bool = False
+    turns: int = 1
+
+    ALWAYS = ("weights", "acts", "block", "pre_quant")
+    """Keys that are always written; the others only where they are not the default."""
+
+    def stored(self, shape: tuple[int, int], bins: int = 1) -> dict[str, Spec]:
+        """Shape and on-disk dtype of every stored part of a linear (N, K), bias aside."""
+        rows, columns = shape
+        specs = dict(FORMATS[self.weights].layout(shape))
+        if self.pre_quant:
+            specs["pre_quant_scale"] = Spec((1, columns), torch.bfloat16)
+        if self.permute:
+            specs["pre_quant_order"] = Spec((1, columns), torch.int32, _no_order)
+        if ACTS[self.acts].static:
+            count = bins if ACTS[self.acts].stepped else 1
+            specs["input_scale"] = Spec((1, count), torch.float32)
+        if self.rank:
+            specs["proj_down"] = Spec((self.rank, columns), torch.bfloat16)
+            specs["proj_up"] = Spec((rows, self.rank), torch.bfloat16)
+        return specs
+
+    def checked_for(self, shape: tuple[int, int], bins: int = 1) -> dict[str, Spec]:
+        """:meth:`stored`, after asking whether a linear of this shape can be such a layer.
+
+        Raises:
+            InputError: a group of a format, or the rotation block, does not divide K.
+        """
+        if shape[1] % self.block:
+            raise InputError(f"rotation blocks of {self.block} do not divide K = {shape[1]}")
+        if ACTS[self.acts].grid:
+            FORMATS[ACTS[self.acts].grid].layout((1, shape[1]))
+        return self.stored(shape, bins)
+
+    def to_json(self) -> dict[str, Any]:
+        default = Runtime(self.weights, self.acts)
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in self.ALWAYS or getattr(self, f.name) != getattr(default, f.name)
+        }
+
+    @classmethod
+    def checked(cls, data: object, where: str) -> Runtime:
+        """Read an entry of ``layers``.
+
+        Raises:
+            CheckpointError: it is not what dtq writes; says which key.
+        """
+        kinds = {f.name: {"str": str, "int": int, "bool": bool}[str(f.type)] for f in fields(cls)}
+        if not isinstance(data, dict) or not set(cls.ALWAYS) <= set(data) <= set(kinds):
+            raise CheckpointError(
+                f"{where} must have the keys {sorted(cls.ALWAYS)}, may have "
+                f"{sorted(set(kinds) - set(cls.ALWAYS))}"
+            )
+        for key, value in data.items():
+            if type(value) is not kinds[key]:
+                wanted = kinds[key].__name__
+                raise CheckpointError(f"{where}[{key!r}] must be {wanted}, is {value!r}")
+        for key, table in (("weights", FORMATS), ("acts", ACTS)):
+            if data[key] not in table:
+                raise CheckpointError(
+                    f"{where}[{key!r}]: unknown format {data[key]!r}; this dtq knows "
+                    f"{', '.join(table)}. A newer dtq may have written it: pip install -U dtq"
+                )
+        found = cls(**data)
+        if found.block < 1 or found.block & (found.block - 1):
+            raise CheckpointError(f"{where}['block'] must be a power of two, is {found.block}")
+        if found.turns not in (1, 2):
+            raise CheckpointError(f"{where}['turns'] must be 1 or 2, is {found.turns}")
+        if found.rank < 0:
+            raise CheckpointError(f"{where}['rank'] must not be negative, is {found.rank}")
+        return found
+
+
+def _no_order(order: Tensor) -> str | None:
+    places = torch.arange(order.numel(), dtype=order.dtype)
+    if torch.equal(order.reshape(-1).sort().values, places):
+        return None
+    return f"numbers that are no order of {order.numel()} channels"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear (N, K): how its weight and input are kept, and how that is found.
+
+    Attributes:
+        name: dotted path in the model.
+        role: what it does, a word of ``families.ROLES``.
+        shape: (N, K).
+        weights: weight format; empty when the layer is kept as it is.
+        acts: activation format.
+        block: Hadamard block at run time.
+        pre_quant: whether the file has a per-channel vector for its input.
+        rank, permute, turns: see :class:`Runtime`.
+        transform: how its transform is found.
+        solver: how its weight is found.
+        lowrank: how its low-rank branch is found.
+        choose: weight formats that are all solved, the best one kept.
+        note: why it is kept, or not as the recipe says.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    weights: str = ""
+    acts: str = "none"
+    block: int = 1
+    pre_quant: bool = False
+    rank: int = 0
+    permute: bool = False
+    turns: int = 1
+    transform: Call = Call("none")
+    solver: Call = Call("rtn")
+    lowrank: Call = Call("none")
+    choose: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def kept(self) -> bool:
+        return not self.weights
+
+    def stored(self, bins: int = 1) -> dict[str, Spec]:
+        """Shape and dtype of every part that the file holds for this layer, bias aside."""
+        return self.runtime().stored(self.shape, bins)
+
+    def nbytes(self, bins: int = 1, kept_dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the weight and everything that belongs to it, bias aside."""
+        if self.kept:
+            return math.prod(self.shape) * kept_dtype.itemsize
+        return sum(spec.nbytes for spec in self.stored(bins).values())
+
+    def bits(self, bins: int = 1) -> float:
+        """Stored bits per weight, all metadata counted."""
+        return 8 * self.nbytes(bins) / math.prod(self.shape)
+
+    def runtime(self) -> Runtime:
+        """What a loader must know."""
+        return Runtime(**{f.name: getattr(self, f.name) for f in fields(Runtime)})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every linear of a model, in model order.
+
+    Attributes:
+        recipe: name of the recipe.
+        layers: one plan per linear, kept ones included.
+        bins: timestep bins of static activation scales.
+    """
+
+    recipe: str
+    layers: tuple[LayerPlan, ...]
+    bins: int = 1
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return self._by_name[name]
+
+    def quantized(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if not layer.kept]
+
+    def gemm(self) -> list[LayerPlan]:
+        """Quantized layers that see tokens: attention and feed-forward, not modulation."""
+        return [layer for layer in self.quantized() if layer.role != "adaln"]
+
+    def bits(self, layers: Iterable[LayerPlan]) -> float:
+        """Stored bits per weight over some quantized layers; 0 when there are none."""
+        chosen = list(layers)
+        weights = sum(math.prod(layer.shape) for layer in chosen)
+        return 8 * sum(layer.nbytes(self.bins) for layer in chosen) / weights if weights else 0.0
+
+    def with_layers(self, changed: Mapping[str, LayerPlan]) -> Plan:
+        """The plan with some layers replaced, by name."""
+        return replace(self, layers=tuple(changed.get(x.name, x) for x in self.layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for ``dtq plan --json``."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+
+    @property
+    def _by_name(self) -> dict[str, LayerPlan]:
+        return {layer.name: layer for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """The part of a plan that ``config.json`` keeps: what to build before the file is read."""
+
+    layers: dict[str, Runtime] = field(default_factory=dict)
+    edges: tuple[float, ...] = ()
+    policy: StepPolicy | None = None
+
+    @property
+    def bins(self) -> int:
+        return len(self.edges) + 1
+
+    @classmethod
+    def checked(cls, layers: object, edges: object, where: str, runtime: object = None) -> LoadPlan:
+        """Read the fields ``layers``, ``timestep_edges`` and ``runtime`` of the config.
+
+        Raises:
+            CheckpointError: a field is not what dtq writes; says which layer and key.
+        """
+        if not isinstance(layers, dict):
+            raise CheckpointError(f"{where}: 'layers' must map layer names to their formats")
+        read = {
+            name: Runtime.checked(layer, f"{where}: layers[{name!r}]")
+            for name, layer in layers.items()
+        }
+        if not numbers(edges) or list(edges) != sorted(edges):  # type: ignore[call-overload]
+            raise CheckpointError(f"{where}: 'timestep_edges' must be a rising list of numbers")
+        policy = None
+        if isinstance(runtime, dict) and "diffusion_step_policy" in runtime:
+            at = f"{where}: runtime.diffusion_step_policy"
+            policy = StepPolicy.checked(runtime["diffusion_step_policy"], at)
+        return cls(read, tuple(float(e) for e in edges), policy)  # type: ignore[attr-defined]

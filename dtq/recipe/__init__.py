@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user asks for: names, files and overrides become a recipe."""

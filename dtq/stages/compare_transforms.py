@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage: quantize the whole model with other transforms too, and keep the best."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from torch import nn
+
+from dtq.allocate import measure
+from dtq.calibrate.collection import Statistics
+from dtq.io.schema import Call
+from dtq.models import Scan
+from dtq.nn.timestep_hook import install_clock
+from dtq.pipelines.recorded_calls import Recorded, spread
+from dtq.plan.layers import Plan
+from dtq.recipe.resolve import Recipe
+from dtq.runs.tasks import Work
+from dtq.stages.candidates import JUDGES, Built
+from dtq.stages.layer_result import Solved
+from dtq.stages.solve import solve_all
+
+log = logging.getLogger("dtq")
+
+
+def compare(
+    model: nn.Module,
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    recorded: list[Recorded],
+    solved: dict[str, Solved],
+    *,
+    progress: bool = True,
+    work: Work | None = None,
+) -> dict[str, float]:
+    """Solve the whole model with other transforms too, and keep what errs least.
+
+    A transform is searched input by input on sampled rows; how errors add up over the model is
+    only seen on its output. ``solved`` is completed with the winner.
+
+    Returns:
+        Teacher-forced error of each candidate, the recipe's own first.
+    """
+    calls, gemm = spread(recorded, JUDGES), {x.name for x in plan.gemm()}
+    found = {recipe.transform.name: {name: solved[name] for name in gemm}}
+    for other in recipe.compare:
+        changed = {x.name: replace(x, transform=Call(other)) for x in plan.gemm()}
+        found[other], _ = solve_all(
+            model, scan, plan.with_layers(changed), recipe, statistics, only=gemm, what=other,
+            progress=progress, work=work,
+        )  # fmt: skip
+    edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
+    clock = install_clock(model, edges) if edges else None
+    candidates = {"model": Built(model, found, plan.bins, clock)}
+    errors = measure(model, calls, candidates, progress=progress, what="compare", work=work)[
+        "model"
+    ]
+    best = min(errors, key=lambda name: errors[name]["mse"])
+    solved |= found[best]
+    log.info("transform: %s", ", ".join(f"{n} {e['mse']:.2e}" for n, e in errors.items()))
+    return {name: error["mse"] for name, error in errors.items()}

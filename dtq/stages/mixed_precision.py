@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gets how many bits: the guard that promotes what came out badly, and mixed precision."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+from torch import nn
+
+from dtq.allocate import Allocation, allocate, groups_of, measure, parse_budget
+from dtq.calibrate.collection import Statistics
+from dtq.errors import InputError
+from dtq.formats import FORMATS
+from dtq.models import Scan
+from dtq.nn.timestep_hook import install_clock
+from dtq.pipelines.recorded_calls import Recorded, spread
+from dtq.plan.layers import LayerPlan, Plan
+from dtq.recipe.resolve import Recipe
+from dtq.runs.tasks import Work
+from dtq.stages.candidates import Built
+from dtq.stages.layer_result import Solved, final
+from dtq.stages.solve import solve_all
+
+log = logging.getLogger("dtq")
+
+
+def check_budget(plan: Plan, recipe: Recipe) -> None:
+    """Refuse a budget below the cheapest options before any work is done.
+
+    Raises:
+        InputError: says the least there is.
+    """
+    weights = sum(math.prod(x.shape) for x in plan.gemm())
+    budget = parse_budget(str(recipe.allocate.budget), weights)
+    least = sum(
+        min(_in_format(x, option).nbytes(plan.bins) for option in recipe.allocate.options)
+        for x in plan.gemm()
+    )
+    if budget < least:
+        raise InputError(
+            f"a budget of {recipe.allocate.budget} is too small: the options "
+            f"{', '.join(recipe.allocate.options)} need at least {least} bytes "
+            f"({8 * least / weights:.3f} bits per weight). Raise it, or allow narrower formats"
+        )
+
+
+def mixed(
+    model: nn.Module,
+    scan: Scan,
+    plan: Plan,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    recorded: list[Recorded],
+    solved: dict[str, Solved],
+    *,
+    progress: bool = True,
+    work: Work | None = None,
+) -> tuple[Plan, Allocation]:
+    """Give every site the format that the recipe's budget allows.
+
+    Every option is solved for every site, measured alone in the float model on recorded calls, and
+    the best combination within the budget is taken (``dtq.allocate``).
+
+    Args:
+        model: the float transformer.
+        scan: its linears.
+        plan: the recipe's, in its plain weight format.
+        recipe: says which options and the budget.
+        statistics: of calibration.
+        recorded: calls of the float model.
+        solved: results in the plain format; completed with the chosen ones.
+        progress: show progress bars.
+        work: keeps every layer solved and every option measured.
+
+    Raises:
+        InputError: the budget is below what the cheapest options need.
+    """
+    how, gemm = recipe.allocate, {x.name for x in plan.gemm()}
+    sites = {
+        s.name: names
+        for s in scan.sites
+        if (names := [x.name for x in s.linears if x.name in gemm])
+    }
+    weights = {
+        site: sum(math.prod(plan[name].shape) for name in names) for site, names in sites.items()
+    }
+    budget = parse_budget(str(how.budget), sum(weights.values()))
+    results: dict[str, dict[str, dict[str, Solved]]] = {site: {} for site in sites}
+    for option in how.options:
+        found = solved
+        if option != recipe.weights:
+            other = plan.with_layers({x.name: _in_format(x, option) for x in plan.gemm()})
+            for x in other.gemm():
+                if x.weights != option:
+                    log.warning("%s: stays in %s: %s", x.name, x.weights, x.note)
+            found, _ = solve_all(
+                model, scan, other, recipe, statistics, only=gemm, what=option, progress=progress,
+                work=work,
+            )  # fmt: skip
+        for site, names in sites.items():
+            results[site][option] = {name: found[name] for name in names}
+    edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
+    clock = install_clock(model, edges) if edges else None
+    candidates = {
+        site: Built(model, options, plan.bins, clock) for site, options in results.items()
+    }
+    costs = {
+        site: {o: sum(r.plan.nbytes(plan.bins) for r in f.values()) for o, f in options.items()}
+        for site, options in results.items()
+    }
+    calls = spread(recorded, how.calls)
+    chosen = allocate(
+        measure(model, calls, candidates, progress=progress, what="allocate", work=work),
+        costs,
+        budget,
+        groups=groups_of(s for s in scan.sites if s.name in sites),
+        weights=weights,
+        decoupled=how.decoupled,
+    )
+    for site, option in chosen.choice.items():
+        solved |= results[site][option]
+    return final(plan, solved), chosen
+
+
+def _in_format(layer: LayerPlan, option: str) -> LayerPlan:
+    """The layer in another format, if that fits its shape; otherwise as it is, with a note."""
+    try:
+        FORMATS[option].layout(layer.shape)
+    except InputError as error:
+        return replace(layer, note=layer.note or str(error).split(". Use")[0])
+    return replace(layer, weights=option, choose=())

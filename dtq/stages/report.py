@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: what was decided and measured while quantizing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dtq.plan.layers import Plan
+from dtq.stages.layer_result import LayerReport, SiteReport
+
+
+@dataclass
+class Report:
+    """Everything that was decided and measured while quantizing."""
+
+    plan: Plan
+    edges: tuple[float, ...]
+    layers: list[LayerReport] = field(default_factory=list)
+    sites: list[SiteReport] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    compared: dict[str, float] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
+    refine: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, Any] = field(default_factory=dict)
+    sentinel: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``dtq_report.json``."""
+        return {
+            "recipe": self.plan.recipe,
+            "bits_gemm": self.plan.bits(self.plan.gemm()),
+            "bits_all": self.plan.bits(self.plan.quantized()),
+            "edges": list(self.edges),
+            "calibration": self.about,
+            "compared": self.compared,
+            "allocation": self.allocation,
+            "refine": self.refine,
+            "steps": self.steps,
+            "sentinel": self.sentinel,
+            "layers": [asdict(layer) for layer in self.layers],
+            "sites": [asdict(site) for site in self.sites],
+        }

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each format costs on this CPU, and where a step goes: the smaller tables of docs/kernels.md.
+
+    python scripts/cpu_kernels.py
+
+One thread by its CPU time, candidates interleaved, medians in milliseconds. ``dtq bench`` has the
+comparison with other libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from dtq.bench.cases import cases, quantized, quantized_model, weight_only
+from dtq.bench.cpu import Candidate, conditions, race
+from dtq.kernels import CPU
+
+INT8_ACTS = ("int8-row", "int4-2l-g64", "int4-asym-row", "e2m1-row", "twinlog4-row", "int3-row",
+             "int4-g64", "int4-asym-g128", "int8-asym-g128", "nf4-g64")  # fmt: skip
+WEIGHT_ONLY = ("int8-row", "int4-asym-g64", "nf4-g64", "nvfp4", "vq-256x4", "trit-row", "int3-g64")
+ACTS = {
+    "int4-2l-g64 x int8": ("int4-2l-g64", "int8-row"),
+    "e2m1-row x e2m1-row": ("e2m1-row", "e2m1-row"),
+    "e2m1-row x fp8-row": ("e2m1-row", "fp8-row"),
+    "nvfp4 x nvfp4": ("nvfp4", "nvfp4"),
+    "mxfp4 x mxfp4": ("mxfp4", "mxfp4"),
+    "int4-g64 x int4-g64": ("int4-g64", "int4-g64"),
+    "int4-asym-g128 x int8-asym-g128": ("int4-asym-g128", "int8-asym-g128"),
+}
+"""Weights and activations."""
+SHAPE, MODULATION = (1152, 4608), (1152, 6912)
+"""(K, N)."""
+
+
+@click.command(help=__doc__)
+@click.option("--rounds", default=11, show_default=True)
+def main(rounds: int) -> None:
+    torch.set_num_threads(1)
+    CPU.load()
+    print(", ".join(f"{k} {v}" for k, v in conditions(rounds).items()), flush=True)
+    with torch.no_grad():
+        layer = nn.Linear(*SHAPE)
+        layers = {name: quantized(layer, name) for name in INT8_ACTS}
+        several(f"int8 activations, {SHAPE}", layers, layer, (1, 8, 64, 256, 1024), rounds)
+        layers = {name: quantized(layer, *formats) for name, formats in ACTS.items()}
+        several(f"other activations, {SHAPE}", layers, layer, (1, 64, 256, 1024), rounds)
+        layer = nn.Linear(*MODULATION)
+        layers = {name: weight_only(layer, name) for name in WEIGHT_ONLY}
+        several(f"weight-only, {MODULATION}", layers, layer, (1, 2, 8, 16, 64), rounds)
+        gelu(rounds)
+        turned(rounds)
+        rounded(rounds)
+        profiled()
+
+
+def several(
+    title: str, layers: dict[str, nn.Module], plain: nn.Linear, tokens: Iterable[int], rounds: int
+) -> None:
+    layers = {**layers, "bfloat16": nn.Linear(plain.in_features, plain.out_features).bfloat16()}
+    print(f"\n{title}\n| M | {' | '.join(layers)} |\n| --- |{' --- |' * len(layers)}")
+    for m in tokens:
+        x = torch.randn(m, plain.in_features).bfloat16()
+        runs = [Candidate(name, _call(layer, x), 0) for name, layer in layers.items()]
+        found = race(title, m, runs, rounds, ours=())
+        print(f"| {m} | {' | '.join(f'{row.seconds * 1e3:.3g}' for row in found)} |", flush=True)
+
+
+def _call(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    return lambda: layer(x)
+
+
+def gelu(rounds: int) -> None:
+    x = torch.randn(512, 4608).bfloat16()
+    runs = [
+        Candidate("dtq", lambda: torch.ops.dtq.gelu(x), 0),
+        Candidate("torch", lambda: F.gelu(x, approximate="tanh"), 0),
+    ]
+    found = race("gelu", 512, runs, rounds, ours=())
+    print("\nGELU of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
+
+
+def turned(rounds: int) -> None:
+    """Quantizing an input that is turned twice, with and without an order of channels before."""
+    x = torch.randn(512, 4608).bfloat16()
+    order = torch.randperm(4608).int()
+
+    def codes(ops: Any, turns: int, order: torch.Tensor | None = None) -> Callable[[], object]:
+        return lambda: ops.binned_quantize_rows(x, None, order, 512, turns, None, None)
+
+    runs = [
+        Candidate("one turn", codes(torch.ops.dtq, 1), 0),
+        Candidate("two", codes(torch.ops.dtq, 2), 0),
+        Candidate("two, ordered", codes(torch.ops.dtq, 2, order), 0),
+        Candidate("two by torch", codes(torch.ops.dtq_reference, 2), 0),
+    ]
+    found = race("turned", 512, runs, rounds, ours=())
+    print("\nCodes of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
+
+
+def rounded(rounds: int) -> None:
+    """Rounding an input with the formats of activations that are no int8."""
+    x = torch.randn(1024, 1152).bfloat16()
+    names = ("int4-g64", "int4-asym-g64", "int8-asym-g128", "fp8-row", "nvfp4", "mxfp4")
+
+    def call(ops: Any, acts: str) -> Callable[[], object]:
+        return lambda: ops.round_rows(x, None, None, 64, 1, acts, torch.bfloat16)
+
+    print("\nRounding 1024 x 1152, turned in blocks of 64: dtq, torch")
+    for acts in names:
+        runs = [
+            Candidate("dtq", call(torch.ops.dtq, acts), 0),
+            Candidate("torch", call(torch.ops.dtq_reference, acts), 0),
+        ]
+        mine, theirs = (r.seconds * 1e3 for r in race("rounded", 1024, runs, rounds, ours=()))
+        print(f"  {acts}: {mine:.3g}, {theirs:.3g}")
+
+
+def profiled(steps: int = 5) -> None:
+    """Shares of the CPU time of a denoising step, by op."""
+    case = next(cases(quick=True))
+    given = {k: v.bfloat16() if torch.is_floating_point(v) else v for k, v in case.given.items()}
+    for name in ("w4a8", "bfloat16"):
+        model = case.model.bfloat16() if name == "bfloat16" else quantized_model(case.model, name)
+        model(**given)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            for _ in range(steps):
+                model(**given)
+        ops = sorted(seen.key_averages(), key=lambda op: -op.self_cpu_time_total)
+        whole = sum(op.self_cpu_time_total for op in ops)
+        print(f"\n{name}, {case.name}: {whole / steps / 1e3:.0f} ms")
+        for op in ops[:14]:
+            print(f"  {op.self_cpu_time_total / whole:6.1%} {op.key}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints the table of docs/formats.md: ``python scripts/formats.py`` (about a minute)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dtq.formats import FORMATS, Format, bits_per_weight
+from dtq.solvers import SOLVERS
+
+SHAPE = (1152, 1152)
+SHORT = {
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3",
+}
+
+
+def draw(kind: str, rows: int = 256, columns: int = 1152, seed: int = 3) -> Tensor:
+    """Rows of unit variance: evenly spaced quantiles of a distribution, shuffled.
+
+    Quantiles instead of independent draws: the error of a row format hangs on a few large values,
+    and the tail is then the same for every seed.
+    """
+    n = rows * columns
+    p = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    x = math.sqrt(2) * torch.erfinv(2 * p - 1)
+    if kind == "laplace":
+        x = -(p - 0.5).sign() * torch.log1p(-2 * (p - 0.5).abs()) / math.sqrt(2)
+    elif kind == "t5":
+        x = _t5(p) / math.sqrt(5 / 3)
+    elif kind == "contaminated":  # 0.3 % of a Gaussian are six times as large
+        x = torch.where(torch.arange(n) % 333 == 0, 6 * x, x)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return x[order].reshape(rows, columns).float()
+
+
+def _t5(p: Tensor) -> Tensor:
+    """Quantiles of Student's t with 5 degrees of freedom."""
+    t = torch.linspace(-8, 8, 200001, dtype=torch.float64).sinh()
+    a = torch.atan(t / math.sqrt(5))
+    share = 0.5 + (a + a.sin() * a.cos() * (1 + a.cos().square() * 2 / 3)) / math.pi
+    i = torch.searchsorted(share, p).clamp(1, len(t) - 1)
+    return t[i - 1] + (p - share[i - 1]) / (share[i] - share[i - 1]) * (t[i] - t[i - 1])
+
+
+def nmse(snapped: Tensor, w: Tensor) -> float:
+    """Squared error over squared norm."""
+    return float((snapped - w).square().sum() / w.square().sum())
+
+
+def about(fmt: Format) -> str:
+    """The columns that follow from the layout: name, parts, bits."""
+    parts = [
+        f"{name} {SHORT[spec.dtype]} {'x'.join(map(str, spec.shape))}"
+        for name, spec in fmt.layout(SHAPE).items()
+    ]
+    return f"| `{fmt.name}` | {'; '.join(parts)} | {bits_per_weight(fmt, SHAPE):.2f} |"
+
+
+def errors(fmt: Format) -> str:
+    """The measured columns: rtn and search on normal, then on t(5); learned formats need no search."""
+    solvers = ("rtn",) if fmt.learned else ("rtn", "search")
+    cells = []
+    for w in (draw("normal"), draw("t5")):
+        found = [f"{nmse(SOLVERS[s].call(w, fmt)[0], w):.3g}".removeprefix("0") for s in solvers]
+        cells += found if len(found) == 2 else ["", *found]
+    return " " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    for fmt in FORMATS.values():
+        print(about(fmt) + errors(fmt), flush=True)

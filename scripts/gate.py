@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the gate: coverage of its interval, false alarms, planted regressions.
+
+    python scripts/gate.py                        # everything, prints the counts of docs/gate.md
+    python scripts/gate.py coverage reruns        # some of it
+    python scripts/gate.py planted --w4a8 demo-w4a8   # a checkpoint that is there already
+
+Exits with 1 when a count is not what docs/gate.md promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import dtq
+from dtq.evaluate import paired_run, trajectory
+from dtq.evaluate.gate.bootstrap import paired
+from dtq.evaluate.gate.decision import Outcome, Verdict, judge
+from dtq.evaluate.gate.policy import Limit, Policy
+from dtq.evaluate.run_file import JOB, Run, Sample
+from dtq.nn.linear import QuantLinear
+from dtq.pipelines import prompts
+from dtq.pipelines.loading import Source, open_source
+from dtq.pipelines.settings import Calibration
+
+HERE = Path(__file__).parent
+BAD: list[str] = []
+Defect = Callable[[nn.Module, str], AbstractContextManager[str]]
+GUIDANCE = 4.0  # of the bundled models
+
+SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda g, n: g.normal(size=n),
+    "a tenth much worse": lambda g, n: np.where(g.random(n) < 0.1, g.normal(5, 1, n), g.normal(0, 1, n)) - 0.5,
+    "exponential": lambda g, n: g.exponential(size=n) - 1,
+    "t, 3 degrees": lambda g, n: g.standard_t(3, n),
+    "log-normal, sigma 1 (not promised)": lambda g, n: np.exp(g.normal(size=n)) - np.exp(0.5),
+}  # fmt: skip
+
+
+def expect(good: bool, words: str) -> None:
+    print(f"{'ok  ' if good else 'BAD '} {words}", flush=True)
+    if not good:
+        BAD.append(words)
+
+
+def coverage(options: argparse.Namespace) -> None:
+    """Share of one-sided bounds that are on the right side of the true mean."""
+    print(
+        "\n| differences | n | upper 95 % | lower 95 % | upper 98.3 % | lower 98.3 % |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for name, draw in SHAPES.items():
+        for n in (16, 32, 64):
+            g, hits = np.random.default_rng(n), np.zeros(4)
+            for i in range(options.sets):
+                p = paired(draw(g, n), floor=1e-3, resamples=1999, seed=i)
+                hits += [
+                    p.upper(0.05) >= 0,
+                    p.lower(0.05) <= 0,
+                    p.upper(0.05 / 3) >= 0,
+                    p.lower(0.05 / 3) <= 0,
+                ]
+            shares = hits / options.sets
+            print(f"| {name} | {n} | " + " | ".join(f"{s:.3f}" for s in shares) + " |", flush=True)
+            if n == 32 and "not promised" not in name:
+                expect(min(shares[:2]) >= 0.92, f"{name}, n = 32: {min(shares[:2]):.3f} >= 0.92")
+
+
+def margin(options: argparse.Namespace) -> None:
+    """At the margin itself a pass is wrong, and so is a regression: alpha is 0.05 for each."""
+    policy = Policy(primary=(Limit("error", 1.05),), resamples=1999)
+    for shape in ("a tenth much worse", "exponential", "t, 3 degrees"):
+        found: Counter[str] = Counter()
+        for i in range(options.sets // 2):
+            g = np.random.default_rng(i)
+            levels = np.exp(g.normal(size=96))
+            worse = levels * 1.05 * np.exp(0.05 * SHAPES[shape](g, 96))
+            found[_in_looks(_made_up(worse), _made_up(levels), policy).outcome.word] += 1
+        total = sum(found.values())
+        print(
+            f"true ratio at the margin, {shape}, 3 looks, {total} gates: {dict(found)}", flush=True
+        )
+        expect(found["pass"] <= 0.08 * total, f"a wrong pass in {found['pass']} of {total}")
+        expect(found["regression"] <= 0.08 * total, f"a wrong alarm in {found['regression']}")
+
+
+def reruns(options: argparse.Namespace) -> None:
+    """200 seeded re-runs of one quantized tiny DiT, other batches than the baseline's."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import tiny
+
+    quick = {"calibration": {"samples": 8, "batch": 4, "steps": 8, "bins": 4}}
+    pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **quick)
+    reference, candidate = open_source(tiny.pipeline()), open_source(pipe)
+    policy, found, moved = Policy.load("default"), Counter[str](), 0
+    for seed in range(options.count):
+        how = Calibration(samples=32, steps=4, batch=16, seed=seed)
+        base = paired_run.compare(paired_run.observe(reference, how), candidate).run
+        other = replace(how, batch=(1, 2, 5)[seed % 3])
+        again = paired_run.compare(paired_run.observe(reference, other), candidate).run
+        moved += again.values != base.values
+        found[judge(again, base, policy).outcome.word] += 1
+    print(f"tiny DiT, w4a8, 32 prompts, 4 steps, seeds 0..{options.count - 1}, batches of 16, then of 1, 2 or 5: {dict(found)}; "
+          f"{moved} re-runs with other numbers")  # fmt: skip
+    expect(
+        found["pass"] >= 0.99 * options.count, f"{found['pass']} of {options.count} re-runs pass"
+    )
+    expect(moved > 0.9 * options.count, "the re-runs are not mere copies")
+
+
+def draws(options: argparse.Namespace) -> None:
+    """The bundled model twice, in other batches: seeded draws of its prompts."""
+    policy, reference, candidate = Policy.load("default"), *_pair(options)
+    how = Calibration(samples=64, steps=options.steps, guidance=GUIDANCE, batch=8, seed=1000)
+    base = paired_run.compare(paired_run.observe(reference, how), candidate).run
+    one_by_one = replace(how, batch=1)
+    other = paired_run.compare(paired_run.observe(reference, one_by_one), candidate).run
+    moved = sum(other.values["error"][x] != base.values["error"][x] for x in base.values["error"])
+    said = [judge(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
+    found = Counter(verdict.outcome.word for verdict in said)
+    whole = [verdict.rows[0] for verdict in said]
+    print(
+        f"demo, w4a8, {options.steps} steps, batches of 8 and of 1, {moved} of 64 samples with other "
+        f"errors, {options.count} draws of 32 prompts: {dict(found)}; mean "
+        f"error x {np.exp(min(r.mean for r in whole)):.4f} to "
+        f"{np.exp(max(r.mean for r in whole)):.4f}, "
+        f"noise x {np.exp(max(r.noise for r in whole)):.5f}"
+    )
+    expect(found["pass"] >= 0.99 * options.count, f"{found['pass']} of {options.count} pass")
+    expect(moved > 32, "the re-run is not a mere copy")
+
+
+def fresh(options: argparse.Namespace) -> None:
+    """The bundled model with other seeds than the baseline's, which the gate itself would refuse.
+
+    The errors of one checkpoint then really differ from prompt to prompt, and their true mean is
+    the same. A regression is a false alarm; undecided is the honest answer to too much variance.
+    """
+    policy = replace(Policy.load("default"), secondary=())
+    reference, candidate = _pair(options)
+    held = [_errors(reference, candidate, 1000 + i, options.steps) for i in range(options.seeds)]
+    logs = [np.log([np.mean(v) for v in each.values["error"].values()]) for each in held]
+    spread = np.std(logs[1] - logs[0], ddof=1)
+    found: Counter[str] = Counter()
+    for k in range(options.count):
+        g = np.random.default_rng(k)
+        a, b = g.choice(len(held), 2, replace=False)
+        places = g.permutation(len(held[a].samples)).tolist()
+        said = _in_looks(_picked(held[b], places), _picked(held[a], places), policy)
+        found[said.outcome.word] += 1
+    print(
+        f"{options.model}, w4a8, {options.steps} steps, 96 prompts, {len(held)} seeds, "
+        f"{options.count} draws of two of them and of the prompts' order: {dict(found)}; standard deviation of ln(error "
+        f"ratio) {spread:.3f}"
+    )
+    expect(found["regression"] <= 0.05 * options.count, f"{found['regression']} false alarms")
+
+
+def planted(options: argparse.Namespace) -> None:
+    """Defects of the bundled model, each against the unchanged one, under the default policy."""
+    policy, reference, candidate = Policy.load("default"), *_pair(options)
+    started = time.process_time()
+    how = Calibration(samples=32, steps=options.steps, guidance=GUIDANCE, batch=8, seed=1000)
+    job = paired_run.observe(reference, how)
+    base = paired_run.compare(job, candidate).run
+    print(
+        "\n| planted | verdict | error | quarters | PSNR lost, dB |\n| --- | --- | --- | --- | --- |"
+    )
+
+    def gated(
+        name: str,
+        changed: Source,
+        against: Run = base,
+        may: tuple[Outcome, ...] = (Outcome.REGRESSION,),
+    ) -> Run:
+        mine = paired_run.compare(job, changed).run
+        said = judge(mine, against, policy)
+        shown = [r.metric.shown(r.mean) for r in said.rows]
+        print(
+            f"| {name} | {said.outcome.word} | {shown[0]} | {' '.join(shown[1:5])} | {shown[6]} |",
+            flush=True,
+        )
+        expect(said.outcome in may, f"{name}: {said.outcome.word}")
+        return mine
+
+    unchanged = gated("nothing", candidate, may=(Outcome.PASS,))
+    plants = PLANTS[options.model]
+    for defect, at in plants.harmful:
+        with defect(candidate.model, at) as name:
+            gated(name, candidate)
+    for defect, at in plants.mild:
+        with defect(candidate.model, at) as name:
+            gated(name, candidate, may=(Outcome.PASS, Outcome.INCONCLUSIVE))
+    gated(
+        "recipe rtn-w4a8 in place of w4a8",
+        open_source(dtq.quantize(options.model, "rtn-w4a8", progress=False)),
+    )
+    stepped = dtq.quantize(options.model, "w4a8", acts="int8-step", compare=[], progress=False,
+                           calibration={"samples": 16, "steps": 10, "guidance": GUIDANCE})  # fmt: skip
+    static = open_source(stepped)
+    right = paired_run.compare(job, static).run
+    with step_bin(static.model, plants.last_bin) as name:
+        gated(name, static, right)
+    removed = copy.deepcopy(unchanged)
+    del removed.values["psnr"]
+    expect(judge(removed, base, policy).outcome is Outcome.INVALID, "a metric removed: invalid")
+    removed = copy.deepcopy(unchanged)
+    del removed.values["error"]["0007"]
+    expect(
+        judge(removed, base, policy).outcome is Outcome.INVALID, "a sample's value removed: invalid"
+    )
+    removed = copy.deepcopy(unchanged)
+    removed.samples.pop()
+    expect(judge(removed, base, policy).outcome is Outcome.INVALID, "a sample removed: invalid")
+    few = judge(_head(unchanged, 16), base, policy).outcome
+    expect(few is Outcome.INCONCLUSIVE, f"16 prompts: {few.word}")
+    print(f"{time.process_time() - started:.0f} s of one core")
+
+
+@contextmanager
+def scaled(model: nn.Module, at: str) -> Iterator[str]:
+    layer = _layer(model, at)
+    before = layer._parameters["weight_scale"].data.clone()
+    layer.part("weight_scale").mul_(1.5)
+    yield f"scale of {at} x 1.5"
+    layer._parameters["weight_scale"].data.copy_(before)
+
+
+@contextmanager
+def swapped(model: nn.Module, at: str) -> Iterator[str]:
+    layer = _layer(model, at)
+    _swap(layer)
+    yield f"outputs 0 and 1 of {at} swapped"
+    _swap(layer)
+
+
+@contextmanager
+def without_bias(model: nn.Module, at: str) -> Iterator[str]:
+    layer = _layer(model, at)
+    before = layer.bias.data.clone()
+    layer.bias.data.zero_()
+    yield f"bias of {at} dropped"
+    layer.bias.data.copy_(before)
+
+
+@contextmanager
+def step_bin(model: nn.Module, place: int) -> Iterator[str]:
+    """The activation scale of one timestep bin, in every layer that has one, halved."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.task.acts.stepped]
+    for layer in layers:
+        layer.part("input_scale").reshape(-1)[place] *= 0.5
+    yield f"int8-step: scales of bin {place + 1} of 8, the least noisy first, x 0.5"
+    for layer in layers:
+        layer.part("input_scale").reshape(-1)[place] *= 2
+
+
+@dataclass(frozen=True)
+class Plants:
+    """What is planted in a bundled model, each defect with the layer that it is planted in.
+
+    Attributes:
+        harmful: must be called.
+        mild: less harm than the margin; a call would be a false alarm.
+        last_bin: the timestep bin that the last sampler step falls into.
+    """
+
+    harmful: tuple[tuple[Defect, str], ...]
+    mild: tuple[tuple[Defect, str], ...]
+    last_bin: int
+
+
+PLANTS = {
+    "demo": Plants(
+        harmful=(
+            (scaled, "transformer_blocks.4.ff.net.2"),
+            (swapped, "transformer_blocks.4.ff.net.2"),
+            (swapped, "transformer_blocks.4.attn1.to_v"),
+            (without_bias, "transformer_blocks.7.ff.net.2"),
+        ),
+        mild=(),
+        last_bin=0,  # of 8 steps
+    ),
+    "demo-video": Plants(
+        harmful=(
+            (scaled, "transformer_blocks.3.ff.net.2"),
+            (swapped, "transformer_blocks.3.ff.net.2"),
+            (swapped, "temporal_transformer_blocks.3.ff.net.2"),
+            (without_bias, "transformer_blocks.5.ff.net.0.proj"),
+        ),
+        mild=(
+            (swapped, "temporal_transformer_blocks.3.attn1.to_v"),
+            (without_bias, "temporal_transformer_blocks.5.ff.net.2"),
+        ),
+        last_bin=1,  # of 4 steps
+    ),
+}
+
+
+def _layer(model: nn.Module, at: str) -> QuantLinear:
+    layer = model.get_submodule(at)
+    assert isinstance(layer, QuantLinear), at
+    return layer
+
+
+def _swap(layer: QuantLinear) -> None:
+    for name, spec in layer.specs().items():
+        if spec.shape and spec.shape[0] == layer.out_features:
+            data = layer._parameters[name].data
+            data[[0, 1]] = data[[1, 0]].clone()
+
+
+def _errors(reference: Source, candidate: Source, seed: int, steps: int) -> Run:
+    """Teacher-forced errors of 96 prompts, nothing else."""
+    how = Calibration(samples=96, steps=steps, guidance=GUIDANCE, batch=8, seed=seed)
+    requests = prompts.load("auto", reference.pipeline, 96, nested=True)
+    truth = trajectory.record(reference.pipeline, reference.model, requests, how)
+    outputs = trajectory.replayed(truth, candidate.model)
+    floats = truth.by_sample([call.output for call in truth.calls])
+    return _made_up(np.array(trajectory.sample_errors(truth.by_sample(outputs), floats)))
+
+
+def _pair(options: argparse.Namespace) -> tuple[Source, Source]:
+    """The bundled model, and the same by ``w4a8``."""
+    made = options.w4a8 or dtq.quantize(options.model, "w4a8", progress=False)
+    return open_source(options.model), open_source(made)
+
+
+def _in_looks(whole: Run, base: Run, policy: Policy) -> Verdict:
+    """As one who adds samples until the gate has decided: the first look that does counts."""
+    for count in policy.looks:
+        said = judge(_head(whole, count), _head(base, count), policy)
+        if said.outcome is not Outcome.INCONCLUSIVE:
+            break
+    return said
+
+
+def _head(whole: Run, count: int) -> Run:
+    return _picked(whole, list(range(count)))
+
+
+def _drawn(whole: Run, seed: int) -> Run:
+    g = np.random.default_rng(seed)
+    return _picked(whole, g.permutation(len(whole.samples))[:32].tolist())
+
+
+def _picked(whole: Run, places: list[int]) -> Run:
+    samples = [whole.samples[i] for i in places]
+    tables = (
+        {m: {s.id: table[s.id] for s in samples} for m, table in part.items()}
+        for part in (whole.values, whole.rerun)
+    )
+    values, rerun = tables
+    conditions = {**whole.conditions, "samples": len(samples)}
+    return replace(whole, samples=samples, values=values, rerun=rerun, conditions=conditions)
+
+
+def _made_up(errors: np.ndarray) -> Run:
+    ids = [f"{i:04d}" for i in range(len(errors))]
+    rows = errors.reshape(len(errors), -1).tolist()
+    values = {"error": dict(zip(ids, rows, strict=True))}
+    place = dict.fromkeys((*JOB, "hardware", "torch"), "made up")
+    samples = [Sample(x, x, 0) for x in ids]
+    return Run(
+        "c", "r", {**place, "samples": len(ids)}, {"reference": "r"}, samples, values, values
+    )
+
+
+PARTS = {
+    "coverage": coverage,
+    "margin": margin,
+    "reruns": reruns,
+    "draws": draws,
+    "fresh": fresh,
+    "planted": planted,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--sets", type=int, default=2000, help="simulated sets of differences")
+    parser.add_argument("--count", type=int, default=200, help="re-runs of an unchanged checkpoint")
+    parser.add_argument("--seeds", type=int, default=4, help="of the bundled model, for fresh")
+    parser.add_argument("--steps", type=int, default=8, help="sampler steps of the bundled model")
+    parser.add_argument(
+        "--model", choices=PLANTS, default="demo", help="for fresh and planted; draws needs demo"
+    )
+    parser.add_argument("--w4a8", help="its checkpoint by recipe w4a8; made when not given")
+    options = parser.parse_args()
+    if options.model != "demo" and "draws" in (options.parts or PARTS):
+        parser.error("draws: only demo does the same for a prompt alone as for several")
+    torch.set_num_threads(1)
+    for name in options.parts or PARTS:
+        PARTS[name](options)
+    sys.exit(bool(BAD))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the tables of docs/results.md: ``make results``.
+
+Every row of a table sees the same recorded inputs of the float model and the same statistics. A
+row runs in a process of its own, which gives its peak memory, and leaves a JSON file: run the
+same command again and only missing rows are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from dtq.api import quantize_source
+from dtq.calibrate import store
+from dtq.evaluate import baselines, trajectory
+from dtq.evaluate.evaluate import compare_pictures, extractor_for, row_of
+from dtq.evaluate.metrics import fid
+from dtq.pipelines import prompts
+from dtq.pipelines.loading import open_source
+from dtq.pipelines.settings import Calibration
+from dtq.recipe.resolve import Recipe, names
+from dtq.stages.calibrate import calibrate_source
+from dtq.stages.plan import plan_source
+
+EVERYTHING = frozenset({"channels", "gram", "reservoir"})
+MODELS = ("demo", "demo-hard")
+OURS = ("w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq")
+NAIVE = "rtn-w4a8"
+BUDGETS: dict[str, tuple[str, dict]] = {
+    f"w4a8 --budget {bits}": (
+        "w4a8",
+        {"allocate": {"budget": bits, "options": options}, "guard": {"to": ""}},
+    )
+    for bits, options in (
+        (4.1, ["int4-2l-g64", "int3-2l-g64"]),
+        (4.8, ["int4-2l-g64", "int8-row"]),
+    )
+}
+# as few bits as the methods of the papers at 2 bits; a scale a row is dear where rows are narrow
+TWO_BITS = "w2-vq, no row scales"
+# label: (recipe, top-level keys that differ)
+VARIANTS: dict[str, tuple[str, dict]] = {
+    **BUDGETS,
+    TWO_BITS: ("w2-vq", {"weights": "vq-256x4"}),
+    "w4a8, no transform": ("w4a8", {"transform": "none", "compare": []}),
+    "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth", "compare": []}),
+    "w4a8, rotation alone": ("w4a8", {"transform": "hadamard", "compare": []}),
+    "w4a8, search alone": ("w4a8", {"compare": []}),
+    # other random signs; seed 0 is in the two rows above
+    **{
+        f"w4a8, {label}, seed {seed}": (
+            "w4a8",
+            {"transform": {name: {"seed": seed}}, "compare": []},
+        )
+        for label, name, last in (("search", "search", 2), ("rotation alone", "hadamard", 3))
+        for seed in range(1, last + 1)
+    },
+    "w4a8, clip search instead of GPTQ": ("w4a8", {"solver": "search"}),
+    "w4a8, modulation w4a16": ("w4a8", {"modulation": "w4a16"}),
+    "w4a8, activations int8-step": ("w4a8", {"acts": "int8-step"}),
+    "ditas over the first step": ("ditas", {"transform": {"ditas": {"over": "first"}}}),
+    "ditas over the mean": ("ditas", {"transform": {"ditas": {"over": "mean"}}}),
+    "ditas, no branch": ("ditas", {"lowrank": "none"}),
+    "lrq-dit, uniform 4 bits": ("lrq-dit", {"weights": "int4-row", "solver": "search"}),
+    "lrq-dit, 3 bits": ("lrq-dit", {"weights": "twinlog3-row"}),
+    "lrq-dit, uniform 3 bits": ("lrq-dit", {"weights": "int3-row", "solver": "search"}),
+    "vq4dit, plain k-means": ("vq4dit", {"refine": "none"}),
+    "hq-dit, E2M1 everywhere": ("hq-dit", {"choose": []}),
+    "hq-dit, rounding": ("hq-dit", {"solver": "search"}),
+    "viditq-mp, not decoupled": (
+        "viditq-mp",
+        {
+            "allocate": {
+                "budget": 5.6,
+                "options": ["int4-asym-row", "int8-row"],
+                "decoupled": False,
+            }
+        },
+    ),
+    "w4a4, half of the steps int8": ("w4a4", {"steps": {"modes": ["native", "a8"], "cost": 0.5}}),
+}
+
+
+# claims that are checked on one model
+DEMO_ONLY = {
+    label
+    for label, (base, _) in VARIANTS.items()
+    if base not in ("w4a8", "w2-vq") or ", seed " in label
+}
+
+
+def rows() -> list[str]:
+    return [*names(), *VARIANTS, *baselines.BASELINES]
+
+
+def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
+    """Record the float model once: inputs, outputs, pictures, statistics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "truth.pt").exists():
+        return
+    how = _how(samples)
+    source = open_source(name)
+    requests = prompts.load("auto", source.pipeline, how.samples)
+    truth = trajectory.record(source.pipeline, source.model, requests, how)
+    recipe = Recipe.load("w4a8", calibration={"samples": calibration})
+    scan, _ = plan_source(source, recipe)
+    stats = calibrate_source(source, scan, recipe, EVERYTHING)
+    store.save(stats, folder / "stats.safetensors")
+    torch.save(truth, folder / "truth.pt")
+
+
+def measure(name: str, row: str, folder: Path, samples: int) -> dict:
+    """One row; the models are small, so everything but the row itself costs little memory."""
+    truth: trajectory.Trajectory = torch.load(folder / "truth.pt", weights_only=False)
+    source = open_source(name)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _memory("VmRSS")
+    started = time.monotonic()
+    if row in baselines.BASELINES:
+        layers = [x.name for x in plan_source(source, Recipe.load("w4a8"))[1].gemm()]
+        weights = {n: source.model.get_submodule(n).weight.numel() for n in layers}
+        baseline = baselines.BASELINES[row]
+        baseline.apply(source.model, layers)
+        bits = sum(baseline.bits(source.model.get_submodule(n)) * k for n, k in weights.items())
+        found = {"bits": bits / sum(weights.values()), "promoted": 0}
+    else:
+        base, changes = VARIANTS.get(row, (row, {}))
+        recipe = Recipe.load(base, **changes)
+        stats = store.load(folder / "stats.safetensors")
+        report = quantize_source(source, recipe, statistics=stats, progress=False)
+        plan = report.plan
+        found = {
+            "bits": plan.bits(plan.gemm()),
+            "bits_all": plan.bits(plan.quantized()),
+            "promoted": sum(x.promoted for x in report.layers),
+            "formats": Counter(x.weights for x in plan.gemm()),
+            "steps": report.steps,
+        }
+    found["seconds"] = time.monotonic() - started
+    found["memory"] = _memory("VmHWM") - before
+    measured = row_of(row, trajectory.teacher_forced(truth, source.model))
+    found |= {"model": name, "row": row, "error": measured.error, "by_step": measured.error_steps}
+    if row in (*names(), *baselines.BASELINES):
+        how = _how(samples)
+        requests = prompts.load("auto", source.pipeline, how.samples)
+        ran = trajectory.record(source.pipeline, source.model, requests, how)
+        compare_pictures(measured, torch.cat(truth.pictures), torch.cat(ran.pictures))
+        extractor = extractor_for(source.pipeline)
+        got, want = (extractor(torch.cat(t.pictures))["pool"] for t in (ran, truth))
+        found |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}
+    return found
+
+
+def _how(samples: int) -> Calibration:
+    return Calibration(samples=samples, steps=20, batch=8, seed=1000)
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process as Linux counts them: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) * 1024
+
+
+def table(found: dict[str, dict[str, dict]], labels: list[str]) -> list[str]:
+    head = (
+        "| row | bits | demo: error | demo-hard: error | PSNR | PSNR hard | FID | time | memory |"
+    )
+    lines = [head, "| --- |" + " ---: |" * 8]
+    for label in labels:
+        easy, hard = (found[m].get(label) for m in MODELS)
+        if easy is None:
+            continue
+        cells = [f"{easy['bits']:.2f}", f"{easy['error']:.2e}"]
+        cells.append(f"{hard['error']:.2e}" if hard else "")
+        cells += [f"{r['psnr']:.1f}" if r and r.get("psnr") else "" for r in (easy, hard)]
+        cells.append(f"{easy['fid']:.2f}" if "fid" in easy else "")
+        cells += [f"{easy['seconds']:.0f} s", f"{max(0, easy['memory']) / 1e6:.0f} MB"]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def claims(found: dict[str, dict]) -> list[str]:
+    """What the papers say, and what the rows of ``demo`` say to it."""
+    pairs = {
+        "smoothing over all timesteps beats one step (DiTAS)": ("ditas", "ditas over the first step"),
+        "the maximum over time beats the mean (DiTAS)": ("ditas", "ditas over the mean"),
+        "the low-rank compensation helps (DiTAS)": ("ditas", "ditas, no branch"),
+        "twin-log beats uniform at 4 bits (LRQ-DiT)": ("lrq-dit", "lrq-dit, uniform 4 bits"),
+        "twin-log beats uniform at 3 bits (LRQ-DiT)": ("lrq-dit, 3 bits", "lrq-dit, uniform 3 bits"),
+        "calibrated assignments beat k-means (VQ4DiT)": ("vq4dit", "vq4dit, plain k-means"),
+        "choosing the format by layer beats E2M1 (HQ-DiT)": ("hq-dit", "hq-dit, E2M1 everywhere"),
+        "GPTQ on the FP grid helps (HQ-DiT)": ("hq-dit", "hq-dit, rounding"),
+        "decoupled metrics beat one metric (ViDiT-Q-MP)": ("viditq-mp", "viditq-mp, not decoupled"),
+    }  # fmt: skip
+    lines = [
+        "| claim | with | without | ratio | holds here |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for claim, (a, b) in pairs.items():
+        if a in found and b in found:
+            x, y = found[a]["error"], found[b]["error"]
+            lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2g} | {_holds(x / y)} |")
+    for label in ("rtn-w4a8", "w4a8", "w4a4"):
+        if label in found:
+            steps = found[label]["by_step"]
+            k = len(steps) // 4
+            x, y = sum(steps[:k]) / k, sum(steps[-k:]) / k
+            claim = f"the first quarter of the steps errs more than the last ({label})"
+            # here the larger number is the claim
+            lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2g} | {_holds(y / x)} |")
+    if "hq-dit" in found:
+        chosen = ", ".join(f"{n} of {f}" for f, n in found["hq-dit"]["formats"].items())
+        lines.append(f"| E2M1 is what HQ-DiT chooses for most layers: {chosen} | | | | |")
+    return lines
+
+
+def _holds(ratio: float) -> str:
+    """What a ratio of errors says, with over without: other random signs change 5 % too."""
+    return "no difference" if 0.95 <= ratio <= 1.05 else "yes" if ratio < 1 else "no"
+
+
+def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
+    """Error against bits, the rows of dtq, of the papers and of other libraries."""
+    from adjustText import adjust_text
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 12), layout="constrained")
+    for axis, model in zip(figure.subplots(2, 1), MODELS, strict=True):
+        words = []
+        papers = [r for r in names() if r not in (*OURS, NAIVE)]
+        kinds = (
+            ("dtq", [*OURS, *BUDGETS, TWO_BITS], "o", "#1668b8"),
+            ("methods of the papers", papers, "s", "#c2571a"),
+            ("other libraries, rounding", [*baselines.BASELINES, NAIVE], "^", "#5b7f2b"),
+        )
+        for label, group, marker, colour in kinds:
+            points = [found[model][r] for r in group if r in found[model]]
+            axis.scatter(
+                [p["bits"] for p in points], [p["error"] for p in points], label=label,
+                marker=marker, color=colour, zorder=3,
+            )  # fmt: skip
+            words += [axis.text(p["bits"], p["error"], p["row"], fontsize=8) for p in points]
+        axis.set(
+            yscale="log", title=model, xlabel="bits per weight, all metadata",
+            ylabel="teacher-forced error",
+        )  # fmt: skip
+        axis.grid(alpha=0.3)
+        axis.margins(0.08)
+        adjust_text(words, ax=axis, arrowprops={"arrowstyle": "-", "color": "#999", "lw": 0.6})
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=16, help="pictures that rows are judged on")
+    parser.add_argument("--calibration", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path(".results"))
+    parser.add_argument("--jobs", type=int, default=2, help="rows measured at a time")
+    parser.add_argument("--only", nargs="*", help="rows to measure; others are left alone")
+    parser.add_argument("--row", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        name, row = options.row
+        found = measure(name, row, options.out / name, options.samples)
+        found |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        _file(options.out, name, row).write_text(json.dumps(found, indent=1))
+        return
+    for name in MODELS:
+        prepare(name, options.out / name, options.samples, options.calibration)
+    jobs = [(m, r) for r in options.only or rows() for m in MODELS]
+    jobs = [(m, r) for m, r in jobs if m == "demo" or r not in DEMO_ONLY]
+    missing = [(m, r) for m, r in jobs if not _file(options.out, m, r).exists()]
+
+    def one(job: tuple[str, str]) -> None:
+        command = [sys.executable, __file__, "--out", str(options.out)]
+        command += ["--samples", str(options.samples), "--row", *job]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        state = "done" if ran.returncode == 0 else f"FAILED: {ran.stderr.strip()[-400:]}"
+        print(f"{job[0]}: {job[1]}: {state}", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, missing))
+    found: dict[str, dict[str, dict]] = {m: {} for m in MODELS}
+    for name in MODELS:
+        for row in rows():
+            if _file(options.out, name, row).exists():
+                found[name][row] = json.loads(_file(options.out, name, row).read_text())
+    ours = sorted((r for r in names() if r in OURS), key=OURS.index)
+    papers = [r for r in names() if r not in (*OURS, NAIVE)]
+    sections = {
+        "Recipes of dtq": ours,
+        "Methods of the papers": papers,
+        "Other libraries, and plain rounding": [*baselines.BASELINES, NAIVE],
+        "Budgets": list(BUDGETS),
+        "Variants": [v for v in VARIANTS if v not in BUDGETS],
+    }
+    for title, labels in sections.items():
+        print(f"\n### {title}\n")
+        print("\n".join(table(found, labels)))
+    print("\n### Claims of the papers\n")
+    print("\n".join(claims(found["demo"])))
+    plot(found, options.out / "frontier.png")
+
+
+def _file(out: Path, model: str, row: str) -> Path:
+    return out / model / f"{row.replace(' ', '_').replace(',', '')}.json"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train ``demo-video``: a stock diffusers ``LattePipeline`` of short clips of moving emoji.
+
+    npm pack emoji-datasource-google@16.0.0
+    PYTHONPATH=scripts python -m train_demo.train_video --data emoji-datasource-google-16.0.0.tgz --work build/video
+
+The autoencoder is the one of ``demo``, frame by frame. The text encoder is trained with the
+denoiser. First the spatial blocks learn single frames, then all blocks learn clips. Seeded, and
+resumable at any time: run the same command again. Every stage leaves its state in ``--work``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LattePipeline, LatteTransformer3DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from train_demo import train as pictures
+from train_demo.clips import FRAMES, SIZE, THINGS, captions, clips
+from train_demo.data import load_cutouts
+from train_demo.stage import Run
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from dtq import demo
+from dtq.checkpoint import writer
+from dtq.pipelines import call_defaults
+
+WORDS = 64  # of the text encoder
+SET = "moving-emoji"
+LENGTH = 120  # tokens that LattePipeline pads to when it makes several clips at once
+
+
+def new_scheduler() -> DDIMScheduler:
+    """The schedule of ``demo``, of velocities (2202.00512, app. D).
+
+    Where a clip goes is decided in noise that hides it nearly. There the noise would have to be
+    guessed to five digits to tell anything of the clip; the velocity is the clip, but for its sign.
+    """
+    scheduler = pictures.new_scheduler()
+    scheduler.register_to_config(prediction_type="v_prediction")
+    return scheduler
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the captions, then the end."""
+    words = sorted({word for caption in captions() for word in caption.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=LENGTH,
+    )
+
+
+class Film(nn.Module):
+    """The two trained parts of the pipeline: text encoder and denoiser."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.text_encoder = T5EncoderModel(
+            T5Config(
+                vocab_size=words,
+                d_model=WORDS,
+                d_kv=16,
+                d_ff=128,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+            )
+        )
+        self.transformer = LatteTransformer3DModel(
+            num_attention_heads=6,
+            attention_head_dim=32,
+            in_channels=4,
+            out_channels=8,  # the pipeline drops the second half, a variance that is not learned
+            num_layers=6,
+            cross_attention_dim=192,
+            attention_bias=True,
+            sample_size=16,
+            patch_size=2,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            caption_channels=WORDS,
+            video_length=FRAMES,
+        )
+        nn.init.zeros_(self.transformer.proj_out.weight)
+        nn.init.zeros_(self.transformer.proj_out.bias)
+        for block in self.transformer.temporal_transformer_blocks:
+            # clips begin where single frames ended: time adds nothing yet
+            for last in (block.attn1.to_out[0], block.ff.net[2]):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor, blank: Tensor) -> Tensor:
+        """Guess the velocity, like x.
+
+        Args:
+            x: (B, 4, F, H, W), F 1 or FRAMES.
+            t: (B,).
+            tokens, mask: int64 (B, L) of the captions; all ones where nothing is to be cut.
+            blank: bool (B,): the empty prompt, whose padding the pipeline does not cut.
+        """
+        text = self.text_encoder(tokens, attention_mask=mask).last_hidden_state
+        text = text * (mask.bool() | blank[:, None])[..., None]
+        guess: Tensor = self.transformer(
+            x, timestep=t, encoder_hidden_states=text, enable_temporal_attentions=x.shape[2] > 1
+        ).sample
+        return guess[:, :4]
+
+
+def train(
+    name: str,
+    film: Film,
+    latents: Tensor,
+    labels: Tensor,
+    work: Path,
+    steps: int,
+    batch: int,
+    lr: float,
+    device: str,
+) -> Film:
+    """Fit text encoder and denoiser; truncated SNR weights; returns the averaged weights.
+
+    Args:
+        name: of the stage.
+        film: where it starts.
+        latents: scaled, (N, 4, F, 16, 16); with F 1 time is left out.
+        labels: int64 (N,), places in the captions.
+    """
+    run = Run(name, film.requires_grad_(True).to(device), work, steps, lr, muon=True)
+    scheduler, tokenizer, texts = new_scheduler(), new_tokenizer(), captions()
+
+    def loss_of(rng: torch.Generator) -> Tensor:
+        pick = torch.randint(0, len(latents), (batch,), generator=rng)
+        x0 = latents[pick].float()
+        t = (torch.rand(batch, generator=rng) + torch.arange(batch)) / batch * 1000
+        t = t.long().clamp(0, 999)[torch.randperm(batch, generator=rng)]
+        noise = torch.randn(x0.shape, generator=rng)
+        x, velocity = scheduler.add_noise(x0, noise, t), scheduler.get_velocity(x0, noise, t)
+        blank = torch.rand(batch, generator=rng) < 0.1
+        # one clip at a time the pipeline cuts the padding, several at once it makes it zero
+        long = bool(torch.rand((), generator=rng) < 0.25)
+        asked = ["" if b else texts[i] for b, i in zip(blank, labels[pick].tolist(), strict=True)]
+        words = tokenizer(
+            asked, padding="max_length" if long else "longest", max_length=LENGTH,
+            return_tensors="pt",
+        )  # fmt: skip
+        # an error of the clip weighs SNR + 1 (2202.00512, sec. 4), at most 5 (2303.09556)
+        weight = (5 * (1 - scheduler.alphas_cumprod[t])).clamp(max=1.0).to(device)
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            guess = run.model(
+                x.to(device),
+                t.to(device),
+                words.input_ids.to(device),
+                words.attention_mask.to(device),
+                blank.to(device),
+            )
+        error = (guess.float() - velocity.to(device)).square().mean((1, 2, 3, 4))
+        return (weight * error).mean()
+
+    for _ in run.loop(loss_of):
+        pass
+    mean = run.average.cpu()
+    assert isinstance(mean, Film)
+    return mean
+
+
+def export(out: Path, film: Film, vae: AutoencoderKL) -> None:
+    """Write the stock pipeline, and the call that fits it.
+
+    In fp16 but for the small text encoder: transformers loads that as it is on disk, diffusers the
+    rest in float32, where nobody names a dtype.
+    """
+    pipe = LattePipeline(
+        tokenizer=new_tokenizer(),
+        text_encoder=film.text_encoder.float(),
+        vae=vae.half(),
+        transformer=film.transformer.half(),
+        scheduler=new_scheduler(),
+    )
+    pipe.save_pretrained(out)
+    _portable(out)
+    writer.forget_path(out / "vae" / "config.json")
+    call_defaults.write(
+        out, call_defaults.Call({"height": SIZE, "width": SIZE, "video_length": FRAMES}, SET)
+    )
+    (out / "README.md").write_text(_CARD)
+
+
+_CARD = """# The bundled video model of dtq
+
+Clips of 8 frames of 64x64 in which one of 32 emoji moves, grows, shrinks, turns or stands, by a
+caption such as `red heart moves left`: a stock diffusers `LattePipeline` with a
+`LatteTransformer3DModel` (6 spatial and 6 temporal blocks of width 192, velocity prediction), a
+`T5EncoderModel` of two layers, and the `AutoencoderKL` of the bundled picture model, frame by
+frame; float16, the text encoder float32.
+
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe("red heart moves left", height=64, width=64, video_length=8, guidance_scale=4)
+
+Trained from scratch by `PYTHONPATH=scripts python -m train_demo.train_video` on pictures of the npm package
+`emoji-datasource-google` 16.0.0: Noto Emoji, Copyright Google Inc., images under Apache License
+2.0, fonts under SIL Open Font License 1.1; the package itself under MIT. No picture is included.
+The weights are under Apache License 2.0.
+"""
+
+
+def _portable(out: Path) -> None:
+    """Call the tokenizer by the name that every version of transformers knows it by."""
+    for file in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        text = (out / file).read_text()
+        text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        (out / file).write_text(text)
+
+
+def _encoded(vae: Any, film: Tensor) -> Tensor:
+    """Scaled latents (N, 4, F, 16, 16), float16, of uint8 clips (N, F, 3, 64, 64)."""
+    latents = pictures.encode(vae, film.flatten(0, 1)) * vae.config.scaling_factor
+    return latents.unflatten(0, film.shape[:2]).transpose(1, 2).half()
+
+
+@click.command(help=__doc__)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="the npm package")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for states")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("dtq/demo/video"))
+@click.option("--variants", default=8, show_default=True, help="clips of each caption")
+@click.option("--frame-steps", default=1200, show_default=True)
+@click.option("--clip-steps", default=3000, show_default=True)
+@click.option("--batch", default=64, show_default=True, help="frames a step")
+@click.option("--threads", default=0, help="CPU threads; 0 leaves torch's choice")
+def main(
+    data: Path,
+    work: Path,
+    out: Path,
+    variants: int,
+    frame_steps: int,
+    clip_steps: int,
+    batch: int,
+    threads: int,
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    work.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKL.from_pretrained(demo.folder() / "vae", torch_dtype=torch.float32)
+    ready = work / "latents.pt"
+    if not ready.exists():
+        made, labels = clips(load_cutouts(data, [*THINGS.values()]), variants, seed=0)
+        print(f"{len(made)} clips, encoded on the CPU", flush=True)
+        torch.save({"latents": _encoded(vae, made), "labels": labels}, ready)
+    found = torch.load(ready, weights_only=True)
+    latents, labels = found["latents"], found["labels"]
+    torch.manual_seed(4)
+    film = Film(len(new_tokenizer()))
+    frames = latents.transpose(1, 2).flatten(0, 1)[:, :, None]
+    film = train(
+        "frames", film, frames, labels.repeat_interleave(FRAMES), work, frame_steps, batch, 1.5e-3,
+        device,
+    )  # fmt: skip
+    film = train("clips", film, latents, labels, work, clip_steps, batch // FRAMES, 1e-3, device)
+    export(out, film, vae)
+
+
+if __name__ == "__main__":
+    main()
