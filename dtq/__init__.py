@@ -11,7 +11,7 @@ from diffusers.utils import is_peft_available
 from dtq.api import on_the_fly as _on_the_fly
 from dtq.api import quantize
 from dtq.checkpoint.config import DTQConfig
-from dtq.demo.outliers import harden
+from dtq.demo.outliers import inject_outliers
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
 from dtq.formats import FORMATS
 from dtq.integrations import diffusers as _diffusers
@@ -38,7 +38,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "__version__",
-    "harden",
+    "inject_outliers",
     "load_ternary",
     "quantize",
 ]

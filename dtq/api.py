@@ -13,22 +13,22 @@ from torch import nn
 from dtq.calibrate.collection import Statistics
 from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
-from dtq.finetune import REFINE
-from dtq.integrations.diffusers import mark
-from dtq.nn.swap import finish
-from dtq.pipelines.loading import Components, Source, open_sources
-from dtq.pipelines.recorded_calls import Recorded, spread
+from dtq.finetune import FINETUNE
+from dtq.integrations.diffusers import attach_quantizer
+from dtq.nn.swap import finalize
+from dtq.pipelines.loading import Components, LoadedModel, load_transformers
+from dtq.pipelines.recorded_calls import RecordedCall, subsample
 from dtq.recipe.resolve import Recipe
-from dtq.runs.tasks import Work
+from dtq.runs.tasks import TaskStore
 from dtq.stages import sanity_check, step_policy
-from dtq.stages.calibrate import _check_statistics, calibrate_source, needs_of
-from dtq.stages.compare_transforms import compare
-from dtq.stages.mixed_precision import check_budget, mixed
+from dtq.stages.calibrate import _check_statistics, calibrate_source, statistics_needed
+from dtq.stages.compare_transforms import compare_transforms
+from dtq.stages.mixed_precision import check_budget, mixed_precision
 from dtq.stages.plan import plan_source
-from dtq.stages.promote import guard
-from dtq.stages.record_calls import _record
+from dtq.stages.promote import promote
+from dtq.stages.record_calls import record_calls
 from dtq.stages.report import Report
-from dtq.stages.solve import built, solve_all
+from dtq.stages.solve import build_quant_linear, solve_all
 
 log = logging.getLogger("dtq")
 
@@ -74,7 +74,7 @@ def quantize(
         InputError, RecipeError: what was given cannot be used; nothing was changed.
     """
     chosen = Recipe.load(recipe, **overrides)
-    sources = open_sources(model, dtype=dtype, component=component)
+    sources = load_transformers(model, dtype=dtype, component=component)
     quantize_sources(
         sources,
         chosen,
@@ -90,14 +90,14 @@ def quantize(
 
 
 def quantize_sources(
-    sources: Sequence[Source],
+    sources: Sequence[LoadedModel],
     recipe: Recipe,
     *,
     statistics: Statistics | None = None,
     inputs: Iterable[dict[str, Any]] | None = None,
     skip: Sequence[str] = (),
     progress: bool = True,
-    work: Work | None = None,
+    work: TaskStore | None = None,
     memory: int | None = None,
     last_look: bool = False,
 ) -> dict[str, Report]:
@@ -130,21 +130,21 @@ def quantize_sources(
             f"statistics and inputs are those of one transformer, the pipeline has {names}: "
             f"quantize them one by one with component="
         )
-    work = work or Work()
+    work = work or TaskStore()
     seen: dict[str, Statistics | None] = {}
-    recorded: dict[str, list[Recorded]] = {}
+    recorded: dict[str, list[RecordedCall]] = {}
     for source in sources:
         scan, _ = plan_source(source, recipe, skip)
         needs = recipe.needs()
         seen[source.component] = (
             calibrate_source(
                 source, scan, recipe, needs, progress=progress, memory=memory,
-                work=work.within(source.component),
+                work=work.namespace(source.component),
             )
             if needs
             else None
         )  # fmt: skip
-        recorded[source.component] = _record(source, recipe, None)
+        recorded[source.component] = record_calls(source, recipe, None)
     return {
         source.component: quantize_source(
             source,
@@ -153,7 +153,7 @@ def quantize_sources(
             recorded=recorded.pop(source.component),
             skip=skip,
             progress=progress,
-            work=work.within(source.component),
+            work=work.namespace(source.component),
             memory=memory,
             last_look=last_look,
         )
@@ -162,16 +162,16 @@ def quantize_sources(
 
 
 def quantize_source(
-    source: Source,
+    source: LoadedModel,
     recipe: Recipe,
     *,
     statistics: Statistics | None = None,
     inputs: Iterable[dict[str, Any]] | None = None,
-    recorded: list[Recorded] | None = None,
+    recorded: list[RecordedCall] | None = None,
     skip: Sequence[str] = (),
     progress: bool = True,
     config: DTQConfig | None = None,
-    work: Work | None = None,
+    work: TaskStore | None = None,
     memory: int | None = None,
     last_look: bool = False,
 ) -> Report:
@@ -181,7 +181,7 @@ def quantize_source(
     that diffusers already holds, when it does; it is completed. Of several processes all but the
     first leave when formats are decided; their model stays float.
     """
-    work = work or Work()
+    work = work or TaskStore()
     calls = None if inputs is None else list(inputs)
     source.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
     scan, plan = plan_source(source, recipe, skip, calls)
@@ -189,7 +189,7 @@ def quantize_source(
         check_budget(plan, recipe)
     needs = recipe.needs()
     driven = source.pipeline is not None or calls is not None
-    if statistics is None and needs_of(recipe, driven):
+    if statistics is None and statistics_needed(recipe, driven):
         statistics = calibrate_source(
             source, scan, recipe, needs, inputs=calls, progress=progress, memory=memory, work=work
         )
@@ -200,31 +200,31 @@ def quantize_source(
     report = Report(plan, statistics.edges if statistics and plan.bins > 1 else ())
     report.about = dict(statistics.about) if statistics else {"origin": "none"}
     if recorded is None:
-        recorded = _record(source, recipe, calls)
-    solved, report.sites = solve_all(
+        recorded = record_calls(source, recipe, calls)
+    solved, report.inputs = solve_all(
         source.model, scan, plan, recipe, statistics, progress=progress, work=work
     )
-    if recipe.compare and recorded:
-        report.compared = compare(
+    if recipe.transform_candidates and recorded:
+        report.transform_errors = compare_transforms(
             source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress,
             work=work,
         )  # fmt: skip
-    elif recipe.compare:
+    elif recipe.transform_candidates:
         log.warning(
             "no pipeline and no inputs to compare transforms on: %s stays, without trying %s",
-            recipe.transform.name, ", ".join(recipe.compare),
+            recipe.transform.name, ", ".join(recipe.transform_candidates),
         )  # fmt: skip
     if recipe.allocate.budget:
-        plan, chosen = mixed(
+        plan, chosen = mixed_precision(
             source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress,
             work=work,
         )  # fmt: skip
         report.allocation = chosen.to_json()
-    work.meet()
-    if not work.team.leads:
+    work.barrier()
+    if not work.workers.is_main:
         return report
     if not recipe.allocate.budget:
-        plan = guard(source.model, scan, plan, recipe, statistics, solved, work)
+        plan = promote(source.model, scan, plan, recipe, statistics, solved, work)
     report.plan = plan
     dtype = source.dtype  # before the first swap
     floats: dict[str, nn.Module] = {}
@@ -232,40 +232,40 @@ def quantize_source(
         result = solved.pop(layer.name)
         report.layers.append(result.report)
         old = source.model.get_submodule(layer.name)
-        source.model.set_submodule(layer.name, built(result, old, plan.bins, dtype))
-        if recipe.refine.name != "none" or last_look:
+        source.model.set_submodule(layer.name, build_quant_linear(result, old, plan.bins, dtype))
+        if recipe.finetune.name != "none" or last_look:
             floats[layer.name] = old  # the teacher, and what the last look compares with
     # of the command the model is only written; if it runs, it runs as it will when loaded
-    runs = work.folder is None or recipe.refine.name != "none" or bool(recipe.steps.modes)
+    runs = work.folder is None or recipe.finetune.name != "none" or bool(recipe.step_policy.precisions)
     runs = runs or last_look
-    finish(source.model, report.edges, align=runs)
+    finalize(source.model, report.edges, align=runs)
     config = config or DTQConfig(modules_to_not_convert=list(skip) or None)
-    if recipe.refine.name != "none":
-        report.refine = (
-            REFINE[recipe.refine.name](
+    if recipe.finetune.name != "none":
+        report.finetune = (
+            FINETUNE[recipe.finetune.name](
                 source.model,
                 floats,
-                spread(recorded, _TEACHER_CALLS),
+                subsample(recorded, _TEACHER_CALLS),
                 progress=progress,
                 save=work.folder / "refine" if work.folder is not None else None,
-                **dict(recipe.refine.knobs),
+                **dict(recipe.finetune.knobs),
             )
         ).to_json()
-    if recipe.steps.modes:
+    if recipe.step_policy.precisions:
         top = source.family.largest_timestep if source.family else 0.0
-        policy = step_policy.search(
+        policy = step_policy.search_step_policy(
             source.model, recorded, recipe, static_edges=report.edges, top=top, progress=progress
         )
         config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
-        report.steps = policy.to_json()
+        report.step_policy = policy.to_json()
     if last_look and (driven or statistics is not None):
-        plan, report.sentinel = sanity_check.watch(
+        plan, report.sanity_check = sanity_check.sanity_check(
             source, floats, scan, plan, recipe, statistics, report.layers,
             inputs=calls, progress=progress,
         )  # fmt: skip
         report.plan = plan
     del floats
-    mark(source.model, plan, report.edges, dtype, config)
+    attach_quantizer(source.model, plan, report.edges, dtype, config)
     source.model.hf_quantizer.report = report  # type: ignore[union-attr, assignment]
     return report
 
@@ -273,7 +273,7 @@ def quantize_source(
 def on_the_fly(model: nn.Module, config: DTQConfig, keep: list[str]) -> Report:
     """What ``from_pretrained(..., quantization_config=DTQConfig(...))`` does to a float model."""
     recipe = Recipe.load(config.recipe, **config.extra)
-    source = Source(type(model).__name__, None, "transformer", model)
+    source = LoadedModel(type(model).__name__, None, "transformer", model)
     model.is_quantized = False  # type: ignore[assignment]  # diffusers says so before it is done
     skip = [*(config.modules_to_not_convert or ()), *keep]
     return quantize_source(source, recipe, skip=skip, progress=False, config=config)

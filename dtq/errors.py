@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from safetensors import SafetensorError
 
-FOREIGN = (
+LIBRARY_ERRORS = (
     OSError,
     ValueError,
     TypeError,
@@ -58,11 +58,11 @@ class CheckpointError(DtqError):
     """A checkpoint that is damaged, incomplete, or from a newer dtq; names the file and the key."""
 
 
-class TeamError(DtqError):
+class WorkerError(DtqError):
     """Another process of the run died, or does not answer."""
 
 
-class NumberError(DtqError):
+class NonFiniteError(DtqError):
     """NaN or infinite numbers where a model runs; names the layer and the step."""
 
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from dtq.checkpoint.config import DTQConfig
 from dtq.checkpoint.reader import CHECKSUMS, Reader
 from dtq.errors import InputError
-from dtq.formats import FORMATS, Spec
-from dtq.formats.activations import ACTS, Acts, acts_of, fake_quantize, row_codes, scale_of
+from dtq.formats import FORMATS, TensorSpec
+from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, activation_format_of, fake_quantize, row_codes, scale_of
 from dtq.formats.grid import doubled
 from dtq.io.safe_parse import read_json
 from dtq.kernels.ops import int_matmul
@@ -40,8 +40,8 @@ from dtq.kernels.table import Task, pick
 from dtq.models.linears import shape_of
 from dtq.nn.linear import HOOKS, QuantLinear
 from dtq.nn.storage import aligned, from_disk
-from dtq.nn.swap import finish, swap_empty
-from dtq.pipelines.loading import model_class, reading
+from dtq.nn.swap import finalize, swap_empty
+from dtq.pipelines.loading import model_class, translate_errors
 from dtq.pipelines.validation import check_folder
 
 Group = Any
@@ -158,8 +158,8 @@ class Slice(QuantLinear):
             device="meta",
         )
         self.rule, self.rank, self.world, self.group = rule, rank, world, group
-        self.sections, self._whole = sections, whole.specs()
-        self.hear(whole.clock)
+        self.sections, self._whole = sections, whole.tensor_specs()
+        self.set_clock(whole.clock)
 
     def take(self, part: str, tensor: Any) -> Tensor:
         """This process' slice of a stored part, on-disk dtype, or of ``bias``.
@@ -170,7 +170,7 @@ class Slice(QuantLinear):
         """
         if part == "bias":
             return self._section(tensor, 0) if self.rule == COLUMN else tensor[:]
-        if self.specs()[part].shape == self._whole[part].shape:
+        if self.tensor_specs()[part].shape == self._whole[part].shape:
             return tensor[:]
         return self._section(tensor, _AXIS[self.rule])
 
@@ -201,21 +201,21 @@ class Slice(QuantLinear):
             y = y * scale
         y = (y if bias is None else y + bias.float()).to(rows.dtype)
         if self.runtime.rank:
-            down, up = (self.part(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
+            down, up = (self.packed_tensor(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
             y = y + F.linear(self._all(F.linear(rows, down), dist.ReduceOp.SUM), up)
         return y
 
     def _product(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """This process' share of the product (M, N), and what multiplies the sum."""
         acts, fmt = self._acts(), self.task.weights
-        weight = {name: self.part(name) for name in fmt.layout(self._shape)}
+        weight = {name: self.packed_tensor(name) for name in fmt.layout(self._shape)}
         x = self._changed(rows)
         if acts.bits == 16:
             return F.linear(x.to(rows.dtype), fmt.unpack(weight).to(rows.dtype)).float(), ()
         peak = x.abs().amax(-1, keepdim=True)  # (M, 1)
         if not acts.static:
             peak = self._all(peak, dist.ReduceOp.MAX)
-        if acts.grid and not acts.int8:
+        if acts.block_format and not acts.int8:
             return fake_quantize(x, acts, peak) @ fmt.unpack(weight).T, ()
         codes, scale = self._codes(acts, x, peak)
         task = Task(fmt, acts)
@@ -225,7 +225,7 @@ class Slice(QuantLinear):
         w8, w_scale = expand(task, weight)
         return int_matmul(codes.to(torch.int8), w8), (scale, w_scale.T)
 
-    def _codes(self, acts: Acts, x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    def _codes(self, acts: ActivationFormat, x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
         """Codes as float (M, K), and the scales of the tokens (M, 1)."""
         if not acts.integer:
             return doubled(x, peak)
@@ -233,17 +233,17 @@ class Slice(QuantLinear):
         return row_codes(x, scale, acts.levels), scale
 
     def _changed(self, rows: Tensor) -> Tensor:
-        if not self.runtime.pre_quant and self.runtime.block == 1:
+        if not self.runtime.pre_quant and self.runtime.hadamard_block_size == 1:
             return rows.float()
-        scale = self.part("pre_quant_scale").reshape(-1) if self.runtime.pre_quant else None
-        x: Tensor = torch.ops.dtq.transform_rows(rows, scale, None, self.runtime.block, 1)
+        scale = self.packed_tensor("pre_quant_scale").reshape(-1) if self.runtime.pre_quant else None
+        x: Tensor = torch.ops.dtq.transform_rows(rows, scale, None, self.runtime.hadamard_block_size, 1)
         return x
 
-    def _acts(self) -> Acts:
+    def _acts(self) -> ActivationFormat:
         clock, own = self.clock, self.task.acts
         if clock is None or not clock.modes or own.bits == 16:
             return own
-        return acts_of(clock.modes[int(clock.mode)], own.name)
+        return activation_format_of(clock.modes[int(clock.mode)], own.name)
 
     def _all(self, tensor: Tensor, how: Any) -> Tensor:
         dist.all_reduce(tensor, how, self.group)
@@ -305,7 +305,7 @@ def shard(model: nn.Module, rank: int, world: int, group: Group = None) -> nn.Mo
     for name, piece in _cut(model, rank, world, group).items():
         whole = model.get_submodule(name)
         assert isinstance(whole, QuantLinear)
-        for part, tensor in whole.parts().items():
+        for part, tensor in whole.packed_tensors().items():
             _put(piece, part, piece.take(part, tensor))
         if whole.bias is not None:
             _put(piece, "bias", piece.take("bias", whole.bias.detach()))
@@ -333,7 +333,7 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
         raise InputError(f"{folder} is no transformer quantized by dtq (no quantization_config)")
     settings = DTQConfig(**config)
     plan, kind = settings.load_plan(), model_class(folder)
-    with reading(folder), init_empty_weights():
+    with translate_errors(folder), init_empty_weights():
         model: nn.Module = kind.from_config(kind.load_config(folder))
     files = sorted(folder.glob("*.safetensors"))
     reader = Reader(files)
@@ -353,7 +353,7 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
                     tensor = opened.get_tensor(key)
                 reader.check_values(key, tensor)
                 _put(module, part, tensor)
-    finish(model, plan.edges, plan.policy)
+    finalize(model, plan.edges, plan.policy)
     return model.eval()
 
 
@@ -373,7 +373,7 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
                 yield Pair(name, module, up, down, sections=wide[0] // narrow[1])
 
 
-def sliced(layer: QuantLinear, rule: str, world: int) -> dict[str, Spec]:
+def sliced(layer: QuantLinear, rule: str, world: int) -> dict[str, TensorSpec]:
     """The parts of a slice.
 
     Raises:
@@ -387,21 +387,21 @@ def sliced(layer: QuantLinear, rule: str, world: int) -> dict[str, Spec]:
     rows, columns = shape
     local = (rows // world, columns) if rule == COLUMN else (rows, columns // world)
     if rule == ROW:
-        if runtime.permute:
+        if runtime.permutation:
             raise InputError("its input channels change places across the cut (pre_quant_order)")
-        if runtime.turns > 1:
+        if runtime.num_rotations > 1:
             raise InputError("its second rotation mixes channels from both sides of the cut")
-        if local[1] % runtime.block:
+        if local[1] % runtime.hadamard_block_size:
             raise InputError(
-                f"a rotation block of {runtime.block} channels would cross the cut at {local[1]}"
+                f"a rotation block of {runtime.hadamard_block_size} channels would cross the cut at {local[1]}"
             )
-        if ACTS[runtime.acts].grid:
-            FORMATS[ACTS[runtime.acts].grid].layout((1, local[1]))
-    parts, whole = runtime.stored(local, layer.bins), layer.specs()
+        if ACTIVATION_FORMATS[runtime.activation_format].block_format:
+            FORMATS[ACTIVATION_FORMATS[runtime.activation_format].block_format].layout((1, local[1]))
+    parts, whole = runtime.tensor_specs(local, layer.bins), layer.tensor_specs()
     for name, spec in whole.items():
         mine = parts.get(name, spec)
         if mine.shape != spec.shape and mine.shape[axis] * world != spec.shape[axis]:
-            raise InputError(f"{runtime.weights}: {name} does not split into {world}")
+            raise InputError(f"{runtime.weight_format}: {name} does not split into {world}")
     return parts
 
 
@@ -437,7 +437,7 @@ def _normed(norm: nn.Module) -> tuple[int, ...]:
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Store a part, with on-disk dtype, or any other tensor of a module."""
-    if isinstance(module, QuantLinear) and name in module.specs():
+    if isinstance(module, QuantLinear) and name in module.tensor_specs():
         tensor = from_disk(tensor)
     if name in module._buffers:
         module._buffers[name] = aligned(tensor)

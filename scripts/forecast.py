@@ -15,10 +15,10 @@ import torch
 
 from dtq.api import quantize_source
 from dtq.estimate.size import estimate
-from dtq.io.memory import keep_freed
-from dtq.pipelines.loading import open_source
+from dtq.io.memory import tune_malloc
+from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
-from dtq.stages.calibrate import needs_of
+from dtq.stages.calibrate import statistics_needed
 from dtq.stages.plan import plan_source
 
 
@@ -27,12 +27,12 @@ from dtq.stages.plan import plan_source
 @click.option("--model", default="demo", show_default=True)
 def main(recipes: tuple[str, ...], model: str) -> None:
     torch.set_num_threads(1)
-    keep_freed()
+    tune_malloc()
     print("| recipe | foretold | measured |\n| --- | --- | --- |", flush=True)
     for name in recipes:
-        source, recipe = open_source(model), Recipe.load(name)
+        source, recipe = load_transformer(model), Recipe.load(name)
         scan, plan = plan_source(source, recipe)
-        needs = needs_of(recipe, source.pipeline is not None)
+        needs = statistics_needed(recipe, source.pipeline is not None)
         seconds = estimate(source.model, scan, plan, recipe, torch.float32, needs=needs).seconds
         assert seconds is not None
         started = time.process_time()

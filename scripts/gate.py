@@ -27,13 +27,13 @@ from torch import nn
 import dtq
 from dtq.evaluate import paired_run, trajectory
 from dtq.evaluate.gate.bootstrap import paired
-from dtq.evaluate.gate.decision import Outcome, Verdict, judge
+from dtq.evaluate.gate.decision import Outcome, Verdict, decide
 from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.evaluate.run_file import JOB, Run, Sample
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import Source, open_source
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import LoadedModel, load_transformer
+from dtq.pipelines.settings import SamplingSettings
 
 HERE = Path(__file__).parent
 BAD: list[str] = []
@@ -102,15 +102,15 @@ def reruns(options: argparse.Namespace) -> None:
 
     quick = {"calibration": {"samples": 8, "batch": 4, "steps": 8, "bins": 4}}
     pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **quick)
-    reference, candidate = open_source(tiny.pipeline()), open_source(pipe)
+    reference, candidate = load_transformer(tiny.pipeline()), load_transformer(pipe)
     policy, found, moved = Policy.load("default"), Counter[str](), 0
     for seed in range(options.count):
-        how = Calibration(samples=32, steps=4, batch=16, seed=seed)
+        how = SamplingSettings(samples=32, steps=4, batch_size=16, seed=seed)
         base = paired_run.compare(paired_run.observe(reference, how), candidate).run
         other = replace(how, batch=(1, 2, 5)[seed % 3])
         again = paired_run.compare(paired_run.observe(reference, other), candidate).run
         moved += again.values != base.values
-        found[judge(again, base, policy).outcome.word] += 1
+        found[decide(again, base, policy).outcome.word] += 1
     print(f"tiny DiT, w4a8, 32 prompts, 4 steps, seeds 0..{options.count - 1}, batches of 16, then of 1, 2 or 5: {dict(found)}; "
           f"{moved} re-runs with other numbers")  # fmt: skip
     expect(
@@ -122,12 +122,12 @@ def reruns(options: argparse.Namespace) -> None:
 def draws(options: argparse.Namespace) -> None:
     """The bundled model twice, in other batches: seeded draws of its prompts."""
     policy, reference, candidate = Policy.load("default"), *_pair(options)
-    how = Calibration(samples=64, steps=options.steps, guidance=GUIDANCE, batch=8, seed=1000)
+    how = SamplingSettings(samples=64, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000)
     base = paired_run.compare(paired_run.observe(reference, how), candidate).run
     one_by_one = replace(how, batch=1)
     other = paired_run.compare(paired_run.observe(reference, one_by_one), candidate).run
     moved = sum(other.values["error"][x] != base.values["error"][x] for x in base.values["error"])
-    said = [judge(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
+    said = [decide(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
     found = Counter(verdict.outcome.word for verdict in said)
     whole = [verdict.rows[0] for verdict in said]
     print(
@@ -171,7 +171,7 @@ def planted(options: argparse.Namespace) -> None:
     """Defects of the bundled model, each against the unchanged one, under the default policy."""
     policy, reference, candidate = Policy.load("default"), *_pair(options)
     started = time.process_time()
-    how = Calibration(samples=32, steps=options.steps, guidance=GUIDANCE, batch=8, seed=1000)
+    how = SamplingSettings(samples=32, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000)
     job = paired_run.observe(reference, how)
     base = paired_run.compare(job, candidate).run
     print(
@@ -180,12 +180,12 @@ def planted(options: argparse.Namespace) -> None:
 
     def gated(
         name: str,
-        changed: Source,
+        changed: LoadedModel,
         against: Run = base,
         may: tuple[Outcome, ...] = (Outcome.REGRESSION,),
     ) -> Run:
         mine = paired_run.compare(job, changed).run
-        said = judge(mine, against, policy)
+        said = decide(mine, against, policy)
         shown = [r.metric.shown(r.mean) for r in said.rows]
         print(
             f"| {name} | {said.outcome.word} | {shown[0]} | {' '.join(shown[1:5])} | {shown[6]} |",
@@ -204,26 +204,26 @@ def planted(options: argparse.Namespace) -> None:
             gated(name, candidate, may=(Outcome.PASS, Outcome.INCONCLUSIVE))
     gated(
         "recipe rtn-w4a8 in place of w4a8",
-        open_source(dtq.quantize(options.model, "rtn-w4a8", progress=False)),
+        load_transformer(dtq.quantize(options.model, "rtn-w4a8", progress=False)),
     )
     stepped = dtq.quantize(options.model, "w4a8", acts="int8-step", compare=[], progress=False,
                            calibration={"samples": 16, "steps": 10, "guidance": GUIDANCE})  # fmt: skip
-    static = open_source(stepped)
+    static = load_transformer(stepped)
     right = paired_run.compare(job, static).run
     with step_bin(static.model, plants.last_bin) as name:
         gated(name, static, right)
     removed = copy.deepcopy(unchanged)
     del removed.values["psnr"]
-    expect(judge(removed, base, policy).outcome is Outcome.INVALID, "a metric removed: invalid")
+    expect(decide(removed, base, policy).outcome is Outcome.INVALID, "a metric removed: invalid")
     removed = copy.deepcopy(unchanged)
     del removed.values["error"]["0007"]
     expect(
-        judge(removed, base, policy).outcome is Outcome.INVALID, "a sample's value removed: invalid"
+        decide(removed, base, policy).outcome is Outcome.INVALID, "a sample's value removed: invalid"
     )
     removed = copy.deepcopy(unchanged)
     removed.samples.pop()
-    expect(judge(removed, base, policy).outcome is Outcome.INVALID, "a sample removed: invalid")
-    few = judge(_head(unchanged, 16), base, policy).outcome
+    expect(decide(removed, base, policy).outcome is Outcome.INVALID, "a sample removed: invalid")
+    few = decide(_head(unchanged, 16), base, policy).outcome
     expect(few is Outcome.INCONCLUSIVE, f"16 prompts: {few.word}")
     print(f"{time.process_time() - started:.0f} s of one core")
 
@@ -232,7 +232,7 @@ def planted(options: argparse.Namespace) -> None:
 def scaled(model: nn.Module, at: str) -> Iterator[str]:
     layer = _layer(model, at)
     before = layer._parameters["weight_scale"].data.clone()
-    layer.part("weight_scale").mul_(1.5)
+    layer.packed_tensor("weight_scale").mul_(1.5)
     yield f"scale of {at} x 1.5"
     layer._parameters["weight_scale"].data.copy_(before)
 
@@ -257,12 +257,12 @@ def without_bias(model: nn.Module, at: str) -> Iterator[str]:
 @contextmanager
 def step_bin(model: nn.Module, place: int) -> Iterator[str]:
     """The activation scale of one timestep bin, in every layer that has one, halved."""
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.task.acts.stepped]
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.task.acts.per_timestep]
     for layer in layers:
-        layer.part("input_scale").reshape(-1)[place] *= 0.5
+        layer.packed_tensor("input_scale").reshape(-1)[place] *= 0.5
     yield f"int8-step: scales of bin {place + 1} of 8, the least noisy first, x 0.5"
     for layer in layers:
-        layer.part("input_scale").reshape(-1)[place] *= 2
+        layer.packed_tensor("input_scale").reshape(-1)[place] *= 2
 
 
 @dataclass(frozen=True)
@@ -314,15 +314,15 @@ def _layer(model: nn.Module, at: str) -> QuantLinear:
 
 
 def _swap(layer: QuantLinear) -> None:
-    for name, spec in layer.specs().items():
+    for name, spec in layer.tensor_specs().items():
         if spec.shape and spec.shape[0] == layer.out_features:
             data = layer._parameters[name].data
             data[[0, 1]] = data[[1, 0]].clone()
 
 
-def _errors(reference: Source, candidate: Source, seed: int, steps: int) -> Run:
+def _errors(reference: LoadedModel, candidate: LoadedModel, seed: int, steps: int) -> Run:
     """Teacher-forced errors of 96 prompts, nothing else."""
-    how = Calibration(samples=96, steps=steps, guidance=GUIDANCE, batch=8, seed=seed)
+    how = SamplingSettings(samples=96, steps=steps, guidance=GUIDANCE, batch_size=8, seed=seed)
     requests = prompts.load("auto", reference.pipeline, 96, nested=True)
     truth = trajectory.record(reference.pipeline, reference.model, requests, how)
     outputs = trajectory.replayed(truth, candidate.model)
@@ -330,16 +330,16 @@ def _errors(reference: Source, candidate: Source, seed: int, steps: int) -> Run:
     return _made_up(np.array(trajectory.sample_errors(truth.by_sample(outputs), floats)))
 
 
-def _pair(options: argparse.Namespace) -> tuple[Source, Source]:
+def _pair(options: argparse.Namespace) -> tuple[LoadedModel, LoadedModel]:
     """The bundled model, and the same by ``w4a8``."""
     made = options.w4a8 or dtq.quantize(options.model, "w4a8", progress=False)
-    return open_source(options.model), open_source(made)
+    return load_transformer(options.model), load_transformer(made)
 
 
 def _in_looks(whole: Run, base: Run, policy: Policy) -> Verdict:
     """As one who adds samples until the gate has decided: the first look that does counts."""
     for count in policy.looks:
-        said = judge(_head(whole, count), _head(base, count), policy)
+        said = decide(_head(whole, count), _head(base, count), policy)
         if said.outcome is not Outcome.INCONCLUSIVE:
             break
     return said

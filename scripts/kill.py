@@ -32,7 +32,7 @@ from typing import Any
 
 import psutil
 
-from dtq.errors import FOREIGN, DtqError
+from dtq.errors import LIBRARY_ERRORS, DtqError
 
 TIMEOUT = 120.0  # seconds; by then the other processes have noticed
 
@@ -148,7 +148,7 @@ def check_does_not_load(folder: Path) -> None:
         return
     try:
         DiffusionPipeline.from_pretrained(folder)
-    except (DtqError, *FOREIGN):
+    except (DtqError, *LIBRARY_ERRORS):
         return
     raise SystemExit(f"{folder} is half-written, and loads")
 

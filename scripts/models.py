@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import zoo  # noqa: E402
 
 import dtq  # noqa: E402
-from dtq.models import Scan, find  # noqa: E402
+from dtq.models import Scan, find_family  # noqa: E402
 from dtq.models.linears import shape_of  # noqa: E402
 from dtq.pipelines.loading import scan_model  # noqa: E402
 from dtq.pipelines.recorded_calls import first_tensor  # noqa: E402
@@ -58,11 +58,11 @@ def row(name: str) -> str:
     done = {x.name for x in plan.quantized()}
     sizes = {x.name: math.prod(shape_of(model.get_submodule(x.name))) for x in scan.linears()}
     roles = Counter(linear.role.split(".")[0] for linear in scan.linears() if linear.name in done)
-    family = find(model)
+    family = find_family(model)
     cells = [
         name,
         family.name if family else "",
-        f"{len(done)} of {len(sizes) + len(scan.never)}",
+        f"{len(done)} of {len(sizes) + len(scan.uncalled)}",
         f"{sum(v for n, v in sizes.items() if n in done) / sum(sizes.values()):.0%}",
         ", ".join(f"{count} {role}" for role, count in sorted(roles.items())),
         *(measure(name, recipe) for recipe in RECIPES),
@@ -75,9 +75,9 @@ def row(name: str) -> str:
 def notes(scan: Scan, model: torch.nn.Module) -> str:
     """What stays float besides embedders and heads, and why."""
     found = []
-    if scan.never:
-        found.append(f"not called: {', '.join(sorted({_short(n) for n in scan.never})[:3])}")
-    unmatched = {_short(n): what for n, what in scan.unmatched.items()}
+    if scan.uncalled:
+        found.append(f"not called: {', '.join(sorted({_short(n) for n in scan.uncalled})[:3])}")
+    unmatched = {_short(n): what for n, what in scan.unsupported.items()}
     found += [f"{what}: {n}" for n, what in list(unmatched.items())[:3]]
     if wide := getattr(model, "_keep_in_fp32_modules", None):
         found.append(f"diffusers keeps in fp32: {', '.join(wide)}")

@@ -22,11 +22,11 @@ import torch
 from dtq.api import quantize_source
 from dtq.calibrate import store
 from dtq.evaluate import baselines, trajectory
-from dtq.evaluate.evaluate import compare_pictures, extractor_for, row_of
+from dtq.evaluate.evaluate import compare_images, extractor_for, row_of
 from dtq.evaluate.metrics import fid
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import open_source
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import load_transformer
+from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe, names
 from dtq.stages.calibrate import calibrate_source
 from dtq.stages.plan import plan_source
@@ -108,7 +108,7 @@ def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
     if (folder / "truth.pt").exists():
         return
     how = _how(samples)
-    source = open_source(name)
+    source = load_transformer(name)
     requests = prompts.load("auto", source.pipeline, how.samples)
     truth = trajectory.record(source.pipeline, source.model, requests, how)
     recipe = Recipe.load("w4a8", calibration={"samples": calibration})
@@ -121,7 +121,7 @@ def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
 def measure(name: str, row: str, folder: Path, samples: int) -> dict:
     """One row; the models are small, so everything but the row itself costs little memory."""
     truth: trajectory.Trajectory = torch.load(folder / "truth.pt", weights_only=False)
-    source = open_source(name)
+    source = load_transformer(name)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _memory("VmRSS")
     started = time.monotonic()
@@ -142,8 +142,8 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
             "bits": plan.bits(plan.gemm()),
             "bits_all": plan.bits(plan.quantized()),
             "promoted": sum(x.promoted for x in report.layers),
-            "formats": Counter(x.weights for x in plan.gemm()),
-            "steps": report.steps,
+            "formats": Counter(x.weight_format for x in plan.gemm()),
+            "steps": report.step_policy,
         }
     found["seconds"] = time.monotonic() - started
     found["memory"] = _memory("VmHWM") - before
@@ -153,15 +153,15 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
         how = _how(samples)
         requests = prompts.load("auto", source.pipeline, how.samples)
         ran = trajectory.record(source.pipeline, source.model, requests, how)
-        compare_pictures(measured, torch.cat(truth.pictures), torch.cat(ran.pictures))
+        compare_images(measured, torch.cat(truth.pictures), torch.cat(ran.pictures))
         extractor = extractor_for(source.pipeline)
         got, want = (extractor(torch.cat(t.pictures))["pool"] for t in (ran, truth))
         found |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}
     return found
 
 
-def _how(samples: int) -> Calibration:
-    return Calibration(samples=samples, steps=20, batch=8, seed=1000)
+def _how(samples: int) -> SamplingSettings:
+    return SamplingSettings(samples=samples, steps=20, batch_size=8, seed=1000)
 
 
 def _memory(field: str) -> int:

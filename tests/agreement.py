@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.kernels import ops as reference
 from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
 
@@ -261,7 +261,7 @@ def fp4_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
 def rounded(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     d = size.dice
-    acts = d.choice([name for name, a in ACTS.items() if a.grid and not a.int8])
+    acts = d.choice([name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8])
     m, k = d.choice(ROWS), d.choice((128, 256, 1152, 3072))
     m = max(1, min(m, limit // k))
     block = d.choice((1, 32, 128))

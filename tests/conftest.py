@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dtq
 from dtq.formats import vq
-from dtq.io.schema import Call
+from dtq.io.schema import MethodSpec
 from dtq.kernels import CPU
 from dtq.kernels.compile import cpu
 from dtq.recipe.resolve import Recipe
@@ -27,15 +27,15 @@ def hasty(name: str, **overrides) -> Recipe:
     """A shipped recipe with every method in place but little patience: for tests of the path."""
     recipe = Recipe.load(name, **{**QUICK, **overrides})
 
-    def call(was: Call, **knobs) -> Call:
-        return Call(was.name, tuple(sorted({**dict(was.knobs), **knobs}.items())))
+    def call(was: MethodSpec, **knobs) -> MethodSpec:
+        return MethodSpec(was.name, tuple(sorted({**dict(was.knobs), **knobs}.items())))
 
     if recipe.transform.name == "search":
         recipe = replace(recipe, transform=call(recipe.transform, step=0.25, rows=64, close=1.0))
     if recipe.lowrank.name != "none":
         recipe = replace(recipe, lowrank=call(recipe.lowrank, iterations=1))
-    if recipe.refine.name != "none":
-        recipe = replace(recipe, refine=call(recipe.refine, steps=6))
+    if recipe.finetune.name != "none":
+        recipe = replace(recipe, refine=call(recipe.finetune, steps=6))
     return replace(recipe, allocate=replace(recipe.allocate, calls=2))
 
 

@@ -44,16 +44,16 @@ from safetensors.torch import load_file, save_file
 import dtq
 from dtq.calibrate import store
 from dtq.checkpoint import reader, writer
-from dtq.errors import FOREIGN, DtqError
+from dtq.errors import LIBRARY_ERRORS, DtqError
 from dtq.evaluate import run_file
 from dtq.evaluate.gate import baseline_file, render
-from dtq.evaluate.gate.decision import judge
+from dtq.evaluate.gate.decision import decide
 from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.evaluate.paired_run import compare, observe
 from dtq.evaluate.report.quantization_report import quantization_report
 from dtq.io.safe_parse import parse_json
 from dtq.pipelines import loading
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe, find, names
 from dtq.stages.calibrate import calibrate_source
 from dtq.stages.plan import plan_source
@@ -261,7 +261,7 @@ class Seeds:
         few = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 4}}
         self.folder = folder
         tiny.pipeline(blocks=1).save_pretrained(folder / "float")
-        opened = loading.open_source(folder / "float")
+        opened = loading.load_transformer(folder / "float")
         recipe = Recipe.load("w4a8", **few)
         scan, _ = plan_source(opened, recipe)
         needs = frozenset({"channels", "gram", "reservoir"})
@@ -280,8 +280,8 @@ class Seeds:
         policy = POLICY.to_dict()
         del policy["name"]
         (gate / "policy.yaml").write_text(yaml.safe_dump(policy))
-        job = observe(opened, Calibration(samples=8, steps=3, batch=4))
-        made = compare(job, loading.open_source(folder / "quantized")).run
+        job = observe(opened, SamplingSettings(samples=8, steps=3, batch_size=4))
+        made = compare(job, loading.load_transformer(folder / "quantized")).run
         (gate / "run.json").write_text(run_file.text(made.to_json()))
         for reason in ("first", "second"):
             baseline_file.accept(made, gate / "base.json", reason, POLICY)
@@ -299,7 +299,7 @@ def load_model(folder: Path) -> None:
 
 
 def sites(path: Path) -> None:
-    dict(store.load(path).sites)
+    dict(store.load(path).inputs)
 
 
 def gated(folder: Path) -> None:
@@ -307,7 +307,7 @@ def gated(folder: Path) -> None:
     policy = Policy.load(folder / "policy.yaml")
     baseline_file.history(folder / "base.json")
     run, base = (run_file.read(folder / name) for name in ("run.json", "base.json"))
-    said = judge(run, base, policy)
+    said = decide(run, base, policy)
     run_file.text(said.to_json()).encode()
     render.markdown(said, run).encode()
     ElementTree.fromstring(render.junit(said))
@@ -321,11 +321,11 @@ TARGETS: dict[str, Target] = {
         "quantized",
         ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json", f"vae/{WEIGHTS}",
          "transformer/config.json", "transformer/config.json"),
-        lambda path: loading.open_sources(str(path)),
+        lambda path: loading.load_transformers(str(path)),
     ),
     "plan": Target(
         "float", ("model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}"),
-        lambda path: loading.skeletons(str(path)),
+        lambda path: loading.meta_models(str(path)),
     ),
     "load": Target(
         "quantized/transformer", ("config.json#quantization_config", WEIGHTS), load_model
@@ -360,7 +360,7 @@ def run_case(seed: int, seeds: Path, work: Path) -> tuple[str, str]:
     for _ in range(rng.choice((1, 1, 1, 2))):
         try:
             MUTATE[file.suffix](file, rng, *([inside] if inside else []))
-        except (*FOREIGN, yaml.YAMLError):
+        except (*LIBRARY_ERRORS, yaml.YAMLError):
             break  # damaged so that the second mutation cannot read it; the first stays
     try:
         target.read(place)
@@ -368,11 +368,11 @@ def run_case(seed: int, seeds: Path, work: Path) -> tuple[str, str]:
         if not str(error).strip() or len(str(error)) > 20_000:
             raise AssertionError(f"a message of {len(str(error))} characters") from error
         return name, "refused"
-    except FOREIGN as error:
+    except LIBRARY_ERRORS as error:
         if name != "load" or from_dtq(error):
             raise
         try:
-            loading.open_sources(str(place))
+            loading.load_transformers(str(place))
         except DtqError:
             return name, "refused by diffusers"
         raise

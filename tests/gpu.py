@@ -41,10 +41,10 @@ import golden
 
 from dtq.bench import cases, gpu
 from dtq.bench.cases import quantized
-from dtq.bench.cpu import Candidate, Row, race
+from dtq.bench.cpu import Candidate, BenchRow, race
 from dtq.bench.timer import Clock, clock_of
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.kernels import CUDA, Task, ops, pick
 from dtq.kernels.compile import cpp_extension, nvcc
 
@@ -75,7 +75,7 @@ class Session:
     small: bool
     out: Path
     findings: list[Finding] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
     part: str = ""
 
     @property
@@ -111,7 +111,7 @@ def ceilings(s: Session) -> None:
         plain = nn.Linear(k, n, bias=False, device=s.device, dtype=torch.bfloat16)
         x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
         count = gpu.copies(s.device, x.nbytes + plain.weight.nbytes)
-        for rival in gpu.rivals(plain, x, count):
+        for rival in gpu.peers(plain, x, count):
             if rival is not None and rival.name in ("bf16", "_int_mm, bare", "_scaled_mm e4m3"):
                 rate = 2 * m * n * k / s.seconds(rival.run) / 1e12
                 s.tell(f"{rival.name} {m} x {k} x {n}, T(FL)OP/s", f"{rate:.0f}")
@@ -250,7 +250,7 @@ def captured(s: Session) -> str:
     """A captured graph replays with new inputs."""
     if not s.cuda:
         return "no graphs here"
-    task = Task(FORMATS["int4-2l-g64"], ACTS["int8-row"], 64)
+    task = Task(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64)
     w = agreement.normal(3072, 1024)
     packed = task.weights.pack(w, task.weights.fit(w))
     parts = {n: t.to(s.device) for n, t in packed.items()}
@@ -379,7 +379,7 @@ def all_formats(s: Session) -> None:
         parts = fmt.pack(w, fmt.fit(w))
         there = {n: t.to(s.device) for n, t in parts.items()}
         for acts in ("none", "int8-row"):
-            task = Task(fmt, ACTS[acts])
+            task = Task(fmt, ACTIVATION_FORMATS[acts])
             got = pick(task).call(task, x.to(s.device), there, None).float().cpu()
             want = F.linear(x.float(), fmt.unpack(parts))
             # bfloat16 outputs, and 7-bit codes: far below the error of a wrong layout
@@ -436,14 +436,14 @@ class Target:
     below: bool = False
 
 
-def _raced(s: Session, m: int, k: int, n: int) -> dict[str, Row]:
+def _raced(s: Session, m: int, k: int, n: int) -> dict[str, BenchRow]:
     m, k, n = s.size(m, 24), s.size(k, 128), s.size(n, 64)
     found = gpu.linear_race(m, k, n, s.rounds, s.device, s.clock)
     s.rows += found
     return {row.name: row for row in found}
 
 
-def _ratio(rows: dict[str, Row], slow: str, fast: str) -> float:
+def _ratio(rows: dict[str, BenchRow], slow: str, fast: str) -> float:
     return rows[slow].ratio[fast][1]
 
 
@@ -468,7 +468,7 @@ def _with_norm(s: Session, k: int, n: int) -> list[Candidate]:
     layer = quantized(plain, "int8-row")
     x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
     up, along = (torch.randn(1, k, device=s.device, dtype=torch.bfloat16) for _ in range(2))
-    p, bias = layer.parts(), plain.bias
+    p, bias = layer.packed_tensors(), plain.bias
 
     def norm(x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), x.shape[1:]).to(x.dtype) * (1 + up) + along
@@ -498,7 +498,7 @@ def _two_level(s: Session, m: int, k: int, n: int) -> float:
     plain = nn.Linear(k, n, device=s.device, dtype=torch.bfloat16)
     x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
     codes, scale = dtq.quantize_rows(x, None, 1, None)
-    eight, four = quantized(plain, "int8-row").parts(), quantized(plain, "int4-2l-g128").parts()
+    eight, four = quantized(plain, "int8-row").packed_tensors(), quantized(plain, "int4-2l-g128").packed_tensors()
     count = gpu.copies(s.device, codes.nbytes + four["weight"].nbytes)
 
     def sets(parts: dict[str, Tensor], names: tuple[str, ...]) -> list[tuple[Tensor, ...]]:
@@ -579,8 +579,8 @@ def t10(s: Session) -> Iterator[tuple[str, float]]:
         found = race(
             f"{k} x {n}, weight-only", m,
             [
-                Candidate("bf16", gpu.spread(plain, x, count), 0),
-                Candidate("w4a16", gpu.spread(layer, x, count), 0),
+                Candidate("bf16", gpu.repeat_layer(plain, x, count), 0),
+                Candidate("w4a16", gpu.repeat_layer(layer, x, count), 0),
             ],
             s.rounds, s.clock, ("w4a16",),
         )  # fmt: skip

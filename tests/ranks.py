@@ -16,7 +16,7 @@ from torch import nn
 import dtq
 from dtq.nn.timestep_hook import install_clock
 from dtq.parallel import Slice, load_sharded, shard
-from dtq.pipelines.loading import made_inputs
+from dtq.pipelines.loading import dummy_inputs
 from dtq.plan.step_policy import StepPolicy
 
 ROTATED = {"transform": "hadamard", "solver": "rtn", "correct_bias": False}
@@ -50,7 +50,7 @@ def quantized(name: str, kind: str) -> nn.Module:
 
 
 def outputs(model: nn.Module, name: str) -> list[torch.Tensor]:
-    calls = [made_inputs(tiny.TRANSFORMERS[name](), 2, t, seed=1) for t in TIMES]
+    calls = [dummy_inputs(tiny.TRANSFORMERS[name](), 2, t, seed=1) for t in TIMES]
     with torch.no_grad():
         return [model(**call)[0] for call in calls]
 

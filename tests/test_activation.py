@@ -13,7 +13,7 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 import dtq
-from dtq.nn.gelu import QuickGELU, QuickProjectedGELU, quicken
+from dtq.nn.gelu import QuickGELU, QuickProjectedGELU, use_fast_gelu
 
 
 class Model(nn.Module):
@@ -27,8 +27,8 @@ class Model(nn.Module):
 def test_only_the_tanh_form_changes_and_hardly(dtype):
     model = Model().to(dtype)
     before = copy.deepcopy(model)
-    quicken(model)
-    quicken(model)
+    use_fast_gelu(model)
+    use_fast_gelu(model)
     kinds = [type(m) for m in (model.plain, model.exact, model.projected, model.other)]
     assert kinds == [QuickGELU, nn.GELU, QuickProjectedGELU, GELU]
     x = torch.linspace(-6, 6, 800).reshape(50, 16).to(dtype)
@@ -41,7 +41,7 @@ def test_only_the_tanh_form_changes_and_hardly(dtype):
 
 def test_gradients_are_those_of_torch():
     model = Model()
-    quicken(model)
+    use_fast_gelu(model)
     x = torch.randn(4, 16, requires_grad=True)
     (grad,) = torch.autograd.grad(model.plain(x).sum(), x)
     (want,) = torch.autograd.grad(F.gelu(x, approximate="tanh").sum(), x)
@@ -60,7 +60,7 @@ def test_a_quantized_model_has_it_and_a_loaded_one_too(tmp_path):
 
 def test_one_that_torch_compiles():
     model = Model()
-    quicken(model)
+    use_fast_gelu(model)
     torch._dynamo.reset()
     x = torch.randn(4, 16)
     with torch.no_grad():

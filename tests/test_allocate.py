@@ -20,15 +20,15 @@ from dtq.allocate import (
     Allocation,
     Option,
     allocate,
-    damages,
+    sensitivities,
     groups_of,
     knapsack,
     measure,
     parse_budget,
 )
 from dtq.errors import InputError
-from dtq.models import ROLES, Linear, Site
-from dtq.pipelines.recorded_calls import Recorded, spread
+from dtq.models import ROLES, Linear, InputGroup
+from dtq.pipelines.recorded_calls import RecordedCall, subsample
 
 # --- knapsack --------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def tables(kind: str, rng: random.Random, items: int, options: int):
     for i in range(items):
         scale = 1.0 if kind == "ties" else rng.uniform(0.1, 10)
         each = [draw(k) for k in range(options)]
-        made[f"i{i}"] = [Option(o.name, o.cost, scale * o.damage) for o in each]
+        made[f"i{i}"] = [Option(o.name, o.cost, scale * o.sensitivity) for o in each]
     return made
 
 
@@ -282,14 +282,14 @@ def test_every_role_has_a_group():
         "temporal_blocks.0.attn1.to_q": ("attn.q", "temporal"),
         "temporal_blocks.0.ff.net.2": ("ffn.down", "fidelity"),
     }
-    sites = [Site(n, (Linear(n, role, (4, 4), True),)) for n, (role, _) in names.items()]
+    sites = [InputGroup(n, (Linear(n, role, (4, 4), True),)) for n, (role, _) in names.items()]
     assert groups_of(sites) == {n: group for n, (_, group) in names.items()}
 
 
 # --- measuring -------------------------------------------------------------------------------
 
 
-def record(model, latents, count: int = 2) -> list[Recorded]:
+def record(model, latents, count: int = 2) -> list[RecordedCall]:
     made = []
     for i in range(count):
         kwargs = {
@@ -298,24 +298,24 @@ def record(model, latents, count: int = 2) -> list[Recorded]:
             "return_dict": False,
         }
         with torch.no_grad():
-            made.append(Recorded(i, (latents + i,), kwargs, model(latents + i, **kwargs)[0]))
+            made.append(RecordedCall(i, (latents + i,), kwargs, model(latents + i, **kwargs)[0]))
     return made
 
 
 @pytest.mark.parametrize("branches", [1, 2])
 def test_spread_keeps_the_branches_of_guidance_together(branches):
     calls = [
-        Recorded(i * branches + b, (torch.full((1, 4), float(i)),), {}, torch.zeros(1))
+        RecordedCall(i * branches + b, (torch.full((1, 4), float(i)),), {}, torch.zeros(1))
         for i in range(20)
         for b in range(branches)
     ]
     for count in (1, 4, 7, 100):
-        picked = spread(calls, count)
+        picked = subsample(calls, count)
         assert len(picked) == max(1, min(20, count // branches)) * branches
         steps = [call.step for call in picked]
         assert steps == sorted(set(steps))
         assert all(step // branches in {s // branches for s in steps[::branches]} for step in steps)
-    middle = spread(calls, 1 * branches)
+    middle = subsample(calls, 1 * branches)
     assert [c.latents.flatten()[0] for c in middle] == [10.0] * branches
 
 
@@ -411,7 +411,7 @@ def test_guidance_is_seen_in_one_call_or_in_two(dit, candidates):
         for i in (0, 2):
             kwargs = {k: v if k == "return_dict" else v[i : i + 2] for k, v in call.kwargs.items()}
             args = (call.args[0][i : i + 2],)
-            apart.append(Recorded(call.step, args, kwargs, call.output[i : i + 2]))
+            apart.append(RecordedCall(call.step, args, kwargs, call.output[i : i + 2]))
     plain = record(dit, torch.randn(4, 4, 8, 8))
     one, two, none = (
         measure(dit, calls, {"ffn": candidates["ffn"]}, progress=False)["ffn"]["0.05"]
@@ -436,14 +436,14 @@ def made_up(rng: random.Random, items: int = 6):
 
 def test_decoupled_divides_the_plain_error_of_a_group():
     measured, groups = made_up(random.Random(0))
-    hurts = damages(measured, groups)
+    hurts = sensitivities(measured, groups)
     for group, option in itertools.product(("text", "fidelity"), ("w4", "w8")):
         members = [i for i, g in groups.items() if g == group]
         whole = sum(measured[i][option]["mse"] for i in members)
         assert sum(hurts[i][option] for i in members) == pytest.approx(whole)
         by_metric = sorted(members, key=lambda i: measured[i][option][group])
         assert sorted(members, key=lambda i: hurts[i][option]) == by_metric
-    plain = damages(measured, groups, decoupled=False)
+    plain = sensitivities(measured, groups, per_group_metric=False)
     assert all(plain[i][o] == measured[i][o]["mse"] for i in measured for o in ("w4", "w8"))
 
 
@@ -454,7 +454,7 @@ def test_decoupled_edges():
     for i in ("i1", "i3", "i5"):
         measured[i]["w8"]["fidelity"] = 0.0  # the metric sees nothing in the whole group
     measured["i2"]["float"] = dict.fromkeys(METRICS, 0.0)
-    hurts = damages(measured, groups)
+    hurts = sensitivities(measured, groups)
     assert hurts["i0"] == {"w4": math.inf, "w8": math.inf}
     assert all(math.isfinite(hurts[i]["w4"]) for i in hurts if i != "i0")
     assert hurts["i1"]["w8"] == measured["i1"]["w8"]["mse"]
@@ -471,10 +471,10 @@ def test_allocate():
     found = allocate(measured, costs, budget, groups=groups, weights=weights)
     assert set(found.choice) == set(measured)
     assert found.bytes == sum(costs[i][o] for i, o in found.choice.items()) <= budget
-    hurts = damages(measured, groups)
-    assert found.damage == pytest.approx(sum(hurts[i][o] for i, o in found.choice.items()))
+    hurts = sensitivities(measured, groups)
+    assert found.sensitivity == pytest.approx(sum(hurts[i][o] for i, o in found.choice.items()))
     assert (found.lowest.cost, found.highest.cost) == (1050, 2100)
-    assert found.lowest.damage > found.damage > found.highest.damage
+    assert found.lowest.sensitivity > found.sensitivity > found.highest.sensitivity
     assert {len(line) for line in found.table()} == {len(Allocation.HEAD)}
     assert json.loads(json.dumps(found.to_json()))["rows"][0]["bits"] in (4, 8)
     ordered = list(found.choice.values())

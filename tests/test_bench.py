@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from dtq.bench import cases
 from dtq.bench import cpu as bench
-from dtq.bench.cpu import Candidate, Row
+from dtq.bench.cpu import Candidate, BenchRow
 from dtq.cli import main
 from dtq.kernels.compile import cpu
 
@@ -22,9 +22,9 @@ def rows(ours, bf16, fp32):
     """Ratios that one size would give."""
     ratio = {"w4a8": (bf16 / ours,) * 3}
     return [
-        Row("k", 256, "w4a8", ours, 30),
-        Row("k", 256, "bf16", bf16, 120, ratio),
-        Row("k", 256, "fp32", fp32, 240, {"w4a8": (fp32 / ours,) * 3}),
+        BenchRow("k", 256, "w4a8", ours, 30),
+        BenchRow("k", 256, "bf16", bf16, 120, ratio),
+        BenchRow("k", 256, "fp32", fp32, 240, {"w4a8": (fp32 / ours,) * 3}),
     ]
 
 

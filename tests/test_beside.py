@@ -16,7 +16,7 @@ from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from torch import nn
 
 import dtq
-from dtq.pipelines.loading import made_inputs
+from dtq.pipelines.loading import dummy_inputs
 
 
 @cache
@@ -32,7 +32,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
 
 def run(model: nn.Module, **more) -> torch.Tensor:
     with torch.no_grad():
-        return model(**made_inputs(model, 2, 500.0, 1), **more, return_dict=False)[0]
+        return model(**dummy_inputs(model, 2, 500.0, 1), **more, return_dict=False)[0]
 
 
 def check_same_change(model, twin, plain, **more) -> None:
@@ -54,7 +54,7 @@ def random_state(module: nn.Module, seed: int) -> dict[str, torch.Tensor]:
 def test_a_controlnet_steers_it(name):
     model, twin = pair(name)
     plain = run(model), run(twin)
-    inputs = made_inputs(model, 2, 500.0, 1)
+    inputs = dummy_inputs(model, 2, 500.0, 1)
     size = {"num_layers": 1}
     kind = diffusers.SD3ControlNetModel
     if name == "flux":

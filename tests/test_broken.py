@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 
 import dtq
 from dtq import cli
-from dtq.errors import InputError, NumberError
+from dtq.errors import InputError, NonFiniteError
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
-from dtq.io.atomic import write_whole
+from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.io.atomic import atomic_write
 from dtq.nn import QuantLinear, nan_check
 from dtq.pipelines import loading, prompts
-from dtq.pipelines.loading import made_inputs
-from dtq.plan.layers import Runtime
+from dtq.pipelines.loading import dummy_inputs
+from dtq.plan.layers import LayerSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FAST = ["--recipe", "rtn-w4a8", "--samples", "2", "--steps", "2", "--no-sentinel"]
@@ -91,14 +91,14 @@ def quantized(acts: str = "int8-row", **more) -> torch.nn.Module:
 def test_the_alarm_names_the_first_layer_and_the_step(monkeypatch):
     monkeypatch.setenv(nan_check.VARIABLE, "1")
     model = quantized()
-    calls = [made_inputs(model, 1, t, 0) for t in (900.0, 500.0, 500.0, 100.0)]
+    calls = [dummy_inputs(model, 1, t, 0) for t in (900.0, 500.0, 500.0, 100.0)]
     with torch.no_grad():
         for call in calls:
             model(**call)
         name = "transformer_blocks.1.attn1.to_v"
         model.get_submodule(name).bias.data[3] = math.nan
         for call in calls[:2]:
-            with pytest.raises(NumberError) as caught:
+            with pytest.raises(NonFiniteError) as caught:
                 model(**call)
     step = {0: "step 0 (timestep 900)", 1: "step 1 (timestep 500)"}[1]
     assert f"{name} (QuantLinear): " in str(caught.value)
@@ -111,22 +111,22 @@ def test_the_alarm_listens_on_loaded_models_and_only_when_asked(tmp_path, monkey
     assert not any(m._forward_hooks for m in quiet.modules())
     monkeypatch.setenv(nan_check.VARIABLE, "1")
     model = DiTTransformer2DModel.from_pretrained(tmp_path / "m")
-    inputs = made_inputs(model, 1, 500.0, 0)
+    inputs = dummy_inputs(model, 1, 500.0, 0)
     with torch.no_grad():
         want = quiet(**inputs).sample
         assert torch.equal(model(**inputs).sample, want)
         inputs["hidden_states"][0, 0, 0, 0] = math.inf
-        with pytest.raises(NumberError, match=r"pos_embed.*entries of its input are, too"):
+        with pytest.raises(NonFiniteError, match=r"pos_embed.*entries of its input are, too"):
             model(**inputs)
 
 
 def layer_of(weights: str, acts: str, w: torch.Tensor, dtype=torch.float32) -> QuantLinear:
     n, k = w.shape
-    layer = QuantLinear(k, n, True, Runtime(weights, acts), bins=2, compute_dtype=dtype)
+    layer = QuantLinear(k, n, True, LayerSpec(weights, acts), bins=2, compute_dtype=dtype)
     fmt = FORMATS[weights]
     parts = fmt.pack(w, fmt.fit(w))
-    if ACTS[acts].static:
-        parts["input_scale"] = torch.full(layer.specs()["input_scale"].shape, 0.1)
+    if ACTIVATION_FORMATS[acts].static:
+        parts["input_scale"] = torch.full(layer.tensor_specs()["input_scale"].shape, 0.1)
     layer.fill(parts)
     layer.bias.data.zero_()
     return layer
@@ -188,7 +188,7 @@ def test_widths_that_no_group_divides_are_quantized_all_the_same():
     )
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     assert {m.in_features % 64 for m in layers} != {0}
-    inputs = made_inputs(model, 1, 500.0, 0)
+    inputs = dummy_inputs(model, 1, 500.0, 0)
     with torch.no_grad():
         assert model(**inputs).sample.isfinite().all()
 
@@ -200,9 +200,9 @@ def test_an_empty_prompt_is_a_prompt():
     pipe = pipelines.pixart()
     requests = prompts.given([""], pipe)
     from dtq.pipelines.sampling import run_pipeline
-    from dtq.pipelines.settings import Calibration
+    from dtq.pipelines.settings import SamplingSettings
 
-    how = Calibration(steps=1, batch=1, arguments={"use_resolution_binning": False})
+    how = SamplingSettings(steps=1, batch_size=1, pipeline_args={"use_resolution_binning": False})
     (result,) = run_pipeline(pipe, requests, how, "latent")
     assert torch.isfinite(result.images).all()
 
@@ -349,7 +349,7 @@ def test_without_hub_the_cache_is_used(cache, float_folder, tmp_path, caplog):
     shutil.copytree(float_folder, cache / "models--me--tiny" / "snapshots" / sha)
     (cache / "models--me--tiny" / "refs").mkdir()
     (cache / "models--me--tiny" / "refs" / "main").write_text(sha)
-    (opened,) = loading.open_sources("me/tiny")
+    (opened,) = loading.load_transformers("me/tiny")
     want = DiTTransformer2DModel.from_pretrained(float_folder / "transformer")
     assert torch.equal(
         opened.model.proj_out_2.weight.float(), want.proj_out_2.weight.bfloat16().float()
@@ -361,10 +361,10 @@ def test_without_hub_the_cache_is_used(cache, float_folder, tmp_path, caplog):
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
-    write_whole(tmp_path / "a", "old")
+    atomic_write(tmp_path / "a", "old")
     with files_of_at_most(10), pytest.raises(InputError, match="a: could not be written"):
-        write_whole(tmp_path / "a", "x" * 100)
+        atomic_write(tmp_path / "a", "x" * 100)
     assert (tmp_path / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     with pytest.raises(InputError, match="b: no such folder"):
-        write_whole(tmp_path / "b" / "a", "x")
+        atomic_write(tmp_path / "b" / "a", "x")

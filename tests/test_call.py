@@ -15,9 +15,9 @@ from dtq.cli import main
 from dtq.errors import InputError
 from dtq.evaluate import evaluate
 from dtq.pipelines import call_defaults, prompts
-from dtq.pipelines.loading import open_source
+from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.sampling import run_pipeline
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 
 SIZES = {"height": 16, "width": 16, "num_frames": 5}
 
@@ -26,7 +26,7 @@ SIZES = {"height": 16, "width": 16, "num_frames": 5}
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("wan")
     pipelines.wan().save_pretrained(path)
-    call_defaults.write(path, call_defaults.Call(SIZES, "moving-emoji"))
+    call_defaults.write(path, call_defaults.CallDefaults(SIZES, "moving-emoji"))
     return path
 
 
@@ -42,7 +42,7 @@ def quantized(folder):
 
 
 def shapes(source, **arguments):
-    how = Calibration(samples=1, steps=1, batch=1, arguments=arguments)
+    how = SamplingSettings(samples=1, steps=1, batch_size=1, pipeline_args=arguments)
     requests = prompts.load("auto", source.pipeline, 1)
     with torch.no_grad():
         return [
@@ -51,7 +51,7 @@ def shapes(source, **arguments):
 
 
 def test_the_call_is_as_the_folder_says_unless_the_user_says_otherwise(folder):
-    source = open_source(str(folder))
+    source = load_transformer(str(folder))
     assert shapes(source) == [(1, 5, 3, 16, 16)]
     assert shapes(source, num_frames=9) == [(1, 9, 3, 16, 16)]
     captions = list(prompts.load("moving-emoji", source.pipeline, 64).entries)
@@ -61,8 +61,8 @@ def test_the_call_is_as_the_folder_says_unless_the_user_says_otherwise(folder):
 
 def test_a_pipeline_that_the_user_opened_is_called_so_too(folder):
     pipe = DiffusionPipeline.from_pretrained(folder)
-    assert call_defaults.of(pipe) == call_defaults.Call(SIZES, "moving-emoji")
-    assert call_defaults.of(pipelines.wan()) == call_defaults.Call()
+    assert call_defaults.of(pipe) == call_defaults.CallDefaults(SIZES, "moving-emoji")
+    assert call_defaults.of(pipelines.wan()) == call_defaults.CallDefaults()
 
 
 def test_the_quantized_folder_says_the_same(folder, quantized):
@@ -71,16 +71,16 @@ def test_the_quantized_folder_says_the_same(folder, quantized):
 
 
 def test_what_was_compared_is_in_the_conditions(folder, quantized):
-    how = Calibration(samples=1, steps=1, batch=1)
-    result = evaluate.evaluate(open_source(str(quantized)), open_source(str(folder)), how)
+    how = SamplingSettings(samples=1, steps=1, batch_size=1)
+    result = evaluate.evaluate(load_transformer(str(quantized)), load_transformer(str(folder)), how)
     assert result.conditions["arguments"] == SIZES
     assert result.conditions["set"] == "moving-emoji"
 
 
 def test_nothing_to_say_writes_nothing(tmp_path):
-    call_defaults.write(tmp_path, call_defaults.Call())
+    call_defaults.write(tmp_path, call_defaults.CallDefaults())
     assert not list(tmp_path.iterdir())
-    assert call_defaults.read(tmp_path) == call_defaults.Call()
+    assert call_defaults.read(tmp_path) == call_defaults.CallDefaults()
 
 
 @pytest.mark.parametrize(

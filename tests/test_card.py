@@ -49,7 +49,7 @@ def test_a_bare_model_and_its_bits(tmp_path):
     assert (tmp_path / "b/README.md").read_text() == text
     assert "from diffusers import FluxTransformer2DModel" in text
     layers = [m for m in model.modules() if isinstance(m, dtq.QuantLinear)]
-    size = sum(t.nbytes for m in layers for t in m.parts().values())
+    size = sum(t.nbytes for m in layers for t in m.packed_tensors().values())
     count = sum(m.in_features * m.out_features for m in layers)
     assert f"| {8 * size / count:.2f} | float32 |" in text
 

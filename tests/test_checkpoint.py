@@ -22,7 +22,7 @@ from dtq.checkpoint import reader, writer
 from dtq.checkpoint.file_size import file_bytes
 from dtq.errors import CheckpointError, InputError
 from dtq.estimate.size import file_tensors
-from dtq.pipelines.loading import Source, skeletons
+from dtq.pipelines.loading import LoadedModel, meta_models
 from dtq.recipe.resolve import names
 from dtq.stages.plan import plan_source
 
@@ -58,7 +58,7 @@ def test_codes_and_scales_survive_every_cast(dtype, quantized_folder):
     )
     for name, layer in model.named_modules():
         if isinstance(layer, dtq.QuantLinear):
-            for part, tensor in layer.parts().items():
+            for part, tensor in layer.packed_tensors().items():
                 assert torch.equal(tensor, disk[f"{name}.{part}"])
                 assert tensor.dtype == disk[f"{name}.{part}"].dtype
             assert layer.bias.dtype == (dtype or torch.float32)
@@ -120,11 +120,11 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
 def test_the_file_has_exactly_the_bytes_that_the_plan_said(
     recipe, float_folder, tmp_path, few_vectors
 ):
-    ((model, dtype),) = skeletons(str(float_folder)).values()
+    ((model, dtype),) = meta_models(str(float_folder)).values()
     # how a layer was solved leaves no trace in its size
     quick = {"solver": "rtn", "refine": "none", "compare": []}
     chosen = hasty(recipe, guard={"to": ""}, allocate={"budget": ""}, **quick)
-    _, plan = plan_source(Source("x", None, "transformer", model), chosen)
+    _, plan = plan_source(LoadedModel("x", None, "transformer", model), chosen)
     said = reader.predicted_bytes(file_tensors(model, plan, dtype))
     pipe = dtq.quantize(float_folder, chosen, progress=False)
     writer.write(pipe, tmp_path / "q")

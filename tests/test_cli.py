@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from dtq.checkpoint import reader
 from dtq.cli import main
 from dtq.cli.options import calibration_of
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 
 FAST = ["--samples", "4", "--steps", "4"]
 ROOT = Path(__file__).parent.parent
@@ -100,9 +100,9 @@ def test_json_is_only_json(float_folder, tmp_path):
 def test_sample_and_eval_run_the_job_that_their_options_say():
     job = {"samples": 3, "steps": 2, "guidance": 1.5, "seed": 4, "batch": 5}
     assert calibration_of(arguments=("height=16", "max_area=[1]"), images="cat.png", **job) == (
-        Calibration(**job, arguments={"height": 16, "max_area": [1]}, images="cat.png")
+        SamplingSettings(**job, pipeline_args={"height": 16, "max_area": [1]}, images="cat.png")
     )
-    assert calibration_of(arguments=(), images=None, **job) == Calibration(**job)
+    assert calibration_of(arguments=(), images=None, **job) == SamplingSettings(**job)
 
 
 def test_recipes(tmp_path):

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.formats.integer import TwoLevelInt
 from dtq.kernels import CPU, Task, explain, ops, ops_gemm, ops_quantize
 from dtq.kernels.compile import gcc
 from dtq.kernels.table import pick
 from dtq.nn import QuantLinear
-from dtq.plan.layers import Runtime
+from dtq.plan.layers import LayerSpec
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -118,7 +118,7 @@ def test_e2m1_rows_have_the_bits_of_the_reference(isa, dtype):
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("acts", [name for name, a in ACTS.items() if a.grid and not a.int8])
+@pytest.mark.parametrize("acts", [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounded_rows_have_the_bits_of_the_reference(isa, acts, dtype):
     for m, k, block in [(5, 1152, 128), (17, 256, 1), (3, 4224, 64)]:
@@ -133,7 +133,7 @@ def test_rounded_rows_have_the_bits_of_the_reference(isa, acts, dtype):
     ends[0, 3], ends[1, 5] = torch.nan, torch.inf
     rounded = compiled.round_rows(ends, None, None, 1, 1, acts, torch.float32)
     assert (~rounded.isfinite()).any(1).tolist() == [True, True, False]
-    if ACTS[acts].grid != "fp8-row":
+    if ACTIVATION_FORMATS[acts].block_format != "fp8-row":
         with pytest.raises(RuntimeError):
             compiled.round_rows(torch.randn(2, 24), None, None, 1, 1, acts, torch.float32)
 
@@ -272,7 +272,7 @@ INTEGER = [
 
 @pytest.mark.parametrize("name", INTEGER)
 def test_formats_that_are_integers_are_multiplied_as_integers(isa, name):
-    fmt, task = FORMATS[name], Task(FORMATS[name], ACTS["int8-row"], 64)
+    fmt, task = FORMATS[name], Task(FORMATS[name], ACTIVATION_FORMATS["int8-row"], 64)
     kernel = pick(task)
     assert set(kernel.ops) <= set(CPU.ops)
     w, x, bias = random(50, 384), random(19, 384, seed=1), random(50, seed=2)
@@ -384,7 +384,7 @@ def test_operands_that_do_not_fit_are_refused(isa):
 def test_one_layer_compiled_by_torch(library):
     fmt = FORMATS["int4-2l-g64"]
     w = random(48, 128)
-    layer = QuantLinear(128, 48, False, Runtime("int4-2l-g64", "int8-row", 1, False))
+    layer = QuantLinear(128, 48, False, LayerSpec("int4-2l-g64", "int8-row", 1, False))
     layer.fill(fmt.pack(w, fmt.fit(w)))
     x = random(20, 128)
     torch._dynamo.reset()
@@ -494,7 +494,7 @@ def test_two_processes_compile_once(library, tmp_path):
 
 
 def test_explain_says_what_runs():
-    used, here, _ = explain(Task(FORMATS["int8-row"], ACTS["int8-row"]))
+    used, here, _ = explain(Task(FORMATS["int8-row"], ACTIVATION_FORMATS["int8-row"]))
     assert used == "w8a8: used"
     assert here == f"on the CPU: {CPU.describe()}"
 

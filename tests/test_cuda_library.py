@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.package_data import folder
 from dtq.kernels import CUDA, Task, explain, gpu_dispatch, ops, ops_fp4, pick
 from dtq.kernels.compile import cuda, format_codes, nvcc
@@ -454,7 +454,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("m", [3, 40])
 def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
     fmt, w = FORMATS[name], agreement.normal(48, 128) * 0.1
-    task = Task(fmt, ACTS["int8-row"], 64)
+    task = Task(fmt, ACTIVATION_FORMATS["int8-row"], 64)
     parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": torch.ones(1, 128).bfloat16()}
     x = agreement.normal(m, 128).bfloat16()
     got = pick(task).call(task, x, parts, None)
@@ -470,7 +470,7 @@ def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
 @pytest.mark.parametrize("name", ["int4-g64", "int8-asym-g128"])
 def test_integers_with_float_scales_are_multiplied_decoded(as_on_a_gpu, name, monkeypatch):
     fmt, w = FORMATS[name], agreement.normal(48, 256) * 0.1
-    task, parts = Task(fmt, ACTS["int8-row"]), fmt.pack(w, fmt.fit(w))
+    task, parts = Task(fmt, ACTIVATION_FORMATS["int8-row"]), fmt.pack(w, fmt.fit(w))
     x, bias = agreement.normal(20, 256), agreement.normal(48)
     there = pick(task).call(task, x, parts, bias)
     monkeypatch.undo()
@@ -481,7 +481,7 @@ def test_integers_with_float_scales_are_multiplied_decoded(as_on_a_gpu, name, mo
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4-46", "mxfp4"])
 def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     fmt, w = FORMATS[name], agreement.normal(48, 384) * 0.1
-    task = Task(fmt, ACTS[name.removesuffix("-46")], 64, 2)
+    task = Task(fmt, ACTIVATION_FORMATS[name.removesuffix("-46")], 64, 2)
     parts = fmt.pack(w, fmt.fit(w)) | {
         "pre_quant_scale": (torch.rand(1, 384) + 0.5).bfloat16(),
         "pre_quant_order": torch.randperm(384, dtype=torch.int32).reshape(1, -1),
@@ -556,7 +556,7 @@ def test_a_decoded_weight_is_kept_until_its_codes_change():
 
 def test_compiled_layers_ask_the_dispatcher_once(as_on_a_gpu):
     fmt, w = FORMATS["int8-row"], agreement.normal(48, 128) * 0.1
-    task, parts = Task(fmt, ACTS["int8-row"]), fmt.pack(w, fmt.fit(w))
+    task, parts = Task(fmt, ACTIVATION_FORMATS["int8-row"]), fmt.pack(w, fmt.fit(w))
     x = agreement.normal(40, 128).bfloat16()
     torch._dynamo.reset()
     whole = torch.compile(
@@ -566,21 +566,21 @@ def test_compiled_layers_ask_the_dispatcher_once(as_on_a_gpu):
 
 
 def test_inspection_says_what_a_gpu_would_do():
-    lines = explain(Task(FORMATS["int4-2l-g64"], ACTS["int8-row"], 64), (1152, 1152))
+    lines = explain(Task(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64), (1152, 1152))
     assert lines[0].startswith("w8a8: weights are int4-2l-g64")
     assert any(line.startswith("on the CPU: ") for line in lines)
     (gpu,) = [line for line in lines if line.startswith("on the GPU: ")]
     assert CUDA.describe() in gpu
     assert "up to 16 tokens the packed weight times float" in gpu
-    lines = explain(Task(FORMATS["nvfp4"], ACTS["none"]), (1152, 1152))
+    lines = explain(Task(FORMATS["nvfp4"], ACTIVATION_FORMATS["none"]), (1152, 1152))
     assert "weight-only: used" in lines
-    lines = explain(Task(FORMATS["nvfp4"], ACTS["nvfp4"]), (1152, 1152))
+    lines = explain(Task(FORMATS["nvfp4"], ACTIVATION_FORMATS["nvfp4"]), (1152, 1152))
     assert "fp4: used" in lines
     assert lines[-1].endswith("(sm_120: FP4 products; before it decoded to float)")
-    lines = explain(Task(FORMATS["mxfp4"], ACTS["mxfp4"]), (1152, 96))
+    lines = explain(Task(FORMATS["mxfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 96))
     assert lines[-1].endswith("(sm_120: no FP4 products, K 96 is not a multiple of 128)")
-    lines = explain(Task(FORMATS["nvfp4"], ACTS["mxfp4"]), (1152, 1152))
+    lines = explain(Task(FORMATS["nvfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 1152))
     assert "fp4: activations are mxfp4, not nvfp4" in lines
     assert "float-product: used" in lines
-    lines = explain(Task(FORMATS["int4-g64"], ACTS["int8-row"]), (1152, 1152))
+    lines = explain(Task(FORMATS["int4-g64"], ACTIVATION_FORMATS["int8-row"]), (1152, 1152))
     assert lines[-1] == f"on the GPU: {CUDA.describe()} (as float-product)"

@@ -20,13 +20,13 @@ from dtq.evaluate import baselines, trajectory
 from dtq.evaluate.evaluate import extractor_for, stored_bits
 from dtq.nn import QuantLinear
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import open_source
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import load_transformer
+from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe
 from dtq.stages.calibrate import calibrate_source
 from dtq.stages.plan import plan_source
 
-HOW = Calibration(samples=4, steps=10, batch=4, seed=1000)
+HOW = SamplingSettings(samples=4, steps=10, batch_size=4, seed=1000)
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
 
 
@@ -78,7 +78,7 @@ ALONE = ("none", "smooth", "hadamard")
 def measured(request):
     """Teacher-forced error of several recipes on one model, all on the same recorded inputs."""
     name = request.param
-    source = open_source(name)
+    source = load_transformer(name)
     truth = trajectory.record(
         source.pipeline, source.model, prompts.load("auto", source.pipeline, 4), HOW
     )
@@ -88,7 +88,7 @@ def measured(request):
     errors, bits, layers = {}, {}, []
     alone = {t: {"transform": t, "compare": []} for t in ALONE if name == "demo-hard"}
     for label, changes in ({"w4a8": {}, "w8a8": {}, "rtn-w4a8": {}} | alone).items():
-        opened = open_source(name)
+        opened = load_transformer(name)
         chosen = Recipe.load("w4a8" if changes else label, **changes)
         quantize_source(opened, chosen, statistics=stats, progress=False)
         steps = trajectory.teacher_forced(truth, opened.model)
@@ -122,7 +122,7 @@ def test_w4a8_beats_quanto_on_the_same_layers(measured):
     pytest.importorskip("optimum.quanto")
     quanto.in_python()
     name, errors, bits, layers, truth = measured
-    opened = open_source(name)
+    opened = load_transformer(name)
     baselines.find("quanto-int4").apply(opened.model, layers)
     steps = trajectory.teacher_forced(truth, opened.model)
     assert errors["w4a8"] <= 0.4 * sum(steps) / len(steps)

@@ -18,8 +18,8 @@ from dtq import demo
 from dtq.cli import main
 from dtq.evaluate import paired_run
 from dtq.pipelines import call_defaults, prompts
-from dtq.pipelines.loading import open_source
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import load_transformer
+from dtq.pipelines.settings import SamplingSettings
 
 WHERE = {  # of the ink: how it goes from the first frame to the last, in x, y and amount
     "moves left": (-1, 0, 0),
@@ -135,9 +135,9 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
 
 
 def test_the_noise_of_a_pipeline_that_treats_one_prompt_otherwise_is_not_that_of_one_by_one():
-    how = Calibration(samples=4, steps=1, batch=4, guidance=4.0)
+    how = SamplingSettings(samples=4, steps=1, batch_size=4, guidance=4.0)
     for name, alike in (("demo", True), ("demo-video", False)):
-        source = open_source(name)
+        source = load_transformer(name)
         requests = prompts.load("auto", source.pipeline, 4)
         assert (
             paired_run.one_is_as_several(
@@ -145,8 +145,8 @@ def test_the_noise_of_a_pipeline_that_treats_one_prompt_otherwise_is_not_that_of
             )
             is alike
         )
-    assert paired_run.other_batches(how, alike=True).batch == 1
-    assert paired_run.other_batches(how, alike=False).batch == 2
-    assert paired_run.other_batches(replace(how, batch=2), alike=False).batch == 3
-    assert paired_run.other_batches(replace(how, batch=1), alike=True).batch == 2
-    assert paired_run.other_batches(replace(how, batch=1), alike=False).batch == 1
+    assert paired_run.other_batches(how, alike=True).batch_size == 1
+    assert paired_run.other_batches(how, alike=False).batch_size == 2
+    assert paired_run.other_batches(replace(how, batch=2), alike=False).batch_size == 3
+    assert paired_run.other_batches(replace(how, batch=1), alike=True).batch_size == 2
+    assert paired_run.other_batches(replace(how, batch=1), alike=False).batch_size == 1

@@ -18,7 +18,7 @@ from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import made_inputs
+from dtq.pipelines.loading import dummy_inputs
 from dtq.recipe.resolve import Recipe
 
 
@@ -108,7 +108,7 @@ def test_what_diffusers_does_to_models_leaves_the_numbers_alone(quantized_folder
 @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
 def test_group_offload_leaves_the_numbers_alone(level):
     model = dtq.quantize(tiny.flux(), "rtn-w4a8", progress=False)
-    arguments = made_inputs(model, 2, 0.5, 1)
+    arguments = dummy_inputs(model, 2, 0.5, 1)
     with torch.no_grad():
         want = model(**arguments)[0]
         model.enable_group_offload(
@@ -144,7 +144,7 @@ def test_a_quantized_model_is_not_quantized_again(quantized_folder):
 @pytest.mark.parametrize("recipe", ["w4a8", "w8a8", "w4a16"])
 def test_bare_transformers_of_every_known_family(name, recipe, tmp_path, caplog):
     model = tiny.TRANSFORMERS[name]()
-    arguments = made_inputs(model, 2, 500.0, 1)
+    arguments = dummy_inputs(model, 2, 500.0, 1)
     with torch.no_grad():
         want = model(**arguments)[0]
         caplog.set_level("WARNING", "dtq")
@@ -163,7 +163,7 @@ def test_bare_transformers_of_every_known_family(name, recipe, tmp_path, caplog)
 
 def test_given_inputs_are_used(caplog):
     model = tiny.dit()
-    inputs = [made_inputs(model, 4, t, i) for i, t in enumerate((900.0, 500.0, 100.0))]
+    inputs = [dummy_inputs(model, 4, t, i) for i, t in enumerate((900.0, 500.0, 100.0))]
     dtq.quantize(model, "w4a8", inputs=inputs, progress=False)
     assert model.hf_quantizer.report.about["origin"] == "given"
     assert "random latents" not in caplog.text

@@ -15,7 +15,7 @@ import zoo
 
 from dtq.cli import main
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.recipe.resolve import names
 from dtq.solvers import SOLVERS
 from dtq.transforms import TRANSFORMS
@@ -53,7 +53,7 @@ def test_every_command_parses(page, line):
 def test_tables_are_documented():
     formats = (ROOT / "docs/formats.md").read_text()
     recipes = (ROOT / "docs/recipes.md").read_text() + (ROOT / "README.md").read_text()
-    for name in [*FORMATS, *ACTS]:
+    for name in [*FORMATS, *ACTIVATION_FORMATS]:
         stem, _, group = name.rpartition("-")
         assert f"`{name}`" in formats or (
             f"`{stem}-g32`" in formats and f"`-{group}`" in formats

@@ -14,10 +14,10 @@ from dtq.calibrate import engine
 from dtq.estimate import duration
 from dtq.estimate.hardware import reading_time
 from dtq.estimate.size import estimate
-from dtq.io.schema import Call
-from dtq.pipelines.loading import open_source
+from dtq.io.schema import MethodSpec
+from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
-from dtq.stages.calibrate import needs_of
+from dtq.stages.calibrate import statistics_needed
 from dtq.stages.plan import plan_source
 
 RECIPE = Recipe.load(
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 def seconds(source, recipe, driven, memory=2**34):
     scan, plan = plan_source(source, recipe)
-    needs = needs_of(recipe, driven)
+    needs = statistics_needed(recipe, driven)
     how = {"needs": needs, "driven": driven, "memory": memory}
     return estimate(source.model, scan, plan, recipe, torch.float32, **how).seconds
 
@@ -59,8 +59,8 @@ class Free:
 
 @pytest.mark.parametrize("driven", [True, False])
 def test_the_calls_that_are_foretold_are_made(folder, driven):
-    source = open_source(str(folder if driven else folder / "transformer"))
-    sites = plan_source(source, RECIPE)[0].sites
+    source = load_transformer(str(folder if driven else folder / "transformer"))
+    sites = plan_source(source, RECIPE)[0].input_groups
     pictures = []
 
     def count(_, args, kwargs):
@@ -75,7 +75,7 @@ def test_the_calls_that_are_foretold_are_made(folder, driven):
 
 
 def test_a_model_without_a_second_branch_runs_half_as_much(folder):
-    source = open_source(str(folder))
+    source = load_transformer(str(folder))
     guided = replace(RECIPE, calibration=replace(RECIPE.calibration, guidance=1.0))
     assert duration.runs_of(source.model, RECIPE, True).branches == 2
     assert duration.runs_of(source.model, guided, True).branches == 1
@@ -85,10 +85,10 @@ def test_a_model_without_a_second_branch_runs_half_as_much(folder):
 
 
 def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
-    source = open_source(str(folder))
-    alone = replace(RECIPE, compare=(), transform=Call("none"))  # no second moments
+    source = load_transformer(str(folder))
+    alone = replace(RECIPE, compare=(), transform=MethodSpec("none"))  # no second moments
     scan, plan = plan_source(source, alone)
-    portions = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
+    portions = sum(any(not plan[x.name].unquantized for x in s.linears) for s in scan.input_groups)
     once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
     runs = duration.runs_of(source.model, alone, True)
     seen = runs.calls * runs.pictures
@@ -97,7 +97,7 @@ def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
 
 
 def test_a_mapped_model_is_read_whenever_it_runs(folder):
-    source = open_source(str(folder / "transformer"))
+    source = load_transformer(str(folder / "transformer"))
     scan, plan = plan_source(source, RECIPE)
     how = {"needs": RECIPE.needs(), "driven": False}
     without, read = (
@@ -118,7 +118,7 @@ def test_reading_is_timed_where_there_are_files(folder, tmp_path):
 
 
 def test_without_data_nothing_is_looked_at(folder):
-    source, recipe = open_source(str(folder / "transformer")), Recipe.load("w4a16")
+    source, recipe = load_transformer(str(folder / "transformer")), Recipe.load("w4a16")
     scan, plan = plan_source(source, recipe)
     how = {"needs": frozenset(), "driven": False}
     without, read = (
@@ -129,8 +129,8 @@ def test_without_data_nothing_is_looked_at(folder):
 
 
 def test_what_is_not_compared_costs_nothing(folder):
-    driven, bare = open_source(str(folder)), open_source(str(folder / "transformer"))
+    driven, bare = load_transformer(str(folder)), load_transformer(str(folder / "transformer"))
     compared, plain = (replace(RECIPE, compare=x) for x in (("hadamard",), ()))
     assert seconds(driven, compared, True) > seconds(driven, plain, True)
     assert seconds(bare, compared, False) == seconds(bare, plain, False)
-    assert quantize_source(bare, compared, progress=False).compared == {}
+    assert quantize_source(bare, compared, progress=False).transform_errors == {}

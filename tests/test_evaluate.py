@@ -21,10 +21,10 @@ from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.metrics import fid, images
 from dtq.evaluate.report import html
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import open_source
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import load_transformer
+from dtq.pipelines.settings import SamplingSettings
 
-HOW = Calibration(samples=4, steps=3, batch=2, seed=5)
+HOW = SamplingSettings(samples=4, steps=3, batch_size=2, seed=5)
 
 
 def test_a_model_has_no_error_against_itself():
@@ -51,7 +51,7 @@ def test_samples_of_a_batch_have_errors_of_their_own():
     requests = prompts.load("auto", pipe, 4)
     found = []
     for batch in (4, 1):
-        how = Calibration(samples=4, steps=3, batch=batch, seed=5)
+        how = SamplingSettings(samples=4, steps=3, batch_size=batch, seed=5)
         truth = trajectory.record(pipe, pipe.transformer, requests, how)
         other = tiny.dit()
         other.proj_out_2.bias.data += 0.1
@@ -81,7 +81,7 @@ def test_requests_do_not_depend_on_the_batch_size():
     a, b = (
         torch.cat(
             trajectory.record(
-                pipe, pipe.transformer, requests, Calibration(samples=4, steps=2, batch=n)
+                pipe, pipe.transformer, requests, SamplingSettings(samples=4, steps=2, batch_size=n)
             ).pictures
         )
         for n in (1, 4)
@@ -130,7 +130,7 @@ def test_psnr_and_ssim():
 
 
 def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
-    result = evaluate.evaluate(open_source(quantized_folder), open_source(float_folder), HOW)
+    result = evaluate.evaluate(load_transformer(quantized_folder), load_transformer(float_folder), HOW)
     row = result.rows[0]
     assert 0 < row.error < 0.01
     assert len(row.error_steps) == len(row.divergence) == 3
@@ -151,7 +151,7 @@ def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
     assert held.conditions["sampler"] == "DDIMScheduler"
     assert held.identity["recipe"] == "w4a8"
     assert held.failures == {}
-    evaluate.write_pictures(result, tmp_path)
+    evaluate.write_images(result, tmp_path)
     assert len(list(tmp_path.glob("pictures/*/*.png"))) == 8
     page = html.render(result)
     close, sentence = html.verdict(result)
@@ -168,22 +168,22 @@ def test_the_verdict_of_a_bad_model_is_bad(float_folder, tmp_path):
         block.ff.net[2].weight_scale.data = (block.ff.net[2].part("weight_scale") * 3).view(
             torch.int32
         )
-    result = evaluate.evaluate(open_source(pipe), open_source(float_folder), HOW)
+    result = evaluate.evaluate(load_transformer(pipe), load_transformer(float_folder), HOW)
     assert not html.verdict(result)[0]
 
 
 def test_what_cannot_be_compared():
-    pipe = open_source(tiny.pipeline())
+    pipe = load_transformer(tiny.pipeline())
     with pytest.raises(InputError, match="bare transformers"):
-        evaluate.evaluate(open_source(tiny.dit()), pipe, HOW)
+        evaluate.evaluate(load_transformer(tiny.dit()), pipe, HOW)
     with pytest.raises(InputError, match="unknown baseline"):
         evaluate.evaluate(pipe, pipe, HOW, baselines=["gptqq"])
 
 
 def test_both_transformers_of_a_pipeline_are_judged():
     """Wan 2.2: each step is of whichever runs, and the fingerprints are of both."""
-    how = Calibration(samples=2, steps=4, batch=2, arguments=pipelines.SMALL["wan 2.2"])
-    float_model, changed = (open_source(pipelines.wan_two()) for _ in range(2))
+    how = SamplingSettings(samples=2, steps=4, batch_size=2, pipeline_args=pipelines.SMALL["wan 2.2"])
+    float_model, changed = (load_transformer(pipelines.wan_two()) for _ in range(2))
     assert list(float_model.models()) == ["transformer", "transformer_2"]
     changed.models()["transformer_2"].proj_out.weight.data *= 1.1
     changed.models()["transformer_2"].proj_out.bias.data *= 1.1
@@ -206,13 +206,13 @@ def test_both_transformers_of_a_pipeline_are_judged():
 def test_a_transformer_that_is_never_called_is_said(caplog):
     pipe = pipelines.wan_two()
     pipe.register_to_config(boundary_ratio=0.0)  # the first one has every step
-    how = Calibration(samples=1, steps=2, batch=1, arguments=pipelines.SMALL["wan 2.2"])
-    paired_run.observe(open_source(pipe), how)
+    how = SamplingSettings(samples=1, steps=2, batch_size=1, pipeline_args=pipelines.SMALL["wan 2.2"])
+    paired_run.observe(load_transformer(pipe), how)
     assert "transformer_2 is not called in this job, so it is not judged" in caplog.text
 
 
 def test_pipelines_of_other_transformers_are_not_compared():
-    two, one = open_source(pipelines.wan_two()), open_source(pipelines.wan())
+    two, one = load_transformer(pipelines.wan_two()), load_transformer(pipelines.wan())
     with pytest.raises(InputError, match=r"transformer_2.*not the same model"):
         evaluate.evaluate(two, one, HOW)
 
@@ -223,9 +223,9 @@ def test_a_candidate_with_weights_alone_has_baselines(float_folder, monkeypatch)
     mine = baselines.Baseline("as it is", lambda model, names: seen.extend(names), lambda x: 4.5)
     monkeypatch.setitem(baselines.BASELINES, "mine", mine)
     pipe = dtq.quantize(float_folder, "rtn-w4a8", acts="none", progress=False)
-    candidate, reference = open_source(pipe), open_source(float_folder)
+    candidate, reference = load_transformer(pipe), load_transformer(float_folder)
     result = evaluate.evaluate(candidate, reference, HOW, baselines=["mine"])
-    assert seen == list(evaluate.judged_layers(candidate.model))
+    assert seen == list(evaluate.compared_layers(candidate.model))
     assert (result.rows[1].error, result.rows[1].bits) == (0.0, 4.5)
     with pytest.raises(InputError, match="no quantized layer"):
         evaluate.evaluate(reference, reference, HOW, baselines=["mine"])
@@ -234,7 +234,7 @@ def test_a_candidate_with_weights_alone_has_baselines(float_folder, monkeypatch)
 def test_a_picture_that_is_none_is_a_failure(float_folder):
     pipe = tiny.pipeline()
     pipe.transformer.proj_out_2.bias.data[0] = math.nan
-    result = evaluate.evaluate(open_source(pipe), open_source(float_folder), HOW)
+    result = evaluate.evaluate(load_transformer(pipe), load_transformer(float_folder), HOW)
     assert len(result.run.failures) == 4
     assert "the candidate made numbers that are not finite" in result.run.failures["0000"]
     text = run_file.text(result.to_json())

@@ -16,15 +16,15 @@ from dtq.cli import main
 from dtq.errors import InputError
 from dtq.evaluate import evaluate, optional_packages, requested_metrics
 from dtq.evaluate.metrics import adm_suite, distributions, extractors
-from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, Against, figure
-from dtq.evaluate.metrics.fid import Moments, frechet
+from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, ReferenceSet, metric_value
+from dtq.evaluate.metrics.fid import FeatureMoments, frechet
 from dtq.evaluate.metrics.mmd import cmmd, kid
 from dtq.evaluate.metrics.precision_recall import inception_score, precision_recall
-from dtq.evaluate.requested_metrics import Asked
-from dtq.pipelines.loading import open_source
-from dtq.pipelines.settings import Calibration
+from dtq.evaluate.requested_metrics import MetricRequest
+from dtq.pipelines.loading import load_transformer
+from dtq.pipelines.settings import SamplingSettings
 
-HOW = Calibration(samples=4, steps=2, batch=2, seed=5)
+HOW = SamplingSettings(samples=4, steps=2, batch_size=2, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +48,21 @@ def test_frechet_distance_against_the_root_of_the_product(sides):
 
 @pytest.mark.parametrize("count", [2, 8, 23])
 def test_the_cheap_route_is_the_same_distance(sides, count):
-    reference = Moments.of(sides[0])
+    reference = FeatureMoments.of(sides[0])
     rows = sides[1][:count]
-    assert reference.to_features(rows) == pytest.approx(reference.to(Moments.of(rows)), rel=1e-6)
+    assert reference.to_features(rows) == pytest.approx(reference.to(FeatureMoments.of(rows)), rel=1e-6)
 
 
 def test_many_features_or_few_are_one_distance(sides):
     """The figure and the middle of its interval are the same number."""
     for count in (8, 200):
         rows = sides[1][:count]
-        found = DISTRIBUTIONS["fid"].value(rows, Against("x", {"pool": sides[0]}))
-        assert found == Moments.of(sides[0]).to_features(rows)
+        found = DISTRIBUTIONS["fid"].value(rows, ReferenceSet("x", {"pool": sides[0]}))
+        assert found == FeatureMoments.of(sides[0]).to_features(rows)
         # roots of D x D matrices of rank N - 1 would leave 1e-6
-        assert Moments.of(rows).to_features(rows) == pytest.approx(0, abs=1e-10)
+        assert FeatureMoments.of(rows).to_features(rows) == pytest.approx(0, abs=1e-10)
     with pytest.raises(ValueError, match="at least 2 samples"):
-        Moments.of(sides[0]).to_features(sides[1][:1])
+        FeatureMoments.of(sides[0]).to_features(sides[1][:1])
 
 
 def test_kid_against_loops(sides):
@@ -167,7 +167,7 @@ def test_everything_against_torch_fidelity(sides):
 def test_the_interval_covers_the_change_and_shrinks():
     """FID(candidate) - FID(float) of two sets from the same distribution: 0 is inside, mostly."""
     g = torch.Generator().manual_seed(1)
-    reference = Moments.of(torch.randn(5000, 6, generator=g))
+    reference = FeatureMoments.of(torch.randn(5000, 6, generator=g))
     inside = 0
     widths = []
     for _ in range(40):
@@ -183,7 +183,7 @@ def test_the_interval_covers_the_change_and_shrinks():
 
 def test_samples_of_one_request_are_drawn_together():
     g = torch.Generator().manual_seed(1)
-    reference = Moments.of(torch.randn(500, 4, generator=g))
+    reference = FeatureMoments.of(torch.randn(500, 4, generator=g))
     x, y = torch.randn(20, 4, generator=g), torch.randn(20, 4, generator=g)
     alone = distributions.interval(x, y, reference, range(20))
     twice = distributions.interval(x.repeat(9, 1), y.repeat(9, 1), reference, [*range(20)] * 9)
@@ -199,14 +199,14 @@ def test_adm_files_come_back(tmp_path, sides):
     held = np.load(tmp_path / "made.npz")["arr_0"]
     assert held.shape == (5, 8, 6, 3)
     assert held.dtype == np.uint8
-    back = adm_suite.read(tmp_path / "made.npz").pictures
+    back = adm_suite.read(tmp_path / "made.npz").images
     torch.testing.assert_close(
         back.permute(0, 3, 1, 2) / 255, pictures, atol=0.5 / 255 + 1e-6, rtol=0
     )
-    pool, spatial = (Moments.of(s) for s in sides)
+    pool, spatial = (FeatureMoments.of(s) for s in sides)
     adm_suite.write_moments(tmp_path / "real.npz", pool, spatial)
     again = adm_suite.read(tmp_path / "real.npz")
-    assert again.pictures is None
+    assert again.images is None
     assert pool.to(again.pool) == pytest.approx(0, abs=1e-9)
     assert torch.equal(again.spatial.cov, spatial.cov)
 
@@ -292,10 +292,10 @@ def test_every_distribution_gives_a_figure(sides):
     extractor = extractors.load("random")
     made, floats = (dict.fromkeys(("pool", "spatial", "logits"), s[:200]) for s in sides)
     for name in DISTRIBUTIONS:
-        found = figure(name, extractor, made, Against("float", floats), of="c")
+        found = metric_value(name, extractor, made, ReferenceSet("float", floats), of="c")
         assert math.isfinite(found.value)
         assert found.samples == 200
-        again = figure(name, extractor, floats, Against("float", floats), of="c")
+        again = metric_value(name, extractor, floats, ReferenceSet("float", floats), of="c")
         if not DISTRIBUTIONS[name].alone and name not in ("precision", "recall"):
             assert again.value < found.value
 
@@ -304,27 +304,27 @@ def test_figures_that_lack_something(sides):
     extractor = extractors.load("random")
     made = {"pool": sides[0]}
     with pytest.raises(InputError, match="needs logits"):
-        figure("is", extractor, made, Against("float", made), of="c")
-    only = Against("ref.npz", None, {"pool": Moments.of(sides[1])})
-    assert figure("fid", extractor, made, only, of="c").reference_samples is None
+        metric_value("is", extractor, made, ReferenceSet("float", made), of="c")
+    only = ReferenceSet("ref.npz", None, {"pool": FeatureMoments.of(sides[1])})
+    assert metric_value("fid", extractor, made, only, of="c").reference_samples is None
     with pytest.raises(InputError, match="only moments"):
-        figure("kid", extractor, made, only, of="c")
+        metric_value("kid", extractor, made, only, of="c")
     broken = {"pool": sides[0] * math.nan}
     with pytest.raises(InputError, match="no features"):
-        figure("fid", extractor, broken, only, of="c")
+        metric_value("fid", extractor, broken, only, of="c")
     few = {"pool": sides[0][:3]}
     with pytest.raises(InputError, match="3 neighbours need more"):
-        figure("recall", extractor, few, Against("float", few), of="c")
+        metric_value("recall", extractor, few, ReferenceSet("float", few), of="c")
 
 
 def test_what_is_asked_for_is_checked_before_anything_runs():
     with pytest.raises(InputError, match="did you mean sfid"):
-        Asked(("sfidd",), 8).check()
+        MetricRequest(("sfidd",), 8).check()
     with pytest.raises(InputError, match="--fid 256"):
-        Asked(("kid",)).check()
+        MetricRequest(("kid",)).check()
     with pytest.raises(InputError, match="unknown extractor"):
-        Asked(("kid",), 8, "vgg").check()
-    Asked(("ms-ssim",)).check()
+        MetricRequest(("kid",), 8, "vgg").check()
+    MetricRequest(("ms-ssim",)).check()
 
 
 def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_folder, tmp_path):
@@ -348,7 +348,7 @@ def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_fold
         assert f["extractor"] == "random (plumbing only)"
         if (f["metric"], f["against"]) == ("fid", "ref.npz"):
             assert f["low"] < f["change"] < f["high"]
-    assert len(adm_suite.read(tmp_path / "out" / "candidate.npz").pictures) == 8
+    assert len(adm_suite.read(tmp_path / "out" / "candidate.npz").images) == 8
     page = (tmp_path / "out" / "report.html").read_text()
     for words in ("bicubic-antialias 64", "8 samples", "2 steps of DDIMScheduler", "cmmd"):
         assert words in page
@@ -358,27 +358,27 @@ def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_fold
 def test_pictures_that_failed_count(float_folder):
     pipe = tiny.pipeline()
     pipe.transformer.proj_out_2.bias.data[0] = math.nan
-    asked = Asked(("fid", "is"), 4, "random")
+    asked = MetricRequest(("fid", "is"), 4, "random")
     found = requested_metrics.distributions(
-        open_source(pipe), open_source(float_folder), HOW, asked
+        load_transformer(pipe), load_transformer(float_folder), HOW, asked
     )
-    assert found.figures == []
+    assert found.metrics == []
     assert "4 of 4 pictures of candidate failed: numbers that are not finite" in found.missing["is"]
 
 
 def test_stored_features_give_the_same_figure(float_folder, quantized_folder, tmp_path):
     from safetensors.torch import load_file
 
-    asked = Asked(("fid",), 6, "random")
+    asked = MetricRequest(("fid",), 6, "random")
     found = requested_metrics.distributions(
-        open_source(quantized_folder), open_source(float_folder), HOW, asked
+        load_transformer(quantized_folder), load_transformer(float_folder), HOW, asked
     )
-    for side, held in found.crowds.items():
+    for side, held in found.image_sets.items():
         held.save(tmp_path / f"{side}.safetensors")
     made, floats = (
         load_file(tmp_path / f"{s}.safetensors")["random.pool"] for s in ("candidate", "float")
     )
-    assert frechet(floats, made) == pytest.approx(found.figures[0].value, rel=1e-6)
+    assert frechet(floats, made) == pytest.approx(found.metrics[0].value, rel=1e-6)
 
 
 def test_ms_ssim_of_large_pictures():
@@ -425,4 +425,4 @@ def test_perceptual_figures_without_their_weights(tmp_path):
 
 def test_domain_figures_are_for_the_bundled_models(float_folder):
     with pytest.raises(InputError, match="bundled emoji"):
-        evaluate.extractor_for(open_source(float_folder).pipeline)
+        evaluate.extractor_for(load_transformer(float_folder).pipeline)

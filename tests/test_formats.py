@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from dtq.errors import InputError
-from dtq.formats import FORMATS, base, bits_per_weight, snapped
+from dtq.formats import FORMATS, base, bits_per_weight, fake_quantize_weight
 from dtq.formats.floats import Fp8
-from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid, Levels
+from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid, Codebook
 from dtq.formats.integer import Int, TwoLevelInt
-from dtq.formats.lut import Lut, Moments, lloyd
+from dtq.formats.lut import Lut, CodebookMoments, lloyd
 from dtq.formats.packing import (
     pack_bits,
     pack_nibbles,
@@ -107,7 +107,7 @@ def check_laws(fmt, x):
 def test_parts_that_no_matrix_gives_are_refused(name, part, wrong, said):
     fmt, x = FORMATS[name], torch.randn(8, 128)
     parts = fmt.pack(x, fmt.fit(x))
-    refuses = fmt.layout(x.shape)[part].refuses
+    refuses = fmt.layout(x.shape)[part].unsupported_reason
     assert refuses(parts[part]) is None
     parts[part][0, -1] = wrong
     assert refuses(parts[part]) == said
@@ -118,7 +118,7 @@ def test_rows_are_snapped_a_few_at_a_time(fmt, monkeypatch):
     monkeypatch.setattr(base, "_TOGETHER", 1000)
     for x in matrices().values():
         params = fmt.fit(x)
-        assert torch.equal(snapped(fmt, x, params), fmt.snap(x, params))
+        assert torch.equal(fake_quantize_weight(fmt, x, params), fmt.snap(x, params))
 
 
 @ALL
@@ -400,12 +400,12 @@ def test_moments_judge_levels_as_a_pass_over_the_data_would():
     levels = torch.randn(3, 8, generator=g, dtype=torch.float64).sort().values
     nearest = (x[:, None, None] - levels).square().amin(-1)  # (500, 3)
     want = (nearest * weight[:, None]).sum(0)
-    torch.testing.assert_close(Moments(x, weight).error(levels), want.double())
+    torch.testing.assert_close(CodebookMoments(x, weight).error(levels), want.double())
 
 
 def test_lloyd_never_gets_worse():
     x = draw("laplace")[:32].flatten()
-    moments = Moments(x, torch.ones_like(x))
+    moments = CodebookMoments(x, torch.ones_like(x))
     errors = [float(moments.error(lloyd(moments, 4, steps))) for steps in range(0, 30, 3)]
     assert errors == sorted(errors, reverse=True)
 
@@ -642,7 +642,7 @@ def test_e2m1_by_its_bits_is_the_table_bit_for_bit():
     near = [torch.nextafter(edges, edges * 0), edges, torch.nextafter(edges, edges * 9)]
     u = torch.cat([every.float(), *near, *(-x for x in near)])
     u = u[~u.isnan()]
-    want = Levels(E2M1.values).snap(u)
-    assert torch.equal(E2M1.snap(u).view(torch.int32), want.view(torch.int32))
+    want = Codebook(E2M1.values).round(u)
+    assert torch.equal(E2M1.round(u).view(torch.int32), want.view(torch.int32))
     assert torch.equal(E2M1.of(E2M1.codes(u)), want)
-    assert E2M1.snap(torch.tensor([math.nan])).isnan().all()
+    assert E2M1.round(torch.tensor([math.nan])).isnan().all()

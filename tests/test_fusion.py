@@ -19,8 +19,8 @@ from dtq.bench.cases import quantized
 from dtq.integrations import torch_compile
 from dtq.kernels import gpu_dispatch
 from dtq.nn import QuantLinear
-from dtq.nn.shared_inputs import share_changes
-from dtq.plan.layers import Runtime
+from dtq.nn.shared_inputs import share_input_transforms
+from dtq.plan.layers import LayerSpec
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def layer(columns, rows, weights="int8-row", rank=0, acts="int8-row"):
     new = quantized(plain, weights, acts)
     new.bias = nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
     if rank:
-        new.widen(torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / 4)
+        new.add_rank(torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / 4)
     return new
 
 
@@ -113,7 +113,7 @@ def test_fp4_products_go_on_too(everywhere, monkeypatch):
 def test_codes_of_every_kind_are_shared(everywhere, monkeypatch, acts, fp4):
     monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: fp4)
     q, k = (layer(128, 128, "nvfp4", acts=acts) for _ in "qk")
-    share_changes(nn.ModuleDict({"q": q, "k": k}))
+    share_input_transforms(nn.ModuleDict({"q": q, "k": k}))
     x = torch.randn(2, 9, 128)
     with torch.no_grad():
         got, fused = run(lambda x: (q(x), k(x)), x)
@@ -196,7 +196,7 @@ def test_sizes_may_change(everywhere):
 def test_codes_are_made_once():
     # no smoothing vectors: q and k ask for the very same
     q, k = (
-        QuantLinear.in_place_of(nn.Linear(64, 64), Runtime("int8-row", "int8-row")) for _ in "qk"
+        QuantLinear.in_place_of(nn.Linear(64, 64), LayerSpec("int8-row", "int8-row")) for _ in "qk"
     )
     for each in (q, k):
         w = torch.randn(64, 64)
@@ -229,7 +229,7 @@ def test_layers_of_a_block_that_change_an_input_alike_share_its_codes(everywhere
     model, given = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()])}), block_inputs()
     for block in model["blocks"]:
         changing(block.q, block.k)
-    share_changes(model)
+    share_input_transforms(model)
 
     def call(x, *rest):
         for block in model["blocks"]:
@@ -266,17 +266,17 @@ def test_a_layer_follows_as_long_as_nothing_changes():
     q, k, v = (layer(128, 128) for _ in "qkv")
     model = nn.ModuleDict({"q": q, "k": k, "v": v})
     changing(q, k)
-    share_changes(model)
+    share_input_transforms(model)
     assert (q._first, k._first, v._first) == ([], [q], [])
     changing(v)
-    share_changes(model)
-    share_changes(model)
+    share_input_transforms(model)
+    share_input_transforms(model)
     assert (k._first, v._first, q._followers) == ([q], [q], [k, v])
-    k.fill(k.parts())
+    k.fill(k.packed_tensors())
     assert (k._first, q._followers) == ([], [v])
-    q.fill(q.parts())
+    q.fill(q.packed_tensors())
     assert (v._first, q._followers) == ([], [])
-    share_changes(model)
+    share_input_transforms(model)
     k.to("meta")  # offloaded: read where it is
     x = torch.randn(2, 128)
     with torch.no_grad():

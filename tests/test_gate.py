@@ -16,7 +16,7 @@ from dtq.errors import InputError, RecipeError
 from dtq.evaluate import run_file
 from dtq.evaluate.gate import policy
 from dtq.evaluate.gate.bootstrap import holm, paired, samples_needed, sign_test
-from dtq.evaluate.gate.decision import Outcome, judge
+from dtq.evaluate.gate.decision import Outcome, decide
 from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.evaluate.run_file import Run, Sample
 
@@ -123,29 +123,29 @@ def test_sign_test_and_sample_size():
 
 
 def test_the_same_run_passes():
-    verdict = judge(a_run(), a_run(), ERROR)
+    verdict = decide(a_run(), a_run(), ERROR)
     assert verdict.outcome is Outcome.PASS
     assert (verdict.look, verdict.prompts) == (1, 32)
     assert verdict.alpha == pytest.approx(0.05 / 3)
 
 
 def test_clearly_worse_is_a_regression_and_better_passes():
-    assert judge(a_run(worse=1.2, spread=0.05), a_run(), ERROR).outcome is Outcome.REGRESSION
-    assert judge(a_run(worse=0.8, spread=0.05), a_run(), ERROR).outcome is Outcome.PASS
+    assert decide(a_run(worse=1.2, spread=0.05), a_run(), ERROR).outcome is Outcome.REGRESSION
+    assert decide(a_run(worse=0.8, spread=0.05), a_run(), ERROR).outcome is Outcome.PASS
 
 
 def test_close_to_the_margin_is_inconclusive_until_there_are_more_prompts():
     run, base = a_run(96, worse=1.02, spread=0.07), a_run(96)
-    first = judge(a_run(32, worse=1.02, spread=0.07), base, ERROR)
+    first = decide(a_run(32, worse=1.02, spread=0.07), base, ERROR)
     assert first.outcome is Outcome.INCONCLUSIVE
     assert "at least 64 prompts" in first.sentence
-    later = judge(run, base, ERROR)
+    later = decide(run, base, ERROR)
     assert (later.outcome, later.look) == (Outcome.PASS, 3)
 
 
 def test_too_few_prompts_are_inconclusive():
     for worse in (1.0, 9.0):
-        verdict = judge(a_run(16, worse=worse), a_run(96), ERROR)
+        verdict = decide(a_run(16, worse=worse), a_run(96), ERROR)
         assert verdict.outcome is Outcome.INCONCLUSIVE
         assert "16 prompts are too few" in verdict.sentence
 
@@ -155,10 +155,10 @@ def test_seeds_of_one_prompt_are_one_unit():
         run.samples = [Sample(s.id, f"prompt {i // 2}", s.seed) for i, s in enumerate(run.samples)]
         return run
 
-    verdict = judge(paired_up(a_run(48)), paired_up(a_run(48)), ERROR)
+    verdict = decide(paired_up(a_run(48)), paired_up(a_run(48)), ERROR)
     assert verdict.outcome is Outcome.INCONCLUSIVE
     assert "24 prompts" in verdict.sentence
-    assert judge(paired_up(a_run(64)), paired_up(a_run(64)), ERROR).prompts == 32
+    assert decide(paired_up(a_run(64)), paired_up(a_run(64)), ERROR).prompts == 32
 
 
 def test_one_quarter_of_the_trajectory_is_enough():
@@ -166,8 +166,8 @@ def test_one_quarter_of_the_trajectory_is_enough():
     for steps in (*run.values["error"].values(), *run.rerun["error"].values()):
         steps[0] *= 1.15  # the whole is 1.025 times as bad
     parts = Policy(primary=(Limit("error", 1.05), Limit("error", 1.1, parts=4)))
-    assert judge(run, a_run(), ERROR).outcome is Outcome.PASS
-    verdict = judge(run, a_run(), parts)
+    assert decide(run, a_run(), ERROR).outcome is Outcome.PASS
+    verdict = decide(run, a_run(), parts)
     assert verdict.outcome is Outcome.REGRESSION
     assert [r.name for r in verdict.rows if r.outcome is Outcome.REGRESSION] == ["error 1/4"]
 
@@ -175,12 +175,12 @@ def test_one_quarter_of_the_trajectory_is_enough():
 def test_a_secondary_metric_does_not_decide_but_must_be_there():
     policy = Policy(primary=(Limit("error", 9.0),), secondary=(Limit("psnr", 0.5),))
     run = a_run(worse=1.5)
-    verdict = judge(run, a_run(), policy)
+    verdict = decide(run, a_run(), policy)
     assert verdict.outcome is Outcome.PASS
     assert verdict.rows[1].outcome is Outcome.REGRESSION
     assert verdict.rows[1].mean == pytest.approx(10 * np.log10(1.5))  # dB lost
     del run.values["psnr"]
-    assert judge(run, a_run(), policy).outcome is Outcome.INVALID
+    assert decide(run, a_run(), policy).outcome is Outcome.INVALID
 
 
 def noisy(factor, **more):
@@ -191,7 +191,7 @@ def noisy(factor, **more):
 
 
 def test_the_margin_is_never_below_twice_the_noise():
-    verdict = judge(noisy(1.08, worse=1.1), a_run(), ERROR)
+    verdict = decide(noisy(1.08, worse=1.1), a_run(), ERROR)
     (row,) = verdict.rows
     assert row.noise == pytest.approx(np.log(1.08))
     assert row.margin == pytest.approx(2 * row.noise)
@@ -202,10 +202,10 @@ def test_the_margin_is_never_below_twice_the_noise():
 
 def test_noise_cannot_make_a_regression_pass():
     """A job that does not repeat proves nothing, however wide it makes the margin."""
-    verdict = judge(noisy(1.3, worse=1.2), a_run(), ERROR)
+    verdict = decide(noisy(1.3, worse=1.2), a_run(), ERROR)
     assert verdict.outcome is Outcome.INCONCLUSIVE
     assert "moves error x1.3, far above the policy's margin" in verdict.sentence
-    assert judge(noisy(1.3, worse=9.0), a_run(), ERROR).outcome is Outcome.REGRESSION
+    assert decide(noisy(1.3, worse=9.0), a_run(), ERROR).outcome is Outcome.REGRESSION
 
 
 def test_holm_keeps_one_verdict_in_twenty():
@@ -217,7 +217,7 @@ def test_holm_keeps_one_verdict_in_twenty():
         for name, steps in run.values["error"].items():
             steps[:] = (np.array(steps) * np.exp(0.05 * g.normal(size=8))).tolist()
             run.rerun["error"][name] = steps
-        called += judge(run, a_run(steps=8), policy).outcome is Outcome.REGRESSION
+        called += decide(run, a_run(steps=8), policy).outcome is Outcome.REGRESSION
     assert called <= 7  # 3 expected, 24 were it 0.05 for each
 
 
@@ -227,7 +227,7 @@ def test_a_run_is_judged_at_the_largest_look_that_it_reaches(count, look, used):
     run = a_run(count)
     for name in list(run.values["error"])[32:]:
         run.values["error"][name] = run.rerun["error"][name] = [9.0] * 4
-    verdict = judge(run, a_run(count), ERROR)
+    verdict = decide(run, a_run(count), ERROR)
     assert (verdict.look, verdict.prompts) == (look, used)
     assert verdict.outcome is (Outcome.PASS if count == 32 else Outcome.REGRESSION)
     unused = [note for note in verdict.notes if "were not used" in note]
@@ -303,7 +303,7 @@ def test_without_it_a_run_is_invalid(what, side):
     change, words = BROKEN[what]
     run, base = a_run(), a_run()
     change(run if side == "run" else base)
-    verdict = judge(run, base, ERROR)
+    verdict = decide(run, base, ERROR)
     assert verdict.outcome is Outcome.INVALID
     assert any(words in reason for reason in verdict.reasons), verdict.reasons
 
@@ -313,7 +313,7 @@ def test_trajectories_of_other_lengths_are_not_compared():
     quarters = Policy(primary=(Limit("error", 1.05, parts=4),))
     long = a_run(steps=8)
     long.conditions["steps"] = 4
-    verdict = judge(long, a_run(steps=4), quarters)
+    verdict = decide(long, a_run(steps=4), quarters)
     assert verdict.outcome is Outcome.INVALID
     assert verdict.reasons == ["error: 8 steps in the run, 4 in the baseline"]
 
@@ -321,23 +321,23 @@ def test_trajectories_of_other_lengths_are_not_compared():
 def test_reasons_do_not_steer_a_terminal():
     run = a_run()
     run.failures["0001"] = "\x1b[31mred"
-    assert judge(run, a_run(), ERROR).reasons == [r"run: sample 0001 failed: \x1b[31mred"]
+    assert decide(run, a_run(), ERROR).reasons == [r"run: sample 0001 failed: \x1b[31mred"]
 
 
 def test_every_reason_is_given_at_once():
     run = a_run(torch="other", set="mine")
     del run.values["error"]
-    assert len(judge(run, a_run(), ERROR).reasons) == 3
+    assert len(decide(run, a_run(), ERROR).reasons) == 3
 
 
 def test_differences_that_the_policy_allows_are_said():
     run = a_run(dtq="1", batch=4)
     run.identity["recipe"] = "rtn-w4a8"
-    verdict = judge(run, a_run(), ERROR)
+    verdict = decide(run, a_run(), ERROR)
     assert verdict.outcome is Outcome.PASS
     assert any("rtn-w4a8 in the run, w4a8 in the baseline" in note for note in verdict.notes)
     strict = Policy(primary=ERROR.primary, match=("recipe",))
-    assert judge(run, a_run(), strict).outcome is Outcome.INVALID
+    assert decide(run, a_run(), strict).outcome is Outcome.INVALID
 
 
 # --- files
@@ -353,7 +353,7 @@ def test_a_run_file_reads_back(tmp_path):
     assert again.samples == run.samples
     assert again.values["error"]["0001"][2] is None
     assert again.values["psnr"] == run.values["psnr"]
-    assert judge(again, a_run(), ERROR).outcome is Outcome.INVALID
+    assert decide(again, a_run(), ERROR).outcome is Outcome.INVALID
 
 
 @pytest.mark.parametrize(

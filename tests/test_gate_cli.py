@@ -22,13 +22,13 @@ from dtq.errors import InputError
 from dtq.evaluate import paired_run, run_file
 from dtq.evaluate.fingerprint import fingerprint
 from dtq.evaluate.gate import baseline_file
-from dtq.evaluate.gate.decision import Outcome, judge
+from dtq.evaluate.gate.decision import Outcome, decide
 from dtq.evaluate.gate.policy import Limit, Policy
-from dtq.pipelines.loading import open_source
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import load_transformer
+from dtq.pipelines.settings import SamplingSettings
 from gate import scaled, swapped, without_bias  # scripts/gate.py
 
-HOW = Calibration(samples=16, steps=4, batch=8, seed=3)
+HOW = SamplingSettings(samples=16, steps=4, batch_size=8, seed=3)
 gate_group = main.commands["gate"].commands
 POLICY = Policy(
     name="tiny",
@@ -48,12 +48,12 @@ def dtq(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def job(float_folder):
-    return paired_run.observe(open_source(float_folder), HOW)
+    return paired_run.observe(load_transformer(float_folder), HOW)
 
 
 @pytest.fixture(scope="module")
 def candidate(quantized_folder):
-    return open_source(quantized_folder)
+    return load_transformer(quantized_folder)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,9 @@ def changed(place, change):
 
 @pytest.mark.parametrize("defect", [scaled, swapped, without_bias])
 def test_a_planted_defect_is_a_regression(defect, job, base, quantized_folder):
-    broken = open_source(quantized_folder)
+    broken = load_transformer(quantized_folder)
     with defect(broken.model, "transformer_blocks.1.ff.net.2"):
-        verdict = judge(paired_run.compare(job, broken).run, base, POLICY)
+        verdict = decide(paired_run.compare(job, broken).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION, verdict.sentence
     assert fingerprint(broken.model) == base.identity["checkpoint"]  # it was taken back
 
@@ -104,12 +104,12 @@ def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
         float_folder, "rtn-w4a8", acts="int8-step", progress=False,
         calibration={"samples": 4, "batch": 4, "steps": 8, "bins": 4},
     )  # fmt: skip
-    source = open_source(pipe)
+    source = load_transformer(pipe)
     right = paired_run.compare(job, source).run
     for module in source.model.modules():
-        if isinstance(module, library.QuantLinear) and module.task.acts.stepped:
-            module.part("input_scale").reshape(-1)[1] *= 0.5
-    verdict = judge(paired_run.compare(job, source).run, right, POLICY)
+        if isinstance(module, library.QuantLinear) and module.task.acts.per_timestep:
+            module.packed_tensor("input_scale").reshape(-1)[1] *= 0.5
+    verdict = decide(paired_run.compare(job, source).run, right, POLICY)
     assert verdict.outcome is Outcome.REGRESSION
     quarters = {r.name: r.outcome for r in verdict.rows if "/" in r.name}
     assert Outcome.REGRESSION in quarters.values()
@@ -117,24 +117,24 @@ def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
 
 
 def test_a_recipe_that_changed_silently_is_a_regression(job, base, float_folder):
-    naive = open_source(library.quantize(float_folder, "rtn-w4a8", progress=False))
-    verdict = judge(paired_run.compare(job, naive).run, base, POLICY)
+    naive = load_transformer(library.quantize(float_folder, "rtn-w4a8", progress=False))
+    verdict = decide(paired_run.compare(job, naive).run, base, POLICY)
     assert verdict.outcome is Outcome.REGRESSION
     assert any("recipe: rtn-w4a8 in the run" in note for note in verdict.notes)
 
 
 def test_unchanged_checkpoints_pass_whatever_the_batch(candidate):
     policy = Policy(**{**vars(POLICY), "looks": (8,)})
-    reference, outcomes, moved = open_source(tiny.pipeline()), [], 0
+    reference, outcomes, moved = load_transformer(tiny.pipeline()), [], 0
     for seed in range(4):
         runs = []
         for batch in (8, 1):
-            how = Calibration(samples=8, steps=2, batch=batch, seed=seed)
+            how = SamplingSettings(samples=8, steps=2, batch_size=batch, seed=seed)
             small = paired_run.observe(reference, how)
             runs.append(paired_run.compare(small, candidate).run)
         moved += runs[0].values != runs[1].values
         halves = Policy(**{**vars(policy), "primary": (Limit("error", 1.05, parts=2),)})
-        outcomes.append(judge(runs[1], runs[0], halves).outcome)
+        outcomes.append(decide(runs[1], runs[0], halves).outcome)
     assert outcomes == [Outcome.PASS] * 4
     assert moved  # they are runs, not copies
 

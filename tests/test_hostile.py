@@ -65,7 +65,7 @@ def refused(folder: Path, words: str) -> None:
     """Every way in says no with dtq's own error, at once."""
     started = time.monotonic()
     with pytest.raises(DtqError, match=words):
-        loading.open_sources(str(folder))
+        loading.load_transformers(str(folder))
     for command in (["inspect"], ["sample", "-o", str(folder.parent / "o")]):
         result = CliRunner().invoke(main, [command[0], str(folder), *command[1:]])
         assert result.exit_code == 1, result.output
@@ -301,7 +301,7 @@ def test_the_index_names_classes_of_known_libraries(kind, copy):
     change, words = INDEX[kind]
     edit(copy / "model_index.json", change)
     with pytest.raises(DtqError, match=words):
-        loading.open_sources(str(copy))
+        loading.load_transformers(str(copy))
 
 
 CONFIG = {
@@ -321,7 +321,7 @@ def test_configs_ask_for_no_more_than_the_files_hold(kind, copy):
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     edit(copy / part / name, lambda data: data.update(change))
     with pytest.raises(DtqError, match=words):
-        loading.open_sources(str(copy))
+        loading.load_transformers(str(copy))
 
 
 def test_the_name_of_a_folder_excuses_no_config(copy):
@@ -337,7 +337,7 @@ def test_the_name_of_a_folder_excuses_no_config(copy):
 def test_a_bare_model_names_a_transformer(name, copy):
     edit(copy / "transformer" / "config.json", lambda data: data.update(_class_name=name))
     with pytest.raises(DtqError, match=r"has no model|is not a diffusion transformer|cannot be"):
-        loading.open_sources(str(copy / "transformer"))
+        loading.load_transformers(str(copy / "transformer"))
 
 
 Q = "transformer_blocks.0.attn1.to_q"
@@ -470,7 +470,7 @@ def statistics(tmp_path_factory, float_folder) -> Path:
     from dtq.stages.plan import plan_source
 
     recipe = Recipe.load("w4a8", **FEW)
-    opened = loading.open_source(float_folder)
+    opened = loading.load_transformer(float_folder)
     scan, _ = plan_source(opened, recipe)
     needs = frozenset({"channels", "gram", "reservoir"})
     found = calibrate_source(opened, scan, recipe, needs, progress=False)
@@ -524,11 +524,11 @@ def test_statistics_are_checked_by_their_header_first(kind, statistics, tmp_path
     change, words = STATISTICS[kind]
     bad = tampered(statistics, tmp_path / "s.safetensors", change)
     with pytest.raises(DtqError, match=words):
-        dict(store.load(bad).sites)
+        dict(store.load(bad).inputs)
 
 
 def test_good_statistics_load(statistics):
-    assert SITE in dict(store.load(statistics).sites)
+    assert SITE in dict(store.load(statistics).inputs)
 
 
 REPORT = {"name": "a", "role": "b", "weights": "c", "transform": "d", "promoted": False,
@@ -553,7 +553,7 @@ def test_the_report_beside_a_checkpoint_is_checked(data, words, tmp_path):
 
 def test_what_dtq_writes_is_json_that_it_reads(tmp_path):
     data = {"layers": [{**REPORT, "error": float("inf")}], "sites": [], "a": (float("nan"), 1.5)}
-    (tmp_path / "dtq_report.json").write_text(json.dumps(safe_parse.finite(data)))
+    (tmp_path / "dtq_report.json").write_text(json.dumps(safe_parse.finite_or_null(data)))
     read = quantization_report(tmp_path)
     assert read["layers"][0]["error"] is None
     assert read["a"] == [None, 1.5]

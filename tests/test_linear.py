@@ -17,18 +17,18 @@ from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, bits_per_weight
 from dtq.linalg.hadamard import signs
 from dtq.nn import QuantLinear
-from dtq.plan.layers import Runtime
-from dtq.transforms import Online
+from dtq.plan.layers import LayerSpec
+from dtq.transforms import OnlineTransform
 
 
 def make(weights="int4-2l-g64", acts="int8-row", n=48, k=128, seed=0, dtype=torch.float32):
     """A filled layer and the float weight it came from."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=g) * 0.05
-    turn = Online.of(torch.rand(k, generator=g) + 0.5, signs(k, 0), 64)
+    turn = OnlineTransform.of(torch.rand(k, generator=g) + 0.5, signs(k, 0), 64)
     fmt = FORMATS[weights]
     changed = turn.w(w)
-    layer = QuantLinear(k, n, True, Runtime(weights, acts, 64, True), bins=4, compute_dtype=dtype)
+    layer = QuantLinear(k, n, True, LayerSpec(weights, acts, 64, True), bins=4, compute_dtype=dtype)
     parts = fmt.pack(changed, fmt.fit(changed))
     parts["pre_quant_scale"] = turn.scale.reshape(1, -1)
     if acts == "int8-step":
@@ -96,7 +96,7 @@ def test_copies_and_pickles():
 
 def test_wrong_parts_are_refused_by_name():
     layer, _ = make()
-    parts = {k: v.clone() for k, v in layer.parts().items()}
+    parts = {k: v.clone() for k, v in layer.packed_tensors().items()}
     with pytest.raises(CheckpointError, match="weight_scale_2"):
         layer.fill({k: v for k, v in parts.items() if k != "weight_scale_2"})
     with pytest.raises(CheckpointError, match=r"weight_scale: expected torch.float32 \[48, 1\]"):

@@ -17,7 +17,7 @@ from torch import nn
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import made_inputs
+from dtq.pipelines.loading import dummy_inputs
 
 
 def linears(model: nn.Module) -> dict[str, dtq.QuantLinear]:
@@ -26,7 +26,7 @@ def linears(model: nn.Module) -> dict[str, dtq.QuantLinear]:
 
 def run(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(**made_inputs(model, 2, 500.0, 1), return_dict=False)[0]
+        return model(**dummy_inputs(model, 2, 500.0, 1), return_dict=False)[0]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from torch import nn
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import made_inputs
+from dtq.pipelines.loading import dummy_inputs
 from dtq.recipe.resolve import Recipe
 
 peft = pytest.importorskip("peft")
@@ -73,7 +73,7 @@ def adapter(model: nn.Module, rank: int = 4, seed: int = 0, prefix: str = "trans
 
 def run(model: nn.Module, seed: int = 1) -> torch.Tensor:
     with torch.no_grad():
-        return model(**made_inputs(model, 2, 500.0, seed), return_dict=False)[0]
+        return model(**dummy_inputs(model, 2, 500.0, seed), return_dict=False)[0]
 
 
 def pipeline(name: str, model: nn.Module):
@@ -236,7 +236,7 @@ def test_an_adapter_can_be_trained_on_top():
     learning = [p for p in model.parameters() if p.requires_grad]
     assert learning
     assert all(p.dtype == torch.float32 for p in learning)
-    model(**made_inputs(model, 2, 500.0, 1))[0].square().mean().backward()
+    model(**dummy_inputs(model, 2, 500.0, 1))[0].square().mean().backward()
     assert any(p.grad.abs().sum() > 0 for p in learning if p.grad is not None)
 
 
@@ -267,7 +267,7 @@ def test_convolutions_and_offloaded_layers_are_refused():
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["pointwise"]), model)
     away = dtq.QuantLinear(64, 64, True, runtime, device="meta")
     with pytest.raises(InputError, match="before offloading"):
-        away.widen(torch.ones(2, 64), torch.ones(64, 2))
+        away.add_rank(torch.ones(2, 64), torch.ones(64, 2))
 
 
 def test_control_adapters_widen_kept_layers_only():

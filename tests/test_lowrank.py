@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 
 import dtq
-from dtq.calibrate.observers import Origin, SiteStats
+from dtq.calibrate.observers import SampleOrigin, InputStats
 from dtq.formats import FORMATS, bits_per_weight
-from dtq.formats.activations import ACTS
-from dtq.io.schema import Call
+from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.io.schema import MethodSpec
 from dtq.linalg.hadamard import fwht
 from dtq.nn.linear import QuantLinear
 from dtq.plan.layers import LayerPlan
 from dtq.recipe.resolve import Recipe
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, loftq, rank_for, svd
-from dtq.stages.solve_layer import solve_site
+from dtq.stages.solve_layer import solve_input_group
 from dtq.transforms import TRANSFORMS
 
 K, N = 128, 96
@@ -112,28 +112,28 @@ def test_bits_set_the_rank_by_the_shape():
 @pytest.mark.parametrize("transform", ["none", "smooth-hadamard", "ars"])
 def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform):
     w, x, _ = layer()
-    stats = SiteStats(K, 2, frozenset({"channels", "gram", "reservoir"}))
+    stats = InputStats(K, 2, frozenset({"channels", "gram", "reservoir"}))
     for call, rows in enumerate(x.split(256)):
-        stats.see(rows, Origin(call % 2, call, torch.zeros(len(rows), dtype=torch.int64)))
+        stats.observe(rows, SampleOrigin(call % 2, call, torch.zeros(len(rows), dtype=torch.int64)))
     plan = LayerPlan(
         "it", "ffn.up", (N, K), "int4-g64", "none", pre_quant=transform != "none",
-        transform=Call(transform), solver=Call("gptq"), lowrank=Call("svd", (("rank", 8),)),
+        transform=MethodSpec(transform), solver=MethodSpec("gptq"), lowrank=MethodSpec("svd", (("rank", 8),)),
     )  # fmt: skip
-    how = {"fmt": FMT, "acts": ACTS["none"]}
+    how = {"fmt": FMT, "acts": ACTIVATION_FORMATS["none"]}
     choice = TRANSFORMS[transform].call([w], stats, **how)
     recipe = Recipe.load("w4a8", correct_bias=False)
-    (solved,) = solve_site([plan], [w], choice, stats, recipe)
+    (solved,) = solve_input_group([plan], [w], choice, stats, recipe)
     assert solved.plan.rank == 8
     bits = bits_per_weight(FMT, (N, K)) + 16 * 8 * (N + K) / (N * K)
-    bits += 16 / N * solved.plan.pre_quant + 32 / N * solved.plan.permute
+    bits += 16 / N * solved.plan.pre_quant + 32 / N * solved.plan.permutation
     assert solved.report.bits == pytest.approx(bits)
-    new = QuantLinear(K, N, False, solved.plan.runtime())
-    new.fill(solved.parts)
+    new = QuantLinear(K, N, False, solved.plan.spec())
+    new.fill(solved.tensors)
     torch.testing.assert_close(new(x), x @ new.dequantize().T, rtol=1e-3, atol=1e-3)
     error = (new(x) - x @ w.T).square().sum() / (x @ w.T).square().sum()
     assert error == pytest.approx(solved.report.error, rel=0.1)
-    (bare,) = solve_site(
-        [LayerPlan(**{**plan.__dict__, "lowrank": Call("none")})], [w], choice, stats, recipe
+    (bare,) = solve_input_group(
+        [LayerPlan(**{**plan.__dict__, "lowrank": MethodSpec("none")})], [w], choice, stats, recipe
     )
     assert solved.report.error < bare.report.error
 
@@ -148,7 +148,7 @@ def test_a_product_that_can_takes_the_branch_along(monkeypatch):
     down, up = torch.randn(16, layer.in_features) * 0.1, torch.randn(layer.out_features, 16) * 0.1
     with torch.no_grad():
         plain = layer(x)
-        layer.widen(down, up)
+        layer.add_rank(down, up)
         apart = layer(x)
         asked = []
         monkeypatch.setattr(module, "branch_joins", lambda x, rank: asked.append(rank) or True)

@@ -16,13 +16,13 @@ from diffusers import DiffusionPipeline
 import dtq
 from dtq.api import quantize_source
 from dtq.checkpoint import reader, writer
-from dtq.demo.outliers import harden
+from dtq.demo.outliers import inject_outliers
 from dtq.evaluate import trajectory
 from dtq.evaluate.evaluate import stored_bits
 from dtq.io import atomic
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import open_source
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import load_transformer
+from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe, names
 from dtq.stages.calibrate import calibrate_source
 from dtq.stages.plan import plan_source
@@ -41,7 +41,7 @@ PRESETS = [
 ]
 FAMILY = ["w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq"]
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
-FAST = Calibration(samples=4, steps=5, batch=4, bins=4)
+FAST = SamplingSettings(samples=4, steps=5, batch_size=4, num_timestep_bins=4)
 # one of eight blocks: every path of the code in an eighth of the time
 KEEP = [f"transformer_blocks.{i}" for i in range(1, 8)]
 # what may be lost with one block quantized; docs/results.md has the whole model
@@ -55,11 +55,11 @@ def test_the_presets_and_the_family_are_there():
 @functools.cache
 def prepared(model):
     """The float model opened once, its statistics, a trajectory."""
-    source = open_source(model)
+    source = load_transformer(model)
     scan, _ = plan_source(source, Recipe.load("w4a8"))
     fast = replace(Recipe(), calibration=FAST)
     stats = calibrate_source(source, scan, fast, EVERYTHING, progress=False)
-    how = Calibration(samples=2, steps=3, batch=2, seed=7)
+    how = SamplingSettings(samples=2, steps=3, batch_size=2, seed=7)
     requests = prompts.load("auto", source.pipeline, 2)
     return source, stats, trajectory.record(source.pipeline, source.model, requests, how)
 
@@ -76,9 +76,9 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
     assert sum(steps) / len(steps) < LOOSE.get(name, 0.05)
     plan = report.plan
     assert stored_bits(opened.model) == pytest.approx(
-        plan.bits([x for x in plan.quantized() if x.acts != "none"] or plan.quantized())
+        plan.bits([x for x in plan.quantized() if x.activation_format != "none"] or plan.quantized())
     )
-    with atomic.whole_folder(tmp_path / "out", overwrite=False) as side:
+    with atomic.atomic_directory(tmp_path / "out", overwrite=False) as side:
         writer.save_into(opened.pipeline, side, "10GB")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     reader.verify(tmp_path / "out")
@@ -90,13 +90,13 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
 def test_errors_come_in_the_order_of_the_bits_that_are_spent():
     """V9: a random DiT with salient channels; each thing that is left out costs."""
     pipe = tiny.pipeline()
-    harden(pipe.transformer)
-    how = Calibration(samples=4, steps=4, batch=4, seed=99)
+    inject_outliers(pipe.transformer)
+    how = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
     truth = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), how)
 
     def error(recipe: str, **overrides) -> float:
         twin = tiny.pipeline()
-        harden(twin.transformer)
+        inject_outliers(twin.transformer)
         dtq.quantize(twin, recipe, progress=False, **{**QUICK, **overrides})
         steps = trajectory.teacher_forced(truth, twin.transformer)
         return sum(steps) / len(steps)

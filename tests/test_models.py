@@ -8,9 +8,9 @@ import torch
 import zoo
 
 import dtq
-from dtq.models import FAMILIES, Scan, find
+from dtq.models import FAMILIES, Scan, find_family
 from dtq.nn import QuantLinear
-from dtq.pipelines.loading import Source, made_inputs, scan_model
+from dtq.pipelines.loading import LoadedModel, dummy_inputs, scan_model
 from dtq.pipelines.recorded_calls import first_tensor
 from dtq.recipe.resolve import Recipe
 from dtq.stages.calibrate import calibrate_source
@@ -117,7 +117,7 @@ def test_roles_are_seen_by_structure(name):
 
 
 def test_what_cannot_be_quantized_is_named():
-    assert scanned("SanaTransformer2DModel").unmatched == {
+    assert scanned("SanaTransformer2DModel").unsupported == {
         "transformer_blocks.0.ff.conv_depth.weight": "convolution with a 3x3 kernel"
     }
 
@@ -147,7 +147,7 @@ def test_idle_experts_take_statistics_of_siblings_in_other_portions():
         if type(module).__name__ == "MoEGate":
             module.register_forward_hook(lambda gate, x, out: (out[0].clamp(min=1), *out[1:]))
     recipe = Recipe.load("w4a8", **QUICK)
-    source = Source(name, None, "transformer", model)
+    source = LoadedModel(name, None, "transformer", model)
     scan = scanned(name, model)
     inputs = [zoo.inputs(name, seed) for seed in range(2)]
     whole, cut = (
@@ -157,10 +157,10 @@ def test_idle_experts_take_statistics_of_siblings_in_other_portions():
         for memory in (None, 1)  # all at once, and every input in a run of its own
     )
     idle = "double_stream_blocks.0.block.ff_i.experts.0.w1"
-    assert len(whole.sites[idle].channels.peaks())
-    assert set(whole.sites) == set(cut.sites)
-    for site, stats in whole.sites.items():
-        got = cut.sites[site].tensors()
+    assert len(whole.inputs[idle].channels.amax())
+    assert set(whole.inputs) == set(cut.inputs)
+    for site, stats in whole.inputs.items():
+        got = cut.inputs[site].tensors()
         assert all(torch.equal(t, got[key]) for key, t in stats.tensors().items())
 
 
@@ -208,7 +208,7 @@ NOT_ON_META = {
 
 def grouped(scan: Scan) -> set[tuple[tuple[str, str], ...]]:
     """Name and role of the linears of each site."""
-    return {tuple((linear.name, linear.role) for linear in site.linears) for site in scan.sites}
+    return {tuple((linear.name, linear.role) for linear in site.linears) for site in scan.input_groups}
 
 
 def test_every_denoiser_has_a_family():
@@ -221,7 +221,7 @@ def test_every_denoiser_has_a_family():
 def test_made_inputs_run_and_show_what_real_ones_show(name):
     model = zoo.model(name)
     with torch.no_grad():
-        made = made_inputs(model, 2, 0.5 * find(model).largest_timestep, 0)
+        made = dummy_inputs(model, 2, 0.5 * find_family(model).largest_timestep, 0)
         assert first_tensor(model(**made)).isfinite().all()
     assert grouped(scan_model(model)) == grouped(scanned(name, model))
 

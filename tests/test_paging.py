@@ -21,11 +21,11 @@ import dtq
 from dtq.api import quantize_sources
 from dtq.calibrate import distributed, store
 from dtq.errors import InputError
-from dtq.io.memory import Mapped, paged
+from dtq.io.memory import Mapped, paged_weights
 from dtq.nn import QuantLinear
-from dtq.pipelines.loading import open_source
+from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
-from dtq.runs.tasks import Work
+from dtq.runs.tasks import TaskStore
 from dtq.stages.calibrate import calibrate_source
 from dtq.stages.plan import plan_source
 
@@ -64,12 +64,12 @@ def test_a_mapped_model_is_resident_block_by_block(tmp_path):
     Mapped().release(model.parameters())
     x = torch.ones(1, 1024)
     before = resident_files()
-    with paged(model):
+    with paged_weights(model):
         first = model(x)
     assert resident_files() - before < 16 * MB  # of 96
     second = model(x)
     assert resident_files() - before > 64 * MB  # the test can see it
-    with paged(model):
+    with paged_weights(model):
         third = model(x)
     assert resident_files() - before < 16 * MB
     assert torch.equal(first, second)
@@ -89,28 +89,28 @@ def test_only_mapped_tensors_are_touched(tmp_path):
 
 def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
     how = hasty("w4a8")
-    whole, parts = (open_source(tiny.pipeline()) for _ in range(2))
+    whole, parts = (load_transformer(tiny.pipeline()) for _ in range(2))
     scan, _ = plan_source(whole, how)
     needs = how.needs()
     want = calibrate_source(whole, scan, how, needs, progress=False)
     got = calibrate_source(parts, scan, how, needs, progress=False, memory=600_000)
     assert "the float model runs" in caplog.text
-    assert set(got.sites) == set(want.sites)
+    assert set(got.inputs) == set(want.inputs)
     assert got.edges == want.edges
-    for name, site in want.sites.items():
-        again = got.sites[name].tensors()
+    for name, site in want.inputs.items():
+        again = got.inputs[name].tensors()
         assert all(torch.equal(tensor, again[key]) for key, tensor in site.tensors().items())
 
 
 def test_parts_are_added_one_site_at_a_time(tmp_path, monkeypatch):
-    source, how = open_source(tiny.pipeline()), hasty("w4a8")
+    source, how = load_transformer(tiny.pipeline()), hasty("w4a8")
     scan, _ = plan_source(source, how)
     first, second = (
         calibrate_source(source, scan, how, how.needs(), progress=False) for _ in range(2)
     )
     path = tmp_path / "statistics.safetensors"
     distributed._add(path, first, 0)
-    before = [weakref.ref(site) for site in second.sites.values()]
+    before = [weakref.ref(site) for site in second.inputs.values()]
     save = store.save
 
     def watched(statistics, path):
@@ -134,9 +134,9 @@ def test_a_little_memory_gives_the_same_model():
 
 @linux
 def test_what_is_solved_waits_in_its_files(float_folder, tmp_path):
-    source = open_source(float_folder / "transformer")
+    source = load_transformer(float_folder / "transformer")
     recipe = Recipe.load("w4a16")
-    quantize_sources([source], recipe, progress=False, work=Work(tmp_path))
+    quantize_sources([source], recipe, progress=False, work=TaskStore(tmp_path))
     layers = [m for m in source.model.modules() if isinstance(m, QuantLinear)]
     mapped = Mapped()
     assert layers
@@ -147,7 +147,7 @@ def test_what_is_solved_waits_in_its_files(float_folder, tmp_path):
 def test_statistics_of_different_runs_do_not_mix(tmp_path):
     for seed in range(2):
         how = Recipe.load("w8a8", **{"calibration": {**QUICK["calibration"], "seed": seed}})
-        source = open_source(tiny.pipeline())
+        source = load_transformer(tiny.pipeline())
         scan, _ = plan_source(source, how)
         seen = calibrate_source(source, scan, how, how.needs(), progress=False)
         store.save(seen, tmp_path / f"{seed}.safetensors")

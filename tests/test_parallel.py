@@ -14,11 +14,11 @@ from torch import nn
 import dtq
 from dtq.errors import InputError
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.nn import QuantLinear
 from dtq.parallel import ROW, Slice, shard, sliced, tp_plan
-from dtq.pipelines.loading import Source
-from dtq.plan.layers import Runtime
+from dtq.pipelines.loading import LoadedModel
+from dtq.plan.layers import LayerSpec
 from dtq.recipe.resolve import Recipe, names
 from dtq.stages.plan import plan_source
 
@@ -26,13 +26,13 @@ CUTS = [(64, 32), (64, 1), (33, 17), (7, 3), (2, 1)]
 INTEGER = ("w8a8", "w4a8-two-level")  # kernels whose products are exact, whatever the batch
 
 
-def filled(runtime: Runtime, n: int = 48, k: int = 128) -> QuantLinear:
+def filled(runtime: LayerSpec, n: int = 48, k: int = 128) -> QuantLinear:
     """A layer with random parts."""
     g = torch.Generator().manual_seed(0)
-    fmt, w = FORMATS[runtime.weights], torch.randn(n, k, generator=g) * 0.05
+    fmt, w = FORMATS[runtime.weight_format], torch.randn(n, k, generator=g) * 0.05
     layer = QuantLinear(k, n, True, runtime)
     parts = fmt.pack(w, fmt.fit(w))
-    for name, spec in layer.specs().items():
+    for name, spec in layer.tensor_specs().items():
         if name == "pre_quant_order":
             parts[name] = torch.randperm(k, generator=g).int().reshape(1, -1)
         elif name == "input_scale":
@@ -52,10 +52,10 @@ def tokens(m: int, k: int = 128) -> torch.Tensor:
 # context parallelism: tokens are split
 
 
-@pytest.mark.parametrize("acts", ACTS)
+@pytest.mark.parametrize("acts", ACTIVATION_FORMATS)
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_token_is_quantized_without_looking_at_others(acts, cut):
-    ops, format_ = torch.ops.dtq, ACTS[acts]
+    ops, format_ = torch.ops.dtq, ACTIVATION_FORMATS[acts]
     scale, order = torch.rand(128).bfloat16(), torch.randperm(128).int()
     static = torch.tensor([0.02]) if format_.static else None
 
@@ -72,12 +72,12 @@ def test_a_token_is_quantized_without_looking_at_others(acts, cut):
         assert torch.equal(torch.cat(halves), whole)
 
 
-def layers_of(recipe: str) -> set[tuple[Runtime, int]]:
+def layers_of(recipe: str) -> set[tuple[LayerSpec, int]]:
     """What a recipe asks of layers, and their widths."""
     found = set()
     for model in (tiny.dit(), tiny.flux()):
-        _, plan = plan_source(Source("tiny", None, "transformer", model), Recipe.load(recipe))
-        found |= {(layer.runtime(), layer.shape[1]) for layer in plan.quantized()}
+        _, plan = plan_source(LoadedModel("tiny", None, "transformer", model), Recipe.load(recipe))
+        found |= {(layer.spec(), layer.shape[1]) for layer in plan.quantized()}
     return found
 
 
@@ -185,9 +185,9 @@ def test_what_cannot_be_cut_says_why(more, world, why):
 @pytest.mark.parametrize(
     ("runtime", "why"),
     [
-        (Runtime("int8-row", "int8-row", permute=True), "change places"),
-        (Runtime("int8-row", "int8-row", 32, turns=2), "second rotation"),
-        (Runtime("trit-row", "int8-row"), "trit-row: weight does not split"),
+        (LayerSpec("int8-row", "int8-row", permutation=True), "change places"),
+        (LayerSpec("int8-row", "int8-row", 32, num_rotations=2), "second rotation"),
+        (LayerSpec("trit-row", "int8-row"), "trit-row: weight does not split"),
     ],
 )
 def test_layers_that_mix_all_channels_have_no_row_rule(runtime, why):
@@ -197,22 +197,22 @@ def test_layers_that_mix_all_channels_have_no_row_rule(runtime, why):
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_column_slices_make_the_whole(weights):
-    layer = filled(Runtime(weights, "int8-row", 64, True, rank=4), n=64 if "vq" in weights else 48)
+    layer = filled(LayerSpec(weights, "int8-row", 64, True, rank=4), n=64 if "vq" in weights else 48)
     x = tokens(5)
     outputs = []
     for rank in range(2):
         piece = Slice(layer, "column", rank, 2, None)
-        piece.fill({name: piece.take(name, part) for name, part in layer.parts().items()})
+        piece.fill({name: piece.take(name, part) for name, part in layer.packed_tensors().items()})
         piece.bias = nn.Parameter(piece.take("bias", layer.bias), requires_grad=False)
         outputs.append(piece(x))
     torch.testing.assert_close(torch.cat(outputs, -1), layer(x), rtol=1e-5, atol=1e-4)
 
 
 def test_gated_feed_forwards_are_cut_in_both_halves():
-    layer = filled(Runtime("int8-row", "int8-row"), n=64)
+    layer = filled(LayerSpec("int8-row", "int8-row"), n=64)
     piece = Slice(layer, "column", 1, 2, None, sections=2)
     rows = [*range(16, 32), *range(48, 64)]
-    assert torch.equal(piece.take("weight", layer.part("weight")), layer.weight[rows])
+    assert torch.equal(piece.take("weight", layer.packed_tensor("weight")), layer.weight[rows])
     assert torch.equal(piece.take("bias", layer.bias), layer.bias[rows])
 
 
@@ -244,7 +244,7 @@ def test_what_a_sharded_model_cannot_do(tmp_path):
             model.save_pretrained(tmp_path / "m")
     finally:
         torch.distributed.destroy_process_group()
-    layer = filled(Runtime("int8-row", "int8-row"))
+    layer = filled(LayerSpec("int8-row", "int8-row"))
     piece = Slice(layer, "column", 0, 2, None)
     with pytest.raises(InputError, match="for inference"):
         piece(tokens(2).requires_grad_())

@@ -16,12 +16,12 @@ from PIL import Image
 from dtq.cli import main
 from dtq.errors import InputError
 from dtq.evaluate import run_file
-from dtq.evaluate.gate.decision import Outcome, judge
+from dtq.evaluate.gate.decision import Outcome, decide
 from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.nn import QuantLinear
 from dtq.pipelines import image_inputs
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 
 SPATIAL = {"height", "width", "num_frames", "use_resolution_binning"}
 
@@ -89,7 +89,7 @@ def test_videos_are_sampled_and_compared(tmp_path):
         primary=(Limit("error", 1.05), Limit("flicker", 1.0), Limit("temporal-ssim", 0.01)),
         looks=(2,), resamples=999,
     )  # fmt: skip
-    assert judge(held, held, policy).outcome is Outcome.PASS
+    assert decide(held, held, policy).outcome is Outcome.PASS
 
 
 def test_a_pipeline_of_two_transformers_is_compared(tmp_path):
@@ -130,7 +130,7 @@ def test_a_pipeline_that_works_on_pictures(name, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(2):
-        image_inputs.made_up((20, 24), i).save(photos / f"{i}.png")
+        image_inputs.dummy_images((20, 24), i).save(photos / f"{i}.png")
     result = quantize(tmp_path / "float", tmp_path / "out", name, "--images", str(photos))
     assert result.exit_code == 0, result.output
     assert "made up" not in result.output
@@ -150,7 +150,7 @@ def test_a_pipeline_that_works_on_pictures(name, tmp_path):
 
 
 def test_pictures_are_made_up_with_a_warning(caplog):
-    how = Calibration(samples=1, steps=2, batch=4, arguments=pipelines.SMALL["inpaint"])
+    how = SamplingSettings(samples=1, steps=2, batch_size=4, pipeline_args=pipelines.SMALL["inpaint"])
     beside = image_inputs.wanted(pipelines.inpaint(), how)
     assert beside.arguments == ("image", "mask_image")
     assert beside.batch(4) == 1
@@ -164,7 +164,7 @@ def test_pictures_are_made_up_with_a_warning(caplog):
 
 def test_prompts_are_enough_for_the_others():
     for name, make in pipelines.PIPELINES.items():
-        beside = image_inputs.wanted(make(), Calibration())
+        beside = image_inputs.wanted(make(), SamplingSettings())
         assert beside.arguments == (), name
         assert beside.batch(4) == 4
         assert beside.of(0) == {}
@@ -181,15 +181,15 @@ def test_bad_pictures_are_said(tmp_path):
     }
     for reason, path in cases.items():
         with pytest.raises(InputError, match=reason):
-            image_inputs.wanted(pipe, Calibration(images=str(path))).of(0)
+            image_inputs.wanted(pipe, SamplingSettings(images=str(path))).of(0)
     with pytest.raises(InputError, match="takes no pictures"):
-        image_inputs.wanted(pipelines.pixart(), Calibration(images=str(tmp_path / "broken.png")))
+        image_inputs.wanted(pipelines.pixart(), SamplingSettings(images=str(tmp_path / "broken.png")))
     with pytest.raises(InputError, match="give it with --images"):
-        image_inputs.wanted(pipe, Calibration(arguments={"image": "cat.png"}))
+        image_inputs.wanted(pipe, SamplingSettings(pipeline_args={"image": "cat.png"}))
 
 
 def test_a_clip_pans_over_a_picture():
-    clip = image_inputs.MAKERS["video"](image_inputs.made_up((32, 48), 0))
+    clip = image_inputs.MAKERS["video"](image_inputs.dummy_images((32, 48), 0))
     assert len(clip) == image_inputs.FRAMES
     assert {frame.size for frame in clip} == {(48, 32)}
     assert clip[0].tobytes() != clip[-1].tobytes()

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from dtq.estimate import solver_cost
-from dtq.io.schema import Call
-from dtq.pipelines.loading import open_source
+from dtq.io.schema import MethodSpec
+from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
 from dtq.stages.plan import plan_source
 
@@ -22,7 +22,7 @@ RATE = 1e11
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe") / "model"
     tiny.pipeline().save_pretrained(folder)
-    return open_source(str(folder))
+    return load_transformer(str(folder))
 
 
 def paces_of(source, recipe):
@@ -33,10 +33,10 @@ def paces_of(source, recipe):
 @pytest.mark.parametrize(
     ("transform", "rows", "outputs"),
     [
-        (Call("search"), 512, 1024),
-        (Call("search", (("outputs", 64),)), 512, 64),
-        (Call("ditas", (("rows", 100),)), 100, math.inf),
-        (Call("none"), 0, math.inf),
+        (MethodSpec("search"), 512, 1024),
+        (MethodSpec("search", (("outputs", 64),)), 512, 64),
+        (MethodSpec("ditas", (("rows", 100),)), 100, math.inf),
+        (MethodSpec("none"), 0, math.inf),
     ],
 )
 def test_what_a_transform_is_chosen_on_is_read_off_its_knobs(transform, rows, outputs):
@@ -68,7 +68,7 @@ def test_without_data_the_largest_layer_is_solved_but_not_more_than_it_takes(sou
     recipe = Recipe.load("w4a16")
     layers = plan_source(source, recipe)[1].quantized()
     solved = []
-    solve = solver_cost.solve_site
+    solve = solver_cost.solve_input_group
     monkeypatch.setattr(
         solver_cost,
         "solve_site",

@@ -17,9 +17,9 @@ import quanto
 
 from dtq.bench.cpu import installed
 from dtq.calibrate import store
-from dtq.errors import TeamError
+from dtq.errors import WorkerError
 from dtq.runs.gather import check_ids
-from dtq.runs.workers import Team
+from dtq.runs.workers import Workers
 
 RECIPE = {
     "whole model": ["--set", "transform=hadamard", "--set", "compare=[none]"],
@@ -143,7 +143,7 @@ def test_too_few_pictures_for_the_processes_are_refused(float_folder, tmp_path):
 )
 def test_a_sample_that_nobody_or_two_made_is_an_error(ids, says):
     check_ids(["0002", "0000", "0001"], 3)
-    with pytest.raises(TeamError, match=says):
+    with pytest.raises(WorkerError, match=says):
         check_ids(ids, 3)
 
 
@@ -219,7 +219,7 @@ def test_statistics_of_one_and_two_processes_and_a_killed_run_have_the_same_byte
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_work_is_shared_by_cost_and_nothing_is_left_out(size):
     costs = {f"layer.{i}": float(cost) for i, cost in enumerate([1, 9, 2, 8, 3, 7, 1, 1])}
-    shares = [Team(rank, size).share(costs) for rank in range(size)]
+    shares = [Workers(rank, size).assign(costs) for rank in range(size)]
     assert sorted(name for share in shares for name in share) == sorted(costs)
     loads = [sum(costs[name] for name in share) for share in shares]
     assert max(loads) - min(loads) <= 2

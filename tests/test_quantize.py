@@ -16,18 +16,18 @@ from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 import dtq
 from dtq.calibrate import engine, store
 from dtq.calibrate.engine import calibrate
-from dtq.demo.outliers import harden
+from dtq.demo.outliers import inject_outliers
 from dtq.errors import InputError
 from dtq.evaluate import trajectory
 from dtq.nn import QuantLinear
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import Source, made_inputs, open_source, scan_model
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import LoadedModel, dummy_inputs, load_transformer, scan_model
+from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe
 from dtq.stages import transform_choice
 from dtq.stages.plan import plan_source
 
-HOW = Calibration(samples=4, steps=4, batch=4, seed=99)
+HOW = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
 EVERYTHING = frozenset({"channels", "gram", "reservoir"})
 
 
@@ -35,7 +35,7 @@ EVERYTHING = frozenset({"channels", "gram", "reservoir"})
 def truth(request):
     pipe = tiny.pipeline()
     if request.param == "hard":
-        harden(pipe.transformer)
+        inject_outliers(pipe.transformer)
     return request.param, trajectory.record(
         pipe, pipe.transformer, prompts.load("auto", pipe, 4), HOW
     )
@@ -44,7 +44,7 @@ def truth(request):
 def error_of(kind, truth, recipe, **overrides) -> float:
     pipe = tiny.pipeline()
     if kind == "hard":
-        harden(pipe.transformer)
+        inject_outliers(pipe.transformer)
     dtq.quantize(pipe, recipe, progress=False, **{**QUICK, **overrides})
     steps = trajectory.teacher_forced(truth, pipe.transformer)
     return sum(steps) / len(steps)
@@ -65,7 +65,7 @@ def test_no_transform_is_worse_on_the_hard_twin(truth):
 
 
 def test_harden_is_the_same_function_with_other_activations():
-    model, twin = tiny.dit(), harden(tiny.dit())
+    model, twin = tiny.dit(), inject_outliers(tiny.dit())
     x = torch.randn(4, 4, 8, 8)
     arguments = {"timestep": torch.tensor([900] * 4), "class_labels": torch.arange(4)}
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_harden_is_the_same_function_with_other_activations():
     plain, hard = ((p.max() / p.mean()).item() for p in seen)
     assert hard > 4 * plain
     with pytest.raises(InputError, match="adaLN-zero"):
-        harden(tiny.pixart())
+        inject_outliers(tiny.pixart())
 
 
 def test_quantizing_is_deterministic():
@@ -96,10 +96,10 @@ def test_quantizing_is_deterministic():
 
 
 def test_statistics_are_reusable_and_equal_calibrating_now(tmp_path):
-    source = open_source(tiny.pipeline())
+    source = load_transformer(tiny.pipeline())
     recipe = hasty("w4a8")
     scan, _ = plan_source(source, recipe)
-    stats = calibrate(source, scan.sites, recipe.calibration, EVERYTHING, progress=False)
+    stats = calibrate(source, scan.input_groups, recipe.calibration, EVERYTHING, progress=False)
     store.save(stats, tmp_path / "s.safetensors")
     again = store.load(tmp_path / "s.safetensors")
     now = dtq.quantize(tiny.pipeline(), hasty("w4a8"), progress=False).transformer.state_dict()
@@ -116,35 +116,35 @@ def test_n_processes_equal_one():
     model = tiny.dit()
     scan = scan_model(model)
     calls = [engine.made_inputs(model, 4, t, i) for i, t in enumerate((900.0, 700.0, 300.0, 100.0))]
-    source = Source("x", None, "transformer", model)
-    how = Calibration(bins=4)
+    source = LoadedModel("x", None, "transformer", model)
+    how = SamplingSettings(num_timestep_bins=4)
     whole = calibrate(
-        source, scan.sites, how, frozenset({"channels"}), inputs=calls, progress=False
+        source, scan.input_groups, how, frozenset({"channels"}), inputs=calls, progress=False
     )
     half = calibrate(
-        source, scan.sites, how, frozenset({"channels"}), inputs=calls[:2], progress=False
+        source, scan.input_groups, how, frozenset({"channels"}), inputs=calls[:2], progress=False
     )
     half.merge(
         calibrate(
-            source, scan.sites, how, frozenset({"channels"}), inputs=calls[2:], progress=False
+            source, scan.input_groups, how, frozenset({"channels"}), inputs=calls[2:], progress=False
         )
     )
-    for name, stats in whole.sites.items():
+    for name, stats in whole.inputs.items():
         for key, tensor in stats.tensors().items():
-            torch.testing.assert_close(half.sites[name].tensors()[key], tensor)
+            torch.testing.assert_close(half.inputs[name].tensors()[key], tensor)
 
 
 def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
     pipe = tiny.pipeline()
-    source = open_source(pipe)
+    source = load_transformer(pipe)
     scan = scan_model(source.model)
     before = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
-    stats = calibrate(source, scan.sites, hasty("w4a8").calibration, EVERYTHING, progress=False)
+    stats = calibrate(source, scan.input_groups, hasty("w4a8").calibration, EVERYTHING, progress=False)
     after = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
     assert before == after
-    site = stats.sites["transformer_blocks.0.attn1.to_q"]
+    site = stats.inputs["transformer_blocks.0.attn1.to_q"]
     assert (site.channels.rows > 0).all()
-    assert set(site.reservoir.stratum.tolist()) == set(range(8))
+    assert set(site.sample.stratum.tolist()) == set(range(8))
     assert stats.edges == (250.0, 500.0, 750.0)
 
 
@@ -227,14 +227,14 @@ def test_an_alternative_may_change_the_input_where_the_recipe_does_not():
     assert list(found) == ["none", "smooth", "hadamard"]
     assert max(found.values()) < 10 * min(found.values())
     plan = pipe.transformer.hf_quantizer.report.plan
-    _, before = plan_source(open_source(alone), Recipe.load("w4a8", **more, **how))
+    _, before = plan_source(load_transformer(alone), Recipe.load("w4a8", **more, **how))
     assert [x.nbytes() for x in before.layers] == [x.nbytes() for x in plan.layers]
 
 
 def test_statistics_alone_are_enough_without_a_pipeline(caplog):
-    source = Source("x", None, "transformer", tiny.dit())
+    source = LoadedModel("x", None, "transformer", tiny.dit())
     scan, _ = plan_source(source, Recipe.load("w4a8"))
-    stats = calibrate(source, scan.sites, hasty("w4a8").calibration, EVERYTHING, progress=False)
+    stats = calibrate(source, scan.input_groups, hasty("w4a8").calibration, EVERYTHING, progress=False)
     with caplog.at_level(logging.WARNING, "dtq"):
         model = dtq.quantize(source.model, hasty("w4a8"), statistics=stats, progress=False)
     assert model.hf_quantizer.report.compared == {}
@@ -258,18 +258,18 @@ def test_an_option_that_does_not_fit_a_layer_is_said(caplog):
 def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, monkeypatch):
     model = tiny.dit()
     recipe = hasty("w4a8")
-    scan, _ = plan_source(Source("dit", None, "transformer", model), recipe)
+    scan, _ = plan_source(LoadedModel("dit", None, "transformer", model), recipe)
     stats = calibrate(
-        Source("dit", None, "transformer", model), scan.sites, recipe.calibration, recipe.needs(),
-        inputs=[made_inputs(model, 2, 500.0, 0)], progress=False,
+        LoadedModel("dit", None, "transformer", model), scan.input_groups, recipe.calibration, recipe.needs(),
+        inputs=[dummy_inputs(model, 2, 500.0, 0)], progress=False,
     )  # fmt: skip
     name = "transformer_blocks.1.ff.net.2"
     if what == "weight":
         model.get_submodule(name).weight.data[3, 5] = float("nan")
     else:
-        site = next(s for s in scan.sites if s.linears[0].name == name)
-        stats.sites[site.name].channels.total[0, 0] = float("inf")
-    before = transform_choice.choose
+        site = next(s for s in scan.input_groups if s.linears[0].name == name)
+        stats.inputs[site.name].channels.total[0, 0] = float("inf")
+    before = transform_choice.choose_transform
 
     def choose(members, weights, stats):
         assert members[0].name != name
@@ -313,7 +313,7 @@ def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
     dtq.quantize(pipe, hasty("w4a8"), progress=False)
     for model, was in zip((pipe.transformer, pipe.transformer_2), floats, strict=True):
         assert any(isinstance(m, QuantLinear) for m in model.modules())
-        call = made_inputs(was, 2, 500.0, 0)
+        call = dummy_inputs(was, 2, 500.0, 0)
         with torch.no_grad():
             got, want = model(**call).sample, was(**call).sample
         assert float((got - want).square().sum() / want.square().sum()) < 0.02

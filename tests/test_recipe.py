@@ -9,7 +9,7 @@ import yaml
 
 from dtq.errors import InputError, RecipeError
 from dtq.io.package_data import folder
-from dtq.io.schema import Call
+from dtq.io.schema import MethodSpec
 from dtq.models import ROLES, Linear
 from dtq.pipelines.loading import scan_model
 from dtq.recipe.resolve import Recipe, names
@@ -108,7 +108,7 @@ def test_not_yaml(tmp_path):
 def test_overrides():
     recipe = Recipe.load("w4a8", modulation="w4a16", solver={"gptq": {"damp": 0.1}})
     assert recipe.modulation == "w4a16"
-    assert recipe.solver == Call("gptq", (("damp", 0.1),))
+    assert recipe.solver == MethodSpec("gptq", (("damp", 0.1),))
     with pytest.raises(RecipeError, match="modulation"):
         Recipe.load("w4a8", modulation="w3a16")
 
@@ -117,31 +117,31 @@ def test_plan_resolves_roles_rules_and_fallbacks():
     scan = scan_model(tiny.dit())
     plan = Recipe.load("w4a8").plan(scan)
     by_role = {x.role: x for x in plan.layers}
-    assert by_role["adaln"].weights == "int8-g64"
-    assert by_role["adaln"].acts == "none"
-    assert by_role["embed"].kept
-    assert by_role["head"].kept
-    assert by_role["attn.q"].weights == "int4-2l-g64"
+    assert by_role["adaln"].weight_format == "int8-g64"
+    assert by_role["adaln"].activation_format == "none"
+    assert by_role["embed"].unquantized
+    assert by_role["head"].unquantized
+    assert by_role["attn.q"].weight_format == "int4-2l-g64"
     rules = [
         {"match": "ffn.down", "weights": "int8-row"},
         {"match": "*blocks.1.attn1.to_q", "acts": "none"},
     ]
     plan = Recipe.load("w4a8", rules=rules).plan(scan)
-    assert plan["transformer_blocks.0.ff.net.2"].weights == "int8-row"
-    assert plan["transformer_blocks.1.attn1.to_q"].acts == "none"
-    assert plan["transformer_blocks.0.attn1.to_q"].acts == "int8-row"
+    assert plan["transformer_blocks.0.ff.net.2"].weight_format == "int8-row"
+    assert plan["transformer_blocks.1.attn1.to_q"].activation_format == "none"
+    assert plan["transformer_blocks.0.attn1.to_q"].activation_format == "int8-row"
     with pytest.raises(RecipeError, match="matches no layer"):
         Recipe.load("w4a8", rules=[{"match": "xattn.q", "weights": "int8-row"}]).plan(scan)
     odd = scan_model(tiny.dit(heads=3))  # 96 channels: groups of 64 do not fit
     plan = Recipe.load("w4a8").plan(odd)
     layer = plan["transformer_blocks.0.attn1.to_q"]
-    assert layer.weights == "int4-2l-g32"
+    assert layer.weight_format == "int4-2l-g32"
     assert "divisible by 64" in layer.note
-    assert plan["transformer_blocks.0.norm1.linear"].weights == "int8-row"
+    assert plan["transformer_blocks.0.norm1.linear"].weight_format == "int8-row"
     assert plan.bits(plan.gemm()) < 5.2
     shape = (30, 30)
     assert (
-        Recipe.load("w4a8")._layer(Linear("a.0.ff.net.2", "ffn.down", shape, True), ()).weights
+        Recipe.load("w4a8")._layer(Linear("a.0.ff.net.2", "ffn.down", shape, True), ()).weight_format
         == "int8-row"
     )
 
@@ -151,8 +151,8 @@ def test_plan_resolves_roles_rules_and_fallbacks():
 )
 def test_modules_to_not_convert(pattern):
     plan = Recipe.load("w4a8").plan(scan_model(tiny.dit()), [pattern])
-    assert plan["transformer_blocks.0.attn1.to_q"].kept
-    assert not plan["transformer_blocks.1.ff.net.2"].kept
+    assert plan["transformer_blocks.0.attn1.to_q"].unquantized
+    assert not plan["transformer_blocks.1.ff.net.2"].unquantized
 
 
 @pytest.mark.parametrize("name", tiny.TRANSFORMERS)
@@ -165,7 +165,7 @@ def test_the_scan_knows_every_linear_of_the_known_families(name):
     assert set(roles.values()) <= set(ROLES)
     assert {"ffn.up", "ffn.down", "embed", "head", "attn.q"} <= set(roles.values())
     assert ("xattn.k" in roles.values()) == (name in ("pixart", "wan"))
-    shared = [{x.role for x in site.linears} for site in scan.sites if len(site.linears) > 1]
+    shared = [{x.role for x in site.linears} for site in scan.input_groups if len(site.linears) > 1]
     assert {"attn.q", "attn.k", "attn.v"} in shared or {
         "attn.q",
         "attn.k",
@@ -179,7 +179,7 @@ def test_activation_groups_that_do_not_divide_the_input_give_way_with_a_note():
     plan = Recipe.load("q-dit", allocate={"budget": ""}).plan(scan_model(model))
     narrow = [x for x in plan.gemm() if x.shape[1] % 128]
     assert narrow
-    assert all(x.acts == "int8-row" and "int8-asym-g128" in x.note for x in narrow)
+    assert all(x.activation_format == "int8-row" and "int8-asym-g128" in x.note for x in narrow)
 
 
 def test_knobs_that_belong_to_the_caller_are_not_the_recipes():

@@ -13,29 +13,29 @@ import torch
 from torch import nn
 
 from dtq.errors import InputError
-from dtq.finetune import REFINE
+from dtq.finetune import FINETUNE
 from dtq.finetune.block_order import find, layers_of
 from dtq.finetune.targets import examples_of
-from dtq.finetune.trainable import Trainee, VectorTrainee, set_state, state_of
+from dtq.finetune.trainable import TrainableLinear, TrainableVq, set_state, state_of
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.linalg.hadamard import signs
 from dtq.nn import QuantLinear
-from dtq.nn.swap import placed
+from dtq.nn.swap import temporarily_replaced
 from dtq.nn.timestep_hook import install_clock
-from dtq.pipelines.loading import made_inputs
-from dtq.pipelines.recorded_calls import Recorded
-from dtq.plan.layers import Runtime
-from dtq.transforms import Online
+from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.recorded_calls import RecordedCall
+from dtq.plan.layers import LayerSpec
+from dtq.transforms import OnlineTransform
 
 
 def call(i, kwargs, args=()):
-    return Recorded(i, args, kwargs, torch.empty(0))
+    return RecordedCall(i, args, kwargs, torch.empty(0))
 
 
 def calls_of(model, count=6, batch=2):
     times = torch.linspace(900, 100, count).tolist()
-    return [call(i, made_inputs(model, batch, t, i)) for i, t in enumerate(times)]
+    return [call(i, dummy_inputs(model, batch, t, i)) for i, t in enumerate(times)]
 
 
 def quantized(model, weights, acts="none", only="blocks."):
@@ -43,7 +43,7 @@ def quantized(model, weights, acts="none", only="blocks."):
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and only in n]
     floats = {name: model.get_submodule(name) for name in names}
     for name, linear in floats.items():
-        model.set_submodule(name, rounded(linear, Runtime(weights, acts)))
+        model.set_submodule(name, rounded(linear, LayerSpec(weights, acts)))
     return floats
 
 
@@ -51,7 +51,7 @@ def rounded(linear, runtime):
     fmt, w = FORMATS[runtime.weights], linear.weight.detach().float()
     layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, runtime)
     parts = fmt.pack(w, fmt.fit(w))
-    if ACTS[runtime.acts].static:
+    if ACTIVATION_FORMATS[runtime.acts].static:
         parts["input_scale"] = torch.tensor([[0.03]])
     layer.fill(parts)
     if linear.bias is not None:
@@ -107,7 +107,7 @@ def test_blocks_get_nearer_and_codes_stay(weights, acts):
     want = [model(**c.kwargs)[0].detach() for c in fresh]
     floats = quantized(model, weights, acts)
     before, start = distance(model, fresh, want), parts_of(model)
-    report = REFINE["blocks"](model, floats, calls, **FAST)
+    report = FINETUNE["blocks"](model, floats, calls, **FAST)
     assert [b.name for b in report.blocks] == ["transformer_blocks.0", "transformer_blocks.1"]
     assert all(b.after < b.before for b in report.blocks if b.accepted)
     assert any(b.accepted for b in report.blocks)
@@ -125,7 +125,7 @@ def test_blocks_of_every_family_in_the_order_in_which_they_run(name):
     model = tiny.TRANSFORMERS[name]()
     calls = calls_of(model, 4)
     floats = quantized(model, "int4-row", "int8-row")
-    report = REFINE["blocks"](model, floats, calls, **FAST)
+    report = FINETUNE["blocks"](model, floats, calls, **FAST)
     names = [b.name for b in report.blocks]
     if name == "flux":
         assert names == ["transformer_blocks.0", "single_transformer_blocks.0"]
@@ -145,7 +145,7 @@ def test_nothing_but_the_parts_is_touched():
     seen = torch.get_rng_state()
     table = model.transformer_blocks[0].scale_shift_table.detach().clone()
     with torch.no_grad():  # as a caller may have it
-        REFINE["blocks"](model, floats, calls, **FAST)
+        FINETUNE["blocks"](model, floats, calls, **FAST)
     assert torch.equal(torch.get_rng_state(), seen)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert all(torch.equal(model.state_dict()[k], v) for k, v in others.items())
@@ -172,10 +172,10 @@ def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
     g = torch.Generator().manual_seed(0)
     w = torch.randn(64, 128, generator=g) * 0.05
     order = torch.randperm(128, generator=g) if more.get("permute") else None
-    turn = Online.of(
+    turn = OnlineTransform.of(
         torch.rand(128, generator=g) + 0.5, signs(128, 0), 64, order, more.get("turns", 1)
     )
-    runtime = Runtime(weights, acts, 64, True, **more)
+    runtime = LayerSpec(weights, acts, 64, True, **more)
     layer = QuantLinear(128, 64, True, runtime, compute_dtype=dtype)
     fmt = FORMATS[weights]
     parts = fmt.pack(turn.w(w), fmt.fit(turn.w(w)))
@@ -191,18 +191,18 @@ def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
     layer.fill(parts)
     layer.bias = nn.Parameter(torch.randn(64, generator=g).to(dtype))
     x = torch.randn(2, 9, 128, generator=g).to(dtype)
-    trainees = [Trainee(layer)]
+    trainees = [TrainableLinear(layer)]
     if weights.startswith("vq"):
-        trainees.append(VectorTrainee(layer, w, 3))
+        trainees.append(TrainableVq(layer, w, 3))
     for trainee in trainees:
         for move in trainee.moves.values():
             move.data = torch.randn(move.shape, generator=g)
-        if isinstance(trainee, VectorTrainee):
+        if isinstance(trainee, TrainableVq):
             best = torch.randint(3, (len(trainee.logits), 1), generator=g)
             trainee.logits.data = torch.zeros(len(best), 3).scatter(1, best, 1000.0)
         predicted = trainee(x).detach()
         twin = copy.deepcopy(layer)
-        twin.hear(layer.clock)
+        twin.set_clock(layer.clock)
         set_state(twin, trainee.state())
         assert predicted.dtype == dtype
         assert not torch.allclose(twin(x).detach().float(), layer(x).detach().float(), rtol=0.01)
@@ -215,10 +215,10 @@ def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
 def test_gradients_reach_every_float_part():
     for weights in FORMATS:
         linear = nn.Linear(128, 64)
-        layer = rounded(linear, Runtime(weights, "int8-row"))
-        trainee = Trainee(layer)
+        layer = rounded(linear, LayerSpec(weights, "int8-row"))
+        trainee = TrainableLinear(layer)
         trainee(torch.randn(3, 128)).square().sum().backward()
-        learns = {n for n, s in layer.specs().items() if s.dtype.is_floating_point} - {"weight"}
+        learns = {n for n, s in layer.tensor_specs().items() if s.dtype.is_floating_point} - {"weight"}
         assert set(trainee.moves) == learns | {"bias"}
         assert all(p.grad is not None and p.grad.any() for p in trainee.moves.values()), weights
 
@@ -227,7 +227,7 @@ def test_a_block_that_gets_worse_is_restored():
     model = tiny.dit(heads=2)
     floats = quantized(model, "int4-row")
     calls, start = calls_of(model, 4), parts_of(model)
-    report = REFINE["blocks"](model, floats, calls, lr=300.0, lr_rest=300.0, **FAST)
+    report = FINETUNE["blocks"](model, floats, calls, lr=300.0, lr_rest=300.0, **FAST)
     assert not any(b.accepted for b in report.blocks)
     assert same(start, parts_of(model))
 
@@ -239,7 +239,7 @@ def test_a_block_that_becomes_non_finite_is_restored_and_said(caplog, broken):
     calls, start = calls_of(model, 4), parts_of(model)
     calls[broken].kwargs["hidden_states"][0, 0, 0, 0] = torch.nan
     with caplog.at_level(logging.WARNING, "dtq"):
-        report = REFINE["blocks"](model, floats, calls, **FAST)
+        report = FINETUNE["blocks"](model, floats, calls, **FAST)
     assert [(b.accepted, b.after) for b in report.blocks] == [(False, None)] * 2
     assert "non-finite" in report.blocks[0].note
     assert "transformer_blocks.0 is not finite" in caplog.text
@@ -253,20 +253,20 @@ def test_finished_blocks_are_loaded_and_give_the_same(tmp_path, caplog):
     floats = quantized(first, "vq-64x2-row")
     second, third, calls = copy.deepcopy(first), copy.deepcopy(first), calls_of(first, 4)
     how = {**FAST, "steps": 8, "save": tmp_path / "work"}
-    whole = REFINE["vq4dit"](first, floats, calls, **how)
+    whole = FINETUNE["vq4dit"](first, floats, calls, **how)
     assert sorted(p.name for p in how["save"].iterdir()) == [
         f"block-{i}.{end}" for i in range(2) for end in ("json", "safetensors")
     ]
     (how["save"] / "block-1.json").unlink()  # as if interrupted in the second block
     with caplog.at_level(logging.INFO, "dtq"):
-        again = REFINE["vq4dit"](second, floats, calls, **how)
+        again = FINETUNE["vq4dit"](second, floats, calls, **how)
     assert "transformer_blocks.0 was finished before" in caplog.text
     assert "transformer_blocks.1 was finished before" not in caplog.text
     assert again == whole
     assert same(parts_of(first), parts_of(second))
     caplog.clear()
     with caplog.at_level(logging.WARNING, "dtq"):
-        REFINE["vq4dit"](third, floats, calls, **{**how, "steps": 9})
+        FINETUNE["vq4dit"](third, floats, calls, **{**how, "steps": 9})
     assert "of another job" in caplog.text
     assert not same(parts_of(first), parts_of(third))
 
@@ -276,7 +276,7 @@ def test_vq4dit_beats_kmeans_and_training_the_codebook_alone():
     calls = calls_of(model, 16, 4)
     floats = quantized(model, "vq-256x4")
     errors, start = {}, parts_of(model)
-    for name, method in REFINE.items():
+    for name, method in FINETUNE.items():
         twin = copy.deepcopy(model)
         (block,) = method(twin, floats, calls, progress=False, steps=60).blocks
         assert block.accepted
@@ -291,23 +291,23 @@ def test_vq4dit_mixes_vector_formats_and_others():
     model = tiny.dit(heads=2)
     calls = calls_of(model, 4)
     floats = quantized(model, "vq-256x4", only="ff.net") | quantized(model, "int4-row", only="attn")
-    report = REFINE["vq4dit"](model, floats, calls, candidates=3, **FAST)
+    report = FINETUNE["vq4dit"](model, floats, calls, candidates=3, **FAST)
     assert all(b.accepted for b in report.blocks)
 
 
 def test_mixed_codewords_become_hard():
     linear = nn.Linear(128, 64)
-    layer = rounded(linear, Runtime("vq-256x4-row", "none"))
-    trainee = VectorTrainee(layer, linear.weight, 3)
-    fmt, k = layer.task.weights, layer.part("weight_lut")
-    now = fmt.codes(layer.parts()).flatten()
+    layer = rounded(linear, LayerSpec("vq-256x4-row", "none"))
+    trainee = TrainableVq(layer, linear.weight, 3)
+    fmt, k = layer.task.weights, layer.packed_tensor("weight_lut")
+    now = fmt.codes(layer.packed_tensors()).flatten()
     # the present word first, then the nearest others
     assert torch.equal(trainee.options[:, 0], now.long())
-    unit = linear.weight.detach() / layer.part("weight_scale").float()
+    unit = linear.weight.detach() / layer.packed_tensor("weight_scale").float()
     order = torch.cdist(unit.reshape(-1, 4), k.float()).argsort(1)[:, :3]
     assert torch.equal(trainee.options.sort(1).values, order.sort(1).values)
     # the hard matrix is the limit, and indecision is what is left on the way
-    hard = layer.task.weights.unpack(layer.parts())
+    hard = layer.task.weights.unpack(layer.packed_tensors())
     assert not torch.allclose(trainee.matrix(), hard, atol=1e-4)
     assert 0 < trainee.indecision() < 1
     trainee.logits.data *= 100
@@ -329,7 +329,7 @@ def test_mixed_codewords_become_hard():
     best = trainee.options.gather(1, trainee.logits.argmax(1, True)).reshape(-1)
     twin = copy.deepcopy(layer)
     set_state(twin, trainee.state())
-    assert torch.equal(fmt.codes(twin.parts()).flatten(), best)
+    assert torch.equal(fmt.codes(twin.packed_tensors()).flatten(), best)
 
 
 def test_static_scales_follow_the_step_of_the_call():
@@ -337,13 +337,13 @@ def test_static_scales_follow_the_step_of_the_call():
     floats = quantized(model, "int4-row", "int8-step")
     for layer in layers_of(model, "transformer_blocks").values():
         layer.bins = 2
-        layer._specs = layer.runtime.stored(layer._shape, 2)
-        layer.fill(layer.parts() | {"input_scale": torch.tensor([[0.03, 0.05]])})
+        layer._specs = layer.runtime.tensor_specs(layer._shape, 2)
+        layer.fill(layer.packed_tensors() | {"input_scale": torch.tensor([[0.03, 0.05]])})
     install_clock(model, (500.0,))
     calls = calls_of(model, 4)
     examples = examples_of(model, "transformer_blocks.0", floats, calls)
     assert [e.moment[0].item() for e in examples] == [1, 1, 0, 0]
-    report = REFINE["blocks"](model, floats, calls, **FAST)
+    report = FINETUNE["blocks"](model, floats, calls, **FAST)
     assert all(b.after < b.before for b in report.blocks if b.accepted)
 
 
@@ -354,7 +354,7 @@ def test_placed_restores_after_an_error():
     before = model.get_submodule(name)
 
     def fail():
-        with placed(model, floats):
+        with temporarily_replaced(model, floats):
             assert model.get_submodule(name) is floats[name]
             raise ValueError("inside")
 
@@ -382,7 +382,7 @@ def test_layers_outside_blocks_and_blocks_that_do_not_run_are_left_alone(caplog)
     start = parts_of(model)
     calls = [call(i, {}, (torch.randn(32, 8),)) for i in range(5)]
     with caplog.at_level(logging.WARNING, "dtq"):
-        report = REFINE["blocks"](model, floats, calls, **FAST)
+        report = FINETUNE["blocks"](model, floats, calls, **FAST)
     assert [b.name for b in report.blocks] == ["stages.0.0", "stages.1.0"]
     assert "stages.2.0" in caplog.text
     changed = {k for k, t in parts_of(model).items() if not torch.equal(t, start[k])}
@@ -394,8 +394,8 @@ def test_what_cannot_be_done_is_said():
     model = tiny.dit(blocks=1, heads=2)
     floats = quantized(model, "int4-row")
     with pytest.raises(InputError, match="recorded calls"):
-        REFINE["blocks"](model, floats, [])
+        FINETUNE["blocks"](model, floats, [])
     with pytest.raises(InputError, match="at least one step"):
-        REFINE["blocks"](model, floats, calls_of(model, 1), steps=0)
+        FINETUNE["blocks"](model, floats, calls_of(model, 1), steps=0)
     with pytest.raises(InputError, match="at least 2, is 1"):
-        REFINE["vq4dit"](model, floats, calls_of(model, 1), candidates=1)
+        FINETUNE["vq4dit"](model, floats, calls_of(model, 1), candidates=1)

@@ -23,9 +23,9 @@ from dtq.cli import main
 from dtq.errors import CheckpointError, InputError
 from dtq.io import checksum
 from dtq.io.run_lock import locked
-from dtq.pipelines.loading import open_source
+from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
-from dtq.runs.tasks import Work
+from dtq.runs.tasks import TaskStore
 from dtq.stages import solve_layer
 
 FEW = [
@@ -43,7 +43,7 @@ def run(*arguments, code: int | None = 0, command: str = "quantize"):
 @pytest.fixture
 def dies(monkeypatch):
     """Make solving stop, as a crash would, after so many inputs."""
-    before = solve_layer.solve_site
+    before = solve_layer.solve_input_group
 
     def after(count: int) -> None:
         left = [count]
@@ -85,7 +85,7 @@ def test_what_is_finished_is_not_done_again(float_folder, tmp_path, dies, caplog
 
 def dies_after(monkeypatch, count: int) -> list[range]:
     """Calibration crashes when that many parts were seen; the parts, to be emptied to go on."""
-    see, parts = distributed.see, []
+    see, parts = distributed.collect_shard, []
 
     def crash(*arguments, **options):
         if len(parts) == count:
@@ -217,7 +217,7 @@ def test_a_run_killed_right_before_its_end_is_known_to_be_finished(float_folder,
     out, work = tmp_path / "q", tmp_path / ".q.work"
     run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out)
     work.mkdir()
-    digest = checksum._digest_of(out)
+    digest = checksum.folder_digest(out)
     (work / "finished.json").write_text(json.dumps({"output": digest}))
     told = run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out).stdout
     assert "had finished it" in told
@@ -270,8 +270,8 @@ def test_a_dead_run_does_not(tmp_path, caplog):
 
 def test_units_are_the_same_in_memory_and_in_a_folder(tmp_path):
     states = []
-    for work in (Work(), Work(tmp_path)):
-        source = open_source(tiny.pipeline())
+    for work in (TaskStore(), TaskStore(tmp_path)):
+        source = load_transformer(tiny.pipeline())
         recipe = hasty("w4a8", allocate={"budget": 5, "options": ["int4-2l-g64", "int8-row"]})
         quantize_sources([source], recipe, progress=False, work=work)
         states.append(source.model.state_dict())
@@ -285,7 +285,7 @@ def test_units_are_the_same_in_memory_and_in_a_folder(tmp_path):
 
 
 def test_a_damaged_unit_is_named(tmp_path):
-    work = Work(tmp_path)
+    work = TaskStore(tmp_path)
     work.save("a/b.c", {"x": torch.ones(3)}, {"y": 0.1})
     assert "a/b.c" in work
     tensors, data = work.load("a/b.c")

@@ -36,7 +36,7 @@ from torch._dynamo.testing import CompileCounter
 import dtq
 from dtq.nn import QuantLinear
 from dtq.nn.timestep_hook import install_clock
-from dtq.pipelines.loading import made_inputs
+from dtq.pipelines.loading import dummy_inputs
 from dtq.plan.step_policy import StepPolicy
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def quantized(name: str, acts: str = "int8-row", recipe: str = "rtn-w4a8") -> nn
 @functools.cache
 def calls(name: str) -> tuple[dict, ...]:
     """Arguments along a trajectory."""
-    return tuple(made_inputs(tiny.TRANSFORMERS[name](), 2, t, seed=1) for t in TIMES)
+    return tuple(dummy_inputs(tiny.TRANSFORMERS[name](), 2, t, seed=1) for t in TIMES)
 
 
 def outputs(model: nn.Module, inputs: tuple[dict, ...]) -> list[torch.Tensor]:
@@ -327,7 +327,7 @@ def test_caches_skip_what_they_skip_on_the_float_model(name, cache):
     if (name, cache) == ("sd3", first_block):
         pytest.skip("its last block returns no text, which this cache cannot do on any SD3")
     model = tiny.TRANSFORMERS[name]()
-    inputs = tuple(made_inputs(model, 2, t, seed=1) for t in STEPS)
+    inputs = tuple(dummy_inputs(model, 2, t, seed=1) for t in STEPS)
     want, calls_float, plain = cached(model, inputs, cache)
     got, calls_quantized, _ = cached(quantized(name, "int8-step"), inputs, cache)
     assert calls_quantized == calls_float < plain

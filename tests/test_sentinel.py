@@ -17,9 +17,9 @@ from torch import nn
 import dtq
 from dtq.checkpoint import writer
 from dtq.cli import main
-from dtq.errors import NumberError
+from dtq.errors import NonFiniteError
 from dtq.nn import QuantLinear
-from dtq.pipelines.loading import made_inputs
+from dtq.pipelines.loading import dummy_inputs
 from dtq.stages import sanity_check
 
 quantize = importlib.import_module("dtq.api")  # the package has a function of that name
@@ -82,9 +82,9 @@ def sabotage(monkeypatch, name: str, change) -> list[int]:
 
 def with_scale(factor: float, columns=slice(None)):
     def change(layer: QuantLinear) -> None:
-        scale = layer.part("weight_scale").clone()
+        scale = layer.packed_tensor("weight_scale").clone()
         scale[:, columns] *= factor
-        layer.fill({**layer.parts(), "weight_scale": scale})
+        layer.fill({**layer.packed_tensors(), "weight_scale": scale})
 
     return change
 
@@ -112,7 +112,7 @@ def test_a_broken_layer_is_promoted_to_int8_with_the_reason(factor, monkeypatch,
 
 def test_int8_that_fails_too_goes_back_to_the_float_layer(monkeypatch, tmp_path):
     sabotage(monkeypatch, Q, with_scale(math.nan))
-    promoted = sanity_check.built
+    promoted = sanity_check.build_quant_linear
     monkeypatch.setattr(
         sanity_check, "built", lambda *a: (new := promoted(*a), with_scale(math.nan)(new))[0]
     )
@@ -180,7 +180,7 @@ def test_overflow_of_float16_goes_up_until_it_fits(monkeypatch):
     """The float model stays just below 65504, and what 4 bits add to it is too much."""
     model = tiny.dit().half()
     layer = model.get_submodule("transformer_blocks.1.ff.net.0.proj")
-    inputs = [made_inputs(model, 1, t, 0) for t in (900.0, 500.0, 100.0)]
+    inputs = [dummy_inputs(model, 1, t, 0) for t in (900.0, 500.0, 100.0)]
     peaks = []
     handle = layer.register_forward_hook(lambda m, a, y: peaks.append(float(y.abs().max())))
     with torch.no_grad():
@@ -202,24 +202,24 @@ def test_overflow_of_float16_goes_up_until_it_fits(monkeypatch):
 def test_a_float_model_that_is_broken_itself_is_refused():
     model = tiny.dit()
     model.transformer_blocks[1].norm1.linear.bias.data[0] = math.nan
-    inputs = [made_inputs(model, 1, 500.0, 0)]
+    inputs = [dummy_inputs(model, 1, 500.0, 0)]
     words = r"the float model itself .* at step 0 \(timestep 500\).*transformer_blocks.1"
-    with pytest.raises(NumberError, match=words):
+    with pytest.raises(NonFiniteError, match=words):
         dtq.quantize(model, "rtn-w4a8", inputs=inputs, keep=["transformer_blocks.1*", "head"],
                      progress=False, **FEW)  # fmt: skip
 
 
 def test_what_no_layer_is_to_blame_for_is_said():
-    seen = sanity_check.Look(2, snr={"a": [30.0, 30.0], "b": [29.0, 1.0]}, variance=[1.0, math.nan])
-    assert sanity_check.findings(seen) == []
-    assert sanity_check.complaints(seen) == [
+    seen = sanity_check.SanityReport(2, snr={"a": [30.0, 30.0], "b": [29.0, 1.0]}, variance=[1.0, math.nan])
+    assert sanity_check.failures(seen) == []
+    assert sanity_check.warnings(seen) == [
         "b has 1.0 dB of signal left at call 1, 30.0 dB before it",
         "the variance of its outputs is nan times the float model's at call 1",
     ]
     seen.errors = {"b.x": [0.1, 0.2], "b.y": [0.0, 0.01], "c": [0.01, 0.01]}
-    assert [x.layer for x in sanity_check.findings(seen)] == ["b.x"]
+    assert [x.layer for x in sanity_check.failures(seen)] == ["b.x"]
     seen.errors = {"b.x": [0.01, 0.04], "b.y": [0.0, 0.01], "c": [0.001, 0.001]}
-    assert sanity_check.findings(seen) == []  # they err less than what is seen behind them
+    assert sanity_check.failures(seen) == []  # they err less than what is seen behind them
 
 
 def test_the_command_line_switches_it_off(float_folder, tmp_path, monkeypatch):

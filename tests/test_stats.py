@@ -10,7 +10,7 @@ import torch
 
 from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.observers import Channels, Gram, Origin, Reservoir, SiteStats
+from dtq.calibrate.observers import ChannelStats, HessianObserver, SampleOrigin, InputSample, InputStats
 from dtq.errors import CheckpointError, InputError
 
 K, BINS = 24, 4
@@ -20,13 +20,13 @@ ALL = frozenset({"channels", "gram", "reservoir"})
 def calls(count=12, rows=64):
     g = torch.Generator().manual_seed(0)
     branch = torch.arange(rows) * 2 // rows
-    return [(torch.randn(rows, K, generator=g), Origin(i % BINS, i, branch)) for i in range(count)]
+    return [(torch.randn(rows, K, generator=g), SampleOrigin(i % BINS, i, branch)) for i in range(count)]
 
 
-def seen(which) -> SiteStats:
-    stats = SiteStats(K, BINS, ALL)
+def seen(which) -> InputStats:
+    stats = InputStats(K, BINS, ALL)
     for x, origin in which:
-        stats.see(x, origin)
+        stats.observe(x, origin)
     return stats
 
 
@@ -49,20 +49,20 @@ def test_the_order_of_the_parts_does_not_matter():
 
 def test_channels_are_what_numpy_would_say():
     every = calls()
-    c = Channels(K, BINS)
+    c = ChannelStats(K, BINS)
     for x, origin in every:
-        c.see(x, origin)
+        c.observe(x, origin)
     rows = torch.cat([x for x, _ in every])
     second = torch.cat([x for x, o in every if o.bin == 2])
     torch.testing.assert_close(c.mean(), rows.mean(0), atol=1e-6, rtol=1e-5)
-    assert torch.equal(c.peaks()[2], second.abs().amax(0))
+    assert torch.equal(c.amax()[2], second.abs().amax(0))
 
 
 def test_gram_of_all_rows_is_exact():
     every = calls()
-    gram = Gram(K, per_call=1000)
+    gram = HessianObserver(K, per_call=1000)
     for x, origin in every:
-        gram.see(x, origin)
+        gram.observe(x, origin)
     rows = torch.cat([x for x, _ in every])
     torch.testing.assert_close(
         gram.second_moment(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
@@ -70,16 +70,16 @@ def test_gram_of_all_rows_is_exact():
 
 
 def test_gram_takes_at_most_its_share_of_a_call():
-    gram = Gram(K, per_call=10)
+    gram = HessianObserver(K, per_call=10)
     for x, origin in calls():
-        gram.see(x, origin)
+        gram.observe(x, origin)
     assert 60 <= int(gram.count) <= 120
 
 
 def test_reservoir_is_bounded_and_stratified():
-    reservoir = Reservoir(K, BINS, capacity=80)
+    reservoir = InputSample(K, BINS, capacity=80)
     for x, origin in calls(40):
-        reservoir.see(x, origin)
+        reservoir.observe(x, origin)
     counts = torch.bincount(reservoir.stratum, minlength=2 * BINS)
     assert counts.tolist() == [10] * (2 * BINS)
     everything = torch.cat([x for x, _ in calls(40)])
@@ -92,8 +92,8 @@ def test_statistics_survive_the_file(tmp_path):
     back = store.load(tmp_path / "s.safetensors")
     assert back.edges == stats.edges
     assert back.about == stats.about
-    for name, tensor in stats.sites["a.b"].tensors().items():
-        assert torch.equal(back.sites["a.b"].tensors()[name], tensor)
+    for name, tensor in stats.inputs["a.b"].tensors().items():
+        assert torch.equal(back.inputs["a.b"].tensors()[name], tensor)
     raw = (tmp_path / "s.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert list(header["__metadata__"]) == ["about", "dtq_statistics", "edges"]

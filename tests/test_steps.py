@@ -52,7 +52,7 @@ def test_each_range_runs_in_its_own_format(pipe):
     edges = [0.0, *policy["edges"], 1000.0]
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     obeyed = [run(model, t) for t in middles]
-    found = StepPolicy.checked(policy, "here")
+    found = StepPolicy.from_json(policy, "here")
     for t, mode, got in zip(middles, policy["modes"], obeyed, strict=True):
         install_clock(model, (), StepPolicy((), (mode,)))
         assert torch.equal(run(model, t), got)
@@ -110,7 +110,7 @@ def test_the_form_others_read_is_used_where_it_says_the_same(modes, counts, kind
     policy = StepPolicy(edges, modes, sum(counts), counts)
     data = policy.to_json()
     assert data["type"] == kind
-    assert StepPolicy.checked(data, "here") == policy
+    assert StepPolicy.from_json(data, "here") == policy
     if kind == "first_last_n":
         # the last range is the noisiest, which the sampler visits first
         assert data["first_steps"]["count"] == (counts[-1] if modes[-1] != "native" else 0)
@@ -130,7 +130,7 @@ def test_the_form_others_read_is_used_where_it_says_the_same(modes, counts, kind
 def test_a_damaged_policy_is_refused(change, says):
     data = StepPolicy((500.0,), ("native", "a16"), 10, (5, 5)).to_json() | change
     with pytest.raises(CheckpointError, match=says):
-        StepPolicy.checked(data, "config.json")
+        StepPolicy.from_json(data, "config.json")
 
 
 def test_unknown_modes_are_refused_in_the_recipe():

@@ -12,16 +12,16 @@ import time
 
 import pytest
 
-from dtq.errors import InputError, TeamError
-from dtq.runs.workers import Team
+from dtq.errors import InputError, WorkerError
+from dtq.runs.workers import Workers
 
 
 def talk(rank: int, size: int, port: int, patience: float, do, said) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "DTQ_TIMEOUT": str(patience)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        said.put((rank, do(Team.join())))
-    except TeamError as error:
+        said.put((rank, do(Workers.join())))
+    except WorkerError as error:
         said.put((rank, str(error)))
 
 
@@ -60,10 +60,10 @@ def test_everyone_hears_what_the_first_says():
 def test_a_second_command_of_the_same_processes_waits_too():
     def do(team):
         first = team.tell(1 if team.leads else None)
-        again = Team.join()
-        if again.leads:
+        again = Workers.join()
+        if again.is_main:
             time.sleep(0.5)
-        return [first, again.tell(2 if again.leads else None)]
+        return [first, again.broadcast(2 if again.is_main else None)]
 
     _, said = run(do)
     assert answers(said, 2) == {0: [1, 2], 1: [1, 2]}
@@ -115,7 +115,7 @@ def test_one_that_never_comes():
         port = free.getsockname()[1]
     said = multiprocessing.get_context("fork").Queue()
     child = multiprocessing.get_context("fork").Process(
-        target=talk, args=(0, 2, port, 1.0, Team.meet, said)
+        target=talk, args=(0, 2, port, 1.0, Workers.barrier, said)
     )
     child.start()
     assert "did not find each other" in said.get(timeout=60)[1]
@@ -126,11 +126,11 @@ def test_one_that_never_comes():
 def test_a_variable_that_is_no_number(name, monkeypatch):
     monkeypatch.setenv(name, "two")
     with pytest.raises(InputError, match=name):
-        Team.join()
+        Workers.join()
 
 
 def test_a_variable_that_is_missing(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(InputError, match="MASTER_ADDR is not set"):
-        Team.join()
+        Workers.join()

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from dtq.calibrate.observers import Origin, SiteStats
+from dtq.calibrate.observers import SampleOrigin, InputStats
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.linalg.hadamard import block_for, fwht, rotate, rotate_back, signs
-from dtq.transforms import TRANSFORMS, Chain, Diagonal, Online, Permutation, Rotation
+from dtq.transforms import TRANSFORMS, Chain, Diagonal, OnlineTransform, Permutation, Rotation
 from dtq.transforms.methods import incoherence, zigzag
-from dtq.transforms.smoothing import OVER, smoothing
+from dtq.transforms.smoothing import REDUCTIONS, smoothing
 
 K = 192
 
@@ -27,10 +27,10 @@ def salient(rows: int = 2048, seed: int = 0) -> torch.Tensor:
     return x
 
 
-def stats_of(x: torch.Tensor, bins: int = 4) -> SiteStats:
-    stats = SiteStats(x.shape[1], bins, frozenset({"channels", "gram", "reservoir"}))
+def stats_of(x: torch.Tensor, bins: int = 4) -> InputStats:
+    stats = InputStats(x.shape[1], bins, frozenset({"channels", "gram", "reservoir"}))
     for call, chunk in enumerate(x.split(256)):
-        stats.see(chunk, Origin(call % bins, call, torch.zeros(len(chunk), dtype=torch.int64)))
+        stats.observe(chunk, SampleOrigin(call % bins, call, torch.zeros(len(chunk), dtype=torch.int64)))
     return stats
 
 
@@ -42,10 +42,10 @@ def some_transforms():
         "rotation": Rotation(64),
         "chain": Chain((Diagonal(s), Rotation(16), Diagonal(s.flip(0)))),
         "empty": Chain(),
-        "online": Online.of(s, signs(K, 3), 64),
+        "online": OnlineTransform.of(s, signs(K, 3), 64),
         "permutation": Permutation(torch.randperm(K, generator=g)),
-        "dual": Rotation(16, turns=2),
-        "online dual": Online.of(s, signs(K, 3), 64, torch.randperm(K, generator=g), turns=2),
+        "dual": Rotation(16, num_rotations=2),
+        "online dual": OnlineTransform.of(s, signs(K, 3), 64, torch.randperm(K, generator=g), turns=2),
     }
 
 
@@ -123,9 +123,9 @@ GOLDEN_SIGNS = [1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0, 1.0]  # a file written toda
 def test_a_row_of_the_table_says_what_the_method_reads_and_whether_it_turns(name):
     row, stats = TRANSFORMS[name], stats_of(salient())
     w = torch.randn(64, K, generator=torch.Generator().manual_seed(4)) * 0.05
-    how = {"fmt": FORMATS["int4-row"], "acts": ACTS["int8-row"]}
+    how = {"fmt": FORMATS["int4-row"], "acts": ACTIVATION_FORMATS["int8-row"]}
     found = row.call([w], stats if row.needs else None, **how)
-    every = (found, *found.rivals)
+    every = (found, *found.runner_ups)
     assert row.rotates == any(choice.transform.block > 1 for choice in every)
 
 
@@ -135,13 +135,13 @@ def test_search_is_never_worse_than_none_smoothing_or_rotation_alone(fmt):
     stats = stats_of(x)
     g = torch.Generator().manual_seed(4)
     weights = [torch.randn(n, K, generator=g) * 0.05 for n in (128, 128, 64)]
-    how = {"fmt": FORMATS[fmt], "acts": ACTS["int8-row"]}
+    how = {"fmt": FORMATS[fmt], "acts": ACTIVATION_FORMATS["int8-row"]}
     found = TRANSFORMS["search"].call(weights, stats, **how)
     assert set(found.errors) == {"none", "smooth", "hadamard", "smooth + hadamard"}
 
-    from dtq.transforms.objective import _Judge
+    from dtq.transforms.objective import OutputErrorObjective
 
-    judge = _Judge(weights, stats, how["fmt"], how["acts"], 512)
+    judge = OutputErrorObjective(weights, stats, how["fmt"], how["acts"], 512)
     best = judge(found.transform)
     assert best == pytest.approx(min(found.errors.values()))
     for name in ("none", "hadamard"):
@@ -155,7 +155,7 @@ def test_search_is_never_worse_than_none_smoothing_or_rotation_alone(fmt):
 def test_smoothing_and_rotation_together_beat_each_alone_on_salient_inputs():
     stats = stats_of(salient())
     w = torch.randn(256, K, generator=torch.Generator().manual_seed(5)) * 0.05
-    found = TRANSFORMS["search"].call([w], stats, fmt=FORMATS["int4-row"], acts=ACTS["int8-row"])
+    found = TRANSFORMS["search"].call([w], stats, fmt=FORMATS["int4-row"], acts=ACTIVATION_FORMATS["int8-row"])
     alone = min(found.errors["smooth"], found.errors["hadamard"], found.errors["none"])
     assert found.errors["smooth + hadamard"] <= 0.7 * alone
 
@@ -164,15 +164,15 @@ def test_search_on_some_outputs_finds_what_the_search_on_all_finds_nearly():
     stats = stats_of(salient())
     g = torch.Generator().manual_seed(7)
     weights = [torch.randn(n, K, generator=g) * 0.05 for n in (512, 96)]
-    how = {"fmt": FORMATS["int4-2l-g64"], "acts": ACTS["int8-row"]}
+    how = {"fmt": FORMATS["int4-2l-g64"], "acts": ACTIVATION_FORMATS["int8-row"]}
     whole, few, more = (
         TRANSFORMS["search"].call(weights, stats, outputs=n, **how) for n in (512, 64, 9999)
     )
     assert torch.equal(whole.transform.scale, more.transform.scale)
 
-    from dtq.transforms.objective import _Judge
+    from dtq.transforms.objective import OutputErrorObjective
 
-    judge = _Judge(weights, stats, how["fmt"], how["acts"], 512)
+    judge = OutputErrorObjective(weights, stats, how["fmt"], how["acts"], 512)
     assert judge(few.transform) <= 1.02 * judge(whole.transform)
     assert few.errors != whole.errors
 
@@ -180,7 +180,7 @@ def test_search_on_some_outputs_finds_what_the_search_on_all_finds_nearly():
 def test_search_is_deterministic():
     stats = stats_of(salient())
     w = torch.randn(64, K, generator=torch.Generator().manual_seed(6))
-    how = {"fmt": FORMATS["int4-2l-g64"], "acts": ACTS["int8-row"]}
+    how = {"fmt": FORMATS["int4-2l-g64"], "acts": ACTIVATION_FORMATS["int8-row"]}
     a, b = (TRANSFORMS["search"].call([w], stats, **how) for _ in range(2))
     assert a.label == b.label
     assert torch.equal(a.transform.scale, b.transform.scale)
@@ -189,19 +189,19 @@ def test_search_is_deterministic():
 def test_ditas_is_never_worse_than_no_smoothing_or_either_end_of_its_grid():
     stats = stats_of(salient())
     w = torch.randn(128, K, generator=torch.Generator().manual_seed(7)) * 0.05
-    how = {"fmt": FORMATS["int4-row"], "acts": ACTS["int8-row"]}
+    how = {"fmt": FORMATS["int4-row"], "acts": ACTIVATION_FORMATS["int8-row"]}
     found = TRANSFORMS["ditas"].call([w], stats, **how)
     assert found.errors["smooth"] < 0.5 * found.errors["none"]
-    from dtq.transforms.objective import _Judge
+    from dtq.transforms.objective import OutputErrorObjective
 
-    judge = _Judge([w], stats, how["fmt"], how["acts"], 512)
+    judge = OutputErrorObjective([w], stats, how["fmt"], how["acts"], 512)
     for alpha in (0.0, 0.5, 1.0):
         s = TRANSFORMS["smooth"].call([w], stats, alpha=alpha, **how).transform
         assert judge(found.transform) <= judge(s)
 
 
 def test_ars_turns_twice_only_where_one_hadamard_leaves_outliers_at_any_scale():
-    how = {"fmt": FORMATS["int4-row"], "acts": ACTS["int8-row"]}
+    how = {"fmt": FORMATS["int4-row"], "acts": ACTIVATION_FORMATS["int8-row"]}
     w = torch.ones(8, K)
     calm = torch.randn(2048, K, generator=torch.Generator().manual_seed(8))
     # a different channel is large in every row: no fixed smoothing can help
@@ -210,9 +210,9 @@ def test_ars_turns_twice_only_where_one_hadamard_leaves_outliers_at_any_scale():
         1, torch.randint(0, K, (2048, 1), generator=g), torch.full((2048, 1), 300.0)
     )
     for factor in (1.0, 0.01):
-        assert TRANSFORMS["ars"].call([w], stats_of(calm * factor), **how).transform.turns == 1
+        assert TRANSFORMS["ars"].call([w], stats_of(calm * factor), **how).transform.num_rotations == 1
         found = TRANSFORMS["ars"].call([w], stats_of(wild * factor), block=8, **how)
-        assert found.transform.turns == 2
+        assert found.transform.num_rotations == 2
         once = TRANSFORMS["smooth-hadamard"].call([w], stats_of(wild * factor), block=8, **how)
         assert incoherence(found.transform.x(wild)) < 0.7 * incoherence(once.transform.x(wild))
 
@@ -220,7 +220,7 @@ def test_ars_turns_twice_only_where_one_hadamard_leaves_outliers_at_any_scale():
 def test_correlation_weighted_peaks_prefer_steps_that_miss_the_large_weights():
     w = torch.arange(1.0, 65.0)
     along, against = w.clone(), w.flip(0)
-    mixed = OVER["ssc"](torch.stack([along, against]), w)
+    mixed = REDUCTIONS["ssc"](torch.stack([along, against]), w)
     share = (mixed - along) / (against - along)
     assert torch.allclose(share[w != 32.5], torch.tensor(math.e**2 / (1 + math.e**2)), atol=1e-4)
 

@@ -10,9 +10,9 @@ bits, and one choice for all timesteps, because a second copy of a weight would 
 one saves.
 """
 
-from dtq.allocate.allocation import Allocation, Row, allocate, parse_budget, parse_size
+from dtq.allocate.allocation import Allocation, AllocationRow, allocate, parse_budget, parse_size
 from dtq.allocate.knapsack import LIMIT, Bounds, Option, knapsack
-from dtq.allocate.measure import Measured, damages, measure
+from dtq.allocate.measure import Measured, sensitivities, measure
 from dtq.allocate.metrics import GROUPS, METRICS, groups_of
 
 __all__ = [
@@ -23,9 +23,9 @@ __all__ = [
     "Bounds",
     "Measured",
     "Option",
-    "Row",
+    "AllocationRow",
     "allocate",
-    "damages",
+    "sensitivities",
     "groups_of",
     "knapsack",
     "measure",

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from dtq.allocate.knapsack import LIMIT, Bounds, Option, affordable, front_of, pick
-from dtq.allocate.measure import damages
+from dtq.allocate.knapsack import LIMIT, Bounds, Option, affordable, pareto_front, pick
+from dtq.allocate.measure import sensitivities
 from dtq.errors import InputError
 
 
 @dataclass(frozen=True)
-class Row:
+class AllocationRow:
     """What became of one item."""
 
     item: str
@@ -24,7 +24,7 @@ class Row:
     option: str
     bytes: int
     bits: float
-    damage: float
+    sensitivity: float
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class Allocation:
         rows: one per item.
         budget: bytes that were allowed.
         bytes: that are used.
-        damage: predicted: the sum over items, as if errors added up.
+        sensitivity: predicted: the sum over items, as if errors added up.
         lowest: the smallest choice there is, within the bounds of groups if there are any.
         highest: the cheapest choice of least damage, within the same.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[AllocationRow, ...]
     budget: int
     bytes: int
-    damage: float
+    sensitivity: float
     lowest: Option
     highest: Option
 
-    HEAD = ("item", "group", "option", "bytes", "bits", "damage")
+    HEAD = ("item", "group", "option", "bytes", "bits", "sensitivity")
 
     @property
     def choice(self) -> dict[str, str]:
@@ -57,7 +57,7 @@ class Allocation:
     def table(self) -> list[tuple[str, ...]]:
         """The rows as text, under ``HEAD``."""
         return [
-            (r.item, r.group, r.option, str(r.bytes), f"{r.bits:.2f}", f"{r.damage:.1e}")
+            (r.item, r.group, r.option, str(r.bytes), f"{r.bits:.2f}", f"{r.sensitivity:.1e}")
             for r in self.rows
         ]
 
@@ -73,7 +73,7 @@ def allocate(
     *,
     groups: Mapping[str, str],
     weights: Mapping[str, int],
-    decoupled: bool = True,
+    per_group_metric: bool = True,
     bounds: Bounds | None = None,
 ) -> Allocation:
     """The best options within a budget.
@@ -85,33 +85,33 @@ def allocate(
         budget: bytes for all items together.
         groups: item to a key of ``METRICS``, see :func:`groups_of`.
         weights: how many each item has.
-        decoupled: see :func:`damages`.
+        per_group_metric: see :func:`sensitivities`.
         bounds: least and most bytes of some groups.
 
     Raises:
         InputError: see :func:`knapsack`.
     """
-    hurts = damages(measured, groups, decoupled=decoupled)
+    hurts = sensitivities(measured, groups, per_group_metric=per_group_metric)
     tables = {
         item: [Option(o, costs[item][o], damage) for o, damage in options.items()]
         for item, options in hurts.items()
     }
-    front, names = front_of(tables, bounds or {}, groups, LIMIT)
+    front, names = pareto_front(tables, bounds or {}, groups, LIMIT)
     best = affordable(front, budget, sum(weights[item] for item in tables))
     lowest, chosen, highest = (pick(tables, front, names, at) for at in (0, best, -1))
     rows = tuple(
-        Row(i, groups[i], o.name, o.cost, 8 * o.cost / weights[i], o.damage)
+        AllocationRow(i, groups[i], o.name, o.cost, 8 * o.cost / weights[i], o.sensitivity)
         for i, o in chosen.items()
     )
     whole = _sum("chosen", chosen)
     return Allocation(
-        rows, budget, whole.cost, whole.damage, _sum("lowest", lowest), _sum("highest", highest)
+        rows, budget, whole.cost, whole.sensitivity, _sum("lowest", lowest), _sum("highest", highest)
     )
 
 
 def _sum(name: str, chosen: Mapping[str, Option]) -> Option:
     options = chosen.values()
-    return Option(name, sum(o.cost for o in options), sum(o.damage for o in options))
+    return Option(name, sum(o.cost for o in options), sum(o.sensitivity for o in options))
 
 
 UNITS = {

@@ -22,7 +22,7 @@ class Option:
 
     name: str
     cost: int
-    damage: float
+    sensitivity: float
 
 
 Bounds = Mapping[str, tuple[int, int]]
@@ -68,11 +68,11 @@ def knapsack(
         InputError: the budget is too small, says what the smallest is; a group cannot be within
             its bounds; an item has no option of finite damage.
     """
-    front, names = front_of(tables, bounds or {}, group_of or {}, limit)
+    front, names = pareto_front(tables, bounds or {}, group_of or {}, limit)
     return pick(tables, front, names, affordable(front, budget, weights))
 
 
-class Front(NamedTuple):
+class ParetoFront(NamedTuple):
     """Sums that some items can come to, by rising cost.
 
     Damages are whole numbers of 2^-60 of the largest sum: adding them in another order gives the
@@ -85,25 +85,25 @@ class Front(NamedTuple):
 
 
 def _finite(options: Sequence[Option]) -> list[Option]:
-    return [option for option in options if math.isfinite(option.damage)]
+    return [option for option in options if math.isfinite(option.sensitivity)]
 
 
-def front_of(
+def pareto_front(
     tables: Mapping[str, Sequence[Option]],
     bounds: Bounds,
     group_of: Mapping[str, str],
     limit: int,
-) -> tuple[Front, list[str]]:
+) -> tuple[ParetoFront, list[str]]:
     """The front of all items, and the items in the order of its picks."""
     if broken := [item for item, options in tables.items() if not _finite(options)]:
         raise InputError(
             f"{', '.join(broken)}: no option gives finite outputs; add a wider format, or keep them"
         )
     usable = {item: _finite(options) for item, options in tables.items()}
-    largest = sum(max(abs(o.damage) for o in options) for options in usable.values())
+    largest = sum(max(abs(o.sensitivity) for o in options) for options in usable.values())
     unit = max(largest, 1e-200) / 2**60
     singles = {
-        item: _single([(o.cost, round(o.damage / unit)) for o in options])
+        item: _single([(o.cost, round(o.sensitivity / unit)) for o in options])
         for item, options in usable.items()
     }
     start = _single([(0, 0)])._replace(picks=np.empty((1, 0), np.int16))
@@ -118,10 +118,10 @@ def front_of(
     return front, names
 
 
-def _single(points: Sequence[tuple[int, int]]) -> Front:
+def _single(points: Sequence[tuple[int, int]]) -> ParetoFront:
     order = sorted(range(len(points)), key=lambda i: points[i])
     array = np.array([points[i] for i in order], np.int64).reshape(-1, 2)
-    return Front(array, _hull(array), np.array(order, np.int16).reshape(-1, 1))
+    return ParetoFront(array, _hull(array), np.array(order, np.int16).reshape(-1, 1))
 
 
 def _hull(points: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -140,7 +140,7 @@ def _above(a: tuple[int, int], b: tuple[int, int], c: tuple[int, int]) -> bool:
     return (b[1] - a[1]) * (c[0] - a[0]) > (c[1] - a[1]) * (b[0] - a[0])
 
 
-def _add(a: Front, b: Front, limit: int, dominated: bool = False) -> Front:
+def _add(a: ParetoFront, b: ParetoFront, limit: int, dominated: bool = False) -> ParetoFront:
     """Everything of ``a`` with everything of ``b``; ``dominated`` keeps one sum of every cost."""
     points = (a.points[:, None] + b.points).reshape(-1, 2)
     order = np.lexsort((points[:, 1], points[:, 0]))
@@ -152,7 +152,7 @@ def _add(a: Front, b: Front, limit: int, dominated: bool = False) -> Front:
     hull = np.cumsum(np.concatenate([a.hull[:1] + b.hull[:1], edges]), axis=0)
     order = order[_thin(points[order], hull, limit)]
     i, j = np.divmod(order, len(b.points))
-    return Front(points[order], hull, np.hstack([a.picks[i], b.picks[j]]))
+    return ParetoFront(points[order], hull, np.hstack([a.picks[i], b.picks[j]]))
 
 
 def _thin(points: NDArray[np.int64], hull: NDArray[np.int64], limit: int) -> NDArray[np.intp]:
@@ -168,7 +168,7 @@ def _thin(points: NDArray[np.int64], hull: NDArray[np.int64], limit: int) -> NDA
     return np.union1d(nearest, vertices)
 
 
-def _within(front: Front, group: str, least: int, most: int, limit: int) -> Front:
+def _within(front: ParetoFront, group: str, least: int, most: int, limit: int) -> ParetoFront:
     cost = front.points[:, 0]
     inside = np.flatnonzero((cost >= least) & (cost <= most))
     if not len(inside):
@@ -178,10 +178,10 @@ def _within(front: Front, group: str, least: int, most: int, limit: int) -> Fron
         )
     hull = _hull(front.points[inside])
     inside = inside[_thin(front.points[inside], hull, limit)]
-    return Front(front.points[inside], hull, front.picks[inside])
+    return ParetoFront(front.points[inside], hull, front.picks[inside])
 
 
-def affordable(front: Front, budget: int, weights: int) -> int:
+def affordable(front: ParetoFront, budget: int, weights: int) -> int:
     """The last point within the budget."""
     best = int(np.searchsorted(front.points[:, 0], budget, side="right")) - 1
     if best < 0:
@@ -194,7 +194,7 @@ def affordable(front: Front, budget: int, weights: int) -> int:
 
 
 def pick(
-    tables: Mapping[str, Sequence[Option]], front: Front, names: Sequence[str], at: int
+    tables: Mapping[str, Sequence[Option]], front: ParetoFront, names: Sequence[str], at: int
 ) -> dict[str, Option]:
     picks = dict(zip(names, front.picks[at].tolist(), strict=True))
     return {item: _finite(options)[picks[item]] for item, options in tables.items()}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dtq.allocate.metrics import METRICS, content
-from dtq.nn.swap import placed
-from dtq.pipelines.recorded_calls import Recorded, moments, replay
-from dtq.runs.tasks import Work
+from dtq.nn.swap import temporarily_replaced
+from dtq.pipelines.recorded_calls import RecordedCall, by_timestep, replay
+from dtq.runs.tasks import TaskStore
 
 Measured = dict[str, dict[str, dict[str, float]]]
 """Item, option, metric to damage."""
@@ -22,12 +22,12 @@ Measured = dict[str, dict[str, dict[str, float]]]
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    calls: Sequence[Recorded],
+    calls: Sequence[RecordedCall],
     candidates: Mapping[str, Mapping[str, Mapping[str, nn.Module]]],
     *,
     progress: bool = True,
     what: str = "measure",
-    work: Work | None = None,
+    work: TaskStore | None = None,
 ) -> Measured:
     """Damage of each option of each item alone, everything else float, on the same inputs.
 
@@ -45,21 +45,21 @@ def measure(
         Every metric, averaged over the calls; infinite where an output was not finite.
     """
     assert calls, "nothing was recorded"
-    work = work or Work()
-    pairs = moments(calls)
+    work = work or TaskStore()
+    pairs = by_timestep(calls)
     units = {
         f"{what}/{item}/{option}": (item, option)
         for item, options in candidates.items()
         for option in options
     }
-    todo = work.todo(dict.fromkeys(units, 1.0))
+    todo = work.assigned(dict.fromkeys(units, 1.0))
     with tqdm(
         total=len(calls) * len(todo),
         desc=what, unit="call", disable=not progress, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         for unit in todo:
             item, option = units[unit]
-            with placed(model, candidates[item][option]):
+            with temporarily_replaced(model, candidates[item][option]):
                 found = []
                 for moment in pairs:
                     got = [replay(model, call) for call in moment]
@@ -67,14 +67,14 @@ def measure(
                     bar.update(len(moment))
             means = {name: sum(each[name] for each in found) / len(found) for name in METRICS}
             work.save(unit, {}, means)
-    work.meet()
+    work.barrier()
     measured: Measured = {item: {} for item in candidates}
     for unit, (item, option) in units.items():
         measured[item][option] = work.load(unit)[1]
     return measured
 
 
-def _compare(moment: Sequence[Recorded], got: Sequence[Tensor]) -> dict[str, float]:
+def _compare(moment: Sequence[RecordedCall], got: Sequence[Tensor]) -> dict[str, float]:
     latents = moment[0].latents
     half = len(latents) // 2
     guided = len(moment) == 2 or torch.equal(latents[:half], latents[half:])
@@ -83,11 +83,11 @@ def _compare(moment: Sequence[Recorded], got: Sequence[Tensor]) -> dict[str, flo
     return {name: metric(*pair) for name, metric in chosen.items()}
 
 
-def damages(
+def sensitivities(
     measured: Mapping[str, Mapping[str, Mapping[str, float]]],
     groups: Mapping[str, str],
     *,
-    decoupled: bool = True,
+    per_group_metric: bool = True,
 ) -> dict[str, dict[str, float]]:
     """One number per item and option, in units of the output's relative squared error.
 
@@ -103,13 +103,13 @@ def damages(
     Args:
         measured: from :func:`measure`; options mean the same for every item.
         groups: item to a key of ``METRICS``.
-        decoupled: otherwise ``d = mse``.
+        per_group_metric: otherwise ``d = mse``.
 
     Returns:
         Item, option to damage, infinite where an output was not finite.
     """
     plain = {i: {o: m["mse"] for o, m in options.items()} for i, options in measured.items()}
-    if not decoupled:
+    if not per_group_metric:
         return plain
     ranks = {i: {o: m[groups[i]] for o, m in options.items()} for i, options in measured.items()}
     whole: dict[tuple[str, str], float] = {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dtq.models import ROLES, Site
+from dtq.models import ROLES, InputGroup
 from dtq.pipelines.recorded_calls import relative_error
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -77,7 +77,7 @@ GROUPS: dict[str, str] = {
 """The metric that ranks the layers of a role (ours, for the paper's metrics see the module)."""
 
 
-def groups_of(sites: Iterable[Site]) -> dict[str, str]:
+def groups_of(sites: Iterable[InputGroup]) -> dict[str, str]:
     """The metric of each site, by the role of its first linear and by name for attention in time.
 
     Returns:

@@ -15,8 +15,8 @@ from torch import nn
 from dtq.demo import folder as demo_folder
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
-from dtq.nn.gelu import quicken
-from dtq.plan.layers import Runtime
+from dtq.nn.gelu import use_fast_gelu
+from dtq.plan.layers import LayerSpec
 from dtq.recipe.resolve import MODULATION
 
 OURS = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
@@ -119,7 +119,7 @@ def quantized(layer: nn.Linear, weights: str, acts: str = "int8-row") -> QuantLi
     fmt, w = FORMATS[weights], layer.weight.detach().float()
     block = 64 if layer.in_features % 64 == 0 else 1
     new = QuantLinear.in_place_of(
-        layer, Runtime(weights, acts, block, True), compute_dtype=torch.bfloat16
+        layer, LayerSpec(weights, acts, block, True), compute_dtype=torch.bfloat16
     )
     parts = fmt.pack(w, fmt.fit(w))
     parts["pre_quant_scale"] = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
@@ -145,7 +145,7 @@ def quantized_model(
             made.set_submodule(where, quantized(layer, OURS[name]))
         elif modulation and where.endswith(".linear") and layer.in_features % 64 == 0:
             made.set_submodule(where, weight_only(layer, modulation))
-    quicken(made)
+    use_fast_gelu(made)
     return made
 
 
@@ -153,8 +153,8 @@ def weight_only(layer: nn.Linear, weights: str) -> QuantLinear:
     """The layer with packed weights and float activations."""
     new = quantized(layer, weights, "none")
     plain = QuantLinear.in_place_of(
-        layer, Runtime(weights, "none"), compute_dtype=torch.bfloat16, device=layer.weight.device
+        layer, LayerSpec(weights, "none"), compute_dtype=torch.bfloat16, device=layer.weight.device
     )
-    plain.fill({n: t for n, t in new.parts().items() if n != "pre_quant_scale"})
+    plain.fill({n: t for n, t in new.packed_tensors().items() if n != "pre_quant_scale"})
     plain.bias = new.bias
     return plain

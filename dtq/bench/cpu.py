@@ -57,7 +57,7 @@ class Candidate:
 
 
 @dataclass
-class Row:
+class BenchRow:
     """What one candidate did at one size.
 
     Attributes:
@@ -82,17 +82,17 @@ class Result:
 
     suite: str
     conditions: dict[str, str | int]
-    rows: list[Row]
+    rows: list[BenchRow]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"verdict": verdict(self.rows)}
 
 
 def gemm(
-    *, quick: bool = False, rounds: int = 15, say: Callable[[list[Row]], None] | None = None
+    *, quick: bool = False, rounds: int = 15, say: Callable[[list[BenchRow]], None] | None = None
 ) -> Result:
     """Whole linears, bfloat16 in to bfloat16 out."""
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     for k, n in SHAPES[:3] if quick else SHAPES:
         layers = _layers(k, n)
         for m in TOKENS[:3] if quick else TOKENS:
@@ -106,10 +106,10 @@ def gemm(
 
 
 def e2e(
-    *, quick: bool = False, rounds: int = 15, say: Callable[[list[Row]], None] | None = None
+    *, quick: bool = False, rounds: int = 15, say: Callable[[list[BenchRow]], None] | None = None
 ) -> Result:
     """One denoising step of models of the shapes of DiT-XL/2, PixArt and FLUX, and the demo."""
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     for case in cases(quick):
         found = race(case.name, case.tokens, _steps(case.model, case.given), rounds)
         rows += found
@@ -136,7 +136,7 @@ def conditions(rounds: int) -> dict[str, str | int]:
     }
 
 
-def _note_shares(rows: Sequence[Row], operations: int) -> None:
+def _note_shares(rows: Sequence[BenchRow], operations: int) -> None:
     peak = cpu.peak() * torch.get_num_threads()
     for row in rows:
         if peak and row.name in OURS:
@@ -151,7 +151,7 @@ def race(
     rounds: int,
     clock: Clock | None = None,
     ours: Iterable[str] = tuple(OURS),
-) -> list[Row]:
+) -> list[BenchRow]:
     """Time candidates side by side; ratios are over each of ``ours``."""
     clock = clock or HostClock()
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
@@ -168,11 +168,11 @@ def race(
             for name in ours
             if name in times and name != c.name
         }
-        rows.append(Row(case, tokens, c.name, statistics.median(times[c.name]), c.bytes, ratio))
+        rows.append(BenchRow(case, tokens, c.name, statistics.median(times[c.name]), c.bytes, ratio))
     return rows
 
 
-def geometric_means(rows: Iterable[Row], ours: str) -> dict[tuple[int, str], float]:
+def geometric_means(rows: Iterable[BenchRow], ours: str) -> dict[tuple[int, str], float]:
     """By tokens and candidate: how many times as long as ours it takes, over all cases."""
     found: dict[tuple[int, str], list[float]] = {}
     for row in rows:
@@ -194,7 +194,7 @@ def ratios(result: Result, ours: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def verdict(rows: Sequence[Row]) -> str:
+def verdict(rows: Sequence[BenchRow]) -> str:
     """A plain sentence. Only what is faster than every float candidate is recommended."""
     many = [row for row in rows if row.tokens > 1]
     said = []
@@ -356,7 +356,7 @@ def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _bytes(rows: Iterable[Row], name: str) -> int:
+def _bytes(rows: Iterable[BenchRow], name: str) -> int:
     return sum(row.bytes for row in rows if row.name == name)
 
 

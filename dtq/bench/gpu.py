@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.bench.cases import OURS, quantized, quantized_model
-from dtq.bench.cpu import MODULES, Candidate, Result, Row, installed, race
+from dtq.bench.cpu import MODULES, Candidate, Result, BenchRow, installed, race
 from dtq.bench.timer import Clock, clock_of
 from dtq.errors import InputError
 from dtq.evaluate.baselines import BASELINES
@@ -51,14 +51,14 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def gemm(device: torch.device, quick: bool, rounds: int, clock: Clock) -> Iterator[list[Row]]:
+def gemm(device: torch.device, quick: bool, rounds: int, clock: Clock) -> Iterator[list[BenchRow]]:
     """Whole linears, bfloat16 in to bfloat16 out, and the bare products."""
     for k, n in SHAPES[::2] if quick else SHAPES:
         for m in TOKENS[::2] if quick else TOKENS:
             yield linear_race(m, k, n, rounds, device, clock)
 
 
-def e2e(device: torch.device, quick: bool, rounds: int, clock: Clock) -> Iterator[list[Row]]:
+def e2e(device: torch.device, quick: bool, rounds: int, clock: Clock) -> Iterator[list[BenchRow]]:
     """One denoising step of models with random weights, eager and compiled."""
     for case, make in (("flux", flux), ("dit", dit)):
         model, given, tokens = make(device, quick)
@@ -66,7 +66,7 @@ def e2e(device: torch.device, quick: bool, rounds: int, clock: Clock) -> Iterato
         del model, given  # before the next is made
 
 
-Races = Callable[[torch.device, bool, int, Clock], Iterator[list[Row]]]
+Races = Callable[[torch.device, bool, int, Clock], Iterator[list[BenchRow]]]
 
 
 def suite(
@@ -74,7 +74,7 @@ def suite(
     *,
     quick: bool = False,
     rounds: int = 15,
-    say: Callable[[list[Row]], None] | None = None,
+    say: Callable[[list[BenchRow]], None] | None = None,
     device: torch.device | None = None,
 ) -> Result:
     """Every race of a suite; ``say`` hears of each when it is over.
@@ -84,7 +84,7 @@ def suite(
     """
     device = device or gpu()
     clock = clock_of(device)
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     for found in races(device, quick, rounds, clock):
         rows += found
         if say:
@@ -123,7 +123,7 @@ def conditions(rounds: int, device: torch.device, clock: Clock) -> dict[str, str
 
 def linear_race(
     m: int, k: int, n: int, rounds: int, device: torch.device, clock: Clock
-) -> list[Row]:
+) -> list[BenchRow]:
     """Everybody's linear of one size, side by side."""
     torch.manual_seed(0)
     plain = nn.Linear(k, n, device=device, dtype=torch.bfloat16)
@@ -135,7 +135,7 @@ def linear_race(
     found = [
         *(ours(name, layer, x, count) for name, layer in layers.items()),
         *(product(name, plain, x, count) for name in OURS),
-        *(rival for rival in rivals(plain, x, count) if rival is not None),
+        *(rival for rival in peers(plain, x, count) if rival is not None),
     ]
     return race(f"{k} x {n}", m, found, rounds, clock, (*layers, *PRODUCTS))
 
@@ -157,14 +157,14 @@ def turning(runs: Sequence[Callable[[], object]]) -> Callable[[], object]:
 def ours(name: str, layer: nn.Module, x: Tensor, count: int) -> Candidate:
     """The quantized layer, dispatcher included."""
     size = sum(p.nbytes for p in layer.parameters())
-    return Candidate(name, spread(layer, x, count), size)
+    return Candidate(name, repeat_layer(layer, x, count), size)
 
 
 def product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     """The product of codes that are there already."""
     layer = quantized(plain, OURS[name])
     codes, scale = ops.quantize_rows(x, None, 1, None)
-    parts, op = layer.parts(), ops.w8a8_linear if name == "w8a8" else ops.w4a8_linear
+    parts, op = layer.packed_tensors(), ops.w8a8_linear if name == "w8a8" else ops.w4a8_linear
     names = [n for n in ("weight", "weight_scale", "weight_scale_2") if n in parts]
     sets = [
         (codes.clone(), scale, *(parts[n].clone() for n in names), layer.bias, x.dtype)
@@ -174,10 +174,10 @@ def product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     return Candidate(f"{name} product", turning([_bound(op, *s) for s in sets]), size)
 
 
-def rivals(plain: nn.Linear, x: Tensor, count: int) -> Iterable[Candidate | None]:
+def peers(plain: nn.Linear, x: Tensor, count: int) -> Iterable[Candidate | None]:
     """cuBLAS in bfloat16, torch's own 8-bit products, libraries that are installed."""
     k, n = plain.in_features, plain.out_features
-    yield Candidate("bf16", spread(plain, x, count), plain.weight.nbytes)
+    yield Candidate("bf16", repeat_layer(plain, x, count), plain.weight.nbytes)
     on_cpu = x.device.type == "cpu"
     if on_cpu or (len(x) > 16 and k % 8 == n % 8 == 0):
         codes = torch.randint(-127, 128, x.shape, dtype=torch.int8, device=x.device)
@@ -197,7 +197,7 @@ def rivals(plain: nn.Linear, x: Tensor, count: int) -> Iterable[Candidate | None
             holder = nn.Sequential(copy.deepcopy(plain))
             baseline.apply(holder, ["0"])
             size = math.ceil(baseline.bits(holder[0]) * k * n / 8)
-            yield Candidate(name, spread(holder[0], x, count), size)
+            yield Candidate(name, repeat_layer(holder[0], x, count), size)
 
 
 def _scaled_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
@@ -214,7 +214,7 @@ def _scaled_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     return Candidate("_scaled_mm e4m3", turning([_bound(run, *s) for s in sets]), b.numel())
 
 
-def spread(layer: nn.Module, x: Tensor, count: int) -> Callable[[], object]:
+def repeat_layer(layer: nn.Module, x: Tensor, count: int) -> Callable[[], object]:
     """Runs of ``count`` copies of a layer and its input, one after the other."""
     layers = [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
     return turning([_bound(each, x.clone()) for each in layers])
@@ -289,7 +289,7 @@ def model_race(
     rounds: int,
     clock: Clock,
     compiled: bool = True,
-) -> list[Row]:
+) -> list[BenchRow]:
     """A step of the float model and of ours, eager and compiled, one after the other.
 
     Bytes of a row are the most that was allocated during a step on a GPU, else the parameters'.

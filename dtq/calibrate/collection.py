@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtq.calibrate.observers import SiteStats
+from dtq.calibrate.observers import InputStats
 from dtq.errors import InputError
 
 
@@ -21,7 +21,7 @@ class Statistics:
         about: how it was made: model class, set, samples, steps, seed, parts.
     """
 
-    sites: Mapping[str, SiteStats]
+    inputs: Mapping[str, InputStats]
     edges: tuple[float, ...]
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -31,10 +31,10 @@ class Statistics:
         Raises:
             InputError: other sites or bins.
         """
-        if self.edges != other.edges or set(self.sites) != set(other.sites):
+        if self.edges != other.edges or set(self.inputs) != set(other.inputs):
             raise InputError("statistics of different models or bins cannot be merged")
-        self.sites = dict(self.sites)  # of a file they would be read anew
+        self.inputs = dict(self.inputs)  # of a file they would be read anew
         if "calls" in self.about and "calls" in other.about:
             self.about = {**self.about, "calls": self.about["calls"] + other.about["calls"]}
-        for name, stats in self.sites.items():
-            stats.merge(other.sites[name])
+        for name, stats in self.inputs.items():
+            stats.merge(other.inputs[name])

@@ -15,21 +15,21 @@ from pathlib import Path
 
 from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.engine import Drive, see
+from dtq.calibrate.engine import CalibrationRun, collect_shard
 from dtq.errors import CheckpointError
-from dtq.models import Site
-from dtq.pipelines.loading import Source
-from dtq.pipelines.settings import Calibration
-from dtq.runs.tasks import Work
+from dtq.models import InputGroup
+from dtq.pipelines.loading import LoadedModel
+from dtq.pipelines.settings import SamplingSettings
+from dtq.runs.tasks import TaskStore
 
 
-def gather(
-    source: Source,
-    sites: Sequence[Site],
-    calibration: Calibration,
+def calibrate_in_shards(
+    source: LoadedModel,
+    sites: Sequence[InputGroup],
+    calibration: SamplingSettings,
     needs: frozenset[str],
-    runs: Drive,
-    work: Work,
+    runs: CalibrationRun,
+    work: TaskStore,
     *,
     progress: bool = True,
 ) -> Path:
@@ -44,21 +44,21 @@ def gather(
     Raises:
         TeamError: another process died.
     """
-    parts, team = runs.parts(calibration.parts), work.team
+    parts, team = runs.shards(calibration.num_shards), work.workers
     names = "\n".join([*(site.name for site in sites), *sorted(needs)])
     path = work.path(f"statistics/{hashlib.sha256(names.encode()).hexdigest()[:16]}")
     assert path is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = team.tell(_parts_in(path) if team.leads else 0)
+    done = team.broadcast(_parts_in(path) if team.is_main else 0)
     for first in range(done, len(parts), team.size):
         mine, end = first + team.rank, min(first + team.size, len(parts))
         seen = None
         if mine < end:
-            seen = see(source, sites, calibration, needs, runs, parts[mine], progress=progress)
+            seen = collect_shard(source, sites, calibration, needs, runs, parts[mine], progress=progress)
         for turn in range(first, end):
             if turn == mine and seen is not None:
                 _add(path, seen, turn)
-            team.meet()
+            team.barrier()
     return path
 
 
@@ -75,12 +75,12 @@ def _parts_in(path: Path) -> int:
 
 def _add(path: Path, seen: Statistics, place: int) -> None:
     """Add part number ``place`` to those before it; ``seen`` is emptied, site by site."""
-    about, sites = seen.about, dict(seen.sites)
-    seen.sites = {}
+    about, sites = seen.about, dict(seen.inputs)
+    seen.inputs = {}
     if place:
         before = store.load(path)
         for name in list(sites):
-            site = before.sites[name]
+            site = before.inputs[name]
             site.merge(sites.pop(name))
             sites[name] = site
         about = {**about, "calls": before.about["calls"] + about["calls"]}

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.observers import Origin, SiteStats
+from dtq.calibrate.observers import SampleOrigin, InputStats
 from dtq.errors import InputError
-from dtq.models import Site, sibling_key
+from dtq.models import InputGroup, sibling_key
 from dtq.models.linears import rows_of
 from dtq.models.timestep import timestep_edges, timestep_of
 from dtq.pipelines import image_inputs, prompts
-from dtq.pipelines.loading import Source
-from dtq.pipelines.sampling import made_up, run_pipeline
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import LoadedModel
+from dtq.pipelines.sampling import dummy_batches, run_pipeline
+from dtq.pipelines.settings import SamplingSettings
 
 log = logging.getLogger("dtq")
 
@@ -32,7 +32,7 @@ _PLACES = 65537  # numbers for the calls of a batch; prime, for they decide whic
 
 
 @dataclass(frozen=True)
-class Drive:
+class CalibrationRun:
     """What the float model runs on, in batches that do not depend on who runs them.
 
     Attributes:
@@ -47,16 +47,16 @@ class Drive:
     run: Callable[[int], object]
     first: float | None = None
 
-    def parts(self, wanted: int) -> list[range]:
+    def shards(self, wanted: int) -> list[range]:
         """The batches in at most ``wanted`` runs of nearly equal length."""
         count = min(wanted, self.batches)
         cuts = [i * self.batches // count for i in range(count + 1)]
         return [range(a, b) for a, b in itertools.pairwise(cuts)]
 
 
-def drive(
-    source: Source, calibration: Calibration, inputs: Sequence[dict[str, Any]] | None = None
-) -> Drive:
+def calibration_run(
+    source: LoadedModel, calibration: SamplingSettings, inputs: Sequence[dict[str, Any]] | None = None
+) -> CalibrationRun:
     """How to run the float model.
 
     A pipeline runs its own sampler, both branches of guidance included. A bare transformer runs
@@ -72,14 +72,14 @@ def drive(
     """
     model, pipeline = source.model, source.pipeline
     if inputs is None and pipeline is not None:
-        requests = prompts.load(calibration.set, pipeline, calibration.samples)
-        batch = image_inputs.wanted(pipeline, calibration).batch(calibration.batch)
+        requests = prompts.load(calibration.prompts, pipeline, calibration.samples)
+        batch = image_inputs.wanted(pipeline, calibration).batch(calibration.batch_size)
         batches = -(-len(requests.entries) // batch)
 
         def generate(i: int) -> object:
             return list(run_pipeline(pipeline, requests, calibration, "latent", [i * batch]))
 
-        return Drive("pipeline", batches, generate)
+        return CalibrationRun("pipeline", batches, generate)
     origin = "given"
     if inputs is None:
         log.warning(
@@ -87,18 +87,18 @@ def drive(
             "Activations of real pictures differ; give the pipeline when you have it.",
             type(model).__name__,
         )
-        inputs, origin = list(made_up(source, calibration)), "made up"
+        inputs, origin = list(dummy_batches(source, calibration)), "made up"
     if not inputs:
         raise InputError("inputs is empty: nothing to calibrate on")
     calls = inputs
     first = timestep_of(model, (), calls[0])
-    return Drive(origin, len(calls), lambda i: model(**calls[i]), first)
+    return CalibrationRun(origin, len(calls), lambda i: model(**calls[i]), first)
 
 
 def calibrate(
-    source: Source,
-    sites: Sequence[Site],
-    calibration: Calibration,
+    source: LoadedModel,
+    sites: Sequence[InputGroup],
+    calibration: SamplingSettings,
     needs: frozenset[str],
     *,
     inputs: Iterable[dict[str, Any]] | None = None,
@@ -117,26 +117,26 @@ def calibrate(
     Raises:
         InputError: the model cannot be driven; says what would.
     """
-    runs = drive(source, calibration, None if inputs is None else list(inputs))
+    runs = calibration_run(source, calibration, None if inputs is None else list(inputs))
     total: Statistics | None = None
-    parts = runs.parts(calibration.parts)
+    parts = runs.shards(calibration.num_shards)
     for part in parts:
-        seen = see(source, sites, calibration, needs, runs, part, progress=progress)
+        seen = collect_shard(source, sites, calibration, needs, runs, part, progress=progress)
         if total is None:
             total = seen
         else:
             total.merge(seen)
     assert total is not None
     total.about["parts"] = len(parts)
-    return lent(total)
+    return fill_from_sibling_experts(total)
 
 
-def see(
-    source: Source,
-    sites: Sequence[Site],
-    calibration: Calibration,
+def collect_shard(
+    source: LoadedModel,
+    sites: Sequence[InputGroup],
+    calibration: SamplingSettings,
     needs: frozenset[str],
-    runs: Drive,
+    runs: CalibrationRun,
     part: range,
     *,
     progress: bool = True,
@@ -149,7 +149,7 @@ def see(
         part: which batches.
         progress: show a bar over all batches, those of other parts included.
     """
-    watch = _Watch(source, sites, calibration.bins, needs, runs.first)
+    watch = CalibrationHooks(source, sites, calibration.num_timestep_bins, needs, runs.first)
     per_batch = calibration.steps if runs.origin == "pipeline" else 1
     with (
         watch.hooks(),
@@ -177,14 +177,14 @@ def see(
     return Statistics(watch.stats, tuple(watch.edges), about)
 
 
-def portions(
-    sites: Sequence[Site], bins: int, needs: frozenset[str], memory: int
-) -> list[list[Site]]:
+def memory_batches(
+    sites: Sequence[InputGroup], bins: int, needs: frozenset[str], memory: int
+) -> list[list[InputGroup]]:
     """The sites in runs whose statistics fit in ``memory`` bytes; a site alone always does."""
-    found: list[list[Site]] = [[]]
+    found: list[list[InputGroup]] = [[]]
     free = memory
     for site in sites:
-        size = SiteStats.nbytes(site.columns, bins, needs)
+        size = InputStats.nbytes(site.columns, bins, needs)
         if size > free and found[-1]:
             found.append([])
             free = memory
@@ -193,13 +193,13 @@ def portions(
     return found
 
 
-def lent(statistics: Statistics) -> Statistics:
+def fill_from_sibling_experts(statistics: Statistics) -> Statistics:
     """Sites that saw nothing take what their siblings saw: experts read the same stream."""
-    names = sorted(statistics.sites)  # one order, wherever they are kept: it decides how sums round
-    idle = {name for name in names if not len(statistics.sites[name].channels.peaks())}
+    names = sorted(statistics.inputs)  # one order, wherever they are kept: it decides how sums round
+    idle = {name for name in names if not len(statistics.inputs[name].channels.amax())}
     if not idle:
         return statistics  # left where it is: on disk it may not fit in memory
-    stats = dict(statistics.sites)
+    stats = dict(statistics.inputs)
     for name in sorted(idle):
         key = sibling_key(name)
         lenders = [n for n in names if n not in idle and sibling_key(n) == key != name]
@@ -212,19 +212,19 @@ def lent(statistics: Statistics) -> Statistics:
     return Statistics(stats, statistics.edges, statistics.about)
 
 
-class _Watch:
+class CalibrationHooks:
     """The hooks, and the statistics that they feed."""
 
     def __init__(
         self,
-        source: Source,
-        sites: Sequence[Site],
+        source: LoadedModel,
+        sites: Sequence[InputGroup],
         bins: int,
         needs: frozenset[str],
         first: float | None,
     ) -> None:
         self.model, self.sites, self.bins, self.first = source.model, sites, bins, first
-        self.stats = {s.name: SiteStats(s.columns, bins, needs) for s in sites}
+        self.stats = {s.name: InputStats(s.columns, bins, needs) for s in sites}
         self.top = source.family.largest_timestep if source.family else 0.0
         self.edges: list[float] = []
         self.calls = 0
@@ -266,11 +266,11 @@ class _Watch:
         self.place += 1
         self.tick()
 
-    def _see(self, stats: SiteStats) -> Callable[..., None]:
+    def _see(self, stats: InputStats) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             rows = rows_of(module, args[0])
             halves = 2 if self.batch > 1 and len(rows) % 2 == 0 else 1
             branch = torch.arange(len(rows)) * halves // max(1, len(rows))
-            stats.see(rows, Origin(self.bin, self.place, branch.clamp(max=1)))
+            stats.observe(rows, SampleOrigin(self.bin, self.place, branch.clamp(max=1)))
 
         return hook

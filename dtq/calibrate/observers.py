@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Origin:
+class SampleOrigin:
     """Where a batch of rows comes from.
 
     Attributes:
@@ -30,10 +30,10 @@ class Origin:
     branch: Tensor
 
 
-class Stat(Protocol):
+class Observer(Protocol):
     """One accumulator over the rows of an input."""
 
-    def see(self, rows: Tensor, origin: Origin) -> None:
+    def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
         """Take in float rows (R, K)."""
 
     def merge(self, other: Self) -> None:
@@ -49,7 +49,7 @@ class Stat(Protocol):
         """Inverse of :meth:`tensors`."""
 
 
-class Channels:
+class ChannelStats:
     """Per timestep bin and channel: minimum, maximum, sum, sum of squares; per bin: rows.
 
     Tensors: ``low, high, total, square`` float32 (bins, K); ``rows`` int64 (bins,).
@@ -62,7 +62,7 @@ class Channels:
         self.square = torch.zeros(bins, columns, dtype=torch.float64)
         self.rows = torch.zeros(bins, dtype=torch.int64)
 
-    def see(self, rows: Tensor, origin: Origin) -> None:
+    def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
         b = origin.bin
         low, high = rows.amin(0).cpu(), rows.amax(0).cpu()
         self.low[b] = torch.minimum(self.low[b], low)
@@ -85,7 +85,7 @@ class Channels:
         for key in self.tensors():
             setattr(self, key, tensors[key])
 
-    def peaks(self) -> Tensor:
+    def amax(self) -> Tensor:
         """Largest magnitude per bin and channel, float32 (bins, K); empty bins are left out."""
         peaks = torch.maximum(self.low.abs(), self.high.abs())
         return peaks[self.rows > 0]
@@ -96,23 +96,23 @@ class Channels:
         return mean.float()
 
 
-GRAM_ROWS = 512
+HESSIAN_ROWS = 512
 """Rows of a call that count in the second moment."""
 
 
-class Gram:
+class HessianObserver:
     """Second moment: the sum of ``rows.T @ rows`` over a sample of rows, and how many.
 
     At most ``per_call`` rows of a call count, evenly spaced, so the cost stays below that of the
     layer itself. Tensors: ``gram`` float32 (K, K), ``count`` int64 (1,).
     """
 
-    def __init__(self, columns: int, per_call: int = GRAM_ROWS) -> None:
+    def __init__(self, columns: int, per_call: int = HESSIAN_ROWS) -> None:
         self.per_call = per_call
         self.gram = torch.zeros(columns, columns)
         self.count = torch.zeros(1, dtype=torch.int64)
 
-    def see(self, rows: Tensor, origin: Origin) -> None:
+    def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
         sample = rows[_spread(len(rows), self.per_call, origin.call)].float()
         self.gram = self.gram.to(rows.device).addmm_(sample.T, sample)
         self.count += len(sample)
@@ -132,7 +132,7 @@ class Gram:
         return self.gram / self.count.clamp(min=1).to(self.gram)
 
 
-class Reservoir:
+class InputSample:
     """A sample of rows, the same number for every timestep bin and guidance branch.
 
     A row keeps its place by a hash of where it comes from (bottom-k sampling): each stratum holds
@@ -148,7 +148,7 @@ class Reservoir:
         self.key = torch.empty(0, dtype=torch.int64)
         self.stratum = torch.empty(0, dtype=torch.int64)
 
-    def see(self, rows: Tensor, origin: Origin) -> None:
+    def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
         key = _hash(origin.call * 1_000_003 + torch.arange(len(rows)))
         stratum = origin.bin * 2 + origin.branch
         # a call can add at most a stratum's worth: choose before copying rows off the device
@@ -171,18 +171,18 @@ class Reservoir:
         self.key, self.stratum = key[keep], stratum[keep]
 
 
-STATS = {"channels": Channels, "gram": Gram, "reservoir": Reservoir}
+OBSERVERS = {"channels": ChannelStats, "gram": HessianObserver, "reservoir": InputSample}
 """What a site can remember, by the name that methods ask for it."""
 
 
-class SiteStats:
+class InputStats:
     """The accumulators of one site (linears that share an input)."""
 
     def __init__(self, columns: int, bins: int, wanted: frozenset[str]) -> None:
         self.columns, self.bins = columns, bins
-        self.channels = Channels(columns, bins)
-        self.gram = Gram(columns) if "gram" in wanted else None
-        self.reservoir = Reservoir(columns, bins) if "reservoir" in wanted else None
+        self.channels = ChannelStats(columns, bins)
+        self.gram = HessianObserver(columns) if "gram" in wanted else None
+        self.sample = InputSample(columns, bins) if "reservoir" in wanted else None
 
     @staticmethod
     def nbytes(columns: int, bins: int, wanted: frozenset[str]) -> int:
@@ -191,12 +191,12 @@ class SiteStats:
         gram = columns**2 if "gram" in wanted else 0
         return 4 * (gram + rows * columns) + 24 * bins * columns
 
-    def see(self, rows: Tensor, origin: Origin) -> None:
+    def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
         """Take in float rows (R, K) of any float dtype; rows are read as float32."""
         for stat in self._stats().values():
-            stat.see(rows.float(), origin)
+            stat.observe(rows.float(), origin)
 
-    def merge(self, other: SiteStats) -> None:
+    def merge(self, other: InputStats) -> None:
         theirs = other._stats()
         for name, stat in self._stats().items():
             stat.merge(theirs[name])  # type: ignore[arg-type]
@@ -221,8 +221,8 @@ class SiteStats:
             )
         return stats
 
-    def _stats(self) -> dict[str, Channels | Gram | Reservoir]:
-        every = {"channels": self.channels, "gram": self.gram, "reservoir": self.reservoir}
+    def _stats(self) -> dict[str, ChannelStats | HessianObserver | InputSample]:
+        every = {"channels": self.channels, "gram": self.gram, "reservoir": self.sample}
         return {name: stat for name, stat in every.items() if stat is not None}
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.observers import SiteStats
+from dtq.calibrate.observers import InputStats
 from dtq.errors import CheckpointError, InputError
-from dtq.io.atomic import replace_file
-from dtq.io.safe_parse import numbers, parse_json
+from dtq.io.atomic import atomic_replace
+from dtq.io.safe_parse import is_finite_numbers, parse_json
 
 VERSION = "1"
 
@@ -31,7 +31,7 @@ def save(statistics: Statistics, path: Path) -> None:
     """
     tensors = {
         f"{site}|{key}": tensor.contiguous()
-        for site, stats in statistics.sites.items()
+        for site, stats in statistics.inputs.items()
         for key, tensor in stats.tensors().items()
     }
     metadata = {
@@ -44,7 +44,7 @@ def save(statistics: Statistics, path: Path) -> None:
         save_file(tensors, draft, metadata)
         _order_metadata(draft)
 
-    replace_file(path, write)
+    atomic_replace(path, write)
 
 
 def _order_metadata(path: Path) -> None:
@@ -92,7 +92,7 @@ def load(*paths: Path) -> Statistics:
 
 def _edges(path: Path, text: str) -> list[float]:
     edges: Any = parse_json(text, f"{path}: edges")
-    if not numbers(edges) or edges != sorted(edges):
+    if not is_finite_numbers(edges) or edges != sorted(edges):
         raise CheckpointError(f"{path}: 'edges' must be a rising list of numbers")
     found: list[float] = edges
     return found
@@ -148,18 +148,18 @@ _PARTS = {
 _PARTS_OF = Counter(kind for kind, _, _ in _PARTS.values())
 
 
-class _OnDisk(Mapping[str, SiteStats]):
+class _OnDisk(Mapping[str, InputStats]):
     """Sites by name, read anew at every look: of a large model they do not fit in memory."""
 
     def __init__(self, where: dict[str, Path]) -> None:
         self.where = where
 
-    def __getitem__(self, name: str) -> SiteStats:
+    def __getitem__(self, name: str) -> InputStats:
         with _opened(self.where[name]) as file:
             keys = [k for k in file.keys() if k.split("|")[0] == name]  # noqa: SIM118
             tensors = {k.split("|")[1]: file.get_tensor(k) for k in keys}
         self._check(name, tensors)
-        return SiteStats.from_tensors(tensors)
+        return InputStats.from_tensors(tensors)
 
     def _check(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Values that are counts or places; what is measured is judged where it is used."""

@@ -10,7 +10,7 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from dtq.errors import CheckpointError, InputError
-from dtq.plan.layers import LoadPlan
+from dtq.plan.layers import CheckpointSpec
 
 FORMAT_VERSION = 1
 """Version of the checkpoint format; a loader refuses newer ones."""
@@ -91,14 +91,14 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
             k: v for k, v in self.to_dict().items() if k == "quant_method" or v != default.get(k)
         }
 
-    def load_plan(self) -> LoadPlan:
+    def load_plan(self) -> CheckpointSpec:
         """What to build before the weights are read.
 
         Raises:
             CheckpointError: a field is damaged.
         """
         runtime = self.extra.get("runtime")
-        return LoadPlan.checked(self.layers, self.timestep_edges, "config.json", runtime)
+        return CheckpointSpec.from_json(self.layers, self.timestep_edges, "config.json", runtime)
 
     def _check_saved(self) -> None:
         version = self.format_version

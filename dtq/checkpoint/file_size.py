@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dtq.formats import Spec
+from dtq.formats import TensorSpec
 
 
 def file_bytes(
@@ -26,7 +26,7 @@ def file_bytes(
     offset = 0
     for name in order:
         shape, dtype = tensors[name]
-        size = Spec(tuple(shape), dtype).nbytes
+        size = TensorSpec(tuple(shape), dtype).nbytes
         header[name] = {
             "dtype": SAFETENSORS_DTYPES[dtype],
             "shape": list(shape),

@@ -72,7 +72,7 @@ def _table(models: dict[str, nn.Module]) -> list[str]:
     for name, model in models.items():
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
         every = sum(is_linear(m) for m in model.modules())
-        size = sum(spec.nbytes for m in layers for spec in m.specs().values())
+        size = sum(spec.nbytes for m in layers for spec in m.tensor_specs().values())
         count = sum(m.in_features * m.out_features for m in layers)
         title = f"`{name}`, {type(model).__name__}" if name else type(model).__name__
         config = _config(model)

@@ -27,9 +27,9 @@ from dtq.io.checksum import _signed, checksum
 from dtq.io.safe_parse import read_json
 from dtq.models.linears import shape_of
 from dtq.nn.swap import planned_linears
-from dtq.pipelines.loading import Components, denoisers_on_disk, folder_kind
+from dtq.pipelines.loading import Components, diffusion_transformers_on_disk, folder_kind
 from dtq.pipelines.validation import PICKLES, check_folder, check_shapes
-from dtq.plan.layers import LoadPlan
+from dtq.plan.layers import CheckpointSpec
 
 CHECKSUMS = "dtq_checksums"
 """int32 (2 + tensors,): format version; CRC-32 of the names, dtypes and shapes (:func:`outline`);
@@ -102,15 +102,15 @@ class Reader:
         self.sums = dict(zip(names, sums, strict=True))
         self._refuses: dict[str, Callable[[Tensor], str | None]] = {}
 
-    def expect(self, plan: LoadPlan) -> None:
+    def expect(self, plan: CheckpointSpec) -> None:
         """Ask the values of the planned parts, too, from now on."""
         for name, layer in plan.layers.items():
             # what is asked does not depend on the shape: any that every format accepts will do
-            for part, spec in layer.stored((1024, 1024)).items():
-                if spec.refuses is not None:
-                    self._refuses[f"{name}.{part}"] = spec.refuses
+            for part, spec in layer.tensor_specs((1024, 1024)).items():
+                if spec.unsupported_reason is not None:
+                    self._refuses[f"{name}.{part}"] = spec.unsupported_reason
 
-    def check_plan(self, plan: LoadPlan, model: nn.Module) -> None:
+    def check_plan(self, plan: CheckpointSpec, model: nn.Module) -> None:
         """Every planned part is there with its shape, and what else the float model holds.
 
         Args:
@@ -124,7 +124,7 @@ class Reader:
         for name, module in planned_linears(model, plan).items():
             shape = shape_of(module)
             try:
-                parts = plan.layers[name].checked_for(shape, plan.bins)
+                parts = plan.layers[name].validated_for(shape, plan.bins)
             except InputError as error:
                 raise CheckpointError(f"config.json: layers[{name!r}]: {error}") from error
             for part, spec in parts.items():
@@ -211,7 +211,7 @@ def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
     check_folder(path)
     folders = {"transformer": path}
     if kind == "pipeline":
-        names = denoisers_on_disk(path) if component == "auto" else component
+        names = diffusion_transformers_on_disk(path) if component == "auto" else component
         folders = {n: path / n for n in ([names] if isinstance(names, str) else names)}
     found = {}
     for name, folder in folders.items():

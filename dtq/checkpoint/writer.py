@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from dtq.checkpoint.model_card import card
-from dtq.io.atomic import whole_folder
+from dtq.io.atomic import atomic_directory
 from dtq.io.safe_parse import read_json
 from dtq.pipelines import call_defaults
 
@@ -29,7 +29,7 @@ def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str
         InputError: the folder is not empty, or cannot be made.
     """
     out = Path(out)
-    with whole_folder(out, overwrite=overwrite) as side:
+    with atomic_directory(out, overwrite=overwrite) as side:
         save_into(saveable, side, shard)
     return out
 
@@ -41,17 +41,17 @@ def save_into(
     read from; ``report`` is what the card says was measured."""
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
-        forget_path(config)
+        drop_name_or_path(config)
     if isinstance(saveable, DiffusionPipeline):
         call_defaults.write(folder, call_defaults.of(saveable))
     if getattr(saveable, "labels", None):
-        _remember_labels(saveable.labels, folder / "model_index.json")
+        _keep_class_labels(saveable.labels, folder / "model_index.json")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)  # the safetensors writer leaves its files private
     (folder / "README.md").write_text(card(saveable, report), encoding="utf-8")
 
 
-def _remember_labels(labels: Mapping[str, int], index: Path) -> None:
+def _keep_class_labels(labels: Mapping[str, int], index: Path) -> None:
     """``DiTPipeline`` takes ``id2label`` and does not save it."""
     names: dict[str, list[str]] = {}
     for name, number in labels.items():
@@ -61,7 +61,7 @@ def _remember_labels(labels: Mapping[str, int], index: Path) -> None:
     index.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def forget_path(config: Path) -> None:
+def drop_name_or_path(config: Path) -> None:
     """Where the model was read from is nobody's business, and makes equal models unequal."""
     data = read_json(config)
     if data.pop("_name_or_path", None) is not None:

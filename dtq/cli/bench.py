@@ -13,7 +13,7 @@ from dtq.bench.cpu import SUITES, ratios
 from dtq.cli.output import print_bench, print_race
 from dtq.evaluate.optional_packages import need
 from dtq.evaluate.report import plots
-from dtq.io.atomic import write_whole
+from dtq.io.atomic import atomic_write
 from dtq.kernels import LIBRARIES
 
 
@@ -61,7 +61,7 @@ def bench(
     finally:
         torch.set_num_threads(before)
     if json_file is not None:
-        write_whole(json_file, json.dumps(result.to_json(), indent=1) + "\n")
+        atomic_write(json_file, json.dumps(result.to_json(), indent=1) + "\n")
     if plot is not None:
-        write_whole(plot, plots.bench(ratios(result, "w4a8"), "w4a8"))
+        atomic_write(plot, plots.bench(ratios(result, "w4a8"), "w4a8"))
     print_bench(result)

@@ -17,12 +17,12 @@ import torch
 from dtq.checkpoint import reader
 from dtq.cli.options import calibration_of, listed, pairs, quiet, sampling_options
 from dtq.cli.output import or_dash, table
-from dtq.errors import InputError, NumberError
-from dtq.io.atomic import write_folder, write_whole
-from dtq.io.safe_parse import finite, read_json
+from dtq.errors import InputError, NonFiniteError
+from dtq.io.atomic import make_directory, atomic_write
+from dtq.io.safe_parse import finite_or_null, read_json
 from dtq.pipelines import loading, prompts
 from dtq.pipelines.sampling import run_pipeline
-from dtq.runs.workers import Team
+from dtq.runs.workers import Workers
 
 _ON_SHEET = 64
 """Pictures of one sheet at most."""
@@ -83,14 +83,14 @@ def sample(
         if entries
         else prompts.load("auto", opened.pipeline, count)
     )
-    places = team.deal(len(requests.entries), how.batch)
+    places = team.shard(len(requests.entries), how.batch_size)
     left = iter(places)
     shown: dict[int, torch.Tensor] = {}  # on the sheet
     with torch.no_grad():
         for result in run_pipeline(opened.pipeline, requests, how, only=places):
             for made in images.shown(result):
                 if not made.isfinite().all():
-                    raise NumberError(
+                    raise NonFiniteError(
                         f"{model}: the pictures hold numbers that are not finite. DTQ_DEBUG_NAN=1 "
                         f"dtq sample ... names the first layer and step; --dtype bf16 has more "
                         f"range than fp16"
@@ -116,7 +116,7 @@ def sample(
         if first.ndim == 4:  # a row of frames each
             rows = [images.strip(video) for video in every]
         page = images.sheet(rows, scale=2 if first.shape[-1] <= 128 else 1)
-        write_whole(output / "sheet.png", images.png(page))
+        atomic_write(output / "sheet.png", images.png(page))
     click.echo(f"{output}: {count} {what}")
 
 
@@ -125,12 +125,12 @@ def _write(made: torch.Tensor, path: Path, rate: int) -> None:
     from dtq.evaluate.metrics import images
 
     suffix, data = images.encoded(made, rate)
-    write_folder(path.parent)
-    write_whole(path.with_suffix(suffix), data)
+    make_directory(path.parent)
+    atomic_write(path.with_suffix(suffix), data)
     if made.ndim == 4:
-        write_folder(path)
+        make_directory(path)
         for k, frame in enumerate(made):
-            write_whole(path / f"{k:04d}.png", images.file(frame))
+            atomic_write(path / f"{k:04d}.png", images.file(frame))
 
 
 @click.command("eval")
@@ -226,17 +226,17 @@ def evaluate(
     from dtq.evaluate.report.quantization_report import quantization_report
 
     team = _team(output)
-    quiet = as_json or not team.leads
+    quiet = as_json or not team.is_main
     say: Callable[[str], None] = (
         (lambda line: None) if quiet else (lambda line: click.echo(f"  {line}"))
     )
-    asked = requested_metrics.Asked(
+    asked = requested_metrics.MetricRequest(
         tuple(listed(metrics)) or (("fid",) if fid else ()), fid, features,
         pairs(weights, "--extractor"), reference_set,
     )  # fmt: skip
     asked.check()
     # a gate must never read an older run than the one that failed
-    if output is not None and team.leads:
+    if output is not None and team.is_main:
         (output / "eval.json").unlink(missing_ok=True)
     if npz and (output is None or not asked.distributions):
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
@@ -252,18 +252,18 @@ def evaluate(
     result.quantization = quantization
     result.command = f"dtq {shlex.join(sys.argv[1:])}"
     if output is not None:
-        write_folder(output)
+        make_directory(output)
         shutil.rmtree(output / ".shares", ignore_errors=True)
-        for side, crowd in result.crowds.items():
+        for side, crowd in result.image_sets.items():
             crowd.save(output / f"features-{side}.safetensors")
             if npz:
-                adm_suite.write(crowd.pictures, output / f"{side}.npz")
-        write_whole(output / "eval.json", run_file.text(result.to_json()))
-        write_whole(output / "report.html", html.render(result))
+                adm_suite.write(crowd.images, output / f"{side}.npz")
+        atomic_write(output / "eval.json", run_file.text(result.to_json()))
+        atomic_write(output / "report.html", html.render(result))
         if keep_pictures:
-            evaluate.write_pictures(result, output)
+            evaluate.write_images(result, output)
     if as_json:
-        click.echo(json.dumps(finite(result.to_json())))
+        click.echo(json.dumps(finite_or_null(result.to_json())))
         sys.exit(3 if result.run is not None and result.run.missing else 0)
     table(
         ("model", "per-step error", "worst step", "bits", "PSNR", "SSIM", "FID to float"),
@@ -280,8 +280,8 @@ def evaluate(
             for r in result.rows
         ],
     )
-    if result.figures:
-        table(html.FIGURES, [html.figure_cells(each) for each in result.figures])
+    if result.metrics:
+        table(html.FIGURES, [html.figure_cells(each) for each in result.metrics])
         click.echo(html.figure_conditions(result))
     click.echo(html.verdict(result)[1])
     if output is not None:
@@ -292,24 +292,24 @@ def evaluate(
         sys.exit(3)
 
 
-def _team(output: Path | None) -> Team:
+def _team(output: Path | None) -> Workers:
     """The processes that share the pictures.
 
     Raises:
         InputError: several, and no folder that all of them see.
     """
-    team = Team.join()
+    team = Workers.join()
     if team.size > 1 and output is None:
         raise InputError("several processes share a folder that all of them see; give it: -o")
-    click.get_current_context().with_resource(quiet(not team.leads))
+    click.get_current_context().with_resource(quiet(not team.is_main))
     return team
 
 
-def _open(model: str, dtype: str) -> loading.Source:
+def _open(model: str, dtype: str) -> loading.LoadedModel:
     """Open a model; a dtq checkpoint is verified first, so that damage is one clear line."""
     path = Path(model)
     if path.is_dir() and loading.folder_kind(path) == "pipeline":
-        configs = [path / name / "config.json" for name in loading.denoisers_on_disk(path)]
+        configs = [path / name / "config.json" for name in loading.diffusion_transformers_on_disk(path)]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
             reader.verify(path)
-    return loading.open_source(model, dtype=dtype)
+    return loading.load_transformer(model, dtype=dtype)

@@ -127,11 +127,11 @@ def check(
     """
     from dtq.evaluate import run_file
     from dtq.evaluate.gate import render
-    from dtq.evaluate.gate.decision import Outcome, judge
+    from dtq.evaluate.gate.decision import Outcome, decide
     from dtq.evaluate.gate.policy import Policy
 
     mine, theirs = run_file.read(run), run_file.read(baseline)
-    found = judge(mine, theirs, Policy.load(policy))
+    found = decide(mine, theirs, Policy.load(policy))
     text = run_file.text(found.to_json())
     if out is not None:
         out.write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from dtq.errors import InputError
 from dtq.io.safe_parse import parse_yaml
 from dtq.pipelines import loading
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe
 
 
@@ -170,9 +170,9 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
     data[path[-1]] = value
 
 
-def calibration_of(*, arguments: Sequence[str], images: str | None, **job: Any) -> Calibration:
+def calibration_of(*, arguments: Sequence[str], images: str | None, **job: Any) -> SamplingSettings:
     """What a pipeline is to run: the job's own options, and those of :func:`call_options`."""
-    return Calibration(**job, arguments=arguments_of(arguments), images=images or "")
+    return SamplingSettings(**job, pipeline_args=arguments_of(arguments), images=images or "")
 
 
 def arguments_of(options: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from dtq.bench.cases import OURS
-from dtq.bench.cpu import Result, Row, geometric_means, verdict
+from dtq.bench.cpu import Result, BenchRow, geometric_means, verdict
 from dtq.estimate.size import Estimate
 from dtq.kernels import explain
 from dtq.models import Scan
@@ -31,7 +31,7 @@ def plan_json(plan: Plan, cost: Estimate, scan: Scan) -> dict[str, Any]:
         **plan.to_json(),
         "family": scan.family,
         "traced": scan.traced,
-        "unmatched": scan.unmatched,
+        "unmatched": scan.unsupported,
         "bytes": cost.file,
         "bytes_most": cost.file_most,
         "memory": cost.memory,
@@ -54,7 +54,7 @@ def inspected(folder: Path) -> dict[str, Any]:
             "acts": m.acts,
             "hadamard": m.task.block,
             "bits": 8
-            * sum(s.nbytes for s in m.specs().values())
+            * sum(s.nbytes for s in m.tensor_specs().values())
             / (m.in_features * m.out_features),
             "kernel": m.kernel.name,
             "kernels": explain(m.task, (m.out_features, m.in_features)),
@@ -103,15 +103,15 @@ def print_kernels(rows: Sequence[dict[str, Any]]) -> None:
 def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
     rows = []
     for x in plan.layers:
-        how = "kept" if x.kept else f"{x.transform.name}, {x.solver.name}"
-        bits = "" if x.kept else f"{x.bits(plan.bins):.2f}"
+        how = "kept" if x.unquantized else f"{x.transform.name}, {x.solver.name}"
+        bits = "" if x.unquantized else f"{x.bits(plan.bins):.2f}"
         rows.append(
             (
                 x.name,
                 x.role,
                 "x".join(map(str, x.shape)),
-                x.weights or "-",
-                x.acts if not x.kept else "-",
+                x.weight_format or "-",
+                x.activation_format if not x.unquantized else "-",
                 bits,
                 how,
                 x.note,
@@ -129,7 +129,7 @@ def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
         click.echo(
             f"{len(other)} linears that no rule knows: {', '.join(other[:6])}{' ...' if len(other) > 6 else ''}"
         )
-    for name, what in _each_once(scan.unmatched).items():
+    for name, what in _each_once(scan.unsupported).items():
         click.echo(f"kept, {what}: {name}")
     click.echo(f"attention and feed-forward  {plan.bits(plan.gemm()):.3f} bits per weight")
     if modulation:
@@ -139,7 +139,7 @@ def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
     )
     if cost.file_most > cost.file:
         click.echo(
-            f"  at most                   {size(cost.file_most)} if the whole budget is spent ({chosen.allocate.budget or chosen.guard.budget})"
+            f"  at most                   {size(cost.file_most)} if the whole budget is spent ({chosen.allocate.budget or chosen.promote.budget})"
         )
     click.echo(f"peak memory                 about {size(cost.memory)}")
     click.echo(f"disk while it runs          about {size(cost.disk)}")
@@ -150,7 +150,7 @@ def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
 
 def print_result(report: Report, output: Path, seconds: float) -> None:
     plan = report.plan
-    watched = {x["layer"] for x in report.sentinel.get("promoted", [])}
+    watched = {x["layer"] for x in report.sanity_check.get("promoted", [])}
     promoted = [x for x in report.layers if x.promoted and x.name not in watched]
     worst = sorted(
         (x for x in report.layers if x.error is not None), key=lambda x: -(x.error or 0)
@@ -161,7 +161,7 @@ def print_result(report: Report, output: Path, seconds: float) -> None:
     if worst:
         table(
             ("worst layers", "weights", "output error", "transform"),
-            [(x.name, x.weights, f"{x.error:.1e}", x.transform) for x in worst],
+            [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst],
         )
     other = [x.name for x in plan.layers if x.role == "other"]
     if other:
@@ -173,25 +173,25 @@ def print_result(report: Report, output: Path, seconds: float) -> None:
         spent, allowed = report.allocation["bytes"], report.allocation["budget"]
         inputs = ", ".join(f"{n} inputs in {option}" for option, n in chosen.most_common())
         click.echo(f"budget: {size(spent)} of {size(allowed)} spent; {inputs}")
-    blocks = report.refine.get("blocks", [])
+    blocks = report.finetune.get("blocks", [])
     if blocks:
         better = [b for b in blocks if b["accepted"] and b["before"] and b["after"]]
         gain = numbers.median(b["after"] / b["before"] for b in better) if better else 1.0
         click.echo(
             f"fine-tuned {len(better)} of {len(blocks)} blocks, median block error x {gain:.2f}"
         )
-    if report.steps:
-        counts = zip(report.steps["modes"], report.steps["counts"], strict=True)
+    if report.step_policy:
+        counts = zip(report.step_policy["modes"], report.step_policy["counts"], strict=True)
         said = ", then ".join(f"{mode} for {n}" for mode, n in reversed(list(counts)))
-        click.echo(f"step policy over {report.steps['num_inference_steps']} steps: {said}")
+        click.echo(f"step policy over {report.step_policy['num_inference_steps']} steps: {said}")
     for x in promoted:
-        click.echo(f"promoted {x.name} to {x.weights}: error {x.error_before:.1e} -> {x.error:.1e}")
-    for x in report.sentinel.get("promoted", []):
+        click.echo(f"promoted {x.name} to {x.weight_format}: error {x.error_before:.1e} -> {x.error:.1e}")
+    for x in report.sanity_check.get("promoted", []):
         click.echo(f"sentinel: {x['layer']} to {x['to']}: {x['why']}")
     click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
 
 
-def print_race(rows: Sequence[Row]) -> None:
+def print_race(rows: Sequence[BenchRow]) -> None:
     """One size, as soon as it is measured."""
     shares = any(row.share is not None for row in rows)
     table(

@@ -16,22 +16,22 @@ import torch
 from dtq.allocate import parse_size
 from dtq.api import quantize_sources
 from dtq.calibrate import store
-from dtq.calibrate.observers import STATS
+from dtq.calibrate.observers import OBSERVERS
 from dtq.checkpoint import reader, writer
 from dtq.cli.options import memory_option, model_options, quiet, recipe_options, recipe_with
 from dtq.cli.output import plan_json, print_plan, print_result, size
 from dtq.errors import InputError
 from dtq.estimate.hardware import reading_time
 from dtq.estimate.size import estimate
-from dtq.io.memory import keep_freed
-from dtq.io.safe_parse import finite
+from dtq.io.memory import tune_malloc
+from dtq.io.safe_parse import finite_or_null
 from dtq.pipelines import loading
 from dtq.plan.layers import Plan
-from dtq.runs.run_dir import job
-from dtq.runs.workers import Team
-from dtq.stages.calibrate import calibrate_source, needs_of
+from dtq.runs.run_dir import run_directory
+from dtq.runs.workers import Workers
+from dtq.stages.calibrate import calibrate_source, statistics_needed
 from dtq.stages.plan import plan_source
-from dtq.stages.run_identity import inputs_of
+from dtq.stages.run_identity import run_identity
 
 fresh_option = click.option(
     "--fresh", is_flag=True, help="Forget what an interrupted run finished."
@@ -87,43 +87,43 @@ def quantize(
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
     dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
     """
-    keep_freed()
+    tune_malloc()
     chosen = recipe_with(choices)
-    team = Team.join()
+    team = Workers.join()
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
     with (
-        quiet(as_json or not team.leads),
-        job(output, team, fresh=fresh, overwrite=overwrite) as run,
+        quiet(as_json or not team.is_main),
+        run_directory(output, team, fresh=fresh, overwrite=overwrite) as run,
     ):
         if run.finished:
             told = (output / "dtq_report.json").read_text(encoding="utf-8")
             click.echo(told if as_json else f"{output}: the run before had finished it")
             return
-        opened = loading.open_sources(model, dtype=dtype, component=components or "auto")
+        opened = loading.load_transformers(model, dtype=dtype, component=components or "auto")
         for each in opened:
             _, plan = plan_source(each, chosen, keep)
             _check_disk(each.model, plan, each.dtype, output)
-        inputs = inputs_of(opened, chosen, chosen.needs(), keep, stats) if team.leads else {}
+        inputs = run_identity(opened, chosen, chosen.needs(), keep, stats) if team.is_main else {}
         run.begin(inputs, parse_size(memory) if memory else None)
         reports = quantize_sources(
             opened,
             chosen,
             statistics=statistics,
             skip=keep,
-            progress=team.leads and not as_json,
-            work=run.work,
+            progress=team.is_main and not as_json,
+            work=run.tasks,
             memory=run.memory,
             last_look=sentinel,
         )
-        if not team.leads:
+        if not team.is_main:
             return
         first = opened[0]
         saveable = first.pipeline if first.pipeline is not None else first.model
         data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
         if len(data) == 1:
             (data,) = data.values()
-        data = finite(data)
+        data = finite_or_null(data)
         with run.result() as side:
             writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
             text = json.dumps(data, indent=1) + "\n"
@@ -158,15 +158,15 @@ def plan(
     \b
     dtq plan demo --recipe w4a8
     """
-    keep_freed()
+    tune_malloc()
     chosen = recipe_with(choices)
     every: dict[str, dict[str, Any]] = {}
-    found = loading.skeletons(model, components or "auto")
+    found = loading.meta_models(model, components or "auto")
     folder = Path(model)
     driven = not folder.exists() or loading.folder_kind(folder) == "pipeline"
     for name, (skeleton, on_disk) in found.items():
         compute = on_disk if dtype == "auto" else loading.DTYPES[dtype]
-        opened = loading.Source(model, None, name, skeleton)
+        opened = loading.LoadedModel(model, None, name, skeleton)
         scan, resolved = plan_source(opened, chosen, keep)
         cost = estimate(
             skeleton,
@@ -174,7 +174,7 @@ def plan(
             resolved,
             chosen,
             compute,
-            needs=needs_of(chosen, driven),
+            needs=statistics_needed(chosen, driven),
             memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
             mapped=compute == on_disk,
             driven=driven,
@@ -218,13 +218,13 @@ def calibrate(
     dtq calibrate demo -o demo-stats.safetensors
     dtq quantize demo --recipe w4a8 --stats demo-stats.safetensors -o demo-w4a8
     """
-    keep_freed()
+    tune_malloc()
     chosen = recipe_with(choices)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
-    team = Team.join()
-    with quiet(not team.leads), job(output, team, fresh=fresh, file=True) as run:
-        every = loading.open_sources(model, dtype=dtype, component=components or "auto")
+    team = Workers.join()
+    with quiet(not team.is_main), run_directory(output, team, fresh=fresh, file=True) as run:
+        every = loading.load_transformers(model, dtype=dtype, component=components or "auto")
         if len(every) > 1:
             found = ", ".join(each.component for each in every)
             raise InputError(
@@ -233,16 +233,16 @@ def calibrate(
         (opened,) = every
         scan, _ = plan_source(opened, chosen)
         # everything, whatever this recipe needs: the file then serves other recipes too
-        needs = frozenset(STATS)
-        run.begin(inputs_of(every, chosen, needs) if team.leads else {})
+        needs = frozenset(OBSERVERS)
+        run.begin(run_identity(every, chosen, needs) if team.is_main else {})
         statistics = calibrate_source(
-            opened, scan, chosen, needs, progress=team.leads, memory=run.memory, work=run.work
+            opened, scan, chosen, needs, progress=team.is_main, memory=run.memory, work=run.tasks
         )
-        if not team.leads:
+        if not team.is_main:
             return
         store.save(statistics, output)
     click.echo(
-        f"{output}: {len(statistics.sites)} inputs, {statistics.about['calls']} model calls, {size(output.stat().st_size)}"
+        f"{output}: {len(statistics.inputs)} inputs, {statistics.about['calls']} model calls, {size(output.stat().st_size)}"
     )
 
 

@@ -18,7 +18,7 @@ from dtq.errors import InputError
 
 
 @torch.no_grad()
-def harden(
+def inject_outliers(
     model: nn.Module,
     *,
     share: float = 0.04,

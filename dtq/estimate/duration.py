@@ -11,17 +11,17 @@ import psutil
 import torch
 from torch import nn
 
-from dtq.calibrate.engine import portions
-from dtq.calibrate.observers import GRAM_ROWS
+from dtq.calibrate.engine import memory_batches
+from dtq.calibrate.observers import HESSIAN_ROWS
 from dtq.estimate.hardware import multiply_rate, touch
 from dtq.estimate.solver_cost import kind, paces
-from dtq.io.schema import Call
+from dtq.io.schema import MethodSpec
 from dtq.models import Scan
-from dtq.pipelines.sampling import made_up_calls
+from dtq.pipelines.sampling import count_dummy_calls
 from dtq.plan.layers import Plan
 from dtq.recipe.resolve import Recipe
 from dtq.stages import sanity_metrics
-from dtq.stages.candidates import JUDGES, RECORDED
+from dtq.stages.candidates import NUM_INPUTS, RECORDED_SAMPLES
 
 TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
 LOOKED = 1.3  # time of a call of the last look over that of another: layers are compared in it
@@ -52,14 +52,14 @@ class Runs:
 def runs_of(model: nn.Module, recipe: Recipe, driven: bool = True) -> Runs:
     """The calls that a recipe makes; a model without a pipeline gets a few made-up ones."""
     c = recipe.calibration
-    batches, steps = -(-c.samples // c.batch), c.steps or _STEPS
+    batches, steps = -(-c.samples // c.batch_size), c.steps or _STEPS
     if not driven:
-        looked = 2 * made_up_calls(sanity_metrics.short(recipe))
-        return Runs(made_up_calls(c), c.batch, steps, 1, looked)
+        looked = 2 * count_dummy_calls(sanity_metrics.short(recipe))
+        return Runs(count_dummy_calls(c), c.batch_size, steps, 1, looked)
     distilled = bool(getattr(getattr(model, "config", None), "guidance_embeds", False))
     branches = 1 if distilled or 0 < c.guidance <= 1 else 2
     looked = 3 * branches * min(steps, sanity_metrics.STEPS)
-    pictures = branches * min(c.batch, c.samples)
+    pictures = branches * min(c.batch_size, c.samples)
     return Runs(batches * steps, pictures, steps, branches, looked)
 
 
@@ -99,27 +99,27 @@ def seconds(
     total = looks * LOOKED * forward(runs.branches)
     total += forward(TRACED_BATCH) + 2 * reading  # traced, hashed, solved
     if needs:
-        sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
+        sites = [s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)]
         room = memory or psutil.virtual_memory().available // 2
-        passes = len(portions(sites, recipe.calibration.bins, needs, room))
+        passes = len(memory_batches(sites, recipe.calibration.num_timestep_bins, needs, room))
         total += passes * runs.calls * forward(runs.pictures)
         if "gram" in needs:
-            counted = runs.calls * min(GRAM_ROWS, runs.pictures * _rows(scan))
+            counted = runs.calls * min(HESSIAN_ROWS, runs.pictures * _rows(scan))
             total += counted * sum(2 * s.columns**2 for s in sites) / rate
     sampled = runs.calls * runs.pictures * _rows(scan)
     total += _solving(scan, plan, recipe, needs, rate, sampled)
-    refined = recipe.refine.name != "none"
-    if recipe.compare or recipe.allocate.budget or recipe.steps.modes or refined:
-        total += runs.steps * forward(RECORDED * runs.branches)
-    call = forward(RECORDED * runs.branches)
-    total += (1 + len(recipe.compare)) * JUDGES * call if recipe.compare else 0.0
+    refined = recipe.finetune.name != "none"
+    if recipe.transform_candidates or recipe.allocate.budget or recipe.step_policy.precisions or refined:
+        total += runs.steps * forward(RECORDED_SAMPLES * runs.branches)
+    call = forward(RECORDED_SAMPLES * runs.branches)
+    total += (1 + len(recipe.transform_candidates)) * NUM_INPUTS * call if recipe.transform_candidates else 0.0
     if recipe.allocate.budget:
-        judged = sum(any(not plan[x.name].kept for x in s.linears) for s in scan.sites)
-        total += judged * len(recipe.allocate.options) * recipe.allocate.calls * call
+        judged = sum(any(not plan[x.name].unquantized for x in s.linears) for s in scan.input_groups)
+        total += judged * len(recipe.allocate.formats) * recipe.allocate.num_inputs * call
     if refined:
         blocks = len({x.name.split(".")[1] for x in plan.gemm() if "." in x.name})
         # a step trains one block, three times its forward; inputs are captured block by block
-        total += (3 * dict(recipe.refine.knobs).get("steps", 100) + 40 * blocks) * call
+        total += (3 * dict(recipe.finetune.knobs).get("steps", 100) + 40 * blocks) * call
     return total
 
 
@@ -128,13 +128,13 @@ def _solving(
 ) -> float:
     """Of every layer, in every version of it that the recipe compares."""
     versions = [plan.quantized()]
-    for other in recipe.compare:
-        versions.append([replace(x, transform=Call(other)) for x in plan.gemm()])
-    for option in recipe.allocate.options if recipe.allocate.budget else ():
-        versions.append([replace(x, weights=option) for x in plan.gemm() if x.weights != option])
+    for other in recipe.transform_candidates:
+        versions.append([replace(x, transform=MethodSpec(other)) for x in plan.gemm()])
+    for option in recipe.allocate.formats if recipe.allocate.budget else ():
+        versions.append([replace(x, weights=option) for x in plan.gemm() if x.weight_format != option])
     layers = [layer for version in versions for layer in version]
     known = paces(layers, recipe, needs, rate, sampled)
-    readers = {x.name: len(s.linears) for s in scan.sites for x in s.linears}
+    readers = {x.name: len(s.linears) for s in scan.input_groups for x in s.linears}
     return sum(
         known[kind(x)].seconds(x.shape, rate, "gram" in needs, readers[x.name]) for x in layers
     )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dtq.allocate import parse_budget
-from dtq.calibrate.observers import SiteStats
+from dtq.calibrate.observers import InputStats
 from dtq.checkpoint.reader import predicted_bytes
 from dtq.estimate.duration import runs_of, seconds
 from dtq.linalg.cholesky import factor_cost
@@ -74,7 +74,7 @@ def estimate(
     tensors = file_tensors(model, plan, dtype)
     file = predicted_bytes(tensors)
     gemm = sum(math.prod(x.shape) for x in plan.gemm())
-    spare = max(0.0, recipe.guard.budget - plan.bits(plan.gemm())) if recipe.guard.to else 0.0
+    spare = max(0.0, recipe.promote.budget - plan.bits(plan.gemm())) if recipe.promote.to else 0.0
     most = file + round(spare * gemm / 8)
     if recipe.allocate.budget:
         allowed = parse_budget(str(recipe.allocate.budget), gemm)
@@ -87,7 +87,7 @@ def estimate(
     time = None
     if scan.traced:
         time = seconds(scan, plan, recipe, needs, runs, dtype, memory=memory, reading=reading)
-    bins = recipe.calibration.bins
+    bins = recipe.calibration.num_timestep_bins
     return Estimate(
         file,
         most,
@@ -108,7 +108,7 @@ def file_tensors(
         kept = torch.float32 if any(part in wide for part in key.split(".")) else dtype
         tensors[key] = (tuple(tensor.shape), kept if tensor.is_floating_point() else tensor.dtype)
     for layer in plan.quantized():
-        for part, spec in layer.stored(plan.bins).items():
+        for part, spec in layer.tensor_specs(plan.bins).items():
             tensors[f"{layer.name}.{part}"] = (spec.shape, spec.dtype)
     return tensors
 
@@ -142,11 +142,11 @@ def peak_memory(
         mapped: whether the file has that dtype, so that it is mapped and not read.
     """
     statistics, working = 0, 0
-    for site in scan.sites:
-        counts = [math.prod(plan[x.name].shape) for x in site.linears if not plan[x.name].kept]
+    for site in scan.input_groups:
+        counts = [math.prod(plan[x.name].shape) for x in site.linears if not plan[x.name].unquantized]
         if not counts:
             continue
-        seen = SiteStats.nbytes(site.columns, bins, needs) if needs else 0
+        seen = InputStats.nbytes(site.columns, bins, needs) if needs else 0
         statistics += seen
         # the weights of the site, and what is made of one of them on the way to its codes
         solving = 4 * sum(counts) + COPIES * 4 * max(counts) + seen
@@ -181,10 +181,10 @@ def disk_needed(
         written: of the output.
         memory: most bytes of statistics in memory; a file with them is replaced by the next.
     """
-    kept = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
-    seen = sum(SiteStats.nbytes(s.columns, recipe.calibration.bins, needs) for s in kept)
+    kept = [s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)]
+    seen = sum(InputStats.nbytes(s.columns, recipe.calibration.num_timestep_bins, needs) for s in kept)
     seen = seen if needs else 0
-    options = len(recipe.allocate.options) - 1 if recipe.allocate.budget else 0
+    options = len(recipe.allocate.formats) - 1 if recipe.allocate.budget else 0
     units = sum(x.nbytes(plan.bins) for x in plan.quantized())
-    others = sum(x.nbytes(plan.bins) for x in plan.gemm()) * (len(recipe.compare) + options)
+    others = sum(x.nbytes(plan.bins) for x in plan.gemm()) * (len(recipe.transform_candidates) + options)
     return seen + max(min(seen, memory or seen), units + others + written)

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtq.calibrate.observers import Origin, Reservoir, SiteStats
-from dtq.io.schema import Call
+from dtq.calibrate.observers import SampleOrigin, InputSample, InputStats
+from dtq.io.schema import MethodSpec
 from dtq.linalg.cholesky import factor_cost
 from dtq.plan.layers import LayerPlan
 from dtq.recipe.resolve import Recipe
-from dtq.stages.solve import tidy
-from dtq.stages.solve_layer import solve_site
-from dtq.stages.transform_choice import choose
+from dtq.stages.solve import trim_memory
+from dtq.stages.solve_layer import solve_input_group
+from dtq.stages.transform_choice import choose_transform
 from dtq.transforms import TRANSFORMS
 
 _COLUMNS, _ROWS = 256, (128, 384)
@@ -115,12 +115,12 @@ def _streamed(layer: LayerPlan, recipe: Recipe) -> Pace:
     n, k = layer.shape
     rows = max(1, min(n, _MOST // k))
     weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)) * 0.02
-    member = replace(layer, shape=(rows, k), transform=Call("none"))
-    choice = choose([member], [weight], None)
+    member = replace(layer, shape=(rows, k), transform=MethodSpec("none"))
+    choice = choose_transform([member], [weight], None)
 
     def work() -> None:
-        solve_site([member], [weight], choice, None, recipe)
-        tidy([weight])
+        solve_input_group([member], [weight], choice, None, recipe)
+        trim_memory([weight])
 
     spent = min(_timed(work)[1] for _ in range(2))  # the first finds memory cold
     return Pace(0.0, 0, 0.0, 0.0, spent / weight.numel(), 1, judged=False)
@@ -133,12 +133,12 @@ def _measured(layer: LayerPlan, recipe: Recipe, needs: frozenset[str], rate: flo
     members = {n: [replace(layer, shape=(n, _COLUMNS))] for n in (few, many)}
     weights = {n: [torch.randn(n, _COLUMNS, generator=generator) * 0.02] for n in (few, many)}
     rows, outputs = _sampled(layer.transform)
-    choice, spent = _timed(partial(choose, members[many], weights[many], stats))
+    choice, spent = _timed(partial(choose_transform, members[many], weights[many], stats))
     chosen = spent / (_COLUMNS * (rows + min(many, outputs)))
     alone = replace(choice, rivals=())  # it is of the columns, so it fits both
     solved = {}
     for n in (few, many):
-        work = partial(solve_site, members[n], weights[n], alone, stats, recipe)
+        work = partial(solve_input_group, members[n], weights[n], alone, stats, recipe)
         spent = min(_timed(work)[1] for _ in range(2))
         solved[n] = max(0.0, spent - _products(n, _COLUMNS, rate, "gram" in needs))
     weight = max(0.0, (solved[many] - solved[few]) / ((many - few) * _COLUMNS))
@@ -146,7 +146,7 @@ def _measured(layer: LayerPlan, recipe: Recipe, needs: frozenset[str], rate: flo
     return Pace(chosen, rows, outputs, column, weight, 1 + len(choice.rivals))
 
 
-def _sampled(transform: Call) -> tuple[int, float]:
+def _sampled(transform: MethodSpec) -> tuple[int, float]:
     """Inputs, and channels of an output, that a transform is chosen on: knobs of those names.
 
     Without them it looks at no input, and at the whole weight.
@@ -167,19 +167,19 @@ def _products(
     n: int, k: int, rate: float, gram: bool, readers: int = 1, sampled: float = math.inf
 ) -> float:
     """Seconds of what grows faster than the weight: errors on sampled rows; factors and repairs."""
-    rows = min(Reservoir(k, 1).per_stratum * 2, sampled)
+    rows = min(InputSample(k, 1).per_stratum * 2, sampled)
     flops = 4.0 * rows * n * k
     if gram:
         flops += 2.0 * n * k * k + factor_cost(k)[1] / readers
     return flops / rate
 
 
-def _statistics(needs: frozenset[str], generator: torch.Generator) -> SiteStats:
+def _statistics(needs: frozenset[str], generator: torch.Generator) -> InputStats:
     """Of made-up inputs with a few large channels."""
-    stats = SiteStats(_COLUMNS, _BINS, needs)
+    stats = InputStats(_COLUMNS, _BINS, needs)
     spread: Tensor = torch.exp(0.5 * torch.randn(_COLUMNS, generator=generator))
     spread[::100] *= 20
     for call in range(2 * _BINS):
         rows = torch.randn(1024, _COLUMNS, generator=generator) * spread
-        stats.see(rows, Origin(call % _BINS, call, torch.arange(len(rows)) % 2))
+        stats.observe(rows, SampleOrigin(call % _BINS, call, torch.arange(len(rows)) % 2))
     return stats

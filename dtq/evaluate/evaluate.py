@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.evaluate import baselines as others
 from dtq.evaluate import requested_metrics, trajectory
-from dtq.evaluate.merge import Share, by_step, placed, whole
+from dtq.evaluate.merge import RunShard, by_step, placed, merge_shards
 from dtq.evaluate.metrics import extractors, images
-from dtq.evaluate.metrics.distributions import Figure
+from dtq.evaluate.metrics.distributions import MetricValue
 from dtq.evaluate.metrics.extractors import Extractor
-from dtq.evaluate.paired_run import Say, compare, observe, pair_values, video_values
-from dtq.evaluate.requested_metrics import Asked, Crowd, Found
+from dtq.evaluate.paired_run import Progress, compare, observe, pair_values, video_values
+from dtq.evaluate.requested_metrics import MetricRequest, ImageSet, MetricResults
 from dtq.evaluate.run_file import Run
 from dtq.nn.linear import QuantLinear
-from dtq.pipelines.loading import Source
-from dtq.pipelines.settings import Calibration
-from dtq.runs.workers import ALONE, Team
+from dtq.pipelines.loading import LoadedModel
+from dtq.pipelines.settings import SamplingSettings
+from dtq.runs.workers import SINGLE_PROCESS, Workers
 
 
 @dataclass
-class Row:
+class ResultRow:
     """One model's figures.
 
     Attributes:
@@ -71,13 +71,13 @@ class Evaluation:
     candidate: str
     reference: str
     conditions: dict[str, Any]
-    rows: list[Row]
-    pictures: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[ResultRow]
+    images: dict[str, Tensor] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     fid_real_float: float | None = None
     run: Run | None = None
-    figures: list[Figure] = field(default_factory=list)
-    crowds: dict[str, Crowd] = field(default_factory=dict)
+    metrics: list[MetricValue] = field(default_factory=list)
+    image_sets: dict[str, ImageSet] = field(default_factory=dict)
     command: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -89,19 +89,19 @@ class Evaluation:
             "conditions": self.conditions,
             "fid_real_float": self.fid_real_float,
             "rows": [asdict(row) for row in self.rows],
-            "figures": requested_metrics.to_json(self.figures),
+            "figures": requested_metrics.to_json(self.metrics),
         }
 
 
 def evaluate(
-    candidate: Source,
-    reference: Source,
-    how: Calibration,
+    candidate: LoadedModel,
+    reference: LoadedModel,
+    how: SamplingSettings,
     *,
     baselines: Sequence[str] = (),
-    asked: Asked | None = None,
-    say: Say = lambda line: None,
-    team: Team = ALONE,
+    asked: MetricRequest | None = None,
+    say: Progress = lambda line: None,
+    team: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
 ) -> Evaluation | None:
     """Compare a quantized pipeline with its float one.
@@ -131,8 +131,8 @@ def evaluate(
         raise InputError(
             f"{candidate.name} has {kinds}, {reference.name} {known}: not the same model"
         )
-    names = {part: list(judged_layers(model)) for part, model in models.items()}
-    asked = asked or Asked()
+    names = {part: list(compared_layers(model)) for part, model in models.items()}
+    asked = asked or MetricRequest()
     asked.check()
     for name in baselines:
         others.find(name)
@@ -143,22 +143,22 @@ def evaluate(
     seen = compare(job, candidate)
     for name in asked.pairs:
         pair_values(name, job, seen, asked.where.get(name, ""))
-    mine, bits = Share.of(job, seen), {candidate.name: stored_bits(*models.values())}
+    mine, bits = RunShard.of(job, seen), {candidate.name: stored_bits(*models.values())}
     for name in baselines:
         say(f"baseline {name}")
         errors, bits[name] = _baseline(name, floats, names, job.truth)
         mine.errors[name] = placed(job, errors)
-    share = whole(team, folder, mine, len(job.requests.entries))
-    found = Found()
+    share = merge_shards(team, folder, mine, len(job.requests.entries))
+    found = MetricResults()
     if asked.distributions:
         found = requested_metrics.distributions(
-            candidate, reference, job.how, asked, say, team, folder
+            candidate, reference, job.settings, asked, say, team, folder
         )
     if share is None:
         return None
     result = _result(candidate.name, reference.name, share, bits)
     if asked.distributions:
-        result.figures, result.crowds = found.figures, found.crowds
+        result.metrics, result.image_sets = found.metrics, found.image_sets
         share.run.missing |= found.missing
         share.run.conditions["fid_samples"] = asked.samples
         _fid_cells(result.rows[0], result)
@@ -166,20 +166,20 @@ def evaluate(
 
 
 def _result(
-    candidate: str, reference: str, share: Share, bits: Mapping[str, float | None]
+    candidate: str, reference: str, share: RunShard, bits: Mapping[str, float | None]
 ) -> Evaluation:
     rows = [row_of(name, by_step(errors)) for name, errors in share.errors.items()]
     for row in rows:
         row.bits = bits[row.name]
-    compare_pictures(rows[0], share.floats, share.made)
+    compare_images(rows[0], share.floats, share.made)
     rows[0].divergence = by_step(share.divergence)
     result = Evaluation(candidate, reference, share.run.conditions, rows, run=share.run)
-    result.pictures = {"float": share.floats, candidate: share.made}
+    result.images = {"float": share.floats, candidate: share.made}
     return result
 
 
-def row_of(name: str, steps: list[float]) -> Row:
-    return Row(name, sum(steps) / max(1, len(steps)), steps)
+def row_of(name: str, steps: list[float]) -> ResultRow:
+    return ResultRow(name, sum(steps) / max(1, len(steps)), steps)
 
 
 def _baseline(
@@ -202,7 +202,7 @@ def _baseline(
     return trajectory.call_errors(truth, trajectory.replayed(truth, changed)), bits / weights
 
 
-def compare_pictures(row: Row, want: Tensor, got: Tensor) -> None:
+def compare_images(row: ResultRow, want: Tensor, got: Tensor) -> None:
     """Figures of the candidate's pictures ``got`` against the float model's."""
     if want.ndim == 3:  # sound has no such measures
         return
@@ -215,7 +215,7 @@ def compare_pictures(row: Row, want: Tensor, got: Tensor) -> None:
     row.ssim = float(images.ssim(got, want).mean())
 
 
-def judged_layers(model: nn.Module) -> dict[str, QuantLinear]:
+def compared_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The layers that also quantize their input, by name; where there are none, all quantized."""
     every = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     return {n: m for n, m in every.items() if m.acts != "none"} or every
@@ -223,10 +223,10 @@ def judged_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 def stored_bits(*models: nn.Module) -> float | None:
     """Stored bits per weight of :func:`judged_layers`; None where there are none."""
-    layers = [layer for model in models for layer in judged_layers(model).values()]
+    layers = [layer for model in models for layer in compared_layers(model).values()]
     if not layers:
         return None
-    stored = sum(spec.nbytes for m in layers for spec in m.specs().values())
+    stored = sum(spec.nbytes for m in layers for spec in m.tensor_specs().values())
     return 8 * stored / sum(m.in_features * m.out_features for m in layers)
 
 
@@ -241,9 +241,9 @@ def extractor_for(pipeline: Any) -> Extractor:
     return extractors.load("emoji")
 
 
-def _fid_cells(row: Row, result: Evaluation) -> None:
+def _fid_cells(row: ResultRow, result: Evaluation) -> None:
     """FID where the table of models shows it."""
-    for each in result.figures:
+    for each in result.metrics:
         if each.metric == "fid" and each.against == "float model's pictures":
             row.fid_float = each.value
         if each.metric == "fid" and each.against == "training pictures":
@@ -251,9 +251,9 @@ def _fid_cells(row: Row, result: Evaluation) -> None:
             row.fid_real, result.fid_real_float = each.value, each.value - each.change
 
 
-def write_pictures(result: Evaluation, folder: Path) -> None:
+def write_images(result: Evaluation, folder: Path) -> None:
     """``pictures/<float | candidate>/<sample>.png``; of videos animated ones."""
-    for side, every in zip(("float", "candidate"), result.pictures.values(), strict=True):
+    for side, every in zip(("float", "candidate"), result.images.values(), strict=True):
         (folder / "pictures" / side).mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(every):
             if picture.ndim > 2:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from dtq.evaluate import run_file, trajectory
-from dtq.evaluate.paired_run import Job, Seen
+from dtq.evaluate.paired_run import EvaluationJob, CandidateRun
 from dtq.evaluate.run_file import Run
 from dtq.runs.gather import check_ids, gather
-from dtq.runs.workers import Team
+from dtq.runs.workers import Workers
 
 Errors = list[tuple[int, int, float]]
 """Place of a batch, step, and error, of each call."""
 
 
 @dataclass
-class Share:
+class RunShard:
     """What one process found, or all of them.
 
     Attributes:
@@ -44,7 +44,7 @@ class Share:
     made: Tensor
 
     @classmethod
-    def of(cls, job: Job, seen: Seen) -> Share:
+    def of(cls, job: EvaluationJob, seen: CandidateRun) -> RunShard:
         """Of a candidate; rows of others are added to ``errors``."""
         errors = {seen.run.candidate: placed(job, trajectory.call_errors(job.truth, seen.outputs))}
         return cls(
@@ -56,7 +56,7 @@ class Share:
         )
 
 
-def placed(job: Job, errors: Sequence[tuple[int, float]]) -> Errors:
+def placed(job: EvaluationJob, errors: Sequence[tuple[int, float]]) -> Errors:
     """Errors of the calls of ``job.truth`` with the place that their batch begins at."""
     found, at, batch = [], 0, -1
     for step, error in errors:
@@ -73,7 +73,7 @@ def by_step(errors: Errors) -> list[float]:
     return trajectory.mean_by_step([(step, error) for _, step, error in ordered])
 
 
-def whole(team: Team, folder: Path | None, share: Share, count: int) -> Share | None:
+def merge_shards(team: Workers, folder: Path | None, share: RunShard, count: int) -> RunShard | None:
     """The shares of all processes as one, on the first process; None elsewhere.
 
     Args:
@@ -95,17 +95,17 @@ def whole(team: Team, folder: Path | None, share: Share, count: int) -> Share | 
     return _together([_share(*each) for each in found], count)
 
 
-def _share(tensors: Mapping[str, Tensor], run: Any) -> Share:
+def _share(tensors: Mapping[str, Tensor], run: Any) -> RunShard:
     tables = {
         key.removeprefix("errors."): [(int(p), int(s), e) for p, s, e in table.tolist()]
         for key, table in tensors.items()
         if key.startswith("errors.")
     }
     divergence = tables.pop("")
-    return Share(run_file.parse(run), tables, divergence, tensors["floats"], tensors["made"])
+    return RunShard(run_file.parse(run), tables, divergence, tensors["floats"], tensors["made"])
 
 
-def _together(shares: Sequence[Share], count: int) -> Share:
+def _together(shares: Sequence[RunShard], count: int) -> RunShard:
     ids = [sample.id for share in shares for sample in share.run.samples]
     check_ids(ids, count)
     order = sorted(range(count), key=lambda i: int(ids[i]))
@@ -126,7 +126,7 @@ def _together(shares: Sequence[Share], count: int) -> Share:
         failures=_ordered([run.failures for run in runs]),
         missing={name: why for run in runs for name, why in run.missing.items()},
     )
-    return Share(
+    return RunShard(
         run,
         {row: [each for share in shares for each in share.errors[row]] for row in first.errors},
         [each for share in shares for each in share.divergence],

@@ -20,18 +20,18 @@ from dtq.evaluate.gate.metrics import EQUAL_DB
 from dtq.evaluate.metrics import images, video
 from dtq.evaluate.run_file import Run, Sample
 from dtq.pipelines import call_defaults, prompts
-from dtq.pipelines.loading import Source
+from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.sampling import seed_of
-from dtq.pipelines.settings import Calibration
-from dtq.runs.workers import ALONE, Team
+from dtq.pipelines.settings import SamplingSettings
+from dtq.runs.workers import SINGLE_PROCESS, Workers
 from dtq.version import __version__
 
 log = logging.getLogger("dtq")
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
-def other_batches(how: Calibration, alike: bool) -> Calibration:
+def other_batches(how: SamplingSettings, alike: bool) -> SamplingSettings:
     """The same job in other batches: what then differs is the noise of the float model.
 
     One by one: products of many rows are often bit-identical however many they are, those of few
@@ -42,13 +42,13 @@ def other_batches(how: Calibration, alike: bool) -> Calibration:
         alike: whether the pipeline does the same for one sample as for several, see
             :func:`one_is_as_several`; where it does not, one by one would be another job.
     """
-    size = min(how.batch, how.samples)
+    size = min(how.batch_size, how.samples)
     if alike:
         return replace(how, batch=1 if size > 1 else 2)
     return replace(how, batch={1: 1, 2: 3}.get(size, 2))
 
 
-def one_is_as_several(reference: Source, requests: prompts.Requests, how: Calibration) -> bool:
+def one_is_as_several(reference: LoadedModel, requests: prompts.Requests, how: SamplingSettings) -> bool:
     """Whether the transformers are given the same, rows aside, for a sample alone and for two.
 
     Latte cuts the padding of a prompt that comes alone, and makes it zero in company.
@@ -73,7 +73,7 @@ def _shapes(trajectory: trajectory.Trajectory) -> list[tuple[int, ...]]:
 
 
 @dataclass
-class Job:
+class EvaluationJob:
     """What the float model did, once for any number of candidates.
 
     Attributes:
@@ -82,8 +82,8 @@ class Job:
         again: the same in other batches, for the noise floor.
     """
 
-    reference: Source
-    how: Calibration
+    reference: LoadedModel
+    settings: SamplingSettings
     requests: prompts.Requests
     places: list[int]
     truth: trajectory.Trajectory
@@ -91,7 +91,7 @@ class Job:
 
 
 @dataclass
-class Seen:
+class CandidateRun:
     """What one candidate did: teacher-forced ``outputs``, its own run, the values of the gate."""
 
     outputs: list[Tensor]
@@ -100,15 +100,15 @@ class Seen:
 
 
 def observe(
-    reference: Source, how: Calibration, say: Say = lambda line: None, team: Team = ALONE
-) -> Job:
+    reference: LoadedModel, how: SamplingSettings, say: Progress = lambda line: None, team: Workers = SINGLE_PROCESS
+) -> EvaluationJob:
     """Run the float pipeline twice, over what this process has of the requests."""
     how = call_defaults.of(reference.pipeline).fill(how)
     # nested: more samples later are these and others
-    requests = prompts.load(how.set, reference.pipeline, how.samples, nested=True)
+    requests = prompts.load(how.prompts, reference.pipeline, how.samples, nested=True)
     alike = how.samples < 2 or one_is_as_several(reference, requests, how)
     other = other_batches(how, alike)
-    places = team.deal(len(requests.entries), math.lcm(how.batch, other.batch))
+    places = team.shard(len(requests.entries), math.lcm(how.batch_size, other.batch_size))
     say("float pipeline")
     models = reference.models()
     truth = trajectory.record(reference.pipeline, models, requests, how, places)
@@ -127,7 +127,7 @@ def observe(
         )
     say("float pipeline again, other batches, for the noise floor")
     again = trajectory.record(reference.pipeline, models, requests, other, places)
-    return Job(reference, how, requests, places, truth, again)
+    return EvaluationJob(reference, how, requests, places, truth, again)
 
 
 def calls_of(trajectory: trajectory.Trajectory, models: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -136,14 +136,14 @@ def calls_of(trajectory: trajectory.Trajectory, models: Mapping[str, nn.Module])
     return {name: counted[name] for name in models}
 
 
-def compare(job: Job, candidate: Source) -> Seen:
+def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
     """Run a candidate on the float model's inputs and on its own, from the same seeds.
 
     Args:
         job: what the float model did.
         candidate: the quantized pipeline.
     """
-    how, models = job.how, candidate.models()
+    how, models = job.settings, candidate.models()
     outputs = trajectory.replayed(job.truth, models)
     ran = trajectory.record(candidate.pipeline, models, job.requests, how, job.places)
     samples = _samples(job)
@@ -164,10 +164,10 @@ def compare(job: Job, candidate: Source) -> Seen:
     )
     if ran.pictures[0].ndim == 5:
         _video_values(run, job, ran)
-    return Seen(outputs, ran, run)
+    return CandidateRun(outputs, ran, run)
 
 
-def pair_values(metric: str, job: Job, seen: Seen, where: str) -> None:
+def pair_values(metric: str, job: EvaluationJob, seen: CandidateRun, where: str) -> None:
     """A perceptual figure of every sample into the run, or why it is not there."""
     ids = [sample.id for sample in seen.run.samples]
     prompts = [sample.prompt for sample in seen.run.samples]
@@ -186,7 +186,7 @@ def _stills(shown: Tensor) -> Tensor:
     return shown if shown.ndim == 4 else shown[:, shown.shape[1] // 2]
 
 
-def _video_values(run: Run, job: Job, ran: trajectory.Trajectory) -> None:
+def _video_values(run: Run, job: EvaluationJob, ran: trajectory.Trajectory) -> None:
     """Figures of frames over time; runs of one frame have none."""
     got, want, again = (torch.cat(t.pictures) for t in (ran, job.truth, job.again))
     if got.shape[1] < 2:
@@ -211,7 +211,7 @@ def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _conditions(how: Calibration, requests: prompts.Requests) -> dict[str, Any]:
+def _conditions(how: SamplingSettings, requests: prompts.Requests) -> dict[str, Any]:
     return {
         "set": requests.name,
         "samples": len(requests.entries),
@@ -225,7 +225,7 @@ def _conditions(how: Calibration, requests: prompts.Requests) -> dict[str, Any]:
 
 
 def _job(
-    how: Calibration, reference: Source, candidate: Source, truth: trajectory.Trajectory
+    how: SamplingSettings, reference: LoadedModel, candidate: LoadedModel, truth: trajectory.Trajectory
 ) -> dict[str, Any]:
     """What a comparison with another run has to know."""
     scheduler = getattr(reference.pipeline, "scheduler", None)
@@ -233,19 +233,19 @@ def _job(
     return ({"calls": calls} if len(calls) > 1 else {}) | {
         "steps": truth.steps(),
         "sampler": type(scheduler).__name__,
-        "arguments": how.arguments | ({"images": how.images} if how.images else {}),
-        "batch": how.batch,
+        "arguments": how.pipeline_args | ({"images": how.images} if how.images else {}),
+        "batch": how.batch_size,
         "dtype": str(reference.dtype).removeprefix("torch."),
         "dtq": __version__,
         "hardware": hardware(candidate.model),
     }
 
 
-def _samples(job: Job) -> list[Sample]:
+def _samples(job: EvaluationJob) -> list[Sample]:
     labels = getattr(job.reference.pipeline, "labels", None) or {}
     names, entries = {number: name for name, number in labels.items()}, job.requests.entries
     return [
-        Sample(f"{i:04d}", str(names.get(entries[i], entries[i])), seed_of(job.how.seed, i))
+        Sample(f"{i:04d}", str(names.get(entries[i], entries[i])), seed_of(job.settings.seed, i))
         for i in job.places
     ]
 

@@ -20,21 +20,21 @@ from torch import Tensor
 from dtq import demo
 from dtq.errors import InputError
 from dtq.evaluate.metrics import adm_suite, extractors
-from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, Against, Figure, figure
+from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, ReferenceSet, MetricValue, metric_value
 from dtq.evaluate.metrics.extractors import Extractor, Features
 from dtq.evaluate.metrics.images import as_bytes, flaw, shown
 from dtq.evaluate.metrics.perceptual import PERCEPTUAL, UNPAIRED
 from dtq.io.safe_parse import read_json
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import Source
+from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.sampling import run_pipeline
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 from dtq.runs.gather import check_ids, gather
-from dtq.runs.workers import ALONE, Team
+from dtq.runs.workers import SINGLE_PROCESS, Workers
 
 
 @dataclass(frozen=True)
-class Asked:
+class MetricRequest:
     """Figures beyond those that every run has.
 
     Attributes:
@@ -82,7 +82,7 @@ class Asked:
 
 
 @dataclass
-class Crowd:
+class ImageSet:
     """Many pictures of one model, as features.
 
     Attributes:
@@ -96,7 +96,7 @@ class Crowd:
     failed: dict[int, str]
 
     @property
-    def pictures(self) -> Tensor:
+    def images(self) -> Tensor:
         """Float (N, 3, H, W) in [0, 1]."""
         return self.bytes.float() / 255
 
@@ -110,23 +110,23 @@ class Crowd:
 
 
 @dataclass
-class Found:
+class MetricResults:
     """What became of the distributions that were asked for."""
 
-    figures: list[Figure] = field(default_factory=list)
+    metrics: list[MetricValue] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    crowds: dict[str, Crowd] = field(default_factory=dict)
+    image_sets: dict[str, ImageSet] = field(default_factory=dict)
 
 
 def distributions(
-    candidate: Source,
-    reference: Source,
-    how: Calibration,
-    asked: Asked,
+    candidate: LoadedModel,
+    reference: LoadedModel,
+    how: SamplingSettings,
+    asked: MetricRequest,
     say: Callable[[str], None] = lambda line: None,
-    team: Team = ALONE,
+    team: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
-) -> Found:
+) -> MetricResults:
     """Generate with both models, from the same seeds, and compare the sets.
 
     Args:
@@ -137,7 +137,7 @@ def distributions(
         say: told what is being done.
         team, folder: processes that share the pictures, and where; only the first computes figures.
     """
-    found = Found()
+    found = MetricResults()
     ready: dict[str, Extractor] = {}
     wanted: dict[str, str] = {}  # metric to extractor
     for metric in asked.distributions:
@@ -151,18 +151,18 @@ def distributions(
     if not wanted:
         return found
     more = replace(how, set="auto", samples=asked.samples, seed=how.seed + 1)
-    requests = prompts.load(more.set, reference.pipeline, more.samples)
+    requests = prompts.load(more.prompts, reference.pipeline, more.samples)
     for side, source in (("float", reference), ("candidate", candidate)):
         say(f"{side}, {asked.samples} pictures for {', '.join(wanted)}")
-        places = team.deal(len(requests.entries), more.batch)
-        made = crowd(source.pipeline, requests, more, ready, places)
+        places = team.shard(len(requests.entries), more.batch_size)
+        made = image_set(source.pipeline, requests, more, ready, places)
         shared = _whole(team, folder, side, made, places)
         if shared is None:
             continue
-        found.crowds[side] = shared
-    if not team.leads:
+        found.image_sets[side] = shared
+    if not team.is_main:
         return found
-    failed = {side: made.failed for side, made in found.crowds.items() if made.failed}
+    failed = {side: made.failed for side, made in found.image_sets.items() if made.failed}
     if failed:
         words = "; ".join(
             f"{len(whys)} of {asked.samples} pictures of {side} failed: {next(iter(whys.values()))}"
@@ -172,7 +172,7 @@ def distributions(
         return found
     for metric, name in wanted.items():
         try:
-            found.figures += _of(metric, ready[name], name, found.crowds, candidate.name,
+            found.metrics += _of(metric, ready[name], name, found.image_sets, candidate.name,
                                  asked.reference, requests.entries)  # fmt: skip
         except InputError as error:
             found.missing[metric] = str(error)
@@ -183,35 +183,35 @@ def _of(
     metric: str,
     extractor: Extractor,
     name: str,
-    crowds: dict[str, Crowd],
+    crowds: dict[str, ImageSet],
     who: str,
     file: Path | None,
     units: Sequence[Any],
-) -> list[Figure]:
+) -> list[MetricValue]:
     """A metric against the float model's pictures, the training set, and a reference file."""
     made, floats = (crowds[side].features[name] for side in ("candidate", "float"))
     row = DISTRIBUTIONS[metric]
-    own = Against("float model's pictures", floats)
+    own = ReferenceSet("float model's pictures", floats)
     if row.alone:
-        return [figure(metric, extractor, made, own, of=who, floats=floats, units=units)]
-    found = [figure(metric, extractor, made, own, of=who, units=units)]
+        return [metric_value(metric, extractor, made, own, of=who, floats=floats, units=units)]
+    found = [metric_value(metric, extractor, made, own, of=who, units=units)]
     if extractor.real is not None and row.frechet and row.kind == "pool":
-        real = Against("training pictures", None, {"pool": extractor.real})
-        found.append(figure(metric, extractor, made, real, of=who, floats=floats, units=units))
+        real = ReferenceSet("training pictures", None, {"pool": extractor.real})
+        found.append(metric_value(metric, extractor, made, real, of=who, floats=floats, units=units))
     if file is not None:
         against = _reference(adm_suite.read(file), extractor, name)
-        found.append(figure(metric, extractor, made, against, of=who, floats=floats, units=units))
+        found.append(metric_value(metric, extractor, made, against, of=who, floats=floats, units=units))
     return found
 
 
 @torch.no_grad()
-def crowd(
+def image_set(
     pipeline: Any,
     requests: prompts.Requests,
-    how: Calibration,
+    how: SamplingSettings,
     ready: Mapping[str, Extractor],
     places: Sequence[int],
-) -> Crowd:
+) -> ImageSet:
     """Features of everything a pipeline makes for the requests at some places, batch by batch.
 
     Raises:
@@ -236,12 +236,12 @@ def crowd(
         name: {key: torch.cat([p[key] for p in every]) for key in every[0]}
         for name, every in parts.items()
     }
-    return Crowd(features, torch.cat(kept), failed)
+    return ImageSet(features, torch.cat(kept), failed)
 
 
 def _whole(
-    team: Team, folder: Path | None, side: str, made: Crowd, places: Sequence[int]
-) -> Crowd | None:
+    team: Workers, folder: Path | None, side: str, made: ImageSet, places: Sequence[int]
+) -> ImageSet | None:
     """The pictures of all processes in the order of their places, on the first; None elsewhere."""
     tensors = {**made.tensors(), "": made.bytes}
     found = gather(team, folder, side, tensors, {"places": places, "failed": made.failed})
@@ -256,7 +256,7 @@ def _whole(
         for name, kinds in made.features.items()
     }
     failed = {int(i): why for _, plain in found for i, why in plain["failed"].items()}
-    return Crowd(features, held[""], dict(sorted(failed.items())))
+    return ImageSet(features, held[""], dict(sorted(failed.items())))
 
 
 def pair(
@@ -289,7 +289,7 @@ def pair(
     return first.tolist(), second.tolist()
 
 
-def to_json(figures: Sequence[Figure]) -> list[dict[str, Any]]:
+def to_json(figures: Sequence[MetricValue]) -> list[dict[str, Any]]:
     """Plain data."""
     return [asdict(each) for each in figures]
 
@@ -306,11 +306,11 @@ def _chosen(features: str, pipeline: Any) -> str:
     return "emoji" if bundled(pipeline) else "inception"
 
 
-def _reference(held: adm_suite.Reference, extractor: Extractor, name: str) -> Against:
-    if held.pictures is not None:
-        floats = held.pictures.permute(0, 3, 1, 2).float() / 255
-        return Against(held.name, extractor(floats))
+def _reference(held: adm_suite.AdmReference, extractor: Extractor, name: str) -> ReferenceSet:
+    if held.images is not None:
+        floats = held.images.permute(0, 3, 1, 2).float() / 255
+        return ReferenceSet(held.name, extractor(floats))
     if name != "inception":
         raise InputError(f"{held.name} has Inception moments, these are features of {name}")
     known = {"pool": held.pool, "spatial": held.spatial}
-    return Against(held.name, None, {k: m for k, m in known.items() if m is not None})
+    return ReferenceSet(held.name, None, {k: m for k, m in known.items() if m is not None})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dtq.errors import InputError
-from dtq.io.safe_parse import LARGEST_JSON, finite, parse_json, read_text
+from dtq.io.safe_parse import LARGEST_JSON, finite_or_null, parse_json, read_text
 
 FORMAT = 1
 """Version of the run file; a gate refuses newer ones."""
@@ -73,8 +73,8 @@ class Run:
             "conditions": self.conditions,
             "identity": self.identity,
             "samples": [vars(sample) for sample in self.samples],
-            "values": finite(self.values),
-            "rerun": finite(self.rerun),
+            "values": finite_or_null(self.values),
+            "rerun": finite_or_null(self.rerun),
             "failures": self.failures,
             "missing": self.missing,
         }
@@ -82,7 +82,7 @@ class Run:
 
 def text(data: dict[str, Any]) -> str:
     """A JSON file's text, strict: no NaN, no Infinity."""
-    return json.dumps(finite(data), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite_or_null(data), indent=1, allow_nan=False) + "\n"
 
 
 def read(where: str | Path) -> Run:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.evaluate.metrics.images import shown
 from dtq.pipelines import prompts
-from dtq.pipelines.recorded_calls import Recorded, relative_error, replay
+from dtq.pipelines.recorded_calls import RecordedCall, relative_error, replay
 from dtq.pipelines.recording import watch_calls
 from dtq.pipelines.sampling import run_pipeline
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 
 Models = nn.Module | Mapping[str, nn.Module]
 """The transformer of a pipeline; where it has several, all of them by their names there."""
@@ -37,7 +37,7 @@ class Trajectory:
         pictures: what the pipeline returned, see :func:`finished`.
     """
 
-    calls: list[Recorded] = field(default_factory=list)
+    calls: list[RecordedCall] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
 
     def steps(self) -> int:
@@ -75,7 +75,7 @@ def record(
     pipeline: Any,
     model: Models,
     requests: prompts.Requests,
-    how: Calibration,
+    how: SamplingSettings,
     only: Container[int] | None = None,
 ) -> Trajectory:
     """Run the pipeline over the requests and keep every call of its transformers.

@@ -11,8 +11,8 @@ the block nearer to the float one, so no block gets worse on its own objective.
 from collections.abc import Callable
 
 from dtq.finetune.methods import blocks, vq4dit
-from dtq.finetune.report import BlockReport, RefineReport
+from dtq.finetune.report import BlockReport, FinetuneReport
 
-REFINE: dict[str, Callable[..., RefineReport]] = {"blocks": blocks, "vq4dit": vq4dit}
+FINETUNE: dict[str, Callable[..., FinetuneReport]] = {"blocks": blocks, "vq4dit": vq4dit}
 
-__all__ = ["REFINE", "BlockReport", "RefineReport"]
+__all__ = ["FINETUNE", "BlockReport", "FinetuneReport"]

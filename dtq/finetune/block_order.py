@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtq.nn.linear import QuantLinear
-from dtq.pipelines.recorded_calls import Recorded, called
+from dtq.pipelines.recorded_calls import RecordedCall, called
 
 log = logging.getLogger("dtq")
 
@@ -32,7 +32,7 @@ def find(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def in_order(model: nn.Module, call: Recorded) -> list[str]:
+def in_order(model: nn.Module, call: RecordedCall) -> list[str]:
     """The blocks that a call runs, the first one first."""
     seen: dict[str, None] = {}
     names = find(model)

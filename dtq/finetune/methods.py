@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from dtq.errors import InputError
 from dtq.finetune.block_order import in_order, layers_of
-from dtq.finetune.report import BlockReport, How, RefineReport
+from dtq.finetune.report import BlockReport, FinetuneConfig, FinetuneReport
 from dtq.finetune.resume import Shelf, fingerprint
 from dtq.finetune.targets import Example, error, examples_of, split
-from dtq.finetune.trainable import Trainee, VectorTrainee, set_state, state_of, trainee_of
-from dtq.nn.swap import placed
-from dtq.pipelines.recorded_calls import Recorded
+from dtq.finetune.trainable import TrainableLinear, TrainableVq, set_state, state_of, trainable_of
+from dtq.nn.swap import temporarily_replaced
+from dtq.pipelines.recorded_calls import RecordedCall
 
 log = logging.getLogger("dtq")
 
@@ -29,16 +29,16 @@ log = logging.getLogger("dtq")
 def blocks(
     model: nn.Module,
     floats: Mapping[str, nn.Linear],
-    calls: Sequence[Recorded],
+    calls: Sequence[RecordedCall],
     *,
     progress: bool = True,
     save: Path | None = None,
     steps: int = 100,
     lr: float = 0.05,
-    lr_rest: float = 0.02,
+    lr_other: float = 0.02,
     clip: float = 1.0,
     seed: int = 0,
-) -> RefineReport:
+) -> FinetuneReport:
     """Train scales, lookup tables, codebooks, biases and low-rank branches; no code changes.
 
     Args:
@@ -58,26 +58,26 @@ def blocks(
     Raises:
         InputError: no calls, or less than one step.
     """
-    how = How("blocks", steps, lr, lr_rest, clip, seed)
-    return _refine(model, floats, calls, how, progress, save)
+    how = FinetuneConfig("blocks", steps, lr, lr_other, clip, seed)
+    return _finetune(model, floats, calls, how, progress, save)
 
 
 def vq4dit(
     model: nn.Module,
     floats: Mapping[str, nn.Linear],
-    calls: Sequence[Recorded],
+    calls: Sequence[RecordedCall],
     *,
     progress: bool = True,
     save: Path | None = None,
     steps: int = 100,
     lr: float = 0.05,
-    lr_rest: float = 0.02,
+    lr_other: float = 0.02,
     clip: float = 1.0,
     seed: int = 0,
     candidates: int = 2,
     lr_logits: float = 0.2,
     pull: float = 0.1,
-) -> RefineReport:
+) -> FinetuneReport:
     """VQ4DiT (2408.17131, sec. 3.2): :func:`blocks`, and codewords are chosen again with them.
 
     Each sub-vector of a layer in a vector format mixes its ``n`` candidate codewords,
@@ -101,25 +101,25 @@ def vq4dit(
     """
     if candidates < 2:
         raise InputError(f"vq4dit: candidates must be at least 2, is {candidates}")
-    how = How("vq4dit", steps, lr, lr_rest, clip, seed, candidates, lr_logits, pull)
-    return _refine(model, floats, calls, how, progress, save)
+    how = FinetuneConfig("vq4dit", steps, lr, lr_other, clip, seed, candidates, lr_logits, pull)
+    return _finetune(model, floats, calls, how, progress, save)
 
 
-def _refine(
+def _finetune(
     model: nn.Module,
     floats: Mapping[str, nn.Linear],
-    calls: Sequence[Recorded],
-    how: How,
+    calls: Sequence[RecordedCall],
+    how: FinetuneConfig,
     progress: bool,
     save: Path | None,
-) -> RefineReport:
+) -> FinetuneReport:
     if not calls:
         raise InputError(f"refine: {how.method} needs recorded calls of the float model")
     if how.steps < 1:
         raise InputError(f"refine: {how.method} needs at least one step, got {how.steps}")
     names = in_order(model, calls[0])
     shelf = Shelf(save, fingerprint(model, floats, calls, how)) if save is not None else None
-    report = RefineReport(how.method)
+    report = FinetuneReport(how.method)
     with tqdm(
         total=len(names) * how.steps,
         desc=f"refine {how.method}",
@@ -130,7 +130,7 @@ def _refine(
         for i, name in enumerate(names):
             done = shelf.load(i, model) if shelf is not None else None
             if done is None:
-                done = _refine_block(model, name, floats, calls, how, how.seed + i, bar)
+                done = _finetune_block(model, name, floats, calls, how, how.seed + i, bar)
                 if shelf is not None:
                     shelf.save(i, done, model)
             bar.update((i + 1) * how.steps - bar.n)
@@ -142,12 +142,12 @@ def _refine(
     return report
 
 
-def _refine_block(
+def _finetune_block(
     model: nn.Module,
     name: str,
     floats: Mapping[str, nn.Linear],
-    calls: Sequence[Recorded],
-    how: How,
+    calls: Sequence[RecordedCall],
+    how: FinetuneConfig,
     seed: int,
     bar: Any,
 ) -> BlockReport:
@@ -161,8 +161,8 @@ def _refine_block(
     before = error(model.get_submodule(name), held or train)
     finite = math.isfinite(before)
     if finite:
-        trainees = {n: trainee_of(layer, floats[n], how) for n, layer in layers.items()}
-        with placed(model, trainees):
+        trainees = {n: trainable_of(layer, floats[n], how) for n, layer in layers.items()}
+        with temporarily_replaced(model, trainees):
             block = model.get_submodule(name)
             finite = _train(block, list(trainees.values()), train, how, before, seed, bar)
     if not finite:
@@ -184,15 +184,15 @@ def _finite(value: float) -> float | None:
 
 def _train(
     block: nn.Module,
-    trainees: Sequence[Trainee],
+    trainees: Sequence[TrainableLinear],
     examples: Sequence[Example],
-    how: How,
+    how: FinetuneConfig,
     unit: float,
     seed: int,
     bar: Any,
 ) -> bool:
     """Adam with a cosine schedule, one call a step; False as soon as the loss is not finite."""
-    soft = [t for t in trainees if isinstance(t, VectorTrainee)]
+    soft = [t for t in trainees if isinstance(t, TrainableVq)]
     vectors = sum(len(t.logits) for t in soft)
     groups = [group for t in trainees for group in t.groups(how, math.sqrt(unit))]
     chosen = [p for group in groups for p in group["params"]]

@@ -8,13 +8,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class How:
+class FinetuneConfig:
     """A method and its knobs."""
 
     method: str
     steps: int
     lr: float
-    lr_rest: float
+    lr_other: float
     clip: float
     seed: int
     candidates: int = 0
@@ -44,7 +44,7 @@ class BlockReport:
 
 
 @dataclass
-class RefineReport:
+class FinetuneReport:
     """How every block came out, in the order in which they run."""
 
     method: str

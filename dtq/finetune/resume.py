@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dtq.finetune.block_order import layers_of
-from dtq.finetune.report import BlockReport, How
+from dtq.finetune.report import BlockReport, FinetuneConfig
 from dtq.finetune.trainable import set_state, state_of
-from dtq.io.atomic import replace_file, write_whole
+from dtq.io.atomic import atomic_replace, atomic_write
 from dtq.nn.linear import QuantLinear
-from dtq.pipelines.recorded_calls import Recorded
+from dtq.pipelines.recorded_calls import RecordedCall
 
 log = logging.getLogger("dtq")
 
@@ -66,15 +66,15 @@ class Shelf:
             for part, tensor in state_of(layer).items()
         }
         data = json.dumps({"fingerprint": self.fingerprint, "report": asdict(report)}, indent=1)
-        replace_file(tensors, lambda path: save_file(state, path))
-        write_whole(about, data)
+        atomic_replace(tensors, lambda path: save_file(state, path))
+        atomic_write(about, data)
 
     def _files(self, i: int) -> tuple[Path, Path]:
         return self.folder / f"block-{i}.safetensors", self.folder / f"block-{i}.json"
 
 
 def fingerprint(
-    model: nn.Module, floats: Mapping[str, nn.Linear], calls: Sequence[Recorded], how: How
+    model: nn.Module, floats: Mapping[str, nn.Linear], calls: Sequence[RecordedCall], how: FinetuneConfig
 ) -> str:
     """Of the method, the calls, and the quantized layers before and after they were."""
     digest = hashlib.sha256(json.dumps(asdict(how)).encode())

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dtq.finetune.block_order import layers_of
 from dtq.nn.step_clock import StepClock
-from dtq.nn.swap import placed
-from dtq.pipelines.recorded_calls import Recorded, called, copied
+from dtq.nn.swap import temporarily_replaced
+from dtq.pipelines.recorded_calls import RecordedCall, called, copied
 
 HELD_OUT = 8
 """One call in so many judges and is not trained on."""
@@ -75,7 +75,7 @@ class _Reached(Exception):
 
 
 def examples_of(
-    model: nn.Module, name: str, floats: Mapping[str, nn.Linear], calls: Sequence[Recorded]
+    model: nn.Module, name: str, floats: Mapping[str, nn.Linear], calls: Sequence[RecordedCall]
 ) -> list[Example]:
     """Inputs of the block in the quantized model, outputs of the same in the float one.
 
@@ -97,7 +97,7 @@ def examples_of(
         given = [_reach(model, call) for call in calls]
     finally:
         handle.remove()
-    with placed(model, floats):
+    with temporarily_replaced(model, floats):
         handle = model.get_submodule(name).register_forward_hook(leave, prepend=True)
         try:
             wanted = [_reach(model, call) for call in calls]
@@ -112,7 +112,7 @@ def examples_of(
 
 
 @torch.no_grad()
-def _reach(model: nn.Module, call: Recorded) -> Any:
+def _reach(model: nn.Module, call: RecordedCall) -> Any:
     """Run a call until something is reached; None when nothing is."""
     try:
         called(model, call)

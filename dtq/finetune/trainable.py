@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtq.finetune.report import How
-from dtq.formats import Parts
-from dtq.formats.activations import Acts, acts_of, fake_quantize, row_codes
+from dtq.finetune.report import FinetuneConfig
+from dtq.formats import PackedTensors
+from dtq.formats.activations import ActivationFormat, activation_format_of, fake_quantize, row_codes
 from dtq.formats.vq import Vq
 from dtq.nn.linear import QuantLinear
 
@@ -24,7 +24,7 @@ LEAD = 4.0
 """First logit of the present codeword, the other candidates' being 0."""
 
 
-class Trainee(nn.Linear):
+class TrainableLinear(nn.Linear):
     """A quantized linear whose float parts learn, computed in float32.
 
     Every part is ``start * exp(d)`` (scales, which keep their sign) or ``start + unit * d``, with
@@ -38,8 +38,8 @@ class Trainee(nn.Linear):
         # what code that looks at a linear finds there; neither learns
         self.weight, self.bias = layer.weight, layer.bias
         self._layer = [layer]  # in a list: not a submodule
-        self.dtypes = {n: s.dtype for n, s in layer.specs().items() if _learns(n, s.dtype)}
-        self.start = {n: layer.part(n).detach().float() for n in self.dtypes}
+        self.dtypes = {n: s.dtype for n, s in layer.tensor_specs().items() if _learns(n, s.dtype)}
+        self.start = {n: layer.packed_tensor(n).detach().float() for n in self.dtypes}
         self.unit = {n: _rms(t) for n, t in self.start.items()}
         if layer.bias is not None:
             self.dtypes["bias"] = layer.bias.dtype
@@ -52,13 +52,13 @@ class Trainee(nn.Linear):
     def layer(self) -> QuantLinear:
         return self._layer[0]
 
-    def groups(self, how: How, reach: float) -> list[dict[str, Any]]:
+    def groups(self, how: FinetuneConfig, reach: float) -> list[dict[str, Any]]:
         """Parameters and their learning rates, for the optimizer; ``reach`` is sqrt(before)."""
         main = [p for n, p in self.moves.items() if n.startswith("weight_")]
         rest = [p for n, p in self.moves.items() if not n.startswith("weight_")]
         groups = [
             {"params": main, "lr": how.lr * reach},
-            {"params": rest, "lr": how.lr_rest * reach},
+            {"params": rest, "lr": how.lr_other * reach},
         ]
         return [group for group in groups if group["params"]]
 
@@ -78,7 +78,7 @@ class Trainee(nn.Linear):
     def matrix(self) -> Tensor:
         """The weight (N, K) of the changed input."""
         fmt = self.layer.task.weights
-        parts = {n: self.layer.part(n) for n in fmt.layout((self.out_features, self.in_features))}
+        parts = {n: self.layer.packed_tensor(n) for n in fmt.layout((self.out_features, self.in_features))}
         return fmt.unpack(parts | {n: self.now(n) for n in parts if n in self.moves})
 
     def now(self, name: str) -> Tensor:
@@ -88,11 +88,11 @@ class Trainee(nn.Linear):
         value = start * move.exp() if positive else start + self.unit[name] * move
         return _straight(_cast(value, self.dtypes[name]).float(), value)
 
-    def state(self) -> Parts:
+    def state(self) -> PackedTensors:
         """Every stored part and the bias, with on-disk dtypes."""
         with torch.no_grad():
             found = {n: _cast(self.now(n), dtype) for n, dtype in self.dtypes.items()}
-        return self.layer.parts() | found
+        return self.layer.packed_tensors() | found
 
     def _rounded(self, changed: Tensor) -> Tensor:
         """The changed input (M, K) as the layer's product sees it."""
@@ -103,7 +103,7 @@ class Trainee(nn.Linear):
         return row_codes(changed, scale, acts.levels) * scale
 
 
-class VectorTrainee(Trainee):
+class TrainableVq(TrainableLinear):
     """The same for a vector format, each sub-vector a mix of candidate codewords.
 
     Args:
@@ -118,14 +118,14 @@ class VectorTrainee(Trainee):
         if layer.runtime.rank:
             target = target - self.start["proj_up"] @ layer.transform().w(self.start["proj_down"])
         fmt = self._format
-        vectors = fmt.split(target, layer.parts()).flatten(0, 1)  # (S, d)
-        now = fmt.codes(layer.parts()).flatten().long()  # (S,)
+        vectors = fmt.split(target, layer.packed_tensors()).flatten(0, 1)  # (S, d)
+        now = fmt.codes(layer.packed_tensors()).flatten().long()  # (S,)
         self.options = _candidates(vectors, self.start["weight_lut"], now, candidates)  # (S, n)
         logits = torch.zeros_like(self.options, dtype=torch.float32)
         logits[:, 0] = LEAD
         self.logits = nn.Parameter(logits)  # (S, n)
 
-    def groups(self, how: How, reach: float) -> list[dict[str, Any]]:
+    def groups(self, how: FinetuneConfig, reach: float) -> list[dict[str, Any]]:
         return [*super().groups(how, reach), {"params": [self.logits], "lr": how.lr_logits}]
 
     def matrix(self) -> Tensor:
@@ -148,7 +148,7 @@ class VectorTrainee(Trainee):
         alone = torch.full_like(ratios, -math.inf).scatter_(1, ratios.argmax(1, True), 0.0)
         self.logits.copy_(torch.where(sure.unsqueeze(1), alone, self.logits))
 
-    def state(self) -> Parts:
+    def state(self) -> PackedTensors:
         best = self.options.gather(1, self.logits.argmax(1, True)).reshape(self.out_features, -1)
         return self._format.with_codes(super().state(), best)
 
@@ -159,10 +159,10 @@ class VectorTrainee(Trainee):
         return fmt
 
 
-def trainee_of(layer: QuantLinear, linear: nn.Linear, how: How) -> Trainee:
+def trainable_of(layer: QuantLinear, linear: nn.Linear, how: FinetuneConfig) -> TrainableLinear:
     if how.candidates and isinstance(layer.task.weights, Vq):
-        return VectorTrainee(layer, linear.weight, how.candidates)
-    return Trainee(layer)
+        return TrainableVq(layer, linear.weight, how.candidates)
+    return TrainableLinear(layer)
 
 
 def _candidates(vectors: Tensor, codebook: Tensor, now: Tensor, count: int) -> Tensor:
@@ -180,12 +180,12 @@ def _learns(name: str, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and name.startswith(("weight_", "proj_"))
 
 
-def _acts_now(layer: QuantLinear) -> Acts:
+def _acts_now(layer: QuantLinear) -> ActivationFormat:
     """The activation format of this step: the layer's, or what a step policy says."""
-    acts: Acts = layer.task.acts
+    acts: ActivationFormat = layer.task.acts
     clock = layer.clock
     if clock is not None and clock.modes and acts.bits < 16:
-        return acts_of(clock.modes[int(clock.mode)], acts.name)
+        return activation_format_of(clock.modes[int(clock.mode)], acts.name)
     return acts
 
 
@@ -204,10 +204,10 @@ def _rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-def state_of(layer: QuantLinear) -> Parts:
+def state_of(layer: QuantLinear) -> PackedTensors:
     """Every stored part, and a copy of the bias."""
     bias = {} if layer.bias is None else {"bias": layer.bias.detach().clone()}
-    return layer.parts() | bias
+    return layer.packed_tensors() | bias
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ FLOOR = 1e-8
 
 
 @dataclass(frozen=True)
-class Acts:
+class ActivationFormat:
     """One way to keep activations.
 
     Attributes:
@@ -36,10 +36,10 @@ class Acts:
     name: str
     bits: int
     static: bool = False
-    stepped: bool = False
-    grid: str = ""
+    per_timestep: bool = False
+    block_format: str = ""
     doubled: bool = False
-    outer: bool = False
+    token_scale: bool = False
 
     @property
     def levels(self) -> int:
@@ -49,7 +49,7 @@ class Acts:
     @property
     def integer(self) -> bool:
         """Codes are integers with one scale per token."""
-        return self.bits < 16 and not self.grid
+        return self.bits < 16 and not self.block_format
 
     @property
     def int8(self) -> bool:
@@ -57,27 +57,27 @@ class Acts:
         return self.integer or self.doubled
 
 
-ACTS: dict[str, Acts] = {
+ACTIVATION_FORMATS: dict[str, ActivationFormat] = {
     a.name: a
     for a in (
-        Acts("none", 16),
-        Acts("int8-row", 8),
-        Acts("int8-step", 8, static=True, stepped=True),
-        Acts("int8-static", 8, static=True),
-        Acts("int6-row", 6),
-        Acts("int4-row", 4),
-        Acts("int4-g64", 4, grid="int4-g64"),
-        Acts("int4-asym-g64", 4, grid="int4-asym-g64"),
-        Acts("int8-asym-g128", 8, grid="int8-asym-g128"),
-        Acts("fp8-row", 8, grid="fp8-row"),
-        Acts("e2m1-row", 4, grid="e2m1-row", doubled=True),
-        Acts("nvfp4", 4, grid="nvfp4", outer=True),
-        Acts("mxfp4", 4, grid="mxfp4"),
+        ActivationFormat("none", 16),
+        ActivationFormat("int8-row", 8),
+        ActivationFormat("int8-step", 8, static=True, per_timestep=True),
+        ActivationFormat("int8-static", 8, static=True),
+        ActivationFormat("int6-row", 6),
+        ActivationFormat("int4-row", 4),
+        ActivationFormat("int4-g64", 4, block_format="int4-g64"),
+        ActivationFormat("int4-asym-g64", 4, block_format="int4-asym-g64"),
+        ActivationFormat("int8-asym-g128", 8, block_format="int8-asym-g128"),
+        ActivationFormat("fp8-row", 8, block_format="fp8-row"),
+        ActivationFormat("e2m1-row", 4, block_format="e2m1-row", doubled=True),
+        ActivationFormat("nvfp4", 4, block_format="nvfp4", token_scale=True),
+        ActivationFormat("mxfp4", 4, block_format="mxfp4"),
     )
 }
 
 
-MODES: dict[str, str] = {
+PRECISIONS: dict[str, str] = {
     "native": "",
     "a16": "none",
     "a8": "int8-row",
@@ -87,9 +87,9 @@ MODES: dict[str, str] = {
 """Activation modes of a step policy, and the format each one means; native is the layer's own."""
 
 
-def acts_of(mode: str, native: str) -> Acts:
+def activation_format_of(mode: str, native: str) -> ActivationFormat:
     """What a mode of the step policy means for a layer whose own format is ``native``."""
-    return ACTS[MODES[mode] or native]
+    return ACTIVATION_FORMATS[PRECISIONS[mode] or native]
 
 
 def row_scale(x: Tensor, levels: int = 127) -> Tensor:
@@ -110,7 +110,7 @@ def row_codes(x: Tensor, scale: Tensor, levels: int = 127) -> Tensor:
     return torch.round(x / scale).clamp(-levels, levels)
 
 
-def fake_quantize(x: Tensor, acts: Acts, peak: Tensor | None = None) -> Tensor:
+def fake_quantize(x: Tensor, acts: ActivationFormat, peak: Tensor | None = None) -> Tensor:
     """Float32 ``x`` (R, K) after quantizing and back; a static scale is fitted to ``x``.
 
     Args:
@@ -120,18 +120,18 @@ def fake_quantize(x: Tensor, acts: Acts, peak: Tensor | None = None) -> Tensor:
     """
     if acts.bits == 16:
         return x
-    if acts.grid:
+    if acts.block_format:
         return _on_grid(x, acts, peak)
     scale = row_scale(x.reshape(1, -1) if acts.static else x, acts.levels)
     return row_codes(x, scale, acts.levels) * scale
 
 
-def _on_grid(x: Tensor, acts: Acts, peak: Tensor | None) -> Tensor:
+def _on_grid(x: Tensor, acts: ActivationFormat, peak: Tensor | None) -> Tensor:
     """Round rows with a weight format; what that keeps per matrix is kept per row here."""
     from dtq.formats import FORMATS  # the table imports this package
 
-    fmt = FORMATS[acts.grid]
-    if not acts.outer:
+    fmt = FORMATS[acts.block_format]
+    if not acts.token_scale:
         beyond = peak is not None and fmt.group is None  # the scale belongs to the whole token
         return fmt.snap(x, fmt.fit(torch.cat([x, peak], 1) if beyond else x))  # type: ignore[list-item]
     peak = (x.abs().amax(-1, keepdim=True) if peak is None else peak).clamp(min=1e-30)

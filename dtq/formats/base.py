@@ -23,15 +23,15 @@ from torch import Tensor
 
 from dtq.errors import InputError
 
-Params = dict[str, Tensor]
+QParams = dict[str, Tensor]
 """What ``fit`` learned, already rounded to the dtype that is stored. Column axes are groups."""
 
-Parts = dict[str, Tensor]
+PackedTensors = dict[str, Tensor]
 """The stored tensors, by part name."""
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """Shape and dtype of one stored part.
 
     Attributes:
@@ -41,7 +41,7 @@ class Spec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    refuses: Callable[[Tensor], str | None] | None = field(default=None, compare=False, repr=False)
+    unsupported_reason: Callable[[Tensor], str | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +67,7 @@ class Format(Protocol):
     def learned(self) -> bool:
         """``fit`` learns its levels from data: it uses ``importance`` and ignores ``clip``."""
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The parts that a matrix of this shape is stored as.
 
         Raises:
@@ -80,8 +80,8 @@ class Format(Protocol):
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         """Learn the parameters of ``x`` (N, K).
 
         Args:
@@ -93,20 +93,20 @@ class Format(Protocol):
                 there and not learned again. Column solvers use it to fit one group.
         """
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
         """Nearest representable values, as float; ``x`` holds columns ``cols`` of the matrix."""
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
         """The stored tensors of ``snap(x, params)``."""
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         """The float32 matrix (N, K) that the parts stand for."""
 
 
 _TOGETHER = 2**16  # weights whose copies on the way to a code stay in the cache
 
 
-def snapped(fmt: Format, x: Tensor, params: Params) -> Tensor:
+def fake_quantize_weight(fmt: Format, x: Tensor, params: QParams) -> Tensor:
     """``fmt.snap(x, params)`` of a large matrix, some rows at a time: several times as fast."""
     rows = max(1, _TOGETHER // max(1, x.shape[1]))
     if fmt.learned or len(x) <= rows:  # parameters that are learned are not all of rows
@@ -140,7 +140,7 @@ def groups_of(name: str, columns: int, group: int | None) -> int:
     return columns // group
 
 
-def spread(value: Tensor, columns: int, group: int | None, cols: slice | None) -> Tensor:
+def expand_groups(value: Tensor, columns: int, group: int | None, cols: slice | None) -> Tensor:
     """The parameter of each of ``columns`` weights: (N, groups) to (N, columns), or (N, 1)."""
     if group is None:
         return value
@@ -179,7 +179,7 @@ def divide(x: Tensor, scale: Tensor) -> Tensor:
     return x / torch.where(scale == 0, torch.inf, scale)
 
 
-def column_weights(x: Tensor, importance: Tensor | None) -> Tensor:
+def broadcast_weights(x: Tensor, importance: Tensor | None) -> Tensor:
     """Weight of the squared error of each column (1, K); all alike when none is given, or all 0."""
     if importance is None or not importance.any():
         return x.new_ones((1, x.shape[1]), dtype=torch.float32)

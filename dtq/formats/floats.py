@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from dtq.formats.base import (
-    Params,
-    Parts,
-    Spec,
-    column_weights,
+    QParams,
+    PackedTensors,
+    TensorSpec,
+    broadcast_weights,
     divide,
     groups_of,
     in_groups,
-    spread,
+    expand_groups,
 )
 from dtq.formats.grid import E2M1
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
@@ -44,10 +44,10 @@ class Fp8:
     vector = 1
     learned = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {
-            "weight": Spec(shape, torch.float8_e4m3fn),
-            "weight_scale": Spec((shape[0], 1), torch.float32),
+            "weight": TensorSpec(shape, torch.float8_e4m3fn),
+            "weight_scale": TensorSpec((shape[0], 1), torch.float32),
         }
 
     def fit(
@@ -56,22 +56,22 @@ class Fp8:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         if outer is not None:
             return outer
         return {"weight_scale": clip * x.float().abs().amax(1, keepdim=True) / _E4M3_MAX}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
         return self._codes(x, params).float() * params["weight_scale"]
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
         return {"weight": self._codes(x, params), **params}
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         return parts["weight"].float() * parts["weight_scale"].float()
 
-    def _codes(self, x: Tensor, params: Params) -> Tensor:
+    def _codes(self, x: Tensor, params: QParams) -> Tensor:
         return _e4m3(divide(x.float(), params["weight_scale"]), -_E4M3_MAX)
 
 
@@ -91,13 +91,13 @@ class NvFp4:
     vector = 1
     learned = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         blocks = groups_of(self.name, columns, self.group)
         return {
-            "weight": Spec((rows, packed_width(self.name, columns, 4)), torch.int8),
-            "weight_scale": Spec((rows, blocks), torch.float8_e4m3fn),
-            "weight_scale_2": Spec((1, 1), torch.float32),
+            "weight": TensorSpec((rows, packed_width(self.name, columns, 4)), torch.int8),
+            "weight_scale": TensorSpec((rows, blocks), torch.float8_e4m3fn),
+            "weight_scale_2": TensorSpec((1, 1), torch.float32),
         }
 
     def fit(
@@ -106,8 +106,8 @@ class NvFp4:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         x = x.float()
         if outer is not None:
             scale_2 = outer["weight_scale_2"]
@@ -121,7 +121,7 @@ class NvFp4:
         ]
         if len(tries) == 1:
             return tries[0]
-        weight = column_weights(x, importance)
+        weight = broadcast_weights(x, importance)
         errors = [
             in_groups((self.snap(x, t) - x).square() * weight, self.group).sum(-1) for t in tries
         ]
@@ -129,21 +129,21 @@ class NvFp4:
         scales = torch.stack([t["weight_scale"].float() for t in tries]).gather(0, best)[0]
         return {"weight_scale": scales.to(torch.float8_e4m3fn), "weight_scale_2": scale_2}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
         scale = self._per_column(x.shape[1], params, cols)
-        return E2M1.snap(divide(x.float(), scale)) * scale
+        return E2M1.round(divide(x.float(), scale)) * scale
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
         codes = E2M1.codes(divide(x.float(), self._per_column(x.shape[1], params, None)))
         return {"weight": pack_bits(codes, 4), **params}
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         scale = parts["weight_scale"].float() * parts["weight_scale_2"].float()
         levels = in_groups(E2M1.of(unpack_bits(parts["weight"], 4)), self.group)
         return (levels * scale.unsqueeze(-1)).flatten(1)
 
-    def _per_column(self, columns: int, params: Params, cols: slice | None) -> Tensor:
-        scale = spread(params["weight_scale"], columns, self.group, cols).float()
+    def _per_column(self, columns: int, params: QParams, cols: slice | None) -> Tensor:
+        scale = expand_groups(params["weight_scale"], columns, self.group, cols).float()
         return scale * params["weight_scale_2"]
 
 
@@ -157,12 +157,12 @@ class MxFp4:
     vector = 1
     learned = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         blocks = groups_of(self.name, columns, self.group)
         return {
-            "weight": Spec((rows, packed_width(self.name, columns, 4)), torch.int8),
-            "weight_scale": Spec((rows, blocks), torch.uint8),
+            "weight": TensorSpec((rows, packed_width(self.name, columns, 4)), torch.int8),
+            "weight_scale": TensorSpec((rows, blocks), torch.uint8),
         }
 
     def fit(
@@ -171,23 +171,23 @@ class MxFp4:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         peak = clip * in_groups(x.float(), self.group).abs().amax(-1)
         # floor(log2), exact; a block that is not finite gets the largest, and stays so
         exponent = torch.where(peak.isfinite(), torch.frexp(peak).exponent - 1, 128)
         # 1, not 0: 2^-127 is subnormal, and some devices flush those to zero
         return {"weight_scale": (exponent - 2 + 127).clamp(1, 254).to(torch.uint8)}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
-        scale = _power(spread(params["weight_scale"], x.shape[1], self.group, cols))
-        return E2M1.snap(x.float() / scale) * scale
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
+        scale = _power(expand_groups(params["weight_scale"], x.shape[1], self.group, cols))
+        return E2M1.round(x.float() / scale) * scale
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
-        scale = _power(spread(params["weight_scale"], x.shape[1], self.group, None))
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
+        scale = _power(expand_groups(params["weight_scale"], x.shape[1], self.group, None))
         return {"weight": pack_bits(E2M1.codes(x.float() / scale), 4), **params}
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         levels = in_groups(E2M1.of(unpack_bits(parts["weight"], 4)), self.group)
         return (levels * _power(parts["weight_scale"]).unsqueeze(-1)).flatten(1)
 

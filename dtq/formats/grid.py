@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from dtq.formats.base import (
-    Params,
-    Parts,
-    Spec,
+    QParams,
+    PackedTensors,
+    TensorSpec,
     divide,
     groups_of,
     in_groups,
     scale_dtype,
     scaled,
-    spread,
+    expand_groups,
 )
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 
 @dataclass(frozen=True)
-class Levels:
+class Codebook:
     """Numbers by code. A level that occurs twice (-0) is only ever written as its lower code."""
 
     values: tuple[float, ...]
@@ -60,7 +60,7 @@ class Levels:
         """The levels of integer codes, float32."""
         return torch.tensor(self.values, device=codes.device)[codes.int()]
 
-    def snap(self, u: Tensor) -> Tensor:
+    def round(self, u: Tensor) -> Tensor:
         """The nearest levels themselves, float32."""
         _, levels, ends = _sorted(self.values, u.device)
         return levels[torch.bucketize(u, ends, out_int32=True)]
@@ -82,10 +82,10 @@ def _signed(*magnitudes: float) -> tuple[float, ...]:
     return (*magnitudes, *(-m + 0.0 for m in magnitudes))
 
 
-class _E2M1(Levels):
+class _E2M1(Codebook):
     """Its levels follow from the bits of a float32: many times faster than looking them up."""
 
-    def snap(self, u: Tensor) -> Tensor:
+    def round(self, u: Tensor) -> Tensor:
         size = u.detach().float().abs()
         # the power of two below it, 1 for what is smaller: levels lie half of that apart
         below = (size.clamp(1, 6).view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -94,13 +94,13 @@ class _E2M1(Levels):
         return size.clamp_(max=6).add_(magic).sub_(magic).copysign_(u).add_(0.0)  # -0 becomes 0
 
 
-E1M2 = Levels(_signed(0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5))
+E1M2 = Codebook(_signed(0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5))
 E2M1 = _E2M1(_signed(0, 0.5, 1, 1.5, 2, 3, 4, 6))
-E3M0 = Levels(_signed(0, 0.25, 0.5, 1, 2, 4, 8, 16))
+E3M0 = Codebook(_signed(0, 0.25, 0.5, 1, 2, 4, 8, 16))
 
 # QLoRA (2305.14314, appendix E): quantiles of the normal distribution, half of the codes on each
 # side of an exact zero, scaled to [-1, 1]. The constants that its code prints, so files agree.
-NF4 = Levels(
+NF4 = Codebook(
     (
         -1.0,
         -0.6961928009986877,
@@ -129,7 +129,7 @@ def doubled(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
         peak: the largest magnitude of each row (M, 1), which the largest level stands for.
     """
     scale = peak / x.new_full((1, 1), E2M1.top)  # a tensor: CUDA turns a number into its reciprocal
-    return E2M1.snap(divide(x, scale)) * 2, scale * 0.5
+    return E2M1.round(divide(x, scale)) * 2, scale * 0.5
 
 
 @dataclass(frozen=True)
@@ -140,19 +140,19 @@ class Grid:
     """
 
     name: str
-    levels: Levels
+    levels: Codebook
     group: int | None = None
 
     vector = 1
     learned = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         width = packed_width(self.name, columns, self.levels.bits)
         groups = groups_of(self.name, columns, self.group)
         return {
-            "weight": Spec((rows, width), torch.int8),
-            "weight_scale": Spec((rows, groups), scale_dtype(self.group)),
+            "weight": TensorSpec((rows, width), torch.int8),
+            "weight_scale": TensorSpec((rows, groups), scale_dtype(self.group)),
         }
 
     def fit(
@@ -161,22 +161,22 @@ class Grid:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         if outer is not None and self.group is None:
             return outer
         peak = in_groups(x.float(), self.group).abs().amax(-1)
         return {"weight_scale": (clip * peak / self.levels.top).to(scale_dtype(self.group))}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
-        scale = spread(params["weight_scale"], x.shape[1], self.group, cols).float()
-        return self.levels.snap(divide(x.float(), scale)) * scale
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
+        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, cols).float()
+        return self.levels.round(divide(x.float(), scale)) * scale
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
-        scale = spread(params["weight_scale"], x.shape[1], self.group, None).float()
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
+        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, None).float()
         codes = self.levels.codes(divide(x.float(), scale))
         return {"weight": pack_bits(codes, self.levels.bits), **params}
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         levels = self.levels.of(unpack_bits(parts["weight"], self.levels.bits))
         return scaled(levels, parts["weight_scale"])

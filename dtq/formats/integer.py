@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtq.formats.base import Params, Parts, Spec, groups_of, in_groups, scale_dtype, scaled, spread
+from dtq.formats.base import QParams, PackedTensors, TensorSpec, groups_of, in_groups, scale_dtype, scaled, expand_groups
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 _TINY = 1e-30  # scale of an all-zero group: any positive number represents its zeros exactly
@@ -40,16 +40,16 @@ class Int:
     vector = 1
     learned = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = groups_of(self.name, columns, self.group)
         parts = {
-            "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
-            "weight_scale": Spec((rows, groups), scale_dtype(self.group)),
+            "weight": TensorSpec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
+            "weight_scale": TensorSpec((rows, groups), scale_dtype(self.group)),
         }
         if self.asymmetric:
             refuses = self._refuses if self.bits < 8 else None
-            parts["weight_zero_point"] = Spec((rows, groups), torch.int8, refuses)
+            parts["weight_zero_point"] = TensorSpec((rows, groups), torch.int8, refuses)
         return parts
 
     def fit(
@@ -58,8 +58,8 @@ class Int:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         if outer is not None and self.group is None:
             return outer
         grouped = in_groups(x.float(), self.group)
@@ -71,11 +71,11 @@ class Int:
         zero = torch.round(-low / scale.float()).clamp(0, 2**self.bits - 1)
         return {"weight_scale": scale, "weight_zero_point": zero}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
         scale, zero = self._per_column(x.shape[1], params, cols)
         return (self._codes(x, scale, zero) - zero) * scale
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
         scale, zero = self._per_column(x.shape[1], params, None)
         codes = self._codes(x, scale, zero)
         if self.bits == 8:
@@ -88,7 +88,7 @@ class Int:
             parts["weight_zero_point"] = stored.to(torch.int8)
         return parts
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         weight = parts["weight"]
         codes = weight if self.bits == 8 else unpack_bits(weight, self.bits)
         offset = self._offset if self.bits < 8 else None
@@ -108,12 +108,12 @@ class Int:
         return scale.clamp(min=_TINY).to(scale_dtype(self.group))
 
     def _per_column(
-        self, columns: int, params: Params, cols: slice | None
+        self, columns: int, params: QParams, cols: slice | None
     ) -> tuple[Tensor, Tensor | float]:
-        scale = spread(params["weight_scale"], columns, self.group, cols).float()
+        scale = expand_groups(params["weight_scale"], columns, self.group, cols).float()
         if not self.asymmetric:
             return scale, 0.0
-        return scale, spread(params["weight_zero_point"], columns, self.group, cols)
+        return scale, expand_groups(params["weight_zero_point"], columns, self.group, cols)
 
     def _codes(self, x: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
         low, high = (0, 2**self.bits - 1) if self.asymmetric else _symmetric_range(self.bits)
@@ -143,13 +143,13 @@ class TwoLevelInt:
         """
         return 119 if self.bits == 4 else 112
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = groups_of(self.name, columns, self.group)
         return {
-            "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
-            "weight_scale": Spec((rows, 1), torch.float32),
-            "weight_scale_2": Spec((rows, groups), torch.int8, self._refuses),
+            "weight": TensorSpec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
+            "weight_scale": TensorSpec((rows, 1), torch.float32),
+            "weight_scale_2": TensorSpec((rows, groups), torch.int8, self._refuses),
         }
 
     def fit(
@@ -158,8 +158,8 @@ class TwoLevelInt:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         x = x.float()
         if outer is None:
             scale = (x.abs().amax(1, keepdim=True) / self.limit).clamp(min=_TINY)
@@ -175,11 +175,11 @@ class TwoLevelInt:
         zero = torch.maximum(zero, self._top - torch.floor(127 / scale2))
         return {"weight_scale": scale, "scale2": scale2, "zero": zero}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
         codes, scale2, zero = self._codes(x, params, cols)
         return (codes - zero) * scale2 * params["weight_scale"]
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
         codes, _, _ = self._codes(x, params, None)
         scale2 = (params["scale2"] - 1).to(torch.uint8)
         byte = params["zero"].to(torch.uint8) | (scale2 << self.bits)
@@ -189,7 +189,7 @@ class TwoLevelInt:
             "weight_scale_2": byte.view(torch.int8),
         }
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         expanded = self.expand(parts["weight"], parts["weight_scale_2"], self.bits)
         return expanded.float() * parts["weight_scale"].float()
 
@@ -212,10 +212,10 @@ class TwoLevelInt:
         return 2**self.bits - 1
 
     def _codes(
-        self, x: Tensor, params: Params, cols: slice | None
+        self, x: Tensor, params: QParams, cols: slice | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scale2 = spread(params["scale2"], x.shape[1], self.group, cols)
-        zero = spread(params["zero"], x.shape[1], self.group, cols)
+        scale2 = expand_groups(params["scale2"], x.shape[1], self.group, cols)
+        zero = expand_groups(params["zero"], x.shape[1], self.group, cols)
         levels = x.float() / params["weight_scale"] / scale2
         return (torch.round(levels) + zero).clamp(0, self._top), scale2, zero
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from dtq.formats.base import (
-    Params,
-    Parts,
-    Spec,
-    column_weights,
+    QParams,
+    PackedTensors,
+    TensorSpec,
+    broadcast_weights,
     divide,
     groups_of,
     in_groups,
     scale_dtype,
     scaled,
-    spread,
+    expand_groups,
 )
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
@@ -38,7 +38,7 @@ _FINE = 2**15  # of the others: equal or well apart, so that snapping settles
 _SHARES = (1.5, 1.4, 1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
-class Moments:
+class CodebookMoments:
     """Sorted weights with running sums of ``weight * x^p``, p = 0, 1, 2, in float64."""
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
@@ -61,10 +61,10 @@ class Moments:
         return (square - 2 * levels * mean + levels.square() * mass).sum(-1)
 
 
-Find = Callable[[Moments, int], Tensor]
+Find = Callable[[CodebookMoments, int], Tensor]
 
 
-def lloyd(moments: Moments, bits: int, steps: int = 100) -> Tensor:
+def lloyd(moments: CodebookMoments, bits: int, steps: int = 100) -> Tensor:
     """Levels that are the means of their cells (Lloyd 1957/1982; Max 1960), from quantiles."""
     mass = moments.sums[0]
     share = (torch.arange(2**bits, device=mass.device, dtype=mass.dtype) + 0.5) / 2**bits
@@ -93,13 +93,13 @@ class Lut:
     vector = 1
     learned = True
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = groups_of(self.name, columns, self.group)
         return {
-            "weight": Spec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
-            "weight_scale": Spec((rows, groups), scale_dtype(self.group)),
-            "weight_lut": Spec((1, 2**self.bits), torch.float32, self._refuses()),
+            "weight": TensorSpec((rows, packed_width(self.name, columns, self.bits)), torch.int8),
+            "weight_scale": TensorSpec((rows, groups), scale_dtype(self.group)),
+            "weight_lut": TensorSpec((1, 2**self.bits), torch.float32, self._refuses()),
         }
 
     @property
@@ -116,26 +116,26 @@ class Lut:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         if outer is not None and self.group is None:
             return outer
         grouped = in_groups(x.float(), self.group)  # (N, groups, group)
-        weight = in_groups(column_weights(x, importance), self.group)  # (1, groups, group)
+        weight = in_groups(broadcast_weights(x, importance), self.group)  # (1, groups, group)
         lut = self._levels(grouped, weight) if outer is None else outer["weight_lut"]
         return {"weight_scale": self._scale(grouped, weight, lut), "weight_lut": lut}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
-        scale = spread(params["weight_scale"], x.shape[1], self.group, cols).float()
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
+        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, cols).float()
         lut = params["weight_lut"].reshape(-1)
         return lut[_nearest(divide(x.float(), scale), lut)] * scale
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
-        scale = spread(params["weight_scale"], x.shape[1], self.group, None).float()
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
+        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, None).float()
         codes = _nearest(divide(x.float(), scale), params["weight_lut"].reshape(-1))
         return {"weight": pack_bits(codes, self.bits), **params}
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         codes = unpack_bits(parts["weight"], self.bits).int()
         levels = parts["weight_lut"].float().reshape(-1)[codes]
         return scaled(levels, parts["weight_scale"])
@@ -145,7 +145,7 @@ class Lut:
         every = -(-grouped.numel() // SAMPLE)
         some = grouped[::every]
         peak = some.abs().amax(-1, keepdim=True)
-        moments = Moments(divide(some, peak).flatten(), (weight * peak.square()).flatten())
+        moments = CodebookMoments(divide(some, peak).flatten(), (weight * peak.square()).flatten())
         levels = self.find(moments, self.bits).reshape(1, -1)
         rounded = (
             _integers(levels, moments) if self.integers else torch.round(levels * _FINE) / _FINE
@@ -170,7 +170,7 @@ class Lut:
         return torch.where(norm > 0, along / norm, scale).squeeze(-1).to(scale_dtype(self.group))
 
 
-def _integers(levels: Tensor, moments: Moments) -> Tensor:
+def _integers(levels: Tensor, moments: CodebookMoments) -> Tensor:
     """Levels (1, L) stretched to int8 over ``UNITS``; the scale makes up for the change of size.
 
     Where both signs have the same levels, each goes up or down, whatever errs least in all.

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from dtq.formats.base import (
-    Params,
-    Parts,
-    Spec,
-    column_weights,
+    QParams,
+    PackedTensors,
+    TensorSpec,
+    broadcast_weights,
     divide,
     groups_of,
     in_groups,
     scale_dtype,
     scaled,
-    spread,
+    expand_groups,
 )
 from dtq.formats.packing import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
 
@@ -43,15 +43,15 @@ class Ternary:
     vector = 1
     learned = True
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
-        scale = Spec((rows, groups_of(self.name, columns, self.group)), scale_dtype(self.group))
+        scale = TensorSpec((rows, groups_of(self.name, columns, self.group)), scale_dtype(self.group))
         if not self.trits:
             width = packed_width(self.name, columns, 2)
-            return {"weight": Spec((rows, width), torch.int8), "weight_scale": scale}
-        parts = {"weight": Spec((rows, columns // 5), torch.int8), "weight_scale": scale}
+            return {"weight": TensorSpec((rows, width), torch.int8), "weight_scale": scale}
+        parts = {"weight": TensorSpec((rows, columns // 5), torch.int8), "weight_scale": scale}
         if columns % 5:
-            parts["weight_tail"] = Spec((rows, columns % 5), torch.int8, _no_codes)
+            parts["weight_tail"] = TensorSpec((rows, columns % 5), torch.int8, _no_codes)
         return parts
 
     def fit(
@@ -60,8 +60,8 @@ class Ternary:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         """The best alpha, exactly: the m largest magnitudes become alpha, their weighted mean.
 
         That gains ``(sum w|x|)^2 / sum w`` over all zeros; one sort tries every m.
@@ -69,26 +69,26 @@ class Ternary:
         if outer is not None and self.group is None:
             return outer
         size, order = in_groups(x.float(), self.group).abs().sort(-1, descending=True)
-        weight = in_groups(column_weights(x, importance), self.group).expand_as(size)
+        weight = in_groups(broadcast_weights(x, importance), self.group).expand_as(size)
         mass = weight.gather(-1, order)
         total, mass = (mass * size).cumsum(-1), mass.cumsum(-1)
         mean = divide(total, mass)
         best = (mean * total).argmax(-1, keepdim=True)
         return {"weight_scale": mean.gather(-1, best).squeeze(-1).to(scale_dtype(self.group))}
 
-    def absmean(self, x: Tensor) -> Params:
+    def absmean(self, x: Tensor) -> QParams:
         """TerDiT's rule: codes ``clip(round(W / gamma))``, gamma = mean |W| of all."""
         return {"weight_scale": self._scales(x.float().abs().mean(), x.shape)}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
-        scale = spread(params["weight_scale"], x.shape[1], self.group, cols).float()
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
+        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, cols).float()
         return self._codes(x, scale) * scale
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
-        scale = spread(params["weight_scale"], x.shape[1], self.group, None).float()
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
+        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, None).float()
         return {**self._stored(self._codes(x, scale).to(torch.int8)), **params}
 
-    def parts_of(self, codes: Tensor, alpha: Tensor | float) -> Parts:
+    def parts_of(self, codes: Tensor, alpha: Tensor | float) -> PackedTensors:
         """The parts of trained codes, for checkpoints that come with them.
 
         Args:
@@ -97,7 +97,7 @@ class Ternary:
         """
         return {**self._stored(codes), "weight_scale": self._scales(alpha, codes.shape)}
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         if self.trits:
             codes = unpack_trits(parts["weight"])
             if "weight_tail" in parts:
@@ -114,7 +114,7 @@ class Ternary:
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         return torch.round(divide(x.float(), scale)).clamp(-1, 1)
 
-    def _stored(self, codes: Tensor) -> Parts:
+    def _stored(self, codes: Tensor) -> PackedTensors:
         digits = (codes + 1).to(torch.uint8)
         if not self.trits:
             return {"weight": pack_bits(digits, 2)}

@@ -12,26 +12,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtq.formats.lut import Moments
+from dtq.formats.lut import CodebookMoments
 
 _CLIPS = torch.linspace(0.3, 1.2, 46, dtype=torch.float64)  # A, over the largest magnitude
 _RATIOS = torch.logspace(0.02, 0.6, 80, dtype=torch.float64)  # r, 1.05 to 4
 _SHIFTS = torch.logspace(-3, 1, 41, dtype=torch.float64)  # e, over the largest magnitude
 
 
-def geometric(moments: Moments, bits: int) -> Tensor:
+def geometric(moments: CodebookMoments, bits: int) -> Tensor:
     """``+-A r^-i``: the pair (A, r) with the least error."""
     return _best(moments, _CLIPS[:, None, None] * _RATIOS[:, None] ** -_rising(bits).flip(0))
 
 
-def geometric_with_zero(moments: Moments, bits: int) -> Tensor:
+def geometric_with_zero(moments: CodebookMoments, bits: int) -> Tensor:
     """The same with the smallest magnitude replaced by an exact zero."""
     magnitude = _CLIPS[:, None, None] * _RATIOS[:, None] ** -_rising(bits).flip(0)
     magnitude[..., 0] = 0
     return _best(moments, magnitude)
 
 
-def companded(moments: Moments, bits: int) -> Tensor:
+def companded(moments: CodebookMoments, bits: int) -> Tensor:
     """``+-A ((1 + e)^f e^(1 - f) - e)``, f = 0..1: even steps of log(|w| + e), from an exact zero.
 
     LRQ-DiT's code has this offset; there it is absolute, here it is in units of the scale.
@@ -45,7 +45,7 @@ def _rising(bits: int) -> Tensor:
     return torch.arange(2 ** (bits - 1), dtype=torch.float64)
 
 
-def _best(moments: Moments, magnitude: Tensor) -> Tensor:
+def _best(moments: CodebookMoments, magnitude: Tensor) -> Tensor:
     """Of rising magnitudes (clips, shapes, 2^(bits - 1)) the best, with both signs."""
     tries = torch.cat([-magnitude.flip(-1), magnitude], -1).flatten(0, 1).to(moments.x)
     return tries[moments.error(tries).argmin()]

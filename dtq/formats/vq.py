@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtq.errors import InputError
-from dtq.formats.base import Params, Parts, Spec, column_weights, divide
+from dtq.formats.base import QParams, PackedTensors, TensorSpec, broadcast_weights, divide
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 SAMPLE = 2**16
@@ -39,7 +39,7 @@ class Vq:
     group = None
     learned = True
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         width = packed_width(self.name, columns, self._bits, self.vector)
         if rows * columns < 4 * self.words * self.vector:
@@ -49,11 +49,11 @@ class Vq:
                 f"Use int4-row for this layer, or keep it."
             )
         parts = {
-            "weight": Spec((rows, width), torch.int8),
-            "weight_lut": Spec((self.words, self.vector), torch.bfloat16),
+            "weight": TensorSpec((rows, width), torch.int8),
+            "weight_lut": TensorSpec((self.words, self.vector), torch.bfloat16),
         }
         if self.scaled:
-            parts["weight_scale"] = Spec((rows, 1), torch.bfloat16)
+            parts["weight_scale"] = TensorSpec((rows, 1), torch.bfloat16)
         return parts
 
     def fit(
@@ -62,8 +62,8 @@ class Vq:
         importance: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
-        outer: Params | None = None,
-    ) -> Params:
+        outer: QParams | None = None,
+    ) -> QParams:
         if outer is not None:
             return outer
         x = x.float()
@@ -78,36 +78,36 @@ class Vq:
             shuffled = torch.randperm(len(pick), generator=torch.Generator().manual_seed(0))
             pick = shuffled[:SAMPLE]
         pick = pick.to(x.device)
-        columns = column_weights(x, importance).reshape(-1, self.vector)
+        columns = broadcast_weights(x, importance).reshape(-1, self.vector)
         weight = columns[pick % len(columns)] * power[pick // len(columns)]
         words = kmeans(vectors[pick], weight, self.words)
         return {"weight_lut": words.to(torch.bfloat16), **params}
 
-    def snap(self, x: Tensor, params: Params, cols: slice | None = None) -> Tensor:
+    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
         return self._values(self._nearest(x, params), params)
 
-    def pack(self, x: Tensor, params: Params) -> Parts:
+    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
         return {"weight": pack_bits(self._nearest(x, params), self._bits), **params}
 
-    def unpack(self, parts: Parts) -> Tensor:
+    def unpack(self, parts: PackedTensors) -> Tensor:
         return self._values(self.codes(parts), parts)
 
-    def codes(self, parts: Parts) -> Tensor:
+    def codes(self, parts: PackedTensors) -> Tensor:
         """The word of each vector, uint8 (N, K / vector)."""
         return unpack_bits(parts["weight"], self._bits)
 
-    def with_codes(self, parts: Parts, codes: Tensor) -> Parts:
+    def with_codes(self, parts: PackedTensors, codes: Tensor) -> PackedTensors:
         """The parts with other words, integers (N, K / vector); the codebook stays."""
         return {**parts, "weight": pack_bits(codes, self._bits)}
 
-    def split(self, x: Tensor, params: Params) -> Tensor:
+    def split(self, x: Tensor, params: QParams) -> Tensor:
         """The vectors (N, K / vector, vector) of a matrix (N, K), rows over their scale if any."""
         x = x.float()
         if self.scaled:
             x = divide(x, params["weight_scale"].float())
         return x.unflatten(1, (-1, self.vector))
 
-    def join(self, vectors: Tensor, params: Params) -> Tensor:
+    def join(self, vectors: Tensor, params: QParams) -> Tensor:
         """Inverse of :meth:`split`."""
         x = vectors.flatten(1)
         return x * params["weight_scale"].float() if self.scaled else x
@@ -116,11 +116,11 @@ class Vq:
     def _bits(self) -> int:
         return int(math.log2(self.words))
 
-    def _nearest(self, x: Tensor, params: Params) -> Tensor:
+    def _nearest(self, x: Tensor, params: QParams) -> Tensor:
         vectors = self.split(x, params).flatten(0, 1)  # (S, vector)
         return nearest_words(vectors, params["weight_lut"].float()).reshape(len(x), -1)
 
-    def _values(self, codes: Tensor, params: Params) -> Tensor:
+    def _values(self, codes: Tensor, params: QParams) -> Tensor:
         return self.join(params["weight_lut"].float()[codes.int()], params)
 
 

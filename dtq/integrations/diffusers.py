@@ -24,10 +24,10 @@ from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
 from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear
-from dtq.nn.shared_inputs import share_changes
+from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import aligned, check_part, from_disk, to_disk
-from dtq.nn.swap import finish, swap_empty
-from dtq.plan.layers import Plan, Runtime
+from dtq.nn.swap import finalize, swap_empty
+from dtq.plan.layers import Plan, LayerSpec
 
 log = logging.getLogger("dtq")
 
@@ -83,7 +83,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self, model: nn.Module, param_value: Any, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
         module, part = get_module_from_name(model, param_name)
-        return isinstance(module, QuantLinear) and part in module.specs()
+        return isinstance(module, QuantLinear) and part in module.tensor_specs()
 
     def check_quantized_param_shape(self, name: str, current: Tensor, loaded: Tensor) -> bool:
         if tuple(current.shape) != tuple(loaded.shape):
@@ -135,8 +135,8 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 if isinstance(module, QuantLinear) and module.bias is not None:
                     module.compute_dtype = module.bias.dtype
             plan = self.quantization_config.load_plan()
-            finish(model, plan.edges, plan.policy)
-            share_changes(model)
+            finalize(model, plan.edges, plan.policy)
+            share_input_transforms(model)
             share_rows(model, self.quantization_config)
         else:
             assert DTQQuantizer.on_the_fly is not None
@@ -183,7 +183,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return True
 
 
-def mark(
+def attach_quantizer(
     model: nn.Module, plan: Plan, edges: tuple[float, ...], dtype: torch.dtype, config: DTQConfig
 ) -> None:
     """Leave a model quantized in memory in the state that ``from_pretrained`` would leave it in."""
@@ -191,10 +191,10 @@ def mark(
     config.recipe = plan.recipe
     config.compute_dtype = dtype
     config.timestep_edges = list(edges)
-    config.layers = {layer.name: layer.runtime().to_json() for layer in plan.quantized()}
+    config.layers = {layer.name: layer.spec().to_json() for layer in plan.quantized()}
     if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
         config.extra.setdefault("base_model", base)
-    share_changes(model)
+    share_input_transforms(model)
     share_rows(model, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
@@ -259,13 +259,13 @@ def _refuse_text(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _as_floats(state: dict[str, Tensor], layers: dict[str, Runtime]) -> dict[str, Tensor]:
+def _as_floats(state: dict[str, Tensor], layers: dict[str, LayerSpec]) -> dict[str, Tensor]:
     """Scales as the floats whose bits they hold in memory; their dtype is the format's."""
     tensors = dict(state)
     for name, layer in layers.items():
         # dtypes do not depend on the shape: any that every format accepts will do; whether base-3
         # codes have a tail does
-        for part, spec in layer.stored((1024, 1024)).items():
+        for part, spec in layer.tensor_specs((1024, 1024)).items():
             key = f"{name}.{part}"
             if key in tensors:
                 tensors[key] = to_disk(tensors[key], spec)

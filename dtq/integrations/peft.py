@@ -69,7 +69,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
             up = self.lora_B[name].weight.detach() * self.scaling[name]
             if safe_merge and not (down.isfinite().all() and up.isfinite().all()):
                 raise InputError(f"adapter {name!r} has numbers that are not finite")
-            self.fused[name] = base.widen(down, up)
+            self.fused[name] = base.add_rank(down, up)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -79,7 +79,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
             super().unmerge()
             return
         while self.merged_adapters:
-            base.narrow(*self.fused.pop(self.merged_adapters.pop()))
+            base.remove_rank(*self.fused.pop(self.merged_adapters.pop()))
 
 
 def register() -> None:
@@ -99,7 +99,7 @@ def register() -> None:
     create_new_module.dtq = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)
     _refuse_others()
-    _teach_flux()
+    _patch_flux()
 
 
 def _refuse_others() -> None:
@@ -151,7 +151,7 @@ def _check_kind(config: Any, name: str) -> None:
 _STARTS = ("gaussian", "orthogonal")
 
 
-def _teach_flux() -> None:
+def _patch_flux() -> None:
     """The shape of a layer is not that of its ``weight``, which may be packed.
 
     Flux compares it with that of the adapter, and widens a layer where the adapter is larger.

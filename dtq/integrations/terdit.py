@@ -16,10 +16,10 @@ from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.ternary import Ternary
-from dtq.integrations.diffusers import mark
+from dtq.integrations.diffusers import attach_quantizer
 from dtq.nn.linear import QuantLinear
-from dtq.nn.swap import finish
-from dtq.plan.layers import LayerPlan, Plan, Runtime
+from dtq.nn.swap import finalize
+from dtq.plan.layers import LayerPlan, Plan, LayerSpec
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def load_ternary(
         if not bool(torch.as_tensor(alpha).isfinite().all()):
             raise InputError(f"{name}: alpha must be finite")
         new = QuantLinear(
-            old.in_features, old.out_features, old.bias is not None, Runtime(fmt, "none"),
+            old.in_features, old.out_features, old.bias is not None, LayerSpec(fmt, "none"),
             compute_dtype=dtype, device="meta",
         )  # fmt: skip
         parts = ternary.parts_of(codes.to(old.weight.device), alpha)
@@ -97,6 +97,6 @@ def load_ternary(
     for name, new in made.items():
         model.set_submodule(name, new)
         layers.append(LayerPlan(name, "other", (new.out_features, new.in_features), fmt))
-    finish(model, ())
-    mark(model, Plan("terdit", tuple(layers)), (), dtype, DTQConfig())
+    finalize(model, ())
+    attach_quantizer(model, Plan("terdit", tuple(layers)), (), dtype, DTQConfig())
     return model

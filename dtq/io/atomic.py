@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from dtq.errors import InputError
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+def atomic_replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` make a file beside ``path``, then move it there.
 
     The name of the side file has the process id: two processes do not write into one file.
@@ -38,13 +38,13 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
+def atomic_write(path: Path, data: str | bytes) -> None:
     """:func:`replace_file` with text, as UTF-8, or bytes."""
     raw = data.encode() if isinstance(data, str) else data
-    replace_file(path, lambda draft: draft.write_bytes(raw))
+    atomic_replace(path, lambda draft: draft.write_bytes(raw))
 
 
-def write_folder(path: Path) -> None:
+def make_directory(path: Path) -> None:
     """Make a folder to write into, and those above it.
 
     Raises:
@@ -74,13 +74,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside ``out`` to write into, renamed to it at the end, removed on any error.
 
     Raises:
         InputError: ``out`` exists and is not empty (without ``overwrite``), or is a file.
     """
-    check_free(out, overwrite=overwrite)
+    require_absent(out, overwrite=overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         side = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -104,7 +104,7 @@ def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(side, ignore_errors=True)
 
 
-def check_free(out: Path, *, overwrite: bool = False) -> None:
+def require_absent(out: Path, *, overwrite: bool = False) -> None:
     """Raise :class:`InputError` unless ``out`` can be written."""
     if out.is_file():
         raise InputError(f"{out} is a file; give a folder")

@@ -22,21 +22,21 @@ def _signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def _digest_of(folder: Path, pattern: str = "*") -> str:
+def folder_digest(folder: Path, pattern: str = "*") -> str:
     """Hash of the names and contents of the files below a folder."""
     files = sorted(path for path in folder.rglob(pattern) if path.is_file())
-    lines = [f"{path.relative_to(folder).as_posix()} {_sha_of(path)}" for path in files]
-    return _sha("\n".join(lines).encode())
+    lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}" for path in files]
+    return bytes_digest("\n".join(lines).encode())
 
 
-def _contents(path: Path) -> str:
-    return _digest_of(path) if path.is_dir() else _sha_of(path)
+def path_digest(path: Path) -> str:
+    return folder_digest(path) if path.is_dir() else file_digest(path)
 
 
-def _sha_of(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha(data: bytes) -> str:
+def bytes_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -25,7 +25,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: drops clean file pages, never data
 
 
-def keep_freed() -> None:
+def tune_malloc() -> None:
     """From now on the C library keeps what this process frees, for what it allocates next.
 
     By default every large tensor is a mapping of its own, whose pages the kernel has to find and
@@ -50,7 +50,7 @@ class _Mallinfo(ctypes.Structure):
     ]  # fmt: skip
 
 
-def give_freed(beyond: int = 0) -> None:
+def trim_malloc(beyond: int = 0) -> None:
     """Give back what :func:`keep_freed` kept: memory falls apart as sizes change.
 
     Args:
@@ -71,7 +71,7 @@ def _of_glibc(name: str) -> Callable[..., int] | None:
 
 
 @contextmanager
-def paged(*models: nn.Module) -> Iterator[None]:
+def paged_weights(*models: nn.Module) -> Iterator[None]:
     """Release the mapped weights of each block as soon as it has run.
 
     Blocks are the elements of module lists; what lies outside of them stays. Models whose weights

@@ -33,7 +33,7 @@ def locked(path: Path) -> Iterator[None]:
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         while True:
-            draft.write_text(json.dumps(here()), encoding="utf-8")
+            draft.write_text(json.dumps(process_identity()), encoding="utf-8")
             try:
                 os.link(draft, path)  # never seen half-written, unlike a file opened with O_EXCL
                 break
@@ -54,7 +54,7 @@ def locked(path: Path) -> Iterator[None]:
             path.unlink()
 
 
-def here() -> dict[str, Any]:
+def process_identity() -> dict[str, Any]:
     """This process; its start tells it from a later one with the same number."""
     started = psutil.Process().create_time()
     return {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
@@ -78,7 +78,7 @@ def _remove_dead(path: Path) -> None:
         raise InputError(
             f"{path}: {who} is writing here. If it is dead, delete the file and run again"
         )
-    if lives(owner):
+    if is_alive(owner):
         raise InputError(f"{path}: {who} is writing here; wait for it, or choose another folder")
     # rename first: of two runs that find a dead lock one gets it
     aside = path.with_name(f"{path.name}.{os.getpid()}.dead")
@@ -105,7 +105,7 @@ def _owner(text: str) -> dict[str, Any] | None:
     return None
 
 
-def lives(owner: dict[str, Any]) -> bool:
+def is_alive(owner: dict[str, Any]) -> bool:
     """Whether a process of this host, as :func:`here` describes it, still runs."""
     try:
         process = psutil.Process(owner["pid"])

@@ -100,16 +100,16 @@ def parse_yaml(text: str, where: str) -> Any:
     return data
 
 
-def finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
     """Plain data as JSON can hold it: numbers that are not finite become null."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def numbers(value: object) -> bool:
+def is_finite_numbers(value: object) -> bool:
     """Whether a value is a list of finite numbers."""
     return isinstance(value, list | tuple) and all(
         isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value

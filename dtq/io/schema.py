@@ -46,7 +46,7 @@ def read(kind: type[Any], data: Mapping[str, Any], at: str, problems: list[str])
 
 def plain(value: Any) -> Any:
     """Inverse of :func:`read`: what YAML writes; fields that are None are left out."""
-    if isinstance(value, Call):
+    if isinstance(value, MethodSpec):
         return {value.name: dict(value.knobs)} if value.knobs else value.name
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
@@ -69,8 +69,8 @@ def check_name(
     return False
 
 
-def check_call(
-    call: Call, table: Mapping[str, Callable[..., Any]], at: str, problems: list[str]
+def check_method(
+    call: MethodSpec, table: Mapping[str, Callable[..., Any]], at: str, problems: list[str]
 ) -> None:
     """The method and its knobs exist, and the knobs are of the type of their defaults."""
     if not check_name(call.name, table, at, problems):
@@ -98,7 +98,7 @@ def check_call(
 def _value(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
     """A value of a field, or something of its type if it does not fit."""
     kind = _present(kind)
-    if kind is Call:
+    if kind is MethodSpec:
         return _call(value, where, problems)
     if is_dataclass(kind):
         if isinstance(value, Mapping):
@@ -158,23 +158,23 @@ def _words(kind: Any) -> str:
     }.get(kind, "a mapping")
 
 
-def _call(value: Any, where: str, problems: list[str]) -> Call:
-    if isinstance(value, Call):
+def _call(value: Any, where: str, problems: list[str]) -> MethodSpec:
+    if isinstance(value, MethodSpec):
         return value
     if isinstance(value, str):
-        return Call(value)
+        return MethodSpec(value)
     if isinstance(value, Mapping) and len(value) == 1:
         name, knobs = next(iter(value.items()))
         if isinstance(name, str) and (knobs is None or isinstance(knobs, Mapping)):
-            return Call(name, tuple(sorted((knobs or {}).items())))
+            return MethodSpec(name, tuple(sorted((knobs or {}).items())))
     problems.append(
         f"{where}: expected a method name, or one name with its knobs, got {_shown(value)}"
     )
-    return Call("")
+    return MethodSpec("")
 
 
 @dataclass(frozen=True)
-class Call:
+class MethodSpec:
     """A row of a method table and its knobs, as a recipe writes it: ``gptq: {damp: 0.02}``."""
 
     name: str

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats.activations import ACTS, acts_of, fake_quantize, row_codes, row_scale
+from dtq.formats.activations import ACTIVATION_FORMATS, activation_format_of, fake_quantize, row_codes, row_scale
 from dtq.formats.integer import TwoLevelInt
 from dtq.formats.packing import unpack_nibbles
 from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
@@ -77,7 +77,7 @@ def _round_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     changed = ops_quantize.changed(x.float(), pre_scale, order, block, turns)
-    return fake_quantize(changed, ACTS[acts]).to(dtype, copy=True)  # (M, K)
+    return fake_quantize(changed, ACTIVATION_FORMATS[acts]).to(dtype, copy=True)  # (M, K)
 
 
 def _round_rows_fake(x: Tensor, *rest: object) -> Tensor:
@@ -102,7 +102,7 @@ def _step_linear(
     from dtq.formats import FORMATS
     from dtq.kernels.table import Task, pick
 
-    task = Task(FORMATS[weights], acts_of(modes.split(",")[int(mode)], acts), block, turns)
+    task = Task(FORMATS[weights], activation_format_of(modes.split(",")[int(mode)], acts), block, turns)
     named = dict(zip(names.split(","), parts, strict=True))
     if not task.acts.static:
         named.pop("input_scale", None)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats import FORMATS, Format, Parts
-from dtq.formats.activations import Acts
+from dtq.formats import FORMATS, Format, PackedTensors
+from dtq.formats.activations import ActivationFormat
 from dtq.formats.floats import MxFp4, NvFp4
 from dtq.formats.grid import Grid
 from dtq.formats.integer import Int, TwoLevelInt
@@ -49,12 +49,12 @@ class Task:
     """
 
     weights: Format
-    acts: Acts
+    acts: ActivationFormat
     block: int = 1
     turns: int = 1
 
 
-Call = Callable[[Task, Tensor, Parts, Tensor | None], Tensor]
+Call = Callable[[Task, Tensor, PackedTensors, Tensor | None], Tensor]
 """``(task, x (M, K), parts, bias (N,)) -> (M, N)`` in the dtype of x.
 
 ``parts`` are the layer's, by name, with on-disk dtypes; ``input_scale`` is the one of this step.
@@ -104,9 +104,9 @@ class Kernel:
     fits: Callable[[Task], str | None]
     call: Call
     ops: tuple[str, ...] = ()
-    then: Callable[[Task, Tensor, Parts, Tensor | None, Then], Tensor | None] | None = None
+    then: Callable[[Task, Tensor, PackedTensors, Tensor | None, Then], Tensor | None] | None = None
     gpu: str = ""
-    expand: Callable[[Task, Parts], tuple[Tensor, Tensor]] | None = None
+    expand: Callable[[Task, PackedTensors], tuple[Tensor, Tensor]] | None = None
     by_shape: Callable[[Task, tuple[int, int]], str] | None = None
 
 
@@ -125,7 +125,7 @@ def _int8_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "int8-row")
 
 
-def _int8(task: Task, parts: Parts) -> Weight:
+def _int8(task: Task, parts: PackedTensors) -> Weight:
     return parts["weight"], parts["weight_scale"]
 
 
@@ -134,7 +134,7 @@ def _two_level_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "4-bit two-level")
 
 
-def _two_level(task: Task, parts: Parts) -> Weight:
+def _two_level(task: Task, parts: PackedTensors) -> Weight:
     return parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
 
 
@@ -143,7 +143,7 @@ def _row_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "4-bit integers with one scale per row")
 
 
-def _row(task: Task, parts: Parts) -> Weight:
+def _row(task: Task, parts: PackedTensors) -> Weight:
     """A group as wide as the row, whose scale2 is 1: its byte is the zero."""
     assert isinstance(task.weights, Int)
     zero = parts.get("weight_zero_point")
@@ -162,7 +162,7 @@ def _three_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "3-bit, two-level or with a scale per row")
 
 
-def _three(task: Task, parts: Parts) -> Weight:
+def _three(task: Task, parts: PackedTensors) -> Weight:
     return (_two_level if isinstance(task.weights, TwoLevelInt) else _row)(task, parts)
 
 
@@ -178,7 +178,7 @@ def _table_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, wanted)
 
 
-def _table(task: Task, parts: Parts) -> Weight:
+def _table(task: Task, parts: PackedTensors) -> Weight:
     weight, scale = parts["weight"], parts["weight_scale"]
     if isinstance(task.weights, Grid):
         assert task.weights.levels.integers is not None
@@ -193,10 +193,10 @@ def _table(task: Task, parts: Parts) -> Weight:
 
 def _by_codes(
     op: str,
-    weight: Callable[[Task, Parts], Weight],
+    weight: Callable[[Task, PackedTensors], Weight],
     task: Task,
     x: Tensor,
-    parts: Parts,
+    parts: PackedTensors,
     bias: Tensor | None,
 ) -> Tensor:
     if gpu_dispatch.answer(x, len(parts["weight"])) != "int8":
@@ -208,10 +208,10 @@ def _by_codes(
 
 def _and_then(
     op: str,
-    weight: Callable[[Task, Parts], Weight],
+    weight: Callable[[Task, PackedTensors], Weight],
     task: Task,
     x: Tensor,
-    parts: Parts,
+    parts: PackedTensors,
     bias: Tensor | None,
     then: Then,
 ) -> Tensor | None:
@@ -224,10 +224,10 @@ def _and_then(
 
 
 def _expanded(
-    weight: Callable[[Task, Parts], Weight],
+    weight: Callable[[Task, PackedTensors], Weight],
     int8: Callable[..., Tensor],
     task: Task,
-    parts: Parts,
+    parts: PackedTensors,
 ) -> tuple[Tensor, Tensor]:
     codes, scale, *more = weight(task, parts)
     return int8(codes, *more), scale
@@ -247,7 +247,7 @@ def _by_size(task: Task, shape: tuple[int, int]) -> str:
 def _integers(
     name: str,
     fits: Callable[[Task], str | None],
-    weight: Callable[[Task, Parts], Weight],
+    weight: Callable[[Task, PackedTensors], Weight],
     int8: Callable[..., Tensor],
     op: str,
     then_op: str = "",
@@ -272,7 +272,7 @@ def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _small(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def _small(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
     """The product in float, of packed or of decoded weights, as the dispatcher says."""
     few = gpu_dispatch.answer(x, len(parts["weight"])) == "few"
     multiply = ops.weight_linear if few else ops.resident_linear
@@ -290,7 +290,7 @@ def _float_fits(task: Task) -> str | None:
     return _unless(FORMATS.get(task.weights.name) is task.weights, task, "of the table of formats")
 
 
-def _float(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def _float(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
     def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = ops.weight_linear(rows, *_stored(task, parts), bias)
         return y
@@ -302,7 +302,7 @@ def _in_float(
     multiply: Callable[[Tensor, Tensor | None], Tensor],
     task: Task,
     x: Tensor,
-    parts: Parts,
+    parts: PackedTensors,
     bias: Tensor | None,
 ) -> Tensor:
     """The product of decoded weights with what the activation format leaves of the input."""
@@ -331,13 +331,13 @@ def _fp4_fits(task: Task) -> str | None:
     return None if task.acts.name == acts else f"activations are {task.acts.name}, not {acts}"
 
 
-def _fp4(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def _fp4(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
     y = _fp4_then(task, x, parts, bias, Then())
     return _float(task, x, parts, bias) if y is None else y
 
 
 def _fp4_then(
-    task: Task, x: Tensor, parts: Parts, bias: Tensor | None, then: Then
+    task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None, then: Then
 ) -> Tensor | None:
     mx = isinstance(task.weights, MxFp4)
     if not gpu_dispatch.multiplies_fp4(x, mx):
@@ -363,7 +363,7 @@ def _group_fits(task: Task) -> str | None:
     return _acts_refused(task) or _unless(fits, task, "4- or 8-bit integers")
 
 
-def _group(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def _group(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
     assert isinstance(task.weights, Int)
     if gpu_dispatch.on_gpu(x):  # a float scale for every 64 channels is slower than bfloat16 there
         return _float(task, x, parts, bias)
@@ -377,7 +377,7 @@ def _always(task: Task) -> str | None:
     return None
 
 
-def _reference(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def _reference(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
     w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
 
     def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -386,13 +386,13 @@ def _reference(task: Task, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
     return _in_float(multiply, task, x, parts, bias)
 
 
-def _stored(task: Task, parts: Parts) -> tuple[list[Tensor], str, str]:
+def _stored(task: Task, parts: PackedTensors) -> tuple[list[Tensor], str, str]:
     """The parts of the weight, their names, its format: what the ops ask for."""
     names = [name for name in parts if name.startswith("weight")]
     return [parts[name] for name in names], ",".join(names), task.weights.name
 
 
-def _codes(task: Task, x: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+def _codes(task: Task, x: Tensor, parts: PackedTensors) -> tuple[Tensor, Tensor]:
     """int8 (M, K) and row scales (M,) of the changed input."""
     static, levels, order = parts.get("input_scale"), task.acts.levels, _order(parts)
     if not task.acts.integer:
@@ -406,24 +406,24 @@ def _codes(task: Task, x: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _changed(task: Task, x: Tensor, parts: Parts) -> Tensor:
+def _changed(task: Task, x: Tensor, parts: PackedTensors) -> Tensor:
     """The changed input in the dtype of ``x``."""
     if "pre_quant_scale" not in parts and task.block == 1:
         return x
     return _transformed(task, x, parts).to(x.dtype)
 
 
-def _transformed(task: Task, x: Tensor, parts: Parts) -> Tensor:
+def _transformed(task: Task, x: Tensor, parts: PackedTensors) -> Tensor:
     y: Tensor = ops.transform_rows(x, _pre_scale(parts), _order(parts), task.block, task.turns)
     return y
 
 
-def _order(parts: Parts) -> Tensor | None:
+def _order(parts: PackedTensors) -> Tensor | None:
     order = parts.get("pre_quant_order")
     return None if order is None else order.reshape(-1)
 
 
-def _pre_scale(parts: Parts) -> Tensor | None:
+def _pre_scale(parts: PackedTensors) -> Tensor | None:
     scale = parts.get("pre_quant_scale")
     return None if scale is None else scale.reshape(-1)
 

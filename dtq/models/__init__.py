@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from dtq.models.base import ROLES, Family, Linear, Scan, Site, sibling_key
+from dtq.models.base import ROLES, Family, Linear, Scan, InputGroup, sibling_key
 from dtq.models.families import FAMILIES
 from dtq.models.scan import blocks_of, scan, scan_names
 from dtq.models.timestep import TIME_ARGUMENTS
 
 
-def find(model: nn.Module) -> Family | None:
+def find_family(model: nn.Module) -> Family | None:
     """The family of a model by the name of its class, None when it has none."""
     name = type(model).__name__
     return next((family for family in FAMILIES if name in family.classes), None)
@@ -24,9 +24,9 @@ __all__ = [
     "Family",
     "Linear",
     "Scan",
-    "Site",
+    "InputGroup",
     "blocks_of",
-    "find",
+    "find_family",
     "scan",
     "scan_names",
     "sibling_key",

@@ -42,7 +42,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Site:
+class InputGroup:
     """Linears that read the same tensor, and so share its statistics and its transform."""
 
     name: str
@@ -67,14 +67,14 @@ class Scan:
     """
 
     family: str
-    sites: tuple[Site, ...]
-    never: tuple[str, ...] = ()
+    input_groups: tuple[InputGroup, ...]
+    uncalled: tuple[str, ...] = ()
     traced: bool = True
     rows: dict[str, int] = field(default_factory=dict)
-    unmatched: dict[str, str] = field(default_factory=dict)
+    unsupported: dict[str, str] = field(default_factory=dict)
 
     def linears(self) -> list[Linear]:
-        return [linear for site in self.sites for linear in site.linears]
+        return [linear for site in self.input_groups for linear in site.linears]
 
 
 def sibling_key(name: str) -> str:

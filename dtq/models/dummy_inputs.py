@@ -25,7 +25,7 @@ FRAMES = 5
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardInputs:
     """The forward that arguments are made for: B pictures at one timestep each."""
 
     config: Any
@@ -49,26 +49,26 @@ class Call:
 
 
 Size = int | str | Callable[[Any], int | None]
-Maker = Callable[[Call], Any]
+Maker = Callable[[ForwardInputs], Any]
 
 
 def arguments(**makers: Maker) -> Inputs:
     """The arguments of one forward, each by its maker."""
 
     def made(config: Any, batch: int, timestep: Tensor, rng: torch.Generator) -> dict[str, Any]:
-        call = Call(config, batch, timestep, rng)
+        call = ForwardInputs(config, batch, timestep, rng)
         return {name: maker(call) for name, maker in makers.items()}
 
     return made
 
 
 # ------------------------------------------------------------------------- time and guidance
-def time(call: Call) -> Tensor:
+def time(call: ForwardInputs) -> Tensor:
     """(B,) float, as flow matching has it."""
     return call.timestep
 
 
-def step(call: Call) -> Tensor:
+def step(call: ForwardInputs) -> Tensor:
     """(B,) int64, a row of the noise schedule."""
     return call.timestep.long()
 
@@ -92,7 +92,7 @@ def when(key: str, maker: Maker) -> Maker:
 def noise(*sizes: Size) -> Maker:
     """Normal (B, *sizes); None when the configuration has None for one of the sizes."""
 
-    def made(call: Call) -> Tensor | None:
+    def made(call: ForwardInputs) -> Tensor | None:
         shape = call.sizes(sizes)
         return None if shape is None else torch.randn((call.batch, *shape), generator=call.rng)
 
@@ -102,7 +102,7 @@ def noise(*sizes: Size) -> Maker:
 def full(value: float, *sizes: Size, dtype: torch.dtype = torch.float32) -> Maker:
     """(B, *sizes) of one value."""
 
-    def made(call: Call) -> Tensor | None:
+    def made(call: ForwardInputs) -> Tensor | None:
         shape = call.sizes(sizes)
         return None if shape is None else torch.full((call.batch, *shape), value, dtype=dtype)
 
@@ -117,7 +117,7 @@ def mask(*sizes: Size) -> Maker:
 def draws(top: Size, *sizes: Size) -> Maker:
     """(B, *sizes) int64, uniform below ``top``: tokens of a codebook."""
 
-    def made(call: Call) -> Tensor:
+    def made(call: ForwardInputs) -> Tensor:
         limit, *shape = call.sizes((top, *sizes)) or (1,)
         return torch.randint(0, limit, (call.batch, *shape), generator=call.rng)
 
@@ -142,7 +142,7 @@ def constant(value: Any) -> Maker:
 def grid(axes: int, words: int = 0, side: int = SIDE) -> Maker:
     """(words + side^2, axes) int64: rows and columns on axes 1 and 2, before them words at zero."""
 
-    def made(call: Call) -> Tensor:
+    def made(call: ForwardInputs) -> Tensor:
         ids = torch.zeros(words + side * side, axes, dtype=torch.long)
         ids[words:, 1] = torch.arange(side).repeat_interleave(side)
         ids[words:, 2] = torch.arange(side).repeat(side)
@@ -154,7 +154,7 @@ def grid(axes: int, words: int = 0, side: int = SIDE) -> Maker:
 def line(*axes: int, of: int) -> Maker:
     """(WORDS, of) int64: the number of the word on the given axes, zero on others."""
 
-    def made(call: Call) -> Tensor:
+    def made(call: ForwardInputs) -> Tensor:
         ids = torch.zeros(WORDS, of, dtype=torch.long)
         ids[:, axes] = torch.arange(WORDS)[:, None]
         return ids
@@ -165,7 +165,7 @@ def line(*axes: int, of: int) -> Maker:
 def numbers(*counts: int) -> Maker:
     """One (count,) int64 from zero for each count; the tensor itself if there is but one."""
 
-    def made(call: Call) -> Any:
+    def made(call: ForwardInputs) -> Any:
         found = [torch.arange(count) for count in counts]
         return found if len(found) > 1 else found[0]
 
@@ -180,7 +180,7 @@ def frames(first: int, count: int) -> Maker:
 def batched(maker: Maker) -> Maker:
     """(B, ...) of what ``maker`` makes once, a tensor (...) or a tuple of tensors."""
 
-    def made(call: Call) -> Any:
+    def made(call: ForwardInputs) -> Any:
         once = maker(call)
         if isinstance(once, tuple):
             return tuple(t.expand(call.batch, *t.shape).clone() for t in once)
@@ -189,7 +189,7 @@ def batched(maker: Maker) -> Maker:
     return made
 
 
-def picture_shapes(call: Call) -> list[list[tuple[int, int, int]]]:
+def picture_shapes(call: ForwardInputs) -> list[list[tuple[int, int, int]]]:
     """Frames, rows and columns of the one packed picture in each entry of the batch."""
     return [[(1, SIDE, SIDE)] for _ in range(call.batch)]
 
@@ -197,7 +197,7 @@ def picture_shapes(call: Call) -> list[list[tuple[int, int, int]]]:
 def rotation(tokens: Size, width: Size) -> Maker:
     """Cosines and sines, (tokens, width) each, of positions along one axis."""
 
-    def made(call: Call) -> tuple[Tensor, Tensor]:
+    def made(call: ForwardInputs) -> tuple[Tensor, Tensor]:
         count, size = call.sizes((tokens, width)) or (0, 0)
         rates = 10000.0 ** (-torch.arange(0, size, 2) / size)
         angles = torch.outer(torch.arange(count), rates).repeat_interleave(2, 1)  # (tokens, width)
@@ -207,14 +207,14 @@ def rotation(tokens: Size, width: Size) -> Maker:
 
 
 # ------------------------------------------------------------------- what only one model has
-def labels(call: Call) -> Tensor:
+def labels(call: ForwardInputs) -> Tensor:
     """(B,) drawn from the whole table, the second half the null label, as guidance does."""
     found = torch.randint(0, call.config.num_embeds_ada_norm, (call.batch,), generator=call.rng)
     found[call.batch // 2 :] = call.config.num_embeds_ada_norm
     return found
 
 
-def resolution(call: Call) -> dict[str, Tensor | None]:
+def resolution(call: ForwardInputs) -> dict[str, Tensor | None]:
     """PixArt alpha: height and width (B, 2), aspect ratio (B, 1); none of them in sigma."""
     if not call.config.get("use_additional_conditions"):
         return {"resolution": None, "aspect_ratio": None}
@@ -222,7 +222,7 @@ def resolution(call: Call) -> dict[str, Tensor | None]:
     return {"resolution": size, "aspect_ratio": torch.ones(call.batch, 1)}
 
 
-def lumina_rotation(call: Call) -> Tensor:
+def lumina_rotation(call: ForwardInputs) -> Tensor:
     """(384, 384, head / 2) complex: rows and columns turn the even and the odd channels."""
     side, half = 384, call.config.hidden_size // call.config.num_attention_heads // 2
     angles = torch.outer(torch.arange(side), 10000.0 ** (-torch.arange(0, half, 2) / half))
@@ -231,14 +231,14 @@ def lumina_rotation(call: Call) -> Tensor:
     return torch.polar(torch.ones_like(both), both)
 
 
-def first_frame(call: Call) -> Tensor:
+def first_frame(call: ForwardInputs) -> Tensor:
     """HunyuanVideo 1.5: features (B, WORDS, K) of the first frame, zero for text to video."""
     shape = call.batch, WORDS, call.config.image_embed_dim
     scale = 0.0 if call.config.task_type == "t2v" else 1.0
     return scale * torch.randn(shape, generator=call.rng)
 
 
-def cosmos_condition(call: Call) -> Any:
+def cosmos_condition(call: ForwardInputs) -> Any:
     """Text (B, WORDS, K), for models with image context the pair of it and (B, tokens, K)."""
     width = (
         "crossattn_proj_in_channels" if call.config.use_crossattn_projection else "text_embed_dim"

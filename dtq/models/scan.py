@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.models.base import Family, Linear, Scan, Site, sibling_key
+from dtq.models.base import Family, Linear, Scan, InputGroup, sibling_key
 from dtq.models.linears import is_linear, shape_of
 
 # what precedes a name in a regular expression: the start of the path or of a component
@@ -130,7 +130,7 @@ def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], obj
     rows = {name: what.rows for name, what in seen.items()}
     never = tuple(sorted({n for n, _ in linears_of(model)} - set(seen) - set(idle)))
     name = family.name if family else "generic"
-    return Scan(name, sites, never, rows=rows, unmatched=unmatched(model, blocks))
+    return Scan(name, sites, never, rows=rows, unsupported=unsupported(model, blocks))
 
 
 def scan_names(model: nn.Module, family: Family | None) -> Scan:
@@ -140,7 +140,7 @@ def scan_names(model: nn.Module, family: Family | None) -> Scan:
     roles = _roles(model, family, blocks, _Trace(), names)
     sites = tuple(_site(model, name, roles) for name in names)
     family_name = family.name if family else "generic"
-    return Scan(family_name, sites, traced=False, unmatched=unmatched(model, blocks))
+    return Scan(family_name, sites, traced=False, unsupported=unsupported(model, blocks))
 
 
 def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -179,7 +179,7 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def unmatched(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
+def unsupported(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
     """Weights in blocks that dtq cannot quantize, and what they are."""
     found = {}
     for name, module in model.named_modules():
@@ -328,9 +328,9 @@ def _inputs(members: Mapping[str, str], seen: Mapping[str, _Seen], *parts: str) 
     return {seen[n].input for n, part in members.items() if part in parts and n in seen}
 
 
-def _site(model: nn.Module, names: list[str], roles: Mapping[str, str]) -> Site:
+def _site(model: nn.Module, names: list[str], roles: Mapping[str, str]) -> InputGroup:
     linears = []
     for name in names:
         module: Any = model.get_submodule(name)
         linears.append(Linear(name, roles[name], shape_of(module), module.bias is not None))
-    return Site(names[0], tuple(linears))
+    return InputGroup(names[0], tuple(linears))

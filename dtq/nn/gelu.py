@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dtq.nn.linear import QuantLinear
 
 
-def quicken(model: nn.Module) -> None:
+def use_fast_gelu(model: nn.Module) -> None:
     """Let every GELU of the tanh form run with its linear, or as ``dtq::gelu`` on a CPU."""
     for module in model.modules():
         quick = _QUICK.get(type(module))

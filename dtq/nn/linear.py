@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtq.errors import CheckpointError, InputError
-from dtq.formats import FORMATS, Parts, Spec
-from dtq.formats.activations import ACTS
+from dtq.formats import FORMATS, PackedTensors, TensorSpec
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.kernels.table import Kernel, Task, Then, branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import _BITS, check_part, from_disk, to_disk
-from dtq.plan.layers import Runtime
-from dtq.transforms import Online
+from dtq.plan.layers import LayerSpec
+from dtq.transforms import OnlineTransform
 
 CHANGE = ("pre_quant_scale", "pre_quant_order")
 """Parts that say how an input is changed before it is quantized."""
@@ -60,7 +60,7 @@ class QuantLinear(nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool,
-        runtime: Runtime,
+        spec: LayerSpec,
         *,
         bins: int = 1,
         compute_dtype: torch.dtype = torch.float32,
@@ -72,19 +72,19 @@ class QuantLinear(nn.Linear):
         if spatial:  # code that looks at a convolution asks for these
             self.in_channels, self.out_channels = in_features, out_features
         self.in_features, self.out_features = in_features, out_features
-        self.runtime, self.bins = runtime, bins
-        self.weights, self.acts = runtime.weights, runtime.acts
+        self.runtime, self.bins = spec, bins
+        self.weights, self.acts = spec.weight_format, spec.activation_format
         self.compute_dtype = compute_dtype
-        self.task = Task(FORMATS[self.weights], ACTS[self.acts], runtime.block, runtime.turns)
+        self.task = Task(FORMATS[self.weights], ACTIVATION_FORMATS[self.acts], spec.hadamard_block_size, spec.num_rotations)
         self.kernel: Kernel = pick(self.task)
-        self._specs = runtime.stored(self._shape, bins)
+        self._specs = spec.tensor_specs(self._shape, bins)
         self.row: dict[str, Any] = {}  # of this layer in config.json
         self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
         self._first: list[QuantLinear] = []  # likewise, see `follow`
         self._followers: list[QuantLinear] = []
-        for name, spec in self.specs().items():
-            dtype = _BITS.get(spec.dtype, spec.dtype)
-            empty = torch.empty(spec.shape, dtype=dtype, device=device)
+        for name, tensor_spec in self.tensor_specs().items():
+            dtype = _BITS.get(tensor_spec.dtype, tensor_spec.dtype)
+            empty = torch.empty(tensor_spec.shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         vector = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
         self.register_parameter("bias", None if vector is None else nn.Parameter(vector))
@@ -93,7 +93,7 @@ class QuantLinear(nn.Linear):
     def in_place_of(
         cls,
         old: nn.Module,
-        runtime: Runtime,
+        spec: LayerSpec,
         *,
         bins: int = 1,
         compute_dtype: torch.dtype = torch.float32,
@@ -106,14 +106,14 @@ class QuantLinear(nn.Linear):
             columns,
             rows,
             old.bias is not None,
-            runtime,
+            spec,
             bins=bins,
             compute_dtype=compute_dtype,
             device=device,
             spatial=len(kernel),
         )
 
-    def specs(self) -> dict[str, Spec]:
+    def tensor_specs(self) -> dict[str, TensorSpec]:
         """Shape and on-disk dtype of every part this layer owns."""
         return self._specs
 
@@ -123,26 +123,26 @@ class QuantLinear(nn.Linear):
         Raises:
             CheckpointError: a part is missing, unknown, or of another shape or dtype.
         """
-        specs = self.specs()
+        specs = self.tensor_specs()
         if set(parts) != set(specs):
             raise CheckpointError(f"expected the parts {sorted(specs)}, got {sorted(parts)}")
-        self._leave()
+        self._unlink()
         for name, tensor in parts.items():
             check_part(name, tensor, specs[name])
             self._parameters[name] = nn.Parameter(from_disk(tensor), requires_grad=False)
 
-    def follow(self, first: QuantLinear | None) -> None:
+    def share_input_with(self, first: QuantLinear | None) -> None:
         """Say that another layer changes its input with the very same numbers; None for none.
 
         A compiled graph then reads them there, sees that q, k and v ask for the same codes, and
         makes them once (``dtq.fusion``). New parts of either layer end it; copies do not follow.
         """
-        self._leave()
+        self._unlink()
         if first is not None:
             self._first.append(first)
             first._followers.append(self)
 
-    def _leave(self) -> None:
+    def _unlink(self) -> None:
         for first in self._first:
             first._followers.remove(self)
         for layer in (self, *self._followers):
@@ -150,23 +150,23 @@ class QuantLinear(nn.Linear):
         self._followers.clear()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._leave()
+        self._unlink()
         super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_first": [], "_followers": []}
 
-    def part(self, name: str) -> Tensor:
+    def packed_tensor(self, name: str) -> Tensor:
         """A stored part with its on-disk dtype, sharing memory."""
         tensor = self._parameters[name]
         assert tensor is not None
         return to_disk(tensor, self._specs[name])
 
-    def parts(self) -> Parts:
+    def packed_tensors(self) -> PackedTensors:
         """Every stored part with its on-disk dtype, sharing memory."""
-        return {name: self.part(name) for name in self.specs()}
+        return {name: self.packed_tensor(name) for name in self.tensor_specs()}
 
-    def widen(self, down: Tensor, up: Tensor) -> tuple[int, int]:
+    def add_rank(self, down: Tensor, up: Tensor) -> tuple[int, int]:
         """Add the term ``up @ down`` to the low-rank branch; returns its first and last rank.
 
         Args:
@@ -185,22 +185,22 @@ class QuantLinear(nn.Linear):
         ]
         if first:
             factors = [
-                torch.cat([self.part("proj_down"), factors[0]]),
-                torch.cat([self.part("proj_up"), factors[1]], 1),
+                torch.cat([self.packed_tensor("proj_down"), factors[0]]),
+                torch.cat([self.packed_tensor("proj_up"), factors[1]], 1),
             ]
         self._set_branch(*factors)
         return first, self.runtime.rank
 
-    def narrow(self, first: int, last: int) -> None:
+    def remove_rank(self, first: int, last: int) -> None:
         """Take the ranks ``first`` to ``last`` of the low-rank branch out: undo :meth:`widen`."""
-        down, up = self.part("proj_down"), self.part("proj_up")
+        down, up = self.packed_tensor("proj_down"), self.packed_tensor("proj_up")
         self._set_branch(
             torch.cat([down[:first], down[last:]]), torch.cat([up[:, :first], up[:, last:]], 1)
         )
 
     def _set_branch(self, down: Tensor, up: Tensor) -> None:
         self.runtime = replace(self.runtime, rank=len(down))
-        self._specs = self.runtime.stored(self._shape, self.bins)
+        self._specs = self.runtime.tensor_specs(self._shape, self.bins)
         for name, factor in (("proj_down", down), ("proj_up", up)):
             self._parameters.pop(name, None)
             if len(down):
@@ -213,7 +213,7 @@ class QuantLinear(nn.Linear):
         """What tells the layer where in the trajectory it is; None without one."""
         return self._clock[0] if self._clock else None
 
-    def hear(self, clock: StepClock | None) -> None:
+    def set_clock(self, clock: StepClock | None) -> None:
         """Read static scales and the step policy by this clock from now on."""
         self._clock = [] if clock is None else [clock]
 
@@ -257,15 +257,15 @@ class QuantLinear(nn.Linear):
     def _changes_by_step(self) -> bool:
         return bool(self._clock and self._clock[0].modes and self.task.acts.bits < 16)
 
-    def _given(self) -> Parts:
+    def _given(self) -> PackedTensors:
         """What a kernel gets: the parts, and the activation scale of this step."""
-        parts = {name: self.part(name) for name in self._specs if not name.startswith("proj_")}
+        parts = {name: self.packed_tensor(name) for name in self._specs if not name.startswith("proj_")}
         if self._first and torch.compiler.is_compiling():
             first = self._first[0]
             for name in CHANGE:
                 # one that is offloaded is elsewhere
-                if name in parts and first.part(name).device == parts[name].device:
-                    parts[name] = first.part(name)
+                if name in parts and first.packed_tensor(name).device == parts[name].device:
+                    parts[name] = first.packed_tensor(name)
         if self.task.acts.static:
             parts["input_scale"] = self.step_scale()
         return parts
@@ -274,7 +274,7 @@ class QuantLinear(nn.Linear):
         """The two factors of the low-rank branch of these rows."""
         if not self.runtime.rank:
             return None
-        down, up = (self.part(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
+        down, up = (self.packed_tensor(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
         return F.linear(rows, down), up
 
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -291,7 +291,7 @@ class QuantLinear(nn.Linear):
         """Whether the product adds the low-rank branch itself."""
         return not self._changes_by_step and branch_joins(x, self.runtime.rank)
 
-    def _stepped(self, rows: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    def _stepped(self, rows: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
         """The product with the activation format that the step policy names for this step."""
         clock, task = self._clock[0], self.task
         y: Tensor = torch.ops.dtq.step_linear(
@@ -302,7 +302,7 @@ class QuantLinear(nn.Linear):
 
     def step_scale(self) -> Tensor:
         """The stored activation scale (1,) of this step."""
-        table = self.part("input_scale").reshape(-1)  # (bins,)
+        table = self.packed_tensor("input_scale").reshape(-1)  # (bins,)
         if len(table) == 1:
             return table
         if not self._clock:
@@ -312,22 +312,22 @@ class QuantLinear(nn.Linear):
             )
         return table.index_select(0, self._clock[0].bin.to(table.device))
 
-    def transform(self) -> Online:
+    def transform(self) -> OnlineTransform:
         """The change that the input goes through before it is quantized."""
         if self.runtime.pre_quant:
-            scale = self.part("pre_quant_scale").reshape(-1)
+            scale = self.packed_tensor("pre_quant_scale").reshape(-1)
         else:
             scale = torch.ones(self.in_features, dtype=torch.bfloat16, device=self.weight.device)
-        order = self.part("pre_quant_order").reshape(-1) if self.runtime.permute else None
-        return Online(scale, self.task.block, order, self.task.turns)
+        order = self.packed_tensor("pre_quant_order").reshape(-1) if self.runtime.permutation else None
+        return OnlineTransform(scale, self.task.block, order, self.task.turns)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float matrix (N, K) that multiplies the untransformed input."""
         fmt = self.task.weights
-        w = fmt.unpack({n: self.part(n) for n in fmt.layout(self._shape)})
+        w = fmt.unpack({n: self.packed_tensor(n) for n in fmt.layout(self._shape)})
         w = self.transform().raw(w)
         if self.runtime.rank:
-            w = w + self.part("proj_up").float() @ self.part("proj_down").float()
+            w = w + self.packed_tensor("proj_up").float() @ self.packed_tensor("proj_down").float()
         return w.to(dtype or self.compute_dtype)
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.errors import NumberError
+from dtq.errors import NonFiniteError
 from dtq.models import TIME_ARGUMENTS
 from dtq.nn.linear import QuantLinear
 
@@ -23,12 +23,12 @@ VARIABLE = "DTQ_DEBUG_NAN"
 _MARK = "_dtq_alarm"
 
 
-def wanted() -> bool:
+def requested() -> bool:
     """Whether the environment asks for the alarm."""
     return os.environ.get(VARIABLE, "") not in ("", "0")
 
 
-def arm(model: nn.Module) -> None:
+def enable(model: nn.Module) -> None:
     """Watch every layer of a model; slow, for finding a fault. New layers are watched if again.
 
     The hooks raise :class:`NumberError` with the name of the module, the step of the sampling run,
@@ -36,7 +36,7 @@ def arm(model: nn.Module) -> None:
     """
     steps = vars(model).get(_MARK)
     if steps is None:
-        steps = vars(model)[_MARK] = Steps(model)
+        steps = vars(model)[_MARK] = StepTrace(model)
         model.register_forward_pre_hook(steps.enter, with_kwargs=True)
     for name, module in model.named_modules():
         leaf = isinstance(module, QuantLinear) or not any(True for _ in module.children())
@@ -45,7 +45,7 @@ def arm(model: nn.Module) -> None:
             module.register_forward_hook(_listening(name, steps), with_kwargs=True)
 
 
-class Steps:
+class StepTrace:
     """Counts the steps of a sampling run from what the model is called with.
 
     Attributes:
@@ -91,7 +91,7 @@ def _floats(value: Any) -> Iterator[Tensor]:
             yield from _floats(item)
 
 
-def _listening(name: str, steps: Steps) -> Callable[..., None]:
+def _listening(name: str, steps: StepTrace) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         bad = broken(output)
         if not bad:
@@ -103,7 +103,7 @@ def _listening(name: str, steps: Steps) -> Callable[..., None]:
             if before
             else "its input is finite"
         )
-        raise NumberError(
+        raise NonFiniteError(
             f"{name} ({type(module).__name__}): {bad} entries of its output at {steps} are NaN or "
             f"infinite; {why}"
         )

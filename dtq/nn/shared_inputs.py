@@ -11,29 +11,29 @@ from torch import nn
 from dtq.nn.linear import CHANGE, QuantLinear
 
 
-def share_changes(model: nn.Module) -> None:
+def share_input_transforms(model: nn.Module) -> None:
     """Let layers of a block that change their input alike, as q, k and v do, follow the first."""
     firsts: dict[tuple[object, ...], list[QuantLinear]] = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, QuantLinear) or not any(n in layer.specs() for n in CHANGE):
+        if not isinstance(layer, QuantLinear) or not any(n in layer.tensor_specs() for n in CHANGE):
             continue
-        layer.follow(None)
+        layer.share_input_with(None)
         block = re.match(r".*?\.\d+(?=\.)", name)
         key = block and block[0], layer.in_features, layer.task.block, layer.task.turns, layer.acts
         known = firsts.setdefault(key, [])
-        first = next((other for other in known if _change_alike(layer, other)), None)
+        first = next((other for other in known if _same_transform(layer, other)), None)
         if first is None:
             known.append(layer)
         else:
-            layer.follow(first)
+            layer.share_input_with(first)
 
 
-def _change_alike(a: QuantLinear, b: QuantLinear) -> bool:
+def _same_transform(a: QuantLinear, b: QuantLinear) -> bool:
     for name in CHANGE:
-        if (name in a.specs()) != (name in b.specs()):
+        if (name in a.tensor_specs()) != (name in b.tensor_specs()):
             return False
-        if name in a.specs():
-            x, y = a.part(name), b.part(name)
+        if name in a.tensor_specs():
+            x, y = a.packed_tensor(name), b.packed_tensor(name)
             if x.is_meta or x.device != y.device or not torch.equal(x, y):
                 return False
     return True

@@ -28,7 +28,7 @@ class StepClock(nn.Module):
         super().__init__()
         self.bin = torch.zeros(1, dtype=torch.int64)
         self.edges = torch.tensor(list(edges), dtype=torch.float64)
-        self.modes = policy.modes if policy is not None else ()
+        self.modes = policy.precisions if policy is not None else ()
         self.mode = torch.zeros(1, dtype=torch.int64)
         self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
-from dtq.formats import Spec
+from dtq.formats import TensorSpec
 
 _BITS = {
     torch.float32: torch.int32,
@@ -17,7 +17,7 @@ _BITS = {
 }
 
 
-def check_part(key: str, tensor: Tensor, spec: Spec) -> None:
+def check_part(key: str, tensor: Tensor, spec: TensorSpec) -> None:
     """Raise :class:`CheckpointError` unless the tensor is as the spec says."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
         raise CheckpointError(
@@ -42,7 +42,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if ready else tensor.clone()
 
 
-def to_disk(tensor: Tensor, spec: Spec) -> Tensor:
+def to_disk(tensor: Tensor, spec: TensorSpec) -> Tensor:
     """Inverse of :func:`from_disk`, sharing memory."""
     return tensor.view(spec.dtype) if spec.dtype in _BITS else tensor
 

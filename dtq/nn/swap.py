@@ -13,15 +13,15 @@ from torch import nn
 from dtq.errors import CheckpointError
 from dtq.models.linears import is_linear
 from dtq.nn import nan_check
-from dtq.nn.gelu import quicken
+from dtq.nn.gelu import use_fast_gelu
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import _device, aligned
 from dtq.nn.timestep_hook import install_clock
-from dtq.plan.layers import LoadPlan
+from dtq.plan.layers import CheckpointSpec
 from dtq.plan.step_policy import StepPolicy
 
 
-def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> None:
+def swap_empty(model: nn.Module, plan: CheckpointSpec, compute_dtype: torch.dtype) -> None:
     """Replace every planned linear by an empty quantized one on the same device.
 
     Raises:
@@ -34,10 +34,10 @@ def swap_empty(model: nn.Module, plan: LoadPlan, compute_dtype: torch.dtype) -> 
             old, layer, bins=plan.bins, compute_dtype=compute_dtype, device=device
         )
         model.set_submodule(name, new)
-    finish(model, plan.edges, plan.policy)
+    finalize(model, plan.edges, plan.policy)
 
 
-def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Module]:
+def planned_linears(model: nn.Module, plan: CheckpointSpec) -> dict[str, nn.Module]:
     """The linears that a plan names.
 
     Raises:
@@ -57,7 +57,7 @@ def planned_linears(model: nn.Module, plan: LoadPlan) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def placed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def temporarily_replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Other modules in place of some, by dotted name, on the device of those they replace.
 
     The model is as before afterwards, also on errors, and the others are back where they were.
@@ -75,7 +75,7 @@ def placed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]
             module.to(homes[name])
 
 
-def finish(
+def finalize(
     model: nn.Module,
     edges: tuple[float, ...],
     policy: StepPolicy | None = None,
@@ -99,8 +99,8 @@ def finish(
     model._skip_layerwise_casting_patterns = [*others, pattern]  # type: ignore[assignment]
     for tensor in (*model.parameters(), *model.buffers()) if align else ():
         tensor.data = aligned(tensor.data)
-    quicken(model)
+    use_fast_gelu(model)
     if edges or policy is not None:
         install_clock(model, edges, policy)
-    if nan_check.wanted():
-        nan_check.arm(model)
+    if nan_check.requested():
+        nan_check.enable(model)

@@ -27,7 +27,7 @@ def install_clock(
     model.add_module(_CLOCK, clock)
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.hear(clock)
+            module.set_clock(clock)
     return clock
 
 

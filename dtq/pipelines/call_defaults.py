@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dtq.errors import InputError
-from dtq.io.atomic import write_whole
+from dtq.io.atomic import atomic_write
 from dtq.io.package_data import folder
 from dtq.io.safe_parse import read_json
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 
 FILE = "dtq_call.json"
 LARGEST = 8192
@@ -27,7 +27,7 @@ LARGEST = 8192
 
 
 @dataclass(frozen=True)
-class Call:
+class CallDefaults:
     """How to call a pipeline when the user says nothing.
 
     Attributes:
@@ -38,12 +38,12 @@ class Call:
     sizes: Mapping[str, int] = field(default_factory=dict)
     set: str = "auto"
 
-    def fill(self, how: Calibration) -> Calibration:
+    def fill(self, how: SamplingSettings) -> SamplingSettings:
         """``how`` with the sizes that it leaves open; filling twice is filling once."""
-        return replace(how, arguments={**self.sizes, **how.arguments})
+        return replace(how, arguments={**self.sizes, **how.pipeline_args})
 
 
-def read(pipeline: Path) -> Call:
+def read(pipeline: Path) -> CallDefaults:
     """The file of a pipeline folder; a folder without it says nothing.
 
     Raises:
@@ -51,7 +51,7 @@ def read(pipeline: Path) -> Call:
     """
     path = pipeline / FILE
     if not path.exists():
-        return Call()
+        return CallDefaults()
     data = read_json(path)
     if extra := sorted(set(data) - {"set", "sizes"}):
         raise InputError(f"{path}: unknown key {extra[0]!r}; it has sizes and set")
@@ -60,20 +60,20 @@ def read(pipeline: Path) -> Call:
         raise InputError(f"{path}: sizes: expected whole numbers from 1 to {LARGEST} by name")
     if chosen not in ("auto", *(known.stem for known in folder("calibration").glob("*.txt"))):
         raise InputError(f"{path}: set: {chosen!r} is not one that dtq ships")
-    return Call(sizes, chosen)
+    return CallDefaults(sizes, chosen)
 
 
-def of(pipeline: Any) -> Call:
+def of(pipeline: Any) -> CallDefaults:
     """The file of the folder that a pipeline was read from."""
     where = getattr(getattr(pipeline, "config", None), "_name_or_path", None)
-    return read(Path(where)) if where else Call()
+    return read(Path(where)) if where else CallDefaults()
 
 
-def write(pipeline: Path, call: Call) -> None:
+def write(pipeline: Path, call: CallDefaults) -> None:
     """Put the file into a pipeline folder; nothing when there is nothing to say."""
-    if call != Call():
+    if call != CallDefaults():
         data = {"sizes": dict(call.sizes), "set": call.set}
-        write_whole(pipeline / FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")
+        atomic_write(pipeline / FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 def _size(value: object) -> bool:

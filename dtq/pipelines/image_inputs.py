@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from dtq.errors import InputError
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 
 FRAMES = 17
 """Of a clip; one more than a multiple of 4, 8 and 16, as video autoencoders want it."""
@@ -60,7 +60,7 @@ MAKERS: dict[str, Callable[[Image.Image], object]] = {
 
 
 @dataclass(frozen=True)
-class Media:
+class ImageInputs:
     """What a pipeline wants beside the prompt, and the pictures that it is made of.
 
     Attributes:
@@ -94,12 +94,12 @@ class Media:
         picture = (
             _opened(self.files[number % len(self.files)])
             if self.files
-            else made_up(self.size, self.seed * 1_000_003 + number)
+            else dummy_images(self.size, self.seed * 1_000_003 + number)
         )
         return {name: MAKERS[name](picture) for name in self.arguments}
 
 
-def wanted(pipeline: Any, calibration: Calibration) -> Media:
+def wanted(pipeline: Any, calibration: SamplingSettings) -> ImageInputs:
     """What the calls of a pipeline need.
 
     Raises:
@@ -115,19 +115,19 @@ def wanted(pipeline: Any, calibration: Calibration) -> Media:
         needs = [name for name in takes if name != "video" or "image" not in takes or name in needs]
     if calibration.images and not takes:
         raise InputError(f"calibration.images: {kind} takes no pictures")
-    given = calibration.arguments
+    given = calibration.pipeline_args
     for name in takes:
         if isinstance(given.get(name), str):
             raise InputError(f"calibration.arguments: {name} is a picture; give it with --images")
     needs = [name for name in needs if name not in given]
     if not needs:
-        return Media(())
+        return ImageInputs(())
     files = _listed(Path(calibration.images)) if calibration.images else ()
     size = int(given.get("height", 512)), int(given.get("width", 512))
-    return Media(tuple(needs), files, size, calibration.seed)
+    return ImageInputs(tuple(needs), files, size, calibration.seed)
 
 
-def made_up(size: tuple[int, int], seed: int) -> Image.Image:
+def dummy_images(size: tuple[int, int], seed: int) -> Image.Image:
     """Smooth colours with detail at every scale: the spectrum of photographs, about 1/f.
 
     Args:

@@ -20,10 +20,10 @@ from safetensors import safe_open
 from torch import nn
 
 from dtq import demo
-from dtq.demo.outliers import harden
-from dtq.errors import FOREIGN, InputError, first_line
+from dtq.demo.outliers import inject_outliers
+from dtq.errors import LIBRARY_ERRORS, InputError, first_line
 from dtq.io.safe_parse import read_json
-from dtq.models import Family, Scan, find, scan, scan_names
+from dtq.models import Family, Scan, find_family, scan, scan_names
 from dtq.pipelines.validation import check_folder, components, model_kind, skeleton, weight_files
 
 log = logging.getLogger("dtq")
@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Source:
+class LoadedModel:
     """An opened model.
 
     Attributes:
@@ -57,7 +57,7 @@ class Source:
 
     @property
     def family(self) -> Family | None:
-        return find(self.model)
+        return find_family(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,21 +66,21 @@ class Source:
 
     def models(self) -> dict[str, nn.Module]:
         """Every diffusion transformer of its pipeline by its name there, this one first."""
-        names = [] if self.pipeline is None else denoisers(self.pipeline)
+        names = [] if self.pipeline is None else diffusion_transformers(self.pipeline)
         others = {name: getattr(self.pipeline, name) for name in names}
         return {self.component: self.model} | others
 
 
-def open_source(
+def load_transformer(
     what: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
-) -> Source:
+) -> LoadedModel:
     """The first of :func:`open_sources`."""
-    return open_sources(what, dtype=dtype, component=component)[0]
+    return load_transformers(what, dtype=dtype, component=component)[0]
 
 
-def open_sources(
+def load_transformers(
     what: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
-) -> list[Source]:
+) -> list[LoadedModel]:
     """Open a pipeline or transformer given as object, local folder, hub id, or bundled name.
 
     Args:
@@ -99,7 +99,7 @@ def open_sources(
     if isinstance(what, DiffusionPipeline):
         return _sources(type(what).__name__, what, component)
     if isinstance(what, nn.Module):
-        return [Source(type(what).__name__, None, "transformer", what)]
+        return [LoadedModel(type(what).__name__, None, "transformer", what)]
     if not isinstance(what, str | Path):
         raise InputError(f"expected a path, hub id, pipeline or model, got {type(what).__name__}")
     name = str(what)
@@ -113,21 +113,21 @@ def open_sources(
     check_folder(path)
     if kind == "model":
         model = load_model(path, torch_dtype=_dtype(dtype, path))
-        return [Source(name, None, "transformer", model, path)]
-    first = _wanted(denoisers_on_disk(path), component, path)[0]
+        return [LoadedModel(name, None, "transformer", model, path)]
+    first = _wanted(diffusion_transformers_on_disk(path), component, path)[0]
     pipeline = _pipeline(path, _dtype(dtype, path / first))
     if name == "demo-hard":
-        harden(pipeline.transformer)
+        inject_outliers(pipeline.transformer)
     return _sources(name, pipeline, component, path)
 
 
-def denoisers(pipeline: DiffusionPipeline) -> list[str]:
+def diffusion_transformers(pipeline: DiffusionPipeline) -> list[str]:
     """Names of the diffusion transformers among the components of a pipeline."""
     found = [n for n, m in pipeline.components.items() if type(m).__name__ in _transformers()]
     return sorted(found)  # transformer before transformer_2
 
 
-def denoisers_on_disk(folder: Path) -> list[str]:
+def diffusion_transformers_on_disk(folder: Path) -> list[str]:
     """The same, from the ``model_index.json`` of a pipeline folder."""
     parts = components(folder / "model_index.json")
     return sorted(name for name, (_, kind) in parts.items() if kind in _transformers())
@@ -135,9 +135,9 @@ def denoisers_on_disk(folder: Path) -> list[str]:
 
 def _sources(
     name: str, pipeline: DiffusionPipeline, component: Components, path: Path | None = None
-) -> list[Source]:
-    chosen = _wanted(denoisers(pipeline), component, type(pipeline).__name__)
-    return [Source(name, pipeline, c, _component(pipeline, c), path) for c in chosen]
+) -> list[LoadedModel]:
+    chosen = _wanted(diffusion_transformers(pipeline), component, type(pipeline).__name__)
+    return [LoadedModel(name, pipeline, c, _component(pipeline, c), path) for c in chosen]
 
 
 def _wanted(found: list[str], component: Components, where: object) -> list[str]:
@@ -202,12 +202,12 @@ def load_model(folder: Path, **options: Any) -> Any:
         InputError: diffusers cannot load it; says why in one line.
     """
     kind = model_class(folder)
-    with reading(folder):
+    with translate_errors(folder):
         return kind.from_pretrained(folder, use_safetensors=True, **options)
 
 
 @contextmanager
-def reading(where: object) -> Iterator[None]:
+def translate_errors(where: object) -> Iterator[None]:
     """What diffusers raises over a folder becomes one line that names it.
 
     Raises:
@@ -217,7 +217,7 @@ def reading(where: object) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except FOREIGN as error:
+    except LIBRARY_ERRORS as error:
         if out_of_memory(error):
             raise
         raise InputError(f"{where}: diffusers cannot load it ({first_line(error)})") from error
@@ -230,7 +230,7 @@ def out_of_memory(error: BaseException) -> bool:
     return full or any(word in str(error).lower() for word in words)
 
 
-def skeletons(
+def meta_models(
     what: str, component: Components = "auto"
 ) -> dict[str, tuple[nn.Module, torch.dtype]]:
     """The transformers on the meta device, from their configs alone, and their dtypes on disk.
@@ -243,7 +243,7 @@ def skeletons(
         path = _hub_config(what)
     folders = {"transformer": path}
     if folder_kind(path) == "pipeline":
-        folders = {c: path / c for c in _wanted(denoisers_on_disk(path), component, path)}
+        folders = {c: path / c for c in _wanted(diffusion_transformers_on_disk(path), component, path)}
     found = {}
     for name, folder in folders.items():
         if not (folder / "config.json").is_file():
@@ -258,7 +258,7 @@ def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = Non
     On the meta device a forward that reads the values of its tensors cannot run, for example to
     sort tokens by expert or to cut captions to their length.
     """
-    family = find(model)
+    family = find_family(model)
     if run is None and family is None:
         return scan_names(model, None)
     try:
@@ -273,13 +273,13 @@ def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = Non
         return scan_names(model, family)
 
 
-def made_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> dict[str, Any]:
+def dummy_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> dict[str, Any]:
     """Arguments of one forward of a known family, on the model's device and dtype.
 
     Raises:
         InputError: the family is not known.
     """
-    family = find(model)
+    family = find_family(model)
     if family is None:
         raise InputError(
             f"{type(model).__name__}: dtq cannot make up inputs for this class; give it in its "
@@ -293,9 +293,9 @@ def made_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> dic
 
 
 def _call_once(model: nn.Module) -> None:
-    family = find(model)
+    family = find_family(model)
     assert family is not None
-    model(**made_inputs(model, 2, 0.5 * family.largest_timestep, 0))
+    model(**dummy_inputs(model, 2, 0.5 * family.largest_timestep, 0))
 
 
 def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -309,7 +309,7 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _pipeline(where: str | Path, dtype: torch.dtype | None) -> DiffusionPipeline:
-    with reading(where):
+    with translate_errors(where):
         pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(
             where, torch_dtype=dtype, use_safetensors=True
         )
@@ -335,7 +335,7 @@ def _hub_config(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json"]))
-    except FOREIGN as error:
+    except LIBRARY_ERRORS as error:
         raise InputError(_refused(name, error)) from error
 
 
@@ -350,7 +350,7 @@ def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     """A pipeline by hub id, from the cache where the hub cannot be reached."""
     try:
         folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
-    except FOREIGN as error:
+    except LIBRARY_ERRORS as error:
         folder = _cached(name, error)
     check_folder(folder)
     return _pipeline(folder, dtype)
@@ -362,7 +362,7 @@ def _cached(name: str, error: Exception) -> Path:
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-    except FOREIGN:
+    except LIBRARY_ERRORS:
         raise InputError(_refused(name, error)) from error
     log.warning("%s: the hub cannot be reached, taken from its cache", name)
     return folder
@@ -409,7 +409,7 @@ def disk_dtype(folder: Path) -> torch.dtype:
     return count.most_common(1)[0][0] if count else torch.float32
 
 
-def _modules(source: Source) -> list[nn.Module]:
+def modules_of(source: LoadedModel) -> list[nn.Module]:
     """The model, and the others of its pipeline."""
     parts = source.pipeline.components.values() if source.pipeline is not None else [source.model]
     return [part for part in parts if isinstance(part, nn.Module)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtq.errors import FOREIGN, InputError, first_line
+from dtq.errors import LIBRARY_ERRORS, InputError, first_line
 from dtq.io.package_data import folder
 from dtq.io.safe_parse import read_text
 from dtq.pipelines import call_defaults
@@ -118,7 +118,7 @@ def _hub(what: str) -> list[Any]:
 def _loaded(where: str, *what: str, **options: str) -> Any:
     try:
         return _datasets().load_dataset(*what, **options)
-    except FOREIGN as error:
+    except LIBRARY_ERRORS as error:
         raise InputError(
             f"calibration set {where}: cannot be read ({first_line(error)})"
         ) from error

@@ -15,7 +15,7 @@ from dtq.errors import InputError
 
 
 @dataclass
-class Recorded:
+class RecordedCall:
     """One call of the transformer, on the CPU.
 
     Attributes:
@@ -40,7 +40,7 @@ class Recorded:
 
 
 @torch.no_grad()
-def replay(model: nn.Module, call: Recorded) -> Tensor:
+def replay(model: nn.Module, call: RecordedCall) -> Tensor:
     """The model's first output on a recorded call, on the CPU."""
     return first_tensor(called(model, call)).cpu()
 
@@ -79,12 +79,12 @@ def copied(value: Any) -> Any:
     return recursively_apply(lambda t: t.detach().cpu().clone(), value)
 
 
-def moments(calls: Sequence[Recorded]) -> list[list[Recorded]]:
+def by_timestep(calls: Sequence[RecordedCall]) -> list[list[RecordedCall]]:
     """Calls one by one, but two in a row with the same latents together.
 
     Such are the two branches of guidance where the sampler does not batch them.
     """
-    found: list[list[Recorded]] = []
+    found: list[list[RecordedCall]] = []
     for call in calls:
         last = found[-1] if found else []
         if len(last) == 1 and torch.equal(last[0].latents, call.latents):
@@ -94,9 +94,9 @@ def moments(calls: Sequence[Recorded]) -> list[list[Recorded]]:
     return found
 
 
-def spread(calls: Sequence[Recorded], count: int) -> list[Recorded]:
+def subsample(calls: Sequence[RecordedCall], count: int) -> list[RecordedCall]:
     """At most ``count`` of the calls, evenly over the trajectory, branches of guidance together."""
-    pairs = moments(calls)
+    pairs = by_timestep(calls)
     size = max(map(len, pairs), default=1)
     wanted = max(1, min(len(pairs), count // size))
     picked = [pairs[(2 * i + 1) * len(pairs) // (2 * wanted)] for i in range(wanted)]

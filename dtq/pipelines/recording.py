@@ -14,17 +14,17 @@ from torch import nn
 
 from dtq.models.timestep import timestep_of
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import Source
-from dtq.pipelines.recorded_calls import Recorded, copied, first_tensor
-from dtq.pipelines.sampling import made_up, run_pipeline
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import LoadedModel
+from dtq.pipelines.recorded_calls import RecordedCall, copied, first_tensor
+from dtq.pipelines.sampling import dummy_batches, run_pipeline
+from dtq.pipelines.settings import SamplingSettings
 
 
 @torch.no_grad()
 def watch_calls(
     models: Mapping[str, nn.Module],
     run: Callable[[], Iterable[object]],
-    keep: Callable[[Recorded], None],
+    keep: Callable[[RecordedCall], None],
 ) -> None:
     """Give every call that ``run`` makes of the models to ``keep``, steps counted per item of run.
 
@@ -42,7 +42,7 @@ def watch_calls(
             nonlocal step
             output = first_tensor(out).detach().cpu().clone()
             when = timestep_of(module, args, kwargs)
-            keep(Recorded(step, copied(args), copied(kwargs), output, when, name))
+            keep(RecordedCall(step, copied(args), copied(kwargs), output, when, name))
             step += 1
 
         return take
@@ -55,12 +55,12 @@ def watch_calls(
 
 
 def sample_calls(
-    source: Source,
-    calibration: Calibration,
+    source: LoadedModel,
+    calibration: SamplingSettings,
     count: int,
     *,
     inputs: Iterable[dict[str, Any]] | None = None,
-) -> list[Recorded]:
+) -> list[RecordedCall]:
     """One sampling run of the float model, all of its calls.
 
     Args:
@@ -72,17 +72,17 @@ def sample_calls(
     Returns:
         The calls in order; latents and outputs of every step.
     """
-    calls: list[Recorded] = []
+    calls: list[RecordedCall] = []
     pipeline = source.pipeline
     if inputs is None and pipeline is not None:
-        once = replace(calibration, samples=min(count, calibration.batch))
+        once = replace(calibration, samples=min(count, calibration.batch_size))
         once = replace(once, batch=once.samples)
-        requests = prompts.load(once.set, pipeline, once.samples)
+        requests = prompts.load(once.prompts, pipeline, once.samples)
 
         def run() -> Iterable[object]:
             return run_pipeline(pipeline, requests, once, output="latent")
     else:
-        given = list(inputs) if inputs is not None else list(made_up(source, calibration))
+        given = list(inputs) if inputs is not None else list(dummy_batches(source, calibration))
 
         def run() -> Iterable[object]:
             # a run of its own each: nothing says that they follow one another

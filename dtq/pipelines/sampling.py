@@ -13,8 +13,8 @@ import torch
 
 from dtq.errors import InputError
 from dtq.pipelines import call_defaults, image_inputs, prompts
-from dtq.pipelines.loading import Source, made_inputs
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import LoadedModel, dummy_inputs
+from dtq.pipelines.settings import SamplingSettings
 
 log = logging.getLogger("dtq")
 
@@ -22,7 +22,7 @@ log = logging.getLogger("dtq")
 def run_pipeline(
     pipeline: Any,
     requests: prompts.Requests,
-    calibration: Calibration,
+    calibration: SamplingSettings,
     output: str = "pt",
     only: Container[int] | None = None,
 ) -> Iterator[Any]:
@@ -43,14 +43,14 @@ def run_pipeline(
     if calibration.guidance:
         options["guidance_scale"] = calibration.guidance
     options = {k: v for k, v in options.items() if k in parameters}
-    for name in calibration.arguments:
+    for name in calibration.pipeline_args:
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
             raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
-    options |= calibration.arguments
+    options |= calibration.pipeline_args
     beside = image_inputs.wanted(pipeline, calibration)
-    batch = beside.batch(calibration.batch)
+    batch = beside.batch(calibration.batch_size)
     if beside.warning and (only is None or 0 in only):  # once, not with every batch
         log.warning("%s: %s", type(pipeline).__name__, beside.warning)
     shown = dict(getattr(pipeline, "_progress_bar_config", {}))
@@ -81,19 +81,19 @@ def seed_of(seed: int, place: int) -> int:
     return seed * 1_000_003 + place
 
 
-def made_up_calls(calibration: Calibration) -> int:
+def count_dummy_calls(calibration: SamplingSettings) -> int:
     """How often a bare transformer is called."""
-    return max(calibration.bins, -(-calibration.samples // calibration.batch) * 4)
+    return max(calibration.num_timestep_bins, -(-calibration.samples // calibration.batch_size) * 4)
 
 
-def made_up(source: Source, calibration: Calibration) -> Iterator[dict[str, Any]]:
+def dummy_batches(source: LoadedModel, calibration: SamplingSettings) -> Iterator[dict[str, Any]]:
     """Random calls over the whole trajectory, noisiest first as a sampler goes."""
     family = source.family
     if family is None:
-        made_inputs(source.model, 1, 0.0, 0)  # raises, with the way out
+        dummy_inputs(source.model, 1, 0.0, 0)  # raises, with the way out
         return
-    calls = made_up_calls(calibration)
+    calls = count_dummy_calls(calibration)
     for i in range(calls):
         share = 1 - (i + 0.5) / calls
         timestep = share * family.largest_timestep
-        yield made_inputs(source.model, calibration.batch, timestep, calibration.seed + i)
+        yield dummy_inputs(source.model, calibration.batch_size, timestep, calibration.seed + i)

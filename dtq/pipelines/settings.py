@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Calibration:
+class SamplingSettings:
     """What to run the float model on.
 
     Attributes:
@@ -26,13 +26,13 @@ class Calibration:
             made-up ones.
     """
 
-    set: str = "auto"
+    prompts: str = "auto"
     samples: int = 64
     steps: int = 20
     guidance: float = 0.0
-    batch: int = 8
-    parts: int = 8
-    bins: int = 8
+    batch_size: int = 8
+    num_shards: int = 8
+    num_timestep_bins: int = 8
     seed: int = 0
-    arguments: dict[str, Any] = field(default_factory=dict)
+    pipeline_args: dict[str, Any] = field(default_factory=dict)
     images: str = ""

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from dtq.errors import FOREIGN, CheckpointError, InputError, first_line
+from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
 from dtq.io.safe_parse import read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -163,7 +163,7 @@ def skeleton(folder: Path, kind: Any) -> nn.Module:
     try:
         with torch.device("meta"), bounded(config, tensors):
             model: nn.Module = kind.from_config(read_json(config))
-    except FOREIGN as error:
+    except LIBRARY_ERRORS as error:
         raise InputError(
             f"{config}: {kind.__name__} cannot be built from it ({first_line(error)})"
         ) from error

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from dtq.errors import CheckpointError, InputError
-from dtq.formats import FORMATS, Spec
-from dtq.formats.activations import ACTS
-from dtq.io.safe_parse import numbers
-from dtq.io.schema import Call
+from dtq.formats import FORMATS, TensorSpec
+from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.io.safe_parse import is_finite_numbers
+from dtq.io.schema import MethodSpec
 from dtq.plan.step_policy import StepPolicy
 
 
 @dataclass(frozen=True)
-class Runtime:
+class LayerSpec:
     """What a loader must know of a quantized linear; the entry of ``layers`` in ``config.json``.
 
     Attributes:
@@ -37,47 +37,47 @@ class Runtime:
         turns: block rotations, 1 or 2.
     """
 
-    weights: str
-    acts: str
-    block: int = 1
+    weight_format: str
+    activation_format: str
+    hadamard_block_size: int = 1
     pre_quant: bool = False
     rank: int = 0
-    permute: bool = False
-    turns: int = 1
+    permutation: bool = False
+    num_rotations: int = 1
 
     ALWAYS = ("weights", "acts", "block", "pre_quant")
     """Keys that are always written; the others only where they are not the default."""
 
-    def stored(self, shape: tuple[int, int], bins: int = 1) -> dict[str, Spec]:
+    def tensor_specs(self, shape: tuple[int, int], bins: int = 1) -> dict[str, TensorSpec]:
         """Shape and on-disk dtype of every stored part of a linear (N, K), bias aside."""
         rows, columns = shape
-        specs = dict(FORMATS[self.weights].layout(shape))
+        specs = dict(FORMATS[self.weight_format].layout(shape))
         if self.pre_quant:
-            specs["pre_quant_scale"] = Spec((1, columns), torch.bfloat16)
-        if self.permute:
-            specs["pre_quant_order"] = Spec((1, columns), torch.int32, _no_order)
-        if ACTS[self.acts].static:
-            count = bins if ACTS[self.acts].stepped else 1
-            specs["input_scale"] = Spec((1, count), torch.float32)
+            specs["pre_quant_scale"] = TensorSpec((1, columns), torch.bfloat16)
+        if self.permutation:
+            specs["pre_quant_order"] = TensorSpec((1, columns), torch.int32, _not_a_permutation)
+        if ACTIVATION_FORMATS[self.activation_format].static:
+            count = bins if ACTIVATION_FORMATS[self.activation_format].per_timestep else 1
+            specs["input_scale"] = TensorSpec((1, count), torch.float32)
         if self.rank:
-            specs["proj_down"] = Spec((self.rank, columns), torch.bfloat16)
-            specs["proj_up"] = Spec((rows, self.rank), torch.bfloat16)
+            specs["proj_down"] = TensorSpec((self.rank, columns), torch.bfloat16)
+            specs["proj_up"] = TensorSpec((rows, self.rank), torch.bfloat16)
         return specs
 
-    def checked_for(self, shape: tuple[int, int], bins: int = 1) -> dict[str, Spec]:
+    def validated_for(self, shape: tuple[int, int], bins: int = 1) -> dict[str, TensorSpec]:
         """:meth:`stored`, after asking whether a linear of this shape can be such a layer.
 
         Raises:
             InputError: a group of a format, or the rotation block, does not divide K.
         """
-        if shape[1] % self.block:
-            raise InputError(f"rotation blocks of {self.block} do not divide K = {shape[1]}")
-        if ACTS[self.acts].grid:
-            FORMATS[ACTS[self.acts].grid].layout((1, shape[1]))
-        return self.stored(shape, bins)
+        if shape[1] % self.hadamard_block_size:
+            raise InputError(f"rotation blocks of {self.hadamard_block_size} do not divide K = {shape[1]}")
+        if ACTIVATION_FORMATS[self.activation_format].block_format:
+            FORMATS[ACTIVATION_FORMATS[self.activation_format].block_format].layout((1, shape[1]))
+        return self.tensor_specs(shape, bins)
 
     def to_json(self) -> dict[str, Any]:
-        default = Runtime(self.weights, self.acts)
+        default = LayerSpec(self.weight_format, self.activation_format)
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -85,7 +85,7 @@ class Runtime:
         }
 
     @classmethod
-    def checked(cls, data: object, where: str) -> Runtime:
+    def from_json(cls, data: object, where: str) -> LayerSpec:
         """Read an entry of ``layers``.
 
         Raises:
@@ -101,23 +101,23 @@ class Runtime:
             if type(value) is not kinds[key]:
                 wanted = kinds[key].__name__
                 raise CheckpointError(f"{where}[{key!r}] must be {wanted}, is {value!r}")
-        for key, table in (("weights", FORMATS), ("acts", ACTS)):
+        for key, table in (("weights", FORMATS), ("acts", ACTIVATION_FORMATS)):
             if data[key] not in table:
                 raise CheckpointError(
                     f"{where}[{key!r}]: unknown format {data[key]!r}; this dtq knows "
                     f"{', '.join(table)}. A newer dtq may have written it: pip install -U dtq"
                 )
         found = cls(**data)
-        if found.block < 1 or found.block & (found.block - 1):
-            raise CheckpointError(f"{where}['block'] must be a power of two, is {found.block}")
-        if found.turns not in (1, 2):
-            raise CheckpointError(f"{where}['turns'] must be 1 or 2, is {found.turns}")
+        if found.hadamard_block_size < 1 or found.hadamard_block_size & (found.hadamard_block_size - 1):
+            raise CheckpointError(f"{where}['block'] must be a power of two, is {found.hadamard_block_size}")
+        if found.num_rotations not in (1, 2):
+            raise CheckpointError(f"{where}['turns'] must be 1 or 2, is {found.num_rotations}")
         if found.rank < 0:
             raise CheckpointError(f"{where}['rank'] must not be negative, is {found.rank}")
         return found
 
 
-def _no_order(order: Tensor) -> str | None:
+def _not_a_permutation(order: Tensor) -> str | None:
     places = torch.arange(order.numel(), dtype=order.dtype)
     if torch.equal(order.reshape(-1).sort().values, places):
         return None
@@ -147,40 +147,40 @@ class LayerPlan:
     name: str
     role: str
     shape: tuple[int, int]
-    weights: str = ""
-    acts: str = "none"
-    block: int = 1
+    weight_format: str = ""
+    activation_format: str = "none"
+    hadamard_block_size: int = 1
     pre_quant: bool = False
     rank: int = 0
-    permute: bool = False
-    turns: int = 1
-    transform: Call = Call("none")
-    solver: Call = Call("rtn")
-    lowrank: Call = Call("none")
-    choose: tuple[str, ...] = ()
+    permutation: bool = False
+    num_rotations: int = 1
+    transform: MethodSpec = MethodSpec("none")
+    solver: MethodSpec = MethodSpec("rtn")
+    lowrank: MethodSpec = MethodSpec("none")
+    format_candidates: tuple[str, ...] = ()
     note: str = ""
 
     @property
-    def kept(self) -> bool:
-        return not self.weights
+    def unquantized(self) -> bool:
+        return not self.weight_format
 
-    def stored(self, bins: int = 1) -> dict[str, Spec]:
+    def tensor_specs(self, bins: int = 1) -> dict[str, TensorSpec]:
         """Shape and dtype of every part that the file holds for this layer, bias aside."""
-        return self.runtime().stored(self.shape, bins)
+        return self.spec().tensor_specs(self.shape, bins)
 
     def nbytes(self, bins: int = 1, kept_dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the weight and everything that belongs to it, bias aside."""
-        if self.kept:
+        if self.unquantized:
             return math.prod(self.shape) * kept_dtype.itemsize
-        return sum(spec.nbytes for spec in self.stored(bins).values())
+        return sum(spec.nbytes for spec in self.tensor_specs(bins).values())
 
     def bits(self, bins: int = 1) -> float:
         """Stored bits per weight, all metadata counted."""
         return 8 * self.nbytes(bins) / math.prod(self.shape)
 
-    def runtime(self) -> Runtime:
+    def spec(self) -> LayerSpec:
         """What a loader must know."""
-        return Runtime(**{f.name: getattr(self, f.name) for f in fields(Runtime)})
+        return LayerSpec(**{f.name: getattr(self, f.name) for f in fields(LayerSpec)})
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Plan:
         return self._by_name[name]
 
     def quantized(self) -> list[LayerPlan]:
-        return [layer for layer in self.layers if not layer.kept]
+        return [layer for layer in self.layers if not layer.unquantized]
 
     def gemm(self) -> list[LayerPlan]:
         """Quantized layers that see tokens: attention and feed-forward, not modulation."""
@@ -227,10 +227,10 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class LoadPlan:
+class CheckpointSpec:
     """The part of a plan that ``config.json`` keeps: what to build before the file is read."""
 
-    layers: dict[str, Runtime] = field(default_factory=dict)
+    layers: dict[str, LayerSpec] = field(default_factory=dict)
     edges: tuple[float, ...] = ()
     policy: StepPolicy | None = None
 
@@ -239,7 +239,7 @@ class LoadPlan:
         return len(self.edges) + 1
 
     @classmethod
-    def checked(cls, layers: object, edges: object, where: str, runtime: object = None) -> LoadPlan:
+    def from_json(cls, layers: object, edges: object, where: str, runtime: object = None) -> CheckpointSpec:
         """Read the fields ``layers``, ``timestep_edges`` and ``runtime`` of the config.
 
         Raises:
@@ -248,13 +248,13 @@ class LoadPlan:
         if not isinstance(layers, dict):
             raise CheckpointError(f"{where}: 'layers' must map layer names to their formats")
         read = {
-            name: Runtime.checked(layer, f"{where}: layers[{name!r}]")
+            name: LayerSpec.from_json(layer, f"{where}: layers[{name!r}]")
             for name, layer in layers.items()
         }
-        if not numbers(edges) or list(edges) != sorted(edges):  # type: ignore[call-overload]
+        if not is_finite_numbers(edges) or list(edges) != sorted(edges):  # type: ignore[call-overload]
             raise CheckpointError(f"{where}: 'timestep_edges' must be a rising list of numbers")
         policy = None
         if isinstance(runtime, dict) and "diffusion_step_policy" in runtime:
             at = f"{where}: runtime.diffusion_step_policy"
-            policy = StepPolicy.checked(runtime["diffusion_step_policy"], at)
+            policy = StepPolicy.from_json(runtime["diffusion_step_policy"], at)
         return cls(read, tuple(float(e) for e in edges), policy)  # type: ignore[attr-defined]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtq.errors import CheckpointError
-from dtq.formats.activations import MODES
-from dtq.io.safe_parse import numbers
+from dtq.formats.activations import PRECISIONS
+from dtq.io.safe_parse import is_finite_numbers
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,24 @@ class StepPolicy:
     """
 
     edges: tuple[float, ...]
-    modes: tuple[str, ...]
-    steps: int = 0
+    precisions: tuple[str, ...]
+    num_steps: int = 0
     counts: tuple[int, ...] = ()
     """Sampler steps in each range, for the ``first_last_n`` form."""
 
     def to_json(self) -> dict[str, Any]:
-        bins = {"edges": list(self.edges), "modes": list(self.modes)}
-        bins |= {"num_inference_steps": self.steps, "counts": list(self.counts)}
-        inner = [m for m in self.modes if m != "native"]
-        flips = sum(a != b for a, b in zip(self.modes, self.modes[1:], strict=False))
-        ends = self.modes[0] != "native" or self.modes[-1] != "native"
-        if self.counts and len(set(inner)) == 1 and ends and flips <= 2 and "native" in self.modes:
+        bins = {"edges": list(self.edges), "modes": list(self.precisions)}
+        bins |= {"num_inference_steps": self.num_steps, "counts": list(self.counts)}
+        inner = [m for m in self.precisions if m != "native"]
+        flips = sum(a != b for a, b in zip(self.precisions, self.precisions[1:], strict=False))
+        ends = self.precisions[0] != "native" or self.precisions[-1] != "native"
+        if self.counts and len(set(inner)) == 1 and ends and flips <= 2 and "native" in self.precisions:
             first, last = 0, 0
-            for mode, count in zip(reversed(self.modes), reversed(self.counts), strict=True):
+            for mode, count in zip(reversed(self.precisions), reversed(self.counts), strict=True):
                 if mode == "native":
                     break
                 first += count
-            for mode, count in zip(self.modes, self.counts, strict=True):
+            for mode, count in zip(self.precisions, self.counts, strict=True):
                 if mode == "native":
                     break
                 last += count
@@ -67,7 +67,7 @@ class StepPolicy:
         }
 
     @classmethod
-    def checked(cls, data: object, where: str) -> StepPolicy:
+    def from_json(cls, data: object, where: str) -> StepPolicy:
         """Read what :meth:`to_json` wrote.
 
         Raises:
@@ -79,13 +79,13 @@ class StepPolicy:
         edges, modes = data.get("edges"), data.get("modes")
         if not isinstance(edges, list) or not isinstance(modes, list):
             raise CheckpointError(f"{where}: needs the lists 'edges' and 'modes'")
-        if not numbers(edges) or edges != sorted(edges):
+        if not is_finite_numbers(edges) or edges != sorted(edges):
             raise CheckpointError(f"{where}: 'edges' must be a rising list of numbers")
         if len(modes) != len(edges) + 1 or not all(
-            isinstance(m, str) and m in MODES for m in modes
+            isinstance(m, str) and m in PRECISIONS for m in modes
         ):
             raise CheckpointError(
-                f"{where}: 'modes' must be one more than the edges, each of {', '.join(MODES)}"
+                f"{where}: 'modes' must be one more than the edges, each of {', '.join(PRECISIONS)}"
             )
         counts = data.get("counts", [])
         steps = data.get("num_inference_steps", 0)

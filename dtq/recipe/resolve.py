@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from dtq.errors import InputError, RecipeError
-from dtq.finetune import REFINE
+from dtq.finetune import FINETUNE
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS, MODES
+from dtq.formats.activations import ACTIVATION_FORMATS, PRECISIONS
 from dtq.io.package_data import folder
 from dtq.io.safe_parse import LARGEST_YAML, parse_yaml, read_text
-from dtq.io.schema import Call, check_call, check_name, plain, read
+from dtq.io.schema import MethodSpec, check_method, check_name, plain, read
 from dtq.linalg.hadamard import block_for
 from dtq.models import ROLES, Linear, Scan
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 from dtq.plan.layers import LayerPlan, Plan
-from dtq.recipe.schema import Allocate, Guard, Rule, Steps
+from dtq.recipe.schema import Allocate, Promote, Rule, StepPolicySearch
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, rank_for
 from dtq.transforms import TRANSFORMS
@@ -43,7 +43,7 @@ def _methods() -> dict[str, dict[str, Callable[..., Any]]]:
         "transform": {name: row.call for name, row in TRANSFORMS.items()},
         "solver": {name: row.call for name, row in SOLVERS.items()},
         "lowrank": none | {name: row.call for name, row in LOWRANK.items()},
-        "refine": none | REFINE,
+        "refine": none | FINETUNE,
     }
 
 
@@ -78,22 +78,22 @@ class Recipe:
     name: str = ""
     about: str = ""
     weights: str = "int4-2l-g64"
-    acts: str = "int8-row"
-    transform: Call = Call("search")
-    compare: tuple[str, ...] = ()
-    solver: Call = Call("gptq")
-    choose: tuple[str, ...] = ()
-    lowrank: Call = Call("none")
-    fallback: tuple[str, ...] = ("int4-2l-g32", "int8-row")
+    activations: str = "int8-row"
+    transform: MethodSpec = MethodSpec("search")
+    transform_candidates: tuple[str, ...] = ()
+    solver: MethodSpec = MethodSpec("gptq")
+    format_candidates: tuple[str, ...] = ()
+    lowrank: MethodSpec = MethodSpec("none")
+    format_fallbacks: tuple[str, ...] = ("int4-2l-g32", "int8-row")
     modulation: str = "w8a16"
     correct_bias: bool = True
-    keep: tuple[str, ...] = ("embed", "head")
+    exclude: tuple[str, ...] = ("embed", "head")
     rules: tuple[Rule, ...] = ()
-    guard: Guard = field(default_factory=Guard)
+    promote: Promote = field(default_factory=Promote)
     allocate: Allocate = field(default_factory=Allocate)
-    refine: Call = Call("none")
-    steps: Steps = field(default_factory=Steps)
-    calibration: Calibration = field(default_factory=Calibration)
+    finetune: MethodSpec = MethodSpec("none")
+    step_policy: StepPolicySearch = field(default_factory=StepPolicySearch)
+    calibration: SamplingSettings = field(default_factory=SamplingSettings)
 
     @classmethod
     def load(cls, what: str | Path | Recipe, **overrides: Any) -> Recipe:
@@ -125,34 +125,34 @@ class Recipe:
         """Names that no table knows, and knobs that no method has."""
         found: list[str] = []
         check_name(self.weights, FORMATS, "weights", found)
-        for i, name in enumerate(self.fallback):
+        for i, name in enumerate(self.format_fallbacks):
             check_name(name, FORMATS, f"fallback[{i}]", found)
-        check_name(self.acts, ACTS, "acts", found)
+        check_name(self.activations, ACTIVATION_FORMATS, "acts", found)
         check_name(self.modulation, [*MODULATION, *FORMATS], "modulation", found)
-        for i, name in enumerate(self.choose):
+        for i, name in enumerate(self.format_candidates):
             check_name(name, FORMATS, f"choose[{i}]", found)
-        for i, name in enumerate(self.allocate.options):
+        for i, name in enumerate(self.allocate.formats):
             check_name(name, FORMATS, f"allocate.options[{i}]", found)
-        for i, name in enumerate(self.steps.modes):
-            check_name(name, MODES, f"steps.modes[{i}]", found)
+        for i, name in enumerate(self.step_policy.precisions):
+            check_name(name, PRECISIONS, f"steps.modes[{i}]", found)
         methods = _methods()
         for key, table in methods.items():
-            check_call(getattr(self, key), table, key, found)
-        for i, name in enumerate(self.compare):
+            check_method(getattr(self, key), table, key, found)
+        for i, name in enumerate(self.transform_candidates):
             check_name(name, TRANSFORMS, f"compare[{i}]", found)
-        if self.guard.to:
-            check_name(self.guard.to, FORMATS, "guard.to", found)
+        if self.promote.to:
+            check_name(self.promote.to, FORMATS, "guard.to", found)
         for i, rule in enumerate(self.rules):
             at = f"rules[{i}]"
             if rule.weights:
                 check_name(rule.weights, FORMATS, f"{at}.weights", found)
-            if rule.acts is not None:
-                check_name(rule.acts, ACTS, f"{at}.acts", found)
+            if rule.activations is not None:
+                check_name(rule.activations, ACTIVATION_FORMATS, f"{at}.acts", found)
             for key in ("transform", "solver", "lowrank"):
                 if call := getattr(rule, key):
-                    check_call(call, methods[key], f"{at}.{key}", found)
+                    check_method(call, methods[key], f"{at}.{key}", found)
             _selector(rule.match, f"{at}.match", found)
-        for selector in self.keep:
+        for selector in self.exclude:
             _selector(selector, "keep", found)
         c = self.calibration
         for key in ("samples", "batch", "parts", "bins"):
@@ -181,7 +181,7 @@ class Recipe:
         layers = [self._layer(linear, skips) for linear in scan.linears()]
         layers += [
             LayerPlan(name, "other", (0, 0), note="never called in the traced forward")
-            for name in scan.never
+            for name in scan.uncalled
         ]
         unused = [
             f"rules[{i}].match: {rule.match!r} matches no layer of this model"
@@ -190,7 +190,7 @@ class Recipe:
         ]
         if unused:
             raise RecipeError(f"recipe {self.name}", unused)
-        bins = self.calibration.bins if any(ACTS[x.acts].stepped for x in layers) else 1
+        bins = self.calibration.num_timestep_bins if any(ACTIVATION_FORMATS[x.activation_format].per_timestep for x in layers) else 1
         return Plan(self.name, tuple(layers), bins)
 
     def needs(self) -> frozenset[str]:
@@ -200,16 +200,16 @@ class Recipe:
         branches = [self.lowrank, *(r.lowrank for r in self.rules if r.lowrank)]
         wanted = frozenset().union(
             *(TRANSFORMS[t.name].needs for t in transforms),
-            *(TRANSFORMS[name].needs for name in self.compare),
+            *(TRANSFORMS[name].needs for name in self.transform_candidates),
             *(SOLVERS[s.name].needs for s in solvers),
             *(LOWRANK[b.name].needs for b in branches if b.name != "none"),
         )
         if self.correct_bias:
             wanted |= {"channels"}
-        if self.guard.to or self.choose:
+        if self.promote.to or self.format_candidates:
             wanted |= {"reservoir"}
-        acts = [self.acts, *(r.acts for r in self.rules if r.acts is not None)]
-        if any(ACTS[a].static for a in acts):
+        acts = [self.activations, *(r.activations for r in self.rules if r.activations is not None)]
+        if any(ACTIVATION_FORMATS[a].static for a in acts):
             wanted |= {"reservoir"}
         return wanted
 
@@ -221,20 +221,20 @@ class Recipe:
     def _layer(self, linear: Linear, skips: tuple[str, ...]) -> LayerPlan:
         base = LayerPlan(linear.name, linear.role, linear.shape)
         chosen = [rule for rule in self.rules if _matches(rule.match, linear)]
-        weights, acts, transform, solver = self.weights, self.acts, self.transform, self.solver
-        fallback, lowrank, choose = self.fallback, self.lowrank, self.choose
+        weights, acts, transform, solver = self.weights, self.activations, self.transform, self.solver
+        fallback, lowrank, choose = self.format_fallbacks, self.lowrank, self.format_candidates
         if linear.role == "adaln":
             weights = MODULATION.get(self.modulation, self.modulation)
-            acts, transform, lowrank, choose = "none", Call("none"), Call("none"), ()
-            solver = self.solver if self.solver.name == "rtn" else Call("search")
+            acts, transform, lowrank, choose = "none", MethodSpec("none"), MethodSpec("none"), ()
+            solver = self.solver if self.solver.name == "rtn" else MethodSpec("search")
             fallback = _MODULATION_FALLBACK.get(self.modulation, ("int8-row",))
         if any(_skipped(pattern, linear.name) for pattern in skips):
             return replace(base, note="named in modules_to_not_convert")
-        if not chosen and any(_matches(selector, linear) for selector in self.keep):
+        if not chosen and any(_matches(selector, linear) for selector in self.exclude):
             return replace(base, note=f"the recipe keeps {linear.role}")
         for rule in chosen:
             weights = weights if rule.weights is None else rule.weights
-            acts = acts if rule.acts is None else rule.acts
+            acts = acts if rule.activations is None else rule.activations
             transform, solver = rule.transform or transform, rule.solver or solver
             lowrank = rule.lowrank or lowrank
             choose = choose if rule.weights is None else ()
@@ -245,7 +245,7 @@ class Recipe:
             return replace(base, note=f"kept: {note}")
         acts, other = _acts_fitting(acts, linear.shape[1])
         note = "; ".join(x for x in (note, other) if x)
-        others = self.compare if linear.role != "adaln" else ()
+        others = self.transform_candidates if linear.role != "adaln" else ()
         changed = any(name != "none" for name in (transform.name, *others))
         block = 1
         if TRANSFORMS[transform.name].rotates:
@@ -280,12 +280,12 @@ def _fitting(formats: Iterable[str], shape: tuple[int, int]) -> tuple[str, str]:
 
 def _acts_fitting(acts: str, columns: int) -> tuple[str, str]:
     """The activation format, or where its groups do not divide K, one scale per token."""
-    if not ACTS[acts].grid:
+    if not ACTIVATION_FORMATS[acts].block_format:
         return acts, ""
     try:
-        FORMATS[ACTS[acts].grid].layout((1, columns))
+        FORMATS[ACTIVATION_FORMATS[acts].block_format].layout((1, columns))
     except InputError as error:
-        return f"int{ACTS[acts].bits}-row", f"input as int{ACTS[acts].bits}-row: {error}".split(
+        return f"int{ACTIVATION_FORMATS[acts].bits}-row", f"input as int{ACTIVATION_FORMATS[acts].bits}-row: {error}".split(
             ". "
         )[0]
     return acts, ""

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtq.io.schema import Call
+from dtq.io.schema import MethodSpec
 
 
 @dataclass(frozen=True)
-class Guard:
+class Promote:
     """Sensitivity guard: layers that come out badly are promoted, within a budget.
 
     A layer is promoted to ``to`` when its relative output error exceeds ``factor`` times the
@@ -18,8 +18,8 @@ class Guard:
     """
 
     to: str = ""
-    factor: float = 5.0
-    above: float = 0.02
+    median_factor: float = 5.0
+    max_error: float = 0.02
     budget: float = 4.6
 
 
@@ -37,13 +37,13 @@ class Allocate:
     """
 
     budget: str | float = ""
-    options: tuple[str, ...] = ("int4-2l-g64", "int8-row")
-    decoupled: bool = True
-    calls: int = 8
+    formats: tuple[str, ...] = ("int4-2l-g64", "int8-row")
+    per_group_metric: bool = True
+    num_inputs: int = 8
 
 
 @dataclass(frozen=True)
-class Steps:
+class StepPolicySearch:
     """Step policy: activation precision by part of the trajectory, on the same weights.
 
     Attributes:
@@ -53,10 +53,10 @@ class Steps:
         calls: recorded calls of the float model that modes are measured on, per range.
     """
 
-    modes: tuple[str, ...] = ()
-    cost: float = 0.25
-    ranges: int = 8
-    calls: int = 2
+    precisions: tuple[str, ...] = ()
+    budget: float = 0.25
+    num_bins: int = 8
+    num_inputs: int = 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Rule:
 
     match: str
     weights: str | None = None
-    acts: str | None = None
-    transform: Call | None = None
-    solver: Call | None = None
-    lowrank: Call | None = None
+    activations: str | None = None
+    transform: MethodSpec | None = None
+    solver: MethodSpec | None = None
+    lowrank: MethodSpec | None = None

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dtq.errors import InputError, TeamError
-from dtq.io.atomic import replace_file, write_folder
-from dtq.runs.workers import Team
+from dtq.errors import InputError, WorkerError
+from dtq.io.atomic import atomic_replace, make_directory
+from dtq.runs.workers import Workers
 
 
 def gather(
-    team: Team, folder: Path | None, name: str, tensors: Mapping[str, Tensor], plain: Any
+    team: Workers, folder: Path | None, name: str, tensors: Mapping[str, Tensor], plain: Any
 ) -> list[tuple[dict[str, Tensor], Any]] | None:
     """What every process has, in order of ranks; None for all but the first process.
 
@@ -38,19 +38,19 @@ def gather(
         return [(dict(tensors), plain)]
     if folder is None:
         raise InputError(f"{team.size} processes need a folder that all of them see")
-    write_folder(folder)
+    make_directory(folder)
     held = {key: tensor.contiguous() for key, tensor in tensors.items()}
     about = {"plain": json.dumps(plain)}
     mine = folder / f"{name}-{team.rank}.safetensors"
-    replace_file(mine, lambda draft: save_file(held, draft, about))
-    team.meet()
-    if not team.leads:
+    atomic_replace(mine, lambda draft: save_file(held, draft, about))
+    team.barrier()
+    if not team.is_main:
         return None
     found = []
     for rank in range(team.size):
         path = folder / f"{name}-{rank}.safetensors"
         if not path.is_file():
-            raise TeamError(f"{path} is not there: do all processes see the folder {folder}?")
+            raise WorkerError(f"{path} is not there: do all processes see the folder {folder}?")
         with safe_open(path, "pt") as file:
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no iterator
             found.append((held, json.loads(file.metadata()["plain"])))
@@ -67,6 +67,6 @@ def check_ids(ids: Sequence[str], count: int) -> None:
     times = Counter(ids)
     wrong = [x for x in (f"{i:04d}" for i in range(count)) if times[x] != 1]
     if wrong or len(times) != count:
-        raise TeamError(
+        raise WorkerError(
             f"of {count} samples these were not made once: {', '.join(wrong[:8]) or 'unknown ones'}"
         )

@@ -23,16 +23,16 @@ import psutil
 import torch
 
 from dtq.errors import InputError
-from dtq.io.atomic import check_free, sync_tree, whole_folder, write_whole
-from dtq.io.checksum import _digest_of
+from dtq.io.atomic import require_absent, sync_tree, atomic_directory, atomic_write
+from dtq.io.checksum import folder_digest
 from dtq.io.run_lock import locked
-from dtq.runs.tasks import Work
-from dtq.runs.workers import ALONE, Team
+from dtq.runs.tasks import TaskStore
+from dtq.runs.workers import SINGLE_PROCESS, Workers
 
 log = logging.getLogger("dtq")
 
 
-class Job:
+class RunDirectory:
     """What :func:`job` gives: the work of this run, and writing its result.
 
     Attributes:
@@ -41,11 +41,11 @@ class Job:
         memory: bytes that statistics may take, after :meth:`begin`.
     """
 
-    def __init__(self, output: Path, team: Team, overwrite: bool) -> None:
+    def __init__(self, output: Path, team: Workers, overwrite: bool) -> None:
         output = output if output.name else output.resolve()  # of "."
-        self.output, self.team, self.overwrite = output, team, overwrite
+        self.output, self.workers, self.overwrite = output, team, overwrite
         self.folder = output.with_name(f".{output.name}.work")
-        self.work = Work(self.folder, team)
+        self.tasks = TaskStore(self.folder, team)
         self.memory = 0
         self.finished = False
 
@@ -64,7 +64,7 @@ class Job:
                 every process.
         """
         manifest = self.folder / "manifest.json"
-        if self.team.leads:
+        if self.workers.is_main:
             beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             free = memory or psutil.virtual_memory().available // 2 // beside
             here = {"inputs": dict(inputs), "threads": torch.get_num_threads(), "memory": free}
@@ -77,11 +77,11 @@ class Job:
             else:  # units that nobody knows the inputs of: a run was killed as it removed them
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(manifest, json.dumps(here, indent=1) + "\n")
-        self.team.meet()
+            atomic_write(manifest, json.dumps(here, indent=1) + "\n")
+        self.workers.barrier()
         if not manifest.exists():
             raise InputError(
-                f"{manifest}: process {self.team.rank} does not see what process 0 wrote; the "
+                f"{manifest}: process {self.workers.rank} does not see what process 0 wrote; the "
                 f"output has to be on a file system that all machines share"
             )
         agreed = json.loads(manifest.read_text(encoding="utf-8"))
@@ -91,11 +91,11 @@ class Job:
     @contextmanager
     def result(self) -> Iterator[Path]:
         """A folder to write the output into, which becomes the output, on the disk, at the end."""
-        with whole_folder(self.output, overwrite=self.overwrite) as side:
+        with atomic_directory(self.output, overwrite=self.overwrite) as side:
             yield side
             sync_tree(side)
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._mark, json.dumps({"output": _digest_of(side)}))
+            atomic_write(self._mark, json.dumps({"output": folder_digest(side)}))
 
     @property
     def _mark(self) -> Path:
@@ -120,18 +120,18 @@ class Job:
         if not (self._mark.exists() and self.output.is_dir()):
             return False
         digest = json.loads(self._mark.read_text(encoding="utf-8"))["output"]
-        return bool(digest == _digest_of(self.output))
+        return bool(digest == folder_digest(self.output))
 
 
 @contextmanager
-def job(
+def run_directory(
     output: Path,
-    team: Team = ALONE,
+    team: Workers = SINGLE_PROCESS,
     *,
     fresh: bool = False,
     overwrite: bool = False,
     file: bool = False,
-) -> Iterator[Job]:
+) -> Iterator[RunDirectory]:
     """The run that makes ``output``, alone in its folder.
 
     Units stay when it fails, and go when it is done, or when nothing was finished.
@@ -146,9 +146,9 @@ def job(
     Raises:
         InputError: another run writes there, the output is not empty, or a folder and not a file.
     """
-    one = Job(output, team, overwrite)
-    if not team.leads:
-        one.finished = team.tell(None)
+    one = RunDirectory(output, team, overwrite)
+    if not team.is_main:
+        one.finished = team.broadcast(None)
         yield one
         return
     output = one.output
@@ -163,9 +163,9 @@ def job(
         if file and output.is_dir():
             raise InputError(f"{output} is a folder; give a file")
         if not file and not one.finished:
-            check_free(output, overwrite=overwrite)
+            require_absent(output, overwrite=overwrite)
         _clear(output)
-        team.tell(one.finished)
+        team.broadcast(one.finished)
         try:
             yield one
         except BaseException:

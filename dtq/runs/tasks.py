@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dtq.errors import CheckpointError
-from dtq.io.atomic import replace_file
-from dtq.runs.workers import ALONE, Team
+from dtq.io.atomic import atomic_replace
+from dtq.runs.workers import SINGLE_PROCESS, Workers
 
 Result = tuple[dict[str, Tensor], Any]
 """Tensors by name, and plain data."""
 
 
-class Work:
+class TaskStore:
     """Finished units, in a folder or (without one) in memory.
 
     Args:
@@ -33,14 +33,14 @@ class Work:
         team: the processes that share the work; they need a folder that all of them see.
     """
 
-    def __init__(self, folder: Path | None = None, team: Team = ALONE) -> None:
+    def __init__(self, folder: Path | None = None, team: Workers = SINGLE_PROCESS) -> None:
         assert folder is not None or team.size == 1
-        self.folder, self.team = folder, team
+        self.folder, self.workers = folder, team
         self._kept: dict[str, Result] = {}
 
-    def within(self, name: str) -> Work:
+    def namespace(self, name: str) -> TaskStore:
         """The work on one of several models."""
-        return Work(None if self.folder is None else self.folder / name, self.team)
+        return TaskStore(None if self.folder is None else self.folder / name, self.workers)
 
     def path(self, unit: str) -> Path | None:
         """The file of a unit, None in memory."""
@@ -50,10 +50,10 @@ class Work:
         path = self.path(unit)
         return unit in self._kept if path is None else path.exists()
 
-    def todo(self, costs: Mapping[str, float]) -> list[str]:
+    def assigned(self, costs: Mapping[str, float]) -> list[str]:
         """The units of this process that are not finished, in the order given."""
-        open_ = self.team.tell([unit for unit in costs if unit not in self])
-        return self.team.share({unit: costs[unit] for unit in open_})
+        open_ = self.workers.broadcast([unit for unit in costs if unit not in self])
+        return self.workers.assign({unit: costs[unit] for unit in open_})
 
     def save(self, unit: str, tensors: Mapping[str, Tensor], data: Any = None) -> None:
         """Finish a unit."""
@@ -64,7 +64,7 @@ class Work:
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = _own(tensors)
         metadata = {"data": json.dumps(data)}
-        replace_file(path, lambda draft: save_file(stored, draft, metadata))
+        atomic_replace(path, lambda draft: save_file(stored, draft, metadata))
 
     def load(self, unit: str) -> Result:
         """What was saved; tensors of a file are mapped and read when they are used.
@@ -84,15 +84,15 @@ class Work:
                 f"{path}: damaged ({error}); delete it, and the same command makes it again"
             ) from error
 
-    def once(self, unit: str, compute: Callable[[], Result]) -> Result:
+    def get_or_compute(self, unit: str, compute: Callable[[], Result]) -> Result:
         """A unit of a stage that one process does alone: read it, or compute and keep it."""
         if unit not in self:
             self.save(unit, *compute())
         return self.load(unit)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process has finished its units."""
-        self.team.meet()
+        self.workers.barrier()
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

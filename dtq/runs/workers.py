@@ -25,14 +25,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from dtq.errors import InputError, TeamError
-from dtq.io.run_lock import here, lives
+from dtq.errors import InputError, WorkerError
+from dtq.io.run_lock import process_identity, is_alive
 
-_PATIENCE = 600.0  # seconds without a sign of life
-_BEAT = 5.0  # seconds between two of them
+_TIMEOUT = 600.0  # seconds without a sign of life
+_HEARTBEAT = 5.0  # seconds between two of them
 
 
-class Board:
+class KeyValueStore:
     """Where processes leave what they say, and a sign of life every few seconds.
 
     Whoever lives is waited for, for days if need be; whoever does not stops the others.
@@ -46,15 +46,15 @@ class Board:
         TeamError: not all processes came in time.
     """
 
-    def __init__(self, rank: int, size: int, patience: float) -> None:
-        self.rank, self.size, self.patience = rank, size, patience
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         # a launcher that starts the processes again keeps its store
         name = f"dtq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
         def connected(serves: bool) -> PrefixStore:
-            wait = timedelta(seconds=patience)
+            wait = timedelta(seconds=timeout)
             store = dist.TCPStore(  # type: ignore[attr-defined]
                 host, port, is_master=serves, timeout=wait, wait_for_workers=False
             )
@@ -63,13 +63,13 @@ class Board:
         self._store, self._rounds = connected(rank == 0 and not launcher), 0
         self._stop = threading.Event()
         line = connected(False)  # of its own: a connection serves one thread at a time
-        self._beat = threading.Thread(target=self._live, args=(line,), daemon=True)
+        self._beat = threading.Thread(target=self._send_heartbeats, args=(line,), daemon=True)
         self._beat.start()
         atexit.register(self._leave)
         self._seen = {r: (b"", time.monotonic()) for r in range(size) if r != rank}
         self._await([f"alive/{r}" for r in range(size)])
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What process 0 has, for everyone; returns when everyone is here.
 
         Raises:
@@ -92,11 +92,11 @@ class Board:
         while not self._store.check(keys):
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
-            if time.monotonic() - looked > min(_BEAT, self.patience / 4):
+            if time.monotonic() - looked > min(_HEARTBEAT, self.timeout / 4):
                 looked = time.monotonic()
                 why = self._missing()
                 if why and not self._store.check(keys):  # who is done may go
-                    raise TeamError(why)
+                    raise WorkerError(why)
 
     def _missing(self) -> str:
         """Which other process is gone or silent for too long, "" if none."""
@@ -104,36 +104,36 @@ class Board:
             key = f"alive/{rank}"
             sign = self._store.get(key) if self._store.check([key]) else b"{}"
             who = json.loads(sign)
-            if who.get("home") == _home() and not lives(who):
+            if who.get("home") == _machine() and not is_alive(who):
                 return f"process {rank} of {self.size} ended before the others"
             if sign != before:
                 self._seen[rank] = sign, time.monotonic()
-            elif (silent := time.monotonic() - when) > self.patience:
+            elif (silent := time.monotonic() - when) > self.timeout:
                 return f"no sign of life from process {rank} of {self.size} for {silent:.0f} s"
         return ""
 
-    def _live(self, store: PrefixStore) -> None:
+    def _send_heartbeats(self, store: PrefixStore) -> None:
         with suppress(RuntimeError):  # the store is gone: whoever waits for it says so
             for count in itertools.count():
                 store.set(
-                    f"alive/{self.rank}", json.dumps({**here(), "home": _home(), "count": count})
+                    f"alive/{self.rank}", json.dumps({**process_identity(), "home": _machine(), "count": count})
                 )
-                if self._stop.wait(min(_BEAT, self.patience / 4)):
+                if self._stop.wait(min(_HEARTBEAT, self.timeout / 4)):
                     break
 
     def _leave(self) -> None:
         self._stop.set()
-        self._beat.join(_BEAT)
+        self._beat.join(_HEARTBEAT)
 
 
 @functools.cache
-def _board(rank: int, size: int, patience: float, process: int) -> Board:
+def _key_value_store(rank: int, size: int, patience: float, process: int) -> KeyValueStore:
     """One for all commands of a process: what was said stays on the board."""
-    return Board(rank, size, patience)
+    return KeyValueStore(rank, size, patience)
 
 
 @functools.cache
-def _home() -> str:
+def _machine() -> str:
     """This machine and, in a container, its table of processes."""
     boot, table = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     where = [boot.read_text().strip(), os.readlink(table)] if boot.exists() else []
@@ -141,7 +141,7 @@ def _home() -> str:
 
 
 @dataclass(frozen=True)
-class Team:
+class Workers:
     """This process among those of the run.
 
     Attributes:
@@ -152,10 +152,10 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    board: Board | None = field(default=None, repr=False, compare=False)
+    store: KeyValueStore | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def join(cls) -> Team:
+    def join(cls) -> Workers:
         """The processes that ``torchrun`` (or a launcher that sets its variables) started.
 
         ``DTQ_TIMEOUT`` is after how many seconds without a sign of life a process counts as dead,
@@ -169,51 +169,51 @@ class Team:
             rank, size = (
                 int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"))
             )
-            patience = float(os.environ.get("DTQ_TIMEOUT", _PATIENCE))
+            patience = float(os.environ.get("DTQ_TIMEOUT", _TIMEOUT))
         except ValueError as error:
             raise InputError(f"RANK, WORLD_SIZE, DTQ_TIMEOUT: {error}") from error
         if size == 1:
             return cls()
         try:
-            return cls(rank, size, _board(rank, size, patience, os.getpid()))
+            return cls(rank, size, _key_value_store(rank, size, patience, os.getpid()))
         except KeyError as error:
             raise InputError(
                 f"WORLD_SIZE is {size} and {error.args[0]} is not set: start the processes with "
                 f"torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each"
             ) from error
-        except (RuntimeError, TeamError, ValueError) as error:
-            raise TeamError(f"the {size} processes did not find each other: {error}") from error
+        except (RuntimeError, WorkerError, ValueError) as error:
+            raise WorkerError(f"the {size} processes did not find each other: {error}") from error
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process is here.
 
         Raises:
             TeamError: one died.
         """
-        self.tell(None)
+        self.broadcast(None)
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What rank 0 has, plain data, for everyone, when everyone is here.
 
         Raises:
             TeamError: a process died.
         """
-        if self.board is None:
+        if self.store is None:
             return value
         try:
-            return self.board.tell(value)
-        except (RuntimeError, TeamError) as error:
+            return self.store.broadcast(value)
+        except (RuntimeError, WorkerError) as error:
             reason = " ".join(str(error).split())
-            raise TeamError(
+            raise WorkerError(
                 f"process {self.rank} of {self.size}: another process died or does not answer "
                 f"({reason}). What is finished is kept: the same command goes on from there"
             ) from error
 
-    def share(self, costs: Mapping[str, float]) -> list[str]:
+    def assign(self, costs: Mapping[str, float]) -> list[str]:
         """What this process does of what is to be done, in the order given.
 
         The dearest first, each to whoever has least to do; every process works out the same.
@@ -227,7 +227,7 @@ class Team:
                 mine.add(name)
         return [name for name in costs if name in mine]
 
-    def deal(self, count: int, batch: int) -> list[int]:
+    def shard(self, count: int, batch: int) -> list[int]:
         """Which of ``count`` places are for this process: whole batches in turn.
 
         Raises:
@@ -241,4 +241,4 @@ class Team:
         return [i for i in range(count) if i // batch % self.size == self.rank]
 
 
-ALONE = Team()
+SINGLE_PROCESS = Workers()

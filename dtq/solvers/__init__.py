@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dtq.formats import Params
+from dtq.formats import QParams
 from dtq.solvers.clip_search import search
 from dtq.solvers.gptq import gptq
 from dtq.solvers.rtn import rtn
@@ -24,7 +24,7 @@ class Solver:
         shares: whether it takes ``factors``, which linears that read one input share.
     """
 
-    call: Callable[..., tuple[Tensor, Params]]
+    call: Callable[..., tuple[Tensor, QParams]]
     needs: frozenset[str] = frozenset()
     shares: bool = False
 

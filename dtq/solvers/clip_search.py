@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtq.formats import Format, Params, snapped
+from dtq.formats import Format, QParams, fake_quantize_weight
 from dtq.formats.base import in_groups
 from dtq.solvers.finite import check
 
@@ -21,7 +21,7 @@ _TOGETHER = 2**17  # weights that are tried at once: more would leave the cache
 
 def search(
     w: Tensor, fmt: Format, gram: Tensor | None = None, *, clips: Sequence[float] | None = None
-) -> tuple[Tensor, Params]:
+) -> tuple[Tensor, QParams]:
     """Choose the clip of every group that has the least squared error, then round to nearest.
 
     Args:
@@ -36,7 +36,7 @@ def search(
     check(w, gram)
     importance = None if gram is None else gram.diagonal()
     params = fit_clipped(w, fmt, importance, clips=clips)
-    return snapped(fmt, w, params), params
+    return fake_quantize_weight(fmt, w, params), params
 
 
 def fit_clipped(
@@ -45,8 +45,8 @@ def fit_clipped(
     importance: Tensor | None = None,
     *,
     clips: Sequence[float] | None = None,
-    outer: Params | None = None,
-) -> Params:
+    outer: QParams | None = None,
+) -> QParams:
     """Parameters with the best clip for every row and group of ``w``, whole groups of columns.
 
     A format that learns its levels has no clip. What it finds is a local optimum, so the fit
@@ -54,7 +54,7 @@ def fit_clipped(
     """
     weight = torch.ones(w.shape[1]).to(w) if importance is None else importance.to(w)
 
-    def errors(w: Tensor, params: Params) -> Tensor:
+    def errors(w: Tensor, params: QParams) -> Tensor:
         return in_groups((fmt.snap(w, params) - w).square() * weight, fmt.group).sum(-1)
 
     if fmt.learned:
@@ -81,14 +81,14 @@ def fit_clipped(
     return fmt.fit(w, importance, clip=shares[torch.cat(best)], outer=outer)
 
 
-def _rows(outer: Params | None, rows: slice, count: int) -> Params | None:
+def _rows(outer: QParams | None, rows: slice, count: int) -> QParams | None:
     """The parameters of some of ``count`` rows; what is the whole matrix's stays."""
     if outer is None:
         return None
     return {k: v[rows] if v.shape == (count, 1) else v for k, v in outer.items()}
 
 
-def _below(outer: Params | None, rows: int, times: int) -> Params | None:
+def _below(outer: QParams | None, rows: int, times: int) -> QParams | None:
     """The parameters of whole rows for ``times`` copies of the matrix, one below the other."""
     if outer is None:
         return None

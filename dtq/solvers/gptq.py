@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
-from dtq.formats import Format, Params, snapped
+from dtq.formats import Format, QParams, fake_quantize_weight
 from dtq.linalg.cholesky import _inverse_factor
 from dtq.solvers.clip_search import fit_clipped
 from dtq.solvers.finite import check
@@ -25,7 +25,7 @@ def gptq(
     damp: float = 0.01,
     block: int = 128,
     clip: bool = True,
-) -> tuple[Tensor, Params]:
+) -> tuple[Tensor, QParams]:
     """Minimise ``tr(D H D^T)``, D the weight error, H the second moment of the input.
 
     GPTQ (2210.17323, algorithm 1) with the parameters of a group fitted when the group is
@@ -90,10 +90,10 @@ def gptq(
                 ahead[i - start + 1 :] -= inverse[i, i + 1 : stop].unsqueeze(1) * error
         if inverse is not None:
             todo[:, stop:].addmm_(errors.T, inverse[start:stop, stop:], alpha=-1)
-    return snapped(fmt, done, params), params
+    return fake_quantize_weight(fmt, done, params), params
 
 
-def _put(params: Params, part: Params, index: int) -> None:
+def _put(params: QParams, part: QParams, index: int) -> None:
     """Write the parameters of one group into those of the matrix; wider ones are equal."""
     for key, value in part.items():
         if params[key].shape[1] == value.shape[1]:  # the whole row's, or there is one group only

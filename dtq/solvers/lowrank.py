@@ -23,7 +23,7 @@ _EXACT = 2048  # up to this size a full decomposition, above it a randomised one
 
 
 @dataclass(frozen=True)
-class Branch:
+class LowRankBranch:
     """``L = up @ down``; up float (N, r), down float (r, K), both rounded to bfloat16 values."""
 
     up: Tensor
@@ -43,7 +43,7 @@ def svd(
     iterations: int = 8,
     share: bool = False,
     weighted: bool = True,
-) -> list[Branch]:
+) -> list[LowRankBranch]:
     """SVDQuant's branch (2411.05007, sec. 4.2): decompose the weight, then quantize what is left.
 
     Alternates ``L = SVD_r(W - Q(W - L))`` and keeps the branch with the least output error
@@ -62,11 +62,11 @@ def svd(
             the better: what a branch takes out of the weight is not what rounding loses.
     """
     groups = [list(weights)] if share else [[w] for w in weights]
-    found: list[Branch] = []
+    found: list[LowRankBranch] = []
     for members in groups:
         joint, r = torch.cat(members), _rank_of(members[0], rank, bits)
         factors = [None] if gram is None or not weighted else [None, _factor(gram, joint)]
-        best: Branch | None = None
+        best: LowRankBranch | None = None
         least = math.inf
         for factor in factors:
             kept, last = torch.zeros_like(joint), math.inf
@@ -81,7 +81,7 @@ def svd(
                 last = error
         assert best is not None
         sizes = [len(w) for w in members]
-        found += [Branch(up, best.down) for up in best.up.split(sizes)]
+        found += [LowRankBranch(up, best.down) for up in best.up.split(sizes)]
     return found
 
 
@@ -93,7 +93,7 @@ def loftq(
     rank: int = 32,
     bits: float = 0.0,
     iterations: int = 10,
-) -> list[Branch]:
+) -> list[LowRankBranch]:
     """DiTAS' compensation (2409.07756, sec. 3.4): quantize first, decompose the error, repeat.
 
     Of the rounds, the branch with the least weight error is kept; the paper takes the last.
@@ -118,7 +118,7 @@ def loftq(
 class LowRank:
     """A row of the table: the function, and what calibration must collect for it."""
 
-    call: Callable[..., list[Branch]]
+    call: Callable[..., list[LowRankBranch]]
     needs: frozenset[str] = frozenset()
 
 
@@ -150,7 +150,7 @@ def _factor(gram: Tensor, w: Tensor) -> Tensor:
     return lower
 
 
-def _decompose(w: Tensor, rank: int, factor: Tensor | None) -> Branch:
+def _decompose(w: Tensor, rank: int, factor: Tensor | None) -> LowRankBranch:
     """The branch nearest to ``w`` (N, K), in the metric of ``factor`` when there is one."""
     target = w if factor is None else w @ factor
     if min(target.shape) <= _EXACT:
@@ -165,7 +165,7 @@ def _decompose(w: Tensor, rank: int, factor: Tensor | None) -> Branch:
     down = root.unsqueeze(1) * v
     if factor is not None:
         down = torch.linalg.solve_triangular(factor, down, upper=False, left=False)
-    return Branch((u * root).bfloat16().to(w), down.bfloat16().to(w))
+    return LowRankBranch((u * root).bfloat16().to(w), down.bfloat16().to(w))
 
 
 def _error(d: Tensor, gram: Tensor | None) -> float:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dtq.formats import Format, Params, snapped
+from dtq.formats import Format, QParams, fake_quantize_weight
 from dtq.solvers.finite import check
 
 
-def rtn(w: Tensor, fmt: Format, gram: Tensor | None = None) -> tuple[Tensor, Params]:
+def rtn(w: Tensor, fmt: Format, gram: Tensor | None = None) -> tuple[Tensor, QParams]:
     """Fit to the full range, round each weight to its nearest value."""
     check(w)
     params = fmt.fit(w)
-    return snapped(fmt, w, params), params
+    return fake_quantize_weight(fmt, w, params), params

@@ -14,20 +14,20 @@ import psutil
 
 from dtq.calibrate import engine, store
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.distributed import gather
+from dtq.calibrate.distributed import calibrate_in_shards
 from dtq.errors import InputError
-from dtq.io.memory import paged
+from dtq.io.memory import paged_weights
 from dtq.models import Scan
-from dtq.pipelines.loading import Source, _modules
+from dtq.pipelines.loading import LoadedModel, modules_of
 from dtq.recipe.resolve import Recipe
-from dtq.runs.tasks import Work
+from dtq.runs.tasks import TaskStore
 from dtq.transforms import TRANSFORMS
 
 log = logging.getLogger("dtq")
 
 
 def calibrate_source(
-    source: Source,
+    source: LoadedModel,
     scan: Scan,
     recipe: Recipe,
     needs: frozenset[str],
@@ -35,7 +35,7 @@ def calibrate_source(
     inputs: Iterable[dict[str, Any]] | None = None,
     progress: bool = True,
     memory: int | None = None,
-    work: Work | None = None,
+    work: TaskStore | None = None,
 ) -> Statistics:
     """Run the float model over the recipe's calibration set.
 
@@ -43,14 +43,14 @@ def calibrate_source(
     as it takes, each time for as many inputs as fit, and they wait on disk. Each part of the set
     that is seen is kept in ``work``.
     """
-    work = work or Work()
+    work = work or TaskStore()
     plan = recipe.plan(scan)
-    sites = [s for s in scan.sites if any(not plan[x.name].kept for x in s.linears)]
+    sites = [s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)]
     how = recipe.calibration
     memory = memory or psutil.virtual_memory().available // 2
-    portions = engine.portions(sites, how.bins, needs, memory)
+    portions = engine.memory_batches(sites, how.num_timestep_bins, needs, memory)
     calls = None if inputs is None else list(inputs)
-    with paged(*_modules(source)):
+    with paged_weights(*modules_of(source)):
         if len(portions) == 1 and work.folder is None:
             return engine.calibrate(source, sites, how, needs, inputs=calls, progress=progress)
         if len(portions) > 1:
@@ -61,32 +61,32 @@ def calibrate_source(
         folder = None
         if work.folder is None:
             folder = tempfile.TemporaryDirectory(prefix="dtq-statistics-")
-            work = Work(Path(folder.name))
-        runs = engine.drive(source, how, calls)
+            work = TaskStore(Path(folder.name))
+        runs = engine.calibration_run(source, how, calls)
         files = [
-            gather(source, portion, how, needs, runs, work, progress=progress)
+            calibrate_in_shards(source, portion, how, needs, runs, work, progress=progress)
             for portion in portions
         ]
-    statistics = engine.lent(store.load(*files))  # a sibling may be in another portion
+    statistics = engine.fill_from_sibling_experts(store.load(*files))  # a sibling may be in another portion
     if folder is not None:
         weakref.finalize(statistics, folder.cleanup)
     return statistics
 
 
-def needs_of(recipe: Recipe, driven: bool) -> frozenset[str]:
+def statistics_needed(recipe: Recipe, driven: bool) -> frozenset[str]:
     """The statistics that are collected for a recipe.
 
     Weight-only recipes whose transform needs none lose little without data: where no pipeline and
     no inputs drive the model they do without.
     """
     without = not TRANSFORMS[recipe.transform.name].needs
-    data_free = recipe.acts == "none" and without and not recipe.rules
+    data_free = recipe.activations == "none" and without and not recipe.rules
     return recipe.needs() if driven or not data_free else frozenset()
 
 
 def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str]) -> None:
-    for site in scan.sites:
-        stats = statistics.sites.get(site.name)
+    for site in scan.input_groups:
+        stats = statistics.inputs.get(site.name)
         if stats is None:
             continue
         if stats.columns != site.columns:
@@ -98,5 +98,5 @@ def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str])
             raise InputError(
                 f"the statistics lack {', '.join(missing)}; calibrate with this recipe"
             )
-    if not any(site.name in statistics.sites for site in scan.sites):
+    if not any(site.name in statistics.inputs for site in scan.input_groups):
         raise InputError("the statistics are of another model: no layer name matches")

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from dtq.nn.step_clock import StepClock
-from dtq.stages.layer_result import Solved
-from dtq.stages.solve import built
+from dtq.stages.layer_result import LayerResult
+from dtq.stages.solve import build_quant_linear
 
-RECORDED = 4  # pictures whose sampling by the float model is recorded, to compare with
-
-
-JUDGES = 24  # recorded calls that whole-model alternatives are judged on
+RECORDED_SAMPLES = 4  # pictures whose sampling by the float model is recorded, to compare with
 
 
-class Built(Mapping[str, dict[str, nn.Module]]):
+NUM_INPUTS = 24  # recorded calls that whole-model alternatives are judged on
+
+
+class CandidateLayers(Mapping[str, dict[str, nn.Module]]):
     """Option to the quantized linears by name, built when looked up: never two options at once.
 
     Args:
@@ -30,7 +30,7 @@ class Built(Mapping[str, dict[str, nn.Module]]):
     def __init__(
         self,
         model: nn.Module,
-        options: Mapping[str, Mapping[str, Solved]],
+        options: Mapping[str, Mapping[str, LayerResult]],
         bins: int,
         clock: StepClock | None,
     ) -> None:
@@ -40,8 +40,8 @@ class Built(Mapping[str, dict[str, nn.Module]]):
         modules: dict[str, nn.Module] = {}
         for name, result in self.options[option].items():
             old = self.model.get_submodule(name)
-            new = built(result, old, self.bins, next(old.parameters()).dtype)
-            new.hear(self.clock)
+            new = build_quant_linear(result, old, self.bins, next(old.parameters()).dtype)
+            new.set_clock(self.clock)
             modules[name] = new
         return modules
 

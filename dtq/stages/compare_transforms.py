@@ -10,31 +10,31 @@ from torch import nn
 
 from dtq.allocate import measure
 from dtq.calibrate.collection import Statistics
-from dtq.io.schema import Call
+from dtq.io.schema import MethodSpec
 from dtq.models import Scan
 from dtq.nn.timestep_hook import install_clock
-from dtq.pipelines.recorded_calls import Recorded, spread
+from dtq.pipelines.recorded_calls import RecordedCall, subsample
 from dtq.plan.layers import Plan
 from dtq.recipe.resolve import Recipe
-from dtq.runs.tasks import Work
-from dtq.stages.candidates import JUDGES, Built
-from dtq.stages.layer_result import Solved
+from dtq.runs.tasks import TaskStore
+from dtq.stages.candidates import NUM_INPUTS, CandidateLayers
+from dtq.stages.layer_result import LayerResult
 from dtq.stages.solve import solve_all
 
 log = logging.getLogger("dtq")
 
 
-def compare(
+def compare_transforms(
     model: nn.Module,
     scan: Scan,
     plan: Plan,
     recipe: Recipe,
     statistics: Statistics | None,
-    recorded: list[Recorded],
-    solved: dict[str, Solved],
+    recorded: list[RecordedCall],
+    solved: dict[str, LayerResult],
     *,
     progress: bool = True,
-    work: Work | None = None,
+    work: TaskStore | None = None,
 ) -> dict[str, float]:
     """Solve the whole model with other transforms too, and keep what errs least.
 
@@ -44,17 +44,17 @@ def compare(
     Returns:
         Teacher-forced error of each candidate, the recipe's own first.
     """
-    calls, gemm = spread(recorded, JUDGES), {x.name for x in plan.gemm()}
+    calls, gemm = subsample(recorded, NUM_INPUTS), {x.name for x in plan.gemm()}
     found = {recipe.transform.name: {name: solved[name] for name in gemm}}
-    for other in recipe.compare:
-        changed = {x.name: replace(x, transform=Call(other)) for x in plan.gemm()}
+    for other in recipe.transform_candidates:
+        changed = {x.name: replace(x, transform=MethodSpec(other)) for x in plan.gemm()}
         found[other], _ = solve_all(
             model, scan, plan.with_layers(changed), recipe, statistics, only=gemm, what=other,
             progress=progress, work=work,
         )  # fmt: skip
     edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
     clock = install_clock(model, edges) if edges else None
-    candidates = {"model": Built(model, found, plan.bins, clock)}
+    candidates = {"model": CandidateLayers(model, found, plan.bins, clock)}
     errors = measure(model, calls, candidates, progress=progress, what="compare", work=work)[
         "model"
     ]

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dtq.formats import Parts
-from dtq.plan.layers import LayerPlan, Plan, Runtime
-from dtq.transforms import Online
+from dtq.formats import PackedTensors
+from dtq.plan.layers import LayerPlan, Plan, LayerSpec
+from dtq.transforms import OnlineTransform
 
 
 @dataclass
@@ -27,7 +27,7 @@ class LayerReport:
 
     name: str
     role: str
-    weights: str
+    weight_format: str
     bits: float
     transform: str
     error: float | None = None
@@ -36,7 +36,7 @@ class LayerReport:
 
 
 @dataclass
-class SiteReport:
+class InputReport:
     """How one input looks.
 
     Attributes:
@@ -46,44 +46,44 @@ class SiteReport:
     """
 
     name: str
-    peaks: list[float] = field(default_factory=list)
-    peaks_after: list[float] = field(default_factory=list)
+    imbalance: list[float] = field(default_factory=list)
+    imbalance_after: list[float] = field(default_factory=list)
     candidates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
-class Solved:
+class LayerResult:
     """One layer's result, packed: the float weight stays in the model until the swap."""
 
     plan: LayerPlan
-    parts: Parts
-    transform: Online
+    tensors: PackedTensors
+    transform: OnlineTransform
     bias_shift: Tensor | None
     report: LayerReport
-    misfit: float = 0.0
+    weight_error: float = 0.0
 
 
-def to_result(solved: list[Solved], site: SiteReport) -> tuple[dict[str, Tensor], Any]:
+def to_result(solved: list[LayerResult], site: InputReport) -> tuple[dict[str, Tensor], Any]:
     """Tensors and plain data that :func:`from_result` reads; the layers of one input."""
     tensors: dict[str, Tensor] = {}
     layers = []
     for one in solved:
         name, change = one.plan.name, one.transform
-        mine = {f"part.{part}": tensor for part, tensor in one.parts.items()}
+        mine = {f"part.{part}": tensor for part, tensor in one.tensors.items()}
         mine["scale"] = change.scale
-        if change.order is not None:
-            mine["order"] = change.order
+        if change.perm is not None:
+            mine["order"] = change.perm
         if one.bias_shift is not None:
             mine["bias_shift"] = one.bias_shift
         tensors |= {f"{name}|{key}": tensor for key, tensor in mine.items()}
         layers.append(
             {
                 "name": name,
-                "runtime": asdict(one.plan.runtime()),
+                "runtime": asdict(one.plan.spec()),
                 "block": change.block,
-                "turns": change.turns,
+                "turns": change.num_rotations,
                 "report": asdict(one.report),
-                "misfit": one.misfit,
+                "misfit": one.weight_error,
             }
         )
     return tensors, {"layers": layers, "site": asdict(site)}
@@ -91,17 +91,17 @@ def to_result(solved: list[Solved], site: SiteReport) -> tuple[dict[str, Tensor]
 
 def from_result(
     tensors: Mapping[str, Tensor], data: Any, plan: Plan
-) -> tuple[list[Solved], SiteReport]:
+) -> tuple[list[LayerResult], InputReport]:
     """Inverse of :func:`to_result`, for the plan that was solved."""
     solved = []
     for layer in data["layers"]:
         prefix = f"{layer['name']}|"
         mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         parts = {k.removeprefix("part."): t for k, t in mine.items() if k.startswith("part.")}
-        runtime = Runtime(**layer["runtime"])
-        change = Online(mine["scale"], layer["block"], mine.get("order"), layer["turns"])
+        runtime = LayerSpec(**layer["runtime"])
+        change = OnlineTransform(mine["scale"], layer["block"], mine.get("order"), layer["turns"])
         solved.append(
-            Solved(
+            LayerResult(
                 replace(plan[layer["name"]], **asdict(runtime)),
                 parts,
                 change,
@@ -110,10 +110,10 @@ def from_result(
                 layer["misfit"],
             )
         )
-    return solved, SiteReport(**data["site"])
+    return solved, InputReport(**data["site"])
 
 
-def final(plan: Plan, solved: dict[str, Solved]) -> Plan:
+def finalize(plan: Plan, solved: dict[str, LayerResult]) -> Plan:
     """The plan with the formats, transforms and ranks that were chosen."""
     return plan.with_layers(
         {

@@ -15,12 +15,12 @@ from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.models import Scan
 from dtq.nn.timestep_hook import install_clock
-from dtq.pipelines.recorded_calls import Recorded, spread
+from dtq.pipelines.recorded_calls import RecordedCall, subsample
 from dtq.plan.layers import LayerPlan, Plan
 from dtq.recipe.resolve import Recipe
-from dtq.runs.tasks import Work
-from dtq.stages.candidates import Built
-from dtq.stages.layer_result import Solved, final
+from dtq.runs.tasks import TaskStore
+from dtq.stages.candidates import CandidateLayers
+from dtq.stages.layer_result import LayerResult, finalize
 from dtq.stages.solve import solve_all
 
 log = logging.getLogger("dtq")
@@ -35,28 +35,28 @@ def check_budget(plan: Plan, recipe: Recipe) -> None:
     weights = sum(math.prod(x.shape) for x in plan.gemm())
     budget = parse_budget(str(recipe.allocate.budget), weights)
     least = sum(
-        min(_in_format(x, option).nbytes(plan.bins) for option in recipe.allocate.options)
+        min(_in_format(x, option).nbytes(plan.bins) for option in recipe.allocate.formats)
         for x in plan.gemm()
     )
     if budget < least:
         raise InputError(
             f"a budget of {recipe.allocate.budget} is too small: the options "
-            f"{', '.join(recipe.allocate.options)} need at least {least} bytes "
+            f"{', '.join(recipe.allocate.formats)} need at least {least} bytes "
             f"({8 * least / weights:.3f} bits per weight). Raise it, or allow narrower formats"
         )
 
 
-def mixed(
+def mixed_precision(
     model: nn.Module,
     scan: Scan,
     plan: Plan,
     recipe: Recipe,
     statistics: Statistics | None,
-    recorded: list[Recorded],
-    solved: dict[str, Solved],
+    recorded: list[RecordedCall],
+    solved: dict[str, LayerResult],
     *,
     progress: bool = True,
-    work: Work | None = None,
+    work: TaskStore | None = None,
 ) -> tuple[Plan, Allocation]:
     """Give every site the format that the recipe's budget allows.
 
@@ -80,21 +80,21 @@ def mixed(
     how, gemm = recipe.allocate, {x.name for x in plan.gemm()}
     sites = {
         s.name: names
-        for s in scan.sites
+        for s in scan.input_groups
         if (names := [x.name for x in s.linears if x.name in gemm])
     }
     weights = {
         site: sum(math.prod(plan[name].shape) for name in names) for site, names in sites.items()
     }
     budget = parse_budget(str(how.budget), sum(weights.values()))
-    results: dict[str, dict[str, dict[str, Solved]]] = {site: {} for site in sites}
-    for option in how.options:
+    results: dict[str, dict[str, dict[str, LayerResult]]] = {site: {} for site in sites}
+    for option in how.formats:
         found = solved
         if option != recipe.weights:
             other = plan.with_layers({x.name: _in_format(x, option) for x in plan.gemm()})
             for x in other.gemm():
-                if x.weights != option:
-                    log.warning("%s: stays in %s: %s", x.name, x.weights, x.note)
+                if x.weight_format != option:
+                    log.warning("%s: stays in %s: %s", x.name, x.weight_format, x.note)
             found, _ = solve_all(
                 model, scan, other, recipe, statistics, only=gemm, what=option, progress=progress,
                 work=work,
@@ -104,24 +104,24 @@ def mixed(
     edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
     clock = install_clock(model, edges) if edges else None
     candidates = {
-        site: Built(model, options, plan.bins, clock) for site, options in results.items()
+        site: CandidateLayers(model, options, plan.bins, clock) for site, options in results.items()
     }
     costs = {
         site: {o: sum(r.plan.nbytes(plan.bins) for r in f.values()) for o, f in options.items()}
         for site, options in results.items()
     }
-    calls = spread(recorded, how.calls)
+    calls = subsample(recorded, how.num_inputs)
     chosen = allocate(
         measure(model, calls, candidates, progress=progress, what="allocate", work=work),
         costs,
         budget,
-        groups=groups_of(s for s in scan.sites if s.name in sites),
+        groups=groups_of(s for s in scan.input_groups if s.name in sites),
         weights=weights,
-        decoupled=how.decoupled,
+        per_group_metric=how.per_group_metric,
     )
     for site, option in chosen.choice.items():
         solved |= results[site][option]
-    return final(plan, solved), chosen
+    return finalize(plan, solved), chosen
 
 
 def _in_format(layer: LayerPlan, option: str) -> LayerPlan:

@@ -10,17 +10,17 @@ from typing import Any
 from torch import nn
 
 from dtq.errors import InputError
-from dtq.io.memory import paged
+from dtq.io.memory import paged_weights
 from dtq.models import Scan
 from dtq.pipelines import prompts, sampling
-from dtq.pipelines.loading import Source, _modules, scan_model
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.loading import LoadedModel, modules_of, scan_model
+from dtq.pipelines.settings import SamplingSettings
 from dtq.plan.layers import Plan
 from dtq.recipe.resolve import Recipe
 
 
 def plan_source(
-    source: Source,
+    source: LoadedModel,
     recipe: Recipe,
     skip: Sequence[str] = (),
     calls: Sequence[dict[str, Any]] | None = None,
@@ -39,7 +39,7 @@ def plan_source(
     if getattr(source.model, "is_quantized", False):
         raise InputError(f"{source.name} is quantized already; give the float model")
     if source.scan is None:
-        with paged(*_modules(source)):
+        with paged_weights(*modules_of(source)):
             source.scan = scan_model(source.model, _first_call(source, recipe.calibration, calls))
     scan = source.scan
     keep = tuple(getattr(source.model, "_keep_in_fp32_modules", None) or ())
@@ -49,7 +49,7 @@ def plan_source(
     return scan, plan
 
 
-def _first_call(source: Source, how: Calibration, calls: Sequence[dict[str, Any]] | None) -> Any:
+def _first_call(source: LoadedModel, how: SamplingSettings, calls: Sequence[dict[str, Any]] | None) -> Any:
     """How to trace one forward: a given call, made-up inputs, or a step of the pipeline."""
     if calls:
         return lambda model: model(**calls[0])
@@ -58,7 +58,7 @@ def _first_call(source: Source, how: Calibration, calls: Sequence[dict[str, Any]
     pipeline, once = source.pipeline, replace(how, samples=1, steps=1, batch=1)
 
     def run(model: nn.Module) -> None:
-        for _ in sampling.run_pipeline(pipeline, prompts.load(once.set, pipeline, 1), once):
+        for _ in sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once):
             pass
 
     return run

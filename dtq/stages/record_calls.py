@@ -6,22 +6,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dtq.io.memory import paged
-from dtq.pipelines.loading import Source, _modules
-from dtq.pipelines.recorded_calls import Recorded
+from dtq.io.memory import paged_weights
+from dtq.pipelines.loading import LoadedModel, modules_of
+from dtq.pipelines.recorded_calls import RecordedCall
 from dtq.pipelines.recording import sample_calls
 from dtq.recipe.resolve import Recipe
-from dtq.stages.candidates import RECORDED
+from dtq.stages.candidates import RECORDED_SAMPLES
 
 
-def _record(
-    source: Source, recipe: Recipe, calls: Sequence[dict[str, Any]] | None
-) -> list[Recorded]:
+def record_calls(
+    source: LoadedModel, recipe: Recipe, calls: Sequence[dict[str, Any]] | None
+) -> list[RecordedCall]:
     """One sampling run of the float model, for the stages that compare with it."""
-    needed = recipe.allocate.budget or recipe.steps.modes or recipe.refine.name != "none"
+    needed = recipe.allocate.budget or recipe.step_policy.precisions or recipe.finetune.name != "none"
     # made-up inputs would say little about which transform is better
-    wanted = recipe.compare and (source.pipeline is not None or calls is not None)
+    wanted = recipe.transform_candidates and (source.pipeline is not None or calls is not None)
     if not needed and not wanted:
         return []
-    with paged(*_modules(source)):
-        return sample_calls(source, recipe.calibration, RECORDED, inputs=calls)
+    with paged_weights(*modules_of(source)):
+        return sample_calls(source, recipe.calibration, RECORDED_SAMPLES, inputs=calls)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dtq.plan.layers import Plan
-from dtq.stages.layer_result import LayerReport, SiteReport
+from dtq.stages.layer_result import LayerReport, InputReport
 
 
 @dataclass
@@ -17,13 +17,13 @@ class Report:
     plan: Plan
     edges: tuple[float, ...]
     layers: list[LayerReport] = field(default_factory=list)
-    sites: list[SiteReport] = field(default_factory=list)
+    inputs: list[InputReport] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
-    compared: dict[str, float] = field(default_factory=dict)
+    transform_errors: dict[str, float] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
-    refine: dict[str, Any] = field(default_factory=dict)
-    steps: dict[str, Any] = field(default_factory=dict)
-    sentinel: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    step_policy: dict[str, Any] = field(default_factory=dict)
+    sanity_check: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``dtq_report.json``."""
@@ -33,11 +33,11 @@ class Report:
             "bits_all": self.plan.bits(self.plan.quantized()),
             "edges": list(self.edges),
             "calibration": self.about,
-            "compared": self.compared,
+            "compared": self.transform_errors,
             "allocation": self.allocation,
-            "refine": self.refine,
-            "steps": self.steps,
-            "sentinel": self.sentinel,
+            "refine": self.finetune,
+            "steps": self.step_policy,
+            "sentinel": self.sanity_check,
             "layers": [asdict(layer) for layer in self.layers],
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [asdict(site) for site in self.inputs],
         }

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from dtq import demo
-from dtq.io.checksum import _contents, _digest_of, _sha, _sha_of, checksum
+from dtq.io.checksum import path_digest, folder_digest, bytes_digest, file_digest, checksum
 from dtq.io.package_data import package_root
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import Source
+from dtq.pipelines.loading import LoadedModel
 from dtq.recipe.resolve import Recipe
 
 
-def inputs_of(
-    sources: Sequence[Source],
+def run_identity(
+    sources: Sequence[LoadedModel],
     recipe: Recipe,
     needs: frozenset[str],
     skip: Sequence[str] = (),
@@ -39,7 +39,7 @@ def inputs_of(
     pipeline, how = sources[0].pipeline, recipe.calibration
     entries = None
     if pipeline is not None and needs and statistics is None:
-        entries = [str(entry) for entry in prompts.load(how.set, pipeline, how.samples).entries]
+        entries = [str(entry) for entry in prompts.load(how.prompts, pipeline, how.samples).entries]
     pictures = Path(how.images) if how.images else None
     return {
         "model": _model(sources[0]),
@@ -47,17 +47,17 @@ def inputs_of(
         "dtype": str(sources[0].dtype),
         "device": next(sources[0].model.parameters()).device.type,
         "recipe": recipe.to_dict(),
-        "calibration set": None if entries is None else _sha(json.dumps(entries).encode()),
-        "calibration pictures": None if pictures is None else _contents(pictures),
-        "statistics": None if statistics is None else _sha_of(statistics),
+        "calibration set": None if entries is None else bytes_digest(json.dumps(entries).encode()),
+        "calibration pictures": None if pictures is None else path_digest(pictures),
+        "statistics": None if statistics is None else file_digest(statistics),
         "keep": list(skip),
-        "dtq": _digest_of(package_root(), "*.py"),
+        "dtq": folder_digest(package_root(), "*.py"),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
 
 
-def _model(source: Source) -> str:
+def _model(source: LoadedModel) -> str:
     """Hash of the files of the model; of its tensors when it came from no folder."""
     where = source.path
     if where is None:  # of the hub: a folder in the cache
@@ -67,10 +67,10 @@ def _model(source: Source) -> str:
             return _tensors(source.model)
     # demo-hard is made of the files of demo
     return (
-        f"{source.name} {_digest_of(where)}" if source.name in demo.FOLDERS else _digest_of(where)
+        f"{source.name} {folder_digest(where)}" if source.name in demo.FOLDERS else folder_digest(where)
     )
 
 
 def _tensors(model: nn.Module) -> str:
     sums = [f"{name} {checksum(tensor)}" for name, tensor in model.state_dict().items()]
-    return _sha("\n".join(sums).encode())
+    return bytes_digest("\n".join(sums).encode())

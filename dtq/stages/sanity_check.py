@@ -20,21 +20,21 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dtq.calibrate.collection import Statistics
-from dtq.errors import NumberError
-from dtq.io.memory import paged
-from dtq.io.schema import Call
+from dtq.errors import NonFiniteError
+from dtq.io.memory import paged_weights
+from dtq.io.schema import MethodSpec
 from dtq.models import Scan
 from dtq.models.linears import matrix_of
 from dtq.nn.linear import QuantLinear
-from dtq.nn.swap import finish
-from dtq.pipelines.loading import Source
+from dtq.nn.swap import finalize
+from dtq.pipelines.loading import LoadedModel
 from dtq.plan.layers import LayerPlan, Plan
 from dtq.recipe.resolve import Recipe
 from dtq.stages.layer_result import LayerReport
-from dtq.stages.sanity_metrics import Look, look, reference_of
-from dtq.stages.solve import built
-from dtq.stages.solve_layer import solve
-from dtq.stages.transform_choice import choose
+from dtq.stages.sanity_metrics import SanityReport, measure, float_reference
+from dtq.stages.solve import build_quant_linear
+from dtq.stages.solve_layer import solve_layer
+from dtq.stages.transform_choice import choose_transform
 
 log = logging.getLogger("dtq")
 
@@ -55,7 +55,7 @@ ROUNDS = 16
 
 
 @dataclass(frozen=True)
-class Finding:
+class Failure:
     """What is wrong with a layer.
 
     Attributes:
@@ -76,8 +76,8 @@ class Promotion:
     why: str
 
 
-def watch(
-    source: Source,
+def sanity_check(
+    source: LoadedModel,
     floats: Mapping[str, nn.Module],
     scan: Scan,
     plan: Plan,
@@ -108,38 +108,38 @@ def watch(
             does whatever is promoted.
     """
     model, promoted = source.model, []
-    with paged(model), tqdm(
+    with paged_weights(model), tqdm(
         desc="sentinel", unit="call", disable=not progress, dynamic_ncols=True
     ) as bar:  # fmt: skip
-        reference = reference_of(source, floats, recipe, inputs, bar.update)
-        seen = look(source, floats, recipe, reference, inputs, bar.update)
+        reference = float_reference(source, floats, recipe, inputs, bar.update)
+        seen = measure(source, floats, recipe, reference, inputs, bar.update)
         for _ in range(ROUNDS):
-            found = findings(seen)
+            found = failures(seen)
             if not found:
                 break
             done, plan = _promote(model, floats, scan, plan, recipe, statistics, reports, found[0])
             promoted.append(done)
             log.warning("sentinel: %s to %s: %s", done.layer, done.to, done.why)
-            seen = look(source, floats, recipe, reference, inputs, bar.update)
+            seen = measure(source, floats, recipe, reference, inputs, bar.update)
     if not all(map(math.isfinite, seen.variance)):
-        raise NumberError(
+        raise NonFiniteError(
             f"{source.name}: the quantized model gives numbers that are not finite, and "
             f"{len(promoted)} promoted layers did not help; set DTQ_DEBUG_NAN=1, load it and "
             f"sample to see where. Try --dtype bf16"
         )
-    for said in complaints(seen):
+    for said in warnings(seen):
         log.warning("sentinel: %s", said)
     return plan, {**seen.to_json(), "promoted": [asdict(each) for each in promoted]}
 
 
-def findings(seen: Look) -> list[Finding]:
+def failures(seen: SanityReport) -> list[Failure]:
     """What calls for a promotion, the gravest first; empty when the model is good."""
     found = [
-        Finding(name, f"its output is not finite at call {call}")
+        Failure(name, f"its output is not finite at call {call}")
         for name, call in list(seen.broken.items())[:1]  # the others may only follow
     ]
     found += [
-        Finding(name, f"{share:.1%} of its input is beyond its static scale at call {call}")
+        Failure(name, f"{share:.1%} of its input is beyond its static scale at call {call}")
         for name, (share, call) in sorted(seen.saturation.items(), key=lambda x: -x[1][0])
         if share > SATURATED
     ]
@@ -147,7 +147,7 @@ def findings(seen: Look) -> list[Finding]:
         ((error, name, call) for error, name, call in _worst(seen) if error > LOST), reverse=True
     )
     found += [
-        Finding(name, f"relative output error {error:.2g} at call {call}")
+        Failure(name, f"relative output error {error:.2g} at call {call}")
         for error, name, call in lost
     ]
     for block, call, text in _drops(seen):
@@ -157,11 +157,11 @@ def findings(seen: Look) -> list[Finding]:
             if at == call and error > BLAMED and name.startswith(f"{block}.")
         ]
         if inside:
-            found.append(Finding(max(inside)[1], f"{text}, and it errs most in there"))
+            found.append(Failure(max(inside)[1], f"{text}, and it errs most in there"))
     return found
 
 
-def complaints(seen: Look) -> list[str]:
+def warnings(seen: SanityReport) -> list[str]:
     """What is strange and not the fault of one layer."""
     said = [text for _, _, text in _drops(seen)]
     for what, values in (("outputs", seen.variance), ("latents", seen.latents)):
@@ -174,7 +174,7 @@ def complaints(seen: Look) -> list[str]:
     return said
 
 
-def _drops(seen: Look) -> Iterator[tuple[str, int, str]]:
+def _drops(seen: SanityReport) -> Iterator[tuple[str, int, str]]:
     """Blocks behind which the signal is lost and before which it was not: block, call, words."""
     names = list(seen.snr)
     for before, name in zip(["", *names], names, strict=False):
@@ -186,7 +186,7 @@ def _drops(seen: Look) -> Iterator[tuple[str, int, str]]:
                 break
 
 
-def _worst(seen: Look) -> Iterator[tuple[float, str, int]]:
+def _worst(seen: SanityReport) -> Iterator[tuple[float, str, int]]:
     """Layers that stand out of the model in some call: error, name, call."""
     for call in range(seen.calls):
         errors = {n: each[call] for n, each in seen.errors.items() if call < len(each)}
@@ -204,7 +204,7 @@ def _promote(
     recipe: Recipe,
     statistics: Statistics | None,
     reports: list[LayerReport],
-    finding: Finding,
+    finding: Failure,
 ) -> tuple[Promotion, Plan]:
     """One step up: to int8 with scales per token, or back to the float layer."""
     name, layer, old = finding.layer, plan[finding.layer], floats[finding.layer]
@@ -213,28 +213,28 @@ def _promote(
     assert isinstance(before, QuantLinear)
     (report,) = (x for x in reports if x.name == name)
     raised = replace(
-        layer, weights="int8-row", acts="none" if layer.acts == "none" else "int8-row", block=1,
-        pre_quant=False, rank=0, permute=False, turns=1, transform=Call("none"),
-        solver=Call("rtn"), lowrank=Call("none"), choose=(), note=note,
+        layer, weights="int8-row", acts="none" if layer.activation_format == "none" else "int8-row", block=1,
+        pre_quant=False, rank=0, permute=False, turns=1, transform=MethodSpec("none"),
+        solver=MethodSpec("rtn"), lowrank=MethodSpec("none"), choose=(), note=note,
     )  # fmt: skip
-    if raised.runtime() == layer.runtime():
+    if raised.spec() == layer.spec():
         model.set_submodule(name, old)
         reports.remove(report)
-        finish(model, ())
+        finalize(model, ())
         kept = LayerPlan(name, layer.role, layer.shape, note=note)
         dtype = str(next(old.parameters()).dtype).removeprefix("torch.")
         return Promotion(name, dtype, finding.why), plan.with_layers({name: kept})
-    site = next(s.name for s in scan.sites for x in s.linears if x.name == name)
-    stats = None if statistics is None else statistics.sites.get(site)
+    site = next(s.name for s in scan.input_groups for x in s.linears if x.name == name)
+    stats = None if statistics is None else statistics.inputs.get(site)
     weight = matrix_of(old)
-    result = solve(raised, weight, choose([raised], [weight], stats), stats, recipe)
-    new = built(result, old, plan.bins, before.compute_dtype)
-    new.hear(before.clock)
+    result = solve_layer(raised, weight, choose_transform([raised], [weight], stats), stats, recipe)
+    new = build_quant_linear(result, old, plan.bins, before.compute_dtype)
+    new.set_clock(before.clock)
     model.set_submodule(name, new)
-    finish(model, ())
+    finalize(model, ())
     result.report.promoted, result.report.error_before = True, report.error
     reports[reports.index(report)] = result.report
     return (
-        Promotion(name, raised.weights, finding.why),
+        Promotion(name, raised.weight_format, finding.why),
         plan.with_layers({name: replace(result.plan, note=note)}),
     )

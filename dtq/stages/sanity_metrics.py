@@ -12,17 +12,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtq.errors import NumberError
+from dtq.errors import NonFiniteError
 from dtq.io.memory import Mapped
-from dtq.io.safe_parse import finite
+from dtq.io.safe_parse import finite_or_null
 from dtq.models import blocks_of
 from dtq.models.linears import matrix_of, rows_of
 from dtq.nn.linear import QuantLinear
-from dtq.nn.swap import placed
-from dtq.pipelines.loading import Source
-from dtq.pipelines.recorded_calls import Recorded, first_tensor, relative_error, replay
+from dtq.nn.swap import temporarily_replaced
+from dtq.pipelines.loading import LoadedModel
+from dtq.pipelines.recorded_calls import RecordedCall, first_tensor, relative_error, replay
 from dtq.pipelines.recording import sample_calls
-from dtq.pipelines.settings import Calibration
+from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe
 
 STEPS = 8
@@ -32,7 +32,7 @@ ROWS = 64
 
 
 @dataclass
-class Look:
+class SanityReport:
     """What a run showed.
 
     Attributes:
@@ -56,7 +56,7 @@ class Look:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: what is not finite is null."""
-        data: dict[str, Any] = finite({
+        data: dict[str, Any] = finite_or_null({
             "calls": self.calls,
             "block_snr_db": self.snr,
             "saturation": {name: share for name, (share, _) in self.saturation.items() if share},
@@ -67,33 +67,33 @@ class Look:
 
 
 @dataclass
-class Reference:
+class FloatReference:
     """The float run: its calls, and sampled rows of every block's output, per call."""
 
-    calls: list[Recorded]
+    calls: list[RecordedCall]
     blocks: list[dict[str, Tensor]]
 
 
-def short(recipe: Recipe) -> Calibration:
+def short(recipe: Recipe) -> SamplingSettings:
     """The calibration's settings for the look's own runs: few steps, one picture."""
     how = recipe.calibration
     return replace(how, samples=1, batch=1, bins=4, steps=min(how.steps or STEPS, STEPS))
 
 
 def _sampled(
-    source: Source, recipe: Recipe, inputs: Sequence[dict[str, Any]] | None
-) -> list[Recorded]:
+    source: LoadedModel, recipe: Recipe, inputs: Sequence[dict[str, Any]] | None
+) -> list[RecordedCall]:
     few = None if inputs is None else list(inputs)[:: -(-len(inputs) // STEPS)]
     return sample_calls(source, short(recipe), 1, inputs=few)
 
 
-def reference_of(
-    source: Source,
+def float_reference(
+    source: LoadedModel,
     floats: Mapping[str, nn.Module],
     recipe: Recipe,
     inputs: Sequence[dict[str, Any]] | None,
     tick: Callable[[], object],
-) -> Reference:
+) -> FloatReference:
     """One short run of the float model; its linears stand in their old places meanwhile.
 
     Args:
@@ -107,34 +107,34 @@ def reference_of(
         NumberError: numbers of the float model are not finite; says where.
     """
     blocks: list[dict[str, Tensor]] = []
-    with placed(source.model, floats), _blocks(source.model, blocks, tick):
+    with temporarily_replaced(source.model, floats), _blocks(source.model, blocks, tick):
         calls = _sampled(source, recipe, inputs)
     for i, call in enumerate(calls):
         if not call.output.isfinite().all():
             bad = next((n for n, rows in blocks[i].items() if not rows.isfinite().all()), "its end")
-            raise NumberError(
+            raise NonFiniteError(
                 f"{source.name}: the float model itself gives numbers that are not finite at step "
                 f"{call.step} (timestep {call.timestep:g}), first seen behind {bad}. Use another "
                 f"dtype: --dtype bf16"
             )
-    return Reference(calls, blocks)
+    return FloatReference(calls, blocks)
 
 
-def look(
-    source: Source,
+def measure(
+    source: LoadedModel,
     floats: Mapping[str, nn.Module],
     recipe: Recipe,
-    reference: Reference,
+    reference: FloatReference,
     inputs: Sequence[dict[str, Any]] | None,
     tick: Callable[[], object],
-) -> Look:
+) -> SanityReport:
     """The quantized model on the calls of the float one, and sampling on its own.
 
     Args:
         source, floats, recipe, inputs, tick: as for :func:`reference_of`.
         reference: the calls.
     """
-    model, seen = source.model, Look(len(reference.calls))
+    model, seen = source.model, SanityReport(len(reference.calls))
     blocks: list[dict[str, Tensor]] = []
     with _blocks(model, blocks, tick), _layers(model, floats, seen) as count:
         for i, call in enumerate(reference.calls):
@@ -183,7 +183,7 @@ def _blocks(
 
 @contextmanager
 def _layers(
-    model: nn.Module, floats: Mapping[str, nn.Module], seen: Look
+    model: nn.Module, floats: Mapping[str, nn.Module], seen: SanityReport
 ) -> Iterator[Callable[[int], None]]:
     """Compare every quantized layer with its float one on the input that it gets."""
     now, mapped = [0], Mapped()

@@ -16,19 +16,19 @@ from tqdm.auto import tqdm
 
 from dtq.allocate import Option, knapsack
 from dtq.errors import InputError
-from dtq.formats.activations import acts_of
+from dtq.formats.activations import activation_format_of
 from dtq.models.timestep import timestep_edges
 from dtq.nn.timestep_hook import install_clock
-from dtq.pipelines.recorded_calls import Recorded, relative_error, replay, spread
+from dtq.pipelines.recorded_calls import RecordedCall, relative_error, replay, subsample
 from dtq.plan.step_policy import StepPolicy
 from dtq.recipe.resolve import Recipe
 
 log = logging.getLogger("dtq")
 
 
-def search(
+def search_step_policy(
     model: nn.Module,
-    calls: Sequence[Recorded],
+    calls: Sequence[RecordedCall],
     recipe: Recipe,
     *,
     static_edges: tuple[float, ...] = (),
@@ -51,22 +51,22 @@ def search(
     Raises:
         InputError: the model is not told the time, or no calls were recorded.
     """
-    how = recipe.steps
+    how = recipe.step_policy
     if not calls or all(call.timestep == 0 for call in calls):
         raise InputError("a step policy needs a model that is called with its timestep")
-    edges = timestep_edges(top, calls[0].timestep, how.ranges)
-    by_range: dict[int, list[Recorded]] = {}
+    edges = timestep_edges(top, calls[0].timestep, how.num_bins)
+    by_range: dict[int, list[RecordedCall]] = {}
     for call in calls:
         by_range.setdefault(sum(call.timestep > e for e in edges), []).append(call)
     steps = {r: len({c.timestep for c in cs}) for r, cs in by_range.items()}
-    picked = {r: spread(cs, how.calls) for r, cs in by_range.items()}
-    bits = {mode: acts_of(mode, recipe.acts).bits for mode in how.modes}
+    picked = {r: subsample(cs, how.num_inputs) for r, cs in by_range.items()}
+    bits = {mode: activation_format_of(mode, recipe.activations).bits for mode in how.precisions}
     tables: dict[str, list[Option]] = {str(r): [] for r in sorted(by_range)}
-    total = len(how.modes) * sum(map(len, picked.values()))
+    total = len(how.precisions) * sum(map(len, picked.values()))
     with tqdm(
         total=total, desc="steps", unit="call", disable=not progress, dynamic_ncols=True
     ) as bar:
-        for mode in how.modes:
+        for mode in how.precisions:
             install_clock(model, static_edges, StepPolicy((), (mode,)))
             for r, sample in picked.items():
                 error = sum(relative_error(replay(model, c), c.output) for c in sample) / len(
@@ -77,11 +77,11 @@ def search(
                 tables[str(r)].append(Option(mode, bits[mode] * steps[r], error * steps[r]))
     least = sum(min(o.cost for o in options) for options in tables.values())
     most = sum(max(o.cost for o in options) for options in tables.values())
-    chosen = knapsack(tables, least + int(how.cost * (most - least)))
-    modes = _filled([chosen[str(r)].name if r in by_range else "" for r in range(how.ranges)])
-    policy = _merged(edges, modes, [steps.get(r, 0) for r in range(how.ranges)])
+    chosen = knapsack(tables, least + int(how.budget * (most - least)))
+    modes = _filled([chosen[str(r)].name if r in by_range else "" for r in range(how.num_bins)])
+    policy = _merged(edges, modes, [steps.get(r, 0) for r in range(how.num_bins)])
     install_clock(model, static_edges, policy)
-    log.info("steps: %s", ", ".join(policy.modes))
+    log.info("steps: %s", ", ".join(policy.precisions))
     return policy
 
 

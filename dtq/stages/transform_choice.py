@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dtq.calibrate.observers import SiteStats
+from dtq.calibrate.observers import InputStats
 from dtq.errors import InputError
 from dtq.formats import FORMATS
-from dtq.formats.activations import ACTS
-from dtq.io.schema import Call
-from dtq.models import Site
+from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.io.schema import MethodSpec
+from dtq.models import InputGroup
 from dtq.plan.layers import LayerPlan, Plan
-from dtq.stages.layer_result import SiteReport
-from dtq.transforms import TRANSFORMS, Choice, Online
+from dtq.stages.layer_result import InputReport
+from dtq.transforms import TRANSFORMS, TransformChoice, OnlineTransform
 
 
-def choose(members: list[LayerPlan], weights: list[Tensor], stats: SiteStats | None) -> Choice:
+def choose_transform(members: list[LayerPlan], weights: list[Tensor], stats: InputStats | None) -> TransformChoice:
     layer = members[0]
     method = TRANSFORMS[layer.transform.name]
     if method.needs and stats is None:
@@ -24,22 +24,22 @@ def choose(members: list[LayerPlan], weights: list[Tensor], stats: SiteStats | N
     return method.call(
         weights,
         stats,
-        fmt=FORMATS[layer.weights],
-        acts=ACTS[layer.acts],
+        fmt=FORMATS[layer.weight_format],
+        acts=ACTIVATION_FORMATS[layer.activation_format],
         **dict(layer.transform.knobs),
     )
 
 
-def describe(site: Site, stats: SiteStats | None, choice: Choice, transform: Online) -> SiteReport:
-    report = SiteReport(site.name, candidates=choice.errors)
-    if stats is None or stats.reservoir is None or not len(stats.reservoir.rows):
+def input_report(site: InputGroup, stats: InputStats | None, choice: TransformChoice, transform: OnlineTransform) -> InputReport:
+    report = InputReport(site.name, candidates=choice.errors)
+    if stats is None or stats.sample is None or not len(stats.sample.rows):
         return report
-    rows, bins = stats.reservoir.rows, stats.reservoir.stratum // 2
+    rows, bins = stats.sample.rows, stats.sample.stratum // 2
     after = transform.x(rows.to(transform.scale.device)).cpu()
     for b in range(stats.bins):
         if (bins == b).any():
-            report.peaks.append(_imbalance(rows[bins == b]))
-            report.peaks_after.append(_imbalance(after[bins == b]))
+            report.imbalance.append(_imbalance(rows[bins == b]))
+            report.imbalance_after.append(_imbalance(after[bins == b]))
     return report
 
 
@@ -49,11 +49,11 @@ def _imbalance(rows: Tensor) -> float:
     return float(peaks.max() / peaks.mean().clamp(min=1e-30))
 
 
-def alike(site: Site, plan: Plan) -> list[list[LayerPlan]]:
+def groups_sharing_transform(site: InputGroup, plan: Plan) -> list[list[LayerPlan]]:
     """The quantized linears of a site, those together that can share one transform."""
-    groups: dict[tuple[Call, str, int], list[LayerPlan]] = {}
+    groups: dict[tuple[MethodSpec, str, int], list[LayerPlan]] = {}
     for linear in site.linears:
         layer = plan[linear.name]
-        if not layer.kept:
-            groups.setdefault((layer.transform, layer.acts, layer.block), []).append(layer)
+        if not layer.unquantized:
+            groups.setdefault((layer.transform, layer.activation_format, layer.hadamard_block_size), []).append(layer)
     return list(groups.values())

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dtq.transforms import grid_search, methods
-from dtq.transforms.base import Chain, Diagonal, Online, Permutation, Rotation, Transform
-from dtq.transforms.choice import Choice
+from dtq.transforms.base import Chain, Diagonal, OnlineTransform, Permutation, Rotation, Transform
+from dtq.transforms.choice import TransformChoice
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Method:
         rotates: it may turn the input, by a Hadamard over blocks.
     """
 
-    call: Callable[..., Choice]
+    call: Callable[..., TransformChoice]
     needs: frozenset[str] = frozenset()
     rotates: bool = False
 
@@ -39,10 +39,10 @@ TRANSFORMS: dict[str, Method] = {
 __all__ = [
     "TRANSFORMS",
     "Chain",
-    "Choice",
+    "TransformChoice",
     "Diagonal",
     "Method",
-    "Online",
+    "OnlineTransform",
     "Permutation",
     "Rotation",
     "Transform",

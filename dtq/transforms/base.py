@@ -51,10 +51,10 @@ class Diagonal:
 class Permutation:
     """Channel ``order[j]`` moves to place j; order: int (K,)."""
 
-    order: Tensor
+    perm: Tensor
 
     def x(self, x: Tensor) -> Tensor:
-        return x[..., self.order.to(x.device, torch.int64)]
+        return x[..., self.perm.to(x.device, torch.int64)]
 
     def w(self, w: Tensor) -> Tensor:
         return self.x(w)
@@ -71,10 +71,10 @@ class Rotation:
     """
 
     block: int
-    turns: int = 1
+    num_rotations: int = 1
 
     def x(self, x: Tensor) -> Tensor:
-        return rotate(x, self.block, self.turns)
+        return rotate(x, self.block, self.num_rotations)
 
     def w(self, w: Tensor) -> Tensor:
         return self.x(w)
@@ -106,7 +106,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Online:
+class OnlineTransform:
     """The form that a layer runs: a diagonal, a permutation if there is one, a block rotation.
 
     Smoothing and the random signs of the rotation share the diagonal: ``scale = sign / s``. It is
@@ -122,8 +122,8 @@ class Online:
 
     scale: Tensor
     block: int
-    order: Tensor | None = None
-    turns: int = 1
+    perm: Tensor | None = None
+    num_rotations: int = 1
 
     @classmethod
     def of(
@@ -133,14 +133,14 @@ class Online:
         block: int,
         order: Tensor | None = None,
         turns: int = 1,
-    ) -> Online:
+    ) -> OnlineTransform:
         """From smoothing ``s`` (K,) that divides the input, signs (K,), and the rotation."""
         scale = (sign.to(smoothing) / smoothing).to(torch.bfloat16)
         return cls(scale, block, None if order is None else order.to(torch.int32), turns)
 
     def chain(self) -> Chain:
-        order = () if self.order is None else (Permutation(self.order),)
-        return Chain((Diagonal(self.scale), *order, Rotation(self.block, self.turns)))
+        order = () if self.perm is None else (Permutation(self.perm),)
+        return Chain((Diagonal(self.scale), *order, Rotation(self.block, self.num_rotations)))
 
     def x(self, x: Tensor) -> Tensor:
         return self.chain().x(x)
@@ -153,7 +153,7 @@ class Online:
 
     def raw(self, v: Tensor) -> Tensor:
         """Rows ``v`` (R, K) that read the changed input, as rows that read the raw one."""
-        v = rotate_back(v, self.block, self.turns)
-        if self.order is not None:
-            v = v[..., torch.argsort(self.order.to(v.device, torch.int64))]
+        v = rotate_back(v, self.block, self.num_rotations)
+        if self.perm is not None:
+            v = v[..., torch.argsort(self.perm.to(v.device, torch.int64))]
         return v * self.scale.to(v)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dtq.linalg.hadamard import signs
-from dtq.transforms.base import Online
+from dtq.transforms.base import OnlineTransform
 
 
 @dataclass(frozen=True)
-class Choice:
+class TransformChoice:
     """A transform and how it was found.
 
     Attributes:
@@ -24,17 +24,17 @@ class Choice:
         rivals: other choices that came close; the caller may solve them too and keep the best.
     """
 
-    transform: Online
+    transform: OnlineTransform
     label: str
     errors: dict[str, float]
-    rivals: tuple[Choice, ...] = ()
+    runner_ups: tuple[TransformChoice, ...] = ()
 
 
-def _online(weights: Sequence[Tensor], s: Tensor | None, block: int, seed: int) -> Online:
+def _online(weights: Sequence[Tensor], s: Tensor | None, block: int, seed: int) -> OnlineTransform:
     w = weights[0]
     s = torch.ones(w.shape[1], device=w.device) if s is None else s
     sign = _signs(w, seed) if block > 1 else torch.ones(w.shape[1], device=w.device)
-    return Online.of(s, sign, block)
+    return OnlineTransform.of(s, sign, block)
 
 
 def _signs(w: Tensor, seed: int) -> Tensor:

@@ -9,30 +9,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dtq.calibrate.observers import SiteStats
+from dtq.calibrate.observers import InputStats
 from dtq.formats import Format
-from dtq.formats.activations import Acts
+from dtq.formats.activations import ActivationFormat
 from dtq.linalg.hadamard import block_for
-from dtq.transforms.base import Online
-from dtq.transforms.choice import Choice, _online
-from dtq.transforms.objective import _Judge
-from dtq.transforms.smoothing import column_peaks, smoothing
+from dtq.transforms.base import OnlineTransform
+from dtq.transforms.choice import TransformChoice, _online
+from dtq.transforms.objective import OutputErrorObjective
+from dtq.transforms.smoothing import column_amax, smoothing
 
 
 def search(
     weights: Sequence[Tensor],
-    stats: SiteStats,
+    stats: InputStats,
     *,
     fmt: Format,
-    acts: Acts,
+    acts: ActivationFormat,
     step: float = 0.05,
-    rows: int = 512,
-    outputs: int = 1024,
-    close: float = 1.5,
+    num_rows: int = 512,
+    num_channels: int = 1024,
+    max_error_ratio: float = 1.5,
     rotate: bool = True,
     block: int = 64,
     seed: int = 0,
-) -> Choice:
+) -> TransformChoice:
     """Try none, smoothing, rotation and both on sampled rows; keep the smallest output error.
 
     Smoothing runs over alpha in [0, 1], with beta = 1 - alpha and beta = 0, peaks aggregated by
@@ -49,10 +49,10 @@ def search(
         block: largest Hadamard block.
         seed: of the random signs.
     """
-    judge = _Judge([_spread(w, outputs) for w in weights], stats, fmt, acts, rows)
+    judge = OutputErrorObjective([_spread(w, num_channels) for w in weights], stats, fmt, acts, num_rows)
     n = block_for(weights[0].shape[1], block) if rotate else 1
-    peaks = [column_peaks(weights).unsqueeze(0)]  # all that smoothing wants of the weights
-    best: dict[str, tuple[float, Online, str]] = {}
+    peaks = [column_amax(weights).unsqueeze(0)]  # all that smoothing wants of the weights
+    best: dict[str, tuple[float, OnlineTransform, str]] = {}
     judged: dict[tuple[int, bytes], float] = {}
 
     def try_(kind: str, s: Tensor | None, size: int, label: str) -> float:
@@ -74,19 +74,19 @@ def search(
         tail = f" + hadamard {size}" if size > 1 else ""
         coarse: dict[tuple[float, bool, str], float] = {}
         for alpha, awq, over in _grid(0.0, 1.0, 2 * step):
-            s = smoothing(peaks, stats, alpha=alpha, beta=0.0 if awq else None, over=over)
+            s = smoothing(peaks, stats, alpha=alpha, beta=0.0 if awq else None, reduce=over)
             label = f"smooth({alpha:.2f}{', weights aside' if awq else ''}, {over}){tail}"
             coarse[alpha, awq, over] = try_(kind, s, size, label)
         alpha, awq, over = min(coarse, key=lambda key: coarse[key])
         for near in (alpha - step, alpha + step):
             if 0 <= near <= 1:
-                s = smoothing(peaks, stats, alpha=near, beta=0.0 if awq else None, over=over)
+                s = smoothing(peaks, stats, alpha=near, beta=0.0 if awq else None, reduce=over)
                 label = f"smooth({near:.2f}{', weights aside' if awq else ''}, {over}){tail}"
                 try_(kind, s, size, label)
     ranked = sorted(best.values(), key=lambda found: found[0])
     errors = {kind: error for kind, (error, _, _) in best.items()}
-    kept = [found for found in ranked if found[0] <= close * ranked[0][0]]
-    first, *rivals = (Choice(transform, label, errors) for _, transform, label in kept)
+    kept = [found for found in ranked if found[0] <= max_error_ratio * ranked[0][0]]
+    first, *rivals = (TransformChoice(transform, label, errors) for _, transform, label in kept)
     return replace(first, rivals=tuple(rivals))
 
 

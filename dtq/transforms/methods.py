@@ -12,108 +12,108 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtq.calibrate.observers import SiteStats
+from dtq.calibrate.observers import InputStats
 from dtq.formats import Format
-from dtq.formats.activations import Acts
+from dtq.formats.activations import ActivationFormat
 from dtq.linalg.hadamard import block_for
-from dtq.transforms.base import Online
-from dtq.transforms.choice import Choice, _online, _signs
-from dtq.transforms.objective import _Judge
+from dtq.transforms.base import OnlineTransform
+from dtq.transforms.choice import TransformChoice, _online, _signs
+from dtq.transforms.objective import OutputErrorObjective
 from dtq.transforms.smoothing import smoothing
 
 
-def none(weights: Sequence[Tensor], stats: SiteStats | None, *, fmt: Format, acts: Acts) -> Choice:
+def none(weights: Sequence[Tensor], stats: InputStats | None, *, fmt: Format, acts: ActivationFormat) -> TransformChoice:
     """No transform."""
-    return Choice(_online(weights, None, 1, 0), "none", {})
+    return TransformChoice(_online(weights, None, 1, 0), "none", {})
 
 
 def smooth(
     weights: Sequence[Tensor],
-    stats: SiteStats,
+    stats: InputStats,
     *,
     fmt: Format,
-    acts: Acts,
+    acts: ActivationFormat,
     alpha: float = 0.5,
-    over: str = "max",
-) -> Choice:
+    reduce: str = "max",
+) -> TransformChoice:
     """SmoothQuant's vector with a given alpha, peaks aggregated over timesteps."""
-    s = smoothing(weights, stats, alpha=alpha, over=over)
-    return Choice(_online(weights, s, 1, 0), f"smooth({alpha:g}, {over})", {})
+    s = smoothing(weights, stats, alpha=alpha, reduce=reduce)
+    return TransformChoice(_online(weights, s, 1, 0), f"smooth({alpha:g}, {reduce})", {})
 
 
 def hadamard(
     weights: Sequence[Tensor],
-    stats: SiteStats | None,
+    stats: InputStats | None,
     *,
     fmt: Format,
-    acts: Acts,
+    acts: ActivationFormat,
     block: int = 64,
     seed: int = 0,
-) -> Choice:
+) -> TransformChoice:
     """Random signs, then a Hadamard rotation over blocks of channels (QuaRot, 2404.00456)."""
     n = block_for(weights[0].shape[1], block)
-    return Choice(_online(weights, None, n, seed), f"hadamard {n}", {})
+    return TransformChoice(_online(weights, None, n, seed), f"hadamard {n}", {})
 
 
 def smooth_hadamard(
     weights: Sequence[Tensor],
-    stats: SiteStats,
+    stats: InputStats,
     *,
     fmt: Format,
-    acts: Acts,
+    acts: ActivationFormat,
     alpha: float = 0.5,
-    over: str = "max",
+    reduce: str = "max",
     block: int = 64,
     seed: int = 0,
-) -> Choice:
+) -> TransformChoice:
     """Static channel balancing, then rotation (ViDiT-Q, 2406.02540, sec. 3.3)."""
     n = block_for(weights[0].shape[1], block)
-    s = smoothing(weights, stats, alpha=alpha, over=over)
-    return Choice(_online(weights, s, n, seed), f"smooth({alpha:g}, {over}) + hadamard {n}", {})
+    s = smoothing(weights, stats, alpha=alpha, reduce=reduce)
+    return TransformChoice(_online(weights, s, n, seed), f"smooth({alpha:g}, {reduce}) + hadamard {n}", {})
 
 
 def ditas(
     weights: Sequence[Tensor],
-    stats: SiteStats,
+    stats: InputStats,
     *,
     fmt: Format,
-    acts: Acts,
+    acts: ActivationFormat,
     step: float = 0.05,
-    over: str = "max",
-    rows: int = 1024,
-) -> Choice:
+    reduce: str = "max",
+    num_rows: int = 1024,
+) -> TransformChoice:
     """DiTAS' temporal-aggregated smoothing with its layer-wise grid (2409.07756, sec. 3.2, 3.3).
 
     Alpha over [0, 1] by ``step``, judged by the squared output error of the layer with weights and
     activations quantized. The identity is a candidate too; smoothing comes before the weight is
     quantized, where the released code smooths the quantized weight.
     """
-    judge = _Judge(weights, stats, fmt, acts, rows)
+    judge = OutputErrorObjective(weights, stats, fmt, acts, num_rows)
     best = _online(weights, None, 1, 0)
     label, errors = "none", {"none": judge(best)}
     least = errors["none"]
     for i in range(round(1 / step) + 1):
-        s = smoothing(weights, stats, alpha=i * step, over=over)
+        s = smoothing(weights, stats, alpha=i * step, reduce=reduce)
         transform = _online(weights, s, 1, 0)
         error = judge(transform)
         errors["smooth"] = min(error, errors.get("smooth", error))
         if error < least:
-            least, best, label = error, transform, f"smooth({i * step:.2f}, {over})"
-    return Choice(best, label, errors)
+            least, best, label = error, transform, f"smooth({i * step:.2f}, {reduce})"
+    return TransformChoice(best, label, errors)
 
 
 def ars(
     weights: Sequence[Tensor],
-    stats: SiteStats,
+    stats: InputStats,
     *,
     fmt: Format,
-    acts: Acts,
+    acts: ActivationFormat,
     alpha: float = 0.5,
-    over: str = "max",
+    reduce: str = "max",
     limit: float = 4.0,
     block: int = 64,
     seed: int = 0,
-) -> Choice:
+) -> TransformChoice:
     """LRQ-DiT's adaptive rotation scheme (2508.03485): Hadamard, or a dual rotation where needed.
 
     The paper rotates twice, with an outlier-aware permutation, where ``|X|_F / sqrt(numel)`` is
@@ -131,17 +131,17 @@ def ars(
         seed: of the random signs.
     """
     n = block_for(weights[0].shape[1], block)
-    s = smoothing(weights, stats, alpha=alpha, over=over)
+    s = smoothing(weights, stats, alpha=alpha, reduce=reduce)
     once = _online(weights, s, n, seed)
     if n == 1:
-        return Choice(once, f"smooth({alpha:g}, {over})", {})
-    assert stats.reservoir is not None
-    rows = stats.reservoir.rows.to(weights[0].device)
-    label = f"smooth({alpha:g}, {over}) + "
+        return TransformChoice(once, f"smooth({alpha:g}, {reduce})", {})
+    assert stats.sample is not None
+    rows = stats.sample.rows.to(weights[0].device)
+    label = f"smooth({alpha:g}, {reduce}) + "
     if incoherence(once.x(rows)) <= limit:
-        return Choice(once, f"{label}hadamard {n}", {})
-    twice = Online.of(s, _signs(weights[0], seed), n, zigzag((rows / s).abs().amax(0), n), turns=2)
-    return Choice(twice, f"{label}dual hadamard {n}", {})
+        return TransformChoice(once, f"{label}hadamard {n}", {})
+    twice = OnlineTransform.of(s, _signs(weights[0], seed), n, zigzag((rows / s).abs().amax(0), n), turns=2)
+    return TransformChoice(twice, f"{label}dual hadamard {n}", {})
 
 
 def incoherence(rows: Tensor) -> float:

@@ -7,37 +7,37 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dtq.calibrate.observers import SiteStats
-from dtq.formats import FORMATS, Format, bits_per_weight, snapped
-from dtq.formats.activations import Acts, fake_quantize
-from dtq.transforms.base import Online
+from dtq.calibrate.observers import InputStats
+from dtq.formats import FORMATS, Format, bits_per_weight, fake_quantize_weight
+from dtq.formats.activations import ActivationFormat, fake_quantize
+from dtq.transforms.base import OnlineTransform
 
 
-class _Judge:
+class OutputErrorObjective:
     """Relative squared output error of a site under a transform, on sampled rows."""
 
     def __init__(
-        self, weights: Sequence[Tensor], stats: SiteStats, fmt: Format, acts: Acts, rows: int
+        self, weights: Sequence[Tensor], stats: InputStats, fmt: Format, acts: ActivationFormat, rows: int
     ) -> None:
-        assert stats.reservoir is not None
+        assert stats.sample is not None
         self.weights = [w.float() for w in weights]
-        sample = stats.reservoir.rows.to(self.weights[0])
+        sample = stats.sample.rows.to(self.weights[0])
         self.x = sample[:: max(1, len(sample) // rows)][:rows]
         self.want = [self.x @ w.T for w in self.weights]
         self.power = [want.square().sum().clamp(min=1e-30) for want in self.want]
-        self.fmt, self.acts = _stand_in(fmt, self.weights[0]), acts
+        self.fmt, self.acts = search_format(fmt, self.weights[0]), acts
 
-    def __call__(self, transform: Online) -> float:
+    def __call__(self, transform: OnlineTransform) -> float:
         x = fake_quantize(transform.x(self.x), self.acts)
         error = 0.0
         for w, want, power in zip(self.weights, self.want, self.power, strict=True):
             changed = transform.w(w)
-            got = x @ snapped(self.fmt, changed, self.fmt.fit(changed)).T
+            got = x @ fake_quantize_weight(self.fmt, changed, self.fmt.fit(changed)).T
             error += float(got.sub_(want).square_().sum() / power) / len(self.weights)
         return error
 
 
-def _stand_in(fmt: Format, like: Tensor) -> Format:
+def search_format(fmt: Format, like: Tensor) -> Format:
     """A format that learns its levels would learn them again for every candidate: judge with
     integers of as many bits in its place."""
     if not fmt.learned:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dtq.calibrate.observers import SiteStats
+from dtq.calibrate.observers import InputStats
 
 
 def _correlation_weighted(peaks: Tensor, w: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def _correlation_weighted(peaks: Tensor, w: Tensor) -> Tensor:
     return torch.softmax(-rho, 0).to(peaks) @ peaks
 
 
-OVER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "max": lambda peaks, w: peaks.amax(0),
     "mean": lambda peaks, w: peaks.mean(0),
     "first": lambda peaks, w: peaks[-1],
@@ -34,18 +34,18 @@ sec. 3.3): steps whose outliers sit where the weight has none count more.
 """
 
 
-def column_peaks(weights: Sequence[Tensor]) -> Tensor:
+def column_amax(weights: Sequence[Tensor]) -> Tensor:
     """Largest magnitude of each input channel over matrices (N_i, K): float32 (K,)."""
     return torch.stack([m.float().abs().amax(0) for m in weights]).amax(0)
 
 
 def smoothing(
     weights: Sequence[Tensor],
-    stats: SiteStats,
+    stats: InputStats,
     *,
     alpha: float,
     beta: float | None = None,
-    over: str = "max",
+    reduce: str = "max",
 ) -> Tensor:
     """Smoothing vector ``s_j = a_j^alpha / w_j^beta`` (SmoothQuant, 2211.10438, eq. 4).
 
@@ -59,8 +59,8 @@ def smoothing(
     Returns:
         float32 (K,), the input is divided by it; geometric mean 1, within [1e-3, 1e3].
     """
-    w = column_peaks(weights).clamp(min=1e-5)
-    a = OVER[over](stats.channels.peaks().to(w), w).clamp(min=1e-5)
+    w = column_amax(weights).clamp(min=1e-5)
+    a = REDUCTIONS[reduce](stats.channels.amax().to(w), w).clamp(min=1e-5)
     log = alpha * a.log() - (1 - alpha if beta is None else beta) * w.log()
     s: Tensor = (log - log.mean()).exp().clamp(1e-3, 1e3)
     return s

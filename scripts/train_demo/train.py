@@ -26,7 +26,7 @@ from train_demo.data import load_emoji
 from train_demo.stage import Run
 
 from dtq.demo.classifier import EmojiClassifier, accuracy
-from dtq.evaluate.metrics.fid import Moments
+from dtq.evaluate.metrics.fid import FeatureMoments
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes the label of the unconditional branch
 
@@ -217,7 +217,7 @@ def export(
     weights = {k: v.half().contiguous() for k, v in classifier.state_dict().items()}
     with torch.no_grad():
         chunks = [classifier.features(chunk.float() / 255) for chunk in pictures.split(256)]
-    real = Moments.of(torch.cat(chunks))
+    real = FeatureMoments.of(torch.cat(chunks))
     weights["real.mean"], weights["real.cov"] = real.mean.float(), real.cov.float()
     save_file(weights, out / "classifier" / "model.safetensors", {"labels": json.dumps(names)})
     (out / "README.md").write_text(_CARD)

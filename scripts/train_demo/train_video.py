@@ -195,9 +195,9 @@ def export(out: Path, film: Film, vae: AutoencoderKL) -> None:
     )
     pipe.save_pretrained(out)
     _portable(out)
-    writer.forget_path(out / "vae" / "config.json")
+    writer.drop_name_or_path(out / "vae" / "config.json")
     call_defaults.write(
-        out, call_defaults.Call({"height": SIZE, "width": SIZE, "video_length": FRAMES}, SET)
+        out, call_defaults.CallDefaults({"height": SIZE, "width": SIZE, "video_length": FRAMES}, SET)
     )
     (out / "README.md").write_text(_CARD)
 

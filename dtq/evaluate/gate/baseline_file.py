@@ -11,11 +11,11 @@ from typing import Any
 
 from dtq.errors import InputError
 from dtq.evaluate import run_file
-from dtq.evaluate.gate.decision import flaws, judge, key_of
+from dtq.evaluate.gate.decision import flaws, decide, key_of
 from dtq.evaluate.gate.policy import Policy
 from dtq.evaluate.run_file import Run
-from dtq.io.atomic import write_whole
-from dtq.io.safe_parse import LARGEST_JSON, numbers, parse_json, read_text
+from dtq.io.atomic import atomic_write
+from dtq.io.safe_parse import LARGEST_JSON, is_finite_numbers, parse_json, read_text
 
 
 def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> dict[str, Any]:
@@ -53,10 +53,10 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
         "errors": _means(run),
     }
     if old is not None:
-        verdict = judge(run, run_file.parse(old, str(file)), policy)
+        verdict = decide(run, run_file.parse(old, str(file)), policy)
         entry["against_the_last"] = {"verdict": verdict.outcome.word, "because": verdict.sentence}
     history = [*(old or {}).get("history", []), entry]
-    write_whole(file, run_file.text({**run.to_json(), "history": history}))
+    atomic_write(file, run_file.text({**run.to_json(), "history": history}))
     return entry
 
 
@@ -99,7 +99,7 @@ def _means(run: Run) -> dict[str, float | None]:
     for metric, table in run.values.items():
         flat = [x for v in table.values() for x in (v if isinstance(v, list) else [v])]
         # a metric that the policy leaves out may be missing for some samples
-        found[metric] = sum(flat) / len(flat) if flat and numbers(flat) else None
+        found[metric] = sum(flat) / len(flat) if flat and is_finite_numbers(flat) else None
     return found
 
 

@@ -28,7 +28,7 @@ from dtq.evaluate.run_file import JOB, PLACE, Run, Sample, Value
 LARGEST = 1e100
 """No figure is larger; squares of larger ones are beyond the range of numbers."""
 
-LOUD = 4
+NOISE_DOMINATED = 4
 """How far noise may raise a margin, as a multiple of it; beyond, a pass would prove nothing."""
 
 
@@ -46,7 +46,7 @@ class Outcome(IntEnum):
 
 
 @dataclass
-class Judged:
+class MetricVerdict:
     """One metric at the look that decided.
 
     Attributes:
@@ -81,7 +81,7 @@ class Judged:
     @property
     def loud(self) -> bool:
         """Whether noise raised the margin so far that staying below it is no pass."""
-        return self.margin > LOUD * self.asked
+        return self.margin > NOISE_DOMINATED * self.asked
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; margins and bounds on the scale of the differences."""
@@ -110,7 +110,7 @@ class Verdict:
     sentence: str
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    rows: list[Judged] = field(default_factory=list)
+    rows: list[MetricVerdict] = field(default_factory=list)
     prompts: int = 0
     look: int = 0
     alpha: float = 0.0
@@ -125,7 +125,7 @@ class Verdict:
         return data
 
 
-def judge(run: Run, baseline: Run, policy: Policy) -> Verdict:
+def decide(run: Run, baseline: Run, policy: Policy) -> Verdict:
     """Compare a run with a baseline run of the same job."""
     key = key_of(run, policy)
     reasons = mismatches(run, baseline, policy)
@@ -174,7 +174,7 @@ def judge(run: Run, baseline: Run, policy: Policy) -> Verdict:
 
 def look(
     run: Run, baseline: Run, policy: Policy, prompts: Sequence[str], alpha: float
-) -> list[Judged]:
+) -> list[MetricVerdict]:
     """Every metric on these prompts, Holm over the primary ones."""
     rows = []
     for primary, limits in ((True, policy.primary), (False, policy.secondary)):
@@ -211,7 +211,7 @@ def mismatches(run: Run, baseline: Run, policy: Policy) -> list[str]:
             found.append(f"{name}: {_all(mine)} steps in the run, {_all(theirs)} in the baseline")
     for ours, other in zip(run.samples, baseline.samples, strict=False):
         if ours != other:
-            found.append(f"{_said(ours)} in the run is {_said(other)} in the baseline")
+            found.append(f"{_sample_name(ours)} in the run is {_sample_name(other)} in the baseline")
     return found
 
 
@@ -270,7 +270,7 @@ def _judged(
     prompts: Sequence[str],
     alpha: float,
     primary: bool,
-) -> Judged:
+) -> MetricVerdict:
     metric = METRICS[limit.metric]
     steps = _part(run, limit, part)
     mine, theirs = run.values[metric.name], baseline.values[metric.name]
@@ -287,7 +287,7 @@ def _judged(
     d = list(differences.values())
     found = paired(d, floor=margin / 100, resamples=policy.resamples, seed=policy.seed)
     tenth = sorted(d, reverse=True)[: math.ceil(len(d) / 10)]
-    return Judged(
+    return MetricVerdict(
         name=f"{metric.name} {part + 1}/{limit.parts}" if limit.parts > 1 else metric.name,
         metric=metric,
         primary=primary,
@@ -412,7 +412,7 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
     return f"Undecided in {names} ({where}): {way}."
 
 
-def _needed(rows: Sequence[Judged], alpha: float) -> str:
+def _needed(rows: Sequence[MetricVerdict], alpha: float) -> str:
     """How many prompts would decide, if the means stay."""
     most = 0
     for row in rows:
@@ -425,7 +425,7 @@ def _needed(rows: Sequence[Judged], alpha: float) -> str:
     return f"{most} should do"
 
 
-def _said(sample: Sample) -> str:
+def _sample_name(sample: Sample) -> str:
     return f"sample {sample.id} ({sample.prompt!r}, seed {sample.seed})"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from dtq.errors import InputError
-from dtq.evaluate.gate.decision import Judged, Outcome, Verdict
+from dtq.evaluate.gate.decision import MetricVerdict, Outcome, Verdict
 from dtq.evaluate.run_file import Run
 
 HEAD = ("metric", "decides", "mean", "between", "margin", "noise", "worst tenth", "verdict")
@@ -32,7 +32,7 @@ figcaption { font-size: 13px; overflow-wrap: anywhere; }
 """
 
 
-def cells(row: Judged) -> tuple[str, ...]:
+def cells(row: MetricVerdict) -> tuple[str, ...]:
     """A line of the table under ``HEAD``."""
     shown = row.metric.shown
     between = f"{shown(row.lower)} .. {shown(row.upper)}"

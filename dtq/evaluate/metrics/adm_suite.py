@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from dtq.errors import InputError
-from dtq.evaluate.metrics.fid import Moments
+from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.images import as_bytes
 
 
 @dataclass(frozen=True)
-class Reference:
+class AdmReference:
     """What generated pictures are compared with.
 
     Attributes:
@@ -28,9 +28,9 @@ class Reference:
     """
 
     name: str
-    pictures: Tensor | None = None
-    pool: Moments | None = None
-    spatial: Moments | None = None
+    images: Tensor | None = None
+    pool: FeatureMoments | None = None
+    spatial: FeatureMoments | None = None
 
 
 def write(pictures: Tensor, path: Path) -> None:
@@ -43,7 +43,7 @@ def write(pictures: Tensor, path: Path) -> None:
     np.savez(path, arr_0=as_bytes(pictures).permute(0, 2, 3, 1).contiguous().numpy())
 
 
-def write_moments(path: Path, pool: Moments, spatial: Moments) -> None:
+def write_moments(path: Path, pool: FeatureMoments, spatial: FeatureMoments) -> None:
     """A reference of moments alone: ``mu, sigma, mu_s, sigma_s`` in float64."""
     np.savez(
         path,
@@ -54,7 +54,7 @@ def write_moments(path: Path, pool: Moments, spatial: Moments) -> None:
     )
 
 
-def read(path: Path) -> Reference:
+def read(path: Path) -> AdmReference:
     """A sample or reference file of the suite; pickled arrays are refused.
 
     Raises:
@@ -76,10 +76,10 @@ def read(path: Path) -> Reference:
     if shown is None and pool is None:
         raise InputError(f"{path}: has {sorted(data)}; expected arr_0, or mu and sigma")
     pictures = None if shown is None else torch.from_numpy(shown)
-    return Reference(path.name, pictures, pool, spatial)
+    return AdmReference(path.name, pictures, pool, spatial)
 
 
-def _moments(data: dict[str, np.ndarray], mean: str, cov: str, path: Path) -> Moments | None:
+def _moments(data: dict[str, np.ndarray], mean: str, cov: str, path: Path) -> FeatureMoments | None:
     if mean not in data or cov not in data:
         return None
     size = data[mean].shape[0] if data[mean].ndim == 1 else -1
@@ -88,7 +88,7 @@ def _moments(data: dict[str, np.ndarray], mean: str, cov: str, path: Path) -> Mo
             f"{path}: {mean} is {data[mean].shape}, {cov} {data[cov].shape}; "
             f"expected (D,) and (D, D)"
         )
-    return Moments(
+    return FeatureMoments(
         torch.from_numpy(data[mean].astype(np.float64)),
         torch.from_numpy(data[cov].astype(np.float64)),
     )

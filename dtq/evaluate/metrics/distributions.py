@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dtq.errors import InputError
 from dtq.evaluate.metrics.extractors import Extractor, Features
-from dtq.evaluate.metrics.fid import Moments
+from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.mmd import cmmd, kid
 from dtq.evaluate.metrics.precision_recall import NEIGHBOURS, inception_score, precision_recall
 
@@ -26,7 +26,7 @@ RESAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Against:
+class ReferenceSet:
     """The reference side: features of its pictures, or only their moments.
 
     Attributes:
@@ -37,7 +37,7 @@ class Against:
 
     name: str
     features: Features | None = None
-    moments: dict[str, Moments] | None = None
+    moments: dict[str, FeatureMoments] | None = None
 
     def of(self, kind: str) -> Tensor:
         """Features of a kind.
@@ -49,11 +49,11 @@ class Against:
             raise InputError(f"{self.name} has no pictures, only moments; this figure needs them")
         return _kind(self.features, kind, self.name)
 
-    def gaussian(self, kind: str) -> Moments:
+    def gaussian(self, kind: str) -> FeatureMoments:
         """Moments of a kind of features, from the file or from the pictures."""
         if self.moments is not None and kind in self.moments:
             return self.moments[kind]
-        return Moments.of(self.of(kind))
+        return FeatureMoments.of(self.of(kind))
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Distribution:
     name: str
     about: str
     kind: str
-    value: Callable[[Tensor, Against], float]
+    value: Callable[[Tensor, ReferenceSet], float]
     extractor: str = ""
     alone: bool = False
     frechet: bool = False
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricValue:
     """A value and everything it depends on.
 
     Attributes:
@@ -106,7 +106,7 @@ class Figure:
     high: float | None = None
 
 
-def _frechet(kind: str) -> Callable[[Tensor, Against], float]:
+def _frechet(kind: str) -> Callable[[Tensor, ReferenceSet], float]:
     return lambda made, against: against.gaussian(kind).to_features(made)
 
 
@@ -133,16 +133,16 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 }  # fmt: skip
 
 
-def figure(
+def metric_value(
     metric: str,
     extractor: Extractor,
     made: Features,
-    against: Against,
+    against: ReferenceSet,
     *,
     of: str,
     floats: Features | None = None,
     units: Sequence[Any] = (),
-) -> Figure:
+) -> MetricValue:
     """One figure of a set of pictures.
 
     Args:
@@ -176,14 +176,14 @@ def figure(
     size = None
     if against.features is not None and not row.alone:
         size = len(against.of(row.kind))
-    return Figure(
+    return MetricValue(
         metric, of, "" if row.alone else against.name, value, len(x), size, extractor.name,
         extractor.resizer, change, low, high,
     )  # fmt: skip
 
 
 def interval(
-    made: Tensor, floats: Tensor, reference: Moments, units: Sequence[Any]
+    made: Tensor, floats: Tensor, reference: FeatureMoments, units: Sequence[Any]
 ) -> tuple[float, float]:
     """95 % bootstrap interval of how far a Frechet distance is from the float model's.
 

@@ -21,7 +21,7 @@ from dtq import demo
 from dtq.demo.classifier import EmojiClassifier
 from dtq.errors import InputError
 from dtq.evaluate import optional_packages
-from dtq.evaluate.metrics.fid import Moments
+from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.images import as_bytes
 
 Features = dict[str, Tensor]
@@ -47,7 +47,7 @@ class Extractor:
     name: str
     resizer: str
     call: Callable[[Tensor], Features]
-    real: Moments | None = None
+    real: FeatureMoments | None = None
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, batch: int = 64) -> Features:
@@ -76,7 +76,7 @@ def emoji(where: str) -> Extractor:
     tensors = load_file(folder / "model.safetensors")
     real = None
     if "real.mean" in tensors:
-        real = Moments(tensors.pop("real.mean").double(), tensors.pop("real.cov").double())
+        real = FeatureMoments(tensors.pop("real.mean").double(), tensors.pop("real.cov").double())
     model = EmojiClassifier(tensors["head.weight"].shape[0])
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     model.eval()

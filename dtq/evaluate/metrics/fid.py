@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Moments:
+class FeatureMoments:
     """The Gaussian of one side, with its square root kept: it is the costly part.
 
     Attributes:
@@ -23,7 +23,7 @@ class Moments:
     cov: Tensor
 
     @classmethod
-    def of(cls, features: Tensor) -> Moments:
+    def of(cls, features: Tensor) -> FeatureMoments:
         """Of features (N, D), N >= 2, in float64."""
         x = _enough(features)
         return cls(x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1]))
@@ -34,7 +34,7 @@ class Moments:
         values, vectors = torch.linalg.eigh(self.cov)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
-    def to(self, other: Moments) -> float:
+    def to(self, other: FeatureMoments) -> float:
         """Frechet distance; real eigenvalues through ``root(A) B root(A)``."""
         inner = torch.linalg.eigvalsh(self.root @ other.cov @ self.root)
         cross = inner.clamp(min=0).sqrt().sum()
@@ -44,7 +44,7 @@ class Moments:
     def to_features(self, features: Tensor) -> float:
         """Frechet distance to features (N, D); for N < D by singular values, no D x D root."""
         if len(features) >= features.shape[1]:
-            return self.to(Moments.of(features))
+            return self.to(FeatureMoments.of(features))
         x = _enough(features)
         mean = x.mean(0)
         centred = (x - mean) / (len(x) - 1) ** 0.5  # (N, D), its gram is the covariance
@@ -60,7 +60,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
         a: features (N, D), N >= 2.
         b: features (M, D), M >= 2.
     """
-    return Moments.of(a).to_features(b)
+    return FeatureMoments.of(a).to_features(b)
 
 
 def _enough(features: Tensor) -> Tensor:

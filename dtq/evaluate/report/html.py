@@ -16,7 +16,7 @@ from dtq.evaluate.evaluate import Evaluation
 from dtq.evaluate.gate.bootstrap import paired
 from dtq.evaluate.gate.metrics import METRICS, TINY, Metric
 from dtq.evaluate.metrics import images
-from dtq.evaluate.metrics.distributions import Figure
+from dtq.evaluate.metrics.distributions import MetricValue
 from dtq.evaluate.report import plots
 from dtq.evaluate.run_file import Run, Value
 
@@ -107,7 +107,7 @@ def render(result: Evaluation) -> str:
         "<h2>Models</h2>",
         _table(result),
         *(["<h2>Figures of each sample</h2>", _values(result.run)] if result.run else []),
-        *(["<h2>Figures of whole sets</h2>", _figures(result)] if result.figures else []),
+        *(["<h2>Figures of whole sets</h2>", _figures(result)] if result.metrics else []),
         "<h2>Steps</h2>",
         "<div class=plots>",
         _figure(
@@ -128,7 +128,7 @@ def render(result: Evaluation) -> str:
     )
 
 
-def figure_cells(each: Figure) -> tuple[str, ...]:
+def figure_cells(each: MetricValue) -> tuple[str, ...]:
     """A line of the table under ``FIGURES``."""
     between = "–"
     if each.low is not None and each.high is not None:
@@ -150,7 +150,7 @@ def figure_conditions(result: Evaluation) -> str:
     job = result.conditions
     seen = {
         f"{f.metric}: {f.extractor}, resizer {f.resizer}, {f.samples} samples"
-        for f in result.figures
+        for f in result.metrics
     }
     return (
         f"{job.get('steps')} steps of {job.get('sampler')}, guidance {job.get('guidance')}; "
@@ -169,7 +169,7 @@ def _lost(run: Run | None) -> str:
 
 def _pairs(result: Evaluation) -> str:
     """Float, candidate and difference of each sample; videos move."""
-    want, got = result.pictures.values()
+    want, got = result.images.values()
     if want.ndim == 3:
         return "<p class=sub>Sounds are not shown.</p>"
     run = result.run
@@ -275,7 +275,7 @@ def _interval(units: Sequence[float], metric: Metric) -> tuple[str, str]:
 
 
 def _figures(result: Evaluation) -> str:
-    rows = [tuple(map(_t, figure_cells(each))) for each in result.figures]
+    rows = [tuple(map(_t, figure_cells(each))) for each in result.metrics]
     return (
         _grid(FIGURES, rows)
         + "<p class=sub>95 % is of the change where there is one, by a bootstrap over what was "

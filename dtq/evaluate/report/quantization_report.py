@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtq.errors import InputError
-from dtq.io.safe_parse import numbers, read_json
+from dtq.io.safe_parse import is_finite_numbers, read_json
 
 
 def quantization_report(path: Path | None) -> dict[str, Any]:
@@ -55,9 +55,9 @@ _REPORT: dict[str, dict[str, Callable[[Any], bool]]] = {
     "layers": {
         **dict.fromkeys(("name", "role", "weights", "transform"), _text),
         "promoted": lambda value: isinstance(value, bool),
-        "bits": lambda value: numbers([value]),
-        "error": lambda value: value is None or numbers([value]),
+        "bits": lambda value: is_finite_numbers([value]),
+        "error": lambda value: value is None or is_finite_numbers([value]),
     },
-    "sites": {"name": _text, "peaks": numbers, "peaks_after": numbers},
+    "sites": {"name": _text, "peaks": is_finite_numbers, "peaks_after": is_finite_numbers},
 }
 """What the page reads of the report, and what each must be."""
