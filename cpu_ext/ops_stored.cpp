@@ -27,7 +27,7 @@ std::map<std::string, Spelling>& spellings() {
 // The parts of a weight by name, and the decoder's view of them.
 class Weight {
  public:
-  Weight(const Spelling& spelling, const std::string& format, const std::string& names,
+  Weight(const Spelling& spelling, const std::string& format, const std::vector<std::string>& names,
          const std::vector<Tensor>& parts, int64_t columns)
       : format_(format) {
     w.codes = static_cast<dtq::Codes>(spelling.codes);
@@ -37,13 +37,12 @@ class Weight {
     w.vector = spelling.vector;
     w.scale_type = static_cast<dtq::ScaleType>(spelling.scale_type);
     std::copy(spelling.levels.begin(), spelling.levels.end(), w.levels);
-    size_t begin = 0;
-    for (const Tensor& part : parts) {
-      const size_t end = std::min(names.find(',', begin), names.size());
-      const std::string name = names.substr(std::min(begin, names.size()), end - begin);
-      STD_TORCH_CHECK(part.dim() == 2, "dtq: ", name, " has ", part.dim(), " dimensions, expected 2");
-      parts_.insert_or_assign(name, side_by_side(part));
-      begin = end + 1;
+    STD_TORCH_CHECK(names.size() == parts.size(), "dtq: ", names.size(), " names for ", parts.size(),
+                    " tensors");
+    for (size_t i = 0; i < parts.size(); i++) {
+      STD_TORCH_CHECK(parts[i].dim() == 2, "dtq: ", names[i], " has ", parts[i].dim(),
+                      " dimensions, expected 2");
+      parts_.insert_or_assign(names[i], side_by_side(parts[i]));
     }
     w.rows = parts_.count("weight") ? parts_.at("weight").size(0) : 0;
     w.row_bytes = w.codes == dtq::kTrits   ? columns / 5
@@ -129,7 +128,7 @@ const void* filled_up(const Tensor& x, int64_t line) {
   return to;
 }
 
-Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names,
+Tensor dequantize(const std::vector<Tensor>& parts, const std::vector<std::string>& names,
                   const std::string& format, int64_t columns, ScalarType type) {
   STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
   const auto found = spellings().find(format);
@@ -146,7 +145,7 @@ Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names,
 }
 
 Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& parts,
-                     const std::string& names, const std::string& format,
+                     const std::vector<std::string>& names, const std::string& format,
                      const MaybeTensor& bias_in) {
   STD_TORCH_CHECK(x_in.dim() == 2, "weight_linear: x must be (M, K), got ", shape_of(x_in));
   STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");

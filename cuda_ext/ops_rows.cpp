@@ -280,8 +280,9 @@ void check_parts(const dtq::Weight& w, const std::string& format,
 }
 
 // Operands of the decoder, by the name of the part.
-bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format, const std::string& names,
-                const std::vector<Tensor>& parts, int64_t rows, int64_t columns) {
+bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format,
+                const std::vector<std::string>& names, const std::vector<Tensor>& parts, int64_t rows,
+                int64_t columns) {
   auto found = spellings().find(format);
   if (found == spellings().end()) return false;
   const Spelling& spelling = found->second;
@@ -295,11 +296,11 @@ bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format, c
   w.scale_type = static_cast<dtq::ScaleType>(spelling.scale_type);
   std::copy(spelling.levels.begin(), spelling.levels.end(), w.levels);
   std::map<std::string, Tensor> known;
-  size_t begin = 0;
-  for (const Tensor& part : parts) {
-    size_t end = std::min(names.find(',', begin), names.size());
-    std::string name = names.substr(std::min(begin, names.size()), end - begin);
-    begin = end + 1;
+  STD_TORCH_CHECK(names.size() == parts.size(), "dtq: ", names.size(), " names for ", parts.size(),
+                  " tensors");
+  for (size_t i = 0; i < parts.size(); i++) {
+    const Tensor& part = parts[i];
+    const std::string& name = names[i];
     check(part, name.c_str(), like, part.scalar_type());
     STD_TORCH_CHECK(part.dim() == 2, "dtq: ", name, " has ", part.dim(), " dimensions, expected 2");
     known.insert_or_assign(name, part);
@@ -331,8 +332,8 @@ bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format, c
   return true;
 }
 
-Tensor dequantize(const std::vector<Tensor>& parts, const std::string& names, const std::string& format,
-                  int64_t columns, ScalarType type) {
+Tensor dequantize(const std::vector<Tensor>& parts, const std::vector<std::string>& names,
+                  const std::string& format, int64_t columns, ScalarType type) {
   STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
   const Tensor& first = parts[0];
   Guard guard(first);
@@ -379,8 +380,8 @@ Tensor w3a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& w
                            bias, type);
 }
 
-Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts, const std::string& names,
-                     const std::string& format, const Maybe& bias) {
+Tensor weight_linear(const Tensor& given, const std::vector<Tensor>& parts,
+                     const std::vector<std::string>& names, const std::string& format, const Maybe& bias) {
   Tensor x = with_rows(given, "x");
   Guard guard(x);
   STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");

@@ -311,7 +311,7 @@ def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     n, k = d.choice((33, 67, 128)), d.choice((256, 384))
     w = normal(n, k, seed=seed) * 0.1
     parts = FORMATS[name].pack(w, FORMATS[name].fit(w))
-    stored = (list(parts.values()), ",".join(parts), name)
+    stored = (list(parts.values()), list(parts), name)
     dtype = d.choice(DTYPES)
     agree(ops.dequantize, reference._dequantize, (*stored, k, dtype), device, f"{name} N {n} K {k}")
     m, dtype = d.choice((1, 3, 16)), d.choice(DTYPES[1:])  # float32 has no kernel

@@ -33,7 +33,7 @@ def stored(name, n, k, seed=0):
 
 
 def arguments(name, parts):
-    return list(parts.values()), ",".join(parts), name
+    return list(parts.values()), list(parts), name
 
 
 def allowed(x, w, want):
@@ -101,7 +101,7 @@ def test_products_are_those_of_the_decoded_weight(isa, name, m):
         given = arguments(name, stored(name, n, k))
         for dtype in DTYPES:
             x, bias = random(m, k, seed=1).to(dtype), random(n, seed=2).to(dtype)
-            w = FORMATS[name].unpack(dict(zip(given[1].split(","), given[0], strict=True)))
+            w = FORMATS[name].unpack(dict(zip(given[1], given[0], strict=True)))
             w = w.to(dtype).double()
             got = compiled.weight_linear(x, *given, bias)
             assert got.dtype == dtype
@@ -162,9 +162,9 @@ def test_parts_that_do_not_fit_are_refused(isa):
     with pytest.raises(RuntimeError, match="weight has 512 bytes, expected 256"):
         compiled.dequantize(given, names, name, 64, torch.float32)
     with pytest.raises(RuntimeError, match="lacks weight_scale"):
-        compiled.dequantize(given[:1], "weight", name, 128, torch.float32)
+        compiled.dequantize(given[:1], ["weight"], name, 128, torch.float32)
     with pytest.raises(RuntimeError, match="has no part more"):
-        compiled.dequantize([*given, given[0]], names + ",more", name, 128, torch.float32)
+        compiled.dequantize([*given, given[0]], [*names, "more"], name, 128, torch.float32)
 
 
 def test_opcheck(isa):

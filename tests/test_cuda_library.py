@@ -105,7 +105,7 @@ def test_fp4_operands_that_contradict_each_other(emulator):
 def test_every_format_is_decoded(emulator, name):
     fmt, w = FORMATS[name], agreement.normal(67, 256) * 0.1
     parts = fmt.pack(w, fmt.fit(w))
-    stored = (list(parts.values()), ",".join(parts), name, 256, torch.bfloat16)
+    stored = (list(parts.values()), list(parts), name, 256, torch.bfloat16)
     assert torch.equal(sim.dequantize(*stored), fmt.unpack(parts).to(torch.bfloat16))
 
 
@@ -184,13 +184,11 @@ def test_a_weight_whose_parts_do_not_fit_is_an_error(emulator, name):
     right = fmt.pack(w, fmt.fit(w))
 
     def decode(parts, columns=256):
-        stored = (list(parts.values()), ",".join(parts), name, columns, torch.bfloat16)
+        stored = (list(parts.values()), list(parts), name, columns, torch.bfloat16)
         return sim.dequantize(*stored)
 
     def linear(parts):
-        return sim.weight_linear(
-            torch.ones(2, 256), list(parts.values()), ",".join(parts), name, None
-        )
+        return sim.weight_linear(torch.ones(2, 256), list(parts.values()), list(parts), name, None)
 
     for part, tensor in right.items():
         longer = {**right, part: torch.cat([tensor, tensor])}
@@ -539,7 +537,7 @@ def test_int8_can_be_kept_at_every_size(as_on_a_gpu, monkeypatch):
 def test_a_decoded_weight_is_kept_until_its_codes_change():
     fmt, w = FORMATS["int4-2l-g64"], agreement.normal(48, 128) * 0.1
     parts = fmt.pack(w, fmt.fit(w))
-    x, names = agreement.normal(5, 128), ",".join(parts)
+    x, names = agreement.normal(5, 128), list(parts)
 
     def run():
         return torch.ops.dtq.resident_linear(x, list(parts.values()), names, fmt.name, None)

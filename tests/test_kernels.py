@@ -151,7 +151,7 @@ def test_every_op_passes_opcheck(dtype):
     args = (p["weight"], p["weight_scale"], p["weight_zero_point"], 4, bias)
     torch.library.opcheck(ops.group_a8_linear, (codes, scale, *args, dtype))
     parts = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].fit(w))
-    weight = (list(parts.values()), ",".join(parts), "int4-asym-g64")
+    weight = (list(parts.values()), list(parts), "int4-asym-g64")
     torch.library.opcheck(ops.dequantize, (*weight, 128, dtype))
     torch.library.opcheck(ops.weight_linear, (x, *weight, bias))
     torch.library.opcheck(ops.resident_linear, (x, *weight, bias))

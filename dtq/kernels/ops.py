@@ -41,26 +41,27 @@ _REFERENCE = torch.library.Library("dtq_reference", "DEF")
 def _quantize_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,  # (K,) bfloat16
-    block: int,
+    hadamard_block: int,
     scale: Tensor | None,  # (1,) float32, or None: one per row
-    levels: int = 127,
+    qmax: int = 127,
 ) -> tuple[Tensor, Tensor]:
     x = x.float()
     if pre_scale is not None:
         x = x * pre_scale.float()
-    x = fwht(x, block)
-    rows = row_scale(x, levels) if scale is None else scale.reshape(1, 1).expand(x.shape[0], 1)
-    return row_codes(x, rows, levels).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
+    x = fwht(x, hadamard_block)
+    rows = row_scale(x, qmax) if scale is None else scale.reshape(1, 1).expand(x.shape[0], 1)
+    return row_codes(x, rows, qmax).to(torch.int8), rows.reshape(-1).clone()  # (M, K), (M,)
 
 
 def _transform_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,  # (K,) bfloat16
-    order: Tensor | None,  # (K,) int32, the channel that moves to each place
-    block: int,
-    turns: int,
+    perm: Tensor | None,  # (K,) int32, the channel that moves to each place
+    hadamard_block: int,
+    num_rotations: int,
 ) -> Tensor:
-    return ops_quantize.changed(x.float(), pre_scale, order, block, turns).clone()  # (M, K) float32
+    changed = ops_quantize.changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    return changed.clone()  # (M, K) float32
 
 
 def _float_like(x: Tensor, *rest: object) -> Tensor:
@@ -70,14 +71,14 @@ def _float_like(x: Tensor, *rest: object) -> Tensor:
 def _round_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,  # (K,) bfloat16
-    order: Tensor | None,  # (K,) int32
-    block: int,
-    turns: int,
-    acts: str,  # a key of ACTS
+    perm: Tensor | None,  # (K,) int32
+    hadamard_block: int,
+    num_rotations: int,
+    activation_format: str,  # a key of ACTIVATION_FORMATS
     dtype: torch.dtype,
 ) -> Tensor:
-    changed = ops_quantize.changed(x.float(), pre_scale, order, block, turns)
-    return fake_quantize(changed, ACTIVATION_FORMATS[acts]).to(dtype, copy=True)  # (M, K)
+    changed = ops_quantize.changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    return fake_quantize(changed, ACTIVATION_FORMATS[activation_format]).to(dtype, copy=True)  # (M, K)
 
 
 def _round_rows_fake(x: Tensor, *rest: object) -> Tensor:
@@ -89,12 +90,12 @@ def _round_rows_fake(x: Tensor, *rest: object) -> Tensor:
 def _step_linear(
     x: Tensor,  # (M, K)
     mode: Tensor,  # (1,) int64 on the CPU, index into modes
-    modes: str,  # keys of acts.MODES, comma-separated
-    weights: str,
-    acts: str,
-    block: int,
-    turns: int,
-    names: str,  # of the parts, comma-separated
+    modes: list[str],  # keys of acts.MODES
+    weight_format: str,
+    activation_format: str,
+    hadamard_block: int,
+    num_rotations: int,
+    names: list[str],  # of the parts
     parts: list[Tensor],
     bias: Tensor | None,
     out_features: int,
@@ -102,8 +103,9 @@ def _step_linear(
     from dtq.formats import FORMATS
     from dtq.kernels.table import Task, pick
 
-    task = Task(FORMATS[weights], activation_format_of(modes.split(",")[int(mode)], acts), block, turns)
-    named = dict(zip(names.split(","), parts, strict=True))
+    acts = activation_format_of(modes[int(mode)], activation_format)
+    task = Task(FORMATS[weight_format], acts, hadamard_block, num_rotations)
+    named = dict(zip(names, parts, strict=True))
     if not task.acts.static:
         named.pop("input_scale", None)
     return pick(task).call(task, x, named, bias)
@@ -116,21 +118,21 @@ def _step_linear_fake(x: Tensor, *rest: object) -> Tensor:
 
 
 def _w8a8_linear(
-    codes: Tensor,  # (M, K) int8
+    x_q: Tensor,  # (M, K) int8
     row_scale: Tensor,  # (M,)
     weight: Tensor,  # (N, K) int8
     weight_scale: Tensor,  # (N, 1)
     bias: Tensor | None,  # (N,) any float dtype
     dtype: torch.dtype,
 ) -> Tensor:
-    y = int_matmul(codes, weight).float() * row_scale.unsqueeze(1) * weight_scale.T
+    y = int_matmul(x_q, weight).float() * row_scale.unsqueeze(1) * weight_scale.T
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)  # (M, N)
 
 
 def _w4a8_linear(
-    codes: Tensor,  # (M, K) int8
+    x_q: Tensor,  # (M, K) int8
     row_scale: Tensor,  # (M,)
     weight: Tensor,  # (N, K/2) int8, two codes a byte
     weight_scale: Tensor,  # (N, 1)
@@ -139,11 +141,11 @@ def _w4a8_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     expanded = TwoLevelInt.expand(weight, weight_scale_2)
-    return _w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
+    return _w8a8_linear(x_q, row_scale, expanded, weight_scale, bias, dtype)
 
 
 def _w3a8_linear(
-    codes: Tensor,  # (M, K) int8
+    x_q: Tensor,  # (M, K) int8
     row_scale: Tensor,  # (M,)
     weight: Tensor,  # (N, 3K/8) int8, eight codes in three bytes
     weight_scale: Tensor,  # (N, 1)
@@ -152,11 +154,11 @@ def _w3a8_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     expanded = TwoLevelInt.expand(weight, weight_scale_2, 3)
-    return _w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
+    return _w8a8_linear(x_q, row_scale, expanded, weight_scale, bias, dtype)
 
 
 def _group_a8_linear(
-    codes: Tensor,  # (M, K) int8
+    x_q: Tensor,  # (M, K) int8
     row_scale: Tensor,  # (M,)
     weight: Tensor,  # (N, K) or (N, K/2) int8
     weight_scale: Tensor,  # (N, groups) float32 or bfloat16
@@ -167,8 +169,8 @@ def _group_a8_linear(
 ) -> Tensor:
     stored, zero = (unpack_nibbles(weight), 8) if bits == 4 else (weight, 0)
     groups = weight_scale.shape[1]
-    x, w = codes.tensor_split(groups, 1), stored.tensor_split(groups, 1)
-    y = codes.new_zeros((len(codes), len(weight)), dtype=torch.float32)
+    x, w = x_q.tensor_split(groups, 1), stored.tensor_split(groups, 1)
+    y = x_q.new_zeros((len(x_q), len(weight)), dtype=torch.float32)
     for i in range(groups):  # exact sums, then float32, the first group first
         raised = zero if weight_zero_point is None else weight_zero_point[:, i].int()
         total = int_matmul(x[i].contiguous(), w[i].contiguous())
@@ -183,19 +185,19 @@ def _group_a8_linear(
 
 def _dequantize(
     parts: list[Tensor],
-    names: str,  # of the parts, comma-separated
-    weights: str,  # a key of FORMATS
+    names: list[str],  # of the parts
+    weight_format: str,  # a key of FORMATS
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
     from dtq.formats import FORMATS
 
-    named = dict(zip(names.split(","), parts, strict=True))
-    return FORMATS[weights].unpack(named).to(dtype)  # (N, K)
+    named = dict(zip(names, parts, strict=True))
+    return FORMATS[weight_format].unpack(named).to(dtype)  # (N, K)
 
 
 def _dequantize_fake(
-    parts: list[Tensor], names: str, weights: str, columns: int, dtype: torch.dtype
+    parts: list[Tensor], names: list[str], weight_format: str, columns: int, dtype: torch.dtype
 ) -> Tensor:
     return parts[0].new_empty((parts[0].shape[0], columns), dtype=dtype)
 
@@ -203,18 +205,18 @@ def _dequantize_fake(
 def _weight_linear(
     x: Tensor,  # (M, K)
     parts: list[Tensor],
-    names: str,
-    weights: str,
+    names: list[str],
+    weight_format: str,
     bias: Tensor | None,
 ) -> Tensor:
-    w = torch.ops.dtq.dequantize(parts, names, weights, x.shape[1], x.dtype)
+    w = torch.ops.dtq.dequantize(parts, names, weight_format, x.shape[1], x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
 def _resident_linear(
-    x: Tensor, parts: list[Tensor], names: str, weights: str, bias: Tensor | None
+    x: Tensor, parts: list[Tensor], names: list[str], weight_format: str, bias: Tensor | None
 ) -> Tensor:
-    w = _RESIDENT.weight(parts, names, weights, x.shape[1], x.dtype)
+    w = _RESIDENT.weight(parts, names, weight_format, x.shape[1], x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
@@ -242,8 +244,8 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 _OPS = (
     (
-        "quantize_rows(Tensor x, Tensor? pre_scale, int block, Tensor? scale, int levels=127)"
-        " -> (Tensor, Tensor)",
+        "quantize_rows(Tensor x, Tensor? pre_scale, int hadamard_block, Tensor? scale,"
+        " int qmax=127) -> (Tensor, Tensor)",
         _quantize_rows,
         ops_quantize.codes_like,
     ),
@@ -253,53 +255,56 @@ _OPS = (
         _float_like,
     ),
     (
-        "step_linear(Tensor x, Tensor mode, str modes, str weights, str acts, int block,"
-        " int turns, str names, Tensor[] parts, Tensor? bias, int out_features) -> Tensor",
+        "step_linear(Tensor x, Tensor mode, str[] modes, str weight_format, str activation_format,"
+        " int hadamard_block, int num_rotations, str[] names, Tensor[] parts, Tensor? bias,"
+        " int out_features) -> Tensor",
         _step_linear,
         _step_linear_fake,
     ),
     (
-        f"round_rows(Tensor x, {ops_quantize.CHANGE}, str acts, ScalarType dtype) -> Tensor",
+        f"round_rows(Tensor x, {ops_quantize.CHANGE}, str activation_format, ScalarType dtype) -> Tensor",
         _round_rows,
         _round_rows_fake,
     ),
     (
-        "w8a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
+        "w8a8_linear(Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? bias, ScalarType dtype) -> Tensor",
         _w8a8_linear,
         ops_gemm.rows_by_rows,
     ),
     (
-        "w4a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
+        "w4a8_linear(Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w4a8_linear,
         ops_gemm.rows_by_rows,
     ),
     (
-        "w3a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
+        "w3a8_linear(Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w3a8_linear,
         ops_gemm.rows_by_rows,
     ),
     (
-        "group_a8_linear(Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale,"
+        "group_a8_linear(Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? weight_zero_point, int bits, Tensor? bias, ScalarType dtype) -> Tensor",
         _group_a8_linear,
         ops_gemm.rows_by_rows,
     ),
     (
-        "dequantize(Tensor[] parts, str names, str weights, int columns, ScalarType dtype)"
+        "dequantize(Tensor[] parts, str[] names, str weight_format, int columns, ScalarType dtype)"
         " -> Tensor",
         _dequantize,
         _dequantize_fake,
     ),
     (
-        "weight_linear(Tensor x, Tensor[] parts, str names, str weights, Tensor? bias) -> Tensor",
+        "weight_linear(Tensor x, Tensor[] parts, str[] names, str weight_format, Tensor? bias)"
+        " -> Tensor",
         _weight_linear,
         _weight_linear_fake,
     ),
     (
-        "resident_linear(Tensor x, Tensor[] parts, str names, str weights, Tensor? bias) -> Tensor",
+        "resident_linear(Tensor x, Tensor[] parts, str[] names, str weight_format, Tensor? bias)"
+        " -> Tensor",
         _resident_linear,
         _weight_linear_fake,
     ),

@@ -26,16 +26,16 @@ _FLOOR = 1e-30  # of a token's largest magnitude
 def _fp4_quantize_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,  # (K,) bfloat16
-    order: Tensor | None,  # (K,) int32
-    block: int,
-    turns: int,
+    perm: Tensor | None,  # (K,) int32
+    hadamard_block: int,
+    num_rotations: int,
     mx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 (M, K/2), block scales (M, K/16) e4m3 or (M, K/32) uint8, token scales (M,).
 
     The token scale is NaN where something in the token is no finite number; its codes are any then.
     """
-    x = changed(x.float(), pre_scale, order, block, turns)
+    x = changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     peak = x.abs().amax(1)  # NaN if there is one
     if mx:
         parts = _MX.pack(x, _MX.fit(x))
@@ -50,11 +50,11 @@ def _fp4_quantize_rows(
 
 
 def _fp4_linear(
-    codes: Tensor,  # (M, K/2) int8, two E2M1 codes a byte
+    x_q: Tensor,  # (M, K/2) int8, two E2M1 codes a byte
     row_scale: Tensor,  # (M,) float32
     weight: Tensor,  # (N, K/2)
     weight_scale: Tensor,  # (N, K/16) float8_e4m3fn, or (N, K/32) uint8
-    code_scale: Tensor,  # (M, K/16) or (M, K/32) of the same
+    x_block_scale: Tensor,  # (M, K/16) or (M, K/32) of the same
     weight_scale_2: Tensor | None,  # (1, 1) float32
     bias: Tensor | None,
     gelu: bool,
@@ -64,7 +64,7 @@ def _fp4_linear(
     low: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
-    y = _decoded(codes, code_scale) @ _decoded(weight, weight_scale).T
+    y = _decoded(x_q, x_block_scale) @ _decoded(weight, weight_scale).T
     y = y * row_scale.unsqueeze(1)
     if weight_scale_2 is not None:
         y = y * weight_scale_2.reshape(())
@@ -99,7 +99,7 @@ OPS = (
         _codes_like,
     ),
     (
-        f"fp4_linear({PRODUCT}, Tensor code_scale, Tensor? weight_scale_2, {THEN}, {BRANCH})"
+        f"fp4_linear({PRODUCT}, Tensor x_block_scale, Tensor? weight_scale_2, {THEN}, {BRANCH})"
         " -> Tensor",
         _fp4_linear,
         rows_by_rows,

@@ -19,7 +19,7 @@ _reference = torch.ops.dtq_reference
 
 
 def _w8a8_epilogue_linear(
-    codes: Tensor,  # (M, K) int8
+    x_q: Tensor,  # (M, K) int8
     row_scale: Tensor,  # (M,)
     weight: Tensor,  # (N, K) int8
     weight_scale: Tensor,  # (N, 1)
@@ -31,12 +31,12 @@ def _w8a8_epilogue_linear(
     low: Tensor | None = None,  # (M, R) bfloat16 or float16
     up: Tensor | None = None,  # (N, R) of the same
 ) -> Tensor:
-    y = _reference.w8a8_linear(codes, row_scale, weight, weight_scale, bias, torch.float32)
+    y = _reference.w8a8_linear(x_q, row_scale, weight, weight_scale, bias, torch.float32)
     return finished(with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
 
 
 def _w4a8_epilogue_linear(
-    codes: Tensor,
+    x_q: Tensor,
     row_scale: Tensor,
     weight: Tensor,  # (N, K/2) int8, two codes a byte
     weight_scale: Tensor,
@@ -49,13 +49,13 @@ def _w4a8_epilogue_linear(
     low: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
-    given = codes, row_scale, weight, weight_scale, weight_scale_2, bias
+    given = x_q, row_scale, weight, weight_scale, weight_scale_2, bias
     y = with_branch(_reference.w4a8_linear(*given, torch.float32), low, up)
     return finished(y, gelu, gate, residual, dtype)
 
 
 def _lut4a8_linear(
-    codes: Tensor,
+    x_q: Tensor,
     row_scale: Tensor,
     weight: Tensor,  # (N, K/2) int8, two codes a byte
     weight_scale: Tensor,
@@ -64,7 +64,7 @@ def _lut4a8_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     expanded = by_table(weight, tables)
-    y: Tensor = _reference.w8a8_linear(codes, row_scale, expanded, weight_scale, bias, dtype)
+    y: Tensor = _reference.w8a8_linear(x_q, row_scale, expanded, weight_scale, bias, dtype)
     return y
 
 
@@ -102,13 +102,13 @@ def finished(
     return y.to(dtype)
 
 
-def rows_by_rows(codes: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
+def rows_by_rows(x_q: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
     """Empty (M, N) of the dtype among the arguments, for fakes."""
     dtype = next(given for given in rest if isinstance(given, torch.dtype))
-    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
+    return x_q.new_empty((x_q.shape[0], weight.shape[0]), dtype=dtype)
 
 
-PRODUCT = "Tensor codes, Tensor row_scale, Tensor weight, Tensor weight_scale"
+PRODUCT = "Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale"
 THEN = "Tensor? bias, bool gelu, Tensor? gate, Tensor? residual, ScalarType dtype"
 BRANCH = "Tensor? low=None, Tensor? up=None"
 """Parts of schemas: what every product begins with, what follows it, and its low-rank branch."""

@@ -87,21 +87,21 @@ def norm_modulate(
 def binned_quantize_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,  # (K,) bfloat16
-    order: Tensor | None,  # (K,) int32
-    block: int,
-    turns: int,
+    perm: Tensor | None,  # (K,) int32
+    hadamard_block: int,
+    num_rotations: int,
     scale: Tensor | None,  # (bins,) float32, or None: one per row
     bin: Tensor | None,  # (1,) int64, the place in it; None is the first
-    levels: int = 127,
+    qmax: int = 127,
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 (M, K) and their scales (M,) after the change of the input."""
-    x = changed(x.float(), pre_scale, order, block, turns)
+    x = changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     if scale is None:
-        rows = row_scale(x, levels)
+        rows = row_scale(x, qmax)
     else:
         one = scale.reshape(-1)[:1] if bin is None else scale.reshape(-1).index_select(0, bin)
         rows = one.reshape(1, 1).expand(x.shape[0], 1)
-    return row_codes(x, rows, levels).to(torch.int8), rows.reshape(-1).clone()
+    return row_codes(x, rows, qmax).to(torch.int8), rows.reshape(-1).clone()
 
 
 def _norm_quantize_rows(
@@ -121,11 +121,11 @@ def _gelu_quantize_rows(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _e4m3_quantize_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,
-    order: Tensor | None,
-    block: int,
-    turns: int,
+    perm: Tensor | None,
+    hadamard_block: int,
+    num_rotations: int,
 ) -> tuple[Tensor, Tensor]:
-    x = changed(x.float(), pre_scale, order, block, turns)
+    x = changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     scale = x.abs().amax(1, keepdim=True) / x.new_full((1, 1), _E4M3_MAX)
     codes = divide(x, scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return codes, scale.reshape(-1)  # (M, K), (M,)
@@ -134,25 +134,29 @@ def _e4m3_quantize_rows(
 def _e2m1_quantize_rows(
     x: Tensor,  # (M, K) any float dtype
     pre_scale: Tensor | None,
-    order: Tensor | None,
-    block: int,
-    turns: int,
+    perm: Tensor | None,
+    hadamard_block: int,
+    num_rotations: int,
 ) -> tuple[Tensor, Tensor]:
     """E2M1 levels times two, which int8 holds, and half the scale; as the format ``e2m1-row``."""
-    x = changed(x.float(), pre_scale, order, block, turns)
+    x = changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     codes, scale = doubled(x, x.abs().amax(1, keepdim=True))
     return codes.to(torch.int8), scale.reshape(-1)  # (M, K), (M,)
 
 
 def changed(
-    x: Tensor, pre_scale: Tensor | None, order: Tensor | None, block: int, turns: int
+    x: Tensor,
+    pre_scale: Tensor | None,
+    perm: Tensor | None,
+    hadamard_block: int,
+    num_rotations: int,
 ) -> Tensor:
     """What a layer does to its float32 input (M, K) before it quantizes; may be ``x`` itself."""
     if pre_scale is not None:
         x = x * pre_scale.float()
-    if order is not None:
-        x = x[:, order.long()]
-    return rotate(x, block, turns)
+    if perm is not None:
+        x = x[:, perm.long()]
+    return rotate(x, hadamard_block, num_rotations)
 
 
 def _by_halves(x: Tensor) -> Tensor:
@@ -173,9 +177,9 @@ def _e4m3_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-CHANGE = "Tensor? pre_scale, Tensor? order, int block, int turns"
+CHANGE = "Tensor? pre_scale, Tensor? perm, int hadamard_block, int num_rotations"
 """Part of schemas: what a layer does to its input first."""
-_GRID = "Tensor? scale, Tensor? bin, int levels=127"
+_GRID = "Tensor? scale, Tensor? bin, int qmax=127"
 
 OPS = (
     (

@@ -386,10 +386,10 @@ def _reference(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None)
     return _in_float(multiply, task, x, parts, bias)
 
 
-def _stored(task: Task, parts: PackedTensors) -> tuple[list[Tensor], str, str]:
+def _stored(task: Task, parts: PackedTensors) -> tuple[list[Tensor], list[str], str]:
     """The parts of the weight, their names, its format: what the ops ask for."""
     names = [name for name in parts if name.startswith("weight")]
-    return [parts[name] for name in names], ",".join(names), task.weights.name
+    return [parts[name] for name in names], names, task.weights.name
 
 
 def _codes(task: Task, x: Tensor, parts: PackedTensors) -> tuple[Tensor, Tensor]:

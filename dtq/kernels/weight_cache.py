@@ -18,14 +18,19 @@ class Resident:
         self._known = WeakTensorKeyDictionary()
 
     def weight(
-        self, parts: list[Tensor], names: str, weights: str, columns: int, dtype: torch.dtype
+        self,
+        parts: list[Tensor],
+        names: list[str],
+        weight_format: str,
+        columns: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         """The float matrix (N, K) in ``dtype``; arguments as of ``dtq::dequantize``."""
         stamp = (dtype, *((part.data_ptr(), _version(part)) for part in parts))
         found = self._known.get(parts[0])
         if found is not None and found[0] == stamp:
             return found[1]
-        made: Tensor = torch.ops.dtq.dequantize(parts, names, weights, columns, dtype)
+        made: Tensor = torch.ops.dtq.dequantize(parts, names, weight_format, columns, dtype)
         # memory of a graph that is being captured holds the weight only while it is replayed
         if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._known[parts[0]] = (stamp, made)

@@ -295,8 +295,8 @@ class QuantLinear(nn.Linear):
         """The product with the activation format that the step policy names for this step."""
         clock, task = self._clock[0], self.task
         y: Tensor = torch.ops.dtq.step_linear(
-            rows, clock.mode, ",".join(clock.modes), self.weights, self.acts, task.block,
-            task.turns, ",".join(parts), list(parts.values()), bias, self.out_features,
+            rows, clock.mode, list(clock.modes), self.weights, self.acts, task.block, task.turns,
+            list(parts), list(parts.values()), bias, self.out_features,
         )  # fmt: skip
         return y
 
