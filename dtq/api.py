@@ -236,7 +236,9 @@ def quantize_source(
         if recipe.finetune.name != "none" or last_look:
             floats[layer.name] = old  # the teacher, and what the last look compares with
     # of the command the model is only written; if it runs, it runs as it will when loaded
-    runs = work.folder is None or recipe.finetune.name != "none" or bool(recipe.step_policy.precisions)
+    runs = (
+        work.folder is None or recipe.finetune.name != "none" or bool(recipe.step_policy.precisions)
+    )
     runs = runs or last_look
     finalize(source.model, report.edges, align=runs)
     config = config or DTQConfig(modules_to_not_convert=list(skip) or None)

@@ -32,7 +32,14 @@ from dtq.checkpoint.config import DTQConfig
 from dtq.checkpoint.reader import CHECKSUMS, Reader
 from dtq.errors import InputError
 from dtq.formats import FORMATS, TensorSpec
-from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, activation_format_of, fake_quantize, row_codes, scale_of
+from dtq.formats.activations import (
+    ACTIVATION_FORMATS,
+    ActivationFormat,
+    activation_format_of,
+    fake_quantize,
+    row_codes,
+    scale_of,
+)
 from dtq.formats.grid import doubled
 from dtq.io.safe_parse import read_json
 from dtq.kernels.ops import int_matmul
@@ -235,8 +242,12 @@ class Slice(QuantLinear):
     def _changed(self, rows: Tensor) -> Tensor:
         if not self.runtime.pre_quant and self.runtime.hadamard_block_size == 1:
             return rows.float()
-        scale = self.packed_tensor("pre_quant_scale").reshape(-1) if self.runtime.pre_quant else None
-        x: Tensor = torch.ops.dtq.transform_rows(rows, scale, None, self.runtime.hadamard_block_size, 1)
+        scale = (
+            self.packed_tensor("pre_quant_scale").reshape(-1) if self.runtime.pre_quant else None
+        )
+        x: Tensor = torch.ops.dtq.transform_rows(
+            rows, scale, None, self.runtime.hadamard_block_size, 1
+        )
         return x
 
     def _acts(self) -> ActivationFormat:
@@ -396,7 +407,9 @@ def sliced(layer: QuantLinear, rule: str, world: int) -> dict[str, TensorSpec]:
                 f"a rotation block of {runtime.hadamard_block_size} channels would cross the cut at {local[1]}"
             )
         if ACTIVATION_FORMATS[runtime.activation_format].block_format:
-            FORMATS[ACTIVATION_FORMATS[runtime.activation_format].block_format].layout((1, local[1]))
+            FORMATS[ACTIVATION_FORMATS[runtime.activation_format].block_format].layout(
+                (1, local[1])
+            )
     parts, whole = runtime.tensor_specs(local, layer.bins), layer.tensor_specs()
     for name, spec in whole.items():
         mine = parts.get(name, spec)

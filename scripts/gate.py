@@ -122,7 +122,9 @@ def reruns(options: argparse.Namespace) -> None:
 def draws(options: argparse.Namespace) -> None:
     """The bundled model twice, in other batches: seeded draws of its prompts."""
     policy, reference, candidate = Policy.load("default"), *_pair(options)
-    how = SamplingSettings(samples=64, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000)
+    how = SamplingSettings(
+        samples=64, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000
+    )
     base = paired_run.compare(paired_run.observe(reference, how), candidate).run
     one_by_one = replace(how, batch=1)
     other = paired_run.compare(paired_run.observe(reference, one_by_one), candidate).run
@@ -171,7 +173,9 @@ def planted(options: argparse.Namespace) -> None:
     """Defects of the bundled model, each against the unchanged one, under the default policy."""
     policy, reference, candidate = Policy.load("default"), *_pair(options)
     started = time.process_time()
-    how = SamplingSettings(samples=32, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000)
+    how = SamplingSettings(
+        samples=32, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000
+    )
     job = paired_run.observe(reference, how)
     base = paired_run.compare(job, candidate).run
     print(
@@ -218,7 +222,8 @@ def planted(options: argparse.Namespace) -> None:
     removed = copy.deepcopy(unchanged)
     del removed.values["error"]["0007"]
     expect(
-        decide(removed, base, policy).outcome is Outcome.INVALID, "a sample's value removed: invalid"
+        decide(removed, base, policy).outcome is Outcome.INVALID,
+        "a sample's value removed: invalid",
     )
     removed = copy.deepcopy(unchanged)
     removed.samples.pop()

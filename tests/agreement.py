@@ -261,7 +261,9 @@ def fp4_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
 def rounded(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     d = size.dice
-    acts = d.choice([name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8])
+    acts = d.choice(
+        [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8]
+    )
     m, k = d.choice(ROWS), d.choice((128, 256, 1152, 3072))
     m = max(1, min(m, limit // k))
     block = d.choice((1, 32, 128))

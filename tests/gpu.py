@@ -41,7 +41,7 @@ import golden
 
 from dtq.bench import cases, gpu
 from dtq.bench.cases import quantized
-from dtq.bench.cpu import Candidate, BenchRow, race
+from dtq.bench.cpu import BenchRow, Candidate, race
 from dtq.bench.timer import Clock, clock_of
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
@@ -498,7 +498,10 @@ def _two_level(s: Session, m: int, k: int, n: int) -> float:
     plain = nn.Linear(k, n, device=s.device, dtype=torch.bfloat16)
     x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
     codes, scale = dtq.quantize_rows(x, None, 1, None)
-    eight, four = quantized(plain, "int8-row").packed_tensors(), quantized(plain, "int4-2l-g128").packed_tensors()
+    eight, four = (
+        quantized(plain, "int8-row").packed_tensors(),
+        quantized(plain, "int4-2l-g128").packed_tensors(),
+    )
     count = gpu.copies(s.device, codes.nbytes + four["weight"].nbytes)
 
     def sets(parts: dict[str, Tensor], names: tuple[str, ...]) -> list[tuple[Tensor, ...]]:

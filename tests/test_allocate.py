@@ -20,14 +20,14 @@ from dtq.allocate import (
     Allocation,
     Option,
     allocate,
-    sensitivities,
     groups_of,
     knapsack,
     measure,
     parse_budget,
+    sensitivities,
 )
 from dtq.errors import InputError
-from dtq.models import ROLES, Linear, InputGroup
+from dtq.models import ROLES, InputGroup, Linear
 from dtq.pipelines.recorded_calls import RecordedCall, subsample
 
 # --- knapsack --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from dtq.bench import cases
 from dtq.bench import cpu as bench
-from dtq.bench.cpu import Candidate, BenchRow
+from dtq.bench.cpu import BenchRow, Candidate
 from dtq.cli import main
 from dtq.kernels.compile import cpu
 

@@ -118,7 +118,9 @@ def test_e2m1_rows_have_the_bits_of_the_reference(isa, dtype):
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("acts", [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8])
+@pytest.mark.parametrize(
+    "acts", [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounded_rows_have_the_bits_of_the_reference(isa, acts, dtype):
     for m, k, block in [(5, 1152, 128), (17, 256, 1), (3, 4224, 64)]:

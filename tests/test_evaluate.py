@@ -130,7 +130,9 @@ def test_psnr_and_ssim():
 
 
 def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
-    result = evaluate.evaluate(load_transformer(quantized_folder), load_transformer(float_folder), HOW)
+    result = evaluate.evaluate(
+        load_transformer(quantized_folder), load_transformer(float_folder), HOW
+    )
     row = result.rows[0]
     assert 0 < row.error < 0.01
     assert len(row.error_steps) == len(row.divergence) == 3
@@ -182,7 +184,9 @@ def test_what_cannot_be_compared():
 
 def test_both_transformers_of_a_pipeline_are_judged():
     """Wan 2.2: each step is of whichever runs, and the fingerprints are of both."""
-    how = SamplingSettings(samples=2, steps=4, batch_size=2, pipeline_args=pipelines.SMALL["wan 2.2"])
+    how = SamplingSettings(
+        samples=2, steps=4, batch_size=2, pipeline_args=pipelines.SMALL["wan 2.2"]
+    )
     float_model, changed = (load_transformer(pipelines.wan_two()) for _ in range(2))
     assert list(float_model.models()) == ["transformer", "transformer_2"]
     changed.models()["transformer_2"].proj_out.weight.data *= 1.1
@@ -206,7 +210,9 @@ def test_both_transformers_of_a_pipeline_are_judged():
 def test_a_transformer_that_is_never_called_is_said(caplog):
     pipe = pipelines.wan_two()
     pipe.register_to_config(boundary_ratio=0.0)  # the first one has every step
-    how = SamplingSettings(samples=1, steps=2, batch_size=1, pipeline_args=pipelines.SMALL["wan 2.2"])
+    how = SamplingSettings(
+        samples=1, steps=2, batch_size=1, pipeline_args=pipelines.SMALL["wan 2.2"]
+    )
     paired_run.observe(load_transformer(pipe), how)
     assert "transformer_2 is not called in this job, so it is not judged" in caplog.text
 

@@ -50,7 +50,9 @@ def test_frechet_distance_against_the_root_of_the_product(sides):
 def test_the_cheap_route_is_the_same_distance(sides, count):
     reference = FeatureMoments.of(sides[0])
     rows = sides[1][:count]
-    assert reference.to_features(rows) == pytest.approx(reference.to(FeatureMoments.of(rows)), rel=1e-6)
+    assert reference.to_features(rows) == pytest.approx(
+        reference.to(FeatureMoments.of(rows)), rel=1e-6
+    )
 
 
 def test_many_features_or_few_are_one_distance(sides):

@@ -17,9 +17,9 @@ import torch
 from dtq.errors import InputError
 from dtq.formats import FORMATS, base, bits_per_weight, fake_quantize_weight
 from dtq.formats.floats import Fp8
-from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid, Codebook
+from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Codebook, Grid
 from dtq.formats.integer import Int, TwoLevelInt
-from dtq.formats.lut import Lut, CodebookMoments, lloyd
+from dtq.formats.lut import CodebookMoments, Lut, lloyd
 from dtq.formats.packing import (
     pack_bits,
     pack_nibbles,

@@ -211,7 +211,9 @@ def test_explain_names_every_refusal():
     assert any(line.startswith("on the CPU: ") and "no compiled form" not in line for line in lines)
     lines = explain(Task(FORMATS["nf4-g64"], ACTIVATION_FORMATS["int8-row"], 1))
     assert "float-product: used" in lines
-    lines = explain(Task(replace(FORMATS["nf4-g64"], name="mine"), ACTIVATION_FORMATS["int8-row"], 1))
+    lines = explain(
+        Task(replace(FORMATS["nf4-g64"], name="mine"), ACTIVATION_FORMATS["int8-row"], 1)
+    )
     assert "reference: used" in lines
     assert any(line.startswith("on the CPU: torch reference: no compiled form") for line in lines)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import dtq
-from dtq.calibrate.observers import SampleOrigin, InputStats
+from dtq.calibrate.observers import InputStats, SampleOrigin
 from dtq.formats import FORMATS, bits_per_weight
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.schema import MethodSpec

@@ -76,7 +76,9 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
     assert sum(steps) / len(steps) < LOOSE.get(name, 0.05)
     plan = report.plan
     assert stored_bits(opened.model) == pytest.approx(
-        plan.bits([x for x in plan.quantized() if x.activation_format != "none"] or plan.quantized())
+        plan.bits(
+            [x for x in plan.quantized() if x.activation_format != "none"] or plan.quantized()
+        )
     )
     with atomic.atomic_directory(tmp_path / "out", overwrite=False) as side:
         writer.save_into(opened.pipeline, side, "10GB")

@@ -208,7 +208,9 @@ NOT_ON_META = {
 
 def grouped(scan: Scan) -> set[tuple[tuple[str, str], ...]]:
     """Name and role of the linears of each site."""
-    return {tuple((linear.name, linear.role) for linear in site.linears) for site in scan.input_groups}
+    return {
+        tuple((linear.name, linear.role) for linear in site.linears) for site in scan.input_groups
+    }
 
 
 def test_every_denoiser_has_a_family():

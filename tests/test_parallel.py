@@ -197,7 +197,9 @@ def test_layers_that_mix_all_channels_have_no_row_rule(runtime, why):
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_column_slices_make_the_whole(weights):
-    layer = filled(LayerSpec(weights, "int8-row", 64, True, rank=4), n=64 if "vq" in weights else 48)
+    layer = filled(
+        LayerSpec(weights, "int8-row", 64, True, rank=4), n=64 if "vq" in weights else 48
+    )
     x = tokens(5)
     outputs = []
     for rank in range(2):

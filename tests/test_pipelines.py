@@ -150,7 +150,9 @@ def test_a_pipeline_that_works_on_pictures(name, tmp_path):
 
 
 def test_pictures_are_made_up_with_a_warning(caplog):
-    how = SamplingSettings(samples=1, steps=2, batch_size=4, pipeline_args=pipelines.SMALL["inpaint"])
+    how = SamplingSettings(
+        samples=1, steps=2, batch_size=4, pipeline_args=pipelines.SMALL["inpaint"]
+    )
     beside = image_inputs.wanted(pipelines.inpaint(), how)
     assert beside.arguments == ("image", "mask_image")
     assert beside.batch(4) == 1
@@ -183,7 +185,9 @@ def test_bad_pictures_are_said(tmp_path):
         with pytest.raises(InputError, match=reason):
             image_inputs.wanted(pipe, SamplingSettings(images=str(path))).of(0)
     with pytest.raises(InputError, match="takes no pictures"):
-        image_inputs.wanted(pipelines.pixart(), SamplingSettings(images=str(tmp_path / "broken.png")))
+        image_inputs.wanted(
+            pipelines.pixart(), SamplingSettings(images=str(tmp_path / "broken.png"))
+        )
     with pytest.raises(InputError, match="give it with --images"):
         image_inputs.wanted(pipe, SamplingSettings(pipeline_args={"image": "cat.png"}))
 

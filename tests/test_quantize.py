@@ -126,7 +126,12 @@ def test_n_processes_equal_one():
     )
     half.merge(
         calibrate(
-            source, scan.input_groups, how, frozenset({"channels"}), inputs=calls[2:], progress=False
+            source,
+            scan.input_groups,
+            how,
+            frozenset({"channels"}),
+            inputs=calls[2:],
+            progress=False,
         )
     )
     for name, stats in whole.inputs.items():
@@ -139,7 +144,9 @@ def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
     source = load_transformer(pipe)
     scan = scan_model(source.model)
     before = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
-    stats = calibrate(source, scan.input_groups, hasty("w4a8").calibration, EVERYTHING, progress=False)
+    stats = calibrate(
+        source, scan.input_groups, hasty("w4a8").calibration, EVERYTHING, progress=False
+    )
     after = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
     assert before == after
     site = stats.inputs["transformer_blocks.0.attn1.to_q"]
@@ -234,7 +241,9 @@ def test_an_alternative_may_change_the_input_where_the_recipe_does_not():
 def test_statistics_alone_are_enough_without_a_pipeline(caplog):
     source = LoadedModel("x", None, "transformer", tiny.dit())
     scan, _ = plan_source(source, Recipe.load("w4a8"))
-    stats = calibrate(source, scan.input_groups, hasty("w4a8").calibration, EVERYTHING, progress=False)
+    stats = calibrate(
+        source, scan.input_groups, hasty("w4a8").calibration, EVERYTHING, progress=False
+    )
     with caplog.at_level(logging.WARNING, "dtq"):
         model = dtq.quantize(source.model, hasty("w4a8"), statistics=stats, progress=False)
     assert model.hf_quantizer.report.compared == {}

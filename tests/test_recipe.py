@@ -141,7 +141,9 @@ def test_plan_resolves_roles_rules_and_fallbacks():
     assert plan.bits(plan.gemm()) < 5.2
     shape = (30, 30)
     assert (
-        Recipe.load("w4a8")._layer(Linear("a.0.ff.net.2", "ffn.down", shape, True), ()).weight_format
+        Recipe.load("w4a8")
+        ._layer(Linear("a.0.ff.net.2", "ffn.down", shape, True), ())
+        .weight_format
         == "int8-row"
     )
 

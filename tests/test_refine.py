@@ -218,7 +218,9 @@ def test_gradients_reach_every_float_part():
         layer = rounded(linear, LayerSpec(weights, "int8-row"))
         trainee = TrainableLinear(layer)
         trainee(torch.randn(3, 128)).square().sum().backward()
-        learns = {n for n, s in layer.tensor_specs().items() if s.dtype.is_floating_point} - {"weight"}
+        learns = {n for n, s in layer.tensor_specs().items() if s.dtype.is_floating_point} - {
+            "weight"
+        }
         assert set(trainee.moves) == learns | {"bias"}
         assert all(p.grad is not None and p.grad.any() for p in trainee.moves.values()), weights
 

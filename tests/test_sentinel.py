@@ -210,7 +210,9 @@ def test_a_float_model_that_is_broken_itself_is_refused():
 
 
 def test_what_no_layer_is_to_blame_for_is_said():
-    seen = sanity_check.SanityReport(2, snr={"a": [30.0, 30.0], "b": [29.0, 1.0]}, variance=[1.0, math.nan])
+    seen = sanity_check.SanityReport(
+        2, snr={"a": [30.0, 30.0], "b": [29.0, 1.0]}, variance=[1.0, math.nan]
+    )
     assert sanity_check.failures(seen) == []
     assert sanity_check.warnings(seen) == [
         "b has 1.0 dB of signal left at call 1, 30.0 dB before it",

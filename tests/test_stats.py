@@ -10,7 +10,13 @@ import torch
 
 from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.observers import ChannelStats, HessianObserver, SampleOrigin, InputSample, InputStats
+from dtq.calibrate.observers import (
+    ChannelStats,
+    HessianObserver,
+    InputSample,
+    InputStats,
+    SampleOrigin,
+)
 from dtq.errors import CheckpointError, InputError
 
 K, BINS = 24, 4
@@ -20,7 +26,9 @@ ALL = frozenset({"channels", "gram", "reservoir"})
 def calls(count=12, rows=64):
     g = torch.Generator().manual_seed(0)
     branch = torch.arange(rows) * 2 // rows
-    return [(torch.randn(rows, K, generator=g), SampleOrigin(i % BINS, i, branch)) for i in range(count)]
+    return [
+        (torch.randn(rows, K, generator=g), SampleOrigin(i % BINS, i, branch)) for i in range(count)
+    ]
 
 
 def seen(which) -> InputStats:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from dtq.calibrate.observers import SampleOrigin, InputStats
+from dtq.calibrate.observers import InputStats, SampleOrigin
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.linalg.hadamard import block_for, fwht, rotate, rotate_back, signs
@@ -30,7 +30,9 @@ def salient(rows: int = 2048, seed: int = 0) -> torch.Tensor:
 def stats_of(x: torch.Tensor, bins: int = 4) -> InputStats:
     stats = InputStats(x.shape[1], bins, frozenset({"channels", "gram", "reservoir"}))
     for call, chunk in enumerate(x.split(256)):
-        stats.observe(chunk, SampleOrigin(call % bins, call, torch.zeros(len(chunk), dtype=torch.int64)))
+        stats.observe(
+            chunk, SampleOrigin(call % bins, call, torch.zeros(len(chunk), dtype=torch.int64))
+        )
     return stats
 
 
@@ -45,7 +47,9 @@ def some_transforms():
         "online": OnlineTransform.of(s, signs(K, 3), 64),
         "permutation": Permutation(torch.randperm(K, generator=g)),
         "dual": Rotation(16, num_rotations=2),
-        "online dual": OnlineTransform.of(s, signs(K, 3), 64, torch.randperm(K, generator=g), turns=2),
+        "online dual": OnlineTransform.of(
+            s, signs(K, 3), 64, torch.randperm(K, generator=g), turns=2
+        ),
     }
 
 
@@ -155,7 +159,9 @@ def test_search_is_never_worse_than_none_smoothing_or_rotation_alone(fmt):
 def test_smoothing_and_rotation_together_beat_each_alone_on_salient_inputs():
     stats = stats_of(salient())
     w = torch.randn(256, K, generator=torch.Generator().manual_seed(5)) * 0.05
-    found = TRANSFORMS["search"].call([w], stats, fmt=FORMATS["int4-row"], acts=ACTIVATION_FORMATS["int8-row"])
+    found = TRANSFORMS["search"].call(
+        [w], stats, fmt=FORMATS["int4-row"], acts=ACTIVATION_FORMATS["int8-row"]
+    )
     alone = min(found.errors["smooth"], found.errors["hadamard"], found.errors["none"])
     assert found.errors["smooth + hadamard"] <= 0.7 * alone
 
@@ -210,7 +216,9 @@ def test_ars_turns_twice_only_where_one_hadamard_leaves_outliers_at_any_scale():
         1, torch.randint(0, K, (2048, 1), generator=g), torch.full((2048, 1), 300.0)
     )
     for factor in (1.0, 0.01):
-        assert TRANSFORMS["ars"].call([w], stats_of(calm * factor), **how).transform.num_rotations == 1
+        assert (
+            TRANSFORMS["ars"].call([w], stats_of(calm * factor), **how).transform.num_rotations == 1
+        )
         found = TRANSFORMS["ars"].call([w], stats_of(wild * factor), block=8, **how)
         assert found.transform.num_rotations == 2
         once = TRANSFORMS["smooth-hadamard"].call([w], stats_of(wild * factor), block=8, **how)

@@ -12,7 +12,7 @@ one saves.
 
 from dtq.allocate.allocation import Allocation, AllocationRow, allocate, parse_budget, parse_size
 from dtq.allocate.knapsack import LIMIT, Bounds, Option, knapsack
-from dtq.allocate.measure import Measured, sensitivities, measure
+from dtq.allocate.measure import Measured, measure, sensitivities
 from dtq.allocate.metrics import GROUPS, METRICS, groups_of
 
 __all__ = [
@@ -20,15 +20,15 @@ __all__ = [
     "LIMIT",
     "METRICS",
     "Allocation",
+    "AllocationRow",
     "Bounds",
     "Measured",
     "Option",
-    "AllocationRow",
     "allocate",
-    "sensitivities",
     "groups_of",
     "knapsack",
     "measure",
     "parse_budget",
     "parse_size",
+    "sensitivities",
 ]

@@ -105,7 +105,12 @@ def allocate(
     )
     whole = _sum("chosen", chosen)
     return Allocation(
-        rows, budget, whole.cost, whole.sensitivity, _sum("lowest", lowest), _sum("highest", highest)
+        rows,
+        budget,
+        whole.cost,
+        whole.sensitivity,
+        _sum("lowest", lowest),
+        _sum("highest", highest),
     )
 
 

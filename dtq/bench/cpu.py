@@ -168,7 +168,9 @@ def race(
             for name in ours
             if name in times and name != c.name
         }
-        rows.append(BenchRow(case, tokens, c.name, statistics.median(times[c.name]), c.bytes, ratio))
+        rows.append(
+            BenchRow(case, tokens, c.name, statistics.median(times[c.name]), c.bytes, ratio)
+        )
     return rows
 
 

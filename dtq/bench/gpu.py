@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.bench.cases import OURS, quantized, quantized_model
-from dtq.bench.cpu import MODULES, Candidate, Result, BenchRow, installed, race
+from dtq.bench.cpu import MODULES, BenchRow, Candidate, Result, installed, race
 from dtq.bench.timer import Clock, clock_of
 from dtq.errors import InputError
 from dtq.evaluate.baselines import BASELINES

@@ -54,7 +54,9 @@ def calibrate_in_shards(
         mine, end = first + team.rank, min(first + team.size, len(parts))
         seen = None
         if mine < end:
-            seen = collect_shard(source, sites, calibration, needs, runs, parts[mine], progress=progress)
+            seen = collect_shard(
+                source, sites, calibration, needs, runs, parts[mine], progress=progress
+            )
         for turn in range(first, end):
             if turn == mine and seen is not None:
                 _add(path, seen, turn)

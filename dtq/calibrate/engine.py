@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.observers import SampleOrigin, InputStats
+from dtq.calibrate.observers import InputStats, SampleOrigin
 from dtq.errors import InputError
 from dtq.models import InputGroup, sibling_key
 from dtq.models.linears import rows_of
@@ -55,7 +55,9 @@ class CalibrationRun:
 
 
 def calibration_run(
-    source: LoadedModel, calibration: SamplingSettings, inputs: Sequence[dict[str, Any]] | None = None
+    source: LoadedModel,
+    calibration: SamplingSettings,
+    inputs: Sequence[dict[str, Any]] | None = None,
 ) -> CalibrationRun:
     """How to run the float model.
 
@@ -195,7 +197,9 @@ def memory_batches(
 
 def fill_from_sibling_experts(statistics: Statistics) -> Statistics:
     """Sites that saw nothing take what their siblings saw: experts read the same stream."""
-    names = sorted(statistics.inputs)  # one order, wherever they are kept: it decides how sums round
+    names = sorted(
+        statistics.inputs
+    )  # one order, wherever they are kept: it decides how sums round
     idle = {name for name in names if not len(statistics.inputs[name].channels.amax())}
     if not idle:
         return statistics  # left where it is: on disk it may not fit in memory

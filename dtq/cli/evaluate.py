@@ -18,7 +18,7 @@ from dtq.checkpoint import reader
 from dtq.cli.options import calibration_of, listed, pairs, quiet, sampling_options
 from dtq.cli.output import or_dash, table
 from dtq.errors import InputError, NonFiniteError
-from dtq.io.atomic import make_directory, atomic_write
+from dtq.io.atomic import atomic_write, make_directory
 from dtq.io.safe_parse import finite_or_null, read_json
 from dtq.pipelines import loading, prompts
 from dtq.pipelines.sampling import run_pipeline
@@ -309,7 +309,9 @@ def _open(model: str, dtype: str) -> loading.LoadedModel:
     """Open a model; a dtq checkpoint is verified first, so that damage is one clear line."""
     path = Path(model)
     if path.is_dir() and loading.folder_kind(path) == "pipeline":
-        configs = [path / name / "config.json" for name in loading.diffusion_transformers_on_disk(path)]
+        configs = [
+            path / name / "config.json" for name in loading.diffusion_transformers_on_disk(path)
+        ]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
             reader.verify(path)
     return loading.load_transformer(model, dtype=dtype)

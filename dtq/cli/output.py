@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from dtq.bench.cases import OURS
-from dtq.bench.cpu import Result, BenchRow, geometric_means, verdict
+from dtq.bench.cpu import BenchRow, Result, geometric_means, verdict
 from dtq.estimate.size import Estimate
 from dtq.kernels import explain
 from dtq.models import Scan
@@ -185,7 +185,9 @@ def print_result(report: Report, output: Path, seconds: float) -> None:
         said = ", then ".join(f"{mode} for {n}" for mode, n in reversed(list(counts)))
         click.echo(f"step policy over {report.step_policy['num_inference_steps']} steps: {said}")
     for x in promoted:
-        click.echo(f"promoted {x.name} to {x.weight_format}: error {x.error_before:.1e} -> {x.error:.1e}")
+        click.echo(
+            f"promoted {x.name} to {x.weight_format}: error {x.error_before:.1e} -> {x.error:.1e}"
+        )
     for x in report.sanity_check.get("promoted", []):
         click.echo(f"sentinel: {x['layer']} to {x['to']}: {x['why']}")
     click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")

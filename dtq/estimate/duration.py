@@ -99,7 +99,9 @@ def seconds(
     total = looks * LOOKED * forward(runs.branches)
     total += forward(TRACED_BATCH) + 2 * reading  # traced, hashed, solved
     if needs:
-        sites = [s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)]
+        sites = [
+            s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)
+        ]
         room = memory or psutil.virtual_memory().available // 2
         passes = len(memory_batches(sites, recipe.calibration.num_timestep_bins, needs, room))
         total += passes * runs.calls * forward(runs.pictures)
@@ -109,12 +111,23 @@ def seconds(
     sampled = runs.calls * runs.pictures * _rows(scan)
     total += _solving(scan, plan, recipe, needs, rate, sampled)
     refined = recipe.finetune.name != "none"
-    if recipe.transform_candidates or recipe.allocate.budget or recipe.step_policy.precisions or refined:
+    if (
+        recipe.transform_candidates
+        or recipe.allocate.budget
+        or recipe.step_policy.precisions
+        or refined
+    ):
         total += runs.steps * forward(RECORDED_SAMPLES * runs.branches)
     call = forward(RECORDED_SAMPLES * runs.branches)
-    total += (1 + len(recipe.transform_candidates)) * NUM_INPUTS * call if recipe.transform_candidates else 0.0
+    total += (
+        (1 + len(recipe.transform_candidates)) * NUM_INPUTS * call
+        if recipe.transform_candidates
+        else 0.0
+    )
     if recipe.allocate.budget:
-        judged = sum(any(not plan[x.name].unquantized for x in s.linears) for s in scan.input_groups)
+        judged = sum(
+            any(not plan[x.name].unquantized for x in s.linears) for s in scan.input_groups
+        )
         total += judged * len(recipe.allocate.formats) * recipe.allocate.num_inputs * call
     if refined:
         blocks = len({x.name.split(".")[1] for x in plan.gemm() if "." in x.name})
@@ -131,7 +144,9 @@ def _solving(
     for other in recipe.transform_candidates:
         versions.append([replace(x, transform=MethodSpec(other)) for x in plan.gemm()])
     for option in recipe.allocate.formats if recipe.allocate.budget else ():
-        versions.append([replace(x, weights=option) for x in plan.gemm() if x.weight_format != option])
+        versions.append(
+            [replace(x, weight_format=option) for x in plan.gemm() if x.weight_format != option]
+        )
     layers = [layer for version in versions for layer in version]
     known = paces(layers, recipe, needs, rate, sampled)
     readers = {x.name: len(s.linears) for s in scan.input_groups for x in s.linears}

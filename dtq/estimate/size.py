@@ -82,7 +82,7 @@ def estimate(
     floats = sum(t.numel() * dtype.itemsize for t in model.state_dict().values())
     runs = runs_of(model, recipe, driven)
     if not driven:
-        recipe = replace(recipe, compare=())
+        recipe = replace(recipe, transform_candidates=())
         runs = runs if needs else replace(runs, looked=0)  # nothing to look with
     time = None
     if scan.traced:
@@ -143,7 +143,9 @@ def peak_memory(
     """
     statistics, working = 0, 0
     for site in scan.input_groups:
-        counts = [math.prod(plan[x.name].shape) for x in site.linears if not plan[x.name].unquantized]
+        counts = [
+            math.prod(plan[x.name].shape) for x in site.linears if not plan[x.name].unquantized
+        ]
         if not counts:
             continue
         seen = InputStats.nbytes(site.columns, bins, needs) if needs else 0
@@ -182,9 +184,13 @@ def disk_needed(
         memory: most bytes of statistics in memory; a file with them is replaced by the next.
     """
     kept = [s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)]
-    seen = sum(InputStats.nbytes(s.columns, recipe.calibration.num_timestep_bins, needs) for s in kept)
+    seen = sum(
+        InputStats.nbytes(s.columns, recipe.calibration.num_timestep_bins, needs) for s in kept
+    )
     seen = seen if needs else 0
     options = len(recipe.allocate.formats) - 1 if recipe.allocate.budget else 0
     units = sum(x.nbytes(plan.bins) for x in plan.quantized())
-    others = sum(x.nbytes(plan.bins) for x in plan.gemm()) * (len(recipe.transform_candidates) + options)
+    others = sum(x.nbytes(plan.bins) for x in plan.gemm()) * (
+        len(recipe.transform_candidates) + options
+    )
     return seen + max(min(seen, memory or seen), units + others + written)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtq.calibrate.observers import SampleOrigin, InputSample, InputStats
+from dtq.calibrate.observers import InputSample, InputStats, SampleOrigin
 from dtq.io.schema import MethodSpec
 from dtq.linalg.cholesky import factor_cost
 from dtq.plan.layers import LayerPlan

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.evaluate import baselines as others
 from dtq.evaluate import requested_metrics, trajectory
-from dtq.evaluate.merge import RunShard, by_step, placed, merge_shards
+from dtq.evaluate.merge import RunShard, by_step, merge_shards, placed
 from dtq.evaluate.metrics import extractors, images
 from dtq.evaluate.metrics.distributions import MetricValue
 from dtq.evaluate.metrics.extractors import Extractor
 from dtq.evaluate.paired_run import Progress, compare, observe, pair_values, video_values
-from dtq.evaluate.requested_metrics import MetricRequest, ImageSet, MetricResults
+from dtq.evaluate.requested_metrics import ImageSet, MetricRequest, MetricResults
 from dtq.evaluate.run_file import Run
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.loading import LoadedModel

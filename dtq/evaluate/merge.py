@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtq.evaluate import run_file, trajectory
-from dtq.evaluate.paired_run import EvaluationJob, CandidateRun
+from dtq.evaluate.paired_run import CandidateRun, EvaluationJob
 from dtq.evaluate.run_file import Run
 from dtq.runs.gather import check_ids, gather
 from dtq.runs.workers import Workers
@@ -73,7 +73,9 @@ def by_step(errors: Errors) -> list[float]:
     return trajectory.mean_by_step([(step, error) for _, step, error in ordered])
 
 
-def merge_shards(team: Workers, folder: Path | None, share: RunShard, count: int) -> RunShard | None:
+def merge_shards(
+    team: Workers, folder: Path | None, share: RunShard, count: int
+) -> RunShard | None:
     """The shares of all processes as one, on the first process; None elsewhere.
 
     Args:

@@ -44,18 +44,20 @@ def other_batches(how: SamplingSettings, alike: bool) -> SamplingSettings:
     """
     size = min(how.batch_size, how.samples)
     if alike:
-        return replace(how, batch=1 if size > 1 else 2)
-    return replace(how, batch={1: 1, 2: 3}.get(size, 2))
+        return replace(how, batch_size=1 if size > 1 else 2)
+    return replace(how, batch_size={1: 1, 2: 3}.get(size, 2))
 
 
-def one_is_as_several(reference: LoadedModel, requests: prompts.Requests, how: SamplingSettings) -> bool:
+def one_is_as_several(
+    reference: LoadedModel, requests: prompts.Requests, how: SamplingSettings
+) -> bool:
     """Whether the transformers are given the same, rows aside, for a sample alone and for two.
 
     Latte cuts the padding of a prompt that comes alone, and makes it zero in company.
     """
     alone, together = (
         trajectory.record(
-            reference.pipeline, reference.models(), requests, replace(how, batch=n), range(1)
+            reference.pipeline, reference.models(), requests, replace(how, batch_size=n), range(1)
         )
         for n in (1, 2)
     )
@@ -100,7 +102,10 @@ class CandidateRun:
 
 
 def observe(
-    reference: LoadedModel, how: SamplingSettings, say: Progress = lambda line: None, team: Workers = SINGLE_PROCESS
+    reference: LoadedModel,
+    how: SamplingSettings,
+    say: Progress = lambda line: None,
+    team: Workers = SINGLE_PROCESS,
 ) -> EvaluationJob:
     """Run the float pipeline twice, over what this process has of the requests."""
     how = call_defaults.of(reference.pipeline).fill(how)
@@ -225,7 +230,10 @@ def _conditions(how: SamplingSettings, requests: prompts.Requests) -> dict[str, 
 
 
 def _job(
-    how: SamplingSettings, reference: LoadedModel, candidate: LoadedModel, truth: trajectory.Trajectory
+    how: SamplingSettings,
+    reference: LoadedModel,
+    candidate: LoadedModel,
+    truth: trajectory.Trajectory,
 ) -> dict[str, Any]:
     """What a comparison with another run has to know."""
     scheduler = getattr(reference.pipeline, "scheduler", None)

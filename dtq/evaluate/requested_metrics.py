@@ -20,7 +20,12 @@ from torch import Tensor
 from dtq import demo
 from dtq.errors import InputError
 from dtq.evaluate.metrics import adm_suite, extractors
-from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, ReferenceSet, MetricValue, metric_value
+from dtq.evaluate.metrics.distributions import (
+    DISTRIBUTIONS,
+    MetricValue,
+    ReferenceSet,
+    metric_value,
+)
 from dtq.evaluate.metrics.extractors import Extractor, Features
 from dtq.evaluate.metrics.images import as_bytes, flaw, shown
 from dtq.evaluate.metrics.perceptual import PERCEPTUAL, UNPAIRED
@@ -150,7 +155,7 @@ def distributions(
             found.missing[metric] = str(error)
     if not wanted:
         return found
-    more = replace(how, set="auto", samples=asked.samples, seed=how.seed + 1)
+    more = replace(how, prompts="auto", samples=asked.samples, seed=how.seed + 1)
     requests = prompts.load(more.prompts, reference.pipeline, more.samples)
     for side, source in (("float", reference), ("candidate", candidate)):
         say(f"{side}, {asked.samples} pictures for {', '.join(wanted)}")
@@ -197,10 +202,14 @@ def _of(
     found = [metric_value(metric, extractor, made, own, of=who, units=units)]
     if extractor.real is not None and row.frechet and row.kind == "pool":
         real = ReferenceSet("training pictures", None, {"pool": extractor.real})
-        found.append(metric_value(metric, extractor, made, real, of=who, floats=floats, units=units))
+        found.append(
+            metric_value(metric, extractor, made, real, of=who, floats=floats, units=units)
+        )
     if file is not None:
         against = _reference(adm_suite.read(file), extractor, name)
-        found.append(metric_value(metric, extractor, made, against, of=who, floats=floats, units=units))
+        found.append(
+            metric_value(metric, extractor, made, against, of=who, floats=floats, units=units)
+        )
     return found
 
 

@@ -74,7 +74,10 @@ class Shelf:
 
 
 def fingerprint(
-    model: nn.Module, floats: Mapping[str, nn.Linear], calls: Sequence[RecordedCall], how: FinetuneConfig
+    model: nn.Module,
+    floats: Mapping[str, nn.Linear],
+    calls: Sequence[RecordedCall],
+    how: FinetuneConfig,
 ) -> str:
     """Of the method, the calls, and the quantized layers before and after they were."""
     digest = hashlib.sha256(json.dumps(asdict(how)).encode())

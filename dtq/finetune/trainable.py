@@ -78,7 +78,10 @@ class TrainableLinear(nn.Linear):
     def matrix(self) -> Tensor:
         """The weight (N, K) of the changed input."""
         fmt = self.layer.task.weights
-        parts = {n: self.layer.packed_tensor(n) for n in fmt.layout((self.out_features, self.in_features))}
+        parts = {
+            n: self.layer.packed_tensor(n)
+            for n in fmt.layout((self.out_features, self.in_features))
+        }
         return fmt.unpack(parts | {n: self.now(n) for n in parts if n in self.moves})
 
     def now(self, name: str) -> Tensor:

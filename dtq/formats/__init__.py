@@ -3,7 +3,14 @@
 
 from __future__ import annotations
 
-from dtq.formats.base import Format, QParams, PackedTensors, TensorSpec, bits_per_weight, fake_quantize_weight
+from dtq.formats.base import (
+    Format,
+    PackedTensors,
+    QParams,
+    TensorSpec,
+    bits_per_weight,
+    fake_quantize_weight,
+)
 from dtq.formats.floats import Fp8, MxFp4, NvFp4
 from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid
 from dtq.formats.integer import Int, TwoLevelInt
@@ -64,4 +71,12 @@ FORMATS: dict[str, Format] = {
     )
 }
 
-__all__ = ["FORMATS", "Format", "QParams", "PackedTensors", "TensorSpec", "bits_per_weight", "fake_quantize_weight"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "PackedTensors",
+    "QParams",
+    "TensorSpec",
+    "bits_per_weight",
+    "fake_quantize_weight",
+]

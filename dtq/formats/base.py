@@ -41,7 +41,9 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    unsupported_reason: Callable[[Tensor], str | None] | None = field(default=None, compare=False, repr=False)
+    unsupported_reason: Callable[[Tensor], str | None] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     @property
     def nbytes(self) -> int:

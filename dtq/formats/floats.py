@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from dtq.formats.base import (
-    QParams,
     PackedTensors,
+    QParams,
     TensorSpec,
     broadcast_weights,
     divide,
+    expand_groups,
     groups_of,
     in_groups,
-    expand_groups,
 )
 from dtq.formats.grid import E2M1
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from dtq.formats.base import (
-    QParams,
     PackedTensors,
+    QParams,
     TensorSpec,
     divide,
+    expand_groups,
     groups_of,
     in_groups,
     scale_dtype,
     scaled,
-    expand_groups,
 )
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 

@@ -19,7 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtq.formats.base import QParams, PackedTensors, TensorSpec, groups_of, in_groups, scale_dtype, scaled, expand_groups
+from dtq.formats.base import (
+    PackedTensors,
+    QParams,
+    TensorSpec,
+    expand_groups,
+    groups_of,
+    in_groups,
+    scale_dtype,
+    scaled,
+)
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 _TINY = 1e-30  # scale of an all-zero group: any positive number represents its zeros exactly

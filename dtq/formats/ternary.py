@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from dtq.formats.base import (
-    QParams,
     PackedTensors,
+    QParams,
     TensorSpec,
     broadcast_weights,
     divide,
+    expand_groups,
     groups_of,
     in_groups,
     scale_dtype,
     scaled,
-    expand_groups,
 )
 from dtq.formats.packing import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
 
@@ -45,7 +45,9 @@ class Ternary:
 
     def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
-        scale = TensorSpec((rows, groups_of(self.name, columns, self.group)), scale_dtype(self.group))
+        scale = TensorSpec(
+            (rows, groups_of(self.name, columns, self.group)), scale_dtype(self.group)
+        )
         if not self.trits:
             width = packed_width(self.name, columns, 2)
             return {"weight": TensorSpec((rows, width), torch.int8), "weight_scale": scale}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtq.errors import InputError
-from dtq.formats.base import QParams, PackedTensors, TensorSpec, broadcast_weights, divide
+from dtq.formats.base import PackedTensors, QParams, TensorSpec, broadcast_weights, divide
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 SAMPLE = 2**16

@@ -27,7 +27,7 @@ from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import aligned, check_part, from_disk, to_disk
 from dtq.nn.swap import finalize, swap_empty
-from dtq.plan.layers import Plan, LayerSpec
+from dtq.plan.layers import LayerSpec, Plan
 
 log = logging.getLogger("dtq")
 

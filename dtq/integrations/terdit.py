@@ -19,7 +19,7 @@ from dtq.formats.ternary import Ternary
 from dtq.integrations.diffusers import attach_quantizer
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
-from dtq.plan.layers import LayerPlan, Plan, LayerSpec
+from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 
 
 def unpack_codes(packed: Tensor) -> Tensor:

@@ -23,7 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats.activations import ACTIVATION_FORMATS, activation_format_of, fake_quantize, row_codes, row_scale
+from dtq.formats.activations import (
+    ACTIVATION_FORMATS,
+    activation_format_of,
+    fake_quantize,
+    row_codes,
+    row_scale,
+)
 from dtq.formats.integer import TwoLevelInt
 from dtq.formats.packing import unpack_nibbles
 from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
@@ -78,7 +84,9 @@ def _round_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     changed = ops_quantize.changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
-    return fake_quantize(changed, ACTIVATION_FORMATS[activation_format]).to(dtype, copy=True)  # (M, K)
+    return fake_quantize(changed, ACTIVATION_FORMATS[activation_format]).to(
+        dtype, copy=True
+    )  # (M, K)
 
 
 def _round_rows_fake(x: Tensor, *rest: object) -> Tensor:

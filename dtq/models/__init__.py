@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dtq.models.base import ROLES, Family, Linear, Scan, InputGroup, sibling_key
+from dtq.models.base import ROLES, Family, InputGroup, Linear, Scan, sibling_key
 from dtq.models.families import FAMILIES
 from dtq.models.scan import blocks_of, scan, scan_names
 from dtq.models.timestep import TIME_ARGUMENTS
@@ -22,9 +22,9 @@ __all__ = [
     "ROLES",
     "TIME_ARGUMENTS",
     "Family",
+    "InputGroup",
     "Linear",
     "Scan",
-    "InputGroup",
     "blocks_of",
     "find_family",
     "scan",

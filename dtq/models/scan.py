@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.models.base import Family, Linear, Scan, InputGroup, sibling_key
+from dtq.models.base import Family, InputGroup, Linear, Scan, sibling_key
 from dtq.models.linears import is_linear, shape_of
 
 # what precedes a name in a regular expression: the start of the path or of a component

@@ -75,7 +75,12 @@ class QuantLinear(nn.Linear):
         self.runtime, self.bins = spec, bins
         self.weights, self.acts = spec.weight_format, spec.activation_format
         self.compute_dtype = compute_dtype
-        self.task = Task(FORMATS[self.weights], ACTIVATION_FORMATS[self.acts], spec.hadamard_block_size, spec.num_rotations)
+        self.task = Task(
+            FORMATS[self.weights],
+            ACTIVATION_FORMATS[self.acts],
+            spec.hadamard_block_size,
+            spec.num_rotations,
+        )
         self.kernel: Kernel = pick(self.task)
         self._specs = spec.tensor_specs(self._shape, bins)
         self.row: dict[str, Any] = {}  # of this layer in config.json
@@ -259,7 +264,9 @@ class QuantLinear(nn.Linear):
 
     def _given(self) -> PackedTensors:
         """What a kernel gets: the parts, and the activation scale of this step."""
-        parts = {name: self.packed_tensor(name) for name in self._specs if not name.startswith("proj_")}
+        parts = {
+            name: self.packed_tensor(name) for name in self._specs if not name.startswith("proj_")
+        }
         if self._first and torch.compiler.is_compiling():
             first = self._first[0]
             for name in CHANGE:
@@ -318,7 +325,9 @@ class QuantLinear(nn.Linear):
             scale = self.packed_tensor("pre_quant_scale").reshape(-1)
         else:
             scale = torch.ones(self.in_features, dtype=torch.bfloat16, device=self.weight.device)
-        order = self.packed_tensor("pre_quant_order").reshape(-1) if self.runtime.permutation else None
+        order = (
+            self.packed_tensor("pre_quant_order").reshape(-1) if self.runtime.permutation else None
+        )
         return OnlineTransform(scale, self.task.block, order, self.task.turns)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -40,7 +40,7 @@ class CallDefaults:
 
     def fill(self, how: SamplingSettings) -> SamplingSettings:
         """``how`` with the sizes that it leaves open; filling twice is filling once."""
-        return replace(how, arguments={**self.sizes, **how.pipeline_args})
+        return replace(how, pipeline_args={**self.sizes, **how.pipeline_args})
 
 
 def read(pipeline: Path) -> CallDefaults:

@@ -243,7 +243,9 @@ def meta_models(
         path = _hub_config(what)
     folders = {"transformer": path}
     if folder_kind(path) == "pipeline":
-        folders = {c: path / c for c in _wanted(diffusion_transformers_on_disk(path), component, path)}
+        folders = {
+            c: path / c for c in _wanted(diffusion_transformers_on_disk(path), component, path)
+        }
     found = {}
     for name, folder in folders.items():
         if not (folder / "config.json").is_file():

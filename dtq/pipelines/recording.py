@@ -76,7 +76,7 @@ def sample_calls(
     pipeline = source.pipeline
     if inputs is None and pipeline is not None:
         once = replace(calibration, samples=min(count, calibration.batch_size))
-        once = replace(once, batch=once.samples)
+        once = replace(once, batch_size=once.samples)
         requests = prompts.load(once.prompts, pipeline, once.samples)
 
         def run() -> Iterable[object]:

@@ -71,7 +71,9 @@ class LayerSpec:
             InputError: a group of a format, or the rotation block, does not divide K.
         """
         if shape[1] % self.hadamard_block_size:
-            raise InputError(f"rotation blocks of {self.hadamard_block_size} do not divide K = {shape[1]}")
+            raise InputError(
+                f"rotation blocks of {self.hadamard_block_size} do not divide K = {shape[1]}"
+            )
         if ACTIVATION_FORMATS[self.activation_format].block_format:
             FORMATS[ACTIVATION_FORMATS[self.activation_format].block_format].layout((1, shape[1]))
         return self.tensor_specs(shape, bins)
@@ -108,8 +110,12 @@ class LayerSpec:
                     f"{', '.join(table)}. A newer dtq may have written it: pip install -U dtq"
                 )
         found = cls(**data)
-        if found.hadamard_block_size < 1 or found.hadamard_block_size & (found.hadamard_block_size - 1):
-            raise CheckpointError(f"{where}['block'] must be a power of two, is {found.hadamard_block_size}")
+        if found.hadamard_block_size < 1 or found.hadamard_block_size & (
+            found.hadamard_block_size - 1
+        ):
+            raise CheckpointError(
+                f"{where}['block'] must be a power of two, is {found.hadamard_block_size}"
+            )
         if found.num_rotations not in (1, 2):
             raise CheckpointError(f"{where}['turns'] must be 1 or 2, is {found.num_rotations}")
         if found.rank < 0:
@@ -239,7 +245,9 @@ class CheckpointSpec:
         return len(self.edges) + 1
 
     @classmethod
-    def from_json(cls, layers: object, edges: object, where: str, runtime: object = None) -> CheckpointSpec:
+    def from_json(
+        cls, layers: object, edges: object, where: str, runtime: object = None
+    ) -> CheckpointSpec:
         """Read the fields ``layers``, ``timestep_edges`` and ``runtime`` of the config.
 
         Raises:

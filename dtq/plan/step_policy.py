@@ -38,7 +38,13 @@ class StepPolicy:
         inner = [m for m in self.precisions if m != "native"]
         flips = sum(a != b for a, b in zip(self.precisions, self.precisions[1:], strict=False))
         ends = self.precisions[0] != "native" or self.precisions[-1] != "native"
-        if self.counts and len(set(inner)) == 1 and ends and flips <= 2 and "native" in self.precisions:
+        if (
+            self.counts
+            and len(set(inner)) == 1
+            and ends
+            and flips <= 2
+            and "native" in self.precisions
+        ):
             first, last = 0, 0
             for mode, count in zip(reversed(self.precisions), reversed(self.counts), strict=True):
                 if mode == "native":

@@ -190,7 +190,11 @@ class Recipe:
         ]
         if unused:
             raise RecipeError(f"recipe {self.name}", unused)
-        bins = self.calibration.num_timestep_bins if any(ACTIVATION_FORMATS[x.activation_format].per_timestep for x in layers) else 1
+        bins = (
+            self.calibration.num_timestep_bins
+            if any(ACTIVATION_FORMATS[x.activation_format].per_timestep for x in layers)
+            else 1
+        )
         return Plan(self.name, tuple(layers), bins)
 
     def needs(self) -> frozenset[str]:
@@ -221,7 +225,12 @@ class Recipe:
     def _layer(self, linear: Linear, skips: tuple[str, ...]) -> LayerPlan:
         base = LayerPlan(linear.name, linear.role, linear.shape)
         chosen = [rule for rule in self.rules if _matches(rule.match, linear)]
-        weights, acts, transform, solver = self.weights, self.activations, self.transform, self.solver
+        weights, acts, transform, solver = (
+            self.weights,
+            self.activations,
+            self.transform,
+            self.solver,
+        )
         fallback, lowrank, choose = self.format_fallbacks, self.lowrank, self.format_candidates
         if linear.role == "adaln":
             weights = MODULATION.get(self.modulation, self.modulation)
@@ -252,15 +261,15 @@ class Recipe:
             block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64))
         return replace(
             base,
-            weights=weights,
-            acts=acts,
-            block=block,
+            weight_format=weights,
+            activation_format=acts,
+            hadamard_block_size=block,
             pre_quant=changed,
             transform=transform,
             solver=solver,
             lowrank=lowrank,
             rank=0 if lowrank.name == "none" else rank_for(linear.shape, dict(lowrank.knobs)),
-            choose=choose if weights == self.weights else (),
+            format_candidates=choose if weights == self.weights else (),
             note=note,
         )
 
@@ -285,9 +294,10 @@ def _acts_fitting(acts: str, columns: int) -> tuple[str, str]:
     try:
         FORMATS[ACTIVATION_FORMATS[acts].block_format].layout((1, columns))
     except InputError as error:
-        return f"int{ACTIVATION_FORMATS[acts].bits}-row", f"input as int{ACTIVATION_FORMATS[acts].bits}-row: {error}".split(
-            ". "
-        )[0]
+        return (
+            f"int{ACTIVATION_FORMATS[acts].bits}-row",
+            f"input as int{ACTIVATION_FORMATS[acts].bits}-row: {error}".split(". ")[0],
+        )
     return acts, ""
 
 

@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from dtq.errors import InputError
-from dtq.io.atomic import require_absent, sync_tree, atomic_directory, atomic_write
+from dtq.io.atomic import atomic_directory, atomic_write, require_absent, sync_tree
 from dtq.io.checksum import folder_digest
 from dtq.io.run_lock import locked
 from dtq.runs.tasks import TaskStore

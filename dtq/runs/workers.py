@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from dtq.errors import InputError, WorkerError
-from dtq.io.run_lock import process_identity, is_alive
+from dtq.io.run_lock import is_alive, process_identity
 
 _TIMEOUT = 600.0  # seconds without a sign of life
 _HEARTBEAT = 5.0  # seconds between two of them
@@ -116,7 +116,8 @@ class KeyValueStore:
         with suppress(RuntimeError):  # the store is gone: whoever waits for it says so
             for count in itertools.count():
                 store.set(
-                    f"alive/{self.rank}", json.dumps({**process_identity(), "home": _machine(), "count": count})
+                    f"alive/{self.rank}",
+                    json.dumps({**process_identity(), "home": _machine(), "count": count}),
                 )
                 if self._stop.wait(min(_HEARTBEAT, self.timeout / 4)):
                     break

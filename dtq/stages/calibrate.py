@@ -67,7 +67,9 @@ def calibrate_source(
             calibrate_in_shards(source, portion, how, needs, runs, work, progress=progress)
             for portion in portions
         ]
-    statistics = engine.fill_from_sibling_experts(store.load(*files))  # a sibling may be in another portion
+    statistics = engine.fill_from_sibling_experts(
+        store.load(*files)
+    )  # a sibling may be in another portion
     if folder is not None:
         weakref.finalize(statistics, folder.cleanup)
     return statistics

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dtq.formats import PackedTensors
-from dtq.plan.layers import LayerPlan, Plan, LayerSpec
+from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 from dtq.transforms import OnlineTransform
 
 

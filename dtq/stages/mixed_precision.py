@@ -130,4 +130,4 @@ def _in_format(layer: LayerPlan, option: str) -> LayerPlan:
         FORMATS[option].layout(layer.shape)
     except InputError as error:
         return replace(layer, note=layer.note or str(error).split(". Use")[0])
-    return replace(layer, weights=option, choose=())
+    return replace(layer, weight_format=option, format_candidates=())

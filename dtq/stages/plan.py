@@ -49,13 +49,15 @@ def plan_source(
     return scan, plan
 
 
-def _first_call(source: LoadedModel, how: SamplingSettings, calls: Sequence[dict[str, Any]] | None) -> Any:
+def _first_call(
+    source: LoadedModel, how: SamplingSettings, calls: Sequence[dict[str, Any]] | None
+) -> Any:
     """How to trace one forward: a given call, made-up inputs, or a step of the pipeline."""
     if calls:
         return lambda model: model(**calls[0])
     if source.family is not None or source.pipeline is None:
         return None
-    pipeline, once = source.pipeline, replace(how, samples=1, steps=1, batch=1)
+    pipeline, once = source.pipeline, replace(how, samples=1, steps=1, batch_size=1)
 
     def run(model: nn.Module) -> None:
         for _ in sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once):

@@ -45,7 +45,9 @@ def promote(
     for layer in sorted(gemm, key=lambda x: -errors[x.name]):
         if errors[layer.name] <= limit or layer.weight_format == how.to:
             continue
-        raised = replace(layer, weights=how.to, rank=0, lowrank=MethodSpec("none"), choose=())
+        raised = replace(
+            layer, weight_format=how.to, rank=0, lowrank=MethodSpec("none"), format_candidates=()
+        )
         if (
             plan.with_layers({layer.name: raised}).bits(
                 plan.with_layers({layer.name: raised}).gemm()
@@ -54,7 +56,9 @@ def promote(
         ):
             continue
 
-        def again_in(raised: LayerPlan = raised, before: LayerResult = solved[layer.name]) -> Result:
+        def again_in(
+            raised: LayerPlan = raised, before: LayerResult = solved[layer.name]
+        ) -> Result:
             choice = TransformChoice(before.transform, before.report.transform, {})
             stats = sites[site_of[raised.name]]
             weight = matrix_of(model.get_submodule(raised.name))

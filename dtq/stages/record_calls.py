@@ -18,7 +18,9 @@ def record_calls(
     source: LoadedModel, recipe: Recipe, calls: Sequence[dict[str, Any]] | None
 ) -> list[RecordedCall]:
     """One sampling run of the float model, for the stages that compare with it."""
-    needed = recipe.allocate.budget or recipe.step_policy.precisions or recipe.finetune.name != "none"
+    needed = (
+        recipe.allocate.budget or recipe.step_policy.precisions or recipe.finetune.name != "none"
+    )
     # made-up inputs would say little about which transform is better
     wanted = recipe.transform_candidates and (source.pipeline is not None or calls is not None)
     if not needed and not wanted:

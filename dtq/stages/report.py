@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dtq.plan.layers import Plan
-from dtq.stages.layer_result import LayerReport, InputReport
+from dtq.stages.layer_result import InputReport, LayerReport
 
 
 @dataclass

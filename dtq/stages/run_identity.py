@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dtq import demo
-from dtq.io.checksum import path_digest, folder_digest, bytes_digest, file_digest, checksum
+from dtq.io.checksum import bytes_digest, checksum, file_digest, folder_digest, path_digest
 from dtq.io.package_data import package_root
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
@@ -67,7 +67,9 @@ def _model(source: LoadedModel) -> str:
             return _tensors(source.model)
     # demo-hard is made of the files of demo
     return (
-        f"{source.name} {folder_digest(where)}" if source.name in demo.FOLDERS else folder_digest(where)
+        f"{source.name} {folder_digest(where)}"
+        if source.name in demo.FOLDERS
+        else folder_digest(where)
     )
 
 

@@ -31,7 +31,7 @@ from dtq.pipelines.loading import LoadedModel
 from dtq.plan.layers import LayerPlan, Plan
 from dtq.recipe.resolve import Recipe
 from dtq.stages.layer_result import LayerReport
-from dtq.stages.sanity_metrics import SanityReport, measure, float_reference
+from dtq.stages.sanity_metrics import SanityReport, float_reference, measure
 from dtq.stages.solve import build_quant_linear
 from dtq.stages.solve_layer import solve_layer
 from dtq.stages.transform_choice import choose_transform
@@ -213,9 +213,9 @@ def _promote(
     assert isinstance(before, QuantLinear)
     (report,) = (x for x in reports if x.name == name)
     raised = replace(
-        layer, weights="int8-row", acts="none" if layer.activation_format == "none" else "int8-row", block=1,
-        pre_quant=False, rank=0, permute=False, turns=1, transform=MethodSpec("none"),
-        solver=MethodSpec("rtn"), lowrank=MethodSpec("none"), choose=(), note=note,
+        layer, weight_format="int8-row", activation_format="none" if layer.activation_format == "none" else "int8-row", hadamard_block_size=1,
+        pre_quant=False, rank=0, permutation=False, num_rotations=1, transform=MethodSpec("none"),
+        solver=MethodSpec("rtn"), lowrank=MethodSpec("none"), format_candidates=(), note=note,
     )  # fmt: skip
     if raised.spec() == layer.spec():
         model.set_submodule(name, old)

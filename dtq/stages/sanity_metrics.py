@@ -77,7 +77,9 @@ class FloatReference:
 def short(recipe: Recipe) -> SamplingSettings:
     """The calibration's settings for the look's own runs: few steps, one picture."""
     how = recipe.calibration
-    return replace(how, samples=1, batch=1, bins=4, steps=min(how.steps or STEPS, STEPS))
+    return replace(
+        how, samples=1, batch_size=1, num_timestep_bins=4, steps=min(how.steps or STEPS, STEPS)
+    )
 
 
 def _sampled(

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.observers import InputStats
 from dtq.io.memory import Mapped, trim_malloc
-from dtq.models import Scan, InputGroup
+from dtq.models import InputGroup, Scan
 from dtq.models.linears import matrix_of
 from dtq.nn.linear import QuantLinear
 from dtq.plan.layers import LayerPlan, Plan
@@ -22,7 +22,7 @@ from dtq.runs.tasks import TaskStore
 from dtq.solvers.finite import check
 from dtq.stages.layer_result import InputReport, LayerResult, from_result, to_result
 from dtq.stages.solve_layer import solve_input_group
-from dtq.stages.transform_choice import groups_sharing_transform, choose_transform, input_report
+from dtq.stages.transform_choice import choose_transform, groups_sharing_transform, input_report
 
 COPIES = 8
 """Float32 matrices of a layer's size that its solver holds."""
@@ -100,7 +100,9 @@ def _cost(members: list[LayerPlan]) -> float:
     return sum(math.prod(x.shape) * x.shape[1] for x in members)
 
 
-def build_quant_linear(result: LayerResult, old: nn.Module, bins: int, compute_dtype: torch.dtype) -> QuantLinear:
+def build_quant_linear(
+    result: LayerResult, old: nn.Module, bins: int, compute_dtype: torch.dtype
+) -> QuantLinear:
     """The quantized linear that stands in for a float one, or for a 1 x 1 convolution."""
     new = QuantLinear.in_place_of(
         old, result.plan.spec(), bins=bins, compute_dtype=compute_dtype, device="meta"

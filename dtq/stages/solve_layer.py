@@ -18,13 +18,15 @@ from dtq.recipe.resolve import Recipe
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, LowRankBranch
 from dtq.stages.layer_result import LayerReport, LayerResult
-from dtq.transforms import TransformChoice, OnlineTransform
+from dtq.transforms import OnlineTransform, TransformChoice
 
 
 class _TransformedInput:
     """What calibration keeps of one input, under one transform: worked out once for its readers."""
 
-    def __init__(self, stats: InputStats | None, choice: TransformChoice, acts: str, like: Tensor) -> None:
+    def __init__(
+        self, stats: InputStats | None, choice: TransformChoice, acts: str, like: Tensor
+    ) -> None:
         self.stats, self.transform = stats, choice.transform
         self.acts, self.like = ACTIVATION_FORMATS[acts], like
         self.factors: dict[float, Tensor] = {}  # of the gram, see gptq
@@ -62,7 +64,9 @@ def solve_input_group(
         seen = _TransformedInput(stats, each, members[0].activation_format, weights[0])
         branches = _branches(members, weights, each, seen)
         jobs = zip(members, weights, branches, strict=True)
-        tries.append([solve_layer(layer, w, each, stats, recipe, low, seen) for layer, w, low in jobs])
+        tries.append(
+            [solve_layer(layer, w, each, stats, recipe, low, seen) for layer, w, low in jobs]
+        )
     return min(tries, key=lambda results: sum(r.report.error or 0.0 for r in results))
 
 
@@ -83,7 +87,8 @@ def solve_layer(
     seen = seen or _TransformedInput(stats, choice, layer.activation_format, weight)
     names = layer.format_candidates or (layer.weight_format,)
     tries = [
-        _solve_in(replace(layer, weights=n), weight, choice, seen, recipe, branch) for n in names
+        _solve_in(replace(layer, weight_format=n), weight, choice, seen, recipe, branch)
+        for n in names
     ]
     return min(tries, key=lambda r: (r.report.error or 0.0, r.weight_error))
 
@@ -120,22 +125,29 @@ def _solve_in(
     if transform.perm is not None:
         parts["pre_quant_order"] = transform.perm.reshape(1, -1).clone()
     if ACTIVATION_FORMATS[layer.activation_format].static:
-        parts["input_scale"] = _static_scale(transform, stats, ACTIVATION_FORMATS[layer.activation_format].per_timestep)
+        parts["input_scale"] = _static_scale(
+            transform, stats, ACTIVATION_FORMATS[layer.activation_format].per_timestep
+        )
     error = _output_error(weight, snapped, low, shift, seen)
     final = replace(
         layer,
-        block=transform.block,
-        turns=transform.num_rotations,
-        permute=transform.perm is not None,
+        hadamard_block_size=transform.block,
+        num_rotations=transform.num_rotations,
+        permutation=transform.perm is not None,
         rank=0 if branch is None else len(branch.down),
     )
     misfit = float((changed - snapped).square().sum())
-    report = LayerReport(final.name, final.role, final.weight_format, final.bits(), choice.label, error)
+    report = LayerReport(
+        final.name, final.role, final.weight_format, final.bits(), choice.label, error
+    )
     return LayerResult(final, parts, transform, shift, report, misfit)
 
 
 def _branches(
-    members: list[LayerPlan], weights: list[Tensor], choice: TransformChoice, seen: _TransformedInput
+    members: list[LayerPlan],
+    weights: list[Tensor],
+    choice: TransformChoice,
+    seen: _TransformedInput,
 ) -> list[LowRankBranch | None]:
     """The low-rank branch of each linear of a site, None where the plan wants none."""
     found: list[LowRankBranch | None] = [None] * len(members)
@@ -151,7 +163,11 @@ def _branches(
 
 
 def _output_error(
-    weight: Tensor, snapped: Tensor, low: Tensor | None, shift: Tensor | None, seen: _TransformedInput
+    weight: Tensor,
+    snapped: Tensor,
+    low: Tensor | None,
+    shift: Tensor | None,
+    seen: _TransformedInput,
 ) -> float | None:
     """Relative squared error of the layer's output on sampled rows."""
     if seen.rows is None:

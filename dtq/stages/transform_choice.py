@@ -13,10 +13,12 @@ from dtq.io.schema import MethodSpec
 from dtq.models import InputGroup
 from dtq.plan.layers import LayerPlan, Plan
 from dtq.stages.layer_result import InputReport
-from dtq.transforms import TRANSFORMS, TransformChoice, OnlineTransform
+from dtq.transforms import TRANSFORMS, OnlineTransform, TransformChoice
 
 
-def choose_transform(members: list[LayerPlan], weights: list[Tensor], stats: InputStats | None) -> TransformChoice:
+def choose_transform(
+    members: list[LayerPlan], weights: list[Tensor], stats: InputStats | None
+) -> TransformChoice:
     layer = members[0]
     method = TRANSFORMS[layer.transform.name]
     if method.needs and stats is None:
@@ -30,7 +32,9 @@ def choose_transform(members: list[LayerPlan], weights: list[Tensor], stats: Inp
     )
 
 
-def input_report(site: InputGroup, stats: InputStats | None, choice: TransformChoice, transform: OnlineTransform) -> InputReport:
+def input_report(
+    site: InputGroup, stats: InputStats | None, choice: TransformChoice, transform: OnlineTransform
+) -> InputReport:
     report = InputReport(site.name, candidates=choice.errors)
     if stats is None or stats.sample is None or not len(stats.sample.rows):
         return report
@@ -55,5 +59,7 @@ def groups_sharing_transform(site: InputGroup, plan: Plan) -> list[list[LayerPla
     for linear in site.linears:
         layer = plan[linear.name]
         if not layer.unquantized:
-            groups.setdefault((layer.transform, layer.activation_format, layer.hadamard_block_size), []).append(layer)
+            groups.setdefault(
+                (layer.transform, layer.activation_format, layer.hadamard_block_size), []
+            ).append(layer)
     return list(groups.values())

@@ -39,11 +39,11 @@ TRANSFORMS: dict[str, Method] = {
 __all__ = [
     "TRANSFORMS",
     "Chain",
-    "TransformChoice",
     "Diagonal",
     "Method",
     "OnlineTransform",
     "Permutation",
     "Rotation",
     "Transform",
+    "TransformChoice",
 ]

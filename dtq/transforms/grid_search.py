@@ -49,7 +49,9 @@ def search(
         block: largest Hadamard block.
         seed: of the random signs.
     """
-    judge = OutputErrorObjective([_spread(w, num_channels) for w in weights], stats, fmt, acts, num_rows)
+    judge = OutputErrorObjective(
+        [_spread(w, num_channels) for w in weights], stats, fmt, acts, num_rows
+    )
     n = block_for(weights[0].shape[1], block) if rotate else 1
     peaks = [column_amax(weights).unsqueeze(0)]  # all that smoothing wants of the weights
     best: dict[str, tuple[float, OnlineTransform, str]] = {}
@@ -87,7 +89,7 @@ def search(
     errors = {kind: error for kind, (error, _, _) in best.items()}
     kept = [found for found in ranked if found[0] <= max_error_ratio * ranked[0][0]]
     first, *rivals = (TransformChoice(transform, label, errors) for _, transform, label in kept)
-    return replace(first, rivals=tuple(rivals))
+    return replace(first, runner_ups=tuple(rivals))
 
 
 def _grid(low: float, high: float, step: float) -> Iterator[tuple[float, bool, str]]:

@@ -22,7 +22,9 @@ from dtq.transforms.objective import OutputErrorObjective
 from dtq.transforms.smoothing import smoothing
 
 
-def none(weights: Sequence[Tensor], stats: InputStats | None, *, fmt: Format, acts: ActivationFormat) -> TransformChoice:
+def none(
+    weights: Sequence[Tensor], stats: InputStats | None, *, fmt: Format, acts: ActivationFormat
+) -> TransformChoice:
     """No transform."""
     return TransformChoice(_online(weights, None, 1, 0), "none", {})
 
@@ -69,7 +71,9 @@ def smooth_hadamard(
     """Static channel balancing, then rotation (ViDiT-Q, 2406.02540, sec. 3.3)."""
     n = block_for(weights[0].shape[1], block)
     s = smoothing(weights, stats, alpha=alpha, reduce=reduce)
-    return TransformChoice(_online(weights, s, n, seed), f"smooth({alpha:g}, {reduce}) + hadamard {n}", {})
+    return TransformChoice(
+        _online(weights, s, n, seed), f"smooth({alpha:g}, {reduce}) + hadamard {n}", {}
+    )
 
 
 def ditas(
@@ -140,7 +144,9 @@ def ars(
     label = f"smooth({alpha:g}, {reduce}) + "
     if incoherence(once.x(rows)) <= limit:
         return TransformChoice(once, f"{label}hadamard {n}", {})
-    twice = OnlineTransform.of(s, _signs(weights[0], seed), n, zigzag((rows / s).abs().amax(0), n), turns=2)
+    twice = OnlineTransform.of(
+        s, _signs(weights[0], seed), n, zigzag((rows / s).abs().amax(0), n), turns=2
+    )
     return TransformChoice(twice, f"{label}dual hadamard {n}", {})
 
 

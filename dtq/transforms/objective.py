@@ -17,7 +17,12 @@ class OutputErrorObjective:
     """Relative squared output error of a site under a transform, on sampled rows."""
 
     def __init__(
-        self, weights: Sequence[Tensor], stats: InputStats, fmt: Format, acts: ActivationFormat, rows: int
+        self,
+        weights: Sequence[Tensor],
+        stats: InputStats,
+        fmt: Format,
+        acts: ActivationFormat,
+        rows: int,
     ) -> None:
         assert stats.sample is not None
         self.weights = [w.float() for w in weights]

@@ -197,7 +197,8 @@ def export(out: Path, film: Film, vae: AutoencoderKL) -> None:
     _portable(out)
     writer.drop_name_or_path(out / "vae" / "config.json")
     call_defaults.write(
-        out, call_defaults.CallDefaults({"height": SIZE, "width": SIZE, "video_length": FRAMES}, SET)
+        out,
+        call_defaults.CallDefaults({"height": SIZE, "width": SIZE, "video_length": FRAMES}, SET),
     )
     (out / "README.md").write_text(_CARD)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dtq.errors import InputError
 from dtq.evaluate import run_file
-from dtq.evaluate.gate.decision import flaws, decide, key_of
+from dtq.evaluate.gate.decision import decide, flaws, key_of
 from dtq.evaluate.gate.policy import Policy
 from dtq.evaluate.run_file import Run
 from dtq.io.atomic import atomic_write

@@ -211,7 +211,9 @@ def mismatches(run: Run, baseline: Run, policy: Policy) -> list[str]:
             found.append(f"{name}: {_all(mine)} steps in the run, {_all(theirs)} in the baseline")
     for ours, other in zip(run.samples, baseline.samples, strict=False):
         if ours != other:
-            found.append(f"{_sample_name(ours)} in the run is {_sample_name(other)} in the baseline")
+            found.append(
+                f"{_sample_name(ours)} in the run is {_sample_name(other)} in the baseline"
+            )
     return found
 
 
