@@ -97,7 +97,7 @@ def quantize_sources(
     inputs: Iterable[dict[str, Any]] | None = None,
     skip: Sequence[str] = (),
     progress: bool = True,
-    work: TaskStore | None = None,
+    tasks: TaskStore | None = None,
     memory: int | None = None,
     last_look: bool = False,
 ) -> dict[str, Report]:
@@ -120,7 +120,7 @@ def quantize_sources(
     """
     if len(sources) == 1:
         (one,) = sources
-        how: dict[str, Any] = {"skip": skip, "progress": progress, "work": work, "memory": memory}
+        how: dict[str, Any] = {"skip": skip, "progress": progress, "work": tasks, "memory": memory}
         how["last_look"] = last_look
         report = quantize_source(one, recipe, statistics=statistics, inputs=inputs, **how)
         return {one.component: report}
@@ -130,7 +130,7 @@ def quantize_sources(
             f"statistics and inputs are those of one transformer, the pipeline has {names}: "
             f"quantize them one by one with component="
         )
-    work = work or TaskStore()
+    tasks = tasks or TaskStore()
     seen: dict[str, Statistics | None] = {}
     recorded: dict[str, list[RecordedCall]] = {}
     for source in sources:
@@ -139,7 +139,7 @@ def quantize_sources(
         seen[source.component] = (
             calibrate_source(
                 source, scan, recipe, needs, progress=progress, memory=memory,
-                work=work.namespace(source.component),
+                tasks=tasks.namespace(source.component),
             )
             if needs
             else None
@@ -153,7 +153,7 @@ def quantize_sources(
             recorded=recorded.pop(source.component),
             skip=skip,
             progress=progress,
-            work=work.namespace(source.component),
+            tasks=tasks.namespace(source.component),
             memory=memory,
             last_look=last_look,
         )
@@ -162,7 +162,7 @@ def quantize_sources(
 
 
 def quantize_source(
-    source: LoadedModel,
+    loaded: LoadedModel,
     recipe: Recipe,
     *,
     statistics: Statistics | None = None,
@@ -171,7 +171,7 @@ def quantize_source(
     skip: Sequence[str] = (),
     progress: bool = True,
     config: DTQConfig | None = None,
-    work: TaskStore | None = None,
+    tasks: TaskStore | None = None,
     memory: int | None = None,
     last_look: bool = False,
 ) -> Report:
@@ -181,17 +181,17 @@ def quantize_source(
     that diffusers already holds, when it does; it is completed. Of several processes all but the
     first leave when formats are decided; their model stays float.
     """
-    work = work or TaskStore()
+    tasks = tasks or TaskStore()
     calls = None if inputs is None else list(inputs)
-    source.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
-    scan, plan = plan_source(source, recipe, skip, calls)
+    loaded.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
+    scan, plan = plan_source(loaded, recipe, skip, calls)
     if recipe.allocate.budget:
         check_budget(plan, recipe)
     needs = recipe.needs()
-    driven = source.pipeline is not None or calls is not None
+    driven = loaded.pipeline is not None or calls is not None
     if statistics is None and statistics_needed(recipe, driven):
         statistics = calibrate_source(
-            source, scan, recipe, needs, inputs=calls, progress=progress, memory=memory, work=work
+            loaded, scan, recipe, needs, inputs=calls, progress=progress, memory=memory, tasks=tasks
         )
     elif statistics is not None:
         _check_statistics(statistics, scan, needs)
@@ -200,14 +200,14 @@ def quantize_source(
     report = Report(plan, statistics.edges if statistics and plan.bins > 1 else ())
     report.about = dict(statistics.about) if statistics else {"origin": "none"}
     if recorded is None:
-        recorded = record_calls(source, recipe, calls)
+        recorded = record_calls(loaded, recipe, calls)
     solved, report.inputs = solve_all(
-        source.model, scan, plan, recipe, statistics, progress=progress, work=work
+        loaded.model, scan, plan, recipe, statistics, progress=progress, tasks=tasks
     )
     if recipe.transform_candidates and recorded:
         report.transform_errors = compare_transforms(
-            source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress,
-            work=work,
+            loaded.model, scan, plan, recipe, statistics, recorded, solved, progress=progress,
+            tasks=tasks,
         )  # fmt: skip
     elif recipe.transform_candidates:
         log.warning(
@@ -216,59 +216,59 @@ def quantize_source(
         )  # fmt: skip
     if recipe.allocate.budget:
         plan, chosen = mixed_precision(
-            source.model, scan, plan, recipe, statistics, recorded, solved, progress=progress,
-            work=work,
+            loaded.model, scan, plan, recipe, statistics, recorded, solved, progress=progress,
+            tasks=tasks,
         )  # fmt: skip
         report.allocation = chosen.to_json()
-    work.barrier()
-    if not work.workers.is_main:
+    tasks.barrier()
+    if not tasks.workers.is_main:
         return report
     if not recipe.allocate.budget:
-        plan = promote(source.model, scan, plan, recipe, statistics, solved, work)
+        plan = promote(loaded.model, scan, plan, recipe, statistics, solved, tasks)
     report.plan = plan
-    dtype = source.dtype  # before the first swap
+    dtype = loaded.dtype  # before the first swap
     floats: dict[str, nn.Module] = {}
     for layer in plan.quantized():
         result = solved.pop(layer.name)
         report.layers.append(result.report)
-        old = source.model.get_submodule(layer.name)
-        source.model.set_submodule(layer.name, build_quant_linear(result, old, plan.bins, dtype))
+        old = loaded.model.get_submodule(layer.name)
+        loaded.model.set_submodule(layer.name, build_quant_linear(result, old, plan.bins, dtype))
         if recipe.finetune.name != "none" or last_look:
             floats[layer.name] = old  # the teacher, and what the last look compares with
     # of the command the model is only written; if it runs, it runs as it will when loaded
     runs = (
-        work.folder is None or recipe.finetune.name != "none" or bool(recipe.step_policy.precisions)
+        tasks.folder is None or recipe.finetune.name != "none" or bool(recipe.step_policy.precisions)
     )
     runs = runs or last_look
-    finalize(source.model, report.edges, align=runs)
+    finalize(loaded.model, report.edges, align=runs)
     config = config or DTQConfig(modules_to_not_convert=list(skip) or None)
     if recipe.finetune.name != "none":
         report.finetune = (
             FINETUNE[recipe.finetune.name](
-                source.model,
+                loaded.model,
                 floats,
                 subsample(recorded, _TEACHER_CALLS),
                 progress=progress,
-                save=work.folder / "refine" if work.folder is not None else None,
+                save=tasks.folder / "refine" if tasks.folder is not None else None,
                 **dict(recipe.finetune.knobs),
             )
         ).to_json()
     if recipe.step_policy.precisions:
-        top = source.family.largest_timestep if source.family else 0.0
+        top = loaded.family.largest_timestep if loaded.family else 0.0
         policy = step_policy.search_step_policy(
-            source.model, recorded, recipe, static_edges=report.edges, top=top, progress=progress
+            loaded.model, recorded, recipe, static_edges=report.edges, top=top, progress=progress
         )
         config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
         report.step_policy = policy.to_json()
     if last_look and (driven or statistics is not None):
         plan, report.sanity_check = sanity_check.sanity_check(
-            source, floats, scan, plan, recipe, statistics, report.layers,
+            loaded, floats, scan, plan, recipe, statistics, report.layers,
             inputs=calls, progress=progress,
         )  # fmt: skip
         report.plan = plan
     del floats
-    attach_quantizer(source.model, plan, report.edges, dtype, config)
-    source.model.hf_quantizer.report = report  # type: ignore[union-attr, assignment]
+    attach_quantizer(loaded.model, plan, report.edges, dtype, config)
+    loaded.model.hf_quantizer.report = report  # type: ignore[union-attr, assignment]
     return report
 
 

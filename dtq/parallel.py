@@ -43,7 +43,7 @@ from dtq.formats.activations import (
 from dtq.formats.grid import doubled
 from dtq.io.safe_parse import read_json
 from dtq.kernels.ops import int_matmul
-from dtq.kernels.table import Task, pick
+from dtq.kernels.table import LinearProblem, pick
 from dtq.models.linears import shape_of
 from dtq.nn.linear import HOOKS, QuantLinear
 from dtq.nn.storage import aligned, from_disk
@@ -214,7 +214,7 @@ class Slice(QuantLinear):
 
     def _product(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """This process' share of the product (M, N), and what multiplies the sum."""
-        acts, fmt = self._acts(), self.task.weights
+        acts, fmt = self._acts(), self.problem.weight_format
         weight = {name: self.packed_tensor(name) for name in fmt.layout(self._shape)}
         x = self._changed(rows)
         if acts.bits == 16:
@@ -225,19 +225,19 @@ class Slice(QuantLinear):
         if acts.block_format and not acts.int8:
             return fake_quantize(x, acts, peak) @ fmt.unpack(weight).T, ()
         codes, scale = self._codes(acts, x, peak)
-        task = Task(fmt, acts)
+        task = LinearProblem(fmt, acts)
         expand = pick(task).expand
         if expand is None:
             return codes @ fmt.unpack(weight).T, (scale,)
         w8, w_scale = expand(task, weight)
         return int_matmul(codes.to(torch.int8), w8), (scale, w_scale.T)
 
-    def _codes(self, acts: ActivationFormat, x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    def _codes(self, activations: ActivationFormat, x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
         """Codes as float (M, K), and the scales of the tokens (M, 1)."""
-        if not acts.integer:
+        if not activations.integer:
             return doubled(x, peak)
-        scale = self.step_scale().expand_as(peak) if acts.static else scale_of(peak, acts.levels)
-        return row_codes(x, scale, acts.levels), scale
+        scale = self.step_scale().expand_as(peak) if activations.static else scale_of(peak, activations.levels)
+        return row_codes(x, scale, activations.levels), scale
 
     def _changed(self, rows: Tensor) -> Tensor:
         if not self.runtime.pre_quant and self.runtime.hadamard_block_size == 1:
@@ -251,7 +251,7 @@ class Slice(QuantLinear):
         return x
 
     def _acts(self) -> ActivationFormat:
-        clock, own = self.clock, self.task.acts
+        clock, own = self.clock, self.problem.activation_format
         if clock is None or not clock.modes or own.bits == 16:
             return own
         return activation_format_of(clock.modes[int(clock.mode)], own.name)

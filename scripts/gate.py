@@ -262,7 +262,7 @@ def without_bias(model: nn.Module, at: str) -> Iterator[str]:
 @contextmanager
 def step_bin(model: nn.Module, place: int) -> Iterator[str]:
     """The activation scale of one timestep bin, in every layer that has one, halved."""
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.task.acts.per_timestep]
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.problem.activation_format.per_timestep]
     for layer in layers:
         layer.packed_tensor("input_scale").reshape(-1)[place] *= 0.5
     yield f"int8-step: scales of bin {place + 1} of 8, the least noisy first, x 0.5"

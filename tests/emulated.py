@@ -21,7 +21,7 @@ import torch
 from dtq.io.package_data import folder
 from dtq.kernels import ops as declared
 from dtq.kernels.compile import compiler, cuda, nvcc
-from dtq.kernels.compile.format_codes import tell
+from dtq.kernels.compile.format_codes import register_formats
 
 FLAGS = [
     "-std=c++20",
@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL:
     _KEPT.append(definitions)
     torch.ops.load_library(str(path))
     found = ctypes.CDLL(str(path))
-    tell(found.dtq_cuda_format)
+    register_formats(found.dtq_cuda_format)
     found.dtq_cuda_gemm.restype = ctypes.c_char_p
     sizes = [ctypes.c_int64] * 3
     found.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, *sizes, ctypes.c_int]

@@ -45,7 +45,7 @@ from dtq.bench.cpu import BenchRow, Candidate, race
 from dtq.bench.timer import Clock, clock_of
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.kernels import CUDA, Task, ops, pick
+from dtq.kernels import CUDA, LinearProblem, ops, pick
 from dtq.kernels.compile import cpp_extension, nvcc
 
 dtq = torch.ops.dtq
@@ -128,7 +128,7 @@ def loading(s: Session) -> None:
     began = time.monotonic()
     s.tell("library", f"{CUDA.describe()}", CUDA.load())
     s.tell("time to load, s", f"{time.monotonic() - began:.1f}")
-    for name, what in CUDA.rungs():
+    for name, what in CUDA.levels():
         s.tell(f"rung {name}", what)
     if CUDA.opened is not None:
         s.tell(
@@ -250,9 +250,9 @@ def captured(s: Session) -> str:
     """A captured graph replays with new inputs."""
     if not s.cuda:
         return "no graphs here"
-    task = Task(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64)
+    task = LinearProblem(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64)
     w = agreement.normal(3072, 1024)
-    packed = task.weights.pack(w, task.weights.fit(w))
+    packed = task.weight_format.pack(w, task.weight_format.fit(w))
     parts = {n: t.to(s.device) for n, t in packed.items()}
     x = agreement.normal(1024, 1024).bfloat16().to(s.device)
     kernel = pick(task)
@@ -379,7 +379,7 @@ def all_formats(s: Session) -> None:
         parts = fmt.pack(w, fmt.fit(w))
         there = {n: t.to(s.device) for n, t in parts.items()}
         for acts in ("none", "int8-row"):
-            task = Task(fmt, ACTIVATION_FORMATS[acts])
+            task = LinearProblem(fmt, ACTIVATION_FORMATS[acts])
             got = pick(task).call(task, x.to(s.device), there, None).float().cpu()
             want = F.linear(x.float(), fmt.unpack(parts))
             # bfloat16 outputs, and 7-bit codes: far below the error of a wrong layout

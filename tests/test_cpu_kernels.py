@@ -17,7 +17,7 @@ import torch
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import CPU, Task, explain, ops, ops_gemm, ops_quantize
+from dtq.kernels import CPU, LinearProblem, explain, ops, ops_gemm, ops_quantize
 from dtq.kernels.compile import gcc
 from dtq.kernels.table import pick
 from dtq.nn import QuantLinear
@@ -274,7 +274,7 @@ INTEGER = [
 
 @pytest.mark.parametrize("name", INTEGER)
 def test_formats_that_are_integers_are_multiplied_as_integers(isa, name):
-    fmt, task = FORMATS[name], Task(FORMATS[name], ACTIVATION_FORMATS["int8-row"], 64)
+    fmt, task = FORMATS[name], LinearProblem(FORMATS[name], ACTIVATION_FORMATS["int8-row"], 64)
     kernel = pick(task)
     assert set(kernel.ops) <= set(CPU.ops)
     w, x, bias = random(50, 384), random(19, 384, seed=1), random(50, seed=2)
@@ -496,7 +496,7 @@ def test_two_processes_compile_once(library, tmp_path):
 
 
 def test_explain_says_what_runs():
-    used, here, _ = explain(Task(FORMATS["int8-row"], ACTIVATION_FORMATS["int8-row"]))
+    used, here, _ = explain(LinearProblem(FORMATS["int8-row"], ACTIVATION_FORMATS["int8-row"]))
     assert used == "w8a8: used"
     assert here == f"on the CPU: {CPU.describe()}"
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dtq.formats import FORMATS
 from dtq.kernels import ops
-from dtq.kernels.compile.format_codes import spelling
+from dtq.kernels.compile.format_codes import format_code
 
 compiled = torch.ops.dtq
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,7 +48,7 @@ def shapes(name):
 
 
 def test_every_format_is_spelt():
-    assert [name for name, fmt in FORMATS.items() if spelling(fmt) is None] == []
+    assert [name for name, fmt in FORMATS.items() if format_code(fmt) is None] == []
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -47,7 +47,7 @@ def test_who_compiles_is_said(toolkit, monkeypatch):
     direct = f"{toolkit}/bin/nvcc, not torch.utils.cpp_extension: "
     assert CUDA.compiler() == direct + "it needs ninja: pip install ninja"
     assert ("compiled at first use", direct) in [
-        (name, what.split("by ", 1)[-1].split("it needs", 1)[0]) for name, what in CUDA.rungs()
+        (name, what.split("by ", 1)[-1].split("it needs", 1)[0]) for name, what in CUDA.levels()
     ]
 
 

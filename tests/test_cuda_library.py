@@ -18,10 +18,10 @@ import torch
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.package_data import folder
-from dtq.kernels import CUDA, Task, explain, gpu_dispatch, ops, ops_fp4, pick
+from dtq.kernels import CUDA, LinearProblem, explain, gpu_dispatch, ops, ops_fp4, pick
 from dtq.kernels.compile import cuda, format_codes, nvcc
 from dtq.kernels.compile.library import Library, Unavailable
-from dtq.kernels.table import Then
+from dtq.kernels.table import Epilogue
 
 ROOT = Path(__file__).parent.parent
 sim = torch.ops.dtq_sim
@@ -272,8 +272,8 @@ def test_without_a_gpu_it_says_so():
     with pytest.raises(Unavailable, match=r"without CUDA|no GPU"):
         CUDA.usable()
     assert "torch reference" in CUDA.describe()
-    assert [name for name, what in CUDA.rungs() if what.startswith("used")] == ["torch reference"]
-    assert all("without CUDA" in what or "no GPU" in what for _, what in CUDA.rungs())
+    assert [name for name, what in CUDA.levels() if what.startswith("used")] == ["torch reference"]
+    assert all("without CUDA" in what or "no GPU" in what for _, what in CUDA.levels())
 
 
 @pytest.mark.parametrize(
@@ -315,14 +315,14 @@ def test_rungs_from_the_first_to_the_last(tmp_path, monkeypatch):
         raise Unavailable("no nvcc")
 
     here = library(tmp_path, monkeypatch)
-    assert dict(here.rungs())["compiled at first use"] == "used: by nvcc"
+    assert dict(here.levels())["compiled at first use"] == "used: by nvcc"
     without = library(tmp_path, monkeypatch, compiler=none)
-    assert dict(without.rungs())["compiled at first use"] == "no nvcc"
-    assert dict(without.rungs())["torch reference"] == "used"
+    assert dict(without.levels())["compiled at first use"] == "no nvcc"
+    assert dict(without.levels())["torch reference"] == "used"
     here.build(here.cached())
-    assert dict(without.rungs())["user cache"].startswith("used: ")
+    assert dict(without.levels())["user cache"].startswith("used: ")
     monkeypatch.setenv("DTQ_KERNELS", "0")
-    assert dict(here.rungs())["torch reference"] == "used: DTQ_KERNELS=0"
+    assert dict(here.levels())["torch reference"] == "used: DTQ_KERNELS=0"
 
 
 def test_it_is_compiled_once_and_says_so(tmp_path, monkeypatch, capsys):
@@ -412,7 +412,7 @@ def test_a_library_that_was_built_ahead_loads_without_a_gpu():
 
 
 def test_every_format_is_spelled():
-    assert not [name for name, fmt in FORMATS.items() if format_codes.spelling(fmt) is None]
+    assert not [name for name, fmt in FORMATS.items() if format_codes.format_code(fmt) is None]
 
 
 def test_the_table_of_the_dispatcher():
@@ -434,7 +434,7 @@ def test_the_table_of_the_dispatcher():
 
 def test_the_dispatcher_knows_what_the_kernels_do():
     text = (folder("cuda_ext") / "launch_rows.h").read_text()
-    assert f"kFewTokens = {gpu_dispatch.ARCHS[0].few};" in text
+    assert f"kFewTokens = {gpu_dispatch.ARCHS[0].small_m};" in text
 
 
 def test_the_dispatcher_stays_out_of_the_way_off_the_gpu():
@@ -452,7 +452,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("m", [3, 40])
 def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
     fmt, w = FORMATS[name], agreement.normal(48, 128) * 0.1
-    task = Task(fmt, ACTIVATION_FORMATS["int8-row"], 64)
+    task = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
     parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": torch.ones(1, 128).bfloat16()}
     x = agreement.normal(m, 128).bfloat16()
     got = pick(task).call(task, x, parts, None)
@@ -468,7 +468,7 @@ def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
 @pytest.mark.parametrize("name", ["int4-g64", "int8-asym-g128"])
 def test_integers_with_float_scales_are_multiplied_decoded(as_on_a_gpu, name, monkeypatch):
     fmt, w = FORMATS[name], agreement.normal(48, 256) * 0.1
-    task, parts = Task(fmt, ACTIVATION_FORMATS["int8-row"]), fmt.pack(w, fmt.fit(w))
+    task, parts = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"]), fmt.pack(w, fmt.fit(w))
     x, bias = agreement.normal(20, 256), agreement.normal(48)
     there = pick(task).call(task, x, parts, bias)
     monkeypatch.undo()
@@ -479,7 +479,7 @@ def test_integers_with_float_scales_are_multiplied_decoded(as_on_a_gpu, name, mo
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4-46", "mxfp4"])
 def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     fmt, w = FORMATS[name], agreement.normal(48, 384) * 0.1
-    task = Task(fmt, ACTIVATION_FORMATS[name.removesuffix("-46")], 64, 2)
+    task = LinearProblem(fmt, ACTIVATION_FORMATS[name.removesuffix("-46")], 64, 2)
     parts = fmt.pack(w, fmt.fit(w)) | {
         "pre_quant_scale": (torch.rand(1, 384) + 0.5).bfloat16(),
         "pre_quant_order": torch.randperm(384, dtype=torch.int32).reshape(1, -1),
@@ -493,14 +493,14 @@ def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     got = pick(task).call(task, x, parts, bias)
     assert asked
     torch.testing.assert_close(got, decoded, rtol=1e-4, atol=1e-4)
-    then = pick(task).then(task, x, parts, bias, Then(gelu=True, branch=(low, up)))
+    then = pick(task).with_epilogue(task, x, parts, bias, Epilogue(gelu=True, branch=(low, up)))
     want = torch.nn.functional.gelu(decoded + low @ up.T, approximate="tanh")
     torch.testing.assert_close(then, want, rtol=1e-4, atol=1e-4)
     asked.clear()  # widths that its kernel does not take are decoded
     w = w[:, :96] if name != "mxfp4" else w[:, :320]
-    narrow = Task(fmt, task.acts)
+    narrow = LinearProblem(fmt, task.activation_format)
     parts = fmt.pack(w, fmt.fit(w))
-    assert pick(narrow).then(narrow, x[:, : w.shape[1]], parts, bias, Then()) is None
+    assert pick(narrow).with_epilogue(narrow, x[:, : w.shape[1]], parts, bias, Epilogue()) is None
     assert pick(narrow).call(narrow, x[:, : w.shape[1]], parts, bias).shape == (20, 48)
     assert not asked
 
@@ -542,19 +542,19 @@ def test_a_decoded_weight_is_kept_until_its_codes_change():
     def run():
         return torch.ops.dtq.resident_linear(x, list(parts.values()), names, fmt.name, None)
 
-    before = ops._RESIDENT.nbytes
+    before = ops._WEIGHT_CACHE.nbytes
     first = run()
-    assert ops._RESIDENT.nbytes == before + 48 * 128 * 4
+    assert ops._WEIGHT_CACHE.nbytes == before + 48 * 128 * 4
     assert torch.equal(run(), first)
     parts["weight"].zero_()
     assert not torch.equal(run(), first)
     parts.clear()
-    assert ops._RESIDENT.nbytes == before
+    assert ops._WEIGHT_CACHE.nbytes == before
 
 
 def test_compiled_layers_ask_the_dispatcher_once(as_on_a_gpu):
     fmt, w = FORMATS["int8-row"], agreement.normal(48, 128) * 0.1
-    task, parts = Task(fmt, ACTIVATION_FORMATS["int8-row"]), fmt.pack(w, fmt.fit(w))
+    task, parts = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"]), fmt.pack(w, fmt.fit(w))
     x = agreement.normal(40, 128).bfloat16()
     torch._dynamo.reset()
     whole = torch.compile(
@@ -564,21 +564,21 @@ def test_compiled_layers_ask_the_dispatcher_once(as_on_a_gpu):
 
 
 def test_inspection_says_what_a_gpu_would_do():
-    lines = explain(Task(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64), (1152, 1152))
+    lines = explain(LinearProblem(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64), (1152, 1152))
     assert lines[0].startswith("w8a8: weights are int4-2l-g64")
     assert any(line.startswith("on the CPU: ") for line in lines)
     (gpu,) = [line for line in lines if line.startswith("on the GPU: ")]
     assert CUDA.describe() in gpu
     assert "up to 16 tokens the packed weight times float" in gpu
-    lines = explain(Task(FORMATS["nvfp4"], ACTIVATION_FORMATS["none"]), (1152, 1152))
+    lines = explain(LinearProblem(FORMATS["nvfp4"], ACTIVATION_FORMATS["none"]), (1152, 1152))
     assert "weight-only: used" in lines
-    lines = explain(Task(FORMATS["nvfp4"], ACTIVATION_FORMATS["nvfp4"]), (1152, 1152))
+    lines = explain(LinearProblem(FORMATS["nvfp4"], ACTIVATION_FORMATS["nvfp4"]), (1152, 1152))
     assert "fp4: used" in lines
     assert lines[-1].endswith("(sm_120: FP4 products; before it decoded to float)")
-    lines = explain(Task(FORMATS["mxfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 96))
+    lines = explain(LinearProblem(FORMATS["mxfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 96))
     assert lines[-1].endswith("(sm_120: no FP4 products, K 96 is not a multiple of 128)")
-    lines = explain(Task(FORMATS["nvfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 1152))
+    lines = explain(LinearProblem(FORMATS["nvfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 1152))
     assert "fp4: activations are mxfp4, not nvfp4" in lines
     assert "float-product: used" in lines
-    lines = explain(Task(FORMATS["int4-g64"], ACTIVATION_FORMATS["int8-row"]), (1152, 1152))
+    lines = explain(LinearProblem(FORMATS["int4-g64"], ACTIVATION_FORMATS["int8-row"]), (1152, 1152))
     assert lines[-1] == f"on the GPU: {CUDA.describe()} (as float-product)"

@@ -97,7 +97,7 @@ def measured(request):
             layers = [
                 n
                 for n, m in opened.model.named_modules()
-                if isinstance(m, QuantLinear) and m.acts != "none"
+                if isinstance(m, QuantLinear) and m.activation_format != "none"
             ]
     return name, errors, bits, layers, truth
 

@@ -107,7 +107,7 @@ def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
     source = load_transformer(pipe)
     right = paired_run.compare(job, source).run
     for module in source.model.modules():
-        if isinstance(module, library.QuantLinear) and module.task.acts.per_timestep:
+        if isinstance(module, library.QuantLinear) and module.problem.activation_format.per_timestep:
             module.packed_tensor("input_scale").reshape(-1)[1] *= 0.5
     verdict = decide(paired_run.compare(job, source).run, right, POLICY)
     assert verdict.outcome is Outcome.REGRESSION

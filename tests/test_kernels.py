@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.kernels import KERNELS, Task, explain, pick
+from dtq.kernels import KERNELS, LinearProblem, explain, pick
 from dtq.linalg.hadamard import fwht
 
 ops = torch.ops.dtq
@@ -30,7 +30,7 @@ def operands(m, n=48, k=128, seed=0):
 @pytest.mark.parametrize("acts", ["none", "int8-row", "int4-row", "int4-g64"])
 def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
     x, w, bias = operands(m)
-    task = Task(fmt, ACTIVATION_FORMATS[acts], 64)
+    task = LinearProblem(fmt, ACTIVATION_FORMATS[acts], 64)
     parts = fmt.pack(w, fmt.fit(w))
     scale = (torch.rand(128) + 0.5).to(torch.bfloat16)
     parts["pre_quant_scale"] = scale.reshape(1, -1)
@@ -45,7 +45,7 @@ def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
 def test_grids_of_floats_are_multiplied_in_every_type(acts, dtype):
     x, w, bias = operands(20)
     fmt = FORMATS["nvfp4"]
-    task = Task(fmt, ACTIVATION_FORMATS[acts], 64)
+    task = LinearProblem(fmt, ACTIVATION_FORMATS[acts], 64)
     parts = fmt.pack(w, fmt.fit(w))
     kernel = pick(task)
     assert kernel.name == ("fp4" if acts == "nvfp4" else "float-product")
@@ -61,7 +61,7 @@ def test_a_change_of_the_input_may_leave_the_range_of_float16():
     x, w, bias = operands(4)
     fmt = FORMATS["nvfp4"]
     parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": torch.full((1, 128), 2.0**10).bfloat16()}
-    task = Task(fmt, ACTIVATION_FORMATS["nvfp4"], 64)
+    task = LinearProblem(fmt, ACTIVATION_FORMATS["nvfp4"], 64)
     x = (x * 1000).half()
     y = pick(task).call(task, x / 2**10, parts, bias)
     assert torch.isfinite(y).all()
@@ -205,14 +205,14 @@ def test_a_table_of_the_levels_of_int4_is_int4():
 
 
 def test_explain_names_every_refusal():
-    lines = explain(Task(FORMATS["int4-asym-g64"], ACTIVATION_FORMATS["none"], 1))
+    lines = explain(LinearProblem(FORMATS["int4-asym-g64"], ACTIVATION_FORMATS["none"], 1))
     assert "not int8" in lines[0]
     assert "weight-only: used" in lines
     assert any(line.startswith("on the CPU: ") and "no compiled form" not in line for line in lines)
-    lines = explain(Task(FORMATS["nf4-g64"], ACTIVATION_FORMATS["int8-row"], 1))
+    lines = explain(LinearProblem(FORMATS["nf4-g64"], ACTIVATION_FORMATS["int8-row"], 1))
     assert "float-product: used" in lines
     lines = explain(
-        Task(replace(FORMATS["nf4-g64"], name="mine"), ACTIVATION_FORMATS["int8-row"], 1)
+        LinearProblem(replace(FORMATS["nf4-g64"], name="mine"), ACTIVATION_FORMATS["int8-row"], 1)
     )
     assert "reference: used" in lines
     assert any(line.startswith("on the CPU: torch reference: no compiled form") for line in lines)
@@ -223,7 +223,7 @@ def test_a_device_gives_the_numbers_of_the_cpu(device):
     x, w, bias = operands(33)
     pre = (torch.rand(128) + 0.5).to(torch.bfloat16)
     for fmt in FORMATS.values():
-        task = Task(fmt, ACTIVATION_FORMATS["int8-row"], 64)
+        task = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
         parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": pre.reshape(1, -1)}
         want = pick(task).call(task, x, parts, bias)
         there = {k: v.to(device) for k, v in parts.items()}

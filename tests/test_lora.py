@@ -116,7 +116,7 @@ def test_an_adapter_adds_what_it_adds_to_the_float_layer(name, recipe):
     model = quantized(name, recipe)
     before = linears(model)
     if recipe != "w4a16":  # the claim is about layers that change their input
-        assert any(m.task.block > 1 or m.runtime.pre_quant for m in before.values())
+        assert any(m.problem.hadamard_block > 1 or m.runtime.pre_quant for m in before.values())
     state = adapter(model, prefix="")
     if name in LORA:
         model.load_lora_adapter(state, prefix=None, adapter_name="one")

@@ -143,7 +143,7 @@ def test_a_product_that_can_takes_the_branch_along(monkeypatch):
 
     torch.manual_seed(0)
     model = dtq.quantize(tiny.dit(), "rtn-w4a8", progress=False).bfloat16()
-    layer = next(m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel.then)
+    layer = next(m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel.with_epilogue)
     x = torch.randn(2, 24, layer.in_features).bfloat16()
     down, up = torch.randn(16, layer.in_features) * 0.1, torch.randn(layer.out_features, 16) * 0.1
     with torch.no_grad():

@@ -136,7 +136,7 @@ def test_a_little_memory_gives_the_same_model():
 def test_what_is_solved_waits_in_its_files(float_folder, tmp_path):
     source = load_transformer(float_folder / "transformer")
     recipe = Recipe.load("w4a16")
-    quantize_sources([source], recipe, progress=False, work=TaskStore(tmp_path))
+    quantize_sources([source], recipe, progress=False, tasks=TaskStore(tmp_path))
     layers = [m for m in source.model.modules() if isinstance(m, QuantLinear)]
     mapped = Mapped()
     assert layers

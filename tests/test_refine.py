@@ -301,7 +301,7 @@ def test_mixed_codewords_become_hard():
     linear = nn.Linear(128, 64)
     layer = rounded(linear, LayerSpec("vq-256x4-row", "none"))
     trainee = TrainableVq(layer, linear.weight, 3)
-    fmt, k = layer.task.weights, layer.packed_tensor("weight_lut")
+    fmt, k = layer.problem.weight_format, layer.packed_tensor("weight_lut")
     now = fmt.codes(layer.packed_tensors()).flatten()
     # the present word first, then the nearest others
     assert torch.equal(trainee.options[:, 0], now.long())
@@ -309,7 +309,7 @@ def test_mixed_codewords_become_hard():
     order = torch.cdist(unit.reshape(-1, 4), k.float()).argsort(1)[:, :3]
     assert torch.equal(trainee.options.sort(1).values, order.sort(1).values)
     # the hard matrix is the limit, and indecision is what is left on the way
-    hard = layer.task.weights.unpack(layer.packed_tensors())
+    hard = layer.problem.weight_format.unpack(layer.packed_tensors())
     assert not torch.allclose(trainee.matrix(), hard, atol=1e-4)
     assert 0 < trainee.indecision() < 1
     trainee.logits.data *= 100

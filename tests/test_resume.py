@@ -273,7 +273,7 @@ def test_units_are_the_same_in_memory_and_in_a_folder(tmp_path):
     for work in (TaskStore(), TaskStore(tmp_path)):
         source = load_transformer(tiny.pipeline())
         recipe = hasty("w4a8", allocate={"budget": 5, "options": ["int4-2l-g64", "int8-row"]})
-        quantize_sources([source], recipe, progress=False, work=work)
+        quantize_sources([source], recipe, progress=False, tasks=work)
         states.append(source.model.state_dict())
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
     assert {p.name for p in tmp_path.iterdir()} >= {

@@ -89,7 +89,7 @@ def test_no_step_compiles_a_new_graph(pipe):
 def test_a16_is_the_layer_without_activation_rounding():
     model = dtq.quantize(tiny.dit(), "w4a8", progress=False, **COARSE, **QUICK)
     install_clock(model, (), StepPolicy((), ("a16",)))
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.acts != "none"]
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.activation_format != "none"]
     x = torch.randn(5, layers[0].in_features)
     with torch.no_grad():
         want = x @ layers[0].dequantize().T + layers[0].bias

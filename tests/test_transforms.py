@@ -48,7 +48,7 @@ def some_transforms():
         "permutation": Permutation(torch.randperm(K, generator=g)),
         "dual": Rotation(16, num_rotations=2),
         "online dual": OnlineTransform.of(
-            s, signs(K, 3), 64, torch.randperm(K, generator=g), turns=2
+            s, signs(K, 3), 64, torch.randperm(K, generator=g), num_rotations=2
         ),
     }
 
@@ -73,12 +73,12 @@ def test_rows_that_read_the_changed_input_read_the_raw_one():
 @pytest.mark.parametrize("block", [16, 64])
 def test_two_turns_spread_one_channel_over_every_block_and_turn_back(block):
     x = torch.randn(5, 256, dtype=torch.float64)
-    turned = rotate(x, block, turns=2)
-    assert torch.allclose(rotate_back(turned, block, turns=2), x)
+    turned = rotate(x, block, num_rotations=2)
+    assert torch.allclose(rotate_back(turned, block, num_rotations=2), x)
     assert not torch.allclose(rotate_back(turned, block), x)
     one = torch.zeros(1, 256)
     one[0, 100] = 1
-    energy = rotate(one, block, turns=2).square().reshape(-1, block).sum(1)
+    energy = rotate(one, block, num_rotations=2).square().reshape(-1, block).sum(1)
     assert torch.allclose(energy, torch.full_like(energy, block / 256))
 
 

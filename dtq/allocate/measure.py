@@ -27,7 +27,7 @@ def measure(
     *,
     progress: bool = True,
     what: str = "measure",
-    work: TaskStore | None = None,
+    tasks: TaskStore | None = None,
 ) -> Measured:
     """Damage of each option of each item alone, everything else float, on the same inputs.
 
@@ -45,14 +45,14 @@ def measure(
         Every metric, averaged over the calls; infinite where an output was not finite.
     """
     assert calls, "nothing was recorded"
-    work = work or TaskStore()
+    tasks = tasks or TaskStore()
     pairs = by_timestep(calls)
     units = {
         f"{what}/{item}/{option}": (item, option)
         for item, options in candidates.items()
         for option in options
     }
-    todo = work.assigned(dict.fromkeys(units, 1.0))
+    todo = tasks.assigned(dict.fromkeys(units, 1.0))
     with tqdm(
         total=len(calls) * len(todo),
         desc=what, unit="call", disable=not progress, dynamic_ncols=True,
@@ -66,11 +66,11 @@ def measure(
                     found.append(_compare(moment, got))
                     bar.update(len(moment))
             means = {name: sum(each[name] for each in found) / len(found) for name in METRICS}
-            work.save(unit, {}, means)
-    work.barrier()
+            tasks.save(unit, {}, means)
+    tasks.barrier()
     measured: Measured = {item: {} for item in candidates}
     for unit, (item, option) in units.items():
-        measured[item][option] = work.load(unit)[1]
+        measured[item][option] = tasks.load(unit)[1]
     return measured
 
 

@@ -77,13 +77,13 @@ GROUPS: dict[str, str] = {
 """The metric that ranks the layers of a role (ours, for the paper's metrics see the module)."""
 
 
-def groups_of(sites: Iterable[InputGroup]) -> dict[str, str]:
+def groups_of(input_groups: Iterable[InputGroup]) -> dict[str, str]:
     """The metric of each site, by the role of its first linear and by name for attention in time.
 
     Returns:
         Name of a site to a key of ``METRICS``.
     """
-    first = {site.name: site.linears[0] for site in sites}
+    first = {site.name: site.linears[0] for site in input_groups}
     return {
         name: "temporal"
         if "temporal" in linear.name and linear.role.startswith("attn.")

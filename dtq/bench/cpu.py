@@ -89,7 +89,7 @@ class Result:
 
 
 def gemm(
-    *, quick: bool = False, rounds: int = 15, say: Callable[[list[BenchRow]], None] | None = None
+    *, quick: bool = False, rounds: int = 15, progress: Callable[[list[BenchRow]], None] | None = None
 ) -> Result:
     """Whole linears, bfloat16 in to bfloat16 out."""
     rows: list[BenchRow] = []
@@ -100,21 +100,21 @@ def gemm(
             found = race(f"{k} x {n}", m, _on(layers, x, n), rounds)
             _note_shares(found, 2 * m * n * k)
             rows += found
-            if say:
-                say(found)
+            if progress:
+                progress(found)
     return Result("gemm", conditions(rounds), rows)
 
 
 def e2e(
-    *, quick: bool = False, rounds: int = 15, say: Callable[[list[BenchRow]], None] | None = None
+    *, quick: bool = False, rounds: int = 15, progress: Callable[[list[BenchRow]], None] | None = None
 ) -> Result:
     """One denoising step of models of the shapes of DiT-XL/2, PixArt and FLUX, and the demo."""
     rows: list[BenchRow] = []
     for case in cases(quick):
         found = race(case.name, case.tokens, _steps(case.model, case.given), rounds)
         rows += found
-        if say:
-            say(found)
+        if progress:
+            progress(found)
     return Result("e2e", conditions(rounds), rows)
 
 

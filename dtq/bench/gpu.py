@@ -74,7 +74,7 @@ def suite(
     *,
     quick: bool = False,
     rounds: int = 15,
-    say: Callable[[list[BenchRow]], None] | None = None,
+    progress: Callable[[list[BenchRow]], None] | None = None,
     device: torch.device | None = None,
 ) -> Result:
     """Every race of a suite; ``say`` hears of each when it is over.
@@ -87,8 +87,8 @@ def suite(
     rows: list[BenchRow] = []
     for found in races(device, quick, rounds, clock):
         rows += found
-        if say:
-            say(found)
+        if progress:
+            progress(found)
     return Result(races.__name__, conditions(rounds, device, clock), rows)
 
 

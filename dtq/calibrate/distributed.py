@@ -24,12 +24,12 @@ from dtq.runs.tasks import TaskStore
 
 
 def calibrate_in_shards(
-    source: LoadedModel,
-    sites: Sequence[InputGroup],
-    calibration: SamplingSettings,
+    loaded: LoadedModel,
+    input_groups: Sequence[InputGroup],
+    settings: SamplingSettings,
     needs: frozenset[str],
     runs: CalibrationRun,
-    work: TaskStore,
+    tasks: TaskStore,
     *,
     progress: bool = True,
 ) -> Path:
@@ -44,9 +44,9 @@ def calibrate_in_shards(
     Raises:
         TeamError: another process died.
     """
-    parts, team = runs.shards(calibration.num_shards), work.workers
-    names = "\n".join([*(site.name for site in sites), *sorted(needs)])
-    path = work.path(f"statistics/{hashlib.sha256(names.encode()).hexdigest()[:16]}")
+    parts, team = runs.shards(settings.num_shards), tasks.workers
+    names = "\n".join([*(site.name for site in input_groups), *sorted(needs)])
+    path = tasks.path(f"statistics/{hashlib.sha256(names.encode()).hexdigest()[:16]}")
     assert path is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     done = team.broadcast(_parts_in(path) if team.is_main else 0)
@@ -55,7 +55,7 @@ def calibrate_in_shards(
         seen = None
         if mine < end:
             seen = collect_shard(
-                source, sites, calibration, needs, runs, parts[mine], progress=progress
+                loaded, input_groups, settings, needs, runs, parts[mine], progress=progress
             )
         for turn in range(first, end):
             if turn == mine and seen is not None:

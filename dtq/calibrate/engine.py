@@ -55,8 +55,8 @@ class CalibrationRun:
 
 
 def calibration_run(
-    source: LoadedModel,
-    calibration: SamplingSettings,
+    loaded: LoadedModel,
+    settings: SamplingSettings,
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> CalibrationRun:
     """How to run the float model.
@@ -72,14 +72,14 @@ def calibration_run(
     Raises:
         InputError: the model cannot be driven; says what would.
     """
-    model, pipeline = source.model, source.pipeline
+    model, pipeline = loaded.model, loaded.pipeline
     if inputs is None and pipeline is not None:
-        requests = prompts.load(calibration.prompts, pipeline, calibration.samples)
-        batch = image_inputs.wanted(pipeline, calibration).batch(calibration.batch_size)
+        requests = prompts.load(settings.prompts, pipeline, settings.samples)
+        batch = image_inputs.wanted(pipeline, settings).batch(settings.batch_size)
         batches = -(-len(requests.entries) // batch)
 
         def generate(i: int) -> object:
-            return list(run_pipeline(pipeline, requests, calibration, "latent", [i * batch]))
+            return list(run_pipeline(pipeline, requests, settings, "latent", [i * batch]))
 
         return CalibrationRun("pipeline", batches, generate)
     origin = "given"
@@ -89,7 +89,7 @@ def calibration_run(
             "Activations of real pictures differ; give the pipeline when you have it.",
             type(model).__name__,
         )
-        inputs, origin = list(dummy_batches(source, calibration)), "made up"
+        inputs, origin = list(dummy_batches(loaded, settings)), "made up"
     if not inputs:
         raise InputError("inputs is empty: nothing to calibrate on")
     calls = inputs
@@ -98,9 +98,9 @@ def calibration_run(
 
 
 def calibrate(
-    source: LoadedModel,
-    sites: Sequence[InputGroup],
-    calibration: SamplingSettings,
+    loaded: LoadedModel,
+    input_groups: Sequence[InputGroup],
+    settings: SamplingSettings,
     needs: frozenset[str],
     *,
     inputs: Iterable[dict[str, Any]] | None = None,
@@ -119,11 +119,11 @@ def calibrate(
     Raises:
         InputError: the model cannot be driven; says what would.
     """
-    runs = calibration_run(source, calibration, None if inputs is None else list(inputs))
+    runs = calibration_run(loaded, settings, None if inputs is None else list(inputs))
     total: Statistics | None = None
-    parts = runs.shards(calibration.num_shards)
+    parts = runs.shards(settings.num_shards)
     for part in parts:
-        seen = collect_shard(source, sites, calibration, needs, runs, part, progress=progress)
+        seen = collect_shard(loaded, input_groups, settings, needs, runs, part, progress=progress)
         if total is None:
             total = seen
         else:
@@ -134,9 +134,9 @@ def calibrate(
 
 
 def collect_shard(
-    source: LoadedModel,
-    sites: Sequence[InputGroup],
-    calibration: SamplingSettings,
+    loaded: LoadedModel,
+    input_groups: Sequence[InputGroup],
+    settings: SamplingSettings,
     needs: frozenset[str],
     runs: CalibrationRun,
     part: range,
@@ -151,8 +151,8 @@ def collect_shard(
         part: which batches.
         progress: show a bar over all batches, those of other parts included.
     """
-    watch = CalibrationHooks(source, sites, calibration.num_timestep_bins, needs, runs.first)
-    per_batch = calibration.steps if runs.origin == "pipeline" else 1
+    watch = CalibrationHooks(loaded, input_groups, settings.num_timestep_bins, needs, runs.first)
+    per_batch = settings.steps if runs.origin == "pipeline" else 1
     with (
         watch.hooks(),
         torch.no_grad(),
@@ -171,21 +171,21 @@ def collect_shard(
                 bar.total, bar.n = watch.calls * runs.batches, watch.calls * (part.start + 1)
                 bar.refresh()
     about = {
-        "model": type(source.model).__name__,
+        "model": type(loaded.model).__name__,
         "origin": runs.origin,
         "calls": watch.calls,
-        **{k: getattr(calibration, k) for k in ("set", "samples", "steps", "guidance", "seed")},
+        **{k: getattr(settings, k) for k in ("set", "samples", "steps", "guidance", "seed")},
     }
     return Statistics(watch.stats, tuple(watch.edges), about)
 
 
 def memory_batches(
-    sites: Sequence[InputGroup], bins: int, needs: frozenset[str], memory: int
+    input_groups: Sequence[InputGroup], bins: int, needs: frozenset[str], memory: int
 ) -> list[list[InputGroup]]:
     """The sites in runs whose statistics fit in ``memory`` bytes; a site alone always does."""
     found: list[list[InputGroup]] = [[]]
     free = memory
-    for site in sites:
+    for site in input_groups:
         size = InputStats.nbytes(site.columns, bins, needs)
         if size > free and found[-1]:
             found.append([])
@@ -221,22 +221,22 @@ class CalibrationHooks:
 
     def __init__(
         self,
-        source: LoadedModel,
-        sites: Sequence[InputGroup],
+        loaded: LoadedModel,
+        input_groups: Sequence[InputGroup],
         bins: int,
         needs: frozenset[str],
         first: float | None,
     ) -> None:
-        self.model, self.sites, self.bins, self.first = source.model, sites, bins, first
-        self.stats = {s.name: InputStats(s.columns, bins, needs) for s in sites}
-        self.top = source.family.largest_timestep if source.family else 0.0
+        self.model, self.sites, self.bins, self.first = loaded.model, input_groups, bins, first
+        self.stats = {s.name: InputStats(s.columns, bins, needs) for s in input_groups}
+        self.top = loaded.family.largest_timestep if loaded.family else 0.0
         self.edges: list[float] = []
         self.calls = 0
         self.place = 0
         self.bin = 0
         self.batch = 1
         self.tick: Callable[[], object] = lambda: None
-        self._signature = inspect.signature(source.model.forward)
+        self._signature = inspect.signature(loaded.model.forward)
 
     def begin(self, batch: int) -> None:
         """Number the calls of a batch, whoever runs it, whatever ran before."""

@@ -53,7 +53,7 @@ def doctor() -> None:
         rows.append((f"  {kernel.name}", "; ".join(on(kernel, x) for x in LIBRARIES.values())))
     for library in LIBRARIES.values():
         rows.append((f"{library.title} kernels", library.describe()))
-        rows += [(f"  {name}", what) for name, what in library.rungs()]
+        rows += [(f"  {name}", what) for name, what in library.levels()]
     for name in ("demo", "demo-video"):
         files = (f for f in demo.folder(name).rglob("*") if f.is_file())
         rows.append((f"bundled {name}", size(sum(f.stat().st_size for f in files))))

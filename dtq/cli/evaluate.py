@@ -244,8 +244,8 @@ def evaluate(
     quantization = quantization_report(opened.path)
     how = calibration_of(set=requests, **job)
     result = evaluate.evaluate(
-        opened, float_model, how, baselines=listed(baseline), asked=asked, say=say,
-        team=team, folder=None if output is None else output / ".shares",
+        opened, float_model, how, baselines=listed(baseline), request=asked, progress=say,
+        workers=team, folder=None if output is None else output / ".shares",
     )  # fmt: skip
     if result is None:  # the first process says and writes it
         return

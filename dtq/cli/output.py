@@ -50,14 +50,14 @@ def inspected(folder: Path) -> dict[str, Any]:
         {
             "name": name,
             "shape": [m.out_features, m.in_features],
-            "weights": m.weights,
-            "acts": m.acts,
-            "hadamard": m.task.block,
+            "weights": m.weight_format,
+            "acts": m.activation_format,
+            "hadamard": m.problem.hadamard_block,
             "bits": 8
             * sum(s.nbytes for s in m.tensor_specs().values())
             / (m.in_features * m.out_features),
             "kernel": m.kernel.name,
-            "kernels": explain(m.task, (m.out_features, m.in_features)),
+            "kernels": explain(m.problem, (m.out_features, m.in_features)),
         }
         for name, m in layers
     ]

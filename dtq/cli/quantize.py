@@ -112,7 +112,7 @@ def quantize(
             statistics=statistics,
             skip=keep,
             progress=team.is_main and not as_json,
-            work=run.tasks,
+            tasks=run.tasks,
             memory=run.memory,
             last_look=sentinel,
         )
@@ -236,7 +236,7 @@ def calibrate(
         needs = frozenset(OBSERVERS)
         run.begin(run_identity(every, chosen, needs) if team.is_main else {})
         statistics = calibrate_source(
-            opened, scan, chosen, needs, progress=team.is_main, memory=run.memory, work=run.tasks
+            opened, scan, chosen, needs, progress=team.is_main, memory=run.memory, tasks=run.tasks
         )
         if not team.is_main:
             return

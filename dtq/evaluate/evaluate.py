@@ -96,12 +96,12 @@ class Evaluation:
 def evaluate(
     candidate: LoadedModel,
     reference: LoadedModel,
-    how: SamplingSettings,
+    settings: SamplingSettings,
     *,
     baselines: Sequence[str] = (),
-    asked: MetricRequest | None = None,
-    say: Progress = lambda line: None,
-    team: Workers = SINGLE_PROCESS,
+    request: MetricRequest | None = None,
+    progress: Progress = lambda line: None,
+    workers: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
 ) -> Evaluation | None:
     """Compare a quantized pipeline with its float one.
@@ -132,35 +132,35 @@ def evaluate(
             f"{candidate.name} has {kinds}, {reference.name} {known}: not the same model"
         )
     names = {part: list(compared_layers(model)) for part, model in models.items()}
-    asked = asked or MetricRequest()
-    asked.check()
+    request = request or MetricRequest()
+    request.check()
     for name in baselines:
         others.find(name)
     if baselines and not any(names.values()):
         raise InputError(f"{candidate.name} has no quantized layer that others could quantize too")
-    job = observe(reference, how, say, team)
-    say("candidate, teacher-forced and free-running")
+    job = observe(reference, settings, progress, workers)
+    progress("candidate, teacher-forced and free-running")
     seen = compare(job, candidate)
-    for name in asked.pairs:
-        pair_values(name, job, seen, asked.where.get(name, ""))
+    for name in request.pairs:
+        pair_values(name, job, seen, request.where.get(name, ""))
     mine, bits = RunShard.of(job, seen), {candidate.name: stored_bits(*models.values())}
     for name in baselines:
-        say(f"baseline {name}")
+        progress(f"baseline {name}")
         errors, bits[name] = _baseline(name, floats, names, job.truth)
         mine.errors[name] = placed(job, errors)
-    share = merge_shards(team, folder, mine, len(job.requests.entries))
+    share = merge_shards(workers, folder, mine, len(job.requests.entries))
     found = MetricResults()
-    if asked.distributions:
+    if request.distributions:
         found = requested_metrics.distributions(
-            candidate, reference, job.settings, asked, say, team, folder
+            candidate, reference, job.settings, request, progress, workers, folder
         )
     if share is None:
         return None
     result = _result(candidate.name, reference.name, share, bits)
-    if asked.distributions:
+    if request.distributions:
         result.metrics, result.image_sets = found.metrics, found.image_sets
         share.run.missing |= found.missing
-        share.run.conditions["fid_samples"] = asked.samples
+        share.run.conditions["fid_samples"] = request.samples
         _fid_cells(result.rows[0], result)
     return result
 
@@ -218,7 +218,7 @@ def compare_images(row: ResultRow, want: Tensor, got: Tensor) -> None:
 def compared_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The layers that also quantize their input, by name; where there are none, all quantized."""
     every = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    return {n: m for n, m in every.items() if m.acts != "none"} or every
+    return {n: m for n, m in every.items() if m.activation_format != "none"} or every
 
 
 def stored_bits(*models: nn.Module) -> float | None:

@@ -74,7 +74,7 @@ def by_step(errors: Errors) -> list[float]:
 
 
 def merge_shards(
-    team: Workers, folder: Path | None, share: RunShard, count: int
+    workers: Workers, folder: Path | None, share: RunShard, count: int
 ) -> RunShard | None:
     """The shares of all processes as one, on the first process; None elsewhere.
 
@@ -86,12 +86,12 @@ def merge_shards(
     Raises:
         TeamError: a sample is missing, or was made twice; names it.
     """
-    if team.size == 1:
+    if workers.size == 1:
         return share
     tensors = {"floats": share.floats, "made": share.made}
     tables = {**share.errors, "": share.divergence}
     tensors |= {f"errors.{k}": torch.tensor(v, dtype=torch.float64) for k, v in tables.items()}
-    found = gather(team, folder, "samples", tensors, share.run.to_json())
+    found = gather(workers, folder, "samples", tensors, share.run.to_json())
     if found is None:
         return None
     return _together([_share(*each) for each in found], count)

@@ -31,7 +31,7 @@ log = logging.getLogger("dtq")
 Progress = Callable[[str], None]
 
 
-def other_batches(how: SamplingSettings, alike: bool) -> SamplingSettings:
+def other_batches(settings: SamplingSettings, alike: bool) -> SamplingSettings:
     """The same job in other batches: what then differs is the noise of the float model.
 
     One by one: products of many rows are often bit-identical however many they are, those of few
@@ -42,14 +42,14 @@ def other_batches(how: SamplingSettings, alike: bool) -> SamplingSettings:
         alike: whether the pipeline does the same for one sample as for several, see
             :func:`one_is_as_several`; where it does not, one by one would be another job.
     """
-    size = min(how.batch_size, how.samples)
+    size = min(settings.batch_size, settings.samples)
     if alike:
-        return replace(how, batch_size=1 if size > 1 else 2)
-    return replace(how, batch_size={1: 1, 2: 3}.get(size, 2))
+        return replace(settings, batch_size=1 if size > 1 else 2)
+    return replace(settings, batch_size={1: 1, 2: 3}.get(size, 2))
 
 
 def one_is_as_several(
-    reference: LoadedModel, requests: prompts.Requests, how: SamplingSettings
+    reference: LoadedModel, requests: prompts.Requests, settings: SamplingSettings
 ) -> bool:
     """Whether the transformers are given the same, rows aside, for a sample alone and for two.
 
@@ -57,7 +57,7 @@ def one_is_as_several(
     """
     alone, together = (
         trajectory.record(
-            reference.pipeline, reference.models(), requests, replace(how, batch_size=n), range(1)
+            reference.pipeline, reference.models(), requests, replace(settings, batch_size=n), range(1)
         )
         for n in (1, 2)
     )
@@ -103,20 +103,20 @@ class CandidateRun:
 
 def observe(
     reference: LoadedModel,
-    how: SamplingSettings,
-    say: Progress = lambda line: None,
-    team: Workers = SINGLE_PROCESS,
+    settings: SamplingSettings,
+    progress: Progress = lambda line: None,
+    workers: Workers = SINGLE_PROCESS,
 ) -> EvaluationJob:
     """Run the float pipeline twice, over what this process has of the requests."""
-    how = call_defaults.of(reference.pipeline).fill(how)
+    settings = call_defaults.of(reference.pipeline).fill(settings)
     # nested: more samples later are these and others
-    requests = prompts.load(how.prompts, reference.pipeline, how.samples, nested=True)
-    alike = how.samples < 2 or one_is_as_several(reference, requests, how)
-    other = other_batches(how, alike)
-    places = team.shard(len(requests.entries), math.lcm(how.batch_size, other.batch_size))
-    say("float pipeline")
+    requests = prompts.load(settings.prompts, reference.pipeline, settings.samples, nested=True)
+    alike = settings.samples < 2 or one_is_as_several(reference, requests, settings)
+    other = other_batches(settings, alike)
+    places = workers.shard(len(requests.entries), math.lcm(settings.batch_size, other.batch_size))
+    progress("float pipeline")
     models = reference.models()
-    truth = trajectory.record(reference.pipeline, models, requests, how, places)
+    truth = trajectory.record(reference.pipeline, models, requests, settings, places)
     for name, count in calls_of(truth, models).items():
         if not count:
             log.warning(
@@ -130,9 +130,9 @@ def observe(
             "pictures of several sizes cannot be compared; ask for one: --arg height=512 "
             "--arg width=512"
         )
-    say("float pipeline again, other batches, for the noise floor")
+    progress("float pipeline again, other batches, for the noise floor")
     again = trajectory.record(reference.pipeline, models, requests, other, places)
-    return EvaluationJob(reference, how, requests, places, truth, again)
+    return EvaluationJob(reference, settings, requests, places, truth, again)
 
 
 def calls_of(trajectory: trajectory.Trajectory, models: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -216,13 +216,13 @@ def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _conditions(how: SamplingSettings, requests: prompts.Requests) -> dict[str, Any]:
+def _conditions(settings: SamplingSettings, requests: prompts.Requests) -> dict[str, Any]:
     return {
         "set": requests.name,
         "samples": len(requests.entries),
-        "steps": how.steps or "pipeline default",
-        "guidance": how.guidance or "pipeline default",
-        "seed": how.seed,
+        "steps": settings.steps or "pipeline default",
+        "guidance": settings.guidance or "pipeline default",
+        "seed": settings.seed,
         "torch": torch.__version__,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
@@ -230,7 +230,7 @@ def _conditions(how: SamplingSettings, requests: prompts.Requests) -> dict[str, 
 
 
 def _job(
-    how: SamplingSettings,
+    settings: SamplingSettings,
     reference: LoadedModel,
     candidate: LoadedModel,
     truth: trajectory.Trajectory,
@@ -241,8 +241,8 @@ def _job(
     return ({"calls": calls} if len(calls) > 1 else {}) | {
         "steps": truth.steps(),
         "sampler": type(scheduler).__name__,
-        "arguments": how.pipeline_args | ({"images": how.images} if how.images else {}),
-        "batch": how.batch_size,
+        "arguments": settings.pipeline_args | ({"images": settings.images} if settings.images else {}),
+        "batch": settings.batch_size,
         "dtype": str(reference.dtype).removeprefix("torch."),
         "dtq": __version__,
         "hardware": hardware(candidate.model),

@@ -126,10 +126,10 @@ class MetricResults:
 def distributions(
     candidate: LoadedModel,
     reference: LoadedModel,
-    how: SamplingSettings,
-    asked: MetricRequest,
-    say: Callable[[str], None] = lambda line: None,
-    team: Workers = SINGLE_PROCESS,
+    settings: SamplingSettings,
+    request: MetricRequest,
+    progress: Callable[[str], None] = lambda line: None,
+    workers: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
 ) -> MetricResults:
     """Generate with both models, from the same seeds, and compare the sets.
@@ -145,32 +145,32 @@ def distributions(
     found = MetricResults()
     ready: dict[str, Extractor] = {}
     wanted: dict[str, str] = {}  # metric to extractor
-    for metric in asked.distributions:
+    for metric in request.distributions:
         try:
-            name = DISTRIBUTIONS[metric].extractor or _chosen(asked.features, reference.pipeline)
+            name = DISTRIBUTIONS[metric].extractor or _chosen(request.features, reference.pipeline)
             if name not in ready:
-                ready[name] = extractors.load(name, asked.where.get(name, ""))
+                ready[name] = extractors.load(name, request.where.get(name, ""))
             wanted[metric] = name
         except InputError as error:
             found.missing[metric] = str(error)
     if not wanted:
         return found
-    more = replace(how, prompts="auto", samples=asked.samples, seed=how.seed + 1)
+    more = replace(settings, prompts="auto", samples=request.samples, seed=settings.seed + 1)
     requests = prompts.load(more.prompts, reference.pipeline, more.samples)
     for side, source in (("float", reference), ("candidate", candidate)):
-        say(f"{side}, {asked.samples} pictures for {', '.join(wanted)}")
-        places = team.shard(len(requests.entries), more.batch_size)
+        progress(f"{side}, {request.samples} pictures for {', '.join(wanted)}")
+        places = workers.shard(len(requests.entries), more.batch_size)
         made = image_set(source.pipeline, requests, more, ready, places)
-        shared = _whole(team, folder, side, made, places)
+        shared = _whole(workers, folder, side, made, places)
         if shared is None:
             continue
         found.image_sets[side] = shared
-    if not team.is_main:
+    if not workers.is_main:
         return found
     failed = {side: made.failed for side, made in found.image_sets.items() if made.failed}
     if failed:
         words = "; ".join(
-            f"{len(whys)} of {asked.samples} pictures of {side} failed: {next(iter(whys.values()))}"
+            f"{len(whys)} of {request.samples} pictures of {side} failed: {next(iter(whys.values()))}"
             for side, whys in failed.items()
         )
         found.missing |= dict.fromkeys(wanted, words)
@@ -178,7 +178,7 @@ def distributions(
     for metric, name in wanted.items():
         try:
             found.metrics += _of(metric, ready[name], name, found.image_sets, candidate.name,
-                                 asked.reference, requests.entries)  # fmt: skip
+                                 request.reference, requests.entries)  # fmt: skip
         except InputError as error:
             found.missing[metric] = str(error)
     return found
@@ -217,7 +217,7 @@ def _of(
 def image_set(
     pipeline: Any,
     requests: prompts.Requests,
-    how: SamplingSettings,
+    settings: SamplingSettings,
     ready: Mapping[str, Extractor],
     places: Sequence[int],
 ) -> ImageSet:
@@ -229,7 +229,7 @@ def image_set(
     parts: dict[str, list[Features]] = {name: [] for name in ready}
     kept: list[Tensor] = []
     failed: dict[int, str] = {}
-    for result in run_pipeline(pipeline, requests, how, only=places):
+    for result in run_pipeline(pipeline, requests, settings, only=places):
         made = shown(result)
         if made.ndim != 4:
             raise InputError("distributions compare pictures; this pipeline makes videos or sounds")
@@ -249,11 +249,11 @@ def image_set(
 
 
 def _whole(
-    team: Workers, folder: Path | None, side: str, made: ImageSet, places: Sequence[int]
+    workers: Workers, folder: Path | None, side: str, made: ImageSet, places: Sequence[int]
 ) -> ImageSet | None:
     """The pictures of all processes in the order of their places, on the first; None elsewhere."""
     tensors = {**made.tensors(), "": made.bytes}
-    found = gather(team, folder, side, tensors, {"places": places, "failed": made.failed})
+    found = gather(workers, folder, side, tensors, {"places": places, "failed": made.failed})
     if found is None:
         return None
     every = [place for _, plain in found for place in plain["places"]]

@@ -75,7 +75,7 @@ def record(
     pipeline: Any,
     model: Models,
     requests: prompts.Requests,
-    how: SamplingSettings,
+    settings: SamplingSettings,
     only: Container[int] | None = None,
 ) -> Trajectory:
     """Run the pipeline over the requests and keep every call of its transformers.
@@ -85,7 +85,7 @@ def record(
     trajectory = Trajectory()
 
     def run() -> Iterator[None]:
-        for result in run_pipeline(pipeline, requests, how, only=only):
+        for result in run_pipeline(pipeline, requests, settings, only=only):
             trajectory.pictures.append(shown(result))
             yield
 

@@ -76,7 +76,7 @@ def vq4dit(
     seed: int = 0,
     candidates: int = 2,
     lr_logits: float = 0.2,
-    pull: float = 0.1,
+    ratio_penalty: float = 0.1,
 ) -> FinetuneReport:
     """VQ4DiT (2408.17131, sec. 3.2): :func:`blocks`, and codewords are chosen again with them.
 
@@ -101,7 +101,7 @@ def vq4dit(
     """
     if candidates < 2:
         raise InputError(f"vq4dit: candidates must be at least 2, is {candidates}")
-    how = FinetuneConfig("vq4dit", steps, lr, lr_other, clip, seed, candidates, lr_logits, pull)
+    how = FinetuneConfig("vq4dit", steps, lr, lr_other, clip, seed, candidates, lr_logits, ratio_penalty)
     return _finetune(model, floats, calls, how, progress, save)
 
 
@@ -109,20 +109,20 @@ def _finetune(
     model: nn.Module,
     floats: Mapping[str, nn.Linear],
     calls: Sequence[RecordedCall],
-    how: FinetuneConfig,
+    config: FinetuneConfig,
     progress: bool,
     save: Path | None,
 ) -> FinetuneReport:
     if not calls:
-        raise InputError(f"refine: {how.method} needs recorded calls of the float model")
-    if how.steps < 1:
-        raise InputError(f"refine: {how.method} needs at least one step, got {how.steps}")
+        raise InputError(f"refine: {config.method} needs recorded calls of the float model")
+    if config.steps < 1:
+        raise InputError(f"refine: {config.method} needs at least one step, got {config.steps}")
     names = in_order(model, calls[0])
-    shelf = Shelf(save, fingerprint(model, floats, calls, how)) if save is not None else None
-    report = FinetuneReport(how.method)
+    shelf = Shelf(save, fingerprint(model, floats, calls, config)) if save is not None else None
+    report = FinetuneReport(config.method)
     with tqdm(
-        total=len(names) * how.steps,
-        desc=f"refine {how.method}",
+        total=len(names) * config.steps,
+        desc=f"refine {config.method}",
         unit="step",
         disable=not progress,
         dynamic_ncols=True,
@@ -130,10 +130,10 @@ def _finetune(
         for i, name in enumerate(names):
             done = shelf.load(i, model) if shelf is not None else None
             if done is None:
-                done = _finetune_block(model, name, floats, calls, how, how.seed + i, bar)
+                done = _finetune_block(model, name, floats, calls, config, config.seed + i, bar)
                 if shelf is not None:
                     shelf.save(i, done, model)
-            bar.update((i + 1) * how.steps - bar.n)
+            bar.update((i + 1) * config.steps - bar.n)
             shown = {
                 k: f"{v:.2e}" for k, v in (("before", done.before), ("after", done.after)) if v
             }
@@ -147,7 +147,7 @@ def _finetune_block(
     name: str,
     floats: Mapping[str, nn.Linear],
     calls: Sequence[RecordedCall],
-    how: FinetuneConfig,
+    config: FinetuneConfig,
     seed: int,
     bar: Any,
 ) -> BlockReport:
@@ -161,10 +161,10 @@ def _finetune_block(
     before = error(model.get_submodule(name), held or train)
     finite = math.isfinite(before)
     if finite:
-        trainees = {n: trainable_of(layer, floats[n], how) for n, layer in layers.items()}
+        trainees = {n: trainable_of(layer, floats[n], config) for n, layer in layers.items()}
         with temporarily_replaced(model, trainees):
             block = model.get_submodule(name)
-            finite = _train(block, list(trainees.values()), train, how, before, seed, bar)
+            finite = _train(block, list(trainees.values()), train, config, before, seed, bar)
     if not finite:
         log.warning("refine: the error of %s is not finite; left as it was", name)
         return BlockReport(name, _finite(before), None, False, "non-finite error")
@@ -186,7 +186,7 @@ def _train(
     block: nn.Module,
     trainees: Sequence[TrainableLinear],
     examples: Sequence[Example],
-    how: FinetuneConfig,
+    config: FinetuneConfig,
     unit: float,
     seed: int,
     bar: Any,
@@ -194,28 +194,28 @@ def _train(
     """Adam with a cosine schedule, one call a step; False as soon as the loss is not finite."""
     soft = [t for t in trainees if isinstance(t, TrainableVq)]
     vectors = sum(len(t.logits) for t in soft)
-    groups = [group for t in trainees for group in t.groups(how, math.sqrt(unit))]
+    groups = [group for t in trainees for group in t.groups(config, math.sqrt(unit))]
     chosen = [p for group in groups for p in group["params"]]
     if not chosen:
         return True
     optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     order = _cycled(len(examples), seed)
     with _frozen(block, chosen), torch.enable_grad():
-        for step in range(how.steps):
+        for step in range(config.steps):
             example = examples[next(order)]
             loss = example.loss(block) / max(unit, 1e-30)
             for t in soft:
-                loss = loss + how.pull * t.indecision() * len(t.logits) / vectors
+                loss = loss + config.ratio_penalty * t.indecision() * len(t.logits) / vectors
             if not torch.isfinite(loss):
                 return False
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(chosen, how.clip)
+            nn.utils.clip_grad_norm_(chosen, config.clip)
             optimizer.step()
             schedule.step()
             for t in soft:
-                t.fix(everything=step + 1 >= 0.75 * how.steps)
+                t.fix(everything=step + 1 >= 0.75 * config.steps)
             bar.update()
     return True
 

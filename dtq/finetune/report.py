@@ -19,7 +19,7 @@ class FinetuneConfig:
     seed: int
     candidates: int = 0
     lr_logits: float = 0.0
-    pull: float = 0.0
+    ratio_penalty: float = 0.0
 
 
 @dataclass

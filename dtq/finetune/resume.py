@@ -77,10 +77,10 @@ def fingerprint(
     model: nn.Module,
     floats: Mapping[str, nn.Linear],
     calls: Sequence[RecordedCall],
-    how: FinetuneConfig,
+    config: FinetuneConfig,
 ) -> str:
     """Of the method, the calls, and the quantized layers before and after they were."""
-    digest = hashlib.sha256(json.dumps(asdict(how)).encode())
+    digest = hashlib.sha256(json.dumps(asdict(config)).encode())
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             digest.update(f"{name} {json.dumps(module.runtime.to_json())}".encode())

@@ -52,13 +52,13 @@ class TrainableLinear(nn.Linear):
     def layer(self) -> QuantLinear:
         return self._layer[0]
 
-    def groups(self, how: FinetuneConfig, reach: float) -> list[dict[str, Any]]:
+    def groups(self, config: FinetuneConfig, reach: float) -> list[dict[str, Any]]:
         """Parameters and their learning rates, for the optimizer; ``reach`` is sqrt(before)."""
         main = [p for n, p in self.moves.items() if n.startswith("weight_")]
         rest = [p for n, p in self.moves.items() if not n.startswith("weight_")]
         groups = [
-            {"params": main, "lr": how.lr * reach},
-            {"params": rest, "lr": how.lr_other * reach},
+            {"params": main, "lr": config.lr * reach},
+            {"params": rest, "lr": config.lr_other * reach},
         ]
         return [group for group in groups if group["params"]]
 
@@ -77,7 +77,7 @@ class TrainableLinear(nn.Linear):
 
     def matrix(self) -> Tensor:
         """The weight (N, K) of the changed input."""
-        fmt = self.layer.task.weights
+        fmt = self.layer.problem.weight_format
         parts = {
             n: self.layer.packed_tensor(n)
             for n in fmt.layout((self.out_features, self.in_features))
@@ -128,8 +128,8 @@ class TrainableVq(TrainableLinear):
         logits[:, 0] = LEAD
         self.logits = nn.Parameter(logits)  # (S, n)
 
-    def groups(self, how: FinetuneConfig, reach: float) -> list[dict[str, Any]]:
-        return [*super().groups(how, reach), {"params": [self.logits], "lr": how.lr_logits}]
+    def groups(self, config: FinetuneConfig, reach: float) -> list[dict[str, Any]]:
+        return [*super().groups(config, reach), {"params": [self.logits], "lr": config.lr_logits}]
 
     def matrix(self) -> Tensor:
         words = F.embedding(self.options, self.now("weight_lut"))  # (S, n, d)
@@ -157,14 +157,14 @@ class TrainableVq(TrainableLinear):
 
     @property
     def _format(self) -> Vq:
-        fmt = self.layer.task.weights
+        fmt = self.layer.problem.weight_format
         assert isinstance(fmt, Vq)
         return fmt
 
 
-def trainable_of(layer: QuantLinear, linear: nn.Linear, how: FinetuneConfig) -> TrainableLinear:
-    if how.candidates and isinstance(layer.task.weights, Vq):
-        return TrainableVq(layer, linear.weight, how.candidates)
+def trainable_of(layer: QuantLinear, linear: nn.Linear, config: FinetuneConfig) -> TrainableLinear:
+    if config.candidates and isinstance(layer.problem.weight_format, Vq):
+        return TrainableVq(layer, linear.weight, config.candidates)
     return TrainableLinear(layer)
 
 
@@ -185,7 +185,7 @@ def _learns(name: str, dtype: torch.dtype) -> bool:
 
 def _acts_now(layer: QuantLinear) -> ActivationFormat:
     """The activation format of this step: the layer's, or what a step policy says."""
-    acts: ActivationFormat = layer.task.acts
+    acts: ActivationFormat = layer.problem.activation_format
     clock = layer.clock
     if clock is not None and clock.modes and acts.bits < 16:
         return activation_format_of(clock.modes[int(clock.mode)], acts.name)

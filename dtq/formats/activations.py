@@ -110,7 +110,7 @@ def row_codes(x: Tensor, scale: Tensor, levels: int = 127) -> Tensor:
     return torch.round(x / scale).clamp(-levels, levels)
 
 
-def fake_quantize(x: Tensor, acts: ActivationFormat, peak: Tensor | None = None) -> Tensor:
+def fake_quantize(x: Tensor, activations: ActivationFormat, peak: Tensor | None = None) -> Tensor:
     """Float32 ``x`` (R, K) after quantizing and back; a static scale is fitted to ``x``.
 
     Args:
@@ -118,20 +118,20 @@ def fake_quantize(x: Tensor, acts: ActivationFormat, peak: Tensor | None = None)
         acts: the format, with a ``grid`` if there is a peak.
         peak: largest magnitude of each whole token (R, 1), if ``x`` is not whole.
     """
-    if acts.bits == 16:
+    if activations.bits == 16:
         return x
-    if acts.block_format:
-        return _on_grid(x, acts, peak)
-    scale = row_scale(x.reshape(1, -1) if acts.static else x, acts.levels)
-    return row_codes(x, scale, acts.levels) * scale
+    if activations.block_format:
+        return _on_grid(x, activations, peak)
+    scale = row_scale(x.reshape(1, -1) if activations.static else x, activations.levels)
+    return row_codes(x, scale, activations.levels) * scale
 
 
-def _on_grid(x: Tensor, acts: ActivationFormat, peak: Tensor | None) -> Tensor:
+def _on_grid(x: Tensor, activations: ActivationFormat, peak: Tensor | None) -> Tensor:
     """Round rows with a weight format; what that keeps per matrix is kept per row here."""
     from dtq.formats import FORMATS  # the table imports this package
 
-    fmt = FORMATS[acts.block_format]
-    if not acts.token_scale:
+    fmt = FORMATS[activations.block_format]
+    if not activations.token_scale:
         beyond = peak is not None and fmt.group is None  # the scale belongs to the whole token
         return fmt.snap(x, fmt.fit(torch.cat([x, peak], 1) if beyond else x))  # type: ignore[list-item]
     peak = (x.abs().amax(-1, keepdim=True) if peak is None else peak).clamp(min=1e-30)

@@ -95,28 +95,28 @@ class Format(Protocol):
                 there and not learned again. Column solvers use it to fit one group.
         """
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         """Nearest representable values, as float; ``x`` holds columns ``cols`` of the matrix."""
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
         """The stored tensors of ``snap(x, params)``."""
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
+    def unpack(self, tensors: PackedTensors) -> Tensor:
         """The float32 matrix (N, K) that the parts stand for."""
 
 
 _TOGETHER = 2**16  # weights whose copies on the way to a code stay in the cache
 
 
-def fake_quantize_weight(fmt: Format, x: Tensor, params: QParams) -> Tensor:
+def fake_quantize_weight(fmt: Format, x: Tensor, qparams: QParams) -> Tensor:
     """``fmt.snap(x, params)`` of a large matrix, some rows at a time: several times as fast."""
     rows = max(1, _TOGETHER // max(1, x.shape[1]))
     if fmt.learned or len(x) <= rows:  # parameters that are learned are not all of rows
-        return fmt.snap(x, params)
+        return fmt.snap(x, qparams)
     out = torch.empty_like(x, dtype=torch.float32)
     for first in range(0, len(x), rows):
         some = slice(first, first + rows)
-        of_rows = {k: v[some] if v.ndim == 2 and len(v) == len(x) else v for k, v in params.items()}
+        of_rows = {k: v[some] if v.ndim == 2 and len(v) == len(x) else v for k, v in qparams.items()}
         out[some] = fmt.snap(x[some], of_rows)
     return out
 

@@ -62,17 +62,17 @@ class Fp8:
             return outer
         return {"weight_scale": clip * x.float().abs().amax(1, keepdim=True) / _E4M3_MAX}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        return self._codes(x, params).float() * params["weight_scale"]
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        return self._codes(x, qparams).float() * qparams["weight_scale"]
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        return {"weight": self._codes(x, params), **params}
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        return {"weight": self._codes(x, qparams), **qparams}
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
-        return parts["weight"].float() * parts["weight_scale"].float()
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        return tensors["weight"].float() * tensors["weight_scale"].float()
 
-    def _codes(self, x: Tensor, params: QParams) -> Tensor:
-        return _e4m3(divide(x.float(), params["weight_scale"]), -_E4M3_MAX)
+    def _codes(self, x: Tensor, qparams: QParams) -> Tensor:
+        return _e4m3(divide(x.float(), qparams["weight_scale"]), -_E4M3_MAX)
 
 
 @dataclass(frozen=True)
@@ -129,22 +129,22 @@ class NvFp4:
         scales = torch.stack([t["weight_scale"].float() for t in tries]).gather(0, best)[0]
         return {"weight_scale": scales.to(torch.float8_e4m3fn), "weight_scale_2": scale_2}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        scale = self._per_column(x.shape[1], params, cols)
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        scale = self._per_column(x.shape[1], qparams, cols)
         return E2M1.round(divide(x.float(), scale)) * scale
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        codes = E2M1.codes(divide(x.float(), self._per_column(x.shape[1], params, None)))
-        return {"weight": pack_bits(codes, 4), **params}
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        codes = E2M1.codes(divide(x.float(), self._per_column(x.shape[1], qparams, None)))
+        return {"weight": pack_bits(codes, 4), **qparams}
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
-        scale = parts["weight_scale"].float() * parts["weight_scale_2"].float()
-        levels = in_groups(E2M1.of(unpack_bits(parts["weight"], 4)), self.group)
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        scale = tensors["weight_scale"].float() * tensors["weight_scale_2"].float()
+        levels = in_groups(E2M1.of(unpack_bits(tensors["weight"], 4)), self.group)
         return (levels * scale.unsqueeze(-1)).flatten(1)
 
-    def _per_column(self, columns: int, params: QParams, cols: slice | None) -> Tensor:
-        scale = expand_groups(params["weight_scale"], columns, self.group, cols).float()
-        return scale * params["weight_scale_2"]
+    def _per_column(self, columns: int, qparams: QParams, cols: slice | None) -> Tensor:
+        scale = expand_groups(qparams["weight_scale"], columns, self.group, cols).float()
+        return scale * qparams["weight_scale_2"]
 
 
 @dataclass(frozen=True)
@@ -179,17 +179,17 @@ class MxFp4:
         # 1, not 0: 2^-127 is subnormal, and some devices flush those to zero
         return {"weight_scale": (exponent - 2 + 127).clamp(1, 254).to(torch.uint8)}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        scale = _power(expand_groups(params["weight_scale"], x.shape[1], self.group, cols))
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        scale = _power(expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols))
         return E2M1.round(x.float() / scale) * scale
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        scale = _power(expand_groups(params["weight_scale"], x.shape[1], self.group, None))
-        return {"weight": pack_bits(E2M1.codes(x.float() / scale), 4), **params}
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        scale = _power(expand_groups(qparams["weight_scale"], x.shape[1], self.group, None))
+        return {"weight": pack_bits(E2M1.codes(x.float() / scale), 4), **qparams}
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
-        levels = in_groups(E2M1.of(unpack_bits(parts["weight"], 4)), self.group)
-        return (levels * _power(parts["weight_scale"]).unsqueeze(-1)).flatten(1)
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        levels = in_groups(E2M1.of(unpack_bits(tensors["weight"], 4)), self.group)
+        return (levels * _power(tensors["weight_scale"]).unsqueeze(-1)).flatten(1)
 
 
 def _e4m3(x: Tensor, low: float) -> Tensor:

@@ -168,15 +168,15 @@ class Grid:
         peak = in_groups(x.float(), self.group).abs().amax(-1)
         return {"weight_scale": (clip * peak / self.levels.top).to(scale_dtype(self.group))}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, cols).float()
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols).float()
         return self.levels.round(divide(x.float(), scale)) * scale
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, None).float()
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, None).float()
         codes = self.levels.codes(divide(x.float(), scale))
-        return {"weight": pack_bits(codes, self.levels.bits), **params}
+        return {"weight": pack_bits(codes, self.levels.bits), **qparams}
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
-        levels = self.levels.of(unpack_bits(parts["weight"], self.levels.bits))
-        return scaled(levels, parts["weight_scale"])
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        levels = self.levels.of(unpack_bits(tensors["weight"], self.levels.bits))
+        return scaled(levels, tensors["weight_scale"])

@@ -80,28 +80,28 @@ class Int:
         zero = torch.round(-low / scale.float()).clamp(0, 2**self.bits - 1)
         return {"weight_scale": scale, "weight_zero_point": zero}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        scale, zero = self._per_column(x.shape[1], params, cols)
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        scale, zero = self._per_column(x.shape[1], qparams, cols)
         return (self._codes(x, scale, zero) - zero) * scale
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        scale, zero = self._per_column(x.shape[1], params, None)
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        scale, zero = self._per_column(x.shape[1], qparams, None)
         codes = self._codes(x, scale, zero)
         if self.bits == 8:
             weight = (codes - 128 if self.asymmetric else codes).to(torch.int8)
         else:
             weight = pack_bits(codes if self.asymmetric else codes + self._offset, self.bits)
-        parts = {"weight": weight, "weight_scale": params["weight_scale"]}
+        parts = {"weight": weight, "weight_scale": qparams["weight_scale"]}
         if self.asymmetric:
-            stored = params["weight_zero_point"] - (128 if self.bits == 8 else 0)
+            stored = qparams["weight_zero_point"] - (128 if self.bits == 8 else 0)
             parts["weight_zero_point"] = stored.to(torch.int8)
         return parts
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
-        weight = parts["weight"]
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        weight = tensors["weight"]
         codes = weight if self.bits == 8 else unpack_bits(weight, self.bits)
         offset = self._offset if self.bits < 8 else None
-        return scaled(codes, parts["weight_scale"], parts.get("weight_zero_point", offset))
+        return scaled(codes, tensors["weight_scale"], tensors.get("weight_zero_point", offset))
 
     def _refuses(self, weight_zero_point: Tensor) -> str | None:
         wrong = int(((weight_zero_point < 0) | (weight_zero_point >= 2**self.bits)).sum())
@@ -117,12 +117,12 @@ class Int:
         return scale.clamp(min=_TINY).to(scale_dtype(self.group))
 
     def _per_column(
-        self, columns: int, params: QParams, cols: slice | None
+        self, columns: int, qparams: QParams, cols: slice | None
     ) -> tuple[Tensor, Tensor | float]:
-        scale = expand_groups(params["weight_scale"], columns, self.group, cols).float()
+        scale = expand_groups(qparams["weight_scale"], columns, self.group, cols).float()
         if not self.asymmetric:
             return scale, 0.0
-        return scale, expand_groups(params["weight_zero_point"], columns, self.group, cols)
+        return scale, expand_groups(qparams["weight_zero_point"], columns, self.group, cols)
 
     def _codes(self, x: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
         low, high = (0, 2**self.bits - 1) if self.asymmetric else _symmetric_range(self.bits)
@@ -184,23 +184,23 @@ class TwoLevelInt:
         zero = torch.maximum(zero, self._top - torch.floor(127 / scale2))
         return {"weight_scale": scale, "scale2": scale2, "zero": zero}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        codes, scale2, zero = self._codes(x, params, cols)
-        return (codes - zero) * scale2 * params["weight_scale"]
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        codes, scale2, zero = self._codes(x, qparams, cols)
+        return (codes - zero) * scale2 * qparams["weight_scale"]
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        codes, _, _ = self._codes(x, params, None)
-        scale2 = (params["scale2"] - 1).to(torch.uint8)
-        byte = params["zero"].to(torch.uint8) | (scale2 << self.bits)
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        codes, _, _ = self._codes(x, qparams, None)
+        scale2 = (qparams["scale2"] - 1).to(torch.uint8)
+        byte = qparams["zero"].to(torch.uint8) | (scale2 << self.bits)
         return {
             "weight": pack_bits(codes, self.bits),
-            "weight_scale": params["weight_scale"],
+            "weight_scale": qparams["weight_scale"],
             "weight_scale_2": byte.view(torch.int8),
         }
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
-        expanded = self.expand(parts["weight"], parts["weight_scale_2"], self.bits)
-        return expanded.float() * parts["weight_scale"].float()
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        expanded = self.expand(tensors["weight"], tensors["weight_scale_2"], self.bits)
+        return expanded.float() * tensors["weight_scale"].float()
 
     def _refuses(self, weight_scale_2: Tensor) -> str | None:
         byte = weight_scale_2.view(torch.uint8).to(torch.int16)
@@ -221,11 +221,11 @@ class TwoLevelInt:
         return 2**self.bits - 1
 
     def _codes(
-        self, x: Tensor, params: QParams, cols: slice | None
+        self, x: Tensor, qparams: QParams, cols: slice | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scale2 = expand_groups(params["scale2"], x.shape[1], self.group, cols)
-        zero = expand_groups(params["zero"], x.shape[1], self.group, cols)
-        levels = x.float() / params["weight_scale"] / scale2
+        scale2 = expand_groups(qparams["scale2"], x.shape[1], self.group, cols)
+        zero = expand_groups(qparams["zero"], x.shape[1], self.group, cols)
+        levels = x.float() / qparams["weight_scale"] / scale2
         return (torch.round(levels) + zero).clamp(0, self._top), scale2, zero
 
 

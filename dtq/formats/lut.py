@@ -125,20 +125,20 @@ class Lut:
         lut = self._levels(grouped, weight) if outer is None else outer["weight_lut"]
         return {"weight_scale": self._scale(grouped, weight, lut), "weight_lut": lut}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, cols).float()
-        lut = params["weight_lut"].reshape(-1)
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols).float()
+        lut = qparams["weight_lut"].reshape(-1)
         return lut[_nearest(divide(x.float(), scale), lut)] * scale
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, None).float()
-        codes = _nearest(divide(x.float(), scale), params["weight_lut"].reshape(-1))
-        return {"weight": pack_bits(codes, self.bits), **params}
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, None).float()
+        codes = _nearest(divide(x.float(), scale), qparams["weight_lut"].reshape(-1))
+        return {"weight": pack_bits(codes, self.bits), **qparams}
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
-        codes = unpack_bits(parts["weight"], self.bits).int()
-        levels = parts["weight_lut"].float().reshape(-1)[codes]
-        return scaled(levels, parts["weight_scale"])
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        codes = unpack_bits(tensors["weight"], self.bits).int()
+        levels = tensors["weight_lut"].float().reshape(-1)[codes]
+        return scaled(levels, tensors["weight_scale"])
 
     def _levels(self, grouped: Tensor, weight: Tensor) -> Tensor:
         """The look-up table (1, 2^bits), rising."""

@@ -82,13 +82,13 @@ class Ternary:
         """TerDiT's rule: codes ``clip(round(W / gamma))``, gamma = mean |W| of all."""
         return {"weight_scale": self._scales(x.float().abs().mean(), x.shape)}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, cols).float()
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols).float()
         return self._codes(x, scale) * scale
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        scale = expand_groups(params["weight_scale"], x.shape[1], self.group, None).float()
-        return {**self._stored(self._codes(x, scale).to(torch.int8)), **params}
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, None).float()
+        return {**self._stored(self._codes(x, scale).to(torch.int8)), **qparams}
 
     def parts_of(self, codes: Tensor, alpha: Tensor | float) -> PackedTensors:
         """The parts of trained codes, for checkpoints that come with them.
@@ -99,14 +99,14 @@ class Ternary:
         """
         return {**self._stored(codes), "weight_scale": self._scales(alpha, codes.shape)}
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
+    def unpack(self, tensors: PackedTensors) -> Tensor:
         if self.trits:
-            codes = unpack_trits(parts["weight"])
-            if "weight_tail" in parts:
-                codes = torch.cat([codes, parts["weight_tail"].view(torch.uint8)], 1)
+            codes = unpack_trits(tensors["weight"])
+            if "weight_tail" in tensors:
+                codes = torch.cat([codes, tensors["weight_tail"].view(torch.uint8)], 1)
         else:
-            codes = unpack_bits(parts["weight"], 2)
-        return scaled(codes, parts["weight_scale"], 1)
+            codes = unpack_bits(tensors["weight"], 2)
+        return scaled(codes, tensors["weight_scale"], 1)
 
     def _scales(self, alpha: Tensor | float, shape: torch.Size) -> Tensor:
         groups = groups_of(self.name, shape[1], self.group)

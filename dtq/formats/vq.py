@@ -83,45 +83,45 @@ class Vq:
         words = kmeans(vectors[pick], weight, self.words)
         return {"weight_lut": words.to(torch.bfloat16), **params}
 
-    def snap(self, x: Tensor, params: QParams, cols: slice | None = None) -> Tensor:
-        return self._values(self._nearest(x, params), params)
+    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        return self._values(self._nearest(x, qparams), qparams)
 
-    def pack(self, x: Tensor, params: QParams) -> PackedTensors:
-        return {"weight": pack_bits(self._nearest(x, params), self._bits), **params}
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        return {"weight": pack_bits(self._nearest(x, qparams), self._bits), **qparams}
 
-    def unpack(self, parts: PackedTensors) -> Tensor:
-        return self._values(self.codes(parts), parts)
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        return self._values(self.codes(tensors), tensors)
 
-    def codes(self, parts: PackedTensors) -> Tensor:
+    def codes(self, tensors: PackedTensors) -> Tensor:
         """The word of each vector, uint8 (N, K / vector)."""
-        return unpack_bits(parts["weight"], self._bits)
+        return unpack_bits(tensors["weight"], self._bits)
 
-    def with_codes(self, parts: PackedTensors, codes: Tensor) -> PackedTensors:
+    def with_codes(self, tensors: PackedTensors, codes: Tensor) -> PackedTensors:
         """The parts with other words, integers (N, K / vector); the codebook stays."""
-        return {**parts, "weight": pack_bits(codes, self._bits)}
+        return {**tensors, "weight": pack_bits(codes, self._bits)}
 
-    def split(self, x: Tensor, params: QParams) -> Tensor:
+    def split(self, x: Tensor, qparams: QParams) -> Tensor:
         """The vectors (N, K / vector, vector) of a matrix (N, K), rows over their scale if any."""
         x = x.float()
         if self.scaled:
-            x = divide(x, params["weight_scale"].float())
+            x = divide(x, qparams["weight_scale"].float())
         return x.unflatten(1, (-1, self.vector))
 
-    def join(self, vectors: Tensor, params: QParams) -> Tensor:
+    def join(self, vectors: Tensor, qparams: QParams) -> Tensor:
         """Inverse of :meth:`split`."""
         x = vectors.flatten(1)
-        return x * params["weight_scale"].float() if self.scaled else x
+        return x * qparams["weight_scale"].float() if self.scaled else x
 
     @property
     def _bits(self) -> int:
         return int(math.log2(self.words))
 
-    def _nearest(self, x: Tensor, params: QParams) -> Tensor:
-        vectors = self.split(x, params).flatten(0, 1)  # (S, vector)
-        return nearest_words(vectors, params["weight_lut"].float()).reshape(len(x), -1)
+    def _nearest(self, x: Tensor, qparams: QParams) -> Tensor:
+        vectors = self.split(x, qparams).flatten(0, 1)  # (S, vector)
+        return nearest_words(vectors, qparams["weight_lut"].float()).reshape(len(x), -1)
 
-    def _values(self, codes: Tensor, params: QParams) -> Tensor:
-        return self.join(params["weight_lut"].float()[codes.int()], params)
+    def _values(self, codes: Tensor, qparams: QParams) -> Tensor:
+        return self.join(qparams["weight_lut"].float()[codes.int()], qparams)
 
 
 def nearest_words(vectors: Tensor, words: Tensor) -> Tensor:

@@ -289,7 +289,7 @@ def _product(given: Any) -> _Product | None:
         name, args = name_of(node), cast("tuple[Any, ...]", node.args)
         if name in _EPILOGUES or name in _OPERANDS:
             # without a view on the way the rows themselves are meant
-            return _said(node, name, args, sizes) if sizes or node is given else None
+            return _argument(node, name, args, sizes) if sizes or node is given else None
         if not _changes_nothing(node):
             return None
         if sizes is None and name in ("reshape", "view"):
@@ -300,7 +300,7 @@ def _product(given: Any) -> _Product | None:
     return None
 
 
-def _said(node: fx.Node, name: str, args: tuple[Any, ...], sizes: Any) -> _Product:
+def _argument(node: fx.Node, name: str, args: tuple[Any, ...], sizes: Any) -> _Product:
     if name in _EPILOGUES:
         *operands, bias, dtype = args
         op, then = _EPILOGUES[name], (False, None, None, dtype)

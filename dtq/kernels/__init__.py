@@ -7,9 +7,9 @@ from dtq.kernels.compile.cpu import CPU
 from dtq.kernels.compile.cuda import CUDA
 from dtq.kernels.explain import explain, on
 from dtq.kernels.libraries import LIBRARIES
-from dtq.kernels.table import KERNELS, Kernel, Task, pick
+from dtq.kernels.table import KERNELS, Kernel, LinearProblem, pick
 
-__all__ = ["CPU", "CUDA", "KERNELS", "LIBRARIES", "Kernel", "Task", "explain", "load", "on", "pick"]
+__all__ = ["CPU", "CUDA", "KERNELS", "LIBRARIES", "Kernel", "LinearProblem", "explain", "load", "on", "pick"]
 
 
 def load() -> bool:

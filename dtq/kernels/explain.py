@@ -6,10 +6,10 @@ from __future__ import annotations
 from dtq.kernels.compile.cuda import CUDA
 from dtq.kernels.compile.library import Library
 from dtq.kernels.libraries import LIBRARIES
-from dtq.kernels.table import KERNELS, Kernel, Task
+from dtq.kernels.table import KERNELS, Kernel, LinearProblem
 
 
-def explain(task: Task, shape: tuple[int, int] | None = None) -> list[str]:
+def explain(problem: LinearProblem, shape: tuple[int, int] | None = None) -> list[str]:
     """One line per kernel down to the one that is used, with the reason of each refusal.
 
     Then one for each device: what it runs there, and why not something faster.
@@ -19,18 +19,18 @@ def explain(task: Task, shape: tuple[int, int] | None = None) -> list[str]:
     """
     lines: list[str] = []
     for kernel in KERNELS:
-        reason = kernel.fits(task)
+        reason = kernel.unsupported_reason(problem)
         if reason is None:
             lines.append(f"{kernel.name}: used")
-            return lines + [_for(task, shape, kernel, library) for library in LIBRARIES.values()]
+            return lines + [_for(problem, shape, kernel, library) for library in LIBRARIES.values()]
         lines.append(f"{kernel.name}: {reason}")
     raise AssertionError("the last kernel fits everything")
 
 
 def on(kernel: Kernel, library: Library) -> str:
     """What a kernel runs on a device."""
-    if library is CUDA and kernel.gpu:
-        other = next(row for row in KERNELS if row.name == kernel.gpu)
+    if library is CUDA and kernel.on_gpu:
+        other = next(row for row in KERNELS if row.name == kernel.on_gpu)
         return f"{on(other, library)} (as {other.name})"
     where = f"on the {library.title}"
     if not _has(kernel, library):
@@ -38,10 +38,10 @@ def on(kernel: Kernel, library: Library) -> str:
     return f"{where}: {library.describe()}"
 
 
-def _for(task: Task, shape: tuple[int, int] | None, kernel: Kernel, library: Library) -> str:
+def _for(problem: LinearProblem, shape: tuple[int, int] | None, kernel: Kernel, library: Library) -> str:
     said = on(kernel, library)
     if library is CUDA and shape and kernel.by_shape and _has(kernel, library):
-        said += f" ({kernel.by_shape(task, shape)})"
+        said += f" ({kernel.by_shape(problem, shape)})"
     return said
 
 

@@ -44,7 +44,7 @@ class Arch:
     """
 
     since: tuple[int, int]
-    few: int
+    small_m: int
     least: float
     source: str
 
@@ -67,7 +67,7 @@ def arch(capability: tuple[int, int]) -> Arch:
 def choose(capability: tuple[int, int], m: int, n: int, k: int) -> str:
     """``few``, ``float`` or ``int8`` for a product of (M, K) with (N, K)."""
     row = arch(capability)
-    return _choose(row.few, row.least, m, n, k)
+    return _choose(row.small_m, row.least, m, n, k)
 
 
 def answer(x: Tensor, n: int) -> str:
@@ -93,12 +93,12 @@ def _choose(few: int, least: float, m: int, n: int, k: int) -> str:
     return "float" if 2 * m * n * k < least else "int8"
 
 
-def sentence(capability: tuple[int, int], n: int, k: int) -> str:
+def explanation(capability: tuple[int, int], n: int, k: int) -> str:
     """The table for one layer, in words."""
     row = arch(capability)
     first = math.ceil(row.least / (2 * n * k))
-    parts = [f"up to {row.few} tokens the packed weight times float"]
-    if first > row.few + 1:
+    parts = [f"up to {row.small_m} tokens the packed weight times float"]
+    if first > row.small_m + 1:
         parts.append(f"then decoded to float below {first} tokens")
     return ", ".join([*parts, "then int8"])
 
@@ -129,4 +129,4 @@ def _limits(index: int) -> tuple[int, float]:
     if capability < OLDEST:
         return -1, 0.0
     row = arch(capability)
-    return row.few, row.least
+    return row.small_m, row.least

@@ -34,10 +34,10 @@ from dtq.formats.integer import TwoLevelInt
 from dtq.formats.packing import unpack_nibbles
 from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
 from dtq.kernels.libraries import LIBRARIES
-from dtq.kernels.weight_cache import Resident
+from dtq.kernels.weight_cache import WeightCache
 from dtq.linalg.hadamard import fwht
 
-_RESIDENT = Resident()
+_WEIGHT_CACHE = WeightCache()
 
 _LIBRARY = torch.library.Library("dtq", "DEF")
 # the same ops, torch reference on every device: what an extension calls when it has no kernel
@@ -66,7 +66,7 @@ def _transform_rows(
     hadamard_block: int,
     num_rotations: int,
 ) -> Tensor:
-    changed = ops_quantize.changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    changed = ops_quantize.transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     return changed.clone()  # (M, K) float32
 
 
@@ -83,7 +83,7 @@ def _round_rows(
     activation_format: str,  # a key of ACTIVATION_FORMATS
     dtype: torch.dtype,
 ) -> Tensor:
-    changed = ops_quantize.changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    changed = ops_quantize.transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     return fake_quantize(changed, ACTIVATION_FORMATS[activation_format]).to(
         dtype, copy=True
     )  # (M, K)
@@ -109,12 +109,12 @@ def _step_linear(
     out_features: int,
 ) -> Tensor:
     from dtq.formats import FORMATS
-    from dtq.kernels.table import Task, pick
+    from dtq.kernels.table import LinearProblem, pick
 
     acts = activation_format_of(modes[int(mode)], activation_format)
-    task = Task(FORMATS[weight_format], acts, hadamard_block, num_rotations)
+    task = LinearProblem(FORMATS[weight_format], acts, hadamard_block, num_rotations)
     named = dict(zip(names, parts, strict=True))
-    if not task.acts.static:
+    if not task.activation_format.static:
         named.pop("input_scale", None)
     return pick(task).call(task, x, named, bias)
 
@@ -224,7 +224,7 @@ def _weight_linear(
 def _resident_linear(
     x: Tensor, parts: list[Tensor], names: list[str], weight_format: str, bias: Tensor | None
 ) -> Tensor:
-    w = _RESIDENT.weight(parts, names, weight_format, x.shape[1], x.dtype)
+    w = _WEIGHT_CACHE.weight(parts, names, weight_format, x.shape[1], x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
@@ -258,7 +258,7 @@ _OPS = (
         ops_quantize.codes_like,
     ),
     (
-        f"transform_rows(Tensor x, {ops_quantize.CHANGE}) -> Tensor",
+        f"transform_rows(Tensor x, {ops_quantize.TRANSFORM_ARGS}) -> Tensor",
         _transform_rows,
         _float_like,
     ),
@@ -270,7 +270,7 @@ _OPS = (
         _step_linear_fake,
     ),
     (
-        f"round_rows(Tensor x, {ops_quantize.CHANGE}, str activation_format, ScalarType dtype) -> Tensor",
+        f"round_rows(Tensor x, {ops_quantize.TRANSFORM_ARGS}, str activation_format, ScalarType dtype) -> Tensor",
         _round_rows,
         _round_rows_fake,
     ),
@@ -278,25 +278,25 @@ _OPS = (
         "w8a8_linear(Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? bias, ScalarType dtype) -> Tensor",
         _w8a8_linear,
-        ops_gemm.rows_by_rows,
+        ops_gemm.gemm_fake,
     ),
     (
         "w4a8_linear(Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w4a8_linear,
-        ops_gemm.rows_by_rows,
+        ops_gemm.gemm_fake,
     ),
     (
         "w3a8_linear(Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor weight_scale_2, Tensor? bias, ScalarType dtype) -> Tensor",
         _w3a8_linear,
-        ops_gemm.rows_by_rows,
+        ops_gemm.gemm_fake,
     ),
     (
         "group_a8_linear(Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale,"
         " Tensor? weight_zero_point, int bits, Tensor? bias, ScalarType dtype) -> Tensor",
         _group_a8_linear,
-        ops_gemm.rows_by_rows,
+        ops_gemm.gemm_fake,
     ),
     (
         "dequantize(Tensor[] parts, str[] names, str weight_format, int columns, ScalarType dtype)"

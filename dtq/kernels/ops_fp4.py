@@ -15,8 +15,8 @@ from torch import Tensor
 from dtq.formats.floats import MxFp4, NvFp4
 from dtq.formats.grid import E2M1
 from dtq.formats.packing import packed_width, unpack_bits
-from dtq.kernels.ops_gemm import BRANCH, PRODUCT, THEN, finished, rows_by_rows, with_branch
-from dtq.kernels.ops_quantize import CHANGE, changed
+from dtq.kernels.ops_gemm import BRANCH_ARGS, GEMM_ARGS, EPILOGUE_ARGS, apply_epilogue, gemm_fake, with_branch
+from dtq.kernels.ops_quantize import TRANSFORM_ARGS, transform_input
 
 _NV = NvFp4("nvfp4")
 _MX = MxFp4("mxfp4")
@@ -35,7 +35,7 @@ def _fp4_quantize_rows(
 
     The token scale is NaN where something in the token is no finite number; its codes are any then.
     """
-    x = changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     peak = x.abs().amax(1)  # NaN if there is one
     if mx:
         parts = _MX.pack(x, _MX.fit(x))
@@ -70,7 +70,7 @@ def _fp4_linear(
         y = y * weight_scale_2.reshape(())
     if bias is not None:
         y = y + bias.float()
-    return finished(with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
+    return apply_epilogue(with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
 
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
@@ -94,15 +94,15 @@ def _codes_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
 
 OPS = (
     (
-        f"fp4_quantize_rows(Tensor x, {CHANGE}, bool mx) -> (Tensor, Tensor, Tensor)",
+        f"fp4_quantize_rows(Tensor x, {TRANSFORM_ARGS}, bool mx) -> (Tensor, Tensor, Tensor)",
         _fp4_quantize_rows,
         _codes_like,
     ),
     (
-        f"fp4_linear({PRODUCT}, Tensor x_block_scale, Tensor? weight_scale_2, {THEN}, {BRANCH})"
+        f"fp4_linear({GEMM_ARGS}, Tensor x_block_scale, Tensor? weight_scale_2, {EPILOGUE_ARGS}, {BRANCH_ARGS})"
         " -> Tensor",
         _fp4_linear,
-        rows_by_rows,
+        gemm_fake,
     ),
 )
 """Schema, reference and fake, as rows of the table in ``ops.py``."""

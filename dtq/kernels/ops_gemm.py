@@ -32,7 +32,7 @@ def _w8a8_epilogue_linear(
     up: Tensor | None = None,  # (N, R) of the same
 ) -> Tensor:
     y = _reference.w8a8_linear(x_q, row_scale, weight, weight_scale, bias, torch.float32)
-    return finished(with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
+    return apply_epilogue(with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
 
 
 def _w4a8_epilogue_linear(
@@ -51,7 +51,7 @@ def _w4a8_epilogue_linear(
 ) -> Tensor:
     given = x_q, row_scale, weight, weight_scale, weight_scale_2, bias
     y = with_branch(_reference.w4a8_linear(*given, torch.float32), low, up)
-    return finished(y, gelu, gate, residual, dtype)
+    return apply_epilogue(y, gelu, gate, residual, dtype)
 
 
 def _lut4a8_linear(
@@ -85,7 +85,7 @@ def with_branch(y: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
     return y if low is None or up is None else y + low.float() @ up.float().T
 
 
-def finished(
+def apply_epilogue(
     y: Tensor, gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """What follows the bias, on float32 (M, N).
@@ -102,32 +102,32 @@ def finished(
     return y.to(dtype)
 
 
-def rows_by_rows(x_q: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
+def gemm_fake(x_q: Tensor, row_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
     """Empty (M, N) of the dtype among the arguments, for fakes."""
     dtype = next(given for given in rest if isinstance(given, torch.dtype))
     return x_q.new_empty((x_q.shape[0], weight.shape[0]), dtype=dtype)
 
 
-PRODUCT = "Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale"
-THEN = "Tensor? bias, bool gelu, Tensor? gate, Tensor? residual, ScalarType dtype"
-BRANCH = "Tensor? low=None, Tensor? up=None"
+GEMM_ARGS = "Tensor x_q, Tensor row_scale, Tensor weight, Tensor weight_scale"
+EPILOGUE_ARGS = "Tensor? bias, bool gelu, Tensor? gate, Tensor? residual, ScalarType dtype"
+BRANCH_ARGS = "Tensor? low=None, Tensor? up=None"
 """Parts of schemas: what every product begins with, what follows it, and its low-rank branch."""
 
 OPS = (
     (
-        f"w8a8_epilogue_linear({PRODUCT}, {THEN}, {BRANCH}) -> Tensor",
+        f"w8a8_epilogue_linear({GEMM_ARGS}, {EPILOGUE_ARGS}, {BRANCH_ARGS}) -> Tensor",
         _w8a8_epilogue_linear,
-        rows_by_rows,
+        gemm_fake,
     ),
     (
-        f"w4a8_epilogue_linear({PRODUCT}, Tensor weight_scale_2, {THEN}, {BRANCH}) -> Tensor",
+        f"w4a8_epilogue_linear({GEMM_ARGS}, Tensor weight_scale_2, {EPILOGUE_ARGS}, {BRANCH_ARGS}) -> Tensor",
         _w4a8_epilogue_linear,
-        rows_by_rows,
+        gemm_fake,
     ),
     (
-        f"lut4a8_linear({PRODUCT}, Tensor tables, Tensor? bias, ScalarType dtype) -> Tensor",
+        f"lut4a8_linear({GEMM_ARGS}, Tensor tables, Tensor? bias, ScalarType dtype) -> Tensor",
         _lut4a8_linear,
-        rows_by_rows,
+        gemm_fake,
     ),
 )
 """Schema, reference and fake, as rows of the table in ``ops.py``."""

@@ -95,7 +95,7 @@ def binned_quantize_rows(
     qmax: int = 127,
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 (M, K) and their scales (M,) after the change of the input."""
-    x = changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     if scale is None:
         rows = row_scale(x, qmax)
     else:
@@ -125,7 +125,7 @@ def _e4m3_quantize_rows(
     hadamard_block: int,
     num_rotations: int,
 ) -> tuple[Tensor, Tensor]:
-    x = changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     scale = x.abs().amax(1, keepdim=True) / x.new_full((1, 1), _E4M3_MAX)
     codes = divide(x, scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return codes, scale.reshape(-1)  # (M, K), (M,)
@@ -139,12 +139,12 @@ def _e2m1_quantize_rows(
     num_rotations: int,
 ) -> tuple[Tensor, Tensor]:
     """E2M1 levels times two, which int8 holds, and half the scale; as the format ``e2m1-row``."""
-    x = changed(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     codes, scale = doubled(x, x.abs().amax(1, keepdim=True))
     return codes.to(torch.int8), scale.reshape(-1)  # (M, K), (M,)
 
 
-def changed(
+def transform_input(
     x: Tensor,
     pre_scale: Tensor | None,
     perm: Tensor | None,
@@ -177,34 +177,34 @@ def _e4m3_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-CHANGE = "Tensor? pre_scale, Tensor? perm, int hadamard_block, int num_rotations"
+TRANSFORM_ARGS = "Tensor? pre_scale, Tensor? perm, int hadamard_block, int num_rotations"
 """Part of schemas: what a layer does to its input first."""
 _GRID = "Tensor? scale, Tensor? bin, int qmax=127"
 
 OPS = (
     (
         "norm_quantize_rows(Tensor x, Tensor? modulate_scale, Tensor? modulate_shift, float eps,"
-        f" {CHANGE}, {_GRID}) -> (Tensor, Tensor)",
+        f" {TRANSFORM_ARGS}, {_GRID}) -> (Tensor, Tensor)",
         _norm_quantize_rows,
         codes_like,
     ),
     (
-        f"gelu_quantize_rows(Tensor x, {CHANGE}, {_GRID}) -> (Tensor, Tensor)",
+        f"gelu_quantize_rows(Tensor x, {TRANSFORM_ARGS}, {_GRID}) -> (Tensor, Tensor)",
         _gelu_quantize_rows,
         codes_like,
     ),
     (
-        f"binned_quantize_rows(Tensor x, {CHANGE}, {_GRID}) -> (Tensor, Tensor)",
+        f"binned_quantize_rows(Tensor x, {TRANSFORM_ARGS}, {_GRID}) -> (Tensor, Tensor)",
         binned_quantize_rows,
         codes_like,
     ),
     (
-        f"e4m3_quantize_rows(Tensor x, {CHANGE}) -> (Tensor, Tensor)",
+        f"e4m3_quantize_rows(Tensor x, {TRANSFORM_ARGS}) -> (Tensor, Tensor)",
         _e4m3_quantize_rows,
         _e4m3_like,
     ),
     (
-        f"e2m1_quantize_rows(Tensor x, {CHANGE}) -> (Tensor, Tensor)",
+        f"e2m1_quantize_rows(Tensor x, {TRANSFORM_ARGS}) -> (Tensor, Tensor)",
         _e2m1_quantize_rows,
         codes_like,
     ),

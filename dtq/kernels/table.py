@@ -40,7 +40,7 @@ def compiled(device: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Task:
+class LinearProblem:
     """What a layer asks of a kernel: formats, and the rotation that its input gets first.
 
     Attributes:
@@ -48,13 +48,13 @@ class Task:
         turns: block rotations, see ``dtq.transforms.hadamard.rotate``.
     """
 
-    weights: Format
-    acts: ActivationFormat
-    block: int = 1
-    turns: int = 1
+    weight_format: Format
+    activation_format: ActivationFormat
+    hadamard_block: int = 1
+    num_rotations: int = 1
 
 
-Call = Callable[[Task, Tensor, PackedTensors, Tensor | None], Tensor]
+KernelFunction = Callable[[LinearProblem, Tensor, PackedTensors, Tensor | None], Tensor]
 """``(task, x (M, K), parts, bias (N,)) -> (M, N)`` in the dtype of x.
 
 ``parts`` are the layer's, by name, with on-disk dtypes; ``input_scale`` is the one of this step.
@@ -66,7 +66,7 @@ Weight = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Then:
+class Epilogue:
     """What follows the bias of a product.
 
     Attributes:
@@ -101,73 +101,73 @@ class Kernel:
     """
 
     name: str
-    fits: Callable[[Task], str | None]
-    call: Call
+    unsupported_reason: Callable[[LinearProblem], str | None]
+    call: KernelFunction
     ops: tuple[str, ...] = ()
-    then: Callable[[Task, Tensor, PackedTensors, Tensor | None, Then], Tensor | None] | None = None
-    gpu: str = ""
-    expand: Callable[[Task, PackedTensors], tuple[Tensor, Tensor]] | None = None
-    by_shape: Callable[[Task, tuple[int, int]], str] | None = None
+    with_epilogue: Callable[[LinearProblem, Tensor, PackedTensors, Tensor | None, Epilogue], Tensor | None] | None = None
+    on_gpu: str = ""
+    expand: Callable[[LinearProblem, PackedTensors], tuple[Tensor, Tensor]] | None = None
+    by_shape: Callable[[LinearProblem, tuple[int, int]], str] | None = None
 
 
-def _acts_refused(task: Task) -> str | None:
-    if task.acts.int8:
+def _unsupported_activations(problem: LinearProblem) -> str | None:
+    if problem.activation_format.int8:
         return None
-    return f"activations are {task.acts.name}, not int8 or e2m1 with one scale per token"
+    return f"activations are {problem.activation_format.name}, not int8 or e2m1 with one scale per token"
 
 
-def _unless(fits: bool, task: Task, wanted: str) -> str | None:
-    return None if fits else f"weights are {task.weights.name}, not {wanted}"
+def _unless(fits: bool, problem: LinearProblem, wanted: str) -> str | None:
+    return None if fits else f"weights are {problem.weight_format.name}, not {wanted}"
 
 
-def _int8_fits(task: Task) -> str | None:
-    fits = task.weights.name == "int8-row"
-    return _acts_refused(task) or _unless(fits, task, "int8-row")
+def _int8_fits(problem: LinearProblem) -> str | None:
+    fits = problem.weight_format.name == "int8-row"
+    return _unsupported_activations(problem) or _unless(fits, problem, "int8-row")
 
 
-def _int8(task: Task, parts: PackedTensors) -> Weight:
-    return parts["weight"], parts["weight_scale"]
+def _int8(problem: LinearProblem, tensors: PackedTensors) -> Weight:
+    return tensors["weight"], tensors["weight_scale"]
 
 
-def _two_level_fits(task: Task) -> str | None:
-    fits = isinstance(task.weights, TwoLevelInt) and task.weights.bits == 4
-    return _acts_refused(task) or _unless(fits, task, "4-bit two-level")
+def _two_level_fits(problem: LinearProblem) -> str | None:
+    fits = isinstance(problem.weight_format, TwoLevelInt) and problem.weight_format.bits == 4
+    return _unsupported_activations(problem) or _unless(fits, problem, "4-bit two-level")
 
 
-def _two_level(task: Task, parts: PackedTensors) -> Weight:
-    return parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
+def _two_level(problem: LinearProblem, tensors: PackedTensors) -> Weight:
+    return tensors["weight"], tensors["weight_scale"], tensors["weight_scale_2"]
 
 
-def _row_fits(task: Task) -> str | None:
-    fits = isinstance(task.weights, Int) and task.weights.bits == 4 and not task.weights.group
-    return _acts_refused(task) or _unless(fits, task, "4-bit integers with one scale per row")
+def _row_fits(problem: LinearProblem) -> str | None:
+    fits = isinstance(problem.weight_format, Int) and problem.weight_format.bits == 4 and not problem.weight_format.group
+    return _unsupported_activations(problem) or _unless(fits, problem, "4-bit integers with one scale per row")
 
 
-def _row(task: Task, parts: PackedTensors) -> Weight:
+def _row(problem: LinearProblem, tensors: PackedTensors) -> Weight:
     """A group as wide as the row, whose scale2 is 1: its byte is the zero."""
-    assert isinstance(task.weights, Int)
-    zero = parts.get("weight_zero_point")
+    assert isinstance(problem.weight_format, Int)
+    zero = tensors.get("weight_zero_point")
     if zero is None:
-        middle = 2 ** (task.weights.bits - 1)
-        zero = torch.full_like(parts["weight_scale"], middle, dtype=torch.int8)
-    return parts["weight"], parts["weight_scale"], zero
+        middle = 2 ** (problem.weight_format.bits - 1)
+        zero = torch.full_like(tensors["weight_scale"], middle, dtype=torch.int8)
+    return tensors["weight"], tensors["weight_scale"], zero
 
 
-def _three_fits(task: Task) -> str | None:
-    match task.weights:
+def _three_fits(problem: LinearProblem) -> str | None:
+    match problem.weight_format:
         case TwoLevelInt(bits=3) | Int(bits=3, group=None):
             fits = True
         case _:
             fits = False
-    return _acts_refused(task) or _unless(fits, task, "3-bit, two-level or with a scale per row")
+    return _unsupported_activations(problem) or _unless(fits, problem, "3-bit, two-level or with a scale per row")
 
 
-def _three(task: Task, parts: PackedTensors) -> Weight:
-    return (_two_level if isinstance(task.weights, TwoLevelInt) else _row)(task, parts)
+def _three(problem: LinearProblem, tensors: PackedTensors) -> Weight:
+    return (_two_level if isinstance(problem.weight_format, TwoLevelInt) else _row)(problem, tensors)
 
 
-def _table_fits(task: Task) -> str | None:
-    match task.weights:
+def _table_fits(problem: LinearProblem) -> str | None:
+    match problem.weight_format:
         case Grid(levels=levels, group=None):
             fits = levels.bits == 4 and levels.integers is not None
         case Lut() as lut:
@@ -175,70 +175,70 @@ def _table_fits(task: Task) -> str | None:
         case _:
             fits = False
     wanted = "4-bit codes of int8 levels with a scale per row"
-    return _acts_refused(task) or _unless(fits, task, wanted)
+    return _unsupported_activations(problem) or _unless(fits, problem, wanted)
 
 
-def _table(task: Task, parts: PackedTensors) -> Weight:
-    weight, scale = parts["weight"], parts["weight_scale"]
-    if isinstance(task.weights, Grid):
-        assert task.weights.levels.integers is not None
-        values, unit = task.weights.levels.integers
+def _table(problem: LinearProblem, tensors: PackedTensors) -> Weight:
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    if isinstance(problem.weight_format, Grid):
+        assert problem.weight_format.levels.integers is not None
+        values, unit = problem.weight_format.levels.integers
         levels = torch.tensor(values, dtype=torch.int8, device=weight.device)
     else:
         unit = 1 / UNITS
-        levels = (parts["weight_lut"] * UNITS).to(torch.int8)
+        levels = (tensors["weight_lut"] * UNITS).to(torch.int8)
     tables = levels.reshape(1, 1, 16).expand(len(weight), 1, 16).contiguous()
     return weight, scale * unit, tables  # unit: a power of two
 
 
 def _by_codes(
     op: str,
-    weight: Callable[[Task, PackedTensors], Weight],
-    task: Task,
+    weight: Callable[[LinearProblem, PackedTensors], Weight],
+    problem: LinearProblem,
     x: Tensor,
-    parts: PackedTensors,
+    tensors: PackedTensors,
     bias: Tensor | None,
 ) -> Tensor:
-    if gpu_dispatch.answer(x, len(parts["weight"])) != "int8":
-        return _small(task, x, parts, bias)
-    codes = _codes(task, x, parts)
-    y: Tensor = getattr(ops, op)(*codes, *weight(task, parts), bias, x.dtype)
+    if gpu_dispatch.answer(x, len(tensors["weight"])) != "int8":
+        return _small(problem, x, tensors, bias)
+    codes = _codes(problem, x, tensors)
+    y: Tensor = getattr(ops, op)(*codes, *weight(problem, tensors), bias, x.dtype)
     return y
 
 
 def _and_then(
     op: str,
-    weight: Callable[[Task, PackedTensors], Weight],
-    task: Task,
+    weight: Callable[[LinearProblem, PackedTensors], Weight],
+    problem: LinearProblem,
     x: Tensor,
-    parts: PackedTensors,
+    tensors: PackedTensors,
     bias: Tensor | None,
-    then: Then,
+    then: Epilogue,
 ) -> Tensor | None:
-    if gpu_dispatch.answer(x, len(parts["weight"])) != "int8":
+    if gpu_dispatch.answer(x, len(tensors["weight"])) != "int8":
         return None
-    given = *_codes(task, x, parts), *weight(task, parts), bias
+    given = *_codes(problem, x, tensors), *weight(problem, tensors), bias
     gated = None, None
     y: Tensor = getattr(ops, op)(*given, then.gelu, *gated, x.dtype, *(then.branch or ()))
     return y
 
 
 def _expanded(
-    weight: Callable[[Task, PackedTensors], Weight],
+    weight: Callable[[LinearProblem, PackedTensors], Weight],
     int8: Callable[..., Tensor],
-    task: Task,
-    parts: PackedTensors,
+    problem: LinearProblem,
+    tensors: PackedTensors,
 ) -> tuple[Tensor, Tensor]:
-    codes, scale, *more = weight(task, parts)
+    codes, scale, *more = weight(problem, tensors)
     return int8(codes, *more), scale
 
 
-def _by_size(task: Task, shape: tuple[int, int]) -> str:
+def _by_size(problem: LinearProblem, shape: tuple[int, int]) -> str:
     if gpu_dispatch.INT8_ONLY:
         return "int8 at every size: DTQ_CUDA_INT8=1"
     found = [c for c in cuda.capabilities() if c >= cuda.OLDEST]
     said = [
-        f"sm_{major}{minor}: {gpu_dispatch.sentence((major, minor), *shape)}"
+        f"sm_{major}{minor}: {gpu_dispatch.explanation((major, minor), *shape)}"
         for major, minor in found or [(9, 0)]
     ]
     return "; ".join(said)
@@ -246,8 +246,8 @@ def _by_size(task: Task, shape: tuple[int, int]) -> str:
 
 def _integers(
     name: str,
-    fits: Callable[[Task], str | None],
-    weight: Callable[[Task, PackedTensors], Weight],
+    fits: Callable[[LinearProblem], str | None],
+    weight: Callable[[LinearProblem, PackedTensors], Weight],
     int8: Callable[..., Tensor],
     op: str,
     then_op: str = "",
@@ -272,159 +272,159 @@ def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _small(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
+def _small(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
     """The product in float, of packed or of decoded weights, as the dispatcher says."""
-    few = gpu_dispatch.answer(x, len(parts["weight"])) == "few"
+    few = gpu_dispatch.answer(x, len(tensors["weight"])) == "few"
     multiply = ops.weight_linear if few else ops.resident_linear
-    y: Tensor = multiply(_changed(task, x, parts), *_stored(task, parts), bias)
+    y: Tensor = multiply(_changed(problem, x, tensors), *_stored(problem, tensors), bias)
     return y
 
 
-def _weight_only_fits(task: Task) -> str | None:
-    if task.acts.bits != 16:
-        return f"activations are {task.acts.name}, not float"
-    return _float_fits(task)
+def _weight_only_fits(problem: LinearProblem) -> str | None:
+    if problem.activation_format.bits != 16:
+        return f"activations are {problem.activation_format.name}, not float"
+    return _float_fits(problem)
 
 
-def _float_fits(task: Task) -> str | None:
-    return _unless(FORMATS.get(task.weights.name) is task.weights, task, "of the table of formats")
+def _float_fits(problem: LinearProblem) -> str | None:
+    return _unless(FORMATS.get(problem.weight_format.name) is problem.weight_format, problem, "of the table of formats")
 
 
-def _float(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
+def _float(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
     def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = ops.weight_linear(rows, *_stored(task, parts), bias)
+        y: Tensor = ops.weight_linear(rows, *_stored(problem, tensors), bias)
         return y
 
-    return _in_float(multiply, task, x, parts, bias)
+    return _in_float(multiply, problem, x, tensors, bias)
 
 
 def _in_float(
     multiply: Callable[[Tensor, Tensor | None], Tensor],
-    task: Task,
+    problem: LinearProblem,
     x: Tensor,
-    parts: PackedTensors,
+    tensors: PackedTensors,
     bias: Tensor | None,
 ) -> Tensor:
     """The product of decoded weights with what the activation format leaves of the input."""
-    if task.acts.bits == 16:
-        return multiply(_changed(task, x, parts), bias)
+    if problem.activation_format.bits == 16:
+        return multiply(_changed(problem, x, tensors), bias)
     # as every layer of a bfloat16 model multiplies, and codes are exact in it; what is changed may
     # leave the range of float16
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    if not task.acts.int8:
-        change = _pre_scale(parts), _order(parts), task.block, task.turns
-        rows = ops.round_rows(x, *change, task.acts.name, dtype)
+    if not problem.activation_format.int8:
+        change = _pre_scale(tensors), _order(tensors), problem.hadamard_block, problem.num_rotations
+        rows = ops.round_rows(x, *change, problem.activation_format.name, dtype)
         return multiply(rows, bias).to(x.dtype)
-    codes, scale = _codes(task, x, parts)
+    codes, scale = _codes(problem, x, tensors)
     y = multiply(codes.to(dtype), None).float() * scale.unsqueeze(1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _fp4_fits(task: Task) -> str | None:
-    match task.weights:
+def _fp4_fits(problem: LinearProblem) -> str | None:
+    match problem.weight_format:
         case NvFp4():
             acts = "nvfp4"
         case MxFp4():
             acts = "mxfp4"
         case _:
-            return f"weights are {task.weights.name}, not nvfp4 or mxfp4"
-    return None if task.acts.name == acts else f"activations are {task.acts.name}, not {acts}"
+            return f"weights are {problem.weight_format.name}, not nvfp4 or mxfp4"
+    return None if problem.activation_format.name == acts else f"activations are {problem.activation_format.name}, not {acts}"
 
 
-def _fp4(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
-    y = _fp4_then(task, x, parts, bias, Then())
-    return _float(task, x, parts, bias) if y is None else y
+def _fp4(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
+    y = _fp4_then(problem, x, tensors, bias, Epilogue())
+    return _float(problem, x, tensors, bias) if y is None else y
 
 
 def _fp4_then(
-    task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None, then: Then
+    problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None, then: Epilogue
 ) -> Tensor | None:
-    mx = isinstance(task.weights, MxFp4)
+    mx = isinstance(problem.weight_format, MxFp4)
     if not gpu_dispatch.multiplies_fp4(x, mx):
         return None
-    change = _pre_scale(parts), _order(parts), task.block, task.turns
+    change = _pre_scale(tensors), _order(tensors), problem.hadamard_block, problem.num_rotations
     codes, code_scale, row_scale = ops.fp4_quantize_rows(x, *change, mx)
-    weight, outer = (parts["weight"], parts["weight_scale"]), parts.get("weight_scale_2")
+    weight, outer = (tensors["weight"], tensors["weight_scale"]), tensors.get("weight_scale_2")
     gated = None, None
     given = codes, row_scale, *weight, code_scale, outer, bias, then.gelu, *gated, x.dtype
     y: Tensor = ops.fp4_linear(*given, *(then.branch or ()))
     return y
 
 
-def _by_width(task: Task, shape: tuple[int, int]) -> str:
-    whole = gpu_dispatch.FP4_COLUMNS[isinstance(task.weights, MxFp4)]
+def _by_width(problem: LinearProblem, shape: tuple[int, int]) -> str:
+    whole = gpu_dispatch.FP4_COLUMNS[isinstance(problem.weight_format, MxFp4)]
     if shape[1] % whole:
         return f"sm_120: no FP4 products, K {shape[1]} is not a multiple of {whole}"
     return "sm_120: FP4 products; before it decoded to float"
 
 
-def _group_fits(task: Task) -> str | None:
-    fits = isinstance(task.weights, Int) and task.weights.bits in (4, 8)
-    return _acts_refused(task) or _unless(fits, task, "4- or 8-bit integers")
+def _group_fits(problem: LinearProblem) -> str | None:
+    fits = isinstance(problem.weight_format, Int) and problem.weight_format.bits in (4, 8)
+    return _unsupported_activations(problem) or _unless(fits, problem, "4- or 8-bit integers")
 
 
-def _group(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
-    assert isinstance(task.weights, Int)
+def _group(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
+    assert isinstance(problem.weight_format, Int)
     if gpu_dispatch.on_gpu(x):  # a float scale for every 64 channels is slower than bfloat16 there
-        return _float(task, x, parts, bias)
-    weight = parts["weight"], parts["weight_scale"], parts.get("weight_zero_point")
-    codes, scale = _codes(task, x, parts)
-    y: Tensor = ops.group_a8_linear(codes, scale, *weight, task.weights.bits, bias, x.dtype)
+        return _float(problem, x, tensors, bias)
+    weight = tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point")
+    codes, scale = _codes(problem, x, tensors)
+    y: Tensor = ops.group_a8_linear(codes, scale, *weight, problem.weight_format.bits, bias, x.dtype)
     return y
 
 
-def _always(task: Task) -> str | None:
+def _always(problem: LinearProblem) -> str | None:
     return None
 
 
-def _reference(task: Task, x: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
-    w = task.weights.unpack({n: t for n, t in parts.items() if n.startswith("weight")})
+def _reference(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
+    w = problem.weight_format.unpack({n: t for n, t in tensors.items() if n.startswith("weight")})
 
     def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows, w.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
-    return _in_float(multiply, task, x, parts, bias)
+    return _in_float(multiply, problem, x, tensors, bias)
 
 
-def _stored(task: Task, parts: PackedTensors) -> tuple[list[Tensor], list[str], str]:
+def _stored(problem: LinearProblem, tensors: PackedTensors) -> tuple[list[Tensor], list[str], str]:
     """The parts of the weight, their names, its format: what the ops ask for."""
-    names = [name for name in parts if name.startswith("weight")]
-    return [parts[name] for name in names], names, task.weights.name
+    names = [name for name in tensors if name.startswith("weight")]
+    return [tensors[name] for name in names], names, problem.weight_format.name
 
 
-def _codes(task: Task, x: Tensor, parts: PackedTensors) -> tuple[Tensor, Tensor]:
+def _codes(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> tuple[Tensor, Tensor]:
     """int8 (M, K) and row scales (M,) of the changed input."""
-    static, levels, order = parts.get("input_scale"), task.acts.levels, _order(parts)
-    if not task.acts.integer:
-        codes, scale = ops.e2m1_quantize_rows(x, _pre_scale(parts), order, task.block, task.turns)
-    elif order is None and task.turns == 1:
-        codes, scale = ops.quantize_rows(x, _pre_scale(parts), task.block, static, levels)
+    static, levels, order = tensors.get("input_scale"), problem.activation_format.levels, _order(tensors)
+    if not problem.activation_format.integer:
+        codes, scale = ops.e2m1_quantize_rows(x, _pre_scale(tensors), order, problem.hadamard_block, problem.num_rotations)
+    elif order is None and problem.num_rotations == 1:
+        codes, scale = ops.quantize_rows(x, _pre_scale(tensors), problem.hadamard_block, static, levels)
     else:
         codes, scale = ops.binned_quantize_rows(
-            x, _pre_scale(parts), order, task.block, task.turns, static, None, levels
+            x, _pre_scale(tensors), order, problem.hadamard_block, problem.num_rotations, static, None, levels
         )
     return codes, scale
 
 
-def _changed(task: Task, x: Tensor, parts: PackedTensors) -> Tensor:
+def _changed(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> Tensor:
     """The changed input in the dtype of ``x``."""
-    if "pre_quant_scale" not in parts and task.block == 1:
+    if "pre_quant_scale" not in tensors and problem.hadamard_block == 1:
         return x
-    return _transformed(task, x, parts).to(x.dtype)
+    return _transformed(problem, x, tensors).to(x.dtype)
 
 
-def _transformed(task: Task, x: Tensor, parts: PackedTensors) -> Tensor:
-    y: Tensor = ops.transform_rows(x, _pre_scale(parts), _order(parts), task.block, task.turns)
+def _transformed(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> Tensor:
+    y: Tensor = ops.transform_rows(x, _pre_scale(tensors), _order(tensors), problem.hadamard_block, problem.num_rotations)
     return y
 
 
-def _order(parts: PackedTensors) -> Tensor | None:
-    order = parts.get("pre_quant_order")
+def _order(tensors: PackedTensors) -> Tensor | None:
+    order = tensors.get("pre_quant_order")
     return None if order is None else order.reshape(-1)
 
 
-def _pre_scale(parts: PackedTensors) -> Tensor | None:
-    scale = parts.get("pre_quant_scale")
+def _pre_scale(tensors: PackedTensors) -> Tensor | None:
+    scale = tensors.get("pre_quant_scale")
     return None if scale is None else scale.reshape(-1)
 
 
@@ -451,13 +451,13 @@ KERNELS: tuple[Kernel, ...] = (
         _group_fits,
         _group,
         ("quantize_rows", "group_a8_linear"),
-        gpu="float-product",
+        on_gpu="float-product",
     ),
     Kernel("float-product", _float_fits, _float, ("dequantize", "weight_linear")),
     Kernel("reference", _always, _reference),
 )
 
 
-def pick(task: Task) -> Kernel:
+def pick(problem: LinearProblem) -> Kernel:
     """The first kernel of the table that fits."""
-    return next(kernel for kernel in KERNELS if kernel.fits(task) is None)
+    return next(kernel for kernel in KERNELS if kernel.unsupported_reason(problem) is None)

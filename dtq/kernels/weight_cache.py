@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-class Resident:
+class WeightCache:
     """Decoded weights, each as long as the packed one that it was made of is there.
 
     A weight is decoded anew when one of its parts was written to or moved.

@@ -40,23 +40,23 @@ def fwht(x: Tensor, block: int) -> Tensor:
     return made.view(x.shape)
 
 
-def rotate(x: Tensor, block: int, turns: int = 1) -> Tensor:
+def rotate(x: Tensor, block: int, num_rotations: int = 1) -> Tensor:
     """``turns`` block transforms of (..., K), between two of them every block meets every other.
 
     The exchange deals the columns of each block out over all blocks, so that two turns spread one
     channel over ``block * block`` others with 2 log2(block) additions.
     """
     x = fwht(x, block)
-    return fwht(_dealt(x, block), block) if turns == 2 else x
+    return fwht(_transpose_blocks(x, block), block) if num_rotations == 2 else x
 
 
-def rotate_back(x: Tensor, block: int, turns: int = 1) -> Tensor:
+def rotate_back(x: Tensor, block: int, num_rotations: int = 1) -> Tensor:
     """Inverse of :func:`rotate`."""
     x = fwht(x, block)
-    return fwht(_dealt(x, x.shape[-1] // block), block) if turns == 2 else x
+    return fwht(_transpose_blocks(x, x.shape[-1] // block), block) if num_rotations == 2 else x
 
 
-def _dealt(x: Tensor, block: int) -> Tensor:
+def _transpose_blocks(x: Tensor, block: int) -> Tensor:
     """Columns read block by block, written column by column: the transpose of (K/block, block)."""
     return x.unflatten(-1, (-1, block)).transpose(-1, -2).flatten(-2)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.kernels.table import Kernel, Task, Then, branch_joins, compiled, pick
+from dtq.kernels.table import Kernel, LinearProblem, Epilogue, branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import _BITS, check_part, from_disk, to_disk
@@ -73,15 +73,15 @@ class QuantLinear(nn.Linear):
             self.in_channels, self.out_channels = in_features, out_features
         self.in_features, self.out_features = in_features, out_features
         self.runtime, self.bins = spec, bins
-        self.weights, self.acts = spec.weight_format, spec.activation_format
+        self.weight_format, self.activation_format = spec.weight_format, spec.activation_format
         self.compute_dtype = compute_dtype
-        self.task = Task(
-            FORMATS[self.weights],
-            ACTIVATION_FORMATS[self.acts],
+        self.problem = LinearProblem(
+            FORMATS[self.weight_format],
+            ACTIVATION_FORMATS[self.activation_format],
             spec.hadamard_block_size,
             spec.num_rotations,
         )
-        self.kernel: Kernel = pick(self.task)
+        self.kernel: Kernel = pick(self.problem)
         self._specs = spec.tensor_specs(self._shape, bins)
         self.row: dict[str, Any] = {}  # of this layer in config.json
         self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
@@ -249,18 +249,18 @@ class QuantLinear(nn.Linear):
             return None
         if torch.is_grad_enabled() and (x.requires_grad or _learns(self.bias)):
             return None
-        if self.kernel.then is None or not compiled(x.device.type):
+        if self.kernel.with_epilogue is None or not compiled(x.device.type):
             return None
         if self.runtime.rank and not self._joins(x):
             return None
         rows = x.reshape(-1, self.in_features)
-        then = Then(gelu=True, branch=self._branch(rows))
-        y = self.kernel.then(self.task, rows, self._given(), self.bias, then)
+        then = Epilogue(gelu=True, branch=self._branch(rows))
+        y = self.kernel.with_epilogue(self.problem, rows, self._given(), self.bias, then)
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
 
     @property
     def _changes_by_step(self) -> bool:
-        return bool(self._clock and self._clock[0].modes and self.task.acts.bits < 16)
+        return bool(self._clock and self._clock[0].modes and self.problem.activation_format.bits < 16)
 
     def _given(self) -> PackedTensors:
         """What a kernel gets: the parts, and the activation scale of this step."""
@@ -273,7 +273,7 @@ class QuantLinear(nn.Linear):
                 # one that is offloaded is elsewhere
                 if name in parts and first.packed_tensor(name).device == parts[name].device:
                     parts[name] = first.packed_tensor(name)
-        if self.task.acts.static:
+        if self.problem.activation_format.static:
             parts["input_scale"] = self.step_scale()
         return parts
 
@@ -286,11 +286,11 @@ class QuantLinear(nn.Linear):
 
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         parts, branch = self._given(), self._branch(rows)
-        if branch and self.kernel.then and self._joins(rows):
-            joined = self.kernel.then(self.task, rows, parts, bias, Then(branch=branch))
+        if branch and self.kernel.with_epilogue and self._joins(rows):
+            joined = self.kernel.with_epilogue(self.problem, rows, parts, bias, Epilogue(branch=branch))
             if joined is not None:
                 return joined
-        run = self._stepped if self._changes_by_step else partial(self.kernel.call, self.task)
+        run = self._stepped if self._changes_by_step else partial(self.kernel.call, self.problem)
         y = run(rows, parts, bias)
         return y if branch is None else y + F.linear(*branch)
 
@@ -298,12 +298,12 @@ class QuantLinear(nn.Linear):
         """Whether the product adds the low-rank branch itself."""
         return not self._changes_by_step and branch_joins(x, self.runtime.rank)
 
-    def _stepped(self, rows: Tensor, parts: PackedTensors, bias: Tensor | None) -> Tensor:
+    def _stepped(self, rows: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
         """The product with the activation format that the step policy names for this step."""
-        clock, task = self._clock[0], self.task
+        clock, task = self._clock[0], self.problem
         y: Tensor = torch.ops.dtq.step_linear(
-            rows, clock.mode, list(clock.modes), self.weights, self.acts, task.block, task.turns,
-            list(parts), list(parts.values()), bias, self.out_features,
+            rows, clock.mode, list(clock.modes), self.weight_format, self.activation_format, task.hadamard_block, task.num_rotations,
+            list(tensors), list(tensors.values()), bias, self.out_features,
         )  # fmt: skip
         return y
 
@@ -328,11 +328,11 @@ class QuantLinear(nn.Linear):
         order = (
             self.packed_tensor("pre_quant_order").reshape(-1) if self.runtime.permutation else None
         )
-        return OnlineTransform(scale, self.task.block, order, self.task.turns)
+        return OnlineTransform(scale, self.problem.hadamard_block, order, self.problem.num_rotations)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float matrix (N, K) that multiplies the untransformed input."""
-        fmt = self.task.weights
+        fmt = self.problem.weight_format
         w = fmt.unpack({n: self.packed_tensor(n) for n in fmt.layout(self._shape)})
         w = self.transform().raw(w)
         if self.runtime.rank:
@@ -340,11 +340,11 @@ class QuantLinear(nn.Linear):
         return w.to(dtype or self.compute_dtype)
 
     def extra_repr(self) -> str:
-        turn = f", hadamard={self.task.block}" if self.task.block > 1 else ""
+        turn = f", hadamard={self.problem.hadamard_block}" if self.problem.hadamard_block > 1 else ""
         turn += f", rank={self.runtime.rank}" if self.runtime.rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, weights={self.weights}, acts={self.acts}{turn}"
+            f"bias={self.bias is not None}, weights={self.weight_format}, acts={self.activation_format}{turn}"
         )
 
     def unquantized(self) -> nn.Module:

@@ -38,9 +38,9 @@ class CallDefaults:
     sizes: Mapping[str, int] = field(default_factory=dict)
     set: str = "auto"
 
-    def fill(self, how: SamplingSettings) -> SamplingSettings:
+    def fill(self, settings: SamplingSettings) -> SamplingSettings:
         """``how`` with the sizes that it leaves open; filling twice is filling once."""
-        return replace(how, pipeline_args={**self.sizes, **how.pipeline_args})
+        return replace(settings, pipeline_args={**self.sizes, **settings.pipeline_args})
 
 
 def read(pipeline: Path) -> CallDefaults:

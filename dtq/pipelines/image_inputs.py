@@ -99,7 +99,7 @@ class ImageInputs:
         return {name: MAKERS[name](picture) for name in self.arguments}
 
 
-def wanted(pipeline: Any, calibration: SamplingSettings) -> ImageInputs:
+def wanted(pipeline: Any, settings: SamplingSettings) -> ImageInputs:
     """What the calls of a pipeline need.
 
     Raises:
@@ -110,21 +110,21 @@ def wanted(pipeline: Any, calibration: SamplingSettings) -> ImageInputs:
     takes = [name for name in MAKERS if name in parameters]
     needs = [name for name in takes if parameters[name].default is inspect.Parameter.empty]
     kind = type(pipeline).__name__
-    if calibration.images or any(word in kind for word in _WORKS_ON_PICTURES):
+    if settings.images or any(word in kind for word in _WORKS_ON_PICTURES):
         # of a picture and a clip the first will do
         needs = [name for name in takes if name != "video" or "image" not in takes or name in needs]
-    if calibration.images and not takes:
+    if settings.images and not takes:
         raise InputError(f"calibration.images: {kind} takes no pictures")
-    given = calibration.pipeline_args
+    given = settings.pipeline_args
     for name in takes:
         if isinstance(given.get(name), str):
             raise InputError(f"calibration.arguments: {name} is a picture; give it with --images")
     needs = [name for name in needs if name not in given]
     if not needs:
         return ImageInputs(())
-    files = _listed(Path(calibration.images)) if calibration.images else ()
+    files = _listed(Path(settings.images)) if settings.images else ()
     size = int(given.get("height", 512)), int(given.get("width", 512))
-    return ImageInputs(tuple(needs), files, size, calibration.seed)
+    return ImageInputs(tuple(needs), files, size, settings.seed)
 
 
 def dummy_images(size: tuple[int, int], seed: int) -> Image.Image:

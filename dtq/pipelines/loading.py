@@ -411,7 +411,7 @@ def disk_dtype(folder: Path) -> torch.dtype:
     return count.most_common(1)[0][0] if count else torch.float32
 
 
-def modules_of(source: LoadedModel) -> list[nn.Module]:
+def modules_of(loaded: LoadedModel) -> list[nn.Module]:
     """The model, and the others of its pipeline."""
-    parts = source.pipeline.components.values() if source.pipeline is not None else [source.model]
+    parts = loaded.pipeline.components.values() if loaded.pipeline is not None else [loaded.model]
     return [part for part in parts if isinstance(part, nn.Module)]

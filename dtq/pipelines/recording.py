@@ -55,8 +55,8 @@ def watch_calls(
 
 
 def sample_calls(
-    source: LoadedModel,
-    calibration: SamplingSettings,
+    loaded: LoadedModel,
+    settings: SamplingSettings,
     count: int,
     *,
     inputs: Iterable[dict[str, Any]] | None = None,
@@ -73,22 +73,22 @@ def sample_calls(
         The calls in order; latents and outputs of every step.
     """
     calls: list[RecordedCall] = []
-    pipeline = source.pipeline
+    pipeline = loaded.pipeline
     if inputs is None and pipeline is not None:
-        once = replace(calibration, samples=min(count, calibration.batch_size))
+        once = replace(settings, samples=min(count, settings.batch_size))
         once = replace(once, batch_size=once.samples)
         requests = prompts.load(once.prompts, pipeline, once.samples)
 
         def run() -> Iterable[object]:
             return run_pipeline(pipeline, requests, once, output="latent")
     else:
-        given = list(inputs) if inputs is not None else list(dummy_batches(source, calibration))
+        given = list(inputs) if inputs is not None else list(dummy_batches(loaded, settings))
 
         def run() -> Iterable[object]:
             # a run of its own each: nothing says that they follow one another
-            yield [source.model(**_moved(kwargs, source.model)) for kwargs in given]
+            yield [loaded.model(**_moved(kwargs, loaded.model)) for kwargs in given]
 
-    watch_calls({source.component: source.model}, run, calls.append)
+    watch_calls({loaded.component: loaded.model}, run, calls.append)
     return calls
 
 

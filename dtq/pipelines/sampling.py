@@ -22,7 +22,7 @@ log = logging.getLogger("dtq")
 def run_pipeline(
     pipeline: Any,
     requests: prompts.Requests,
-    calibration: SamplingSettings,
+    settings: SamplingSettings,
     output: str = "pt",
     only: Container[int] | None = None,
 ) -> Iterator[Any]:
@@ -35,22 +35,22 @@ def run_pipeline(
     Raises:
         InputError: the pipeline takes no such argument, or refuses what it is given.
     """
-    calibration = call_defaults.of(pipeline).fill(calibration)
+    settings = call_defaults.of(pipeline).fill(settings)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     options: dict[str, Any] = {"output_type": output}
-    if calibration.steps:
-        options["num_inference_steps"] = calibration.steps
-    if calibration.guidance:
-        options["guidance_scale"] = calibration.guidance
+    if settings.steps:
+        options["num_inference_steps"] = settings.steps
+    if settings.guidance:
+        options["guidance_scale"] = settings.guidance
     options = {k: v for k, v in options.items() if k in parameters}
-    for name in calibration.pipeline_args:
+    for name in settings.pipeline_args:
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
             raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
-    options |= calibration.pipeline_args
-    beside = image_inputs.wanted(pipeline, calibration)
-    batch = beside.batch(calibration.batch_size)
+    options |= settings.pipeline_args
+    beside = image_inputs.wanted(pipeline, settings)
+    batch = beside.batch(settings.batch_size)
     if beside.warning and (only is None or 0 in only):  # once, not with every batch
         log.warning("%s: %s", type(pipeline).__name__, beside.warning)
     shown = dict(getattr(pipeline, "_progress_bar_config", {}))
@@ -60,7 +60,7 @@ def run_pipeline(
         for start in starts if only is None else filter(only.__contains__, starts):
             entries = list(requests.entries[start : start + batch])
             generators = [
-                torch.Generator().manual_seed(seed_of(calibration.seed, start + i))
+                torch.Generator().manual_seed(seed_of(settings.seed, start + i))
                 for i in range(len(entries))
             ]
             asked = {requests.argument: entries} | beside.of(start)
@@ -81,19 +81,19 @@ def seed_of(seed: int, place: int) -> int:
     return seed * 1_000_003 + place
 
 
-def count_dummy_calls(calibration: SamplingSettings) -> int:
+def count_dummy_calls(settings: SamplingSettings) -> int:
     """How often a bare transformer is called."""
-    return max(calibration.num_timestep_bins, -(-calibration.samples // calibration.batch_size) * 4)
+    return max(settings.num_timestep_bins, -(-settings.samples // settings.batch_size) * 4)
 
 
-def dummy_batches(source: LoadedModel, calibration: SamplingSettings) -> Iterator[dict[str, Any]]:
+def dummy_batches(loaded: LoadedModel, settings: SamplingSettings) -> Iterator[dict[str, Any]]:
     """Random calls over the whole trajectory, noisiest first as a sampler goes."""
-    family = source.family
+    family = loaded.family
     if family is None:
-        dummy_inputs(source.model, 1, 0.0, 0)  # raises, with the way out
+        dummy_inputs(loaded.model, 1, 0.0, 0)  # raises, with the way out
         return
-    calls = count_dummy_calls(calibration)
+    calls = count_dummy_calls(settings)
     for i in range(calls):
         share = 1 - (i + 0.5) / calls
         timestep = share * family.largest_timestep
-        yield dummy_inputs(source.model, calibration.batch_size, timestep, calibration.seed + i)
+        yield dummy_inputs(loaded.model, settings.batch_size, timestep, settings.seed + i)

@@ -19,7 +19,7 @@ from dtq.runs.workers import Workers
 
 
 def gather(
-    team: Workers, folder: Path | None, name: str, tensors: Mapping[str, Tensor], plain: Any
+    workers: Workers, folder: Path | None, name: str, tensors: Mapping[str, Tensor], plain: Any
 ) -> list[tuple[dict[str, Tensor], Any]] | None:
     """What every process has, in order of ranks; None for all but the first process.
 
@@ -34,20 +34,20 @@ def gather(
         InputError: several processes, and no folder.
         TeamError: another process died, or does not see the folder.
     """
-    if team.size == 1:
+    if workers.size == 1:
         return [(dict(tensors), plain)]
     if folder is None:
-        raise InputError(f"{team.size} processes need a folder that all of them see")
+        raise InputError(f"{workers.size} processes need a folder that all of them see")
     make_directory(folder)
     held = {key: tensor.contiguous() for key, tensor in tensors.items()}
     about = {"plain": json.dumps(plain)}
-    mine = folder / f"{name}-{team.rank}.safetensors"
+    mine = folder / f"{name}-{workers.rank}.safetensors"
     atomic_replace(mine, lambda draft: save_file(held, draft, about))
-    team.barrier()
-    if not team.is_main:
+    workers.barrier()
+    if not workers.is_main:
         return None
     found = []
-    for rank in range(team.size):
+    for rank in range(workers.size):
         path = folder / f"{name}-{rank}.safetensors"
         if not path.is_file():
             raise WorkerError(f"{path} is not there: do all processes see the folder {folder}?")

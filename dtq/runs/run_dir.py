@@ -41,11 +41,11 @@ class RunDirectory:
         memory: bytes that statistics may take, after :meth:`begin`.
     """
 
-    def __init__(self, output: Path, team: Workers, overwrite: bool) -> None:
+    def __init__(self, output: Path, workers: Workers, overwrite: bool) -> None:
         output = output if output.name else output.resolve()  # of "."
-        self.output, self.workers, self.overwrite = output, team, overwrite
+        self.output, self.workers, self.overwrite = output, workers, overwrite
         self.folder = output.with_name(f".{output.name}.work")
-        self.tasks = TaskStore(self.folder, team)
+        self.tasks = TaskStore(self.folder, workers)
         self.memory = 0
         self.finished = False
 
@@ -126,7 +126,7 @@ class RunDirectory:
 @contextmanager
 def run_directory(
     output: Path,
-    team: Workers = SINGLE_PROCESS,
+    workers: Workers = SINGLE_PROCESS,
     *,
     fresh: bool = False,
     overwrite: bool = False,
@@ -146,9 +146,9 @@ def run_directory(
     Raises:
         InputError: another run writes there, the output is not empty, or a folder and not a file.
     """
-    one = RunDirectory(output, team, overwrite)
-    if not team.is_main:
-        one.finished = team.broadcast(None)
+    one = RunDirectory(output, workers, overwrite)
+    if not workers.is_main:
+        one.finished = workers.broadcast(None)
         yield one
         return
     output = one.output
@@ -165,7 +165,7 @@ def run_directory(
         if not file and not one.finished:
             require_absent(output, overwrite=overwrite)
         _clear(output)
-        team.broadcast(one.finished)
+        workers.broadcast(one.finished)
         try:
             yield one
         except BaseException:

@@ -33,9 +33,9 @@ class TaskStore:
         team: the processes that share the work; they need a folder that all of them see.
     """
 
-    def __init__(self, folder: Path | None = None, team: Workers = SINGLE_PROCESS) -> None:
-        assert folder is not None or team.size == 1
-        self.folder, self.workers = folder, team
+    def __init__(self, folder: Path | None = None, workers: Workers = SINGLE_PROCESS) -> None:
+        assert folder is not None or workers.size == 1
+        self.folder, self.workers = folder, workers
         self._kept: dict[str, Result] = {}
 
     def namespace(self, name: str) -> TaskStore:

@@ -20,7 +20,7 @@ _TOGETHER = 2**17  # weights that are tried at once: more would leave the cache
 
 
 def search(
-    w: Tensor, fmt: Format, gram: Tensor | None = None, *, clips: Sequence[float] | None = None
+    w: Tensor, fmt: Format, hessian: Tensor | None = None, *, clips: Sequence[float] | None = None
 ) -> tuple[Tensor, QParams]:
     """Choose the clip of every group that has the least squared error, then round to nearest.
 
@@ -33,8 +33,8 @@ def search(
     Returns:
         The snapped weight (N, K) and its parameters.
     """
-    check(w, gram)
-    importance = None if gram is None else gram.diagonal()
+    check(w, hessian)
+    importance = None if hessian is None else hessian.diagonal()
     params = fit_clipped(w, fmt, importance, clips=clips)
     return fake_quantize_weight(fmt, w, params), params
 

@@ -19,7 +19,7 @@ log = logging.getLogger("dtq")
 def gptq(
     w: Tensor,
     fmt: Format,
-    gram: Tensor | None = None,
+    hessian: Tensor | None = None,
     factors: dict[float, Tensor] | None = None,
     *,
     damp: float = 0.01,
@@ -50,14 +50,14 @@ def gptq(
     Raises:
         InputError: a weight or a moment is not finite, or H is not positive.
     """
-    check(w, gram)
+    check(w, hessian)
     clips = None if clip else (1.0,)
     todo = w.float().clone()
     factors = {} if factors is None else factors
-    if gram is not None and damp not in factors:
-        factors[damp] = _inverse_factor(gram.to(todo), damp)
-    inverse = None if gram is None else factors[damp]
-    importance = torch.ones(w.shape[1]).to(todo) if gram is None else gram.diagonal().to(todo)
+    if hessian is not None and damp not in factors:
+        factors[damp] = _inverse_factor(hessian.to(todo), damp)
+    inverse = None if hessian is None else factors[damp]
+    importance = torch.ones(w.shape[1]).to(todo) if hessian is None else hessian.diagonal().to(todo)
     # groups are fitted when they are entered: of them only what is the whole row's is wanted here
     if fmt.learned or fmt.group is None:
         params = fit_clipped(todo, fmt, importance, clips=clips)
@@ -93,10 +93,10 @@ def gptq(
     return fake_quantize_weight(fmt, done, params), params
 
 
-def _put(params: QParams, part: QParams, index: int) -> None:
+def _put(qparams: QParams, part: QParams, index: int) -> None:
     """Write the parameters of one group into those of the matrix; wider ones are equal."""
     for key, value in part.items():
-        if params[key].shape[1] == value.shape[1]:  # the whole row's, or there is one group only
-            params[key] = value
+        if qparams[key].shape[1] == value.shape[1]:  # the whole row's, or there is one group only
+            qparams[key] = value
         else:
-            params[key][:, index : index + 1] = value
+            qparams[key][:, index : index + 1] = value

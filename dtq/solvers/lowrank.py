@@ -36,7 +36,7 @@ class LowRankBranch:
 def svd(
     weights: Sequence[Tensor],
     fmt: Format,
-    gram: Tensor | None = None,
+    hessian: Tensor | None = None,
     *,
     rank: int = 32,
     bits: float = 0.0,
@@ -65,15 +65,15 @@ def svd(
     found: list[LowRankBranch] = []
     for members in groups:
         joint, r = torch.cat(members), _rank_of(members[0], rank, bits)
-        factors = [None] if gram is None or not weighted else [None, _factor(gram, joint)]
+        factors = [None] if hessian is None or not weighted else [None, _factor(hessian, joint)]
         best: LowRankBranch | None = None
         least = math.inf
         for factor in factors:
             kept, last = torch.zeros_like(joint), math.inf
             for _ in range(iterations + 1):
                 branch = _decompose(joint - kept, r, factor)
-                kept, _ = search(joint - branch.matrix(), fmt, gram)
-                error = _error(joint - branch.matrix() - kept, gram)
+                kept, _ = search(joint - branch.matrix(), fmt, hessian)
+                error = _error(joint - branch.matrix() - kept, hessian)
                 if error < least:
                     least, best = error, branch
                 if error >= last:
@@ -88,7 +88,7 @@ def svd(
 def loftq(
     weights: Sequence[Tensor],
     fmt: Format,
-    gram: Tensor | None = None,
+    hessian: Tensor | None = None,
     *,
     rank: int = 32,
     bits: float = 0.0,
@@ -141,9 +141,9 @@ def _rank_of(w: Tensor, rank: int, bits: float) -> int:
     return rank_for((w.shape[0], w.shape[1]), {"rank": rank, "bits": bits})
 
 
-def _factor(gram: Tensor, w: Tensor) -> Tensor:
+def _factor(hessian: Tensor, w: Tensor) -> Tensor:
     """Lower Cholesky factor of the damped gram: ``|D S|^2 = tr(D H D^T)``."""
-    h = gram.double()
+    h = hessian.double()
     mean = h.diagonal().mean().clamp(min=1e-30)
     eye = torch.eye(len(h), dtype=torch.float64, device=h.device)
     lower: Tensor = torch.linalg.cholesky(h + 1e-2 * mean * eye).to(w)
@@ -168,5 +168,5 @@ def _decompose(w: Tensor, rank: int, factor: Tensor | None) -> LowRankBranch:
     return LowRankBranch((u * root).bfloat16().to(w), down.bfloat16().to(w))
 
 
-def _error(d: Tensor, gram: Tensor | None) -> float:
-    return float(d.square().sum() if gram is None else ((d @ gram.to(d)) * d).sum())
+def _error(d: Tensor, hessian: Tensor | None) -> float:
+    return float(d.square().sum() if hessian is None else ((d @ hessian.to(d)) * d).sum())

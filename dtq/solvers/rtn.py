@@ -9,7 +9,7 @@ from dtq.formats import Format, QParams, fake_quantize_weight
 from dtq.solvers.finite import check
 
 
-def rtn(w: Tensor, fmt: Format, gram: Tensor | None = None) -> tuple[Tensor, QParams]:
+def rtn(w: Tensor, fmt: Format, hessian: Tensor | None = None) -> tuple[Tensor, QParams]:
     """Fit to the full range, round each weight to its nearest value."""
     check(w)
     params = fmt.fit(w)

@@ -27,7 +27,7 @@ log = logging.getLogger("dtq")
 
 
 def calibrate_source(
-    source: LoadedModel,
+    loaded: LoadedModel,
     scan: Scan,
     recipe: Recipe,
     needs: frozenset[str],
@@ -35,7 +35,7 @@ def calibrate_source(
     inputs: Iterable[dict[str, Any]] | None = None,
     progress: bool = True,
     memory: int | None = None,
-    work: TaskStore | None = None,
+    tasks: TaskStore | None = None,
 ) -> Statistics:
     """Run the float model over the recipe's calibration set.
 
@@ -43,28 +43,28 @@ def calibrate_source(
     as it takes, each time for as many inputs as fit, and they wait on disk. Each part of the set
     that is seen is kept in ``work``.
     """
-    work = work or TaskStore()
+    tasks = tasks or TaskStore()
     plan = recipe.plan(scan)
     sites = [s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)]
     how = recipe.calibration
     memory = memory or psutil.virtual_memory().available // 2
     portions = engine.memory_batches(sites, how.num_timestep_bins, needs, memory)
     calls = None if inputs is None else list(inputs)
-    with paged_weights(*modules_of(source)):
-        if len(portions) == 1 and work.folder is None:
-            return engine.calibrate(source, sites, how, needs, inputs=calls, progress=progress)
+    with paged_weights(*modules_of(loaded)):
+        if len(portions) == 1 and tasks.folder is None:
+            return engine.calibrate(loaded, sites, how, needs, inputs=calls, progress=progress)
         if len(portions) > 1:
             log.warning(
                 "the statistics of %d inputs do not fit in %.1f GB: the float model runs %d times",
                 len(sites), memory / 1e9, len(portions),
             )  # fmt: skip
         folder = None
-        if work.folder is None:
+        if tasks.folder is None:
             folder = tempfile.TemporaryDirectory(prefix="dtq-statistics-")
-            work = TaskStore(Path(folder.name))
-        runs = engine.calibration_run(source, how, calls)
+            tasks = TaskStore(Path(folder.name))
+        runs = engine.calibration_run(loaded, how, calls)
         files = [
-            calibrate_in_shards(source, portion, how, needs, runs, work, progress=progress)
+            calibrate_in_shards(loaded, portion, how, needs, runs, tasks, progress=progress)
             for portion in portions
         ]
     statistics = engine.fill_from_sibling_experts(

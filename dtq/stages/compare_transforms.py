@@ -34,7 +34,7 @@ def compare_transforms(
     solved: dict[str, LayerResult],
     *,
     progress: bool = True,
-    work: TaskStore | None = None,
+    tasks: TaskStore | None = None,
 ) -> dict[str, float]:
     """Solve the whole model with other transforms too, and keep what errs least.
 
@@ -50,12 +50,12 @@ def compare_transforms(
         changed = {x.name: replace(x, transform=MethodSpec(other)) for x in plan.gemm()}
         found[other], _ = solve_all(
             model, scan, plan.with_layers(changed), recipe, statistics, only=gemm, what=other,
-            progress=progress, work=work,
+            progress=progress, tasks=tasks,
         )  # fmt: skip
     edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
     clock = install_clock(model, edges) if edges else None
     candidates = {"model": CandidateLayers(model, found, plan.bins, clock)}
-    errors = measure(model, calls, candidates, progress=progress, what="compare", work=work)[
+    errors = measure(model, calls, candidates, progress=progress, what="compare", tasks=tasks)[
         "model"
     ]
     best = min(errors, key=lambda name: errors[name]["mse"])

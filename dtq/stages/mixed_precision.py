@@ -56,7 +56,7 @@ def mixed_precision(
     solved: dict[str, LayerResult],
     *,
     progress: bool = True,
-    work: TaskStore | None = None,
+    tasks: TaskStore | None = None,
 ) -> tuple[Plan, Allocation]:
     """Give every site the format that the recipe's budget allows.
 
@@ -97,7 +97,7 @@ def mixed_precision(
                     log.warning("%s: stays in %s: %s", x.name, x.weight_format, x.note)
             found, _ = solve_all(
                 model, scan, other, recipe, statistics, only=gemm, what=option, progress=progress,
-                work=work,
+                tasks=tasks,
             )  # fmt: skip
         for site, names in sites.items():
             results[site][option] = {name: found[name] for name in names}
@@ -112,7 +112,7 @@ def mixed_precision(
     }
     calls = subsample(recorded, how.num_inputs)
     chosen = allocate(
-        measure(model, calls, candidates, progress=progress, what="allocate", work=work),
+        measure(model, calls, candidates, progress=progress, what="allocate", tasks=tasks),
         costs,
         budget,
         groups=groups_of(s for s in scan.input_groups if s.name in sites),

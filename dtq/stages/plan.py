@@ -20,7 +20,7 @@ from dtq.recipe.resolve import Recipe
 
 
 def plan_source(
-    source: LoadedModel,
+    loaded: LoadedModel,
     recipe: Recipe,
     skip: Sequence[str] = (),
     calls: Sequence[dict[str, Any]] | None = None,
@@ -36,28 +36,28 @@ def plan_source(
     Raises:
         InputError: it is quantized already, or no layer would be.
     """
-    if getattr(source.model, "is_quantized", False):
-        raise InputError(f"{source.name} is quantized already; give the float model")
-    if source.scan is None:
-        with paged_weights(*modules_of(source)):
-            source.scan = scan_model(source.model, _first_call(source, recipe.calibration, calls))
-    scan = source.scan
-    keep = tuple(getattr(source.model, "_keep_in_fp32_modules", None) or ())
+    if getattr(loaded.model, "is_quantized", False):
+        raise InputError(f"{loaded.name} is quantized already; give the float model")
+    if loaded.scan is None:
+        with paged_weights(*modules_of(loaded)):
+            loaded.scan = scan_model(loaded.model, _first_call(loaded, recipe.calibration, calls))
+    scan = loaded.scan
+    keep = tuple(getattr(loaded.model, "_keep_in_fp32_modules", None) or ())
     plan = recipe.plan(scan, (*skip, *keep))
     if not plan.quantized():
-        raise InputError(f"recipe {recipe.name} leaves every layer of {source.name} as it is")
+        raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} as it is")
     return scan, plan
 
 
 def _first_call(
-    source: LoadedModel, how: SamplingSettings, calls: Sequence[dict[str, Any]] | None
+    loaded: LoadedModel, settings: SamplingSettings, calls: Sequence[dict[str, Any]] | None
 ) -> Any:
     """How to trace one forward: a given call, made-up inputs, or a step of the pipeline."""
     if calls:
         return lambda model: model(**calls[0])
-    if source.family is not None or source.pipeline is None:
+    if loaded.family is not None or loaded.pipeline is None:
         return None
-    pipeline, once = source.pipeline, replace(how, samples=1, steps=1, batch_size=1)
+    pipeline, once = loaded.pipeline, replace(settings, samples=1, steps=1, batch_size=1)
 
     def run(model: nn.Module) -> None:
         for _ in sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once):

@@ -30,10 +30,10 @@ def promote(
     recipe: Recipe,
     statistics: Statistics | None,
     solved: dict[str, LayerResult],
-    work: TaskStore | None = None,
+    tasks: TaskStore | None = None,
 ) -> Plan:
     """Promote the layers that came out badly, worst first, while the budget lasts."""
-    work = work or TaskStore()
+    tasks = tasks or TaskStore()
     how = recipe.promote
     gemm = [x for x in plan.gemm() if solved[x.name].report.error is not None]
     if not how.to or not gemm or statistics is None:
@@ -66,7 +66,7 @@ def promote(
             return to_result([result], InputReport(site_of[raised.name]))
 
         promoted = plan.with_layers({layer.name: raised})
-        ((again,), _) = from_result(*work.get_or_compute(f"guard/{layer.name}", again_in), promoted)
+        ((again,), _) = from_result(*tasks.get_or_compute(f"guard/{layer.name}", again_in), promoted)
         if (again.report.error or 0.0) >= errors[layer.name]:
             continue
         again.report.promoted, again.report.error_before = True, errors[layer.name]

@@ -15,15 +15,15 @@ from dtq.stages.candidates import RECORDED_SAMPLES
 
 
 def record_calls(
-    source: LoadedModel, recipe: Recipe, calls: Sequence[dict[str, Any]] | None
+    loaded: LoadedModel, recipe: Recipe, calls: Sequence[dict[str, Any]] | None
 ) -> list[RecordedCall]:
     """One sampling run of the float model, for the stages that compare with it."""
     needed = (
         recipe.allocate.budget or recipe.step_policy.precisions or recipe.finetune.name != "none"
     )
     # made-up inputs would say little about which transform is better
-    wanted = recipe.transform_candidates and (source.pipeline is not None or calls is not None)
+    wanted = recipe.transform_candidates and (loaded.pipeline is not None or calls is not None)
     if not needed and not wanted:
         return []
-    with paged_weights(*modules_of(source)):
-        return sample_calls(source, recipe.calibration, RECORDED_SAMPLES, inputs=calls)
+    with paged_weights(*modules_of(loaded)):
+        return sample_calls(loaded, recipe.calibration, RECORDED_SAMPLES, inputs=calls)

@@ -57,18 +57,18 @@ def run_identity(
     }
 
 
-def _model(source: LoadedModel) -> str:
+def _model(loaded: LoadedModel) -> str:
     """Hash of the files of the model; of its tensors when it came from no folder."""
-    where = source.path
+    where = loaded.path
     if where is None:  # of the hub: a folder in the cache
-        cached = Path(str(getattr(source.model.config, "_name_or_path", "")))  # type: ignore[union-attr]
+        cached = Path(str(getattr(loaded.model.config, "_name_or_path", "")))  # type: ignore[union-attr]
         where = cached.parent if (cached.parent / "model_index.json").is_file() else cached
         if not (where / "config.json").is_file() and not (where / "model_index.json").is_file():
-            return _tensors(source.model)
+            return _tensors(loaded.model)
     # demo-hard is made of the files of demo
     return (
-        f"{source.name} {folder_digest(where)}"
-        if source.name in demo.FOLDERS
+        f"{loaded.name} {folder_digest(where)}"
+        if loaded.name in demo.FOLDERS
         else folder_digest(where)
     )
 

@@ -77,7 +77,7 @@ class Promotion:
 
 
 def sanity_check(
-    source: LoadedModel,
+    loaded: LoadedModel,
     floats: Mapping[str, nn.Module],
     scan: Scan,
     plan: Plan,
@@ -107,12 +107,12 @@ def sanity_check(
         NumberError: the float model itself gives numbers that are not finite, or the quantized one
             does whatever is promoted.
     """
-    model, promoted = source.model, []
+    model, promoted = loaded.model, []
     with paged_weights(model), tqdm(
         desc="sentinel", unit="call", disable=not progress, dynamic_ncols=True
     ) as bar:  # fmt: skip
-        reference = float_reference(source, floats, recipe, inputs, bar.update)
-        seen = measure(source, floats, recipe, reference, inputs, bar.update)
+        reference = float_reference(loaded, floats, recipe, inputs, bar.update)
+        seen = measure(loaded, floats, recipe, reference, inputs, bar.update)
         for _ in range(ROUNDS):
             found = failures(seen)
             if not found:
@@ -120,10 +120,10 @@ def sanity_check(
             done, plan = _promote(model, floats, scan, plan, recipe, statistics, reports, found[0])
             promoted.append(done)
             log.warning("sentinel: %s to %s: %s", done.layer, done.to, done.why)
-            seen = measure(source, floats, recipe, reference, inputs, bar.update)
+            seen = measure(loaded, floats, recipe, reference, inputs, bar.update)
     if not all(map(math.isfinite, seen.variance)):
         raise NonFiniteError(
-            f"{source.name}: the quantized model gives numbers that are not finite, and "
+            f"{loaded.name}: the quantized model gives numbers that are not finite, and "
             f"{len(promoted)} promoted layers did not help; set DTQ_DEBUG_NAN=1, load it and "
             f"sample to see where. Try --dtype bf16"
         )
@@ -132,28 +132,28 @@ def sanity_check(
     return plan, {**seen.to_json(), "promoted": [asdict(each) for each in promoted]}
 
 
-def failures(seen: SanityReport) -> list[Failure]:
+def failures(report: SanityReport) -> list[Failure]:
     """What calls for a promotion, the gravest first; empty when the model is good."""
     found = [
         Failure(name, f"its output is not finite at call {call}")
-        for name, call in list(seen.broken.items())[:1]  # the others may only follow
+        for name, call in list(report.broken.items())[:1]  # the others may only follow
     ]
     found += [
         Failure(name, f"{share:.1%} of its input is beyond its static scale at call {call}")
-        for name, (share, call) in sorted(seen.saturation.items(), key=lambda x: -x[1][0])
+        for name, (share, call) in sorted(report.saturation.items(), key=lambda x: -x[1][0])
         if share > SATURATED
     ]
     lost = sorted(
-        ((error, name, call) for error, name, call in _worst(seen) if error > LOST), reverse=True
+        ((error, name, call) for error, name, call in _worst(report) if error > LOST), reverse=True
     )
     found += [
         Failure(name, f"relative output error {error:.2g} at call {call}")
         for error, name, call in lost
     ]
-    for block, call, text in _drops(seen):
+    for block, call, text in _drops(report):
         inside = [
             (error, name, at)
-            for error, name, at in _worst(seen)
+            for error, name, at in _worst(report)
             if at == call and error > BLAMED and name.startswith(f"{block}.")
         ]
         if inside:
@@ -161,10 +161,10 @@ def failures(seen: SanityReport) -> list[Failure]:
     return found
 
 
-def warnings(seen: SanityReport) -> list[str]:
+def warnings(report: SanityReport) -> list[str]:
     """What is strange and not the fault of one layer."""
-    said = [text for _, _, text in _drops(seen)]
-    for what, values in (("outputs", seen.variance), ("latents", seen.latents)):
+    said = [text for _, _, text in _drops(report)]
+    for what, values in (("outputs", report.variance), ("latents", report.latents)):
         wild = [i for i, v in enumerate(values) if not 1 / VARIANCE <= v <= VARIANCE]
         if wild:
             said.append(
@@ -174,22 +174,22 @@ def warnings(seen: SanityReport) -> list[str]:
     return said
 
 
-def _drops(seen: SanityReport) -> Iterator[tuple[str, int, str]]:
+def _drops(report: SanityReport) -> Iterator[tuple[str, int, str]]:
     """Blocks behind which the signal is lost and before which it was not: block, call, words."""
-    names = list(seen.snr)
+    names = list(report.snr)
     for before, name in zip(["", *names], names, strict=False):
-        good = seen.snr.get(before, [math.inf] * seen.calls)
-        for call, (first, then) in enumerate(zip(good, seen.snr[name], strict=True)):
+        good = report.snr.get(before, [math.inf] * report.calls)
+        for call, (first, then) in enumerate(zip(good, report.snr[name], strict=True)):
             if then < 3 and first - then > DROP:
                 said = "" if first == math.inf else f", {first:.1f} dB before it"
                 yield name, call, f"{name} has {then:.1f} dB of signal left at call {call}{said}"
                 break
 
 
-def _worst(seen: SanityReport) -> Iterator[tuple[float, str, int]]:
+def _worst(report: SanityReport) -> Iterator[tuple[float, str, int]]:
     """Layers that stand out of the model in some call: error, name, call."""
-    for call in range(seen.calls):
-        errors = {n: each[call] for n, each in seen.errors.items() if call < len(each)}
+    for call in range(report.calls):
+        errors = {n: each[call] for n, each in report.errors.items() if call < len(each)}
         usual = numbers.median(errors.values()) if errors else 0.0
         for name, error in errors.items():
             if error > APART * usual:

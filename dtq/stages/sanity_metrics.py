@@ -83,14 +83,14 @@ def short(recipe: Recipe) -> SamplingSettings:
 
 
 def _sampled(
-    source: LoadedModel, recipe: Recipe, inputs: Sequence[dict[str, Any]] | None
+    loaded: LoadedModel, recipe: Recipe, inputs: Sequence[dict[str, Any]] | None
 ) -> list[RecordedCall]:
     few = None if inputs is None else list(inputs)[:: -(-len(inputs) // STEPS)]
-    return sample_calls(source, short(recipe), 1, inputs=few)
+    return sample_calls(loaded, short(recipe), 1, inputs=few)
 
 
 def float_reference(
-    source: LoadedModel,
+    loaded: LoadedModel,
     floats: Mapping[str, nn.Module],
     recipe: Recipe,
     inputs: Sequence[dict[str, Any]] | None,
@@ -109,13 +109,13 @@ def float_reference(
         NumberError: numbers of the float model are not finite; says where.
     """
     blocks: list[dict[str, Tensor]] = []
-    with temporarily_replaced(source.model, floats), _blocks(source.model, blocks, tick):
-        calls = _sampled(source, recipe, inputs)
+    with temporarily_replaced(loaded.model, floats), _blocks(loaded.model, blocks, tick):
+        calls = _sampled(loaded, recipe, inputs)
     for i, call in enumerate(calls):
         if not call.output.isfinite().all():
             bad = next((n for n, rows in blocks[i].items() if not rows.isfinite().all()), "its end")
             raise NonFiniteError(
-                f"{source.name}: the float model itself gives numbers that are not finite at step "
+                f"{loaded.name}: the float model itself gives numbers that are not finite at step "
                 f"{call.step} (timestep {call.timestep:g}), first seen behind {bad}. Use another "
                 f"dtype: --dtype bf16"
             )
@@ -123,7 +123,7 @@ def float_reference(
 
 
 def measure(
-    source: LoadedModel,
+    loaded: LoadedModel,
     floats: Mapping[str, nn.Module],
     recipe: Recipe,
     reference: FloatReference,
@@ -136,7 +136,7 @@ def measure(
         source, floats, recipe, inputs, tick: as for :func:`reference_of`.
         reference: the calls.
     """
-    model, seen = source.model, SanityReport(len(reference.calls))
+    model, seen = loaded.model, SanityReport(len(reference.calls))
     blocks: list[dict[str, Tensor]] = []
     with _blocks(model, blocks, tick), _layers(model, floats, seen) as count:
         for i, call in enumerate(reference.calls):
@@ -147,8 +147,8 @@ def measure(
         for name, rows in want.items():
             error = relative_error(got[name], rows) if name in got else 0.0
             seen.snr.setdefault(name, []).append(-10 * math.log10(max(error, 1e-30)))
-    if source.pipeline is not None and inputs is None:
-        own = _sampled(source, recipe, None)
+    if loaded.pipeline is not None and inputs is None:
+        own = _sampled(loaded, recipe, None)
         pairs = zip(own, reference.calls, strict=False)
         seen.latents = [_ratio(a.latents, b.latents) for a, b in pairs]
     return seen
@@ -185,7 +185,7 @@ def _blocks(
 
 @contextmanager
 def _layers(
-    model: nn.Module, floats: Mapping[str, nn.Module], seen: SanityReport
+    model: nn.Module, floats: Mapping[str, nn.Module], report: SanityReport
 ) -> Iterator[Callable[[int], None]]:
     """Compare every quantized layer with its float one on the input that it gets."""
     now, mapped = [0], Mapped()
@@ -202,14 +202,14 @@ def _layers(
             want = F.linear(x.float(), matrix_of(old).to(x.device), bias)
             mapped.release([old.weight])  # type: ignore[list-item]
             if not output.isfinite().all():
-                seen.broken.setdefault(name, call)
+                report.broken.setdefault(name, call)
             elif bool(want.square().sum() > 0):
-                seen.errors.setdefault(name, [0.0] * seen.calls)[call] = relative_error(y, want)
-            if module.task.acts.static:
+                report.errors.setdefault(name, [0.0] * report.calls)[call] = relative_error(y, want)
+            if module.problem.activation_format.static:
                 turned = module.transform().x(x.float()).abs()
-                beyond = turned > (module.task.acts.levels + 0.5) * module.step_scale()
+                beyond = turned > (module.problem.activation_format.levels + 0.5) * module.step_scale()
                 share = float(beyond.float().mean())
-                seen.saturation[name] = max(seen.saturation.get(name, (0.0, 0)), (share, call))
+                report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))
 
         return hook
 

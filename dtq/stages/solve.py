@@ -52,13 +52,13 @@ def solve_all(
     only: Collection[str] | None = None,
     what: str = "quantize",
     progress: bool = True,
-    work: TaskStore | None = None,
+    tasks: TaskStore | None = None,
 ) -> tuple[dict[str, LayerResult], list[InputReport]]:
     """Solve every quantized layer, or those named in ``only``, site by site.
 
     The linears that share a transform are a unit of ``work``, named after ``what``.
     """
-    work = work or TaskStore()
+    tasks = tasks or TaskStore()
     wanted = {x.name for x in plan.quantized()}
     wanted &= wanted if only is None else set(only)
     jobs: dict[str, tuple[InputGroup, list[LayerPlan]]] = {}
@@ -66,7 +66,7 @@ def solve_all(
         for i, group in enumerate(groups_sharing_transform(site, plan)):
             if members := [x for x in group if x.name in wanted]:
                 jobs[f"{what}/{site.name}.{i}"] = site, members
-    todo = work.assigned({unit: _cost(members) for unit, (_, members) in jobs.items()})
+    todo = tasks.assigned({unit: _cost(members) for unit, (_, members) in jobs.items()})
     mapped = Mapped()
     with tqdm(
         total=sum(len(jobs[unit][1]) for unit in todo),
@@ -81,11 +81,11 @@ def solve_all(
             choice = choose_transform(members, weights, stats)
             best = solve_input_group(members, weights, choice, stats, recipe)
             mapped.release(model.get_submodule(layer.name).weight for layer in members)  # type: ignore[misc]
-            work.save(unit, *to_result(best, input_report(site, stats, choice, best[0].transform)))
+            tasks.save(unit, *to_result(best, input_report(site, stats, choice, best[0].transform)))
             bar.update(len(members))
             trim_memory(weights)
-    work.barrier()
-    found = [from_result(*work.load(unit), plan) for unit in jobs]
+    tasks.barrier()
+    found = [from_result(*tasks.load(unit), plan) for unit in jobs]
     solved = {result.plan.name: result for results, _ in found for result in results}
     return solved, [report for _, report in found]
 

@@ -36,7 +36,7 @@ class _TransformedInput:
         """Second moment (K, K) of the changed input, None without calibration."""
         if self.stats is None or self.stats.gram is None:
             return None
-        return self.transform.gram(self.stats.gram.second_moment().to(self.like))
+        return self.transform.hessian(self.stats.gram.second_moment().to(self.like))
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor] | None:

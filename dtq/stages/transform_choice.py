@@ -33,9 +33,9 @@ def choose_transform(
 
 
 def input_report(
-    site: InputGroup, stats: InputStats | None, choice: TransformChoice, transform: OnlineTransform
+    group: InputGroup, stats: InputStats | None, choice: TransformChoice, transform: OnlineTransform
 ) -> InputReport:
-    report = InputReport(site.name, candidates=choice.errors)
+    report = InputReport(group.name, candidates=choice.errors)
     if stats is None or stats.sample is None or not len(stats.sample.rows):
         return report
     rows, bins = stats.sample.rows, stats.sample.stratum // 2
@@ -53,10 +53,10 @@ def _imbalance(rows: Tensor) -> float:
     return float(peaks.max() / peaks.mean().clamp(min=1e-30))
 
 
-def groups_sharing_transform(site: InputGroup, plan: Plan) -> list[list[LayerPlan]]:
+def groups_sharing_transform(group: InputGroup, plan: Plan) -> list[list[LayerPlan]]:
     """The quantized linears of a site, those together that can share one transform."""
     groups: dict[tuple[MethodSpec, str, int], list[LayerPlan]] = {}
-    for linear in site.linears:
+    for linear in group.linears:
         layer = plan[linear.name]
         if not layer.unquantized:
             groups.setdefault(

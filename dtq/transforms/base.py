@@ -26,7 +26,7 @@ class Transform(Protocol):
     def w(self, w: Tensor) -> Tensor:
         """The weight (N, K) that goes with the changed input."""
 
-    def gram(self, h: Tensor) -> Tensor:
+    def hessian(self, h: Tensor) -> Tensor:
         """Second moment (K, K) of the changed input."""
 
 
@@ -42,7 +42,7 @@ class Diagonal:
     def w(self, w: Tensor) -> Tensor:
         return w / self.scale.to(w)
 
-    def gram(self, h: Tensor) -> Tensor:
+    def hessian(self, h: Tensor) -> Tensor:
         scale = self.scale.to(h)
         return h * scale * scale.unsqueeze(1)
 
@@ -59,7 +59,7 @@ class Permutation:
     def w(self, w: Tensor) -> Tensor:
         return self.x(w)
 
-    def gram(self, h: Tensor) -> Tensor:
+    def hessian(self, h: Tensor) -> Tensor:
         return self.x(self.x(h).T).T
 
 
@@ -79,7 +79,7 @@ class Rotation:
     def w(self, w: Tensor) -> Tensor:
         return self.x(w)
 
-    def gram(self, h: Tensor) -> Tensor:
+    def hessian(self, h: Tensor) -> Tensor:
         return self.x(self.x(h).T).T
 
 
@@ -99,9 +99,9 @@ class Chain:
             w = step.w(w)
         return w
 
-    def gram(self, h: Tensor) -> Tensor:
+    def hessian(self, h: Tensor) -> Tensor:
         for step in self.steps:
-            h = step.gram(h)
+            h = step.hessian(h)
         return h
 
 
@@ -131,12 +131,12 @@ class OnlineTransform:
         smoothing: Tensor,
         sign: Tensor,
         block: int,
-        order: Tensor | None = None,
-        turns: int = 1,
+        perm: Tensor | None = None,
+        num_rotations: int = 1,
     ) -> OnlineTransform:
         """From smoothing ``s`` (K,) that divides the input, signs (K,), and the rotation."""
         scale = (sign.to(smoothing) / smoothing).to(torch.bfloat16)
-        return cls(scale, block, None if order is None else order.to(torch.int32), turns)
+        return cls(scale, block, None if perm is None else perm.to(torch.int32), num_rotations)
 
     def chain(self) -> Chain:
         order = () if self.perm is None else (Permutation(self.perm),)
@@ -148,8 +148,8 @@ class OnlineTransform:
     def w(self, w: Tensor) -> Tensor:
         return self.chain().w(w)
 
-    def gram(self, h: Tensor) -> Tensor:
-        return self.chain().gram(h)
+    def hessian(self, h: Tensor) -> Tensor:
+        return self.chain().hessian(h)
 
     def raw(self, v: Tensor) -> Tensor:
         """Rows ``v`` (R, K) that read the changed input, as rows that read the raw one."""

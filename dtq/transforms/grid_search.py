@@ -24,7 +24,7 @@ def search(
     stats: InputStats,
     *,
     fmt: Format,
-    acts: ActivationFormat,
+    activations: ActivationFormat,
     step: float = 0.05,
     num_rows: int = 512,
     num_channels: int = 1024,
@@ -50,7 +50,7 @@ def search(
         seed: of the random signs.
     """
     judge = OutputErrorObjective(
-        [_spread(w, num_channels) for w in weights], stats, fmt, acts, num_rows
+        [_spread(w, num_channels) for w in weights], stats, fmt, activations, num_rows
     )
     n = block_for(weights[0].shape[1], block) if rotate else 1
     peaks = [column_amax(weights).unsqueeze(0)]  # all that smoothing wants of the weights

@@ -23,7 +23,7 @@ from dtq.transforms.smoothing import smoothing
 
 
 def none(
-    weights: Sequence[Tensor], stats: InputStats | None, *, fmt: Format, acts: ActivationFormat
+    weights: Sequence[Tensor], stats: InputStats | None, *, fmt: Format, activations: ActivationFormat
 ) -> TransformChoice:
     """No transform."""
     return TransformChoice(_online(weights, None, 1, 0), "none", {})
@@ -34,7 +34,7 @@ def smooth(
     stats: InputStats,
     *,
     fmt: Format,
-    acts: ActivationFormat,
+    activations: ActivationFormat,
     alpha: float = 0.5,
     reduce: str = "max",
 ) -> TransformChoice:
@@ -48,7 +48,7 @@ def hadamard(
     stats: InputStats | None,
     *,
     fmt: Format,
-    acts: ActivationFormat,
+    activations: ActivationFormat,
     block: int = 64,
     seed: int = 0,
 ) -> TransformChoice:
@@ -62,7 +62,7 @@ def smooth_hadamard(
     stats: InputStats,
     *,
     fmt: Format,
-    acts: ActivationFormat,
+    activations: ActivationFormat,
     alpha: float = 0.5,
     reduce: str = "max",
     block: int = 64,
@@ -81,7 +81,7 @@ def ditas(
     stats: InputStats,
     *,
     fmt: Format,
-    acts: ActivationFormat,
+    activations: ActivationFormat,
     step: float = 0.05,
     reduce: str = "max",
     num_rows: int = 1024,
@@ -92,7 +92,7 @@ def ditas(
     activations quantized. The identity is a candidate too; smoothing comes before the weight is
     quantized, where the released code smooths the quantized weight.
     """
-    judge = OutputErrorObjective(weights, stats, fmt, acts, num_rows)
+    judge = OutputErrorObjective(weights, stats, fmt, activations, num_rows)
     best = _online(weights, None, 1, 0)
     label, errors = "none", {"none": judge(best)}
     least = errors["none"]
@@ -111,7 +111,7 @@ def ars(
     stats: InputStats,
     *,
     fmt: Format,
-    acts: ActivationFormat,
+    activations: ActivationFormat,
     alpha: float = 0.5,
     reduce: str = "max",
     limit: float = 4.0,
@@ -145,7 +145,7 @@ def ars(
     if incoherence(once.x(rows)) <= limit:
         return TransformChoice(once, f"{label}hadamard {n}", {})
     twice = OnlineTransform.of(
-        s, _signs(weights[0], seed), n, zigzag((rows / s).abs().amax(0), n), turns=2
+        s, _signs(weights[0], seed), n, zigzag((rows / s).abs().amax(0), n), num_rotations=2
     )
     return TransformChoice(twice, f"{label}dual hadamard {n}", {})
 

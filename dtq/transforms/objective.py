@@ -21,7 +21,7 @@ class OutputErrorObjective:
         weights: Sequence[Tensor],
         stats: InputStats,
         fmt: Format,
-        acts: ActivationFormat,
+        activations: ActivationFormat,
         rows: int,
     ) -> None:
         assert stats.sample is not None
@@ -30,7 +30,7 @@ class OutputErrorObjective:
         self.x = sample[:: max(1, len(sample) // rows)][:rows]
         self.want = [self.x @ w.T for w in self.weights]
         self.power = [want.square().sum().clamp(min=1e-30) for want in self.want]
-        self.fmt, self.acts = search_format(fmt, self.weights[0]), acts
+        self.fmt, self.acts = search_format(fmt, self.weights[0]), activations
 
     def __call__(self, transform: OnlineTransform) -> float:
         x = fake_quantize(transform.x(self.x), self.acts)

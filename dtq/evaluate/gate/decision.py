@@ -79,7 +79,7 @@ class MetricVerdict:
     outcome: Outcome = Outcome.INCONCLUSIVE
 
     @property
-    def loud(self) -> bool:
+    def noise_dominated(self) -> bool:
         """Whether noise raised the margin so far that staying below it is no pass."""
         return self.margin > NOISE_DOMINATED * self.asked
 
@@ -398,7 +398,7 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
         )
         return f"Worse than the baseline: {words} ({where})."
     open_rows = [row for row in chosen if row.outcome is not Outcome.PASS]
-    if loud := [row for row in open_rows if row.loud]:
+    if loud := [row for row in open_rows if row.noise_dominated]:
         words = ", ".join(f"{r.name} {r.metric.shown(r.noise)}" for r in loud)
         return (
             f"Undecided: a second run of the float model moves {words}, far above the policy's "

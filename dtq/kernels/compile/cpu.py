@@ -18,7 +18,7 @@ import torch
 
 from dtq.io.package_data import folder
 from dtq.kernels.compile import gcc
-from dtq.kernels.compile.format_codes import tell
+from dtq.kernels.compile.format_codes import register_formats
 from dtq.kernels.compile.library import Library, Unavailable, needs_abi
 
 ISAS = ("ref", "avx2", "avxvnni", "vnni", "amx", "neon")
@@ -83,7 +83,7 @@ def _prepare(library: ctypes.CDLL) -> None:
     library.dtq_isa.restype = ctypes.c_char_p
     library.dtq_use.argtypes = [ctypes.c_char_p]
     library.dtq_peak.argtypes, library.dtq_peak.restype = [ctypes.c_int64], ctypes.c_int64
-    tell(library.dtq_cpu_format)
+    register_formats(library.dtq_cpu_format)
     wanted = os.environ.get("DTQ_CPU_ISA")
     if wanted and not library.dtq_use(wanted.encode()):
         used = library.dtq_isa().decode()

@@ -18,7 +18,7 @@ import torch
 from dtq.io.package_data import folder
 from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
 from dtq.kernels.compile import cpp_extension, nvcc
-from dtq.kernels.compile.format_codes import tell
+from dtq.kernels.compile.format_codes import register_formats
 from dtq.kernels.compile.library import Library, Unavailable, needs_abi
 
 _log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _prepare(library: ctypes.CDLL) -> None:
     sizes = ctypes.c_int64
     library.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, sizes, sizes, sizes, ctypes.c_int]
     library.dtq_cuda_references.restype = ctypes.c_int64
-    tell(library.dtq_cuda_format)
+    register_formats(library.dtq_cuda_format)
 
 
 CUDA = Library(

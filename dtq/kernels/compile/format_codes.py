@@ -26,7 +26,7 @@ NO_SCALE, FLOAT32, BFLOAT16, E4M3, POWER = range(5)
 
 
 @dataclass(frozen=True)
-class Spelling:
+class FormatCode:
     """How the codes of a format become numbers.
 
     Attributes:
@@ -43,39 +43,39 @@ class Spelling:
     levels: tuple[float, ...] = ()
 
 
-def spelling(fmt: Format) -> Spelling | None:
+def format_code(fmt: Format) -> FormatCode | None:
     """The spelling of a format; None for one that the decoder does not know."""
     scale = FLOAT32 if fmt.group is None else BFLOAT16
     match fmt:
         case Int(bits=bits, asymmetric=asymmetric):
             offset = 0 if asymmetric or bits == 8 else 2 ** (bits - 1)
-            return Spelling(AFFINE, bits, scale, offset)
+            return FormatCode(AFFINE, bits, scale, offset)
         case TwoLevelInt(bits=bits):
-            return Spelling(TWO_LEVEL, bits, FLOAT32)
+            return FormatCode(TWO_LEVEL, bits, FLOAT32)
         case Fp8():
-            return Spelling(FLOAT8, 8, FLOAT32)
+            return FormatCode(FLOAT8, 8, FLOAT32)
         case Grid(levels=levels):
-            return Spelling(TABLE, levels.bits, scale, levels=levels.values)
+            return FormatCode(TABLE, levels.bits, scale, levels=levels.values)
         case NvFp4():
-            return Spelling(TABLE, 4, E4M3, levels=E2M1.values)
+            return FormatCode(TABLE, 4, E4M3, levels=E2M1.values)
         case MxFp4():
-            return Spelling(TABLE, 4, POWER, levels=E2M1.values)
+            return FormatCode(TABLE, 4, POWER, levels=E2M1.values)
         case Lut(bits=bits):
-            return Spelling(TABLE, bits, scale)
+            return FormatCode(TABLE, bits, scale)
         case Vq(words=words, vector=vector, scaled=scaled):
             bits = words.bit_length() - 1
-            return Spelling(WORDS, bits, BFLOAT16 if scaled else NO_SCALE, vector=vector)
+            return FormatCode(WORDS, bits, BFLOAT16 if scaled else NO_SCALE, vector=vector)
         case Ternary(trits=True):
-            return Spelling(TRITS, 2, scale, 1)
+            return FormatCode(TRITS, 2, scale, 1)
         case Ternary():
-            return Spelling(AFFINE, 2, scale, 1)
+            return FormatCode(AFFINE, 2, scale, 1)
     return None
 
 
-def tell(say: Callable[..., None]) -> None:
+def register_formats(say: Callable[..., None]) -> None:
     """Spell every format of the table to a library, by its function that takes one."""
     for name, fmt in FORMATS.items():
-        found = spelling(fmt)
+        found = format_code(fmt)
         if found is not None:
             levels = (ctypes.c_float * len(found.levels))(*found.levels)
             numbers = found.codes, found.bits, found.offset, found.vector, found.scale

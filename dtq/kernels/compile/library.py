@@ -134,7 +134,7 @@ class Library:
         except Unavailable as reason:
             return f"torch reference: {reason}"
 
-    def rungs(self) -> list[tuple[str, str]]:
+    def levels(self) -> list[tuple[str, str]]:
         """Every way to run the ops, best first, and why it is not the one that is used."""
         ways: list[tuple[str, str, bool]] = []
         for name, path, how in (
