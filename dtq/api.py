@@ -20,7 +20,8 @@ from dtq.pipelines.loading import Components, LoadedModel, load_transformers
 from dtq.pipelines.recorded_calls import RecordedCall, subsample
 from dtq.recipe.resolve import Recipe
 from dtq.runs.tasks import TaskStore
-from dtq.stages import sanity_check, step_policy
+from dtq.stages import sanity_check as sanity
+from dtq.stages import step_policy
 from dtq.stages.calibrate import _check_statistics, calibrate_source, statistics_needed
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.mixed_precision import check_budget, mixed_precision
@@ -46,7 +47,7 @@ def quantize(
     modules_to_not_convert: Sequence[str] = (),
     progress: bool = True,
     memory: int | None = None,
-    last_look: bool = True,
+    sanity_check: bool = True,
     **overrides: Any,
 ) -> Any:
     """Quantize a diffusion transformer after training.
@@ -62,7 +63,7 @@ def quantize(
         modules_to_not_convert: layers to keep: names, prefixes, path components, ``re:...``.
         progress: show progress bars.
         memory: bytes that the statistics may take; default: half of what is free.
-        last_look: at the end, run the model beside the float one for a few steps and promote
+        sanity_check: at the end, run the model beside the float one for a few steps and promote
             layers that fail (``dtq.sentinel``).
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
@@ -83,7 +84,7 @@ def quantize(
         skip=modules_to_not_convert,
         progress=progress,
         memory=memory,
-        last_look=last_look,
+        sanity_check=sanity_check,
     )
     first = sources[0]
     return first.pipeline if first.pipeline is not None else first.model
@@ -99,7 +100,7 @@ def quantize_sources(
     progress: bool = True,
     tasks: TaskStore | None = None,
     memory: int | None = None,
-    last_look: bool = False,
+    sanity_check: bool = False,
 ) -> dict[str, Report]:
     """Quantize the transformers of one pipeline, or a bare one; see :func:`quantize`.
 
@@ -121,7 +122,7 @@ def quantize_sources(
     if len(sources) == 1:
         (one,) = sources
         how: dict[str, Any] = {"skip": skip, "progress": progress, "work": tasks, "memory": memory}
-        how["last_look"] = last_look
+        how["sanity_check"] = sanity_check
         report = quantize_source(one, recipe, statistics=statistics, inputs=inputs, **how)
         return {one.component: report}
     if statistics is not None or inputs is not None:
@@ -155,7 +156,7 @@ def quantize_sources(
             progress=progress,
             tasks=tasks.namespace(source.component),
             memory=memory,
-            last_look=last_look,
+            sanity_check=sanity_check,
         )
         for source in sources
     }
@@ -173,7 +174,7 @@ def quantize_source(
     config: DTQConfig | None = None,
     tasks: TaskStore | None = None,
     memory: int | None = None,
-    last_look: bool = False,
+    sanity_check: bool = False,
 ) -> Report:
     """Quantize the model of an opened source in place; see :func:`quantize_sources`.
 
@@ -233,13 +234,15 @@ def quantize_source(
         report.layers.append(result.report)
         old = loaded.model.get_submodule(layer.name)
         loaded.model.set_submodule(layer.name, build_quant_linear(result, old, plan.bins, dtype))
-        if recipe.finetune.name != "none" or last_look:
+        if recipe.finetune.name != "none" or sanity_check:
             floats[layer.name] = old  # the teacher, and what the last look compares with
     # of the command the model is only written; if it runs, it runs as it will when loaded
     runs = (
-        tasks.folder is None or recipe.finetune.name != "none" or bool(recipe.step_policy.precisions)
+        tasks.folder is None
+        or recipe.finetune.name != "none"
+        or bool(recipe.step_policy.precisions)
     )
-    runs = runs or last_look
+    runs = runs or sanity_check
     finalize(loaded.model, report.edges, align=runs)
     config = config or DTQConfig(modules_to_not_convert=list(skip) or None)
     if recipe.finetune.name != "none":
@@ -249,7 +252,7 @@ def quantize_source(
                 floats,
                 subsample(recorded, _TEACHER_CALLS),
                 progress=progress,
-                save=tasks.folder / "refine" if tasks.folder is not None else None,
+                save=tasks.folder / "finetune" if tasks.folder is not None else None,
                 **dict(recipe.finetune.knobs),
             )
         ).to_json()
@@ -260,8 +263,8 @@ def quantize_source(
         )
         config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
         report.step_policy = policy.to_json()
-    if last_look and (driven or statistics is not None):
-        plan, report.sanity_check = sanity_check.sanity_check(
+    if sanity_check and (driven or statistics is not None):
+        plan, report.sanity_check = sanity.sanity_check(
             loaded, floats, scan, plan, recipe, statistics, report.layers,
             inputs=calls, progress=progress,
         )  # fmt: skip

@@ -215,7 +215,7 @@ class Slice(QuantLinear):
     def _product(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """This process' share of the product (M, N), and what multiplies the sum."""
         acts, fmt = self._acts(), self.problem.weight_format
-        weight = {name: self.packed_tensor(name) for name in fmt.layout(self._shape)}
+        weight = {name: self.packed_tensor(name) for name in fmt.tensor_specs(self._shape)}
         x = self._changed(rows)
         if acts.bits == 16:
             return F.linear(x.to(rows.dtype), fmt.unpack(weight).to(rows.dtype)).float(), ()
@@ -232,11 +232,17 @@ class Slice(QuantLinear):
         w8, w_scale = expand(task, weight)
         return int_matmul(codes.to(torch.int8), w8), (scale, w_scale.T)
 
-    def _codes(self, activations: ActivationFormat, x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    def _codes(
+        self, activations: ActivationFormat, x: Tensor, peak: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Codes as float (M, K), and the scales of the tokens (M, 1)."""
         if not activations.integer:
             return doubled(x, peak)
-        scale = self.step_scale().expand_as(peak) if activations.static else scale_of(peak, activations.levels)
+        scale = (
+            self.step_scale().expand_as(peak)
+            if activations.static
+            else scale_of(peak, activations.levels)
+        )
         return row_codes(x, scale, activations.levels), scale
 
     def _changed(self, rows: Tensor) -> Tensor:
@@ -399,7 +405,7 @@ def sliced(layer: QuantLinear, rule: str, world: int) -> dict[str, TensorSpec]:
     local = (rows // world, columns) if rule == COLUMN else (rows, columns // world)
     if rule == ROW:
         if runtime.permutation:
-            raise InputError("its input channels change places across the cut (pre_quant_order)")
+            raise InputError("its input channels change places across the cut (pre_quant_perm)")
         if runtime.num_rotations > 1:
             raise InputError("its second rotation mixes channels from both sides of the cut")
         if local[1] % runtime.hadamard_block_size:
@@ -407,7 +413,7 @@ def sliced(layer: QuantLinear, rule: str, world: int) -> dict[str, TensorSpec]:
                 f"a rotation block of {runtime.hadamard_block_size} channels would cross the cut at {local[1]}"
             )
         if ACTIVATION_FORMATS[runtime.activation_format].block_format:
-            FORMATS[ACTIVATION_FORMATS[runtime.activation_format].block_format].layout(
+            FORMATS[ACTIVATION_FORMATS[runtime.activation_format].block_format].tensor_specs(
                 (1, local[1])
             )
     parts, whole = runtime.tensor_specs(local, layer.bins), layer.tensor_specs()

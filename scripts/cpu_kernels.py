@@ -91,8 +91,10 @@ def turned(rounds: int) -> None:
     x = torch.randn(512, 4608).bfloat16()
     order = torch.randperm(4608).int()
 
-    def codes(ops: Any, turns: int, order: torch.Tensor | None = None) -> Callable[[], object]:
-        return lambda: ops.binned_quantize_rows(x, None, order, 512, turns, None, None)
+    def codes(
+        ops: Any, num_rotations: int, order: torch.Tensor | None = None
+    ) -> Callable[[], object]:
+        return lambda: ops.binned_quantize_rows(x, None, order, 512, num_rotations, None, None)
 
     runs = [
         Candidate("one turn", codes(torch.ops.dtq, 1), 0),

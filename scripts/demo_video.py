@@ -28,7 +28,7 @@ STRIP = [
     "panda moves down",
     "rocket moves up",
     "red car moves right",
-    "watermelon turns",
+    "watermelon num_rotations",
     "green apple grows",
     "basketball shrinks",
     "cat face stands still",

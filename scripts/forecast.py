@@ -36,7 +36,7 @@ def main(recipes: tuple[str, ...], model: str) -> None:
         seconds = estimate(source.model, scan, plan, recipe, torch.float32, needs=needs).seconds
         assert seconds is not None
         started = time.process_time()
-        quantize_source(source, recipe, progress=False, last_look=True)
+        quantize_source(source, recipe, progress=False, sanity_check=True)
         spent = time.process_time() - started
         print(f"| `{name}` | {seconds:.0f} s | {spent:.0f} s |", flush=True)
 

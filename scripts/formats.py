@@ -49,23 +49,23 @@ def _t5(p: Tensor) -> Tensor:
     return t[i - 1] + (p - share[i - 1]) / (share[i] - share[i - 1]) * (t[i] - t[i - 1])
 
 
-def nmse(snapped: Tensor, w: Tensor) -> float:
+def nmse(w_q: Tensor, w: Tensor) -> float:
     """Squared error over squared norm."""
-    return float((snapped - w).square().sum() / w.square().sum())
+    return float((w_q - w).square().sum() / w.square().sum())
 
 
 def about(fmt: Format) -> str:
     """The columns that follow from the layout: name, parts, bits."""
     parts = [
         f"{name} {SHORT[spec.dtype]} {'x'.join(map(str, spec.shape))}"
-        for name, spec in fmt.layout(SHAPE).items()
+        for name, spec in fmt.tensor_specs(SHAPE).items()
     ]
     return f"| `{fmt.name}` | {'; '.join(parts)} | {bits_per_weight(fmt, SHAPE):.2f} |"
 
 
 def errors(fmt: Format) -> str:
     """The measured columns: rtn and search on normal, then on t(5); learned formats need no search."""
-    solvers = ("rtn",) if fmt.learned else ("rtn", "search")
+    solvers = ("rtn",) if fmt.data_dependent else ("rtn", "search")
     cells = []
     for w in (draw("normal"), draw("t5")):
         found = [f"{nmse(SOLVERS[s].call(w, fmt)[0], w):.3g}".removeprefix("0") for s in solvers]

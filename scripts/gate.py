@@ -100,14 +100,14 @@ def reruns(options: argparse.Namespace) -> None:
     sys.path.insert(0, str(HERE.parent / "tests"))
     import tiny
 
-    quick = {"calibration": {"samples": 8, "batch": 4, "steps": 8, "bins": 4}}
+    quick = {"calibration": {"samples": 8, "batch_size": 4, "steps": 8, "num_timestep_bins": 4}}
     pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **quick)
     reference, candidate = load_transformer(tiny.pipeline()), load_transformer(pipe)
     policy, found, moved = Policy.load("default"), Counter[str](), 0
     for seed in range(options.count):
         how = SamplingSettings(samples=32, steps=4, batch_size=16, seed=seed)
         base = paired_run.compare(paired_run.observe(reference, how), candidate).run
-        other = replace(how, batch=(1, 2, 5)[seed % 3])
+        other = replace(how, batch_size=(1, 2, 5)[seed % 3])
         again = paired_run.compare(paired_run.observe(reference, other), candidate).run
         moved += again.values != base.values
         found[decide(again, base, policy).outcome.word] += 1
@@ -126,7 +126,7 @@ def draws(options: argparse.Namespace) -> None:
         samples=64, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000
     )
     base = paired_run.compare(paired_run.observe(reference, how), candidate).run
-    one_by_one = replace(how, batch=1)
+    one_by_one = replace(how, batch_size=1)
     other = paired_run.compare(paired_run.observe(reference, one_by_one), candidate).run
     moved = sum(other.values["error"][x] != base.values["error"][x] for x in base.values["error"])
     said = [decide(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
@@ -210,7 +210,7 @@ def planted(options: argparse.Namespace) -> None:
         "recipe rtn-w4a8 in place of w4a8",
         load_transformer(dtq.quantize(options.model, "rtn-w4a8", progress=False)),
     )
-    stepped = dtq.quantize(options.model, "w4a8", acts="int8-step", compare=[], progress=False,
+    stepped = dtq.quantize(options.model, "w4a8", acts="int8-static-timestep", transform_candidates=[], progress=False,
                            calibration={"samples": 16, "steps": 10, "guidance": GUIDANCE})  # fmt: skip
     static = load_transformer(stepped)
     right = paired_run.compare(job, static).run
@@ -262,10 +262,14 @@ def without_bias(model: nn.Module, at: str) -> Iterator[str]:
 @contextmanager
 def step_bin(model: nn.Module, place: int) -> Iterator[str]:
     """The activation scale of one timestep bin, in every layer that has one, halved."""
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.problem.activation_format.per_timestep]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, QuantLinear) and m.problem.activation_format.per_timestep
+    ]
     for layer in layers:
         layer.packed_tensor("input_scale").reshape(-1)[place] *= 0.5
-    yield f"int8-step: scales of bin {place + 1} of 8, the least noisy first, x 0.5"
+    yield f"int8-static-timestep: scales of bin {place + 1} of 8, the least noisy first, x 0.5"
     for layer in layers:
         layer.packed_tensor("input_scale").reshape(-1)[place] *= 2
 

@@ -32,7 +32,7 @@ from dtq.pipelines.recorded_calls import first_tensor  # noqa: E402
 from dtq.recipe.resolve import Recipe  # noqa: E402
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
-QUICK = {"calibration": {"samples": 2, "batch": 1, "steps": 4, "bins": 2}}
+QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 4, "num_timestep_bins": 2}}
 
 
 def measure(name: str, recipe: str) -> str:

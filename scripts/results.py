@@ -31,14 +31,14 @@ from dtq.recipe.resolve import Recipe, names
 from dtq.stages.calibrate import calibrate_source
 from dtq.stages.plan import plan_source
 
-EVERYTHING = frozenset({"channels", "gram", "reservoir"})
-MODELS = ("demo", "demo-hard")
+EVERYTHING = frozenset({"channels", "hessian", "sample"})
+MODELS = ("demo", "demo-outliers")
 OURS = ("w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq")
 NAIVE = "rtn-w4a8"
 BUDGETS: dict[str, tuple[str, dict]] = {
     f"w4a8 --budget {bits}": (
         "w4a8",
-        {"allocate": {"budget": bits, "options": options}, "guard": {"to": ""}},
+        {"allocate": {"budget": bits, "formats": options}, "promote": {"to": ""}},
     )
     for bits, options in (
         (4.1, ["int4-2l-g64", "int3-2l-g64"]),
@@ -51,42 +51,42 @@ TWO_BITS = "w2-vq, no row scales"
 VARIANTS: dict[str, tuple[str, dict]] = {
     **BUDGETS,
     TWO_BITS: ("w2-vq", {"weights": "vq-256x4"}),
-    "w4a8, no transform": ("w4a8", {"transform": "none", "compare": []}),
-    "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth", "compare": []}),
-    "w4a8, rotation alone": ("w4a8", {"transform": "hadamard", "compare": []}),
-    "w4a8, search alone": ("w4a8", {"compare": []}),
+    "w4a8, no transform": ("w4a8", {"transform": "none", "transform_candidates": []}),
+    "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth", "transform_candidates": []}),
+    "w4a8, rotation alone": ("w4a8", {"transform": "hadamard", "transform_candidates": []}),
+    "w4a8, search alone": ("w4a8", {"transform_candidates": []}),
     # other random signs; seed 0 is in the two rows above
     **{
         f"w4a8, {label}, seed {seed}": (
             "w4a8",
-            {"transform": {name: {"seed": seed}}, "compare": []},
+            {"transform": {name: {"seed": seed}}, "transform_candidates": []},
         )
         for label, name, last in (("search", "search", 2), ("rotation alone", "hadamard", 3))
         for seed in range(1, last + 1)
     },
     "w4a8, clip search instead of GPTQ": ("w4a8", {"solver": "search"}),
     "w4a8, modulation w4a16": ("w4a8", {"modulation": "w4a16"}),
-    "w4a8, activations int8-step": ("w4a8", {"acts": "int8-step"}),
+    "w4a8, activations int8-static-timestep": ("w4a8", {"activations": "int8-static-timestep"}),
     "ditas over the first step": ("ditas", {"transform": {"ditas": {"over": "first"}}}),
     "ditas over the mean": ("ditas", {"transform": {"ditas": {"over": "mean"}}}),
     "ditas, no branch": ("ditas", {"lowrank": "none"}),
     "lrq-dit, uniform 4 bits": ("lrq-dit", {"weights": "int4-row", "solver": "search"}),
     "lrq-dit, 3 bits": ("lrq-dit", {"weights": "twinlog3-row"}),
     "lrq-dit, uniform 3 bits": ("lrq-dit", {"weights": "int3-row", "solver": "search"}),
-    "vq4dit, plain k-means": ("vq4dit", {"refine": "none"}),
-    "hq-dit, E2M1 everywhere": ("hq-dit", {"choose": []}),
+    "vq4dit, plain k-means": ("vq4dit", {"finetune": "none"}),
+    "hq-dit, E2M1 everywhere": ("hq-dit", {"format_candidates": []}),
     "hq-dit, rounding": ("hq-dit", {"solver": "search"}),
     "viditq-mp, not decoupled": (
         "viditq-mp",
         {
             "allocate": {
                 "budget": 5.6,
-                "options": ["int4-asym-row", "int8-row"],
-                "decoupled": False,
+                "formats": ["int4-asym-row", "int8-row"],
+                "per_group_metric": False,
             }
         },
     ),
-    "w4a4, half of the steps int8": ("w4a4", {"steps": {"modes": ["native", "a8"], "cost": 0.5}}),
+    "w4a4, half of the steps int8": ("w4a4", {"step_policy": {"precisions": ["native", "a8"], "budget": 0.5}}),
 }
 
 
@@ -171,9 +171,7 @@ def _memory(field: str) -> int:
 
 
 def table(found: dict[str, dict[str, dict]], labels: list[str]) -> list[str]:
-    head = (
-        "| row | bits | demo: error | demo-hard: error | PSNR | PSNR hard | FID | time | memory |"
-    )
+    head = "| row | bits | demo: error | demo-outliers: error | PSNR | PSNR hard | FID | time | memory |"
     lines = [head, "| --- |" + " ---: |" * 8]
     for label in labels:
         easy, hard = (found[m].get(label) for m in MODELS)

@@ -28,7 +28,7 @@ on the float run's own inputs (teacher-forced), mean over 20 steps, both branche
 4; calibration on 64 pictures of seed 0, one set of statistics for all rows; every row of a column sees the same recorded
 inputs, in a process of its own. {date}, torch {torch} CPU, float32, one thread a row on 2 shared cores that had other
 work: times are upper bounds, good for orders of magnitude. torchao 0.18, optimum-quanto 0.2.7, bitsandbytes 0.50.
-`demo-hard` is the same function with outliers ([demo.md](demo.md)).
+`demo-outliers` is the same function with outliers ([demo.md](demo.md)).
 
 ### Recipes of dtq
 
@@ -56,7 +56,7 @@ float have that advantage over dtq's rows, whose modulation is 8-bit. The other 
 are counted in the dtype they hold here (float32; in bfloat16 torchao would be at 4.38, quanto at 4.25).
 
 Error of `w4a8` over that of the methods at its bits or more, on `demo`: {above}. Over those at 4 bits or more but below it:
-{below}. A width of 256 makes row scales dear: 0.125 bits. `w4a8-hq` over `w4a8`: {hq} (demo), {hq_hard} (demo-hard).
+{below}. A width of 256 makes row scales dear: 0.125 bits. `w4a8-hq` over `w4a8`: {hq} (demo), {hq_hard} (demo-outliers).
 Below 4 bits: {low}. What `{two}` has over vq4dit is a bfloat16 scale
 for each channel of the input, 16 / N bits: 0.05 here, 0.005 at N = 3072.
 
@@ -69,7 +69,7 @@ holds, or does not, where the errors differ by more than 5 %.
 {missing}
 ## Targets
 
-| target | asked | measured: demo | measured: demo-hard |
+| target | asked | measured: demo | measured: demo-outliers |
 | --- | --- | ---: | ---: |
 {targets}
 
@@ -117,14 +117,14 @@ class Numbers:
 def target_rows(n: Numbers) -> list[str]:
     """The targets, what was asked, what was measured."""
     rows = [
-        (f"w4a8 against {b}", asked, n.ratio("w4a8", b), n.ratio("w4a8", b, "demo-hard"))
+        (f"w4a8 against {b}", asked, n.ratio("w4a8", b), n.ratio("w4a8", b, "demo-outliers"))
         for b, asked in (
             ("torchao-w4a8", "<= 0.4 (demo)"),
             ("quanto-int4", "<= 0.4 (demo)"),
             ("rtn-w4a8", "<= 0.03 (hard)"),
         )
     ]
-    easy, hard = n.error("w4a8"), n.error("w4a8", "demo-hard")
+    easy, hard = n.error("w4a8"), n.error("w4a8", "demo-outliers")
     if easy and hard:
         rows.append(("w4a8, hard against plain", "<= 1.5", "", f"{hard / easy:.2f}"))
     rows.append(
@@ -132,7 +132,7 @@ def target_rows(n: Numbers) -> list[str]:
             "w8a8 against w4a8",
             "<= 0.2",
             n.ratio("w8a8", "w4a8"),
-            n.ratio("w8a8", "w4a8", "demo-hard"),
+            n.ratio("w8a8", "w4a8", "demo-outliers"),
         )
     )
     alone = ("w4a8, no transform", "w4a8, rotation alone", "w4a8, smoothing 0.5 alone")
@@ -175,7 +175,7 @@ def main() -> None:
         above=n.against("w4a8", [r for r in rivals if demo[r]["bits"] >= mine]),
         below=n.against("w4a8", [r for r in rivals if 4 <= demo[r]["bits"] < mine]),
         hq=n.ratio("w4a8-hq", "w4a8"),
-        hq_hard=n.ratio("w4a8-hq", "w4a8", "demo-hard"),
+        hq_hard=n.ratio("w4a8-hq", "w4a8", "demo-outliers"),
         low=", ".join(f"{r} {n.error(r):.2e} at {demo[r]['bits']:.2f} bits" for r in low)
         or "not run",
         claims="\n".join(results.claims(demo)),

@@ -98,12 +98,12 @@ def quantize_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
 def transform_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     (m, k), d = size.rows(), size.dice
-    block, turns = d.choice([b for b in (1, 16, 32, 64) if k % b == 0]), d.choice((1, 2))
-    turns = turns if block > 1 and (k // block) >= 1 else 1
+    block, num_rotations = d.choice([b for b in (1, 16, 32, 64) if k % b == 0]), d.choice((1, 2))
+    num_rotations = num_rotations if block > 1 and (k // block) >= 1 else 1
     order = d.choice((None, torch.randperm(k, dtype=torch.int32)))
     x = normal(m, k, seed=seed).to(d.choice(DTYPES))
-    args = (x, (torch.rand(k) + 0.5).to(torch.bfloat16), order, block, turns)
-    what = f"transform_rows M {m} K {k} block {block} turns {turns} order {order is not None}"
+    args = (x, (torch.rand(k) + 0.5).to(torch.bfloat16), order, block, num_rotations)
+    what = f"transform_rows M {m} K {k} block {block} num_rotations {num_rotations} order {order is not None}"
     agree(ops.transform_rows, reference._transform_rows, args, device, what)
 
 
@@ -161,7 +161,7 @@ def w4a8(ops: Any, device: Any, seed: int, limit: int) -> None:
     group = d.choice([*(g for g in (32, 64, 128) if k % g == 0), "row"])
     name = "int4-asym-row" if group == "row" else f"int4-2l-g{group}"
     fmt, dtype, w = FORMATS[name], d.choice(DTYPES), normal(n, k, seed=seed)
-    p = fmt.pack(w, fmt.fit(w))
+    p = fmt.pack(w, fmt.compute_qparams(w))
     # a row's zero is the byte of a group as wide as the row, whose scale is 1
     groups = p["weight_zero_point"] if group == "row" else p["weight_scale_2"]
     args = (
@@ -177,7 +177,7 @@ def w3a8(ops: Any, device: Any, seed: int, limit: int) -> None:
     (m, n, k), d = size.product(), size.dice
     name = d.choice(("int3-2l-g64", "int3-row") if k % 64 == 0 else ("int3-row",))
     fmt, dtype, w = FORMATS[name], d.choice(DTYPES), normal(n, k, seed=seed)
-    p = fmt.pack(w, fmt.fit(w))
+    p = fmt.pack(w, fmt.compute_qparams(w))
     groups = p.get("weight_scale_2")
     if groups is None:  # codes are raised by 4
         groups = torch.full((n, 1), 4, dtype=torch.int8)
@@ -194,7 +194,7 @@ def epilogues(ops: Any, device: Any, seed: int, limit: int) -> None:
     (m, n, k), d = size.product(), size.dice
     group, dtype = d.choice([g for g in (32, 64, 128) if k % g == 0]), d.choice(DTYPES)
     fmt, w = FORMATS[f"int4-2l-g{group}"], normal(n, k, seed=seed)
-    p = fmt.pack(w, fmt.fit(w))
+    p = fmt.pack(w, fmt.compute_qparams(w))
     # sums of a few units: where GELU bends
     rows = normal(m, seed=1).abs() * 0.02 / k**0.5
     given = int8(m, k, seed=seed), rows, p["weight"], p["weight_scale"]
@@ -225,7 +225,7 @@ def branches(ops: Any, device: Any, seed: int, limit: int) -> None:
     then = normal(n, seed=3), d.choice((False, True)), None, None, torch.float32
     for name, fmt in (("w8a8", FORMATS["int8-row"]), ("w4a8", FORMATS[f"int4-2l-g{group}"])):
         w = normal(n, k, seed=seed)
-        args = (*given, *fmt.pack(w, fmt.fit(w)).values(), *then)
+        args = (*given, *fmt.pack(w, fmt.compute_qparams(w)).values(), *then)
         op, check = (
             getattr(o, f"{p}{name}_epilogue_linear") for o, p in ((ops, ""), (ops_gemm, "_"))
         )
@@ -241,14 +241,17 @@ def fp4_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     (m, k), d = size.rows(), size.dice
     mx = d.choice((False, True))
-    block, turns = d.choice([b for b in (1, 16, 32, 64, 128) if k % b == 0]), d.choice((1, 2))
+    block, num_rotations = (
+        d.choice([b for b in (1, 16, 32, 64, 128) if k % b == 0]),
+        d.choice((1, 2)),
+    )
     x = (normal(m, k, seed=seed) * 10 ** normal(m, 1, seed=1)).to(d.choice(DTYPES))
     x[0, 32:64] = 0
     x[-1, :] *= 0
     pre = d.choice((None, (torch.rand(k) + 0.5).to(torch.bfloat16)))
     order = d.choice((None, torch.randperm(k, dtype=torch.int32)))
-    args = (x, pre, order, block, turns if block > 1 else 1, mx)
-    what = f"fp4_quantize_rows M {m} K {k} mx {mx} block {block} turns {args[4]} order {order is not None}"
+    args = (x, pre, order, block, num_rotations if block > 1 else 1, mx)
+    what = f"fp4_quantize_rows M {m} K {k} mx {mx} block {block} num_rotations {args[4]} order {order is not None}"
 
     def bytes_of(found: Any) -> tuple[torch.Tensor, ...]:
         codes, scales, row = found
@@ -275,7 +278,7 @@ def rounded(ops: Any, device: Any, seed: int, limit: int) -> None:
         block, d.choice((1, 2)) if block > 1 else 1,
     )  # fmt: skip
     args = (x, *change, acts, d.choice(DTYPES[:2]))
-    what = f"round_rows {acts} M {m} K {k} block {block} turns {change[3]} {x.dtype} to {args[-1]}"
+    what = f"round_rows {acts} M {m} K {k} block {block} num_rotations {change[3]} {x.dtype} to {args[-1]}"
     agree(ops.round_rows, reference._round_rows, args, device, what)
 
 
@@ -286,7 +289,7 @@ def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
     name = d.choice(("nvfp4", "nvfp4-46", "mxfp4"))
     k = d.choice((128, 384, 1152) if name == "mxfp4" else (64, 192, 320, 1152))
     fmt, w = FORMATS[name], normal(n, k, seed=seed) / k**0.5
-    p = fmt.pack(w, fmt.fit(w))
+    p = fmt.pack(w, fmt.compute_qparams(w))
     x = normal(m, k, seed=seed + 1)
     codes = ops_fp4._fp4_quantize_rows(x, None, None, 1, 1, name == "mxfp4")
     half, dtype = d.choice(DTYPES[1:]), torch.float32
@@ -312,7 +315,7 @@ def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     name = d.choice(list(FORMATS))
     n, k = d.choice((33, 67, 128)), d.choice((256, 384))
     w = normal(n, k, seed=seed) * 0.1
-    parts = FORMATS[name].pack(w, FORMATS[name].fit(w))
+    parts = FORMATS[name].pack(w, FORMATS[name].compute_qparams(w))
     stored = (list(parts.values()), list(parts), name)
     dtype = d.choice(DTYPES)
     agree(ops.dequantize, reference._dequantize, (*stored, k, dtype), device, f"{name} N {n} K {k}")

@@ -20,7 +20,7 @@ from dtq.kernels import CPU
 from dtq.kernels.compile import cpu
 from dtq.recipe.resolve import Recipe
 
-QUICK = {"calibration": {"samples": 8, "batch": 4, "steps": 8, "bins": 4}}
+QUICK = {"calibration": {"samples": 8, "batch_size": 4, "steps": 8, "num_timestep_bins": 4}}
 
 
 def hasty(name: str, **overrides) -> Recipe:
@@ -31,12 +31,12 @@ def hasty(name: str, **overrides) -> Recipe:
         return MethodSpec(was.name, tuple(sorted({**dict(was.knobs), **knobs}.items())))
 
     if recipe.transform.name == "search":
-        recipe = replace(recipe, transform=call(recipe.transform, step=0.25, rows=64, close=1.0))
+        recipe = replace(recipe, transform=call(recipe.transform, step=0.25, num_rows=64, max_error_ratio=1.0))
     if recipe.lowrank.name != "none":
         recipe = replace(recipe, lowrank=call(recipe.lowrank, iterations=1))
     if recipe.finetune.name != "none":
-        recipe = replace(recipe, refine=call(recipe.finetune, steps=6))
-    return replace(recipe, allocate=replace(recipe.allocate, calls=2))
+        recipe = replace(recipe, finetune=call(recipe.finetune, steps=6))
+    return replace(recipe, allocate=replace(recipe.allocate, num_inputs=2))
 
 
 @pytest.fixture

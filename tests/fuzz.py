@@ -258,17 +258,17 @@ class Seeds:
     """Good files, made once."""
 
     def __init__(self, folder: Path) -> None:
-        few = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 4}}
+        few = {"calibration": {"samples": 2, "batch_size": 2, "steps": 2, "num_timestep_bins": 4}}
         self.folder = folder
         tiny.pipeline(blocks=1).save_pretrained(folder / "float")
         opened = loading.load_transformer(folder / "float")
         recipe = Recipe.load("w4a8", **few)
         scan, _ = plan_source(opened, recipe)
-        needs = frozenset({"channels", "gram", "reservoir"})
+        needs = frozenset({"channels", "hessian", "sample"})
         seen = calibrate_source(opened, scan, recipe, needs, progress=False)
         store.save(seen, folder / "statistics.safetensors")
-        pipe = dtq.quantize(folder / "float", "w4a8", progress=False, last_look=False,
-                            compare=[], solver="rtn", acts="int8-step", **few)  # fmt: skip
+        pipe = dtq.quantize(folder / "float", "w4a8", progress=False, sanity_check=False,
+                            transform_candidates=[], solver="rtn", activations="int8-static-timestep", **few)  # fmt: skip
         writer.write(pipe, folder / "quantized")
         report = pipe.transformer.hf_quantizer.report.to_json()
         (folder / "quantized" / "dtq_report.json").write_text(json.dumps(report))

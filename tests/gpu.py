@@ -252,7 +252,7 @@ def captured(s: Session) -> str:
         return "no graphs here"
     task = LinearProblem(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64)
     w = agreement.normal(3072, 1024)
-    packed = task.weight_format.pack(w, task.weight_format.fit(w))
+    packed = task.weight_format.pack(w, task.weight_format.compute_qparams(w))
     parts = {n: t.to(s.device) for n, t in packed.items()}
     x = agreement.normal(1024, 1024).bfloat16().to(s.device)
     kernel = pick(task)
@@ -376,7 +376,7 @@ def all_formats(s: Session) -> None:
     """Every format, weight-only and with int8 activations, gives an answer."""
     for fmt in FORMATS.values():
         w, x = agreement.normal(128, 256) * 0.1, agreement.normal(40, 256).bfloat16()
-        parts = fmt.pack(w, fmt.fit(w))
+        parts = fmt.pack(w, fmt.compute_qparams(w))
         there = {n: t.to(s.device) for n, t in parts.items()}
         for acts in ("none", "int8-row"):
             task = LinearProblem(fmt, ACTIVATION_FORMATS[acts])
@@ -538,7 +538,7 @@ def t5(s: Session) -> Iterator[tuple[str, float]]:
 
 def t6(s: Session) -> Iterator[tuple[str, float]]:
     fmt = FORMATS["int4-2l-g128"]
-    total = sum(spec.nbytes for spec in fmt.layout((3072, 3072)).values())
+    total = sum(spec.nbytes for spec in fmt.tensor_specs((3072, 3072)).values())
     yield "of bfloat16, 3072 x 3072", total / (2 * 3072 * 3072)
 
 

@@ -23,13 +23,13 @@ ROTATED = {"transform": "hadamard", "solver": "rtn", "correct_bias": False}
 KINDS: dict[str, dict[str, Any]] = {
     "w8a8": {"weights": "int8-row", **ROTATED},
     "w4a8": {"weights": "int4-2l-g64", **ROTATED},
-    "w4a16": {"weights": "int4-asym-g64", "acts": "none", **ROTATED},
-    "static": {"weights": "int8-row", "acts": "int8-step", **ROTATED},
+    "w4a16": {"weights": "int4-asym-g64", "activations": "none", **ROTATED},
+    "static": {"weights": "int8-row", "activations": "int8-static-timestep", **ROTATED},
     "rows": {"weights": "int4-asym-row", **ROTATED},
-    "e2m1": {"weights": "e2m1-row", "acts": "e2m1-row", **ROTATED},
+    "e2m1": {"weights": "e2m1-row", "activations": "e2m1-row", **ROTATED},
     "groups": {"weights": "int4-g64", **ROTATED},
-    "fp8": {"weights": "fp8-row", "acts": "fp8-row", **ROTATED},
-    "nvfp4": {"weights": "nvfp4", "acts": "nvfp4", **ROTATED},
+    "fp8": {"weights": "fp8-row", "activations": "fp8-row", **ROTATED},
+    "nvfp4": {"weights": "nvfp4", "activations": "nvfp4", **ROTATED},
     "branch": {"weights": "int8-row", "lowrank": {"svd": {"rank": 8}}, **ROTATED},
 }
 EXACT = ("w8a8", "w4a8", "static", "rows", "e2m1")
@@ -40,7 +40,7 @@ CASES = [
     *(("dit", kind) for kind in list(KINDS)[3:]),
 ]
 TIMES = (900.0, 100.0)
-FEW = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 2}}
+FEW = {"calibration": {"samples": 2, "batch_size": 2, "steps": 2, "num_timestep_bins": 2}}
 
 
 @functools.cache

@@ -34,8 +34,10 @@ def made(folder: Path, quantized: bool = True) -> Path:
     if not quantized:
         tiny.pipeline().save_pretrained(folder / "f")
         return folder / "f"
-    few = {"calibration": {"samples": 2, "batch": 2, "steps": 2, "bins": 4}}
-    pipe = dtq.quantize(tiny.pipeline(), "rtn-w4a8", acts="int8-step", progress=False, **few)
+    few = {"calibration": {"samples": 2, "batch_size": 2, "steps": 2, "num_timestep_bins": 4}}
+    pipe = dtq.quantize(
+        tiny.pipeline(), "rtn-w4a8", activations="int8-static-timestep", progress=False, **few
+    )
     return writer.write(pipe, folder / "q")
 
 

@@ -73,7 +73,7 @@ GELUS = ("w8a8", "w4a8-two-level", "w4a8-row")
 
 @pytest.mark.parametrize("recipe", ["rtn-w4a8", "w8a8", "w4a8", "w3a8", "lrq-dit"])
 def test_it_is_done_with_the_linear_in_front_of_it(recipe):
-    settings = {"solver": "rtn", "compare": ()} if recipe in ("w4a8", "w3a8") else {}
+    settings = {"solver": "rtn", "transform_candidates": ()} if recipe in ("w4a8", "w3a8") else {}
     model = dtq.quantize(tiny.dit(), recipe, progress=False, **settings).bfloat16()
     found = [m for m in model.modules() if isinstance(m, QuickProjectedGELU)]
     assert found

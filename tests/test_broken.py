@@ -85,7 +85,9 @@ def test_pictures_of_nan_are_refused_and_the_alarm_names_the_layer(
 
 
 def quantized(acts: str = "int8-row", **more) -> torch.nn.Module:
-    return dtq.quantize(tiny.dit(), "rtn-w4a8", acts=acts, progress=False, last_look=False, **more)
+    return dtq.quantize(
+        tiny.dit(), "rtn-w4a8", acts=acts, progress=False, sanity_check=False, **more
+    )
 
 
 def test_the_alarm_names_the_first_layer_and_the_step(monkeypatch):
@@ -124,7 +126,7 @@ def layer_of(weights: str, acts: str, w: torch.Tensor, dtype=torch.float32) -> Q
     n, k = w.shape
     layer = QuantLinear(k, n, True, LayerSpec(weights, acts), bins=2, compute_dtype=dtype)
     fmt = FORMATS[weights]
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     if ACTIVATION_FORMATS[acts].static:
         parts["input_scale"] = torch.full(layer.tensor_specs()["input_scale"].shape, 0.1)
     layer.fill(parts)
@@ -184,7 +186,7 @@ def test_a_token_that_is_broken_does_not_come_out_whole(weights, bad):
 
 def test_widths_that_no_group_divides_are_quantized_all_the_same():
     model = dtq.quantize(
-        tiny.dit(heads=3, norm_num_groups=32), "w4a16", progress=False, last_look=False
+        tiny.dit(heads=3, norm_num_groups=32), "w4a16", progress=False, sanity_check=False
     )
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     assert {m.in_features % 64 for m in layers} != {0}
@@ -355,7 +357,7 @@ def test_without_hub_the_cache_is_used(cache, float_folder, tmp_path, caplog):
         opened.model.proj_out_2.weight.float(), want.proj_out_2.weight.bfloat16().float()
     )
     assert "taken from its cache" in caplog.text
-    pipe = dtq.quantize("me/tiny", "w4a16", progress=False, last_look=False)
+    pipe = dtq.quantize("me/tiny", "w4a16", progress=False, sanity_check=False)
     config = pipe.transformer.config["quantization_config"]
     assert config.extra["base_model"] == "me/tiny"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dtq_call.json``: a pipeline is called at the sizes its weights were trained on."""
+"""``dtq_call_defaults.json``: a pipeline is called at the sizes its weights were trained on."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_the_quantized_folder_says_the_same(folder, quantized):
 def test_what_was_compared_is_in_the_conditions(folder, quantized):
     how = SamplingSettings(samples=1, steps=1, batch_size=1)
     result = evaluate.evaluate(load_transformer(str(quantized)), load_transformer(str(folder)), how)
-    assert result.conditions["arguments"] == SIZES
-    assert result.conditions["set"] == "moving-emoji"
+    assert result.conditions["pipeline_args"] == SIZES
+    assert result.conditions["prompts"] == "moving-emoji"
 
 
 def test_nothing_to_say_writes_nothing(tmp_path):
@@ -93,8 +93,8 @@ def test_nothing_to_say_writes_nothing(tmp_path):
         ({"sizes": {"height": True}}, "whole numbers from 1"),
         ({"sizes": {"height": "64"}}, "whole numbers from 1"),
         ({"sizes": [64]}, "whole numbers from 1"),
-        ({"set": "../secret"}, "not one that dtq ships"),
-        ({"set": ["prompts-64"]}, "not one that dtq ships"),
+        ({"prompts": "../secret"}, "not one that dtq ships"),
+        ({"prompts": ["prompts-64"]}, "not one that dtq ships"),
     ],
 )
 def test_a_file_from_anywhere_is_sizes_and_a_set(data, message, tmp_path):

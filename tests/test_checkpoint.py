@@ -81,7 +81,7 @@ def test_base_3_codes_are_saved_with_and_without_a_tail(heads, tmp_path):
     """128 columns leave three behind the last five, 160 none."""
     given = {"norm_num_groups": 32, "heads": heads, "blocks": 1}
     model = dtq.quantize(
-        tiny.dit(**given), "w4a16", weights="trit-row", progress=False, last_look=False
+        tiny.dit(**given), "w4a16", weights="trit-row", progress=False, sanity_check=False
     )
     model.save_pretrained(tmp_path)
     q = "transformer_blocks.0.attn1.to_q"
@@ -122,8 +122,8 @@ def test_the_file_has_exactly_the_bytes_that_the_plan_said(
 ):
     ((model, dtype),) = meta_models(str(float_folder)).values()
     # how a layer was solved leaves no trace in its size
-    quick = {"solver": "rtn", "refine": "none", "compare": []}
-    chosen = hasty(recipe, guard={"to": ""}, allocate={"budget": ""}, **quick)
+    quick = {"solver": "rtn", "finetune": "none", "transform_candidates": []}
+    chosen = hasty(recipe, promote={"to": ""}, allocate={"budget": ""}, **quick)
     _, plan = plan_source(LoadedModel("x", None, "transformer", model), chosen)
     said = reader.predicted_bytes(file_tensors(model, plan, dtype))
     pipe = dtq.quantize(float_folder, chosen, progress=False)
@@ -213,12 +213,12 @@ DAMAGE = {
     "newer version": (lambda q: q.update(format_version=2), "format_version.*pip install -U dtq"),
     "no version": (lambda q: q.pop("format_version"), "format_version"),
     "unknown format": (
-        lambda q: q["layers"][Q].update(weights="int3-x"),
+        lambda q: q["layers"][Q].update(weight_format="int3-x"),
         "unknown format 'int3-x'",
     ),
-    "another format": (lambda q: q["layers"][Q].update(weights="int8-row"), f"{Q}.weight"),
-    "missing key": (lambda q: q["layers"][Q].pop("acts"), "must have the keys"),
-    "odd block": (lambda q: q["layers"][Q].update(block=48), "power of two"),
+    "another format": (lambda q: q["layers"][Q].update(weight_format="int8-row"), f"{Q}.weight"),
+    "missing key": (lambda q: q["layers"][Q].pop("activation_format"), "must have the keys"),
+    "odd block": (lambda q: q["layers"][Q].update(hadamard_block_size=48), "power of two"),
     "strange layer": (lambda q: q["layers"].update(nowhere=q["layers"][Q]), "no layer 'nowhere'"),
     "layers is a list": (lambda q: q.update(layers=[1]), "'layers' must map"),
     "edges": (lambda q: q.update(timestep_edges=[3, 1]), "rising"),

@@ -34,8 +34,8 @@ def dtq(*arguments, code=0):
 
 def test_the_journey(float_folder, tmp_path):
     out = tmp_path / "q"
-    plan = json.loads(dtq("plan", float_folder, "--set", "guard.to=", "--json").stdout)
-    done = dtq("quantize", float_folder, "--set", "guard.to=", *FAST, "-o", out).stdout
+    plan = json.loads(dtq("plan", float_folder, "--set", "promote.to=", "--json").stdout)
+    done = dtq("quantize", float_folder, "--set", "promote.to=", *FAST, "-o", out).stdout
     assert "from_pretrained" in done
     file = out / "transformer" / "diffusion_pytorch_model.safetensors"
     assert file.stat().st_size == plan["bytes"]
@@ -98,7 +98,7 @@ def test_json_is_only_json(float_folder, tmp_path):
 
 
 def test_sample_and_eval_run_the_job_that_their_options_say():
-    job = {"samples": 3, "steps": 2, "guidance": 1.5, "seed": 4, "batch": 5}
+    job = {"samples": 3, "steps": 2, "guidance": 1.5, "seed": 4, "batch_size": 5}
     assert calibration_of(arguments=("height=16", "max_area=[1]"), images="cat.png", **job) == (
         SamplingSettings(**job, pipeline_args={"height": 16, "max_area": [1]}, images="cat.png")
     )

@@ -78,12 +78,17 @@ def test_changed_rows_have_the_bits_of_the_reference(isa, dtype):
         for block in blocks:
             for p in (None, pre):
                 for o in (None, order):
-                    for turns in (1, 2):
-                        args = (x, p, o, block, turns)
+                    for num_rotations in (1, 2):
+                        args = (x, p, o, block, num_rotations)
                         got = compiled.transform_rows(*args)
-                        assert same([got], [ops._transform_rows(*args)]), (m, k, block, turns)
+                        assert same([got], [ops._transform_rows(*args)]), (
+                            m,
+                            k,
+                            block,
+                            num_rotations,
+                        )
                         for scale, bin in ((None, None), (scales, None), (scales, place)):
-                            args = (x, p, o, block, turns, scale, bin, 127)
+                            args = (x, p, o, block, num_rotations, scale, bin, 127)
                             got = compiled.binned_quantize_rows(*args)
                             assert same(got, ops_quantize.binned_quantize_rows(*args)), args[3:]
     for x in (random(6, 8).T, random(8, 20)[1:5, 3:19], random(3, 8).double()):
@@ -278,7 +283,7 @@ def test_formats_that_are_integers_are_multiplied_as_integers(isa, name):
     kernel = pick(task)
     assert set(kernel.ops) <= set(CPU.ops)
     w, x, bias = random(50, 384), random(19, 384, seed=1), random(50, seed=2)
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     codes, scale = compiled.quantize_rows(x, None, 64, None)
     want = codes.double() @ fmt.unpack(parts).double().T * scale.double().unsqueeze(1)
     for tokens in (1, 8, 19):
@@ -387,7 +392,7 @@ def test_one_layer_compiled_by_torch(library):
     fmt = FORMATS["int4-2l-g64"]
     w = random(48, 128)
     layer = QuantLinear(128, 48, False, LayerSpec("int4-2l-g64", "int8-row", 1, False))
-    layer.fill(fmt.pack(w, fmt.fit(w)))
+    layer.fill(fmt.pack(w, fmt.compute_qparams(w)))
     x = random(20, 128)
     torch._dynamo.reset()
     whole = torch.compile(layer, fullgraph=True, backend="eager")

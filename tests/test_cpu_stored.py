@@ -29,7 +29,7 @@ def stored(name, n, k, seed=0):
     """Parts of a random matrix whose rows differ in size."""
     fmt = FORMATS[name]
     w = random(n, k, seed=seed) * torch.logspace(-2, 1, n).unsqueeze(1)
-    return fmt.pack(w, fmt.fit(w))
+    return fmt.pack(w, fmt.compute_qparams(w))
 
 
 def arguments(name, parts):
@@ -143,7 +143,8 @@ def test_groups_that_the_decoder_does_not_take(isa):
     fmt = FORMATS["int8-g64"]
     w = random(6, 40)
     parts = fmt.pack(
-        torch.nn.functional.pad(w, (0, 24)), fmt.fit(torch.nn.functional.pad(w, (0, 24)))
+        torch.nn.functional.pad(w, (0, 24)),
+        fmt.compute_qparams(torch.nn.functional.pad(w, (0, 24))),
     )
     parts = {
         "weight": parts["weight"][:, :40].contiguous(),

@@ -104,7 +104,7 @@ def test_fp4_operands_that_contradict_each_other(emulator):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_decoded(emulator, name):
     fmt, w = FORMATS[name], agreement.normal(67, 256) * 0.1
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     stored = (list(parts.values()), list(parts), name, 256, torch.bfloat16)
     assert torch.equal(sim.dequantize(*stored), fmt.unpack(parts).to(torch.bfloat16))
 
@@ -181,7 +181,7 @@ def test_what_contradicts_itself_is_an_error(emulator):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_weight_whose_parts_do_not_fit_is_an_error(emulator, name):
     fmt, w = FORMATS[name], agreement.normal(16, 256) * 0.1
-    right = fmt.pack(w, fmt.fit(w))
+    right = fmt.pack(w, fmt.compute_qparams(w))
 
     def decode(parts, columns=256):
         stored = (list(parts.values()), list(parts), name, columns, torch.bfloat16)
@@ -453,7 +453,7 @@ def as_on_a_gpu(monkeypatch):
 def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
     fmt, w = FORMATS[name], agreement.normal(48, 128) * 0.1
     task = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
-    parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": torch.ones(1, 128).bfloat16()}
+    parts = fmt.pack(w, fmt.compute_qparams(w)) | {"pre_quant_scale": torch.ones(1, 128).bfloat16()}
     x = agreement.normal(m, 128).bfloat16()
     got = pick(task).call(task, x, parts, None)
     turned = torch.ops.dtq.transform_rows(x, torch.ones(128).bfloat16(), None, 64, 1)
@@ -468,7 +468,10 @@ def test_small_products_are_those_of_the_decoded_weight(as_on_a_gpu, name, m):
 @pytest.mark.parametrize("name", ["int4-g64", "int8-asym-g128"])
 def test_integers_with_float_scales_are_multiplied_decoded(as_on_a_gpu, name, monkeypatch):
     fmt, w = FORMATS[name], agreement.normal(48, 256) * 0.1
-    task, parts = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"]), fmt.pack(w, fmt.fit(w))
+    task, parts = (
+        LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"]),
+        fmt.pack(w, fmt.compute_qparams(w)),
+    )
     x, bias = agreement.normal(20, 256), agreement.normal(48)
     there = pick(task).call(task, x, parts, bias)
     monkeypatch.undo()
@@ -480,9 +483,9 @@ def test_integers_with_float_scales_are_multiplied_decoded(as_on_a_gpu, name, mo
 def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     fmt, w = FORMATS[name], agreement.normal(48, 384) * 0.1
     task = LinearProblem(fmt, ACTIVATION_FORMATS[name.removesuffix("-46")], 64, 2)
-    parts = fmt.pack(w, fmt.fit(w)) | {
+    parts = fmt.pack(w, fmt.compute_qparams(w)) | {
         "pre_quant_scale": (torch.rand(1, 384) + 0.5).bfloat16(),
-        "pre_quant_order": torch.randperm(384, dtype=torch.int32).reshape(1, -1),
+        "pre_quant_perm": torch.randperm(384, dtype=torch.int32).reshape(1, -1),
     }
     x, bias = agreement.normal(20, 384), agreement.normal(48)
     decoded = pick(task).call(task, x, parts, bias)
@@ -499,7 +502,7 @@ def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     asked.clear()  # widths that its kernel does not take are decoded
     w = w[:, :96] if name != "mxfp4" else w[:, :320]
     narrow = LinearProblem(fmt, task.activation_format)
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     assert pick(narrow).with_epilogue(narrow, x[:, : w.shape[1]], parts, bias, Epilogue()) is None
     assert pick(narrow).call(narrow, x[:, : w.shape[1]], parts, bias).shape == (20, 48)
     assert not asked
@@ -536,7 +539,7 @@ def test_int8_can_be_kept_at_every_size(as_on_a_gpu, monkeypatch):
 
 def test_a_decoded_weight_is_kept_until_its_codes_change():
     fmt, w = FORMATS["int4-2l-g64"], agreement.normal(48, 128) * 0.1
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     x, names = agreement.normal(5, 128), list(parts)
 
     def run():
@@ -554,7 +557,10 @@ def test_a_decoded_weight_is_kept_until_its_codes_change():
 
 def test_compiled_layers_ask_the_dispatcher_once(as_on_a_gpu):
     fmt, w = FORMATS["int8-row"], agreement.normal(48, 128) * 0.1
-    task, parts = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"]), fmt.pack(w, fmt.fit(w))
+    task, parts = (
+        LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"]),
+        fmt.pack(w, fmt.compute_qparams(w)),
+    )
     x = agreement.normal(40, 128).bfloat16()
     torch._dynamo.reset()
     whole = torch.compile(
@@ -564,7 +570,9 @@ def test_compiled_layers_ask_the_dispatcher_once(as_on_a_gpu):
 
 
 def test_inspection_says_what_a_gpu_would_do():
-    lines = explain(LinearProblem(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64), (1152, 1152))
+    lines = explain(
+        LinearProblem(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64), (1152, 1152)
+    )
     assert lines[0].startswith("w8a8: weights are int4-2l-g64")
     assert any(line.startswith("on the CPU: ") for line in lines)
     (gpu,) = [line for line in lines if line.startswith("on the GPU: ")]
@@ -580,5 +588,7 @@ def test_inspection_says_what_a_gpu_would_do():
     lines = explain(LinearProblem(FORMATS["nvfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 1152))
     assert "fp4: activations are mxfp4, not nvfp4" in lines
     assert "float-product: used" in lines
-    lines = explain(LinearProblem(FORMATS["int4-g64"], ACTIVATION_FORMATS["int8-row"]), (1152, 1152))
+    lines = explain(
+        LinearProblem(FORMATS["int4-g64"], ACTIVATION_FORMATS["int8-row"]), (1152, 1152)
+    )
     assert lines[-1] == f"on the GPU: {CUDA.describe()} (as float-product)"

@@ -56,7 +56,7 @@ class Rows(Structure):
         ("pre_scale", c_void_p),
         ("order", c_void_p),
         ("block", c_int64),
-        ("turns", c_int),
+        ("num_rotations", c_int),
         ("output", c_int),
         ("levels", c_int),
         ("fixed", c_void_p),
@@ -158,7 +158,7 @@ def run_rows(
     pre=None,
     order=None,
     block=1,
-    turns=1,
+    num_rotations=1,
     levels=127,
     scale=None,
     bin=None,
@@ -184,7 +184,7 @@ def run_rows(
         pre_scale=address(pre),
         order=address(order),
         block=block,
-        turns=turns,
+        num_rotations=num_rotations,
         output=output,
         levels=levels,
         fixed=address(scale),
@@ -313,17 +313,22 @@ def test_far_apart_and_no_rows(library):
 
 def test_transform_rows_gives_the_bits_of_the_reference(library):
     cases = [(3, 192, 64, 1), (2, 1152, 128, 2), (3, 60, 4, 2), (1, 4096, 64, 2), (1, 26624, 32, 2)]
-    for m, k, block, turns in cases:
+    for m, k, block, num_rotations in cases:
         shuffled = torch.randperm(k, generator=torch.Generator().manual_seed(k)).int()
         for order in (None, shuffled):
             x = random(m, k, seed=k).bfloat16()
-            args = (x, pre_scale(k), order, block, turns)
-            options = {"pre": pre_scale(k), "order": order, "block": block, "turns": turns}
+            args = (x, pre_scale(k), order, block, num_rotations)
+            options = {
+                "pre": pre_scale(k),
+                "order": order,
+                "block": block,
+                "num_rotations": num_rotations,
+            }
             got = run_rows(library, x, output=FLOAT, **options)
-            assert same(got[:1], [ops._transform_rows(*args)]), (m, k, block, turns)
+            assert same(got[:1], [ops._transform_rows(*args)]), (m, k, block, num_rotations)
             if k < 20000:
                 want = ops_quantize.binned_quantize_rows(*args, None, None, 127)
-                assert same(run_rows(library, x, **options), want), (m, k, block, turns)
+                assert same(run_rows(library, x, **options), want), (m, k, block, num_rotations)
 
 
 def test_norm_and_modulate(library):
@@ -342,7 +347,15 @@ def test_norm_and_modulate(library):
     x, order = random(2, 96), torch.arange(95, -1, -1).int()
     args = (x, None, None, 1e-5, None, order, 32, 2, torch.tensor([0.03]), None, 31)
     got = run_rows(
-        library, x, before=NORM, order=order, block=32, turns=2, eps=1e-5, scale=args[8], levels=31
+        library,
+        x,
+        before=NORM,
+        order=order,
+        block=32,
+        num_rotations=2,
+        eps=1e-5,
+        scale=args[8],
+        levels=31,
     )
     assert same(got, ops_quantize._norm_quantize_rows(*args))
 
@@ -395,7 +408,7 @@ def test_e4m3_rows(library):
 def test_what_rows_are_refused(library):
     def refused(**changes):
         x, out, scale = random(1, 96), torch.zeros(1, 96, dtype=torch.int8), torch.zeros(1)
-        r = Rows(x=address(x), rows=1, columns=96, stride=96, block=1, turns=1, levels=127)
+        r = Rows(x=address(x), rows=1, columns=96, stride=96, block=1, num_rotations=1, levels=127)
         r.out, r.out_stride, r.width, r.scale = address(out), 96, 96, address(scale)
         for name, value in changes.items():
             setattr(r, name, value)
@@ -407,7 +420,7 @@ def test_what_rows_are_refused(library):
     assert "whole blocks" in refused(block=3)
     assert "8192" in refused(block=16384, columns=16384, width=16384)
     assert "levels" in refused(levels=128)
-    assert "two turns" in refused(columns=32768, width=32768, turns=2, block=64)
+    assert "two num_rotations" in refused(columns=32768, width=32768, num_rotations=2, block=64)
 
 
 # ---------------------------------------------------------------------------- weights
@@ -447,7 +460,7 @@ def packed(fmt, n, k, seed=0):
     """Random bytes in the layout of the format, scales of the size of a weight's."""
     g = torch.Generator().manual_seed(seed)
     parts = {}
-    for name, spec in fmt.layout((n, k)).items():
+    for name, spec in fmt.tensor_specs((n, k)).items():
         if spec.dtype in (torch.int8, torch.uint8):
             low, high = (116, 128) if spec.dtype == torch.uint8 else (0, 256)
             if name == "weight_tail" or isinstance(fmt, Ternary):

@@ -154,7 +154,7 @@ def test_w4a8_gives_the_bits_of_the_reference(gemm, arch, m, n, k):
     group = 128 if k % 128 == 0 else 64
     fmt = TwoLevelInt(f"int4-two-level-g{group}", group)
     w = torch.randn(n, k, generator=seeded(0)) * torch.rand(n, 1, generator=seeded(1))
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     weight, scale = parts["weight"], parts["weight_scale"].contiguous()
     x = torch.randn(m, k, generator=seeded(2))
     codes, row_scale = ops._quantize_rows(x, None, 1, None)

@@ -28,7 +28,7 @@ WHERE = {  # of the ink: how it goes from the first frame to the last, in x, y a
     "moves down": (0, 1, 0),
     "grows": (0, 0, 1),
     "shrinks": (0, 0, -1),
-    "turns": (0, 0, 0),
+    "num_rotations": (0, 0, 0),
     "stands still": (0, 0, 0),
 }
 
@@ -147,6 +147,6 @@ def test_the_noise_of_a_pipeline_that_treats_one_prompt_otherwise_is_not_that_of
         )
     assert paired_run.other_batches(how, alike=True).batch_size == 1
     assert paired_run.other_batches(how, alike=False).batch_size == 2
-    assert paired_run.other_batches(replace(how, batch=2), alike=False).batch_size == 3
-    assert paired_run.other_batches(replace(how, batch=1), alike=True).batch_size == 2
-    assert paired_run.other_batches(replace(how, batch=1), alike=False).batch_size == 1
+    assert paired_run.other_batches(replace(how, batch_size=2), alike=False).batch_size == 3
+    assert paired_run.other_batches(replace(how, batch_size=1), alike=True).batch_size == 2
+    assert paired_run.other_batches(replace(how, batch_size=1), alike=False).batch_size == 1

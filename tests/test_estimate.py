@@ -23,8 +23,8 @@ from dtq.stages.plan import plan_source
 RECIPE = Recipe.load(
     "w4a8",
     solver="rtn",
-    calibration={"steps": 3, "samples": 5, "batch": 2, "bins": 4},
-    guard={"to": ""},
+    calibration={"steps": 3, "samples": 5, "batch_size": 2, "num_timestep_bins": 4},
+    promote={"to": ""},
 )
 
 
@@ -86,7 +86,7 @@ def test_a_model_without_a_second_branch_runs_half_as_much(folder):
 
 def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
     source = load_transformer(str(folder))
-    alone = replace(RECIPE, compare=(), transform=MethodSpec("none"))  # no second moments
+    alone = replace(RECIPE, transform_candidates=(), transform=MethodSpec("none"))  # no second moments
     scan, plan = plan_source(source, alone)
     portions = sum(any(not plan[x.name].unquantized for x in s.linears) for s in scan.input_groups)
     once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
@@ -130,7 +130,7 @@ def test_without_data_nothing_is_looked_at(folder):
 
 def test_what_is_not_compared_costs_nothing(folder):
     driven, bare = load_transformer(str(folder)), load_transformer(str(folder / "transformer"))
-    compared, plain = (replace(RECIPE, compare=x) for x in (("hadamard",), ()))
+    compared, plain = (replace(RECIPE, transform_candidates=x) for x in (("hadamard",), ()))
     assert seconds(driven, compared, True) > seconds(driven, plain, True)
     assert seconds(bare, compared, False) == seconds(bare, plain, False)
     assert quantize_source(bare, compared, progress=False).transform_errors == {}

@@ -167,7 +167,7 @@ def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
 def test_the_verdict_of_a_bad_model_is_bad(float_folder, tmp_path):
     pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False)
     for block in pipe.transformer.transformer_blocks:
-        block.ff.net[2].weight_scale.data = (block.ff.net[2].part("weight_scale") * 3).view(
+        block.ff.net[2].weight_scale.data = (block.ff.net[2].packed_tensor("weight_scale") * 3).view(
             torch.int32
         )
     result = evaluate.evaluate(load_transformer(pipe), load_transformer(float_folder), HOW)
@@ -192,14 +192,14 @@ def test_both_transformers_of_a_pipeline_are_judged():
     changed.models()["transformer_2"].proj_out.weight.data *= 1.1
     changed.models()["transformer_2"].proj_out.bias.data *= 1.1
     job = paired_run.observe(float_model, how)
-    turns = [call.model for call in job.truth.calls]
-    assert set(turns) == {"transformer", "transformer_2"}
-    assert [call.step for call in job.truth.calls] == list(range(len(turns)))
+    num_rotations = [call.model for call in job.truth.calls]
+    assert set(num_rotations) == {"transformer", "transformer_2"}
+    assert [call.step for call in job.truth.calls] == list(range(len(num_rotations)))
     seen = paired_run.compare(job, changed)
     errors = trajectory.mean_by_step(trajectory.call_errors(job.truth, seen.outputs))
-    for turn, error in zip(turns, errors, strict=True):
+    for turn, error in zip(num_rotations, errors, strict=True):
         assert error == pytest.approx(0.01 if turn == "transformer_2" else 0.0, rel=1e-3)
-    calls = {name: turns.count(name) for name in ("transformer", "transformer_2")}
+    calls = {name: num_rotations.count(name) for name in ("transformer", "transformer_2")}
     assert seen.run.conditions["calls"] == calls
     assert seen.run.identity["checkpoint"] != seen.run.identity["reference"]
     assert paired_run.compare(job, float_model).run.identity["checkpoint"] == fingerprint(
@@ -228,7 +228,7 @@ def test_a_candidate_with_weights_alone_has_baselines(float_folder, monkeypatch)
     seen = []
     mine = baselines.Baseline("as it is", lambda model, names: seen.extend(names), lambda x: 4.5)
     monkeypatch.setitem(baselines.BASELINES, "mine", mine)
-    pipe = dtq.quantize(float_folder, "rtn-w4a8", acts="none", progress=False)
+    pipe = dtq.quantize(float_folder, "rtn-w4a8", activations="none", progress=False)
     candidate, reference = load_transformer(pipe), load_transformer(float_folder)
     result = evaluate.evaluate(candidate, reference, HOW, baselines=["mine"])
     assert seen == list(evaluate.compared_layers(candidate.model))

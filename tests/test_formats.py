@@ -68,31 +68,31 @@ def draw(kind: str) -> torch.Tensor:
 
 
 def nmse(fmt, w, clip: bool = False) -> float:
-    params = search(w, fmt)[1] if clip else fmt.fit(w)
-    return page.nmse(fmt.snap(w, params), w)
+    params = search(w, fmt)[1] if clip else fmt.compute_qparams(w)
+    return page.nmse(fmt.fake_quantize(w, params), w)
 
 
 def refused(fmt, shape) -> str:
     try:
-        fmt.layout(shape)
+        fmt.tensor_specs(shape)
     except InputError as error:
         return str(error)
     return ""
 
 
 def check_laws(fmt, x):
-    params = fmt.fit(x)
-    snapped = fmt.snap(x, params)
+    params = fmt.compute_qparams(x)
+    w_q = fmt.fake_quantize(x, params)
     parts = fmt.pack(x, params)
-    assert torch.isfinite(snapped).all()
-    assert torch.equal(fmt.unpack(parts), snapped)
-    assert torch.equal(fmt.snap(snapped, params), snapped)
-    layout = fmt.layout(x.shape)
+    assert torch.isfinite(w_q).all()
+    assert torch.equal(fmt.unpack(parts), w_q)
+    assert torch.equal(fmt.fake_quantize(w_q, params), w_q)
+    layout = fmt.tensor_specs(x.shape)
     assert {k: (s.shape, s.dtype) for k, s in layout.items()} == {
         k: (tuple(p.shape), p.dtype) for k, p in parts.items()
     }
     assert not [k for k, s in layout.items() if s.refuses is not None and s.refuses(parts[k])]
-    return snapped
+    return w_q
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def check_laws(fmt, x):
 )
 def test_parts_that_no_matrix_gives_are_refused(name, part, wrong, said):
     fmt, x = FORMATS[name], torch.randn(8, 128)
-    parts = fmt.pack(x, fmt.fit(x))
-    refuses = fmt.layout(x.shape)[part].unsupported_reason
+    parts = fmt.pack(x, fmt.compute_qparams(x))
+    refuses = fmt.tensor_specs(x.shape)[part].unsupported_reason
     assert refuses(parts[part]) is None
     parts[part][0, -1] = wrong
     assert refuses(parts[part]) == said
@@ -117,18 +117,18 @@ def test_parts_that_no_matrix_gives_are_refused(name, part, wrong, said):
 def test_rows_are_snapped_a_few_at_a_time(fmt, monkeypatch):
     monkeypatch.setattr(base, "_TOGETHER", 1000)
     for x in matrices().values():
-        params = fmt.fit(x)
-        assert torch.equal(fake_quantize_weight(fmt, x, params), fmt.snap(x, params))
+        params = fmt.compute_qparams(x)
+        assert torch.equal(fake_quantize_weight(fmt, x, params), fmt.fake_quantize(x, params))
 
 
 @ALL
 @pytest.mark.parametrize("kind", matrices())
 def test_laws(fmt, kind):
-    snapped = check_laws(fmt, matrices()[kind])
+    w_q = check_laws(fmt, matrices()[kind])
     if kind == "zero":
-        assert (snapped == 0).all()
+        assert (w_q == 0).all()
     if kind == "half zero" and fmt.name not in NO_ZERO:
-        assert (snapped[:, :192] == 0).all()
+        assert (w_q[:, :192] == 0).all()
 
 
 @ALL
@@ -147,28 +147,30 @@ def test_laws_at_awkward_shapes(fmt, columns):
 def test_zero_is_exact_and_error_is_small(fmt):
     x = matrices()["normal"].clone()
     x[:, ::5] = 0
-    snapped = fmt.snap(x, fmt.fit(x))
+    w_q = fmt.fake_quantize(x, fmt.compute_qparams(x))
     if fmt.name not in NO_ZERO:
-        assert (snapped[:, ::5] == 0).all()
+        assert (w_q[:, ::5] == 0).all()
     bits = round(bits_per_weight(fmt, (1152, 1152)))
     limit = {2: 0.55, 3: 0.35, 4: 0.2, 5: 0.2, 8: 0.03}[bits]
-    assert ((snapped - x).norm() / x.norm()) < (0.75 if fmt.name == "int2-g64" else limit)
+    assert ((w_q - x).norm() / x.norm()) < (0.75 if fmt.name == "int2-g64" else limit)
 
 
 @ALL
 def test_a_slice_of_columns_snaps_like_the_whole(fmt):
     x = matrices()["outliers"]
-    params = fmt.fit(x)
+    params = fmt.compute_qparams(x)
     for cols in (slice(128, 256), slice(0, fmt.vector), slice(382 // fmt.vector * fmt.vector, 384)):
-        assert torch.equal(fmt.snap(x[:, cols], params, cols), fmt.snap(x, params)[:, cols])
+        assert torch.equal(
+            fmt.fake_quantize(x[:, cols], params, cols), fmt.fake_quantize(x, params)[:, cols]
+        )
 
 
 @ALL
 def test_fitting_one_group_inside_the_outer_parameters_equals_fitting_all(fmt):
     x = matrices()["outliers"]
-    whole = fmt.fit(x)
+    whole = fmt.compute_qparams(x)
     group = fmt.group or x.shape[1]
-    part = fmt.fit(x[:, :group], outer=whole)
+    part = fmt.compute_qparams(x[:, :group], outer=whole)
     for key, value in part.items():
         assert torch.equal(value, whole[key][:, : value.shape[1]]), key
 
@@ -176,7 +178,7 @@ def test_fitting_one_group_inside_the_outer_parameters_equals_fitting_all(fmt):
 @ALL
 def test_unpack_has_gradients_in_its_float_parts(fmt):
     x = matrices()["normal"]
-    parts = fmt.pack(x, fmt.fit(x))
+    parts = fmt.pack(x, fmt.compute_qparams(x))
     wide = {k: p.float().requires_grad_() if p.is_floating_point() else p for k, p in parts.items()}
     got = fmt.unpack(wide)
     assert torch.equal(got, fmt.unpack(parts))
@@ -193,18 +195,20 @@ def test_learned_formats_follow_importance_and_others_follow_clip(fmt):
     weight = torch.cat([torch.full((384,), 1e-4), torch.ones(384)])
 
     def weighted(params):
-        return ((fmt.snap(x, params) - x).square() * weight).sum()
+        return ((fmt.fake_quantize(x, params) - x).square() * weight).sum()
 
-    if fmt.learned:
+    if fmt.data_dependent:
         # levels and scales are found in turn, not at once: a little can be lost
-        assert weighted(fmt.fit(x, weight)) <= 1.1 * weighted(fmt.fit(x))
+        assert weighted(fmt.compute_qparams(x, weight)) <= 1.1 * weighted(fmt.compute_qparams(x))
         for value, same in zip(
-            fmt.fit(x).values(), fmt.fit(x, torch.zeros(768)).values(), strict=True
+            fmt.compute_qparams(x).values(),
+            fmt.compute_qparams(x, torch.zeros(768)).values(),
+            strict=True,
         ):
             assert torch.equal(value, same)  # nothing is important: all is
     else:
         name = "weight_scale_2" if isinstance(fmt, TwoLevelInt) else "weight_scale"
-        full, half = (fmt.pack(x, fmt.fit(x, clip=c))[name].float() for c in (1.0, 0.5))
+        full, half = (fmt.pack(x, fmt.compute_qparams(x, clip=c))[name].float() for c in (1.0, 0.5))
         assert not torch.equal(full, half)
 
 
@@ -212,9 +216,9 @@ def test_shapes_that_do_not_fit_are_refused_with_a_way_out():
     for fmt in FORMATS.values():
         if not isinstance(fmt, Fp8) and fmt.name not in ("int8-row", "trit-row"):
             with pytest.raises(InputError, match=r"Use int"):
-                fmt.layout((4096, 33))
+                fmt.tensor_specs((4096, 33))
     with pytest.raises(InputError, match=r"at least 1024 vectors of 4"):
-        FORMATS["vq-256x4"].layout((32, 64))
+        FORMATS["vq-256x4"].tensor_specs((32, 64))
 
 
 # --- bits -------------------------------------------------------------------------------------
@@ -258,13 +262,13 @@ def test_two_level_expands_to_int8_without_wrapping(name, kind, clip):
     fmt = FORMATS[name]
     assert isinstance(fmt, TwoLevelInt)
     x = matrices()[kind]
-    params = fmt.fit(x, clip=clip)
+    params = fmt.compute_qparams(x, clip=clip)
     ends = [(c - params["zero"]) * params["scale2"] for c in (0, 2**fmt.bits - 1)]
     assert min(e.min() for e in ends) >= -128
     assert max(e.max() for e in ends) <= 127
     parts = fmt.pack(x, params)
     expanded = fmt.expand(parts["weight"], parts["weight_scale_2"], fmt.bits)
-    assert torch.equal(expanded.float() * parts["weight_scale"], fmt.snap(x, params))
+    assert torch.equal(expanded.float() * parts["weight_scale"], fmt.fake_quantize(x, params))
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -273,13 +277,13 @@ def test_two_level_never_wraps_whatever_the_range(bits):
     fmt = TwoLevelInt("any", 8, bits=bits)
     end = torch.arange(-fmt.limit, fmt.limit + 1.0)
     x = torch.cartesian_prod(end, end).repeat(1, 4)
-    params = fmt.fit(x, outer={"weight_scale": torch.ones(len(x), 1)})
+    params = fmt.compute_qparams(x, outer={"weight_scale": torch.ones(len(x), 1)})
     for code in (0, 2**bits - 1):
         level = (code - params["zero"]) * params["scale2"]
         assert level.min() >= -128
         assert level.max() <= 127
     parts = fmt.pack(x, params)
-    assert torch.equal(fmt.unpack(parts), fmt.snap(x, params))
+    assert torch.equal(fmt.unpack(parts), fmt.fake_quantize(x, params))
 
 
 # --- floats -----------------------------------------------------------------------------------
@@ -312,12 +316,12 @@ def test_e4m3_is_the_hardware_type_and_saturates():
     every = every[every.isfinite()].reshape(1, -1)  # 254 codes
     fmt = FORMATS["fp8-row"]
     params = {"weight_scale": torch.ones(1, 1)}
-    assert torch.equal(fmt.snap(every, params), every)
+    assert torch.equal(fmt.fake_quantize(every, params), every)
     middle = (every[0, :126] + every[0, 1:127]) / 2
     even = torch.where(torch.arange(126) % 2 == 0, every[0, :126], every[0, 1:127])
-    assert torch.equal(fmt.snap(middle.reshape(1, -1), params)[0], even)
+    assert torch.equal(fmt.fake_quantize(middle.reshape(1, -1), params)[0], even)
     far = torch.tensor([[1e9, -1e9]])
-    assert fmt.snap(far, params).tolist() == [[448.0, -448.0]]
+    assert fmt.fake_quantize(far, params).tolist() == [[448.0, -448.0]]
 
 
 def test_nf4_is_the_quantiles_that_qlora_defines():
@@ -333,9 +337,12 @@ def test_nvfp4_parts_are_the_published_layout():
     x = matrices()["normal"]
     for name, end in (("nvfp4", 6), ("nvfp4-46", 4)):
         fmt = FORMATS[name]
-        params = fmt.fit(x)
+        params = fmt.compute_qparams(x)
         assert params["weight_scale_2"].item() == pytest.approx(x.abs().max().item() / end / 448)
-        assert fmt.fit(x[:, :16], outer=params)["weight_scale_2"] is params["weight_scale_2"]
+        assert (
+            fmt.compute_qparams(x[:, :16], outer=params)["weight_scale_2"]
+            is params["weight_scale_2"]
+        )
     scale = params["weight_scale"].float() * params["weight_scale_2"]
     ends = (x.unflatten(1, (-1, 16)).abs().amax(-1) / scale).flatten()
     at_six = ends > 5
@@ -347,20 +354,20 @@ def test_nvfp4_blocks_with_scale_zero_stay_zero():
     """Other tools write such blocks; ours keeps the smallest scale instead."""
     fmt = FORMATS["nvfp4"]
     x = matrices()["normal"]
-    params = fmt.fit(x)
+    params = fmt.compute_qparams(x)
     assert (params["weight_scale"].float() > 0).all()
     params["weight_scale"][:, 3] = torch.zeros(24).to(torch.float8_e4m3fn)
-    snapped = fmt.snap(x, params)
-    assert (snapped[:, 48:64] == 0).all()
-    assert torch.equal(fmt.unpack(fmt.pack(x, params)), snapped)
+    w_q = fmt.fake_quantize(x, params)
+    assert (w_q[:, 48:64] == 0).all()
+    assert torch.equal(fmt.unpack(fmt.pack(x, params)), w_q)
 
 
 def test_mxfp4_scales_are_powers_of_two():
     fmt = FORMATS["mxfp4"]
     x = torch.zeros(4, 32)
     x[:, 0] = torch.tensor([4.0, 7.99, 8.0, 1.0])
-    assert fmt.fit(x)["weight_scale"].flatten().tolist() == [127, 127, 128, 125]
-    assert fmt.snap(x, fmt.fit(x))[:, 0].tolist() == [4.0, 6.0, 8.0, 1.0]
+    assert fmt.compute_qparams(x)["weight_scale"].flatten().tolist() == [127, 127, 128, 125]
+    assert fmt.fake_quantize(x, fmt.compute_qparams(x))[:, 0].tolist() == [4.0, 6.0, 8.0, 1.0]
 
 
 # --- ternary ----------------------------------------------------------------------------------
@@ -370,10 +377,10 @@ def test_ternary_fit_is_the_best_alpha():
     x = torch.randn(8, 200, generator=torch.Generator().manual_seed(1))
     weight = torch.rand(200, generator=torch.Generator().manual_seed(2))
     fmt = FORMATS["ternary-row"]
-    best = ((fmt.snap(x, fmt.fit(x, weight)) - x).square() * weight).sum(1)
+    best = ((fmt.fake_quantize(x, fmt.compute_qparams(x, weight)) - x).square() * weight).sum(1)
     for alpha in torch.linspace(0.05, 3, 200):
         params = {"weight_scale": torch.full((8, 1), float(alpha))}
-        assert (((fmt.snap(x, params) - x).square() * weight).sum(1) >= best - 1e-4).all()
+        assert (((fmt.fake_quantize(x, params) - x).square() * weight).sum(1) >= best - 1e-4).all()
 
 
 @pytest.mark.parametrize("name", ["ternary-row", "ternary-g64", "trit-row"])
@@ -383,7 +390,7 @@ def test_trained_ternary_codes_become_parts(name):
     codes = torch.randint(-1, 2, (6, 128), dtype=torch.int8)
     parts = fmt.parts_of(codes, 0.5)
     assert torch.equal(fmt.unpack(parts), codes * 0.5)
-    layout = fmt.layout((6, 128))
+    layout = fmt.tensor_specs((6, 128))
     assert {k: (tuple(p.shape), p.dtype) for k, p in parts.items()} == {
         k: (s.shape, s.dtype) for k, s in layout.items()
     }
@@ -430,14 +437,15 @@ def test_kmeans_fills_empty_words():
 def test_twin_log_families():
     x = matrices()["normal"]
     levels = {
-        kind: FORMATS[f"twinlog4{kind}-row"].fit(x)["weight_lut"][0] for kind in ("", "z", "c")
+        kind: FORMATS[f"twinlog4{kind}-row"].compute_qparams(x)["weight_lut"][0]
+        for kind in ("", "z", "c")
     }
     for kind, lut in levels.items():
         assert torch.equal(lut, -lut.flip(0)), kind
         assert (lut.diff() >= 0).all()
         assert (lut == 0).sum() == (0 if kind == "" else 2)
         assert torch.equal(lut * 128, (lut * 128).to(torch.int8).float())  # for integer kernels
-    lut = FORMATS["twinlog4-g64"].fit(x)["weight_lut"][0]
+    lut = FORMATS["twinlog4-g64"].compute_qparams(x)["weight_lut"][0]
     ratio = lut[9:] / lut[8:-1]
     assert ratio.max() - ratio.min() < 0.01
 
@@ -530,10 +538,11 @@ def test_reference_ternary_rules():
     fmt = FORMATS["ternary-row"]
     gamma = fmt.absmean(w)
     assert torch.equal(
-        fmt.snap(w, gamma) / gamma["weight_scale"], (w / w.abs().mean()).round().clamp(-1, 1)
+        fmt.fake_quantize(w, gamma) / gamma["weight_scale"],
+        (w / w.abs().mean()).round().clamp(-1, 1),
     )
-    assert page.nmse(fmt.snap(w, gamma), w) == pytest.approx(0.264, rel=0.03)
-    codes = (fmt.snap(w, gamma) / gamma["weight_scale"]).to(torch.int8)
+    assert page.nmse(fmt.fake_quantize(w, gamma), w) == pytest.approx(0.264, rel=0.03)
+    codes = (fmt.fake_quantize(w, gamma) / gamma["weight_scale"]).to(torch.int8)
     alpha = (codes * w).sum() / codes.abs().sum()
     trained = fmt.unpack(fmt.parts_of(codes, alpha))
     assert page.nmse(trained, w) == pytest.approx(0.213, rel=0.03)
@@ -623,7 +632,7 @@ def test_the_page_lists_every_format_as_it_is():
 @pytest.mark.parametrize("name", ["vq-256x4", "vq-64x2-row"])
 def test_vectors_and_their_words_are_there_for_training(name):
     fmt, x = FORMATS[name], torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    parts = fmt.pack(x, fmt.fit(x))
+    parts = fmt.pack(x, fmt.compute_qparams(x))
     vectors, codes = fmt.split(x, parts), fmt.codes(parts)
     torch.testing.assert_close(fmt.join(vectors, parts), x)
     # the word of a vector is the nearest, and words alone change when codes do

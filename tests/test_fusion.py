@@ -200,7 +200,7 @@ def test_codes_are_made_once():
     )
     for each in (q, k):
         w = torch.randn(64, 64)
-        each.fill(each.problem.weight_format.pack(w, each.problem.weight_format.fit(w)))
+        each.fill(each.problem.weight_format.pack(w, each.problem.weight_format.compute_qparams(w)))
         nn.init.zeros_(each.bias)
     x = torch.randn(2, 5, 64)
     with torch.no_grad():

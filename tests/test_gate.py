@@ -34,8 +34,8 @@ def a_run(n=32, seed=0, worse=1.0, spread=0.0, steps=4, **conditions) -> Run:
         "psnr": dict(zip(ids, (-10 * np.log10(errors.mean(1))).tolist(), strict=True)),
     }
     job = {
-        "set": "auto", "samples": n, "steps": steps, "sampler": "DDIM", "guidance": 4.0, "seed": 1,
-        "arguments": {}, "dtype": "float32", "hardware": "cpu", "torch": "2.13", "dtq": "0", "batch": 8,
+        "prompts": "auto", "samples": n, "steps": steps, "sampler": "DDIM", "guidance": 4.0, "seed": 1,
+        "pipeline_args": {}, "dtype": "float32", "hardware": "cpu", "torch": "2.13", "dtq": "0", "batch_size": 8,
     }  # fmt: skip
     return Run(
         "candidate",
@@ -325,13 +325,13 @@ def test_reasons_do_not_steer_a_terminal():
 
 
 def test_every_reason_is_given_at_once():
-    run = a_run(torch="other", set="mine")
+    run = a_run(torch="other", prompts="mine")
     del run.values["error"]
     assert len(decide(run, a_run(), ERROR).reasons) == 3
 
 
 def test_differences_that_the_policy_allows_are_said():
-    run = a_run(dtq="1", batch=4)
+    run = a_run(dtq="1", batch_size=4)
     run.identity["recipe"] = "rtn-w4a8"
     verdict = decide(run, a_run(), ERROR)
     assert verdict.outcome is Outcome.PASS

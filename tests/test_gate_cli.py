@@ -101,13 +101,16 @@ def test_a_planted_defect_is_a_regression(defect, job, base, quantized_folder):
 
 def test_one_mis_scaled_step_bin_is_a_regression(job, float_folder):
     pipe = library.quantize(
-        float_folder, "rtn-w4a8", acts="int8-step", progress=False,
-        calibration={"samples": 4, "batch": 4, "steps": 8, "bins": 4},
+        float_folder, "rtn-w4a8", activations="int8-static-timestep", progress=False,
+        calibration={"samples": 4, "batch_size": 4, "steps": 8, "num_timestep_bins": 4},
     )  # fmt: skip
     source = load_transformer(pipe)
     right = paired_run.compare(job, source).run
     for module in source.model.modules():
-        if isinstance(module, library.QuantLinear) and module.problem.activation_format.per_timestep:
+        if (
+            isinstance(module, library.QuantLinear)
+            and module.problem.activation_format.per_timestep
+        ):
             module.packed_tensor("input_scale").reshape(-1)[1] *= 0.5
     verdict = decide(paired_run.compare(job, source).run, right, POLICY)
     assert verdict.outcome is Outcome.REGRESSION
@@ -403,5 +406,5 @@ def test_eval_writes_what_the_gate_reads(float_folder, quantized_folder, place):
     )
     more = ("--policy", place / "tiny.yaml", "--sheet", place / "sheet.html")
     told = dtq("gate", place / "two", "--baseline", place / "one", *more).stdout
-    assert "batch: 5 in the run, 8 in the baseline" in told
+    assert "batch_size: 5 in the run, 8 in the baseline" in told
     assert (place / "sheet.html").read_text().count("<figure>") == 16

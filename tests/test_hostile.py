@@ -33,13 +33,13 @@ from dtq.pipelines.validation import check_folder
 from dtq.recipe.resolve import Recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FEW = {"calibration": {"samples": 4, "batch": 4, "steps": 4, "bins": 4}}
+FEW = {"calibration": {"samples": 4, "batch_size": 4, "steps": 4, "num_timestep_bins": 4}}
 
 
 @pytest.fixture(scope="module")
 def quick_folder(tmp_path_factory, float_folder) -> Path:
     """A quantized pipeline, rounded to nearest: made in a moment."""
-    pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False, last_look=False, **FEW)
+    pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False, sanity_check=False, **FEW)
     return writer.write(pipe, tmp_path_factory.mktemp("quick") / "pipe")
 
 
@@ -351,7 +351,7 @@ FIELDS = {
     "odd dtype": (lambda q: q.update(compute_dtype="float8_e5m2"), "must be one of"),
     "recipe": (lambda q: q.update(recipe={"a": 1}), "'recipe' must be a name"),
     "newlines": (lambda q: q.update(base_model="x\n# Free money"), "'base_model' must be"),
-    "keep": (lambda q: q.update(modules_to_not_convert=[3]), "'modules_to_not_convert'"),
+    "exclude": (lambda q: q.update(modules_to_not_convert=[3]), "'modules_to_not_convert'"),
     "runtime": (lambda q: q.update(runtime=[1]), "'runtime' must be"),
     "policy": (
         lambda q: q.update(
@@ -378,7 +378,7 @@ def test_fields_of_the_plan_are_checked_before_anything_is_made(kind, copy):
 def test_codes_are_not_taken_for_weights(float_folder, tmp_path):
     """int8-row codes have the shape of the weight; without its entry the layer would be noise."""
     pipe = dtq.quantize(
-        float_folder, "rtn-w4a8", weights="int8-row", progress=False, last_look=False, **FEW
+        float_folder, "rtn-w4a8", weights="int8-row", progress=False, sanity_check=False, **FEW
     )
     writer.write(pipe, tmp_path / "q")
     config = tmp_path / "q" / "transformer" / "config.json"
@@ -390,7 +390,7 @@ def test_codes_are_not_taken_for_weights(float_folder, tmp_path):
 @pytest.fixture(scope="module")
 def two_level_folder(tmp_path_factory, float_folder) -> Path:
     pipe = dtq.quantize(
-        float_folder, "rtn-w4a8", weights="int4-2l-g64", progress=False, last_look=False, **FEW
+        float_folder, "rtn-w4a8", weights="int4-2l-g64", progress=False, sanity_check=False, **FEW
     )
     return writer.write(pipe, tmp_path_factory.mktemp("two-level") / "pipe")
 
@@ -422,7 +422,7 @@ def group_byte(zero: int, scale2: int):
 
 def order(places: torch.Tensor):
     def change(tensors):
-        tensors[f"{Q}.pre_quant_order"] = places.int().reshape(1, -1)
+        tensors[f"{Q}.pre_quant_perm"] = places.int().reshape(1, -1)
 
     return change
 
@@ -472,7 +472,7 @@ def statistics(tmp_path_factory, float_folder) -> Path:
     recipe = Recipe.load("w4a8", **FEW)
     opened = loading.load_transformer(float_folder)
     scan, _ = plan_source(opened, recipe)
-    needs = frozenset({"channels", "gram", "reservoir"})
+    needs = frozenset({"channels", "hessian", "sample"})
     found = calibrate_source(opened, scan, recipe, needs, progress=False)
     path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
     store.save(found, path)
@@ -496,26 +496,26 @@ STATISTICS = {
     "no about": (lambda t, m: m.pop("about"), "about: not JSON"),
     "odd about": (lambda t, m: m.update(about='{"origin": []}'), "'about' must map"),
     "unknown": (lambda t, m: t.update(x=torch.ones(1)), "'x' is not a statistic"),
-    "missing": (lambda t, m: t.pop(f"{SITE}|gram.count"), "statistics are missing"),
+    "missing": (lambda t, m: t.pop(f"{SITE}|hessian.count"), "statistics are missing"),
     "no channels": (lambda t, m: t.pop(f"{SITE}|channels.low"), "statistics are missing"),
     "shape": (
-        lambda t, m: t.update({f"{SITE}|gram.gram": torch.zeros(3, 128)}),
-        r"gram.gram is F32 \[3, 128\], expected F32 \[128, 128\]",
+        lambda t, m: t.update({f"{SITE}|hessian.hessian": torch.zeros(3, 128)}),
+        r"hessian.hessian is F32 \[3, 128\], expected F32 \[128, 128\]",
     ),
     "dtype": (
-        lambda t, m: t.update({f"{SITE}|reservoir.key": t[f"{SITE}|reservoir.key"].float()}),
-        "reservoir.key is F32",
+        lambda t, m: t.update({f"{SITE}|sample.key": t[f"{SITE}|sample.key"].float()}),
+        "sample.key is F32",
     ),
     "scalar": (
         lambda t, m: t.update({f"{SITE}|channels.low": torch.tensor(1.0)}),
         "channels.* expected",
     ),
     "no axes": (
-        lambda t, m: t.update({f"{SITE}|reservoir.sample": torch.tensor(1.0)}),
-        "reservoir.* expected",
+        lambda t, m: t.update({f"{SITE}|sample.rows": torch.tensor(1.0)}),
+        "sample.* expected",
     ),
-    "stratum": (lambda t, m: t[f"{SITE}|reservoir.stratum"].fill_(2**40), "outside of 0 to 7"),
-    "count": (lambda t, m: t[f"{SITE}|gram.count"].fill_(-1), "gram.count holds numbers"),
+    "stratum": (lambda t, m: t[f"{SITE}|sample.stratum"].fill_(2**40), "outside of 0 to 7"),
+    "count": (lambda t, m: t[f"{SITE}|hessian.count"].fill_(-1), "hessian.count holds numbers"),
 }
 
 

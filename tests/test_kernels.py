@@ -31,7 +31,7 @@ def operands(m, n=48, k=128, seed=0):
 def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
     x, w, bias = operands(m)
     task = LinearProblem(fmt, ACTIVATION_FORMATS[acts], 64)
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     scale = (torch.rand(128) + 0.5).to(torch.bfloat16)
     parts["pre_quant_scale"] = scale.reshape(1, -1)
     got = pick(task).call(task, x, parts, bias)
@@ -46,7 +46,7 @@ def test_grids_of_floats_are_multiplied_in_every_type(acts, dtype):
     x, w, bias = operands(20)
     fmt = FORMATS["nvfp4"]
     task = LinearProblem(fmt, ACTIVATION_FORMATS[acts], 64)
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     kernel = pick(task)
     assert kernel.name == ("fp4" if acts == "nvfp4" else "float-product")
     want = kernel.call(task, x, parts, bias)
@@ -60,7 +60,9 @@ def test_grids_of_floats_are_multiplied_in_every_type(acts, dtype):
 def test_a_change_of_the_input_may_leave_the_range_of_float16():
     x, w, bias = operands(4)
     fmt = FORMATS["nvfp4"]
-    parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": torch.full((1, 128), 2.0**10).bfloat16()}
+    parts = fmt.pack(w, fmt.compute_qparams(w)) | {
+        "pre_quant_scale": torch.full((1, 128), 2.0**10).bfloat16()
+    }
     task = LinearProblem(fmt, ACTIVATION_FORMATS["nvfp4"], 64)
     x = (x * 1000).half()
     y = pick(task).call(task, x / 2**10, parts, bias)
@@ -83,7 +85,7 @@ def test_w8a8_is_exact_integer_arithmetic(m, k):
 def test_packed_and_expanded_w4a8_give_the_same_bits():
     x, w, bias = operands(17)
     fmt = FORMATS["int4-2l-g64"]
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     codes, scale = ops.quantize_rows(x, None, 1, None)
     packed = ops.w4a8_linear(
         codes, scale, parts["weight"], parts["weight_scale"], parts["weight_scale_2"], bias, x.dtype
@@ -132,13 +134,13 @@ def test_every_op_passes_opcheck(dtype):
     pre = torch.ones(128, dtype=torch.bfloat16)
     torch.library.opcheck(ops.quantize_rows, (x, pre, 64, None))
     codes, scale = ops.quantize_rows(x, pre, 64, None)
-    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].fit(w))
+    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].compute_qparams(w))
     torch.library.opcheck(
         ops.w8a8_linear, (codes, scale, p["weight"], p["weight_scale"], bias, dtype)
     )
     args = (p["weight"], p["weight_scale"], bias, True, None, None, dtype)
     torch.library.opcheck(ops.w8a8_epilogue_linear, (codes, scale, *args))
-    p = FORMATS["int4-2l-g64"].pack(w, FORMATS["int4-2l-g64"].fit(w))
+    p = FORMATS["int4-2l-g64"].pack(w, FORMATS["int4-2l-g64"].compute_qparams(w))
     args = (p["weight"], p["weight_scale"], p["weight_scale_2"], bias, dtype)
     torch.library.opcheck(ops.w4a8_linear, (codes, scale, *args))
     both = torch.ones(1, len(bias), dtype=dtype), torch.ones(5, len(bias), dtype=dtype)
@@ -147,10 +149,10 @@ def test_every_op_passes_opcheck(dtype):
     torch.library.opcheck(ops.w4a8_epilogue_linear, (codes, scale, *args[:4], True, *both))
     args = (p["weight"], p["weight_scale"], torch.ones(len(w), 2, 16, dtype=torch.int8), bias)
     torch.library.opcheck(ops.lut4a8_linear, (codes, scale, *args, dtype))
-    p = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].fit(w))
+    p = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].compute_qparams(w))
     args = (p["weight"], p["weight_scale"], p["weight_zero_point"], 4, bias)
     torch.library.opcheck(ops.group_a8_linear, (codes, scale, *args, dtype))
-    parts = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].fit(w))
+    parts = FORMATS["int4-asym-g64"].pack(w, FORMATS["int4-asym-g64"].compute_qparams(w))
     weight = (list(parts.values()), list(parts), "int4-asym-g64")
     torch.library.opcheck(ops.dequantize, (*weight, 128, dtype))
     torch.library.opcheck(ops.weight_linear, (x, *weight, bias))
@@ -165,7 +167,7 @@ def test_every_op_passes_opcheck(dtype):
 
 def test_what_follows_a_product_is_gelu_gate_and_residual():
     x, w, bias = operands(6)
-    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].fit(w))
+    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].compute_qparams(w))
     codes, scale = ops.quantize_rows(x, None, 1, None)
     given = codes, scale, p["weight"], p["weight_scale"], bias
     y = ops.w8a8_linear(*given, torch.float32)
@@ -180,7 +182,7 @@ def test_what_follows_a_product_is_gelu_gate_and_residual():
 
 def test_a_low_rank_branch_comes_before_gelu():
     x, w, bias = operands(6)
-    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].fit(w))
+    p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].compute_qparams(w))
     codes, scale = ops.quantize_rows(x, None, 1, None)
     given = codes, scale, p["weight"], p["weight_scale"], bias
     low, up = torch.randn(6, 16).bfloat16(), torch.randn(len(bias), 16).bfloat16()
@@ -194,7 +196,7 @@ def test_a_low_rank_branch_comes_before_gelu():
 def test_a_table_of_the_levels_of_int4_is_int4():
     x, w, bias = operands(5)
     fmt = FORMATS["int4-2l-g64"]
-    p = fmt.pack(w, fmt.fit(w))
+    p = fmt.pack(w, fmt.compute_qparams(w))
     byte = p["weight_scale_2"].view(torch.uint8).short()
     levels = (torch.arange(16) - (byte & 15).unsqueeze(-1)) * ((byte >> 4) + 1).unsqueeze(-1)
     codes, scale = ops.quantize_rows(x, None, 1, None)
@@ -224,7 +226,7 @@ def test_a_device_gives_the_numbers_of_the_cpu(device):
     pre = (torch.rand(128) + 0.5).to(torch.bfloat16)
     for fmt in FORMATS.values():
         task = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
-        parts = fmt.pack(w, fmt.fit(w)) | {"pre_quant_scale": pre.reshape(1, -1)}
+        parts = fmt.pack(w, fmt.compute_qparams(w)) | {"pre_quant_scale": pre.reshape(1, -1)}
         want = pick(task).call(task, x, parts, bias)
         there = {k: v.to(device) for k, v in parts.items()}
         got = pick(task).call(task, x.to(device), there, bias.to(device)).cpu()

@@ -29,9 +29,9 @@ def make(weights="int4-2l-g64", acts="int8-row", n=48, k=128, seed=0, dtype=torc
     fmt = FORMATS[weights]
     changed = turn.w(w)
     layer = QuantLinear(k, n, True, LayerSpec(weights, acts, 64, True), bins=4, compute_dtype=dtype)
-    parts = fmt.pack(changed, fmt.fit(changed))
+    parts = fmt.pack(changed, fmt.compute_qparams(changed))
     parts["pre_quant_scale"] = turn.scale.reshape(1, -1)
-    if acts == "int8-step":
+    if acts == "int8-static-timestep":
         parts["input_scale"] = torch.tensor([[0.01, 0.02, 0.04, 0.08]])
     layer.fill(parts)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_wrong_parts_are_refused_by_name():
 
 
 def test_static_scales_follow_the_clock():
-    layer, _ = make(acts="int8-step")
+    layer, _ = make(acts="int8-static-timestep")
     with pytest.raises(RuntimeError, match="clock"):
         layer(torch.randn(1, 128))
     clock = dtq.nn.StepClock([250.0, 500.0, 750.0])
@@ -120,8 +120,8 @@ def test_static_scales_follow_the_clock():
 
 def test_one_compilation_serves_every_timestep():
     model = dtq.quantize(
-        tiny.pipeline(), "w4a8", acts="int8-step", progress=False,
-        calibration={"samples": 4, "batch": 4, "steps": 4, "bins": 4},
+        tiny.pipeline(), "w4a8", activations="int8-static-timestep", progress=False,
+        calibration={"samples": 4, "batch_size": 4, "steps": 4, "num_timestep_bins": 4},
     ).transformer  # fmt: skip
     x = torch.randn(2, 4, 8, 8)
     label = torch.tensor([1, 2])

@@ -28,7 +28,7 @@ peft = pytest.importorskip("peft")
 
 RECIPES = {
     "w4a8": {},
-    "w4a8-hq": {"refine": "none"},  # with a low-rank branch of its own
+    "w4a8-hq": {"finetune": "none"},  # with a low-rank branch of its own
     "w4a16": {},
 }
 LORA = {"sd3", "flux", "wan"}  # classes that diffusers gives load_lora_adapter

@@ -34,11 +34,11 @@ def layer(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return w, x, x.T @ x / len(x)
 
 
-def missed(w, branch, gram) -> float:
+def missed(w, branch, hessian) -> float:
     """Output error of branch and rounded residual together."""
-    kept = SOLVERS["search"].call(w - branch.matrix(), FMT, gram)[0]
+    kept = SOLVERS["search"].call(w - branch.matrix(), FMT, hessian)[0]
     d = w - branch.matrix() - kept
-    return float(((d @ gram) * d).sum())
+    return float(((d @ hessian) * d).sum())
 
 
 def test_full_rank_leaves_nothing_but_the_rounding_of_its_factors():
@@ -48,29 +48,31 @@ def test_full_rank_leaves_nothing_but_the_rounding_of_its_factors():
 
 
 def test_a_recipe_collects_what_its_branch_reads():
-    without = {"transform": "none", "solver": "rtn", "guard": {"to": ""}, "correct_bias": False}
+    without = {"transform": "none", "solver": "rtn", "promote": {"to": ""}, "correct_bias": False}
     for name, row in LOWRANK.items():
         assert Recipe.load("w4a16", lowrank=name, **without).needs() == row.needs
     rule = {"rules": [{"match": "ffn.up", "lowrank": "svd"}]}
-    assert Recipe.load("w4a16", **rule, **without).needs() == {"gram"}
+    assert Recipe.load("w4a16", **rule, **without).needs() == {"hessian"}
 
 
 @pytest.mark.parametrize("name", LOWRANK)
 def test_a_branch_lowers_the_error(name):
-    w, _, gram = layer()
-    (branch,) = LOWRANK[name].call([w], FMT, gram, rank=8)
-    nothing = SOLVERS["search"].call(w, FMT, gram)[0] - w
-    assert missed(w, branch, gram) < float(((nothing @ gram) * nothing).sum())
+    w, _, hessian = layer()
+    (branch,) = LOWRANK[name].call([w], FMT, hessian, rank=8)
+    nothing = SOLVERS["search"].call(w, FMT, hessian)[0] - w
+    assert missed(w, branch, hessian) < float(((nothing @ hessian) * nothing).sum())
 
 
 def test_more_rank_and_more_rounds_are_never_worse():
-    w, _, gram = layer()
-    by_rank = [missed(w, svd([w], FMT, gram, rank=r)[0], gram) for r in (2, 8, 32)]
+    w, _, hessian = layer()
+    by_rank = [missed(w, svd([w], FMT, hessian, rank=r)[0], hessian) for r in (2, 8, 32)]
     assert by_rank[0] > by_rank[1] > by_rank[2]
-    by_round = [missed(w, svd([w], FMT, gram, rank=8, iterations=i)[0], gram) for i in (0, 2, 8)]
+    by_round = [
+        missed(w, svd([w], FMT, hessian, rank=8, iterations=i)[0], hessian) for i in (0, 2, 8)
+    ]
     assert by_round[0] >= by_round[1] >= by_round[2]
-    nothing = SOLVERS["search"].call(w, FMT, gram)[0] - w
-    assert by_rank[0] < float(((nothing @ gram) * nothing).sum())
+    nothing = SOLVERS["search"].call(w, FMT, hessian)[0] - w
+    assert by_rank[0] < float(((nothing @ hessian) * nothing).sum())
 
 
 def test_decomposing_first_beats_quantizing_first():
@@ -86,9 +88,9 @@ def test_the_metric_of_the_input_helps_the_output():
     for seed in range(3):
         w, x, _ = layer(seed)
         w, x = fwht(w, 64), fwht(x, 64)
-        gram = x.T @ x / len(x)
-        plain = missed(w, svd([w], FMT, gram, rank=8, weighted=False)[0], gram)
-        assert missed(w, svd([w], FMT, gram, rank=8)[0], gram) < plain
+        hessian = x.T @ x / len(x)
+        plain = missed(w, svd([w], FMT, hessian, rank=8, weighted=False)[0], hessian)
+        assert missed(w, svd([w], FMT, hessian, rank=8)[0], hessian) < plain
 
 
 def test_weights_that_share_the_down_projection_share_it():
@@ -112,14 +114,14 @@ def test_bits_set_the_rank_by_the_shape():
 @pytest.mark.parametrize("transform", ["none", "smooth-hadamard", "ars"])
 def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform):
     w, x, _ = layer()
-    stats = InputStats(K, 2, frozenset({"channels", "gram", "reservoir"}))
+    stats = InputStats(K, 2, frozenset({"channels", "hessian", "sample"}))
     for call, rows in enumerate(x.split(256)):
         stats.observe(rows, SampleOrigin(call % 2, call, torch.zeros(len(rows), dtype=torch.int64)))
     plan = LayerPlan(
         "it", "ffn.up", (N, K), "int4-g64", "none", pre_quant=transform != "none",
         transform=MethodSpec(transform), solver=MethodSpec("gptq"), lowrank=MethodSpec("svd", (("rank", 8),)),
     )  # fmt: skip
-    how = {"fmt": FMT, "acts": ACTIVATION_FORMATS["none"]}
+    how = {"fmt": FMT, "activations": ACTIVATION_FORMATS["none"]}
     choice = TRANSFORMS[transform].call([w], stats, **how)
     recipe = Recipe.load("w4a8", correct_bias=False)
     (solved,) = solve_input_group([plan], [w], choice, stats, recipe)
@@ -143,7 +145,9 @@ def test_a_product_that_can_takes_the_branch_along(monkeypatch):
 
     torch.manual_seed(0)
     model = dtq.quantize(tiny.dit(), "rtn-w4a8", progress=False).bfloat16()
-    layer = next(m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel.with_epilogue)
+    layer = next(
+        m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel.with_epilogue
+    )
     x = torch.randn(2, 24, layer.in_features).bfloat16()
     down, up = torch.randn(16, layer.in_features) * 0.1, torch.randn(layer.out_features, 16) * 0.1
     with torch.no_grad():

@@ -40,7 +40,7 @@ PRESETS = [
     "svdquant",
 ]
 FAMILY = ["w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq"]
-EVERYTHING = frozenset({"channels", "gram", "reservoir"})
+EVERYTHING = frozenset({"channels", "hessian", "sample"})
 FAST = SamplingSettings(samples=4, steps=5, batch_size=4, num_timestep_bins=4)
 # one of eight blocks: every path of the code in an eighth of the time
 KEEP = [f"transformer_blocks.{i}" for i in range(1, 8)]
@@ -67,7 +67,7 @@ def prepared(model):
 @pytest.mark.parametrize("name", names())
 def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors):
     # our own recipes must stand outliers
-    source, stats, truth = prepared("demo-hard" if name in FAMILY else "demo")
+    source, stats, truth = prepared("demo-outliers" if name in FAMILY else "demo")
     recipe = replace(hasty(name), calibration=FAST)
     opened = replace(source, pipeline=copy.copy(source.pipeline), model=copy.deepcopy(source.model))
     opened.pipeline.register_modules(transformer=opened.model)
@@ -106,7 +106,7 @@ def test_errors_come_in_the_order_of_the_bits_that_are_spent():
     # the branch's own bits shrink with the width: give the narrow model rank 8
     better = error("w4a8-hq", lowrank={"svd": {"rank": 8}})
     plain = error("w4a8")
-    unrotated = error("w4a8", transform="smooth", guard={"to": ""})
+    unrotated = error("w4a8", transform="smooth", promote={"to": ""})
     assert error("w8a8") < better < plain < 1.02 * unrotated
     assert unrotated < error("rtn-w4a8")
 
@@ -119,8 +119,8 @@ def test_a_budget_is_kept_to_the_byte_and_more_is_never_worse(family):
         twin = copy.deepcopy(model)
         how = {**QUICK, "calibration": {**QUICK["calibration"], "samples": 4}}
         dtq.quantize(
-            twin, "w4a8", progress=False, guard={"to": ""}, transform="hadamard", solver="search",
-            allocate={"budget": budget, "calls": 2}, **how,
+            twin, "w4a8", progress=False, promote={"to": ""}, transform="hadamard", solver="search",
+            allocate={"budget": budget, "num_inputs": 2}, **how,
         )  # fmt: skip
         report = twin.hf_quantizer.report
         assert report.plan.bits(report.plan.gemm()) <= budget
@@ -151,7 +151,7 @@ def test_dead_channels_and_few_rows_are_solved_all_the_same():
     with torch.no_grad():  # half of the inputs of this layer are always zero
         pipe.transformer.transformer_blocks[0].attn1.to_v.weight[:64] = 0
         pipe.transformer.transformer_blocks[0].attn1.to_v.bias[:64] = 0
-    how = {"calibration": {"samples": 1, "batch": 1, "steps": 1, "bins": 1}}
+    how = {"calibration": {"samples": 1, "batch_size": 1, "steps": 1, "num_timestep_bins": 1}}
     dtq.quantize(pipe, "w4a8", progress=False, **how)
     layer = pipe.transformer.transformer_blocks[0].attn1.to_out[0]
     assert torch.isfinite(layer.dequantize()).all()

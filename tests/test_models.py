@@ -18,9 +18,9 @@ from dtq.stages.calibrate import calibrate_source
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 forgive less than real ones
 BARS = {"w4a8": 0.02, "w4a16": 0.2, "nvfp4": 0.2}
-QUICK = {"calibration": {"samples": 2, "batch": 1, "steps": 4, "bins": 2}}
+QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 4, "num_timestep_bins": 2}}
 # five alphas, not twenty-one, and no rivals are solved
-COARSE = {"transform": {"search": {"step": 0.25, "close": 1.0}}}
+COARSE = {"transform": {"search": {"step": 0.25, "max_error_ratio": 1.0}}}
 
 
 @pytest.mark.parametrize("name", zoo.names())

@@ -31,9 +31,9 @@ def filled(runtime: LayerSpec, n: int = 48, k: int = 128) -> QuantLinear:
     g = torch.Generator().manual_seed(0)
     fmt, w = FORMATS[runtime.weight_format], torch.randn(n, k, generator=g) * 0.05
     layer = QuantLinear(k, n, True, runtime)
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     for name, spec in layer.tensor_specs().items():
-        if name == "pre_quant_order":
+        if name == "pre_quant_perm":
             parts[name] = torch.randperm(k, generator=g).int().reshape(1, -1)
         elif name == "input_scale":
             parts[name] = torch.full(spec.shape, 0.02)
@@ -171,8 +171,8 @@ def test_the_plan_says_what_is_cut_and_how_far():
         ({}, 3, "4 heads do not split into 3"),
         ({}, 4, "rotation block of 64 channels would cross the cut at 32"),
         ({"weights": "int4-g64", "transform": "none"}, 4, "needs input features divisible by 64"),
-        ({"acts": "int4-g64", "transform": "none"}, 4, "needs input features divisible by 64"),
-        ({"keep": ["attn.k"]}, 2, "to_k is not quantized"),
+        ({"activations": "int4-g64", "transform": "none"}, 4, "needs input features divisible by 64"),
+        ({"exclude": ["attn.k"]}, 2, "to_k is not quantized"),
     ],
 )
 def test_what_cannot_be_cut_says_why(more, world, why):

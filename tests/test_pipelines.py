@@ -29,7 +29,7 @@ SPATIAL = {"height", "width", "num_frames", "use_resolution_binning"}
 def quantize(folder, out, name, *more):
     arguments = [f"--arg={k}={json.dumps(v)}" for k, v in pipelines.SMALL[name].items()]
     few = ("--samples=2", "--steps=4", "--set", "calibration.batch=2")
-    few += ("--set", "transform={search: {step: 0.25, close: 1.0}}")
+    few += ("--set", "transform={search: {step: 0.25, max_error_ratio: 1.0}}")
     command = ["quantize", str(folder), "-o", str(out), *few, *arguments, *more]
     return CliRunner().invoke(main, command)
 
@@ -81,7 +81,7 @@ def test_videos_are_sampled_and_compared(tmp_path):
     assert len(of_videos) == 5
     assert of_videos <= set(held.values)
     assert of_videos <= set(held.rerun)
-    assert held.conditions["arguments"]["num_frames"] == 5
+    assert held.conditions["pipeline_args"]["num_frames"] == 5
     shown = tmp_path / "run" / "pictures" / "candidate" / "0000.png"
     with Image.open(shown) as moving:
         assert moving.n_frames == 5

@@ -34,8 +34,8 @@ def paces_of(source, recipe):
     ("transform", "rows", "outputs"),
     [
         (MethodSpec("search"), 512, 1024),
-        (MethodSpec("search", (("outputs", 64),)), 512, 64),
-        (MethodSpec("ditas", (("rows", 100),)), 100, math.inf),
+        (MethodSpec("search", (("num_channels", 64),)), 512, 64),
+        (MethodSpec("ditas", (("num_rows", 100),)), 100, math.inf),
         (MethodSpec("none"), 0, math.inf),
     ],
 )
@@ -46,16 +46,22 @@ def test_what_a_transform_is_chosen_on_is_read_off_its_knobs(transform, rows, ou
 def test_a_wider_output_costs_no_more_choosing_than_the_transform_looks_at():
     pace = solver_cost.Pace(chosen=1e-6, rows=512, outputs=1024, column=0.0, weight=0.0, tries=1)
     free = math.inf  # of products
-    assert pace.seconds((1024, 64), free, gram=True) == pace.seconds((4096, 64), free, gram=True)
-    assert pace.seconds((512, 64), free, gram=True) < pace.seconds((1024, 64), free, gram=True)
-    assert pace.seconds((64, 128), free, gram=True) == 2 * pace.seconds((64, 64), free, gram=True)
+    assert pace.seconds((1024, 64), free, hessian=True) == pace.seconds(
+        (4096, 64), free, hessian=True
+    )
+    assert pace.seconds((512, 64), free, hessian=True) < pace.seconds(
+        (1024, 64), free, hessian=True
+    )
+    assert pace.seconds((64, 128), free, hessian=True) == 2 * pace.seconds(
+        (64, 64), free, hessian=True
+    )
 
 
 def test_without_statistics_nothing_is_judged_on_them():
     pace = solver_cost.Pace(chosen=0.0, rows=0, outputs=math.inf, column=0.0, weight=1e-9, tries=1)
-    alone = replace(pace, judged=False).seconds((512, 256), RATE, gram=False)
+    alone = replace(pace, judged=False).seconds((512, 256), RATE, hessian=False)
     assert alone == pytest.approx(512 * 256 * 1e-9)
-    assert pace.seconds((512, 256), RATE, gram=False) > alone
+    assert pace.seconds((512, 256), RATE, hessian=False) > alone
 
 
 def test_a_model_without_data_is_judged_by_weights_alone(source):
@@ -87,8 +93,8 @@ def test_without_data_the_largest_layer_is_solved_but_not_more_than_it_takes(sou
 
 def test_rivals_are_solved_and_cost_what_a_solve_costs():
     pace = solver_cost.Pace(chosen=0.0, rows=0, outputs=math.inf, column=1e-6, weight=1e-9, tries=1)
-    once = pace.seconds((512, 256), RATE, gram=True)
-    assert replace(pace, tries=3).seconds((512, 256), RATE, gram=True) == pytest.approx(3 * once)
+    once = pace.seconds((512, 256), RATE, hessian=True)
+    assert replace(pace, tries=3).seconds((512, 256), RATE, hessian=True) == pytest.approx(3 * once)
 
 
 @pytest.mark.parametrize("name", ["ditas", "w4a8", "rtn-w4a8"])
@@ -102,14 +108,14 @@ def test_every_kind_of_layer_is_measured_once_and_takes_time(name, source, monke
     assert set(asked) == set(paces)
     assert len(asked) == len(paces)
     for layer in layers:
-        assert paces[solver_cost.kind(layer)].seconds(layer.shape, RATE, gram=False) > 0
+        assert paces[solver_cost.kind(layer)].seconds(layer.shape, RATE, hessian=False) > 0
 
 
 def test_a_grid_of_candidates_takes_longer_than_none(source):
     def choosing(recipe):
         _, paces = paces_of(source, recipe)
         alone = [replace(p, column=0.0, weight=0.0) for p in paces.values()]
-        return max(p.seconds((4096, 1024), math.inf, gram=False) for p in alone)
+        return max(p.seconds((4096, 1024), math.inf, hessian=False) for p in alone)
 
     grid = choosing(Recipe.load("ditas", solver="rtn"))
     assert grid > 10 * choosing(Recipe.load("ditas", solver="rtn", transform="none"))

@@ -22,14 +22,14 @@ from dtq.runs.gather import check_ids
 from dtq.runs.workers import Workers
 
 RECIPE = {
-    "whole model": ["--set", "transform=hadamard", "--set", "compare=[none]"],
+    "whole model": ["--set", "transform=hadamard", "--set", "transform_candidates=[none]"],
     "budget": [
         "--budget", "5", "--set", "allocate.options=[int4-2l-g64, int8-row]",
-        "--set", "allocate.calls=2", "--set", "compare=[]", "--set", "transform=hadamard",
+        "--set", "allocate.num_inputs=2", "--set", "transform_candidates=[]", "--set", "transform=hadamard",
     ],
     "fine-tuned": [
-        "--recipe", "rtn-w4a8", "--set", "refine={blocks: {steps: 2}}",
-        "--set", "steps={modes: [native, a16]}",
+        "--recipe", "rtn-w4a8", "--set", "finetune={blocks: {steps: 2}}",
+        "--set", "step_policy={precisions: [native, a16]}",
     ],
 }  # fmt: skip
 OTHERS = installed("optimum.quanto")
@@ -213,7 +213,7 @@ def test_statistics_of_one_and_two_processes_and_a_killed_run_have_the_same_byte
     }
     assert len({file.read_bytes() for file in made.values()}) == 1
     about = store.load(made["one"]).about
-    assert (about["samples"], about["parts"]) == (5, 5)
+    assert (about["samples"], about["num_shards"]) == (5, 5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

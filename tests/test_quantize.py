@@ -28,7 +28,7 @@ from dtq.stages import transform_choice
 from dtq.stages.plan import plan_source
 
 HOW = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
-EVERYTHING = frozenset({"channels", "gram", "reservoir"})
+EVERYTHING = frozenset({"channels", "hessian", "sample"})
 
 
 @pytest.fixture(scope="module", params=["plain", "hard"])
@@ -156,8 +156,8 @@ def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
 
 
 def test_the_guard_promotes_within_its_budget():
-    always = {"to": "int8-row", "above": 0.0, "budget": 6.0}
-    pipe = dtq.quantize(tiny.pipeline(), hasty("w4a8", guard=always), progress=False)
+    always = {"to": "int8-row", "max_error": 0.0, "budget": 6.0}
+    pipe = dtq.quantize(tiny.pipeline(), hasty("w4a8", promote=always), progress=False)
     report = pipe.transformer.hf_quantizer.report
     promoted = [x for x in report.layers if x.promoted]
     assert promoted
@@ -197,23 +197,23 @@ def test_modulation_switch_changes_bits():
     assert bits["w4a16"] <= 4.4
 
 
-@pytest.mark.parametrize("acts", ["int8-row", "int8-step"])
+@pytest.mark.parametrize("acts", ["int8-row", "int8-static-timestep"])
 def test_static_and_dynamic_activations(acts):
     pipe = tiny.pipeline()
     recorded = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), HOW)
-    dtq.quantize(pipe, "w8a8", acts=acts, progress=False, **QUICK)
+    dtq.quantize(pipe, "w8a8", activations=acts, progress=False, **QUICK)
     steps = trajectory.teacher_forced(recorded, pipe.transformer)
     assert max(steps) < 5e-3
 
 
 def test_nothing_to_quantize_is_an_error():
     with pytest.raises(InputError, match="leaves every layer"):
-        dtq.quantize(tiny.dit(), "w4a8", keep=["*"], progress=False)
+        dtq.quantize(tiny.dit(), "w4a8", exclude=["*"], progress=False)
 
 
 def test_a_whole_model_alternative_replaces_the_search_where_it_errs_less():
     pipe = tiny.pipeline()
-    dtq.quantize(pipe, "w4a8", progress=False, compare=["hadamard", "none"], **QUICK)
+    dtq.quantize(pipe, "w4a8", progress=False, transform_candidates=["hadamard", "none"], **QUICK)
     report = pipe.transformer.hf_quantizer.report
     assert list(report.compared) == ["search", "hadamard", "none"]
     best = min(report.compared, key=report.compared.get)
@@ -221,14 +221,14 @@ def test_a_whole_model_alternative_replaces_the_search_where_it_errs_less():
     if best != "search":
         assert len(labels) == 1
     alone = tiny.pipeline()
-    dtq.quantize(alone, "w4a8", progress=False, compare=[], transform=best, **QUICK)
+    dtq.quantize(alone, "w4a8", progress=False, transform_candidates=[], transform=best, **QUICK)
     assert torch.equal(tiny.sample(alone), tiny.sample(pipe))
 
 
 def test_an_alternative_may_change_the_input_where_the_recipe_does_not():
-    how = {"guard": {"to": ""}, "correct_bias": False, **QUICK}
+    how = {"promote": {"to": ""}, "correct_bias": False, **QUICK}
     pipe, alone = tiny.pipeline(), tiny.pipeline()
-    more = {"transform": "none", "solver": "rtn", "compare": ["smooth", "hadamard"]}
+    more = {"transform": "none", "solver": "rtn", "transform_candidates": ["smooth", "hadamard"]}
     dtq.quantize(pipe, "w4a8", progress=False, **more, **how)
     found = pipe.transformer.hf_quantizer.report.compared
     assert list(found) == ["none", "smooth", "hadamard"]
@@ -254,9 +254,9 @@ def test_an_option_that_does_not_fit_a_layer_is_said(caplog):
     pipe = tiny.pipeline(heads=2)  # of width 64
     with caplog.at_level(logging.WARNING, "dtq"):
         dtq.quantize(
-            pipe, "w4a8", progress=False, compare=[], transform="hadamard", solver="rtn",
-            weights="int8-row", guard={"to": ""}, correct_bias=False,
-            allocate={"budget": 9, "options": ["int8-row", "int8-asym-g128"], "calls": 1}, **QUICK,
+            pipe, "w4a8", progress=False, transform_candidates=[], transform="hadamard", solver="rtn",
+            weights="int8-row", promote={"to": ""}, correct_bias=False,
+            allocate={"budget": 9, "formats": ["int8-row", "int8-asym-g128"], "num_inputs": 1}, **QUICK,
         )  # fmt: skip
     name = "transformer_blocks.0.attn1.to_q"
     why = "int8-asym-g128 needs input features divisible by 128, got 64"
@@ -284,7 +284,7 @@ def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, m
         assert members[0].name != name
         return before(members, weights, stats)
 
-    monkeypatch.setattr(transform_choice, "choose", choose)
+    monkeypatch.setattr(transform_choice, "choose_transform", choose)
     with pytest.raises(InputError, match=rf"{name}: .* 1 entries that are NaN or infinite"):
         dtq.quantize(
             model, recipe, statistics=stats, progress=False, transform={"search": {"step": 0.5}}
@@ -347,7 +347,7 @@ def test_alternatives_are_compared_on_calls_of_the_float_pipeline(monkeypatch):
         return before(*arguments, **options)
 
     monkeypatch.setattr(module, "sample_calls", sampled)
-    dtq.quantize(pipe, "rtn-w4a8", compare=["hadamard"], progress=False, **QUICK)
+    dtq.quantize(pipe, "rtn-w4a8", transform_candidates=["hadamard"], progress=False, **QUICK)
     assert quantized == [[False, False], [False, False]]
     assert all(
         len(m.hf_quantizer.report.compared) == 2 for m in (pipe.transformer, pipe.transformer_2)

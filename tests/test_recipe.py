@@ -32,12 +32,12 @@ def test_all_mistakes_at_once_with_nearest_names(tmp_path):
     file.write_text(
         "weight: int4-2l-g64\n"
         "weights: int4-2l-g63\n"
-        "acts: int8row\n"
+        "activations: int8row\n"
         "solver: {gptq: {dampp: 0.1}}\n"
         "transform: {smooth: {alpha: high}}\n"
-        "keep: [embedd]\n"
+        "exclude: [embedd]\n"
         "rules: [{match: ffn.up, weights: int9}, {weights: int8-row}]\n"
-        "guard: {budgets: 4}\n"
+        "promote: {budgets: 4}\n"
         "calibration: {samples: 0, steps: many}\n"
         "correct_bias: 3\n"
     )
@@ -46,23 +46,23 @@ def test_all_mistakes_at_once_with_nearest_names(tmp_path):
     text = str(caught.value)
     for words in (
         "weight: unknown key; did you mean 'weights'?",
-        "guard.budgets: unknown key; did you mean 'budget'?",
+        "promote.budgets: unknown key; did you mean 'budget'?",
         "calibration.steps: expected a whole number",
         "correct_bias: expected true or false",
         "rules[1].match: missing",
     ):
         assert words in text, text
     file.write_text(file.read_text().replace("weight: int4-2l-g64\n", "").replace(", {weights: int8-row}", "")
-                    .replace("guard: {budgets: 4}\n", "").replace(", steps: many", "").replace("correct_bias: 3\n", ""))  # fmt: skip
+                    .replace("promote: {budgets: 4}\n", "").replace(", steps: many", "").replace("correct_bias: 3\n", ""))  # fmt: skip
     with pytest.raises(RecipeError) as caught:
         Recipe.load(file)
     text = str(caught.value)
     for words in (
         "weights: unknown name 'int4-2l-g63'; did you mean int4-2l-g64",
-        "acts: unknown name 'int8row'; did you mean int8-row",
+        "activations: unknown name 'int8row'; did you mean int8-row",
         "solver.gptq: unknown knob 'dampp'; did you mean damp",
         "transform.smooth.alpha: expected a number",
-        "keep: 'embedd' is neither a role nor a pattern; did you mean embed",
+        "exclude: 'embedd' is neither a role nor a pattern; did you mean embed",
         "rules[0].weights: unknown name 'int9'",
         "calibration.samples: must be at least 1",
     ):
@@ -73,13 +73,13 @@ def test_all_mistakes_at_once_with_nearest_names(tmp_path):
     ("given", "says"),
     [
         ({"weights": 4}, "weights: expected a name, got 4"),
-        ({"keep": "embed"}, "keep: expected a list of names, got 'embed'"),
-        ({"keep": ["embed", 3]}, "keep: expected a list of names"),
+        ({"exclude": "embed"}, "exclude: expected a list of names, got 'embed'"),
+        ({"exclude": ["embed", 3]}, "exclude: expected a list of names"),
         ({"rules": ["ffn.up"]}, "rules: expected a list of rules"),
         ({"rules": [{"match": "ffn.up", "weights": None}]}, "rules[0].weights: expected a name"),
         ({"rules": [{"match": "ffn.up", "solver": None}]}, "rules[0].solver: expected a method"),
-        ({"guard": "int8-row"}, "guard: expected a mapping"),
-        ({"guard": {"above": float("inf")}}, "guard.above: expected a number"),
+        ({"promote": "int8-row"}, "promote: expected a mapping"),
+        ({"promote": {"max_error": float("inf")}}, "promote.max_error: expected a number"),
         ({"allocate": {"budget": True}}, "allocate.budget: expected a number or a size"),
         ({"calibration": {"samples": True}}, "calibration.samples: expected a whole number"),
         ({"solver": {"gptq": {}, "rtn": {}}}, "solver: expected a method name, or one name"),
@@ -124,7 +124,7 @@ def test_plan_resolves_roles_rules_and_fallbacks():
     assert by_role["attn.q"].weight_format == "int4-2l-g64"
     rules = [
         {"match": "ffn.down", "weights": "int8-row"},
-        {"match": "*blocks.1.attn1.to_q", "acts": "none"},
+        {"match": "*blocks.1.attn1.to_q", "activations": "none"},
     ]
     plan = Recipe.load("w4a8", rules=rules).plan(scan)
     assert plan["transformer_blocks.0.ff.net.2"].weight_format == "int8-row"
@@ -186,4 +186,4 @@ def test_activation_groups_that_do_not_divide_the_input_give_way_with_a_note():
 
 def test_knobs_that_belong_to_the_caller_are_not_the_recipes():
     with pytest.raises(RecipeError, match="progress"):
-        Recipe.load("w4a8", refine={"blocks": {"progress": False}})
+        Recipe.load("w4a8", finetune={"blocks": {"progress": False}})

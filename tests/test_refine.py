@@ -50,7 +50,7 @@ def quantized(model, weights, acts="none", only="blocks."):
 def rounded(linear, runtime):
     fmt, w = FORMATS[runtime.weights], linear.weight.detach().float()
     layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, runtime)
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     if ACTIVATION_FORMATS[runtime.acts].static:
         parts["input_scale"] = torch.tensor([[0.03]])
     layer.fill(parts)
@@ -160,9 +160,9 @@ def test_nothing_but_the_parts_is_touched():
     ("weights", "acts", "more"),
     [
         ("int4-g64", "int8-row", {}),
-        ("int8-row", "int8-step", {}),
+        ("int8-row", "int8-static-timestep", {}),
         ("int4-asym-g64", "none", {"rank": 4}),
-        ("nvfp4", "nvfp4", {"permute": True, "turns": 2, "rank": 4}),
+        ("nvfp4", "nvfp4", {"permute": True, "num_rotations": 2, "rank": 4}),
         ("lut4-g64", "int4-g64", {}),
         ("vq-64x2-row", "none", {"rank": 4}),
     ],
@@ -173,16 +173,16 @@ def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
     w = torch.randn(64, 128, generator=g) * 0.05
     order = torch.randperm(128, generator=g) if more.get("permute") else None
     turn = OnlineTransform.of(
-        torch.rand(128, generator=g) + 0.5, signs(128, 0), 64, order, more.get("turns", 1)
+        torch.rand(128, generator=g) + 0.5, signs(128, 0), 64, order, more.get("num_rotations", 1)
     )
     runtime = LayerSpec(weights, acts, 64, True, **more)
     layer = QuantLinear(128, 64, True, runtime, compute_dtype=dtype)
     fmt = FORMATS[weights]
-    parts = fmt.pack(turn.w(w), fmt.fit(turn.w(w)))
+    parts = fmt.pack(turn.w(w), fmt.compute_qparams(turn.w(w)))
     parts["pre_quant_scale"] = turn.scale.reshape(1, -1)
     if order is not None:
-        parts["pre_quant_order"] = order.int().reshape(1, -1)
-    if acts == "int8-step":
+        parts["pre_quant_perm"] = order.int().reshape(1, -1)
+    if acts == "int8-static-timestep":
         parts["input_scale"] = torch.tensor([[0.02]])
         install_clock(nn.Sequential(layer), ())
     if runtime.rank:
@@ -336,7 +336,7 @@ def test_mixed_codewords_become_hard():
 
 def test_static_scales_follow_the_step_of_the_call():
     model = tiny.dit(heads=2)
-    floats = quantized(model, "int4-row", "int8-step")
+    floats = quantized(model, "int4-row", "int8-static-timestep")
     for layer in layers_of(model, "transformer_blocks").values():
         layer.bins = 2
         layer._specs = layer.runtime.tensor_specs(layer._shape, 2)

@@ -30,7 +30,7 @@ from dtq.stages import solve_layer
 
 FEW = [
     "--samples", "4", "--steps", "2", "--set", "calibration.batch=1",
-    "--set", "transform=hadamard", "--set", "compare=[none]",
+    "--set", "transform=hadamard", "--set", "transform_candidates=[none]",
 ]  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_a_folder_is_no_place_for_statistics(float_folder, tmp_path):
 CHANGES = {
     "recipe.solver": ["--set", "solver=search"],
     "recipe.calibration.seed": ["--seed", "5"],
-    "keep": ["--keep", "transformer_blocks.0"],
+    "exclude": ["--keep", "transformer_blocks.0"],
     "dtype": ["--dtype", "bf16"],
 }
 
@@ -272,7 +272,7 @@ def test_units_are_the_same_in_memory_and_in_a_folder(tmp_path):
     states = []
     for work in (TaskStore(), TaskStore(tmp_path)):
         source = load_transformer(tiny.pipeline())
-        recipe = hasty("w4a8", allocate={"budget": 5, "options": ["int4-2l-g64", "int8-row"]})
+        recipe = hasty("w4a8", allocate={"budget": 5, "formats": ["int4-2l-g64", "int8-row"]})
         quantize_sources([source], recipe, progress=False, tasks=work)
         states.append(source.model.state_dict())
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())

@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 POLICY = StepPolicy((300.0, 700.0), ("a16", "native", "a8"))
 TIMES = (999.0, 600.0, 30.0)  # a bin and a mode each
 GRAPHS = 2  # the clock's, which is a hook, and the model's
-FEW = {"calibration": {"samples": 2, "batch": 2, "steps": 4, "bins": 4}}
+FEW = {"calibration": {"samples": 2, "batch_size": 2, "steps": 4, "num_timestep_bins": 4}}
 
 
 def gpu(test):
@@ -53,7 +53,7 @@ def gpu(test):
 
 @functools.cache
 def _quantized(name: str, acts: str, recipe: str) -> nn.Module:
-    return dtq.quantize(tiny.TRANSFORMERS[name](), recipe, acts=acts, progress=False, **FEW)
+    return dtq.quantize(tiny.TRANSFORMERS[name](), recipe, activations=acts, progress=False, **FEW)
 
 
 def quantized(name: str, acts: str = "int8-row", recipe: str = "rtn-w4a8") -> nn.Module:
@@ -95,7 +95,7 @@ def sequential(model, folder):
 
 
 @pytest.mark.parametrize("offload", [block_level, leaf_level, to_disk, sequential])
-@pytest.mark.parametrize("acts", ["int8-row", "int8-step"])
+@pytest.mark.parametrize("acts", ["int8-row", "int8-static-timestep"])
 @pytest.mark.parametrize("name", ["pixart", "sd3", "flux", "wan"])
 def test_offloading_leaves_the_numbers_alone(name, acts, offload, tmp_path):
     model = quantized(name, acts)
@@ -107,7 +107,7 @@ def test_offloading_leaves_the_numbers_alone(name, acts, offload, tmp_path):
 
 
 def test_dit_has_sequential_offload_alone(tmp_path):
-    model = quantized("dit", "int8-step")
+    model = quantized("dit", "int8-static-timestep")
     want = outputs(model, calls("dit"))
     for refused in (block_level, leaf_level, to_disk):
         with pytest.raises(ValueError, match="does not support group offloading"):
@@ -127,7 +127,7 @@ def test_offloading_obeys_the_step_policy(name, tmp_path):
 
 @pytest.mark.parametrize("name", tiny.TRANSFORMERS)
 def test_layerwise_casting_passes_quantized_layers_by(name):
-    model = quantized(name, "int8-step")
+    model = quantized(name, "int8-static-timestep")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     before = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in layers.items()}
     by_class = copy.deepcopy(model)
@@ -155,7 +155,7 @@ def test_layers_that_are_dequantized_are_cast_again():
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 @pytest.mark.parametrize("low_cpu", [False, True])
 def test_offloading_with_a_stream(name, level, low_cpu):
-    model = quantized(name, "int8-step").cuda()
+    model = quantized(name, "int8-static-timestep").cuda()
     inputs = tuple(send_to_device(each, "cuda") for each in calls(name))
     want = outputs(model, inputs)
     model.cpu().enable_group_offload(
@@ -192,7 +192,7 @@ def stepped(request):
     """Makes models that look at the timestep: for static scales, or for a policy too."""
 
     def made(name: str) -> nn.Module:
-        model = quantized(name, "int8-step")
+        model = quantized(name, "int8-static-timestep")
         if request.param is not None:
             install_clock(model, model._dtq_clock.edges.tolist(), request.param)
         return model
@@ -214,7 +214,7 @@ def test_one_compilation_serves_a_trajectory(name, stepped, counter):
 
 def test_one_compilation_serves_a_pipeline(counter):
     pipe = tiny.pipeline()
-    pipe.transformer = quantized("dit", "int8-step")
+    pipe.transformer = quantized("dit", "int8-static-timestep")
     want = tiny.sample(pipe, steps=4)
     pipe.transformer.compile(fullgraph=True, backend=counter)
     assert torch.equal(tiny.sample(pipe, steps=4), want)
@@ -223,7 +223,7 @@ def test_one_compilation_serves_a_pipeline(counter):
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_compiling_repeated_blocks_compiles_each_kind_once(name, counter):
-    model = quantized(name, "int8-step")
+    model = quantized(name, "int8-static-timestep")
     want = outputs(model, calls(name))
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     assert same(outputs(model, calls(name)), want)
@@ -233,7 +233,7 @@ def test_compiling_repeated_blocks_compiles_each_kind_once(name, counter):
 @pytest.mark.slow
 def test_inductor_makes_the_same_picture():
     pipe = dtq.quantize(
-        tiny.pipeline(blocks=1), "rtn-w4a8", acts="int8-step", progress=False, **FEW
+        tiny.pipeline(blocks=1), "rtn-w4a8", activations="int8-static-timestep", progress=False, **FEW
     )
     want = tiny.sample(pipe)
     torch._dynamo.reset()
@@ -329,7 +329,7 @@ def test_caches_skip_what_they_skip_on_the_float_model(name, cache):
     model = tiny.TRANSFORMERS[name]()
     inputs = tuple(dummy_inputs(model, 2, t, seed=1) for t in STEPS)
     want, calls_float, plain = cached(model, inputs, cache)
-    got, calls_quantized, _ = cached(quantized(name, "int8-step"), inputs, cache)
+    got, calls_quantized, _ = cached(quantized(name, "int8-static-timestep"), inputs, cache)
     assert calls_quantized == calls_float < plain
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() / b.norm() < 0.2
@@ -337,7 +337,7 @@ def test_caches_skip_what_they_skip_on_the_float_model(name, cache):
 
 @pytest.mark.parametrize("cache", [first_block, pyramid, faster, taylor, mag])
 def test_without_its_cache_a_model_is_as_before(cache):
-    model = quantized("flux", "int8-step")
+    model = quantized("flux", "int8-static-timestep")
     want = outputs(model, calls("flux"))
     model.enable_cache(cache([0.0])[1])
     model.disable_cache()
@@ -363,7 +363,7 @@ def test_cache_dit_skips_what_it_skips_on_the_float_model(name):
     for recipe in (None, "rtn-w4a8"):
         pipe = make()
         if recipe:
-            dtq.quantize(pipe, recipe, progress=False, last_look=False, **FEW)
+            dtq.quantize(pipe, recipe, progress=False, sanity_check=False, **FEW)
         count = counted(pipe.transformer)
         sample(pipe)
         plain, count[0] = count[0], 0

@@ -24,8 +24,8 @@ from dtq.stages import sanity_check
 
 quantize = importlib.import_module("dtq.api")  # the package has a function of that name
 Q = "transformer_blocks.1.attn1.to_v"
-FEW = {"calibration": {"samples": 4, "batch": 4, "steps": 4, "bins": 4}}
-STATIC = {"acts": "int8-step", "correct_bias": False}
+FEW = {"calibration": {"samples": 4, "batch_size": 4, "steps": 4, "num_timestep_bins": 4}}
+STATIC = {"activations": "int8-static-timestep", "correct_bias": False}
 
 
 def run(pipe, **more):
@@ -39,13 +39,13 @@ def report_of(pipe):
 @pytest.mark.parametrize("recipe", ["rtn-w4a8", "w8a8", "terdit"])
 def test_nothing_changes_when_nothing_is_wrong(recipe, tmp_path):
     folders = []
-    for last_look in (True, False):
+    for sanity_check in (True, False):
         pipe = dtq.quantize(
-            tiny.pipeline(), recipe, refine="none", progress=False, last_look=last_look, **FEW
+            tiny.pipeline(), recipe, finetune="none", progress=False, sanity_check=sanity_check, **FEW
         )
-        folders.append(writer.write(pipe, tmp_path / str(last_look)))
+        folders.append(writer.write(pipe, tmp_path / str(sanity_check)))
         seen = report_of(pipe).sentinel
-        assert bool(seen) == last_look
+        assert bool(seen) == sanity_check
         assert not seen or seen["promoted"] == []
     for file in folders[0].rglob("*"):
         if file.is_file():
@@ -163,7 +163,7 @@ def test_activations_that_explode_at_a_late_step_are_seen(monkeypatch):
         return statistics["x"]
 
     monkeypatch.setattr(quantize, "calibrate_source", early)
-    run(late(tiny.pipeline(), 1.0), last_look=False, **STATIC)
+    run(late(tiny.pipeline(), 1.0), sanity_check=False, **STATIC)
     pipe = run(late(tiny.pipeline(), 50.0), statistics=statistics["x"], **STATIC)
     done = report_of(pipe).sentinel["promoted"]
     assert done
@@ -205,7 +205,7 @@ def test_a_float_model_that_is_broken_itself_is_refused():
     inputs = [dummy_inputs(model, 1, 500.0, 0)]
     words = r"the float model itself .* at step 0 \(timestep 500\).*transformer_blocks.1"
     with pytest.raises(NonFiniteError, match=words):
-        dtq.quantize(model, "rtn-w4a8", inputs=inputs, keep=["transformer_blocks.1*", "head"],
+        dtq.quantize(model, "rtn-w4a8", inputs=inputs, exclude=["transformer_blocks.1*", "head"],
                      progress=False, **FEW)  # fmt: skip
 
 
@@ -231,6 +231,6 @@ def test_the_command_line_switches_it_off(float_folder, tmp_path, monkeypatch):
     assert f"sentinel: {Q} to int8-row" in result.stdout
     assert f"`{Q}`" in (tmp_path / "a" / "README.md").read_text()
     config = json.loads((tmp_path / "a" / "transformer" / "config.json").read_text())
-    assert config["quantization_config"]["layers"][Q]["weights"] == "int8-row"
+    assert config["quantization_config"]["layers"][Q]["weight_format"] == "int8-row"
     result = CliRunner().invoke(main, [*base, "--no-sentinel", "-o", str(tmp_path / "b")])
     assert "sentinel" not in result.stdout

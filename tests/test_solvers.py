@@ -31,29 +31,29 @@ def problem(seed: int = 0, rows: int = 2000, n: int = 48, k: int = K):
     return w, x
 
 
-def objective(w, snapped, gram):
-    d = (snapped - w).double()
-    return float((d @ gram.double() * d).sum())
+def objective(w, w_q, hessian):
+    d = (w_q - w).double()
+    return float((d @ hessian.double() * d).sum())
 
 
-def check_representable(fmt, snapped, params):
-    assert torch.isfinite(snapped).all()
-    assert torch.equal(fmt.snap(snapped, params), snapped)
-    assert torch.equal(fmt.unpack(fmt.pack(snapped, params)), snapped)
+def check_representable(fmt, w_q, params):
+    assert torch.isfinite(w_q).all()
+    assert torch.equal(fmt.fake_quantize(w_q, params), w_q)
+    assert torch.equal(fmt.unpack(fmt.pack(w_q, params)), w_q)
 
 
 @ALL
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gptq_beats_clip_search_beats_rounding(fmt, seed):
     w, x = problem(seed)
-    gram = x[:1500].T @ x[:1500] / 1500
+    hessian = x[:1500].T @ x[:1500] / 1500
     held = x[1500:].T @ x[1500:] / 500
-    result = {name: SOLVERS[name].call(w, fmt, gram) for name in SOLVERS}
-    for snapped, params in result.values():
-        check_representable(fmt, snapped, params)
-    diagonal = {n: objective(w, r, gram.diagonal().diag()) for n, (r, _) in result.items()}
+    result = {name: SOLVERS[name].call(w, fmt, hessian) for name in SOLVERS}
+    for w_q, params in result.values():
+        check_representable(fmt, w_q, params)
+    diagonal = {n: objective(w, r, hessian.diagonal().diag()) for n, (r, _) in result.items()}
     assert diagonal["search"] <= diagonal["rtn"]
-    error = {n: objective(w, r, gram) for n, (r, _) in result.items()}
+    error = {n: objective(w, r, hessian) for n, (r, _) in result.items()}
     # an 8-bit grid is so fine that group scales in bfloat16 decide; fewer must win clearly
     assert error["gptq"] <= error["rtn"] * (0.8 if bits_per_weight(fmt, (1152, 1152)) < 8 else 1.0)
     fresh = {n: objective(w, r, held) for n, (r, _) in result.items()}
@@ -63,12 +63,12 @@ def test_gptq_beats_clip_search_beats_rounding(fmt, seed):
 @ALL
 def test_gptq_without_correlations_is_clip_search(fmt):
     w, x = problem()
-    for gram in (torch.eye(K), x.square().mean(0).diag()):
-        got, want = (SOLVERS[n].call(w, fmt, gram)[0] for n in ("gptq", "search"))
+    for hessian in (torch.eye(K), x.square().mean(0).diag()):
+        got, want = (SOLVERS[n].call(w, fmt, hessian)[0] for n in ("gptq", "search"))
         assert torch.equal(got, want)
     plain = SOLVERS["gptq"].call(w, fmt)[0]
     assert torch.equal(plain, SOLVERS["search"].call(w, fmt)[0])
-    if fmt.learned:  # there is no clip to search: it is the fit
+    if fmt.data_dependent:  # there is no clip to search: it is the fit
         assert torch.equal(plain, SOLVERS["rtn"].call(w, fmt)[0])
     else:
         unclipped = SOLVERS["gptq"].call(w, fmt, torch.eye(K), clip=False)[0]
@@ -79,27 +79,27 @@ def test_gptq_without_data_factors_nothing(monkeypatch):
     # of (15360, 15360) it is 1.9 GB
     monkeypatch.setattr(sys.modules["dtq.solvers.gptq"], "_inverse_factor", None)
     w, _ = problem()
-    snapped, _ = SOLVERS["gptq"].call(w, FORMATS["int4-g64"])
-    assert torch.equal(snapped, SOLVERS["search"].call(w, FORMATS["int4-g64"])[0])
+    w_q, _ = SOLVERS["gptq"].call(w, FORMATS["int4-g64"])
+    assert torch.equal(w_q, SOLVERS["search"].call(w, FORMATS["int4-g64"])[0])
 
 
 def test_gptq_factors_once_for_weights_that_read_the_same(monkeypatch):
     w, x = problem()
-    gram, factors, fmt = x.T @ x / len(x), {}, FORMATS["int4-g64"]
-    want = [SOLVERS["gptq"].call(some, fmt, gram)[0] for some in (w, w[:9])]
-    assert torch.equal(SOLVERS["gptq"].call(w, fmt, gram, factors=factors)[0], want[0])
+    hessian, factors, fmt = x.T @ x / len(x), {}, FORMATS["int4-g64"]
+    want = [SOLVERS["gptq"].call(some, fmt, hessian)[0] for some in (w, w[:9])]
+    assert torch.equal(SOLVERS["gptq"].call(w, fmt, hessian, factors=factors)[0], want[0])
     monkeypatch.setattr(sys.modules["dtq.solvers.gptq"], "_inverse_factor", None)
-    assert torch.equal(SOLVERS["gptq"].call(w[:9], fmt, gram, factors=factors)[0], want[1])
+    assert torch.equal(SOLVERS["gptq"].call(w[:9], fmt, hessian, factors=factors)[0], want[1])
 
 
 @pytest.mark.parametrize("name", ["int4-asym-g64", "e2m1-row", "nvfp4"])
 def test_gptq_with_clip_beats_gptq_without(name):
     w, x = problem(3)
-    gram = x.T @ x / len(x)
+    hessian = x.T @ x / len(x)
     plain, clipped = (
-        SOLVERS["gptq"].call(w, FORMATS[name], gram, clip=c)[0] for c in (False, True)
+        SOLVERS["gptq"].call(w, FORMATS[name], hessian, clip=c)[0] for c in (False, True)
     )
-    assert objective(w, clipped, gram) < objective(w, plain, gram)
+    assert objective(w, clipped, hessian) < objective(w, plain, hessian)
 
 
 @pytest.mark.parametrize(
@@ -117,21 +117,21 @@ def test_gptq_with_clip_beats_gptq_without(name):
 def test_gptq_at_widths_that_blocks_do_not_divide(name, n, k):
     """2240 is 17.5 blocks of 128; rows are odd."""
     w, x = problem(0, rows=300, n=n, k=k)
-    gram = x.T @ x / len(x)
+    hessian = x.T @ x / len(x)
     fmt = FORMATS[name]
-    fmt.layout(w.shape)
-    snapped, params = SOLVERS["gptq"].call(w, fmt, gram)
-    check_representable(fmt, snapped, params)
-    assert objective(w, snapped, gram) < objective(w, SOLVERS["rtn"].call(w, fmt)[0], gram)
+    fmt.tensor_specs(w.shape)
+    w_q, params = SOLVERS["gptq"].call(w, fmt, hessian)
+    check_representable(fmt, w_q, params)
+    assert objective(w, w_q, hessian) < objective(w, SOLVERS["rtn"].call(w, fmt)[0], hessian)
 
 
 @SOME
 @pytest.mark.parametrize("block", [16, 96, 1000])
 def test_blocks_change_rounding_errors_only(name, block):
     w, x = problem()
-    gram = x.T @ x / len(x)
+    hessian = x.T @ x / len(x)
     whole, parts = (
-        objective(w, SOLVERS["gptq"].call(w, FORMATS[name], gram, block=b)[0], gram)
+        objective(w, SOLVERS["gptq"].call(w, FORMATS[name], hessian, block=b)[0], hessian)
         for b in (128, block)
     )
     assert parts == pytest.approx(whole, rel=0.02)
@@ -144,22 +144,22 @@ def test_gptq_survives_singular_moments_and_dead_inputs(name):
     x[:, 7] = 0
     x[:, 64:128] = 0  # a whole group
     fmt = FORMATS[name]
-    gram = x.T @ x / 40
-    snapped, params = SOLVERS["gptq"].call(w, fmt, gram)
-    check_representable(fmt, snapped, params)
-    assert objective(w, snapped, gram) < objective(w, SOLVERS["rtn"].call(w, fmt)[0], gram)
+    hessian = x.T @ x / 40
+    w_q, params = SOLVERS["gptq"].call(w, fmt, hessian)
+    check_representable(fmt, w_q, params)
+    assert objective(w, w_q, hessian) < objective(w, SOLVERS["rtn"].call(w, fmt)[0], hessian)
     dead, _ = SOLVERS["gptq"].call(w, fmt, torch.zeros(K, K))
     assert torch.isfinite(dead).all()
 
 
 def test_damping_is_raised_until_the_moment_factors(caplog):
     w, x = problem(0, rows=40)
-    gram = x.T @ x / 40
-    gram = gram - 0.02 * gram.diagonal().mean() * torch.eye(K)  # slightly indefinite
+    hessian = x.T @ x / 40
+    hessian = hessian - 0.02 * hessian.diagonal().mean() * torch.eye(K)  # slightly indefinite
     with caplog.at_level(logging.INFO, "dtq"):
-        snapped, _ = SOLVERS["gptq"].call(w, FORMATS["int4-g64"], gram)
+        w_q, _ = SOLVERS["gptq"].call(w, FORMATS["int4-g64"], hessian)
     assert "damping raised" in caplog.text
-    assert torch.isfinite(snapped).all()
+    assert torch.isfinite(w_q).all()
     no_moment = torch.eye(K) - 1e6 * (1 - torch.eye(K))
     with pytest.raises(InputError, match="not positive definite"):
         SOLVERS["gptq"].call(w, FORMATS["int4-g64"], no_moment)
@@ -169,17 +169,19 @@ def test_nvfp4_keeps_the_scale_of_the_matrix():
     w, x = problem()
     for name in ("nvfp4", "nvfp4-46"):
         _, params = SOLVERS["gptq"].call(w, FORMATS[name], x.T @ x / len(x))
-        assert torch.equal(params["weight_scale_2"], FORMATS[name].fit(w)["weight_scale_2"])
+        assert torch.equal(
+            params["weight_scale_2"], FORMATS[name].compute_qparams(w)["weight_scale_2"]
+        )
 
 
 def test_vectors_are_snapped_together():
     """Every vector of the result is a word, chosen with the repairs that its columns had got."""
     w, x = problem()
     fmt = FORMATS["vq-256x4"]
-    snapped, params = SOLVERS["gptq"].call(w, fmt, x.T @ x / len(x))
+    w_q, params = SOLVERS["gptq"].call(w, fmt, x.T @ x / len(x))
     words = {tuple(word) for word in params["weight_lut"].float().tolist()}
-    assert {tuple(v) for v in snapped.reshape(-1, 4).tolist()} <= words
-    assert not torch.equal(snapped, fmt.snap(w, params))
+    assert {tuple(v) for v in w_q.reshape(-1, 4).tolist()} <= words
+    assert not torch.equal(w_q, fmt.fake_quantize(w, params))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -192,27 +194,27 @@ def test_numbers_that_are_not_finite_are_refused(solver, bad):
         SOLVERS[solver].call(broken, FORMATS["int4-row"], torch.eye(K))
     if solver == "rtn":  # it does not look at the input
         return
-    gram = torch.eye(K)
-    gram[3, 3] = bad
+    hessian = torch.eye(K)
+    hessian[3, 3] = bad
     with pytest.raises(InputError, match="calibration saw of the input has 1 entries"):
-        SOLVERS[solver].call(w, FORMATS["int4-row"], gram)
+        SOLVERS[solver].call(w, FORMATS["int4-row"], hessian)
 
 
 def test_a_wide_factor_repairs_as_much_as_a_narrow_one(monkeypatch):
     gptq, (w, x) = sys.modules["dtq.solvers.gptq"], problem(7)
     x = x * torch.where(torch.arange(K) % 50 == 0, 100.0, 1.0)
-    gram, fmt = x.T @ x / len(x), FORMATS["int4-2l-g64"]
-    narrow = objective(w, SOLVERS["gptq"].call(w, fmt, gram)[0], gram)
+    hessian, fmt = x.T @ x / len(x), FORMATS["int4-2l-g64"]
+    narrow = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
     monkeypatch.setattr(gptq, "_WIDE", K - 1)
     made = []
     factor = gptq._factor
     monkeypatch.setattr(gptq, "_factor", lambda *a: made.append(a[-1]) or factor(*a))
-    wide = objective(w, SOLVERS["gptq"].call(w, fmt, gram)[0], gram)
+    wide = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
     assert made == [torch.float32]
     assert wide == pytest.approx(narrow, rel=0.02)
     # what float32 cannot factor float64 can, without more damping
     monkeypatch.setattr(
         gptq, "_factor", lambda h, s, d: factor(h, s, d) if d.itemsize > 4 else None
     )
-    again = objective(w, SOLVERS["gptq"].call(w, fmt, gram)[0], gram)
+    again = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
     assert again == pytest.approx(narrow, rel=1e-6)

@@ -20,7 +20,7 @@ from dtq.calibrate.observers import (
 from dtq.errors import CheckpointError, InputError
 
 K, BINS = 24, 4
-ALL = frozenset({"channels", "gram", "reservoir"})
+ALL = frozenset({"channels", "hessian", "sample"})
 
 
 def calls(count=12, rows=64):
@@ -68,30 +68,30 @@ def test_channels_are_what_numpy_would_say():
 
 def test_gram_of_all_rows_is_exact():
     every = calls()
-    gram = HessianObserver(K, per_call=1000)
+    hessian = HessianObserver(K, per_call=1000)
     for x, origin in every:
-        gram.observe(x, origin)
+        hessian.observe(x, origin)
     rows = torch.cat([x for x, _ in every])
     torch.testing.assert_close(
-        gram.second_moment(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
+        hessian.second_moment(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
     )
 
 
 def test_gram_takes_at_most_its_share_of_a_call():
-    gram = HessianObserver(K, per_call=10)
+    hessian = HessianObserver(K, per_call=10)
     for x, origin in calls():
-        gram.observe(x, origin)
-    assert 60 <= int(gram.count) <= 120
+        hessian.observe(x, origin)
+    assert 60 <= int(hessian.count) <= 120
 
 
 def test_reservoir_is_bounded_and_stratified():
     reservoir = InputSample(K, BINS, capacity=80)
     for x, origin in calls(40):
-        reservoir.observe(x, origin)
-    counts = torch.bincount(reservoir.stratum, minlength=2 * BINS)
+        sample.observe(x, origin)
+    counts = torch.bincount(sample.stratum, minlength=2 * BINS)
     assert counts.tolist() == [10] * (2 * BINS)
     everything = torch.cat([x for x, _ in calls(40)])
-    assert all((everything == row).all(1).any() for row in reservoir.rows)
+    assert all((everything == row).all(1).any() for row in sample.rows)
 
 
 def test_statistics_survive_the_file(tmp_path):

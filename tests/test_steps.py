@@ -22,12 +22,12 @@ from dtq.plan.step_policy import StepPolicy
 from dtq.recipe.resolve import Recipe
 
 STEPS = {"modes": ["native", "a8"], "cost": 0.5, "ranges": 4, "calls": 1}
-COARSE = {"acts": "int4-row", "transform": "hadamard", "solver": "rtn", "guard": {"to": ""}}
+COARSE = {"activations": "int4-row", "transform": "hadamard", "solver": "rtn", "promote": {"to": ""}}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return dtq.quantize(tiny.pipeline(), "w4a8", progress=False, steps=STEPS, **COARSE, **QUICK)
+    return dtq.quantize(tiny.pipeline(), "w4a8", progress=False, step_policy=STEPS, **COARSE, **QUICK)
 
 
 def run(model, t: float) -> torch.Tensor:
@@ -89,7 +89,9 @@ def test_no_step_compiles_a_new_graph(pipe):
 def test_a16_is_the_layer_without_activation_rounding():
     model = dtq.quantize(tiny.dit(), "w4a8", progress=False, **COARSE, **QUICK)
     install_clock(model, (), StepPolicy((), ("a16",)))
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.activation_format != "none"]
+    layers = [
+        m for m in model.modules() if isinstance(m, QuantLinear) and m.activation_format != "none"
+    ]
     x = torch.randn(5, layers[0].in_features)
     with torch.no_grad():
         want = x @ layers[0].dequantize().T + layers[0].bias
@@ -135,4 +137,4 @@ def test_a_damaged_policy_is_refused(change, says):
 
 def test_unknown_modes_are_refused_in_the_recipe():
     with pytest.raises(RecipeError, match="a9"):
-        Recipe.load("w4a8", steps={"modes": ["a9"]})
+        Recipe.load("w4a8", step_policy={"precisions": ["a9"]})

@@ -53,8 +53,8 @@ def test_everyone_hears_what_the_first_says():
         return [team.tell({"turn": turn} if team.leads else None) for turn in range(20)]
 
     _, said = run(do, size=3)
-    turns = [{"turn": turn} for turn in range(20)]
-    assert answers(said, 3) == {0: turns, 1: turns, 2: turns}
+    num_rotations = [{"turn": turn} for turn in range(20)]
+    assert answers(said, 3) == {0: num_rotations, 1: num_rotations, 2: num_rotations}
 
 
 def test_a_second_command_of_the_same_processes_waits_too():

@@ -28,7 +28,7 @@ def salient(rows: int = 2048, seed: int = 0) -> torch.Tensor:
 
 
 def stats_of(x: torch.Tensor, bins: int = 4) -> InputStats:
-    stats = InputStats(x.shape[1], bins, frozenset({"channels", "gram", "reservoir"}))
+    stats = InputStats(x.shape[1], bins, frozenset({"channels", "hessian", "sample"}))
     for call, chunk in enumerate(x.split(256)):
         stats.observe(
             chunk, SampleOrigin(call % bins, call, torch.zeros(len(chunk), dtype=torch.int64))
@@ -59,7 +59,7 @@ def test_a_transform_cancels_and_carries_the_second_moment(name):
     g = torch.Generator().manual_seed(2)
     x, w = torch.randn(50, K, generator=g).double(), torch.randn(30, K, generator=g).double()
     torch.testing.assert_close(t.x(x) @ t.w(w).T, x @ w.T, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(t.gram(x.T @ x), t.x(x).T @ t.x(x), rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(t.hessian(x.T @ x), t.x(x).T @ t.x(x), rtol=1e-10, atol=1e-9)
 
 
 def test_rows_that_read_the_changed_input_read_the_raw_one():

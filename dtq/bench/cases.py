@@ -121,7 +121,7 @@ def quantized(layer: nn.Linear, weights: str, acts: str = "int8-row") -> QuantLi
     new = QuantLinear.in_place_of(
         layer, LayerSpec(weights, acts, block, True), compute_dtype=torch.bfloat16
     )
-    parts = fmt.pack(w, fmt.fit(w))
+    parts = fmt.pack(w, fmt.compute_qparams(w))
     parts["pre_quant_scale"] = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
     new.fill(parts)
     if layer.bias is not None:

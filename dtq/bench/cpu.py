@@ -89,7 +89,10 @@ class Result:
 
 
 def gemm(
-    *, quick: bool = False, rounds: int = 15, progress: Callable[[list[BenchRow]], None] | None = None
+    *,
+    quick: bool = False,
+    rounds: int = 15,
+    progress: Callable[[list[BenchRow]], None] | None = None,
 ) -> Result:
     """Whole linears, bfloat16 in to bfloat16 out."""
     rows: list[BenchRow] = []
@@ -106,7 +109,10 @@ def gemm(
 
 
 def e2e(
-    *, quick: bool = False, rounds: int = 15, progress: Callable[[list[BenchRow]], None] | None = None
+    *,
+    quick: bool = False,
+    rounds: int = 15,
+    progress: Callable[[list[BenchRow]], None] | None = None,
 ) -> Result:
     """One denoising step of models of the shapes of DiT-XL/2, PixArt and FLUX, and the demo."""
     rows: list[BenchRow] = []

@@ -69,7 +69,7 @@ def _parts_in(path: Path) -> int:
     if not path.exists():
         return 0
     try:
-        return int(store.load(path).about["parts"])
+        return int(store.load(path).about["num_shards"])
     except CheckpointError:
         path.unlink()  # what a crash of the whole machine left; seen again
         return 0
@@ -86,4 +86,4 @@ def _add(path: Path, seen: Statistics, place: int) -> None:
             site.merge(sites.pop(name))
             sites[name] = site
         about = {**about, "calls": before.about["calls"] + about["calls"]}
-    store.save(Statistics(sites, seen.edges, {**about, "parts": place + 1}), path)
+    store.save(Statistics(sites, seen.edges, {**about, "num_shards": place + 1}), path)

@@ -129,7 +129,7 @@ def calibrate(
         else:
             total.merge(seen)
     assert total is not None
-    total.about["parts"] = len(parts)
+    total.about["num_shards"] = len(parts)
     return fill_from_sibling_experts(total)
 
 
@@ -174,7 +174,7 @@ def collect_shard(
         "model": type(loaded.model).__name__,
         "origin": runs.origin,
         "calls": watch.calls,
-        **{k: getattr(settings, k) for k in ("set", "samples", "steps", "guidance", "seed")},
+        **{k: getattr(settings, k) for k in ("prompts", "samples", "steps", "guidance", "seed")},
     }
     return Statistics(watch.stats, tuple(watch.edges), about)
 

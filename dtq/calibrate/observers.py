@@ -104,32 +104,32 @@ class HessianObserver:
     """Second moment: the sum of ``rows.T @ rows`` over a sample of rows, and how many.
 
     At most ``per_call`` rows of a call count, evenly spaced, so the cost stays below that of the
-    layer itself. Tensors: ``gram`` float32 (K, K), ``count`` int64 (1,).
+    layer itself. Tensors: ``hessian`` float32 (K, K), ``count`` int64 (1,).
     """
 
     def __init__(self, columns: int, per_call: int = HESSIAN_ROWS) -> None:
         self.per_call = per_call
-        self.gram = torch.zeros(columns, columns)
+        self.hessian = torch.zeros(columns, columns)
         self.count = torch.zeros(1, dtype=torch.int64)
 
     def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
         sample = rows[_spread(len(rows), self.per_call, origin.call)].float()
-        self.gram = self.gram.to(rows.device).addmm_(sample.T, sample)
+        self.hessian = self.hessian.to(rows.device).addmm_(sample.T, sample)
         self.count += len(sample)
 
     def merge(self, other: Self) -> None:
-        self.gram = self.gram + other.gram.to(self.gram)
+        self.hessian = self.hessian + other.hessian.to(self.hessian)
         self.count = self.count + other.count
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"gram": self.gram.cpu(), "count": self.count}
+        return {"hessian": self.hessian.cpu(), "count": self.count}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.gram, self.count = tensors["gram"], tensors["count"]
+        self.hessian, self.count = tensors["hessian"], tensors["count"]
 
     def second_moment(self) -> Tensor:
         """E[x^T x], float32 (K, K)."""
-        return self.gram / self.count.clamp(min=1).to(self.gram)
+        return self.hessian / self.count.clamp(min=1).to(self.hessian)
 
 
 class InputSample:
@@ -159,10 +159,10 @@ class InputSample:
         self._add(other.rows, other.key, other.stratum)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"sample": self.rows, "key": self.key, "stratum": self.stratum}
+        return {"rows": self.rows, "key": self.key, "stratum": self.stratum}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.rows, self.key, self.stratum = (tensors[k] for k in ("sample", "key", "stratum"))
+        self.rows, self.key, self.stratum = (tensors[k] for k in ("rows", "key", "stratum"))
 
     def _add(self, rows: Tensor, key: Tensor, stratum: Tensor) -> None:
         key, stratum = torch.cat([self.key, key]), torch.cat([self.stratum, stratum])
@@ -171,7 +171,7 @@ class InputSample:
         self.key, self.stratum = key[keep], stratum[keep]
 
 
-OBSERVERS = {"channels": ChannelStats, "gram": HessianObserver, "reservoir": InputSample}
+OBSERVERS = {"channels": ChannelStats, "hessian": HessianObserver, "sample": InputSample}
 """What a site can remember, by the name that methods ask for it."""
 
 
@@ -181,15 +181,15 @@ class InputStats:
     def __init__(self, columns: int, bins: int, wanted: frozenset[str]) -> None:
         self.columns, self.bins = columns, bins
         self.channels = ChannelStats(columns, bins)
-        self.gram = HessianObserver(columns) if "gram" in wanted else None
-        self.sample = InputSample(columns, bins) if "reservoir" in wanted else None
+        self.hessian = HessianObserver(columns) if "hessian" in wanted else None
+        self.sample = InputSample(columns, bins) if "sample" in wanted else None
 
     @staticmethod
     def nbytes(columns: int, bins: int, wanted: frozenset[str]) -> int:
         """What a site takes in memory when all is seen."""
-        rows = max(256, min(4096, 2**22 // columns)) if "reservoir" in wanted else 0
-        gram = columns**2 if "gram" in wanted else 0
-        return 4 * (gram + rows * columns) + 24 * bins * columns
+        rows = max(256, min(4096, 2**22 // columns)) if "sample" in wanted else 0
+        hessian = columns**2 if "hessian" in wanted else 0
+        return 4 * (hessian + rows * columns) + 24 * bins * columns
 
     def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
         """Take in float rows (R, K) of any float dtype; rows are read as float32."""
@@ -222,7 +222,7 @@ class InputStats:
         return stats
 
     def _stats(self) -> dict[str, ChannelStats | HessianObserver | InputSample]:
-        every = {"channels": self.channels, "gram": self.gram, "reservoir": self.sample}
+        every = {"channels": self.channels, "hessian": self.hessian, "sample": self.sample}
         return {name: stat for name, stat in every.items() if stat is not None}
 
 

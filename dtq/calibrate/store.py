@@ -118,7 +118,7 @@ def _checked_sites(path: Path, file: Any, metadata: Mapping[str, str]) -> list[s
                 f"{path}: {site}: statistics are missing; run dtq calibrate again"
             )
         columns = (*parts["channels.low"][1], 0, 0)[1]
-        rows = (*parts.get("reservoir.sample", ("", ()))[1], 0)[0]
+        rows = (*parts.get("sample.rows", ("", ()))[1], 0)[0]
         sizes = {"B": bins, "K": columns, "R": rows, "1": 1}
         for part, (dtype, shape) in parts.items():
             _, wanted, axes = _PARTS[part]
@@ -137,11 +137,11 @@ _PARTS = {
     "channels.total": ("channels", "F64", "BK"),
     "channels.square": ("channels", "F64", "BK"),
     "channels.rows": ("channels", "I64", "B"),
-    "gram.gram": ("gram", "F32", "KK"),
-    "gram.count": ("gram", "I64", "1"),
-    "reservoir.sample": ("reservoir", "F32", "RK"),
-    "reservoir.key": ("reservoir", "I64", "R"),
-    "reservoir.stratum": ("reservoir", "I64", "R"),
+    "hessian.hessian": ("hessian", "F32", "KK"),
+    "hessian.count": ("hessian", "I64", "1"),
+    "sample.rows": ("sample", "F32", "RK"),
+    "sample.key": ("sample", "I64", "R"),
+    "sample.stratum": ("sample", "I64", "R"),
 }
 """Tensors of a site: the statistic, dtype and axes: B bins, K channels, R sampled rows."""
 
@@ -164,8 +164,8 @@ class _OnDisk(Mapping[str, InputStats]):
     def _check(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Values that are counts or places; what is measured is judged where it is used."""
         bins, _ = tensors["channels.low"].shape
-        limits = {"channels.rows": 2**62, "gram.count": 2**62, "reservoir.key": 2**31}
-        limits["reservoir.stratum"] = 2 * bins
+        limits = {"channels.rows": 2**62, "hessian.count": 2**62, "sample.key": 2**31}
+        limits["sample.stratum"] = 2 * bins
         for part, most in limits.items():
             values = tensors.get(part)
             if values is not None and bool(((values < 0) | (values >= most)).any()):

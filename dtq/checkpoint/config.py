@@ -12,7 +12,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from dtq.errors import CheckpointError, InputError
 from dtq.plan.layers import CheckpointSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the checkpoint format; a loader refuses newer ones."""
 
 

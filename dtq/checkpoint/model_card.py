@@ -111,6 +111,6 @@ def _measured(report: dict[str, Any]) -> list[str]:
             f"- relative squared error of a layer's output: {mean:.1e} in the geometric mean, "
             f"{errors[worst]:.1e} at worst (`{worst}`)"
         )
-    for x in report.get("sentinel", {}).get("promoted", []):
+    for x in report.get("sanity_check", {}).get("promoted", []):
         lines.append(f"- promoted to {x['to']} in the last look: `{x['layer']}`, {x['why']}")
     return lines

@@ -50,8 +50,8 @@ def inspected(folder: Path) -> dict[str, Any]:
         {
             "name": name,
             "shape": [m.out_features, m.in_features],
-            "weights": m.weight_format,
-            "acts": m.activation_format,
+            "weight_format": m.weight_format,
+            "activation_format": m.activation_format,
             "hadamard": m.problem.hadamard_block,
             "bits": 8
             * sum(s.nbytes for s in m.tensor_specs().values())
@@ -72,13 +72,13 @@ def print_inspected(folder: str, data: dict[str, Any], kernels: bool) -> None:
         f"{folder}: recipe {data['recipe']}, {len(rows)} quantized linears, {size(data['bytes'])}, checksums good"
     )
     table(
-        ("layer", "N x K", "weights", "acts", "bits", "kernel"),
+        ("layer", "N x K", "weights", "activations", "bits", "kernel"),
         [
             (
                 r["name"],
                 "x".join(map(str, r["shape"])),
-                r["weights"],
-                r["acts"],
+                r["weight_format"],
+                r["activation_format"],
                 f"{r['bits']:.2f}",
                 r["kernel"],
             )
@@ -103,7 +103,7 @@ def print_kernels(rows: Sequence[dict[str, Any]]) -> None:
 def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
     rows = []
     for x in plan.layers:
-        how = "kept" if x.unquantized else f"{x.transform.name}, {x.solver.name}"
+        how = "unquantized" if x.unquantized else f"{x.transform.name}, {x.solver.name}"
         bits = "" if x.unquantized else f"{x.bits(plan.bins):.2f}"
         rows.append(
             (
@@ -117,7 +117,7 @@ def print_plan(plan: Plan, cost: Estimate, scan: Scan, chosen: Recipe) -> None:
                 x.note,
             )
         )
-    table(("layer", "role", "N x K", "weights", "acts", "bits", "how", "note"), rows)
+    table(("layer", "role", "N x K", "weights", "activations", "bits", "method", "note"), rows)
     modulation = [x for x in plan.quantized() if x.role == "adaln"]
     click.echo()
     if not scan.traced:

@@ -114,7 +114,7 @@ def quantize(
             progress=team.is_main and not as_json,
             tasks=run.tasks,
             memory=run.memory,
-            last_look=sentinel,
+            sanity_check=sentinel,
         )
         if not team.is_main:
             return

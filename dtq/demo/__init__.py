@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-FOLDERS = {"demo": "pipeline", "demo-hard": "pipeline", "demo-video": "video"}
-"""``demo-hard`` is ``demo`` with activation outliers, made on the fly by ``dtq.demo.outliers``."""
+FOLDERS = {"demo": "pipeline", "demo-outliers": "pipeline", "demo-video": "video"}
+"""``demo-outliers`` is ``demo`` with activation outliers, made on the fly by ``dtq.demo.outliers``."""
 
 
 def folder(name: str = "demo") -> Path:

@@ -6,7 +6,7 @@ Small models lack the activation outliers that make diffusion transformers hard 
 re-parameterisation: channels of the modulated input of q, k, v and of the feed-forward are scaled
 up in the modulation linear and down in the consumers; channels of v up, and of the attention
 output projection down. In float32 the model computes what it did before. Use it to stress a
-recipe: ``dtq quantize demo-hard``, or ``dtq.harden(model)`` on your own.
+recipe: ``dtq quantize demo-outliers``, or ``dtq.inject_outliers(model)`` on your own.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def seconds(
         room = memory or psutil.virtual_memory().available // 2
         passes = len(memory_batches(sites, recipe.calibration.num_timestep_bins, needs, room))
         total += passes * runs.calls * forward(runs.pictures)
-        if "gram" in needs:
+        if "hessian" in needs:
             counted = runs.calls * min(HESSIAN_ROWS, runs.pictures * _rows(scan))
             total += counted * sum(2 * s.columns**2 for s in sites) / rate
     sampled = runs.calls * runs.pictures * _rows(scan)
@@ -151,7 +151,7 @@ def _solving(
     known = paces(layers, recipe, needs, rate, sampled)
     readers = {x.name: len(s.linears) for s in scan.input_groups for x in s.linears}
     return sum(
-        known[kind(x)].seconds(x.shape, rate, "gram" in needs, readers[x.name]) for x in layers
+        known[kind(x)].seconds(x.shape, rate, "hessian" in needs, readers[x.name]) for x in layers
     )
 
 

@@ -152,7 +152,7 @@ def peak_memory(
         statistics += seen
         # the weights of the site, and what is made of one of them on the way to its codes
         solving = 4 * sum(counts) + COPIES * 4 * max(counts) + seen
-        if "gram" in needs:  # it is rotated in float32, and factored
+        if "hessian" in needs:  # it is rotated in float32, and factored
             solving += 2 * 4 * site.columns**2 + factor_cost(site.columns)[0]
         working = max(working, solving)
     floats: Counter[str] = Counter()

@@ -59,20 +59,22 @@ class Pace:
     judged: bool = True
     sampled: float = math.inf
 
-    def seconds(self, shape: tuple[int, int], rate: float, gram: bool, readers: int = 1) -> float:
+    def seconds(
+        self, shape: tuple[int, int], rate: float, hessian: bool, readers: int = 1
+    ) -> float:
         """For a linear (N, K).
 
         Args:
             shape: (N, K).
             rate: float32 operations a second.
-            gram: whether there are second moments, so GPTQ's products.
+            hessian: whether there are second moments, so GPTQ's products.
             readers: linears that share its input.
         """
         n, k = shape
         choose = self.chosen * k * (min(self.rows, self.sampled) + min(n, self.outputs))
         solve = self.column * k + self.weight * n * k
         if self.judged:
-            solve += _products(n, k, rate, gram, readers, self.sampled)
+            solve += _products(n, k, rate, hessian, readers, self.sampled)
         return choose + self.tries * solve
 
 
@@ -140,10 +142,10 @@ def _measured(layer: LayerPlan, recipe: Recipe, needs: frozenset[str], rate: flo
     for n in (few, many):
         work = partial(solve_input_group, members[n], weights[n], alone, stats, recipe)
         spent = min(_timed(work)[1] for _ in range(2))
-        solved[n] = max(0.0, spent - _products(n, _COLUMNS, rate, "gram" in needs))
+        solved[n] = max(0.0, spent - _products(n, _COLUMNS, rate, "hessian" in needs))
     weight = max(0.0, (solved[many] - solved[few]) / ((many - few) * _COLUMNS))
     column = max(0.0, solved[few] / _COLUMNS - weight * few)
-    return Pace(chosen, rows, outputs, column, weight, 1 + len(choice.rivals))
+    return Pace(chosen, rows, outputs, column, weight, 1 + len(choice.runner_ups))
 
 
 def _sampled(transform: MethodSpec) -> tuple[int, float]:
@@ -164,12 +166,12 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _products(
-    n: int, k: int, rate: float, gram: bool, readers: int = 1, sampled: float = math.inf
+    n: int, k: int, rate: float, hessian: bool, readers: int = 1, sampled: float = math.inf
 ) -> float:
     """Seconds of what grows faster than the weight: errors on sampled rows; factors and repairs."""
     rows = min(InputSample(k, 1).per_stratum * 2, sampled)
     flops = 4.0 * rows * n * k
-    if gram:
+    if hessian:
         flops += 2.0 * n * k * k + factor_cost(k)[1] / readers
     return flops / rate
 

@@ -89,7 +89,7 @@ class Evaluation:
             "conditions": self.conditions,
             "fid_real_float": self.fid_real_float,
             "rows": [asdict(row) for row in self.rows],
-            "figures": requested_metrics.to_json(self.metrics),
+            "metrics": requested_metrics.to_json(self.metrics),
         }
 
 

@@ -57,7 +57,11 @@ def one_is_as_several(
     """
     alone, together = (
         trajectory.record(
-            reference.pipeline, reference.models(), requests, replace(settings, batch_size=n), range(1)
+            reference.pipeline,
+            reference.models(),
+            requests,
+            replace(settings, batch_size=n),
+            range(1),
         )
         for n in (1, 2)
     )
@@ -218,7 +222,7 @@ def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
 
 def _conditions(settings: SamplingSettings, requests: prompts.Requests) -> dict[str, Any]:
     return {
-        "set": requests.name,
+        "prompts": requests.name,
         "samples": len(requests.entries),
         "steps": settings.steps or "pipeline default",
         "guidance": settings.guidance or "pipeline default",
@@ -241,8 +245,9 @@ def _job(
     return ({"calls": calls} if len(calls) > 1 else {}) | {
         "steps": truth.steps(),
         "sampler": type(scheduler).__name__,
-        "arguments": settings.pipeline_args | ({"images": settings.images} if settings.images else {}),
-        "batch": settings.batch_size,
+        "pipeline_args": settings.pipeline_args
+        | ({"images": settings.images} if settings.images else {}),
+        "batch_size": settings.batch_size,
         "dtype": str(reference.dtype).removeprefix("torch."),
         "dtq": __version__,
         "hardware": hardware(candidate.model),

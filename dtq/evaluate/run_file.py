@@ -15,10 +15,10 @@ from dtq.io.safe_parse import LARGEST_JSON, finite_or_null, parse_json, read_tex
 FORMAT = 1
 """Version of the run file; a gate refuses newer ones."""
 
-JOB = ("set", "steps", "sampler", "guidance", "seed", "arguments", "dtype")
+JOB = ("prompts", "steps", "sampler", "guidance", "seed", "pipeline_args", "dtype")
 """Conditions without which two runs are not the same job."""
 
-PLACE = ("hardware", "torch", "dtq", "recipe", "batch")
+PLACE = ("hardware", "torch", "dtq", "recipe", "batch_size")
 """Conditions that a policy may ask to be the same."""
 
 Value = float | list[float]

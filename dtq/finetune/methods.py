@@ -101,7 +101,9 @@ def vq4dit(
     """
     if candidates < 2:
         raise InputError(f"vq4dit: candidates must be at least 2, is {candidates}")
-    how = FinetuneConfig("vq4dit", steps, lr, lr_other, clip, seed, candidates, lr_logits, ratio_penalty)
+    how = FinetuneConfig(
+        "vq4dit", steps, lr, lr_other, clip, seed, candidates, lr_logits, ratio_penalty
+    )
     return _finetune(model, floats, calls, how, progress, save)
 
 

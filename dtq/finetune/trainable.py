@@ -80,7 +80,7 @@ class TrainableLinear(nn.Linear):
         fmt = self.layer.problem.weight_format
         parts = {
             n: self.layer.packed_tensor(n)
-            for n in fmt.layout((self.out_features, self.in_features))
+            for n in fmt.tensor_specs((self.out_features, self.in_features))
         }
         return fmt.unpack(parts | {n: self.now(n) for n in parts if n in self.moves})
 

@@ -2,7 +2,7 @@
 """How activations are kept between the quantize step and the product: ``ACTS``.
 
 A row is a token. Every dynamic format takes its scales from the token itself, so no token depends
-on the rest of its batch (ViDiT-Q, 2406.02540, sec. 3.2). ``int8-step`` reads one scale per layer
+on the rest of its batch (ViDiT-Q, 2406.02540, sec. 3.2). ``int8-static-timestep`` reads one scale per layer
 and timestep bin from the file, ``int8-static`` one per layer. ``none`` leaves activations in the
 compute dtype (weight-only).
 """
@@ -62,7 +62,7 @@ ACTIVATION_FORMATS: dict[str, ActivationFormat] = {
     for a in (
         ActivationFormat("none", 16),
         ActivationFormat("int8-row", 8),
-        ActivationFormat("int8-step", 8, static=True, per_timestep=True),
+        ActivationFormat("int8-static-timestep", 8, static=True, per_timestep=True),
         ActivationFormat("int8-static", 8, static=True),
         ActivationFormat("int6-row", 6),
         ActivationFormat("int4-row", 4),
@@ -133,8 +133,8 @@ def _on_grid(x: Tensor, activations: ActivationFormat, peak: Tensor | None) -> T
     fmt = FORMATS[activations.block_format]
     if not activations.token_scale:
         beyond = peak is not None and fmt.group is None  # the scale belongs to the whole token
-        return fmt.snap(x, fmt.fit(torch.cat([x, peak], 1) if beyond else x))  # type: ignore[list-item]
+        return fmt.fake_quantize(x, fmt.compute_qparams(torch.cat([x, peak], 1) if beyond else x))  # type: ignore[list-item]
     peak = (x.abs().amax(-1, keepdim=True) if peak is None else peak).clamp(min=1e-30)
-    one = fmt.fit(x.new_ones(1, x.shape[1]))
+    one = fmt.compute_qparams(x.new_ones(1, x.shape[1]))
     unit = x / peak
-    return fmt.snap(unit, fmt.fit(unit, outer=one)) * peak
+    return fmt.fake_quantize(unit, fmt.compute_qparams(unit, outer=one)) * peak

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a number format is: five verbs and three laws.
 
-A format turns a float matrix (N, K) into named tensors, its *parts*, and back. The parts are the
+A format num_rotations a float matrix (N, K) into named tensors, its *parts*, and back. The parts are the
 parameters of the quantized layer and the keys of the file; nothing else is stored.
 
-Laws, for every format ``f``, matrix ``x`` and ``p = f.fit(x)``:
+Laws, for every format ``f``, matrix ``x`` and ``p = f.compute_qparams(x)``:
 
-1. ``f.unpack(f.pack(x, p))`` equals ``f.snap(x, p)`` bit for bit;
-2. ``f.snap(f.snap(x, p), p)`` equals ``f.snap(x, p)``;
-3. ``f.layout(x.shape)`` gives the exact names, shapes and dtypes of ``f.pack(x, p)``.
+1. ``f.unpack(f.pack(x, p))`` equals ``f.fake_quantize(x, p)`` bit for bit;
+2. ``f.fake_quantize(f.fake_quantize(x, p), p)`` equals ``f.fake_quantize(x, p)``;
+3. ``f.tensor_specs(x.shape)`` gives the exact names, shapes and dtypes of ``f.pack(x, p)``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from dtq.errors import InputError
 
 QParams = dict[str, Tensor]
-"""What ``fit`` learned, already rounded to the dtype that is stored. Column axes are groups."""
+"""What ``compute_qparams`` learned, already rounded to the dtype that is stored. Column axes are groups."""
 
 PackedTensors = dict[str, Tensor]
 """The stored tensors, by part name."""
@@ -63,23 +63,23 @@ class Format(Protocol):
 
     @property
     def vector(self) -> int:
-        """Columns coded together; ``snap`` and ``fit`` take slices of whole vectors."""
+        """Columns coded together; ``fake_quantize`` and ``compute_qparams`` take slices of whole vectors."""
 
     @property
-    def learned(self) -> bool:
-        """``fit`` learns its levels from data: it uses ``importance`` and ignores ``clip``."""
+    def data_dependent(self) -> bool:
+        """``compute_qparams`` learns its levels from data: it uses ``column_weights`` and ignores ``clip``."""
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The parts that a matrix of this shape is stored as.
 
         Raises:
             InputError: the shape does not fit the format (K not a multiple of the group).
         """
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -88,14 +88,14 @@ class Format(Protocol):
 
         Args:
             x: float matrix (N, K), or a slice of whole groups of it.
-            importance: weight of each column's squared error (K,), for formats that choose by
+            column_weights: weight of each column's squared error (K,), for formats that choose by
                 error: learned levels, nvfp4-46. Others have no use for it.
             clip: share of the range to keep, a number, (N, 1) or (N, groups).
             outer: parameters of the whole matrix; those that belong to whole rows are taken from
                 there and not learned again. Column solvers use it to fit one group.
         """
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         """Nearest representable values, as float; ``x`` holds columns ``cols`` of the matrix."""
 
     def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
@@ -109,21 +109,23 @@ _TOGETHER = 2**16  # weights whose copies on the way to a code stay in the cache
 
 
 def fake_quantize_weight(fmt: Format, x: Tensor, qparams: QParams) -> Tensor:
-    """``fmt.snap(x, params)`` of a large matrix, some rows at a time: several times as fast."""
+    """``fmt.fake_quantize(x, params)`` of a large matrix, some rows at a time: several times as fast."""
     rows = max(1, _TOGETHER // max(1, x.shape[1]))
-    if fmt.learned or len(x) <= rows:  # parameters that are learned are not all of rows
-        return fmt.snap(x, qparams)
+    if fmt.data_dependent or len(x) <= rows:  # parameters that are learned are not all of rows
+        return fmt.fake_quantize(x, qparams)
     out = torch.empty_like(x, dtype=torch.float32)
     for first in range(0, len(x), rows):
         some = slice(first, first + rows)
-        of_rows = {k: v[some] if v.ndim == 2 and len(v) == len(x) else v for k, v in qparams.items()}
-        out[some] = fmt.snap(x[some], of_rows)
+        of_rows = {
+            k: v[some] if v.ndim == 2 and len(v) == len(x) else v for k, v in qparams.items()
+        }
+        out[some] = fmt.fake_quantize(x[some], of_rows)
     return out
 
 
 def bits_per_weight(fmt: Format, shape: tuple[int, int]) -> float:
     """Stored bits of every part, divided by the number of weights."""
-    return 8 * sum(s.nbytes for s in fmt.layout(shape).values()) / math.prod(shape)
+    return 8 * sum(s.nbytes for s in fmt.tensor_specs(shape).values()) / math.prod(shape)
 
 
 def groups_of(name: str, columns: int, group: int | None) -> int:
@@ -181,8 +183,8 @@ def divide(x: Tensor, scale: Tensor) -> Tensor:
     return x / torch.where(scale == 0, torch.inf, scale)
 
 
-def broadcast_weights(x: Tensor, importance: Tensor | None) -> Tensor:
+def broadcast_weights(x: Tensor, column_weights: Tensor | None) -> Tensor:
     """Weight of the squared error of each column (1, K); all alike when none is given, or all 0."""
-    if importance is None or not importance.any():
+    if column_weights is None or not column_weights.any():
         return x.new_ones((1, x.shape[1]), dtype=torch.float32)
-    return importance.to(x.device, torch.float32).reshape(1, -1)
+    return column_weights.to(x.device, torch.float32).reshape(1, -1)

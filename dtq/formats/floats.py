@@ -42,18 +42,18 @@ class Fp8:
 
     group = None
     vector = 1
-    learned = False
+    data_dependent = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {
             "weight": TensorSpec(shape, torch.float8_e4m3fn),
             "weight_scale": TensorSpec((shape[0], 1), torch.float32),
         }
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -62,7 +62,7 @@ class Fp8:
             return outer
         return {"weight_scale": clip * x.float().abs().amax(1, keepdim=True) / _E4M3_MAX}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         return self._codes(x, qparams).float() * qparams["weight_scale"]
 
     def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
@@ -89,9 +89,9 @@ class NvFp4:
 
     group = 16
     vector = 1
-    learned = False
+    data_dependent = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         blocks = groups_of(self.name, columns, self.group)
         return {
@@ -100,10 +100,10 @@ class NvFp4:
             "weight_scale_2": TensorSpec((1, 1), torch.float32),
         }
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -121,15 +121,16 @@ class NvFp4:
         ]
         if len(tries) == 1:
             return tries[0]
-        weight = broadcast_weights(x, importance)
+        weight = broadcast_weights(x, column_weights)
         errors = [
-            in_groups((self.snap(x, t) - x).square() * weight, self.group).sum(-1) for t in tries
+            in_groups((self.fake_quantize(x, t) - x).square() * weight, self.group).sum(-1)
+            for t in tries
         ]
         best = torch.stack(errors).argmin(0, keepdim=True)  # (1, N, blocks)
         scales = torch.stack([t["weight_scale"].float() for t in tries]).gather(0, best)[0]
         return {"weight_scale": scales.to(torch.float8_e4m3fn), "weight_scale_2": scale_2}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         scale = self._per_column(x.shape[1], qparams, cols)
         return E2M1.round(divide(x.float(), scale)) * scale
 
@@ -155,9 +156,9 @@ class MxFp4:
 
     group = 32
     vector = 1
-    learned = False
+    data_dependent = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         blocks = groups_of(self.name, columns, self.group)
         return {
@@ -165,10 +166,10 @@ class MxFp4:
             "weight_scale": TensorSpec((rows, blocks), torch.uint8),
         }
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -179,7 +180,7 @@ class MxFp4:
         # 1, not 0: 2^-127 is subnormal, and some devices flush those to zero
         return {"weight_scale": (exponent - 2 + 127).clamp(1, 254).to(torch.uint8)}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         scale = _power(expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols))
         return E2M1.round(x.float() / scale) * scale
 

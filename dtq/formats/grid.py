@@ -128,7 +128,9 @@ def doubled(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         peak: the largest magnitude of each row (M, 1), which the largest level stands for.
     """
-    scale = peak / x.new_full((1, 1), E2M1.top)  # a tensor: CUDA turns a number into its reciprocal
+    scale = peak / x.new_full(
+        (1, 1), E2M1.top
+    )  # a tensor: CUDA num_rotations a number into its reciprocal
     return E2M1.round(divide(x, scale)) * 2, scale * 0.5
 
 
@@ -144,9 +146,9 @@ class Grid:
     group: int | None = None
 
     vector = 1
-    learned = False
+    data_dependent = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         width = packed_width(self.name, columns, self.levels.bits)
         groups = groups_of(self.name, columns, self.group)
@@ -155,10 +157,10 @@ class Grid:
             "weight_scale": TensorSpec((rows, groups), scale_dtype(self.group)),
         }
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -168,7 +170,7 @@ class Grid:
         peak = in_groups(x.float(), self.group).abs().amax(-1)
         return {"weight_scale": (clip * peak / self.levels.top).to(scale_dtype(self.group))}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols).float()
         return self.levels.round(divide(x.float(), scale)) * scale
 

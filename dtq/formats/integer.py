@@ -47,9 +47,9 @@ class Int:
     asymmetric: bool = False
 
     vector = 1
-    learned = False
+    data_dependent = False
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = groups_of(self.name, columns, self.group)
         parts = {
@@ -61,10 +61,10 @@ class Int:
             parts["weight_zero_point"] = TensorSpec((rows, groups), torch.int8, refuses)
         return parts
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -80,7 +80,7 @@ class Int:
         zero = torch.round(-low / scale.float()).clamp(0, 2**self.bits - 1)
         return {"weight_scale": scale, "weight_zero_point": zero}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         scale, zero = self._per_column(x.shape[1], qparams, cols)
         return (self._codes(x, scale, zero) - zero) * scale
 
@@ -113,7 +113,7 @@ class Int:
         return 2 ** (self.bits - 1)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        # round first: the file keeps this dtype, so the weight must be snapped with what it keeps
+        # round first: the file keeps this dtype, so the weight must be w_q with what it keeps
         return scale.clamp(min=_TINY).to(scale_dtype(self.group))
 
     def _per_column(
@@ -142,7 +142,7 @@ class TwoLevelInt:
     bits: int = 4
 
     vector = 1
-    learned = False
+    data_dependent = False
 
     @property
     def limit(self) -> int:
@@ -152,7 +152,7 @@ class TwoLevelInt:
         """
         return 119 if self.bits == 4 else 112
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = groups_of(self.name, columns, self.group)
         return {
@@ -161,10 +161,10 @@ class TwoLevelInt:
             "weight_scale_2": TensorSpec((rows, groups), torch.int8, self._refuses),
         }
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -184,7 +184,7 @@ class TwoLevelInt:
         zero = torch.maximum(zero, self._top - torch.floor(127 / scale2))
         return {"weight_scale": scale, "scale2": scale2, "zero": zero}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         codes, scale2, zero = self._codes(x, qparams, cols)
         return (codes - zero) * scale2 * qparams["weight_scale"]
 

@@ -80,9 +80,9 @@ def lloyd(moments: CodebookMoments, bits: int, steps: int = 100) -> Tensor:
 class Lut:
     """``w = lut[code] * scale``; row scales are float32, group scales bfloat16.
 
-    ``fit`` finds the levels once for the matrix, on weights over their row's or group's largest
+    ``compute_qparams`` finds the levels once for the matrix, on weights over their row's or group's largest
     magnitude; then the scale of each row or group, by error over a few shares of that magnitude
-    and a least-squares step. Errors are weighted with the importance.
+    and a least-squares step. Errors are weighted with the column_weights.
     """
 
     name: str
@@ -91,9 +91,9 @@ class Lut:
     group: int | None = None
 
     vector = 1
-    learned = True
+    data_dependent = True
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = groups_of(self.name, columns, self.group)
         return {
@@ -110,10 +110,10 @@ class Lut:
     def _refuses(self) -> Callable[[Tensor], str | None] | None:
         return _no_integers if self.integers else None
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -121,11 +121,11 @@ class Lut:
         if outer is not None and self.group is None:
             return outer
         grouped = in_groups(x.float(), self.group)  # (N, groups, group)
-        weight = in_groups(broadcast_weights(x, importance), self.group)  # (1, groups, group)
+        weight = in_groups(broadcast_weights(x, column_weights), self.group)  # (1, groups, group)
         lut = self._levels(grouped, weight) if outer is None else outer["weight_lut"]
         return {"weight_scale": self._scale(grouped, weight, lut), "weight_lut": lut}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols).float()
         lut = qparams["weight_lut"].reshape(-1)
         return lut[_nearest(divide(x.float(), scale), lut)] * scale
@@ -157,15 +157,15 @@ class Lut:
         lut = lut.reshape(-1)
         peak = grouped.abs().amax(-1, keepdim=True)
 
-        def snapped(scale: Tensor) -> Tensor:
+        def w_q(scale: Tensor) -> Tensor:
             return lut[_nearest(divide(grouped, scale), lut)]
 
         errors = []
         for share in _SHARES:
             scale = share * peak
-            errors.append(((snapped(scale) * scale - grouped).square() * weight).sum(-1, True))
+            errors.append(((w_q(scale) * scale - grouped).square() * weight).sum(-1, True))
         scale = torch.tensor(_SHARES).to(peak)[torch.stack(errors).argmin(0)] * peak
-        level = snapped(scale)
+        level = w_q(scale)
         along, norm = ((weight * level * v).sum(-1, True) for v in (grouped, level))
         return torch.where(norm > 0, along / norm, scale).squeeze(-1).to(scale_dtype(self.group))
 

@@ -41,9 +41,9 @@ class Ternary:
     trits: bool = False
 
     vector = 1
-    learned = True
+    data_dependent = True
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         scale = TensorSpec(
             (rows, groups_of(self.name, columns, self.group)), scale_dtype(self.group)
@@ -56,10 +56,10 @@ class Ternary:
             parts["weight_tail"] = TensorSpec((rows, columns % 5), torch.int8, _no_codes)
         return parts
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -71,7 +71,7 @@ class Ternary:
         if outer is not None and self.group is None:
             return outer
         size, order = in_groups(x.float(), self.group).abs().sort(-1, descending=True)
-        weight = in_groups(broadcast_weights(x, importance), self.group).expand_as(size)
+        weight = in_groups(broadcast_weights(x, column_weights), self.group).expand_as(size)
         mass = weight.gather(-1, order)
         total, mass = (mass * size).cumsum(-1), mass.cumsum(-1)
         mean = divide(total, mass)
@@ -82,7 +82,7 @@ class Ternary:
         """TerDiT's rule: codes ``clip(round(W / gamma))``, gamma = mean |W| of all."""
         return {"weight_scale": self._scales(x.float().abs().mean(), x.shape)}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         scale = expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols).float()
         return self._codes(x, scale) * scale
 

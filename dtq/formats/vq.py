@@ -2,7 +2,7 @@
 """Vector quantization: each run of ``vector`` weights of a row is a word of the layer's codebook.
 
 As in VQ4DiT (2408.17131): 256 words of 4 are 2 bits a weight, 64 words of 2 are 3. Words
-are learned by k-means, here with the error of each column weighted by its importance.
+are learned by k-means, here with the error of each column weighted by its column_weights.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Vq:
     scaled: bool = False
 
     group = None
-    learned = True
+    data_dependent = True
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         width = packed_width(self.name, columns, self._bits, self.vector)
         if rows * columns < 4 * self.words * self.vector:
@@ -56,10 +56,10 @@ class Vq:
             parts["weight_scale"] = TensorSpec((rows, 1), torch.bfloat16)
         return parts
 
-    def fit(
+    def compute_qparams(
         self,
         x: Tensor,
-        importance: Tensor | None = None,
+        column_weights: Tensor | None = None,
         *,
         clip: Tensor | float = 1.0,
         outer: QParams | None = None,
@@ -78,12 +78,12 @@ class Vq:
             shuffled = torch.randperm(len(pick), generator=torch.Generator().manual_seed(0))
             pick = shuffled[:SAMPLE]
         pick = pick.to(x.device)
-        columns = broadcast_weights(x, importance).reshape(-1, self.vector)
+        columns = broadcast_weights(x, column_weights).reshape(-1, self.vector)
         weight = columns[pick % len(columns)] * power[pick // len(columns)]
         words = kmeans(vectors[pick], weight, self.words)
         return {"weight_lut": words.to(torch.bfloat16), **params}
 
-    def snap(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         return self._values(self._nearest(x, qparams), qparams)
 
     def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:

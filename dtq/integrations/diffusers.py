@@ -105,7 +105,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         module, part = get_module_from_name(model, param_name)
         # not param_value: diffusers has already cast that one to torch_dtype
         raw = state_dict[param_name] if state_dict is not None else param_value
-        check_part(param_name, raw, module.specs()[part])
+        check_part(param_name, raw, module.tensor_specs()[part])
         value = from_disk(raw).to(target_device)
         module._parameters[part] = nn.Parameter(value, requires_grad=False)
 

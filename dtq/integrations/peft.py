@@ -105,7 +105,7 @@ def register() -> None:
 def _refuse_others() -> None:
     """Every other adapter of peft reads ``weight``, or merges into it, whatever it holds.
 
-    OFT turns it, IA3 and VeRA take its shape, BOFT multiplies by it: on codes that is noise, or an
+    OFT num_rotations it, IA3 and VeRA take its shape, BOFT multiplies by it: on codes that is noise, or an
     error far from its cause. All tuners make their layers through one method of their own.
     """
     inject = BaseTuner.inject_adapter

@@ -9,7 +9,18 @@ from dtq.kernels.explain import explain, on
 from dtq.kernels.libraries import LIBRARIES
 from dtq.kernels.table import KERNELS, Kernel, LinearProblem, pick
 
-__all__ = ["CPU", "CUDA", "KERNELS", "LIBRARIES", "Kernel", "LinearProblem", "explain", "load", "on", "pick"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "KERNELS",
+    "LIBRARIES",
+    "Kernel",
+    "LinearProblem",
+    "explain",
+    "load",
+    "on",
+    "pick",
+]
 
 
 def load() -> bool:

@@ -38,7 +38,9 @@ def on(kernel: Kernel, library: Library) -> str:
     return f"{where}: {library.describe()}"
 
 
-def _for(problem: LinearProblem, shape: tuple[int, int] | None, kernel: Kernel, library: Library) -> str:
+def _for(
+    problem: LinearProblem, shape: tuple[int, int] | None, kernel: Kernel, library: Library
+) -> str:
     said = on(kernel, library)
     if library is CUDA and shape and kernel.by_shape and _has(kernel, library):
         said += f" ({kernel.by_shape(problem, shape)})"

@@ -66,7 +66,9 @@ def _transform_rows(
     hadamard_block: int,
     num_rotations: int,
 ) -> Tensor:
-    changed = ops_quantize.transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    changed = ops_quantize.transform_input(
+        x.float(), pre_scale, perm, hadamard_block, num_rotations
+    )
     return changed.clone()  # (M, K) float32
 
 
@@ -83,7 +85,9 @@ def _round_rows(
     activation_format: str,  # a key of ACTIVATION_FORMATS
     dtype: torch.dtype,
 ) -> Tensor:
-    changed = ops_quantize.transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    changed = ops_quantize.transform_input(
+        x.float(), pre_scale, perm, hadamard_block, num_rotations
+    )
     return fake_quantize(changed, ACTIVATION_FORMATS[activation_format]).to(
         dtype, copy=True
     )  # (M, K)

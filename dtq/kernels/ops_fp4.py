@@ -15,7 +15,14 @@ from torch import Tensor
 from dtq.formats.floats import MxFp4, NvFp4
 from dtq.formats.grid import E2M1
 from dtq.formats.packing import packed_width, unpack_bits
-from dtq.kernels.ops_gemm import BRANCH_ARGS, GEMM_ARGS, EPILOGUE_ARGS, apply_epilogue, gemm_fake, with_branch
+from dtq.kernels.ops_gemm import (
+    BRANCH_ARGS,
+    EPILOGUE_ARGS,
+    GEMM_ARGS,
+    apply_epilogue,
+    gemm_fake,
+    with_branch,
+)
 from dtq.kernels.ops_quantize import TRANSFORM_ARGS, transform_input
 
 _NV = NvFp4("nvfp4")
@@ -38,13 +45,13 @@ def _fp4_quantize_rows(
     x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     peak = x.abs().amax(1)  # NaN if there is one
     if mx:
-        parts = _MX.pack(x, _MX.fit(x))
+        parts = _MX.pack(x, _MX.compute_qparams(x))
         row = torch.where(peak.isfinite(), 1.0, torch.nan)
         return parts["weight"], parts["weight_scale"], row
     peak = peak.clamp(min=_FLOOR)
-    one = _NV.fit(x.new_ones(1, x.shape[1]))
+    one = _NV.compute_qparams(x.new_ones(1, x.shape[1]))
     unit = x / peak.unsqueeze(1)
-    parts = _NV.pack(unit, _NV.fit(unit, outer=one))
+    parts = _NV.pack(unit, _NV.compute_qparams(unit, outer=one))
     row = torch.where(peak.isfinite(), one["weight_scale_2"].reshape(()) * peak, torch.nan)
     return parts["weight"], parts["weight_scale"], row
 

@@ -45,7 +45,7 @@ class LinearProblem:
 
     Attributes:
         block: Hadamard block.
-        turns: block rotations, see ``dtq.transforms.hadamard.rotate``.
+        num_rotations: block rotations, see ``dtq.transforms.hadamard.rotate``.
     """
 
     weight_format: Format
@@ -104,7 +104,10 @@ class Kernel:
     unsupported_reason: Callable[[LinearProblem], str | None]
     call: KernelFunction
     ops: tuple[str, ...] = ()
-    with_epilogue: Callable[[LinearProblem, Tensor, PackedTensors, Tensor | None, Epilogue], Tensor | None] | None = None
+    with_epilogue: (
+        Callable[[LinearProblem, Tensor, PackedTensors, Tensor | None, Epilogue], Tensor | None]
+        | None
+    ) = None
     on_gpu: str = ""
     expand: Callable[[LinearProblem, PackedTensors], tuple[Tensor, Tensor]] | None = None
     by_shape: Callable[[LinearProblem, tuple[int, int]], str] | None = None
@@ -139,8 +142,14 @@ def _two_level(problem: LinearProblem, tensors: PackedTensors) -> Weight:
 
 
 def _row_fits(problem: LinearProblem) -> str | None:
-    fits = isinstance(problem.weight_format, Int) and problem.weight_format.bits == 4 and not problem.weight_format.group
-    return _unsupported_activations(problem) or _unless(fits, problem, "4-bit integers with one scale per row")
+    fits = (
+        isinstance(problem.weight_format, Int)
+        and problem.weight_format.bits == 4
+        and not problem.weight_format.group
+    )
+    return _unsupported_activations(problem) or _unless(
+        fits, problem, "4-bit integers with one scale per row"
+    )
 
 
 def _row(problem: LinearProblem, tensors: PackedTensors) -> Weight:
@@ -159,11 +168,15 @@ def _three_fits(problem: LinearProblem) -> str | None:
             fits = True
         case _:
             fits = False
-    return _unsupported_activations(problem) or _unless(fits, problem, "3-bit, two-level or with a scale per row")
+    return _unsupported_activations(problem) or _unless(
+        fits, problem, "3-bit, two-level or with a scale per row"
+    )
 
 
 def _three(problem: LinearProblem, tensors: PackedTensors) -> Weight:
-    return (_two_level if isinstance(problem.weight_format, TwoLevelInt) else _row)(problem, tensors)
+    return (_two_level if isinstance(problem.weight_format, TwoLevelInt) else _row)(
+        problem, tensors
+    )
 
 
 def _table_fits(problem: LinearProblem) -> str | None:
@@ -272,7 +285,9 @@ def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _small(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
+def _small(
+    problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
+) -> Tensor:
     """The product in float, of packed or of decoded weights, as the dispatcher says."""
     few = gpu_dispatch.answer(x, len(tensors["weight"])) == "few"
     multiply = ops.weight_linear if few else ops.resident_linear
@@ -287,10 +302,16 @@ def _weight_only_fits(problem: LinearProblem) -> str | None:
 
 
 def _float_fits(problem: LinearProblem) -> str | None:
-    return _unless(FORMATS.get(problem.weight_format.name) is problem.weight_format, problem, "of the table of formats")
+    return _unless(
+        FORMATS.get(problem.weight_format.name) is problem.weight_format,
+        problem,
+        "of the table of formats",
+    )
 
 
-def _float(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
+def _float(
+    problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
+) -> Tensor:
     def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = ops.weight_linear(rows, *_stored(problem, tensors), bias)
         return y
@@ -328,7 +349,11 @@ def _fp4_fits(problem: LinearProblem) -> str | None:
             acts = "mxfp4"
         case _:
             return f"weights are {problem.weight_format.name}, not nvfp4 or mxfp4"
-    return None if problem.activation_format.name == acts else f"activations are {problem.activation_format.name}, not {acts}"
+    return (
+        None
+        if problem.activation_format.name == acts
+        else f"activations are {problem.activation_format.name}, not {acts}"
+    )
 
 
 def _fp4(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
@@ -363,13 +388,17 @@ def _group_fits(problem: LinearProblem) -> str | None:
     return _unsupported_activations(problem) or _unless(fits, problem, "4- or 8-bit integers")
 
 
-def _group(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
+def _group(
+    problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
+) -> Tensor:
     assert isinstance(problem.weight_format, Int)
     if gpu_dispatch.on_gpu(x):  # a float scale for every 64 channels is slower than bfloat16 there
         return _float(problem, x, tensors, bias)
     weight = tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point")
     codes, scale = _codes(problem, x, tensors)
-    y: Tensor = ops.group_a8_linear(codes, scale, *weight, problem.weight_format.bits, bias, x.dtype)
+    y: Tensor = ops.group_a8_linear(
+        codes, scale, *weight, problem.weight_format.bits, bias, x.dtype
+    )
     return y
 
 
@@ -377,7 +406,9 @@ def _always(problem: LinearProblem) -> str | None:
     return None
 
 
-def _reference(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
+def _reference(
+    problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
+) -> Tensor:
     w = problem.weight_format.unpack({n: t for n, t in tensors.items() if n.startswith("weight")})
 
     def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -394,14 +425,29 @@ def _stored(problem: LinearProblem, tensors: PackedTensors) -> tuple[list[Tensor
 
 def _codes(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> tuple[Tensor, Tensor]:
     """int8 (M, K) and row scales (M,) of the changed input."""
-    static, levels, order = tensors.get("input_scale"), problem.activation_format.levels, _order(tensors)
+    static, levels, order = (
+        tensors.get("input_scale"),
+        problem.activation_format.levels,
+        _order(tensors),
+    )
     if not problem.activation_format.integer:
-        codes, scale = ops.e2m1_quantize_rows(x, _pre_scale(tensors), order, problem.hadamard_block, problem.num_rotations)
+        codes, scale = ops.e2m1_quantize_rows(
+            x, _pre_scale(tensors), order, problem.hadamard_block, problem.num_rotations
+        )
     elif order is None and problem.num_rotations == 1:
-        codes, scale = ops.quantize_rows(x, _pre_scale(tensors), problem.hadamard_block, static, levels)
+        codes, scale = ops.quantize_rows(
+            x, _pre_scale(tensors), problem.hadamard_block, static, levels
+        )
     else:
         codes, scale = ops.binned_quantize_rows(
-            x, _pre_scale(tensors), order, problem.hadamard_block, problem.num_rotations, static, None, levels
+            x,
+            _pre_scale(tensors),
+            order,
+            problem.hadamard_block,
+            problem.num_rotations,
+            static,
+            None,
+            levels,
         )
     return codes, scale
 
@@ -414,12 +460,14 @@ def _changed(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> Tenso
 
 
 def _transformed(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> Tensor:
-    y: Tensor = ops.transform_rows(x, _pre_scale(tensors), _order(tensors), problem.hadamard_block, problem.num_rotations)
+    y: Tensor = ops.transform_rows(
+        x, _pre_scale(tensors), _order(tensors), problem.hadamard_block, problem.num_rotations
+    )
     return y
 
 
 def _order(tensors: PackedTensors) -> Tensor | None:
-    order = tensors.get("pre_quant_order")
+    order = tensors.get("pre_quant_perm")
     return None if order is None else order.reshape(-1)
 
 

@@ -41,9 +41,9 @@ def fwht(x: Tensor, block: int) -> Tensor:
 
 
 def rotate(x: Tensor, block: int, num_rotations: int = 1) -> Tensor:
-    """``turns`` block transforms of (..., K), between two of them every block meets every other.
+    """``num_rotations`` block transforms of (..., K), between two of them every block meets every other.
 
-    The exchange deals the columns of each block out over all blocks, so that two turns spread one
+    The exchange deals the columns of each block out over all blocks, so that two num_rotations spread one
     channel over ``block * block`` others with 2 log2(block) additions.
     """
     x = fwht(x, block)

@@ -2,7 +2,7 @@
 """``FAMILIES``: the models that dtq knows by name, a row each: pictures, videos, sounds.
 
 ``largest_timestep`` is 1 where the pipeline divides the scheduler's timesteps by 1000, or its
-scheduler counts from 0 to 1. Where a pipeline turns time around, the largest is the clean picture.
+scheduler counts from 0 to 1. Where a pipeline num_rotations time around, the largest is the clean picture.
 """
 
 from __future__ import annotations

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.kernels.table import Kernel, LinearProblem, Epilogue, branch_joins, compiled, pick
+from dtq.kernels.table import Epilogue, Kernel, LinearProblem, branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import _BITS, check_part, from_disk, to_disk
 from dtq.plan.layers import LayerSpec
 from dtq.transforms import OnlineTransform
 
-CHANGE = ("pre_quant_scale", "pre_quant_order")
+CHANGE = ("pre_quant_scale", "pre_quant_perm")
 """Parts that say how an input is changed before it is quantized."""
 
 HOOKS = ("_hf_hook", "_diffusers_hook")
@@ -85,7 +85,7 @@ class QuantLinear(nn.Linear):
         self._specs = spec.tensor_specs(self._shape, bins)
         self.row: dict[str, Any] = {}  # of this layer in config.json
         self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
-        self._first: list[QuantLinear] = []  # likewise, see `follow`
+        self._first: list[QuantLinear] = []  # likewise, see `share_input_with`
         self._followers: list[QuantLinear] = []
         for name, tensor_spec in self.tensor_specs().items():
             dtype = _BITS.get(tensor_spec.dtype, tensor_spec.dtype)
@@ -260,7 +260,9 @@ class QuantLinear(nn.Linear):
 
     @property
     def _changes_by_step(self) -> bool:
-        return bool(self._clock and self._clock[0].modes and self.problem.activation_format.bits < 16)
+        return bool(
+            self._clock and self._clock[0].modes and self.problem.activation_format.bits < 16
+        )
 
     def _given(self) -> PackedTensors:
         """What a kernel gets: the parts, and the activation scale of this step."""
@@ -287,7 +289,9 @@ class QuantLinear(nn.Linear):
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         parts, branch = self._given(), self._branch(rows)
         if branch and self.kernel.with_epilogue and self._joins(rows):
-            joined = self.kernel.with_epilogue(self.problem, rows, parts, bias, Epilogue(branch=branch))
+            joined = self.kernel.with_epilogue(
+                self.problem, rows, parts, bias, Epilogue(branch=branch)
+            )
             if joined is not None:
                 return joined
         run = self._stepped if self._changes_by_step else partial(self.kernel.call, self.problem)
@@ -326,21 +330,25 @@ class QuantLinear(nn.Linear):
         else:
             scale = torch.ones(self.in_features, dtype=torch.bfloat16, device=self.weight.device)
         order = (
-            self.packed_tensor("pre_quant_order").reshape(-1) if self.runtime.permutation else None
+            self.packed_tensor("pre_quant_perm").reshape(-1) if self.runtime.permutation else None
         )
-        return OnlineTransform(scale, self.problem.hadamard_block, order, self.problem.num_rotations)
+        return OnlineTransform(
+            scale, self.problem.hadamard_block, order, self.problem.num_rotations
+        )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float matrix (N, K) that multiplies the untransformed input."""
         fmt = self.problem.weight_format
-        w = fmt.unpack({n: self.packed_tensor(n) for n in fmt.layout(self._shape)})
+        w = fmt.unpack({n: self.packed_tensor(n) for n in fmt.tensor_specs(self._shape)})
         w = self.transform().raw(w)
         if self.runtime.rank:
             w = w + self.packed_tensor("proj_up").float() @ self.packed_tensor("proj_down").float()
         return w.to(dtype or self.compute_dtype)
 
     def extra_repr(self) -> str:
-        turn = f", hadamard={self.problem.hadamard_block}" if self.problem.hadamard_block > 1 else ""
+        turn = (
+            f", hadamard={self.problem.hadamard_block}" if self.problem.hadamard_block > 1 else ""
+        )
         turn += f", rank={self.runtime.rank}" if self.runtime.rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

@@ -19,7 +19,13 @@ def share_input_transforms(model: nn.Module) -> None:
             continue
         layer.share_input_with(None)
         block = re.match(r".*?\.\d+(?=\.)", name)
-        key = block and block[0], layer.in_features, layer.problem.hadamard_block, layer.problem.num_rotations, layer.activation_format
+        key = (
+            block and block[0],
+            layer.in_features,
+            layer.problem.hadamard_block,
+            layer.problem.num_rotations,
+            layer.activation_format,
+        )
         known = firsts.setdefault(key, [])
         first = next((other for other in known if _same_transform(layer, other)), None)
         if first is None:

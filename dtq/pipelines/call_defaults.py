@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dtq_call.json``: the call that fits a pipeline whose class has other sizes as defaults.
+"""``dtq_call_defaults.json``: the call that fits a pipeline whose class has other sizes as defaults.
 
 ``LattePipeline`` makes 16 frames of 512 pixels unless told otherwise, whatever its weights were
 trained on. A folder with this file says what they were trained on, and dtq calls it so; diffusers
@@ -21,7 +21,7 @@ from dtq.io.package_data import folder
 from dtq.io.safe_parse import read_json
 from dtq.pipelines.settings import SamplingSettings
 
-FILE = "dtq_call.json"
+FILE = "dtq_call_defaults.json"
 LARGEST = 8192
 """Of a size: pixels or frames."""
 
@@ -53,9 +53,9 @@ def read(pipeline: Path) -> CallDefaults:
     if not path.exists():
         return CallDefaults()
     data = read_json(path)
-    if extra := sorted(set(data) - {"set", "sizes"}):
+    if extra := sorted(set(data) - {"prompts", "sizes"}):
         raise InputError(f"{path}: unknown key {extra[0]!r}; it has sizes and set")
-    sizes, chosen = data.get("sizes", {}), data.get("set", "auto")
+    sizes, chosen = data.get("sizes", {}), data.get("prompts", "auto")
     if not isinstance(sizes, dict) or not all(_size(value) for value in sizes.values()):
         raise InputError(f"{path}: sizes: expected whole numbers from 1 to {LARGEST} by name")
     if chosen not in ("auto", *(known.stem for known in folder("calibration").glob("*.txt"))):
@@ -72,7 +72,7 @@ def of(pipeline: Any) -> CallDefaults:
 def write(pipeline: Path, call: CallDefaults) -> None:
     """Put the file into a pipeline folder; nothing when there is nothing to say."""
     if call != CallDefaults():
-        data = {"sizes": dict(call.sizes), "set": call.set}
+        data = {"sizes": dict(call.sizes), "prompts": call.set}
         atomic_write(pipeline / FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 

@@ -116,7 +116,7 @@ def load_transformers(
         return [LoadedModel(name, None, "transformer", model, path)]
     first = _wanted(diffusion_transformers_on_disk(path), component, path)[0]
     pipeline = _pipeline(path, _dtype(dtype, path / first))
-    if name == "demo-hard":
+    if name == "demo-outliers":
         inject_outliers(pipeline.transformer)
     return _sources(name, pipeline, component, path)
 

@@ -34,7 +34,7 @@ class LayerSpec:
         pre_quant: whether the file has a vector that multiplies the input first.
         rank: of the low-rank branch, 0 for none.
         permute: whether the file has an order of the input channels.
-        turns: block rotations, 1 or 2.
+        num_rotations: block rotations, 1 or 2.
     """
 
     weight_format: str
@@ -45,17 +45,17 @@ class LayerSpec:
     permutation: bool = False
     num_rotations: int = 1
 
-    ALWAYS = ("weights", "acts", "block", "pre_quant")
+    ALWAYS = ("weight_format", "activation_format", "hadamard_block_size", "pre_quant")
     """Keys that are always written; the others only where they are not the default."""
 
     def tensor_specs(self, shape: tuple[int, int], bins: int = 1) -> dict[str, TensorSpec]:
         """Shape and on-disk dtype of every stored part of a linear (N, K), bias aside."""
         rows, columns = shape
-        specs = dict(FORMATS[self.weight_format].layout(shape))
+        specs = dict(FORMATS[self.weight_format].tensor_specs(shape))
         if self.pre_quant:
             specs["pre_quant_scale"] = TensorSpec((1, columns), torch.bfloat16)
         if self.permutation:
-            specs["pre_quant_order"] = TensorSpec((1, columns), torch.int32, _not_a_permutation)
+            specs["pre_quant_perm"] = TensorSpec((1, columns), torch.int32, _not_a_permutation)
         if ACTIVATION_FORMATS[self.activation_format].static:
             count = bins if ACTIVATION_FORMATS[self.activation_format].per_timestep else 1
             specs["input_scale"] = TensorSpec((1, count), torch.float32)
@@ -75,7 +75,9 @@ class LayerSpec:
                 f"rotation blocks of {self.hadamard_block_size} do not divide K = {shape[1]}"
             )
         if ACTIVATION_FORMATS[self.activation_format].block_format:
-            FORMATS[ACTIVATION_FORMATS[self.activation_format].block_format].layout((1, shape[1]))
+            FORMATS[ACTIVATION_FORMATS[self.activation_format].block_format].tensor_specs(
+                (1, shape[1])
+            )
         return self.tensor_specs(shape, bins)
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class LayerSpec:
             if type(value) is not kinds[key]:
                 wanted = kinds[key].__name__
                 raise CheckpointError(f"{where}[{key!r}] must be {wanted}, is {value!r}")
-        for key, table in (("weights", FORMATS), ("acts", ACTIVATION_FORMATS)):
+        for key, table in (("weight_format", FORMATS), ("activation_format", ACTIVATION_FORMATS)):
             if data[key] not in table:
                 raise CheckpointError(
                     f"{where}[{key!r}]: unknown format {data[key]!r}; this dtq knows "
@@ -114,10 +116,12 @@ class LayerSpec:
             found.hadamard_block_size - 1
         ):
             raise CheckpointError(
-                f"{where}['block'] must be a power of two, is {found.hadamard_block_size}"
+                f"{where}['hadamard_block_size'] must be a power of two, is {found.hadamard_block_size}"
             )
         if found.num_rotations not in (1, 2):
-            raise CheckpointError(f"{where}['turns'] must be 1 or 2, is {found.num_rotations}")
+            raise CheckpointError(
+                f"{where}['num_rotations'] must be 1 or 2, is {found.num_rotations}"
+            )
         if found.rank < 0:
             raise CheckpointError(f"{where}['rank'] must not be negative, is {found.rank}")
         return found
@@ -142,7 +146,7 @@ class LayerPlan:
         acts: activation format.
         block: Hadamard block at run time.
         pre_quant: whether the file has a per-channel vector for its input.
-        rank, permute, turns: see :class:`Runtime`.
+        rank, permute, num_rotations: see :class:`Runtime`.
         transform: how its transform is found.
         solver: how its weight is found.
         lowrank: how its low-rank branch is found.

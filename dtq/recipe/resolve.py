@@ -30,7 +30,13 @@ from dtq.transforms import TRANSFORMS
 MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
 """How modulation linears are stored, or the name of a format: weight-only, see docs/design.md."""
 
-_MOST = {"samples": 10**6, "steps": 10**4, "batch": 10**4, "bins": 1000, "seed": 2**40}
+_MOST = {
+    "samples": 10**6,
+    "steps": 10**4,
+    "batch_size": 10**4,
+    "num_timestep_bins": 1000,
+    "seed": 2**40,
+}
 """Beyond these lists alone would not fit in memory."""
 
 _MODULATION_FALLBACK = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int8-row"), "keep": ()}
@@ -43,7 +49,7 @@ def _methods() -> dict[str, dict[str, Callable[..., Any]]]:
         "transform": {name: row.call for name, row in TRANSFORMS.items()},
         "solver": {name: row.call for name, row in SOLVERS.items()},
         "lowrank": none | {name: row.call for name, row in LOWRANK.items()},
-        "refine": none | FINETUNE,
+        "finetune": none | FINETUNE,
     }
 
 
@@ -126,36 +132,36 @@ class Recipe:
         found: list[str] = []
         check_name(self.weights, FORMATS, "weights", found)
         for i, name in enumerate(self.format_fallbacks):
-            check_name(name, FORMATS, f"fallback[{i}]", found)
-        check_name(self.activations, ACTIVATION_FORMATS, "acts", found)
+            check_name(name, FORMATS, f"format_fallbacks[{i}]", found)
+        check_name(self.activations, ACTIVATION_FORMATS, "activations", found)
         check_name(self.modulation, [*MODULATION, *FORMATS], "modulation", found)
         for i, name in enumerate(self.format_candidates):
-            check_name(name, FORMATS, f"choose[{i}]", found)
+            check_name(name, FORMATS, f"format_candidates[{i}]", found)
         for i, name in enumerate(self.allocate.formats):
-            check_name(name, FORMATS, f"allocate.options[{i}]", found)
+            check_name(name, FORMATS, f"allocate.formats[{i}]", found)
         for i, name in enumerate(self.step_policy.precisions):
-            check_name(name, PRECISIONS, f"steps.modes[{i}]", found)
+            check_name(name, PRECISIONS, f"step_policy.precisions[{i}]", found)
         methods = _methods()
         for key, table in methods.items():
             check_method(getattr(self, key), table, key, found)
         for i, name in enumerate(self.transform_candidates):
-            check_name(name, TRANSFORMS, f"compare[{i}]", found)
+            check_name(name, TRANSFORMS, f"transform_candidates[{i}]", found)
         if self.promote.to:
-            check_name(self.promote.to, FORMATS, "guard.to", found)
+            check_name(self.promote.to, FORMATS, "promote.to", found)
         for i, rule in enumerate(self.rules):
             at = f"rules[{i}]"
             if rule.weights:
                 check_name(rule.weights, FORMATS, f"{at}.weights", found)
             if rule.activations is not None:
-                check_name(rule.activations, ACTIVATION_FORMATS, f"{at}.acts", found)
+                check_name(rule.activations, ACTIVATION_FORMATS, f"{at}.activations", found)
             for key in ("transform", "solver", "lowrank"):
                 if call := getattr(rule, key):
                     check_method(call, methods[key], f"{at}.{key}", found)
             _selector(rule.match, f"{at}.match", found)
         for selector in self.exclude:
-            _selector(selector, "keep", found)
+            _selector(selector, "exclude", found)
         c = self.calibration
-        for key in ("samples", "batch", "parts", "bins"):
+        for key in ("samples", "batch_size", "num_shards", "num_timestep_bins"):
             if getattr(c, key) < 1:
                 found.append(f"calibration.{key}: must be at least 1, is {getattr(c, key)}")
         for key in ("steps", "guidance", "seed"):
@@ -211,10 +217,10 @@ class Recipe:
         if self.correct_bias:
             wanted |= {"channels"}
         if self.promote.to or self.format_candidates:
-            wanted |= {"reservoir"}
+            wanted |= {"sample"}
         acts = [self.activations, *(r.activations for r in self.rules if r.activations is not None)]
         if any(ACTIVATION_FORMATS[a].static for a in acts):
-            wanted |= {"reservoir"}
+            wanted |= {"sample"}
         return wanted
 
     def to_dict(self) -> dict[str, Any]:
@@ -279,7 +285,7 @@ def _fitting(formats: Iterable[str], shape: tuple[int, int]) -> tuple[str, str]:
     reason = ""
     for name in formats:
         try:
-            FORMATS[name].layout(shape)
+            FORMATS[name].tensor_specs(shape)
         except InputError as error:
             reason = reason or str(error).split(". Use")[0]
         else:
@@ -292,7 +298,7 @@ def _acts_fitting(acts: str, columns: int) -> tuple[str, str]:
     if not ACTIVATION_FORMATS[acts].block_format:
         return acts, ""
     try:
-        FORMATS[ACTIVATION_FORMATS[acts].block_format].layout((1, columns))
+        FORMATS[ACTIVATION_FORMATS[acts].block_format].tensor_specs((1, columns))
     except InputError as error:
         return (
             f"int{ACTIVATION_FORMATS[acts].bits}-row",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``SOLVERS``: how a weight becomes representable, ``(w, fmt, gram, **knobs) -> (w, params)``."""
+"""``SOLVERS``: how a weight becomes representable, ``(w, fmt, hessian, **knobs) -> (w, params)``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Solver:
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(rtn),
     "search": Solver(search),
-    "gptq": Solver(gptq, frozenset({"gram"}), shares=True),
+    "gptq": Solver(gptq, frozenset({"hessian"}), shares=True),
 }
 
 __all__ = ["SOLVERS", "Solver"]

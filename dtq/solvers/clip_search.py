@@ -27,22 +27,22 @@ def search(
     Args:
         w: float (N, K).
         fmt: the format; one that learns its levels is fitted once, by the same weighted error.
-        gram: second moment of the input (K, K); its diagonal weighs the columns. None: all alike.
+        hessian: second moment of the input (K, K); its diagonal weighs the columns. None: all alike.
         clips: shares of the range to try; by default those that suit a row or a group.
 
     Returns:
-        The snapped weight (N, K) and its parameters.
+        The w_q weight (N, K) and its parameters.
     """
     check(w, hessian)
-    importance = None if hessian is None else hessian.diagonal()
-    params = fit_clipped(w, fmt, importance, clips=clips)
+    column_weights = None if hessian is None else hessian.diagonal()
+    params = fit_clipped(w, fmt, column_weights, clips=clips)
     return fake_quantize_weight(fmt, w, params), params
 
 
 def fit_clipped(
     w: Tensor,
     fmt: Format,
-    importance: Tensor | None = None,
+    column_weights: Tensor | None = None,
     *,
     clips: Sequence[float] | None = None,
     outer: QParams | None = None,
@@ -50,23 +50,25 @@ def fit_clipped(
     """Parameters with the best clip for every row and group of ``w``, whole groups of columns.
 
     A format that learns its levels has no clip. What it finds is a local optimum, so the fit
-    without importance stands as a candidate: search never loses to plain rounding.
+    without column_weights stands as a candidate: search never loses to plain rounding.
     """
-    weight = torch.ones(w.shape[1]).to(w) if importance is None else importance.to(w)
+    weight = torch.ones(w.shape[1]).to(w) if column_weights is None else column_weights.to(w)
 
     def errors(w: Tensor, params: QParams) -> Tensor:
-        return in_groups((fmt.snap(w, params) - w).square() * weight, fmt.group).sum(-1)
+        return in_groups((fmt.fake_quantize(w, params) - w).square() * weight, fmt.group).sum(-1)
 
-    if fmt.learned:
-        params = fmt.fit(w, importance, outer=outer)
-        if importance is None or outer is not None:
+    if fmt.data_dependent:
+        params = fmt.compute_qparams(w, column_weights, outer=outer)
+        if column_weights is None or outer is not None:
             return params
-        plain = fmt.fit(w)
+        plain = fmt.compute_qparams(w)
         return plain if errors(w, plain).sum() < errors(w, params).sum() else params
     if clips is None:
         clips = ROW_CLIPS if fmt.group is None else CLIPS
     if fmt.group is not None and outer is None:
-        outer = fmt.fit(w, importance)  # what lies above groups depends on all rows, not on clips
+        outer = fmt.compute_qparams(
+            w, column_weights
+        )  # what lies above groups depends on all rows, not on clips
     shares, best = torch.tensor(list(clips)).to(w), []
     for first in range(0, len(w), rows := max(1, _TOGETHER // w.shape[1])):
         part, tries = w[first : first + rows], []
@@ -75,10 +77,12 @@ def fit_clipped(
             # one matrix below the other, each with its clip: rows do not see each other
             many = part.repeat(len(some), 1)
             clip = some.repeat_interleave(len(part)).unsqueeze(1)
-            params = fmt.fit(many, importance, clip=clip, outer=_below(above, len(part), len(some)))
+            params = fmt.compute_qparams(
+                many, column_weights, clip=clip, outer=_below(above, len(part), len(some))
+            )
             tries.append(errors(many, params).unflatten(0, (len(some), -1)))
         best.append(torch.cat(tries).argmin(0))  # (rows, groups); the widest range wins ties
-    return fmt.fit(w, importance, clip=shares[torch.cat(best)], outer=outer)
+    return fmt.compute_qparams(w, column_weights, clip=shares[torch.cat(best)], outer=outer)
 
 
 def _rows(outer: QParams | None, rows: slice, count: int) -> QParams | None:

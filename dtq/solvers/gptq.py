@@ -37,15 +37,15 @@ def gptq(
     Args:
         w: float (N, K).
         fmt: any format; groups must divide ``block`` or the other way round.
-        gram: H, float (K, K). None gives what the identity does: clip search alone.
-        factors: what was worked out of ``gram`` alone, by ``damp``; kept here for the next weight
+        hessian: H, float (K, K). None gives what the identity does: clip search alone.
+        factors: what was worked out of ``hessian`` alone, by ``damp``; kept here for the next weight
             that reads the same input.
         damp: added to the diagonal, as a share of its mean; raised tenfold until H factors.
         block: columns that are repaired at once.
         clip: search the clip of each group; otherwise the full range.
 
     Returns:
-        The snapped weight (N, K) and its parameters.
+        The w_q weight (N, K) and its parameters.
 
     Raises:
         InputError: a weight or a moment is not finite, or H is not positive.
@@ -57,12 +57,14 @@ def gptq(
     if hessian is not None and damp not in factors:
         factors[damp] = _inverse_factor(hessian.to(todo), damp)
     inverse = None if hessian is None else factors[damp]
-    importance = torch.ones(w.shape[1]).to(todo) if hessian is None else hessian.diagonal().to(todo)
+    column_weights = (
+        torch.ones(w.shape[1]).to(todo) if hessian is None else hessian.diagonal().to(todo)
+    )
     # groups are fitted when they are entered: of them only what is the whole row's is wanted here
-    if fmt.learned or fmt.group is None:
-        params = fit_clipped(todo, fmt, importance, clips=clips)
+    if fmt.data_dependent or fmt.group is None:
+        params = fit_clipped(todo, fmt, column_weights, clips=clips)
     else:
-        params = fmt.fit(todo, importance)
+        params = fmt.compute_qparams(todo, column_weights)
     group = fmt.group or todo.shape[1]
     done = torch.zeros_like(todo)
     width = max(block, fmt.group or 0) // (fmt.group or 1) * (fmt.group or 1)
@@ -76,11 +78,11 @@ def gptq(
             if fmt.group is not None and j % group == 0:
                 cols = slice(j, j + group)
                 now = ahead[j - start : j - start + group].T.contiguous()
-                part = fit_clipped(now, fmt, importance[cols], clips=clips, outer=params)
+                part = fit_clipped(now, fmt, column_weights[cols], clips=clips, outer=params)
                 _put(params, part, j // group)
             cols = slice(j, j + fmt.vector)
             now = ahead[j - start : j - start + fmt.vector]  # (vector, N)
-            kept = fmt.snap(now.T.contiguous(), params, cols)
+            kept = fmt.fake_quantize(now.T.contiguous(), params, cols)
             done[:, cols] = kept
             if inverse is None or steps is None:
                 continue  # nothing says which columns could repair the error

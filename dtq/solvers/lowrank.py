@@ -53,12 +53,12 @@ def svd(
     Args:
         weights: float (N_i, K) each, in the space of the changed input.
         fmt: format of the residual.
-        gram: second moment of the changed input (K, K); None: the identity.
+        hessian: second moment of the changed input (K, K); None: the identity.
         rank: of the branch; used when ``bits`` is 0.
         bits: room for the branch in bits per weight, which sets the rank by the shape.
         iterations: rounds after the first.
         share: one ``down`` for all weights, as fused kernels for q, k, v want it.
-        weighted: also decompose in the metric of ``gram`` (ours; the paper's is plain) and keep
+        weighted: also decompose in the metric of ``hessian`` (ours; the paper's is plain) and keep
             the better: what a branch takes out of the weight is not what rounding loses.
     """
     groups = [list(weights)] if share else [[w] for w in weights]
@@ -123,7 +123,7 @@ class LowRank:
 
 
 LOWRANK: dict[str, LowRank] = {
-    "svd": LowRank(svd, frozenset({"gram"})),
+    "svd": LowRank(svd, frozenset({"hessian"})),
     "loftq": LowRank(loftq),
 }
 
@@ -142,7 +142,7 @@ def _rank_of(w: Tensor, rank: int, bits: float) -> int:
 
 
 def _factor(hessian: Tensor, w: Tensor) -> Tensor:
-    """Lower Cholesky factor of the damped gram: ``|D S|^2 = tr(D H D^T)``."""
+    """Lower Cholesky factor of the damped hessian: ``|D S|^2 = tr(D H D^T)``."""
     h = hessian.double()
     mean = h.diagonal().mean().clamp(min=1e-30)
     eye = torch.eye(len(h), dtype=torch.float64, device=h.device)

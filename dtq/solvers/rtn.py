@@ -12,5 +12,5 @@ from dtq.solvers.finite import check
 def rtn(w: Tensor, fmt: Format, hessian: Tensor | None = None) -> tuple[Tensor, QParams]:
     """Fit to the full range, round each weight to its nearest value."""
     check(w)
-    params = fmt.fit(w)
+    params = fmt.compute_qparams(w)
     return fake_quantize_weight(fmt, w, params), params

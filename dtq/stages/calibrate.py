@@ -94,7 +94,7 @@ def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str])
         if stats.columns != site.columns:
             raise InputError(f"the statistics are of another model: {site.name} differs in width")
         missing = [
-            n for n in sorted(needs) if n in ("gram", "reservoir") and getattr(stats, n) is None
+            n for n in sorted(needs) if n in ("hessian", "sample") and getattr(stats, n) is None
         ]
         if missing:
             raise InputError(

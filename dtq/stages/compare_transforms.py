@@ -55,9 +55,9 @@ def compare_transforms(
     edges = statistics.edges if statistics is not None and plan.bins > 1 else ()
     clock = install_clock(model, edges) if edges else None
     candidates = {"model": CandidateLayers(model, found, plan.bins, clock)}
-    errors = measure(model, calls, candidates, progress=progress, what="compare", tasks=tasks)[
-        "model"
-    ]
+    errors = measure(
+        model, calls, candidates, progress=progress, what="compare transforms", tasks=tasks
+    )["model"]
     best = min(errors, key=lambda name: errors[name]["mse"])
     solved |= found[best]
     log.info("transform: %s", ", ".join(f"{n} {e['mse']:.2e}" for n, e in errors.items()))

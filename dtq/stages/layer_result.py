@@ -72,7 +72,7 @@ def to_result(solved: list[LayerResult], site: InputReport) -> tuple[dict[str, T
         mine = {f"part.{part}": tensor for part, tensor in one.tensors.items()}
         mine["scale"] = change.scale
         if change.perm is not None:
-            mine["order"] = change.perm
+            mine["perm"] = change.perm
         if one.bias_shift is not None:
             mine["bias_shift"] = one.bias_shift
         tensors |= {f"{name}|{key}": tensor for key, tensor in mine.items()}
@@ -80,13 +80,13 @@ def to_result(solved: list[LayerResult], site: InputReport) -> tuple[dict[str, T
             {
                 "name": name,
                 "runtime": asdict(one.plan.spec()),
-                "block": change.block,
-                "turns": change.num_rotations,
+                "hadamard_block_size": change.block,
+                "num_rotations": change.num_rotations,
                 "report": asdict(one.report),
                 "misfit": one.weight_error,
             }
         )
-    return tensors, {"layers": layers, "site": asdict(site)}
+    return tensors, {"layers": layers, "input": asdict(site)}
 
 
 def from_result(
@@ -99,7 +99,9 @@ def from_result(
         mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         parts = {k.removeprefix("part."): t for k, t in mine.items() if k.startswith("part.")}
         runtime = LayerSpec(**layer["runtime"])
-        change = OnlineTransform(mine["scale"], layer["block"], mine.get("order"), layer["turns"])
+        change = OnlineTransform(
+            mine["scale"], layer["hadamard_block_size"], mine.get("perm"), layer["num_rotations"]
+        )
         solved.append(
             LayerResult(
                 replace(plan[layer["name"]], **asdict(runtime)),
@@ -110,7 +112,7 @@ def from_result(
                 layer["misfit"],
             )
         )
-    return solved, InputReport(**data["site"])
+    return solved, InputReport(**data["input"])
 
 
 def finalize(plan: Plan, solved: dict[str, LayerResult]) -> Plan:

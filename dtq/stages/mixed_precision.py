@@ -127,7 +127,7 @@ def mixed_precision(
 def _in_format(layer: LayerPlan, option: str) -> LayerPlan:
     """The layer in another format, if that fits its shape; otherwise as it is, with a note."""
     try:
-        FORMATS[option].layout(layer.shape)
+        FORMATS[option].tensor_specs(layer.shape)
     except InputError as error:
         return replace(layer, note=layer.note or str(error).split(". Use")[0])
     return replace(layer, weight_format=option, format_candidates=())

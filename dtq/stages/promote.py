@@ -66,7 +66,9 @@ def promote(
             return to_result([result], InputReport(site_of[raised.name]))
 
         promoted = plan.with_layers({layer.name: raised})
-        ((again,), _) = from_result(*tasks.get_or_compute(f"guard/{layer.name}", again_in), promoted)
+        ((again,), _) = from_result(
+            *tasks.get_or_compute(f"guard/{layer.name}", again_in), promoted
+        )
         if (again.report.error or 0.0) >= errors[layer.name]:
             continue
         again.report.promoted, again.report.error_before = True, errors[layer.name]

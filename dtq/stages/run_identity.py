@@ -47,10 +47,12 @@ def run_identity(
         "dtype": str(sources[0].dtype),
         "device": next(sources[0].model.parameters()).device.type,
         "recipe": recipe.to_dict(),
-        "calibration set": None if entries is None else bytes_digest(json.dumps(entries).encode()),
-        "calibration pictures": None if pictures is None else path_digest(pictures),
+        "calibration prompts": None
+        if entries is None
+        else bytes_digest(json.dumps(entries).encode()),
+        "calibration images": None if pictures is None else path_digest(pictures),
         "statistics": None if statistics is None else file_digest(statistics),
-        "keep": list(skip),
+        "exclude": list(skip),
         "dtq": folder_digest(package_root(), "*.py"),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -65,7 +67,7 @@ def _model(loaded: LoadedModel) -> str:
         where = cached.parent if (cached.parent / "model_index.json").is_file() else cached
         if not (where / "config.json").is_file() and not (where / "model_index.json").is_file():
             return _tensors(loaded.model)
-    # demo-hard is made of the files of demo
+    # demo-outliers is made of the files of demo
     return (
         f"{loaded.name} {folder_digest(where)}"
         if loaded.name in demo.FOLDERS

@@ -109,7 +109,7 @@ def sanity_check(
     """
     model, promoted = loaded.model, []
     with paged_weights(model), tqdm(
-        desc="sentinel", unit="call", disable=not progress, dynamic_ncols=True
+        desc="sanity check", unit="call", disable=not progress, dynamic_ncols=True
     ) as bar:  # fmt: skip
         reference = float_reference(loaded, floats, recipe, inputs, bar.update)
         seen = measure(loaded, floats, recipe, reference, inputs, bar.update)

@@ -207,7 +207,9 @@ def _layers(
                 report.errors.setdefault(name, [0.0] * report.calls)[call] = relative_error(y, want)
             if module.problem.activation_format.static:
                 turned = module.transform().x(x.float()).abs()
-                beyond = turned > (module.problem.activation_format.levels + 0.5) * module.step_scale()
+                beyond = (
+                    turned > (module.problem.activation_format.levels + 0.5) * module.step_scale()
+                )
                 share = float(beyond.float().mean())
                 report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))
 

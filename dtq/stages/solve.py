@@ -32,7 +32,7 @@ def _moments(stats: InputStats | None) -> list[Tensor]:
     """Sums over the input that turn NaN or infinite where it was."""
     if stats is None:
         return []
-    return [stats.channels.total, *([] if stats.gram is None else [stats.gram.gram])]
+    return [stats.channels.total, *([] if stats.hessian is None else [stats.hessian.hessian])]
 
 
 def _broken_bins(stats: InputStats | None) -> str:

@@ -29,14 +29,14 @@ class _TransformedInput:
     ) -> None:
         self.stats, self.transform = stats, choice.transform
         self.acts, self.like = ACTIVATION_FORMATS[acts], like
-        self.factors: dict[float, Tensor] = {}  # of the gram, see gptq
+        self.factors: dict[float, Tensor] = {}  # of the hessian, see gptq
 
     @cached_property
-    def gram(self) -> Tensor | None:
+    def hessian(self) -> Tensor | None:
         """Second moment (K, K) of the changed input, None without calibration."""
-        if self.stats is None or self.stats.gram is None:
+        if self.stats is None or self.stats.hessian is None:
             return None
-        return self.transform.hessian(self.stats.gram.second_moment().to(self.like))
+        return self.transform.hessian(self.stats.hessian.second_moment().to(self.like))
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -112,23 +112,23 @@ def _solve_in(
         low = parts["proj_up"].to(changed) @ transform.w(raw.to(changed))
         changed = changed - low
     solver = SOLVERS[layer.solver.name]
-    given = (seen.gram, seen.factors) if solver.shares else (seen.gram,)
-    snapped, params = solver.call(changed, fmt, *given, **dict(layer.solver.knobs))
+    given = (seen.hessian, seen.factors) if solver.shares else (seen.hessian,)
+    w_q, params = solver.call(changed, fmt, *given, **dict(layer.solver.knobs))
     shift = None
     if recipe.correct_bias and stats is not None:
         mean = transform.x(stats.channels.mean().to(changed))
-        shift = (changed - snapped) @ mean
-    parts |= fmt.pack(snapped, params)
+        shift = (changed - w_q) @ mean
+    parts |= fmt.pack(w_q, params)
     if layer.pre_quant:
         # a copy: linears that share a transform must not share memory, safetensors refuses that
         parts["pre_quant_scale"] = transform.scale.reshape(1, -1).clone()
     if transform.perm is not None:
-        parts["pre_quant_order"] = transform.perm.reshape(1, -1).clone()
+        parts["pre_quant_perm"] = transform.perm.reshape(1, -1).clone()
     if ACTIVATION_FORMATS[layer.activation_format].static:
         parts["input_scale"] = _static_scale(
             transform, stats, ACTIVATION_FORMATS[layer.activation_format].per_timestep
         )
-    error = _output_error(weight, snapped, low, shift, seen)
+    error = _output_error(weight, w_q, low, shift, seen)
     final = replace(
         layer,
         hadamard_block_size=transform.block,
@@ -136,7 +136,7 @@ def _solve_in(
         permutation=transform.perm is not None,
         rank=0 if branch is None else len(branch.down),
     )
-    misfit = float((changed - snapped).square().sum())
+    misfit = float((changed - w_q).square().sum())
     report = LayerReport(
         final.name, final.role, final.weight_format, final.bits(), choice.label, error
     )
@@ -156,7 +156,7 @@ def _branches(
         same = [i for i in wanted if (members[i].lowrank, members[i].weight_format) == key]
         changed = [choice.transform.w(weights[i]) for i in same]
         call = key[0]
-        made = LOWRANK[call.name].call(changed, FORMATS[key[1]], seen.gram, **dict(call.knobs))
+        made = LOWRANK[call.name].call(changed, FORMATS[key[1]], seen.hessian, **dict(call.knobs))
         for i, branch in zip(same, made, strict=True):
             found[i] = branch
     return found
@@ -164,7 +164,7 @@ def _branches(
 
 def _output_error(
     weight: Tensor,
-    snapped: Tensor,
+    w_q: Tensor,
     low: Tensor | None,
     shift: Tensor | None,
     seen: _TransformedInput,
@@ -174,7 +174,7 @@ def _output_error(
         return None
     x, changed, rounded = seen.rows
     want = x @ weight.T
-    got = rounded @ snapped.T
+    got = rounded @ w_q.T
     if low is not None:
         got += changed @ low.T
     if shift is not None:

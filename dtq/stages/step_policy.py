@@ -64,7 +64,7 @@ def search_step_policy(
     tables: dict[str, list[Option]] = {str(r): [] for r in sorted(by_range)}
     total = len(how.precisions) * sum(map(len, picked.values()))
     with tqdm(
-        total=total, desc="steps", unit="call", disable=not progress, dynamic_ncols=True
+        total=total, desc="step policy", unit="call", disable=not progress, dynamic_ncols=True
     ) as bar:
         for mode in how.precisions:
             install_clock(model, static_edges, StepPolicy((), (mode,)))

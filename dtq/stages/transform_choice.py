@@ -27,7 +27,7 @@ def choose_transform(
         weights,
         stats,
         fmt=FORMATS[layer.weight_format],
-        acts=ACTIVATION_FORMATS[layer.activation_format],
+        activations=ACTIVATION_FORMATS[layer.activation_format],
         **dict(layer.transform.knobs),
     )
 

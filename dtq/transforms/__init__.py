@@ -31,9 +31,9 @@ TRANSFORMS: dict[str, Method] = {
     "smooth": Method(methods.smooth, frozenset({"channels"})),
     "hadamard": Method(methods.hadamard, rotates=True),
     "smooth-hadamard": Method(methods.smooth_hadamard, frozenset({"channels"}), rotates=True),
-    "ditas": Method(methods.ditas, frozenset({"channels", "reservoir"})),
-    "ars": Method(methods.ars, frozenset({"channels", "reservoir"}), rotates=True),
-    "search": Method(grid_search.search, frozenset({"channels", "reservoir"}), rotates=True),
+    "ditas": Method(methods.ditas, frozenset({"channels", "sample"})),
+    "ars": Method(methods.ars, frozenset({"channels", "sample"}), rotates=True),
+    "search": Method(grid_search.search, frozenset({"channels", "sample"}), rotates=True),
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 """Changes that cancel: what is done to the input of a linear is undone in its weight.
 
 Law, for every transform ``t``: ``linear(t.x(x), t.w(w))`` equals ``linear(x, w)`` in float64.
-Second law: ``t.gram(x.T @ x)`` equals ``t.x(x).T @ t.x(x)``, so that statistics of the raw input
+Second law: ``t.hessian(x.T @ x)`` equals ``t.x(x).T @ t.x(x)``, so that statistics of the raw input
 serve every transform and the model never has to run again.
 """
 
@@ -67,7 +67,7 @@ class Permutation:
 class Rotation:
     """Hadamard over blocks of ``block`` channels; random signs go into a diagonal before it.
 
-    Two ``turns`` rotate twice, the blocks exchanging channels in between (:func:`rotate`).
+    Two ``num_rotations`` rotate twice, the blocks exchanging channels in between (:func:`rotate`).
     """
 
     block: int
@@ -117,7 +117,7 @@ class OnlineTransform:
         scale: bfloat16 (K,).
         block: Hadamard block, 1 for none.
         order: int32 (K,), the channel that moves to each place; None leaves them.
-        turns: block rotations, 1 or 2.
+        num_rotations: block rotations, 1 or 2.
     """
 
     scale: Tensor

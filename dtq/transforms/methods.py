@@ -23,7 +23,11 @@ from dtq.transforms.smoothing import smoothing
 
 
 def none(
-    weights: Sequence[Tensor], stats: InputStats | None, *, fmt: Format, activations: ActivationFormat
+    weights: Sequence[Tensor],
+    stats: InputStats | None,
+    *,
+    fmt: Format,
+    activations: ActivationFormat,
 ) -> TransformChoice:
     """No transform."""
     return TransformChoice(_online(weights, None, 1, 0), "none", {})

@@ -37,7 +37,7 @@ class OutputErrorObjective:
         error = 0.0
         for w, want, power in zip(self.weights, self.want, self.power, strict=True):
             changed = transform.w(w)
-            got = x @ fake_quantize_weight(self.fmt, changed, self.fmt.fit(changed)).T
+            got = x @ fake_quantize_weight(self.fmt, changed, self.fmt.compute_qparams(changed)).T
             error += float(got.sub_(want).square_().sum() / power) / len(self.weights)
         return error
 
@@ -45,7 +45,7 @@ class OutputErrorObjective:
 def search_format(fmt: Format, like: Tensor) -> Format:
     """A format that learns its levels would learn them again for every candidate: judge with
     integers of as many bits in its place."""
-    if not fmt.learned:
+    if not fmt.data_dependent:
         return fmt
     bits = bits_per_weight(fmt, (4096, 4096))
     name = "int2-g64" if bits < 2.5 else "int3-g64" if bits < 3.5 else "int4-g64"

@@ -185,7 +185,9 @@ def look(
         worse = holm([row.p_regression for row in group], alpha)
         held = holm([row.p_pass for row in group], alpha)
         for row, is_worse, holds in zip(group, worse, held, strict=True):
-            row.outcome = Outcome.PASS if holds and not row.loud else Outcome.INCONCLUSIVE
+            row.outcome = (
+                Outcome.PASS if holds and not row.noise_dominated else Outcome.INCONCLUSIVE
+            )
             row.outcome = Outcome.REGRESSION if is_worse else row.outcome
     return rows
 

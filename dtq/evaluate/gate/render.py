@@ -60,7 +60,7 @@ def conditions(run: Run) -> str:
     """What the figures hold under, in one line."""
     job = run.conditions
     return (
-        f"{len(run.samples)} samples of {job.get('set')}, {job.get('steps')} steps of "
+        f"{len(run.samples)} samples of {job.get('prompts')}, {job.get('steps')} steps of "
         f"{job.get('sampler')}, guidance {job.get('guidance')}, seed {job.get('seed')}, "
         f"{job.get('dtype')}, {job.get('hardware')}, torch {job.get('torch')}, "
         f"dtq {job.get('dtq')}; recipe {run.identity.get('recipe')}, checkpoint "

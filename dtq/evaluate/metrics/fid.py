@@ -47,7 +47,7 @@ class FeatureMoments:
             return self.to(FeatureMoments.of(features))
         x = _enough(features)
         mean = x.mean(0)
-        centred = (x - mean) / (len(x) - 1) ** 0.5  # (N, D), its gram is the covariance
+        centred = (x - mean) / (len(x) - 1) ** 0.5  # (N, D), its hessian is the covariance
         cross = torch.linalg.svdvals(centred @ self.root).sum()
         gap = (self.mean - mean).square().sum()
         return float(gap + self.cov.trace() + centred.square().sum() - 2 * cross)

@@ -296,7 +296,7 @@ def _divergence(result: Evaluation) -> str:
 def _layers(report: dict[str, Any]) -> list[str]:
     measured = [x for x in report["layers"] if x["error"] is not None]
     plain = {x["name"] for x in report["layers"] if x["role"] == "adaln"}  # no transform there
-    sites = [s for s in report["sites"] if s["peaks"] and s["name"] not in plain]
+    sites = [s for s in report["inputs"] if s["imbalance"] and s["name"] not in plain]
     found = ["<h2>Layers</h2>", "<div class=plots>"]
     if measured:
         words = "Output error of each quantized layer on sampled calibration rows."
@@ -309,7 +309,7 @@ def _layers(report: dict[str, Any]) -> list[str]:
         (
             _t(x["name"]),
             _t(x["role"]),
-            _t(x["weights"] + (" (promoted)" if x["promoted"] else "")),
+            _t(x["weight_format"] + (" (promoted)" if x["promoted"] else "")),
             f"{x['bits']:.2f}",
             _n(x["error"], ".1e"),
             _t(x["transform"]),

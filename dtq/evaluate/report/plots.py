@@ -48,7 +48,7 @@ def ranges(sites: Sequence[dict[str, Any]]) -> str:
     """Channel peaks over timesteps, before and after the transforms; one thin line per input."""
     figure, axes = _axes()
     for key, label, colour in (
-        ("peaks", "before", COLOURS[4]),
+        ("imbalance", "before", COLOURS[4]),
         ("peaks_after", "after", COLOURS[2]),
     ):
         lines = [s[key] for s in sites]

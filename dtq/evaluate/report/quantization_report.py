@@ -53,11 +53,11 @@ def _text(value: object) -> bool:
 
 _REPORT: dict[str, dict[str, Callable[[Any], bool]]] = {
     "layers": {
-        **dict.fromkeys(("name", "role", "weights", "transform"), _text),
+        **dict.fromkeys(("name", "role", "weight_format", "transform"), _text),
         "promoted": lambda value: isinstance(value, bool),
         "bits": lambda value: is_finite_numbers([value]),
         "error": lambda value: value is None or is_finite_numbers([value]),
     },
-    "sites": {"name": _text, "peaks": is_finite_numbers, "peaks_after": is_finite_numbers},
+    "inputs": {"name": _text, "imbalance": is_finite_numbers, "imbalance_after": is_finite_numbers},
 }
 """What the page reads of the report, and what each must be."""
