@@ -91,7 +91,11 @@ def check_laws(fmt, x):
     assert {k: (s.shape, s.dtype) for k, s in layout.items()} == {
         k: (tuple(p.shape), p.dtype) for k, p in parts.items()
     }
-    assert not [k for k, s in layout.items() if s.refuses is not None and s.refuses(parts[k])]
+    assert not [
+        k
+        for k, s in layout.items()
+        if s.unsupported_reason is not None and s.unsupported_reason(parts[k])
+    ]
     return w_q
 
 

@@ -13,6 +13,7 @@ import torch
 
 from dtq.errors import InputError
 from dtq.formats import FORMATS, bits_per_weight
+from dtq.linalg import cholesky
 from dtq.solvers import SOLVERS
 
 K = 256
@@ -201,20 +202,20 @@ def test_numbers_that_are_not_finite_are_refused(solver, bad):
 
 
 def test_a_wide_factor_repairs_as_much_as_a_narrow_one(monkeypatch):
-    gptq, (w, x) = sys.modules["dtq.solvers.gptq"], problem(7)
+    w, x = problem(7)
     x = x * torch.where(torch.arange(K) % 50 == 0, 100.0, 1.0)
     hessian, fmt = x.T @ x / len(x), FORMATS["int4-2l-g64"]
     narrow = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
-    monkeypatch.setattr(gptq, "_WIDE", K - 1)
+    monkeypatch.setattr(cholesky, "_WIDE", K - 1)
     made = []
-    factor = gptq._factor
-    monkeypatch.setattr(gptq, "_factor", lambda *a: made.append(a[-1]) or factor(*a))
+    factor = cholesky._factor
+    monkeypatch.setattr(cholesky, "_factor", lambda *a: made.append(a[-1]) or factor(*a))
     wide = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
     assert made == [torch.float32]
     assert wide == pytest.approx(narrow, rel=0.02)
     # what float32 cannot factor float64 can, without more damping
     monkeypatch.setattr(
-        gptq, "_factor", lambda h, s, d: factor(h, s, d) if d.itemsize > 4 else None
+        cholesky, "_factor", lambda h, s, d: factor(h, s, d) if d.itemsize > 4 else None
     )
     again = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
     assert again == pytest.approx(narrow, rel=1e-6)
