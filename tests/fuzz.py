@@ -37,7 +37,7 @@ from xml.etree import ElementTree
 import tiny
 import torch
 import yaml
-from builders import collected, planned
+from builders import collected
 from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -262,7 +262,6 @@ class Seeds:
         tiny.pipeline(blocks=1).save_pretrained(folder / "float")
         opened = loading.load_transformer(folder / "float")
         recipe = Recipe.load("w4a8", **few)
-        scan = planned(opened, recipe).scan
         needs = frozenset({"channels", "hessian", "sample"})
         seen = collected(opened, recipe, needs, progress=False)
         store.save(seen, folder / "statistics.safetensors")

@@ -10,7 +10,7 @@ import sys
 import pytest
 import quanto
 import torch
-from builders import collected, planned, quantized
+from builders import collected, quantized
 from diffusers import DiffusionPipeline
 from train_demo.data import load_emoji
 
@@ -81,7 +81,6 @@ def measured(request):
         source.pipeline, source.model, prompts.load("auto", source.pipeline, 4), HOW
     )
     recipe = Recipe.load("w4a8", calibration={"samples": 8, "steps": 10})
-    scan = planned(source, recipe).scan
     stats = collected(source, recipe, EVERYTHING, progress=False)
     errors, bits, layers = {}, {}, []
     alone = {

@@ -471,7 +471,6 @@ def statistics(tmp_path_factory, float_folder) -> Path:
 
     recipe = Recipe.load("w4a8", **FEW)
     opened = loading.load_transformer(float_folder)
-    scan = planned(opened, recipe).scan
     needs = frozenset({"channels", "hessian", "sample"})
     found = collected(opened, recipe, needs, progress=False)
     path = tmp_path_factory.mktemp("statistics") / "s.safetensors"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from builders import collected, planned, quantized
+from builders import collected, quantized
 from conftest import QUICK, hasty
 from diffusers import DiffusionPipeline
 
@@ -54,7 +54,6 @@ def test_the_presets_and_the_family_are_there():
 def prepared(model):
     """The float model opened once, its statistics, a trajectory."""
     source = load_transformer(model)
-    scan = planned(source, Recipe.load("w4a8")).scan
     fast = replace(Recipe(), calibration=FAST)
     stats = collected(source, fast, EVERYTHING, progress=False)
     how = SamplingSettings(samples=2, steps=3, batch_size=2, seed=7)

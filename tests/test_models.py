@@ -148,7 +148,6 @@ def test_idle_experts_take_statistics_of_siblings_in_other_portions():
             module.register_forward_hook(lambda gate, x, out: (out[0].clamp(min=1), *out[1:]))
     recipe = Recipe.load("w4a8", **QUICK)
     source = LoadedModel(name, None, "transformer", model)
-    scan = scanned(name, model)
     inputs = [zoo.inputs(name, seed) for seed in range(2)]
     whole, cut = (
         collected(source, recipe, recipe.needs(), inputs=inputs, progress=False, memory=memory)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from builders import collected, planned, quantized
+from builders import collected, quantized
 from conftest import QUICK, hasty
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -88,7 +88,6 @@ def test_only_mapped_tensors_are_touched(tmp_path):
 def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
     how = hasty("w4a8")
     whole, parts = (load_transformer(tiny.pipeline()) for _ in range(2))
-    scan = planned(whole, how).scan
     needs = how.needs()
     want = collected(whole, how, needs, progress=False)
     got = collected(parts, how, needs, progress=False, memory=600_000)
@@ -102,7 +101,6 @@ def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
 
 def test_parts_are_added_one_site_at_a_time(tmp_path, monkeypatch):
     source, how = load_transformer(tiny.pipeline()), hasty("w4a8")
-    scan = planned(source, how).scan
     first, second = (collected(source, how, how.needs(), progress=False) for _ in range(2))
     path = tmp_path / "statistics.safetensors"
     distributed._add(path, first, 0)
@@ -144,7 +142,6 @@ def test_statistics_of_different_runs_do_not_mix(tmp_path):
     for seed in range(2):
         how = Recipe.load("w8a8", **{"calibration": {**QUICK["calibration"], "seed": seed}})
         source = load_transformer(tiny.pipeline())
-        scan = planned(source, how).scan
         seen = collected(source, how, how.needs(), progress=False)
         store.save(seen, tmp_path / f"{seed}.safetensors")
     with pytest.raises(InputError, match="different runs"):

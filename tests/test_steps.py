@@ -21,7 +21,7 @@ from dtq.nn.timestep_hook import install_clock
 from dtq.plan.step_policy import StepPolicy
 from dtq.recipe.resolve import Recipe
 
-STEPS = {"modes": ["native", "a8"], "cost": 0.5, "ranges": 4, "calls": 1}
+STEPS = {"precisions": ["native", "a8"], "budget": 0.5, "num_bins": 4, "num_inputs": 1}
 COARSE = {
     "activations": "int4-row",
     "transform": "hadamard",
@@ -49,7 +49,7 @@ def test_the_search_spends_its_budget_where_it_helps(pipe):
     dear = sum(c for c, m in zip(policy["counts"], policy["modes"], strict=True) if m == "a8")
     assert 0 < dear <= 0.5 * policy["num_inference_steps"]
     free = dtq.quantize(
-        tiny.pipeline(), "w4a8", progress=False, steps={**STEPS, "cost": 1.0}, **COARSE, **QUICK
+        tiny.pipeline(), "w4a8", progress=False, step_policy={**STEPS, "budget": 1.0}, **COARSE, **QUICK
     )
     assert free.transformer.hf_quantizer.report.step_policy["modes"] == ["a8"]
 
