@@ -20,6 +20,8 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "../common_ext/constants.h"
+
 namespace dtq {
 namespace {
 
@@ -232,8 +234,7 @@ inline U rounded(V x, V scale, V levels) {
   V v = x / scale;
   v = v > levels ? levels : v;
   v = v < -levels ? -levels : v;
-  const V magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it ends at the ones, ties to even
-  return (U)(v + magic);  // its low byte is the integer
+  return (U)(v + splat(kRoundToInt));  // its low byte is the integer
 }
 
 // The number of a small float type next to x, ties to the even one: spaced `step` times the power of two
@@ -243,28 +244,28 @@ inline V on_grid(V x, float least, float top, float step) {
   size = size > splat(top) ? splat(top) : size;
   const V whole = size < splat(least) ? splat(least) : size;
   const V below = (V)((I)whole & 0x7f800000);
-  const V magic = below * splat(step * 12582912.0f);  // float32 is spaced like them there
+  const V magic = below * splat(step * kRoundToInt);  // float32 is spaced like them there
   const V level = (size + magic) - magic;
   const I sign = (I)x & (I)((U){} + 0x80000000);
   return (V)((I)level | sign);
 }
 
-inline V on_e2m1(V x) { return on_grid(x, 1, 6, 0.5f) + splat(0); }  // -0 becomes 0
-inline V on_e4m3(V x) { return on_grid(x, 0x1p-6f, 448, 0.125f); }
+inline V on_e2m1(V x) { return on_grid(x, kE2m1MinNormal, kE2m1Max, kE2m1Step) + splat(0); }  // -0 becomes 0
+inline V on_e4m3(V x) { return on_grid(x, kE4m3MinNormal, kE4m3Max, kE4m3Step); }
 
 // Twice the E2M1 level next to x / scale in the low byte.
 inline U doubled_level(V x, V scale) {
   const V level = on_e2m1(x / scale);
-  return (U)(level + level + splat(12582912.0f));
+  return (U)(level + level + splat(kRoundToInt));
 }
 
 // Rounds to an integer, |x| < 2^22, ties to even.
-inline V integer(V x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+inline V integer(V x) { return (x + splat(kRoundToInt)) - splat(kRoundToInt); }
 
-// A scale as bfloat16 keeps it, at least 1e-30.
+// A scale as bfloat16 keeps it, at least kMinGroupScale.
 inline float kept_scale(float scale) {
   uint32_t bits;
-  scale = scale < 1e-30f ? 1e-30f : scale;
+  scale = scale < kMinGroupScale ? kMinGroupScale : scale;
   memcpy(&bits, &scale, 4);
   if ((bits & 0x7fffffff) <= 0x7f800000) bits += 0x7fff + (bits >> 16 & 1);
   bits &= 0xffff0000;
@@ -306,12 +307,11 @@ inline void round_integers(float* x, int64_t group, int bits, bool asymmetric) {
 
 // The block of a row of NVFP4, divided by the row's peak already, or of MXFP4.
 inline void round_fp4(float* x, int64_t group, float peak) {
-  constexpr float kOuter = 1.0f / 2688;  // of the block scales: the largest, 448, ends at 6
   const float most = largest(x, group);
   float scale;
   if (group == 16) {
-    const float wanted = (most / kOuter) / 6;
-    scale = on_e4m3(splat(wanted < 0x1p-9f ? 0x1p-9f : wanted))[0] * kOuter;
+    const float wanted = (most / kNvFp4TokenScale) / kE2m1Max;
+    scale = on_e4m3(splat(wanted < kE4m3Min ? kE4m3Min : wanted))[0] * kNvFp4TokenScale;
   } else {
     uint32_t bits;
     memcpy(&bits, &most, 4);
@@ -324,28 +324,28 @@ inline void round_fp4(float* x, int64_t group, float peak) {
 }
 
 inline void round_row(const Rows& q, float* row) {
-  const bool wide = q.rounding == kInt8AsymG128;
-  if (q.rounding == kAsTheyAre) return;
-  if (q.rounding == kFp8Row) {
-    const float scale = largest(row, q.columns) / 448;
+  const bool wide = q.rounding == kRoundInt8AsymG128;
+  if (q.rounding == kRoundNone) return;
+  if (q.rounding == kRoundFp8Row) {
+    const float scale = largest(row, q.columns) / kE4m3Max;
     const V divisor = splat(scale == 0 ? __builtin_inff() : scale);
     for (int64_t k = 0; k < q.columns; k += kLanes)
       store(row + k, on_e4m3(load(row + k) / divisor) * splat(scale));
     return;
   }
-  if (q.rounding == kInt4G64 || q.rounding == kInt4AsymG64 || wide) {
+  if (q.rounding == kRoundInt4G64 || q.rounding == kRoundInt4AsymG64 || wide) {
     const int64_t group = wide ? 128 : 64;
     for (int64_t k = 0; k < q.columns; k += group)
-      round_integers(row + k, group, wide ? 8 : 4, q.rounding != kInt4G64);
+      round_integers(row + k, group, wide ? 8 : 4, q.rounding != kRoundInt4G64);
     return;
   }
   float peak = 1;
-  if (q.rounding == kNvFp4) {
+  if (q.rounding == kRoundNvFp4) {
     peak = largest(row, q.columns);
-    peak = peak < 1e-30f ? 1e-30f : peak;
+    peak = peak < kMinGroupScale ? kMinGroupScale : peak;
     for (int64_t k = 0; k < q.columns; k += kLanes) store(row + k, load(row + k) / splat(peak));
   }
-  const int64_t group = q.rounding == kNvFp4 ? 16 : 32;
+  const int64_t group = q.rounding == kRoundNvFp4 ? 16 : 32;
   for (int64_t k = 0; k < q.columns; k += group) round_fp4(row + k, group, peak);
 }
 
@@ -368,10 +368,10 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
     } else {
       const float peak = largest(row, q.columns);
       if (!q.levels) {
-        scale = peak / 6;
+        scale = peak / kE2m1Max;
       } else if (peak != 0) {  // NaN too: the codes of such a row are numbers, its scale must say so
         scale = peak / (float)q.levels;
-        scale = scale < 1e-8f ? 1e-8f : scale;
+        scale = scale < kMinInt8Scale ? kMinInt8Scale : scale;
       }
     }
     q.scale[r] = q.levels ? scale : scale / 2;
@@ -392,20 +392,19 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
 
 // e^t as dtq/kernels/fused.py writes it down.
 inline V exponential(V t) {
-  t = t < splat(-87) ? splat(-87) : t;
-  t = t > splat(89) ? splat(89) : t;
-  const V magic = splat(12582912.0f);  // rounds to the nearest integer, ties to even
-  const V n = (t * splat(1.44269504f) + magic) - magic;
-  const V r = (t - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
-  const double rest[] = {1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
-  V p = splat((float)(1.0 / 720));
-  for (double c : rest) p = p * r + splat((float)c);
+  t = t < splat(kExpMin) ? splat(kExpMin) : t;
+  t = t > splat(kExpMax) ? splat(kExpMax) : t;
+  const V n = integer(t * splat(kLog2E));
+  const V r = (t - n * splat(kLn2High)) - n * splat(kLn2Low);
+  const float taylor[] = {kExp1Over120, kExp1Over24, kExp1Over6, 0.5f, 1.0f, 1.0f};
+  V p = splat(kExp1Over720);
+  for (float c : taylor) p = p * r + splat(c);
   const V whole = n == n ? n : splat(0);
   return p * (V)((U)(__builtin_convertvector(whole, I) + 127) << 23);
 }
 
 inline V gelu_of(V x) {
-  const V cube = x * x * x, u2 = (x + cube * splat(0.044715f)) * splat(1.59576912f);
+  const V cube = x * x * x, u2 = (x + cube * splat(kGeluCubic)) * splat(kGelu2SqrtTwoOverPi);
   return x / (splat(1) + exponential(-u2));
 }
 

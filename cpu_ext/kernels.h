@@ -7,18 +7,15 @@
 #pragma once
 #include <stdint.h>
 
-namespace dtq {
+#include "../common_ext/formats.h"
 
-enum Float { kFloat32, kBFloat16, kFloat16 };
+namespace dtq {
 
 constexpr int kStep = 64;    // input channels of one step: a cache line of int8
 constexpr int kTokens = 16;  // tokens side by side in a block: the int32 lanes of 512 bits
 constexpr int kRows = 32;    // output channels of a panel; two AMX tiles, four register blocks
 constexpr int kGroup = 3;    // token blocks whose sums lie side by side
 constexpr int kFew = 8;      // up to this many tokens each weight is read once and not rearranged
-
-// Formats that rows are rounded with and back; dtq/formats/acts.py has them under these names.
-enum Rounding { kAsTheyAre, kInt4G64, kInt4AsymG64, kInt8AsymG128, kFp8Row, kNvFp4, kMxFp4 };
 
 // quantize_rows, e2m1_quantize_rows, transform_rows, round_rows
 struct Rows {
@@ -79,27 +76,9 @@ struct Linear {
   void* packed;  // codes as the multiplier reads them, see `pack`
 };
 
-// The numbers of both are known to dtq/kernels/decode.py.
-enum Codes {
-  kAffine,    // 2, 3, 4 bits: code - zero; 8 bits: signed bytes
-  kTable,     // 3, 4 bits: table[code]
-  kFloat8,    // 8 bits: e4m3
-  kWords,     // 6 or 8 bits: words[code], `vector` columns each
-  kTrits,     // ternary codes, five a byte: digit - 1
-  kTwoLevel,  // 3, 4 bits: int8 of (code - zero) * scale2
-};
-
-enum ScaleType {
-  kNoScale,  // kWords only
-  kScaleFloat32,
-  kScaleBFloat16,
-  kScaleE4m3,   // times scale_2
-  kScalePower,  // a byte: 2^(byte - 127)
-};
-
 // A matrix (N, K) of any format in the packing of the file (docs/formats.md), and how it is spelt.
 struct Stored {
-  Codes codes;
+  Encoding encoding;
   int bits;
   int64_t rows, columns;  // N, K
   int64_t row_bytes;

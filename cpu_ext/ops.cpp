@@ -124,32 +124,18 @@ Tensor transform_rows(const Tensor& x_in, const MaybeTensor& pre_scale, const Ma
   return out;
 }
 
-struct Grid {
-  const char* name;
-  dtq::Rounding rounding;
-  int64_t group;  // columns that share a scale
-};
-
-constexpr Grid kGrids[] = {
-    {"int4-g64", dtq::kInt4G64, 64},
-    {"int4-asym-g64", dtq::kInt4AsymG64, 64},
-    {"int8-asym-g128", dtq::kInt8AsymG128, 128},
-    {"fp8-row", dtq::kFp8Row, 1},
-    {"nvfp4", dtq::kNvFp4, 16},
-    {"mxfp4", dtq::kMxFp4, 32},
-};
-
 Tensor round_rows(const Tensor& x, const MaybeTensor& pre_scale, const MaybeTensor& order, int64_t block,
                   int64_t turns, const std::string& acts, ScalarType type) {
   Given given("round_rows", x, pre_scale, order, block, turns);
   const int64_t m = given.x.size(0), k = given.x.size(1);
-  for (const Grid& grid : kGrids) {
-    if (acts != grid.name || !written_directly(type)) continue;
-    STD_TORCH_CHECK(k % grid.group == 0, "round_rows: ", k, " columns are not whole groups of ",
-                    grid.group, " for ", acts);
+  for (int i = dtq::kRoundNone + 1; i < dtq::kRoundings; i++) {
+    const dtq::RoundingFormat& format = dtq::kRoundingFormats[i];
+    if (acts != format.name || !written_directly(type)) continue;
+    STD_TORCH_CHECK(k % format.group == 0, "round_rows: ", k, " columns are not whole groups of ",
+                    format.group, " for ", acts);
     Tensor out = torch::stable::new_empty(given.x, {m, k}, type);
     given.rows.out = out.mutable_data_ptr();
-    given.rows.rounding = grid.rounding;
+    given.rows.rounding = static_cast<dtq::Rounding>(i);
     given.rows.out_type = float_type(type);
     if (m && k) given.run();
     return out;

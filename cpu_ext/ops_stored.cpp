@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../common_ext/format_codes.h"
 #include "dispatch.h"
 #include "glue.h"
 
@@ -13,30 +14,19 @@ namespace {
 
 using namespace dtq::glue;
 
-// What a format of dtq/formats is to the decoder; dtq/kernels/decode.py tells at load.
-struct Spelling {
-  int codes, bits, offset, vector, scale_type;
-  std::vector<float> levels;
-};
-
-std::map<std::string, Spelling>& spellings() {
-  static std::map<std::string, Spelling> known;
-  return known;
-}
-
 // The parts of a weight by name, and the decoder's view of them.
 class Weight {
  public:
-  Weight(const Spelling& spelling, const std::string& format, const std::vector<std::string>& names,
+  Weight(const dtq::FormatCode& code, const std::string& format, const std::vector<std::string>& names,
          const std::vector<Tensor>& parts, int64_t columns)
       : format_(format) {
-    w.codes = static_cast<dtq::Codes>(spelling.codes);
-    w.bits = spelling.bits;
+    w.encoding = code.encoding;
+    w.bits = code.bits;
     w.columns = columns;
-    w.offset = spelling.offset;
-    w.vector = spelling.vector;
-    w.scale_type = static_cast<dtq::ScaleType>(spelling.scale_type);
-    std::copy(spelling.levels.begin(), spelling.levels.end(), w.levels);
+    w.offset = code.offset;
+    w.vector = code.vector;
+    w.scale_type = code.scale_type;
+    std::copy(code.codebook.begin(), code.codebook.end(), w.levels);
     STD_TORCH_CHECK(names.size() == parts.size(), "dtq: ", names.size(), " names for ", parts.size(),
                     " tensors");
     for (size_t i = 0; i < parts.size(); i++) {
@@ -45,10 +35,10 @@ class Weight {
       parts_.insert_or_assign(names[i], side_by_side(parts[i]));
     }
     w.rows = parts_.count("weight") ? parts_.at("weight").size(0) : 0;
-    w.row_bytes = w.codes == dtq::kTrits   ? columns / 5
-                  : w.codes == dtq::kWords ? columns / w.vector * w.bits / 8
+    w.row_bytes = w.encoding == dtq::kTrits   ? columns / 5
+                  : w.encoding == dtq::kWords ? columns / w.vector * w.bits / 8
                                            : columns * w.bits / 8;
-    const bool two_level = w.codes == dtq::kTwoLevel;
+    const bool two_level = w.encoding == dtq::kTwoLevel;
     const char* grouped = two_level ? "weight_scale_2" : "weight_scale";
     w.groups = std::max<int64_t>(1, parts_.count(grouped) ? parts_.at(grouped).size(1) : 1);
     const int64_t cells = w.rows * w.groups;
@@ -58,15 +48,15 @@ class Weight {
     const int64_t entries = int64_t{1} << w.bits;
     w.weight = take<uint8_t>("weight", w.rows * w.row_bytes);
     w.end = w.weight + w.rows * w.row_bytes;
-    if (w.codes == dtq::kTrits && columns % 5)
+    if (w.encoding == dtq::kTrits && columns % 5)
       w.tail = take<uint8_t>("weight_tail", w.rows * (columns % 5));
     if (w.scale_type != dtq::kNoScale)
       w.scale = take<void>("weight_scale", (two_level ? w.rows : cells) * scale);
     if (w.scale_type == dtq::kScaleE4m3) w.scale_2 = take<float>("weight_scale_2", 4);
     if (two_level) w.group_bytes = take<uint8_t>("weight_scale_2", cells);
     if (parts_.count("weight_zero_point")) w.zero = take<int8_t>("weight_zero_point", cells);
-    if (w.codes == dtq::kWords) w.words = take<uint16_t>("weight_lut", entries * w.vector * 2);
-    if (w.codes == dtq::kTable && spelling.levels.empty()) {
+    if (w.encoding == dtq::kWords) w.words = take<uint16_t>("weight_lut", entries * w.vector * 2);
+    if (w.encoding == dtq::kTable && code.codebook.empty()) {
       const float* table = take<float>("weight_lut", entries * 4);
       std::copy(table, table + entries, w.levels);
     }
@@ -131,8 +121,8 @@ const void* filled_up(const Tensor& x, int64_t line) {
 Tensor dequantize(const std::vector<Tensor>& parts, const std::vector<std::string>& names,
                   const std::string& format, int64_t columns, ScalarType type) {
   STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
-  const auto found = spellings().find(format);
-  if (found != spellings().end() && written_directly(type)) {
+  const auto found = dtq::format_codes().find(format);
+  if (found != dtq::format_codes().end() && written_directly(type)) {
     const Weight weight(found->second, format, names, parts, columns);
     if (weight.fits()) {
       Tensor out = torch::stable::new_empty(parts[0], {weight.w.rows, columns}, type);
@@ -153,8 +143,8 @@ Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& parts,
   const auto type = x_in.scalar_type();
   MaybeTensor bias;
   if (bias_in) bias = as(*bias_in, type);
-  const auto found = spellings().find(format);
-  if (found != spellings().end() && tokens <= dtq::kFewFloats && written_directly(type)) {
+  const auto found = dtq::format_codes().find(format);
+  if (found != dtq::format_codes().end() && tokens <= dtq::kFewFloats && written_directly(type)) {
     const Weight weight(found->second, format, names, parts, columns);
     if (weight.fits()) {
       const int64_t rows = weight.w.rows;
@@ -189,7 +179,7 @@ STABLE_TORCH_LIBRARY_IMPL(dtq, CPU, m) {
 
 // For Python, by ctypes, before the first call of an op.
 extern "C" __attribute__((visibility("default"))) void dtq_cpu_format(
-    const char* name, int codes, int bits, int offset, int vector, int scale_type,
-    const float* levels, int count) {
-  spellings()[name] = {codes, bits, offset, vector, scale_type, {levels, levels + count}};
+    const char* name, int encoding, int bits, int offset, int vector, int scale_type,
+    const float* codebook, int count) {
+  dtq::register_format(name, encoding, bits, offset, vector, scale_type, codebook, count);
 }

@@ -87,22 +87,22 @@ struct Group {
   bool finite;  // the scale
 };
 
-constexpr bool looked_up(Codes kind, int bits) {
+constexpr bool looked_up(Encoding kind, int bits) {
   return kind == kTable || kind == kTwoLevel || kind == kTrits || (kind == kAffine && bits < 8);
 }
 
-template <Codes kind>
+template <Encoding kind>
 inline float group_scale(const Stored& w, int64_t n, int64_t at) {
   return scale_at(w, kind == kTwoLevel || kind == kWords ? n : at);
 }
 
-template <Codes kind>
+template <Encoding kind>
 inline float group_zero(const Stored& w, int64_t at) {
   return kind == kTrits ? 1 : w.zero ? w.zero[at] : w.offset;
 }
 
 // What the codes from i * kLanes on stand for, before the scale.
-template <Codes kind, int bits>
+template <Encoding kind, int bits>
 inline V levels_of_codes(const Stored& w, int64_t at, int i) {
   const I code = (I)(lanes() + i * kLanes);
   if constexpr (kind == kTable) return load(w.levels + i * kLanes);
@@ -113,7 +113,7 @@ inline V levels_of_codes(const Stored& w, int64_t at, int i) {
   return __builtin_convertvector((wide << 24) >> 24, V);  // wraps as int8 does
 }
 
-template <Codes kind, int bits>
+template <Encoding kind, int bits>
 inline void fill_group(const Decode& d, int64_t n, int64_t at, Group& group) {
   const Stored& w = d.weight;
   group.scale = group_scale<kind>(w, n, at);
@@ -127,7 +127,7 @@ inline void fill_group(const Decode& d, int64_t n, int64_t at, Group& group) {
 }
 
 // Sixteen columns of a group, the bytes of their codes at p.
-template <Codes kind, int bits>
+template <Encoding kind, int bits>
 inline void decode_run(const Decode& d, const uint8_t* p, const Group& group, float* out) {
   uint16_t words[kRun];
   if constexpr (kind == kWords) {
@@ -165,7 +165,7 @@ inline const uint8_t* spread_trits(const Stored& w, int64_t n, int64_t first, in
 }
 
 // Columns [first, last) of row n, at most kChunk, `first` a multiple of 16; writes whole runs of 16.
-template <Codes kind, int bits>
+template <Encoding kind, int bits>
 void decode_line(const Decode& d, int64_t n, int64_t first, int64_t last, float* out) {
   const Stored& w = d.weight;
   constexpr int vector = kind != kWords ? 1 : bits == 8 ? 4 : 2;
@@ -199,7 +199,7 @@ typedef void (*Line)(const Decode&, int64_t n, int64_t first, int64_t last, floa
 
 // Null for what no format has.
 inline Line line_of(const Stored& w) {
-  switch (w.codes * 16 + w.bits) {
+  switch (w.encoding * 16 + w.bits) {
     case kAffine * 16 + 2: return decode_line<kAffine, 2>;
     case kAffine * 16 + 3: return decode_line<kAffine, 3>;
     case kAffine * 16 + 4: return decode_line<kAffine, 4>;

@@ -28,11 +28,11 @@ struct InBfloats {
     // the tables of two groups do not go into one look-up
     const bool whole = w.groups == 1 || w.columns / w.groups % kUnit == 0;
     if (w.bits == 4 && whole) {
-      if (w.codes == kAffine) return looked_up_nibbles<kAffine>;
-      if (w.codes == kTable) return looked_up_nibbles<kTable>;
-      if (w.codes == kTwoLevel) return looked_up_nibbles<kTwoLevel>;
+      if (w.encoding == kAffine) return looked_up_nibbles<kAffine>;
+      if (w.encoding == kTable) return looked_up_nibbles<kTable>;
+      if (w.encoding == kTwoLevel) return looked_up_nibbles<kTwoLevel>;
     }
-    if (w.bits == 8 && w.codes == kAffine && whole) return bytes;
+    if (w.bits == 8 && w.encoding == kAffine && whole) return bytes;
     return any;
   }
 
@@ -48,7 +48,7 @@ struct InBfloats {
     }
   }
 
-  template <Codes kind>
+  template <Encoding kind>
   DTQ_BF16 static void looked_up_nibbles(InBfloats&, const Decode& d, int64_t n, int64_t first,
                                          int64_t last, T* out) {
     const Stored& w = d.weight;

@@ -134,7 +134,7 @@ bool decoded(const dtq::Kernels& kernels) {
   const auto scale = draw<float>(n, 1, 9);
   std::vector<float> out(n * k), scratch(dtq::kScratch);
   dtq::Decode d = {};
-  d.weight.codes = dtq::kAffine, d.weight.bits = 4, d.weight.offset = 8;
+  d.weight.encoding = dtq::kAffine, d.weight.bits = 4, d.weight.offset = 8;
   d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k / 2, d.weight.groups = 1;
   d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + n * k / 2;
   d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data(), d.weight.finite = true;
@@ -159,7 +159,7 @@ bool alike(const dtq::Kernels& kernels) {
       const dtq::Kernels& by = i ? kernels : dtq::portable;
       decoded[i].assign(n * k, 0), bent[i].assign(n * k, 0);
       dtq::Decode d = {};
-      d.weight.codes = dtq::kTable, d.weight.bits = 4;
+      d.weight.encoding = dtq::kTable, d.weight.bits = 4;
       d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k / 2, d.weight.groups = 1;
       d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + n * k / 2;
       d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data();
@@ -187,8 +187,8 @@ bool alike(const dtq::Kernels& kernels) {
       (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
     }
     same = same && turned[0] == turned[1];
-    for (auto rounding : {dtq::kInt4G64, dtq::kInt4AsymG64, dtq::kInt8AsymG128, dtq::kFp8Row,
-                          dtq::kNvFp4, dtq::kMxFp4}) {
+    for (auto rounding : {dtq::kRoundInt4G64, dtq::kRoundInt4AsymG64, dtq::kRoundInt8AsymG128, dtq::kRoundFp8Row,
+                          dtq::kRoundNvFp4, dtq::kRoundMxFp4}) {
       std::vector<uint16_t> halves[2];
       for (int i = 0; i < 2; i++) {
         halves[i].assign(n * k, 0);
@@ -238,7 +238,7 @@ bool pairs(const dtq::Kernels& kernels) {
         if (i % line < k) x[i] = (uint16_t)(0x3f80 + dice() % 256 + dice() % 2 * 0x8000);
       std::vector<float> scratch(dtq::kScratch);
       dtq::Decode d = {};
-      d.weight.codes = bits == 8 ? dtq::kAffine : dtq::kTable, d.weight.bits = bits;
+      d.weight.encoding = bits == 8 ? dtq::kAffine : dtq::kTable, d.weight.bits = bits;
       d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k * bits / 8, d.weight.groups = 1;
       d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + weight.size();
       d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data();
