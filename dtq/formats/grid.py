@@ -128,9 +128,7 @@ def doubled(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         peak: the largest magnitude of each row (M, 1), which the largest level stands for.
     """
-    scale = peak / x.new_full(
-        (1, 1), E2M1.top
-    )  # a tensor: CUDA turns a number into its reciprocal
+    scale = peak / x.new_full((1, 1), E2M1.top)  # a tensor: CUDA turns a number into its reciprocal
     return E2M1.round(divide(x, scale)) * 2, scale * 0.5
 
 
