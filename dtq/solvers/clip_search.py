@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtq.formats import Format, QParams, fake_quantize_weight
-from dtq.formats.base import in_groups
+from dtq.formats.groups import in_groups
 from dtq.solvers.finite import check
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)

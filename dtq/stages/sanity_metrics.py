@@ -208,7 +208,7 @@ def _layers(
             if module.problem.activation_format.static:
                 turned = module.transform().x(x.float()).abs()
                 beyond = (
-                    turned > (module.problem.activation_format.levels + 0.5) * module.step_scale()
+                    turned > (module.problem.activation_format.qmax + 0.5) * module.step_scale()
                 )
                 share = float(beyond.float().mean())
                 report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))
