@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from diffusers.utils import is_peft_available
 
-from dtq.api import on_the_fly as _on_the_fly
 from dtq.api import quantize
+from dtq.api import quantize_while_loading as _quantize_while_loading
 from dtq.checkpoint.config import DTQConfig
 from dtq.demo.outliers import inject_outliers
 from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
@@ -21,7 +21,7 @@ from dtq.nn import QuantLinear
 from dtq.recipe.resolve import Recipe
 from dtq.version import __version__
 
-_diffusers.register(_on_the_fly)
+_diffusers.register(_quantize_while_loading)
 _fusion.register()
 if is_peft_available():
     from dtq.integrations import peft as _lora

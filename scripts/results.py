@@ -86,7 +86,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             }
         },
     ),
-    "w4a4, half of the steps int8": ("w4a4", {"step_policy": {"precisions": ["native", "a8"], "budget": 0.5}}),
+    "w4a4, half of the steps int8": (
+        "w4a4",
+        {"step_policy": {"precisions": ["native", "a8"], "budget": 0.5}},
+    ),
 }
 
 

@@ -31,7 +31,9 @@ def hasty(name: str, **overrides) -> Recipe:
         return MethodSpec(was.name, tuple(sorted({**dict(was.knobs), **knobs}.items())))
 
     if recipe.transform.name == "search":
-        recipe = replace(recipe, transform=call(recipe.transform, step=0.25, num_rows=64, max_error_ratio=1.0))
+        recipe = replace(
+            recipe, transform=call(recipe.transform, step=0.25, num_rows=64, max_error_ratio=1.0)
+        )
     if recipe.lowrank.name != "none":
         recipe = replace(recipe, lowrank=call(recipe.lowrank, iterations=1))
     if recipe.finetune.name != "none":

@@ -37,6 +37,7 @@ from xml.etree import ElementTree
 import tiny
 import torch
 import yaml
+from builders import collected
 from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -55,8 +56,6 @@ from dtq.io.safe_parse import parse_json
 from dtq.pipelines import loading
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe, find, names
-from dtq.stages.calibrate import calibrate_source
-from dtq.stages.plan import plan_source
 
 SECONDS = 20
 """For one case: a slow, shared machine included; a good folder takes a twentieth of one."""
@@ -263,9 +262,8 @@ class Seeds:
         tiny.pipeline(blocks=1).save_pretrained(folder / "float")
         opened = loading.load_transformer(folder / "float")
         recipe = Recipe.load("w4a8", **few)
-        scan, _ = plan_source(opened, recipe)
         needs = frozenset({"channels", "hessian", "sample"})
-        seen = calibrate_source(opened, scan, recipe, needs, progress=False)
+        seen = collected(opened, recipe, needs, progress=False)
         store.save(seen, folder / "statistics.safetensors")
         pipe = dtq.quantize(folder / "float", "w4a8", progress=False, sanity_check=False,
                             transform_candidates=[], solver="rtn", activations="int8-static-timestep", **few)  # fmt: skip

@@ -273,7 +273,7 @@ def test_permission_denied_is_said(float_folder, tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("dtq.checkpoint.reader.tempfile.mkdtemp", denied)
+    monkeypatch.setattr("dtq.io.atomic.tempfile.mkdtemp", denied)
     told = failed("quantize", float_folder, *FAST, "-o", tmp_path / "q")
     assert "cannot write there (Permission denied)" in told
     assert [p.name for p in tmp_path.iterdir()] == [
@@ -307,7 +307,7 @@ def test_out_of_memory_is_one_line_with_a_way_out(run, float_folder, tmp_path, m
         made = run()
         return list(made) if hasattr(made, "send") else made
 
-    monkeypatch.setattr("dtq.cli.quantize.quantize_sources", broken)
+    monkeypatch.setattr("dtq.cli.quantize.run_stages", broken)
     told = failed("quantize", float_folder, *FAST, "-o", tmp_path / "q")
     assert "out of memory" in told
     assert "--memory 4GB" in told
@@ -318,7 +318,7 @@ def test_a_bug_is_still_a_traceback(float_folder, tmp_path, monkeypatch):
     def bug(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("dtq.cli.quantize.quantize_sources", bug)
+    monkeypatch.setattr("dtq.cli.quantize.run_stages", bug)
     with pytest.raises(RuntimeError, match="shapes"):
         CliRunner().invoke(
             cli.main, ["quantize", str(float_folder), *FAST, "-o", str(tmp_path / "q")],

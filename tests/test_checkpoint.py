@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from builders import planned
 from conftest import hasty
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
@@ -24,7 +25,6 @@ from dtq.errors import CheckpointError, InputError
 from dtq.estimate.size import file_tensors
 from dtq.pipelines.loading import LoadedModel, meta_models
 from dtq.recipe.resolve import names
-from dtq.stages.plan import plan_source
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -87,7 +87,7 @@ def test_base_3_codes_are_saved_with_and_without_a_tail(heads, tmp_path):
     q = "transformer_blocks.0.attn1.to_q"
     assert (f"{q}.weight_tail" in load_file(tmp_path / WEIGHTS)) == (heads == 4)
     again = DiTTransformer2DModel.from_pretrained(tmp_path)
-    for name, part in model.get_submodule(q).parts().items():
+    for name, part in model.get_submodule(q).packed_tensors().items():
         assert torch.equal(again.get_submodule(q).part(name), part)
 
 
@@ -124,7 +124,7 @@ def test_the_file_has_exactly_the_bytes_that_the_plan_said(
     # how a layer was solved leaves no trace in its size
     quick = {"solver": "rtn", "finetune": "none", "transform_candidates": []}
     chosen = hasty(recipe, promote={"to": ""}, allocate={"budget": ""}, **quick)
-    _, plan = plan_source(LoadedModel("x", None, "transformer", model), chosen)
+    plan = planned(LoadedModel("x", None, "transformer", model), chosen).plan
     said = reader.predicted_bytes(file_tensors(model, plan, dtype))
     pipe = dtq.quantize(float_folder, chosen, progress=False)
     writer.write(pipe, tmp_path / "q")

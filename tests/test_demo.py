@@ -10,11 +10,11 @@ import sys
 import pytest
 import quanto
 import torch
+from builders import collected, quantized
 from diffusers import DiffusionPipeline
 from train_demo.data import load_emoji
 
 from dtq import demo
-from dtq.api import quantize_source
 from dtq.errors import InputError
 from dtq.evaluate import baselines, trajectory
 from dtq.evaluate.evaluate import extractor_for, stored_bits
@@ -23,8 +23,6 @@ from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe
-from dtq.stages.calibrate import calibrate_source
-from dtq.stages.plan import plan_source
 
 HOW = SamplingSettings(samples=4, steps=10, batch_size=4, seed=1000)
 EVERYTHING = frozenset({"channels", "hessian", "sample"})
@@ -83,14 +81,15 @@ def measured(request):
         source.pipeline, source.model, prompts.load("auto", source.pipeline, 4), HOW
     )
     recipe = Recipe.load("w4a8", calibration={"samples": 8, "steps": 10})
-    scan, _ = plan_source(source, recipe)
-    stats = calibrate_source(source, scan, recipe, EVERYTHING, progress=False)
+    stats = collected(source, recipe, EVERYTHING, progress=False)
     errors, bits, layers = {}, {}, []
-    alone = {t: {"transform": t, "transform_candidates": []} for t in ALONE if name == "demo-outliers"}
+    alone = {
+        t: {"transform": t, "transform_candidates": []} for t in ALONE if name == "demo-outliers"
+    }
     for label, changes in ({"w4a8": {}, "w8a8": {}, "rtn-w4a8": {}} | alone).items():
         opened = load_transformer(name)
         chosen = Recipe.load("w4a8" if changes else label, **changes)
-        quantize_source(opened, chosen, statistics=stats, progress=False)
+        quantized(opened, chosen, statistics=stats, progress=False)
         steps = trajectory.teacher_forced(truth, opened.model)
         errors[label], bits[label] = sum(steps) / len(steps), stored_bits(opened.model)
         if label == "w4a8":

@@ -165,7 +165,7 @@ def test_given_inputs_are_used(caplog):
     model = tiny.dit()
     inputs = [dummy_inputs(model, 4, t, i) for i, t in enumerate((900.0, 500.0, 100.0))]
     dtq.quantize(model, "w4a8", inputs=inputs, progress=False)
-    assert model.hf_quantizer.report.about["origin"] == "given"
+    assert model.hf_quantizer.report.calibration["origin"] == "given"
     assert "random latents" not in caplog.text
     with pytest.raises(InputError, match="inputs is empty"):
         dtq.quantize(tiny.dit(), "w4a8", inputs=[], progress=False)

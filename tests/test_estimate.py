@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from builders import planned, quantized
 
-from dtq.api import quantize_source
 from dtq.calibrate import engine
 from dtq.estimate import duration
 from dtq.estimate.hardware import reading_time
@@ -18,7 +18,6 @@ from dtq.io.schema import MethodSpec
 from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
 from dtq.stages.calibrate import statistics_needed
-from dtq.stages.plan import plan_source
 
 RECIPE = Recipe.load(
     "w4a8",
@@ -36,7 +35,8 @@ def folder(tmp_path_factory):
 
 
 def seconds(source, recipe, driven, memory=2**34):
-    scan, plan = plan_source(source, recipe)
+    run = planned(source, recipe)
+    scan, plan = run.scan, run.plan
     needs = statistics_needed(recipe, driven)
     how = {"needs": needs, "driven": driven, "memory": memory}
     return estimate(source.model, scan, plan, recipe, torch.float32, **how).seconds
@@ -60,7 +60,7 @@ class Free:
 @pytest.mark.parametrize("driven", [True, False])
 def test_the_calls_that_are_foretold_are_made(folder, driven):
     source = load_transformer(str(folder if driven else folder / "transformer"))
-    sites = plan_source(source, RECIPE)[0].input_groups
+    sites = planned(source, RECIPE).scan.input_groups
     pictures = []
 
     def count(_, args, kwargs):
@@ -86,8 +86,11 @@ def test_a_model_without_a_second_branch_runs_half_as_much(folder):
 
 def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
     source = load_transformer(str(folder))
-    alone = replace(RECIPE, transform_candidates=(), transform=MethodSpec("none"))  # no second moments
-    scan, plan = plan_source(source, alone)
+    alone = replace(
+        RECIPE, transform_candidates=(), transform=MethodSpec("none")
+    )  # no second moments
+    run = planned(source, alone)
+    scan, plan = run.scan, run.plan
     portions = sum(any(not plan[x.name].unquantized for x in s.linears) for s in scan.input_groups)
     once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
     runs = duration.runs_of(source.model, alone, True)
@@ -98,7 +101,8 @@ def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
 
 def test_a_mapped_model_is_read_whenever_it_runs(folder):
     source = load_transformer(str(folder / "transformer"))
-    scan, plan = plan_source(source, RECIPE)
+    run = planned(source, RECIPE)
+    scan, plan = run.scan, run.plan
     how = {"needs": RECIPE.needs(), "driven": False}
     without, read = (
         estimate(source.model, scan, plan, RECIPE, torch.float32, **how, reading=r).seconds
@@ -119,7 +123,8 @@ def test_reading_is_timed_where_there_are_files(folder, tmp_path):
 
 def test_without_data_nothing_is_looked_at(folder):
     source, recipe = load_transformer(str(folder / "transformer")), Recipe.load("w4a16")
-    scan, plan = plan_source(source, recipe)
+    run = planned(source, recipe)
+    scan, plan = run.scan, run.plan
     how = {"needs": frozenset(), "driven": False}
     without, read = (
         estimate(source.model, scan, plan, recipe, torch.float32, **how, reading=r).seconds
@@ -133,4 +138,4 @@ def test_what_is_not_compared_costs_nothing(folder):
     compared, plain = (replace(RECIPE, transform_candidates=x) for x in (("hadamard",), ()))
     assert seconds(driven, compared, True) > seconds(driven, plain, True)
     assert seconds(bare, compared, False) == seconds(bare, plain, False)
-    assert quantize_source(bare, compared, progress=False).transform_errors == {}
+    assert quantized(bare, compared, progress=False).transform_errors == {}

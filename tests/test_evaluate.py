@@ -167,9 +167,9 @@ def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
 def test_the_verdict_of_a_bad_model_is_bad(float_folder, tmp_path):
     pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False)
     for block in pipe.transformer.transformer_blocks:
-        block.ff.net[2].weight_scale.data = (block.ff.net[2].packed_tensor("weight_scale") * 3).view(
-            torch.int32
-        )
+        block.ff.net[2].weight_scale.data = (
+            block.ff.net[2].packed_tensor("weight_scale") * 3
+        ).view(torch.int32)
     result = evaluate.evaluate(load_transformer(pipe), load_transformer(float_folder), HOW)
     assert not html.verdict(result)[0]
 

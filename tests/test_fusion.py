@@ -222,7 +222,7 @@ def test_codes_are_made_once():
 def changing(*layers):
     """Give layers one smoothing vector, each in memory of its own."""
     for each in layers:
-        each.part("pre_quant_scale").copy_(torch.linspace(0.5, 1.5, 128))
+        each.packed_tensor("pre_quant_scale").copy_(torch.linspace(0.5, 1.5, 128))
 
 
 def test_layers_of_a_block_that_change_an_input_alike_share_its_codes(everywhere):
@@ -247,8 +247,8 @@ def test_layers_of_a_block_that_change_an_input_alike_share_its_codes(everywhere
     assert not again.k._first
     assert (
         pickle.loads(pickle.dumps(one.k))
-        .part("pre_quant_scale")
-        .equal(one.k.part("pre_quant_scale"))
+        .packed_tensor("pre_quant_scale")
+        .equal(one.k.packed_tensor("pre_quant_scale"))
     )
 
     torch._dynamo.reset()

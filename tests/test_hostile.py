@@ -466,14 +466,13 @@ def test_values_that_kernels_count_on_are_asked_when_a_file_is_read(
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory, float_folder) -> Path:
-    from dtq.stages.calibrate import calibrate_source
-    from dtq.stages.plan import plan_source
+
+    from builders import collected
 
     recipe = Recipe.load("w4a8", **FEW)
     opened = loading.load_transformer(float_folder)
-    scan, _ = plan_source(opened, recipe)
     needs = frozenset({"channels", "hessian", "sample"})
-    found = calibrate_source(opened, scan, recipe, needs, progress=False)
+    found = collected(opened, recipe, needs, progress=False)
     path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
     store.save(found, path)
     return path

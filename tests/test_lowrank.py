@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -15,11 +17,11 @@ from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.schema import MethodSpec
 from dtq.linalg.hadamard import fwht
 from dtq.nn.linear import QuantLinear
-from dtq.plan.layers import LayerPlan
+from dtq.plan.layers import LayerPlan, LayerSpec
 from dtq.recipe.resolve import Recipe
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, loftq, rank_for, svd
-from dtq.stages.solve_layer import solve_input_group
+from dtq.stages.solve_layer import TransformedInput, solve_input_group
 from dtq.transforms import TRANSFORMS
 
 K, N = 128, 96
@@ -118,24 +120,22 @@ def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform
     for call, rows in enumerate(x.split(256)):
         stats.observe(rows, SampleOrigin(call % 2, call, torch.zeros(len(rows), dtype=torch.int64)))
     plan = LayerPlan(
-        "it", "ffn.up", (N, K), "int4-g64", "none", pre_quant=transform != "none",
+        "it", "ffn.up", (N, K), LayerSpec("int4-g64", "none", pre_quant=transform != "none"),
         transform=MethodSpec(transform), solver=MethodSpec("gptq"), lowrank=MethodSpec("svd", (("rank", 8),)),
     )  # fmt: skip
     choice = TRANSFORMS[transform].call([w], stats, fmt=FMT, activations=ACTIVATION_FORMATS["none"])
-    recipe = Recipe.load("w4a8", correct_bias=False)
-    (solved,) = solve_input_group([plan], [w], choice, stats, recipe)
-    assert solved.plan.rank == 8
+    x_q = TransformedInput(stats, choice, ACTIVATION_FORMATS["none"], w, correct_bias=False)
+    (solved,) = solve_input_group([plan], [w], x_q)
+    assert solved.plan.spec.rank == 8
     bits = bits_per_weight(FMT, (N, K)) + 16 * 8 * (N + K) / (N * K)
-    bits += 16 / N * solved.plan.pre_quant + 32 / N * solved.plan.permutation
+    bits += 16 / N * solved.plan.spec.pre_quant + 32 / N * solved.plan.spec.permutation
     assert solved.report.bits == pytest.approx(bits)
-    new = QuantLinear(K, N, False, solved.plan.spec())
+    new = QuantLinear(K, N, False, solved.plan.spec)
     new.fill(solved.tensors)
     torch.testing.assert_close(new(x), x @ new.dequantize().T, rtol=1e-3, atol=1e-3)
     error = (new(x) - x @ w.T).square().sum() / (x @ w.T).square().sum()
     assert error == pytest.approx(solved.report.error, rel=0.1)
-    (bare,) = solve_input_group(
-        [LayerPlan(**{**plan.__dict__, "lowrank": MethodSpec("none")})], [w], choice, stats, recipe
-    )
+    (bare,) = solve_input_group([replace(plan, lowrank=MethodSpec("none"))], [w], x_q)
     assert solved.report.error < bare.report.error
 
 

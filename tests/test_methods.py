@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from builders import collected, quantized
 from conftest import QUICK, hasty
 from diffusers import DiffusionPipeline
 
 import dtq
-from dtq.api import quantize_source
 from dtq.checkpoint import reader, writer
 from dtq.demo.outliers import inject_outliers
 from dtq.evaluate import trajectory
@@ -24,8 +24,6 @@ from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe, names
-from dtq.stages.calibrate import calibrate_source
-from dtq.stages.plan import plan_source
 
 PRESETS = [
     "ditas",
@@ -56,9 +54,8 @@ def test_the_presets_and_the_family_are_there():
 def prepared(model):
     """The float model opened once, its statistics, a trajectory."""
     source = load_transformer(model)
-    scan, _ = plan_source(source, Recipe.load("w4a8"))
     fast = replace(Recipe(), calibration=FAST)
-    stats = calibrate_source(source, scan, fast, EVERYTHING, progress=False)
+    stats = collected(source, fast, EVERYTHING, progress=False)
     how = SamplingSettings(samples=2, steps=3, batch_size=2, seed=7)
     requests = prompts.load("auto", source.pipeline, 2)
     return source, stats, trajectory.record(source.pipeline, source.model, requests, how)
@@ -71,7 +68,7 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
     recipe = replace(hasty(name), calibration=FAST)
     opened = replace(source, pipeline=copy.copy(source.pipeline), model=copy.deepcopy(source.model))
     opened.pipeline.register_modules(transformer=opened.model)
-    report = quantize_source(opened, recipe, statistics=stats, skip=KEEP, progress=False)
+    report = quantized(opened, recipe, statistics=stats, exclude=KEEP, progress=False)
     steps = trajectory.teacher_forced(truth, opened.model)
     assert sum(steps) / len(steps) < LOOSE.get(name, 0.05)
     plan = report.plan

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from builders import collected
 
 import dtq
 from dtq.models import FAMILIES, Scan, find_family
@@ -13,7 +14,6 @@ from dtq.nn import QuantLinear
 from dtq.pipelines.loading import LoadedModel, dummy_inputs, scan_model
 from dtq.pipelines.recorded_calls import first_tensor
 from dtq.recipe.resolve import Recipe
-from dtq.stages.calibrate import calibrate_source
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 forgive less than real ones
@@ -148,12 +148,9 @@ def test_idle_experts_take_statistics_of_siblings_in_other_portions():
             module.register_forward_hook(lambda gate, x, out: (out[0].clamp(min=1), *out[1:]))
     recipe = Recipe.load("w4a8", **QUICK)
     source = LoadedModel(name, None, "transformer", model)
-    scan = scanned(name, model)
     inputs = [zoo.inputs(name, seed) for seed in range(2)]
     whole, cut = (
-        calibrate_source(
-            source, scan, recipe, recipe.needs(), inputs=inputs, progress=False, memory=memory
-        )
+        collected(source, recipe, recipe.needs(), inputs=inputs, progress=False, memory=memory)
         for memory in (None, 1)  # all at once, and every input in a run of its own
     )
     idle = "double_stream_blocks.0.block.ff_i.experts.0.w1"

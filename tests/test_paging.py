@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from builders import collected, quantized
 from conftest import QUICK, hasty
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dtq
-from dtq.api import quantize_sources
 from dtq.calibrate import distributed, store
 from dtq.errors import InputError
 from dtq.io.memory import Mapped, paged_weights
@@ -26,8 +26,6 @@ from dtq.nn import QuantLinear
 from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
 from dtq.runs.tasks import TaskStore
-from dtq.stages.calibrate import calibrate_source
-from dtq.stages.plan import plan_source
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="MADV_PAGEOUT is Linux's")
 MB = 2**20
@@ -90,10 +88,9 @@ def test_only_mapped_tensors_are_touched(tmp_path):
 def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
     how = hasty("w4a8")
     whole, parts = (load_transformer(tiny.pipeline()) for _ in range(2))
-    scan, _ = plan_source(whole, how)
     needs = how.needs()
-    want = calibrate_source(whole, scan, how, needs, progress=False)
-    got = calibrate_source(parts, scan, how, needs, progress=False, memory=600_000)
+    want = collected(whole, how, needs, progress=False)
+    got = collected(parts, how, needs, progress=False, memory=600_000)
     assert "the float model runs" in caplog.text
     assert set(got.inputs) == set(want.inputs)
     assert got.edges == want.edges
@@ -104,10 +101,7 @@ def test_statistics_that_do_not_fit_wait_on_disk(tmp_path, caplog):
 
 def test_parts_are_added_one_site_at_a_time(tmp_path, monkeypatch):
     source, how = load_transformer(tiny.pipeline()), hasty("w4a8")
-    scan, _ = plan_source(source, how)
-    first, second = (
-        calibrate_source(source, scan, how, how.needs(), progress=False) for _ in range(2)
-    )
+    first, second = (collected(source, how, how.needs(), progress=False) for _ in range(2))
     path = tmp_path / "statistics.safetensors"
     distributed._add(path, first, 0)
     before = [weakref.ref(site) for site in second.inputs.values()]
@@ -136,7 +130,7 @@ def test_a_little_memory_gives_the_same_model():
 def test_what_is_solved_waits_in_its_files(float_folder, tmp_path):
     source = load_transformer(float_folder / "transformer")
     recipe = Recipe.load("w4a16")
-    quantize_sources([source], recipe, progress=False, tasks=TaskStore(tmp_path))
+    quantized(source, recipe, progress=False, tasks=TaskStore(tmp_path))
     layers = [m for m in source.model.modules() if isinstance(m, QuantLinear)]
     mapped = Mapped()
     assert layers
@@ -148,8 +142,7 @@ def test_statistics_of_different_runs_do_not_mix(tmp_path):
     for seed in range(2):
         how = Recipe.load("w8a8", **{"calibration": {**QUICK["calibration"], "seed": seed}})
         source = load_transformer(tiny.pipeline())
-        scan, _ = plan_source(source, how)
-        seen = calibrate_source(source, scan, how, how.needs(), progress=False)
+        seen = collected(source, how, how.needs(), progress=False)
         store.save(seen, tmp_path / f"{seed}.safetensors")
     with pytest.raises(InputError, match="different runs"):
         store.load(tmp_path / "0.safetensors", tmp_path / "1.safetensors")

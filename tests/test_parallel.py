@@ -9,6 +9,7 @@ import pytest
 import ranks
 import tiny
 import torch
+from builders import planned
 from torch import nn
 
 import dtq
@@ -20,7 +21,6 @@ from dtq.parallel import ROW, Slice, shard, sliced, tp_plan
 from dtq.pipelines.loading import LoadedModel
 from dtq.plan.layers import LayerSpec
 from dtq.recipe.resolve import Recipe, names
-from dtq.stages.plan import plan_source
 
 CUTS = [(64, 32), (64, 1), (33, 17), (7, 3), (2, 1)]
 INTEGER = ("w8a8", "w4a8-two-level")  # kernels whose products are exact, whatever the batch
@@ -76,8 +76,8 @@ def layers_of(recipe: str) -> set[tuple[LayerSpec, int]]:
     """What a recipe asks of layers, and their widths."""
     found = set()
     for model in (tiny.dit(), tiny.flux()):
-        _, plan = plan_source(LoadedModel("tiny", None, "transformer", model), Recipe.load(recipe))
-        found |= {(layer.spec(), layer.shape[1]) for layer in plan.quantized()}
+        plan = planned(LoadedModel("tiny", None, "transformer", model), Recipe.load(recipe)).plan
+        found |= {(layer.spec, layer.shape[1]) for layer in plan.quantized()}
     return found
 
 
@@ -171,7 +171,11 @@ def test_the_plan_says_what_is_cut_and_how_far():
         ({}, 3, "4 heads do not split into 3"),
         ({}, 4, "rotation block of 64 channels would cross the cut at 32"),
         ({"weights": "int4-g64", "transform": "none"}, 4, "needs input features divisible by 64"),
-        ({"activations": "int4-g64", "transform": "none"}, 4, "needs input features divisible by 64"),
+        (
+            {"activations": "int4-g64", "transform": "none"},
+            4,
+            "needs input features divisible by 64",
+        ),
         ({"exclude": ["attn.k"]}, 2, "to_k is not quantized"),
     ],
 )

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import tiny
+from builders import planned
 
 from dtq.estimate import solver_cost
 from dtq.io.schema import MethodSpec
 from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
-from dtq.stages.plan import plan_source
 
 RATE = 1e11
 
@@ -26,7 +26,7 @@ def source(tmp_path_factory):
 
 
 def paces_of(source, recipe):
-    layers = plan_source(source, recipe)[1].quantized()
+    layers = planned(source, recipe).plan.quantized()
     return layers, solver_cost.paces(layers, recipe, recipe.needs(), RATE)
 
 
@@ -66,13 +66,13 @@ def test_without_statistics_nothing_is_judged_on_them():
 
 def test_a_model_without_data_is_judged_by_weights_alone(source):
     recipe = Recipe.load("w4a16")
-    paces = solver_cost.paces(plan_source(source, recipe)[1].quantized(), recipe, frozenset(), RATE)
+    paces = solver_cost.paces(planned(source, recipe).plan.quantized(), recipe, frozenset(), RATE)
     assert all(not pace.judged and pace.weight > 0 for pace in paces.values())
 
 
 def test_without_data_the_largest_layer_is_solved_but_not_more_than_it_takes(source, monkeypatch):
     recipe = Recipe.load("w4a16")
-    layers = plan_source(source, recipe)[1].quantized()
+    layers = planned(source, recipe).plan.quantized()
     solved = []
     solve = solver_cost.solve_input_group
     monkeypatch.setattr(

@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 
 import pytest
 import tiny
 import torch
+from builders import planned
 from conftest import QUICK, hasty
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 
 import dtq
-from dtq.calibrate import engine, store
+from dtq.calibrate import store
 from dtq.calibrate.engine import calibrate
 from dtq.demo.outliers import inject_outliers
 from dtq.errors import InputError
@@ -24,8 +24,7 @@ from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel, dummy_inputs, load_transformer, scan_model
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe
-from dtq.stages import transform_choice
-from dtq.stages.plan import plan_source
+from dtq.stages import record_calls, solve
 
 HOW = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
 EVERYTHING = frozenset({"channels", "hessian", "sample"})
@@ -98,7 +97,7 @@ def test_quantizing_is_deterministic():
 def test_statistics_are_reusable_and_equal_calibrating_now(tmp_path):
     source = load_transformer(tiny.pipeline())
     recipe = hasty("w4a8")
-    scan, _ = plan_source(source, recipe)
+    scan = planned(source, recipe).scan
     stats = calibrate(source, scan.input_groups, recipe.calibration, EVERYTHING, progress=False)
     store.save(stats, tmp_path / "s.safetensors")
     again = store.load(tmp_path / "s.safetensors")
@@ -115,7 +114,7 @@ def test_n_processes_equal_one():
     """Two halves of the calls, merged, are the statistics of all of them."""
     model = tiny.dit()
     scan = scan_model(model)
-    calls = [engine.made_inputs(model, 4, t, i) for i, t in enumerate((900.0, 700.0, 300.0, 100.0))]
+    calls = [dummy_inputs(model, 4, t, i) for i, t in enumerate((900.0, 700.0, 300.0, 100.0))]
     source = LoadedModel("x", None, "transformer", model)
     how = SamplingSettings(num_timestep_bins=4)
     whole = calibrate(
@@ -161,7 +160,7 @@ def test_the_guard_promotes_within_its_budget():
     report = pipe.transformer.hf_quantizer.report
     promoted = [x for x in report.layers if x.promoted]
     assert promoted
-    assert all(x.weights == "int8-row" and x.error < x.error_before for x in promoted)
+    assert all(x.weight_format == "int8-row" and x.error < x.error_before for x in promoted)
     assert 5.0 < report.plan.bits(report.plan.gemm()) <= 6.0
     worst = max(x.error_before for x in promoted)
     kept = [x.error for x in report.layers if not x.promoted and x.role != "adaln"]
@@ -215,8 +214,8 @@ def test_a_whole_model_alternative_replaces_the_search_where_it_errs_less():
     pipe = tiny.pipeline()
     dtq.quantize(pipe, "w4a8", progress=False, transform_candidates=["hadamard", "none"], **QUICK)
     report = pipe.transformer.hf_quantizer.report
-    assert list(report.compared) == ["search", "hadamard", "none"]
-    best = min(report.compared, key=report.compared.get)
+    assert list(report.transform_errors) == ["search", "hadamard", "none"]
+    best = min(report.transform_errors, key=report.transform_errors.get)
     labels = {x.transform for x in report.layers if x.role != "adaln"}
     if best != "search":
         assert len(labels) == 1
@@ -230,23 +229,23 @@ def test_an_alternative_may_change_the_input_where_the_recipe_does_not():
     pipe, alone = tiny.pipeline(), tiny.pipeline()
     more = {"transform": "none", "solver": "rtn", "transform_candidates": ["smooth", "hadamard"]}
     dtq.quantize(pipe, "w4a8", progress=False, **more, **how)
-    found = pipe.transformer.hf_quantizer.report.compared
+    found = pipe.transformer.hf_quantizer.report.transform_errors
     assert list(found) == ["none", "smooth", "hadamard"]
     assert max(found.values()) < 10 * min(found.values())
     plan = pipe.transformer.hf_quantizer.report.plan
-    _, before = plan_source(load_transformer(alone), Recipe.load("w4a8", **more, **how))
+    before = planned(load_transformer(alone), Recipe.load("w4a8", **more, **how)).plan
     assert [x.nbytes() for x in before.layers] == [x.nbytes() for x in plan.layers]
 
 
 def test_statistics_alone_are_enough_without_a_pipeline(caplog):
     source = LoadedModel("x", None, "transformer", tiny.dit())
-    scan, _ = plan_source(source, Recipe.load("w4a8"))
+    scan = planned(source, Recipe.load("w4a8")).scan
     stats = calibrate(
         source, scan.input_groups, hasty("w4a8").calibration, EVERYTHING, progress=False
     )
     with caplog.at_level(logging.WARNING, "dtq"):
         model = dtq.quantize(source.model, hasty("w4a8"), statistics=stats, progress=False)
-    assert model.hf_quantizer.report.compared == {}
+    assert model.hf_quantizer.report.transform_errors == {}
     assert "search stays, without trying hadamard" in caplog.text
 
 
@@ -267,7 +266,7 @@ def test_an_option_that_does_not_fit_a_layer_is_said(caplog):
 def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, monkeypatch):
     model = tiny.dit()
     recipe = hasty("w4a8")
-    scan, _ = plan_source(LoadedModel("dit", None, "transformer", model), recipe)
+    scan = planned(LoadedModel("dit", None, "transformer", model), recipe).scan
     stats = calibrate(
         LoadedModel("dit", None, "transformer", model), scan.input_groups, recipe.calibration, recipe.needs(),
         inputs=[dummy_inputs(model, 2, 500.0, 0)], progress=False,
@@ -278,13 +277,13 @@ def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, m
     else:
         site = next(s for s in scan.input_groups if s.linears[0].name == name)
         stats.inputs[site.name].channels.total[0, 0] = float("inf")
-    before = transform_choice.choose_transform
+    before = solve.choose_transform
 
     def choose(members, weights, stats):
         assert members[0].name != name
         return before(members, weights, stats)
 
-    monkeypatch.setattr(transform_choice, "choose_transform", choose)
+    monkeypatch.setattr(solve, "choose_transform", choose)
     with pytest.raises(InputError, match=rf"{name}: .* 1 entries that are NaN or infinite"):
         dtq.quantize(
             model, recipe, statistics=stats, progress=False, transform={"search": {"step": 0.5}}
@@ -338,19 +337,19 @@ def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
 def test_alternatives_are_compared_on_calls_of_the_float_pipeline(monkeypatch):
     """Else those of the second transformer depend on whether this process changed the first."""
     pipe, quantized = two_stages(), []
-    module = importlib.import_module("dtq.api")  # the package has a function of that name
-    before = module.sample_calls
+    before = record_calls.sample_calls
 
     def sampled(*arguments, **options):
         models = (pipe.transformer, pipe.transformer_2)
         quantized.append([any(isinstance(m, QuantLinear) for m in x.modules()) for x in models])
         return before(*arguments, **options)
 
-    monkeypatch.setattr(module, "sample_calls", sampled)
+    monkeypatch.setattr(record_calls, "sample_calls", sampled)
     dtq.quantize(pipe, "rtn-w4a8", transform_candidates=["hadamard"], progress=False, **QUICK)
     assert quantized == [[False, False], [False, False]]
     assert all(
-        len(m.hf_quantizer.report.compared) == 2 for m in (pipe.transformer, pipe.transformer_2)
+        len(m.hf_quantizer.report.transform_errors) == 2
+        for m in (pipe.transformer, pipe.transformer_2)
     )
 
 

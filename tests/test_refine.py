@@ -48,10 +48,10 @@ def quantized(model, weights, acts="none", only="blocks."):
 
 
 def rounded(linear, runtime):
-    fmt, w = FORMATS[runtime.weights], linear.weight.detach().float()
+    fmt, w = FORMATS[runtime.weight_format], linear.weight.detach().float()
     layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, runtime)
     parts = fmt.pack(w, fmt.compute_qparams(w))
-    if ACTIVATION_FORMATS[runtime.acts].static:
+    if ACTIVATION_FORMATS[runtime.activation_format].static:
         parts["input_scale"] = torch.tensor([[0.03]])
     layer.fill(parts)
     if linear.bias is not None:

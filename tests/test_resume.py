@@ -13,11 +13,11 @@ import psutil
 import pytest
 import tiny
 import torch
+from builders import quantized
 from click.testing import CliRunner
 from conftest import hasty
 from safetensors.torch import load_file
 
-from dtq.api import quantize_sources
 from dtq.calibrate import distributed
 from dtq.cli import main
 from dtq.errors import CheckpointError, InputError
@@ -26,7 +26,7 @@ from dtq.io.run_lock import locked
 from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
 from dtq.runs.tasks import TaskStore
-from dtq.stages import solve_layer
+from dtq.stages import solve
 
 FEW = [
     "--samples", "4", "--steps", "2", "--set", "calibration.batch=1",
@@ -43,7 +43,7 @@ def run(*arguments, code: int | None = 0, command: str = "quantize"):
 @pytest.fixture
 def dies(monkeypatch):
     """Make solving stop, as a crash would, after so many inputs."""
-    before = solve_layer.solve_input_group
+    before = solve.solve_input_group
 
     def after(count: int) -> None:
         left = [count]
@@ -54,10 +54,10 @@ def dies(monkeypatch):
             left[0] -= 1
             return before(*arguments)
 
-        monkeypatch.setattr(solve_layer, "solve_site", crash)
+        monkeypatch.setattr(solve, "solve_input_group", crash)
 
     yield after
-    monkeypatch.setattr(solve_layer, "solve_site", before)
+    monkeypatch.setattr(solve, "solve_input_group", before)
 
 
 def test_killed_runs_end_in_the_same_bytes(float_folder, tmp_path):
@@ -93,7 +93,7 @@ def dies_after(monkeypatch, count: int) -> list[range]:
         parts.append(arguments[-1])
         return see(*arguments, **options)
 
-    monkeypatch.setattr(distributed, "see", crash)
+    monkeypatch.setattr(distributed, "collect_shard", crash)
     return parts
 
 
@@ -273,7 +273,7 @@ def test_units_are_the_same_in_memory_and_in_a_folder(tmp_path):
     for work in (TaskStore(), TaskStore(tmp_path)):
         source = load_transformer(tiny.pipeline())
         recipe = hasty("w4a8", allocate={"budget": 5, "formats": ["int4-2l-g64", "int8-row"]})
-        quantize_sources([source], recipe, progress=False, tasks=work)
+        quantized(source, recipe, progress=False, tasks=work)
         states.append(source.model.state_dict())
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
     assert {p.name for p in tmp_path.iterdir()} >= {

@@ -233,7 +233,11 @@ def test_compiling_repeated_blocks_compiles_each_kind_once(name, counter):
 @pytest.mark.slow
 def test_inductor_makes_the_same_picture():
     pipe = dtq.quantize(
-        tiny.pipeline(blocks=1), "rtn-w4a8", activations="int8-static-timestep", progress=False, **FEW
+        tiny.pipeline(blocks=1),
+        "rtn-w4a8",
+        activations="int8-static-timestep",
+        progress=False,
+        **FEW,
     )
     want = tiny.sample(pipe)
     torch._dynamo.reset()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 
@@ -20,9 +19,8 @@ from dtq.cli import main
 from dtq.errors import NonFiniteError
 from dtq.nn import QuantLinear
 from dtq.pipelines.loading import dummy_inputs
-from dtq.stages import sanity_check
+from dtq.stages import calibrate, replace_layers, sanity_check
 
-quantize = importlib.import_module("dtq.api")  # the package has a function of that name
 Q = "transformer_blocks.1.attn1.to_v"
 FEW = {"calibration": {"samples": 4, "batch_size": 4, "steps": 4, "num_timestep_bins": 4}}
 STATIC = {"activations": "int8-static-timestep", "correct_bias": False}
@@ -39,13 +37,18 @@ def report_of(pipe):
 @pytest.mark.parametrize("recipe", ["rtn-w4a8", "w8a8", "terdit"])
 def test_nothing_changes_when_nothing_is_wrong(recipe, tmp_path):
     folders = []
-    for sanity_check in (True, False):
+    for check in (True, False):
         pipe = dtq.quantize(
-            tiny.pipeline(), recipe, finetune="none", progress=False, sanity_check=sanity_check, **FEW
+            tiny.pipeline(),
+            recipe,
+            finetune="none",
+            progress=False,
+            sanity_check=check,
+            **FEW,
         )
-        folders.append(writer.write(pipe, tmp_path / str(sanity_check)))
-        seen = report_of(pipe).sentinel
-        assert bool(seen) == sanity_check
+        folders.append(writer.write(pipe, tmp_path / str(check)))
+        seen = report_of(pipe).sanity_check
+        assert bool(seen) == check
         assert not seen or seen["promoted"] == []
     for file in folders[0].rglob("*"):
         if file.is_file():
@@ -58,7 +61,7 @@ def test_the_model_is_as_if_nobody_had_looked():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(isinstance(model.get_submodule(x.name), QuantLinear)
                for x in report_of(pipe).plan.quantized())  # fmt: skip
-    seen = report_of(pipe).sentinel
+    seen = report_of(pipe).sanity_check
     assert seen["calls"] == 4
     assert min(min(each) for each in seen["block_snr_db"].values()) > 15
     assert all(0.8 < v < 1.25 for v in seen["variance"] + seen["latent_variance"])
@@ -67,7 +70,7 @@ def test_the_model_is_as_if_nobody_had_looked():
 
 def sabotage(monkeypatch, name: str, change) -> list[int]:
     """Damage the layer that is built for ``name``, the first time only."""
-    built, count = quantize.built, []
+    built, count = replace_layers.build_quant_linear, []
 
     def broken(result, old, bins, dtype):
         new = built(result, old, bins, dtype)
@@ -76,7 +79,7 @@ def sabotage(monkeypatch, name: str, change) -> list[int]:
             change(new)
         return new
 
-    monkeypatch.setattr(quantize, "built", broken)
+    monkeypatch.setattr(replace_layers, "build_quant_linear", broken)
     return count
 
 
@@ -93,15 +96,15 @@ def with_scale(factor: float, columns=slice(None)):
 def test_a_broken_layer_is_promoted_to_int8_with_the_reason(factor, monkeypatch, tmp_path, caplog):
     assert sabotage(monkeypatch, Q, with_scale(factor)) == []
     pipe = run(tiny.pipeline())
-    (done,) = report_of(pipe).sentinel["promoted"]
+    (done,) = report_of(pipe).sanity_check["promoted"]
     assert (done["layer"], done["to"]) == (Q, "int8-row")
     words = "relative output error" if math.isfinite(factor) else "its output is not finite"
     assert words in done["why"]
-    assert f"sentinel: {Q} to int8-row" in caplog.text
+    assert f"sanity check: promoted {Q} to int8-row" in caplog.text
     plan = report_of(pipe).plan
-    assert plan[Q].weights == "int8-row"
-    assert plan[Q].note.startswith("sentinel: ")
-    assert pipe.transformer.get_submodule(Q).weights == "int8-row"
+    assert plan[Q].weight_format == "int8-row"
+    assert plan[Q].note.startswith("sanity check: ")
+    assert pipe.transformer.get_submodule(Q).weight_format == "int8-row"
     writer.write(pipe, tmp_path / "q")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "q")
     assert torch.equal(tiny.sample(loaded), tiny.sample(pipe))
@@ -114,14 +117,16 @@ def test_int8_that_fails_too_goes_back_to_the_float_layer(monkeypatch, tmp_path)
     sabotage(monkeypatch, Q, with_scale(math.nan))
     promoted = sanity_check.build_quant_linear
     monkeypatch.setattr(
-        sanity_check, "built", lambda *a: (new := promoted(*a), with_scale(math.nan)(new))[0]
+        sanity_check,
+        "build_quant_linear",
+        lambda *a: (new := promoted(*a), with_scale(math.nan)(new))[0],
     )
     pipe = run(tiny.pipeline())
-    steps = [(x["layer"], x["to"]) for x in report_of(pipe).sentinel["promoted"]]
+    steps = [(x["layer"], x["to"]) for x in report_of(pipe).sanity_check["promoted"]]
     assert steps == [(Q, "int8-row"), (Q, "float32")]
     layer = pipe.transformer.get_submodule(Q)
     assert type(layer) is nn.Linear
-    assert report_of(pipe).plan[Q].kept
+    assert report_of(pipe).plan[Q].unquantized
     assert Q not in [x.name for x in report_of(pipe).layers]
     writer.write(pipe, tmp_path / "q")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "q")
@@ -154,18 +159,19 @@ def late(pipe, factor: float):
 def test_activations_that_explode_at_a_late_step_are_seen(monkeypatch):
     """Calibration sees the early steps only; static scales of the late ones are too small."""
     calm = run(tiny.pipeline(), **STATIC)
-    assert report_of(calm).sentinel["promoted"] == []
+    assert report_of(calm).sanity_check["promoted"] == []
     statistics = {}
-    calibrate = quantize.calibrate_source
 
-    def early(source, *args, **kwargs):
-        statistics["x"] = calibrate(source, *args, **kwargs)
+    collect = calibrate.collect
+
+    def early(run, needs):
+        statistics["x"] = collect(run, needs)
         return statistics["x"]
 
-    monkeypatch.setattr(quantize, "calibrate_source", early)
+    monkeypatch.setattr(calibrate, "collect", early)
     run(late(tiny.pipeline(), 1.0), sanity_check=False, **STATIC)
     pipe = run(late(tiny.pipeline(), 50.0), statistics=statistics["x"], **STATIC)
-    done = report_of(pipe).sentinel["promoted"]
+    done = report_of(pipe).sanity_check["promoted"]
     assert done
     assert {x["layer"] for x in done} <= {
         "transformer_blocks.1.ff.inner.net.0.proj", "transformer_blocks.1.ff.inner.net.2",
@@ -173,7 +179,7 @@ def test_activations_that_explode_at_a_late_step_are_seen(monkeypatch):
     }  # fmt: skip
     assert "of its input is beyond its static scale at call 3" in done[0]["why"]
     for x in done:
-        assert pipe.transformer.get_submodule(x["layer"]).acts == "int8-row"
+        assert pipe.transformer.get_submodule(x["layer"]).activation_format == "int8-row"
 
 
 def test_overflow_of_float16_goes_up_until_it_fits(monkeypatch):
@@ -192,7 +198,7 @@ def test_overflow_of_float16_goes_up_until_it_fits(monkeypatch):
     model.get_submodule("transformer_blocks.1.ff.net.2").weight.data *= max(peaks) / 60000
     sabotage(monkeypatch, "transformer_blocks.1.ff.net.0.proj", with_scale(1.2))
     dtq.quantize(model, "rtn-w4a8", inputs=inputs, progress=False, **FEW)
-    (done,) = model.hf_quantizer.report.sentinel["promoted"]
+    (done,) = model.hf_quantizer.report.sanity_check["promoted"]
     assert done["layer"] == "transformer_blocks.1.ff.net.0.proj"
     assert "not finite" in done["why"]
     with torch.no_grad():
@@ -228,9 +234,9 @@ def test_the_command_line_switches_it_off(float_folder, tmp_path, monkeypatch):
     sabotage(monkeypatch, Q, with_scale(math.nan))
     base = ["quantize", str(float_folder), "--recipe", "rtn-w4a8", "--samples", "2", "--steps", "2"]
     result = CliRunner().invoke(main, [*base, "-o", str(tmp_path / "a")])
-    assert f"sentinel: {Q} to int8-row" in result.stdout
+    assert f"sanity check: promoted {Q} to int8-row" in result.stdout
     assert f"`{Q}`" in (tmp_path / "a" / "README.md").read_text()
     config = json.loads((tmp_path / "a" / "transformer" / "config.json").read_text())
     assert config["quantization_config"]["layers"][Q]["weight_format"] == "int8-row"
     result = CliRunner().invoke(main, [*base, "--no-sentinel", "-o", str(tmp_path / "b")])
-    assert "sentinel" not in result.stdout
+    assert "sanity check" not in result.stdout

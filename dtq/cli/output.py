@@ -189,7 +189,7 @@ def print_result(report: Report, output: Path, seconds: float) -> None:
             f"promoted {x.name} to {x.weight_format}: error {x.error_before:.1e} -> {x.error:.1e}"
         )
     for x in report.sanity_check.get("promoted", []):
-        click.echo(f"sentinel: {x['layer']} to {x['to']}: {x['why']}")
+        click.echo(f"sanity check: promoted {x['layer']} to {x['to']}: {x['why']}")
     click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
 
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from dtq.allocate import parse_size
-from dtq.api import quantize_sources
+from dtq.api import open_runs, run_stages
 from dtq.calibrate import store
 from dtq.calibrate.observers import OBSERVERS
 from dtq.checkpoint import reader, writer
@@ -29,8 +29,9 @@ from dtq.pipelines import loading
 from dtq.plan.layers import Plan
 from dtq.runs.run_dir import run_directory
 from dtq.runs.workers import Workers
-from dtq.stages.calibrate import calibrate_source, statistics_needed
-from dtq.stages.plan import plan_source
+from dtq.stages import plan as stages
+from dtq.stages.calibrate import collect, statistics_needed
+from dtq.stages.run import Run
 from dtq.stages.run_identity import run_identity
 
 fresh_option = click.option(
@@ -94,37 +95,39 @@ def quantize(
     started = time.monotonic()
     with (
         quiet(as_json or not team.is_main),
-        run_directory(output, team, fresh=fresh, overwrite=overwrite) as run,
+        run_directory(output, team, fresh=fresh, overwrite=overwrite) as directory,
     ):
-        if run.finished:
+        if directory.finished:
             told = (output / "dtq_report.json").read_text(encoding="utf-8")
             click.echo(told if as_json else f"{output}: the run before had finished it")
             return
-        opened = loading.load_transformers(model, dtype=dtype, component=components or "auto")
-        for each in opened:
-            _, plan = plan_source(each, chosen, keep)
-            _check_disk(each.model, plan, each.dtype, output)
-        inputs = run_identity(opened, chosen, chosen.needs(), keep, stats) if team.is_main else {}
-        run.begin(inputs, parse_size(memory) if memory else None)
-        reports = quantize_sources(
-            opened,
+        runs = open_runs(
+            loading.load_transformers(model, dtype=dtype, component=components or "auto"),
             chosen,
+            tasks=directory.tasks,
             statistics=statistics,
-            skip=keep,
+            exclude=keep,
             progress=team.is_main and not as_json,
-            tasks=run.tasks,
-            memory=run.memory,
-            sanity_check=sentinel,
+            check=sentinel,
         )
+        for run in runs:
+            stages.plan(run)
+            _check_disk(run.model, run.plan, run.loaded.dtype, output)
+        inputs = run_identity(runs, chosen.needs(), stats) if team.is_main else {}
+        directory.begin(inputs, parse_size(memory) if memory else None)
+        for run in runs:
+            run.memory = directory.memory
+        del statistics
+        reports = run_stages(runs)
         if not team.is_main:
             return
-        first = opened[0]
+        first = runs[0].loaded
         saveable = first.pipeline if first.pipeline is not None else first.model
         data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
         if len(data) == 1:
             (data,) = data.values()
         data = finite_or_null(data)
-        with run.result() as side:
+        with directory.result() as side:
             writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
             text = json.dumps(data, indent=1) + "\n"
             (side / "dtq_report.json").write_text(text, encoding="utf-8")
@@ -166,8 +169,9 @@ def plan(
     driven = not folder.exists() or loading.folder_kind(folder) == "pipeline"
     for name, (skeleton, on_disk) in found.items():
         compute = on_disk if dtype == "auto" else loading.DTYPES[dtype]
-        opened = loading.LoadedModel(model, None, name, skeleton)
-        scan, resolved = plan_source(opened, chosen, keep)
+        run = Run(loading.LoadedModel(model, None, name, skeleton), chosen, exclude=keep)
+        stages.plan(run)
+        scan, resolved = run.scan, run.plan
         cost = estimate(
             skeleton,
             scan,
@@ -223,21 +227,20 @@ def calibrate(
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
     team = Workers.join()
-    with quiet(not team.is_main), run_directory(output, team, fresh=fresh, file=True) as run:
+    with quiet(not team.is_main), run_directory(output, team, fresh=fresh, file=True) as directory:
         every = loading.load_transformers(model, dtype=dtype, component=components or "auto")
         if len(every) > 1:
             found = ", ".join(each.component for each in every)
             raise InputError(
                 f"{model} has several transformers: choose one of {found} by --component"
             )
-        (opened,) = every
-        scan, _ = plan_source(opened, chosen)
+        run = Run(every[0], chosen, directory.tasks, progress=team.is_main)
+        stages.plan(run)
         # everything, whatever this recipe needs: the file then serves other recipes too
         needs = frozenset(OBSERVERS)
-        run.begin(run_identity(every, chosen, needs) if team.is_main else {})
-        statistics = calibrate_source(
-            opened, scan, chosen, needs, progress=team.is_main, memory=run.memory, tasks=run.tasks
-        )
+        directory.begin(run_identity([run], needs) if team.is_main else {})
+        run.memory = directory.memory
+        statistics = collect(run, needs)
         if not team.is_main:
             return
         store.save(statistics, output)

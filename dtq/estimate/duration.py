@@ -21,7 +21,8 @@ from dtq.pipelines.sampling import count_dummy_calls
 from dtq.plan.layers import Plan
 from dtq.recipe.resolve import Recipe
 from dtq.stages import sanity_metrics
-from dtq.stages.candidates import NUM_INPUTS, RECORDED_SAMPLES
+from dtq.stages.candidates import NUM_INPUTS
+from dtq.stages.record_calls import RECORDED_SAMPLES
 
 TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
 LOOKED = 1.3  # time of a call of the last look over that of another: layers are compared in it
@@ -54,7 +55,7 @@ def runs_of(model: nn.Module, recipe: Recipe, driven: bool = True) -> Runs:
     c = recipe.calibration
     batches, steps = -(-c.samples // c.batch_size), c.steps or _STEPS
     if not driven:
-        looked = 2 * count_dummy_calls(sanity_metrics.short(recipe))
+        looked = 2 * count_dummy_calls(sanity_metrics.short_settings(recipe))
         return Runs(count_dummy_calls(c), c.batch_size, steps, 1, looked)
     distilled = bool(getattr(getattr(model, "config", None), "guidance_embeds", False))
     branches = 1 if distilled or 0 < c.guidance <= 1 else 2
@@ -145,7 +146,7 @@ def _solving(
         versions.append([replace(x, transform=MethodSpec(other)) for x in plan.gemm()])
     for option in recipe.allocate.formats if recipe.allocate.budget else ():
         versions.append(
-            [replace(x, weight_format=option) for x in plan.gemm() if x.weight_format != option]
+            [x.with_spec(weight_format=option) for x in plan.gemm() if x.weight_format != option]
         )
     layers = [layer for version in versions for layer in version]
     known = paces(layers, recipe, needs, rate, sampled)

@@ -108,7 +108,7 @@ def file_tensors(
         kept = torch.float32 if any(part in wide for part in key.split(".")) else dtype
         tensors[key] = (tuple(tensor.shape), kept if tensor.is_floating_point() else tensor.dtype)
     for layer in plan.quantized():
-        for part, spec in layer.tensor_specs(plan.bins).items():
+        for part, spec in layer.spec.tensor_specs(layer.shape, plan.bins).items():
             tensors[f"{layer.name}.{part}"] = (spec.shape, spec.dtype)
     return tensors
 

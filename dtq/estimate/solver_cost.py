@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from dtq.calibrate.observers import InputSample, InputStats, SampleOrigin
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.schema import MethodSpec
 from dtq.linalg.cholesky import factor_cost
 from dtq.plan.layers import LayerPlan
 from dtq.recipe.resolve import Recipe
 from dtq.stages.solve import trim_memory
-from dtq.stages.solve_layer import solve_input_group
+from dtq.stages.solve_layer import TransformedInput, solve_input_group
 from dtq.stages.transform_choice import choose_transform
-from dtq.transforms import TRANSFORMS
+from dtq.transforms import TRANSFORMS, TransformChoice
 
 _COLUMNS, _ROWS = 256, (128, 384)
 _MOST = 2**24  # weights of the largest layer, which is cut to that
@@ -121,7 +122,7 @@ def _streamed(layer: LayerPlan, recipe: Recipe) -> Pace:
     choice = choose_transform([member], [weight], None)
 
     def work() -> None:
-        solve_input_group([member], [weight], choice, None, recipe)
+        solve_input_group([member], [weight], _input(None, choice, member, weight, recipe))
         trim_memory([weight])
 
     spent = min(_timed(work)[1] for _ in range(2))  # the first finds memory cold
@@ -137,10 +138,15 @@ def _measured(layer: LayerPlan, recipe: Recipe, needs: frozenset[str], rate: flo
     rows, outputs = _sampled(layer.transform)
     choice, spent = _timed(partial(choose_transform, members[many], weights[many], stats))
     chosen = spent / (_COLUMNS * (rows + min(many, outputs)))
-    alone = replace(choice, rivals=())  # it is of the columns, so it fits both
+    alone = replace(choice, runner_ups=())  # it is of the columns, so it fits both
     solved = {}
     for n in (few, many):
-        work = partial(solve_input_group, members[n], weights[n], alone, stats, recipe)
+        work = partial(
+            solve_input_group,
+            members[n],
+            weights[n],
+            _input(stats, alone, layer, weights[n][0], recipe),
+        )
         spent = min(_timed(work)[1] for _ in range(2))
         solved[n] = max(0.0, spent - _products(n, _COLUMNS, rate, "hessian" in needs))
     weight = max(0.0, (solved[many] - solved[few]) / ((many - few) * _COLUMNS))
@@ -185,3 +191,14 @@ def _statistics(needs: frozenset[str], generator: torch.Generator) -> InputStats
         rows = torch.randn(1024, _COLUMNS, generator=generator) * spread
         stats.observe(rows, SampleOrigin(call % _BINS, call, torch.arange(len(rows)) % 2))
     return stats
+
+
+def _input(
+    stats: InputStats | None,
+    choice: TransformChoice,
+    layer: LayerPlan,
+    weight: Tensor,
+    recipe: Recipe,
+) -> TransformedInput:
+    activations = ACTIVATION_FORMATS[layer.activation_format]
+    return TransformedInput(stats, choice, activations, weight, recipe.correct_bias)

@@ -191,7 +191,7 @@ def attach_quantizer(
     config.recipe = plan.recipe
     config.compute_dtype = dtype
     config.timestep_edges = list(edges)
-    config.layers = {layer.name: layer.spec().to_json() for layer in plan.quantized()}
+    config.layers = {layer.name: layer.spec.to_json() for layer in plan.quantized()}
     if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
         config.extra.setdefault("base_model", base)
     share_input_transforms(model)

@@ -96,7 +96,8 @@ def load_ternary(
     layers = []
     for name, new in made.items():
         model.set_submodule(name, new)
-        layers.append(LayerPlan(name, "other", (new.out_features, new.in_features), fmt))
+        shape = new.out_features, new.in_features
+        layers.append(LayerPlan(name, "other", shape, LayerSpec(fmt, "none")))
     finalize(model, ())
     attach_quantizer(model, Plan("terdit", tuple(layers)), (), dtype, DTQConfig())
     return model

@@ -136,34 +136,24 @@ def _not_a_permutation(order: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear (N, K): how its weight and input are kept, and how that is found.
+    """One linear (N, K): what is stored of it, and the methods that find it.
 
     Attributes:
         name: dotted path in the model.
-        role: what it does, a word of ``families.ROLES``.
+        role: what the layer does, one of ``dtq.models.ROLES``.
         shape: (N, K).
-        weights: weight format; empty when the layer is kept as it is.
-        acts: activation format.
-        block: Hadamard block at run time.
-        pre_quant: whether the file has a per-channel vector for its input.
-        rank, permute, num_rotations: see :class:`Runtime`.
-        transform: how its transform is found.
-        solver: how its weight is found.
-        lowrank: how its low-rank branch is found.
-        choose: weight formats that are all solved, the best one kept.
-        note: why it is kept, or not as the recipe says.
+        spec: what the checkpoint stores; an empty weight format leaves the layer unquantized.
+        transform: method that chooses its input transform.
+        solver: method that quantizes its weight.
+        lowrank: method that finds its low-rank branch.
+        format_candidates: weight formats that are all solved; the one with the lowest error stays.
+        note: why the layer is unquantized, or why it differs from the recipe.
     """
 
     name: str
     role: str
     shape: tuple[int, int]
-    weight_format: str = ""
-    activation_format: str = "none"
-    hadamard_block_size: int = 1
-    pre_quant: bool = False
-    rank: int = 0
-    permutation: bool = False
-    num_rotations: int = 1
+    spec: LayerSpec = LayerSpec("", "none")
     transform: MethodSpec = MethodSpec("none")
     solver: MethodSpec = MethodSpec("rtn")
     lowrank: MethodSpec = MethodSpec("none")
@@ -171,26 +161,52 @@ class LayerPlan:
     note: str = ""
 
     @property
+    def weight_format(self) -> str:
+        """Key of ``FORMATS``, empty for an unquantized layer."""
+        return self.spec.weight_format
+
+    @property
+    def activation_format(self) -> str:
+        """Key of ``ACTIVATION_FORMATS``."""
+        return self.spec.activation_format
+
+    @property
     def unquantized(self) -> bool:
-        return not self.weight_format
+        """Whether the float layer stays."""
+        return not self.spec.weight_format
 
-    def tensor_specs(self, bins: int = 1) -> dict[str, TensorSpec]:
-        """Shape and dtype of every part that the file holds for this layer, bias aside."""
-        return self.spec().tensor_specs(self.shape, bins)
+    def with_spec(self, **changes: Any) -> LayerPlan:
+        """The plan with some fields of ``spec`` replaced."""
+        return replace(self, spec=replace(self.spec, **changes))
 
-    def nbytes(self, bins: int = 1, kept_dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of the weight and everything that belongs to it, bias aside."""
+    def in_format(self, name: str) -> LayerPlan:
+        """The plan with another weight format; unchanged but for a note if K does not fit it."""
+        try:
+            FORMATS[name].tensor_specs(self.shape)
+        except InputError as error:
+            return replace(self, note=self.note or str(error).split(". Use")[0])
+        return replace(self.with_spec(weight_format=name), format_candidates=())
+
+    def nbytes(self, bins: int = 1, float_dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the weight and its metadata, bias not counted.
+
+        Args:
+            bins: timestep bins of static activation scales.
+            float_dtype: dtype of the weight of an unquantized layer.
+        """
         if self.unquantized:
-            return math.prod(self.shape) * kept_dtype.itemsize
-        return sum(spec.nbytes for spec in self.tensor_specs(bins).values())
+            return math.prod(self.shape) * float_dtype.itemsize
+        return sum(spec.nbytes for spec in self.spec.tensor_specs(self.shape, bins).values())
 
     def bits(self, bins: int = 1) -> float:
         """Stored bits per weight, all metadata counted."""
         return 8 * self.nbytes(bins) / math.prod(self.shape)
 
-    def spec(self) -> LayerSpec:
-        """What a loader must know."""
-        return LayerSpec(**{f.name: getattr(self, f.name) for f in fields(LayerSpec)})
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the fields of ``spec`` stand next to the others."""
+        data = asdict(self)
+        spec = data.pop("spec")
+        return {**{key: data.pop(key) for key in ("name", "role", "shape")}, **spec, **data}
 
 
 @dataclass(frozen=True)
@@ -229,7 +245,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for ``dtq plan --json``."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+        return {**asdict(self), "layers": [layer.to_json() for layer in self.layers]}
 
     @property
     def _by_name(self) -> dict[str, LayerPlan]:

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user asks for: names, files and overrides become a recipe."""
+"""What a user asks for: names, files and overrides become a ``Recipe``."""
+
+from dtq.recipe.resolve import Recipe
+
+__all__ = ["Recipe"]

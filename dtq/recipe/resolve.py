@@ -21,7 +21,7 @@ from dtq.io.schema import MethodSpec, check_method, check_name, plain, read
 from dtq.linalg.hadamard import block_for
 from dtq.models import ROLES, Linear, Scan
 from dtq.pipelines.settings import SamplingSettings
-from dtq.plan.layers import LayerPlan, Plan
+from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 from dtq.recipe.schema import Allocate, Promote, Rule, StepPolicySearch
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, rank_for
@@ -265,16 +265,13 @@ class Recipe:
         block = 1
         if TRANSFORMS[transform.name].rotates:
             block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64))
+        rank = 0 if lowrank.name == "none" else rank_for(linear.shape, dict(lowrank.knobs))
         return replace(
             base,
-            weight_format=weights,
-            activation_format=acts,
-            hadamard_block_size=block,
-            pre_quant=changed,
+            spec=LayerSpec(weights, acts, block, pre_quant=changed, rank=rank),
             transform=transform,
             solver=solver,
             lowrank=lowrank,
-            rank=0 if lowrank.name == "none" else rank_for(linear.shape, dict(lowrank.knobs)),
             format_candidates=choose if weights == self.weights else (),
             note=note,
         )

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage: run the float model and collect statistics."""
+"""Stage: run the float model and collect statistics of its inputs."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -17,82 +15,100 @@ from dtq.calibrate.collection import Statistics
 from dtq.calibrate.distributed import calibrate_in_shards
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
-from dtq.models import Scan
-from dtq.pipelines.loading import LoadedModel, modules_of
+from dtq.pipelines.loading import modules_of
 from dtq.recipe.resolve import Recipe
 from dtq.runs.tasks import TaskStore
+from dtq.stages.run import Run
 from dtq.transforms import TRANSFORMS
 
 log = logging.getLogger("dtq")
 
 
-def calibrate_source(
-    loaded: LoadedModel,
-    scan: Scan,
-    recipe: Recipe,
-    needs: frozenset[str],
-    *,
-    inputs: Iterable[dict[str, Any]] | None = None,
-    progress: bool = True,
-    memory: int | None = None,
-    tasks: TaskStore | None = None,
-) -> Statistics:
+def calibrate(run: Run) -> None:
+    """Collect the statistics that the recipe needs, or check those that were given.
+
+    Raises:
+        InputError: the given statistics are of another model, or lack something.
+    """
+    needs = run.recipe.needs()
+    if run.statistics is not None:
+        _check(run, needs)
+    elif statistics_needed(run.recipe, run.has_data):
+        run.statistics = collect(run, needs)
+    elif needs:
+        log.warning(
+            "no calibration data: solver %s falls back to clip search", run.recipe.solver.name
+        )
+    run.report.edges = run.edges
+    if run.statistics is not None:
+        run.report.calibration = dict(run.statistics.about)
+
+
+def collect(run: Run, needs: frozenset[str]) -> Statistics:
     """Run the float model over the recipe's calibration set.
 
-    Once, if the statistics fit in ``memory`` bytes (default: half of what is free); else as often
-    as it takes, each time for as many inputs as fit, and they wait on disk. Each part of the set
-    that is seen is kept in ``work``.
+    The model runs once if the statistics fit in ``run.memory`` bytes. If they do not, it runs once
+    for each batch of input groups that fits, and the statistics wait on disk. Every shard of the
+    calibration set is a task.
+
+    Args:
+        run: a planned run.
+        needs: keys of ``OBSERVERS``.
     """
-    tasks = tasks or TaskStore()
-    plan = recipe.plan(scan)
-    sites = [s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)]
-    how = recipe.calibration
-    memory = memory or psutil.virtual_memory().available // 2
-    portions = engine.memory_batches(sites, how.num_timestep_bins, needs, memory)
-    calls = None if inputs is None else list(inputs)
-    with paged_weights(*modules_of(loaded)):
-        if len(portions) == 1 and tasks.folder is None:
-            return engine.calibrate(loaded, sites, how, needs, inputs=calls, progress=progress)
-        if len(portions) > 1:
+    plan = run.recipe.plan(run.scan)
+    groups = [
+        g for g in run.scan.input_groups if any(not plan[x.name].unquantized for x in g.linears)
+    ]
+    settings, tasks = run.recipe.calibration, run.tasks
+    memory = run.memory or psutil.virtual_memory().available // 2
+    batches = engine.memory_batches(groups, settings.num_timestep_bins, needs, memory)
+    with paged_weights(*modules_of(run.loaded)):
+        if len(batches) == 1 and tasks.folder is None:
+            return engine.calibrate(
+                run.loaded, groups, settings, needs, inputs=run.inputs, progress=run.progress
+            )
+        if len(batches) > 1:
             log.warning(
                 "the statistics of %d inputs do not fit in %.1f GB: the float model runs %d times",
-                len(sites), memory / 1e9, len(portions),
+                len(groups), memory / 1e9, len(batches),
             )  # fmt: skip
         folder = None
         if tasks.folder is None:
             folder = tempfile.TemporaryDirectory(prefix="dtq-statistics-")
             tasks = TaskStore(Path(folder.name))
-        runs = engine.calibration_run(loaded, how, calls)
+        calls = engine.calibration_run(run.loaded, settings, run.inputs)
         files = [
-            calibrate_in_shards(loaded, portion, how, needs, runs, tasks, progress=progress)
-            for portion in portions
+            calibrate_in_shards(
+                run.loaded, batch, settings, needs, calls, tasks, progress=run.progress
+            )
+            for batch in batches
         ]
-    statistics = engine.fill_from_sibling_experts(
-        store.load(*files)
-    )  # a sibling may be in another portion
+    # a sibling expert may be in another batch
+    statistics = engine.fill_from_sibling_experts(store.load(*files))
     if folder is not None:
         weakref.finalize(statistics, folder.cleanup)
     return statistics
 
 
-def statistics_needed(recipe: Recipe, driven: bool) -> frozenset[str]:
+def statistics_needed(recipe: Recipe, has_data: bool) -> frozenset[str]:
     """The statistics that are collected for a recipe.
 
-    Weight-only recipes whose transform needs none lose little without data: where no pipeline and
-    no inputs drive the model they do without.
+    Weight-only recipes whose transform needs none lose little without data: they do without where
+    no pipeline and no inputs call the model.
     """
-    without = not TRANSFORMS[recipe.transform.name].needs
-    data_free = recipe.activations == "none" and without and not recipe.rules
-    return recipe.needs() if driven or not data_free else frozenset()
+    transform_needs_none = not TRANSFORMS[recipe.transform.name].needs
+    data_free = recipe.activations == "none" and transform_needs_none and not recipe.rules
+    return recipe.needs() if has_data or not data_free else frozenset()
 
 
-def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str]) -> None:
-    for site in scan.input_groups:
-        stats = statistics.inputs.get(site.name)
+def _check(run: Run, needs: frozenset[str]) -> None:
+    """Refuse statistics of another model, and those that lack what the recipe needs."""
+    for group in run.scan.input_groups:
+        stats = run.stats(group.name)
         if stats is None:
             continue
-        if stats.columns != site.columns:
-            raise InputError(f"the statistics are of another model: {site.name} differs in width")
+        if stats.columns != group.columns:
+            raise InputError(f"the statistics are of another model: {group.name} differs in width")
         missing = [
             n for n in sorted(needs) if n in ("hessian", "sample") and getattr(stats, n) is None
         ]
@@ -100,5 +116,5 @@ def _check_statistics(statistics: Statistics, scan: Scan, needs: frozenset[str])
             raise InputError(
                 f"the statistics lack {', '.join(missing)}; calibrate with this recipe"
             )
-    if not any(site.name in statistics.inputs for site in scan.input_groups):
+    if all(run.stats(group.name) is None for group in run.scan.input_groups):
         raise InputError("the statistics are of another model: no layer name matches")

@@ -1,46 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized layers of several options, built when they are asked for: never two options at once."""
+"""Quantized layers of several options, built when they are looked up: one option at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
 from dtq.nn.step_clock import StepClock
+from dtq.nn.timestep_hook import install_clock
 from dtq.stages.layer_result import LayerResult
+from dtq.stages.run import Run
 from dtq.stages.solve import build_quant_linear
 
-RECORDED_SAMPLES = 4  # pictures whose sampling by the float model is recorded, to compare with
+NUM_INPUTS = 24
+"""Recorded inputs that alternatives of the whole model are evaluated on."""
+
+Options = Mapping[str, Mapping[str, LayerResult]]
+"""Option name to solved layers by name."""
 
 
-NUM_INPUTS = 24  # recorded calls that whole-model alternatives are judged on
-
-
+@dataclass(frozen=True)
 class CandidateLayers(Mapping[str, dict[str, nn.Module]]):
-    """Option to the quantized linears by name, built when looked up: never two options at once.
+    """Option name to quantized linears by layer name.
 
-    Args:
-        model: the float model that they will stand in; its clock tells them the time.
-        options: option to solved layers.
-        bins: timestep bins of static scales.
-        clock: of the model, None without one.
+    Attributes:
+        run: the run whose float model the linears stand in.
+        options: solved layers of each option.
+        clock: step clock of the float model, None without static scales per timestep.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        options: Mapping[str, Mapping[str, LayerResult]],
-        bins: int,
-        clock: StepClock | None,
-    ) -> None:
-        self.model, self.options, self.bins, self.clock = model, options, bins, clock
+    run: Run
+    options: Options
+    clock: StepClock | None
 
     def __getitem__(self, option: str) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {}
         for name, result in self.options[option].items():
-            old = self.model.get_submodule(name)
-            new = build_quant_linear(result, old, self.bins, next(old.parameters()).dtype)
+            old = self.run.model.get_submodule(name)
+            dtype = next(old.parameters()).dtype
+            new = build_quant_linear(result, old, self.run.plan.bins, dtype)
             new.set_clock(self.clock)
             modules[name] = new
         return modules
@@ -50,3 +50,14 @@ class CandidateLayers(Mapping[str, dict[str, nn.Module]]):
 
     def __len__(self) -> int:
         return len(self.options)
+
+
+def candidate_layers(run: Run, items: Mapping[str, Options]) -> dict[str, CandidateLayers]:
+    """The options of each item, for :func:`dtq.allocate.measure`.
+
+    Args:
+        run: a run whose model is still float; its step clock is installed.
+        items: solved layers by item and option.
+    """
+    clock = install_clock(run.model, run.edges) if run.edges else None
+    return {item: CandidateLayers(run, options, clock) for item, options in items.items()}

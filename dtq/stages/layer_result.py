@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a layer: packed parts, a transform, how it came out; to a file and back."""
+"""The result of quantizing a layer: packed tensors, transform, error; to a task file and back."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from typing import Any
 from torch import Tensor
 
 from dtq.formats import PackedTensors
+from dtq.models import Scan
 from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 from dtq.transforms import OnlineTransform
 
 
 @dataclass
 class LayerReport:
-    """How one layer came out.
+    """How accurate one quantized layer is.
 
     Attributes:
-        error: relative squared error of its output on sampled rows, None without them.
+        name: dotted path in the model.
+        role: what the layer does, one of ``dtq.models.ROLES``.
+        weight_format: key of ``FORMATS``.
         bits: stored bits per weight.
-        transform: what was chosen, in words.
-        promoted: the guard raised it; ``error_before`` is why.
+        transform: the chosen input transform, in words.
+        error: relative squared error of the output on sampled rows, None without them.
+        promoted: whether a stage gave the layer a finer format.
+        error_before: relative squared error before it was promoted.
     """
 
     name: str
@@ -37,12 +42,13 @@ class LayerReport:
 
 @dataclass
 class InputReport:
-    """How one input looks.
+    """How unequal the channels of an input group are.
 
     Attributes:
-        peaks: largest magnitude per timestep bin over the typical channel's, before.
-        peaks_after: the same on sampled rows after the transform.
-        candidates: output error of each candidate family of the transform search.
+        name: of the input group.
+        imbalance: largest channel amax over the mean channel amax, per timestep bin.
+        imbalance_after: the same on sampled rows after the transform.
+        candidates: relative squared output error of each family of the transform search.
     """
 
     name: str
@@ -53,7 +59,16 @@ class InputReport:
 
 @dataclass
 class LayerResult:
-    """One layer's result, packed: the float weight stays in the model until the swap."""
+    """One quantized layer; its float weight stays in the model until it is replaced.
+
+    Attributes:
+        plan: with the format, transform and rank that were chosen.
+        tensors: packed tensors as the checkpoint stores them.
+        transform: the online input transform.
+        bias_shift: (N,) mean output error, which is added to the bias; None without correction.
+        report: how accurate the layer is.
+        weight_error: squared error of the transformed weight.
+    """
 
     plan: LayerPlan
     tensors: PackedTensors
@@ -63,63 +78,66 @@ class LayerResult:
     weight_error: float = 0.0
 
 
-def to_result(solved: list[LayerResult], site: InputReport) -> tuple[dict[str, Tensor], Any]:
-    """Tensors and plain data that :func:`from_result` reads; the layers of one input."""
+def to_result(results: list[LayerResult], group: InputReport) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and plain data of the layers of one input group, for :func:`from_result`."""
     tensors: dict[str, Tensor] = {}
     layers = []
-    for one in solved:
-        name, change = one.plan.name, one.transform
-        mine = {f"part.{part}": tensor for part, tensor in one.tensors.items()}
-        mine["scale"] = change.scale
-        if change.perm is not None:
-            mine["perm"] = change.perm
-        if one.bias_shift is not None:
-            mine["bias_shift"] = one.bias_shift
-        tensors |= {f"{name}|{key}": tensor for key, tensor in mine.items()}
+    for result in results:
+        name, transform = result.plan.name, result.transform
+        own = {f"packed.{key}": tensor for key, tensor in result.tensors.items()}
+        own["scale"] = transform.scale
+        if transform.perm is not None:
+            own["perm"] = transform.perm
+        if result.bias_shift is not None:
+            own["bias_shift"] = result.bias_shift
+        tensors |= {f"{name}|{key}": tensor for key, tensor in own.items()}
         layers.append(
             {
                 "name": name,
-                "runtime": asdict(one.plan.spec()),
-                "hadamard_block_size": change.block,
-                "num_rotations": change.num_rotations,
-                "report": asdict(one.report),
-                "misfit": one.weight_error,
+                "spec": asdict(result.plan.spec),
+                "block": transform.block,
+                "num_rotations": transform.num_rotations,
+                "report": asdict(result.report),
+                "weight_error": result.weight_error,
             }
         )
-    return tensors, {"layers": layers, "input": asdict(site)}
+    return tensors, {"layers": layers, "input": asdict(group)}
 
 
 def from_result(
     tensors: Mapping[str, Tensor], data: Any, plan: Plan
 ) -> tuple[list[LayerResult], InputReport]:
     """Inverse of :func:`to_result`, for the plan that was solved."""
-    solved = []
+    results = []
     for layer in data["layers"]:
         prefix = f"{layer['name']}|"
-        mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        parts = {k.removeprefix("part."): t for k, t in mine.items() if k.startswith("part.")}
-        runtime = LayerSpec(**layer["runtime"])
-        change = OnlineTransform(
-            mine["scale"], layer["hadamard_block_size"], mine.get("perm"), layer["num_rotations"]
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        transform = OnlineTransform(
+            own["scale"], layer["block"], own.get("perm"), layer["num_rotations"]
         )
-        solved.append(
+        results.append(
             LayerResult(
-                replace(plan[layer["name"]], **asdict(runtime)),
-                parts,
-                change,
-                mine.get("bias_shift"),
+                replace(plan[layer["name"]], spec=LayerSpec(**layer["spec"])),
+                {k.removeprefix("packed."): t for k, t in own.items() if k.startswith("packed.")},
+                transform,
+                own.get("bias_shift"),
                 LayerReport(**layer["report"]),
-                layer["misfit"],
+                layer["weight_error"],
             )
         )
-    return solved, InputReport(**data["input"])
+    return results, InputReport(**data["input"])
 
 
-def finalize(plan: Plan, solved: dict[str, LayerResult]) -> Plan:
+def finalize(plan: Plan, results: Mapping[str, LayerResult]) -> Plan:
     """The plan with the formats, transforms and ranks that were chosen."""
     return plan.with_layers(
         {
-            x.name: replace(solved[x.name].plan, note=x.note or solved[x.name].plan.note)
+            x.name: replace(results[x.name].plan, note=x.note or results[x.name].plan.note)
             for x in plan.quantized()
         }
     )
+
+
+def group_of(scan: Scan, layer: str) -> str:
+    """Name of the input group that a linear reads."""
+    return next(g.name for g in scan.input_groups for x in g.linears if x.name == layer)

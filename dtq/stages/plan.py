@@ -3,64 +3,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from dtq.allocate import parse_budget
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
-from dtq.models import Scan
 from dtq.pipelines import prompts, sampling
-from dtq.pipelines.loading import LoadedModel, modules_of, scan_model
-from dtq.pipelines.settings import SamplingSettings
+from dtq.pipelines.loading import modules_of, scan_model
 from dtq.plan.layers import Plan
 from dtq.recipe.resolve import Recipe
+from dtq.stages.run import Run
 
 
-def plan_source(
-    loaded: LoadedModel,
-    recipe: Recipe,
-    skip: Sequence[str] = (),
-    calls: Sequence[dict[str, Any]] | None = None,
-) -> tuple[Scan, Plan]:
-    """Scan the model and resolve the recipe to its layers.
-
-    Args:
-        source: the model.
-        recipe: what to do.
-        skip: layers to keep.
-        calls: keyword arguments of forwards; the first is traced, when there are any.
+def plan(run: Run) -> None:
+    """Scan the model, unless it was scanned before, and resolve the recipe to its layers.
 
     Raises:
-        InputError: it is quantized already, or no layer would be.
+        InputError: the model is quantized already, no layer would be quantized, or the budget is
+            below what the narrowest formats need.
     """
+    loaded = run.loaded
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{loaded.name} is quantized already; give the float model")
+    loaded.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
     if loaded.scan is None:
         with paged_weights(*modules_of(loaded)):
-            loaded.scan = scan_model(loaded.model, _first_call(loaded, recipe.calibration, calls))
-    scan = loaded.scan
-    keep = tuple(getattr(loaded.model, "_keep_in_fp32_modules", None) or ())
-    plan = recipe.plan(scan, (*skip, *keep))
-    if not plan.quantized():
-        raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} as it is")
-    return scan, plan
+            loaded.scan = scan_model(loaded.model, _first_call(run))
+    run.scan = loaded.scan
+    in_fp32 = tuple(getattr(loaded.model, "_keep_in_fp32_modules", None) or ())
+    run.plan = run.recipe.plan(run.scan, (*run.exclude, *in_fp32))
+    if not run.plan.quantized():
+        raise InputError(
+            f"recipe {run.recipe.name} leaves every layer of {loaded.name} unquantized"
+        )
+    if run.recipe.allocate.budget:
+        _check_budget(run.plan, run.recipe)
 
 
-def _first_call(
-    loaded: LoadedModel, settings: SamplingSettings, calls: Sequence[dict[str, Any]] | None
-) -> Any:
-    """How to trace one forward: a given call, made-up inputs, or a step of the pipeline."""
-    if calls:
-        return lambda model: model(**calls[0])
-    if loaded.family is not None or loaded.pipeline is None:
+def _first_call(run: Run) -> Any:
+    """How to trace one forward: on given inputs, on random ones (None), or a pipeline step."""
+    if run.inputs:
+        first = run.inputs[0]
+        return lambda model: model(**first)
+    pipeline = run.loaded.pipeline
+    if run.loaded.family is not None or pipeline is None:
         return None
-    pipeline, once = loaded.pipeline, replace(settings, samples=1, steps=1, batch_size=1)
+    once = replace(run.recipe.calibration, samples=1, steps=1, batch_size=1)
 
-    def run(model: nn.Module) -> None:
+    def sample(model: nn.Module) -> None:
         for _ in sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once):
             pass
 
-    return run
+    return sample
+
+
+def _check_budget(plan: Plan, recipe: Recipe) -> None:
+    """Refuse a budget below the narrowest formats before any work is done."""
+    weights = sum(math.prod(x.shape) for x in plan.gemm())
+    budget = parse_budget(str(recipe.allocate.budget), weights)
+    least = sum(
+        min(x.in_format(name).nbytes(plan.bins) for name in recipe.allocate.formats)
+        for x in plan.gemm()
+    )
+    if budget < least:
+        raise InputError(
+            f"a budget of {recipe.allocate.budget} is too small: the formats "
+            f"{', '.join(recipe.allocate.formats)} need at least {least} bytes "
+            f"({8 * least / weights:.3f} bits per weight). Raise it, or allow narrower formats"
+        )

@@ -4,77 +4,82 @@
 from __future__ import annotations
 
 import logging
-import statistics as numbers
+import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 
-from torch import nn
-
-from dtq.calibrate.collection import Statistics
 from dtq.io.schema import MethodSpec
-from dtq.models import Scan
 from dtq.models.linears import matrix_of
-from dtq.plan.layers import LayerPlan, Plan
-from dtq.recipe.resolve import Recipe
-from dtq.runs.tasks import Result, TaskStore
-from dtq.stages.layer_result import InputReport, LayerResult, finalize, from_result, to_result
-from dtq.stages.solve_layer import solve_layer
+from dtq.plan.layers import LayerPlan
+from dtq.runs.tasks import Result
+from dtq.stages.layer_result import (
+    InputReport,
+    LayerResult,
+    finalize,
+    from_result,
+    group_of,
+    to_result,
+)
+from dtq.stages.run import Run
+from dtq.stages.solve_layer import TransformedInput, solve_layer
 from dtq.transforms import TransformChoice
 
 log = logging.getLogger("dtq")
 
 
-def promote(
-    model: nn.Module,
-    scan: Scan,
-    plan: Plan,
-    recipe: Recipe,
-    statistics: Statistics | None,
-    solved: dict[str, LayerResult],
-    tasks: TaskStore | None = None,
-) -> Plan:
-    """Promote the layers that came out badly, worst first, while the budget lasts."""
-    tasks = tasks or TaskStore()
-    how = recipe.promote
-    gemm = [x for x in plan.gemm() if solved[x.name].report.error is not None]
-    if not how.to or not gemm or statistics is None:
-        return finalize(plan, solved)
-    sites = statistics.inputs
-    errors = {x.name: solved[x.name].report.error or 0.0 for x in gemm}
-    limit = min(how.max_error, how.median_factor * numbers.median(errors.values()))
-    site_of = {x.name: site.name for site in scan.input_groups for x in site.linears}
-    for layer in sorted(gemm, key=lambda x: -errors[x.name]):
-        if errors[layer.name] <= limit or layer.weight_format == how.to:
-            continue
+def promote(run: Run) -> None:
+    """Promote sensitive layers, worst first, while the bits stay within ``promote.budget``.
+
+    A layer is promoted when its output error exceeds ``median_factor`` times the median of the
+    model, or ``max_error``, and the promoted layer has a lower error.
+    """
+    if run.recipe.allocate.budget:  # the budget has decided
+        return
+    for layer, error in _sensitive(run):
         raised = replace(
-            layer, weight_format=how.to, rank=0, lowrank=MethodSpec("none"), format_candidates=()
+            layer.with_spec(weight_format=run.recipe.promote.to, rank=0),
+            lowrank=MethodSpec("none"),
+            format_candidates=(),
         )
-        if (
-            plan.with_layers({layer.name: raised}).bits(
-                plan.with_layers({layer.name: raised}).gemm()
-            )
-            > how.budget
-        ):
+        plan = run.plan.with_layers({layer.name: raised})
+        if plan.bits(plan.gemm()) > run.recipe.promote.budget:
             continue
-
-        def again_in(
-            raised: LayerPlan = raised, before: LayerResult = solved[layer.name]
-        ) -> Result:
-            choice = TransformChoice(before.transform, before.report.transform, {})
-            stats = sites[site_of[raised.name]]
-            weight = matrix_of(model.get_submodule(raised.name))
-            result = solve_layer(raised, weight, choice, stats, recipe)
-            return to_result([result], InputReport(site_of[raised.name]))
-
-        promoted = plan.with_layers({layer.name: raised})
-        ((again,), _) = from_result(
-            *tasks.get_or_compute(f"guard/{layer.name}", again_in), promoted
-        )
-        if (again.report.error or 0.0) >= errors[layer.name]:
+        result = _solve_again(run, raised)
+        if (result.report.error or 0.0) >= error:
             continue
-        again.report.promoted, again.report.error_before = True, errors[layer.name]
-        solved[layer.name] = again
-        plan = plan.with_layers(
-            {layer.name: replace(raised, note=f"promoted: error {errors[layer.name]:.1e}")}
-        )
-        log.info("guard: %s to %s, output error %.1e", layer.name, how.to, errors[layer.name])
-    return finalize(plan, solved)
+        result.report.promoted, result.report.error_before = True, error
+        run.results[layer.name] = result
+        note = f"promoted: error {error:.1e}"
+        run.plan = run.plan.with_layers({layer.name: replace(raised, note=note)})
+        log.info("promoted %s to %s, output error %.1e", layer.name, raised.weight_format, error)
+    run.plan = finalize(run.plan, run.results)
+
+
+def _sensitive(run: Run) -> Iterator[tuple[LayerPlan, float]]:
+    """Layers above the limit and their output errors, the largest first."""
+    settings = run.recipe.promote
+    errors = {x.name: run.results[x.name].report.error for x in run.plan.gemm()}
+    known = {name: error for name, error in errors.items() if error is not None}
+    if not settings.to or not known or run.statistics is None:
+        return
+    limit = min(settings.max_error, settings.median_factor * statistics.median(known.values()))
+    layers = [x for x in run.plan.gemm() if x.name in known]
+    for layer in sorted(layers, key=lambda x: -known[x.name]):
+        if known[layer.name] > limit and layer.weight_format != settings.to:
+            yield layer, known[layer.name]
+
+
+def _solve_again(run: Run, layer: LayerPlan) -> LayerResult:
+    """The layer in its new format, under the transform that it has; a task."""
+    group = group_of(run.scan, layer.name)
+
+    def compute() -> Result:
+        before = run.results[layer.name]
+        choice = TransformChoice(before.transform, before.report.transform, {})
+        weight = matrix_of(run.model.get_submodule(layer.name))
+        x = TransformedInput.of(run, layer, choice, weight)
+        return to_result([solve_layer(layer, weight, x)], InputReport(group))
+
+    tensors, data = run.tasks.get_or_compute(f"promote/{layer.name}", compute)
+    ((result,), _) = from_result(tensors, data, run.plan.with_layers({layer.name: layer}))
+    return result

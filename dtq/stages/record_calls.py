@@ -3,27 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from dtq.io.memory import paged_weights
-from dtq.pipelines.loading import LoadedModel, modules_of
-from dtq.pipelines.recorded_calls import RecordedCall
+from dtq.pipelines.loading import modules_of
 from dtq.pipelines.recording import sample_calls
-from dtq.recipe.resolve import Recipe
-from dtq.stages.candidates import RECORDED_SAMPLES
+from dtq.stages.run import Run
+
+RECORDED_SAMPLES = 4
+"""Images whose sampling by the float model is recorded, to compare with."""
 
 
-def record_calls(
-    loaded: LoadedModel, recipe: Recipe, calls: Sequence[dict[str, Any]] | None
-) -> list[RecordedCall]:
-    """One sampling run of the float model, for the stages that compare with it."""
+def record_calls(run: Run) -> None:
+    """Record one sampling run of the float model, if a later stage compares with it."""
+    recipe = run.recipe
     needed = (
         recipe.allocate.budget or recipe.step_policy.precisions or recipe.finetune.name != "none"
     )
-    # made-up inputs would say little about which transform is better
-    wanted = recipe.transform_candidates and (loaded.pipeline is not None or calls is not None)
-    if not needed and not wanted:
-        return []
-    with paged_weights(*modules_of(loaded)):
-        return sample_calls(loaded, recipe.calibration, RECORDED_SAMPLES, inputs=calls)
+    # random inputs would say little about which transform is better
+    if needed or (recipe.transform_candidates and run.has_data):
+        with paged_weights(*modules_of(run.loaded)):
+            run.recorded = sample_calls(
+                run.loaded, recipe.calibration, RECORDED_SAMPLES, inputs=run.inputs
+            )

@@ -12,13 +12,26 @@ from dtq.stages.layer_result import InputReport, LayerReport
 
 @dataclass
 class Report:
-    """Everything that was decided and measured while quantizing."""
+    """Everything that was decided and measured while quantizing.
 
-    plan: Plan
-    edges: tuple[float, ...]
+    Attributes:
+        plan: what happened to each layer.
+        edges: of the timestep bins of static activation scales.
+        layers: quantized layers, in model order.
+        inputs: input groups.
+        calibration: where the statistics are from, how many samples and calls.
+        transform_errors: error of the whole model with each transform of ``transform_candidates``.
+        allocation: the formats that mixed precision chose.
+        finetune: error of each block before and after fine-tuning.
+        step_policy: activation precision by part of the trajectory.
+        sanity_check: what the short sampling run measured, and the layers that it promoted.
+    """
+
+    plan: Plan = field(default_factory=lambda: Plan("", ()))
+    edges: tuple[float, ...] = ()
     layers: list[LayerReport] = field(default_factory=list)
     inputs: list[InputReport] = field(default_factory=list)
-    about: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=lambda: {"origin": "none"})
     transform_errors: dict[str, float] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
@@ -32,12 +45,12 @@ class Report:
             "bits_gemm": self.plan.bits(self.plan.gemm()),
             "bits_all": self.plan.bits(self.plan.quantized()),
             "edges": list(self.edges),
-            "calibration": self.about,
+            "calibration": self.calibration,
             "transform_errors": self.transform_errors,
             "allocation": self.allocation,
             "finetune": self.finetune,
             "step_policy": self.step_policy,
             "sanity_check": self.sanity_check,
             "layers": [asdict(layer) for layer in self.layers],
-            "inputs": [asdict(site) for site in self.inputs],
+            "inputs": [asdict(group) for group in self.inputs],
         }

@@ -17,42 +17,38 @@ from dtq.io.checksum import bytes_digest, checksum, file_digest, folder_digest, 
 from dtq.io.package_data import package_root
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
-from dtq.recipe.resolve import Recipe
+from dtq.stages.run import Run
 
 
 def run_identity(
-    sources: Sequence[LoadedModel],
-    recipe: Recipe,
-    needs: frozenset[str],
-    skip: Sequence[str] = (),
-    statistics: Path | None = None,
+    runs: Sequence[Run], needs: frozenset[str], statistics: Path | None = None
 ) -> dict[str, Any]:
-    """What the bytes of the result depend on, apart from the number of threads.
+    """Everything that the bytes of the result depend on, except the number of threads.
 
     Args:
-        sources: the opened transformers.
-        recipe: what to do.
-        needs: statistics that are asked for.
-        skip: layers to keep.
-        statistics: a file from ``dtq calibrate`` that has them.
+        runs: the transformers of one pipeline, with one recipe.
+        needs: statistics that will be collected, keys of ``OBSERVERS``.
+        statistics: file of ``dtq calibrate`` that is used instead.
     """
-    pipeline, how = sources[0].pipeline, recipe.calibration
+    loaded, recipe = runs[0].loaded, runs[0].recipe
+    pipeline, settings = loaded.pipeline, recipe.calibration
     entries = None
     if pipeline is not None and needs and statistics is None:
-        entries = [str(entry) for entry in prompts.load(how.prompts, pipeline, how.samples).entries]
-    pictures = Path(how.images) if how.images else None
+        requests = prompts.load(settings.prompts, pipeline, settings.samples)
+        entries = [str(entry) for entry in requests.entries]
+    images = Path(settings.images) if settings.images else None
     return {
-        "model": _model(sources[0]),
-        "components": [source.component for source in sources],
-        "dtype": str(sources[0].dtype),
-        "device": next(sources[0].model.parameters()).device.type,
+        "model": _model(loaded),
+        "components": [run.loaded.component for run in runs],
+        "dtype": str(loaded.dtype),
+        "device": next(loaded.model.parameters()).device.type,
         "recipe": recipe.to_dict(),
         "calibration prompts": None
         if entries is None
         else bytes_digest(json.dumps(entries).encode()),
-        "calibration images": None if pictures is None else path_digest(pictures),
+        "calibration images": None if images is None else path_digest(images),
         "statistics": None if statistics is None else file_digest(statistics),
-        "exclude": list(skip),
+        "exclude": list(runs[0].exclude),
         "dtq": folder_digest(package_root(), "*.py"),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a short real run shows: the quantized model beside the float one, on the same calls."""
+"""What a short sampling run measures: the quantized model compared with the float one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,30 +19,33 @@ from dtq.models import blocks_of
 from dtq.models.linears import matrix_of, rows_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import temporarily_replaced
-from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.recorded_calls import RecordedCall, first_tensor, relative_error, replay
 from dtq.pipelines.recording import sample_calls
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe
+from dtq.stages.run import Run
 
 STEPS = 8
-"""Sampler steps of the run, or the recipe's where they are fewer: over the whole trajectory."""
+"""Sampler steps of the run, or the recipe's where they are fewer, over the whole trajectory."""
 ROWS = 64
-"""Rows of a layer's input, and of a block's output, that are compared in a call."""
+"""Rows of a layer's input, and of a block's output, that are compared in one call."""
+
+Tick = Callable[[], object]
+"""Called once per call of the model, for a progress bar."""
 
 
 @dataclass
 class SanityReport:
-    """What a run showed.
+    """Measurements of one run.
 
     Attributes:
-        calls: of the transformer that were compared.
-        snr: dB of each block's output against the float model's, per call, same inputs.
+        calls: number of transformer calls that were compared.
+        snr: signal-to-noise ratio of each block's output in dB, per call, on the same inputs.
         errors: relative squared error of each layer on its own input, per call.
         saturation: largest share of inputs beyond a static scale, and the call, per layer.
         broken: layers whose output was not finite though their input was, and the call.
-        variance: of the output over the float model's, per call.
-        latents: the same of the latents, both models sampling on their own; empty without a
+        variance: variance of the output over that of the float model, per call.
+        latents: the same of the latents when both models sample on their own; empty without a
             pipeline.
     """
 
@@ -55,7 +58,7 @@ class SanityReport:
     latents: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: what is not finite is null."""
+        """Plain data; numbers that are not finite are null."""
         data: dict[str, Any] = finite_or_null({
             "calls": self.calls,
             "block_snr_db": self.snr,
@@ -68,96 +71,65 @@ class SanityReport:
 
 @dataclass
 class FloatReference:
-    """The float run: its calls, and sampled rows of every block's output, per call."""
+    """The run of the float model: its calls, and sampled rows of every block's output per call."""
 
     calls: list[RecordedCall]
     blocks: list[dict[str, Tensor]]
 
 
-def short(recipe: Recipe) -> SamplingSettings:
-    """The calibration's settings for the look's own runs: few steps, one picture."""
-    how = recipe.calibration
-    return replace(
-        how, samples=1, batch_size=1, num_timestep_bins=4, steps=min(how.steps or STEPS, STEPS)
-    )
+def short_settings(recipe: Recipe) -> SamplingSettings:
+    """The calibration settings with one sample and few sampler steps."""
+    settings = recipe.calibration
+    steps = min(settings.steps or STEPS, STEPS)
+    return replace(settings, samples=1, batch_size=1, num_timestep_bins=4, steps=steps)
 
 
-def _sampled(
-    loaded: LoadedModel, recipe: Recipe, inputs: Sequence[dict[str, Any]] | None
-) -> list[RecordedCall]:
+def _sampled(run: Run, inputs: Sequence[dict[str, Any]] | None) -> list[RecordedCall]:
     few = None if inputs is None else list(inputs)[:: -(-len(inputs) // STEPS)]
-    return sample_calls(loaded, short(recipe), 1, inputs=few)
+    return sample_calls(run.loaded, short_settings(run.recipe), 1, inputs=few)
 
 
-def float_reference(
-    loaded: LoadedModel,
-    floats: Mapping[str, nn.Module],
-    recipe: Recipe,
-    inputs: Sequence[dict[str, Any]] | None,
-    tick: Callable[[], object],
-) -> FloatReference:
-    """One short run of the float model; its linears stand in their old places meanwhile.
-
-    Args:
-        source: the quantized model and its pipeline.
-        floats: the float linears that were replaced, by name.
-        recipe: for its calibration.
-        inputs: keyword arguments of forwards, for a bare transformer.
-        tick: told of every call.
+def float_reference(run: Run, tick: Tick) -> FloatReference:
+    """One short run of the float model, with the float linears back in their places.
 
     Raises:
-        NumberError: numbers of the float model are not finite; says where.
+        NonFiniteError: the float model gives values that are not finite; the message says where.
     """
     blocks: list[dict[str, Tensor]] = []
-    with temporarily_replaced(loaded.model, floats), _blocks(loaded.model, blocks, tick):
-        calls = _sampled(loaded, recipe, inputs)
+    with temporarily_replaced(run.model, run.floats), _blocks(run.model, blocks, tick):
+        calls = _sampled(run, run.inputs)
     for i, call in enumerate(calls):
         if not call.output.isfinite().all():
             bad = next((n for n, rows in blocks[i].items() if not rows.isfinite().all()), "its end")
             raise NonFiniteError(
-                f"{loaded.name}: the float model itself gives numbers that are not finite at step "
-                f"{call.step} (timestep {call.timestep:g}), first seen behind {bad}. Use another "
-                f"dtype: --dtype bf16"
+                f"{run.loaded.name}: the float model itself gives values that are not finite at "
+                f"step {call.step} (timestep {call.timestep:g}), first seen behind {bad}. Use "
+                f"another dtype: --dtype bf16"
             )
     return FloatReference(calls, blocks)
 
 
-def measure(
-    loaded: LoadedModel,
-    floats: Mapping[str, nn.Module],
-    recipe: Recipe,
-    reference: FloatReference,
-    inputs: Sequence[dict[str, Any]] | None,
-    tick: Callable[[], object],
-) -> SanityReport:
-    """The quantized model on the calls of the float one, and sampling on its own.
-
-    Args:
-        source, floats, recipe, inputs, tick: as for :func:`reference_of`.
-        reference: the calls.
-    """
-    model, seen = loaded.model, SanityReport(len(reference.calls))
+def measure(run: Run, reference: FloatReference, tick: Tick) -> SanityReport:
+    """Compare the quantized model with the float one on the same calls, and sampling on its own."""
+    model, report = run.model, SanityReport(len(reference.calls))
     blocks: list[dict[str, Tensor]] = []
-    with _blocks(model, blocks, tick), _layers(model, floats, seen) as count:
+    with _blocks(model, blocks, tick), _layers(run, report) as set_call:
         for i, call in enumerate(reference.calls):
-            count(i)
+            set_call(i)
             output = replay(model, call)
-            seen.variance.append(_ratio(output, call.output))
+            report.variance.append(_ratio(output, call.output))
     for got, want in zip(blocks, reference.blocks, strict=True):
         for name, rows in want.items():
             error = relative_error(got[name], rows) if name in got else 0.0
-            seen.snr.setdefault(name, []).append(-10 * math.log10(max(error, 1e-30)))
-    if loaded.pipeline is not None and inputs is None:
-        own = _sampled(loaded, recipe, None)
-        pairs = zip(own, reference.calls, strict=False)
-        seen.latents = [_ratio(a.latents, b.latents) for a, b in pairs]
-    return seen
+            report.snr.setdefault(name, []).append(-10 * math.log10(max(error, 1e-30)))
+    if run.loaded.pipeline is not None and run.inputs is None:
+        pairs = zip(_sampled(run, None), reference.calls, strict=False)
+        report.latents = [_ratio(a.latents, b.latents) for a, b in pairs]
+    return report
 
 
 @contextmanager
-def _blocks(
-    model: nn.Module, calls: list[dict[str, Tensor]], tick: Callable[[], object]
-) -> Iterator[None]:
+def _blocks(model: nn.Module, calls: list[dict[str, Tensor]], tick: Tick) -> Iterator[None]:
     """Collect sampled rows of every block's output, a mapping per call of the model."""
 
     def begin(module: nn.Module, args: Any) -> None:
@@ -184,9 +156,7 @@ def _blocks(
 
 
 @contextmanager
-def _layers(
-    model: nn.Module, floats: Mapping[str, nn.Module], report: SanityReport
-) -> Iterator[Callable[[int], None]]:
+def _layers(run: Run, report: SanityReport) -> Iterator[Callable[[int], None]]:
     """Compare every quantized layer with its float one on the input that it gets."""
     now, mapped = [0], Mapped()
 
@@ -206,19 +176,18 @@ def _layers(
             elif bool(want.square().sum() > 0):
                 report.errors.setdefault(name, [0.0] * report.calls)[call] = relative_error(y, want)
             if module.problem.activation_format.static:
-                turned = module.transform().x(x.float()).abs()
-                beyond = (
-                    turned > (module.problem.activation_format.qmax + 0.5) * module.step_scale()
-                )
+                transformed = module.transform().x(x.float()).abs()
+                largest = module.problem.activation_format.qmax + 0.5
+                beyond = transformed > largest * module.step_scale()
                 share = float(beyond.float().mean())
                 report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))
 
         return hook
 
     handles = [
-        layer.register_forward_hook(hook_of(name, floats[name]))
-        for name, layer in model.named_modules()
-        if isinstance(layer, QuantLinear) and name in floats
+        layer.register_forward_hook(hook_of(name, run.floats[name]))
+        for name, layer in run.model.named_modules()
+        if isinstance(layer, QuantLinear) and name in run.floats
     ]
     try:
         yield lambda call: now.__setitem__(0, call)

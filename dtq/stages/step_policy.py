@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step policy: search which part of the trajectory needs finer activations.
+"""Stage: search which part of the trajectory needs finer activations.
 
-The weights stay; only the activation format changes with the timestep. Each mode is measured on
-each range of the trajectory, teacher-forced on recorded calls, and the knapsack of ``allocate``
-spends the allowed cost where it buys most.
+The weights stay; only the activation format changes with the timestep. Each precision is measured
+on each timestep bin, teacher-forced on recorded calls. The knapsack of ``dtq.allocate`` then spends
+the budget where it lowers the error most.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
-from torch import nn
 from tqdm.auto import tqdm
 
 from dtq.allocate import Option, knapsack
@@ -21,86 +19,85 @@ from dtq.models.timestep import timestep_edges
 from dtq.nn.timestep_hook import install_clock
 from dtq.pipelines.recorded_calls import RecordedCall, relative_error, replay, subsample
 from dtq.plan.step_policy import StepPolicy
-from dtq.recipe.resolve import Recipe
+from dtq.stages.run import Run
 
 log = logging.getLogger("dtq")
 
 
-def search_step_policy(
-    model: nn.Module,
-    calls: Sequence[RecordedCall],
-    recipe: Recipe,
-    *,
-    static_edges: tuple[float, ...] = (),
-    top: float = 0.0,
-    progress: bool = True,
-) -> StepPolicy:
-    """Choose a mode per range of the trajectory.
+def step_policy(run: Run) -> None:
+    """Choose a precision for each bin of the trajectory.
 
-    A mode costs its activation bits times the sampler steps in the range. The budget is that of
-    the cheapest mode everywhere, plus ``recipe.steps.cost`` of what the dearest would add.
-
-    Args:
-        model: the quantized transformer.
-        calls: one sampling run of the float model, in order.
-        recipe: says which modes, how many ranges, and the cost.
-        static_edges: of static activation scales, to keep their clock.
-        top: largest timestep of the model's family, 0 if unknown.
-        progress: show a progress bar.
+    A precision costs its activation bits times the sampler steps of the bin. The budget is the
+    cost of the cheapest precision everywhere, plus ``step_policy.budget`` times what the most
+    expensive one would add.
 
     Raises:
-        InputError: the model is not told the time, or no calls were recorded.
+        InputError: the model is not called with its timestep, or nothing was recorded.
     """
-    how = recipe.step_policy
+    settings, calls = run.recipe.step_policy, run.recorded
+    if not settings.precisions:
+        return
     if not calls or all(call.timestep == 0 for call in calls):
         raise InputError("a step policy needs a model that is called with its timestep")
-    edges = timestep_edges(top, calls[0].timestep, how.num_bins)
-    by_range: dict[int, list[RecordedCall]] = {}
+    family = run.loaded.family
+    top = family.largest_timestep if family else 0.0
+    edges = timestep_edges(top, calls[0].timestep, settings.num_bins)
+    by_bin: dict[int, list[RecordedCall]] = {}
     for call in calls:
-        by_range.setdefault(sum(call.timestep > e for e in edges), []).append(call)
-    steps = {r: len({c.timestep for c in cs}) for r, cs in by_range.items()}
-    picked = {r: subsample(cs, how.num_inputs) for r, cs in by_range.items()}
-    bits = {mode: activation_format_of(mode, recipe.activations).bits for mode in how.precisions}
-    tables: dict[str, list[Option]] = {str(r): [] for r in sorted(by_range)}
-    total = len(how.precisions) * sum(map(len, picked.values()))
+        by_bin.setdefault(sum(call.timestep > e for e in edges), []).append(call)
+    steps = {b: len({call.timestep for call in inside}) for b, inside in by_bin.items()}
+    options = _measure(run, by_bin, steps)
+    least = sum(min(o.cost for o in each) for each in options.values())
+    most = sum(max(o.cost for o in each) for each in options.values())
+    chosen = knapsack(options, least + int(settings.budget * (most - least)))
+    precisions = _filled(
+        [chosen[str(b)].name if b in by_bin else "" for b in range(settings.num_bins)]
+    )
+    policy = _merged(edges, precisions, [steps.get(b, 0) for b in range(settings.num_bins)])
+    install_clock(run.model, run.edges, policy)
+    run.config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
+    run.report.step_policy = policy.to_json()
+    log.info("step policy: %s", ", ".join(policy.precisions))
+
+
+def _measure(
+    run: Run, by_bin: dict[int, list[RecordedCall]], steps: dict[int, int]
+) -> dict[str, list[Option]]:
+    """Cost and error of every precision in every bin: one step's error times the steps of it."""
+    settings = run.recipe.step_policy
+    samples = {b: subsample(calls, settings.num_inputs) for b, calls in by_bin.items()}
+    options: dict[str, list[Option]] = {str(b): [] for b in sorted(by_bin)}
+    total = len(settings.precisions) * sum(map(len, samples.values()))
     with tqdm(
-        total=total, desc="step policy", unit="call", disable=not progress, dynamic_ncols=True
+        total=total, desc="step policy", unit="call", disable=not run.progress, dynamic_ncols=True
     ) as bar:
-        for mode in how.precisions:
-            install_clock(model, static_edges, StepPolicy((), (mode,)))
-            for r, sample in picked.items():
-                error = sum(relative_error(replay(model, c), c.output) for c in sample) / len(
-                    sample
-                )
-                bar.update(len(sample))
-                # one step's error times the steps that make it
-                tables[str(r)].append(Option(mode, bits[mode] * steps[r], error * steps[r]))
-    least = sum(min(o.cost for o in options) for options in tables.values())
-    most = sum(max(o.cost for o in options) for options in tables.values())
-    chosen = knapsack(tables, least + int(how.budget * (most - least)))
-    modes = _filled([chosen[str(r)].name if r in by_range else "" for r in range(how.num_bins)])
-    policy = _merged(edges, modes, [steps.get(r, 0) for r in range(how.num_bins)])
-    install_clock(model, static_edges, policy)
-    log.info("steps: %s", ", ".join(policy.precisions))
-    return policy
+        for name in settings.precisions:
+            bits = activation_format_of(name, run.recipe.activations).bits
+            install_clock(run.model, run.edges, StepPolicy((), (name,)))
+            for b, calls in samples.items():
+                errors = [relative_error(replay(run.model, c), c.output) for c in calls]
+                bar.update(len(calls))
+                error = sum(errors) / len(errors)
+                options[str(b)].append(Option(name, bits * steps[b], error * steps[b]))
+    return options
 
 
-def _filled(modes: list[str]) -> list[str]:
-    """Ranges that no step fell into do as their less noisy neighbour, or the next one."""
-    for i in range(1, len(modes)):
-        modes[i] = modes[i] or modes[i - 1]
-    for i in reversed(range(len(modes) - 1)):
-        modes[i] = modes[i] or modes[i + 1]
-    return modes
+def _filled(precisions: list[str]) -> list[str]:
+    """Bins without a step take the precision of the less noisy neighbor, or of the next one."""
+    for i in range(1, len(precisions)):
+        precisions[i] = precisions[i] or precisions[i - 1]
+    for i in reversed(range(len(precisions) - 1)):
+        precisions[i] = precisions[i] or precisions[i + 1]
+    return precisions
 
 
-def _merged(edges: list[float], modes: list[str], steps: list[int]) -> StepPolicy:
-    """Neighbours of one mode become one range."""
-    starts = [i for i in range(len(modes)) if i == 0 or modes[i] != modes[i - 1]]
-    ends = [*starts[1:], len(modes)]
+def _merged(edges: list[float], precisions: list[str], steps: list[int]) -> StepPolicy:
+    """Neighboring bins with the same precision become one."""
+    starts = [i for i in range(len(precisions)) if i == 0 or precisions[i] != precisions[i - 1]]
+    ends = [*starts[1:], len(precisions)]
     return StepPolicy(
         tuple(edges[i - 1] for i in starts[1:]),
-        tuple(modes[i] for i in starts),
+        tuple(precisions[i] for i in starts),
         sum(steps),
         tuple(sum(steps[a:b]) for a, b in zip(starts, ends, strict=True)),
     )

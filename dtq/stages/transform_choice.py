@@ -17,29 +17,47 @@ from dtq.transforms import TRANSFORMS, OnlineTransform, TransformChoice
 
 
 def choose_transform(
-    members: list[LayerPlan], weights: list[Tensor], stats: InputStats | None
+    layers: list[LayerPlan], weights: list[Tensor], stats: InputStats | None
 ) -> TransformChoice:
-    layer = members[0]
-    method = TRANSFORMS[layer.transform.name]
+    """Choose one transform for linears that share an input.
+
+    Args:
+        layers: their plans; the first one's transform method and formats hold for all.
+        weights: float (N, K) of each.
+        stats: of the input, None without calibration data.
+
+    Raises:
+        InputError: the method needs calibration data.
+    """
+    first = layers[0]
+    method = TRANSFORMS[first.transform.name]
     if method.needs and stats is None:
-        raise InputError(f"{layer.name}: transform {layer.transform.name} needs calibration data")
+        raise InputError(f"{first.name}: transform {first.transform.name} needs calibration data")
     return method.call(
         weights,
         stats,
-        fmt=FORMATS[layer.weight_format],
-        activations=ACTIVATION_FORMATS[layer.activation_format],
-        **dict(layer.transform.knobs),
+        fmt=FORMATS[first.weight_format],
+        activations=ACTIVATION_FORMATS[first.activation_format],
+        **dict(first.transform.knobs),
     )
 
 
 def input_report(
-    group: InputGroup, stats: InputStats | None, choice: TransformChoice, transform: OnlineTransform
+    group: InputGroup, stats: InputStats | None, choice: TransformChoice, chosen: OnlineTransform
 ) -> InputReport:
+    """Imbalance of an input before and after its transform.
+
+    Args:
+        group: the input group.
+        stats: of the input; without sampled rows the lists stay empty.
+        choice: what the transform method returned, with the errors of its candidates.
+        chosen: the transform that was kept, of ``choice`` or of a runner-up.
+    """
     report = InputReport(group.name, candidates=choice.errors)
     if stats is None or stats.sample is None or not len(stats.sample.rows):
         return report
     rows, bins = stats.sample.rows, stats.sample.stratum // 2
-    after = transform.x(rows.to(transform.scale.device)).cpu()
+    after = chosen.x(rows.to(chosen.scale.device)).cpu()
     for b in range(stats.bins):
         if (bins == b).any():
             report.imbalance.append(_imbalance(rows[bins == b]))
@@ -48,18 +66,17 @@ def input_report(
 
 
 def _imbalance(rows: Tensor) -> float:
-    """Largest channel peak over the mean channel peak (ViDiT-Q's measure of imbalance)."""
-    peaks = rows.abs().amax(0)
-    return float(peaks.max() / peaks.mean().clamp(min=1e-30))
+    """Largest channel amax over the mean channel amax (ViDiT-Q's measure of imbalance)."""
+    amax = rows.abs().amax(0)
+    return float(amax.max() / amax.mean().clamp(min=1e-30))
 
 
 def groups_sharing_transform(group: InputGroup, plan: Plan) -> list[list[LayerPlan]]:
-    """The quantized linears of a site, those together that can share one transform."""
-    groups: dict[tuple[MethodSpec, str, int], list[LayerPlan]] = {}
+    """The quantized linears of an input group; those in one list can share a transform."""
+    sharing: dict[tuple[MethodSpec, str, int], list[LayerPlan]] = {}
     for linear in group.linears:
         layer = plan[linear.name]
         if not layer.unquantized:
-            groups.setdefault(
-                (layer.transform, layer.activation_format, layer.hadamard_block_size), []
-            ).append(layer)
-    return list(groups.values())
+            key = layer.transform, layer.activation_format, layer.spec.hadamard_block_size
+            sharing.setdefault(key, []).append(layer)
+    return list(sharing.values())

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage: fine-tune scales, tables and low-rank branches, block by block."""
+
+from __future__ import annotations
+
+from dtq.finetune import FINETUNE
+from dtq.pipelines.recorded_calls import subsample
+from dtq.stages.run import Run
+
+TEACHER_CALLS = 40
+"""Recorded calls of the float model that fine-tuning learns from."""
+
+
+def finetune(run: Run) -> None:
+    """Run the fine-tuning method of the recipe; integer weights stay frozen."""
+    method, tasks = run.recipe.finetune, run.tasks
+    if method.name == "none":
+        return
+    report = FINETUNE[method.name](
+        run.model,
+        run.floats,
+        subsample(run.recorded, TEACHER_CALLS),
+        progress=run.progress,
+        save=None if tasks.folder is None else tasks.folder / "finetune",
+        **dict(method.knobs),
+    )
+    run.report.finetune = report.to_json()
