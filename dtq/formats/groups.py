@@ -24,7 +24,7 @@ def num_groups(name: str, columns: int, group: int | None) -> int:
     if columns % group:
         raise InputError(
             f"{name} needs input features divisible by {group}, got {columns}. "
-            f"Use int4-row or int8-row for this layer, or keep it."
+            f"Use int4-row or int8-row for this layer, or exclude it."
         )
     return columns // group
 

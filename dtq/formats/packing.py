@@ -36,7 +36,7 @@ def packed_width(name: str, columns: int, bits: int, vector: int = 1) -> int:
     if columns % unit:
         raise InputError(
             f"{name} needs input features divisible by {unit}, got {columns}. "
-            f"Use int8-row for this layer, or keep it."
+            f"Use int8-row for this layer, or exclude it."
         )
     return columns // vector * bits // 8
 

@@ -52,7 +52,7 @@ class Vq(BaseFormat):
             raise InputError(
                 f"{self.name} needs at least {4 * self.num_codewords} vectors of {self.vector} "
                 f"weights, else the codebook outweighs them; {rows} x {columns} has fewer. "
-                f"Use int4-row for this layer, or keep it."
+                f"Use int4-row for this layer, or exclude it."
             )
         specs = {
             "weight": TensorSpec((rows, width), torch.int8),
