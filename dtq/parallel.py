@@ -241,9 +241,9 @@ class Slice(QuantLinear):
         scale = (
             self.step_scale().expand_as(peak)
             if activations.static
-            else scale_of(peak, activations.levels)
+            else scale_of(peak, activations.qmax)
         )
-        return row_codes(x, scale, activations.levels), scale
+        return row_codes(x, scale, activations.qmax), scale
 
     def _changed(self, rows: Tensor) -> Tensor:
         if not self.runtime.pre_quant and self.runtime.hadamard_block_size == 1:

@@ -61,7 +61,7 @@ def test_a_token_is_quantized_without_looking_at_others(acts, cut):
 
     def changed(x):
         if format_.integer:
-            return ops.quantize_rows(x, scale, 32, static, format_.levels)
+            return ops.quantize_rows(x, scale, 32, static, format_.qmax)
         change = scale, order, 32, 2
         if format_.bits == 16:
             return (ops.transform_rows(x, *change),)
