@@ -155,7 +155,7 @@ BAD = {
     ),
     "unknown set": (
         ["quantize", "{float}", "--calibration", "coco", "-o", "{tmp}/o"],
-        "unknown calibration set",
+        "unknown prompt set",
     ),
     "no statistics": (
         ["quantize", "{float}", "--stats", "{tmp}/x.safetensors", "-o", "{tmp}/o"],
