@@ -14,7 +14,7 @@ typedef int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 
 template <int h>
-inline V swapped(V v) {
+inline V swap_lanes(V v) {
   if constexpr (h == 1) return (V)_mm512_permute_ps((__m512)v, 0xb1);
   if constexpr (h == 2) return (V)_mm512_permute_ps((__m512)v, 0x4e);
   if constexpr (h == 4) return (V)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1);
@@ -47,19 +47,19 @@ inline void transpose16(const int32_t* in, int64_t stride, int32_t* out) {
   }
 }
 
-inline void low_bytes(U v, int8_t* out) {
+inline void store_low_bytes(U v, int8_t* out) {
   _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8((__m512i)v));
 }
 
-inline void low_halves(U v, uint16_t* out) {
+inline void store_low_halves(U v, uint16_t* out) {
   _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16((__m512i)v));
 }
 
-inline U bytes_at(const uint8_t* p) {
+inline U load_bytes(const uint8_t* p) {
   return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
 
-inline I signed_at(const uint8_t* p) {
+inline I load_signed_bytes(const uint8_t* p) {
   return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
 
@@ -67,7 +67,7 @@ inline V look_up(const float* table, U codes) {
   return (V)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(table));
 }
 
-inline V fused(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
 inline __m512i load_int8(const int8_t* w, int width) {
   const __mmask64 inside = width >= 64 ? ~0ull : (1ull << width) - 1;
@@ -85,7 +85,7 @@ inline __m512i codes_of_4(const int8_t* w, int width) {
 
 // The upper part of each piece of 24, 12 or 6 bits moves up, so that there are two pieces.
 template <int shift>
-inline __m512i parted(__m512i v, int64_t kept) {
+inline __m512i spread_bits(__m512i v, int64_t kept) {
   constexpr int kEither = 0xa8;  // (a | b) & c
   return _mm512_ternarylogic_epi64(v, _mm512_slli_epi64(v, shift), _mm512_set1_epi64(kept), kEither);
 }
@@ -101,13 +101,13 @@ inline __m512i codes_of_3(const int8_t* w, int width) {
                                       0, 0, 5, 4, 0, 0, 4, 3, 0, 0, 2, 1, 0, 0, 1, 0);
   const __m512i odd = _mm512_set_epi64(8, 0, 8, 0, 8, 0, 8, 0);  // those begin at a high byte
   __m512i v = _mm512_srlv_epi64(_mm512_maskz_permutexvar_epi16(0x33333333, at, bytes), odd);
-  v = parted<20>(v, 0x00000fff00000fff);
-  v = parted<10>(v, 0x003f003f003f003f);
-  return parted<5>(v, 0x0707070707070707);
+  v = spread_bits<20>(v, 0x00000fff00000fff);
+  v = spread_bits<10>(v, 0x003f003f003f003f);
+  return spread_bits<5>(v, 0x0707070707070707);
 }
 
 template <int bits>
-inline __m512i load_codes(const int8_t* w, int width, const Levels& levels) {
+inline __m512i load_codes(const int8_t* w, int width, const Codebooks& levels) {
   const __m512i codes = bits == 4 ? codes_of_4(w, width) : codes_of_3(w, width);
   __m512i table;
   if (levels.same) {  // groups of 64 and more
@@ -121,29 +121,29 @@ inline __m512i load_codes(const int8_t* w, int width, const Levels& levels) {
   return _mm512_shuffle_epi8(table, codes);
 }
 
-typedef int8_t Code;
+typedef int8_t Activation;
 typedef uint8_t Weight;
-constexpr int kQuad = 4;
-constexpr int kShift = 128;
+constexpr int kDotWidth = 4;
+constexpr int kWeightOffset = 128;
 
-inline void add_codes(const Code* codes, int32_t* sums) {
+inline void add_activations(const Activation* codes, int32_t* sums) {
   __m512i sum = _mm512_loadu_si512(sums);
   for (int i = 0; i < 16; i++)
     sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + 64 * i));
   _mm512_storeu_si512(sums, sum);
 }
 
-inline __m512i made_unsigned(__m512i weights) {
+inline __m512i to_unsigned(__m512i weights) {
   return _mm512_xor_si512(weights, _mm512_set1_epi8((char)0x80));
 }
 
 inline void widen(const int8_t* w, int width, Weight* out) {
-  _mm512_store_si512(out, made_unsigned(load_int8(w, width)));
+  _mm512_store_si512(out, to_unsigned(load_int8(w, width)));
 }
 
 template <int bits>
-inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
-  _mm512_store_si512(out, made_unsigned(load_codes<bits>(w, width, levels)));
+inline void unpack(const int8_t* w, int width, const Codebooks& levels, Weight* out) {
+  _mm512_store_si512(out, to_unsigned(load_codes<bits>(w, width, levels)));
 }
 
 }  // namespace
@@ -160,7 +160,7 @@ enum Source { kInt8, kInt4, kInt3, kOdd };
 
 // Whether the 4-bit codes of two steps are taken together, low halves of bytes and high halves: the
 // tokens' codes then lie even channels first, see `pack_few`.
-inline bool splits(const Linear& g) { return g.bits == 4 && g.group_bits >= 6 && g.sections == 1; }
+inline bool splits(const Linear& g) { return g.bits == 4 && g.group_shift >= 6 && g.sections == 1; }
 
 // The weights of two steps: 64 even channels and 64 odd ones.
 struct Halves {
@@ -168,7 +168,7 @@ struct Halves {
 };
 
 inline Halves halves_of(__m512i bytes, const int8_t* first, const int8_t* second) {
-  const __m512i levels = made_unsigned(_mm512_mask_broadcast_i32x4(
+  const __m512i levels = to_unsigned(_mm512_mask_broadcast_i32x4(
       _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)first)), 0xff00,
       _mm_loadu_si128((const __m128i*)second)));
   const __m512i low = _mm512_set1_epi8(15);
@@ -181,10 +181,10 @@ inline __m512i weights_of(const Linear& g, int64_t n, int64_t s) {
   const Span span = span_of(g, s);
   const int8_t* w = weights_at(g, n, span.at);
   if constexpr (source == kInt8) {
-    return made_unsigned(span.width == kStep ? _mm512_loadu_si512(w) : load_int8(w, span.width));
+    return to_unsigned(span.width == kStep ? _mm512_loadu_si512(w) : load_int8(w, span.width));
   } else if constexpr (source != kOdd) {
     constexpr int bits = source == kInt4 ? 4 : 3;
-    return made_unsigned(load_codes<bits>(w, span.width, levels_at(g, n, span.at)));
+    return to_unsigned(load_codes<bits>(w, span.width, codebooks_at(g, n, span.at)));
   } else {
     alignas(64) Weight line[kStep];
     unpack_step(g, n, s, line);
@@ -194,16 +194,16 @@ inline __m512i weights_of(const Linear& g, int64_t n, int64_t s) {
 
 template <int tokens, Source source>
 inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
-  const Code* codes = (const Code*)g.packed;
+  const Activation* codes = (const Activation*)g.packed;
   __m512i even[tokens], odd[tokens];  // an addition takes longer than until the next one can start
   for (int t = 0; t < tokens; t++) even[t] = odd[t] = _mm512_setzero_si512();
   if (source == kInt4 && splits(g)) {
-    const int64_t row = n * g.row_groups, columns = g.columns;
-    const int bits = g.group_bits;
-    const int8_t *w = g.weight + n * columns / 2, *tables = g.tables + row * 16;
-    const uint8_t* groups = g.groups ? g.groups + row : nullptr;
-    const int8_t (*levels)[16] = g.levels;
-    const bool by_table = g.tables != nullptr;
+    const int64_t row = n * g.groups_per_row, columns = g.columns;
+    const int bits = g.group_shift;
+    const int8_t *w = g.weight + n * columns / 2, *tables = g.codebooks + row * 16;
+    const uint8_t* groups = g.group_bytes ? g.group_bytes + row : nullptr;
+    const int8_t (*levels)[16] = g.byte_codebooks;
+    const bool by_table = g.codebooks != nullptr;
     const auto of = [=](int64_t group) {  // levels_of_group, of what stays in registers
       return by_table ? tables + group * 16 : levels[groups ? groups[group] : 0];
     };
@@ -213,7 +213,7 @@ inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32
           left >= kStep ? _mm512_loadu_si512(w + at / 2) : load_int8(w + at / 2, (int)left);
       const Halves halves = halves_of(bytes, of(at >> bits), of((at + kStep) >> bits));
       for (int t = 0; t < tokens; t++) {
-        const Code* x = codes + (t * g.steps + s) * kStep;
+        const Activation* x = codes + (t * g.steps + s) * kStep;
         even[t] = _mm512_dpbusd_epi32(even[t], halves.low, _mm512_load_si512(x));
         odd[t] = _mm512_dpbusd_epi32(odd[t], halves.high, _mm512_load_si512(x + kStep));
       }
@@ -222,7 +222,7 @@ inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32
   for (; s + 1 < end; s += 2) {
     const __m512i first = weights_of<source>(g, n, s), second = weights_of<source>(g, n, s + 1);
     for (int t = 0; t < tokens; t++) {
-      const Code* x = codes + (t * g.steps + s) * kStep;
+      const Activation* x = codes + (t * g.steps + s) * kStep;
       even[t] = _mm512_dpbusd_epi32(even[t], first, _mm512_load_si512(x));
       odd[t] = _mm512_dpbusd_epi32(odd[t], second, _mm512_load_si512(x + kStep));
     }
@@ -253,9 +253,9 @@ __attribute__((noinline)) void dot_from(const Linear& g, int64_t n, int64_t s, i
   }
 }
 
-inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
+inline void dot_small_m(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   if (g.bits == 8) return dot_from<kInt8>(g, n, s, end, sums);
-  if (g.group_bits < 0) return dot_from<kOdd>(g, n, s, end, sums);
+  if (g.group_shift < 0) return dot_from<kOdd>(g, n, s, end, sums);
   g.bits == 4 ? dot_from<kInt4>(g, n, s, end, sums) : dot_from<kInt3>(g, n, s, end, sums);
 }
 

@@ -6,17 +6,17 @@
 namespace dtq {
 namespace {
 
-constexpr int kBlocks = kGroup;
+constexpr int kMaxBlocks = kGroupBlocks;
 // Codes of a group and weights of a panel stay in the first-level cache for so many steps while each
 // kBlock rows of the panel pass by.
-constexpr int64_t kAtOnce = 8;
+constexpr int64_t kMaxSteps = 8;
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+inline void multiply_group(const Weight* weights, const Activation* codes, int64_t steps, int64_t next,
                            int count, bool more, int32_t* sums) {
   for (int c = 0; c < count; c++)
-    for (int n = 0; n < kRows; n += kBlock)
+    for (int n = 0; n < kPanelRows; n += kBlock)
       multiply_block(weights + n * kStep, codes + c * next, steps, more,
-                     sums + (n * kGroup + c) * kTokens);
+                     sums + (n * kGroupBlocks + c) * kBlockTokens);
 }
 
 inline bool splits(const Linear&) { return false; }

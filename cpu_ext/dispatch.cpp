@@ -17,7 +17,7 @@
 
 namespace dtq {
 
-alignas(64) int8_t levels_of[2][256][16];
+alignas(64) int8_t codebook_of_byte[2][256][16];
 uint8_t trits_of[256][8];
 float e4m3_of[256];
 
@@ -28,7 +28,7 @@ struct Registers {
   unsigned a = 0, b = 0, c = 0, d = 0;
 };
 
-Registers ask(unsigned leaf, unsigned sub) {
+Registers cpuid(unsigned leaf, unsigned sub) {
   Registers r;
   if (!__get_cpuid_count(leaf, sub, &r.a, &r.b, &r.c, &r.d)) return {};
   return r;
@@ -38,7 +38,7 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-bool has_avxvnni() { return has_avx2() && (ask(7, 1).a >> 4 & 1); }
+bool has_avxvnni() { return has_avx2() && (cpuid(7, 1).a >> 4 & 1); }
 
 bool has_vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -47,13 +47,13 @@ bool has_vnni() {
 }
 
 bool has_amx() {
-  const unsigned d = ask(7, 0).d;
+  const unsigned d = cpuid(7, 0).d;
   if (!has_vnni() || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;  // tiles, int8
 #ifdef __linux__
   unsigned low, high;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low >> 17 & 3) != 3) return false;
-  // tile data has to be asked for, once a process: threads and forks inherit the permission
+  // a process must request tile data once; threads and forks inherit the permission
   constexpr long kRequest = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
@@ -80,7 +80,7 @@ struct Candidate {
 
 bool always() { return true; }
 
-// from the plainest to the fastest
+// from the most portable to the fastest
 const Candidate kCandidates[] = {
     {&portable, always},
 #ifdef __x86_64__
@@ -99,7 +99,7 @@ void fill_tables() {
     for (int bits = 3; bits <= 4; bits++)
       for (int code = 0; code < 1 << bits; code++) {
         const int zero = byte & ((1 << bits) - 1), scale2 = (byte >> bits) + 1;
-        levels_of[bits - 3][byte][code] = (int8_t)((code - zero) * scale2);
+        codebook_of_byte[bits - 3][byte][code] = (int8_t)((code - zero) * scale2);
       }
     const int exponent = byte >> 3 & 15, mantissa = byte & 7;
     const float size = exponent ? __builtin_ldexpf(8 + mantissa, exponent - 10)
@@ -115,7 +115,7 @@ const Kernels* chosen = nullptr;
 
 bool has_bfloat16() {
 #ifdef __x86_64__
-  static const bool found = has_vnni() && (ask(7, 1).a >> 5 & 1);
+  static const bool found = has_vnni() && (cpuid(7, 1).a >> 5 & 1);
   return found;
 #else
   return false;

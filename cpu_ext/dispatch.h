@@ -4,14 +4,14 @@
 
 namespace dtq {
 
-// The kernels in use: the fastest that the machine has, unless `use` said otherwise.
+// The kernels in use: the fastest that the machine supports, unless `use` chose others.
 const Kernels& kernels();
 
-// Use these, or the fastest below them that the machine has; null for the fastest. False when the
-// machine lacks them or nobody knows the name.
+// Use the kernels of this name, or the fastest below them that the machine supports; null for the
+// fastest. False if the machine does not support them or the name is unknown.
 bool use(const char* name);
 
-// Whether the machine multiplies pairs of bfloat16.
+// Whether the machine has bfloat16 dot products (AVX512_BF16).
 bool has_bfloat16();
 
 }  // namespace dtq

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the files that implement ops share. Not for those of an instruction set: see kernels.h.
+// Shared by the files that implement ops. Not for the files of an instruction set: see kernels.h.
 //
-// Only torch's stable ABI: one library serves every torch from 2.10.
+// Only torch's stable ABI is used, so one library serves every torch from 2.10.
 #pragma once
 #include <stdlib.h>
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,7 @@
 
 #include "kernels.h"
 
-// the newer one keeps the message of the error; headers of 2.10 and 2.11 lack it
+// the newer macro keeps the error message; headers of 2.10 and 2.11 lack it
 #if defined(STABLE_TORCH_ERROR_CODE_CHECK)
 #define DTQ_CHECKED STABLE_TORCH_ERROR_CODE_CHECK
 #else
@@ -29,9 +29,9 @@ namespace dtq::glue {
 using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
-// Memory of one thread that calls again and again, aligned for vector loads.
+// Memory that a thread reuses from call to call, aligned for vector loads.
 class Scratch {
  public:
   ~Scratch() { free(memory_); }
@@ -54,7 +54,9 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-inline int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return ceil_div(x, multiple) * multiple; }
 
 inline dtq::Float float_type(ScalarType type) {
   return type == ScalarType::BFloat16 ? dtq::kBFloat16
@@ -62,20 +64,21 @@ inline dtq::Float float_type(ScalarType type) {
                                       : dtq::kFloat32;
 }
 
-inline bool written_directly(ScalarType type) {
+// Whether kernels read and write this type.
+inline bool is_kernel_dtype(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-// None of them asks torch where there is nothing to do: a call costs a microsecond.
-inline Tensor as(const Tensor& t, ScalarType type) {
+// These call torch only if there is something to do: a call costs a microsecond.
+inline Tensor to_dtype(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-inline Tensor direct(const Tensor& t) {
-  return written_directly(t.scalar_type()) ? t : as(t, ScalarType::Float);
+inline Tensor to_kernel_dtype(const Tensor& t) {
+  return is_kernel_dtype(t.scalar_type()) ? t : to_dtype(t, ScalarType::Float);
 }
 
-inline Tensor side_by_side(const Tensor& t) {
+inline Tensor to_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -89,9 +92,9 @@ inline int64_t bytes_of(const Tensor& t) {
 }
 
 inline std::string shape_of(const Tensor& t) {
-  std::string said = "[";
-  for (int64_t i = 0; i < t.dim(); i++) said += (i ? ", " : "") + std::to_string(t.size(i));
-  return said + "]";
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); i++) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -100,7 +103,7 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return same;
 }
 
-// Another op: the arguments in the order of its schema.
+// Calls another op; arguments in the order of its schema.
 template <class... Arguments>
 Tensor call(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};

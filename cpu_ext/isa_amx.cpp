@@ -27,22 +27,22 @@ inline void configure_tiles() {
   _tile_loadconfig(&shapes);
 }
 
-constexpr int kBlocks = 2;
-constexpr int64_t kAtOnce = 18;  // 36 KB of a panel
+constexpr int kMaxBlocks = 2;
+constexpr int64_t kMaxSteps = 18;  // 36 KB of a panel
 
-constexpr int64_t kLine = kGroup * kTokens * 4;   // bytes from one output channel's sums to the next
-constexpr int64_t kHalf = 16 * kGroup * kTokens;  // sums of the 16 output channels of a tile
+constexpr int64_t kLine = kGroupBlocks * kBlockTokens * 4;   // bytes from one output channel's sums to the next
+constexpr int64_t kHalf = 16 * kGroupBlocks * kBlockTokens;  // sums of the 16 output channels of a tile
 
 // 32 output channels by one or two token blocks; tiles 0-3 sums, 4 and 5 weights, 6 and 7 codes.
 template <int count>
-inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+inline void multiply_tiles(const Weight* weights, const Activation* codes, int64_t steps, int64_t next,
                            bool more, int32_t* sums) {
   if (more) {
     _tile_loadd(0, sums, kLine);
     _tile_loadd(1, sums + kHalf, kLine);
     if (count == 2) {
-      _tile_loadd(2, sums + kTokens, kLine);
-      _tile_loadd(3, sums + kHalf + kTokens, kLine);
+      _tile_loadd(2, sums + kBlockTokens, kLine);
+      _tile_loadd(3, sums + kHalf + kBlockTokens, kLine);
     }
   } else {
     _tile_zero(0);
@@ -51,8 +51,8 @@ inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t ste
     _tile_zero(3);
   }
   for (int64_t s = 0; s < steps; s++) {
-    const Weight* w = weights + s * kRows * kStep;
-    const Code* x = codes + s * kStep * kTokens;
+    const Weight* w = weights + s * kPanelRows * kStep;
+    const Activation* x = codes + s * kStep * kBlockTokens;
     // codes come from L2 and are used once a panel: a streaming load leaves the weights in L1
     _tile_stream_loadd(6, x, 64);
     _tile_loadd(4, w, kStep);
@@ -68,12 +68,12 @@ inline void multiply_tiles(const Weight* weights, const Code* codes, int64_t ste
   _tile_stored(0, sums, kLine);
   _tile_stored(1, sums + kHalf, kLine);
   if (count == 2) {
-    _tile_stored(2, sums + kTokens, kLine);
-    _tile_stored(3, sums + kHalf + kTokens, kLine);
+    _tile_stored(2, sums + kBlockTokens, kLine);
+    _tile_stored(3, sums + kHalf + kBlockTokens, kLine);
   }
 }
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+inline void multiply_group(const Weight* weights, const Activation* codes, int64_t steps, int64_t next,
                            int count, bool more, int32_t* sums) {
   asm volatile("" ::: "memory");  // a tile load does not tell the compiler what it reads
   if (count == 2) multiply_tiles<2>(weights, codes, steps, next, more, sums);
@@ -108,27 +108,27 @@ namespace {
 // Of a panel that is longer than the first-level cache, one part after the other passes by all blocks.
 void multiply_in_parts(const Linear& g, int64_t block, int64_t block_end, int64_t p, void* scratch) {
   Weight* weights = (Weight*)scratch;
-  int32_t* sums = (int32_t*)(weights + g.steps * kStep * kRows);
-  const int64_t n = p * kRows, rows = unpack_panel(g, p, weights), next = g.steps * kCodes;
-  const int64_t wide = kRows * kGroup * kTokens;
-  for (int64_t step = 0; step < g.steps; step += kAtOnce) {
-    const int64_t some = g.steps - step < kAtOnce ? g.steps - step : kAtOnce;
-    for (int64_t at = block; at < block_end; at += kBlocks) {
-      const Code* codes = (const Code*)g.packed + at * next;
-      multiply_group(weights + step * kRows * kStep, codes + step * kCodes, some, next,
-                     block_end - at < kBlocks ? 1 : kBlocks, step > 0,
-                     sums + (at - block) / kBlocks * wide);
+  int32_t* sums = (int32_t*)(weights + g.steps * kStep * kPanelRows);
+  const int64_t n = p * kPanelRows, rows = unpack_panel(g, p, weights), next = g.steps * kBlockStep;
+  const int64_t wide = kPanelRows * kGroupBlocks * kBlockTokens;
+  for (int64_t step = 0; step < g.steps; step += kMaxSteps) {
+    const int64_t some = g.steps - step < kMaxSteps ? g.steps - step : kMaxSteps;
+    for (int64_t at = block; at < block_end; at += kMaxBlocks) {
+      const Activation* codes = (const Activation*)g.packed + at * next;
+      multiply_group(weights + step * kPanelRows * kStep, codes + step * kBlockStep, some, next,
+                     block_end - at < kMaxBlocks ? 1 : kMaxBlocks, step > 0,
+                     sums + (at - block) / kMaxBlocks * wide);
     }
   }
-  for (int64_t at = block; at < block_end; at += kBlocks)
-    finish_group(g, n, rows, at, block_end - at < kBlocks ? 1 : kBlocks,
-                 sums + (at - block) / kBlocks * wide, nullptr);
+  for (int64_t at = block; at < block_end; at += kMaxBlocks)
+    store_group(g, n, rows, at, block_end - at < kMaxBlocks ? 1 : kMaxBlocks,
+                 sums + (at - block) / kMaxBlocks * wide, nullptr);
 }
 
 void multiply_tiled(const Linear& g, int64_t block, int64_t block_end, int64_t panel,
                     int64_t panel_end, void* scratch) {
   configure_tiles();
-  if (g.steps <= kAtOnce || g.section_scale) multiply(g, block, block_end, panel, panel_end, scratch);
+  if (g.steps <= kMaxSteps || g.section_scale) multiply(g, block, block_end, panel, panel_end, scratch);
   else
     for (int64_t p = panel; p < panel_end; p++) multiply_in_parts(g, block, block_end, p, scratch);
   _tile_release();
@@ -136,6 +136,6 @@ void multiply_tiled(const Linear& g, int64_t block, int64_t block_end, int64_t p
 
 }  // namespace
 
-const Kernels amx = {"amx", sizeof(Code), sizeof(Weight), quantize, pack, multiply_tiled, pack_few,
-                       multiply_few, decode, multiply_stored, multiply_bfloat, gelu, peak};
+const Kernels amx = {"amx", sizeof(Activation), sizeof(Weight), quantize, pack, multiply_tiled, pack_small_m,
+                       multiply_small_m, decode, multiply_stored, multiply_bfloat16, gelu, peak};
 }

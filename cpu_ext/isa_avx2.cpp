@@ -16,7 +16,7 @@ typedef int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 
 template <int h>
-inline V swapped(V v) {
+inline V swap_lanes(V v) {
   if constexpr (h == 1) return (V)_mm256_permute_ps((__m256)v, 0xb1);
   if constexpr (h == 2) return (V)_mm256_permute_ps((__m256)v, 0x4e);
   return (V)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1);
@@ -52,18 +52,18 @@ inline __m128i halves(U v) {
   return _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
 }
 
-inline void low_halves(U v, uint16_t* out) { _mm_storeu_si128((__m128i*)out, halves(v)); }
+inline void store_low_halves(U v, uint16_t* out) { _mm_storeu_si128((__m128i*)out, halves(v)); }
 
-inline void low_bytes(U v, int8_t* out) {
+inline void store_low_bytes(U v, int8_t* out) {
   const __m128i bytes = halves(v & 0xff);
   _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(bytes, bytes));
 }
 
-inline U bytes_at(const uint8_t* p) {
+inline U load_bytes(const uint8_t* p) {
   return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 }
 
-inline I signed_at(const uint8_t* p) {
+inline I load_signed_bytes(const uint8_t* p) {
   return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
 }
 
@@ -73,7 +73,7 @@ inline V look_up(const float* table, U codes) {
   return (V)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
 }
 
-inline V fused(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
 // 32 codes of 16 bytes.
 inline __m256i codes_of_4(const int8_t* w) {
@@ -83,7 +83,7 @@ inline __m256i codes_of_4(const int8_t* w) {
 
 // The upper part of each piece of 24, 12 or 6 bits moves up, so that there are two pieces.
 template <int shift>
-inline __m256i parted(__m256i v, int64_t kept) {
+inline __m256i spread_bits(__m256i v, int64_t kept) {
   return _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi64(v, shift)), _mm256_set1_epi64x(kept));
 }
 
@@ -93,9 +93,9 @@ inline __m256i codes_of_3(const int8_t* w) {
       _mm_loadu_si128((const __m128i*)w),
       _mm_set_epi8(-1, 11, 10, 9, -1, 8, 7, 6, -1, 5, 4, 3, -1, 2, 1, 0));
   __m256i v = _mm256_cvtepu32_epi64(threes);
-  v = parted<20>(v, 0x00000fff00000fff);
-  v = parted<10>(v, 0x003f003f003f003f);
-  return parted<5>(v, 0x0707070707070707);
+  v = spread_bits<20>(v, 0x00000fff00000fff);
+  v = spread_bits<10>(v, 0x003f003f003f003f);
+  return spread_bits<5>(v, 0x0707070707070707);
 }
 
 // 64 weights of a row as two vectors of int8; past the end of the row they are whatever, times 0.
@@ -109,7 +109,7 @@ inline void load_int8(const int8_t* w, int width, __m256i* out) {
 }
 
 template <int bits>
-inline void load_codes(const int8_t* w, int width, const Levels& levels, __m256i* out) {
+inline void load_codes(const int8_t* w, int width, const Codebooks& levels, __m256i* out) {
   constexpr int half = kStep * bits / 16;  // bytes of 32 codes
   alignas(32) int8_t line[2 * half + 4] = {};
   if (width < kStep) {
@@ -128,11 +128,11 @@ inline void load_codes(const int8_t* w, int width, const Levels& levels, __m256i
 }
 
 #ifdef __AVXVNNI__
-typedef int8_t Code;
+typedef int8_t Activation;
 typedef uint8_t Weight;
-constexpr int kQuad = 4, kShift = 128, kBlock = 4;
+constexpr int kDotWidth = 4, kWeightOffset = 128, kBlock = 4;
 
-inline void keep(const __m256i* weights, Weight* out) {
+inline void store_weights(const __m256i* weights, Weight* out) {
   for (int i = 0; i < 2; i++)
     _mm256_store_si256((__m256i*)out + i,
                        _mm256_xor_si256(weights[i], _mm256_set1_epi8((char)0x80)));
@@ -143,11 +143,11 @@ inline __m256i add_products(__m256i sum, __m256i weight, __m256i codes) {
 }
 
 #else
-typedef int16_t Code;
+typedef int16_t Activation;
 typedef int16_t Weight;
-constexpr int kQuad = 2, kShift = 0, kBlock = 4;
+constexpr int kDotWidth = 2, kWeightOffset = 0, kBlock = 4;
 
-inline void keep(const __m256i* weights, Weight* out) {
+inline void store_weights(const __m256i* weights, Weight* out) {
   for (int i = 0; i < 4; i++) {
     const __m256i both = weights[i / 2];
     const __m128i half = i % 2 ? _mm256_extracti128_si256(both, 1) : _mm256_castsi256_si128(both);
@@ -160,9 +160,9 @@ inline __m256i add_products(__m256i sum, __m256i weight, __m256i codes) {
 }
 #endif
 
-inline void add_codes(const Code* codes, int32_t* sums) {
+inline void add_activations(const Activation* codes, int32_t* sums) {
   const __m256i one = sizeof(Weight) == 1 ? _mm256_set1_epi8(1) : _mm256_set1_epi16(1);
-  for (int i = 0; i < kStep * 2 / kQuad; i++) {
+  for (int i = 0; i < kStep * 2 / kDotWidth; i++) {
     __m256i* to = (__m256i*)sums + i % 2;
     const __m256i x = _mm256_load_si256((const __m256i*)codes + i);
     _mm256_storeu_si256(to, add_products(_mm256_loadu_si256(to), one, x));
@@ -172,14 +172,14 @@ inline void add_codes(const Code* codes, int32_t* sums) {
 inline void widen(const int8_t* w, int width, Weight* out) {
   __m256i weights[2];
   load_int8(w, width, weights);
-  keep(weights, out);
+  store_weights(weights, out);
 }
 
 template <int bits>
-inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
+inline void unpack(const int8_t* w, int width, const Codebooks& levels, Weight* out) {
   __m256i weights[2];
   load_codes<bits>(w, width, levels, weights);
-  keep(weights, out);
+  store_weights(weights, out);
 }
 
 }  // namespace
@@ -191,17 +191,17 @@ namespace dtq {
 namespace {
 
 // kBlock output channels by 16 tokens: 8 sums, 2 of codes and 1 of weights, of 16 registers.
-inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, bool more,
+inline void multiply_block(const Weight* weights, const Activation* codes, int64_t steps, bool more,
                            int32_t* sums) {
   __m256i sum[kBlock][2];
   for (int r = 0; r < kBlock; r++)
     for (int i = 0; i < 2; i++)
-      sum[r][i] = more ? _mm256_load_si256((__m256i*)(sums + r * kGroup * kTokens) + i)
+      sum[r][i] = more ? _mm256_load_si256((__m256i*)(sums + r * kGroupBlocks * kBlockTokens) + i)
                        : _mm256_setzero_si256();
   for (int64_t s = 0; s < steps; s++) {
-    const Weight* w = weights + s * kRows * kStep;
-    const Code* x = codes + s * kStep * kTokens;
-    for (int q = 0; q < kStep; q += kQuad, x += kQuad * kTokens) {
+    const Weight* w = weights + s * kPanelRows * kStep;
+    const Activation* x = codes + s * kStep * kBlockTokens;
+    for (int q = 0; q < kStep; q += kDotWidth, x += kDotWidth * kBlockTokens) {
       const __m256i low = _mm256_load_si256((const __m256i*)x);
       const __m256i high = _mm256_load_si256((const __m256i*)x + 1);
 #pragma GCC unroll 8
@@ -214,7 +214,7 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
   }
   for (int r = 0; r < kBlock; r++)
     for (int i = 0; i < 2; i++)
-      _mm256_store_si256((__m256i*)(sums + r * kGroup * kTokens) + i, sum[r][i]);
+      _mm256_store_si256((__m256i*)(sums + r * kGroupBlocks * kBlockTokens) + i, sum[r][i]);
 }
 
 }  // namespace
@@ -242,7 +242,7 @@ inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32
   for (; s < end; s++) {
     unpack_step(g, n, s, line);
     for (int t = 0; t < tokens; t++) {
-      const __m256i* x = (const __m256i*)((const Code*)g.packed + (t * g.steps + s) * kStep);
+      const __m256i* x = (const __m256i*)((const Activation*)g.packed + (t * g.steps + s) * kStep);
       for (int i = 0; i < parts; i++)
         sum[t] = add_products(sum[t], _mm256_load_si256((const __m256i*)line + i),
                               _mm256_load_si256(x + i));
@@ -251,7 +251,7 @@ inline void dot_tokens(const Linear& g, int64_t n, int64_t s, int64_t end, int32
   for (int t = 0; t < tokens; t++) sums[t] = total(sum[t]);
 }
 
-inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
+inline void dot_small_m(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   switch (g.tokens) {
     case 1: return dot_tokens<1>(g, n, s, end, sums);
     case 2: return dot_tokens<2>(g, n, s, end, sums);
@@ -291,10 +291,10 @@ int64_t peak(int64_t rounds) {
 
 namespace dtq {
 #ifdef __AVXVNNI__
-const Kernels avxvnni = {"avxvnni", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, nullptr, gelu, peak};
+const Kernels avxvnni = {"avxvnni", sizeof(Activation), sizeof(Weight), quantize, pack, multiply, pack_small_m,
+                       multiply_small_m, decode, multiply_stored, nullptr, gelu, peak};
 #else
-const Kernels avx2 = {"avx2", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, nullptr, gelu, peak};
+const Kernels avx2 = {"avx2", sizeof(Activation), sizeof(Weight), quantize, pack, multiply, pack_small_m,
+                       multiply_small_m, decode, multiply_stored, nullptr, gelu, peak};
 #endif
 }

@@ -31,18 +31,18 @@ inline V look_up(const float* table, U codes) {
   return (V)vqtbl4q_u8(floats, (uint8x16_t)bytes);
 }
 
-inline V fused(V a, V b, V c) { return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+inline V fma(V a, V b, V c) { return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 
-typedef int8_t Code;
+typedef int8_t Activation;
 typedef int8_t Weight;
-constexpr int kQuad = 4;
-constexpr int kShift = 0;
+constexpr int kDotWidth = 4;
+constexpr int kWeightOffset = 0;
 
-inline void add_codes(const Code* codes, int32_t* sums) {
-  for (int t = 0; t < kTokens; t += 4) {
+inline void add_activations(const Activation* codes, int32_t* sums) {
+  for (int t = 0; t < kBlockTokens; t += 4) {
     int32x4_t sum = vld1q_s32(sums + t);
-    for (int q = 0; q < kStep / kQuad; q++)
-      sum = vdotq_s32(sum, vdupq_n_s8(1), vld1q_s8(codes + (q * kTokens + t) * kQuad));
+    for (int q = 0; q < kStep / kDotWidth; q++)
+      sum = vdotq_s32(sum, vdupq_n_s8(1), vld1q_s8(codes + (q * kBlockTokens + t) * kDotWidth));
     vst1q_s32(sums + t, sum);
   }
 }
@@ -72,7 +72,7 @@ inline uint8x16_t codes_of_3(const int8_t* w) {
 }
 
 template <int bits>
-inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
+inline void unpack(const int8_t* w, int width, const Codebooks& levels, Weight* out) {
   int8_t line[kStep * bits / 8] = {};
   if (width < kStep) {
     __builtin_memcpy(line, w, width * bits / 8);
@@ -97,24 +97,24 @@ constexpr int kBlock = 4;
 
 // One quad of channels of kBlock weight rows by 16 tokens.
 template <int lane>
-inline void add_quad(const Code* x, const int8x16_t* weight, int32x4_t (*sum)[4]) {
+inline void add_quad(const Activation* x, const int8x16_t* weight, int32x4_t (*sum)[4]) {
   int8x16_t codes[4];
-  for (int t = 0; t < 4; t++) codes[t] = vld1q_s8(x + lane * kQuad * kTokens + 16 * t);
+  for (int t = 0; t < 4; t++) codes[t] = vld1q_s8(x + lane * kDotWidth * kBlockTokens + 16 * t);
   for (int r = 0; r < kBlock; r++)
     for (int t = 0; t < 4; t++) sum[r][t] = vdotq_laneq_s32(sum[r][t], codes[t], weight[r], lane);
 }
 
 // kBlock output channels by 16 tokens: 16 sums, 4 of codes and 4 of weights, of 32 registers.
-inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, bool more,
+inline void multiply_block(const Weight* weights, const Activation* codes, int64_t steps, bool more,
                            int32_t* sums) {
   int32x4_t sum[kBlock][4];
   for (int r = 0; r < kBlock; r++)
     for (int t = 0; t < 4; t++)
-      sum[r][t] = more ? vld1q_s32(sums + r * kGroup * kTokens + 4 * t) : vdupq_n_s32(0);
+      sum[r][t] = more ? vld1q_s32(sums + r * kGroupBlocks * kBlockTokens + 4 * t) : vdupq_n_s32(0);
   for (int64_t s = 0; s < steps; s++) {
-    const Weight* w = weights + s * kRows * kStep;
-    const Code* x = codes + s * kStep * kTokens;
-    for (int k = 0; k < kStep; k += 16, x += 16 * kTokens) {
+    const Weight* w = weights + s * kPanelRows * kStep;
+    const Activation* x = codes + s * kStep * kBlockTokens;
+    for (int k = 0; k < kStep; k += 16, x += 16 * kBlockTokens) {
       int8x16_t weight[kBlock];
       for (int r = 0; r < kBlock; r++) weight[r] = vld1q_s8(w + r * kStep + k);
       add_quad<0>(x, weight, sum);
@@ -124,7 +124,7 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
     }
   }
   for (int r = 0; r < kBlock; r++)
-    for (int t = 0; t < 4; t++) vst1q_s32(sums + r * kGroup * kTokens + 4 * t, sum[r][t]);
+    for (int t = 0; t < 4; t++) vst1q_s32(sums + r * kGroupBlocks * kBlockTokens + 4 * t, sum[r][t]);
 }
 
 }  // namespace
@@ -136,14 +136,14 @@ namespace dtq {
 namespace {
 
 // Steps of a row are unpacked into a cache line, then added for each token.
-inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
+inline void dot_small_m(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   alignas(64) Weight line[kStep];
-  int32x4_t sum[kFew];
+  int32x4_t sum[kSmallM];
   for (int t = 0; t < g.tokens; t++) sum[t] = vdupq_n_s32(0);
   for (; s < end; s++) {
     unpack_step(g, n, s, line);
     for (int t = 0; t < g.tokens; t++) {
-      const Code* x = (const Code*)g.packed + (t * g.steps + s) * kStep;
+      const Activation* x = (const Activation*)g.packed + (t * g.steps + s) * kStep;
       for (int k = 0; k < kStep; k += 16)
         sum[t] = vdotq_s32(sum[t], vld1q_s8(line + k), vld1q_s8(x + k));
     }
@@ -173,6 +173,6 @@ int64_t peak(int64_t rounds) {
 #include "stored.h"
 
 namespace dtq {
-const Kernels neon = {"neon", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                      multiply_few, decode, multiply_stored, nullptr, gelu, peak};
+const Kernels neon = {"neon", sizeof(Activation), sizeof(Weight), quantize, pack, multiply, pack_small_m,
+                      multiply_small_m, decode, multiply_stored, nullptr, gelu, peak};
 }

@@ -16,15 +16,15 @@ inline V look_up(const float* table, U codes) {
   return v;
 }
 
-inline V fused(V a, V b, V c) { return a * b + c; }
+inline V fma(V a, V b, V c) { return a * b + c; }
 
-typedef int16_t Code;
+typedef int16_t Activation;
 typedef int16_t Weight;
-constexpr int kQuad = 2;
-constexpr int kShift = 0;
+constexpr int kDotWidth = 2;
+constexpr int kWeightOffset = 0;
 
-inline void add_codes(const Code* codes, int32_t* sums) {
-  for (int i = 0; i < kStep * kTokens; i++) sums[i / kQuad % kTokens] += codes[i];
+inline void add_activations(const Activation* codes, int32_t* sums) {
+  for (int i = 0; i < kStep * kBlockTokens; i++) sums[i / kDotWidth % kBlockTokens] += codes[i];
 }
 
 inline void widen(const int8_t* w, int width, Weight* out) {
@@ -34,7 +34,7 @@ inline void widen(const int8_t* w, int width, Weight* out) {
 inline int code_at(const int8_t* w, int bits, int i);
 
 template <int bits>
-inline void unpack(const int8_t* w, int width, const Levels& levels, Weight* out) {
+inline void unpack(const int8_t* w, int width, const Codebooks& levels, Weight* out) {
   for (int i = 0; i < kStep; i++) out[i] = i < width ? levels.of[i / 16][code_at(w, bits, i)] : 0;
 }
 
@@ -48,16 +48,16 @@ namespace {
 
 constexpr int kBlock = 1;
 
-inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, bool more,
+inline void multiply_block(const Weight* weights, const Activation* codes, int64_t steps, bool more,
                            int32_t* sums) {
-  int32_t sum[kTokens] = {};
+  int32_t sum[kBlockTokens] = {};
   for (int64_t s = 0; s < steps; s++) {
-    const Weight* w = weights + s * kRows * kStep;
-    const Code* x = codes + s * kStep * kTokens;
-    for (int q = 0; q < kStep; q += 2, x += 2 * kTokens)
-      for (int t = 0; t < kTokens; t++) sum[t] += w[q] * x[2 * t] + w[q + 1] * x[2 * t + 1];
+    const Weight* w = weights + s * kPanelRows * kStep;
+    const Activation* x = codes + s * kStep * kBlockTokens;
+    for (int q = 0; q < kStep; q += 2, x += 2 * kBlockTokens)
+      for (int t = 0; t < kBlockTokens; t++) sum[t] += w[q] * x[2 * t] + w[q + 1] * x[2 * t + 1];
   }
-  for (int t = 0; t < kTokens; t++) sums[t] = more ? sums[t] + sum[t] : sum[t];
+  for (int t = 0; t < kBlockTokens; t++) sums[t] = more ? sums[t] + sum[t] : sum[t];
 }
 
 }  // namespace
@@ -68,13 +68,13 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
 namespace dtq {
 namespace {
 
-inline void dot_few(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
+inline void dot_small_m(const Linear& g, int64_t n, int64_t s, int64_t end, int32_t* sums) {
   Weight line[kStep];
   for (int t = 0; t < g.tokens; t++) sums[t] = 0;
   for (; s < end; s++) {
     unpack_step(g, n, s, line);
     for (int t = 0; t < g.tokens; t++) {
-      const Code* x = (const Code*)g.packed + (t * g.steps + s) * kStep;
+      const Activation* x = (const Activation*)g.packed + (t * g.steps + s) * kStep;
       for (int i = 0; i < kStep; i++) sums[t] += line[i] * x[i];
     }
   }
@@ -89,6 +89,6 @@ int64_t peak(int64_t) { return 0; }  // whatever the compiler makes of it
 #include "stored.h"
 
 namespace dtq {
-const Kernels portable = {"ref", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, nullptr, gelu, peak};
+const Kernels portable = {"ref", sizeof(Activation), sizeof(Weight), quantize, pack, multiply, pack_small_m,
+                       multiply_small_m, decode, multiply_stored, nullptr, gelu, peak};
 }

@@ -7,16 +7,16 @@ namespace {
 
 // `rows` output channels by `count` token blocks, sums in registers: 8 x 3 = 24 of the 32.
 template <int rows, int count>
-inline void multiply_block(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+inline void multiply_block(const Weight* weights, const Activation* codes, int64_t steps, int64_t next,
                            bool more, int32_t* sums) {
   __m512i sum[rows][count];
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < count; c++)
-      sum[r][c] = more ? _mm512_load_si512(sums + (r * kGroup + c) * kTokens)
+      sum[r][c] = more ? _mm512_load_si512(sums + (r * kGroupBlocks + c) * kBlockTokens)
                        : _mm512_setzero_si512();
   for (int64_t s = 0; s < steps; s++) {
-    const Weight* w = weights + s * kRows * kStep;
-    const Code* x = codes + s * kStep * kTokens;
+    const Weight* w = weights + s * kPanelRows * kStep;
+    const Activation* x = codes + s * kStep * kBlockTokens;
     for (int q = 0; q < kStep / 4; q++, x += 64) {
       __m512i tokens[count];
       for (int c = 0; c < count; c++) tokens[c] = _mm512_load_si512(x + c * next);
@@ -30,21 +30,21 @@ inline void multiply_block(const Weight* weights, const Code* codes, int64_t ste
   }
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < count; c++)
-      _mm512_store_si512(sums + (r * kGroup + c) * kTokens, sum[r][c]);
+      _mm512_store_si512(sums + (r * kGroupBlocks + c) * kBlockTokens, sum[r][c]);
 }
 
 template <int rows, int count>
-inline void multiply_rows(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+inline void multiply_rows(const Weight* weights, const Activation* codes, int64_t steps, int64_t next,
                           bool more, int32_t* sums) {
-  for (int n = 0; n < kRows; n += rows)
+  for (int n = 0; n < kPanelRows; n += rows)
     multiply_block<rows, count>(weights + n * kStep, codes, steps, next, more,
-                                sums + n * kGroup * kTokens);
+                                sums + n * kGroupBlocks * kBlockTokens);
 }
 
-constexpr int kBlocks = kGroup;
-constexpr int64_t kAtOnce = 8;  // as in blocks.h
+constexpr int kMaxBlocks = kGroupBlocks;
+constexpr int64_t kMaxSteps = 8;  // as in blocks.h
 
-inline void multiply_group(const Weight* weights, const Code* codes, int64_t steps, int64_t next,
+inline void multiply_group(const Weight* weights, const Activation* codes, int64_t steps, int64_t next,
                            int count, bool more, int32_t* sums) {
   if (count == 3) multiply_rows<8, 3>(weights, codes, steps, next, more, sums);
   else if (count == 2) multiply_rows<8, 2>(weights, codes, steps, next, more, sums);
@@ -76,6 +76,6 @@ int64_t peak(int64_t rounds) {
 #include "stored_bf16.h"
 
 namespace dtq {
-const Kernels vnni = {"vnni", sizeof(Code), sizeof(Weight), quantize, pack, multiply, pack_few,
-                       multiply_few, decode, multiply_stored, multiply_bfloat, gelu, peak};
+const Kernels vnni = {"vnni", sizeof(Activation), sizeof(Weight), quantize, pack, multiply, pack_small_m,
+                       multiply_small_m, decode, multiply_stored, multiply_bfloat16, gelu, peak};
 }

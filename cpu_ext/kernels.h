@@ -1,122 +1,105 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the torch glue hands to a kernel, and the table of functions that each instruction set has.
+// The interface between the torch bindings and the kernels: the operands of each kernel, and the table
+// of functions that each instruction set provides.
 //
 // No C++ library and no torch headers here: the files that include this are compiled for
 // instruction sets that the machine may lack, and an inline function of a shared header compiled
-// there could be the copy that the linker keeps for everybody.
+// there could be the copy that the linker keeps for all files.
 #pragma once
 #include <stdint.h>
 
+#include "../common_ext/formats.h"
+
 namespace dtq {
 
-enum Float { kFloat32, kBFloat16, kFloat16 };
+constexpr int kStep = 64;         // input channels of one step: a cache line of int8
+constexpr int kBlockTokens = 16;  // tokens of a token block: the int32 lanes of 512 bits
+constexpr int kPanelRows = 32;    // output channels of a panel: two AMX tiles, four register blocks
+constexpr int kGroupBlocks = 3;   // token blocks whose int32 sums are stored next to each other
+constexpr int kSmallM = 8;        // up to this many tokens each weight is read once and not packed
 
-constexpr int kStep = 64;    // input channels of one step: a cache line of int8
-constexpr int kTokens = 16;  // tokens side by side in a block: the int32 lanes of 512 bits
-constexpr int kRows = 32;    // output channels of a panel; two AMX tiles, four register blocks
-constexpr int kGroup = 3;    // token blocks whose sums lie side by side
-constexpr int kFew = 8;      // up to this many tokens each weight is read once and not rearranged
-
-// Formats that rows are rounded with and back; dtq/formats/acts.py has them under these names.
-enum Rounding { kAsTheyAre, kInt4G64, kInt4AsymG64, kInt8AsymG128, kFp8Row, kNvFp4, kMxFp4 };
-
-// quantize_rows, e2m1_quantize_rows, transform_rows, round_rows
+// quantize_rows, binned_quantize_rows, e2m1_quantize_rows, transform_rows, round_rows. A row is one
+// token; it is scaled, permuted, rotated and then quantized.
 struct Rows {
-  const void* x;  // (M, K), rows `stride` elements apart
+  const void* x;  // (M, K), row stride `stride` elements
   Float type;
   int64_t stride, columns;
-  const float* pre_scale;  // (K) or null
-  const int32_t* order;    // (K), the channel that moves to each place, or null
-  int64_t block;           // of the Hadamard transform; 1 for none
-  int turns;               // 1, or 2: again, with the channels of each block dealt out over all
-  float unit;              // block ** -0.5
-  const float* fixed;      // one scale for all rows, or null
-  int levels;              // the largest code; 0 for E2M1 levels times two
-  int8_t* codes;           // (M, K)
+  const float* pre_scale;  // (K), or null
+  const int32_t* perm;     // (K), output channel k is input channel perm[k]; or null
+  int64_t hadamard_block;  // block size of the Hadamard transform; 1 for none
+  int num_rotations;       // 1, or 2: rotate, transpose the blocks (K / block, block), rotate again
+  float hadamard_scale;    // hadamard_block ** -0.5
+  const float* static_scale;  // one scale for all tokens, or null for a scale per token
+  int qmax;                // largest quantized value; 0: twice the E2M1 value as int8
+  int8_t* x_q;             // (M, K)
   float* scale;            // (M)
-  void* out;               // (M, K): the changed rows and no codes; or null
-  Rounding rounding;       // of what goes to `out`
+  void* out;               // (M, K): the transformed rows as floats, and no x_q; or null
+  Rounding rounding;       // fake quantization of `out`
   Float out_type;
 };
 
-// Products of int8 codes: w8a8_linear, w4a8_linear, w3a8_linear, lut4a8_linear, group_a8_linear, and
-// those that go on with an epilogue.
+// int8 GEMM: w8a8_linear, w4a8_linear, w3a8_linear, lut4a8_linear, group_a8_linear, and those with an
+// epilogue.
 struct Linear {
   int64_t tokens, rows, columns;  // M, N, K
   int64_t steps;                  // of kStep channels
-  const int8_t* codes;            // (M, K)
-  const float* row_scale;         // (M)
+  const int8_t* x_q;              // (M, K)
+  const float* row_scale;         // (M), per-token scale
   const int8_t* weight;           // (N, K * bits / 8)
   int bits;                       // 8, 4 or 3
 
-  // what codes below 8 bits stand for: a byte of scale2 - 1 and zero for each group, or 16 int8
-  const uint8_t* groups;  // (N, row_groups)
-  const int8_t* tables;   // (N, row_groups, 16); neither of both: the codes themselves
-  const int8_t (*levels)[16];  // of a byte: `levels_of` the bits
-  int64_t row_groups, group;
-  int group_bits;  // a channel's group in its row is at >> group_bits; or -1 for any other group
-  const float* weight_scale;  // (N)
+  // How 3- and 4-bit codes of a group become int8: through a byte of zero and scale2 - 1, or through a
+  // codebook of 16 int8. Neither: the codes are the values.
+  const uint8_t* group_bytes;          // (N, groups_per_row), or null
+  const int8_t* codebooks;             // (N, groups_per_row, 16), or null
+  const int8_t (*byte_codebooks)[16];  // the codebook of each group byte, see `byte_codebooks`
+  int64_t groups_per_row, group_size;
+  int group_shift;            // log2(group_size), so that a channel's group is channel >> group_shift;
+                              // -1 if group_size is not a power of two, or below 16
+  const float* weight_scale;  // (N), per-channel scale
 
-  // float scales inside a row: each section is a whole number of steps, filled with zeros, whose
-  // sum becomes a float of its own
+  // Float scales inside a row (group_a8_linear): a row is divided into sections that share a scale. Each
+  // section is padded with zeros to whole steps, and its int32 sum is scaled before it is added.
   const float* section_scale;  // (N, sections), or null: one section, weight_scale
-  const int8_t* section_zero;  // (N, sections), or null for `zero` everywhere
+  const int8_t* section_zero;  // (N, sections) zero points, or null: `zero` everywhere
   int zero;
   int64_t sections;
-  int32_t* section_sums;  // of codes, for each block and section of kTokens; for few, of kFew
-  const float* bias;          // (N) or null
+  int32_t* section_sums;  // sums of x_q: [token block][section][kBlockTokens], or [section][kSmallM]
+  const float* bias;      // (N), or null
 
-  // what follows the bias: GELU, then gate * y + residual
+  // epilogue: GELU, then gate * y + residual
   bool gelu;
-  const void* gate;      // (M / gated, N), or null and no residual
-  const void* residual;  // (M, N)
-  int64_t gated;         // tokens of a row of gates
-  Float given;           // the type of both
+  const void* gate;         // (M / tokens_per_gate, N); null: neither gate nor residual
+  const void* residual;     // (M, N)
+  int64_t tokens_per_gate;  // tokens that share a row of the gate
+  Float gate_type;          // of gate and residual
 
   void* out;  // (M, N)
   Float type;
 
-  void* packed;  // codes as the multiplier reads them, see `pack`
+  void* packed;  // x_q in the layout of the instruction set, see `pack`
 };
 
-// The numbers of both are known to dtq/kernels/decode.py.
-enum Codes {
-  kAffine,    // 2, 3, 4 bits: code - zero; 8 bits: signed bytes
-  kTable,     // 3, 4 bits: table[code]
-  kFloat8,    // 8 bits: e4m3
-  kWords,     // 6 or 8 bits: words[code], `vector` columns each
-  kTrits,     // ternary codes, five a byte: digit - 1
-  kTwoLevel,  // 3, 4 bits: int8 of (code - zero) * scale2
-};
-
-enum ScaleType {
-  kNoScale,  // kWords only
-  kScaleFloat32,
-  kScaleBFloat16,
-  kScaleE4m3,   // times scale_2
-  kScalePower,  // a byte: 2^(byte - 127)
-};
-
-// A matrix (N, K) of any format in the packing of the file (docs/formats.md), and how it is spelt.
-struct Stored {
-  Codes codes;
+// A weight matrix (N, K) of any format, in the packing of the checkpoint (docs/formats.md).
+struct StoredWeight {
+  Encoding encoding;
   int bits;
   int64_t rows, columns;  // N, K
   int64_t row_bytes;
   const uint8_t *weight, *end;
-  const uint8_t* tail;  // kTrits: (N, K % 5) codes one a byte, null when K % 5 == 0
+  const uint8_t* tail;  // kTrits: (N, K % 5) one code a byte; null if K % 5 == 0
 
   ScaleType scale_type;
   const void* scale;     // (N, groups)
   const float* scale_2;  // (1), kScaleE4m3
-  int64_t groups;        // of a row, more than one of a multiple of 16 columns each; of kTwoLevel:
-                         // group bytes, its scale is one per row
+  int64_t groups;        // of a row; more than one: of a multiple of 16 columns each. kTwoLevel: number
+                         // of group bytes, its scale is one per row
 
-  const int8_t* zero;          // kAffine: (N, groups), or null for `offset` everywhere
-  int offset;                  // what symmetric codes below 8 bits were raised by
+  const int8_t* zero;          // kAffine: (N, groups), or null: `offset` everywhere
+  int offset;                  // added to symmetric codes below 8 bits when they were stored
   const uint8_t* group_bytes;  // kTwoLevel: (N, groups), zero in the low bits, scale2 - 1 above
 
-  float levels[16];       // kTable: of the format or of the file
+  float codebook[16];     // kTable: of the format or of the checkpoint
   bool finite;            // all of them
   const uint16_t* words;  // kWords: (2^bits, vector) bfloat16
   int vector;             // 2 or 4
@@ -124,50 +107,51 @@ struct Stored {
 
 // dequantize and weight_linear
 struct Decode {
-  Stored weight;
+  StoredWeight weight;
   Float type;  // that weights are rounded to
-  void* out;   // (N, K) of it, or of products (M, N)
+  void* out;   // dequantize: (N, K); weight_linear: (M, N)
 
-  const void* x;         // (M, line), 0 past K: float32, or bfloat16 for `multiply_bfloat`
-  int64_t tokens, line;  // M, at most kFewFloats; K rounded up to 32
-  const float* bias;     // (N) or null
+  const void* x;             // (M, x_stride), 0 from column K on: float32; bfloat16 for `multiply_bfloat16`
+  int64_t tokens, x_stride;  // M, at most kSmallMFloat; K rounded up to 32
+  const float* bias;         // (N), or null
 };
 
-constexpr int kChunk = 1024;    // columns decoded together
-constexpr int kTogether = 4;    // output channels decoded together
-constexpr int kFewFloats = 16;  // above this a product with decoded weights is faster
-constexpr int kScratch = kTogether * (kChunk + kFewFloats * 16);
+constexpr int kChunk = 1024;      // columns decoded at a time
+constexpr int kRowsAtOnce = 4;    // output channels decoded at a time
+constexpr int kSmallMFloat = 16;  // with more tokens it is faster to decode the weight, then multiply
+constexpr int kDecodeScratch = kRowsAtOnce * (kChunk + kSmallMFloat * 16);
 
 struct Kernels {
   const char* name;
-  int code_bytes;   // of a packed code
-  int panel_bytes;  // of a weight in a panel
+  int x_bytes;       // of a packed activation
+  int weight_bytes;  // of a weight in a panel
   // rows [first, last); `scratch` holds two rows of K floats, each rounded up to a multiple of 16
   void (*quantize)(const Rows&, int64_t first, int64_t last, float* scratch);
   // token blocks [first, last), for `multiply`
   void (*pack)(const Linear&, int64_t first, int64_t last);
-  // token blocks [block, block_end) by panels [panel, panel_end); `scratch` holds `scratch_bytes`
+  // token blocks [block, block_end) x panels [panel, panel_end); `scratch` holds `scratch_bytes`
   void (*multiply)(const Linear&, int64_t block, int64_t block_end, int64_t panel,
                    int64_t panel_end, void* scratch);
-  // up to kFew tokens: all of them packed, or output channels [first, last)
-  void (*pack_few)(const Linear&);
-  void (*multiply_few)(const Linear&, int64_t first, int64_t last);
-  // rows [first, last) of a stored matrix, and their products; `scratch` holds kScratch floats
+  // up to kSmallM tokens: packs all of them; multiplies output channels [first, last)
+  void (*pack_small_m)(const Linear&);
+  void (*multiply_small_m)(const Linear&, int64_t first, int64_t last);
+  // output channels [first, last) of a stored weight; `scratch` holds kDecodeScratch floats
   void (*decode)(const Decode&, int64_t first, int64_t last, float* scratch);
   void (*multiply_stored)(const Decode&, int64_t first, int64_t last, float* scratch);
-  // the same of bfloat16 tokens, for machines that `has_bfloat16`; null where no instruction does it
-  void (*multiply_bfloat)(const Decode&, int64_t first, int64_t last, float* scratch);
+  // the same with bfloat16 tokens, if `has_bfloat16`; null if no instruction does it
+  void (*multiply_bfloat16)(const Decode&, int64_t first, int64_t last, float* scratch);
   // elements [first, last) of a dense tensor
   void (*gelu)(const void* x, void* out, Float type, int64_t first, int64_t last);
-  // integer operations, a product and a sum each, done `rounds` times in registers; returns how many
+  // peak throughput: runs `rounds` rounds of multiply-adds in registers, returns the number of integer
+  // operations
   int64_t (*peak)(int64_t rounds);
 };
 
-// A panel of weights, and behind it the sums of every two of so many token blocks: AMX keeps them there
-// where a panel passes by in parts; others do not touch that memory.
+// A panel of weights, then the sums of every two of `blocks` token blocks. Only AMX uses the latter, for
+// panels that it multiplies in parts.
 static inline int64_t scratch_bytes(const Kernels& kernels, const Linear& g, int64_t blocks) {
-  return g.steps * kStep * kRows * kernels.panel_bytes +
-         (blocks + 1) / 2 * kRows * kGroup * kTokens * (int64_t)sizeof(int32_t);
+  return g.steps * kStep * kPanelRows * kernels.weight_bytes +
+         (blocks + 1) / 2 * kPanelRows * kGroupBlocks * kBlockTokens * (int64_t)sizeof(int32_t);
 }
 
 extern const Kernels portable;
@@ -178,25 +162,25 @@ extern const Kernels avx2, avxvnni, vnni, amx;
 extern const Kernels neon;
 #endif
 
-// The int8 levels of a group byte, of 3- and of 4-bit codes: (code - zero) * scale2, wrapped as
-// torch wraps.
-extern int8_t levels_of[2][256][16];
+// The int8 values of the codes under each group byte, for 3- and for 4-bit codes:
+// (code - zero) * scale2, wrapped as torch wraps.
+extern int8_t codebook_of_byte[2][256][16];
 
-inline const int8_t (*levels_of_bits(int bits))[16] { return levels_of[bits == 4]; }
+inline const int8_t (*byte_codebooks(int bits))[16] { return codebook_of_byte[bits == 4]; }
 
 // The five ternary codes of a byte, lowest first.
 extern uint8_t trits_of[256][8];
 
 extern float e4m3_of[256];
 
-// Where the channels of a step are in a row.
+// The channels of a step within a row.
 struct Span {
   int64_t at;
   int width;
 };
 
-// The levels of 64 columns, for each 16 of them.
-struct Levels {
+// The codebooks of 64 columns, one for every 16 of them.
+struct Codebooks {
   const int8_t* of[4];
   bool same;  // all four
 };

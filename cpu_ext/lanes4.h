@@ -12,21 +12,21 @@ typedef int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 
 template <int h>
-inline V swapped(V v) {
+inline V swap_lanes(V v) {
   return V{v[0 ^ h], v[1 ^ h], v[2 ^ h], v[3 ^ h]};
 }
 
-inline void low_bytes(U v, int8_t* out) {
+inline void store_low_bytes(U v, int8_t* out) {
   for (int i = 0; i < kLanes; i++) out[i] = (int8_t)v[i];
 }
 
-inline void low_halves(U v, uint16_t* out) {
+inline void store_low_halves(U v, uint16_t* out) {
   for (int i = 0; i < kLanes; i++) out[i] = (uint16_t)v[i];
 }
 
-inline U bytes_at(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
+inline U load_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
 
-inline I signed_at(const uint8_t* p) {
+inline I load_signed_bytes(const uint8_t* p) {
   return I{(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
 }
 

@@ -11,44 +11,45 @@
 namespace {
 
 using namespace dtq::glue;
+using dtq::kBlockTokens;
 using dtq::Kernels;
-using dtq::kFew;
-using dtq::kGroup;
-using dtq::kRows;
+using dtq::kGroupBlocks;
+using dtq::kPanelRows;
+using dtq::kSmallM;
 using dtq::kStep;
-using dtq::kTokens;
 
-// Rows to be changed, and the tensors that they lie in.
-struct Given {
-  Given(const char* op, const Tensor& x_in, const MaybeTensor& pre_scale, const MaybeTensor& order_in,
-        int64_t block, int64_t turns) {
+// The checked operands of an op on rows, and the tensors that own their memory.
+struct RowOperands {
+  RowOperands(const char* op, const Tensor& x_in, const OptionalTensor& pre_scale,
+              const OptionalTensor& perm_in, int64_t hadamard_block, int64_t num_rotations) {
     STD_TORCH_CHECK(x_in.dim() == 2, op, ": x must be (M, K), got ", shape_of(x_in));
     const int64_t k = x_in.size(1);
-    STD_TORCH_CHECK(block >= 1 && (block & (block - 1)) == 0 && k % block == 0, op, ": ", k,
-                    " channels are not whole blocks of ", block);
-    STD_TORCH_CHECK(turns == 1 || turns == 2, op, ": turns must be 1 or 2");
-    x = direct(x_in);
+    STD_TORCH_CHECK(hadamard_block >= 1 && (hadamard_block & (hadamard_block - 1)) == 0 &&
+                        k % hadamard_block == 0,
+                    op, ": ", k, " channels are not whole blocks of ", hadamard_block);
+    STD_TORCH_CHECK(num_rotations == 1 || num_rotations == 2, op, ": num_rotations must be 1 or 2");
+    x = to_kernel_dtype(x_in);
     if (k > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
     if (pre_scale) {
       STD_TORCH_CHECK(pre_scale->numel() == k, op, ": pre_scale must have ", k, " entries");
-      pre = side_by_side(as(*pre_scale, ScalarType::Float));
+      pre = to_contiguous(to_dtype(*pre_scale, ScalarType::Float));
       rows.pre_scale = data<float>(pre);
     }
-    if (order_in) {
-      STD_TORCH_CHECK(order_in->numel() == k, op, ": order must have ", k, " entries");
-      order = side_by_side(as(*order_in, ScalarType::Int));
-      rows.order = data<int32_t>(order);
+    if (perm_in) {
+      STD_TORCH_CHECK(perm_in->numel() == k, op, ": perm must have ", k, " entries");
+      perm = to_contiguous(to_dtype(*perm_in, ScalarType::Int));
+      rows.perm = data<int32_t>(perm);
       for (int64_t i = 0; i < k; i++)
-        STD_TORCH_CHECK(rows.order[i] >= 0 && rows.order[i] < k, op, ": channel ", rows.order[i],
-                        " in an order of ", k);
+        STD_TORCH_CHECK(rows.perm[i] >= 0 && rows.perm[i] < k, op, ": channel ", rows.perm[i],
+                        " in a permutation of ", k);
     }
     rows.x = x.const_data_ptr();
     rows.type = float_type(x.scalar_type());
     rows.stride = x.stride(0);
     rows.columns = k;
-    rows.block = block;
-    rows.turns = static_cast<int>(turns);
-    rows.unit = static_cast<float>(std::pow(static_cast<double>(block), -0.5));
+    rows.hadamard_block = hadamard_block;
+    rows.num_rotations = static_cast<int>(num_rotations);
+    rows.hadamard_scale = static_cast<float>(std::pow(static_cast<double>(hadamard_block), -0.5));
   }
 
   void run() const {
@@ -56,168 +57,164 @@ struct Given {
     const int64_t k = rows.columns, grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
     parallel_for(0, x.size(0), grain, [&](int64_t first, int64_t last) {
       static thread_local Scratch scratch;
-      kernels.quantize(rows, first, last, scratch.get<float>(2 * rounded_up(k, 16) * 4));
+      kernels.quantize(rows, first, last, scratch.get<float>(2 * round_up(k, 16) * 4));
     });
   }
 
-  Tensor x, pre, order;
+  Tensor x, pre, perm;
   dtq::Rows rows = {};
 };
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-// Codes and scales; `scale` and its place `at`, or one scale per row.
-Pair codes_of(const char* op, Given given, const MaybeTensor& scale, int64_t at, int64_t levels) {
-  const int64_t m = given.x.size(0), k = given.x.size(1);
-  Tensor fixed;
+// x_q and the scale of each token; `scale` is a table of static scales of which entry `bin` is taken, or
+// null for a scale per token.
+Pair quantized(const char* op, RowOperands operands, const OptionalTensor& scale, int64_t bin,
+               int64_t qmax) {
+  const int64_t m = operands.x.size(0), k = operands.x.size(1);
+  Tensor static_scale;
   if (scale) {
-    STD_TORCH_CHECK(at >= 0 && at < scale->numel(), op, ": place ", at, " of ", scale->numel(),
+    STD_TORCH_CHECK(bin >= 0 && bin < scale->numel(), op, ": bin ", bin, " of ", scale->numel(),
                     " static scales");
-    fixed = side_by_side(as(*scale, ScalarType::Float));
-    given.rows.fixed = data<float>(fixed) + at;
+    static_scale = to_contiguous(to_dtype(*scale, ScalarType::Float));
+    operands.rows.static_scale = data<float>(static_scale) + bin;
   }
-  Tensor codes = torch::stable::new_empty(given.x, {m, k}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(given.x, {m}, ScalarType::Float);
-  given.rows.levels = static_cast<int>(levels);
-  given.rows.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
-  given.rows.scale = static_cast<float*>(scales.mutable_data_ptr());
-  if (m) given.run();
-  return {codes, scales};
+  Tensor x_q = torch::stable::new_empty(operands.x, {m, k}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(operands.x, {m}, ScalarType::Float);
+  operands.rows.qmax = static_cast<int>(qmax);
+  operands.rows.x_q = static_cast<int8_t*>(x_q.mutable_data_ptr());
+  operands.rows.scale = static_cast<float*>(scales.mutable_data_ptr());
+  if (m) operands.run();
+  return {x_q, scales};
 }
 
-void check_levels(const char* op, int64_t levels) {
-  STD_TORCH_CHECK(levels >= 1 && levels <= 127, op, ": levels must be 1 to 127");
+void check_qmax(const char* op, int64_t qmax) {
+  STD_TORCH_CHECK(qmax >= 1 && qmax <= 127, op, ": qmax must be 1 to 127");
 }
 
-Pair quantize_rows(const Tensor& x, const MaybeTensor& pre_scale, int64_t block,
-                   const MaybeTensor& scale, int64_t levels) {
+Pair quantize_rows(const Tensor& x, const OptionalTensor& pre_scale, int64_t hadamard_block,
+                   const OptionalTensor& scale, int64_t qmax) {
   STD_TORCH_CHECK(!scale || scale->numel() == 1, "quantize_rows: one static scale, got ",
                   scale ? scale->numel() : 0);
   constexpr const char* kOp = "quantize_rows";
-  check_levels(kOp, levels);
-  return codes_of(kOp, Given(kOp, x, pre_scale, std::nullopt, block, 1), scale, 0, levels);
+  check_qmax(kOp, qmax);
+  RowOperands operands(kOp, x, pre_scale, std::nullopt, hadamard_block, 1);
+  return quantized(kOp, std::move(operands), scale, 0, qmax);
 }
 
-Pair binned_quantize_rows(const Tensor& x, const MaybeTensor& pre_scale, const MaybeTensor& order,
-                          int64_t block, int64_t turns, const MaybeTensor& scale,
-                          const MaybeTensor& bin, int64_t levels) {
+Pair binned_quantize_rows(const Tensor& x, const OptionalTensor& pre_scale, const OptionalTensor& perm,
+                          int64_t hadamard_block, int64_t num_rotations, const OptionalTensor& scale,
+                          const OptionalTensor& bin, int64_t qmax) {
   constexpr const char* kOp = "binned_quantize_rows";
-  check_levels(kOp, levels);
+  check_qmax(kOp, qmax);
   STD_TORCH_CHECK(!bin || bin->numel() == 1, kOp, ": one bin, got ", bin ? bin->numel() : 0);
-  const int64_t at = bin ? *data<int64_t>(as(*bin, ScalarType::Long)) : 0;
-  return codes_of(kOp, Given(kOp, x, pre_scale, order, block, turns), scale, at, levels);
+  const int64_t at = bin ? *data<int64_t>(to_dtype(*bin, ScalarType::Long)) : 0;
+  RowOperands operands(kOp, x, pre_scale, perm, hadamard_block, num_rotations);
+  return quantized(kOp, std::move(operands), scale, at, qmax);
 }
 
-Pair e2m1_quantize_rows(const Tensor& x, const MaybeTensor& pre_scale, const MaybeTensor& order,
-                        int64_t block, int64_t turns) {
+Pair e2m1_quantize_rows(const Tensor& x, const OptionalTensor& pre_scale, const OptionalTensor& perm,
+                        int64_t hadamard_block, int64_t num_rotations) {
   constexpr const char* kOp = "e2m1_quantize_rows";
-  return codes_of(kOp, Given(kOp, x, pre_scale, order, block, turns), std::nullopt, 0, 0);
+  RowOperands operands(kOp, x, pre_scale, perm, hadamard_block, num_rotations);
+  return quantized(kOp, std::move(operands), std::nullopt, 0, 0);
 }
 
-Tensor transform_rows(const Tensor& x_in, const MaybeTensor& pre_scale, const MaybeTensor& order,
-                      int64_t block, int64_t turns) {
-  Given given("transform_rows", x_in, pre_scale, order, block, turns);
-  const int64_t m = given.x.size(0), k = given.x.size(1);
-  Tensor out = torch::stable::new_empty(given.x, {m, k}, ScalarType::Float);
-  given.rows.out = out.mutable_data_ptr();
-  if (m && k) given.run();
+Tensor transform_rows(const Tensor& x_in, const OptionalTensor& pre_scale, const OptionalTensor& perm,
+                      int64_t hadamard_block, int64_t num_rotations) {
+  RowOperands operands("transform_rows", x_in, pre_scale, perm, hadamard_block, num_rotations);
+  const int64_t m = operands.x.size(0), k = operands.x.size(1);
+  Tensor out = torch::stable::new_empty(operands.x, {m, k}, ScalarType::Float);
+  operands.rows.out = out.mutable_data_ptr();
+  if (m && k) operands.run();
   return out;
 }
 
-struct Grid {
-  const char* name;
-  dtq::Rounding rounding;
-  int64_t group;  // columns that share a scale
-};
-
-constexpr Grid kGrids[] = {
-    {"int4-g64", dtq::kInt4G64, 64},
-    {"int4-asym-g64", dtq::kInt4AsymG64, 64},
-    {"int8-asym-g128", dtq::kInt8AsymG128, 128},
-    {"fp8-row", dtq::kFp8Row, 1},
-    {"nvfp4", dtq::kNvFp4, 16},
-    {"mxfp4", dtq::kMxFp4, 32},
-};
-
-Tensor round_rows(const Tensor& x, const MaybeTensor& pre_scale, const MaybeTensor& order, int64_t block,
-                  int64_t turns, const std::string& acts, ScalarType type) {
-  Given given("round_rows", x, pre_scale, order, block, turns);
-  const int64_t m = given.x.size(0), k = given.x.size(1);
-  for (const Grid& grid : kGrids) {
-    if (acts != grid.name || !written_directly(type)) continue;
-    STD_TORCH_CHECK(k % grid.group == 0, "round_rows: ", k, " columns are not whole groups of ",
-                    grid.group, " for ", acts);
-    Tensor out = torch::stable::new_empty(given.x, {m, k}, type);
-    given.rows.out = out.mutable_data_ptr();
-    given.rows.rounding = grid.rounding;
-    given.rows.out_type = float_type(type);
-    if (m && k) given.run();
+Tensor round_rows(const Tensor& x, const OptionalTensor& pre_scale, const OptionalTensor& perm,
+                  int64_t hadamard_block, int64_t num_rotations, const std::string& activation_format,
+                  ScalarType type) {
+  RowOperands operands("round_rows", x, pre_scale, perm, hadamard_block, num_rotations);
+  const int64_t m = operands.x.size(0), k = operands.x.size(1);
+  for (int i = dtq::kRoundNone + 1; i < dtq::kRoundings; i++) {
+    const dtq::RoundingFormat& format = dtq::kRoundingFormats[i];
+    if (activation_format != format.name || !is_kernel_dtype(type)) continue;
+    STD_TORCH_CHECK(k % format.group == 0, "round_rows: ", k, " columns are not whole groups of ",
+                    format.group, " for ", activation_format);
+    Tensor out = torch::stable::new_empty(operands.x, {m, k}, type);
+    operands.rows.out = out.mutable_data_ptr();
+    operands.rows.rounding = static_cast<dtq::Rounding>(i);
+    operands.rows.out_type = float_type(type);
+    if (m && k) operands.run();
     return out;
   }
-  return call("dtq_reference::round_rows", x, pre_scale, order, block, turns, acts, type);
+  return call("dtq_reference::round_rows", x, pre_scale, perm, hadamard_block, num_rotations,
+              activation_format, type);
 }
 
-// Token blocks that stay in the second-level cache while every panel passes by.
+// Token blocks that stay in the second-level cache while all panels are multiplied with them.
 int64_t blocks_at_once(int64_t blocks, int64_t block_bytes) {
   constexpr int64_t kCache = 640 << 10;
-  const int64_t most = std::max<int64_t>(2, kCache / block_bytes / kGroup) * kGroup;
-  const int64_t parts = (blocks + most - 1) / most;
-  return rounded_up((blocks + parts - 1) / parts, kGroup);
+  const int64_t most = std::max<int64_t>(2, kCache / block_bytes / kGroupBlocks) * kGroupBlocks;
+  const int64_t parts = ceil_div(blocks, most);
+  return round_up(ceil_div(blocks, parts), kGroupBlocks);
 }
 
-void multiply_many(dtq::Linear& g, const Kernels& kernels) {
-  const int64_t blocks = (g.tokens + kTokens - 1) / kTokens;
-  const int64_t block_bytes = g.steps * kStep * kTokens * kernels.code_bytes;
+void multiply_large_m(dtq::Linear& g, const Kernels& kernels) {
+  const int64_t blocks = ceil_div(g.tokens, kBlockTokens);
+  const int64_t block_bytes = g.steps * kStep * kBlockTokens * kernels.x_bytes;
   static thread_local Scratch packed, sums;
   g.packed = packed.get(blocks * block_bytes);
-  g.section_sums = sums.get<int32_t>(blocks * g.sections * kTokens * 4);
+  g.section_sums = sums.get<int32_t>(blocks * g.sections * kBlockTokens * 4);
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { kernels.pack(g, first, last); });
-  const int64_t panels = (g.rows + kRows - 1) / kRows, high = blocks_at_once(blocks, block_bytes);
-  const int64_t rows_of_tasks = (blocks + high - 1) / high;
+  // a task: `block_count` token blocks x `panel_count` panels
+  const int64_t panels = ceil_div(g.rows, kPanelRows);
+  const int64_t block_count = blocks_at_once(blocks, block_bytes);
+  const int64_t tasks_m = ceil_div(blocks, block_count);
   const int64_t threads = torch::stable::get_num_threads();
-  // a few tasks a thread, so that one that is held up does not hold up the rest
+  // a few tasks per thread, so that the other threads can go on if one is delayed
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
-  const int64_t parts = std::clamp<int64_t>(wanted / rows_of_tasks, 1, panels);
-  const int64_t wide = (panels + parts - 1) / parts, columns = (panels + wide - 1) / wide;
-  parallel_for(0, rows_of_tasks * columns, 1, [&](int64_t first, int64_t last) {
+  const int64_t panel_count = ceil_div(panels, std::clamp<int64_t>(wanted / tasks_m, 1, panels));
+  const int64_t tasks_n = ceil_div(panels, panel_count);
+  parallel_for(0, tasks_m * tasks_n, 1, [&](int64_t first, int64_t last) {
     static thread_local Scratch panel;
-    void* scratch = panel.get(dtq::scratch_bytes(kernels, g, high));
+    void* scratch = panel.get(dtq::scratch_bytes(kernels, g, block_count));
     for (int64_t task = first; task < last; task++) {
-      const int64_t b = task / columns * high, p = task % columns * wide;
-      kernels.multiply(g, b, std::min(b + high, blocks), p, std::min(p + wide, panels), scratch);
+      const int64_t b = task / tasks_n * block_count, p = task % tasks_n * panel_count;
+      kernels.multiply(g, b, std::min(b + block_count, blocks), p, std::min(p + panel_count, panels),
+                       scratch);
     }
   });
 }
 
-void multiply_few(dtq::Linear& g, const Kernels& kernels) {
+void multiply_small_m(dtq::Linear& g, const Kernels& kernels) {
   static thread_local Scratch packed, sums;
-  g.packed = packed.get(g.tokens * g.steps * kStep * kernels.code_bytes);
-  g.section_sums = sums.get<int32_t>(g.sections * kFew * 4);
-  kernels.pack_few(g);
-  const int64_t grain = std::max<int64_t>(1, 65536 / (g.columns * kRows));
-  parallel_for(0, (g.rows + kRows - 1) / kRows, grain, [&](int64_t first, int64_t last) {
-    kernels.multiply_few(g, first * kRows, std::min(last * kRows, g.rows));
+  g.packed = packed.get(g.tokens * g.steps * kStep * kernels.x_bytes);
+  g.section_sums = sums.get<int32_t>(g.sections * kSmallM * 4);
+  kernels.pack_small_m(g);
+  const int64_t grain = std::max<int64_t>(1, 65536 / (g.columns * kPanelRows));
+  parallel_for(0, ceil_div(g.rows, kPanelRows), grain, [&](int64_t first, int64_t last) {
+    kernels.multiply_small_m(g, first * kPanelRows, std::min(last * kPanelRows, g.rows));
   });
 }
 
-// Operands that every product of codes has, checked; they live as long as this does.
-class Product {
+// The checked operands of an int8 GEMM; owns the tensors whose memory they point to.
+class Gemm {
  public:
-  Product(const Tensor& codes, const Tensor& row_scale, const Tensor& weight, int bits,
-          const MaybeTensor& bias)
-      : codes_(side_by_side(codes)), weight_(side_by_side(weight)) {
-    STD_TORCH_CHECK(codes.dim() == 2 && weight.dim() == 2, "dtq linear: codes and weight are 2-D");
-    STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && weight.scalar_type() == ScalarType::Char,
-                "dtq linear: codes and weight are int8");
-    g.tokens = codes.size(0);
-    g.columns = codes.size(1);
+  Gemm(const Tensor& x_q, const Tensor& row_scale, const Tensor& weight, int bits,
+       const OptionalTensor& bias)
+      : x_q_(to_contiguous(x_q)), weight_(to_contiguous(weight)) {
+    STD_TORCH_CHECK(x_q.dim() == 2 && weight.dim() == 2, "dtq linear: x_q and weight are 2-D");
+    STD_TORCH_CHECK(x_q.scalar_type() == ScalarType::Char && weight.scalar_type() == ScalarType::Char,
+                    "dtq linear: x_q and weight are int8");
+    g.tokens = x_q.size(0);
+    g.columns = x_q.size(1);
     g.rows = weight.size(0);
     g.bits = bits;
-    g.levels = dtq::levels_of_bits(bits);
-    STD_TORCH_CHECK(g.columns * bits % 8 == 0 && weight.size(1) == g.columns * bits / 8, "dtq linear: codes ",
-                shape_of(codes), " do not fit the weight ", shape_of(weight));
+    g.byte_codebooks = dtq::byte_codebooks(bits);
+    STD_TORCH_CHECK(g.columns * bits % 8 == 0 && weight.size(1) == g.columns * bits / 8,
+                    "dtq linear: x_q ", shape_of(x_q), " does not fit the weight ", shape_of(weight));
     STD_TORCH_CHECK(row_scale.numel() == g.tokens, "dtq linear: one scale per token");
-    g.codes = data<int8_t>(codes_);
+    g.x_q = data<int8_t>(x_q_);
     g.weight = data<int8_t>(weight_);
     g.row_scale = floats(row_scale);
     if (bias) {
@@ -234,34 +231,34 @@ class Product {
     g.weight_scale = floats(weight_scale);
   }
 
-  // Levels of 3- or 4-bit codes: a byte, or 16 of them, for each group of a row.
-  void set_levels(const Tensor& parts, int64_t entries, const char* name) {
-    STD_TORCH_CHECK(parts.dim() == (entries > 1 ? 3 : 2) && parts.size(0) == g.rows &&
-                    parts.size(1) > 0 && g.columns % parts.size(1) == 0 &&
-                    parts.element_size() == 1 && (entries == 1 || parts.size(2) == entries),
-                "dtq linear: ", name, " ", shape_of(parts), " do not fit the weight");
-    const void* at = kept(side_by_side(parts)).const_data_ptr();
-    if (entries == 1) g.groups = static_cast<const uint8_t*>(at);
-    else g.tables = static_cast<const int8_t*>(at);
-    set_group(parts.size(1));
+  // The codebooks of 3- or 4-bit codes: a byte (entries = 1) or 16 int8 for each group of a row.
+  void set_codebooks(const Tensor& groups, int64_t entries, const char* name) {
+    STD_TORCH_CHECK(groups.dim() == (entries > 1 ? 3 : 2) && groups.size(0) == g.rows &&
+                        groups.size(1) > 0 && g.columns % groups.size(1) == 0 &&
+                        groups.element_size() == 1 && (entries == 1 || groups.size(2) == entries),
+                    "dtq linear: ", name, " ", shape_of(groups), " do not fit the weight");
+    const void* at = owned(to_contiguous(groups)).const_data_ptr();
+    if (entries == 1) g.group_bytes = static_cast<const uint8_t*>(at);
+    else g.codebooks = static_cast<const int8_t*>(at);
+    set_group(groups.size(1));
   }
 
-  // A float scale for each section of a row, and what its codes are raised by.
-  void set_sections(const Tensor& scale, const MaybeTensor& zero) {
+  // A float scale, and a zero point, for each section of a row.
+  void set_sections(const Tensor& scale, const OptionalTensor& zero) {
     STD_TORCH_CHECK(scale.dim() == 2 && scale.size(0) == g.rows && scale.size(1) > 0 &&
-                    g.columns % scale.size(1) == 0,
-                "dtq linear: scales ", shape_of(scale), " do not fit the weight");
+                        g.columns % scale.size(1) == 0,
+                    "dtq linear: scales ", shape_of(scale), " do not fit the weight");
     g.sections = scale.size(1);
     STD_TORCH_CHECK(g.bits == 8 || g.columns / g.sections % 2 == 0, "dtq linear: groups of ",
-                g.columns / g.sections, " 4-bit weights do not end on a byte");
+                    g.columns / g.sections, " 4-bit weights do not end on a byte");
     g.section_scale = floats(scale);
     if (!zero) return;
     STD_TORCH_CHECK(same_shape(*zero, scale) && zero->scalar_type() == ScalarType::Char,
-                "dtq linear: zero points ", shape_of(*zero), " do not fit the scales");
-    g.section_zero = data<int8_t>(kept(side_by_side(*zero)));
+                    "dtq linear: zero points ", shape_of(*zero), " do not fit the scales");
+    g.section_zero = data<int8_t>(owned(to_contiguous(*zero)));
   }
 
-  void set_epilogue(bool gelu, const MaybeTensor& gate, const MaybeTensor& residual) {
+  void set_epilogue(bool gelu, const OptionalTensor& gate, const OptionalTensor& residual) {
     g.gelu = gelu;
     STD_TORCH_CHECK(gate.has_value() == residual.has_value(), "dtq: a gate comes with a residual");
     if (!gate) return;
@@ -272,137 +269,137 @@ class Product {
                         residual->size(1) == g.rows,
                     "dtq: residual ", shape_of(*residual), " for ", g.tokens, " tokens of ", g.rows);
     const ScalarType type = gate->scalar_type();
-    const bool alike = type == residual->scalar_type() && written_directly(type);
-    const ScalarType given = alike ? type : ScalarType::Float;
-    g.gate = kept(side_by_side(as(*gate, given))).const_data_ptr();
-    g.residual = kept(side_by_side(as(*residual, given))).const_data_ptr();
-    g.gated = g.tokens / gate->size(0);
-    g.given = float_type(given);
+    const bool same_type = type == residual->scalar_type() && is_kernel_dtype(type);
+    const ScalarType common = same_type ? type : ScalarType::Float;
+    g.gate = owned(to_contiguous(to_dtype(*gate, common))).const_data_ptr();
+    g.residual = owned(to_contiguous(to_dtype(*residual, common))).const_data_ptr();
+    g.tokens_per_gate = g.tokens / gate->size(0);
+    g.gate_type = float_type(common);
   }
 
   Tensor run(ScalarType type) {
-    const bool summed = g.columns > 0;
-    const auto written = summed && written_directly(type) ? type : ScalarType::Float;
-    Tensor out = torch::stable::new_empty(codes_, {g.tokens, g.rows}, written);
-    if (out.numel() && summed) {
-      g.steps = g.sections * ((g.columns / g.sections + kStep - 1) / kStep);
+    const bool has_columns = g.columns > 0;
+    const auto out_type = has_columns && is_kernel_dtype(type) ? type : ScalarType::Float;
+    Tensor out = torch::stable::new_empty(x_q_, {g.tokens, g.rows}, out_type);
+    if (out.numel() && has_columns) {
+      g.steps = g.sections * ceil_div(g.columns / g.sections, kStep);
       g.out = out.mutable_data_ptr();
       g.type = float_type(type);
       const Kernels& kernels = dtq::kernels();
-      g.tokens <= kFew ? multiply_few(g, kernels) : multiply_many(g, kernels);
-    } else if (out.numel()) {  // an empty sum
+      g.tokens <= kSmallM ? multiply_small_m(g, kernels) : multiply_large_m(g, kernels);
+    } else if (out.numel()) {  // K = 0: the bias
       float* to = static_cast<float*>(out.mutable_data_ptr());
       for (int64_t t = 0; t < g.tokens; t++)
         for (int64_t n = 0; n < g.rows; n++) *to++ = g.bias ? g.bias[n] : 0;
     }
-    return as(out, type);
+    return to_dtype(out, type);
   }
 
   dtq::Linear g = {};
 
  private:
   void set_group(int64_t count) {
-    g.row_groups = count;
-    g.group = std::max<int64_t>(1, g.columns / count);
-    const bool power = (g.group & (g.group - 1)) == 0;
-    g.group_bits = count == 1 ? 62 : g.group >= 16 && power ? __builtin_ctzll(g.group) : -1;
+    g.groups_per_row = count;
+    g.group_size = std::max<int64_t>(1, g.columns / count);
+    const bool power = (g.group_size & (g.group_size - 1)) == 0;
+    g.group_shift = count == 1 ? 62 : g.group_size >= 16 && power ? __builtin_ctzll(g.group_size) : -1;
   }
 
-  const Tensor& kept(Tensor tensor) {
-    kept_.push_back(std::move(tensor));
-    return kept_.back();
+  const Tensor& owned(Tensor tensor) {
+    owned_.push_back(std::move(tensor));
+    return owned_.back();
   }
 
   const float* floats(const Tensor& tensor) {
-    return data<float>(kept(side_by_side(as(tensor, ScalarType::Float))));
+    return data<float>(owned(to_contiguous(to_dtype(tensor, ScalarType::Float))));
   }
 
-  Tensor codes_, weight_;
-  std::vector<Tensor> kept_;
+  Tensor x_q_, weight_;
+  std::vector<Tensor> owned_;
 };
 
 Tensor gelu(const Tensor& x_in) {
   const auto type = x_in.scalar_type();
-  const Tensor x = side_by_side(direct(x_in));
+  const Tensor x = to_contiguous(to_kernel_dtype(x_in));
   Tensor out = torch::stable::empty_like(x);
-  const dtq::Float written = float_type(x.scalar_type());
+  const dtq::Float out_type = float_type(x.scalar_type());
   const Kernels& kernels = dtq::kernels();
   parallel_for(0, x.numel(), 16384, [&](int64_t first, int64_t last) {
-    kernels.gelu(x.const_data_ptr(), out.mutable_data_ptr(), written, first, last);
+    kernels.gelu(x.const_data_ptr(), out.mutable_data_ptr(), out_type, first, last);
   });
-  return as(out, type);
+  return to_dtype(out, type);
 }
 
-Tensor w8a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
-                   const Tensor& weight_scale, const MaybeTensor& bias, ScalarType type) {
-  Product product(codes, row_scale, weight, 8, bias);
-  product.set_scale(weight_scale);
-  return product.run(type);
+Tensor w8a8_linear(const Tensor& x_q, const Tensor& row_scale, const Tensor& weight,
+                   const Tensor& weight_scale, const OptionalTensor& bias, ScalarType type) {
+  Gemm gemm(x_q, row_scale, weight, 8, bias);
+  gemm.set_scale(weight_scale);
+  return gemm.run(type);
 }
 
 template <int bits>
-Tensor two_level_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+Tensor two_level_linear(const Tensor& x_q, const Tensor& row_scale, const Tensor& weight,
                         const Tensor& weight_scale, const Tensor& weight_scale_2,
-                        const MaybeTensor& bias, ScalarType type) {
-  Product product(codes, row_scale, weight, bits, bias);
-  product.set_scale(weight_scale);
-  product.set_levels(weight_scale_2, 1, "group bytes");
-  return product.run(type);
+                        const OptionalTensor& bias, ScalarType type) {
+  Gemm gemm(x_q, row_scale, weight, bits, bias);
+  gemm.set_scale(weight_scale);
+  gemm.set_codebooks(weight_scale_2, 1, "group bytes");
+  return gemm.run(type);
 }
 
-Tensor lut4a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
-                     const Tensor& weight_scale, const Tensor& tables, const MaybeTensor& bias,
+Tensor lut4a8_linear(const Tensor& x_q, const Tensor& row_scale, const Tensor& weight,
+                     const Tensor& weight_scale, const Tensor& tables, const OptionalTensor& bias,
                      ScalarType type) {
-  Product product(codes, row_scale, weight, 4, bias);
-  product.set_scale(weight_scale);
-  product.set_levels(tables, 16, "tables");
-  return product.run(type);
+  Gemm gemm(x_q, row_scale, weight, 4, bias);
+  gemm.set_scale(weight_scale);
+  gemm.set_codebooks(tables, 16, "tables");
+  return gemm.run(type);
 }
 
-Tensor group_a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
-                       const Tensor& weight_scale, const MaybeTensor& weight_zero_point,
-                       int64_t bits, const MaybeTensor& bias, ScalarType type) {
+Tensor group_a8_linear(const Tensor& x_q, const Tensor& row_scale, const Tensor& weight,
+                       const Tensor& weight_scale, const OptionalTensor& weight_zero_point,
+                       int64_t bits, const OptionalTensor& bias, ScalarType type) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, "group_a8_linear: ", bits, " bits; there can be 4 or 8");
-  Product product(codes, row_scale, weight, static_cast<int>(bits), bias);
-  product.set_sections(weight_scale, weight_zero_point);
-  product.g.zero = bits == 4 ? 8 : 0;
-  return product.run(type);
+  Gemm gemm(x_q, row_scale, weight, static_cast<int>(bits), bias);
+  gemm.set_sections(weight_scale, weight_zero_point);
+  gemm.g.zero = bits == 4 ? 8 : 0;
+  return gemm.run(type);
 }
 
-// Products of nothing, types that are not written directly, and low-rank branches are left to the
-// reference; layers do not ask for the last on a CPU (branch_joins in dtq/kernels/table.py).
-bool completes(const Tensor& codes, ScalarType type, const MaybeTensor& low, const MaybeTensor& up) {
+// Whether a kernel does a GEMM with an epilogue. The reference does it if M or K is 0, for other output
+// types, and with low-rank branches, which layers do not request on a CPU (branch_joins in
+// dtq/kernels/table.py).
+bool has_kernel(const Tensor& x_q, ScalarType type, const OptionalTensor& low, const OptionalTensor& up) {
   STD_TORCH_CHECK(low.has_value() == up.has_value(), "dtq linear: a low-rank branch has two factors");
-  return written_directly(type) && codes.dim() == 2 && codes.size(0) > 0 && codes.size(1) > 0 &&
-         !low && !up;
+  return is_kernel_dtype(type) && x_q.dim() == 2 && x_q.size(0) > 0 && x_q.size(1) > 0 && !low && !up;
 }
 
-Tensor w8a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
-                            const Tensor& weight_scale, const MaybeTensor& bias, bool gelu,
-                            const MaybeTensor& gate, const MaybeTensor& residual,
-                            ScalarType type, const MaybeTensor& low, const MaybeTensor& up) {
-  if (!completes(codes, type, low, up))
-    return call("dtq_reference::w8a8_epilogue_linear", codes, row_scale, weight, weight_scale, bias,
-                gelu, gate, residual, type, low, up);
-  Product product(codes, row_scale, weight, 8, bias);
-  product.set_scale(weight_scale);
-  product.set_epilogue(gelu, gate, residual);
-  return product.run(type);
+Tensor w8a8_epilogue_linear(const Tensor& x_q, const Tensor& row_scale, const Tensor& weight,
+                            const Tensor& weight_scale, const OptionalTensor& bias, bool gelu,
+                            const OptionalTensor& gate, const OptionalTensor& residual,
+                            ScalarType type, const OptionalTensor& low, const OptionalTensor& up) {
+  if (!has_kernel(x_q, type, low, up))
+    return call("dtq_reference::w8a8_epilogue_linear", x_q, row_scale, weight, weight_scale, bias, gelu,
+                gate, residual, type, low, up);
+  Gemm gemm(x_q, row_scale, weight, 8, bias);
+  gemm.set_scale(weight_scale);
+  gemm.set_epilogue(gelu, gate, residual);
+  return gemm.run(type);
 }
 
-Tensor w4a8_epilogue_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& weight,
+Tensor w4a8_epilogue_linear(const Tensor& x_q, const Tensor& row_scale, const Tensor& weight,
                             const Tensor& weight_scale, const Tensor& weight_scale_2,
-                            const MaybeTensor& bias, bool gelu, const MaybeTensor& gate,
-                            const MaybeTensor& residual, ScalarType type, const MaybeTensor& low,
-                            const MaybeTensor& up) {
-  if (!completes(codes, type, low, up))
-    return call("dtq_reference::w4a8_epilogue_linear", codes, row_scale, weight, weight_scale,
+                            const OptionalTensor& bias, bool gelu, const OptionalTensor& gate,
+                            const OptionalTensor& residual, ScalarType type, const OptionalTensor& low,
+                            const OptionalTensor& up) {
+  if (!has_kernel(x_q, type, low, up))
+    return call("dtq_reference::w4a8_epilogue_linear", x_q, row_scale, weight, weight_scale,
                 weight_scale_2, bias, gelu, gate, residual, type, low, up);
-  Product product(codes, row_scale, weight, 4, bias);
-  product.set_scale(weight_scale);
-  product.set_levels(weight_scale_2, 1, "group bytes");
-  product.set_epilogue(gelu, gate, residual);
-  return product.run(type);
+  Gemm gemm(x_q, row_scale, weight, 4, bias);
+  gemm.set_scale(weight_scale);
+  gemm.set_codebooks(weight_scale_2, 1, "group bytes");
+  gemm.set_epilogue(gelu, gate, residual);
+  return gemm.run(type);
 }
 
 }  // namespace

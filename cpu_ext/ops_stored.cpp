@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../common_ext/format_codes.h"
 #include "dispatch.h"
 #include "glue.h"
 
@@ -13,171 +14,159 @@ namespace {
 
 using namespace dtq::glue;
 
-// What a format of dtq/formats is to the decoder; dtq/kernels/decode.py tells at load.
-struct Spelling {
-  int codes, bits, offset, vector, scale_type;
-  std::vector<float> levels;
-};
-
-std::map<std::string, Spelling>& spellings() {
-  static std::map<std::string, Spelling> known;
-  return known;
-}
-
-// The parts of a weight by name, and the decoder's view of them.
+// The tensors of a stored weight by name, checked, and the decoder's view of them.
 class Weight {
  public:
-  Weight(const Spelling& spelling, const std::string& format, const std::vector<std::string>& names,
-         const std::vector<Tensor>& parts, int64_t columns)
+  Weight(const dtq::FormatCode& code, const std::string& format, const std::vector<std::string>& names,
+         const std::vector<Tensor>& tensors, int64_t columns)
       : format_(format) {
-    w.codes = static_cast<dtq::Codes>(spelling.codes);
-    w.bits = spelling.bits;
+    w.encoding = code.encoding;
+    w.bits = code.bits;
     w.columns = columns;
-    w.offset = spelling.offset;
-    w.vector = spelling.vector;
-    w.scale_type = static_cast<dtq::ScaleType>(spelling.scale_type);
-    std::copy(spelling.levels.begin(), spelling.levels.end(), w.levels);
-    STD_TORCH_CHECK(names.size() == parts.size(), "dtq: ", names.size(), " names for ", parts.size(),
-                    " tensors");
-    for (size_t i = 0; i < parts.size(); i++) {
-      STD_TORCH_CHECK(parts[i].dim() == 2, "dtq: ", names[i], " has ", parts[i].dim(),
+    w.offset = code.offset;
+    w.vector = code.vector;
+    w.scale_type = code.scale_type;
+    std::copy(code.codebook.begin(), code.codebook.end(), w.codebook);
+    STD_TORCH_CHECK(names.size() == tensors.size(), "dtq: ", names.size(), " names for ",
+                    tensors.size(), " tensors");
+    for (size_t i = 0; i < tensors.size(); i++) {
+      STD_TORCH_CHECK(tensors[i].dim() == 2, "dtq: ", names[i], " has ", tensors[i].dim(),
                       " dimensions, expected 2");
-      parts_.insert_or_assign(names[i], side_by_side(parts[i]));
+      tensors_.insert_or_assign(names[i], to_contiguous(tensors[i]));
     }
-    w.rows = parts_.count("weight") ? parts_.at("weight").size(0) : 0;
-    w.row_bytes = w.codes == dtq::kTrits   ? columns / 5
-                  : w.codes == dtq::kWords ? columns / w.vector * w.bits / 8
-                                           : columns * w.bits / 8;
-    const bool two_level = w.codes == dtq::kTwoLevel;
-    const char* grouped = two_level ? "weight_scale_2" : "weight_scale";
-    w.groups = std::max<int64_t>(1, parts_.count(grouped) ? parts_.at(grouped).size(1) : 1);
-    const int64_t cells = w.rows * w.groups;
-    const int64_t scale = w.scale_type == dtq::kScaleFloat32    ? 4
-                          : w.scale_type == dtq::kScaleBFloat16 ? 2
-                                                                : 1;
-    const int64_t entries = int64_t{1} << w.bits;
+    w.rows = tensors_.count("weight") ? tensors_.at("weight").size(0) : 0;
+    w.row_bytes = w.encoding == dtq::kTrits   ? columns / 5
+                  : w.encoding == dtq::kWords ? columns / w.vector * w.bits / 8
+                                              : columns * w.bits / 8;
+    const bool two_level = w.encoding == dtq::kTwoLevel;
+    const char* per_group = two_level ? "weight_scale_2" : "weight_scale";
+    w.groups = std::max<int64_t>(1, tensors_.count(per_group) ? tensors_.at(per_group).size(1) : 1);
+    const int64_t groups = w.rows * w.groups, entries = int64_t{1} << w.bits;
+    const int64_t scale_bytes = w.scale_type == dtq::kScaleFloat32    ? 4
+                                : w.scale_type == dtq::kScaleBFloat16 ? 2
+                                                                      : 1;
     w.weight = take<uint8_t>("weight", w.rows * w.row_bytes);
     w.end = w.weight + w.rows * w.row_bytes;
-    if (w.codes == dtq::kTrits && columns % 5)
+    if (w.encoding == dtq::kTrits && columns % 5)
       w.tail = take<uint8_t>("weight_tail", w.rows * (columns % 5));
     if (w.scale_type != dtq::kNoScale)
-      w.scale = take<void>("weight_scale", (two_level ? w.rows : cells) * scale);
+      w.scale = take<void>("weight_scale", (two_level ? w.rows : groups) * scale_bytes);
     if (w.scale_type == dtq::kScaleE4m3) w.scale_2 = take<float>("weight_scale_2", 4);
-    if (two_level) w.group_bytes = take<uint8_t>("weight_scale_2", cells);
-    if (parts_.count("weight_zero_point")) w.zero = take<int8_t>("weight_zero_point", cells);
-    if (w.codes == dtq::kWords) w.words = take<uint16_t>("weight_lut", entries * w.vector * 2);
-    if (w.codes == dtq::kTable && spelling.levels.empty()) {
-      const float* table = take<float>("weight_lut", entries * 4);
-      std::copy(table, table + entries, w.levels);
+    if (two_level) w.group_bytes = take<uint8_t>("weight_scale_2", groups);
+    if (tensors_.count("weight_zero_point")) w.zero = take<int8_t>("weight_zero_point", groups);
+    if (w.encoding == dtq::kWords) w.words = take<uint16_t>("weight_lut", entries * w.vector * 2);
+    if (w.encoding == dtq::kTable && code.codebook.empty()) {
+      const float* codebook = take<float>("weight_lut", entries * 4);
+      std::copy(codebook, codebook + entries, w.codebook);
     }
-    w.finite = std::all_of(w.levels, w.levels + 16, [](float x) { return x - x == 0; });
-    for (const auto& [name, part] : parts_)
-      STD_TORCH_CHECK(used_.count(name), "dtq: ", format_, " has no part ", name);
+    w.finite = std::all_of(w.codebook, w.codebook + 16, [](float x) { return x - x == 0; });
+    for (const auto& [name, tensor] : tensors_)
+      STD_TORCH_CHECK(used_.count(name), "dtq: ", format_, " has no tensor ", name);
   }
 
-  // Groups that the decoder takes: whole runs of 16 columns.
-  bool fits() const {
+  // Whether the decoder supports the groups: multiples of 16 columns.
+  bool supported() const {
     return w.groups == 1 || (w.columns % w.groups == 0 && w.columns / w.groups % 16 == 0);
   }
 
-  dtq::Stored w = {};
+  dtq::StoredWeight w = {};
 
  private:
   template <typename T>
   const T* take(const std::string& name, int64_t bytes) {
-    const auto found = parts_.find(name);
-    STD_TORCH_CHECK(found != parts_.end(), "dtq: ", format_, " lacks ", name);
-    const Tensor& part = found->second;
-    STD_TORCH_CHECK(bytes_of(part) == bytes, "dtq: ", format_, " of (", w.rows,
-                ", ", w.columns, "): ", name, " has ", bytes_of(part), " bytes, expected ", bytes);
+    const auto entry = tensors_.find(name);
+    STD_TORCH_CHECK(entry != tensors_.end(), "dtq: ", format_, " lacks ", name);
+    const Tensor& tensor = entry->second;
+    STD_TORCH_CHECK(bytes_of(tensor) == bytes, "dtq: ", format_, " of (", w.rows, ", ", w.columns,
+                    "): ", name, " has ", bytes_of(tensor), " bytes, expected ", bytes);
     used_[name] = true;
-    return static_cast<const T*>(part.const_data_ptr());
+    return static_cast<const T*>(tensor.const_data_ptr());
   }
 
   const std::string& format_;
-  std::map<std::string, Tensor> parts_;
+  std::map<std::string, Tensor> tensors_;
   std::map<std::string, bool> used_;
 };
 
-// Output channels of a task: a few tasks a thread, whole groups of kTogether.
+// Output channels of a task, a multiple of kRowsAtOnce.
 int64_t grain_of(int64_t columns) {
-  return rounded_up(std::max<int64_t>(1, 65536 / std::max<int64_t>(columns, 1)), dtq::kTogether);
+  return round_up(std::max<int64_t>(1, 65536 / std::max<int64_t>(columns, 1)), dtq::kRowsAtOnce);
 }
 
 template <class Run>
-void over_rows(dtq::Decode& d, Run run) {
-  const int64_t tasks = (d.weight.rows + dtq::kTogether - 1) / dtq::kTogether;
-  parallel_for(0, tasks, grain_of(d.weight.columns) / dtq::kTogether,
-                   [&](int64_t first, int64_t last) {
-                     static thread_local Scratch scratch;
-                     run(d, first * dtq::kTogether,
-                         std::min(last * dtq::kTogether, d.weight.rows),
-                         scratch.get<float>(dtq::kScratch * sizeof(float)));
-                   });
+void parallel_rows(dtq::Decode& d, Run run) {
+  const int64_t tasks = ceil_div(d.weight.rows, dtq::kRowsAtOnce);
+  const int64_t grain = grain_of(d.weight.columns) / dtq::kRowsAtOnce;
+  parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+    static thread_local Scratch scratch;
+    run(d, first * dtq::kRowsAtOnce, std::min(last * dtq::kRowsAtOnce, d.weight.rows),
+        scratch.get<float>(dtq::kDecodeScratch * sizeof(float)));
+  });
 }
 
-// A copy of contiguous rows, each `line` elements with zeros at its end; it lasts to the next call.
-const void* filled_up(const Tensor& x, int64_t line) {
+// A copy of contiguous rows, padded with zeros to `stride` elements; valid until the next call.
+const void* padded(const Tensor& x, int64_t stride) {
   static thread_local Scratch copy;
   const int64_t size = x.element_size(), bytes = x.size(1) * size;
-  char* to = copy.get(x.size(0) * line * size);
+  char* to = copy.get(x.size(0) * stride * size);
   for (int64_t t = 0; t < x.size(0); t++) {
-    std::copy_n(data<char>(x) + t * bytes, bytes, to + t * line * size);
-    std::fill(to + t * line * size + bytes, to + (t + 1) * line * size, 0);
+    std::copy_n(data<char>(x) + t * bytes, bytes, to + t * stride * size);
+    std::fill(to + t * stride * size + bytes, to + (t + 1) * stride * size, 0);
   }
   return to;
 }
 
-Tensor dequantize(const std::vector<Tensor>& parts, const std::vector<std::string>& names,
+Tensor dequantize(const std::vector<Tensor>& tensors, const std::vector<std::string>& names,
                   const std::string& format, int64_t columns, ScalarType type) {
-  STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
-  const auto found = spellings().find(format);
-  if (found != spellings().end() && written_directly(type)) {
-    const Weight weight(found->second, format, names, parts, columns);
-    if (weight.fits()) {
-      Tensor out = torch::stable::new_empty(parts[0], {weight.w.rows, columns}, type);
+  STD_TORCH_CHECK(!tensors.empty(), "dtq: a weight without tensors");
+  const auto code = dtq::format_codes().find(format);
+  if (code != dtq::format_codes().end() && is_kernel_dtype(type)) {
+    const Weight weight(code->second, format, names, tensors, columns);
+    if (weight.supported()) {
+      Tensor out = torch::stable::new_empty(tensors[0], {weight.w.rows, columns}, type);
       dtq::Decode d = {weight.w, float_type(type), out.mutable_data_ptr()};
-      if (out.numel()) over_rows(d, dtq::kernels().decode);
+      if (out.numel()) parallel_rows(d, dtq::kernels().decode);
       return out;
     }
   }
-  return call("dtq_reference::dequantize", parts, names, format, columns, type);
+  return call("dtq_reference::dequantize", tensors, names, format, columns, type);
 }
 
-Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& parts,
+Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& tensors,
                      const std::vector<std::string>& names, const std::string& format,
-                     const MaybeTensor& bias_in) {
+                     const OptionalTensor& bias_in) {
   STD_TORCH_CHECK(x_in.dim() == 2, "weight_linear: x must be (M, K), got ", shape_of(x_in));
-  STD_TORCH_CHECK(!parts.empty(), "dtq: a weight without parts");
+  STD_TORCH_CHECK(!tensors.empty(), "dtq: a weight without tensors");
   const int64_t tokens = x_in.size(0), columns = x_in.size(1);
   const auto type = x_in.scalar_type();
-  MaybeTensor bias;
-  if (bias_in) bias = as(*bias_in, type);
-  const auto found = spellings().find(format);
-  if (found != spellings().end() && tokens <= dtq::kFewFloats && written_directly(type)) {
-    const Weight weight(found->second, format, names, parts, columns);
-    if (weight.fits()) {
+  OptionalTensor bias;
+  if (bias_in) bias = to_dtype(*bias_in, type);
+  const auto code = dtq::format_codes().find(format);
+  if (code != dtq::format_codes().end() && tokens <= dtq::kSmallMFloat && is_kernel_dtype(type)) {
+    const Weight weight(code->second, format, names, tensors, columns);
+    if (weight.supported()) {
       const int64_t rows = weight.w.rows;
       Tensor out = torch::stable::new_empty(x_in, {tokens, rows}, type);
       if (!out.numel()) return out;
-      Tensor wide_bias;
+      Tensor float_bias;
       if (bias) {
         STD_TORCH_CHECK(bias->numel() == rows, "dtq linear: bias must have ", rows, " entries");
-        wide_bias = side_by_side(as(*bias, ScalarType::Float));
+        float_bias = to_contiguous(to_dtype(*bias, ScalarType::Float));
       }
       const dtq::Kernels& kernels = dtq::kernels();
-      const bool halves = type == ScalarType::BFloat16 && kernels.multiply_bfloat && dtq::has_bfloat16();
-      const Tensor x = side_by_side(halves ? x_in : as(x_in, ScalarType::Float));
+      const bool in_bfloat16 =
+          type == ScalarType::BFloat16 && kernels.multiply_bfloat16 && dtq::has_bfloat16();
+      const Tensor x = to_contiguous(in_bfloat16 ? x_in : to_dtype(x_in, ScalarType::Float));
       dtq::Decode d = {weight.w, float_type(type), out.mutable_data_ptr()};
       d.tokens = tokens;
-      d.line = rounded_up(columns, 32);
-      d.x = filled_up(x, d.line);
-      d.bias = bias ? data<float>(wide_bias) : nullptr;
-      over_rows(d, halves ? kernels.multiply_bfloat : kernels.multiply_stored);
+      d.x_stride = round_up(columns, 32);
+      d.x = padded(x, d.x_stride);
+      d.bias = bias ? data<float>(float_bias) : nullptr;
+      parallel_rows(d, in_bfloat16 ? kernels.multiply_bfloat16 : kernels.multiply_stored);
       return out;
     }
   }
-  return call("aten::linear", x_in, dequantize(parts, names, format, columns, type), bias);
+  return call("aten::linear", x_in, dequantize(tensors, names, format, columns, type), bias);
 }
 
 }  // namespace
@@ -189,7 +178,7 @@ STABLE_TORCH_LIBRARY_IMPL(dtq, CPU, m) {
 
 // For Python, by ctypes, before the first call of an op.
 extern "C" __attribute__((visibility("default"))) void dtq_cpu_format(
-    const char* name, int codes, int bits, int offset, int vector, int scale_type,
-    const float* levels, int count) {
-  spellings()[name] = {codes, bits, offset, vector, scale_type, {levels, levels + count}};
+    const char* name, int encoding, int bits, int offset, int vector, int scale_type,
+    const float* codebook, int count) {
+  dtq::register_format(name, encoding, bits, offset, vector, scale_type, codebook, count);
 }

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kRun = 16;  // columns at a time
 constexpr int kVectors = kRun / kLanes;
-constexpr int kTile = kLanes == 16 ? 4 : 2;  // tokens by kTogether channels: sums in registers
+constexpr int kTileTokens = kLanes == 16 ? 4 : 2;  // tokens by kTogether channels: sums in registers
 
 inline U lanes() {
   U lane;
@@ -44,7 +44,7 @@ inline V from_e4m3(U byte) {
   return (V)((U)v | nan | ((byte & 0x80) << 24));
 }
 
-inline float scale_at(const Stored& w, int64_t at) {
+inline float scale_at(const StoredWeight& w, int64_t at) {
   switch (w.scale_type) {
     case kNoScale: return 1;
     case kScaleFloat32: return ((const float*)w.scale)[at];
@@ -68,7 +68,7 @@ inline uint32_t word_at(const uint8_t* p) {
 // Vector `part` of the codes of 16 columns; of 4-bit codes with whatever is above them.
 template <int bits>
 inline U codes_at(const uint8_t* p, int part) {
-  if constexpr (bits == 8) return bytes_at(p + part * kLanes);
+  if constexpr (bits == 8) return load_bytes(p + part * kLanes);
   const int bit = part * kLanes * bits;
   U words;
   if constexpr (kLanes == 16 && bits > 2) {  // more than 32 bits: from two words of eight codes
@@ -87,25 +87,25 @@ struct Group {
   bool finite;  // the scale
 };
 
-constexpr bool looked_up(Codes kind, int bits) {
+constexpr bool looked_up(Encoding kind, int bits) {
   return kind == kTable || kind == kTwoLevel || kind == kTrits || (kind == kAffine && bits < 8);
 }
 
-template <Codes kind>
-inline float group_scale(const Stored& w, int64_t n, int64_t at) {
+template <Encoding kind>
+inline float group_scale(const StoredWeight& w, int64_t n, int64_t at) {
   return scale_at(w, kind == kTwoLevel || kind == kWords ? n : at);
 }
 
-template <Codes kind>
-inline float group_zero(const Stored& w, int64_t at) {
+template <Encoding kind>
+inline float group_zero(const StoredWeight& w, int64_t at) {
   return kind == kTrits ? 1 : w.zero ? w.zero[at] : w.offset;
 }
 
 // What the codes from i * kLanes on stand for, before the scale.
-template <Codes kind, int bits>
-inline V levels_of_codes(const Stored& w, int64_t at, int i) {
+template <Encoding kind, int bits>
+inline V values_of_codes(const StoredWeight& w, int64_t at, int i) {
   const I code = (I)(lanes() + i * kLanes);
-  if constexpr (kind == kTable) return load(w.levels + i * kLanes);
+  if constexpr (kind == kTable) return load(w.codebook + i * kLanes);
   if constexpr (kind != kTwoLevel)
     return __builtin_convertvector(code, V) - splat(group_zero<kind>(w, at));
   const int byte = w.group_bytes[at], zero = byte & ((1 << bits) - 1);
@@ -113,21 +113,21 @@ inline V levels_of_codes(const Stored& w, int64_t at, int i) {
   return __builtin_convertvector((wide << 24) >> 24, V);  // wraps as int8 does
 }
 
-template <Codes kind, int bits>
+template <Encoding kind, int bits>
 inline void fill_group(const Decode& d, int64_t n, int64_t at, Group& group) {
-  const Stored& w = d.weight;
+  const StoredWeight& w = d.weight;
   group.scale = group_scale<kind>(w, n, at);
   group.zero = group_zero<kind>(w, at);
   group.finite = group.scale - group.scale == 0 && w.finite;
   if constexpr (!looked_up(kind, bits)) return;
   for (int i = 0; i < kVectors; i++) {
-    const V level = levels_of_codes<kind, bits>(w, at, i) * splat(group.scale);
+    const V level = values_of_codes<kind, bits>(w, at, i) * splat(group.scale);
     store(group.table + i * kLanes, rounded_to(level, d.type, group.finite));
   }
 }
 
 // Sixteen columns of a group, the bytes of their codes at p.
-template <Codes kind, int bits>
+template <Encoding kind, int bits>
 inline void decode_run(const Decode& d, const uint8_t* p, const Group& group, float* out) {
   uint16_t words[kRun];
   if constexpr (kind == kWords) {
@@ -143,8 +143,8 @@ inline void decode_run(const Decode& d, const uint8_t* p, const Group& group, fl
       v = look_up(group.table, codes_at<kind == kTrits ? 8 : bits>(p, i));
     } else {
       if constexpr (kind == kWords) v = load_as_float(words + i * kLanes, kBFloat16);
-      else if constexpr (kind == kFloat8) v = from_e4m3(bytes_at(p + i * kLanes));
-      else v = __builtin_convertvector(signed_at(p + i * kLanes), V) - splat(group.zero);
+      else if constexpr (kind == kFloat8) v = from_e4m3(load_bytes(p + i * kLanes));
+      else v = __builtin_convertvector(load_signed_bytes(p + i * kLanes), V) - splat(group.zero);
       v = rounded_to(v * splat(group.scale), d.type, kind == kAffine && group.finite);
     }
     store(out + i * kLanes, v);
@@ -152,7 +152,7 @@ inline void decode_run(const Decode& d, const uint8_t* p, const Group& group, fl
 }
 
 // Ternary codes of columns [first, last) of row n, one a byte.
-inline const uint8_t* spread_trits(const Stored& w, int64_t n, int64_t first, int64_t last,
+inline const uint8_t* spread_trits(const StoredWeight& w, int64_t n, int64_t first, int64_t last,
                                    uint8_t* codes) {
   const uint8_t* row = w.weight + n * w.row_bytes;
   const int64_t packed = w.columns / 5 * 5, skip = first % 5;
@@ -165,9 +165,9 @@ inline const uint8_t* spread_trits(const Stored& w, int64_t n, int64_t first, in
 }
 
 // Columns [first, last) of row n, at most kChunk, `first` a multiple of 16; writes whole runs of 16.
-template <Codes kind, int bits>
+template <Encoding kind, int bits>
 void decode_line(const Decode& d, int64_t n, int64_t first, int64_t last, float* out) {
-  const Stored& w = d.weight;
+  const StoredWeight& w = d.weight;
   constexpr int vector = kind != kWords ? 1 : bits == 8 ? 4 : 2;
   constexpr int run_bytes = kind == kTrits ? kRun : kRun / vector * bits / 8;
   const int64_t wide = kind == kWords || w.groups == 1 ? w.columns : w.columns / w.groups;
@@ -198,8 +198,8 @@ void decode_line(const Decode& d, int64_t n, int64_t first, int64_t last, float*
 typedef void (*Line)(const Decode&, int64_t n, int64_t first, int64_t last, float* out);
 
 // Null for what no format has.
-inline Line line_of(const Stored& w) {
-  switch (w.codes * 16 + w.bits) {
+inline Line line_of(const StoredWeight& w) {
+  switch (w.encoding * 16 + w.bits) {
     case kAffine * 16 + 2: return decode_line<kAffine, 2>;
     case kAffine * 16 + 3: return decode_line<kAffine, 3>;
     case kAffine * 16 + 4: return decode_line<kAffine, 4>;
@@ -227,12 +227,12 @@ void decode(const Decode& d, int64_t first, int64_t last, float* line) {
 }
 
 // How float32 weights and tokens are multiplied.
-struct InFloats {
+struct FloatProduct {
   typedef float T;
-  static constexpr int kUnit = kRun;  // columns, to whole ones of which tokens are filled with zeros
+  static constexpr int kColumnMultiple = kRun;  // columns, to whole ones of which tokens are filled with zeros
   Line line;
 
-  explicit InFloats(const Decode& d) : line(line_of(d.weight)) {}
+  explicit FloatProduct(const Decode& d) : line(line_of(d.weight)) {}
 
   // Columns [first, last) of row n, and what fills the last unit: numbers.
   void decode(const Decode& d, int64_t n, int64_t first, int64_t last, float* out) {
@@ -242,21 +242,21 @@ struct InFloats {
   // kTogether channels by `tokens` of them, kChunk columns.
   template <int tokens>
   static void add(const float* lines, const float* x, int64_t line, int width, float* sums) {
-    V sum[tokens][kTogether];
+    V sum[tokens][kRowsAtOnce];
     for (int t = 0; t < tokens; t++)
-      for (int r = 0; r < kTogether; r++) sum[t][r] = load(sums + (t * kTogether + r) * kLanes);
+      for (int r = 0; r < kRowsAtOnce; r++) sum[t][r] = load(sums + (t * kRowsAtOnce + r) * kLanes);
     for (int k = 0; k < width; k += kLanes) {
-      V w[kTogether];
-      for (int r = 0; r < kTogether; r++) w[r] = load(lines + r * kChunk + k);
+      V w[kRowsAtOnce];
+      for (int r = 0; r < kRowsAtOnce; r++) w[r] = load(lines + r * kChunk + k);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; t++) {
         const V token = load(x + t * line + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < kTogether; r++) sum[t][r] = fused(w[r], token, sum[t][r]);
+        for (int r = 0; r < kRowsAtOnce; r++) sum[t][r] = fma(w[r], token, sum[t][r]);
       }
     }
     for (int t = 0; t < tokens; t++)
-      for (int r = 0; r < kTogether; r++) store(sums + (t * kTogether + r) * kLanes, sum[t][r]);
+      for (int r = 0; r < kRowsAtOnce; r++) store(sums + (t * kRowsAtOnce + r) * kLanes, sum[t][r]);
   }
 };
 
@@ -269,44 +269,44 @@ inline float total(const float* lane) {
 }
 
 // Columns [first, last) of a row that comes next.
-inline void fetch_ahead(const Stored& w, int64_t n, int64_t first, int64_t last) {
+inline void fetch_ahead(const StoredWeight& w, int64_t n, int64_t first, int64_t last) {
   const uint8_t* row = w.weight + n * w.row_bytes;
   const uint8_t *p = row + first * w.row_bytes / w.columns, *end = row + last * w.row_bytes / w.columns;
   for (; p < end && p < w.end; p += 64) __builtin_prefetch(p);
 }
 
 // Each sum in an order that depends on K and the instruction set alone.
-template <class How>
+template <class Product>
 inline void multiply_by(const Decode& d, int64_t first, int64_t last, float* scratch) {
-  typedef typename How::T T;
-  How how(d);
+  typedef typename Product::T T;
+  Product product(d);
   const T* x = (const T*)d.x;
   T* lines = (T*)scratch;
   const int64_t columns = d.weight.columns, rows = d.weight.rows;
-  float* sums = scratch + kTogether * kChunk;  // [token][kTogether][kLanes]
-  for (int64_t n = first; n < last; n += kTogether) {
-    const int count = (int)(last - n < kTogether ? last - n : kTogether);
-    memset(sums, 0, d.tokens * kTogether * kLanes * sizeof(float));
-    if (count < kTogether) memset(lines, 0, kTogether * kChunk * sizeof(T));
+  float* sums = scratch + kRowsAtOnce * kChunk;  // [token][kTogether][kLanes]
+  for (int64_t n = first; n < last; n += kRowsAtOnce) {
+    const int count = (int)(last - n < kRowsAtOnce ? last - n : kRowsAtOnce);
+    memset(sums, 0, d.tokens * kRowsAtOnce * kLanes * sizeof(float));
+    if (count < kRowsAtOnce) memset(lines, 0, kRowsAtOnce * kChunk * sizeof(T));
     for (int64_t k = 0; k < columns; k += kChunk) {
       const int64_t end = k + kChunk < columns ? k + kChunk : columns;
       for (int r = 0; r < count; r++) {
-        fetch_ahead(d.weight, n + r + kTogether, k, end);
-        how.decode(d, n + r, k, end, lines + r * kChunk);
+        fetch_ahead(d.weight, n + r + kRowsAtOnce, k, end);
+        product.decode(d, n + r, k, end, lines + r * kChunk);
       }
-      const int width = (int)(end - k + How::kUnit - 1) / How::kUnit * How::kUnit;
+      const int width = (int)(end - k + Product::kColumnMultiple - 1) / Product::kColumnMultiple * Product::kColumnMultiple;
       int64_t t = 0;
-      for (; t + kTile <= d.tokens; t += kTile)
-        How::template add<kTile>(lines, x + t * d.line + k, d.line, width,
-                                 sums + t * kTogether * kLanes);
+      for (; t + kTileTokens <= d.tokens; t += kTileTokens)
+        Product::template add<kTileTokens>(lines, x + t * d.x_stride + k, d.x_stride, width,
+                                 sums + t * kRowsAtOnce * kLanes);
       for (; t < d.tokens; t++)
-        How::template add<1>(lines, x + t * d.line + k, d.line, width,
-                             sums + t * kTogether * kLanes);
+        Product::template add<1>(lines, x + t * d.x_stride + k, d.x_stride, width,
+                             sums + t * kRowsAtOnce * kLanes);
     }
     for (int64_t t = 0; t < d.tokens; t++) {
       float y[kRun];
       for (int r = 0; r < count; r++) {
-        y[r] = total(sums + (t * kTogether + r) * kLanes);
+        y[r] = total(sums + (t * kRowsAtOnce + r) * kLanes);
         if (d.bias) y[r] += d.bias[n + r];
       }
       store_line(d.out, t * rows + n, y, count, d.type);
@@ -315,7 +315,7 @@ inline void multiply_by(const Decode& d, int64_t first, int64_t last, float* scr
 }
 
 void multiply_stored(const Decode& d, int64_t first, int64_t last, float* scratch) {
-  multiply_by<InFloats>(d, first, last, scratch);
+  multiply_by<FloatProduct>(d, first, last, scratch);
 }
 
 }  // namespace

@@ -10,59 +10,59 @@
 namespace dtq {
 namespace {
 
-struct InBfloats {
+struct Bfloat16Product {
   typedef uint16_t T;
-  static constexpr int kUnit = 32;
-  typedef void (*Halves)(InBfloats&, const Decode&, int64_t n, int64_t first, int64_t last, T* out);
+  static constexpr int kColumnMultiple = 32;
+  typedef void (*Halves)(Bfloat16Product&, const Decode&, int64_t n, int64_t first, int64_t last, T* out);
   Line line;
   Halves halves;
-  alignas(64) float floats[kChunk + kUnit];
+  alignas(64) float floats[kChunk + kColumnMultiple];
 
-  explicit InBfloats(const Decode& d) : line(line_of(d.weight)), halves(halves_of(d.weight)) {}
+  explicit Bfloat16Product(const Decode& d) : line(line_of(d.weight)), halves(halves_of(d.weight)) {}
 
   void decode(const Decode& d, int64_t n, int64_t first, int64_t last, T* out) {
     halves(*this, d, n, first, last, out);
   }
 
-  static Halves halves_of(const Stored& w) {
+  static Halves halves_of(const StoredWeight& w) {
     // the tables of two groups do not go into one look-up
-    const bool whole = w.groups == 1 || w.columns / w.groups % kUnit == 0;
+    const bool whole = w.groups == 1 || w.columns / w.groups % kColumnMultiple == 0;
     if (w.bits == 4 && whole) {
-      if (w.codes == kAffine) return looked_up_nibbles<kAffine>;
-      if (w.codes == kTable) return looked_up_nibbles<kTable>;
-      if (w.codes == kTwoLevel) return looked_up_nibbles<kTwoLevel>;
+      if (w.encoding == kAffine) return looked_up_nibbles<kAffine>;
+      if (w.encoding == kTable) return looked_up_nibbles<kTable>;
+      if (w.encoding == kTwoLevel) return looked_up_nibbles<kTwoLevel>;
     }
-    if (w.bits == 8 && w.codes == kAffine && whole) return bytes;
+    if (w.bits == 8 && w.encoding == kAffine && whole) return bytes;
     return any;
   }
 
   // By way of floats.
-  DTQ_BF16 static void any(InBfloats& self, const Decode& d, int64_t n, int64_t first, int64_t last,
+  DTQ_BF16 static void any(Bfloat16Product& self, const Decode& d, int64_t n, int64_t first, int64_t last,
                            T* out) {
-    const int width = (int)(last - first + kUnit - 1) / kUnit * kUnit;
-    memset(self.floats + width - kUnit, 0, kUnit * sizeof(float));
+    const int width = (int)(last - first + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
+    memset(self.floats + width - kColumnMultiple, 0, kColumnMultiple * sizeof(float));
     self.line(d, n, first, last, self.floats);
-    for (int k = 0; k < width; k += kUnit) {
+    for (int k = 0; k < width; k += kColumnMultiple) {
       const __m512 low = _mm512_load_ps(self.floats + k), high = _mm512_load_ps(self.floats + k + 16);
       _mm512_storeu_si512(out + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
   }
 
-  template <Codes kind>
-  DTQ_BF16 static void looked_up_nibbles(InBfloats&, const Decode& d, int64_t n, int64_t first,
+  template <Encoding kind>
+  DTQ_BF16 static void looked_up_nibbles(Bfloat16Product&, const Decode& d, int64_t n, int64_t first,
                                          int64_t last, T* out) {
-    const Stored& w = d.weight;
+    const StoredWeight& w = d.weight;
     const int64_t wide = w.groups == 1 ? w.columns : w.columns / w.groups;
     const uint8_t* p = w.weight + n * w.row_bytes + first / 2;
     for (int64_t k = first, g = first / wide; k < last; g++) {
       const int64_t stop = (g + 1) * wide < last ? (g + 1) * wide : last;
       const int64_t at = n * w.groups + g;
-      const V level = levels_of_codes<kind, 4>(w, at, 0) * splat(group_scale<kind>(w, n, at));
+      const V level = values_of_codes<kind, 4>(w, at, 0) * splat(group_scale<kind>(w, n, at));
       const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)level);
       const __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
-      for (; k < stop; k += kUnit, p += 16, out += kUnit) {
+      for (; k < stop; k += kColumnMultiple, p += 16, out += kColumnMultiple) {
         __m128i bytes;
-        if (stop - k >= kUnit) {
+        if (stop - k >= kColumnMultiple) {
           bytes = _mm_loadu_si128((const __m128i*)p);
         } else {
           uint8_t copy[16] = {};
@@ -79,20 +79,20 @@ struct InBfloats {
     }
   }
 
-  DTQ_BF16 static void bytes(InBfloats&, const Decode& d, int64_t n, int64_t first, int64_t last,
+  DTQ_BF16 static void bytes(Bfloat16Product&, const Decode& d, int64_t n, int64_t first, int64_t last,
                              T* out) {
-    const Stored& w = d.weight;
+    const StoredWeight& w = d.weight;
     const int64_t wide = w.groups == 1 ? w.columns : w.columns / w.groups;
     const uint8_t* p = w.weight + n * w.row_bytes + first;
     for (int64_t k = first, g = first / wide; k < last; g++) {
       const int64_t stop = (g + 1) * wide < last ? (g + 1) * wide : last, at = n * w.groups + g;
       const V zero = splat(group_zero<kAffine>(w, at)), scale = splat(group_scale<kAffine>(w, n, at));
-      for (; k < stop; k += kUnit, p += kUnit, out += kUnit) {
-        uint8_t copy[kUnit] = {};
-        if (stop - k < kUnit) memcpy(copy, p, stop - k);
-        const uint8_t* from = stop - k < kUnit ? copy : p;
-        const V low = (__builtin_convertvector(signed_at(from), V) - zero) * scale;
-        const V high = (__builtin_convertvector(signed_at(from + 16), V) - zero) * scale;
+      for (; k < stop; k += kColumnMultiple, p += kColumnMultiple, out += kColumnMultiple) {
+        uint8_t copy[kColumnMultiple] = {};
+        if (stop - k < kColumnMultiple) memcpy(copy, p, stop - k);
+        const uint8_t* from = stop - k < kColumnMultiple ? copy : p;
+        const V low = (__builtin_convertvector(load_signed_bytes(from), V) - zero) * scale;
+        const V high = (__builtin_convertvector(load_signed_bytes(from + 16), V) - zero) * scale;
         _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
       }
       k = stop;
@@ -101,28 +101,28 @@ struct InBfloats {
 
   template <int tokens>
   DTQ_BF16 static void add(const T* lines, const T* x, int64_t line, int width, float* sums) {
-    __m512 sum[tokens][kTogether];
+    __m512 sum[tokens][kRowsAtOnce];
     for (int t = 0; t < tokens; t++)
-      for (int r = 0; r < kTogether; r++)
-        sum[t][r] = _mm512_loadu_ps(sums + (t * kTogether + r) * kLanes);
-    for (int k = 0; k < width; k += kUnit) {
-      __m512bh w[kTogether];
-      for (int r = 0; r < kTogether; r++) w[r] = (__m512bh)_mm512_loadu_si512(lines + r * kChunk + k);
+      for (int r = 0; r < kRowsAtOnce; r++)
+        sum[t][r] = _mm512_loadu_ps(sums + (t * kRowsAtOnce + r) * kLanes);
+    for (int k = 0; k < width; k += kColumnMultiple) {
+      __m512bh w[kRowsAtOnce];
+      for (int r = 0; r < kRowsAtOnce; r++) w[r] = (__m512bh)_mm512_loadu_si512(lines + r * kChunk + k);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; t++) {
         const __m512bh token = (__m512bh)_mm512_loadu_si512(x + t * line + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < kTogether; r++) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], w[r], token);
+        for (int r = 0; r < kRowsAtOnce; r++) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], w[r], token);
       }
     }
     for (int t = 0; t < tokens; t++)
-      for (int r = 0; r < kTogether; r++)
-        _mm512_storeu_ps(sums + (t * kTogether + r) * kLanes, sum[t][r]);
+      for (int r = 0; r < kRowsAtOnce; r++)
+        _mm512_storeu_ps(sums + (t * kRowsAtOnce + r) * kLanes, sum[t][r]);
   }
 };
 
-void multiply_bfloat(const Decode& d, int64_t first, int64_t last, float* scratch) {
-  multiply_by<InBfloats>(d, first, last, scratch);
+void multiply_bfloat16(const Decode& d, int64_t first, int64_t last, float* scratch) {
+  multiply_by<Bfloat16Product>(d, first, last, scratch);
 }
 
 }  // namespace

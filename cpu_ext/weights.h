@@ -22,9 +22,9 @@ inline Span span_of(const Linear& g, int64_t s) {
 }
 
 // The levels of a group.
-inline const int8_t* levels_of_group(const Linear& g, int64_t group) {
-  if (g.tables) return g.tables + group * 16;
-  return g.levels[g.groups ? g.groups[group] : 0];  // of 0: the codes themselves
+inline const int8_t* codebook_of_group(const Linear& g, int64_t group) {
+  if (g.codebooks) return g.codebooks + group * 16;
+  return g.byte_codebooks[g.group_bytes ? g.group_bytes[group] : 0];  // of 0: the codes themselves
 }
 
 inline const int8_t* weights_at(const Linear& g, int64_t n, int64_t column) {
@@ -38,13 +38,13 @@ inline int code_at(const int8_t* w, int bits, int i) {
 }
 
 // Of the 64 columns from `at` on in row n.
-inline Levels levels_at(const Linear& g, int64_t n, int64_t at) {
-  const int64_t row = n * g.row_groups;
-  const int8_t* first = levels_of_group(g, row + (at >> g.group_bits));
-  if (g.group_bits >= 6) return {{first, first, first, first}, true};
-  Levels levels = {{first, first, first, first}, false};
+inline Codebooks codebooks_at(const Linear& g, int64_t n, int64_t at) {
+  const int64_t row = n * g.groups_per_row;
+  const int8_t* first = codebook_of_group(g, row + (at >> g.group_shift));
+  if (g.group_shift >= 6) return {{first, first, first, first}, true};
+  Codebooks levels = {{first, first, first, first}, false};
   for (int i = 1; i < 4 && at + 16 * i < g.columns; i++)
-    levels.of[i] = levels_of_group(g, row + ((at + 16 * i) >> g.group_bits));
+    levels.of[i] = codebook_of_group(g, row + ((at + 16 * i) >> g.group_shift));
   return levels;
 }
 
@@ -53,14 +53,14 @@ inline void unpack_step(const Linear& g, int64_t n, int64_t s, Weight* out) {
   const Span span = span_of(g, s);
   const int8_t* w = weights_at(g, n, span.at);
   if (g.bits == 8) return widen(w, span.width, out);
-  if (g.group_bits >= 0) {
-    const Levels levels = levels_at(g, n, span.at);
+  if (g.group_shift >= 0) {
+    const Codebooks levels = codebooks_at(g, n, span.at);
     return g.bits == 4 ? unpack<4>(w, span.width, levels, out) : unpack<3>(w, span.width, levels, out);
   }
   for (int i = 0; i < kStep; i++) {  // no recipe makes such groups: right, not fast
     const int code = i < span.width ? code_at(w, g.bits, i) : 0;
-    const int64_t group = i < span.width ? (span.at + i) / g.group : 0;
-    out[i] = (Weight)(levels_of_group(g, n * g.row_groups + group)[code] + kShift);
+    const int64_t group = i < span.width ? (span.at + i) / g.group_size : 0;
+    out[i] = (Weight)(codebook_of_group(g, n * g.groups_per_row + group)[code] + kWeightOffset);
   }
 }
 

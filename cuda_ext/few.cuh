@@ -28,7 +28,7 @@ struct FewPlan {
   bool whole_x;
 };
 
-template <Codes kCodes, int kBits>
+template <Encoding kEncoding, int kBits>
 DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan p) {
   DTQ_SHARED(shared);
   const Few& f = p.f;
@@ -43,13 +43,13 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan
   float acc[kHalves][4] = {};
   constexpr int64_t kTurn = kWarps * kStepColumns;
   const int64_t first = warp() * kStepColumns + lane() % 4 * kRun;
-  Run<kCodes, kBits> coming[kAhead][2];  // [step][row g or g + 8]
+  Run<kEncoding, kBits> coming[kAhead][2];  // [step][row g or g + 8]
   DTQ_UNROLL for (int s = 0; s < kAhead; s++)
     DTQ_UNROLL for (int h = 0; h < 2; h++)
       fetch(p.weight, n + h * 8, first + s * kTurn, coming[s][h]);
 
   // One step; `now` becomes the step kAhead further on.
-  auto step = [&](int64_t at, Run<kCodes, kBits>(&now)[2]) {
+  auto step = [&](int64_t at, Run<kEncoding, kBits>(&now)[2]) {
     uint32_t x[kHalves][kRun / 2] = {};
     DTQ_UNROLL for (int h = 0; h < kHalves; h++) {
       const int64_t token = p.first + h * 8 + lane() / 4;
@@ -58,7 +58,7 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) few_kernel(const DTQ_CONSTANT FewPlan
     }
     uint32_t w[2][kRun / 2];  // [row][pair]
     DTQ_UNROLL for (int h = 0; h < 2; h++) {
-      const Run<kCodes, kBits> run = now[h];
+      const Run<kEncoding, kBits> run = now[h];
       fetch(p.weight, n + h * 8, at + kAhead * kTurn, now[h]);
       float v[kRun];
       expand(p.weight, run, at, table, v);
@@ -106,7 +106,7 @@ struct DecodePlan {
 
 constexpr int kDecodeThreads = 128;
 
-template <Codes kCodes, int kBits>
+template <Encoding kEncoding, int kBits>
 DTQ_KERNEL void DTQ_BOUNDS(kDecodeThreads, 4) decode_kernel(const DTQ_CONSTANT DecodePlan p) {
   DTQ_SHARED(shared);
   share_table(p.weight.w, (float*)shared);
@@ -114,7 +114,7 @@ DTQ_KERNEL void DTQ_BOUNDS(kDecodeThreads, 4) decode_kernel(const DTQ_CONSTANT D
   const int64_t columns = p.weight.w.columns, n = at / p.runs, k = at % p.runs * kRun;
   if (n >= p.weight.w.rows) return;
   float v[kRun];
-  Run<kCodes, kBits> run;
+  Run<kEncoding, kBits> run;
   fetch(p.weight, n, k, run);
   expand(p.weight, run, k, (const float*)shared, v);
   if (p.integers) {

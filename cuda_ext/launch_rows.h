@@ -6,6 +6,7 @@
 // (positive), or why it will not do the task (negative, `refusal` says it in words); nothing was
 // launched then. Nothing to do is not an error: zero rows return kOk without a launch.
 #pragma once
+#include "../common_ext/formats.h"
 #include "types.h"
 
 namespace dtq {
@@ -42,16 +43,6 @@ enum Output {
   kNvRow,  // an e4m3 for every 16 columns
   kMxRow,  // a biased exponent for every 32: the row's scale is 1
   kRounded,  // floats, rounded with a format and back
-};
-
-// Formats of kRounded; dtq/formats/acts.py has them under these names.
-enum Rounding {
-  kInt4G64,
-  kInt4AsymG64,
-  kInt8AsymG128,
-  kFp8Row,
-  kNvFp4Blocks,
-  kMxFp4Blocks,
 };
 
 // Row by row: `before`, times pre_scale, order, rotation, quantize. Strided rows need columns side by
@@ -91,26 +82,9 @@ int launch_rows(const Rows& rows, Stream stream);
 
 // ---------------------------------------------------------------------------- weights as stored
 
-enum Codes {
-  kAffine,    // bits 2, 3, 4, 8: code - zero; signed bytes at 8 bits
-  kTable,     // bits 3, 4: table[code]
-  kFloat8,    // bits 8: e4m3
-  kWords,     // bits 6 or 8: words[code], `vector` columns each
-  kTrits,     // ternary codes, five a byte: digit - 1
-  kTwoLevel,  // bits 3, 4: int8 of (code - zero) * scale2
-};
-
-enum ScaleType {
-  kNoScale,  // kWords, and what launch_expand takes
-  kScaleFloat32,
-  kScaleBFloat16,
-  kScaleE4m3,   // times scale_2
-  kScalePower,  // a byte: 2^(byte - 127)
-};
-
 // A matrix (N, K) in the packing of the file (docs/formats.md), not rearranged.
 struct Weight {
-  Codes codes;
+  Encoding encoding;
   int bits;
   int64_t rows, columns;  // N, K
   const uint8_t* weight;

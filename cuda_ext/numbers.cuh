@@ -4,7 +4,9 @@
 // Products go through fmul: the compiler may fuse a plain one with the sum that follows, which
 // rounds once where the reference rounds twice.
 #pragma once
+#include "../common_ext/constants.h"
 #include "arch.cuh"
+
 namespace dtq {
 
 // ---------------------------------------------------------------------------- e4m3
@@ -34,16 +36,15 @@ DTQ_DEV float power_of_two(int n) { return bits_float((uint32_t)(n + 127) << 23)
 // e^t, relative error below 3e-7, for t in [-87, 88.7]; less is taken as -87, more is infinity. Each
 // product and each sum is rounded: dtq.kernels.fused does the same in torch.
 DTQ_DEV float exponential(float t) {
-  t = t > 89.0f ? 89.0f : t;
-  t = t < -87.0f ? -87.0f : t;
-  const int n = round_to_int(fmul(t, 1.44269504f));  // 0 for NaN
-  // ln 2 in two parts, the first short enough for an exact product
+  t = t > kExpMax ? kExpMax : t;
+  t = t < kExpMin ? kExpMin : t;
+  const int n = round_to_int(fmul(t, kLog2E));  // 0 for NaN
   const float whole = int_to_float(n);
-  const float r = (t - fmul(whole, 0.693359375f)) - fmul(whole, -2.12194440e-4f);
-  float p = 1.0f / 720;
-  p = fmul(p, r) + 1.0f / 120;
-  p = fmul(p, r) + 1.0f / 24;
-  p = fmul(p, r) + 1.0f / 6;
+  const float r = (t - fmul(whole, kLn2High)) - fmul(whole, kLn2Low);
+  float p = kExp1Over720;
+  p = fmul(p, r) + kExp1Over120;
+  p = fmul(p, r) + kExp1Over24;
+  p = fmul(p, r) + kExp1Over6;
   p = fmul(p, r) + 0.5f;
   p = fmul(p, r) + 1.0f;
   p = fmul(p, r) + 1.0f;
@@ -53,7 +54,7 @@ DTQ_DEV float exponential(float t) {
 // GELU in its tanh form, x (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 DTQ_DEV float gelu(float x) {
   const float cube = fmul(fmul(x, x), x);
-  const float u = fmul(x + fmul(cube, 0.044715f), 1.59576912f);  // 2 sqrt(2 / pi)
+  const float u = fmul(x + fmul(cube, kGeluCubic), kGelu2SqrtTwoOverPi);
   return fdiv(x, 1.0f + exponential(-u));
 }
 

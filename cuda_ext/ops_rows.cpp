@@ -4,6 +4,7 @@
 
 #include <map>
 
+#include "../common_ext/format_codes.h"
 #include "binding.h"
 
 namespace {
@@ -205,25 +206,23 @@ Tensor transform_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& 
   return reference<Tensor>("dtq_reference::transform_rows", given, pre_scale, order, block, turns);
 }
 
-const std::map<std::string, dtq::Rounding>& roundings() {
-  static const std::map<std::string, dtq::Rounding> known = {
-      {"int4-g64", dtq::kInt4G64},   {"int4-asym-g64", dtq::kInt4AsymG64},
-      {"fp8-row", dtq::kFp8Row},     {"int8-asym-g128", dtq::kInt8AsymG128},
-      {"nvfp4", dtq::kNvFp4Blocks},  {"mxfp4", dtq::kMxFp4Blocks},
-  };
-  return known;
+// kRoundNone for a format that has no kernel.
+dtq::Rounding rounding_of(const std::string& format) {
+  for (int i = dtq::kRoundNone + 1; i < dtq::kRoundings; i++)
+    if (format == dtq::kRoundingFormats[i].name) return static_cast<dtq::Rounding>(i);
+  return dtq::kRoundNone;
 }
 
 Tensor round_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& order, int64_t block,
                   int64_t turns, const std::string& acts, ScalarType type) {
   Tensor x = with_rows(given, "x");
   Guard guard(x);
-  auto found = roundings().find(acts);
-  if (has_rows(x) && has_kernels(type) && found != roundings().end()) {
+  const dtq::Rounding rounding = rounding_of(acts);
+  if (has_rows(x) && has_kernels(type) && rounding != dtq::kRoundNone) {
     Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, type);
     dtq::Rows rows = rows_of(x, {pre_scale, order, block, turns});
     rows.output = dtq::kRounded;
-    rows.rounding = found->second;
+    rows.rounding = rounding;
     rows.out_type = float_of(type);
     rows.out = y.data_ptr();
     if (launched(dtq::launch_rows(rows, stream_of(x)), "round_rows")) return y;
@@ -233,25 +232,14 @@ Tensor round_rows(const Tensor& given, const Maybe& pre_scale, const Maybe& orde
 
 // ------------------------------------------------------------------------------- weights as stored
 
-// What a format of dtq/formats is to the decoder; dtq/kernels/decode.py tells at load.
-struct Spelling {
-  int codes, bits, offset, vector, scale_type;
-  std::vector<float> levels;
-};
-
-std::map<std::string, Spelling>& spellings() {
-  static std::map<std::string, Spelling> known;
-  return known;
-}
-
 // Bytes that a part of a weight must have, whatever type they are seen as.
 int64_t bytes_of_part(const dtq::Weight& w, const std::string& name) {
-  const bool two_level = w.codes == dtq::kTwoLevel, words = w.codes == dtq::kWords;
+  const bool two_level = w.encoding == dtq::kTwoLevel, words = w.encoding == dtq::kWords;
   const int64_t cells = w.rows * w.groups, scale = w.scale_type == dtq::kScaleFloat32    ? 4
                                                    : w.scale_type == dtq::kScaleBFloat16 ? 2
                                                                                          : 1;
   if (name == "weight")
-    return w.rows * (w.codes == dtq::kTrits ? w.columns / 5
+    return w.rows * (w.encoding == dtq::kTrits ? w.columns / 5
                                             : w.columns / (words ? w.vector : 1) * w.bits / 8);
   if (name == "weight_tail") return w.rows * (w.columns % 5);
   if (name == "weight_scale") return two_level ? w.rows * 4 : cells * scale;
@@ -267,12 +255,12 @@ void check_parts(const dtq::Weight& w, const std::string& format,
   };
   const bool constants = std::any_of(w.levels, w.levels + 16, [](float level) { return level != 0; });
   lack(true, w.weight, "weight");
-  lack(w.codes == dtq::kTrits && w.columns % 5, w.tail, "weight_tail");
+  lack(w.encoding == dtq::kTrits && w.columns % 5, w.tail, "weight_tail");
   lack(w.scale_type != dtq::kNoScale, w.scale, "weight_scale");
   lack(w.scale_type == dtq::kScaleE4m3, w.scale_2, "weight_scale_2");
-  lack(w.codes == dtq::kTwoLevel, w.group_bytes, "weight_scale_2");
-  lack(w.codes == dtq::kTable && !constants, w.table, "weight_lut");
-  lack(w.codes == dtq::kWords, w.words, "weight_lut");
+  lack(w.encoding == dtq::kTwoLevel, w.group_bytes, "weight_scale_2");
+  lack(w.encoding == dtq::kTable && !constants, w.table, "weight_lut");
+  lack(w.encoding == dtq::kWords, w.words, "weight_lut");
   for (const auto& [name, part] : parts)
     STD_TORCH_CHECK(bytes_of(part) == bytes_of_part(w, name), "dtq: ", format, " of (", w.rows, ", ",
                     w.columns, "): ", name, " has ", bytes_of(part), " bytes, expected ",
@@ -283,18 +271,18 @@ void check_parts(const dtq::Weight& w, const std::string& format,
 bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format,
                 const std::vector<std::string>& names, const std::vector<Tensor>& parts, int64_t rows,
                 int64_t columns) {
-  auto found = spellings().find(format);
-  if (found == spellings().end()) return false;
-  const Spelling& spelling = found->second;
+  auto found = dtq::format_codes().find(format);
+  if (found == dtq::format_codes().end()) return false;
+  const dtq::FormatCode& code = found->second;
   w = dtq::Weight{};
-  w.codes = static_cast<dtq::Codes>(spelling.codes);
-  w.bits = spelling.bits;
+  w.encoding = code.encoding;
+  w.bits = code.bits;
   w.rows = rows;
   w.columns = columns;
-  w.offset = spelling.offset;
-  w.vector = spelling.vector;
-  w.scale_type = static_cast<dtq::ScaleType>(spelling.scale_type);
-  std::copy(spelling.levels.begin(), spelling.levels.end(), w.levels);
+  w.offset = code.offset;
+  w.vector = code.vector;
+  w.scale_type = code.scale_type;
+  std::copy(code.codebook.begin(), code.codebook.end(), w.levels);
   std::map<std::string, Tensor> known;
   STD_TORCH_CHECK(names.size() == parts.size(), "dtq: ", names.size(), " names for ", parts.size(),
                   " tensors");
@@ -311,15 +299,15 @@ bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format,
       w.tail = static_cast<const uint8_t*>(at);
     } else if (name == "weight_scale") {
       w.scale = at;
-      if (w.codes != dtq::kTwoLevel) w.groups = part.size(1);
-    } else if (name == "weight_scale_2" && w.codes == dtq::kTwoLevel) {
+      if (w.encoding != dtq::kTwoLevel) w.groups = part.size(1);
+    } else if (name == "weight_scale_2" && w.encoding == dtq::kTwoLevel) {
       w.group_bytes = static_cast<const uint8_t*>(at);
       w.groups = part.size(1);
     } else if (name == "weight_scale_2") {
       w.scale_2 = static_cast<const float*>(at);
     } else if (name == "weight_zero_point") {
       w.zero = static_cast<const int8_t*>(at);
-    } else if (name == "weight_lut" && w.codes == dtq::kWords) {
+    } else if (name == "weight_lut" && w.encoding == dtq::kWords) {
       w.words = static_cast<const uint16_t*>(at);
     } else if (name == "weight_lut") {
       w.table = static_cast<const float*>(at);
@@ -364,7 +352,7 @@ Tensor w3a8_linear(const Tensor& codes, const Tensor& row_scale, const Tensor& w
                   " columns whole groups");
   if (has_kernels(type) && served(codes)) {
     dtq::Weight w{};
-    w.codes = dtq::kTwoLevel;
+    w.encoding = dtq::kTwoLevel;
     w.bits = 3;
     w.rows = rows;
     w.columns = columns;
@@ -427,9 +415,9 @@ STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
 DTQ_EXPORT const char* dtq_cuda_archs() { return DTQ_ARCHS; }
 
 // Before the first call of an op, from one thread: the loader's.
-DTQ_EXPORT void dtq_cuda_format(const char* name, int codes, int bits, int offset, int vector,
-                                int scale_type, const float* levels, int count) {
-  spellings()[name] = {codes, bits, offset, vector, scale_type, {levels, levels + count}};
+DTQ_EXPORT void dtq_cuda_format(const char* name, int encoding, int bits, int offset, int vector,
+                                int scale_type, const float* codebook, int count) {
+  dtq::register_format(name, encoding, bits, offset, vector, scale_type, codebook, count);
 }
 
 // Calls that went to the torch reference.

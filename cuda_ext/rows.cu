@@ -95,8 +95,7 @@ int launch_rows(const Rows& rows, Stream stream) {
   if (r.block > kLongestBlock) return kLongBlock;
   if (r.output == kInt8 && (r.levels < 1 || r.levels > 127)) return kBadLevels;
   if (r.output == kRounded) {
-    constexpr int64_t kGroups[] = {64, 64, 128, 1, 16, 32};  // of Rounding
-    if (r.columns % kGroups[r.rounding] || r.width != r.columns || r.fixed) return kBadGroup;
+    if (r.columns % kRoundingFormats[r.rounding].group || r.width != r.columns || r.fixed) return kBadGroup;
   } else if (r.output >= kNvRow) {
     const int64_t block = r.output == kNvRow ? 16 : 32;
     if (r.columns % block || r.width != r.columns || r.fixed) return kBadFp4;

@@ -36,12 +36,6 @@ struct RowPlan {
   int dealt;  // floats before the row in shared memory between two turns; -1: it is in `out`
 };
 
-#if defined(__CUDACC__)
-#define DTQ_ROLLED _Pragma("unroll 1")
-#else
-#define DTQ_ROLLED
-#endif
-
 constexpr int kWarpWords = 64;  // at the start of shared memory: what `largest` and `total` use
 
 // ---------------------------------------------------------------------------- rotation
@@ -161,7 +155,7 @@ DTQ_DEV float quotient(float x, float scale, float inverse) {
 }
 
 // The integer next to q, |q| < 2^22, ties to even, in the low bits.
-DTQ_DEV uint32_t nearest(float q) { return float_bits(q + 12582912.0f); }
+DTQ_DEV uint32_t nearest(float q) { return float_bits(q + kRoundToInt); }
 
 // How the numbers of a row become codes. A static scale is at least 1e-8, as dtq writes them.
 struct Quantizer {
@@ -180,7 +174,7 @@ DTQ_DEV Quantizer quantizer(const Rows& r, uint32_t peak) {
     q.scale = stored_scale(r);
   } else if (peak) {  // NaN too: the codes of such a row are numbers, its scale must say so
     q.scale = fdiv(bits_float(peak), q.levels);
-    q.scale = q.scale < 1e-8f ? 1e-8f : q.scale;
+    q.scale = q.scale < kMinInt8Scale ? kMinInt8Scale : q.scale;
   }
   q.inverse = fdiv(1, q.scale);
   return q;
@@ -215,8 +209,6 @@ DTQ_DEV int32_t codes_of(const Quantizer& q, const float (&v)[kRun], uint32_t (&
 
 // ---------------------------------------------------------------------------- FP4
 
-constexpr float kNvOuter = 1.0f / 2688;  // of the block scales: the largest, 448, ends at 6
-
 // The E2M1 code next to x, ties to the even one; what rounds to 0 has no sign.
 DTQ_DEV uint32_t e2m1_of(float x) {
   const float size = fabsf(x);
@@ -237,10 +229,10 @@ DTQ_DEV void doubled_levels(float divisor, const float (&v)[kRun], uint32_t (&pa
 
 // The scale of a run of 16 columns of NVFP4 that were divided by the row's peak, and their quotients.
 DTQ_DEV uint32_t nv_scale(float (&v)[kRun]) {
-  float s = fdiv(fdiv(bits_float(peak_of_run(v)), kNvOuter), 6);
-  s = s < 0x1p-9f ? 0x1p-9f : s;
+  float s = fdiv(fdiv(bits_float(peak_of_run(v)), kNvFp4TokenScale), kE2m1Max);
+  s = s < kE4m3Min ? kE4m3Min : s;
   const uint32_t byte = to_e4m3(s);
-  const float scale = fmul(from_e4m3(byte), kNvOuter);
+  const float scale = fmul(from_e4m3(byte), kNvFp4TokenScale);
   DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fdiv(v[i], scale);
   return byte;
 }
@@ -267,10 +259,12 @@ DTQ_DEV float over_lanes(float x, int lanes, bool most) {
 }
 
 // Rounds to an integer, |x| < 2^22, ties to even.
-DTQ_DEV float integer(float x) { return (x + 12582912.0f) - 12582912.0f; }
+DTQ_DEV float integer(float x) { return (x + kRoundToInt) - kRoundToInt; }
 
 // A scale as bfloat16 keeps it, at least 1e-30.
-DTQ_DEV float stored_scale(float s) { return bf16_to_float(float_to_bf16(s < 1e-30f ? 1e-30f : s)); }
+DTQ_DEV float stored_scale(float s) {
+  return bf16_to_float(float_to_bf16(s < kMinGroupScale ? kMinGroupScale : s));
+}
 
 // Integers of `bits` bits with a scale, and a zero, for each group of `lanes` threads.
 DTQ_DEV void round_integers(int bits, int lanes, bool asymmetric, float (&v)[kRun]) {
@@ -306,40 +300,41 @@ DTQ_DEV float on_grid(float x, float least, float top, float step) {
   float size = fabsf(x);
   size = size > top ? top : size;
   const float below = bits_float(float_bits(size < least ? least : size) & 0x7f800000);
-  const float magic = fmul(below, step * 12582912.0f), level = (size + magic) - magic;
+  const float magic = fmul(below, step * kRoundToInt), level = (size + magic) - magic;
   return float_bits(x) >> 31 ? -level : level;
 }
 
-DTQ_DEV float on_e2m1(float x) { return on_grid(x, 1, 6, 0.5f) + 0.0f; }  // -0 becomes 0
+DTQ_DEV float on_e2m1(float x) { return on_grid(x, kE2m1MinNormal, kE2m1Max, kE2m1Step) + 0.0f; }  // -0 becomes 0
 
 // The scale of the whole row, from the bits of its largest magnitude.
 DTQ_DEV float fp4_peak(uint32_t peak) {
   const float p = bits_float(peak);
-  return p < 1e-30f ? 1e-30f : p;
+  return p < kMinGroupScale ? kMinGroupScale : p;
 }
 
 DTQ_DEV float fp4_row_scale(const Rows& r, uint32_t peak) {
   if (peak >= 0x7f800000) return bits_float(0x7fc00000);
-  return r.output == kNvRow ? fmul(kNvOuter, fp4_peak(peak)) : 1;
+  return r.output == kNvRow ? fmul(kNvFp4TokenScale, fp4_peak(peak)) : 1;
 }
 
 // A run as the format leaves it; all lanes come here, those beyond the row as well.
 DTQ_DEV void round_run(const Rows& r, uint32_t peak, float (&v)[kRun]) {
-  if (r.rounding == kInt4G64) return round_integers(4, 4, false, v);
-  if (r.rounding == kInt4AsymG64) return round_integers(4, 4, true, v);
-  if (r.rounding == kInt8AsymG128) return round_integers(8, 8, true, v);
-  if (r.rounding == kFp8Row) {
-    const float scale = fdiv(bits_float(peak), 448), divisor = scale == 0 ? bits_float(0x7f800000) : scale;
+  if (r.rounding == kRoundInt4G64) return round_integers(4, 4, false, v);
+  if (r.rounding == kRoundInt4AsymG64) return round_integers(4, 4, true, v);
+  if (r.rounding == kRoundInt8AsymG128) return round_integers(8, 8, true, v);
+  if (r.rounding == kRoundFp8Row) {
+    const float scale = fdiv(bits_float(peak), kE4m3Max);
+    const float divisor = scale == 0 ? bits_float(0x7f800000) : scale;
     DTQ_UNROLL for (int i = 0; i < kRun; i++)
-      v[i] = fmul(on_grid(fdiv(v[i], divisor), 0x1p-6f, 448, 0.125f), scale);
+      v[i] = fmul(on_grid(fdiv(v[i], divisor), kE4m3MinNormal, kE4m3Max, kE4m3Step), scale);
     return;
   }
-  const bool nv = r.rounding == kNvFp4Blocks;
+  const bool nv = r.rounding == kRoundNvFp4;
   float scale, whole = 1;
   if (nv) {
     whole = fp4_peak(peak);
     DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fdiv(v[i], whole);
-    scale = fmul(from_e4m3(nv_scale(v)), kNvOuter);
+    scale = fmul(from_e4m3(nv_scale(v)), kNvFp4TokenScale);
   } else {
     scale = bits_float(mx_scale(v) << 23);
   }

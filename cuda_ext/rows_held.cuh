@@ -72,7 +72,7 @@ DTQ_KERNEL void DTQ_BOUNDS(kHeldThreads, 1) held_rows_kernel(const DTQ_CONSTANT 
   }
   uint32_t packed[4];
   if (r.output == kE2m1) {
-    const float scale = fdiv(bits_float(peak), 6);
+    const float scale = fdiv(bits_float(peak), kE2m1Max);
     doubled_levels(scale == 0 ? bits_float(0x7f800000) : scale, v, packed);
     if (k < r.width) write_codes(r, row, k, packed);
     if (tid() == 0) stg(r.scale + row, fmul(scale, 0.5f));

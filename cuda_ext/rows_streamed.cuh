@@ -125,7 +125,7 @@ DTQ_KERNEL void DTQ_BOUNDS(kStreamedThreads, 1) streamed_rows_kernel(const DTQ_C
       if (!r.fixed) peak = largest(peak, words);
       if (r.output == kInt8) q = quantizer(r, peak);
       else if (r.output >= kNvRow) q.scale = fp4_row_scale(r, peak);
-      else q.scale = r.fixed ? stored_scale(r) : fdiv(bits_float(peak), r.output == kE2m1 ? 6 : 448);
+      else q.scale = r.fixed ? stored_scale(r) : fdiv(bits_float(peak), r.output == kE2m1 ? kE2m1Max : kE4m3Max);
       divisor = q.scale == 0 ? bits_float(0x7f800000) : q.scale;
       if (tid() == 0) stg(r.scale + row, r.output == kE2m1 ? fmul(q.scale, 0.5f) : q.scale);
     }

@@ -3,9 +3,9 @@
 #pragma once
 #include <stdint.h>
 
-namespace dtq {
+#include "../common_ext/float_types.h"
 
-enum Float { kFloat32, kBFloat16, kFloat16 };
+namespace dtq {
 
 using Stream = void*;  // a cudaStream_t
 

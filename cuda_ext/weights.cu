@@ -8,7 +8,7 @@ namespace {
 
 // What a run of 16 columns takes in the file; 3 and 6 bits are read as 16-bit words.
 int run_alignment(const Weight& w) {
-  const int bytes = w.codes == kWords ? kRun / w.vector * w.bits / 8 : kRun * w.bits / 8;
+  const int bytes = w.encoding == kWords ? kRun / w.vector * w.bits / 8 : kRun * w.bits / 8;
   return bytes == 6 ? 2 : bytes == 12 ? 4 : bytes;
 }
 
@@ -19,29 +19,29 @@ int plan(const Weight& w, WeightPlan& p) {
   p.shift = 31;
   if (w.rows < 0 || w.columns < 0 || w.groups < 0) return kBadWeight;
   if (w.rows >> 31 || w.columns >> 31 || w.rows * w.groups >> 31) return kUnsupported;
-  if (w.codes == kTrits) {
+  if (w.encoding == kTrits) {
     p.row_bytes = w.columns / 5;
     if (w.columns % 5 && !w.tail) return kBadWeight;
   } else {
-    const int vector = w.codes == kWords ? w.vector : 1;
+    const int vector = w.encoding == kWords ? w.vector : 1;
     if (vector < 1 || w.columns % vector || w.columns / vector * w.bits % 8) return kBadWeight;
     p.row_bytes = w.columns / vector * w.bits / 8;
   }
-  if (w.codes != kWords) {
+  if (w.encoding != kWords) {
     if (w.groups < 1 || w.columns % w.groups) return kBadWeight;
     p.group = (int)(w.columns / w.groups);
     if (w.groups > 1) {
       if (p.group % kRun) return kBadGroup;
       p.shift = p.group & (p.group - 1) ? -1 : __builtin_ctz((unsigned)p.group);
     }
-    if (w.scale_type == kNoScale && w.codes != kTwoLevel) return kBadWeight;
+    if (w.scale_type == kNoScale && w.encoding != kTwoLevel) return kBadWeight;
   }
-  const int aligned = w.codes == kTrits ? 1 : run_alignment(w);
-  p.whole = w.codes != kTrits && (uintptr_t)w.weight % aligned == 0 && p.row_bytes % aligned == 0;
+  const int aligned = w.encoding == kTrits ? 1 : run_alignment(w);
+  p.whole = w.encoding != kTrits && (uintptr_t)w.weight % aligned == 0 && p.row_bytes % aligned == 0;
   return kOk;
 }
 
-template <Codes kCodes, int kBits>
+template <Encoding kEncoding, int kBits>
 struct Decoder {
   static int dequantize(const DecodePlan& p, Stream stream) {
     Shape shape;
@@ -50,8 +50,8 @@ struct Decoder {
     if (blocks >> 31) return kUnsupported;
     shape.grid.x = (unsigned)blocks;
     shape.threads = kDecodeThreads;
-    shape.shared = kCodes == kTable ? 64 : 0;
-    return launch(decode_kernel<kCodes, kBits>, shape, stream, p);
+    shape.shared = kEncoding == kTable ? 64 : 0;
+    return launch(decode_kernel<kEncoding, kBits>, shape, stream, p);
   }
 
   static int few(FewPlan& p, Stream stream) {
@@ -60,7 +60,7 @@ struct Decoder {
     shape.threads = kWarps * 32;
     shape.shared = (16 + kWarps * kFewTokens * kRowsTile) * 4;
     for (p.first = 0; p.first < p.f.tokens; p.first += kFewTokens) {
-      const int status = launch(few_kernel<kCodes, kBits>, shape, stream, p);
+      const int status = launch(few_kernel<kEncoding, kBits>, shape, stream, p);
       if (status != kOk) return status;
     }
     return kOk;
@@ -70,7 +70,7 @@ struct Decoder {
 // Calls `run` with the decoder of a weight: every kind of codes that a format has.
 template <class Run>
 int with_decoder(const Weight& w, Run run) {
-  switch (w.codes * 16 + w.bits) {
+  switch (w.encoding * 16 + w.bits) {
     case kAffine * 16 + 2: return run(Decoder<kAffine, 2>());
     case kAffine * 16 + 3: return run(Decoder<kAffine, 3>());
     case kAffine * 16 + 4: return run(Decoder<kAffine, 4>());
@@ -108,7 +108,7 @@ int launch_dequantize(const Weight& w, void* out, Float type, Stream stream) {
 }
 
 int launch_expand(const Weight& w, int8_t* out, Stream stream) {
-  if (w.codes != kTwoLevel || w.scale_type != kNoScale) return kBadWeight;
+  if (w.encoding != kTwoLevel || w.scale_type != kNoScale) return kBadWeight;
   DecodePlan p = {};
   p.out = out;
   p.integers = true;

@@ -127,15 +127,15 @@ DTQ_DEV float scale_of(const Weight& w, uint32_t bits) {
 // The 16 entries of a kTable format as every thread of the block reads them; `shared` holds 16 floats
 // for kTable, else nothing. Every thread of the block calls it.
 DTQ_DEV void share_table(const Weight& w, float* shared) {
-  if (w.codes != kTable) return;
+  if (w.encoding != kTable) return;
   if (tid() < (1 << w.bits)) sts(shared + tid(), w.table ? ldg(w.table + tid()) : w.levels[tid()]);
   sync_threads();
 }
 
 // A run as it is loaded; loads are issued long before they are used.
-template <Codes kCodes, int kBits>
+template <Encoding kEncoding, int kBits>
 struct Run {
-  static constexpr int kVector = kCodes != kWords ? 1 : kBits == 8 ? 4 : 2;
+  static constexpr int kVector = kEncoding != kWords ? 1 : kBits == 8 ? 4 : 2;
   static constexpr int kBytes = kRun / kVector * kBits / 8;
   uint32_t words[(kBytes + 3) / 4];
   uint32_t scale;  // bits
@@ -143,34 +143,34 @@ struct Run {
 };
 
 // Columns [k, k + 16) of row n, k a multiple of 16; a row or run that is not there gets the scale 0.
-template <Codes kCodes, int kBits>
-DTQ_DEV void fetch(const WeightPlan& p, int64_t n, int64_t k, Run<kCodes, kBits>& run) {
-  using R = Run<kCodes, kBits>;
+template <Encoding kEncoding, int kBits>
+DTQ_DEV void fetch(const WeightPlan& p, int64_t n, int64_t k, Run<kEncoding, kBits>& run) {
+  using R = Run<kEncoding, kBits>;
   const Weight& w = p.w;
   DTQ_UNROLL for (int i = 0; i < (R::kBytes + 3) / 4; i++) run.words[i] = 0;
   run.scale = 0;
   run.zero = 0;
   if (n >= w.rows || k >= w.columns) return;
   const uint8_t* row = w.weight + n * p.row_bytes;
-  if constexpr (kCodes == kTrits) run.words[0] = read_trits(w, row, n, k);
+  if constexpr (kEncoding == kTrits) run.words[0] = read_trits(w, row, n, k);
   else read_bytes<R::kBytes>(row, k / R::kVector * kBits / 8, p.row_bytes, p.whole, run.words);
   const int group = p.shift < 0 ? (int)k / p.group : (int)k >> p.shift;
   const int at = (int)n * (int)w.groups + group;  // the host has made sure that there are fewer
-  const bool by_row = kCodes == kTwoLevel || kCodes == kWords;
+  const bool by_row = kEncoding == kTwoLevel || kEncoding == kWords;
   run.scale = scale_bits(w, by_row ? (int)n : at);
-  if constexpr (kCodes == kAffine) {
+  if constexpr (kEncoding == kAffine) {
     if (w.zero) run.zero = ldg((const uint8_t*)w.zero + at);
     else run.zero = (uint32_t)w.offset;
   }
-  if constexpr (kCodes == kTwoLevel) run.zero = ldg(w.group_bytes + at);
+  if constexpr (kEncoding == kTwoLevel) run.zero = ldg(w.group_bytes + at);
 }
 
 // What a run stands for. Columns beyond the row are 0.
-template <Codes kCodes, int kBits>
-DTQ_DEV void expand(const WeightPlan& p, const Run<kCodes, kBits>& run, int64_t k,
+template <Encoding kEncoding, int kBits>
+DTQ_DEV void expand(const WeightPlan& p, const Run<kEncoding, kBits>& run, int64_t k,
                     const float* table, float (&v)[kRun]) {
-  if constexpr (kCodes == kWords) {
-    constexpr int kVector = Run<kCodes, kBits>::kVector;
+  if constexpr (kEncoding == kWords) {
+    constexpr int kVector = Run<kEncoding, kBits>::kVector;
     DTQ_UNROLL for (int i = 0; i < kRun / kVector; i++) {
       const uint16_t* word = p.w.words + code_at<kBits>(run.words, i) * kVector;
       uint32_t pair[kVector / 2];
@@ -183,18 +183,18 @@ DTQ_DEV void expand(const WeightPlan& p, const Run<kCodes, kBits>& run, int64_t 
       DTQ_UNROLL for (int j = 0; j < kVector; j++)
         v[i * kVector + j] = bf16_to_float((uint16_t)(pair[j / 2] >> j % 2 * 16));
     }
-  } else if constexpr (kCodes == kTwoLevel) {
+  } else if constexpr (kEncoding == kTwoLevel) {
     const int scale2 = (int)(run.zero >> kBits) + 1, zero = (int)(run.zero & ((1 << kBits) - 1));
     DTQ_UNROLL for (int i = 0; i < kRun; i++)  // wraps as int8 does
       v[i] = int_to_float((int8_t)(((int)code_at<kBits>(run.words, i) - zero) * scale2));
-  } else if constexpr (kCodes == kAffine || kCodes == kTrits) {
-    const int zero = kCodes == kTrits ? 1 : (int8_t)run.zero + (kBits == 8 ? 128 : 0);
+  } else if constexpr (kEncoding == kAffine || kEncoding == kTrits) {
+    const int zero = kEncoding == kTrits ? 1 : (int8_t)run.zero + (kBits == 8 ? 128 : 0);
     const float base = kBase + int_to_float(zero);
     DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = raised_at<kBits>(run.words, i) - base;
   } else {
     DTQ_UNROLL for (int i = 0; i < kRun; i++) {
       const uint32_t code = code_at<kBits>(run.words, i);
-      v[i] = kCodes == kTable ? lds<float>(table + code) : from_e4m3(code);
+      v[i] = kEncoding == kTable ? lds<float>(table + code) : from_e4m3(code);
     }
   }
   const float scale = scale_of(p.w, run.scale);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/results.md and docs/frontier.png from what ``scripts/results.py`` measured.
+"""Write docs/results.md and docs/frontier.png from the measurements of ``scripts/results.py``.
 
 python scripts/results_page.py --out .results --date 2026-11-21
 """
@@ -19,16 +19,19 @@ Found = dict[str, dict[str, dict]]
 
 PAGE = """# Results
 
-Every figure with its command and conditions. Relative squared error, `|q - f|^2 / |f|^2`, of the transformer's output
-on the float run's own inputs (teacher-forced), mean over 20 steps, both branches of guidance.
+Every number on this page comes with its command and conditions. "Error" is the relative squared error
+`|q - f|^2 / |f|^2` of the transformer's output on the inputs of the float run (teacher-forced), mean over 20
+steps, both branches of guidance.
 
 ## Recipes of dtq, methods of the papers, other libraries
 
-`make results` (`scripts/results.py`, then `scripts/results_page.py`, defaults): 16 pictures of seed 1000, 20 DDIM steps, guidance
-4; calibration on 64 pictures of seed 0, one set of statistics for all rows; every row of a column sees the same recorded
-inputs, in a process of its own. {date}, torch {torch} CPU, float32, one thread a row on 2 shared cores that had other
-work: times are upper bounds, good for orders of magnitude. torchao 0.18, optimum-quanto 0.2.7, bitsandbytes 0.50.
-`demo-outliers` is the same function with outliers ([demo.md](demo.md)).
+`make results` (`scripts/results.py`, then `scripts/results_page.py`, with defaults) measures these tables.
+Evaluation: 16 images of seed 1000, 20 DDIM steps, guidance 4. Calibration: 64 images of seed 0, one set of
+statistics for all rows. All rows of a column use the same recorded inputs, each in a separate process.
+Conditions: {date}, torch {torch} CPU, float32, one thread per row on 2 shared cores that had other work; the
+times are therefore upper bounds and only give orders of magnitude. torchao 0.18, optimum-quanto 0.2.7,
+bitsandbytes 0.50. `demo-outliers` computes the same function as `demo`, with activation outliers
+([demo.md](demo.md)).
 
 ### Recipes of dtq
 
@@ -48,40 +51,57 @@ work: times are upper bounds, good for orders of magnitude. torchao 0.18, optimu
 
 ![error against bits](frontier.png)
 
-Bits: stored bits per weight of the attention and feed-forward linears, all metadata counted. PSNR: median over 16
-same-seed pictures. FID: domain FID between those pictures and the float model's, 16 on each side: a rough figure. Time
-and memory: quantizing alone, statistics given; memory is the peak above what the process held before. The papers' methods
-run as [docs/methods](methods/README.md) describes them, repaired where their code departs; those that keep modulation in
-float have that advantage over dtq's rows, whose modulation is 8-bit. The other libraries keep it in float too; their scales
-are counted in the dtype they hold here (float32; in bfloat16 torchao would be at 4.38, quanto at 4.25).
+The columns are:
 
-Error of `w4a8` over that of the methods at its bits or more, on `demo`: {above}. Over those at 4 bits or more but below it:
-{below}. A width of 256 makes row scales dear: 0.125 bits. `w4a8-hq` over `w4a8`: {hq} (demo), {hq_hard} (demo-outliers).
-Below 4 bits: {low}. What `{two}` has over vq4dit is a bfloat16 scale
-for each channel of the input, 16 / N bits: 0.05 here, 0.005 at N = 3072.
+- Bits: stored bits per weight of the attention and feed-forward linears, with all metadata.
+- PSNR: median over 16 same-seed images.
+- FID: domain FID between those images and the images of the float model, 16 on each side, hence a rough
+  number.
+- Time and memory: of the quantization only, with statistics given. Memory is the peak above the memory that
+  the process used before.
+
+The methods of the papers run as [docs/methods](methods/README.md) describes them, with corrections where
+their published code differs from the paper. Methods that leave modulation unquantized have that advantage
+over dtq's rows, whose modulation is 8-bit. The other libraries leave it unquantized too. Their scales are
+counted in the dtype that they have here (float32; in bfloat16, torchao would be at 4.38 bits and quanto at
+4.25).
+
+Error of `w4a8` divided by that of the papers' methods with at least as many bits, on `demo`: {above}. Divided
+by that of the methods with 4 bits or more, but fewer than `w4a8`: {below}. With 256 input channels, a 32-bit
+scale per output channel costs 0.125 bits per weight. Error of `w4a8-hq` divided by that of `w4a8`: {hq}
+(demo), {hq_hard} (demo-outliers). Errors below 4 bits: {low}. In addition to what vq4dit stores, `{two}`
+stores a bfloat16 scale per input channel, 16 / N bits per weight: 0.05 here, 0.005 at N = 3072.
 
 ## Claims of the papers, checked on `demo`
 
 {claims}
 
-Rows of one table differ a little when only the random signs of the rotation change: {signs}. Differences of that size say nothing: a claim
-holds, or does not, where the errors differ by more than 5 %.
+The errors in one table differ slightly if only the random signs of the rotation change: {signs}. Differences
+of that size are not significant. A claim counts as true or false only if the errors differ by more than 5 %.
 {missing}
 ## Targets
 
-| target | asked | measured: demo | measured: demo-outliers |
+The targets are ratios of errors, and bits per weight.
+
+| target | required | measured: demo | measured: demo-outliers |
 | --- | --- | ---: | ---: |
 {targets}
 
-The transform search judges input by input, and the sum is only seen at the output; so `w4a8` solves the whole model with
-rotation alone as well and keeps what errs least on 24 recorded calls of the float model (`compare: [hadamard]`).
+The search picks a transform for each input group separately, and the combined effect is visible only at the
+output of the model. `w4a8` therefore also quantizes the whole model with rotation only, and keeps the version
+with the lower output error on 24 recorded calls of the float model (`transform_candidates: [hadamard]`).
 
-`tests/test_checkpoint.py::test_the_file_has_exactly_the_bytes_that_the_plan_said` holds every recipe's file to the byte to
-what `dtq plan` said.
+`tests/test_checkpoint.py` checks for every recipe that the file has exactly the number of bytes that
+`dtq plan` predicts.
 
 ## Not measured
 
-GPU speed and memory; weights of real text-to-image models.
+- Everything on a GPU, because no kernel of dtq has run on one: the targets T1 to T12 of `make gpu` (GEMMs
+  over cuBLAS, 4-bit over 8-bit weights, few tokens, quantization passes compared with a copy, a stack of FLUX
+  blocks compared with compiled bfloat16), FP4 on sm_120, the gain from `backend="dtq"`, and memory. The table
+  of the GPU dispatcher is a model ([kernels.md](kernels.md)).
+- Speed on a CPU with AMX, or on Arm.
+- Weights of real text-to-image models.
 """
 
 
@@ -115,21 +135,21 @@ class Numbers:
 
 
 def target_rows(n: Numbers) -> list[str]:
-    """The targets, what was asked, what was measured."""
+    """Rows of the target table: label, required value, measured values."""
     rows = [
-        (f"w4a8 against {b}", asked, n.ratio("w4a8", b), n.ratio("w4a8", b, "demo-outliers"))
+        (f"w4a8 over {b}", asked, n.ratio("w4a8", b), n.ratio("w4a8", b, "demo-outliers"))
         for b, asked in (
             ("torchao-w4a8", "<= 0.4 (demo)"),
             ("quanto-int4", "<= 0.4 (demo)"),
-            ("rtn-w4a8", "<= 0.03 (hard)"),
+            ("rtn-w4a8", "<= 0.03 (demo-outliers)"),
         )
     ]
     easy, hard = n.error("w4a8"), n.error("w4a8", "demo-outliers")
     if easy and hard:
-        rows.append(("w4a8, hard against plain", "<= 1.5", "", f"{hard / easy:.2f}"))
+        rows.append(("w4a8, demo-outliers over demo", "<= 1.5", "", f"{hard / easy:.2f}"))
     rows.append(
         (
-            "w8a8 against w4a8",
+            "w8a8 over w4a8",
             "<= 0.2",
             n.ratio("w8a8", "w4a8"),
             n.ratio("w8a8", "w4a8", "demo-outliers"),
@@ -142,7 +162,7 @@ def target_rows(n: Numbers) -> list[str]:
         mine = n.error("w4a8", model)
         whole = len(errors) == len(alone) and mine
         cells.append(f"{mine / min(errors):.3f}" if whole else "not run")
-    rows.append(("w4a8 against the best of none, smoothing, rotation", "<= 1", *cells))
+    rows.append(("w4a8 over the best of no transform, smoothing, rotation", "<= 1", *cells))
     gemm = [f"{n.found[m]['w4a8']['bits']:.2f}" for m in results.MODELS]
     rows.append(("attention and feed-forward bits", "<= 4.6", *gemm))
     rows.append(("modulation bits", "<= 8.4; w4a16 <= 4.4", "8.25; 4.38", ""))

@@ -4,7 +4,7 @@
     python scripts/scaling.py
 
 ``dtq quantize`` and ``dtq sample`` share units and batches; ``dtq.parallel`` cuts every layer of one
-forward in two, of four FLUX-shaped blocks 1,536 wide. One process and two take num_rotations.
+forward in two, of four FLUX-shaped blocks 1,536 wide. One process and two alternate.
 """
 
 from __future__ import annotations

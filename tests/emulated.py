@@ -59,7 +59,7 @@ _KEPT: list[torch.library.Library] = []  # a library goes with its last referenc
 
 def _built() -> Path:
     sources, home = folder("cuda_ext"), Path(torch.__file__).parent
-    files = [*nvcc.sources(sources), *(sources / "sim").iterdir()]
+    files = [*nvcc.sources(sources), *compiler.common(sources), *(sources / "sim").iterdir()]
     key = compiler.digest(files, torch.__version__, FLAGS)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtq"
     target = base / f"dtq_sim-{key}.so"

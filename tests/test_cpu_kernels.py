@@ -370,7 +370,7 @@ def test_opcheck(isa):
 
 def test_operands_that_do_not_fit_are_refused(isa):
     codes, one = int8(3, 64), torch.ones
-    with pytest.raises(RuntimeError, match="do not fit the weight"):
+    with pytest.raises(RuntimeError, match="does not fit the weight"):
         compiled.w8a8_linear(codes, one(3), int8(5, 63), one(5, 1), None, torch.float32)
     with pytest.raises(RuntimeError, match="one scale per token"):
         compiled.w8a8_linear(codes, one(2), int8(5, 64), one(5, 1), None, torch.float32)
@@ -379,12 +379,12 @@ def test_operands_that_do_not_fit_are_refused(isa):
     with pytest.raises(RuntimeError, match="whole blocks"):
         compiled.quantize_rows(random(2, 96), None, 64, None)
     scales, bin = one(3), torch.tensor([3])
-    with pytest.raises(RuntimeError, match="place 3 of 3 static scales"):
+    with pytest.raises(RuntimeError, match="bin 3 of 3 static scales"):
         compiled.binned_quantize_rows(random(2, 96), None, None, 1, 1, scales, bin)
     for channel in (-1, 96):
         order = torch.arange(96, dtype=torch.int32)
         order[5] = channel
-        with pytest.raises(RuntimeError, match=f"channel {channel} in an order of 96"):
+        with pytest.raises(RuntimeError, match=f"channel {channel} in a permutation of 96"):
             compiled.transform_rows(random(2, 96), None, order, 32, 1)
 
 

@@ -164,7 +164,7 @@ def test_parts_that_do_not_fit_are_refused(isa):
         compiled.dequantize(given, names, name, 64, torch.float32)
     with pytest.raises(RuntimeError, match="lacks weight_scale"):
         compiled.dequantize(given[:1], ["weight"], name, 128, torch.float32)
-    with pytest.raises(RuntimeError, match="has no part more"):
+    with pytest.raises(RuntimeError, match="has no tensor more"):
         compiled.dequantize([*given, given[0]], [*names, "more"], name, 128, torch.float32)
 
 

@@ -74,7 +74,7 @@ class Rows(Structure):
 
 class Weight(Structure):
     _fields_ = [
-        ("codes", c_int),
+        ("encoding", c_int),
         ("bits", c_int),
         ("rows", c_int64),
         ("columns", c_int64),
@@ -434,25 +434,25 @@ def stored(fmt, parts):
         kinds = {torch.float32: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3, torch.uint8: 4}
         w.scale, w.scale_type, w.groups = address(scale), kinds[scale.dtype], scale.shape[1]
     if isinstance(fmt, Int):
-        w.codes, w.bits, w.zero = 0, fmt.bits, address(parts.get("weight_zero_point"))
+        w.encoding, w.bits, w.zero = 0, fmt.bits, address(parts.get("weight_zero_point"))
         w.offset = 0 if fmt.bits == 8 else 2 ** (fmt.bits - 1)
     elif isinstance(fmt, TwoLevelInt):
-        w.codes, w.bits = 5, fmt.bits
+        w.encoding, w.bits = 5, fmt.bits
         w.group_bytes, w.groups = address(parts["weight_scale_2"]), parts["weight_scale_2"].shape[1]
     elif isinstance(fmt, Grid | NvFp4 | MxFp4):
         values = fmt.levels.values if isinstance(fmt, Grid) else FORMATS["e2m1-row"].levels.values
-        w.codes, w.levels = 1, (c_float * 16)(*values)
+        w.encoding, w.levels = 1, (c_float * 16)(*values)
         w.scale_2 = address(parts.get("weight_scale_2"))
     elif isinstance(fmt, Lut):
-        w.codes, w.bits, w.table = 1, fmt.bits, address(parts["weight_lut"])
+        w.encoding, w.bits, w.table = 1, fmt.bits, address(parts["weight_lut"])
     elif isinstance(fmt, Vq):
-        w.codes, w.bits, w.words = 3, fmt._bits, address(parts["weight_lut"])
+        w.encoding, w.bits, w.words = 3, fmt._bits, address(parts["weight_lut"])
         w.vector = fmt.vector
     elif isinstance(fmt, Ternary):
-        w.codes, w.bits, w.offset = (4, 2, 0) if fmt.trits else (0, 2, 1)
+        w.encoding, w.bits, w.offset = (4, 2, 0) if fmt.trits else (0, 2, 1)
         w.tail = address(parts.get("weight_tail"))
     else:
-        w.codes, w.bits = 2, 8
+        w.encoding, w.bits = 2, 8
     return w
 
 
@@ -589,7 +589,7 @@ def test_weights_at_odd_addresses(library):
 
 def test_what_weights_are_refused(library):
     parts = packed(FORMATS["int4-row"], 4, 64)
-    for change in ({"bits": 5}, {"columns": 63}, {"groups": 7}, {"scale_type": 0}, {"codes": 3}):
+    for change in ({"bits": 5}, {"columns": 63}, {"groups": 7}, {"scale_type": 0}, {"encoding": 3}):
         weight = stored(FORMATS["int4-row"], parts)
         weight.rows, weight.columns = 4, 64
         for field, value in change.items():

@@ -28,7 +28,7 @@ WHERE = {  # of the ink: how it goes from the first frame to the last, in x, y a
     "moves down": (0, 1, 0),
     "grows": (0, 0, 1),
     "shrinks": (0, 0, -1),
-    "num_rotations": (0, 0, 0),
+    "turns": (0, 0, 0),
     "stands still": (0, 0, 0),
 }
 

@@ -72,7 +72,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_that_pages_name_exist(page):
     for name in re.findall(
-        r"`((?:dtq|tests|recipes|calibration|docs|cuda_ext|cpu_ext)/[\w/.-]+\.\w+)",
+        r"`((?:dtq|tests|recipes|calibration|docs|cuda_ext|cpu_ext|common_ext)/[\w/.-]+\.\w+)",
         page.read_text(),
     ):
         assert (ROOT / name).exists(), f"{page.name}: {name}"

@@ -33,9 +33,8 @@ def test_every_package_is_listed():
         ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "dtq").rglob("__init__.py")
     }
     data = ("recipes", "calibration", "gate", "cpu_ext", "cuda_ext")
-    assert found | {f"dtq._{name}" for name in data} == set(
-        project["tool"]["setuptools"]["packages"]
-    )
+    found |= {"dtq.common_ext", *(f"dtq._{name}" for name in data)}
+    assert found == set(project["tool"]["setuptools"]["packages"])
 
 
 def wheel(tmp_path, **variables) -> Path:
@@ -65,6 +64,8 @@ def test_the_wheel_has_everything(tmp_path):
         assert f"dtq/_cpu_ext/{path.name}" in names
     for path in nvcc.sources(folder("cuda_ext")):
         assert f"dtq/_cuda_ext/{path.name}" in names
+    for path in (ROOT / "common_ext").iterdir():
+        assert f"dtq/common_ext/{path.name}" in names
     assert not any(name.endswith(".so") for name in names)
 
 

@@ -34,17 +34,17 @@ struct Aligned {
 // The product, as the glue carries it out; `out` and its type are set.
 void run(const dtq::Kernels& kernels, dtq::Linear g) {
   Aligned packed, sums, panel;
-  const int64_t blocks = (g.tokens + dtq::kTokens - 1) / dtq::kTokens;
-  const int64_t tokens = blocks * dtq::kTokens + dtq::kFew;
-  g.packed = packed.get(tokens * g.steps * dtq::kStep * kernels.code_bytes);
+  const int64_t blocks = (g.tokens + dtq::kBlockTokens - 1) / dtq::kBlockTokens;
+  const int64_t tokens = blocks * dtq::kBlockTokens + dtq::kSmallM;
+  g.packed = packed.get(tokens * g.steps * dtq::kStep * kernels.x_bytes);
   g.section_sums = (int32_t*)sums.get(tokens * g.sections * 4);
-  if (g.tokens <= dtq::kFew) {
-    kernels.pack_few(g);
-    kernels.multiply_few(g, 0, g.rows);
+  if (g.tokens <= dtq::kSmallM) {
+    kernels.pack_small_m(g);
+    kernels.multiply_small_m(g, 0, g.rows);
   } else {
     kernels.pack(g, 0, blocks);
     void* scratch = panel.get(dtq::scratch_bytes(kernels, g, blocks));
-    kernels.multiply(g, 0, blocks, 0, (g.rows + dtq::kRows - 1) / dtq::kRows, scratch);
+    kernels.multiply(g, 0, blocks, 0, (g.rows + dtq::kPanelRows - 1) / dtq::kPanelRows, scratch);
   }
 }
 
@@ -62,7 +62,7 @@ std::vector<float> expected(const dtq::Linear& g, const Case& c) {
       for (int64_t k = 0; k < c.k; k++) {
         int weight;
         if (c.group) {
-          const uint8_t byte = g.groups[n * g.row_groups + k / c.group];
+          const uint8_t byte = g.group_bytes[n * g.groups_per_row + k / c.group];
           int code = 0;
           for (int i = 0; i < c.bits; i++) {
             const int64_t bit = (n * c.k + k) * c.bits + i;
@@ -72,7 +72,7 @@ std::vector<float> expected(const dtq::Linear& g, const Case& c) {
         } else {
           weight = g.weight[n * c.k + k];
         }
-        sum += weight * g.codes[t * c.k + k];
+        sum += weight * g.x_q[t * c.k + k];
       }
       const volatile float first = (float)sum * g.row_scale[t];  // rounded on its own
       const volatile float second = first * g.weight_scale[n];
@@ -91,16 +91,16 @@ bool product(const dtq::Kernels& kernels, const Case& c) {
   dtq::Linear g = {};
   g.tokens = c.m, g.rows = c.n, g.columns = c.k;
   g.steps = (c.k + dtq::kStep - 1) / dtq::kStep;
-  g.codes = codes.data(), g.weight = weight.data();
+  g.x_q = codes.data(), g.weight = weight.data();
   g.row_scale = row_scale.data(), g.weight_scale = weight_scale.data(), g.bias = bias.data();
   g.sections = 1;
-  g.row_groups = 1, g.group = c.k, g.group_bits = 62;
+  g.groups_per_row = 1, g.group_size = c.k, g.group_shift = 62;
   g.bits = c.group ? c.bits : 8;
-  g.levels = dtq::levels_of_bits(g.bits);
+  g.byte_codebooks = dtq::byte_codebooks(g.bits);
   if (c.group) {
-    g.groups = groups.data();
-    g.row_groups = c.k / c.group, g.group = c.group;
-    g.group_bits = c.group < 16 ? -1 : __builtin_ctzll(c.group);
+    g.group_bytes = groups.data();
+    g.groups_per_row = c.k / c.group, g.group_size = c.group;
+    g.group_shift = c.group < 16 ? -1 : __builtin_ctzll(c.group);
   }
   g.out = out.data();
   g.type = dtq::kFloat32;
@@ -115,8 +115,8 @@ bool rows(const dtq::Kernels& kernels) {
   std::vector<float> scale(m), row(2 * 208);
   dtq::Rows q = {};
   q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
-  q.block = 1, q.turns = 1, q.unit = 1, q.levels = 127;
-  q.codes = codes.data(), q.scale = scale.data();
+  q.hadamard_block = 1, q.num_rotations = 1, q.hadamard_scale = 1, q.qmax = 127;
+  q.x_q = codes.data(), q.scale = scale.data();
   kernels.quantize(q, 0, m, row.data());
   for (int64_t t = 0; t < m; t++) {
     float peak = 0;
@@ -132,9 +132,9 @@ bool decoded(const dtq::Kernels& kernels) {
   const int64_t n = 5, k = 96;
   const auto weight = draw<int8_t>(n * k / 2, -128, 127);
   const auto scale = draw<float>(n, 1, 9);
-  std::vector<float> out(n * k), scratch(dtq::kScratch);
+  std::vector<float> out(n * k), scratch(dtq::kDecodeScratch);
   dtq::Decode d = {};
-  d.weight.codes = dtq::kAffine, d.weight.bits = 4, d.weight.offset = 8;
+  d.weight.encoding = dtq::kAffine, d.weight.bits = 4, d.weight.offset = 8;
   d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k / 2, d.weight.groups = 1;
   d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + n * k / 2;
   d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data(), d.weight.finite = true;
@@ -154,16 +154,16 @@ bool alike(const dtq::Kernels& kernels) {
   const auto scale = draw<float>(n, 1, 9), x = draw<float>(n * k, -400, 400);
   bool same = true;
   for (dtq::Float type : {dtq::kFloat32, dtq::kBFloat16, dtq::kFloat16}) {
-    std::vector<float> decoded[2], bent[2], scratch(dtq::kScratch);
+    std::vector<float> decoded[2], bent[2], scratch(dtq::kDecodeScratch);
     for (int i = 0; i < 2; i++) {
       const dtq::Kernels& by = i ? kernels : dtq::portable;
       decoded[i].assign(n * k, 0), bent[i].assign(n * k, 0);
       dtq::Decode d = {};
-      d.weight.codes = dtq::kTable, d.weight.bits = 4;
+      d.weight.encoding = dtq::kTable, d.weight.bits = 4;
       d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k / 2, d.weight.groups = 1;
       d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + n * k / 2;
       d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data();
-      for (int level = 0; level < 16; level++) d.weight.levels[level] = (level - 7) / 3.0f;
+      for (int level = 0; level < 16; level++) d.weight.codebook[level] = (level - 7) / 3.0f;
       d.weight.finite = true;
       d.type = type, d.out = decoded[i].data();
       by.decode(d, 0, n, scratch.data());
@@ -182,19 +182,19 @@ bool alike(const dtq::Kernels& kernels) {
       turned[i].assign(n * k, 0);
       dtq::Rows q = {};
       q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
-      q.order = order.data(), q.block = block, q.turns = 2, q.unit = 0.3f;
+      q.perm = order.data(), q.hadamard_block = block, q.num_rotations = 2, q.hadamard_scale = 0.3f;
       q.out = turned[i].data();
       (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
     }
     same = same && turned[0] == turned[1];
-    for (auto rounding : {dtq::kInt4G64, dtq::kInt4AsymG64, dtq::kInt8AsymG128, dtq::kFp8Row,
-                          dtq::kNvFp4, dtq::kMxFp4}) {
+    for (auto rounding : {dtq::kRoundInt4G64, dtq::kRoundInt4AsymG64, dtq::kRoundInt8AsymG128, dtq::kRoundFp8Row,
+                          dtq::kRoundNvFp4, dtq::kRoundMxFp4}) {
       std::vector<uint16_t> halves[2];
       for (int i = 0; i < 2; i++) {
         halves[i].assign(n * k, 0);
         dtq::Rows q = {};
         q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k / 128 * 128;
-        q.block = block, q.turns = 1, q.unit = 0.3f;
+        q.hadamard_block = block, q.num_rotations = 1, q.hadamard_scale = 0.3f;
         q.out = halves[i].data(), q.rounding = rounding, q.out_type = dtq::kBFloat16;
         (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
       }
@@ -206,8 +206,8 @@ bool alike(const dtq::Kernels& kernels) {
       codes[i].assign(n * k, 0);
       dtq::Rows q = {};
       q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
-      q.block = block, q.turns = 1, q.unit = 0.3f;  // levels 0: E2M1
-      q.codes = codes[i].data(), q.scale = scale.data();
+      q.hadamard_block = block, q.num_rotations = 1, q.hadamard_scale = 0.3f;  // levels 0: E2M1
+      q.x_q = codes[i].data(), q.scale = scale.data();
       (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
       for (int8_t code : codes[i]) {
         const int size = code < 0 ? -code : code;
@@ -236,18 +236,18 @@ bool pairs(const dtq::Kernels& kernels) {
       std::vector<uint16_t> x(m * line), w(n * k), out(m * n);
       for (int64_t i = 0; i < m * line; i++)  // numbers from 1 to 4 of either sign
         if (i % line < k) x[i] = (uint16_t)(0x3f80 + dice() % 256 + dice() % 2 * 0x8000);
-      std::vector<float> scratch(dtq::kScratch);
+      std::vector<float> scratch(dtq::kDecodeScratch);
       dtq::Decode d = {};
-      d.weight.codes = bits == 8 ? dtq::kAffine : dtq::kTable, d.weight.bits = bits;
+      d.weight.encoding = bits == 8 ? dtq::kAffine : dtq::kTable, d.weight.bits = bits;
       d.weight.rows = n, d.weight.columns = k, d.weight.row_bytes = k * bits / 8, d.weight.groups = 1;
       d.weight.weight = (const uint8_t*)weight.data(), d.weight.end = d.weight.weight + weight.size();
       d.weight.scale_type = dtq::kScaleFloat32, d.weight.scale = scale.data();
-      for (int level = 0; level < 16; level++) d.weight.levels[level] = (level - 7) / 3.0f;
+      for (int level = 0; level < 16; level++) d.weight.codebook[level] = (level - 7) / 3.0f;
       d.weight.finite = true;
       d.type = dtq::kBFloat16, d.out = w.data();
       dtq::portable.decode(d, 0, n, scratch.data());
-      d.out = out.data(), d.x = x.data(), d.tokens = m, d.line = line;
-      kernels.multiply_bfloat(d, 0, n, scratch.data());
+      d.out = out.data(), d.x = x.data(), d.tokens = m, d.x_stride = line;
+      kernels.multiply_bfloat16(d, 0, n, scratch.data());
       for (int64_t t = 0; t < m; t++)
         for (int64_t i = 0; i < n; i++) {
           double want = 0, size = 0;
@@ -268,13 +268,13 @@ bool agrees(const dtq::Kernels& kernels, int problems) {
     dtq::Linear g = {};
     g.tokens = pick(0, 3) ? pick(1, 70) : pick(1, 8), g.rows = pick(1, 70);
     g.bits = pick(0, 1) ? 4 : pick(0, 1) ? 8 : 3;
-    g.levels = dtq::levels_of_bits(g.bits);
+    g.byte_codebooks = dtq::byte_codebooks(g.bits);
     const int kind = g.bits == 3 ? 0 : pick(0, 2);  // two levels or none, tables, sections
     const int groups = pick(1, 5), group = 8 * pick(1, kind == 2 ? 20 : 60);
     g.columns = groups * group;
     g.sections = kind == 2 ? groups : 1;
     g.steps = g.sections * ((g.columns / g.sections + dtq::kStep - 1) / dtq::kStep);
-    g.row_groups = 1, g.group = g.columns, g.group_bits = 62;
+    g.groups_per_row = 1, g.group_size = g.columns, g.group_shift = 62;
 
     const auto codes = draw<int8_t>(g.tokens * g.columns, -128, 127);
     const auto weight = draw<int8_t>(g.rows * g.columns * g.bits / 8, -128, 127);
@@ -283,24 +283,24 @@ bool agrees(const dtq::Kernels& kernels, int problems) {
     const auto zeros = draw<int8_t>(g.rows * groups, -8, 7);
     const auto row_scale = draw<float>(g.tokens, 1, 9), scale = draw<float>(g.rows * groups, 1, 9);
     const auto bias = draw<float>(g.rows, -999, 999);
-    g.codes = codes.data(), g.weight = weight.data(), g.row_scale = row_scale.data();
+    g.x_q = codes.data(), g.weight = weight.data(), g.row_scale = row_scale.data();
     g.weight_scale = scale.data();
     if (kind == 2) {
       g.section_scale = scale.data();
       if (pick(0, 1)) g.section_zero = zeros.data();
       else if (g.bits == 4) g.zero = 8;
     } else if (kind == 1 && g.bits == 4) {
-      g.tables = tables.data();
+      g.codebooks = tables.data();
     } else if (g.bits != 8) {
-      g.groups = bytes.data();
+      g.group_bytes = bytes.data();
     }
-    if (g.tables || g.groups) {
-      g.row_groups = groups, g.group = group;
-      g.group_bits = group < 16 || (group & (group - 1)) ? -1 : __builtin_ctzll(group);
+    if (g.codebooks || g.group_bytes) {
+      g.groups_per_row = groups, g.group_size = group;
+      g.group_shift = group < 16 || (group & (group - 1)) ? -1 : __builtin_ctzll(group);
     }
     if (pick(0, 3)) g.bias = bias.data();
     const auto gate = draw<float>(g.rows, -3, 3), residual = draw<float>(g.tokens * g.rows, -99, 99);
-    g.given = dtq::kFloat32, g.gated = g.tokens;
+    g.gate_type = dtq::kFloat32, g.tokens_per_gate = g.tokens;
     if (pick(0, 2) == 0) g.gate = gate.data(), g.residual = residual.data();
     g.gelu = pick(0, 2) == 0;
     g.type = (dtq::Float)pick(0, 2);
@@ -339,7 +339,7 @@ int main(int count, char** given) {
                           Case{1, 33, 192, 64}, Case{8, 5, 320, 64}, Case{50, 40, 640, 32},
                           Case{1, 33, 192, 64, 3}, Case{8, 5, 328, 8, 3}, Case{50, 40, 640, 32, 3}})
       right = right && product(kernels, c);
-    if (kernels.multiply_bfloat && dtq::has_bfloat16()) right = right && pairs(kernels);
+    if (kernels.multiply_bfloat16 && dtq::has_bfloat16()) right = right && pairs(kernels);
     right = right && agrees(kernels, problems);
     printf("%s %s\n", name, right ? "right" : "WRONG");
     failed |= !right;

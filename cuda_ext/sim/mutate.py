@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent.parent
+COMMON = SOURCES.parent / "common_ext"  # included as ../common_ext
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-w")
 SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
@@ -52,8 +53,10 @@ def faults() -> list[Fault]:
 
 def survives(fault: Fault, work: Path) -> str:
     """Plant the fault in a copy of the sources and run the tests; "" when they noticed."""
-    folder = work / fault.name.replace(" ", "-")
+    parent = work / fault.name.replace(" ", "-")
+    folder = parent / SOURCES.name
     shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(COMMON, parent / COMMON.name)
     path = folder / fault.file
     text = path.read_text()
     if fault.old not in text:
@@ -77,7 +80,7 @@ def survives(fault: Fault, work: Path) -> str:
     except subprocess.TimeoutExpired:
         return ""  # it hangs: noticed
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(parent)
     return "" if done.returncode else "the tests passed"
 
 

@@ -156,16 +156,16 @@ Array<float> plain_grid(const Array<float>& v, const Rows& r) {
   Array<float> out(v.size());
   float peak = 0;
   for (float value : v) peak = std::max(peak, std::fabs(value));
-  const bool nv = r.output == kNvRow || (r.output == kRounded && r.rounding == kNvFp4Blocks);
-  const bool mx = r.output == kMxRow || (r.output == kRounded && r.rounding == kMxFp4Blocks);
-  if (r.output == kE2m1 || (r.output == kRounded && r.rounding == kFp8Row)) {
+  const bool nv = r.output == kNvRow || (r.output == kRounded && r.rounding == kRoundNvFp4);
+  const bool mx = r.output == kMxRow || (r.output == kRounded && r.rounding == kRoundMxFp4);
+  if (r.output == kE2m1 || (r.output == kRounded && r.rounding == kRoundFp8Row)) {
     const bool small = r.output == kE2m1;
     const float scale = peak / (small ? 6.f : 448.f);
     for (int64_t k = 0; k < columns; k++)
       out[k] = peak == 0 ? 0 : nearest_of(small ? e2m1 : e4m3, v[k] / scale) * scale;
     return out;
   }
-  const int64_t group = nv ? 16 : mx ? 32 : r.rounding == kInt8AsymG128 ? 128 : 64;
+  const int64_t group = nv ? 16 : mx ? 32 : r.rounding == kRoundInt8AsymG128 ? 128 : 64;
   for (int64_t start = 0; start < columns; start += group) {
     float low = 0, high = 0, most = 0;
     for (int64_t k = start; k < start + group; k++) {
@@ -180,11 +180,11 @@ Array<float> plain_grid(const Array<float>& v, const Rows& r) {
       } else if (mx) {
         const float scale = most == 0 ? 1 : std::ldexp(1.f, std::ilogb(most) - 2);
         out[k] = nearest_of(e2m1, v[k] / scale) * scale;
-      } else if (r.rounding == kInt4G64) {
+      } else if (r.rounding == kRoundInt4G64) {
         const float scale = as_bf16(most / 7);
         out[k] = std::min(std::max(std::nearbyint(v[k] / scale), -8.f), 7.f) * scale;
       } else {
-        const float top = r.rounding == kInt8AsymG128 ? 255 : 15, scale = as_bf16((high - low) / top);
+        const float top = r.rounding == kRoundInt8AsymG128 ? 255 : 15, scale = as_bf16((high - low) / top);
         const float zero = std::min(std::max(std::nearbyint(-low / scale), 0.f), top);
         const float code = std::min(std::max(std::nearbyint(v[k] / scale) + zero, 0.f), top);
         out[k] = (code - zero) * scale;
@@ -195,7 +195,7 @@ Array<float> plain_grid(const Array<float>& v, const Rows& r) {
 }
 
 void check_grids(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Output output,
-                 Rounding rounding = kInt4G64, bool shuffled = false) {
+                 Rounding rounding = kRoundInt4G64, bool shuffled = false) {
   Random random(seed);
   Array<float> x(rows * columns), scale(rows), rounded(output == kRounded ? rows * columns : 0);
   for (float& value : x) value = random.real(-3, 3);
@@ -246,10 +246,10 @@ void check_grids(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Ou
 void test_grids(uint64_t seed) {
   for (Output output : {kE2m1, kNvRow, kMxRow}) {
     check_grids(seed, 3, 1152, 64, output);
-    check_grids(seed, 2, 640, 1, output, kInt4G64, true);  // streamed
+    check_grids(seed, 2, 640, 1, output, kRoundInt4G64, true);  // streamed
   }
   for (Rounding rounding :
-       {kInt4G64, kInt4AsymG64, kInt8AsymG128, kFp8Row, kNvFp4Blocks, kMxFp4Blocks}) {
+       {kRoundInt4G64, kRoundInt4AsymG64, kRoundInt8AsymG128, kRoundFp8Row, kRoundNvFp4, kRoundMxFp4}) {
     check_grids(seed, 3, 1152, 128, kRounded, rounding);
     check_grids(seed, 2, 640, 1, kRounded, rounding, true);
   }
@@ -317,11 +317,11 @@ struct Stored {
 };
 
 // A few kinds of codes, written bit by bit.
-Stored random_weight(Random& random, Codes codes, int bits, int64_t rows, int64_t columns,
+Stored random_weight(Random& random, Encoding codes, int bits, int64_t rows, int64_t columns,
                      int64_t groups) {
   Stored s;
   Weight& w = s.w;
-  w.codes = codes, w.bits = bits, w.rows = rows, w.columns = columns, w.groups = groups;
+  w.encoding = codes, w.bits = bits, w.rows = rows, w.columns = columns, w.groups = groups;
   w.scale_type = kScaleFloat32;
   const int64_t each = columns / groups, scales = codes == kTwoLevel ? 1 : groups;
   for (int64_t i = 0; i < rows * scales; i++) s.scale.push_back(random.real(0.01f, 0.02f));
@@ -358,7 +358,7 @@ Stored random_weight(Random& random, Codes codes, int bits, int64_t rows, int64_
   return s;
 }
 
-void check_weight(uint64_t seed, Codes codes, int bits, int64_t rows, int64_t columns,
+void check_weight(uint64_t seed, Encoding codes, int bits, int64_t rows, int64_t columns,
                   int64_t groups, int64_t tokens) {
   Random random(seed + bits);
   Stored s = random_weight(random, codes, bits, rows, columns, groups);

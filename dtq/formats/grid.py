@@ -130,7 +130,7 @@ def doubled(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = peak / x.new_full(
         (1, 1), E2M1.top
-    )  # a tensor: CUDA num_rotations a number into its reciprocal
+    )  # a tensor: CUDA turns a number into its reciprocal
     return E2M1.round(divide(x, scale)) * 2, scale * 0.5
 
 

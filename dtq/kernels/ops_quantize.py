@@ -72,7 +72,7 @@ def norm_modulate(
     """LayerNorm without weights, then ``* (1 + scale) + shift``, float32 (M, K)."""
     x = x.float()
     rows, columns = x.shape
-    count = x.new_full((1, 1), columns)  # a tensor: CUDA num_rotations a number into its reciprocal
+    count = x.new_full((1, 1), columns)  # a tensor: CUDA turns a number into its reciprocal
     centred = x - sum_rows(x) / count
     variance = sum_rows(centred * centred) / count
     root = (variance + eps).double().sqrt().float()  # in float32 it may miss the nearest number

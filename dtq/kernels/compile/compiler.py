@@ -18,10 +18,15 @@ def target() -> str:
     return f"0x{ABI[0]:02x}{ABI[1]:02x}000000000000ULL"
 
 
+def common(folder: Path) -> list[Path]:
+    """Headers that both libraries include: ``common_ext``, next to the sources in ``folder``."""
+    return sorted((folder.parent / "common_ext").glob("*.h"))
+
+
 def digest(files: Iterable[Path], *rest: object) -> str:
     """A name for what a library is made of."""
     total = hashlib.sha256(" ".join(map(str, rest)).encode())
-    for path in sorted(files):
+    for path in sorted(files, key=lambda path: path.name):  # folders have other names in a wheel
         total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()[:16]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a format is to a compiled decoder.
 
-Numbers of ``Weight`` in ``cuda_ext/launch_rows.h`` and of ``Stored`` in ``cpu_ext/kernels.h``.
+The numbers are those of ``common_ext/formats.h``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dtq.formats.ternary import Ternary
 from dtq.formats.vq import Vq
 
 AFFINE, TABLE, FLOAT8, WORDS, TRITS, TWO_LEVEL = range(6)
-"""``Codes`` in both."""
+"""``Encoding``."""
 
 NO_SCALE, FLOAT32, BFLOAT16, E4M3, POWER = range(5)
-"""``ScaleType`` in both."""
+"""``ScaleType``."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtq.kernels.compile.compiler import digest, run, target
+from dtq.kernels.compile.compiler import common, digest, run, target
 
 _COMMON = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-w")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -65,13 +65,14 @@ def units() -> list[Unit]:
 
 
 def sources(folder: Path) -> list[Path]:
-    """Everything that the library is made of."""
+    """Everything that the library is made of, but the headers of ``compiler.common``."""
     return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
 
 
 def key(folder: Path) -> str:
     """Names the library that the sources in ``folder`` give on this architecture."""
-    return digest(sources(folder), platform.machine(), _COMMON, units())
+    files = [*sources(folder), *common(folder)]
+    return digest(files, platform.machine(), _COMMON, units())
 
 
 def find() -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dtq.kernels.compile.compiler import digest, run, target
+from dtq.kernels.compile.compiler import common, digest, run, target
 
 ARCHS = ("80", "89", "90a", "100", "120f")
 """Machine code in a library that is built ahead; what lies between runs that of the one before."""
@@ -68,7 +68,7 @@ def find_nvcc(*homes: str | None) -> str | None:
 
 
 def sources(folder: Path) -> list[Path]:
-    """Everything that the library is made of."""
+    """Everything that the library is made of, but the headers of ``compiler.common``."""
     kinds = (".cpp", ".cu", ".cuh", ".h", ".inc")
     return sorted(path for path in folder.iterdir() if path.suffix in kinds)
 
@@ -147,7 +147,7 @@ def compile_library(
 def key(folder: Path) -> str:
     """Names everything that a library depends on but the architectures."""
     made_with = platform.machine(), FLAGS, DEVICE, HOST, LINKED, UNITS
-    return digest(sources(folder), *made_with)
+    return digest([*sources(folder), *common(folder)], *made_with)
 
 
 def arch_of(capability: tuple[int, int]) -> str:

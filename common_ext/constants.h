@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Constants of float32 arithmetic whose result is defined bit for bit by the torch reference
+// (dtq/kernels/fused.py, dtq/formats), for the CPU and the CUDA library alike.
+#pragma once
+
+namespace dtq {
+
+// 1.5 * 2^23: x + kRoundToInt - kRoundToInt is x rounded to an integer, ties to even, |x| < 2^22.
+// The low byte of the sum is the int8.
+constexpr float kRoundToInt = 12582912.0f;
+
+// Small float types: largest value, smallest normal value, and the spacing of values as a multiple
+// of the power of two below them.
+constexpr float kE2m1Max = 6, kE2m1MinNormal = 1, kE2m1Step = 0.5f;
+constexpr float kE4m3Max = 448, kE4m3MinNormal = 0x1p-6f, kE4m3Step = 0.125f;
+constexpr float kE4m3Min = 0x1p-9f;  // smallest positive
+
+constexpr float kMinInt8Scale = 1e-8f;    // of a token
+constexpr float kMinGroupScale = 1e-30f;  // of a group of integers, and the smallest amax of an NVFP4 token
+
+// NVFP4: the scale of a token with amax 1. The largest block scale, kE4m3Max, then stands for kE2m1Max.
+constexpr float kNvFp4TokenScale = 1.0f / 2688;
+
+// GELU in its tanh form: x / (1 + e^-u2), u2 = kGelu2SqrtTwoOverPi * (x + kGeluCubic * x^3).
+constexpr float kGeluCubic = 0.044715f;
+constexpr float kGelu2SqrtTwoOverPi = 1.59576912f;
+
+// e^t = 2^n * p(r), n = round(t * kLog2E), r = (t - n * kLn2High) - n * kLn2Low. kLn2High is short, so that
+// its product is exact. p is the Taylor polynomial of degree 6; kExp1Over<i> is the coefficient 1/i.
+constexpr float kExpMin = -87, kExpMax = 89;  // t is clamped to these
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+constexpr float kExp1Over720 = 1.0f / 720, kExp1Over120 = 1.0f / 120, kExp1Over24 = 1.0f / 24;
+constexpr float kExp1Over6 = 1.0f / 6;
+
+}  // namespace dtq
