@@ -83,7 +83,7 @@ def fingerprint(
     digest = hashlib.sha256(json.dumps(asdict(config)).encode())
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            digest.update(f"{name} {json.dumps(module.runtime.to_json())}".encode())
+            digest.update(f"{name} {json.dumps(module.spec.to_json())}".encode())
             for part, tensor in state_of(module).items():
                 digest.update(f"{part} {_checksum(tensor)}".encode())
             digest.update(str(_checksum(floats[name].weight)).encode())
