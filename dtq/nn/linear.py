@@ -76,11 +76,9 @@ class QuantLinear(nn.Linear):
         self.weight_format, self.activation_format = spec.weight_format, spec.activation_format
         self.compute_dtype = compute_dtype
         self.problem = LinearProblem(
-            FORMATS[self.weight_format],
-            ACTIVATION_FORMATS[self.activation_format],
-            spec.hadamard_block_size,
-            spec.num_rotations,
-        )
+            FORMATS[spec.weight_format], ACTIVATION_FORMATS[spec.activation_format],
+            spec.hadamard_block_size, spec.num_rotations,
+        )  # fmt: skip
         self.kernel: Kernel = pick(self.problem)
         self._specs = spec.tensor_specs(self._shape, bins)
         self.row: dict[str, Any] = {}  # of this layer in config.json
@@ -108,7 +106,10 @@ class QuantLinear(nn.Linear):
 
         Args:
             old: the module to replace; gives the shape and whether there is a bias.
-            spec, bins, compute_dtype, device: as for the constructor.
+            spec: as for the constructor.
+            bins: as for the constructor.
+            compute_dtype: as for the constructor.
+            device: as for the constructor.
         """
         rows, columns = shape_of(old)
         return cls(
@@ -188,17 +189,12 @@ class QuantLinear(nn.Linear):
         """
         if self.weight.is_meta:
             raise InputError("this layer is offloaded; fuse adapters before offloading the model")
-        first = self.spec.rank
-        factors = [
-            down.to(self.weight.device, torch.bfloat16),
-            up.to(self.weight.device, torch.bfloat16),
-        ]
+        first, device = self.spec.rank, self.weight.device
+        down, up = down.to(device, torch.bfloat16), up.to(device, torch.bfloat16)
         if first:
-            factors = [
-                torch.cat([self.packed_tensor("proj_down"), factors[0]]),
-                torch.cat([self.packed_tensor("proj_up"), factors[1]], 1),
-            ]
-        self._set_branch(*factors)
+            down = torch.cat([self.packed_tensor("proj_down"), down])
+            up = torch.cat([self.packed_tensor("proj_up"), up], 1)
+        self._set_branch(down, up)
         return first, self.spec.rank
 
     def remove_rank(self, first: int, end: int) -> None:
@@ -253,8 +249,8 @@ class QuantLinear(nn.Linear):
         """GELU, tanh form, of ``self(x)``, as an epilogue of the kernel: rounded once.
 
         Returns:
-            None if that is not possible: there are no compiled kernels, or none for this layer;
-            the layer has hooks (offloading); or a gradient is required.
+            (..., N), or None: there are no compiled kernels, or none for this layer; the layer has
+            hooks (offloading); or a gradient is required.
         """
         hooked = (
             self._forward_hooks
