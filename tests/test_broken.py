@@ -30,7 +30,7 @@ from dtq.pipelines.loading import dummy_inputs
 from dtq.plan.layers import LayerSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FAST = ["--recipe", "rtn-w4a8", "--samples", "2", "--steps", "2", "--no-sentinel"]
+FAST = ["--recipe", "rtn-w4a8", "--samples", "2", "--steps", "2", "--no-sanity-check"]
 SEEN = ["--set", "correct_bias=true"]  # so that rounding needs calibration
 Q = "transformer_blocks.0.attn1.to_q"
 
@@ -214,7 +214,7 @@ def test_an_empty_file_of_prompts_is_refused(float_folder, tmp_path):
         file = tmp_path / "prompts.txt"
         file.write_bytes(text.encode() if isinstance(text, str) else text)
         told = failed(
-            "quantize", float_folder, *FAST, *SEEN, "--calibration", file, "-o", tmp_path / "q"
+            "quantize", float_folder, *FAST, *SEEN, "--calibration-set", file, "-o", tmp_path / "q"
         )
         assert words in told
 
@@ -307,7 +307,7 @@ def test_out_of_memory_is_one_line_with_a_way_out(run, float_folder, tmp_path, m
         made = run()
         return list(made) if hasattr(made, "send") else made
 
-    monkeypatch.setattr("dtq.cli.quantize.run_stages", broken)
+    monkeypatch.setattr("dtq.api.run_stages", broken)
     told = failed("quantize", float_folder, *FAST, "-o", tmp_path / "q")
     assert "out of memory" in told
     assert "--memory 4GB" in told
@@ -318,7 +318,7 @@ def test_a_bug_is_still_a_traceback(float_folder, tmp_path, monkeypatch):
     def bug(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("dtq.cli.quantize.run_stages", bug)
+    monkeypatch.setattr("dtq.api.run_stages", bug)
     with pytest.raises(RuntimeError, match="shapes"):
         CliRunner().invoke(
             cli.main, ["quantize", str(float_folder), *FAST, "-o", str(tmp_path / "q")],

@@ -35,7 +35,7 @@ def quantized(folder):
     out = folder.with_name("quantized")
     done = CliRunner().invoke(
         main,
-        ["quantize", str(folder), "--recipe", "rtn-w4a8", "-o", str(out), "--no-sentinel"],
+        ["quantize", str(folder), "--recipe", "rtn-w4a8", "-o", str(out), "--no-sanity-check"],
     )
     assert done.exit_code == 0, done.output
     return out

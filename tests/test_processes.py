@@ -58,7 +58,7 @@ class Processes:
                 log.with_name(f"{log.name}{rank}"),
                 {**shared, "RANK": str(rank)},
                 command,
-                quanto.in_python if "--against" in arguments else int,
+                quanto.in_python if "--compare-with" in arguments else int,
             )
             for rank in range(size)
         ]
@@ -101,8 +101,8 @@ def judged(folder: Path, arguments: list[str], size: int) -> tuple[dict, dict]:
 def test_one_and_two_processes_judge_alike(float_folder, quantized_folder, tmp_path):
     arguments = [
         str(quantized_folder), "--reference", str(float_folder), "--samples", "6", "--batch", "2",
-        "--steps", "2", "--fid", "10", "--features", "random", "--metric", "fid",
-        "--pictures", *(["--against", "quanto-int4"] if OTHERS else []),
+        "--steps", "2", "--num-images", "10", "--features", "random", "--metric", "fid",
+        "--pictures", *(["--compare-with", "quanto-int4"] if OTHERS else []),
     ]  # fmt: skip
     alone, files = judged(tmp_path, arguments, 1)
     two, same = judged(tmp_path, arguments, 2)

@@ -140,7 +140,7 @@ def test_statistics_are_of_the_entries_whatever_the_recipe_needs(tmp_path, monke
     model, entries = tmp_path / "float", tmp_path / "set.txt"
     tiny.pipeline().save_pretrained(model)
     arguments = [model, "--recipe", "w4a16", "--set", "transform=none", "--set", "solver=rtn"]
-    arguments += ["--set", "correct_bias=false", *FEW[:6], "--calibration", entries]
+    arguments += ["--set", "correct_bias=false", *FEW[:6], "--calibration-set", entries]
     assert not Recipe.load("w4a16", transform="none", solver="rtn", correct_bias=False).needs()
     out = tmp_path / "s.safetensors"
     dies_after(monkeypatch, 1)
@@ -159,7 +159,7 @@ def test_a_folder_is_no_place_for_statistics(float_folder, tmp_path):
 CHANGES = {
     "recipe.solver": ["--set", "solver=search"],
     "recipe.calibration.seed": ["--seed", "5"],
-    "exclude": ["--keep", "transformer_blocks.0"],
+    "exclude": ["--exclude", "transformer_blocks.0"],
     "dtype": ["--dtype", "bf16"],
 }
 

@@ -79,7 +79,7 @@ class Fused:
 
 
 def register() -> None:
-    """Make ``backend="dtq"`` known to ``torch.compile``."""
+    """Add the backend "dtq" to ``torch.compile``. To import this file adds ``torch.ops.dtq``."""
     if "dtq" not in registry._COMPILER_FNS:
         registry.register_backend(backend, name="dtq")
 
