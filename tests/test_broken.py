@@ -343,7 +343,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def test_without_hub_and_cache_one_line_says_so(cache, tmp_path):
     for command in (["plan", "me/tiny"], ["quantize", "me/tiny", *FAST, "-o", tmp_path / "q"]):
         told = failed(*command)
-        assert "me/tiny: no such folder, and neither the hub nor its cache here gave it" in told
+        assert "me/tiny: no such folder, and neither the hub nor its local cache has it" in told
 
 
 def test_without_hub_the_cache_is_used(cache, float_folder, tmp_path, caplog):

@@ -339,7 +339,7 @@ def test_static_scales_follow_the_step_of_the_call():
     floats = quantized(model, "int4-row", "int8-static-timestep")
     for layer in layers_of(model, "transformer_blocks").values():
         layer.bins = 2
-        layer._specs = layer.runtime.tensor_specs(layer._shape, 2)
+        layer._specs = layer.spec.tensor_specs(layer._shape, 2)
         layer.fill(layer.packed_tensors() | {"input_scale": torch.tensor([[0.03, 0.05]])})
     install_clock(model, (500.0,))
     calls = calls_of(model, 4)

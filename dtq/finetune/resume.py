@@ -73,7 +73,7 @@ def fingerprint(
     lines = [json.dumps(asdict(config))]
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            lines.append(f"{name} {json.dumps(module.runtime.to_json())}")
+            lines.append(f"{name} {json.dumps(module.spec.to_json())}")
             lines += [f"{key} {checksum(tensor)}" for key, tensor in state_of(module).items()]
             lines.append(str(checksum(floats[name].weight)))
     for call in calls:

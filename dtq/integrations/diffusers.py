@@ -26,7 +26,7 @@ from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
-from dtq.nn.storage import aligned, check_part, from_disk, to_disk
+from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
 from dtq.nn.swap import finalize, swap_empty
 from dtq.plan.layers import LayerSpec, Plan
 
@@ -102,7 +102,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         module, part = get_module_from_name(model, param_name)
         # not param_value: diffusers has already cast that one to torch_dtype
         raw = state_dict[param_name] if state_dict is not None else param_value
-        check_part(param_name, raw, module.tensor_specs()[part])
+        check_tensor(param_name, raw, module.tensor_specs()[part])
         value = from_disk(raw).to(target_device)
         module._parameters[part] = nn.Parameter(value, requires_grad=False)
 
