@@ -86,7 +86,7 @@ def test_pictures_of_nan_are_refused_and_the_alarm_names_the_layer(
 
 def quantized(acts: str = "int8-row", **more) -> torch.nn.Module:
     return dtq.quantize(
-        tiny.dit(), "rtn-w4a8", acts=acts, progress=False, sanity_check=False, **more
+        tiny.dit(), "rtn-w4a8", activations=acts, progress=False, sanity_check=False, **more
     )
 
 
@@ -273,7 +273,7 @@ def test_permission_denied_is_said(float_folder, tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("dtq.checkpoint.reader.tempfile.mkdtemp", denied)
+    monkeypatch.setattr("dtq.io.atomic.tempfile.mkdtemp", denied)
     told = failed("quantize", float_folder, *FAST, "-o", tmp_path / "q")
     assert "cannot write there (Permission denied)" in told
     assert [p.name for p in tmp_path.iterdir()] == [

@@ -48,10 +48,10 @@ def quantized(model, weights, acts="none", only="blocks."):
 
 
 def rounded(linear, runtime):
-    fmt, w = FORMATS[runtime.weights], linear.weight.detach().float()
+    fmt, w = FORMATS[runtime.weight_format], linear.weight.detach().float()
     layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, runtime)
     parts = fmt.pack(w, fmt.compute_qparams(w))
-    if ACTIVATION_FORMATS[runtime.acts].static:
+    if ACTIVATION_FORMATS[runtime.activation_format].static:
         parts["input_scale"] = torch.tensor([[0.03]])
     layer.fill(parts)
     if linear.bias is not None:
@@ -162,7 +162,7 @@ def test_nothing_but_the_parts_is_touched():
         ("int4-g64", "int8-row", {}),
         ("int8-row", "int8-static-timestep", {}),
         ("int4-asym-g64", "none", {"rank": 4}),
-        ("nvfp4", "nvfp4", {"permute": True, "num_rotations": 2, "rank": 4}),
+        ("nvfp4", "nvfp4", {"permutation": True, "num_rotations": 2, "rank": 4}),
         ("lut4-g64", "int4-g64", {}),
         ("vq-64x2-row", "none", {"rank": 4}),
     ],
@@ -171,7 +171,7 @@ def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
     """The hardened layer gives what the trainee predicted, after any move of its parts."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(64, 128, generator=g) * 0.05
-    order = torch.randperm(128, generator=g) if more.get("permute") else None
+    order = torch.randperm(128, generator=g) if more.get("permutation") else None
     turn = OnlineTransform.of(
         torch.rand(128, generator=g) + 0.5, signs(128, 0), 64, order, more.get("num_rotations", 1)
     )
@@ -229,7 +229,7 @@ def test_a_block_that_gets_worse_is_restored():
     model = tiny.dit(heads=2)
     floats = quantized(model, "int4-row")
     calls, start = calls_of(model, 4), parts_of(model)
-    report = FINETUNE["blocks"](model, floats, calls, lr=300.0, lr_rest=300.0, **FAST)
+    report = FINETUNE["blocks"](model, floats, calls, lr=300.0, lr_other=300.0, **FAST)
     assert not any(b.accepted for b in report.blocks)
     assert same(start, parts_of(model))
 

@@ -26,10 +26,10 @@ from dtq.io.run_lock import locked
 from dtq.pipelines.loading import load_transformer
 from dtq.recipe.resolve import Recipe
 from dtq.runs.tasks import TaskStore
-from dtq.stages import solve_layer
+from dtq.stages import solve
 
 FEW = [
-    "--samples", "4", "--steps", "2", "--set", "calibration.batch=1",
+    "--samples", "4", "--steps", "2", "--set", "calibration.batch_size=1",
     "--set", "transform=hadamard", "--set", "transform_candidates=[none]",
 ]  # fmt: skip
 
@@ -43,7 +43,7 @@ def run(*arguments, code: int | None = 0, command: str = "quantize"):
 @pytest.fixture
 def dies(monkeypatch):
     """Make solving stop, as a crash would, after so many inputs."""
-    before = solve_layer.solve_input_group
+    before = solve.solve_input_group
 
     def after(count: int) -> None:
         left = [count]
@@ -54,10 +54,10 @@ def dies(monkeypatch):
             left[0] -= 1
             return before(*arguments)
 
-        monkeypatch.setattr(solve_layer, "solve_site", crash)
+        monkeypatch.setattr(solve, "solve_input_group", crash)
 
     yield after
-    monkeypatch.setattr(solve_layer, "solve_site", before)
+    monkeypatch.setattr(solve, "solve_input_group", before)
 
 
 def test_killed_runs_end_in_the_same_bytes(float_folder, tmp_path):
@@ -93,7 +93,7 @@ def dies_after(monkeypatch, count: int) -> list[range]:
         parts.append(arguments[-1])
         return see(*arguments, **options)
 
-    monkeypatch.setattr(distributed, "see", crash)
+    monkeypatch.setattr(distributed, "collect_shard", crash)
     return parts
 
 
@@ -148,7 +148,7 @@ def test_statistics_are_of_the_entries_whatever_the_recipe_needs(tmp_path, monke
     run(*arguments, "-o", out, code=None, command="calibrate")
     entries.write_text("1\n2\n3\n5\n")
     told = run(*arguments, "-o", out, code=1, command="calibrate").stderr
-    assert "- calibration set: " in told
+    assert "- calibration prompts: " in told
 
 
 def test_a_folder_is_no_place_for_statistics(float_folder, tmp_path):

@@ -85,7 +85,7 @@ def test_gram_takes_at_most_its_share_of_a_call():
 
 
 def test_reservoir_is_bounded_and_stratified():
-    reservoir = InputSample(K, BINS, capacity=80)
+    sample = InputSample(K, BINS, capacity=80)
     for x, origin in calls(40):
         sample.observe(x, origin)
     counts = torch.bincount(sample.stratum, minlength=2 * BINS)

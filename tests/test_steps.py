@@ -21,13 +21,20 @@ from dtq.nn.timestep_hook import install_clock
 from dtq.plan.step_policy import StepPolicy
 from dtq.recipe.resolve import Recipe
 
-STEPS = {"modes": ["native", "a8"], "cost": 0.5, "ranges": 4, "calls": 1}
-COARSE = {"activations": "int4-row", "transform": "hadamard", "solver": "rtn", "promote": {"to": ""}}
+STEPS = {"precisions": ["native", "a8"], "budget": 0.5, "num_bins": 4, "num_inputs": 1}
+COARSE = {
+    "activations": "int4-row",
+    "transform": "hadamard",
+    "solver": "rtn",
+    "promote": {"to": ""},
+}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return dtq.quantize(tiny.pipeline(), "w4a8", progress=False, step_policy=STEPS, **COARSE, **QUICK)
+    return dtq.quantize(
+        tiny.pipeline(), "w4a8", progress=False, step_policy=STEPS, **COARSE, **QUICK
+    )
 
 
 def run(model, t: float) -> torch.Tensor:
@@ -37,18 +44,23 @@ def run(model, t: float) -> torch.Tensor:
 
 
 def test_the_search_spends_its_budget_where_it_helps(pipe):
-    policy = pipe.transformer.hf_quantizer.report.steps
+    policy = pipe.transformer.hf_quantizer.report.step_policy
     assert set(policy["modes"]) == {"native", "a8"}
     dear = sum(c for c, m in zip(policy["counts"], policy["modes"], strict=True) if m == "a8")
     assert 0 < dear <= 0.5 * policy["num_inference_steps"]
     free = dtq.quantize(
-        tiny.pipeline(), "w4a8", progress=False, steps={**STEPS, "cost": 1.0}, **COARSE, **QUICK
+        tiny.pipeline(),
+        "w4a8",
+        progress=False,
+        step_policy={**STEPS, "budget": 1.0},
+        **COARSE,
+        **QUICK,
     )
-    assert free.transformer.hf_quantizer.report.steps["modes"] == ["a8"]
+    assert free.transformer.hf_quantizer.report.step_policy["modes"] == ["a8"]
 
 
 def test_each_range_runs_in_its_own_format(pipe):
-    model, policy = pipe.transformer, pipe.transformer.hf_quantizer.report.steps
+    model, policy = pipe.transformer, pipe.transformer.hf_quantizer.report.step_policy
     edges = [0.0, *policy["edges"], 1000.0]
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     obeyed = [run(model, t) for t in middles]
@@ -66,7 +78,7 @@ def test_it_is_saved_and_obeyed_by_a_plain_pipeline(pipe, tmp_path):
     writer.write(pipe, tmp_path / "out")
     config = json.loads((tmp_path / "out/transformer/config.json").read_text())
     stored = config["quantization_config"]["runtime"]["diffusion_step_policy"]
-    assert stored == pipe.transformer.hf_quantizer.report.steps
+    assert stored == pipe.transformer.hf_quantizer.report.step_policy
     assert stored["schema_version"] == 1
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(tiny.sample(loaded), tiny.sample(pipe))

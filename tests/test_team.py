@@ -50,7 +50,7 @@ def answers(said, count: int) -> dict:
 
 def test_everyone_hears_what_the_first_says():
     def do(team):
-        return [team.tell({"turn": turn} if team.leads else None) for turn in range(20)]
+        return [team.broadcast({"turn": turn} if team.is_main else None) for turn in range(20)]
 
     _, said = run(do, size=3)
     num_rotations = [{"turn": turn} for turn in range(20)]
@@ -59,7 +59,7 @@ def test_everyone_hears_what_the_first_says():
 
 def test_a_second_command_of_the_same_processes_waits_too():
     def do(team):
-        first = team.tell(1 if team.leads else None)
+        first = team.broadcast(1 if team.is_main else None)
         again = Workers.join()
         if again.is_main:
             time.sleep(0.5)
@@ -74,7 +74,7 @@ def test_a_slow_one_is_waited_for(slow):
     def do(team):
         if team.rank == slow:
             time.sleep(3)
-        team.meet()
+        team.barrier()
         return "met"
 
     _, said = run(do, patience=1.0)
@@ -84,10 +84,10 @@ def test_a_slow_one_is_waited_for(slow):
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_dead_one_is_not(dead):
     def do(team):
-        team.meet()
+        team.barrier()
         if team.rank == dead:
             os.kill(os.getpid(), signal.SIGKILL)
-        team.meet()
+        team.barrier()
 
     _, said = run(do, patience=30.0)
     started = time.monotonic()
@@ -99,10 +99,10 @@ def test_a_dead_one_is_not(dead):
 
 def test_a_silent_one_is_not():
     def do(team):
-        team.meet()
+        team.barrier()
         if team.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        team.meet()
+        team.barrier()
 
     children, said = run(do, patience=1.0)
     assert "no sign of life from process 1 of 2" in answers(said, 1)[0]
