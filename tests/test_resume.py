@@ -28,7 +28,7 @@ from dtq.runs.tasks import TaskStore
 from dtq.stages import solve
 
 FEW = [
-    "--samples", "4", "--steps", "2", "--set", "calibration.batch=1",
+    "--samples", "4", "--steps", "2", "--set", "calibration.batch_size=1",
     "--set", "transform=hadamard", "--set", "transform_candidates=[none]",
 ]  # fmt: skip
 
@@ -147,7 +147,7 @@ def test_statistics_are_of_the_entries_whatever_the_recipe_needs(tmp_path, monke
     run(*arguments, "-o", out, code=None, command="calibrate")
     entries.write_text("1\n2\n3\n5\n")
     told = run(*arguments, "-o", out, code=1, command="calibrate").stderr
-    assert "- calibration set: " in told
+    assert "- calibration prompts: " in told
 
 
 def test_a_folder_is_no_place_for_statistics(float_folder, tmp_path):
