@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDERS = {"demo": "pipeline", "demo-outliers": "pipeline", "demo-video": "video"}
-"""``demo-outliers`` is ``demo`` with activation outliers, made on the fly by ``dtq.demo.outliers``."""
+"""``demo-outliers`` is ``demo`` with activation outliers, added by ``dtq.demo.outliers``."""
 
 
 def folder(name: str = "demo") -> Path:

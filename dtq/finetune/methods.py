@@ -80,16 +80,18 @@ def vq4dit(
     lr_logits: float = 0.2,
     ratio_penalty: float = 0.1,
 ) -> FinetuneReport:
-    """VQ4DiT (2408.17131, sec. 3.2): :func:`blocks`, and codewords are chosen again with them.
+    """VQ4DiT (2408.17131, sec. 3.2): as :func:`blocks`, and codewords are assigned again.
 
     Each sub-vector of a layer in a vector format mixes its ``n`` candidate codewords,
-    ``W = sum_n r_n C[a_n]`` with ``r = softmax(z)``; codebook, biases and ``z`` learn together from
-    the first step, on ``L_d + ratio_penalty * mean(1 - |2 r - 1|)``. A sub-vector is fixed when its largest
-    ratio passes 0.99. Departures: the present codeword is a candidate and starts with nearly all of
-    the mix, so that only a steady gradient moves a sub-vector (the paper starts uniform; a start
-    near that left a block of the bundled model worse than k-means after 100 steps); ``L_d`` is in
-    units of the error before, with a smaller penalty on the ratios (lambda_r is 1 in the paper); whatever
-    is not fixed after three quarters of the steps is fixed then; and Adam replaces RMSprop.
+    ``W = sum_n r_n C[a_n]`` with ``r = softmax(z)``. Codebook, biases and ``z`` learn together from
+    the first step, on ``L_d + ratio_penalty * mean(1 - |2 r - 1|)``. A sub-vector is fixed when its
+    largest ratio passes 0.99.
+
+    Departures from the paper: the current codeword is a candidate and starts with nearly all of the
+    mix, so that only a steady gradient moves a sub-vector (from a uniform start, as in the paper, a
+    block of the bundled model was worse than k-means after 100 steps). ``L_d`` is in units of the
+    error before training. The penalty on the ratios is smaller (lambda_r is 1 in the paper). After
+    three quarters of the steps every sub-vector is fixed. Adam replaces RMSprop.
 
     Args:
         candidates: codewords per sub-vector, ``n``.

@@ -19,9 +19,9 @@ log = logging.getLogger("dtq")
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``, which is removed at the end.
 
-    A file that exists is the lock (``filelock.SoftFileLock``), so that it also holds on network file
-    systems. The lock of a dead process of this host is taken over, with a warning. Whether a process
-    of another host is alive cannot be known.
+    The existence of the file is the lock (``filelock.SoftFileLock``), so that it also holds on
+    network file systems. The lock of a dead process of this host is taken over, with a warning.
+    Whether a process of another host is alive cannot be known.
 
     Raises:
         InputError: another run holds the lock; says which. Or the file cannot be written.
