@@ -281,8 +281,8 @@ def evaluate(
         ],
     )
     if result.metrics:
-        table(html.FIGURES, [html.figure_cells(each) for each in result.metrics])
-        click.echo(html.figure_conditions(result))
+        table(html.METRIC_COLUMNS, [html.metric_cells(value) for value in result.metrics])
+        click.echo(html.metric_conditions(result))
     click.echo(html.verdict(result)[1])
     if output is not None:
         click.echo(f"report: {output / 'report.html'}")
