@@ -22,8 +22,8 @@ import torch
 from dtq.api import open_runs, run_stages
 from dtq.calibrate import store
 from dtq.evaluate import baselines, trajectory
-from dtq.evaluate.evaluate import compare_images, extractor_for, row_of
-from dtq.evaluate.metrics import fid
+from dtq.evaluate.evaluate import compare_images, result_row
+from dtq.evaluate.metrics import extractors, fid
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
@@ -153,15 +153,15 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
         }
     found["seconds"] = time.monotonic() - started
     found["memory"] = _memory("VmHWM") - before
-    measured = row_of(row, trajectory.teacher_forced(truth, source.model))
+    measured = result_row(row, trajectory.teacher_forced(truth, source.model))
     found |= {"model": name, "row": row, "error": measured.error, "by_step": measured.error_steps}
     if row in (*names(), *baselines.BASELINES):
         how = _how(samples)
         requests = prompts.load("auto", source.pipeline, how.samples)
         ran = trajectory.record(source.pipeline, source.model, requests, how)
-        compare_images(measured, torch.cat(truth.pictures), torch.cat(ran.pictures))
-        extractor = extractor_for(source.pipeline)
-        got, want = (extractor(torch.cat(t.pictures))["pool"] for t in (ran, truth))
+        compare_images(measured, torch.cat(truth.images), torch.cat(ran.images))
+        extractor = extractors.load("emoji")
+        got, want = (extractor(torch.cat(t.images))["pool"] for t in (ran, truth))
         found |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}
     return found
 
