@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 import torch
 
-from dtq.bench.cpu import SUITES, ratios
+from dtq.bench.compare import ratios
+from dtq.bench.cpu import SUITES
 from dtq.cli.output import print_bench, print_race
 from dtq.evaluate.optional_packages import need
 from dtq.evaluate.report import plots
@@ -57,7 +58,7 @@ def bench(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = suites[suite](quick=quick, rounds=rounds, say=print_race)
+        result = suites[suite](quick=quick, rounds=rounds, progress=print_race)
     finally:
         torch.set_num_threads(before)
     if json_file is not None:

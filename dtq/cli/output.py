@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from dtq.bench.cases import OURS
-from dtq.bench.cpu import BenchRow, Result, geometric_means, verdict
+from dtq.bench.cases import RECIPES
+from dtq.bench.compare import BenchRow, Result, geometric_means, verdict
 from dtq.estimate.size import Estimate
 from dtq.kernels import explain
 from dtq.models import Scan
@@ -202,7 +202,7 @@ def print_race(rows: Sequence[BenchRow]) -> None:
             "ms",
             "weights",
             *(["of peak"] if shares else []),
-            *(f"/ {ours}" for ours in OURS),
+            *(f"/ {ours}" for ours in RECIPES),
         ),
         [
             (
@@ -214,7 +214,7 @@ def print_race(rows: Sequence[BenchRow]) -> None:
                     "{1:.2f} ({0:.2f}-{2:.2f})".format(*row.ratio[ours])
                     if ours in row.ratio
                     else "1"
-                    for ours in OURS
+                    for ours in RECIPES
                 ),
             )
             for row in rows
@@ -225,7 +225,7 @@ def print_race(rows: Sequence[BenchRow]) -> None:
 
 def print_bench(result: Result) -> None:
     """Geometric means over the cases, the conditions, a sentence."""
-    for ours in OURS:
+    for ours in RECIPES:
         means = geometric_means(result.rows, ours)
         tokens, others = sorted({t for t, _ in means}), list(dict.fromkeys(n for _, n in means))
         table(
