@@ -111,11 +111,11 @@ def test_a_recorded_result_is_read():
 
 def test_dimensions_that_say_yes_or_no(tmp_path):
     """``dynamic_degree`` writes true and false."""
-    said = dict(zip(FILES, (False, True, True), strict=True))
-    rows = [{"video_path": f"v/{n}", "video_results": yes} for n, yes in said.items()]
+    answers = dict(zip(FILES, (False, True, True), strict=True))
+    rows = [{"video_path": f"v/{n}", "video_results": yes} for n, yes in answers.items()]
     (tmp_path / "r.json").write_text(json.dumps({"dynamic_degree": [2 / 3, rows]}))
     found = vbench.read(tmp_path / "r.json", ["dynamic_degree"], FILES)["dynamic_degree"]
-    assert found.videos == {name: float(yes) for name, yes in said.items()}
+    assert found.videos == {name: float(yes) for name, yes in answers.items()}
     assert found.mean == pytest.approx(found.reported)
 
 

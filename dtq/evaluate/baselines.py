@@ -17,6 +17,8 @@ from torch import nn
 from dtq.errors import InputError
 from dtq.evaluate.optional_packages import need
 
+_INT4: Any = torch.int4  # type: ignore[attr-defined]
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -33,30 +35,15 @@ class Baseline:
     bits: Callable[[nn.Module], float]
 
 
-def _torchao(bits: int) -> Callable[[nn.Module, Sequence[str]], None]:
+def _torchao(config: Callable[[Any], Any]) -> Callable[[nn.Module, Sequence[str]], None]:
+    """``apply`` with a config made from ``torchao.quantization``."""
+
     def apply(model: nn.Module, names: Sequence[str]) -> None:
         api = need("torchao.quantization", "torchao")
         chosen = set(names)
-        if bits == 8:
-            config = api.Int8DynamicActivationInt8WeightConfig()
-        else:
-            config = api.Int8DynamicActivationIntxWeightConfig(
-                weight_dtype=torch.int4,  # type: ignore[attr-defined]
-                weight_granularity=api.PerGroup(64),
-            )
-        api.quantize_(model, config, filter_fn=lambda module, name: name in chosen)
+        api.quantize_(model, config(api), filter_fn=lambda module, name: name in chosen)
 
     return apply
-
-
-def _torchao_int4(model: nn.Module, names: Sequence[str]) -> None:
-    api = need("torchao.quantization", "torchao")
-    chosen = set(names)
-    config = api.IntxWeightOnlyConfig(
-        weight_dtype=torch.int4,  # type: ignore[attr-defined]
-        granularity=api.PerGroup(64),
-    )
-    api.quantize_(model, config, filter_fn=lambda module, name: name in chosen)
 
 
 def _quanto(model: nn.Module, names: Sequence[str]) -> None:
@@ -105,19 +92,27 @@ def _metadata_bits(weight: Any, *names: str) -> float:
 
 BASELINES: dict[str, Baseline] = {
     "torchao-w4a8": Baseline(
-        "torchao int8 dynamic activations, int4 weights g64", _torchao(4), _torchao_bits
+        "torchao int8 dynamic activations, int4 weights g64",
+        _torchao(lambda api: api.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=_INT4, weight_granularity=api.PerGroup(64))),
+        _torchao_bits,
     ),
     "torchao-int4": Baseline(
-        "torchao int4 weights g64, float activations", _torchao_int4, _torchao_bits
+        "torchao int4 weights g64, float activations",
+        _torchao(lambda api: api.IntxWeightOnlyConfig(
+            weight_dtype=_INT4, granularity=api.PerGroup(64))),
+        _torchao_bits,
     ),
     "torchao-w8a8": Baseline(
-        "torchao int8 dynamic activations, int8 weights", _torchao(8), _torchao_bits
+        "torchao int8 dynamic activations, int8 weights",
+        _torchao(lambda api: api.Int8DynamicActivationInt8WeightConfig()),
+        _torchao_bits,
     ),
     "quanto-int4": Baseline(
         "optimum-quanto qint4 weights, float activations", _quanto, _quanto_bits
     ),
     "bnb-nf4": Baseline("bitsandbytes NF4 weights g64, float activations", _nf4, _nf4_bits),
-}
+}  # fmt: skip
 
 
 def find(name: str) -> Baseline:

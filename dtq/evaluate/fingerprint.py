@@ -19,12 +19,12 @@ def fingerprint(model: nn.Module, *others: nn.Module) -> str:
     """
     if others:
         return digest([fingerprint(each) for each in (model, *others)])
-    sha = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().data)  # type: ignore[arg-type]
-    return sha.hexdigest()[:16]
+        found.update(flat.view(torch.uint8).numpy().data)  # type: ignore[arg-type]
+    return found.hexdigest()[:16]
 
 
 def digest(data: Any) -> str:

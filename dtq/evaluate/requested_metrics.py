@@ -7,7 +7,6 @@ the exit code of ``dtq eval`` 3, so no requested metric is silently absent.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from dtq.evaluate.metrics.distributions import (
 from dtq.evaluate.metrics.extractors import Extractor, Features
 from dtq.evaluate.metrics.perceptual import PERCEPTUAL, UNPAIRED
 from dtq.io.safe_parse import read_json
+from dtq.io.schema import check_name
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.settings import SamplingSettings
@@ -60,23 +60,22 @@ class MetricRequest:
         """Find mistakes before anything runs.
 
         Raises:
-            InputError: an unknown name, or distribution metrics without a number of images.
+            InputError: unknown names, or distribution metrics without a number of images; the
+                message lists all mistakes.
         """
-        known = [*DISTRIBUTIONS, *PERCEPTUAL]
+        problems: list[str] = []
         for name in self.metrics:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                raise InputError(f"unknown metric {name!r}; {hint}")
-        for name in [self.features, *self.weights]:
-            if name not in ("auto", *extractors.EXTRACTORS, *PERCEPTUAL):
-                have = ", ".join(extractors.EXTRACTORS)
-                raise InputError(f"unknown extractor {name!r}; there are {have}")
+            check_name(name, [*DISTRIBUTIONS, *PERCEPTUAL], "--metric", problems, "metric")
+        known = ["auto", *extractors.EXTRACTORS, *PERCEPTUAL]
+        for name in (self.features, *self.weights):
+            check_name(name, known, "--features, --extractor", problems, "extractor")
         if self.distributions and self.num_images < 2:
-            raise InputError(
+            problems.append(
                 f"{', '.join(self.distributions)} compare sets of images; give their size: "
                 f"--num-images 256"
             )
+        if problems:
+            raise InputError("\n".join(problems))
 
     @property
     def distributions(self) -> list[str]:

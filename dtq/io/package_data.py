@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the data folders are: installed beside the package, or at the top of a bare checkout."""
+"""Where the data folders are: installed next to the package, or at the top of a bare checkout."""
 
 from __future__ import annotations
 

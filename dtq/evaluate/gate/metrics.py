@@ -63,20 +63,11 @@ class Metric:
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
-        Metric(
-            "error",
-            "teacher-forced relative squared error of the transformer's output",
-            "factor",
-            ratio=True,
-            steps=True,
-        ),
-        Metric(
-            "divergence",
-            "free-running relative squared distance of the latents that enter each step",
-            "factor",
-            ratio=True,
-            steps=True,
-        ),
+        Metric("error", "teacher-forced relative squared error of the transformer's output",
+               "factor", ratio=True, steps=True),
+        Metric("divergence",
+               "free-running relative squared distance of the latents that enter each step",
+               "factor", ratio=True, steps=True),
         Metric("psnr", "dB against the float model's image of the same seed", "dB", higher=True),
         Metric("ssim", "structural similarity to that image", "", higher=True),
         Metric("flicker", "increase of the difference of consecutive frames, in gray levels", "",

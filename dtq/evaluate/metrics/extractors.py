@@ -92,7 +92,11 @@ def emoji(source: str) -> Extractor:
 
 
 def random(source: str) -> Extractor:
-    """A convolutional network with fixed random weights; it only tests the code path."""
+    """A convolutional network with fixed random weights; it only tests the code path.
+
+    Raises:
+        InputError: ``source`` is not empty.
+    """
     if source:
         raise InputError("the extractor random has no weights to load")
     g = torch.Generator().manual_seed(0)

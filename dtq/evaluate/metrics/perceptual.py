@@ -32,6 +32,9 @@ def ms_ssim(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: 
         reference: of the float model.
         prompts: not used.
         weights: not used.
+
+    Raises:
+        InputError: smaller images, or torchmetrics is not installed.
     """
     functional = optional_packages.need("torchmetrics.functional.image", "torchmetrics")
     if min(images.shape[-2:]) <= 160:
@@ -55,6 +58,9 @@ def lpips(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: st
         prompts: not used.
         weights: torchvision's ``alexnet-owt-*.pth``. Empty: the file in the cache of torch.hub;
             nothing is downloaded.
+
+    Raises:
+        InputError: the package or the weights are missing.
     """
     package = optional_packages.need("lpips", "lpips")
     path = Path(weights) if weights else None
@@ -85,6 +91,9 @@ def clip_score(images: Tensor, reference: Tensor, prompts: Sequence[str], weight
         reference: not used.
         prompts: of the images.
         weights: a CLIP, as transformers folder or hub id. Empty: ViT-L/14.
+
+    Raises:
+        InputError: the package or the weights are missing.
     """
     transformers = optional_packages.need("transformers", "transformers")
     name = weights or "openai/clip-vit-large-patch14"
@@ -108,6 +117,9 @@ def clip_iqa(images: Tensor, reference: Tensor, prompts: Sequence[str], weights:
         reference: not used.
         prompts: not used.
         weights: a local CLIP.
+
+    Raises:
+        InputError: the package or the weights are missing.
     """
     if not weights:
         raise InputError("clip-iqa needs a local CLIP: --extractor clip-iqa=FOLDER")
@@ -128,6 +140,9 @@ def image_reward(images: Tensor, reference: Tensor, prompts: Sequence[str], weig
         reference: not used.
         prompts: of the images.
         weights: ``ImageReward.pt``, with ``med_config.json`` in the same folder.
+
+    Raises:
+        InputError: the package or the weights are missing.
     """
     if not Path(weights).is_file():
         raise InputError(

@@ -29,16 +29,6 @@ MAX_PIXELS = 384
 
 METRIC_COLUMNS = ("metric", "against", "value", "change from float", "95 %", "N", "reference N")
 
-_MODEL_COLUMNS = (
-    "model", "per-step error", "worst step", "bits/weight", "PSNR median", "PSNR worst", "SSIM",
-    "FID to float", "FID to real",
-)  # fmt: skip
-_SAMPLE_COLUMNS = ("metric", "mean", "95 %", "float re-run changes it by", "definition")
-_LAYER_COLUMNS = ("layer", "role", "weights", "bits", "error", "transform")
-
-Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
-"""Head and rows."""
-
 
 def verdict(result: Evaluation) -> tuple[bool, str]:
     """Whether the candidate is close to its float model, and a sentence with its metrics."""
@@ -65,29 +55,30 @@ def render(result: Evaluation) -> str:
     """The page as HTML text."""
     close, sentence = verdict(result)
     divergence = result.rows[0].divergence
+    layers = result.quantization.get("layers", [])
+    measured = [layer for layer in layers if layer["error"] is not None]
+    untransformed = {layer["name"] for layer in layers if layer["role"] == "adaln"}
+    inputs = [
+        row
+        for row in result.quantization.get("inputs", [])
+        if row["imbalance"] and row["name"] not in untransformed
+    ]
     return page.render(
         "report.html",
         title=f"dtq: {result.candidate} against {result.reference}",
-        candidate=result.candidate,
-        reference=result.reference,
+        result=result,
         close=close,
         sentence=sentence,
-        problems=_problems(result.run),
         sheet=_contact_sheet(result),
-        models=_models(result),
-        fid_real_float=None if result.fid_real_float is None else f"{result.fid_real_float:.2f}",
-        samples=_samples(result.run) if result.run else None,
-        distributions=(
-            (METRIC_COLUMNS, [metric_cells(value) for value in result.metrics])
-            if result.metrics
-            else None
-        ),
-        distribution_conditions=metric_conditions(result),
+        sample_metrics=_sample_metrics(result.run) if result.run else [],
+        metric_columns=METRIC_COLUMNS,
+        set_metrics=[metric_cells(value) for value in result.metrics],
+        metric_conditions=metric_conditions(result),
         steps_plot=plots.steps([(row.name, row.error_steps) for row in result.rows]),
         divergence_plot=plots.divergence(divergence) if len(divergence) > 1 else None,
-        layers=_layers(result.quantization) if result.quantization else None,
-        command=result.command,
-        conditions=_conditions(result),
+        layers=layers,
+        error_plot=plots.layers(measured) if measured else None,
+        range_plot=plots.ranges(inputs) if inputs else None,
     )
 
 
@@ -100,7 +91,7 @@ def metric_cells(value: MetricValue) -> tuple[str, ...]:
         value.metric,
         value.reference or "–",
         f"{value.value:.4g}",
-        _number(value.change, "+.4g"),
+        page.number(value.change, "+.4g"),
         interval,
         str(value.samples),
         "moments" if value.reference and value.reference_samples is None
@@ -120,13 +111,6 @@ def metric_conditions(result: Evaluation) -> str:
         f"{'; '.join(sorted(sources))}. Values with another N, steps, sampler, guidance, resizer "
         f"or reference cannot be compared with these."
     )
-
-
-def _problems(run: Run | None) -> list[str]:
-    if run is None:
-        return []
-    missing = [f"{name} was requested and is missing: {why}" for name, why in run.missing.items()]
-    return missing + [f"sample {name}: {why}" for name, why in run.failures.items()]
 
 
 def _contact_sheet(result: Evaluation) -> dict[str, Any] | None:
@@ -165,27 +149,9 @@ def _contact_sheet(result: Evaluation) -> dict[str, Any] | None:
     return {"gain": f"{gain:g}", "total": len(floats), "small": small, "samples": samples}
 
 
-def _models(result: Evaluation) -> Table:
-    rows = [
-        (
-            row.name,
-            f"{row.error:.2e}",
-            _number(max(row.error_steps, default=None), ".2e"),
-            _number(row.bits, ".2f"),
-            _number(row.psnr, ".1f"),
-            _number(row.psnr_worst, ".1f"),
-            _number(row.ssim, ".4f"),
-            _number(row.fid_float, ".2f"),
-            _number(row.fid_real, ".2f"),
-        )
-        for row in result.rows
-    ]
-    return _MODEL_COLUMNS, rows
-
-
-def _samples(run: Run) -> dict[str, Any]:
+def _sample_metrics(run: Run) -> list[tuple[str, ...]]:
     """For each metric the mean over prompts, its interval, and the change by a float re-run."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, table in run.values.items():
         metric = METRICS.get(name)
         if metric is None:
@@ -200,8 +166,7 @@ def _samples(run: Run) -> dict[str, Any]:
         change = metric.shown(sum(noise) / len(noise)) if noise else "–"
         mean, interval = _interval([sum(v) / len(v) for v in by_prompt.values()], metric)
         rows.append((name, mean, interval, change, metric.about))
-    prompts = {sample.prompt for sample in run.samples}
-    return {"table": (_SAMPLE_COLUMNS, rows), "count": len(run.samples), "prompts": len(prompts)}
+    return rows
 
 
 def _interval(values: Sequence[float], metric: Metric) -> tuple[str, str]:
@@ -217,45 +182,9 @@ def _interval(values: Sequence[float], metric: Metric) -> tuple[str, str]:
     return f"{back(mean):.4g}", f"{low:.4g} .. {high:.4g}"
 
 
-def _layers(report: dict[str, Any]) -> dict[str, Any]:
-    layers = report["layers"]
-    measured = [layer for layer in layers if layer["error"] is not None]
-    untransformed = {layer["name"] for layer in layers if layer["role"] == "adaln"}
-    inputs = [x for x in report["inputs"] if x["imbalance"] and x["name"] not in untransformed]
-    rows = [
-        (
-            layer["name"],
-            layer["role"],
-            layer["weight_format"] + (" (promoted)" if layer["promoted"] else ""),
-            f"{layer['bits']:.2f}",
-            _number(layer["error"], ".1e"),
-            layer["transform"],
-        )
-        for layer in layers
-    ]
-    return {
-        "error_plot": plots.layers(measured) if measured else None,
-        "range_plot": plots.ranges(inputs) if inputs else None,
-        "table": (_LAYER_COLUMNS, rows),
-    }
-
-
-def _conditions(result: Evaluation) -> list[tuple[str, str]]:
-    conditions = dict(result.conditions)
-    if result.run is not None:
-        identity = result.run.identity
-        conditions |= {f"{k} fingerprint": v for k, v in identity.items() if k != "recipe"}
-        conditions["recipe"] = identity.get("recipe")
-    return [(key, str(value)) for key, value in conditions.items()]
-
-
 def _source(image: Tensor) -> str:
     return page.image_source(images.file(image, MAX_PIXELS))
 
 
 def _mean(value: Value) -> float:
     return sum(value) / len(value) if isinstance(value, list) else float(value)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

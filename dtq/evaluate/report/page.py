@@ -22,6 +22,11 @@ def image_source(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
+def number(value: float | None, form: str) -> str:
+    """A formatted number, or a dash for None."""
+    return "–" if value is None else format(value, form)
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -31,7 +36,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "number": number}
     return environment
 
 
