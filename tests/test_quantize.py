@@ -11,7 +11,6 @@ import tiny
 import torch
 from builders import planned
 from conftest import QUICK, hasty
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 
 import dtq
 from dtq.calibrate import store
@@ -24,7 +23,7 @@ from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel, dummy_inputs, load_transformer, scan_model
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe import Recipe
-from dtq.stages import record_calls, solve
+from dtq.stages import solve
 
 HOW = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
 EVERYTHING = frozenset({"channels", "hessian", "sample"})
@@ -154,21 +153,6 @@ def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
     assert stats.edges == (250.0, 500.0, 750.0)
 
 
-def test_the_guard_promotes_within_its_budget():
-    always = {"to": "int8-row", "max_error": 0.0, "budget": 6.0}
-    pipe = dtq.quantize(tiny.pipeline(), hasty("w4a8", promote=always), progress=False)
-    report = pipe.transformer.hf_quantizer.report
-    promoted = [x for x in report.layers if x.promoted]
-    assert promoted
-    assert all(x.weight_format == "int8-row" and x.error < x.error_before for x in promoted)
-    assert 5.0 < report.plan.bits(report.plan.gemm()) <= 6.0
-    worst = max(x.error_before for x in promoted)
-    kept = [x.error for x in report.layers if not x.promoted and x.role != "adaln"]
-    assert worst > max(kept)
-    calm = dtq.quantize(tiny.pipeline(), hasty("w4a8"), progress=False).transformer
-    assert not any(x.promoted for x in calm.hf_quantizer.report.layers)
-
-
 def test_bias_correction_removes_the_mean_error():
     errors = {}
     for correct in (False, True):
@@ -208,45 +192,6 @@ def test_static_and_dynamic_activations(acts):
 def test_nothing_to_quantize_is_an_error():
     with pytest.raises(InputError, match="leaves every layer"):
         dtq.quantize(tiny.dit(), "w4a8", exclude=["*"], progress=False)
-
-
-def test_a_whole_model_alternative_replaces_the_search_where_it_errs_less():
-    pipe = tiny.pipeline()
-    dtq.quantize(pipe, "w4a8", progress=False, transform_candidates=["hadamard", "none"], **QUICK)
-    report = pipe.transformer.hf_quantizer.report
-    assert list(report.transform_errors) == ["search", "hadamard", "none"]
-    best = min(report.transform_errors, key=report.transform_errors.get)
-    labels = {x.transform for x in report.layers if x.role != "adaln"}
-    if best != "search":
-        assert len(labels) == 1
-    alone = tiny.pipeline()
-    dtq.quantize(alone, "w4a8", progress=False, transform_candidates=[], transform=best, **QUICK)
-    assert torch.equal(tiny.sample(alone), tiny.sample(pipe))
-
-
-def test_an_alternative_may_change_the_input_where_the_recipe_does_not():
-    how = {"promote": {"to": ""}, "correct_bias": False, **QUICK}
-    pipe, alone = tiny.pipeline(), tiny.pipeline()
-    more = {"transform": "none", "solver": "rtn", "transform_candidates": ["smooth", "hadamard"]}
-    dtq.quantize(pipe, "w4a8", progress=False, **more, **how)
-    found = pipe.transformer.hf_quantizer.report.transform_errors
-    assert list(found) == ["none", "smooth", "hadamard"]
-    assert max(found.values()) < 10 * min(found.values())
-    plan = pipe.transformer.hf_quantizer.report.plan
-    before = planned(load_transformer(alone), Recipe.load("w4a8", **more, **how)).plan
-    assert [x.nbytes() for x in before.layers] == [x.nbytes() for x in plan.layers]
-
-
-def test_statistics_alone_are_enough_without_a_pipeline(caplog):
-    source = LoadedModel("x", None, "transformer", tiny.dit())
-    scan = planned(source, Recipe.load("w4a8")).scan
-    stats = calibrate(
-        source, scan.input_groups, hasty("w4a8").calibration, EVERYTHING, progress=False
-    )
-    with caplog.at_level(logging.WARNING, "dtq"):
-        model = dtq.quantize(source.model, hasty("w4a8"), statistics=stats, progress=False)
-    assert model.hf_quantizer.report.transform_errors == {}
-    assert "search stays, without trying hadamard" in caplog.text
 
 
 def test_an_option_that_does_not_fit_a_layer_is_said(caplog):
@@ -290,33 +235,8 @@ def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, m
         )
 
 
-class TwoStages(DiffusionPipeline):
-    """A pipeline whose first steps are one transformer's, the others another's, as in Wan 2.2."""
-
-    def __init__(self, transformer, transformer_2, scheduler):
-        super().__init__()
-        self.register_modules(
-            transformer=transformer, transformer_2=transformer_2, scheduler=scheduler
-        )
-
-    @torch.no_grad()
-    def __call__(self, class_labels, generator=None, num_inference_steps=4, output_type="pt"):
-        self.scheduler.set_timesteps(num_inference_steps)
-        x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generator])
-        labels = torch.tensor(class_labels)
-        for i, t in enumerate(self.scheduler.timesteps):
-            model = self.transformer if i < num_inference_steps / 2 else self.transformer_2
-            noise = model(x, timestep=t.expand(len(x)), class_labels=labels).sample
-            x = self.scheduler.step(noise, t, x).prev_sample
-        return ImagePipelineOutput(images=x)
-
-
-def two_stages() -> TwoStages:
-    return TwoStages(tiny.dit(), tiny.dit(seed=1), DDIMScheduler())
-
-
 def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
-    pipe = two_stages()
+    pipe = tiny.two_stages()
     floats = [copy.deepcopy(pipe.transformer), copy.deepcopy(pipe.transformer_2)]
     dtq.quantize(pipe, hasty("w4a8"), progress=False)
     for model, was in zip((pipe.transformer, pipe.transformer_2), floats, strict=True):
@@ -326,7 +246,7 @@ def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
             got, want = model(**call).sample, was(**call).sample
         assert float((got - want).square().sum() / want.square().sum()) < 0.02
     pipe.save_pretrained(tmp_path)
-    again = TwoStages.from_pretrained(tmp_path)
+    again = tiny.TwoStages.from_pretrained(tmp_path)
     ran = [
         p([1, 2], generator=[torch.Generator().manual_seed(i) for i in range(2)]).images
         for p in (pipe, again)
@@ -334,31 +254,12 @@ def test_every_transformer_of_a_pipeline_is_quantized(tmp_path):
     assert torch.equal(*ran)
 
 
-def test_alternatives_are_compared_on_calls_of_the_float_pipeline(monkeypatch):
-    """Else those of the second transformer depend on whether this process changed the first."""
-    pipe, quantized = two_stages(), []
-    before = record_calls.sample_calls
-
-    def sampled(*arguments, **options):
-        models = (pipe.transformer, pipe.transformer_2)
-        quantized.append([any(isinstance(m, QuantLinear) for m in x.modules()) for x in models])
-        return before(*arguments, **options)
-
-    monkeypatch.setattr(record_calls, "sample_calls", sampled)
-    dtq.quantize(pipe, "rtn-w4a8", transform_candidates=["hadamard"], progress=False, **QUICK)
-    assert quantized == [[False, False], [False, False]]
-    assert all(
-        len(m.hf_quantizer.report.transform_errors) == 2
-        for m in (pipe.transformer, pipe.transformer_2)
-    )
-
-
 def test_one_transformer_of_two(tmp_path):
-    pipe = two_stages()
+    pipe = tiny.two_stages()
     dtq.quantize(pipe, hasty("w4a8"), component="transformer_2", progress=False)
     assert not any(isinstance(m, QuantLinear) for m in pipe.transformer.modules())
     assert any(isinstance(m, QuantLinear) for m in pipe.transformer_2.modules())
     with pytest.raises(InputError, match="transformer_2"):
-        dtq.quantize(two_stages(), "w4a8", inputs=[{}], progress=False)
+        dtq.quantize(tiny.two_stages(), "w4a8", inputs=[{}], progress=False)
     with pytest.raises(InputError, match="its models are"):
-        dtq.quantize(two_stages(), "w4a8", component="unet", progress=False)
+        dtq.quantize(tiny.two_stages(), "w4a8", component="unet", progress=False)
