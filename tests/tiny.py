@@ -12,6 +12,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
 )
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import nn
 
 
