@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dtq.api import quantize_source
+from dtq.api import open_runs, run_stages
 from dtq.calibrate import store
 from dtq.evaluate import baselines, trajectory
 from dtq.evaluate.evaluate import compare_images, extractor_for, row_of
@@ -28,8 +28,8 @@ from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe, names
-from dtq.stages.calibrate import calibrate_source
-from dtq.stages.plan import plan_source
+from dtq.stages.calibrate import collect
+from dtq.stages.plan import plan
 
 EVERYTHING = frozenset({"channels", "hessian", "sample"})
 MODELS = ("demo", "demo-outliers")
@@ -115,9 +115,9 @@ def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
     requests = prompts.load("auto", source.pipeline, how.samples)
     truth = trajectory.record(source.pipeline, source.model, requests, how)
     recipe = Recipe.load("w4a8", calibration={"samples": calibration})
-    scan, _ = plan_source(source, recipe)
-    stats = calibrate_source(source, scan, recipe, EVERYTHING)
-    store.save(stats, folder / "stats.safetensors")
+    (run,) = open_runs([source], recipe)
+    plan(run)
+    store.save(collect(run, EVERYTHING), folder / "stats.safetensors")
     torch.save(truth, folder / "truth.pt")
 
 
@@ -129,7 +129,9 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
     before = _memory("VmRSS")
     started = time.monotonic()
     if row in baselines.BASELINES:
-        layers = [x.name for x in plan_source(source, Recipe.load("w4a8"))[1].gemm()]
+        (run,) = open_runs([source], Recipe.load("w4a8"))
+        plan(run)
+        layers = [x.name for x in run.plan.gemm()]
         weights = {n: source.model.get_submodule(n).weight.numel() for n in layers}
         baseline = baselines.BASELINES[row]
         baseline.apply(source.model, layers)
@@ -139,13 +141,14 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
         base, changes = VARIANTS.get(row, (row, {}))
         recipe = Recipe.load(base, **changes)
         stats = store.load(folder / "stats.safetensors")
-        report = quantize_source(source, recipe, statistics=stats, progress=False)
-        plan = report.plan
+        runs = open_runs([source], recipe, statistics=stats, progress=False)
+        (report,) = run_stages(runs).values()
+        quantized = report.plan
         found = {
-            "bits": plan.bits(plan.gemm()),
-            "bits_all": plan.bits(plan.quantized()),
+            "bits": quantized.bits(quantized.gemm()),
+            "bits_all": quantized.bits(quantized.quantized()),
             "promoted": sum(x.promoted for x in report.layers),
-            "formats": Counter(x.weight_format for x in plan.gemm()),
+            "formats": Counter(x.weight_format for x in quantized.gemm()),
             "steps": report.step_policy,
         }
     found["seconds"] = time.monotonic() - started

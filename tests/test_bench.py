@@ -72,7 +72,7 @@ def test_the_command_writes_every_metric(tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
     before = torch.get_num_threads()
     plot = tmp_path / "bench.svg"
-    command = ["bench", "--rounds", "2", "--json", str(file), "--plot", str(plot)]
+    command = ["bench", "--rounds", "2", "-o", str(file), "--plot", str(plot)]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output + str(done.exception)
     assert torch.get_num_threads() == before
@@ -85,6 +85,18 @@ def test_the_command_writes_every_metric(tmp_path, monkeypatch):
     known = cpu.peak() > 0
     assert (data["conditions"]["peak"] != "unknown") == known
     assert all((0 < share < 1.5) if known else share is None for share in shares)
+
+
+def test_json_is_only_json(tmp_path, monkeypatch):
+    result = bench.Result("gemm", {"threads": 1}, rows(1.0, 2.6, 5.0))
+    monkeypatch.setitem(bench.SUITES, "gemm", lambda **options: result)
+    file = tmp_path / "bench.json"
+    done = CliRunner().invoke(main, ["bench", "--device", "cpu", "--json", "-o", str(file)])
+    assert (
+        json.loads(done.stdout)
+        == json.loads(file.read_text())
+        == json.loads(json.dumps(result.to_json()))
+    )
 
 
 def test_a_chart_without_matplotlib_is_refused_before_anything_is_timed(tmp_path, monkeypatch):

@@ -334,7 +334,7 @@ def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_fold
     adm_suite.write(torch.rand(6, 3, 32, 32), tmp_path / "ref.npz")
     lines = [
         "eval", quantized_folder, "--reference", float_folder, "--samples", 2, "--steps", 2,
-        "--fid", 8, "--metric", ",".join(asked), "--features", "random", "--npz",
+        "--num-images", 8, "--metric", ",".join(asked), "--features", "random", "--npz",
         "--extractor", f"clip={tmp_path}", "--reference-set", tmp_path / "ref.npz",
         "-o", tmp_path / "out",
     ]  # fmt: skip
