@@ -119,7 +119,7 @@ def test_fp4_is_timed_where_there_is_hardware_for_it(monkeypatch):
 def test_models_are_quantized_with_their_modulation():
     model, given, tokens = cases.flux(HERE, quick=True)
     made = cases.quantized_model(model, "w4a8", bench_gpu.MODULATION["w4a8"])
-    kinds = {n: m.weight_format for n, m in made.named_modules() if hasattr(m, "runtime")}
+    kinds = {n: m.weight_format for n, m in made.named_modules() if hasattr(m, "weight_format")}
     assert kinds["transformer_blocks.0.attn.to_q"] == "int4-2l-g64"
     assert kinds["transformer_blocks.0.norm1.linear"] == bench_gpu.MODULATION["w4a8"]
     eight = cases.quantized_model(model, "w8a8", bench_gpu.MODULATION["w8a8"])

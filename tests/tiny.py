@@ -6,13 +6,13 @@ from __future__ import annotations
 import diffusers
 import torch
 from diffusers import (
+    ImagePipelineOutput,
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
 )
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import nn
 
 

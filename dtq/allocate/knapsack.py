@@ -126,8 +126,8 @@ def pareto_front(
     """
     if broken := [item for item, options in tables.items() if not _finite(options)]:
         raise InputError(
-            f"{', '.join(broken)}: no option gives finite outputs; add a wider format, or "
-            f"exclude them"
+            f"{', '.join(broken)}: no option gives finite outputs; "
+            f"add a wider format, or exclude them"
         )
     usable = {item: _finite(options) for item, options in tables.items()}
     largest = sum(max(abs(o.sensitivity) for o in options) for options in usable.values())

@@ -45,7 +45,7 @@ class LinearProblem:
 
     Attributes:
         block: Hadamard block.
-        num_rotations: block rotations, see ``dtq.transforms.hadamard.rotate``.
+        num_rotations: block rotations, see ``dtq.linalg.hadamard.rotate``.
     """
 
     weight_format: Format
