@@ -86,7 +86,7 @@ def test_pictures_of_nan_are_refused_and_the_alarm_names_the_layer(
 
 def quantized(acts: str = "int8-row", **more) -> torch.nn.Module:
     return dtq.quantize(
-        tiny.dit(), "rtn-w4a8", acts=acts, progress=False, sanity_check=False, **more
+        tiny.dit(), "rtn-w4a8", activations=acts, progress=False, sanity_check=False, **more
     )
 
 

@@ -17,12 +17,13 @@ from train_demo.data import load_emoji
 from dtq import demo
 from dtq.errors import InputError
 from dtq.evaluate import baselines, trajectory
-from dtq.evaluate.evaluate import extractor_for, stored_bits
+from dtq.evaluate.evaluate import stored_bits
+from dtq.evaluate.metrics import extractors
 from dtq.nn import QuantLinear
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 
 HOW = SamplingSettings(samples=4, steps=10, batch_size=4, seed=1000)
 EVERYTHING = frozenset({"channels", "hessian", "sample"})
@@ -56,7 +57,7 @@ def test_it_loads_without_dtq():
 @pytest.mark.slow
 def test_its_pictures_are_of_the_class_asked_for():
     pipe = DiffusionPipeline.from_pretrained(demo.folder())
-    extractor = extractor_for(pipe)
+    extractor = extractors.load("emoji")
     assert extractor.real is not None
     pipe.set_progress_bar_config(disable=True)
     wanted = list(range(0, 99, 5))

@@ -119,6 +119,21 @@ def test_alternatives_and_hessians_cost_solver_time(folder):
     assert 2 * plain < duration.solver_operations(run, frozenset()) < 3.01 * plain
 
 
+def test_a_transform_is_searched_on_data_alone_and_on_some_channels(folder):
+    run = planned(load_transformer(str(folder)), replace(RECIPE, transform_candidates=()))
+    fixed = planned(run.loaded, replace(run.recipe, transform=MethodSpec("hadamard")))
+    samples = frozenset({"sample"})
+    assert duration.solver_operations(run, samples) > 2 * duration.solver_operations(fixed, samples)
+    assert duration.solver_operations(run, frozenset()) == duration.solver_operations(
+        fixed, samples
+    )
+    narrow, wide, wider = (
+        duration._search_operations(replace(run.plan.gemm()[0], shape=(n, 64)))
+        for n in (512, 1024, 4096)
+    )
+    assert 2 * narrow == wide == wider
+
+
 def test_a_model_that_cannot_be_traced_has_no_time(folder):
     run = planned(load_transformer(str(folder)), RECIPE)
     run.scan = replace(run.scan, traced=False)

@@ -16,12 +16,13 @@ import dtq
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.io.package_data import yaml_names
 from dtq.nn import QuantLinear
 from dtq.nn.slice import ROW, Slice, slice_specs
 from dtq.parallel import shard, tp_plan
 from dtq.pipelines.loading import LoadedModel
 from dtq.plan.layers import LayerSpec
-from dtq.recipe.resolve import Recipe, names
+from dtq.recipe import Recipe
 
 CUTS = [(64, 32), (64, 1), (33, 17), (7, 3), (2, 1)]
 INTEGER = ("w8a8", "w4a8-two-level")  # kernels whose products are exact, whatever the batch
@@ -63,7 +64,7 @@ def test_a_token_is_quantized_independently_of_the_others(name, cut):
 
     def quantized(x):
         if activations.integer:
-            return ops.quantize_rows(x, scale, 32, static, activations.levels)
+            return ops.quantize_rows(x, scale, 32, static, activations.qmax)
         transform = scale, perm, 32, 2
         if activations.bits == 16:
             return (ops.transform_rows(x, *transform),)
@@ -85,7 +86,7 @@ def layers_of(recipe: str) -> set[tuple[LayerSpec, int]]:
     return result
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", yaml_names("recipes"))
 def test_tokens_can_be_split_in_every_recipe(recipe):
     for spec, columns in layers_of(recipe):
         layer = filled(spec, k=columns)
@@ -108,7 +109,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for name in ("dit", "flux"):
         ranks.quantized(name, "w4a8").save_pretrained(folder / name)
-    torch.multiprocessing.set_forkserver_preload(["dtq.cli"])  # imported once
+    torch.multiprocessing.set_forkserver_preload(["dtq.api", "dtq.parallel"])  # imported once
     torch.multiprocessing.start_processes(
         ranks.every_case, (2, folder), nprocs=2, start_method="forkserver"
     )

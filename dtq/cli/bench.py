@@ -14,7 +14,7 @@ from dtq.cli import options as opt
 from dtq.cli.output import or_dash, size, table
 
 if TYPE_CHECKING:
-    from dtq.bench.cpu import BenchRow, Result
+    from dtq.bench.compare import BenchRow, Result
 
 
 # fmt: off
@@ -59,6 +59,7 @@ def bench(
     import torch
 
     from dtq.bench import cpu, gpu
+    from dtq.bench.compare import ratios
     from dtq.evaluate.optional_packages import need
     from dtq.evaluate.report import plots
     from dtq.io.atomic import atomic_write
@@ -83,7 +84,7 @@ def bench(
     if output is not None:
         atomic_write(output, f"{text}\n")
     if plot is not None:
-        atomic_write(plot, plots.bench(cpu.ratios(result, "w4a8"), "w4a8"))
+        atomic_write(plot, plots.bench(ratios(result, "w4a8"), "w4a8"))
     if as_json:
         click.echo(text)
     else:
@@ -92,12 +93,12 @@ def bench(
 
 def _print_case(rows: Sequence[BenchRow]) -> None:
     """Print one size as soon as it is measured."""
-    from dtq.bench.cases import OURS
+    from dtq.bench.cases import RECIPES
 
     shares = any(row.share is not None for row in rows)
     head = [f"{rows[0].case}, M {rows[0].tokens}", "ms", "weights"]
-    head += [*(["of peak"] if shares else []), *(f"/ {ours}" for ours in OURS)]
-    table(head, [_cells(row, OURS, shares) for row in rows])
+    head += [*(["of peak"] if shares else []), *(f"/ {ours}" for ours in RECIPES)]
+    table(head, [_cells(row, RECIPES, shares) for row in rows])
     click.echo()
 
 
@@ -113,10 +114,10 @@ def _cells(row: BenchRow, ours: Iterable[str], shares: bool) -> list[str]:
 
 def _print(result: Result) -> None:
     """Print geometric means over the cases, the conditions, and a sentence."""
-    from dtq.bench.cases import OURS
-    from dtq.bench.cpu import geometric_means, verdict
+    from dtq.bench.cases import RECIPES
+    from dtq.bench.compare import geometric_means, verdict
 
-    for ours in OURS:
+    for ours in RECIPES:
         means = geometric_means(result.rows, ours)
         tokens, others = sorted({t for t, _ in means}), list(dict.fromkeys(n for _, n in means))
         table(

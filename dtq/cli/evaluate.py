@@ -169,8 +169,8 @@ def _print(result: Evaluation, output: Path | None) -> None:
     ]
     table(head, rows)
     if result.metrics:
-        table(html.FIGURES, [html.figure_cells(each) for each in result.metrics])
-        click.echo(html.figure_conditions(result))
+        table(html.METRIC_COLUMNS, [html.metric_cells(value) for value in result.metrics])
+        click.echo(html.metric_conditions(result))
     click.echo(html.verdict(result)[1])
     if output is not None:
         click.echo(f"report: {output / 'report.html'}")

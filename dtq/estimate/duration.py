@@ -6,28 +6,34 @@ It tells minutes from hours. During the run the progress bars show the remaining
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
+from dataclasses import replace
 
 import psutil
 import torch
 
 from dtq.calibrate.engine import memory_batches
+from dtq.io.schema import MethodSpec
 from dtq.linalg.cholesky import factor_cost
 from dtq.models import InputGroup, blocks_of
 from dtq.pipelines.sampling import count_dummy_calls
+from dtq.plan.layers import LayerPlan
 from dtq.stages.candidates import NUM_INPUTS
 from dtq.stages.record_calls import RECORDED_SAMPLES
 from dtq.stages.run import Run
 from dtq.stages.sanity_metrics import STEPS, short_settings
+from dtq.transforms import TRANSFORMS
 
 TRACED_BATCH = 2
 """Images in the traced forward pass, see ``dtq.pipelines.loading``."""
-OVERHEAD = 2.0
+OVERHEAD = 1.5
 """Time of a model evaluation, with its statistics, over that of the GEMMs of its linears."""
 SOLVER_OPERATIONS = 5000.0
-"""Operations per weight to choose its transform and to round it: 1e3 to 1e4, depending on the
-recipe, as measured on the bundled model."""
+"""Operations per weight to round it: 1e3 to 1e4 by recipe, as measured on the bundled model."""
+SEARCH_OPERATIONS = 5.0
+"""GEMMs of sampled rows that a search of transforms takes, times its step size."""
 DEFAULT_STEPS = 50
 """Sampler steps, where the recipe leaves them to the pipeline."""
 
@@ -80,8 +86,8 @@ def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> di
     return {
         "calibrate": passes * per_pass,
         "record calls": recorded * steps * call,
-        "compare transforms": bool(transforms) * (1 + transforms) * NUM_INPUTS * call,
-        "mixed precision": len(groups) * formats * recipe.allocate.num_inputs * call,
+        "compare transforms": bool(transforms) * (1 + transforms) * min(NUM_INPUTS, steps) * call,
+        "mixed precision": len(groups) * formats * min(recipe.allocate.num_inputs, steps) * call,
         "finetune": finetuned * trained * call,
         "step policy": len(search.precisions) * search.num_bins * search.num_inputs * call,
         "sanity check": checked,
@@ -102,16 +108,28 @@ def solver_operations(run: Run, needs: frozenset[str]) -> float:
         needs: statistics that are collected; GPTQ takes more with Hessians.
     """
     plan, allocate = run.plan, run.recipe.allocate
-    layers = plan.quantized() + plan.gemm() * len(run.recipe.transform_candidates)
+    layers = plan.quantized()
+    for name in run.recipe.transform_candidates:
+        layers += [replace(x, transform=MethodSpec(name)) for x in plan.gemm()]
     for name in allocate.formats if allocate.budget else ():
         layers += [x for x in plan.gemm() if x.weight_format != name]
     readers = {x.name: len(g.linears) for g in run.scan.input_groups for x in g.linears}
     total = 0.0
-    for n, k, shared in ((*x.shape, readers[x.name]) for x in layers):
-        total += SOLVER_OPERATIONS * n * k
+    for layer in layers:
+        n, k = layer.shape
+        total += SOLVER_OPERATIONS * n * k + (_search_operations(layer) if needs else 0.0)
         if "hessian" in needs:
-            total += 2.0 * n * k * k + factor_cost(k)[1] / shared
+            total += 2.0 * n * k * k + factor_cost(k)[1] / readers[layer.name]
     return total
+
+
+def _search_operations(layer: LayerPlan) -> float:
+    """Operations to choose a transform by its output error on sampled rows, a GEMM each."""
+    parameters = inspect.signature(TRANSFORMS[layer.transform.name].call).parameters
+    knobs = {name: knob.default for name, knob in parameters.items()} | dict(layer.transform.knobs)
+    n, k = layer.shape
+    gemm = 2.0 * knobs.get("num_rows", 0) * k * min(n, knobs.get("num_channels", n))
+    return SEARCH_OPERATIONS / knobs.get("step", 1.0) * gemm
 
 
 def gemm_rate(dtype: torch.dtype) -> float:

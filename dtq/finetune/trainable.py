@@ -103,7 +103,7 @@ class TrainableLinear(nn.Linear):
         if not acts.static:
             return fake_quantize(changed, acts)
         scale = self.layer.step_scale()
-        return row_codes(changed, scale, acts.levels) * scale
+        return row_codes(changed, scale, acts.qmax) * scale
 
 
 class TrainableVq(TrainableLinear):

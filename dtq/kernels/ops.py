@@ -31,7 +31,7 @@ from dtq.formats.activations import (
     row_scale,
 )
 from dtq.formats.integer import TwoLevelInt
-from dtq.formats.packing import unpack_nibbles
+from dtq.formats.packing import unpack_bits
 from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
 from dtq.kernels.libraries import LIBRARIES
 from dtq.kernels.weight_cache import WeightCache
@@ -179,7 +179,7 @@ def _group_a8_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    stored, zero = (unpack_nibbles(weight), 8) if bits == 4 else (weight, 0)
+    stored, zero = (unpack_bits(weight, 4).view(torch.int8), 8) if bits == 4 else (weight, 0)
     groups = weight_scale.shape[1]
     x, w = x_q.tensor_split(groups, 1), stored.tensor_split(groups, 1)
     y = x_q.new_zeros((len(x_q), len(weight)), dtype=torch.float32)

@@ -81,7 +81,7 @@ def _fp4_linear(
 
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
-    levels = E2M1.of(unpack_bits(codes, 4)).unflatten(1, (scale.shape[1], -1))
+    levels = E2M1.decode(unpack_bits(codes, 4)).unflatten(1, (scale.shape[1], -1))
     if scale.dtype == torch.uint8:
         powers = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
         return (levels * powers.unsqueeze(-1)).flatten(1)

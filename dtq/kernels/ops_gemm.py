@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtq.formats.packing import unpack_nibbles
+from dtq.formats.packing import unpack_bits
 from dtq.kernels.ops_quantize import gelu as gelu_of
 
 _reference = torch.ops.dtq_reference
@@ -70,7 +70,7 @@ def _lut4a8_linear(
 
 def by_table(weight: Tensor, tables: Tensor) -> Tensor:
     """The int8 (N, K) that codes (N, K/2), two a byte, name in tables (N, groups, 16)."""
-    index = unpack_nibbles(weight).long().unflatten(1, (tables.shape[1], -1))
+    index = unpack_bits(weight, 4).long().unflatten(1, (tables.shape[1], -1))
     return tables.gather(2, index).flatten(1)
 
 

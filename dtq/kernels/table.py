@@ -181,8 +181,8 @@ def _three(problem: LinearProblem, tensors: PackedTensors) -> Weight:
 
 def _table_fits(problem: LinearProblem) -> str | None:
     match problem.weight_format:
-        case Grid(levels=levels, group=None):
-            fits = levels.bits == 4 and levels.integers is not None
+        case Grid(codebook=codebook, group=None):
+            fits = codebook.bits == 4 and codebook.integers is not None
         case Lut() as lut:
             fits = lut.integers
         case _:
@@ -194,8 +194,8 @@ def _table_fits(problem: LinearProblem) -> str | None:
 def _table(problem: LinearProblem, tensors: PackedTensors) -> Weight:
     weight, scale = tensors["weight"], tensors["weight_scale"]
     if isinstance(problem.weight_format, Grid):
-        assert problem.weight_format.levels.integers is not None
-        values, unit = problem.weight_format.levels.integers
+        assert problem.weight_format.codebook.integers is not None
+        values, unit = problem.weight_format.codebook.integers
         levels = torch.tensor(values, dtype=torch.int8, device=weight.device)
     else:
         unit = 1 / UNITS
@@ -427,7 +427,7 @@ def _codes(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> tuple[T
     """int8 (M, K) and row scales (M,) of the changed input."""
     static, levels, order = (
         tensors.get("input_scale"),
-        problem.activation_format.levels,
+        problem.activation_format.qmax,
         _order(tensors),
     )
     if not problem.activation_format.integer:

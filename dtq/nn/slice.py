@@ -145,9 +145,9 @@ class Slice(QuantLinear):
         scale = (
             self.step_scale().expand_as(amax)
             if activations.static
-            else scale_of(amax, activations.levels)
+            else scale_of(amax, activations.qmax)
         )
-        return row_codes(x, scale, activations.levels), scale
+        return row_codes(x, scale, activations.qmax), scale
 
     def _transform_input(self, rows: Tensor) -> Tensor:
         spec = self.spec
