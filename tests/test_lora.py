@@ -297,7 +297,7 @@ def test_dtq_does_without_peft():
         "import sys; sys.modules['peft'] = None  # importing it fails from here on\n"
         "import dtq, tiny\n"
         "dtq.quantize(tiny.flux(), 'w4a16', progress=False)\n"
-        "assert 'dtq.lora' not in sys.modules\n"
+        "assert 'dtq.integrations.peft' not in sys.modules\n"
     )
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
