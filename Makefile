@@ -1,6 +1,6 @@
-# make demo   quantize the bundled model, load it in diffusers, compare, write a report with pictures
+# make demo   quantize the bundled model, load it in diffusers, compare, write a report with images
 # make test   checks and tests
-# make gate   quantize a bundled model and fail if it got worse than the baseline file (MODEL=demo-video)
+# make gate   quantize a bundled model and fail if it is worse than the baseline file (MODEL=demo-video)
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -29,19 +29,19 @@ demo: setup
 	$(BIN)/dtq eval .demo/w4a8 --reference demo --prompts emoji-16 --num-images 64 -o .demo/report
 	@echo "open .demo/report/report.html"
 
-# exit codes of dtq gate: 1 regression, 2 undecided (PROMPTS=64; UNDECIDED=pass only warns), 3 not comparable
+# exit codes of dtq gate: 1 regression, 2 inconclusive (PROMPTS=64; UNDECIDED=pass only warns), 3 not comparable
 gate: $(RUN)/eval.json
 	$(BIN)/dtq gate $(RUN) --baseline $(BASELINE) --policy $(POLICY) --junit $(RUN).xml --sheet $(RUN).html \
 	  || { code=$$?; [ $$code = 2 ] && [ "$(UNDECIDED)" = pass ] && echo "warning: the gate is undecided" || exit $$code; }
 
-# REASON="why the figures may change"; as many prompts as the policy ever looks at
+# REASON="why the metrics may change"; as many prompts as the last look of the policy
 LOOKS.demo = 96
 LOOKS.demo-video = 64
 baseline: PROMPTS = $(LOOKS.$(MODEL))
 baseline: $(RUN)/eval.json
 	$(BIN)/dtq gate accept $(RUN) --baseline $(BASELINE) --policy $(POLICY) --reason "$(REASON)"
 
-# a clip costs more than a picture: fewer of them, of fewer steps
+# a video costs more than an image: fewer samples and fewer steps
 QUANTIZE.demo-video = --samples 16 --steps 10 --guidance 4
 EVALUATE.demo = --steps 8
 EVALUATE.demo-video = --steps 4 --guidance 4
@@ -51,7 +51,8 @@ $(RUN)/eval.json: setup
 	$(BIN)/dtq quantize $(MODEL) --recipe w4a8 $(QUANTIZE.$(MODEL)) -o $(RUN)-w4a8 --overwrite
 	$(BIN)/dtq eval $(RUN)-w4a8 --reference $(MODEL) --samples $(PROMPTS) $(EVALUATE.$(MODEL)) --pictures -o $(RUN)
 
-# neighbours share fixtures, so each worker starts with a half of the tests and steals when it is done
+# neighboring tests share fixtures, so each worker starts with half of the tests and steals others when it
+# is done
 test: setup
 	@$(MAKE) --no-print-directory -j2 check units
 
@@ -64,8 +65,8 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/dtq recipe check recipes/*.yaml
 
-# the tables of docs/results.md, with torchao and optimum-quanto beside dtq; they get an environment
-# of their own because diffusers imports torchao wherever it is installed, slowly
+# the tables of docs/results.md, which compare dtq with torchao and optimum-quanto; these get an environment
+# of their own because diffusers imports torchao, slowly, if it is installed
 results: .venv-results/.ready
 	.venv-results/bin/python scripts/results.py
 	.venv-results/bin/python scripts/results_page.py --date $$(date -u +%F)
@@ -76,16 +77,16 @@ results: .venv-results/.ready
 	.venv-results/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval,baselines]'
 	touch .venv-results/.ready
 
-# the kernels, compiled ahead of time, those for GPUs where nvcc is; without this the first quantized
-# layer on a device does it
+# compile the kernels ahead of time, those for GPUs if there is nvcc; without this, the first quantized
+# layer on a device compiles them
 kernels: setup
 	$(BIN)/python -m dtq.kernels
 
 bench: setup
 	$(BIN)/dtq bench
 
-# on a machine with a GPU, from a checkout, nothing installed but torch and what dtq imports: is it
-# right, is it fast; every figure to .gpu. Not part of make test
+# check results and speed on a machine with a GPU, from a checkout; needs torch and the dependencies of dtq,
+# writes every measurement to .gpu. Not part of make test
 gpu:
 	PYTHONPATH=. $(PYTHON) tests/gpu.py --out .gpu
 

@@ -69,10 +69,10 @@ def for_cpu(lib: Path) -> None:
     Raises:
         OSError: what is missing, or the compiler's error.
     """
-    gxx, sources, home = module("gxx"), ROOT / "cpu_ext", needed()
+    gcc, sources, home = module("gcc"), ROOT / "cpu_ext", needed()
     with tempfile.TemporaryDirectory() as work:
-        made = gxx.compile_library(gxx.find(), sources, home, Path(work))
-        put(made, lib / f"dtq_cpu-{gxx.key(sources)}.so")
+        made = gcc.compile_library(gcc.find(), sources, home, Path(work))
+        put(made, lib / f"dtq_cpu-{gcc.key(sources)}.so")
 
 
 def for_gpus(lib: Path) -> None:
@@ -114,9 +114,9 @@ def torch_home() -> Path | None:
 
 
 def module(name: str) -> ModuleType:
-    """A module of ``dtq/kernels`` that needs no torch, without running dtq's own ``__init__``."""
-    for package in ("dtq", "dtq.kernels"):
+    """A module of ``dtq/kernels/compile``, without the ``__init__`` files, which import torch."""
+    for package in ("dtq", "dtq.kernels", "dtq.kernels.compile"):
         if package not in sys.modules:
             sys.modules[package] = ModuleType(package)
             sys.modules[package].__path__ = [str(ROOT.joinpath(*package.split(".")))]
-    return importlib.import_module(f"dtq.kernels.{name}")
+    return importlib.import_module(f"dtq.kernels.compile.{name}")

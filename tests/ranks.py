@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of several processes does in ``test_parallel.py``; started afresh, so in a file of its own."""
+"""The function that each process of ``test_parallel.py`` runs; processes are started with it alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 import dtq
+from dtq.nn.slice import Slice
 from dtq.nn.timestep_hook import install_clock
-from dtq.parallel import Slice, load_sharded, shard
+from dtq.parallel import load_sharded, shard
 from dtq.pipelines.loading import dummy_inputs
 from dtq.plan.step_policy import StepPolicy
 
@@ -56,23 +57,23 @@ def outputs(model: nn.Module, name: str) -> list[torch.Tensor]:
 
 
 def every_case(rank: int, world: int, folder: Path) -> None:
-    """Leave in ``folder`` what the model says whole and cut, for each case."""
+    """Save outputs of the whole and of the sharded model in ``folder``, for each case."""
     meet = f"file://{folder / 'meet'}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
-    said = {}
+    results = {}
     for name, kind in CASES:
         whole = quantized(name, kind)
         cut = shard(copy.deepcopy(whole), rank, world)
         slices = sum(isinstance(m, Slice) for m in cut.modules())
-        said[name, kind] = outputs(whole, name), outputs(cut, name), slices
+        results[name, kind] = outputs(whole, name), outputs(cut, name), slices
     policy = StepPolicy((500.0,), ("a16", "native"))
     whole = copy.deepcopy(quantized("dit", "w8a8"))
     install_clock(whole, (), policy)
     cut = shard(copy.deepcopy(whole), rank, world)
-    said["dit", "policy"] = outputs(whole, "dit"), outputs(cut, "dit"), 1
+    results["dit", "policy"] = outputs(whole, "dit"), outputs(cut, "dit"), 1
     for name in ("dit", "flux"):
         cut = load_sharded(folder / name, rank, world)
         want = outputs(quantized(name, "w4a8"), name)
-        said[name, "loaded"] = want, outputs(cut, name), sum(p.nbytes for p in cut.parameters())
-    torch.save(said, folder / f"{rank}.pt")
+        results[name, "loaded"] = want, outputs(cut, name), sum(p.nbytes for p in cut.parameters())
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

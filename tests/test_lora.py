@@ -297,7 +297,7 @@ def test_dtq_does_without_peft():
         "import sys; sys.modules['peft'] = None  # importing it fails from here on\n"
         "import dtq, tiny\n"
         "dtq.quantize(tiny.flux(), 'w4a16', progress=False)\n"
-        "assert 'dtq.lora' not in sys.modules\n"
+        "assert 'dtq.integrations.peft' not in sys.modules\n"
     )
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
@@ -350,7 +350,7 @@ def test_adapters_on_layers_that_are_kept_are_none_of_our_business():
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_control_nets_are_not_made_of_codes(kind):
     net = {"flux": diffusers.FluxControlNetModel, "sd3": diffusers.SD3ControlNetModel}[kind]
-    with pytest.raises(InputError, match="copies float weights, and this transformer holds codes"):
+    with pytest.raises(InputError, match="copies float weights, and this transformer is quantized"):
         net.from_transformer(quantized(kind))
 
 

@@ -21,11 +21,11 @@ SLOW = ("torch", "diffusers", "transformers", "numpy", "accelerate", "peft")
 
 
 def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    found = [path]
+    paths = [path]
     for name, command in group.commands.items():
         below = (*path, name)
-        found += commands(command, below) if isinstance(command, click.Group) else [below]
-    return found
+        paths += commands(command, below) if isinstance(command, click.Group) else [below]
+    return paths
 
 
 def python(code: str, *arguments: str) -> str:

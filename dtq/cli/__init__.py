@@ -38,7 +38,7 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 class Commands(click.Group):
-    """Turns errors into one line and an exit code."""
+    """Reports an error as one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""

@@ -32,26 +32,26 @@ def fold(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     for level in reversed(range(depth)):  # the innermost index first: experts, then blocks
         groups: dict[tuple[str, ...], list[int]] = {}
         for name, *cells in folded:
-            found = list(_INDEX.finditer(name))
-            if level < len(found):
-                start, end = found[level].span(1)
+            indices = list(_INDEX.finditer(name))
+            if level < len(indices):
+                start, end = indices[level].span(1)
                 key = (name[:start], name[end:], *cells)
                 groups.setdefault(key, []).append(int(name[start:end]))
             else:
                 groups[name, "", *cells] = []
         folded = [
-            (f"{before}{_ranges(indices)}{after}", *cells)
-            for (before, after, *cells), indices in groups.items()
+            (f"{before}{_ranges(numbers)}{after}", *cells)
+            for (before, after, *cells), numbers in groups.items()
         ]
     return folded
 
 
-def _ranges(indices: list[int]) -> str:
+def _ranges(numbers: list[int]) -> str:
     """Whole numbers as text: ``0 to 3, 5``."""
-    if not indices:
+    if not numbers:
         return ""
-    ends = [i for i, (a, b) in enumerate(pairwise(indices), 1) if b != a + 1]
-    runs = [indices[a:b] for a, b in pairwise([0, *ends, len(indices)])]
+    ends = [i for i, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
+    runs = [numbers[a:b] for a, b in pairwise([0, *ends, len(numbers)])]
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 

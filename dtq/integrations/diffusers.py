@@ -34,7 +34,17 @@ log = logging.getLogger("dtq")
 
 
 class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Loads dtq checkpoints, and quantizes float models while they load."""
+    """Loads dtq checkpoints, and quantizes float models while they load.
+
+    diffusers calls the methods in the order of loading; the base class describes them.
+
+    Args:
+        quantization_config: from ``config.json``, or given by the user.
+        **kwargs: of the base class, ``pre_quantized`` among them.
+
+    Attributes:
+        report: of the quantization; None for a loaded checkpoint.
+    """
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
@@ -43,11 +53,15 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: DTQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._reader: reader.Reader | None = None
-        self._keep: list[str] = []
+        self._float32_modules: list[str] = []
         self.report: object = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what would silently change the weights."""
+        """Refuse a device map to disk, which would change the weights.
+
+        Raises:
+            ValueError: ``device_map`` has an entry ``disk``.
+        """
         if isinstance(device_map, dict) and "disk" in {str(v) for v in device_map.values()}:
             raise ValueError(
                 "a dtq model cannot be dispatched to disk by device_map: diffusers casts floating "
@@ -55,11 +69,16 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        """The recorded compute dtype unless the user asks for another."""
+        """The requested dtype, else the compute dtype of the checkpoint, else float32."""
         recorded: torch.dtype | None = self.quantization_config.compute_dtype
         return torch_dtype or recorded or torch.float32
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
+        """Open the files of a checkpoint; removes the key of the checksums.
+
+        Raises:
+            CheckpointError: a file is damaged or not what ``config.json`` describes.
+        """
         if self.pre_quantized:
             if self.quantization_config.format_version is None:
                 raise CheckpointError("config.json: quantization_config has no 'format_version'")
@@ -67,6 +86,12 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return [key for key in loaded_keys if key != reader.CHECKSUMS]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Compare tensors with their checksums, and align them.
+
+        Raises:
+            CheckpointError: a tensor is damaged.
+            InputError: a single file is a dtq checkpoint, which lacks its config.
+        """
         if self._reader is not None:
             self._reader.check(state_dict)
         elif reader.CHECKSUMS in state_dict:
@@ -79,10 +104,16 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Any, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
-        module, part = get_module_from_name(model, param_name)
-        return isinstance(module, QuantLinear) and part in module.tensor_specs()
+        """Whether a parameter is a packed tensor of a quantized linear."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, QuantLinear) and name in module.tensor_specs()
 
     def check_quantized_param_shape(self, name: str, current: Tensor, loaded: Tensor) -> bool:
+        """Compare the shape of a packed tensor with that in the file.
+
+        Raises:
+            CheckpointError: they differ.
+        """
         if tuple(current.shape) != tuple(loaded.shape):
             raise CheckpointError(
                 f"{name}: expected shape {list(current.shape)}, the file has {list(loaded.shape)}"
@@ -99,12 +130,26 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        module, part = get_module_from_name(model, param_name)
-        # not param_value: diffusers has already cast that one to torch_dtype
+        """Set a packed tensor of a quantized linear.
+
+        Args:
+            model: with quantized linears that have no values yet.
+            param_value: the tensor, cast to ``torch_dtype`` by diffusers; not used with
+                ``state_dict``.
+            param_name: dotted name.
+            target_device: where to put it.
+            state_dict: tensors as they are in the file.
+            *args: not used.
+            **kwargs: not used.
+
+        Raises:
+            CheckpointError: the file has another shape or dtype.
+        """
+        module, name = get_module_from_name(model, param_name)
         raw = state_dict[param_name] if state_dict is not None else param_value
-        check_tensor(param_name, raw, module.tensor_specs()[part])
+        check_tensor(param_name, raw, module.tensor_specs()[name])
         value = from_disk(raw).to(target_device)
-        module._parameters[part] = nn.Parameter(value, requires_grad=False)
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def _process_model_before_weight_loading(
         self,
@@ -115,9 +160,9 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         config = self.quantization_config
-        if state_dict is not None:  # only from_single_file passes it, and never says pre_quantized
+        if state_dict is not None:  # passed by from_single_file only, which reads float models
             self.pre_quantized = False
-        self._keep = list(keep_in_fp32_modules or ())
+        self._float32_modules = list(keep_in_fp32_modules or ())
         if self.pre_quantized:
             plan = config.load_plan()
             if self._reader is not None:
@@ -138,20 +183,25 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         else:
             assert integrations.quantize_while_loading is not None
             self.report = integrations.quantize_while_loading(
-                model, self.quantization_config, self._keep
+                model, self.quantization_config, self._float32_modules
             )
         return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors to save, with on-disk dtypes and checksums, and no metadata.
+
+        Raises:
+            InputError: the model has adapters, or is not saved as safetensors.
+        """
         if not safe_serialization:
             raise InputError("dtq checkpoints are safetensors only: safe_serialization=True")
         wrapped = sorted(k.split(".base_layer.")[0] for k in state_dict if ".base_layer." in k)
         if wrapped:
             raise InputError(
-                f"adapters are loaded (on {wrapped[0]}, for one), and a checkpoint has none: "
-                f"unload_lora_weights() before saving, and fuse_lora() before that to keep them"
+                f"adapters are loaded (on {wrapped[0]} for example), and a checkpoint cannot hold "
+                f"them: call unload_lora_weights() before saving; to keep them, fuse_lora() first"
             )
         specs = self.quantization_config.load_plan()
         return reader.with_checksums(_as_floats(state_dict, specs.layers)), {}
@@ -160,32 +210,44 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 model.set_submodule(name, module.unquantized())
-        vars(model).pop("_skip_layerwise_casting_patterns", None)  # named the quantized layers
-        # else a later save would write float weights that claim to be quantized
+        vars(model).pop("_skip_layerwise_casting_patterns", None)  # names of the quantized layers
+        # otherwise the config of a later save would describe the float weights as quantized
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
         model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]
         return model
 
     def get_cuda_warm_up_factor(self) -> int:
+        """Factor of the warm-up allocation; 2 allocates the bytes of the empty model."""
         return 2
 
     @property
     def is_serializable(self) -> bool:
+        """Quantized models can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Packed weights cannot be trained."""
         return False
 
     @property
     def is_compileable(self) -> bool:
+        """Quantized models can be compiled."""
         return True
 
 
 def attach_quantizer(
     model: nn.Module, plan: Plan, edges: tuple[float, ...], dtype: torch.dtype, config: DTQConfig
 ) -> None:
-    """Leave a model quantized in memory in the state that ``from_pretrained`` would leave it in."""
+    """Give a model that was quantized in memory the attributes of a loaded one.
+
+    Args:
+        model: the quantized transformer.
+        plan: formats and shapes of its layers.
+        edges: inner edges of the timestep bins of static activation scales.
+        dtype: compute dtype.
+        config: the quantization config; it is completed, and becomes that of the model.
+    """
     config.format_version = FORMAT_VERSION
     config.recipe = plan.recipe
     config.compute_dtype = dtype
@@ -285,8 +347,8 @@ def _of_floats(make: Callable[..., Any]) -> Callable[..., Any]:
     def from_transformer(cls: Any, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(m, QuantLinear) for m in transformer.modules()):
             raise InputError(
-                f"{cls.__name__}.from_transformer copies float weights, and this transformer holds "
-                f"codes; give the float model, or dequantize() a copy of this one"
+                f"{cls.__name__}.from_transformer copies float weights, and this transformer is "
+                f"quantized; give the float model, or dequantize() a copy of this one"
             )
         return make(cls, transformer, *args, **kwargs)
 
@@ -296,19 +358,19 @@ def _of_floats(make: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse_text(*args: Any, **kwargs: Any) -> None:
     raise InputError(
-        "dtq quantizes models of diffusers, and this is one of transformers; name what to "
-        'quantize: components_to_quantize=["transformer"]'
+        "dtq quantizes models of diffusers, and this is one of transformers; name the components "
+        'to quantize: components_to_quantize=["transformer"]'
     )
 
 
 def _as_floats(state: dict[str, Tensor], layers: dict[str, LayerSpec]) -> dict[str, Tensor]:
-    """Scales as the floats whose bits they hold in memory; their dtype is the format's."""
+    """The tensors of a model, with scales as floats instead of the integers of their bits."""
     tensors = dict(state)
     for name, layer in layers.items():
-        # dtypes do not depend on the shape: any that every format accepts will do; whether base-3
-        # codes have a tail does
-        for part, spec in layer.tensor_specs((1024, 1024)).items():
-            key = f"{name}.{part}"
+        # dtypes do not depend on the shape, so take one that every format supports. The remainder
+        # columns of base-3 codes depend on it, but they are integers
+        for tensor_name, spec in layer.tensor_specs((1024, 1024)).items():
+            key = f"{name}.{tensor_name}"
             if key in tensors:
                 tensors[key] = to_disk(tensors[key], spec)
     return tensors

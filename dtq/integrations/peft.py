@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA on quantized linears: adapters run beside them, and fuse into their low-rank branch.
+"""LoRA on quantized linears: adapters run in parallel to them, or fuse into the low-rank branch.
 
-A quantized linear transforms its input inside, so an adapter sees what it would see beside the
-float one, and nothing needs to be converted. Fusing puts ``A`` and ``B * scale`` beside the factors
-of the low-rank branch: the codes stay as they are, unfusing gives back every bit, and a fused model
-saves and loads like any other. The factors are kept in bfloat16, as the file has them.
+A quantized linear transforms its input internally, so an adapter gets the same input as on a float
+linear and needs no conversion. Fusing appends ``A`` and ``B * scale`` to the factors of the
+low-rank branch. The packed weight does not change, unfusing restores every bit, and a fused model
+saves and loads like any other. The fused factors are bfloat16, as in a checkpoint.
 
-Only imported where peft is installed.
+This module needs peft.
 """
 
 from __future__ import annotations
@@ -23,23 +23,33 @@ from dtq.nn.linear import QuantLinear
 
 
 class LoraLinear(Linear):  # type: ignore[misc]
-    """peft's layer for a linear, with a merge that leaves the weight alone.
+    """peft's LoRA layer for a linear, with a merge that does not change the weight.
+
+    Args:
+        base_layer: the quantized linear.
+        adapter_name: name of the adapter.
+        *args: of peft's layer.
+        **kwargs: of peft's layer.
 
     Raises:
-        InputError: the adapter needs the float weight, or the linear stands in for a convolution.
+        InputError: the adapter needs the float weight, or the linear replaced a convolution.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, *args, **kwargs)
-        self.fused: dict[str, tuple[int, int]] = {}  # adapter -> its ranks in the branch
+        self.fused: dict[str, tuple[int, int]] = {}  # adapter to its range of ranks in the branch
         if self.get_base_layer().spatial:
             raise InputError(
-                f"adapter {adapter_name!r} is for a quantized 1 x 1 convolution; keep that layer "
-                f"when quantizing: modules_to_not_convert, or keep: in the recipe"
+                f"adapter {adapter_name!r} is for a quantized 1 x 1 convolution; exclude that "
+                f"layer from quantization: modules_to_not_convert, or exclude: in the recipe"
             )
 
     def resolve_lora_variant(self, **kwargs: Any) -> None:
-        """Plain LoRA only."""
+        """Check that the adapter is plain LoRA, not a variant.
+
+        Raises:
+            InputError: it is a variant, which needs the float weight.
+        """
         variant = super().resolve_lora_variant(**kwargs)
         if variant is not None:
             kind = type(variant).__name__.removesuffix("LinearVariant")
@@ -49,20 +59,24 @@ class LoraLinear(Linear):  # type: ignore[misc]
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Move adapters into the low-rank branch of the quantized linear.
+        """Fuse adapters into the low-rank branch of the quantized linear.
+
+        Args:
+            safe_merge: whether to check that the factors are finite.
+            adapter_names: None for the active adapters.
 
         Raises:
-            InputError: an adapter has a bias, or (``safe_merge``) numbers that are not finite.
+            InputError: an adapter has a bias, or a factor is not finite.
         """
         base = self.get_base_layer()
-        if not isinstance(base, QuantLinear):  # dequantized since
+        if not isinstance(base, QuantLinear):  # the model was dequantized
             super().merge(safe_merge, adapter_names)
             return
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
             if self.lora_B[name].bias is not None:
-                raise InputError(f"adapter {name!r} has a bias and cannot be fused; leave it on")
+                raise InputError(f"adapter {name!r} has a bias and cannot be fused; keep it loaded")
             down = self.lora_A[name].weight.detach()
             up = self.lora_B[name].weight.detach() * self.scaling[name]
             if safe_merge and not (down.isfinite().all() and up.isfinite().all()):
@@ -71,7 +85,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take fused adapters out again, the last first; every bit is as before."""
+        """Remove fused adapters from the branch, the last one first; restores every bit."""
         base = self.get_base_layer()
         if not isinstance(base, QuantLinear):
             super().unmerge()
@@ -100,10 +114,11 @@ def register() -> None:
 
 
 def _refuse_others() -> None:
-    """Every other adapter of peft reads ``weight``, or merges into it, whatever it holds.
+    """Make peft refuse all other adapters on quantized linears.
 
-    OFT num_rotations it, IA3 and VeRA take its shape, BOFT multiplies by it: on codes that is noise, or an
-    error far from its cause. All tuners make their layers through one method of their own.
+    They use ``weight``, whatever it holds: OFT rotates it, IA3 and VeRA take its shape, BOFT
+    multiplies by it. With packed weights the result would be noise, or an error far from its cause.
+    Every tuner creates its layers with its own ``_create_and_replace``.
     """
     inject = BaseTuner.inject_adapter
 
@@ -126,10 +141,10 @@ def _refuse_others() -> None:
 
 
 def _check_kind(config: Any, name: str) -> None:
-    """Plain LoRA that does not start from the weight.
+    """Check that an adapter is plain LoRA, and is not initialized from the weight.
 
     Raises:
-        InputError: says what the adapter is.
+        InputError: it is something else; says what.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
@@ -137,12 +152,13 @@ def _check_kind(config: Any, name: str) -> None:
             f"adapter {name!r} is {kind}; quantized linears take plain LoRA. "
             f"Merge it into the float model and quantize that"
         )
-    start = getattr(config, "init_lora_weights", True)
-    if not isinstance(start, bool) and start not in _STARTS:
+    init = getattr(config, "init_lora_weights", True)
+    if not isinstance(init, bool) and init not in _INITS:
         raise InputError(
-            f"adapter {name!r} starts from the float weight (init_lora_weights={start!r}), and the "
-            f"layer holds codes; use True, False or {', '.join(map(repr, _STARTS))}"
+            f"adapter {name!r} is initialized from the float weight "
+            f"(init_lora_weights={init!r}), and the layer is quantized; use True, False or "
+            f"{', '.join(map(repr, _INITS))}"
         )
 
 
-_STARTS = ("gaussian", "orthogonal")
+_INITS = ("gaussian", "orthogonal")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained ternary linears, as TerDiT leaves them (2405.14854): codes in, a dtq model out.
+"""Load the trained ternary weights of TerDiT (2405.14854) into a diffusers transformer.
 
-TerDiT trains from scratch; its weights need no quantizing, only a format and a runtime. Which key
-of a checkpoint belongs to which linear of a diffusers class is the caller's to say.
+TerDiT trains ternary weights from scratch, so they are not quantized here, only packed. The caller
+maps the keys of a TerDiT checkpoint to the linears of a diffusers class.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.ternary import Ternary
 from dtq.integrations.diffusers import attach_quantizer
+from dtq.models.linears import shape_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
 from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
-    """Codes of TerDiT's deployment packing: four to a byte along the output axis.
+    """Unpack the codes of TerDiT's deployment format: four per byte along the output axis.
 
-    Byte row i holds the codes of output rows i, i + N/4, i + N/2 and i + 3N/4, the first in the
-    highest two bits, each plus one.
+    Byte row i holds the codes of output rows i, i + N/4, i + N/2 and i + 3N/4, the first one in the
+    two highest bits. Each code is stored plus one.
 
     Args:
         packed: uint8 (N/4, K).
@@ -35,13 +36,13 @@ def unpack_codes(packed: Tensor) -> Tensor:
         int8 (N, K) in {-1, 0, 1}.
 
     Raises:
-        InputError: another dtype, or a byte that holds no ternary codes.
+        InputError: the dtype or the number of axes is different, or a code is not ternary.
     """
     if packed.dtype != torch.uint8 or packed.ndim != 2:
         raise InputError(f"packed ternary codes are uint8 (N/4, K), got {packed.dtype}")
     digits = torch.cat([(packed >> shift) & 3 for shift in (6, 4, 2, 0)])
     if bool((digits == 3).any()):
-        raise InputError("packed ternary codes hold a 3; they are not TerDiT's, or damaged")
+        raise InputError("packed ternary codes hold a 3; they are damaged, or not of TerDiT")
     return digits.to(torch.int8) - 1
 
 
@@ -51,31 +52,36 @@ def load_ternary(
     *,
     fmt: str = "ternary-row",
 ) -> nn.Module:
-    """Put trained ternary weights where linears of a diffusers transformer are.
+    """Replace linears of a diffusers transformer by ones with trained ternary weights.
 
-    The result runs, saves and loads like any dtq model. Its biases and all other layers stay.
+    The result runs, saves and loads like any dtq model. Biases and all other layers do not change.
 
     Args:
         model: a diffusers transformer; changed in place.
-        weights: linear name to its codes, int8 (N, K) in {-1, 0, 1} or uint8 (N/4, K) packed as
-            :func:`unpack_codes` reads them, and alpha: one number, or per row (N, 1).
-        fmt: a ternary format; ``trit-row`` keeps five codes a byte.
+        weights: linear name to codes and alpha. Codes are int8 (N, K) in {-1, 0, 1}, or uint8
+            (N/4, K) in the format that :func:`unpack_codes` reads; alpha is one number, or one per
+            output channel (N, 1).
+        fmt: a ternary format; ``trit-row`` stores five codes per byte.
+
+    Returns:
+        The model.
 
     Raises:
-        InputError: no such linear, another shape, or codes that are not ternary.
+        InputError: a linear does not exist or has another shape, codes are not ternary, or alpha is
+            not finite.
     """
     ternary = FORMATS.get(fmt)
     if not isinstance(ternary, Ternary):
         known = ", ".join(n for n, f in FORMATS.items() if isinstance(f, Ternary))
-        raise InputError(f"{fmt!r} is not a ternary format; there are {known}")
+        raise InputError(f"{fmt!r} is not a ternary format; the ternary formats are {known}")
     modules = dict(model.named_modules())
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    made: dict[str, QuantLinear] = {}
-    for name, (given, alpha) in weights.items():
+    layers: dict[str, QuantLinear] = {}
+    for name, (packed, alpha) in weights.items():
         old = modules.get(name)
         if not isinstance(old, nn.Linear):
             raise InputError(f"{type(model).__name__} has no linear {name!r}")
-        codes = unpack_codes(given) if given.dtype == torch.uint8 else given
+        codes = unpack_codes(packed) if packed.dtype == torch.uint8 else packed
         if codes.shape != old.weight.shape:
             raise InputError(
                 f"{name}: codes are {list(codes.shape)}, the linear is {list(old.weight.shape)}"
@@ -92,12 +98,12 @@ def load_ternary(
         new.fill(parts)
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.detach().to(dtype), requires_grad=False)
-        made[name] = new.train(old.training)
-    layers = []
-    for name, new in made.items():
+        layers[name] = new.train(old.training)
+    for name, new in layers.items():
         model.set_submodule(name, new)
-        shape = new.out_features, new.in_features
-        layers.append(LayerPlan(name, "other", shape, LayerSpec(fmt, "none")))
+    plan = Plan(
+        "terdit", tuple(LayerPlan(n, "other", shape_of(m), m.spec) for n, m in layers.items())
+    )
     finalize(model, ())
-    attach_quantizer(model, Plan("terdit", tuple(layers)), (), dtype, DTQConfig())
+    attach_quantizer(model, plan, (), dtype, DTQConfig())
     return model

@@ -25,7 +25,7 @@ from dtq.kernels.table import Epilogue, Kernel, LinearProblem, branch_joins, com
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
-from dtq.nn.straight_through import StraightThrough
+from dtq.nn.straight_through import straight_through
 from dtq.plan.layers import LayerSpec
 from dtq.transforms import OnlineTransform
 
@@ -240,7 +240,7 @@ class QuantLinear(nn.Linear):
     def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (M, K)
         if torch.is_grad_enabled() and (rows.requires_grad or _requires_grad(self.bias)):
-            y = StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
+            y = straight_through(rows, self.bias, self)
         else:
             y = self._gemm(rows, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
