@@ -42,7 +42,7 @@ from dtq.formats.activations import (
 )
 from dtq.formats.grid import doubled
 from dtq.io.safe_parse import read_json
-from dtq.kernels.ops import int_matmul
+from dtq.kernels.ops_gemm import int_matmul
 from dtq.kernels.table import LinearProblem, pick
 from dtq.models.linears import shape_of
 from dtq.nn.linear import HOOKS, QuantLinear

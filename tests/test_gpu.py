@@ -83,9 +83,9 @@ def test_without_a_gpu_the_script_and_the_benchmark_say_so(tmp_path, capsys):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
-def test_the_emulator_still_gives_its_answers(tmp_path):
+def test_the_emulator_still_gives_its_results(tmp_path):
     library = golden.emulated(tmp_path)
-    assert {name: golden.answer(library, name) for name in golden.CASES} == golden.EMULATOR
+    assert {name: golden.digest(library, name) for name in golden.CASES} == golden.EMULATOR
 
 
 def test_a_wrong_bit_is_found():
@@ -136,14 +136,14 @@ def test_a_suite_tells_of_every_race_and_keeps_its_rows(monkeypatch):
     monkeypatch.setattr(bench_gpu, "SHAPES", ((64, 32), (64, 33), (128, 16)))
     monkeypatch.setattr(bench_gpu, "TOKENS", (3, 4, 5))
     told = []
-    result = bench_gpu.SUITES["gemm"](quick=True, rounds=2, say=told.append, device=HERE)
+    result = bench_gpu.SUITES["gemm"](quick=True, rounds=2, progress=told.append, device=HERE)
     assert [(rows[0].case, rows[0].tokens) for rows in told] == [
         ("64 x 32", 3), ("64 x 32", 5), ("128 x 16", 3), ("128 x 16", 5)
     ]  # fmt: skip
     assert result.rows == [row for rows in told for row in rows]
     assert (result.suite, result.conditions["rounds"]) == ("gemm", 2)
     told.clear()
-    result = bench_gpu.SUITES["e2e"](quick=True, rounds=2, say=told.append, device=HERE)
+    result = bench_gpu.SUITES["e2e"](quick=True, rounds=2, progress=told.append, device=HERE)
     assert [rows[0].case for rows in told] == ["flux shape", "dit shape"]
     assert (result.suite, len(result.rows)) == ("e2e", 6)
 
