@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/dtq quantize demo --recipe w4a8 -o .demo/w4a8 --overwrite
-	$(BIN)/dtq eval .demo/w4a8 --reference demo --set emoji-16 --fid 64 -o .demo/report
+	$(BIN)/dtq eval .demo/w4a8 --reference demo --prompts emoji-16 --num-images 64 -o .demo/report
 	@echo "open .demo/report/report.html"
 
 # exit codes of dtq gate: 1 regression, 2 undecided (PROMPTS=64; UNDECIDED=pass only warns), 3 not comparable

@@ -1,32 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dtq quantizes diffusion transformers after training, and proves that they did not get worse.
+"""dtq quantizes diffusion transformers after training, and measures what that changes.
 
-Importing it teaches diffusers to load dtq checkpoints, and ``torch.compile`` the backend "dtq".
+``import dtq`` lets diffusers load dtq checkpoints and gives ``torch.compile`` the backend "dtq". It
+imports neither: a name of dtq is imported when it is first used, and other libraries are patched
+when they are imported (``dtq.integrations``).
 """
 
 from __future__ import annotations
 
-from diffusers.utils import is_peft_available
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-from dtq.api import quantize
-from dtq.api import quantize_while_loading as _quantize_while_loading
-from dtq.checkpoint.config import DTQConfig
-from dtq.demo.outliers import inject_outliers
-from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
-from dtq.formats import FORMATS
-from dtq.integrations import diffusers as _diffusers
-from dtq.integrations import torch_compile as _fusion
-from dtq.integrations.terdit import load_ternary
-from dtq.nn import QuantLinear
-from dtq.recipe.resolve import Recipe
+from dtq import integrations as _integrations
 from dtq.version import __version__
 
-_diffusers.register(_quantize_while_loading)
-_fusion.register()
-if is_peft_available():
-    from dtq.integrations import peft as _lora
-
-    _lora.register()
+if TYPE_CHECKING:
+    from dtq.api import quantize
+    from dtq.checkpoint.config import DTQConfig
+    from dtq.demo.outliers import inject_outliers
+    from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
+    from dtq.formats import FORMATS
+    from dtq.integrations.terdit import load_ternary
+    from dtq.nn import QuantLinear
+    from dtq.recipe import Recipe
 
 __all__ = [
     "FORMATS",
@@ -42,3 +39,42 @@ __all__ = [
     "load_ternary",
     "quantize",
 ]
+
+_MODULES = {
+    "FORMATS": "formats",
+    "CheckpointError": "errors",
+    "DTQConfig": "checkpoint.config",
+    "DtqError": "errors",
+    "InputError": "errors",
+    "QuantLinear": "nn",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "inject_outliers": "demo.outliers",
+    "load_ternary": "integrations.terdit",
+    "quantize": "api",
+}
+"""Where each public name is defined."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of dtq, imported when it is first asked for (PEP 562)."""
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"dtq.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"dtq.{name}") is not None:
+        return importlib.import_module(f"dtq.{name}")
+    raise AttributeError(f"module 'dtq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _quantize_while_loading(model: Any, config: DTQConfig, in_fp32: list[str]) -> object:
+    from dtq.api import quantize_while_loading
+
+    return quantize_while_loading(model, config, in_fp32)
+
+
+_integrations.install(_quantize_while_loading)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One exception family: each message says what is wrong and what to do about it."""
+"""The exceptions of dtq. Each message says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ LIBRARY_ERRORS = (
     MemoryError,
     SafetensorError,
 )
-"""What libraries raise over a file that they can make nothing of. Where a file of others goes into
-one, these become a :class:`DtqError` that names the file; the original is its cause."""
+"""What libraries raise for a file that they cannot read. Where dtq passes a file from outside to a
+library, it converts these to a :class:`DtqError` that names the file; the original is its cause."""
 
 
 LONGEST = 4000
-"""Characters of a message."""
+"""Maximum length of a message, in characters."""
 
 
 class DtqError(Exception):
-    """Base of everything dtq raises on purpose. The command line prints it as one line.
+    """Base of everything that dtq raises on purpose. The command line prints it as one line.
 
-    Messages quote files, and files may hold anything: what is long is cut, and what would steer a
-    terminal is written as its escape.
+    Messages quote files, and a file may hold anything. Long messages are cut, and characters that
+    control a terminal are escaped.
     """
 
     def __str__(self) -> str:
@@ -46,7 +46,12 @@ class InputError(DtqError):
 
 
 class RecipeError(DtqError):
-    """A recipe that cannot be read or does not fit the model; carries every mistake at once."""
+    """A recipe cannot be read or does not fit the model.
+
+    Args:
+        where: the file or the name of the recipe.
+        problems: every mistake in it, one sentence each.
+    """
 
     def __init__(self, where: str, problems: Iterable[str]) -> None:
         self.problems = list(problems)
@@ -55,23 +60,23 @@ class RecipeError(DtqError):
 
 
 class CheckpointError(DtqError):
-    """A checkpoint that is damaged, incomplete, or from a newer dtq; names the file and the key."""
+    """A checkpoint is damaged, incomplete, or from a newer dtq; names the file and the key."""
 
 
 class WorkerError(DtqError):
-    """Another process of the run died, or does not answer."""
+    """Another process of the run died, or does not respond."""
 
 
 class NonFiniteError(DtqError):
-    """NaN or infinite numbers where a model runs; names the layer and the step."""
+    """A model computed NaN or infinite values; names the layer and the step."""
 
 
 def printable(text: str) -> str:
-    """The text with escapes in place of what would steer a terminal."""
+    """The text with escapes in place of characters that control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """An error of a library in one line: its kind and the first line of what it says."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
+    """An error of a library in one line: its class and the first line of its message."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

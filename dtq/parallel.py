@@ -159,7 +159,7 @@ class Slice(QuantLinear):
             columns,
             rows,
             whole.bias is not None,
-            whole.runtime,
+            whole.spec,
             bins=whole.bins,
             compute_dtype=whole.compute_dtype,
             device="meta",
@@ -199,15 +199,15 @@ class Slice(QuantLinear):
     def gelu(self, x: Tensor) -> Tensor | None:
         return super().gelu(x) if self.rule == COLUMN else None
 
-    def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+    def _gemm(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         if self.rule == COLUMN:
-            return super()._multiply(rows, bias)
+            return super()._gemm(rows, bias)
         partial, scales = self._product(rows)
         y = self._all(partial, dist.ReduceOp.SUM).float()
         for scale in scales:  # the epilogue of the integer kernels, in their order
             y = y * scale
         y = (y if bias is None else y + bias.float()).to(rows.dtype)
-        if self.runtime.rank:
+        if self.spec.rank:
             down, up = (self.packed_tensor(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
             y = y + F.linear(self._all(F.linear(rows, down), dist.ReduceOp.SUM), up)
         return y
@@ -241,18 +241,16 @@ class Slice(QuantLinear):
         scale = (
             self.step_scale().expand_as(peak)
             if activations.static
-            else scale_of(peak, activations.levels)
+            else scale_of(peak, activations.qmax)
         )
-        return row_codes(x, scale, activations.levels), scale
+        return row_codes(x, scale, activations.qmax), scale
 
     def _changed(self, rows: Tensor) -> Tensor:
-        if not self.runtime.pre_quant and self.runtime.hadamard_block_size == 1:
+        if not self.spec.pre_quant and self.spec.hadamard_block_size == 1:
             return rows.float()
-        scale = (
-            self.packed_tensor("pre_quant_scale").reshape(-1) if self.runtime.pre_quant else None
-        )
+        scale = self.packed_tensor("pre_quant_scale").reshape(-1) if self.spec.pre_quant else None
         x: Tensor = torch.ops.dtq.transform_rows(
-            rows, scale, None, self.runtime.hadamard_block_size, 1
+            rows, scale, None, self.spec.hadamard_block_size, 1
         )
         return x
 
@@ -396,7 +394,7 @@ def sliced(layer: QuantLinear, rule: str, world: int) -> dict[str, TensorSpec]:
     Raises:
         InputError: the layer cannot be cut so; says why.
     """
-    runtime, shape, axis = layer.runtime, shape_of(layer), _AXIS[rule]
+    runtime, shape, axis = layer.spec, shape_of(layer), _AXIS[rule]
     if layer.spatial:
         raise InputError("it is a convolution")
     if shape[axis] % world:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize a large model with random weights, and measure what it takes.
+"""Quantize a large model with random weights, and measure what it costs.
 
     python scripts/big.py --billion 2 --recipe w4a8
     python scripts/big.py --billion 12 --recipe w4a8 --plan
 
-Builds a FLUX-shaped transformer on disk, shard by shard, so that it never is in memory; prints
-what ``dtq plan`` foretells; runs ``dtq quantize`` and loads the result, each in a process of its
-own whose peak resident memory the kernel reports. Run again after an interruption, it goes on, and
-what was measured before counts; ``--fresh`` starts over. ``--plan`` stops behind the forecast, for
-which files are enough that are one hole each, and take no room.
+Builds a FLUX-shaped transformer on disk, shard by shard, so that it is never in memory as a whole.
+Prints the estimates of ``dtq plan``. Runs ``dtq quantize`` and loads the result, each in a process of
+its own, whose peak resident memory the kernel reports. After an interruption the same command
+continues, and the earlier measurements count; ``--fresh`` starts over. ``--plan`` stops after the
+estimates; its model files are sparse and take no space.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 SHARD = 1_000_000_000
+SMALL = ("--set", "calibration.batch_size=1", "--set", "calibration.num_timestep_bins=4")
 
 
 def config(billion: float) -> dict:
@@ -49,7 +50,7 @@ def config(billion: float) -> dict:
 
 
 def build(folder: Path, billion: float, hollow: bool = False) -> int:
-    """Write the model, or files of its size without anything; returns its parameters' number."""
+    """Write the model, or sparse files of its size; returns its number of parameters."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(**config(billion))
     folder.mkdir(parents=True)
@@ -77,7 +78,7 @@ def build(folder: Path, billion: float, hollow: bool = False) -> int:
 
 
 def save_hole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file of bfloat16 zeros that a file system need not keep."""
+    """Write a sparse safetensors file of bfloat16 zeros."""
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
@@ -94,8 +95,8 @@ class Cost:
     """Seconds, bytes of memory and disk at their peaks.
 
     Attributes:
-        peak: resident, also mapped pages of files, which the kernel can take back at any time.
-        own: resident without those, as seen twice a second.
+        peak: resident memory with mapped pages of files, which the kernel can reclaim any time.
+        own: resident memory without those, sampled twice a second.
     """
 
     seconds: float = 0.0
@@ -105,9 +106,9 @@ class Cost:
 
 
 def run(*command: str, folder: Path | None = None) -> Cost:
-    """Run a command, whose output is shown; ``folder`` is what it writes to.
+    """Run a command and show its output; ``folder`` is where it writes.
 
-    What it cost is kept beside the folder, so that a run that is continued counts as one.
+    The cost is kept in the folder, so that a continued run counts as one.
     """
     notes = folder / "cost.json" if folder else None
     before = Cost(**json.loads(notes.read_text())) if notes and notes.exists() else Cost()
@@ -132,19 +133,18 @@ def run(*command: str, folder: Path | None = None) -> Cost:
 
 
 def resident(process: int) -> tuple[int, int]:
-    """Bytes that a process had resident at its peak so far, and has now of its own; 0 of one that
-    is gone."""
+    """Peak of the resident bytes of a process, and its anonymous bytes now; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return 0, 0
-    said = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
-    peak, own = (int(said.get(key, ["0"])[0]) * 1024 for key in ("VmHWM", "RssAnon"))
+    fields = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+    peak, own = (int(fields.get(key, ["0"])[0]) * 1024 for key in ("VmHWM", "RssAnon"))
     return peak, own
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, 0 of what is gone or a folder."""
+    """Bytes of a file; 0 for a folder, and for a file that was removed."""
     try:
         return path.stat().st_size if path.is_file() else 0
     except OSError:
@@ -160,9 +160,9 @@ def main() -> None:
     parser.add_argument("--billion", type=float, default=2.0)
     parser.add_argument("--recipe", default="w4a8")
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys, KEY=VALUE")
-    parser.add_argument("--memory", default="6GB", help="for statistics")
+    parser.add_argument("--memory", default="6GB", help="memory limit for statistics")
     parser.add_argument("--out", type=Path, default=Path(".big"))
-    parser.add_argument("--plan", action="store_true", help="the forecast alone")
+    parser.add_argument("--plan", action="store_true", help="print the estimates alone")
     parser.add_argument("--fresh", action="store_true", help="do not continue an earlier run")
     options = parser.parse_args()
     source = options.out / f"flux-{options.billion:g}b{'-hollow' if options.plan else ''}"
@@ -175,12 +175,12 @@ def main() -> None:
     settings = [x for pair in options.set for x in ("--set", pair)]
     plan = ["-m", "dtq.cli", "plan", str(source), "--recipe", options.recipe, *settings]
     plan += ["--memory", options.memory, "--samples", "1"]
-    plan += ["--set", "calibration.batch=1", "--set", "calibration.bins=4"]
-    told = json.loads(subprocess.check_output([sys.executable, *plan, "--json"]))
+    plan += [*SMALL]
+    estimate = json.loads(subprocess.check_output([sys.executable, *plan, "--json"]))
     if options.plan:
         for name in ("bytes", "memory", "disk"):
-            print(f"{name:8} {told[name] / 1e9:8.3f} GB")
-        print(f"time     {told['seconds'] / 3600:8.1f} h")
+            print(f"{name:8} {estimate[name] / 1e9:8.3f} GB")
+        print(f"time     {estimate['seconds'] / 3600:8.1f} h")
         return
     if options.fresh:
         shutil.rmtree(target.parent, ignore_errors=True)
@@ -188,7 +188,7 @@ def main() -> None:
     quantized = run(
         "-m", "dtq.cli", "quantize", str(source), "--recipe", options.recipe, *settings,
         "--memory", options.memory, "--samples", "1", "-o", str(target),
-        "--set", "calibration.batch=1", "--set", "calibration.bins=4", folder=target.parent,
+        *SMALL, folder=target.parent,
     )  # fmt: skip
     loaded = run(
         "-c",
@@ -199,17 +199,17 @@ def main() -> None:
     rows = {
         "float file": bytes_of(source),
         "quantized file": bytes_of(target),
-        "quantized file, foretold": told["bytes"],
+        "quantized file, estimated": estimate["bytes"],
         "peak memory of quantize": quantized.peak,
         "of it not pages of files": quantized.own,
-        "peak memory of quantize, foretold": told["memory"],
+        "peak memory of quantize, estimated": estimate["memory"],
         "peak disk of quantize": quantized.disk,
-        "peak disk of quantize, foretold": told["disk"],
+        "peak disk of quantize, estimated": estimate["disk"],
         "peak memory of load": loaded.peak,
         "peak memory of the imports alone": bare.peak,
     }
     print(
-        f"{options.recipe}: {quantized.seconds:.0f} s to quantize (foretold {told['seconds']:.0f} s), ",
+        f"{options.recipe}: {quantized.seconds:.0f} s to quantize (estimated {estimate['seconds']:.0f} s), ",
         end="",
     )
     print(f"{loaded.seconds - bare.seconds:.0f} s to load")

@@ -19,7 +19,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dtq.bench.cases import cases, quantized, quantized_model, weight_only
-from dtq.bench.cpu import Candidate, conditions, race
+from dtq.bench.compare import Candidate, compare
+from dtq.bench.cpu import conditions
 from dtq.kernels import CPU
 
 INT8_ACTS = ("int8-row", "int4-2l-g64", "int4-asym-row", "e2m1-row", "twinlog4-row", "int3-row",
@@ -68,7 +69,7 @@ def several(
     for m in tokens:
         x = torch.randn(m, plain.in_features).bfloat16()
         runs = [Candidate(name, _call(layer, x), 0) for name, layer in layers.items()]
-        found = race(title, m, runs, rounds, ours=())
+        found = compare(title, m, runs, rounds, relative_to=())
         print(f"| {m} | {' | '.join(f'{row.seconds * 1e3:.3g}' for row in found)} |", flush=True)
 
 
@@ -82,7 +83,7 @@ def gelu(rounds: int) -> None:
         Candidate("dtq", lambda: torch.ops.dtq.gelu(x), 0),
         Candidate("torch", lambda: F.gelu(x, approximate="tanh"), 0),
     ]
-    found = race("gelu", 512, runs, rounds, ours=())
+    found = compare("gelu", 512, runs, rounds, relative_to=())
     print("\nGELU of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
 
 
@@ -102,7 +103,7 @@ def turned(rounds: int) -> None:
         Candidate("two, ordered", codes(torch.ops.dtq, 2, order), 0),
         Candidate("two by torch", codes(torch.ops.dtq_reference, 2), 0),
     ]
-    found = race("turned", 512, runs, rounds, ours=())
+    found = compare("turned", 512, runs, rounds, relative_to=())
     print("\nCodes of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
 
 
@@ -120,14 +121,16 @@ def rounded(rounds: int) -> None:
             Candidate("dtq", call(torch.ops.dtq, acts), 0),
             Candidate("torch", call(torch.ops.dtq_reference, acts), 0),
         ]
-        mine, theirs = (r.seconds * 1e3 for r in race("rounded", 1024, runs, rounds, ours=()))
+        mine, theirs = (
+            r.seconds * 1e3 for r in compare("rounded", 1024, runs, rounds, relative_to=())
+        )
         print(f"  {acts}: {mine:.3g}, {theirs:.3g}")
 
 
 def profiled(steps: int = 5) -> None:
     """Shares of the CPU time of a denoising step, by op."""
     case = next(cases(quick=True))
-    given = {k: v.bfloat16() if torch.is_floating_point(v) else v for k, v in case.given.items()}
+    given = {k: v.bfloat16() if torch.is_floating_point(v) else v for k, v in case.inputs.items()}
     for name in ("w4a8", "bfloat16"):
         model = case.model.bfloat16() if name == "bfloat16" else quantized_model(case.model, name)
         model(**given)

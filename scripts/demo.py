@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dtq import demo
-from dtq.evaluate.evaluate import extractor_for
+from dtq.evaluate.metrics import extractors
 
 COLUMNS = [
     "face-smiling",
@@ -49,9 +49,9 @@ def sample(
 
 
 @torch.no_grad()
-def shares(pipe: DiffusionPipeline, images: Tensor, labels: list[int]) -> tuple[float, float]:
+def shares(images: Tensor, labels: list[int]) -> tuple[float, float]:
     """How many pictures have their label as the classifier's first guess, and in its first five."""
-    guesses = extractor_for(pipe)(images)["logits"].topk(5, 1).indices  # (B, 5)
+    guesses = extractors.load("emoji")(images)["logits"].topk(5, 1).indices  # (B, 5)
     hits = guesses == torch.tensor(labels).unsqueeze(1)
     return float(hits[:, 0].float().mean()), float(hits.any(1).float().mean())
 
@@ -74,7 +74,7 @@ def main() -> None:
     labels = list(range(0, len(pipe.labels), how.every))
     for guidance in how.guidance:
         images = sample(pipe, labels, labels, how.steps, guidance)
-        first, five = shares(pipe, images, labels)
+        first, five = shares(images, labels)
         print(
             f"{len(labels)} labels, {how.steps} steps, guidance {guidance:g}: "
             f"first guess {first:.0%}, first five {five:.0%}"

@@ -28,7 +28,7 @@ STRIP = [
     "panda moves down",
     "rocket moves up",
     "red car moves right",
-    "watermelon num_rotations",
+    "watermelon turns",
     "green apple grows",
     "basketball shrinks",
     "cat face stands still",

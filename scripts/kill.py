@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kill quantize runs at random moments, continue them, compare what comes out.
+"""Kill quantize runs at random moments, continue them, and compare their outputs.
 
     python scripts/kill.py demo --kills 50 --recipe w4a8 --samples 8 --steps 4
     python scripts/kill.py demo --kills 5 --processes 2 --recipe w4a8 --samples 8 --steps 4
 
-First a run without a kill, in a folder of its own: its bytes are what every other run has to end
-in. Then runs into one folder, each killed by SIGKILL after a random share of the time that the
-first one took, and started again by the same command. Whatever lies beside the output after a kill
-must not load in diffusers. With ``--processes`` one random process of a ``torchrun`` is killed, and
-the others have to end, with an error, before the time-out. Other options are those of ``dtq
-quantize``.
+First a run without a kill, in a folder of its own: every other run has to end with the same bytes.
+Then runs into one folder, each killed by SIGKILL after a random share of the time of the first run,
+and started again by the same command. Nothing that a killed run leaves next to the output may load
+in diffusers. With ``--processes`` one random process of a ``torchrun`` is killed, and the others have
+to end with an error before the timeout. Other options are those of ``dtq quantize``.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Count:
 
     Attributes:
         kills: processes killed.
-        stages: what the killed runs had on disk: nothing, units, a half-written output.
+        stages: what the killed runs had on disk: nothing, tasks, a half-written output.
         finished: runs that ended by themselves, all with the bytes of the first.
         slowest: seconds until the other processes of a run with a killed one had ended.
     """
@@ -63,6 +62,11 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
+IMPORTED = ["dtq.api", "dtq.checkpoint.writer", "dtq.cli.inputs", "dtq.estimate",
+            "dtq.evaluate.evaluate", "dtq.runs.run_dir", "dtq.stages.run_identity"]  # fmt: skip
+"""What the commands import when they run."""
+
+
 def forked(
     arguments: list[str],
     log: Path,
@@ -72,9 +76,9 @@ def forked(
 ) -> Any:
     """``dtq quantize`` in a process that has imported everything already, after ``first``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dtq.cli"])
-    how = ([command, *arguments], str(log), environment or {}, first)
-    child = context.Process(target=_dtq, args=how)
+    context.set_forkserver_preload(IMPORTED)
+    args = ([command, *arguments], str(log), environment or {}, first)
+    child = context.Process(target=_dtq, args=args)
     child.start()
     return child
 
@@ -132,16 +136,16 @@ def stage(out: Path) -> str:
         return "half-written output"
     work = out.with_name(f".{out.name}.work")
     if out.exists():
-        return "output, units not yet removed" if work.exists() else "whole output"
-    if list(work.rglob("guard/*")) or list(work.rglob("compare/*")):
-        return "units of the whole model"
+        return "output, tasks not yet removed" if work.exists() else "whole output"
+    if list(work.rglob("promote/*")) or list(work.rglob("compare transforms/*")):
+        return "tasks of the whole model"
     if list(work.rglob("quantize/*")):
-        return "units of layers"
-    return "units of the calibration" if list(work.rglob("statistics/*")) else "no unit"
+        return "tasks of layers"
+    return "tasks of the calibration" if list(work.rglob("statistics/*")) else "no task"
 
 
 def check_does_not_load(folder: Path) -> None:
-    """Unless everything is in it already: then a rename was all that lacked."""
+    """Fail if the folder loads, unless it is complete and only its rename was missing."""
     from diffusers import DiffusionPipeline
 
     if (folder / "dtq_report.json").exists():
@@ -163,7 +167,7 @@ def kill_and_continue(
             by itself, or processes that outlive a killed one.
     """
     rng, count, log = random.Random(seed), Count(), folder / "log"
-    Run(["--help"], processes, log).code(3600)  # the warm process imports everything
+    Run(["--help"], processes, log).code(3600)  # the fork server imports everything
     started = time.monotonic()
     first = Run([*arguments, "-o", str(folder / "first")], processes, log)
     if first.code(3600):

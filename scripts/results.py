@@ -19,17 +19,17 @@ from pathlib import Path
 
 import torch
 
-from dtq.api import quantize_source
+from dtq.api import open_runs, run_stages
 from dtq.calibrate import store
 from dtq.evaluate import baselines, trajectory
-from dtq.evaluate.evaluate import compare_images, extractor_for, row_of
-from dtq.evaluate.metrics import fid
+from dtq.evaluate.evaluate import compare_images, result_row
+from dtq.evaluate.metrics import extractors, fid
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe.resolve import Recipe, names
-from dtq.stages.calibrate import calibrate_source
-from dtq.stages.plan import plan_source
+from dtq.stages.calibrate import collect
+from dtq.stages.plan import plan
 
 EVERYTHING = frozenset({"channels", "hessian", "sample"})
 MODELS = ("demo", "demo-outliers")
@@ -115,9 +115,9 @@ def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
     requests = prompts.load("auto", source.pipeline, how.samples)
     truth = trajectory.record(source.pipeline, source.model, requests, how)
     recipe = Recipe.load("w4a8", calibration={"samples": calibration})
-    scan, _ = plan_source(source, recipe)
-    stats = calibrate_source(source, scan, recipe, EVERYTHING)
-    store.save(stats, folder / "stats.safetensors")
+    (run,) = open_runs([source], recipe)
+    plan(run)
+    store.save(collect(run, EVERYTHING), folder / "stats.safetensors")
     torch.save(truth, folder / "truth.pt")
 
 
@@ -129,7 +129,9 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
     before = _memory("VmRSS")
     started = time.monotonic()
     if row in baselines.BASELINES:
-        layers = [x.name for x in plan_source(source, Recipe.load("w4a8"))[1].gemm()]
+        (run,) = open_runs([source], Recipe.load("w4a8"))
+        plan(run)
+        layers = [x.name for x in run.plan.gemm()]
         weights = {n: source.model.get_submodule(n).weight.numel() for n in layers}
         baseline = baselines.BASELINES[row]
         baseline.apply(source.model, layers)
@@ -139,26 +141,27 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
         base, changes = VARIANTS.get(row, (row, {}))
         recipe = Recipe.load(base, **changes)
         stats = store.load(folder / "stats.safetensors")
-        report = quantize_source(source, recipe, statistics=stats, progress=False)
-        plan = report.plan
+        runs = open_runs([source], recipe, statistics=stats, progress=False)
+        (report,) = run_stages(runs).values()
+        quantized = report.plan
         found = {
-            "bits": plan.bits(plan.gemm()),
-            "bits_all": plan.bits(plan.quantized()),
+            "bits": quantized.bits(quantized.gemm()),
+            "bits_all": quantized.bits(quantized.quantized()),
             "promoted": sum(x.promoted for x in report.layers),
-            "formats": Counter(x.weight_format for x in plan.gemm()),
+            "formats": Counter(x.weight_format for x in quantized.gemm()),
             "steps": report.step_policy,
         }
     found["seconds"] = time.monotonic() - started
     found["memory"] = _memory("VmHWM") - before
-    measured = row_of(row, trajectory.teacher_forced(truth, source.model))
+    measured = result_row(row, trajectory.teacher_forced(truth, source.model))
     found |= {"model": name, "row": row, "error": measured.error, "by_step": measured.error_steps}
     if row in (*names(), *baselines.BASELINES):
         how = _how(samples)
         requests = prompts.load("auto", source.pipeline, how.samples)
         ran = trajectory.record(source.pipeline, source.model, requests, how)
-        compare_images(measured, torch.cat(truth.pictures), torch.cat(ran.pictures))
-        extractor = extractor_for(source.pipeline)
-        got, want = (extractor(torch.cat(t.pictures))["pool"] for t in (ran, truth))
+        compare_images(measured, torch.cat(truth.images), torch.cat(ran.images))
+        extractor = extractors.load("emoji")
+        got, want = (extractor(torch.cat(t.images))["pool"] for t in (ran, truth))
         found |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}
     return found
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a second process of one thread brings, the table of docs/large.md.
+"""The speedup from a second process of one thread, the table of docs/large.md.
 
     python scripts/scaling.py
 
-``dtq quantize`` and ``dtq sample`` share units and batches; ``dtq.parallel`` cuts every layer of one
-forward in two, of four FLUX-shaped blocks 1,536 wide. One process and two take num_rotations.
+The processes of ``dtq quantize`` and ``dtq sample`` share tasks and batches; ``dtq.parallel`` splits
+every layer in two, in the forward of four FLUX-shaped blocks of width 1536. Measurements with one
+process and with two alternate.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main(rounds: int, forward: Path | None) -> None:
 
 
 def started(processes: int, *command: str) -> str:
-    """What the command says, run by that many processes of one thread."""
+    """Standard output of a command that runs in that many processes of one thread."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     done = subprocess.run([*launch, *command], check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout

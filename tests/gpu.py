@@ -41,7 +41,7 @@ import golden
 
 from dtq.bench import cases, gpu
 from dtq.bench.cases import quantized
-from dtq.bench.cpu import BenchRow, Candidate, race
+from dtq.bench.compare import BenchRow, Candidate, compare
 from dtq.bench.timer import Clock, clock_of
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
@@ -105,16 +105,25 @@ class Session:
 # ---------------------------------------------------------------------- what the machine reaches
 
 
+def bandwidth(device: torch.device, rounds: int, clock: Clock) -> float:
+    """Bytes per second of a copy that no cache holds, reads and writes counted."""
+    count = 2**28 if device.type == "cuda" else 2**20
+    a, b = (torch.randint(0, 255, (count,), dtype=torch.uint8, device=device) for _ in range(2))
+    watch = clock.watch(lambda: b.copy_(a))
+    times = sorted(watch() for _ in range(rounds))
+    return 2 * count / times[len(times) // 2]
+
+
 def ceilings(s: Session) -> None:
     """Copy, cuBLAS bfloat16, torch's 8-bit products, on random data."""
-    s.tell("copy, GB/s", f"{gpu.bandwidth(s.device, s.rounds, s.clock) / 1e9:.0f}")
+    s.tell("copy, GB/s", f"{bandwidth(s.device, s.rounds, s.clock) / 1e9:.0f}")
     for m, k, n in [(4096, 3072, 3072), (8192, 8192, 8192)]:
         m, k, n = (s.size(v, 64) for v in (m, k, n))
         plain = nn.Linear(k, n, bias=False, device=s.device, dtype=torch.bfloat16)
         x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
         count = gpu.copies(s.device, x.nbytes + plain.weight.nbytes)
         for peer in gpu.peers(plain, x, count):
-            if peer is not None and peer.name in ("bf16", "_int_mm, bare", "_scaled_mm e4m3"):
+            if peer.name in ("bf16", "_int_mm, bare", "_scaled_mm e4m3"):
                 rate = 2 * m * n * k / s.seconds(peer.run) / 1e12
                 s.tell(f"{peer.name} {m} x {k} x {n}, T(FL)OP/s", f"{rate:.0f}")
 
@@ -362,7 +371,7 @@ def fused(s: Session) -> str:
         return "left out: it needs a C++ compiler"
     from dtq.integrations import torch_compile
 
-    model, given, _ = gpu.dit(s.device, quick=True)
+    model, given, _ = cases.dit(s.device, quick=True)
     made, found = cases.quantized_model(model, "w4a8"), []
 
     def backend(module: Any, inputs: Any) -> Any:
@@ -445,7 +454,7 @@ class Target:
 
 def _raced(s: Session, m: int, k: int, n: int) -> dict[str, BenchRow]:
     m, k, n = s.size(m, 24), s.size(k, 128), s.size(n, 64)
-    found = gpu.linear_race(m, k, n, s.rounds, s.device, s.clock)
+    found = gpu.compare_linears(m, k, n, s.rounds, s.device)
     s.rows += found
     return {row.name: row for row in found}
 
@@ -495,7 +504,7 @@ def _with_norm(s: Session, k: int, n: int) -> list[Candidate]:
 
 def t3(s: Session) -> Iterator[tuple[str, float]]:
     for n in (3072, 9216):
-        rows = race("norm", 4096, _with_norm(s, 3072, n), s.rounds, s.clock)
+        rows = compare("norm", 4096, _with_norm(s, 3072, n), s.rounds, s.clock)
         s.rows += rows
         yield f"4096 x 3072 x {n}", _ratio({r.name: r for r in rows}, "bf16", "w8a8")
 
@@ -516,11 +525,11 @@ def _two_level(s: Session, m: int, k: int, n: int) -> float:
 
     w8 = sets(eight, ("weight", "weight_scale"))
     w4 = sets(four, ("weight", "weight_scale", "weight_scale_2"))
-    found = race(
+    found = compare(
         f"{k} x {n}, g128", m,
         [
-            Candidate("w8a8", gpu.turning([lambda g=g: dtq.w8a8_linear(*g, None, x.dtype) for g in w8]), 0),
-            Candidate("w4a8", gpu.turning([lambda g=g: dtq.w4a8_linear(*g, None, x.dtype) for g in w4]), 0),
+            Candidate("w8a8", gpu.round_robin([lambda g=g: dtq.w8a8_linear(*g, None, x.dtype) for g in w8]), 0),
+            Candidate("w4a8", gpu.round_robin([lambda g=g: dtq.w4a8_linear(*g, None, x.dtype) for g in w4]), 0),
         ],
         s.rounds, s.clock,
     )  # fmt: skip
@@ -564,12 +573,12 @@ def _norm_seconds(s: Session, block: int) -> float:
         lambda x=x: dtq.norm_quantize_rows(x, up, along, 1e-6, pre, None, block, 1, None, None)
         for x in every
     ]
-    return s.seconds(gpu.turning(runs))
+    return s.seconds(gpu.round_robin(runs))
 
 
 def t8(s: Session) -> Iterator[tuple[str, float]]:
     m, k = s.size(4096, 24), s.size(3072, 256)
-    reached = gpu.bandwidth(s.device, s.rounds, s.clock)
+    reached = bandwidth(s.device, s.rounds, s.clock)
     yield "4096 x 3072", 3 * m * k / _norm_seconds(s, 1) / reached
 
 
@@ -586,7 +595,7 @@ def t10(s: Session) -> Iterator[tuple[str, float]]:
     for m in (1, 2, 4):
         x = torch.randn(m, k, device=s.device, dtype=torch.bfloat16)
         count = gpu.copies(s.device, plain.weight.nbytes // 4)
-        found = race(
+        found = compare(
             f"{k} x {n}, weight-only", m,
             [
                 Candidate("bf16", gpu.repeat_layer(plain, x, count), 0),
@@ -606,8 +615,8 @@ def t11(s: Session) -> Iterator[tuple[str, float]]:
 
 
 def t12(s: Session) -> Iterator[tuple[str, float]]:
-    model, given, tokens = gpu.flux(s.device, quick=s.small)
-    rows = gpu.model_race("flux shape", tokens, model, given, max(3, s.rounds // 3), s.clock)
+    model, given, tokens = cases.flux(s.device, quick=s.small)
+    rows = gpu.compare_models("flux shape", tokens, model, given, max(3, s.rounds // 3))
     s.rows += rows
     found = {row.name: row for row in rows}
     for name in ("w8a8", "w4a8"):
@@ -659,7 +668,7 @@ PARTS = (ceilings, loading, instructions, correctness, robustness, sanitizer, ta
 
 def report(s: Session) -> None:
     data = {
-        "conditions": gpu.conditions(s.rounds, s.device, s.clock),
+        "conditions": gpu.conditions(s.rounds, s.device),
         "findings": [asdict(f) for f in s.findings],
         "rows": [asdict(row) for row in s.rows],
     }

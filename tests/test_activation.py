@@ -13,7 +13,7 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 import dtq
-from dtq.nn.gelu import QuickGELU, QuickProjectedGELU, use_fast_gelu
+from dtq.nn.gelu import FastGELU, FastProjectedGELU, use_fast_gelu
 
 
 class Model(nn.Module):
@@ -30,7 +30,7 @@ def test_only_the_tanh_form_changes_and_hardly(dtype):
     use_fast_gelu(model)
     use_fast_gelu(model)
     kinds = [type(m) for m in (model.plain, model.exact, model.projected, model.other)]
-    assert kinds == [QuickGELU, nn.GELU, QuickProjectedGELU, GELU]
+    assert kinds == [FastGELU, nn.GELU, FastProjectedGELU, GELU]
     x = torch.linspace(-6, 6, 800).reshape(50, 16).to(dtype)
     with torch.no_grad():
         for name in ("plain", "exact", "projected", "other"):
@@ -55,7 +55,7 @@ def test_a_quantized_model_has_it_and_a_loaded_one_too(tmp_path):
     for made in (model, loaded):
         found = [m for m in made.modules() if isinstance(m, GELU)]
         assert found
-        assert all(type(m) is QuickProjectedGELU for m in found)
+        assert all(type(m) is FastProjectedGELU for m in found)
 
 
 def test_one_that_torch_compiles():
@@ -75,7 +75,7 @@ GELUS = ("w8a8", "w4a8-two-level", "w4a8-row")
 def test_it_is_done_with_the_linear_in_front_of_it(recipe):
     settings = {"solver": "rtn", "transform_candidates": ()} if recipe in ("w4a8", "w3a8") else {}
     model = dtq.quantize(tiny.dit(), recipe, progress=False, **settings).bfloat16()
-    found = [m for m in model.modules() if isinstance(m, QuickProjectedGELU)]
+    found = [m for m in model.modules() if isinstance(m, FastProjectedGELU)]
     assert found
     for module in found:
         x = torch.randn(3, 40, module.proj.in_features).bfloat16()
@@ -107,7 +107,7 @@ def test_a_linear_with_an_adapter_stays_apart():
     from peft import LoraConfig
 
     model.add_adapter(LoraConfig(r=2, target_modules=["net.0.proj"], init_lora_weights=False))
-    (module, *_) = [m for m in model.modules() if isinstance(m, QuickProjectedGELU)]
+    (module, *_) = [m for m in model.modules() if isinstance(m, FastProjectedGELU)]
     x = torch.randn(2, module.proj.in_features)
     with torch.no_grad():
         assert torch.equal(module(x), module.gelu(module.proj(x)))
@@ -115,7 +115,7 @@ def test_a_linear_with_an_adapter_stays_apart():
 
 def test_torch_compiles_it_with_its_linear():
     model = dtq.quantize(tiny.dit(), "w8a8", progress=False, transform="none")
-    (module, *_) = [m for m in model.modules() if isinstance(m, QuickProjectedGELU)]
+    (module, *_) = [m for m in model.modules() if isinstance(m, FastProjectedGELU)]
     x = torch.randn(2, 5, module.proj.in_features)
     torch._dynamo.reset()
     with torch.no_grad():

@@ -17,7 +17,6 @@ from dtq.allocate import (
     GROUPS,
     LIMIT,
     METRICS,
-    Allocation,
     Option,
     allocate,
     groups_of,
@@ -37,35 +36,35 @@ def cost(choice) -> int:
     return sum(option.cost for option in choice.values())
 
 
-def damage(choice) -> float:
-    return math.fsum(option.damage for option in choice.values())
+def sensitivity(choice) -> float:
+    return math.fsum(option.sensitivity for option in choice.values())
 
 
 def tables(kind: str, rng: random.Random, items: int, options: int):
-    """Random instances: costs and damages unrelated, convex, or from a handful of values."""
+    """Random instances: costs and sensitivities unrelated, convex, or from a few values."""
     draw = {
         "any": lambda k: Option(f"o{k}", rng.randint(1, 50), rng.random()),
         "convex": lambda k: Option(f"o{k}", 10 * (k + 1), 4.0**-k),
         "ties": lambda k: Option(f"o{k}", rng.choice((2, 4, 4, 8)), rng.choice((0.0, 0.1, 0.3))),
         "wide": lambda k: Option(f"o{k}", rng.randint(1, 10**9), 10 ** rng.uniform(-9, 0)),
     }[kind]
-    made = {}
+    result = {}
     for i in range(items):
         scale = 1.0 if kind == "ties" else rng.uniform(0.1, 10)
-        each = [draw(k) for k in range(options)]
-        made[f"i{i}"] = [Option(o.name, o.cost, scale * o.sensitivity) for o in each]
-    return made
+        drawn = [draw(k) for k in range(options)]
+        result[f"i{i}"] = [Option(o.name, o.cost, scale * o.sensitivity) for o in drawn]
+    return result
 
 
-def everything(made):
-    """Every choice there is, as (damage, cost), by brute force."""
-    for picks in itertools.product(*made.values()):
-        yield math.fsum(o.damage for o in picks), sum(o.cost for o in picks), picks
+def all_choices(items):
+    """Every choice there is, as (sensitivity, cost, picks), by brute force."""
+    for picks in itertools.product(*items.values()):
+        yield math.fsum(o.sensitivity for o in picks), sum(o.cost for o in picks), picks
 
 
-def budgets(made, count: int = 7) -> list[int]:
-    least = sum(min(o.cost for o in options) for options in made.values())
-    most = sum(max(o.cost for o in options) for options in made.values())
+def budgets(items, count: int = 7) -> list[int]:
+    least = sum(min(o.cost for o in options) for options in items.values())
+    most = sum(max(o.cost for o in options) for options in items.values())
     return [least + (most - least) * i // (count - 1) for i in range(count)]
 
 
@@ -73,17 +72,17 @@ def budgets(made, count: int = 7) -> list[int]:
 def test_optimum_by_brute_force(kind):
     rng = random.Random(kind)
     for _ in range(40):
-        made = tables(kind, rng, rng.randint(1, 5), rng.randint(1, 4))
-        choices = list(everything(made))
-        for budget in budgets(made):
-            chosen = knapsack(made, budget)
+        items = tables(kind, rng, rng.randint(1, 5), rng.randint(1, 4))
+        choices = list(all_choices(items))
+        for budget in budgets(items):
+            chosen = knapsack(items, budget)
             best = min(d for d, c, _ in choices if c <= budget)
-            assert list(chosen) == list(made)
-            assert all(chosen[item] in made[item] for item in made)
+            assert list(chosen) == list(items)
+            assert all(chosen[item] in items[item] for item in items)
             assert cost(chosen) <= budget
-            assert damage(chosen) == pytest.approx(best, rel=1e-12, abs=1e-15)
+            assert sensitivity(chosen) == pytest.approx(best, rel=1e-12, abs=1e-15)
             # and nothing as good is cheaper
-            assert cost(chosen) == min(c for d, c, _ in choices if d <= damage(chosen) + 1e-15)
+            assert cost(chosen) == min(c for d, c, _ in choices if d <= sensitivity(chosen) + 1e-15)
 
 
 @pytest.mark.parametrize("kind", ["any", "convex", "ties", "wide"])
@@ -91,37 +90,40 @@ def test_optimum_by_brute_force(kind):
 def test_thinned_is_optimal_up_to_one_item(kind, limit):
     rng = random.Random(kind)
     for _ in range(40):
-        made = tables(kind, rng, 5, 4)
-        choices = list(everything(made))
+        items = tables(kind, rng, 5, 4)
+        choices = list(all_choices(items))
         # what one upgrade can save at most
-        step = max(max(o.damage for o in t) - min(o.damage for o in t) for t in made.values())
-        for budget in budgets(made):
-            chosen = knapsack(made, budget, limit=limit)
+        step = max(
+            max(o.sensitivity for o in t) - min(o.sensitivity for o in t) for t in items.values()
+        )
+        for budget in budgets(items):
+            chosen = knapsack(items, budget, limit=limit)
             assert cost(chosen) <= budget
             best = min(d for d, c, _ in choices if c <= budget)
-            assert damage(chosen) <= best + step + 1e-12
+            assert sensitivity(chosen) <= best + step + 1e-12
 
 
-def network(seed: int, items: int = 200):
-    """Sites of one DiT-like network in five formats."""
+def network(seed: int, count: int = 200):
+    """Input groups of one DiT-like network in five formats."""
     rng = random.Random(seed)
-    made = {}
-    for i in range(items):
-        count = 1152 * 1152 * (3, 1, 4, 4, 1)[i % 5]
+    items = {}
+    for i in range(count):
+        weights = 1152 * 1152 * (3, 1, 4, 4, 1)[i % 5]
         scale = 10 ** rng.uniform(-6, -2)
-        made[f"i{i}"] = [
-            Option(f"b{b}", int(count * b / 8), scale * 4.0**-b * rng.uniform(0.3, 3))
+        items[f"i{i}"] = [
+            Option(f"b{b}", int(weights * b / 8), scale * 4.0**-b * rng.uniform(0.3, 3))
             for b in (2.25, 3.25, 4.25, 6.5, 8.25)
         ]
-    return made
+    return items
 
 
-def relaxed(made, budget: int) -> float:
+def relaxed(items, budget: int) -> float:
     """The linear relaxation: options may be mixed; no choice is better. By its dual."""
 
     def dual(price: float) -> float:
         return (
-            sum(min(o.damage + price * o.cost for o in t) for t in made.values()) - price * budget
+            sum(min(o.sensitivity + price * o.cost for o in t) for t in items.values())
+            - price * budget
         )
 
     return max(dual(10 ** (e / 200)) for e in range(-3200, -1200))
@@ -129,22 +131,22 @@ def relaxed(made, budget: int) -> float:
 
 @pytest.mark.parametrize(("limit", "loss"), [(1, 0.02), (4096, 0.0025), (LIMIT, 0.001)])
 def test_large_is_near_the_relaxation_and_monotone(limit, loss):
-    made, last = network(0), math.inf
-    for budget in budgets(made, 5)[1:4]:
-        chosen = knapsack(made, budget, limit=limit)
+    items, last = network(0), math.inf
+    for budget in budgets(items, 5)[1:4]:
+        chosen = knapsack(items, budget, limit=limit)
         assert cost(chosen) <= budget
-        assert 1 <= damage(chosen) / relaxed(made, budget) <= 1 + loss
-        assert damage(chosen) <= last
-        last = damage(chosen)
+        assert 1 <= sensitivity(chosen) / relaxed(items, budget) <= 1 + loss
+        assert sensitivity(chosen) <= last
+        last = sensitivity(chosen)
 
 
 @pytest.mark.parametrize("limit", [1, 4, 4096])
 def test_monotone_in_budget(limit):
     rng = random.Random(limit)
     for kind in ("any", "convex", "ties", "wide"):
-        made = tables(kind, rng, 8, 4)
-        found = [damage(knapsack(made, b, limit=limit)) for b in budgets(made, 60)]
-        assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(found))
+        items = tables(kind, rng, 8, 4)
+        sums = [sensitivity(knapsack(items, b, limit=limit)) for b in budgets(items, 60)]
+        assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(sums))
 
 
 def test_monotone_in_sensitivity():
@@ -152,31 +154,31 @@ def test_monotone_in_sensitivity():
     for _ in range(50):
         shape = [(2, rng.uniform(1, 2)), (4, rng.uniform(0.1, 1)), (8, 0.0)]
         scales = [rng.uniform(0.1, 10) for _ in range(5)]
-        made = {
+        items = {
             f"i{i}": [Option(f"o{c}", c, s * d) for c, d in shape] for i, s in enumerate(scales)
         }
         for budget in range(10, 41, 3):
-            chosen = knapsack(made, budget)
+            chosen = knapsack(items, budget)
             by_need = [chosen[f"i{i}"].cost for i in sorted(range(5), key=lambda i: scales[i])]
             assert by_need == sorted(by_need)
             # two items that swap their sensitivities swap their options
-            swapped = knapsack({**made, "i0": made["i1"], "i1": made["i0"]}, budget)
+            swapped = knapsack({**items, "i0": items["i1"], "i1": items["i0"]}, budget)
             assert (swapped["i0"], swapped["i1"]) == (chosen["i1"], chosen["i0"])
 
 
 def test_equal_sensitivities_upgrade_the_cheapest_first():
     sizes = [7, 3, 11, 5, 2]
-    made = {f"i{n}": [Option("low", n, 1.0), Option("high", 2 * n, 0.25)] for n in sizes}
+    items = {f"i{n}": [Option("low", n, 1.0), Option("high", 2 * n, 0.25)] for n in sizes}
     for raised in range(6):
         cheapest = sorted(sizes)[:raised]
-        chosen = knapsack(made, sum(sizes) + sum(cheapest))
+        chosen = knapsack(items, sum(sizes) + sum(cheapest))
         assert sorted(int(i[1:]) for i, o in chosen.items() if o.name == "high") == cheapest
 
 
 def test_bounds_by_brute_force():
     rng = random.Random(0)
     for trial in range(60):
-        made = tables("ties" if trial % 2 else "any", rng, 5, 3)
+        items = tables("ties" if trial % 2 else "any", rng, 5, 3)
         group_of = {"i0": "a", "i1": "a", "i2": "b", "i3": "b"}  # i4 is free
         bounds = {"a": (rng.randint(0, 60), rng.randint(20, 80)), "b": (0, rng.randint(10, 80))}
 
@@ -185,89 +187,94 @@ def test_bounds_by_brute_force():
             (a0, a1), (b0, b1) = bounds["a"], bounds["b"]
             return a0 <= a <= a1 and b0 <= b <= b1
 
-        for budget in budgets(made):
-            allowed = [d for d, c, p in everything(made) if c <= budget and fits(p)]
+        for budget in budgets(items):
+            allowed = [d for d, c, p in all_choices(items) if c <= budget and fits(p)]
             if not allowed:
                 with pytest.raises(InputError):
-                    knapsack(made, budget, bounds=bounds, group_of=group_of)
+                    knapsack(items, budget, bounds=bounds, group_of=group_of)
                 continue
-            chosen = knapsack(made, budget, bounds=bounds, group_of=group_of)
+            chosen = knapsack(items, budget, bounds=bounds, group_of=group_of)
             assert fits(list(chosen.values()))
-            assert damage(chosen) == pytest.approx(min(allowed), rel=1e-12, abs=1e-15)
+            assert sensitivity(chosen) == pytest.approx(min(allowed), rel=1e-12, abs=1e-15)
 
 
 def test_too_small_names_the_smallest_budget():
-    made = {"a": [Option("x", 300, 1.0), Option("y", 500, 0.0)], "b": [Option("x", 33, 1.0)]}
+    items = {"a": [Option("x", 300, 1.0), Option("y", 500, 0.0)], "b": [Option("x", 33, 1.0)]}
     with pytest.raises(InputError, match=r"200 bytes .* at least 333 bytes \(2\.664 bits"):
-        knapsack(made, 200, weights=1000)
-    assert cost(knapsack(made, parse_budget("2.664", 1000))) == 333
+        knapsack(items, 200, weights=1000)
+    assert cost(knapsack(items, parse_budget("2.664", 1000))) == 333
     with pytest.raises(InputError, match=r"at least 333 bytes\. Raise it"):
-        knapsack(made, 332)
+        knapsack(items, 332)
 
 
-def test_infinite_damage_is_never_chosen():
-    made = {"a": [Option("x", 1, math.inf), Option("y", 5, 2.0)], "b": [Option("x", 1, 1.0)]}
-    assert knapsack(made, 10)["a"].name == "y"
+def test_infinite_sensitivity_is_never_chosen():
+    items = {"a": [Option("x", 1, math.inf), Option("y", 5, 2.0)], "b": [Option("x", 1, 1.0)]}
+    assert knapsack(items, 10)["a"].name == "y"
     with pytest.raises(InputError, match="at least 6 bytes"):
-        knapsack(made, 5)
+        knapsack(items, 5)
     with pytest.raises(InputError, match=r"^a, b: no option gives finite"):
         knapsack({"a": [Option("x", 1, math.inf)], "b": [Option("x", 1, math.nan)]}, 9)
 
 
 # --- metrics ---------------------------------------------------------------------------------
 
-SHAPES = {"picture": (2, 4, 8, 8), "video": (2, 4, 5, 8, 8), "tokens": (2, 64, 16)}
+SHAPES = {"image": (2, 4, 8, 8), "video": (2, 4, 5, 8, 8), "tokens": (2, 64, 16)}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", METRICS)
 def test_metric_laws(name, shape):
     torch.manual_seed(0)
-    metric, want, noise = METRICS[name], torch.randn(shape), torch.randn(shape)
-    assert metric(want, want) == 0
-    small, large = metric(want, want + 0.01 * noise), metric(want, want + 0.02 * noise)
+    metric, reference, noise = METRICS[name], torch.randn(shape), torch.randn(shape)
+    assert metric(reference, reference) == 0
+    small, large = (
+        metric(reference, reference + 0.01 * noise),
+        metric(reference, reference + 0.02 * noise),
+    )
     assert large == pytest.approx(4 * small, rel=1e-3)  # squared
     assert 0.1e-4 < small < 10e-4  # relative
-    assert metric(7 * want, 7 * (want + 0.01 * noise)) == pytest.approx(small, rel=1e-3)
+    assert metric(7 * reference, 7 * (reference + 0.01 * noise)) == pytest.approx(small, rel=1e-3)
     for bad in (math.nan, math.inf):
-        broken = want.clone()
-        broken[(0,) * want.ndim] = bad
-        assert metric(want, broken) == math.inf
+        broken = reference.clone()
+        broken[(0,) * reference.ndim] = bad
+        assert metric(reference, broken) == math.inf
 
 
 def test_metrics_see_what_they_are_for():
     torch.manual_seed(0)
-    want = torch.randn(2, 4, 6, 8, 8)
-    checker = ((torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1).expand_as(want)
-    shift = torch.ones_like(want)
-    flicker = torch.tensor([1.0, -1.0]).repeat(3)[:, None, None].expand_as(want)
-    both = torch.randn(1, 4, 6, 8, 8).expand_as(want)  # the same in both halves of guidance
+    reference = torch.randn(2, 4, 6, 8, 8)
+    checker = ((torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1).expand_as(reference)
+    shift = torch.ones_like(reference)
+    flicker = torch.tensor([1.0, -1.0]).repeat(3)[:, None, None].expand_as(reference)
+    both = torch.randn(1, 4, 6, 8, 8).expand_as(reference)  # the same in both halves of guidance
 
-    def damage_of(error):
-        return {name: metric(want, want + 0.1 * error) for name, metric in METRICS.items()}
+    def errors_of(error):
+        return {
+            name: metric(reference, reference + 0.1 * error) for name, metric in METRICS.items()
+        }
 
-    assert damage_of(shift)["content"] > 100 * damage_of(shift)["fidelity"]
-    assert damage_of(checker)["fidelity"] > 100 * damage_of(checker)["content"]
-    assert damage_of(flicker)["temporal"] > 100 * damage_of(flicker)["fidelity"]
-    assert damage_of(shift)["temporal"] < 1e-12
-    assert damage_of(both)["text"] < 1e-12 < damage_of(both)["mse"]
+    assert errors_of(shift)["content"] > 100 * errors_of(shift)["fidelity"]
+    assert errors_of(checker)["fidelity"] > 100 * errors_of(checker)["content"]
+    assert errors_of(flicker)["temporal"] > 100 * errors_of(flicker)["fidelity"]
+    assert errors_of(shift)["temporal"] < 1e-12
+    assert errors_of(both)["text"] < 1e-12 < errors_of(both)["mse"]
 
 
 def test_metrics_fall_back():
     torch.manual_seed(0)
-    want, got = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    assert METRICS["temporal"](want, got) == METRICS["fidelity"](want, got)
-    assert METRICS["text"](want, got) == METRICS["content"](want, got)
+    reference, output = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    assert METRICS["temporal"](reference, output) == METRICS["fidelity"](reference, output)
+    assert METRICS["text"](reference, output) == METRICS["content"](reference, output)
     one = torch.randn(1, 4, 1, 1), torch.randn(1, 4, 1, 1)
     assert METRICS["fidelity"](*one) == METRICS["mse"](*one)
 
 
-def test_parts_without_energy_stay_finite():
+def test_components_without_energy_stay_finite():
     still = torch.randn(1, 4, 1, 8, 8).expand(2, 4, 5, 8, 8)  # no motion, no guidance
-    got = still + 0.01 * torch.randn(still.shape)
+    output = still + 0.01 * torch.randn(still.shape)
     for name in ("temporal", "text"):
         assert METRICS[name](still, still) == 0
-        assert 1 < METRICS[name](still, got) < math.inf
+        assert 1 < METRICS[name](still, output) < math.inf
     zero = torch.zeros(2, 4, 8, 8)
     assert {metric(zero, zero) for metric in METRICS.values()} == {0}
 
@@ -282,15 +289,15 @@ def test_every_role_has_a_group():
         "temporal_blocks.0.attn1.to_q": ("attn.q", "temporal"),
         "temporal_blocks.0.ff.net.2": ("ffn.down", "fidelity"),
     }
-    sites = [InputGroup(n, (Linear(n, role, (4, 4), True),)) for n, (role, _) in names.items()]
-    assert groups_of(sites) == {n: group for n, (_, group) in names.items()}
+    groups = [InputGroup(n, (Linear(n, role, (4, 4), True),)) for n, (role, _) in names.items()]
+    assert groups_of(groups) == {n: group for n, (_, group) in names.items()}
 
 
 # --- measuring -------------------------------------------------------------------------------
 
 
 def record(model, latents, count: int = 2) -> list[RecordedCall]:
-    made = []
+    calls = []
     for i in range(count):
         kwargs = {
             "timestep": torch.full((len(latents),), 900 - 400 * i),
@@ -298,8 +305,8 @@ def record(model, latents, count: int = 2) -> list[RecordedCall]:
             "return_dict": False,
         }
         with torch.no_grad():
-            made.append(RecordedCall(i, (latents + i,), kwargs, model(latents + i, **kwargs)[0]))
-    return made
+            calls.append(RecordedCall(i, (latents + i,), kwargs, model(latents + i, **kwargs)[0]))
+    return calls
 
 
 @pytest.mark.parametrize("branches", [1, 2])
@@ -394,7 +401,7 @@ def test_measure_restores_on_errors(dit, candidates):
     assert all(m is modules[n] for n, m in dit.named_modules())
 
 
-def test_measure_says_infinite(dit):
+def test_measure_gives_infinity_for_outputs_that_are_not_finite(dit):
     calls = record(dit, torch.randn(2, 4, 8, 8))
     broken = rounded(dit.get_submodule(FFN), 0.01)
     broken.weight.data[0, 0] = math.nan
@@ -402,7 +409,7 @@ def test_measure_says_infinite(dit):
     assert set(measured["x"]["y"].values()) == {math.inf}
 
 
-def test_guidance_is_seen_in_one_call_or_in_two(dit, candidates):
+def test_guidance_is_recognized_in_one_call_or_in_two(dit, candidates):
     torch.manual_seed(0)
     half = torch.randn(2, 4, 8, 8)
     together = record(dit, half.repeat(2, 1, 1, 1))
@@ -422,10 +429,10 @@ def test_guidance_is_seen_in_one_call_or_in_two(dit, candidates):
     assert none["text"] == none["content"]
 
 
-# --- damages and all of it --------------------------------------------------------------------
+# --- sensitivities and allocation --------------------------------------------------------------------
 
 
-def made_up(rng: random.Random, items: int = 6):
+def random_measurements(rng: random.Random, items: int = 6):
     measured = {
         f"i{i}": {o: {m: rng.uniform(0.1, 1) for m in METRICS} for o in ("w4", "w8")}
         for i in range(items)
@@ -434,55 +441,56 @@ def made_up(rng: random.Random, items: int = 6):
     return measured, groups
 
 
-def test_decoupled_divides_the_plain_error_of_a_group():
-    measured, groups = made_up(random.Random(0))
-    hurts = sensitivities(measured, groups)
+def test_a_metric_per_group_divides_the_plain_error_of_the_group():
+    measured, groups = random_measurements(random.Random(0))
+    sensitivity_of = sensitivities(measured, groups)
     for group, option in itertools.product(("text", "fidelity"), ("w4", "w8")):
         members = [i for i, g in groups.items() if g == group]
         whole = sum(measured[i][option]["mse"] for i in members)
-        assert sum(hurts[i][option] for i in members) == pytest.approx(whole)
+        assert sum(sensitivity_of[i][option] for i in members) == pytest.approx(whole)
         by_metric = sorted(members, key=lambda i: measured[i][option][group])
-        assert sorted(members, key=lambda i: hurts[i][option]) == by_metric
+        assert sorted(members, key=lambda i: sensitivity_of[i][option]) == by_metric
     plain = sensitivities(measured, groups, per_group_metric=False)
     assert all(plain[i][o] == measured[i][o]["mse"] for i in measured for o in ("w4", "w8"))
 
 
-def test_decoupled_edges():
-    measured, groups = made_up(random.Random(0))
+def test_a_metric_per_group_at_zero_and_infinity():
+    measured, groups = random_measurements(random.Random(0))
     for metrics in measured["i0"].values():
         metrics.update(dict.fromkeys(METRICS, math.inf))
     for i in ("i1", "i3", "i5"):
         measured[i]["w8"]["fidelity"] = 0.0  # the metric sees nothing in the whole group
     measured["i2"]["float"] = dict.fromkeys(METRICS, 0.0)
-    hurts = sensitivities(measured, groups)
-    assert hurts["i0"] == {"w4": math.inf, "w8": math.inf}
-    assert all(math.isfinite(hurts[i]["w4"]) for i in hurts if i != "i0")
-    assert hurts["i1"]["w8"] == measured["i1"]["w8"]["mse"]
-    assert hurts["i2"]["float"] == 0
+    sensitivity_of = sensitivities(measured, groups)
+    assert sensitivity_of["i0"] == {"w4": math.inf, "w8": math.inf}
+    assert all(math.isfinite(sensitivity_of[i]["w4"]) for i in sensitivity_of if i != "i0")
+    assert sensitivity_of["i1"]["w8"] == measured["i1"]["w8"]["mse"]
+    assert sensitivity_of["i2"]["float"] == 0
 
 
 def test_allocate():
-    measured, groups = made_up(random.Random(1))
+    measured, groups = random_measurements(random.Random(1))
     weights = {item: 100 * (i + 1) for i, item in enumerate(measured)}
     costs = {i: {"w4": n // 2, "w8": n} for i, n in weights.items()}
     for item in measured:
         measured[item]["w8"] = {m: d / 100 for m, d in measured[item]["w4"].items()}
     budget = parse_budget("6", sum(weights.values()))
-    found = allocate(measured, costs, budget, groups=groups, weights=weights)
-    assert set(found.choice) == set(measured)
-    assert found.bytes == sum(costs[i][o] for i, o in found.choice.items()) <= budget
-    hurts = sensitivities(measured, groups)
-    assert found.sensitivity == pytest.approx(sum(hurts[i][o] for i, o in found.choice.items()))
-    assert (found.lowest.cost, found.highest.cost) == (1050, 2100)
-    assert found.lowest.sensitivity > found.sensitivity > found.highest.sensitivity
-    assert {len(line) for line in found.table()} == {len(Allocation.HEAD)}
-    assert json.loads(json.dumps(found.to_json()))["rows"][0]["bits"] in (4, 8)
-    ordered = list(found.choice.values())
+    allocation = allocate(measured, costs, budget, groups=groups, weights=weights)
+    assert set(allocation.choice) == set(measured)
+    assert allocation.bytes == sum(costs[i][o] for i, o in allocation.choice.items()) <= budget
+    sensitivity_of = sensitivities(measured, groups)
+    assert allocation.sensitivity == pytest.approx(
+        sum(sensitivity_of[i][o] for i, o in allocation.choice.items())
+    )
+    assert (allocation.lowest.cost, allocation.highest.cost) == (1050, 2100)
+    assert allocation.lowest.sensitivity > allocation.sensitivity > allocation.highest.sensitivity
+    assert json.loads(json.dumps(allocation.to_json()))["rows"][0]["bits"] in (4, 8)
+    ordered = list(allocation.choice.values())
     assert set(ordered) == {"w4", "w8"}
-    held = allocate(
+    bounded = allocate(
         measured, costs, budget, groups=groups, weights=weights, bounds={"text": (0, 450)}
     )
-    assert {o for i, o in held.choice.items() if groups[i] == "text"} == {"w4"}
+    assert {o for i, o in bounded.choice.items() if groups[i] == "text"} == {"w4"}
     with pytest.raises(InputError, match=r"at least 1050 bytes \(4\.000 bits per weight\)"):
         allocate(measured, costs, 1000, groups=groups, weights=weights)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dtq bench``: ratios of one interleaved run, and a sentence that never praises what is slower."""
+"""``dtq bench``: ratios of interleaved runs, and a verdict that never recommends what is slower."""
 
 from __future__ import annotations
 
@@ -11,55 +11,53 @@ import quanto
 import torch
 from click.testing import CliRunner
 
-from dtq.bench import cases
+from dtq.bench import cases, compare
 from dtq.bench import cpu as bench
-from dtq.bench.cpu import BenchRow, Candidate
+from dtq.bench.compare import BenchRow, Candidate
 from dtq.cli import main
 from dtq.kernels.compile import cpu
 
 
-def rows(ours, bf16, fp32):
-    """Ratios that one size would give."""
-    ratio = {"w4a8": (bf16 / ours,) * 3}
+def rows(w4a8, bf16, fp32):
+    """Rows of one size with these times."""
     return [
-        BenchRow("k", 256, "w4a8", ours, 30),
-        BenchRow("k", 256, "bf16", bf16, 120, ratio),
-        BenchRow("k", 256, "fp32", fp32, 240, {"w4a8": (fp32 / ours,) * 3}),
+        BenchRow("k", 256, "w4a8", w4a8, 30),
+        BenchRow("k", 256, "bf16", bf16, 120, {"w4a8": (bf16 / w4a8,) * 3}),
+        BenchRow("k", 256, "fp32", fp32, 240, {"w4a8": (fp32 / w4a8,) * 3}),
     ]
 
 
-def test_the_sentence_compares_with_the_faster_float():
-    said = bench.verdict(rows(1.0, 2.6, 5.0))
-    assert said == "w4a8 is 2.6x faster than bf16 here and 4.0x smaller than bf16"
-    assert "1.5x faster than fp32" in bench.verdict(rows(2.0, 9.0, 3.0))
+def test_the_verdict_compares_with_the_faster_float():
+    verdict = compare.verdict(rows(1.0, 2.6, 5.0))
+    assert verdict == "w4a8 is 2.6x faster than bf16 here and 4.0x smaller than bf16"
+    assert "1.5x faster than fp32" in compare.verdict(rows(2.0, 9.0, 3.0))
 
 
 def test_what_is_slower_is_not_recommended():
-    said = bench.verdict(rows(3.0, 2.0, 4.0))
-    assert said.startswith("nothing of dtq is faster than bf16 here; w4a8 takes 1.5x as long")
-    assert "faster than bf16 here and" not in said
+    verdict = compare.verdict(rows(3.0, 2.0, 4.0))
+    assert verdict.startswith("nothing of dtq is faster than bf16 here; w4a8 takes 1.5x as long")
+    assert "faster than bf16 here and" not in verdict
 
 
-def test_a_race_gives_ratios_of_the_same_round():
+def test_a_comparison_gives_ratios_of_the_same_round():
     x = torch.randn(64, 64)
 
     def times(n):
         return lambda: [x @ x for _ in range(n)]
 
     candidates = [Candidate("w8a8", times(20), 1), Candidate("twice", times(40), 2)]
-    ours, twice = bench.race("case", 64, candidates, 9)
-    assert ours.ratio == {}
+    once, twice = compare.compare("case", 64, candidates, 9)
+    assert once.ratio == {}
     low, middle, high = twice.ratio["w8a8"]
     assert low <= middle <= high
     assert 1.2 < middle < 3.5
 
 
-def test_the_layers_of_the_race_do_the_same_job():
+def test_the_compared_layers_do_the_same_work():
     layers = bench._layers(128, 48)
     x = torch.randn(5, 128).bfloat16()
-    turn = layers["w8a8"].transform()
-    assert turn.block == 64
-    for name in cases.OURS:
+    assert layers["w8a8"].transform().block == 64
+    for name in cases.RECIPES:
         y = layers[name](x)
         assert y.dtype == torch.bfloat16
         assert y.shape == (5, 48)
@@ -67,14 +65,14 @@ def test_the_layers_of_the_race_do_the_same_job():
 
 
 @pytest.mark.slow
-def test_the_command_writes_every_figure(tmp_path, monkeypatch):
+def test_the_command_writes_every_metric(tmp_path, monkeypatch):
     quanto.in_python()
     monkeypatch.setattr(bench, "SHAPES", ((64, 64), (128, 64)))
     monkeypatch.setattr(bench, "TOKENS", (1, 20))
     file = tmp_path / "bench.json"
     before = torch.get_num_threads()
     plot = tmp_path / "bench.svg"
-    command = ["bench", "--rounds", "2", "--json", str(file), "--plot", str(plot)]
+    command = ["bench", "--rounds", "2", "-o", str(file), "--plot", str(plot)]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output + str(done.exception)
     assert torch.get_num_threads() == before
@@ -89,14 +87,26 @@ def test_the_command_writes_every_figure(tmp_path, monkeypatch):
     assert all((0 < share < 1.5) if known else share is None for share in shares)
 
 
+def test_json_is_only_json(tmp_path, monkeypatch):
+    result = bench.Result("gemm", {"threads": 1}, rows(1.0, 2.6, 5.0))
+    monkeypatch.setitem(bench.SUITES, "gemm", lambda **options: result)
+    file = tmp_path / "bench.json"
+    done = CliRunner().invoke(main, ["bench", "--device", "cpu", "--json", "-o", str(file)])
+    assert (
+        json.loads(done.stdout)
+        == json.loads(file.read_text())
+        == json.loads(json.dumps(result.to_json()))
+    )
+
+
 def test_a_chart_without_matplotlib_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(bench, "race", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("timed"))
     done = CliRunner().invoke(main, ["bench", "--plot", str(tmp_path / "bench.svg")])
     assert "pip install matplotlib" in done.output
 
 
-def test_what_is_not_timed_for_want_of_a_compiler_is_said(monkeypatch, caplog):
+def test_a_missing_compiler_is_logged(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     bench._inductor_compiles.cache_clear()
     assert not bench._inductor_compiles()

@@ -30,7 +30,7 @@ from dtq.pipelines.loading import dummy_inputs
 from dtq.plan.layers import LayerSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FAST = ["--recipe", "rtn-w4a8", "--samples", "2", "--steps", "2", "--no-sentinel"]
+FAST = ["--recipe", "rtn-w4a8", "--samples", "2", "--steps", "2", "--no-sanity-check"]
 SEEN = ["--set", "correct_bias=true"]  # so that rounding needs calibration
 Q = "transformer_blocks.0.attn1.to_q"
 
@@ -86,7 +86,7 @@ def test_pictures_of_nan_are_refused_and_the_alarm_names_the_layer(
 
 def quantized(acts: str = "int8-row", **more) -> torch.nn.Module:
     return dtq.quantize(
-        tiny.dit(), "rtn-w4a8", acts=acts, progress=False, sanity_check=False, **more
+        tiny.dit(), "rtn-w4a8", activations=acts, progress=False, sanity_check=False, **more
     )
 
 
@@ -214,7 +214,7 @@ def test_an_empty_file_of_prompts_is_refused(float_folder, tmp_path):
         file = tmp_path / "prompts.txt"
         file.write_bytes(text.encode() if isinstance(text, str) else text)
         told = failed(
-            "quantize", float_folder, *FAST, *SEEN, "--calibration", file, "-o", tmp_path / "q"
+            "quantize", float_folder, *FAST, *SEEN, "--calibration-set", file, "-o", tmp_path / "q"
         )
         assert words in told
 
@@ -307,7 +307,7 @@ def test_out_of_memory_is_one_line_with_a_way_out(run, float_folder, tmp_path, m
         made = run()
         return list(made) if hasattr(made, "send") else made
 
-    monkeypatch.setattr("dtq.cli.quantize.run_stages", broken)
+    monkeypatch.setattr("dtq.api.run_stages", broken)
     told = failed("quantize", float_folder, *FAST, "-o", tmp_path / "q")
     assert "out of memory" in told
     assert "--memory 4GB" in told
@@ -318,7 +318,7 @@ def test_a_bug_is_still_a_traceback(float_folder, tmp_path, monkeypatch):
     def bug(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("dtq.cli.quantize.run_stages", bug)
+    monkeypatch.setattr("dtq.api.run_stages", bug)
     with pytest.raises(RuntimeError, match="shapes"):
         CliRunner().invoke(
             cli.main, ["quantize", str(float_folder), *FAST, "-o", str(tmp_path / "q")],
@@ -343,7 +343,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def test_without_hub_and_cache_one_line_says_so(cache, tmp_path):
     for command in (["plan", "me/tiny"], ["quantize", "me/tiny", *FAST, "-o", tmp_path / "q"]):
         told = failed(*command)
-        assert "me/tiny: no such folder, and neither the hub nor its cache here gave it" in told
+        assert "me/tiny: no such folder, and neither the hub nor its local cache has it" in told
 
 
 def test_without_hub_the_cache_is_used(cache, float_folder, tmp_path, caplog):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dtq_call_defaults.json``: a pipeline is called at the sizes its weights were trained on."""
+"""``dtq_call_defaults.json``: pipelines are called with the sizes of their training."""
 
 from __future__ import annotations
 
@@ -35,49 +35,52 @@ def quantized(folder):
     out = folder.with_name("quantized")
     done = CliRunner().invoke(
         main,
-        ["quantize", str(folder), "--recipe", "rtn-w4a8", "-o", str(out), "--no-sentinel"],
+        ["quantize", str(folder), "--recipe", "rtn-w4a8", "-o", str(out), "--no-sanity-check"],
     )
     assert done.exit_code == 0, done.output
     return out
 
 
-def shapes(source, **arguments):
-    how = SamplingSettings(samples=1, steps=1, batch_size=1, pipeline_args=arguments)
-    requests = prompts.load("auto", source.pipeline, 1)
+def shapes(loaded, **arguments):
+    settings = SamplingSettings(samples=1, steps=1, batch_size=1, pipeline_args=arguments)
+    requests = prompts.load("auto", loaded.pipeline, 1)
     with torch.no_grad():
         return [
-            torch.as_tensor(x.frames).shape for x in run_pipeline(source.pipeline, requests, how)
+            torch.as_tensor(x.frames).shape
+            for x in run_pipeline(loaded.pipeline, requests, settings)
         ]
 
 
-def test_the_call_is_as_the_folder_says_unless_the_user_says_otherwise(folder):
-    source = load_transformer(str(folder))
-    assert shapes(source) == [(1, 5, 3, 16, 16)]
-    assert shapes(source, num_frames=9) == [(1, 9, 3, 16, 16)]
-    captions = list(prompts.load("moving-emoji", source.pipeline, 64).entries)
-    assert list(prompts.load("auto", source.pipeline, 64).entries) == captions
+def test_sizes_of_the_folder_apply_unless_the_user_gives_others(folder):
+    loaded = load_transformer(str(folder))
+    assert shapes(loaded) == [(1, 5, 3, 16, 16)]
+    assert shapes(loaded, num_frames=9) == [(1, 9, 3, 16, 16)]
+    captions = list(prompts.load("moving-emoji", loaded.pipeline, 64).entries)
+    assert list(prompts.load("auto", loaded.pipeline, 64).entries) == captions
     assert len(set(captions)) == 64
 
 
-def test_a_pipeline_that_the_user_opened_is_called_so_too(folder):
+def test_they_apply_to_a_pipeline_that_the_user_loaded(folder):
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert call_defaults.of(pipe) == call_defaults.CallDefaults(SIZES, "moving-emoji")
     assert call_defaults.of(pipelines.wan()) == call_defaults.CallDefaults()
 
 
-def test_the_quantized_folder_says_the_same(folder, quantized):
+def test_the_quantized_folder_has_the_same_defaults(folder, quantized):
     assert call_defaults.read(quantized) == call_defaults.read(folder)
     DiffusionPipeline.from_pretrained(quantized)
 
 
-def test_what_was_compared_is_in_the_conditions(folder, quantized):
-    how = SamplingSettings(samples=1, steps=1, batch_size=1)
-    result = evaluate.evaluate(load_transformer(str(quantized)), load_transformer(str(folder)), how)
+def test_the_sizes_are_in_the_conditions_of_an_evaluation(folder, quantized):
+    settings = SamplingSettings(samples=1, steps=1, batch_size=1)
+    result = evaluate.evaluate(
+        load_transformer(str(quantized)), load_transformer(str(folder)), settings
+    )
     assert result.conditions["pipeline_args"] == SIZES
     assert result.conditions["prompts"] == "moving-emoji"
 
 
-def test_nothing_to_say_writes_nothing(tmp_path):
+def test_no_defaults_write_no_file(tmp_path):
     call_defaults.write(tmp_path, call_defaults.CallDefaults())
     assert not list(tmp_path.iterdir())
     assert call_defaults.read(tmp_path) == call_defaults.CallDefaults()
@@ -93,17 +96,17 @@ def test_nothing_to_say_writes_nothing(tmp_path):
         ({"sizes": {"height": True}}, "whole numbers from 1"),
         ({"sizes": {"height": "64"}}, "whole numbers from 1"),
         ({"sizes": [64]}, "whole numbers from 1"),
-        ({"prompts": "../secret"}, "not one that dtq ships"),
-        ({"prompts": ["prompts-64"]}, "not one that dtq ships"),
+        ({"prompts": "../secret"}, "prompts: '../secret' is not a prompt set that dtq ships"),
+        ({"prompts": ["prompts-64"]}, "not a prompt set that dtq ships"),
     ],
 )
-def test_a_file_from_anywhere_is_sizes_and_a_set(data, message, tmp_path):
+def test_a_file_can_only_hold_sizes_and_a_prompt_set(data, message, tmp_path):
     (tmp_path / call_defaults.FILE).write_text(json.dumps(data))
     with pytest.raises(InputError, match=message):
         call_defaults.read(tmp_path)
 
 
-def test_a_wrong_file_is_one_line(folder, tmp_path):
+def test_an_unknown_argument_is_reported_in_one_line(folder, tmp_path):
     bad = tmp_path / "bad"
     pipelines.wan().save_pretrained(bad)
     (bad / call_defaults.FILE).write_text('{"sizes": {"heigth": 16}}')

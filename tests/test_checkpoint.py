@@ -88,7 +88,7 @@ def test_base_3_codes_are_saved_with_and_without_a_tail(heads, tmp_path):
     assert (f"{q}.weight_tail" in load_file(tmp_path / WEIGHTS)) == (heads == 4)
     again = DiTTransformer2DModel.from_pretrained(tmp_path)
     for name, part in model.get_submodule(q).packed_tensors().items():
-        assert torch.equal(again.get_submodule(q).part(name), part)
+        assert torch.equal(again.get_submodule(q).packed_tensor(name), part)
 
 
 def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
@@ -210,7 +210,7 @@ def edit(folder: Path, change) -> None:
 
 Q = "transformer_blocks.0.attn1.to_q"
 DAMAGE = {
-    "newer version": (lambda q: q.update(format_version=2), "format_version.*pip install -U dtq"),
+    "newer version": (lambda q: q.update(format_version=3), "format_version.*pip install -U dtq"),
     "no version": (lambda q: q.pop("format_version"), "format_version"),
     "unknown format": (
         lambda q: q["layers"][Q].update(weight_format="int3-x"),

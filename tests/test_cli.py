@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import tiny
 import torch
@@ -19,7 +21,8 @@ from diffusers import DiffusionPipeline
 
 from dtq.checkpoint import reader
 from dtq.cli import main
-from dtq.cli.options import calibration_of
+from dtq.cli.inputs import sampling_settings
+from dtq.cli.output import fold
 from dtq.pipelines.settings import SamplingSettings
 
 FAST = ["--samples", "4", "--steps", "4"]
@@ -97,12 +100,14 @@ def test_json_is_only_json(float_folder, tmp_path):
     assert json.loads(result.stdout)["conditions"]["samples"] == 2
 
 
-def test_sample_and_eval_run_the_job_that_their_options_say():
-    job = {"samples": 3, "steps": 2, "guidance": 1.5, "seed": 4, "batch_size": 5}
-    assert calibration_of(arguments=("height=16", "max_area=[1]"), images="cat.png", **job) == (
-        SamplingSettings(**job, pipeline_args={"height": 16, "max_area": [1]}, images="cat.png")
+def test_sample_and_eval_sample_as_their_options_ask():
+    values = {"samples": 3, "steps": 2, "guidance": 1.5, "seed": 4, "batch_size": 5}
+    assert sampling_settings(
+        arguments=("height=16", "max_area=[1]"), images="cat.png", **values
+    ) == (
+        SamplingSettings(**values, pipeline_args={"height": 16, "max_area": [1]}, images="cat.png")
     )
-    assert calibration_of(arguments=(), images=None, **job) == SamplingSettings(**job)
+    assert sampling_settings(arguments=(), images=None, **values) == SamplingSettings(**values)
 
 
 def test_recipes(tmp_path):
@@ -111,7 +116,7 @@ def test_recipes(tmp_path):
     dtq("recipe", "cp", "w4a8", tmp_path / "my.yaml")
     assert "good" in dtq("recipe", "check", tmp_path / "my.yaml").stdout
     assert "exists" in dtq("recipe", "cp", "w4a8", tmp_path / "my.yaml", code=1).stderr
-    (tmp_path / "my.yaml").write_text("wieghts: int4-g64\nacts: int7\n")
+    (tmp_path / "my.yaml").write_text("wieghts: int4-g64\nactivations: int7\n")
     told = dtq("recipe", "check", tmp_path / "my.yaml", code=1).stderr
     assert "did you mean 'weights'" in told
 
@@ -122,12 +127,100 @@ def test_doctor():
     assert "kernels" in told
 
 
-@pytest.mark.parametrize("command", ["", *main.commands])
-def test_every_help_has_an_example(command):
-    told = dtq(*([command] if command else []), "--help").stdout
-    assert "dtq " in told or command in ("recipe", "doctor")
-    for sub in getattr(main.commands.get(command), "commands", {}):
-        assert dtq(command, sub, "--help").stdout
+def commands(command=main, path=()):
+    """Every command, groups included, by what a user types."""
+    yield path, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*path, name))
+
+
+ALL = {" ".join(("dtq", *path)): command for path, command in commands()}
+OPTIONS = {
+    f"{name} {param.opts[-1]}": (command, param)
+    for name, command in ALL.items()
+    for param in command.params
+    if isinstance(param, click.Option)
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_help_has_a_sentence_an_example_and_its_arguments(name):
+    told = dtq(*name.split()[1:], "--help").stdout
+    first = ALL[name].help.split("\n")[0]
+    assert first.endswith(".")
+    assert len(first) < 60 or name == "dtq"  # else the list of commands cuts it
+    assert re.search(rf"\n  {name}\b", told.split("\n\n", 1)[1])
+    for param in ALL[name].params:
+        if isinstance(param, click.Argument):
+            assert param.name.upper() in ALL[name].help
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_has_a_sentence_and_a_default(name):
+    command, option = OPTIONS[name]
+    assert option.help.endswith(".")
+    assert option.help[0].isupper()
+    root = click.Context(main, **main.context_settings)
+    context = click.Context(command, parent=root)
+    _, shown = option.get_help_record(context)
+    stated = "Default: " in option.help or "[default: " in shown or "[required]" in shown
+    assert stated or (option.is_flag and not option.get_default(context))
+    assert not ("Default: " in option.help and "[default: " in shown)
+
+
+def test_no_flag_means_two_things():
+    """It takes the same kind of value, as often, in every command."""
+    kinds: dict[str, set[tuple]] = {}
+    for name, (_, option) in OPTIONS.items():
+        kind = option.type.name.removesuffix(" range"), option.is_flag, option.multiple
+        kinds.setdefault(name.split()[-1], set()).add(kind)
+    assert not {flag: kind for flag, kind in kinds.items() if len(kind) > 1}
+
+
+def test_equal_blocks_share_a_row():
+    rows = [
+        (f"blocks.{b}.experts.{e}.w{i}", "int4" if b != 2 else "int8")
+        for b in range(5)
+        for e in range(3)
+        for i in (1, 2)
+    ]
+    assert fold([("in", "-"), *rows, ("norm.0", "-"), ("out", "-")]) == [
+        ("in", "-"),
+        ("blocks.0 to 1, 3 to 4.experts.0 to 2.w1", "int4"),
+        ("blocks.0 to 1, 3 to 4.experts.0 to 2.w2", "int4"),
+        ("blocks.2.experts.0 to 2.w1", "int8"),
+        ("blocks.2.experts.0 to 2.w2", "int8"),
+        ("norm.0", "-"),
+        ("out", "-"),
+    ]
+    assert fold([]) == []
+
+
+def test_plan_and_inspect_fold_blocks_unless_all_are_asked_for(float_folder, quantized_folder):
+    blocks = json.loads((float_folder / "transformer" / "config.json").read_text())["num_layers"]
+    for command in (("plan", float_folder), ("inspect", quantized_folder)):
+        folded, every = dtq(*command).stdout, dtq(*command, "--all").stdout
+        assert f"transformer_blocks.0 to {blocks - 1}.attn1.to_q " in folded
+        assert folded.count("attn1.to_q ") == 1
+        assert every.count("attn1.to_q ") == blocks
+
+
+def test_plan_estimates_a_rough_time(float_folder):
+    told = dtq("plan", float_folder).stdout
+    assert re.search(r"time +about \d+ (s|min|h) \(rough; the progress bar", told)
+
+
+@pytest.mark.parametrize("command", [["recipe", "ls"], ["recipe", "show", "w4a8"]])
+def test_a_closed_pipe_ends_a_command_silently(command):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read(); from dtq.cli import main; main()", *command],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    process.stdout.close()  # before it writes
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
 
 
 BAD = {
@@ -154,8 +247,8 @@ BAD = {
         "has no 'unet'",
     ),
     "unknown set": (
-        ["quantize", "{float}", "--calibration", "coco", "-o", "{tmp}/o"],
-        "unknown calibration set",
+        ["quantize", "{float}", "--calibration-set", "coco", "-o", "{tmp}/o"],
+        "set 'coco'",
     ),
     "no statistics": (
         ["quantize", "{float}", "--stats", "{tmp}/x.safetensors", "-o", "{tmp}/o"],

@@ -441,7 +441,9 @@ def stored(fmt, parts):
         w.encoding, w.bits = 5, fmt.bits
         w.group_bytes, w.groups = address(parts["weight_scale_2"]), parts["weight_scale_2"].shape[1]
     elif isinstance(fmt, Grid | NvFp4 | MxFp4):
-        values = fmt.levels.values if isinstance(fmt, Grid) else FORMATS["e2m1-row"].levels.values
+        values = (
+            fmt.codebook.values if isinstance(fmt, Grid) else FORMATS["e2m1-row"].codebook.values
+        )
         w.encoding, w.levels = 1, (c_float * 16)(*values)
         w.scale_2 = address(parts.get("weight_scale_2"))
     elif isinstance(fmt, Lut):
@@ -468,7 +470,7 @@ def packed(fmt, n, k, seed=0):
                 high = 3 if name == "weight_tail" else 243
             if isinstance(fmt, Ternary) and not fmt.trits:  # 3 is no ternary code
                 codes = torch.randint(0, 3, (n, k), generator=g)
-                parts[name] = fmt._stored((codes - 1).to(torch.int8))["weight"]
+                parts[name] = fmt._pack_codes(codes.to(torch.uint8))["weight"]
                 continue
             drawn = torch.randint(low, high, spec.shape, generator=g).to(torch.uint8)
             parts[name] = drawn.view(spec.dtype)

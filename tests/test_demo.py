@@ -17,7 +17,8 @@ from train_demo.data import load_emoji
 from dtq import demo
 from dtq.errors import InputError
 from dtq.evaluate import baselines, trajectory
-from dtq.evaluate.evaluate import extractor_for, stored_bits
+from dtq.evaluate.evaluate import stored_bits
+from dtq.evaluate.metrics import extractors
 from dtq.nn import QuantLinear
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
@@ -56,7 +57,7 @@ def test_it_loads_without_dtq():
 @pytest.mark.slow
 def test_its_pictures_are_of_the_class_asked_for():
     pipe = DiffusionPipeline.from_pretrained(demo.folder())
-    extractor = extractor_for(pipe)
+    extractor = extractors.load("emoji")
     assert extractor.real is not None
     pipe.set_progress_bar_config(disable=True)
     wanted = list(range(0, 99, 5))

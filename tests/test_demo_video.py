@@ -28,7 +28,7 @@ WHERE = {  # of the ink: how it goes from the first frame to the last, in x, y a
     "moves down": (0, 1, 0),
     "grows": (0, 0, 1),
     "shrinks": (0, 0, -1),
-    "num_rotations": (0, 0, 0),
+    "turns": (0, 0, 0),
     "stands still": (0, 0, 0),
 }
 
@@ -122,7 +122,7 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
     parts = (pipe.text_encoder, pipe.vae, pipe.transformer)
     assert {part.dtype for part in parts} == {torch.float32}  # nobody named one
     assert call_defaults.of(pipe).sizes == {"height": SIZE, "width": SIZE, "video_length": FRAMES}
-    few = ["--samples", "2", "--steps", "2", "--set", "calibration.bins=2", "--no-sentinel"]
+    few = ["--samples", "2", "--steps", "2", "--set", "calibration.bins=2", "--no-sanity-check"]
     out = tmp_path / "quantized"
     for command in (
         ["quantize", tmp_path / "video", "--recipe", "rtn-w4a8", *few, "-o", out],
@@ -136,17 +136,23 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
 
 def test_the_noise_of_a_pipeline_that_treats_one_prompt_otherwise_is_not_that_of_one_by_one():
     how = SamplingSettings(samples=4, steps=1, batch_size=4, guidance=4.0)
-    for name, alike in (("demo", True), ("demo-video", False)):
+    for name, invariant in (("demo", True), ("demo-video", False)):
         source = load_transformer(name)
         requests = prompts.load("auto", source.pipeline, 4)
         assert (
-            paired_run.one_is_as_several(
+            paired_run.is_batch_invariant(
                 source, requests, call_defaults.of(source.pipeline).fill(how)
             )
-            is alike
+            is invariant
         )
-    assert paired_run.other_batches(how, alike=True).batch_size == 1
-    assert paired_run.other_batches(how, alike=False).batch_size == 2
-    assert paired_run.other_batches(replace(how, batch_size=2), alike=False).batch_size == 3
-    assert paired_run.other_batches(replace(how, batch_size=1), alike=True).batch_size == 2
-    assert paired_run.other_batches(replace(how, batch_size=1), alike=False).batch_size == 1
+    assert paired_run.rerun_settings(how, batch_invariant=True).batch_size == 1
+    assert paired_run.rerun_settings(how, batch_invariant=False).batch_size == 2
+    assert (
+        paired_run.rerun_settings(replace(how, batch_size=2), batch_invariant=False).batch_size == 3
+    )
+    assert (
+        paired_run.rerun_settings(replace(how, batch_size=1), batch_invariant=True).batch_size == 2
+    )
+    assert (
+        paired_run.rerun_settings(replace(how, batch_size=1), batch_invariant=False).batch_size == 1
+    )

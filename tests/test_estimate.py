@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time that a plan foretells: how often the model runs, and what is not done is not counted."""
+"""Estimates before a run: which model evaluations are counted, and what is left out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 from builders import planned, quantized
 
 from dtq.calibrate import engine
-from dtq.estimate import duration
-from dtq.estimate.hardware import reading_time
-from dtq.estimate.size import estimate
+from dtq.estimate import duration, estimate
 from dtq.io.schema import MethodSpec
 from dtq.pipelines.loading import load_transformer
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.stages.calibrate import statistics_needed
 
 RECIPE = Recipe.load(
@@ -25,6 +23,7 @@ RECIPE = Recipe.load(
     calibration={"steps": 3, "samples": 5, "batch_size": 2, "num_timestep_bins": 4},
     promote={"to": ""},
 )
+NEEDS = RECIPE.needs()
 
 
 @pytest.fixture(scope="module")
@@ -34,108 +33,126 @@ def folder(tmp_path_factory):
     return made
 
 
-def seconds(source, recipe, driven, memory=2**34):
-    run = planned(source, recipe)
-    scan, plan = run.scan, run.plan
-    needs = statistics_needed(recipe, driven)
-    how = {"needs": needs, "driven": driven, "memory": memory}
-    return estimate(source.model, scan, plan, recipe, torch.float32, **how).seconds
-
-
 @pytest.fixture(autouse=True)
-def fixed(monkeypatch):
-    """Layers that cost nothing, on a machine of one operation a second."""
-    monkeypatch.setattr(duration, "multiply_rate", lambda dtype: 1.0)
-    monkeypatch.setattr(duration, "touch", lambda: 1.0)
-    monkeypatch.setattr(
-        duration, "paces", lambda layers, *_: {duration.kind(x): Free() for x in layers}
-    )
+def one_operation_per_second(monkeypatch):
+    monkeypatch.setattr(duration, "gemm_rate", lambda dtype: 1.0)
 
 
-class Free:
-    def seconds(self, *_):
-        return 0.0
+def seconds(run, has_pipeline=True, **options):
+    needs = statistics_needed(run.recipe, has_pipeline)
+    return estimate(run, torch.float32, needs=needs, has_pipeline=has_pipeline, **options).seconds
 
 
-@pytest.mark.parametrize("driven", [True, False])
-def test_the_calls_that_are_foretold_are_made(folder, driven):
-    source = load_transformer(str(folder if driven else folder / "transformer"))
-    sites = planned(source, RECIPE).scan.input_groups
-    pictures = []
+@pytest.mark.parametrize("has_pipeline", [True, False])
+def test_the_images_of_the_calibration_are_counted(folder, has_pipeline):
+    run = planned(load_transformer(str(folder if has_pipeline else folder / "transformer")), RECIPE)
+    images = []
 
     def count(_, args, kwargs):
-        pictures.append(len(args[0] if args else kwargs["hidden_states"]))
+        images.append(len(args[0] if args else kwargs["hidden_states"]))
 
-    handle = source.model.register_forward_pre_hook(count, with_kwargs=True)
-    engine.calibrate(source, sites, RECIPE.calibration, RECIPE.needs(), progress=False)
+    handle = run.model.register_forward_pre_hook(count, with_kwargs=True)
+    engine.calibrate(run.loaded, run.scan.input_groups, RECIPE.calibration, NEEDS, progress=False)
     handle.remove()
-    runs = duration.runs_of(source.model, RECIPE, driven)
-    assert len(pictures) == runs.calls
-    assert max(pictures) == runs.pictures  # the last batch of a pipeline may be smaller
+    counted = duration.model_evaluations(run, NEEDS, has_pipeline)
+    assert counted["calibrate"] == sum(images)
 
 
 def test_a_model_without_a_second_branch_runs_half_as_much(folder):
-    source = load_transformer(str(folder))
-    guided = replace(RECIPE, calibration=replace(RECIPE.calibration, guidance=1.0))
-    assert duration.runs_of(source.model, RECIPE, True).branches == 2
-    assert duration.runs_of(source.model, guided, True).branches == 1
-    distilled = tiny.flux()
-    distilled.register_to_config(guidance_embeds=True)
-    assert duration.runs_of(distilled, RECIPE, True).branches == 1
+    run = planned(load_transformer(str(folder)), RECIPE)
+    assert duration.guidance_branches(run) == 2
+    run.recipe = replace(RECIPE, calibration=replace(RECIPE.calibration, guidance=1.0))
+    assert duration.guidance_branches(run) == 1
+    run = planned(load_transformer(tiny.flux()), RECIPE)
+    run.model.register_to_config(guidance_embeds=True)
+    assert duration.guidance_branches(run) == 1
 
 
-def test_every_portion_of_the_statistics_is_a_run_of_its_own(folder):
-    source = load_transformer(str(folder))
-    alone = replace(
-        RECIPE, transform_candidates=(), transform=MethodSpec("none")
-    )  # no second moments
-    run = planned(source, alone)
-    scan, plan = run.scan, run.plan
-    portions = sum(any(not plan[x.name].unquantized for x in s.linears) for s in scan.input_groups)
-    once, often = (seconds(source, alone, True, memory) for memory in (2**34, 1))
-    runs = duration.runs_of(source.model, alone, True)
-    seen = runs.calls * runs.pictures
-    looked = duration.LOOKED * runs.looked + duration.TRACED_BATCH
-    assert often / once == pytest.approx((portions * seen + looked) / (seen + looked))
+def test_little_memory_takes_a_run_of_the_model_per_input_group(folder):
+    run = planned(load_transformer(str(folder)), RECIPE)
+    groups = [
+        g for g in run.scan.input_groups if any(not run.plan[x.name].unquantized for x in g.linears)
+    ]
+    counts = []
+    for run.memory in (2**34, 1):
+        counts.append(duration.model_evaluations(run, NEEDS, True)["calibrate"])
+    once, often = counts
+    assert often == len(groups) * once
 
 
-def test_a_mapped_model_is_read_whenever_it_runs(folder):
-    source = load_transformer(str(folder / "transformer"))
-    run = planned(source, RECIPE)
-    scan, plan = run.scan, run.plan
-    how = {"needs": RECIPE.needs(), "driven": False}
-    without, read = (
-        estimate(source.model, scan, plan, RECIPE, torch.float32, **how, reading=r).seconds
-        for r in (0.0, 1e9)
-    )
-    runs = duration.runs_of(source.model, RECIPE, False)
-    # traced, hashed, solved, seen, and looked at
-    assert (read - without) / 1e9 == pytest.approx(
-        3 + runs.calls + duration.LOOKED * runs.looked, 1e-3
-    )
+def test_only_what_the_recipe_asks_for_is_counted(folder):
+    run = planned(load_transformer(str(folder)), replace(RECIPE, transform_candidates=()))
+    counted = duration.model_evaluations(run, NEEDS, True)
+    assert {stage for stage, images in counted.items() if images} == {"calibrate", "sanity check"}
+    for changes, stages in (
+        ({"transform_candidates": ["hadamard"]}, {"compare transforms"}),
+        ({"allocate": {"budget": 5}}, {"mixed precision"}),
+        ({"finetune": "blocks"}, {"finetune"}),
+        ({"step_policy": {"precisions": ["native", "a16"]}}, {"step policy"}),
+    ):
+        run.recipe = Recipe.load(RECIPE, **{"transform_candidates": [], **changes})
+        more = duration.model_evaluations(run, NEEDS, True)
+        extra = {stage for stage in more if more[stage] > counted[stage]}
+        assert extra == {"record calls", *stages}
 
 
-def test_reading_is_timed_where_there_are_files(folder, tmp_path):
-    assert reading_time(folder, "transformer") > 0
-    assert reading_time(folder / "transformer", "transformer") > 0
-    assert reading_time(tmp_path, "transformer") == reading_time(tmp_path / "no", "x") == 0
-
-
-def test_without_data_nothing_is_looked_at(folder):
-    source, recipe = load_transformer(str(folder / "transformer")), Recipe.load("w4a16")
-    run = planned(source, recipe)
-    scan, plan = run.scan, run.plan
-    how = {"needs": frozenset(), "driven": False}
-    without, read = (
-        estimate(source.model, scan, plan, recipe, torch.float32, **how, reading=r).seconds
-        for r in (0.0, 1e9)
-    )
-    assert (read - without) / 1e9 == pytest.approx(3, 1e-3)  # traced, hashed, solved
+def test_without_data_the_time_is_that_of_the_solver(folder):
+    run = planned(load_transformer(str(folder / "transformer")), Recipe.load("w4a16"))
+    assert not any(duration.model_evaluations(run, frozenset(), False).values())
+    assert seconds(run, False) == duration.solver_operations(run, frozenset())
 
 
 def test_what_is_not_compared_costs_nothing(folder):
-    driven, bare = load_transformer(str(folder)), load_transformer(str(folder / "transformer"))
+    has_pipeline = load_transformer(str(folder))
+    bare = load_transformer(str(folder / "transformer"))
     compared, plain = (replace(RECIPE, transform_candidates=x) for x in (("hadamard",), ()))
-    assert seconds(driven, compared, True) > seconds(driven, plain, True)
-    assert seconds(bare, compared, False) == seconds(bare, plain, False)
+    assert seconds(planned(has_pipeline, compared)) > seconds(planned(has_pipeline, plain))
+    assert seconds(planned(bare, compared), False) == seconds(planned(bare, plain), False)
     assert quantized(bare, compared, progress=False).transform_errors == {}
+
+
+def test_alternatives_and_hessians_cost_solver_time(folder):
+    run = planned(load_transformer(str(folder)), replace(RECIPE, transform_candidates=()))
+    plain = duration.solver_operations(run, frozenset())
+    assert duration.solver_operations(run, frozenset({"hessian"})) > 1.01 * plain
+    run.recipe = replace(RECIPE, transform_candidates=("hadamard", "none"))
+    assert 2 * plain < duration.solver_operations(run, frozenset()) < 3.01 * plain
+
+
+def test_a_transform_is_searched_on_data_alone_and_on_some_channels(folder):
+    run = planned(load_transformer(str(folder)), replace(RECIPE, transform_candidates=()))
+    fixed = planned(run.loaded, replace(run.recipe, transform=MethodSpec("hadamard")))
+    samples = frozenset({"sample"})
+    assert duration.solver_operations(run, samples) > 2 * duration.solver_operations(fixed, samples)
+    assert duration.solver_operations(run, frozenset()) == duration.solver_operations(
+        fixed, samples
+    )
+    narrow, wide, wider = (
+        duration._search_operations(replace(run.plan.gemm()[0], shape=(n, 64)))
+        for n in (512, 1024, 4096)
+    )
+    assert 2 * narrow == wide == wider
+
+
+def test_a_model_that_cannot_be_traced_has_no_time(folder):
+    run = planned(load_transformer(str(folder)), RECIPE)
+    run.scan = replace(run.scan, traced=False)
+    assert seconds(run) is None
+
+
+def test_a_larger_model_takes_longer(folder):
+    small = planned(load_transformer(str(folder)), RECIPE)
+    large = planned(load_transformer("demo"), RECIPE)
+    assert seconds(large) > 2 * seconds(small)
+
+
+def test_memory_limits_statistics_on_every_estimate(folder):
+    run = planned(load_transformer(str(folder)), replace(RECIPE, transform=MethodSpec("hadamard")))
+    sizes = []
+    for run.memory in (None, 1):
+        cost = estimate(run, torch.float32)
+        sizes.append((cost.memory, cost.disk, cost.file))
+    (memory, disk, file), (less, smaller, same) = sizes
+    assert less <= memory
+    assert smaller <= disk
+    assert file == same

@@ -17,8 +17,11 @@ import dtq
 from dtq.errors import InputError
 from dtq.evaluate import baselines, evaluate, paired_run, run_file, trajectory
 from dtq.evaluate.fingerprint import fingerprint
+from dtq.evaluate.gate import render
+from dtq.evaluate.gate.decision import Outcome, Verdict
 from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.metrics import fid, images
+from dtq.evaluate.metrics.distributions import MetricValue
 from dtq.evaluate.report import html
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
@@ -46,7 +49,7 @@ def test_teacher_forced_error_has_the_known_value():
 
 
 def test_samples_of_a_batch_have_errors_of_their_own():
-    """The batch's figures are of all; each sample's are what it has alone."""
+    """The error of a sample in a batch is the error of the sample alone."""
     pipe = tiny.pipeline()
     requests = prompts.load("auto", pipe, 4)
     found = []
@@ -82,7 +85,7 @@ def test_requests_do_not_depend_on_the_batch_size():
         torch.cat(
             trajectory.record(
                 pipe, pipe.transformer, requests, SamplingSettings(samples=4, steps=2, batch_size=n)
-            ).pictures
+            ).images
         )
         for n in (1, 4)
     )
@@ -164,6 +167,34 @@ def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
     assert not re.search(r"(src|href)=['\"]?https?:", page)  # self-contained
 
 
+def test_the_pages_escape_all_text(tmp_path):
+    """Names, prompts and reports come from files that anybody may have written."""
+    evil = "<script>alert(1)</script>'\"|`</style>"
+    sample = run_file.Sample("0000", evil, 0)
+    run = run_file.Run(
+        evil, evil, {"prompts": evil}, {"recipe": evil}, [sample], {"error": {"0000": [0.1]}},
+        failures={"0000": evil}, missing={evil: evil},
+    )  # fmt: skip
+    layer = dict.fromkeys(("name", "role", "weight_format", "transform"), evil)
+    layer |= {"promoted": True, "bits": 4.0, "error": 0.1}
+    value = MetricValue(evil, evil, evil, 0.0, 2, 2, evil, evil)
+    result = evaluate.Evaluation(
+        evil, evil, {evil: evil}, [evaluate.ResultRow(evil, 0.1, [0.1, 0.2])], run=run,
+        metrics=[value], command=evil,
+    )  # fmt: skip
+    result.images = {"float": torch.rand(1, 3, 8, 8), evil: torch.rand(1, 3, 8, 8)}
+    result.quantization = {"layers": [layer], "inputs": []}
+    for folder in ("float", "candidate"):
+        (tmp_path / "pictures" / folder).mkdir(parents=True)
+        (tmp_path / "pictures" / folder / "0000.png").write_bytes(b"")
+    verdict = Verdict(Outcome.INVALID, evil, reasons=[evil], notes=[evil])
+    pages = html.render(result), render.sheet(verdict, run, tmp_path), render.markdown(verdict, run)
+    for page in pages:
+        assert page.count("alert(1)") >= 4
+        assert "<script" not in page
+        assert evil not in page
+
+
 def test_the_verdict_of_a_bad_model_is_bad(float_folder, tmp_path):
     pipe = dtq.quantize(float_folder, "rtn-w4a8", progress=False)
     for block in pipe.transformer.transformer_blocks:
@@ -182,7 +213,7 @@ def test_what_cannot_be_compared():
         evaluate.evaluate(pipe, pipe, HOW, baselines=["gptqq"])
 
 
-def test_both_transformers_of_a_pipeline_are_judged():
+def test_both_transformers_of_a_pipeline_are_evaluated():
     """Wan 2.2: each step is of whichever runs, and the fingerprints are of both."""
     how = SamplingSettings(
         samples=2, steps=4, batch_size=2, pipeline_args=pipelines.SMALL["wan 2.2"]
@@ -192,29 +223,29 @@ def test_both_transformers_of_a_pipeline_are_judged():
     changed.models()["transformer_2"].proj_out.weight.data *= 1.1
     changed.models()["transformer_2"].proj_out.bias.data *= 1.1
     job = paired_run.observe(float_model, how)
-    num_rotations = [call.model for call in job.truth.calls]
-    assert set(num_rotations) == {"transformer", "transformer_2"}
-    assert [call.step for call in job.truth.calls] == list(range(len(num_rotations)))
-    seen = paired_run.compare(job, changed)
-    errors = trajectory.mean_by_step(trajectory.call_errors(job.truth, seen.outputs))
-    for turn, error in zip(num_rotations, errors, strict=True):
-        assert error == pytest.approx(0.01 if turn == "transformer_2" else 0.0, rel=1e-3)
-    calls = {name: num_rotations.count(name) for name in ("transformer", "transformer_2")}
-    assert seen.run.conditions["calls"] == calls
-    assert seen.run.identity["checkpoint"] != seen.run.identity["reference"]
+    called = [call.model for call in job.truth.calls]
+    assert set(called) == {"transformer", "transformer_2"}
+    assert [call.step for call in job.truth.calls] == list(range(len(called)))
+    candidate = paired_run.compare(job, changed)
+    errors = trajectory.mean_by_step(trajectory.call_errors(job.truth, candidate.outputs))
+    for name, error in zip(called, errors, strict=True):
+        assert error == pytest.approx(0.01 if name == "transformer_2" else 0.0, rel=1e-3)
+    calls = {name: called.count(name) for name in ("transformer", "transformer_2")}
+    assert candidate.run.conditions["calls"] == calls
+    assert candidate.run.identity["checkpoint"] != candidate.run.identity["reference"]
     assert paired_run.compare(job, float_model).run.identity["checkpoint"] == fingerprint(
         *float_model.models().values()
     )
 
 
-def test_a_transformer_that_is_never_called_is_said(caplog):
+def test_a_transformer_that_is_never_called_gives_a_warning(caplog):
     pipe = pipelines.wan_two()
     pipe.register_to_config(boundary_ratio=0.0)  # the first one has every step
     how = SamplingSettings(
         samples=1, steps=2, batch_size=1, pipeline_args=pipelines.SMALL["wan 2.2"]
     )
     paired_run.observe(load_transformer(pipe), how)
-    assert "transformer_2 is not called in this job, so it is not judged" in caplog.text
+    assert "this job never calls transformer_2, so it is not evaluated" in caplog.text
 
 
 def test_pipelines_of_other_transformers_are_not_compared():
@@ -242,7 +273,9 @@ def test_a_picture_that_is_none_is_a_failure(float_folder):
     pipe.transformer.proj_out_2.bias.data[0] = math.nan
     result = evaluate.evaluate(load_transformer(pipe), load_transformer(float_folder), HOW)
     assert len(result.run.failures) == 4
-    assert "the candidate made numbers that are not finite" in result.run.failures["0000"]
+    assert (
+        "the image of the candidate has values that are not finite" in result.run.failures["0000"]
+    )
     text = run_file.text(result.to_json())
     assert "NaN" not in text
     assert "Infinity" not in text

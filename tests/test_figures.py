@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of whole sets against independent implementations, on the same features."""
+"""Metrics of image sets against independent implementations, on the same features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from dtq.cli import main
 from dtq.errors import InputError
-from dtq.evaluate import evaluate, optional_packages, requested_metrics
+from dtq.evaluate import optional_packages, requested_metrics
 from dtq.evaluate.metrics import adm_suite, distributions, extractors
 from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, ReferenceSet, metric_value
 from dtq.evaluate.metrics.fid import FeatureMoments, frechet
@@ -50,21 +50,21 @@ def test_frechet_distance_against_the_root_of_the_product(sides):
 def test_the_cheap_route_is_the_same_distance(sides, count):
     reference = FeatureMoments.of(sides[0])
     rows = sides[1][:count]
-    assert reference.to_features(rows) == pytest.approx(
-        reference.to(FeatureMoments.of(rows)), rel=1e-6
+    assert reference.distance_to_features(rows) == pytest.approx(
+        reference.distance(FeatureMoments.of(rows)), rel=1e-6
     )
 
 
 def test_many_features_or_few_are_one_distance(sides):
-    """The figure and the middle of its interval are the same number."""
+    """The value and the center of its interval are the same number."""
     for count in (8, 200):
         rows = sides[1][:count]
         found = DISTRIBUTIONS["fid"].value(rows, ReferenceSet("x", {"pool": sides[0]}))
-        assert found == FeatureMoments.of(sides[0]).to_features(rows)
+        assert found == FeatureMoments.of(sides[0]).distance_to_features(rows)
         # roots of D x D matrices of rank N - 1 would leave 1e-6
-        assert FeatureMoments.of(rows).to_features(rows) == pytest.approx(0, abs=1e-10)
+        assert FeatureMoments.of(rows).distance_to_features(rows) == pytest.approx(0, abs=1e-10)
     with pytest.raises(ValueError, match="at least 2 samples"):
-        FeatureMoments.of(sides[0]).to_features(sides[1][:1])
+        FeatureMoments.of(sides[0]).distance_to_features(sides[1][:1])
 
 
 def test_kid_against_loops(sides):
@@ -206,10 +206,11 @@ def test_adm_files_come_back(tmp_path, sides):
         back.permute(0, 3, 1, 2) / 255, pictures, atol=0.5 / 255 + 1e-6, rtol=0
     )
     pool, spatial = (FeatureMoments.of(s) for s in sides)
-    adm_suite.write_moments(tmp_path / "real.npz", pool, spatial)
+    arrays = {"mu": pool.mean, "sigma": pool.cov, "mu_s": spatial.mean, "sigma_s": spatial.cov}
+    np.savez(tmp_path / "real.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
     again = adm_suite.read(tmp_path / "real.npz")
     assert again.images is None
-    assert pool.to(again.pool) == pytest.approx(0, abs=1e-9)
+    assert pool.distance(again.pool) == pytest.approx(0, abs=1e-9)
     assert torch.equal(again.spatial.cov, spatial.cov)
 
 
@@ -290,51 +291,51 @@ def test_extractors_that_cannot_be_loaded(tmp_path):
         extractors.load("clip", str(tmp_path))
 
 
-def test_every_distribution_gives_a_figure(sides):
+def test_every_distribution_gives_a_value(sides):
     extractor = extractors.load("random")
     made, floats = (dict.fromkeys(("pool", "spatial", "logits"), s[:200]) for s in sides)
     for name in DISTRIBUTIONS:
-        found = metric_value(name, extractor, made, ReferenceSet("float", floats), of="c")
+        found = metric_value(name, extractor, made, ReferenceSet("float", floats), model="c")
         assert math.isfinite(found.value)
         assert found.samples == 200
-        again = metric_value(name, extractor, floats, ReferenceSet("float", floats), of="c")
-        if not DISTRIBUTIONS[name].alone and name not in ("precision", "recall"):
+        again = metric_value(name, extractor, floats, ReferenceSet("float", floats), model="c")
+        if not DISTRIBUTIONS[name].reference_free and name not in ("precision", "recall"):
             assert again.value < found.value
 
 
-def test_figures_that_lack_something(sides):
+def test_metrics_that_lack_something(sides):
     extractor = extractors.load("random")
     made = {"pool": sides[0]}
     with pytest.raises(InputError, match="needs logits"):
-        metric_value("is", extractor, made, ReferenceSet("float", made), of="c")
+        metric_value("is", extractor, made, ReferenceSet("float", made), model="c")
     only = ReferenceSet("ref.npz", None, {"pool": FeatureMoments.of(sides[1])})
-    assert metric_value("fid", extractor, made, only, of="c").reference_samples is None
-    with pytest.raises(InputError, match="only moments"):
-        metric_value("kid", extractor, made, only, of="c")
+    assert metric_value("fid", extractor, made, only, model="c").reference_samples is None
+    with pytest.raises(InputError, match="moments only"):
+        metric_value("kid", extractor, made, only, model="c")
     broken = {"pool": sides[0] * math.nan}
-    with pytest.raises(InputError, match="no features"):
-        metric_value("fid", extractor, broken, only, of="c")
+    with pytest.raises(InputError, match="features of an image of c or of the float model are not"):
+        metric_value("fid", extractor, broken, only, model="c")
     few = {"pool": sides[0][:3]}
-    with pytest.raises(InputError, match="3 neighbours need more"):
-        metric_value("recall", extractor, few, ReferenceSet("float", few), of="c")
+    with pytest.raises(InputError, match="3 neighbors need more"):
+        metric_value("recall", extractor, few, ReferenceSet("float", few), model="c")
 
 
-def test_what_is_asked_for_is_checked_before_anything_runs():
+def test_requests_are_checked_before_anything_runs():
     with pytest.raises(InputError, match="did you mean sfid"):
         MetricRequest(("sfidd",), 8).check()
-    with pytest.raises(InputError, match="--fid 256"):
+    with pytest.raises(InputError, match="--num-images 256"):
         MetricRequest(("kid",)).check()
     with pytest.raises(InputError, match="unknown extractor"):
         MetricRequest(("kid",), 8, "vgg").check()
     MetricRequest(("ms-ssim",)).check()
 
 
-def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_folder, tmp_path):
+def test_a_run_with_metrics_and_one_that_is_missing(float_folder, quantized_folder, tmp_path):
     asked = ("fid", "kid", "is", "precision", "cmmd", "ms-ssim")
     adm_suite.write(torch.rand(6, 3, 32, 32), tmp_path / "ref.npz")
     lines = [
         "eval", quantized_folder, "--reference", float_folder, "--samples", 2, "--steps", 2,
-        "--fid", 8, "--metric", ",".join(asked), "--features", "random", "--npz",
+        "--num-images", 8, "--metric", ",".join(asked), "--features", "random", "--npz",
         "--extractor", f"clip={tmp_path}", "--reference-set", tmp_path / "ref.npz",
         "-o", tmp_path / "out",
     ]  # fmt: skip
@@ -343,13 +344,13 @@ def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_fold
     assert "cmmd was asked for and is missing" in result.output
     data = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert set(data["missing"]) == {"cmmd", "ms-ssim"}
-    kinds = {(f["metric"], f["against"]) for f in data["figures"]}
-    assert {("fid", "float model's pictures"), ("fid", "ref.npz"), ("is", "")} <= kinds
-    for f in data["figures"]:
-        assert f["samples"] == 8
-        assert f["extractor"] == "random (plumbing only)"
-        if (f["metric"], f["against"]) == ("fid", "ref.npz"):
-            assert f["low"] < f["change"] < f["high"]
+    kinds = {(m["metric"], m["reference"]) for m in data["metrics"]}
+    assert {("fid", "float model's images"), ("fid", "ref.npz"), ("is", "")} <= kinds
+    for m in data["metrics"]:
+        assert m["samples"] == 8
+        assert m["extractor"] == "random (for tests only)"
+        if (m["metric"], m["reference"]) == ("fid", "ref.npz"):
+            assert m["low"] < m["change"] < m["high"]
     assert len(adm_suite.read(tmp_path / "out" / "candidate.npz").images) == 8
     page = (tmp_path / "out" / "report.html").read_text()
     for words in ("bicubic-antialias 64", "8 samples", "2 steps of DDIMScheduler", "cmmd"):
@@ -357,7 +358,7 @@ def test_a_run_with_figures_and_one_that_is_missing(float_folder, quantized_fold
     assert "Not a valid run" in page
 
 
-def test_pictures_that_failed_count(float_folder):
+def test_unusable_images_are_counted(float_folder):
     pipe = tiny.pipeline()
     pipe.transformer.proj_out_2.bias.data[0] = math.nan
     asked = MetricRequest(("fid", "is"), 4, "random")
@@ -365,10 +366,11 @@ def test_pictures_that_failed_count(float_folder):
         load_transformer(pipe), load_transformer(float_folder), HOW, asked
     )
     assert found.metrics == []
-    assert "4 of 4 pictures of candidate failed: numbers that are not finite" in found.missing["is"]
+    words = "4 of 4 images of the candidate model cannot be used: the first has values that are not"
+    assert words in found.missing["is"]
 
 
-def test_stored_features_give_the_same_figure(float_folder, quantized_folder, tmp_path):
+def test_stored_features_give_the_same_value(float_folder, quantized_folder, tmp_path):
     from safetensors.torch import load_file
 
     asked = MetricRequest(("fid",), 6, "random")
@@ -387,11 +389,11 @@ def test_ms_ssim_of_large_pictures():
     g = torch.Generator().manual_seed(0)
     want = torch.rand(2, 3, 176, 176, generator=g)
     got = (want + 0.05 * torch.randn(want.shape, generator=g)).clamp(0, 1)
-    same, moved = requested_metrics.pair("ms-ssim", want, want, got, ["a", "b"], "")
+    same, moved = requested_metrics.perceptual("ms-ssim", want, want, got, ["a", "b"], "")
     assert same == pytest.approx([1.0, 1.0], abs=1e-5)
     assert max(moved) < 0.9999
     with pytest.raises(InputError, match="above 160"):
-        requested_metrics.pair(
+        requested_metrics.perceptual(
             "ms-ssim", want[..., :64], want[..., :64], got[..., :64], ["a", "b"], ""
         )
 
@@ -413,18 +415,20 @@ def test_clip_score_from_a_local_folder(tmp_path):
         str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
     ).save_pretrained(tmp_path)
     got, want = torch.rand(2, 3, 40, 40), torch.rand(2, 3, 40, 40)
-    first, second = requested_metrics.pair("clip-score", got, want, want, ["a", "b"], str(tmp_path))
+    first, second = requested_metrics.perceptual(
+        "clip-score", got, want, want, ["a", "b"], str(tmp_path)
+    )
     assert first == second  # the float model's run did not move
     assert all(0 <= x <= 100 for x in first)
 
 
-def test_perceptual_figures_without_their_weights(tmp_path):
+def test_perceptual_metrics_without_their_weights(tmp_path):
     shown = torch.rand(1, 3, 64, 64)
     for metric in ("lpips", "image-reward", "clip-iqa", "clip-score"):
         with pytest.raises(InputError):
-            requested_metrics.pair(metric, shown, shown, shown, ["a"], str(tmp_path / "none"))
+            requested_metrics.perceptual(metric, shown, shown, shown, ["a"], str(tmp_path / "none"))
 
 
-def test_domain_figures_are_for_the_bundled_models(float_folder):
-    with pytest.raises(InputError, match="bundled emoji"):
-        evaluate.extractor_for(load_transformer(float_folder).pipeline)
+def test_the_bundled_classifier_is_for_the_bundled_models(float_folder):
+    assert requested_metrics.is_bundled(load_transformer("demo").pipeline)
+    assert not requested_metrics.is_bundled(load_transformer(float_folder).pipeline)

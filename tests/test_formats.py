@@ -22,10 +22,8 @@ from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import CodebookMoments, Lut, lloyd
 from dtq.formats.packing import (
     pack_bits,
-    pack_nibbles,
     pack_trits,
     unpack_bits,
-    unpack_nibbles,
     unpack_trits,
 )
 from dtq.formats.ternary import Ternary
@@ -33,14 +31,14 @@ from dtq.formats.vq import kmeans
 from dtq.linalg.hadamard import fwht
 from dtq.solvers.clip_search import search
 
-DOCS = Path(__file__).parent.parent / "docs"
-_spec = importlib.util.spec_from_file_location("docs_formats", DOCS / "formats.py")
+ROOT = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("format_table", ROOT / "scripts" / "formats.py")
 page = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(page)
 
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
 
-# their levels are where the data is, or logarithmic, and miss zero
+# their codebooks are learned, or logarithmic, and may not contain zero
 NO_ZERO = {n for n in FORMATS if re.match(r"vq|lut|twinlog\d-", n)}
 
 
@@ -83,43 +81,40 @@ def refused(fmt, shape) -> str:
 def check_laws(fmt, x):
     params = fmt.compute_qparams(x)
     w_q = fmt.fake_quantize(x, params)
-    parts = fmt.pack(x, params)
+    tensors = fmt.pack(x, params)
     assert torch.isfinite(w_q).all()
-    assert torch.equal(fmt.unpack(parts), w_q)
+    assert torch.equal(fmt.unpack(tensors), w_q)
     assert torch.equal(fmt.fake_quantize(w_q, params), w_q)
-    layout = fmt.tensor_specs(x.shape)
-    assert {k: (s.shape, s.dtype) for k, s in layout.items()} == {
-        k: (tuple(p.shape), p.dtype) for k, p in parts.items()
+    specs = fmt.tensor_specs(x.shape)
+    assert {k: (s.shape, s.dtype) for k, s in specs.items()} == {
+        k: (tuple(t.shape), t.dtype) for k, t in tensors.items()
     }
-    assert not [
-        k
-        for k, s in layout.items()
-        if s.unsupported_reason is not None and s.unsupported_reason(parts[k])
-    ]
+    checks = {k: s.unsupported_reason for k, s in specs.items() if s.unsupported_reason is not None}
+    assert not [k for k, check in checks.items() if check(tensors[k])]
     return w_q
 
 
 @pytest.mark.parametrize(
-    ("name", "part", "wrong", "said"),
+    ("name", "tensor", "wrong", "reason"),
     [
         ("int4-asym-row", "weight_zero_point", 16, "1 zero points outside 0 to 15"),
         ("int4-asym-g64", "weight_zero_point", -1, "1 zero points outside 0 to 15"),
-        ("twinlog4-row", "weight_lut", 0.3, "1 levels that are no int8 over 128"),
-        ("twinlog4-row", "weight_lut", 1.0, "1 levels that are no int8 over 128"),
+        ("twinlog4-row", "weight_lut", 0.3, "1 codebook entries that are not int8 over 128"),
+        ("twinlog4-row", "weight_lut", 1.0, "1 codebook entries that are not int8 over 128"),
     ],
 )
-def test_parts_that_no_matrix_gives_are_refused(name, part, wrong, said):
+def test_tensors_that_no_matrix_packs_to_are_unsupported(name, tensor, wrong, reason):
     fmt, x = FORMATS[name], torch.randn(8, 128)
-    parts = fmt.pack(x, fmt.compute_qparams(x))
-    refuses = fmt.tensor_specs(x.shape)[part].unsupported_reason
-    assert refuses(parts[part]) is None
-    parts[part][0, -1] = wrong
-    assert refuses(parts[part]) == said
+    tensors = fmt.pack(x, fmt.compute_qparams(x))
+    unsupported_reason = fmt.tensor_specs(x.shape)[tensor].unsupported_reason
+    assert unsupported_reason(tensors[tensor]) is None
+    tensors[tensor][0, -1] = wrong
+    assert unsupported_reason(tensors[tensor]) == reason
 
 
 @ALL
-def test_rows_are_snapped_a_few_at_a_time(fmt, monkeypatch):
-    monkeypatch.setattr(base, "_TOGETHER", 1000)
+def test_chunks_of_rows_are_quantized_like_the_whole(fmt, monkeypatch):
+    monkeypatch.setattr(base, "_CHUNK", 1000)
     for x in matrices().values():
         params = fmt.compute_qparams(x)
         assert torch.equal(fake_quantize_weight(fmt, x, params), fmt.fake_quantize(x, params))
@@ -160,7 +155,7 @@ def test_zero_is_exact_and_error_is_small(fmt):
 
 
 @ALL
-def test_a_slice_of_columns_snaps_like_the_whole(fmt):
+def test_a_slice_of_columns_is_quantized_like_the_whole(fmt):
     x = matrices()["outliers"]
     params = fmt.compute_qparams(x)
     for cols in (slice(128, 256), slice(0, fmt.vector), slice(382 // fmt.vector * fmt.vector, 384)):
@@ -170,31 +165,33 @@ def test_a_slice_of_columns_snaps_like_the_whole(fmt):
 
 
 @ALL
-def test_fitting_one_group_inside_the_outer_parameters_equals_fitting_all(fmt):
+def test_qparams_of_one_group_inside_the_outer_parameters_equal_those_of_all(fmt):
     x = matrices()["outliers"]
     whole = fmt.compute_qparams(x)
     group = fmt.group or x.shape[1]
-    part = fmt.compute_qparams(x[:, :group], outer=whole)
-    for key, value in part.items():
+    first = fmt.compute_qparams(x[:, :group], outer=whole)
+    for key, value in first.items():
         assert torch.equal(value, whole[key][:, : value.shape[1]]), key
 
 
 @ALL
-def test_unpack_has_gradients_in_its_float_parts(fmt):
+def test_unpack_has_gradients_in_its_float_tensors(fmt):
     x = matrices()["normal"]
-    parts = fmt.pack(x, fmt.compute_qparams(x))
-    wide = {k: p.float().requires_grad_() if p.is_floating_point() else p for k, p in parts.items()}
-    got = fmt.unpack(wide)
-    assert torch.equal(got, fmt.unpack(parts))
-    floats = [p for p in wide.values() if p.requires_grad]
-    for grad in torch.autograd.grad(got.square().sum(), floats) if floats else ():
+    tensors = fmt.pack(x, fmt.compute_qparams(x))
+    wide = {
+        k: t.float().requires_grad_() if t.is_floating_point() else t for k, t in tensors.items()
+    }
+    w = fmt.unpack(wide)
+    assert torch.equal(w, fmt.unpack(tensors))
+    floats = [t for t in wide.values() if t.requires_grad]
+    for grad in torch.autograd.grad(w.square().sum(), floats) if floats else ():
         assert torch.isfinite(grad).all()
         assert grad.abs().sum() > 0
     assert floats or fmt.name == "mxfp4"
 
 
 @ALL
-def test_learned_formats_follow_importance_and_others_follow_clip(fmt):
+def test_data_dependent_formats_follow_column_weights_and_others_follow_clip(fmt):
     x = torch.cat([matrices()["normal"], matrices()["normal"].sign() * 0.01], 1)  # (24, 768)
     weight = torch.cat([torch.full((384,), 1e-4), torch.ones(384)])
 
@@ -202,14 +199,14 @@ def test_learned_formats_follow_importance_and_others_follow_clip(fmt):
         return ((fmt.fake_quantize(x, params) - x).square() * weight).sum()
 
     if fmt.data_dependent:
-        # levels and scales are found in turn, not at once: a little can be lost
+        # codebook and scales are fitted in turn, not at once: a little can be lost
         assert weighted(fmt.compute_qparams(x, weight)) <= 1.1 * weighted(fmt.compute_qparams(x))
         for value, same in zip(
             fmt.compute_qparams(x).values(),
             fmt.compute_qparams(x, torch.zeros(768)).values(),
             strict=True,
         ):
-            assert torch.equal(value, same)  # nothing is important: all is
+            assert torch.equal(value, same)  # all weights 0 means all equal
     else:
         name = "weight_scale_2" if isinstance(fmt, TwoLevelInt) else "weight_scale"
         full, half = (fmt.pack(x, fmt.compute_qparams(x, clip=c))[name].float() for c in (1.0, 0.5))
@@ -241,11 +238,9 @@ def test_bits_round_trip_as_a_little_endian_stream(bits, rows):
     assert bytes(packed.view(torch.uint8)[0].tolist()) == number.to_bytes(6 * bits, "little")
 
 
-def test_nibbles_are_four_bits():
-    codes = torch.randint(0, 16, (7, 66), dtype=torch.int8)
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
-    assert torch.equal(pack_nibbles(codes), pack_bits(codes, 4))
-    assert pack_nibbles(torch.tensor([[3, 10]])).view(torch.uint8).item() == 0xA3
+def test_four_bits_are_nibbles_low_first():
+    assert pack_bits(torch.tensor([[3, 10]]), 4).view(torch.uint8).item() == 0xA3
+    assert unpack_bits(torch.tensor([[0xA3]], dtype=torch.uint8), 4).tolist() == [[3, 10]]
 
 
 def test_trits_round_trip():
@@ -270,9 +265,9 @@ def test_two_level_expands_to_int8_without_wrapping(name, kind, clip):
     ends = [(c - params["zero"]) * params["scale2"] for c in (0, 2**fmt.bits - 1)]
     assert min(e.min() for e in ends) >= -128
     assert max(e.max() for e in ends) <= 127
-    parts = fmt.pack(x, params)
-    expanded = fmt.expand(parts["weight"], parts["weight_scale_2"], fmt.bits)
-    assert torch.equal(expanded.float() * parts["weight_scale"], fmt.fake_quantize(x, params))
+    tensors = fmt.pack(x, params)
+    expanded = fmt.expand(tensors["weight"], tensors["weight_scale_2"], fmt.bits)
+    assert torch.equal(expanded.float() * tensors["weight_scale"], fmt.fake_quantize(x, params))
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -286,43 +281,43 @@ def test_two_level_never_wraps_whatever_the_range(bits):
         level = (code - params["zero"]) * params["scale2"]
         assert level.min() >= -128
         assert level.max() <= 127
-    parts = fmt.pack(x, params)
-    assert torch.equal(fmt.unpack(parts), fmt.fake_quantize(x, params))
+    tensors = fmt.pack(x, params)
+    assert torch.equal(fmt.unpack(tensors), fmt.fake_quantize(x, params))
 
 
 # --- floats -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("levels", [E2M1, E1M2, E3M0], ids=["e2m1", "e1m2", "e3m0"])
-def test_minifloats_encode_and_decode_every_code_and_tie(levels):
-    exponent, mantissa = {E2M1: (2, 1), E1M2: (1, 2), E3M0: (3, 0)}[levels]
+@pytest.mark.parametrize("codebook", [E2M1, E1M2, E3M0], ids=["e2m1", "e1m2", "e3m0"])
+def test_minifloats_encode_and_decode_every_code_and_tie(codebook):
+    exponent, mantissa = {E2M1: (2, 1), E1M2: (1, 2), E3M0: (3, 0)}[codebook]
     bias = 2 ** (exponent - 1) - 1
     for code in range(16):
         e, m = code % 8 >> mantissa, code % 2**mantissa
         digits = m if e == 0 else 2**mantissa + m  # subnormal, or with the hidden one
         value = digits * 2.0 ** (max(e, 1) - bias - mantissa)
-        assert levels.values[code] == (-value if code >= 8 else value), code
-    values = torch.tensor(levels.values)
-    assert levels.codes(values).tolist() == [*range(8), 0, *range(9, 16)]  # -0 is 0
+        assert codebook.values[code] == (-value if code >= 8 else value), code
+    values = torch.tensor(codebook.values)
+    assert codebook.encode(values).tolist() == [*range(8), 0, *range(9, 16)]  # -0 is 0
     positive = values[:8]
     middle = (positive[1:] + positive[:-1]) / 2
     up, down = torch.nextafter(middle, torch.tensor(99.0)), torch.nextafter(middle, -middle)
     even = torch.tensor([0, 2, 2, 4, 4, 6, 6], dtype=torch.uint8)
-    assert torch.equal(levels.codes(middle), even)
-    assert torch.equal(levels.codes(-middle), torch.where(even > 0, even + 8, even))
-    assert levels.codes(up).tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert levels.codes(down).tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert levels.codes(torch.tensor([1e9, -1e9, -0.0])).tolist() == [7, 15, 0]
+    assert torch.equal(codebook.encode(middle), even)
+    assert torch.equal(codebook.encode(-middle), torch.where(even > 0, even + 8, even))
+    assert codebook.encode(up).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert codebook.encode(down).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert codebook.encode(torch.tensor([1e9, -1e9, -0.0])).tolist() == [7, 15, 0]
 
 
 def test_e4m3_is_the_hardware_type_and_saturates():
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    every = every[every.isfinite()].reshape(1, -1)  # 254 codes
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = values[values.isfinite()].reshape(1, -1)  # 254 codes
     fmt = FORMATS["fp8-row"]
     params = {"weight_scale": torch.ones(1, 1)}
-    assert torch.equal(fmt.fake_quantize(every, params), every)
-    middle = (every[0, :126] + every[0, 1:127]) / 2
-    even = torch.where(torch.arange(126) % 2 == 0, every[0, :126], every[0, 1:127])
+    assert torch.equal(fmt.fake_quantize(values, params), values)
+    middle = (values[0, :126] + values[0, 1:127]) / 2
+    even = torch.where(torch.arange(126) % 2 == 0, values[0, :126], values[0, 1:127])
     assert torch.equal(fmt.fake_quantize(middle.reshape(1, -1), params)[0], even)
     far = torch.tensor([[1e9, -1e9]])
     assert fmt.fake_quantize(far, params).tolist() == [[448.0, -448.0]]
@@ -332,12 +327,11 @@ def test_nf4_is_the_quantiles_that_qlora_defines():
     inverse, offset = NormalDist().inv_cdf, 0.9677083
     above = [inverse(offset + (0.5 - offset) * i / 8) for i in range(8)]
     below = [-inverse(offset + (0.5 - offset) * i / 7) for i in range(7)]
-    levels = sorted([*above, 0.0, *below])
-    want = [v / max(levels) for v in levels]
-    assert NF4.values == pytest.approx(want, abs=3e-7)
+    entries = sorted([*above, 0.0, *below])
+    assert NF4.values == pytest.approx([v / max(entries) for v in entries], abs=3e-7)
 
 
-def test_nvfp4_parts_are_the_published_layout():
+def test_nvfp4_tensors_have_the_published_layout():
     x = matrices()["normal"]
     for name, end in (("nvfp4", 6), ("nvfp4-46", 4)):
         fmt = FORMATS[name]
@@ -350,7 +344,7 @@ def test_nvfp4_parts_are_the_published_layout():
     scale = params["weight_scale"].float() * params["weight_scale_2"]
     ends = (x.unflatten(1, (-1, 16)).abs().amax(-1) / scale).flatten()
     at_six = ends > 5
-    assert 0.2 < at_six.float().mean() < 0.8  # both ends are used
+    assert 0.2 < at_six.float().mean() < 0.8  # both maxima are used
     assert (ends[at_six] - 6).abs().max() < 0.5
 
 
@@ -377,7 +371,7 @@ def test_mxfp4_scales_are_powers_of_two():
 # --- ternary ----------------------------------------------------------------------------------
 
 
-def test_ternary_fit_is_the_best_alpha():
+def test_ternary_alpha_is_the_best():
     x = torch.randn(8, 200, generator=torch.Generator().manual_seed(1))
     weight = torch.rand(200, generator=torch.Generator().manual_seed(2))
     fmt = FORMATS["ternary-row"]
@@ -388,30 +382,30 @@ def test_ternary_fit_is_the_best_alpha():
 
 
 @pytest.mark.parametrize("name", ["ternary-row", "ternary-g64", "trit-row"])
-def test_trained_ternary_codes_become_parts(name):
+def test_trained_ternary_codes_are_packed(name):
     fmt = FORMATS[name]
     assert isinstance(fmt, Ternary)
     codes = torch.randint(-1, 2, (6, 128), dtype=torch.int8)
-    parts = fmt.parts_of(codes, 0.5)
-    assert torch.equal(fmt.unpack(parts), codes * 0.5)
-    layout = fmt.tensor_specs((6, 128))
-    assert {k: (tuple(p.shape), p.dtype) for k, p in parts.items()} == {
-        k: (s.shape, s.dtype) for k, s in layout.items()
+    tensors = fmt.pack_codes(codes, 0.5)
+    assert torch.equal(fmt.unpack(tensors), codes * 0.5)
+    specs = fmt.tensor_specs((6, 128))
+    assert {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()} == {
+        k: (s.shape, s.dtype) for k, s in specs.items()
     }
     rows = torch.rand(6, 1).bfloat16()
-    assert torch.equal(fmt.unpack(fmt.parts_of(codes, rows)), codes * rows.float())
+    assert torch.equal(fmt.unpack(fmt.pack_codes(codes, rows)), codes * rows.float())
 
 
-# --- learned levels ---------------------------------------------------------------------------
+# --- learned codebooks ---------------------------------------------------------------------------
 
 
-def test_moments_judge_levels_as_a_pass_over_the_data_would():
+def test_moments_give_the_error_of_a_pass_over_the_data():
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(500, generator=g), torch.rand(500, generator=g)
-    levels = torch.randn(3, 8, generator=g, dtype=torch.float64).sort().values
-    nearest = (x[:, None, None] - levels).square().amin(-1)  # (500, 3)
-    want = (nearest * weight[:, None]).sum(0)
-    torch.testing.assert_close(CodebookMoments(x, weight).error(levels), want.double())
+    entries = torch.randn(3, 8, generator=g, dtype=torch.float64).sort().values
+    nearest = (x[:, None, None] - entries).square().amin(-1)  # (500, 3)
+    error = (nearest * weight[:, None]).sum(0)
+    torch.testing.assert_close(CodebookMoments(x, weight).error(entries), error.double())
 
 
 def test_lloyd_never_gets_worse():
@@ -426,25 +420,25 @@ def test_kmeans_never_gets_worse_and_repeats():
     weight = torch.ones_like(vectors)
     errors = []
     for steps in range(0, 12, 2):
-        words = kmeans(vectors, weight, 32, steps=steps)
-        errors.append(float(torch.cdist(vectors, words).amin(1).square().sum()))
+        codebook = kmeans(vectors, weight, 32, steps=steps)
+        errors.append(float(torch.cdist(vectors, codebook).amin(1).square().sum()))
     assert errors == sorted(errors, reverse=True)
-    assert torch.equal(words, kmeans(vectors, weight, 32, steps=10))
+    assert torch.equal(codebook, kmeans(vectors, weight, 32, steps=10))
 
 
-def test_kmeans_fills_empty_words():
+def test_kmeans_fills_empty_codewords():
     vectors = torch.cat([torch.zeros(100, 2), torch.arange(30.0).reshape(-1, 2)])
-    words = kmeans(vectors, torch.ones_like(vectors), 16)
-    assert torch.cdist(vectors, words).amin(1).max() < 1e-3
+    codebook = kmeans(vectors, torch.ones_like(vectors), 16)
+    assert torch.cdist(vectors, codebook).amin(1).max() < 1e-3
 
 
 def test_twin_log_families():
     x = matrices()["normal"]
-    levels = {
+    luts = {
         kind: FORMATS[f"twinlog4{kind}-row"].compute_qparams(x)["weight_lut"][0]
         for kind in ("", "z", "c")
     }
-    for kind, lut in levels.items():
+    for kind, lut in luts.items():
         assert torch.equal(lut, -lut.flip(0)), kind
         assert (lut.diff() >= 0).all()
         assert (lut == 0).sum() == (0 if kind == "" else 2)
@@ -522,10 +516,10 @@ KINDS = ("normal", "laplace", "t5", "contaminated")
 
 
 @pytest.mark.parametrize(
-    ("fmt", "clip", "want"), REFERENCE, ids=[f.name + "-clip" * c for f, c, _ in REFERENCE]
+    ("fmt", "clip", "errors"), REFERENCE, ids=[f.name + "-clip" * c for f, c, _ in REFERENCE]
 )
-def test_reference_error(fmt, clip, want):
-    for kind, expected in zip(KINDS, want, strict=True):
+def test_reference_error(fmt, clip, errors):
+    for kind, expected in zip(KINDS, errors, strict=True):
         if expected is not None:
             rel = 0.035 if kind in KINDS[:2] else 0.055
             assert nmse(fmt, draw(kind), clip) == pytest.approx(expected, rel=rel), kind
@@ -538,32 +532,31 @@ def test_error_is_at_most(fmt, limits):
 
 
 def test_reference_ternary_rules():
+    """TerDiT's rule: codes ``clip(round(W / gamma))``, gamma the mean |W| of the matrix."""
     w = draw("normal")
     fmt = FORMATS["ternary-row"]
-    gamma = fmt.absmean(w)
-    assert torch.equal(
-        fmt.fake_quantize(w, gamma) / gamma["weight_scale"],
-        (w / w.abs().mean()).round().clamp(-1, 1),
-    )
-    assert page.nmse(fmt.fake_quantize(w, gamma), w) == pytest.approx(0.264, rel=0.03)
-    codes = (fmt.fake_quantize(w, gamma) / gamma["weight_scale"]).to(torch.int8)
+    gamma = {"weight_scale": w.abs().mean().expand(len(w), 1)}
+    codes = (w / w.abs().mean()).round().clamp(-1, 1)
+    w_q = fmt.fake_quantize(w, gamma)
+    assert torch.equal(w_q / gamma["weight_scale"], codes)
+    assert page.nmse(w_q, w) == pytest.approx(0.264, rel=0.03)
     alpha = (codes * w).sum() / codes.abs().sum()
-    trained = fmt.unpack(fmt.parts_of(codes, alpha))
+    trained = fmt.unpack(fmt.pack_codes(codes.to(torch.int8), alpha))
     assert page.nmse(trained, w) == pytest.approx(0.213, rel=0.03)
     assert (codes == 0).float().mean() == pytest.approx(0.31, abs=0.01)
 
 
 def literal_twin_log(w, bits):
-    """The published grid: even steps of log2|w| from the least to the largest of a row's sign."""
+    """The published grid: even steps of log2|w| between the extremes of each sign of a row."""
     half = torch.zeros_like(w)
     for sign in (1, -1):
-        ours = (w * sign) > 0
-        log = torch.where(ours, w.abs(), torch.nan).log2()
+        mask = (w * sign) > 0
+        log = torch.where(mask, w.abs(), torch.nan).log2()
         low = log.nan_to_num(torch.inf).amin(1, keepdim=True)
         high = log.nan_to_num(-torch.inf).amax(1, keepdim=True)
         step = (high - low) / (2 ** (bits - 1) - 1)
-        level = torch.exp2(low + ((log - low) / step).round() * step)
-        half = torch.where(ours, sign * level, half)
+        entry = torch.exp2(low + ((log - low) / step).round() * step)
+        half = torch.where(mask, sign * entry, half)
     return half
 
 
@@ -606,7 +599,7 @@ def test_vectors_beat_scalars_at_two_bits():
 
 
 def test_bits_per_weight_count_everything():
-    want = {
+    expected = {
         "int4-2l-g64": 4 + 8 / 64 + 32 / 256,
         "int3-2l-g64": 3 + 8 / 64 + 32 / 256,
         "int4-asym-g64": 4 + 16 / 64 + 8 / 64,
@@ -618,13 +611,13 @@ def test_bits_per_weight_count_everything():
         "vq-64x2-row": 3 + 64 * 2 * 16 / 256**2 + 16 / 256,
         "ternary-g64": 2.25,
     }
-    for name, bits in want.items():
+    for name, bits in expected.items():
         assert bits_per_weight(FORMATS[name], (256, 256)) == bits, name
     assert bits_per_weight(FORMATS["trit-row"], (256, 1280)) == 1.6 + 32 / 1280
 
 
 def test_the_page_lists_every_format_as_it_is():
-    text = (DOCS / "formats.md").read_text()
+    text = (ROOT / "docs" / "formats.md").read_text()
     table = text.split("## Bit pictures")[0]
     assert re.findall(r"^\| `([^`]+)` \|", table, re.M) == list(FORMATS)
     for fmt in FORMATS.values():
@@ -634,28 +627,29 @@ def test_the_page_lists_every_format_as_it_is():
 
 
 @pytest.mark.parametrize("name", ["vq-256x4", "vq-64x2-row"])
-def test_vectors_and_their_words_are_there_for_training(name):
+def test_vectors_and_codewords_can_be_trained(name):
     fmt, x = FORMATS[name], torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    parts = fmt.pack(x, fmt.compute_qparams(x))
-    vectors, codes = fmt.split(x, parts), fmt.codes(parts)
-    torch.testing.assert_close(fmt.join(vectors, parts), x)
-    # the word of a vector is the nearest, and words alone change when codes do
-    words = parts["weight_lut"].float()
-    assert torch.equal(torch.cdist(vectors, words.expand(64, -1, -1)).argmin(-1), codes.long())
-    assert torch.equal(fmt.unpack(parts), fmt.join(words[codes.int()], parts))
-    assert torch.equal(fmt.with_codes(parts, codes)["weight"], parts["weight"])
-    other = fmt.with_codes(parts, (codes.long() + 1) % fmt.words)
-    assert torch.equal(fmt.codes(other), ((codes.long() + 1) % fmt.words).to(torch.uint8))
-    assert all(torch.equal(other[n], parts[n]) for n in parts if n != "weight")
+    tensors = fmt.pack(x, fmt.compute_qparams(x))
+    vectors, codes = fmt.split(x, tensors), fmt.codes(tensors)
+    torch.testing.assert_close(fmt.join(vectors, tensors), x)
+    # a vector has the nearest codeword, and only codewords change when codes do
+    codebook = tensors["weight_lut"].float()
+    assert torch.equal(torch.cdist(vectors, codebook.expand(64, -1, -1)).argmin(-1), codes.long())
+    assert torch.equal(fmt.unpack(tensors), fmt.join(codebook[codes.int()], tensors))
+    assert torch.equal(fmt.with_codes(tensors, codes)["weight"], tensors["weight"])
+    shifted = (codes.long() + 1) % fmt.num_codewords
+    other = fmt.with_codes(tensors, shifted)
+    assert torch.equal(fmt.codes(other), shifted.to(torch.uint8))
+    assert all(torch.equal(other[n], tensors[n]) for n in tensors if n != "weight")
 
 
 def test_e2m1_by_its_bits_is_the_table_bit_for_bit():
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    floats = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2, 2.5, 3.5, 4, 5, 6, 7, 1e30, math.inf])
     near = [torch.nextafter(edges, edges * 0), edges, torch.nextafter(edges, edges * 9)]
-    u = torch.cat([every.float(), *near, *(-x for x in near)])
+    u = torch.cat([floats.float(), *near, *(-x for x in near)])
     u = u[~u.isnan()]
-    want = Codebook(E2M1.values).round(u)
-    assert torch.equal(E2M1.round(u).view(torch.int32), want.view(torch.int32))
-    assert torch.equal(E2M1.of(E2M1.codes(u)), want)
+    expected = Codebook(E2M1.values).round(u)
+    assert torch.equal(E2M1.round(u).view(torch.int32), expected.view(torch.int32))
+    assert torch.equal(E2M1.decode(E2M1.encode(u)), expected)
     assert E2M1.round(torch.tensor([math.nan])).isnan().all()

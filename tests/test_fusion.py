@@ -34,7 +34,7 @@ def _clean():
 @pytest.fixture
 def everywhere(monkeypatch):
     """Fused ops as torch reference count as compiled."""
-    monkeypatch.setattr(torch_compile, "_compiled", lambda node, op: True)
+    monkeypatch.setattr(torch_compile, "_is_compiled", lambda node, op: True)
 
 
 def layer(columns, rows, weights="int8-row", rank=0, acts="int8-row"):

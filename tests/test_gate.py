@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate: its interval against simulation, its verdicts on made-up runs."""
+"""The gate: its interval against simulation, its verdicts on dummy runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ERROR = Policy(name="error", primary=(Limit("error", 1.05),), looks=(32, 64, 96)
 
 
 def a_run(n=32, seed=0, worse=1.0, spread=0.0, steps=4, **conditions) -> Run:
-    """A run with made-up errors: a prompt's own level, times ``worse``, times its own noise."""
+    """A run with random errors: the level of a prompt, times ``worse``, times its noise."""
     level = np.exp(np.random.default_rng(7).normal(size=(200, 1)))[:n]
     own = np.exp(spread * np.random.default_rng(seed + 100).normal(size=(n, 1)))
     errors = 0.01 * level * own * worse * np.linspace(1, 2, steps)
@@ -195,16 +195,18 @@ def test_the_margin_is_never_below_twice_the_noise():
     (row,) = verdict.rows
     assert row.noise == pytest.approx(np.log(1.08))
     assert row.margin == pytest.approx(2 * row.noise)
-    assert row.asked == pytest.approx(np.log(1.05))
+    assert row.policy_margin == pytest.approx(np.log(1.05))
     assert verdict.outcome is Outcome.PASS
-    assert verdict.notes == ["error: judged at x1.166, twice the measured noise, not at x1.05"]
+    assert verdict.notes == [
+        "error: the margin was raised from x1.05 to x1.166, twice the measured noise"
+    ]
 
 
 def test_noise_cannot_make_a_regression_pass():
     """A job that does not repeat proves nothing, however wide it makes the margin."""
     verdict = decide(noisy(1.3, worse=1.2), a_run(), ERROR)
     assert verdict.outcome is Outcome.INCONCLUSIVE
-    assert "moves error x1.3, far above the policy's margin" in verdict.sentence
+    assert "changes error x1.3, far above the policy's margin" in verdict.sentence
     assert decide(noisy(1.3, worse=9.0), a_run(), ERROR).outcome is Outcome.REGRESSION
 
 
@@ -222,7 +224,7 @@ def test_holm_keeps_one_verdict_in_twenty():
 
 
 @pytest.mark.parametrize(("count", "look", "used"), [(32, 1, 32), (80, 2, 64), (99, 3, 96)])
-def test_a_run_is_judged_at_the_largest_look_that_it_reaches(count, look, used):
+def test_the_gate_uses_the_largest_look_that_a_run_reaches(count, look, used):
     """Harm that the first prompts do not show is not passed over when it was measured."""
     run = a_run(count)
     for name in list(run.values["error"])[32:]:
@@ -244,7 +246,7 @@ def drop(run, name):
 BROKEN = {
     "a metric": (lambda r: r.values.pop("error"), "error was not measured"),
     "a sample's value": (lambda r: drop(r, "0003"), "error is missing for 0003"),
-    "a sample": (lambda r: r.samples.pop(), "32 samples were asked for, 31 are listed"),
+    "a sample": (lambda r: r.samples.pop(), "32 samples were requested, 31 are listed"),
     "a sample in the middle": (lambda r: r.samples.pop(4), "sample 0005 ('prompt 0005'"),
     "the noise": (lambda r: r.rerun.clear(), "noise of error was not measured"),
     "a finite value": (
@@ -265,9 +267,9 @@ BROKEN = {
     ),
     "a step": (lambda r: r.values["error"]["0001"].pop(), "error has 3, 4 steps"),
     "steps": (lambda r: r.values["error"].update({"0001": 0.1}), "not a finite number for 0001"),
-    "a figure that was asked for": (
+    "a requested metric": (
         lambda r: r.missing.update({"cmmd": "no weights"}),
-        "cmmd was asked for and is missing: no weights",
+        "cmmd was requested and is missing: no weights",
     ),
     "a picture": (lambda r: r.failures.update({"0002": "empty"}), "sample 0002 failed: empty"),
     "the same seed": (

@@ -156,7 +156,7 @@ def test_a_run_passes_against_itself(place, monkeypatch):
     assert "dtq gate: pass" in summary
     assert summary.count("\n| error") == 1
     saved = json.loads((place / "gate.json").read_text())
-    assert saved["exit"] == 0
+    assert saved["exit_code"] == 0
     assert len(saved["rows"][0]["differences"]) == 16
     assert set(saved["key"]) == {"checkpoint", "recipe", "policy", "hardware", "key"}
     suite = ElementTree.parse(place / "gate.xml").getroot()
@@ -201,7 +201,7 @@ def test_a_removed_metric_is_exit_3(place, metric):
 
 def test_a_removed_sample_is_exit_3(place):
     changed(place, lambda data: data["samples"].pop())
-    assert "16 samples were asked for, 15 are listed" in gate(place, code=3).stdout
+    assert "16 samples were requested, 15 are listed" in gate(place, code=3).stdout
 
 
 WRONG = {
@@ -342,7 +342,7 @@ def test_what_cannot_be_accepted(place, monkeypatch):
     assert "needs a reason" in dtq("gate", *arguments, "--reason", " ", code=3).stderr
     assert "Missing option '--reason'" in dtq("gate", *arguments, code=3).stderr
     into = ["--baseline", "run/eval.json", "--policy", "tiny.yaml", "--reason", "x"]
-    assert "no baseline file" in dtq("gate", "accept", "run", *into, code=3).stderr
+    assert "exists but is not a dtq baseline" in dtq("gate", "accept", "run", *into, code=3).stderr
     into[1] = "nowhere/base.json"
     assert "no such folder" in dtq("gate", "accept", "run", *into, code=3).stderr
     wide = [*arguments[:-1], "default", "--reason", "x"]
@@ -377,8 +377,8 @@ def test_what_the_policy_leaves_out_may_be_missing_in_a_baseline(place, base):
     run.values["divergence"] = {s.id: None for s in run.samples}
     run.values["ssim"] = {}
     entry = baseline_file.accept(run, place / "base.json", "again", POLICY)
-    assert entry["errors"]["divergence"] is entry["errors"]["ssim"] is None
-    assert entry["errors"]["psnr"] > 0
+    assert entry["means"]["divergence"] is entry["means"]["ssim"] is None
+    assert entry["means"]["psnr"] > 0
 
 
 def test_a_baseline_is_written_whole_or_not_at_all(place, base, monkeypatch):

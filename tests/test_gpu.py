@@ -15,7 +15,6 @@ from click.testing import CliRunner
 
 from dtq.bench import cases
 from dtq.bench import gpu as bench_gpu
-from dtq.bench.timer import HostClock
 from dtq.cli import main
 from dtq.kernels import CUDA, gpu_dispatch
 
@@ -101,24 +100,24 @@ def test_a_wrong_bit_is_found():
         agreement.quantize_rows(Ops, "cpu", 0, 10**5)
 
 
-def test_every_rival_of_a_linear_does_the_same_job():
-    rows = bench_gpu.linear_race(20, 128, 64, 2, HERE, HostClock())
+def test_every_candidate_of_a_linear_does_the_same_work():
+    rows = bench_gpu.compare_linears(20, 128, 64, 2, HERE)
     found = {row.name: row for row in rows}
     assert {"w8a8", "w4a8", "w8a8 product", "w4a8 product", "bf16", "_int_mm, bare"} <= set(found)
     assert set(found["bf16"].ratio) == {"w8a8", "w4a8", "w8a8 product", "w4a8 product"}
     assert found["w4a8"].bytes < found["w8a8"].bytes < found["bf16"].bytes
 
 
-def test_fp4_is_raced_where_there_is_hardware_for_it(monkeypatch):
+def test_fp4_is_timed_where_there_is_hardware_for_it(monkeypatch):
     monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: True)
-    rows = bench_gpu.linear_race(20, 128, 64, 2, HERE, HostClock())
+    rows = bench_gpu.compare_linears(20, 128, 64, 2, HERE)
     found = {row.name: row for row in rows}
     assert "nvfp4" in found["bf16"].ratio
     assert found["nvfp4"].bytes < found["w8a8"].bytes
 
 
 def test_models_are_quantized_with_their_modulation():
-    model, given, tokens = bench_gpu.flux(HERE, quick=True)
+    model, given, tokens = cases.flux(HERE, quick=True)
     made = cases.quantized_model(model, "w4a8", bench_gpu.MODULATION["w4a8"])
     kinds = {n: m.weight_format for n, m in made.named_modules() if hasattr(m, "runtime")}
     assert kinds["transformer_blocks.0.attn.to_q"] == "int4-2l-g64"
@@ -132,7 +131,7 @@ def test_models_are_quantized_with_their_modulation():
     assert tokens == 24
 
 
-def test_a_suite_tells_of_every_race_and_keeps_its_rows(monkeypatch):
+def test_a_suite_reports_every_comparison_and_keeps_its_rows(monkeypatch):
     monkeypatch.setattr(bench_gpu, "SHAPES", ((64, 32), (64, 33), (128, 16)))
     monkeypatch.setattr(bench_gpu, "TOKENS", (3, 4, 5))
     told = []
@@ -150,7 +149,7 @@ def test_a_suite_tells_of_every_race_and_keeps_its_rows(monkeypatch):
 
 def test_operands_are_taken_in_turn():
     seen = []
-    run = bench_gpu.turning([lambda i=i: seen.append(i) for i in range(3)])
+    run = bench_gpu.round_robin([lambda i=i: seen.append(i) for i in range(3)])
     for _ in range(7):
         run()
     assert seen == [0, 1, 2, 0, 1, 2, 0]

@@ -116,7 +116,7 @@ def test_an_adapter_adds_what_it_adds_to_the_float_layer(name, recipe):
     model = quantized(name, recipe)
     before = linears(model)
     if recipe != "w4a16":  # the claim is about layers that change their input
-        assert any(m.problem.hadamard_block > 1 or m.runtime.pre_quant for m in before.values())
+        assert any(m.problem.hadamard_block > 1 or m.spec.pre_quant for m in before.values())
     state = adapter(model, prefix="")
     if name in LORA:
         model.load_lora_adapter(state, prefix=None, adapter_name="one")
@@ -158,14 +158,14 @@ def test_fusing_is_a_wider_branch_and_unfusing_gives_back_every_bit(name, recipe
     model = pipe.transformer
     plain = run(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    ranks = {n: m.runtime.rank for n, m in linears(model).items()}
+    ranks = {n: m.spec.rank for n, m in linears(model).items()}
     pipe.load_lora_weights(adapter(model, rank=4, seed=1), adapter_name="one")
     pipe.load_lora_weights(adapter(model, rank=2, seed=2), adapter_name="two")
     pipe.set_adapters(["one", "two"], [0.5, 0.25])
     on = run(model)
     pipe.fuse_lora(adapter_names=["one", "two"], safe_fusing=safe)
     fused = run(model)
-    assert {n: m.runtime.rank - 6 for n, m in linears(model).items()} == ranks
+    assert {n: m.spec.rank - 6 for n, m in linears(model).items()} == ranks
     # the factors are rounded to bfloat16, the codes are as before
     assert (fused - on).norm() < 0.02 * (on - plain).norm()
     pipe.unfuse_lora()
@@ -197,7 +197,7 @@ def test_a_fused_model_saves_and_loads_like_any_other(name, recipe, tmp_path):
     assert torch.equal(run(again), fused)
     assert run(again.to(torch.device("cpu"))).isfinite().all()
     rows = again.config.quantization_config.layers
-    assert all(rows[n]["rank"] == m.runtime.rank for n, m in linears(again).items())
+    assert all(rows[n]["rank"] == m.spec.rank for n, m in linears(again).items())
     # fused into the copy, and the copy of the loaded one: each has rows of its own
     pipe.load_lora_weights(adapter(model, rank=2, seed=3), adapter_name="more")
     pipe.fuse_lora()
@@ -260,12 +260,12 @@ def test_what_cannot_be_done_is_said():
 
 
 def test_convolutions_and_offloaded_layers_are_refused():
-    runtime = next(iter(linears(_quantized("flux", "w4a16")).values())).runtime
-    layer = dtq.QuantLinear.in_place_of(nn.Conv2d(64, 64, 1), runtime)
+    spec = next(iter(linears(_quantized("flux", "w4a16")).values())).spec
+    layer = dtq.QuantLinear.in_place_of(nn.Conv2d(64, 64, 1), spec)
     model = nn.ModuleDict({"pointwise": layer})
     with pytest.raises(InputError, match="1 x 1 convolution"):
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["pointwise"]), model)
-    away = dtq.QuantLinear(64, 64, True, runtime, device="meta")
+    away = dtq.QuantLinear(64, 64, True, spec, device="meta")
     with pytest.raises(InputError, match="before offloading"):
         away.add_rank(torch.ones(2, 64), torch.ones(64, 2))
 

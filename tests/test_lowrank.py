@@ -38,8 +38,8 @@ def layer(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def missed(w, branch, hessian) -> float:
     """Output error of branch and rounded residual together."""
-    kept = SOLVERS["search"].call(w - branch.matrix(), FMT, hessian)[0]
-    d = w - branch.matrix() - kept
+    w_q = SOLVERS["search"].call(w - branch.matrix(), FMT, hessian)[0]
+    d = w - branch.matrix() - w_q
     return float(((d @ hessian) * d).sum())
 
 
@@ -96,11 +96,11 @@ def test_the_metric_of_the_input_helps_the_output():
 
 
 def test_weights_that_share_the_down_projection_share_it():
-    parts = [layer(seed)[0] for seed in range(3)]
-    branches = svd(parts, FMT, layer()[2], rank=8, share=True)
+    weights = [layer(seed)[0] for seed in range(3)]
+    branches = svd(weights, FMT, layer()[2], rank=8, share=True)
     assert all(torch.equal(b.down, branches[0].down) for b in branches)
     assert [b.up.shape for b in branches] == [(N, 8)] * 3
-    alone = svd(parts, FMT, layer()[2], rank=8)
+    alone = svd(weights, FMT, layer()[2], rank=8)
     assert not torch.equal(alone[0].down, alone[1].down)
 
 
@@ -123,8 +123,7 @@ def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform
         "it", "ffn.up", (N, K), LayerSpec("int4-g64", "none", pre_quant=transform != "none"),
         transform=MethodSpec(transform), solver=MethodSpec("gptq"), lowrank=MethodSpec("svd", (("rank", 8),)),
     )  # fmt: skip
-    how = {"fmt": FMT, "activations": ACTIVATION_FORMATS["none"]}
-    choice = TRANSFORMS[transform].call([w], stats, **how)
+    choice = TRANSFORMS[transform].call([w], stats, fmt=FMT, activations=ACTIVATION_FORMATS["none"])
     x_q = TransformedInput(stats, choice, ACTIVATION_FORMATS["none"], w, correct_bias=False)
     (solved,) = solve_input_group([plan], [w], x_q)
     assert solved.plan.spec.rank == 8
@@ -140,7 +139,7 @@ def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform
     assert solved.report.error < bare.report.error
 
 
-def test_a_product_that_can_takes_the_branch_along(monkeypatch):
+def test_a_kernel_that_can_adds_the_branch(monkeypatch):
     from dtq.nn import linear as module
 
     torch.manual_seed(0)
@@ -154,11 +153,11 @@ def test_a_product_that_can_takes_the_branch_along(monkeypatch):
         plain = layer(x)
         layer.add_rank(down, up)
         apart = layer(x)
-        asked = []
-        monkeypatch.setattr(module, "branch_joins", lambda x, rank: asked.append(rank) or True)
-        joined, bent = layer(x), layer.gelu(x)
-    assert asked == [16, 16]
+        ranks = []
+        monkeypatch.setattr(module, "branch_joins", lambda x, rank: ranks.append(rank) or True)
+        joined, activated = layer(x), layer.gelu(x)
+    assert ranks == [16, 16]
     assert not torch.allclose(apart, plain, rtol=0.1, atol=0.1)
     torch.testing.assert_close(joined, apart, rtol=2**-6, atol=2**-5)
-    wanted = F.gelu(apart.float(), approximate="tanh")
-    torch.testing.assert_close(bent.float(), wanted, rtol=2**-5, atol=2**-5)
+    expected = F.gelu(apart.float(), approximate="tanh")
+    torch.testing.assert_close(activated.float(), expected, rtol=2**-5, atol=2**-5)

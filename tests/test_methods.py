@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every recipe, from quantizing to sampling, on the bundled model or its hard twin."""
+"""Every recipe, from quantizing to sampling, on the bundled model or its copy with outliers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EVERYTHING = frozenset({"channels", "hessian", "sample"})
 FAST = SamplingSettings(samples=4, steps=5, batch_size=4, num_timestep_bins=4)
 # one of eight blocks: every path of the code in an eighth of the time
 KEEP = [f"transformer_blocks.{i}" for i in range(1, 8)]
-# what may be lost with one block quantized; docs/results.md has the whole model
+# largest error with one block quantized; docs/results.md has the whole model
 LOOSE = {"terdit": 0.6, "vq4dit": 0.3, "w2-vq": 0.2, "hq-dit": 0.1, "mxfp4": 0.1}
 
 
@@ -56,14 +56,14 @@ def prepared(model):
     source = load_transformer(model)
     fast = replace(Recipe(), calibration=FAST)
     stats = collected(source, fast, EVERYTHING, progress=False)
-    how = SamplingSettings(samples=2, steps=3, batch_size=2, seed=7)
+    settings = SamplingSettings(samples=2, steps=3, batch_size=2, seed=7)
     requests = prompts.load("auto", source.pipeline, 2)
-    return source, stats, trajectory.record(source.pipeline, source.model, requests, how)
+    return source, stats, trajectory.record(source.pipeline, source.model, requests, settings)
 
 
 @pytest.mark.parametrize("name", names())
 def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors):
-    # our own recipes must stand outliers
+    # dtq's own recipes must withstand outliers
     source, stats, truth = prepared("demo-outliers" if name in FAMILY else "demo")
     recipe = replace(hasty(name), calibration=FAST)
     opened = replace(source, pipeline=copy.copy(source.pipeline), model=copy.deepcopy(source.model))
@@ -81,17 +81,17 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
         writer.save_into(opened.pipeline, side, "10GB")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     reader.verify(tmp_path / "out")
-    want, got = (tiny.sample(p, steps=2) for p in (opened.pipeline, loaded))
-    assert torch.isfinite(got).all()
-    assert torch.equal(want, got)
+    before, after = (tiny.sample(p, steps=2) for p in (opened.pipeline, loaded))
+    assert torch.isfinite(after).all()
+    assert torch.equal(before, after)
 
 
 def test_errors_come_in_the_order_of_the_bits_that_are_spent():
     """V9: a random DiT with salient channels; each thing that is left out costs."""
     pipe = tiny.pipeline()
     inject_outliers(pipe.transformer)
-    how = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
-    truth = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), how)
+    settings = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
+    truth = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), settings)
 
     def error(recipe: str, **overrides) -> float:
         twin = tiny.pipeline()
@@ -114,15 +114,15 @@ def test_a_budget_is_kept_to_the_byte_and_more_is_never_worse(family):
     errors, budgets = [], (4.5, 5.5, 8.5)
     for budget in budgets:
         twin = copy.deepcopy(model)
-        how = {**QUICK, "calibration": {**QUICK["calibration"], "samples": 4}}
+        options = {**QUICK, "calibration": {**QUICK["calibration"], "samples": 4}}
         dtq.quantize(
             twin, "w4a8", progress=False, promote={"to": ""}, transform="hadamard", solver="search",
-            allocate={"budget": budget, "num_inputs": 2}, **how,
+            allocate={"budget": budget, "num_inputs": 2}, **options,
         )  # fmt: skip
         report = twin.hf_quantizer.report
         assert report.plan.bits(report.plan.gemm()) <= budget
         assert report.allocation["bytes"] <= report.allocation["budget"]
-        errors.append(report.allocation["damage"])
+        errors.append(report.allocation["sensitivity"])
     assert errors[0] >= errors[1] >= errors[2]
     assert errors[0] > 2 * errors[2]
 
@@ -148,8 +148,8 @@ def test_dead_channels_and_few_rows_are_solved_all_the_same():
     with torch.no_grad():  # half of the inputs of this layer are always zero
         pipe.transformer.transformer_blocks[0].attn1.to_v.weight[:64] = 0
         pipe.transformer.transformer_blocks[0].attn1.to_v.bias[:64] = 0
-    how = {"calibration": {"samples": 1, "batch_size": 1, "steps": 1, "num_timestep_bins": 1}}
-    dtq.quantize(pipe, "w4a8", progress=False, **how)
+    calibration = {"samples": 1, "batch_size": 1, "steps": 1, "num_timestep_bins": 1}
+    dtq.quantize(pipe, "w4a8", progress=False, calibration=calibration)
     layer = pipe.transformer.transformer_blocks[0].attn1.to_out[0]
     assert torch.isfinite(layer.dequantize()).all()
     assert torch.isfinite(tiny.sample(pipe)).all()
@@ -160,31 +160,31 @@ def test_dead_channels_and_few_rows_are_solved_all_the_same():
 def test_trained_ternary_weights_load_run_and_save(fmt, packed, tmp_path):
     g = torch.Generator().manual_seed(0)
     model = tiny.dit()
-    given, want = {}, {}
+    weights, expected = {}, {}
     for name, linear in list(model.named_modules()):
         if isinstance(linear, torch.nn.Linear) and "transformer_blocks" in name:
             codes = torch.randint(-1, 2, linear.weight.shape, generator=g, dtype=torch.int8)
             alpha = 0.02 + 0.01 * torch.rand((), generator=g)
-            want[name] = codes.float() * alpha
+            expected[name] = codes.float() * alpha
             byte = (codes + 1).to(torch.uint8).chunk(4)
             four = byte[0] << 6 | byte[1] << 4 | byte[2] << 2 | byte[3]
-            given[name] = (four if packed else codes, alpha)
+            weights[name] = (four if packed else codes, alpha)
     plain = copy.deepcopy(model)
-    for name, w in want.items():
+    for name, w in expected.items():
         plain.get_submodule(name).weight.data = w
-    dtq.load_ternary(model, given, fmt=fmt)
+    dtq.load_ternary(model, weights, fmt=fmt)
     x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([400, 400])
     label = torch.tensor([1, 2])
     with torch.no_grad():
-        got, float_out = (m(x, timestep=t, class_labels=label)[0] for m in (model, plain))
-        torch.testing.assert_close(got, float_out, rtol=1e-4, atol=1e-5)
+        output, float_output = (m(x, timestep=t, class_labels=label)[0] for m in (model, plain))
+        torch.testing.assert_close(output, float_output, rtol=1e-4, atol=1e-5)
         model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path)(x, timestep=t, class_labels=label)[0]
-    assert torch.equal(again, got)
+    assert torch.equal(again, output)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda codes: {"nowhere": (codes, 1.0)}, "no linear"),
         (lambda codes: {"transformer_blocks.0.ff.net.2": (codes[:5], 1.0)}, "codes are"),
@@ -197,6 +197,6 @@ def test_trained_ternary_weights_load_run_and_save(fmt, packed, tmp_path):
         ),
     ],
 )
-def test_ternary_weights_that_do_not_fit_are_refused(change, says):
-    with pytest.raises(dtq.errors.InputError, match=says):
+def test_ternary_weights_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(dtq.errors.InputError, match=message):
         dtq.load_ternary(tiny.dit(), change(torch.ones(128, 512, dtype=torch.int8)))

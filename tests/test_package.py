@@ -60,6 +60,9 @@ def test_the_wheel_has_everything(tmp_path):
     assert "dtq/demo/pipeline/transformer/diffusion_pytorch_model.safetensors" in names
     assert "dtq/demo/pipeline/README.md" in names
     assert "dtq/py.typed" in names
+    templates = "evaluate/report/templates"
+    for path in (ROOT / "dtq" / templates).iterdir():
+        assert f"dtq/{templates}/{path.name}" in names
     for path in filter(Path.is_file, folder("cpu_ext").iterdir()):
         assert f"dtq/_cpu_ext/{path.name}" in names
     for path in compiler.sources(folder("cuda_ext")):

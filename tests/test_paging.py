@@ -108,9 +108,9 @@ def test_parts_are_added_one_site_at_a_time(tmp_path, monkeypatch):
     save = store.save
 
     def watched(statistics, path):
-        assert len(statistics.sites) == len(before)
+        assert len(statistics.inputs) == len(before)
         assert not any(site() for site in before)
-        held = [t for site in statistics.sites.values() for t in site.tensors().values()]
+        held = [t for site in statistics.inputs.values() for t in site.tensors().values()]
         assert not any(map(Mapped().holds, held))
         save(statistics, path)
 
@@ -150,7 +150,7 @@ def test_statistics_of_different_runs_do_not_mix(tmp_path):
 
 KEPT = """
     import resource, torch
-    from dtq.paging import give_freed, keep_freed
+    from dtq.io.memory import trim_malloc, tune_malloc
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(4):
@@ -159,12 +159,12 @@ KEPT = """
     def resident():
         return int(open("/proc/self/statm").read().split()[1]) * 4096
     first = faults()
-    keep_freed()
+    tune_malloc()
     faults()
     kept, held = faults(), resident()
-    give_freed(beyond=2**40)
+    trim_malloc(beyond=2**40)
     still = resident()
-    give_freed()
+    trim_malloc()
     print(first, kept, held - still, held - resident())
 """
 

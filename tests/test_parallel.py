@@ -61,7 +61,7 @@ def test_a_token_is_quantized_without_looking_at_others(acts, cut):
 
     def changed(x):
         if format_.integer:
-            return ops.quantize_rows(x, scale, 32, static, format_.levels)
+            return ops.quantize_rows(x, scale, 32, static, format_.qmax)
         change = scale, order, 32, 2
         if format_.bits == 16:
             return (ops.transform_rows(x, *change),)
@@ -104,7 +104,7 @@ def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for name in ("dit", "flux"):
         ranks.quantized(name, "w4a8").save_pretrained(folder / name)
-    torch.multiprocessing.set_forkserver_preload(["dtq.cli"])  # imported once
+    torch.multiprocessing.set_forkserver_preload(["dtq.api", "dtq.parallel"])  # imported once
     torch.multiprocessing.start_processes(
         ranks.every_case, (2, folder), nprocs=2, start_method="forkserver"
     )

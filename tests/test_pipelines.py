@@ -28,7 +28,7 @@ SPATIAL = {"height", "width", "num_frames", "use_resolution_binning"}
 
 def quantize(folder, out, name, *more):
     arguments = [f"--arg={k}={json.dumps(v)}" for k, v in pipelines.SMALL[name].items()]
-    few = ("--samples=2", "--steps=4", "--set", "calibration.batch=2")
+    few = ("--samples=2", "--steps=4", "--set", "calibration.batch_size=2")
     few += ("--set", "transform={search: {step: 0.25, max_error_ratio: 1.0}}")
     command = ["quantize", str(folder), "-o", str(out), *few, *arguments, *more]
     return CliRunner().invoke(main, command)
@@ -49,13 +49,13 @@ def test_a_pipeline_from_folder_to_folder(name, tmp_path):
     assert type(loaded) is type(pipe)
     got = pipelines.sample(loaded, name)
     assert got.shape == want.shape
-    assert float((got - want).square().mean()) < 0.01  # of pictures between 0 and 1
+    assert float((got - want).square().mean()) < 0.01  # pixels are between 0 and 1
     again = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(got, pipelines.sample(again, name))
 
 
 def test_videos_are_sampled_and_compared(tmp_path):
-    """The whole way of a video: frames on disk, figures over time, a page that moves, the gate."""
+    """A video through all commands: frames on disk, temporal metrics, an animated page, the gate."""
     float_pipe = pipelines.wan()
     float_pipe.save_pretrained(tmp_path / "float")
     assert quantize(tmp_path / "float", tmp_path / "out", "wan").exit_code == 0
@@ -66,8 +66,8 @@ def test_videos_are_sampled_and_compared(tmp_path):
         assert result.exit_code == 0, result.output
         return result.output
 
-    said = run("sample", tmp_path / "out", "-p", "A CAT", "--steps", 2, "-o", tmp_path / "made")
-    assert "1 videos of 5 frames" in said
+    output = run("sample", tmp_path / "out", "-p", "A CAT", "--steps", 2, "-o", tmp_path / "made")
+    assert "1 videos of 5 frames" in output
     assert len(list((tmp_path / "made" / "0000").glob("*.png"))) == 5
     with Image.open(tmp_path / "made" / "0000.png") as moving:
         assert moving.n_frames == 5
@@ -93,7 +93,7 @@ def test_videos_are_sampled_and_compared(tmp_path):
 
 
 def test_a_pipeline_of_two_transformers_is_compared(tmp_path):
-    """The whole way: both are judged, the page has the layers of both, damage in either is said."""
+    """Both are evaluated, the page has the layers of both, and damage in either is reported."""
     pipelines.wan_two().save_pretrained(tmp_path / "float")
     result = quantize(tmp_path / "float", tmp_path / "out", "wan 2.2", "--recipe=rtn-w4a8")
     assert result.exit_code == 0, result.output
@@ -125,15 +125,15 @@ def test_an_unknown_argument_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", pipelines.FROM_PICTURES)
-def test_a_pipeline_that_works_on_pictures(name, tmp_path):
+def test_a_pipeline_with_image_inputs(name, tmp_path):
     pipelines.FROM_PICTURES[name]().save_pretrained(tmp_path / "float")
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(2):
-        image_inputs.dummy_images((20, 24), i).save(photos / f"{i}.png")
+        image_inputs.random_image((20, 24), i).save(photos / f"{i}.png")
     result = quantize(tmp_path / "float", tmp_path / "out", name, "--images", str(photos))
     assert result.exit_code == 0, result.output
-    assert "made up" not in result.output
+    assert "random images" not in result.output
     small = [f"--arg={k}={json.dumps(v)}" for k, v in pipelines.SMALL[name].items()]
     command = ["eval", str(tmp_path / "out"), "--reference", str(tmp_path / "float"), "--json"]
     few = ("--samples", "2", "--steps", "4", "--images", str(photos))
@@ -149,51 +149,51 @@ def test_a_pipeline_that_works_on_pictures(name, tmp_path):
     assert files == [*folder, "0000.png", "sheet.png"]
 
 
-def test_pictures_are_made_up_with_a_warning(caplog):
-    how = SamplingSettings(
+def test_images_are_random_with_a_warning():
+    settings = SamplingSettings(
         samples=1, steps=2, batch_size=4, pipeline_args=pipelines.SMALL["inpaint"]
     )
-    beside = image_inputs.wanted(pipelines.inpaint(), how)
-    assert beside.arguments == ("image", "mask_image")
-    assert beside.batch(4) == 1
-    assert "--images" in beside.warning
-    made = beside.of(0)
-    assert made["image"].size == made["mask_image"].size == (16, 16)
-    assert made["mask_image"].getextrema() == (0, 255)
-    assert beside.of(0)["image"].tobytes() == made["image"].tobytes()
-    assert beside.of(1)["image"].tobytes() != made["image"].tobytes()
+    images = image_inputs.required(pipelines.inpaint(), settings)
+    assert images.arguments == ("image", "mask_image")
+    assert images.batch(4) == 1
+    assert "--images" in images.warning
+    first = images.of(0)
+    assert first["image"].size == first["mask_image"].size == (16, 16)
+    assert first["mask_image"].getextrema() == (0, 255)
+    assert images.of(0)["image"].tobytes() == first["image"].tobytes()
+    assert images.of(1)["image"].tobytes() != first["image"].tobytes()
 
 
-def test_prompts_are_enough_for_the_others():
+def test_other_pipelines_need_no_images():
     for name, make in pipelines.PIPELINES.items():
-        beside = image_inputs.wanted(make(), SamplingSettings())
-        assert beside.arguments == (), name
-        assert beside.batch(4) == 4
-        assert beside.of(0) == {}
+        images = image_inputs.required(make(), SamplingSettings())
+        assert images.arguments == (), name
+        assert images.batch(4) == 4
+        assert images.of(0) == {}
 
 
-def test_bad_pictures_are_said(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_bad_images_are_reported(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     (tmp_path / "empty").mkdir()
     pipe = pipelines.sd3_from_picture()
     cases = {
         "no such file or folder": tmp_path / "nowhere",
         "no .png": tmp_path / "empty",
-        "no picture": tmp_path / "broken.png",
+        "not an image": tmp_path / "broken.png",
     }
     for reason, path in cases.items():
         with pytest.raises(InputError, match=reason):
-            image_inputs.wanted(pipe, SamplingSettings(images=str(path))).of(0)
-    with pytest.raises(InputError, match="takes no pictures"):
-        image_inputs.wanted(
+            image_inputs.required(pipe, SamplingSettings(images=str(path))).of(0)
+    with pytest.raises(InputError, match="takes no images"):
+        image_inputs.required(
             pipelines.pixart(), SamplingSettings(images=str(tmp_path / "broken.png"))
         )
     with pytest.raises(InputError, match="give it with --images"):
-        image_inputs.wanted(pipe, SamplingSettings(pipeline_args={"image": "cat.png"}))
+        image_inputs.required(pipe, SamplingSettings(pipeline_args={"image": "cat.png"}))
 
 
-def test_a_clip_pans_over_a_picture():
-    clip = image_inputs.MAKERS["video"](image_inputs.dummy_images((32, 48), 0))
+def test_a_clip_pans_over_an_image():
+    clip = image_inputs.MAKERS["video"](image_inputs.random_image((32, 48), 0))
     assert len(clip) == image_inputs.FRAMES
     assert {frame.size for frame in clip} == {(48, 32)}
     assert clip[0].tobytes() != clip[-1].tobytes()

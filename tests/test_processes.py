@@ -24,7 +24,7 @@ from dtq.runs.workers import Workers
 RECIPE = {
     "whole model": ["--set", "transform=hadamard", "--set", "transform_candidates=[none]"],
     "budget": [
-        "--budget", "5", "--set", "allocate.options=[int4-2l-g64, int8-row]",
+        "--budget", "5", "--set", "allocate.formats=[int4-2l-g64, int8-row]",
         "--set", "allocate.num_inputs=2", "--set", "transform_candidates=[]", "--set", "transform=hadamard",
     ],
     "fine-tuned": [
@@ -33,7 +33,7 @@ RECIPE = {
     ],
 }  # fmt: skip
 OTHERS = installed("optimum.quanto")
-FEW = ["--samples", "5", "--steps", "2", "--set", "calibration.batch=1"]
+FEW = ["--samples", "5", "--steps", "2", "--set", "calibration.batch_size=1"]
 
 
 class Processes:
@@ -58,7 +58,7 @@ class Processes:
                 log.with_name(f"{log.name}{rank}"),
                 {**shared, "RANK": str(rank)},
                 command,
-                quanto.in_python if "--against" in arguments else int,
+                quanto.in_python if "--compare-with" in arguments else int,
             )
             for rank in range(size)
         ]
@@ -101,8 +101,8 @@ def judged(folder: Path, arguments: list[str], size: int) -> tuple[dict, dict]:
 def test_one_and_two_processes_judge_alike(float_folder, quantized_folder, tmp_path):
     arguments = [
         str(quantized_folder), "--reference", str(float_folder), "--samples", "6", "--batch", "2",
-        "--steps", "2", "--fid", "10", "--features", "random", "--metric", "fid",
-        "--pictures", *(["--against", "quanto-int4"] if OTHERS else []),
+        "--steps", "2", "--num-images", "10", "--features", "random", "--metric", "fid",
+        "--pictures", *(["--compare-with", "quanto-int4"] if OTHERS else []),
     ]  # fmt: skip
     alone, files = judged(tmp_path, arguments, 1)
     two, same = judged(tmp_path, arguments, 2)
@@ -157,7 +157,7 @@ def test_four_processes_too(float_folder, tmp_path):
 def test_two_transformers_too(tmp_path):
     pipelines.wan(two=True).save_pretrained(tmp_path / "float")
     arguments = [str(tmp_path / "float"), "--samples", "2", "--steps", "4", *RECIPE["whole model"]]
-    arguments += ["--set", "calibration.batch=1", "--set", "solver=rtn"]
+    arguments += ["--set", "calibration.batch_size=1", "--set", "solver=rtn"]
     arguments += ["--arg", "height=32", "--arg", "width=32", "--arg", "num_frames=5"]
     assert bytes_of(tmp_path, arguments, 2) == bytes_of(tmp_path, arguments, 1)
 

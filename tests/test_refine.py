@@ -26,6 +26,7 @@ from dtq.nn.timestep_hook import install_clock
 from dtq.pipelines.loading import dummy_inputs
 from dtq.pipelines.recorded_calls import RecordedCall
 from dtq.plan.layers import LayerSpec
+from dtq.runs.tasks import TaskStore
 from dtq.transforms import OnlineTransform
 
 
@@ -162,7 +163,7 @@ def test_nothing_but_the_parts_is_touched():
         ("int4-g64", "int8-row", {}),
         ("int8-row", "int8-static-timestep", {}),
         ("int4-asym-g64", "none", {"rank": 4}),
-        ("nvfp4", "nvfp4", {"permute": True, "num_rotations": 2, "rank": 4}),
+        ("nvfp4", "nvfp4", {"permutation": True, "num_rotations": 2, "rank": 4}),
         ("lut4-g64", "int4-g64", {}),
         ("vq-64x2-row", "none", {"rank": 4}),
     ],
@@ -171,7 +172,7 @@ def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
     """The hardened layer gives what the trainee predicted, after any move of its parts."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(64, 128, generator=g) * 0.05
-    order = torch.randperm(128, generator=g) if more.get("permute") else None
+    order = torch.randperm(128, generator=g) if more.get("permutation") else None
     turn = OnlineTransform.of(
         torch.rand(128, generator=g) + 0.5, signs(128, 0), 64, order, more.get("num_rotations", 1)
     )
@@ -229,7 +230,7 @@ def test_a_block_that_gets_worse_is_restored():
     model = tiny.dit(heads=2)
     floats = quantized(model, "int4-row")
     calls, start = calls_of(model, 4), parts_of(model)
-    report = FINETUNE["blocks"](model, floats, calls, lr=300.0, lr_rest=300.0, **FAST)
+    report = FINETUNE["blocks"](model, floats, calls, lr=300.0, lr_other=300.0, **FAST)
     assert not any(b.accepted for b in report.blocks)
     assert same(start, parts_of(model))
 
@@ -254,12 +255,11 @@ def test_finished_blocks_are_loaded_and_give_the_same(tmp_path, caplog):
     first = tiny.dit(heads=2)
     floats = quantized(first, "vq-64x2-row")
     second, third, calls = copy.deepcopy(first), copy.deepcopy(first), calls_of(first, 4)
-    how = {**FAST, "steps": 8, "save": tmp_path / "work"}
+    how = {**FAST, "steps": 8, "tasks": TaskStore(tmp_path)}
     whole = FINETUNE["vq4dit"](first, floats, calls, **how)
-    assert sorted(p.name for p in how["save"].iterdir()) == [
-        f"block-{i}.{end}" for i in range(2) for end in ("json", "safetensors")
-    ]
-    (how["save"] / "block-1.json").unlink()  # as if interrupted in the second block
+    (folder,) = tmp_path.iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == [f"block-{i}.safetensors" for i in range(2)]
+    (folder / "block-1.safetensors").unlink()  # as if interrupted in the second block
     with caplog.at_level(logging.INFO, "dtq"):
         again = FINETUNE["vq4dit"](second, floats, calls, **how)
     assert "transformer_blocks.0 was finished before" in caplog.text
@@ -267,9 +267,9 @@ def test_finished_blocks_are_loaded_and_give_the_same(tmp_path, caplog):
     assert again == whole
     assert same(parts_of(first), parts_of(second))
     caplog.clear()
-    with caplog.at_level(logging.WARNING, "dtq"):
+    with caplog.at_level(logging.INFO, "dtq"):  # blocks of other knobs are not loaded
         FINETUNE["vq4dit"](third, floats, calls, **{**how, "steps": 9})
-    assert "of another job" in caplog.text
+    assert "was finished before" not in caplog.text
     assert not same(parts_of(first), parts_of(third))
 
 
@@ -339,7 +339,7 @@ def test_static_scales_follow_the_step_of_the_call():
     floats = quantized(model, "int4-row", "int8-static-timestep")
     for layer in layers_of(model, "transformer_blocks").values():
         layer.bins = 2
-        layer._specs = layer.runtime.tensor_specs(layer._shape, 2)
+        layer._specs = layer.spec.tensor_specs(layer._shape, 2)
         layer.fill(layer.packed_tensors() | {"input_scale": torch.tensor([[0.03, 0.05]])})
     install_clock(model, (500.0,))
     calls = calls_of(model, 4)

@@ -238,5 +238,5 @@ def test_the_command_line_switches_it_off(float_folder, tmp_path, monkeypatch):
     assert f"`{Q}`" in (tmp_path / "a" / "README.md").read_text()
     config = json.loads((tmp_path / "a" / "transformer" / "config.json").read_text())
     assert config["quantization_config"]["layers"][Q]["weight_format"] == "int8-row"
-    result = CliRunner().invoke(main, [*base, "--no-sentinel", "-o", str(tmp_path / "b")])
+    result = CliRunner().invoke(main, [*base, "--no-sanity-check", "-o", str(tmp_path / "b")])
     assert "sanity check" not in result.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration sets: shipped, local in every format, and what is refused."""
+"""Prompt sets: shipped, local in every format, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dtq.pipelines import prompts
 
 class Prompted:
     def __call__(self, prompt=None, num_inference_steps=50):
-        """A pipeline that wants prompts."""
+        """A pipeline that takes prompts."""
 
 
 def test_shipped_sets_have_what_their_names_say():
@@ -45,20 +45,20 @@ def test_auto_is_data_free_for_labels_and_the_prompts_otherwise():
 
 @pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".parquet"])
 def test_local_files(suffix, tmp_path):
-    prompts = ["a red house", "two birds, one stone"]
+    lines = ["a red house", "two birds, one stone"]
     file = tmp_path / f"mine{suffix}"
     if suffix == ".txt":
-        file.write_text("# a comment\n" + "\n".join(prompts) + "\n\n")
+        file.write_text("# a comment\n" + "\n".join(lines) + "\n\n")
     elif suffix == ".parquet":
         datasets = pytest.importorskip("datasets")
-        datasets.Dataset.from_dict({"prompt": prompts}).to_parquet(str(file))
+        datasets.Dataset.from_dict({"prompt": lines}).to_parquet(str(file))
     elif suffix == ".csv":
-        file.write_text("id,caption\n" + "\n".join(f'{i},"{p}"' for i, p in enumerate(prompts)))
+        file.write_text("id,caption\n" + "\n".join(f'{i},"{p}"' for i, p in enumerate(lines)))
     elif suffix == ".jsonl":
-        file.write_text("\n".join(json.dumps({"text": p}) for p in prompts))
+        file.write_text("\n".join(json.dumps({"text": p}) for p in lines))
     else:
-        file.write_text(json.dumps([{"prompt": p} for p in prompts]))
-    assert prompts.load(str(file), Prompted(), 3).entries == (prompts[0], prompts[1], prompts[0])
+        file.write_text(json.dumps([{"prompt": p} for p in lines]))
+    assert prompts.load(str(file), Prompted(), 3).entries == (lines[0], lines[1], lines[0])
 
 
 def test_refusals(tmp_path):
@@ -75,7 +75,7 @@ def test_refusals(tmp_path):
     (tmp_path / "big.txt").write_text("1000\n")
     with pytest.raises(InputError, match="not in"):
         prompts.load(str(tmp_path / "big.txt"), tiny.pipeline(), 1)
-    with pytest.raises(InputError, match="cannot drive"):
+    with pytest.raises(InputError, match="cannot call it"):
         prompts.load("auto", object(), 1)
 
 

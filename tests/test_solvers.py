@@ -65,11 +65,11 @@ def test_gptq_beats_clip_search_beats_rounding(fmt, seed):
 def test_gptq_without_correlations_is_clip_search(fmt):
     w, x = problem()
     for hessian in (torch.eye(K), x.square().mean(0).diag()):
-        got, want = (SOLVERS[n].call(w, fmt, hessian)[0] for n in ("gptq", "search"))
-        assert torch.equal(got, want)
+        results = [SOLVERS[n].call(w, fmt, hessian)[0] for n in ("gptq", "search")]
+        assert torch.equal(*results)
     plain = SOLVERS["gptq"].call(w, fmt)[0]
     assert torch.equal(plain, SOLVERS["search"].call(w, fmt)[0])
-    if fmt.data_dependent:  # there is no clip to search: it is the fit
+    if fmt.data_dependent:  # there is no clip to search
         assert torch.equal(plain, SOLVERS["rtn"].call(w, fmt)[0])
     else:
         unclipped = SOLVERS["gptq"].call(w, fmt, torch.eye(K), clip=False)[0]
@@ -78,7 +78,7 @@ def test_gptq_without_correlations_is_clip_search(fmt):
 
 def test_gptq_without_data_factors_nothing(monkeypatch):
     # of (15360, 15360) it is 1.9 GB
-    monkeypatch.setattr(sys.modules["dtq.solvers.gptq"], "_inverse_factor", None)
+    monkeypatch.setattr(sys.modules["dtq.solvers.gptq"], "inverse_factor", None)
     w, _ = problem()
     w_q, _ = SOLVERS["gptq"].call(w, FORMATS["int4-g64"])
     assert torch.equal(w_q, SOLVERS["search"].call(w, FORMATS["int4-g64"])[0])
@@ -87,10 +87,10 @@ def test_gptq_without_data_factors_nothing(monkeypatch):
 def test_gptq_factors_once_for_weights_that_read_the_same(monkeypatch):
     w, x = problem()
     hessian, factors, fmt = x.T @ x / len(x), {}, FORMATS["int4-g64"]
-    want = [SOLVERS["gptq"].call(some, fmt, hessian)[0] for some in (w, w[:9])]
-    assert torch.equal(SOLVERS["gptq"].call(w, fmt, hessian, factors=factors)[0], want[0])
-    monkeypatch.setattr(sys.modules["dtq.solvers.gptq"], "_inverse_factor", None)
-    assert torch.equal(SOLVERS["gptq"].call(w[:9], fmt, hessian, factors=factors)[0], want[1])
+    expected = [SOLVERS["gptq"].call(rows, fmt, hessian)[0] for rows in (w, w[:9])]
+    assert torch.equal(SOLVERS["gptq"].call(w, fmt, hessian, factors=factors)[0], expected[0])
+    monkeypatch.setattr(sys.modules["dtq.solvers.gptq"], "inverse_factor", None)
+    assert torch.equal(SOLVERS["gptq"].call(w[:9], fmt, hessian, factors=factors)[0], expected[1])
 
 
 @pytest.mark.parametrize("name", ["int4-asym-g64", "e2m1-row", "nvfp4"])
@@ -131,11 +131,11 @@ def test_gptq_at_widths_that_blocks_do_not_divide(name, n, k):
 def test_blocks_change_rounding_errors_only(name, block):
     w, x = problem()
     hessian = x.T @ x / len(x)
-    whole, parts = (
+    default, other = (
         objective(w, SOLVERS["gptq"].call(w, FORMATS[name], hessian, block=b)[0], hessian)
         for b in (128, block)
     )
-    assert parts == pytest.approx(whole, rel=0.02)
+    assert other == pytest.approx(default, rel=0.02)
 
 
 @SOME
@@ -175,13 +175,13 @@ def test_nvfp4_keeps_the_scale_of_the_matrix():
         )
 
 
-def test_vectors_are_snapped_together():
-    """Every vector of the result is a word, chosen with the repairs that its columns had got."""
+def test_vectors_are_quantized_together():
+    """Every vector of the result is a codeword, the nearest to its compensated columns."""
     w, x = problem()
     fmt = FORMATS["vq-256x4"]
     w_q, params = SOLVERS["gptq"].call(w, fmt, x.T @ x / len(x))
-    words = {tuple(word) for word in params["weight_lut"].float().tolist()}
-    assert {tuple(v) for v in w_q.reshape(-1, 4).tolist()} <= words
+    codewords = {tuple(word) for word in params["weight_lut"].float().tolist()}
+    assert {tuple(v) for v in w_q.reshape(-1, 4).tolist()} <= codewords
     assert not torch.equal(w_q, fmt.fake_quantize(w, params))
 
 
@@ -193,7 +193,7 @@ def test_numbers_that_are_not_finite_are_refused(solver, bad):
     broken[3, 5:7] = bad
     with pytest.raises(InputError, match=re.escape("the weight has 2 entries")):
         SOLVERS[solver].call(broken, FORMATS["int4-row"], torch.eye(K))
-    if solver == "rtn":  # it does not look at the input
+    if solver == "rtn":  # it does not use the Hessian
         return
     hessian = torch.eye(K)
     hessian[3, 3] = bad
@@ -201,21 +201,23 @@ def test_numbers_that_are_not_finite_are_refused(solver, bad):
         SOLVERS[solver].call(w, FORMATS["int4-row"], hessian)
 
 
-def test_a_wide_factor_repairs_as_much_as_a_narrow_one(monkeypatch):
+def test_a_factor_in_float32_compensates_as_much_as_one_in_float64(monkeypatch):
     w, x = problem(7)
     x = x * torch.where(torch.arange(K) % 50 == 0, 100.0, 1.0)
     hessian, fmt = x.T @ x / len(x), FORMATS["int4-2l-g64"]
     narrow = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
     monkeypatch.setattr(cholesky, "_WIDE", K - 1)
-    made = []
-    factor = cholesky._factor
-    monkeypatch.setattr(cholesky, "_factor", lambda *a: made.append(a[-1]) or factor(*a))
+    dtypes = []
+    factor = cholesky._reversed_factor
+    monkeypatch.setattr(cholesky, "_reversed_factor", lambda *a: dtypes.append(a[-1]) or factor(*a))
     wide = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
-    assert made == [torch.float32]
+    assert dtypes == [torch.float32]
     assert wide == pytest.approx(narrow, rel=0.02)
     # what float32 cannot factor float64 can, without more damping
     monkeypatch.setattr(
-        cholesky, "_factor", lambda h, s, d: factor(h, s, d) if d.itemsize > 4 else None
+        cholesky,
+        "_reversed_factor",
+        lambda h, damping, dtype: factor(h, damping, dtype) if dtype.itemsize > 4 else None,
     )
     again = objective(w, SOLVERS["gptq"].call(w, fmt, hessian)[0], hessian)
     assert again == pytest.approx(narrow, rel=1e-6)

@@ -49,7 +49,12 @@ def test_the_search_spends_its_budget_where_it_helps(pipe):
     dear = sum(c for c, m in zip(policy["counts"], policy["modes"], strict=True) if m == "a8")
     assert 0 < dear <= 0.5 * policy["num_inference_steps"]
     free = dtq.quantize(
-        tiny.pipeline(), "w4a8", progress=False, step_policy={**STEPS, "budget": 1.0}, **COARSE, **QUICK
+        tiny.pipeline(),
+        "w4a8",
+        progress=False,
+        step_policy={**STEPS, "budget": 1.0},
+        **COARSE,
+        **QUICK,
     )
     assert free.transformer.hf_quantizer.report.step_policy["modes"] == ["a8"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transforms cancel, also in statistics; the search is never worse than its parts."""
+"""Transforms cancel, also in statistics; the search is never worse than its candidates."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.linalg.hadamard import block_for, fwht, rotate, rotate_back, signs
 from dtq.transforms import TRANSFORMS, Chain, Diagonal, OnlineTransform, Permutation, Rotation
 from dtq.transforms.methods import incoherence, zigzag
+from dtq.transforms.objective import OutputErrorObjective
 from dtq.transforms.smoothing import REDUCTIONS, smoothing
 
 K = 192
 
 
 def salient(rows: int = 2048, seed: int = 0) -> torch.Tensor:
-    """Rows with a few large channels, the picture the papers draw of a DiT's inputs."""
+    """Rows with a few large channels, as the papers report of a DiT's inputs."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, K, generator=g) * torch.exp(0.5 * torch.randn(K, generator=g))
     x[:, torch.randperm(K, generator=g)[:5]] *= 40
@@ -34,6 +35,11 @@ def stats_of(x: torch.Tensor, bins: int = 4) -> InputStats:
             chunk, SampleOrigin(call % bins, call, torch.zeros(len(chunk), dtype=torch.int64))
         )
     return stats
+
+
+def formats(weight: str) -> dict:
+    """Keywords of every method."""
+    return {"fmt": FORMATS[weight], "activations": ACTIVATION_FORMATS["int8-row"]}
 
 
 def some_transforms():
@@ -62,7 +68,7 @@ def test_a_transform_cancels_and_carries_the_second_moment(name):
     torch.testing.assert_close(t.hessian(x.T @ x), t.x(x).T @ t.x(x), rtol=1e-10, atol=1e-9)
 
 
-def test_rows_that_read_the_changed_input_read_the_raw_one():
+def test_rows_for_the_transformed_input_become_rows_for_the_raw_one():
     g = torch.Generator().manual_seed(2)
     x, v = torch.randn(50, K, generator=g).double(), torch.randn(4, K, generator=g).double()
     for name in ("online", "online dual"):
@@ -71,24 +77,24 @@ def test_rows_that_read_the_changed_input_read_the_raw_one():
 
 
 @pytest.mark.parametrize("block", [16, 64])
-def test_two_turns_spread_one_channel_over_every_block_and_turn_back(block):
+def test_two_rotations_spread_one_channel_over_every_block_and_can_be_undone(block):
     x = torch.randn(5, 256, dtype=torch.float64)
-    turned = rotate(x, block, num_rotations=2)
-    assert torch.allclose(rotate_back(turned, block, num_rotations=2), x)
-    assert not torch.allclose(rotate_back(turned, block), x)
+    rotated = rotate(x, block, num_rotations=2)
+    assert torch.allclose(rotate_back(rotated, block, num_rotations=2), x)
+    assert not torch.allclose(rotate_back(rotated, block), x)
     one = torch.zeros(1, 256)
     one[0, 100] = 1
     energy = rotate(one, block, num_rotations=2).square().reshape(-1, block).sum(1)
     assert torch.allclose(energy, torch.full_like(energy, block / 256))
 
 
-def test_zigzag_gives_every_block_the_same_share_of_outliers():
-    peaks = torch.ones(256)
-    peaks[:8] = torch.arange(8, 0, -1) * 10.0  # all in the first block
-    order = zigzag(peaks, 64)
-    assert sorted(order.tolist()) == list(range(256))
-    assert peaks[order].reshape(4, 64).gt(1).sum(1).tolist() == [2, 2, 2, 2]
-    sums = peaks[order].reshape(4, 64).sum(1)
+def test_zigzag_gives_every_block_as_many_outliers():
+    amax = torch.ones(256)
+    amax[:8] = torch.arange(8, 0, -1) * 10.0  # all in the first block
+    perm = zigzag(amax, 64)
+    assert sorted(perm.tolist()) == list(range(256))
+    assert amax[perm].reshape(4, 64).gt(1).sum(1).tolist() == [2, 2, 2, 2]
+    sums = amax[perm].reshape(4, 64).sum(1)
     assert sums.max() == sums.min()  # back and forth: 8 + 1, 7 + 2, ...
 
 
@@ -106,11 +112,11 @@ def test_fwht_is_orthonormal_symmetric_and_independent_of_the_batch(block):
 def test_a_transform_of_any_size_leaves_its_input_alone(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     before = x.clone()
-    turned = fwht(x, shape[-1])
+    rotated = fwht(x, shape[-1])
     assert torch.equal(x, before)
-    assert turned.shape == x.shape
-    torch.testing.assert_close(fwht(turned, shape[-1]), x)
-    assert shape[0] == 0 or not torch.allclose(turned, x)
+    assert rotated.shape == x.shape
+    torch.testing.assert_close(fwht(rotated, shape[-1]), x)
+    assert shape[0] == 0 or not torch.allclose(rotated, x)
 
 
 def test_blocks_and_signs():
@@ -124,90 +130,73 @@ GOLDEN_SIGNS = [1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0, 1.0]  # a file written toda
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_a_row_of_the_table_says_what_the_method_reads_and_whether_it_turns(name):
+def test_the_table_has_what_a_method_needs_and_whether_it_rotates(name):
     row, stats = TRANSFORMS[name], stats_of(salient())
     w = torch.randn(64, K, generator=torch.Generator().manual_seed(4)) * 0.05
-    how = {"fmt": FORMATS["int4-row"], "acts": ACTIVATION_FORMATS["int8-row"]}
-    found = row.call([w], stats if row.needs else None, **how)
-    every = (found, *found.runner_ups)
-    assert row.rotates == any(choice.transform.block > 1 for choice in every)
+    best = row.call([w], stats if row.needs else None, **formats("int4-row"))
+    choices = (best, *best.runner_ups)
+    assert row.rotates == any(choice.transform.block > 1 for choice in choices)
 
 
 @pytest.mark.parametrize("fmt", ["int4-2l-g64", "int4-row", "int8-row"])
 def test_search_is_never_worse_than_none_smoothing_or_rotation_alone(fmt):
-    x = salient()
-    stats = stats_of(x)
+    stats, args = stats_of(salient()), formats(fmt)
     g = torch.Generator().manual_seed(4)
     weights = [torch.randn(n, K, generator=g) * 0.05 for n in (128, 128, 64)]
-    how = {"fmt": FORMATS[fmt], "acts": ACTIVATION_FORMATS["int8-row"]}
-    found = TRANSFORMS["search"].call(weights, stats, **how)
-    assert set(found.errors) == {"none", "smooth", "hadamard", "smooth + hadamard"}
-
-    from dtq.transforms.objective import OutputErrorObjective
-
-    judge = OutputErrorObjective(weights, stats, how["fmt"], how["acts"], 512)
-    best = judge(found.transform)
-    assert best == pytest.approx(min(found.errors.values()))
+    choice = TRANSFORMS["search"].call(weights, stats, **args)
+    assert set(choice.errors) == {"none", "smooth", "hadamard", "smooth + hadamard"}
+    objective = OutputErrorObjective(weights, stats, *args.values(), 512)
+    best = objective(choice.transform)
+    assert best == pytest.approx(min(choice.errors.values()))
     for name in ("none", "hadamard"):
-        assert best <= judge(TRANSFORMS[name].call(weights, stats, **how).transform)
+        assert best <= objective(TRANSFORMS[name].call(weights, stats, **args).transform)
     for alpha in (0.0, 0.3, 0.5, 0.8, 1.0):
-        assert best <= judge(
-            TRANSFORMS["smooth"].call(weights, stats, alpha=alpha, **how).transform
-        )
+        other = TRANSFORMS["smooth"].call(weights, stats, alpha=alpha, **args)
+        assert best <= objective(other.transform)
 
 
 def test_smoothing_and_rotation_together_beat_each_alone_on_salient_inputs():
     stats = stats_of(salient())
     w = torch.randn(256, K, generator=torch.Generator().manual_seed(5)) * 0.05
-    found = TRANSFORMS["search"].call(
-        [w], stats, fmt=FORMATS["int4-row"], acts=ACTIVATION_FORMATS["int8-row"]
-    )
-    alone = min(found.errors["smooth"], found.errors["hadamard"], found.errors["none"])
-    assert found.errors["smooth + hadamard"] <= 0.7 * alone
+    errors = TRANSFORMS["search"].call([w], stats, **formats("int4-row")).errors
+    alone = min(errors["smooth"], errors["hadamard"], errors["none"])
+    assert errors["smooth + hadamard"] <= 0.7 * alone
 
 
-def test_search_on_some_outputs_finds_what_the_search_on_all_finds_nearly():
-    stats = stats_of(salient())
+def test_search_on_some_channels_finds_what_the_search_on_all_finds_nearly():
+    stats, args = stats_of(salient()), formats("int4-2l-g64")
     g = torch.Generator().manual_seed(7)
     weights = [torch.randn(n, K, generator=g) * 0.05 for n in (512, 96)]
-    how = {"fmt": FORMATS["int4-2l-g64"], "acts": ACTIVATION_FORMATS["int8-row"]}
     whole, few, more = (
-        TRANSFORMS["search"].call(weights, stats, outputs=n, **how) for n in (512, 64, 9999)
+        TRANSFORMS["search"].call(weights, stats, num_channels=n, **args) for n in (512, 64, 9999)
     )
     assert torch.equal(whole.transform.scale, more.transform.scale)
-
-    from dtq.transforms.objective import OutputErrorObjective
-
-    judge = OutputErrorObjective(weights, stats, how["fmt"], how["acts"], 512)
-    assert judge(few.transform) <= 1.02 * judge(whole.transform)
+    objective = OutputErrorObjective(weights, stats, *args.values(), 512)
+    assert objective(few.transform) <= 1.02 * objective(whole.transform)
     assert few.errors != whole.errors
 
 
 def test_search_is_deterministic():
     stats = stats_of(salient())
     w = torch.randn(64, K, generator=torch.Generator().manual_seed(6))
-    how = {"fmt": FORMATS["int4-2l-g64"], "acts": ACTIVATION_FORMATS["int8-row"]}
-    a, b = (TRANSFORMS["search"].call([w], stats, **how) for _ in range(2))
+    a, b = (TRANSFORMS["search"].call([w], stats, **formats("int4-2l-g64")) for _ in range(2))
     assert a.label == b.label
     assert torch.equal(a.transform.scale, b.transform.scale)
 
 
 def test_ditas_is_never_worse_than_no_smoothing_or_either_end_of_its_grid():
-    stats = stats_of(salient())
+    stats, args = stats_of(salient()), formats("int4-row")
     w = torch.randn(128, K, generator=torch.Generator().manual_seed(7)) * 0.05
-    how = {"fmt": FORMATS["int4-row"], "acts": ACTIVATION_FORMATS["int8-row"]}
-    found = TRANSFORMS["ditas"].call([w], stats, **how)
-    assert found.errors["smooth"] < 0.5 * found.errors["none"]
-    from dtq.transforms.objective import OutputErrorObjective
-
-    judge = OutputErrorObjective([w], stats, how["fmt"], how["acts"], 512)
+    choice = TRANSFORMS["ditas"].call([w], stats, **args)
+    assert choice.errors["smooth"] < 0.5 * choice.errors["none"]
+    objective = OutputErrorObjective([w], stats, *args.values(), 512)
     for alpha in (0.0, 0.5, 1.0):
-        s = TRANSFORMS["smooth"].call([w], stats, alpha=alpha, **how).transform
-        assert judge(found.transform) <= judge(s)
+        s = TRANSFORMS["smooth"].call([w], stats, alpha=alpha, **args).transform
+        assert objective(choice.transform) <= objective(s)
 
 
-def test_ars_turns_twice_only_where_one_hadamard_leaves_outliers_at_any_scale():
-    how = {"fmt": FORMATS["int4-row"], "acts": ACTIVATION_FORMATS["int8-row"]}
+def test_ars_rotates_twice_only_where_one_hadamard_leaves_outliers_at_any_scale():
+    args = formats("int4-row")
     w = torch.ones(8, K)
     calm = torch.randn(2048, K, generator=torch.Generator().manual_seed(8))
     # a different channel is large in every row: no fixed smoothing can help
@@ -216,21 +205,21 @@ def test_ars_turns_twice_only_where_one_hadamard_leaves_outliers_at_any_scale():
         1, torch.randint(0, K, (2048, 1), generator=g), torch.full((2048, 1), 300.0)
     )
     for factor in (1.0, 0.01):
-        assert (
-            TRANSFORMS["ars"].call([w], stats_of(calm * factor), **how).transform.num_rotations == 1
-        )
-        found = TRANSFORMS["ars"].call([w], stats_of(wild * factor), block=8, **how)
-        assert found.transform.num_rotations == 2
-        once = TRANSFORMS["smooth-hadamard"].call([w], stats_of(wild * factor), block=8, **how)
-        assert incoherence(found.transform.x(wild)) < 0.7 * incoherence(once.transform.x(wild))
+        once = TRANSFORMS["ars"].call([w], stats_of(calm * factor), **args)
+        assert once.transform.num_rotations == 1
+        stats = stats_of(wild * factor)
+        twice = TRANSFORMS["ars"].call([w], stats, block=8, **args)
+        assert twice.transform.num_rotations == 2
+        single = TRANSFORMS["smooth-hadamard"].call([w], stats, block=8, **args)
+        assert incoherence(twice.transform.x(wild)) < 0.7 * incoherence(single.transform.x(wild))
 
 
-def test_correlation_weighted_peaks_prefer_steps_that_miss_the_large_weights():
+def test_correlation_weighted_amax_prefers_timesteps_that_miss_the_large_weights():
     w = torch.arange(1.0, 65.0)
     along, against = w.clone(), w.flip(0)
     mixed = REDUCTIONS["ssc"](torch.stack([along, against]), w)
-    share = (mixed - along) / (against - along)
-    assert torch.allclose(share[w != 32.5], torch.tensor(math.e**2 / (1 + math.e**2)), atol=1e-4)
+    fraction = (mixed - along) / (against - along)
+    assert torch.allclose(fraction[w != 32.5], torch.tensor(math.e**2 / (1 + math.e**2)), atol=1e-4)
 
 
 def test_balancing_with_half_gives_both_sides_the_geometric_mean():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of videos against an independent implementation, and the runner of the real vbench."""
+"""Metrics of videos against an independent implementation, and the runner of the real vbench."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_temporal_flickering_against_the_package(monkeypatch):
     assert video.temporal_flickering(clips).tolist() == pytest.approx(want, abs=1e-6)
 
 
-def test_paired_figures_of_a_video_with_itself():
+def test_paired_metrics_of_a_video_with_itself():
     clips = moving()
     assert video.flicker_excess(clips, clips).abs().max() == 0
     assert video.temporal_psnr(clips, clips).isinf().all()
     torch.testing.assert_close(video.temporal_ssim(clips, clips), torch.ones(3))
-    values = paired_run.video_values(clips, clips)
+    values = paired_run.video_metrics(clips, clips)
     assert values["frame-energy"].tolist() == [1.0] * 3
 
 
@@ -85,7 +85,7 @@ def test_flicker_is_seen_and_a_shift_of_brightness_is_not():
     frozen = steady[:, :1].expand_as(steady)
     assert video.flicker_excess(frozen, steady).max() < 0
     for changed in (shaking, frozen):
-        assert paired_run.video_values(changed, steady)["frame-energy"].min() > 1.001
+        assert paired_run.video_metrics(changed, steady)["frame-energy"].min() > 1.001
 
 
 def test_temporal_psnr_has_the_known_value():

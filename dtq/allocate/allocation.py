@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was chosen for every item within a budget, and reading a budget as one writes it."""
+"""Choose an option for every item within a budget, and parse a budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from dtq.errors import InputError
 
 @dataclass(frozen=True)
 class AllocationRow:
-    """What became of one item."""
+    """The choice for one item.
+
+    Attributes:
+        item: name of an input group.
+        group: key of ``METRICS`` that ranks it.
+        option: name of the chosen option.
+        bytes: stored bytes.
+        bits: stored bits per weight.
+        sensitivity: relative squared error that it adds to the output.
+    """
 
     item: str
     group: str
@@ -33,11 +42,11 @@ class Allocation:
 
     Attributes:
         rows: one per item.
-        budget: bytes that were allowed.
-        bytes: that are used.
-        sensitivity: predicted: the sum over items, as if errors added up.
+        budget: bytes that are allowed.
+        bytes: bytes that are used.
+        sensitivity: predicted relative squared error of the output: the sum over items.
         lowest: the smallest choice there is, within the bounds of groups if there are any.
-        highest: the cheapest choice of least damage, within the same.
+        highest: the cheapest choice of the lowest sensitivity, within the same bounds.
     """
 
     rows: tuple[AllocationRow, ...]
@@ -47,19 +56,10 @@ class Allocation:
     lowest: Option
     highest: Option
 
-    HEAD = ("item", "group", "option", "bytes", "bits", "sensitivity")
-
     @property
     def choice(self) -> dict[str, str]:
         """Item to the name of its option."""
         return {row.item: row.option for row in self.rows}
-
-    def table(self) -> list[tuple[str, ...]]:
-        """The rows as text, under ``HEAD``."""
-        return [
-            (r.item, r.group, r.option, str(r.bytes), f"{r.bits:.2f}", f"{r.sensitivity:.1e}")
-            for r in self.rows
-        ]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -76,42 +76,39 @@ def allocate(
     per_group_metric: bool = True,
     bounds: Bounds | None = None,
 ) -> Allocation:
-    """The best options within a budget.
+    """Choose the options of the lowest total sensitivity within a budget.
 
     Args:
-        measured: from :func:`measure`. An option may be added with every metric zero: the layer
-            as it is.
+        measured: item, option, metric to error, from :func:`measure`. An option may be added with
+            every metric zero: the unquantized layer.
         costs: bytes of each item under each measured option.
         budget: bytes for all items together.
-        groups: item to a key of ``METRICS``, see :func:`groups_of`.
-        weights: how many each item has.
-        per_group_metric: see :func:`sensitivities`.
-        bounds: least and most bytes of some groups.
+        groups: item to a key of ``METRICS``, from :func:`groups_of`.
+        weights: number of weights of each item.
+        per_group_metric: rank the items of a group by its metric, see :func:`sensitivities`.
+        bounds: lowest and highest bytes of some groups.
+
+    Returns:
+        The allocation.
 
     Raises:
-        InputError: see :func:`knapsack`.
+        InputError: there is no such choice, see :func:`knapsack`.
     """
-    hurts = sensitivities(measured, groups, per_group_metric=per_group_metric)
+    sensitivity = sensitivities(measured, groups, per_group_metric=per_group_metric)
     tables = {
-        item: [Option(o, costs[item][o], damage) for o, damage in options.items()]
-        for item, options in hurts.items()
+        item: [Option(o, costs[item][o], s) for o, s in options.items()]
+        for item, options in sensitivity.items()
     }
     front, names = pareto_front(tables, bounds or {}, groups, LIMIT)
     best = affordable(front, budget, sum(weights[item] for item in tables))
-    lowest, chosen, highest = (pick(tables, front, names, at) for at in (0, best, -1))
+    lowest, chosen, highest = (pick(tables, front, names, index) for index in (0, best, -1))
     rows = tuple(
         AllocationRow(i, groups[i], o.name, o.cost, 8 * o.cost / weights[i], o.sensitivity)
         for i, o in chosen.items()
     )
-    whole = _sum("chosen", chosen)
-    return Allocation(
-        rows,
-        budget,
-        whole.cost,
-        whole.sensitivity,
-        _sum("lowest", lowest),
-        _sum("highest", highest),
-    )
+    total = _sum("chosen", chosen)
+    ends = _sum("lowest", lowest), _sum("highest", highest)
+    return Allocation(rows, budget, total.cost, total.sensitivity, *ends)
 
 
 def _sum(name: str, chosen: Mapping[str, Option]) -> Option:
@@ -124,6 +121,7 @@ UNITS = {
     for power, prefix in enumerate(("", "k", "m", "g", "t"))
     for i, base in (("", 1000), ("i", 1024))
 }
+"""Bytes of a unit, in lower case."""
 
 
 def parse_size(text: str) -> int:
@@ -138,23 +136,26 @@ def parse_size(text: str) -> int:
 
 
 def parse_budget(text: str, weights: int) -> int:
-    """Bytes of a budget as one writes it.
+    """Bytes of a budget.
 
     Args:
         text: bits per weight, ``4.8``, or a size, ``12MB`` (10^6 bytes) or ``1.5GiB`` (2^30).
-        weights: how many weights share a budget in bits.
+        weights: number of weights that share a budget in bits.
+
+    Returns:
+        Bytes, rounded down.
 
     Raises:
         InputError: it is neither.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
     example = "write bits per weight, 4.8, or a size, 12MB or 1.5GiB"
-    if not found or (found[2] and found[2] not in UNITS):
+    if not match or (match[2] and match[2] not in UNITS):
         raise InputError(f"budget {text!r}: {example}")
-    number = Fraction(found[1])
-    if not found[2] and not 0 < number <= 32:
+    number = Fraction(match[1])
+    if not match[2] and not 0 < number <= 32:
         raise InputError(f"budget {text!r} is not between 0 and 32 bits per weight; {example}")
-    count = math.floor(number * UNITS[found[2]] if found[2] else number * weights / 8)
+    count = math.floor(number * UNITS[match[2]] if match[2] else number * weights / 8)
     if not count:
         raise InputError(f"budget {text!r} is less than a byte; {example}")
     return count

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The knapsack with a choice per item: what is cheapest, what damages least, and all between."""
+"""The multiple-choice knapsack: one option per item, by the Pareto front of cost and error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from dtq.errors import InputError
 
 @dataclass(frozen=True)
 class Option:
-    """One way to keep an item: its cost in bytes, and what it does to the output."""
+    """One way to store an item.
+
+    Attributes:
+        name: of the option.
+        cost: bytes.
+        sensitivity: relative squared error that it adds to the output.
+    """
 
     name: str
     cost: int
@@ -26,12 +32,13 @@ class Option:
 
 
 Bounds = Mapping[str, tuple[int, int]]
-"""Group to the least and the most bytes that its items may take together."""
+"""Group to the lowest and the highest bytes that its items may take together."""
 
 
 LIMIT = 16384
-"""Sums in a front. On 200 random items of five options the damage is within 0.1 % of the linear
-relaxation, which nothing beats, and that takes a second (``tests/test_allocate.py``)."""
+"""Largest number of points of a Pareto front. With 200 random items of five options, the total
+sensitivity is within 0.1 % of the linear relaxation, a lower bound, and the front takes a second
+(``tests/test_allocate.py``)."""
 
 
 def knapsack(
@@ -43,45 +50,53 @@ def knapsack(
     weights: int = 0,
     limit: int = LIMIT,
 ) -> dict[str, Option]:
-    """One option per item, together within the budget, with the least total damage.
+    """Choose one option per item, together within the budget, with the lowest total sensitivity.
 
-    The front of all (cost, damage) sums is built item by item, keeping only sums that nothing
-    beats (Nemhauser & Ullmann, 1969). A front longer than ``limit`` is thinned: the vertices of its
-    lower convex hull stay, which are what greedy upgrades by damage per byte would visit, and of
-    the others the nearest to the hull in each of ``limit`` ranges of cost. So:
+    The Pareto front of all (cost, sensitivity) sums is built item by item (Nemhauser & Ullmann,
+    1969). A front longer than ``limit`` is thinned. The vertices of its lower convex hull stay,
+    which are the points that greedy upgrades by sensitivity per byte would visit, and of the others
+    the nearest to the hull in each of ``limit`` ranges of cost. So:
 
-    * up to ``limit`` sums the choice is the optimum, and the cheapest one of equal damage;
+    * up to ``limit`` sums the choice is the optimum, and the cheapest one of equal sensitivity;
     * beyond, it is at least as good as greedy: optimal up to one upgrade of one item;
-    * the front does not depend on the budget, so a larger budget never does more damage.
+    * the front does not depend on the budget, so a larger budget is never worse.
 
-    Options of infinite damage are never chosen.
+    Options of infinite sensitivity are never chosen.
 
     Args:
         tables: the options of each item, in any order.
         budget: bytes.
-        bounds: least and most bytes of some groups.
+        bounds: lowest and highest bytes of some groups.
         group_of: the group of each item; items of other groups are free.
-        weights: in all items, for messages in bits.
-        limit: length of a front.
+        weights: number of weights in all items, for messages in bits. 0: messages in bytes only.
+        limit: largest number of points of a front.
+
+    Returns:
+        Item to its option.
 
     Raises:
-        InputError: the budget is too small, says what the smallest is; a group cannot be within
-            its bounds; an item has no option of finite damage.
+        InputError: the budget is too small (the message has the smallest one), a group cannot be
+            within its bounds, or an item has no option of finite sensitivity.
     """
     front, names = pareto_front(tables, bounds or {}, group_of or {}, limit)
     return pick(tables, front, names, affordable(front, budget, weights))
 
 
 class ParetoFront(NamedTuple):
-    """Sums that some items can come to, by rising cost.
+    """The sums of some items that no other sum beats, by rising cost.
 
-    Damages are whole numbers of 2^-60 of the largest sum: adding them in another order gives the
-    same, so that equal is equal.
+    Sensitivities are whole multiples of 2^-60 of the largest sum. Their addition is exact in any
+    order, so equal sums compare equal.
+
+    Attributes:
+        points: cost and sensitivity of each sum, (S, 2).
+        hull: vertices of the lower convex hull, collinear ones too, (V, 2).
+        picks: index of the option of each item, (S, items).
     """
 
-    points: NDArray[np.int64]  # (S, 2) cost, damage
-    hull: NDArray[np.int64]  # (V, 2) vertices of the lower convex hull, those in a line too
-    picks: NDArray[np.int16]  # (S, items) which option of each item
+    points: NDArray[np.int64]
+    hull: NDArray[np.int64]
+    picks: NDArray[np.int16]
 
 
 def _finite(options: Sequence[Option]) -> list[Option]:
@@ -94,10 +109,25 @@ def pareto_front(
     group_of: Mapping[str, str],
     limit: int,
 ) -> tuple[ParetoFront, list[str]]:
-    """The front of all items, and the items in the order of its picks."""
+    """The Pareto front of all items.
+
+    Args:
+        tables: the options of each item, in any order.
+        bounds: lowest and highest bytes of some groups.
+        group_of: the group of each item; items of other groups are free.
+        limit: largest number of points of the front.
+
+    Returns:
+        The front, and the items in the order of its picks.
+
+    Raises:
+        InputError: a group cannot be within its bounds, or an item has no option of finite
+            sensitivity.
+    """
     if broken := [item for item, options in tables.items() if not _finite(options)]:
         raise InputError(
-            f"{', '.join(broken)}: no option gives finite outputs; add a wider format, or keep them"
+            f"{', '.join(broken)}: no option gives finite outputs; add a wider format, or "
+            f"exclude them"
         )
     usable = {item: _finite(options) for item, options in tables.items()}
     largest = sum(max(abs(o.sensitivity) for o in options) for options in usable.values())
@@ -107,25 +137,29 @@ def pareto_front(
         for item, options in usable.items()
     }
     start = _single([(0, 0)])._replace(picks=np.empty((1, 0), np.int16))
+
+    def sum_of(items: list[str], dominated: bool = False) -> ParetoFront:
+        return reduce(lambda front, i: _add(front, singles[i], limit, dominated), items, start)
+
     names = [item for item in singles if group_of.get(item) not in bounds]
-    front = reduce(lambda a, item: _add(a, singles[item], limit), names, start)
+    front = sum_of(names)
     for group, (least, most) in bounds.items():
         members = [item for item in singles if group_of.get(item) == group]
-        spend = least > 0  # what is dominated may be what spends enough
-        each = reduce(lambda a, item: _add(a, singles[item], limit, spend), members, start)
-        front = _add(front, _within(each, group, least, most, max(1, limit // 8)), limit)
+        # a lower bound on bytes may need sums that others dominate
+        inside = _within(sum_of(members, least > 0), group, least, most, max(1, limit // 8))
+        front = _add(front, inside, limit)
         names += members
     return front, names
 
 
 def _single(points: Sequence[tuple[int, int]]) -> ParetoFront:
-    order = sorted(range(len(points)), key=lambda i: points[i])
-    array = np.array([points[i] for i in order], np.int64).reshape(-1, 2)
-    return ParetoFront(array, _hull(array), np.array(order, np.int16).reshape(-1, 1))
+    perm = sorted(range(len(points)), key=lambda i: points[i])
+    array = np.array([points[i] for i in perm], np.int64).reshape(-1, 2)
+    return ParetoFront(array, _hull(array), np.array(perm, np.int16).reshape(-1, 1))
 
 
 def _hull(points: NDArray[np.int64]) -> NDArray[np.int64]:
-    """From the cheapest point to the least damage, slopes rising towards zero."""
+    """Vertices from the lowest cost to the lowest sensitivity, with slopes that rise to zero."""
     chain: list[tuple[int, int]] = []
     for x, y in points.tolist():
         if chain and y >= chain[-1][1]:
@@ -141,12 +175,12 @@ def _above(a: tuple[int, int], b: tuple[int, int], c: tuple[int, int]) -> bool:
 
 
 def _add(a: ParetoFront, b: ParetoFront, limit: int, dominated: bool = False) -> ParetoFront:
-    """Everything of ``a`` with everything of ``b``; ``dominated`` keeps one sum of every cost."""
+    """Sums of a point of ``a`` and a point of ``b``; ``dominated`` keeps one sum of every cost."""
     points = (a.points[:, None] + b.points).reshape(-1, 2)
     order = np.lexsort((points[:, 1], points[:, 0]))
-    cost, damage = points[order].T
-    least = cost if dominated else -np.minimum.accumulate(damage)
-    order = order[np.r_[True, least[1:] > least[:-1]]]
+    cost, sensitivity = points[order].T
+    rising = cost if dominated else -np.minimum.accumulate(sensitivity)
+    order = order[np.r_[True, rising[1:] > rising[:-1]]]
     edges = np.concatenate([np.diff(a.hull, axis=0), np.diff(b.hull, axis=0)])
     edges = edges[np.argsort(edges[:, 1] / edges[:, 0], kind="stable")]
     hull = np.cumsum(np.concatenate([a.hull[:1] + b.hull[:1], edges]), axis=0)
@@ -156,14 +190,14 @@ def _add(a: ParetoFront, b: ParetoFront, limit: int, dominated: bool = False) ->
 
 
 def _thin(points: NDArray[np.int64], hull: NDArray[np.int64], limit: int) -> NDArray[np.intp]:
-    """Which points to keep: the hull's, and the nearest to it in each range of cost."""
-    cost, damage = points.T
+    """Indices of the points to keep: those of the hull, and the nearest to it in each cost bin."""
+    cost, sensitivity = points.T
     if len(points) <= limit:
         return np.arange(len(points))
-    gap = damage - np.interp(cost, hull[:, 0], hull[:, 1])
-    place = (cost - cost[0]) * limit // (cost[-1] - cost[0] + 1)
-    order = np.lexsort((gap, place))
-    nearest = order[np.unique(place[order], return_index=True)[1]]
+    gap = sensitivity - np.interp(cost, hull[:, 0], hull[:, 1])
+    cost_bin = (cost - cost[0]) * limit // (cost[-1] - cost[0] + 1)
+    order = np.lexsort((gap, cost_bin))
+    nearest = order[np.unique(cost_bin[order], return_index=True)[1]]
     vertices = np.searchsorted(cost, hull[:, 0], side="right") - 1
     return np.union1d(nearest, vertices)
 
@@ -182,7 +216,11 @@ def _within(front: ParetoFront, group: str, least: int, most: int, limit: int) -
 
 
 def affordable(front: ParetoFront, budget: int, weights: int) -> int:
-    """The last point within the budget."""
+    """Index of the last point within the budget.
+
+    Raises:
+        InputError: there is none.
+    """
     best = int(np.searchsorted(front.points[:, 0], budget, side="right")) - 1
     if best < 0:
         least = int(front.points[0, 0])
@@ -194,9 +232,20 @@ def affordable(front: ParetoFront, budget: int, weights: int) -> int:
 
 
 def pick(
-    tables: Mapping[str, Sequence[Option]], front: ParetoFront, names: Sequence[str], at: int
+    tables: Mapping[str, Sequence[Option]], front: ParetoFront, names: Sequence[str], index: int
 ) -> dict[str, Option]:
-    picks = dict(zip(names, front.picks[at].tolist(), strict=True))
+    """The options of a point of a front.
+
+    Args:
+        tables: the options of each item, as the front was built from.
+        front: from :func:`pareto_front`.
+        names: the items in the order of its picks.
+        index: of the point.
+
+    Returns:
+        Item to its option.
+    """
+    picks = dict(zip(names, front.picks[index].tolist(), strict=True))
     return {item: _finite(options)[picks[item]] for item, options in tables.items()}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what each option does to the output, and make one number of it."""
+"""Measure the output error of each option, and reduce its metrics to one sensitivity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dtq.pipelines.recorded_calls import RecordedCall, by_timestep, replay
 from dtq.runs.tasks import TaskStore
 
 Measured = dict[str, dict[str, dict[str, float]]]
-"""Item, option, metric to damage."""
+"""Item, option, metric to error."""
 
 
 @torch.no_grad()
@@ -29,58 +29,54 @@ def measure(
     what: str = "measure",
     tasks: TaskStore | None = None,
 ) -> Measured:
-    """Damage of each option of each item alone, everything else float, on the same inputs.
+    """Output error of each option of each item alone, everything else float, on the same inputs.
 
     Args:
-        model: the float model, in evaluation mode; it is as before afterwards, also on errors.
-        calls: what it was given and what it gave. Two in a row with the same latents are taken as
-            the two halves of guidance.
-        candidates: item, option, layer name to the module that stands in for the float linear, on
-            any device. Each option is looked up once, so the mappings may build it then.
+        model: the float model, in evaluation mode. It is as before afterwards, also after an error.
+        calls: its recorded inputs and outputs. Two in a row with the same latents are taken as the
+            two halves of guidance.
+        candidates: item, option, layer name to the module that replaces the float linear, on any
+            device. Each option is looked up once, so a mapping may build its modules then.
         progress: show a progress bar.
-        what: name of the stage; an option of an item is a unit of ``work``.
-        work: where units are kept and shared.
+        what: name of the stage; an option of an item is a task with that prefix.
+        tasks: store that keeps the results, and distributes the tasks among processes. None: in
+            memory, in this process.
 
     Returns:
-        Every metric, averaged over the calls; infinite where an output was not finite.
+        Every metric, averaged over the calls; infinite where an output is not finite.
     """
     assert calls, "nothing was recorded"
     tasks = tasks or TaskStore()
     pairs = by_timestep(calls)
-    units = {
-        f"{what}/{item}/{option}": (item, option)
-        for item, options in candidates.items()
-        for option in options
-    }
-    todo = tasks.assigned(dict.fromkeys(units, 1.0))
+    options = {f"{what}/{item}/{o}": (item, o) for item, table in candidates.items() for o in table}
+    mine = tasks.assigned(dict.fromkeys(options, 1.0))
     with tqdm(
-        total=len(calls) * len(todo),
+        total=len(calls) * len(mine),
         desc=what, unit="call", disable=not progress, dynamic_ncols=True,
     ) as bar:  # fmt: skip
-        for unit in todo:
-            item, option = units[unit]
+        for task in mine:
+            item, option = options[task]
+            errors = []
             with temporarily_replaced(model, candidates[item][option]):
-                found = []
-                for moment in pairs:
-                    got = [replay(model, call) for call in moment]
-                    found.append(_compare(moment, got))
-                    bar.update(len(moment))
-            means = {name: sum(each[name] for each in found) / len(found) for name in METRICS}
-            tasks.save(unit, {}, means)
+                for pair in pairs:
+                    errors.append(_compare(pair, [replay(model, call) for call in pair]))
+                    bar.update(len(pair))
+            means = {name: sum(e[name] for e in errors) / len(errors) for name in METRICS}
+            tasks.save(task, {}, means)
     tasks.barrier()
     measured: Measured = {item: {} for item in candidates}
-    for unit, (item, option) in units.items():
-        measured[item][option] = tasks.load(unit)[1]
+    for task, (item, option) in options.items():
+        measured[item][option] = tasks.load(task)[1]
     return measured
 
 
-def _compare(moment: Sequence[RecordedCall], got: Sequence[Tensor]) -> dict[str, float]:
-    latents = moment[0].latents
+def _compare(pair: Sequence[RecordedCall], outputs: Sequence[Tensor]) -> dict[str, float]:
+    latents = pair[0].latents
     half = len(latents) // 2
-    guided = len(moment) == 2 or torch.equal(latents[:half], latents[half:])
-    pair = torch.cat([call.output for call in moment]), torch.cat(list(got))
-    chosen = METRICS if guided else METRICS | {"text": content}
-    return {name: metric(*pair) for name, metric in chosen.items()}
+    guided = len(pair) == 2 or torch.equal(latents[:half], latents[half:])
+    metrics = METRICS if guided else METRICS | {"text": content}
+    reference, output = torch.cat([call.output for call in pair]), torch.cat(list(outputs))
+    return {name: metric(reference, output) for name, metric in metrics.items()}
 
 
 def sensitivities(
@@ -91,14 +87,14 @@ def sensitivities(
 ) -> dict[str, dict[str, float]]:
     """One number per item and option, in units of the output's relative squared error.
 
-    Decoupled, for item i in group g and option o, m being the metric of g::
+    With a metric per group, for item i in group g and option o, m being the metric of g::
 
         d(i, o) = M_g(o) * m(i, o) / sum_{j in g} m(j, o),    M_g(o) = sum_{j in g} mse(j, o)
 
-    The metric ranks the items inside a group and cannot move anything between groups; what a
-    group loses altogether is its plain error, as if errors of layers added up. ViDiT-Q quantizes
-    each group at once for that (2406.02540, sec. 3.4); the sum over layers is ours, it needs no
-    forwards of its own. Where a metric sees nothing in a whole group, ``mse`` stands in for it.
+    The metric ranks the items inside a group and moves nothing between groups. The total of a group
+    is its plain error, as if the errors of layers added up. ViDiT-Q quantizes each group at once
+    for that (2406.02540, sec. 3.4); the sum over layers is ours, and needs no forward passes of its
+    own. If a metric is zero in a whole group, ``mse`` replaces it there.
 
     Args:
         measured: from :func:`measure`; options mean the same for every item.
@@ -106,25 +102,25 @@ def sensitivities(
         per_group_metric: otherwise ``d = mse``.
 
     Returns:
-        Item, option to damage, infinite where an output was not finite.
+        Item, option to sensitivity, infinite where an output is not finite.
     """
     plain = {i: {o: m["mse"] for o, m in options.items()} for i, options in measured.items()}
     if not per_group_metric:
         return plain
     ranks = {i: {o: m[groups[i]] for o, m in options.items()} for i, options in measured.items()}
-    whole: dict[tuple[str, str], float] = {}
-    shares: dict[tuple[str, str], float] = {}
+    error_sums: dict[tuple[str, str], float] = {}
+    rank_sums: dict[tuple[str, str], float] = {}
     for item, options in ranks.items():
         for option, rank in options.items():
             if math.isfinite(rank + plain[item][option]):
                 key = groups[item], option
-                whole[key] = whole.get(key, 0.0) + plain[item][option]
-                shares[key] = shares.get(key, 0.0) + rank
+                error_sums[key] = error_sums.get(key, 0.0) + plain[item][option]
+                rank_sums[key] = rank_sums.get(key, 0.0) + rank
 
-    def damage(item: str, option: str) -> float:
+    def sensitivity(item: str, option: str) -> float:
         key, rank, error = (groups[item], option), ranks[item][option], plain[item][option]
         if not math.isfinite(rank + error):
             return math.inf
-        return whole[key] * (rank / shares[key]) if shares[key] else error
+        return error_sums[key] * (rank / rank_sums[key]) if rank_sums[key] else error
 
-    return {i: {o: damage(i, o) for o in options} for i, options in measured.items()}
+    return {i: {o: sensitivity(i, o) for o in options} for i, options in measured.items()}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a damaged output looks like to one metric, and which metric ranks which layers.
+"""Metrics of an output error, and which metric ranks which layers.
 
-Ours, not the paper's: ViDiT-Q judges generated pictures with CLIPScore, DOVER and an optical-flow
-score (2406.02540, sec. 3.4); these proxies read the transformer's output alone.
+Ours, not the paper's: ViDiT-Q evaluates generated images with CLIPScore, DOVER and an optical-flow
+score (2406.02540, sec. 3.4); these proxies read only the transformer's output.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from dtq.models import ROLES, InputGroup
 from dtq.pipelines.recorded_calls import relative_error
 
 Metric = Callable[[Tensor, Tensor], float]
-"""``(want, got) -> damage >= 0`` on two outputs of the transformer, infinite if not finite.
+"""``(reference, output) -> error >= 0`` of two outputs of the transformer, infinite if not finite.
 
-Pictures are (B, C, H, W), videos (B, C, F, H, W), packed latents (B, T, C); the tokens of the last
-are taken as a line.
+Errors are squared and relative to the reference. Images are (B, C, H, W), videos (B, C, F, H, W),
+packed latents (B, T, C); the tokens of the last are treated as a line.
 """
 
 
-def mse(want: Tensor, got: Tensor) -> float:
-    """Relative squared error ``|got - want|^2 / |want|^2``."""
-    return relative_error(got, want)
+def mse(reference: Tensor, output: Tensor) -> float:
+    """Relative squared error ``|output - reference|^2 / |reference|^2``."""
+    return relative_error(output, reference)
 
 
-def content(want: Tensor, got: Tensor) -> float:
+def content(reference: Tensor, output: Tensor) -> float:
     """Error of the low frequencies: of moving averages over 4 x 4 pixels, or 4 tokens."""
-    return _relative(_low(want), _low(got), want)
+    return _relative(_low(reference), _low(output), reference)
 
 
-def fidelity(want: Tensor, got: Tensor) -> float:
-    """Error of the high frequencies: of the differences between neighbours."""
-    if all(want.shape[axis] == 1 for axis in _axes(want)):
-        return mse(want, got)
-    return _relative(_slopes(want), _slopes(got), want)
+def fidelity(reference: Tensor, output: Tensor) -> float:
+    """Error of the high frequencies: of the differences between neighbors."""
+    if all(reference.shape[axis] == 1 for axis in _axes(reference)):
+        return mse(reference, output)
+    return _relative(_slopes(reference), _slopes(output), reference)
 
 
-def temporal(want: Tensor, got: Tensor) -> float:
+def temporal(reference: Tensor, output: Tensor) -> float:
     """Error of the differences between frames; ``fidelity`` where there are none."""
-    if want.ndim != 5 or want.shape[2] == 1:
-        return fidelity(want, got)
-    return _relative(want.double().diff(dim=2), got.double().diff(dim=2), want)
+    if reference.ndim != 5 or reference.shape[2] == 1:
+        return fidelity(reference, output)
+    return _relative(reference.double().diff(dim=2), output.double().diff(dim=2), reference)
 
 
-def text(want: Tensor, got: Tensor) -> float:
-    """Error of the guidance direction: of one half of the batch less the other.
+def text(reference: Tensor, output: Tensor) -> float:
+    """Error of the guidance direction: one half of the batch minus the other.
 
-    Both its angle and its length count, since the sampler multiplies it by the guidance scale.
+    Both its angle and its length count, because the sampler multiplies it by the guidance scale.
     ``content`` where the batch has no halves.
     """
-    if len(want) % 2:
-        return content(want, got)
-    (a, b), (c, d) = want.double().chunk(2), got.double().chunk(2)
-    return _relative(a - b, c - d, want)
+    if len(reference) % 2:
+        return content(reference, output)
+    (a, b), (c, d) = reference.double().chunk(2), output.double().chunk(2)
+    return _relative(a - b, c - d, reference)
 
 
 METRICS: dict[str, Metric] = {
@@ -71,36 +71,36 @@ METRICS: dict[str, Metric] = {
 GROUPS: dict[str, str] = {
     **{role: "text" for role in ROLES if role.startswith("xattn.")},
     **{role: "fidelity" for role in ROLES if role.startswith(("attn.", "ffn."))},
-    **dict.fromkeys(("adaln", "embed", "head"), "content"),  # they touch every token alike
+    **dict.fromkeys(("adaln", "embed", "head"), "content"),  # they affect every token equally
     "other": "mse",
 }
-"""The metric that ranks the layers of a role (ours, for the paper's metrics see the module)."""
+"""The metric that ranks the layers of a role (ours; see the module for the paper's metrics)."""
 
 
 def groups_of(input_groups: Iterable[InputGroup]) -> dict[str, str]:
-    """The metric of each site, by the role of its first linear and by name for attention in time.
+    """The metric of each input group: by the role of its first linear, ``temporal`` by its name.
 
     Returns:
-        Name of a site to a key of ``METRICS``.
+        Name of an input group to a key of ``METRICS``.
     """
-    first = {site.name: site.linears[0] for site in input_groups}
+    linears = {group.name: group.linears[0] for group in input_groups}
     return {
         name: "temporal"
         if "temporal" in linear.name and linear.role.startswith("attn.")
         else GROUPS[linear.role]
-        for name, linear in first.items()
+        for name, linear in linears.items()
     }
 
 
-def _relative(want: Tensor, got: Tensor, whole: Tensor) -> float:
-    """Mean squared error over the mean square of ``want``, a part of ``whole``.
+def _relative(reference: Tensor, output: Tensor, whole: Tensor) -> float:
+    """Mean squared error over the mean square of ``reference``, a component of ``whole``.
 
-    A part without energy, such as the differences of still frames, counts as a millionth of the
-    whole: its damage is large then, not infinite.
+    A component without energy, such as the differences of still frames, counts as a millionth of
+    the whole: its error is large then, not infinite.
     """
-    want, got, whole = want.double(), got.double(), whole.double()
-    scale = torch.maximum(want.square().mean(), 1e-6 * whole.square().mean()).clamp(min=1e-300)
-    error = float((got - want).square().mean() / scale)
+    reference, output, whole = reference.double(), output.double(), whole.double()
+    power = torch.maximum(reference.square().mean(), 1e-6 * whole.square().mean())
+    error = float((output - reference).square().mean() / power.clamp(min=1e-300))
     return error if math.isfinite(error) else math.inf
 
 

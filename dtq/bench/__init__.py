@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time quantized layers next to float layers and to those of other libraries."""
+"""Benchmarks: time quantized layers and models against float ones and those of other libraries."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers and models that ``dtq bench`` times: float ones, and their quantized forms."""
+"""Layers and models that ``dtq bench`` times, float and quantized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dtq.demo import folder as demo_folder
 from dtq.formats import FORMATS
@@ -19,21 +19,28 @@ from dtq.nn.gelu import use_fast_gelu
 from dtq.plan.layers import LayerSpec
 from dtq.recipe.resolve import MODULATION
 
-OURS = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
-"""Recipes and the format of their weights."""
+RECIPES = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
+"""Recipes that are timed, and their weight formats."""
+
+
+Inputs = dict[str, Any]
+"""Keyword arguments of a forward."""
 
 
 @dataclass
 class Case:
-    """A float32 model and what it is called with.
+    """A float32 model and the inputs of its forward.
 
     Attributes:
+        name: of the row.
+        model: in evaluation mode.
+        inputs: keyword arguments.
         tokens: of a sample.
     """
 
     name: str
     model: nn.Module
-    given: dict[str, Any]
+    inputs: Inputs
     tokens: int
 
 
@@ -42,22 +49,97 @@ def cases(quick: bool) -> Iterator[Case]:
     torch.manual_seed(0)
     blocks = 4 if quick else 28
     for tokens in (256,) if quick else (256, 1024):
-        yield _dit(blocks, tokens)
+        name = f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2"
+        yield Case(name, *dit_like(blocks, 2 * math.isqrt(tokens)), tokens)
     yield _pixart(blocks)
-    yield _flux()
+    name = "FLUX.1 shape, 1 double and 2 single blocks, 1024 + 128 tokens"
+    yield Case(name, *flux_like(1, 2), 1152)
     yield _demo()
 
 
-def _dit(blocks: int, tokens: int) -> Case:
+def dit_like(
+    blocks: int, side: int, heads: int = 16, head_width: int = 72
+) -> tuple[nn.Module, Inputs]:
+    """A DiT with random weights, and inputs for two images.
+
+    Args:
+        blocks: how many; 28 in DiT-XL/2.
+        side: of the latents in pixels; a token is 2 x 2 of them.
+        heads: of attention.
+        head_width: channels of a head.
+
+    Returns:
+        The model in float32, in evaluation mode; its inputs.
+    """
     from diffusers import DiTTransformer2DModel
 
-    side = 2 * math.isqrt(tokens)
     model = DiTTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8,
+        num_attention_heads=heads, attention_head_dim=head_width, in_channels=4, out_channels=8,
         num_layers=blocks, sample_size=side, patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
-    name = f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2"
-    return Case(name, model.eval(), _labelled(side), tokens)
+    return model.eval(), _labeled(side)
+
+
+def flux_like(
+    double_blocks: int,
+    single_blocks: int,
+    heads: int = 24,
+    text_width: int = 4096,
+    image: int = 1024,
+    text: int = 128,
+    guidance: bool = False,
+) -> tuple[nn.Module, Inputs]:
+    """A FLUX.1 with random weights, and inputs for one image.
+
+    Args:
+        double_blocks: how many; 19 in FLUX.1.
+        single_blocks: how many; 38 in FLUX.1.
+        heads: of attention, 128 channels each.
+        text_width: channels of the text encoding.
+        image: tokens.
+        text: tokens.
+        guidance: whether the model embeds the guidance scale, as FLUX.1-dev does.
+
+    Returns:
+        The model in float32, in evaluation mode; its inputs.
+    """
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        num_layers=double_blocks, num_single_layers=single_blocks, num_attention_heads=heads,
+        attention_head_dim=128, joint_attention_dim=text_width, guidance_embeds=guidance,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, image, 64),
+        "encoder_hidden_states": torch.randn(1, text, text_width),
+        "pooled_projections": torch.randn(1, 768),
+        "timestep": torch.full((1,), 0.5),
+        "img_ids": torch.zeros(image, 3),
+        "txt_ids": torch.zeros(text, 3),
+    }
+    return model.eval(), inputs | ({"guidance": torch.full((1,), 3.5)} if guidance else {})
+
+
+def flux(device: torch.device, quick: bool) -> tuple[nn.Module, Inputs, int]:
+    """Blocks of FLUX.1 on a GPU, 4096 + 512 tokens: a bfloat16 model, its inputs, the tokens."""
+    small = device.type == "cpu"  # only in tests
+    few = quick or small
+    heads = 2 if small else 24
+    image, text = (16, 8) if small else (4096, 512)
+    with device:
+        model, inputs = flux_like(
+            1 if few else 4, 2 if few else 8, heads, 64 * heads, image, text, guidance=True
+        )
+    return model.to(torch.bfloat16), cast_floats(inputs, torch.bfloat16), image + text
+
+
+def dit(device: torch.device, quick: bool) -> tuple[nn.Module, Inputs, int]:
+    """DiT-XL/2 on a GPU, 1024 tokens and two images: a bfloat16 model, its inputs, the tokens."""
+    small = device.type == "cpu"
+    blocks, side = 2 if small else 7 if quick else 28, 8 if small else 64
+    with device:
+        model, inputs = dit_like(blocks, side, 2 if small else 16, 64 if small else 72)
+    return model.to(torch.bfloat16), cast_floats(inputs, torch.bfloat16), (side // 2) ** 2
 
 
 def _demo() -> Case:
@@ -66,10 +148,10 @@ def _demo() -> Case:
     model = DiTTransformer2DModel.from_pretrained(demo_folder() / "transformer")
     side = model.config.sample_size
     tokens = (side // model.config.patch_size) ** 2
-    return Case("demo, batch 2", model.eval(), _labelled(side), tokens)
+    return Case("demo, batch 2", model.eval(), _labeled(side), tokens)
 
 
-def _labelled(side: int) -> dict[str, Any]:
+def _labeled(side: int) -> Inputs:
     return {
         "hidden_states": torch.randn(2, 4, side, side),
         "timestep": torch.tensor([500, 500]),
@@ -85,76 +167,81 @@ def _pixart(blocks: int) -> Case:
         num_layers=blocks, sample_size=32, patch_size=2, caption_channels=4096,
         cross_attention_dim=1152,
     )  # fmt: skip
-    given = {
+    inputs = {
         "hidden_states": torch.randn(2, 4, 32, 32),
         "encoder_hidden_states": torch.randn(2, 120, 4096),
         "timestep": torch.tensor([500, 500]),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
     name = f"PixArt-alpha shape, {blocks} blocks, 256 tokens + 120 of text, batch 2"
-    return Case(name, model.eval(), given, 256)
+    return Case(name, model.eval(), inputs, 256)
 
 
-def _flux() -> Case:
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        num_layers=1, num_single_layers=2, num_attention_heads=24, attention_head_dim=128,
-        joint_attention_dim=4096,
-    )  # fmt: skip
-    given = {
-        "hidden_states": torch.randn(1, 1024, 64),
-        "encoder_hidden_states": torch.randn(1, 128, 4096),
-        "pooled_projections": torch.randn(1, 768),
-        "timestep": torch.full((1,), 0.5),
-        "img_ids": torch.zeros(1024, 3),
-        "txt_ids": torch.zeros(128, 3),
+def cast_floats(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs with floating-point tensors in another dtype."""
+    return {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
     }
-    name = "FLUX.1 shape, 1 double and 2 single blocks, 1024 + 128 tokens"
-    return Case(name, model.eval(), given, 1152)
 
 
-def quantized(layer: nn.Linear, weights: str, acts: str = "int8-row") -> QuantLinear:
-    """The layer as a recipe leaves it, smoothed and rotated online; rounded to nearest."""
-    fmt, w = FORMATS[weights], layer.weight.detach().float()
-    block = 64 if layer.in_features % 64 == 0 else 1
-    new = QuantLinear.in_place_of(
-        layer, LayerSpec(weights, acts, block, True), compute_dtype=torch.bfloat16
-    )
-    parts = fmt.pack(w, fmt.compute_qparams(w))
-    parts["pre_quant_scale"] = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
-    new.fill(parts)
+def quantized(
+    layer: nn.Linear,
+    weight_format: str,
+    activation_format: str = "int8-row",
+    *,
+    transformed: bool = True,
+) -> QuantLinear:
+    """The layer as a recipe leaves it, rounded to nearest, in bfloat16.
+
+    Args:
+        layer: float.
+        weight_format: a key of ``FORMATS``.
+        activation_format: a key of ``ACTIVATION_FORMATS``.
+        transformed: whether it scales and rotates its input online. The transform is not undone in
+            the weight: only the time counts.
+
+    Returns:
+        The quantized layer.
+    """
+    fmt, w = FORMATS[weight_format], layer.weight.detach().float()
+    block = 64 if transformed and layer.in_features % 64 == 0 else 1
+    spec = LayerSpec(weight_format, activation_format, block, transformed)
+    new = QuantLinear.in_place_of(layer, spec, compute_dtype=torch.bfloat16)
+    tensors = fmt.pack(w, fmt.compute_qparams(w))
+    if transformed:
+        tensors["pre_quant_scale"] = w.new_ones(1, layer.in_features, dtype=torch.bfloat16)
+    new.fill(tensors)
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach().bfloat16(), requires_grad=False)
     return new
 
 
+def weight_only(layer: nn.Linear, weight_format: str) -> QuantLinear:
+    """The layer with packed weights and float activations."""
+    return quantized(layer, weight_format, "none", transformed=False)
+
+
 def quantized_model(
-    model: nn.Module, name: str, modulation: str | None = MODULATION["w8a16"]
+    model: nn.Module, recipe: str, modulation: str | None = MODULATION["w8a16"]
 ) -> nn.Module:
     """A bfloat16 copy with quantized attention and feed-forward.
 
     Args:
-        modulation: weight-only format of modulation; None leaves it alone.
+        model: float.
+        recipe: a key of ``RECIPES``.
+        modulation: weight-only format of the modulation linears; None: they stay in bfloat16.
+
+    Returns:
+        The copy.
     """
-    made = copy.deepcopy(model).bfloat16()
-    for where, layer in list(made.named_modules()):
-        if not isinstance(layer, nn.Linear) or "blocks." not in where:
+    twin = copy.deepcopy(model).bfloat16()
+    for name, layer in list(twin.named_modules()):
+        if not isinstance(layer, nn.Linear) or "blocks." not in name:
             continue
-        if "norm" not in where:
-            made.set_submodule(where, quantized(layer, OURS[name]))
-        elif modulation and where.endswith(".linear") and layer.in_features % 64 == 0:
-            made.set_submodule(where, weight_only(layer, modulation))
-    use_fast_gelu(made)
-    return made
-
-
-def weight_only(layer: nn.Linear, weights: str) -> QuantLinear:
-    """The layer with packed weights and float activations."""
-    new = quantized(layer, weights, "none")
-    plain = QuantLinear.in_place_of(
-        layer, LayerSpec(weights, "none"), compute_dtype=torch.bfloat16, device=layer.weight.device
-    )
-    plain.fill({n: t for n, t in new.packed_tensors().items() if n != "pre_quant_scale"})
-    plain.bias = new.bias
-    return plain
+        if "norm" not in name:
+            twin.set_submodule(name, quantized(layer, RECIPES[recipe]))
+        elif modulation and name.endswith(".linear") and layer.in_features % 64 == 0:
+            twin.set_submodule(name, weight_only(layer, modulation))
+    use_fast_gelu(twin)
+    return twin

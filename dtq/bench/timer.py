@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long something takes: on the host by a clock, on a GPU by events around a captured graph."""
+"""Stopwatches: a clock on the host, events around a captured graph on a GPU."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ from typing import Protocol
 
 import torch
 
-_ENOUGH = 2e-3  # seconds of a measurement: below, the clock's own time shows
+_MIN_SECONDS = 2e-3  # of a measurement: in a shorter one the clock's own time shows
 
 
 class Clock(Protocol):
-    """Makes a stopwatch of something that is done again and again."""
+    """Makes stopwatches."""
 
     @property
     def name(self) -> str:
-        """What is measured, for the conditions."""
+        """How time is measured, for the conditions."""
 
     def watch(self, run: Callable[[], object]) -> Callable[[], float]:
-        """A function that runs it and returns the seconds of one run."""
+        """A function that runs ``run``, and returns the seconds of one run."""
 
 
 class HostClock:
-    """With one thread the clock is that of the thread, which stands still while others have the
-    core; with several it is the wall's."""
+    """CPU time of the thread if there is one thread, else wall time.
+
+    The time of a thread stands still while other processes have its core.
+    """
 
     @property
     def name(self) -> str:
+        """``thread`` or ``wall``."""
         return "thread" if torch.get_num_threads() == 1 else "wall"
 
     def watch(self, run: Callable[[], object]) -> Callable[[], float]:
+        """A stopwatch of ``run``, which is repeated in a measurement if it is short."""
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        run()  # does not count: memory is allocated, kernels are made
+        run()  # does not count: it allocates memory and compiles kernels
         started = clock()
         run()
-        repeats = max(1, min(50, int(_ENOUGH / max(clock() - started, 1e-6))))
+        repeats = max(1, min(50, int(_MIN_SECONDS / max(clock() - started, 1e-6))))
 
         def measure() -> float:
             started = clock()
@@ -48,13 +52,14 @@ class HostClock:
 
 
 class GpuClock:
-    """Runs are captured in one graph, so that the host's launches do not count."""
+    """Runs are captured in one graph, so the launches of the host do not count."""
 
     name = "events around a replayed CUDA graph"
 
     def watch(self, run: Callable[[], object]) -> Callable[[], float]:
-        once = self._alone(run)
-        repeats = max(4, min(64, int(_ENOUGH / max(once, 1e-6))))
+        """A stopwatch of ``run``, captured several times in one graph."""
+        once = self._single(run)
+        repeats = max(4, min(64, int(_MIN_SECONDS / max(once, 1e-6))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(repeats):
@@ -71,8 +76,8 @@ class GpuClock:
         measure()
         return measure
 
-    def _alone(self, run: Callable[[], object]) -> float:
-        """Seconds of a run; warmed up on a stream of its own, as capturing wants it."""
+    def _single(self, run: Callable[[], object]) -> float:
+        """Seconds of a run. Warm-up is on a stream of its own, as capturing requires."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -9,7 +9,6 @@ many processes there are, and wherever one of them was killed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.engine import CalibrationRun, collect_shard
 from dtq.errors import CheckpointError
+from dtq.io.checksum import bytes_digest
 from dtq.models import InputGroup
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.settings import SamplingSettings
@@ -46,7 +46,7 @@ def calibrate_in_shards(
     """
     parts, team = runs.shards(settings.num_shards), tasks.workers
     names = "\n".join([*(site.name for site in input_groups), *sorted(needs)])
-    path = tasks.path(f"statistics/{hashlib.sha256(names.encode()).hexdigest()[:16]}")
+    path = tasks.path(f"statistics/{bytes_digest(names.encode())[:16]}")
     assert path is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     done = team.broadcast(_parts_in(path) if team.is_main else 0)

@@ -75,7 +75,7 @@ def calibration_run(
     model, pipeline = loaded.model, loaded.pipeline
     if inputs is None and pipeline is not None:
         requests = prompts.load(settings.prompts, pipeline, settings.samples)
-        batch = image_inputs.wanted(pipeline, settings).batch(settings.batch_size)
+        batch = image_inputs.required(pipeline, settings).batch(settings.batch_size)
         batches = -(-len(requests.entries) // batch)
 
         def generate(i: int) -> object:

@@ -78,7 +78,8 @@ def _table(models: dict[str, nn.Module]) -> list[str]:
         config = _config(model)
         lines.append(
             f"| {title} | `{config.recipe}` | {len(layers)} of {every} "
-            f"| {_most(m.weight_format for m in layers)} | {_most(m.activation_format for m in layers)} "
+            f"| {_most(m.weight_format for m in layers)} "
+            f"| {_most(m.activation_format for m in layers)} "
             f"| {8 * size / count:.2f} | {str(config.compute_dtype).removeprefix('torch.')} |"
         )
     return lines

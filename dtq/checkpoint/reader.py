@@ -11,7 +11,6 @@ entries in random order, and the same model must give the same bytes.)
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
 from dtq.checkpoint.file_size import SAFETENSORS_DTYPES, file_bytes
 from dtq.errors import CheckpointError, InputError
-from dtq.io.checksum import _signed, checksum
+from dtq.io.checksum import checksum, text_checksum
 from dtq.io.safe_parse import read_json
 from dtq.models.linears import shape_of
 from dtq.nn.swap import planned_linears
@@ -47,7 +46,7 @@ def with_checksums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def outline(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
     """CRC-32 of a line ``name dtype shape`` per tensor, in order of names, signed."""
     lines = (f"{k} {dtype} {list(shape)}\n" for k, (dtype, shape) in sorted(tensors.items()))
-    return _signed(zlib.crc32("".join(lines).encode()))
+    return text_checksum("".join(lines))
 
 
 def predicted_bytes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line. Each command parses, calls one function, prints a table.
+"""The command line: each command parses its options, calls dtq, and prints.
 
-The commands are in files of their noun, options that several share in ``options.py``.
+One file per command. ``options.py`` holds the options that several commands share, ``inputs.py``
+what their values mean, ``output.py`` how results are printed. A file of a command imports nothing
+slow at its top, so that ``--help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -11,78 +13,113 @@ import os
 import signal
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import click
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
-import dtq
-from dtq.cli import bench, doctor, evaluate, gate, inspect, quantize, recipe
+from dtq.cli import (
+    bench,
+    calibrate,
+    doctor,
+    evaluate,
+    gate,
+    inspect,
+    plan,
+    quantize,
+    recipe,
+    sample,
+)
 from dtq.errors import DtqError, first_line
-from dtq.pipelines import loading
+from dtq.version import __version__
+
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit codes of a shell for SIGINT and SIGPIPE."""
 
 
 class Commands(click.Group):
-    """Turns what can go wrong into one line and an exit code."""
+    """Turns errors into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
         # a kill is an interrupt: half-written folders are removed on the way out
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # dtq inspect ... | head
+            _stop_writing()
         except DtqError as error:
             _fail(str(error))
         except SafetensorError as error:
             _fail(f"safetensors: {error}")
         except (MemoryError, RuntimeError, OSError) as error:
-            if loading.out_of_memory(error):
+            if _out_of_memory(error):
                 _fail(
-                    f"out of memory ({first_line(error)}). Take less at a time: --memory 4GB, "
-                    f"--set calibration.batch=1; dtq plan says what is needed"
+                    f"out of memory ({first_line(error)}). Use less at a time: --memory 4GB, "
+                    f"--set calibration.batch_size=1; dtq plan estimates what is needed"
                 )
             if not isinstance(error, OSError):
                 raise
             _fail(" ".join(str(error).split()))
         except KeyboardInterrupt:
             click.echo("interrupted; no half-written folder is left", err=True)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     click.echo(f"error{f' in process {rank}' if rank != '0' else ''}: {message}", err=True)
     sys.exit(1)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(dtq.__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Say what is decided on the way.")
+def _stop_writing() -> NoReturn:
+    """End silently; the interpreter would write the rest of the output as it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    sys.exit(BROKEN_PIPE)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from dtq.pipelines.loading import out_of_memory
+
+    return out_of_memory(error)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Print the decisions on the way.")
 def main(verbose: bool) -> None:
-    """Quantize diffusion transformers after training, and prove that they did not get worse.
+    """Quantize diffusion transformers after training, and measure what that changes.
 
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8     quantize the bundled model
-    dtq eval demo-w4a8 --reference demo -o report    compare it with the float one
-    dtq gate report --baseline base.json             fail when it got worse since
+    dtq eval demo-w4a8 --reference demo -o report    compare it with the float model
+    dtq gate report --baseline base.json             fail if it is worse than the baseline
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("dtq").setLevel(logging.INFO if verbose else logging.WARNING)
-    if not verbose:  # diffusers' own deprecations are not the user's business
+    if not verbose:  # deprecations inside diffusers do not concern the user
         warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
-        diffusers_logging.set_verbosity_error()
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # read when diffusers is imported
+        logging.getLogger("diffusers").setLevel(logging.ERROR)  # if it is imported already
 
 
 COMMANDS: tuple[click.Command, ...] = (
     quantize.quantize,
-    quantize.plan,
-    quantize.calibrate,
+    plan.plan,
+    calibrate.calibrate,
     inspect.inspect,
-    evaluate.sample,
+    sample.sample,
     evaluate.evaluate,
     gate.gate,
     recipe.recipe,

@@ -1,51 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dtq bench``: quantized layers beside float ones, timed on this machine."""
+"""``dtq bench``: quantized layers compared with float ones, timed on this machine."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
-from dtq.bench.cpu import SUITES, ratios
-from dtq.cli.output import print_bench, print_race
-from dtq.evaluate.optional_packages import need
-from dtq.evaluate.report import plots
-from dtq.io.atomic import atomic_write
-from dtq.kernels import LIBRARIES
+from dtq.cli import options as opt
+from dtq.cli.output import or_dash, size, table
+
+if TYPE_CHECKING:
+    from dtq.bench.compare import BenchRow, Result
 
 
-@click.command("bench")
-@click.option("--suite", type=click.Choice(["gemm", "e2e"]), default="gemm", show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The GPU where there is one.")
-@click.option(
-    "--quick", is_flag=True, help="Fewer sizes; blocks of the large model, not all of it."
+# fmt: off
+_options = opt.combined(
+    click.option("--suite", type=click.Choice(["gemm", "e2e"]), default="gemm",
+                 help="What to time: gemm is single linears, e2e one denoising step of models with "
+                      "random weights."),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]),
+                 help="Device to time. Default: cuda if there is a GPU, else cpu."),
+    opt.flag("--quick", help="Time fewer sizes, and only blocks of the large model."),
+    click.option("--rounds", default=15, type=click.IntRange(2),
+                 help="Number of interleaved measurements."),
+    opt.count("--threads", default=1, help="Number of CPU threads."),
+    opt.json(help="Print the result as JSON, without tables."),
+    opt.output(help="File to write the result to, as JSON. Default: not written."),
+    opt.path("--plot", help="SVG file to write a chart of the ratios to. Default: not written."),
 )
-@click.option("--rounds", default=15, show_default=True, type=click.IntRange(2))
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="FILE for every figure.")
-@click.option("--plot", type=click.Path(path_type=Path), help="FILE.svg for a chart of the ratios.")
+# fmt: on
+
+
+@click.command()
+@_options
 def bench(
     suite: str,
     device: str | None,
     quick: bool,
     rounds: int,
     threads: int,
-    json_file: Path | None,
+    as_json: bool,
+    output: Path | None,
     plot: Path | None,
 ) -> None:
-    """Time quantized layers beside float ones on this machine.
+    """Time quantized and float layers on this machine.
 
-    gemm: single linears. e2e: one denoising step of models with random weights. Beside float32 and
-    bfloat16 stand torch._int_mm and, where installed, torchao, optimum-quanto and bitsandbytes.
+    The measurements of all are interleaved: float32, bfloat16, torch._int_mm, dtq and, if they are
+    installed, torchao, optimum-quanto and bitsandbytes.
 
     \b
     dtq bench --quick
-    dtq bench --suite e2e --device cuda
+    dtq bench --suite e2e --device cuda --json -o bench.json
     """
-    from dtq.bench import gpu
+    import torch
+
+    from dtq.bench import cpu, gpu
+    from dtq.bench.compare import ratios
+    from dtq.evaluate.optional_packages import need
+    from dtq.evaluate.report import plots
+    from dtq.io.atomic import atomic_write
+    from dtq.kernels import LIBRARIES
 
     if plot is not None:
         need("matplotlib", "matplotlib")  # before minutes of measuring
@@ -53,15 +71,59 @@ def bench(
     if device == "cuda":
         gpu.gpu()
     LIBRARIES[device].load()
-    suites = gpu.SUITES if device == "cuda" else SUITES
+    suites = gpu.SUITES if device == "cuda" else cpu.SUITES
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = suites[suite](quick=quick, rounds=rounds, say=print_race)
+        result = suites[suite](
+            quick=quick, rounds=rounds, progress=None if as_json else _print_case
+        )
     finally:
         torch.set_num_threads(before)
-    if json_file is not None:
-        atomic_write(json_file, json.dumps(result.to_json(), indent=1) + "\n")
+    text = json.dumps(result.to_json(), indent=1)
+    if output is not None:
+        atomic_write(output, f"{text}\n")
     if plot is not None:
         atomic_write(plot, plots.bench(ratios(result, "w4a8"), "w4a8"))
-    print_bench(result)
+    if as_json:
+        click.echo(text)
+    else:
+        _print(result)
+
+
+def _print_case(rows: Sequence[BenchRow]) -> None:
+    """Print one size as soon as it is measured."""
+    from dtq.bench.cases import RECIPES
+
+    shares = any(row.share is not None for row in rows)
+    head = [f"{rows[0].case}, M {rows[0].tokens}", "ms", "weights"]
+    head += [*(["of peak"] if shares else []), *(f"/ {ours}" for ours in RECIPES)]
+    table(head, [_cells(row, RECIPES, shares) for row in rows])
+    click.echo()
+
+
+def _cells(row: BenchRow, ours: Iterable[str], shares: bool) -> list[str]:
+    cells = [row.name, f"{row.seconds * 1e3:.3f}", size(row.bytes)]
+    if shares:
+        cells.append(or_dash(row.share, ".0%"))
+    for name in ours:
+        low, middle, high = row.ratio.get(name, (0.0, 0.0, 0.0))
+        cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})" if name in row.ratio else "1")
+    return cells
+
+
+def _print(result: Result) -> None:
+    """Print geometric means over the cases, the conditions, and a sentence."""
+    from dtq.bench.cases import RECIPES
+    from dtq.bench.compare import geometric_means, verdict
+
+    for ours in RECIPES:
+        means = geometric_means(result.rows, ours)
+        tokens, others = sorted({t for t, _ in means}), list(dict.fromkeys(n for _, n in means))
+        table(
+            (f"time / {ours}", *(f"M {t}" for t in tokens)),
+            [(name, *(or_dash(means.get((t, name)), ".2f") for t in tokens)) for name in others],
+        )
+        click.echo()
+    click.echo(", ".join(f"{key} {value}" for key, value in result.conditions.items()))
+    click.echo(verdict(result.rows))

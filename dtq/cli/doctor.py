@@ -8,67 +8,61 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import click
-import torch
 
-import dtq
-from dtq import demo
 from dtq.cli.output import size, table
-from dtq.kernels import KERNELS, LIBRARIES, on
+from dtq.version import __version__
+
+_PACKAGES = (
+    "diffusers",
+    "safetensors",
+    "accelerate",
+    "peft",
+    "datasets",
+    "torchmetrics",
+    "matplotlib",
+    "torchao",
+    "optimum.quanto",
+)
 
 
 @click.command()
 def doctor() -> None:
-    """Say what this machine has, what runs on it, and what is missing."""
-    rows = [
-        ("python", platform.python_version()),
-        ("dtq", dtq.__version__),
-        ("torch", torch.__version__),
-    ]
-    for package in (
-        "diffusers",
-        "safetensors",
-        "accelerate",
-        "peft",
-        "datasets",
-        "torchmetrics",
-        "matplotlib",
-        "torchao",
-        "optimum.quanto",
-    ):
-        rows.append((package, _version(package) if _found(package) else "not installed"))
+    """Show what this machine has and which kernels it runs.
+
+    \b
+    dtq doctor
+    """
+    import torch
+
+    from dtq import demo
+    from dtq.kernels import KERNELS, LIBRARIES, on
+
+    gpu = "none that torch can use; everything runs on the CPU"
     if torch.cuda.is_available():
-        rows.append(
-            (
-                "gpu",
-                f"{torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}",
-            )
-        )
-    else:
-        rows.append(("gpu", "none that torch can use; everything runs on the CPU"))
-    rows.append(
-        ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    )
-    rows.append(("kernels", ", ".join(k.name for k in KERNELS)))
+        capability = "".join(map(str, torch.cuda.get_device_capability()))
+        gpu = f"{torch.cuda.get_device_name()}, sm_{capability}"
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    rows = [("python", platform.python_version()), ("dtq", __version__)]
+    rows.append(("torch", torch.__version__))
+    rows += [(package, _version(package)) for package in _PACKAGES]
+    rows += [("gpu", gpu), ("cpu", cpu), ("kernels", ", ".join(k.name for k in KERNELS))]
     for kernel in KERNELS:
         rows.append((f"  {kernel.name}", "; ".join(on(kernel, x) for x in LIBRARIES.values())))
     for library in LIBRARIES.values():
         rows.append((f"{library.title} kernels", library.describe()))
-        rows += [(f"  {name}", what) for name, what in library.levels()]
+        rows += [(f"  {name}", state) for name, state in library.levels()]
     for name in ("demo", "demo-video"):
         files = (f for f in demo.folder(name).rglob("*") if f.is_file())
         rows.append((f"bundled {name}", size(sum(f.stat().st_size for f in files))))
-    table(("what", "here"), rows)
-
-
-def _found(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
+    table(("component", "state"), rows)
 
 
 def _version(package: str) -> str:
     try:
+        if importlib.util.find_spec(package) is None:
+            return "not installed"
         return version(package.replace(".", "-"))
+    except ModuleNotFoundError:
+        return "not installed"
     except PackageNotFoundError:
         return "present"

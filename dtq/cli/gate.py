@@ -14,6 +14,7 @@ from typing import Any
 import click
 import yaml
 
+from dtq.cli import options as opt
 from dtq.cli.output import table
 from dtq.errors import DtqError, printable
 
@@ -23,29 +24,34 @@ INVALID = 3
 class Gate(click.Group):
     """A group whose first argument may be a run: ``dtq gate RUN`` is ``dtq gate check RUN``.
 
-    Exit code 2 means inconclusive and 1 regression, so wrong usage and unreadable files are 3.
+    Exit code 1 means regression and 2 inconclusive, so wrong usage and unreadable files are 3.
     """
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The named command, or ``check`` if the first argument names none."""
         if args and args[0] not in self.commands:
             return "check", self.commands["check"], args
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        asks = args and args[0] in ("-h", "--help")
-        if args and args[0].startswith("-") and not asks:
-            args = ["check", *args]  # options before the run are those of check
+        """The arguments, with ``check`` before options that come before the run."""
+        help = args and args[0] in ("-h", "--help")
+        if args and args[0].startswith("-") and not help:
+            args = ["check", *args]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; errors end with the exit code ``INVALID``."""
         with _code_3():
             return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show the options of ``check`` and the commands."""
         check = self.commands["check"]
-        rows = [row for p in check.get_params(ctx) if (row := p.get_help_record(ctx)) is not None]
+        options = [param for param in check.get_params(ctx) if isinstance(param, click.Option)]
+        rows = [row for option in options if (row := option.get_help_record(ctx)) is not None]
         with formatter.section("Options"):
             formatter.write_dl(rows)
         self.format_commands(ctx, formatter)
@@ -55,6 +61,8 @@ class Gate(click.Group):
 def _code_3() -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:
+        raise
     except click.UsageError as error:
         error.show()
         sys.exit(INVALID)
@@ -64,19 +72,18 @@ def _code_3() -> Iterator[None]:
 
 
 policy_option = click.option(
-    "--policy",
-    default="default",
-    show_default=True,
+    "--policy", default="default", metavar="NAME",
     help="Name of a shipped policy, or a YAML file: metrics, margins, alpha, looks.",
-)
+)  # fmt: skip
 
 
 @click.group(cls=Gate, no_args_is_help=True)
 def gate() -> None:
-    """Say whether RUN is worse than BASE, by more than a margin and beyond doubt.
+    """Test whether RUN is worse than a baseline.
 
-    RUN and BASE are folders of dtq eval, their eval.json, or files of dtq gate accept. Both must be
-    the same job: prompts, seeds, steps, sampler, guidance, float model.
+    Worse by more than a margin, with statistical confidence. RUN is a folder of dtq eval, or its
+    eval.json. The baseline is one of these, or a file of dtq gate accept. Both must have the same
+    prompts, seeds, steps, sampler, guidance and float model.
 
     \b
     dtq eval demo-w4a8 --reference demo --samples 32 -o run
@@ -86,31 +93,32 @@ def gate() -> None:
     \b
     exit code   verdict        means
     0           pass           no deciding metric is worse by more than its margin
-    1           regression     one is
-    2           inconclusive   neither is sure; add prompts (eval --samples)
-    3           invalid        not the same job, a metric, sample or picture is missing, wrong usage
+    1           regression     a deciding metric is worse by more than its margin
+    2           inconclusive   neither is certain; add prompts (eval --samples)
+    3           invalid        different conditions, a missing metric, sample or image, wrong usage
 
-    In a GitHub workflow the table is added to the step's summary.
+    In a GitHub workflow the table is added to the summary of the step.
     """
+
+
+# fmt: off
+_check_options = opt.combined(
+    opt.path("--baseline", required=True,
+         help="Run to compare with: a folder, an eval.json or a baseline file."),
+    policy_option,
+    opt.json(help="Print the verdict and every difference as JSON."),
+    opt.path("--out", help="File to write that JSON to. Default: not written."),
+    opt.path("--junit", help="File to write JUnit XML to, one test case per metric. Default: not written."),
+    opt.path("--sheet",
+         help="File to write an HTML page of the images to, worst first; needs dtq eval --pictures. "
+              "Default: not written."),
+)
+# fmt: on
 
 
 @gate.command("check")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--baseline",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Run to compare with: folder, eval.json or baseline file.",
-)
-@policy_option
-@click.option("--json", "as_json", is_flag=True, help="Print the verdict and every difference.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write that JSON to a file.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML, a case a metric.")
-@click.option(
-    "--sheet",
-    type=click.Path(path_type=Path),
-    help="Write an HTML page of pictures, most harmed first (needs eval --pictures).",
-)
+@_check_options
 def check(
     run: Path,
     baseline: Path,
@@ -122,52 +130,61 @@ def check(
 ) -> None:
     """Compare RUN with a baseline; the same as dtq gate RUN.
 
+    RUN is a folder of dtq eval, or its eval.json.
+
     \b
-    dtq gate run --baseline base.json --policy default --junit gate.xml
+    dtq gate check run --baseline base.json --junit gate.xml
     """
     from dtq.evaluate import run_file
     from dtq.evaluate.gate import render
     from dtq.evaluate.gate.decision import Outcome, decide
     from dtq.evaluate.gate.policy import Policy
 
-    mine, theirs = run_file.read(run), run_file.read(baseline)
-    found = decide(mine, theirs, Policy.load(policy))
-    text = run_file.text(found.to_json())
+    result, base = run_file.read(run), run_file.read(baseline)
+    verdict = decide(result, base, Policy.load(policy))
+    text = run_file.text(verdict.to_json())
     if out is not None:
         out.write_text(text, encoding="utf-8")
     if junit is not None:
-        junit.write_text(render.junit(found), encoding="utf-8")
+        junit.write_text(render.junit(verdict), encoding="utf-8")
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as stream:
-            stream.write(render.markdown(found, mine))
+            stream.write(render.markdown(verdict, result))
     if sheet is not None:
         folder = run if run.is_dir() else run.parent
-        sheet.write_text(render.sheet(found, mine, folder), encoding="utf-8")
+        sheet.write_text(render.sheet(verdict, result, folder), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(json.loads(text)))
     else:
-        if found.rows:
-            table(render.HEAD, [render.cells(row) for row in found.rows])
-        for line in (*found.reasons, *found.notes):
+        if verdict.rows:
+            table(render.HEAD, [render.cells(row) for row in verdict.rows])
+        for line in (*verdict.reasons, *verdict.notes):
             click.echo(f"  - {line}")
-        click.echo(f"{found.outcome.word}: {found.sentence}")
-    if found.outcome is not Outcome.PASS:
-        sys.exit(int(found.outcome))
+        click.echo(f"{verdict.outcome.word}: {verdict.sentence}")
+    if verdict.outcome is not Outcome.PASS:
+        sys.exit(int(verdict.outcome))
+
+
+# fmt: off
+_accept_options = opt.combined(
+    opt.path("--baseline", required=True, help="Baseline file to write."),
+    click.option("--reason", required=True, help="Why it is accepted; kept in the file."),
+    policy_option,
+    click.option("--who", metavar="NAME",
+                 help="Name in the history. Default: your user name."),
+)
+# fmt: on
 
 
 @gate.command("accept")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--baseline", type=click.Path(path_type=Path), required=True, help="Baseline file to write."
-)
-@click.option("--reason", required=True, help="Why; kept in the file.")
-@policy_option
-@click.option("--who", default="", help="Name in the history; yours by default.")
-def accept(run: Path, baseline: Path, reason: str, policy: str, who: str) -> None:
+@_accept_options
+def accept(run: Path, baseline: Path, reason: str, policy: str, who: str | None) -> None:
     """Make RUN the baseline that later runs are compared with.
 
-    The file keeps who accepted what and why, keyed by checkpoint, recipe, policy and hardware, and
-    what the gate said of the new baseline against the last one.
+    RUN is a folder of dtq eval, or its eval.json. The file keeps who accepted what and why, keyed
+    by checkpoint, recipe, policy and hardware, and the verdict of the new baseline against the
+    last one.
 
     \b
     dtq gate accept run --baseline base.json --reason "GPTQ damping is 0.02 now"
@@ -176,7 +193,9 @@ def accept(run: Path, baseline: Path, reason: str, policy: str, who: str) -> Non
     from dtq.evaluate.gate import baseline_file
     from dtq.evaluate.gate.policy import Policy
 
-    entry = baseline_file.accept(run_file.read(run), baseline, reason, Policy.load(policy), who)
+    entry = baseline_file.accept(
+        run_file.read(run), baseline, reason, Policy.load(policy), who or ""
+    )
     last = entry.get("against_the_last")
     words = f"; against the last one: {last['verdict']}" if last else ", the first one"
     click.echo(f"{baseline}: {entry['recipe']} {entry['checkpoint']}, by {entry['who']}{words}")
@@ -185,7 +204,7 @@ def accept(run: Path, baseline: Path, reason: str, policy: str, who: str) -> Non
 @gate.command("log")
 @click.argument("baseline", type=click.Path(path_type=Path))
 def log(baseline: Path) -> None:
-    """Who accepted what into BASELINE, and why.
+    """List who accepted what into the file BASELINE, and why.
 
     \b
     dtq gate log base.json
@@ -210,7 +229,9 @@ def log(baseline: Path) -> None:
 @gate.command("policy")
 @click.argument("name", default="default")
 def policy_(name: str) -> None:
-    """Check a policy, by name or YAML file, and print it with every default filled in.
+    """Check the policy NAME and print it with its defaults.
+
+    NAME is the name of a shipped policy, or a YAML file. Default: default.
 
     \b
     dtq gate policy default > mine.yaml

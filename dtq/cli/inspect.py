@@ -4,39 +4,102 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
-from dtq.checkpoint import reader
-from dtq.cli.options import component_option
-from dtq.cli.output import inspected, print_inspected
+from dtq.cli import options as opt
+from dtq.cli.output import fold, size, table
 from dtq.errors import InputError
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@component_option
-@click.option(
-    "--kernels", is_flag=True, help="Show which kernel runs each layer, and why not another."
-)
-@click.option("--json", "as_json", is_flag=True)
-def inspect(folder: Path, components: tuple[str, ...], kernels: bool, as_json: bool) -> None:
-    """Check a quantized FOLDER and show what is in it.
+@opt.component
+@opt.flag("--kernels", help="Show which kernel runs each layer, and why the others do not.")
+@opt.every_layer
+@opt.json(help="Print the layers as JSON.")
+def inspect(
+    folder: Path, components: tuple[str, ...], kernels: bool, every: bool, as_json: bool
+) -> None:
+    """Check FOLDER and show its quantized layers.
+
+    FOLDER is the output of dtq quantize. Its checksums are verified.
 
     \b
     dtq inspect demo-w4a8 --kernels
     """
-    found = reader.verify(_existing(folder), components or "auto")
-    every = {name: inspected(where) for name, where in found.items()}
-    if as_json:
-        click.echo(json.dumps(every if len(every) > 1 else next(iter(every.values()))))
-        return
-    for name, data in every.items():
-        print_inspected(f"{folder}/{name}" if len(every) > 1 else str(folder), data, kernels)
+    from dtq.checkpoint import reader
 
-
-def _existing(folder: Path) -> Path:
     if not folder.exists():
         raise InputError(f"{folder}: no such folder")
-    return folder
+    folders = reader.verify(folder, components or "auto")
+    data = {name: _inspect(path) for name, path in folders.items()}
+    if as_json:
+        click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
+        return
+    for name, model in data.items():
+        _print(f"{folder}/{name}" if len(data) > 1 else str(folder), model, every)
+        if kernels:
+            _print_kernels(model["layers"])
+
+
+def _inspect(folder: Path) -> dict[str, Any]:
+    """The layers of a quantized model as plain data, and which kernel would run each."""
+    from dtq.kernels import explain
+    from dtq.nn import QuantLinear
+    from dtq.pipelines.loading import load_model
+
+    model = load_model(folder)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    rows = [
+        {
+            "name": name,
+            "shape": [m.out_features, m.in_features],
+            "weight_format": m.weight_format,
+            "activation_format": m.activation_format,
+            "hadamard": m.problem.hadamard_block,
+            "bits": 8
+            * sum(spec.nbytes for spec in m.tensor_specs().values())
+            / (m.in_features * m.out_features),
+            "kernel": m.kernel.name,
+            "kernels": explain(m.problem, (m.out_features, m.in_features)),
+        }
+        for name, m in layers.items()
+    ]
+    config = model.config["quantization_config"]
+    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return {"recipe": config.recipe, "bytes": stored, "layers": rows}
+
+
+def _print(folder: str, data: dict[str, Any], every: bool) -> None:
+    click.echo(
+        f"{folder}: recipe {data['recipe']}, {len(data['layers'])} quantized linears, "
+        f"{size(data['bytes'])}, checksums good"
+    )
+    rows = [
+        (
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            row["weight_format"],
+            row["activation_format"],
+            f"{row['bits']:.2f}",
+            row["kernel"],
+        )
+        for row in data["layers"]
+    ]
+    head = ("layer", "N x K", "weights", "activations", "bits", "kernel")
+    table(head, rows if every else fold(rows))
+
+
+def _print_kernels(rows: Sequence[dict[str, Any]]) -> None:
+    """What runs each layer on each device, with reasons; layers with the same answer once."""
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row["kernels"]), []).append((row["name"],))
+    for lines, names in groups.items():
+        click.echo("\n" + ", ".join(name for (name,) in fold(names)))
+        for line in lines:
+            click.echo(f"  {line}")

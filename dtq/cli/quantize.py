@@ -1,79 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dtq quantize``, ``dtq plan`` and ``dtq calibrate``: from a float model to a quantized folder."""
+"""``dtq quantize``: from a float model to a quantized folder."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import statistics as numbers
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import psutil
-import torch
 
-from dtq.allocate import parse_size
-from dtq.api import open_runs, run_stages
-from dtq.calibrate import store
-from dtq.calibrate.observers import OBSERVERS
-from dtq.checkpoint import reader, writer
-from dtq.cli.options import memory_option, model_options, quiet, recipe_options, recipe_with
-from dtq.cli.output import plan_json, print_plan, print_result, size
-from dtq.errors import InputError
-from dtq.estimate.hardware import reading_time
-from dtq.estimate.size import estimate
-from dtq.io.memory import tune_malloc
-from dtq.io.safe_parse import finite_or_null
-from dtq.pipelines import loading
-from dtq.plan.layers import Plan
-from dtq.runs.run_dir import run_directory
-from dtq.runs.workers import Workers
-from dtq.stages import plan as stages
-from dtq.stages.calibrate import collect, statistics_needed
-from dtq.stages.run import Run
-from dtq.stages.run_identity import run_identity
+from dtq.cli import options as opt
+from dtq.cli.output import duration, size, table
 
-fresh_option = click.option(
-    "--fresh", is_flag=True, help="Forget what an interrupted run finished."
+if TYPE_CHECKING:
+    from dtq.runs.run_dir import RunDirectory
+    from dtq.stages.report import Report
+    from dtq.stages.run import Run
+
+
+# fmt: off
+_options = opt.combined(
+    opt.recipe,
+    opt.model,
+    opt.output(required=True, help="Folder to write."),
+    opt.path("--stats", help="Statistics file from dtq calibrate. Default: calibrate now."),
+    opt.exclude,
+    opt.memory,
+    click.option("--shard-size", default="10GB",
+                 help="Size limit of one safetensors file, such as 500MB."),
+    opt.flag("--overwrite", help="Replace a folder that is not empty."),
+    opt.fresh,
+    click.option("--sanity-check/--no-sanity-check", default=True,
+                 help="Compare a short sampling run with the float model at the end, and promote the "
+                      "layers that fail."),
+    opt.json(help="Print the report as JSON, without progress bars."),
 )
+# fmt: on
 
 
 @click.command()
 @click.argument("model")
-@recipe_options
-@model_options
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write."
-)
-@click.option("--stats", type=click.Path(path_type=Path), help="Statistics from dtq calibrate.")
-@click.option(
-    "--keep",
-    multiple=True,
-    metavar="LAYER",
-    help="Layer to keep: name, prefix, component or re:PATTERN.",
-)
-@memory_option
-@click.option("--shard-size", default="10GB", show_default=True, help="Largest safetensors file.")
-@click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty.")
-@fresh_option
-@click.option(
-    "--sentinel/--no-sentinel",
-    default=True,
-    show_default=True,
-    help="A short run at the end, beside the float model; layers that fail in it are promoted.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, no progress bars.")
+@_options
 def quantize(
     model: str,
     output: Path,
     stats: Path | None,
-    keep: tuple[str, ...],
+    exclude: tuple[str, ...],
     memory: str | None,
     shard_size: str,
     overwrite: bool,
     fresh: bool,
-    sentinel: bool,
+    sanity_check: bool,
     as_json: bool,
     dtype: str,
     components: tuple[str, ...],
@@ -81,182 +62,151 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a diffusers folder.
 
-    A run that was interrupted goes on when the same command is given again.
+    MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
+    demo-video. If a run was interrupted, the same command continues it.
 
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
     dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
     """
+    from dtq.allocate import parse_size
+    from dtq.api import open_runs, run_stages
+    from dtq.calibrate import store
+    from dtq.cli.inputs import quiet, recipe_with
+    from dtq.io.memory import tune_malloc
+    from dtq.pipelines.loading import load_transformers
+    from dtq.runs.run_dir import run_directory
+    from dtq.runs.workers import Workers
+    from dtq.stages.plan import plan
+    from dtq.stages.run_identity import run_identity
+
     tune_malloc()
-    chosen = recipe_with(choices)
-    team = Workers.join()
+    recipe = recipe_with(choices)
+    workers = Workers.join()
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
     with (
-        quiet(as_json or not team.is_main),
-        run_directory(output, team, fresh=fresh, overwrite=overwrite) as directory,
+        quiet(as_json or not workers.is_main),
+        run_directory(output, workers, fresh=fresh, overwrite=overwrite) as directory,
     ):
         if directory.finished:
-            told = (output / "dtq_report.json").read_text(encoding="utf-8")
-            click.echo(told if as_json else f"{output}: the run before had finished it")
+            text = (output / "dtq_report.json").read_text(encoding="utf-8")
+            click.echo(text if as_json else f"{output}: an earlier run has finished it")
             return
         runs = open_runs(
-            loading.load_transformers(model, dtype=dtype, component=components or "auto"),
-            chosen,
+            load_transformers(model, dtype=dtype, component=components or "auto"),
+            recipe,
             tasks=directory.tasks,
             statistics=statistics,
-            exclude=keep,
-            progress=team.is_main and not as_json,
-            check=sentinel,
+            exclude=exclude,
+            progress=workers.is_main and not as_json,
+            check=sanity_check,
         )
         for run in runs:
-            stages.plan(run)
-            _check_disk(run.model, run.plan, run.loaded.dtype, output)
-        inputs = run_identity(runs, chosen.needs(), stats) if team.is_main else {}
+            plan(run)
+            _check_disk(run, output)
+        inputs = run_identity(runs, recipe.needs(), stats) if workers.is_main else {}
         directory.begin(inputs, parse_size(memory) if memory else None)
         for run in runs:
             run.memory = directory.memory
         del statistics
         reports = run_stages(runs)
-        if not team.is_main:
+        if not workers.is_main:
             return
-        first = runs[0].loaded
-        saveable = first.pipeline if first.pipeline is not None else first.model
-        data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
-        if len(data) == 1:
-            (data,) = data.values()
-        data = finite_or_null(data)
-        with directory.result() as side:
-            writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
-            text = json.dumps(data, indent=1) + "\n"
-            (side / "dtq_report.json").write_text(text, encoding="utf-8")
+        data = _save(directory, runs, reports, shard_size)
     if as_json:
         click.echo(json.dumps(data))
         return
     for name, report in reports.items():
         if len(reports) > 1:
             click.echo(f"{name}:")
-        print_result(report, output, time.monotonic() - started)
+        print_report(report, output, time.monotonic() - started)
 
 
-@click.command()
-@click.argument("model")
-@recipe_options
-@model_options
-@click.option("--keep", multiple=True, metavar="LAYER", help="Layer to keep.")
-@memory_option
-@click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
-def plan(
-    model: str,
-    components: tuple[str, ...],
-    dtype: str,
-    keep: tuple[str, ...],
-    memory: str | None,
-    as_json: bool,
-    **choices: Any,
-) -> None:
-    """Show what would happen to each layer, and what it costs, without loading weights.
-
-    \b
-    dtq plan demo --recipe w4a8
-    """
-    tune_malloc()
-    chosen = recipe_with(choices)
-    every: dict[str, dict[str, Any]] = {}
-    found = loading.meta_models(model, components or "auto")
-    folder = Path(model)
-    driven = not folder.exists() or loading.folder_kind(folder) == "pipeline"
-    for name, (skeleton, on_disk) in found.items():
-        compute = on_disk if dtype == "auto" else loading.DTYPES[dtype]
-        run = Run(loading.LoadedModel(model, None, name, skeleton), chosen, exclude=keep)
-        stages.plan(run)
-        scan, resolved = run.scan, run.plan
-        cost = estimate(
-            skeleton,
-            scan,
-            resolved,
-            chosen,
-            compute,
-            needs=statistics_needed(chosen, driven),
-            memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
-            mapped=compute == on_disk,
-            driven=driven,
-            reading=reading_time(folder, name) if compute == on_disk else 0.0,
-        )
-        if as_json:
-            every[name] = plan_json(resolved, cost, scan)
-            continue
-        if len(found) > 1:
-            click.echo(f"{name}:")
-        print_plan(resolved, cost, scan, chosen)
-    if as_json:
-        click.echo(json.dumps(every if len(every) > 1 else next(iter(every.values()))))
-
-
-@click.command()
-@click.argument("model")
-@recipe_options
-@model_options
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="File to write, .safetensors.",
-)
-@fresh_option
-def calibrate(
-    model: str,
-    output: Path,
-    fresh: bool,
-    dtype: str,
-    components: tuple[str, ...],
-    **choices: Any,
-) -> None:
-    """Run the float model once and keep its statistics for any number of recipes.
-
-    A run that was interrupted goes on when the same command is given again.
-
-    \b
-    dtq calibrate demo -o demo-stats.safetensors
-    dtq quantize demo --recipe w4a8 --stats demo-stats.safetensors -o demo-w4a8
-    """
-    tune_malloc()
-    chosen = recipe_with(choices)
-    if not output.parent.is_dir():
-        raise InputError(f"{output.parent}: no such folder")
-    team = Workers.join()
-    with quiet(not team.is_main), run_directory(output, team, fresh=fresh, file=True) as directory:
-        every = loading.load_transformers(model, dtype=dtype, component=components or "auto")
-        if len(every) > 1:
-            found = ", ".join(each.component for each in every)
-            raise InputError(
-                f"{model} has several transformers: choose one of {found} by --component"
-            )
-        run = Run(every[0], chosen, directory.tasks, progress=team.is_main)
-        stages.plan(run)
-        # everything, whatever this recipe needs: the file then serves other recipes too
-        needs = frozenset(OBSERVERS)
-        directory.begin(run_identity([run], needs) if team.is_main else {})
-        run.memory = directory.memory
-        statistics = collect(run, needs)
-        if not team.is_main:
-            return
-        store.save(statistics, output)
-    click.echo(
-        f"{output}: {len(statistics.inputs)} inputs, {statistics.about['calls']} model calls, {size(output.stat().st_size)}"
-    )
-
-
-def _check_disk(model: torch.nn.Module, plan: Plan, dtype: torch.dtype, output: Path) -> None:
-    """Say early that the disk is too full, not after the work."""
-    from dtq.estimate.size import file_tensors
+def _check_disk(run: Run, output: Path) -> None:
+    """Refuse a disk that is too full before the work, not after it."""
+    from dtq.checkpoint.reader import predicted_bytes
+    from dtq.errors import InputError
+    from dtq.estimate import file_tensors
 
     parent = output.resolve()
     while not parent.exists():
         parent = parent.parent
-    needed = reader.predicted_bytes(file_tensors(model, plan, dtype))
+    needed = predicted_bytes(file_tensors(run.model, run.plan, run.loaded.dtype))
     free = shutil.disk_usage(parent).free
     if free < 1.1 * needed:
         raise InputError(f"{parent}: {size(free)} free, the checkpoint needs {size(needed)}")
+
+
+def _save(
+    directory: RunDirectory, runs: list[Run], reports: dict[str, Report], shard_size: str
+) -> dict[str, Any]:
+    """Write the output folder; returns the report as plain data."""
+    from dtq.checkpoint import writer
+    from dtq.io.safe_parse import finite_or_null
+
+    first = runs[0].loaded
+    saveable = first.pipeline if first.pipeline is not None else first.model
+    data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
+    if len(data) == 1:
+        (data,) = data.values()
+    data = finite_or_null(data)
+    with directory.result() as side:
+        writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
+        text = json.dumps(data, indent=1) + "\n"
+        (side / "dtq_report.json").write_text(text, encoding="utf-8")
+    return data
+
+
+def print_report(report: Report, output: Path, seconds: float) -> None:
+    """Print what was decided and measured for one transformer.
+
+    Args:
+        report: of the transformer.
+        output: the folder that was written.
+        seconds: run time.
+    """
+    plan = report.plan
+    click.echo(
+        f"{output}: {len(plan.quantized())} linears, {plan.bits(plan.gemm()):.2f} bits per "
+        f"attention and feed-forward weight, {duration(seconds)}"
+    )
+    layers = [x for x in report.layers if x.error is not None]
+    if worst := sorted(layers, key=lambda x: -(x.error or 0))[:5]:
+        table(
+            ("worst layers", "weights", "output error", "transform"),
+            [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst],
+        )
+    print_unknown(plan)
+    if report.allocation:
+        counts = Counter(row["option"] for row in report.allocation["rows"])
+        spent, allowed = report.allocation["bytes"], report.allocation["budget"]
+        inputs = ", ".join(f"{n} inputs in {name}" for name, n in counts.most_common())
+        click.echo(f"budget: {size(spent)} of {size(allowed)} spent; {inputs}")
+    if blocks := report.finetune.get("blocks", []):
+        better = [b for b in blocks if b["accepted"] and b["before"] and b["after"]]
+        gain = numbers.median(b["after"] / b["before"] for b in better) if better else 1.0
+        click.echo(
+            f"fine-tuned {len(better)} of {len(blocks)} blocks, median block error x {gain:.2f}"
+        )
+    if policy := report.step_policy:
+        modes = list(zip(policy["modes"], policy["counts"], strict=True))
+        text = ", then ".join(f"{mode} for {n}" for mode, n in reversed(modes))
+        click.echo(f"step policy over {policy['num_inference_steps']} steps: {text}")
+    checked = report.sanity_check.get("promoted", [])
+    for x in report.layers:
+        if x.promoted and x.name not in {row["layer"] for row in checked}:
+            change = f"error {x.error_before:.1e} -> {x.error:.1e}"
+            click.echo(f"promoted {x.name} to {x.weight_format}: {change}")
+    for row in checked:
+        click.echo(f"sanity check: promoted {row['layer']} to {row['to']}: {row['why']}")
+    click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
+
+
+def print_unknown(plan: Any) -> None:
+    """Print how many linears of a plan have no known role."""
+    names = [x.name for x in plan.layers if x.role == "other"]
+    if names:
+        shown = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
+        click.echo(f"{len(names)} linears without a known role: {shown}")

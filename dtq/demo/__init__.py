@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled models, stock diffusers folders: an emoji ``DiTPipeline``, a ``LattePipeline``."""
+"""The bundled models, plain diffusers folders: an emoji ``DiTPipeline``, a ``LattePipeline``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 FOLDERS = {"demo": "pipeline", "demo-outliers": "pipeline", "demo-video": "video"}
-"""``demo-outliers`` is ``demo`` with activation outliers, made on the fly by ``dtq.demo.outliers``."""
+"""Folder of each model. ``demo-outliers`` is ``demo`` after ``dtq.demo.outliers``."""
 
 
 def folder(name: str = "demo") -> Path:
-    """The pipeline folder of a bundled model.
+    """The pipeline folder of a bundled model, a key of ``FOLDERS``.
 
     Raises:
         FileNotFoundError: the installation lacks its weights.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small picture classifier; its penultimate features measure domain FID."""
+"""A small image classifier. FID on its penultimate features suits the domain of the demo."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class EmojiClassifier(nn.Module):
     """Four strided convolutions, average pool, one linear layer.
 
     Args:
-        classes: how many labels there are.
-        width: channels of the first stage; the feature has ``4 * width`` channels.
+        classes: number of labels.
+        width: channels of the first stage; a feature has ``4 * width`` channels.
     """
 
     def __init__(self, classes: int = 99, width: int = 32) -> None:
@@ -35,31 +35,31 @@ class EmojiClassifier(nn.Module):
         self.num_features = channels[-1]
         self.head = nn.Linear(self.num_features, classes)
 
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Penultimate features.
 
         Args:
-            pictures: float (B, 3, H, W) in [0, 1].
+            images: float (B, 3, H, W) in [0, 1].
 
         Returns:
             float (B, num_features).
         """
-        x = pictures * 2 - 1
+        x = images * 2 - 1
         for stage in self.stages:
             x = stage(x)
         return F.silu(x).mean((2, 3))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Class logits (B, classes) of float pictures (B, 3, H, W) in [0, 1]."""
-        logits: Tensor = self.head(self.features(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (B, classes) of float images (B, 3, H, W) in [0, 1]."""
+        logits: Tensor = self.head(self.features(images))
         return logits
 
 
 @torch.no_grad()
-def accuracy(model: EmojiClassifier, pictures: Tensor, labels: Tensor) -> float:
-    """Share of uint8 pictures (N, 3, H, W) whose label is the model's first guess."""
+def accuracy(model: EmojiClassifier, images: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy, 0 to 1, on uint8 images (N, 3, H, W) with labels int64 (N,)."""
     hits = sum(
-        int((model(chunk.float() / 255).argmax(1) == want).sum())
-        for chunk, want in zip(pictures.split(256), labels.split(256), strict=True)
+        int((model(batch.float() / 255).argmax(1) == label).sum())
+        for batch, label in zip(images.split(256), labels.split(256), strict=True)
     )
     return hits / len(labels)

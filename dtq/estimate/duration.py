@@ -1,161 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long quantizing will take on this machine: how often the model runs, times a run."""
+"""A rough run time: the operations of a run, divided by one rate that is measured on this machine.
+
+It tells minutes from hours. During the run the progress bars show the remaining time.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-import statistics
-from dataclasses import dataclass, replace
+import time
+from dataclasses import replace
 
 import psutil
 import torch
-from torch import nn
 
 from dtq.calibrate.engine import memory_batches
-from dtq.calibrate.observers import HESSIAN_ROWS
-from dtq.estimate.hardware import multiply_rate, touch
-from dtq.estimate.solver_cost import kind, paces
 from dtq.io.schema import MethodSpec
-from dtq.models import Scan
+from dtq.linalg.cholesky import factor_cost
+from dtq.models import InputGroup, blocks_of
 from dtq.pipelines.sampling import count_dummy_calls
-from dtq.plan.layers import Plan
-from dtq.recipe.resolve import Recipe
-from dtq.stages import sanity_metrics
+from dtq.plan.layers import LayerPlan
 from dtq.stages.candidates import NUM_INPUTS
 from dtq.stages.record_calls import RECORDED_SAMPLES
+from dtq.stages.run import Run
+from dtq.stages.sanity_metrics import STEPS, short_settings
+from dtq.transforms import TRANSFORMS
 
-TRACED_BATCH = 2  # pictures in the traced forward, see source._call_once
-LOOKED = 1.3  # time of a call of the last look over that of another: layers are compared in it
-_STEPS = 50  # of a sampler, where the recipe leaves them to the pipeline
-_FORWARD = 1.3  # time of a model's products over that of its linears at the rate of a large one
-_TOUCHED = 12  # passes over what goes into and comes out of linears: norms, copies, statistics
-
-
-@dataclass(frozen=True)
-class Runs:
-    """How often the transformer is called.
-
-    Attributes:
-        calls: of the calibration.
-        pictures: in a call, each branch of guidance counted.
-        steps: of a sampler.
-        branches: of guidance.
-        looked: pictures through the model while the last look samples, replays and samples.
-    """
-
-    calls: int
-    pictures: int
-    steps: int
-    branches: int
-    looked: int
+TRACED_BATCH = 2
+"""Images in the traced forward pass, see ``dtq.pipelines.loading``."""
+OVERHEAD = 1.5
+"""Time of a model evaluation, with its statistics, over that of the GEMMs of its linears."""
+SOLVER_OPERATIONS = 5000.0
+"""Operations per weight to round it: 1e3 to 1e4 by recipe, as measured on the bundled model."""
+SEARCH_OPERATIONS = 5.0
+"""GEMMs of sampled rows that a search of transforms takes, times its step size."""
+DEFAULT_STEPS = 50
+"""Sampler steps, where the recipe leaves them to the pipeline."""
 
 
-def runs_of(model: nn.Module, recipe: Recipe, driven: bool = True) -> Runs:
-    """The calls that a recipe makes; a model without a pipeline gets a few made-up ones."""
-    c = recipe.calibration
-    batches, steps = -(-c.samples // c.batch_size), c.steps or _STEPS
-    if not driven:
-        looked = 2 * count_dummy_calls(sanity_metrics.short_settings(recipe))
-        return Runs(count_dummy_calls(c), c.batch_size, steps, 1, looked)
-    distilled = bool(getattr(getattr(model, "config", None), "guidance_embeds", False))
-    branches = 1 if distilled or 0 < c.guidance <= 1 else 2
-    looked = 3 * branches * min(steps, sanity_metrics.STEPS)
-    pictures = branches * min(c.batch_size, c.samples)
-    return Runs(batches * steps, pictures, steps, branches, looked)
-
-
-def seconds(
-    scan: Scan,
-    plan: Plan,
-    recipe: Recipe,
-    needs: frozenset[str],
-    runs: Runs,
-    dtype: torch.dtype,
-    *,
-    memory: int | None = None,
-    reading: float = 0.0,
+def run_seconds(
+    run: Run, dtype: torch.dtype, needs: frozenset[str], has_pipeline: bool = True
 ) -> float:
-    """Seconds to carry out a plan.
+    """Seconds that a planned run takes on this machine, within a factor of about three.
 
     Args:
-        scan: traced linears.
-        plan: what happens to them.
-        recipe: for its calibration, comparisons, allocation and refinement.
-        needs: statistics that are collected.
-        runs: how often the model is called.
+        run: after the plan stage, its model traced.
         dtype: compute dtype.
-        memory: most bytes of statistics at once; default: half of what is available.
-        reading: seconds to read the model's files once, which every call of a mapped model does.
+        needs: statistics that are collected.
+        has_pipeline: whether a pipeline calls the model; else it is called on random inputs.
     """
-    rate, shapes = multiply_rate(torch.float32), {x.name: x.shape for x in scan.linears()}
-    flops = sum(2 * rows * math.prod(shapes[n]) for n, rows in scan.rows.items())
-    touched = sum(rows * sum(shapes[n]) for n, rows in scan.rows.items())
-    picture = _FORWARD * flops / multiply_rate(dtype) + _TOUCHED * touched * touch()
-    picture /= TRACED_BATCH
+    shapes = {x.name: math.prod(x.shape) for x in run.scan.linears()}
+    rows = run.scan.rows.items()
+    image = sum(2.0 * count * shapes[name] for name, count in rows) / TRACED_BATCH
+    images = sum(model_evaluations(run, needs, has_pipeline).values())
+    return (OVERHEAD * image * images + solver_operations(run, needs)) / gemm_rate(dtype)
 
-    def forward(pictures: int) -> float:
-        return pictures * picture + reading
 
-    looks = runs.looked // runs.branches
-    total = looks * LOOKED * forward(runs.branches)
-    total += forward(TRACED_BATCH) + 2 * reading  # traced, hashed, solved
-    if needs:
-        sites = [
-            s for s in scan.input_groups if any(not plan[x.name].unquantized for x in s.linears)
-        ]
-        room = memory or psutil.virtual_memory().available // 2
-        passes = len(memory_batches(sites, recipe.calibration.num_timestep_bins, needs, room))
-        total += passes * runs.calls * forward(runs.pictures)
+def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> dict[str, int]:
+    """Images that pass through the transformer, by stage; each branch of guidance is an image.
+
+    Args:
+        run: after the plan stage.
+        needs: statistics that are collected.
+        has_pipeline: whether a pipeline calls the model.
+    """
+    recipe, settings = run.recipe, run.recipe.calibration
+    steps = settings.steps or DEFAULT_STEPS
+    branches = guidance_branches(run) if has_pipeline else 1
+    groups = _groups(run)
+    room = run.memory or psutil.virtual_memory().available // 2
+    passes = len(memory_batches(groups, settings.num_timestep_bins, needs, room)) if needs else 0
+    per_pass = settings.samples * steps * branches
+    checked = 3 * branches * min(steps, STEPS)  # float samples, replayed; quantized samples
+    if not has_pipeline:
+        per_pass = count_dummy_calls(settings) * settings.batch_size
+        checked = 2 * count_dummy_calls(short_settings(recipe)) * bool(needs)
+    transforms = len(recipe.transform_candidates) if has_pipeline else 0
+    formats = len(recipe.allocate.formats) if recipe.allocate.budget else 0
+    search = recipe.step_policy
+    finetuned, blocks = recipe.finetune.name != "none", len(blocks_of(run.model))
+    # a step trains one block of all, in three times its forward; 40 calls per block are its targets
+    trained = 3 * dict(recipe.finetune.knobs).get("steps", 100) + 40 * blocks
+    recorded = bool(transforms or formats or search.precisions or finetuned)
+    call = RECORDED_SAMPLES * branches  # images of a recorded call
+    return {
+        "calibrate": passes * per_pass,
+        "record calls": recorded * steps * call,
+        "compare transforms": bool(transforms) * (1 + transforms) * min(NUM_INPUTS, steps) * call,
+        "mixed precision": len(groups) * formats * min(recipe.allocate.num_inputs, steps) * call,
+        "finetune": finetuned * trained * call,
+        "step policy": len(search.precisions) * search.num_bins * search.num_inputs * call,
+        "sanity check": checked,
+    }
+
+
+def guidance_branches(run: Run) -> int:
+    """2 with classifier-free guidance, else 1."""
+    distilled = bool(getattr(getattr(run.model, "config", None), "guidance_embeds", False))
+    return 1 if distilled or 0 < run.recipe.calibration.guidance <= 1 else 2
+
+
+def solver_operations(run: Run, needs: frozenset[str]) -> float:
+    """Operations to quantize every layer, in every version of it that the recipe compares.
+
+    Args:
+        run: after the plan stage.
+        needs: statistics that are collected; GPTQ takes more with Hessians.
+    """
+    plan, allocate = run.plan, run.recipe.allocate
+    layers = plan.quantized()
+    for name in run.recipe.transform_candidates:
+        layers += [replace(x, transform=MethodSpec(name)) for x in plan.gemm()]
+    for name in allocate.formats if allocate.budget else ():
+        layers += [x for x in plan.gemm() if x.weight_format != name]
+    readers = {x.name: len(g.linears) for g in run.scan.input_groups for x in g.linears}
+    total = 0.0
+    for layer in layers:
+        n, k = layer.shape
+        total += SOLVER_OPERATIONS * n * k + (_search_operations(layer) if needs else 0.0)
         if "hessian" in needs:
-            counted = runs.calls * min(HESSIAN_ROWS, runs.pictures * _rows(scan))
-            total += counted * sum(2 * s.columns**2 for s in sites) / rate
-    sampled = runs.calls * runs.pictures * _rows(scan)
-    total += _solving(scan, plan, recipe, needs, rate, sampled)
-    refined = recipe.finetune.name != "none"
-    if (
-        recipe.transform_candidates
-        or recipe.allocate.budget
-        or recipe.step_policy.precisions
-        or refined
-    ):
-        total += runs.steps * forward(RECORDED_SAMPLES * runs.branches)
-    call = forward(RECORDED_SAMPLES * runs.branches)
-    total += (
-        (1 + len(recipe.transform_candidates)) * NUM_INPUTS * call
-        if recipe.transform_candidates
-        else 0.0
-    )
-    if recipe.allocate.budget:
-        judged = sum(
-            any(not plan[x.name].unquantized for x in s.linears) for s in scan.input_groups
-        )
-        total += judged * len(recipe.allocate.formats) * recipe.allocate.num_inputs * call
-    if refined:
-        blocks = len({x.name.split(".")[1] for x in plan.gemm() if "." in x.name})
-        # a step trains one block, three times its forward; inputs are captured block by block
-        total += (3 * dict(recipe.finetune.knobs).get("steps", 100) + 40 * blocks) * call
+            total += 2.0 * n * k * k + factor_cost(k)[1] / readers[layer.name]
     return total
 
 
-def _solving(
-    scan: Scan, plan: Plan, recipe: Recipe, needs: frozenset[str], rate: float, sampled: int
-) -> float:
-    """Of every layer, in every version of it that the recipe compares."""
-    versions = [plan.quantized()]
-    for other in recipe.transform_candidates:
-        versions.append([replace(x, transform=MethodSpec(other)) for x in plan.gemm()])
-    for option in recipe.allocate.formats if recipe.allocate.budget else ():
-        versions.append(
-            [x.with_spec(weight_format=option) for x in plan.gemm() if x.weight_format != option]
-        )
-    layers = [layer for version in versions for layer in version]
-    known = paces(layers, recipe, needs, rate, sampled)
-    readers = {x.name: len(s.linears) for s in scan.input_groups for x in s.linears}
-    return sum(
-        known[kind(x)].seconds(x.shape, rate, "hessian" in needs, readers[x.name]) for x in layers
-    )
+def _search_operations(layer: LayerPlan) -> float:
+    """Operations to choose a transform by its output error on sampled rows, a GEMM each."""
+    parameters = inspect.signature(TRANSFORMS[layer.transform.name].call).parameters
+    knobs = {name: knob.default for name, knob in parameters.items()} | dict(layer.transform.knobs)
+    n, k = layer.shape
+    gemm = 2.0 * knobs.get("num_rows", 0) * k * min(n, knobs.get("num_channels", n))
+    return SEARCH_OPERATIONS / knobs.get("step", 1.0) * gemm
 
 
-def _rows(scan: Scan) -> int:
-    """Of a picture, in most linears."""
-    return statistics.mode(scan.rows.values()) // TRACED_BATCH
+def gemm_rate(dtype: torch.dtype) -> float:
+    """Floating point operations per second of a matrix product here, the best of four."""
+    a = torch.randn(768, 768).to(dtype)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768**3 / best
+
+
+def _groups(run: Run) -> list[InputGroup]:
+    """Input groups with a quantized linear."""
+    plan = run.plan
+    return [
+        g for g in run.scan.input_groups if any(not plan[x.name].unquantized for x in g.linears)
+    ]

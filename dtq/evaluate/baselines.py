@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``BASELINES``: other libraries on the same layers, so that every table has their row.
+"""``BASELINES``: other libraries on the same layers, for rows of the tables of models.
 
-Each entry quantizes the given linears of a float model in place and leaves everything else,
-modulation included, in float: what we compare with has that advantage.
+Each entry quantizes the given linears of a float model in place. All other layers, modulation
+included, stay in float, which is an advantage of the other libraries.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dtq.evaluate.optional_packages import need
 
 @dataclass(frozen=True)
 class Baseline:
-    """A row of the table.
+    """A method of another library.
 
     Attributes:
-        about: what it does, in the other library's words.
-        apply: ``(model, names of linears)``, changes the model in place.
-        bits: stored bits per weight of a quantized linear, metadata counted, codes packed.
+        about: one line in the words of the library.
+        apply: ``(model, names of linears)``; quantizes them in place.
+        bits: stored bits per weight of a quantized linear, with metadata, integers packed.
     """
 
     about: str
@@ -36,7 +36,7 @@ class Baseline:
 def _torchao(bits: int) -> Callable[[nn.Module, Sequence[str]], None]:
     def apply(model: nn.Module, names: Sequence[str]) -> None:
         api = need("torchao.quantization", "torchao")
-        wanted = set(names)
+        chosen = set(names)
         if bits == 8:
             config = api.Int8DynamicActivationInt8WeightConfig()
         else:
@@ -44,19 +44,19 @@ def _torchao(bits: int) -> Callable[[nn.Module, Sequence[str]], None]:
                 weight_dtype=torch.int4,  # type: ignore[attr-defined]
                 weight_granularity=api.PerGroup(64),
             )
-        api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
+        api.quantize_(model, config, filter_fn=lambda module, name: name in chosen)
 
     return apply
 
 
 def _torchao_int4(model: nn.Module, names: Sequence[str]) -> None:
     api = need("torchao.quantization", "torchao")
-    wanted = set(names)
+    chosen = set(names)
     config = api.IntxWeightOnlyConfig(
         weight_dtype=torch.int4,  # type: ignore[attr-defined]
         granularity=api.PerGroup(64),
     )
-    api.quantize_(model, config, filter_fn=lambda module, name: name in wanted)
+    api.quantize_(model, config, filter_fn=lambda module, name: name in chosen)
 
 
 def _quanto(model: nn.Module, names: Sequence[str]) -> None:
@@ -89,17 +89,18 @@ def _nf4_bits(linear: nn.Module) -> float:
 def _torchao_bits(linear: nn.Module) -> float:
     weight: Any = linear.weight
     bits = 4 if "Intx" in type(weight).__name__ else 8
-    named = (getattr(weight, n, None) for n in ("scale", "zero_point"))
-    side = [t for t in named if isinstance(t, torch.Tensor)]
-    return bits + 8 * sum(t.numel() * t.element_size() for t in side) / weight.numel()
+    return bits + _metadata_bits(weight, "scale", "zero_point")
 
 
 def _quanto_bits(linear: nn.Module) -> float:
-    weight: Any = linear.weight
-    # for bfloat16 scale and shift lie in one tensor
-    found = (getattr(weight, name, None) for name in ("_scale", "_shift", "_scale_shift"))
-    side = [t for t in found if isinstance(t, torch.Tensor)]
-    return 4 + 8 * sum(t.numel() * t.element_size() for t in side) / weight.numel()
+    # bfloat16 weights have scale and shift in one tensor
+    return 4 + _metadata_bits(linear.weight, "_scale", "_shift", "_scale_shift")
+
+
+def _metadata_bits(weight: Any, *names: str) -> float:
+    """Bits per weight of the attributes of a quantized tensor that are tensors."""
+    tensors = [t for name in names if isinstance(t := getattr(weight, name, None), torch.Tensor)]
+    return 8 * sum(t.numel() * t.element_size() for t in tensors) / weight.numel()
 
 
 BASELINES: dict[str, Baseline] = {
@@ -120,7 +121,7 @@ BASELINES: dict[str, Baseline] = {
 
 
 def find(name: str) -> Baseline:
-    """A baseline by name.
+    """Find a baseline by name.
 
     Raises:
         InputError: no such baseline.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dtq eval``: a candidate beside its float model, same seeds, same job."""
+"""``dtq eval``: a candidate compared with its float model, with the same seeds, in one job."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtq.errors import InputError
-from dtq.evaluate import baselines as others
+from dtq.evaluate import baselines as libraries
 from dtq.evaluate import requested_metrics, trajectory
-from dtq.evaluate.merge import RunShard, by_step, merge_shards, placed
-from dtq.evaluate.metrics import extractors, images
+from dtq.evaluate.image_sets import ImageSet
+from dtq.evaluate.merge import RunShard, by_step, merge_shards, with_positions
+from dtq.evaluate.metrics import images
 from dtq.evaluate.metrics.distributions import MetricValue
-from dtq.evaluate.metrics.extractors import Extractor
-from dtq.evaluate.paired_run import Progress, compare, observe, pair_values, video_values
-from dtq.evaluate.requested_metrics import ImageSet, MetricRequest, MetricResults
+from dtq.evaluate.paired_run import (
+    Progress,
+    add_perceptual_metric,
+    compare,
+    observe,
+    video_metrics,
+)
+from dtq.evaluate.requested_metrics import MetricRequest, MetricResults
 from dtq.evaluate.run_file import Run
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.loading import LoadedModel
@@ -29,19 +35,20 @@ from dtq.runs.workers import SINGLE_PROCESS, Workers
 
 @dataclass
 class ResultRow:
-    """One model's figures.
+    """The metrics of one model: a row of the table of models.
 
     Attributes:
+        name: of the model.
         error: teacher-forced relative squared error, mean over steps: the primary metric.
         error_steps: the same per step, noisiest first.
         divergence: free-running relative squared distance of latents per step.
-        bits: stored bits per weight of the quantized attention and feed-forward linears.
-        psnr: dB against the float model's picture of the same seed, median.
-        psnr_worst: dB of the worst picture.
+        bits: stored bits per weight of :func:`compared_layers`.
+        psnr: dB against the float model's image of the same seed, median.
+        psnr_worst: dB of the worst image.
         ssim: mean.
-        fid_float: domain FID against the float model's pictures.
-        fid_real: domain FID against the training pictures, where known.
-        temporal: of videos, mean of each figure of ``video_values``.
+        fid_float: domain FID against the float model's images.
+        fid_real: domain FID against the training images, if their moments are known.
+        temporal: for videos, mean of each metric of ``video_metrics``.
     """
 
     name: str
@@ -59,13 +66,20 @@ class ResultRow:
 
 @dataclass
 class Evaluation:
-    """The whole result.
+    """The result of ``dtq eval``.
 
     Attributes:
-        pictures: rows of the contact sheet.
-        run: for the gate.
-        figures: of whole sets of pictures, and ``crowds``, what they were computed from.
-        command: that made it, for the report.
+        candidate: name of the quantized model.
+        reference: name of the float model.
+        conditions: of the job and the machine.
+        rows: the candidate, then other libraries.
+        images: one for each sample, by ``float`` and the candidate's name.
+        quantization: contents of ``dtq_report.json``, or empty.
+        fid_real_float: the float model's own FID against the training images.
+        run: the values that ``dtq gate`` compares.
+        metrics: distribution metrics.
+        image_sets: from which they were computed, by ``float`` and ``candidate``.
+        command: the command line, for the report.
     """
 
     candidate: str
@@ -81,7 +95,7 @@ class Evaluation:
     command: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, pictures left out."""
+        """Plain data without images: the contents of ``eval.json``."""
         return {
             **(self.run.to_json() if self.run else {}),
             "candidate": self.candidate,
@@ -108,121 +122,131 @@ def evaluate(
 
     Args:
         candidate: the quantized pipeline.
-        reference: the float one.
-        how: requests, steps, guidance, seed and batch of both.
-        baselines: rows of other libraries, names of ``baselines.BASELINES``.
-        asked: figures beyond those that every run has.
-        say: told what is being done.
-        team: processes that share the samples.
-        folder: that all of them see, for what they tell each other; one process needs none.
+        reference: the float pipeline.
+        settings: prompts, steps, guidance, seed and batch size of both.
+        baselines: names of ``BASELINES``; each adds the row of another library.
+        request: metrics in addition to those of every run.
+        progress: receives a line about each phase.
+        workers: processes that share the samples.
+        folder: through which they exchange files; one process needs none.
 
     Returns:
-        The result on the first process, None on the others.
+        The result in the main process, None in the others.
 
     Raises:
-        InputError: a bare transformer, models that do not belong together, or baselines of a
-            candidate without a quantized layer.
+        InputError: a bare transformer, models of different classes, or baselines for a candidate
+            without a quantized layer.
     """
     if candidate.pipeline is None or reference.pipeline is None:
         raise InputError("eval needs pipelines on both sides; these are bare transformers")
     models, floats = candidate.models(), reference.models()
-    kinds, known = ({n: type(m).__name__ for n, m in x.items()} for x in (models, floats))
-    if kinds != known:
+    kinds, expected = ({n: type(m).__name__ for n, m in x.items()} for x in (models, floats))
+    if kinds != expected:
         raise InputError(
-            f"{candidate.name} has {kinds}, {reference.name} {known}: not the same model"
+            f"{candidate.name} has {kinds}, {reference.name} {expected}: not the same model"
         )
-    names = {part: list(compared_layers(model)) for part, model in models.items()}
+    layers = {component: list(compared_layers(model)) for component, model in models.items()}
     request = request or MetricRequest()
     request.check()
     for name in baselines:
-        others.find(name)
-    if baselines and not any(names.values()):
-        raise InputError(f"{candidate.name} has no quantized layer that others could quantize too")
+        libraries.find(name)
+    if baselines and not any(layers.values()):
+        raise InputError(
+            f"{candidate.name} has no quantized layer, so other libraries have none to quantize"
+        )
     job = observe(reference, settings, progress, workers)
     progress("candidate, teacher-forced and free-running")
-    seen = compare(job, candidate)
-    for name in request.pairs:
-        pair_values(name, job, seen, request.where.get(name, ""))
-    mine, bits = RunShard.of(job, seen), {candidate.name: stored_bits(*models.values())}
+    candidate_run = compare(job, candidate)
+    for name in request.perceptual:
+        add_perceptual_metric(name, job, candidate_run, request.weights.get(name, ""))
+    shard, bits = RunShard.of(job, candidate_run), {candidate.name: stored_bits(*models.values())}
     for name in baselines:
         progress(f"baseline {name}")
-        errors, bits[name] = _baseline(name, floats, names, job.truth)
-        mine.errors[name] = placed(job, errors)
-    share = merge_shards(workers, folder, mine, len(job.requests.entries))
-    found = MetricResults()
+        errors, bits[name] = _baseline(name, floats, layers, job.truth)
+        shard.errors[name] = with_positions(job, errors)
+    merged = merge_shards(workers, folder, shard, len(job.requests.entries))
+    results = MetricResults()
     if request.distributions:
-        found = requested_metrics.distributions(
+        results = requested_metrics.distributions(
             candidate, reference, job.settings, request, progress, workers, folder
         )
-    if share is None:
+    if merged is None:
         return None
-    result = _result(candidate.name, reference.name, share, bits)
+    result = _result(candidate.name, reference.name, merged, bits)
     if request.distributions:
-        result.metrics, result.image_sets = found.metrics, found.image_sets
-        share.run.missing |= found.missing
-        share.run.conditions["fid_samples"] = request.samples
-        _fid_cells(result.rows[0], result)
+        result.metrics, result.image_sets = results.metrics, results.image_sets
+        merged.run.missing |= results.missing
+        merged.run.conditions["fid_samples"] = request.num_images
+        _set_fid(result)
     return result
 
 
 def _result(
-    candidate: str, reference: str, share: RunShard, bits: Mapping[str, float | None]
+    candidate: str, reference: str, shard: RunShard, bits: Mapping[str, float | None]
 ) -> Evaluation:
-    rows = [row_of(name, by_step(errors)) for name, errors in share.errors.items()]
+    rows = [result_row(name, by_step(errors)) for name, errors in shard.errors.items()]
     for row in rows:
         row.bits = bits[row.name]
-    compare_images(rows[0], share.floats, share.made)
-    rows[0].divergence = by_step(share.divergence)
-    result = Evaluation(candidate, reference, share.run.conditions, rows, run=share.run)
-    result.images = {"float": share.floats, candidate: share.made}
+    compare_images(rows[0], shard.float_images, shard.candidate_images)
+    rows[0].divergence = by_step(shard.divergence)
+    result = Evaluation(candidate, reference, shard.run.conditions, rows, run=shard.run)
+    result.images = {"float": shard.float_images, candidate: shard.candidate_images}
     return result
 
 
-def row_of(name: str, steps: list[float]) -> ResultRow:
+def result_row(name: str, steps: list[float]) -> ResultRow:
+    """A row with the errors of the steps and their mean."""
     return ResultRow(name, sum(steps) / max(1, len(steps)), steps)
 
 
 def _baseline(
     name: str,
     models: Mapping[str, nn.Module],
-    names: Mapping[str, Sequence[str]],
+    layers: Mapping[str, Sequence[str]],
     truth: trajectory.Trajectory,
 ) -> tuple[list[tuple[int, float]], float]:
-    """Errors of the calls of another library, and its bits per weight."""
-    baseline = others.find(name)
-    changed = {part: copy.deepcopy(model) for part, model in models.items()}
+    """Step and error of each call of another library, and its bits per weight."""
+    baseline = libraries.find(name)
+    changed = {component: copy.deepcopy(model) for component, model in models.items()}
     bits, weights = 0.0, 0
-    for part, layers in names.items():
-        if layers:
-            baseline.apply(changed[part], layers)
-        for layer in layers:
-            count: int = models[part].get_submodule(layer).weight.numel()  # type: ignore[union-attr, operator, assignment]
-            bits += baseline.bits(changed[part].get_submodule(layer)) * count
+    for component, names in layers.items():
+        if names:
+            baseline.apply(changed[component], names)
+        for layer in names:
+            count: int = models[component].get_submodule(layer).weight.numel()  # type: ignore[union-attr, operator, assignment]
+            bits += baseline.bits(changed[component].get_submodule(layer)) * count
             weights += count
     return trajectory.call_errors(truth, trajectory.replayed(truth, changed)), bits / weights
 
 
-def compare_images(row: ResultRow, want: Tensor, got: Tensor) -> None:
-    """Figures of the candidate's pictures ``got`` against the float model's."""
-    if want.ndim == 3:  # sound has no such measures
+def compare_images(row: ResultRow, reference: Tensor, candidate: Tensor) -> None:
+    """Fill in the metrics of finished images, videos or sounds.
+
+    Args:
+        row: of the candidate.
+        reference: images (B, 3, H, W), videos (B, F, 3, H, W) or sounds of the float model.
+        candidate: those of the candidate with the same seeds.
+    """
+    if reference.ndim == 3:  # these metrics are not for sounds
         return
-    if want.ndim == 5 and want.shape[1] > 1:
-        row.temporal = {k: float(v.mean()) for k, v in video_values(got, want).items()}
-    if want.ndim == 5:  # video: frames are pictures
-        want, got = want.flatten(0, 1), got.flatten(0, 1)
-    values = images.psnr(got, want)
-    row.psnr, row.psnr_worst = float(values.median()), float(values.min())
-    row.ssim = float(images.ssim(got, want).mean())
+    if reference.ndim == 5 and reference.shape[1] > 1:
+        values = video_metrics(candidate, reference)
+        row.temporal = {name: float(value.mean()) for name, value in values.items()}
+    if reference.ndim == 5:  # the frames of a video are images
+        reference, candidate = reference.flatten(0, 1), candidate.flatten(0, 1)
+    psnr = images.psnr(candidate, reference)
+    row.psnr, row.psnr_worst = float(psnr.median()), float(psnr.min())
+    row.ssim = float(images.ssim(candidate, reference).mean())
 
 
 def compared_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers that also quantize their input, by name; where there are none, all quantized."""
-    every = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    return {n: m for n, m in every.items() if m.activation_format != "none"} or every
+    """Layers with quantized weights and inputs by name; if there are none, all quantized layers."""
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    return {n: m for n, m in quantized.items() if m.activation_format != "none"} or quantized
 
 
 def stored_bits(*models: nn.Module) -> float | None:
-    """Stored bits per weight of :func:`judged_layers`; None where there are none."""
+    """Stored bits per weight of :func:`compared_layers`; None without a quantized layer."""
     layers = [layer for model in models for layer in compared_layers(model).values()]
     if not layers:
         return None
@@ -230,31 +254,23 @@ def stored_bits(*models: nn.Module) -> float | None:
     return 8 * stored / sum(m.in_features * m.out_features for m in layers)
 
 
-def extractor_for(pipeline: Any) -> Extractor:
-    """The bundled feature extractor, for pipelines whose pictures it knows.
-
-    Raises:
-        InputError: a pipeline of other pictures.
-    """
-    if not requested_metrics.bundled(pipeline):
-        raise InputError("domain FID is for models of the bundled emoji; leave --fid out")
-    return extractors.load("emoji")
-
-
-def _fid_cells(row: ResultRow, result: Evaluation) -> None:
-    """FID where the table of models shows it."""
-    for each in result.metrics:
-        if each.metric == "fid" and each.against == "float model's pictures":
-            row.fid_float = each.value
-        if each.metric == "fid" and each.against == "training pictures":
-            assert each.change is not None
-            row.fid_real, result.fid_real_float = each.value, each.value - each.change
+def _set_fid(result: Evaluation) -> None:
+    """Copy FID into the row of the candidate."""
+    row = result.rows[0]
+    for value in result.metrics:
+        if value.metric != "fid":
+            continue
+        if value.reference == requested_metrics.FLOAT_IMAGES:
+            row.fid_float = value.value
+        if value.reference == requested_metrics.TRAINING_IMAGES:
+            assert value.change is not None
+            row.fid_real, result.fid_real_float = value.value, value.value - value.change
 
 
 def write_images(result: Evaluation, folder: Path) -> None:
-    """``pictures/<float | candidate>/<sample>.png``; of videos animated ones."""
-    for side, every in zip(("float", "candidate"), result.images.values(), strict=True):
-        (folder / "pictures" / side).mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(every):
-            if picture.ndim > 2:
-                (folder / "pictures" / side / f"{i:04d}.png").write_bytes(images.file(picture))
+    """Write ``pictures/<float | candidate>/<sample>.png``; videos become animated files."""
+    for model, batch in zip(("float", "candidate"), result.images.values(), strict=True):
+        (folder / "pictures" / model).mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(batch):
+            if image.ndim > 2:
+                (folder / "pictures" / model / f"{i:04d}.png").write_bytes(images.file(image))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint, recipe and machine a figure belongs to."""
+"""The checkpoint, recipe and machine that a metric value belongs to."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import nn
 def fingerprint(model: nn.Module, *others: nn.Module) -> str:
     """SHA-256 of names, dtypes, shapes and bytes of every tensor of a model, 16 hex digits.
 
-    Of several models it is that of their fingerprints.
+    For several models it is the digest of their fingerprints.
     """
     if others:
         return digest([fingerprint(each) for each in (model, *others)])
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)  # type: ignore[arg-type]
-    return found.hexdigest()[:16]
+        sha.update(flat.view(torch.uint8).numpy().data)  # type: ignore[arg-type]
+    return sha.hexdigest()[:16]
 
 
 def digest(data: Any) -> str:
@@ -33,21 +33,21 @@ def digest(data: Any) -> str:
 
 
 def recipe_of(model: nn.Module, *others: nn.Module) -> str:
-    """The recipe that a quantized model says it was made by; ``float`` for others.
+    """The recipe in the quantization config of a model; ``float`` for a model without one.
 
-    Of several models it is theirs, each once.
+    For several models it lists each of their recipes once.
     """
     if others:
         return ", ".join(dict.fromkeys(recipe_of(each) for each in (model, *others)))
     config = getattr(model, "config", {}).get("quantization_config")
     if config is None:
         return "float"
-    said = config.get("recipe") if isinstance(config, dict) else getattr(config, "recipe", None)
-    return str(said or "unknown")
+    recipe = config.get("recipe") if isinstance(config, dict) else getattr(config, "recipe", None)
+    return str(recipe or "unknown")
 
 
 def hardware(model: nn.Module) -> str:
-    """What the model runs on: ``cpu x86_64 AVX512``, ``NVIDIA H200 sm_90``."""
+    """The device of a model, such as ``cpu x86_64 AVX512`` or ``NVIDIA H200 sm_90``."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

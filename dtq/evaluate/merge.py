@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation by several processes: each makes some of the samples, the first puts them together.
+"""Evaluation in several processes: each runs some of the samples, the main process merges them.
 
-Whole batches are dealt out, so a sample is made in the company that it has in one process, and what
-is put together is in the order of the places: the figures are those of one process, bit for bit.
+Whole batches are assigned to processes, so every sample is in the same batch as in a run of one
+process. Merged values are in the order of the samples. The metrics are therefore bit-identical to
+those of one process.
 """
 
 from __future__ import annotations
@@ -23,97 +24,102 @@ from dtq.runs.gather import check_ids, gather
 from dtq.runs.workers import Workers
 
 Errors = list[tuple[int, int, float]]
-"""Place of a batch, step, and error, of each call."""
+"""For each call: position of the first sample of its batch, step, and error."""
 
 
 @dataclass
 class RunShard:
-    """What one process found, or all of them.
+    """Results of one process, or the merged results of all.
 
     Attributes:
         run: values of its samples.
-        errors: teacher-forced, by row of the report.
+        errors: teacher-forced, by row of the table of models.
         divergence: free-running.
-        floats, made: pictures of the two models, one for each sample.
+        float_images: one for each sample, of the float model.
+        candidate_images: the same of the candidate.
     """
 
     run: Run
     errors: dict[str, Errors]
     divergence: Errors
-    floats: Tensor
-    made: Tensor
+    float_images: Tensor
+    candidate_images: Tensor
 
     @classmethod
-    def of(cls, job: EvaluationJob, seen: CandidateRun) -> RunShard:
-        """Of a candidate; rows of others are added to ``errors``."""
-        errors = {seen.run.candidate: placed(job, trajectory.call_errors(job.truth, seen.outputs))}
+    def of(cls, job: EvaluationJob, candidate: CandidateRun) -> RunShard:
+        """The shard of a candidate; the caller adds rows of other models to ``errors``."""
+        errors = trajectory.call_errors(job.truth, candidate.outputs)
         return cls(
-            seen.run,
-            errors,
-            placed(job, trajectory.free_running(job.truth, seen.ran)),
-            torch.cat(job.truth.pictures),
-            torch.cat(seen.ran.pictures),
+            candidate.run,
+            {candidate.run.candidate: with_positions(job, errors)},
+            with_positions(job, trajectory.free_running(job.truth, candidate.trajectory)),
+            torch.cat(job.truth.images),
+            torch.cat(candidate.trajectory.images),
         )
 
 
-def placed(job: EvaluationJob, errors: Sequence[tuple[int, float]]) -> Errors:
-    """Errors of the calls of ``job.truth`` with the place that their batch begins at."""
-    found, at, batch = [], 0, -1
+def with_positions(job: EvaluationJob, errors: Sequence[tuple[int, float]]) -> Errors:
+    """Add the position of the first sample of its batch to each error of ``job.truth.calls``."""
+    rows, start, batch = [], 0, -1
     for step, error in errors:
         if step == 0:
-            at += len(job.truth.pictures[batch]) if batch >= 0 else 0
+            start += len(job.truth.images[batch]) if batch >= 0 else 0
             batch += 1
-        found.append((job.places[at], step, error))
-    return found
+        rows.append((job.places[start], step, error))
+    return rows
 
 
 def by_step(errors: Errors) -> list[float]:
-    """Mean of each step, in the order of the places."""
-    ordered = sorted(errors, key=lambda each: each[0])
+    """Mean of each step; errors are added in the order of the samples."""
+    ordered = sorted(errors, key=lambda row: row[0])
     return trajectory.mean_by_step([(step, error) for _, step, error in ordered])
 
 
 def merge_shards(
-    workers: Workers, folder: Path | None, share: RunShard, count: int
+    workers: Workers, folder: Path | None, shard: RunShard, count: int
 ) -> RunShard | None:
-    """The shares of all processes as one, on the first process; None elsewhere.
+    """Merge the shards of all processes.
 
     Args:
-        team, folder: as for :func:`gather`.
-        share: of this process.
-        count: samples that there must be.
+        workers: the processes.
+        folder: through which they exchange files; one process needs none.
+        shard: of this process.
+        count: number of samples of all processes.
+
+    Returns:
+        The merged shard in the main process, None in the others.
 
     Raises:
-        TeamError: a sample is missing, or was made twice; names it.
+        WorkerError: a sample is missing or duplicated; the message names it.
     """
     if workers.size == 1:
-        return share
-    tensors = {"floats": share.floats, "made": share.made}
-    tables = {**share.errors, "": share.divergence}
+        return shard
+    tables = {**shard.errors, "": shard.divergence}
+    tensors = {"floats": shard.float_images, "candidates": shard.candidate_images}
     tensors |= {f"errors.{k}": torch.tensor(v, dtype=torch.float64) for k, v in tables.items()}
-    found = gather(workers, folder, "samples", tensors, share.run.to_json())
-    if found is None:
+    gathered = gather(workers, folder, "samples", tensors, shard.run.to_json())
+    if gathered is None:
         return None
-    return _together([_share(*each) for each in found], count)
+    return _merged([_shard(*pair) for pair in gathered], count)
 
 
-def _share(tensors: Mapping[str, Tensor], run: Any) -> RunShard:
+def _shard(tensors: Mapping[str, Tensor], run: Any) -> RunShard:
     tables = {
         key.removeprefix("errors."): [(int(p), int(s), e) for p, s, e in table.tolist()]
         for key, table in tensors.items()
         if key.startswith("errors.")
     }
     divergence = tables.pop("")
-    return RunShard(run_file.parse(run), tables, divergence, tensors["floats"], tensors["made"])
+    images = tensors["floats"], tensors["candidates"]
+    return RunShard(run_file.parse(run), tables, divergence, *images)
 
 
-def _together(shares: Sequence[RunShard], count: int) -> RunShard:
-    ids = [sample.id for share in shares for sample in share.run.samples]
-    check_ids(ids, count)
-    order = sorted(range(count), key=lambda i: int(ids[i]))
-    first, runs = shares[0], [share.run for share in shares]
+def _merged(shards: Sequence[RunShard], count: int) -> RunShard:
+    first, runs = shards[0], [shard.run for shard in shards]
     samples = [sample for run in runs for sample in run.samples]
-    conditions = {**first.run.conditions, "processes": len(shares)}
+    check_ids([sample.id for sample in samples], count)
+    order = sorted(range(count), key=lambda i: int(samples[i].id))
+    conditions = {**first.run.conditions, "processes": len(shards)}
     if "calls" in conditions:
         calls: Counter[str] = Counter()
         for run in runs:
@@ -126,22 +132,22 @@ def _together(shares: Sequence[RunShard], count: int) -> RunShard:
         values=_tables([run.values for run in runs]),
         rerun=_tables([run.rerun for run in runs]),
         failures=_ordered([run.failures for run in runs]),
-        missing={name: why for run in runs for name, why in run.missing.items()},
+        missing={name: reason for run in runs for name, reason in run.missing.items()},
     )
     return RunShard(
         run,
-        {row: [each for share in shares for each in share.errors[row]] for row in first.errors},
-        [each for share in shares for each in share.divergence],
-        torch.cat([share.floats for share in shares])[order],
-        torch.cat([share.made for share in shares])[order],
+        {name: [row for shard in shards for row in shard.errors[name]] for name in first.errors},
+        [row for shard in shards for row in shard.divergence],
+        torch.cat([shard.float_images for shard in shards])[order],
+        torch.cat([shard.candidate_images for shard in shards])[order],
     )
 
 
-def _tables(parts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Metrics of all samples, in the order of the ids."""
-    return {metric: _ordered([part.get(metric, {}) for part in parts]) for metric in parts[0]}
+def _tables(shards: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Values of all samples by metric, in the order of the ids."""
+    return {name: _ordered([shard.get(name, {}) for shard in shards]) for name in shards[0]}
 
 
-def _ordered(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    items = [item for part in parts for item in part.items()]
+def _ordered(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    items = [item for shard in shards for item in shard.items()]
     return dict(sorted(items, key=lambda item: int(item[0])))

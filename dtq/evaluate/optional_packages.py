@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages and weights that only some figures need: there, or a message that says what to do."""
+"""Packages and weights that only some metrics need; an error says what to install."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dtq.errors import InputError
 
 
 def need(module: str, package: str) -> Any:
-    """A module of a package that dtq does not depend on.
+    """Import a module of a package that dtq does not depend on.
 
     Raises:
-        InputError: it cannot be imported.
+        InputError: the module cannot be imported.
     """
     try:
         return importlib.import_module(module)
@@ -21,16 +21,16 @@ def need(module: str, package: str) -> Any:
         raise InputError(f"this needs {package}: pip install {package} ({error})") from error
 
 
-def pretrained(kind: Any, where: str, option: str) -> Any:
-    """What ``kind.from_pretrained`` gives for a local folder or hub id.
+def pretrained(kind: Any, source: str, option: str) -> Any:
+    """Load ``kind.from_pretrained(source)``, a local folder or a hub id.
 
     Raises:
-        InputError: it cannot be loaded; names the ``--extractor`` that takes a folder.
+        InputError: it cannot be loaded; the message names the ``--extractor`` option.
     """
     try:
-        return kind.from_pretrained(where)
+        return kind.from_pretrained(source)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{where} cannot be loaded ({first}); give a local folder: --extractor {option}=FOLDER"
+            f"{source} cannot be loaded ({first}); give a local folder: --extractor {option}=FOLDER"
         ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A candidate run beside its float model, same inputs, same seeds: the values of every sample."""
+"""A candidate and its float model on the same inputs and seeds: the values of every sample."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from dtq.evaluate.fingerprint import fingerprint, hardware, recipe_of
 from dtq.evaluate.gate.metrics import EQUAL_DB
 from dtq.evaluate.metrics import images, video
 from dtq.evaluate.run_file import Run, Sample
+from dtq.evaluate.trajectory import Trajectory
 from dtq.pipelines import call_defaults, prompts
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.sampling import seed_of
@@ -29,33 +30,35 @@ from dtq.version import __version__
 log = logging.getLogger("dtq")
 
 Progress = Callable[[str], None]
+"""Receives a line about each phase of the work."""
 
 
-def other_batches(settings: SamplingSettings, alike: bool) -> SamplingSettings:
-    """The same job in other batches: what then differs is the noise of the float model.
+def rerun_settings(settings: SamplingSettings, batch_invariant: bool) -> SamplingSettings:
+    """The same job with another batch size, to measure the numerical noise of the float model.
 
-    One by one: products of many rows are often bit-identical however many they are, those of few
-    are not.
+    The re-run has batch size 1 where possible: GEMMs of many rows are often bit-identical for every
+    number of rows, GEMMs of few rows are not.
 
     Args:
-        how: the job.
-        alike: whether the pipeline does the same for one sample as for several, see
-            :func:`one_is_as_several`; where it does not, one by one would be another job.
+        settings: of the job.
+        batch_invariant: result of :func:`is_batch_invariant`; where it is False, batch size 1 would
+            be another job, and the re-run has batch size 2 or 3.
     """
     size = min(settings.batch_size, settings.samples)
-    if alike:
+    if batch_invariant:
         return replace(settings, batch_size=1 if size > 1 else 2)
     return replace(settings, batch_size={1: 1, 2: 3}.get(size, 2))
 
 
-def one_is_as_several(
+def is_batch_invariant(
     reference: LoadedModel, requests: prompts.Requests, settings: SamplingSettings
 ) -> bool:
-    """Whether the transformers are given the same, rows aside, for a sample alone and for two.
+    """Whether the transformers get inputs of equal shapes, batch aside, for batch sizes 1 and 2.
 
-    Latte cuts the padding of a prompt that comes alone, and makes it zero in company.
+    Latte, for example, removes the padding of the prompt if there is one prompt only, and replaces
+    it by zeros if there are several.
     """
-    alone, together = (
+    one, two = (
         trajectory.record(
             reference.pipeline,
             reference.models(),
@@ -65,43 +68,52 @@ def one_is_as_several(
         )
         for n in (1, 2)
     )
-    return _shapes(alone) == _shapes(together)
+    return _input_shapes(one) == _input_shapes(two)
 
 
-def _shapes(trajectory: trajectory.Trajectory) -> list[tuple[int, ...]]:
-    """Of the tensors of the first call, without their rows."""
+def _input_shapes(run: Trajectory) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of the first call, without the batch dimension."""
     return [
-        tuple(given.shape[1:])
-        for call in trajectory.calls[:1]
-        for given in (*call.args, *call.kwargs.values())
-        if isinstance(given, Tensor)
+        tuple(value.shape[1:])
+        for call in run.calls[:1]
+        for value in (*call.args, *call.kwargs.values())
+        if isinstance(value, Tensor)
     ]
 
 
 @dataclass
 class EvaluationJob:
-    """What the float model did, once for any number of candidates.
+    """Two runs of the float model, with which any number of candidates is compared.
 
     Attributes:
-        requests: all of them; ``places`` are those of this process.
-        truth: what candidates are compared with.
-        again: the same in other batches, for the noise floor.
+        reference: the float model.
+        settings: of the job; values that the user left open are filled in.
+        requests: of all processes.
+        places: positions in ``requests`` that this process samples.
+        truth: the run that candidates are compared with.
+        rerun: a second run with another batch size, for the noise.
     """
 
     reference: LoadedModel
     settings: SamplingSettings
     requests: prompts.Requests
     places: list[int]
-    truth: trajectory.Trajectory
-    again: trajectory.Trajectory
+    truth: Trajectory
+    rerun: Trajectory
 
 
 @dataclass
 class CandidateRun:
-    """What one candidate did: teacher-forced ``outputs``, its own run, the values of the gate."""
+    """Results of one candidate.
+
+    Attributes:
+        outputs: teacher-forced, one per call of the float run.
+        trajectory: of its own free run.
+        run: the values that ``dtq gate`` compares.
+    """
 
     outputs: list[Tensor]
-    ran: trajectory.Trajectory
+    trajectory: Trajectory
     run: Run
 
 
@@ -111,142 +123,141 @@ def observe(
     progress: Progress = lambda line: None,
     workers: Workers = SINGLE_PROCESS,
 ) -> EvaluationJob:
-    """Run the float pipeline twice, over what this process has of the requests."""
+    """Run the float pipeline twice over this process's share of the requests.
+
+    Args:
+        reference: the float pipeline.
+        settings: of the job.
+        progress: receives a line per run.
+        workers: processes that share the samples.
+
+    Raises:
+        InputError: the images have several sizes.
+    """
     settings = call_defaults.of(reference.pipeline).fill(settings)
-    # nested: more samples later are these and others
+    # nested: a run with more samples starts with the same samples
     requests = prompts.load(settings.prompts, reference.pipeline, settings.samples, nested=True)
-    alike = settings.samples < 2 or one_is_as_several(reference, requests, settings)
-    other = other_batches(settings, alike)
+    invariant = settings.samples < 2 or is_batch_invariant(reference, requests, settings)
+    other = rerun_settings(settings, invariant)
     places = workers.shard(len(requests.entries), math.lcm(settings.batch_size, other.batch_size))
     progress("float pipeline")
     models = reference.models()
     truth = trajectory.record(reference.pipeline, models, requests, settings, places)
-    for name, count in calls_of(truth, models).items():
+    for name, count in call_counts(truth, models).items():
         if not count:
             log.warning(
-                "%s: %s is not called in this job, so it is not judged; another number of --steps "
-                "may reach it",
+                "%s: this job never calls %s, so it is not evaluated; another number of --steps "
+                "may call it",
                 reference.name,
                 name,
             )
-    if len({made.shape[1:] for made in truth.pictures}) > 1:
+    if len({batch.shape[1:] for batch in truth.images}) > 1:
         raise InputError(
-            "pictures of several sizes cannot be compared; ask for one: --arg height=512 "
+            "images of several sizes cannot be compared; choose one size: --arg height=512 "
             "--arg width=512"
         )
-    progress("float pipeline again, other batches, for the noise floor")
-    again = trajectory.record(reference.pipeline, models, requests, other, places)
-    return EvaluationJob(reference, settings, requests, places, truth, again)
+    progress("float pipeline again with another batch size, to measure the noise")
+    rerun = trajectory.record(reference.pipeline, models, requests, other, places)
+    return EvaluationJob(reference, settings, requests, places, truth, rerun)
 
 
-def calls_of(trajectory: trajectory.Trajectory, models: Mapping[str, nn.Module]) -> dict[str, int]:
-    """How often each transformer was called."""
-    counted = Counter(call.model for call in trajectory.calls)
-    return {name: counted[name] for name in models}
+def call_counts(run: Trajectory, models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Number of calls of each transformer."""
+    counts = Counter(call.model for call in run.calls)
+    return {name: counts[name] for name in models}
 
 
 def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
-    """Run a candidate on the float model's inputs and on its own, from the same seeds.
+    """Run a candidate on the float model's inputs, and by itself from the same seeds.
 
     Args:
-        job: what the float model did.
+        job: the float runs.
         candidate: the quantized pipeline.
     """
-    how, models = job.settings, candidate.models()
+    models = candidate.models()
     outputs = trajectory.replayed(job.truth, models)
-    ran = trajectory.record(candidate.pipeline, models, job.requests, how, job.places)
+    own = trajectory.record(candidate.pipeline, models, job.requests, job.settings, job.places)
     samples = _samples(job)
     ids = [sample.id for sample in samples]
     run = Run(
         candidate.name,
         job.reference.name,
-        _conditions(how, job.requests) | _job(how, job.reference, candidate, job.truth),
+        _conditions(job, candidate),
         {
             "checkpoint": fingerprint(*models.values()),
             "reference": fingerprint(*job.reference.models().values()),
             "recipe": recipe_of(*models.values()),
         },
         samples,
-        _values(ids, job.truth, job.truth, outputs, ran),
-        _values(ids, job.truth, job.again, outputs, ran),
-        _failures(ids, job.truth, ran),
+        _values(ids, job.truth, job.truth, outputs, own),
+        _values(ids, job.truth, job.rerun, outputs, own),
+        _failures(ids, job.truth, own),
     )
-    if ran.pictures[0].ndim == 5:
-        _video_values(run, job, ran)
-    return CandidateRun(outputs, ran, run)
+    return CandidateRun(outputs, own, run)
 
 
-def pair_values(metric: str, job: EvaluationJob, seen: CandidateRun, where: str) -> None:
-    """A perceptual figure of every sample into the run, or why it is not there."""
-    ids = [sample.id for sample in seen.run.samples]
-    prompts = [sample.prompt for sample in seen.run.samples]
-    got, want, again = (_stills(torch.cat(t.pictures)) for t in (seen.ran, job.truth, job.again))
+def add_perceptual_metric(
+    metric: str, job: EvaluationJob, candidate: CandidateRun, weights: str
+) -> None:
+    """Add a perceptual metric of every sample to the run, or the reason why it is missing.
+
+    Args:
+        metric: name in ``PERCEPTUAL``.
+        job: the float runs.
+        candidate: its ``run`` gets the values.
+        weights: local path or hub id of the metric's weights, or empty.
+    """
+    run = candidate.run
+    ids = [sample.id for sample in run.samples]
+    texts = [sample.prompt for sample in run.samples]
+    own, floats, again = (
+        _stills(torch.cat(t.images)) for t in (candidate.trajectory, job.truth, job.rerun)
+    )
     try:
-        first, second = requested_metrics.pair(metric, got, want, again, prompts, where)
+        values, rerun = requested_metrics.perceptual(metric, own, floats, again, texts, weights)
     except InputError as error:
-        seen.run.missing[metric] = str(error)
+        run.missing[metric] = str(error)
         return
-    seen.run.values[metric] = dict(zip(ids, first, strict=True))
-    seen.run.rerun[metric] = dict(zip(ids, second, strict=True))
+    run.values[metric] = dict(zip(ids, values, strict=True))
+    run.rerun[metric] = dict(zip(ids, rerun, strict=True))
 
 
-def _stills(shown: Tensor) -> Tensor:
-    """Pictures, or the middle frame of each video."""
-    return shown if shown.ndim == 4 else shown[:, shown.shape[1] // 2]
+def _stills(batch: Tensor) -> Tensor:
+    """Images, or the middle frame of each video."""
+    return batch if batch.ndim == 4 else batch[:, batch.shape[1] // 2]
 
 
-def _video_values(run: Run, job: EvaluationJob, ran: trajectory.Trajectory) -> None:
-    """Figures of frames over time; runs of one frame have none."""
-    got, want, again = (torch.cat(t.pictures) for t in (ran, job.truth, job.again))
-    if got.shape[1] < 2:
-        return
-    for table, right in ((run.values, want), (run.rerun, again)):
-        for metric, values in video_values(got, right).items():
-            ids = (sample.id for sample in run.samples)
-            table[metric] = dict(zip(ids, values.tolist(), strict=True))
-
-
-def video_values(got: Tensor, want: Tensor) -> dict[str, Tensor]:
-    """Every figure of videos (B, F, 3, H, W) against the float model's, each (B,)."""
-    energy = video.frame_energy(got) / video.frame_energy(want).clamp(min=1e-12)
+def video_metrics(candidate: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """Every metric of videos (B, F, 3, H, W) against the float model's, each (B,)."""
+    energy = video.frame_energy(candidate) / video.frame_energy(reference).clamp(min=1e-12)
     energy = energy.clamp(min=1e-12)
     return {
-        "flicker": video.flicker_excess(got, want),
-        "flickering": video.temporal_flickering(got),
-        # motion that is lost is as bad as motion that is new
+        "flicker": video.flicker_excess(candidate, reference),
+        "flickering": video.temporal_flickering(candidate),
+        # lost motion is as bad as added motion
         "frame-energy": torch.maximum(energy, 1 / energy),
-        "temporal-psnr": video.temporal_psnr(got, want).clamp(max=EQUAL_DB),
-        "temporal-ssim": video.temporal_ssim(got, want),
+        "temporal-psnr": video.temporal_psnr(candidate, reference).clamp(max=EQUAL_DB),
+        "temporal-ssim": video.temporal_ssim(candidate, reference),
     }
 
 
-def _conditions(settings: SamplingSettings, requests: prompts.Requests) -> dict[str, Any]:
+def _conditions(job: EvaluationJob, candidate: LoadedModel) -> dict[str, Any]:
+    """The conditions of a run: the job, and the machine."""
+    settings, reference = job.settings, job.reference
+    calls = call_counts(job.truth, reference.models())
+    images_argument = {"images": settings.images} if settings.images else {}
     return {
-        "prompts": requests.name,
-        "samples": len(requests.entries),
-        "steps": settings.steps or "pipeline default",
+        "prompts": job.requests.name,
+        "samples": len(job.requests.entries),
+        "steps": job.truth.steps(),
         "guidance": settings.guidance or "pipeline default",
         "seed": settings.seed,
         "torch": torch.__version__,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-    }
-
-
-def _job(
-    settings: SamplingSettings,
-    reference: LoadedModel,
-    candidate: LoadedModel,
-    truth: trajectory.Trajectory,
-) -> dict[str, Any]:
-    """What a comparison with another run has to know."""
-    scheduler = getattr(reference.pipeline, "scheduler", None)
-    calls = calls_of(truth, reference.models())
-    return ({"calls": calls} if len(calls) > 1 else {}) | {
-        "steps": truth.steps(),
-        "sampler": type(scheduler).__name__,
-        "pipeline_args": settings.pipeline_args
-        | ({"images": settings.images} if settings.images else {}),
+        **({"calls": calls} if len(calls) > 1 else {}),
+        "sampler": type(getattr(reference.pipeline, "scheduler", None)).__name__,
+        "pipeline_args": settings.pipeline_args | images_argument,
         "batch_size": settings.batch_size,
         "dtype": str(reference.dtype).removeprefix("torch."),
         "dtq": __version__,
@@ -265,49 +276,50 @@ def _samples(job: EvaluationJob) -> list[Sample]:
 
 def _values(
     ids: Sequence[str],
-    truth: trajectory.Trajectory,
-    want: trajectory.Trajectory,
+    truth: Trajectory,
+    reference: Trajectory,
     outputs: Sequence[Tensor],
-    ran: trajectory.Trajectory,
+    own: Trajectory,
 ) -> dict[str, dict[str, Any]]:
     """Every metric of every sample against a run of the float model.
 
     Args:
         ids: of the samples.
-        truth: whose inputs ``outputs`` are replies to.
-        want: the run to compare with.
+        truth: the run whose inputs gave ``outputs``.
+        reference: the float run to compare with.
         outputs: of the candidate, teacher-forced.
-        ran: the candidate's own run.
+        own: the candidate's own run.
     """
-    floats = want.by_sample([call.output for call in want.calls])
-    error = trajectory.sample_errors(truth.by_sample(outputs), floats)
-    apart = trajectory.sample_errors(
-        ran.by_sample([call.latents for call in ran.calls]),
-        want.by_sample([call.latents for call in want.calls]),
+    error = trajectory.sample_errors(
+        truth.by_sample(outputs), reference.by_sample([call.output for call in reference.calls])
     )
-    shown, right = torch.cat(ran.pictures), torch.cat(want.pictures)
+    distance = trajectory.sample_errors(
+        own.by_sample([call.latents for call in own.calls]),
+        reference.by_sample([call.latents for call in reference.calls]),
+    )
     # both runs enter the first step with the same noise
     columns: dict[str, Sequence[Any]] = {
         "error": error,
-        "divergence": [steps[1:] or steps for steps in apart],
+        "divergence": [steps[1:] or steps for steps in distance],
     }
-    if right.ndim > 3:  # a sound has no such measures
-        likeness = images.psnr(shown, right).clamp(max=EQUAL_DB)
-        frames = len(right) if right.ndim == 4 else right.shape[0] * right.shape[1]
-        flat = (x.reshape(frames, *x.shape[-3:]) for x in (shown, right))
-        same = images.ssim(*flat).reshape(len(right), -1).mean(1)
-        columns |= {"psnr": likeness.tolist(), "ssim": same.tolist()}
+    candidates, floats = torch.cat(own.images), torch.cat(reference.images)
+    if floats.ndim > 3:  # not for sounds
+        psnr = images.psnr(candidates, floats).clamp(max=EQUAL_DB)
+        frames = len(floats) if floats.ndim == 4 else floats.shape[0] * floats.shape[1]
+        flat = (batch.reshape(frames, *batch.shape[-3:]) for batch in (candidates, floats))
+        ssim = images.ssim(*flat).reshape(len(floats), -1).mean(1)
+        columns |= {"psnr": psnr.tolist(), "ssim": ssim.tolist()}
+    if floats.ndim == 5 and floats.shape[1] > 1:
+        columns |= {k: v.tolist() for k, v in video_metrics(candidates, floats).items()}
     return {metric: dict(zip(ids, column, strict=True)) for metric, column in columns.items()}
 
 
-def _failures(
-    ids: Sequence[str], truth: trajectory.Trajectory, ran: trajectory.Trajectory
-) -> dict[str, str]:
-    """Samples that are no picture, by id."""
-    found = {}
-    made = torch.cat(truth.pictures), torch.cat(ran.pictures)
-    for name, right, shown in zip(ids, *made, strict=True):
-        for who, picture in (("the float model", right), ("the candidate", shown)):
-            if why := images.flaw(picture):
-                found[name] = f"{who} made {why}"
-    return found
+def _failures(ids: Sequence[str], truth: Trajectory, own: Trajectory) -> dict[str, str]:
+    """Samples that are not usable images, by id."""
+    failures = {}
+    batches = torch.cat(truth.images), torch.cat(own.images)
+    for name, float_image, candidate_image in zip(ids, *batches, strict=True):
+        for model, image in (("float model", float_image), ("candidate", candidate_image)):
+            if flaw := images.flaw(image):
+                failures[name] = f"the image of the {model} {flaw}"
+    return failures

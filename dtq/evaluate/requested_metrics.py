@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures that a user asks for by name, and what became of each: a value, or a reason.
+"""Metrics that a user requests by name: each gets a value, or a reason why it is missing.
 
-A figure that cannot be computed goes into ``missing``, which makes the run invalid for the gate
-and the exit code of ``dtq eval`` 3. Nothing that was asked for is silently absent.
+A metric that cannot be computed goes into ``missing``. This makes the run invalid for the gate, and
+the exit code of ``dtq eval`` 3, so no requested metric is silently absent.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dtq import demo
 from dtq.errors import InputError
+from dtq.evaluate.image_sets import ImageSet, gather_images, image_set
 from dtq.evaluate.metrics import adm_suite, extractors
 from dtq.evaluate.metrics.distributions import (
     DISTRIBUTIONS,
@@ -27,40 +26,41 @@ from dtq.evaluate.metrics.distributions import (
     metric_value,
 )
 from dtq.evaluate.metrics.extractors import Extractor, Features
-from dtq.evaluate.metrics.images import as_bytes, flaw, shown
 from dtq.evaluate.metrics.perceptual import PERCEPTUAL, UNPAIRED
 from dtq.io.safe_parse import read_json
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
-from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
-from dtq.runs.gather import check_ids, gather
 from dtq.runs.workers import SINGLE_PROCESS, Workers
+
+FLOAT_IMAGES = "float model's images"
+TRAINING_IMAGES = "training images"
 
 
 @dataclass(frozen=True)
 class MetricRequest:
-    """Figures beyond those that every run has.
+    """Metrics in addition to those of every run.
 
     Attributes:
         metrics: names of ``DISTRIBUTIONS`` and ``PERCEPTUAL``.
-        samples: pictures of each model for the distributions.
-        features: extractor of distributions that leave the choice, or ``auto``.
-        where: extractor or metric to local path or hub id of its weights.
-        reference: an ADM npz to compare with beside the float model's pictures.
+        num_images: of each model, for distribution metrics.
+        features: extractor of distribution metrics that do not prescribe one; ``auto``: the bundled
+            classifier for the bundled models, else Inception.
+        weights: extractor or metric to local path or hub id of its weights.
+        reference: an ADM npz, an additional reference of distribution metrics.
     """
 
     metrics: tuple[str, ...] = ()
-    samples: int = 0
+    num_images: int = 0
     features: str = "auto"
-    where: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
     reference: Path | None = None
 
     def check(self) -> None:
-        """Refuse what can be refused before anything runs.
+        """Find mistakes before anything runs.
 
         Raises:
-            InputError: unknown names, or distributions without pictures to compute them from.
+            InputError: an unknown name, or distribution metrics without a number of images.
         """
         known = [*DISTRIBUTIONS, *PERCEPTUAL]
         for name in self.metrics:
@@ -68,55 +68,36 @@ class MetricRequest:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
                 raise InputError(f"unknown metric {name!r}; {hint}")
-        for name in [self.features, *self.where]:
+        for name in [self.features, *self.weights]:
             if name not in ("auto", *extractors.EXTRACTORS, *PERCEPTUAL):
                 have = ", ".join(extractors.EXTRACTORS)
                 raise InputError(f"unknown extractor {name!r}; there are {have}")
-        if self.distributions and self.samples < 2:
+        if self.distributions and self.num_images < 2:
             raise InputError(
-                f"{', '.join(self.distributions)} compare sets of pictures; say how many: --fid 256"
+                f"{', '.join(self.distributions)} compare sets of images; give their size: "
+                f"--num-images 256"
             )
 
     @property
     def distributions(self) -> list[str]:
+        """The requested metrics of whole image sets."""
         return [name for name in self.metrics if name in DISTRIBUTIONS]
 
     @property
-    def pairs(self) -> list[str]:
+    def perceptual(self) -> list[str]:
+        """The requested metrics of single images."""
         return [name for name in self.metrics if name in PERCEPTUAL]
 
 
 @dataclass
-class ImageSet:
-    """Many pictures of one model, as features.
+class MetricResults:
+    """Results of the requested distribution metrics.
 
     Attributes:
-        features: by extractor.
-        bytes: uint8 (N, 3, H, W).
-        failed: what went wrong, by place.
+        metrics: the values.
+        missing: a metric without a value, to the reason.
+        image_sets: of the float model and the candidate.
     """
-
-    features: dict[str, Features]
-    bytes: Tensor
-    failed: dict[int, str]
-
-    @property
-    def images(self) -> Tensor:
-        """Float (N, 3, H, W) in [0, 1]."""
-        return self.bytes.float() / 255
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Features as ``<extractor>.<kind>`` (N, D)."""
-        return {f"{n}.{k}": t for n, every in self.features.items() for k, t in every.items()}
-
-    def save(self, file: Path) -> None:
-        """:meth:`tensors` as safetensors, for figures of another day."""
-        save_file(self.tensors(), file)
-
-
-@dataclass
-class MetricResults:
-    """What became of the distributions that were asked for."""
 
     metrics: list[MetricValue] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
@@ -132,194 +113,163 @@ def distributions(
     workers: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
 ) -> MetricResults:
-    """Generate with both models, from the same seeds, and compare the sets.
+    """Sample both models with the same seeds, and compare the image sets.
 
     Args:
-        candidate, reference: pipelines.
-        how: of the run; the seed is the next one and every label is asked for evenly, whatever
-            the contact sheet shows.
-        asked: which figures, of how many pictures.
-        say: told what is being done.
-        team, folder: processes that share the pictures, and where; only the first computes figures.
+        candidate: the quantized pipeline.
+        reference: the float pipeline.
+        settings: of the run. The image sets have the next seed, and prompts or labels spread evenly
+            over the default prompt set.
+        request: which metrics, of how many images.
+        progress: receives a line per model.
+        workers: processes that share the images; only the main process computes metrics.
+        folder: through which they exchange files; one process needs none.
     """
-    found = MetricResults()
-    ready: dict[str, Extractor] = {}
-    wanted: dict[str, str] = {}  # metric to extractor
+    results = MetricResults()
+    loaded, extractor_of = _load_extractors(request, reference.pipeline, results.missing)
+    if not extractor_of:
+        return results
+    settings = replace(settings, prompts="auto", samples=request.num_images, seed=settings.seed + 1)
+    requests = prompts.load(settings.prompts, reference.pipeline, settings.samples)
+    for name, model in (("float", reference), ("candidate", candidate)):
+        progress(f"{name}, {request.num_images} images for {', '.join(extractor_of)}")
+        places = workers.shard(len(requests.entries), settings.batch_size)
+        shard = image_set(model.pipeline, requests, settings, loaded, places)
+        images = gather_images(workers, folder, name, shard, places)
+        if images is not None:
+            results.image_sets[name] = images
+    if not workers.is_main:
+        return results
+    reasons = [
+        f"{len(images.failed)} of {request.num_images} images of the {name} model cannot be used: "
+        f"the first {next(iter(images.failed.values()))}"
+        for name, images in results.image_sets.items()
+        if images.failed
+    ]
+    if reasons:
+        results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
+        return results
+    for metric, extractor in extractor_of.items():
+        try:
+            results.metrics += _values(
+                metric, extractor, loaded[extractor], results.image_sets, candidate.name,
+                request.reference, requests.entries,
+            )  # fmt: skip
+        except InputError as error:
+            results.missing[metric] = str(error)
+    return results
+
+
+def _load_extractors(
+    request: MetricRequest, pipeline: Any, missing: dict[str, str]
+) -> tuple[dict[str, Extractor], dict[str, str]]:
+    """Extractors by name, and the name of the extractor of each metric.
+
+    ``missing`` gets the reason for each metric whose extractor cannot be loaded.
+    """
+    loaded: dict[str, Extractor] = {}
+    extractor_of: dict[str, str] = {}
     for metric in request.distributions:
         try:
-            name = DISTRIBUTIONS[metric].extractor or _chosen(request.features, reference.pipeline)
-            if name not in ready:
-                ready[name] = extractors.load(name, request.where.get(name, ""))
-            wanted[metric] = name
+            name = DISTRIBUTIONS[metric].extractor or request.features
+            if name == "auto":
+                name = "emoji" if is_bundled(pipeline) else "inception"
+            if name not in loaded:
+                loaded[name] = extractors.load(name, request.weights.get(name, ""))
+            extractor_of[metric] = name
         except InputError as error:
-            found.missing[metric] = str(error)
-    if not wanted:
-        return found
-    more = replace(settings, prompts="auto", samples=request.samples, seed=settings.seed + 1)
-    requests = prompts.load(more.prompts, reference.pipeline, more.samples)
-    for side, source in (("float", reference), ("candidate", candidate)):
-        progress(f"{side}, {request.samples} pictures for {', '.join(wanted)}")
-        places = workers.shard(len(requests.entries), more.batch_size)
-        made = image_set(source.pipeline, requests, more, ready, places)
-        shared = _whole(workers, folder, side, made, places)
-        if shared is None:
-            continue
-        found.image_sets[side] = shared
-    if not workers.is_main:
-        return found
-    failed = {side: made.failed for side, made in found.image_sets.items() if made.failed}
-    if failed:
-        words = "; ".join(
-            f"{len(whys)} of {request.samples} pictures of {side} failed: {next(iter(whys.values()))}"
-            for side, whys in failed.items()
-        )
-        found.missing |= dict.fromkeys(wanted, words)
-        return found
-    for metric, name in wanted.items():
-        try:
-            found.metrics += _of(metric, ready[name], name, found.image_sets, candidate.name,
-                                 request.reference, requests.entries)  # fmt: skip
-        except InputError as error:
-            found.missing[metric] = str(error)
-    return found
+            missing[metric] = str(error)
+    return loaded, extractor_of
 
 
-def _of(
+def _values(
     metric: str,
-    extractor: Extractor,
     name: str,
-    crowds: dict[str, ImageSet],
-    who: str,
+    extractor: Extractor,
+    image_sets: dict[str, ImageSet],
+    candidate: str,
     file: Path | None,
-    units: Sequence[Any],
+    groups: Sequence[Any],
 ) -> list[MetricValue]:
-    """A metric against the float model's pictures, the training set, and a reference file."""
-    made, floats = (crowds[side].features[name] for side in ("candidate", "float"))
-    row = DISTRIBUTIONS[metric]
-    own = ReferenceSet("float model's pictures", floats)
-    if row.alone:
-        return [metric_value(metric, extractor, made, own, of=who, floats=floats, units=units)]
-    found = [metric_value(metric, extractor, made, own, of=who, units=units)]
-    if extractor.real is not None and row.frechet and row.kind == "pool":
-        real = ReferenceSet("training pictures", None, {"pool": extractor.real})
-        found.append(
-            metric_value(metric, extractor, made, real, of=who, floats=floats, units=units)
-        )
-    if file is not None:
-        against = _reference(adm_suite.read(file), extractor, name)
-        found.append(
-            metric_value(metric, extractor, made, against, of=who, floats=floats, units=units)
-        )
-    return found
+    """A metric against the float model's images, the training set, and a reference file.
 
-
-@torch.no_grad()
-def image_set(
-    pipeline: Any,
-    requests: prompts.Requests,
-    settings: SamplingSettings,
-    ready: Mapping[str, Extractor],
-    places: Sequence[int],
-) -> ImageSet:
-    """Features of everything a pipeline makes for the requests at some places, batch by batch.
-
-    Raises:
-        InputError: it makes videos or sounds.
+    Args:
+        metric: name in ``DISTRIBUTIONS``.
+        name: of the extractor in ``EXTRACTORS``.
+        extractor: that computed the features.
+        image_sets: of ``float`` and ``candidate``.
+        candidate: name of the model, for the table.
+        file: an ADM npz, or None.
+        groups: the prompt or label of each image.
     """
-    parts: dict[str, list[Features]] = {name: [] for name in ready}
-    kept: list[Tensor] = []
-    failed: dict[int, str] = {}
-    for result in run_pipeline(pipeline, requests, settings, only=places):
-        made = shown(result)
-        if made.ndim != 4:
-            raise InputError("distributions compare pictures; this pipeline makes videos or sounds")
-        start = sum(map(len, kept))
-        for i, picture in enumerate(made):
-            if why := flaw(picture):
-                failed[places[start + i]] = why
-        # as files would hold them: what the ADM suite sees is what is measured
-        kept.append(as_bytes(made.nan_to_num()))
-        for name, extractor in ready.items():
-            parts[name].append(extractor(kept[-1].float() / 255))
-    features = {
-        name: {key: torch.cat([p[key] for p in every]) for key in every[0]}
-        for name, every in parts.items()
-    }
-    return ImageSet(features, torch.cat(kept), failed)
+    features, floats = (image_sets[side].features[name] for side in ("candidate", "float"))
+    row = DISTRIBUTIONS[metric]
+
+    def value(reference: ReferenceSet, floats: Features | None) -> MetricValue:
+        return metric_value(
+            metric, extractor, features, reference, model=candidate, floats=floats, groups=groups
+        )
+
+    own = ReferenceSet(FLOAT_IMAGES, floats)
+    if row.reference_free:
+        return [value(own, floats)]
+    values = [value(own, None)]
+    if extractor.real is not None and row.frechet and row.kind == "pool":
+        values.append(value(ReferenceSet(TRAINING_IMAGES, None, {"pool": extractor.real}), floats))
+    if file is not None:
+        values.append(value(_reference_set(adm_suite.read(file), extractor, name), floats))
+    return values
 
 
-def _whole(
-    workers: Workers, folder: Path | None, side: str, made: ImageSet, places: Sequence[int]
-) -> ImageSet | None:
-    """The pictures of all processes in the order of their places, on the first; None elsewhere."""
-    tensors = {**made.tensors(), "": made.bytes}
-    found = gather(workers, folder, side, tensors, {"places": places, "failed": made.failed})
-    if found is None:
-        return None
-    every = [place for _, plain in found for place in plain["places"]]
-    check_ids([f"{place:04d}" for place in every], len(every))
-    order = torch.tensor(every).argsort()
-    held = {key: torch.cat([part[key] for part, _ in found])[order] for key in tensors}
-    features = {
-        name: {kind: held[f"{name}.{kind}"] for kind in kinds}
-        for name, kinds in made.features.items()
-    }
-    failed = {int(i): why for _, plain in found for i, why in plain["failed"].items()}
-    return ImageSet(features, held[""], dict(sorted(failed.items())))
+def _reference_set(file: adm_suite.AdmReference, extractor: Extractor, name: str) -> ReferenceSet:
+    if file.images is not None:
+        floats = file.images.permute(0, 3, 1, 2).float() / 255
+        return ReferenceSet(file.name, extractor(floats))
+    if name != "inception":
+        raise InputError(f"{file.name} has Inception moments, but the features are of {name}")
+    moments = {"pool": file.pool, "spatial": file.spatial}
+    return ReferenceSet(file.name, None, {k: m for k, m in moments.items() if m is not None})
 
 
-def pair(
+def perceptual(
     metric: str,
-    got: Tensor,
-    want: Tensor,
-    again: Tensor,
-    prompts: Sequence[str],
-    where: str,
+    candidate: Tensor,
+    reference: Tensor,
+    rerun: Tensor,
+    texts: Sequence[str],
+    weights: str,
 ) -> tuple[list[float], list[float]]:
-    """A perceptual figure of each picture, and the same against the float model's second run.
+    """A perceptual metric of each image, and the same against the float model's second run.
 
     Args:
         metric: name in ``PERCEPTUAL``.
-        got, want, again: pictures (B, 3, H, W) in [0, 1] of the candidate and of the float model's
-            two runs. Of videos the middle frame is taken by the caller.
-        prompts: what was asked for.
-        where: its weights.
+        candidate: images (B, 3, H, W) in [0, 1] of the candidate.
+        reference: the same of the float model.
+        rerun: the same of its second run.
+        texts: prompt of each image.
+        weights: local path or hub id of the metric's weights, or empty.
 
     Raises:
-        InputError: it cannot run.
+        InputError: the metric cannot be computed.
     """
     measure = PERCEPTUAL[metric]
-    first = measure(got, want, prompts, where).double()
-    if metric in UNPAIRED:  # what moves is the float model's own figure
-        moved = measure(again, again, prompts, where) - measure(want, want, prompts, where)
-        second = first + moved.double()
+    values = measure(candidate, reference, texts, weights).double()
+    if metric in UNPAIRED:  # the noise is the change of the float model's own value
+        noise = measure(rerun, rerun, texts, weights) - measure(
+            reference, reference, texts, weights
+        )
+        again = values + noise.double()
     else:
-        second = measure(got, again, prompts, where).double()
-    return first.tolist(), second.tolist()
+        again = measure(candidate, rerun, texts, weights).double()
+    return values.tolist(), again.tolist()
 
 
-def to_json(figures: Sequence[MetricValue]) -> list[dict[str, Any]]:
+def to_json(values: Sequence[MetricValue]) -> list[dict[str, Any]]:
     """Plain data."""
-    return [asdict(each) for each in figures]
+    return [asdict(value) for value in values]
 
 
-def bundled(pipeline: Any) -> bool:
-    """Whether the bundled classifier knows the pipeline's pictures."""
+def is_bundled(pipeline: Any) -> bool:
+    """Whether a pipeline has the labels of the bundled models and of the bundled classifier."""
     known = read_json(demo.folder() / "model_index.json")["id2label"]
     return getattr(pipeline, "labels", None) == {name: int(n) for n, name in known.items()}
-
-
-def _chosen(features: str, pipeline: Any) -> str:
-    if features != "auto":
-        return features
-    return "emoji" if bundled(pipeline) else "inception"
-
-
-def _reference(held: adm_suite.AdmReference, extractor: Extractor, name: str) -> ReferenceSet:
-    if held.images is not None:
-        floats = held.images.permute(0, 3, 1, 2).float() / 255
-        return ReferenceSet(held.name, extractor(floats))
-    if name != "inception":
-        raise InputError(f"{held.name} has Inception moments, these are features of {name}")
-    known = {"pool": held.pool, "spatial": held.spatial}
-    return ReferenceSet(held.name, None, {k: m for k, m in known.items() if m is not None})

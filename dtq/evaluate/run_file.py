@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run file, ``eval.json``: raw values of every sample, and the conditions they hold under."""
+"""The run file, ``eval.json``: raw values of every sample, and the conditions of the run."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ FORMAT = 1
 """Version of the run file; a gate refuses newer ones."""
 
 JOB = ("prompts", "steps", "sampler", "guidance", "seed", "pipeline_args", "dtype")
-"""Conditions without which two runs are not the same job."""
+"""Conditions that must be equal for two runs of the same job."""
 
-PLACE = ("hardware", "torch", "dtq", "recipe", "batch_size")
-"""Conditions that a policy may ask to be the same."""
+MATCHABLE = ("hardware", "torch", "dtq", "recipe", "batch_size")
+"""Conditions that a policy may require to be equal."""
 
 Value = float | list[float]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture or video that was asked for.
+    """One image, video or sound.
 
     Attributes:
         id: key of its values.
-        prompt: what was asked for; samples of one prompt are one unit.
+        prompt: or the label; samples of one prompt are one statistical unit.
         seed: of its latents.
     """
 
@@ -41,17 +41,18 @@ class Sample:
 
 @dataclass
 class Run:
-    """What the gate reads.
+    """The values of one evaluation, as the gate reads them.
 
     Attributes:
-        candidate, reference: as the user named them.
-        conditions: of the job and of the place.
-        identity: fingerprints of ``checkpoint`` and ``reference``, the ``recipe``.
-        samples: in the order in which they were made.
-        values: metric to sample id to value, or one value per step.
-        rerun: the same against a second run of the float model; its difference is noise.
-        failures: sample id to what went wrong.
-        missing: figure that was asked for to why it is not there.
+        candidate: name of the quantized model.
+        reference: name of the float model.
+        conditions: of the job and the machine.
+        identity: fingerprints ``checkpoint`` and ``reference`` of both models, and the ``recipe``.
+        samples: in the order of the requests.
+        values: metric to sample id to value, or to one value per step.
+        rerun: the same against a second run of the float model; the difference is noise.
+        failures: id of a sample that cannot be used, to the reason.
+        missing: requested metric without values, to the reason.
     """
 
     candidate: str

@@ -2,9 +2,9 @@
 """Per-step error against the float model: teacher-forced, and free-running.
 
 Teacher-forced is the primary metric. The float pipeline runs once and every call of its
-transformers is recorded, whichever runs: Wan 2.2 has one for the noisy part of the trajectory and
-one for the rest. Each model is then given the *same* inputs, so one step's error cannot
-grow into the next and the figure has little variance. Free-running error lets it grow.
+transformers is recorded (Wan 2.2 has one for the noisy steps and one for the others). Each model
+then gets the *same* inputs, so the error of one step cannot grow into the next, and the metric has
+little variance. In a free-running comparison the error grows.
 """
 
 from __future__ import annotations
@@ -25,49 +25,56 @@ from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
 
 Models = nn.Module | Mapping[str, nn.Module]
-"""The transformer of a pipeline; where it has several, all of them by their names there."""
+"""The transformer of a pipeline, or its transformers by component name if it has several."""
 
 
 @dataclass
 class Trajectory:
-    """What a pipeline did: calls of its transformers and the finished pictures.
+    """One run of a pipeline.
 
     Attributes:
-        calls: in order.
-        pictures: what the pipeline returned, see :func:`finished`.
+        calls: of the transformers, in order.
+        images: the output of each batch, see :func:`dtq.evaluate.metrics.images.shown`.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
-    pictures: list[Tensor] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
 
     def steps(self) -> int:
+        """Number of sampler steps."""
         return 1 + max((call.step for call in self.calls), default=-1)
 
     def by_sample(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Of one tensor per call, what belongs to each sample: ``[sample][step]`` (branches, ...).
+        """Split one tensor per call into one tensor per sample and step.
 
         Guidance puts both branches into one batch, one after the other, so row r belongs to
-        picture r mod B.
+        sample r mod B.
+
+        Args:
+            tensors: one for each of ``calls``, with the rows of its batch in the first dimension.
+
+        Returns:
+            ``[sample][step]``, each of shape (branches, ...).
 
         Raises:
-            InputError: a call's rows are no multiple of the pictures of its batch.
+            InputError: the rows of a call are not a multiple of the samples of its batch.
         """
-        found: list[list[Tensor]] = []
+        samples: list[list[Tensor]] = []
         batch = -1
         for call, tensor in zip(self.calls, tensors, strict=True):
             batch += call.step == 0
-            count = len(self.pictures[batch])
+            count = len(self.images[batch])
             if len(tensor) % count:
                 raise InputError(
-                    f"a call for {count} pictures has {len(tensor)} rows, so they cannot be told "
-                    f"apart; evaluate with --batch 1"
+                    f"a call for {count} samples has {len(tensor)} rows, so the rows cannot be "
+                    f"assigned to samples; evaluate with --batch 1"
                 )
             rows = tensor.reshape(len(tensor) // count, count, *tensor.shape[1:]).unbind(1)
             if call.step == 0:
-                found += [[] for _ in range(count)]
-            for steps, row in zip(found[-count:], rows, strict=True):
+                samples += [[] for _ in range(count)]
+            for steps, row in zip(samples[-count:], rows, strict=True):
                 steps.append(row)
-        return found
+        return samples
 
 
 @torch.no_grad()
@@ -78,24 +85,29 @@ def record(
     settings: SamplingSettings,
     only: Container[int] | None = None,
 ) -> Trajectory:
-    """Run the pipeline over the requests and keep every call of its transformers.
+    """Run a pipeline over requests and record every call of its transformers.
 
-    With ``only`` the batches that begin at one of those places.
+    Args:
+        pipeline: of diffusers.
+        model: its transformers.
+        requests: prompts or labels.
+        settings: steps, guidance, seed and batch size.
+        only: positions in ``requests``; batches that begin elsewhere are skipped. Default: all.
     """
     trajectory = Trajectory()
 
     def run() -> Iterator[None]:
         for result in run_pipeline(pipeline, requests, settings, only=only):
-            trajectory.pictures.append(shown(result))
+            trajectory.images.append(shown(result))
             yield
 
-    watch_calls(_named(model), run, trajectory.calls.append)
+    watch_calls(_by_name(model), run, trajectory.calls.append)
     return trajectory
 
 
 @torch.no_grad()
 def teacher_forced(trajectory: Trajectory, model: Models) -> list[float]:
-    """Relative squared error of the model's output per step, on the recorded inputs.
+    """Relative squared error of a model per step, on the recorded inputs.
 
     Returns:
         One number per step: ``|q - f|^2 / |f|^2`` averaged over the calls of that step.
@@ -105,8 +117,8 @@ def teacher_forced(trajectory: Trajectory, model: Models) -> list[float]:
 
 @torch.no_grad()
 def replayed(trajectory: Trajectory, model: Models) -> list[Tensor]:
-    """What other transformers return to every recorded call of theirs."""
-    models = _named(model)
+    """Outputs of other transformers for the inputs of every recorded call."""
+    models = _by_name(model)
     return [replay(models[call.model], call) for call in trajectory.calls]
 
 
@@ -126,19 +138,19 @@ def mean_by_step(errors: Sequence[tuple[int, float]]) -> list[float]:
     return [s / max(1, c) for s, c in zip(sums, counts, strict=True)]
 
 
-def sample_errors(got: list[list[Tensor]], want: list[list[Tensor]]) -> list[list[float]]:
+def sample_errors(outputs: list[list[Tensor]], reference: list[list[Tensor]]) -> list[list[float]]:
     """Relative squared error ``[sample][step]`` of two results of :meth:`Trajectory.by_sample`."""
     return [
         [relative_error(a, b) for a, b in zip(mine, theirs, strict=True)]
-        for mine, theirs in zip(got, want, strict=True)
+        for mine, theirs in zip(outputs, reference, strict=True)
     ]
 
 
 def free_running(reference: Trajectory, candidate: Trajectory) -> list[tuple[int, float]]:
-    """Step and relative squared distance of the latents that enter each call, from one seed."""
+    """Step and relative squared distance of the latents of each call; both runs have one seed."""
     pairs = zip(reference.calls, candidate.calls, strict=True)
-    return [(want.step, relative_error(got.latents, want.latents)) for want, got in pairs]
+    return [(a.step, relative_error(b.latents, a.latents)) for a, b in pairs]
 
 
-def _named(model: Models) -> Mapping[str, nn.Module]:
+def _by_name(model: Models) -> Mapping[str, nn.Module]:
     return {"transformer": model} if isinstance(model, nn.Module) else model

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real ``vbench`` package, run in an environment of its own, and its results read back.
+"""The package ``vbench``, run in a separate environment, and a reader of its results.
 
-vbench 0.1.5 pins old versions of transformers and numpy, so it cannot live beside dtq. It is also
-lenient: a missing file makes a mean of fewer videos. Here every dimension must come back with a
-value of every video, or nothing is believed.
+vbench 0.1.5 pins old versions of transformers and numpy, so it cannot be installed together with
+dtq. If some videos are missing, it returns the mean of the others. dtq therefore requires one
+finite value of every video for each dimension.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 from dtq.errors import InputError
 
 OFFLINE = ("temporal_flickering",)
-"""Dimensions that need no weights."""
+"""Dimensions without weights."""
 
 CUSTOM = (
     *OFFLINE, "subject_consistency", "background_consistency", "motion_smoothness",
     "dynamic_degree", "aesthetic_quality", "imaging_quality", "human_action", "temporal_style",
     "overall_consistency",
 )  # fmt: skip
-"""Dimensions that vbench computes for videos of one's own (``mode="custom_input"``)."""
+"""Dimensions that vbench computes for a user's videos (``mode="custom_input"``)."""
 
 SUFFIXES = (".mp4", ".gif")
 
@@ -45,12 +45,12 @@ vbench.VBench(job["device"], info, job["out"]).evaluate(
 
 @dataclass(frozen=True)
 class Scores:
-    """One dimension.
+    """The scores of one dimension.
 
     Attributes:
         dimension: name in vbench.
-        reported: vbench's own aggregate, which for some dimensions is on another scale.
-        mean: over the videos, of the values below.
+        reported: vbench's aggregate; for some dimensions it has another scale than the values.
+        mean: of the values of the videos.
         videos: file name to value.
     """
 
@@ -74,29 +74,29 @@ def run(
     """Score a folder of videos.
 
     Args:
-        videos: ``.mp4`` or ``.gif`` files.
-        dimensions: of ``CUSTOM``.
-        out: where vbench writes; must be empty, so that no older result is read.
-        python: of the environment that has vbench.
-        cache: folder of its weights, ``VBENCH_CACHE_DIR``; nothing is downloaded.
-        prompts: file name to prompt, for dimensions that read it; file names by default.
-        device: that vbench runs on.
-        timeout: seconds, for all dimensions.
+        videos: folder of ``.mp4`` or ``.gif`` files.
+        dimensions: names of ``CUSTOM``.
+        out: empty folder for the files of vbench; an older result can then not be read.
+        python: interpreter of the environment that has vbench.
+        cache: folder of its weights (``VBENCH_CACHE_DIR``). Nothing is downloaded.
+        prompts: file name to prompt, for dimensions that use it; default: the file names.
+        device: for vbench.
+        timeout: in seconds, for all dimensions; an hour by default.
 
     Raises:
-        InputError: wrong arguments, vbench failed or took too long, a result is not complete.
+        InputError: wrong arguments, vbench failed or timed out, or a result is incomplete.
     """
     if unknown := [d for d in dimensions if d not in CUSTOM]:
         raise InputError(
-            f"vbench scores videos of one's own in {', '.join(CUSTOM)}; not in {', '.join(unknown)}"
+            f"vbench scores a user's videos in {', '.join(CUSTOM)}; not in {', '.join(unknown)}"
         )
     files = sorted(p.name for p in videos.iterdir() if p.suffix.lower() in SUFFIXES)
     if not files:
         raise InputError(f"{videos}: no {' or '.join(SUFFIXES)} file")
-    if prompts is not None and (lost := sorted(set(files) - set(prompts))):
-        raise InputError(f"{videos}: no prompt for {', '.join(lost)}")
+    if prompts is not None and (missing := sorted(set(files) - set(prompts))):
+        raise InputError(f"{videos}: no prompt for {', '.join(missing)}")
     if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: not empty; results of an earlier run could be read as new ones")
+        raise InputError(f"{out}: not empty; an older result could be read as a new one")
     job = {"device": device, "out": str(out), "videos": str(videos), "dimensions": [*dimensions],
            "prompts": dict(prompts or {})}  # fmt: skip
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -118,15 +118,15 @@ def run(
 
 
 def read(file: Path, dimensions: Sequence[str], files: Sequence[str]) -> dict[str, Scores]:
-    """A result file of vbench, believed only when it is complete.
+    """Read a result file of vbench, which must be complete.
 
     Args:
         file: ``<name>_eval_results.json``.
-        dimensions: that must be there.
-        files: names of the videos that must have a value in each of them.
+        dimensions: that must be present.
+        files: names of the videos; each must have a value in each dimension.
 
     Raises:
-        InputError: a dimension or a video is missing, twice there, or has no finite value.
+        InputError: a dimension or a video is missing or duplicated, or has no finite value.
     """
     if not file.is_file():
         raise InputError(f"{file}: vbench wrote no result")
@@ -134,46 +134,47 @@ def read(file: Path, dimensions: Sequence[str], files: Sequence[str]) -> dict[st
         data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file}: not JSON ({error})") from error
-    wrong: list[str] = []
-    found = {}
+    problems: list[str] = []
+    scores = {}
     for dimension in dimensions:
         entry = data.get(dimension) if isinstance(data, dict) else None
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], list):
-            wrong.append(f"{dimension}: missing")
+            problems.append(f"{dimension}: missing")
             continue
-        values = _values(entry[1], dimension, wrong)
-        lost, extra = sorted(set(files) - set(values)), sorted(set(values) - set(files))
-        if lost:
-            wrong.append(f"{dimension}: no value of {', '.join(lost[:3])} ({len(lost)} missing)")
+        values = _values(entry[1], dimension, problems)
+        missing, extra = sorted(set(files) - set(values)), sorted(set(values) - set(files))
+        if missing:
+            names = ", ".join(missing[:3])
+            problems.append(f"{dimension}: no value of {names} ({len(missing)} missing)")
         if extra:
-            wrong.append(f"{dimension}: values of unknown videos {', '.join(extra[:3])}")
+            problems.append(f"{dimension}: values of unknown videos {', '.join(extra[:3])}")
         reported = _number(entry[0])
         if reported is None:
-            wrong.append(f"{dimension}: the aggregate is {entry[0]!r}")
+            problems.append(f"{dimension}: the aggregate is {entry[0]!r}")
         elif values:
             mean = sum(values.values()) / len(values)
-            found[dimension] = Scores(dimension, reported, mean, values)
-    if wrong:
-        raise InputError(f"{file}: not complete:\n" + "\n".join(f"  - {w}" for w in wrong))
-    return found
+            scores[dimension] = Scores(dimension, reported, mean, values)
+    if problems:
+        raise InputError(f"{file}: incomplete:\n" + "\n".join(f"  - {p}" for p in problems))
+    return scores
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; ``dynamic_degree`` says true and false."""
-    known = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if known else None
+    """A finite number as float, else None; ``dynamic_degree`` writes true and false."""
+    valid = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if valid else None
 
 
-def _values(rows: list[Any], dimension: str, wrong: list[str]) -> dict[str, float]:
+def _values(rows: list[Any], dimension: str, problems: list[str]) -> dict[str, float]:
     values: dict[str, float] = {}
     for row in rows:
         name = Path(str(row.get("video_path"))).name if isinstance(row, dict) else str(row)
-        said = row.get("video_results") if isinstance(row, dict) else None
-        value = _number(said)
+        result = row.get("video_results") if isinstance(row, dict) else None
+        value = _number(result)
         if value is None:
-            wrong.append(f"{dimension}: {name} has the value {said!r}")
+            problems.append(f"{dimension}: {name} has the value {result!r}")
         elif name in values:
-            wrong.append(f"{dimension}: {name} is there twice")
+            problems.append(f"{dimension}: {name} is there twice")
         else:
             values[name] = value
     return values

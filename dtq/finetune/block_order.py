@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtq.nn.linear import QuantLinear
-from dtq.pipelines.recorded_calls import RecordedCall, called
+from dtq.pipelines.recorded_calls import RecordedCall, call_module
 
 log = logging.getLogger("dtq")
 
@@ -43,7 +43,7 @@ def in_order(model: nn.Module, call: RecordedCall) -> list[str]:
         for name in names
     ]
     try:
-        called(model, call)
+        call_module(model, call)
     finally:
         for handle in handles:
             handle.remove()

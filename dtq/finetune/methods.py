@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from dtq.errors import InputError
 from dtq.finetune.block_order import in_order, layers_of
 from dtq.finetune.report import BlockReport, FinetuneConfig, FinetuneReport
-from dtq.finetune.resume import Shelf, fingerprint
+from dtq.finetune.resume import fingerprint, load_or_train
 from dtq.finetune.targets import Example, error, examples_of, split
 from dtq.finetune.trainable import TrainableLinear, TrainableVq, set_state, state_of, trainable_of
 from dtq.nn.swap import temporarily_replaced
 from dtq.pipelines.recorded_calls import RecordedCall
+from dtq.runs.tasks import TaskStore
 
 log = logging.getLogger("dtq")
 
@@ -32,7 +33,7 @@ def blocks(
     calls: Sequence[RecordedCall],
     *,
     progress: bool = True,
-    save: Path | None = None,
+    tasks: TaskStore | None = None,
     steps: int = 100,
     lr: float = 0.05,
     lr_other: float = 0.02,
@@ -46,11 +47,12 @@ def blocks(
         floats: the float linears that they replaced, by dotted name.
         calls: of the float model.
         progress: show a progress bar.
-        save: folder for finished blocks; the same job continues there after an interruption.
+        tasks: where finished blocks are stored; the same run continues there after an
+            interruption. None: nowhere.
         steps: per block, one call each.
         lr: of scales and tables, in units of their size and of the block's relative error: the
             rate is ``lr * sqrt(before)``, so that a block which is nearly right moves little.
-        lr_rest: of low-rank branches, in the same units, and of biases, in units of the layer's
+        lr_other: of low-rank branches, in the same units, and of biases, in units of the layer's
             output and of that error.
         clip: largest gradient norm, of the error in units of what it was before.
         seed: of the order of the calls.
@@ -58,8 +60,8 @@ def blocks(
     Raises:
         InputError: no calls, or less than one step.
     """
-    how = FinetuneConfig("blocks", steps, lr, lr_other, clip, seed)
-    return _finetune(model, floats, calls, how, progress, save)
+    config = FinetuneConfig("blocks", steps, lr, lr_other, clip, seed)
+    return _finetune(model, floats, calls, config, progress, tasks)
 
 
 def vq4dit(
@@ -68,7 +70,7 @@ def vq4dit(
     calls: Sequence[RecordedCall],
     *,
     progress: bool = True,
-    save: Path | None = None,
+    tasks: TaskStore | None = None,
     steps: int = 100,
     lr: float = 0.05,
     lr_other: float = 0.02,
@@ -78,21 +80,23 @@ def vq4dit(
     lr_logits: float = 0.2,
     ratio_penalty: float = 0.1,
 ) -> FinetuneReport:
-    """VQ4DiT (2408.17131, sec. 3.2): :func:`blocks`, and codewords are chosen again with them.
+    """VQ4DiT (2408.17131, sec. 3.2): as :func:`blocks`, and codewords are assigned again.
 
     Each sub-vector of a layer in a vector format mixes its ``n`` candidate codewords,
-    ``W = sum_n r_n C[a_n]`` with ``r = softmax(z)``; codebook, biases and ``z`` learn together from
-    the first step, on ``L_d + pull * mean(1 - |2 r - 1|)``. A sub-vector is fixed when its largest
-    ratio passes 0.99. Departures: the present codeword is a candidate and starts with nearly all of
-    the mix, so that only a steady gradient moves a sub-vector (the paper starts uniform; a start
-    near that left a block of the bundled model worse than k-means after 100 steps); ``L_d`` is in
-    units of the error before, with less pull on the ratios (lambda_r is 1 in the paper); whatever
-    is not fixed after three quarters of the steps is fixed then; and Adam replaces RMSprop.
+    ``W = sum_n r_n C[a_n]`` with ``r = softmax(z)``. Codebook, biases and ``z`` learn together from
+    the first step, on ``L_d + ratio_penalty * mean(1 - |2 r - 1|)``. A sub-vector is fixed when its
+    largest ratio passes 0.99.
+
+    Departures from the paper: the current codeword is a candidate and starts with nearly all of the
+    mix, so that only a steady gradient moves a sub-vector (from a uniform start, as in the paper, a
+    block of the bundled model was worse than k-means after 100 steps). ``L_d`` is in units of the
+    error before training. The penalty on the ratios is smaller (lambda_r is 1 in the paper). After
+    three quarters of the steps every sub-vector is fixed. Adam replaces RMSprop.
 
     Args:
         candidates: codewords per sub-vector, ``n``.
         lr_logits: of ``z``.
-        pull: weight of the term that makes ratios 0 or 1.
+        ratio_penalty: weight of the term that makes ratios 0 or 1.
 
     The other arguments are those of :func:`blocks`.
 
@@ -101,10 +105,10 @@ def vq4dit(
     """
     if candidates < 2:
         raise InputError(f"vq4dit: candidates must be at least 2, is {candidates}")
-    how = FinetuneConfig(
+    config = FinetuneConfig(
         "vq4dit", steps, lr, lr_other, clip, seed, candidates, lr_logits, ratio_penalty
     )
-    return _finetune(model, floats, calls, how, progress, save)
+    return _finetune(model, floats, calls, config, progress, tasks)
 
 
 def _finetune(
@@ -113,33 +117,28 @@ def _finetune(
     calls: Sequence[RecordedCall],
     config: FinetuneConfig,
     progress: bool,
-    save: Path | None,
+    tasks: TaskStore | None,
 ) -> FinetuneReport:
     if not calls:
-        raise InputError(f"refine: {config.method} needs recorded calls of the float model")
+        raise InputError(f"finetune: {config.method} needs recorded calls of the float model")
     if config.steps < 1:
-        raise InputError(f"refine: {config.method} needs at least one step, got {config.steps}")
+        raise InputError(f"finetune: {config.method} needs at least one step, got {config.steps}")
     names = in_order(model, calls[0])
-    shelf = Shelf(save, fingerprint(model, floats, calls, config)) if save is not None else None
+    stored = tasks is not None and tasks.folder is not None
+    key = fingerprint(model, floats, calls, config) if stored else ""
     report = FinetuneReport(config.method)
     with tqdm(
-        total=len(names) * config.steps,
-        desc=f"refine {config.method}",
-        unit="step",
-        disable=not progress,
-        dynamic_ncols=True,
-    ) as bar:
+        total=len(names) * config.steps, desc=f"finetune {config.method}",
+        unit="step", disable=not progress, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
         for i, name in enumerate(names):
-            done = shelf.load(i, model) if shelf is not None else None
-            if done is None:
-                done = _finetune_block(model, name, floats, calls, config, config.seed + i, bar)
-                if shelf is not None:
-                    shelf.save(i, done, model)
+            train = partial(
+                _finetune_block, model, name, floats, calls, config, config.seed + i, bar
+            )
+            done = load_or_train(tasks, f"{key}/block-{i}", model, train)
             bar.update((i + 1) * config.steps - bar.n)
-            shown = {
-                k: f"{v:.2e}" for k, v in (("before", done.before), ("after", done.after)) if v
-            }
-            bar.set_postfix({"block": name, **shown})
+            errors = (("before", done.before), ("after", done.after))
+            bar.set_postfix({"block": name, **{k: f"{v:.2e}" for k, v in errors if v}})
             report.blocks.append(done)
     return report
 
@@ -168,7 +167,7 @@ def _finetune_block(
             block = model.get_submodule(name)
             finite = _train(block, list(trainees.values()), train, config, before, seed, bar)
     if not finite:
-        log.warning("refine: the error of %s is not finite; left as it was", name)
+        log.warning("finetune: the error of %s is not finite; left as it was", name)
         return BlockReport(name, _finite(before), None, False, "non-finite error")
     for n, layer in layers.items():
         set_state(layer, trainees[n].state())
@@ -176,7 +175,7 @@ def _finetune_block(
     if not after < before:
         for n, layer in layers.items():
             set_state(layer, kept[n])
-    log.info("refine: %s from %.2e to %.2e", name, before, after)
+    log.info("finetune: %s from %.2e to %.2e", name, before, after)
     return BlockReport(name, _finite(before), _finite(after), after < before)
 
 

@@ -1,76 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished blocks on disk: the same job goes on there after an interruption."""
+"""A fine-tuned block as a task: its state is stored, and loaded by the same run after a restart."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate.utils import recursively_apply
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dtq.finetune.block_order import layers_of
 from dtq.finetune.report import BlockReport, FinetuneConfig
 from dtq.finetune.trainable import set_state, state_of
-from dtq.io.atomic import atomic_replace, atomic_write
+from dtq.io.checksum import bytes_digest, checksum
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.recorded_calls import RecordedCall
+from dtq.runs.tasks import TaskStore
 
 log = logging.getLogger("dtq")
 
 
-class Shelf:
-    """A folder with ``block-<i>.safetensors``, the parts of a finished block, and its report.
+def load_or_train(
+    tasks: TaskStore | None, task: str, model: nn.Module, train: Callable[[], BlockReport]
+) -> BlockReport:
+    """Load the state of a finished block into the model, or train the block and store its state.
 
-    The report is written last: where it is and names the same job, the block is done.
+    Args:
+        tasks: the store; without one, or without a folder, every block is trained.
+        task: name of the block's task.
+        model: changed in place.
+        train: trains the block in the model.
     """
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
-        self.current = True  # until the first block that is not there
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def load(self, i: int, model: nn.Module) -> BlockReport | None:
-        """Put the parts of a finished block into the model; None when it is not finished."""
-        tensors, about = self._files(i)
-        self.current = self.current and about.exists() and tensors.exists()
-        if not self.current:
-            return None
-        data = json.loads(about.read_text())
-        if data["fingerprint"] != self.fingerprint:
-            log.warning("refine: %s is of another job; ignored and replaced", self.folder)
-            self.current = False
-            return None
-        report = BlockReport(**data["report"])
-        stored = load_file(tensors)
+    if tasks is None or tasks.folder is None:
+        return train()
+    if task in tasks:
+        tensors, data = tasks.load(task)
+        report = BlockReport(**data)
         for name, layer in layers_of(model, report.name).items():
-            state = {n: stored[f"{name}.{n}"] for n in state_of(layer)}
-            set_state(layer, {n: t.to(layer.weight.device) for n, t in state.items()})
-        log.info("refine: %s was finished before, loaded", report.name)
+            state = {key: tensors[f"{name}.{key}"] for key in state_of(layer)}
+            set_state(layer, {key: t.to(layer.weight.device) for key, t in state.items()})
+        log.info("finetune: %s was finished before, loaded", report.name)
         return report
-
-    def save(self, i: int, report: BlockReport, model: nn.Module) -> None:
-        tensors, about = self._files(i)
-        about.unlink(missing_ok=True)
-        state = {
-            f"{name}.{part}": tensor.detach().cpu().contiguous().clone()
-            for name, layer in layers_of(model, report.name).items()
-            for part, tensor in state_of(layer).items()
-        }
-        data = json.dumps({"fingerprint": self.fingerprint, "report": asdict(report)}, indent=1)
-        atomic_replace(tensors, lambda path: save_file(state, path))
-        atomic_write(about, data)
-
-    def _files(self, i: int) -> tuple[Path, Path]:
-        return self.folder / f"block-{i}.safetensors", self.folder / f"block-{i}.json"
+    report = train()
+    state = {
+        f"{name}.{key}": tensor
+        for name, layer in layers_of(model, report.name).items()
+        for key, tensor in state_of(layer).items()
+    }
+    tasks.save(task, state, asdict(report))
+    return report
 
 
 def fingerprint(
@@ -79,21 +59,23 @@ def fingerprint(
     calls: Sequence[RecordedCall],
     config: FinetuneConfig,
 ) -> str:
-    """Of the method, the calls, and the quantized layers before and after they were."""
-    digest = hashlib.sha256(json.dumps(asdict(config)).encode())
+    """Digest of everything that the result of fine-tuning depends on.
+
+    Args:
+        model: with quantized linears in place.
+        floats: the float linears that they replaced, by name.
+        calls: recorded calls of the float model.
+        config: method and knobs.
+
+    Returns:
+        16 hex digits.
+    """
+    lines = [json.dumps(asdict(config))]
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            digest.update(f"{name} {json.dumps(module.runtime.to_json())}".encode())
-            for part, tensor in state_of(module).items():
-                digest.update(f"{part} {_checksum(tensor)}".encode())
-            digest.update(str(_checksum(floats[name].weight)).encode())
+            lines.append(f"{name} {json.dumps(module.spec.to_json())}")
+            lines += [f"{key} {checksum(tensor)}" for key, tensor in state_of(module).items()]
+            lines.append(str(checksum(floats[name].weight)))
     for call in calls:
-        recursively_apply(
-            lambda t: digest.update(str(_checksum(t)).encode()), (call.args, call.kwargs)
-        )
-    return digest.hexdigest()
-
-
-def _checksum(tensor: Tensor) -> int:
-    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(data)
+        recursively_apply(lambda t: lines.append(str(checksum(t))), (call.args, call.kwargs))
+    return bytes_digest("\n".join(lines).encode())[:16]

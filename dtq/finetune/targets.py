@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dtq.finetune.block_order import layers_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.swap import temporarily_replaced
-from dtq.pipelines.recorded_calls import RecordedCall, called, copied
+from dtq.pipelines.recorded_calls import RecordedCall, call_module, copy_to_cpu
 
 HELD_OUT = 8
 """One call in so many judges and is not trained on."""
@@ -41,7 +41,7 @@ class Example:
         if self.clock is not None and self.moment is not None:
             self.clock.bin.copy_(self.moment[0])
             self.clock.mode.copy_(self.moment[1])
-        got = _tensors(called(block, self))
+        got = _tensors(call_module(block, self))
         total = torch.zeros((), device=device)
         for mine, theirs in zip(got, self.want, strict=True):
             target = theirs.to(device).float()
@@ -86,10 +86,10 @@ def examples_of(
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         moment = None if clock is None else (clock.bin.clone(), clock.mode.clone())
-        raise _Reached(Example(copied(args), copied(kwargs), [], moment, clock))
+        raise _Reached(Example(copy_to_cpu(args), copy_to_cpu(kwargs), [], moment, clock))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        raise _Reached([copied(t) for t in _tensors(output)])
+        raise _Reached([copy_to_cpu(t) for t in _tensors(output)])
 
     block = model.get_submodule(name)
     handle = block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
@@ -115,7 +115,7 @@ def examples_of(
 def _reach(model: nn.Module, call: RecordedCall) -> Any:
     """Run a call until something is reached; None when nothing is."""
     try:
-        called(model, call)
+        call_module(model, call)
     except _Reached as reached:
         return reached.value
     return None

@@ -69,7 +69,7 @@ class TrainableLinear(nn.Linear):
         with torch.no_grad():
             rounded = self._rounded(changed)
         y = F.linear(_straight(rounded, changed), self.matrix())  # (M, N)
-        if self.layer.runtime.rank:
+        if self.layer.spec.rank:
             y = y + F.linear(F.linear(rows, self.now("proj_down")), self.now("proj_up"))
         if "bias" in self.moves:
             y = y + self.now("bias")
@@ -103,7 +103,7 @@ class TrainableLinear(nn.Linear):
         if not acts.static:
             return fake_quantize(changed, acts)
         scale = self.layer.step_scale()
-        return row_codes(changed, scale, acts.levels) * scale
+        return row_codes(changed, scale, acts.qmax) * scale
 
 
 class TrainableVq(TrainableLinear):
@@ -118,7 +118,7 @@ class TrainableVq(TrainableLinear):
     def __init__(self, layer: QuantLinear, weight: Tensor, candidates: int) -> None:
         super().__init__(layer)
         target = layer.transform().w(weight.detach().float().to(layer.weight.device))
-        if layer.runtime.rank:
+        if layer.spec.rank:
             target = target - self.start["proj_up"] @ layer.transform().w(self.start["proj_down"])
         fmt = self._format
         vectors = fmt.split(target, layer.packed_tensors()).flatten(0, 1)  # (S, d)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``FORMATS``: every way dtq keeps a matrix. Reading the table is reading the feature list."""
+"""Number formats: ``FORMATS`` lists every way to store a weight matrix.
+
+The name of a format is its number type, then its granularity: ``-row`` has one scale per row (the
+output channel of a weight, the token of activations), ``-g64`` one per 64 columns of a row.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ FORMATS: dict[str, Format] = {
         Grid("e3m0-row", E3M0),
         Grid("nf4-g64", NF4, group=64),
         NvFp4("nvfp4"),
-        NvFp4("nvfp4-46", ends=(6.0, 4.0)),
+        NvFp4("nvfp4-46", block_amax=(6.0, 4.0)),
         MxFp4("mxfp4"),
         Lut("lut4-row", 4, lloyd),
         Lut("lut4-g64", 4, lloyd, group=64),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How activations are kept between the quantize step and the product: ``ACTS``.
+"""How activations are stored between the quantize step and the matrix product.
 
-A row is a token. Every dynamic format takes its scales from the token itself, so no token depends
-on the rest of its batch (ViDiT-Q, 2406.02540, sec. 3.2). ``int8-static-timestep`` reads one scale per layer
-and timestep bin from the file, ``int8-static`` one per layer. ``none`` leaves activations in the
-compute dtype (weight-only).
+A row of an activation matrix (R, K) is a token. Every dynamic format computes its scales from the
+token alone, so a token does not depend on the rest of its batch (ViDiT-Q, 2406.02540, sec. 3.2).
+``int8-static-timestep`` reads one scale per layer and timestep bin from the file, ``int8-static``
+one per layer. ``none`` leaves activations in the compute dtype (weight-only).
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLOOR = 1e-8
-"""Smallest activation scale. Rows that are all zero take scale 1."""
+MIN_SCALE = 1e-8
+"""Smallest activation scale. A row of zeros has the scale 1."""
 
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """One way to keep activations.
+    """One way to store activations.
 
     Attributes:
-        bits: bits of a code; 16 means not quantized.
-        static: the scale is stored instead of measured.
-        stepped: one stored scale per timestep bin; otherwise one for all.
-        grid: name of the weight format that a token is rounded with, as if it were a row of a
+        name: key of ``ACTIVATION_FORMATS``.
+        bits: bits of a value; 16 means not quantized.
+        static: the scale is read from the file; otherwise it is computed from the token.
+        per_timestep: one static scale per timestep bin; otherwise one for all.
+        block_format: name of the weight format that rounds a token, as if it were a row of a
             matrix; empty for integers with one scale per token.
-        doubled: twice a level of that format is an integer.
-        outer: that format has a scale for the whole matrix too; each token takes its own instead,
-            else it would depend on its batch.
+        doubled: twice an entry of the codebook of ``block_format`` is an integer, so integer
+            kernels multiply it.
+        token_scale: ``block_format`` has a scale for the whole matrix; here each token has its own,
+            because a token must not depend on its batch.
     """
 
     name: str
@@ -42,18 +44,18 @@ class ActivationFormat:
     token_scale: bool = False
 
     @property
-    def levels(self) -> int:
-        """Largest code of the integer formats."""
+    def qmax(self) -> int:
+        """Largest integer of the integer formats: 127 for 8 bits."""
         return 2 ** (self.bits - 1) - 1
 
     @property
     def integer(self) -> bool:
-        """Codes are integers with one scale per token."""
+        """Values are integers with one scale per token."""
         return self.bits < 16 and not self.block_format
 
     @property
     def int8(self) -> bool:
-        """What the integer kernels multiply: int8 and one scale per token."""
+        """Integer kernels can multiply the values: int8 with one scale per token."""
         return self.integer or self.doubled
 
 
@@ -84,57 +86,63 @@ PRECISIONS: dict[str, str] = {
     "a6": "int6-row",
     "a4": "int4-row",
 }
-"""Activation modes of a step policy, and the format each one means; native is the layer's own."""
+"""Precisions of a step policy, and the activation format of each; ``native`` is the layer's own."""
 
 
-def activation_format_of(mode: str, native: str) -> ActivationFormat:
-    """What a mode of the step policy means for a layer whose own format is ``native``."""
-    return ACTIVATION_FORMATS[PRECISIONS[mode] or native]
+def activation_format_of(precision: str, native: str) -> ActivationFormat:
+    """The format for a precision of the step policy, in a layer whose own format is ``native``."""
+    return ACTIVATION_FORMATS[PRECISIONS[precision] or native]
 
 
-def row_scale(x: Tensor, levels: int = 127) -> Tensor:
-    """Scale of each row, float32 (..., 1), of float32 (..., K): largest magnitude over levels."""
-    return scale_of(x.abs().amax(-1, keepdim=True), levels)
+def row_scale(x: Tensor, qmax: int = 127) -> Tensor:
+    """Scale of each row of float32 (..., K): its largest magnitude over ``qmax``, (..., 1)."""
+    return scale_of(x.abs().amax(-1, keepdim=True), qmax)
 
 
-def scale_of(peak: Tensor, levels: int = 127) -> Tensor:
-    """Scale of rows with these largest magnitudes.
+def scale_of(amax: Tensor, qmax: int = 127) -> Tensor:
+    """Scale of rows with these largest magnitudes, float32 of the same shape.
 
-    NaN for a row with NaN in it: its codes are numbers, and only the scale can say so.
+    The scale of a row with a NaN is NaN. The row's integers cannot hold a NaN, so only the scale
+    carries it to the output.
     """
-    return torch.where(peak == 0, torch.ones_like(peak), (peak / levels).clamp(min=FLOOR))
+    return torch.where(amax == 0, torch.ones_like(amax), (amax / qmax).clamp(min=MIN_SCALE))
 
 
-def row_codes(x: Tensor, scale: Tensor, levels: int = 127) -> Tensor:
-    """Codes in [-levels, levels] as float, ties to even."""
-    return torch.round(x / scale).clamp(-levels, levels)
+def row_codes(x: Tensor, scale: Tensor, qmax: int = 127) -> Tensor:
+    """Integers in [-qmax, qmax] of ``x / scale``, as float, ties to even."""
+    return torch.round(x / scale).clamp(-qmax, qmax)
 
 
-def fake_quantize(x: Tensor, activations: ActivationFormat, peak: Tensor | None = None) -> Tensor:
-    """Float32 ``x`` (R, K) after quantizing and back; a static scale is fitted to ``x``.
+def fake_quantize(x: Tensor, activations: ActivationFormat, amax: Tensor | None = None) -> Tensor:
+    """Quantize tokens and dequantize them again.
 
     Args:
-        x: tokens, or some channels of them, in whole groups.
-        acts: the format, with a ``grid`` if there is a peak.
-        peak: largest magnitude of each whole token (R, 1), if ``x`` is not whole.
+        x: float32 (R, K), tokens, or some channels of them in whole groups.
+        activations: the format. A static scale is computed from all of ``x``.
+        amax: largest magnitude of each whole token (R, 1), for formats with a ``block_format`` when
+            ``x`` holds some channels only. None: ``x`` holds all.
+
+    Returns:
+        float32 (R, K).
     """
     if activations.bits == 16:
         return x
     if activations.block_format:
-        return _on_grid(x, activations, peak)
-    scale = row_scale(x.reshape(1, -1) if activations.static else x, activations.levels)
-    return row_codes(x, scale, activations.levels) * scale
+        return _fake_quantize_blocks(x, activations, amax)
+    scale = row_scale(x.reshape(1, -1) if activations.static else x, activations.qmax)
+    return row_codes(x, scale, activations.qmax) * scale
 
 
-def _on_grid(x: Tensor, activations: ActivationFormat, peak: Tensor | None) -> Tensor:
-    """Round rows with a weight format; what that keeps per matrix is kept per row here."""
+def _fake_quantize_blocks(x: Tensor, activations: ActivationFormat, amax: Tensor | None) -> Tensor:
+    """Round rows with a weight format. Its scale of the whole matrix becomes one per row."""
     from dtq.formats import FORMATS  # the table imports this package
 
     fmt = FORMATS[activations.block_format]
     if not activations.token_scale:
-        beyond = peak is not None and fmt.group is None  # the scale belongs to the whole token
-        return fmt.fake_quantize(x, fmt.compute_qparams(torch.cat([x, peak], 1) if beyond else x))  # type: ignore[list-item]
-    peak = (x.abs().amax(-1, keepdim=True) if peak is None else peak).clamp(min=1e-30)
-    one = fmt.compute_qparams(x.new_ones(1, x.shape[1]))
-    unit = x / peak
-    return fmt.fake_quantize(unit, fmt.compute_qparams(unit, outer=one)) * peak
+        # without groups the scale belongs to the whole token: its amax joins as a channel
+        whole = x if amax is None or fmt.group is not None else torch.cat([x, amax], 1)
+        return fmt.fake_quantize(x, fmt.compute_qparams(whole))
+    amax = (x.abs().amax(-1, keepdim=True) if amax is None else amax).clamp(min=1e-30)
+    unit_params = fmt.compute_qparams(x.new_ones(1, x.shape[1]))
+    unit = x / amax
+    return fmt.fake_quantize(unit, fmt.compute_qparams(unit, outer=unit_params)) * amax

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a number format is: five verbs and three laws.
+"""The interface of a number format, and what the formats share.
 
-A format num_rotations a float matrix (N, K) into named tensors, its *parts*, and back. The parts are the
-parameters of the quantized layer and the keys of the file; nothing else is stored.
+A format converts a float matrix (N, K) to named tensors and back. These *packed tensors* are the
+parameters of the quantized layer and the entries of the checkpoint; nothing else is stored.
 
 Laws, for every format ``f``, matrix ``x`` and ``p = f.compute_qparams(x)``:
 
@@ -21,22 +21,30 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtq.errors import InputError
+from dtq.formats.groups import dequantize, divide, expand_groups, num_groups, scale_dtype
+from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
 QParams = dict[str, Tensor]
-"""What ``compute_qparams`` learned, already rounded to the dtype that is stored. Column axes are groups."""
+"""What ``compute_qparams`` returns: scales, zero points, codebooks, by name, as (N, groups), (N, 1)
+or (1, ...). Values are already rounded to the dtype that is stored."""
 
 PackedTensors = dict[str, Tensor]
-"""The stored tensors, by part name."""
+"""The stored tensors, by name."""
+
+Clip = Tensor | float
+"""Fraction of the range to keep: a number, (N, 1) or (N, groups)."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one stored part.
+    """Shape and dtype of one packed tensor.
 
     Attributes:
-        refuses: what is wrong with values of that dtype which no such part holds, None when nothing
-            is. Kernels count on it, so files are asked when they are read.
+        shape: as stored.
+        dtype: as stored.
+        unsupported_reason: of a tensor of this shape and dtype, why no matrix packs to its
+            values, or None if one does. None: every value is legal. Kernels do not check values,
+            so tensors are checked when a file is read.
     """
 
     shape: tuple[int, ...]
@@ -47,15 +55,16 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Format(Protocol):
-    """How numbers are kept. Stateless: everything learned is in ``Params``."""
+    """How the numbers of a matrix are stored. Stateless: parameters are in ``QParams``."""
 
     @property
     def name(self) -> str:
-        """Grid, then granularity: ``int4-g64``."""
+        """Number type, then granularity: ``int4-g64``. A key of ``FORMATS``."""
 
     @property
     def group(self) -> int | None:
@@ -63,17 +72,20 @@ class Format(Protocol):
 
     @property
     def vector(self) -> int:
-        """Columns coded together; ``fake_quantize`` and ``compute_qparams`` take slices of whole vectors."""
+        """Columns that are quantized together; slices of the matrix hold whole vectors."""
 
     @property
     def data_dependent(self) -> bool:
-        """``compute_qparams`` learns its levels from data: it uses ``column_weights`` and ignores ``clip``."""
+        """``compute_qparams`` minimizes an error over the data.
+
+        Such a format uses ``column_weights`` and ignores ``clip``.
+        """
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        """The parts that a matrix of this shape is stored as.
+        """Names, shapes and dtypes of the packed tensors of a matrix of this shape (N, K).
 
         Raises:
-            InputError: the shape does not fit the format (K not a multiple of the group).
+            InputError: the shape does not fit the format (K is not a multiple of the group).
         """
 
     def compute_qparams(
@@ -81,110 +93,168 @@ class Format(Protocol):
         x: Tensor,
         column_weights: Tensor | None = None,
         *,
-        clip: Tensor | float = 1.0,
+        clip: Clip = 1.0,
         outer: QParams | None = None,
     ) -> QParams:
-        """Learn the parameters of ``x`` (N, K).
+        """Compute the parameters of ``x``.
 
         Args:
-            x: float matrix (N, K), or a slice of whole groups of it.
-            column_weights: weight of each column's squared error (K,), for formats that choose by
-                error: learned levels, nvfp4-46. Others have no use for it.
-            clip: share of the range to keep, a number, (N, 1) or (N, groups).
-            outer: parameters of the whole matrix; those that belong to whole rows are taken from
-                there and not learned again. Column solvers use it to fit one group.
+            x: float matrix (N, K), or a slice of whole groups of one.
+            column_weights: weight of each column's squared error (K,), usually the diagonal of the
+                Hessian. None: all columns count the same. Formats that do not minimize an error
+                ignore it.
+            clip: fraction of the range to keep. 1: nothing is clipped.
+            outer: parameters of the whole matrix. Those of whole rows, or of the matrix, are taken
+                from there and not computed again. Column solvers fit one group with it.
+
+        Returns:
+            The parameters, in the dtypes that are stored.
         """
 
     def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
-        """Nearest representable values, as float; ``x`` holds columns ``cols`` of the matrix."""
+        """Round to the nearest representable values.
+
+        Args:
+            x: float (N, columns), columns ``cols`` of the matrix.
+            qparams: parameters of the whole matrix.
+            cols: None: ``x`` is the whole matrix.
+
+        Returns:
+            float32, the shape of ``x``.
+        """
 
     def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
-        """The stored tensors of ``snap(x, params)``."""
+        """The packed tensors of ``fake_quantize(x, qparams)``."""
 
     def unpack(self, tensors: PackedTensors) -> Tensor:
-        """The float32 matrix (N, K) that the parts stand for."""
+        """The float32 matrix (N, K) that packed tensors represent."""
 
 
-_TOGETHER = 2**16  # weights whose copies on the way to a code stay in the cache
+class BaseFormat:
+    """What the formats share. A subclass defines ``_fit`` and the other four verbs."""
+
+    name: str
+    group: int | None
+    vector: int = 1
+    data_dependent = False
+
+    def compute_qparams(
+        self,
+        x: Tensor,
+        column_weights: Tensor | None = None,
+        *,
+        clip: Clip = 1.0,
+        outer: QParams | None = None,
+    ) -> QParams:
+        """Compute the parameters of ``x`` (N, K).
+
+        Args:
+            x: as in :meth:`Format.compute_qparams`.
+            column_weights: likewise.
+            clip: likewise.
+            outer: likewise. Without groups it holds every parameter, so it is returned.
+
+        Returns:
+            The parameters.
+        """
+        if outer is not None and self.group is None:
+            return outer
+        return self._fit(x.float(), column_weights, clip, outer)
+
+    def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
+        raise NotImplementedError
+
+    def _packed_specs(
+        self, shape: tuple[int, int], bits: int, scale: torch.dtype | None = None
+    ) -> dict[str, TensorSpec]:
+        """A packed weight of ``bits`` bits, and one scale per row or group."""
+        rows, columns = shape
+        groups = num_groups(self.name, columns, self.group)
+        width = packed_width(self.name, columns, bits)
+        return {
+            "weight": TensorSpec((rows, width), torch.int8),
+            "weight_scale": TensorSpec((rows, groups), scale or scale_dtype(self.group)),
+        }
+
+
+class CodebookFormat(BaseFormat):
+    """``w = entry[code] * scale``: one packed code per weight, one scale per row or group.
+
+    A subclass says which code is nearest to a number in units of the scale (``_encode``), which
+    number a code stands for (``_decode``), and how many bits a code has.
+    """
+
+    @property
+    def _bits(self) -> int:
+        raise NotImplementedError
+
+    def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
+        raise NotImplementedError
+
+    def _decode(self, codes: Tensor, qparams: QParams) -> Tensor:
+        raise NotImplementedError
+
+    def _round(self, u: Tensor, qparams: QParams) -> Tensor:
+        return self._decode(self._encode(u, qparams), qparams)
+
+    def _float_scale(self, scale: Tensor, qparams: QParams) -> Tensor:
+        """A stored scale as float32."""
+        return scale.float()
+
+    def _column_scale(self, columns: int, qparams: QParams, cols: slice | None = None) -> Tensor:
+        """Float scale of each column: (N, columns) or (N, 1)."""
+        scale = expand_groups(qparams["weight_scale"], columns, self.group, cols)
+        return self._float_scale(scale, qparams)
+
+    def _pack_codes(self, codes: Tensor) -> PackedTensors:
+        return {"weight": pack_bits(codes, self._bits)}
+
+    def _unpack_codes(self, tensors: PackedTensors) -> Tensor:
+        return unpack_bits(tensors["weight"], self._bits)
+
+    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
+        """Nearest representable values, float32; see :meth:`Format.fake_quantize`."""
+        scale = self._column_scale(x.shape[1], qparams, cols)
+        return self._round(divide(x.float(), scale), qparams) * scale
+
+    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
+        """Packed codes of ``x`` (N, K), and the parameters as they are."""
+        u = divide(x.float(), self._column_scale(x.shape[1], qparams))
+        return {**self._pack_codes(self._encode(u, qparams)), **qparams}
+
+    def unpack(self, tensors: PackedTensors) -> Tensor:
+        """The float32 matrix (N, K) that packed tensors represent."""
+        entries = self._decode(self._unpack_codes(tensors), tensors)
+        return dequantize(entries, self._float_scale(tensors["weight_scale"], tensors))
+
+
+_CHUNK = 2**16  # weights per chunk: their intermediate copies stay in the cache
 
 
 def fake_quantize_weight(fmt: Format, x: Tensor, qparams: QParams) -> Tensor:
-    """``fmt.fake_quantize(x, params)`` of a large matrix, some rows at a time: several times as fast."""
-    rows = max(1, _TOGETHER // max(1, x.shape[1]))
-    if fmt.data_dependent or len(x) <= rows:  # parameters that are learned are not all of rows
+    """``fmt.fake_quantize(x, qparams)`` in chunks of rows: several times as fast on a CPU.
+
+    Args:
+        fmt: any format. The rows of a data-dependent one share parameters, so it gets one chunk.
+        x: float (N, K).
+        qparams: parameters of ``x``.
+
+    Returns:
+        float32 (N, K).
+    """
+    rows = max(1, _CHUNK // max(1, x.shape[1]))
+    if fmt.data_dependent or len(x) <= rows:
         return fmt.fake_quantize(x, qparams)
     out = torch.empty_like(x, dtype=torch.float32)
-    for first in range(0, len(x), rows):
-        some = slice(first, first + rows)
-        of_rows = {
-            k: v[some] if v.ndim == 2 and len(v) == len(x) else v for k, v in qparams.items()
+    for start in range(0, len(x), rows):
+        chunk = slice(start, start + rows)
+        chunk_params = {
+            k: v[chunk] if v.ndim == 2 and len(v) == len(x) else v for k, v in qparams.items()
         }
-        out[some] = fmt.fake_quantize(x[some], of_rows)
+        out[chunk] = fmt.fake_quantize(x[chunk], chunk_params)
     return out
 
 
 def bits_per_weight(fmt: Format, shape: tuple[int, int]) -> float:
-    """Stored bits of every part, divided by the number of weights."""
+    """Stored bits of all packed tensors of a matrix (N, K), divided by its number of weights."""
     return 8 * sum(s.nbytes for s in fmt.tensor_specs(shape).values()) / math.prod(shape)
-
-
-def groups_of(name: str, columns: int, group: int | None) -> int:
-    """Parameter columns of a row.
-
-    Raises:
-        InputError: the columns are not whole groups.
-    """
-    if group is None:
-        return 1
-    if columns % group:
-        raise InputError(
-            f"{name} needs input features divisible by {group}, got {columns}. "
-            f"Use int4-row or int8-row for this layer, or keep it."
-        )
-    return columns // group
-
-
-def expand_groups(value: Tensor, columns: int, group: int | None, cols: slice | None) -> Tensor:
-    """The parameter of each of ``columns`` weights: (N, groups) to (N, columns), or (N, 1)."""
-    if group is None:
-        return value
-    start = cols.start or 0 if cols is not None else 0
-    first, last = start // group, (start + columns - 1) // group
-    if first == last:
-        return value[:, first : first + 1]
-    if start % group == 0 and columns % group == 0:
-        return value[:, first : last + 1].unsqueeze(-1).expand(-1, -1, group).flatten(1)
-    return value[:, torch.arange(start, start + columns, device=value.device) // group]
-
-
-def in_groups(x: Tensor, group: int | None) -> Tensor:
-    """View (N, K) as (N, K/group, group); a row is one group when ``group`` is None."""
-    return x.unflatten(1, (-1, group if group is not None else x.shape[1]))
-
-
-def scale_dtype(group: int | None) -> torch.dtype:
-    """float32 for a scale per row; bfloat16 for one per group, of which there are many.
-
-    Unlike float16 it has no smallest weight below which a scale becomes zero.
-    """
-    return torch.float32 if group is None else torch.bfloat16
-
-
-def scaled(codes: Tensor, scale: Tensor, zero: Tensor | int | None = None) -> Tensor:
-    """``(code - zero) * scale``, float32 (N, K); scale, and zero if it is a tensor, (N, groups)."""
-    grouped = codes.float().unflatten(1, (scale.shape[1], -1))  # (N, groups, group)
-    if zero is not None:
-        grouped = grouped - (zero.float().unsqueeze(-1) if isinstance(zero, Tensor) else zero)
-    return (grouped * scale.float().unsqueeze(-1)).flatten(1)
-
-
-def divide(x: Tensor, scale: Tensor) -> Tensor:
-    """``x / scale``, and 0 where the scale is 0: such a group holds zeros alone."""
-    return x / torch.where(scale == 0, torch.inf, scale)
-
-
-def broadcast_weights(x: Tensor, column_weights: Tensor | None) -> Tensor:
-    """Weight of the squared error of each column (1, K); all alike when none is given, or all 0."""
-    if column_weights is None or not column_weights.any():
-        return x.new_ones((1, x.shape[1]), dtype=torch.float32)
-    return column_weights.to(x.device, torch.float32).reshape(1, -1)

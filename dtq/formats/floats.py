@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floating-point codes that hardware multiplies: e4m3 rows, and FP4 with a scale per block.
+"""Floating-point formats that hardware multiplies: e4m3 rows, and FP4 with a scale per block.
 
-- ``nvfp4``: blocks of 16, an e4m3 scale each, one float scale for the matrix;
-  ``w = code * scale * scale_2`` (NVIDIA, "Pretraining LLMs with NVFP4", 2509.25149, sec. 2);
-- ``nvfp4-46``: the same numbers, each block's largest magnitude at 6 or at 4, whichever errs less:
-  nothing lies between 4 and 6, so blocks with values near 5 are better off ("Four Over Six",
-  2512.02010);
-- ``mxfp4``: blocks of 32, a power of two each, ``2^(floor(log2 max|w|) - 2)`` (OCP Microscaling
-  specification 1.0, sec. 5.3.3 and 6.3).
+- ``nvfp4``: blocks of 16 columns with an e4m3 scale each, one float32 scale for the matrix;
+  ``w = entry * scale * scale_2`` (NVIDIA, "Pretraining LLMs with NVFP4", 2509.25149, sec. 2);
+- ``nvfp4-46``: the same numbers. The largest magnitude of a block becomes 6 or 4, whichever has
+  the lower squared error: no E2M1 number lies between 4 and 6, so blocks with values near 5 gain
+  from 4 ("Four Over Six", 2512.02010);
+- ``mxfp4``: blocks of 32 columns with a power of two each, ``2^(floor(log2 max|w|) - 2)`` (OCP
+  Microscaling specification 1.0, sec. 5.3.3 and 6.3).
 """
 
 from __future__ import annotations
@@ -17,186 +17,131 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtq.formats.base import (
-    PackedTensors,
-    QParams,
-    TensorSpec,
-    broadcast_weights,
-    divide,
-    expand_groups,
-    groups_of,
-    in_groups,
-)
+from dtq.formats.base import BaseFormat, Clip, CodebookFormat, PackedTensors, QParams, TensorSpec
 from dtq.formats.grid import E2M1
-from dtq.formats.packing import pack_bits, packed_width, unpack_bits
+from dtq.formats.groups import broadcast_weights, divide, in_groups
 
 _E4M3_MAX = 448.0
 _E4M3_TINY = 2.0**-9
 
 
 @dataclass(frozen=True)
-class Fp8:
-    """e4m3 codes (four exponent bits, three of mantissa) with a float scale per row."""
+class Fp8(BaseFormat):
+    """e4m3 numbers (4 exponent bits, 3 mantissa bits) with one float32 scale per row."""
 
     name: str
 
     group = None
-    vector = 1
-    data_dependent = False
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """``weight``, one e4m3 number per weight, and ``weight_scale`` (N, 1)."""
         return {
             "weight": TensorSpec(shape, torch.float8_e4m3fn),
             "weight_scale": TensorSpec((shape[0], 1), torch.float32),
         }
 
-    def compute_qparams(
-        self,
-        x: Tensor,
-        column_weights: Tensor | None = None,
-        *,
-        clip: Tensor | float = 1.0,
-        outer: QParams | None = None,
-    ) -> QParams:
-        if outer is not None:
-            return outer
-        return {"weight_scale": clip * x.float().abs().amax(1, keepdim=True) / _E4M3_MAX}
+    def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
+        return {"weight_scale": clip * x.abs().amax(1, keepdim=True) / _E4M3_MAX}
 
     def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
-        return self._codes(x, qparams).float() * qparams["weight_scale"]
+        """Nearest representable values, float32; see :meth:`Format.fake_quantize`."""
+        return self._quantize(x, qparams).float() * qparams["weight_scale"]
 
     def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
-        return {"weight": self._codes(x, qparams), **qparams}
+        """e4m3 numbers of ``x`` (N, K), and the scale."""
+        return {"weight": self._quantize(x, qparams), **qparams}
 
     def unpack(self, tensors: PackedTensors) -> Tensor:
+        """The float32 matrix (N, K) that packed tensors represent."""
         return tensors["weight"].float() * tensors["weight_scale"].float()
 
-    def _codes(self, x: Tensor, qparams: QParams) -> Tensor:
+    def _quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         return _e4m3(divide(x.float(), qparams["weight_scale"]), -_E4M3_MAX)
 
 
+class _Fp4(CodebookFormat):
+    """E2M1 codes and one scale per block; the scales differ."""
+
+    _bits = 4
+
+    def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
+        return E2M1.encode(u)
+
+    def _decode(self, codes: Tensor, qparams: QParams) -> Tensor:
+        return E2M1.decode(codes)
+
+    def _round(self, u: Tensor, qparams: QParams) -> Tensor:
+        return E2M1.round(u)
+
+
 @dataclass(frozen=True)
-class NvFp4:
-    """E2M1 codes, e4m3 block scales, one float scale for the matrix.
+class NvFp4(_Fp4):
+    """E2M1 codes, e4m3 block scales, one float32 scale for the matrix.
 
     Attributes:
-        ends: levels that the largest magnitude of a block may be put at; the one with less error
-            wins.
+        name: key of ``FORMATS``.
+        block_amax: E2M1 numbers that the largest magnitude of a block may become; of several, the
+            one with the lower squared error is taken.
     """
 
     name: str
-    ends: tuple[float, ...] = (6.0,)
+    block_amax: tuple[float, ...] = (6.0,)
 
     group = 16
-    vector = 1
-    data_dependent = False
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        rows, columns = shape
-        blocks = groups_of(self.name, columns, self.group)
-        return {
-            "weight": TensorSpec((rows, packed_width(self.name, columns, 4)), torch.int8),
-            "weight_scale": TensorSpec((rows, blocks), torch.float8_e4m3fn),
-            "weight_scale_2": TensorSpec((1, 1), torch.float32),
-        }
+        """Packed codes, e4m3 ``weight_scale`` (N, K / 16), float32 ``weight_scale_2`` (1, 1)."""
+        specs = self._packed_specs(shape, 4, torch.float8_e4m3fn)
+        return {**specs, "weight_scale_2": TensorSpec((1, 1), torch.float32)}
 
-    def compute_qparams(
-        self,
-        x: Tensor,
-        column_weights: Tensor | None = None,
-        *,
-        clip: Tensor | float = 1.0,
-        outer: QParams | None = None,
-    ) -> QParams:
-        x = x.float()
+    def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
         if outer is not None:
             scale_2 = outer["weight_scale_2"]
         else:  # the block with the largest magnitude gets the largest scale
-            scale_2 = (x.abs().amax() / (min(self.ends) * _E4M3_MAX)).reshape(1, 1)
-        peak = divide(clip * in_groups(x, self.group).abs().amax(-1), scale_2)
-        # a block far below the others keeps the smallest scale there is rather than none
-        tries = [
-            {"weight_scale": _e4m3(peak / end, _E4M3_TINY), "weight_scale_2": scale_2}
-            for end in self.ends
+            scale_2 = (x.abs().amax() / (min(self.block_amax) * _E4M3_MAX)).reshape(1, 1)
+        amax = divide(clip * in_groups(x, self.group).abs().amax(-1), scale_2)
+        # a block far below the others keeps the smallest scale there is, not a scale of zero
+        candidates = [
+            {"weight_scale": _e4m3(amax / target, _E4M3_TINY), "weight_scale_2": scale_2}
+            for target in self.block_amax
         ]
-        if len(tries) == 1:
-            return tries[0]
-        weight = broadcast_weights(x, column_weights)
+        if len(candidates) == 1:
+            return candidates[0]
+        weight = broadcast_weights(x, weights)
         errors = [
-            in_groups((self.fake_quantize(x, t) - x).square() * weight, self.group).sum(-1)
-            for t in tries
+            in_groups((self.fake_quantize(x, c) - x).square() * weight, self.group).sum(-1)
+            for c in candidates
         ]
         best = torch.stack(errors).argmin(0, keepdim=True)  # (1, N, blocks)
-        scales = torch.stack([t["weight_scale"].float() for t in tries]).gather(0, best)[0]
+        scales = torch.stack([c["weight_scale"].float() for c in candidates]).gather(0, best)[0]
         return {"weight_scale": scales.to(torch.float8_e4m3fn), "weight_scale_2": scale_2}
 
-    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
-        scale = self._per_column(x.shape[1], qparams, cols)
-        return E2M1.round(divide(x.float(), scale)) * scale
-
-    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
-        codes = E2M1.codes(divide(x.float(), self._per_column(x.shape[1], qparams, None)))
-        return {"weight": pack_bits(codes, 4), **qparams}
-
-    def unpack(self, tensors: PackedTensors) -> Tensor:
-        scale = tensors["weight_scale"].float() * tensors["weight_scale_2"].float()
-        levels = in_groups(E2M1.of(unpack_bits(tensors["weight"], 4)), self.group)
-        return (levels * scale.unsqueeze(-1)).flatten(1)
-
-    def _per_column(self, columns: int, qparams: QParams, cols: slice | None) -> Tensor:
-        scale = expand_groups(qparams["weight_scale"], columns, self.group, cols).float()
-        return scale * qparams["weight_scale_2"]
+    def _float_scale(self, scale: Tensor, qparams: QParams) -> Tensor:
+        return scale.float() * qparams["weight_scale_2"].float()
 
 
 @dataclass(frozen=True)
-class MxFp4:
+class MxFp4(_Fp4):
     """E2M1 codes and power-of-two block scales, stored as exponents biased by 127 (E8M0)."""
 
     name: str
 
     group = 32
-    vector = 1
-    data_dependent = False
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        rows, columns = shape
-        blocks = groups_of(self.name, columns, self.group)
-        return {
-            "weight": TensorSpec((rows, packed_width(self.name, columns, 4)), torch.int8),
-            "weight_scale": TensorSpec((rows, blocks), torch.uint8),
-        }
+        """Packed codes, and ``weight_scale``, uint8 exponents (N, K / 32)."""
+        return self._packed_specs(shape, 4, torch.uint8)
 
-    def compute_qparams(
-        self,
-        x: Tensor,
-        column_weights: Tensor | None = None,
-        *,
-        clip: Tensor | float = 1.0,
-        outer: QParams | None = None,
-    ) -> QParams:
-        peak = clip * in_groups(x.float(), self.group).abs().amax(-1)
-        # floor(log2), exact; a block that is not finite gets the largest, and stays so
-        exponent = torch.where(peak.isfinite(), torch.frexp(peak).exponent - 1, 128)
-        # 1, not 0: 2^-127 is subnormal, and some devices flush those to zero
+    def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
+        amax = clip * in_groups(x, self.group).abs().amax(-1)
+        # floor(log2), exact; a block that is not finite gets the largest exponent and stays so
+        exponent = torch.where(amax.isfinite(), torch.frexp(amax).exponent - 1, 128)
+        # 1, not 0: 2^-127 is subnormal, and some devices flush subnormals to zero
         return {"weight_scale": (exponent - 2 + 127).clamp(1, 254).to(torch.uint8)}
 
-    def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
-        scale = _power(expand_groups(qparams["weight_scale"], x.shape[1], self.group, cols))
-        return E2M1.round(x.float() / scale) * scale
-
-    def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
-        scale = _power(expand_groups(qparams["weight_scale"], x.shape[1], self.group, None))
-        return {"weight": pack_bits(E2M1.codes(x.float() / scale), 4), **qparams}
-
-    def unpack(self, tensors: PackedTensors) -> Tensor:
-        levels = in_groups(E2M1.of(unpack_bits(tensors["weight"], 4)), self.group)
-        return (levels * _power(tensors["weight_scale"]).unsqueeze(-1)).flatten(1)
+    def _float_scale(self, scale: Tensor, qparams: QParams) -> Tensor:
+        return (scale.to(torch.int32) << 23).view(torch.float32)  # 2^(e - 127): its float32 bits
 
 
 def _e4m3(x: Tensor, low: float) -> Tensor:
     return x.clamp(low, _E4M3_MAX).to(torch.float8_e4m3fn)  # the cast alone may overflow to NaN
-
-
-def _power(exponent: Tensor) -> Tensor:
-    """2^(exponent - 127) of a biased exponent: the bits of the float that it is."""
-    return (exponent.to(torch.int32) << 23).view(torch.float32)

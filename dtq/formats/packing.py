@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes in bytes: a stream of bits, lowest first, that starts anew in each row.
+"""Pack small integers into bytes: per row one stream of bits, lowest bit first.
 
-With 4 bits column 2i is the low nibble of byte i and column 2i+1 the high one; 2 bits are four
-codes a byte; 3 and 6 bits run across bytes. A row must end on a byte, so nothing is padded and the
-packed shape says how many columns there are. Ternary codes also go five to a byte, in base 3.
+With 4 bits, column 2i is the low nibble of byte i and column 2i + 1 the high one. With 2 bits, a
+byte holds four codes. Codes of 3 and 6 bits cross byte boundaries. A row must end on a byte, so
+there is no padding, and the packed shape tells the number of columns. Ternary codes can also be
+packed five to a byte, in base 3.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from dtq.errors import InputError
 
 
 def packed_width(name: str, columns: int, bits: int, vector: int = 1) -> int:
-    """Bytes of a row of codes, one code per ``vector`` columns.
+    """Bytes of a packed row.
+
+    Args:
+        name: of the format, for the message.
+        columns: weights of a row.
+        bits: bits of a code, 1 to 8.
+        vector: columns that share a code.
+
+    Returns:
+        The number of bytes.
 
     Raises:
         InputError: the row would not end on a byte.
@@ -26,40 +36,30 @@ def packed_width(name: str, columns: int, bits: int, vector: int = 1) -> int:
     if columns % unit:
         raise InputError(
             f"{name} needs input features divisible by {unit}, got {columns}. "
-            f"Use int8-row for this layer, or keep it."
+            f"Use int8-row for this layer, or exclude it."
         )
     return columns // vector * bits // 8
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack integer codes in [0, 2^bits), shape (N, C), into int8 bytes (N, C * bits / 8)."""
-    per, count, dtype = _unit(bits)
-    shift = torch.arange(per, device=codes.device, dtype=dtype) * bits
-    units = codes.to(dtype).unflatten(-1, (-1, per))  # (N, units, per)
+    num_codes, num_bytes, dtype = _unit(bits)
+    shift = torch.arange(num_codes, device=codes.device, dtype=dtype) * bits
+    units = codes.to(dtype).unflatten(-1, (-1, num_codes))  # (N, units, num_codes)
     word = (units << shift).sum(-1, dtype=dtype, keepdim=True)  # disjoint bits: a sum is an or
-    position = torch.arange(count, device=codes.device, dtype=dtype) * 8
+    position = torch.arange(num_bytes, device=codes.device, dtype=dtype) * 8
     return ((word >> position) & 255).flatten(-2).to(torch.uint8).view(torch.int8)
 
 
 def unpack_bits(packed: Tensor, bits: int, columns: int | None = None) -> Tensor:
-    """Inverse of :func:`pack_bits`: uint8 codes (N, C); ``columns`` cuts the row shorter."""
-    per, count, dtype = _unit(bits)
-    position = torch.arange(count, device=packed.device, dtype=dtype) * 8
-    units = packed.view(torch.uint8).to(dtype).unflatten(-1, (-1, count))  # (N, units, count)
-    word = (units << position).sum(-1, dtype=dtype, keepdim=True)
-    shift = torch.arange(per, device=packed.device, dtype=dtype) * bits
+    """Inverse of :func:`pack_bits`: uint8 codes (N, C), or the first ``columns`` of them."""
+    num_codes, num_bytes, dtype = _unit(bits)
+    position = torch.arange(num_bytes, device=packed.device, dtype=dtype) * 8
+    units = packed.view(torch.uint8).to(dtype).unflatten(-1, (-1, num_bytes))
+    word = (units << position).sum(-1, dtype=dtype, keepdim=True)  # (N, units, 1)
+    shift = torch.arange(num_codes, device=packed.device, dtype=dtype) * bits
     codes = ((word >> shift) & (2**bits - 1)).flatten(-2).to(torch.uint8)
     return codes if columns is None else codes[..., :columns]
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """Pack codes in [0, 15], shape (N, K) with K even, into int8 bytes (N, K/2)."""
-    return pack_bits(codes, 4)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Inverse of :func:`pack_nibbles`: int8 bytes (N, K/2) to int8 codes (N, K) in [0, 15]."""
-    return unpack_bits(packed, 4).view(torch.int8)
 
 
 def pack_trits(codes: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _codes_in_unit(bits: int) -> int:
 
 
 def _unit(bits: int) -> tuple[int, int, torch.dtype]:
-    """Codes in the smallest whole-byte unit, its bytes, and an integer that holds it."""
-    per = _codes_in_unit(bits)
-    count = per * bits // 8
-    return per, count, {1: torch.uint8, 3: torch.int32}.get(count, torch.int64)
+    """The smallest unit of whole bytes: its codes, its bytes, and a dtype that holds it."""
+    num_codes = _codes_in_unit(bits)
+    num_bytes = num_codes * bits // 8
+    return num_codes, num_bytes, {1: torch.uint8, 3: torch.int32}.get(num_bytes, torch.int64)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer class that diffusers asks for, and its registration.
+"""The quantizer class for diffusers, and the patches of diffusers and transformers.
 
-``import dtq`` writes two rows into the tables of ``diffusers.quantizers.auto``; from then on
-``from_pretrained`` of a dtq folder needs nothing else.
+The tables of ``diffusers.quantizers.auto`` get a row each: ``from_pretrained`` of a dtq folder then
+needs nothing else.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import get_module_from_name, is_transformers_available
 from torch import Tensor, nn
 
+from dtq import integrations
 from dtq.checkpoint import reader
 from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
 from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
-from dtq.nn.storage import aligned, check_part, from_disk, to_disk
+from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
 from dtq.nn.swap import finalize, swap_empty
 from dtq.plan.layers import LayerSpec, Plan
 
 log = logging.getLogger("dtq")
-
-OnTheFly = Callable[[nn.Module, DTQConfig, list[str]], object]
-"""Quantize a loaded float model in place: model, config, names to keep; returns the report."""
 
 
 class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -41,7 +39,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     use_keep_in_fp32_modules = True
     requires_calibration = False
     required_packages = None
-    on_the_fly: OnTheFly | None = None  # set by register(); the story is above this file
 
     def __init__(self, quantization_config: DTQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -105,7 +102,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         module, part = get_module_from_name(model, param_name)
         # not param_value: diffusers has already cast that one to torch_dtype
         raw = state_dict[param_name] if state_dict is not None else param_value
-        check_part(param_name, raw, module.tensor_specs()[part])
+        check_tensor(param_name, raw, module.tensor_specs()[part])
         value = from_disk(raw).to(target_device)
         module._parameters[part] = nn.Parameter(value, requires_grad=False)
 
@@ -139,8 +136,10 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             share_input_transforms(model)
             share_rows(model, self.quantization_config)
         else:
-            assert DTQQuantizer.on_the_fly is not None
-            self.report = DTQQuantizer.on_the_fly(model, self.quantization_config, self._keep)
+            assert integrations.quantize_while_loading is not None
+            self.report = integrations.quantize_while_loading(
+                model, self.quantization_config, self._keep
+            )
         return model
 
     def get_state_dict_and_metadata(
@@ -209,24 +208,27 @@ def share_rows(model: nn.Module, config: DTQConfig) -> None:
         model.get_submodule(name).row = row  # type: ignore[assignment]
 
 
-def register(on_the_fly: OnTheFly) -> None:
-    """Write dtq into diffusers' tables, unless a dtq is there already."""
-    DTQQuantizer.on_the_fly = staticmethod(on_the_fly)
+def register() -> None:
+    """Add dtq to the tables of diffusers, unless a dtq is there already."""
     auto.AUTO_QUANTIZER_MAPPING.setdefault("dtq", DTQQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
-    _guard_control_nets()
-    if is_transformers_available():  # diffusers has imported it; it asks both for a quant_backend
+
+
+def register_in_transformers() -> None:
+    """Add dtq to the tables of transformers: diffusers looks up a ``quant_backend`` in both."""
+    if is_transformers_available():
         from transformers.quantizers import auto as text
 
         text.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
         text.AUTO_QUANTIZER_MAPPING.setdefault("dtq", _refuse_text)
 
 
-def _guard_control_nets() -> None:
-    """``from_transformer`` of control nets copies weights by name, and here those are codes.
+def refuse_control_nets_of_codes() -> None:
+    """Make ``from_transformer`` of ControlNets refuse a quantized transformer.
 
-    ``load_state_dict(strict=False)`` takes int8 codes of the right shape for weights: the control
-    net would be noise. Classes that share modules instead of copying have no such argument.
+    It copies weights by name with ``load_state_dict(strict=False)``, which takes int8 codes of the
+    right shape for weights: the ControlNet would be noise. Classes that share modules instead of
+    copying have no such argument.
     """
     from diffusers.models import controlnets
 
@@ -236,6 +238,46 @@ def _guard_control_nets() -> None:
             continue
         if "load_weights_from_transformer" in inspect.signature(made.__func__).parameters:
             kind.from_transformer = classmethod(_of_floats(made.__func__))  # type: ignore[attr-defined]
+
+
+def report_flux_shapes() -> None:
+    """Give the LoRA loader of Flux the shape of a quantized linear, whose ``weight`` is packed.
+
+    It compares that shape with the adapter's, and widens a layer where the adapter is larger; a
+    quantized layer cannot be widened.
+    """
+    from diffusers.loaders import lora_pipeline
+
+    flux = lora_pipeline.FluxLoraLoaderMixin
+    shape = flux._calculate_module_shape
+    expand = lora_pipeline._maybe_dequantize_weight_for_expanded_lora
+    if hasattr(expand, "dtq"):
+        return
+
+    def module_shape(
+        model: nn.Module,
+        base_module: nn.Module | None = None,
+        base_weight_param_name: str | None = None,
+    ) -> torch.Size:
+        module = base_module
+        if base_weight_param_name:
+            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
+        if isinstance(module, QuantLinear):
+            return torch.Size((module.out_features, module.in_features))
+        return shape(model, base_module, base_weight_param_name)
+
+    def expandable_weight(model: nn.Module, module: nn.Module) -> Any:
+        if isinstance(module, QuantLinear):
+            raise InputError(
+                f"this adapter widens a linear of {module.in_features} inputs that is quantized; "
+                f"exclude that layer from quantization: modules_to_not_convert, or exclude: in "
+                f"the recipe"
+            )
+        return expand(model, module)
+
+    expandable_weight.dtq = True  # type: ignore[attr-defined]
+    flux._calculate_module_shape = staticmethod(module_shape)
+    lora_pipeline._maybe_dequantize_weight_for_expanded_lora = expandable_weight
 
 
 def _of_floats(make: Callable[..., Any]) -> Callable[..., Any]:

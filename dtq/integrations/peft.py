@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from diffusers.loaders import lora_pipeline
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -83,10 +81,10 @@ class LoraLinear(Linear):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make peft put :class:`LoraLinear` on quantized linears, and diffusers see their shape.
+    """Make peft put :class:`LoraLinear` on quantized linears, and refuse every other adapter there.
 
-    peft has no table of layers to add a row to, only one per ``LoraConfig``, and diffusers makes
-    those itself; so this wraps the one function through which peft makes every layer.
+    peft has a table of layers per ``LoraConfig`` only, and diffusers makes those itself; so this
+    wraps the one function through which peft makes every layer.
     """
     if getattr(LoraModel._create_new_module, "dtq", False):
         return
@@ -99,7 +97,6 @@ def register() -> None:
     create_new_module.dtq = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)
     _refuse_others()
-    _patch_flux()
 
 
 def _refuse_others() -> None:
@@ -149,36 +146,3 @@ def _check_kind(config: Any, name: str) -> None:
 
 
 _STARTS = ("gaussian", "orthogonal")
-
-
-def _patch_flux() -> None:
-    """The shape of a layer is not that of its ``weight``, which may be packed.
-
-    Flux compares it with that of the adapter, and widens a layer where the adapter is larger.
-    """
-    flux = lora_pipeline.FluxLoraLoaderMixin
-    shape = flux._calculate_module_shape
-    expand = lora_pipeline._maybe_dequantize_weight_for_expanded_lora
-
-    def module_shape(
-        model: nn.Module,
-        base_module: nn.Module | None = None,
-        base_weight_param_name: str | None = None,
-    ) -> torch.Size:
-        module = base_module
-        if base_weight_param_name:
-            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
-        if isinstance(module, QuantLinear):
-            return torch.Size((module.out_features, module.in_features))
-        return shape(model, base_module, base_weight_param_name)
-
-    def expandable_weight(model: nn.Module, module: nn.Module) -> Any:
-        if isinstance(module, QuantLinear):
-            raise InputError(
-                f"this adapter widens a linear of {module.in_features} inputs that is quantized; "
-                f"keep that layer when quantizing: modules_to_not_convert, or keep: in the recipe"
-            )
-        return expand(model, module)
-
-    flux._calculate_module_shape = staticmethod(module_shape)
-    lora_pipeline._maybe_dequantize_weight_for_expanded_lora = expandable_weight

@@ -88,7 +88,7 @@ def load_ternary(
             old.in_features, old.out_features, old.bias is not None, LayerSpec(fmt, "none"),
             compute_dtype=dtype, device="meta",
         )  # fmt: skip
-        parts = ternary.parts_of(codes.to(old.weight.device), alpha)
+        parts = ternary.pack_codes(codes.to(old.weight.device), alpha)
         new.fill(parts)
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.detach().to(dtype), requires_grad=False)

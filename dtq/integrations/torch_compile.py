@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fusion in the graphs of ``torch.compile``: what stands between two quantized linears joins them.
+"""Fusion in the graphs of ``torch.compile``: ops around quantized linears become part of them.
 
     torch.compile(pipe.transformer, backend="dtq")
 
-is inductor behind four rewrites, which find their places in the graph, whatever model it is of:
+compiles with inductor, after four rewrites that match patterns in the graph of any model:
 
 - LayerNorm, ``* (1 + scale) + shift``, quantize: one pass over a token (``norm_quantize_rows``);
-- a product and the GELU after it: GELU before the one rounding (``..._epilogue_linear``);
-- a product, ``gate * y + residual``: the same;
-- codes or views that are asked for twice are made once.
+- a quantized GEMM and GELU: GELU is the epilogue, before the output is rounded
+  (``..._epilogue_linear``);
+- a quantized GEMM and ``gate * y + residual``: likewise;
+- an input that is quantized, or viewed, several times in the same way: only once.
 
-What was rounded to the model's dtype in between no longer is, so outputs differ by such roundings.
-A rewrite is made where the library of the device has the op compiled, and where nothing in between
-writes to a tensor.
+Intermediate results are no longer rounded to the model's dtype, so outputs differ by these
+roundings. A pattern is fused only if the fused op is compiled for the device, its intermediate
+results have no other user, no node in between writes to a tensor, and no gradient is required.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from dtq.integrations.fx_graph import (
     FLOATS,
     VIEWS,
     Graph,
-    between,
+    input_with_same_rows,
     is_like,
+    is_row_vector,
     is_tensor,
-    is_vector,
-    kept_rows,
     name_of,
-    pairs,
+    operands,
+    path_between,
     same_sizes,
     shape_of,
-    through,
+    skip,
     value_of,
 )
 from dtq.kernels.libraries import LIBRARIES
@@ -48,20 +49,28 @@ _log = logging.getLogger(__name__)
 
 ops = torch.ops.dtq
 
-_ROWS = {"dtq::quantize_rows", "dtq::binned_quantize_rows"}
-_CODES = {*_ROWS, "dtq::e2m1_quantize_rows", "dtq::fp4_quantize_rows", "dtq::round_rows"}
+_QUANTIZE = {"dtq::quantize_rows", "dtq::binned_quantize_rows"}
+"""Ops that quantize to int8, for which there is a fused op with LayerNorm."""
+_QUANTIZE_ANY = {*_QUANTIZE, "dtq::e2m1_quantize_rows", "dtq::fp4_quantize_rows", "dtq::round_rows"}
 _EPILOGUES = {
     "dtq::w8a8_linear": "w8a8_epilogue_linear",
     "dtq::w4a8_linear": "w4a8_epilogue_linear",
 }
-"""Products, and the op that goes on after the bias."""
+"""GEMM op to the same op with an epilogue."""
 _OPERANDS = {"dtq::w8a8_epilogue_linear": 4, "dtq::w4a8_epilogue_linear": 5, "dtq::fp4_linear": 6}
-"""Such ops, and how many operands come before the bias."""
+"""GEMM ops with an epilogue, and the number of arguments before the bias."""
 
 
 @dataclass
 class Fused:
-    """How many of each rewrite were made."""
+    """Number of rewrites of each kind.
+
+    Attributes:
+        norms: LayerNorms fused with a quantize op.
+        gelus: GELUs fused with a GEMM.
+        gates: ``gate * y + residual`` fused with a GEMM.
+        shared: quantize ops replaced by an earlier one.
+    """
 
     norms: int = 0
     gelus: int = 0
@@ -70,7 +79,7 @@ class Fused:
 
 
 def register() -> None:
-    """Make ``backend="dtq"`` known to ``torch.compile``."""
+    """Add the backend "dtq" to ``torch.compile``. To import this file adds ``torch.ops.dtq``."""
     if "dtq" not in registry._COMPILER_FNS:
         registry.register_backend(backend, name="dtq")
 
@@ -82,7 +91,17 @@ def backend(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Any:
-    """Inductor, on the graph that :func:`fuse` leaves; ``mode`` and ``options`` are inductor's."""
+    """The compiler backend: :func:`fuse`, then inductor.
+
+    Args:
+        module: the graph.
+        inputs: example inputs.
+        mode: of inductor, such as ``reduce-overhead``.
+        options: config options of inductor.
+
+    Returns:
+        The compiled function.
+    """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -92,114 +111,115 @@ def backend(
 
 
 def fuse(module: fx.GraphModule) -> Fused:
-    """Rewrite a graph of Dynamo in place; returns what was done."""
-    graph, done = Graph(module.graph), Fused()
-    done.shared = _share(graph)
+    """Rewrite a graph of Dynamo in place; returns the number of rewrites."""
+    graph, fused = Graph(module.graph), Fused()
+    fused.shared = _share(graph)
     for node in graph.nodes():
-        if name_of(node) in _ROWS and _fuse_norm(graph, node):
-            done.norms += 1
+        if name_of(node) in _QUANTIZE and _fuse_norm(graph, node):
+            fused.norms += 1
         elif name_of(node) in ("gelu", "dtq::gelu") and _fuse_gelu(graph, node):
-            done.gelus += 1
+            fused.gelus += 1
         elif name_of(node) == "add" and _fuse_gate(graph, node):
-            done.gates += 1
+            fused.gates += 1
     module.graph.lint()
     module.recompile()
-    _log.info("dtq: %s", done)
-    return done
+    _log.info("dtq: %s", fused)
+    return fused
 
 
 # ------------------------------------------------------------------------------------- rewrites
 
 
 def _share(graph: Graph) -> int:
-    """Views and codes that were asked for before."""
+    """Replace views and quantize ops by earlier ones with the same arguments."""
     known: dict[str, fx.Node] = {}
     shared = 0
     for node in graph.nodes():
-        if name_of(node) not in VIEWS | _CODES | {"getitem"}:
+        if name_of(node) not in VIEWS | _QUANTIZE_ANY | {"getitem"}:
             continue
         key = f"{name_of(node)} {node.args} {node.kwargs}"
         first = known.setdefault(key, node)
-        if first is not node and graph.alike(first, node):
+        if first is not node and graph.can_replace(first, node):
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
-            shared += name_of(first) in _CODES
+            shared += name_of(first) in _QUANTIZE_ANY
         else:
             known[key] = node
     return shared
 
 
-def _fuse_norm(graph: Graph, rows: fx.Node) -> bool:
-    given = _modulated(through(rows.args[0], VIEWS | CASTS))
-    if given is None or not _compiled(given.x, "norm_quantize_rows"):
+def _fuse_norm(graph: Graph, quantize: fx.Node) -> bool:
+    """Fuse a quantize op with the modulated LayerNorm that is its input."""
+    norm = _match_modulated_norm(skip(quantize.args[0], VIEWS | CASTS))
+    if norm is None or not _is_compiled(norm.x, "norm_quantize_rows"):
         return False
-    if not _only_rows(given.last):
+    if not _only_quantized(norm.result):
         return False
-    if not graph.quiet(min(given.skipped, key=graph.place.__getitem__), rows):
+    if not graph.no_writes_between(min(norm.fused, key=graph.position.__getitem__), quantize):
         return False
-    width = int(shape_of(given.x)[-1])
-    with graph.graph.inserting_before(rows):
+    width = int(shape_of(norm.x)[-1])
+    with graph.graph.inserting_before(quantize):
         x, *vectors = (
-            graph.graph.call_method("reshape", (each, -1, width))
-            for each in (given.x, given.scale, given.shift)
+            graph.graph.call_method("reshape", (tensor, -1, width))
+            for tensor in (norm.x, norm.scale, norm.shift)
         )
-        if value_of(given.scale).dtype != value_of(given.shift).dtype:
-            vectors = [graph.graph.call_method("float", (each,)) for each in vectors]
-        vectors = [graph.graph.call_method("contiguous", (each,)) for each in vectors]
-        rest: tuple[Any, ...] = rows.args[1:]
-        if name_of(rows) == "dtq::quantize_rows":
-            pre_scale, block, scale, *levels = rest
-            rest = pre_scale, None, block, 1, scale, None, *levels
-        new = graph.graph.call_function(ops.norm_quantize_rows, (x, *vectors, given.eps, *rest))
-    graph.replace(rows, new)
+        if value_of(norm.scale).dtype != value_of(norm.shift).dtype:
+            vectors = [graph.graph.call_method("float", (vector,)) for vector in vectors]
+        vectors = [graph.graph.call_method("contiguous", (vector,)) for vector in vectors]
+        args: tuple[Any, ...] = quantize.args[1:]
+        if name_of(quantize) == "dtq::quantize_rows":
+            pre_scale, block, scale, *qmax = args
+            args = pre_scale, None, block, 1, scale, None, *qmax
+        new = graph.graph.call_function(ops.norm_quantize_rows, (x, *vectors, norm.eps, *args))
+    graph.replace(quantize, new)
     return True
 
 
 def _fuse_gelu(graph: Graph, node: fx.Node) -> bool:
     if name_of(node) == "gelu" and node.kwargs.get("approximate") != "tanh":
         return False
-    product = _product(node.args[0] if node.args else node.kwargs.get("input"))
-    if product is None or product.gelu or product.gate is not None:
+    gemm = _match_gemm(node.args[0] if node.args else node.kwargs.get("input"))
+    if gemm is None or gemm.gelu or gemm.gate is not None:
         return False
-    product.gelu = True
-    return _put(graph, node, product)
+    gemm.gelu = True
+    return _replace_by_gemm(graph, node, gemm)
 
 
 def _fuse_gate(graph: Graph, node: fx.Node) -> bool:
-    for gated, residual in pairs(node, "add"):
-        for gate, given in pairs(gated, "mul"):
-            product, like = _product(given), value_of(node)
-            if product is None or product.gate is not None or len(gated.users) != 1:
+    for gated, residual in operands(node, "add"):
+        for gate, value in operands(gated, "mul"):
+            gemm, like = _match_gemm(value), value_of(node)
+            if gemm is None or gemm.gate is not None or len(gated.users) != 1:
                 continue
-            if not (is_like(given, like) and is_like(residual, like)) or residual is gated:
+            if not (is_like(value, like) and is_like(residual, like)) or residual is gated:
                 continue
-            if not is_vector(gate, like):
+            if not is_row_vector(gate, like):
                 continue
-            if not like.dtype == value_of(gate).dtype == product.dtype:
+            if not like.dtype == value_of(gate).dtype == gemm.dtype:
                 continue
-            product.gate, product.residual = gate, residual
-            return _put(graph, node, product)
+            gemm.gate, gemm.residual = gate, residual
+            return _replace_by_gemm(graph, node, gemm)
     return False
 
 
-def _put(graph: Graph, node: fx.Node, product: _Product) -> bool:
-    """The product goes on and stands where ``node`` was."""
-    # kernels know no gradients
-    if value_of(node).requires_grad or not graph.quiet(product.node, node):
+def _replace_by_gemm(graph: Graph, node: fx.Node, gemm: _Gemm) -> bool:
+    """Replace ``node``, the end of a pattern, by a GEMM with an epilogue."""
+    # kernels have no gradients
+    if value_of(node).requires_grad or not graph.no_writes_between(gemm.node, node):
         return False
-    if not _compiled(node, product.op):
+    if not _is_compiled(node, gemm.op):
         return False
     width = int(shape_of(node)[-1])
     new, rows = graph.graph, []
     with new.inserting_before(node):
-        for each in (product.gate, product.residual):
-            flat = None if each is None else new.call_method("reshape", (each, -1, width))
+        for tensor in (gemm.gate, gemm.residual):
+            flat = None if tensor is None else new.call_method("reshape", (tensor, -1, width))
             rows.append(None if flat is None else new.call_method("contiguous", (flat,)))
-        then = product.bias, product.gelu, *rows, product.dtype, *product.branch
-        y = new.call_function(getattr(ops, product.op), (*product.operands, *then))
-        y.meta = dict(product.node.meta)
-        graph.place[y] = graph.place[node]
-        shaped = y if product.sizes is None else new.call_method("reshape", (y, *product.sizes))
+        epilogue = gemm.bias, gemm.gelu, *rows, gemm.dtype, *gemm.branch
+        y = new.call_function(getattr(ops, gemm.op), (*gemm.operands, *epilogue))
+        y.meta = dict(gemm.node.meta)
+        graph.position[y] = graph.position[node]
+        shaped = y if gemm.sizes is None else new.call_method("reshape", (y, *gemm.sizes))
     graph.replace(node, shaped)
     return True
 
@@ -208,70 +228,92 @@ def _put(graph: Graph, node: fx.Node, product: _Product) -> bool:
 
 
 @dataclass
-class _Modulated:
-    """``norm(x) * (1 + scale) + shift``; ``last`` is the sum, others are no longer computed."""
+class _ModulatedNorm:
+    """``norm(x) * (1 + scale) + shift``.
+
+    Attributes:
+        x: input of the LayerNorm, before casts.
+        scale: one row per image, or one for all.
+        shift: likewise.
+        eps: of the LayerNorm.
+        result: the whole expression.
+        fused: nodes of the pattern that the fused op replaces.
+    """
 
     x: fx.Node
     scale: fx.Node
     shift: fx.Node
     eps: float
-    last: fx.Node
-    skipped: list[fx.Node]
+    result: fx.Node
+    fused: list[fx.Node]
 
 
-def _modulated(last: Any) -> _Modulated | None:
-    for product, shift in pairs(last, "add"):
-        for normed, raised in pairs(product, "mul"):
-            norm = through(normed, CASTS)
+def _match_modulated_norm(node: Any) -> _ModulatedNorm | None:
+    for product, shift in operands(node, "add"):
+        for normed, factor in operands(product, "mul"):
+            norm = skip(normed, CASTS)
             if name_of(norm) != "layer_norm" or any(len(n.users) > 1 for n in (product, norm)):
                 continue
-            found = _norm_of(norm)
-            for scale, one in pairs(raised, "add"):
-                if found is None or not isinstance(one, int | float) or one != 1:
+            match = _match_layer_norm(norm)
+            for scale, one in operands(factor, "add"):
+                if match is None or not isinstance(one, int | float) or one != 1:
                     continue
-                x, given, eps = found
+                x, cast_x, eps = match
                 if _are_modulation(scale, shift, value_of(norm)):
-                    skipped = [raised, norm, *between(given, x)]
-                    return _Modulated(x, scale, shift, eps, last, skipped)
+                    fused = [factor, norm, *path_between(cast_x, x)]
+                    return _ModulatedNorm(x, scale, shift, eps, node, fused)
     return None
 
 
 def _are_modulation(scale: Any, shift: Any, like: Tensor) -> bool:
-    """Whether these are a scale and a shift for each image of ``like``, or one for all."""
-    if not is_vector(scale, like) or not is_vector(shift, like):
+    """Whether two values have a row for each image of ``like``, or one for all, in float."""
+    if not is_row_vector(scale, like) or not is_row_vector(shift, like):
         return False
-    up, along = value_of(scale), value_of(shift)
-    alike = up.shape[0] == along.shape[0] and up.device == along.device == like.device
-    return alike and {up.dtype, along.dtype} <= FLOATS
+    a, b = value_of(scale), value_of(shift)
+    match = a.shape[0] == b.shape[0] and a.device == b.device == like.device
+    return match and {a.dtype, b.dtype} <= FLOATS
 
 
-def _norm_of(norm: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """Input before casts, input, epsilon of a LayerNorm over the last axis, without weights."""
+def _match_layer_norm(norm: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    """Input before casts, input and epsilon of a LayerNorm over the last axis, without weights."""
     if not is_tensor(norm):
         return None
     names = "input", "normalized_shape", "weight", "bias", "eps"
-    given: dict[str, Any] = dict(zip(names, norm.args, strict=False)) | dict(norm.kwargs)
-    x = through(given["input"], CASTS, upwards=True)
-    plain = given.get("weight") is None and given.get("bias") is None
-    if not plain or len(given["normalized_shape"]) != 1 or value_of(x).dtype not in FLOATS:
+    args: dict[str, Any] = dict(zip(names, norm.args, strict=False)) | dict(norm.kwargs)
+    x = skip(args["input"], CASTS, upcasts_only=True)
+    plain = args.get("weight") is None and args.get("bias") is None
+    if not plain or len(args["normalized_shape"]) != 1 or value_of(x).dtype not in FLOATS:
         return None
-    return x, given["input"], given.get("eps", 1e-5)
+    return x, args["input"], args.get("eps", 1e-5)
 
 
-def _only_rows(last: fx.Node) -> bool:
-    """Whether a value is read by quantizers alone, through views and casts."""
+def _only_quantized(node: fx.Node) -> bool:
+    """Whether all users of a value are quantize ops, looking through views and casts."""
     return all(
-        name_of(user) in _ROWS or (name_of(user) in VIEWS | CASTS and _only_rows(user))
-        for user in last.users
+        name_of(user) in _QUANTIZE or (name_of(user) in VIEWS | CASTS and _only_quantized(user))
+        for user in node.users
     )
 
 
 @dataclass
-class _Product:
-    """A product of codes, and what follows it before the one rounding."""
+class _Gemm:
+    """A quantized GEMM and its epilogue.
+
+    Attributes:
+        node: of the GEMM.
+        sizes: arguments of the reshape after it; None without one.
+        op: name of the op with an epilogue.
+        operands: its arguments before the bias.
+        bias: (N,) or None.
+        gelu: whether GELU follows.
+        gate: one row per image or one for all, multiplies the result; None without.
+        residual: added to it; None without a gate.
+        dtype: of the output.
+        branch: arguments of the low-rank branch, if there is one.
+    """
 
     node: fx.Node
-    sizes: tuple[Any, ...] | None  # that its rows are given
+    sizes: tuple[Any, ...] | None
     op: str
     operands: tuple[Any, ...]
     bias: Any
@@ -282,52 +324,50 @@ class _Product:
     branch: tuple[Any, ...] = ()
 
 
-def _product(given: Any) -> _Product | None:
-    """The product that is all there is to a value, through views and what changes nothing."""
-    node, sizes = given, None
+def _match_gemm(value: Any) -> _Gemm | None:
+    """The quantized GEMM that alone produces a value, looking through views and no-ops."""
+    node, sizes = value, None
     while isinstance(node, fx.Node) and len(node.users) == 1:
         name, args = name_of(node), cast("tuple[Any, ...]", node.args)
         if name in _EPILOGUES or name in _OPERANDS:
-            # without a view on the way the rows themselves are meant
-            return _argument(node, name, args, sizes) if sizes or node is given else None
-        if not _changes_nothing(node):
+            # without a reshape, the value must be the rows of the GEMM themselves
+            return _read_gemm(node, name, args, sizes) if sizes or node is value else None
+        if not _is_no_op(node):
             return None
         if sizes is None and name in ("reshape", "view"):
-            if not same_sizes(shape_of(node), shape_of(given)):
+            if not same_sizes(shape_of(node), shape_of(value)):
                 return None
             sizes = args[1:]
         node = args[0]
     return None
 
 
-def _argument(node: fx.Node, name: str, args: tuple[Any, ...], sizes: Any) -> _Product:
+def _read_gemm(node: fx.Node, name: str, args: tuple[Any, ...], sizes: Any) -> _Gemm:
     if name in _EPILOGUES:
-        *operands, bias, dtype = args
-        op, then = _EPILOGUES[name], (False, None, None, dtype)
-        return _Product(node, sizes, op, tuple(operands), bias, *then)
+        *before, bias, dtype = args
+        return _Gemm(node, sizes, _EPILOGUES[name], tuple(before), bias, False, None, None, dtype)
     count = _OPERANDS[name]
     bias, gelu, gate, residual, dtype, *branch = args[count:]
-    then = gelu, gate, residual, dtype
-    return _Product(
-        node, sizes, name.removeprefix("dtq::"), args[:count], bias, *then, tuple(branch)
-    )
+    op = name.removeprefix("dtq::")
+    return _Gemm(node, sizes, op, args[:count], bias, gelu, gate, residual, dtype, tuple(branch))
 
 
-def _changes_nothing(node: fx.Node) -> bool:
+def _is_no_op(node: fx.Node) -> bool:
+    """Whether a node has the values of its input, at most in another shape with the same rows."""
     name = name_of(node)
-    source = kept_rows(node)
+    source = input_with_same_rows(node)
     if source is None or value_of(source).dtype != value_of(node).dtype:
         return False
     if name == "dropout":
         names = "input", "p", "training"
-        options: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        return options.get("p", 0.5) == 0 or options.get("training", True) is False
+        args: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        return args.get("p", 0.5) == 0 or args.get("training", True) is False
     if name == "truediv":
         return node.args[1:] == (1,)
     return name in VIEWS | CASTS
 
 
-def _compiled(node: fx.Node, op: str) -> bool:
-    """Whether the library of the node's device has the op."""
+def _is_compiled(node: fx.Node, op: str) -> bool:
+    """Whether the library for the node's device has a compiled form of an op."""
     library = LIBRARIES.get(value_of(node).device.type)
     return library is not None and op in library.ops and library.load()

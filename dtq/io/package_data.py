@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
+
+from dtq.errors import InputError
 
 
 def package_root() -> Path:
@@ -24,3 +27,33 @@ def folder(name: str) -> Path:
         if place.is_dir():
             return place
     raise FileNotFoundError(f"dtq is installed without its {name!r} folder; reinstall it")
+
+
+def find_yaml(what: str | Path, data: str, kind: str, advice: str) -> Path:
+    """Find a YAML file by its path, or by the name of a file that dtq ships.
+
+    Args:
+        what: a path that ends in ``.yaml`` or ``.yml``, or a name without a suffix.
+        data: name of the data folder with the shipped files, see :func:`folder`.
+        kind: of the file, for messages: ``recipe``.
+        advice: the last sentence of the message about an unknown name.
+
+    Raises:
+        InputError: no such file or name; the message suggests similar names.
+    """
+    path = Path(what)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise InputError(f"{path}: no such {kind} file")
+    name, known = str(what), yaml_names(data)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+        raise InputError(f"unknown {kind} {name!r}; {hint} {advice}")
+    return folder(data) / f"{name}.yaml"
+
+
+def yaml_names(data: str) -> list[str]:
+    """Names of the YAML files that dtq ships in a data folder, sorted."""
+    return sorted(path.stem for path in folder(data).glob("*.yaml"))

@@ -81,7 +81,7 @@ def check_method(
         for name, p in parameters.items()
         if p.kind is inspect.Parameter.KEYWORD_ONLY
         and p.default is not inspect.Parameter.empty
-        and name not in ("progress", "save")  # the caller's, not the recipe's
+        and name not in ("progress", "tasks")  # the caller's, not the recipe's
     }
     for knob, value in call.knobs:
         if not check_name(knob, knobs, f"{at}.{call.name}", problems, "knob"):

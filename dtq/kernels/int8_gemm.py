@@ -56,7 +56,7 @@ def _is_int3(fmt: Format) -> bool:
 
 def _is_int8_table(fmt: Format) -> bool:
     if isinstance(fmt, Grid):
-        return fmt.group is None and fmt.levels.bits == 4 and fmt.levels.integers is not None
+        return fmt.group is None and fmt.codebook.bits == 4 and fmt.codebook.integers is not None
     return isinstance(fmt, Lut) and fmt.integers
 
 
@@ -92,8 +92,8 @@ def _two_level_weight(problem: LinearProblem, tensors: PackedTensors) -> tuple[T
 def _table_weight(problem: LinearProblem, tensors: PackedTensors) -> tuple[Tensor, ...]:
     weight, scale = tensors["weight"], tensors["weight_scale"]
     if isinstance(problem.weight_format, Grid):
-        assert problem.weight_format.levels.integers is not None
-        values, unit = problem.weight_format.levels.integers
+        assert problem.weight_format.codebook.integers is not None
+        values, unit = problem.weight_format.codebook.integers
         table = torch.tensor(values, dtype=torch.int8, device=weight.device)
     else:
         unit = 1 / UNITS

@@ -114,7 +114,7 @@ def quantized(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> tupl
     """The transformed input as int8 (M, K), and its row scales (M,)."""
     activations, transform = problem.activation_format, transform_args(problem, tensors)
     pre_scale, perm, block, num_rotations = transform
-    scale, qmax = tensors.get("input_scale"), activations.levels
+    scale, qmax = tensors.get("input_scale"), activations.qmax
     if not activations.integer:
         return ops.e2m1_quantize_rows(x, *transform)
     if perm is None and num_rotations == 1:

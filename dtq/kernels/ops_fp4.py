@@ -67,7 +67,7 @@ def _fp4_linear(
 
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
-    values = E2M1.of(unpack_bits(codes, 4)).unflatten(1, (scale.shape[1], -1))
+    values = E2M1.decode(unpack_bits(codes, 4)).unflatten(1, (scale.shape[1], -1))
     if scale.dtype == torch.uint8:  # the exponent of a power of two
         scale = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
     return (values * scale.float().unsqueeze(-1)).flatten(1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtq.formats.integer import TwoLevelInt
-from dtq.formats.packing import unpack_nibbles
+from dtq.formats.packing import unpack_bits
 from dtq.kernels import ops_quantize
 
 
@@ -37,7 +37,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def expand_table(weight: Tensor, tables: Tensor) -> Tensor:
     """The int8 weight (N, K) of indices (N, K/2), two a byte, into int8 tables (N, groups, 16)."""
-    index = unpack_nibbles(weight).long().unflatten(1, (tables.shape[1], -1))
+    index = unpack_bits(weight, 4).long().unflatten(1, (tables.shape[1], -1))
     return tables.gather(2, index).flatten(1)
 
 
@@ -130,7 +130,7 @@ def _group_a8_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight_q, zero = (unpack_nibbles(weight), 8) if bits == 4 else (weight, 0)
+    weight_q, zero = (unpack_bits(weight, 4).view(torch.int8), 8) if bits == 4 else (weight, 0)
     groups = weight_scale.shape[1]
     x, w = x_q.tensor_split(groups, 1), weight_q.tensor_split(groups, 1)
     y = x_q.new_zeros((len(x_q), len(weight)), dtype=torch.float32)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dtq.formats.activations import ACTIVATION_FORMATS, fake_quantize, row_codes, row_scale
-from dtq.formats.base import divide
 from dtq.formats.grid import doubled
+from dtq.formats.groups import divide
 from dtq.linalg.hadamard import rotate
 
 _RUN = 16  # neighbouring columns that one thread of a kernel holds

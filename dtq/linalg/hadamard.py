@@ -11,40 +11,45 @@ _CACHED = 2**16  # numbers that stay in the cache of a core
 
 
 def fwht(x: Tensor, block: int) -> Tensor:
-    """Orthonormal Sylvester-Hadamard transform of each run of ``block`` columns.
+    """Orthonormal Sylvester-Hadamard transform of each ``block`` consecutive columns.
 
-    Butterflies in the dtype of ``x``, smallest distance first: every kernel adds in this order, so
-    that codes agree bit for bit whatever the batch. Symmetric and its own inverse.
+    The butterflies run in the dtype of ``x``, smallest stride first. Every kernel adds in this
+    order, so quantized values agree bit for bit whatever the batch. The transform is symmetric and
+    its own inverse.
 
     Args:
         x: float (..., K), K a multiple of ``block``.
-        block: a power of two; 1 leaves ``x`` alone.
+        block: a power of two; 1 leaves ``x`` as it is.
+
+    Returns:
+        The transform, the shape and dtype of ``x``.
     """
     if block == 1:
         return x
     runs = x.reshape(-1, block)
-    made = torch.empty_like(runs)
+    out = torch.empty_like(runs)
     step = max(1, _CACHED // block if x.device.type == "cpu" else len(runs))
     for start in range(0, len(runs), step):
-        # one run a column: neighbours in memory are then added to neighbours at every distance
-        now = runs[start : start + step].T.clone(memory_format=torch.contiguous_format)
-        half = 1
-        while half < block:
-            pairs = now.view(-1, 2, half, now.shape[1])
+        # one run per column: at every stride, neighbors in memory are added to neighbors
+        chunk = runs[start : start + step].T.clone(memory_format=torch.contiguous_format)
+        stride = 1
+        while stride < block:
+            pairs = chunk.view(-1, 2, stride, chunk.shape[1])
             a, b = pairs[:, 0], pairs[:, 1]
             difference = a - b
             a += b
             b.copy_(difference)
-            half *= 2
-        made[start : start + step] = now.mul_(block**-0.5).T
-    return made.view(x.shape)
+            stride *= 2
+        out[start : start + step] = chunk.mul_(block**-0.5).T
+    return out.view(x.shape)
 
 
 def rotate(x: Tensor, block: int, num_rotations: int = 1) -> Tensor:
-    """``num_rotations`` block transforms of (..., K), between two of them every block meets every other.
+    """Rotate the columns of (..., K) with one or two block transforms.
 
-    The exchange deals the columns of each block out over all blocks, so that two num_rotations spread one
-    channel over ``block * block`` others with 2 log2(block) additions.
+    Two rotations have an exchange between them: the columns of each block are distributed over all
+    blocks. Together they spread one channel over ``block * block`` others with 2 log2(block)
+    additions per channel.
     """
     x = fwht(x, block)
     return fwht(_transpose_blocks(x, block), block) if num_rotations == 2 else x
@@ -57,7 +62,7 @@ def rotate_back(x: Tensor, block: int, num_rotations: int = 1) -> Tensor:
 
 
 def _transpose_blocks(x: Tensor, block: int) -> Tensor:
-    """Columns read block by block, written column by column: the transpose of (K/block, block)."""
+    """View the columns as (K / block, block), and transpose."""
     return x.unflatten(-1, (-1, block)).transpose(-1, -2).flatten(-2)
 
 

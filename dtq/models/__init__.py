@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``FAMILIES``: the models dtq knows by name. Others are scanned by the general rules."""
+"""Diffusion transformers: ``FAMILIES`` that dtq has a description of, and a scan for any model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtq.models.timestep import TIME_ARGUMENTS
 
 
 def find_family(model: nn.Module) -> Family | None:
-    """The family of a model by the name of its class, None when it has none."""
+    """The family of a model by the name of its class; None if there is none."""
     name = type(model).__name__
     return next((family for family in FAMILIES if name in family.classes), None)
 

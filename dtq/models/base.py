@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sites, roles, and what a family file may say about a model."""
+"""Linears, their roles and input groups, and the description of a model family."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ROLES: dict[str, str] = {
     "xattn.v": "value projection of cross-attention, input from the condition",
     "xattn.kv": "fused keys and values of cross-attention, input from the condition",
     "xattn.out": "output projection of cross-attention",
-    "ffn.up": "feed-forward, to the wide side",
-    "ffn.down": "feed-forward, back to the narrow side",
-    "adaln": "modulation: one row per picture, its result multiplies every token",
+    "ffn.up": "feed-forward, expansion to the hidden width",
+    "ffn.down": "feed-forward, projection back to the model width",
+    "adaln": "modulation: one row per image, whose result scales every token",
     "embed": "embedders of patches, time, labels and text",
     "head": "final norm and projection",
-    "other": "a linear in a block that no rule knows",
+    "other": "a linear in a block that no rule matches",
 }
-"""The vocabulary of recipes."""
+"""Roles of linears, the names that recipes select layers by."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,28 @@ class Linear:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears that read the same tensor, and so share its statistics and its transform."""
+    """Linears that read the same tensor, and therefore share its statistics and its transform."""
 
     name: str
     linears: tuple[Linear, ...]
 
     @property
     def columns(self) -> int:
+        """K, the number of input channels."""
         return self.linears[0].shape[1]
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a model consists of.
+    """The linears of a model and what is known about them.
 
     Attributes:
         family: name of the family, or ``generic``.
-        sites: in call order.
-        never: linears that the traced forward did not call; they are never quantized.
-        traced: False when no forward could be run and names alone decided.
-        rows: input rows of each linear in the traced forward.
-        unmatched: weights in blocks that cannot be quantized, and what they are.
+        input_groups: in call order.
+        uncalled: linears that the traced forward did not call; they are never quantized.
+        traced: False if no forward could be run, and roles come from names alone.
+        rows: input rows (M) of each linear in the traced forward.
+        unsupported: weights in blocks that cannot be quantized, and why.
     """
 
     family: str
@@ -74,11 +75,12 @@ class Scan:
     unsupported: dict[str, str] = field(default_factory=dict)
 
     def linears(self) -> list[Linear]:
-        return [linear for site in self.input_groups for linear in site.linears]
+        """The linears of all input groups, in call order."""
+        return [linear for group in self.input_groups for linear in group.linears]
 
 
 def sibling_key(name: str) -> str:
-    """The name without the place in the innermost list, equal for the experts of one block."""
+    """The name without its index in the innermost list; equal for the experts of one block."""
     return re.sub(r"(.*)\.\d+\.", r"\1.*.", name)
 
 
@@ -88,13 +90,13 @@ Inputs = Callable[[Any, int, torch.Tensor, torch.Generator], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Family:
-    """What the scan cannot see by itself. Everything here is data.
+    """What a scan of a model cannot find out by itself.
 
     Attributes:
         name: of the family.
         classes: names of its diffusers classes.
+        inputs: makes the arguments of one forward, with random latents and conditions.
         roles: (regular expression on the dotted name, role), tried before the general rules.
-        inputs: builds the arguments of one forward with random latents and conditions.
         largest_timestep: upper end of the timestep argument.
     """
 

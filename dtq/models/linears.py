@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linears and 1 x 1 convolutions as matrices (N, K), their inputs as rows (M, K)."""
+"""Linears and 1 x 1 convolutions as matrices (N, K), and their inputs as rows (M, K)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a matrix product: a linear, or a convolution with a 1 x 1 kernel."""
+    """Whether a module is a linear, or a convolution that is one (see :func:`is_pointwise`)."""
     return isinstance(module, nn.Linear) or is_pointwise(module)
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution whose kernel sees one position."""
+    """Whether a module is a 1 x 1 convolution: stride 1, one group, no padding."""
     return (
         isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         and math.prod(module.kernel_size) == math.prod(module.stride) == module.groups == 1
         and not any(module.padding)
     )
+
+
+def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linears and 1 x 1 convolutions by dotted name, in model order."""
+    return ((name, module) for name, module in model.named_modules() if is_linear(module))
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantized linear and how it gets into a model."""
+"""The quantized linear, and how it replaces the float linears of a model."""
 
 from __future__ import annotations
 

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantized linear: an ``nn.Linear`` whose weight is a container of codes.
+"""The quantized linear: an ``nn.Linear`` that holds packed tensors.
 
-It *is* an ``nn.Linear`` so that PEFT, diffusers and accelerate treat it as one. Its ``weight`` is
-int8, so code that would use it as a float matrix fails loudly instead of giving a plausible
-picture. Scales are 2-D integer Parameters holding the bits of floats: nothing that casts floating
-tensors (``torch_dtype``, ``.to``, layerwise casting) can touch them. On disk they are plain floats
-(:func:`to_disk`, :func:`from_disk`).
+It is a subclass of ``nn.Linear``, so PEFT, diffusers and accelerate treat it as one. Its ``weight``
+is an integer tensor: code that uses it as a float matrix raises an error instead of producing a
+plausible image. Scales are 2-D integer Parameters that hold the bits of floats, so casts of float
+tensors (``torch_dtype``, ``.to``, layerwise casting) do not change them. On disk they are plain
+floats (:func:`to_disk`, :func:`from_disk`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,32 +24,33 @@ from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.kernels.table import Epilogue, Kernel, LinearProblem, branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
-from dtq.nn.storage import _BITS, check_part, from_disk, to_disk
+from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
+from dtq.nn.straight_through import StraightThrough
 from dtq.plan.layers import LayerSpec
 from dtq.transforms import OnlineTransform
 
-CHANGE = ("pre_quant_scale", "pre_quant_perm")
-"""Parts that say how an input is changed before it is quantized."""
+TRANSFORM_TENSORS = ("pre_quant_scale", "pre_quant_perm")
+"""Packed tensors of the input transform."""
 
 HOOKS = ("_hf_hook", "_diffusers_hook")
-"""What accelerate and diffusers leave on a module whose forward they wrapped."""
+"""Attributes of a module whose forward accelerate or diffusers have wrapped."""
 
 
 class QuantLinear(nn.Linear):
-    """``y = x W^T + b`` with ``W`` in a dtq format; ``x`` is transformed and quantized on the way.
+    """``y = x W^T + b`` with a packed ``W``; ``x`` is transformed and quantized first.
 
     Args:
         in_features: K.
         out_features: N.
-        bias: whether there is one, kept in ``compute_dtype``.
-        runtime: formats, and what happens to the input on the way.
+        bias: whether there is one; it has ``compute_dtype``.
+        spec: formats, input transform and rank of the low-rank branch.
         bins: timestep bins of a static activation format.
-        compute_dtype: dtype of bias and of everything around the layer.
-        device: where the (empty) parts are made.
-        spatial: axes behind the channels, for a layer that stands in for a 1 x 1 convolution.
+        compute_dtype: dtype of the bias and of the modules around the layer.
+        device: device of the uninitialized packed tensors.
+        spatial: number of axes after the channels, in place of a 1 x 1 convolution; 0 for a linear.
 
     Raises:
-        InputError: the shape does not fit the format.
+        InputError: the format does not support the shape.
     """
 
     weight: nn.Parameter
@@ -69,26 +69,24 @@ class QuantLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.spatial = spatial
-        if spatial:  # code that looks at a convolution asks for these
+        if spatial:  # code that inspects a convolution reads these
             self.in_channels, self.out_channels = in_features, out_features
         self.in_features, self.out_features = in_features, out_features
-        self.runtime, self.bins = spec, bins
+        self.spec, self.bins = spec, bins
         self.weight_format, self.activation_format = spec.weight_format, spec.activation_format
         self.compute_dtype = compute_dtype
         self.problem = LinearProblem(
-            FORMATS[self.weight_format],
-            ACTIVATION_FORMATS[self.activation_format],
-            spec.hadamard_block_size,
-            spec.num_rotations,
-        )
+            FORMATS[spec.weight_format], ACTIVATION_FORMATS[spec.activation_format],
+            spec.hadamard_block_size, spec.num_rotations,
+        )  # fmt: skip
         self.kernel: Kernel = pick(self.problem)
         self._specs = spec.tensor_specs(self._shape, bins)
         self.row: dict[str, Any] = {}  # of this layer in config.json
-        self._clock: list[StepClock] = []  # in a list: shared, not a submodule of every layer
-        self._first: list[QuantLinear] = []  # likewise, see `share_input_with`
+        self._clock: list[StepClock] = []  # in a list, so that it is no submodule of every layer
+        self._first: list[QuantLinear] = []  # likewise; see `share_input_with`
         self._followers: list[QuantLinear] = []
         for name, tensor_spec in self.tensor_specs().items():
-            dtype = _BITS.get(tensor_spec.dtype, tensor_spec.dtype)
+            dtype = BIT_TYPES.get(tensor_spec.dtype, tensor_spec.dtype)
             empty = torch.empty(tensor_spec.shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         vector = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
@@ -104,43 +102,48 @@ class QuantLinear(nn.Linear):
         compute_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> QuantLinear:
-        """An empty layer for where a linear or a 1 x 1 convolution was."""
+        """A layer with uninitialized tensors, for the place of a linear or a 1 x 1 convolution.
+
+        Args:
+            old: the module to replace; gives the shape and whether there is a bias.
+            spec: as for the constructor.
+            bins: as for the constructor.
+            compute_dtype: as for the constructor.
+            device: as for the constructor.
+        """
         rows, columns = shape_of(old)
-        kernel = getattr(old, "kernel_size", ())
         return cls(
-            columns,
-            rows,
-            old.bias is not None,
-            spec,
-            bins=bins,
-            compute_dtype=compute_dtype,
-            device=device,
-            spatial=len(kernel),
-        )
+            columns, rows, old.bias is not None, spec, bins=bins, compute_dtype=compute_dtype,
+            device=device, spatial=len(getattr(old, "kernel_size", ())),
+        )  # fmt: skip
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
-        """Shape and on-disk dtype of every part this layer owns."""
+        """Shape and on-disk dtype of every packed tensor, by name."""
         return self._specs
 
-    def fill(self, parts: Mapping[str, Tensor]) -> None:
-        """Take over stored parts (on-disk dtypes).
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the packed tensors.
+
+        Args:
+            tensors: by name, with on-disk dtypes; integer tensors are not copied.
 
         Raises:
-            CheckpointError: a part is missing, unknown, or of another shape or dtype.
+            CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
         """
         specs = self.tensor_specs()
-        if set(parts) != set(specs):
-            raise CheckpointError(f"expected the parts {sorted(specs)}, got {sorted(parts)}")
+        if set(tensors) != set(specs):
+            raise CheckpointError(f"expected the tensors {sorted(specs)}, got {sorted(tensors)}")
         self._unlink()
-        for name, tensor in parts.items():
-            check_part(name, tensor, specs[name])
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor, specs[name])
             self._parameters[name] = nn.Parameter(from_disk(tensor), requires_grad=False)
 
     def share_input_with(self, first: QuantLinear | None) -> None:
-        """Say that another layer changes its input with the very same numbers; None for none.
+        """Mark ``first`` as a layer with the same input transform; None clears the mark.
 
-        A compiled graph then reads them there, sees that q, k and v ask for the same codes, and
-        makes them once (``dtq.fusion``). New parts of either layer end it; copies do not follow.
+        In a compiled graph both layers then read the tensors of ``first``, so that the graph
+        quantizes the common input of q, k and v once (``dtq.integrations.torch_compile``). New
+        tensors in either layer clear the mark; copies do not have it.
         """
         self._unlink()
         if first is not None:
@@ -162,68 +165,73 @@ class QuantLinear(nn.Linear):
         return {**self.__dict__, "_first": [], "_followers": []}
 
     def packed_tensor(self, name: str) -> Tensor:
-        """A stored part with its on-disk dtype, sharing memory."""
+        """A packed tensor with its on-disk dtype, sharing memory."""
         tensor = self._parameters[name]
         assert tensor is not None
         return to_disk(tensor, self._specs[name])
 
     def packed_tensors(self) -> PackedTensors:
-        """Every stored part with its on-disk dtype, sharing memory."""
+        """Every packed tensor with its on-disk dtype, sharing memory."""
         return {name: self.packed_tensor(name) for name in self.tensor_specs()}
 
     def add_rank(self, down: Tensor, up: Tensor) -> tuple[int, int]:
-        """Add the term ``up @ down`` to the low-rank branch; returns its first and last rank.
+        """Add ``up @ down`` to the low-rank branch.
 
         Args:
             down: float (R, K), for the untransformed input.
             up: float (N, R).
+
+        Returns:
+            The range of the new ranks, first and end, for :meth:`remove_rank`.
 
         Raises:
             InputError: the layer is offloaded.
         """
         if self.weight.is_meta:
             raise InputError("this layer is offloaded; fuse adapters before offloading the model")
-        first = self.runtime.rank
-        factors = [
-            down.to(self.weight.device, torch.bfloat16),
-            up.to(self.weight.device, torch.bfloat16),
-        ]
+        first, device = self.spec.rank, self.weight.device
+        down, up = down.to(device, torch.bfloat16), up.to(device, torch.bfloat16)
         if first:
-            factors = [
-                torch.cat([self.packed_tensor("proj_down"), factors[0]]),
-                torch.cat([self.packed_tensor("proj_up"), factors[1]], 1),
-            ]
-        self._set_branch(*factors)
-        return first, self.runtime.rank
+            down = torch.cat([self.packed_tensor("proj_down"), down])
+            up = torch.cat([self.packed_tensor("proj_up"), up], 1)
+        self._set_branch(down, up)
+        return first, self.spec.rank
 
-    def remove_rank(self, first: int, last: int) -> None:
-        """Take the ranks ``first`` to ``last`` of the low-rank branch out: undo :meth:`widen`."""
+    def remove_rank(self, first: int, end: int) -> None:
+        """Remove ranks ``first`` to ``end - 1`` of the low-rank branch: undo :meth:`add_rank`."""
         down, up = self.packed_tensor("proj_down"), self.packed_tensor("proj_up")
         self._set_branch(
-            torch.cat([down[:first], down[last:]]), torch.cat([up[:, :first], up[:, last:]], 1)
+            torch.cat([down[:first], down[end:]]), torch.cat([up[:, :first], up[:, end:]], 1)
         )
 
     def _set_branch(self, down: Tensor, up: Tensor) -> None:
-        self.runtime = replace(self.runtime, rank=len(down))
-        self._specs = self.runtime.tensor_specs(self._shape, self.bins)
+        self.spec = replace(self.spec, rank=len(down))
+        self._specs = self.spec.tensor_specs(self._shape, self.bins)
         for name, factor in (("proj_down", down), ("proj_up", up)):
             self._parameters.pop(name, None)
             if len(down):
                 self._parameters[name] = nn.Parameter(from_disk(factor), requires_grad=False)
         self.row.clear()
-        self.row.update(self.runtime.to_json())
+        self.row.update(self.spec.to_json())
 
     @property
     def clock(self) -> StepClock | None:
-        """What tells the layer where in the trajectory it is; None without one."""
+        """The clock that holds the current timestep bin; None if the layer has none."""
         return self._clock[0] if self._clock else None
 
     def set_clock(self, clock: StepClock | None) -> None:
-        """Read static scales and the step policy by this clock from now on."""
+        """Set the clock that selects static scales and the precision of the step policy."""
         self._clock = [] if clock is None else [clock]
 
     def forward(self, x: Tensor) -> Tensor:
-        """float (..., K) to float (..., N) in the dtype of ``x``; channels before spatial axes."""
+        """Apply the layer.
+
+        Args:
+            x: float (..., K); in place of a convolution (B, K, *spatial).
+
+        Returns:
+            (..., N) or (B, N, *spatial), in the dtype of ``x``.
+        """
         if self.spatial:
             axis = -1 - self.spatial
             return self._forward(x.movedim(axis, -1)).movedim(-1, axis)
@@ -231,128 +239,144 @@ class QuantLinear(nn.Linear):
 
     def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (M, K)
-        if torch.is_grad_enabled() and (rows.requires_grad or _learns(self.bias)):
-            y = _StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and (rows.requires_grad or _requires_grad(self.bias)):
+            y = StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         else:
-            y = self._multiply(rows, self.bias)
+            y = self._gemm(rows, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def gelu(self, x: Tensor) -> Tensor | None:
-        """GELU, tanh form, of ``self(x)``, rounded once; None where that takes a pass of its own.
+        """GELU, tanh form, of ``self(x)``, as an epilogue of the kernel: rounded once.
 
-        It does where there are no compiled kernels or not for this layer, where something listens
-        to the layer (hooks, offloading), and where gradients are asked for.
+        Returns:
+            (..., N), or None: there are no compiled kernels, or none for this layer; the layer has
+            hooks (offloading); or a gradient is required.
         """
-        heard = self._forward_hooks or self._forward_pre_hooks
-        wrapped = any(hasattr(self, hook) for hook in HOOKS)
-        if heard or wrapped or self.spatial or self._changes_by_step:
+        hooked = (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or any(hasattr(self, hook) for hook in HOOKS)
+        )
+        if hooked or self.spatial or self._has_step_policy:
             return None
-        if torch.is_grad_enabled() and (x.requires_grad or _learns(self.bias)):
+        if torch.is_grad_enabled() and (x.requires_grad or _requires_grad(self.bias)):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):
             return None
-        if self.runtime.rank and not self._joins(x):
+        if self.spec.rank and not self._fuses_branch(x):
             return None
         rows = x.reshape(-1, self.in_features)
-        then = Epilogue(gelu=True, branch=self._branch(rows))
-        y = self.kernel.with_epilogue(self.problem, rows, self._given(), self.bias, then)
+        epilogue = Epilogue(gelu=True, branch=self._branch(rows))
+        y = self.kernel.with_epilogue(
+            self.problem, rows, self._kernel_tensors(), self.bias, epilogue
+        )
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
 
     @property
-    def _changes_by_step(self) -> bool:
+    def _has_step_policy(self) -> bool:
         return bool(
             self._clock and self._clock[0].modes and self.problem.activation_format.bits < 16
         )
 
-    def _given(self) -> PackedTensors:
-        """What a kernel gets: the parts, and the activation scale of this step."""
-        parts = {
+    def _kernel_tensors(self) -> PackedTensors:
+        """The tensors that a kernel reads, with the activation scale of the current step."""
+        tensors = {
             name: self.packed_tensor(name) for name in self._specs if not name.startswith("proj_")
         }
         if self._first and torch.compiler.is_compiling():
             first = self._first[0]
-            for name in CHANGE:
-                # one that is offloaded is elsewhere
-                if name in parts and first.packed_tensor(name).device == parts[name].device:
-                    parts[name] = first.packed_tensor(name)
+            for name in TRANSFORM_TENSORS:
+                # an offloaded layer may be on another device
+                if name in tensors and first.packed_tensor(name).device == tensors[name].device:
+                    tensors[name] = first.packed_tensor(name)
         if self.problem.activation_format.static:
-            parts["input_scale"] = self.step_scale()
-        return parts
+            tensors["input_scale"] = self.step_scale()
+        return tensors
 
     def _branch(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The two factors of the low-rank branch of these rows."""
-        if not self.runtime.rank:
+        """The low-rank branch: ``rows @ down^T`` (M, R) and ``up`` (N, R); None without one."""
+        if not self.spec.rank:
             return None
         down, up = (self.packed_tensor(n).to(rows.dtype) for n in ("proj_down", "proj_up"))
         return F.linear(rows, down), up
 
-    def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        parts, branch = self._given(), self._branch(rows)
-        if branch and self.kernel.with_epilogue and self._joins(rows):
-            joined = self.kernel.with_epilogue(
-                self.problem, rows, parts, bias, Epilogue(branch=branch)
-            )
-            if joined is not None:
-                return joined
-        run = self._stepped if self._changes_by_step else partial(self.kernel.call, self.problem)
-        y = run(rows, parts, bias)
+    def _gemm(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """``rows`` (M, K) to (M, N), with the low-rank branch."""
+        tensors, branch = self._kernel_tensors(), self._branch(rows)
+        if branch and self.kernel.with_epilogue and self._fuses_branch(rows):
+            epilogue = Epilogue(branch=branch)
+            fused = self.kernel.with_epilogue(self.problem, rows, tensors, bias, epilogue)
+            if fused is not None:
+                return fused
+        if self._has_step_policy:
+            y = self._step_policy_gemm(rows, tensors, bias)
+        else:
+            y = self.kernel.call(self.problem, rows, tensors, bias)
         return y if branch is None else y + F.linear(*branch)
 
-    def _joins(self, x: Tensor) -> bool:
-        """Whether the product adds the low-rank branch itself."""
-        return not self._changes_by_step and branch_joins(x, self.runtime.rank)
+    def _fuses_branch(self, x: Tensor) -> bool:
+        """Whether the kernel adds the low-rank branch itself."""
+        return not self._has_step_policy and branch_joins(x, self.spec.rank)
 
-    def _stepped(self, rows: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
-        """The product with the activation format that the step policy names for this step."""
-        clock, task = self._clock[0], self.problem
+    def _step_policy_gemm(
+        self, rows: Tensor, tensors: PackedTensors, bias: Tensor | None
+    ) -> Tensor:
+        """The GEMM with the activation precision that the step policy has for this step."""
+        clock, problem = self._clock[0], self.problem
         y: Tensor = torch.ops.dtq.step_linear(
-            rows, clock.mode, list(clock.modes), self.weight_format, self.activation_format, task.hadamard_block, task.num_rotations,
-            list(tensors), list(tensors.values()), bias, self.out_features,
+            rows, clock.mode, list(clock.modes), self.weight_format, self.activation_format,
+            problem.hadamard_block, problem.num_rotations, list(tensors), list(tensors.values()),
+            bias, self.out_features,
         )  # fmt: skip
         return y
 
     def step_scale(self) -> Tensor:
-        """The stored activation scale (1,) of this step."""
+        """The static activation scale (1,) of the current step.
+
+        Raises:
+            RuntimeError: there is one scale per timestep bin, but no clock.
+        """
         table = self.packed_tensor("input_scale").reshape(-1)  # (bins,)
         if len(table) == 1:
             return table
         if not self._clock:
             raise RuntimeError(
-                "this layer has one activation scale per timestep bin, but no clock tells it the "
-                "timestep; load the model with diffusers or call dtq.nn.swap.install_clock(model)"
+                "this layer has one activation scale per timestep bin, but no clock that holds the "
+                "timestep; load the model with diffusers, or call install_clock(model) of "
+                "dtq.nn.timestep_hook"
             )
         return table.index_select(0, self._clock[0].bin.to(table.device))
 
     def transform(self) -> OnlineTransform:
-        """The change that the input goes through before it is quantized."""
-        if self.runtime.pre_quant:
+        """The transform that the input gets before it is quantized."""
+        if self.spec.pre_quant:
             scale = self.packed_tensor("pre_quant_scale").reshape(-1)
         else:
             scale = torch.ones(self.in_features, dtype=torch.bfloat16, device=self.weight.device)
-        order = (
-            self.packed_tensor("pre_quant_perm").reshape(-1) if self.runtime.permutation else None
-        )
-        return OnlineTransform(
-            scale, self.problem.hadamard_block, order, self.problem.num_rotations
-        )
+        perm = self.packed_tensor("pre_quant_perm").reshape(-1) if self.spec.permutation else None
+        return OnlineTransform(scale, self.problem.hadamard_block, perm, self.problem.num_rotations)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float matrix (N, K) that multiplies the untransformed input."""
+        """The float weight (N, K) for the untransformed input, low-rank branch included.
+
+        Args:
+            dtype: of the result; None for ``compute_dtype``.
+        """
         fmt = self.problem.weight_format
         w = fmt.unpack({n: self.packed_tensor(n) for n in fmt.tensor_specs(self._shape)})
         w = self.transform().raw(w)
-        if self.runtime.rank:
+        if self.spec.rank:
             w = w + self.packed_tensor("proj_up").float() @ self.packed_tensor("proj_down").float()
         return w.to(dtype or self.compute_dtype)
 
     def extra_repr(self) -> str:
-        turn = (
-            f", hadamard={self.problem.hadamard_block}" if self.problem.hadamard_block > 1 else ""
-        )
-        turn += f", rank={self.runtime.rank}" if self.runtime.rank else ""
+        """Shape, formats, Hadamard block and rank, for ``repr``."""
+        block, rank = self.problem.hadamard_block, self.spec.rank
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, weights={self.weight_format}, acts={self.activation_format}{turn}"
+            f"bias={self.bias is not None}, weights={self.weight_format}, "
+            f"activations={self.activation_format}"
+            f"{f', hadamard={block}' if block > 1 else ''}{f', rank={rank}' if rank else ''}"
         )
 
     def unquantized(self) -> nn.Module:
@@ -372,20 +396,5 @@ class QuantLinear(nn.Linear):
         return self.out_features, self.in_features
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Gradients for adapters trained on top: those of the dequantized layer, rounding ignored."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantLinear) -> Tensor:
-        ctx.layer, ctx.has_bias = layer, bias is not None
-        return layer._multiply(x, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (grad,) = grads  # (M, N)
-        down = grad @ ctx.layer.dequantize(grad.dtype)  # (M, K)
-        return down, grad.sum(0) if ctx.has_bias else None, None
-
-
-def _learns(bias: Tensor | None) -> bool:
+def _requires_grad(bias: Tensor | None) -> bool:
     return bias is not None and bias.requires_grad

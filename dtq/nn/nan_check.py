@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``DTQ_DEBUG_NAN=1``: stop at the first module whose output is not finite, and name it.
 
-A quantized layer rounds its input; NaN may leave it as a plausible number, so the first module is
-what one wants to know, and a black picture does not tell it.
+A quantized layer rounds its input, so NaN can become a plausible number. Only the first module with
+such an output shows the cause; a black image does not.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from dtq.models import TIME_ARGUMENTS
 from dtq.nn.linear import QuantLinear
 
 VARIABLE = "DTQ_DEBUG_NAN"
-_MARK = "_dtq_alarm"
+_MARK = "_dtq_nan_check"
 
 
 def requested() -> bool:
-    """Whether the environment asks for the alarm."""
+    """Whether the environment variable ``DTQ_DEBUG_NAN`` is set."""
     return os.environ.get(VARIABLE, "") not in ("", "0")
 
 
 def enable(model: nn.Module) -> None:
-    """Watch every layer of a model; slow, for finding a fault. New layers are watched if again.
+    """Check the output of every layer of a model; slow, for debugging.
 
-    The hooks raise :class:`NumberError` with the name of the module, the step of the sampling run,
-    and whether its input was good.
+    The hooks raise :class:`NonFiniteError` with the name of the module, the step of the sampling
+    run, and whether the input was finite. A later call adds the hooks to layers that are new.
     """
     steps = vars(model).get(_MARK)
     if steps is None:
@@ -42,15 +42,20 @@ def enable(model: nn.Module) -> None:
         leaf = isinstance(module, QuantLinear) or not any(True for _ in module.children())
         if leaf and module is not model and _MARK not in vars(module):
             vars(module)[_MARK] = True
-            module.register_forward_hook(_listening(name, steps), with_kwargs=True)
+            module.register_forward_hook(_check(name, steps), with_kwargs=True)
 
 
 class StepTrace:
-    """Counts the steps of a sampling run from what the model is called with.
+    """Counts the steps of a sampling run from the timesteps of the calls.
+
+    Consecutive calls with the same timestep are one step; a larger timestep starts a new run.
+
+    Args:
+        model: the transformer.
 
     Attributes:
-        step: from 0; calls with one timestep are one step, a larger timestep begins a new run.
-        timestep: of the last call, None for a model that is not told the time.
+        step: index of the step, -1 before the first call.
+        timestep: of the last call; None if the model takes none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,53 +64,50 @@ class StepTrace:
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pre-hook of the model."""
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        found = next((given[n] for n in TIME_ARGUMENTS if given.get(n) is not None), None)
-        now = None if found is None else float(torch.as_tensor(found).reshape(-1)[0])
-        if now is None or self.timestep is None:
+        """Count a call; a forward pre-hook of the model."""
+        bound = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        value = next((bound[n] for n in TIME_ARGUMENTS if bound.get(n) is not None), None)
+        timestep = None if value is None else float(torch.as_tensor(value).reshape(-1)[0])
+        if timestep is None or self.timestep is None:
             self.step += 1
-        elif now != self.timestep:
-            self.step = 0 if now > self.timestep else self.step + 1
-        self.timestep = now
+        elif timestep != self.timestep:
+            self.step = 0 if timestep > self.timestep else self.step + 1
+        self.timestep = timestep
 
     def __str__(self) -> str:
         at = "" if self.timestep is None else f" (timestep {self.timestep:g})"
         return f"step {max(self.step, 0)}{at}"
 
 
-def broken(value: Any) -> int:
-    """Entries that are NaN or infinite in the tensors of nested tuples, lists and mappings."""
-    return sum(int((~t.isfinite()).sum()) for t in _floats(value))
+def count_nonfinite(value: Any) -> int:
+    """Number of NaN or infinite entries in the tensors of nested tuples, lists and mappings."""
+    return sum(int((~t.isfinite()).sum()) for t in _float_tensors(value))
 
 
-def _floats(value: Any) -> Iterator[Tensor]:
+def _float_tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _floats(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _floats(item)
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _float_tensors(item)
 
 
-def _listening(name: str, steps: StepTrace) -> Callable[..., None]:
+def _check(name: str, steps: StepTrace) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        bad = broken(output)
-        if not bad:
+        outputs = count_nonfinite(output)
+        if not outputs:
             return
-        before = broken((args, kwargs))
-        why = (
-            f"{before} entries of its input are, too: what runs between the layers before it made "
-            f"them"
-            if before
+        inputs = count_nonfinite((args, kwargs))
+        cause = (
+            f"{inputs} entries of its input are, too: they come from an op between this layer and "
+            f"the layers before it"
+            if inputs
             else "its input is finite"
         )
         raise NonFiniteError(
-            f"{name} ({type(module).__name__}): {bad} entries of its output at {steps} are NaN or "
-            f"infinite; {why}"
+            f"{name} ({type(module).__name__}): {outputs} entries of its output at {steps} are NaN "
+            f"or infinite; {cause}"
         )
 
     return hook

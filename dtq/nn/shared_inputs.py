@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that read the same input with the same transform."""
+"""Layers with the same input and the same input transform."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import re
 import torch
 from torch import nn
 
-from dtq.nn.linear import CHANGE, QuantLinear
+from dtq.nn.linear import TRANSFORM_TENSORS, QuantLinear
 
 
 def share_input_transforms(model: nn.Module) -> None:
-    """Let layers of a block that change their input alike, as q, k and v do, follow the first."""
+    """Mark layers of a block with equal input transforms, such as q, k and v, as sharing one."""
     firsts: dict[tuple[object, ...], list[QuantLinear]] = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, QuantLinear) or not any(n in layer.tensor_specs() for n in CHANGE):
+        if not isinstance(layer, QuantLinear):
+            continue
+        if not any(n in layer.tensor_specs() for n in TRANSFORM_TENSORS):
             continue
         layer.share_input_with(None)
         block = re.match(r".*?\.\d+(?=\.)", name)
@@ -35,7 +37,7 @@ def share_input_transforms(model: nn.Module) -> None:
 
 
 def _same_transform(a: QuantLinear, b: QuantLinear) -> bool:
-    for name in CHANGE:
+    for name in TRANSFORM_TENSORS:
         if (name in a.tensor_specs()) != (name in b.tensor_specs()):
             return False
         if name in a.tensor_specs():

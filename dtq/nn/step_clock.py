@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step clock: a tensor that tells layers the current timestep bin."""
+"""The step clock: tensors that hold the current timestep bin, shared by the layers of a model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from dtq.plan.step_policy import StepPolicy
 
 
 class StepClock(nn.Module):
-    """The part of the trajectory that the model is in, shared by every layer.
+    """The current timestep bin and precision, shared by every quantized layer.
 
-    Tensors, not numbers: a compiled graph then serves every timestep. Not buffers: offloading to
-    disk, or with a stream, would put back the value they had when it was switched on.
+    They are tensors, so that one compiled graph serves every timestep. They are not buffers:
+    offloading to disk, or with a stream, would reset them to their values at the time that it was
+    enabled.
+
+    Args:
+        edges: inner edges of the timestep bins of static activation scales, rising.
+        policy: the step policy; None: all steps have the precision of the format.
 
     Attributes:
-        bin: int64 (1,), the bin of static activation scales, on the device of the timestep.
-        mode: int64 (1,) on the CPU, index into ``modes``: host code branches on it, without
-            waiting for a GPU more than once a step.
-        modes: activation modes of the step policy, keys of ``acts.MODES``; empty without one.
+        bin: int64 (1,), bin of the static activation scales, on the device of the timestep.
+        mode: int64 (1,) on the CPU, an index into ``modes``. Host code branches on it, and needs to
+            wait for a GPU only once per step.
+        modes: precisions of the step policy; empty without a policy.
     """
 
     def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
@@ -33,19 +38,19 @@ class StepClock(nn.Module):
         self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
 
     def set(self, timestep: Tensor) -> None:
-        """Move to where ``timestep`` is, a tensor of any shape; the first entry decides."""
+        """Set the clock to a timestep, the first entry of a tensor of any shape."""
         first = timestep.reshape(-1)[:1]
-        self._follow(first.device)
+        self._move_to(first.device)
         self.bin.copy_(torch.bucketize(first.to(self.edges), self.edges))
         if self.modes:
             self.mode.copy_(torch.bucketize(first.cpu().double(), self.mode_edges))
 
-    def _follow(self, device: torch.device) -> None:
+    def _move_to(self, device: torch.device) -> None:
         if self.bin.device != device:
-            with torch.inference_mode(False):  # else it could not be set outside of that mode
+            with torch.inference_mode(False):  # an inference tensor could not be set outside of it
                 self.bin, self.edges = self.bin.to(device), self.edges.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepClock:
-        # before the first call: a device that changes in it would compile a second graph
-        self._follow(fn(self.bin).device)
+        # move with the model: a device that changes in the first call would compile a second graph
+        self._move_to(fn(self.bin).device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

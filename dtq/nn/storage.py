@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed tensors as a module holds them: integer views of float bits, aligned memory."""
+"""Packed tensors in memory: integer views of float bits, at aligned addresses."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError
 from dtq.formats import TensorSpec
 
-_BITS = {
+BIT_TYPES = {
     torch.float32: torch.int32,
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
     torch.float8_e4m3fn: torch.int8,
 }
+"""Float dtype to the integer dtype that holds its bits in a module."""
 
 
-def check_part(key: str, tensor: Tensor, spec: TensorSpec) -> None:
-    """Raise :class:`CheckpointError` unless the tensor is as the spec says."""
+def check_tensor(key: str, tensor: Tensor, spec: TensorSpec) -> None:
+    """Check shape and dtype of a packed tensor.
+
+    Raises:
+        CheckpointError: they are not those of the spec.
+    """
     if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
         raise CheckpointError(
             f"{key}: expected {spec.dtype} {list(spec.shape)}, "
@@ -27,16 +32,16 @@ def check_part(key: str, tensor: Tensor, spec: TensorSpec) -> None:
 
 
 def from_disk(tensor: Tensor) -> Tensor:
-    """The bits of a float tensor as integers; integers as they are."""
-    bits = _BITS.get(tensor.dtype)
+    """The bits of a float tensor as integers; integers unchanged."""
+    bits = BIT_TYPES.get(tensor.dtype)
     return tensor.contiguous().view(bits) if bits is not None else tensor.contiguous()
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor at an address that is a multiple of 64, copied if it must be.
+    """The tensor at an address that is a multiple of 64, copied if necessary.
 
-    Tensors of a mapped file begin anywhere, and float kernels round differently there: without
-    this a loaded model is not bit-identical to the one that was saved.
+    Tensors of a memory-mapped file start at any address, and float kernels round differently there.
+    Without alignment a loaded model would not be bit-identical to the saved one.
     """
     ready = tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0
     return tensor if ready else tensor.clone()
@@ -44,8 +49,9 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def to_disk(tensor: Tensor, spec: TensorSpec) -> Tensor:
     """Inverse of :func:`from_disk`, sharing memory."""
-    return tensor.view(spec.dtype) if spec.dtype in _BITS else tensor
+    return tensor.view(spec.dtype) if spec.dtype in BIT_TYPES else tensor
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Device of the first parameter; the CPU for a module without parameters."""
     return next(module.parameters(), torch.empty(0)).device

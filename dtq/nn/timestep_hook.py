@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook that sets the step clock whenever the model is called."""
+"""A hook that sets the step clock from the timestep argument of every call of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dtq.models import TIME_ARGUMENTS
 from dtq.nn.linear import QuantLinear
 from dtq.nn.step_clock import StepClock
-from dtq.nn.storage import _device
+from dtq.nn.storage import device_of
 from dtq.plan.step_policy import StepPolicy
 
 _CLOCK = "_dtq_clock"
@@ -20,10 +20,16 @@ _CLOCK = "_dtq_clock"
 def install_clock(
     model: nn.Module, edges: tuple[float, ...], policy: StepPolicy | None = None
 ) -> StepClock:
-    """Give the model a clock set from its timestep argument, and show it to every layer."""
-    clock = StepClock(edges, policy).to(_device(model))
+    """Add a step clock to a model and its quantized layers; replaces an earlier clock.
+
+    Args:
+        model: a transformer with quantized layers.
+        edges: inner edges of the timestep bins of static activation scales.
+        policy: the step policy, if there is one.
+    """
+    clock = StepClock(edges, policy).to(device_of(model))
     if not hasattr(model, _CLOCK):
-        model.register_forward_pre_hook(_tell_time, with_kwargs=True)
+        model.register_forward_pre_hook(_set_clock, with_kwargs=True)
     model.add_module(_CLOCK, clock)
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -31,7 +37,7 @@ def install_clock(
     return clock
 
 
-def _tell_time(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     clock = getattr(module, _CLOCK)
     for name in TIME_ARGUMENTS:
         if isinstance(kwargs.get(name), Tensor):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a diffusers pipeline, call it, and record what its transformer is called with."""
+"""Load a diffusers pipeline, call it, and record the calls of its transformer."""

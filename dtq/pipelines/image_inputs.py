@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that a pipeline's call wants beside the prompt: to edit, to continue, to follow."""
+"""Image inputs of a pipeline call: images to edit or extend, masks, control images and clips."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from dtq.errors import InputError
 from dtq.pipelines.settings import SamplingSettings
 
 FRAMES = 17
-"""Of a clip; one more than a multiple of 4, 8 and 16, as video autoencoders want it."""
+"""Frames of a clip; one more than a multiple of 4, 8 and 16, as video autoencoders require."""
 
 _FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# a pipeline with one of these in its name is not doing its work without a picture, whatever the
-# defaults in its signature say
-_WORKS_ON_PICTURES = (
+# the class name of a pipeline that needs an image for its task, even if the image is optional in
+# the signature of its call
+_TASKS_WITH_IMAGES = (
     *("Img2Img", "Inpaint", "Edit", "Kontext", "Fill", "Control", "Refiner", "Layered"),
     *("ImageToVideo", "Image2Video", "I2V", "I2I", "VideoToVideo", "VideoToWorld"),
 )
 
 
-def _mask(picture: Image.Image) -> Image.Image:
-    """The middle half of each side is to be changed."""
-    mask = Image.new("L", picture.size, 0)
-    width, height = picture.size
+def _mask(image: Image.Image) -> Image.Image:
+    """A mask that selects the middle half of each side."""
+    mask = Image.new("L", image.size, 0)
+    width, height = image.size
     mask.paste(255, (width // 4, height // 4, width * 3 // 4, height * 3 // 4))
     return mask
 
 
-def _clip(picture: Image.Image) -> list[Image.Image]:
-    """A window that pans over the picture."""
-    width, height = (side * 7 // 8 for side in picture.size)
-    left, top = picture.width - width, picture.height - height
-    places = [(left * i // (FRAMES - 1), top * i // (FRAMES - 1)) for i in range(FRAMES)]
+def _clip(image: Image.Image) -> list[Image.Image]:
+    """A clip of a window that pans over the image."""
+    width, height = (side * 7 // 8 for side in image.size)
+    left, top = image.width - width, image.height - height
+    corners = [(left * i // (FRAMES - 1), top * i // (FRAMES - 1)) for i in range(FRAMES)]
     return [
-        picture.crop((x, y, x + width, y + height)).resize(picture.size, Image.Resampling.BICUBIC)
-        for x, y in places
+        image.crop((x, y, x + width, y + height)).resize(image.size, Image.Resampling.BICUBIC)
+        for x, y in corners
     ]
 
 
-# argument of a pipeline's call: what it gets of one picture
+# argument of a pipeline call: how to make it from one image
 MAKERS: dict[str, Callable[[Image.Image], object]] = {
-    "image": lambda picture: picture,
-    "control_image": lambda picture: picture,
+    "image": lambda image: image,
+    "control_image": lambda image: image,
     "mask_image": _mask,
     "control_mask": _mask,
     "video": _clip,
@@ -61,13 +61,13 @@ MAKERS: dict[str, Callable[[Image.Image], object]] = {
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """What a pipeline wants beside the prompt, and the pictures that it is made of.
+    """The image arguments of a pipeline call, and the images that they are made from.
 
     Attributes:
-        arguments: of the call, keys of ``MAKERS``; none: prompts or labels are enough.
-        files: pictures to take in turn; without any they are made up.
-        size: height and width of a made-up picture.
-        seed: of the made-up ones.
+        arguments: names of the arguments, keys of ``MAKERS``; empty: prompts or labels are enough.
+        files: images to use in turn; empty: random images.
+        size: height and width of a random image, in pixels.
+        seed: seed of the random images.
     """
 
     arguments: tuple[str, ...]
@@ -75,91 +75,95 @@ class ImageInputs:
     size: tuple[int, int] = (512, 512)
     seed: int = 0
 
-    def batch(self, wanted: int) -> int:
-        """Requests in one call: pipelines differ in how they pair pictures with prompts."""
-        return 1 if self.arguments else wanted
+    def batch(self, batch_size: int) -> int:
+        """Requests per call; 1 with images, since pipelines pair images and prompts differently."""
+        return 1 if self.arguments else batch_size
 
     @property
     def warning(self) -> str:
-        """What the user should know; empty when the pictures are given, or none are wanted."""
+        """A warning that the images are random; empty if they are given, or none are needed."""
         if self.files or not self.arguments:
             return ""
         names = " and ".join(self.arguments)
-        return f"the pipeline wants {names}: pictures are made up. Give real ones: --images FOLDER"
+        return (
+            f"the pipeline needs {names}: random images are used. Give real ones: --images FOLDER"
+        )
 
-    def of(self, number: int) -> dict[str, object]:
-        """The arguments of a call that makes request ``number``."""
+    def of(self, index: int) -> dict[str, object]:
+        """The image arguments of the call for request ``index``."""
         if not self.arguments:
             return {}
-        picture = (
-            _opened(self.files[number % len(self.files)])
+        image = (
+            _read_image(self.files[index % len(self.files)])
             if self.files
-            else dummy_images(self.size, self.seed * 1_000_003 + number)
+            else random_image(self.size, self.seed * 1_000_003 + index)
         )
-        return {name: MAKERS[name](picture) for name in self.arguments}
+        return {name: MAKERS[name](image) for name in self.arguments}
 
 
-def wanted(pipeline: Any, settings: SamplingSettings) -> ImageInputs:
-    """What the calls of a pipeline need.
+def required(pipeline: Any, settings: SamplingSettings) -> ImageInputs:
+    """The image inputs that calls of a pipeline need.
 
     Raises:
-        InputError: ``calibration.images`` has no pictures, or the pipeline takes none; or a picture
-            is given as text among ``calibration.arguments``.
+        InputError: ``calibration.images`` has no images, or the pipeline takes none; or
+            ``calibration.pipeline_args`` gives an image as text.
     """
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    takes = [name for name in MAKERS if name in parameters]
-    needs = [name for name in takes if parameters[name].default is inspect.Parameter.empty]
+    accepted = [name for name in MAKERS if name in parameters]
+    needed = [name for name in accepted if parameters[name].default is inspect.Parameter.empty]
     kind = type(pipeline).__name__
-    if settings.images or any(word in kind for word in _WORKS_ON_PICTURES):
-        # of a picture and a clip the first will do
-        needs = [name for name in takes if name != "video" or "image" not in takes or name in needs]
-    if settings.images and not takes:
-        raise InputError(f"calibration.images: {kind} takes no pictures")
-    given = settings.pipeline_args
-    for name in takes:
-        if isinstance(given.get(name), str):
-            raise InputError(f"calibration.arguments: {name} is a picture; give it with --images")
-    needs = [name for name in needs if name not in given]
-    if not needs:
+    if settings.images or any(word in kind for word in _TASKS_WITH_IMAGES):
+        # of an image and a clip, the image is enough
+        needed = [n for n in accepted if n != "video" or "image" not in accepted or n in needed]
+    if settings.images and not accepted:
+        raise InputError(f"calibration.images: {kind} takes no images")
+    args = settings.pipeline_args
+    for name in accepted:
+        if isinstance(args.get(name), str):
+            raise InputError(
+                f"calibration.pipeline_args: {name} is an image; give it with --images"
+            )
+    needed = [name for name in needed if name not in args]
+    if not needed:
         return ImageInputs(())
-    files = _listed(Path(settings.images)) if settings.images else ()
-    size = int(given.get("height", 512)), int(given.get("width", 512))
-    return ImageInputs(tuple(needs), files, size, settings.seed)
+    files = _image_files(Path(settings.images)) if settings.images else ()
+    size = int(args.get("height", 512)), int(args.get("width", 512))
+    return ImageInputs(tuple(needed), files, size, settings.seed)
 
 
-def dummy_images(size: tuple[int, int], seed: int) -> Image.Image:
-    """Smooth colours with detail at every scale: the spectrum of photographs, about 1/f.
+def random_image(size: tuple[int, int], seed: int) -> Image.Image:
+    """A smooth random image with detail at every scale: a spectrum of about 1/f, like photographs.
 
     Args:
-        size: height and width.
-        seed: of the colours.
+        size: height and width in pixels.
+        seed: seed of the colors.
     """
     rng = torch.Generator().manual_seed(seed)
-    picture = torch.zeros(1, 3, *size)
+    image = torch.zeros(1, 3, *size)
     cells = 2
     while cells <= max(size):
         noise = torch.randn(1, 3, cells, cells, generator=rng)
-        picture += F.interpolate(noise, size, mode="bilinear", align_corners=False) / cells**0.8
+        image += F.interpolate(noise, size, mode="bilinear", align_corners=False) / cells**0.8
         cells *= 2
-    low, high = picture.amin((2, 3), keepdim=True), picture.amax((2, 3), keepdim=True)
-    data = ((picture - low) / (high - low) * 255).round().to(torch.uint8)
+    low, high = image.amin((2, 3), keepdim=True), image.amax((2, 3), keepdim=True)
+    data = ((image - low) / (high - low) * 255).round().to(torch.uint8)
     return Image.fromarray(data[0].permute(1, 2, 0).contiguous().numpy())
 
 
-def _listed(path: Path) -> tuple[Path, ...]:
+def _image_files(path: Path) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if not path.is_dir():
         raise InputError(f"calibration.images: {path}: no such file or folder")
-    found = tuple(sorted(p for p in path.iterdir() if p.suffix.lower() in _FILES))
-    if not found:
+    files = tuple(sorted(p for p in path.iterdir() if p.suffix.lower() in _FILES))
+    if not files:
         raise InputError(f"calibration.images: no {', '.join(_FILES)} files in {path}")
-    return found
+    return files
 
 
-def _opened(path: Path) -> Image.Image:
+def _read_image(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"calibration.images: {path}: no picture ({error})") from error
+        raise InputError(f"calibration.images: {path}: not an image ({error})") from error

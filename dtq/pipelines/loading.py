@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``MODEL`` means on the command line and in :func:`dtq.api`."""
+"""Load the transformers of a pipeline, a folder, a hub model or a bundled model; scan them."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,28 +23,28 @@ from dtq.demo.outliers import inject_outliers
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line
 from dtq.io.safe_parse import read_json
 from dtq.models import Family, Scan, find_family, scan, scan_names
-from dtq.pipelines.validation import check_folder, components, model_kind, skeleton, weight_files
+from dtq.pipelines.hub import check_hub_id, download_configs, download_pipeline
+from dtq.pipelines.validation import check_folder, components, meta_model, model_kind, weight_files
 
 log = logging.getLogger("dtq")
 
 Components = str | Sequence[str]
-"""``auto``, or one or more components of a pipeline."""
+"""``auto``, or the names of one or more components of a pipeline."""
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class LoadedModel:
-    """An opened model.
+    """A diffusion transformer and the pipeline that it belongs to.
 
     Attributes:
-        name: as the user wrote it.
-        pipeline: the whole pipeline, None for a bare transformer.
+        name: as the user gave it.
+        pipeline: the whole pipeline; None for a bare transformer.
         component: name of the transformer in the pipeline.
         model: the transformer.
-        path: its local folder, None when it was handed over in memory or by the hub.
-        scan: of the model, once it was made.
+        path: its local folder; None if it was given as an object or came from the hub.
+        scan: scan of the model, once there is one.
     """
 
     name: str
@@ -57,117 +56,120 @@ class LoadedModel:
 
     @property
     def family(self) -> Family | None:
+        """The family of the transformer; None if dtq has none for its class."""
         return find_family(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The float dtype of the transformer."""
         dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
         return dtype
 
     def models(self) -> dict[str, nn.Module]:
-        """Every diffusion transformer of its pipeline by its name there, this one first."""
+        """Every diffusion transformer of the pipeline by its name there, this one first."""
         names = [] if self.pipeline is None else diffusion_transformers(self.pipeline)
         others = {name: getattr(self.pipeline, name) for name in names}
         return {self.component: self.model} | others
 
 
 def load_transformer(
-    what: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
+    source: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
 ) -> LoadedModel:
-    """The first of :func:`open_sources`."""
-    return load_transformers(what, dtype=dtype, component=component)[0]
+    """The first model that :func:`load_transformers` returns; same arguments and errors."""
+    return load_transformers(source, dtype=dtype, component=component)[0]
 
 
 def load_transformers(
-    what: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
+    source: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
 ) -> list[LoadedModel]:
-    """Open a pipeline or transformer given as object, local folder, hub id, or bundled name.
+    """Load a pipeline or transformer given as object, local folder, hub id, or bundled name.
 
     Args:
-        what: a diffusers pipeline or model; a folder; a bundled name; else a hub id.
-        dtype: ``auto``, ``fp32``, ``bf16``, ``fp16`` or a torch dtype. ``auto`` is the dtype on
-            disk, but float32 for float16 files when there is no GPU.
-        component: parts of the pipeline to quantize; ``auto`` is every diffusion transformer in
-            it: Wan 2.2 has one for the noisy and one for the clean part of the trajectory.
+        source: a diffusers pipeline or model; a folder; a bundled name; otherwise a hub id.
+        dtype: ``auto``, ``fp32``, ``bf16``, ``fp16`` or a torch dtype. ``auto`` is the dtype of the
+            files, but float32 for float16 files without a GPU.
+        component: names of the transformers to quantize. ``auto`` is every diffusion transformer
+            of the pipeline; Wan 2.2 has one for the noisy and one for the clean timesteps.
 
     Returns:
-        One source for each; they share the pipeline. A bare transformer is one source.
+        One model per transformer, all with the same pipeline; for a bare transformer just one.
 
     Raises:
-        InputError: it is none of these, or has no such transformer.
+        InputError: ``source`` is none of these, or the pipeline has no such transformer.
     """
-    if isinstance(what, DiffusionPipeline):
-        return _sources(type(what).__name__, what, component)
-    if isinstance(what, nn.Module):
-        return [LoadedModel(type(what).__name__, None, "transformer", what)]
-    if not isinstance(what, str | Path):
-        raise InputError(f"expected a path, hub id, pipeline or model, got {type(what).__name__}")
-    name = str(what)
-    path = demo.folder(name) if name in demo.FOLDERS else Path(what)
+    if isinstance(source, DiffusionPipeline):
+        return _transformers_of(type(source).__name__, source, component)
+    if isinstance(source, nn.Module):
+        return [LoadedModel(type(source).__name__, None, "transformer", source)]
+    if not isinstance(source, str | Path):
+        raise InputError(f"expected a path, hub id, pipeline or model, got {type(source).__name__}")
+    name = str(source)
+    path = demo.folder(name) if name in demo.FOLDERS else Path(source)
     if not path.exists():
-        if not _HUB_ID.fullmatch(name):
-            raise InputError(_missing(name))
-        pipeline = _from_hub(name, torch.bfloat16 if dtype == "auto" else _dtype(dtype, Path()))
-        return _sources(name, pipeline, component)
+        check_hub_id(name)
+        hub_dtype = torch.bfloat16 if dtype == "auto" else _dtype(dtype, Path())
+        folder = download_pipeline(name)
+        check_folder(folder)
+        return _transformers_of(name, _load_pipeline(folder, hub_dtype), component)
     kind = folder_kind(path)
     check_folder(path)
     if kind == "model":
         model = load_model(path, torch_dtype=_dtype(dtype, path))
         return [LoadedModel(name, None, "transformer", model, path)]
-    first = _wanted(diffusion_transformers_on_disk(path), component, path)[0]
-    pipeline = _pipeline(path, _dtype(dtype, path / first))
+    first = _requested(diffusion_transformers_on_disk(path), component, path)[0]
+    pipeline = _load_pipeline(path, _dtype(dtype, path / first))
     if name == "demo-outliers":
         inject_outliers(pipeline.transformer)
-    return _sources(name, pipeline, component, path)
+    return _transformers_of(name, pipeline, component, path)
 
 
 def diffusion_transformers(pipeline: DiffusionPipeline) -> list[str]:
     """Names of the diffusion transformers among the components of a pipeline."""
-    found = [n for n, m in pipeline.components.items() if type(m).__name__ in _transformers()]
-    return sorted(found)  # transformer before transformer_2
+    names = [n for n, m in pipeline.components.items() if type(m).__name__ in _transformer_names()]
+    return sorted(names)  # transformer before transformer_2
 
 
 def diffusion_transformers_on_disk(folder: Path) -> list[str]:
-    """The same, from the ``model_index.json`` of a pipeline folder."""
-    parts = components(folder / "model_index.json")
-    return sorted(name for name, (_, kind) in parts.items() if kind in _transformers())
+    """Names of the diffusion transformers in the ``model_index.json`` of a pipeline folder."""
+    index = components(folder / "model_index.json")
+    return sorted(name for name, (_, kind) in index.items() if kind in _transformer_names())
 
 
-def _sources(
+def _transformers_of(
     name: str, pipeline: DiffusionPipeline, component: Components, path: Path | None = None
 ) -> list[LoadedModel]:
-    chosen = _wanted(diffusion_transformers(pipeline), component, type(pipeline).__name__)
-    return [LoadedModel(name, pipeline, c, _component(pipeline, c), path) for c in chosen]
+    names = _requested(diffusion_transformers(pipeline), component, type(pipeline).__name__)
+    return [LoadedModel(name, pipeline, c, _component(pipeline, c), path) for c in names]
 
 
-def _wanted(found: list[str], component: Components, where: object) -> list[str]:
-    """What the user asked for, ``auto`` resolved."""
+def _requested(available: list[str], component: Components, where: object) -> list[str]:
+    """The components that the user asks for; ``auto`` is every available one."""
     if component != "auto":
         return [component] if isinstance(component, str) else list(component)
-    if not found:
+    if not available:
         raise InputError(
             f"{where} has no diffusion transformer of diffusers; name the model to quantize with "
             f"component="
         )
-    return found
+    return available
 
 
 @functools.cache
-def _transformers() -> frozenset[str]:
-    """Names of the classes that diffusers counts among its transformers."""
+def _transformer_names() -> frozenset[str]:
+    """Names of the classes in ``diffusers.models.transformers``."""
     from diffusers.models import transformers
 
     return frozenset(n for n, kind in vars(transformers).items() if isinstance(kind, type))
 
 
 def folder_kind(path: Path) -> str:
-    """``pipeline`` or ``model``.
+    """Whether a folder holds a ``pipeline`` or a ``model``.
 
     Raises:
-        InputError: the folder is neither; says what is missing.
+        InputError: it holds neither; says which file is missing.
     """
     if not path.is_dir():
-        raise InputError(f"{path} is a file; dtq wants a diffusers folder (with model_index.json)")
+        raise InputError(f"{path} is a file; dtq needs a diffusers folder (with model_index.json)")
     if (path / "model_index.json").is_file():
         return "pipeline"
     if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
@@ -196,7 +198,7 @@ def model_class(folder: Path) -> Any:
 
 
 def load_model(folder: Path, **options: Any) -> Any:
-    """The model of a folder, by ``from_pretrained``; only safetensors.
+    """Load the model of a folder with ``from_pretrained``, only from safetensors.
 
     Raises:
         InputError: diffusers cannot load it; says why in one line.
@@ -208,10 +210,10 @@ def load_model(folder: Path, **options: Any) -> Any:
 
 @contextmanager
 def translate_errors(where: object) -> Iterator[None]:
-    """What diffusers raises over a folder becomes one line that names it.
+    """Convert errors that diffusers raises for a folder to one line that names the folder.
 
     Raises:
-        InputError: the library could not read it.
+        InputError: the library cannot read it.
     """
     try:
         yield
@@ -224,41 +226,51 @@ def translate_errors(where: object) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is all used; torch has no one class for that."""
+    """Whether an error means that no memory is left; torch has several classes for that."""
     words = ("out of memory", "can't allocate memory", "cannot allocate memory")
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return full or any(word in str(error).lower() for word in words)
 
 
 def meta_models(
-    what: str, component: Components = "auto"
+    name: str, component: Components = "auto"
 ) -> dict[str, tuple[nn.Module, torch.dtype]]:
-    """The transformers on the meta device, from their configs alone, and their dtypes on disk.
+    """The transformers on the meta device, built from their configs, and their dtypes on disk.
+
+    Args:
+        name: a folder, a bundled name or a hub id.
+        component: as for :func:`load_transformers`.
+
+    Returns:
+        Component to model and float dtype.
 
     Raises:
-        InputError: as :func:`open_sources`.
+        InputError: as :func:`load_transformers`.
     """
-    path = demo.folder(what) if what in demo.FOLDERS else Path(what)
+    path = demo.folder(name) if name in demo.FOLDERS else Path(name)
     if not path.exists():
-        path = _hub_config(what)
+        path = download_configs(name)
     folders = {"transformer": path}
     if folder_kind(path) == "pipeline":
-        folders = {
-            c: path / c for c in _wanted(diffusion_transformers_on_disk(path), component, path)
-        }
-    found = {}
-    for name, folder in folders.items():
+        names = _requested(diffusion_transformers_on_disk(path), component, path)
+        folders = {c: path / c for c in names}
+    models = {}
+    for key, folder in folders.items():
         if not (folder / "config.json").is_file():
-            raise InputError(f"{path} has no component {name!r}")
-        found[name] = skeleton(folder, model_class(folder)), _dtype("auto", folder)
-    return found
+            raise InputError(f"{path} has no component {key!r}")
+        models[key] = meta_model(folder, model_class(folder)), _dtype("auto", folder)
+    return models
 
 
 def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = None) -> Scan:
-    """Scan by a traced forward with made-up inputs, or ``run``; by names if neither is possible.
+    """Scan a model by tracing a forward; by names alone if no forward can be run.
 
-    On the meta device a forward that reads the values of its tensors cannot run, for example to
-    sort tokens by expert or to cut captions to their length.
+    On the meta device a forward that reads values of its tensors cannot run, for example to sort
+    tokens by expert or to truncate captions.
+
+    Args:
+        model: the transformer.
+        run: calls the model; None calls it with random inputs, if it has a family.
     """
     family = find_family(model)
     if run is None and family is None:
@@ -276,20 +288,29 @@ def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = Non
 
 
 def dummy_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> dict[str, Any]:
-    """Arguments of one forward of a known family, on the model's device and dtype.
+    """Random arguments of one forward, on the device and in the dtype of the model.
+
+    Args:
+        model: the transformer; its class must have a family.
+        batch: number of images.
+        timestep: of all images, in the units of the model's timestep argument.
+        seed: of the random values.
+
+    Returns:
+        Keyword arguments of the forward.
 
     Raises:
-        InputError: the family is not known.
+        InputError: dtq has no family for the class.
     """
     family = find_family(model)
     if family is None:
         raise InputError(
-            f"{type(model).__name__}: dtq cannot make up inputs for this class; give it in its "
+            f"{type(model).__name__}: dtq has no random inputs for this class; give it in its "
             f"pipeline, or pass inputs=[...], a list of keyword arguments of its forward"
         )
     rng = torch.Generator().manual_seed(seed)
     arguments = family.inputs(model.config, batch, torch.full((batch,), timestep), rng)
-    # model.dtype passes over what stays in float32, such as the first parameter of Wan
+    # model.dtype ignores parameters that stay in float32, such as the first one of Wan
     moved: dict[str, Any] = _move(arguments, model.device, model.dtype)  # type: ignore[arg-type]
     return moved
 
@@ -310,10 +331,10 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return value
 
 
-def _pipeline(where: str | Path, dtype: torch.dtype | None) -> DiffusionPipeline:
-    with translate_errors(where):
+def _load_pipeline(folder: Path, dtype: torch.dtype | None) -> DiffusionPipeline:
+    with translate_errors(folder):
         pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(
-            where, torch_dtype=dtype, use_safetensors=True
+            folder, torch_dtype=dtype, use_safetensors=True
         )
     return pipeline
 
@@ -321,63 +342,16 @@ def _pipeline(where: str | Path, dtype: torch.dtype | None) -> DiffusionPipeline
 def _component(pipeline: DiffusionPipeline, name: str) -> nn.Module:
     model = getattr(pipeline, name, None)
     if not isinstance(model, nn.Module):
-        parts = [n for n, m in pipeline.components.items() if isinstance(m, nn.Module)]
+        models = [n for n, m in pipeline.components.items() if isinstance(m, nn.Module)]
         raise InputError(
-            f"{type(pipeline).__name__} has no {name!r}; its models are {', '.join(parts)}. dtq "
+            f"{type(pipeline).__name__} has no {name!r}; its models are {', '.join(models)}. dtq "
             f"quantizes diffusion transformers: choose one with component="
         )
     return model
 
 
-def _hub_config(name: str) -> Path:
-    """A folder with the configs of a hub model, no weights; from the cache without a network."""
-    if not _HUB_ID.fullmatch(name):
-        raise InputError(_missing(name))
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json"]))
-    except LIBRARY_ERRORS as error:
-        raise InputError(_refused(name, error)) from error
-
-
-def _refused(name: str, error: Exception) -> str:
-    return (
-        f"{name}: no such folder, and neither the hub nor its cache here gave it "
-        f"({first_line(error)}). Check the name and the network, or give a local folder"
-    )
-
-
-def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A pipeline by hub id, from the cache where the hub cannot be reached."""
-    try:
-        folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
-    except LIBRARY_ERRORS as error:
-        folder = _cached(name, error)
-    check_folder(folder)
-    return _pipeline(folder, dtype)
-
-
-def _cached(name: str, error: Exception) -> Path:
-    """What an earlier download left; ``error`` is why the hub does not give it now."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-    except LIBRARY_ERRORS:
-        raise InputError(_refused(name, error)) from error
-    log.warning("%s: the hub cannot be reached, taken from its cache", name)
-    return folder
-
-
-def _missing(name: str) -> str:
-    return (
-        f"{name}: no such folder. MODEL is a local diffusers folder, a hub id like "
-        f"black-forest-labs/FLUX.1-dev, or one of {', '.join(demo.FOLDERS)}"
-    )
-
-
 def _dtype(dtype: str | torch.dtype, folder: Path) -> torch.dtype:
+    """The dtype to load a model folder in; see :func:`load_transformers`."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -387,10 +361,10 @@ def _dtype(dtype: str | torch.dtype, folder: Path) -> torch.dtype:
     config = folder / "config.json"
     if config.is_file():
         saved = read_json(config).get("quantization_config")
-        recorded = saved.get("compute_dtype") if isinstance(saved, dict) else None
-        found = getattr(torch, recorded, None) if isinstance(recorded, str) else None
-        if isinstance(found, torch.dtype):
-            return found
+        name = saved.get("compute_dtype") if isinstance(saved, dict) else None
+        recorded = getattr(torch, name, None) if isinstance(name, str) else None
+        if isinstance(recorded, torch.dtype):
+            return recorded
     on_disk = disk_dtype(folder)
     if on_disk == torch.float16 and not torch.cuda.is_available():
         return torch.float32  # float16 arithmetic is slow and lossy on a CPU
@@ -398,7 +372,7 @@ def _dtype(dtype: str | torch.dtype, folder: Path) -> torch.dtype:
 
 
 def disk_dtype(folder: Path) -> torch.dtype:
-    """The float dtype of most tensors in the safetensors files of a model folder."""
+    """The most common float dtype of the tensors in the safetensors files of a model folder."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     count: Counter[torch.dtype] = Counter()
     for file in weight_files(folder) if folder.is_dir() else []:
@@ -412,6 +386,6 @@ def disk_dtype(folder: Path) -> torch.dtype:
 
 
 def modules_of(loaded: LoadedModel) -> list[nn.Module]:
-    """The model, and the others of its pipeline."""
-    parts = loaded.pipeline.components.values() if loaded.pipeline is not None else [loaded.model]
-    return [part for part in parts if isinstance(part, nn.Module)]
+    """The model, and the other modules of its pipeline."""
+    values = loaded.pipeline.components.values() if loaded.pipeline is not None else [loaded.model]
+    return [value for value in values if isinstance(value, nn.Module)]

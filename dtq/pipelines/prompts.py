@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the float model is asked for: label and prompt sets, shipped, local, or from the hub."""
+"""Prompt sets: prompts or class labels to generate, shipped with dtq, local, or from the hub."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from dtq.io.safe_parse import read_text
 from dtq.pipelines import call_defaults
 
 _COLUMNS = ("prompt", "caption", "text", "label", "class_label", "class")
-_LARGEST = 2**26  # bytes of prompts
+_LARGEST = 2**26  # bytes of a text file
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What to generate: the pipeline argument that carries it, and one entry per picture."""
+    """What to generate.
+
+    Attributes:
+        name: of the prompt set.
+        argument: of the pipeline call, ``prompt`` or ``class_labels``.
+        entries: prompts or labels, one per image.
+    """
 
     name: str
     argument: str
@@ -29,21 +35,27 @@ class Requests:
 
 
 def load(name: str, pipeline: Any, count: int, *, nested: bool = False) -> Requests:
-    """``count`` requests for a pipeline.
+    """Load ``count`` requests for a pipeline from a prompt set.
 
     Args:
-        name: ``auto``; a set shipped in ``calibration/``; a local ``.txt`` (one a line), ``.json``,
-            ``.jsonl``, ``.csv`` or ``.parquet`` file; or ``hub:OWNER/NAME[:SPLIT[:COLUMN]]``.
-        pipeline: decides whether labels or prompts are wanted, and knows its labels.
-        count: entries wanted; a larger set is thinned evenly, a smaller one repeated.
-        nested: in an order that begins the same for every count, spread over the set all along.
+        name: ``auto``; a set shipped in ``calibration/``; a local ``.txt`` (one entry per line),
+            ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file; or
+            ``hub:OWNER/NAME[:SPLIT[:COLUMN]]``.
+        pipeline: decides between labels and prompts, and has the names of its labels.
+        count: number of requests; a larger set is subsampled evenly, a smaller one is repeated.
+        nested: whether the requests for a smaller count begin those for a larger one. Every such
+            prefix is spread over the whole set.
+
+    Returns:
+        The requests; names of labels are converted to class numbers.
 
     Raises:
-        InputError: no such set, an empty or unreadable one, or labels for a prompt pipeline.
+        InputError: the set does not exist, is empty or cannot be read, or an entry is not a label
+            of the model.
     """
     argument = _argument(pipeline)
     if name == "auto":
-        name = call_defaults.of(pipeline).set
+        name = call_defaults.of(pipeline).prompts
     if name == "auto":
         entries = _own_labels(pipeline) if argument == "class_labels" else _shipped("prompts-64")
     elif name.startswith("hub:"):
@@ -53,19 +65,19 @@ def load(name: str, pipeline: Any, count: int, *, nested: bool = False) -> Reque
     else:
         entries = _shipped(name)
     if not entries:
-        raise InputError(f"calibration set {name!r} is empty")
+        raise InputError(f"prompt set {name!r} is empty")
     if argument == "class_labels":
         entries = [_label(entry, name, pipeline) for entry in entries]
     return Requests(name, argument, tuple((_spread if nested else _evenly)([*entries], count)))
 
 
 def given(entries: list[str], pipeline: Any) -> Requests:
-    """Requests from the command line: prompts, or label names or numbers."""
+    """Requests from the command line: prompts, or names or numbers of labels."""
     argument = _argument(pipeline)
-    chosen: list[Any] = [*entries]
+    requests: list[Any] = [*entries]
     if argument == "class_labels":
-        chosen = [_label(entry, "given", pipeline) for entry in entries]
-    return Requests("given", argument, tuple(chosen))
+        requests = [_label(entry, "given", pipeline) for entry in entries]
+    return Requests("given", argument, tuple(requests))
 
 
 def _argument(pipeline: Any) -> str:
@@ -74,13 +86,13 @@ def _argument(pipeline: Any) -> str:
         if argument in parameters:
             return argument
     raise InputError(
-        f"{type(pipeline).__name__} takes neither class_labels nor a prompt; dtq cannot drive it. "
+        f"{type(pipeline).__name__} takes neither class_labels nor a prompt; dtq cannot call it. "
         f"Quantize its transformer alone, with inputs=[...]"
     )
 
 
 def _own_labels(pipeline: Any) -> list[Any]:
-    """Every label the pipeline names, or the whole table of the transformer (data-free)."""
+    """Every label that the pipeline names, else every class of the transformer (data-free)."""
     labels = getattr(pipeline, "labels", None)
     if labels:
         return sorted(set(labels.values()))
@@ -92,44 +104,42 @@ def _shipped(name: str) -> list[Any]:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-        raise InputError(
-            f"unknown calibration set {name!r}; {hint} Or give a file or hub:OWNER/NAME"
-        )
+        raise InputError(f"unknown prompt set {name!r}; {hint} Or give a file or hub:OWNER/NAME")
     return _lines(folder("calibration") / f"{name}.txt")
 
 
 def _file(path: Path) -> list[Any]:
     if not path.is_file():
-        raise InputError(f"calibration set {path}: no such file")
+        raise InputError(f"prompt set {path}: no such file")
     if path.suffix == ".txt":
         return _lines(path)
     if path.suffix not in _FILES:
-        raise InputError(f"calibration set {path}: expected .txt, {', '.join(_FILES)}")
-    kind, where = _FILES[path.suffix], str(path)
-    return _column(_loaded(where, kind, data_files=where, split="train"), None, where)
+        raise InputError(f"prompt set {path}: expected .txt, {', '.join(_FILES)}")
+    file = str(path)
+    table = _load_dataset(file, _FILES[path.suffix], data_files=file, split="train")
+    return _column(table, None, file)
 
 
-def _hub(what: str) -> list[Any]:
-    name, _, rest = what.partition(":")
+def _hub(name: str) -> list[Any]:
+    dataset, _, rest = name.partition(":")
     split, _, column = rest.partition(":")
-    return _column(_loaded(name, name, split=split or "train"), column or None, name)
+    table = _load_dataset(dataset, dataset, split=split or "train")
+    return _column(table, column or None, dataset)
 
 
-def _loaded(where: str, *what: str, **options: str) -> Any:
+def _load_dataset(name: str, *args: str, **options: str) -> Any:
     try:
-        return _datasets().load_dataset(*what, **options)
+        return _datasets().load_dataset(*args, **options)
     except LIBRARY_ERRORS as error:
-        raise InputError(
-            f"calibration set {where}: cannot be read ({first_line(error)})"
-        ) from error
+        raise InputError(f"prompt set {name}: cannot be read ({first_line(error)})") from error
 
 
 def _column(table: Any, column: str | None, name: str) -> list[Any]:
-    wanted = (column,) if column else _COLUMNS
-    for candidate in wanted:
+    candidates = (column,) if column else _COLUMNS
+    for candidate in candidates:
         if candidate in table.column_names:
             return list(table[candidate])
-    raise InputError(f"calibration set {name}: has {table.column_names}, none of {wanted}")
+    raise InputError(f"prompt set {name}: has {table.column_names}, none of {candidates}")
 
 
 def _datasets() -> Any:
@@ -148,7 +158,7 @@ def _lines(path: Path) -> list[Any]:
 
 
 def _label(entry: Any, name: str, pipeline: Any) -> int:
-    """A class number, from a number or from a name that the pipeline knows."""
+    """The class number of a label, given as a number or as a name that the pipeline knows."""
     size = pipeline.transformer.config.num_embeds_ada_norm
     labels = getattr(pipeline, "labels", None) or {}
     if str(entry) in labels:
@@ -159,10 +169,10 @@ def _label(entry: Any, name: str, pipeline: Any) -> int:
         near = difflib.get_close_matches(str(entry), labels, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise InputError(
-            f"calibration set {name}: {entry!r} is not a label of this model{hint}"
+            f"prompt set {name}: {entry!r} is not a label of this model{hint}"
         ) from error
     if not 0 <= number < size:
-        raise InputError(f"calibration set {name}: label {number} is not in [0, {size})")
+        raise InputError(f"prompt set {name}: label {number} is not in [0, {size})")
     return number
 
 
@@ -173,6 +183,6 @@ def _evenly(entries: list[Any], count: int) -> list[Any]:
 
 
 def _spread(entries: list[Any], count: int) -> list[Any]:
-    """The first ``count`` in golden-ratio order, whose every beginning covers the set."""
+    """The first ``count`` in golden-ratio order, of which every prefix covers the set evenly."""
     order = sorted(range(len(entries)), key=lambda i: (i * 0.6180339887498949) % 1)
     return [entries[order[i % len(order)]] for i in range(count)]

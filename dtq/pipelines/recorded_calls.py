@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded call of the float model: what it was given, what it gave, and playing it again."""
+"""A recorded call of the float model: its inputs and its output. It can be replayed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from dtq.errors import InputError
 
 @dataclass
 class RecordedCall:
-    """One call of the transformer, on the CPU.
+    """One call of the transformer; tensors are on the CPU.
 
     Attributes:
-        step: position in its sampling run.
-        args, kwargs: of its forward.
+        step: index of the call in its sampling run.
+        args: positional arguments of the forward.
+        kwargs: keyword arguments of the forward.
         output: its first output.
-        timestep: that it was called with, 0 if it takes none.
-        model: name in its pipeline of the transformer that was called.
+        timestep: of the call; 0 if the model takes none.
+        model: name of the called transformer in its pipeline.
     """
 
     step: int
@@ -35,29 +36,30 @@ class RecordedCall:
 
     @property
     def latents(self) -> Tensor:
-        """The first tensor that it was given, or a list of tensors as one."""
+        """The first tensor of the inputs; a list of tensors is stacked."""
         return first_tensor((*self.args, *self.kwargs.values()))
 
 
 @torch.no_grad()
 def replay(model: nn.Module, call: RecordedCall) -> Tensor:
-    """The model's first output on a recorded call, on the CPU."""
-    return first_tensor(called(model, call)).cpu()
+    """The model's first output for a recorded call, on the CPU."""
+    return first_tensor(call_module(model, call)).cpu()
 
 
-def called(module: nn.Module, call: Any) -> Any:
-    """What a module returns to the ``args`` and ``kwargs`` of a call, on the module's device."""
+def call_module(module: nn.Module, call: Any) -> Any:
+    """Call a module with ``call.args`` and ``call.kwargs``, moved to the module's device."""
     device = next(module.parameters()).device
     return module(*send_to_device(call.args, device), **send_to_device(call.kwargs, device))
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The prediction in what a diffusers transformer returns.
+    """The prediction in the output of a diffusers transformer.
 
-    The first entry of an output class or tuple; the pictures of a list as one tensor.
+    It is the first entry of an output class or tuple; a list of tensors, one per image, becomes one
+    tensor.
 
     Raises:
-        InputError: there is no tensor in it.
+        InputError: the output has no tensor.
     """
     if isinstance(output, Tensor):
         return output
@@ -70,42 +72,46 @@ def first_tensor(output: Any) -> Tensor:
             if isinstance(entry, Tensor) or (isinstance(entry, Mapping | list | tuple) and entry):
                 return first_tensor(entry)
     raise InputError(
-        f"a model that returns {type(output).__name__} without a tensor is no denoiser"
+        f"the model returned {type(output).__name__} without a tensor; it must return a tensor, or "
+        f"an output that holds one"
     )
 
 
-def copied(value: Any) -> Any:
-    """Every tensor in nested tuples, lists and mappings, copied to the CPU."""
+def copy_to_cpu(value: Any) -> Any:
+    """A copy with every tensor in nested tuples, lists and mappings on the CPU."""
     return recursively_apply(lambda t: t.detach().cpu().clone(), value)
 
 
 def by_timestep(calls: Sequence[RecordedCall]) -> list[list[RecordedCall]]:
-    """Calls one by one, but two in a row with the same latents together.
+    """Group consecutive calls with the same latents, at most two per group.
 
-    Such are the two branches of guidance where the sampler does not batch them.
+    Two such calls are the branches of guidance, in a sampler that does not batch them.
     """
-    found: list[list[RecordedCall]] = []
+    groups: list[list[RecordedCall]] = []
     for call in calls:
-        last = found[-1] if found else []
+        last = groups[-1] if groups else []
         if len(last) == 1 and torch.equal(last[0].latents, call.latents):
             last.append(call)
         else:
-            found.append([call])
-    return found
+            groups.append([call])
+    return groups
 
 
 def subsample(calls: Sequence[RecordedCall], count: int) -> list[RecordedCall]:
-    """At most ``count`` of the calls, evenly over the trajectory, branches of guidance together."""
-    pairs = by_timestep(calls)
-    size = max(map(len, pairs), default=1)
-    wanted = max(1, min(len(pairs), count // size))
-    picked = [pairs[(2 * i + 1) * len(pairs) // (2 * wanted)] for i in range(wanted)]
-    return [call for pair in picked for call in pair]
+    """At most ``count`` of the calls, spread evenly over the trajectory.
+
+    The branches of guidance of one timestep stay together.
+    """
+    groups = by_timestep(calls)
+    size = max(map(len, groups), default=1)
+    number = max(1, min(len(groups), count // size))
+    picked = [groups[(2 * i + 1) * len(groups) // (2 * number)] for i in range(number)]
+    return [call for group in picked for call in group]
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """``|got - want|^2 / |want|^2`` in float64; infinite when ``got`` is not finite."""
-    if not torch.isfinite(got).all():
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """``|output - reference|^2 / |reference|^2`` in float64; inf if ``output`` is not finite."""
+    if not torch.isfinite(output).all():
         return float("inf")
-    difference = got.double() - want.double()
-    return float(difference.square().sum() / want.double().square().sum().clamp(min=1e-300))
+    difference = output.double() - reference.double()
+    return float(difference.square().sum() / reference.double().square().sum().clamp(min=1e-300))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record calls of the float model: what candidates are compared on, teacher-forced."""
+"""Record calls of the float model, with which candidates are compared (teacher forcing)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from dtq.models.timestep import timestep_of
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
-from dtq.pipelines.recorded_calls import RecordedCall, copied, first_tensor
+from dtq.pipelines.recorded_calls import RecordedCall, copy_to_cpu, first_tensor
 from dtq.pipelines.sampling import dummy_batches, run_pipeline
 from dtq.pipelines.settings import SamplingSettings
 
@@ -26,26 +26,26 @@ def watch_calls(
     run: Callable[[], Iterable[object]],
     keep: Callable[[RecordedCall], None],
 ) -> None:
-    """Give every call that ``run`` makes of the models to ``keep``, steps counted per item of run.
+    """Pass every call of the models to ``keep`` while ``run`` runs.
 
     Args:
         models: the transformers by name; their calls are counted as one trajectory.
-        run: drives it; yields after every sampling run.
-        keep: takes each call as it ends.
+        run: calls the models; yields after every sampling run, which restarts the step count.
+        keep: receives each call when it ends.
     """
     step = 0
 
     def hook(name: str) -> Callable[..., None]:
-        def take(
+        def record(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         ) -> None:
             nonlocal step
             output = first_tensor(out).detach().cpu().clone()
-            when = timestep_of(module, args, kwargs)
-            keep(RecordedCall(step, copied(args), copied(kwargs), output, when, name))
+            timestep = timestep_of(module, args, kwargs)
+            keep(RecordedCall(step, copy_to_cpu(args), copy_to_cpu(kwargs), output, timestep, name))
             step += 1
 
-        return take
+        return record
 
     with ExitStack() as hooks:
         for name, model in models.items():
@@ -61,16 +61,16 @@ def sample_calls(
     *,
     inputs: Iterable[dict[str, Any]] | None = None,
 ) -> list[RecordedCall]:
-    """One sampling run of the float model, all of its calls.
+    """Record all calls of one sampling run of the float model.
 
     Args:
-        source: the model; a bare transformer runs on ``inputs``, or on made-up ones.
-        calibration: the sampler's settings.
-        count: pictures that are generated together, at most one calibration batch.
-        inputs: keyword arguments of forwards.
+        loaded: the model; a bare transformer runs on ``inputs``, or on random inputs.
+        settings: sampler settings of the calibration.
+        count: images that are generated together, at most one calibration batch.
+        inputs: keyword arguments of forwards; None runs the pipeline.
 
     Returns:
-        The calls in order; latents and outputs of every step.
+        The calls in order, with the inputs and the output of every step.
     """
     calls: list[RecordedCall] = []
     pipeline = loaded.pipeline
@@ -82,11 +82,11 @@ def sample_calls(
         def run() -> Iterable[object]:
             return run_pipeline(pipeline, requests, once, output="latent")
     else:
-        given = list(inputs) if inputs is not None else list(dummy_batches(loaded, settings))
+        batches = list(inputs) if inputs is not None else list(dummy_batches(loaded, settings))
 
         def run() -> Iterable[object]:
-            # a run of its own each: nothing says that they follow one another
-            yield [loaded.model(**_moved(kwargs, loaded.model)) for kwargs in given]
+            device = next(loaded.model.parameters()).device
+            yield [loaded.model(**send_to_device(batch, device)) for batch in batches]
 
     watch_calls({loaded.component: loaded.model}, run, calls.append)
     return calls
@@ -99,7 +99,3 @@ def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _moved(value: Any, model: nn.Module) -> Any:
-    return send_to_device(value, next(model.parameters()).device)

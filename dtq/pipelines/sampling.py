@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Call a pipeline, or a bare transformer on random inputs."""
+"""Call a pipeline batch by batch, or a bare transformer with random inputs."""
 
 from __future__ import annotations
 
@@ -26,34 +26,31 @@ def run_pipeline(
     output: str = "pt",
     only: Container[int] | None = None,
 ) -> Iterator[Any]:
-    """Generate the requests batch by batch; yields the pipeline's outputs.
+    """Generate the requests batch by batch.
 
-    With ``only`` those batches whose first request has its place there.
+    The latents of a request depend on the seed and the index of the request, not on the batch size.
 
-    The latents of a request depend on the seed and its place, not on the batch size.
+    Args:
+        pipeline: a diffusers pipeline.
+        requests: prompts or labels to generate.
+        settings: sampler settings; sizes that they do not give come from the pipeline's folder.
+        output: the ``output_type`` of the pipeline call; ``pt`` gives tensors.
+        only: indices of requests; only batches whose first request is among them are generated.
+            None: all.
+
+    Yields:
+        The output of the pipeline for each batch.
 
     Raises:
-        InputError: the pipeline takes no such argument, or refuses what it is given.
+        InputError: the pipeline takes no such argument, or rejects its value.
     """
     settings = call_defaults.of(pipeline).fill(settings)
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    options: dict[str, Any] = {"output_type": output}
-    if settings.steps:
-        options["num_inference_steps"] = settings.steps
-    if settings.guidance:
-        options["guidance_scale"] = settings.guidance
-    options = {k: v for k, v in options.items() if k in parameters}
-    for name in settings.pipeline_args:
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
-            raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
-    options |= settings.pipeline_args
-    beside = image_inputs.wanted(pipeline, settings)
-    batch = beside.batch(settings.batch_size)
-    if beside.warning and (only is None or 0 in only):  # once, not with every batch
-        log.warning("%s: %s", type(pipeline).__name__, beside.warning)
-    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
+    options = _options(pipeline, settings, output)
+    images = image_inputs.required(pipeline, settings)
+    batch = images.batch(settings.batch_size)
+    if images.warning and (only is None or 0 in only):  # once, not for every batch
+        log.warning("%s: %s", type(pipeline).__name__, images.warning)
+    progress_bar = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(disable=True)
     try:
         starts = range(0, len(requests.entries), batch)
@@ -63,37 +60,56 @@ def run_pipeline(
                 torch.Generator().manual_seed(seed_of(settings.seed, start + i))
                 for i in range(len(entries))
             ]
-            asked = {requests.argument: entries} | beside.of(start)
+            args = {requests.argument: entries} | images.of(start)
             try:
-                result = pipeline(**asked, generator=generators, **options)
+                result = pipeline(**args, generator=generators, **options)
             except (TypeError, ValueError, NameError) as error:
                 raise InputError(
-                    f"{type(pipeline).__name__} did not take the call ({type(error).__name__}: "
-                    f"{error}); arguments beside the prompt: {sorted(options)}"
+                    f"{type(pipeline).__name__} rejected the call ({type(error).__name__}: "
+                    f"{error}); arguments in addition to the prompt: {sorted(options)}"
                 ) from error
             yield result
     finally:
-        pipeline.set_progress_bar_config(**shown)
+        pipeline.set_progress_bar_config(**progress_bar)
 
 
-def seed_of(seed: int, place: int) -> int:
-    """Seed of the latents of the request at a place."""
-    return seed * 1_000_003 + place
+def _options(pipeline: Any, settings: SamplingSettings, output: str) -> dict[str, Any]:
+    """Arguments of every call, in addition to prompts, images and generators."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    options: dict[str, Any] = {"output_type": output}
+    if settings.steps:
+        options["num_inference_steps"] = settings.steps
+    if settings.guidance:
+        options["guidance_scale"] = settings.guidance
+    for name in settings.pipeline_args:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
+            raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
+    return {k: v for k, v in options.items() if k in parameters} | settings.pipeline_args
+
+
+def seed_of(seed: int, index: int) -> int:
+    """Seed of the latents of the request at an index."""
+    return seed * 1_000_003 + index
 
 
 def count_dummy_calls(settings: SamplingSettings) -> int:
-    """How often a bare transformer is called."""
+    """Number of calls of a bare transformer with random inputs."""
     return max(settings.num_timestep_bins, -(-settings.samples // settings.batch_size) * 4)
 
 
 def dummy_batches(loaded: LoadedModel, settings: SamplingSettings) -> Iterator[dict[str, Any]]:
-    """Random calls over the whole trajectory, noisiest first as a sampler goes."""
+    """Random inputs over the whole trajectory, from the noisiest timestep to the cleanest.
+
+    Raises:
+        InputError: dtq has no inputs for a model of this class.
+    """
     family = loaded.family
     if family is None:
-        dummy_inputs(loaded.model, 1, 0.0, 0)  # raises, with the way out
+        dummy_inputs(loaded.model, 1, 0.0, 0)  # raises the error
         return
     calls = count_dummy_calls(settings)
     for i in range(calls):
-        share = 1 - (i + 0.5) / calls
-        timestep = share * family.largest_timestep
+        timestep = (1 - (i + 0.5) / calls) * family.largest_timestep
         yield dummy_inputs(loaded.model, settings.batch_size, timestep, settings.seed + i)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a pipeline is sampled for calibration and evaluation."""
+"""Settings for sampling a pipeline, in calibration and in evaluation."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What to run the float model on.
+    """What to generate with the float model, and how.
 
     Attributes:
-        set: a set shipped with dtq, a local file, a hub data set, or ``auto``: what fits the model.
-        samples: pictures (or videos) to generate.
-        steps: sampler steps; 0 takes the pipeline's own default.
-        guidance: guidance scale; 0 takes the pipeline's own default.
-        batch: pictures generated together.
-        parts: the batches are seen in so many parts, which are then added up in order, whoever saw
-            them: so many processes can share the work, and get what one alone gets.
-        bins: timestep bins of the statistics.
-        seed: of the latents.
-        arguments: more arguments of the pipeline's call: ``{height: 512, num_frames: 17}``.
-        images: a picture, or a folder of them, for pipelines that edit or continue pictures; empty:
-            made-up ones.
+        prompts: a prompt set shipped with dtq, a local file, a hub dataset, or ``auto``: the set
+            that fits the model.
+        samples: number of images (or videos) to generate.
+        steps: sampler steps; 0 uses the pipeline's own default.
+        guidance: guidance scale; 0 uses the pipeline's own default.
+        batch_size: images generated together.
+        num_shards: number of shards that calibration splits its batches into. Each shard is
+            observed separately, and the results are merged in order. Several processes can
+            therefore share the work and get the result of a single process.
+        num_timestep_bins: timestep bins of the statistics.
+        seed: seed of the latents.
+        pipeline_args: more arguments of the pipeline call: ``{height: 512, num_frames: 17}``.
+        images: an image file or a folder of images, for pipelines that need input images. Empty:
+            random images.
     """
 
     prompts: str = "auto"

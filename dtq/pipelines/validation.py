@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model folder may hold, checked before any library reads it.
+"""Check a model folder before any library reads it.
 
-A folder comes from anywhere. diffusers and transformers import what its index names, follow its
-links and build what its configs ask for; here that is bounded first: only safetensors, only files
-inside the folder, only classes of those libraries, only models as large as their files.
+A folder may come from anywhere. diffusers and transformers import the classes that its index names,
+follow its links and build the models of its configs. dtq restricts that before they do: only
+safetensors, only files inside the folder, only classes of these libraries, and only models as large
+as their files.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
 from dtq.io.safe_parse import read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Files that run code when they are opened, or may."""
+"""Suffixes of pickle files, which can run code when they are read."""
 
 SPARE_BYTES = 2**30
-"""What the tables that a config asks for (positions, rotations) may take beside the weights."""
+"""Bytes that buffers of a model (position tables, rotary embeddings) may need, whatever the size of
+the weights."""
 
-MOST_TRAIN_STEPS = 10**6
-"""Of a scheduler, which makes tables that long; real ones have 1000."""
+MAX_TRAIN_STEPS = 10**6
+"""Largest ``num_train_timesteps`` of a scheduler, which has tables of that length; usual: 1000."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
@@ -43,54 +45,59 @@ _LIBRARIES = ("diffusers", "transformers")
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a pipeline or model folder that is not what it should be; nothing is built.
+    """Check a pipeline or model folder; models are only built on the meta device.
+
+    Errors name the file, the key and a way out.
 
     Raises:
-        InputError: links that lead out of the folder, weights that are only there as pickle, an
-            index that names files elsewhere or code to import.
-        CheckpointError: a safetensors file is damaged. Both name the file, the key and a way out.
+        InputError: a link leads out of the folder, weights are stored only as pickle, or an index
+            names files elsewhere or code to import.
+        CheckpointError: a safetensors file is damaged.
     """
     check_links(path)
     index = path / "model_index.json"
     if not index.is_file():
-        _check_part(path, read_json(path / "config.json").get("_class_name"))
+        _check_component(path, read_json(path / "config.json").get("_class_name"))
         return
     for name, (_, kind) in components(index).items():
         if (path / name).is_dir():
-            _check_part(path / name, kind)
+            _check_component(path / name, kind)
 
 
 def components(index: Path) -> dict[str, tuple[str, str]]:
-    """Component to library and class, from a ``model_index.json``; absent parts are left out.
+    """Read the components of a pipeline from its ``model_index.json``.
+
+    Returns:
+        Component to library and class; components that are null are left out.
 
     Raises:
-        InputError: a name that is not one, or a library whose code would be imported.
+        InputError: a name is not an identifier, or a library would be imported that is not allowed.
     """
-    found = {}
+    result = {}
     data = read_json(index)
     if not isinstance(data.get("_class_name"), str):
         raise InputError(
             f"{index}: '_class_name' must be the name of a pipeline of diffusers; pipelines that "
             f"come as code are not loaded. Load it yourself and pass the object to dtq.quantize"
         )
-    for name, what in data.items():
-        if not isinstance(what, list) or name.startswith("_"):
+    for name, entry in data.items():
+        if not isinstance(entry, list) or name.startswith("_"):
             continue
         if not _NAME.fullmatch(name):
             raise InputError(f"{index}: {name!r} is not the name of a component")
-        if len(what) != 2 or not all(x is None or isinstance(x, str) for x in what):
-            raise InputError(f"{index}: {name!r} must be [library, class], is {what!r}"[:300])
-        if None not in what:
-            found[name] = (what[0], what[1])
-            _check_class(index, name, *found[name])
-    return found
+        if len(entry) != 2 or not all(x is None or isinstance(x, str) for x in entry):
+            raise InputError(f"{index}: {name!r} must be [library, class], is {entry!r}"[:300])
+        if None not in entry:
+            result[name] = (entry[0], entry[1])
+            _check_class(index, name, *result[name])
+    return result
 
 
 def check_links(path: Path) -> None:
-    """Refuse symbolic links that lead out of the folder; those of the hub's cache stay in it.
+    """Refuse symbolic links that lead out of the folder, or out of the model's hub cache.
 
     Raises:
-        InputError: names the link.
+        InputError: a link leads out, or nowhere; names it.
     """
     home = path.resolve()
     for parent in home.parents:
@@ -112,10 +119,10 @@ def check_links(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, their headers read once.
+    """The safetensors files of a model folder; reads and checks their headers.
 
     Raises:
-        InputError: weights are only there as pickle, or an index names a file elsewhere.
+        InputError: weights are stored only as pickle, or an index names a file elsewhere.
         CheckpointError: a file is damaged or missing.
     """
     files = sorted(folder.glob("*.safetensors"))
@@ -128,15 +135,15 @@ def weight_files(folder: Path) -> list[Path]:
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         _check_index(index)
     for file in files:
-        opened(file)
+        tensor_names(file)
     return files
 
 
-def opened(file: Path) -> list[str]:
-    """Names of the tensors of a safetensors file; reading them checks its header.
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in the header of a safetensors file.
 
     Raises:
-        CheckpointError: truncated or damaged.
+        CheckpointError: the file is truncated or damaged.
     """
     try:
         with safe_open(file, framework="pt") as header:
@@ -145,57 +152,60 @@ def opened(file: Path) -> list[str]:
         raise CheckpointError(f"{file}: truncated or damaged ({error}); copy it again") from error
 
 
-def skeleton(folder: Path, kind: Any) -> nn.Module:
-    """A model on the meta device from its config, no larger than its files.
+def meta_model(folder: Path, kind: Any) -> nn.Module:
+    """Build a model on the meta device from its config, limited to the size of its files.
 
     Args:
-        folder: of the model; without weight files the config alone decides, up to a limit.
+        folder: of the model; without weight files only a fixed limit applies.
         kind: the diffusers class.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
         InputError: the config does not fit the class.
-        CheckpointError: it asks for more than the files hold.
+        CheckpointError: the config describes a larger model than the files hold.
     """
     config = folder / "config.json"
     files = weight_files(folder)
     stored = sum(file.stat().st_size for file in files)
-    tensors = sum(len(opened(file)) for file in files)
+    tensors = sum(len(tensor_names(file)) for file in files)
     try:
-        with torch.device("meta"), bounded(config, tensors):
+        with torch.device("meta"), limit_modules(config, tensors):
             model: nn.Module = kind.from_config(read_json(config))
     except LIBRARY_ERRORS as error:
         raise InputError(
             f"{config}: {kind.__name__} cannot be built from it ({first_line(error)})"
         ) from error
-    tables = sum(b.numel() * b.element_size() for b in model.buffers())
-    if tables > 2 * stored + SPARE_BYTES:
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    if buffers > 2 * stored + SPARE_BYTES:
         raise CheckpointError(
-            f"{config}: asks for tables of {tables} bytes, the weights are {stored}; a size in it "
-            f"is damaged"
+            f"{config}: describes tables of {buffers} bytes, the weights have {stored}; a size in "
+            f"it is damaged"
         )
     return model.eval()
 
 
 @contextmanager
-def bounded(config: Path, tensors: int) -> Iterator[None]:
-    """Stop building a model that gets far more modules than there are tensors to fill them.
+def limit_modules(config: Path, tensors: int) -> Iterator[None]:
+    """Stop the construction of a model with far more modules than its files have tensors.
 
     Args:
         config: for the message.
-        tensors: in the files; 0 for a config alone.
+        tensors: number of tensors in the files; 0 for a config alone.
 
     Raises:
-        CheckpointError: it would.
+        CheckpointError: the limit is exceeded.
     """
-    most, made = _MODULES_PER_TENSOR * tensors + 1000 if tensors else 200_000, 0
+    limit, modules = _MODULES_PER_TENSOR * tensors + 1000 if tensors else 200_000, 0
 
     def count(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        nonlocal made
-        made += 1
-        if made > most:
+        nonlocal modules
+        modules += 1
+        if modules > limit:
             raise CheckpointError(
-                f"{config}: asks for a model of more than {most} modules, the files hold "
-                f"{tensors} tensors; a number of layers in it is damaged"
+                f"{config}: describes a model of more than {limit} modules, the files hold "
+                f"{tensors} tensors; a number of layers in the config is damaged"
             )
 
     handle = hooks.register_module_module_registration_hook(count)
@@ -206,80 +216,82 @@ def bounded(config: Path, tensors: int) -> Iterator[None]:
 
 
 def check_shapes(
-    config: str, model: nn.Module, found: Mapping[str, tuple[str, tuple[int, ...]]],
+    config: str, model: nn.Module, stored: Mapping[str, tuple[str, tuple[int, ...]]],
     planned: Mapping[str, object],
 ) -> None:  # fmt: skip
-    """The file holds what the model has beside its quantized linears, as floats of its shapes.
+    """Check that the files hold every unquantized tensor of the model, in its shape and as floats.
 
     Args:
-        config: for messages.
+        config: name of the config file, for messages.
         model: the float model, on any device.
-        found: name of a tensor in the file to its dtype, as safetensors writes it, and shape.
-        planned: names of the quantized linears.
+        stored: tensor name in the files to dtype, as safetensors writes it, and shape.
+        planned: names of the quantized linears, whose packed tensors are checked elsewhere.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape, or packed without an entry in the
-            plan.
+        CheckpointError: a tensor is missing, has another shape, or is packed without an entry in
+            ``planned``.
     """
     for key, tensor in model.state_dict().items():
-        name, _, part = key.rpartition(".")
-        if name in planned and part != "bias":
+        name, _, tensor_name = key.rpartition(".")
+        if name in planned and tensor_name != "bias":
             continue
-        if key not in found:
+        if key not in stored:
             raise CheckpointError(f"{config}: the model has {key}, and the files do not hold it")
-        dtype, shape = found[key]
+        dtype, shape = stored[key]
         if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{key} has shape {list(shape)} in the file, {config} asks for {list(tensor.shape)}"
+                f"{key} has shape {list(shape)} in the file, {config} needs {list(tensor.shape)}"
             )
         if tensor.is_floating_point() and dtype[0] not in "FB":
             raise CheckpointError(
-                f"{key} is {dtype} in the file, and {config} has no entry in 'layers' that says "
-                f"what that means"
+                f"{key} is {dtype} in the file, and {config} has no entry in 'layers' that names "
+                f"its format"
             )
 
 
-def _check_part(folder: Path, name: object) -> None:
-    """One component: its configs, its files, its size as a model of the class ``name``."""
+def _check_component(folder: Path, name: object) -> None:
+    """Check the files, the scheduler config and the model size of a component of class ``name``."""
     weight_files(folder)
     scheduler = folder / "scheduler_config.json"
     if scheduler.is_file():
         steps = read_json(scheduler).get("num_train_timesteps", 1)
-        if not isinstance(steps, int) or not 0 < steps <= MOST_TRAIN_STEPS:
+        if not isinstance(steps, int) or not 0 < steps <= MAX_TRAIN_STEPS:
             raise InputError(
-                f"{scheduler}: 'num_train_timesteps' must be 1 to {MOST_TRAIN_STEPS}, is {steps!r}"
+                f"{scheduler}: 'num_train_timesteps' must be 1 to {MAX_TRAIN_STEPS}, is {steps!r}"
             )
     if not (folder / "config.json").is_file():
         return
     kind = model_kind(name)
     try:
         if kind is not None:
-            skeleton(folder, kind)
+            meta_model(folder, kind)
     except InputError as error:
-        if not _reads_its_weights(error.__cause__):
+        if not _needs_real_weights(error.__cause__):
             raise
 
 
-def _reads_its_weights(cause: BaseException | None) -> bool:
-    """Whether a class failed because it looks at its own weights while it is built, which the meta
-    device does not have; diffusers will build it. Torch has no class of errors for that."""
-    said = str(cause)
+def _needs_real_weights(cause: BaseException | None) -> bool:
+    """Whether a class cannot be built on the meta device because it reads its weights meanwhile.
+
+    diffusers can build it on a real device. Torch has no error class for that.
+    """
+    message = str(cause)
     return isinstance(cause, RuntimeError | TypeError) and (
-        "meta tensor" in said or "meta device" in said
+        "meta tensor" in message or "meta device" in message
     )
 
 
 def model_kind(name: object) -> Callable[..., Any] | None:
-    """The diffusers model of that name, None when there is none."""
+    """The diffusers model class of a name; None if there is none."""
     kind = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not inspect.isclass(kind) or not issubclass(kind, diffusers.ModelMixin):
         return None
-    found: Callable[..., Any] = kind
-    return found
+    model: Callable[..., Any] = kind
+    return model
 
 
 def _check_class(index: Path, name: str, library: str, kind: str) -> None:
-    """Importing a module runs it, so only what is known, or imported already, may be named."""
+    """Refuse libraries that are neither known nor imported already: an import runs their code."""
     if not kind.isidentifier():
         raise InputError(f"{index}: {name!r}: {kind!r} is not the name of a class")
     if library in _LIBRARIES or hasattr(pipelines, library):
@@ -287,8 +299,8 @@ def _check_class(index: Path, name: str, library: str, kind: str) -> None:
     imported = getattr(sys.modules.get(library), kind, None)
     if not hasattr(imported, "from_pretrained"):
         raise InputError(
-            f"{index}: {name!r} is of the library {library!r}, whose code would be imported; only "
-            f"{' and '.join(_LIBRARIES)} are. Import it yourself first if you trust it"
+            f"{index}: {name!r} is of the library {library!r}, whose code would be imported; dtq "
+            f"imports only {' and '.join(_LIBRARIES)}. Import it yourself first if you trust it"
         )
 
 
@@ -300,8 +312,8 @@ def _check_index(index: Path) -> None:
     for key, name in names.items():
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise InputError(
-                f"{index}: weight_map[{key!r}] must be the name of a safetensors file beside the "
-                f"index, is {name!r}"[:400]
+                f"{index}: weight_map[{key!r}] must be the name of a safetensors file in the "
+                f"folder of the index, is {name!r}"[:400]
             )
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent / name}: missing, and {index.name} names it")

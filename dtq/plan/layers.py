@@ -116,7 +116,8 @@ class LayerSpec:
             found.hadamard_block_size - 1
         ):
             raise CheckpointError(
-                f"{where}['hadamard_block_size'] must be a power of two, is {found.hadamard_block_size}"
+                f"{where}['hadamard_block_size'] must be a power of two, "
+                f"is {found.hadamard_block_size}"
             )
         if found.num_rotations not in (1, 2):
             raise CheckpointError(

@@ -68,5 +68,5 @@ def check_ids(ids: Sequence[str], count: int) -> None:
     wrong = [x for x in (f"{i:04d}" for i in range(count)) if times[x] != 1]
     if wrong or len(times) != count:
         raise WorkerError(
-            f"of {count} samples these were not made once: {', '.join(wrong[:8]) or 'unknown ones'}"
+            f"missing or duplicated samples of {count}: {', '.join(wrong[:8]) or 'unknown names'}"
         )

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of one run: who is who, who does what, and waiting for each other.
+"""The processes of one run: rank, sharding of work, broadcast and barrier.
 
-Results travel through a folder (``work.py``, ``evaluate/exchange.py``). The processes tell each
-other nothing but "I am here" and small plain data, through the store of ``torch.distributed``.
+Results travel through a folder (``tasks.py``, ``gather.py``). Over the network the processes only
+exchange heartbeats and small plain data, through the store of ``torch.distributed``.
+
+Neither gloo's ``monitored_barrier`` nor accelerate keeps the two promises that the tests hold: a
+process whose heartbeat continues is waited for without a timeout (one task may take a day), and a
+process that died on this machine is noticed within seconds.
 """
 
 from __future__ import annotations
@@ -22,115 +26,115 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from dtq.errors import InputError, WorkerError
-from dtq.io.run_lock import is_alive, process_identity
 
-_TIMEOUT = 600.0  # seconds without a sign of life
-_HEARTBEAT = 5.0  # seconds between two of them
+_TIMEOUT = 600.0  # seconds without a heartbeat
+_HEARTBEAT = 5.0  # seconds between two heartbeats
 
 
 class KeyValueStore:
-    """Where processes leave what they say, and a sign of life every few seconds.
-
-    Whoever lives is waited for, for days if need be; whoever does not stops the others.
+    """A ``TCPStore`` with heartbeats.
 
     Args:
-        rank, size: of this process, of all.
-        patience: seconds without a sign of life after which a process counts as dead.
+        rank: of this process.
+        size: number of processes.
+        timeout: seconds without a heartbeat after which a process counts as dead.
 
     Raises:
-        KeyError, ValueError, RuntimeError: the launcher's variables are wrong, or nobody answers.
-        TeamError: not all processes came in time.
+        KeyError, ValueError, RuntimeError: the launcher's variables are wrong, or nothing answers.
+        WorkerError: not all processes connected in time.
     """
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        # a launcher that starts the processes again keeps its store
-        name = f"dtq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-
-        def connected(serves: bool) -> PrefixStore:
-            wait = timedelta(seconds=timeout)
-            store = dist.TCPStore(  # type: ignore[attr-defined]
-                host, port, is_master=serves, timeout=wait, wait_for_workers=False
-            )
-            return PrefixStore(name, store)
-
-        self._store, self._rounds = connected(rank == 0 and not launcher), 0
+        self._store, self._rounds = self._connect(rank == 0 and not launcher), 0
         self._stop = threading.Event()
-        line = connected(False)  # of its own: a connection serves one thread at a time
-        self._beat = threading.Thread(target=self._send_heartbeats, args=(line,), daemon=True)
-        self._beat.start()
-        atexit.register(self._leave)
-        self._seen = {r: (b"", time.monotonic()) for r in range(size) if r != rank}
-        self._await([f"alive/{r}" for r in range(size)])
+        # a connection serves one thread at a time
+        heartbeats = threading.Thread(
+            target=self._send_heartbeats, args=(self._connect(False),), daemon=True
+        )
+        heartbeats.start()
+        atexit.register(self._leave, heartbeats)
+        self._last = {r: (b"", time.monotonic()) for r in range(size) if r != rank}
+        self._wait_for([f"heartbeat/{r}" for r in range(size)])
+
+    def _leave(self, heartbeats: threading.Thread) -> None:
+        self._stop.set()
+        heartbeats.join(_HEARTBEAT)
+
+    def _connect(self, is_server: bool) -> PrefixStore:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=is_server,
+            timeout=timedelta(seconds=self.timeout),
+            wait_for_workers=False,
+        )
+        # a launcher that restarts the processes keeps its store
+        return PrefixStore(f"dtq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def broadcast(self, value: Any) -> Any:
-        """What process 0 has, for everyone; returns when everyone is here.
+        """The value of process 0, for every process; returns when every process has called it.
 
         Raises:
             RuntimeError: the store is gone.
-            TeamError: a process died.
+            WorkerError: a process died.
         """
         name, self._rounds = str(self._rounds), self._rounds + 1
         if self.rank == 0:
-            self._store.set(f"{name}/said", json.dumps(value))
-        self._store.set(f"{name}/here/{self.rank}", "")
-        self._await([f"{name}/here/{r}" for r in range(self.size)])
-        said = json.loads(self._store.get(f"{name}/said"))
+            self._store.set(f"{name}/value", json.dumps(value))
+        self._store.set(f"{name}/arrived/{self.rank}", "")
+        self._wait_for([f"{name}/arrived/{r}" for r in range(self.size)])
+        received = json.loads(self._store.get(f"{name}/value"))
         self._store.set(f"{name}/left/{self.rank}", "")
-        if self.rank == 0:  # its end may be the end of the store
-            self._await([f"{name}/left/{r}" for r in range(self.size)])
-        return said
+        if self.rank == 0:  # when this process ends, the store may end with it
+            self._wait_for([f"{name}/left/{r}" for r in range(self.size)])
+        return received
 
-    def _await(self, keys: list[str]) -> None:
-        pause, looked = 0.001, time.monotonic()
+    def _wait_for(self, keys: list[str]) -> None:
+        pause, checked = 0.001, time.monotonic()
         while not self._store.check(keys):
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
-            if time.monotonic() - looked > min(_HEARTBEAT, self.timeout / 4):
-                looked = time.monotonic()
-                why = self._missing()
-                if why and not self._store.check(keys):  # who is done may go
-                    raise WorkerError(why)
+            if time.monotonic() - checked > min(_HEARTBEAT, self.timeout / 4):
+                checked = time.monotonic()
+                reason = self._dead_process()
+                if reason and not self._store.check(keys):  # a process may leave when it is done
+                    raise WorkerError(reason)
 
-    def _missing(self) -> str:
-        """Which other process is gone or silent for too long, "" if none."""
-        for rank, (before, when) in self._seen.items():
-            key = f"alive/{rank}"
-            sign = self._store.get(key) if self._store.check([key]) else b"{}"
-            who = json.loads(sign)
-            if who.get("home") == _machine() and not is_alive(who):
+    def _dead_process(self) -> str:
+        """Why another process counts as dead, "" if none does."""
+        for rank, (before, when) in self._last.items():
+            key = f"heartbeat/{rank}"
+            heartbeat = self._store.get(key) if self._store.check([key]) else b"{}"
+            sender = json.loads(heartbeat)
+            if sender.get("machine") == _machine() and not _is_alive(sender):
                 return f"process {rank} of {self.size} ended before the others"
-            if sign != before:
-                self._seen[rank] = sign, time.monotonic()
+            if heartbeat != before:
+                self._last[rank] = heartbeat, time.monotonic()
             elif (silent := time.monotonic() - when) > self.timeout:
-                return f"no sign of life from process {rank} of {self.size} for {silent:.0f} s"
+                return f"no heartbeat from process {rank} of {self.size} for {silent:.0f} s"
         return ""
 
     def _send_heartbeats(self, store: PrefixStore) -> None:
-        with suppress(RuntimeError):  # the store is gone: whoever waits for it says so
+        sender = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        with suppress(RuntimeError):  # the store is gone: a process that waits reports it
             for count in itertools.count():
-                store.set(
-                    f"alive/{self.rank}",
-                    json.dumps({**process_identity(), "home": _machine(), "count": count}),
-                )
+                heartbeat = {**sender, "machine": _machine(), "count": count}
+                store.set(f"heartbeat/{self.rank}", json.dumps(heartbeat))
                 if self._stop.wait(min(_HEARTBEAT, self.timeout / 4)):
                     break
 
-    def _leave(self) -> None:
-        self._stop.set()
-        self._beat.join(_HEARTBEAT)
-
 
 @functools.cache
-def _key_value_store(rank: int, size: int, patience: float, process: int) -> KeyValueStore:
-    """One for all commands of a process: what was said stays on the board."""
-    return KeyValueStore(rank, size, patience)
+def _key_value_store(rank: int, size: int, timeout: float, process: int) -> KeyValueStore:
+    """One for all commands of a process: values stay in the store."""
+    return KeyValueStore(rank, size, timeout)
 
 
 @functools.cache
@@ -141,14 +145,27 @@ def _machine() -> str:
     return " ".join([socket.gethostname(), *where])
 
 
+def _is_alive(sender: dict[str, Any]) -> bool:
+    """Whether a process of this machine runs; its start tells it from a later one of its number."""
+    try:
+        process = psutil.Process(sender["pid"])
+        if process.status() == psutil.STATUS_ZOMBIE:  # its parent has not asked yet how it ended
+            return False
+        return abs(process.create_time() - sender["started"]) < 2.0
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
 @dataclass(frozen=True)
 class Workers:
     """This process among those of the run.
 
     Attributes:
-        rank: number of this process; 0 prints, decides and writes the checkpoint.
-        size: how many there are.
-        board: how they talk; None of one process.
+        rank: number of this process; process 0 prints, decides and writes the checkpoint.
+        size: number of processes.
+        store: how they communicate; None for a single process.
     """
 
     rank: int = 0
@@ -157,51 +174,52 @@ class Workers:
 
     @classmethod
     def join(cls) -> Workers:
-        """The processes that ``torchrun`` (or a launcher that sets its variables) started.
+        """The processes that ``torchrun`` started, or a launcher that sets the same variables.
 
-        ``DTQ_TIMEOUT`` is after how many seconds without a sign of life a process counts as dead,
-        600 by default.
+        ``DTQ_TIMEOUT`` is the number of seconds without a heartbeat after which a process counts as
+        dead; default: 600.
 
         Raises:
-            InputError: a variable is missing, or no number.
-            TeamError: not all of them came.
+            InputError: a variable is missing, or is not a number.
+            WorkerError: not all of them connected.
         """
         try:
-            rank, size = (
-                int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"))
-            )
-            patience = float(os.environ.get("DTQ_TIMEOUT", _TIMEOUT))
+            rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            timeout = float(os.environ.get("DTQ_TIMEOUT", _TIMEOUT))
         except ValueError as error:
             raise InputError(f"RANK, WORLD_SIZE, DTQ_TIMEOUT: {error}") from error
         if size == 1:
             return cls()
         try:
-            return cls(rank, size, _key_value_store(rank, size, patience, os.getpid()))
+            return cls(rank, size, _key_value_store(rank, size, timeout, os.getpid()))
         except KeyError as error:
             raise InputError(
                 f"WORLD_SIZE is {size} and {error.args[0]} is not set: start the processes with "
                 f"torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each"
             ) from error
         except (RuntimeError, WorkerError, ValueError) as error:
-            raise WorkerError(f"the {size} processes did not find each other: {error}") from error
+            raise WorkerError(
+                f"distributed initialization failed for {size} processes: {error}"
+            ) from error
 
     @property
     def is_main(self) -> bool:
+        """Whether this is process 0."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process is here.
+        """Wait until every process has arrived.
 
         Raises:
-            TeamError: one died.
+            WorkerError: a process died.
         """
         self.broadcast(None)
 
     def broadcast(self, value: Any) -> Any:
-        """What rank 0 has, plain data, for everyone, when everyone is here.
+        """The value of process 0, plain data, for every process; also a barrier.
 
         Raises:
-            TeamError: a process died.
+            WorkerError: a process died.
         """
         if self.store is None:
             return value
@@ -211,35 +229,42 @@ class Workers:
             reason = " ".join(str(error).split())
             raise WorkerError(
                 f"process {self.rank} of {self.size}: another process died or does not answer "
-                f"({reason}). What is finished is kept: the same command goes on from there"
+                f"({reason}). Finished tasks are kept: the same command continues from there"
             ) from error
 
     def assign(self, costs: Mapping[str, float]) -> list[str]:
-        """What this process does of what is to be done, in the order given.
+        """Names of the tasks of this process, in the order given.
 
-        The dearest first, each to whoever has least to do; every process works out the same.
+        The most expensive task is assigned first, each to the process with the lowest load so far;
+        every process computes the same assignment.
+
+        Args:
+            costs: of each task, in any unit.
         """
-        loads = [0.0] * self.size
-        mine = set()
+        loads, own = [0.0] * self.size, set()
         for name in sorted(costs, key=lambda n: (-costs[n], n)):
             rank = loads.index(min(loads))
             loads[rank] += costs[name]
             if rank == self.rank:
-                mine.add(name)
-        return [name for name in costs if name in mine]
+                own.add(name)
+        return [name for name in costs if name in own]
 
-    def shard(self, count: int, batch: int) -> list[int]:
-        """Which of ``count`` places are for this process: whole batches in turn.
+    def shard(self, count: int, batch_size: int) -> list[int]:
+        """Indices of the samples of this process: whole batches, round robin.
+
+        Args:
+            count: number of samples.
+            batch_size: samples in a batch.
 
         Raises:
             InputError: there are fewer batches than processes.
         """
-        if -(-count // batch) < self.size:
+        if -(-count // batch_size) < self.size:
             raise InputError(
-                f"{count} in batches of {batch} are too few for {self.size} processes; ask for "
-                f"more, or for smaller batches"
+                f"{count} in batches of {batch_size} are too few for {self.size} processes; ask "
+                f"for more, or for smaller batches"
             )
-        return [i for i in range(count) if i // batch % self.size == self.rank]
+        return [i for i in range(count) if i // batch_size % self.size == self.rank]
 
 
 SINGLE_PROCESS = Workers()

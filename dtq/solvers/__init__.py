@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``SOLVERS``: how a weight becomes representable, ``(w, fmt, hessian, **knobs) -> (w, params)``."""
+"""Weight solvers: ``SOLVERS`` lists the ways to round a weight to a format.
+
+A solver is a function ``(w, fmt, hessian, **knobs) -> (w_q, qparams)``: the fake-quantized weight
+(N, K) in float32, and the parameters that pack it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ class Solver:
 
     Attributes:
         call: the function.
-        needs: what calibration must collect for it.
-        shares: whether it takes ``factors``, which linears that read one input share.
+        needs: names of the statistics that calibration must collect for it.
+        shares: whether it takes ``factors``, a cache for the linears that read one input.
     """
 
     call: Callable[..., tuple[Tensor, QParams]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clip search: a narrower range rounds the many better and the few worse."""
+"""Clip search: a narrower range has a finer step, at the cost of the few weights outside it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ import torch
 from torch import Tensor
 
 from dtq.formats import Format, QParams, fake_quantize_weight
-from dtq.formats.base import in_groups
+from dtq.formats.groups import in_groups
 from dtq.solvers.finite import check
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 ROW_CLIPS = (*CLIPS, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
-"""The largest of a row lies further out than the largest of a group, the more so in heavy tails."""
+"""The largest weight of a row lies further out than that of a group, the more so in heavy tails."""
 
-_TOGETHER = 2**17  # weights that are tried at once: more would leave the cache
+_CHUNK = 2**17  # weights that are evaluated at once: more would leave the cache
 
 
 def search(
     w: Tensor, fmt: Format, hessian: Tensor | None = None, *, clips: Sequence[float] | None = None
 ) -> tuple[Tensor, QParams]:
-    """Choose the clip of every group that has the least squared error, then round to nearest.
+    """Choose the clip with the lowest squared error for every row or group, then round to nearest.
 
     Args:
         w: float (N, K).
-        fmt: the format; one that learns its levels is fitted once, by the same weighted error.
-        hessian: second moment of the input (K, K); its diagonal weighs the columns. None: all alike.
-        clips: shares of the range to try; by default those that suit a row or a group.
+        fmt: the format. A data-dependent one has no clip; it minimizes the same error once.
+        hessian: of the input (K, K); its diagonal weights the squared errors of the columns.
+            None: all columns count the same.
+        clips: fractions of the range to try. None: ``CLIPS`` for groups, ``ROW_CLIPS`` for rows.
 
     Returns:
-        The w_q weight (N, K) and its parameters.
+        The fake-quantized weight, float32 (N, K), and its parameters.
+
+    Raises:
+        InputError: a weight or an entry of the Hessian is not finite.
     """
     check(w, hessian)
     column_weights = None if hessian is None else hessian.diagonal()
@@ -47,10 +51,20 @@ def fit_clipped(
     clips: Sequence[float] | None = None,
     outer: QParams | None = None,
 ) -> QParams:
-    """Parameters with the best clip for every row and group of ``w``, whole groups of columns.
+    """Parameters with the best clip for every row and group.
 
-    A format that learns its levels has no clip. What it finds is a local optimum, so the fit
-    without column_weights stands as a candidate: search never loses to plain rounding.
+    A data-dependent format has no clip. Its fit is a local optimum, so the fit without
+    ``column_weights`` is a candidate, too: the search is never worse than plain rounding.
+
+    Args:
+        w: float (N, columns), a matrix or whole groups of one.
+        fmt: the format.
+        column_weights: weight of each column's squared error (columns,); None: all the same.
+        clips: fractions of the range to try; None: ``CLIPS`` for groups, ``ROW_CLIPS`` for rows.
+        outer: parameters of the whole matrix, see :meth:`Format.compute_qparams`.
+
+    Returns:
+        The parameters.
     """
     weight = torch.ones(w.shape[1]).to(w) if column_weights is None else column_weights.to(w)
 
@@ -66,34 +80,32 @@ def fit_clipped(
     if clips is None:
         clips = ROW_CLIPS if fmt.group is None else CLIPS
     if fmt.group is not None and outer is None:
-        outer = fmt.compute_qparams(
-            w, column_weights
-        )  # what lies above groups depends on all rows, not on clips
-    shares, best = torch.tensor(list(clips)).to(w), []
-    for first in range(0, len(w), rows := max(1, _TOGETHER // w.shape[1])):
-        part, tries = w[first : first + rows], []
-        above = _rows(outer, slice(first, first + rows), len(w))
-        for some in shares.split(max(1, _TOGETHER // part.numel())):
-            # one matrix below the other, each with its clip: rows do not see each other
-            many = part.repeat(len(some), 1)
-            clip = some.repeat_interleave(len(part)).unsqueeze(1)
-            params = fmt.compute_qparams(
-                many, column_weights, clip=clip, outer=_below(above, len(part), len(some))
-            )
-            tries.append(errors(many, params).unflatten(0, (len(some), -1)))
-        best.append(torch.cat(tries).argmin(0))  # (rows, groups); the widest range wins ties
-    return fmt.compute_qparams(w, column_weights, clip=shares[torch.cat(best)], outer=outer)
+        # parameters above the groups depend on whole rows, not on clips
+        outer = fmt.compute_qparams(w, column_weights)
+    fractions, best = torch.tensor(list(clips)).to(w), []
+    for start in range(0, len(w), rows := max(1, _CHUNK // w.shape[1])):
+        chunk, chunk_errors = w[start : start + rows], []
+        chunk_outer = _select_rows(outer, slice(start, start + rows), len(w))
+        for batch in fractions.split(max(1, _CHUNK // chunk.numel())):
+            # one copy of the chunk per clip, one below the other: rows are independent
+            copies = chunk.repeat(len(batch), 1)
+            clip = batch.repeat_interleave(len(chunk)).unsqueeze(1)
+            copies_outer = _repeat_rows(chunk_outer, len(chunk), len(batch))
+            params = fmt.compute_qparams(copies, column_weights, clip=clip, outer=copies_outer)
+            chunk_errors.append(errors(copies, params).unflatten(0, (len(batch), -1)))
+        best.append(torch.cat(chunk_errors).argmin(0))  # (rows, groups); of equals the widest range
+    return fmt.compute_qparams(w, column_weights, clip=fractions[torch.cat(best)], outer=outer)
 
 
-def _rows(outer: QParams | None, rows: slice, count: int) -> QParams | None:
-    """The parameters of some of ``count`` rows; what is the whole matrix's stays."""
+def _select_rows(outer: QParams | None, rows: slice, count: int) -> QParams | None:
+    """The parameters of some of ``count`` rows; those of the whole matrix stay."""
     if outer is None:
         return None
     return {k: v[rows] if v.shape == (count, 1) else v for k, v in outer.items()}
 
 
-def _below(outer: QParams | None, rows: int, times: int) -> QParams | None:
-    """The parameters of whole rows for ``times`` copies of the matrix, one below the other."""
+def _repeat_rows(outer: QParams | None, rows: int, times: int) -> QParams | None:
+    """The parameters of ``times`` copies of the ``rows``, one below the other."""
     if outer is None:
         return None
     return {k: v.repeat(times, 1) if v.shape == (rows, 1) else v for k, v in outer.items()}

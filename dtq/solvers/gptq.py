@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ: round column by column, and let the columns still to come repair each error."""
+"""GPTQ: round column by column, and let the remaining columns compensate each error."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dtq.formats import Format, QParams, fake_quantize_weight
-from dtq.linalg.cholesky import _inverse_factor
+from dtq.linalg.cholesky import inverse_factor
 from dtq.solvers.clip_search import fit_clipped
 from dtq.solvers.finite import check
-
-log = logging.getLogger("dtq")
 
 
 def gptq(
@@ -26,79 +24,99 @@ def gptq(
     block: int = 128,
     clip: bool = True,
 ) -> tuple[Tensor, QParams]:
-    """Minimise ``tr(D H D^T)``, D the weight error, H the second moment of the input.
+    """Minimize ``tr(D H D^T)``, D the weight error, H the Hessian of the input.
 
-    GPTQ (2210.17323, algorithm 1) with the parameters of a group fitted when the group is
-    entered, on the columns as repaired so far, by clip search weighted with diag(H). Errors are
-    those of the format's own grid, so a two-level format repairs its second rounding too. A format
-    that codes several columns together snaps them as repaired so far, then hands their errors on
-    one by one (GPTVQ, 2402.15319, algorithm 1).
+    GPTQ (2210.17323, algorithm 1). The parameters of a group are computed when the group is
+    reached, from the columns as compensated so far, by clip search weighted with diag(H). Errors
+    are those of the format itself, so the second rounding of a two-level format is compensated,
+    too. A format that quantizes several columns together rounds them as compensated so far, then
+    passes their errors on one by one (GPTVQ, 2402.15319, algorithm 1).
 
     Args:
         w: float (N, K).
-        fmt: any format; groups must divide ``block`` or the other way round.
-        hessian: H, float (K, K). None gives what the identity does: clip search alone.
-        factors: what was worked out of ``hessian`` alone, by ``damp``; kept here for the next weight
-            that reads the same input.
-        damp: added to the diagonal, as a share of its mean; raised tenfold until H factors.
-        block: columns that are repaired at once.
-        clip: search the clip of each group; otherwise the full range.
+        fmt: any format; its group must divide ``block``, or be a multiple of it.
+        hessian: H, float (K, K). None: the identity, which leaves the clip search alone.
+        factors: cache of the Cholesky factor of the inverse of ``hessian``, by ``damp``; filled
+            here for the next weight that reads the same input.
+        damp: added to the diagonal of H, as a fraction of its mean; 0.01 is the paper's. It is
+            raised tenfold until H can be factored.
+        block: columns between updates of all columns behind them; 128 is the paper's.
+        clip: search the clip of each row or group; otherwise keep the full range.
 
     Returns:
-        The w_q weight (N, K) and its parameters.
+        The fake-quantized weight, float32 (N, K), and its parameters.
 
     Raises:
-        InputError: a weight or a moment is not finite, or H is not positive.
+        InputError: an entry of ``w`` or H is not finite, or H is not positive definite.
     """
     check(w, hessian)
     clips = None if clip else (1.0,)
-    todo = w.float().clone()
+    rest = w.float().clone()  # the columns to come, as compensated so far
     factors = {} if factors is None else factors
     if hessian is not None and damp not in factors:
-        factors[damp] = _inverse_factor(hessian.to(todo), damp)
+        factors[damp] = inverse_factor(hessian.to(rest), damp)
     inverse = None if hessian is None else factors[damp]
-    column_weights = (
-        torch.ones(w.shape[1]).to(todo) if hessian is None else hessian.diagonal().to(todo)
-    )
-    # groups are fitted when they are entered: of them only what is the whole row's is wanted here
+    diagonal = torch.ones(w.shape[1]) if hessian is None else hessian.diagonal()
+    column_weights = diagonal.to(rest)
+    # parameters of groups follow when a group is reached: of those only the outer ones count here
     if fmt.data_dependent or fmt.group is None:
-        params = fit_clipped(todo, fmt, column_weights, clips=clips)
+        params = fit_clipped(rest, fmt, column_weights, clips=clips)
     else:
-        params = fmt.compute_qparams(todo, column_weights)
-    group = fmt.group or todo.shape[1]
-    done = torch.zeros_like(todo)
+        params = fmt.compute_qparams(rest, column_weights)
+    out = torch.zeros_like(rest)
     width = max(block, fmt.group or 0) // (fmt.group or 1) * (fmt.group or 1)
-    steps = None if inverse is None else inverse.diagonal().unbind()
-    for start in range(0, todo.shape[1], width):
-        stop = min(start + width, todo.shape[1])
-        # a column of the matrix is a row here: what one step reads lies together
-        ahead = todo[:, start:stop].T.contiguous()  # (columns, N)
-        errors = torch.zeros_like(ahead)
-        for j in range(start, stop, fmt.vector):
-            if fmt.group is not None and j % group == 0:
-                cols = slice(j, j + group)
-                now = ahead[j - start : j - start + group].T.contiguous()
-                part = fit_clipped(now, fmt, column_weights[cols], clips=clips, outer=params)
-                _put(params, part, j // group)
-            cols = slice(j, j + fmt.vector)
-            now = ahead[j - start : j - start + fmt.vector]  # (vector, N)
-            kept = fmt.fake_quantize(now.T.contiguous(), params, cols)
-            done[:, cols] = kept
-            if inverse is None or steps is None:
-                continue  # nothing says which columns could repair the error
-            for i, column in zip(range(j, j + fmt.vector), kept.T, strict=True):
-                error = torch.sub(ahead[i - start], column, out=errors[i - start])
-                error.div_(steps[i])
-                ahead[i - start + 1 :] -= inverse[i, i + 1 : stop].unsqueeze(1) * error
+    for start in range(0, rest.shape[1], width):
+        cols = slice(start, min(start + width, rest.shape[1]))
+        out[:, cols], errors = _quantize_block(
+            rest[:, cols], cols, fmt, params, column_weights, clips, inverse
+        )
         if inverse is not None:
-            todo[:, stop:].addmm_(errors.T, inverse[start:stop, stop:], alpha=-1)
-    return fake_quantize_weight(fmt, done, params), params
+            rest[:, cols.stop :].addmm_(errors.T, inverse[cols, cols.stop :], alpha=-1)
+    return fake_quantize_weight(fmt, out, params), params
 
 
-def _put(qparams: QParams, part: QParams, index: int) -> None:
+def _quantize_block(
+    rest: Tensor,
+    cols: slice,
+    fmt: Format,
+    params: QParams,
+    column_weights: Tensor,
+    clips: Sequence[float] | None,
+    inverse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize columns ``cols``; ``params`` gets the parameters of their groups.
+
+    Returns:
+        The fake-quantized columns (N, columns); their errors, divided by the diagonal of
+        ``inverse``, (columns, N).
+    """
+    out = torch.zeros_like(rest)
+    columns = rest.T.contiguous()  # (columns, N): each step reads a contiguous row
+    errors = torch.zeros_like(columns)
+    steps = () if inverse is None else inverse.diagonal()[cols].unbind()
+    for j in range(0, len(columns), fmt.vector):
+        first = cols.start + j
+        if fmt.group is not None and first % fmt.group == 0:
+            group_weights = column_weights[first : first + fmt.group]
+            group = columns[j : j + fmt.group].T.contiguous()
+            fitted = fit_clipped(group, fmt, group_weights, clips=clips, outer=params)
+            _set_group(params, fitted, first // fmt.group)
+        x = columns[j : j + fmt.vector].T.contiguous()  # (N, vector)
+        w_q = fmt.fake_quantize(x, params, slice(first, first + fmt.vector))
+        out[:, j : j + fmt.vector] = w_q
+        if inverse is None:
+            continue  # without a Hessian no column can compensate an error
+        for i, column in enumerate(w_q.T, start=j):
+            error = torch.sub(columns[i], column, out=errors[i]).div_(steps[i])
+            remaining = inverse[cols.start + i, cols.start + i + 1 : cols.stop]
+            columns[i + 1 :] -= remaining.unsqueeze(1) * error
+    return out, errors
+
+
+def _set_group(qparams: QParams, fitted: QParams, index: int) -> None:
     """Write the parameters of one group into those of the matrix; wider ones are equal."""
-    for key, value in part.items():
-        if qparams[key].shape[1] == value.shape[1]:  # the whole row's, or there is one group only
+    for key, value in fitted.items():
+        if qparams[key].shape[1] == value.shape[1]:  # of the whole row, or there is only one group
             qparams[key] = value
         else:
             qparams[key][:, index : index + 1] = value

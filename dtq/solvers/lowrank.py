@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``LOWRANK``: a 16-bit branch of low rank beside the weight, ``W = L + residual``.
+"""Low-rank branches: ``W = L + residual`` with a 16-bit L of low rank (``LOWRANK``).
 
-Each function takes the changed weights of the linears that share an input and returns one
-:class:`Branch` a linear; what it leaves is then solved as any weight. The branch reads the raw
-input, which is not quantized.
+Each function takes the transformed weights of the linears that read one input, and returns one
+:class:`LowRankBranch` per linear. The residual is then solved like any weight. The branch reads the
+raw input, which is not quantized.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from torch import Tensor
 from dtq.formats import Format
 from dtq.solvers.clip_search import search
 
-_EXACT = 2048  # up to this size a full decomposition, above it a randomised one
+_EXACT = 2048  # up to this size a full decomposition, above it a randomized one
 
 
 @dataclass(frozen=True)
 class LowRankBranch:
-    """``L = up @ down``; up float (N, r), down float (r, K), both rounded to bfloat16 values."""
+    """``L = up @ down``.
+
+    Attributes:
+        up: float (N, r), rounded to bfloat16 values.
+        down: float (r, K), likewise.
+    """
 
     up: Tensor
     down: Tensor
 
     def matrix(self) -> Tensor:
+        """L, float (N, K)."""
         return self.up @ self.down
 
 
@@ -44,45 +50,59 @@ def svd(
     share: bool = False,
     weighted: bool = True,
 ) -> list[LowRankBranch]:
-    """SVDQuant's branch (2411.05007, sec. 4.2): decompose the weight, then quantize what is left.
+    """SVDQuant's branch (2411.05007, sec. 4.2): decompose the weight, then quantize the residual.
 
-    Alternates ``L = SVD_r(W - Q(W - L))`` and keeps the branch with the least output error
-    ``tr(D H D^T)``, D what branch and quantized residual together miss; stops when a round does
-    not improve. The first round is the decomposition of the weight itself.
+    Alternates ``L = SVD_r(W - Q(W - L))`` and keeps the branch with the lowest output error
+    ``tr(D H D^T)``, D the error of branch and quantized residual together. It stops when a round
+    does not improve. The first round decomposes the weight itself.
 
     Args:
-        weights: float (N_i, K) each, in the space of the changed input.
+        weights: float (N_i, K) each, of the transformed input.
         fmt: format of the residual.
-        hessian: second moment of the changed input (K, K); None: the identity.
-        rank: of the branch; used when ``bits`` is 0.
-        bits: room for the branch in bits per weight, which sets the rank by the shape.
+        hessian: H of the transformed input (K, K); None: the identity.
+        rank: of the branch, if ``bits`` is 0. 32 is the paper's.
+        bits: size of the branch in bits per weight, which sets the rank by the shape.
         iterations: rounds after the first.
-        share: one ``down`` for all weights, as fused kernels for q, k, v want it.
-        weighted: also decompose in the metric of ``hessian`` (ours; the paper's is plain) and keep
+        share: one ``down`` for all weights, as fused kernels for q, k, v need it.
+        weighted: also decompose in the metric of ``hessian`` (ours; the paper's is plain), and keep
             the better: what a branch takes out of the weight is not what rounding loses.
+
+    Returns:
+        One branch per weight.
     """
-    groups = [list(weights)] if share else [[w] for w in weights]
-    found: list[LowRankBranch] = []
-    for members in groups:
-        joint, r = torch.cat(members), _rank_of(members[0], rank, bits)
+    branches: list[LowRankBranch] = []
+    for group in [list(weights)] if share else [[w] for w in weights]:
+        joint, r = torch.cat(group), _rank_of(group[0], rank, bits)
         factors = [None] if hessian is None or not weighted else [None, _factor(hessian, joint)]
-        best: LowRankBranch | None = None
-        least = math.inf
-        for factor in factors:
-            kept, last = torch.zeros_like(joint), math.inf
-            for _ in range(iterations + 1):
-                branch = _decompose(joint - kept, r, factor)
-                kept, _ = search(joint - branch.matrix(), fmt, hessian)
-                error = _error(joint - branch.matrix() - kept, hessian)
-                if error < least:
-                    least, best = error, branch
-                if error >= last:
-                    break
-                last = error
-        assert best is not None
-        sizes = [len(w) for w in members]
-        found += [LowRankBranch(up, best.down) for up in best.up.split(sizes)]
-    return found
+        candidates = [_alternate(joint, r, fmt, hessian, f, iterations) for f in factors]
+        best = min(candidates, key=lambda candidate: candidate[0])[1]
+        branches += [LowRankBranch(up, best.down) for up in best.up.split([len(w) for w in group])]
+    return branches
+
+
+def _alternate(
+    w: Tensor,
+    rank: int,
+    fmt: Format,
+    hessian: Tensor | None,
+    factor: Tensor | None,
+    iterations: int,
+) -> tuple[float, LowRankBranch]:
+    """The branch of the best round, and its output error."""
+    best: tuple[float, LowRankBranch] | None = None
+    w_q, last = torch.zeros_like(w), math.inf
+    for _ in range(iterations + 1):
+        branch = _decompose(w - w_q, rank, factor)
+        residual = w - branch.matrix()
+        w_q, _ = search(residual, fmt, hessian)
+        error = _error(residual - w_q, hessian)
+        if best is None or error < best[0]:
+            best = error, branch
+        if error >= last:
+            break
+        last = error
+    assert best is not None
+    return best
 
 
 def loftq(
@@ -96,27 +116,43 @@ def loftq(
 ) -> list[LowRankBranch]:
     """DiTAS' compensation (2409.07756, sec. 3.4): quantize first, decompose the error, repeat.
 
-    Of the rounds, the branch with the least weight error is kept; the paper takes the last.
+    Keeps the branch of the round with the lowest weight error; the paper takes the last.
+
+    Args:
+        weights: float (N_i, K) each, of the transformed input.
+        fmt: format of the residual.
+        hessian: not used: the error is that of the weight.
+        rank: of the branch, if ``bits`` is 0.
+        bits: size of the branch in bits per weight, which sets the rank by the shape.
+        iterations: rounds, at least 1.
+
+    Returns:
+        One branch per weight.
     """
-    found = []
+    branches = []
     for w in weights:
-        best, least = None, math.inf
-        low = torch.zeros_like(w)
+        best: tuple[float, LowRankBranch] | None = None
+        w_q, _ = search(w, fmt)
         for _ in range(iterations):
-            kept, _ = search(w - low, fmt)
-            branch = _decompose(w - kept, _rank_of(w, rank, bits), None)
-            low = branch.matrix()
-            error = _error(w - low - search(w - low, fmt)[0], None)
-            if error < least:
-                least, best = error, branch
+            branch = _decompose(w - w_q, _rank_of(w, rank, bits), None)
+            residual = w - branch.matrix()
+            w_q, _ = search(residual, fmt)
+            error = _error(residual - w_q, None)
+            if best is None or error < best[0]:
+                best = error, branch
         assert best is not None
-        found.append(best)
-    return found
+        branches.append(best[1])
+    return branches
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A row of the table: the function, and what calibration must collect for it."""
+    """A row of the table.
+
+    Attributes:
+        call: the function.
+        needs: names of the statistics that calibration must collect for it.
+    """
 
     call: Callable[..., list[LowRankBranch]]
     needs: frozenset[str] = frozenset()
@@ -129,7 +165,11 @@ LOWRANK: dict[str, LowRank] = {
 
 
 def rank_for(shape: tuple[int, int], knobs: Mapping[str, Any]) -> int:
-    """Rank that a call with these knobs gives a linear (N, K); ``bits`` sets it by the shape."""
+    """Rank of the branch of a linear (N, K) for the knobs of a method.
+
+    ``bits`` bits per weight, if not 0, pay for 16-bit factors (N, r) and (r, K); otherwise it is
+    ``rank``.
+    """
     rows, columns = shape
     if knobs.get("bits"):
         rank = int(knobs["bits"] * rows * columns / (16 * (rows + columns)))
@@ -142,7 +182,7 @@ def _rank_of(w: Tensor, rank: int, bits: float) -> int:
 
 
 def _factor(hessian: Tensor, w: Tensor) -> Tensor:
-    """Lower Cholesky factor of the damped hessian: ``|D S|^2 = tr(D H D^T)``."""
+    """Lower Cholesky factor S of the damped Hessian: ``|D S|^2 = tr(D H D^T)``."""
     h = hessian.double()
     mean = h.diagonal().mean().clamp(min=1e-30)
     eye = torch.eye(len(h), dtype=torch.float64, device=h.device)
@@ -151,7 +191,7 @@ def _factor(hessian: Tensor, w: Tensor) -> Tensor:
 
 
 def _decompose(w: Tensor, rank: int, factor: Tensor | None) -> LowRankBranch:
-    """The branch nearest to ``w`` (N, K), in the metric of ``factor`` when there is one."""
+    """The branch nearest to ``w`` (N, K), in the metric of ``factor`` if there is one."""
     target = w if factor is None else w @ factor
     if min(target.shape) <= _EXACT:
         u, s, v = torch.linalg.svd(target, full_matrices=False)

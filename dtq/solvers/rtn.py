@@ -10,7 +10,19 @@ from dtq.solvers.finite import check
 
 
 def rtn(w: Tensor, fmt: Format, hessian: Tensor | None = None) -> tuple[Tensor, QParams]:
-    """Fit to the full range, round each weight to its nearest value."""
+    """Keep the full range, round each weight to its nearest value.
+
+    Args:
+        w: float (N, K).
+        fmt: any format.
+        hessian: not used.
+
+    Returns:
+        The fake-quantized weight, float32 (N, K), and its parameters.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
     check(w)
     params = fmt.compute_qparams(w)
     return fake_quantize_weight(fmt, w, params), params

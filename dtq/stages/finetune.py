@@ -13,7 +13,7 @@ TEACHER_CALLS = 40
 
 def finetune(run: Run) -> None:
     """Run the fine-tuning method of the recipe; integer weights stay frozen."""
-    method, tasks = run.recipe.finetune, run.tasks
+    method = run.recipe.finetune
     if method.name == "none":
         return
     report = FINETUNE[method.name](
@@ -21,7 +21,7 @@ def finetune(run: Run) -> None:
         run.floats,
         subsample(run.recorded, TEACHER_CALLS),
         progress=run.progress,
-        save=None if tasks.folder is None else tasks.folder / "finetune",
+        tasks=run.tasks.namespace("finetune"),
         **dict(method.knobs),
     )
     run.report.finetune = report.to_json()

@@ -177,7 +177,7 @@ def _layers(run: Run, report: SanityReport) -> Iterator[Callable[[int], None]]:
                 report.errors.setdefault(name, [0.0] * report.calls)[call] = relative_error(y, want)
             if module.problem.activation_format.static:
                 transformed = module.transform().x(x.float()).abs()
-                largest = module.problem.activation_format.levels + 0.5
+                largest = module.problem.activation_format.qmax + 0.5
                 beyond = transformed > largest * module.step_scale()
                 share = float(beyond.float().mean())
                 report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))

@@ -51,19 +51,22 @@ def solve_layers(
         for i, sharing in enumerate(groups_sharing_transform(group, plan)):
             if layers := [x for x in sharing if x.name in names]:
                 problems[f"{label}/{group.name}.{i}"] = group, layers
-    assigned = run.tasks.assigned({task: _cost(layers) for task, (_, layers) in problems.items()})
+    costs = {task: _cost(layers) for task, (_, layers) in problems.items()}
+    assigned = run.tasks.assigned(costs)
     mapped = Mapped()
+    # by cost, so that the remaining time is right where layers differ in size
     with tqdm(
-        total=sum(len(problems[task][1]) for task in assigned),
-        desc=label, unit="layer", disable=not run.progress, dynamic_ncols=True,
+        total=sum(costs[task] for task in assigned), desc=label, disable=not run.progress,
+        dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
     ) as bar:  # fmt: skip
-        for task in assigned:
+        for done, task in enumerate(assigned, 1):
             group, layers = problems[task]
             modules = [run.model.get_submodule(layer.name) for layer in layers]
             weights = [matrix_of(module) for module in modules]
             run.tasks.save(task, *_solve_group(run, group, layers, weights))
             mapped.release(module.weight for module in modules)  # type: ignore[misc]
-            bar.update(len(layers))
+            bar.set_postfix_str(f"{done} of {len(assigned)} input groups", refresh=False)
+            bar.update(costs[task])
             trim_memory(weights)
     run.tasks.barrier()
     solved = [from_result(*run.tasks.load(task), plan) for task in problems]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``TRANSFORMS``: the ways to choose a transform, and the statistics each one needs."""
+"""Input transforms: ``TRANSFORMS`` lists the methods that choose one, and what each needs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Method:
     """A row of the table.
 
     Attributes:
-        call: the function.
-        needs: what calibration must collect for it.
-        rotates: it may turn the input, by a Hadamard over blocks.
+        call: the function, see ``dtq.transforms.methods`` for its signature.
+        needs: names of the statistics that calibration must collect for it.
+        rotates: whether it may rotate the input, with a Hadamard transform over blocks.
     """
 
     call: Callable[..., TransformChoice]

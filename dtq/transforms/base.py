@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes that cancel: what is done to the input of a linear is undone in its weight.
+"""Input transforms: a linear change of a layer's input that its weight undoes.
 
-Law, for every transform ``t``: ``linear(t.x(x), t.w(w))`` equals ``linear(x, w)`` in float64.
-Second law: ``t.hessian(x.T @ x)`` equals ``t.x(x).T @ t.x(x)``, so that statistics of the raw input
-serve every transform and the model never has to run again.
+First law, for every transform ``t``: ``linear(t.x(x), t.w(w))`` equals ``linear(x, w)`` in float64.
+Second law: ``t.hessian(x.T @ x)`` equals ``t.x(x).T @ t.x(x)``. So statistics of the raw input
+serve every transform, and the model never has to run again.
 """
 
 from __future__ import annotations
@@ -18,88 +18,113 @@ from dtq.linalg.hadamard import rotate, rotate_back
 
 
 class Transform(Protocol):
-    """A linear, invertible change of the input channels."""
+    """A linear, invertible change of the K input channels."""
 
     def x(self, x: Tensor) -> Tensor:
-        """The changed input; float (..., K)."""
+        """The transformed input; float (..., K)."""
 
     def w(self, w: Tensor) -> Tensor:
-        """The weight (N, K) that goes with the changed input."""
+        """The weight (N, K) that goes with the transformed input."""
 
     def hessian(self, h: Tensor) -> Tensor:
-        """Second moment (K, K) of the changed input."""
+        """The Hessian (K, K) of the transformed input, from that of the raw input."""
+
+
+class _Orthogonal:
+    """An orthogonal transform changes the weight as it changes the input."""
+
+    def x(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def w(self, w: Tensor) -> Tensor:
+        """The weight (N, K) that goes with the transformed input."""
+        return self.x(w)
+
+    def hessian(self, h: Tensor) -> Tensor:
+        """The Hessian (K, K) of the transformed input."""
+        return self.x(self.x(h).T).T
 
 
 @dataclass(frozen=True)
 class Diagonal:
-    """Multiply input channel j by ``scale[j]``, divide weight column j by it; scale: (K,)."""
+    """Multiply input channel j by ``scale[j]``, divide weight column j by it.
+
+    Attributes:
+        scale: float (K,), nowhere zero.
+    """
 
     scale: Tensor
 
     def x(self, x: Tensor) -> Tensor:
+        """The scaled input; float (..., K)."""
         return x * self.scale.to(x)
 
     def w(self, w: Tensor) -> Tensor:
+        """The weight (N, K) that goes with it."""
         return w / self.scale.to(w)
 
     def hessian(self, h: Tensor) -> Tensor:
+        """The Hessian (K, K) of the scaled input."""
         scale = self.scale.to(h)
         return h * scale * scale.unsqueeze(1)
 
 
 @dataclass(frozen=True)
-class Permutation:
-    """Channel ``order[j]`` moves to place j; order: int (K,)."""
+class Permutation(_Orthogonal):
+    """Channel ``perm[j]`` moves to position j.
+
+    Attributes:
+        perm: int (K,), a permutation.
+    """
 
     perm: Tensor
 
     def x(self, x: Tensor) -> Tensor:
+        """The permuted input; float (..., K)."""
         return x[..., self.perm.to(x.device, torch.int64)]
-
-    def w(self, w: Tensor) -> Tensor:
-        return self.x(w)
-
-    def hessian(self, h: Tensor) -> Tensor:
-        return self.x(self.x(h).T).T
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """Hadamard over blocks of ``block`` channels; random signs go into a diagonal before it.
+class Rotation(_Orthogonal):
+    """A Hadamard transform over blocks of channels; random signs belong to a diagonal before it.
 
-    Two ``num_rotations`` rotate twice, the blocks exchanging channels in between (:func:`rotate`).
+    Attributes:
+        block: channels per block, a power of two that divides K.
+        num_rotations: 1, or 2: rotate, exchange channels between blocks, rotate (:func:`rotate`).
     """
 
     block: int
     num_rotations: int = 1
 
     def x(self, x: Tensor) -> Tensor:
+        """The rotated input; float (..., K)."""
         return rotate(x, self.block, self.num_rotations)
-
-    def w(self, w: Tensor) -> Tensor:
-        return self.x(w)
-
-    def hessian(self, h: Tensor) -> Tensor:
-        return self.x(self.x(h).T).T
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Several transforms, the first one first. Empty: the identity."""
+    """Several transforms in a row.
+
+    Attributes:
+        steps: the first one is applied first. Empty: the identity.
+    """
 
     steps: tuple[Transform, ...] = ()
 
     def x(self, x: Tensor) -> Tensor:
+        """The transformed input; float (..., K)."""
         for step in self.steps:
             x = step.x(x)
         return x
 
     def w(self, w: Tensor) -> Tensor:
+        """The weight (N, K) that goes with it."""
         for step in self.steps:
             w = step.w(w)
         return w
 
     def hessian(self, h: Tensor) -> Tensor:
+        """The Hessian (K, K) of the transformed input."""
         for step in self.steps:
             h = step.hessian(h)
         return h
@@ -107,16 +132,16 @@ class Chain:
 
 @dataclass(frozen=True)
 class OnlineTransform:
-    """The form that a layer runs: a diagonal, a permutation if there is one, a block rotation.
+    """The transform that a layer runs: a diagonal, maybe a permutation, a block rotation.
 
-    Smoothing and the random signs of the rotation share the diagonal: ``scale = sign / s``. It is
-    what the file keeps (``pre_quant_scale``, bfloat16), so it is rounded here, before the weight
-    is divided by it.
+    Smoothing and the random signs of the rotation share the diagonal: ``scale = sign / s``. The
+    file stores it in bfloat16 (``pre_quant_scale``), so it is rounded here, before the weight is
+    divided by it.
 
     Attributes:
         scale: bfloat16 (K,).
-        block: Hadamard block, 1 for none.
-        order: int32 (K,), the channel that moves to each place; None leaves them.
+        block: channels per Hadamard block, 1 for no rotation.
+        perm: int32 (K,), the channel that moves to each position; None: no permutation.
         num_rotations: block rotations, 1 or 2.
     """
 
@@ -134,25 +159,43 @@ class OnlineTransform:
         perm: Tensor | None = None,
         num_rotations: int = 1,
     ) -> OnlineTransform:
-        """From smoothing ``s`` (K,) that divides the input, signs (K,), and the rotation."""
+        """Combine smoothing and rotation.
+
+        Args:
+            smoothing: s, float (K,); the input is divided by it.
+            sign: signs +-1 of the rotation, float (K,).
+            block: channels per Hadamard block, 1 for no rotation.
+            perm: int (K,), the channel that moves to each position; None: no permutation.
+            num_rotations: block rotations, 1 or 2.
+
+        Returns:
+            The transform, its scale rounded to bfloat16.
+        """
         scale = (sign.to(smoothing) / smoothing).to(torch.bfloat16)
         return cls(scale, block, None if perm is None else perm.to(torch.int32), num_rotations)
 
     def chain(self) -> Chain:
-        order = () if self.perm is None else (Permutation(self.perm),)
-        return Chain((Diagonal(self.scale), *order, Rotation(self.block, self.num_rotations)))
+        """The same as a chain of its steps."""
+        perm = () if self.perm is None else (Permutation(self.perm),)
+        return Chain((Diagonal(self.scale), *perm, Rotation(self.block, self.num_rotations)))
 
     def x(self, x: Tensor) -> Tensor:
+        """The transformed input; float (..., K)."""
         return self.chain().x(x)
 
     def w(self, w: Tensor) -> Tensor:
+        """The weight (N, K) that goes with it."""
         return self.chain().w(w)
 
     def hessian(self, h: Tensor) -> Tensor:
+        """The Hessian (K, K) of the transformed input."""
         return self.chain().hessian(h)
 
     def raw(self, v: Tensor) -> Tensor:
-        """Rows ``v`` (R, K) that read the changed input, as rows that read the raw one."""
+        """Rows (R, K) whose product with the raw input is that of ``v`` with the transformed one.
+
+        Inverse of :meth:`w`.
+        """
         v = rotate_back(v, self.block, self.num_rotations)
         if self.perm is not None:
             v = v[..., torch.argsort(self.perm.to(v.device, torch.int64))]

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a transform, and how it becomes an online one."""
+"""The result of a transform method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,27 +14,44 @@ from dtq.transforms.base import OnlineTransform
 
 @dataclass(frozen=True)
 class TransformChoice:
-    """A transform and how it was found.
+    """A transform and how it was chosen.
 
     Attributes:
-        transform: what the layers of the site will run.
+        transform: what the layers of the input group will run.
         label: the choice in words, such as ``smooth(0.35, max) + hadamard 64``.
-        errors: relative output error by candidate family, empty when nothing was searched.
-        rivals: other choices that came close; the caller may solve them too and keep the best.
+        errors: relative squared output error of the best candidate of each family; empty when
+            nothing was searched.
+        runner_ups: other choices with nearly the same error. The caller may solve them, too, and
+            keep the best.
     """
 
     transform: OnlineTransform
     label: str
-    errors: dict[str, float]
+    errors: dict[str, float] = field(default_factory=dict)
     runner_ups: tuple[TransformChoice, ...] = ()
 
 
-def _online(weights: Sequence[Tensor], s: Tensor | None, block: int, seed: int) -> OnlineTransform:
-    w = weights[0]
-    s = torch.ones(w.shape[1], device=w.device) if s is None else s
-    sign = _signs(w, seed) if block > 1 else torch.ones(w.shape[1], device=w.device)
-    return OnlineTransform.of(s, sign, block)
+def online_transform(
+    w: Tensor,
+    s: Tensor | None,
+    block: int = 1,
+    seed: int = 0,
+    perm: Tensor | None = None,
+    num_rotations: int = 1,
+) -> OnlineTransform:
+    """Smoothing, then a rotation with random signs.
 
+    Args:
+        w: any weight (N, K) of the input; gives K and the device.
+        s: smoothing vector (K,) that the input is divided by; None: no smoothing.
+        block: channels per Hadamard block; 1: no rotation, and no signs.
+        seed: of the signs.
+        perm: int (K,), the channel that moves to each position before the rotation; None: as it is.
+        num_rotations: block rotations, 1 or 2.
 
-def _signs(w: Tensor, seed: int) -> Tensor:
-    return signs(w.shape[1], seed).to(w.device)
+    Returns:
+        The transform.
+    """
+    ones = torch.ones(w.shape[1], device=w.device)
+    sign = signs(w.shape[1], seed).to(w.device) if block > 1 else ones
+    return OnlineTransform.of(ones if s is None else s, sign, block, perm, num_rotations)

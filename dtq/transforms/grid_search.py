@@ -13,10 +13,12 @@ from dtq.calibrate.observers import InputStats
 from dtq.formats import Format
 from dtq.formats.activations import ActivationFormat
 from dtq.linalg.hadamard import block_for
-from dtq.transforms.base import OnlineTransform
-from dtq.transforms.choice import TransformChoice, _online
+from dtq.transforms.choice import TransformChoice, online_transform
 from dtq.transforms.objective import OutputErrorObjective
 from dtq.transforms.smoothing import column_amax, smoothing
+
+GridPoint = tuple[float, float | None, str]
+"""alpha, beta (None: 1 - alpha) and reduction of a smoothing vector."""
 
 
 def search(
@@ -33,74 +35,105 @@ def search(
     block: int = 64,
     seed: int = 0,
 ) -> TransformChoice:
-    """Try none, smoothing, rotation and both on sampled rows; keep the smallest output error.
+    """Try no transform, smoothing, rotation and both; choose the lowest output error.
 
-    Smoothing runs over alpha in [0, 1], with beta = 1 - alpha and beta = 0, peaks aggregated by
-    max and by mean (DiTAS' layer-wise grid, 2409.07756, sec. 3.3, on stored rows instead of one
-    sampling run a layer). The grid is walked at twice ``step`` first, then around the best.
+    Smoothing is tried for alpha in [0, 1], with beta = 1 - alpha and beta = 0, and with the amax
+    reduced over timesteps by max and by mean (DiTAS' layer-wise grid, 2409.07756, sec. 3.3; here
+    on stored rows instead of one sampling run per layer). The grid has a spacing of twice ``step``
+    first, then of ``step`` around the best point.
 
     Args:
+        weights: float matrices (N_i, K) that read the input.
+        stats: statistics of the input: channels and a sample of rows.
+        fmt: weight format.
+        activations: format of the transformed input.
         step: spacing of alpha.
-        rows: sampled input rows that candidates are judged on.
-        outputs: channels of each output, evenly spread, that candidates are judged on.
-        close: families within this factor of the best are returned as rivals. Candidates are judged
-            with plain rounding; a solver that repairs errors can turn a close order around.
-        rotate: try rotations too; without them this is SVDQuant's grid (2411.05007, sec. 4.3).
+        num_rows: input rows that candidates are evaluated on. More are slower, hardly better.
+        num_channels: output channels per weight that candidates are evaluated on, evenly spaced.
+        max_error_ratio: families with an error up to this multiple of the lowest are returned as
+            runner-ups. Candidates are evaluated with plain rounding, and a solver that compensates
+            errors can reverse a close ranking.
+        rotate: try rotations, too. Without them this is SVDQuant's grid (2411.05007, sec. 4.3).
         block: largest Hadamard block.
         seed: of the random signs.
+
+    Returns:
+        The choice with the lowest error; ``errors`` has the families ``none``, ``smooth``,
+        ``hadamard`` and ``smooth + hadamard``.
     """
-    judge = OutputErrorObjective(
+    objective = OutputErrorObjective(
         [_spread(w, num_channels) for w in weights], stats, fmt, activations, num_rows
     )
+    candidates = _Candidates(weights, stats, objective, seed)
+    candidates.add("none", None, 1, "none")
+    blocks = {"smooth": 1}
     n = block_for(weights[0].shape[1], block) if rotate else 1
-    peaks = [column_amax(weights).unsqueeze(0)]  # all that smoothing wants of the weights
-    best: dict[str, tuple[float, OnlineTransform, str]] = {}
-    judged: dict[tuple[int, bytes], float] = {}
+    if n > 1:
+        candidates.add("hadamard", None, n, f"hadamard {n}")
+        blocks["smooth + hadamard"] = n
+    for family, size in blocks.items():
+        coarse = {point: candidates.smooth(family, size, point) for point in _grid(2 * step)}
+        alpha, beta, reduce = min(coarse, key=lambda point: coarse[point])
+        for neighbor in (alpha - step, alpha + step):
+            if 0 <= neighbor <= 1:
+                candidates.smooth(family, size, (neighbor, beta, reduce))
+    return candidates.choice(max_error_ratio)
 
-    def try_(kind: str, s: Tensor | None, size: int, label: str) -> float:
-        transform = _online(weights, s, size, seed)
-        key = size, transform.scale.view(torch.uint8).cpu().numpy().tobytes()
-        if key not in judged:  # the corners of the grid meet
-            judged[key] = judge(transform)
-        error = judged[key]
-        if kind not in best or error < best[kind][0]:
-            best[kind] = (error, transform, label)
+
+class _Candidates:
+    """Evaluates candidates, and keeps the best of each family."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        stats: InputStats,
+        objective: OutputErrorObjective,
+        seed: int,
+    ) -> None:
+        self.weights, self.stats, self.objective, self.seed = weights, stats, objective, seed
+        self.amax = [column_amax(weights).unsqueeze(0)]  # all that smoothing reads of the weights
+        self.best: dict[str, tuple[float, TransformChoice]] = {}
+        self.cache: dict[tuple[int, bytes], float] = {}  # the corners of the grid coincide
+
+    def add(self, family: str, s: Tensor | None, block: int, label: str) -> float:
+        """The output error of a transform."""
+        transform = online_transform(self.weights[0], s, block, self.seed)
+        key = block, transform.scale.view(torch.uint8).cpu().numpy().tobytes()
+        if key not in self.cache:
+            self.cache[key] = self.objective(transform)
+        error = self.cache[key]
+        if family not in self.best or error < self.best[family][0]:
+            self.best[family] = error, TransformChoice(transform, label)
         return error
 
-    try_("none", None, 1, "none")
-    sizes = {"smooth": 1}
-    if n > 1:
-        try_("hadamard", None, n, f"hadamard {n}")
-        sizes["smooth + hadamard"] = n
-    for kind, size in sizes.items():
-        tail = f" + hadamard {size}" if size > 1 else ""
-        coarse: dict[tuple[float, bool, str], float] = {}
-        for alpha, awq, over in _grid(0.0, 1.0, 2 * step):
-            s = smoothing(peaks, stats, alpha=alpha, beta=0.0 if awq else None, reduce=over)
-            label = f"smooth({alpha:.2f}{', weights aside' if awq else ''}, {over}){tail}"
-            coarse[alpha, awq, over] = try_(kind, s, size, label)
-        alpha, awq, over = min(coarse, key=lambda key: coarse[key])
-        for near in (alpha - step, alpha + step):
-            if 0 <= near <= 1:
-                s = smoothing(peaks, stats, alpha=near, beta=0.0 if awq else None, reduce=over)
-                label = f"smooth({near:.2f}{', weights aside' if awq else ''}, {over}){tail}"
-                try_(kind, s, size, label)
-    ranked = sorted(best.values(), key=lambda found: found[0])
-    errors = {kind: error for kind, (error, _, _) in best.items()}
-    kept = [found for found in ranked if found[0] <= max_error_ratio * ranked[0][0]]
-    first, *rivals = (TransformChoice(transform, label, errors) for _, transform, label in kept)
-    return replace(first, runner_ups=tuple(rivals))
+    def smooth(self, family: str, block: int, point: GridPoint) -> float:
+        """The output error with smoothing."""
+        alpha, beta, reduce = point
+        s = smoothing(self.amax, self.stats, alpha=alpha, beta=beta, reduce=reduce)
+        rotation = f" + hadamard {block}" if block > 1 else ""
+        label = (
+            f"smooth({alpha:.2f}{'' if beta is None else ', weights aside'}, {reduce}){rotation}"
+        )
+        return self.add(family, s, block, label)
+
+    def choice(self, max_error_ratio: float) -> TransformChoice:
+        """The best of all; families with nearly its error are runner-ups."""
+        errors = {family: error for family, (error, _) in self.best.items()}
+        ranked = sorted(self.best.values(), key=lambda pair: pair[0])
+        limit = max_error_ratio * ranked[0][0]
+        first, *others = (replace(c, errors=errors) for error, c in ranked if error <= limit)
+        return replace(first, runner_ups=tuple(others))
 
 
-def _grid(low: float, high: float, step: float) -> Iterator[tuple[float, bool, str]]:
-    for i in range(round((high - low) / step) + 1):
-        for awq in (False, True):
-            for over in ("max", "mean"):
-                yield low + i * step, awq, over
+def _grid(step: float) -> Iterator[GridPoint]:
+    for i in range(round(1.0 / step) + 1):
+        for beta in (None, 0.0):
+            for reduce in ("max", "mean"):
+                yield i * step, beta, reduce
 
 
 def _spread(w: Tensor, count: int) -> Tensor:
-    """At most ``count`` rows of (N, K), evenly spread."""
+    """At most ``count`` rows of (N, K), evenly spaced."""
     if len(w) <= count:
         return w
     return w[torch.arange(count, device=w.device) * len(w) // count]

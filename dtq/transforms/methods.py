@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transform methods: ``(weights, stats, *, fmt, acts, **knobs) -> Choice``.
+"""Transform methods: ``(weights, stats, *, fmt, activations, **knobs) -> TransformChoice``.
 
-``weights`` are the matrices that share one input, ``stats`` what calibration remembers of it.
-Every method but ``search`` does as it is told; ``search`` tries them all and keeps the best.
+``weights`` are the matrices that read one input, ``stats`` is what calibration collected of it.
+``search`` (``grid_search.py``) compares several of these transforms; the methods here apply one.
+Knobs that recur: ``alpha``, how much of the activation's range smoothing moves into the weight, 0.5
+as in SmoothQuant; ``reduce``, how the channel amax of the timestep bins becomes one, ``max`` as in
+DiTAS; ``block``, the largest Hadamard block, 64 because most widths are multiples of it; ``seed``
+of the random signs.
 """
 
 from __future__ import annotations
@@ -16,8 +20,7 @@ from dtq.calibrate.observers import InputStats
 from dtq.formats import Format
 from dtq.formats.activations import ActivationFormat
 from dtq.linalg.hadamard import block_for
-from dtq.transforms.base import OnlineTransform
-from dtq.transforms.choice import TransformChoice, _online, _signs
+from dtq.transforms.choice import TransformChoice, online_transform
 from dtq.transforms.objective import OutputErrorObjective
 from dtq.transforms.smoothing import smoothing
 
@@ -29,8 +32,18 @@ def none(
     fmt: Format,
     activations: ActivationFormat,
 ) -> TransformChoice:
-    """No transform."""
-    return TransformChoice(_online(weights, None, 1, 0), "none", {})
+    """No transform.
+
+    Args:
+        weights: float matrices (N_i, K) that read the input.
+        stats: not used.
+        fmt: not used.
+        activations: not used.
+
+    Returns:
+        The identity.
+    """
+    return TransformChoice(online_transform(weights[0], None), "none")
 
 
 def smooth(
@@ -42,9 +55,21 @@ def smooth(
     alpha: float = 0.5,
     reduce: str = "max",
 ) -> TransformChoice:
-    """SmoothQuant's vector with a given alpha, peaks aggregated over timesteps."""
+    """Smoothing with a given alpha (SmoothQuant, 2211.10438, eq. 4).
+
+    Args:
+        weights: float matrices (N_i, K) that read the input.
+        stats: statistics of the input: channels.
+        fmt: not used.
+        activations: not used.
+        alpha: how much of the activation's range moves into the weight, 0 to 1.
+        reduce: reduction of the channel amax over timestep bins, a key of ``REDUCTIONS``.
+
+    Returns:
+        The smoothing transform.
+    """
     s = smoothing(weights, stats, alpha=alpha, reduce=reduce)
-    return TransformChoice(_online(weights, s, 1, 0), f"smooth({alpha:g}, {reduce})", {})
+    return TransformChoice(online_transform(weights[0], s), f"smooth({alpha:g}, {reduce})")
 
 
 def hadamard(
@@ -56,9 +81,21 @@ def hadamard(
     block: int = 64,
     seed: int = 0,
 ) -> TransformChoice:
-    """Random signs, then a Hadamard rotation over blocks of channels (QuaRot, 2404.00456)."""
+    """Random signs, then a Hadamard rotation over blocks of channels (QuaRot, 2404.00456).
+
+    Args:
+        weights: float matrices (N_i, K) that read the input.
+        stats: not used.
+        fmt: not used.
+        activations: not used.
+        block: largest Hadamard block.
+        seed: of the random signs.
+
+    Returns:
+        The rotation.
+    """
     n = block_for(weights[0].shape[1], block)
-    return TransformChoice(_online(weights, None, n, seed), f"hadamard {n}", {})
+    return TransformChoice(online_transform(weights[0], None, n, seed), f"hadamard {n}")
 
 
 def smooth_hadamard(
@@ -72,12 +109,25 @@ def smooth_hadamard(
     block: int = 64,
     seed: int = 0,
 ) -> TransformChoice:
-    """Static channel balancing, then rotation (ViDiT-Q, 2406.02540, sec. 3.3)."""
+    """Static channel balancing, then rotation (ViDiT-Q, 2406.02540, sec. 3.3).
+
+    Args:
+        weights: float matrices (N_i, K) that read the input.
+        stats: statistics of the input: channels.
+        fmt: not used.
+        activations: not used.
+        alpha: how much of the activation's range moves into the weight, 0 to 1.
+        reduce: reduction of the channel amax over timestep bins, a key of ``REDUCTIONS``.
+        block: largest Hadamard block.
+        seed: of the random signs.
+
+    Returns:
+        Smoothing and rotation.
+    """
     n = block_for(weights[0].shape[1], block)
     s = smoothing(weights, stats, alpha=alpha, reduce=reduce)
-    return TransformChoice(
-        _online(weights, s, n, seed), f"smooth({alpha:g}, {reduce}) + hadamard {n}", {}
-    )
+    label = f"smooth({alpha:g}, {reduce}) + hadamard {n}"
+    return TransformChoice(online_transform(weights[0], s, n, seed), label)
 
 
 def ditas(
@@ -92,21 +142,33 @@ def ditas(
 ) -> TransformChoice:
     """DiTAS' temporal-aggregated smoothing with its layer-wise grid (2409.07756, sec. 3.2, 3.3).
 
-    Alpha over [0, 1] by ``step``, judged by the squared output error of the layer with weights and
-    activations quantized. The identity is a candidate too; smoothing comes before the weight is
-    quantized, where the released code smooths the quantized weight.
+    Alpha runs over [0, 1] and is chosen by the squared output error of the layer with weights and
+    activations quantized. The identity is a candidate, too. Smoothing comes before the weight is
+    quantized; the released code smooths the quantized weight.
+
+    Args:
+        weights: float matrices (N_i, K) that read the input.
+        stats: statistics of the input: channels and a sample of rows.
+        fmt: weight format.
+        activations: format of the transformed input.
+        step: spacing of alpha.
+        reduce: reduction of the channel amax over timestep bins, a key of ``REDUCTIONS``.
+        num_rows: input rows that candidates are evaluated on.
+
+    Returns:
+        The choice with the lowest error; ``errors`` has the families ``none`` and ``smooth``.
     """
-    judge = OutputErrorObjective(weights, stats, fmt, activations, num_rows)
-    best = _online(weights, None, 1, 0)
-    label, errors = "none", {"none": judge(best)}
-    least = errors["none"]
+    objective = OutputErrorObjective(weights, stats, fmt, activations, num_rows)
+    best = online_transform(weights[0], None)
+    label, errors = "none", {"none": objective(best)}
+    lowest = errors["none"]
     for i in range(round(1 / step) + 1):
         s = smoothing(weights, stats, alpha=i * step, reduce=reduce)
-        transform = _online(weights, s, 1, 0)
-        error = judge(transform)
+        transform = online_transform(weights[0], s)
+        error = objective(transform)
         errors["smooth"] = min(error, errors.get("smooth", error))
-        if error < least:
-            least, best, label = error, transform, f"smooth({i * step:.2f}, {reduce})"
+        if error < lowest:
+            lowest, best, label = error, transform, f"smooth({i * step:.2f}, {reduce})"
     return TransformChoice(best, label, errors)
 
 
@@ -122,51 +184,66 @@ def ars(
     block: int = 64,
     seed: int = 0,
 ) -> TransformChoice:
-    """LRQ-DiT's adaptive rotation scheme (2508.03485): Hadamard, or a dual rotation where needed.
+    """LRQ-DiT's adaptive rotation scheme (2508.03485): one Hadamard rotation, or two if needed.
 
     The paper rotates twice, with an outlier-aware permutation, where ``|X|_F / sqrt(numel)`` is
-    large; multiplying an activation by a constant would change that choice. Here the statistic is
-    the incoherence of the rows after one Hadamard, the mean over rows of ``max|x| / rms(x)``: what
-    one turn left over ``limit`` gets the second. The permutation deals channels by peak over the
-    blocks in zigzag order (DuQuant, 2406.01721, sec. 3.2), so that no block holds two outliers;
-    the greedy rotation of DuQuant is replaced by the Hadamard, which spreads a lone outlier evenly.
+    large. That choice depends on the scale of the activation. Here the criterion is the
+    incoherence of the rows after one rotation, the mean over rows of ``max|x| / rms(x)``: above
+    ``limit`` there is a second one. The permutation before it assigns channels, largest amax first,
+    to the blocks in zigzag order (DuQuant, 2406.01721, sec. 3.2), so that outliers are spread over
+    the blocks. A Hadamard transform, which spreads a single outlier evenly, replaces DuQuant's
+    greedy rotation.
 
     Args:
-        alpha: of the smoothing that comes first (0.5 in every released script).
-        over: aggregation of the peaks over timesteps.
-        limit: incoherence above which the dual rotation is used; Gaussian rows have about 3.
+        weights: float matrices (N_i, K) that read the input.
+        stats: statistics of the input: channels and a sample of rows.
+        fmt: not used.
+        activations: not used.
+        alpha: of the smoothing that comes first; 0.5 in every released script.
+        reduce: reduction of the channel amax over timestep bins, a key of ``REDUCTIONS``.
+        limit: incoherence above which there are two rotations. Gaussian rows have about 3.
         block: largest Hadamard block.
         seed: of the random signs.
+
+    Returns:
+        Smoothing, maybe a permutation, and one or two rotations.
     """
-    n = block_for(weights[0].shape[1], block)
+    w = weights[0]
+    n = block_for(w.shape[1], block)
     s = smoothing(weights, stats, alpha=alpha, reduce=reduce)
-    once = _online(weights, s, n, seed)
+    once = online_transform(w, s, n, seed)
+    label = f"smooth({alpha:g}, {reduce})"
     if n == 1:
-        return TransformChoice(once, f"smooth({alpha:g}, {reduce})", {})
+        return TransformChoice(once, label)
     assert stats.sample is not None
-    rows = stats.sample.rows.to(weights[0].device)
-    label = f"smooth({alpha:g}, {reduce}) + "
+    rows = stats.sample.rows.to(w.device)
     if incoherence(once.x(rows)) <= limit:
-        return TransformChoice(once, f"{label}hadamard {n}", {})
-    twice = OnlineTransform.of(
-        s, _signs(weights[0], seed), n, zigzag((rows / s).abs().amax(0), n), num_rotations=2
-    )
-    return TransformChoice(twice, f"{label}dual hadamard {n}", {})
+        return TransformChoice(once, f"{label} + hadamard {n}")
+    perm = zigzag((rows / s).abs().amax(0), n)
+    twice = online_transform(w, s, n, seed, perm, num_rotations=2)
+    return TransformChoice(twice, f"{label} + dual hadamard {n}")
 
 
 def incoherence(rows: Tensor) -> float:
-    """Mean over rows (R, K) of the largest magnitude over the root mean square; scale-invariant."""
+    """Mean over rows (R, K) of the largest magnitude over the root mean square.
+
+    It does not depend on the scale of the rows.
+    """
     rms = rows.square().mean(-1).sqrt().clamp(min=1e-30)
     return float((rows.abs().amax(-1) / rms).mean())
 
 
-def zigzag(peaks: Tensor, block: int) -> Tensor:
-    """An order of channels that deals them, largest peak first, over K/block blocks back and forth.
+def zigzag(amax: Tensor, block: int) -> Tensor:
+    """Distribute channels, largest amax first, over the blocks, back and forth.
+
+    Args:
+        amax: largest magnitude of each channel, float (K,).
+        block: channels per block; divides K.
 
     Returns:
-        int64 (K,), the channel that moves to each place.
+        int64 (K,), the channel that moves to each position.
     """
-    blocks = len(peaks) // block
-    dealt = torch.argsort(peaks, descending=True, stable=True).reshape(block, blocks)
-    dealt[1::2] = dealt[1::2].flip(1)
-    return dealt.T.reshape(-1)
+    blocks = len(amax) // block
+    rounds = torch.argsort(amax, descending=True, stable=True).reshape(block, blocks)
+    rounds[1::2] = rounds[1::2].flip(1)
+    return rounds.T.reshape(-1)

@@ -11,26 +11,27 @@ from torch import Tensor
 from dtq.calibrate.observers import InputStats
 
 
-def _correlation_weighted(peaks: Tensor, w: Tensor) -> Tensor:
+def _correlation_weighted(amax: Tensor, w: Tensor) -> Tensor:
     rank = torch.argsort(torch.argsort(w)).double()
-    ranks = torch.argsort(torch.argsort(peaks, dim=1), dim=1).double()
-    centred, other = ranks - ranks.mean(1, keepdim=True), rank - rank.mean()
-    rho = (centred @ other) / (centred.norm(dim=1) * other.norm()).clamp(min=1e-30)
-    return torch.softmax(-rho, 0).to(peaks) @ peaks
+    ranks = torch.argsort(torch.argsort(amax, dim=1), dim=1).double()
+    centered, other = ranks - ranks.mean(1, keepdim=True), rank - rank.mean()
+    rho = (centered @ other) / (centered.norm(dim=1) * other.norm()).clamp(min=1e-30)
+    return torch.softmax(-rho, 0).to(amax) @ amax
 
 
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "max": lambda peaks, w: peaks.amax(0),
-    "mean": lambda peaks, w: peaks.mean(0),
-    "first": lambda peaks, w: peaks[-1],
+    "max": lambda amax, w: amax.amax(0),
+    "mean": lambda amax, w: amax.mean(0),
+    "first": lambda amax, w: amax[-1],
     "ssc": _correlation_weighted,
 }
-"""How the peaks of the timestep bins (bins, K), last bin noisiest, become one (K,).
+"""How the channel amax of the timestep bins (bins, K), last bin noisiest, is reduced to one (K,).
 
-``max`` is DiTAS' temporal aggregation (2409.07756, sec. 3.2); ``first`` the noisiest bin, the
-static part of ViDiT-Q's balancing (2406.02540, sec. 3.3); ``ssc`` weighs each bin by
-``softmax(-rho)``, rho the rank correlation of its peaks with the weight's (PTQ4DiT, 2405.16005,
-sec. 3.3): steps whose outliers sit where the weight has none count more.
+``max`` is DiTAS' temporal aggregation (2409.07756, sec. 3.2). ``first`` takes the noisiest bin, the
+static part of ViDiT-Q's balancing (2406.02540, sec. 3.3). ``ssc``, Spearman's rho-guided salience
+calibration (PTQ4DiT, 2405.16005, sec. 3.3), weights each bin by ``softmax(-rho)``, rho the rank
+correlation of its amax with that of the weight: timesteps count more if their outliers lie where
+the weight has none.
 """
 
 
@@ -50,11 +51,11 @@ def smoothing(
     """Smoothing vector ``s_j = a_j^alpha / w_j^beta`` (SmoothQuant, 2211.10438, eq. 4).
 
     Args:
-        weights: the matrices (N_i, K) that share the input.
-        stats: channel peaks of that input per timestep bin.
-        alpha: how much of the activation's range moves into the weight.
-        beta: exponent of the weight's range; ``1 - alpha`` unless told.
-        over: aggregation over timestep bins, a key of :data:`OVER`.
+        weights: the matrices (N_i, K) that read the input. Only their column amax counts.
+        stats: statistics of the input, with the channel amax per timestep bin.
+        alpha: exponent of the activation's amax: how much of its range moves into the weight.
+        beta: exponent of the weight's amax; None: ``1 - alpha``.
+        reduce: reduction over timestep bins, a key of :data:`REDUCTIONS`.
 
     Returns:
         float32 (K,), the input is divided by it; geometric mean 1, within [1e-3, 1e3].

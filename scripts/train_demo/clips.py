@@ -60,7 +60,7 @@ MOTIONS: dict[str, Callable[[float], Place]] = {
     "moves down": lambda t: (0, _TRAVEL * t, _USUAL, 0),
     "grows": lambda t: (0, 0, _USUAL + 0.3 * t, 0),
     "shrinks": lambda t: (0, 0, _USUAL - 0.3 * t, 0),
-    "num_rotations": lambda t: (0, 0, _USUAL, 90 * (t + 1)),
+    "turns": lambda t: (0, 0, _USUAL, 90 * (t + 1)),
     "stands still": lambda t: (0, 0, _USUAL, 0),
 }
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate: whether a candidate is worse than a baseline by more than a margin."""
+"""The gate: a test whether a candidate is worse than a baseline by more than a margin."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline files: an accepted run, and who accepted what and why, ever since."""
+"""Baseline files: an accepted run, and the history of who accepted which run and why."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from typing import Any
 
 from dtq.errors import InputError
 from dtq.evaluate import run_file
-from dtq.evaluate.gate.decision import decide, flaws, key_of
+from dtq.evaluate.gate.decision import decide, key_of
 from dtq.evaluate.gate.policy import Policy
+from dtq.evaluate.gate.validity import flaws
 from dtq.evaluate.run_file import Run
 from dtq.io.atomic import atomic_write
 from dtq.io.safe_parse import LARGEST_JSON, is_finite_numbers, parse_json, read_text
 
 
 def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> dict[str, Any]:
-    """Make a run the baseline; the file appears whole or stays as it was.
+    """Write a run as the baseline file, atomically, and append to the file's history.
 
     Args:
-        run: what later runs are compared with.
-        file: the baseline file; its history is kept.
-        reason: why, for those who read the history.
-        policy: the run must have every metric of it.
-        who: name in the history; the user's by default.
+        run: later runs are compared with it.
+        file: the baseline file.
+        reason: for readers of the history.
+        policy: the run must have all of its metrics.
+        who: name in the history; default: the user's.
 
     Returns:
         The new entry of the history.
 
     Raises:
-        InputError: no reason, a run that the gate could not use, or a file that is no baseline.
+        InputError: no reason, a run that the gate could not use, or the file exists and is not a
+            baseline.
     """
     if not reason.strip():
         raise InputError("a baseline needs a reason: --reason 'GPTQ damping is 0.02 now'")
-    wrong = flaws(run, [*policy.primary, *policy.secondary])
+    problems = flaws(run, [*policy.primary, *policy.secondary])
     if (prompts := len({sample.prompt for sample in run.samples})) < policy.looks[0]:
-        wrong.append(f"{prompts} prompts; the policy's first look is at {policy.looks[0]}")
-    if wrong:
-        lines = "\n".join(f"  - {problem}" for problem in wrong)
+        problems.append(f"{prompts} prompts; the policy's first look is at {policy.looks[0]}")
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
         raise InputError(f"this run cannot be a baseline:\n{lines}")
     old = _old(file)
     entry: dict[str, Any] = {
@@ -50,7 +52,7 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
         **key_of(run, policy),
         "candidate": run.candidate,
         "dtq": run.conditions.get("dtq"),
-        "errors": _means(run),
+        "means": _means(run),
     }
     if old is not None:
         verdict = decide(run, run_file.parse(old, str(file)), policy)
@@ -77,7 +79,7 @@ def _old(file: Path) -> dict[str, Any] | None:
         return None
     data = parse_json(read_text(file, LARGEST_JSON), str(file))
     if not isinstance(data, dict) or not isinstance(data.get("history"), list):
-        raise InputError(f"{file}: no baseline file; choose another name for the baseline")
+        raise InputError(f"{file}: exists but is not a dtq baseline; pass another --baseline")
     for i, entry in enumerate(data["history"]):
         if not _is_entry(entry):
             raise InputError(f"{file}: history[{i}] is not what dtq gate accept writes")
@@ -95,16 +97,17 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _means(run: Run) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+    """Mean of each metric over samples and steps."""
+    means: dict[str, float | None] = {}
     for metric, table in run.values.items():
         flat = [x for v in table.values() for x in (v if isinstance(v, list) else [v])]
-        # a metric that the policy leaves out may be missing for some samples
-        found[metric] = sum(flat) / len(flat) if flat and is_finite_numbers(flat) else None
-    return found
+        # a metric that the policy does not use may be missing for some samples
+        means[metric] = sum(flat) / len(flat) if flat and is_finite_numbers(flat) else None
+    return means
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # no entry for this user id, as in containers
+    except (KeyError, OSError):  # containers have no entry for the user id
         return f"user {os.getuid()}"

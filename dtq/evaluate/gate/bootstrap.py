@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mean of paired differences, and how sure it is: the studentized bootstrap.
+"""The studentized bootstrap: bounds and p-values of the mean of paired differences.
 
-Bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, sec. 12.5): resample the
-differences, and take the quantiles of ``t* = (mean* - mean) / se*`` in place of Student's. The
-percentile interval is too short exactly where it matters, when a few prompts get much worse;
-``docs/gate.md`` has the coverage of this one.
+Bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, sec. 12.5) resamples the
+differences, and uses the quantiles of ``t* = (mean* - mean) / se*`` in place of Student's. The
+percentile interval is too short if a few prompts get much worse, which is the important case.
+``docs/gate.md`` lists the coverage of this interval.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +24,11 @@ _CHUNK = 4_000_000  # resampled values at once: 32 MB
 
 @dataclass(frozen=True)
 class Paired:
-    """The bootstrap of one set of paired differences; positive is worse.
+    """The bootstrap of one set of paired differences; a positive difference is worse.
 
     Attributes:
         mean: of the differences.
-        se: its standard error, the floor included.
+        se: its standard error, with the floor added.
         t: sorted ``t*`` of the resamples (R,).
     """
 
@@ -44,25 +45,25 @@ class Paired:
         return self.mean - self._quantile(1 - alpha) * self.se
 
     def p_below(self, margin: float) -> float:
-        """p-value of "the mean is not below the margin"; small: it is below."""
-        seen = np.searchsorted(self.t, self._statistic(margin), side="right")
-        return float(1 + seen) / (1 + len(self.t))
+        """p-value of "the mean is not below the margin"; a small one shows that it is below."""
+        rank = np.searchsorted(self.t, self._statistic(margin), side="right")
+        return float(1 + rank) / (1 + len(self.t))
 
     def p_above(self, margin: float) -> float:
-        """p-value of "the mean is not above the margin"; small: it is above."""
-        seen = len(self.t) - np.searchsorted(self.t, self._statistic(margin), side="left")
-        return float(1 + seen) / (1 + len(self.t))
+        """p-value of "the mean is not above the margin"; a small one shows that it is above."""
+        rank = len(self.t) - np.searchsorted(self.t, self._statistic(margin), side="left")
+        return float(1 + rank) / (1 + len(self.t))
 
     def _statistic(self, margin: float) -> float:
         return (self.mean - margin) / self.se
 
-    def _quantile(self, share: float) -> float:
-        """The order statistic whose rank is outside what p-values count: bounds agree with them."""
+    def _quantile(self, level: float) -> float:
+        """The order statistic just outside the ranks that p-values count, so that bounds agree."""
         count = len(self.t)
-        if share < 0.5:
-            rank = math.floor(share * (count + 1)) - 1
+        if level < 0.5:
+            rank = math.floor(level * (count + 1)) - 1
         else:
-            rank = math.ceil(share * (count + 1)) - 1
+            rank = math.ceil(level * (count + 1)) - 1
         return float(self.t[min(max(rank, 0), count - 1)])
 
 
@@ -73,13 +74,15 @@ def paired(
 
     Args:
         differences: one per prompt (n,), n >= 2.
-        floor: a difference too small to be of interest, above 0. ``floor / sqrt(n)`` is the least
-            standard error; without it one odd prompt among equal ones has an endless interval.
-        resamples: R.
+        floor: a difference, above 0, that is too small to matter. ``floor / sqrt(n)`` is added to
+            the standard error in quadrature; without it, one different prompt among equal ones
+            would have an unbounded interval.
+        resamples: R; 4000 give p-values down to 0.00025.
         seed: of the resampling.
 
     Raises:
-        ValueError: fewer than two differences, one that is not finite, or no floor.
+        ValueError: fewer than two differences, a difference that is not finite, or a floor that is
+            not above 0.
     """
     d: Floats = np.asarray(differences, dtype=np.float64)
     if d.ndim != 1 or len(d) < 2 or not np.isfinite(d).all():
@@ -90,18 +93,18 @@ def paired(
     rng = np.random.default_rng(seed)
     mean = float(d.mean())
     least = floor / math.sqrt(n)
-    parts = []
+    t = []
     for start in range(0, resamples, max(1, _CHUNK // n)):
         rows = min(resamples - start, max(1, _CHUNK // n))
         drawn = d[rng.integers(0, n, size=(rows, n))]  # (rows, n)
         se = np.sqrt(drawn.var(1, ddof=1) / n + least**2)  # (rows,)
-        parts.append((drawn.mean(1) - mean) / se)
-    own = math.sqrt(float(d.var(ddof=1)) / n + least**2)
-    return Paired(mean, own, np.sort(np.concatenate(parts)))
+        t.append((drawn.mean(1) - mean) / se)
+    standard_error = math.sqrt(float(d.var(ddof=1)) / n + least**2)
+    return Paired(mean, standard_error, np.sort(np.concatenate(t)))
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
-    """Which hypotheses are rejected, all together at level ``alpha`` (Holm, 1979)."""
+    """Which hypotheses are rejected, with a family-wise error rate of ``alpha`` (Holm, 1979)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     rejected = [False] * len(p_values)
     for rank, i in enumerate(order):
@@ -112,19 +115,20 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
 
 
 def sign_test(differences: Sequence[float] | Floats) -> float:
-    """p-value of "worse is not more frequent than better", equal ones left out; no assumption."""
+    """p-value of "worse is not more frequent than better"; ignores equals, makes no assumptions."""
     d: Floats = np.asarray(differences, dtype=np.float64)
     worse, n = int((d > 0).sum()), int((d != 0).sum())
     return sum(math.comb(n, k) for k in range(worse, n + 1)) / 2**n
 
 
 def samples_needed(sigma: float, distance: float, alpha: float, power: float = 0.8) -> int:
-    """Prompts that show a mean ``distance`` away from the margin: ``((z_a + z_b) sigma / d)^2``."""
-    z = _normal_quantile(1 - alpha) + _normal_quantile(power)
+    """Number of prompts that separates a mean from the margin: ``((z_a + z_b) sigma / d)^2``.
+
+    Args:
+        sigma: standard deviation of the differences.
+        distance: d, between mean and margin, on the scale of ``sigma``.
+        alpha: error probability.
+        power: probability of the decision; 0.8 by convention.
+    """
+    z = NormalDist().inv_cdf(1 - alpha) + NormalDist().inv_cdf(power)
     return math.ceil((z * sigma / distance) ** 2)
-
-
-def _normal_quantile(share: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(share)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run file holds of each sample, and how two runs are compared in it: ``METRICS``."""
+"""``METRICS``: the metrics of a sample in a run file, and how two runs are compared in each."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import math
 from dataclasses import dataclass
 
 TINY = 1e-12
-"""Relative squared errors below it are equal: it is the rounding of float32."""
+"""Relative squared errors below it count as equal: it is the rounding error of float32."""
 
 EQUAL_DB = 100.0
-"""PSNR of pictures that are equal; the true value is infinite."""
+"""PSNR of equal images; the true value is infinite."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of one sample.
+    """One metric of one sample.
 
     Attributes:
         name: key of ``values`` in a run file, and of a policy.
         about: one line.
         unit: of the margin.
-        ratio: compared as a logarithm of the quotient; the margin is a factor above 1.
-        higher: more is better.
-        steps: one value per step; a sample's is their mean.
-        when: which runs have it: all, those of videos, or those that asked for it.
+        ratio: whether values are compared by the logarithm of their quotient; the margin is then a
+            factor above 1.
+        higher: whether a higher value is better.
+        steps: whether there is one value per step; the value of a sample is their mean.
+        when: which runs have it: ``always``, ``video``, or ``requested``.
     """
 
     name: str
@@ -36,24 +37,27 @@ class Metric:
     when: str = "always"
 
     def worse(self, candidate: float, baseline: float) -> float:
-        """How much worse the candidate is: a logarithm of a factor, or a difference."""
+        """The difference of two values, positive if the candidate is worse.
+
+        It is the logarithm of a factor if ``ratio``, else in the unit of the metric.
+        """
         if self.ratio:
             return math.log(max(candidate, TINY) / max(baseline, TINY))
         return baseline - candidate if self.higher else candidate - baseline
 
-    def inside(self, margin: float) -> float:
-        """A margin as a policy writes it, on the scale of :meth:`worse`."""
+    def to_difference(self, margin: float) -> float:
+        """A margin of a policy on the scale of :meth:`worse`."""
         return math.log(margin) if self.ratio else margin
 
-    def outside(self, difference: float) -> float:
-        """Inverse of :meth:`inside`."""
+    def from_difference(self, difference: float) -> float:
+        """Inverse of :meth:`to_difference`."""
         return math.exp(min(difference, 700.0)) if self.ratio else difference
 
     def shown(self, difference: float) -> str:
-        """A difference as people read it: a factor, or a number that is positive when worse."""
+        """A difference as text: a factor, or a signed number that is positive when worse."""
         if not math.isfinite(difference):
             return "unbounded"
-        return f"x{self.outside(difference):.4g}" if self.ratio else f"{difference:+.4g}"
+        return f"x{self.from_difference(difference):.4g}" if self.ratio else f"{difference:+.4g}"
 
 
 METRICS: dict[str, Metric] = {
@@ -73,19 +77,20 @@ METRICS: dict[str, Metric] = {
             ratio=True,
             steps=True,
         ),
-        Metric("psnr", "dB against the float model's picture of the same seed", "dB", higher=True),
-        Metric("ssim", "structural similarity to that picture", "", higher=True),
-        Metric("flicker", "grey levels by which neighbouring frames differ more", "", when="video"),
+        Metric("psnr", "dB against the float model's image of the same seed", "dB", higher=True),
+        Metric("ssim", "structural similarity to that image", "", higher=True),
+        Metric("flicker", "increase of the difference of consecutive frames, in gray levels", "",
+               when="video"),
         Metric("flickering", "VBench's temporal flickering", "", higher=True, when="video"),
-        Metric("frame-energy", "frame differences, squared, candidate / float or its inverse",
+        Metric("frame-energy", "squared frame differences, candidate / float or its inverse",
                "factor", ratio=True, when="video"),
         Metric("temporal-psnr", "dB of frame differences", "dB", higher=True, when="video"),
         Metric("temporal-ssim", "structural similarity of frame differences", "", higher=True,
                when="video"),
-        Metric("ms-ssim", "multi-scale structural similarity", "", higher=True, when="asked"),
-        Metric("lpips", "LPIPS to the float model's picture", "", when="asked"),
-        Metric("clip-score", "CLIPScore of picture and prompt", "", higher=True, when="asked"),
-        Metric("clip-iqa", "CLIP-IQA of the picture", "", higher=True, when="asked"),
-        Metric("image-reward", "ImageReward of the picture", "", higher=True, when="asked"),
+        Metric("ms-ssim", "multi-scale structural similarity", "", higher=True, when="requested"),
+        Metric("lpips", "LPIPS to the float model's image", "", when="requested"),
+        Metric("clip-score", "CLIPScore of image and prompt", "", higher=True, when="requested"),
+        Metric("clip-iqa", "CLIP-IQA of the image", "", higher=True, when="requested"),
+        Metric("image-reward", "ImageReward of the image", "", higher=True, when="requested"),
     )
 }  # fmt: skip

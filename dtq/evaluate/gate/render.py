@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A verdict for people and machines: table rows, markdown, JUnit XML, a contact sheet by harm."""
+"""A verdict as table rows, Markdown, JUnit XML, and a contact sheet sorted by harm."""
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from dtq.errors import InputError
 from dtq.evaluate.gate.decision import MetricVerdict, Outcome, Verdict
+from dtq.evaluate.report import page
 from dtq.evaluate.run_file import Run
 
 HEAD = ("metric", "decides", "mean", "between", "margin", "noise", "worst tenth", "verdict")
@@ -22,42 +21,32 @@ _MARKS = {
     Outcome.INVALID: "⛔",
 }
 _BARS = "▁▂▃▄▅▆▇█"
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 32px auto; padding: 0 20px; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 18px; }
-figure { margin: 0; } figure div { display: flex; gap: 4px; }
-figure img { flex: 1 1 0; min-width: 0; image-rendering: pixelated; }
-figcaption { font-size: 13px; overflow-wrap: anywhere; }
-"""
 
 
 def cells(row: MetricVerdict) -> tuple[str, ...]:
-    """A line of the table under ``HEAD``."""
+    """A row of the table under ``HEAD``."""
     shown = row.metric.shown
-    between = f"{shown(row.lower)} .. {shown(row.upper)}"
-    margin = shown(row.margin) + (" (2 x noise)" if row.margin > row.asked else "")
     return (
         row.name,
         "yes" if row.primary else "no",
         shown(row.mean),
-        between,
-        margin,
+        f"{shown(row.lower)} .. {shown(row.upper)}",
+        shown(row.margin) + (" (2 x noise)" if row.margin > row.policy_margin else ""),
         shown(row.noise),
-        shown(row.worst),
+        shown(row.worst_tenth),
         row.outcome.word,
     )
 
 
 def spark(values: Sequence[float]) -> str:
-    """One character per value, sorted, worst last."""
+    """One bar character per value, sorted, worst last."""
     low, high = min(values), max(values)
-    wide = (high - low) or 1.0
-    return "".join(_BARS[min(7, int(8 * (v - low) / wide))] for v in sorted(values))
+    width = (high - low) or 1.0
+    return "".join(_BARS[min(7, int(8 * (v - low) / width))] for v in sorted(values))
 
 
 def conditions(run: Run) -> str:
-    """What the figures hold under, in one line."""
+    """The conditions of a run in one line."""
     job = run.conditions
     return (
         f"{len(run.samples)} samples of {job.get('prompts')}, {job.get('steps')} steps of "
@@ -70,23 +59,23 @@ def conditions(run: Run) -> str:
 
 def markdown(verdict: Verdict, run: Run | None = None) -> str:
     """For ``$GITHUB_STEP_SUMMARY``: the sentence, the table, every difference as a bar."""
-    lines = [f"### {_MARKS[verdict.outcome]} dtq gate: {verdict.outcome.word}", ""]
-    lines += [_cell(verdict.sentence), ""]
-    lines += [f"- {_cell(reason)}" for reason in verdict.reasons]
-    if verdict.rows:
-        lines += [f"| {' | '.join(HEAD)} | prompts, worst last |", "|---" * (len(HEAD) + 1) + "|"]
-        for row in verdict.rows:
-            bars = spark(list(row.differences.values()))
-            lines.append(f"| {' | '.join(map(_cell, cells(row)))} | {bars} |")
-        lines += ["", _bounds(verdict)]
-    lines += [f"- {_cell(note)}" for note in verdict.notes]
-    if run is not None:
-        lines += ["", f"<sub>{_cell(conditions(run))}</sub>"]
-    return "\n".join(lines) + "\n"
+    return page.render(
+        "gate_summary.md",
+        mark=_MARKS[verdict.outcome],
+        outcome=verdict.outcome.word,
+        sentence=verdict.sentence,
+        reasons=verdict.reasons,
+        head=HEAD,
+        rows=[(cells(row), spark(list(row.differences.values()))) for row in verdict.rows],
+        bounds=f"{verdict.prompts} prompts, look {verdict.look}; each bound is one-sided at "
+        f"{1 - verdict.alpha:.4g}, without Holm correction over the primary metrics.",
+        notes=verdict.notes,
+        conditions=None if run is None else conditions(run),
+    )
 
 
 def junit(verdict: Verdict) -> str:
-    """One test case per metric; a run that is invalid is one error."""
+    """JUnit XML: a test case per metric, or one case if the metrics were not compared."""
     primary = [row for row in verdict.rows if row.primary]
     failed = [row for row in primary if row.outcome is not Outcome.PASS]
     stopped = not verdict.rows
@@ -101,72 +90,57 @@ def junit(verdict: Verdict) -> str:
     if stopped:
         case = ElementTree.SubElement(suite, "testcase", classname="dtq.gate", name="comparable")
         kind = "error" if verdict.outcome is Outcome.INVALID else "failure"
-        what = {"type": verdict.outcome.word, "message": verdict.sentence}
-        ElementTree.SubElement(case, kind, what).text = "\n".join(verdict.reasons)
+        attributes = {"type": verdict.outcome.word, "message": verdict.sentence}
+        ElementTree.SubElement(case, kind, attributes).text = "\n".join(verdict.reasons)
     for row in verdict.rows:
         case = ElementTree.SubElement(suite, "testcase", classname="dtq.gate", name=row.name)
         words = ", ".join(f"{k} {v}" for k, v in zip(HEAD[2:], cells(row)[2:], strict=True))
         if row.outcome is Outcome.PASS:
             ElementTree.SubElement(case, "system-out").text = words
         elif row.primary:
-            what = {"type": row.outcome.word, "message": words}
-            ElementTree.SubElement(case, "failure", what)
-        else:  # it does not decide
+            attributes = {"type": row.outcome.word, "message": words}
+            ElementTree.SubElement(case, "failure", attributes)
+        else:  # a secondary metric does not decide
             ElementTree.SubElement(case, "skipped", message=words)
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def sheet(verdict: Verdict, run: Run, folder: Path) -> str:
-    """A self-contained page of float and candidate pictures, most harmed prompts first.
+    """A self-contained page with images of the float model and the candidate, worst prompt first.
 
     Args:
-        verdict: its first primary metric says how harmed.
-        run: what was judged.
-        folder: where ``dtq eval --pictures`` kept the pictures.
+        verdict: its first primary metric orders the prompts.
+        run: of the candidate.
+        folder: with the images of ``dtq eval --pictures``.
 
     Raises:
-        InputError: they are not there.
+        InputError: the images are missing.
     """
     at = folder / "pictures"
     if not at.is_dir():
-        raise InputError(f"{at}: no pictures; make the run with dtq eval ... --pictures")
-    harm = verdict.rows[0].differences if verdict.rows else {}
-    order = sorted(run.samples, key=lambda s: -harm.get(s.prompt, float("-inf")))
-    figures = []
-    for sample in order:
-        images = "".join(
-            f"<img alt='{side}' src='data:image/png;base64,{_encoded(at / side / f'{sample.id}.png')}'>"
-            for side in ("float", "candidate")
-        )
-        words = html.escape(sample.prompt)
-        if sample.prompt in harm:
-            words = f"{verdict.rows[0].metric.shown(harm[sample.prompt])} · {words}"
-        figures.append(f"<figure><div>{images}</div><figcaption>{words}</figcaption></figure>")
-    title = f"dtq gate: {verdict.outcome.word}"
-    by = verdict.rows[0].name if verdict.rows else "nothing; the runs were not compared"
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
-        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style><body>"
-        f"<h1>{title}</h1><p>{html.escape(verdict.sentence)}</p>"
-        f"<p>Float left, candidate right; sorted by {html.escape(by)} against the baseline, worst "
-        f"first. {html.escape(conditions(run))}</p><div class=pairs>{''.join(figures)}</div>"
+        raise InputError(f"{at}: no images; evaluate with dtq eval ... --pictures")
+    first = verdict.rows[0] if verdict.rows else None
+    harm = first.differences if first else {}
+    samples = []
+    for sample in sorted(run.samples, key=lambda s: -harm.get(s.prompt, float("-inf"))):
+        caption = sample.prompt
+        if first and sample.prompt in harm:
+            caption = f"{first.metric.shown(harm[sample.prompt])} · {caption}"
+        files = [(side, at / side / f"{sample.id}.png") for side in ("float", "candidate")]
+        samples.append({"images": [(side, _source(f)) for side, f in files], "caption": caption})
+    return page.render(
+        "gate_sheet.html",
+        title=f"dtq gate: {verdict.outcome.word}",
+        passed=verdict.outcome is Outcome.PASS,
+        sentence=verdict.sentence,
+        sorted_by=first.name if first else "nothing; the runs were not compared",
+        conditions=conditions(run),
+        samples=samples,
     )
 
 
-def _bounds(verdict: Verdict) -> str:
-    return (
-        f"{verdict.prompts} prompts, look {verdict.look}; each bound is one-sided at "
-        f"{1 - verdict.alpha:.4g}, Holm over the metrics that decide comes on top."
-    )
-
-
-def _cell(words: str) -> str:
-    """Text that stays one cell of a table and no markup."""
-    return html.escape(words, quote=False).replace("|", "\\|").replace("\n", " ")
-
-
-def _encoded(file: Path) -> str:
+def _source(file: Path) -> str:
     if not file.is_file():
-        raise InputError(f"{file}: missing; make the run again with dtq eval ... --pictures")
-    return base64.b64encode(file.read_bytes()).decode()
+        raise InputError(f"{file}: missing; evaluate again with dtq eval ... --pictures")
+    return page.image_source(file.read_bytes())

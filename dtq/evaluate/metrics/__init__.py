@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of single samples, of videos and of whole image sets."""
+"""Metrics of single images, of videos and of image sets."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``DISTRIBUTIONS``: figures of a whole set of pictures against another set, from their features.
+"""``DISTRIBUTIONS``: metrics of an image set against a reference set, computed from features.
 
-Feature sets are made once and every figure is computed from them, resamples included. Absolute
-values depend on N, extractor and resizer; what is comparable is the difference to the float
-model's figure of the same job, so that is what gets an interval.
+Features are extracted once, and every metric and every resample uses them. The values depend on N,
+extractor and resizer. The comparable quantity is the change from the float model's value in the
+same job, so the interval is an interval of the change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dtq.errors import InputError
 from dtq.evaluate.metrics.extractors import Extractor, Features
 from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.mmd import cmmd, kid
-from dtq.evaluate.metrics.precision_recall import NEIGHBOURS, inception_score, precision_recall
+from dtq.evaluate.metrics.precision_recall import NEIGHBORS, inception_score, precision_recall
 
 RESAMPLES = 200
 """Of the bootstrap; a Frechet distance of 2048 features takes a second."""
@@ -27,46 +27,49 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """The reference side: features of its pictures, or only their moments.
+    """The images that a metric compares with.
 
     Attributes:
-        name: said beside the figure.
-        features: of its pictures, when there are pictures.
-        moments: by kind of feature, for a file that has nothing else.
+        name: shown next to the value.
+        features: of the images, if the images are known.
+        moments: of the features by kind, for a file that has only moments.
     """
 
     name: str
     features: Features | None = None
     moments: dict[str, FeatureMoments] | None = None
 
-    def of(self, kind: str) -> Tensor:
-        """Features of a kind.
+    def features_of(self, kind: str) -> Tensor:
+        """Features of a kind (N, D).
 
         Raises:
-            InputError: this reference has moments alone.
+            InputError: this reference has moments only.
         """
         if self.features is None:
-            raise InputError(f"{self.name} has no pictures, only moments; this figure needs them")
-        return _kind(self.features, kind, self.name)
+            raise InputError(
+                f"{self.name} has moments only, but this metric needs the images of the reference"
+            )
+        return _features_of(self.features, kind, self.name)
 
-    def gaussian(self, kind: str) -> FeatureMoments:
-        """Moments of a kind of features, from the file or from the pictures."""
+    def moments_of(self, kind: str) -> FeatureMoments:
+        """Moments of a kind of features, from the file or from the images."""
         if self.moments is not None and kind in self.moments:
             return self.moments[kind]
-        return FeatureMoments.of(self.of(kind))
+        return FeatureMoments.of(self.features_of(kind))
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """One figure of a set.
+    """A metric of image sets.
 
     Attributes:
-        name, about: for people.
-        kind: of features: ``pool``, ``spatial``, ``logits``.
-        value: features of the made pictures (N, D) and the reference, to a number.
-        extractor: the only one it is defined with, or ``""`` for the one of the run.
-        alone: needs no reference.
-        frechet: resampled through cached roots; others have no interval.
+        name: as users write it.
+        about: one line.
+        kind: of the features: ``pool``, ``spatial`` or ``logits``.
+        value: the metric of features (N, D) of generated images and a reference.
+        extractor: the only one that the metric is defined with, or ``""`` for any.
+        reference_free: whether the metric ignores the reference.
+        frechet: whether it is a Frechet distance; only these have an interval.
     """
 
     name: str
@@ -74,28 +77,32 @@ class Distribution:
     kind: str
     value: Callable[[Tensor, ReferenceSet], float]
     extractor: str = ""
-    alone: bool = False
+    reference_free: bool = False
     frechet: bool = False
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A value and everything it depends on.
+    """A value and everything that it depends on.
 
     Attributes:
         metric: name in ``DISTRIBUTIONS``.
-        of: which model's pictures.
-        against: the reference's name, empty for figures that have none.
-        value: the figure.
-        change: value minus the float model's against the same reference, where that is another.
-        low, high: 95 % interval of ``change``, for Frechet distances.
-        samples, reference_samples: N on both sides; None for a reference of moments.
-        extractor, resizer: of the features.
+        model: name of the model whose images were compared.
+        reference: name of the reference, empty for reference-free metrics.
+        value: of the metric.
+        samples: N of the model's images.
+        reference_samples: N of the reference; None for a reference of moments.
+        extractor: name of the feature extractor.
+        resizer: how images were resized for the extractor.
+        change: value minus the float model's value against the same reference; None if the
+            reference is the float model.
+        low: lower end of the 95 % interval of ``change``, for Frechet distances.
+        high: upper end.
     """
 
     metric: str
-    of: str
-    against: str
+    model: str
+    reference: str
     value: float
     samples: int
     reference_samples: int | None
@@ -107,7 +114,7 @@ class MetricValue:
 
 
 def _frechet(kind: str) -> Callable[[Tensor, ReferenceSet], float]:
-    return lambda made, against: against.gaussian(kind).to_features(made)
+    return lambda x, reference: reference.moments_of(kind).distance_to_features(x)
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {
@@ -115,20 +122,20 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     for d in (
         Distribution("fid", "Frechet distance of pooled features", "pool",
                      _frechet("pool"), frechet=True),
-        Distribution("sfid", "Frechet distance of 7 channels of a map", "spatial",
+        Distribution("sfid", "Frechet distance of 7 channels of a feature map", "spatial",
                      _frechet("spatial"), frechet=True),
         Distribution("kid", "unbiased MMD^2, cubic kernel", "pool",
-                     lambda made, against: kid(made, against.of("pool"))[0]),
+                     lambda x, reference: kid(x, reference.features_of("pool"))[0]),
         Distribution("is", "Inception score", "logits",
-                     lambda made, against: inception_score(made), alone=True),
-        Distribution("precision", f"made within {NEIGHBOURS}-NN of the reference", "pool",
-                     lambda made, against: precision_recall(made, against.of("pool"))[0]),
-        Distribution("recall", f"reference within {NEIGHBOURS}-NN of the made", "pool",
-                     lambda made, against: precision_recall(made, against.of("pool"))[1]),
+                     lambda x, reference: inception_score(x), reference_free=True),
+        Distribution("precision", f"generated images within {NEIGHBORS}-NN of real ones", "pool",
+                     lambda x, reference: precision_recall(x, reference.features_of("pool"))[0]),
+        Distribution("recall", f"real images within {NEIGHBORS}-NN of generated ones", "pool",
+                     lambda x, reference: precision_recall(x, reference.features_of("pool"))[1]),
         Distribution("fd-dinov2", "Frechet distance of DINOv2 features", "pool",
                      _frechet("pool"), extractor="dinov2", frechet=True),
         Distribution("cmmd", "MMD^2 of CLIP features x 1000", "pool",
-                     lambda made, against: cmmd(made, against.of("pool")), extractor="clip"),
+                     lambda x, reference: cmmd(x, reference.features_of("pool")), extractor="clip"),
     )
 }  # fmt: skip
 
@@ -136,87 +143,94 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 def metric_value(
     metric: str,
     extractor: Extractor,
-    made: Features,
-    against: ReferenceSet,
+    features: Features,
+    reference: ReferenceSet,
     *,
-    of: str,
+    model: str,
     floats: Features | None = None,
-    units: Sequence[Any] = (),
+    groups: Sequence[Any] = (),
 ) -> MetricValue:
-    """One figure of a set of pictures.
+    """Compute a metric of an image set.
 
     Args:
         metric: name in ``DISTRIBUTIONS``.
-        extractor: that made all features.
-        made: features of the candidate's pictures.
-        against: the reference.
-        of: name of the candidate.
-        floats: features of the float model's pictures of the same requests and seeds; given for a
-            reference other than these.
-        units: of each picture, what was asked for; pictures of one request are resampled together.
+        extractor: that computed all features.
+        features: of the candidate's images.
+        reference: to compare with.
+        model: name of the candidate.
+        floats: features of the float model's images for the same requests and seeds, if the
+            reference is another set. They give ``change``.
+        groups: the request of each image. Images of one request are resampled together. Empty: no
+            interval.
 
     Raises:
-        InputError: the extractor or the reference lacks what the figure needs, or there are too
-            few pictures, or features are not finite.
+        InputError: the extractor or the reference lacks what the metric needs, there are too few
+            images, or features are not finite.
     """
     row = DISTRIBUTIONS[metric]
-    x = _kind(made, row.kind, extractor.name)
-    y = None if floats is None else _kind(floats, row.kind, extractor.name)
+    x = _features_of(features, row.kind, extractor.name)
+    y = None if floats is None else _features_of(floats, row.kind, extractor.name)
     for side in (x, *([] if y is None else [y])):
         if not torch.isfinite(side).all():
-            raise InputError(f"{metric}: a picture of {of} or of the float model has no features")
+            raise InputError(
+                f"{metric}: features of an image of {model} or of the float model are not finite"
+            )
     try:
-        value = row.value(x, against)
-        change = None if y is None else value - row.value(y, against)
+        value = row.value(x, reference)
+        change = None if y is None else value - row.value(y, reference)
     except ValueError as error:
         raise InputError(f"{metric}: {error}") from error
     low = high = None
-    if row.frechet and y is not None and units:
-        low, high = interval(x, y, against.gaussian(row.kind), units)
+    if row.frechet and y is not None and groups:
+        low, high = interval(x, y, reference.moments_of(row.kind), groups)
     size = None
-    if against.features is not None and not row.alone:
-        size = len(against.of(row.kind))
+    if reference.features is not None and not row.reference_free:
+        size = len(reference.features_of(row.kind))
     return MetricValue(
-        metric, of, "" if row.alone else against.name, value, len(x), size, extractor.name,
-        extractor.resizer, change, low, high,
+        metric, model, "" if row.reference_free else reference.name, value, len(x), size,
+        extractor.name, extractor.resizer, change, low, high,
     )  # fmt: skip
 
 
 def interval(
-    made: Tensor, floats: Tensor, reference: FeatureMoments, units: Sequence[Any]
+    features: Tensor, floats: Tensor, reference: FeatureMoments, groups: Sequence[Any]
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of how far a Frechet distance is from the float model's.
+    """95 % bootstrap interval of the change of a Frechet distance from the float model's.
 
-    Requests are drawn, both sides with the same ones. A resample has fewer distinct pictures and
-    so a larger distance, nearly the same on both sides; what is left of it is taken out by moving
-    the bootstrap's mean back to the value.
+    Requests are resampled, the same ones for both models. A resample has fewer distinct images, so
+    its distances are larger, by nearly the same amount for both models. The remaining bias is
+    removed: the mean of the bootstrap is shifted to the measured change.
 
     Args:
-        made: features (N, D).
+        features: of the candidate (N, D).
         floats: of the float model (N, D).
-        reference: the fixed side.
-        units: what was asked for (N,).
+        reference: fixed.
+        groups: the request of each image (N,).
     """
-    places: dict[Any, list[int]] = {}
-    for i, unit in enumerate(units):
-        places.setdefault(unit, []).append(i)
-    groups = list(places.values())
+    members: dict[Any, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    lists = list(members.values())
     g = torch.Generator().manual_seed(0)
 
-    def of(rows: list[int]) -> float:
-        return reference.to_features(made[rows]) - reference.to_features(floats[rows])
+    def change(rows: list[int]) -> float:
+        return reference.distance_to_features(features[rows]) - reference.distance_to_features(
+            floats[rows]
+        )
 
-    centre = of(list(range(len(made))))
-    found = []
+    center = change(list(range(len(features))))
+    resampled = []
     for _ in range(RESAMPLES):
-        drawn = torch.randint(len(groups), (len(groups),), generator=g).tolist()
-        found.append(of([i for k in drawn for i in groups[k]]))
-    values = torch.tensor(found, dtype=torch.float64)
+        drawn = torch.randint(len(lists), (len(lists),), generator=g).tolist()
+        resampled.append(change([i for k in drawn for i in lists[k]]))
+    values = torch.tensor(resampled, dtype=torch.float64)
     low, high = torch.quantile(values - values.mean(), torch.tensor([0.025, 0.975]).double())
-    return centre + float(low), centre + float(high)
+    return center + float(low), center + float(high)
 
 
-def _kind(features: Features, kind: str, who: str) -> Tensor:
+def _features_of(features: Features, kind: str, source: str) -> Tensor:
     if kind not in features:
-        raise InputError(f"{who} gives {', '.join(features)} features, this figure needs {kind}")
+        raise InputError(
+            f"{source} has {', '.join(features)} features, but this metric needs {kind}"
+        )
     return features[kind]

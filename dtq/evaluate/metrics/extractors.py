@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``EXTRACTORS``: networks that turn pictures into features, bundled, local or from the hub.
+"""``EXTRACTORS``: networks that turn images into features; bundled, local or from the hub.
 
-An extractor is a function of float pictures (B, 3, H, W) in [0, 1] that returns what it has of
-``pool`` (B, D), ``spatial`` (B, S) and ``logits`` (B, C). Features of different extractors, or of
-different resizers, give figures that cannot be compared, so both are named beside every figure.
+An extractor is a function of float images (B, 3, H, W) in [0, 1]. It returns the kinds of features
+that it has: ``pool`` (B, D), ``spatial`` (B, S) and ``logits`` (B, C). Metrics of different
+extractors or resizers cannot be compared, so both are named next to every value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dtq.evaluate.metrics.images import as_bytes
 Features = dict[str, Tensor]
 
 SPATIAL = 7
-"""Channels of the map that sFID looks at (2103.03841, as in the ADM suite)."""
+"""Channels of the feature map that sFID uses (2103.03841, as in the ADM suite)."""
 
 IMAGENET_NORMAL = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_NORMAL = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -35,13 +35,13 @@ CLIP_NORMAL = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network ready to use.
+    """A loaded network.
 
     Attributes:
-        name: said beside every figure, with what it was loaded from.
-        resizer: what happens to the pictures before it.
-        call: pictures to features.
-        real: moments of the training pictures' pooled features, where they are known.
+        name: shown next to every value, with the file that it was loaded from.
+        resizer: how images are resized for it.
+        call: images to features.
+        real: moments of the training images' pooled features, if they are known.
     """
 
     name: str
@@ -50,29 +50,29 @@ class Extractor:
     real: FeatureMoments | None = None
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, batch: int = 64) -> Features:
-        """Features of any number of pictures, float32 on the CPU."""
-        parts = [self.call(part) for part in pictures.split(batch)]
+    def __call__(self, images: Tensor, batch: int = 64) -> Features:
+        """Features of any number of images, float32 on the CPU."""
+        parts = [self.call(part) for part in images.split(batch)]
         return {key: torch.cat([p[key].float().cpu() for p in parts]) for key in parts[0]}
 
 
-def resized(pictures: Tensor, size: int) -> Tensor:
-    """Float pictures (B, 3, size, size), bicubic with antialiasing, clamped to [0, 1]."""
-    if pictures.shape[-2:] == (size, size):
-        return pictures
-    out = F.interpolate(pictures, (size, size), mode="bicubic", antialias=True)
+def resized(images: Tensor, size: int) -> Tensor:
+    """Float images (B, 3, size, size), bicubic with antialiasing, clamped to [0, 1]."""
+    if images.shape[-2:] == (size, size):
+        return images
+    out = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     return out.clamp(0, 1)
 
 
-def normal(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pictures (B, 3, H, W) shifted and scaled as a network was trained with."""
-    shift, scale = (pictures.new_tensor(t)[:, None, None] for t in (mean, std))
-    return (pictures - shift) / scale
+def normal(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (B, 3, H, W) normalized by mean and standard deviation per channel."""
+    shift, scale = (images.new_tensor(t)[:, None, None] for t in (mean, std))
+    return (images - shift) / scale
 
 
-def emoji(where: str) -> Extractor:
-    """The bundled classifier of the bundled models' pictures."""
-    folder = Path(where) if where else demo.folder() / "classifier"
+def emoji(source: str) -> Extractor:
+    """The bundled classifier of the images of the bundled models."""
+    folder = Path(source) if source else demo.folder() / "classifier"
     tensors = load_file(folder / "model.safetensors")
     real = None
     if "real.mean" in tensors:
@@ -81,8 +81,8 @@ def emoji(where: str) -> Extractor:
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     model.eval()
 
-    def call(pictures: Tensor) -> Features:
-        x = pictures * 2 - 1
+    def call(images: Tensor) -> Features:
+        x = images * 2 - 1
         for stage in model.stages:
             x = stage(x)
         pool = F.silu(x).mean((2, 3))
@@ -91,9 +91,9 @@ def emoji(where: str) -> Extractor:
     return Extractor("emoji", "none", call, real)
 
 
-def random(where: str) -> Extractor:
-    """A convolutional network of fixed random weights: tests the plumbing, says little else."""
-    if where:
+def random(source: str) -> Extractor:
+    """A convolutional network with fixed random weights; it only tests the code path."""
+    if source:
         raise InputError("the extractor random has no weights to load")
     g = torch.Generator().manual_seed(0)
     stages = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 32), (32, 64), (64, 64)))
@@ -102,30 +102,30 @@ def random(where: str) -> Extractor:
         wide = parameter[0].numel() if parameter.ndim > 1 else len(parameter)
         parameter.data = torch.randn(parameter.shape, generator=g) / wide**0.5
 
-    def call(pictures: Tensor) -> Features:
-        x = resized(pictures, 64) * 2 - 1
+    def call(images: Tensor) -> Features:
+        x = resized(images, 64) * 2 - 1
         for stage in stages:
             x = F.silu(stage(x))
         pool = x.mean((2, 3))
         return {"pool": pool, "spatial": x[:, :SPATIAL].flatten(1), "logits": head(pool)}
 
-    return Extractor("random (plumbing only)", "bicubic-antialias 64", call)
+    return Extractor("random (for tests only)", "bicubic-antialias 64", call)
 
 
-def inception(where: str) -> Extractor:
+def inception(source: str) -> Extractor:
     """Inception-v3 of the FID paper: torch-fidelity's weights, or a TorchScript file.
 
-    ``pt_inception-2015-12-05-*.pth`` needs the package torch-fidelity and gives all three kinds of
-    features; spatial ones are the first 7 channels of the first branch of ``Mixed_6d``, which is
-    ``mixed_6/conv`` of the TensorFlow graph. A ``.pt`` or ``.ts`` file is called as
-    ``model(uint8 pictures, return_features=True)`` and gives pooled features alone.
+    ``pt_inception-2015-12-05-*.pth`` needs the package torch-fidelity and has all three kinds of
+    features. Its spatial features are the first 7 channels of the first branch of ``Mixed_6d``,
+    which is ``mixed_6/conv`` of the TensorFlow graph. A ``.pt`` or ``.ts`` file is called as
+    ``model(uint8 images, return_features=True)`` and has pooled features only.
     """
-    path = _file(where, "inception", "pt_inception-2015-12-05-6726825d.pth")
+    path = _file(source, "inception", "pt_inception-2015-12-05-6726825d.pth")
     if path.suffix in (".pt", ".ts"):
         script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
 
-        def scripted(pictures: Tensor) -> Features:
-            return {"pool": script(as_bytes(pictures), return_features=True)}
+        def scripted(images: Tensor) -> Features:
+            return {"pool": script(as_bytes(images), return_features=True)}
 
         return Extractor(f"inception {path.name}", "in the file", scripted)
     module = optional_packages.need(
@@ -134,44 +134,44 @@ def inception(where: str) -> Extractor:
     model = module.FeatureExtractorInceptionV3(
         "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
     ).eval()
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
     branch = model.Mixed_6d.branch1x1
-    branch.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    branch.register_forward_hook(lambda _m, _i, out: captured.append(out))
 
-    def call(pictures: Tensor) -> Features:
-        seen.clear()
-        pool, logits = model(as_bytes(pictures))
-        spatial = seen.pop()[:, :SPATIAL].flatten(1)
+    def call(images: Tensor) -> Features:
+        captured.clear()
+        pool, logits = model(as_bytes(images))
+        spatial = captured.pop()[:, :SPATIAL].flatten(1)
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
     return Extractor(f"inception {path.name}", "TF1 bilinear 299", call)
 
 
-def dinov2(where: str) -> Extractor:
-    """DINOv2 class token (FD-DINOv2, 2306.04675: ViT-L/14), a transformers folder or hub id."""
+def dinov2(source: str) -> Extractor:
+    """DINOv2 class token (FD-DINOv2, 2306.04675: ViT-L/14); a transformers folder or hub id."""
     transformers = optional_packages.need("transformers", "transformers")
-    name = where or "facebook/dinov2-large"
+    name = source or "facebook/dinov2-large"
     model = optional_packages.pretrained(transformers.AutoModel, name, "dinov2").eval()
 
-    def call(pictures: Tensor) -> Features:
-        x = normal(resized(pictures, 224), *IMAGENET_NORMAL)
+    def call(images: Tensor) -> Features:
+        x = normal(resized(images, 224), *IMAGENET_NORMAL)
         return {"pool": model(pixel_values=x).last_hidden_state[:, 0]}
 
     return Extractor(f"dinov2 {name}", "bicubic-antialias 224", call)
 
 
-def clip(where: str) -> Extractor:
-    """CLIP image embeddings (CMMD: ViT-L/14 at 336), a transformers folder or hub id."""
+def clip(source: str) -> Extractor:
+    """CLIP image embeddings (CMMD: ViT-L/14 at 336); a transformers folder or hub id."""
     transformers = optional_packages.need("transformers", "transformers")
-    name = where or "openai/clip-vit-large-patch14-336"
+    name = source or "openai/clip-vit-large-patch14-336"
     model = optional_packages.pretrained(
         transformers.CLIPVisionModelWithProjection, name, "clip"
     ).eval()
     size = model.config.image_size
 
-    def call(pictures: Tensor) -> Features:
+    def call(images: Tensor) -> Features:
         return {
-            "pool": model(pixel_values=normal(resized(pictures, size), *CLIP_NORMAL)).image_embeds
+            "pool": model(pixel_values=normal(resized(images, size), *CLIP_NORMAL)).image_embeds
         }
 
     return Extractor(f"clip {name}", f"bicubic-antialias {size}", call)
@@ -184,23 +184,23 @@ EXTRACTORS: dict[str, Callable[[str], Extractor]] = {
     "dinov2": dinov2,
     "clip": clip,
 }
-"""By name; each takes a local path or hub id, or ``""`` for its own default."""
+"""By name. Each takes a local path or hub id, or ``""`` for its own default."""
 
 
-def load(name: str, where: str = "") -> Extractor:
-    """An extractor by name.
+def load(name: str, source: str = "") -> Extractor:
+    """Load an extractor by name.
 
     Raises:
-        InputError: no such extractor, its package or its weights are not there.
+        InputError: no such extractor, or its package or its weights are missing.
     """
     if name not in EXTRACTORS:
         raise InputError(f"unknown extractor {name!r}; there are {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name](where)
+    return EXTRACTORS[name](source)
 
 
-def _file(where: str, name: str, example: str) -> Path:
-    if not where:
+def _file(source: str, name: str, example: str) -> Path:
+    if not source:
         raise InputError(f"{name} needs its weights: --extractor {name}=FOLDER/{example}")
-    if not Path(where).is_file():
-        raise InputError(f"{where}: no such file; {name} needs its weights, for example {example}")
-    return Path(where)
+    if not Path(source).is_file():
+        raise InputError(f"{source}: no such file; {name} needs its weights, for example {example}")
+    return Path(source)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FeatureMoments:
-    """The Gaussian of one side, with its square root kept: it is the costly part.
+    """The Gaussian fitted to a set of features; caches the square root of its covariance.
 
     Attributes:
         mean: float64 (D,).
@@ -24,8 +24,8 @@ class FeatureMoments:
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureMoments:
-        """Of features (N, D), N >= 2, in float64."""
-        x = _enough(features)
+        """Moments of features (N, D), N >= 2, in float64."""
+        x = _in_float64(features)
         return cls(x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1]))
 
     @cached_property
@@ -34,23 +34,23 @@ class FeatureMoments:
         values, vectors = torch.linalg.eigh(self.cov)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
-    def to(self, other: FeatureMoments) -> float:
-        """Frechet distance; real eigenvalues through ``root(A) B root(A)``."""
+    def distance(self, other: FeatureMoments) -> float:
+        """Frechet distance to other moments; real eigenvalues through ``root(A) B root(A)``."""
         inner = torch.linalg.eigvalsh(self.root @ other.cov @ self.root)
         cross = inner.clamp(min=0).sqrt().sum()
         gap = (self.mean - other.mean).square().sum()
         return float(gap + self.cov.trace() + other.cov.trace() - 2 * cross)
 
-    def to_features(self, features: Tensor) -> float:
+    def distance_to_features(self, features: Tensor) -> float:
         """Frechet distance to features (N, D); for N < D by singular values, no D x D root."""
         if len(features) >= features.shape[1]:
-            return self.to(FeatureMoments.of(features))
-        x = _enough(features)
+            return self.distance(FeatureMoments.of(features))
+        x = _in_float64(features)
         mean = x.mean(0)
-        centred = (x - mean) / (len(x) - 1) ** 0.5  # (N, D), its hessian is the covariance
-        cross = torch.linalg.svdvals(centred @ self.root).sum()
+        centered = (x - mean) / (len(x) - 1) ** 0.5  # (N, D); centered^T centered is the covariance
+        cross = torch.linalg.svdvals(centered @ self.root).sum()
         gap = (self.mean - mean).square().sum()
-        return float(gap + self.cov.trace() + centred.square().sum() - 2 * cross)
+        return float(gap + self.cov.trace() + centered.square().sum() - 2 * cross)
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -60,10 +60,10 @@ def frechet(a: Tensor, b: Tensor) -> float:
         a: features (N, D), N >= 2.
         b: features (M, D), M >= 2.
     """
-    return FeatureMoments.of(a).to_features(b)
+    return FeatureMoments.of(a).distance_to_features(b)
 
 
-def _enough(features: Tensor) -> Tensor:
+def _in_float64(features: Tensor) -> Tensor:
     if len(features) < 2:
         raise ValueError("a Frechet distance needs at least 2 samples on each side")
     return features.double()

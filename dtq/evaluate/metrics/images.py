@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Same-seed comparison of finished pictures, and contact sheets."""
+"""Metrics of pairs of images, image files, and contact sheets."""
 
 from __future__ import annotations
 
@@ -15,103 +15,103 @@ from torch import Tensor
 from dtq.errors import InputError
 
 
-def psnr(got: Tensor, want: Tensor) -> Tensor:
-    """PSNR in dB per picture (B,), float pictures (B, 3, H, W) in [0, 1]; equal ones give inf."""
-    error = (got.double() - want.double()).square().flatten(1).mean(1)
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """PSNR in dB per image (B,), float images (B, 3, H, W) in [0, 1]; inf for equal images."""
+    error = (images.double() - reference.double()).square().flatten(1).mean(1)
     return -10 * torch.log10(error)
 
 
-def ssim(got: Tensor, want: Tensor) -> Tensor:
-    """Structural similarity per picture (B,), float pictures (B, 3, H, W) in [0, 1]."""
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity per image (B,), float images (B, 3, H, W) in [0, 1]."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    value = structural_similarity_index_measure(got, want, data_range=1.0, reduction="none")
+    value = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
     assert isinstance(value, Tensor)
     return value.reshape(-1)
 
 
-def flaw(picture: Tensor) -> str:
-    """Why a picture or video is none: not finite, or one grey level everywhere. Else empty.
+def flaw(image: Tensor) -> str:
+    """Why an image or video cannot be used, as the end of a sentence; empty if it can.
 
     Args:
-        picture: float, any shape, in [0, 1] where it is right.
+        image: float, any shape; a usable one is in [0, 1].
     """
-    if not torch.isfinite(picture).all():
-        return "numbers that are not finite"
-    if float(picture.max() - picture.min()) < 1 / 255:
-        return "an empty picture"
+    if not torch.isfinite(image).all():
+        return "has values that are not finite"
+    if float(image.max() - image.min()) < 1 / 255:
+        return "is empty: it has less than one gray level of contrast"
     return ""
 
 
 def shown(result: Any) -> Tensor:
-    """What a pipeline made, float on the CPU.
+    """The output of a pipeline, float on the CPU.
 
     Returns:
-        Pictures (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or sounds (B, channels, samples).
+        Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or sounds (B, channels, samples).
 
     Raises:
-        InputError: it returned none of these.
+        InputError: the pipeline returned none of these.
     """
     for kind in ("images", "frames", "audios"):
         if hasattr(result, kind):
-            made = torch.as_tensor(getattr(result, kind)).detach().float().cpu()
-            return made if kind == "audios" else made.clamp(0, 1)
-    raise InputError(f"{type(result).__name__}: neither images, frames nor audios")
+            output = torch.as_tensor(getattr(result, kind)).detach().float().cpu()
+            return output if kind == "audios" else output.clamp(0, 1)
+    raise InputError(f"{type(result).__name__}: has neither images, frames nor audios")
 
 
 def rate(pipeline: Any) -> int:
-    """Samples of a sound in a second, as the autoencoder of a pipeline says."""
+    """Sampling rate of sounds in Hz, from the config of the pipeline's autoencoder."""
     config = getattr(getattr(pipeline, "vae", None), "config", {})
     return int(config.get("sampling_rate", 44100))
 
 
 def strip(video: Tensor, count: int = 8) -> Tensor:
-    """At most ``count`` frames of a video (F, 3, H, W), first and last among them."""
+    """At most ``count`` frames of a video (F, 3, H, W), the first and the last among them."""
     places = torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()
     return video[places]
 
 
-def as_bytes(shown: Tensor) -> Tensor:
-    """8-bit values as a file would hold them: uint8, same shape, from float in [0, 1]."""
-    return (shown.clamp(0, 1) * 255).round().to(torch.uint8)
+def as_bytes(images: Tensor) -> Tensor:
+    """8-bit values as in a file: uint8 of the same shape, from float in [0, 1]."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def as_image(picture: Tensor) -> Image.Image:
-    """A PIL image of a float picture (3, H, W) in [0, 1]."""
-    return Image.fromarray(as_bytes(picture).permute(1, 2, 0).contiguous().numpy())
+def as_image(image: Tensor) -> Image.Image:
+    """A PIL image of a float image (3, H, W) in [0, 1]."""
+    return Image.fromarray(as_bytes(image).permute(1, 2, 0).contiguous().numpy())
 
 
-def encoded(made: Tensor, rate: int = 44100) -> tuple[str, bytes]:
-    """A picture (3, H, W), a video (F, 3, H, W) or a sound (channels, samples) as a file.
+def encoded(sample: Tensor, rate: int = 44100) -> tuple[str, bytes]:
+    """Encode an image (3, H, W), a video (F, 3, H, W) or a sound (channels, samples).
 
     Args:
-        made: pictures and videos in [0, 1], sounds in [-1, 1].
-        rate: samples of a sound in a second.
+        sample: images and videos in [0, 1], sounds in [-1, 1].
+        rate: sampling rate of a sound in Hz.
 
     Returns:
-        Its suffix and its bytes: ``.png``, animated for a video, or ``.wav``.
+        Suffix and contents of the file: ``.png``, animated for a video, or ``.wav``.
     """
-    if made.ndim > 2:
-        return ".png", file(made)
+    if sample.ndim > 2:
+        return ".png", file(sample)
     stream = io.BytesIO()
-    data = (made.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous()
+    data = (sample.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous()
     with wave.open(stream, "wb") as wav:
-        wav.setnchannels(len(made))
+        wav.setnchannels(len(sample))
         wav.setsampwidth(2)
         wav.setframerate(rate)
         wav.writeframes(data.numpy().tobytes())
     return ".wav", stream.getvalue()
 
 
-def file(shown: Tensor, longest: int | None = None, milliseconds: int = 125) -> bytes:
-    """A PNG file of a picture, an animated one of a video.
+def file(image: Tensor, longest: int | None = None, milliseconds: int = 125) -> bytes:
+    """A PNG file of an image, or an animated PNG file of a video.
 
     Args:
-        shown: float (3, H, W), or (F, 3, H, W), in [0, 1].
-        longest: pixels of the longer side, when it is to be smaller.
-        milliseconds: that a frame stays.
+        image: float (3, H, W), or (F, 3, H, W), in [0, 1].
+        longest: largest number of pixels of the longer side; larger images are scaled down.
+        milliseconds: duration of a frame.
     """
-    frames = shown.nan_to_num().clamp(0, 1)
+    frames = image.nan_to_num().clamp(0, 1)
     frames = frames if frames.ndim == 4 else frames[None]
     largest = max(frames.shape[-2:])
     if longest is not None and largest > longest:
@@ -127,16 +127,22 @@ def file(shown: Tensor, longest: int | None = None, milliseconds: int = 125) -> 
 
 
 def sheet(rows: list[Tensor], gap: int = 4, scale: int = 1) -> Image.Image:
-    """Rows of pictures, each (B, 3, H, W) in [0, 1], as one image on white."""
+    """A contact sheet on white.
+
+    Args:
+        rows: images of each row, (B, 3, H, W) in [0, 1], all of one size.
+        gap: pixels between images.
+        scale: factor of the size of the images.
+    """
     columns = max(len(row) for row in rows)
     height, width = (rows[0].shape[-2] * scale, rows[0].shape[-1] * scale)
     page = Image.new(
         "RGB", (columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white"
     )
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            image = as_image(picture).resize((width, height), Image.Resampling.NEAREST)
-            page.paste(image, (gap + x * (width + gap), gap + y * (height + gap)))
+        for x, image in enumerate(row):
+            cell = as_image(image).resize((width, height), Image.Resampling.NEAREST)
+            page.paste(cell, (gap + x * (width + gap), gap + y * (height + gap)))
     return page
 
 

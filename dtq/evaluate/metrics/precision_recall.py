@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inception score, and precision and recall of k-nearest-neighbour manifolds."""
+"""Inception score, and precision and recall of k-nearest-neighbor manifolds."""
 
 from __future__ import annotations
 
@@ -8,52 +8,56 @@ import math
 import torch
 from torch import Tensor
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 SPLIT = 5000
-"""Samples in a split of the Inception score, as in the ADM suite."""
+"""Samples per split of the Inception score, as in the ADM suite."""
 
 
 def inception_score(logits: Tensor, split: int = SPLIT) -> float:
-    """``exp(E KL(p(y|x) || p(y)))`` (1606.03498, sec. 4), mean over splits. More is better.
+    """``exp(E KL(p(y|x) || p(y)))`` (1606.03498, sec. 4), mean over splits. Higher is better.
 
     Args:
-        logits: class logits (N, C); the samples after the last whole split are one of their own,
+        logits: class logits (N, C). The samples after the last full split are a split of their own,
             as in the ADM suite.
-        split: samples of a split.
+        split: samples per split.
     """
-    found = []
+    scores = []
     for part in logits.double().split(split):
         log_p = part.log_softmax(1)  # (n, C)
         log_mean = log_p.logsumexp(0) - math.log(len(part))
-        found.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
-    return float(torch.stack(found).mean())
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
+    return float(torch.stack(scores).mean())
 
 
-def precision_recall(made: Tensor, real: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Improved precision and recall (1904.06991, sec. 2). More is better.
+def precision_recall(generated: Tensor, real: Tensor, k: int = NEIGHBORS) -> tuple[float, float]:
+    """Improved precision and recall (1904.06991, sec. 2). Higher is better.
 
     Args:
-        made: features of generated pictures (N, D), N > k.
+        generated: features of generated images (N, D), N > k.
         real: features of the reference (M, D), M > k.
-        k: the radius of a sample reaches its k-th nearest neighbour of the same side.
+        k: the radius of a sample is the distance to its k-th nearest neighbor on the same side.
 
     Returns:
-        Share of made ones within a real one's radius, share of real ones within a made one's.
+        Fraction of generated samples within the radius of a real one, and fraction of real samples
+        within the radius of a generated one.
+
+    Raises:
+        ValueError: a side has no more than k samples.
     """
-    x, y = made.double(), real.double()
+    x, y = generated.double(), real.double()
     if min(len(x), len(y)) <= k:
-        raise ValueError(f"{k} neighbours need more than {k} samples on each side")
-    across = _apart(x, y)  # (N, M)
+        raise ValueError(f"{k} neighbors need more than {k} samples on each side")
+    across = _distances(x, y)  # (N, M)
     precision = (across <= _radii(y, k)[None, :]).any(1).double().mean()
     recall = (across <= _radii(x, k)[:, None]).any(0).double().mean()
     return float(precision), float(recall)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Distance to the k-th neighbour (N,); the nearest of all is the sample itself."""
-    return _apart(x, x).kthvalue(k + 1, dim=1).values
+    """Distance to the k-th neighbor (N,); the nearest sample of all is the sample itself."""
+    return _distances(x, x).kthvalue(k + 1, dim=1).values
 
 
-def _apart(x: Tensor, y: Tensor) -> Tensor:
-    # differences, not ``x^2 + y^2 - 2xy``: equal samples are exactly 0 apart
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    # differences, not ``x^2 + y^2 - 2xy``: equal samples have a distance of exactly 0
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

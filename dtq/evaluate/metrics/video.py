@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of videos that need no weights: VBench's temporal flickering, and paired relatives."""
+"""Metrics of videos that need no weights: VBench's temporal flickering, and paired metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def temporal_flickering(videos: Tensor) -> Tensor:
     """VBench 0.1.5's ``temporal_flickering`` (2311.17982, sec. A.1): 1 is a still.
 
     ``(255 - mean over pairs of frames of the mean absolute difference) / 255`` of 8-bit frames.
-    VBench asks it of videos of static scenes alone; for others compare with the float video.
+    VBench applies it to videos of static scenes only; compare other videos with the float video.
 
     Args:
         videos: uint8 (B, F, 3, H, W), or float in [0, 1]; F >= 2.
@@ -21,53 +21,57 @@ def temporal_flickering(videos: Tensor) -> Tensor:
     Returns:
         float64 (B,).
     """
-    return 1 - _changes(videos).mean(1) / 255
+    return 1 - _frame_changes(videos).mean(1) / 255
 
 
 def frame_energy(videos: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring frames, pictures in [0, 1]: float64 (B,)."""
-    return _moves(videos).square().flatten(1).mean(1)
+    """Mean squared difference of consecutive frames, images in [0, 1]: float64 (B,)."""
+    return _differences(videos).square().flatten(1).mean(1)
 
 
-def temporal_psnr(got: Tensor, want: Tensor) -> Tensor:
-    """PSNR in dB of frame differences (B,); equal ones give inf.
+def temporal_psnr(candidate: Tensor, reference: Tensor) -> Tensor:
+    """PSNR in dB of frame differences (B,); inf for equal videos.
 
     Args:
-        got: float (B, F, 3, H, W) in [0, 1], F >= 2.
-        want: the float model's, same seeds.
+        candidate: float (B, F, 3, H, W) in [0, 1], F >= 2.
+        reference: of the float model, with the same seeds.
     """
-    return images.psnr(_halved(got), _halved(want))
+    return images.psnr(_as_images(candidate), _as_images(reference))
 
 
-def temporal_ssim(got: Tensor, want: Tensor) -> Tensor:
+def temporal_ssim(candidate: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity of frame differences (B,), mean over pairs of frames."""
-    shown, right = (_halved(v).float().flatten(0, 1) for v in (got, want))
-    return images.ssim(shown, right).reshape(len(got), -1).mean(1)
+    flat = (_as_images(v).float().flatten(0, 1) for v in (candidate, reference))
+    return images.ssim(*flat).reshape(len(candidate), -1).mean(1)
 
 
-def flicker_excess(got: Tensor, want: Tensor) -> Tensor:
-    """How much more a video flickers than the float model's of the same seed (B,), in grey levels.
+def flicker_excess(candidate: Tensor, reference: Tensor) -> Tensor:
+    """Increase of the flicker over the float video with the same seed (B,), in gray levels of 255.
 
-    Mean absolute difference of neighbouring frames, 0 to 255, candidate minus float: above 0 it
-    shakes more, below 0 motion was lost.
+    The flicker is the mean absolute difference of consecutive frames. Above 0 the candidate
+    flickers more, below 0 it lost motion.
     """
-    return _changes(got).mean(1) - _changes(want).mean(1)
+    return _frame_changes(candidate).mean(1) - _frame_changes(reference).mean(1)
 
 
-def _changes(videos: Tensor) -> Tensor:
-    """Mean absolute difference of each pair of frames in grey levels: float64 (B, F - 1)."""
+def _check(videos: Tensor) -> None:
     if videos.ndim != 5 or videos.shape[1] < 2:
         raise ValueError(f"videos are (B, F, 3, H, W) with F >= 2, got {list(videos.shape)}")
+
+
+def _frame_changes(videos: Tensor) -> Tensor:
+    """Mean absolute difference of each pair of frames in gray levels: float64 (B, F - 1)."""
+    _check(videos)
     frames = (videos if videos.dtype == torch.uint8 else images.as_bytes(videos)).double()
     return (frames[:, 1:] - frames[:, :-1]).abs().flatten(2).mean(2)
 
 
-def _moves(videos: Tensor) -> Tensor:
-    if videos.ndim != 5 or videos.shape[1] < 2:
-        raise ValueError(f"videos are (B, F, 3, H, W) with F >= 2, got {list(videos.shape)}")
+def _differences(videos: Tensor) -> Tensor:
+    """Frame differences: float64 (B, F - 1, 3, H, W) in [-1, 1]."""
+    _check(videos)
     return videos[:, 1:].double() - videos[:, :-1].double()
 
 
-def _halved(videos: Tensor) -> Tensor:
-    """Frame differences moved from [-1, 1] to [0, 1], so that they are pictures."""
-    return (_moves(videos) + 1) / 2
+def _as_images(videos: Tensor) -> Tensor:
+    """Frame differences scaled from [-1, 1] to [0, 1], the range of images."""
+    return (_differences(videos) + 1) / 2

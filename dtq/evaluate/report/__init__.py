@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report pages and their plots."""
+"""The report of ``dtq eval``: one self-contained HTML page."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's plots, as SVG that takes its colours from the page: dark pages too."""
+"""Plots of the report as SVG that takes its text and line colors from the page."""
 
 from __future__ import annotations
 
@@ -8,58 +8,62 @@ from collections.abc import Sequence
 from typing import Any
 
 INK, LINE = "#010203", "#010204"
-"""Stand for the page's text and line colour while matplotlib draws."""
+"""Placeholders for the text and line color of the page while matplotlib draws."""
 
-COLOURS = ("#2f7ed8", "#d9822b", "#3a9d5d", "#b04fc4", "#c4493d", "#6b8299")
+COLORS = ("#2f7ed8", "#d9822b", "#3a9d5d", "#b04fc4", "#c4493d", "#6b8299")
 
 
 def steps(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Error of each step, one line per model."""
+    """Error of each step, one line per model; ``rows`` are names and errors."""
     figure, axes = _axes()
-    for (name, values), colour in zip(rows, _cycle(len(rows)), strict=True):
-        axes.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=name, color=colour)
+    for (name, values), color in zip(rows, _cycle(len(rows)), strict=True):
+        axes.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=name, color=color)
     axes.set(xlabel="step, noisiest first", ylabel="relative squared error", yscale="log")
     _legend(axes, 8)
     return _svg(figure)
 
 
 def divergence(values: Sequence[float]) -> str:
-    """Distance of the latents that enter each step; the first is 0 by design."""
+    """Distance of the latents that enter each step; the first, 0 by construction, is left out."""
     figure, axes = _axes()
     shown = range(2, len(values) + 1)
-    axes.plot(shown, values[1:], marker="o", ms=3, color=COLOURS[0])
+    axes.plot(shown, values[1:], marker="o", ms=3, color=COLORS[0])
     axes.set(xlabel="step", ylabel="relative squared distance", yscale="log")
     return _svg(figure)
 
 
-def layers(found: Sequence[dict[str, Any]]) -> str:
-    """Output error of each layer in call order, coloured by role."""
+def layers(rows: Sequence[dict[str, Any]]) -> str:
+    """Output error of each layer in call order, colored by role; ``rows`` as in the report."""
     figure, axes = _axes()
-    roles = sorted({x["role"] for x in found})
-    for role, colour in zip(roles, _cycle(len(roles)), strict=True):
-        points = [(i, x["error"]) for i, x in enumerate(found) if x["role"] == role]
-        axes.scatter(*zip(*points, strict=True), s=12, label=role, color=colour)
+    roles = sorted({x["role"] for x in rows})
+    for role, color in zip(roles, _cycle(len(roles)), strict=True):
+        points = [(i, x["error"]) for i, x in enumerate(rows) if x["role"] == role]
+        axes.scatter(*zip(*points, strict=True), s=12, label=role, color=color)
     axes.set(xlabel="layer, in call order", ylabel="relative squared output error", yscale="log")
     _legend(axes, 7, ncol=3)
     return _svg(figure)
 
 
-def ranges(sites: Sequence[dict[str, Any]]) -> str:
-    """Channel peaks over timesteps, before and after the transforms; one thin line per input."""
+def ranges(inputs: Sequence[dict[str, Any]]) -> str:
+    """Imbalance of the channels of each input over timesteps, before and after its transform.
+
+    Args:
+        inputs: rows of ``dtq_report.json``; each is a thin line.
+    """
     figure, axes = _axes()
-    for key, label, colour in (
-        ("imbalance", "before", COLOURS[4]),
-        ("peaks_after", "after", COLOURS[2]),
+    for key, label, color in (
+        ("imbalance", "before", COLORS[4]),
+        ("imbalance_after", "after", COLORS[2]),
     ):
-        lines = [s[key] for s in sites]
+        lines = [row[key] for row in inputs]
         bins = range(1, len(lines[0]) + 1)
         for line in lines:
-            axes.plot(bins, line, color=colour, alpha=0.18, lw=0.8)
+            axes.plot(bins, line, color=color, alpha=0.18, lw=0.8)
         middle = [sorted(column)[len(column) // 2] for column in zip(*lines, strict=True)]
-        axes.plot(bins, middle, color=colour, lw=2.2, label=f"{label} (median)")
+        axes.plot(bins, middle, color=color, lw=2.2, label=f"{label} (median)")
     axes.set(
         xlabel="timestep bin, last is noisiest",
-        ylabel="largest channel peak / mean peak",
+        ylabel="largest channel amax / mean amax",
         yscale="log",
     )
     _legend(axes, 8)
@@ -67,15 +71,20 @@ def ranges(sites: Sequence[dict[str, Any]]) -> str:
 
 
 def bench(groups: dict[str, dict[str, float]], ours: str) -> str:
-    """Times over those of ``ours``, a group of bars each; a file of its own."""
+    """Times relative to those of one backend, as grouped bars; a file of its own.
+
+    Args:
+        groups: title of a group to time by backend.
+        ours: name of the backend that the others are compared with.
+    """
     figure, axes = _axes()
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    wide = 0.8 / len(names)
+    width = 0.8 / len(names)
     figure.set_size_inches(7.2, max(2.5, 0.9 + 0.16 * len(names) * len(groups)))
-    for i, (name, colour) in enumerate(zip(names, _cycle(len(names)), strict=True)):
-        places = [g + (i - (len(names) - 1) / 2) * wide for g in range(len(groups))]
+    for i, (name, color) in enumerate(zip(names, _cycle(len(names)), strict=True)):
+        positions = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
         values = [group.get(name, 0) for group in groups.values()]
-        bars = axes.barh(places, values, wide * 0.9, label=name, color=colour)
+        bars = axes.barh(positions, values, width * 0.9, label=name, color=color)
         axes.bar_label(bars, fmt="%.2f", fontsize=6, color=INK, padding=2)
     axes.axvline(1, color=INK, lw=0.8)
     axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
@@ -83,12 +92,12 @@ def bench(groups: dict[str, dict[str, float]], ours: str) -> str:
     axes.set(xlabel=f"time over that of {ours}: above 1 {ours} is faster")
     axes.legend(frameon=False, fontsize=7, ncol=4, labelcolor=INK, loc="lower center",
                 bbox_to_anchor=(0.5, 1.0))  # fmt: skip
-    alone = '<svg style="color:#222;--line:#ccc;background:#fff" '
-    return _svg(figure).replace("<svg ", alone, 1)
+    styled = '<svg style="color:#222;--line:#ccc;background:#fff" '
+    return _svg(figure).replace("<svg ", styled, 1)
 
 
 def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+    return [COLORS[i % len(COLORS)] for i in range(count)]
 
 
 def _axes() -> tuple[Any, Any]:

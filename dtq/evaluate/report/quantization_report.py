@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dtq_report.json`` as the page of ``dtq eval`` reads it: it may come from anywhere."""
+"""``dtq_report.json`` as the page of ``dtq eval`` reads it; the file is untrusted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from dtq.io.safe_parse import is_finite_numbers, read_json
 
 
 def quantization_report(path: Path | None) -> dict[str, Any]:
-    """What ``dtq quantize`` wrote beside the checkpoint; empty when it is not there.
+    """The report of ``dtq quantize`` in a checkpoint folder; empty if there is none.
+
+    The layers of several transformers are joined, with the component in front of their names.
 
     Raises:
-        InputError: the file is there and is not what dtq writes; names the key.
+        InputError: the file exists and is not what dtq writes; the message names the key.
     """
     file = path / "dtq_report.json" if path is not None else None
     if file is None or not file.is_file():

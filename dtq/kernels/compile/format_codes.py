@@ -54,16 +54,16 @@ def format_code(fmt: Format) -> FormatCode | None:
             return FormatCode(TWO_LEVEL, bits, FLOAT32)
         case Fp8():
             return FormatCode(FLOAT8, 8, FLOAT32)
-        case Grid(levels=levels):
-            return FormatCode(TABLE, levels.bits, scale, codebook=levels.values)
+        case Grid(codebook=codebook):
+            return FormatCode(TABLE, codebook.bits, scale, codebook=codebook.values)
         case NvFp4():
             return FormatCode(TABLE, 4, E4M3, codebook=E2M1.values)
         case MxFp4():
             return FormatCode(TABLE, 4, POWER, codebook=E2M1.values)
         case Lut(bits=bits):
             return FormatCode(TABLE, bits, scale)
-        case Vq(words=words, vector=vector, scaled=scaled):
-            bits = words.bit_length() - 1
+        case Vq(num_codewords=num_codewords, vector=vector, scaled=scaled):
+            bits = num_codewords.bit_length() - 1
             return FormatCode(WORDS, bits, BFLOAT16 if scaled else NO_SCALE, vector=vector)
         case Ternary(trits=True):
             return FormatCode(TRITS, 2, scale, 1)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time candidates against each other, and summarize the ratios of their times.
+
+A comparison is interleaved: in every round each candidate runs once (a short one several times), in
+random order. Ratios are of two times of the same round, and their median over the rounds counts. So
+a machine that is busy with something else slows both.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dtq.bench.cases import RECIPES
+from dtq.bench.timer import Clock, HostClock
+
+
+@dataclass
+class Candidate:
+    """One implementation of the work.
+
+    Attributes:
+        name: of the row.
+        run: does the work once.
+        bytes: of its weights, with scales and everything else.
+    """
+
+    name: str
+    run: Callable[[], object]
+    bytes: int
+
+
+@dataclass
+class BenchRow:
+    """Times of one candidate at one size.
+
+    Attributes:
+        case: ``K x N``, or the name of a model.
+        tokens: M, or the tokens of a sample.
+        name: of the candidate.
+        seconds: median time of a run.
+        bytes: of its weights.
+        ratio: by reference candidate, quartiles of this one's time over the reference's; above 1
+            the reference is faster.
+        share: int8 operations per second as a fraction of the peak of the CPU, see ``cpu.peak``.
+    """
+
+    case: str
+    tokens: int
+    name: str
+    seconds: float
+    bytes: int
+    ratio: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    share: float | None = None
+
+
+Progress = Callable[[list[BenchRow]], None]
+"""Is called with the rows of each comparison when it ends."""
+
+
+@dataclass
+class Result:
+    """A whole suite.
+
+    Attributes:
+        suite: its name.
+        conditions: of the measurement, by name.
+        rows: of all comparisons.
+    """
+
+    suite: str
+    conditions: dict[str, str | int]
+    rows: list[BenchRow]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the verdict."""
+        return asdict(self) | {"verdict": verdict(self.rows)}
+
+
+def run_suite(
+    suite: str,
+    comparisons: Iterable[list[BenchRow]],
+    conditions: dict[str, str | int],
+    progress: Progress | None,
+) -> Result:
+    """Run the comparisons of a suite.
+
+    Args:
+        suite: its name.
+        comparisons: rows of each; an iterator runs a comparison when it is asked for.
+        conditions: of the measurement, by name.
+        progress: called after each comparison.
+
+    Returns:
+        All rows.
+    """
+    rows: list[BenchRow] = []
+    for compared in comparisons:
+        rows += compared
+        if progress:
+            progress(compared)
+    return Result(suite, conditions, rows)
+
+
+@torch.no_grad()
+def compare(
+    case: str,
+    tokens: int,
+    candidates: Sequence[Candidate],
+    rounds: int,
+    clock: Clock | None = None,
+    relative_to: Iterable[str] = tuple(RECIPES),
+) -> list[BenchRow]:
+    """Time candidates in interleaved rounds.
+
+    Args:
+        case: ``K x N``, or the name of a model.
+        tokens: M, or the tokens of a sample.
+        candidates: what is timed.
+        rounds: at least 2.
+        clock: None: the host's.
+        relative_to: names of the reference candidates; those that are missing are skipped.
+
+    Returns:
+        A row per candidate, with ratios to each reference candidate.
+    """
+    clock = clock or HostClock()
+    times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    watches = {c.name: clock.watch(c.run) for c in candidates}
+    for i in range(rounds):
+        shuffled = list(candidates)
+        random.Random(i).shuffle(shuffled)
+        for c in shuffled:
+            times[c.name].append(watches[c.name]())
+    rows = []
+    for c in candidates:
+        ratio = {
+            name: _quartiles(a / b for a, b in zip(times[c.name], times[name], strict=True))
+            for name in relative_to
+            if name in times and name != c.name
+        }
+        seconds = statistics.median(times[c.name])
+        rows.append(BenchRow(case, tokens, c.name, seconds, c.bytes, ratio))
+    return rows
+
+
+def geometric_means(rows: Iterable[BenchRow], reference: str) -> dict[tuple[int, str], float]:
+    """By tokens and candidate: its time over that of ``reference``, mean over all cases."""
+    ratios: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        if reference in row.ratio:
+            ratios.setdefault((row.tokens, row.name), []).append(row.ratio[reference][1])
+    return {key: statistics.geometric_mean(values) for key, values in ratios.items()}
+
+
+def ratios(result: Result, reference: str) -> dict[str, dict[str, float]]:
+    """Times over that of ``reference``, by candidate; by case, or for ``gemm`` by tokens."""
+    groups: dict[str, dict[str, float]] = {}
+    if result.suite == "gemm":
+        for (tokens, name), value in geometric_means(result.rows, reference).items():
+            groups.setdefault(f"M {tokens}", {})[name] = value
+        return groups
+    for row in result.rows:
+        if reference in row.ratio:
+            groups.setdefault(row.case, {})[row.name] = row.ratio[reference][1]
+    return groups
+
+
+def verdict(rows: Sequence[BenchRow]) -> str:
+    """A sentence. It recommends only what is faster than every float candidate."""
+    many = [row for row in rows if row.tokens > 1]
+    speeds = []
+    for recipe in RECIPES:
+        speedup = {
+            name: statistics.geometric_mean(
+                row.ratio[recipe][1] for row in many if row.name == name
+            )
+            for name in ("bf16", "fp32")
+            if any(row.name == name and recipe in row.ratio for row in many)
+        }
+        if speedup:
+            fastest = min(speedup, key=lambda name: speedup[name])  # of the float candidates
+            smaller = _bytes(many, "bf16") / _bytes(many, recipe)
+            speeds.append((speedup[fastest], recipe, fastest, smaller))
+    if not speeds:
+        return "nothing of dtq was measured"
+    speed, recipe, fastest, smaller = max(speeds)
+    if speed > 1:
+        return (
+            f"{recipe} is {speed:.1f}x faster than {fastest} here and "
+            f"{smaller:.1f}x smaller than bf16"
+        )
+    return (
+        f"nothing of dtq is faster than {fastest} here; {recipe} takes {1 / speed:.1f}x as long "
+        f"and is {smaller:.1f}x smaller than bf16: quantize for memory, not for speed"
+    )
+
+
+def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _bytes(rows: Iterable[BenchRow], name: str) -> int:
+    return sum(row.bytes for row in rows if row.name == name)

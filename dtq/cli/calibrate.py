@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq calibrate``: statistics of a float model, in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dtq.cli import options as opt
+from dtq.cli.output import size
+from dtq.errors import InputError
+
+
+@click.command()
+@click.argument("model")
+@opt.recipe
+@opt.model
+@opt.output(required=True, help="File to write, .safetensors.")
+@opt.fresh
+def calibrate(
+    model: str,
+    output: Path,
+    fresh: bool,
+    dtype: str,
+    components: tuple[str, ...],
+    **choices: Any,
+) -> None:
+    """Collect statistics of the float MODEL in a file.
+
+    The file serves any number of recipes. MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
+    demo-video. If a run was interrupted, the same command continues it.
+
+    \b
+    dtq calibrate demo -o demo-stats.safetensors
+    dtq quantize demo --recipe w4a8 --stats demo-stats.safetensors -o demo-w4a8
+    """
+    from dtq.calibrate import store
+    from dtq.calibrate.observers import OBSERVERS
+    from dtq.cli.inputs import quiet, recipe_with
+    from dtq.io.memory import tune_malloc
+    from dtq.pipelines.loading import load_transformers
+    from dtq.runs.run_dir import run_directory
+    from dtq.runs.workers import Workers
+    from dtq.stages.calibrate import collect
+    from dtq.stages.plan import plan
+    from dtq.stages.run import Run
+    from dtq.stages.run_identity import run_identity
+
+    tune_malloc()
+    recipe = recipe_with(choices)
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent}: no such folder")
+    workers = Workers.join()
+    with (
+        quiet(not workers.is_main),
+        run_directory(output, workers, fresh=fresh, file=True) as directory,
+    ):
+        models = load_transformers(model, dtype=dtype, component=components or "auto")
+        if len(models) > 1:
+            names = ", ".join(each.component for each in models)
+            raise InputError(
+                f"{model} has several transformers: choose one, --component of {names}"
+            )
+        run = Run(models[0], recipe, directory.tasks, progress=workers.is_main)
+        plan(run)
+        # everything, whatever this recipe needs: the file then serves other recipes too
+        needs = frozenset(OBSERVERS)
+        directory.begin(run_identity([run], needs) if workers.is_main else {})
+        run.memory = directory.memory
+        statistics = collect(run, needs)
+        if not workers.is_main:
+            return
+        store.save(statistics, output)
+    click.echo(
+        f"{output}: {len(statistics.inputs)} inputs, {statistics.about['calls']} model calls, "
+        f"{size(output.stat().st_size)}"
+    )

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the values of options to recipes, settings, models and processes.
+
+The commands import this in their functions: their modules must not import torch, or every
+``--help`` would.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from diffusers.utils import is_transformers_available
+from diffusers.utils import logging as diffusers_logging
+
+from dtq.checkpoint import reader
+from dtq.errors import InputError
+from dtq.io.safe_parse import parse_yaml, read_json
+from dtq.pipelines import loading
+from dtq.pipelines.settings import SamplingSettings
+from dtq.recipe import Recipe
+from dtq.runs.workers import Workers
+
+_CALIBRATION = {
+    "calibration_set": "prompts",
+    "samples": "samples",
+    "steps": "steps",
+    "guidance": "guidance",
+    "seed": "seed",
+    "images": "images",
+}
+"""Option, and the key of ``calibration`` in the recipe that it is a shortcut for."""
+
+
+def recipe_with(choices: dict[str, Any]) -> Recipe:
+    """The recipe with ``--set`` and the shortcuts applied.
+
+    Args:
+        choices: values of ``options.recipe_options``.
+
+    Raises:
+        InputError: a ``--set`` has no value, or its key does not exist.
+        RecipeError: a value is not one that the recipe takes.
+    """
+    recipe = Recipe.load(choices["recipe"])
+    data = recipe.to_dict()
+    data.pop("name")
+    for option, key in _CALIBRATION.items():
+        if choices[option] is not None:
+            data["calibration"][key] = choices[option]
+    data["calibration"]["pipeline_args"] |= call_arguments(choices["arguments"])
+    if choices["budget"] is not None:
+        data["allocate"]["budget"] = choices["budget"]
+    for setting in choices["settings"]:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: expected KEY=VALUE")
+        value = parse_yaml(text, f"--set {setting}") if text else ""
+        _put(data, key.split("."), value, setting)
+    return Recipe.load(recipe, **data)
+
+
+def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
+    for step in path[:-1]:
+        below: Any = data.get(step)
+        if isinstance(below, str):  # a method without knobs: solver.gptq.damp
+            below = {below: {}}
+        if not isinstance(below, dict):
+            raise InputError(f"--set {setting}: {step!r} has no keys")
+        data[step] = below
+        data = below
+    data[path[-1]] = value
+
+
+def sampling_settings(
+    *, arguments: Sequence[str], images: str | None, **settings: Any
+) -> SamplingSettings:
+    """How to sample, from the values of ``options.sampling_options``.
+
+    Args:
+        arguments: ``NAME=VALUE`` texts for the pipeline's call.
+        images: path of the images for pipelines that take some.
+        **settings: other fields of :class:`SamplingSettings`.
+    """
+    return SamplingSettings(
+        **settings, pipeline_args=call_arguments(arguments), images=images or ""
+    )
+
+
+def call_arguments(options: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the pipeline's call; their values are read as YAML."""
+    texts = pairs(options, "--arg")
+    return {name: parse_yaml(text, f"--arg {name}={text}") for name, text in texts.items()}
+
+
+def listed(options: Sequence[str]) -> list[str]:
+    """Words of an option that takes commas and may be repeated."""
+    return [word.strip() for option in options for word in option.split(",") if word.strip()]
+
+
+def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    """Names and values of an option that takes ``NAME=VALUE`` and may be repeated.
+
+    Raises:
+        InputError: a text has no equals sign.
+    """
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{option} {text}: expected NAME=VALUE")
+        values[name] = value
+    return values
+
+
+def join_workers(output: Path | None) -> Workers:
+    """The processes that share the samples; all but the first are silent.
+
+    Raises:
+        InputError: there are several, and no folder that all of them see.
+    """
+    workers = Workers.join()
+    if workers.size > 1 and output is None:
+        raise InputError("several processes need a folder that all of them see: -o FOLDER")
+    click.get_current_context().with_resource(quiet(not workers.is_main))
+    return workers
+
+
+def load_verified(model: str, dtype: str) -> loading.LoadedModel:
+    """Load a model; a dtq checkpoint is verified first, so that damage is one clear line."""
+    path = Path(model)
+    if path.is_dir() and loading.folder_kind(path) == "pipeline":
+        configs = [
+            path / name / "config.json" for name in loading.diffusion_transformers_on_disk(path)
+        ]
+        if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
+            reader.verify(path)
+    return loading.load_transformer(model, dtype=dtype)
+
+
+@contextmanager
+def quiet(active: bool = True) -> Iterator[None]:
+    """Turn the progress bars of diffusers and transformers off, if ``active``.
+
+    For JSON output, and in processes whose progress another one shows.
+    """
+    libraries: list[Any] = [diffusers_logging] if active else []
+    if active and is_transformers_available():
+        libraries.append(importlib.import_module("transformers.utils.logging"))
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()

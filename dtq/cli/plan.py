@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq plan``: what a run would do to each layer, and what it would cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtq.cli import options as opt
+from dtq.cli.output import duration, fold, size, table
+from dtq.cli.quantize import print_unknown
+
+if TYPE_CHECKING:
+    import torch
+
+    from dtq.estimate import Estimate
+    from dtq.plan import Plan
+    from dtq.stages.run import Run
+
+
+@click.command()
+@click.argument("model")
+@opt.recipe
+@opt.model
+@opt.exclude
+@opt.memory
+@opt.every_layer
+@opt.json(help="Print the plan as JSON.")
+def plan(
+    model: str,
+    components: tuple[str, ...],
+    dtype: str,
+    exclude: tuple[str, ...],
+    memory: str | None,
+    every: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Show the plan for each layer of MODEL, and the cost.
+
+    MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
+    demo-video. No weights are loaded. The file size is exact; memory, disk and time are estimates.
+
+    \b
+    dtq plan demo --recipe w4a8
+    """
+    import psutil
+
+    from dtq.allocate import parse_size
+    from dtq.cli.inputs import recipe_with
+    from dtq.io.memory import tune_malloc
+    from dtq.pipelines import loading
+    from dtq.stages.plan import plan as plan_stage
+    from dtq.stages.run import Run
+
+    tune_malloc()
+    recipe = recipe_with(choices)
+    models = loading.meta_models(model, components or "auto")
+    folder = Path(model)
+    has_pipeline = not folder.exists() or loading.folder_kind(folder) == "pipeline"
+    data: dict[str, dict[str, Any]] = {}
+    for name, (empty, stored) in models.items():
+        run = Run(
+            loading.LoadedModel(model, None, name, empty),
+            recipe,
+            exclude=exclude,
+            memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
+        )
+        plan_stage(run)
+        cost = _estimate(run, dtype, stored, has_pipeline)
+        data[name] = _to_json(run, cost)
+        if not as_json:
+            if len(models) > 1:
+                click.echo(f"{name}:")
+            _print(run, cost, every)
+    if as_json:
+        click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
+
+
+def _estimate(run: Run, dtype: str, stored: torch.dtype, has_pipeline: bool) -> Estimate:
+    """The cost of a planned run whose model is on the meta device."""
+    from dtq.estimate import estimate
+    from dtq.pipelines.loading import DTYPES
+    from dtq.stages.calibrate import statistics_needed
+
+    compute = stored if dtype == "auto" else DTYPES[dtype]
+    needs = statistics_needed(run.recipe, has_pipeline)
+    return estimate(run, compute, needs=needs, mapped=compute == stored, has_pipeline=has_pipeline)
+
+
+def _to_json(run: Run, cost: Estimate) -> dict[str, Any]:
+    plan = run.plan
+    return {
+        **plan.to_json(),
+        "family": run.scan.family,
+        "traced": run.scan.traced,
+        "unmatched": run.scan.unsupported,
+        "bytes": cost.file,
+        "bytes_most": cost.file_most,
+        "memory": cost.memory,
+        "disk": cost.disk,
+        "seconds": cost.seconds,
+        "bits_gemm": plan.bits(plan.gemm()),
+        "bits_adaln": plan.bits([x for x in plan.quantized() if x.role == "adaln"]),
+    }
+
+
+def _print(run: Run, cost: Estimate, every: bool) -> None:
+    rows = _rows(run.plan)
+    head = ("layer", "role", "N x K", "weights", "activations", "bits", "method", "note")
+    table(head, rows if every else fold(rows))
+    click.echo()
+    if not run.scan.traced:
+        click.echo(
+            "dtq has no inputs for this class: layers were sorted by name, not by a traced forward"
+        )
+    print_unknown(run.plan)
+    kept = {re.sub(r"\.\d+\.", ".*.", name): why for name, why in run.scan.unsupported.items()}
+    for name, why in kept.items():
+        click.echo(f"kept, {why}: {name}")
+    for label, value in _summary(run, cost):
+        click.echo(f"{label:28}{value}")
+
+
+def _rows(plan: Plan) -> list[tuple[str, ...]]:
+    return [
+        (
+            x.name,
+            x.role,
+            "x".join(map(str, x.shape)),
+            x.weight_format or "-",
+            "-" if x.unquantized else x.activation_format,
+            "" if x.unquantized else f"{x.bits(plan.bins):.2f}",
+            "unquantized" if x.unquantized else f"{x.transform.name}, {x.solver.name}",
+            x.note,
+        )
+        for x in plan.layers
+    ]
+
+
+def _summary(run: Run, cost: Estimate) -> list[tuple[str, str]]:
+    plan, recipe = run.plan, run.recipe
+    lines = [("attention and feed-forward", f"{plan.bits(plan.gemm()):.3f} bits per weight")]
+    if modulation := [x for x in plan.quantized() if x.role == "adaln"]:
+        lines.append(("modulation", f"{plan.bits(modulation):.3f} bits per weight"))
+    lines.append(("file", f"{cost.file} bytes ({size(cost.file)}); float {size(cost.float_file)}"))
+    if cost.file_most > cost.file:
+        budget = recipe.allocate.budget or recipe.promote.budget
+        most = f"{size(cost.file_most)} if the whole budget is spent ({budget})"
+        lines.append(("  at most", most))
+    time = "unknown"
+    if cost.seconds is not None:
+        time = f"about {duration(cost.seconds)} (rough; the progress bar shows the remaining time)"
+    lines.append(("peak memory", f"about {size(cost.memory)}"))
+    lines.append(("disk during the run", f"about {size(cost.disk)}"))
+    lines.append(("time", time))
+    return lines

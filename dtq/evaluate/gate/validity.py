@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether two runs can be compared at all: the same job, and every value present and finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dtq.evaluate.gate.metrics import METRICS, Metric
+from dtq.evaluate.gate.policy import Limit, Policy
+from dtq.evaluate.run_file import JOB, MATCHABLE, Run, Sample, Value
+from dtq.io.safe_parse import is_finite_numbers
+
+LARGEST = 1e100
+"""Larger values are refused: their squares are outside the range of floats."""
+
+
+def mismatches(run: Run, baseline: Run, policy: Policy) -> list[str]:
+    """All reasons why two runs are not the same job."""
+    reasons = []
+    for name in (*JOB, *policy.match):
+        mine, theirs = _condition(run, name), _condition(baseline, name)
+        if mine is None or theirs is None:
+            side = "run" if mine is None else "baseline"
+            reasons.append(f"{side}: the condition {name} was not recorded")
+        elif mine != theirs:
+            reasons.append(f"{name}: {mine!r} in the run, {theirs!r} in the baseline")
+    if run.identity.get("reference") != baseline.identity.get("reference"):
+        reasons.append(
+            f"the float models differ: {run.identity.get('reference')} in the run, "
+            f"{baseline.identity.get('reference')} in the baseline"
+        )
+    for name in dict.fromkeys(limit.metric for limit in (*policy.primary, *policy.secondary)):
+        mine, theirs = (_step_counts(side.values.get(name, {})) for side in (run, baseline))
+        if mine and theirs and mine != theirs:
+            reasons.append(
+                f"{name}: {_joined(mine)} steps in the run, {_joined(theirs)} in the baseline"
+            )
+    for own, other in zip(run.samples, baseline.samples, strict=False):
+        if own != other:
+            reasons.append(f"{_described(own)} in the run is {_described(other)} in the baseline")
+    return reasons
+
+
+def differences_allowed(run: Run, baseline: Run, policy: Policy) -> list[str]:
+    """Differences between two runs that do not make them incomparable."""
+    notes = []
+    for name in MATCHABLE:
+        mine, theirs = _condition(run, name), _condition(baseline, name)
+        if name not in policy.match and mine != theirs:
+            notes.append(f"{name}: {mine} in the run, {theirs} in the baseline")
+    if len(run.samples) != len(baseline.samples):
+        notes.append(
+            f"{len(run.samples)} samples in the run, {len(baseline.samples)} in the baseline: "
+            f"the first {min(len(run.samples), len(baseline.samples))} are compared"
+        )
+    return notes
+
+
+def flaws(run: Run, limits: Sequence[Limit]) -> list[str]:
+    """All reasons why a run cannot be used: failed samples, and missing or unusable values.
+
+    Args:
+        run: the run.
+        limits: of the policy; the run must have their metrics.
+    """
+    reasons = [f"sample {name} failed: {reason}" for name, reason in run.failures.items()]
+    reasons += [
+        f"{name} was requested and is missing: {reason}" for name, reason in run.missing.items()
+    ]
+    requested = run.conditions.get("samples")
+    if requested != len(run.samples):
+        reasons.append(f"{requested} samples were requested, {len(run.samples)} are listed")
+    ids = [sample.id for sample in run.samples]
+    if len(set(ids)) != len(ids):
+        reasons.append("sample ids are not unique")
+    parts_of: dict[str, int] = {}
+    for limit in limits:
+        parts_of[limit.metric] = max(limit.parts, parts_of.get(limit.metric, 1))
+    for name, parts in parts_of.items():
+        for table, label in ((run.values, name), (run.rerun, f"noise of {name}")):
+            if name not in table:
+                reasons.append(f"{label} was not measured")
+                continue
+            reasons += _value_flaws(table[name], METRICS[name], label, ids, parts)
+        counts, noise = (_step_counts(table.get(name, {})) for table in (run.values, run.rerun))
+        if counts and noise and counts != noise:
+            reasons.append(f"{name} has {_joined(counts)} steps, its noise {_joined(noise)}")
+    return reasons
+
+
+def _value_flaws(
+    table: dict[str, Value], metric: Metric, label: str, ids: Sequence[str], parts: int
+) -> list[str]:
+    """Reasons why the values of a metric cannot be used; ``parts`` of the trajectory are needed."""
+    reasons = []
+    if missing := [name for name in ids if name not in table]:
+        reasons.append(f"{label} is missing for {_first_names(missing)}")
+    if unknown := sorted(set(table) - set(ids)):
+        reasons.append(
+            f"{label} has values of samples that are not listed: {_first_names(unknown)}"
+        )
+    broken, too_large = [], []
+    for name in ids:
+        if name not in table:
+            continue
+        value = table[name]
+        entries = value if isinstance(value, list) else [value]
+        if isinstance(value, list) != metric.steps or not is_finite_numbers(entries):
+            broken.append(name)
+        elif any(abs(x) > LARGEST for x in entries):
+            too_large.append(name)
+    if broken:
+        reasons.append(f"{label} is not a finite number for {_first_names(broken)}")
+    if too_large:
+        reasons.append(f"{label} is beyond {LARGEST:g} for {_first_names(too_large)}")
+    counts = _step_counts(table)
+    if metric.steps and (len(counts) > 1 or min(counts, default=1) < max(1, parts)):
+        reasons.append(
+            f"{label} has {_joined(counts)} steps, the policy divides them into {parts} part(s)"
+        )
+    return reasons
+
+
+def _step_counts(table: dict[str, Value]) -> set[int]:
+    """Numbers of steps of the samples; a valid table has one."""
+    return {len(value) for value in table.values() if isinstance(value, list)}
+
+
+def _condition(run: Run, name: str) -> Any:
+    return run.identity.get("recipe") if name == "recipe" else run.conditions.get(name)
+
+
+def _joined(counts: set[int]) -> str:
+    return ", ".join(map(str, sorted(counts)))
+
+
+def _described(sample: Sample) -> str:
+    return f"sample {sample.id} ({sample.prompt!r}, seed {sample.seed})"
+
+
+def _first_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
