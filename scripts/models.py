@@ -29,7 +29,7 @@ from dtq.models import Scan, find_family  # noqa: E402
 from dtq.models.linears import shape_of  # noqa: E402
 from dtq.pipelines.loading import scan_model  # noqa: E402
 from dtq.pipelines.recorded_calls import first_tensor  # noqa: E402
-from dtq.recipe.resolve import Recipe  # noqa: E402
+from dtq.recipe import Recipe  # noqa: E402
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 4, "num_timestep_bins": 2}}

@@ -24,10 +24,11 @@ from dtq.calibrate import store
 from dtq.evaluate import baselines, trajectory
 from dtq.evaluate.evaluate import compare_images, result_row
 from dtq.evaluate.metrics import extractors, fid
+from dtq.io.package_data import yaml_names
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
-from dtq.recipe.resolve import Recipe, names
+from dtq.recipe import Recipe
 from dtq.stages.calibrate import collect
 from dtq.stages.plan import plan
 
@@ -102,7 +103,7 @@ DEMO_ONLY = {
 
 
 def rows() -> list[str]:
-    return [*names(), *VARIANTS, *baselines.BASELINES]
+    return [*yaml_names("recipes"), *VARIANTS, *baselines.BASELINES]
 
 
 def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
@@ -155,7 +156,7 @@ def measure(name: str, row: str, folder: Path, samples: int) -> dict:
     found["memory"] = _memory("VmHWM") - before
     measured = result_row(row, trajectory.teacher_forced(truth, source.model))
     found |= {"model": name, "row": row, "error": measured.error, "by_step": measured.error_steps}
-    if row in (*names(), *baselines.BASELINES):
+    if row in (*yaml_names("recipes"), *baselines.BASELINES):
         how = _how(samples)
         requests = prompts.load("auto", source.pipeline, how.samples)
         ran = trajectory.record(source.pipeline, source.model, requests, how)
@@ -240,7 +241,7 @@ def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
     figure = Figure(figsize=(9, 12), layout="constrained")
     for axis, model in zip(figure.subplots(2, 1), MODELS, strict=True):
         words = []
-        papers = [r for r in names() if r not in (*OURS, NAIVE)]
+        papers = [r for r in yaml_names("recipes") if r not in (*OURS, NAIVE)]
         kinds = (
             ("dtq", [*OURS, *BUDGETS, TWO_BITS], "o", "#1668b8"),
             ("methods of the papers", papers, "s", "#c2571a"),
@@ -299,8 +300,8 @@ def main() -> None:
         for row in rows():
             if _file(options.out, name, row).exists():
                 found[name][row] = json.loads(_file(options.out, name, row).read_text())
-    ours = sorted((r for r in names() if r in OURS), key=OURS.index)
-    papers = [r for r in names() if r not in (*OURS, NAIVE)]
+    ours = sorted((r for r in yaml_names("recipes") if r in OURS), key=OURS.index)
+    papers = [r for r in yaml_names("recipes") if r not in (*OURS, NAIVE)]
     sections = {
         "Recipes of dtq": ours,
         "Methods of the papers": papers,

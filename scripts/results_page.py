@@ -12,7 +12,7 @@ from pathlib import Path
 
 import results
 
-from dtq.recipe.resolve import names
+from dtq.io.package_data import yaml_names
 
 DOCS = Path(__file__).parent.parent / "docs"
 Found = dict[str, dict[str, dict]]
@@ -177,8 +177,8 @@ def main() -> None:
     found = load(options.out)
     n, demo = Numbers(found), found["demo"]
     mine = demo["w4a8"]["bits"]
-    ours = sorted((r for r in names() if r in results.OURS), key=results.OURS.index)
-    papers = [r for r in names() if r not in (*results.OURS, results.NAIVE)]
+    ours = sorted((r for r in yaml_names("recipes") if r in results.OURS), key=results.OURS.index)
+    papers = [r for r in yaml_names("recipes") if r not in (*results.OURS, results.NAIVE)]
     rivals = [r for r in papers if r in demo]
     left = [r for r in results.rows() if r not in demo]
     signs = [

@@ -18,7 +18,7 @@ from dtq.formats import vq
 from dtq.io.schema import MethodSpec
 from dtq.kernels import CPU
 from dtq.kernels.compile import cpu
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 
 QUICK = {"calibration": {"samples": 8, "batch_size": 4, "steps": 8, "num_timestep_bins": 4}}
 

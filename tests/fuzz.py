@@ -52,10 +52,11 @@ from dtq.evaluate.gate.decision import decide
 from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.evaluate.paired_run import compare, observe
 from dtq.evaluate.report.quantization_report import quantization_report
+from dtq.io.package_data import yaml_names
 from dtq.io.safe_parse import parse_json
 from dtq.pipelines import loading
 from dtq.pipelines.settings import SamplingSettings
-from dtq.recipe.resolve import Recipe, find, names
+from dtq.recipe import Recipe, find
 
 SECONDS = 20
 """For one case: a slow, shared machine included; a good folder takes a twentieth of one."""
@@ -271,7 +272,7 @@ class Seeds:
         report = pipe.transformer.hf_quantizer.report.to_json()
         (folder / "quantized" / "dtq_report.json").write_text(json.dumps(report))
         pipe.transformer.save_pretrained(folder / "shards", max_shard_size="200kB")
-        for name in names():
+        for name in yaml_names("recipes"):
             shutil.copy(find(name), folder / f"{name}.yaml")
         gate = folder / "gate"
         gate.mkdir()

@@ -23,14 +23,14 @@ from dtq.checkpoint import reader, writer
 from dtq.checkpoint.file_size import file_bytes
 from dtq.errors import CheckpointError, InputError
 from dtq.estimate.size import file_tensors
+from dtq.io.package_data import yaml_names
 from dtq.pipelines.loading import LoadedModel, meta_models
-from dtq.recipe.resolve import names
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 # float32 runs on the bundled model, see test_methods.py
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", yaml_names("recipes"))
 def test_loaded_samples_equal_those_of_the_model_in_memory(
     recipe, float_folder, tmp_path, few_vectors
 ):
@@ -116,7 +116,7 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
     assert torch.equal(here, outputs[0])
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", yaml_names("recipes"))
 def test_the_file_has_exactly_the_bytes_that_the_plan_said(
     recipe, float_folder, tmp_path, few_vectors
 ):

@@ -23,7 +23,7 @@ from dtq.nn import QuantLinear
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 
 HOW = SamplingSettings(samples=4, steps=10, batch_size=4, seed=1000)
 EVERYTHING = frozenset({"channels", "hessian", "sample"})

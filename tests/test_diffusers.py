@@ -19,7 +19,7 @@ from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 import dtq
 from dtq.errors import InputError
 from dtq.pipelines.loading import dummy_inputs
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 
 
 def linears(model):

@@ -16,7 +16,7 @@ import zoo
 from dtq.cli import main
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.recipe.resolve import names
+from dtq.io.package_data import yaml_names
 from dtq.solvers import SOLVERS
 from dtq.transforms import TRANSFORMS
 
@@ -58,7 +58,7 @@ def test_tables_are_documented():
         assert f"`{name}`" in formats or (
             f"`{stem}-g32`" in formats and f"`-{group}`" in formats
         ), name
-    for name in [*TRANSFORMS, *SOLVERS, *names()]:
+    for name in [*TRANSFORMS, *SOLVERS, *yaml_names("recipes")]:
         assert f"`{name}`" in recipes, name
 
 

@@ -30,7 +30,7 @@ from dtq.io.safe_parse import parse_json, parse_yaml, read_json
 from dtq.parallel import load_sharded
 from dtq.pipelines import loading
 from dtq.pipelines.validation import check_folder
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FEW = {"calibration": {"samples": 4, "batch_size": 4, "steps": 4, "num_timestep_bins": 4}}

@@ -22,7 +22,7 @@ from torch import nn
 import dtq
 from dtq.errors import InputError
 from dtq.pipelines.loading import dummy_inputs
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 
 peft = pytest.importorskip("peft")
 

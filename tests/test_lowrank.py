@@ -18,7 +18,7 @@ from dtq.io.schema import MethodSpec
 from dtq.linalg.hadamard import fwht
 from dtq.nn.linear import QuantLinear
 from dtq.plan.layers import LayerPlan, LayerSpec
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, loftq, rank_for, svd
 from dtq.stages.solve_layer import TransformedInput, solve_input_group

@@ -20,10 +20,11 @@ from dtq.demo.outliers import inject_outliers
 from dtq.evaluate import trajectory
 from dtq.evaluate.evaluate import stored_bits
 from dtq.io import atomic
+from dtq.io.package_data import yaml_names
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
-from dtq.recipe.resolve import Recipe, names
+from dtq.recipe import Recipe
 
 PRESETS = [
     "ditas",
@@ -47,7 +48,7 @@ LOOSE = {"terdit": 0.6, "vq4dit": 0.3, "w2-vq": 0.2, "hq-dit": 0.1, "mxfp4": 0.1
 
 
 def test_the_presets_and_the_family_are_there():
-    assert set(PRESETS) | set(FAMILY) <= set(names())
+    assert set(PRESETS) | set(FAMILY) <= set(yaml_names("recipes"))
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def prepared(model):
     return source, stats, trajectory.record(source.pipeline, source.model, requests, settings)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", yaml_names("recipes"))
 def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors):
     # dtq's own recipes must withstand outliers
     source, stats, truth = prepared("demo-outliers" if name in FAMILY else "demo")

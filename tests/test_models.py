@@ -13,7 +13,7 @@ from dtq.models import FAMILIES, Scan, find_family
 from dtq.nn import QuantLinear
 from dtq.pipelines.loading import LoadedModel, dummy_inputs, scan_model
 from dtq.pipelines.recorded_calls import first_tensor
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 forgive less than real ones

@@ -24,7 +24,7 @@ from dtq.errors import InputError
 from dtq.io.memory import Mapped, paged_weights
 from dtq.nn import QuantLinear
 from dtq.pipelines.loading import load_transformer
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.runs.tasks import TaskStore
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="MADV_PAGEOUT is Linux's")

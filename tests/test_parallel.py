@@ -16,11 +16,12 @@ import dtq
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.io.package_data import yaml_names
 from dtq.nn import QuantLinear
 from dtq.parallel import ROW, Slice, shard, sliced, tp_plan
 from dtq.pipelines.loading import LoadedModel
 from dtq.plan.layers import LayerSpec
-from dtq.recipe.resolve import Recipe, names
+from dtq.recipe import Recipe
 
 CUTS = [(64, 32), (64, 1), (33, 17), (7, 3), (2, 1)]
 INTEGER = ("w8a8", "w4a8-two-level")  # kernels whose products are exact, whatever the batch
@@ -81,7 +82,7 @@ def layers_of(recipe: str) -> set[tuple[LayerSpec, int]]:
     return found
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", yaml_names("recipes"))
 def test_tokens_can_be_split_in_every_recipe(recipe):
     for runtime, columns in layers_of(recipe):
         layer = filled(runtime, k=columns)

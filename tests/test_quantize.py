@@ -23,7 +23,7 @@ from dtq.nn import QuantLinear
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel, dummy_inputs, load_transformer, scan_model
 from dtq.pipelines.settings import SamplingSettings
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.stages import record_calls, solve
 
 HOW = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)

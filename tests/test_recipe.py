@@ -8,11 +8,11 @@ import tiny
 import yaml
 
 from dtq.errors import InputError, RecipeError
-from dtq.io.package_data import folder
+from dtq.io.package_data import folder, yaml_names
 from dtq.io.schema import MethodSpec
 from dtq.models import ROLES, Linear
 from dtq.pipelines.loading import scan_model
-from dtq.recipe.resolve import Recipe, names
+from dtq.recipe import Recipe, resolve
 
 
 @pytest.mark.parametrize("path", sorted(folder("recipes").rglob("*.yaml")), ids=lambda p: p.stem)
@@ -96,7 +96,7 @@ def test_unknown_and_missing_recipes():
         Recipe.load("w4a88")
     with pytest.raises(InputError, match="no such recipe file"):
         Recipe.load("nowhere.yaml")
-    assert {"w4a8", "w8a8", "w4a16", "rtn-w4a8"} <= set(names())
+    assert {"w4a8", "w8a8", "w4a16", "rtn-w4a8"} <= set(yaml_names("recipes"))
 
 
 def test_not_yaml(tmp_path):
@@ -140,12 +140,10 @@ def test_plan_resolves_roles_rules_and_fallbacks():
     assert plan["transformer_blocks.0.norm1.linear"].weight_format == "int8-row"
     assert plan.bits(plan.gemm()) < 5.2
     shape = (30, 30)
-    assert (
-        Recipe.load("w4a8")
-        ._layer(Linear("a.0.ff.net.2", "ffn.down", shape, True), ())
-        .weight_format
-        == "int8-row"
+    odd = resolve._resolve_layer(
+        Recipe.load("w4a8"), Linear("a.0.ff.net.2", "ffn.down", shape, True), ()
     )
+    assert odd.weight_format == "int8-row"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from dtq.errors import CheckpointError, InputError
 from dtq.io import checksum
 from dtq.io.run_lock import locked
 from dtq.pipelines.loading import load_transformer
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.runs.tasks import TaskStore
 from dtq.stages import solve
 

@@ -19,7 +19,7 @@ from dtq.errors import CheckpointError, RecipeError
 from dtq.nn.linear import QuantLinear
 from dtq.nn.timestep_hook import install_clock
 from dtq.plan.step_policy import StepPolicy
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 
 STEPS = {"precisions": ["native", "a8"], "budget": 0.5, "num_bins": 4, "num_inputs": 1}
 COARSE = {

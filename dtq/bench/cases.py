@@ -17,7 +17,7 @@ from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 from dtq.nn.gelu import use_fast_gelu
 from dtq.plan.layers import LayerSpec
-from dtq.recipe.resolve import MODULATION
+from dtq.recipe import MODULATION
 
 RECIPES = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
 """Recipes that are timed, and their weight formats."""

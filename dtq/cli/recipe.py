@@ -89,7 +89,7 @@ def recipe_cp(name: str, target: Path) -> None:
     \b
     dtq recipe cp w4a8 mine.yaml
     """
-    from dtq.recipe.resolve import find
+    from dtq.recipe import find
 
     if target.exists():
         raise InputError(f"{target} exists; choose another name")

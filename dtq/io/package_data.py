@@ -56,4 +56,4 @@ def find_yaml(what: str | Path, data: str, kind: str, advice: str) -> Path:
 
 def yaml_names(data: str) -> list[str]:
     """Names of the YAML files that dtq ships in a data folder, sorted."""
-    return sorted(path.stem for path in folder(data).glob("*.yaml"))
+    return sorted(path.stem for path in folder(data).rglob("*.yaml"))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user asks for: names, files and overrides become a ``Recipe``."""
+"""What a user asks for: names, files and overrides become a ``Recipe``, and that a plan."""
 
-from dtq.recipe.resolve import Recipe
+from dtq.recipe.recipe import Recipe, find
+from dtq.recipe.resolve import MODULATION
 
-__all__ = ["Recipe"]
+__all__ = ["MODULATION", "Recipe", "find"]

@@ -10,11 +10,16 @@ from dtq.io.schema import MethodSpec
 
 @dataclass(frozen=True)
 class Promote:
-    """Sensitivity guard: layers that come out badly are promoted, within a budget.
+    """Promotion of sensitive layers within a budget.
 
-    A layer is promoted to ``to`` when its relative output error exceeds ``factor`` times the
-    median of the model, or ``above``, worst first, while attention and feed-forward together stay
-    within ``budget`` bits per weight.
+    A layer is promoted, worst first, when its relative output error is above the limit: the smaller
+    of ``max_error`` and ``median_factor`` times the median of the model.
+
+    Attributes:
+        to: weight format; empty switches promotion off.
+        median_factor: limit as a multiple of the median error.
+        max_error: limit of the relative squared output error.
+        budget: bits per weight that attention and feed-forward together may take.
     """
 
     to: str = ""
@@ -25,15 +30,15 @@ class Promote:
 
 @dataclass(frozen=True)
 class Allocate:
-    """Mixed precision: which layers get which of several formats, within a budget.
+    """Mixed precision: one of several weight formats for each input group, within a budget.
 
     Attributes:
-        budget: over attention and feed-forward: bits per weight (``"4.8"``) or bytes (``"12MB"``);
-            empty switches it off.
-        options: weight formats to choose from, for every site.
-        decoupled: rank the layers of a group by the group's own metric and split the budget over
-            groups by output error (ViDiT-Q-MP); otherwise output error alone.
-        calls: recorded calls of the float model that candidates are measured on.
+        budget: of attention and feed-forward: bits per weight (``"4.8"``) or bytes (``"12MB"``);
+            empty switches mixed precision off.
+        formats: weight formats to choose from.
+        per_group_metric: rank the layers of a metric group by the group's own metric and divide
+            the budget among groups by output error (ViDiT-Q-MP); otherwise output error alone.
+        num_inputs: recorded inputs that candidates are measured on.
     """
 
     budget: str | float = ""
@@ -44,13 +49,13 @@ class Allocate:
 
 @dataclass(frozen=True)
 class StepPolicySearch:
-    """Step policy: activation precision by part of the trajectory, on the same weights.
+    """Search of a step policy: activation precision by part of the trajectory.
 
     Attributes:
-        modes: precisions to choose from, keys of ``acts.MODES``, cheapest first; empty: none.
-        cost: share of steps that may run in a dearer mode than the first.
-        ranges: parts that the trajectory is cut into.
-        calls: recorded calls of the float model that modes are measured on, per range.
+        precisions: keys of ``PRECISIONS`` to choose from, cheapest first; empty: no policy.
+        budget: share of the steps that may run in a more expensive precision than the first.
+        num_bins: timestep bins of the trajectory.
+        num_inputs: recorded inputs that precisions are measured on, per bin.
     """
 
     precisions: tuple[str, ...] = ()
@@ -61,7 +66,7 @@ class StepPolicySearch:
 
 @dataclass(frozen=True)
 class Rule:
-    """Exceptions: what layers matching a role or a glob on the name do instead."""
+    """An exception for the layers that match a role, or a glob on the name; None: no exception."""
 
     match: str
     weights: str | None = None

@@ -16,7 +16,7 @@ from dtq.calibrate.distributed import calibrate_in_shards
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
 from dtq.pipelines.loading import modules_of
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.runs.tasks import TaskStore
 from dtq.stages.run import Run
 from dtq.transforms import TRANSFORMS

@@ -15,7 +15,7 @@ from dtq.io.memory import paged_weights
 from dtq.pipelines import prompts, sampling
 from dtq.pipelines.loading import modules_of, scan_model
 from dtq.plan.layers import Plan
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.stages.run import Run
 
 

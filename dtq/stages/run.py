@@ -16,7 +16,7 @@ from dtq.models import Scan
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.recorded_calls import RecordedCall
 from dtq.plan.layers import Plan
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.runs.tasks import TaskStore
 from dtq.stages.layer_result import LayerResult
 from dtq.stages.report import Report

@@ -22,7 +22,7 @@ from dtq.nn.swap import temporarily_replaced
 from dtq.pipelines.recorded_calls import RecordedCall, first_tensor, relative_error, replay
 from dtq.pipelines.recording import sample_calls
 from dtq.pipelines.settings import SamplingSettings
-from dtq.recipe.resolve import Recipe
+from dtq.recipe import Recipe
 from dtq.stages.run import Run
 
 STEPS = 8
