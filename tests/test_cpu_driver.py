@@ -12,6 +12,7 @@ import pytest
 
 from dtq.io.package_data import folder
 from dtq.kernels.compile import cpu, gcc
+from dtq.kernels.compile.compiler import Unit
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
@@ -21,46 +22,41 @@ pytestmark = pytest.mark.skipif(
 def compiled(compiler, level, machine, work, *, static=False):
     """The driver with the flags of the library, for an architecture."""
     sources = folder("cpu_ext")
-    units = [
-        (u.source, u.flags, u.name)
-        for u in gcc.UNITS
-        if u.flags != gcc.GLUE and u.machine in ("", machine)
-    ]
-    units.append(("tests/driver.cpp", ("-ffp-contract=off",), "driver"))
+    units = [u for u in gcc.UNITS if not u.torch and u.machine in ("", machine)]
+    units.append(Unit("tests/driver.cpp", ("-std=c++20", "-ffp-contract=off")))
 
-    def translate(unit):
-        source, flags, name = unit
-        target = str(work / f"{name}.o")
-        command = [compiler, "-std=c++20", *flags, level, "-c", str(sources / source)]
+    def compile_unit(unit):
+        target = str(work / unit.object)
+        command = [compiler, *unit.flags, level, "-c", str(sources / unit.source)]
         subprocess.run([*command, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(translate, units))
+        objects = list(pool.map(compile_unit, units))
     program = work / "driver"
-    # nothing of the C++ library from a file that was compiled for instructions a CPU may lack
-    alone = ["-static"] if static else []
-    subprocess.run([compiler, *alone, *objects, "-o", str(program)], check=True)
+    options = ["-static"] if static else []
+    subprocess.run([compiler, *options, *objects, "-o", str(program)], check=True)
     return program
 
 
 @pytest.fixture(scope="module", params=["-O2", "-O3"])
 def driver(request, tmp_path_factory):
-    """As the library is compiled, and once less eagerly than that."""
+    """Compiled as the library is, and once with less optimization."""
     return compiled("g++", request.param, "x86", tmp_path_factory.mktemp("driver"))
 
 
-def said(*command):
+def results(*command):
+    """What the driver prints: the best path, and the state of each."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(line.split() for line in done.stdout.splitlines())
 
 
 def test_every_path_of_this_machine_is_right(driver):
-    found = said(str(driver))
-    assert set(found) == {"best", "pairs", *cpu.ISAS}
-    assert found["ref"] == "right"
-    assert found[found["best"]] == "right"
+    states = results(str(driver))
+    assert set(states) == {"best", "pairs", *cpu.ISAS}
+    assert states["ref"] == "right"
+    assert states[states["best"]] == "right"
 
 
 @pytest.mark.parametrize(
@@ -69,11 +65,11 @@ def test_every_path_of_this_machine_is_right(driver):
 def test_older_machines_run_what_they_have(driver, model, best):
     if shutil.which("qemu-x86_64") is None:
         pytest.skip("no qemu-x86_64")
-    found = said("qemu-x86_64", "-cpu", model, str(driver), "60")
-    assert found.pop("best") == best
+    states = results("qemu-x86_64", "-cpu", model, str(driver), "60")
+    assert states.pop("best") == best
     here = cpu.ISAS.index(best)
-    assert [found[name] for name in cpu.ISAS[: here + 1]] == ["right"] * (here + 1)
-    assert {found[name] for name in cpu.ISAS[here + 1 :]} == {"absent"}
+    assert [states[name] for name in cpu.ISAS[: here + 1]] == ["right"] * (here + 1)
+    assert {states[name] for name in cpu.ISAS[here + 1 :]} == {"absent"}
 
 
 ARM = "aarch64-linux-gnu-g++"
@@ -84,7 +80,7 @@ ARM = "aarch64-linux-gnu-g++"
 )
 def test_arm_runs_what_it_has(tmp_path):
     program = str(compiled(ARM, "-O3", "arm", tmp_path, static=True))
-    found = said("qemu-aarch64", "-cpu", "max", program, "60")
-    assert (found["best"], found["neon"], found["ref"]) == ("neon", "right", "right")
-    found = said("qemu-aarch64", "-cpu", "cortex-a53", program, "60")  # without dot products
-    assert (found["best"], found["neon"], found["ref"]) == ("ref", "absent", "right")
+    states = results("qemu-aarch64", "-cpu", "max", program, "60")
+    assert (states["best"], states["neon"], states["ref"]) == ("neon", "right", "right")
+    states = results("qemu-aarch64", "-cpu", "cortex-a53", program, "60")  # without dot products
+    assert (states["best"], states["neon"], states["ref"]) == ("ref", "absent", "right")

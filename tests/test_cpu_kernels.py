@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CPU kernels give the reference's numbers bit for bit, and are built or refused aloud."""
+"""Compiled CPU kernels: bit-identical to the reference; built once, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.formats.integer import TwoLevelInt
-from dtq.kernels import CPU, LinearProblem, explain, ops, ops_gemm, ops_quantize
+from dtq.kernels import CPU, LinearProblem, explain, ops_quantize
 from dtq.kernels.compile import gcc
 from dtq.kernels.table import pick
 from dtq.nn import QuantLinear
@@ -25,9 +25,10 @@ from dtq.plan.layers import LayerSpec
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# tokens around one block of 16, a group of three, and the few that are not rearranged
+# around one block of 16 tokens, a group of three blocks, and the small M that is not rearranged
 TOKENS = [1, 2, 5, 8, 9, 16, 17, 48, 118]
 compiled = torch.ops.dtq
+reference = torch.ops.dtq_reference
 
 
 def random(*shape, seed=0):
@@ -60,11 +61,17 @@ def test_quantize_rows_gives_the_bits_of_the_reference(isa, dtype):
                     for p in (None, pre):
                         args = (x, p, block, scale, levels)
                         got = compiled.quantize_rows(*args)
-                        assert same(got, ops._quantize_rows(*args)), (m, k, block, scale, levels)
+                        assert same(got, reference.quantize_rows(*args)), (
+                            m,
+                            k,
+                            block,
+                            scale,
+                            levels,
+                        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_changed_rows_have_the_bits_of_the_reference(isa, dtype):
+def test_transformed_rows_have_the_bits_of_the_reference(isa, dtype):
     scales, place = torch.tensor([0.02, 0.05, 0.01]), torch.tensor([2])
     for m, k, blocks in [
         (5, 1152, (1, 4, 16, 128)),
@@ -81,7 +88,7 @@ def test_changed_rows_have_the_bits_of_the_reference(isa, dtype):
                     for num_rotations in (1, 2):
                         args = (x, p, o, block, num_rotations)
                         got = compiled.transform_rows(*args)
-                        assert same([got], [ops._transform_rows(*args)]), (
+                        assert same([got], [reference.transform_rows(*args)]), (
                             m,
                             k,
                             block,
@@ -90,10 +97,10 @@ def test_changed_rows_have_the_bits_of_the_reference(isa, dtype):
                         for scale, bin in ((None, None), (scales, None), (scales, place)):
                             args = (x, p, o, block, num_rotations, scale, bin, 127)
                             got = compiled.binned_quantize_rows(*args)
-                            assert same(got, ops_quantize.binned_quantize_rows(*args)), args[3:]
+                            assert same(got, reference.binned_quantize_rows(*args)), args[3:]
     for x in (random(6, 8).T, random(8, 20)[1:5, 3:19], random(3, 8).double()):
         args = (x, None, None, 2, 2)
-        assert same([compiled.transform_rows(*args)], [ops._transform_rows(*args)])
+        assert same([compiled.transform_rows(*args)], [reference.transform_rows(*args)])
     assert compiled.transform_rows(random(0, 64), None, None, 64, 2).shape == (0, 64)
 
 
@@ -107,7 +114,7 @@ def test_e2m1_rows_have_the_bits_of_the_reference(isa, dtype):
             for given in ((None, None), (random(k, seed=1).bfloat16(), order)):
                 args = (x, *given, block, 1 if block == 1 else 2)
                 got = compiled.e2m1_quantize_rows(*args)
-                assert same(got, ops_quantize._e2m1_quantize_rows(*args)), (m, k, block)
+                assert same(got, reference.e2m1_quantize_rows(*args)), (m, k, block)
     ties = torch.tensor([[6.0, 0.25, -0.25, 0.75, 1.25, -1.75, 2.5, 3.5, 5.0, -5.0, 5.01]])
     codes, scale = compiled.e2m1_quantize_rows(ties.to(dtype), None, None, 1, 1)
     assert codes.tolist() == [
@@ -117,38 +124,40 @@ def test_e2m1_rows_have_the_bits_of_the_reference(isa, dtype):
     ends = torch.tensor([[1e-44, -3e-45, 0], [torch.nan, 1, 2], [torch.inf, 1, -1]])
     got, want = (
         compiled.e2m1_quantize_rows(ends, None, None, 1, 1),
-        (ops_quantize._e2m1_quantize_rows(ends, None, None, 1, 1)),
+        (reference.e2m1_quantize_rows(ends, None, None, 1, 1)),
     )
     assert torch.equal(got[0][0], want[0][0])
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
-    "acts", [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8]
+    "activations", [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounded_rows_have_the_bits_of_the_reference(isa, acts, dtype):
+def test_rounded_rows_have_the_bits_of_the_reference(isa, activations, dtype):
     for m, k, block in [(5, 1152, 128), (17, 256, 1), (3, 4224, 64)]:
         x = (random(m, k) * 10 ** random(m, 1, seed=3)).to(dtype)
         x[-1], x[0, :256] = 0, 0
         order = torch.randperm(k, generator=torch.Generator().manual_seed(2)).int()
         for given in ((None, None), (random(k, seed=1).bfloat16(), order)):
             for out in (*DTYPES, torch.float64):
-                args = (x, *given, block, 1 if block == 1 else 2, acts, out)
-                assert same([compiled.round_rows(*args)], [ops._round_rows(*args)]), args[3:]
+                args = (x, *given, block, 1 if block == 1 else 2, activations, out)
+                assert same([compiled.round_rows(*args)], [reference.round_rows(*args)]), args[3:]
     ends = torch.randn(3, 256)
     ends[0, 3], ends[1, 5] = torch.nan, torch.inf
-    rounded = compiled.round_rows(ends, None, None, 1, 1, acts, torch.float32)
+    rounded = compiled.round_rows(ends, None, None, 1, 1, activations, torch.float32)
     assert (~rounded.isfinite()).any(1).tolist() == [True, True, False]
-    if ACTIVATION_FORMATS[acts].block_format != "fp8-row":
+    if ACTIVATION_FORMATS[activations].block_format != "fp8-row":
         with pytest.raises(RuntimeError):
-            compiled.round_rows(torch.randn(2, 24), None, None, 1, 1, acts, torch.float32)
+            compiled.round_rows(torch.randn(2, 24), None, None, 1, 1, activations, torch.float32)
 
 
-def test_quantize_rows_at_odd_places(isa):
+def test_quantize_rows_at_awkward_sizes_and_values(isa):
     for k in (1, 2, 3, 15, 37, 65):
         x = random(4, k)
-        assert same(compiled.quantize_rows(x, None, 1, None), ops._quantize_rows(x, None, 1, None))
+        assert same(
+            compiled.quantize_rows(x, None, 1, None), reference.quantize_rows(x, None, 1, None)
+        )
     ties = torch.zeros(2, 64)
     ties[1, :4] = torch.tensor([127.0, 0.5, 1.5, -2.5])
     assert compiled.quantize_rows(ties, None, 1, None)[0][1, :4].tolist() == [127, 0, 2, -2]
@@ -156,10 +165,10 @@ def test_quantize_rows_at_odd_places(isa):
     huge = torch.tensor([[3e38, -1.0]])
     for x in (tiny, huge, random(6, 8).T, random(9, 12)[:, ::2], random(8, 20)[1:5, 3:19]):
         args = (x, None, 2, None)
-        assert same(compiled.quantize_rows(*args), ops._quantize_rows(*args))
+        assert same(compiled.quantize_rows(*args), reference.quantize_rows(*args))
     assert same(
         compiled.quantize_rows(random(3, 8).double(), None, 8, None),
-        ops._quantize_rows(random(3, 8).double(), None, 8, None),
+        reference.quantize_rows(random(3, 8).double(), None, 8, None),
     )
 
 
@@ -171,7 +180,7 @@ def test_w8a8_gives_the_bits_of_the_reference(isa, m):
         for dtype in DTYPES:
             for bias in (None, random(n).to(dtype)):
                 args = (codes, rows, weight, columns, bias, dtype)
-                got, want = compiled.w8a8_linear(*args), ops._w8a8_linear(*args)
+                got, want = compiled.w8a8_linear(*args), reference.w8a8_linear(*args)
                 assert same([got], [want]), (n, k, dtype)
 
 
@@ -179,12 +188,12 @@ def test_w8a8_gives_the_bits_of_the_reference(isa, m):
 def test_w4a8_gives_the_bits_of_the_reference(isa, m):
     for n, k, group in [(1, 32, 32), (33, 96, 32), (48, 1152, 64), (70, 384, 128), (9, 40, 20)]:
         codes, weight = int8(m, k), int8(n, k // 2, seed=1, low=-128)
-        groups = int8(n, k // group, seed=2, low=-128)  # also those whose levels wrap around
+        groups = int8(n, k // group, seed=2, low=-128)  # also those whose values wrap around
         rows, columns = random(m).abs(), random(n, 1).abs()
         for dtype in DTYPES:
             for bias in (None, random(n).to(dtype)):
                 args = (codes, rows, weight, columns, groups, bias, dtype)
-                got, want = compiled.w4a8_linear(*args), ops._w4a8_linear(*args)
+                got, want = compiled.w4a8_linear(*args), reference.w4a8_linear(*args)
                 assert same([got], [want]), (n, k, group, dtype)
 
 
@@ -193,11 +202,15 @@ def test_w3a8_gives_the_bits_of_the_reference(isa, m):
     sizes = [(1, 32, 32), (33, 96, 16), (48, 1152, 64), (70, 384, 384), (9, 40, 20), (7, 200, 8)]
     for n, k, group in sizes:
         codes, weight = int8(m, k), int8(n, k * 3 // 8, seed=1, low=-128)
-        groups = int8(n, k // group, seed=2, low=-128)  # also those whose levels wrap around
+        groups = int8(n, k // group, seed=2, low=-128)  # also those whose values wrap around
         rows, columns = random(m).abs(), random(n, 1).abs()
         for dtype in DTYPES:
             args = (codes, rows, weight, columns, groups, random(n), dtype)
-            assert same([compiled.w3a8_linear(*args)], [ops._w3a8_linear(*args)]), (n, k, group)
+            assert same([compiled.w3a8_linear(*args)], [reference.w3a8_linear(*args)]), (
+                n,
+                k,
+                group,
+            )
 
 
 @pytest.mark.parametrize("m", TOKENS)
@@ -208,7 +221,7 @@ def test_tables_give_the_bits_of_the_reference(isa, m):
         rows, columns = random(m).abs(), random(n, 1).abs()
         for dtype in DTYPES:
             args = (codes, rows, weight, columns, tables, random(n), dtype)
-            assert same([compiled.lut4a8_linear(*args)], [ops_gemm._lut4a8_linear(*args)]), (n, k)
+            assert same([compiled.lut4a8_linear(*args)], [reference.lut4a8_linear(*args)]), (n, k)
 
 
 @pytest.mark.parametrize("m", [1, 6, 8, 18, 48])
@@ -216,8 +229,8 @@ def test_tables_give_the_bits_of_the_reference(isa, m):
 def test_epilogues_give_the_bits_of_the_reference(isa, m, dtype):
     for n, k in [(1, 64), (33, 192), (48, 1152)]:
         codes, rows, columns, bias = int8(m, k), random(m).abs(), random(n, 1).abs() / 40, random(n)
-        eight = compiled.w8a8_epilogue_linear, ops_gemm._w8a8_epilogue_linear
-        four = compiled.w4a8_epilogue_linear, ops_gemm._w4a8_epilogue_linear
+        eight = compiled.w8a8_epilogue_linear, reference.w8a8_epilogue_linear
+        four = compiled.w4a8_epilogue_linear, reference.w4a8_epilogue_linear
         packed = int8(n, k // 2, seed=1), columns, int8(n, k // 64, seed=2)
         for batch in (1, 2):
             if m % batch:
@@ -230,13 +243,11 @@ def test_epilogues_give_the_bits_of_the_reference(isa, m, dtype):
                 (True, gated),
                 (True, mixed),
             ]:
-                then = bias, gelu, gate, rest, dtype
-                for op, reference in (eight, four):
+                epilogue = bias, gelu, gate, rest, dtype
+                for op, plain in (eight, four):
                     weight = packed if op is four[0] else (int8(n, k, seed=1), columns)
-                    got, want = (
-                        op(codes, rows, *weight, *then),
-                        reference(codes, rows, *weight, *then),
-                    )
+                    args = (codes, rows, *weight, *epilogue)
+                    got, want = op(*args), plain(*args)
                     assert same([got], [want]), (n, k, batch, gelu, gate is None)
 
 
@@ -250,10 +261,10 @@ def test_epilogues_at_the_edge(isa):
         op(*given, False, random(3, 5), rest, torch.float32)
     with pytest.raises(RuntimeError, match=r"residual \[4, 4\] for 4 tokens of 5"):
         op(*given, False, gate, random(4, 4), torch.float32)
-    want = ops_gemm._w8a8_epilogue_linear(*given, True, gate, rest, torch.float64)
+    want = reference.w8a8_epilogue_linear(*given, True, gate, rest, torch.float64)
     assert torch.equal(op(*given, True, gate, rest, torch.float64), want)
     nothing = int8(4, 0), random(4).abs(), int8(5, 0), random(5, 1).abs(), random(5)
-    want = ops_gemm._w8a8_epilogue_linear(*nothing, True, gate, rest, torch.float32)
+    want = reference.w8a8_epilogue_linear(*nothing, True, gate, rest, torch.float32)
     assert torch.equal(op(*nothing, True, gate, rest, torch.float32), want)
 
 
@@ -266,7 +277,7 @@ def test_groups_give_the_bits_of_the_reference(isa, m, bits):
         for zero in (None, int8(n, k // group, seed=2, low=-128)):
             for dtype in DTYPES:
                 args = (codes, rows, weight, scale, zero, bits, random(n), dtype)
-                got, want = compiled.group_a8_linear(*args), ops._group_a8_linear(*args)
+                got, want = compiled.group_a8_linear(*args), reference.group_a8_linear(*args)
                 assert same([got], [want]), (n, k, group, dtype, zero is None)
 
 
@@ -278,21 +289,21 @@ INTEGER = [
 
 
 @pytest.mark.parametrize("name", INTEGER)
-def test_formats_that_are_integers_are_multiplied_as_integers(isa, name):
-    fmt, task = FORMATS[name], LinearProblem(FORMATS[name], ACTIVATION_FORMATS["int8-row"], 64)
-    kernel = pick(task)
+def test_integer_formats_use_an_integer_gemm(isa, name):
+    fmt, problem = FORMATS[name], LinearProblem(FORMATS[name], ACTIVATION_FORMATS["int8-row"], 64)
+    kernel = pick(problem)
     assert set(kernel.ops) <= set(CPU.ops)
     w, x, bias = random(50, 384), random(19, 384, seed=1), random(50, seed=2)
     parts = fmt.pack(w, fmt.compute_qparams(w))
     codes, scale = compiled.quantize_rows(x, None, 64, None)
     want = codes.double() @ fmt.unpack(parts).double().T * scale.double().unsqueeze(1)
     for tokens in (1, 8, 19):
-        got = kernel.call(task, x[:tokens], parts, bias)
+        got = kernel.call(problem, x[:tokens], parts, bias)
         torch.testing.assert_close(got.double(), (want + bias)[:tokens], rtol=2e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gelu_gives_the_bits_that_are_written_down(isa, dtype):
+def test_gelu_gives_the_bits_of_its_definition(isa, dtype):
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-30, -90.0, 3e38, -3e38])
     for x in (torch.linspace(-12, 12, 4099), random(3, 70000) * 4, special, random(0, 3)):
         x = x.to(dtype)
@@ -325,14 +336,14 @@ def test_extreme_outputs_round_as_torch_rounds(isa):
     for unit in (1e-12, 6e-11, 1e-4, 1e-1, 1e30, torch.inf, torch.nan):
         args = (codes, torch.full((3,), unit), weight, torch.ones(16, 1), None)
         for dtype in DTYPES:
-            got, want = compiled.w8a8_linear(*args, dtype), ops._w8a8_linear(*args, dtype)
+            got, want = compiled.w8a8_linear(*args, dtype), reference.w8a8_linear(*args, dtype)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_strides_and_addresses(isa):
     weight, codes = int8(50, 130)[1:34, 1:65], int8(80, 200)[3:70:2, 5:69]
     args = (codes, random(34).abs(), weight, random(33, 1).abs(), None, torch.float32)
-    assert torch.equal(compiled.w8a8_linear(*args), ops._w8a8_linear(*args))
+    assert torch.equal(compiled.w8a8_linear(*args), reference.w8a8_linear(*args))
 
 
 def test_threads_and_batches_change_nothing(isa):
@@ -401,13 +412,14 @@ def test_one_layer_compiled_by_torch(library):
 
 # -------------------------------------------------------------------------------- building
 
-# the folder as a package without its __init__: importing diffusers is most of such a process
+# the folder as a package without its __init__: importing diffusers takes most of the time
 RUN = f"""
     import sys, types
     sys.modules["dtq"] = types.ModuleType("dtq")
     sys.modules["dtq"].__path__ = [{str(ROOT / "dtq")!r}]
     import torch
-    from dtq.kernels import CPU, cpu
+    from dtq.kernels import CPU
+    from dtq.kernels.compile import cpu
     x = torch.arange(6.0).reshape(2, 3)
     codes, _ = torch.ops.dtq.quantize_rows(x, None, 1, None)  # the first use
     assert codes.tolist() == [[0, 64, 127], [76, 102, 127]], codes
@@ -435,46 +447,46 @@ def compiler(tmp_path, body):
 
 
 @pytest.fixture(autouse=True)
-def nothing_beside(request):
-    """The tests of building start from a checkout without a library beside the package."""
-    if "tmp_path" in request.fixturenames and CPU.beside().exists():
+def not_built_ahead(request):
+    """The tests of building start from a checkout without a library next to the package."""
+    if "tmp_path" in request.fixturenames and CPU.packaged().exists():
         pytest.skip("built ahead: nothing is compiled")
 
 
 def test_the_reference_runs_without_a_compiler(tmp_path):
-    said, warned = fresh(tmp_path, CXX="no-such-compiler")
-    assert said == "None | torch reference: no C++ compiler (CXX=no-such-compiler)"
-    assert warned.count("the torch reference runs on the CPU: no C++ compiler") == 1
+    output, warnings = fresh(tmp_path, CXX="no-such-compiler")
+    assert output == "None | torch reference: no C++ compiler (CXX=no-such-compiler)"
+    assert warnings.count("the torch reference runs on the CPU: no C++ compiler") == 1
 
 
 def test_the_reference_runs_when_the_compiler_fails(tmp_path):
     broken = compiler(tmp_path, "echo 'ops.cpp:1: error: it hurts' >&2; exit 1")
-    said, warned = fresh(tmp_path, CXX=broken)
-    assert said.endswith("fake-cxx failed: ops.cpp:1: error: it hurts")
-    assert warned.count("it hurts") == 1
-    assert not list((tmp_path / "cache").rglob("*.so"))  # nothing half-made stays
+    output, warnings = fresh(tmp_path, CXX=broken)
+    assert output.endswith("fake-cxx failed: ops.cpp:1: error: it hurts")
+    assert warnings.count("it hurts") == 1
+    assert not list((tmp_path / "cache").rglob("*.so"))  # nothing incomplete stays
 
 
 def test_a_broken_library_is_refused(tmp_path):
-    said, _ = fresh(tmp_path, CXX=compiler(tmp_path, "for f; do :; done; echo junk > $f"))
-    assert said.startswith("None | torch reference: ")
+    output, _ = fresh(tmp_path, CXX=compiler(tmp_path, "for f; do :; done; echo junk > $f"))
+    assert output.startswith("None | torch reference: ")
 
 
 def test_it_can_be_switched_off(tmp_path):
-    said, warned = fresh(tmp_path, DTQ_KERNELS="0")
-    assert said == "None | torch reference: DTQ_KERNELS=0"
-    assert "dtq:" not in warned
+    output, warnings = fresh(tmp_path, DTQ_KERNELS="0")
+    assert output == "None | torch reference: DTQ_KERNELS=0"
+    assert "dtq:" not in warnings
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    said, _ = fresh(tmp_path)
-    assert "torch reference: " in said
+    output, _ = fresh(tmp_path)
+    assert "torch reference: " in output
 
 
 def test_an_import_compiles_nothing(tmp_path):
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    code = "import dtq, dtq.cli; from dtq.kernels import LIBRARIES; assert not any(x.state.tried for x in LIBRARIES.values())"
+    code = "import dtq, dtq.cli; from dtq.kernels import LIBRARIES; assert not any(x.tried for x in LIBRARIES.values())"
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
     assert not list(tmp_path.iterdir())
 
@@ -491,16 +503,16 @@ def test_two_processes_compile_once(library, tmp_path):
         )
         for _ in range(2)
     ]  # fmt: skip
-    said = [process.communicate() for process in running]
-    assert all(out.startswith("ref | ref kernels, cached") for out, _ in said), said
-    assert sum(err.count("compiling CPU kernels, once") for _, err in said) == 1
+    outputs = [process.communicate() for process in running]
+    assert all(out.startswith("ref | ref kernels, cached") for out, _ in outputs), outputs
+    assert sum(err.count("compiling CPU kernels, once") for _, err in outputs) == 1
     units = (tmp_path / "calls").read_text().count("called")
     assert units <= len(gcc.UNITS) + 1
     _, err = fresh(tmp_path, CXX=counting)
     assert "compiling" not in err
 
 
-def test_explain_says_what_runs():
+def test_explain_names_what_runs():
     used, here, _ = explain(LinearProblem(FORMATS["int8-row"], ACTIVATION_FORMATS["int8-row"]))
     assert used == "w8a8: used"
     assert here == f"on the CPU: {CPU.describe()}"
@@ -509,12 +521,12 @@ def test_explain_says_what_runs():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_the_library_needs_only_the_stable_abi(isa):
     listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", CPU.state.path], check=True, capture_output=True, text=True
+        ["nm", "-D", "--undefined-only", CPU.path], check=True, capture_output=True, text=True
     )
-    found = {line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()}
-    torches = {name for name in found if name.startswith(("aoti_", "torch_"))}
-    assert len(torches) > 20
+    symbols = {line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()}
+    of_torch = {name for name in symbols if name.startswith(("aoti_", "torch_"))}
+    assert len(of_torch) > 20
     allowed = set((ROOT / "tests" / "abi.txt").read_text().split())
-    assert torches <= allowed, sorted(torches - allowed)
+    assert of_torch <= allowed, sorted(of_torch - allowed)
     # nothing of torch's C++, whose names change with every version
-    assert not [n for n in found if "c10" in n or "N2at" in n or "N5torch" in n]
+    assert not [n for n in symbols if "c10" in n or "N2at" in n or "N5torch" in n]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stored weights on the CPU: every format decoded bit for bit, and products with float tokens."""
+"""Packed weights on the CPU: every format decoded bit for bit, and products with float inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from dtq.formats import FORMATS
-from dtq.kernels import ops
 from dtq.kernels.compile.format_codes import format_code
 
 compiled = torch.ops.dtq
@@ -26,7 +25,7 @@ def int8(*shape, seed=0):
 
 
 def stored(name, n, k, seed=0):
-    """Parts of a random matrix whose rows differ in size."""
+    """The packed tensors of a random matrix whose rows differ in scale."""
     fmt = FORMATS[name]
     w = random(n, k, seed=seed) * torch.logspace(-2, 1, n).unsqueeze(1)
     return fmt.pack(w, fmt.compute_qparams(w))
@@ -37,7 +36,7 @@ def arguments(name, parts):
 
 
 def allowed(x, w, want):
-    """Half a unit of the output, and what float32 sums of K products may miss."""
+    """Half a unit in the last place of the output, and the rounding of float32 sums of K products."""
     size = x.double().abs() @ w.double().abs().T
     return want.abs() * torch.finfo(x.dtype).eps * 0.51 + size * x.shape[1] ** 0.5 * 2.0**-23
 
@@ -47,7 +46,7 @@ def shapes(name):
     return [(n, k) for n, k in SHAPES if not (codebook and n * k < 4096 * FORMATS[name].vector)]
 
 
-def test_every_format_is_spelt():
+def test_every_format_has_a_code():
     assert [name for name, fmt in FORMATS.items() if format_code(fmt) is None] == []
 
 
@@ -76,7 +75,7 @@ def test_rows_that_end_anywhere(isa, name, k):
 
 
 def test_every_byte_of_every_format(isa):
-    """Also those that no packer writes: a file holds what it holds."""
+    """Also bytes that ``pack`` never writes: a file may hold any."""
     for name in FORMATS:
         n, k = 128, 1280
         parts = stored(name, n, k)
@@ -180,5 +179,5 @@ def test_the_reference_gives_the_same(library):
     x = random(40, 128).bfloat16()
     assert torch.equal(
         compiled.weight_linear(x, *given, None),
-        F.linear(x, ops._dequantize(*given, 128, torch.bfloat16)),
+        F.linear(x, torch.ops.dtq_reference.dequantize(*given, 128, torch.bfloat16)),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvcc compiles every kernel for every architecture: the wanted instructions, nothing spilled."""
+"""nvcc compiles every kernel for every architecture: the intended instructions, no spills."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WANTED = {
     "gemm_fp4.cu": {"120f": ("OMMA.SF.16864.F32.E2M1.E2M1",)},
     "weights.cu": HMMA,
 }
-"""Instructions that the machine code of a file must have; of the others nothing is asked."""
+"""Instructions that the machine code of a file must contain; other files may have any."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def disassembled(path):
-    """SASS, by the tool beside nvcc or those of PyPI: nvidia-cuda-cuobjdump and -nvdisasm."""
+    """SASS, by nvcc's cuobjdump or that of PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)."""
     packages = Path(sysconfig.get_paths()["purelib"])
     folders = [str(p.parent) for p in packages.glob("nvidia/cu*/bin/cuobjdump")]
     tool = shutil.which("cuobjdump") or shutil.which(
@@ -50,15 +50,15 @@ def disassembled(path):
 def test_it_compiles_and_spills_nothing(source, arch, tmp_path):
     target = tmp_path / "kernels.o"
     flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-Werror=all-warnings"]
-    part = "-c" if arch == ARCHS[0] else "-cubin"  # the host's code is the same for every one
+    part = "-c" if arch == ARCHS[0] else "-cubin"  # host code does not depend on the architecture
     command = ["nvcc", *flags, part, str(SOURCES / source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-3000:]
-    # ptxas waits after every wgmma when it cannot prove that registers are left alone
-    assert "serializ" not in said, said
-    spilled = [line for line in said.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
-    assert not spilled, said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    # ptxas waits after every wgmma when it cannot prove that nothing writes its registers
+    assert "serializ" not in output, output
+    spilled = [line for line in output.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
+    assert not spilled, output
     sass = disassembled(target)
     if sass is not None:
         for wanted in WANTED.get(source, {}).get(arch, ()):

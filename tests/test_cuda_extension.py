@@ -18,14 +18,14 @@ from torch.utils import cpp_extension as torch_extension
 from dtq.kernels import CUDA
 from dtq.kernels.compile import compiler, cuda
 from dtq.kernels.compile import cpp_extension as extension
-from dtq.kernels.compile.library import Unavailable
+from dtq.kernels.compile.compiler import Unavailable
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch) -> Path:
-    """A CUDA toolkit that torch knows of, with an nvcc that writes a word into its last argument."""
+    """A CUDA toolkit that torch knows, with an nvcc that writes a word into its last argument."""
     (tmp_path / "cuda/bin").mkdir(parents=True)
     script = tmp_path / "cuda/bin/nvcc"
     script.write_text('#!/bin/sh\nfor f; do :; done\necho made > "$f"\n')
@@ -40,25 +40,25 @@ def no_ninja(monkeypatch):
     monkeypatch.setattr(extension, "find_ninja", lambda: None)
 
 
-def test_who_compiles_is_said(toolkit, monkeypatch):
+def test_the_compiler_is_reported(toolkit, monkeypatch):
     monkeypatch.setattr(extension, "find_ninja", lambda: "/somewhere/ninja")
     assert CUDA.compiler() == f"torch.utils.cpp_extension with ninja and {toolkit}/bin/nvcc"
     monkeypatch.setattr(extension, "find_ninja", lambda: None)
     direct = f"{toolkit}/bin/nvcc, not torch.utils.cpp_extension: "
     assert CUDA.compiler() == direct + "it needs ninja: pip install ninja"
     assert ("compiled at first use", direct) in [
-        (name, what.split("by ", 1)[-1].split("it needs", 1)[0]) for name, what in CUDA.levels()
+        (name, state.split("by ", 1)[-1].split("it needs", 1)[0]) for name, state in CUDA.levels()
     ]
 
 
 def test_a_torch_without_cuda_or_a_home_without_nvcc_is_a_reason(toolkit, monkeypatch):
     shutil.rmtree(toolkit / "bin")
-    assert extension.refusal() == f"no nvcc in {toolkit}"
+    assert extension.unsupported_reason() == f"no nvcc in {toolkit}"
     monkeypatch.setattr(torch_extension, "CUDA_HOME", None)
-    assert extension.refusal() == "it knows no CUDA toolkit"
+    assert extension.unsupported_reason() == "it knows no CUDA toolkit"
 
 
-def test_ninja_of_this_python_is_found_and_called_though_not_on_the_path(tmp_path, monkeypatch):
+def test_ninja_of_this_python_is_called_although_not_on_the_path(tmp_path, monkeypatch):
     (tmp_path / "scripts").mkdir()
     ninja = tmp_path / "scripts/ninja"
     ninja.write_text("#!/bin/sh\necho 1.0\n")
@@ -72,7 +72,7 @@ def test_ninja_of_this_python_is_found_and_called_though_not_on_the_path(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("said", "first"),
+    ("output", "first"),
     [
         ("[1/2] nvcc -c a.cu\nFAILED: a.o\na.cu(3): error: no\nb.cu(1): error: yes", "a.cu(3): error: no"),
         ("nvcc fatal   : Unsupported gpu architecture", "nvcc fatal   : Unsupported gpu architecture"),
@@ -82,16 +82,16 @@ def test_ninja_of_this_python_is_found_and_called_though_not_on_the_path(tmp_pat
         ("", "no output"),
     ],
 )  # fmt: skip
-def test_the_first_error_is_the_one_that_tells(said, first):
-    assert compiler.first_error("it", said) == f"it failed: {first}"
+def test_the_first_error_is_reported(output, first):
+    assert compiler.first_error("it", output) == f"it failed: {first}"
 
 
 def test_without_ninja_nvcc_compiles(toolkit, no_ninja, tmp_path):
-    made = cuda._made(tmp_path, ("80",), ptx=False)
+    made = cuda.compile_library(tmp_path, ("80",), ptx=False)
     assert made.read_text() == "made\n"
 
 
-def test_a_failure_of_the_extension_is_said_and_nvcc_compiles(
+def test_a_failure_of_the_extension_is_reported_and_nvcc_compiles(
     toolkit, tmp_path, monkeypatch, caplog
 ):
     def fails(*args, **kwargs):
@@ -99,13 +99,13 @@ def test_a_failure_of_the_extension_is_said_and_nvcc_compiles(
 
     monkeypatch.setattr(extension, "find_ninja", lambda: "/somewhere/ninja")
     monkeypatch.setattr(torch_extension, "load", fails)
-    assert cuda._made(tmp_path, ("80",), ptx=False).read_text() == "made\n"
+    assert cuda.compile_library(tmp_path, ("80",), ptx=False).read_text() == "made\n"
     assert caplog.messages == [
         "dtq: torch.utils.cpp_extension failed: x.cpp:1: error: no; nvcc is called directly"
     ]
     (toolkit / "bin/nvcc").write_text("#!/bin/sh\necho 'x.cu(1): error: bad' >&2\nexit 1\n")
     with pytest.raises(Unavailable, match=r"nvcc failed: x\.cu\(1\): error: bad"):
-        cuda._made(tmp_path, ("80",), ptx=False)
+        cuda.compile_library(tmp_path, ("80",), ptx=False)
 
 
 SOURCES = {
@@ -134,18 +134,19 @@ BOTH = """
     from pathlib import Path
     import torch
     from torch.utils import cpp_extension
-    from dtq.kernels import extension, nvcc, toolchain
+    from dtq.kernels.compile import cpp_extension as extension
+    from dtq.kernels.compile import nvcc
     folder, work, home, compiler = sys.argv[1:]
     cpp_extension.CUDA_HOME = home
-    nvcc.UNITS = ("kernel.cu", "tiny.cpp")
-    assert extension.refusal() is None, extension.refusal()
+    nvcc.SOURCES = ("kernel.cu", "tiny.cpp")
+    assert extension.unsupported_reason() is None, extension.unsupported_reason()
     made = []
     for name in ("extension", "again", "nvcc"):
         (Path(work) / name).mkdir()
     for name in ("extension", "again"):  # twice in a process
         made.append(extension.compile_library(Path(folder), Path(work) / name, ("80",), True))
     where = Path(torch.__file__).parent
-    made.append(nvcc.compile_library(compiler, Path(folder), where, Path(work) / "nvcc", ("80",)))
+    made.append(nvcc.build(compiler, Path(folder), ("80",)).run(where, Path(work) / "nvcc"))
     for path in made:
         library = ctypes.CDLL(str(path))
         library.tiny_archs.restype = ctypes.c_char_p
@@ -159,8 +160,8 @@ def listed(*command: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def asks_and_gives(library: str) -> tuple[list[str], list[str], list[str]]:
-    """Libraries it needs and search paths; names it wants and gives; what is in its machine code."""
+def imports_and_exports(library: str) -> tuple[list[str], list[str], list[str]]:
+    """Needed libraries and search paths; undefined and exported names; sections of machine code."""
     dynamic = [line for line in listed("readelf", "-dW", library)
                if re.search("NEEDED|PATH", line)]  # fmt: skip
     names = [line.split()[-2:] for line in listed("nm", "-D", library)]
@@ -179,10 +180,10 @@ def test_both_ways_make_the_same_library(tmp_path):
     folder.mkdir()
     for name, text in SOURCES.items():
         (folder / name).write_text(textwrap.dedent(text))
-    said = subprocess.run(
+    dryrun = subprocess.run(
         ["nvcc", "--dryrun", "-c", str(folder / "kernel.cu")], capture_output=True, text=True
     ).stderr
-    home = re.search(r"TOP=(\S+)", said)[1]
+    home = re.search(r"TOP=(\S+)", dryrun)[1]
     (tmp_path / "stubs").mkdir()
     for name in ("c10_cuda", "torch_cuda"):  # of a torch with CUDA; linked only where needed
         stub = tmp_path / f"stubs/lib{name}.so"
@@ -196,10 +197,10 @@ def test_both_ways_make_the_same_library(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     extended, again, direct = json.loads(done.stdout.splitlines()[-1])
     assert extended != again
-    wanted = asks_and_gives(direct)
-    assert {"libtorch.so]", "libtorch_cpu.so]"} <= set(wanted[0])
-    assert not [name for name in wanted[0] if "cuda" in name or "c10" in name or "/" in name]
-    assert {"T tiny_archs", "T tiny_data", "T tiny_launch"} <= set(wanted[1])
-    assert not [name for name in wanted[1] if "hidden" in name]
-    assert asks_and_gives(extended) == wanted
-    assert asks_and_gives(again) == wanted
+    expected = imports_and_exports(direct)
+    assert {"libtorch.so]", "libtorch_cpu.so]"} <= set(expected[0])
+    assert not [name for name in expected[0] if "cuda" in name or "c10" in name or "/" in name]
+    assert {"T tiny_archs", "T tiny_data", "T tiny_launch"} <= set(expected[1])
+    assert not [name for name in expected[1] if "hidden" in name]
+    assert imports_and_exports(extended) == expected
+    assert imports_and_exports(again) == expected

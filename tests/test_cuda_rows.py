@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row and weight kernels of cuda_ext under the emulator, number for number the torch reference's."""
+"""The row and weight kernels of cuda_ext on the emulator: bit-identical to the torch reference."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import Lut
 from dtq.formats.ternary import Ternary
 from dtq.formats.vq import Vq
-from dtq.kernels import ops, ops_quantize
+from dtq.kernels import ops_quantize
 
+reference = torch.ops.dtq_reference
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 AS_IS, GELU, NORM = range(3)
@@ -34,7 +35,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 
 pytestmark = [
-    pytest.mark.slow,  # compiling is
+    pytest.mark.slow,  # they compile
     pytest.mark.skipif(not shutil.which("g++"), reason="the emulator needs g++"),
 ]
 
@@ -234,7 +235,7 @@ def test_quantize_rows_gives_the_bits_of_the_reference(library, dtype):
         x[0, : k // 2] = 0
         for levels, pre in ((127, None), (7, pre_scale(k))):
             got = run_rows(library, x, pre=pre, levels=levels, seed=seed)
-            assert same(got, ops._quantize_rows(x, pre, 1, None, levels)), (m, k, levels)
+            assert same(got, reference.quantize_rows(x, pre, 1, None, levels)), (m, k, levels)
 
 
 def test_every_block_of_the_rotation(library):
@@ -243,7 +244,7 @@ def test_every_block_of_the_rotation(library):
         block = 1
         while k % block == 0:
             got = run_rows(library, x, pre=pre_scale(k), block=block, seed=block)
-            assert same(got, ops._quantize_rows(x, pre_scale(k), block, None)), (k, block)
+            assert same(got, reference.quantize_rows(x, pre_scale(k), block, None)), (k, block)
             block *= 2
 
 
@@ -251,19 +252,19 @@ def test_rotations_of_rows_that_do_not_fill_their_tiles(library):
     for k, block in [(1152, 128), (2304, 256), (3072, 1024), (6144, 2048), (12288, 4096), (8, 8)]:
         x = random(2, k, seed=k)
         got = run_rows(library, x, block=block)
-        assert same(got, ops._quantize_rows(x, None, block, None)), (k, block)
+        assert same(got, reference.quantize_rows(x, None, block, None)), (k, block)
 
 
 def test_static_scales_and_the_scale_of_a_bin(library):
     scales = torch.tensor([0.02, 0.005, 3.0])
     for k in (64, 37):
         x = random(3, k) * 2
-        want = ops._quantize_rows(x, None, 1, scales[:1])
+        want = reference.quantize_rows(x, None, 1, scales[:1])
         assert same(run_rows(library, x, scale=scales), want)
         at = torch.tensor([2])
         args = (x, None, None, 1, 1, scales, at, 127)
         assert same(
-            run_rows(library, x, scale=scales, bin=at), ops_quantize.binned_quantize_rows(*args)
+            run_rows(library, x, scale=scales, bin=at), reference.binned_quantize_rows(*args)
         )
 
 
@@ -282,13 +283,13 @@ def test_rows_that_are_not_numbers(library):
         for columns in (48, 47):
             part = x[:, :columns].contiguous()
             got = run_rows(library, part, scale=scale)
-            assert same(got, ops._quantize_rows(part, None, 1, scale)), (scale, columns)
+            assert same(got, reference.quantize_rows(part, None, 1, scale)), (scale, columns)
 
 
 def test_strides_addresses_and_padding(library):
     big = random(9, 400).bfloat16()
     for x in (big[1:6, 8:136], big[1:6, 3:131], big[::2, :48], big[:, 5:38]):
-        want = ops._quantize_rows(x, None, 1, None)
+        want = reference.quantize_rows(x, None, 1, None)
         for pad in (0, 3, 16):
             assert same(run_rows(library, x, pad=pad), want), (x.shape, pad)
 
@@ -305,7 +306,7 @@ def test_far_apart_and_no_rows(library):
     )  # elements, so that the third row starts beyond 4 GiB; untouched memory is free
     x = torch.empty(2 * apart + 64, dtype=torch.bfloat16).as_strided((3, 64), (apart, 1))
     x.copy_(random(3, 64))
-    assert same(run_rows(library, x), ops._quantize_rows(x, None, 1, None))
+    assert same(run_rows(library, x), reference.quantize_rows(x, None, 1, None))
     before = library.launches()
     assert run_rows(library, random(0, 64))[0].shape == (0, 64)
     assert library.launches() == before
@@ -325,9 +326,9 @@ def test_transform_rows_gives_the_bits_of_the_reference(library):
                 "num_rotations": num_rotations,
             }
             got = run_rows(library, x, output=FLOAT, **options)
-            assert same(got[:1], [ops._transform_rows(*args)]), (m, k, block, num_rotations)
+            assert same(got[:1], [reference.transform_rows(*args)]), (m, k, block, num_rotations)
             if k < 20000:
-                want = ops_quantize.binned_quantize_rows(*args, None, None, 127)
+                want = reference.binned_quantize_rows(*args, None, None, 127)
                 assert same(run_rows(library, x, **options), want), (m, k, block, num_rotations)
 
 
@@ -343,7 +344,7 @@ def test_norm_and_modulate(library):
             got = run_rows(
                 library, x, before=NORM, modulate=parts, pre=change[0], block=block, eps=1e-6
             )
-            assert same(got, ops_quantize._norm_quantize_rows(*args)), (m, k)
+            assert same(got, reference.norm_quantize_rows(*args)), (m, k)
     x, order = random(2, 96), torch.arange(95, -1, -1).int()
     args = (x, None, None, 1e-5, None, order, 32, 2, torch.tensor([0.03]), None, 31)
     got = run_rows(
@@ -357,7 +358,7 @@ def test_norm_and_modulate(library):
         scale=args[8],
         levels=31,
     )
-    assert same(got, ops_quantize._norm_quantize_rows(*args))
+    assert same(got, reference.norm_quantize_rows(*args))
 
 
 def test_the_norm_is_the_norm(library):
@@ -376,10 +377,10 @@ def test_gelu(library):
     for part in (x[:, :1152].contiguous(), x[:2], x[:, :53].bfloat16()):
         got = run_rows(library, part, before=GELU)
         args = (part, None, None, 1, 1, None, None, 127)
-        assert same(got, ops_quantize._gelu_quantize_rows(*args)), part.shape
+        assert same(got, reference.gelu_quantize_rows(*args)), part.shape
     edges = torch.tensor([[torch.inf, 0.0, -0.0, 100, -100, -3e38, 3e38, 1e-40], [torch.nan] * 8])
     args = (edges, None, None, 1, 1, None, None, 127)
-    assert same(run_rows(library, edges, before=GELU), ops_quantize._gelu_quantize_rows(*args))
+    assert same(run_rows(library, edges, before=GELU), reference.gelu_quantize_rows(*args))
     assert ops_quantize.gelu(edges)[0, [0, 3, 6]].tolist() == [torch.inf, 100, edges[0, 6].item()]
 
 
@@ -398,7 +399,7 @@ def test_e4m3_rows(library):
         x = random(m, k)
         x[0, :3] = 0
         got = run_rows(library, x, output=E4M3, block=block)
-        want_codes, scale = ops_quantize._e4m3_quantize_rows(x, None, None, block, 1)
+        want_codes, scale = reference.e4m3_quantize_rows(x, None, None, block, 1)
         assert same(got, (want_codes.view(torch.uint8), scale)), (m, k)
     zero = run_rows(library, torch.zeros(1, 48), output=E4M3)
     assert not zero[0].any()
@@ -420,7 +421,7 @@ def test_what_rows_are_refused(library):
     assert "whole blocks" in refused(block=3)
     assert "8192" in refused(block=16384, columns=16384, width=16384)
     assert "levels" in refused(levels=128)
-    assert "two num_rotations" in refused(columns=32768, width=32768, num_rotations=2, block=64)
+    assert "shared memory" in refused(columns=32768, width=32768, num_rotations=2, block=64)
 
 
 # ---------------------------------------------------------------------------- weights

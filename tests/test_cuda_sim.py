@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels on a CPU: their very sources run on the block emulator of cuda_ext/sim."""
+"""The CUDA kernels on a CPU: their sources, compiled for the block emulator of cuda_ext/sim."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import torch
 
 from dtq.formats.integer import TwoLevelInt
 from dtq.formats.packing import pack_bits
-from dtq.kernels import ops, ops_quantize
+from dtq.kernels import ops_quantize
 
+reference = torch.ops.dtq_reference
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
 COMPILE = ("g++", "-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-w")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -26,15 +27,15 @@ OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 pytestmark = [
-    pytest.mark.slow,  # compiling is
+    pytest.mark.slow,  # they compile
     pytest.mark.skipif(not shutil.which("g++"), reason="the emulator needs g++"),
 ]
 
 
 def call(*command, **kwargs):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **kwargs)
-    said = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ok"))
-    assert done.returncode == 0, f"{command[0]}\n{said}\n{done.stderr[-3000:]}"
+    output = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ok"))
+    assert done.returncode == 0, f"{command[0]}\n{output}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
@@ -50,7 +51,7 @@ def gemm(tmp_path_factory):
 
 
 def test_the_gemm_kernels_on_the_emulator(gemm):
-    said = call(gemm[0], 2)
+    output = call(gemm[0], 2)
     for kernel in (
         "mma 16x128",
         "mma 64x64",
@@ -61,7 +62,7 @@ def test_the_gemm_kernels_on_the_emulator(gemm):
         "fp4 128x128",
         "fp4 64x64",
     ):
-        assert kernel in said, "the plan no longer reaches it"
+        assert kernel in output, "the plan no longer reaches it"
 
 
 def test_the_gemm_kernels_touch_only_their_memory(tmp_path):
@@ -79,9 +80,9 @@ def test_every_fault_has_its_place():
 
 
 def test_planted_faults_are_noticed():
-    said = call(sys.executable, SOURCES / "sim/mutate.py", "--short")
-    noticed = [line for line in said.splitlines() if line.startswith("noticed")]
-    assert len(noticed) >= 2, said
+    output = call(sys.executable, SOURCES / "sim/mutate.py", "--short")
+    noticed = [line for line in output.splitlines() if line.startswith("noticed")]
+    assert len(noticed) >= 2, output
 
 
 class Gemm(ctypes.Structure):
@@ -114,7 +115,7 @@ def seeded(seed):
 
 
 def product(library, arch, seed, codes, row_scale, weight, weight_scale, bias, dtype, **parts):
-    """What the kernel for ``arch`` makes of these, and its name."""
+    """The output of the kernel for ``arch``, and its name."""
     out = torch.full((len(codes), len(weight)), float("nan"), dtype=dtype)
     g = Gemm(
         tokens=len(codes),
@@ -157,11 +158,11 @@ def test_w4a8_gives_the_bits_of_the_reference(gemm, arch, m, n, k):
     parts = fmt.pack(w, fmt.compute_qparams(w))
     weight, scale = parts["weight"], parts["weight_scale"].contiguous()
     x = torch.randn(m, k, generator=seeded(2))
-    codes, row_scale = ops._quantize_rows(x, None, 1, None)
+    codes, row_scale = reference.quantize_rows(x, None, 1, None)
     for dtype in DTYPES:
         bias = torch.randn(n, generator=seeded(3)).to(dtype)
         args = (codes, row_scale, weight, scale)
-        want = ops._w4a8_linear(*args, parts["weight_scale_2"], bias, dtype)
+        want = reference.w4a8_linear(*args, parts["weight_scale_2"], bias, dtype)
         groups = parts["weight_scale_2"].data_ptr()
         two_level = {"weights": 1, "groups": groups, "group": group}
         got, name = product(library, arch, m, *args, bias, dtype, **two_level)
@@ -178,7 +179,7 @@ def test_w8a8_gives_the_bits_of_the_reference(gemm, arch, m, n, k):
     for dtype, bias in ((torch.bfloat16, None), (torch.float32, torch.randn(n))):
         args = (codes, row_scale, weight, scale, bias, dtype)
         got, name = product(library, arch, m, *args)
-        assert torch.equal(got, ops._w8a8_linear(*args)), name
+        assert torch.equal(got, reference.w8a8_linear(*args)), name
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -192,7 +193,7 @@ def test_tables_give_the_bits_of_the_expanded_weight(gemm, arch, group):
     tables = torch.randint(-128, 128, shape, dtype=torch.int8, generator=seeded(2))
     row_scale, scale = torch.rand(m, generator=seeded(3)), torch.rand(n, 1, generator=seeded(4))
     expanded = tables.gather(2, index.long().unflatten(1, (-1, group))).flatten(1)
-    want = ops._w8a8_linear(codes, row_scale, expanded, scale, None, torch.bfloat16)
+    want = reference.w8a8_linear(codes, row_scale, expanded, scale, None, torch.bfloat16)
     args = (codes, row_scale, pack_bits(index, 4), scale, None, torch.bfloat16)
     table = {"weights": 2, "tables": tables.data_ptr(), "group": group}
     got, name = product(library, arch, 7, *args, **table)
@@ -202,13 +203,13 @@ def test_tables_give_the_bits_of_the_expanded_weight(gemm, arch, group):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_gelu_gate_and_residual_give_the_bits_of_torch(gemm, arch, dtype):
-    """In every kernel that finishes an output: whole tiles, tails, and the sum of splits."""
+    """In every kernel that writes outputs: whole tiles, tails, and sums over split K."""
     library = ctypes.CDLL(str(gemm[1]))
     seen = set()
     for m, n, k in [(6, 48, 1152), (300, 257, 384), (33, 7, 77), (520, 512, 128)]:
         codes = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=seeded(0))
         weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=seeded(1))
-        # sums of a few units: where GELU bends
+        # sums of a few units: where GELU is not linear
         row_scale = torch.rand(m, generator=seeded(2)) * 5e-3 / k**0.5
         scale = torch.rand(n, 1, generator=seeded(3)) * 0.1
         bias = torch.randn(n, generator=seeded(4)).to(dtype)
@@ -216,7 +217,7 @@ def test_gelu_gate_and_residual_give_the_bits_of_torch(gemm, arch, dtype):
         gate = torch.randn(images, n, generator=seeded(5)).to(dtype)
         residual = torch.randn(m, n, generator=seeded(6)).to(dtype)
         y = ops_quantize.gelu(
-            ops._w8a8_linear(codes, row_scale, weight, scale, bias, torch.float32)
+            reference.w8a8_linear(codes, row_scale, weight, scale, bias, torch.float32)
         )
         gated = gate.float().repeat_interleave(m // images, 0) * y + residual.float()
         args = (codes, row_scale, weight, scale, bias, dtype)

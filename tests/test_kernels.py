@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op: schema, fake, exact integers; every kernel against the reference at awkward sizes."""
+"""Every op: schema, fake, exact integers. Every kernel against the reference at awkward sizes."""
 
 from __future__ import annotations
 
@@ -27,48 +27,50 @@ def operands(m, n=48, k=128, seed=0):
 
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
-@pytest.mark.parametrize("acts", ["none", "int8-row", "int4-row", "int4-g64"])
-def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, acts):
+@pytest.mark.parametrize("activations", ["none", "int8-row", "int4-row", "int4-g64"])
+def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, activations):
     x, w, bias = operands(m)
-    task = LinearProblem(fmt, ACTIVATION_FORMATS[acts], 64)
+    problem = LinearProblem(fmt, ACTIVATION_FORMATS[activations], 64)
     parts = fmt.pack(w, fmt.compute_qparams(w))
     scale = (torch.rand(128) + 0.5).to(torch.bfloat16)
     parts["pre_quant_scale"] = scale.reshape(1, -1)
-    got = pick(task).call(task, x, parts, bias)
-    want = KERNELS[-1].call(task, x, parts, bias)
+    got = pick(problem).call(problem, x, parts, bias)
+    want = KERNELS[-1].call(problem, x, parts, bias)
     assert got.shape == (m, 48)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("acts", [name for name, a in ACTIVATION_FORMATS.items() if a.block_format])
+@pytest.mark.parametrize(
+    "activations", [name for name, a in ACTIVATION_FORMATS.items() if a.block_format]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_grids_of_floats_are_multiplied_in_every_type(acts, dtype):
+def test_block_formats_are_multiplied_in_every_dtype(activations, dtype):
     x, w, bias = operands(20)
     fmt = FORMATS["nvfp4"]
-    task = LinearProblem(fmt, ACTIVATION_FORMATS[acts], 64)
+    problem = LinearProblem(fmt, ACTIVATION_FORMATS[activations], 64)
     parts = fmt.pack(w, fmt.compute_qparams(w))
-    kernel = pick(task)
-    assert kernel.name == ("fp4" if acts == "nvfp4" else "float-product")
-    want = kernel.call(task, x, parts, bias)
+    kernel = pick(problem)
+    assert kernel.name == ("fp4" if activations == "nvfp4" else "float-product")
+    want = kernel.call(problem, x, parts, bias)
     for tokens in (4, 20):
-        got = kernel.call(task, x[:tokens].to(dtype), parts, bias)
+        got = kernel.call(problem, x[:tokens].to(dtype), parts, bias)
         assert got.dtype == dtype
-        # rounding of the given tokens may move some to the next point of a coarse grid
+        # rounding the input to dtype may move some values to the next value of a coarse format
         assert (got.float() - want[:tokens]).norm() < 0.03 * want[:tokens].norm()
 
 
-def test_a_change_of_the_input_may_leave_the_range_of_float16():
+def test_an_input_transform_may_leave_the_range_of_float16():
     x, w, bias = operands(4)
     fmt = FORMATS["nvfp4"]
     parts = fmt.pack(w, fmt.compute_qparams(w)) | {
         "pre_quant_scale": torch.full((1, 128), 2.0**10).bfloat16()
     }
-    task = LinearProblem(fmt, ACTIVATION_FORMATS["nvfp4"], 64)
+    problem = LinearProblem(fmt, ACTIVATION_FORMATS["nvfp4"], 64)
     x = (x * 1000).half()
-    y = pick(task).call(task, x / 2**10, parts, bias)
+    y = pick(problem).call(problem, x / 2**10, parts, bias)
     assert torch.isfinite(y).all()
     plain = {k: v for k, v in parts.items() if k != "pre_quant_scale"}
-    torch.testing.assert_close(y, pick(task).call(task, x, plain, bias), rtol=0.02, atol=2)
+    torch.testing.assert_close(y, pick(problem).call(problem, x, plain, bias), rtol=0.02, atol=2)
 
 
 @pytest.mark.parametrize("k", [1, 2, 37, 4160])
@@ -156,7 +158,7 @@ def test_every_op_passes_opcheck(dtype):
     weight = (list(parts.values()), list(parts), "int4-asym-g64")
     torch.library.opcheck(ops.dequantize, (*weight, 128, dtype))
     torch.library.opcheck(ops.weight_linear, (x, *weight, bias))
-    torch.library.opcheck(ops.resident_linear, (x, *weight, bias))
+    torch.library.opcheck(ops.cached_linear, (x, *weight, bias))
     up = torch.ones(1, 128, dtype=dtype)
     change, grid = (pre, None, 64, 1), (torch.tensor([0.1, 0.2]), torch.ones(1, dtype=torch.int64))
     torch.library.opcheck(ops.norm_quantize_rows, (x, up, up, 1e-6, *change, None, None))
@@ -165,7 +167,7 @@ def test_every_op_passes_opcheck(dtype):
     torch.library.opcheck(ops.e4m3_quantize_rows, (x, *change))
 
 
-def test_what_follows_a_product_is_gelu_gate_and_residual():
+def test_an_epilogue_is_gelu_gate_and_residual():
     x, w, bias = operands(6)
     p = FORMATS["int8-row"].pack(w, FORMATS["int8-row"].compute_qparams(w))
     codes, scale = ops.quantize_rows(x, None, 1, None)
@@ -173,8 +175,8 @@ def test_what_follows_a_product_is_gelu_gate_and_residual():
     y = ops.w8a8_linear(*given, torch.float32)
     gate, residual = torch.randn(2, len(bias)), torch.randn(6, len(bias))
     got = ops.w8a8_epilogue_linear(*given, True, gate, residual, torch.float32)
-    bent = F.gelu(y, approximate="tanh")
-    want = torch.cat([gate[:1] * bent[:3], gate[1:] * bent[3:]]) + residual
+    activated = F.gelu(y, approximate="tanh")
+    want = torch.cat([gate[:1] * activated[:3], gate[1:] * activated[3:]]) + residual
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     with pytest.raises((ValueError, RuntimeError), match="a gate comes with a residual"):
         ops.w8a8_epilogue_linear(*given, False, gate, None, torch.float32)
@@ -193,7 +195,7 @@ def test_a_low_rank_branch_comes_before_gelu():
         ops.w8a8_epilogue_linear(*given, True, None, None, torch.float32, low)
 
 
-def test_a_table_of_the_levels_of_int4_is_int4():
+def test_a_table_of_int4_values_is_int4():
     x, w, bias = operands(5)
     fmt = FORMATS["int4-2l-g64"]
     p = fmt.pack(w, fmt.compute_qparams(w))
@@ -225,11 +227,11 @@ def test_a_device_gives_the_numbers_of_the_cpu(device):
     x, w, bias = operands(33)
     pre = (torch.rand(128) + 0.5).to(torch.bfloat16)
     for fmt in FORMATS.values():
-        task = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
+        problem = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
         parts = fmt.pack(w, fmt.compute_qparams(w)) | {"pre_quant_scale": pre.reshape(1, -1)}
-        want = pick(task).call(task, x, parts, bias)
+        want = pick(problem).call(problem, x, parts, bias)
         there = {k: v.to(device) for k, v in parts.items()}
-        got = pick(task).call(task, x.to(device), there, bias.to(device)).cpu()
-        if pick(task).name in ("w8a8", "w4a8-two-level"):
+        got = pick(problem).call(problem, x.to(device), there, bias.to(device)).cpu()
+        if pick(problem).name in ("w8a8", "w4a8-two-level"):
             assert torch.equal(got, want), fmt.name
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

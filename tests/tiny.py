@@ -6,12 +6,12 @@ from __future__ import annotations
 import diffusers
 import torch
 from diffusers import (
-    ImagePipelineOutput,
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    ImagePipelineOutput,
 )
 from torch import nn
 

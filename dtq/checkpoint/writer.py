@@ -38,7 +38,8 @@ def save_into(
     saveable: Any, folder: Path, shard: str = "10GB", report: dict[str, Any] | None = None
 ) -> None:
     """``save_pretrained`` as a standard folder with a model card, without the path the model was
-    read from; ``report`` is what the card says was measured."""
+    read from; ``report`` is what the card says was measured.
+    """
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
         drop_name_or_path(config)

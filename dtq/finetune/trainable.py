@@ -63,7 +63,7 @@ class TrainableLinear(nn.Linear):
         return [group for group in groups if group["params"]]
 
     def forward(self, x: Tensor) -> Tensor:
-        """float (..., K) to (..., N) in the dtype of ``x``."""
+        """Float (..., K) to (..., N) in the dtype of ``x``."""
         rows = x.reshape(-1, self.in_features).float()  # (M, K)
         changed = self.layer.transform().x(rows)
         with torch.no_grad():
