@@ -121,7 +121,7 @@ def quantize_sources(
     """
     if len(sources) == 1:
         (one,) = sources
-        how: dict[str, Any] = {"skip": skip, "progress": progress, "work": tasks, "memory": memory}
+        how: dict[str, Any] = {"skip": skip, "progress": progress, "tasks": tasks, "memory": memory}
         how["sanity_check"] = sanity_check
         report = quantize_source(one, recipe, statistics=statistics, inputs=inputs, **how)
         return {one.component: report}
@@ -252,7 +252,7 @@ def quantize_source(
                 floats,
                 subsample(recorded, _TEACHER_CALLS),
                 progress=progress,
-                save=tasks.folder / "finetune" if tasks.folder is not None else None,
+                tasks=tasks.namespace("finetune"),
                 **dict(recipe.finetune.knobs),
             )
         ).to_json()

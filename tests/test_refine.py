@@ -26,6 +26,7 @@ from dtq.nn.timestep_hook import install_clock
 from dtq.pipelines.loading import dummy_inputs
 from dtq.pipelines.recorded_calls import RecordedCall
 from dtq.plan.layers import LayerSpec
+from dtq.runs.tasks import TaskStore
 from dtq.transforms import OnlineTransform
 
 
@@ -254,12 +255,12 @@ def test_finished_blocks_are_loaded_and_give_the_same(tmp_path, caplog):
     first = tiny.dit(heads=2)
     floats = quantized(first, "vq-64x2-row")
     second, third, calls = copy.deepcopy(first), copy.deepcopy(first), calls_of(first, 4)
-    how = {**FAST, "steps": 8, "save": tmp_path / "work"}
+    how = {**FAST, "steps": 8, "tasks": TaskStore(tmp_path)}
     whole = FINETUNE["vq4dit"](first, floats, calls, **how)
-    assert sorted(p.name for p in how["save"].iterdir()) == [
-        f"block-{i}.{end}" for i in range(2) for end in ("json", "safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"block-{i}.safetensors" for i in range(2)
     ]
-    (how["save"] / "block-1.json").unlink()  # as if interrupted in the second block
+    (tmp_path / "block-1.safetensors").unlink()  # as if interrupted in the second block
     with caplog.at_level(logging.INFO, "dtq"):
         again = FINETUNE["vq4dit"](second, floats, calls, **how)
     assert "transformer_blocks.0 was finished before" in caplog.text
@@ -269,7 +270,7 @@ def test_finished_blocks_are_loaded_and_give_the_same(tmp_path, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING, "dtq"):
         FINETUNE["vq4dit"](third, floats, calls, **{**how, "steps": 9})
-    assert "of another job" in caplog.text
+    assert "of another run" in caplog.text
     assert not same(parts_of(first), parts_of(third))
 
 
@@ -344,7 +345,7 @@ def test_static_scales_follow_the_step_of_the_call():
     install_clock(model, (500.0,))
     calls = calls_of(model, 4)
     examples = examples_of(model, "transformer_blocks.0", floats, calls)
-    assert [e.moment[0].item() for e in examples] == [1, 1, 0, 0]
+    assert [e.clock_state[0].item() for e in examples] == [1, 1, 0, 0]
     report = FINETUNE["blocks"](model, floats, calls, **FAST)
     assert all(b.after < b.before for b in report.blocks if b.accepted)
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import kill  # scripts/kill.py
-import psutil
 import pytest
 import tiny
 import torch
@@ -78,7 +81,7 @@ def test_what_is_finished_is_not_done_again(float_folder, tmp_path, dies, caplog
     run(float_folder, *FEW, "-o", out, code=None)
     dies(1000)
     run(float_folder, *FEW, "-o", out)
-    assert caplog.text.count("going on where the run before stopped") == 2
+    assert caplog.text.count("continuing the interrupted run") == 2
     assert kill.digest(out) == kill.digest(tmp_path / "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"q", "whole"}
 
@@ -249,23 +252,53 @@ def test_a_living_run_keeps_others_out(float_folder, tmp_path):
 
 
 def test_a_dead_run_does_not(tmp_path, caplog):
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    host = os.uname().nodename
-    owner = {"pid": child.pid, "host": host, "started": psutil.Process(child.pid).create_time()}
-    child.communicate(b"\n")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from dtq.io.run_lock import locked\n"
+        "with locked(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    lock, host = tmp_path / "lock", os.uname().nodename
+    child = subprocess.Popen([sys.executable, "-c", code, str(lock)])
+    assert child.wait() == -signal.SIGKILL
+    assert json.loads(lock.read_text()) == {"pid": child.pid, "host": host}
+    with locked(lock):
+        assert f"process {child.pid} was killed" in caplog.text
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert not lock.exists()
+
+
+def test_the_lock_file_of_another_host_is_left_alone(tmp_path):
+    """Whether file locks reach over a network file system is not known."""
     lock = tmp_path / "lock"
-    lock.write_text(json.dumps(owner))
+    lock.write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
+    with pytest.raises(InputError, match=r"on elsewhere is writing here\. If it is dead"), locked(lock):
+        pass
+    assert lock.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[", "3", '{"pid": 1}'])
+def test_a_lock_file_that_names_no_owner_and_is_not_locked_is_free(text, tmp_path):
+    lock = tmp_path / "lock"
+    lock.write_text(text)
     with locked(lock):
-        assert f"process {child.pid} on {host} is dead" in caplog.text
-    lock.write_text(json.dumps({**owner, "pid": os.getpid()}))  # its number was given again
-    with locked(lock):
         pass
-    lock.write_text(json.dumps({**owner, "host": "elsewhere"}))
-    with pytest.raises(InputError, match="on elsewhere"), locked(lock):
-        pass
-    lock.write_text("")
-    with pytest.raises(InputError, match="not a lock"), locked(lock):
-        pass
+    assert not lock.exists()
+
+
+def _lock_often(lock: Path, inside: Path, count: int) -> int:
+    held = 0
+    for _ in range(count):
+        with suppress(InputError), locked(lock):
+            inside.touch(exist_ok=False)  # raises where another process is inside
+            inside.unlink()
+            held += 1
+    return held
+
+
+def test_the_lock_is_held_by_one_process_at_a_time(tmp_path):
+    arguments = [(tmp_path / "lock", tmp_path / "inside", 100)] * 4
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert min(pool.starmap(_lock_often, arguments)) > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_units_are_the_same_in_memory_and_in_a_folder(tmp_path):

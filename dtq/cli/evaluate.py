@@ -242,7 +242,7 @@ def evaluate(
         raise InputError("--npz needs a folder and pictures to keep: -o FOLDER --fid 5000")
     opened, float_model = _open(candidate, dtype), _open(reference, dtype)
     quantization = quantization_report(opened.path)
-    how = calibration_of(set=requests, **job)
+    how = calibration_of(prompts=requests, **job)
     result = evaluate.evaluate(
         opened, float_model, how, baselines=listed(baseline), request=asked, progress=say,
         workers=team, folder=None if output is None else output / ".shares",

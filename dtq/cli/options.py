@@ -136,7 +136,7 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
     data.pop("name")
     settings = list(choices["settings"])
     for option, key in (
-        ("calibration", "set"),
+        ("calibration", "prompts"),
         ("samples", "samples"),
         ("steps", "steps"),
         ("guidance", "guidance"),
@@ -145,7 +145,7 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
     ):
         if choices[option] is not None:
             data["calibration"][key] = choices[option]
-    data["calibration"]["arguments"] |= arguments_of(choices["arguments"])
+    data["calibration"]["pipeline_args"] |= arguments_of(choices["arguments"])
     if choices["budget"] is not None:
         data["allocate"]["budget"] = choices["budget"]
     for setting in settings:
@@ -172,6 +172,7 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
 
 def calibration_of(*, arguments: Sequence[str], images: str | None, **job: Any) -> SamplingSettings:
     """What a pipeline is to run: the job's own options, and those of :func:`call_options`."""
+    job["batch_size"] = job.pop("batch")
     return SamplingSettings(**job, pipeline_args=arguments_of(arguments), images=images or "")
 
 

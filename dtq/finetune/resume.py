@@ -1,76 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished blocks on disk: the same job goes on there after an interruption."""
+"""Fine-tuned blocks as tasks: an interrupted run continues at the first block that is missing."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate.utils import recursively_apply
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dtq.finetune.block_order import layers_of
 from dtq.finetune.report import BlockReport, FinetuneConfig
 from dtq.finetune.trainable import set_state, state_of
-from dtq.io.atomic import atomic_replace, atomic_write
+from dtq.io.checksum import checksum, digest
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.recorded_calls import RecordedCall
+from dtq.runs.tasks import TaskStore
 
 log = logging.getLogger("dtq")
 
 
-class Shelf:
-    """A folder with ``block-<i>.safetensors``, the parts of a finished block, and its report.
+class BlockTasks:
+    """Results of the blocks of one fine-tuning run: their packed tensors and reports.
 
-    The report is written last: where it is and names the same job, the block is done.
+    Args:
+        tasks: where they are stored; without a folder nothing is.
+        fingerprint: of the run, see :func:`fingerprint`; results of another run are replaced.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
-        self.current = True  # until the first block that is not there
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, tasks: TaskStore, fingerprint: str) -> None:
+        self.tasks, self.fingerprint = tasks, fingerprint
+        self.resuming = True  # until the first block that has to be trained
 
-    def load(self, i: int, model: nn.Module) -> BlockReport | None:
-        """Put the parts of a finished block into the model; None when it is not finished."""
-        tensors, about = self._files(i)
-        self.current = self.current and about.exists() and tensors.exists()
-        if not self.current:
-            return None
-        data = json.loads(about.read_text())
-        if data["fingerprint"] != self.fingerprint:
-            log.warning("refine: %s is of another job; ignored and replaced", self.folder)
-            self.current = False
-            return None
-        report = BlockReport(**data["report"])
-        stored = load_file(tensors)
-        for name, layer in layers_of(model, report.name).items():
-            state = {n: stored[f"{name}.{n}"] for n in state_of(layer)}
-            set_state(layer, {n: t.to(layer.weight.device) for n, t in state.items()})
-        log.info("refine: %s was finished before, loaded", report.name)
+    def get_or_train(
+        self, index: int, model: nn.Module, train: Callable[[], BlockReport]
+    ) -> BlockReport:
+        """Load a finished block into the model, or train and store it.
+
+        Args:
+            index: position of the block in the order in which blocks run.
+            model: with quantized linears in place; changed in place.
+            train: trains the block in place.
+        """
+        task = f"block-{index}"
+        self.resuming = self.resuming and task in self.tasks
+        if self.resuming:
+            stored, data = self.tasks.load(task)
+            if data["fingerprint"] == self.fingerprint:
+                report = BlockReport(**data["report"])
+                self._load(model, report.name, stored)
+                return report
+            log.warning(
+                "finetune: %s is of another run; ignored and replaced", self.tasks.path(task)
+            )
+            self.resuming = False
+        report = train()
+        if self.tasks.folder is not None:
+            tensors = {
+                f"{name}.{key}": tensor
+                for name, layer in layers_of(model, report.name).items()
+                for key, tensor in state_of(layer).items()
+            }
+            data = {"fingerprint": self.fingerprint, "report": asdict(report)}
+            self.tasks.save(task, tensors, data)
         return report
 
-    def save(self, i: int, report: BlockReport, model: nn.Module) -> None:
-        tensors, about = self._files(i)
-        about.unlink(missing_ok=True)
-        state = {
-            f"{name}.{part}": tensor.detach().cpu().contiguous().clone()
-            for name, layer in layers_of(model, report.name).items()
-            for part, tensor in state_of(layer).items()
-        }
-        data = json.dumps({"fingerprint": self.fingerprint, "report": asdict(report)}, indent=1)
-        atomic_replace(tensors, lambda path: save_file(state, path))
-        atomic_write(about, data)
-
-    def _files(self, i: int) -> tuple[Path, Path]:
-        return self.folder / f"block-{i}.safetensors", self.folder / f"block-{i}.json"
+    def _load(self, model: nn.Module, block: str, stored: Mapping[str, Tensor]) -> None:
+        for name, layer in layers_of(model, block).items():
+            state = {key: stored[f"{name}.{key}"] for key in state_of(layer)}
+            set_state(layer, {key: t.to(layer.weight.device) for key, t in state.items()})
+        log.info("finetune: %s was finished before, loaded", block)
 
 
 def fingerprint(
@@ -79,21 +80,26 @@ def fingerprint(
     calls: Sequence[RecordedCall],
     config: FinetuneConfig,
 ) -> str:
-    """Of the method, the calls, and the quantized layers before and after they were."""
-    digest = hashlib.sha256(json.dumps(asdict(config)).encode())
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            digest.update(f"{name} {json.dumps(module.runtime.to_json())}".encode())
-            for part, tensor in state_of(module).items():
-                digest.update(f"{part} {_checksum(tensor)}".encode())
-            digest.update(str(_checksum(floats[name].weight)).encode())
-    for call in calls:
-        recursively_apply(
-            lambda t: digest.update(str(_checksum(t)).encode()), (call.args, call.kwargs)
-        )
-    return digest.hexdigest()
+    """Digest of everything that a fine-tuning run depends on.
 
+    Args:
+        model: with quantized linears in place.
+        floats: the float linears that they replaced, by dotted name.
+        calls: recorded calls of the float model.
+        config: the method and its knobs.
+    """
 
-def _checksum(tensor: Tensor) -> int:
-    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(data)
+    def chunks() -> Iterator[str]:
+        yield json.dumps(asdict(config))
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                yield f"{name} {json.dumps(module.runtime.to_json())}"
+                for key, tensor in state_of(module).items():
+                    yield f"{key} {checksum(tensor)}"
+                yield str(checksum(floats[name].weight))
+        for call in calls:
+            tensors: list[Tensor] = []
+            recursively_apply(tensors.append, (call.args, call.kwargs))
+            yield from (str(checksum(tensor)) for tensor in tensors)
+
+    return digest(chunk.encode() for chunk in chunks())

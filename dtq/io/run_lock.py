@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a time in a folder: a file that names the owner's process and host."""
+"""One run at a time in a folder: a lock of the operating system on a file that names its owner.
+
+The system releases the lock when the process ends, however it ends. Hosts share it over a network
+file system that is mounted with locks, which cannot be known here. So the file of another host is
+not taken over: its run was killed, or it is alive and the lock is not shared.
+"""
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -11,9 +15,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import psutil
+from filelock import FileLock, Timeout
 
 from dtq.errors import InputError
 
@@ -24,95 +27,55 @@ log = logging.getLogger("dtq")
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``; it is removed at the end.
 
-    A lock whose process is dead, on this host, is taken over, with a warning. Whether a process of
-    another host lives cannot be known.
+    The file of a run on this host that was killed is taken over, with a warning.
 
     Raises:
-        InputError: another run holds it, says which; or the file cannot be made.
+        InputError: another run holds the lock, and which one where that is known; or the file
+            cannot be made.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    lock, host, owner = FileLock(path), socket.gethostname(), None
     try:
-        while True:
-            draft.write_text(json.dumps(process_identity()), encoding="utf-8")
-            try:
-                os.link(draft, path)  # never seen half-written, unlike a file opened with O_EXCL
-                break
-            except FileExistsError:
-                _remove_dead(path)
-            except FileNotFoundError:  # somebody cleared what looked left over
-                continue
+        while not lock.is_locked:
+            path.touch()
+            inode, owner = _inode(path), _owner(path)
+            lock.acquire(blocking=False)
+            if _inode(path) != inode:  # the run before removed the file as it ended
+                lock.release()
+    except Timeout as error:
+        who = "process {} on {}".format(*owner) if owner else "another run"
+        raise InputError(
+            f"{path}: {who} is writing here; wait for it, or choose another folder"
+        ) from error
     except OSError as error:
         raise InputError(f"{path.parent}: cannot write there ({error.strerror})") from error
+    try:
+        if owner and owner[1] != host:
+            raise InputError(
+                f"{path}: process {owner[0]} on {owner[1]} is writing here. If it is dead, delete "
+                f"the file and run again"
+            )
+        if owner:
+            log.warning("%s: process %s was killed; its lock is taken over", path, owner[0])
+        with suppress(OSError):  # Windows lets nobody write into a locked file, or delete it
+            path.write_text(json.dumps({"pid": os.getpid(), "host": host}), encoding="utf-8")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
     finally:
-        draft.unlink(missing_ok=True)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*"):
-        left.unlink(missing_ok=True)
-    try:
-        yield
-    finally:
-        with suppress(FileNotFoundError):
-            path.unlink()
+        lock.release()
 
 
-def process_identity() -> dict[str, Any]:
-    """This process; its start tells it from a later one with the same number."""
-    started = psutil.Process().create_time()
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-
-
-def _remove_dead(path: Path) -> None:
-    """Take away the lock of a dead process.
-
-    Raises:
-        InputError: it is not known to be dead.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return  # just released
-    owner = _owner(text)
-    if owner is None:
-        raise InputError(f"{path}: not a lock of dtq; delete it if no run writes here")
-    who = f"process {owner['pid']} on {owner['host']}"
-    if owner["host"] != socket.gethostname():
-        raise InputError(
-            f"{path}: {who} is writing here. If it is dead, delete the file and run again"
-        )
-    if is_alive(owner):
-        raise InputError(f"{path}: {who} is writing here; wait for it, or choose another folder")
-    # rename first: of two runs that find a dead lock one gets it
-    aside = path.with_name(f"{path.name}.{os.getpid()}.dead")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    if aside.read_text(encoding="utf-8") != text:  # a third run was faster and lives
-        with suppress(FileExistsError):
-            os.link(aside, path)
-        aside.unlink()
-        return
-    aside.unlink()
-    log.warning("%s: %s is dead, its lock is taken over", path, who)
-
-
-def _owner(text: str) -> dict[str, Any] | None:
-    try:
-        data = json.loads(text)
-    except ValueError:
-        return None
-    if isinstance(data, dict) and set(data) == {"pid", "host", "started"}:
-        return data
+def _owner(path: Path) -> tuple[object, object] | None:
+    """Process id and host in a lock file; None if there is no file, or it does not say."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return data["pid"], data["host"]
     return None
 
 
-def is_alive(owner: dict[str, Any]) -> bool:
-    """Whether a process of this host, as :func:`here` describes it, still runs."""
-    try:
-        process = psutil.Process(owner["pid"])
-        if process.status() == psutil.STATUS_ZOMBIE:  # nobody has asked yet how it ended
-            return False
-        return abs(process.create_time() - owner["started"]) < 2.0
-    except (psutil.NoSuchProcess, ValueError, TypeError):
-        return False
-    except psutil.AccessDenied:
-        return True
+def _inode(path: Path) -> int | None:
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino
+    return None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dtq.kernels import ops as _ops  # noqa: F401  (importing it registers the ops)
 from dtq.kernels.compile.cpu import CPU
 from dtq.kernels.compile.cuda import CUDA
 from dtq.kernels.explain import explain, on

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compiling the CPU's library and the GPU's has in common. The standard library only."""
+"""What compiling the CPU's library and the GPU's has in common. No torch."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from dtq.io import checksum
 
 ABI = (2, 10)
 """The torch whose stable ABI is used; any later one loads the libraries."""
@@ -20,10 +21,8 @@ def target() -> str:
 
 def digest(files: Iterable[Path], *rest: object) -> str:
     """A name for what a library is made of."""
-    total = hashlib.sha256(" ".join(map(str, rest)).encode())
-    for path in sorted(files):
-        total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()[:16]
+    contents = (path.name.encode() + path.read_bytes() for path in sorted(files))
+    return checksum.digest([" ".join(map(str, rest)).encode(), *contents])[:16]
 
 
 def run(command: Sequence[str], who: str) -> None:
