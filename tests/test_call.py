@@ -90,14 +90,14 @@ def test_no_defaults_write_no_file(tmp_path):
     ("data", "message"),
     [
         ([], "expected a JSON object"),
-        ({"size": {}}, "unknown key 'size'"),
+        ({"size": {}}, "size: unknown key; did you mean 'sizes'"),
         ({"sizes": {"height": 0}}, "whole numbers from 1"),
         ({"sizes": {"height": 10**6}}, "whole numbers from 1"),
-        ({"sizes": {"height": True}}, "whole numbers from 1"),
-        ({"sizes": {"height": "64"}}, "whole numbers from 1"),
-        ({"sizes": [64]}, "whole numbers from 1"),
-        ({"prompts": "../secret"}, "prompts: '../secret' is not a prompt set that dtq ships"),
-        ({"prompts": ["prompts-64"]}, "not a prompt set that dtq ships"),
+        ({"sizes": {"height": True}}, r"sizes\['height'\]: expected a whole number"),
+        ({"sizes": {"height": "64"}}, r"sizes\['height'\]: expected a whole number"),
+        ({"sizes": [64]}, "sizes: expected a mapping"),
+        ({"prompts": "../secret"}, "expected a set that dtq ships"),
+        ({"prompts": ["prompts-64"]}, "prompts: expected a name"),
     ],
 )
 def test_a_file_can_only_hold_sizes_and_a_prompt_set(data, message, tmp_path):

@@ -211,16 +211,23 @@ def edit(folder: Path, change) -> None:
 Q = "transformer_blocks.0.attn1.to_q"
 DAMAGE = {
     "newer version": (lambda q: q.update(format_version=3), "format_version.*pip install -U dtq"),
+    "older version": (
+        lambda q: q.update(format_version=1),
+        "'format_version' is 1, .*: quantize the model again with this version",
+    ),
     "no version": (lambda q: q.pop("format_version"), "format_version"),
     "unknown format": (
         lambda q: q["layers"][Q].update(weight_format="int3-x"),
         "unknown format 'int3-x'",
     ),
     "another format": (lambda q: q["layers"][Q].update(weight_format="int8-row"), f"{Q}.weight"),
-    "missing key": (lambda q: q["layers"][Q].pop("activation_format"), "must have the keys"),
+    "missing key": (
+        lambda q: q["layers"][Q].pop("activation_format"),
+        "activation_format: missing",
+    ),
     "odd block": (lambda q: q["layers"][Q].update(hadamard_block_size=48), "power of two"),
     "strange layer": (lambda q: q["layers"].update(nowhere=q["layers"][Q]), "no layer 'nowhere'"),
-    "layers is a list": (lambda q: q.update(layers=[1]), "'layers' must map"),
+    "layers is a list": (lambda q: q.update(layers=[1]), "layers: expected a mapping"),
     "edges": (lambda q: q.update(timestep_edges=[3, 1]), "rising"),
 }
 
@@ -231,6 +238,20 @@ def test_a_damaged_config_is_an_error_that_names_the_key(copy, kind):
     edit(copy, change)
     with pytest.raises(CheckpointError, match=message):
         load(copy)
+
+
+def test_a_config_of_version_1_is_refused_whatever_its_keys_are(copy):
+    """They had other names: ``weights``, ``acts``."""
+
+    def old(q):
+        q["layers"] = {Q: {"weights": "int4-row", "acts": "int8-row"}}
+        q["format_version"] = 1
+
+    edit(copy, old)
+    for read in (load, reader.verify):
+        with pytest.raises(CheckpointError, match="quantize the model again") as caught:
+            read(copy)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_tensor_is_an_error(copy):
@@ -247,7 +268,16 @@ def test_a_file_from_a_newer_dtq_is_refused(copy):
     tensors = load_file(file)
     tensors[reader.CHECKSUMS][0] = 9
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="format 9"):
+    with pytest.raises(CheckpointError, match="format is 9, .*: pip install -U dtq"):
+        load(copy)
+
+
+def test_a_file_from_an_older_dtq_is_refused(copy):
+    file = copy / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    tensors[reader.CHECKSUMS][0] = 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="format is 1, .*: quantize the model again"):
         load(copy)
 
 

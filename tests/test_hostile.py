@@ -344,20 +344,20 @@ Q = "transformer_blocks.0.attn1.to_q"
 FIELDS = {
     "rank": (lambda q: q["layers"][Q].update(rank=10**12), "proj_down is missing"),
     "block": (lambda q: q["layers"][Q].update(hadamard_block_size=2**40), "do not divide K = 128"),
-    "edges": (lambda q: q.update(timestep_edges=["x"]), "rising list"),
-    "bool edges": (lambda q: q.update(timestep_edges=[True]), "rising list"),
+    "edges": (lambda q: q.update(timestep_edges=["x"]), "timestep_edges: expected a list of num"),
+    "bool edges": (lambda q: q.update(timestep_edges=[True]), "timestep_edges: expected a list of"),
     "version": (lambda q: q.update(format_version=True), "format_version"),
     "dtype": (lambda q: q.update(compute_dtype="int8"), "not a float dtype"),
-    "odd dtype": (lambda q: q.update(compute_dtype="float8_e5m2"), "must be one of"),
-    "recipe": (lambda q: q.update(recipe={"a": 1}), "'recipe' must be a name"),
-    "newlines": (lambda q: q.update(base_model="x\n# Free money"), "'base_model' must be"),
-    "exclude": (lambda q: q.update(modules_to_not_convert=[3]), "'modules_to_not_convert'"),
-    "runtime": (lambda q: q.update(runtime=[1]), "'runtime' must be"),
+    "odd dtype": (lambda q: q.update(compute_dtype="float8_e5m2"), "compute_dtype: expected one of"),
+    "recipe": (lambda q: q.update(recipe={"a": 1}), "recipe: expected a name"),
+    "newlines": (lambda q: q.update(base_model="x\n# Free money"), "base_model: expected text of one line"),
+    "exclude": (lambda q: q.update(modules_to_not_convert=[3]), "modules_to_not_convert: expected a list of names"),
+    "runtime": (lambda q: q.update(runtime=[1]), "runtime: expected a mapping"),
     "policy": (
         lambda q: q.update(
             runtime={"diffusion_step_policy": {"edges": [], "modes": [["a16"]]}}
         ),
-        "'modes' must be",
+        "modes: expected a list of names",
     ),
     "no entry": (lambda q: q["layers"].pop(Q), f"{Q}.weight .*(shape|no entry in 'layers')"),
     "float layer": (
@@ -537,13 +537,19 @@ REPORT = {"name": "a", "role": "b", "weight_format": "c", "transform": "d", "pro
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({}, "'layers' must be a list"),
-        ({"layers": [3], "inputs": []}, r"layers\[0\]: 'name' is missing"),
-        ({"layers": [{**REPORT, "role": ["x"]}], "inputs": []}, "'role' is missing or not"),
-        ({"layers": [{**REPORT, "error": "x"}], "inputs": []}, "'error' is missing or not"),
+        ({}, "layers: missing; inputs: missing"),
+        ({"layers": [3], "inputs": []}, "layers: expected a list of layers"),
+        (
+            {"layers": [{**REPORT, "role": ["x"]}], "inputs": []},
+            r"layers\[0\]\.role: expected a name",
+        ),
+        (
+            {"layers": [{**REPORT, "error": "x"}], "inputs": []},
+            r"layers\[0\]\.error: expected a number",
+        ),
         (
             {"layers": [REPORT], "inputs": [{"name": "x", "imbalance": ["y"]}]},
-            "'imbalance' is missing",
+            "imbalance: expected a list of numbers.*imbalance_after: missing",
         ),
     ],
 )

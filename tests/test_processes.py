@@ -138,7 +138,7 @@ def test_too_few_pictures_for_the_processes_are_refused(float_folder, tmp_path):
     [
         (["0000", "0001"], "0002"),
         (["0000", "0001", "0001"], "0001, 0002"),
-        (["0000", "0001", "0002", "0003"], "unknown"),
+        (["0000", "0001", "0002", "0003"], "beyond the last"),
     ],
 )
 def test_a_sample_that_nobody_or_two_made_is_an_error(ids, says):
@@ -182,7 +182,7 @@ def test_one_dies_the_other_says_so_and_one_process_goes_on(float_folder, tmp_pa
     assert list(work.rglob("*.safetensors"))
     codes = Processes([*arguments, "-o", str(out)], 1, tmp_path / "again").codes()
     assert codes == [0]
-    assert "going on where the run before stopped" in (tmp_path / "again0").read_text()
+    assert "continuing the interrupted run" in (tmp_path / "again0").read_text()
     assert kill.digest(out) == want
 
 
@@ -207,7 +207,7 @@ def test_statistics_of_one_and_two_processes_and_a_killed_run_have_the_same_byte
     assert not made["killed"].exists()
     assert start("killed", 1).codes() == [0]
     told = (tmp_path / "killed-0").read_text()
-    assert "going on where the run before stopped" in told
+    assert "continuing the interrupted run" in told
     assert {p.name for p in tmp_path.iterdir() if p.suffix != ".safetensors"} == {
         *("one-0", "two-0", "two-1", "killed-0", "killed-1")
     }

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import kill  # scripts/kill.py
 import pytest
@@ -77,7 +80,7 @@ def test_what_is_finished_is_not_done_again(float_folder, tmp_path, dies, caplog
     run(float_folder, *FEW, "-o", out, code=None)
     dies(1000)
     run(float_folder, *FEW, "-o", out)
-    assert caplog.text.count("going on where the run before stopped") == 2
+    assert caplog.text.count("continuing the interrupted run") == 2
     assert kill.digest(out) == kill.digest(tmp_path / "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"q", "whole"}
 
@@ -263,6 +266,23 @@ def test_a_dead_run_does_not(tmp_path, caplog):
     lock.write_text("")
     with pytest.raises(InputError, match="another run is writing here"), locked(lock):
         pass
+
+
+def _lock_often(lock: Path, inside: Path, count: int) -> int:
+    held = 0
+    for _ in range(count):
+        with suppress(InputError), locked(lock):
+            inside.touch(exist_ok=False)  # raises where another process is inside
+            inside.unlink()
+            held += 1
+    return held
+
+
+def test_the_lock_is_held_by_one_process_at_a_time(tmp_path):
+    arguments = [(tmp_path / "lock", tmp_path / "inside", 100)] * 4
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert min(pool.starmap(_lock_often, arguments)) > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_units_are_the_same_in_memory_and_in_a_folder(tmp_path):
