@@ -98,9 +98,11 @@ int64_t peak(int64_t rounds) {
 }  // namespace
 }  // namespace dtq
 
-#include "body.h"
-#include "stored.h"
-#include "stored_bf16.h"
+#include "rows.h"
+#include "gelu.h"
+#include "gemm.h"
+#include "decode.h"
+#include "decode_bf16.h"
 
 namespace dtq {
 namespace {

@@ -169,8 +169,10 @@ int64_t peak(int64_t rounds) {
 }  // namespace
 }  // namespace dtq
 
-#include "body.h"
-#include "stored.h"
+#include "rows.h"
+#include "gelu.h"
+#include "gemm.h"
+#include "decode.h"
 
 namespace dtq {
 const Kernels neon = {"neon", sizeof(Activation), sizeof(Weight), quantize, pack, multiply, pack_small_m,

@@ -85,8 +85,10 @@ int64_t peak(int64_t) { return 0; }  // whatever the compiler makes of it
 }  // namespace
 }  // namespace dtq
 
-#include "body.h"
-#include "stored.h"
+#include "rows.h"
+#include "gelu.h"
+#include "gemm.h"
+#include "decode.h"
 
 namespace dtq {
 const Kernels portable = {"ref", sizeof(Activation), sizeof(Weight), quantize, pack, multiply, pack_small_m,

@@ -71,9 +71,11 @@ int64_t peak(int64_t rounds) {
 }  // namespace
 }  // namespace dtq
 
-#include "body.h"
-#include "stored.h"
-#include "stored_bf16.h"
+#include "rows.h"
+#include "gelu.h"
+#include "gemm.h"
+#include "decode.h"
+#include "decode_bf16.h"
 
 namespace dtq {
 const Kernels vnni = {"vnni", sizeof(Activation), sizeof(Weight), quantize, pack, multiply, pack_small_m,

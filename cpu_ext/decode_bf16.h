@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stored weights by bfloat16 tokens with vdpbf16ps, two products a lane: half the work of stored.h.
+// Stored weights by bfloat16 tokens with vdpbf16ps, two products a lane: half the work of decode.h.
 // Included after it where vectors have 512 bits; runs where the machine has AVX512_BF16 as well.
 //
 // Weights are rounded as everywhere, but those that are no normal numbers count as zero, as the

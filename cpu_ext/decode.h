@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights of every format from the bytes of the file: decoded, and multiplied with float tokens.
-// Included after body.h; the file has also defined
+// Included after gemm.h; the file has also defined
 //
 //   bytes_at, signed_at   kLanes bytes, one a lane
 //   look_up         table[code] for codes whose low four bits count, 16 floats
