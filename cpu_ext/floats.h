@@ -1,26 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every instruction set does alike. Included once per file, after the file has defined
-//
-//   kLanes          floats of a vector
-//   swapped<h>(v)   v with lanes i and i ^ h exchanged
-//   transpose16     a 16 x 16 block of 32-bit values
-//   low_bytes, low_halves   of each 32-bit lane, stored one after the other
-//   add_codes       the codes of a step, added to the sums of 16 tokens
-//   Code            how a packed code is kept
-//   kQuad           codes of one token that lie side by side: what one instruction adds up
-//   what weights.h asks for, and weights.h itself
-//   multiply_group  some steps of a panel by 1 to kBlocks token blocks, added to the sums if `more`
-//   kBlocks, kAtOnce   token blocks multiplied together, at most kGroup; steps after which their sums
-//                   go to memory
-//   splits          whether dot_few wants the codes of two steps in another order
-//   dot_few         some steps of one output channel by up to kFew tokens
-//
-// Everything is in an anonymous namespace: see kernels.h.
+// Vectors of floats: loads, stores, conversions from and to 16-bit types. Needs `struct Isa`, see isa.h.
 #pragma once
-#include <stddef.h>
-#include <string.h>
-
 #include "../common_ext/constants.h"
+#include "isa.h"
 
 namespace dtq {
 namespace {
@@ -41,7 +23,7 @@ inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 inline V round_to_int(V x) { return (x + splat(kRoundToInt)) - splat(kRoundToInt); }
 
 inline V from_half(U h) {
-  // the exponent of a half sits 112 below that of a float; a product by a power of two is exact
+  // the exponent bias of a half is 112 below that of a float; a product with a power of two is exact
   V small = (V)((h & 0x7fff) << 13) * splat(0x1p112f);
   U inf = (U)((h & 0x7c00) == 0x7c00) & 0x7f800000;
   return (V)((U)small | inf | ((h & 0x8000) << 16));
@@ -51,18 +33,18 @@ inline U to_half(V f) {
   // the sum with 2^(exponent + 13) rounds the mantissa to 10 bits, ties to even
   U w = (U)f, doubled = w + w;
   V base = (V)(w & 0x7fffffff) * splat(0x1p112f) * splat(0x1p-110f);
-  U bias = doubled & 0xff000000, least = (U){} + 0x71000000;
-  bias = bias < least ? least : bias;
+  U bias = doubled & 0xff000000, min_bias = (U){} + 0x71000000;
+  bias = bias < min_bias ? min_bias : bias;
   U bits = (U)((V)((bias >> 1) + 0x07800000) + base);
-  U rest = ((bits >> 13) & 0x7c00) + (bits & 0xfff), nan = (U){} + 0x7e00;
-  rest = doubled > 0xff000000 ? nan : rest;
-  return ((w & 0x80000000) >> 16) | rest;
+  U magnitude = ((bits >> 13) & 0x7c00) + (bits & 0xfff), nan = (U){} + 0x7e00;
+  magnitude = doubled > 0xff000000 ? nan : magnitude;
+  return ((w & 0x80000000) >> 16) | magnitude;
 }
 
-inline U to_bfloat(V f) {
+inline U to_bfloat16(V f) {
   U w = (U)f, nan = (U){} + 0x7fc0;
-  U quantized = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  return (w & 0x7fffffff) > 0x7f800000 ? nan : quantized;
+  U rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  return (w & 0x7fffffff) > 0x7f800000 ? nan : rounded;
 }
 
 inline V load_as_float(const void* p, Float type) {
@@ -73,8 +55,8 @@ inline V load_as_float(const void* p, Float type) {
   return type == kBFloat16 ? (V)(u << 16) : from_half(u);
 }
 
-// How a float of a type is kept.
-template <bool wide>
+// The C++ type of an element in memory.
+template <bool is_float32>
 struct Storage {
   typedef uint16_t T;
 };
@@ -84,12 +66,13 @@ struct Storage<true> {
 };
 
 template <Float type, typename T>
-inline void store_whole(T* out, V v) {
+inline void store_vector(T* out, V v) {
   if constexpr (type == kFloat32) store(out, v);
-  else store_low_halves(type == kBFloat16 ? to_bfloat(v) : to_half(v), out);
+  else Isa::store_low_halves(type == kBFloat16 ? to_bfloat16(v) : to_half(v), out);
 }
 
-inline void store_line(void* out, int64_t at, const float* values, int count, Float type) {
+// Elements [at, at + count) of `out`.
+inline void store_floats(void* out, int64_t at, const float* values, int count, Float type) {
   for (int i = 0; i < count; i += kLanes) {
     const int left = count - i < kLanes ? count - i : kLanes;
     const V v = load(values + i);
@@ -97,7 +80,7 @@ inline void store_line(void* out, int64_t at, const float* values, int count, Fl
       memcpy((float*)out + at + i, &v, left * 4);
     } else {
       uint16_t halves[kLanes], *to = (uint16_t*)out + at + i;
-      store_low_halves(type == kBFloat16 ? to_bfloat(v) : to_half(v), left < kLanes ? halves : to);
+      Isa::store_low_halves(type == kBFloat16 ? to_bfloat16(v) : to_half(v), left < kLanes ? halves : to);
       if (left < kLanes) memcpy(to, halves, left * 2);
     }
   }

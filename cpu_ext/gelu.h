@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// GELU in its tanh form.
+// GELU in its tanh form. Needs `struct Isa`, see isa.h.
 #pragma once
 #include "floats.h"
 
 namespace dtq {
 namespace {
 
-// e^t as dtq/kernels/fused.py writes it down.
+// e^t, with the operations of dtq/kernels/fused.py in their order.
 inline V exponential(V t) {
   t = t < splat(kExpMin) ? splat(kExpMin) : t;
   t = t > splat(kExpMax) ? splat(kExpMax) : t;
@@ -15,8 +15,8 @@ inline V exponential(V t) {
   const float taylor[] = {kExp1Over120, kExp1Over24, kExp1Over6, 0.5f, 1.0f, 1.0f};
   V p = splat(kExp1Over720);
   for (float c : taylor) p = p * r + splat(c);
-  const V whole = n == n ? n : splat(0);
-  return p * (V)((U)(__builtin_convertvector(whole, I) + 127) << 23);
+  const V exponent = n == n ? n : splat(0);
+  return p * (V)((U)(__builtin_convertvector(exponent, I) + 127) << 23);
 }
 
 inline V gelu_of(V x) {
@@ -29,11 +29,11 @@ inline void gelu_of(const void* x, void* out, int64_t first, int64_t last) {
   typedef typename Storage<type == kFloat32>::T T;
   int64_t k = first;
   for (; k + kLanes <= last; k += kLanes)
-    store_whole<type>((T*)out + k, gelu_of(load_as_float((const T*)x + k, type)));
+    store_vector<type>((T*)out + k, gelu_of(load_as_float((const T*)x + k, type)));
   if (k == last) return;
   T end[kLanes] = {};
   memcpy(end, (const T*)x + k, (last - k) * sizeof(T));
-  store_whole<type>(end, gelu_of(load_as_float(end, type)));
+  store_vector<type>(end, gelu_of(load_as_float(end, type)));
   memcpy((T*)out + k, end, (last - k) * sizeof(T));
 }
 
