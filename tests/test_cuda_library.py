@@ -91,10 +91,10 @@ def test_fp4_operands_that_do_not_fit_are_an_error(emulator):
     codes, scales, rows = reference.fp4_quantize_rows(x, None, None, 1, 1, False)
     right = [codes, rows, codes[:2].clone(), scales[:2].clone(), scales, None, None, False]
     for message, place, wrong in (
-        ("code_scale is float32, expected float8_e4m3fn", 4, scales.float()),
-        ("code_scale has 8 elements, expected 24", 4, scales[:1].clone()),
+        ("x_block_scale is float32, expected float8_e4m3fn", 4, scales.float()),
+        ("x_block_scale has 8 elements, expected 24", 4, scales[:1].clone()),
         ("weight_scale is uint8, expected float8", 3, scales[:2].view(torch.uint8)),
-        ("do not fit the weight", 2, codes[:2, :32].clone()),
+        ("does not fit the weight", 2, codes[:2, :32].clone()),
         ("one scale per token", 1, rows[:2].clone()),
         ("weight_scale_2 has 2 elements, expected 1", 5, torch.ones(2)),
     ):
@@ -133,15 +133,15 @@ def test_operands_that_do_not_fit_are_an_error(emulator):
     codes, one = agreement.int8(3, 64), torch.ones
     weight, cut = agreement.int8(5, 64), agreement.int8(5, 128)[:, ::2]
 
-    right = {"codes": codes, "row": one(3), "weight": weight, "scale": one(5, 1), "bias": None}
+    right = {"x_q": codes, "row": one(3), "weight": weight, "scale": one(5, 1), "bias": None}
 
     for message, wrong in {
-        "do not fit the weight": {"weight": agreement.int8(5, 63)},
+        "does not fit the weight": {"weight": agreement.int8(5, 63)},
         "one scale per token": {"row": one(2)},
         "bias has 4 elements, expected 5": {"bias": one(4)},
         "weight is not contiguous": {"weight": cut},
         "row_scale is float64, expected float32": {"row": one(3).double()},
-        "codes is uint8, expected int8": {"codes": codes.view(torch.uint8)},
+        "x_q is uint8, expected int8": {"x_q": codes.view(torch.uint8)},
     }.items():
         with pytest.raises(RuntimeError, match=message):
             sim.w8a8_linear(*(right | wrong).values(), torch.float32)
@@ -173,7 +173,7 @@ def test_operands_that_do_not_fit_are_an_error(emulator):
             sim.lut4a8_linear(*packed, tables, None, torch.float32)
     with pytest.raises(RuntimeError, match="whole blocks of 64"):
         sim.quantize_rows(one(2, 96), None, 64, None)
-    with pytest.raises(RuntimeError, match="levels is 200"):
+    with pytest.raises(RuntimeError, match="qmax is 200"):
         sim.quantize_rows(one(2, 64), None, 64, None, 200)
     up = one(2, 64)
     with pytest.raises(RuntimeError, match="a multiple of the images"):
@@ -455,7 +455,7 @@ def test_the_table_of_the_dispatcher():
 
 def test_the_dispatcher_and_the_kernels_agree_on_small_m():
     text = (folder("cuda_ext") / "launch_rows.h").read_text()
-    assert f"kFewTokens = {gpu_dispatch.ARCHS[0].small_m};" in text
+    assert f"kSmallMTokens = {gpu_dispatch.ARCHS[0].small_m};" in text
 
 
 def test_off_the_gpu_the_path_is_int8():

@@ -47,7 +47,7 @@ class Rows(Structure):
         ("rows", c_int64),
         ("columns", c_int64),
         ("stride", c_int64),
-        ("before", c_int),
+        ("prologue", c_int),
         ("modulate_scale", c_void_p),
         ("modulate_shift", c_void_p),
         ("modulate_type", c_int),
@@ -55,12 +55,12 @@ class Rows(Structure):
         ("rows_per_modulate", c_int64),
         ("eps", c_float),
         ("pre_scale", c_void_p),
-        ("order", c_void_p),
-        ("block", c_int64),
+        ("perm", c_void_p),
+        ("hadamard_block", c_int64),
         ("num_rotations", c_int),
         ("output", c_int),
-        ("levels", c_int),
-        ("fixed", c_void_p),
+        ("qmax", c_int),
+        ("static_scale", c_void_p),
         ("bin", c_void_p),
         ("rounding", c_int),
         ("out_type", c_int),
@@ -88,14 +88,14 @@ class Weight(Structure):
         ("zero", c_void_p),
         ("offset", c_int),
         ("group_bytes", c_void_p),
-        ("table", c_void_p),
-        ("levels", c_float * 16),
+        ("codebook", c_void_p),
+        ("format_codebook", c_float * 16),
         ("words", c_void_p),
         ("vector", c_int),
     ]
 
 
-class Few(Structure):
+class SmallM(Structure):
     _fields_ = [
         ("weight", Weight),
         ("x", c_void_p),
@@ -112,18 +112,18 @@ def compile_host(target: Path) -> ctypes.CDLL:
     command = ["g++", "-O2", *FLAGS, "-fPIC", "-shared", source, "-o", str(target)]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(target))
-    for name in ("size_of_rows", "size_of_weight", "size_of_few"):
+    for name in ("size_of_rows", "size_of_weight", "size_of_small_m"):
         getattr(library, name).restype = ctypes.c_size_t
     library.launches.restype = c_uint64
     library.use_seed.argtypes = [c_uint64]
     library.last_error.restype = library.why.restype = ctypes.c_char_p
-    library.rows.argtypes, library.few.argtypes = [POINTER(Rows)], [POINTER(Few)]
+    library.rows.argtypes, library.small_m.argtypes = [POINTER(Rows)], [POINTER(SmallM)]
     library.dequantize.argtypes = [POINTER(Weight), c_void_p, c_int]
     library.e4m3_to_float.argtypes, library.e4m3_to_float.restype = [c_uint32], c_float
     library.float_to_e4m3.argtypes, library.float_to_e4m3.restype = [c_float], c_uint32
     assert library.size_of_rows() == ctypes.sizeof(Rows)
     assert library.size_of_weight() == ctypes.sizeof(Weight)
-    assert library.size_of_few() == ctypes.sizeof(Few)
+    assert library.size_of_small_m() == ctypes.sizeof(SmallM)
     return library
 
 
@@ -153,14 +153,14 @@ def run_rows(
     x,
     *,
     output=INT8,
-    before=AS_IS,
+    prologue=AS_IS,
     modulate=None,
     eps=1e-6,
     pre=None,
-    order=None,
-    block=1,
+    perm=None,
+    hadamard_block=1,
     num_rotations=1,
-    levels=127,
+    qmax=127,
     scale=None,
     bin=None,
     pad=0,
@@ -173,28 +173,28 @@ def run_rows(
     dtype = (torch.int8, torch.uint8, torch.float32)[output]
     out = torch.full((m, width), 99, dtype=dtype)
     measured = torch.full((m,), -5.0)
-    total = torch.full((m,), -7, dtype=torch.int32)
+    x_sums = torch.full((m,), -7, dtype=torch.int32)
     r = Rows(
         x=address(x),
         type=DTYPES[x.dtype],
         rows=m,
         columns=k,
         stride=x.stride(0),
-        before=before,
+        prologue=prologue,
         eps=eps,
         pre_scale=address(pre),
-        order=address(order),
-        block=block,
+        perm=address(perm),
+        hadamard_block=hadamard_block,
         num_rotations=num_rotations,
         output=output,
-        levels=levels,
-        fixed=address(scale),
+        qmax=qmax,
+        static_scale=address(scale),
         bin=address(bin),
         out=address(out),
         out_stride=width,
         width=width if pad else 0,
         scale=address(measured),
-        sums=address(total) if sums else None,
+        sums=address(x_sums) if sums else None,
     )
     if modulate is not None:
         r.modulate_scale, r.modulate_shift = (address(t) for t in modulate)
@@ -205,7 +205,7 @@ def run_rows(
     status = library.rows(byref(r))
     assert status == 0, (status, library.last_error(), library.why(status))
     assert not out[:, k:].any()
-    return (out[:, :k], measured, total) if sums else (out[:, :k], measured)
+    return (out[:, :k], measured, x_sums) if sums else (out[:, :k], measured)
 
 
 def same(got, want):
@@ -234,7 +234,7 @@ def test_quantize_rows_gives_the_bits_of_the_reference(library, dtype):
         x = (random(m, k, seed=seed) * 3).to(dtype)
         x[0, : k // 2] = 0
         for levels, pre in ((127, None), (7, pre_scale(k))):
-            got = run_rows(library, x, pre=pre, levels=levels, seed=seed)
+            got = run_rows(library, x, pre=pre, qmax=levels, seed=seed)
             assert same(got, reference.quantize_rows(x, pre, 1, None, levels)), (m, k, levels)
 
 
@@ -243,7 +243,7 @@ def test_every_block_of_the_rotation(library):
         x = random(2, k).bfloat16()
         block = 1
         while k % block == 0:
-            got = run_rows(library, x, pre=pre_scale(k), block=block, seed=block)
+            got = run_rows(library, x, pre=pre_scale(k), hadamard_block=block, seed=block)
             assert same(got, reference.quantize_rows(x, pre_scale(k), block, None)), (k, block)
             block *= 2
 
@@ -251,7 +251,7 @@ def test_every_block_of_the_rotation(library):
 def test_rotations_of_rows_that_do_not_fill_their_tiles(library):
     for k, block in [(1152, 128), (2304, 256), (3072, 1024), (6144, 2048), (12288, 4096), (8, 8)]:
         x = random(2, k, seed=k)
-        got = run_rows(library, x, block=block)
+        got = run_rows(library, x, hadamard_block=block)
         assert same(got, reference.quantize_rows(x, None, block, None)), (k, block)
 
 
@@ -321,8 +321,8 @@ def test_transform_rows_gives_the_bits_of_the_reference(library):
             args = (x, pre_scale(k), order, block, num_rotations)
             options = {
                 "pre": pre_scale(k),
-                "order": order,
-                "block": block,
+                "perm": order,
+                "hadamard_block": block,
                 "num_rotations": num_rotations,
             }
             got = run_rows(library, x, output=FLOAT, **options)
@@ -342,7 +342,13 @@ def test_norm_and_modulate(library):
         for parts in (modulate, None, (modulate[0].float(), modulate[1].float())):
             args = (x, *(parts or (None, None)), 1e-6, *change, None, None, 127)
             got = run_rows(
-                library, x, before=NORM, modulate=parts, pre=change[0], block=block, eps=1e-6
+                library,
+                x,
+                prologue=NORM,
+                modulate=parts,
+                pre=change[0],
+                hadamard_block=block,
+                eps=1e-6,
             )
             assert same(got, reference.norm_quantize_rows(*args)), (m, k)
     x, order = random(2, 96), torch.arange(95, -1, -1).int()
@@ -350,13 +356,13 @@ def test_norm_and_modulate(library):
     got = run_rows(
         library,
         x,
-        before=NORM,
-        order=order,
-        block=32,
+        prologue=NORM,
+        perm=order,
+        hadamard_block=32,
         num_rotations=2,
         eps=1e-5,
         scale=args[8],
-        levels=31,
+        qmax=31,
     )
     assert same(got, reference.norm_quantize_rows(*args))
 
@@ -375,12 +381,12 @@ def test_gelu(library):
     want = F.gelu(x.double(), approximate="tanh")
     assert ((ops_quantize.gelu(x) - want).abs() <= 3e-7 * want.abs() + 1e-7).all()
     for part in (x[:, :1152].contiguous(), x[:2], x[:, :53].bfloat16()):
-        got = run_rows(library, part, before=GELU)
+        got = run_rows(library, part, prologue=GELU)
         args = (part, None, None, 1, 1, None, None, 127)
         assert same(got, reference.gelu_quantize_rows(*args)), part.shape
     edges = torch.tensor([[torch.inf, 0.0, -0.0, 100, -100, -3e38, 3e38, 1e-40], [torch.nan] * 8])
     args = (edges, None, None, 1, 1, None, None, 127)
-    assert same(run_rows(library, edges, before=GELU), reference.gelu_quantize_rows(*args))
+    assert same(run_rows(library, edges, prologue=GELU), reference.gelu_quantize_rows(*args))
     assert ops_quantize.gelu(edges)[0, [0, 3, 6]].tolist() == [torch.inf, 100, edges[0, 6].item()]
 
 
@@ -398,7 +404,7 @@ def test_e4m3_rows(library):
     for m, k, block in [(3, 64, 64), (2, 1001, 1), (1, 4608, 512)]:
         x = random(m, k)
         x[0, :3] = 0
-        got = run_rows(library, x, output=E4M3, block=block)
+        got = run_rows(library, x, output=E4M3, hadamard_block=block)
         want_codes, scale = reference.e4m3_quantize_rows(x, None, None, block, 1)
         assert same(got, (want_codes.view(torch.uint8), scale)), (m, k)
     zero = run_rows(library, torch.zeros(1, 48), output=E4M3)
@@ -409,7 +415,9 @@ def test_e4m3_rows(library):
 def test_what_rows_are_refused(library):
     def refused(**changes):
         x, out, scale = random(1, 96), torch.zeros(1, 96, dtype=torch.int8), torch.zeros(1)
-        r = Rows(x=address(x), rows=1, columns=96, stride=96, block=1, num_rotations=1, levels=127)
+        r = Rows(
+            x=address(x), rows=1, columns=96, stride=96, hadamard_block=1, num_rotations=1, qmax=127
+        )
         r.out, r.out_stride, r.width, r.scale = address(out), 96, 96, address(scale)
         for name, value in changes.items():
             setattr(r, name, value)
@@ -417,11 +425,13 @@ def test_what_rows_are_refused(library):
         return library.why(status).decode() if status else None
 
     assert refused() is None
-    assert "whole blocks" in refused(block=64)
-    assert "whole blocks" in refused(block=3)
-    assert "8192" in refused(block=16384, columns=16384, width=16384)
-    assert "levels" in refused(levels=128)
-    assert "shared memory" in refused(columns=32768, width=32768, num_rotations=2, block=64)
+    assert "whole blocks" in refused(hadamard_block=64)
+    assert "whole blocks" in refused(hadamard_block=3)
+    assert "8192" in refused(hadamard_block=16384, columns=16384, width=16384)
+    assert "qmax" in refused(qmax=128)
+    assert "two rotations" in refused(
+        columns=32768, width=32768, num_rotations=2, hadamard_block=64
+    )
 
 
 # ---------------------------------------------------------------------------- weights
@@ -441,13 +451,11 @@ def stored(fmt, parts):
         w.encoding, w.bits = 5, fmt.bits
         w.group_bytes, w.groups = address(parts["weight_scale_2"]), parts["weight_scale_2"].shape[1]
     elif isinstance(fmt, Grid | NvFp4 | MxFp4):
-        values = (
-            fmt.codebook.values if isinstance(fmt, Grid) else FORMATS["e2m1-row"].codebook.values
-        )
-        w.encoding, w.levels = 1, (c_float * 16)(*values)
+        values = fmt.levels.values if isinstance(fmt, Grid) else FORMATS["e2m1-row"].levels.values
+        w.encoding, w.format_codebook = 1, (c_float * 16)(*values)
         w.scale_2 = address(parts.get("weight_scale_2"))
     elif isinstance(fmt, Lut):
-        w.encoding, w.bits, w.table = 1, fmt.bits, address(parts["weight_lut"])
+        w.encoding, w.bits, w.codebook = 1, fmt.bits, address(parts["weight_lut"])
     elif isinstance(fmt, Vq):
         w.encoding, w.bits, w.words = 3, fmt._bits, address(parts["weight_lut"])
         w.vector = fmt.vector
@@ -509,7 +517,7 @@ def run_few(library, fmt, parts, n, x, bias=None, seed=1):
     weight = stored(fmt, parts)
     weight.rows, weight.columns = n, x.shape[1]
     y = torch.full((len(x), n), 9.0, dtype=x.dtype)
-    f = Few(
+    f = SmallM(
         weight=weight,
         x=address(x),
         type=DTYPES[x.dtype],
@@ -519,7 +527,7 @@ def run_few(library, fmt, parts, n, x, bias=None, seed=1):
         y=address(y),
     )
     library.use_seed(seed)
-    status = library.few(byref(f))
+    status = library.small_m(byref(f))
     assert status == 0, (library.why(status), library.last_error())
     return y
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// e4m3 and the one transcendental function, with the same bits on every device.
+// Conversions from and to e4m3, the exponential and GELU, bit-identical on every device.
 //
-// Products go through fmul: the compiler may fuse a plain one with the sum that follows, which
-// rounds once where the reference rounds twice.
+// Products use fmul: the compiler may contract a plain product with the sum that follows, which rounds
+// once where the reference rounds twice.
 #pragma once
 #include "../common_ext/constants.h"
 #include "arch.cuh"
@@ -14,7 +14,7 @@ namespace dtq {
 // Four exponent bits biased by 7, three of mantissa, no infinity; 0x7f and 0xff are NaN.
 DTQ_DEV float from_e4m3(uint32_t c) {
   const uint32_t nan = (c & 0x7f) == 0x7f ? 0x7fc00000 : 0;
-  // the exponent sits 120 below that of a float; a product by a power of two is exact
+  // the exponent bias is 120 below that of a float; a product with a power of two is exact
   return bits_float(float_bits(fmul(bits_float((c & 0x7f) << 20), 0x1p120f)) | nan | (c & 0x80) << 24);
 }
 
@@ -33,14 +33,14 @@ DTQ_DEV uint32_t to_e4m3(float x) {
 // 2^n, n in [-126, 128]; 128 is infinity.
 DTQ_DEV float power_of_two(int n) { return bits_float((uint32_t)(n + 127) << 23); }
 
-// e^t, relative error below 3e-7, for t in [-87, 88.7]; less is taken as -87, more is infinity. Each
-// product and each sum is rounded: dtq.kernels.fused does the same in torch.
+// e^t with a relative error below 3e-7 for t in [-87, 88.7]; smaller t are taken as -87, larger ones give
+// infinity. Each product and each sum is rounded, as in dtq/kernels/fused.py.
 DTQ_DEV float exponential(float t) {
   t = t > kExpMax ? kExpMax : t;
   t = t < kExpMin ? kExpMin : t;
   const int n = round_to_int(fmul(t, kLog2E));  // 0 for NaN
-  const float whole = int_to_float(n);
-  const float r = (t - fmul(whole, kLn2High)) - fmul(whole, kLn2Low);
+  const float exponent = int_to_float(n);
+  const float r = (t - fmul(exponent, kLn2High)) - fmul(exponent, kLn2Low);
   float p = kExp1Over720;
   p = fmul(p, r) + kExp1Over120;
   p = fmul(p, r) + kExp1Over24;

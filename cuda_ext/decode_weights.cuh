@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the bytes of a checkpoint to int8 registers. Weights are read as the file has them: nothing
-// is packed for a kernel, so there is one copy, and sharding and offloading need not know.
+// From the bytes of a checkpoint to int8 registers. Weights are read in the layout of the checkpoint:
+// they are not repacked for a kernel, so there is one copy, and sharding and offloading are not affected.
 //
 //   word     eight codes of 4 bits, code 0 in the lowest nibble
-//   expand   a word to two registers: int8 of codes 0..3, and of codes 4..7
+//   expand   a word to two registers: the int8 values of codes 0..3, and of codes 4..7
 #pragma once
 #include "launch.h"
 #include "floats.cuh"
 
 namespace dtq {
 
-// Where the group bytes or tables of a weight lie.
+// The group bytes or codebooks of a weight.
 struct Groups {
-  const uint8_t* bytes;  // (N, count) bytes or tables of 16
+  const uint8_t* bytes;  // (N, count) bytes, or codebooks of 16 bytes
   int count;             // groups of a row
-  int shift;             // group == 1 << shift, or larger where a row has one
+  int shift;             // log2 of the group size; at least log2(K) if a row is one group
 };
 
-// Each of the three has
+// The `Source` of a GEMM kernel is one of the following three:
 //   kBits     of a stored weight
-//   Scale     what a thread keeps per row and group
-//   scale     reads that of group `index`, counted over all rows
+//   Scale     what a thread needs of a group, in registers
+//   scale     loads the Scale of group `index`, counted over all rows
 //   expand    see above
 struct Int8 {
   static constexpr int kBits = 8;
@@ -28,10 +28,10 @@ struct Int8 {
   DTQ_DEV static Scale scale(const Groups&, int) { return {}; }
 };
 
-// (code - zero) * scale2 in four bytes at once. With b = 128 - scale2 * zero no byte of
-// code * scale2 + b leaves 0..255, so none carries into the next; flipping the top bit takes the
-// 128 away again. That needs scale2 * zero <= 128 and scale2 * (15 - zero) <= 127, which is what
-// makes the weight an int8 at all.
+// (code - zero) * scale2 in four bytes at once. With b = 128 - scale2 * zero each byte of
+// code * scale2 + b is in 0..255, so none carries into the next; flipping the top bit subtracts the
+// 128 again. This requires scale2 * zero <= 128 and scale2 * (15 - zero) <= 127, which is also the
+// condition for the weight to be an int8.
 struct TwoLevel {
   static constexpr int kBits = 4;
   struct Scale {
@@ -53,8 +53,8 @@ struct TwoLevel {
   }
 };
 
-// A table of 16 int8 in four registers. prmt looks four codes up in half of it; a third prmt takes
-// each byte from the half that bit 3 of its code names.
+// A codebook of 16 int8 in four registers. A prmt looks four codes up in one half of it; a third prmt
+// selects each byte from one of the halves by bit 3 of its code.
 struct Table {
   static constexpr int kBits = 4;
   using Scale = U4;
@@ -63,15 +63,15 @@ struct Table {
     return ldg(reinterpret_cast<const U4*>(g.bytes) + index);
   }
 
-  DTQ_DEV static uint32_t look_up(uint32_t codes, const Scale& t) {  // the low 16 bits
+  DTQ_DEV static uint32_t lookup(uint32_t codes, const Scale& t) {  // of the low 16 bits
     const uint32_t low = byte_perm(t.x, t.y, codes & 0x7777);
     const uint32_t high = byte_perm(t.z, t.w, codes & 0x7777);
     return byte_perm(low, high, 0x3210 | (codes >> 1 & 0x4444));
   }
 
   DTQ_DEV static void expand(uint32_t word, const Scale& t, uint32_t& first, uint32_t& second) {
-    first = look_up(word, t);
-    second = look_up(word >> 16, t);
+    first = lookup(word, t);
+    second = lookup(word >> 16, t);
   }
 };
 
