@@ -268,7 +268,7 @@ def test_a_file_from_a_newer_dtq_is_refused(copy):
     tensors = load_file(file)
     tensors[reader.CHECKSUMS][0] = 9
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="format is 9, .*: pip install -U dtq"):
+    with pytest.raises(CheckpointError, match=r"format is 9, .*: pip install -U dtq"):
         load(copy)
 
 
@@ -277,7 +277,7 @@ def test_a_file_from_an_older_dtq_is_refused(copy):
     tensors = load_file(file)
     tensors[reader.CHECKSUMS][0] = 1
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="format is 1, .*: quantize the model again"):
+    with pytest.raises(CheckpointError, match=r"format is 1, .*: quantize the model again"):
         load(copy)
 
 

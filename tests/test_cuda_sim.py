@@ -194,7 +194,7 @@ def test_tables_give_the_bits_of_the_expanded_weight(gemm, arch, group):
     row_scale, scale = torch.rand(m, generator=seeded(3)), torch.rand(n, 1, generator=seeded(4))
     expanded = tables.gather(2, index.long().unflatten(1, (-1, group))).flatten(1)
     want = reference.w8a8_linear(codes, row_scale, expanded, scale, None, torch.bfloat16)
-    args = (codes, row_scale, pack_nibbles(index), scale, None, torch.bfloat16)
+    args = (codes, row_scale, pack_bits(index, 4), scale, None, torch.bfloat16)
     table = {"weights": 2, "codebooks": tables.data_ptr(), "group": group}
     got, name = product(library, arch, 7, *args, **table)
     assert torch.equal(got, want), name

@@ -3,7 +3,8 @@
 
 A dataclass is the schema: its fields name the keys and types of a mapping, ``metadata=key(...)``
 what else a value must be. A field is a string, number or boolean, a :class:`MethodSpec`, another
-dataclass, a ``tuple[X, ...]`` or ``list[X]`` of those, ``dict[str, X]``, ``Any``, or one of all these ``| None``.
+dataclass, a ``tuple[X, ...]`` or ``list[X]`` of those, ``dict[str, X]``, ``Any``, or one of all
+these ``| None``.
 """
 
 from __future__ import annotations

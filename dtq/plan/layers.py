@@ -28,12 +28,12 @@ class LayerSpec:
     """What a loader must know of a quantized linear; the entry of ``layers`` in ``config.json``.
 
     Attributes:
-        weights: weight format, a key of ``FORMATS``.
-        acts: activation format, a key of ``ACTS``.
-        block: Hadamard block of the online rotation, 1 for none.
-        pre_quant: whether the file has a vector that multiplies the input first.
+        weight_format: key of ``FORMATS``.
+        activation_format: key of ``ACTIVATION_FORMATS``.
+        hadamard_block_size: channels in a block of the online rotation, 1 for no rotation.
+        pre_quant: whether the file has a vector (K,) that multiplies the input first.
         rank: of the low-rank branch, 0 for none.
-        permute: whether the file has an order of the input channels.
+        permutation: whether the file has a permutation of the input channels.
         num_rotations: block rotations, 1 or 2.
     """
 
@@ -81,6 +81,7 @@ class LayerSpec:
         return self.tensor_specs(shape, bins)
 
     def to_json(self) -> dict[str, Any]:
+        """The entry of ``layers``; keys with their default value are left out."""
         default = LayerSpec(self.weight_format, self.activation_format)
         return {
             f.name: getattr(self, f.name)
@@ -205,7 +206,7 @@ class Plan:
 
     Attributes:
         recipe: name of the recipe.
-        layers: one plan per linear, kept ones included.
+        layers: one entry per linear, unquantized ones included.
         bins: timestep bins of static activation scales.
     """
 
@@ -217,6 +218,7 @@ class Plan:
         return self._by_name[name]
 
     def quantized(self) -> list[LayerPlan]:
+        """Layers with a weight format."""
         return [layer for layer in self.layers if not layer.unquantized]
 
     def gemm(self) -> list[LayerPlan]:
@@ -244,7 +246,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """The part of a plan that ``config.json`` keeps: what to build before the file is read."""
+    """What ``config.json`` says must be built before the tensors are read.
+
+    Attributes:
+        layers: layer name to its spec.
+        edges: of the timestep bins of static activation scales, rising.
+        policy: step policy, None without one.
+    """
 
     layers: dict[str, LayerSpec] = field(default_factory=dict)
     edges: tuple[float, ...] = ()
@@ -252,6 +260,7 @@ class CheckpointSpec:
 
     @property
     def bins(self) -> int:
+        """Number of timestep bins of static activation scales."""
         return len(self.edges) + 1
 
     @classmethod

@@ -17,8 +17,8 @@ class StepPolicy:
     """Activation precision by timestep range, with the same weights.
 
     Written to ``quantization_config.runtime.diffusion_step_policy``: in the ``first_last_n`` form
-    that diffusers and vLLM-Omni read where that form can express it, else as ``bins``. ``edges`` and
-    ``modes`` are always there: they hold for any number of steps.
+    that diffusers and vLLM-Omni read where that form can express it, else as ``bins``. ``edges``
+    and ``modes`` are always there: they hold for any number of steps.
 
     Attributes:
         edges: timesteps that separate the ranges, rising, in the units the transformer is called
