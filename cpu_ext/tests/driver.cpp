@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tests the kernels without torch: each instruction set that this machine supports against plain loops. For
-// tests/test_cpu_driver.py, which also runs it on emulated CPUs that support fewer.
+// tests/kernels/test_cpu_driver.py, which also runs it on emulated CPUs that support fewer.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

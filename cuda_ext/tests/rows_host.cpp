@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The row and weight kernels on the emulator, as a library for tests/test_cuda_rows.py, which passes
+// The row and weight kernels on the emulator, as a library for tests/kernels/test_cuda_rows.py, which passes
 // tensors by address and compares the results with the torch reference.
 #include "../rows.cu"
 #include "../weights.cu"

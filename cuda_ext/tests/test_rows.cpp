@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compares the row and weight kernels with plain loops on the emulator: test_rows [seeds]. For sanitizers
-// and mutation testing; tests/test_cuda_rows.py compares them with torch.
+// and mutation testing; tests/kernels/test_cuda_rows.py compares them with torch.
 //
 // -DDTQ_ONLY=1 compiles rows of activations alone, 2 stored weights alone.
 #include <cmath>

@@ -38,7 +38,7 @@ Bounds = Mapping[str, tuple[int, int]]
 LIMIT = 16384
 """Largest number of points of a Pareto front. With 200 random items of five options, the total
 sensitivity is within 0.1 % of the linear relaxation, a lower bound, and the front takes a second
-(``tests/test_allocate.py``)."""
+(``tests/allocate/test_allocation.py``)."""
 
 
 def knapsack(

@@ -2,8 +2,8 @@
 """Calibration that resumes after a crash and is shared by processes: shards, summed in one file.
 
 The recipe alone splits the batches into shards. Process r of R runs shards r, r + R, and so on;
-then the processes add their statistics to the file one after another, in the order of the shards. A sum
-of floats depends on its order, and this order is always the same: the file has the same bytes
+then the processes add their statistics to the file one after another, in the order of the shards. A
+sum of floats depends on its order, and this order is always the same: the file has the same bytes
 however many processes there are, and wherever one of them was killed.
 """
 

@@ -2,9 +2,9 @@
 """The run directory: which run may write an output, from which inputs, and how far it got.
 
 While a run writes ``OUT``, and after it was killed, there are in the same folder ``.OUT.work``,
-with a manifest and the results of finished tasks (``tasks.py``), and ``.OUT.lock``. The output itself, a
-folder or a file, appears by a rename at the end. The manifest holds the inputs that the tasks
-depend on; an interrupted run is continued only from the same inputs.
+with a manifest and the results of finished tasks (``tasks.py``), and ``.OUT.lock``. The output
+itself, a folder or a file, appears by a rename at the end. The manifest holds the inputs that the
+tasks depend on; an interrupted run is continued only from the same inputs.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from dtq.cli.output import fold
 from dtq.pipelines.settings import SamplingSettings
 
 FAST = ["--samples", "4", "--steps", "4"]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def dtq(*arguments, code=0):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parent.parent / "cuda_ext"
+SOURCES = Path(__file__).parent.parent.parent / "cuda_ext"
 ARCHS = ("80", "89", "90a", "100", "120f")
 IMMA = "IMMA.16832.S8.S8"
 HOPPER = ("IGMMA.64x256x32.S8.S8", "IGMMA.64x128x32.S8.S8", "UTMALDG.2D.MULTICAST")

@@ -31,7 +31,7 @@ from dtq.formats.vq import kmeans
 from dtq.linalg.hadamard import fwht
 from dtq.solvers.clip_search import search
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 _spec = importlib.util.spec_from_file_location("format_table", ROOT / "scripts" / "formats.py")
 page = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(page)

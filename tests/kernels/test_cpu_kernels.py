@@ -23,7 +23,7 @@ from dtq.kernels.table import pick
 from dtq.nn import QuantLinear
 from dtq.plan.layers import LayerSpec
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # around one block of 16 tokens, a group of three blocks, and the small M that is not rearranged
 TOKENS = [1, 2, 5, 8, 9, 16, 17, 48, 118]

@@ -24,7 +24,7 @@ from dtq.formats.vq import Vq
 from dtq.kernels import ops_quantize
 
 reference = torch.ops.dtq_reference
-SOURCES = Path(__file__).parent.parent / "cuda_ext"
+SOURCES = Path(__file__).parent.parent.parent / "cuda_ext"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 AS_IS, GELU, NORM = range(3)
 INT8, E4M3, FLOAT = range(3)

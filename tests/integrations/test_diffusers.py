@@ -89,12 +89,12 @@ def test_parallel_loading(quantized_folder, tmp_path):
         sys.executable,
         "-c",
         script,
-        str(Path(__file__).parent),
+        str(Path(__file__).parent.parent),
         str(tmp_path / "s"),
         str(tmp_path / "o"),
     ]
     env = {**os.environ, "HF_ENABLE_PARALLEL_LOADING": "yes"}
-    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env=env)
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent.parent, env=env)
     assert torch.equal(torch.load(tmp_path / "o"), tiny.sample(pipe))
 
 

@@ -19,7 +19,7 @@ from dtq.formats.packing import pack_bits
 from dtq.kernels import ops_quantize
 
 reference = torch.ops.dtq_reference
-SOURCES = Path(__file__).parent.parent / "cuda_ext"
+SOURCES = Path(__file__).parent.parent.parent / "cuda_ext"
 COMPILE = ("g++", "-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-w")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # address sanitizer cannot follow frames from one fiber's stack to the heap

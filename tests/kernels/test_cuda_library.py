@@ -25,7 +25,7 @@ from dtq.kernels.compile.library import Library
 from dtq.kernels.ops_weight import WEIGHT_CACHE
 from dtq.kernels.table import Epilogue
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sim, reference = torch.ops.dtq_sim, torch.ops.dtq_reference
 
 

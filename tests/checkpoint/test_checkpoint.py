@@ -105,11 +105,11 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
             sys.executable,
             "-c",
             script,
-            str(Path(__file__).parent),
+            str(Path(__file__).parent.parent),
             str(quantized_folder),
             str(target),
         ]
-        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent.parent)
         outputs.append(torch.load(target))
     assert torch.equal(*outputs)
     here = tiny.sample(DiffusionPipeline.from_pretrained(quantized_folder))

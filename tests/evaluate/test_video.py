@@ -17,7 +17,7 @@ from dtq.errors import InputError
 from dtq.evaluate import paired_run, vbench
 from dtq.evaluate.metrics import images, video
 
-RECORDED = Path(__file__).parent / "assets" / "vbench_eval_results.json"
+RECORDED = Path(__file__).parent.parent / "assets" / "vbench_eval_results.json"
 """What vbench 0.1.5 wrote for three clips of moving discs, ``dimension_list=["temporal_flickering"]``."""
 
 FILES = ["a cat, waving-0.mp4", "a dog, jumping-0.mp4", "rain on a lake-0.mp4"]

@@ -299,7 +299,7 @@ def test_dtq_does_without_peft():
         "dtq.quantize(tiny.flux(), 'w4a16', progress=False)\n"
         "assert 'dtq.integrations.peft' not in sys.modules\n"
     )
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
     subprocess.run([sys.executable, "-c", script], check=True, env=env)
 

@@ -385,7 +385,7 @@ def test_cache_dit_skips_what_it_skips_on_the_float_model(name):
 # the page
 
 
-PAGE = Path(__file__).parent.parent / "docs/running.md"
+PAGE = Path(__file__).parent.parent.parent / "docs/running.md"
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S))

@@ -20,7 +20,7 @@ from dtq.kernels.compile import compiler, cuda
 from dtq.kernels.compile import cpp_extension as extension
 from dtq.kernels.compile.compiler import Unavailable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture

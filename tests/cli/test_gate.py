@@ -266,7 +266,7 @@ def test_the_sheet_is_sorted_by_harm(place, base):
 # --- the GitHub action
 
 
-ACTION = yaml.safe_load((Path(__file__).parent.parent / "action.yml").read_text())
+ACTION = yaml.safe_load((Path(__file__).parent.parent.parent / "action.yml").read_text())
 
 
 def step(words):
