@@ -16,7 +16,7 @@ from dtq.cli import main
 from dtq.cli.options import DTYPES
 from dtq.pipelines import loading
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SLOW = ("torch", "diffusers", "transformers", "numpy", "accelerate", "peft")
 
 

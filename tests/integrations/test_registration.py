@@ -13,8 +13,8 @@ import pytest
 
 from dtq import integrations
 
-ROOT = Path(__file__).parent.parent
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent.parent
 
 PATCHED = {
     "torch_compile.register": (
