@@ -123,7 +123,7 @@ def test_one_and_two_processes_make_the_same_pictures(float_folder, tmp_path):
         found.append(kill.digest(out))
     assert found[0] == found[1]
     assert len(found[0]) == 6
-    assert "5 pictures and sheet.png" in (tmp_path / "log2-0").read_text()
+    assert "5 images and sheet.png" in (tmp_path / "log2-0").read_text()
 
 
 def test_too_few_pictures_for_the_processes_are_refused(float_folder, tmp_path):

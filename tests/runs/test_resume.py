@@ -222,7 +222,7 @@ def test_a_run_killed_right_before_its_end_is_known_to_be_finished(float_folder,
     digest = checksum.folder_digest(out)
     (work / "finished.json").write_text(json.dumps({"output": digest}))
     told = run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out).stdout
-    assert "had finished it" in told
+    assert "has finished it" in told
     assert [p.name for p in tmp_path.iterdir()] == ["q"]
     told = run(float_folder, "--recipe", "rtn-w4a8", *FEW[:6], "-o", out, code=1).stderr
     assert "not empty" in told
