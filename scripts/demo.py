@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dtq import demo
-from dtq.evaluate.metrics import extractors
+from dtq.evaluate.metrics import extractors, images
 
 COLUMNS = [
     "face-smiling",
@@ -73,8 +73,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     labels = list(range(0, len(pipe.labels), how.every))
     for guidance in how.guidance:
-        images = sample(pipe, labels, labels, how.steps, guidance)
-        first, five = shares(images, labels)
+        samples = sample(pipe, labels, labels, how.steps, guidance)
+        first, five = shares(samples, labels)
         print(
             f"{len(labels)} labels, {how.steps} steps, guidance {guidance:g}: "
             f"first guess {first:.0%}, first five {five:.0%}"
