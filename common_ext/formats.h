@@ -39,7 +39,7 @@ enum Rounding {
 };
 
 struct RoundingFormat {
-  const char* name;  // key of ACTS in dtq/formats/acts.py
+  const char* name;  // of the activation format in dtq/formats
   int64_t group;     // columns that share a scale; a row is a whole number of them
 };
 

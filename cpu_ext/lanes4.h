@@ -1,34 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of four as the compiler makes them, for every machine.
+// Vectors of four, in the vector extension of the compiler: for any machine.
 #pragma once
 #include "kernels.h"
 
 namespace dtq {
 namespace {
 
-constexpr int kLanes = 4;
-typedef float V __attribute__((vector_size(16)));
-typedef int32_t I __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
+struct Lanes4 {
+  static constexpr int kLanes = 4;
+  typedef float V __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(kLanes * 4)));
+  typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
 
-template <int h>
-inline V swap_lanes(V v) {
-  return V{v[0 ^ h], v[1 ^ h], v[2 ^ h], v[3 ^ h]};
-}
+  template <int h>
+  static V swap_lanes(V v) {
+    return V{v[0 ^ h], v[1 ^ h], v[2 ^ h], v[3 ^ h]};
+  }
 
-inline void store_low_bytes(U v, int8_t* out) {
-  for (int i = 0; i < kLanes; i++) out[i] = (int8_t)v[i];
-}
+  static void store_low_bytes(U v, int8_t* out) {
+    for (int i = 0; i < kLanes; i++) out[i] = (int8_t)v[i];
+  }
 
-inline void store_low_halves(U v, uint16_t* out) {
-  for (int i = 0; i < kLanes; i++) out[i] = (uint16_t)v[i];
-}
+  static void store_low_halves(U v, uint16_t* out) {
+    for (int i = 0; i < kLanes; i++) out[i] = (uint16_t)v[i];
+  }
 
-inline U load_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
+  static U load_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
 
-inline I load_signed_bytes(const uint8_t* p) {
-  return I{(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
-}
+  static I load_signed_bytes(const uint8_t* p) {
+    return I{(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
+  }
+};
 
 }  // namespace
 }  // namespace dtq

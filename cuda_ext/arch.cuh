@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instructions that the kernels use, one function each: PTX under nvcc, the emulator of sim/
-// elsewhere (-DDTQ_SIM). No other file holds PTX, so the very kernels that run on a GPU run on a
-// CPU as well.
+// elsewhere (-DDTQ_SIM). No other file holds PTX, so the same kernels run on a GPU and on a CPU.
 //
 // Rules for a kernel: shared memory only through lds, sts and the copies below; every lane of a
-// warp reaches shfl, ldmatrix and mma; one struct of parameters, `const DTQ_CONSTANT P p`, so that
-// `launch` can start it here and there.
+// warp executes shfl, ldmatrix and mma; one struct of parameters, `const DTQ_CONSTANT P p`, so that
+// `launch` can start it on both.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -38,10 +37,10 @@
 #define DTQ_UNROLL _Pragma("unroll")
 #define DTQ_ROLLED _Pragma("unroll 1")
 #define DTQ_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-// 1024: the swizzle of bulk copies goes by address
+// aligned to 1024: the swizzle of bulk copies depends on the address
 #define DTQ_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define DTQ_HAS_WGMMA 1  // sm_90a alone; elsewhere a Hopper kernel traps
+#define DTQ_HAS_WGMMA 1  // sm_90a only; compiled for others, a Hopper kernel traps
 #endif
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH_FAMILY_SPECIFIC__ == 1200 || \
     defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
@@ -72,7 +71,7 @@ DTQ_DEV int grid_y() { return int(gridDim.y); }
 
 DTQ_DEV uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Global memory that nobody writes while the kernel runs.
+// Global memory that is not written while the kernel runs.
 template <class T>
 DTQ_DEV T ldg(const T* p) {
   T value;
@@ -111,15 +110,15 @@ DTQ_DEV void sts(void* p, T value) {
   *reinterpret_cast<T*>(p) = value;
 }
 
-// 16 bytes to shared memory, of which `valid` are read and the rest are zeros. Not through L1: a
-// tile is read once per block.
+// 16 bytes to shared memory, of which `valid` are read and the rest are zeros. Bypasses L1: a tile
+// is read once per block.
 DTQ_DEV void cp_async16(void* to, const void* from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(from), "r"(valid)
                : "memory");
 }
 
-// The same with 4 bytes, of which all are read or none.
+// The same with 4 bytes: all are read, or none and they are zeros.
 DTQ_DEV void cp_async4(void* to, const void* from, bool read) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
                "l"(from), "r"(read ? 4 : 0)
@@ -128,13 +127,13 @@ DTQ_DEV void cp_async4(void* to, const void* from, bool read) {
 
 DTQ_DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// All but the latest `rest` groups of this thread have landed.
+// Waits until all but the latest `rest` groups of this thread are complete.
 template <int rest>
 DTQ_DEV void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(rest) : "memory");
 }
 
-// ---------------------------------------------------------------------------- threads together
+// ---------------------------------------------------------------------------- synchronization
 
 DTQ_DEV void trap() { asm volatile("trap;"); }
 DTQ_DEV void sync_threads() { __syncthreads(); }
@@ -158,7 +157,7 @@ DTQ_DEV T shfl(T value, int from) {
 
 // ---------------------------------------------------------------------------- fragments
 
-// Four 8 x 8 matrices of 16-bit values; lane 8 q + r points at row r of matrix q.
+// Four 8 x 8 matrices of 16-bit values; lane 8 q + r has the address of row r of matrix q.
 DTQ_DEV void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -234,7 +233,7 @@ DTQ_DEV void mma_fp4(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 #endif
 
 // ---------------------------------------------------------------------------- arithmetic
-// Each rounds once and nothing is contracted: the reference does the same, one after the other.
+// Each rounds once and nothing is contracted, as in the torch reference.
 
 // Byte i of the result is byte s_i of (b, a), where s_i is nibble i of the selector; with bit 3 of
 // s_i set it is that byte's sign, eight times.
@@ -301,7 +300,7 @@ DTQ_DEV void mbarrier_init(uint64_t* bar, int count) {
                : "memory");
 }
 
-// After the inits, before anything asynchronous uses them; then a barrier for the other threads.
+// After the inits, before asynchronous copies use them; a barrier for the other threads must follow.
 DTQ_DEV void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -317,28 +316,28 @@ DTQ_DEV void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
                : "memory");
 }
 
-// The mbarrier at the same place of another block of the cluster.
+// The mbarrier at the same address in another block of the cluster.
 DTQ_DEV void mbarrier_arrive_at(uint64_t* bar, int rank) {
   asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(bar)),
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(bar)),
       "r"(rank)
       : "memory");
 }
 
-// Until the phase of this parity is over.
+// Waits until the phase of this parity is complete.
 DTQ_DEV void mbarrier_wait(uint64_t* bar, int parity) {
-  uint32_t over;
+  uint32_t done;
   do {
     asm volatile(
-        "{\n.reg .pred over;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, over;\n}"
-        : "=r"(over)
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
         : "r"(shared_address(bar)), "r"(parity)
         : "memory");
-  } while (!over);
+  } while (!done);
 }
 
 DTQ_DEV void sync_cluster() {
@@ -346,7 +345,7 @@ DTQ_DEV void sync_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// A warpgroup gives registers back, another takes them.
+// A warpgroup releases registers, another one acquires them.
 template <int registers>
 DTQ_DEV void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
@@ -360,9 +359,9 @@ DTQ_DEV void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The box at (column byte, row) into shared memory of the blocks in `mask` (0: only this one),
-// swizzled; each of those blocks' mbarriers counts its bytes. What lies outside the
-// tensor arrives as zeros.
+// Copies the box at (column byte, row) into shared memory of the blocks in `mask` (0: only this
+// one), swizzled; the mbarrier of each of those blocks counts its bytes. Elements outside the tensor
+// become zeros.
 DTQ_DEV void load_box(void* to, const TensorMap& map, uint64_t* bar, int column, int row,
                       unsigned mask = 0) {
   if (mask)
@@ -379,7 +378,7 @@ DTQ_DEV void load_box(void* to, const TensorMap& map, uint64_t* bar, int column,
         : "memory");
 }
 
-// Rows of 128 bytes in the 128-byte swizzle, 8 rows 1024 bytes from the next 8.
+// The wgmma descriptor of rows of 128 bytes in the 128-byte swizzle, 1024 bytes per 8 rows.
 DTQ_DEV uint64_t swizzled_rows(const void* p) {
   return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 |
          (shared_address(p) & 0x3FFFF) >> 4;
@@ -397,21 +396,21 @@ DTQ_DEV void wgmma_wait() {
 
 // ---------------------------------------------------------------------------- host
 
-// Rows of `row_bytes` bytes without gaps, in boxes of box_rows x 64 or 128 bytes; the swizzle is as
-// wide as the box. The driver's function is looked up: nothing links with libcuda.
+// A tensor map of contiguous rows of `row_bytes` bytes, in boxes of box_rows x 64 or 128 bytes; the
+// swizzle is as wide as the box. The driver's function is looked up, so that libcuda is not linked.
 inline int encode_rows(TensorMap* map, const void* base, int64_t rows, int64_t row_bytes,
                        int box_rows, int box_bytes) {
   if (reinterpret_cast<uintptr_t>(base) % 16 || row_bytes % 16) return kUnsupported;
-  void* found = nullptr;
+  void* encode = nullptr;
   cudaDriverEntryPointQueryResult result;
   const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+      "cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &result);
   if (error != cudaSuccess) return error;
   if (result != cudaDriverEntryPointSuccess) return kUnsupported;
   const cuuint64_t size[2] = {cuuint64_t(row_bytes), cuuint64_t(rows)};
   const cuuint64_t pitch[1] = {cuuint64_t(row_bytes)};
   const cuuint32_t box[2] = {cuuint32_t(box_bytes), cuuint32_t(box_rows)}, step[2] = {1, 1};
-  const CUresult done = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+  const CUresult done = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
       map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), size, pitch, box, step,
       CU_TENSOR_MAP_INTERLEAVE_NONE,
       box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
@@ -434,7 +433,7 @@ struct Shape {
 template <class P>
 int launch(void (*kernel)(P), const Shape& s, Stream stream, const P& p) {
   if (s.shared > 48 * 1024) {
-    // per kernel and device; setting it again is harmless and allowed while a graph is captured
+    // per kernel and device; may be set again, also while a graph is captured
     const cudaError_t error = cudaFuncSetAttribute(
         (const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.shared));
     if (error != cudaSuccess) return error;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bindings share: the device and stream of a tensor, checks of operands, the way back to the
-// torch reference. dtq/kernels/ops.py declares the ops.
+// Shared by the bindings: the device and stream of a tensor, checks of operands, calls of the torch
+// reference. dtq/kernels/ops.py declares the ops.
 //
-// Only torch's stable ABI: one file for every torch from 2.10, with and without CUDA. Operands that
-// contradict each other are errors. What is right but has no kernel goes to dtq_reference::*, the torch
-// reference of the op. Nothing here waits for the GPU or allocates other than through torch.
+// Only torch's stable ABI is used, so one file serves every torch from 2.10, with and without CUDA. Invalid
+// operands are errors. Valid ones without a kernel are passed to dtq_reference::*, the torch reference of
+// the op. Nothing here waits for the GPU, and all memory is allocated through torch.
 #pragma once
 #if !defined(DTQ_SIM)
 #include <cuda_runtime_api.h>
@@ -38,7 +38,7 @@
 #define DTQ_KEY CUDA
 #endif
 
-// the newer one keeps the message of the error; headers of 2.10 and 2.11 lack it
+// the newer macro keeps the error message; headers of 2.10 and 2.11 lack it
 #if defined(STABLE_TORCH_ERROR_CODE_CHECK)
 #define DTQ_CHECKED STABLE_TORCH_ERROR_CODE_CHECK
 #else
@@ -49,18 +49,17 @@
 
 namespace dtq::binding {
 
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
-constexpr int kOldest = 80;  // the int8 matrix instructions of Ampere
+constexpr int kMinCapability = 80;  // the int8 matrix instructions of Ampere
 
 // ------------------------------------------------------------------------------------- the device
 
 #if defined(DTQ_SIM)
-// The emulator stands in for a GPU: tensors of the CPU, and the capability that a test asks for.
-inline int& emulated() {
+// The emulator in place of a GPU: tensors on the CPU, and a compute capability that the test chooses.
+inline int& emulated_arch() {
   static int arch = 90;
   return arch;
 }
@@ -70,21 +69,21 @@ struct Guard {
 };
 
 inline Stream stream_of(const Tensor&) { return nullptr; }
-inline int capability(const Tensor&) { return emulated(); }
+inline int capability(const Tensor&) { return emulated_arch(); }
 inline int multiprocessors(const Tensor&) { return 8; }
-inline bool at_home(const Tensor& t, const Tensor&) { return t.is_cpu(); }
-inline bool failed(int code) { return code == kEmulator; }
-inline std::string failure(int) { return sim::session().error; }
+inline bool on_same_device(const Tensor& t, const Tensor&) { return t.is_cpu(); }
+inline bool is_error(int code) { return code == kEmulator; }
+inline std::string error_text(int) { return sim::session().error; }
 #else
 
 }  // namespace dtq::binding
 
-// only in a torch with CUDA, hence weak: the library also loads without
+// only in a torch with CUDA, hence weak: the library also loads without it
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace dtq::binding {
 
-// The device of the input is the current one as long as this lives.
+// Makes the device of the input the current one during its lifetime.
 struct Guard {
   torch::stable::accelerator::DeviceGuard guard;
   explicit Guard(const Tensor& t) : guard(t.get_device_index()) {}
@@ -94,7 +93,7 @@ using GetStream = AOTITorchError (*)(int32_t, void**);
 
 inline GetStream find_stream() {
   if (aoti_torch_get_current_cuda_stream) return aoti_torch_get_current_cuda_stream;
-  // a torch whose libtorch.so does not need libtorch_cuda.so has it loaded all the same
+  // if libtorch.so does not link libtorch_cuda.so, torch has loaded it nevertheless
   void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
   return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
                  : nullptr;
@@ -108,23 +107,23 @@ inline Stream stream_of(const Tensor& x) {
   return stream;
 }
 
-// What a device is does not change: asked once for each.
-template <class Ask>
-int once(const Tensor& t, std::array<std::atomic<int>, 64>& known, Ask ask) {
+// A property of a device, queried once per device.
+template <class Query>
+int cached(const Tensor& t, std::array<std::atomic<int>, 64>& known, Query query) {
   const int device = t.get_device_index();
   STD_TORCH_CHECK(device >= 0 && device < int(known.size()), "dtq: device ", device);
-  int found = known[device].load(std::memory_order_relaxed);
-  if (found == 0) {
-    found = ask(device);
-    known[device].store(found, std::memory_order_relaxed);
+  int value = known[device].load(std::memory_order_relaxed);
+  if (value == 0) {
+    value = query(device);
+    known[device].store(value, std::memory_order_relaxed);
   }
-  return found;
+  return value;
 }
 
-// 90 for sm_90.
+// The compute capability, 90 for sm_90.
 inline int capability(const Tensor& t) {
   static std::array<std::atomic<int>, 64> known{};
-  return once(t, known, [](int device) {
+  return cached(t, known, [](int device) {
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
@@ -132,25 +131,25 @@ inline int capability(const Tensor& t) {
   });
 }
 
-// Those of a slice of a GPU, if it is one.
+// If the device is a slice of a GPU, those of the slice.
 inline int multiprocessors(const Tensor& t) {
   static std::array<std::atomic<int>, 64> known{};
-  return once(t, known, [](int device) {
+  return cached(t, known, [](int device) {
     int count = 0;
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     return count;
   });
 }
 
-inline bool at_home(const Tensor& t, const Tensor& like) {
+inline bool on_same_device(const Tensor& t, const Tensor& like) {
   return t.is_cuda() && t.get_device_index() == like.get_device_index();
 }
 
-inline bool failed(int code) { return code > 0; }
-inline const char* failure(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+inline bool is_error(int code) { return code > 0; }
+inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 #endif
 
-inline bool served(const Tensor& x) { return capability(x) >= kOldest; }
+inline bool is_supported(const Tensor& x) { return capability(x) >= kMinCapability; }
 
 // ------------------------------------------------------------------------------------- the operands
 
@@ -169,19 +168,19 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
-inline bool has_kernels(ScalarType type) {
+inline bool is_kernel_dtype(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-inline dtq::Float float_of(ScalarType type) {
+inline dtq::Float float_type(ScalarType type) {
   return type == ScalarType::Float      ? dtq::kFloat32
          : type == ScalarType::BFloat16 ? dtq::kBFloat16
                                         : dtq::kFloat16;
 }
 
-// The same device, this type, elements side by side.
+// Checks the device, the type, and that the tensor is contiguous.
 inline void check(const Tensor& t, const char* name, const Tensor& like, ScalarType type) {
-  STD_TORCH_CHECK(at_home(t, like), "dtq: ", name, " is not on the device of the input, cuda:",
+  STD_TORCH_CHECK(on_same_device(t, like), "dtq: ", name, " is not on the device of the input, cuda:",
                   like.get_device_index());
   STD_TORCH_CHECK(t.scalar_type() == type, "dtq: ", name, " is ", name_of(t.scalar_type()),
                   ", expected ", name_of(type));
@@ -206,26 +205,26 @@ inline int64_t bytes_of(const Tensor& t) {
 }
 
 template <class T>
-const T* data(const Maybe& t) {
+const T* data(const OptionalTensor& t) {
   return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
 }
 
-// Rows may be strided, as a slice of columns is; channels side by side.
-inline Tensor with_rows(const Tensor& x, const char* name) {
+// Rows may have any stride, as in a slice of columns; the channels of a row must be contiguous.
+inline Tensor row_contiguous(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2, "dtq: ", name, " has ", x.dim(), " dimensions, expected 2");
   return x.stride(1) == 1 || x.size(1) == 1 || x.numel() == 0 ? x : torch::stable::contiguous(x);
 }
 
-// A launch answers 0, a cudaError_t, or a negative number: no kernel for this.
+// Whether a launch succeeded. It returns 0, a cudaError_t, or a negative number if no kernel supports this.
 inline bool launched(int code, const char* what) {
-  STD_TORCH_CHECK(!failed(code), "dtq: ", what, ": ", failure(code));
+  STD_TORCH_CHECK(!is_error(code), "dtq: ", what, ": ", error_text(code));
   return code == 0;
 }
 
-// Calls that no kernel could do, so far: tests and measurements look at it.
-inline std::atomic<int64_t> references{0};
+// Number of calls of the torch reference so far, for tests and measurements.
+inline std::atomic<int64_t> reference_calls{0};
 
-// An op of torch: the arguments in the order of the schema.
+// Calls an op; arguments in the order of its schema.
 template <class Result, class... Arguments>
 Result call(const char* name, const Arguments&... arguments) {
   constexpr size_t count = sizeof...(Arguments);
@@ -237,10 +236,10 @@ Result call(const char* name, const Arguments&... arguments) {
   else return {result(0), result(1), result(2)};
 }
 
-// The torch reference of an op.
+// Calls the torch reference of an op.
 template <class Result, class... Arguments>
-Result reference(const char* name, const Arguments&... arguments) {
-  references++;
+Result call_reference(const char* name, const Arguments&... arguments) {
+  reference_calls++;
   return call<Result>(name, arguments...);
 }
 

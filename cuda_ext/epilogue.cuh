@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a sum, int32 or of FP4 products, to an output: the order of operations is the reference's, each rounds once.
+// From a sum, int32 or float (FP4), to an output: operations in the reference's order, each rounded once.
 #pragma once
-#include "levels.cuh"
-#include "numbers.cuh"
+#include "decode_weights.cuh"
+#include "exact_math.cuh"
 
 namespace dtq {
 
-// What a product's kernels are started with.
+// The arguments of the GEMM kernels.
 struct GemmArgs {
   Gemm g;
   Groups groups;
-  int splits;    // of K
-  int in_split;  // steps of K in a split
-  bool partial;  // int32 sums go to the workspace, (splits, M, N), for sum_splits
+  int splits;           // of K
+  int steps_per_split;  // of 64 columns
+  bool partial;         // int32 sums are written to the workspace, (splits, M, N), for sum_splits
 };
 
 DTQ_DEV float scaled(float sum, float row_scale, float weight_scale, bool has_bias, float bias) {
@@ -23,7 +23,7 @@ DTQ_DEV float scaled(int32_t sum, float row_scale, float weight_scale, bool has_
   return scaled(int_to_float(sum), row_scale, weight_scale, has_bias, bias);
 }
 
-// Of a row of the weight; float sums, those of FP4, have one for all.
+// Of a row of the weight: per-channel for int32 sums, one for all rows for float sums (FP4).
 template <class Sum>
 DTQ_DEV float weight_scale(const Gemm& g, int64_t n);
 template <>
@@ -35,15 +35,15 @@ DTQ_DEV float weight_scale<float>(const Gemm& g, int64_t) {
   return g.weight_scale ? ldg(g.weight_scale) : 1;
 }
 
-// GELU, then gate * v + residual, where there are any.
-DTQ_DEV float finished(const Gemm& g, int64_t m, int64_t n, float v) {
+// GELU, then gate * v + residual, if requested.
+DTQ_DEV float apply_epilogue(const Gemm& g, int64_t m, int64_t n, float v) {
   if (g.gelu) v = gelu(v);
   if (!g.gate) return v;
   const float gate = load_float(g.gate, m / g.gate_tokens * g.rows + n, g.out_type);
   return fadd(fmul(gate, v), load_float(g.residual, m * g.rows + n, g.out_type));
 }
 
-// Two neighbours, the first in an even column.
+// Two neighbouring columns, the first of them even.
 DTQ_DEV void store_halves(const Gemm& g, int64_t m, int64_t n, uint16_t h0, uint16_t h1) {
   uint16_t* to = static_cast<uint16_t*>(g.out) + m * g.rows + n;
   if (g.rows % 2 == 0) {
@@ -67,20 +67,20 @@ DTQ_DEV void store_pair(const Gemm& g, int64_t m, int64_t n, float v0, float v1)
   }
 }
 
-// Which tile a block has. Neighbours in a band share columns of the weight, bands share tokens:
-// what runs at one time stays in the L2 cache.
-struct Place {
-  int m, n;  // tiles
+// The tile of a thread block. Tiles are processed in bands of kBand x tiles_n, column by column, so that
+// the operands of concurrent blocks stay in the L2 cache.
+struct TileCoord {
+  int m, n;  // in tiles
 };
 
-DTQ_DEV Place place_of(int id, int tiles_m, int tiles_n) {
+DTQ_DEV TileCoord tile_coord(int id, int tiles_m, int tiles_n) {
   constexpr int kBand = 8;
   const int in_band = kBand * tiles_n, first = id / in_band * kBand;
   const int height = tiles_m - first < kBand ? tiles_m - first : kBand, rest = id % in_band;
   return {first + rest % height, rest / height};
 }
 
-// Two neighbours of a row of `down` or `up` as mma wants them; zero past the last row.
+// Two neighbouring columns of a row of `down` or `up`, packed for mma; zero past the last row.
 DTQ_DEV uint32_t lowrank_pair(const void* p, int64_t row, int64_t rows, int64_t rank, int64_t r) {
   if (row >= rows) return 0;
   return ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + row * rank + r));
@@ -92,8 +92,8 @@ DTQ_DEV void lowrank_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   else mma_f16(c, a, b0, b1);
 }
 
-// After a product in splits: sums them and finishes. One thread an output. Integers may be summed
-// in any order, so the outcome does not depend on the number of splits.
+// Sums the splits of K and applies the epilogue, one thread per output. Integer sums do not depend on
+// their order, so the result does not depend on the number of splits.
 template <int threads>
 DTQ_KERNEL void sum_splits(const DTQ_CONSTANT GemmArgs p) {
   const Gemm& g = p.g;
@@ -109,7 +109,7 @@ DTQ_KERNEL void sum_splits(const DTQ_CONSTANT GemmArgs p) {
     for (int64_t r = 0; r < g.rank; r++)
       v = ffma(load_float(g.down, m * g.rank + r, g.lowrank_type),
                load_float(g.up, n * g.rank + r, g.lowrank_type), v);
-  store_float(g.out, at, finished(g, m, n, v), g.out_type);
+  store_float(g.out, at, apply_epilogue(g, m, n, v), g.out_type);
 }
 
 }  // namespace dtq

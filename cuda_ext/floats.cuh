@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quotients that round up, and float types that are known when the kernel runs.
+// Float types that are known only when the kernel runs, and ceil_div.
 #pragma once
 #include "arch.cuh"
 
 namespace dtq {
 
-DTQ_HD int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DTQ_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 DTQ_DEV float to_float(uint16_t h, Float type) {
   return type == kBFloat16 ? bf16_to_float(h) : f16_to_float(h);
 }
 
-DTQ_DEV uint16_t to_16(float x, Float type) { return type == kBFloat16 ? float_to_bf16(x) : float_to_f16(x); }
+DTQ_DEV uint16_t to_16(float x, Float type) {
+  return type == kBFloat16 ? float_to_bf16(x) : float_to_f16(x);
+}
 
 // Two of them, the first in the low half.
 DTQ_DEV uint32_t pair_of(float low, float high, Float type) {
@@ -23,7 +25,7 @@ DTQ_DEV float load_float(const void* p, int64_t i, Float type) {
   return to_float(ldg(static_cast<const uint16_t*>(p) + i), type);
 }
 
-// As bits: 32 of a float, or the low 16.
+// The bits of v rounded to the type: 32, or the low 16.
 DTQ_DEV uint32_t round_float(float v, Float type) {
   return type == kFloat32 ? float_bits(v) : to_16(v, type);
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// FP4 x FP4 with the block-scaled mma.sync of sm_120: both operands E2M1 with a scale for every 16
-// columns (NVFP4) or 32 (MXFP4), as the file and the quantizer have them.
+// FP4 GEMM with the block-scaled mma.sync of sm_120: both operands E2M1 with a scale for every 16
+// columns (NVFP4) or 32 (MXFP4), in the layouts of the checkpoint and of fp4_quantize_rows.
 //
 // A stage is 128 columns: 64 bytes of a row, swizzled for ldmatrix, and the row's 8 or 4 scales. The
-// instruction takes 64 of them; its scales come in one register for each 16 rows and each 8 columns.
+// instruction takes 64 columns; its scales are in one register for each 16 rows and each 8 columns.
 #pragma once
 #include "gemm_mma.cuh"
 
@@ -21,8 +21,8 @@ struct Fp4Tile {
   static constexpr int kBytesX = tile_m * kRow, kBytesW = tile_n * kRow;
   static constexpr int kStage = kBytesX + kBytesW + (tile_m + tile_n) * kScales;
   static constexpr int kShared = stages * kStage;
-  static_assert(kShared <= 99 * 1024, "what a block of sm_120 can have");
-  static_assert(kBlocksN % 2 == 0, "ldmatrix brings 16 columns");
+  static_assert(kShared <= 99 * 1024, "the limit of a block on sm_120");
+  static_assert(kBlocksN % 2 == 0, "ldmatrix loads 16 columns");
 };
 
 struct Fp4Args {
@@ -32,7 +32,7 @@ struct Fp4Args {
 
 #if defined(DTQ_HAS_FP4)
 
-// Four scales at a time of `rows` rows, from `first` on; zeros outside the matrix.
+// The scales of rows [first, first + rows), four at a time; zeros outside the matrix.
 template <class T, int rows>
 DTQ_DEV void load_block_scales(unsigned char* to, const uint8_t* scales, int first, int64_t all,
                                int count, int step) {
@@ -51,8 +51,8 @@ struct Fp4Loader {
   Loader<T, T::kTileN, T::kRow> w;
   int m, n;  // first token and row of the tile
 
-  DTQ_DEV Fp4Loader(const Gemm& g, Place tile)
-      : x(g.codes, tile.m * T::kTileM, g.tokens, g.columns / 2),
+  DTQ_DEV Fp4Loader(const Gemm& g, TileCoord tile)
+      : x(g.x_q, tile.m * T::kTileM, g.tokens, g.columns / 2),
         w(g.weight, tile.n * T::kTileN, g.rows, g.columns / 2),
         m(tile.m * T::kTileM),
         n(tile.n * T::kTileN) {}
@@ -61,7 +61,7 @@ struct Fp4Loader {
     unsigned char* scales = stage + T::kBytesX + T::kBytesW;
     x.load(stage, step);
     w.load(stage + T::kBytesX, step);
-    load_block_scales<T, T::kTileM>(scales, p.g.code_scales, m, p.g.tokens, p.scales, step);
+    load_block_scales<T, T::kTileM>(scales, p.g.x_block_scale, m, p.g.tokens, p.scales, step);
     load_block_scales<T, T::kTileN>(scales + T::kTileM * T::kScales, p.g.groups, n, p.g.rows,
                                     p.scales, step);
     cp_async_commit();
@@ -75,7 +75,7 @@ DTQ_DEV uint32_t block_scales(const unsigned char* scales, int row, int half) {
   else return lds<uint32_t>(scales + row * T::kScales + half * 4);
 }
 
-// Chunk `chunk` of a row, where the loader put it.
+// The address of chunk `chunk` of a row, as swizzled by the loader.
 template <class T>
 DTQ_DEV const unsigned char* chunk_of(const unsigned char* tile, int row, int chunk) {
   return tile + row * T::kRow + (chunk ^ row / 2 % 4) * 16;
@@ -108,13 +108,13 @@ DTQ_DEV void multiply_fp4(const unsigned char* stage, int warp_m, int warp_n,
   }
 }
 
-template <class T, bool extras>
+template <class T, bool has_epilogue>
 DTQ_DEV void fp4_body(const Fp4Args& p, unsigned char* shared) {
   const Gemm& g = p.g;
-  const Place tile =
-      place_of(block_x(), int(over(g.tokens, T::kTileM)), int(over(g.rows, T::kTileN)));
+  const TileCoord tile =
+      tile_coord(block_x(), int(ceil_div(g.tokens, T::kTileM)), int(ceil_div(g.rows, T::kTileN)));
   const int warp_m = warp() % T::kWarpsM, warp_n = warp() / T::kWarpsM;
-  const int steps = int(over(g.columns, T::kDepth));
+  const int steps = int(ceil_div(g.columns, T::kDepth));
   float sums[T::kBlocksM][T::kBlocksN][4] = {};
   const Fp4Loader<T> loader(g, tile);
   DTQ_UNROLL for (int s = 0; s < T::kStages - 1; s++) {
@@ -123,25 +123,25 @@ DTQ_DEV void fp4_body(const Fp4Args& p, unsigned char* shared) {
   }
   for (int s = 0; s < steps; s++) {
     cp_async_wait<T::kStages - 2>();
-    sync_threads();  // the stage is there for all, and the one filled next is read by none
+    sync_threads();  // the stage is complete for all threads, and none reads the one filled next
     const int ahead = s + T::kStages - 1;
     if (ahead < steps) loader.load(p, shared + ahead % T::kStages * T::kStage, ahead);
     else cp_async_commit();
     multiply_fp4<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, sums);
   }
-  finish<T, extras>(g, tile.m * T::kTileM + warp_m * T::kWarpM,
+  finish<T, has_epilogue>(g, tile.m * T::kTileM + warp_m * T::kWarpM,
                     tile.n * T::kTileN + warp_n * T::kWarpN, sums);
 }
 
 #endif
 
-template <class T, bool extras>
+template <class T, bool has_epilogue>
 DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) fp4_mma(const DTQ_CONSTANT Fp4Args p) {
 #if defined(DTQ_HAS_FP4)
   DTQ_SHARED(shared);
-  fp4_body<T, extras>(p, shared);
+  fp4_body<T, has_epilogue>(p, shared);
 #else
-  trap();  // compiled for another architecture: an error, not an output that nobody wrote
+  trap();  // compiled for another architecture: fail, do not leave the output unwritten
 #endif
 }
 
@@ -149,7 +149,7 @@ template <class T>
 int run_fp4(const Gemm& g, int64_t tiles, Stream stream) {
   const Fp4Args p = {g, int(g.columns / g.group)};
   const Shape shape = {{unsigned(tiles)}, unsigned(T::kThreads), size_t(T::kShared)};
-  return launch(has_extras(g) ? fp4_mma<T, true> : fp4_mma<T, false>, shape, stream, p);
+  return launch(has_epilogue(g) ? fp4_mma<T, true> : fp4_mma<T, false>, shape, stream, p);
 }
 
 }  // namespace dtq

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 x int8 with mma.sync, sm_80 and later: one source for every kind of weight.
+// int8 GEMM with mma.sync, sm_80 and later, for every kind of weight.
 //
-// Both operands lie in shared memory as they lie in global memory, 64 columns of a row one after
-// the other. A thread (g, t) = (lane / 4, lane % 4) takes columns 16 t .. 16 t + 15 of a row with
-// one load, of int8 or of 4-bit codes, and feeds them to two mma in the order
+// Both operands have the same layout in shared memory as in global memory, 64 contiguous columns of a
+// row. A thread (g, t) = (lane / 4, lane % 4) loads columns 16 t .. 16 t + 15 of a row at once, as
+// int8 or as 4-bit codes, and passes them to two mma in the order
 //
 //   register      a[0], b0            a[2], b1            a[0], b0 of the 2nd   a[2], b1
 //   columns       16t .. 16t + 3      16t + 4 .. + 7      16t + 8 .. + 11       16t + 12 .. + 15
 //
-// The instruction thinks that its registers hold columns 4 t .. and 16 + 4 t ..; it adds over all
-// of them, and both operands are permuted alike. So no fragment order has to be prepared, no
-// swizzle is needed - eight lanes of a 16-byte load read 128 bytes in a row - and ldmatrix is not
-// either. A thread's columns are in one group of 16 or more.
+// The instruction expects columns 4 t .. and 16 + 4 t .. in these registers, but it sums over all
+// columns, and both operands have the same permutation. So weights need no fragment order, and neither
+// swizzle (eight lanes of a 16-byte load read 128 contiguous bytes) nor ldmatrix is needed. The columns
+// of a thread are in one group, as groups have 16 columns or more.
 #pragma once
 #include "epilogue.cuh"
 #include "gemm_plan.h"
@@ -32,12 +32,12 @@ struct MmaTile {
   static constexpr int kRowW = kStep * Source::kBits / 8;              // bytes
   static constexpr int kBytesX = tile_m * kStep, kBytesW = tile_n * kRowW;
   static constexpr int kStage = kBytesX + kBytesW, kShared = stages * kStage;
-  static_assert(kShared <= 48 * 1024, "more has to be asked for, and two blocks shall fit");
+  static_assert(kShared <= 48 * 1024, "the default limit; two blocks fit on a multiprocessor");
 };
 
-// This thread's 16-byte chunks of a tile of `rows` rows x `width` bytes: always the same bytes of a
-// row, in every kPitch-th row. What lies outside the matrix arrives as zeros. Swizzled, the four chunks
-// of 64 bytes change places every other row, so that eight rows of a chunk lie in different banks.
+// This thread's 16-byte chunks of a tile of `rows` rows x `width` bytes: the same bytes of every kPitch-th
+// row. Elements outside the matrix become zeros. If swizzled, the four chunks of 64 bytes are permuted by
+// row / 2, so that a chunk of eight rows is in different banks.
 template <class T, int rows, int width>
 struct Loader {
   static constexpr int kAcross = width / 16, kPitch = T::kThreads / kAcross;
@@ -45,23 +45,23 @@ struct Loader {
   static_assert(T::kThreads % kAcross == 0 && (rows % kPitch == 0 || kChunks == 1));
   const uint8_t* from;
   int64_t row_bytes;
-  int byte;        // of the row, in step 0
-  int place;       // of the first chunk in the tile
-  uint32_t there;  // which of the chunks lie in rows of the matrix
+  int byte;             // of the row, in step 0
+  int offset;           // of the first chunk in the tile
+  uint32_t valid_mask;  // which of the chunks are in rows of the matrix
 
   DTQ_DEV Loader(const void* matrix, int first, int64_t all, int64_t bytes) {
     const int row = first + tid() / kAcross;
     row_bytes = bytes;
     byte = tid() % kAcross * 16;
-    place = tid() * 16;
+    offset = tid() * 16;
     if constexpr (T::kSwizzled) {
       static_assert(width == 64 && kPitch % 8 == 0);
-      place ^= tid() / kAcross / 2 % 4 * 16;
+      offset ^= tid() / kAcross / 2 % 4 * 16;
     }
     from = static_cast<const uint8_t*>(matrix) + row * bytes + byte;
-    there = 0;
+    valid_mask = 0;
     DTQ_UNROLL for (int c = 0; c < kChunks; c++)
-      there |= uint32_t(row + c * kPitch < all && tid() / kAcross + c * kPitch < rows) << c;
+      valid_mask |= uint32_t(row + c * kPitch < all && tid() / kAcross + c * kPitch < rows) << c;
   }
 
   DTQ_DEV void load(unsigned char* to, int step) const {
@@ -69,14 +69,14 @@ struct Loader {
     DTQ_UNROLL for (int c = 0; c < kChunks; c++) {
       if (rows < kPitch && tid() / kAcross >= rows) break;
       const uint8_t* p = from + c * kPitch * row_bytes + step * width;
-      const int bytes = there >> c & 1 && valid > 0 ? valid : 0;
-      unsigned char* chunk = to + place + c * T::kThreads * 16;
+      const int bytes = valid_mask >> c & 1 && valid > 0 ? valid : 0;
+      unsigned char* chunk = to + offset + c * T::kThreads * 16;
       if constexpr (T::kAligned) cp_async16(chunk, p, bytes);
       else copy_bytes(chunk, p, bytes);
     }
   }
 
-  // A width that 16 does not divide is rare in a model.
+  // For row widths that are not a multiple of 16, which are rare in models.
   DTQ_DEV static void copy_bytes(unsigned char* to, const uint8_t* p, int bytes) {
     uint32_t word[4] = {};
     DTQ_UNROLL for (int b = 0; b < 16; b++)
@@ -90,8 +90,8 @@ struct StageLoader {
   Loader<T, T::kTileM, kStep> x;
   Loader<T, T::kTileN, T::kRowW> w;
 
-  DTQ_DEV StageLoader(const Gemm& g, Place tile)
-      : x(g.codes, tile.m * T::kTileM, g.tokens, g.columns),
+  DTQ_DEV StageLoader(const Gemm& g, TileCoord tile)
+      : x(g.x_q, tile.m * T::kTileM, g.tokens, g.columns),
         w(g.weight, tile.n * T::kTileN, g.rows, g.columns * T::Source::kBits / 8) {}
 
   DTQ_DEV void load(unsigned char* stage, int step) const {
@@ -138,13 +138,13 @@ DTQ_DEV void multiply(const unsigned char* stage, int warp_m, int warp_n,
   }
 }
 
-// The scales of this thread's rows for its columns of a step.
+// The group scales of this thread's rows, for its columns of a step.
 template <class T>
 DTQ_DEV void load_scales(const GemmArgs& p, int first_row, int step,
                          typename T::Source::Scale (&scale)[T::kBlocksN]) {
   const int group = (step * kStep + lane() % 4 * 16) >> p.groups.shift;
   const int last = p.groups.count - 1, end = int(p.g.rows) - 1;
-  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {  // beyond the end any scale: codes are zeros
+  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {  // past the end any scale will do: x_q is zero there
     const int n = first_row + j * 8 + lane() / 4;
     const int index = (n < end ? n : end) * p.groups.count + (group < last ? group : last);
     scale[j] = T::Source::scale(p.groups, index);
@@ -184,7 +184,7 @@ DTQ_DEV void add_lowrank(const Gemm& g, int64_t first_m, int64_t first_n,
   }
 }
 
-template <class T, bool extras, class Sum>
+template <class T, bool has_epilogue, class Sum>
 DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
                     const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
   const int row = lane() / 4, pair = lane() % 4 * 2;
@@ -192,9 +192,9 @@ DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
   DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
     DTQ_UNROLL for (int e = 0; e < 2; e++) {
       const int64_t n = first_n + j * 8 + pair + e;
-      const bool there = n < g.rows;
-      const float scale = there ? weight_scale<Sum>(g, n) : 0;
-      const float bias = there && g.bias ? load_float(g.bias, n, g.bias_type) : 0;
+      const bool valid = n < g.rows;
+      const float scale = valid ? weight_scale<Sum>(g, n) : 0;
+      const float bias = valid && g.bias ? load_float(g.bias, n, g.bias_type) : 0;
       DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
         DTQ_UNROLL for (int h = 0; h < 2; h++) {
           const int64_t m = first_m + i * 16 + h * 8 + row;
@@ -203,7 +203,7 @@ DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
         }
     }
   }
-  if (extras && g.down) add_lowrank<T>(g, first_m, first_n, v);
+  if (has_epilogue && g.down) add_lowrank<T>(g, first_m, first_n, v);
   DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
     DTQ_UNROLL for (int h = 0; h < 2; h++) {
       const int64_t m = first_m + i * 16 + h * 8 + row;
@@ -212,27 +212,27 @@ DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
         const int64_t n = first_n + j * 8 + pair;
         if (n >= g.rows) continue;
         float v0 = v[i][j][h * 2], v1 = v[i][j][h * 2 + 1];
-        if (extras) {
-          v0 = finished(g, m, n, v0);
-          if (n + 1 < g.rows) v1 = finished(g, m, n + 1, v1);
+        if (has_epilogue) {
+          v0 = apply_epilogue(g, m, n, v0);
+          if (n + 1 < g.rows) v1 = apply_epilogue(g, m, n + 1, v1);
         }
         store_pair(g, m, n, v0, v1);
       }
     }
 }
 
-template <class T, bool extras>
+template <class T, bool has_epilogue>
 DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_mma(const DTQ_CONSTANT GemmArgs p) {
   DTQ_SHARED(shared);
   const Gemm& g = p.g;
   const int split = int(block_x() % p.splits);
-  const Place tile = place_of(block_x() / p.splits, int(over(g.tokens, T::kTileM)),
-                              int(over(g.rows, T::kTileN)));
+  const TileCoord tile = tile_coord(block_x() / p.splits, int(ceil_div(g.tokens, T::kTileM)),
+                                    int(ceil_div(g.rows, T::kTileN)));
   const int warp_m = warp() % T::kWarpsM, warp_n = warp() / T::kWarpsM;
   const int first_m = tile.m * T::kTileM + warp_m * T::kWarpM;
   const int first_n = tile.n * T::kTileN + warp_n * T::kWarpN;
-  const int all = int(over(g.columns, kStep)), first = split * p.in_split;
-  const int steps = all - first < p.in_split ? all - first : p.in_split;
+  const int all_steps = int(ceil_div(g.columns, kStep)), first = split * p.steps_per_split;
+  const int steps = all_steps - first < p.steps_per_split ? all_steps - first : p.steps_per_split;
 
   int32_t sums[T::kBlocksM][T::kBlocksN][4] = {};
   typename T::Source::Scale scale[T::kBlocksN], next[T::kBlocksN];
@@ -244,7 +244,7 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_mma(const DTQ_CONSTANT GemmArgs 
   load_scales<T>(p, first_n, first, next);
   for (int s = 0; s < steps; s++) {
     cp_async_wait<T::kStages - 2>();
-    sync_threads();  // the stage is there for all, and the one filled next is read by none
+    sync_threads();  // the stage is complete for all threads, and none reads the one filled next
     const int ahead = s + T::kStages - 1;
     if (ahead < steps) loader.load(shared + ahead % T::kStages * T::kStage, first + ahead);
     else cp_async_commit();
@@ -253,7 +253,7 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_mma(const DTQ_CONSTANT GemmArgs 
     multiply<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, scale, sums);
   }
   if (p.partial) store_sums<T>(p, split, first_m, first_n, sums);
-  else finish<T, extras>(g, first_m, first_n, sums);
+  else finish<T, has_epilogue>(g, first_m, first_n, sums);
 }
 
 }  // namespace dtq

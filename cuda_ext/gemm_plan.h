@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which kernel multiplies: a static choice by architecture and shape, nothing is timed at run time.
+// Which kernel runs: a static choice by architecture and shape, nothing is timed at run time.
 #pragma once
 #include <stdint.h>
 #include <stdio.h>
@@ -11,11 +11,11 @@ namespace dtq {
 
 enum Tile {
   kMma128,    // 128 tokens x 128 rows
-  kMma64,     // 64 x 64: fewer idle multiprocessors when there are few tiles
-  kMma16,     // 16 x 128, a few tokens: what counts is reading the weight once
+  kMma64,     // 64 x 64: fewer idle multiprocessors if there are few tiles
+  kMma16,     // 16 x 128, for few tokens: bound by reading the weight
   kMmaOdd,    // 64 x 64, rows that do not start at multiples of 16 bytes
   kWgmma256,  // sm_90: 256 tokens x 128 rows
-  kWgmma128,  // 128 x 128: the weight is expanded for half as many tokens
+  kWgmma128,  // 128 x 128: each expanded weight is used for half as many tokens
   kFp4Large,  // sm_120, FP4: 128 x 128
   kFp4Small,  // 64 x 64
   kTiles
@@ -39,30 +39,29 @@ constexpr TileSize kTileSizes[kTiles] = {
 
 struct Plan {
   Tile tile;
-  int splits;    // of K
-  int in_split;  // steps of 64 columns in each
-  bool partial;  // sums go through the workspace: K is split, or a small tile has more to add
+  int splits;           // of K
+  int steps_per_split;  // of 64 columns
+  bool partial;         // sums go through the workspace: K is split, or a small tile has an epilogue
 };
 
 inline int64_t tiles_of(const Gemm& g, Tile tile) {
-  return over(g.tokens, kTileSizes[tile].tokens) * over(g.rows, kTileSizes[tile].rows);
+  return ceil_div(g.tokens, kTileSizes[tile].tokens) * ceil_div(g.rows, kTileSizes[tile].rows);
 }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline bool is_fp4(const Gemm& g) { return g.weights == kNvFp4 || g.weights == kMxFp4; }
 
-// Of a product of FP4 codes. A step of 128 columns has four bytes of scales, or eight: they are copied
-// four at a time.
+// For FP4. A step of 128 columns has four or eight bytes of scales, which are copied four at a time.
 inline const char* fp4_refusal(const Gemm& g) {
   const bool mx = g.weights == kMxFp4;
-  if (g.arch / 10 != 12) return "FP4 products are an instruction of compute capability 12";
+  if (g.arch / 10 != 12) return "FP4 GEMM needs compute capability 12";
   if (g.group != (mx ? 32 : 16)) return "NVFP4 has groups of 16 columns, MXFP4 of 32";
-  if (g.columns % (mx ? 128 : 64)) return "NVFP4 wants multiples of 64 columns, MXFP4 of 128";
+  if (g.columns % (mx ? 128 : 64)) return "NVFP4 needs a multiple of 64 columns, MXFP4 of 128";
   auto aligned4 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 4 == 0; };
-  if (!aligned16(g.codes) || !aligned16(g.weight) || !aligned4(g.code_scales) ||
+  if (!aligned16(g.x_q) || !aligned16(g.weight) || !aligned4(g.x_block_scale) ||
       !aligned4(g.groups))
-    return "FP4 codes start at multiples of 16 bytes, their scales of 4";
+    return "FP4 operands must be aligned to 16 bytes, their scales to 4";
   return nullptr;
 }
 
@@ -70,56 +69,57 @@ inline const char* refusal(const Gemm& g) {
   if (g.arch < 80) return "needs compute capability 8.0 or newer";
   if (g.tokens < 0 || g.rows < 1 || g.columns < 1) return "empty weight";
   if (g.columns > 131071) return "the int32 sum may overflow beyond 131071 columns";
-  if (g.tokens >= 1 << 24 || g.rows >= 1 << 24 || over(g.tokens, 16) * over(g.rows, 64) >= 1 << 26)
-    return "more than 2^26 tiles, 2^24 tokens or 2^24 rows";  // of which the kernels count in int
-  if (g.rank % 16 || (g.down && !g.rank)) return "low-rank branches come in ranks divisible by 16";
+  if (g.tokens >= 1 << 24 || g.rows >= 1 << 24 ||
+      ceil_div(g.tokens, 16) * ceil_div(g.rows, 64) >= 1 << 26)
+    return "more than 2^26 tiles, 2^24 tokens or 2^24 rows";  // the kernels count them in int
+  if (g.rank % 16 || (g.down && !g.rank)) return "the rank of a low-rank branch must be a multiple of 16";
   if (g.lowrank_type == kFloat32 && g.down) return "low-rank factors are bfloat16 or float16";
   if (g.gate && (!g.residual || g.gate_tokens < 1)) return "a gate comes with a residual";
   if (g.weights == kInt8) return nullptr;
   if (is_fp4(g)) return fp4_refusal(g);
   if (g.group < 1 || g.rows * (g.columns / g.group) >= 1 << 30) return "more than 2^30 groups";
   if (g.group != 32 && g.group != 64 && g.group != 128 && g.group != g.columns)
-    return "4-bit weights come in groups of 32, 64 or 128 columns, or in rows";
-  if (g.columns % 32 || g.columns % g.group) return "4-bit weights come in whole groups";
-  if (!aligned16(g.codes) || !aligned16(g.weight) || !aligned16(g.tables))
-    return "4-bit weights and their codes start at multiples of 16 bytes";
+    return "4-bit weights need groups of 32, 64 or 128 columns, or one group per row";
+  if (g.columns % 32 || g.columns % g.group) return "4-bit weights need whole groups";
+  if (!aligned16(g.x_q) || !aligned16(g.weight) || !aligned16(g.codebooks))
+    return "4-bit weights, their codebooks and x_q must be aligned to 16 bytes";
   return nullptr;
 }
 
-// With fewer tiles mma.sync fills more of the device.
+// With fewer tiles, mma.sync occupies more multiprocessors.
 inline bool wants_wgmma(const Gemm& g) {
-  return g.arch == 90 && g.tokens > 64 && g.columns % 32 == 0 && aligned16(g.codes) &&
+  return g.arch == 90 && g.tokens > 64 && g.columns % 32 == 0 && aligned16(g.x_q) &&
          aligned16(g.weight) && tiles_of(g, kWgmma128) * 2 >= g.sms;
 }
 
-// Where one round of blocks after the other takes longer with large tiles, small ones.
+// The tile with less time for all waves of blocks.
 inline Tile wgmma_tile(const Gemm& g) {
-  const int64_t large = over(tiles_of(g, kWgmma256), g.sms) * 256;
-  const int64_t small = over(tiles_of(g, kWgmma128), g.sms) * 128;
+  const int64_t large = ceil_div(tiles_of(g, kWgmma256), g.sms) * 256;
+  const int64_t small = ceil_div(tiles_of(g, kWgmma128), g.sms) * 128;
   return large <= small ? kWgmma256 : kWgmma128;
 }
 
-inline bool has_extras(const Gemm& g) { return g.gelu || g.gate || g.down; }
+inline bool has_epilogue(const Gemm& g) { return g.gelu || g.gate || g.down; }
 
 inline Plan plan_of(const Gemm& g) {
-  const int steps = int(over(g.columns, 64));
+  const int steps = int(ceil_div(g.columns, 64));
   if (is_fp4(g)) return {tiles_of(g, kFp4Large) >= g.sms ? kFp4Large : kFp4Small, 1, steps, false};
-  if (g.columns % 16 || !aligned16(g.codes) || !aligned16(g.weight))
-    return {kMmaOdd, 1, steps, has_extras(g)};
+  if (g.columns % 16 || !aligned16(g.x_q) || !aligned16(g.weight))
+    return {kMmaOdd, 1, steps, has_epilogue(g)};
   if (wants_wgmma(g)) return {wgmma_tile(g), 1, steps, false};
   if (g.tokens > 64) {
     if (tiles_of(g, kMma128) >= g.sms) return {kMma128, 1, steps, false};
-    return {kMma64, 1, steps, has_extras(g)};
+    return {kMma64, 1, steps, has_epilogue(g)};
   }
   const Tile tile = g.tokens <= 16 ? kMma16 : kMma64;
-  // two blocks for every multiprocessor, at least four steps each
+  // two blocks per multiprocessor, with at least four steps each
   int splits = int(2 * g.sms / tiles_of(g, tile));
   if (splits > steps / 4) splits = steps / 4;
   if (splits > 32) splits = 32;
   if (splits < 1) splits = 1;
-  const int in_split = int(over(steps, splits));
-  splits = int(over(steps, in_split));
-  return {tile, splits, in_split, splits > 1 || has_extras(g)};
+  const int steps_per_split = int(ceil_div(steps, splits));
+  splits = int(ceil_div(steps, steps_per_split));
+  return {tile, splits, steps_per_split, splits > 1 || has_epilogue(g)};
 }
 
 inline int64_t workspace_of(const Gemm& g, const Plan& p) {

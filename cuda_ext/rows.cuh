@@ -1,49 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of activations: [GELU | LayerNorm and modulate], pre_scale, order, rotation, quantize.
+// Rows of activations: [GELU | LayerNorm and modulation], pre_scale, permutation, rotation, quantization.
 //
-// A block of threads does a row, a thread runs of 16 columns side by side. Two kernels: rows_held.cuh for
-// rows of which each thread holds one run, everything aligned: read once, written once;
-// rows_streamed.cuh for all the rest, tile by tile of as many runs as there are threads.
+// A thread block processes one row, a thread row vectors of kVec = 16 columns. There are two kernels:
+// rows_register.cuh for aligned rows of which each thread holds one vector in registers, read once and
+// written once; rows_tiled.cuh for all others, one tile of as many vectors as there are threads at a time.
 //
 // Order of float32 operations (dtq/kernels/ops.py and fused.py do the same in torch):
 //   norm       mean = sum(x) / K; rstd = 1 / sqrt(sum((x - mean)^2) / K + eps);
 //              ((x - mean) * rstd) * (1 + modulate_scale) + modulate_shift
-//   sum        each run of 16 columns by halves (i with i + 8, then 4, 2, 1); lane l of 32 adds the
-//              runs l, l + 32, l + 64 ... one after the other; lanes by halves (16, 8, 4, 2, 1)
-//   then       * pre_scale; order; butterflies, smallest distance first; * block^-0.5
-//   int8       scale = max|x| / levels, at least 1e-8, 1 for a row of zeros, NaN for one
-//              with a NaN; round(x / scale), ties to even, within +-levels, 0 for NaN
-//   e4m3       scale = max|x| / 448; x / scale, 0 where the scale is 0, rounded to e4m3
-//   E2M1       scale = max|x| / 6; x / scale, 0 where the scale is 0, rounded to E2M1; codes are twice
-//              that, the scale half
-//   NVFP4      peak = max|x|, at least 1e-30; u = x / peak; of each 16 columns the scale is max|u| /
-//              (1 / 2688) / 6, at least 2^-9, rounded to e4m3; u / (scale * (1 / 2688)) rounded to E2M1
-//   MXFP4      of each 32 columns the scale is 2^(floor(log2(max|x|)) - 2), at least 2^-126; x / scale
-//              rounded to E2M1. Codes of a row that is not finite are any.
+//   sum        each vector of 16 columns by halves (i with i + 8, then 4, 2, 1); lane l of 32 adds the
+//              vectors l, l + 32, l + 64 ... one after the other; lanes by halves (16, 8, 4, 2, 1)
+//   transform  * pre_scale; permutation; butterflies, smallest stride first; * hadamard_block^-0.5
+//   int8       scale = amax / qmax, at least 1e-8, 1 for a row of zeros, NaN for one with a NaN;
+//              round(x / scale), ties to even, clamped to +-qmax, 0 for NaN
+//   e4m3       scale = amax / 448; x / scale, 0 if the scale is 0, rounded to e4m3
+//   E2M1       scale = amax / 6; x / scale, 0 if the scale is 0, rounded to E2M1; the int8 is twice that,
+//              the stored scale half
+//   NVFP4      amax at least 1e-30; u = x / amax; the scale of each 16 columns is max|u| / (1 / 2688) / 6,
+//              at least 2^-9, rounded to e4m3; u / (scale * (1 / 2688)) rounded to E2M1
+//   MXFP4      the scale of each 32 columns is 2^(floor(log2(max|x|)) - 2), at least 2^-126; x / scale
+//              rounded to E2M1. The codes of a row with values that are not finite are arbitrary.
 #pragma once
+#include "exact_math.cuh"
 #include "launch_rows.h"
-#include "numbers.cuh"
-#include "runs.cuh"
+#include "row_vectors.cuh"
 
 namespace dtq {
 
-// What the host works out from Rows.
+// Rows, and what the host derives from it.
 struct RowPlan {
   Rows r;
-  float unit;                                          // block^-0.5
-  bool whole_x, whole_modulate, whole_pre, whole_out;  // 16-byte access is allowed
-  int64_t tiles;                                       // of a row; one if it is held
-  int dealt;  // floats before the row in shared memory between two turns; -1: it is in `out`
+  float hadamard_scale;                                        // hadamard_block^-0.5
+  bool aligned_x, aligned_modulate, aligned_pre, aligned_out;  // 16-byte access is allowed
+  int64_t tiles;                                               // of a row; 1 in registers
+  int transposed_offset;  // of the row between two rotations in shared memory, in floats; -1: in `out`
 };
 
-constexpr int kWarpWords = 64;  // at the start of shared memory: what `largest` and `total` use
+constexpr int kWarpWords = 64;  // at the start of shared memory, for amax_of_block and sum_of_threads
 
 // ---------------------------------------------------------------------------- rotation
 
-// One step inside a thread: (a + b, a - b) of columns `half` apart.
+// One stage inside a thread: (a + b, a - b) of columns `half` apart.
 template <int half>
-DTQ_DEV void step_in_thread(float (&v)[kRun]) {
-  DTQ_UNROLL for (int i = 0; i < kRun; i++)
+DTQ_DEV void stage_in_thread(float (&v)[kVec]) {
+  DTQ_UNROLL for (int i = 0; i < kVec; i++)
     if (!(i & half)) {
       const float a = v[i], b = v[i + half];
       v[i] = a + b;
@@ -51,43 +51,43 @@ DTQ_DEV void step_in_thread(float (&v)[kRun]) {
     }
 }
 
-// One step between lanes: the partner's values, plus ours in the lower half, minus ours in the upper.
-DTQ_DEV void step_in_warp(float (&v)[kRun], int distance) {
-  const float sign = lane() & distance ? -1.0f : 1.0f;
-  DTQ_UNROLL for (int i = 0; i < kRun; i++)
-    v[i] = ffma(sign, v[i], shfl_xor(v[i], distance));
+// One stage between lanes: the lower lane gets the sum, the upper one the difference.
+DTQ_DEV void stage_in_warp(float (&v)[kVec], int stride) {
+  const float sign = lane() & stride ? -1.0f : 1.0f;
+  DTQ_UNROLL for (int i = 0; i < kVec; i++)
+    v[i] = ffma(sign, v[i], shfl_xor(v[i], stride));
 }
 
-// One step between warps; values lie thread by thread, so that neighbours use different banks.
-DTQ_DEV void step_in_block(float (&v)[kRun], int distance, float* exchange) {
+// One stage between warps. Neighbouring threads store to neighbouring words, without bank conflicts.
+DTQ_DEV void stage_in_block(float (&v)[kVec], int stride, float* exchange) {
   const int threads = block_threads();
-  // threads beyond the row may have no partner; theirs are zeros
-  const int partner = (tid() ^ distance) < threads ? tid() ^ distance : tid();
+  // threads past the end of the row may have no partner; their values are zeros
+  const int partner = (tid() ^ stride) < threads ? tid() ^ stride : tid();
   sync_threads();
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) sts(exchange + i * threads + tid(), v[i]);
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) sts(exchange + i * threads + tid(), v[i]);
   sync_threads();
-  const float sign = tid() & distance ? -1.0f : 1.0f;
-  DTQ_UNROLL for (int i = 0; i < kRun; i++)
+  const float sign = tid() & stride ? -1.0f : 1.0f;
+  DTQ_UNROLL for (int i = 0; i < kVec; i++)
     v[i] = ffma(sign, v[i], lds<float>(exchange + i * threads + partner));
 }
 
-// The blocks of a tile; every thread of the block calls it.
-DTQ_DEV void rotate(float (&v)[kRun], int64_t block, float unit, float* exchange) {
+// Rotates the Hadamard blocks of a tile; all threads of the thread block must call it.
+DTQ_DEV void rotate(float (&v)[kVec], int64_t block, float scale, float* exchange) {
   if (block == 1) return;
-  step_in_thread<1>(v);
-  if (block > 2) step_in_thread<2>(v);
-  if (block > 4) step_in_thread<4>(v);
-  if (block > 8) step_in_thread<8>(v);
-  DTQ_ROLLED for (int lanes = 1; lanes < 32 && lanes * kRun < block; lanes *= 2)
-    step_in_warp(v, lanes);
-  DTQ_ROLLED for (int threads = 32; threads * kRun < block; threads *= 2)
-    step_in_block(v, threads, exchange);
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], unit);
+  stage_in_thread<1>(v);
+  if (block > 2) stage_in_thread<2>(v);
+  if (block > 4) stage_in_thread<4>(v);
+  if (block > 8) stage_in_thread<8>(v);
+  DTQ_ROLLED for (int lanes = 1; lanes < 32 && lanes * kVec < block; lanes *= 2)
+    stage_in_warp(v, lanes);
+  DTQ_ROLLED for (int threads = 32; threads * kVec < block; threads *= 2)
+    stage_in_block(v, threads, exchange);
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fmul(v[i], scale);
 }
 
-// ---------------------------------------------------------------------------- over a row
+// ---------------------------------------------------------------------------- reductions
 
-DTQ_DEV float sum_of_run(const float (&v)[kRun]) {
+DTQ_DEV float sum_of_vector(const float (&v)[kVec]) {
   float s[8];
   DTQ_UNROLL for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
   DTQ_UNROLL for (int half = 4; half; half /= 2)
@@ -100,42 +100,42 @@ DTQ_DEV float sum_of_lanes(float x) {
   return x;
 }
 
-// The sums of all runs of a row lie in `runs`; every warp of the block adds them up for itself.
-DTQ_DEV float sum_of_block(const float* runs, int64_t count) {
+// The sum of the `count` sums of vectors in shared memory; every warp computes it.
+DTQ_DEV float sum_of_row(const float* vector_sums, int64_t count) {
   sync_threads();
   float x = 0;
-  for (int64_t j = lane(); j < count; j += 32) x = x + lds<float>(runs + j);
+  for (int64_t j = lane(); j < count; j += 32) x = x + lds<float>(vector_sums + j);
   x = sum_of_lanes(x);
-  sync_threads();  // they may be written again
+  sync_threads();  // they may be overwritten now
   return x;
 }
 
-DTQ_DEV uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+DTQ_DEV uint32_t umax(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// The bits of magnitudes order as the magnitudes do, and NaN is above all.
-DTQ_DEV uint32_t peak_of_run(const float (&v)[kRun]) {
-  uint32_t peak = 0;
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) peak = larger(peak, float_bits(v[i]) & 0x7fffffff);
-  return peak;
+// As bits: those of magnitudes are ordered as the magnitudes are, with NaN above all.
+DTQ_DEV uint32_t amax_of_vector(const float (&v)[kVec]) {
+  uint32_t amax = 0;
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) amax = umax(amax, float_bits(v[i]) & 0x7fffffff);
+  return amax;
 }
 
-// Of all threads of the block, called once; `words` holds one a warp.
-DTQ_DEV uint32_t largest(uint32_t x, uint32_t* words) {
-  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = larger(x, shfl_xor(x, lanes));
+// The maximum over all threads of the block; to be called once. `words` has one word per warp.
+DTQ_DEV uint32_t amax_of_block(uint32_t x, uint32_t* words) {
+  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = umax(x, shfl_xor(x, lanes));
   const int warps = block_threads() / 32;
   if (warps == 1) return x;
   if (lane() == 0) sts(words + warp(), x);
   sync_threads();
   x = lane() < warps ? lds<uint32_t>(words + lane()) : 0;
-  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = larger(x, shfl_xor(x, lanes));
+  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = umax(x, shfl_xor(x, lanes));
   return x;
 }
 
-DTQ_DEV int32_t total(int32_t x, uint32_t* words) {
+DTQ_DEV int32_t sum_of_threads(int32_t x, uint32_t* words) {
   DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x += shfl_xor(x, lanes);
   const int warps = block_threads() / 32;
   if (warps == 1) return x;
-  words += 32;  // others may not have read the largest yet
+  words += 32;  // other warps may still read those of amax_of_block
   if (lane() == 0) sts(words + warp(), (uint32_t)x);
   sync_threads();
   x = lane() < warps ? lds<int32_t>(words + lane()) : 0;
@@ -143,63 +143,63 @@ DTQ_DEV int32_t total(int32_t x, uint32_t* words) {
   return x;
 }
 
-// ---------------------------------------------------------------------------- quantizing
+// ---------------------------------------------------------------------------- quantization
 
-// x / scale for rounding to an integer, from inverse = RN(1 / scale). With one refinement the error is
-// below 1.5 * 2^-24 units in the last place before rounding; the quotients so near to a tie that this
-// could move them across a half-integer below 128 are few, and tests/test_rows.cpp tries every one.
-// For scales and quotients far from the ends of the float range.
+// x / scale, to be rounded to an integer, from inverse = RN(1 / scale). With one refinement the error is
+// below 1.5 * 2^-24 units in the last place before rounding. Only few quotients are so close to a tie that
+// this could move them across a half-integer below 128; tests/test_rows.cpp tries all of them. Not for
+// scales and quotients near the limits of float32.
 DTQ_DEV float quotient(float x, float scale, float inverse) {
   const float q = fmul(x, inverse);
   return ffma(ffma(-q, scale, x), inverse, q);
 }
 
-// The integer next to q, |q| < 2^22, ties to even, in the low bits.
+// q rounded to an integer, |q| < 2^22, ties to even, in the low bits.
 DTQ_DEV uint32_t nearest(float q) { return float_bits(q + kRoundToInt); }
 
-// How the numbers of a row become codes. A static scale is at least 1e-8, as dtq writes them.
+// Static scales are at least 1e-8, as dtq writes them.
 struct Quantizer {
-  float scale, inverse, levels;
-  bool plain;  // every number is finite and within the levels
+  float scale, inverse, qmax;
+  bool in_range;  // all values are finite and their quotients at most qmax
 };
 
-DTQ_DEV float stored_scale(const Rows& r) { return ldg(r.fixed + (r.bin ? ldg(r.bin) : 0)); }
+DTQ_DEV float static_scale(const Rows& r) { return ldg(r.static_scale + (r.bin ? ldg(r.bin) : 0)); }
 
-DTQ_DEV Quantizer quantizer(const Rows& r, uint32_t peak) {
+DTQ_DEV Quantizer quantizer(const Rows& r, uint32_t amax) {
   Quantizer q;
-  q.levels = int_to_float(r.levels);
-  q.plain = !r.fixed && peak < 0x7f800000;
+  q.qmax = int_to_float(r.qmax);
+  q.in_range = !r.static_scale && amax < 0x7f800000;
   q.scale = 1;
-  if (r.fixed) {
-    q.scale = stored_scale(r);
-  } else if (peak) {  // NaN too: the codes of such a row are numbers, its scale must say so
-    q.scale = fdiv(bits_float(peak), q.levels);
+  if (r.static_scale) {
+    q.scale = static_scale(r);
+  } else if (amax) {  // true for NaN: the int8 of such a row are numbers, its scale must be NaN
+    q.scale = fdiv(bits_float(amax), q.qmax);
     q.scale = q.scale < kMinInt8Scale ? kMinInt8Scale : q.scale;
   }
   q.inverse = fdiv(1, q.scale);
   return q;
 }
 
-DTQ_DEV uint32_t code_of(const Quantizer& q, float x) {
-  // where the quotient is out of reach of `quotient`, its sign is all that counts; by an infinite
-  // scale everything is 0, and there `quotient` gives NaN
+DTQ_DEV uint32_t quantize_value(const Quantizer& q, float x) {
+  // beyond the range of `quotient` only the sign matters; with an infinite scale the result is 0, but
+  // `quotient` would be NaN
   const float rough = fmul(x, q.inverse);
   float v = fabsf(rough) < 512 ? quotient(x, q.scale, q.inverse) : rough;
-  v = v > q.levels ? q.levels : v;
-  v = v < -q.levels ? -q.levels : v;
+  v = v > q.qmax ? q.qmax : v;
+  v = v < -q.qmax ? -q.qmax : v;
   return v == v ? nearest(v) & 0xff : 0;
 }
 
-// The codes of a run, four in a word. Returns their sum.
-DTQ_DEV int32_t codes_of(const Quantizer& q, const float (&v)[kRun], uint32_t (&packed)[4]) {
+// The int8 of a vector, four in a word. Returns their sum.
+DTQ_DEV int32_t quantize_vector(const Quantizer& q, const float (&v)[kVec], uint32_t (&packed)[4]) {
   int32_t sum = 0;
   DTQ_UNROLL for (int i = 0; i < 4; i++) {
     uint32_t c[4];
-    if (q.plain)
+    if (q.in_range)
       DTQ_UNROLL for (int j = 0; j < 4; j++)
         c[j] = nearest(quotient(v[i * 4 + j], q.scale, q.inverse));
     else
-      DTQ_UNROLL for (int j = 0; j < 4; j++) c[j] = code_of(q, v[i * 4 + j]);
+      DTQ_UNROLL for (int j = 0; j < 4; j++) c[j] = quantize_value(q, v[i * 4 + j]);
     // the low bytes of four words
     packed[i] = byte_perm(byte_perm(c[0], c[1], 0x0040), byte_perm(c[2], c[3], 0x0040), 0x5410);
     sum = dp4a(packed[i], 0x01010101, sum);
@@ -209,161 +209,164 @@ DTQ_DEV int32_t codes_of(const Quantizer& q, const float (&v)[kRun], uint32_t (&
 
 // ---------------------------------------------------------------------------- FP4
 
-// The E2M1 code next to x, ties to the even one; what rounds to 0 has no sign.
-DTQ_DEV uint32_t e2m1_of(float x) {
+// x rounded to an E2M1 code, ties to even; 0 has no sign.
+DTQ_DEV uint32_t to_e2m1(float x) {
   const float size = fabsf(x);
   const uint32_t code = uint32_t(size > 0.25f) + (size >= 0.75f) + (size > 1.25f) +
                         (size >= 1.75f) + (size > 2.5f) + (size >= 3.5f) + (size > 5.0f);
   return code ? code | (float_bits(x) >> 28 & 8) : 0;
 }
 
-// Codes of a run as bytes of twice the level, four in a word.
-DTQ_DEV void doubled_levels(float divisor, const float (&v)[kRun], uint32_t (&packed)[4]) {
+// Twice the E2M1 values of a vector as bytes, four in a word.
+DTQ_DEV void doubled_e2m1(float divisor, const float (&v)[kVec], uint32_t (&packed)[4]) {
   DTQ_UNROLL for (int i = 0; i < 4; i++) packed[i] = 0;
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-    const uint32_t code = e2m1_of(fdiv(v[i], divisor)), index = code & 7;
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) {
+    const uint32_t code = to_e2m1(fdiv(v[i], divisor)), index = code & 7;
     const uint32_t size = index < 4 ? index : (2 | (index & 1)) << (index / 2 - 1);
     packed[i / 4] |= ((code & 8 ? 0u - size : size) & 255) << i % 4 * 8;
   }
 }
 
-// The scale of a run of 16 columns of NVFP4 that were divided by the row's peak, and their quotients.
-DTQ_DEV uint32_t nv_scale(float (&v)[kRun]) {
-  float s = fdiv(fdiv(bits_float(peak_of_run(v)), kNvFp4TokenScale), kE2m1Max);
+// The block scale of 16 columns of NVFP4 that were divided by the row's amax; divides v by it.
+DTQ_DEV uint32_t nvfp4_scale(float (&v)[kVec]) {
+  float s = fdiv(fdiv(bits_float(amax_of_vector(v)), kNvFp4TokenScale), kE2m1Max);
   s = s < kE4m3Min ? kE4m3Min : s;
   const uint32_t byte = to_e4m3(s);
   const float scale = fmul(from_e4m3(byte), kNvFp4TokenScale);
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fdiv(v[i], scale);
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fdiv(v[i], scale);
   return byte;
 }
 
-// The same of MXFP4, whose 32 columns two neighbouring lanes hold; all lanes come here.
-DTQ_DEV uint32_t mx_scale(float (&v)[kRun]) {
-  const uint32_t mine = peak_of_run(v), peak = larger(mine, shfl_xor(mine, 1));
-  // a block of zeros has the exponent that frexp gives 0
-  const uint32_t exponent = peak >> 23, byte = !peak ? 124 : exponent > 3 ? exponent - 2 : 1;
+// The same for MXFP4, whose 32 columns are in two neighbouring lanes; all lanes must call it.
+DTQ_DEV uint32_t mxfp4_scale(float (&v)[kVec]) {
+  const uint32_t mine = amax_of_vector(v), amax = umax(mine, shfl_xor(mine, 1));
+  // 124 for zeros, as frexp returns exponent 0 for 0
+  const uint32_t exponent = amax >> 23, byte = !amax ? 124 : exponent > 3 ? exponent - 2 : 1;
   const float inverse = bits_float((254 - byte) << 23);
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(v[i], inverse);
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fmul(v[i], inverse);
   return byte;
 }
 
-// ---------------------------------------------------------------------------- rounding and back
+// ---------------------------------------------------------------------------- fake quantization
 
-// The largest or smallest of a group of `lanes` neighbours.
-DTQ_DEV float over_lanes(float x, int lanes, bool most) {
+// The maximum or minimum over a group of `lanes` neighbouring lanes.
+DTQ_DEV float reduce_lanes(float x, int lanes, bool maximum) {
   for (int i = 1; i < lanes; i *= 2) {
     const float other = shfl_xor(x, i);
-    x = (other > x) == most ? other : x;
+    x = (other > x) == maximum ? other : x;
   }
   return x;
 }
 
 // Rounds to an integer, |x| < 2^22, ties to even.
-DTQ_DEV float integer(float x) { return (x + kRoundToInt) - kRoundToInt; }
+DTQ_DEV float round_to_integer(float x) { return (x + kRoundToInt) - kRoundToInt; }
 
-// A scale as bfloat16 keeps it, at least 1e-30.
-DTQ_DEV float stored_scale(float s) {
+// A scale rounded to bfloat16, at least kMinGroupScale.
+DTQ_DEV float bfloat16_scale(float s) {
   return bf16_to_float(float_to_bf16(s < kMinGroupScale ? kMinGroupScale : s));
 }
 
-// Integers of `bits` bits with a scale, and a zero, for each group of `lanes` threads.
-DTQ_DEV void round_integers(int bits, int lanes, bool asymmetric, float (&v)[kRun]) {
+// Integers with a scale, and a zero point if asymmetric, for each group of `lanes` threads.
+DTQ_DEV void fake_quantize_int(int bits, int lanes, bool asymmetric, float (&v)[kVec]) {
   float low = 0, high = 0;
-  uint32_t peak = 0;
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
+  uint32_t amax = 0;
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) {
     low = v[i] < low ? v[i] : low;
     high = v[i] > high ? v[i] : high;
-    peak = larger(peak, float_bits(v[i]) & 0x7fffffff);
+    amax = umax(amax, float_bits(v[i]) & 0x7fffffff);
   }
-  for (int i = 1; i < lanes; i *= 2) peak = larger(peak, shfl_xor(peak, i));
-  low = over_lanes(low, lanes, false), high = over_lanes(high, lanes, true);
-  const float top = int_to_float((1 << (asymmetric ? bits : bits - 1)) - 1);
-  // a NaN is in the peak alone: comparisons pass over it
-  const float range = peak > 0x7f800000 || !asymmetric ? bits_float(peak) : high - low;
-  const float scale = stored_scale(fdiv(range, top));
-  float zero = 0, least = -top - 1;
+  for (int i = 1; i < lanes; i *= 2) amax = umax(amax, shfl_xor(amax, i));
+  low = reduce_lanes(low, lanes, false), high = reduce_lanes(high, lanes, true);
+  const float qmax = int_to_float((1 << (asymmetric ? bits : bits - 1)) - 1);
+  // only amax is NaN if there is one: comparisons skip it
+  const float range = amax > 0x7f800000 || !asymmetric ? bits_float(amax) : high - low;
+  const float scale = bfloat16_scale(fdiv(range, qmax));
+  float zero = 0, qmin = -qmax - 1;
   if (asymmetric) {
-    zero = integer(fdiv(-low, scale));
-    zero = zero < 0 ? 0 : zero > top ? top : zero;
-    least = 0;
+    zero = round_to_integer(fdiv(-low, scale));
+    zero = zero < 0 ? 0 : zero > qmax ? qmax : zero;
+    qmin = 0;
   }
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) {
-    float code = integer(fdiv(v[i], scale)) + zero;
-    code = code < least ? least : code > top ? top : code;
-    v[i] = fmul(code - zero, scale);
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) {
+    float q = round_to_integer(fdiv(v[i], scale)) + zero;
+    q = q < qmin ? qmin : q > qmax ? qmax : q;
+    v[i] = fmul(q - zero, scale);
   }
 }
 
-// The number of a small float type next to x, ties to the even one: spaced `step` times the power of two
-// below it, which is at least `least`; 3 * 2^22 * step times that is spaced so in float32.
-DTQ_DEV float on_grid(float x, float least, float top, float step) {
+// x rounded to a small float type, ties to even. Values are spaced by `step` times the power of two below
+// them, which is at least `min_normal`; floats near `magic` have the same spacing.
+DTQ_DEV float round_to_small_float(float x, float min_normal, float max, float step) {
   float size = fabsf(x);
-  size = size > top ? top : size;
-  const float below = bits_float(float_bits(size < least ? least : size) & 0x7f800000);
-  const float magic = fmul(below, step * kRoundToInt), level = (size + magic) - magic;
-  return float_bits(x) >> 31 ? -level : level;
+  size = size > max ? max : size;
+  const float power = bits_float(float_bits(size < min_normal ? min_normal : size) & 0x7f800000);
+  const float magic = fmul(power, step * kRoundToInt), rounded = (size + magic) - magic;
+  return float_bits(x) >> 31 ? -rounded : rounded;
 }
 
-DTQ_DEV float on_e2m1(float x) { return on_grid(x, kE2m1MinNormal, kE2m1Max, kE2m1Step) + 0.0f; }  // -0 becomes 0
-
-// The scale of the whole row, from the bits of its largest magnitude.
-DTQ_DEV float fp4_peak(uint32_t peak) {
-  const float p = bits_float(peak);
-  return p < kMinGroupScale ? kMinGroupScale : p;
+DTQ_DEV float round_to_e2m1(float x) {
+  return round_to_small_float(x, kE2m1MinNormal, kE2m1Max, kE2m1Step) + 0.0f;  // -0 becomes 0
 }
 
-DTQ_DEV float fp4_row_scale(const Rows& r, uint32_t peak) {
-  if (peak >= 0x7f800000) return bits_float(0x7fc00000);
-  return r.output == kNvRow ? fmul(kNvFp4TokenScale, fp4_peak(peak)) : 1;
+// The amax of an FP4 row from its bits.
+DTQ_DEV float fp4_amax(uint32_t amax) {
+  const float a = bits_float(amax);
+  return a < kMinGroupScale ? kMinGroupScale : a;
 }
 
-// A run as the format leaves it; all lanes come here, those beyond the row as well.
-DTQ_DEV void round_run(const Rows& r, uint32_t peak, float (&v)[kRun]) {
-  if (r.rounding == kRoundInt4G64) return round_integers(4, 4, false, v);
-  if (r.rounding == kRoundInt4AsymG64) return round_integers(4, 4, true, v);
-  if (r.rounding == kRoundInt8AsymG128) return round_integers(8, 8, true, v);
+DTQ_DEV float fp4_row_scale(const Rows& r, uint32_t amax) {
+  if (amax >= 0x7f800000) return bits_float(0x7fc00000);
+  return r.output == kNvRow ? fmul(kNvFp4TokenScale, fp4_amax(amax)) : 1;
+}
+
+// Fake-quantizes a vector; all lanes must call it, also those past the end of the row.
+DTQ_DEV void fake_quantize_vector(const Rows& r, uint32_t amax, float (&v)[kVec]) {
+  if (r.rounding == kRoundInt4G64) return fake_quantize_int(4, 4, false, v);
+  if (r.rounding == kRoundInt4AsymG64) return fake_quantize_int(4, 4, true, v);
+  if (r.rounding == kRoundInt8AsymG128) return fake_quantize_int(8, 8, true, v);
   if (r.rounding == kRoundFp8Row) {
-    const float scale = fdiv(bits_float(peak), kE4m3Max);
+    const float scale = fdiv(bits_float(amax), kE4m3Max);
     const float divisor = scale == 0 ? bits_float(0x7f800000) : scale;
-    DTQ_UNROLL for (int i = 0; i < kRun; i++)
-      v[i] = fmul(on_grid(fdiv(v[i], divisor), kE4m3MinNormal, kE4m3Max, kE4m3Step), scale);
+    DTQ_UNROLL for (int i = 0; i < kVec; i++)
+      v[i] = fmul(round_to_small_float(fdiv(v[i], divisor), kE4m3MinNormal, kE4m3Max, kE4m3Step), scale);
     return;
   }
   const bool nv = r.rounding == kRoundNvFp4;
-  float scale, whole = 1;
+  float scale, row_amax = 1;
   if (nv) {
-    whole = fp4_peak(peak);
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fdiv(v[i], whole);
-    scale = fmul(from_e4m3(nv_scale(v)), kNvFp4TokenScale);
+    row_amax = fp4_amax(amax);
+    DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fdiv(v[i], row_amax);
+    scale = fmul(from_e4m3(nvfp4_scale(v)), kNvFp4TokenScale);
   } else {
-    scale = bits_float(mx_scale(v) << 23);
+    scale = bits_float(mxfp4_scale(v) << 23);
   }
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fmul(fmul(on_e2m1(v[i]), scale), whole);
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fmul(fmul(round_to_e2m1(v[i]), scale), row_amax);
 }
 
-DTQ_DEV void write_rounded(const Rows& r, int64_t row, int64_t k, bool whole, const float (&v)[kRun]) {
+DTQ_DEV void write_fake_quantized(const Rows& r, int64_t row, int64_t k, bool aligned,
+                                  const float (&v)[kVec]) {
   const int64_t at = row * r.out_stride;
-  if (r.out_type == kFloat32) write_floats((float*)r.out + at, k, r.width, whole, v);
-  else write_halves((uint16_t*)r.out + at, k, r.width, whole, r.out_type, v);
+  if (r.out_type == kFloat32) write_floats((float*)r.out + at, k, r.width, aligned, v);
+  else write_halves((uint16_t*)r.out + at, k, r.width, aligned, r.out_type, v);
 }
 
-// Writes a run; all lanes come here, those beyond the row as well.
-DTQ_DEV void write_fp4(const Rows& r, int64_t row, int64_t k, uint32_t peak, float (&v)[kRun]) {
+// Quantizes and writes a vector; all lanes must call it, also those past the end of the row.
+DTQ_DEV void write_fp4(const Rows& r, int64_t row, int64_t k, uint32_t amax, float (&v)[kVec]) {
   const bool nv = r.output == kNvRow;
   uint32_t byte;
   if (nv) {
-    const float whole = fp4_peak(peak);
-    DTQ_UNROLL for (int i = 0; i < kRun; i++) v[i] = fdiv(v[i], whole);
-    byte = nv_scale(v);
+    const float row_amax = fp4_amax(amax);
+    DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fdiv(v[i], row_amax);
+    byte = nvfp4_scale(v);
   } else {
-    byte = mx_scale(v);
+    byte = mxfp4_scale(v);
   }
   if (k >= r.columns) return;
   uint32_t words[2] = {};
-  DTQ_UNROLL for (int i = 0; i < kRun; i++) words[i / 8] |= e2m1_of(v[i]) << (i % 8 * 4);
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) words[i / 8] |= to_e2m1(v[i]) << (i % 8 * 4);
   stg((U2*)((unsigned char*)r.out + row * r.out_stride + k / 2), U2{words[0], words[1]});
-  const int64_t block = nv ? 16 : 32;
-  if (k % block == 0) stg(r.block_scale + row * (r.columns / block) + k / block, (uint8_t)byte);
+  const int64_t group = nv ? 16 : 32;
+  if (k % group == 0) stg(r.block_scale + row * (r.columns / group) + k / group, (uint8_t)byte);
 }
 
 }  // namespace dtq

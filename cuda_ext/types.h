@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels and the code that calls them both speak of. No CUDA and no torch headers.
+// Types that the kernels share with their callers. No CUDA and no torch headers.
 #pragma once
 #include <stdint.h>
 
@@ -9,12 +9,12 @@ namespace dtq {
 
 using Stream = void*;  // a cudaStream_t
 
-// Beside the cudaError_t values, which are positive.
+// Negative, unlike the cudaError_t values.
 enum Status {
   kOk = 0,
-  kUnsupported = -1,  // this kernel cannot do that: shapes, alignment or architecture
+  kUnsupported = -1,  // no kernel for these shapes, alignments or architecture
   kWorkspace = -2,    // the workspace is too small
-  kEmulator = -3,     // sim::session().error says what
+  kEmulator = -3,     // see sim::session().error
 };
 
 }  // namespace dtq

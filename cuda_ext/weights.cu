@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// launch_dequantize and launch_few: which compiled decoder a stored weight takes.
-#include "few.cuh"
+// launch_dequantize, launch_expand and launch_small_m: choose the compiled decoder of a stored weight.
+#include "small_m.cuh"
 
 namespace dtq {
 
 namespace {
 
-// What a run of 16 columns takes in the file; 3 and 6 bits are read as 16-bit words.
-int run_alignment(const Weight& w) {
-  const int bytes = w.encoding == kWords ? kRun / w.vector * w.bits / 8 : kRun * w.bits / 8;
+// Bytes of a row vector in the checkpoint; those of 3 and 6 bits are read as 16-bit words.
+int vector_alignment(const Weight& w) {
+  const int bytes = w.encoding == kWords ? kVec / w.vector * w.bits / 8 : kVec * w.bits / 8;
   return bytes == 6 ? 2 : bytes == 12 ? 4 : bytes;
 }
 
-// kOk, or why not.
+// kOk, or the reason why the weight is not supported.
 int plan(const Weight& w, WeightPlan& p) {
   p.w = w;
   p.group = (int)w.columns;
@@ -31,13 +31,14 @@ int plan(const Weight& w, WeightPlan& p) {
     if (w.groups < 1 || w.columns % w.groups) return kBadWeight;
     p.group = (int)(w.columns / w.groups);
     if (w.groups > 1) {
-      if (p.group % kRun) return kBadGroup;
+      if (p.group % kVec) return kBadGroup;
       p.shift = p.group & (p.group - 1) ? -1 : __builtin_ctz((unsigned)p.group);
     }
     if (w.scale_type == kNoScale && w.encoding != kTwoLevel) return kBadWeight;
   }
-  const int aligned = w.encoding == kTrits ? 1 : run_alignment(w);
-  p.whole = w.encoding != kTrits && (uintptr_t)w.weight % aligned == 0 && p.row_bytes % aligned == 0;
+  const int alignment = w.encoding == kTrits ? 1 : vector_alignment(w);
+  p.aligned =
+      w.encoding != kTrits && (uintptr_t)w.weight % alignment == 0 && p.row_bytes % alignment == 0;
   return kOk;
 }
 
@@ -46,7 +47,7 @@ struct Decoder {
   static int dequantize(const DecodePlan& p, Stream stream) {
     Shape shape;
     const int64_t blocks =
-        (p.weight.w.rows * p.runs + kDecodeThreads - 1) / kDecodeThreads;
+        (p.weight.w.rows * p.vectors + kDecodeThreads - 1) / kDecodeThreads;
     if (blocks >> 31) return kUnsupported;
     shape.grid.x = (unsigned)blocks;
     shape.threads = kDecodeThreads;
@@ -54,20 +55,20 @@ struct Decoder {
     return launch(decode_kernel<kEncoding, kBits>, shape, stream, p);
   }
 
-  static int few(FewPlan& p, Stream stream) {
+  static int small_m(SmallMPlan& p, Stream stream) {
     Shape shape;
     shape.grid.x = (unsigned)((p.weight.w.rows + kRowsTile - 1) / kRowsTile);
     shape.threads = kWarps * 32;
-    shape.shared = (16 + kWarps * kFewTokens * kRowsTile) * 4;
-    for (p.first = 0; p.first < p.f.tokens; p.first += kFewTokens) {
-      const int status = launch(few_kernel<kEncoding, kBits>, shape, stream, p);
+    shape.shared = (16 + kWarps * kSmallMTokens * kRowsTile) * 4;
+    for (p.first = 0; p.first < p.f.tokens; p.first += kSmallMTokens) {
+      const int status = launch(small_m_kernel<kEncoding, kBits>, shape, stream, p);
       if (status != kOk) return status;
     }
     return kOk;
   }
 };
 
-// Calls `run` with the decoder of a weight: every kind of codes that a format has.
+// Calls `run` with the Decoder of a weight, for every encoding and number of bits of a format.
 template <class Run>
 int with_decoder(const Weight& w, Run run) {
   switch (w.encoding * 16 + w.bits) {
@@ -90,8 +91,8 @@ int with_decoder(const Weight& w, Run run) {
 int decode(const Weight& w, DecodePlan& p, int size, Stream stream) {
   const int status = plan(w, p.weight);
   if (status != kOk) return status;
-  p.runs = (w.columns + kRun - 1) / kRun;
-  p.whole_out = reads_whole(p.out, w.columns, size);
+  p.vectors = (w.columns + kVec - 1) / kVec;
+  p.aligned_out = vector_aligned(p.out, w.columns, size);
   return with_decoder(w, [&](auto decoder) {
     if (w.rows == 0 || w.columns == 0) return (int)kOk;
     return decoder.dequantize(p, stream);
@@ -111,20 +112,20 @@ int launch_expand(const Weight& w, int8_t* out, Stream stream) {
   if (w.encoding != kTwoLevel || w.scale_type != kNoScale) return kBadWeight;
   DecodePlan p = {};
   p.out = out;
-  p.integers = true;
+  p.int8 = true;
   return decode(w, p, 1, stream);
 }
 
-int launch_few(const Few& f, Stream stream) {
-  FewPlan p = {};
+int launch_small_m(const SmallM& f, Stream stream) {
+  SmallMPlan p = {};
   const int status = plan(f.weight, p.weight);
   if (status != kOk) return status;
   if (f.type == kFloat32) return kUnsupported;
   p.f = f;
-  p.whole_x = reads_whole(f.x, f.stride, 2);
+  p.aligned_x = vector_aligned(f.x, f.stride, 2);
   return with_decoder(f.weight, [&](auto decoder) {
     if (f.weight.rows == 0) return (int)kOk;
-    return decoder.few(p, stream);
+    return decoder.small_m(p, stream);
   });
 }
 

@@ -4,7 +4,7 @@
     python scripts/models.py
 
 Tiny random models of the real classes (``tests/zoo.json``) are scanned, quantized, saved, loaded
-and run; ``tests/test_models.py`` holds the same on every commit.
+and run; ``tests/models/test_models.py`` holds the same on every commit.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ HEAD = """# Models
 
 Every transformer class in `diffusers.models.transformers` of diffusers {version}, {count} of them, as a tiny random model
 through three recipes: scanned, quantized on two calls, saved, loaded, run. `python scripts/models.py` writes this page;
-`tests/test_models.py` holds it on every commit. **{passed} of {count} classes pass all three**, their outputs bit-identical
+`tests/models/test_models.py` holds it on every commit. **{passed} of {count} classes pass all three**, their outputs bit-identical
 after loading.
 
 Family: the classes for which dtq makes up inputs by itself when it is given a bare transformer. The others need their

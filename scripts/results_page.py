@@ -91,7 +91,7 @@ The search picks a transform for each input group separately, and the combined e
 output of the model. `w4a8` therefore also quantizes the whole model with rotation only, and keeps the version
 with the lower output error on 24 recorded calls of the float model (`transform_candidates: [hadamard]`).
 
-`tests/test_checkpoint.py` checks for every recipe that the file has exactly the number of bytes that
+`tests/checkpoint/test_checkpoint.py` checks for every recipe that the file has exactly the number of bytes that
 `dtq plan` predicts.
 
 ## Not measured

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled ops against the torch reference, on whatever implements them: a GPU, or the emulator.
+"""Compiled ops compared with the torch reference, on a GPU or on the emulator.
 
-Each check of ``CHECKS`` takes the ops, the device, a seed and a size to stay below; it raises
-AssertionError with the operands' sizes. References are computed on the CPU. Plain functions, so
-that a machine without pytest can run them too.
+Each check of ``CHECKS`` takes the ops, the device, a seed and an upper limit of the problem size.
+It raises AssertionError with the sizes of the operands. References are computed on the CPU. The
+checks are plain functions, so that they also run on a machine without pytest.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.kernels import ops as reference
-from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
+
+reference = torch.ops.dtq_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 129, 200, 257)
@@ -62,7 +62,7 @@ def int8(*shape: int, seed: int = 0, low: int = -127) -> torch.Tensor:
 def agree(
     op: Any, check: Callable[..., Any], args: tuple[Any, ...], device: Any, what: str
 ) -> None:
-    """The op on the device gives the bits of the reference on the CPU."""
+    """Assert that the op on the device gives the bits of the reference on the CPU."""
 
     def there(value: Any) -> Any:
         if isinstance(value, list):
@@ -92,7 +92,7 @@ def quantize_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     pre = d.choice((None, (torch.rand(k) - 0.5).to(torch.bfloat16)))
     scale = d.choice((None, torch.tensor([0.02])))
     what = f"quantize_rows M {m} K {k} block {block} {dtype} levels {levels} scale {scale} pre {pre is not None}"
-    agree(ops.quantize_rows, reference._quantize_rows, (x, pre, block, scale, levels), device, what)
+    agree(ops.quantize_rows, reference.quantize_rows, (x, pre, block, scale, levels), device, what)
 
 
 def transform_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
@@ -104,7 +104,7 @@ def transform_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     x = normal(m, k, seed=seed).to(d.choice(DTYPES))
     args = (x, (torch.rand(k) + 0.5).to(torch.bfloat16), order, block, num_rotations)
     what = f"transform_rows M {m} K {k} block {block} num_rotations {num_rotations} order {order is not None}"
-    agree(ops.transform_rows, reference._transform_rows, args, device, what)
+    agree(ops.transform_rows, reference.transform_rows, args, device, what)
 
 
 def fused_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
@@ -119,22 +119,20 @@ def fused_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
     grid = d.choice(((None, None, 127), (table, place, 127)))
     what = f"M {m} K {k} block {block} {dtype} images {images} binned {grid[0] is not None}"
     args = (x, up, along, 1e-6, *change, *grid)
-    agree(ops.norm_quantize_rows, ops_quantize._norm_quantize_rows, args, device, f"norm {what}")
+    agree(ops.norm_quantize_rows, reference.norm_quantize_rows, args, device, f"norm {what}")
     args = (x, *change, *grid)
-    agree(ops.gelu_quantize_rows, ops_quantize._gelu_quantize_rows, args, device, f"gelu {what}")
-    agree(
-        ops.binned_quantize_rows, ops_quantize.binned_quantize_rows, args, device, f"binned {what}"
-    )
+    agree(ops.gelu_quantize_rows, reference.gelu_quantize_rows, args, device, f"gelu {what}")
+    agree(ops.binned_quantize_rows, reference.binned_quantize_rows, args, device, f"binned {what}")
     agree(
         ops.e2m1_quantize_rows,
-        ops_quantize._e2m1_quantize_rows,
+        reference.e2m1_quantize_rows,
         (x, *change),
         device,
         f"e2m1 {what}",
     )
     if torch.device(device).type == "cuda":  # e4m3 tensors are compared as bytes
         codes, _ = ops.e4m3_quantize_rows(x.to(device), *(_to(c, device) for c in change))
-        want, _ = ops_quantize._e4m3_quantize_rows(x, *change)
+        want, _ = reference.e4m3_quantize_rows(x, *change)
         assert torch.equal(codes.cpu().view(torch.uint8), want.view(torch.uint8)), f"e4m3 {what}"
 
 
@@ -145,14 +143,14 @@ def _to(value: Any, device: Any) -> Any:
 def w8a8(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     (m, n, k), d = size.product(), size.dice
-    k += d.choice((0, 0, 0, 1, 8))  # some that no row of 16 bytes fits
+    k += d.choice((0, 0, 0, 1, 8))  # also rows that are no multiple of 16 bytes
     dtype = d.choice(DTYPES)
     bias = d.choice((None, normal(n, seed=3).to(d.choice(DTYPES))))
     args = (
         int8(m, k, seed=seed), normal(m, seed=1).abs(), int8(n, k, seed=seed + 1),
         normal(n, 1, seed=2).abs(), bias, dtype,
     )  # fmt: skip
-    agree(ops.w8a8_linear, reference._w8a8_linear, args, device, f"w8a8 M {m} N {n} K {k} {dtype}")
+    agree(ops.w8a8_linear, reference.w8a8_linear, args, device, f"w8a8 M {m} N {n} K {k} {dtype}")
 
 
 def w4a8(ops: Any, device: Any, seed: int, limit: int) -> None:
@@ -162,14 +160,14 @@ def w4a8(ops: Any, device: Any, seed: int, limit: int) -> None:
     name = "int4-asym-row" if group == "row" else f"int4-2l-g{group}"
     fmt, dtype, w = FORMATS[name], d.choice(DTYPES), normal(n, k, seed=seed)
     p = fmt.pack(w, fmt.compute_qparams(w))
-    # a row's zero is the byte of a group as wide as the row, whose scale is 1
+    # one zero per row is the byte of a group as wide as the row, whose scale2 is 1
     groups = p["weight_zero_point"] if group == "row" else p["weight_scale_2"]
     args = (
         int8(m, k, seed=seed), normal(m, seed=1).abs(), p["weight"], p["weight_scale"],
         groups, d.choice((None, normal(n, seed=3).to(dtype))), dtype,
     )  # fmt: skip
     what = f"w4a8 M {m} N {n} K {k} group {group} {dtype}"
-    agree(ops.w4a8_linear, reference._w4a8_linear, args, device, what)
+    agree(ops.w4a8_linear, reference.w4a8_linear, args, device, what)
 
 
 def w3a8(ops: Any, device: Any, seed: int, limit: int) -> None:
@@ -179,14 +177,14 @@ def w3a8(ops: Any, device: Any, seed: int, limit: int) -> None:
     fmt, dtype, w = FORMATS[name], d.choice(DTYPES), normal(n, k, seed=seed)
     p = fmt.pack(w, fmt.compute_qparams(w))
     groups = p.get("weight_scale_2")
-    if groups is None:  # codes are raised by 4
+    if groups is None:  # the offset of symmetric 3-bit codes
         groups = torch.full((n, 1), 4, dtype=torch.int8)
     args = (
         int8(m, k, seed=seed), normal(m, seed=1).abs(), p["weight"], p["weight_scale"],
         groups, d.choice((None, normal(n, seed=3).to(dtype))), dtype,
     )  # fmt: skip
     what = f"w3a8 {name} M {m} N {n} K {k} {dtype}"
-    agree(ops.w3a8_linear, reference._w3a8_linear, args, device, what)
+    agree(ops.w3a8_linear, reference.w3a8_linear, args, device, what)
 
 
 def epilogues(ops: Any, device: Any, seed: int, limit: int) -> None:
@@ -195,7 +193,7 @@ def epilogues(ops: Any, device: Any, seed: int, limit: int) -> None:
     group, dtype = d.choice([g for g in (32, 64, 128) if k % g == 0]), d.choice(DTYPES)
     fmt, w = FORMATS[f"int4-2l-g{group}"], normal(n, k, seed=seed)
     p = fmt.pack(w, fmt.compute_qparams(w))
-    # sums of a few units: where GELU bends
+    # sums of a few units: where GELU is not linear
     rows = normal(m, seed=1).abs() * 0.02 / k**0.5
     given = int8(m, k, seed=seed), rows, p["weight"], p["weight_scale"]
     bias = d.choice((None, normal(n, seed=3).to(dtype)))
@@ -206,16 +204,16 @@ def epilogues(ops: Any, device: Any, seed: int, limit: int) -> None:
     what = f"M {m} N {n} K {k} {dtype} gelu {then[1]} gate {gate[0] is not None} images {images}"
     four, eight = ops.w4a8_epilogue_linear, ops.w8a8_epilogue_linear
     args = (*given, p["weight_scale_2"], *then)
-    agree(four, ops_gemm._w4a8_epilogue_linear, args, device, f"w4a8 {what}")
+    agree(four, reference.w4a8_epilogue_linear, args, device, f"w4a8 {what}")
     args = (*given[:2], int8(n, k, seed=6), *given[3:], *then)
-    agree(eight, ops_gemm._w8a8_epilogue_linear, args, device, f"w8a8 {what}")
+    agree(eight, reference.w8a8_epilogue_linear, args, device, f"w8a8 {what}")
     tables = int8(n, d.choice((1, k // group)), 16, seed=7, low=-128)
     args = (*given, tables, bias, dtype)
-    agree(ops.lut4a8_linear, ops_gemm._lut4a8_linear, args, device, f"lut4a8 {what}")
+    agree(ops.lut4a8_linear, reference.lut4a8_linear, args, device, f"lut4a8 {what}")
 
 
 def branches(ops: Any, device: Any, seed: int, limit: int) -> None:
-    """Low-rank branches, whose float products no two devices sum alike: near the reference."""
+    """Low-rank branches are near the reference: devices sum their float products in any order."""
     size = Size(seed, limit)
     (m, n, k), d = size.product(), size.dice
     group, half, rank = d.choice([g for g in (32, 64) if k % g == 0]), d.choice(DTYPES[1:]), 16
@@ -226,15 +224,15 @@ def branches(ops: Any, device: Any, seed: int, limit: int) -> None:
     for name, fmt in (("w8a8", FORMATS["int8-row"]), ("w4a8", FORMATS[f"int4-2l-g{group}"])):
         w = normal(n, k, seed=seed)
         args = (*given, *fmt.pack(w, fmt.compute_qparams(w)).values(), *then)
-        op, check = (
-            getattr(o, f"{p}{name}_epilogue_linear") for o, p in ((ops, ""), (ops_gemm, "_"))
-        )
+        op, check = (getattr(o, f"{name}_epilogue_linear") for o in (ops, reference))
         there = [a.to(device) if isinstance(a, torch.Tensor) else a for a in (*args, low, up)]
         got, want = op(*there).cpu(), check(*args, low, up)
         far = (got - want).abs() > 1e-4 + 1e-4 * want.abs()
         what = f"{name} M {m} N {n} K {k} rank {rank} {half} gelu {then[1]}"
         assert not far.any(), f"{what}: {int(far.sum())} of {far.numel()} differ"
-        assert not torch.allclose(want, check(*args), atol=1e-3), f"{what}: no branch to be seen"
+        assert not torch.allclose(want, check(*args), atol=1e-3), (
+            f"{what}: the branch has no effect"
+        )
 
 
 def fp4_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
@@ -257,14 +255,14 @@ def fp4_rows(ops: Any, device: Any, seed: int, limit: int) -> None:
         codes, scales, row = found
         return codes.cpu(), scales.cpu().view(torch.uint8), row.cpu()
 
-    want = bytes_of(ops_fp4._fp4_quantize_rows(*args))
+    want = bytes_of(reference.fp4_quantize_rows(*args))
     agree(lambda *a: bytes_of(ops.fp4_quantize_rows(*a)), lambda *a: want, args, device, what)
 
 
 def rounded(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     d = size.dice
-    acts = d.choice(
+    activations = d.choice(
         [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8]
     )
     m, k = d.choice(ROWS), d.choice((128, 256, 1152, 3072))
@@ -277,13 +275,13 @@ def rounded(ops: Any, device: Any, seed: int, limit: int) -> None:
         d.choice((None, torch.randperm(k, dtype=torch.int32))),
         block, d.choice((1, 2)) if block > 1 else 1,
     )  # fmt: skip
-    args = (x, *change, acts, d.choice(DTYPES[:2]))
-    what = f"round_rows {acts} M {m} K {k} block {block} num_rotations {change[3]} {x.dtype} to {args[-1]}"
-    agree(ops.round_rows, reference._round_rows, args, device, what)
+    args = (x, *change, activations, d.choice(DTYPES[:2]))
+    what = f"round_rows {activations} M {m} K {k} block {block} num_rotations {change[3]} {x.dtype} to {args[-1]}"
+    agree(ops.round_rows, reference.round_rows, args, device, what)
 
 
 def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
-    """FP4 products, whose float sums no two devices order alike: near the reference."""
+    """FP4 products are near the reference: devices sum in any order."""
     size = Size(seed, limit)
     (m, n, _), d = size.product(), size.dice
     name = d.choice(("nvfp4", "nvfp4-46", "mxfp4"))
@@ -291,7 +289,7 @@ def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
     fmt, w = FORMATS[name], normal(n, k, seed=seed) / k**0.5
     p = fmt.pack(w, fmt.compute_qparams(w))
     x = normal(m, k, seed=seed + 1)
-    codes = ops_fp4._fp4_quantize_rows(x, None, None, 1, 1, name == "mxfp4")
+    codes = reference.fp4_quantize_rows(x, None, None, 1, 1, name == "mxfp4")
     half, dtype = d.choice(DTYPES[1:]), torch.float32
     branch = d.choice(
         ((None, None), (normal(m, 32, seed=2).to(half), normal(n, 32, seed=3).to(half)))
@@ -303,11 +301,11 @@ def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
         gelu, *gate, dtype, *branch,
     )  # fmt: skip
     there = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
-    got, want = ops.fp4_linear(*there).cpu(), ops_fp4._fp4_linear(*args)
+    got, want = ops.fp4_linear(*there).cpu(), reference.fp4_linear(*args)
     far = ~((got - want).abs() <= 1e-4 + 1e-4 * want.abs())
     what = f"fp4_linear {name} M {m} N {n} K {k} gelu {gelu} branch {branch[0] is not None}"
     assert not far.any(), f"{what}: {int(far.sum())} of {far.numel()} differ"
-    assert want.abs().mean() > 0.05, f"{what}: nothing to be seen"
+    assert want.abs().mean() > 0.05, f"{what}: the output is near zero"
 
 
 def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
@@ -318,14 +316,14 @@ def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     parts = FORMATS[name].pack(w, FORMATS[name].compute_qparams(w))
     stored = (list(parts.values()), list(parts), name)
     dtype = d.choice(DTYPES)
-    agree(ops.dequantize, reference._dequantize, (*stored, k, dtype), device, f"{name} N {n} K {k}")
+    agree(ops.dequantize, reference.dequantize, (*stored, k, dtype), device, f"{name} N {n} K {k}")
     m, dtype = d.choice((1, 3, 16)), d.choice(DTYPES[1:])  # float32 has no kernel
     x, bias = normal(m, k, seed=seed + 1).to(dtype), normal(n, seed=2).to(dtype)
     there = [part.to(device) for part in stored[0]]
     got = ops.weight_linear(x.to(device), there, *stored[1:], bias.to(device)).cpu().double()
-    exact = reference._dequantize(*stored, k, dtype).double()
+    exact = reference.dequantize(*stored, k, dtype).double()
     want = F.linear(x.double(), exact, bias.double())
-    # sums in another order: within the rounding of K products and of the output
+    # sums may have any order: within the rounding of K products and of the output
     bound = (
         F.linear(x.double().abs(), exact.abs()) * k * 2**-24 + want.abs() * torch.finfo(dtype).eps
     )
@@ -340,4 +338,4 @@ CHECKS = (
 """On every architecture with kernels."""
 
 FP4 = (fp4_product,)
-"""Where the tensor cores multiply FP4: compute capability 12."""
+"""For compute capability 12, whose tensor cores multiply FP4."""

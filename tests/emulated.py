@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA library on the block emulator: binding and kernels, on tensors of the CPU.
 
-``library()`` compiles everything that nvcc compiles with g++ instead (once for each state of the
-sources, into the user's cache) and gives its ops as ``torch.ops.dtq_sim``.
+``library()`` compiles with g++ what nvcc compiles otherwise, once for each state of the sources, into
+the user's cache. Its ops are ``torch.ops.dtq_sim``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dtq.io.package_data import folder
-from dtq.kernels import ops as declared
+from dtq.kernels import ops
 from dtq.kernels.compile import compiler, cuda, nvcc
 from dtq.kernels.compile.format_codes import register_formats
 
@@ -40,26 +40,26 @@ def library() -> ctypes.CDLL:
         pytest.skip("the emulator needs g++ on x86-64")
     path = _built()
     definitions = torch.library.Library("dtq_sim", "DEF")
-    for schema, _, _ in declared._OPS:
+    for schema, _, _ in ops.OPS:
         if schema.split("(")[0] in cuda.CUDA.ops:
             definitions.define(schema)
     _KEPT.append(definitions)
     torch.ops.load_library(str(path))
-    found = ctypes.CDLL(str(path))
-    register_formats(found.dtq_cuda_format)
-    found.dtq_cuda_gemm.restype = ctypes.c_char_p
+    opened = ctypes.CDLL(str(path))
+    register_formats(opened.dtq_cuda_format)
+    opened.dtq_cuda_gemm.restype = ctypes.c_char_p
     sizes = [ctypes.c_int64] * 3
-    found.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, *sizes, ctypes.c_int]
-    found.dtq_cuda_references.restype = ctypes.c_int64
-    return found
+    opened.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, *sizes, ctypes.c_int]
+    opened.dtq_cuda_references.restype = ctypes.c_int64
+    return opened
 
 
-_KEPT: list[torch.library.Library] = []  # a library goes with its last reference
+_KEPT: list[torch.library.Library] = []  # torch drops a library with its last reference
 
 
 def _built() -> Path:
     sources, home = folder("cuda_ext"), Path(torch.__file__).parent
-    files = [*nvcc.sources(sources), *compiler.common(sources), *(sources / "sim").iterdir()]
+    files = [*compiler.sources(sources), *compiler.common(sources), *(sources / "sim").iterdir()]
     key = compiler.digest(files, torch.__version__, FLAGS)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtq"
     target = base / f"dtq_sim-{key}.so"
@@ -69,13 +69,9 @@ def _built() -> Path:
     work = base / f"sim-{os.getpid()}"
     work.mkdir()
     objects = []
-    for unit in nvcc.UNITS:
+    for unit in nvcc.SOURCES:
         objects.append(str(work / f"{Path(unit).stem}.o"))
-        headers = [
-            "-isystem",
-            str(home / "include"),
-            f"-DTORCH_TARGET_VERSION={compiler.target()}",
-        ]
+        headers = ["-isystem", str(home / "include"), compiler.TARGET_VERSION]
         extra = ['-DDTQ_ARCHS="emulator"', *headers] if unit.endswith(".cpp") else []
         source = ["-x", "c++", "-c", str(sources / unit)]
         subprocess.run(["g++", *FLAGS, "-DDTQ_SIM", *extra, *source, "-o", objects[-1]], check=True)

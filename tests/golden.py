@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single instructions of the emulator, and of a GPU, on the same random bits.
+"""Single instructions of the emulator and of a GPU on the same random bits.
 
-``EMULATOR`` holds a digest of what the emulator answers, so that a GPU can be compared with it on a
-machine without a C++ compiler. ``python tests/golden.py`` prints it anew.
+``EMULATOR`` holds a digest of the emulator's results, so that a GPU can be compared with it on a
+machine without a C++ compiler. ``python tests/golden.py`` computes it again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CASES = {
 }  # fmt: skip
 """Number, words in, words out."""
 ONLY = {"wgmma": 9, "fp4": 12}
-"""The major compute capability of those that one generation alone has."""
+"""The major compute capability of instructions that a single generation has."""
 SEEDS = range(8)
 
 EMULATOR = {
@@ -38,7 +38,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def emulated(work: Path) -> ctypes.CDLL:
-    """The instructions on the emulator."""
+    """The library of the instructions for the emulator."""
     command = [
         "g++",
         "-std=c++20",
@@ -56,14 +56,14 @@ def emulated(work: Path) -> ctypes.CDLL:
 
 
 def on_gpu(work: Path, nvcc: str, arch: str) -> ctypes.CDLL:
-    """The instructions of a GPU."""
+    """The library of the instructions for a GPU."""
     command = [nvcc, "-std=c++20", "-O1", "-shared", "-Xcompiler=-fPIC", f"-arch=sm_{arch}"]
     subprocess.run([*command, str(SOURCE), "-o", str(work / "golden.so")], check=True)
     return load(work / "golden.so")
 
 
-def answer(library: ctypes.CDLL, name: str, device: torch.device | str = "cpu") -> str:
-    """Digest of the answers to every seed."""
+def digest(library: ctypes.CDLL, name: str, device: torch.device | str = "cpu") -> str:
+    """Digest of the results for every seed."""
     number, words, count = CASES[name]
     total = hashlib.sha256()
     for seed in SEEDS:
@@ -85,5 +85,5 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        found = emulated(Path(folder))
-        print({name: answer(found, name) for name in CASES})
+        library = emulated(Path(folder))
+        print({name: digest(library, name) for name in CASES})

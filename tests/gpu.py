@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that needs a GPU, in one run: is it right, then is it fast. ``make gpu``.
+"""All checks that need a GPU, in one run: correctness, then speed. ``make gpu``.
 
 From a checkout, nothing installed but torch and what dtq imports, no network, no pytest:
 
     PYTHONPATH=. python3 tests/gpu.py --out .gpu
 
-The parts of ``PARTS`` run in this order, each in spite of those before it that failed:
-what the machine reaches at all, whether the library loads, single instructions against the
-emulator, ops against the torch reference on random sizes, the robustness list, compute-sanitizer
-where it is installed, the targets T1 to T12. ``.gpu/gpu.json`` has every figure, ``.gpu/gpu.md`` the
-tables; the exit status is 0 when nothing was wrong and every "must" was met.
+``PARTS`` run in this order, whether or not those before failed: what the machine reaches, whether
+the library loads, single instructions against the emulator, ops against the torch reference on
+random sizes, the robustness list, compute-sanitizer if it is installed, the targets T1 to T12.
+``.gpu/gpu.json`` has every number, ``.gpu/gpu.md`` the tables. The exit status is 0 if all checks
+pass and every "must" is met.
 
 ``--fake`` runs the same on the CPU with small sizes, to test this script.
 """
@@ -45,10 +45,12 @@ from dtq.bench.compare import BenchRow, Candidate, compare
 from dtq.bench.timer import Clock, clock_of
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.kernels import CUDA, LinearProblem, ops, pick
+from dtq.kernels import CUDA, LinearProblem, pick
 from dtq.kernels.compile import cpp_extension, nvcc
+from dtq.kernels.compile.compiler import Unavailable
 
 dtq = torch.ops.dtq
+reference = torch.ops.dtq_reference
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        good: None for what is only told.
+        good: None for a line that is not a check.
     """
 
     part: str
@@ -67,7 +69,7 @@ class Finding:
 
 @dataclass
 class Session:
-    """The machine and what was found on it."""
+    """The machine, and the findings so far."""
 
     device: torch.device
     clock: Clock
@@ -130,15 +132,15 @@ def ceilings(s: Session) -> None:
 
 
 def loading(s: Session) -> None:
-    """The library, the weak symbol of the stream, every op."""
+    """The library, the weak symbol of torch's stream, every op."""
     if not s.cuda:
         s.tell("library", "none for a CPU")
         return
     began = time.monotonic()
     s.tell("library", f"{CUDA.describe()}", CUDA.load())
     s.tell("time to load, s", f"{time.monotonic() - began:.1f}")
-    for name, what in CUDA.levels():
-        s.tell(f"rung {name}", what)
+    for name, state in CUDA.levels():
+        s.tell(f"level {name}", state)
     if CUDA.opened is not None:
         s.tell(
             "stream of torch",
@@ -153,20 +155,21 @@ def loading(s: Session) -> None:
 
 
 def instructions(s: Session) -> None:
-    """mma, ldmatrix, wgmma and FP4 mma against what the emulator answers."""
+    """mma, ldmatrix, wgmma and FP4 mma: the same bits as on the emulator."""
     with tempfile.TemporaryDirectory() as folder:
         if not s.cuda:
             library = golden.emulated(Path(folder))
         else:
-            found = nvcc.find_nvcc(cpp_extension.cuda_home())
-            if found is None:
-                s.tell("golden vectors", "no nvcc: not compared")
+            try:
+                compiler = nvcc.find(cpp_extension.cuda_home())
+            except Unavailable as error:
+                s.tell("golden vectors", f"{error}: not compared")
                 return
-            library = golden.on_gpu(Path(folder), found, nvcc.arch_of(s.capability))
+            library = golden.on_gpu(Path(folder), compiler, nvcc.arch_of(s.capability))
         for name, want in golden.EMULATOR.items():
             if s.cuda and golden.ONLY.get(name, s.capability[0]) != s.capability[0]:
                 continue
-            got = golden.answer(library, name, s.device)
+            got = golden.digest(library, name, s.device)
             s.tell(f"{name} as the emulator", got, got == want)
 
 
@@ -193,11 +196,11 @@ def references() -> int:
 
 
 def robustness(s: Session) -> None:
-    """The list of what breaks kernels: each a function below."""
+    """Cases that break kernels: each a function below."""
     for check in ROBUST:
         try:
-            said = check(s)
-            s.tell((check.__doc__ or check.__name__).strip().rstrip("."), said or "holds", True)
+            result = check(s)
+            s.tell((check.__doc__ or check.__name__).strip().rstrip("."), result or "holds", True)
         except (AssertionError, RuntimeError) as error:
             traceback.print_exc()
             s.tell((check.__doc__ or check.__name__).strip().rstrip("."), error, False)
@@ -222,7 +225,7 @@ def many_tokens(s: Session) -> None:
     codes, rows, weight, columns = _operands(s, m, n, k)
     y = dtq.w8a8_linear(codes, rows, weight, columns, None, torch.bfloat16)
     for part in (slice(0, 3), slice(m // 2, m // 2 + 3), slice(m - 3, m)):
-        want = ops._w8a8_linear(
+        want = reference.w8a8_linear(
             codes[part].cpu(), rows[part].cpu(), weight.cpu(), columns.cpu(), None, y.dtype
         )
         assert torch.equal(y[part].cpu(), want), part
@@ -232,7 +235,7 @@ def long_rows(s: Session) -> None:
     """Rows of 18 432 channels: longer than the registers of a block."""
     x = agreement.normal(s.size(64, 3), 18_432).bfloat16()
     agreement.agree(
-        dtq.quantize_rows, ops._quantize_rows, (x, None, 64, None, 127), s.device, "K 18432"
+        dtq.quantize_rows, reference.quantize_rows, (x, None, 64, None, 127), s.device, "K 18432"
     )
 
 
@@ -259,20 +262,20 @@ def captured(s: Session) -> str:
     """A captured graph replays with new inputs."""
     if not s.cuda:
         return "no graphs here"
-    task = LinearProblem(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64)
+    problem = LinearProblem(FORMATS["int4-2l-g64"], ACTIVATION_FORMATS["int8-row"], 64)
     w = agreement.normal(3072, 1024)
-    packed = task.weight_format.pack(w, task.weight_format.compute_qparams(w))
+    packed = problem.weight_format.pack(w, problem.weight_format.compute_qparams(w))
     parts = {n: t.to(s.device) for n, t in packed.items()}
     x = agreement.normal(1024, 1024).bfloat16().to(s.device)
-    kernel = pick(task)
-    kernel.call(task, x, parts, None)
+    kernel = pick(problem)
+    kernel.call(problem, x, parts, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = kernel.call(task, x, parts, None)
+        y = kernel.call(problem, x, parts, None)
     fresh = agreement.normal(1024, 1024, seed=9).bfloat16().to(s.device)
     x.copy_(fresh)
     graph.replay()
-    assert torch.equal(y, kernel.call(task, fresh, parts, None))
+    assert torch.equal(y, kernel.call(problem, fresh, parts, None))
     return "holds"
 
 
@@ -318,7 +321,9 @@ def ends_of_the_range(s: Session) -> None:
         rows = torch.full((3,), unit, device=s.device)
         for dtype in agreement.DTYPES:
             got = dtq.w8a8_linear(codes, rows, weight, columns, None, dtype).cpu()
-            want = ops._w8a8_linear(*(t.cpu() for t in (codes, rows, weight, columns)), None, dtype)
+            want = reference.w8a8_linear(
+                *(t.cpu() for t in (codes, rows, weight, columns)), None, dtype
+            )
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -330,10 +335,10 @@ def the_wrong_device(s: Session) -> str:
     try:
         dtq.w8a8_linear(codes, rows.cpu(), weight, columns, None, torch.bfloat16)
     except RuntimeError as error:
-        said = str(error)
+        outcome = str(error)
     else:
-        said = "accepted"
-    assert "row_scale is not on the device" in said, said
+        outcome = "accepted"
+    assert "row_scale is not on the device" in outcome, outcome
     return "holds"
 
 
@@ -343,7 +348,9 @@ def every_gpu(s: Session) -> str:
         return "fewer than two GPUs"
     given = [t.to("cuda:1") for t in _operands(s, 33, 64, 128)]
     got = dtq.w8a8_linear(*given, None, torch.bfloat16)
-    assert torch.equal(got.cpu(), ops._w8a8_linear(*(t.cpu() for t in given), None, torch.bfloat16))
+    assert torch.equal(
+        got.cpu(), reference.w8a8_linear(*(t.cpu() for t in given), None, torch.bfloat16)
+    )
     return "holds"
 
 
@@ -382,17 +389,17 @@ def fused(s: Session) -> str:
 
 
 def all_formats(s: Session) -> None:
-    """Every format, weight-only and with int8 activations, gives an answer."""
+    """Every format, weight-only and with int8 activations, is near the float product."""
     for fmt in FORMATS.values():
         w, x = agreement.normal(128, 256) * 0.1, agreement.normal(40, 256).bfloat16()
         parts = fmt.pack(w, fmt.compute_qparams(w))
         there = {n: t.to(s.device) for n, t in parts.items()}
-        for acts in ("none", "int8-row"):
-            task = LinearProblem(fmt, ACTIVATION_FORMATS[acts])
-            got = pick(task).call(task, x.to(s.device), there, None).float().cpu()
+        for activations in ("none", "int8-row"):
+            problem = LinearProblem(fmt, ACTIVATION_FORMATS[activations])
+            got = pick(problem).call(problem, x.to(s.device), there, None).float().cpu()
             want = F.linear(x.float(), fmt.unpack(parts))
             # bfloat16 outputs, and 7-bit codes: far below the error of a wrong layout
-            assert (got - want).norm() <= 0.02 * want.norm(), f"{fmt.name} {acts}"
+            assert (got - want).norm() <= 0.02 * want.norm(), f"{fmt.name} {activations}"
 
 
 ROBUST = (
@@ -614,8 +621,8 @@ def t12(s: Session) -> Iterator[tuple[str, float]]:
     found = {row.name: row for row in rows}
     for name in ("w8a8", "w4a8"):
         both = f"{name} compiled" in found
-        ours, rival = (f"{name} compiled", "bf16 compiled") if both else (name, "bf16")
-        yield f"{ours}, {rival} is 1", _ratio(found, rival, ours)
+        ours, peer = (f"{name} compiled", "bf16 compiled") if both else (name, "bf16")
+        yield f"{ours}, {peer} is 1", _ratio(found, peer, ours)
 
 
 TARGETS = (
@@ -644,10 +651,10 @@ def targets(s: Session) -> None:
                 good = value <= target.must if target.below else value >= target.must
                 best = value <= target.stretch if target.below else value >= target.stretch
                 goal = f"must {target.must}, stretch {target.stretch}{', reached' if best else ''}"
-                said = (
+                measured = (
                     f"{value:.2f} ({goal})" if s.cuda else "a test of this script, no measurement"
                 )
-                s.tell(f"{target.name} {target.about}, {case}", said, good if s.cuda else None)
+                s.tell(f"{target.name} {target.about}, {case}", measured, good if s.cuda else None)
         except RuntimeError as error:
             traceback.print_exc()
             s.tell(f"{target.name} {target.about}", f"not measured: {error}", False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pip installs: data files inside, nothing at top level but dtq, no torch to build it."""
+"""What pip installs: dtq with its data files and nothing else; building it needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 import dtq
 from dtq.io.package_data import folder
-from dtq.kernels.compile import cpu, cuda, nvcc
+from dtq.kernels.compile import compiler, cpu, cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ def test_every_package_is_listed():
 
 
 def wheel(tmp_path, **variables) -> Path:
-    source = tmp_path / "source"  # setuptools builds in place, and tests run at the same time
+    source = tmp_path / "source"  # setuptools builds in place, while other tests run
     leave = shutil.ignore_patterns(".*", "build", "tests", "docs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=leave)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source]
@@ -65,7 +65,7 @@ def test_the_wheel_has_everything(tmp_path):
         assert f"dtq/{templates}/{path.name}" in names
     for path in filter(Path.is_file, folder("cpu_ext").iterdir()):
         assert f"dtq/_cpu_ext/{path.name}" in names
-    for path in nvcc.sources(folder("cuda_ext")):
+    for path in compiler.sources(folder("cuda_ext")):
         assert f"dtq/_cuda_ext/{path.name}" in names
     for path in (ROOT / "common_ext").iterdir():
         assert f"dtq/common_ext/{path.name}" in names
@@ -74,7 +74,7 @@ def test_the_wheel_has_everything(tmp_path):
 
 @pytest.fixture
 def fake_nvcc(tmp_path) -> Path:
-    """An nvcc that writes a word into the file it is asked for."""
+    """An nvcc that writes a word into its output file."""
     home = tmp_path / "cuda"
     (home / "bin").mkdir(parents=True)
     script = home / "bin" / "nvcc"
@@ -89,12 +89,12 @@ def test_with_nvcc_the_wheel_has_the_library(tmp_path, fake_nvcc):
     assert "-py3-none-linux_" in made.name
     with zipfile.ZipFile(made) as inside:
         (library,) = [name for name in inside.namelist() if name.endswith(".so")]
-        assert library == f"dtq/_lib/{cuda.CUDA.beside().name}"
+        assert library == f"dtq/_lib/{cuda.CUDA.packaged().name}"
         assert inside.read(library) == b"made\n"
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_leaves_a_wheel_for_everybody(tmp_path, fake_nvcc):
+def test_a_compiler_that_fails_gives_a_pure_wheel(tmp_path, fake_nvcc):
     (fake_nvcc / "bin" / "nvcc").write_text("#!/bin/sh\necho 'x.cu: error: no' >&2\nexit 1\n")
     made = wheel(tmp_path / "out", CUDA_HOME=str(fake_nvcc), CXX="no-such-compiler")
     assert "none-any" in made.name
@@ -102,7 +102,7 @@ def test_a_compiler_that_fails_leaves_a_wheel_for_everybody(tmp_path, fake_nvcc)
         wheel(tmp_path / "no", CUDA_HOME=str(fake_nvcc), DTQ_KERNELS="cuda")
 
 
-def test_a_library_that_does_not_exist_is_no_pure_wheel(tmp_path):
+def test_an_unknown_library_is_an_error(tmp_path):
     sys.path.insert(0, str(ROOT))
     try:
         from cuda_ext.build_kernels import compiled
@@ -122,18 +122,18 @@ def test_a_wheel_brings_compiled_cpu_kernels_to_a_machine_without_a_compiler(tmp
     with zipfile.ZipFile(made) as inside:
         (library,) = [name for name in inside.namelist() if name.endswith(".so")]
         inside.extractall(site)
-    assert library == f"dtq/_lib/{cpu.CPU.beside().name}"
+    assert library == f"dtq/_lib/{cpu.CPU.packaged().name}"
     code = (
         "from dtq.kernels import CPU; import dtq; print(dtq.__file__, CPU.load(), CPU.describe())"
     )
     bare = {"PYTHONPATH": str(site), "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | bare, cwd=tmp_path, check=True,
         capture_output=True, text=True,
     ).stdout  # fmt: skip
-    assert said.startswith(str(site))
-    assert " True " in said
-    assert said.strip().endswith("kernels, built ahead")
+    assert output.startswith(str(site))
+    assert " True " in output
+    assert output.strip().endswith("kernels, built ahead")
 
 
 def test_missing_data_folders_are_reported():

@@ -5,7 +5,14 @@ from __future__ import annotations
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+)
 from torch import nn
 
 
@@ -122,3 +129,28 @@ def _with_modulation(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Linear) and "norm" in name:
             nn.init.normal_(module.weight, std=0.05)
     return model.eval()
+
+
+class TwoStages(DiffusionPipeline):
+    """A pipeline whose first steps are one transformer's, the others another's, as in Wan 2.2."""
+
+    def __init__(self, transformer, transformer_2, scheduler):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, transformer_2=transformer_2, scheduler=scheduler
+        )
+
+    @torch.no_grad()
+    def __call__(self, class_labels, generator=None, num_inference_steps=4, output_type="pt"):
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generator])
+        labels = torch.tensor(class_labels)
+        for i, t in enumerate(self.scheduler.timesteps):
+            model = self.transformer if i < num_inference_steps / 2 else self.transformer_2
+            noise = model(x, timestep=t.expand(len(x)), class_labels=labels).sample
+            x = self.scheduler.step(noise, t, x).prev_sample
+        return ImagePipelineOutput(images=x)
+
+
+def two_stages() -> TwoStages:
+    return TwoStages(dit(), dit(seed=1), DDIMScheduler())

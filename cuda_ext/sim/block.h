@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A cluster of thread blocks on one CPU thread: fibers, barriers, warps, and what goes wrong.
+// Emulates a cluster of thread blocks on one CPU thread: fibers, barriers, warps, and detection of errors.
 //
 // Every CUDA thread is a fiber. It runs until it waits: at a barrier, at an instruction that its
-// whole warp executes together, or for an mbarrier. Which warp goes on next is drawn from a seed,
-// and a warp may fall behind the others, so that a missing barrier shows as a wrong value.
+// whole warp executes together, or for an mbarrier. The next warp to run is chosen at random from a
+// seed, and a warp may be delayed, so that a missing barrier results in a wrong value.
 #pragma once
 #include <algorithm>
 #include <cstdio>
@@ -33,13 +33,13 @@ struct Copy {
   unsigned valid, size;
 };
 
-// A wgmma as issued; the registers are read when it runs, which may be as late as the wait.
+// A wgmma as issued; the registers are read when it runs, at the latest at the wait.
 struct Wgmma {
   int32_t* sums;
   const uint32_t* a;  // null: from shared memory
   uint64_t a_desc, b_desc;
   int columns;
-  bool add;  // to the sums, or instead of them
+  bool add;  // to the sums; else overwrites them
 };
 
 struct Thread {
@@ -54,7 +54,7 @@ struct Thread {
   std::deque<std::vector<Wgmma>> wgmma_groups;
   bool wgmma_fenced = false;
   std::vector<unsigned> dirty;  // 16-byte chunks that it wrote since its last proxy fence
-  unsigned accesses = 0;        // to shared memory since its warp last met
+  unsigned accesses = 0;        // to shared memory since its warp last synchronized
 };
 
 struct Lane {
@@ -65,7 +65,7 @@ struct Lane {
   Wgmma wgmma;
 };
 
-// The same access to shared memory by the lanes of a warp; for counting bank conflicts.
+// One access to shared memory by the lanes of a warp, to count bank conflicts.
 struct Access {
   uintptr_t address[32];
   unsigned lanes = 0, bytes = 0;
@@ -75,7 +75,7 @@ struct Access {
 struct Warp {
   Lane lane[32];
   unsigned size = 32, arrived = 0;
-  uint64_t meetings = 0;
+  uint64_t syncs = 0;
   const char* what = "";
   std::vector<Access> accesses;
 };
@@ -85,7 +85,7 @@ struct Barrier {
   uint64_t phase = 0;
 };
 
-// Counts arrivals and bytes; a phase ends when neither is outstanding.
+// Counts arrivals and bytes; a phase is complete when none are pending.
 struct Mbarrier {
   int count = 0, pending = 0;
   int64_t bytes = 0;
@@ -95,9 +95,9 @@ struct Mbarrier {
 
 struct Stats {
   uint64_t mma = 0, wgmma = 0, ldmatrix = 0, copies = 0, bulk_copies = 0, switches = 0;
-  uint64_t shared = 0;      // accesses by whole warps that were counted
-  uint64_t wavefronts = 0;  // that they took
-  uint64_t ideal = 0;       // that they would take without bank conflicts
+  uint64_t shared = 0;      // shared-memory accesses by whole warps
+  uint64_t wavefronts = 0;  // of these accesses
+  uint64_t ideal = 0;       // wavefronts without bank conflicts
 
   Stats& operator+=(const Stats& other) {
     auto* sum = reinterpret_cast<uint64_t*>(this);
@@ -106,7 +106,7 @@ struct Stats {
     return *this;
   }
 
-  // Wavefronts over those needed; 1 without bank conflicts.
+  // Wavefronts / ideal; 1 without bank conflicts.
   double conflicts() const { return ideal ? double(wavefronts) / double(ideal) : 1; }
 };
 
@@ -115,7 +115,7 @@ struct Cluster;
 struct Block {
   Dim index, grid;
   unsigned rank = 0, alive = 0;
-  unsigned asleep = 0;  // rounds in which none of its warps goes on
+  unsigned asleep = 0;  // rounds for which all its warps are delayed
   size_t bytes = 0;
   unsigned char* shared = nullptr;
   std::vector<unsigned> dirty;  // per 16-byte chunk: 1 + the thread that wrote it, or 0
@@ -160,7 +160,7 @@ inline void yield() {
   switch_to(me->context, scheduler, me->done);
 }
 
-// Ends the launch with this message.
+// Aborts the launch with this message.
 inline void fail(const std::string& message) {
   Block& b = block();
   if (cluster().error.empty())
@@ -177,9 +177,9 @@ inline void wait_until_woken() {
   yield();
 }
 
-// ---------------------------------------------------------------------------- meeting points
+// ---------------------------------------------------------------------------- barriers
 
-inline void meet(Barrier& barrier, unsigned threads, const std::function<void()>& wake) {
+inline void wait_at(Barrier& barrier, unsigned threads, const std::function<void()>& wake) {
   const uint64_t phase = barrier.phase;
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
@@ -196,7 +196,7 @@ inline void sync(unsigned id, unsigned threads) {
   if (threads % 32 && threads != b.threads.size()) fail("bar.sync: not a number of whole warps");
   self->accesses = 0;
   self->warp->accesses.clear();
-  meet(b.barriers[id], threads, [&] {
+  wait_at(b.barriers[id], threads, [&] {
     for (auto& t : b.threads) t.waiting = false;
   });
 }
@@ -205,15 +205,15 @@ inline void sync_cluster() {
   Cluster& c = cluster();
   unsigned threads = 0;
   for (auto& b : c.blocks) threads += unsigned(b->threads.size());
-  meet(c.barrier, threads, [&] {
+  wait_at(c.barrier, threads, [&] {
     for (auto& b : c.blocks)
       for (auto& t : b->threads) t.waiting = false;
   });
 }
 
-// What a whole warp executes together: `fill` for each lane, then `run` once for all.
+// An instruction that a whole warp executes together: `fill` for each lane, then `run` once.
 template <class Fill, class Run>
-inline Lane& together(const char* what, Fill fill, Run run) {
+inline Lane& warp_sync(const char* what, Fill fill, Run run) {
   Thread* me = self;
   Warp& w = *me->warp;
   Lane& lane = w.lane[me->index % 32];
@@ -221,24 +221,24 @@ inline Lane& together(const char* what, Fill fill, Run run) {
   if (w.arrived == 0) w.what = what;
   else if (std::strcmp(w.what, what))
     fail(std::string("divergent warp: ") + w.what + " and " + what);
-  const uint64_t meeting = w.meetings;
+  const uint64_t syncs = w.syncs;
   if (++w.arrived == w.size) {
     run(w);
     w.arrived = 0;
-    w.meetings++;
+    w.syncs++;
     w.accesses.clear();
     for (auto& t : block().threads)
       if (t.warp == &w) t.waiting = false, t.accesses = 0;
   } else {
-    while (w.meetings == meeting) wait_until_woken();
+    while (w.syncs == syncs) wait_until_woken();
   }
   return lane;
 }
 
 // ---------------------------------------------------------------------------- bank conflicts
 
-// Wavefronts that the hardware needs: 32 banks of 4 bytes; 16-byte accesses go in groups of 8
-// lanes, 8-byte ones in groups of 16. Lanes that read one word share it.
+// The wavefronts of an access: 32 banks of 4 bytes; 16-byte accesses are done in groups of 8 lanes,
+// 8-byte ones in groups of 16. Lanes that access the same word share it.
 inline void count_wavefronts(const uintptr_t* address, unsigned lanes, unsigned bytes, Stats& s) {
   const unsigned at_once = bytes == 16 ? 8 : bytes == 8 ? 16 : 32;
   s.shared++;
@@ -255,8 +255,8 @@ inline void count_wavefronts(const uintptr_t* address, unsigned lanes, unsigned 
   }
 }
 
-// Accesses of lanes are matched by their number since the warp last met. Where lanes part in
-// between, the numbers do not match in size and nothing is counted.
+// Accesses of the lanes are matched by their count since the warp last synchronized. If lanes diverge
+// in between, their sizes differ and nothing is counted.
 inline void note_access(const void* p, unsigned bytes) {
   Warp& w = *self->warp;
   const unsigned number = self->accesses++;
@@ -289,11 +289,11 @@ inline std::unique_ptr<Block> new_block(Cluster& c, Dim grid, Dim index, unsigne
   Block& b = *made;
   b.grid = grid, b.index = index, b.rank = unsigned(c.blocks.size()), b.cluster = &c;
   b.bytes = shared, b.alive = threads;
-  // exactly as large as asked for: address sanitizer sees what lies beyond
+  // exactly the requested size, so that address sanitizer detects accesses past the end
   void* memory = nullptr;
   if (posix_memalign(&memory, 1024, shared ? shared : 1)) std::abort();
   b.shared = static_cast<unsigned char*>(memory);
-  for (size_t i = 0; i < shared; i++) b.shared[i] = (unsigned char)draw(c);  // never zeros
+  for (size_t i = 0; i < shared; i++) b.shared[i] = (unsigned char)draw(c);  // random, not zeros
   b.dirty.assign(shared / 16 + 1, 0);
   b.threads.resize(threads);
   b.warps.resize((threads + 31) / 32);
@@ -312,42 +312,42 @@ inline void resume(Thread& t) {
   self = nullptr;
 }
 
-inline void land_one(Cluster& c) {
+inline void complete_one(Cluster& c) {
   const size_t i = draw(c) % c.pending.size();
   auto copy = std::move(c.pending[i]);
   c.pending.erase(c.pending.begin() + long(i));
   copy();
 }
 
-// All blocks of the cluster, until every thread is done or one failed.
+// Runs all blocks of the cluster until every thread is done or one has failed.
 inline void run(Cluster& c) {
-  struct Turn {
+  struct Runnable {
     Block* block;
     unsigned warp;
   };
-  std::vector<Turn> turns;
+  std::vector<Runnable> warps;
   unsigned alive = 0;
-  // blocks of a cluster do not start together
+  // blocks of a cluster do not start at the same time
   if (c.blocks.size() > 1) c.blocks[draw(c) % c.blocks.size()]->asleep = unsigned(draw(c) % 32);
   for (auto& b : c.blocks)
-    for (unsigned w = 0; w < b->warps.size(); w++) turns.push_back({b.get(), w});
+    for (unsigned w = 0; w < b->warps.size(); w++) warps.push_back({b.get(), w});
   for (unsigned idle = 0; c.error.empty();) {
     alive = 0;
     for (auto& b : c.blocks) alive += b->alive;
     if (!alive) break;
-    for (size_t i = turns.size(); i > 1; i--) std::swap(turns[i - 1], turns[draw(c) % i]);
+    for (size_t i = warps.size(); i > 1; i--) std::swap(warps[i - 1], warps[draw(c) % i]);
     bool moved = false;
     if (c.blocks.size() > 1 && draw(c) % 64 == 0)
       c.blocks[draw(c) % c.blocks.size()]->asleep = unsigned(draw(c) % 32);
-    for (Turn turn : turns) {
-      if (draw(c) % 4 == 0) continue;  // this warp falls behind
-      if (turn.block->asleep) {
+    for (Runnable next : warps) {
+      if (draw(c) % 4 == 0) continue;  // this warp is delayed
+      if (next.block->asleep) {
         moved = true;
         continue;
       }
-      if (!c.pending.empty() && draw(c) % 8 == 0) land_one(c), moved = true;
-      Block& b = *turn.block;
-      const size_t first = turn.warp * 32, last = std::min(first + 32, b.threads.size());
+      if (!c.pending.empty() && draw(c) % 8 == 0) complete_one(c), moved = true;
+      Block& b = *next.block;
+      const size_t first = next.warp * 32, last = std::min(first + 32, b.threads.size());
       for (size_t i = first; i < last && c.error.empty(); i++) {
         Thread& t = b.threads[i];
         if (t.done || t.waiting) continue;
@@ -358,8 +358,8 @@ inline void run(Cluster& c) {
     }
     for (auto& b : c.blocks) b->asleep -= b->asleep > 0;
     idle = moved ? 0 : idle + 1;
-    if (idle > 64 && !c.pending.empty()) land_one(c), idle = 0;
-    if (idle > 64) c.error = "deadlock: threads wait for what no thread and no copy will bring";
+    if (idle > 64 && !c.pending.empty()) complete_one(c), idle = 0;
+    if (idle > 64) c.error = "deadlock: all threads wait, and no copy is pending";
   }
   if (c.error.empty() && !c.pending.empty()) c.error = "block ended with bulk copies in flight";
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A stack that can be left and come back to: one for every CUDA thread of the emulator.
+// Fibers: contexts with a stack of their own, one for every CUDA thread of the emulator.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -14,11 +14,11 @@
 
 namespace dtq::sim {
 
-constexpr size_t kStack = 256 * 1024;  // address sanitizer's frames are several times the usual
+constexpr size_t kStack = 256 * 1024;  // frames are several times larger under address sanitizer
 
 #if defined(__x86_64__)
 extern "C" void dtq_sim_switch(void** save, void* load);
-// weak: every file that includes this brings its own copy
+// weak: every file that includes this has its own copy
 asm(R"(
 .text
 .weak dtq_sim_switch
@@ -33,7 +33,7 @@ dtq_sim_switch:
 )");
 #endif
 
-// The scheduler's side is one `Context`, each fiber has another.
+// One for the scheduler and one for each fiber.
 struct Context {
 #if defined(__x86_64__)
   void* sp = nullptr;
@@ -41,12 +41,12 @@ struct Context {
   ucontext_t u;
 #endif
   char* stack = nullptr;          // null for the scheduler
-  const void* bottom = nullptr;   // of the stack, as address sanitizer wants to know it
+  const void* bottom = nullptr;   // of the stack, for address sanitizer
   size_t size = 0;
   void* fake = nullptr;
 };
 
-// A stack of the pool, clean of what an abandoned fiber left behind.
+// A stack of the pool. An abandoned fiber may have left it poisoned.
 inline char* stack_of(size_t index) {
   static thread_local std::vector<char*> pool;
   while (pool.size() <= index) pool.push_back(static_cast<char*>(std::aligned_alloc(64, kStack)));
@@ -62,9 +62,9 @@ inline void prepare(Context& c, char* stack, void (*entry)()) {
   c.size = kStack;
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(stack + kStack);
-  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = nullptr;  // aligns the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < 6; i++) *--top = nullptr;  // the registers that the switch pops
+  for (int i = 0; i < 6; i++) *--top = nullptr;  // the registers that dtq_sim_switch pops
   c.sp = top;
 #else
   getcontext(&c.u);
@@ -75,7 +75,7 @@ inline void prepare(Context& c, char* stack, void (*entry)()) {
 #endif
 }
 
-// First thing a fiber does: tell address sanitizer where it is.
+// The first thing a fiber does: tells address sanitizer which stack is in use.
 inline void arrived(Context& self, Context& other) {
 #if defined(__SANITIZE_ADDRESS__)
   const void** bottom = other.stack ? nullptr : &other.bottom;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What only sm_90 has, emulated: mbarriers, bulk copies of tensor tiles, clusters, wgmma.
+// Emulation of the features of sm_90: mbarriers, bulk copies of tensor tiles, clusters, wgmma.
 #pragma once
 #include "../types.h"
 #include "instructions.h"
 
 namespace dtq {
 
-// Rows of bytes in global memory and the box that one copy brings.
+// Rows of bytes in global memory, and the box that one copy transfers.
 struct alignas(64) TensorMap {
   const unsigned char* base;
   int64_t rows, row_bytes, pitch;
@@ -27,9 +27,9 @@ namespace sim {
 
 inline Mbarrier& mbarrier_at(Block& b, const void* p, const char* what) {
   check_aligned(p, 8, what);
-  auto found = b.mbarriers.find(offset_of(p, 8, what));
-  if (found == b.mbarriers.end()) fail(std::string(what) + ": mbarrier was never initialised");
-  return found->second;
+  auto entry = b.mbarriers.find(offset_of(p, 8, what));
+  if (entry == b.mbarriers.end()) fail(std::string(what) + ": mbarrier was never initialised");
+  return entry->second;
 }
 
 inline void settle(Mbarrier& m) {
@@ -53,7 +53,7 @@ inline void mbarrier_init(uint64_t* bar, int count) {
   m = {count, count, 0, 0, false};
 }
 
-// After the inits, before anything asynchronous uses them; then a barrier for the other threads.
+// After the inits, before asynchronous copies use them; a barrier for the other threads must follow.
 inline void fence_mbarrier_init() {
   for (auto& [offset, m] : sim::block().mbarriers) m.visible = true;
 }
@@ -66,7 +66,7 @@ inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
   sim::arrive(sim::mbarrier_at(sim::block(), bar, "mbarrier.arrive"), bytes);
 }
 
-// The mbarrier at the same place of another block of the cluster.
+// The mbarrier at the same address in another block of the cluster.
 inline void mbarrier_arrive_at(uint64_t* bar, int rank) {
   if (unsigned(rank) >= sim::cluster().blocks.size()) sim::fail("mbarrier.arrive: no such block");
   sim::Block& other = *sim::cluster().blocks[size_t(rank)];
@@ -74,7 +74,7 @@ inline void mbarrier_arrive_at(uint64_t* bar, int rank) {
   sim::arrive(sim::mbarrier_at(other, bar, "mbarrier.arrive"), 0);
 }
 
-// Until the phase of this parity is over.
+// Waits until the phase of this parity is complete.
 inline void mbarrier_wait(uint64_t* bar, int parity) {
   auto& m = sim::mbarrier_at(sim::block(), bar, "mbarrier.try_wait");
   while (int(m.phase & 1) == (parity & 1)) {
@@ -102,12 +102,12 @@ inline void fence_proxy_async() {
 
 namespace sim {
 
-// 16-byte chunks change places by their address in shared memory: within 8 x 128 bytes, or 8 x 64.
+// 16-byte chunks are permuted by their address in shared memory: within 8 x 128 bytes, or 8 x 64.
 inline unsigned swizzled(unsigned offset, int width = 128) {
   return offset ^ (offset >> 7 & (width == 128 ? 7 : 3)) << 4;
 }
 
-inline void land_box(Block& b, const TensorMap& map, unsigned to, unsigned bar, int column,
+inline void complete_box(Block& b, const TensorMap& map, unsigned to, unsigned bar, int column,
                      int row) {
   Cluster& c = *b.cluster;
   if (!b.alive) c.error = "bulk copy into a block that has ended";
@@ -127,9 +127,9 @@ inline void land_box(Block& b, const TensorMap& map, unsigned to, unsigned bar, 
 
 }  // namespace sim
 
-// The box at (column byte, row) into shared memory of the blocks in `mask` (0: only this one),
-// swizzled; each of those blocks' mbarriers counts its bytes. What lies outside the
-// tensor arrives as zeros.
+// Copies the box at (column byte, row) into shared memory of the blocks in `mask` (0: only this
+// one), swizzled; the mbarrier of each of those blocks counts its bytes. Elements outside the tensor
+// become zeros.
 inline void load_box(void* to, const TensorMap& map, uint64_t* bar, int column, int row,
                      unsigned mask = 0) {
   using namespace sim;
@@ -147,13 +147,13 @@ inline void load_box(void* to, const TensorMap& map, uint64_t* bar, int column, 
       if (!b->mbarriers.count(at)) fail("bulk copy: a block has no mbarrier there");
       stats().bulk_copies++;
       Block* target = b.get();
-      cluster().pending.push_back([=] { land_box(*target, map, offset, at, column, row); });
+      cluster().pending.push_back([=] { complete_box(*target, map, offset, at, column, row); });
     }
 }
 
 // ---------------------------------------------------------------------------- wgmma
 
-// Rows of 128 bytes in the 128-byte swizzle, 8 rows 1024 bytes from the next 8.
+// The wgmma descriptor of rows of 128 bytes in the 128-byte swizzle, 1024 bytes per 8 rows.
 inline uint64_t swizzled_rows(const void* p) {
   const uint64_t at = sim::offset_of(p, 16, "wgmma operand");
   return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | at >> 4;
@@ -161,7 +161,7 @@ inline uint64_t swizzled_rows(const void* p) {
 
 namespace sim {
 
-// 32 bytes of row `row`: two chunks of the swizzled rows that the descriptor names.
+// 32 bytes of row `row` of the operand: two swizzled chunks.
 inline void read_row(uint64_t desc, int row, int8_t (&out)[32]) {
   const unsigned start = unsigned(desc & 0x3FFF) << 4, step = unsigned(desc >> 32 & 0x3FFF) << 4;
   if (desc >> 62 != 1) fail("wgmma: not a descriptor of the 128-byte swizzle");
@@ -203,7 +203,7 @@ inline void multiply_wgmma(Warp& w) {
 
 inline void run_group(std::vector<Wgmma>& group) {
   for (auto& op : group)
-    together("wgmma", [&](Lane& l) { l.wgmma = op; }, multiply_wgmma);
+    warp_sync("wgmma", [&](Lane& l) { l.wgmma = op; }, multiply_wgmma);
 }
 
 inline void issue(const Wgmma& op) {
@@ -230,8 +230,8 @@ inline void wgmma_commit() {
   t.wgmma_groups.push_back(std::move(t.wgmma_open));
   t.wgmma_open.clear();
   t.wgmma_fenced = false;
-  // the same for the whole warp: its number of meetings
-  if (!((t.warp->meetings * 0x9E3779B97F4A7C15ull >> 40) & 1)) return;
+  // random, but the same for the whole warp: from its number of synchronizations
+  if (!((t.warp->syncs * 0x9E3779B97F4A7C15ull >> 40) & 1)) return;
   auto groups = std::move(t.wgmma_groups);
   t.wgmma_groups.clear();
   for (auto& group : groups) sim::run_group(group);

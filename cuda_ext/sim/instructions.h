@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions of arch.cuh as the emulator carries them out.
+// The instructions of arch.cuh on the emulator.
 //
-// What the hardware may do early or late, the emulator does at a moment drawn from the seed: a
-// cp.async lands at once or as late as its wait allows, a wgmma group runs at its commit or at its
-// wait, a bulk copy lands whenever. What the hardware leaves undefined is an error: a misaligned
-// address, a wgmma that reads what the generic proxy wrote without a fence, an mbarrier that nobody
-// made visible.
+// Asynchronous operations complete at a random time, from the seed: a cp.async at once or at its wait, a
+// wgmma group at its commit or at its wait, a bulk copy at any time. Undefined behaviour is an error: a
+// misaligned address, a wgmma that reads data of the generic proxy without a fence, an mbarrier that was
+// not made visible.
 #pragma once
 #include <cmath>
 
@@ -54,7 +53,7 @@ inline void mark_dirty(unsigned offset, size_t bytes) {
   }
 }
 
-inline void land(const Copy& c) {
+inline void complete(const Copy& c) {
   mark_dirty(unsigned(c.to - block().shared), c.size);
   if (c.valid) std::memcpy(c.to, c.from, c.valid);
   std::memset(c.to + c.valid, 0, c.size - c.valid);
@@ -68,7 +67,7 @@ inline void copy_async(void* to, const void* from, unsigned valid, unsigned size
   note_access(to, size);
   stats().copies++;
   const Copy copy = {static_cast<unsigned char*>(to), from, valid, size};
-  if (coin()) land(copy);
+  if (coin()) complete(copy);
   else self->open.push_back(copy);
 }
 
@@ -116,22 +115,22 @@ inline void cp_async_commit() {
   sim::self->open.clear();
 }
 
-// All but the latest `rest` groups of this thread have landed.
+// Waits until all but the latest `rest` groups of this thread are complete.
 template <int rest>
 inline void cp_async_wait() {
   auto& groups = sim::self->groups;
   while (int(groups.size()) > rest) {
-    for (auto& copy : groups.front()) sim::land(copy);
+    for (auto& copy : groups.front()) sim::complete(copy);
     groups.pop_front();
   }
 }
 
-// ---------------------------------------------------------------------------- threads together
+// ---------------------------------------------------------------------------- synchronization
 
 inline void sync_threads() { sim::sync(0, unsigned(sim::block().threads.size())); }
 inline void sync_named(int id, int threads) { sim::sync(unsigned(id), unsigned(threads)); }
 inline void sync_warp() {
-  sim::together("syncwarp", [](sim::Lane&) {}, [](sim::Warp&) {});
+  sim::warp_sync("syncwarp", [](sim::Lane&) {}, [](sim::Warp&) {});
 }
 
 namespace sim {
@@ -139,7 +138,7 @@ namespace sim {
 template <class T>
 inline T shuffle(const char* what, T value, int number, bool exclusive) {
   static_assert(sizeof(T) == 4);
-  Lane& lane = together(
+  Lane& lane = warp_sync(
       what,
       [&](Lane& l) {
         std::memcpy(l.in, &value, 4);
@@ -174,7 +173,7 @@ namespace sim {
 inline void load_matrices(const char* what, uint32_t (&r)[4], const void* p, bool transposed) {
   check_aligned(p, 16, what);
   offset_of(p, 16, what);
-  Lane& lane = together(
+  Lane& lane = warp_sync(
       what, [&](Lane& l) { l.address = p; },
       [&](Warp& w) {
         stats().ldmatrix++;
@@ -202,15 +201,15 @@ inline float bits_to_float(uint32_t u) {
   return f;
 }
 
-inline float half_of(uint32_t pair, int high, bool brain) {
+inline float half_of(uint32_t pair, int high, bool is_bfloat16) {
   const uint16_t h = uint16_t(pair >> (16 * high));
-  if (brain) return bits_to_float(uint32_t(h) << 16);
+  if (is_bfloat16) return bits_to_float(uint32_t(h) << 16);
   _Float16 f;
   std::memcpy(&f, &h, 2);
   return float(f);
 }
 
-// D (16 x 8) += A (16 x 32) B (32 x 8), int8, sums that wrap as int32 does.
+// D (16 x 8) += A (16 x 32) B (32 x 8), int8, int32 sums that wrap around.
 inline void multiply_s8(Warp& w) {
   stats().mma++;
   int8_t a[16][32], b[8][32];
@@ -230,16 +229,16 @@ inline void multiply_s8(Warp& w) {
     }
 }
 
-// D (16 x 8) += A (16 x 16) B (16 x 8), float sums; the hardware's order of summation is its own.
-inline void multiply_half(Warp& w, bool brain) {
+// D (16 x 8) += A (16 x 16) B (16 x 8), float sums; the hardware sums in another order.
+inline void multiply_half(Warp& w, bool is_bfloat16) {
   stats().mma++;
   float a[16][16], b[8][16];
   for (int i = 0; i < 32; i++)
     for (int e = 0; e < 2; e++) {
       const int k = i % 4 * 2 + e;
       for (int q = 0; q < 4; q++)
-        a[i / 4 + q % 2 * 8][k + q / 2 * 8] = half_of(w.lane[i].in[q], e, brain);
-      for (int q = 0; q < 2; q++) b[i / 4][k + q * 8] = half_of(w.lane[i].in[4 + q], e, brain);
+        a[i / 4 + q % 2 * 8][k + q / 2 * 8] = half_of(w.lane[i].in[q], e, is_bfloat16);
+      for (int q = 0; q < 2; q++) b[i / 4][k + q * 8] = half_of(w.lane[i].in[4 + q], e, is_bfloat16);
     }
   for (int i = 0; i < 32; i++)
     for (int q = 0; q < 4; q++) {
@@ -263,8 +262,8 @@ inline float block_scale(uint32_t byte, bool mx) {
   return exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
 }
 
-// D (16 x 8) += A (16 x 64) B (64 x 8), FP4 with a scale for each block of a row or a column. Products
-// are exact here; the hardware's order of summation is its own.
+// D (16 x 8) += A (16 x 64) B (64 x 8), FP4 with a scale for each block of a row or a column. Exact
+// products; the hardware sums in another order.
 inline void multiply_fp4(Warp& w, bool mx) {
   stats().mma++;
   double a[16][64], b[8][64];
@@ -295,7 +294,7 @@ inline void multiply_fp4(Warp& w, bool mx) {
 template <class C, class Run>
 inline void mma(const char* what, C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                 Run run, uint32_t scales_a = 0, uint32_t scales_b = 0) {
-  Lane& lane = together(
+  Lane& lane = warp_sync(
       what,
       [&](Lane& l) {
         std::memcpy(l.in, a, 16);
@@ -321,7 +320,7 @@ inline uint32_t transpose_8x8(uint32_t v) {
   auto half = [](const sim::Warp& w, int row, int column) {
     return w.lane[row * 4 + column / 2].in[0] >> (column % 2 * 16) & 0xFFFF;
   };
-  return sim::together(
+  return sim::warp_sync(
              "movmatrix", [&](sim::Lane& l) { l.in[0] = v; },
              [&](sim::Warp& w) {
                for (int i = 0; i < 32; i++)
@@ -391,7 +390,7 @@ inline float bits_float(uint32_t u) { return sim::bits_to_float(u); }
 
 inline uint16_t float_to_bf16(float f) {
   const uint32_t u = float_bits(f);
-  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN, as the hardware writes it
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;  // the NaN of the hardware
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 inline float bf16_to_float(uint16_t h) { return bits_float(uint32_t(h) << 16); }

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plants faults in the kernels, one at a time, and asks whether the emulator's tests notice.
+"""Plants faults in the kernels, one at a time, and checks that the emulator's tests notice.
 
     python cuda_ext/sim/mutate.py [--jobs N] [--only WORD] [--short] [--list]
 
-The faults are those of the tables beside this file. Works on copies and leaves nothing behind; the
+The faults are those of the tables next to this file. They are planted in copies of the sources. The
 exit status is 1 if a fault survives.
 """
 
@@ -28,7 +28,7 @@ SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefin
 
 @dataclass(frozen=True)
 class Fault:
-    """``old`` becomes ``new`` in ``file``; the head of a table of faults tells the rest."""
+    """``old`` becomes ``new`` in ``file``; the tables of faults explain the other fields."""
 
     name: str
     file: str
@@ -42,17 +42,25 @@ class Fault:
 
 
 def faults() -> list[Fault]:
-    """Of every table ``faults_X.toml``; its program is ``tests/test_X.cpp``."""
-    found = []
+    """The faults of every table ``faults_X.toml``, whose program is ``tests/test_X.cpp``."""
+    planted = []
     for path in sorted(Path(__file__).parent.glob("faults_*.toml")):
         program = path.stem.replace("faults", "test") + ".cpp"
         entries = tomllib.loads(path.read_text())["fault"]
-        found += [Fault(program=program, **entry) for entry in entries]
-    return found
+        planted += [Fault(program=program, **entry) for entry in entries]
+    return planted
 
 
 def survives(fault: Fault, work: Path) -> str:
-    """Plant the fault in a copy of the sources and run the tests; "" when they noticed."""
+    """Plant the fault in a copy of the sources and run the tests.
+
+    Args:
+        fault: what is changed, and the test program.
+        work: folder for the copy.
+
+    Returns:
+        Why the fault was not noticed; empty if it was.
+    """
     parent = work / fault.name.replace(" ", "-")
     folder = parent / SOURCES.name
     shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,9 +71,9 @@ def survives(fault: Fault, work: Path) -> str:
         return f"{fault.file} does not contain the text: {fault.old}"
     path.write_text(text.replace(fault.old, fault.new))
     program = folder / "program"
-    how = SANITIZE if fault.asan else ()
+    sanitize = SANITIZE if fault.asan else ()
     source = str(folder / "tests" / fault.program)
-    command = ["g++", "-O1", *FLAGS, *how, *fault.flags, source, "-o", str(program)]
+    command = ["g++", "-O1", *FLAGS, *sanitize, *fault.flags, source, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode:
         return f"does not compile: {built.stderr.strip()[:300]}"

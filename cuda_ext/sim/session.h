@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// `launch` of arch.cuh for the emulator, and what it remembers between launches.
+// `launch` of arch.cuh for the emulator, and its state between launches.
 #pragma once
 #include "../types.h"
 #include "block.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tests that run kernels share: memory, numbers, a count of failures. Built with -DDTQ_SIM
-// they run on the emulator, by nvcc on a GPU.
+// Shared by the programs that test kernels: memory, random numbers, a count of failures. Built with
+// -DDTQ_SIM they run on the emulator, by nvcc on a GPU.
 #pragma once
 #include <cstdarg>
 #include <cstdint>
@@ -22,7 +22,7 @@ struct Random {
   float real(float low, float high) { return low + (high - low) * float(next() % 65536) / 65536.f; }
 };
 
-// Exactly as large as asked for, where a GPU's allocator would put it.
+// Exactly the requested size, aligned as by a GPU's allocator.
 template <class T>
 struct Buffer {
   T* data = nullptr;
@@ -46,7 +46,7 @@ struct Buffer {
   T& operator[](int64_t i) { return data[i]; }
 };
 
-// Nothing on the emulator, where a launch returns when it is done.
+// Does nothing on the emulator, where a launch is synchronous.
 inline int wait_for_device() {
 #if defined(DTQ_SIM)
   return 0;
@@ -55,12 +55,12 @@ inline int wait_for_device() {
 #endif
 }
 
-// Conversions of the host, written down again: the device's are under test.
+// Conversions of the host, written independently of those of the device, which are under test.
 inline float float_from(uint32_t bits, dtq::Float type) {
   float f;
   if (type == dtq::kFloat16) {
     const uint32_t exponent = bits >> 10 & 31, sign = (bits & 0x8000) << 16;
-    bits = (bits & 0x7fff) << 13;  // the exponent of a half sits 112 below that of a float
+    bits = (bits & 0x7fff) << 13;  // the exponent bias of a half is 112 below that of a float
     std::memcpy(&f, &bits, 4);
     f *= 0x1p112f;
     std::memcpy(&bits, &f, 4);
@@ -81,7 +81,7 @@ inline uint32_t rounded_to(float f, dtq::Float type) {
   const uint32_t sign = u >> 16 & 0x8000;
   u &= 0x7fffffff;
   if (u >= 0x47800000) return sign | 0x7c00;
-  if (u < 0x38800000) {  // a denormal: the sum with 2^-1 ends at the ones
+  if (u < 0x38800000) {  // subnormal: the sum with 2^-1 rounds it
     std::memcpy(&f, &u, 4);
     f += 0.5f;
     std::memcpy(&u, &f, 4);

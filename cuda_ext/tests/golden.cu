@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Single instructions on given bits, on a GPU or on the emulator: whether the emulator read the manual
-// right. Plain entry points, called by tests/golden.py, which has the answers of the emulator.
+// Single instructions on given bits, on a GPU or on the emulator, to verify the emulator. Plain entry
+// points, called by tests/golden.py, which has the results of the emulator.
 #include "../arch.cuh"
 
 namespace dtq {
@@ -20,7 +20,7 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_mma(const DTQ_CONSTANT Golden p) {
   for (int i = 0; i < 4; i++) stg(p.out + lane() * 4 + i, uint32_t(c[i]));
 }
 
-// One warp: ldmatrix, plain and transposed, of 512 bytes whose 16-byte rows are dealt out backwards.
+// One warp: ldmatrix, plain and transposed, of 512 bytes whose 16-byte rows are read in reverse order.
 // In: 128 words; out: 8 a lane.
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_ldmatrix(const DTQ_CONSTANT Golden p) {
   DTQ_SHARED(shared);
@@ -29,13 +29,13 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_ldmatrix(const DTQ_CONSTANT Golden p) {
     sts(shared + word * 4, ldg(p.in + word));
   }
   sync_threads();
-  uint32_t plain[4], turned[4];
+  uint32_t plain[4], transposed[4];
   const unsigned char* row = shared + (31 - lane()) * 16;
   ldmatrix_x4(plain, row);
-  ldmatrix_x4_trans(turned, row);
+  ldmatrix_x4_trans(transposed, row);
   for (int i = 0; i < 4; i++) {
     stg(p.out + lane() * 8 + i, plain[i]);
-    stg(p.out + lane() * 8 + 4 + i, turned[i]);
+    stg(p.out + lane() * 8 + 4 + i, transposed[i]);
   }
 }
 
@@ -69,8 +69,8 @@ DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_wgmma(const DTQ_CONSTANT Golden p) {
 }
 
 // One warp: mma m16n8k64 of FP4, NVFP4 and then MXFP4. In: 12 words a lane (4 of A, 2 of B, 4 unused, 2
-// of scales); out: 8. The products start from 0, and the scales are made powers of two near 1: every
-// order of summation gives the same.
+// of scales); out: 8. The sums start from 0, and the scales are made powers of two near 1, so that the
+// order of summation does not matter.
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_fp4(const DTQ_CONSTANT Golden p) {
 #if defined(DTQ_HAS_FP4)
   const uint32_t* in = p.in + lane() * 12;

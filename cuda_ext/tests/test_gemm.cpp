@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The GEMM kernels against plain loops, bit for bit. On the emulator buffers are exactly as large
-// as the kernel may touch, so that address sanitizer sees one byte too far. For a GPU:
+// Compares the GEMM kernels with plain loops, bit for bit. On the emulator buffers are exactly as large as
+// the kernel may access, so that address sanitizer detects one byte too many. For a GPU:
 //
 //   nvcc -std=c++17 -O2 -arch=native -x cu cuda_ext/tests/test_gemm.cpp -o test_gemm && ./test_gemm
 //
-// where a Hopper wants -arch=sm_90a.
+// with -arch=sm_90a for Hopper.
 //
 //   test_gemm [SEEDS [ARCH]]   only cases of this architecture
 //
@@ -43,7 +43,7 @@ struct Case {
   int arch;
   Float type;
   bool bias;
-  int extras;  // 1 GELU, 2 gate and residual, 4 low-rank
+  int epilogue;  // 1 GELU + 2 gate and residual + 4 low-rank branch
   const char* kernel;
 };
 
@@ -65,7 +65,7 @@ void fill(void* p, int64_t n, Float type, Random& r, float scale) {
 
 bool fp4(const Case& c) { return c.weights == kNvFp4 || c.weights == kMxFp4; }
 
-// What an E2M1 code and the scale of its group stand for.
+// The value of an E2M1 code and the scale of its group.
 double fp4_at(const Case& c, const uint8_t* codes, const uint8_t* scales, int64_t row, int64_t k) {
   const double sizes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
   const int code = codes[(row * c.k + k) / 2] >> (k % 2 * 4) & 15;
@@ -76,13 +76,13 @@ double fp4_at(const Case& c, const uint8_t* codes, const uint8_t* scales, int64_
   return (code & 8 ? -1 : 1) * sizes[code & 7] * by;
 }
 
-// What w8 stands for column k of row n, straight from the definition of the format.
-int weight_at(const Case& c, const uint8_t* weight, const uint8_t* groups, const int8_t* tables,
+// The int8 value of column k of row n, by the definition of the format.
+int weight_at(const Case& c, const uint8_t* weight, const uint8_t* groups, const int8_t* codebooks,
               int64_t n, int64_t k) {
   if (c.weights == kInt8) return int8_t(weight[n * c.k + k]);
   const int code = weight[(n * c.k + k) / 2] >> (k % 2 * 4) & 15;
   const int64_t group = n * (c.k / c.group) + k / c.group;
-  if (c.weights == kTable) return tables[group * 16 + code];
+  if (c.weights == kTable) return codebooks[group * 16 + code];
   return (code - (groups[group] & 15)) * ((groups[group] >> 4) + 1);
 }
 
@@ -92,23 +92,23 @@ void run_case(const Case& c, uint64_t seed) {
   const int64_t groups_of_row = c.weights == kInt8 ? 0 : c.k / c.group;
   const int size = c.type == kFloat32 ? 4 : 2;
   const bool grouped = c.weights == kTwoLevel || fp4(c);
-  Buffer<int8_t> codes(c.m * (fp4(c) ? width : c.k));
-  Buffer<int8_t> tables(c.weights == kTable ? c.n * groups_of_row * 16 : 0);
+  Buffer<int8_t> x_q(c.m * (fp4(c) ? width : c.k));
+  Buffer<int8_t> codebooks(c.weights == kTable ? c.n * groups_of_row * 16 : 0);
   Buffer<uint8_t> weight(c.n * width), groups(grouped ? c.n * groups_of_row : 0);
-  Buffer<uint8_t> code_scales(fp4(c) ? c.m * groups_of_row : 0);
+  Buffer<uint8_t> x_block_scale(fp4(c) ? c.m * groups_of_row : 0);
   Buffer<float> row_scale(c.m), weight_scale(c.n);
   Buffer<uint8_t> bias(c.n * size), out(c.m * c.n * size), residual(c.m * c.n * size);
   const int64_t gate_tokens = 5, gates = (c.m + gate_tokens - 1) / gate_tokens, rank = 32;
   Buffer<uint8_t> gate(gates * c.n * size);
   Buffer<uint16_t> down(c.m * rank), up(c.n * rank);
-  for (int64_t i = 0; i < codes.size; i++)
-    codes[i] = fp4(c) ? int8_t(r.next()) : int8_t(r.between(-127, 127));
+  for (int64_t i = 0; i < x_q.size; i++)
+    x_q[i] = fp4(c) ? int8_t(r.next()) : int8_t(r.between(-127, 127));
   for (int64_t i = 0; i < weight.size; i++)
     weight[i] = c.weights == kInt8 ? uint8_t(r.between(-127, 127)) : uint8_t(r.next());
-  for (int64_t i = 0; i < tables.size; i++) tables[i] = int8_t(r.between(-127, 127));
+  for (int64_t i = 0; i < codebooks.size; i++) codebooks[i] = int8_t(r.between(-127, 127));
   // near 1: e4m3 from 2^-3 to 2^3, or exponents
   auto block_scale = [&] { return uint8_t(c.weights == kNvFp4 ? r.between(32, 80) : r.between(124, 130)); };
-  for (int64_t i = 0; i < code_scales.size; i++) code_scales[i] = block_scale();
+  for (int64_t i = 0; i < x_block_scale.size; i++) x_block_scale[i] = block_scale();
   for (int64_t i = 0; i < groups.size; i++) {
     if (fp4(c)) {
       groups[i] = block_scale();
@@ -132,16 +132,16 @@ void run_case(const Case& c, uint64_t seed) {
 
   Gemm g = {};
   g.tokens = c.m, g.rows = c.n, g.columns = c.k;
-  g.codes = codes.data, g.row_scale = row_scale.data;
+  g.x_q = x_q.data, g.row_scale = row_scale.data;
   g.weights = c.weights, g.weight = weight.data, g.group = c.group;
-  g.groups = groups.data, g.tables = c.weights == kTable ? tables.data : nullptr;
+  g.groups = groups.data, g.codebooks = c.weights == kTable ? codebooks.data : nullptr;
   g.weight_scale = c.weights == kMxFp4 ? nullptr : weight_scale.data;
-  g.code_scales = code_scales.data;
+  g.x_block_scale = x_block_scale.data;
   g.bias = c.bias ? bias.data : nullptr, g.bias_type = c.type;
   g.out = out.data, g.out_type = c.type;
-  g.gelu = c.extras & 1;
-  if (c.extras & 2) g.gate = gate.data, g.gate_tokens = gate_tokens, g.residual = residual.data;
-  if (c.extras & 4) g.down = down.data, g.up = up.data, g.rank = rank, g.lowrank_type = lowrank;
+  g.gelu = c.epilogue & 1;
+  if (c.epilogue & 2) g.gate = gate.data, g.gate_tokens = gate_tokens, g.residual = residual.data;
+  if (c.epilogue & 4) g.down = down.data, g.up = up.data, g.rank = rank, g.lowrank_type = lowrank;
   g.arch = c.arch, g.sms = 16;
   Buffer<uint8_t> workspace(dtq_gemm_workspace(&g));
   g.workspace = workspace.data, g.workspace_bytes = workspace.size;
@@ -164,17 +164,17 @@ void run_case(const Case& c, uint64_t seed) {
     for (int64_t n = 0; n < c.n; n++) {
       int64_t sum = 0;
       double exact = 0;
-      const auto* packed = reinterpret_cast<const uint8_t*>(codes.data);
+      const auto* packed = reinterpret_cast<const uint8_t*>(x_q.data);
       for (int64_t k = 0; k < c.k; k++)
         if (fp4(c))
-          exact += fp4_at(c, packed, code_scales.data, m, k) * fp4_at(c, weight.data, groups.data, n, k);
+          exact += fp4_at(c, packed, x_block_scale.data, m, k) * fp4_at(c, weight.data, groups.data, n, k);
         else
-          sum += codes[m * c.k + k] * weight_at(c, weight.data, groups.data, tables.data, n, k);
+          sum += x_q[m * c.k + k] * weight_at(c, weight.data, groups.data, codebooks.data, n, k);
       float v = fp4(c) ? float(exact) : float(int32_t(sum));
       v = v * row_scale[m];
       if (c.weights != kMxFp4) v = v * weight_scale[fp4(c) ? 0 : n];
       if (c.bias) v = v + float_from(bits_at(bias.data, n, c.type), c.type);
-      if (c.extras & 4) {
+      if (c.epilogue & 4) {
         double add = v;
         for (int64_t i = 0; i < rank; i++) {
           const double x = float_from(down[m * rank + i], lowrank);
@@ -182,36 +182,37 @@ void run_case(const Case& c, uint64_t seed) {
         }
         v = float(add);
       }
-      if (c.extras & 1) {
+      if (c.epilogue & 1) {
         const double x = v, inner = 0.7978845608028654 * (x + 0.044715 * x * x * x);
         v = float(0.5 * x * (1 + std::tanh(inner)));
       }
-      if (c.extras & 2)
+      if (c.epilogue & 2)
         v = float_from(bits_at(gate.data, m / gate_tokens * c.n + n, c.type), c.type) * v +
             float_from(bits_at(residual.data, m * c.n + n, c.type), c.type);
       const uint32_t got = bits_at(out.data, m * c.n + n, c.type), want = rounded_to(v, c.type);
       bool same = got == want;
-      if (c.extras & 5 || fp4(c)) {  // the tanh of a host and the order of float sums differ: one unit
+      // the host's tanh and the order of float sums differ: not bit for bit
+      if (c.epilogue & 5 || fp4(c)) {
         const float a = float_from(got, c.type);
-        const float unit = c.type == kFloat32 ? fp4(c) ? 1e-5f : 2e-6f : 0.01f;
-        same = std::fabs(a - v) <= unit * (std::fabs(v) + 1);
+        const float tolerance = c.type == kFloat32 ? fp4(c) ? 1e-5f : 2e-6f : 0.01f;
+        same = std::fabs(a - v) <= tolerance * (std::fabs(v) + 1);
       }
       if (!same && wrong++ == 0) first = m * c.n + n;
     }
   const bool good = status == kOk && !wrong && kernel && std::strstr(kernel, c.kernel) &&
                     conflicts < 1.02;
   const char* names[] = {"int8", "two-level", "table", "nvfp4", "mxfp4"};
-  check(good, "%s (%d, %d, %d) group %d sm_%d type %d extras %d seed %d: %s, conflicts %.2f, "
+  check(good, "%s (%d, %d, %d) group %d sm_%d type %d epilogue %d seed %d: %s, conflicts %.2f, "
         "%d wrong",
-        names[c.weights], int(c.m), int(c.n), int(c.k), int(c.group), c.arch, int(c.type), c.extras,
+        names[c.weights], int(c.m), int(c.n), int(c.k), int(c.group), c.arch, int(c.type), c.epilogue,
         int(seed), kernel ? kernel : "no kernel", conflicts, int(wrong));
   if (wrong) std::printf("  first wrong: row %d, column %d\n", int(first / c.n), int(first % c.n));
   if (status != kOk) std::printf("  status %d\n", status);
 }
 
-#if defined(DTQ_SIM)  // functions of the device, called as they are
-// Every legal group byte by every pair of neighbouring codes, through the arithmetic on four bytes.
-void every_level() {
+#if defined(DTQ_SIM)  // device functions, called directly
+// All valid group bytes x all pairs of neighbouring codes, through the arithmetic on four bytes.
+void test_two_level() {
   long wrong = 0, tried = 0;
   for (uint32_t byte = 0; byte < 256; byte++) {
     const int zero = byte & 15, scale2 = int(byte >> 4) + 1;
@@ -230,8 +231,8 @@ void every_level() {
   check(!wrong && tried > 10000000, "two-level arithmetic: %ld of %ld wrong", wrong, tried);
 }
 
-// Every four neighbouring codes through a table.
-void every_look_up() {
+// All combinations of four neighbouring codes, through a codebook.
+void test_table() {
   Random r(5);
   long wrong = 0;
   for (int round = 0; round < 4; round++) {
@@ -266,13 +267,13 @@ void refusals() {
   check(dtq_gemm_kernel(&g) == nullptr && dtq_gemm_refusal(&g), "sm_75 is refused");
   g.arch = 80, g.columns = 200000;
   check(dtq_gemm(&g, nullptr) == kUnsupported, "sums that may overflow are refused");
-  Gemm four = g;
-  four.weights = kNvFp4, four.group = 16, four.columns = 128;
-  check(dtq_gemm(&four, nullptr) == kUnsupported, "FP4 products are refused before sm_120");
-  four.arch = 121;
-  check(!dtq_gemm_refusal(&four), "and taken there");
-  four.columns = 96;
-  check(dtq_gemm(&four, nullptr) == kUnsupported, "but not of 96 columns");
+  Gemm fp4 = g;
+  fp4.weights = kNvFp4, fp4.group = 16, fp4.columns = 128;
+  check(dtq_gemm(&fp4, nullptr) == kUnsupported, "FP4 products are refused before sm_120");
+  fp4.arch = 121;
+  check(!dtq_gemm_refusal(&fp4), "FP4 products are supported on sm_121");
+  fp4.columns = 96;
+  check(dtq_gemm(&fp4, nullptr) == kUnsupported, "FP4 products of 96 columns are refused");
   g.columns = 4096;
   check(dtq_gemm_workspace(&g) > 0 && dtq_gemm(&g, nullptr) == kWorkspace, "workspace is needed");
 }
@@ -307,7 +308,7 @@ const Case kCases[] = {
     {kInt8, 260, 514, 160, 0, 90, kFloat32, true, 7, "wgmma"},
     {kTwoLevel, 127, 1025, 192, 64, 90, kBFloat16, true, 0, "wgmma 128x128"},
     {kInt8, 66, 1030, 1152, 0, 90, kFloat16, true, 4, "wgmma 128x128"},
-    // what follows the bias
+    // epilogues
     {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
     {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},
     {kTwoLevel, 140, 72, 128, 64, 80, kBFloat16, true, 4, "summed after"},
@@ -327,8 +328,8 @@ int main(int argc, char** argv) {
   refusals();
   bool hopper = true, blackwell = true;
 #if defined(DTQ_SIM)
-  every_level();
-  every_look_up();
+  test_two_level();
+  test_table();
 #else
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return check(false, "a GPU"), done();
@@ -349,7 +350,7 @@ int main(int argc, char** argv) {
   return done();
 }
 
-#if defined(DTQ_SIM)  // for callers in another language, when this is built as a library
+#if defined(DTQ_SIM)  // for callers in Python, when this is built as a library
 extern "C" {
 void dtq_sim_seed(uint64_t seed) { sim::session().seed = seed; }
 const char* dtq_sim_error() { return sim::session().error.c_str(); }

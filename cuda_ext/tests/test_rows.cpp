@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The row and weight kernels against plain loops, on the emulator: test_rows [seeds]. What torch makes of
-// the same numbers is in tests/test_cuda_rows.py; this program is for the sanitizers and for faults.
+// Compares the row and weight kernels with plain loops on the emulator: test_rows [seeds]. For sanitizers
+// and mutation testing; tests/kernels/test_cuda_rows.py compares them with torch.
 //
 // -DDTQ_ONLY=1 compiles rows of activations alone, 2 stored weights alone.
 #include <cmath>
@@ -27,20 +27,20 @@ using Array = std::vector<T>;
 
 #if defined(DTQ_TEST_ROWS)
 
-// What a row is before it is quantized, by the book: one loop after the other.
+// A row before quantization, by plain loops.
 Array<float> plain_row(const Rows& r, int64_t row) {
   const int64_t columns = r.columns;
   const float* x = (const float*)r.x + row * r.stride;
   Array<float> v(x, x + columns);
-  if (r.before == kNorm) {
+  if (r.prologue == kNorm) {
     auto sum = [&](auto&& term) {
       float lanes[32] = {};
       for (int64_t start = 0; start < columns; start += 16) {
-        float run[16] = {};
-        for (int i = 0; i < 16 && start + i < columns; i++) run[i] = term(start + i);
+        float v[16] = {};
+        for (int i = 0; i < 16 && start + i < columns; i++) v[i] = term(start + i);
         for (int half = 8; half; half /= 2)
-          for (int i = 0; i < half; i++) run[i] += run[i + half];
-        lanes[start / 16 % 32] += run[0];
+          for (int i = 0; i < half; i++) v[i] += v[i + half];
+        lanes[start / 16 % 32] += v[0];
       }
       for (int half = 16; half; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
@@ -59,78 +59,79 @@ Array<float> plain_row(const Rows& r, int64_t row) {
   }
   if (r.pre_scale)
     for (int64_t k = 0; k < columns; k++) v[k] *= bf16_to_float(r.pre_scale[k]);
-  if (r.order) {
+  if (r.perm) {
     const Array<float> from = v;
-    for (int64_t k = 0; k < columns; k++) v[k] = from[r.order[k]];
+    for (int64_t k = 0; k < columns; k++) v[k] = from[r.perm[k]];
   }
-  for (int turn = 0; turn < r.turns; turn++) {
-    if (turn) {
+  for (int rotation = 0; rotation < r.num_rotations; rotation++) {
+    if (rotation) {
       const Array<float> from = v;
-      const int64_t blocks = columns / r.block;
-      for (int64_t k = 0; k < columns; k++) v[k % r.block * blocks + k / r.block] = from[k];
+      const int64_t blocks = columns / r.hadamard_block;
+      for (int64_t k = 0; k < columns; k++)
+        v[k % r.hadamard_block * blocks + k / r.hadamard_block] = from[k];
     }
-    for (int64_t half = 1; half < r.block; half *= 2)
+    for (int64_t half = 1; half < r.hadamard_block; half *= 2)
       for (int64_t k = 0; k < columns; k++)
         if (!(k & half)) {
           const float a = v[k], b = v[k + half];
           v[k] = a + b;
           v[k + half] = a - b;
         }
-    if (r.block > 1)
-      for (float& value : v) value *= (float)std::pow((double)r.block, -0.5);
+    if (r.hadamard_block > 1)
+      for (float& value : v) value *= (float)std::pow((double)r.hadamard_block, -0.5);
   }
   return v;
 }
 
-void check_rows(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Before before,
-                int turns = 1, bool shuffled = false, bool fixed = false, int64_t pad = 0) {
+void check_rows(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Prologue prologue,
+                int num_rotations = 1, bool permuted = false, bool is_static = false, int64_t pad = 0) {
   Random random(seed);
-  // as large as they must be, so that a sanitizer sees what is beyond
+  // exactly the required size, so that address sanitizer detects accesses past the end
   Array<float> x(rows * columns), scale(columns * rows), shift(columns * rows), measured(rows);
   for (auto* a : {&x, &scale, &shift})
     for (float& value : *a) value = random.real(-3, 3);
   Array<uint16_t> pre(columns);
   for (auto& value : pre) value = float_to_bf16(random.real(-1, 1));
-  Array<int32_t> order(columns), sums(rows);
-  for (int64_t k = 0; k < columns; k++) order[k] = (int32_t)k;
-  for (int64_t k = columns - 1; k > 0; k--) std::swap(order[k], order[random.between(0, (int)k)]);
+  Array<int32_t> perm(columns), sums(rows);
+  for (int64_t k = 0; k < columns; k++) perm[k] = (int32_t)k;
+  for (int64_t k = columns - 1; k > 0; k--) std::swap(perm[k], perm[random.between(0, (int)k)]);
   const int64_t width = columns + pad, bin = 1;
-  Array<int8_t> codes(rows * width, 55);
+  Array<int8_t> x_q(rows * width, 55);
   const float table[2] = {9, 0.02f};
   Rows r = {};
   r.x = x.data(), r.rows = rows, r.columns = r.stride = columns;
-  r.before = before, r.eps = 1e-6f;
+  r.prologue = prologue, r.eps = 1e-6f;
   r.modulate_scale = scale.data(), r.modulate_shift = shift.data();
   r.modulate_stride = columns, r.rows_per_modulate = 2;
-  r.pre_scale = pre.data(), r.order = shuffled ? order.data() : nullptr;
-  r.block = block, r.turns = turns, r.levels = 127;
-  r.fixed = fixed ? table : nullptr, r.bin = fixed ? &bin : nullptr;
-  r.out = codes.data(), r.out_stride = r.width = width, r.scale = measured.data();
+  r.pre_scale = pre.data(), r.perm = permuted ? perm.data() : nullptr;
+  r.hadamard_block = block, r.num_rotations = num_rotations, r.qmax = 127;
+  r.static_scale = is_static ? table : nullptr, r.bin = is_static ? &bin : nullptr;
+  r.out = x_q.data(), r.out_stride = r.width = width, r.scale = measured.data();
   r.sums = sums.data();
   sim::session().seed = seed;
   const int status = launch_rows(r, nullptr);
   int64_t wrong = 0;
   for (int64_t row = 0; row < rows && status == kOk; row++) {
     const Array<float> v = plain_row(r, row);
-    float peak = 0;
-    for (float value : v) peak = std::max(peak, std::fabs(value));
-    const float by = fixed ? table[1] : std::max(peak / 127, 1e-8f);
+    float amax = 0;
+    for (float value : v) amax = std::max(amax, std::fabs(value));
+    const float by = is_static ? table[1] : std::max(amax / 127, 1e-8f);
     int32_t sum = 0;
     wrong += measured[row] != by;
     for (int64_t k = 0; k < width; k++) {
       float want = k < columns ? std::nearbyint(v[k] / by) : 0;
       want = std::min(std::max(want, -127.f), 127.f);
-      wrong += codes[row * width + k] != want;
+      wrong += x_q[row * width + k] != want;
       sum += (int)want;
     }
     wrong += sums[row] != sum;
   }
-  check(status == kOk && !wrong, "rows %lld x %lld block %lld before %d turns %d: %lld wrong, %s",
-        (long long)rows, (long long)columns, (long long)block, before, turns, (long long)wrong,
+  check(status == kOk && !wrong, "rows %lld x %lld block %lld prologue %d rotations %d: %lld wrong, %s",
+        (long long)rows, (long long)columns, (long long)block, prologue, num_rotations, (long long)wrong,
         status == kOk ? "" : status == kEmulator ? sim::session().error.c_str() : refusal(status));
 }
 
-// The number of a list next to x, ties to the even place in it.
+// x rounded to the values of a list, ties to the even index.
 float nearest_of(const Array<float>& sizes, float x) {
   const float size = std::fabs(x);
   size_t best = 0;
@@ -149,20 +150,20 @@ Array<float> e4m3_sizes() {
 
 float as_bf16(float x) { return bf16_to_float(float_to_bf16(std::max(x, 1e-30f))); }
 
-// A row by the book: what the FP4 codes, E2M1 levels or rounded floats of `v` stand for.
-Array<float> plain_grid(const Array<float>& v, const Rows& r) {
+// The row `v` fake-quantized by plain loops: the values of its FP4 codes, E2M1 values or rounded floats.
+Array<float> plain_fake_quantize(const Array<float>& v, const Rows& r) {
   static const Array<float> e2m1 = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6}, e4m3 = e4m3_sizes();
   const int64_t columns = (int64_t)v.size();
   Array<float> out(v.size());
-  float peak = 0;
-  for (float value : v) peak = std::max(peak, std::fabs(value));
-  const bool nv = r.output == kNvRow || (r.output == kRounded && r.rounding == kRoundNvFp4);
-  const bool mx = r.output == kMxRow || (r.output == kRounded && r.rounding == kRoundMxFp4);
-  if (r.output == kE2m1 || (r.output == kRounded && r.rounding == kRoundFp8Row)) {
+  float amax = 0;
+  for (float value : v) amax = std::max(amax, std::fabs(value));
+  const bool nv = r.output == kNvRow || (r.output == kFakeQuantized && r.rounding == kRoundNvFp4);
+  const bool mx = r.output == kMxRow || (r.output == kFakeQuantized && r.rounding == kRoundMxFp4);
+  if (r.output == kE2m1 || (r.output == kFakeQuantized && r.rounding == kRoundFp8Row)) {
     const bool small = r.output == kE2m1;
-    const float scale = peak / (small ? 6.f : 448.f);
+    const float scale = amax / (small ? 6.f : 448.f);
     for (int64_t k = 0; k < columns; k++)
-      out[k] = peak == 0 ? 0 : nearest_of(small ? e2m1 : e4m3, v[k] / scale) * scale;
+      out[k] = amax == 0 ? 0 : nearest_of(small ? e2m1 : e4m3, v[k] / scale) * scale;
     return out;
   }
   const int64_t group = nv ? 16 : mx ? 32 : r.rounding == kRoundInt8AsymG128 ? 128 : 64;
@@ -174,7 +175,7 @@ Array<float> plain_grid(const Array<float>& v, const Rows& r) {
     }
     for (int64_t k = start; k < start + group; k++) {
       if (nv) {
-        const float whole = std::max(peak, 1e-30f), wanted = most / whole / (1.f / 2688) / 6;
+        const float whole = std::max(amax, 1e-30f), wanted = most / whole / (1.f / 2688) / 6;
         const float scale = nearest_of(e4m3, std::max(wanted, 0x1p-9f)) * (1.f / 2688);
         out[k] = nearest_of(e2m1, v[k] / whole / scale) * scale * whole;
       } else if (mx) {
@@ -194,37 +195,37 @@ Array<float> plain_grid(const Array<float>& v, const Rows& r) {
   return out;
 }
 
-void check_grids(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Output output,
-                 Rounding rounding = kRoundInt4G64, bool shuffled = false) {
+void check_floats(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Output output,
+                 Rounding rounding = kRoundInt4G64, bool permuted = false) {
   Random random(seed);
-  Array<float> x(rows * columns), scale(rows), rounded(output == kRounded ? rows * columns : 0);
+  Array<float> x(rows * columns), scale(rows), rounded(output == kFakeQuantized ? rows * columns : 0);
   for (float& value : x) value = random.real(-3, 3);
   for (int64_t k = 0; k < 64; k++) x[k] = 0;  // a group of zeros
-  const float ties[] = {6, 0.25f, 0.75f, -1.25f, 1.75f, -2.5f, 3.5f, 5};  // of E2M1, in a row by itself
+  const float ties[] = {6, 0.25f, 0.75f, -1.25f, 1.75f, -2.5f, 3.5f, 5};  // of E2M1, in a row of its own
   for (int64_t k = 0; k < columns; k++) x[(rows - 1) * columns + k] = ties[k % 8];
-  Array<int32_t> order(columns);
-  for (int64_t k = 0; k < columns; k++) order[k] = (int32_t)(columns - 1 - k);
-  const bool four = output == kNvRow || output == kMxRow;
+  Array<int32_t> perm(columns);
+  for (int64_t k = 0; k < columns; k++) perm[k] = (int32_t)(columns - 1 - k);
+  const bool fp4 = output == kNvRow || output == kMxRow;
   const int64_t group = output == kNvRow ? 16 : 32;
-  Buffer<uint8_t> codes(output == kRounded ? 0 : rows * columns / (four ? 2 : 1));
-  Buffer<uint8_t> blocks(four ? rows * columns / group : 0);
+  Buffer<uint8_t> codes(output == kFakeQuantized ? 0 : rows * columns / (fp4 ? 2 : 1));
+  Buffer<uint8_t> blocks(fp4 ? rows * columns / group : 0);
   Rows r = {};
   r.x = x.data(), r.rows = rows, r.columns = r.stride = columns;
-  r.order = shuffled ? order.data() : nullptr, r.block = block, r.turns = 1, r.levels = 127;
+  r.perm = permuted ? perm.data() : nullptr, r.hadamard_block = block, r.num_rotations = 1, r.qmax = 127;
   r.output = output, r.rounding = rounding, r.out_type = kFloat32;
-  r.out = output == kRounded ? (void*)rounded.data() : codes.data;
-  r.out_stride = four ? columns / 2 : columns, r.block_scale = blocks.data;
-  r.scale = output == kRounded ? nullptr : scale.data();
+  r.out = output == kFakeQuantized ? (void*)rounded.data() : codes.data;
+  r.out_stride = fp4 ? columns / 2 : columns, r.block_scale = blocks.data;
+  r.scale = output == kFakeQuantized ? nullptr : scale.data();
   sim::session().seed = seed;
   const int status = launch_rows(r, nullptr);
   int64_t wrong = 0;
   const float sizes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
   for (int64_t row = 0; row < rows && status == kOk; row++) {
-    const Array<float> want = plain_grid(plain_row(r, row), r);
+    const Array<float> want = plain_fake_quantize(plain_row(r, row), r);
     for (int64_t k = 0; k < columns; k++) {
       const int64_t at = row * columns + k;
       float got;
-      if (output == kRounded) {
+      if (output == kFakeQuantized) {
         got = rounded[at];
       } else if (output == kE2m1) {
         got = (float)(int8_t)codes[at] * scale[row];
@@ -234,30 +235,30 @@ void check_grids(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Ou
         const float by = output == kNvRow ? from_e4m3(byte) : std::ldexp(1.f, byte - 127);
         got = (code & 8 ? -1 : 1) * sizes[code & 7] * by * scale[row];
       }
-      // the scales of NVFP4 are multiplied in another order here
+      // the scales of NVFP4 are multiplied in another order
       wrong += std::fabs(got - want[k]) > 1e-6f * std::fabs(want[k]);
     }
   }
-  check(status == kOk && !wrong, "grid %d %d of %lld x %lld block %lld: %lld wrong, %s", output,
+  check(status == kOk && !wrong, "output %d rounding %d of %lld x %lld block %lld: %lld wrong, %s", output,
         rounding, (long long)rows, (long long)columns, (long long)block, (long long)wrong,
         status == kOk ? "" : status == kEmulator ? sim::session().error.c_str() : refusal(status));
 }
 
-void test_grids(uint64_t seed) {
+void test_floats(uint64_t seed) {
   for (Output output : {kE2m1, kNvRow, kMxRow}) {
-    check_grids(seed, 3, 1152, 64, output);
-    check_grids(seed, 2, 640, 1, output, kRoundInt4G64, true);  // streamed
+    check_floats(seed, 3, 1152, 64, output);
+    check_floats(seed, 2, 640, 1, output, kRoundInt4G64, true);  // tiled
   }
   for (Rounding rounding :
        {kRoundInt4G64, kRoundInt4AsymG64, kRoundInt8AsymG128, kRoundFp8Row, kRoundNvFp4, kRoundMxFp4}) {
-    check_grids(seed, 3, 1152, 128, kRounded, rounding);
-    check_grids(seed, 2, 640, 1, kRounded, rounding, true);
+    check_floats(seed, 3, 1152, 128, kFakeQuantized, rounding);
+    check_floats(seed, 2, 640, 1, kFakeQuantized, rounding, true);
   }
 }
 
-// Quotients x / s next to where rounding them to float decides on which side of a half-integer h below
-// 128 they fall: with 24-bit mantissas X and S that is X 2^a = M S + d, M 2^-a half a unit beside h and
-// d small. M is odd, so every d has one S. Beyond |d| = 3 the error of `quotient` cannot reach the tie.
+// Quotients x / s so close to a half-integer h below 128 that rounding them to float may move them across:
+// with 24-bit mantissas X and S, X 2^a = M S + d, where M 2^-a is half a unit in the last place from h and
+// d is small. M is odd, so every d has one S. For |d| > 3 the error of `quotient` cannot reach the tie.
 void check_quotients() {
   int64_t tried = 0, wrong = 0;
   for (int j = 0; j < 128; j++) {
@@ -289,18 +290,18 @@ void check_quotients() {
 
 void test_rows(uint64_t seed) {
   check_quotients();
-  test_grids(seed);
-  check_rows(seed, 3, 1152, 128, kAsIs);
-  check_rows(seed, 2, 96, 1, kAsIs, 1, false, false, 16);
-  check_rows(seed, 2, 3072, 1024, kAsIs);
-  check_rows(seed, 1, 4096, 4096, kAsIs);
+  test_floats(seed);
+  check_rows(seed, 3, 1152, 128, kNoPrologue);
+  check_rows(seed, 2, 96, 1, kNoPrologue, 1, false, false, 16);
+  check_rows(seed, 2, 3072, 1024, kNoPrologue);
+  check_rows(seed, 1, 4096, 4096, kNoPrologue);
   check_rows(seed, 3, 1152, 64, kNorm);
   check_rows(seed, 2, 4608, 512, kNorm, 1, false, true);
-  // streamed
-  check_rows(seed, 2, 37, 1, kAsIs, 1, false, false, 11);
+  // tiled
+  check_rows(seed, 2, 37, 1, kNoPrologue, 1, false, false, 11);
   check_rows(seed, 2, 1160, 8, kNorm, 1, true);
-  check_rows(seed, 1, 16384 + 1024, 1024, kAsIs);
-  check_rows(seed, 2, 768, 16, kAsIs, 2, true);
+  check_rows(seed, 1, 16384 + 1024, 1024, kNoPrologue);
+  check_rows(seed, 2, 768, 16, kNoPrologue, 2, true);
   check_rows(seed, 1, 9216, 1024, kNorm, 2);
 }
 #endif
@@ -309,34 +310,34 @@ void test_rows(uint64_t seed) {
 
 #if defined(DTQ_TEST_WEIGHTS)
 
-struct Stored {
+struct StoredWeight {
   Array<uint8_t> bytes, tail, groups;
-  Array<float> scale, table;
-  Array<float> values;  // (N, K), what they stand for
+  Array<float> scale, codebook;
+  Array<float> values;  // (N, K)
   Weight w = {};
 };
 
-// A few kinds of codes, written bit by bit.
-Stored random_weight(Random& random, Encoding codes, int bits, int64_t rows, int64_t columns,
-                     int64_t groups) {
-  Stored s;
+// Some encodings, written bit by bit.
+StoredWeight random_weight(Random& random, Encoding encoding, int bits, int64_t rows,
+                           int64_t columns, int64_t groups) {
+  StoredWeight s;
   Weight& w = s.w;
-  w.encoding = codes, w.bits = bits, w.rows = rows, w.columns = columns, w.groups = groups;
+  w.encoding = encoding, w.bits = bits, w.rows = rows, w.columns = columns, w.groups = groups;
   w.scale_type = kScaleFloat32;
-  const int64_t each = columns / groups, scales = codes == kTwoLevel ? 1 : groups;
+  const int64_t each = columns / groups, scales = encoding == kTwoLevel ? 1 : groups;
   for (int64_t i = 0; i < rows * scales; i++) s.scale.push_back(random.real(0.01f, 0.02f));
-  for (int i = 0; i < 1 << bits && codes == kTable; i++) s.table.push_back(random.real(-1, 1));
-  for (int64_t i = 0; i < rows * groups && codes == kTwoLevel; i++)
+  for (int i = 0; i < 1 << bits && encoding == kTable; i++) s.codebook.push_back(random.real(-1, 1));
+  for (int64_t i = 0; i < rows * groups && encoding == kTwoLevel; i++)
     s.groups.push_back((uint8_t)random.between(0, 255));
-  const int64_t row_bytes = codes == kTrits ? columns / 5 : columns * bits / 8;
+  const int64_t row_bytes = encoding == kTrits ? columns / 5 : columns * bits / 8;
   s.bytes.assign(rows * row_bytes, 0);
-  w.offset = codes == kAffine ? 1 << (bits - 1) : 0;
+  w.offset = encoding == kAffine ? 1 << (bits - 1) : 0;
   for (int64_t n = 0; n < rows; n++)
     for (int64_t k = 0; k < columns; k++) {
       uint8_t* row = s.bytes.data() + n * row_bytes;
-      const int code = random.between(0, codes == kTrits ? 2 : (1 << bits) - 1);
+      const int code = random.between(0, encoding == kTrits ? 2 : (1 << bits) - 1);
       float value = (float)(code - w.offset);
-      if (codes == kTrits) {
+      if (encoding == kTrits) {
         int digit = 1;
         for (int64_t i = 0; i < k % 5; i++) digit *= 3;
         if (k < columns / 5 * 5) row[k / 5] = (uint8_t)(row[k / 5] + code * digit);
@@ -346,35 +347,35 @@ Stored random_weight(Random& random, Encoding codes, int bits, int64_t rows, int
         for (int b = 0; b < bits; b++)
           row[(k * bits + b) / 8] |= (uint8_t)((code >> b & 1) << (k * bits + b) % 8);
       }
-      if (codes == kTable) value = s.table[code];
-      if (codes == kTwoLevel) {
+      if (encoding == kTable) value = s.codebook[code];
+      if (encoding == kTwoLevel) {
         const int byte = s.groups[n * groups + k / each];
         value = (float)(int8_t)((code - (byte & ((1 << bits) - 1))) * ((byte >> bits) + 1));
       }
-      s.values.push_back(value * s.scale[n * scales + (codes == kTwoLevel ? 0 : k / each)]);
+      s.values.push_back(value * s.scale[n * scales + (encoding == kTwoLevel ? 0 : k / each)]);
     }
   w.weight = s.bytes.data(), w.tail = s.tail.data(), w.group_bytes = s.groups.data();
-  w.table = s.table.data(), w.scale = s.scale.data();
+  w.codebook = s.codebook.data(), w.scale = s.scale.data();
   return s;
 }
 
-void check_weight(uint64_t seed, Encoding codes, int bits, int64_t rows, int64_t columns,
+void check_weight(uint64_t seed, Encoding encoding, int bits, int64_t rows, int64_t columns,
                   int64_t groups, int64_t tokens) {
   Random random(seed + bits);
-  Stored s = random_weight(random, codes, bits, rows, columns, groups);
+  StoredWeight s = random_weight(random, encoding, bits, rows, columns, groups);
   sim::session().seed = seed;
   Array<float> decoded(rows * columns);
   const int status = launch_dequantize(s.w, decoded.data(), kFloat32, nullptr);
-  check(status == kOk && decoded == s.values, "codes %d bits %d: %s", codes, bits,
+  check(status == kOk && decoded == s.values, "encoding %d bits %d: %s", encoding, bits,
         sim::session().error.c_str());
 
   Array<uint16_t> x(tokens * columns), bias(rows), y(tokens * rows);
   for (auto* a : {&x, &bias})
     for (auto& value : *a) value = float_to_bf16(random.real(-1, 1));
-  Few f = {};
+  SmallM f = {};
   f.weight = s.w, f.x = x.data(), f.type = kBFloat16, f.tokens = tokens, f.stride = columns;
   f.bias = bias.data(), f.y = y.data();
-  const int done = launch_few(f, nullptr);
+  const int done = launch_small_m(f, nullptr);
   double worst = 0;
   for (int64_t m = 0; m < tokens; m++)
     for (int64_t n = 0; n < rows; n++) {
@@ -388,8 +389,8 @@ void check_weight(uint64_t seed, Encoding codes, int bits, int64_t rows, int64_t
       const double error = std::fabs(bf16_to_float(y[m * rows + n]) - sum);
       worst = std::max(worst, error / (std::fabs(sum) / 256 + size / 4096 / 256));
     }
-  check(done == kOk && worst <= 1, "few: codes %d bits %d, %lld tokens: %.2f of the bound, %s", codes,
-        bits, (long long)tokens, worst, sim::session().error.c_str());
+  check(done == kOk && worst <= 1, "small M: encoding %d bits %d, %lld tokens: %.2f of the bound, %s",
+        encoding, bits, (long long)tokens, worst, sim::session().error.c_str());
 }
 
 void test_weights(uint64_t seed) {

@@ -38,7 +38,7 @@ Bounds = Mapping[str, tuple[int, int]]
 LIMIT = 16384
 """Largest number of points of a Pareto front. With 200 random items of five options, the total
 sensitivity is within 0.1 % of the linear relaxation, a lower bound, and the front takes a second
-(``tests/test_allocate.py``)."""
+(``tests/allocate/test_allocation.py``)."""
 
 
 def knapsack(
@@ -126,8 +126,8 @@ def pareto_front(
     """
     if broken := [item for item, options in tables.items() if not _finite(options)]:
         raise InputError(
-            f"{', '.join(broken)}: no option gives finite outputs; add a wider format, or "
-            f"exclude them"
+            f"{', '.join(broken)}: no option gives finite outputs; "
+            f"add a wider format, or exclude them"
         )
     usable = {item: _finite(options) for item, options in tables.items()}
     largest = sum(max(abs(o.sensitivity) for o in options) for options in usable.values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -105,6 +106,16 @@ def run_suite(
         if progress:
             progress(compared)
     return Result(suite, conditions, rows)
+
+
+def timing(clock: Clock, rounds: int) -> dict[str, str | int]:
+    """Conditions of every measurement: how and when it was made."""
+    return {
+        "clock": clock.name,
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 @torch.no_grad()

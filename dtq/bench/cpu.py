@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.bench.cases import RECIPES, Inputs, cases, cast_floats, quantized, quantized_model
-from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_suite
+from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_suite, timing
 from dtq.bench.timer import HostClock
 from dtq.evaluate.baselines import BASELINES
 from dtq.kernels import CPU
@@ -87,10 +86,7 @@ def conditions(rounds: int) -> dict[str, str | int]:
         "kernels": CPU.describe(),
         "peak": f"{peak / 1e9:.0f} GOP/s of int8 in registers, a thread" if peak else "unknown",
         "threads": torch.get_num_threads(),
-        "clock": HostClock().name,
-        "torch": torch.__version__,
-        "rounds": rounds,
-        "date": time.strftime("%Y-%m-%d"),
+        **timing(HostClock(), rounds),
     }
 
 

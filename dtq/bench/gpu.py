@@ -13,7 +13,6 @@ import copy
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.bench.cases import RECIPES, Inputs, dit, flux, quantized, quantized_model
-from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_suite
+from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_suite, timing
 from dtq.bench.cpu import MODULES, installed
 from dtq.bench.timer import clock_of
 from dtq.errors import InputError
@@ -113,12 +112,7 @@ def conditions(rounds: int, device: torch.device) -> dict[str, str | int]:
             "kernels": CUDA.describe(),
             "cuda": str(torch.version.cuda),
         }
-    return machine | {
-        "clock": clock_of(device).name,
-        "torch": torch.__version__,
-        "rounds": rounds,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return machine | timing(clock_of(device), rounds)
 
 
 # ------------------------------------------------------------------------------------- linears

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the float model once and remember what every transform and solver may ask."""
+"""Calibration: run the float model and collect the statistics that transforms and solvers use."""

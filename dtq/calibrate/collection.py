@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration collects of one model: statistics per input, timestep bins, provenance."""
+"""The statistics of one model: observers per input group, timestep bins, provenance."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dtq.errors import InputError
 
 @dataclass
 class Statistics:
-    """Everything one calibration run remembers.
+    """The result of a calibration run.
 
     Attributes:
-        sites: by site name.
+        inputs: statistics by name of the input group.
         edges: timesteps that separate the bins, rising.
-        about: how it was made: model class, set, samples, steps, seed, parts.
+        about: how they were made: model class, prompt set, samples, steps, seed, shards.
     """
 
     inputs: Mapping[str, InputStats]
@@ -26,14 +26,14 @@ class Statistics:
     about: dict[str, Any] = field(default_factory=dict)
 
     def merge(self, other: Statistics) -> None:
-        """Take in what another run on the same model saw.
+        """Add the statistics of another run on the same model.
 
         Raises:
-            InputError: other sites or bins.
+            InputError: they have other input groups or bins.
         """
         if self.edges != other.edges or set(self.inputs) != set(other.inputs):
             raise InputError("statistics of different models or bins cannot be merged")
-        self.inputs = dict(self.inputs)  # of a file they would be read anew
+        self.inputs = dict(self.inputs)  # those of a file would be read again at every access
         if "calls" in self.about and "calls" in other.about:
             self.about = {**self.about, "calls": self.about["calls"] + other.about["calls"]}
         for name, stats in self.inputs.items():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration that survives a crash and is shared by processes: parts, added up in one file.
+"""Calibration that resumes after a crash and is shared by processes: shards, summed in one file.
 
-The batches are cut into parts by the recipe alone. Process r of R sees parts r, r + R, and so on;
-then they add what they saw to the file one after another, in order of the parts. Sums of floats
-depend on their order, and here the order is always the same: the file has the same numbers however
-many processes there are, and wherever one of them was killed.
+The recipe alone splits the batches into shards. Process r of R runs shards r, r + R, and so on;
+then the processes add their statistics to the file one after another, in the order of the shards. A
+sum of floats depends on its order, and this order is always the same: the file has the same bytes
+however many processes there are, and wherever one of them was killed.
 """
 
 from __future__ import annotations
@@ -28,62 +28,70 @@ def calibrate_in_shards(
     input_groups: Sequence[InputGroup],
     settings: SamplingSettings,
     needs: frozenset[str],
-    runs: CalibrationRun,
+    run: CalibrationRun,
     tasks: TaskStore,
     *,
     progress: bool = True,
 ) -> Path:
-    """The file with the statistics of some sites; goes on where an earlier run stopped.
+    """Make the file with the statistics of some input groups, or continue it.
+
+    It is one task, a sum over the shards: a file per shard would take as many times the disk.
 
     Args:
-        source, sites, calibration, needs: as for ``engine.calibrate``.
-        runs: from ``engine.drive``.
-        work: in a folder.
+        loaded: the float model.
+        input_groups: whose inputs to observe.
+        settings: how the model is sampled, and the number of shards.
+        needs: statistics to collect, names of ``observers.OBSERVERS``.
+        run: from :func:`~dtq.calibrate.engine.calibration_run`.
+        tasks: in a folder.
         progress: show a bar.
 
+    Returns:
+        The file, which :func:`dtq.calibrate.store.load` reads.
+
     Raises:
-        TeamError: another process died.
+        WorkerError: another process died.
     """
-    parts, team = runs.shards(settings.num_shards), tasks.workers
-    names = "\n".join([*(site.name for site in input_groups), *sorted(needs)])
+    shards, workers = run.shards(settings.num_shards), tasks.workers
+    names = "\n".join([*(group.name for group in input_groups), *sorted(needs)])
     path = tasks.path(f"statistics/{bytes_digest(names.encode())[:16]}")
     assert path is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = team.broadcast(_parts_in(path) if team.is_main else 0)
-    for first in range(done, len(parts), team.size):
-        mine, end = first + team.rank, min(first + team.size, len(parts))
-        seen = None
+    done = workers.broadcast(_shards_in(path) if workers.is_main else 0)
+    for first in range(done, len(shards), workers.size):
+        mine, end = first + workers.rank, min(first + workers.size, len(shards))
+        shard = None
         if mine < end:
-            seen = collect_shard(
-                loaded, input_groups, settings, needs, runs, parts[mine], progress=progress
+            shard = collect_shard(
+                loaded, input_groups, settings, needs, run, shards[mine], progress=progress
             )
-        for turn in range(first, end):
-            if turn == mine and seen is not None:
-                _add(path, seen, turn)
-            team.barrier()
+        for index in range(first, end):
+            if index == mine and shard is not None:
+                _add(path, shard, index)
+            tasks.barrier()
     return path
 
 
-def _parts_in(path: Path) -> int:
-    """How many parts a file has, 0 when there is none."""
+def _shards_in(path: Path) -> int:
+    """How many shards a file is the sum of, 0 when there is none."""
     if not path.exists():
         return 0
     try:
         return int(store.load(path).about["num_shards"])
     except CheckpointError:
-        path.unlink()  # what a crash of the whole machine left; seen again
+        path.unlink()  # damaged by a crash of the whole machine; computed again
         return 0
 
 
-def _add(path: Path, seen: Statistics, place: int) -> None:
-    """Add part number ``place`` to those before it; ``seen`` is emptied, site by site."""
-    about, sites = seen.about, dict(seen.inputs)
-    seen.inputs = {}
-    if place:
+def _add(path: Path, shard: Statistics, index: int) -> None:
+    """Add shard number ``index`` to those before it; ``shard`` is emptied, group by group."""
+    about, inputs = shard.about, dict(shard.inputs)
+    shard.inputs = {}
+    if index:
         before = store.load(path)
-        for name in list(sites):
-            site = before.inputs[name]
-            site.merge(sites.pop(name))
-            sites[name] = site
+        for name in list(inputs):
+            stats = before.inputs[name]
+            stats.merge(inputs.pop(name))
+            inputs[name] = stats
         about = {**about, "calls": before.about["calls"] + about["calls"]}
-    store.save(Statistics(sites, seen.edges, {**about, "num_shards": place + 1}), path)
+    store.save(Statistics(inputs, shard.edges, {**about, "num_shards": index + 1}), path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on, run the denoising loop, hooks off: the float model runs once, everything is kept."""
+"""Run the float model with hooks on its linears, and collect the statistics of their inputs."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ from dtq.pipelines.settings import SamplingSettings
 
 log = logging.getLogger("dtq")
 
-_PLACES = 65537  # numbers for the calls of a batch; prime, for they decide which rows are sampled
+_CALLS_PER_BATCH = (
+    65537  # numbers reserved for a batch; prime, for they decide which rows are sampled
+)
 
 
 @dataclass(frozen=True)
 class CalibrationRun:
-    """What the float model runs on, in batches that do not depend on who runs them.
+    """What the float model runs on, in batches that do not depend on which process runs them.
 
     Attributes:
-        origin: ``pipeline``, ``given`` or ``made up``.
-        batches: how many there are.
+        origin: of the inputs: ``pipeline``, ``given`` or ``random``.
+        batches: number of batches.
         run: generates one batch, or calls the bare transformer once.
         first: timestep of the first call, None where the sampler decides.
     """
@@ -47,11 +49,11 @@ class CalibrationRun:
     run: Callable[[int], object]
     first: float | None = None
 
-    def shards(self, wanted: int) -> list[range]:
-        """The batches in at most ``wanted`` runs of nearly equal length."""
-        count = min(wanted, self.batches)
-        cuts = [i * self.batches // count for i in range(count + 1)]
-        return [range(a, b) for a, b in itertools.pairwise(cuts)]
+    def shards(self, count: int) -> list[range]:
+        """The batches in at most ``count`` shards of nearly equal length."""
+        count = min(count, self.batches)
+        bounds = [i * self.batches // count for i in range(count + 1)]
+        return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def calibration_run(
@@ -61,16 +63,16 @@ def calibration_run(
 ) -> CalibrationRun:
     """How to run the float model.
 
-    A pipeline runs its own sampler, both branches of guidance included. A bare transformer runs
-    on ``inputs``, or on random latents and conditions made up for its family, with a warning.
+    A pipeline runs its own sampler, both branches of guidance included. A bare transformer runs on
+    ``inputs``, or with a warning on random latents and conditions of the right shapes.
 
     Args:
-        source: the model.
-        calibration: what to run.
-        inputs: keyword arguments of the transformer's forward, one mapping a call.
+        loaded: the float model.
+        settings: how a pipeline is sampled.
+        inputs: keyword arguments of the transformer's forward, one mapping per call.
 
     Raises:
-        InputError: the model cannot be driven; says what would.
+        InputError: there is nothing to run the model on.
     """
     model, pipeline = loaded.model, loaded.pipeline
     if inputs is None and pipeline is not None:
@@ -86,10 +88,10 @@ def calibration_run(
     if inputs is None:
         log.warning(
             "no pipeline and no inputs: calibrating %s on random latents and conditions. "
-            "Activations of real pictures differ; give the pipeline when you have it.",
+            "Activations of real images differ; give the pipeline when you have it.",
             type(model).__name__,
         )
-        inputs, origin = list(dummy_batches(loaded, settings)), "made up"
+        inputs, origin = list(dummy_batches(loaded, settings)), "random"
     if not inputs:
         raise InputError("inputs is empty: nothing to calibrate on")
     calls = inputs
@@ -106,30 +108,29 @@ def calibrate(
     inputs: Iterable[dict[str, Any]] | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Run the float model and collect statistics of every site's input, part by part.
+    """Run the float model in this process and collect statistics in memory, shard by shard.
 
     Args:
-        source: the model.
-        sites: whose inputs to watch.
-        calibration: what to run.
-        needs: statistics to keep, names of ``stats.STATS``.
-        inputs: keyword arguments of the transformer's forward, one mapping a call.
+        loaded: the float model.
+        input_groups: whose inputs to observe.
+        settings: how a pipeline is sampled, the number of shards and of timestep bins.
+        needs: statistics to collect, names of ``observers.OBSERVERS``.
+        inputs: keyword arguments of the transformer's forward, one mapping per call.
         progress: show a bar with the time left.
 
     Raises:
-        InputError: the model cannot be driven; says what would.
+        InputError: there is nothing to run the model on.
     """
-    runs = calibration_run(loaded, settings, None if inputs is None else list(inputs))
-    total: Statistics | None = None
-    parts = runs.shards(settings.num_shards)
-    for part in parts:
-        seen = collect_shard(loaded, input_groups, settings, needs, runs, part, progress=progress)
-        if total is None:
-            total = seen
-        else:
-            total.merge(seen)
-    assert total is not None
-    total.about["num_shards"] = len(parts)
+    run = calibration_run(loaded, settings, None if inputs is None else list(inputs))
+    first, *others = shards = run.shards(settings.num_shards)
+
+    def collect(batches: range) -> Statistics:
+        return collect_shard(loaded, input_groups, settings, needs, run, batches, progress=progress)
+
+    total = collect(first)
+    for batches in others:
+        total.merge(collect(batches))
+    total.about["num_shards"] = len(shards)
     return fill_from_sibling_experts(total)
 
 
@@ -138,86 +139,112 @@ def collect_shard(
     input_groups: Sequence[InputGroup],
     settings: SamplingSettings,
     needs: frozenset[str],
-    runs: CalibrationRun,
-    part: range,
+    run: CalibrationRun,
+    batches: range,
     *,
     progress: bool = True,
 ) -> Statistics:
-    """The statistics of one part of the batches; parts are added up by ``Statistics.merge``.
+    """The statistics of one shard; shards are added up by :meth:`Statistics.merge`.
 
     Args:
-        source, sites, calibration, needs: as for :func:`calibrate`.
-        runs: from :func:`drive`.
-        part: which batches.
-        progress: show a bar over all batches, those of other parts included.
+        loaded: the float model.
+        input_groups: whose inputs to observe.
+        settings: how a pipeline is sampled, and the number of timestep bins.
+        needs: statistics to collect, names of ``observers.OBSERVERS``.
+        run: from :func:`calibration_run`.
+        batches: of the shard.
+        progress: show a bar over all batches, those of other shards included.
     """
-    watch = CalibrationHooks(loaded, input_groups, settings.num_timestep_bins, needs, runs.first)
-    per_batch = settings.steps if runs.origin == "pipeline" else 1
+    hooks = CalibrationHooks(loaded, input_groups, settings.num_timestep_bins, needs, run.first)
+    per_batch = settings.steps if run.origin == "pipeline" else 1
     with (
-        watch.hooks(),
+        hooks.attached(),
         torch.no_grad(),
         tqdm(
-            total=runs.batches * per_batch or None, initial=part.start * per_batch,
+            total=run.batches * per_batch or None, initial=batches.start * per_batch,
             desc="calibrate", unit="call", disable=not progress, dynamic_ncols=True,
-            leave=part.stop == runs.batches,
+            leave=batches.stop == run.batches,
         ) as bar,
     ):  # fmt: skip
-        watch.tick = bar.update
-        for i in part:
-            watch.begin(i)
-            runs.run(i)
-            if runs.origin == "pipeline" and i == part.start:
-                # samplers may call more often than they step
-                bar.total, bar.n = watch.calls * runs.batches, watch.calls * (part.start + 1)
+        hooks.after_call = bar.update
+        for i in batches:
+            hooks.begin(i)
+            run.run(i)
+            if run.origin == "pipeline" and i == batches.start:
+                # samplers may call the model more often than once a step
+                bar.total, bar.n = hooks.calls * run.batches, hooks.calls * (batches.start + 1)
                 bar.refresh()
     about = {
         "model": type(loaded.model).__name__,
-        "origin": runs.origin,
-        "calls": watch.calls,
+        "origin": run.origin,
+        "calls": hooks.calls,
         **{k: getattr(settings, k) for k in ("prompts", "samples", "steps", "guidance", "seed")},
     }
-    return Statistics(watch.stats, tuple(watch.edges), about)
+    return Statistics(hooks.stats, tuple(hooks.edges), about)
 
 
 def memory_batches(
     input_groups: Sequence[InputGroup], bins: int, needs: frozenset[str], memory: int
 ) -> list[list[InputGroup]]:
-    """The sites in runs whose statistics fit in ``memory`` bytes; a site alone always does."""
-    found: list[list[InputGroup]] = [[]]
+    """Split input groups so that the statistics of each batch fit in memory.
+
+    Args:
+        input_groups: in model order, which is kept.
+        bins: timestep bins.
+        needs: statistics to collect.
+        memory: bytes; a batch of one group may take more.
+    """
+    batches: list[list[InputGroup]] = [[]]
     free = memory
-    for site in input_groups:
-        size = InputStats.nbytes(site.columns, bins, needs)
-        if size > free and found[-1]:
-            found.append([])
+    for group in input_groups:
+        size = InputStats.nbytes(group.columns, bins, needs)
+        if size > free and batches[-1]:
+            batches.append([])
             free = memory
-        found[-1].append(site)
+        batches[-1].append(group)
         free -= size
-    return found
+    return batches
 
 
 def fill_from_sibling_experts(statistics: Statistics) -> Statistics:
-    """Sites that saw nothing take what their siblings saw: experts read the same stream."""
-    names = sorted(
-        statistics.inputs
-    )  # one order, wherever they are kept: it decides how sums round
-    idle = {name for name in names if not len(statistics.inputs[name].channels.amax())}
-    if not idle:
+    """Give experts that received no tokens the summed statistics of their siblings.
+
+    All experts of a layer read the same stream. A group without siblings is left out.
+    """
+    # a fixed order, wherever the statistics are stored: it decides how sums round
+    names = sorted(statistics.inputs)
+    unused = [name for name in names if not len(statistics.inputs[name].channels.amax())]
+    if not unused:
         return statistics  # left where it is: on disk it may not fit in memory
     stats = dict(statistics.inputs)
-    for name in sorted(idle):
+    for name in unused:
         key = sibling_key(name)
-        lenders = [n for n in names if n not in idle and sibling_key(n) == key != name]
-        for lender in lenders:
-            stats[name].merge(stats[lender])
-        if not lenders:
+        siblings = [n for n in names if n not in unused and sibling_key(n) == key != name]
+        for sibling in siblings:
+            stats[name].merge(stats[sibling])
+        if not siblings:
             del stats[name]
-        how = "takes the statistics of its siblings" if lenders else "is rounded without data"
-        log.warning("calibrate: nothing reached %s; it %s", name, how)
+        result = "takes the statistics of its siblings" if siblings else "is rounded without data"
+        log.warning("calibrate: no token reached %s; it %s", name, result)
     return Statistics(stats, statistics.edges, statistics.about)
 
 
 class CalibrationHooks:
-    """The hooks, and the statistics that they feed."""
+    """Forward hooks that pass the inputs of linears to their observers.
+
+    Args:
+        loaded: the float model.
+        input_groups: whose inputs to observe.
+        bins: timestep bins.
+        needs: statistics to collect.
+        first: timestep of the first call, None where the sampler decides.
+
+    Attributes:
+        stats: by name of the input group.
+        edges: timesteps that separate the bins, from the first call on.
+        calls: of the model so far.
+        after_call: is called after every call of the model.
+    """
 
     def __init__(
         self,
@@ -227,28 +254,29 @@ class CalibrationHooks:
         needs: frozenset[str],
         first: float | None,
     ) -> None:
-        self.model, self.sites, self.bins, self.first = loaded.model, input_groups, bins, first
-        self.stats = {s.name: InputStats(s.columns, bins, needs) for s in input_groups}
-        self.top = loaded.family.largest_timestep if loaded.family else 0.0
+        self.model, self.input_groups, self.bins = loaded.model, input_groups, bins
+        self.first = first
+        self.stats = {g.name: InputStats(g.columns, bins, needs) for g in input_groups}
         self.edges: list[float] = []
         self.calls = 0
-        self.place = 0
-        self.bin = 0
-        self.batch = 1
-        self.tick: Callable[[], object] = lambda: None
+        self.after_call: Callable[[], object] = lambda: None
+        self._top = loaded.family.largest_timestep if loaded.family else 0.0
         self._signature = inspect.signature(loaded.model.forward)
+        self._call = self._bin = 0
+        self._batch_size = 1
 
     def begin(self, batch: int) -> None:
-        """Number the calls of a batch, whoever runs it, whatever ran before."""
-        self.place = batch * _PLACES
+        """Number the calls of a batch, whichever process runs it and whatever ran before."""
+        self._call = batch * _CALLS_PER_BATCH
 
     @contextmanager
-    def hooks(self) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
+        """The hooks on the model, removed at the end."""
         handles = [self.model.register_forward_pre_hook(self._enter, with_kwargs=True)]
         handles.append(self.model.register_forward_hook(self._leave))
-        for site in self.sites:
-            linear = self.model.get_submodule(site.linears[0].name)
-            handles.append(linear.register_forward_pre_hook(self._see(self.stats[site.name])))
+        for group in self.input_groups:
+            linear = self.model.get_submodule(group.linears[0].name)
+            handles.append(linear.register_forward_pre_hook(self._observe(self.stats[group.name])))
         try:
             yield
         finally:
@@ -258,23 +286,23 @@ class CalibrationHooks:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
-        self.batch = first.shape[0] if first is not None and first.ndim else 1
-        value = timestep_of(self.model, args, kwargs)
+        self._batch_size = first.shape[0] if first is not None and first.ndim else 1
+        timestep = timestep_of(self.model, args, kwargs)
         if not self.edges and self.bins > 1:
-            noisiest = value if self.first is None else self.first
-            self.edges = timestep_edges(self.top, noisiest, self.bins)
-        self.bin = sum(value > edge for edge in self.edges)
+            noisiest = timestep if self.first is None else self.first
+            self.edges = timestep_edges(self._top, noisiest, self.bins)
+        self._bin = sum(timestep > edge for edge in self.edges)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.calls += 1
-        self.place += 1
-        self.tick()
+        self._call += 1
+        self.after_call()
 
-    def _see(self, stats: InputStats) -> Callable[..., None]:
+    def _observe(self, stats: InputStats) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             rows = rows_of(module, args[0])
-            halves = 2 if self.batch > 1 and len(rows) % 2 == 0 else 1
+            halves = 2 if self._batch_size > 1 and len(rows) % 2 == 0 else 1
             branch = torch.arange(len(rows)) * halves // max(1, len(rows))
-            stats.observe(rows, SampleOrigin(self.bin, self.place, branch.clamp(max=1)))
+            stats.observe(rows, SampleOrigin(self._bin, self._call, branch.clamp(max=1)))
 
         return hook

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration remembers of an input: extrema, moments, second moment, a sample of rows.
+"""Observers of a layer's input: extrema, mean, Hessian, a sample of rows.
 
-Everything is streamed and mergeable. Law: seeing A and then B equals merging what saw A with what
-saw B. To keep it, which rows are sampled depends on where a row comes from (:class:`Origin`) and
-never on what was seen before.
+Everything is streamed and mergeable. Law: observing A and then B equals merging an observer of A
+with an observer of B. To keep it, which rows are sampled depends on where a row comes from
+(:class:`SampleOrigin`) and never on earlier rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class SampleOrigin:
 
     Attributes:
         bin: timestep bin of every row.
-        call: number of the model call, by its batch and its place there.
+        call: number of the model call, by its batch and its position there.
         branch: per row, 1 for the unconditional half of a guided batch, else 0; int64 (rows,).
     """
 
@@ -31,19 +31,19 @@ class SampleOrigin:
 
 
 class Observer(Protocol):
-    """One accumulator over the rows of an input."""
+    """One accumulator over the rows of an input; a row is one token."""
 
     def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
-        """Take in float rows (R, K)."""
+        """Add float rows (R, K)."""
 
     def merge(self, other: Self) -> None:
-        """Take in what another accumulator of the same kind saw.
+        """Add the rows that another observer of the same kind observed.
 
-        Not in place: a tensor that was read from a file keeps all of it mapped.
+        Not in place: a tensor that was read from a file keeps the whole file mapped.
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything remembered, by name."""
+        """The state, by name."""
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of :meth:`tensors`."""
@@ -63,6 +63,7 @@ class ChannelStats:
         self.rows = torch.zeros(bins, dtype=torch.int64)
 
     def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
+        """Add float rows (R, K)."""
         b = origin.bin
         low, high = rows.amin(0).cpu(), rows.amax(0).cpu()
         self.low[b] = torch.minimum(self.low[b], low)
@@ -72,6 +73,7 @@ class ChannelStats:
         self.rows[b] += len(rows)
 
     def merge(self, other: Self) -> None:
+        """Add the rows of another observer, see :meth:`Observer.merge`."""
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
         self.total = self.total + other.total
@@ -79,16 +81,17 @@ class ChannelStats:
         self.rows = self.rows + other.rows
 
     def tensors(self) -> dict[str, Tensor]:
+        """The state, by name."""
         return {k: getattr(self, k) for k in ("low", "high", "total", "square", "rows")}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`tensors`."""
         for key in self.tensors():
             setattr(self, key, tensors[key])
 
     def amax(self) -> Tensor:
         """Largest magnitude per bin and channel, float32 (bins, K); empty bins are left out."""
-        peaks = torch.maximum(self.low.abs(), self.high.abs())
-        return peaks[self.rows > 0]
+        return torch.maximum(self.low.abs(), self.high.abs())[self.rows > 0]
 
     def mean(self) -> Tensor:
         """Mean over all rows, float32 (K,)."""
@@ -97,14 +100,18 @@ class ChannelStats:
 
 
 HESSIAN_ROWS = 512
-"""Rows of a call that count in the second moment."""
+"""Rows of a call that count in the Hessian."""
 
 
 class HessianObserver:
-    """Second moment: the sum of ``rows.T @ rows`` over a sample of rows, and how many.
+    """Hessian of the layer's squared output error, up to a factor: ``X^T X`` of sampled rows.
 
-    At most ``per_call`` rows of a call count, evenly spaced, so the cost stays below that of the
-    layer itself. Tensors: ``hessian`` float32 (K, K), ``count`` int64 (1,).
+    At most ``per_call`` rows of a call count, evenly spaced, so that the cost stays below that of
+    the layer itself. Tensors: ``hessian`` float32 (K, K), ``count`` int64 (1,), the rows summed.
+
+    Args:
+        columns: K.
+        per_call: rows.
     """
 
     def __init__(self, columns: int, per_call: int = HESSIAN_ROWS) -> None:
@@ -113,18 +120,22 @@ class HessianObserver:
         self.count = torch.zeros(1, dtype=torch.int64)
 
     def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
-        sample = rows[_spread(len(rows), self.per_call, origin.call)].float()
+        """Add float rows (R, K)."""
+        sample = rows[_evenly_spaced(len(rows), self.per_call, origin.call)].float()
         self.hessian = self.hessian.to(rows.device).addmm_(sample.T, sample)
         self.count += len(sample)
 
     def merge(self, other: Self) -> None:
+        """Add the rows of another observer, see :meth:`Observer.merge`."""
         self.hessian = self.hessian + other.hessian.to(self.hessian)
         self.count = self.count + other.count
 
     def tensors(self) -> dict[str, Tensor]:
+        """The state, by name."""
         return {"hessian": self.hessian.cpu(), "count": self.count}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`tensors`."""
         self.hessian, self.count = tensors["hessian"], tensors["count"]
 
     def second_moment(self) -> Tensor:
@@ -135,33 +146,41 @@ class HessianObserver:
 class InputSample:
     """A sample of rows, the same number for every timestep bin and guidance branch.
 
-    A row keeps its place by a hash of where it comes from (bottom-k sampling): each stratum holds
-    the rows with the smallest keys, so samples of parts merge into the sample of the whole.
+    The key of a row is a hash of where it comes from (bottom-k sampling): each stratum holds the
+    rows with the smallest keys, so the samples of shards merge into the sample of the whole.
     Tensors: ``rows`` float32 (R, K); ``key`` int64 (R,); ``stratum`` int64 (R,).
+
+    Args:
+        columns: K.
+        bins: timestep bins; there are two strata per bin.
+        capacity: rows over all strata; default: about 16 MB, at most 4096 rows.
     """
 
     def __init__(self, columns: int, bins: int, capacity: int | None = None) -> None:
-        if capacity is None:  # about 16 MB a site, at most 4096 rows
-            capacity = max(256, min(4096, 2**22 // columns))
+        capacity = _capacity(columns) if capacity is None else capacity
         self.per_stratum = max(1, capacity // (2 * bins))
         self.rows = torch.empty(0, columns)
         self.key = torch.empty(0, dtype=torch.int64)
         self.stratum = torch.empty(0, dtype=torch.int64)
 
     def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
+        """Add float rows (R, K)."""
         key = _hash(origin.call * 1_000_003 + torch.arange(len(rows)))
         stratum = origin.bin * 2 + origin.branch
-        # a call can add at most a stratum's worth: choose before copying rows off the device
+        # a call adds at most the rows of one stratum: select before copying rows off the device
         keep = _smallest(key, stratum, self.per_stratum)
         self._add(rows[keep.to(rows.device)].float().cpu(), key[keep], stratum[keep])
 
     def merge(self, other: Self) -> None:
+        """Add the rows of another observer, see :meth:`Observer.merge`."""
         self._add(other.rows, other.key, other.stratum)
 
     def tensors(self) -> dict[str, Tensor]:
+        """The state, by name."""
         return {"rows": self.rows, "key": self.key, "stratum": self.stratum}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`tensors`."""
         self.rows, self.key, self.stratum = (tensors[k] for k in ("rows", "key", "stratum"))
 
     def _add(self, rows: Tensor, key: Tensor, stratum: Tensor) -> None:
@@ -172,63 +191,75 @@ class InputSample:
 
 
 OBSERVERS = {"channels": ChannelStats, "hessian": HessianObserver, "sample": InputSample}
-"""What a site can remember, by the name that methods ask for it."""
+"""Observers by the name that methods ask for."""
 
 
 class InputStats:
-    """The accumulators of one site (linears that share an input)."""
+    """The observers of one input group (linears that share an input).
 
-    def __init__(self, columns: int, bins: int, wanted: frozenset[str]) -> None:
+    Args:
+        columns: K, the channels of the input.
+        bins: timestep bins.
+        needs: names of :data:`OBSERVERS`; channel statistics are always there.
+    """
+
+    def __init__(self, columns: int, bins: int, needs: frozenset[str]) -> None:
         self.columns, self.bins = columns, bins
         self.channels = ChannelStats(columns, bins)
-        self.hessian = HessianObserver(columns) if "hessian" in wanted else None
-        self.sample = InputSample(columns, bins) if "sample" in wanted else None
+        self.hessian = HessianObserver(columns) if "hessian" in needs else None
+        self.sample = InputSample(columns, bins) if "sample" in needs else None
 
     @staticmethod
-    def nbytes(columns: int, bins: int, wanted: frozenset[str]) -> int:
-        """What a site takes in memory when all is seen."""
-        rows = max(256, min(4096, 2**22 // columns)) if "sample" in wanted else 0
-        hessian = columns**2 if "hessian" in wanted else 0
+    def nbytes(columns: int, bins: int, needs: frozenset[str]) -> int:
+        """Bytes in memory at the end of a calibration run; the arguments are those of the class."""
+        rows = _capacity(columns) if "sample" in needs else 0
+        hessian = columns**2 if "hessian" in needs else 0
         return 4 * (hessian + rows * columns) + 24 * bins * columns
 
     def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
-        """Take in float rows (R, K) of any float dtype; rows are read as float32."""
-        for stat in self._stats().values():
-            stat.observe(rows.float(), origin)
+        """Add rows (R, K) of any float dtype; they are read as float32."""
+        for observer in self._observers().values():
+            observer.observe(rows.float(), origin)
 
     def merge(self, other: InputStats) -> None:
-        theirs = other._stats()
-        for name, stat in self._stats().items():
-            stat.merge(theirs[name])  # type: ignore[arg-type]
+        """Add the rows that another one observed, see :meth:`Observer.merge`."""
+        others = other._observers()
+        for name, observer in self._observers().items():
+            observer.merge(others[name])  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
+        """The state, by ``observer.tensor``."""
         return {
             f"{name}.{key}": tensor
-            for name, stat in self._stats().items()
-            for key, tensor in stat.tensors().items()
+            for name, observer in self._observers().items()
+            for key, tensor in observer.tensors().items()
         }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
         """Inverse of :meth:`tensors`."""
-        wanted = frozenset(key.split(".")[0] for key in tensors)
         bins, columns = tensors["channels.low"].shape
-        stats = cls(columns, bins, wanted)
-        for name, stat in stats._stats().items():
+        stats = cls(columns, bins, frozenset(key.split(".")[0] for key in tensors))
+        for name, observer in stats._observers().items():
             prefix = f"{name}."
-            stat.load(
+            observer.load(
                 {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             )
         return stats
 
-    def _stats(self) -> dict[str, ChannelStats | HessianObserver | InputSample]:
-        every = {"channels": self.channels, "hessian": self.hessian, "sample": self.sample}
-        return {name: stat for name, stat in every.items() if stat is not None}
+    def _observers(self) -> dict[str, ChannelStats | HessianObserver | InputSample]:
+        observers = {"channels": self.channels, "hessian": self.hessian, "sample": self.sample}
+        return {name: observer for name, observer in observers.items() if observer is not None}
 
 
-def _spread(total: int, wanted: int, call: int) -> slice:
-    """At most ``wanted`` of ``total`` rows, evenly spaced, the phase moving with the call."""
-    step = max(1, -(-total // wanted))
+def _capacity(columns: int) -> int:
+    """Rows of a sample: about 16 MB, at most 4096 rows."""
+    return max(256, min(4096, 2**22 // columns))
+
+
+def _evenly_spaced(total: int, count: int, call: int) -> slice:
+    """At most ``count`` of ``total`` rows, evenly spaced, the phase moving with the call."""
+    step = max(1, -(-total // count))
     return slice(call % step, None, step)
 
 

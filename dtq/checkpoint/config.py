@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``DTQConfig``: what ``config.json`` says of a quantized model, and what diffusers is given."""
+"""``DTQConfig``: the ``quantization_config`` of a quantized model in ``config.json``."""
 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from dtq.errors import CheckpointError, InputError
+from dtq.io import schema
+from dtq.io.schema import key
 from dtq.plan.layers import CheckpointSpec
 
 FORMAT_VERSION = 2
-"""Version of the checkpoint format; a loader refuses newer ones."""
+"""Version of the checkpoint format; a loader refuses all others."""
 
 
 class DTQMethod(str, enum.Enum):
-    """diffusers reads ``quant_method.value``, so a plain string will not do."""
+    """The value of ``quant_method``; diffusers reads its ``.value``, so a string does not do."""
 
     DTQ = "dtq"
 
@@ -31,14 +34,15 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         recipe: name of a recipe, or path to a YAML file.
-        modules_to_not_convert: layers to keep: full names, prefixes, path components, ``re:...``.
+        modules_to_not_convert: layers to exclude: names, prefixes, path components, ``re:...``.
         compute_dtype: dtype of everything that is not quantized; set when saving.
         format_version: of the checkpoint; absent means a float model.
         timestep_edges: boundaries of the bins of static activation scales.
-        layers: name -> what ``plan.Runtime`` holds.
+        layers: layer name to the fields of its ``LayerSpec``.
+        unknown: other keys of ``config.json``, kept as they are.
 
     Raises:
-        CheckpointError: a field of a saved config is damaged, or from a newer dtq.
+        CheckpointError: a field of a saved config is damaged, or from another version of dtq.
     """
 
     def __init__(
@@ -58,10 +62,10 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = format_version
         self.timestep_edges = timestep_edges or []
         self.layers = layers or {}
-        # from_dict passes every key of config.json; keys of other tools are kept, not obeyed
         self.extra = {k: v for k, v in unknown.items() if k != "quant_method"}
         if format_version is not None:
-            self._check_saved()
+            check_version(format_version, "config.json: 'format_version'")
+            self.load_plan()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, in a fixed order."""
@@ -97,55 +101,58 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Raises:
             CheckpointError: a field is damaged.
         """
-        runtime = self.extra.get("runtime")
-        return CheckpointSpec.from_json(self.layers, self.timestep_edges, "config.json", runtime)
-
-    def _check_saved(self) -> None:
-        version = self.format_version
-        if type(version) is not int or version < 1:
-            raise CheckpointError(f"config.json: 'format_version' must be a number, is {version!r}")
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"config.json: 'format_version' is {version}, this dtq reads up to "
-                f"{FORMAT_VERSION}: pip install -U dtq"
-            )
-        self._check_words()
-        self.load_plan()
-
-    def _check_words(self) -> None:
-        """Fields that only people read are text all the same: model cards print them."""
-        keep = self.modules_to_not_convert
-        for key, good, words in (
-            ("recipe", _word(self.recipe), "a name"),
-            ("base_model", _word(self.extra.get("base_model", "")), "a hub id"),
-            ("runtime", isinstance(self.extra.get("runtime", {}), dict), "a mapping"),
-            (
-                "modules_to_not_convert",
-                keep is None or (isinstance(keep, list) and all(map(_word, keep))),
-                "a list of names",
-            ),
-        ):
-            if not good:
-                raise CheckpointError(f"config.json: {key!r} must be {words}")
-        if self.compute_dtype not in (None, *_COMPUTE):
-            raise CheckpointError(
-                f"config.json: 'compute_dtype' must be one of "
-                f"{', '.join(str(d).removeprefix('torch.') for d in _COMPUTE)}"
-            )
+        fields = {**self.extra, **vars(self)}
+        saved = schema.parse(_Saved, fields, "config.json", CheckpointError)
+        return CheckpointSpec.from_json(
+            saved.layers, saved.timestep_edges, "config.json", saved.runtime
+        )
 
 
-_COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+def check_version(version: object, where: str) -> None:
+    """Check the version of a checkpoint.
+
+    Raises:
+        CheckpointError: this dtq does not read it; says what to do.
+    """
+    if type(version) is not int:
+        raise CheckpointError(f"{where} must be a number, is {version!r}")
+    if version != FORMAT_VERSION:
+        newer = version > FORMAT_VERSION
+        way_out = "pip install -U dtq" if newer else "quantize the model again with this version"
+        raise CheckpointError(f"{where} is {version}, this dtq reads {FORMAT_VERSION}: {way_out}")
 
 
-def _word(value: object) -> bool:
-    """Text of one line."""
-    return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
+def _one_line(texts: str | tuple[str, ...]) -> bool:
+    lines = (texts,) if isinstance(texts, str) else texts
+    return all(len(line) <= 1000 and line.isprintable() for line in lines)
+
+
+_LINE = key(expected="text of one line", holds=_one_line)  # model cards print it
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The fields of ``quantization_config`` that dtq reads, in any order."""
+
+    recipe: str = field(metadata=_LINE)
+    layers: dict[str, Any]
+    timestep_edges: tuple[float, ...] = field(metadata=schema.RISING)
+    modules_to_not_convert: tuple[str, ...] | None = field(metadata=_LINE)
+    compute_dtype: Any = field(
+        metadata=key(
+            expected=f"one of {', '.join(str(d).removeprefix('torch.') for d in _COMPUTE_DTYPES)}",
+            holds=_COMPUTE_DTYPES.__contains__,
+        )
+    )
+    base_model: str = field(default="", metadata=_LINE)
+    runtime: dict[str, Any] = field(default_factory=dict)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    value = getattr(torch, str(dtype), None)
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise InputError(f"compute_dtype {dtype!r} is not a float dtype of torch")
-    return found
+    return value

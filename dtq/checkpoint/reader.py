@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file format: which tensors and which metadata, what is checked, and writing it safely.
+"""Read and verify the safetensors files of a checkpoint.
 
-A checkpoint is a standard diffusers folder. Its safetensors files hold ``<layer>.<part>`` for every
-quantized layer and the other tensors as they are; the plan is in ``config.json``. One more tensor,
-``dtq_checksums``, has the format version and a CRC-32 of every other tensor, so that a flipped bit
-is an error and not a strange picture. (Not in the file's header: the safetensors writer puts header
-entries in random order, and the same model must give the same bytes.)
+A checkpoint is a standard diffusers folder. Its safetensors files hold the packed tensors of every
+quantized layer, named ``<layer>.<tensor>``, and the other tensors as they are; the plan is in
+``config.json``. One more tensor, ``dtq_checksums``, has the format version and a CRC-32 of every
+other tensor, so that a flipped bit is an error and not a strange image. (Not in the file's header:
+the safetensors writer puts header entries in random order, and the same model must give the same
+bytes.)
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
+from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig, check_version
 from dtq.checkpoint.file_size import SAFETENSORS_DTYPES, file_bytes
 from dtq.errors import CheckpointError, InputError
-from dtq.io.checksum import checksum, text_checksum
+from dtq.io.checksum import checksum
 from dtq.io.safe_parse import read_json
 from dtq.models.linears import shape_of
 from dtq.nn.swap import planned_linears
@@ -46,7 +47,7 @@ def with_checksums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def outline(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
     """CRC-32 of a line ``name dtype shape`` per tensor, in order of names, signed."""
     lines = (f"{k} {dtype} {list(shape)}\n" for k, (dtype, shape) in sorted(tensors.items()))
-    return text_checksum("".join(lines))
+    return checksum("".join(lines).encode())
 
 
 def predicted_bytes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
@@ -60,11 +61,10 @@ class Reader:
 
     Args:
         files: the safetensors files.
-        plan: from ``config.json``.
 
     Raises:
-        CheckpointError: a file is truncated or no safetensors file, a planned part is missing or
-            of another shape or dtype, or the files are from a newer dtq.
+        CheckpointError: a file is truncated or is no safetensors file, or the files are incomplete
+            or from another version of dtq.
     """
 
     def __init__(self, files: Iterable[str | Path]) -> None:
@@ -72,23 +72,20 @@ class Reader:
         self.where: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self._refuses: dict[str, Callable[[Tensor], str | None]] = {}
         values: Tensor | None = None
         for file in files:
-            found = self._read_header(Path(file))
-            values = found if found is not None else values
-        files_read = ", ".join(sorted({str(Path(w).name) for w in self.where.values()}))
+            checksums = self._read_header(Path(file))
+            values = checksums if checksums is not None else values
+        names = sorted(self.where)
+        files_read = ", ".join(sorted({Path(file).name for file in self.where.values()}))
         if values is None:
             raise CheckpointError(
                 f"{files_read}: the tensor {CHECKSUMS} is missing; not a dtq file"
             )
         version, names_sum, *sums = values.tolist()
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{files_read}: format {version}, this dtq reads up to {FORMAT_VERSION}: "
-                f"pip install -U dtq"
-            )
-        names = sorted(self.where)
-        if version < 1 or len(names) != len(sums):
+        check_version(version, f"{files_read}: format")
+        if len(names) != len(sums):
             raise CheckpointError(
                 f"{files_read}: {len(names)} tensors where {len(sums)} were saved; a file is "
                 f"missing or from another model"
@@ -99,21 +96,20 @@ class Reader:
                 f"was saved); copy it again"
             )
         self.sums = dict(zip(names, sums, strict=True))
-        self._refuses: dict[str, Callable[[Tensor], str | None]] = {}
 
     def expect(self, plan: CheckpointSpec) -> None:
-        """Ask the values of the planned parts, too, from now on."""
+        """From now on, check the values of the planned tensors, too."""
         for name, layer in plan.layers.items():
-            # what is asked does not depend on the shape: any that every format accepts will do
-            for part, spec in layer.tensor_specs((1024, 1024)).items():
+            # the check does not depend on the shape: any that every format accepts will do
+            for key, spec in layer.tensor_specs((1024, 1024)).items():
                 if spec.unsupported_reason is not None:
-                    self._refuses[f"{name}.{part}"] = spec.unsupported_reason
+                    self._refuses[f"{name}.{key}"] = spec.unsupported_reason
 
     def check_plan(self, plan: CheckpointSpec, model: nn.Module) -> None:
-        """Every planned part is there with its shape, and what else the float model holds.
+        """Check that the files hold the planned tensors and the others of the float model.
 
         Args:
-            plan: of the file.
+            plan: of ``config.json``.
             model: the float model, on any device.
 
         Raises:
@@ -121,12 +117,11 @@ class Reader:
         """
         self.expect(plan)
         for name, module in planned_linears(model, plan).items():
-            shape = shape_of(module)
             try:
-                parts = plan.layers[name].validated_for(shape, plan.bins)
+                specs = plan.layers[name].validated_for(shape_of(module), plan.bins)
             except InputError as error:
                 raise CheckpointError(f"config.json: layers[{name!r}]: {error}") from error
-            for part, spec in parts.items():
+            for part, spec in specs.items():
                 key = f"{name}.{part}"
                 if key not in self.where:
                     files = ", ".join(sorted(set(self.where.values())))
@@ -136,15 +131,17 @@ class Reader:
                         f"{self.where[key]}: {key} has shape {list(self.shapes[key])}, "
                         f"config.json asks for {list(spec.shape)}"
                     )
-        found = {key: (self.dtypes[key], self.shapes[key]) for key in self.where}
-        check_shapes("config.json", model, found, plan.layers)
+        stored = {key: (self.dtypes[key], self.shapes[key]) for key in self.where}
+        check_shapes("config.json", model, stored, plan.layers)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compare checksums, and ask the values of what :meth:`expect` was told of.
+        """Compare checksums, and check the values of the tensors that :meth:`expect` noted.
+
+        ``DTQ_VERIFY=0`` switches the checksums off.
 
         Raises:
-            CheckpointError: a tensor is not what was saved, or holds what dtq does not write; names
-                file and key.
+            CheckpointError: a tensor is not what was saved, or holds values that dtq does not
+                write; names file and key.
         """
         for key, tensor in tensors.items():
             self.check_values(key, tensor)
@@ -158,10 +155,10 @@ class Reader:
                 )
 
     def check_values(self, key: str, tensor: Tensor) -> None:
-        """Ask a tensor, or a slice of it.
+        """Check the values of a tensor, or of a slice of it.
 
         Raises:
-            CheckpointError: it holds what dtq does not write; names file and key.
+            CheckpointError: it holds values that dtq does not write; names file and key.
         """
         wrong = self._refuses[key](tensor) if key in self._refuses else None
         if wrong:
@@ -174,24 +171,26 @@ class Reader:
         """Note the tensors of a file; returns the checksums if they are in it."""
         if file.suffix in PICKLES:
             raise CheckpointError(f"{file}: pickle, which can run code; dtq reads safetensors only")
+        values: Tensor | None = None
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
                     if key == CHECKSUMS:
+                        values = opened.get_tensor(key)
                         continue
                     if key in self.where:
                         raise CheckpointError(f"{file}: {key} is also in {self.where[key]}")
                     self.where[key] = str(file)
-                    part = opened.get_slice(key)
-                    self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), part.get_dtype()
-                if CHECKSUMS not in opened.keys():  # noqa: SIM118
-                    return None
-                values: Tensor = opened.get_tensor(CHECKSUMS)
+                    header = opened.get_slice(key)
+                    self.shapes[key] = tuple(header.get_shape())
+                    self.dtypes[key] = header.get_dtype()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file}: truncated or damaged ({error}); copy it again"
             ) from error
-        if values.dtype != torch.int32 or values.ndim != 1 or len(values) < 2:
+        if values is not None and (
+            values.dtype != torch.int32 or values.ndim != 1 or len(values) < 2
+        ):
             raise CheckpointError(f"{file}: {CHECKSUMS} is damaged; copy the file again")
         return values
 
@@ -199,12 +198,16 @@ class Reader:
 def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
     """Check a checkpoint without building the models.
 
+    Args:
+        path: folder of a pipeline or a model.
+        component: which models of a pipeline; ``auto`` is every diffusion transformer.
+
     Returns:
         Component to folder of every model that dtq quantized.
 
     Raises:
         InputError: not a diffusers folder, or nothing in it is quantized by dtq.
-        CheckpointError: damaged, incomplete or from a newer dtq; names file and key.
+        CheckpointError: damaged, incomplete or from another version of dtq; names file and key.
     """
     kind = folder_kind(path)
     check_folder(path)
@@ -212,15 +215,15 @@ def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
     if kind == "pipeline":
         names = diffusion_transformers_on_disk(path) if component == "auto" else component
         folders = {n: path / n for n in ([names] if isinstance(names, str) else names)}
-    found = {}
+    verified = {}
     for name, folder in folders.items():
         config = read_json(folder / "config.json").get("quantization_config")
         if isinstance(config, dict) and config.get("quant_method") == "dtq":
             _verify_model(folder, config)
-            found[name] = folder
-    if not found:
+            verified[name] = folder
+    if not verified:
         raise InputError(f"{path} is not quantized by dtq (no quantization_config)")
-    return found
+    return verified
 
 
 def _verify_model(folder: Path, config: dict[str, Any]) -> None:

@@ -37,8 +37,14 @@ def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str
 def save_into(
     saveable: Any, folder: Path, shard: str = "10GB", report: dict[str, Any] | None = None
 ) -> None:
-    """``save_pretrained`` as a standard folder with a model card, without the path the model was
-    read from; ``report`` is what the card says was measured."""
+    """Save into an empty folder, with a model card and without the path of the original model.
+
+    Args:
+        saveable: a pipeline or model, anything with ``save_pretrained``.
+        folder: is filled.
+        shard: size of the largest file, in the notation of diffusers.
+        report: of ``dtq quantize``, for the model card.
+    """
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
         drop_name_or_path(config)

@@ -58,8 +58,7 @@ def bench(
     """
     import torch
 
-    from dtq.bench import cpu, gpu
-    from dtq.bench.compare import ratios
+    from dtq.bench import compare, cpu, gpu
     from dtq.evaluate.optional_packages import need
     from dtq.evaluate.report import plots
     from dtq.io.atomic import atomic_write
@@ -84,7 +83,7 @@ def bench(
     if output is not None:
         atomic_write(output, f"{text}\n")
     if plot is not None:
-        atomic_write(plot, plots.bench(ratios(result, "w4a8"), "w4a8"))
+        atomic_write(plot, plots.bench(compare.ratios(result, "w4a8"), "w4a8"))
     if as_json:
         click.echo(text)
     else:
@@ -97,16 +96,16 @@ def _print_case(rows: Sequence[BenchRow]) -> None:
 
     shares = any(row.share is not None for row in rows)
     head = [f"{rows[0].case}, M {rows[0].tokens}", "ms", "weights"]
-    head += [*(["of peak"] if shares else []), *(f"/ {ours}" for ours in RECIPES)]
+    head += [*(["of peak"] if shares else []), *(f"/ {recipe}" for recipe in RECIPES)]
     table(head, [_cells(row, RECIPES, shares) for row in rows])
     click.echo()
 
 
-def _cells(row: BenchRow, ours: Iterable[str], shares: bool) -> list[str]:
+def _cells(row: BenchRow, recipes: Iterable[str], shares: bool) -> list[str]:
     cells = [row.name, f"{row.seconds * 1e3:.3f}", size(row.bytes)]
     if shares:
         cells.append(or_dash(row.share, ".0%"))
-    for name in ours:
+    for name in recipes:
         low, middle, high = row.ratio.get(name, (0.0, 0.0, 0.0))
         cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})" if name in row.ratio else "1")
     return cells
@@ -117,11 +116,11 @@ def _print(result: Result) -> None:
     from dtq.bench.cases import RECIPES
     from dtq.bench.compare import geometric_means, verdict
 
-    for ours in RECIPES:
-        means = geometric_means(result.rows, ours)
+    for recipe in RECIPES:
+        means = geometric_means(result.rows, recipe)
         tokens, others = sorted({t for t, _ in means}), list(dict.fromkeys(n for _, n in means))
         table(
-            (f"time / {ours}", *(f"M {t}" for t in tokens)),
+            (f"time / {recipe}", *(f"M {t}" for t in tokens)),
             [(name, *(or_dash(means.get((t, name)), ".2f") for t in tokens)) for name in others],
         )
         click.echo()

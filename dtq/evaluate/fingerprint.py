@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from dtq.io import checksum
+from dtq.io.checksum import tensor_bytes
 
 
 def fingerprint(model: nn.Module, *others: nn.Module) -> str:
@@ -19,17 +22,18 @@ def fingerprint(model: nn.Module, *others: nn.Module) -> str:
     """
     if others:
         return digest([fingerprint(each) for each in (model, *others)])
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)  # type: ignore[arg-type]
-    return found.hexdigest()[:16]
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()
+            yield tensor_bytes(tensor)
+
+    return checksum.digest(chunks())[:16]
 
 
 def digest(data: Any) -> str:
     """SHA-256 of plain data, 16 hex digits."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    return checksum.bytes_digest(json.dumps(data, sort_keys=True).encode())[:16]
 
 
 def recipe_of(model: nn.Module, *others: nn.Module) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dtq.errors import InputError
-from dtq.io.safe_parse import LARGEST_JSON, finite_or_null, parse_json, read_text
+from dtq.io import schema
+from dtq.io.safe_parse import finite_or_null, read_json
+from dtq.io.schema import key
 
 FORMAT = 1
 """Version of the run file; a gate refuses newer ones."""
@@ -24,6 +26,9 @@ MATCHABLE = ("hardware", "torch", "dtq", "recipe", "batch_size")
 Value = float | list[float]
 
 
+_TABLES = key(kind=dict[str, dict[str, Any]])
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image, video or sound.
@@ -34,7 +39,7 @@ class Sample:
         seed: of its latents.
     """
 
-    id: str
+    id: str = field(metadata=key("", "letters, digits, _ and -", re.compile(r"[\w-]+").fullmatch))
     prompt: str
     seed: int
 
@@ -60,8 +65,8 @@ class Run:
     conditions: dict[str, Any]
     identity: dict[str, str]
     samples: list[Sample]
-    values: dict[str, dict[str, Value]]
-    rerun: dict[str, dict[str, Value]] = field(default_factory=dict)
+    values: dict[str, dict[str, Value]] = field(metadata=_TABLES)
+    rerun: dict[str, dict[str, Value]] = field(default_factory=dict, metadata=_TABLES)
     failures: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -90,14 +95,14 @@ def read(where: str | Path) -> Run:
     """A run from an ``eval`` folder, its ``eval.json``, or a baseline file.
 
     Raises:
-        InputError: no such file, not JSON in the sense of ``documents.py``, or not a run file; says
-            what is missing.
+        InputError: no such file, not JSON that :func:`~dtq.io.safe_parse.parse_json` accepts, or
+            not a run file; the message names all keys that are missing.
     """
     path = Path(where)
     path = path / "eval.json" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no such run file; dtq eval ... -o FOLDER writes one")
-    return parse(parse_json(read_text(path, LARGEST_JSON), str(path)), str(path))
+    return parse(read_json(path, infinite=False), str(path))
 
 
 def parse(data: Any, where: str = "run") -> Run:
@@ -106,36 +111,8 @@ def parse(data: Any, where: str = "run") -> Run:
     Raises:
         InputError: a part is missing or of another type; names all of them.
     """
-    kinds: dict[str, type] = {
-        "candidate": str,
-        "reference": str,
-        "conditions": dict,
-        "identity": dict,
-        "samples": list,
-        "values": dict,
-        "rerun": dict,
-        "failures": dict,
-        "missing": dict,
-    }
     if not isinstance(data, dict) or "format" not in data:
         raise InputError(f"{where}: not a run file of this dtq; make it again with dtq eval")
     if data["format"] != FORMAT:
         raise InputError(f"{where}: format {data['format']!r}, this dtq reads {FORMAT}")
-    wrong = [key for key, kind in kinds.items() if not isinstance(data.get(key), kind)]
-    if wrong:
-        raise InputError(f"{where}: missing or damaged: {', '.join(wrong)}")
-    samples = data["samples"]
-    fields = {"id": str, "prompt": str, "seed": int}
-    for i, sample in enumerate(samples):
-        if not isinstance(sample, dict) or any(
-            not isinstance(sample.get(key), kind) for key, kind in fields.items()
-        ):
-            raise InputError(f"{where}: samples[{i}] needs an id, a prompt and a seed")
-        if not re.fullmatch(r"[\w-]+", sample["id"]):  # a picture's file has its name
-            raise InputError(f"{where}: samples[{i}]: the id {sample['id']!r} is no plain name")
-    for part in ("values", "rerun"):
-        for metric, table in data[part].items():
-            if not isinstance(table, dict):
-                raise InputError(f"{where}: {part}.{metric} must map samples to values")
-    made = [Sample(s["id"], s["prompt"], s["seed"]) for s in samples]
-    return Run(**{**{key: data[key] for key in kinds}, "samples": made})
+    return schema.parse(Run, data, where, required=[f.name for f in fields(Run)])

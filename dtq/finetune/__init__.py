@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``REFINE``: train what is continuous in a quantized model, block by block, against the float one.
+"""Fine-tune the continuous parameters of a quantized model, block by block.
 
-Blocks are visited in the order in which they run. A block reads what the quantized model, refined
-so far, gives it, and is to return what the float model returns there on its own trajectory: it
-learns to undo the error of the blocks before it. Calls are teacher-forced, as in VQ4DiT
-(2408.17131, sec. 3.3). A held-out share of the calls judges: new parts stay only where they bring
-the block nearer to the float one, so no block gets worse on its own objective.
+Blocks are visited in the order in which they run. A block reads what the quantized model, with the
+blocks before it already fine-tuned, gives it, and its target is what the float model returns there
+on its own trajectory: it learns to undo the error of the blocks before it. Calls are teacher-
+forced, as in VQ4DiT (2408.17131, sec. 3.3). Some calls are held out: a block keeps its trained
+parameters only if they lower its error on those, so no block gets worse on its own objective.
 """
 
 from collections.abc import Callable
@@ -14,5 +14,6 @@ from dtq.finetune.methods import blocks, vq4dit
 from dtq.finetune.report import BlockReport, FinetuneReport
 
 FINETUNE: dict[str, Callable[..., FinetuneReport]] = {"blocks": blocks, "vq4dit": vq4dit}
+"""Methods by the name that a recipe gives them."""
 
 __all__ = ["FINETUNE", "BlockReport", "FinetuneReport"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the blocks of a model are, and in which order they run."""
+"""Which modules of a model are its blocks, and in which order they run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("dtq")
 
 def find(model: nn.Module) -> list[str]:
     """Names of the elements of the outermost module lists that have quantized linears."""
-    found: list[str] = []
+    names: list[str] = []
 
     def visit(module: nn.Module, prefix: str) -> None:
         for key, child in module.named_children():
@@ -25,20 +25,20 @@ def find(model: nn.Module) -> list[str]:
             if not (isinstance(module, nn.ModuleList) and plain):
                 visit(child, f"{name}.")
             elif any(isinstance(m, QuantLinear) for m in child.modules()):
-                found.append(name)
+                names.append(name)
 
     visit(model, "")
-    return found
+    return names
 
 
 @torch.no_grad()
 def in_order(model: nn.Module, call: RecordedCall) -> list[str]:
-    """The blocks that a call runs, the first one first."""
-    seen: dict[str, None] = {}
+    """Names of the blocks that a call runs, in the order of their first run."""
+    order: dict[str, None] = {}
     names = find(model)
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen.setdefault(name)
+            lambda module, args, name=name: order.setdefault(name)
         )
         for name in names
     ]
@@ -47,9 +47,9 @@ def in_order(model: nn.Module, call: RecordedCall) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    if left := [name for name in names if name not in seen]:
-        log.warning("refine: the first call does not run %s; left as they are", ", ".join(left))
-    return list(seen)
+    if unused := [name for name in names if name not in order]:
+        log.warning("finetune: the first call does not run %s; left as they are", ", ".join(unused))
+    return list(order)
 
 
 def layers_of(model: nn.Module, name: str) -> dict[str, QuantLinear]:

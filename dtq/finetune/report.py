@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method with its knobs, and how each block came out."""
+"""A fine-tuning method with its knobs, and the result of each block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A method and its knobs."""
+    """A method and its knobs, see :mod:`dtq.finetune.methods`."""
 
     method: str
     steps: int
@@ -24,14 +24,14 @@ class FinetuneConfig:
 
 @dataclass
 class BlockReport:
-    """How one block came out.
+    """The result of one block.
 
     Attributes:
         name: dotted path.
-        before: relative squared error of its outputs on the judging calls, summed over outputs.
-        after: the same with the trained parts, whether or not they were accepted.
-        accepted: whether they were.
-        note: why not, when it is not the error.
+        before: relative squared error of its outputs on the held-out calls, summed over outputs.
+        after: the same with the trained parameters, whether or not they were accepted.
+        accepted: whether the trained parameters were kept.
+        note: why not, when the error is not the reason.
 
     An error that is not a finite number is None.
     """
@@ -45,7 +45,7 @@ class BlockReport:
 
 @dataclass
 class FinetuneReport:
-    """How every block came out, in the order in which they run."""
+    """The results of all blocks, in the order in which they run."""
 
     method: str
     blocks: list[BlockReport] = field(default_factory=list)

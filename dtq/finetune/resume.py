@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fine-tuned block as a task: its state is stored, and loaded by the same run after a restart."""
+"""Fine-tuned blocks as tasks: an interrupted run continues at the first block that is missing."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from accelerate.utils import recursively_apply
-from torch import nn
+from torch import Tensor, nn
 
 from dtq.finetune.block_order import layers_of
 from dtq.finetune.report import BlockReport, FinetuneConfig
 from dtq.finetune.trainable import set_state, state_of
-from dtq.io.checksum import bytes_digest, checksum
+from dtq.io.checksum import checksum, digest
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.recorded_calls import RecordedCall
 from dtq.runs.tasks import TaskStore
@@ -22,35 +22,56 @@ from dtq.runs.tasks import TaskStore
 log = logging.getLogger("dtq")
 
 
-def load_or_train(
-    tasks: TaskStore | None, task: str, model: nn.Module, train: Callable[[], BlockReport]
-) -> BlockReport:
-    """Load the state of a finished block into the model, or train the block and store its state.
+class BlockTasks:
+    """Results of the blocks of one fine-tuning run: their packed tensors and reports.
 
     Args:
-        tasks: the store; without one, or without a folder, every block is trained.
-        task: name of the block's task.
-        model: changed in place.
-        train: trains the block in the model.
+        tasks: where they are stored; without a folder nothing is.
+        fingerprint: of the run, see :func:`fingerprint`; results of another run are replaced.
     """
-    if tasks is None or tasks.folder is None:
-        return train()
-    if task in tasks:
-        tensors, data = tasks.load(task)
-        report = BlockReport(**data)
-        for name, layer in layers_of(model, report.name).items():
-            state = {key: tensors[f"{name}.{key}"] for key in state_of(layer)}
-            set_state(layer, {key: t.to(layer.weight.device) for key, t in state.items()})
-        log.info("finetune: %s was finished before, loaded", report.name)
+
+    def __init__(self, tasks: TaskStore, fingerprint: str) -> None:
+        self.tasks, self.fingerprint = tasks, fingerprint
+        self.resuming = True  # until the first block that has to be trained
+
+    def get_or_train(
+        self, index: int, model: nn.Module, train: Callable[[], BlockReport]
+    ) -> BlockReport:
+        """Load a finished block into the model, or train and store it.
+
+        Args:
+            index: position of the block in the order in which blocks run.
+            model: with quantized linears in place; changed in place.
+            train: trains the block in place.
+        """
+        task = f"block-{index}"
+        self.resuming = self.resuming and task in self.tasks
+        if self.resuming:
+            stored, data = self.tasks.load(task)
+            if data["fingerprint"] == self.fingerprint:
+                report = BlockReport(**data["report"])
+                self._load(model, report.name, stored)
+                return report
+            log.warning(
+                "finetune: %s is of another run; ignored and replaced", self.tasks.path(task)
+            )
+            self.resuming = False
+        report = train()
+        if self.tasks.folder is not None:
+            tensors = {
+                f"{name}.{key}": tensor
+                for name, layer in layers_of(model, report.name).items()
+                for key, tensor in state_of(layer).items()
+            }
+            data = {"fingerprint": self.fingerprint, "report": asdict(report)}
+            self.tasks.save(task, tensors, data)
         return report
-    report = train()
-    state = {
-        f"{name}.{key}": tensor
-        for name, layer in layers_of(model, report.name).items()
-        for key, tensor in state_of(layer).items()
-    }
-    tasks.save(task, state, asdict(report))
-    return report
+
+    def _load(self, model: nn.Module, block: str, stored: Mapping[str, Tensor]) -> None:
+        for name, layer in layers_of(model, block).items():
+            state = {key: stored[f"{name}.{key}"] for key in state_of(layer)}
+            set_state(layer, {key: t.to(layer.weight.device) for key, t in state.items()})
+        log.info("finetune: %s was finished before, loaded", block)
 
 
 def fingerprint(
@@ -59,23 +80,26 @@ def fingerprint(
     calls: Sequence[RecordedCall],
     config: FinetuneConfig,
 ) -> str:
-    """Digest of everything that the result of fine-tuning depends on.
+    """Digest of everything that a fine-tuning run depends on.
 
     Args:
         model: with quantized linears in place.
-        floats: the float linears that they replaced, by name.
+        floats: the float linears that they replaced, by dotted name.
         calls: recorded calls of the float model.
-        config: method and knobs.
-
-    Returns:
-        16 hex digits.
+        config: the method and its knobs.
     """
-    lines = [json.dumps(asdict(config))]
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            lines.append(f"{name} {json.dumps(module.spec.to_json())}")
-            lines += [f"{key} {checksum(tensor)}" for key, tensor in state_of(module).items()]
-            lines.append(str(checksum(floats[name].weight)))
-    for call in calls:
-        recursively_apply(lambda t: lines.append(str(checksum(t))), (call.args, call.kwargs))
-    return bytes_digest("\n".join(lines).encode())[:16]
+
+    def chunks() -> Iterator[str]:
+        yield json.dumps(asdict(config))
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                yield f"{name} {json.dumps(module.spec.to_json())}"
+                for key, tensor in state_of(module).items():
+                    yield f"{key} {checksum(tensor)}"
+                yield str(checksum(floats[name].weight))
+        for call in calls:
+            tensors: list[Tensor] = []
+            recursively_apply(tensors.append, (call.args, call.kwargs))
+            yield from (str(checksum(tensor)) for tensor in tensors)
+
+    return digest(chunk.encode() for chunk in chunks())

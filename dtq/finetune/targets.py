@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a block learns from: its inputs in the quantized model, its outputs in the float one."""
+"""Training examples of a block: its inputs in the quantized model, its outputs in the float one."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from dtq.nn.swap import temporarily_replaced
 from dtq.pipelines.recorded_calls import RecordedCall, call_module, copy_to_cpu
 
 HELD_OUT = 8
-"""One call in so many judges and is not trained on."""
+"""One call in so many is held out of the training, to compare the result on."""
 
 
 @dataclass
 class Example:
-    """One call of a block: what it is given and what it should return, on the CPU.
+    """One call of a block, on the CPU.
 
     Attributes:
-        want: the floating tensors of the float model's output.
-        moment: bin and mode of the step clock, when there is one.
-        clock: to be set to it.
+        args, kwargs: of the block's forward, in the quantized model.
+        targets: the floating tensors that the float model's block returns.
+        clock_state: timestep bin and precision of the step clock, when there is one.
+        clock: the step clock, set to that state before the block runs.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    want: list[Tensor]
-    moment: tuple[Tensor, Tensor] | None = None
+    targets: list[Tensor]
+    clock_state: tuple[Tensor, Tensor] | None = None
     clock: StepClock | None = None
 
     def loss(self, block: nn.Module) -> Tensor:
-        """``sum |got - want|^2 / |want|^2`` over the outputs, float32 scalar."""
+        """``sum |output - target|^2 / |target|^2`` over the outputs, float32 scalar."""
         device = next(block.parameters()).device
-        if self.clock is not None and self.moment is not None:
-            self.clock.bin.copy_(self.moment[0])
-            self.clock.mode.copy_(self.moment[1])
-        got = _tensors(call_module(block, self))
+        if self.clock is not None and self.clock_state is not None:
+            self.clock.bin.copy_(self.clock_state[0])
+            self.clock.mode.copy_(self.clock_state[1])
+        outputs = _tensors(call_module(block, self))
         total = torch.zeros((), device=device)
-        for mine, theirs in zip(got, self.want, strict=True):
-            target = theirs.to(device).float()
-            miss = (mine.float() - target).square().sum()
-            total = total + miss / target.square().sum().clamp(min=1e-30)
+        for output, target in zip(outputs, self.targets, strict=True):
+            target = target.to(device).float()
+            error = (output.float() - target).square().sum()
+            total = total + error / target.square().sum().clamp(min=1e-30)
         return total
 
 
@@ -57,7 +58,7 @@ def error(block: nn.Module, examples: Sequence[Example]) -> float:
 
 
 def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Calls to train on and calls to judge by, these spread evenly; none of one call."""
+    """Examples to train on, and held-out ones, spread evenly; a single one is not held out."""
     if len(examples) < 2:
         return examples, []
     count = max(1, len(examples) // HELD_OUT)
@@ -66,8 +67,8 @@ def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     return train, [examples[i] for i in sorted(held)]
 
 
-class _Reached(Exception):
-    """Ends a forward as soon as what was wanted of it is there."""
+class _Captured(Exception):
+    """Ends a forward as soon as a block's input or output is there, and carries it."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -77,47 +78,53 @@ class _Reached(Exception):
 def examples_of(
     model: nn.Module, name: str, floats: Mapping[str, nn.Linear], calls: Sequence[RecordedCall]
 ) -> list[Example]:
-    """Inputs of the block in the quantized model, outputs of the same in the float one.
+    """Examples of a block, one for each call that runs it.
 
     Of a block that runs several times in a forward, the first time.
+
+    Args:
+        model: with quantized linears in place.
+        name: of the block.
+        floats: the float linears that they replaced, by dotted name.
+        calls: recorded calls of the float model.
     """
     layers = layers_of(model, name).values()
     clock = next((layer.clock for layer in layers if layer.clock is not None), None)
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        moment = None if clock is None else (clock.bin.clone(), clock.mode.clone())
-        raise _Reached(Example(copy_to_cpu(args), copy_to_cpu(kwargs), [], moment, clock))
+    def capture_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        state = None if clock is None else (clock.bin.clone(), clock.mode.clone())
+        raise _Captured(Example(copy_to_cpu(args), copy_to_cpu(kwargs), [], state, clock))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        raise _Reached([copy_to_cpu(t) for t in _tensors(output)])
+    def capture_output(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Captured([copy_to_cpu(t) for t in _tensors(output)])
 
     block = model.get_submodule(name)
-    handle = block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+    handle = block.register_forward_pre_hook(capture_input, with_kwargs=True, prepend=True)
     try:
-        given = [_reach(model, call) for call in calls]
+        inputs = [_capture(model, call) for call in calls]
     finally:
         handle.remove()
     with temporarily_replaced(model, floats):
-        handle = model.get_submodule(name).register_forward_hook(leave, prepend=True)
+        handle = model.get_submodule(name).register_forward_hook(capture_output, prepend=True)
         try:
-            wanted = [_reach(model, call) for call in calls]
+            outputs = [_capture(model, call) for call in calls]
         finally:
             handle.remove()
     examples = []
-    for example, want in zip(given, wanted, strict=True):
-        if example is not None and want is not None:
-            example.want = want
+    for example, targets in zip(inputs, outputs, strict=True):
+        if example is not None and targets is not None:
+            example.targets = targets
             examples.append(example)
     return examples
 
 
 @torch.no_grad()
-def _reach(model: nn.Module, call: RecordedCall) -> Any:
-    """Run a call until something is reached; None when nothing is."""
+def _capture(model: nn.Module, call: RecordedCall) -> Any:
+    """Run a call until a hook captures something; None when none does."""
     try:
         call_module(model, call)
-    except _Reached as reached:
-        return reached.value
+    except _Captured as captured:
+        return captured.value
     return None
 
 
@@ -128,5 +135,5 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, list | tuple):
-        return [tensor for each in output for tensor in _tensors(each)]
+        return [tensor for entry in output for tensor in _tensors(entry)]
     return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What learns: stand-ins for quantized linears, computed in float32 with gradients."""
+"""Trainable copies of quantized linears, computed in float32 with gradients."""
 
 from __future__ import annotations
 
@@ -18,57 +18,68 @@ from dtq.formats.vq import Vq
 from dtq.nn.linear import QuantLinear
 
 SURE = 0.99
-"""A sub-vector whose largest ratio is above this has found its codeword (VQ4DiT, sec. 3.2)."""
+"""A sub-vector whose largest ratio is above this is fixed to its codeword (VQ4DiT, sec. 3.2)."""
 
 LEAD = 4.0
 """First logit of the present codeword, the other candidates' being 0."""
 
 
 class TrainableLinear(nn.Linear):
-    """A quantized linear whose float parts learn, computed in float32.
+    """A quantized linear whose float tensors are trained, computed in float32.
 
-    Every part is ``start * exp(d)`` (scales, which keep their sign) or ``start + unit * d``, with
-    ``d`` from zero: one learning rate fits all. It is rounded to the stored dtype on the way, the
-    gradient passing straight through, as it does through the rounding of activations.
+    Every tensor is ``start * exp(d)`` (scales, which keep their sign) or ``start + unit * d``, with
+    ``d`` starting at zero, so that one learning rate fits all. It is rounded to the stored dtype in
+    the forward pass with a straight-through gradient, and so are the activations.
+
+    Args:
+        layer: the quantized linear; it is read and not changed.
     """
 
     def __init__(self, layer: QuantLinear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        # what code that looks at a linear finds there; neither learns
+        # for code that reads the weight and bias of a linear; neither is trained
         self.weight, self.bias = layer.weight, layer.bias
         self._layer = [layer]  # in a list: not a submodule
-        self.dtypes = {n: s.dtype for n, s in layer.tensor_specs().items() if _learns(n, s.dtype)}
+        self.dtypes = {
+            n: s.dtype for n, s in layer.tensor_specs().items() if _is_trained(n, s.dtype)
+        }
         self.start = {n: layer.packed_tensor(n).detach().float() for n in self.dtypes}
         self.unit = {n: _rms(t) for n, t in self.start.items()}
         if layer.bias is not None:
             self.dtypes["bias"] = layer.bias.dtype
             self.start["bias"] = layer.bias.detach().float().clone()
-            # the size of an output when the input's is one
+            # the RMS of an output when that of the input is one
             self.unit["bias"] = _rms(layer.dequantize(torch.float32)) * self.in_features**0.5
         self.moves = nn.ParameterDict({n: torch.zeros_like(t) for n, t in self.start.items()})
 
     @property
     def layer(self) -> QuantLinear:
+        """The quantized linear that this one stands in for."""
         return self._layer[0]
 
     def groups(self, config: FinetuneConfig, reach: float) -> list[dict[str, Any]]:
-        """Parameters and their learning rates, for the optimizer; ``reach`` is sqrt(before)."""
+        """Parameter groups of the optimizer.
+
+        Args:
+            config: has the learning rates.
+            reach: factor of the rates, the square root of the block's error before training.
+        """
         main = [p for n, p in self.moves.items() if n.startswith("weight_")]
-        rest = [p for n, p in self.moves.items() if not n.startswith("weight_")]
+        other = [p for n, p in self.moves.items() if not n.startswith("weight_")]
         groups = [
             {"params": main, "lr": config.lr * reach},
-            {"params": rest, "lr": config.lr_other * reach},
+            {"params": other, "lr": config.lr_other * reach},
         ]
         return [group for group in groups if group["params"]]
 
     def forward(self, x: Tensor) -> Tensor:
-        """float (..., K) to (..., N) in the dtype of ``x``."""
+        """Map (..., K) to (..., N), in the dtype of ``x``."""
         rows = x.reshape(-1, self.in_features).float()  # (M, K)
-        changed = self.layer.transform().x(rows)
+        transformed = self.layer.transform().x(rows)
         with torch.no_grad():
-            rounded = self._rounded(changed)
-        y = F.linear(_straight(rounded, changed), self.matrix())  # (M, N)
+            rounded = self._fake_quantized(transformed)
+        y = F.linear(_straight_through(rounded, transformed), self.matrix())  # (M, N)
         if self.layer.spec.rank:
             y = y + F.linear(F.linear(rows, self.now("proj_down")), self.now("proj_up"))
         if "bias" in self.moves:
@@ -76,41 +87,42 @@ class TrainableLinear(nn.Linear):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def matrix(self) -> Tensor:
-        """The weight (N, K) of the changed input."""
+        """The weight (N, K) that multiplies the transformed input."""
         fmt = self.layer.problem.weight_format
-        parts = {
+        packed = {
             n: self.layer.packed_tensor(n)
             for n in fmt.tensor_specs((self.out_features, self.in_features))
         }
-        return fmt.unpack(parts | {n: self.now(n) for n in parts if n in self.moves})
+        return fmt.unpack(packed | {n: self.now(n) for n in packed if n in self.moves})
 
     def now(self, name: str) -> Tensor:
-        """A part with the value it is stored with, float32."""
+        """The present value of a tensor, rounded as it is stored, in float32."""
         start, move = self.start[name], self.moves[name]
         positive = "scale" in name
         value = start * move.exp() if positive else start + self.unit[name] * move
-        return _straight(_cast(value, self.dtypes[name]).float(), value)
+        return _straight_through(_cast(value, self.dtypes[name]).float(), value)
 
     def state(self) -> PackedTensors:
-        """Every stored part and the bias, with on-disk dtypes."""
+        """Every packed tensor and the bias, with on-disk dtypes."""
         with torch.no_grad():
-            found = {n: _cast(self.now(n), dtype) for n, dtype in self.dtypes.items()}
-        return self.layer.packed_tensors() | found
+            trained = {n: _cast(self.now(n), dtype) for n, dtype in self.dtypes.items()}
+        return self.layer.packed_tensors() | trained
 
-    def _rounded(self, changed: Tensor) -> Tensor:
-        """The changed input (M, K) as the layer's product sees it."""
-        acts = _acts_now(self.layer)
-        if not acts.static:
-            return fake_quantize(changed, acts)
+    def _fake_quantized(self, transformed: Tensor) -> Tensor:
+        """The transformed input (M, K) as the layer's GEMM reads it."""
+        activations = _activation_format_now(self.layer)
+        if not activations.static:
+            return fake_quantize(transformed, activations)
         scale = self.layer.step_scale()
-        return row_codes(changed, scale, acts.qmax) * scale
+        return row_codes(transformed, scale, activations.qmax) * scale
 
 
 class TrainableVq(TrainableLinear):
-    """The same for a vector format, each sub-vector a mix of candidate codewords.
+    """The same for a vector format: each sub-vector is a mix of candidate codewords.
 
     Args:
-        layer: in a vector format: parts ``weight_lut`` (k, d), ``weight``, maybe ``weight_scale``.
+        layer: in a vector format: tensors ``weight_lut`` (k, d), ``weight`` and, in some formats,
+            ``weight_scale``.
         weight: the float weight (N, K) of the raw input.
         candidates: codewords per sub-vector.
     """
@@ -129,9 +141,11 @@ class TrainableVq(TrainableLinear):
         self.logits = nn.Parameter(logits)  # (S, n)
 
     def groups(self, config: FinetuneConfig, reach: float) -> list[dict[str, Any]]:
+        """Those of the base class, and the logits with a rate of their own."""
         return [*super().groups(config, reach), {"params": [self.logits], "lr": config.lr_logits}]
 
     def matrix(self) -> Tensor:
+        """The weight (N, K) with mixed codewords."""
         words = F.embedding(self.options, self.now("weight_lut"))  # (S, n, d)
         mixed = (self.logits.softmax(1).unsqueeze(-1) * words).sum(1)  # (S, d)
         vectors = mixed.unflatten(0, (self.out_features, -1))
@@ -144,14 +158,15 @@ class TrainableVq(TrainableLinear):
 
     @torch.no_grad()
     def fix(self, everything: bool = False) -> None:
-        """Give the sub-vectors that are sure, or all, to their best candidate for good."""
+        """Fix the sub-vectors with a ratio above :data:`SURE`, or all, to their best candidate."""
         ratios = self.logits.softmax(1)
         sure = (ratios.amax(1) > SURE) | everything  # (S,)
         # minus infinity: no gradient and no momentum brings a candidate back
-        alone = torch.full_like(ratios, -math.inf).scatter_(1, ratios.argmax(1, True), 0.0)
-        self.logits.copy_(torch.where(sure.unsqueeze(1), alone, self.logits))
+        fixed = torch.full_like(ratios, -math.inf).scatter_(1, ratios.argmax(1, True), 0.0)
+        self.logits.copy_(torch.where(sure.unsqueeze(1), fixed, self.logits))
 
     def state(self) -> PackedTensors:
+        """That of the base class, each sub-vector with its best candidate."""
         best = self.options.gather(1, self.logits.argmax(1, True)).reshape(self.out_features, -1)
         return self._format.with_codes(super().state(), best)
 
@@ -163,6 +178,7 @@ class TrainableVq(TrainableLinear):
 
 
 def trainable_of(layer: QuantLinear, linear: nn.Linear, config: FinetuneConfig) -> TrainableLinear:
+    """A trainable copy of a quantized linear; ``linear`` is the float one that it replaced."""
     if config.candidates and isinstance(layer.problem.weight_format, Vq):
         return TrainableVq(layer, linear.weight, config.candidates)
     return TrainableLinear(layer)
@@ -171,34 +187,34 @@ def trainable_of(layer: QuantLinear, linear: nn.Linear, config: FinetuneConfig) 
 def _candidates(vectors: Tensor, codebook: Tensor, now: Tensor, count: int) -> Tensor:
     """The present codeword, then the nearest others; int64 (S, n)."""
     count = min(count, len(codebook))
-    found = []
-    for some, mine in zip(vectors.split(65536), now.split(65536), strict=True):
-        distance = torch.cdist(some, codebook)  # (s, k)
-        distance.scatter_(1, mine.unsqueeze(1), -1.0)
-        found.append(distance.topk(count, largest=False).indices)
-    return torch.cat(found)
+    nearest = []
+    for chunk, present in zip(vectors.split(65536), now.split(65536), strict=True):
+        distance = torch.cdist(chunk, codebook)  # (s, k)
+        distance.scatter_(1, present.unsqueeze(1), -1.0)
+        nearest.append(distance.topk(count, largest=False).indices)
+    return torch.cat(nearest)
 
 
-def _learns(name: str, dtype: torch.dtype) -> bool:
+def _is_trained(name: str, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and name.startswith(("weight_", "proj_"))
 
 
-def _acts_now(layer: QuantLinear) -> ActivationFormat:
-    """The activation format of this step: the layer's, or what a step policy says."""
-    acts: ActivationFormat = layer.problem.activation_format
+def _activation_format_now(layer: QuantLinear) -> ActivationFormat:
+    """The activation format of this step: the layer's, or the one that a step policy sets."""
+    activations: ActivationFormat = layer.problem.activation_format
     clock = layer.clock
-    if clock is not None and clock.modes and acts.bits < 16:
-        return activation_format_of(clock.modes[int(clock.mode)], acts.name)
-    return acts
+    if clock is not None and clock.modes and activations.bits < 16:
+        return activation_format_of(clock.modes[int(clock.mode)], activations.name)
+    return activations
 
 
-def _straight(value: Tensor, through: Tensor) -> Tensor:
+def _straight_through(value: Tensor, through: Tensor) -> Tensor:
     """``value`` exactly, with the gradient of ``through``."""
     return value.detach() + (through - through.detach())
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to a narrower dtype; what is too large takes its largest number."""
+    """Rounded to a narrower dtype; values beyond its range are clamped to it."""
     largest = torch.finfo(dtype).max
     return value.detach().clamp(-largest, largest).to(dtype)
 
@@ -208,13 +224,14 @@ def _rms(x: Tensor) -> float:
 
 
 def state_of(layer: QuantLinear) -> PackedTensors:
-    """Every stored part, and a copy of the bias."""
+    """Every packed tensor, and a copy of the bias."""
     bias = {} if layer.bias is None else {"bias": layer.bias.detach().clone()}
     return layer.packed_tensors() | bias
 
 
 @torch.no_grad()
 def set_state(layer: QuantLinear, state: Mapping[str, Tensor]) -> None:
+    """Inverse of :func:`state_of`, in place."""
     layer.fill({n: t for n, t in state.items() if n != "bias"})
     if layer.bias is not None:
         layer.bias.copy_(state["bias"])

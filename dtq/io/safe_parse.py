@@ -28,13 +28,17 @@ LARGEST_INT = 2**63
 """Beyond it tensors cannot count."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. It may say ``-Infinity``, as schedulers of diffusers do.
+def read_json(path: Path, *, infinite: bool = True) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        path: of the file.
+        infinite: allow ``Infinity`` and ``-Infinity``, which schedulers of diffusers write.
 
     Raises:
-        InputError: no such file, too large, or not a JSON object in the sense of this page.
+        InputError: no such file, too large, or not a JSON object that :func:`parse_json` accepts.
     """
-    data = parse_json(read_text(path, LARGEST_JSON), str(path), infinite=True)
+    data = parse_json(read_text(path, LARGEST_JSON), str(path), infinite=infinite)
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a JSON object")
     return data

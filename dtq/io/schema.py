@@ -1,46 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain data to dataclasses and back: unknown keys, wrong types and unknown names are collected."""
+"""The one reader of documents: plain data to dataclasses, with every mistake collected.
+
+A dataclass is the schema: its fields name the keys and types of a mapping, ``metadata=key(...)``
+what else a value must be. A field is a string, number or boolean, a :class:`MethodSpec`, another
+dataclass, a ``tuple[X, ...]`` or ``list[X]`` of those, ``dict[str, X]``, ``Any``, or one of all
+these ``| None``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, is_dataclass
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from dtq.errors import DtqError, InputError
 
 LARGEST = 10**9
 """No knob of a method is larger."""
 
+_SHOWN = 8  # mistakes of a document that a program wrote
 
-def read(kind: type[Any], data: Mapping[str, Any], at: str, problems: list[str]) -> Any:
-    """Build a dataclass from a mapping; what is wrong goes to ``problems``.
+T = TypeVar("T")
 
-    Fields may be strings, numbers, booleans, a :class:`Call`, another dataclass, a free mapping,
-    or a tuple of strings, whole numbers or dataclasses.
+
+def key(
+    name: str = "",
+    expected: str = "",
+    holds: Callable[[Any], object] | None = None,
+    kind: Any = None,
+) -> dict[str, Any]:
+    """Metadata of a field.
+
+    Args:
+        name: key in the document; default: the name of the field.
+        expected: words for what the value must be.
+        holds: whether a value of the right type is that.
+        kind: type in the document; default: the type of the field.
+    """
+    return {"name": name, "expected": expected, "holds": holds, "kind": kind}
+
+
+RISING = key(expected="rising numbers", holds=lambda numbers: list(numbers) == sorted(numbers))
+"""Metadata of a tuple of numbers in rising order."""
+
+
+def within(least: int, most: int = 2**63) -> tuple[str, Callable[[Any], bool]]:
+    """Words and check of :func:`key` for a number, or each in a tuple or mapping, within bounds."""
+
+    def holds(value: Any) -> bool:
+        items = value.values() if isinstance(value, Mapping) else value
+        return all(least <= v <= most for v in (items if isinstance(items, Iterable) else [items]))
+
+    return f"whole numbers from {least}" + (f" to {most}" if most < 2**63 else ""), holds
+
+
+def parse(
+    kind: type[T],
+    data: object,
+    where: str,
+    error: type[DtqError] = InputError,
+    *,
+    required: Iterable[str] = (),
+    strict: bool = False,
+) -> T:
+    """:func:`read` for a document that a program wrote; one that does not fit raises.
 
     Args:
         kind: the dataclass.
-        data: keys and values, as YAML gives them.
+        data: what JSON gave.
+        where: begins the message, the file as a rule.
+        error: class of the exception.
+        required: keys that must be there although their fields have defaults.
+        strict: see :func:`read`; by default unknown keys are ignored and optional values may be
+            null.
+
+    Raises:
+        DtqError: of class ``error``; one line that names the keys.
+    """
+    if not isinstance(data, Mapping):
+        raise error(f"{where}: expected a mapping, got {_shown(data)}")
+    problems = [f"{name}: missing" for name in required if name not in data]
+    document = read(kind, data, "", problems, strict=strict)
+    if problems:
+        lines = list(dict.fromkeys(problems))
+        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise error(f"{where}: {'; '.join(lines[:_SHOWN])}{more}")
+    return document
+
+
+def read(
+    kind: type[T], data: Mapping[str, Any], at: str, problems: list[str], *, strict: bool = True
+) -> T:
+    """Build a dataclass from a mapping, and collect what is wrong.
+
+    Args:
+        kind: the dataclass.
+        data: keys and values, as YAML or JSON gives them.
         at: where the mapping is, ``"rules[0]."``, for messages.
         problems: is added to. While it is empty the result is as the data says.
+        strict: a person wrote the data: unknown keys and null are mistakes.
     """
-    known, kinds = {f.name: f for f in fields(kind)}, get_type_hints(kind)
+    known = _fields(kind)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for key, value in data.items():
-        where = f"{at}{key}"
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
+    for name, value in data.items():
+        where, before = f"{at}{name}", len(problems)
+        if name in known:
+            field, type_ = known[name]
+            values[field.name] = result = _value(type_, value, where, problems, strict)
+            holds = field.metadata.get("holds")
+            if holds and result is not None and len(problems) == before and not holds(result):
+                expected = field.metadata["expected"]
+                problems.append(f"{where}: expected {expected}, got {_shown(value)}")
+        elif strict:
+            near = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             problems.append(f"{where}: unknown key{hint}")
-            continue
-        values[key] = _value(kinds[key], value, where, problems)
-    for name, f in known.items():
-        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+    for name, (field, _) in known.items():
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in values:
             problems.append(f"{at}{name}: missing")
-            values[name] = ""
+            values[field.name] = ""
     return kind(**values)
 
 
@@ -51,15 +136,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
     if is_dataclass(value):
-        found = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-        return {k: v for k, v in found.items() if v is not None}
+        data = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {k: v for k, v in data.items() if v is not None}
     return value
 
 
 def check_name(
     name: str, table: Iterable[str], at: str, problems: list[str], what: str = "name"
 ) -> bool:
-    """Whether a table has the name; otherwise the nearest ones are suggested."""
+    """Check that a table has a name, and otherwise suggest the nearest ones.
+
+    Args:
+        name: as the document gives it.
+        table: the known names.
+        at: where the name is, for the message.
+        problems: is added to.
+        what: kind of name, for the message.
+    """
     known = list(table)
     if name in known:
         return True
@@ -72,7 +165,14 @@ def check_name(
 def check_method(
     call: MethodSpec, table: Mapping[str, Callable[..., Any]], at: str, problems: list[str]
 ) -> None:
-    """The method and its knobs exist, and the knobs are of the type of their defaults."""
+    """Check that a method and its knobs exist, and that the knobs have the type of their defaults.
+
+    Args:
+        call: as the recipe gives it.
+        table: the known methods; their keyword arguments are the knobs.
+        at: where the method is, for messages.
+        problems: is added to.
+    """
     if not check_name(call.name, table, at, problems):
         return
     parameters = inspect.signature(table[call.name]).parameters
@@ -86,52 +186,59 @@ def check_method(
     for knob, value in call.knobs:
         if not check_name(knob, knobs, f"{at}.{call.name}", problems, "knob"):
             continue
-        default = knobs[knob]
-        number = isinstance(default, int | float) and not isinstance(default, bool)
-        fits = abs(value) <= LARGEST if _number(value) else False
-        fits = fits if number else isinstance(value, type(default))
-        if isinstance(value, bool) != isinstance(default, bool) or not fits:
-            words = _words(type(default))
+        number, kind = _is_number(knobs[knob]), type(knobs[knob])
+        if not _fits(float if number else kind, value) or (number and abs(value) > LARGEST):
+            words = _words(kind)
             problems.append(f"{at}.{call.name}.{knob}: expected {words}, got {_shown(value)}")
 
 
-def _value(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+@functools.cache
+def _fields(kind: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Key in the document to field and type."""
+    types = get_type_hints(kind)
+    return {
+        f.metadata.get("name") or f.name: (f, f.metadata.get("kind") or types[f.name])
+        for f in dataclasses.fields(kind)
+    }
+
+
+def _value(kind: Any, value: Any, where: str, problems: list[str], strict: bool) -> Any:
     """A value of a field, or something of its type if it does not fit."""
-    kind = _present(kind)
-    if kind is MethodSpec:
-        return _call(value, where, problems)
-    if is_dataclass(kind):
-        if isinstance(value, Mapping):
-            return read(kind, value, f"{where}.", problems)  # type: ignore[arg-type]
-    elif get_origin(kind) is tuple:
-        each = get_args(kind)[0]
-        entry = Mapping if is_dataclass(each) else each
-        right = (isinstance(v, entry) and not isinstance(v, bool) for v in _entries(value))
-        if isinstance(value, list | tuple) and all(right):
-            return tuple(_value(each, v, f"{where}[{i}]", problems) for i, v in enumerate(value))
-    elif get_origin(kind) is dict:
-        if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
-            return dict(value)
-    elif kind == str | float:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            return str(value)
-    elif kind is float:
-        if _number(value) and not isinstance(value, bool):
-            return float(value)
-    elif type(value) is kind:
+    if NoneType in get_args(kind):
+        if value is None and not strict:
+            return None
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    if kind is Any:
         return value
+    if kind is MethodSpec:
+        return _method(value, where, problems)
+    item = get_args(kind)[-1] if get_origin(kind) is dict else next(iter(get_args(kind)), None)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        return read(kind, value, f"{where}.", problems, strict=strict)  # type: ignore[arg-type]
+    if get_origin(kind) in (tuple, list) and isinstance(value, list | tuple):
+        if all(_fits(item, v) for v in value):
+            places = enumerate(value)
+            items = (_value(item, v, f"{where}[{i}]", problems, strict) for i, v in places)
+            return get_origin(kind)(items)
+    elif get_origin(kind) is dict and isinstance(value, Mapping):
+        if all(isinstance(k, str) for k in value):
+            pairs = value.items()
+            return {k: _value(item, v, f"{where}[{k!r}]", problems, strict) for k, v in pairs}
+    elif _fits(kind, value):
+        return value if kind in (int, bool) else float(value) if kind is float else str(value)
     problems.append(f"{where}: expected {_words(kind)}, got {_shown(value)}")
     return {int: 1, float: 1.0, bool: False}.get(kind, "")
 
 
-def _entries(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else []
-
-
-def _present(kind: Any) -> Any:
-    """``X`` of ``X | None``: a key that is there has a value."""
-    some = [k for k in get_args(kind) if k is not NoneType]
-    return some[0] if NoneType in get_args(kind) and len(some) == 1 else kind
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value has the type; of an item that is a dataclass, whether it is a mapping."""
+    if is_dataclass(kind):
+        return isinstance(value, Mapping)
+    if kind is float:
+        return _is_number(value)
+    if kind == str | float:
+        return isinstance(value, str | int | float) and not isinstance(value, bool)
+    return type(value) is kind
 
 
 def _shown(value: object) -> str:
@@ -140,15 +247,15 @@ def _shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _words(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        each: type[Any] = get_args(kind)[0]
-        plain_kinds = {str: "a list of names", int: "a list of whole numbers"}
-        return plain_kinds.get(each, f"a list of {each.__name__.lower()}s")
+    if get_origin(kind) in (tuple, list):
+        item: type[Any] = get_args(kind)[0]
+        lists = {str: "names", int: "whole numbers", float: "numbers"}
+        return f"a list of {lists.get(item) or item.__name__.lower().strip('_') + 's'}"
     return {
         str: "a name",
         str | float: "a number or a size",
@@ -158,7 +265,7 @@ def _words(kind: Any) -> str:
     }.get(kind, "a mapping")
 
 
-def _call(value: Any, where: str, problems: list[str]) -> MethodSpec:
+def _method(value: Any, where: str, problems: list[str]) -> MethodSpec:
     if isinstance(value, MethodSpec):
         return value
     if isinstance(value, str):

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ARCHS``: which arithmetic a GPU does for a product of M tokens with an int8-able weight (N, K).
+"""``ARCHS``: which path a GPU takes for M tokens and a weight (N, K) that has an int8 kernel.
 
-A static table by architecture, tokens and operations: nothing is timed when a layer runs, so the
-same layer on the same GPU always does the same. Three answers:
+A static table by architecture, tokens and operations. Nothing is timed when a layer runs, so the
+same layer on the same GPU always takes the same path:
 
-- ``few``: each packed weight is read once and multiplied in float; for a handful of tokens, where
-  reading weights is all that takes time;
-- ``float``: the weight is decoded once and kept, the product is torch's; for products so small
-  that quantizing the input costs more than int8 saves;
-- ``int8``: the row of ``KERNELS``, with the numbers that every device gives.
+- ``small_m``: each packed weight is read once and multiplied in float. With a handful of tokens
+  only reading weights takes time.
+- ``float``: the weight is decoded once and kept, and torch multiplies. For problems so small that
+  quantizing the input costs more than int8 saves.
+- ``int8``: the integer GEMM of the row of ``KERNELS``, with the same results on every device.
 
-The first two do not round the input, so they are at least as close to the float model, but they
-are other numbers than a CPU gives, and ``float`` takes 2 bytes a weight. ``DTQ_CUDA_INT8=1`` keeps
-int8 at every size: the CPU's numbers, no second copy. Only bfloat16 and float16 inputs come here:
-float32 products are slow enough for int8 to win always.
+The first two do not round the input, so they are at least as close to the float model. Their
+results differ from those of a CPU, and ``float`` takes 2 bytes per weight. ``DTQ_CUDA_INT8=1``
+takes int8 at every size: the results of the CPU, and no second copy. Only bfloat16 and float16
+inputs have a choice: float32 GEMMs are so slow that int8 is always faster.
 """
 
 from __future__ import annotations
@@ -29,27 +29,30 @@ from dtq.kernels.compile.cuda import CUDA, OLDEST
 from dtq.kernels.compile.nvcc import arch_of
 
 INT8_ONLY = os.environ.get("DTQ_CUDA_INT8") == "1"
-"""Whether int8 is kept at every size."""
+"""Whether int8 is taken at every size."""
+
+FP4_COLUMNS = (64, 128)
+"""K has to be a multiple of this for NVFP4 and for MXFP4 products (``cuda_ext/gemm_plan.h``)."""
 
 
 @dataclass(frozen=True)
 class Arch:
-    """What is true of GPUs from one capability to the next row's.
+    """The choice for GPUs from one compute capability up to that of the next row.
 
     Attributes:
-        since: the smallest capability.
-        few: most tokens (M) of ``few``; ``kFewTokens`` in ``cuda_ext/launch_rows.h``.
-        least: operations (2 M N K) from which ``int8`` pays.
-        source: of ``least``.
+        since: the lowest compute capability.
+        small_m: largest M of the path ``small_m``; ``cuda_ext/launch_rows.h`` has the same number.
+        min_ops: operations (2 M N K) from which ``int8`` is faster than ``float``.
+        source: where ``min_ops`` comes from.
     """
 
     since: tuple[int, int]
     small_m: int
-    least: float
+    min_ops: float
     source: str
 
 
-# the model: a quantizing pass of its own, 2 to 2.5 us a launch, int8 as fast as published kernels
+# the model: a separate quantization pass, 2 to 2.5 us per launch, int8 as fast as published kernels
 ARCHS = (
     Arch((8, 0), 16, 1e9, "modelled for A100: 0.97x at 0.7 GFLOP, 1.18x at 2.7"),
     Arch((8, 6), 16, 0, "modelled for RTX 4090, whose int8 is four times bf16: 1.6x at 0.7 GFLOP"),
@@ -60,68 +63,73 @@ ARCHS = (
 
 
 def arch(capability: tuple[int, int]) -> Arch:
-    """The row of a GPU of this capability, 8.0 or later."""
+    """The row of ``ARCHS`` for a compute capability of 8.0 or later."""
     return max((row for row in ARCHS if row.since <= capability), key=lambda row: row.since)
 
 
 def choose(capability: tuple[int, int], m: int, n: int, k: int) -> str:
-    """``few``, ``float`` or ``int8`` for a product of (M, K) with (N, K)."""
+    """The path of a GPU for an input (M, K) and a weight (N, K).
+
+    Args:
+        capability: compute capability of the GPU, 8.0 or later.
+        m: tokens.
+        n: output channels.
+        k: input channels.
+
+    Returns:
+        ``small_m``, ``float`` or ``int8``.
+    """
     row = arch(capability)
-    return _choose(row.small_m, row.least, m, n, k)
+    return _choose(row.small_m, row.min_ops, m, n, k)
 
 
-def answer(x: Tensor, n: int) -> str:
-    """What is done for ``x`` (M, K) and N outputs: always ``int8`` off the GPU."""
+def path_for(x: Tensor, n: int) -> str:
+    """The path for an input ``x`` (M, K) and N output channels; off the GPU always ``int8``."""
     if INT8_ONLY or not on_gpu(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return "int8"
-    few, least = _limits(x.device.index or 0)
-    return _choose(few, least, x.shape[0], n, x.shape[1])
+    small_m, min_ops = _limits(x.device.index or 0)
+    return _choose(small_m, min_ops, x.shape[0], n, x.shape[1])
 
 
-FP4_COLUMNS = (64, 128)
-"""What the width of a product is a multiple of: of NVFP4, of MXFP4 (``cuda_ext/gemm_plan.h``)."""
+def _choose(small_m: int, min_ops: float, m: int, n: int, k: int) -> str:
+    if m <= small_m:
+        return "small_m"
+    return "float" if 2 * m * n * k < min_ops else "int8"
 
 
 def multiplies_fp4(x: Tensor, mx: bool) -> bool:
-    """Whether ``x`` (M, K) is on a GPU that multiplies FP4 codes, and K fits its kernel."""
+    """Whether ``x`` (M, K) is on a GPU that multiplies FP4 values, and its kernel supports K."""
     return on_gpu(x) and x.shape[1] % FP4_COLUMNS[mx] == 0 and _has_fp4(x.device.index or 0)
 
 
-def _choose(few: int, least: float, m: int, n: int, k: int) -> str:
-    if m <= few:
-        return "few"
-    return "float" if 2 * m * n * k < least else "int8"
-
-
 def explanation(capability: tuple[int, int], n: int, k: int) -> str:
-    """The table for one layer, in words."""
+    """The choices of a GPU for one weight (N, K), in words."""
     row = arch(capability)
-    first = math.ceil(row.least / (2 * n * k))
-    parts = [f"up to {row.small_m} tokens the packed weight times float"]
+    first = math.ceil(row.min_ops / (2 * n * k))
+    steps = [f"up to {row.small_m} tokens the packed weight times float"]
     if first > row.small_m + 1:
-        parts.append(f"then decoded to float below {first} tokens")
-    return ", ".join([*parts, "then int8"])
+        steps.append(f"then decoded to float below {first} tokens")
+    return ", ".join([*steps, "then int8"])
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether the tables of this file are about this tensor."""
+    """Whether this module decides how ``x`` is multiplied."""
     return x.is_cuda
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_fp4(index: int) -> bool:
-    """Whether a device has FP4 products, and the library the machine code for them."""
+    """Whether a GPU has FP4 products, and the library has the machine code for them."""
     if not torch.cuda.is_available() or not CUDA.load() or CUDA.opened is None:
         return False
     capability = torch.cuda.get_device_capability(index)
-    built = CUDA.opened.dtq_cuda_archs().decode().split()
-    mine = "sm_120f", f"sm_{arch_of(capability)}"
-    return capability[0] == 12 and any(name in built for name in mine)
+    archs = CUDA.opened.dtq_cuda_archs().decode().split()
+    return capability[0] == 12 and not {"sm_120f", f"sm_{arch_of(capability)}"}.isdisjoint(archs)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _limits(index: int) -> tuple[int, float]:
-    """``few`` and ``least`` of a device; those of int8 at every size where there are no kernels."""
+    """``small_m`` and ``min_ops`` of a GPU; those of int8 at every size where it has no kernels."""
     # the torch reference decodes slowly
     if not torch.cuda.is_available() or not CUDA.load():
         return -1, 0.0
@@ -129,4 +137,4 @@ def _limits(index: int) -> tuple[int, float]:
     if capability < OLDEST:
         return -1, 0.0
     row = arch(capability)
-    return row.small_m, row.least
+    return row.small_m, row.min_ops

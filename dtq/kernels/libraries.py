@@ -8,4 +8,4 @@ from dtq.kernels.compile.cuda import CUDA
 from dtq.kernels.compile.library import Library
 
 LIBRARIES: dict[str, Library] = {"cpu": CPU, "cuda": CUDA}
-"""Who implements ops on a device, beside the reference."""
+"""The library for a device, by torch's name of the device; other devices run the reference."""

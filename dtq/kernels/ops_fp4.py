@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops of products whose operands are both FP4 with block scales: schema, reference, fake.
+"""Ops that multiply FP4 activations and weights with block scales: references and fakes.
 
-NVFP4 (an e4m3 scale for 16 columns, a float one for the token and for the matrix) and MXFP4 (a
-power of two for 32), what the tensor cores of compute capability 12 multiply by themselves. Codes
-are rounded as the activation formats ``nvfp4`` and ``mxfp4`` round. The products are exact, their
-sums float32 in the order of the hardware, so devices agree to rounding and not to the bit.
+NVFP4 has an e4m3 scale per 16 columns and a float scale per token and for the weight. MXFP4 has a
+power of two per 32 columns. The tensor cores of compute capability 12 multiply both. Activations
+are rounded as by the activation formats ``nvfp4`` and ``mxfp4``. The products are exact; their sums
+are float32 in the order of the hardware, so devices agree up to rounding, not bit for bit.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +17,12 @@ from torch import Tensor
 from dtq.formats.floats import MxFp4, NvFp4
 from dtq.formats.grid import E2M1
 from dtq.formats.packing import packed_width, unpack_bits
-from dtq.kernels.ops_gemm import (
-    BRANCH_ARGS,
-    EPILOGUE_ARGS,
-    GEMM_ARGS,
-    apply_epilogue,
-    gemm_fake,
-    with_branch,
-)
+from dtq.kernels.ops_gemm import EPILOGUE_ARGS, GEMM_ARGS, apply_epilogue, gemm_fake
 from dtq.kernels.ops_quantize import TRANSFORM_ARGS, transform_input
 
 _NV = NvFp4("nvfp4")
 _MX = MxFp4("mxfp4")
-_FLOOR = 1e-30  # of a token's largest magnitude
+_MIN_AMAX = 1e-30  # of a token
 
 
 def _fp4_quantize_rows(
@@ -38,22 +33,21 @@ def _fp4_quantize_rows(
     num_rotations: int,
     mx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 (M, K/2), block scales (M, K/16) e4m3 or (M, K/32) uint8, token scales (M,).
+    """E2M1 codes (M, K/2), block scales (M, K/16) e4m3 or (M, K/32) uint8, token scales (M,).
 
-    The token scale is NaN where something in the token is no finite number; its codes are any then.
+    The token scale is NaN where a value of the token is not finite; its codes are arbitrary then.
     """
     x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
-    peak = x.abs().amax(1)  # NaN if there is one
+    amax = x.abs().amax(1).clamp(min=_MIN_AMAX)  # NaN if there is one
     if mx:
-        parts = _MX.pack(x, _MX.compute_qparams(x))
-        row = torch.where(peak.isfinite(), 1.0, torch.nan)
-        return parts["weight"], parts["weight_scale"], row
-    peak = peak.clamp(min=_FLOOR)
-    one = _NV.compute_qparams(x.new_ones(1, x.shape[1]))
-    unit = x / peak.unsqueeze(1)
-    parts = _NV.pack(unit, _NV.compute_qparams(unit, outer=one))
-    row = torch.where(peak.isfinite(), one["weight_scale_2"].reshape(()) * peak, torch.nan)
-    return parts["weight"], parts["weight_scale"], row
+        tensors, row_scale = _MX.pack(x, _MX.compute_qparams(x)), torch.ones_like(amax)
+    else:
+        one = _NV.compute_qparams(x.new_ones(1, x.shape[1]))
+        unit = x / amax.unsqueeze(1)
+        tensors = _NV.pack(unit, _NV.compute_qparams(unit, outer=one))
+        row_scale = one["weight_scale_2"].reshape(()) * amax
+    row_scale = torch.where(amax.isfinite(), row_scale, torch.nan)
+    return tensors["weight"], tensors["weight_scale"], row_scale
 
 
 def _fp4_linear(
@@ -63,32 +57,23 @@ def _fp4_linear(
     weight_scale: Tensor,  # (N, K/16) float8_e4m3fn, or (N, K/32) uint8
     x_block_scale: Tensor,  # (M, K/16) or (M, K/32) of the same
     weight_scale_2: Tensor | None,  # (1, 1) float32
-    bias: Tensor | None,
-    gelu: bool,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-    low: Tensor | None = None,
-    up: Tensor | None = None,
+    *epilogue: Any,  # of apply_epilogue
 ) -> Tensor:
     y = _decoded(x_q, x_block_scale) @ _decoded(weight, weight_scale).T
     y = y * row_scale.unsqueeze(1)
     if weight_scale_2 is not None:
         y = y * weight_scale_2.reshape(())
-    if bias is not None:
-        y = y + bias.float()
-    return apply_epilogue(with_branch(y, low, up), gelu, gate, residual, dtype)  # (M, N)
+    return apply_epilogue(y, *epilogue)  # (M, N)
 
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
-    levels = E2M1.decode(unpack_bits(codes, 4)).unflatten(1, (scale.shape[1], -1))
-    if scale.dtype == torch.uint8:
-        powers = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
-        return (levels * powers.unsqueeze(-1)).flatten(1)
-    return (levels * scale.float().unsqueeze(-1)).flatten(1)
+    values = E2M1.decode(unpack_bits(codes, 4)).unflatten(1, (scale.shape[1], -1))
+    if scale.dtype == torch.uint8:  # the exponent of a power of two
+        scale = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
+    return (values * scale.float().unsqueeze(-1)).flatten(1)
 
 
-def _codes_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fp4_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     mx = rest[-1]
     blocks, dtype = (columns // 32, torch.uint8) if mx else (columns // 16, torch.float8_e4m3fn)
@@ -103,13 +88,12 @@ OPS = (
     (
         f"fp4_quantize_rows(Tensor x, {TRANSFORM_ARGS}, bool mx) -> (Tensor, Tensor, Tensor)",
         _fp4_quantize_rows,
-        _codes_like,
+        _fp4_fake,
     ),
     (
-        f"fp4_linear({GEMM_ARGS}, Tensor x_block_scale, Tensor? weight_scale_2, {EPILOGUE_ARGS}, {BRANCH_ARGS})"
-        " -> Tensor",
+        f"fp4_linear({GEMM_ARGS}, Tensor x_block_scale, Tensor? weight_scale_2, {EPILOGUE_ARGS}",
         _fp4_linear,
         gemm_fake,
     ),
 )
-"""Schema, reference and fake, as rows of the table in ``ops.py``."""
+"""Schema, reference and fake of each op; rows of the table in ``ops.py``."""

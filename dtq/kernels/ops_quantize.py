@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops that do more in the pass that quantizes: schema, fake and torch reference, as in ``ops.py``.
+"""Ops that quantize activations, alone or in one pass with a norm or GELU: references and fakes.
 
 Every operation is float32 and rounded on its own, sums and the exponential too, so that a kernel
 gives these numbers bit for bit. The order of a sum of K numbers is that of :func:`sum_rows`; it
@@ -13,29 +13,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtq.formats.activations import row_codes, row_scale
+from dtq.formats.activations import ACTIVATION_FORMATS, fake_quantize, row_codes, row_scale
 from dtq.formats.grid import doubled
 from dtq.formats.groups import divide
 from dtq.linalg.hadamard import rotate
 
-_RUN = 16  # columns that one thread of a kernel holds side by side
+_RUN = 16  # neighbouring columns that one thread of a kernel holds
 _LANES = 32
-_E4M3_MAX = 448.0
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def sum_rows(x: Tensor) -> Tensor:
     """Sum of each row of float32 (M, K), as (M, 1), in the order of the kernels.
 
-    Runs of 16 columns by halves; lane l of 32 adds the runs l, l + 32, ... one after the other;
-    the lanes by halves.
+    Runs of 16 columns are summed by halves. Lane l of 32 adds the runs l, l + 32, ... one after the
+    other. The lanes are summed by halves.
     """
     rows, columns = x.shape
     x = torch.nn.functional.pad(x, (0, -columns % (_RUN * _LANES)))
-    runs = _by_halves(x.reshape(rows, -1, _LANES, _RUN))  # (M, steps, lanes)
+    runs = _sum_by_halves(x.reshape(rows, -1, _LANES, _RUN))  # (M, steps, lanes)
     total = torch.zeros_like(runs[:, 0])
     for step in range(runs.shape[1]):
         total = total + runs[:, step]
-    return _by_halves(total).unsqueeze(1)
+    return _sum_by_halves(total).unsqueeze(1)
+
+
+def _sum_by_halves(x: Tensor) -> Tensor:
+    """Sum over the last axis, a power of two long: the first half plus the second, repeatedly."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x.squeeze(-1)
 
 
 def exponential(t: Tensor) -> Tensor:
@@ -64,84 +72,32 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def norm_modulate(
-    x: Tensor,  # (M, K) any float dtype
-    modulate_scale: Tensor | None,  # (B, K), B divides M: row r takes r // (M / B)
-    modulate_shift: Tensor | None,  # (B, K)
-    eps: float,
+    x: Tensor, modulate_scale: Tensor | None, modulate_shift: Tensor | None, eps: float
 ) -> Tensor:
-    """LayerNorm without weights, then ``* (1 + scale) + shift``, float32 (M, K)."""
+    """LayerNorm without weights, then ``* (1 + scale) + shift``.
+
+    Args:
+        x: (M, K), any float dtype.
+        modulate_scale: (B, K), where B images divide M: row r takes ``r // (M / B)``; None for no
+            modulation.
+        modulate_shift: (B, K), likewise.
+        eps: added to the variance.
+
+    Returns:
+        float32 (M, K).
+    """
     x = x.float()
     rows, columns = x.shape
-    count = x.new_full((1, 1), columns)  # a tensor: CUDA turns a number into its reciprocal
+    count = x.new_full((1, 1), columns)  # a tensor: CUDA multiplies by the reciprocal of a number
     centred = x - sum_rows(x) / count
     variance = sum_rows(centred * centred) / count
     root = (variance + eps).double().sqrt().float()  # in float32 it may miss the nearest number
     y = centred * (torch.ones_like(root) / root)
     if modulate_scale is not None and modulate_shift is not None:
-        each = rows // max(len(modulate_scale), 1)
-        y = y * (1.0 + modulate_scale.float()).repeat_interleave(each, 0)
-        y = y + modulate_shift.float().repeat_interleave(each, 0)
+        tokens = rows // max(len(modulate_scale), 1)  # of an image
+        y = y * (1.0 + modulate_scale.float()).repeat_interleave(tokens, 0)
+        y = y + modulate_shift.float().repeat_interleave(tokens, 0)
     return y
-
-
-def binned_quantize_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,  # (K,) bfloat16
-    perm: Tensor | None,  # (K,) int32
-    hadamard_block: int,
-    num_rotations: int,
-    scale: Tensor | None,  # (bins,) float32, or None: one per row
-    bin: Tensor | None,  # (1,) int64, the place in it; None is the first
-    qmax: int = 127,
-) -> tuple[Tensor, Tensor]:
-    """Codes int8 (M, K) and their scales (M,) after the change of the input."""
-    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
-    if scale is None:
-        rows = row_scale(x, qmax)
-    else:
-        one = scale.reshape(-1)[:1] if bin is None else scale.reshape(-1).index_select(0, bin)
-        rows = one.reshape(1, 1).expand(x.shape[0], 1)
-    return row_codes(x, rows, qmax).to(torch.int8), rows.reshape(-1).clone()
-
-
-def _norm_quantize_rows(
-    x: Tensor,
-    modulate_scale: Tensor | None,
-    modulate_shift: Tensor | None,
-    eps: float,
-    *rest: Any,  # of binned_quantize_rows
-) -> tuple[Tensor, Tensor]:
-    return binned_quantize_rows(norm_modulate(x, modulate_scale, modulate_shift, eps), *rest)
-
-
-def _gelu_quantize_rows(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return binned_quantize_rows(gelu(x.float()), *rest)
-
-
-def _e4m3_quantize_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,
-    perm: Tensor | None,
-    hadamard_block: int,
-    num_rotations: int,
-) -> tuple[Tensor, Tensor]:
-    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
-    scale = x.abs().amax(1, keepdim=True) / x.new_full((1, 1), _E4M3_MAX)
-    codes = divide(x, scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes, scale.reshape(-1)  # (M, K), (M,)
-
-
-def _e2m1_quantize_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,
-    perm: Tensor | None,
-    hadamard_block: int,
-    num_rotations: int,
-) -> tuple[Tensor, Tensor]:
-    """E2M1 levels times two, which int8 holds, and half the scale; as the format ``e2m1-row``."""
-    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
-    codes, scale = doubled(x, x.abs().amax(1, keepdim=True))
-    return codes.to(torch.int8), scale.reshape(-1)  # (M, K), (M,)
 
 
 def transform_input(
@@ -151,7 +107,18 @@ def transform_input(
     hadamard_block: int,
     num_rotations: int,
 ) -> Tensor:
-    """What a layer does to its float32 input (M, K) before it quantizes; may be ``x`` itself."""
+    """The input transform of a layer: smoothing, channel permutation, block rotation.
+
+    Args:
+        x: float32 (M, K).
+        pre_scale: bfloat16 (K,), multiplied with the channels; None for none.
+        perm: int32 (K,), the channel that moves to each place; None for none.
+        hadamard_block: channels of a Hadamard block, a power of two that divides K; 1: no rotation.
+        num_rotations: 1, or 2 with the blocks transposed in between.
+
+    Returns:
+        float32 (M, K), which may be ``x`` itself.
+    """
     if pre_scale is not None:
         x = x * pre_scale.float()
     if perm is not None:
@@ -159,54 +126,146 @@ def transform_input(
     return rotate(x, hadamard_block, num_rotations)
 
 
-def _by_halves(x: Tensor) -> Tensor:
-    """Sum over the last axis, a power of two long: the first half plus the second, and again."""
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = x[..., :half] + x[..., half:]
-    return x.squeeze(-1)
+def binned_quantize_rows(
+    x: Tensor,
+    pre_scale: Tensor | None,
+    perm: Tensor | None,
+    hadamard_block: int,
+    num_rotations: int,
+    scale: Tensor | None,
+    bin: Tensor | None,
+    qmax: int = 127,
+) -> tuple[Tensor, Tensor]:
+    """Transform the input and round it to int8, with a scale per row or a stored scale.
+
+    Args:
+        x: (M, K), any float dtype.
+        pre_scale: bfloat16 (K,), see :func:`transform_input`.
+        perm: int32 (K,), likewise.
+        hadamard_block: likewise.
+        num_rotations: likewise.
+        scale: float32 (bins,), one stored scale per timestep bin; None: one per row, from its amax.
+        bin: int64 (1,), index into ``scale``; None is the first.
+        qmax: largest quantized value; 127 are 8 bits.
+
+    Returns:
+        int8 (M, K) and the scales, float32 (M,).
+    """
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    if scale is None:
+        rows = row_scale(x, qmax)
+    else:
+        one = scale.reshape(-1)[:1] if bin is None else scale.reshape(-1).index_select(0, bin)
+        rows = one.reshape(1, 1).expand(x.shape[0], 1)
+    return row_codes(x, rows, qmax).to(torch.int8), rows.reshape(-1).clone()
 
 
-def codes_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    """Empty int8 codes and scales of rows, for fakes."""
+def _quantize_rows(
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    hadamard_block: int,
+    scale: Tensor | None,  # (1,) float32, or None: one per row
+    qmax: int = 127,
+) -> tuple[Tensor, Tensor]:
+    return binned_quantize_rows(x, pre_scale, None, hadamard_block, 1, scale, None, qmax)
+
+
+def _norm_quantize_rows(
+    x: Tensor,
+    modulate_scale: Tensor | None,
+    modulate_shift: Tensor | None,
+    eps: float,
+    *quantize: Any,  # of binned_quantize_rows
+) -> tuple[Tensor, Tensor]:
+    y = norm_modulate(x, modulate_scale, modulate_shift, eps)
+    return binned_quantize_rows(y, *quantize)
+
+
+def _gelu_quantize_rows(x: Tensor, *quantize: Any) -> tuple[Tensor, Tensor]:
+    return binned_quantize_rows(gelu(x.float()), *quantize)
+
+
+def _e4m3_quantize_rows(x: Tensor, *transform: Any) -> tuple[Tensor, Tensor]:
+    x = transform_input(x.float(), *transform)
+    scale = x.abs().amax(1, keepdim=True) / x.new_full((1, 1), _E4M3_MAX)
+    x_q = divide(x, scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    return x_q, scale.reshape(-1)  # (M, K), (M,)
+
+
+def _e2m1_quantize_rows(x: Tensor, *transform: Any) -> tuple[Tensor, Tensor]:
+    """Twice the E2M1 values, which int8 holds, and half the scale; as the format ``e2m1-row``."""
+    x = transform_input(x.float(), *transform)
+    x_q, scale = doubled(x, x.abs().amax(1, keepdim=True))
+    return x_q.to(torch.int8), scale.reshape(-1)  # (M, K), (M,)
+
+
+def _transform_rows(x: Tensor, *transform: Any) -> Tensor:
+    return transform_input(x.float(), *transform).clone()  # (M, K) float32
+
+
+def _round_rows(
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    perm: Tensor | None,  # (K,) int32
+    hadamard_block: int,
+    num_rotations: int,
+    activation_format: str,  # a key of ACTIVATION_FORMATS
+    dtype: torch.dtype,
+) -> Tensor:
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    rounded = fake_quantize(x, ACTIVATION_FORMATS[activation_format])
+    return rounded.to(dtype, copy=True)  # (M, K)
+
+
+def _int8_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def _e4m3_like(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    return codes, x.new_empty(x.shape[:1], dtype=torch.float32)
+def _e4m3_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    x_q = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return x_q, x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _float_fake(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _round_rows_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=rest[-1])
 
 
 TRANSFORM_ARGS = "Tensor? pre_scale, Tensor? perm, int hadamard_block, int num_rotations"
-"""Part of schemas: what a layer does to its input first."""
-_GRID = "Tensor? scale, Tensor? bin, int qmax=127"
+"""Part of schemas: the input transform of a layer."""
+
+_QUANTIZE = f"{TRANSFORM_ARGS}, Tensor? scale, Tensor? bin, int qmax=127) -> (Tensor, Tensor)"
+_NORM = "Tensor? modulate_scale, Tensor? modulate_shift, float eps"
 
 OPS = (
     (
-        "norm_quantize_rows(Tensor x, Tensor? modulate_scale, Tensor? modulate_shift, float eps,"
-        f" {TRANSFORM_ARGS}, {_GRID}) -> (Tensor, Tensor)",
-        _norm_quantize_rows,
-        codes_like,
+        "quantize_rows(Tensor x, Tensor? pre_scale, int hadamard_block, Tensor? scale,"
+        " int qmax=127) -> (Tensor, Tensor)",
+        _quantize_rows,
+        _int8_fake,
     ),
-    (
-        f"gelu_quantize_rows(Tensor x, {TRANSFORM_ARGS}, {_GRID}) -> (Tensor, Tensor)",
-        _gelu_quantize_rows,
-        codes_like,
-    ),
-    (
-        f"binned_quantize_rows(Tensor x, {TRANSFORM_ARGS}, {_GRID}) -> (Tensor, Tensor)",
-        binned_quantize_rows,
-        codes_like,
-    ),
+    (f"binned_quantize_rows(Tensor x, {_QUANTIZE}", binned_quantize_rows, _int8_fake),
+    (f"norm_quantize_rows(Tensor x, {_NORM}, {_QUANTIZE}", _norm_quantize_rows, _int8_fake),
+    (f"gelu_quantize_rows(Tensor x, {_QUANTIZE}", _gelu_quantize_rows, _int8_fake),
     (
         f"e4m3_quantize_rows(Tensor x, {TRANSFORM_ARGS}) -> (Tensor, Tensor)",
         _e4m3_quantize_rows,
-        _e4m3_like,
+        _e4m3_fake,
     ),
     (
         f"e2m1_quantize_rows(Tensor x, {TRANSFORM_ARGS}) -> (Tensor, Tensor)",
         _e2m1_quantize_rows,
-        codes_like,
+        _int8_fake,
+    ),
+    (f"transform_rows(Tensor x, {TRANSFORM_ARGS}) -> Tensor", _transform_rows, _float_fake),
+    (
+        f"round_rows(Tensor x, {TRANSFORM_ARGS}, str activation_format, ScalarType dtype)"
+        " -> Tensor",
+        _round_rows,
+        _round_rows_fake,
     ),
 )
-"""Schema, reference and fake, as rows of the table in ``ops.py``."""
+"""Schema, reference and fake of each op; rows of the table in ``ops.py``."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are kept decoded, for the layers that are too small to gain from int8 on a GPU."""
+"""A cache of decoded weights, for layers that are too small to gain from int8 on a GPU."""
 
 from __future__ import annotations
 
@@ -9,38 +9,46 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class WeightCache:
-    """Decoded weights, each as long as the packed one that it was made of is there.
+    """Decoded weights. Each is kept as long as its first packed tensor exists.
 
-    A weight is decoded anew when one of its parts was written to or moved.
+    A weight is decoded again after one of its packed tensors was written to or moved.
     """
 
     def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()
+        self._cached = WeakTensorKeyDictionary()
 
     def weight(
         self,
-        parts: list[Tensor],
+        tensors: list[Tensor],
         names: list[str],
         weight_format: str,
         columns: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The float matrix (N, K) in ``dtype``; arguments as of ``dtq::dequantize``."""
-        stamp = (dtype, *((part.data_ptr(), _version(part)) for part in parts))
-        found = self._known.get(parts[0])
-        if found is not None and found[0] == stamp:
-            return found[1]
-        made: Tensor = torch.ops.dtq.dequantize(parts, names, weight_format, columns, dtype)
-        # memory of a graph that is being captured holds the weight only while it is replayed
-        if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._known[parts[0]] = (stamp, made)
-        return made
+        """The float weight (N, K), decoded by ``dtq::dequantize`` if it is not in the cache.
+
+        Args:
+            tensors: the packed tensors of the weight.
+            names: their names, in the same order.
+            weight_format: a key of ``FORMATS``.
+            columns: K, the input channels.
+            dtype: of the result.
+        """
+        stamp = (dtype, *((tensor.data_ptr(), _version(tensor)) for tensor in tensors))
+        entry = self._cached.get(tensors[0])
+        if entry is not None and entry[0] == stamp:
+            return entry[1]
+        weight = torch.ops.dtq.dequantize(tensors, names, weight_format, columns, dtype)
+        # while a graph is captured, its memory holds the weight only during replays
+        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._cached[tensors[0]] = (stamp, weight)
+        return weight
 
     @property
     def nbytes(self) -> int:
-        """What is kept now."""
-        return sum(made.nbytes for _, made in self._known.values())
+        """Bytes of the weights in the cache."""
+        return sum(weight.nbytes for _, weight in self._cached.values())
 
 
-def _version(part: Tensor) -> int:
-    return 0 if part.is_inference() else part._version
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

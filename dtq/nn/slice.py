@@ -28,7 +28,7 @@ from dtq.formats.activations import (
     scale_of,
 )
 from dtq.formats.grid import doubled
-from dtq.kernels.ops import int_matmul
+from dtq.kernels.ops_gemm import int_matmul
 from dtq.kernels.table import LinearProblem, pick
 from dtq.models.linears import shape_of
 from dtq.nn.linear import QuantLinear

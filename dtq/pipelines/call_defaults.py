@@ -10,20 +10,24 @@ can only hold sizes and the name of a shipped prompt set.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dtq.errors import InputError
+from dtq.io import schema
 from dtq.io.atomic import atomic_write
 from dtq.io.package_data import folder
 from dtq.io.safe_parse import read_json
+from dtq.io.schema import key, within
 from dtq.pipelines.settings import SamplingSettings
 
 FILE = "dtq_call_defaults.json"
 LARGEST = 8192
 """Largest size that the file may ask for, in pixels or frames."""
+
+
+def _is_shipped(name: str) -> bool:
+    return name in ("auto", *(path.stem for path in folder("calibration").glob("*.txt")))
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class CallDefaults:
         prompts: the prompt set that ``auto`` stands for; ``auto``: the same as for any pipeline.
     """
 
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    prompts: str = "auto"
+    sizes: dict[str, int] = field(default_factory=dict, metadata=key("", *within(1, LARGEST)))
+    prompts: str = field(default="auto", metadata=key("", "a set that dtq ships", _is_shipped))
 
     def fill(self, settings: SamplingSettings) -> SamplingSettings:
         """The settings, with the sizes that they do not give. Idempotent."""
@@ -52,15 +56,7 @@ def read(pipeline: Path) -> CallDefaults:
     path = pipeline / FILE
     if not path.exists():
         return CallDefaults()
-    data = read_json(path)
-    if extra := sorted(set(data) - {"prompts", "sizes"}):
-        raise InputError(f"{path}: unknown key {extra[0]!r}; the keys are sizes and prompts")
-    sizes, prompts = data.get("sizes", {}), data.get("prompts", "auto")
-    if not isinstance(sizes, dict) or not all(_is_size(value) for value in sizes.values()):
-        raise InputError(f"{path}: sizes: expected whole numbers from 1 to {LARGEST} by name")
-    if prompts not in ("auto", *(known.stem for known in folder("calibration").glob("*.txt"))):
-        raise InputError(f"{path}: prompts: {prompts!r} is not a prompt set that dtq ships")
-    return CallDefaults(sizes, prompts)
+    return schema.parse(CallDefaults, read_json(path), str(path), strict=True)
 
 
 def of(pipeline: Any) -> CallDefaults:
@@ -74,7 +70,3 @@ def write(pipeline: Path, defaults: CallDefaults) -> None:
     if defaults != CallDefaults():
         data = {"sizes": dict(defaults.sizes), "prompts": defaults.prompts}
         atomic_write(pipeline / FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST

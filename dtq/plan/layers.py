@@ -18,7 +18,7 @@ from torch import Tensor
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, TensorSpec
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.io.safe_parse import is_finite_numbers
+from dtq.io import schema
 from dtq.io.schema import MethodSpec
 from dtq.plan.step_policy import StepPolicy
 
@@ -28,12 +28,12 @@ class LayerSpec:
     """What a loader must know of a quantized linear; the entry of ``layers`` in ``config.json``.
 
     Attributes:
-        weights: weight format, a key of ``FORMATS``.
-        acts: activation format, a key of ``ACTS``.
-        block: Hadamard block of the online rotation, 1 for none.
-        pre_quant: whether the file has a vector that multiplies the input first.
+        weight_format: key of ``FORMATS``.
+        activation_format: key of ``ACTIVATION_FORMATS``.
+        hadamard_block_size: channels in a block of the online rotation, 1 for no rotation.
+        pre_quant: whether the file has a vector (K,) that multiplies the input first.
         rank: of the low-rank branch, 0 for none.
-        permute: whether the file has an order of the input channels.
+        permutation: whether the file has a permutation of the input channels.
         num_rotations: block rotations, 1 or 2.
     """
 
@@ -81,6 +81,7 @@ class LayerSpec:
         return self.tensor_specs(shape, bins)
 
     def to_json(self) -> dict[str, Any]:
+        """The entry of ``layers``; keys with their default value are left out."""
         default = LayerSpec(self.weight_format, self.activation_format)
         return {
             f.name: getattr(self, f.name)
@@ -95,37 +96,26 @@ class LayerSpec:
         Raises:
             CheckpointError: it is not what dtq writes; says which key.
         """
-        kinds = {f.name: {"str": str, "int": int, "bool": bool}[str(f.type)] for f in fields(cls)}
-        if not isinstance(data, dict) or not set(cls.ALWAYS) <= set(data) <= set(kinds):
-            raise CheckpointError(
-                f"{where} must have the keys {sorted(cls.ALWAYS)}, may have "
-                f"{sorted(set(kinds) - set(cls.ALWAYS))}"
+        spec = schema.parse(cls, data, where, CheckpointError, required=cls.ALWAYS)
+        problems = [
+            f"{key}: unknown format {name!r}; this dtq knows {', '.join(table)}. A newer dtq may "
+            f"have written it: pip install -U dtq"
+            for key, name, table in (
+                ("weight_format", spec.weight_format, FORMATS),
+                ("activation_format", spec.activation_format, ACTIVATION_FORMATS),
             )
-        for key, value in data.items():
-            if type(value) is not kinds[key]:
-                wanted = kinds[key].__name__
-                raise CheckpointError(f"{where}[{key!r}] must be {wanted}, is {value!r}")
-        for key, table in (("weight_format", FORMATS), ("activation_format", ACTIVATION_FORMATS)):
-            if data[key] not in table:
-                raise CheckpointError(
-                    f"{where}[{key!r}]: unknown format {data[key]!r}; this dtq knows "
-                    f"{', '.join(table)}. A newer dtq may have written it: pip install -U dtq"
-                )
-        found = cls(**data)
-        if found.hadamard_block_size < 1 or found.hadamard_block_size & (
-            found.hadamard_block_size - 1
-        ):
-            raise CheckpointError(
-                f"{where}['hadamard_block_size'] must be a power of two, "
-                f"is {found.hadamard_block_size}"
-            )
-        if found.num_rotations not in (1, 2):
-            raise CheckpointError(
-                f"{where}['num_rotations'] must be 1 or 2, is {found.num_rotations}"
-            )
-        if found.rank < 0:
-            raise CheckpointError(f"{where}['rank'] must not be negative, is {found.rank}")
-        return found
+            if name not in table
+        ]
+        size = spec.hadamard_block_size
+        if size < 1 or size & (size - 1):
+            problems.append(f"hadamard_block_size: expected a power of two, got {size}")
+        if spec.num_rotations not in (1, 2):
+            problems.append(f"num_rotations: expected 1 or 2, got {spec.num_rotations}")
+        if spec.rank < 0:
+            problems.append(f"rank: must not be negative, is {spec.rank}")
+        if problems:
+            raise CheckpointError(f"{where}: {'; '.join(problems)}")
+        return spec
 
 
 def _not_a_permutation(order: Tensor) -> str | None:
@@ -216,7 +206,7 @@ class Plan:
 
     Attributes:
         recipe: name of the recipe.
-        layers: one plan per linear, kept ones included.
+        layers: one entry per linear, unquantized ones included.
         bins: timestep bins of static activation scales.
     """
 
@@ -228,6 +218,7 @@ class Plan:
         return self._by_name[name]
 
     def quantized(self) -> list[LayerPlan]:
+        """Layers with a weight format."""
         return [layer for layer in self.layers if not layer.unquantized]
 
     def gemm(self) -> list[LayerPlan]:
@@ -255,7 +246,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """The part of a plan that ``config.json`` keeps: what to build before the file is read."""
+    """What ``config.json`` says must be built before the tensors are read.
+
+    Attributes:
+        layers: layer name to its spec.
+        edges: of the timestep bins of static activation scales, rising.
+        policy: step policy, None without one.
+    """
 
     layers: dict[str, LayerSpec] = field(default_factory=dict)
     edges: tuple[float, ...] = ()
@@ -263,27 +260,34 @@ class CheckpointSpec:
 
     @property
     def bins(self) -> int:
+        """Number of timestep bins of static activation scales."""
         return len(self.edges) + 1
 
     @classmethod
     def from_json(
-        cls, layers: object, edges: object, where: str, runtime: object = None
+        cls,
+        layers: Mapping[str, Any],
+        edges: Iterable[float],
+        where: str,
+        runtime: Mapping[str, Any],
     ) -> CheckpointSpec:
-        """Read the fields ``layers``, ``timestep_edges`` and ``runtime`` of the config.
+        """Read the fields of the config that say how layers are stored and run.
+
+        Args:
+            layers: layer name to what :meth:`LayerSpec.to_json` wrote.
+            edges: of the timestep bins, rising.
+            where: begins the message.
+            runtime: has the step policy, when there is one.
 
         Raises:
-            CheckpointError: a field is not what dtq writes; says which layer and key.
+            CheckpointError: a field is not what dtq writes; names the layer and the key.
         """
-        if not isinstance(layers, dict):
-            raise CheckpointError(f"{where}: 'layers' must map layer names to their formats")
-        read = {
+        specs = {
             name: LayerSpec.from_json(layer, f"{where}: layers[{name!r}]")
             for name, layer in layers.items()
         }
-        if not is_finite_numbers(edges) or list(edges) != sorted(edges):  # type: ignore[call-overload]
-            raise CheckpointError(f"{where}: 'timestep_edges' must be a rising list of numbers")
         policy = None
-        if isinstance(runtime, dict) and "diffusion_step_policy" in runtime:
+        if "diffusion_step_policy" in runtime:
             at = f"{where}: runtime.diffusion_step_policy"
             policy = StepPolicy.from_json(runtime["diffusion_step_policy"], at)
-        return cls(read, tuple(float(e) for e in edges), policy)  # type: ignore[attr-defined]
+        return cls(specs, tuple(edges), policy)

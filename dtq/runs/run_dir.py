@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run into one output: who may write, from what, and how far it got.
+"""The run directory: which run may write an output, from which inputs, and how far it got.
 
-Beside ``OUT`` there are, while a run is on or after it was killed, ``.OUT.work`` with the manifest
-and the finished units (``work.py``), and ``.OUT.lock``. The output itself, a folder or a file,
-appears by a rename at the end. The manifest says what the units were made from; a run continues
-when that is the same.
+While a run writes ``OUT``, and after it was killed, there are in the same folder ``.OUT.work``,
+with a manifest and the results of finished tasks (``tasks.py``), and ``.OUT.lock``. The output
+itself, a folder or a file, appears by a rename at the end. The manifest holds the inputs that the
+tasks depend on; an interrupted run is continued only from the same inputs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ log = logging.getLogger("dtq")
 
 
 class RunDirectory:
-    """What :func:`job` gives: the work of this run, and writing its result.
+    """The tasks of one run, and the writing of its output; made by :func:`run_directory`.
+
+    Args:
+        output: folder or file that the run makes.
+        workers: the processes of the run.
+        overwrite: replace an output that is not empty.
 
     Attributes:
-        work: finished units; :meth:`begin` checks what they were made from.
-        finished: the output is there already, made by a run that was killed right after.
-        memory: bytes that statistics may take, after :meth:`begin`.
+        tasks: results of finished tasks; :meth:`begin` checks that they are of the same inputs.
+        finished: the output is complete: the run before was killed right after it wrote it.
+        memory: bytes that the statistics may take, after :meth:`begin`.
     """
 
     def __init__(self, output: Path, workers: Workers, overwrite: bool) -> None:
@@ -50,77 +55,78 @@ class RunDirectory:
         self.finished = False
 
     def begin(self, inputs: Mapping[str, Any], memory: int | None = None) -> None:
-        """Continue the units that were made from the same ``inputs``, or start.
+        """Continue an interrupted run with the same ``inputs``, or start one.
 
-        Numbers of threads and bytes are taken over from the run that started: the first changes
-        how sums are rounded, the second where statistics are cut into files.
+        A continued run takes over the number of threads, which decides how sums are rounded, and
+        the memory, which decides how statistics are split into files.
 
         Args:
-            inputs: plain data that says what the result depends on, see :func:`inputs_of`.
-            memory: bytes that statistics may take; default: half of what is free.
+            inputs: plain data that the result depends on; of the main process.
+            memory: bytes that the statistics may take; default: half of the free memory, divided
+                by the processes of this machine.
 
         Raises:
-            InputError: the units are of other inputs, says which; or the folder is not visible to
-                every process.
+            InputError: the interrupted run had other inputs, and which; or another process does
+                not see the folder.
         """
-        manifest = self.folder / "manifest.json"
+        path = self.folder / "manifest.json"
         if self.workers.is_main:
-            beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            free = memory or psutil.virtual_memory().available // 2 // beside
-            here = {"inputs": dict(inputs), "threads": torch.get_num_threads(), "memory": free}
-            if manifest.exists():
-                before = json.loads(manifest.read_text(encoding="utf-8"))
-                self._check_same(before["inputs"], json.loads(json.dumps(here["inputs"])))
-                log.warning("%s: going on where the run before stopped", self.folder)
-                here = {**here, "threads": before["threads"]}
-                here["memory"] = memory or before["memory"]
-            else:  # units that nobody knows the inputs of: a run was killed as it removed them
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            free = psutil.virtual_memory().available // 2 // local
+            threads = torch.get_num_threads()
+            if path.exists():
+                before = _read(path)
+                self._check_same_inputs(before["inputs"], json.loads(json.dumps(inputs)))
+                log.warning("%s: continuing the interrupted run", self.folder)
+                free, threads = before["memory"], before["threads"]
+            else:  # results without a manifest: a run was killed while it removed them
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(manifest, json.dumps(here, indent=1) + "\n")
+            begun = {"inputs": inputs, "threads": threads, "memory": memory or free}
+            atomic_write(path, json.dumps(begun, indent=1) + "\n")
         self.workers.barrier()
-        if not manifest.exists():
+        if not path.exists():
             raise InputError(
-                f"{manifest}: process {self.workers.rank} does not see what process 0 wrote; the "
-                f"output has to be on a file system that all machines share"
+                f"{path}: process {self.workers.rank} does not see the file that process 0 wrote; "
+                f"the output has to be on a file system that all machines share"
             )
-        agreed = json.loads(manifest.read_text(encoding="utf-8"))
-        torch.set_num_threads(agreed["threads"])
-        self.memory = agreed["memory"]
+        manifest = _read(path)
+        torch.set_num_threads(manifest["threads"])
+        self.memory = manifest["memory"]
 
     @contextmanager
     def result(self) -> Iterator[Path]:
         """A folder to write the output into, which becomes the output, on the disk, at the end."""
-        with atomic_directory(self.output, overwrite=self.overwrite) as side:
-            yield side
-            sync_tree(side)
+        with atomic_directory(self.output, overwrite=self.overwrite) as draft:
+            yield draft
+            sync_tree(draft)
             self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._mark, json.dumps({"output": folder_digest(side)}))
+            atomic_write(self._mark, json.dumps({"output": folder_digest(draft)}))
+
+    def was_finished(self) -> bool:
+        """Whether the output is complete, as the mark of :meth:`result` describes it."""
+        if not (self._mark.exists() and self.output.is_dir()):
+            return False
+        return bool(_read(self._mark)["output"] == folder_digest(self.output))
 
     @property
     def _mark(self) -> Path:
         return self.folder / "finished.json"
 
-    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        was, new = _flat(before), _flat(now)
+    def _check_same_inputs(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        old, new = _flatten(before), _flatten(now)
         changed = [
-            f"{key}: {_shown(was.get(key))} before, {_shown(new.get(key))} now"
-            for key in sorted({*was, *new})
-            if was.get(key) != new.get(key)
+            f"  - {key}: {_shortened(old.get(key))} before, {_shortened(new.get(key))} now"
+            for key in sorted({*old, *new})
+            if old.get(key) != new.get(key)
         ]
         if changed:
-            lines = "\n".join(f"  - {line}" for line in changed)
+            lines = "\n".join(changed)
             raise InputError(
-                f"{self.folder}: an unfinished run into {self.output} was made from other inputs:\n"
-                f"{lines}\nGive what it was given to continue it, or --fresh to start over"
+                f"{self.folder}: an unfinished run into {self.output} was started with different "
+                f"options or files:\n{lines}\nUse the same ones to continue it, or --fresh to "
+                f"start over"
             )
-
-    def was_finished(self) -> bool:
-        """Whether the output is what the run before was about to leave."""
-        if not (self._mark.exists() and self.output.is_dir()):
-            return False
-        digest = json.loads(self._mark.read_text(encoding="utf-8"))["output"]
-        return bool(digest == folder_digest(self.output))
 
 
 @contextmanager
@@ -132,79 +138,85 @@ def run_directory(
     overwrite: bool = False,
     file: bool = False,
 ) -> Iterator[RunDirectory]:
-    """The run that makes ``output``, alone in its folder.
+    """The run that makes ``output``; no other run may write there meanwhile.
 
-    Units stay when it fails, and go when it is done, or when nothing was finished.
+    Results of tasks stay when the run fails, and are removed when it succeeds or none is finished.
 
     Args:
         output: folder to make.
-        team: the processes of the run.
-        fresh: forget what was finished before.
+        workers: the processes of the run.
+        fresh: discard the results of an interrupted run.
         overwrite: replace an output that is not empty.
-        file: the output is one file, which the caller replaces; not by :meth:`Job.result`.
+        file: the output is one file that the caller replaces, without :meth:`RunDirectory.result`.
 
     Raises:
         InputError: another run writes there, the output is not empty, or a folder and not a file.
     """
-    one = RunDirectory(output, workers, overwrite)
+    run = RunDirectory(output, workers, overwrite)
     if not workers.is_main:
-        one.finished = workers.broadcast(None)
-        yield one
+        run.finished = workers.broadcast(None)
+        yield run
         return
-    output = one.output
+    output = run.output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{output.parent}: cannot write there ({error.strerror})") from error
     with locked(output.with_name(f".{output.name}.lock")):
         if fresh:
-            shutil.rmtree(one.folder, ignore_errors=True)
-        one.finished = one.was_finished()
+            shutil.rmtree(run.folder, ignore_errors=True)
+        run.finished = run.was_finished()
         if file and output.is_dir():
             raise InputError(f"{output} is a folder; give a file")
-        if not file and not one.finished:
+        if not file and not run.finished:
             require_absent(output, overwrite=overwrite)
-        _clear(output)
-        workers.broadcast(one.finished)
+        _remove_drafts(output)
+        workers.broadcast(run.finished)
         try:
-            yield one
+            yield run
         except BaseException:
-            if any(one.folder.rglob("*.safetensors")):
+            if any(run.folder.rglob("*.safetensors")):
                 log.warning(
-                    "%s keeps what is finished: the same command goes on from there, --fresh "
-                    "starts over", one.folder,
+                    "%s keeps what is finished: the same command continues from there, --fresh "
+                    "starts over", run.folder,
                 )  # fmt: skip
             else:
-                shutil.rmtree(one.folder, ignore_errors=True)
+                shutil.rmtree(run.folder, ignore_errors=True)
             raise
-        shutil.rmtree(one.folder, ignore_errors=True)
+        shutil.rmtree(run.folder, ignore_errors=True)
 
 
-def _clear(output: Path) -> None:
-    """Remove what a run left that was killed while it wrote or replaced the output."""
-    for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
-        if left.is_dir():
-            shutil.rmtree(left)
+def _remove_drafts(output: Path) -> None:
+    """Remove the temporary files of a run that was killed while it wrote or replaced the output."""
+    name = glob.escape(output.name)
+    for draft in output.parent.glob(f".{name}.*.partial"):
+        if draft.is_dir():
+            shutil.rmtree(draft)
         else:
-            left.unlink()
-    for old in output.parent.glob(f".{glob.escape(output.name)}.*.old"):
+            draft.unlink()
+    for old in output.parent.glob(f".{name}.*.old"):
         if output.exists():
             shutil.rmtree(old)
         else:
             old.rename(output)
 
 
-def _flat(data: Any, at: str = "") -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+def _flatten(data: Any, at: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by dots."""
     if not isinstance(data, Mapping):
         return {at: data}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in data.items():
-        found |= _flat(value, f"{at}.{key}" if at else str(key))
-    return found
+        flat |= _flatten(value, f"{at}.{key}" if at else str(key))
+    return flat
 
 
-def _shown(value: Any) -> str:
-    """A value as one line, hashes shortened."""
+def _shortened(value: Any) -> str:
+    """A value in one line, with digests of 12 digits."""
     text = value if isinstance(value, str) else json.dumps(value)
     return " ".join(w[:12] if len(w) == 64 else w for w in text.split()) or "nothing"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units of work: what a run goes on from after a crash, and what its processes share.
+"""Tasks: where a run continues after a crash, and how its processes share the work.
 
-A unit is a deterministic piece of work with a name: a part of the calibration, the linears of one
-input, one measured alternative. Its result is tensors and plain data in one safetensors file, which
-is whole or absent. One process computes it; whoever needs it reads it.
+A task is a deterministic computation with a name: the linears that share one input, one measured
+candidate, one fine-tuned block. Its result is tensors and plain data in one safetensors file, which
+is whole or absent. One process computes a task; every process that needs its result loads it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dtq.errors import CheckpointError
-from dtq.io.atomic import atomic_replace
+from dtq.io.atomic import atomic_save_tensors, make_directory
 from dtq.runs.workers import SINGLE_PROCESS, Workers
 
 Result = tuple[dict[str, Tensor], Any]
@@ -26,82 +25,85 @@ Result = tuple[dict[str, Tensor], Any]
 
 
 class TaskStore:
-    """Finished units, in a folder or (without one) in memory.
+    """Results of finished tasks, in a folder or (without one) in memory.
 
     Args:
-        folder: where units are kept; None keeps them in memory, for this process alone.
-        team: the processes that share the work; they need a folder that all of them see.
+        folder: where results are stored; None keeps them in memory, for this process alone.
+        workers: the processes that share the tasks; several need a folder that all of them see.
     """
 
     def __init__(self, folder: Path | None = None, workers: Workers = SINGLE_PROCESS) -> None:
         assert folder is not None or workers.size == 1
         self.folder, self.workers = folder, workers
-        self._kept: dict[str, Result] = {}
+        self._in_memory: dict[str, Result] = {}
 
     def namespace(self, name: str) -> TaskStore:
-        """The work on one of several models."""
+        """The tasks below a prefix: of one of several models, or of one stage."""
         return TaskStore(None if self.folder is None else self.folder / name, self.workers)
 
-    def path(self, unit: str) -> Path | None:
-        """The file of a unit, None in memory."""
-        return None if self.folder is None else self.folder / f"{unit}.safetensors"
+    def path(self, task: str) -> Path | None:
+        """The file of a task's result, None in memory."""
+        return None if self.folder is None else self.folder / f"{task}.safetensors"
 
-    def __contains__(self, unit: str) -> bool:
-        path = self.path(unit)
-        return unit in self._kept if path is None else path.exists()
+    def __contains__(self, task: str) -> bool:
+        path = self.path(task)
+        return task in self._in_memory if path is None else path.exists()
 
     def assigned(self, costs: Mapping[str, float]) -> list[str]:
-        """The units of this process that are not finished, in the order given."""
-        open_ = self.workers.broadcast([unit for unit in costs if unit not in self])
-        return self.workers.assign({unit: costs[unit] for unit in open_})
+        """The unfinished tasks of this process, in the order given.
 
-    def save(self, unit: str, tensors: Mapping[str, Tensor], data: Any = None) -> None:
-        """Finish a unit."""
-        path = self.path(unit)
+        Args:
+            costs: relative cost by task. The order and the costs are the same in every process.
+        """
+        unfinished = self.workers.broadcast([task for task in costs if task not in self])
+        return self.workers.assign({task: costs[task] for task in unfinished})
+
+    def save(self, task: str, tensors: Mapping[str, Tensor], data: Any = None) -> None:
+        """Store a result: tensors, and ``data`` that JSON can hold."""
+        path = self.path(task)
         if path is None:
-            self._kept[unit] = dict(tensors), data
+            self._in_memory[task] = dict(tensors), data
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stored = _own(tensors)
-        metadata = {"data": json.dumps(data)}
-        atomic_replace(path, lambda draft: save_file(stored, draft, metadata))
+        make_directory(path.parent)
+        write_result(path, (dict(tensors), data))
 
-    def load(self, unit: str) -> Result:
-        """What was saved; tensors of a file are mapped and read when they are used.
+    def load(self, task: str) -> Result:
+        """A stored result; the tensors of a file are mapped, and read when they are used.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = self.path(unit)
-        if path is None:
-            return self._kept[unit]
-        try:
-            with safe_open(path, framework="pt") as file:
-                data = json.loads(file.metadata()["data"])
-                return {key: file.get_tensor(key) for key in file.keys()}, data  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: damaged ({error}); delete it, and the same command makes it again"
-            ) from error
+        path = self.path(task)
+        return self._in_memory[task] if path is None else read_result(path)
 
-    def get_or_compute(self, unit: str, compute: Callable[[], Result]) -> Result:
-        """A unit of a stage that one process does alone: read it, or compute and keep it."""
-        if unit not in self:
-            self.save(unit, *compute())
-        return self.load(unit)
+    def get_or_compute(self, task: str, compute: Callable[[], Result]) -> Result:
+        """The stored result, or that of ``compute``, stored; for tasks of a single process."""
+        if task not in self:
+            self.save(task, *compute())
+        return self.load(task)
 
     def barrier(self) -> None:
-        """Wait until every process has finished its units."""
+        """Wait until every process is here."""
         self.workers.barrier()
 
 
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, on the CPU, and none sharing memory with another: safetensors refuses that."""
-    seen: set[int] = set()
-    owned = {}
-    for name, tensor in tensors.items():
-        here = tensor.detach().cpu().contiguous()
-        at = here.untyped_storage().data_ptr()
-        owned[name] = here.clone() if at in seen else here
-        seen.add(at)
-    return owned
+def write_result(path: Path, result: Result) -> None:
+    """Write tensors and plain data to a file that is whole or absent."""
+    tensors, data = result
+    atomic_save_tensors(path, tensors, {"data": json.dumps(data)})
+
+
+def read_result(path: Path) -> Result:
+    """Inverse of :func:`write_result`; tensors are mapped.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            data = json.loads(file.metadata()["data"])
+            return {key: file.get_tensor(key) for key in file.keys()}, data  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}); delete it, and the same command computes it again"
+        ) from error

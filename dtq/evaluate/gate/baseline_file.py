@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import getpass
 import os
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from dtq.evaluate.gate.decision import decide, key_of
 from dtq.evaluate.gate.policy import Policy
 from dtq.evaluate.gate.validity import flaws
 from dtq.evaluate.run_file import Run
+from dtq.io import schema
 from dtq.io.atomic import atomic_write
-from dtq.io.safe_parse import LARGEST_JSON, is_finite_numbers, parse_json, read_text
+from dtq.io.safe_parse import is_finite_numbers, read_json
 
 
 def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> dict[str, Any]:
@@ -44,7 +46,7 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise InputError(f"this run cannot be a baseline:\n{lines}")
-    old = _old(file)
+    old = _read(file)
     entry: dict[str, Any] = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "who": who or _user(),
@@ -70,30 +72,38 @@ def history(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         raise InputError(f"{file}: no such baseline; dtq gate accept writes one")
-    entries: list[dict[str, Any]] = (_old(file) or {})["history"]
+    entries: list[dict[str, Any]] = (_read(file) or {})["history"]
     return entries
 
 
-def _old(file: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Comparison:
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The text that ``dtq gate log`` shows of an entry."""
+
+    when: str
+    who: str
+    why: str
+    recipe: str
+    checkpoint: str
+    against_the_last: _Comparison = _Comparison()
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    history: tuple[_Entry, ...]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
-    data = parse_json(read_text(file, LARGEST_JSON), str(file))
-    if not isinstance(data, dict) or not isinstance(data.get("history"), list):
-        raise InputError(f"{file}: exists but is not a dtq baseline; pass another --baseline")
-    for i, entry in enumerate(data["history"]):
-        if not _is_entry(entry):
-            raise InputError(f"{file}: history[{i}] is not what dtq gate accept writes")
+    data = read_json(file, infinite=False)
+    schema.parse(_Baseline, data, f"{file} is no baseline of dtq; pass another --baseline")
     return data
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether an entry has what ``dtq gate log`` shows of it, all of it text."""
-    if not isinstance(entry, dict):
-        return False
-    last = entry.get("against_the_last", {"verdict": ""})
-    shown = [entry.get(key) for key in ("when", "who", "why", "recipe", "checkpoint")]
-    shown.append(last.get("verdict") if isinstance(last, dict) else None)
-    return all(isinstance(words, str) for words in shown)
 
 
 def _means(run: Run) -> dict[str, float | None]:

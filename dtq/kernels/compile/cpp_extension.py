@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA library by ``torch.utils.cpp_extension.load``, from the files and flags of ``nvcc.py``.
+"""The CUDA library by ``torch.utils.cpp_extension.load``, with the files and flags of ``nvcc.py``.
 
-That is how torch users expect a library to be compiled at first use: ninja, ``MAX_JOBS``, ``CXX``,
-``PYTORCH_NVCC``. It wants ninja, and a torch with CUDA whose libraries it links; where one is not
-there, nvcc is called directly. What ``load`` links beside what the stable ABI needs is dropped by
-the linker, so that both ways give the same library.
+torch users expect this way of compiling at first use: ninja, ``MAX_JOBS``, ``CXX``,
+``PYTORCH_NVCC``. It needs ninja and a torch with CUDA, whose libraries it links. Without them nvcc
+is called directly. The linker drops what ``load`` links in addition to the stable ABI, so both ways
+give the same library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dtq.kernels.compile import compiler, nvcc
+from dtq.kernels.compile import nvcc
+from dtq.kernels.compile.compiler import Unavailable, first_error
+
+# `load` adds its own libraries after these; the linker takes them only where something needs them.
+# cudart is linked as nvcc does it, so that the library needs no CUDA toolkit where it runs.
+_LINK = (f"-Wl,{nvcc.LINKED}", "-lcudart_static", "-ldl", "-lrt", "-lpthread")
 
 
 def cuda_home() -> str | None:
@@ -30,11 +35,11 @@ def cuda_home() -> str | None:
 
 
 def find_ninja() -> str | None:
-    """On the path, else where pip puts it: beside this Python, whose folder may not be on it."""
+    """Find ninja on the path, else next to this Python, where pip installs it."""
     return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
 
 
-def refusal() -> str | None:
+def unsupported_reason() -> str | None:
     """Why ``load`` cannot compile here; None where it can."""
     home = cuda_home()
     if home is None:
@@ -47,44 +52,47 @@ def refusal() -> str | None:
 
 
 def compile_library(folder: Path, work: Path, archs: Sequence[str], ptx: bool) -> Path:
-    """Compile, link and load; arguments as of :func:`nvcc.compile_library`.
+    """Compile, link and load the CUDA library.
+
+    Args:
+        folder: the sources.
+        work: the folder of the objects and the library.
+        archs: architectures to make machine code for, as nvcc names them.
+        ptx: whether to add PTX for later GPUs.
+
+    Returns:
+        The library, in ``work``.
 
     Raises:
-        OSError: it failed; the first error is in the message.
+        Unavailable: it failed; the message has the first error.
     """
     from torch.utils.cpp_extension import load
 
-    # what `load` adds after these is linked only where something still needs it
-    links = [f"-Wl,{nvcc.LINKED}", *_STATIC_CUDART]
     with _on_path(find_ninja()):
         try:
-            made: str = load(
+            library: str = load(
                 "dtq_cuda",
-                [str(folder / unit) for unit in nvcc.UNITS],
+                [str(folder / source) for source in nvcc.SOURCES],
                 extra_cflags=_escaped(nvcc.host_flags(archs, ptx)),
                 extra_cuda_cflags=_escaped(nvcc.device_flags(archs, ptx)),
-                extra_ldflags=links,
+                extra_ldflags=list(_LINK),
                 build_directory=str(work),
                 with_cuda=True,
                 is_python_module=False,
             )
         except RuntimeError as error:
-            raise OSError(compiler.first_error("torch.utils.cpp_extension", str(error))) from error
-    return Path(made)
-
-
-_STATIC_CUDART = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
-"""As nvcc links it, so that the library asks for no toolkit where it runs."""
+            raise Unavailable(first_error("torch.utils.cpp_extension", str(error))) from error
+    return Path(library)
 
 
 def _escaped(flags: Sequence[str]) -> list[str]:
-    """As ``load`` writes flags into a ninja file: for ninja, and for the shell that it calls."""
+    """Flags as ``load`` writes them into a ninja file: escaped for ninja and for the shell."""
     return [shlex.quote(flag).replace("$", "$$") for flag in flags]
 
 
 @contextmanager
 def _on_path(program: str | None) -> Iterator[None]:
-    """``load`` calls ninja by its name."""
+    """``load`` calls ninja by its name, so its folder has to be on the path."""
     before = os.environ.get("PATH", os.defpath)
     if program is not None and shutil.which("ninja") is None:
         os.environ["PATH"] = f"{before}{os.pathsep}{Path(program).parent}"

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CPU kernels: how they are compiled, and which instruction set they use.
+"""The compiled CPU kernels, and the instruction set they use.
 
 ``DTQ_CPU_ISA=`` ref, avx2, avxvnni, vnni, amx or neon chooses the instruction set instead of the
-best one.
+fastest one.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import os
 import time
@@ -19,10 +18,10 @@ import torch
 from dtq.io.package_data import folder
 from dtq.kernels.compile import gcc
 from dtq.kernels.compile.format_codes import register_formats
-from dtq.kernels.compile.library import Library, Unavailable, needs_abi
+from dtq.kernels.compile.library import Library, check_abi
 
 ISAS = ("ref", "avx2", "avxvnni", "vnni", "amx", "neon")
-"""Instruction sets, from the plainest to the fastest of x86, then Arm's; ref is portable C++."""
+"""Instruction sets of x86 from the slowest to the fastest, then Arm's; ref is portable C++."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,44 +38,29 @@ def use(name: str | None) -> str:
         The one that is used.
     """
     assert CPU.opened is not None, "CPU.load() first"
-    wanted = None if name is None else name.encode()
-    if not CPU.opened.dtq_use(wanted):
+    if not CPU.opened.dtq_use(None if name is None else name.encode()):
         _log.warning("dtq: no %s kernels on this CPU (known: %s)", name, ", ".join(ISAS))
     return isa() or ""
 
 
 def peak(rounds: int = 5) -> float:
-    """Integer operations a second of CPU time that one thread does in registers, the best of a few.
+    """Integer operations per second of CPU time that one thread reaches in registers.
 
-    0 without the library, and for an instruction set that has no instruction for them.
+    The best of ``rounds``. 0 without the library, and for an instruction set that has no
+    instruction for them.
     """
     if CPU.opened is None:
         return 0.0
     best, count = 0.0, 2_000_000
     for _ in range(rounds):
         started = time.thread_time()
-        done = CPU.opened.dtq_peak(count)
-        best = max(best, done / (time.thread_time() - started))
+        operations = CPU.opened.dtq_peak(count)
+        best = max(best, operations / (time.thread_time() - started))
     return best
 
 
-@functools.cache
-def _key() -> str:
-    return gcc.key(folder("cpu_ext"))
-
-
-def _compiler() -> str:
-    try:
-        return gcc.find()[0]
-    except OSError as error:
-        raise Unavailable(str(error)) from error
-
-
 def _compile(work: Path) -> Path:
-    try:
-        return gcc.compile_library(gcc.find(), folder("cpu_ext"), Path(torch.__file__).parent, work)
-    except OSError as error:
-        raise Unavailable(str(error)) from error
+    return gcc.build(folder("cpu_ext")).run(Path(torch.__file__).parent, work)
 
 
 def _prepare(library: ctypes.CDLL) -> None:
@@ -110,10 +94,10 @@ CPU = Library(
         "w4a8_epilogue_linear",
         "gelu",
     ),
-    key=_key,
+    key=lambda: gcc.key(folder("cpu_ext")),
+    compiler=lambda: gcc.find()[0],
     compile=_compile,
-    compiler=_compiler,
-    usable=needs_abi,
+    check=check_abi,
     prepare=_prepare,
-    says=lambda library: str(library.dtq_isa().decode()),
+    detail=lambda library: str(library.dtq_isa().decode()),
 )

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled CUDA kernels: when they can be used, and how they are compiled at first use.
 
-``torch.utils.cpp_extension`` compiles (``extension.py``), for the GPUs of this machine only; where
-it cannot, nvcc is called directly, as for a wheel. Files and flags are those of ``nvcc.py``.
+``torch.utils.cpp_extension`` compiles for the GPUs of this machine (``cpp_extension.py``). Where it
+cannot, nvcc is called directly, as for a wheel. Both take their files and flags from ``nvcc.py``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,97 +18,79 @@ import torch
 from dtq.io.package_data import folder
 from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
 from dtq.kernels.compile import cpp_extension, nvcc
+from dtq.kernels.compile.compiler import Unavailable
 from dtq.kernels.compile.format_codes import register_formats
-from dtq.kernels.compile.library import Library, Unavailable, needs_abi
+from dtq.kernels.compile.library import Library, check_abi
 
 _log = logging.getLogger(__name__)
 
 OLDEST = (8, 0)
-"""Smallest capability with kernels: the int8 matrix instructions of Ampere."""
+"""Lowest compute capability with kernels: they use the int8 matrix instructions of Ampere."""
 
 
 def capabilities() -> list[tuple[int, int]]:
-    """Of the GPUs that torch can use."""
+    """Compute capabilities of the GPUs that torch can use, ascending."""
     if not torch.cuda.is_available():
         return []
     return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
 
 
-def _usable() -> None:
-    needs_abi()
+def _check() -> None:
+    check_abi()
     if torch.version.cuda is None:
         raise Unavailable("this torch is built without CUDA")
-    found = capabilities()
-    if not found:
+    if not capabilities():
         raise Unavailable("no GPU that torch can use")
-    if found[-1] < OLDEST:
-        raise Unavailable(f"sm_{found[-1][0]}{found[-1][1]}: kernels begin with sm_80")
-
-
-def _builds() -> str:
-    return "+".join(f"sm_{arch}" for arch in _archs())
+    major, minor = capabilities()[-1]
+    if (major, minor) < OLDEST:
+        raise Unavailable(f"sm_{major}{minor}: kernels begin with sm_80")
 
 
 def _archs() -> tuple[str, ...]:
-    # an older GPU beside one with kernels runs the reference
-    found = [nvcc.arch_of(capability) for capability in capabilities() if capability >= OLDEST]
-    return nvcc.wanted_archs(found or nvcc.ARCHS)
-
-
-@functools.cache
-def _key() -> str:
-    return nvcc.key(folder("cuda_ext"))
-
-
-def _nvcc() -> str:
-    found = nvcc.find_nvcc(cpp_extension.cuda_home())
-    if found is None:
-        raise Unavailable("no nvcc on the path or in CUDA_HOME")
-    return found
+    # a GPU that is too old for kernels runs the reference, whatever the other GPUs are
+    archs = [nvcc.arch_of(capability) for capability in capabilities() if capability >= OLDEST]
+    return nvcc.wanted_archs(archs or nvcc.ARCHS)
 
 
 def _compiler() -> str:
-    found, refused = _nvcc(), cpp_extension.refusal()
-    if refused is None:
-        return f"torch.utils.cpp_extension with ninja and {found}"
-    return f"{found}, not torch.utils.cpp_extension: {refused}"
+    compiler, reason = nvcc.find(cpp_extension.cuda_home()), cpp_extension.unsupported_reason()
+    if reason is None:
+        return f"torch.utils.cpp_extension with ninja and {compiler}"
+    return f"{compiler}, not torch.utils.cpp_extension: {reason}"
 
 
-def _compile(work: Path) -> Path:
-    return _made(work, _archs(), ptx=False)
+def compile_library(work: Path, archs: tuple[str, ...], ptx: bool) -> Path:
+    """Compile with ``torch.utils.cpp_extension``, or with nvcc alone where that is not possible.
+
+    Returns:
+        The library, in ``work``.
+
+    Raises:
+        Unavailable: there is no nvcc, or it failed.
+    """
+    compiler, sources = nvcc.find(cpp_extension.cuda_home()), folder("cuda_ext")
+    if cpp_extension.unsupported_reason() is None:
+        try:
+            return cpp_extension.compile_library(sources, work, archs, ptx)
+        except Unavailable as error:
+            _log.warning("dtq: %s; nvcc is called directly", error)
+    return nvcc.build(compiler, sources, archs, ptx).run(Path(torch.__file__).parent, work)
 
 
-def ahead() -> Path:
-    """Compile for every architecture, to the place beside the package: ``make kernels``.
+def build_ahead() -> Path:
+    """Compile for every architecture, to the place next to the package: ``make kernels``.
 
     Raises:
         OSError: there is no nvcc, or it failed.
     """
-
-    def every(work: Path) -> Path:
-        return _made(work, nvcc.wanted_archs(), ptx=True)
-
-    return dataclasses.replace(CUDA, compile=every).build(CUDA.beside())
-
-
-def _made(work: Path, archs: tuple[str, ...], ptx: bool) -> Path:
-    compiler, sources = _nvcc(), folder("cuda_ext")
-    if cpp_extension.refusal() is None:
-        try:
-            return cpp_extension.compile_library(sources, work, archs, ptx)
-        except OSError as error:
-            _log.warning("dtq: %s; nvcc is called directly", error)
-    try:
-        home = Path(torch.__file__).parent
-        return nvcc.compile_library(compiler, sources, home, work, archs, ptx)
-    except OSError as error:
-        raise Unavailable(str(error)) from error
+    compile_all = partial(compile_library, archs=nvcc.wanted_archs(), ptx=True)
+    return dataclasses.replace(CUDA, compile=compile_all).build(CUDA.packaged())
 
 
 def _prepare(library: ctypes.CDLL) -> None:
     library.dtq_cuda_archs.restype = library.dtq_cuda_gemm.restype = ctypes.c_char_p
-    sizes = ctypes.c_int64
-    library.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, sizes, sizes, sizes, ctypes.c_int]
+    sizes = [ctypes.c_int64] * 3
+    library.dtq_cuda_gemm.argtypes = [ctypes.c_int, ctypes.c_int, *sizes, ctypes.c_int]
     library.dtq_cuda_references.restype = ctypes.c_int64
     register_formats(library.dtq_cuda_format)
 
@@ -118,10 +100,7 @@ CUDA = Library(
     title="GPU",
     ops=(
         "quantize_rows",
-        *(
-            schema.split("(")[0]
-            for schema, _, _ in (*ops_quantize.OPS, *ops_gemm.OPS, *ops_fp4.OPS)
-        ),
+        *(op[0].split("(")[0] for op in (*ops_quantize.OPS, *ops_gemm.OPS, *ops_fp4.OPS)),
         "transform_rows",
         "round_rows",
         "w8a8_linear",
@@ -130,12 +109,12 @@ CUDA = Library(
         "dequantize",
         "weight_linear",
     ),
-    key=_key,
-    compile=_compile,
+    key=lambda: nvcc.key(folder("cuda_ext")),
     compiler=_compiler,
-    builds=_builds,
-    usable=_usable,
+    compile=lambda work: compile_library(work, _archs(), ptx=False),
+    builds=lambda: "+".join(f"sm_{arch}" for arch in _archs()),
+    check=_check,
     prepare=_prepare,
-    says=lambda library: str(library.dtq_cuda_archs().decode()),
-    takes=90,
+    detail=lambda library: str(library.dtq_cuda_archs().decode()),
+    compile_seconds=90,
 )

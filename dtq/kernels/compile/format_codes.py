@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a format is to a compiled decoder.
-
-The numbers are those of ``common_ext/formats.h``.
-"""
+"""Weight formats as numbers, for compiled decoders; ``common_ext/formats.h`` has the same ones."""
 
 from __future__ import annotations
 
@@ -19,32 +16,35 @@ from dtq.formats.ternary import Ternary
 from dtq.formats.vq import Vq
 
 AFFINE, TABLE, FLOAT8, WORDS, TRITS, TWO_LEVEL = range(6)
-"""``Encoding``."""
+"""``Encoding`` of ``formats.h``: how stored codes become values."""
 
 NO_SCALE, FLOAT32, BFLOAT16, E4M3, POWER = range(5)
-"""``ScaleType``."""
+"""``ScaleType`` of ``formats.h``."""
 
 
 @dataclass(frozen=True)
 class FormatCode:
-    """How the codes of a format become numbers.
+    """How a weight format is decoded.
 
     Attributes:
-        offset: what symmetric codes below 8 bits were raised by.
-        vector: weights of a code.
-        levels: of a table that is the same in every file.
+        encoding: e.g. ``AFFINE``.
+        bits: of a code.
+        scale_type: e.g. ``FLOAT32``.
+        offset: added to symmetric codes below 8 bits when they were stored.
+        vector: weights per code.
+        codebook: the values of ``TABLE`` where they are the same in every file, else empty.
     """
 
-    codes: int
+    encoding: int
     bits: int
-    scale: int
+    scale_type: int
     offset: int = 0
     vector: int = 1
-    levels: tuple[float, ...] = ()
+    codebook: tuple[float, ...] = ()
 
 
 def format_code(fmt: Format) -> FormatCode | None:
-    """The spelling of a format; None for one that the decoder does not know."""
+    """How the compiled decoders read a format; None for one that they do not support."""
     scale = FLOAT32 if fmt.group is None else BFLOAT16
     match fmt:
         case Int(bits=bits, asymmetric=asymmetric):
@@ -55,11 +55,11 @@ def format_code(fmt: Format) -> FormatCode | None:
         case Fp8():
             return FormatCode(FLOAT8, 8, FLOAT32)
         case Grid(codebook=codebook):
-            return FormatCode(TABLE, codebook.bits, scale, levels=codebook.values)
+            return FormatCode(TABLE, codebook.bits, scale, codebook=codebook.values)
         case NvFp4():
-            return FormatCode(TABLE, 4, E4M3, levels=E2M1.values)
+            return FormatCode(TABLE, 4, E4M3, codebook=E2M1.values)
         case MxFp4():
-            return FormatCode(TABLE, 4, POWER, levels=E2M1.values)
+            return FormatCode(TABLE, 4, POWER, codebook=E2M1.values)
         case Lut(bits=bits):
             return FormatCode(TABLE, bits, scale)
         case Vq(num_codewords=num_codewords, vector=vector, scaled=scaled):
@@ -72,11 +72,16 @@ def format_code(fmt: Format) -> FormatCode | None:
     return None
 
 
-def register_formats(say: Callable[..., None]) -> None:
-    """Spell every format of the table to a library, by its function that takes one."""
+def register_formats(register: Callable[..., None]) -> None:
+    """Give every format of ``FORMATS`` to a library.
+
+    Args:
+        register: the library's function; it takes the arguments of ``register_format`` in
+            ``common_ext/format_codes.h``.
+    """
     for name, fmt in FORMATS.items():
-        found = format_code(fmt)
-        if found is not None:
-            levels = (ctypes.c_float * len(found.levels))(*found.levels)
-            numbers = found.codes, found.bits, found.offset, found.vector, found.scale
-            say(name.encode(), *numbers, levels, len(found.levels))
+        code = format_code(fmt)
+        if code is not None:
+            codebook = (ctypes.c_float * len(code.codebook))(*code.codebook)
+            numbers = code.encoding, code.bits, code.offset, code.vector, code.scale_type
+            register(name.encode(), *numbers, codebook, len(code.codebook))

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the CPU library is compiled: which file for which instruction set, with what flags.
+"""How the CPU library is compiled: which source file for which instruction set, with which flags.
 
-As in ``nvcc.py`` the standard library only: building a wheel reads this file without torch. torch's
-stable ABI is the only thing of torch that the library uses, so one file serves every torch from
-2.10 and every Python.
+Only the standard library is imported: a wheel is built without torch.
 """
 
 from __future__ import annotations
@@ -12,103 +10,64 @@ import os
 import platform
 import shlex
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from dtq.kernels.compile.compiler import common, digest, run, target
+from dtq.kernels.compile import compiler
+from dtq.kernels.compile.compiler import TARGET_VERSION, Build, Unavailable, Unit
 
-_COMMON = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-w")
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
-# no contraction: a fused multiply-add rounds once where the reference rounds twice; sums of codes
+_ALL = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-w")
+# no contraction: a fused multiply-add rounds once where the reference rounds twice; integer sums
 # may wrap around on the way
-_KERNEL = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fwrapv")
-GLUE = ("-O2", f"-DTORCH_TARGET_VERSION={target()}")
-
-
-_MACHINES = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A source file and what it is compiled with.
-
-    Attributes:
-        machine: the only architecture that it is for, a value of ``_MACHINES``; empty: all.
-    """
-
-    source: str
-    flags: tuple[str, ...]
-    name: str
-    machine: str = ""
-
+_KERNEL = (*_ALL, "-O3", "-ffp-contract=off", "-fno-math-errno", "-fwrapv")
+_AVX2 = (*_KERNEL, "-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_BINDING = (*_ALL, "-O2", TARGET_VERSION)
 
 UNITS = (
-    Unit("isa_ref.cpp", _KERNEL, "ref"),
-    Unit("isa_avx2.cpp", (*_KERNEL, *_AVX2), "avx2", "x86"),
-    Unit("isa_avx2.cpp", (*_KERNEL, *_AVX2, "-mavxvnni"), "avxvnni", "x86"),
-    Unit("isa_vnni.cpp", (*_KERNEL, *_AVX512), "vnni", "x86"),
-    Unit("isa_amx.cpp", (*_KERNEL, *_AVX512, "-mamx-tile", "-mamx-int8"), "amx", "x86"),
-    Unit("isa_neon.cpp", (*_KERNEL, "-march=armv8.2-a+dotprod"), "neon", "arm"),
-    Unit("dispatch.cpp", _KERNEL, "dispatch"),
-    Unit("ops.cpp", GLUE, "ops"),
-    Unit("ops_stored.cpp", GLUE, "ops_stored"),
+    Unit("isa_ref.cpp", _KERNEL, name="ref"),
+    Unit("isa_avx2.cpp", _AVX2, name="avx2", machine="x86"),
+    Unit("isa_avx2.cpp", (*_AVX2, "-mavxvnni"), name="avxvnni", machine="x86"),
+    Unit("isa_vnni.cpp", _AVX512, name="vnni", machine="x86"),
+    Unit("isa_amx.cpp", (*_AVX512, "-mamx-tile", "-mamx-int8"), name="amx", machine="x86"),
+    Unit("isa_neon.cpp", (*_KERNEL, "-march=armv8.2-a+dotprod"), name="neon", machine="arm"),
+    Unit("dispatch.cpp", _KERNEL),
+    Unit("ops.cpp", _BINDING, torch=True),
+    Unit("ops_stored.cpp", _BINDING, torch=True),
 )
+"""The source files for all processor architectures."""
+
+_MACHINES = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
+_LINK = ("-ltorch_cpu",)
 
 
-def units() -> list[Unit]:
-    """Those of this machine's architecture."""
-    here = _MACHINES.get(platform.machine(), "")
-    return [unit for unit in UNITS if unit.machine in ("", here)]
+def _units() -> tuple[Unit, ...]:
+    machine = _MACHINES.get(platform.machine(), "")
+    return tuple(unit for unit in UNITS if unit.machine in ("", machine))
 
 
-def sources(folder: Path) -> list[Path]:
-    """Everything that the library is made of, but the headers of ``compiler.common``."""
-    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
-
-
-def key(folder: Path) -> str:
-    """Names the library that the sources in ``folder`` give on this architecture."""
-    files = [*sources(folder), *common(folder)]
-    return digest(files, platform.machine(), _COMMON, units())
-
-
-def find() -> list[str]:
-    """The compiler's command: ``CXX``, else the first there is.
+def find() -> tuple[str, ...]:
+    """The compiler's command: ``CXX``, else the first C++ compiler on the path.
 
     Raises:
-        OSError: there is none.
+        Unavailable: there is none.
     """
     named = os.environ.get("CXX")
     for command in [named] if named else ["g++", "clang++", "c++"]:
-        words = shlex.split(command)
+        words = tuple(shlex.split(command))
         if words and shutil.which(words[0]):
             return words
-    raise OSError(f"no C++ compiler ({f'CXX={named}' if named else 'g++ or clang++'})")
+    raise Unavailable(f"no C++ compiler ({f'CXX={named}' if named else 'g++ or clang++'})")
 
 
-def compile_library(compiler: Sequence[str], folder: Path, torch_home: Path, work: Path) -> Path:
-    """Compile the library into ``work``, files side by side.
-
-    Args:
-        folder: the sources.
-        torch_home: the installed package, for headers and ``libtorch_cpu.so``.
+def build(folder: Path) -> Build:
+    """The CPU library for this processor architecture, from the sources in ``folder``.
 
     Raises:
-        OSError: the compiler failed; its first error is in the message.
+        Unavailable: there is no compiler.
     """
+    return Build(find(), folder, _units(), _LINK)
 
-    def translate(unit: Unit) -> str:
-        source, made = str(folder / unit.source), str(work / f"{unit.name}.o")
-        headers = ["-isystem", str(torch_home / "include")] if unit.flags == GLUE else []
-        run([*compiler, *_COMMON, *unit.flags, *headers, "-c", source, "-o", made], compiler[0])
-        return made
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(translate, units()))
-    library = work / "library.so"
-    torch = [f"-L{torch_home / 'lib'}", "-ltorch_cpu"]
-    run([*compiler, "-shared", *objects, *torch, "-o", str(library)], compiler[0])
-    return library
+def key(folder: Path) -> str:
+    """Name of the library that the sources in ``folder`` give."""
+    return compiler.key(folder, _units(), _LINK)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compiled library of kernels for one device: find it, else compile it once, else say why not.
+"""A compiled library of kernels for one device: find it, else compile it once, else give a reason.
 
-The rungs, best first: the library beside the package (``make kernels``, or in the wheel), the one
-in the user's cache, a compilation into that cache when an op first runs on the device, the torch
-reference. ``DTQ_KERNELS=0`` leaves only the last. Nothing happens at import.
+The levels of the fallback chain, best first: the library next to the package (``make kernels``, or
+in the wheel), the one in the user's cache, a compilation into that cache when an op first runs on
+the device, the torch reference. ``DTQ_KERNELS=0`` leaves only the last. Importing compiles nothing.
 """
 
 from __future__ import annotations
@@ -22,91 +22,77 @@ from pathlib import Path
 import torch
 
 from dtq.io.package_data import package_root
-from dtq.kernels.compile.compiler import ABI
+from dtq.kernels.compile.compiler import ABI, Unavailable
 
 _log = logging.getLogger(__name__)
 
 
-class Unavailable(Exception):
-    """Why a library, or a way to get it, is not there."""
-
-
-@dataclass
-class State:
-    """What came of the one attempt of this process.
-
-    Attributes:
-        tried: whether there was one.
-        path: the library in use.
-        reason: why there is none.
-    """
-
-    tried: bool = False
-    path: Path | None = None
-    reason: str = ""
-
-
 @dataclass
 class Library:
-    """The implementations of some ops on one device.
+    """The compiled implementations of some ops on one device.
 
     Attributes:
-        device: of torch, and in the name of the file.
-        title: of the kernels, for people.
-        ops: what it implements.
-        key: names everything that the file depends on.
-        builds: what is named in the cache beside the key: the hardware it is compiled for.
+        device: torch's name of the device; also part of the file name.
+        title: name of the device in messages.
+        ops: names of the ops that it implements.
+        key: returns a name of everything that the file depends on.
+        compiler: returns the command that would compile. Raises :class:`Unavailable`.
         compile: compiles into a folder and returns the file there. Raises :class:`Unavailable`.
-        compiler: the command that would. Raises :class:`Unavailable`.
-        usable: raises :class:`Unavailable` when this machine or this torch cannot use the library.
-        prepare: called with the loaded library, once.
-        says: a word on a loaded library.
-        takes: seconds to compile, for the line that asks for patience.
+        builds: returns the hardware that a file in the cache is compiled for; part of its name.
+        check: raises :class:`Unavailable` if this machine or this torch cannot use the library.
+        prepare: called once with the loaded library.
+        detail: describes a loaded library in a word.
+        compile_seconds: roughly how long compiling takes, for the message about it.
+        tried: whether this process has tried to load it; it does so once.
+        path: the file in use.
+        reason: why there is none in use, after the attempt.
+        opened: the loaded library.
     """
 
     device: str
     title: str
     ops: tuple[str, ...]
     key: Callable[[], str]
-    compile: Callable[[Path], Path]
     compiler: Callable[[], str]
+    compile: Callable[[Path], Path]
     builds: Callable[[], str] = lambda: ""
-    usable: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
     prepare: Callable[[ctypes.CDLL], None] = lambda library: None
-    says: Callable[[ctypes.CDLL], str] = lambda library: "compiled"
-    takes: int = 30
-    state: State = field(default_factory=State)
+    detail: Callable[[ctypes.CDLL], str] = lambda library: "compiled"
+    compile_seconds: int = 30
+    tried: bool = False
+    path: Path | None = None
+    reason: str = ""
     opened: ctypes.CDLL | None = None
-    _once: threading.RLock = field(default_factory=threading.RLock)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def load(self) -> bool:
-        """Make the compiled kernels the implementation of the ops; compile them if need be.
+        """Make the compiled kernels the implementation of the ops; compile them if necessary.
 
         Returns:
-            Whether they are in use. The first answer holds for the life of the process.
+            Whether they are in use. The first result holds for the life of the process.
         """
-        if self.state.tried:
-            return self.state.path is not None
-        with self._once:
-            if not self.state.tried:
-                try:
-                    self._check()
-                    path = self._ready()
-                    self.opened = self.open(path)
-                    self.state.path = path
-                except Unavailable as reason:
-                    self.state.reason = str(reason)
-                    _log.log(
-                        logging.INFO if switched_off() else logging.WARNING,
-                        "dtq: the torch reference runs on the %s: %s",
-                        self.title,
-                        reason,
-                    )
-                self.state.tried = True
-        return self.state.path is not None
+        if not self.tried:
+            with self._lock:
+                if not self.tried:  # another thread may have been first
+                    self._try_to_load()
+        return self.path is not None
+
+    def _try_to_load(self) -> None:
+        try:
+            self._check()
+            path = self.existing() or self._compiled()
+            self.opened = self.open(path)
+            self.path = path
+        except OSError as error:
+            self.reason = " ".join(str(error).split())
+            level = logging.INFO if _switched_off() else logging.WARNING
+            message = "dtq: the torch reference runs on the %s: %s"
+            _log.log(level, message, self.title, self.reason)
+        self.tried = True
 
     def open(self, path: Path) -> ctypes.CDLL:
-        """Load a file: its ops are torch's from now on.
+        """Load a file; torch then uses its ops.
 
         Raises:
             Unavailable: it does not load.
@@ -115,132 +101,119 @@ class Library:
             torch.ops.load_library(str(path))
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise Unavailable(" ".join(str(error.__cause__ or error).split())) from error
+            raise Unavailable(str(error.__cause__ or error)) from error
         self.prepare(library)
         return library
 
     def describe(self) -> str:
-        """What runs on the device, without compiling anything: for ``explain`` and ``doctor``."""
-        if self.state.path is not None and self.opened is not None:
-            return f"{self.says(self.opened)} kernels, {self._where(self.state.path)}"
-        if self.state.tried:
-            return f"torch reference: {self.state.reason}"
+        """What runs on the device, found out without compiling anything."""
+        if self.path is not None and self.opened is not None:
+            return f"{self.detail(self.opened)} kernels, {self._place(self.path)}"
+        reason = self.unsupported_reason()
         try:
-            self._check()
-            found = self.built()
-            if found is not None:
-                return f"compiled kernels, {self._where(found)}"
-            return f"compiled kernels, built at first use by {self.compiler()}"
-        except Unavailable as reason:
-            return f"torch reference: {reason}"
+            if not reason:
+                path = self.existing()
+                place = self._place(path) if path else f"built at first use by {self.compiler()}"
+                return f"compiled kernels, {place}"
+        except Unavailable as error:
+            reason = str(error)
+        return f"torch reference: {reason}"
 
     def levels(self) -> list[tuple[str, str]]:
-        """Every way to run the ops, best first, and why it is not the one that is used."""
-        ways: list[tuple[str, str, bool]] = []
-        for name, path, how in (
-            ("built ahead", self.beside(), "make kernels"),
+        """Every level of the fallback chain, best first, and why it is not the one that is used."""
+        levels: list[tuple[str, str, bool]] = []  # name, state, whether it could be used
+        for name, path, hint in (
+            ("built ahead", self.packaged(), "make kernels"),
             ("user cache", self.cached(), "filled at first use"),
         ):
-            there = path.exists()
-            ways.append((name, str(path) if there else f"nothing there: {how}", there))
+            exists = path.exists()
+            levels.append((name, str(path) if exists else f"nothing there: {hint}", exists))
         try:
-            ways.append(("compiled at first use", f"by {self.compiler()}", True))
-        except Unavailable as reason:
-            ways.append(("compiled at first use", str(reason), False))
-        ways.append(("torch reference", "", True))
-        used = next(i for i, (_, _, there) in enumerate(ways) if there)
-        refused = self.refused()
-        if refused:
-            ways = [(name, f"{what}; {refused}", there) for name, what, there in ways[:3]]
-            ways.append(("torch reference", refused, True))
-            used = 3
+            levels.append(("compiled at first use", f"by {self.compiler()}", True))
+        except Unavailable as error:
+            levels.append(("compiled at first use", str(error), False))
+        reason = self.unsupported_reason()
+        if reason:
+            levels = [(name, f"{state}; {reason}", False) for name, state, _ in levels]
+        levels.append(("torch reference", reason, True))
+        used = next(name for name, _, usable in levels if usable)
         return [
-            (name, ": ".join(filter(None, ("used" if i == used else "", what))) or "not needed")
-            for i, (name, what, _) in enumerate(ways)
+            (name, ": ".join(filter(None, ["used" if name == used else "", state])) or "not needed")
+            for name, state, _ in levels
         ]
 
-    def refused(self) -> str:
-        """Why no compiled kernels can be used here, whatever is there; empty when they can."""
-        if self.state.tried:
-            return self.state.reason
+    def unsupported_reason(self) -> str:
+        """Why no compiled kernels can be used here, even if they exist; empty if they can."""
+        if self.tried:
+            return self.reason
         try:
             self._check()
-        except Unavailable as reason:
-            return str(reason)
+        except Unavailable as error:
+            return str(error)
         return ""
 
     def _check(self) -> None:
-        if switched_off():
+        if _switched_off():
             raise Unavailable("DTQ_KERNELS=0")
         if sys.platform != "linux":
             raise Unavailable(f"no kernels for {sys.platform} yet")
-        self.usable()
+        self.check()
 
     def build(self, target: Path) -> Path:
         """Compile the library into ``target``.
 
         Raises:
-            OSError: the compiler failed; its first error is in the message.
+            OSError: the compiler failed, or the file cannot be written.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
-                # renamed when it is whole: nobody loads half a library
-                os.replace(self.compile(Path(work)), target)
-        except Unavailable as error:
-            raise OSError(str(error)) from error
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
+            # renamed when it is complete, so that no process loads a part of it
+            os.replace(self.compile(Path(work)), target)
         return target
 
-    def built(self) -> Path | None:
-        """A library that is there already, beside the package or in the cache."""
-        return next((path for path in (self.beside(), self.cached()) if path.exists()), None)
+    def existing(self) -> Path | None:
+        """A library that is compiled already: next to the package, else in the cache."""
+        return next((path for path in (self.packaged(), self.cached()) if path.exists()), None)
 
-    def beside(self) -> Path:
-        """Where ``make kernels`` and the wheel put it."""
+    def packaged(self) -> Path:
+        """Where ``make kernels`` and the wheel put the library: next to the package's modules."""
         return package_root() / "_lib" / f"dtq_{self.device}-{self.key()}.so"
 
     def cached(self) -> Path:
-        """Where it is put when it is compiled at first use."""
+        """Where a library is put that is compiled at first use."""
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         builds = self.builds()
         return base / "dtq" / f"dtq_{self.device}-{self.key()}{builds and '-'}{builds}.so"
 
-    def _ready(self) -> Path:
-        """The library, compiled now if there is none yet."""
-        found = self.built()
-        if found is not None:
-            return found
+    def _compiled(self) -> Path:
+        """The library in the cache, compiled now."""
         self.compiler()
-        target = self.cached()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(target.with_suffix(".lock")):
-                if not target.exists():  # another process may have been first
-                    for_what = self.builds() and f" for {self.builds()}"
-                    print(
-                        f"dtq: compiling {self.title} kernels{for_what}, once (~{self.takes} s)",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    self.build(target)
-        except OSError as error:
-            raise Unavailable(" ".join(str(error).split())) from error
+        target, builds = self.cached(), self.builds()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_suffix(".lock")):
+            if not target.exists():  # another process may have been first
+                print(
+                    f"dtq: compiling {self.title} kernels{builds and f' for {builds}'}, once"
+                    f" (~{self.compile_seconds} s)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self.build(target)
         return target
 
-    def _where(self, path: Path) -> str:
-        return "built ahead" if path == self.beside() else f"cached in {path.parent}"
+    def _place(self, path: Path) -> str:
+        return "built ahead" if path == self.packaged() else f"cached in {path.parent}"
 
 
-def switched_off() -> bool:
-    """Whether the user wants no compiled kernels."""
+def _switched_off() -> bool:
     return os.environ.get("DTQ_KERNELS") == "0"
 
 
-def needs_abi() -> None:
-    """Ask for a torch whose stable ABI the libraries use.
+def check_abi() -> None:
+    """Require a torch with the stable ABI that the libraries use.
 
     Raises:
-        Unavailable: this one is older.
+        Unavailable: this torch is older.
     """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < ABI:

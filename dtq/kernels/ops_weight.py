@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ops that decode packed weights and multiply in float: references and fakes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtq.formats import FORMATS
+from dtq.kernels.weight_cache import WeightCache
+
+WEIGHT_CACHE = WeightCache()
+"""The decoded weights of ``cached_linear``."""
+
+
+def _dequantize(
+    tensors: list[Tensor],  # the packed tensors of the weight
+    names: list[str],  # their names
+    weight_format: str,  # a key of FORMATS
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    packed = dict(zip(names, tensors, strict=True))
+    return FORMATS[weight_format].unpack(packed).to(dtype)  # (N, K)
+
+
+def _dequantize_fake(
+    tensors: list[Tensor], names: list[str], weight_format: str, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return tensors[0].new_empty((tensors[0].shape[0], columns), dtype=dtype)
+
+
+def _weight_linear(
+    x: Tensor,  # (M, K)
+    tensors: list[Tensor],
+    names: list[str],
+    weight_format: str,
+    bias: Tensor | None,
+) -> Tensor:
+    w = torch.ops.dtq.dequantize(tensors, names, weight_format, x.shape[1], x.dtype)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def _cached_linear(
+    x: Tensor, tensors: list[Tensor], names: list[str], weight_format: str, bias: Tensor | None
+) -> Tensor:
+    w = WEIGHT_CACHE.weight(tensors, names, weight_format, x.shape[1], x.dtype)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def _linear_fake(x: Tensor, tensors: list[Tensor], *rest: object) -> Tensor:
+    return x.new_empty((x.shape[0], tensors[0].shape[0]))
+
+
+_WEIGHT = "Tensor[] tensors, str[] names, str weight_format"
+
+OPS = (
+    (
+        f"dequantize({_WEIGHT}, int columns, ScalarType dtype) -> Tensor",
+        _dequantize,
+        _dequantize_fake,
+    ),
+    (f"weight_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor", _weight_linear, _linear_fake),
+    (f"cached_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor", _cached_linear, _linear_fake),
+)
+"""Schema, reference and fake of each op; rows of the table in ``ops.py``."""

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches of other libraries: applied in every order of imports, and listed with what they need."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtq import integrations
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent.parent
+
+PATCHED = {
+    "torch_compile.register": (
+        "import torch",
+        "torch.compile(torch.nn.Linear(2, 2), backend='dtq'); torch.ops.dtq.quantize_rows",
+    ),
+    "diffusers.register": (
+        "from diffusers import DiffusionPipeline",
+        "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING, "
+        "AUTO_QUANTIZATION_CONFIG_MAPPING as CONFIGS\n"
+        "assert AUTO_QUANTIZER_MAPPING['dtq'].__name__ == 'DTQQuantizer'\n"
+        "assert CONFIGS['dtq'] is dtq.DTQConfig",
+    ),
+    "diffusers.register_in_transformers": (
+        "import diffusers",
+        "diffusers.PipelineQuantizationConfig(quant_backend='dtq', quant_kwargs={'recipe': 'w4a16'})",
+    ),
+    "diffusers.refuse_control_nets_of_codes": (
+        "from diffusers import FluxControlNetModel",
+        "assert FluxControlNetModel.from_transformer.__func__.dtq",
+    ),
+    "diffusers.report_flux_shapes": (
+        "import diffusers.loaders.lora_pipeline as lora",
+        "assert lora._maybe_dequantize_weight_for_expanded_lora.dtq",
+    ),
+    "peft.register": (
+        "import peft",
+        "from peft.tuners.lora.model import LoraModel\nassert LoraModel._create_new_module.dtq",
+    ),
+}
+"""Patch: an import that brings it, and code that shows that it is applied."""
+
+
+def run(script: str, *arguments: str) -> str:
+    """What a fresh interpreter prints."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("first", ["dtq", "library"])
+@pytest.mark.parametrize("name", PATCHED)
+def test_a_patch_is_applied_whichever_is_imported_first(name, first):
+    library, check = PATCHED[name]
+    order = ["import dtq", library] if first == "dtq" else [library, "import dtq"]
+    run("\n".join([*order, check]))
+
+
+@pytest.mark.parametrize("first", ["dtq", "library"])
+def test_a_plain_from_pretrained_loads_a_dtq_folder(first, quantized_folder):
+    order = ["import dtq", "from diffusers import DiffusionPipeline"]
+    load = (
+        "import sys; pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "print(sum(type(m).__name__ == 'QuantLinear' for m in pipe.transformer.modules()))"
+    )
+    script = "\n".join([*(order if first == "dtq" else reversed(order)), load])
+    assert run(script, str(quantized_folder)) == "14\n"
+
+
+def test_every_import_order_of_modules_ends_with_the_same_patches():
+    """Modules of dtq that import diffusers themselves, while the hook waits for it."""
+    for module in ("dtq.nn.gelu", "dtq.parallel", "dtq.checkpoint.config", "dtq.integrations.peft"):
+        run(
+            f"import {module}\nfrom diffusers.quantizers import auto\n"
+            "assert auto.AUTO_QUANTIZER_MAPPING['dtq'].__name__ == 'DTQQuantizer'"
+        )
+
+
+def test_without_the_libraries_nothing_is_applied_and_nothing_breaks():
+    run(
+        "import sys; sys.modules['peft'] = None  # importing it fails from here on\n"
+        "import dtq, diffusers\nfrom diffusers import FluxTransformer2DModel, FluxControlNetModel\n"
+        "assert [p.module for p in dtq.integrations._hook.pending] == ['peft']"
+    )
+
+
+def test_a_patch_that_fails_says_so_and_is_tried_again():
+    run(
+        "from dtq import integrations\n"
+        "bad = integrations.Patch('colorsys', 'nothing.here', '', '')\n"
+        "hook = integrations._ImportHook([bad])\n"
+        "import sys; sys.meta_path.insert(0, hook)\n"
+        "for _ in range(2):\n"
+        "    try: import colorsys; raise SystemExit('no error')\n"
+        "    except ModuleNotFoundError as error: assert 'nothing' in str(error)\n"
+        "assert hook.pending == [bad]\n"
+    )
+
+
+def test_the_hook_leaves_when_nothing_is_left_to_do():
+    run(
+        "import dtq, sys, peft\nfrom diffusers import FluxPipeline, FluxControlNetModel\n"
+        "import diffusers.loaders.lora_pipeline\n"
+        "assert not dtq.integrations._hook.pending\n"
+        "assert dtq.integrations._hook not in sys.meta_path"
+    )
+
+
+def test_the_table_names_pinned_versions_and_tests_that_exist():
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    tests = "\n".join(path.read_text() for path in HERE.rglob("test_*.py"))
+    for patch in integrations.PATCHES:
+        library, version = patch.upstream.split()
+        assert pinned[library] == version, patch
+        assert re.search(rf"^def {patch.test}\(", tests, re.MULTILINE), patch
+    assert {patch.function for patch in integrations.PATCHES} == set(PATCHED)

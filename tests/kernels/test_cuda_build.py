@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nvcc compiles every kernel for every architecture: the intended instructions, no spills."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parent.parent.parent / "cuda_ext"
+ARCHS = ("80", "89", "90a", "100", "120f")
+IMMA = "IMMA.16832.S8.S8"
+HOPPER = ("IGMMA.64x256x32.S8.S8", "IGMMA.64x128x32.S8.S8", "UTMALDG.2D.MULTICAST")
+GEMM = dict.fromkeys(ARCHS, (IMMA,)) | {"90a": (IMMA, *HOPPER)}
+HMMA = dict.fromkeys(ARCHS, ("HMMA.16816.F32.BF16", "HMMA.16816.F32 "))
+WANTED = {
+    "gemm_int8.cu": GEMM,
+    "gemm_two_level.cu": GEMM,
+    "gemm_table.cu": GEMM,
+    "gemm_fp4.cu": {"120f": ("OMMA.SF.16864.F32.E2M1.E2M1",)},
+    "weights.cu": HMMA,
+}
+"""Instructions that the machine code of a file must contain; other files may have any."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc"),
+]
+
+
+def disassembled(path):
+    """SASS, by nvcc's cuobjdump or that of PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)."""
+    packages = Path(sysconfig.get_paths()["purelib"])
+    folders = [str(p.parent) for p in packages.glob("nvidia/cu*/bin/cuobjdump")]
+    tool = shutil.which("cuobjdump") or shutil.which(
+        "cuobjdump", path=":".join([*folders, "/none"])
+    )
+    if tool is None:
+        return None
+    done = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", sorted(p.name for p in SOURCES.glob("*.cu")))
+def test_it_compiles_and_spills_nothing(source, arch, tmp_path):
+    target = tmp_path / "kernels.o"
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-Werror=all-warnings"]
+    part = "-c" if arch == ARCHS[0] else "-cubin"  # host code does not depend on the architecture
+    command = ["nvcc", *flags, part, str(SOURCES / source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    # ptxas waits after every wgmma when it cannot prove that nothing writes its registers
+    assert "serializ" not in output, output
+    spilled = [line for line in output.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
+    assert not spilled, output
+    sass = disassembled(target)
+    if sass is not None:
+        for wanted in WANTED.get(source, {}).get(arch, ()):
+            assert wanted in sass, wanted
+
+
+def test_the_test_for_a_gpu_compiles(tmp_path):
+    flags = ["-std=c++17", "-O1", "-arch=sm_80", "-DDTQ_ONLY=1", "-x", "cu"]
+    source, program = SOURCES / "tests/test_gemm.cpp", tmp_path / "test_gemm"
+    command = ["nvcc", *flags, str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
