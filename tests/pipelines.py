@@ -25,12 +25,12 @@ WORDS = 64
 
 
 def tokenizer(length: int = 16) -> PreTrainedTokenizerFast:
-    """Letters are words; whatever is asked for gives a few tokens."""
+    """A tokenizer of letters, so that every prompt has a few tokens."""
     vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *map(chr, range(33, 94))])}
-    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=letters,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -134,17 +134,17 @@ def wan_parts() -> dict[str, Any]:
     }
 
 
-def wan_from_picture() -> DiffusionPipeline:
-    """Its transformer sees latents, a mask and the picture's latents."""
+def wan_from_image() -> DiffusionPipeline:
+    """The transformer gets latents, a mask and the latents of the image."""
     return diffusers.WanImageToVideoPipeline(transformer=tiny.wan(12), **wan_parts())
 
 
 def kontext() -> DiffusionPipeline:
-    """FLUX that edits a picture."""
+    """FLUX that edits an image."""
     return diffusers.FluxKontextPipeline(**flux().components)
 
 
-def sd3_from_picture() -> DiffusionPipeline:
+def sd3_from_image() -> DiffusionPipeline:
     return diffusers.StableDiffusion3Img2ImgPipeline(**sd3().components)
 
 
@@ -158,11 +158,11 @@ def wan_two() -> DiffusionPipeline:
 
 PIPELINES = {"pixart": pixart, "sd3": sd3, "flux": flux, "wan": wan, "wan 2.2": wan_two}
 
-# pipelines that want a picture, some a mask too
-FROM_PICTURES = {
-    "wan i2v": wan_from_picture,
+# pipelines that need an image, some also a mask
+FROM_IMAGES = {
+    "wan i2v": wan_from_image,
     "kontext": kontext,
-    "sd3 img2img": sd3_from_picture,
+    "sd3 img2img": sd3_from_image,
     "inpaint": inpaint,
 }
 
@@ -181,7 +181,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def sample(pipe: DiffusionPipeline, name: str, steps: int = 4) -> torch.Tensor:
-    """Two pictures or videos."""
+    """Two images or videos."""
     pipe.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(i) for i in range(2)]
     out = pipe(

@@ -17,7 +17,7 @@ from torch import nn
 
 
 def dit(blocks: int = 2, heads: int = 4, seed: int = 0, **more) -> DiTTransformer2DModel:
-    """A class-conditional DiT; its modulation is not zero, so that every linear matters."""
+    """A class-conditional DiT; its modulation is not zero, so that every linear has an effect."""
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
@@ -29,7 +29,7 @@ def dit(blocks: int = 2, heads: int = 4, seed: int = 0, **more) -> DiTTransforme
         num_embeds_ada_norm=1000,
         **more,
     )
-    return _lively(model)
+    return _with_modulation(model)
 
 
 def pipeline(**more) -> DiTPipeline:
@@ -48,7 +48,7 @@ def pipeline(**more) -> DiTPipeline:
 
 def pixart() -> nn.Module:
     torch.manual_seed(0)
-    return _lively(
+    return _with_modulation(
         diffusers.PixArtTransformer2DModel(
             num_attention_heads=4,
             attention_head_dim=32,
@@ -64,7 +64,7 @@ def pixart() -> nn.Module:
 
 def sd3() -> nn.Module:
     torch.manual_seed(0)
-    return _lively(
+    return _with_modulation(
         diffusers.SD3Transformer2DModel(
             sample_size=8,
             in_channels=4,
@@ -82,7 +82,7 @@ def sd3() -> nn.Module:
 
 def flux() -> nn.Module:
     torch.manual_seed(0)
-    return _lively(
+    return _with_modulation(
         diffusers.FluxTransformer2DModel(
             patch_size=1,
             in_channels=16,
@@ -99,7 +99,7 @@ def flux() -> nn.Module:
 
 def wan(inputs: int = 4) -> nn.Module:
     torch.manual_seed(0)
-    return _lively(
+    return _with_modulation(
         diffusers.WanTransformer3DModel(
             num_attention_heads=4,
             attention_head_dim=32,
@@ -117,14 +117,14 @@ TRANSFORMERS = {"dit": dit, "pixart": pixart, "sd3": sd3, "flux": flux, "wan": w
 
 
 def sample(pipe: DiTPipeline, seed: int = 0, steps: int = 3) -> torch.Tensor:
-    """Two pictures, float (2, 3, H, W)."""
+    """Two images, float (2, 3, H, W)."""
     pipe.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(2)]
     images = pipe([1, 7], generator=generator, num_inference_steps=steps, output_type="pt").images
     return torch.as_tensor(images)
 
 
-def _lively(model: nn.Module) -> nn.Module:
+def _with_modulation(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "norm" in name:
             nn.init.normal_(module.weight, std=0.05)

@@ -2,7 +2,7 @@
 """Every transformer class of diffusers as a tiny random model, with arguments of one forward.
 
 ``zoo.json`` maps the name of a class to ``init``, its configuration, and ``inputs``; a tensor is
-``{"__t__": shape, "dtype": ..., "val" or "fill": ...}``, random where it has no value. Most
+``{"__t__": shape, "dtype": ..., "val" or "fill": ...}``, random if it has no value. Most
 configurations have the sizes of diffusers' own tests (Apache-2.0).
 """
 
@@ -25,7 +25,7 @@ from torch import nn
 def classes() -> dict[str, type[nn.Module]]:
     """Every model class in ``diffusers.models.transformers``, exported or not."""
     package = diffusers.models.transformers
-    found = {}
+    result = {}
     for module in pkgutil.iter_modules(package.__path__):
         loaded = importlib.import_module(f"{package.__name__}.{module.name}")
         for name, kind in vars(loaded).items():
@@ -34,8 +34,8 @@ def classes() -> dict[str, type[nn.Module]]:
                 and issubclass(kind, ModelMixin)
                 and kind.__module__ == loaded.__name__
             ):
-                found[name] = kind
-    return dict(sorted(found.items()))
+                result[name] = kind
+    return dict(sorted(result.items()))
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def names() -> list[str]:
 
 
 def model(name: str) -> nn.Module:
-    """The tiny model, random, in evaluation mode; gates that start at zero are opened."""
+    """The tiny model, random, in evaluation mode; parameters that start at zero are random too."""
     torch.manual_seed(0)
     built = classes()[name](**_value(_configs()[name]["init"], torch.Generator().manual_seed(0)))
     with torch.no_grad():

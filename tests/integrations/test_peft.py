@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: what the float layer would add, bit-exact when off, and fused without touching a code."""
+"""Adapters: they add what they add to a float layer, can be fused, and can be removed exactly."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ peft = pytest.importorskip("peft")
 
 RECIPES = {
     "w4a8": {},
-    "w4a8-hq": {"finetune": "none"},  # with a low-rank branch of its own
+    "w4a8-hq": {"finetune": "none"},  # has a low-rank branch already
     "w4a16": {},
 }
-LORA = {"sd3", "flux", "wan"}  # classes that diffusers gives load_lora_adapter
+LORA = {"sd3", "flux", "wan"}  # classes with load_lora_adapter in diffusers
 PIPELINES = {
     "flux": (diffusers.FluxPipeline, ("text_encoder_2", "tokenizer_2")),
     "sd3": (
@@ -84,7 +84,7 @@ def pipeline(name: str, model: nn.Module):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_takes_adapters_as_if_it_were_float(name, recipe):
+def test_adapters_of_a_pipeline_can_be_weighted_disabled_and_removed(name, recipe):
     pipe = pipeline(name, quantized(name, recipe))
     model = pipe.transformer
     plain = run(model)
@@ -115,7 +115,7 @@ def test_a_pipeline_takes_adapters_as_if_it_were_float(name, recipe):
 def test_an_adapter_adds_what_it_adds_to_the_float_layer(name, recipe):
     model = quantized(name, recipe)
     before = linears(model)
-    if recipe != "w4a16":  # the claim is about layers that change their input
+    if recipe != "w4a16":  # the test is about layers with an input transform
         assert any(m.problem.hadamard_block > 1 or m.spec.pre_quant for m in before.values())
     state = adapter(model, prefix="")
     if name in LORA:
@@ -153,7 +153,7 @@ def test_peft_alone_does_the_same(name):
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", PIPELINES)
-def test_fusing_is_a_wider_branch_and_unfusing_gives_back_every_bit(name, recipe, safe):
+def test_fusing_widens_the_branch_and_unfusing_restores_every_bit(name, recipe, safe):
     pipe = pipeline(name, quantized(name, recipe))
     model = pipe.transformer
     plain = run(model)
@@ -166,7 +166,7 @@ def test_fusing_is_a_wider_branch_and_unfusing_gives_back_every_bit(name, recipe
     pipe.fuse_lora(adapter_names=["one", "two"], safe_fusing=safe)
     fused = run(model)
     assert {n: m.spec.rank - 6 for n, m in linears(model).items()} == ranks
-    # the factors are rounded to bfloat16, the codes are as before
+    # the factors are rounded to bfloat16, the packed weight does not change
     assert (fused - on).norm() < 0.02 * (on - plain).norm()
     pipe.unfuse_lora()
     assert torch.equal(run(model), on)
@@ -198,7 +198,7 @@ def test_a_fused_model_saves_and_loads_like_any_other(name, recipe, tmp_path):
     assert run(again.to(torch.device("cpu"))).isfinite().all()
     rows = again.config.quantization_config.layers
     assert all(rows[n]["rank"] == m.spec.rank for n, m in linears(again).items())
-    # fused into the copy, and the copy of the loaded one: each has rows of its own
+    # the models do not share their entries in config.json
     pipe.load_lora_weights(adapter(model, rank=2, seed=3), adapter_name="more")
     pipe.fuse_lora()
     assert torch.equal(run(again), fused)
@@ -240,7 +240,7 @@ def test_an_adapter_can_be_trained_on_top():
     assert any(p.grad.abs().sum() > 0 for p in learning if p.grad is not None)
 
 
-def test_what_cannot_be_done_is_said():
+def test_unsupported_adapters_are_refused():
     model = quantized("flux")
     name = next(iter(linears(model)))
     with pytest.raises(InputError, match=r"Dora.*float weight"):
@@ -292,9 +292,9 @@ def test_control_adapters_widen_kept_layers_only():
     assert torch.equal(run(model), plain)
 
 
-def test_dtq_does_without_peft():
+def test_dtq_works_without_peft():
     script = (
-        "import sys; sys.modules['peft'] = None  # importing it fails from here on\n"
+        "import sys; sys.modules['peft'] = None  # makes its import fail\n"
         "import dtq, tiny\n"
         "dtq.quantize(tiny.flux(), 'w4a16', progress=False)\n"
         "assert 'dtq.integrations.peft' not in sys.modules\n"
@@ -336,7 +336,7 @@ def test_adapters_that_need_the_float_weight_are_refused(kind):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_adapters_on_layers_that_are_kept_are_none_of_our_business():
+def test_any_adapter_works_on_unquantized_layers():
     model = quantized("sd3")
     name = "context_embedder"
     assert name not in linears(model)
@@ -354,7 +354,7 @@ def test_control_nets_are_not_made_of_codes(kind):
         net.from_transformer(quantized(kind))
 
 
-def test_control_nets_of_float_models_are_made_as_ever():
+def test_control_nets_can_be_made_from_float_models():
     sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32}
     net = diffusers.FluxControlNetModel.from_transformer(
         tiny.flux(), **sizes, num_attention_heads=4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graphs of torch.compile: what is fused, what is left alone, and that the numbers stay."""
+"""Fusion in graphs of torch.compile: which patterns are fused, and that outputs do not change."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def _clean():
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    """Fused ops as torch reference count as compiled."""
+    """Fused ops count as compiled, and run as torch reference."""
     monkeypatch.setattr(torch_compile, "_is_compiled", lambda node, op: True)
 
 
-def layer(columns, rows, weights="int8-row", rank=0, acts="int8-row"):
-    """A quantized linear of random numbers, float32 bias."""
+def layer(columns, rows, weights="int8-row", rank=0, activations="int8-row"):
+    """A quantized linear with random weights and a float32 bias."""
     plain = nn.Linear(columns, rows)
-    new = quantized(plain, weights, acts)
+    new = quantized(plain, weights, activations)
     new.bias = nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
     if rank:
         new.add_rank(torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / 4)
@@ -48,7 +48,7 @@ def layer(columns, rows, weights="int8-row", rank=0, acts="int8-row"):
 
 
 def run(call, *given, **options):
-    """Output of a compiled function, and what was fused in all of its graphs."""
+    """Output of a compiled function, and the rewrites in all of its graphs."""
     total = torch_compile.Fused()
 
     def backend(module, inputs):
@@ -60,15 +60,15 @@ def run(call, *given, **options):
 
 
 class Block(nn.Module):
-    """What a DiT block does, in a width that 4-bit groups divide."""
+    """The ops of a DiT block, with a width divisible by the 4-bit group size."""
 
-    def __init__(self, weights="int4-2l-g64", rank=0, acts="int8-row"):
+    def __init__(self, weights="int4-2l-g64", rank=0, activations="int8-row"):
         super().__init__()
         self.norm = nn.LayerNorm(128, elementwise_affine=False, eps=1e-6)
-        self.q, self.k = (layer(128, 128, weights, rank, acts) for _ in range(2))
+        self.q, self.k = (layer(128, 128, weights, rank, activations) for _ in range(2))
         self.up, self.down = (
-            layer(128, 256, weights, rank, acts),
-            layer(256, 128, weights, rank, acts),
+            layer(128, 256, weights, rank, activations),
+            layer(256, 128, weights, rank, activations),
         )
 
     def forward(self, x, shift, scale, gate):
@@ -91,16 +91,16 @@ def test_a_block_is_fused(everywhere, weights, rank):
     with torch.no_grad():
         want = block(*given)
         got, fused = run(block, *given, fullgraph=True)
-    # a branch reads what is quantized as well, and is a sum of its own where no kernel adds it
+    # a low-rank branch is another user of the norm, and a separate sum where no kernel adds it
     assert fused == (
         torch_compile.Fused() if rank else torch_compile.Fused(norms=3, gelus=1, gates=1)
     )
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
 
 
-def test_fp4_products_go_on_too(everywhere, monkeypatch):
+def test_fp4_gemms_are_fused_too(everywhere, monkeypatch):
     monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: True)
-    block, given = Block("nvfp4", acts="nvfp4"), block_inputs()
+    block, given = Block("nvfp4", activations="nvfp4"), block_inputs()
     with torch.no_grad():
         want = block(*given)
         got, fused = run(block, *given, fullgraph=True)
@@ -108,11 +108,11 @@ def test_fp4_products_go_on_too(everywhere, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("acts", ["e2m1-row", "nvfp4", "fp8-row", "int4-g64"])
+@pytest.mark.parametrize("activations", ["e2m1-row", "nvfp4", "fp8-row", "int4-g64"])
 @pytest.mark.parametrize("fp4", [False, True])
-def test_codes_of_every_kind_are_shared(everywhere, monkeypatch, acts, fp4):
+def test_inputs_are_quantized_once_in_every_format(everywhere, monkeypatch, activations, fp4):
     monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: fp4)
-    q, k = (layer(128, 128, "nvfp4", acts=acts) for _ in "qk")
+    q, k = (layer(128, 128, "nvfp4", activations=activations) for _ in "qk")
     share_input_transforms(nn.ModuleDict({"q": q, "k": k}))
     x = torch.randn(2, 9, 128)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_models_of_every_kind_are_fused(everywhere, name, norms, gelus, gates):
     assert (got - want).norm() < 1e-3 * want.norm()
 
 
-def test_bfloat16_is_rounded_less(everywhere):
+def test_fusion_rounds_bfloat16_less(everywhere):
     block, given = Block(), block_inputs(tokens=40)
     exact = nn.Module.__call__(_in_float(block), *given)
     half = tuple(each.bfloat16() for each in given)
@@ -167,15 +167,15 @@ def test_bfloat16_is_rounded_less(everywhere):
 
 
 def _in_float(block):
-    """The same block whose linears are float ones of the same weights."""
-    made = Block()
-    made.load_state_dict(block.state_dict())
+    """The same block with float linears of the same weights."""
+    float_block = Block()
+    float_block.load_state_dict(block.state_dict())
     for name in ("q", "k", "up", "down"):
-        made.set_submodule(name, getattr(block, name).unquantized().float())
-    return made
+        float_block.set_submodule(name, getattr(block, name).unquantized().float())
+    return float_block
 
 
-def test_sizes_may_change(everywhere):
+def test_dynamic_sizes_are_fused(everywhere):
     block, total = Block(), []
 
     def backend(module, inputs):
@@ -193,8 +193,8 @@ def test_sizes_may_change(everywhere):
     assert [(f.norms, f.gelus, f.gates) for f in total] == [(3, 1, 1)]
 
 
-def test_codes_are_made_once():
-    # no smoothing vectors: q and k ask for the very same
+def test_a_common_input_is_quantized_once():
+    # without smoothing vectors, q and k quantize in the same way
     q, k = (
         QuantLinear.in_place_of(nn.Linear(64, 64), LayerSpec("int8-row", "int8-row")) for _ in "qk"
     )
@@ -219,16 +219,16 @@ def test_codes_are_made_once():
     assert fused.shared == 0
 
 
-def changing(*layers):
-    """Give layers one smoothing vector, each in memory of its own."""
+def set_smoothing(*layers):
+    """Give layers equal smoothing vectors, each in its own memory."""
     for each in layers:
         each.packed_tensor("pre_quant_scale").copy_(torch.linspace(0.5, 1.5, 128))
 
 
-def test_layers_of_a_block_that_change_an_input_alike_share_its_codes(everywhere):
+def test_layers_of_a_block_with_equal_transforms_quantize_their_input_once(everywhere):
     model, given = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()])}), block_inputs()
     for block in model["blocks"]:
-        changing(block.q, block.k)
+        set_smoothing(block.q, block.k)
     share_input_transforms(model)
 
     def call(x, *rest):
@@ -239,7 +239,7 @@ def test_layers_of_a_block_that_change_an_input_alike_share_its_codes(everywhere
     with torch.no_grad():
         want = call(*given)
         got, fused = run(call, *given)
-    # up has the vector of ones that down has as well, but another width
+    # up and down both have a vector of ones, but of different widths
     assert (fused.norms, fused.shared) == (4, 2)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
     one = model["blocks"][0]
@@ -253,7 +253,7 @@ def test_layers_of_a_block_that_change_an_input_alike_share_its_codes(everywhere
 
     torch._dynamo.reset()
     changed = {k: v.clone() for k, v in one.state_dict().items()}
-    changed["k.pre_quant_scale"] *= -1  # bits of bfloat16: another vector
+    changed["k.pre_quant_scale"] *= -1  # changes the bits of bfloat16, so the vectors differ
     one.load_state_dict(changed)
     with torch.no_grad():
         want = call(*given)
@@ -262,13 +262,13 @@ def test_layers_of_a_block_that_change_an_input_alike_share_its_codes(everywhere
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
 
 
-def test_a_layer_follows_as_long_as_nothing_changes():
+def test_sharing_ends_when_tensors_change():
     q, k, v = (layer(128, 128) for _ in "qkv")
     model = nn.ModuleDict({"q": q, "k": k, "v": v})
-    changing(q, k)
+    set_smoothing(q, k)
     share_input_transforms(model)
     assert (q._first, k._first, v._first) == ([], [q], [])
-    changing(v)
+    set_smoothing(v)
     share_input_transforms(model)
     share_input_transforms(model)
     assert (k._first, v._first, q._followers) == ([q], [q], [k, v])
@@ -277,7 +277,7 @@ def test_a_layer_follows_as_long_as_nothing_changes():
     q.fill(q.packed_tensors())
     assert (v._first, q._followers) == ([], [])
     share_input_transforms(model)
-    k.to("meta")  # offloaded: read where it is
+    k.to("meta")  # offloaded: its own tensors are read
     x = torch.randn(2, 128)
     with torch.no_grad():
         run(lambda x: v(x), x)
@@ -287,7 +287,7 @@ def test_a_layer_follows_as_long_as_nothing_changes():
         assert torch.equal(got, v(x))
 
 
-def test_loaded_models_share_codes(tmp_path, everywhere):
+def test_loaded_models_quantize_common_inputs_once(tmp_path, everywhere):
     model = tiny.dit()
     given = {
         "hidden_states": torch.randn(2, 4, 8, 8),
@@ -306,7 +306,7 @@ def test_loaded_models_share_codes(tmp_path, everywhere):
         assert (got - want).norm() < 1e-2 * want.norm()
 
 
-def test_what_is_written_to_in_between_is_left_alone(everywhere):
+def test_patterns_with_writes_in_between_are_not_fused(everywhere):
     q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
     x, shift, scale, gate = block_inputs()
 
@@ -328,7 +328,7 @@ def test_what_is_written_to_in_between_is_left_alone(everywhere):
         assert run(modulated, x.clone())[1].norms == 0
 
 
-def test_copies_that_are_written_to_stay_apart():
+def test_copies_that_are_written_to_are_not_merged():
     x = torch.randn(4, 6).T
 
     def by_method(one):
@@ -374,7 +374,7 @@ def _twice(x):
     return a, b
 
 
-def test_views_without_gradients_are_not_those_with(everywhere):
+def test_views_with_and_without_gradients_are_not_merged(everywhere):
     w = torch.randn(4)
 
     def call(x):
@@ -388,7 +388,7 @@ def test_views_without_gradients_are_not_those_with(everywhere):
     torch.testing.assert_close(mine, want)
 
 
-def test_broadcast_products_are_left_alone(everywhere):
+def test_broadcast_products_are_not_fused(everywhere):
     q, (x, _, _, gate) = layer(128, 128), block_inputs()
     one, whole = torch.randn(2, 1, 128), torch.randn(1, 9, 128)
 
@@ -418,7 +418,7 @@ def test_broadcast_products_are_left_alone(everywhere):
         torch.testing.assert_close(got, unsqueezed(x), rtol=1e-5, atol=1e-5)
 
 
-def test_writes_before_the_norm_count_too(everywhere):
+def test_writes_before_the_norm_prevent_fusion(everywhere):
     q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
     x, shift, scale, _ = block_inputs()
 
@@ -441,7 +441,7 @@ def test_writes_before_the_norm_count_too(everywhere):
             torch.testing.assert_close(got, call(x), rtol=0, atol=0)
 
 
-def test_what_casts_take_away_is_kept(everywhere):
+def test_casts_that_lose_values_are_not_ignored(everywhere):
     q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
     x, shift, scale, _ = block_inputs()
 
@@ -458,7 +458,7 @@ def test_what_casts_take_away_is_kept(everywhere):
         assert run(lambda x: q(modulated(x, by=torch.bfloat16)), x)[1].norms == 1
 
 
-def test_operands_may_be_named(everywhere):
+def test_operands_may_be_keyword_arguments(everywhere):
     q, (x, *_) = layer(128, 128), block_inputs()
     rows = torch.randn(4, 128)
     with torch.no_grad():
@@ -469,7 +469,7 @@ def test_operands_may_be_named(everywhere):
         run(lambda x: F.relu(input=x.reshape(-1), inplace=True), x.clone())
 
 
-def test_what_others_read_is_left_alone(everywhere):
+def test_results_with_other_users_are_not_fused(everywhere):
     q, norm = layer(128, 128), nn.LayerNorm(128, elementwise_affine=False)
     affine = nn.LayerNorm(128)
     x, shift, scale, gate = block_inputs()
@@ -499,7 +499,7 @@ def test_what_others_read_is_left_alone(everywhere):
             torch.testing.assert_close(got, call(x), rtol=0, atol=0)
 
 
-def test_gradients_are_those_of_the_parts(everywhere):
+def test_gradients_do_not_change(everywhere):
     q, (x, _, _, gate) = layer(128, 128), block_inputs()
     gate.requires_grad_()
 

@@ -16,10 +16,10 @@ from dtq.pipelines.recorded_calls import first_tensor
 from dtq.recipe import Recipe
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
-# relative squared error of the output; random weights of width 16 to 64 forgive less than real ones
+# relative squared error of the output; random weights of width 16 to 64 have larger errors than real ones
 BARS = {"w4a8": 0.02, "w4a16": 0.2, "nvfp4": 0.2}
 QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 4, "num_timestep_bins": 2}}
-# five alphas, not twenty-one, and no rivals are solved
+# five alphas instead of twenty-one, and no runner-ups
 COARSE = {"transform": {"search": {"step": 0.25, "max_error_ratio": 1.0}}}
 
 
@@ -111,7 +111,7 @@ def scanned(name: str, model=None):
 
 
 @pytest.mark.parametrize("name", ROLES)
-def test_roles_are_seen_by_structure(name):
+def test_roles_come_from_names_and_structure(name):
     roles = {linear.name: linear.role for linear in scanned(name).linears()}
     assert {key: roles.get(key) for key in ROLES[name]} == ROLES[name]
 
@@ -127,31 +127,31 @@ def test_experts_that_no_token_chose_are_quantized_too():
     model = zoo.model(name)
     idle = "double_stream_blocks.0.block.ff_i.experts.0"
     for module in model.modules():
-        if type(module).__name__ == "MoEGate":  # chooses another instead of the first
+        if type(module).__name__ == "MoEGate":  # never chooses the first expert
             module.register_forward_hook(lambda gate, x, out: (out[0].clamp(min=1), *out[1:]))
     scan = scanned(name, model)
     assert f"{idle}.w1" not in scan.rows  # not called
-    found = {linear.name: linear.role for linear in scan.linears()}
-    assert found[f"{idle}.w1"] == "ffn.up"
-    assert found[f"{idle}.w2"] == "ffn.down"
+    roles = {linear.name: linear.role for linear in scan.linears()}
+    assert roles[f"{idle}.w1"] == "ffn.up"
+    assert roles[f"{idle}.w2"] == "ffn.down"
     dtq.quantize(model, "w4a8", inputs=[zoo.inputs(name)], progress=False, **QUICK)
     assert isinstance(model.get_submodule(f"{idle}.w1"), QuantLinear)
     with torch.no_grad():
         assert first_tensor(model(**zoo.inputs(name))).isfinite().all()
 
 
-def test_idle_experts_take_statistics_of_siblings_in_other_portions():
+def test_idle_experts_get_statistics_of_siblings_in_other_memory_batches():
     name = "HiDreamImageTransformer2DModel"
     model = zoo.model(name)
     for module in model.modules():
         if type(module).__name__ == "MoEGate":
             module.register_forward_hook(lambda gate, x, out: (out[0].clamp(min=1), *out[1:]))
     recipe = Recipe.load("w4a8", **QUICK)
-    source = LoadedModel(name, None, "transformer", model)
+    loaded = LoadedModel(name, None, "transformer", model)
     inputs = [zoo.inputs(name, seed) for seed in range(2)]
     whole, cut = (
-        collected(source, recipe, recipe.needs(), inputs=inputs, progress=False, memory=memory)
-        for memory in (None, 1)  # all at once, and every input in a run of its own
+        collected(loaded, recipe, recipe.needs(), inputs=inputs, progress=False, memory=memory)
+        for memory in (None, 1)  # in one run, and one run per input group
     )
     idle = "double_stream_blocks.0.block.ff_i.experts.0.w1"
     assert len(whole.inputs[idle].channels.amax())
@@ -178,7 +178,7 @@ NO_FAMILY = {
     "Cosmos3OmniTransformer": "one packed sequence of text, video, sound and actions",
     "DreamLiteTransformer2DModel": "part of a U-Net, takes no timestep",
     "MiniMaxH3Transformer3DModel": "one packed sequence of text, video and sound",
-    "MiniMaxMusic3RVQDepthDecoder": "predicts tokens, no denoiser",
+    "MiniMaxMusic3RVQDepthDecoder": "predicts tokens, not noise",
     "RFD4ProteinaTransformer": "proteins: its features depend on the chain",
     "T5FilmDecoder": "needs the notes of its encoders; its pipeline is deprecated",
     "Transformer2DModel": "part of U-Nets; its arguments depend on the caller",
@@ -192,41 +192,41 @@ NOT_ON_META = {
     "HeliosTransformer3DModel": "autocast",
     "HiDreamImageTransformer2DModel": "sorts tokens by expert",
     "HunyuanImageTransformer2DModel": "indexes by a mask",
-    "HunyuanVideo15Transformer3DModel": "asks whether a picture is given",
+    "HunyuanVideo15Transformer3DModel": "reads whether an image is given",
     "HunyuanVideoFramepackTransformer3DModel": "cuts captions to their length",
     "Ideogram4Transformer2DModel": "autocast",
     "Kandinsky6SRTransformer3DModel": "FlexAttention",
     "Lumina2Transformer2DModel": "cuts captions to their length",
     "MochiTransformer3DModel": "autocast",
-    "OmniGenTransformer2DModel": "asks for the largest position",
+    "OmniGenTransformer2DModel": "reads the largest position",
     "QwenImage21Transformer2DModel": "repeats tokens by a mask",
 }
 
 
 def grouped(scan: Scan) -> set[tuple[tuple[str, str], ...]]:
-    """Name and role of the linears of each site."""
+    """Name and role of the linears of each input group."""
     return {
         tuple((linear.name, linear.role) for linear in site.linears) for site in scan.input_groups
     }
 
 
-def test_every_denoiser_has_a_family():
+def test_every_diffusion_transformer_has_a_family():
     assert len(set(CLASSES)) == len(CLASSES)
     assert set(CLASSES) | set(NO_FAMILY) == set(zoo.classes())
     assert not set(CLASSES) & set(NO_FAMILY)
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_made_inputs_run_and_show_what_real_ones_show(name):
+def test_dummy_inputs_give_the_same_scan_as_real_ones(name):
     model = zoo.model(name)
     with torch.no_grad():
-        made = dummy_inputs(model, 2, 0.5 * find_family(model).largest_timestep, 0)
-        assert first_tensor(model(**made)).isfinite().all()
+        inputs = dummy_inputs(model, 2, 0.5 * find_family(model).largest_timestep, 0)
+        assert first_tensor(model(**inputs)).isfinite().all()
     assert grouped(scan_model(model)) == grouped(scanned(name, model))
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_model_without_weights_is_traced_or_a_line_says_why_not(name, caplog):
+def test_a_model_without_weights_is_traced_or_a_warning_gives_the_reason(name, caplog):
     model = zoo.model(name)
     with torch.device("meta"):
         empty = type(model).from_config(model.config).eval()
@@ -240,7 +240,7 @@ def test_a_model_without_weights_is_traced_or_a_line_says_why_not(name, caplog):
         assert line.startswith(f"{name}: sorted by names, its forward needs weights (")
 
 
-def test_a_failing_forward_is_no_reason_to_go_by_names():
+def test_errors_of_a_forward_with_weights_are_not_hidden():
     def fails(model):
         raise RuntimeError("out of memory")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GELU of a quantized model on a CPU: quick, close to torch's, and torch's own where it has to be."""
+"""GELU of a quantized model on a CPU: close to torch's, and torch's own if a gradient is required."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_only_the_tanh_form_changes_and_hardly(dtype):
+def test_only_the_tanh_form_is_replaced_and_it_is_close(dtype):
     model = Model().to(dtype)
     before = copy.deepcopy(model)
     use_fast_gelu(model)
@@ -48,17 +48,17 @@ def test_gradients_are_those_of_torch():
     assert torch.equal(grad, want)
 
 
-def test_a_quantized_model_has_it_and_a_loaded_one_too(tmp_path):
+def test_quantized_and_loaded_models_have_it(tmp_path):
     model = dtq.quantize(tiny.dit(), "rtn-w4a8", progress=False)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    for made in (model, loaded):
-        found = [m for m in made.modules() if isinstance(m, GELU)]
-        assert found
-        assert all(type(m) is FastProjectedGELU for m in found)
+    for each in (model, loaded):
+        gelus = [m for m in each.modules() if isinstance(m, GELU)]
+        assert gelus
+        assert all(type(m) is FastProjectedGELU for m in gelus)
 
 
-def test_one_that_torch_compiles():
+def test_it_compiles():
     model = Model()
     use_fast_gelu(model)
     torch._dynamo.reset()
@@ -72,12 +72,12 @@ GELUS = ("w8a8", "w4a8-two-level", "w4a8-row")
 
 
 @pytest.mark.parametrize("recipe", ["rtn-w4a8", "w8a8", "w4a8", "w3a8", "lrq-dit"])
-def test_it_is_done_with_the_linear_in_front_of_it(recipe):
+def test_it_is_the_epilogue_of_the_linear_before_it(recipe):
     settings = {"solver": "rtn", "transform_candidates": ()} if recipe in ("w4a8", "w3a8") else {}
     model = dtq.quantize(tiny.dit(), recipe, progress=False, **settings).bfloat16()
-    found = [m for m in model.modules() if isinstance(m, FastProjectedGELU)]
-    assert found
-    for module in found:
+    gelus = [m for m in model.modules() if isinstance(m, FastProjectedGELU)]
+    assert gelus
+    for module in gelus:
         x = torch.randn(3, 40, module.proj.in_features).bfloat16()
         with torch.no_grad():
             apart = module.gelu(module.proj(x))
@@ -102,7 +102,7 @@ def test_it_is_done_with_the_linear_in_front_of_it(recipe):
         assert torch.equal(module(x).detach(), apart)
 
 
-def test_a_linear_with_an_adapter_stays_apart():
+def test_it_is_a_separate_op_after_a_linear_with_an_adapter():
     model = dtq.quantize(tiny.sd3(), "w8a8", progress=False, transform="none")
     from peft import LoraConfig
 
@@ -113,7 +113,7 @@ def test_a_linear_with_an_adapter_stays_apart():
         assert torch.equal(module(x), module.gelu(module.proj(x)))
 
 
-def test_torch_compiles_it_with_its_linear():
+def test_it_compiles_with_its_linear():
     model = dtq.quantize(tiny.dit(), "w8a8", progress=False, transform="none")
     (module, *_) = [m for m in model.modules() if isinstance(m, FastProjectedGELU)]
     x = torch.randn(2, 5, module.proj.in_features)

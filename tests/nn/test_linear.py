@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantized linear behaves as an nn.Linear where it should, and loudly where it must not."""
+"""The quantized linear behaves as an nn.Linear where possible, and raises an error elsewhere."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ from dtq.plan.layers import LayerSpec
 from dtq.transforms import OnlineTransform
 
 
-def make(weights="int4-2l-g64", acts="int8-row", n=48, k=128, seed=0, dtype=torch.float32):
-    """A filled layer and the float weight it came from."""
+def make(weights="int4-2l-g64", activations="int8-row", n=48, k=128, seed=0, dtype=torch.float32):
+    """A quantized layer and the float weight that it was made from."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=g) * 0.05
-    turn = OnlineTransform.of(torch.rand(k, generator=g) + 0.5, signs(k, 0), 64)
+    transform = OnlineTransform.of(torch.rand(k, generator=g) + 0.5, signs(k, 0), 64)
     fmt = FORMATS[weights]
-    changed = turn.w(w)
-    layer = QuantLinear(k, n, True, LayerSpec(weights, acts, 64, True), bins=4, compute_dtype=dtype)
-    parts = fmt.pack(changed, fmt.compute_qparams(changed))
-    parts["pre_quant_scale"] = turn.scale.reshape(1, -1)
-    if acts == "int8-static-timestep":
-        parts["input_scale"] = torch.tensor([[0.01, 0.02, 0.04, 0.08]])
-    layer.fill(parts)
+    transformed = transform.w(w)
+    layer = QuantLinear(
+        k, n, True, LayerSpec(weights, activations, 64, True), bins=4, compute_dtype=dtype
+    )
+    tensors = fmt.pack(transformed, fmt.compute_qparams(transformed))
+    tensors["pre_quant_scale"] = transform.scale.reshape(1, -1)
+    if activations == "int8-static-timestep":
+        tensors["input_scale"] = torch.tensor([[0.01, 0.02, 0.04, 0.08]])
+    layer.fill(tensors)
     with torch.no_grad():
         layer.bias.zero_()
     return layer, w
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("acts", ["none", "int8-row", "fp8-row"])
+@pytest.mark.parametrize("activations", ["none", "int8-row", "fp8-row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_is_close_to_the_float_layer(weights, acts, dtype):
-    layer, w = make(weights, acts, dtype=dtype)
+def test_forward_is_close_to_the_float_layer(weights, activations, dtype):
+    layer, w = make(weights, activations, dtype=dtype)
     x = torch.randn(2, 7, 128, dtype=dtype, generator=torch.Generator().manual_seed(7))
     y = layer(x)
     assert y.dtype == dtype
@@ -69,7 +71,7 @@ def test_other_shapes_and_strides():
     assert layer(torch.randn(128)).shape == (48,)
 
 
-def test_casts_cannot_touch_codes_or_scales():
+def test_casts_do_not_change_packed_tensors():
     layer, _ = make()
     before = {k: v.clone() for k, v in layer.state_dict().items() if k != "bias"}
     for cast in (layer.bfloat16, layer.half, layer.double, layer.float):
@@ -77,12 +79,12 @@ def test_casts_cannot_touch_codes_or_scales():
     assert all(torch.equal(before[k], layer.state_dict()[k]) for k in before)
 
 
-def test_misuse_is_loud():
+def test_use_as_a_float_weight_raises():
     layer, _ = make()
     assert isinstance(layer, nn.Linear)
     assert layer.weight.dtype == torch.int8
     with pytest.raises(RuntimeError):
-        layer.weight.data += torch.randn(48, 128)  # what a LoRA merge does
+        layer.weight.data += torch.randn(48, 128)  # a LoRA merge does this
     with pytest.raises(RuntimeError):
         nn.functional.linear(torch.randn(3, 128), layer.weight)
 
@@ -94,17 +96,17 @@ def test_copies_and_pickles():
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
-def test_wrong_parts_are_refused_by_name():
+def test_wrong_tensors_are_refused_by_name():
     layer, _ = make()
-    parts = {k: v.clone() for k, v in layer.packed_tensors().items()}
+    tensors = {k: v.clone() for k, v in layer.packed_tensors().items()}
     with pytest.raises(CheckpointError, match="weight_scale_2"):
-        layer.fill({k: v for k, v in parts.items() if k != "weight_scale_2"})
+        layer.fill({k: v for k, v in tensors.items() if k != "weight_scale_2"})
     with pytest.raises(CheckpointError, match=r"weight_scale: expected torch.float32 \[48, 1\]"):
-        layer.fill({**parts, "weight_scale": parts["weight_scale"].half()})
+        layer.fill({**tensors, "weight_scale": tensors["weight_scale"].half()})
 
 
 def test_static_scales_follow_the_clock():
-    layer, _ = make(acts="int8-static-timestep")
+    layer, _ = make(activations="int8-static-timestep")
     with pytest.raises(RuntimeError, match="clock"):
         layer(torch.randn(1, 128))
     clock = dtq.nn.StepClock([250.0, 500.0, 750.0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people do to a model after loading it: offload, compile, export, cache, split."""
+"""Models after loading: offload, compile, export, cache, split."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from dtq.plan.step_policy import StepPolicy
 
 CPU = torch.device("cpu")
 POLICY = StepPolicy((300.0, 700.0), ("a16", "native", "a8"))
-TIMES = (999.0, 600.0, 30.0)  # a bin and a mode each
-GRAPHS = 2  # the clock's, which is a hook, and the model's
+TIMES = (999.0, 600.0, 30.0)  # each in another bin and with another precision
+GRAPHS = 2  # one of the hook that sets the clock, one of the model
 FEW = {"calibration": {"samples": 2, "batch_size": 2, "steps": 4, "num_timestep_bins": 4}}
 
 
@@ -52,12 +52,14 @@ def gpu(test):
 
 
 @functools.cache
-def _quantized(name: str, acts: str, recipe: str) -> nn.Module:
-    return dtq.quantize(tiny.TRANSFORMERS[name](), recipe, activations=acts, progress=False, **FEW)
+def _quantized(name: str, activations: str, recipe: str) -> nn.Module:
+    return dtq.quantize(
+        tiny.TRANSFORMERS[name](), recipe, activations=activations, progress=False, **FEW
+    )
 
 
-def quantized(name: str, acts: str = "int8-row", recipe: str = "rtn-w4a8") -> nn.Module:
-    return copy.deepcopy(_quantized(name, acts, recipe))
+def quantized(name: str, activations: str = "int8-row", recipe: str = "rtn-w4a8") -> nn.Module:
+    return copy.deepcopy(_quantized(name, activations, recipe))
 
 
 @functools.cache
@@ -95,10 +97,10 @@ def sequential(model, folder):
 
 
 @pytest.mark.parametrize("offload", [block_level, leaf_level, to_disk, sequential])
-@pytest.mark.parametrize("acts", ["int8-row", "int8-static-timestep"])
+@pytest.mark.parametrize("activations", ["int8-row", "int8-static-timestep"])
 @pytest.mark.parametrize("name", ["pixart", "sd3", "flux", "wan"])
-def test_offloading_leaves_the_numbers_alone(name, acts, offload, tmp_path):
-    model = quantized(name, acts)
+def test_offloading_does_not_change_outputs(name, activations, offload, tmp_path):
+    model = quantized(name, activations)
     want = outputs(model, calls(name))
     assert not same(want[:1], want[1:2])
     offload(model, tmp_path)
@@ -106,7 +108,7 @@ def test_offloading_leaves_the_numbers_alone(name, acts, offload, tmp_path):
     assert (offload is to_disk) == any(tmp_path.iterdir())
 
 
-def test_dit_has_sequential_offload_alone(tmp_path):
+def test_dit_has_only_sequential_offload(tmp_path):
     model = quantized("dit", "int8-static-timestep")
     want = outputs(model, calls("dit"))
     for refused in (block_level, leaf_level, to_disk):
@@ -126,7 +128,7 @@ def test_offloading_obeys_the_step_policy(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", tiny.TRANSFORMERS)
-def test_layerwise_casting_passes_quantized_layers_by(name):
+def test_layerwise_casting_skips_quantized_layers(name):
     model = quantized(name, "int8-static-timestep")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     before = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in layers.items()}
@@ -139,11 +141,11 @@ def test_layerwise_casting_passes_quantized_layers_by(name):
     for name_, layer in layers.items():
         assert layer.state_dict().keys() == before[name_].keys()
         assert all(torch.equal(v, before[name_][k]) for k, v in layer.state_dict().items())
-    if name != "wan":  # keeps all that is not quantized in float32
+    if name != "wan":  # keeps all unquantized layers in float32
         assert torch.float8_e4m3fn in {p.dtype for p in model.parameters()}
 
 
-def test_layers_that_are_dequantized_are_cast_again():
+def test_dequantized_layers_are_cast():
     model = quantized("pixart")
     model.hf_quantizer.dequantize(model)
     model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
@@ -182,22 +184,22 @@ def test_model_cpu_offload(quantized_folder):
 
 @pytest.fixture
 def counter() -> CompileCounter:
-    """A backend that counts what it compiles; nothing is compiled yet."""
+    """A backend that counts the graphs it compiles."""
     torch._dynamo.reset()
     return CompileCounter()
 
 
 @pytest.fixture(params=[None, POLICY], ids=["static-scales", "step-policy"])
 def stepped(request):
-    """Makes models that look at the timestep: for static scales, or for a policy too."""
+    """Makes models that depend on the timestep: with static scales, also with a step policy."""
 
-    def made(name: str) -> nn.Module:
+    def make(name: str) -> nn.Module:
         model = quantized(name, "int8-static-timestep")
         if request.param is not None:
             install_clock(model, model._dtq_clock.edges.tolist(), request.param)
         return model
 
-    return made
+    return make
 
 
 @pytest.mark.parametrize("name", ["dit", "flux"])
@@ -231,7 +233,7 @@ def test_compiling_repeated_blocks_compiles_each_kind_once(name, counter):
 
 
 @pytest.mark.slow
-def test_inductor_makes_the_same_picture():
+def test_inductor_gives_the_same_image():
     pipe = dtq.quantize(
         tiny.pipeline(blocks=1),
         "rtn-w4a8",
@@ -246,7 +248,7 @@ def test_inductor_makes_the_same_picture():
 
 
 @pytest.mark.parametrize("name", ["dit", "flux"])
-def test_an_exported_program_says_the_same(name, stepped):
+def test_an_exported_program_gives_the_same_outputs(name, stepped):
     model = stepped(name)
     want = outputs(model, calls(name))
     with torch.no_grad():
@@ -299,7 +301,7 @@ def mag(now):
 
 
 def counted(model) -> list[int]:
-    """One number, which grows with every call of a linear."""
+    """A counter of calls of linears, in a list."""
     count = [0]
 
     def called(*_):
@@ -312,7 +314,7 @@ def counted(model) -> list[int]:
 
 
 def cached(model, inputs, cache) -> tuple[list[torch.Tensor], int, int]:
-    """Outputs along a trajectory, calls of linears, and how many there would be without a cache."""
+    """Outputs along a trajectory, number of calls of linears, and that number without a cache."""
     now, count = [0.0], counted(model)
     outputs(model, inputs)
     plain, count[0] = count[0], 0
@@ -340,7 +342,7 @@ def test_caches_skip_what_they_skip_on_the_float_model(name, cache):
 
 
 @pytest.mark.parametrize("cache", [first_block, pyramid, faster, taylor, mag])
-def test_without_its_cache_a_model_is_as_before(cache):
+def test_disabling_a_cache_restores_the_outputs(cache):
     model = quantized("flux", "int8-static-timestep")
     want = outputs(model, calls("flux"))
     model.enable_cache(cache([0.0])[1])
@@ -363,7 +365,7 @@ def test_cache_dit_skips_what_it_skips_on_the_float_model(name):
     sample = functools.partial(tiny.sample, steps=8)
     if name != "dit":
         sample = functools.partial(pipelines.sample, name=name, steps=8)
-    calls_of, pictures = [], []
+    calls_of, images = [], []
     for recipe in (None, "rtn-w4a8"):
         pipe = make()
         if recipe:
@@ -375,11 +377,11 @@ def test_cache_dit_skips_what_it_skips_on_the_float_model(name):
             Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=10.0
         )
         cache_dit.enable_cache(pipe, cache_config=config)
-        pictures.append(sample(pipe))
+        images.append(sample(pipe))
         calls_of.append((count[0], plain))
     assert calls_of[0] == calls_of[1]
     assert calls_of[1][0] < calls_of[1][1]
-    assert (pictures[1] - pictures[0]).norm() / pictures[0].norm() < 0.3
+    assert (images[1] - images[0]).norm() / images[0].norm() < 0.3
 
 
 # the page
@@ -395,11 +397,11 @@ def test_examples_of_the_page_run(block, tmp_path):
     named = {"model": model, "device": CPU, "backend": "eager", "saved": tmp_path / "saved"}
     names = {**named, "inputs": calls("flux")[0]}
     torch._dynamo.reset()
-    meet = f"file://{tmp_path / 'meet'}"
-    torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
     try:
         exec(block, names)
-        if "enable_cache" not in block:  # needs the context that a pipeline gives
+        if "enable_cache" not in block:  # needs the cache context of a pipeline
             assert outputs(names["model"], calls("flux")[:1])[0].isfinite().all()
     finally:
         torch.distributed.destroy_process_group()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ControlNets and IP-Adapters beside a quantized transformer, judged by the float one."""
+"""ControlNets and IP-Adapters with a quantized transformer, compared with the float one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _pair(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """A float model, and the same quantized."""
+    """A float model, and the same model quantized."""
     return copy.deepcopy(_pair(name))
 
 
@@ -35,8 +35,8 @@ def run(model: nn.Module, **more) -> torch.Tensor:
         return model(**dummy_inputs(model, 2, 500.0, 1), **more, return_dict=False)[0]
 
 
-def check_same_change(model, twin, plain, **more) -> None:
-    """What was added does to the quantized model what it does to the float one."""
+def check_same_effect(model, twin, plain, **more) -> None:
+    """The added module has the same effect on the quantized model as on the float model."""
     changed = [run(m, **more) - before for m, before in zip((model, twin), plain, strict=True)]
     assert changed[0].norm() > 0.1 * plain[0].norm()
     assert (changed[1] - changed[0]).norm() < 0.25 * changed[0].norm()
@@ -51,7 +51,7 @@ def random_state(module: nn.Module, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_a_controlnet_steers_it(name):
+def test_a_controlnet_has_the_same_effect(name):
     model, twin = pair(name)
     plain = run(model), run(twin)
     inputs = dummy_inputs(model, 2, 500.0, 1)
@@ -62,7 +62,7 @@ def test_a_controlnet_steers_it(name):
         size |= {"num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 4}
     net = kind.from_transformer(copy.deepcopy(model), **size).eval()
     for p in net.parameters():
-        if not p.any():  # ControlNets begin at zero
+        if not p.any():  # ControlNets start at zero
             nn.init.normal_(p, std=0.1)
     cond = inputs["hidden_states"]
     if name == "sd3":
@@ -70,11 +70,11 @@ def test_a_controlnet_steers_it(name):
     with torch.no_grad():
         samples = net(**inputs, controlnet_cond=cond, return_dict=False)
     if name == "sd3":
-        check_same_change(model, twin, plain, block_controlnet_hidden_states=samples[0])
+        check_same_effect(model, twin, plain, block_controlnet_hidden_states=samples[0])
     else:
         blocks, single = samples
         more = {"controlnet_block_samples": blocks, "controlnet_single_block_samples": single}
-        check_same_change(model, twin, plain, **more)
+        check_same_effect(model, twin, plain, **more)
 
 
 def test_flux_takes_an_ip_adapter():
@@ -93,7 +93,7 @@ def test_flux_takes_an_ip_adapter():
     for m in (model, twin):
         m._load_ip_adapter_weights({"image_proj": proj, "ip_adapter": heads})
     picture = {"ip_adapter_image_embeds": [torch.randn(2, 1, image, generator=g)]}
-    check_same_change(model, twin, plain, joint_attention_kwargs=picture)
+    check_same_effect(model, twin, plain, joint_attention_kwargs=picture)
 
 
 def test_sd3_takes_an_ip_adapter():
@@ -108,7 +108,7 @@ def test_sd3_takes_an_ip_adapter():
     state = {
         "image_proj": random_state(projection, 1),
         "ip_adapter": {
-            f"{i}.{k}": v * 10 if "to_v" in k else v  # small gates follow
+            f"{i}.{k}": v * 10 if "to_v" in k else v  # compensates for small gates
             for i in range(len(model.attn_processors))
             for k, v in random_state(heads, i).items()
         },
@@ -117,4 +117,4 @@ def test_sd3_takes_an_ip_adapter():
         m._load_ip_adapter_weights(state)
     g = torch.Generator().manual_seed(3)
     picture = {"ip_adapter_image_embeds": torch.randn(2, 3, 16, generator=g)}
-    check_same_change(model, twin, plain, joint_attention_kwargs=picture)
+    check_same_effect(model, twin, plain, joint_attention_kwargs=picture)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other ways in: one file, whole pipelines, odd dtypes and devices, and models beside it."""
+"""Other ways to load: single files, whole pipelines, all dtypes and devices, other models."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run(model: nn.Module) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def single_files(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """One float file with diffusers' names, and the folder of its config, per model."""
-    found = {}
+    files = {}
     for name in ("sd3", "flux", "wan"):
         folder = tmp_path_factory.mktemp(name)
         model = tiny.TRANSFORMERS[name]()
         model.save_config(folder)
         save_file(model.state_dict(), folder / "float.safetensors")
-        found[name] = (folder / "float.safetensors", folder)
-    return found
+        files[name] = (folder / "float.safetensors", folder)
+    return files
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,7 +79,7 @@ def test_a_quantized_single_file_is_refused(single_files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {"quant_mapping": {"transformer": dtq.DTQConfig("w4a16")}},
         {
@@ -90,8 +90,8 @@ def test_a_quantized_single_file_is_refused(single_files, tmp_path):
     ],
     ids=["mapping", "backend"],
 )
-def test_a_whole_pipeline_is_told_what_to_quantize(how, float_folder, tmp_path):
-    config = PipelineQuantizationConfig(**how)
+def test_a_whole_pipeline_is_told_what_to_quantize(options, float_folder, tmp_path):
+    config = PipelineQuantizationConfig(**options)
     pipe = DiffusionPipeline.from_pretrained(float_folder, quantization_config=config)
     assert linears(pipe.transformer)
     assert not linears(pipe.vae)
@@ -100,7 +100,7 @@ def test_a_whole_pipeline_is_told_what_to_quantize(how, float_folder, tmp_path):
     assert torch.equal(tiny.sample(again), tiny.sample(pipe))
 
 
-def test_a_text_encoder_is_not_for_dtq(tmp_path):
+def test_a_text_encoder_is_refused(tmp_path):
     transformers = pytest.importorskip("transformers")
     small = transformers.T5Config(
         d_model=32, d_ff=32, d_kv=8, num_heads=4, num_layers=1, vocab_size=64
@@ -136,7 +136,7 @@ def test_device_maps(device_map, quantized_folder, float_folder):
     assert linears(new)
 
 
-def test_slow_memory_is_not_for_quantized_models(quantized_folder):
+def test_loading_without_low_cpu_memory_is_refused(quantized_folder):
     with pytest.raises(ValueError, match="low_cpu_mem_usage"):
         DiTTransformer2DModel.from_pretrained(
             quantized_folder / "transformer", low_cpu_mem_usage=False

@@ -124,9 +124,9 @@ def test_an_unknown_argument_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", pipelines.FROM_PICTURES)
+@pytest.mark.parametrize("name", pipelines.FROM_IMAGES)
 def test_a_pipeline_with_image_inputs(name, tmp_path):
-    pipelines.FROM_PICTURES[name]().save_pretrained(tmp_path / "float")
+    pipelines.FROM_IMAGES[name]().save_pretrained(tmp_path / "float")
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(2):
@@ -175,7 +175,7 @@ def test_other_pipelines_need_no_images():
 def test_bad_images_are_reported(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not an image")
     (tmp_path / "empty").mkdir()
-    pipe = pipelines.sd3_from_picture()
+    pipe = pipelines.sd3_from_image()
     cases = {
         "no such file or folder": tmp_path / "nowhere",
         "no .png": tmp_path / "empty",
