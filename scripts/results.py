@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the tables of docs/results.md: ``make results``.
 
-Every row of a table sees the same recorded inputs of the float model and the same statistics. A
-row runs in a process of its own, which gives its peak memory, and leaves a JSON file: run the
-same command again and only missing rows are measured.
+Every row of a table uses the same recorded inputs of the float model and the same statistics. A row
+is measured in a separate process, whose peak memory counts, and saved as a JSON file. When the
+command is repeated, it measures only the missing rows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BUDGETS: dict[str, tuple[str, dict]] = {
         (4.8, ["int4-2l-g64", "int8-row"]),
     )
 }
-# as few bits as the methods of the papers at 2 bits; a scale a row is dear where rows are narrow
+# as few bits as the methods of the papers at 2 bits: scales per output channel need many bits if K is small
 TWO_BITS = "w2-vq, no row scales"
 # label: (recipe, top-level keys that differ)
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -56,7 +56,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "w4a8, smoothing 0.5 alone": ("w4a8", {"transform": "smooth", "transform_candidates": []}),
     "w4a8, rotation alone": ("w4a8", {"transform": "hadamard", "transform_candidates": []}),
     "w4a8, search alone": ("w4a8", {"transform_candidates": []}),
-    # other random signs; seed 0 is in the two rows above
+    # other random signs of the rotation; the two rows above have seed 0
     **{
         f"w4a8, {label}, seed {seed}": (
             "w4a8",
@@ -68,8 +68,8 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "w4a8, clip search instead of GPTQ": ("w4a8", {"solver": "search"}),
     "w4a8, modulation w4a16": ("w4a8", {"modulation": "w4a16"}),
     "w4a8, activations int8-static-timestep": ("w4a8", {"activations": "int8-static-timestep"}),
-    "ditas over the first step": ("ditas", {"transform": {"ditas": {"over": "first"}}}),
-    "ditas over the mean": ("ditas", {"transform": {"ditas": {"over": "mean"}}}),
+    "ditas over the first step": ("ditas", {"transform": {"ditas": {"reduce": "first"}}}),
+    "ditas over the mean": ("ditas", {"transform": {"ditas": {"reduce": "mean"}}}),
     "ditas, no branch": ("ditas", {"lowrank": "none"}),
     "lrq-dit, uniform 4 bits": ("lrq-dit", {"weights": "int4-row", "solver": "search"}),
     "lrq-dit, 3 bits": ("lrq-dit", {"weights": "twinlog3-row"}),
@@ -94,7 +94,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 }
 
 
-# claims that are checked on one model
+# labels of claims, which are checked on one model only
 DEMO_ONLY = {
     label
     for label, (base, _) in VARIANTS.items()
@@ -103,98 +103,100 @@ DEMO_ONLY = {
 
 
 def rows() -> list[str]:
+    """Labels of all rows."""
     return [*yaml_names("recipes"), *VARIANTS, *baselines.BASELINES]
 
 
 def prepare(name: str, folder: Path, samples: int, calibration: int) -> None:
-    """Record the float model once: inputs, outputs, pictures, statistics."""
+    """Record inputs, outputs, images and statistics of the float model, unless they exist."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "truth.pt").exists():
         return
-    how = _how(samples)
-    source = load_transformer(name)
-    requests = prompts.load("auto", source.pipeline, how.samples)
-    truth = trajectory.record(source.pipeline, source.model, requests, how)
+    settings = _settings(samples)
+    loaded = load_transformer(name)
+    requests = prompts.load("auto", loaded.pipeline, settings.samples)
+    truth = trajectory.record(loaded.pipeline, loaded.model, requests, settings)
     recipe = Recipe.load("w4a8", calibration={"samples": calibration})
-    (run,) = open_runs([source], recipe)
+    (run,) = open_runs([loaded], recipe)
     plan(run)
     store.save(collect(run, EVERYTHING), folder / "stats.safetensors")
     torch.save(truth, folder / "truth.pt")
 
 
 def measure(name: str, row: str, folder: Path, samples: int) -> dict:
-    """One row; the models are small, so everything but the row itself costs little memory."""
+    """Measure one row. The models are small, so its memory is mostly that of the quantization."""
     truth: trajectory.Trajectory = torch.load(folder / "truth.pt", weights_only=False)
-    source = load_transformer(name)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    loaded = load_transformer(name)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = _memory("VmRSS")
     started = time.monotonic()
     if row in baselines.BASELINES:
-        (run,) = open_runs([source], Recipe.load("w4a8"))
+        (run,) = open_runs([loaded], Recipe.load("w4a8"))
         plan(run)
         layers = [x.name for x in run.plan.gemm()]
-        weights = {n: source.model.get_submodule(n).weight.numel() for n in layers}
+        weights = {n: loaded.model.get_submodule(n).weight.numel() for n in layers}
         baseline = baselines.BASELINES[row]
-        baseline.apply(source.model, layers)
-        bits = sum(baseline.bits(source.model.get_submodule(n)) * k for n, k in weights.items())
-        found = {"bits": bits / sum(weights.values()), "promoted": 0}
+        baseline.apply(loaded.model, layers)
+        bits = sum(baseline.bits(loaded.model.get_submodule(n)) * k for n, k in weights.items())
+        result = {"bits": bits / sum(weights.values()), "promoted": 0}
     else:
         base, changes = VARIANTS.get(row, (row, {}))
         recipe = Recipe.load(base, **changes)
         stats = store.load(folder / "stats.safetensors")
-        runs = open_runs([source], recipe, statistics=stats, progress=False)
+        runs = open_runs([loaded], recipe, statistics=stats, progress=False)
         (report,) = run_stages(runs).values()
         quantized = report.plan
-        found = {
+        result = {
             "bits": quantized.bits(quantized.gemm()),
             "bits_all": quantized.bits(quantized.quantized()),
             "promoted": sum(x.promoted for x in report.layers),
             "formats": Counter(x.weight_format for x in quantized.gemm()),
             "steps": report.step_policy,
         }
-    found["seconds"] = time.monotonic() - started
-    found["memory"] = _memory("VmHWM") - before
-    measured = result_row(row, trajectory.teacher_forced(truth, source.model))
-    found |= {"model": name, "row": row, "error": measured.error, "by_step": measured.error_steps}
+    result["seconds"] = time.monotonic() - started
+    result["memory"] = _memory("VmHWM") - before
+    measured = result_row(row, trajectory.teacher_forced(truth, loaded.model))
+    result |= {"model": name, "row": row, "error": measured.error, "by_step": measured.error_steps}
     if row in (*yaml_names("recipes"), *baselines.BASELINES):
-        how = _how(samples)
-        requests = prompts.load("auto", source.pipeline, how.samples)
-        ran = trajectory.record(source.pipeline, source.model, requests, how)
-        compare_images(measured, torch.cat(truth.images), torch.cat(ran.images))
+        settings = _settings(samples)
+        requests = prompts.load("auto", loaded.pipeline, settings.samples)
+        quantized_run = trajectory.record(loaded.pipeline, loaded.model, requests, settings)
+        compare_images(measured, torch.cat(truth.images), torch.cat(quantized_run.images))
         extractor = extractors.load("emoji")
-        got, want = (extractor(torch.cat(t.images))["pool"] for t in (ran, truth))
-        found |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}
-    return found
+        got, want = (extractor(torch.cat(t.images))["pool"] for t in (quantized_run, truth))
+        result |= {"psnr": measured.psnr, "fid": fid.frechet(got, want)}
+    return result
 
 
-def _how(samples: int) -> SamplingSettings:
+def _settings(samples: int) -> SamplingSettings:
     return SamplingSettings(samples=samples, steps=20, batch_size=8, seed=1000)
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process as Linux counts them: VmRSS now, VmHWM at the peak."""
+    """Bytes of this process: VmRSS, the resident memory now, or VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith(field)) * 1024
 
 
-def table(found: dict[str, dict[str, dict]], labels: list[str]) -> list[str]:
-    head = "| row | bits | demo: error | demo-outliers: error | PSNR | PSNR hard | FID | time | memory |"
+def table(results: dict[str, dict[str, dict]], labels: list[str]) -> list[str]:
+    """Lines of a table, with a row for every label that was measured on ``demo``."""
+    head = "| row | bits | demo: error | demo-outliers: error | PSNR | PSNR, demo-outliers | FID | time | memory |"
     lines = [head, "| --- |" + " ---: |" * 8]
     for label in labels:
-        easy, hard = (found[m].get(label) for m in MODELS)
-        if easy is None:
+        demo, outliers = (results[m].get(label) for m in MODELS)
+        if demo is None:
             continue
-        cells = [f"{easy['bits']:.2f}", f"{easy['error']:.2e}"]
-        cells.append(f"{hard['error']:.2e}" if hard else "")
-        cells += [f"{r['psnr']:.1f}" if r and r.get("psnr") else "" for r in (easy, hard)]
-        cells.append(f"{easy['fid']:.2f}" if "fid" in easy else "")
-        cells += [f"{easy['seconds']:.0f} s", f"{max(0, easy['memory']) / 1e6:.0f} MB"]
+        cells = [f"{demo['bits']:.2f}", f"{demo['error']:.2e}"]
+        cells.append(f"{outliers['error']:.2e}" if outliers else "")
+        cells += [f"{r['psnr']:.1f}" if r and r.get("psnr") else "" for r in (demo, outliers)]
+        cells.append(f"{demo['fid']:.2f}" if "fid" in demo else "")
+        cells += [f"{demo['seconds']:.0f} s", f"{max(0, demo['memory']) / 1e6:.0f} MB"]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
 
-def claims(found: dict[str, dict]) -> list[str]:
-    """What the papers say, and what the rows of ``demo`` say to it."""
+def claims(results: dict[str, dict]) -> list[str]:
+    """Lines of a table of claims of the papers, and the errors on ``demo`` that test them."""
     pairs = {
         "smoothing over all timesteps beats one step (DiTAS)": ("ditas", "ditas over the first step"),
         "the maximum over time beats the mean (DiTAS)": ("ditas", "ditas over the mean"),
@@ -211,74 +213,77 @@ def claims(found: dict[str, dict]) -> list[str]:
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for claim, (a, b) in pairs.items():
-        if a in found and b in found:
-            x, y = found[a]["error"], found[b]["error"]
+        if a in results and b in results:
+            x, y = results[a]["error"], results[b]["error"]
             lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2g} | {_holds(x / y)} |")
     for label in ("rtn-w4a8", "w4a8", "w4a4"):
-        if label in found:
-            steps = found[label]["by_step"]
+        if label in results:
+            steps = results[label]["by_step"]
             k = len(steps) // 4
             x, y = sum(steps[:k]) / k, sum(steps[-k:]) / k
-            claim = f"the first quarter of the steps errs more than the last ({label})"
-            # here the larger number is the claim
+            claim = (
+                f"the error of the first quarter of the steps is higher than that of the last "
+                f"({label})"
+            )
+            # this claim holds if the first number is larger
             lines.append(f"| {claim} | {x:.2e} | {y:.2e} | {x / y:.2g} | {_holds(y / x)} |")
-    if "hq-dit" in found:
-        chosen = ", ".join(f"{n} of {f}" for f, n in found["hq-dit"]["formats"].items())
-        lines.append(f"| E2M1 is what HQ-DiT chooses for most layers: {chosen} | | | | |")
+    if "hq-dit" in results:
+        formats = ", ".join(f"{n} x {f}" for f, n in results["hq-dit"]["formats"].items())
+        lines.append(f"| HQ-DiT chooses E2M1 for most layers: {formats} | | | | |")
     return lines
 
 
 def _holds(ratio: float) -> str:
-    """What a ratio of errors says, with over without: other random signs change 5 % too."""
+    """Whether the first error is lower; other random signs of the rotation also change it by 5 %."""
     return "no difference" if 0.95 <= ratio <= 1.05 else "yes" if ratio < 1 else "no"
 
 
-def plot(found: dict[str, dict[str, dict]], path: Path) -> None:
-    """Error against bits, the rows of dtq, of the papers and of other libraries."""
+def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
+    """Plot error against bits, for dtq, the methods of the papers and other libraries."""
     from adjustText import adjust_text
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 12), layout="constrained")
     for axis, model in zip(figure.subplots(2, 1), MODELS, strict=True):
-        words = []
+        texts = []
         papers = [r for r in yaml_names("recipes") if r not in (*OURS, NAIVE)]
         kinds = (
             ("dtq", [*OURS, *BUDGETS, TWO_BITS], "o", "#1668b8"),
             ("methods of the papers", papers, "s", "#c2571a"),
             ("other libraries, rounding", [*baselines.BASELINES, NAIVE], "^", "#5b7f2b"),
         )
-        for label, group, marker, colour in kinds:
-            points = [found[model][r] for r in group if r in found[model]]
+        for label, group, marker, color in kinds:
+            points = [results[model][r] for r in group if r in results[model]]
             axis.scatter(
                 [p["bits"] for p in points], [p["error"] for p in points], label=label,
-                marker=marker, color=colour, zorder=3,
+                marker=marker, color=color, zorder=3,
             )  # fmt: skip
-            words += [axis.text(p["bits"], p["error"], p["row"], fontsize=8) for p in points]
+            texts += [axis.text(p["bits"], p["error"], p["row"], fontsize=8) for p in points]
         axis.set(
             yscale="log", title=model, xlabel="bits per weight, all metadata",
             ylabel="teacher-forced error",
         )  # fmt: skip
         axis.grid(alpha=0.3)
         axis.margins(0.08)
-        adjust_text(words, ax=axis, arrowprops={"arrowstyle": "-", "color": "#999", "lw": 0.6})
+        adjust_text(texts, ax=axis, arrowprops={"arrowstyle": "-", "color": "#999", "lw": 0.6})
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=16, help="pictures that rows are judged on")
-    parser.add_argument("--calibration", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path(".results"))
-    parser.add_argument("--jobs", type=int, default=2, help="rows measured at a time")
-    parser.add_argument("--only", nargs="*", help="rows to measure; others are left alone")
+    parser.add_argument("--samples", type=int, default=16, help="images for evaluation")
+    parser.add_argument("--calibration", type=int, default=64, help="images for calibration")
+    parser.add_argument("--out", type=Path, default=Path(".results"), help="folder for results")
+    parser.add_argument("--jobs", type=int, default=2, help="rows measured in parallel")
+    parser.add_argument("--only", nargs="*", help="labels of the rows to measure")
     parser.add_argument("--row", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         name, row = options.row
-        found = measure(name, row, options.out / name, options.samples)
-        found |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        _file(options.out, name, row).write_text(json.dumps(found, indent=1))
+        result = measure(name, row, options.out / name, options.samples)
+        result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        _file(options.out, name, row).write_text(json.dumps(result, indent=1))
         return
     for name in MODELS:
         prepare(name, options.out / name, options.samples, options.calibration)
@@ -289,17 +294,17 @@ def main() -> None:
     def one(job: tuple[str, str]) -> None:
         command = [sys.executable, __file__, "--out", str(options.out)]
         command += ["--samples", str(options.samples), "--row", *job]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        state = "done" if ran.returncode == 0 else f"FAILED: {ran.stderr.strip()[-400:]}"
+        done = subprocess.run(command, capture_output=True, text=True)
+        state = "done" if done.returncode == 0 else f"FAILED: {done.stderr.strip()[-400:]}"
         print(f"{job[0]}: {job[1]}: {state}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, missing))
-    found: dict[str, dict[str, dict]] = {m: {} for m in MODELS}
+    results: dict[str, dict[str, dict]] = {m: {} for m in MODELS}
     for name in MODELS:
         for row in rows():
             if _file(options.out, name, row).exists():
-                found[name][row] = json.loads(_file(options.out, name, row).read_text())
+                results[name][row] = json.loads(_file(options.out, name, row).read_text())
     ours = sorted((r for r in yaml_names("recipes") if r in OURS), key=OURS.index)
     papers = [r for r in yaml_names("recipes") if r not in (*OURS, NAIVE)]
     sections = {
@@ -311,10 +316,10 @@ def main() -> None:
     }
     for title, labels in sections.items():
         print(f"\n### {title}\n")
-        print("\n".join(table(found, labels)))
+        print("\n".join(table(results, labels)))
     print("\n### Claims of the papers\n")
-    print("\n".join(claims(found["demo"])))
-    plot(found, options.out / "frontier.png")
+    print("\n".join(claims(results["demo"])))
+    plot(results, options.out / "frontier.png")
 
 
 def _file(out: Path, model: str, row: str) -> Path:

@@ -47,6 +47,7 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
+        /,  # a key named "self" is an unknown one
         recipe: str = "w4a16",
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
@@ -105,6 +106,21 @@ def test_statistics_survive_the_file(tmp_path):
     raw = (tmp_path / "s.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert list(header["__metadata__"]) == ["about", "dtq_statistics", "edges"]
+
+
+def test_statistics_of_another_version_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "s.safetensors"
+    store.save(Statistics({"a.b": seen(calls())}, (250.0, 500.0, 750.0)), path)
+    tensors = {k.replace("hessian.", "gram."): t for k, t in load_file(path).items()}
+    about = {"about": "{}", "edges": "[250.0, 500.0, 750.0]"}
+    for metadata, found in (
+        ({**about, "dtq_statistics": "1"}, "version 1"),
+        (about, "no statistics"),
+    ):
+        save_file(tensors, path, metadata)
+        with pytest.raises(CheckpointError, match=f"{found}, .*run dtq calibrate again") as caught:
+            store.load(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_bad_statistics_files_are_refused(tmp_path):

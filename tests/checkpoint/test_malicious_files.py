@@ -490,20 +490,26 @@ def tampered(path: Path, out: Path, change) -> Path:
 SITE = "transformer_blocks.0.attn1.to_q"
 STATISTICS = {
     "no edges": (lambda t, m: m.pop("edges"), "edges: not JSON"),
-    "odd edges": (lambda t, m: m.update(edges='["a"]'), "'edges' must be"),
+    "odd edges": (lambda t, m: m.update(edges='["a"]'), "edges: expected a list of numbers"),
     "nan edges": (lambda t, m: m.update(edges="[NaN]"), "NaN is not a number"),
     "no about": (lambda t, m: m.pop("about"), "about: not JSON"),
-    "odd about": (lambda t, m: m.update(about='{"origin": []}'), "'about' must map"),
-    "unknown": (lambda t, m: t.update(x=torch.ones(1)), "'x' is not a statistic"),
-    "missing": (lambda t, m: t.pop(f"{SITE}|hessian.count"), "statistics are missing"),
-    "no channels": (lambda t, m: t.pop(f"{SITE}|channels.low"), "statistics are missing"),
+    "odd about": (
+        lambda t, m: m.update(about='{"origin": []}'),
+        "about: expected text and numbers by name",
+    ),
+    "unknown": (lambda t, m: t.update(x=torch.ones(1)), "x: expected no tensor, got F32"),
+    "missing": (
+        lambda t, m: t.pop(f"{SITE}|hessian.count"),
+        r"hessian.count: expected I64 \[1\], got no",
+    ),
+    "no channels": (lambda t, m: t.pop(f"{SITE}|channels.low"), "channels.low: .* got no tensor"),
     "shape": (
         lambda t, m: t.update({f"{SITE}|hessian.hessian": torch.zeros(3, 128)}),
-        r"hessian.hessian is F32 \[3, 128\], expected F32 \[128, 128\]",
+        r"hessian.hessian: expected F32 \[128, 128\], got F32 \[3, 128\]",
     ),
     "dtype": (
         lambda t, m: t.update({f"{SITE}|sample.key": t[f"{SITE}|sample.key"].float()}),
-        "sample.key is F32",
+        "sample.key: expected I64 .*, got F32",
     ),
     "scalar": (
         lambda t, m: t.update({f"{SITE}|channels.low": torch.tensor(1.0)}),
