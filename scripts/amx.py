@@ -22,12 +22,12 @@ from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
 from test_cpu_driver import compiled
 
 CPU = "BX_CPU_THIS_PTR "
 FIRST_USE = "if (BX_CPU_THIS_PTR msr.ia32_xfd)"
-# (file, what is there, what follows it), of the snapshot of 2026-08-22, after release 3.0
+# (file, text in it, text to add after it), for the snapshot of 2026-08-22, after release 3.0
 CHANGES = [
     # XFD: Linux gives a program the tiles when it first uses them
     ("cpu.h", "  Bit64u ia32_xss;\n", "  Bit64u ia32_xfd, ia32_xfd_err;\n"),
@@ -129,11 +129,11 @@ int main() {
 
 
 def change(cpu: Path) -> None:
-    """Make the changes, once."""
+    """Patch the sources, unless they are patched."""
     if FIRST_USE in (cpu / "proc_ctrl.cc").read_text("latin-1"):
         return
-    for name, there, added in [*CHANGES, ("avx/avx512_bf16.cc", *UPPER_HALF)]:
-        swap(cpu / name, there, there + added)
+    for name, anchor, added in [*CHANGES, ("avx/avx512_bf16.cc", *UPPER_HALF)]:
+        swap(cpu / name, anchor, anchor + added)
     source = cpu / "avx" / "amx.cc"
     text = source.read_text("latin-1")
     for name, operands in SIGNED.items():
@@ -152,7 +152,7 @@ def swap(path: Path, old: str, new: str) -> None:
 
 
 def archive(files: dict[str, bytes]) -> bytes:
-    """An initial file system (cpio, newc) of programs, with a console."""
+    """An initial RAM file system (cpio, newc format) with the given programs and a console."""
     packed = b""
     entries = [(name, 0o100755, data, 0) for name, data in files.items()]
     entries = [("dev", 0o40755, b"", 0), ("dev/console", 0o20600, b"", 5), *entries]
@@ -174,8 +174,8 @@ def main(source: Path, kernel: Path, isolinux: str, modules: str) -> None:
         change(bochs / "cpu")
         subprocess.run(["./configure", *OPTIONS.split()], cwd=bochs, check=True)
         subprocess.run(["make", f"-j{os.cpu_count()}"], cwd=bochs, check=True)
-    with tempfile.TemporaryDirectory() as made:
-        work = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
         disk = work / "disk"
         (disk / "isolinux").mkdir(parents=True)
         (work / "init.c").write_text(INIT)
@@ -192,13 +192,13 @@ def main(source: Path, kernel: Path, isolinux: str, modules: str) -> None:
         subprocess.run([*command, "-o", str(work / "boot.iso"), str(disk)], check=True)
         machine = MACHINE.format(bochs=bochs, work=work, without=WITHOUT)
         (work / "machine").write_text(machine)
-        print(said := run(bochs, work))
-    wanted = ("pairs present", "amx right", "status 0")
-    sys.exit(0 if all(line in said for line in wanted) else 1)
+        print(output := run(bochs, work))
+    expected = ("bfloat16 present", "amx right", "status 0")
+    sys.exit(0 if all(line in output for line in expected) else 1)
 
 
 def run(bochs: Path, work: Path) -> str:
-    """What the machine writes on its serial line until it has no more to say."""
+    """Run the machine until it ends; returns what it wrote to its serial line."""
     serial = work / "serial"
     with subprocess.Popen(
         [bochs / "bochs", "-q", "-f", work / "machine"], stdout=subprocess.DEVNULL
@@ -206,11 +206,11 @@ def run(bochs: Path, work: Path) -> str:
         started = time.monotonic()
         while emulator.poll() is None and time.monotonic() - started < 1200:
             time.sleep(1)
-            said = serial.read_text("latin-1") if serial.exists() else ""
-            if re.search(r"^status \d+|panic|triple fault", said, re.MULTILINE):
+            output = serial.read_text("latin-1") if serial.exists() else ""
+            if re.search(r"^status \d+|panic|triple fault", output, re.MULTILINE):
                 break
         emulator.kill()
-    return serial.read_text("latin-1") if serial.exists() else "nothing was said"
+    return serial.read_text("latin-1") if serial.exists() else "no output"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each format costs on this CPU, and where a step goes: the smaller tables of docs/kernels.md.
+"""Time every format on this CPU, and profile a step: the smaller tables of docs/kernels.md.
 
     python scripts/cpu_kernels.py
 
-One thread by its CPU time, candidates interleaved, medians in milliseconds. ``dtq bench`` has the
-comparison with other libraries.
+CPU time of one thread, candidates interleaved, medians in milliseconds. ``dtq bench`` compares dtq
+with other libraries.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dtq.bench.compare import Candidate, compare
 from dtq.bench.cpu import conditions
 from dtq.kernels import CPU
 
-INT8_ACTS = ("int8-row", "int4-2l-g64", "int4-asym-row", "e2m1-row", "twinlog4-row", "int3-row",
-             "int4-g64", "int4-asym-g128", "int8-asym-g128", "nf4-g64")  # fmt: skip
+INT8 = ("int8-row", "int4-2l-g64", "int4-asym-row", "e2m1-row", "twinlog4-row", "int3-row",
+        "int4-g64", "int4-asym-g128", "int8-asym-g128", "nf4-g64")  # fmt: skip
 WEIGHT_ONLY = ("int8-row", "int4-asym-g64", "nf4-g64", "nvfp4", "vq-256x4", "trit-row", "int3-g64")
-ACTS = {
+OTHER = {
     "int4-2l-g64 x int8": ("int4-2l-g64", "int8-row"),
     "e2m1-row x e2m1-row": ("e2m1-row", "e2m1-row"),
     "e2m1-row x fp8-row": ("e2m1-row", "fp8-row"),
@@ -35,7 +35,7 @@ ACTS = {
     "int4-g64 x int4-g64": ("int4-g64", "int4-g64"),
     "int4-asym-g128 x int8-asym-g128": ("int4-asym-g128", "int8-asym-g128"),
 }
-"""Weights and activations."""
+"""Label to formats of weights and activations."""
 SHAPE, MODULATION = (1152, 4608), (1152, 6912)
 """(K, N)."""
 
@@ -48,20 +48,20 @@ def main(rounds: int) -> None:
     print(", ".join(f"{k} {v}" for k, v in conditions(rounds).items()), flush=True)
     with torch.no_grad():
         layer = nn.Linear(*SHAPE)
-        layers = {name: quantized(layer, name) for name in INT8_ACTS}
-        several(f"int8 activations, {SHAPE}", layers, layer, (1, 8, 64, 256, 1024), rounds)
-        layers = {name: quantized(layer, *formats) for name, formats in ACTS.items()}
-        several(f"other activations, {SHAPE}", layers, layer, (1, 64, 256, 1024), rounds)
+        layers = {name: quantized(layer, name) for name in INT8}
+        time_layers(f"int8 activations, {SHAPE}", layers, layer, (1, 8, 64, 256, 1024), rounds)
+        layers = {name: quantized(layer, *formats) for name, formats in OTHER.items()}
+        time_layers(f"other activations, {SHAPE}", layers, layer, (1, 64, 256, 1024), rounds)
         layer = nn.Linear(*MODULATION)
         layers = {name: weight_only(layer, name) for name in WEIGHT_ONLY}
-        several(f"weight-only, {MODULATION}", layers, layer, (1, 2, 8, 16, 64), rounds)
+        time_layers(f"weight-only, {MODULATION}", layers, layer, (1, 2, 8, 16, 64), rounds)
         gelu(rounds)
-        turned(rounds)
-        rounded(rounds)
-        profiled()
+        rotations(rounds)
+        activation_formats(rounds)
+        profile_steps()
 
 
-def several(
+def time_layers(
     title: str, layers: dict[str, nn.Module], plain: nn.Linear, tokens: Iterable[int], rounds: int
 ) -> None:
     layers = {**layers, "bfloat16": nn.Linear(plain.in_features, plain.out_features).bfloat16()}
@@ -69,8 +69,8 @@ def several(
     for m in tokens:
         x = torch.randn(m, plain.in_features).bfloat16()
         runs = [Candidate(name, _call(layer, x), 0) for name, layer in layers.items()]
-        found = compare(title, m, runs, rounds, relative_to=())
-        print(f"| {m} | {' | '.join(f'{row.seconds * 1e3:.3g}' for row in found)} |", flush=True)
+        results = compare(title, m, runs, rounds, relative_to=())
+        print(f"| {m} | {' | '.join(f'{row.seconds * 1e3:.3g}' for row in results)} |", flush=True)
 
 
 def _call(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -83,65 +83,65 @@ def gelu(rounds: int) -> None:
         Candidate("dtq", lambda: torch.ops.dtq.gelu(x), 0),
         Candidate("torch", lambda: F.gelu(x, approximate="tanh"), 0),
     ]
-    found = compare("gelu", 512, runs, rounds, relative_to=())
-    print("\nGELU of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
+    results = compare("gelu", 512, runs, rounds, relative_to=())
+    print("\nGELU of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in results))
 
 
-def turned(rounds: int) -> None:
-    """Quantizing an input that is turned twice, with and without an order of channels before."""
+def rotations(rounds: int) -> None:
+    """Time the quantization of an input with one and two rotations, and with a permutation."""
     x = torch.randn(512, 4608).bfloat16()
-    order = torch.randperm(4608).int()
+    perm = torch.randperm(4608).int()
 
-    def codes(
-        ops: Any, num_rotations: int, order: torch.Tensor | None = None
+    def quantize(
+        ops: Any, num_rotations: int, perm: torch.Tensor | None = None
     ) -> Callable[[], object]:
-        return lambda: ops.binned_quantize_rows(x, None, order, 512, num_rotations, None, None)
+        return lambda: ops.binned_quantize_rows(x, None, perm, 512, num_rotations, None, None)
 
     runs = [
-        Candidate("one turn", codes(torch.ops.dtq, 1), 0),
-        Candidate("two", codes(torch.ops.dtq, 2), 0),
-        Candidate("two, ordered", codes(torch.ops.dtq, 2, order), 0),
-        Candidate("two by torch", codes(torch.ops.dtq_reference, 2), 0),
+        Candidate("one rotation", quantize(torch.ops.dtq, 1), 0),
+        Candidate("two", quantize(torch.ops.dtq, 2), 0),
+        Candidate("two, permuted", quantize(torch.ops.dtq, 2, perm), 0),
+        Candidate("two in torch", quantize(torch.ops.dtq_reference, 2), 0),
     ]
-    found = compare("turned", 512, runs, rounds, relative_to=())
-    print("\nCodes of 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in found))
+    results = compare("rotations", 512, runs, rounds, relative_to=())
+    print("\nQuantizing 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in results))
 
 
-def rounded(rounds: int) -> None:
-    """Rounding an input with the formats of activations that are no int8."""
+def activation_formats(rounds: int) -> None:
+    """Time the fake-quantization of an input in the activation formats other than int8."""
     x = torch.randn(1024, 1152).bfloat16()
     names = ("int4-g64", "int4-asym-g64", "int8-asym-g128", "fp8-row", "nvfp4", "mxfp4")
 
-    def call(ops: Any, acts: str) -> Callable[[], object]:
-        return lambda: ops.round_rows(x, None, None, 64, 1, acts, torch.bfloat16)
+    def fake_quantize(ops: Any, name: str) -> Callable[[], object]:
+        return lambda: ops.round_rows(x, None, None, 64, 1, name, torch.bfloat16)
 
-    print("\nRounding 1024 x 1152, turned in blocks of 64: dtq, torch")
-    for acts in names:
+    print("\nRounding 1024 x 1152, rotated in blocks of 64: dtq, torch")
+    for name in names:
         runs = [
-            Candidate("dtq", call(torch.ops.dtq, acts), 0),
-            Candidate("torch", call(torch.ops.dtq_reference, acts), 0),
+            Candidate("dtq", fake_quantize(torch.ops.dtq, name), 0),
+            Candidate("torch", fake_quantize(torch.ops.dtq_reference, name), 0),
         ]
         mine, theirs = (
-            r.seconds * 1e3 for r in compare("rounded", 1024, runs, rounds, relative_to=())
+            r.seconds * 1e3 for r in compare("rounding", 1024, runs, rounds, relative_to=())
         )
-        print(f"  {acts}: {mine:.3g}, {theirs:.3g}")
+        print(f"  {name}: {mine:.3g}, {theirs:.3g}")
 
 
-def profiled(steps: int = 5) -> None:
-    """Shares of the CPU time of a denoising step, by op."""
+def profile_steps(steps: int = 5) -> None:
+    """Print the share of each op in the CPU time of a sampling step."""
     case = next(cases(quick=True))
-    given = {k: v.bfloat16() if torch.is_floating_point(v) else v for k, v in case.inputs.items()}
+    inputs = {k: v.bfloat16() if torch.is_floating_point(v) else v for k, v in case.inputs.items()}
     for name in ("w4a8", "bfloat16"):
         model = case.model.bfloat16() if name == "bfloat16" else quantized_model(case.model, name)
-        model(**given)
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        model(**inputs)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(steps):
-                model(**given)
-        ops = sorted(seen.key_averages(), key=lambda op: -op.self_cpu_time_total)
-        whole = sum(op.self_cpu_time_total for op in ops)
-        print(f"\n{name}, {case.name}: {whole / steps / 1e3:.0f} ms")
+                model(**inputs)
+        ops = sorted(profiler.key_averages(), key=lambda op: -op.self_cpu_time_total)
+        total = sum(op.self_cpu_time_total for op in ops)
+        print(f"\n{name}, {case.name}: {total / steps / 1e3:.0f} ms")
         for op in ops[:14]:
-            print(f"  {op.self_cpu_time_total / whole:6.1%} {op.key}")
+            print(f"  {op.self_cpu_time_total / total:6.1%} {op.key}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/demo.md says of the bundled model: ``python scripts/demo.py`` (several minutes).
+"""Measure the numbers of docs/demo.md: ``python scripts/demo.py`` (several minutes).
 
-Prints how often the bundled classifier finds the label that was asked for, and draws the sheet.
+Prints how often the bundled classifier recognizes the requested label, and draws the contact sheet.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ COLUMNS = [
 def sample(
     pipe: DiffusionPipeline, labels: list[int], seeds: list[int], steps: int, guidance: float
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1], one of each label, every one with a seed of its own."""
+    """Images (B, 3, H, W) in [0, 1], one per label, each with its own seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    found = pipe(
+    output = pipe(
         labels, generator=generators, num_inference_steps=steps, guidance_scale=guidance,
         output_type="pt",
     )  # fmt: skip
-    return torch.as_tensor(found.images)
+    return torch.as_tensor(output.images)
 
 
 @torch.no_grad()
 def shares(images: Tensor, labels: list[int]) -> tuple[float, float]:
-    """How many pictures have their label as the classifier's first guess, and in its first five."""
+    """Share of images whose label is the classifier's first guess, and among its first five."""
     guesses = extractors.load("emoji")(images)["logits"].topk(5, 1).indices  # (B, 5)
     hits = guesses == torch.tensor(labels).unsqueeze(1)
     return float(hits[:, 0].float().mean()), float(hits.any(1).float().mean())
@@ -59,32 +59,38 @@ def shares(images: Tensor, labels: list[int]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--every", type=int, default=2, help="labels that are asked for, seed = label"
+        "--every", type=int, default=2, help="use every n-th label; the seed is the label"
     )
-    parser.add_argument("--steps", type=int, default=20, help="of the pictures that are classified")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0, 2.5])
-    parser.add_argument("--rows", type=int, default=5, help="of the sheet")
-    parser.add_argument("--sheet-steps", type=int, default=30)
+    parser.add_argument(
+        "--steps", type=int, default=20, help="sampler steps of the classified images"
+    )
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[4.0, 2.5], help="guidance scales"
+    )
+    parser.add_argument("--rows", type=int, default=5, help="rows of the contact sheet")
+    parser.add_argument("--sheet-steps", type=int, default=30, help="their sampler steps")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent.parent / "docs" / "demo-samples.png"
     )
-    how = parser.parse_args()
+    options = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(demo.folder())
     pipe.set_progress_bar_config(disable=True)
-    labels = list(range(0, len(pipe.labels), how.every))
-    for guidance in how.guidance:
-        samples = sample(pipe, labels, labels, how.steps, guidance)
+    labels = list(range(0, len(pipe.labels), options.every))
+    for guidance in options.guidance:
+        samples = sample(pipe, labels, labels, options.steps, guidance)
         first, five = shares(samples, labels)
         print(
-            f"{len(labels)} labels, {how.steps} steps, guidance {guidance:g}: "
+            f"{len(labels)} labels, {options.steps} steps, guidance {guidance:g}: "
             f"first guess {first:.0%}, first five {five:.0%}"
         )
-    wanted = pipe.get_label_ids(COLUMNS)
+    columns = pipe.get_label_ids(COLUMNS)
     rows = [
-        sample(pipe, wanted, [100 * row + i for i in range(len(wanted))], how.sheet_steps, 4.0)
-        for row in range(how.rows)
+        sample(
+            pipe, columns, [100 * row + i for i in range(len(columns))], options.sheet_steps, 4.0
+        )
+        for row in range(options.rows)
     ]
-    images.sheet(rows).save(how.out)
+    images.sheet(rows).save(options.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints the table of docs/formats.md: ``python scripts/formats.py`` (about a minute)."""
+"""Print the table of docs/formats.md: ``python scripts/formats.py`` (about a minute)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SHORT = {
 def draw(kind: str, rows: int = 256, columns: int = 1152, seed: int = 3) -> Tensor:
     """Rows of unit variance: evenly spaced quantiles of a distribution, shuffled.
 
-    Quantiles instead of independent draws: the error of a row format hangs on a few large values,
-    and the tail is then the same for every seed.
+    Quantiles, not independent draws: the error of a format with one scale per row depends on a few
+    large values, and with quantiles the tail is the same for every seed.
     """
     n = rows * columns
     p = (torch.arange(n, dtype=torch.float64) + 0.5) / n
@@ -34,42 +34,43 @@ def draw(kind: str, rows: int = 256, columns: int = 1152, seed: int = 3) -> Tens
         x = -(p - 0.5).sign() * torch.log1p(-2 * (p - 0.5).abs()) / math.sqrt(2)
     elif kind == "t5":
         x = _t5(p) / math.sqrt(5 / 3)
-    elif kind == "contaminated":  # 0.3 % of a Gaussian are six times as large
+    elif kind == "contaminated":  # a Gaussian with 0.3 % of values six times as large
         x = torch.where(torch.arange(n) % 333 == 0, 6 * x, x)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return x[order].reshape(rows, columns).float()
+    perm = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return x[perm].reshape(rows, columns).float()
 
 
 def _t5(p: Tensor) -> Tensor:
     """Quantiles of Student's t with 5 degrees of freedom."""
     t = torch.linspace(-8, 8, 200001, dtype=torch.float64).sinh()
     a = torch.atan(t / math.sqrt(5))
-    share = 0.5 + (a + a.sin() * a.cos() * (1 + a.cos().square() * 2 / 3)) / math.pi
-    i = torch.searchsorted(share, p).clamp(1, len(t) - 1)
-    return t[i - 1] + (p - share[i - 1]) / (share[i] - share[i - 1]) * (t[i] - t[i - 1])
+    cdf = 0.5 + (a + a.sin() * a.cos() * (1 + a.cos().square() * 2 / 3)) / math.pi
+    i = torch.searchsorted(cdf, p).clamp(1, len(t) - 1)
+    return t[i - 1] + (p - cdf[i - 1]) / (cdf[i] - cdf[i - 1]) * (t[i] - t[i - 1])
 
 
 def nmse(w_q: Tensor, w: Tensor) -> float:
-    """Squared error over squared norm."""
+    """Squared error divided by squared norm."""
     return float((w_q - w).square().sum() / w.square().sum())
 
 
 def about(fmt: Format) -> str:
-    """The columns that follow from the layout: name, parts, bits."""
-    parts = [
+    """The columns that follow from the tensor specs: name, tensors, bits."""
+    tensors = [
         f"{name} {SHORT[spec.dtype]} {'x'.join(map(str, spec.shape))}"
         for name, spec in fmt.tensor_specs(SHAPE).items()
     ]
-    return f"| `{fmt.name}` | {'; '.join(parts)} | {bits_per_weight(fmt, SHAPE):.2f} |"
+    return f"| `{fmt.name}` | {'; '.join(tensors)} | {bits_per_weight(fmt, SHAPE):.2f} |"
 
 
 def errors(fmt: Format) -> str:
-    """The measured columns: rtn and search on normal, then on t(5); learned formats need no search."""
+    """The measured columns: rtn and clip search, on normal and on t(5) values. Data-dependent formats
+    have no clip search."""
     solvers = ("rtn",) if fmt.data_dependent else ("rtn", "search")
     cells = []
     for w in (draw("normal"), draw("t5")):
-        found = [f"{nmse(SOLVERS[s].call(w, fmt)[0], w):.3g}".removeprefix("0") for s in solvers]
-        cells += found if len(found) == 2 else ["", *found]
+        values = [f"{nmse(SOLVERS[s].call(w, fmt)[0], w):.3g}".removeprefix("0") for s in solvers]
+        cells += values if len(values) == 2 else ["", *values]
     return " " + " | ".join(cells) + " |"
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the gate: coverage of its interval, false alarms, planted regressions.
+"""Measure the gate: coverage of its confidence bounds, false alarms, planted regressions.
 
-    python scripts/gate.py                        # everything, prints the counts of docs/gate.md
-    python scripts/gate.py coverage reruns        # some of it
-    python scripts/gate.py planted --w4a8 demo-w4a8   # a checkpoint that is there already
+    python scripts/gate.py                        # everything; prints the numbers of docs/gate.md
+    python scripts/gate.py coverage reruns        # some parts
+    python scripts/gate.py planted --w4a8 demo-w4a8   # with an existing checkpoint
 
-Exits with 1 when a count is not what docs/gate.md promises.
+Exits with 1 if a number is outside the limit that docs/gate.md states.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }  # fmt: skip
 
 
-def expect(good: bool, words: str) -> None:
-    print(f"{'ok  ' if good else 'BAD '} {words}", flush=True)
+def expect(good: bool, text: str) -> None:
+    """Print a check, and remember it if it failed."""
+    print(f"{'ok  ' if good else 'BAD '} {text}", flush=True)
     if not good:
-        BAD.append(words)
+        BAD.append(text)
 
 
 def coverage(options: argparse.Namespace) -> None:
@@ -78,105 +79,110 @@ def coverage(options: argparse.Namespace) -> None:
 
 
 def margin(options: argparse.Namespace) -> None:
-    """At the margin itself a pass is wrong, and so is a regression: alpha is 0.05 for each."""
+    """At the margin itself, a pass and a regression are both errors; alpha is 0.05 for each."""
     policy = Policy(primary=(Limit("error", 1.05),), resamples=1999)
     for shape in ("a tenth much worse", "exponential", "t, 3 degrees"):
-        found: Counter[str] = Counter()
+        outcomes: Counter[str] = Counter()
         for i in range(options.sets // 2):
             g = np.random.default_rng(i)
-            levels = np.exp(g.normal(size=96))
-            worse = levels * 1.05 * np.exp(0.05 * SHAPES[shape](g, 96))
-            found[_in_looks(_made_up(worse), _made_up(levels), policy).outcome.word] += 1
-        total = sum(found.values())
+            errors = np.exp(g.normal(size=96))
+            worse = errors * 1.05 * np.exp(0.05 * SHAPES[shape](g, 96))
+            verdict = _in_looks(_random_run(worse), _random_run(errors), policy)
+            outcomes[verdict.outcome.word] += 1
+        total = sum(outcomes.values())
         print(
-            f"true ratio at the margin, {shape}, 3 looks, {total} gates: {dict(found)}", flush=True
+            f"true ratio at the margin, {shape}, 3 looks, {total} gates: {dict(outcomes)}",
+            flush=True,
         )
-        expect(found["pass"] <= 0.08 * total, f"a wrong pass in {found['pass']} of {total}")
-        expect(found["regression"] <= 0.08 * total, f"a wrong alarm in {found['regression']}")
+        expect(outcomes["pass"] <= 0.08 * total, f"{outcomes['pass']} of {total} pass wrongly")
+        expect(outcomes["regression"] <= 0.08 * total, f"{outcomes['regression']} false alarms")
 
 
 def reruns(options: argparse.Namespace) -> None:
-    """200 seeded re-runs of one quantized tiny DiT, other batches than the baseline's."""
+    """200 seeded re-runs of one quantized tiny DiT, with other batch sizes than the baseline."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     import tiny
 
     quick = {"calibration": {"samples": 8, "batch_size": 4, "steps": 8, "num_timestep_bins": 4}}
     pipe = dtq.quantize(tiny.pipeline(), "w4a8", progress=False, **quick)
     reference, candidate = load_transformer(tiny.pipeline()), load_transformer(pipe)
-    policy, found, moved = Policy.load("default"), Counter[str](), 0
+    policy, outcomes, different = Policy.load("default"), Counter[str](), 0
     for seed in range(options.count):
-        how = SamplingSettings(samples=32, steps=4, batch_size=16, seed=seed)
-        base = paired_run.compare(paired_run.observe(reference, how), candidate).run
-        other = replace(how, batch_size=(1, 2, 5)[seed % 3])
+        settings = SamplingSettings(samples=32, steps=4, batch_size=16, seed=seed)
+        base = paired_run.compare(paired_run.observe(reference, settings), candidate).run
+        other = replace(settings, batch_size=(1, 2, 5)[seed % 3])
         again = paired_run.compare(paired_run.observe(reference, other), candidate).run
-        moved += again.values != base.values
-        found[decide(again, base, policy).outcome.word] += 1
-    print(f"tiny DiT, w4a8, 32 prompts, 4 steps, seeds 0..{options.count - 1}, batches of 16, then of 1, 2 or 5: {dict(found)}; "
-          f"{moved} re-runs with other numbers")  # fmt: skip
+        different += again.values != base.values
+        outcomes[decide(again, base, policy).outcome.word] += 1
+    print(f"tiny DiT, w4a8, 32 prompts, 4 steps, seeds 0..{options.count - 1}, batches of 16, then of 1, 2 or 5: {dict(outcomes)}; "
+          f"{different} re-runs with different values")  # fmt: skip
     expect(
-        found["pass"] >= 0.99 * options.count, f"{found['pass']} of {options.count} re-runs pass"
+        outcomes["pass"] >= 0.99 * options.count,
+        f"{outcomes['pass']} of {options.count} re-runs pass",
     )
-    expect(moved > 0.9 * options.count, "the re-runs are not mere copies")
+    expect(different > 0.9 * options.count, "the re-runs are not copies")
 
 
 def draws(options: argparse.Namespace) -> None:
-    """The bundled model twice, in other batches: seeded draws of its prompts."""
+    """The bundled model twice, with different batch sizes: seeded draws of its prompts."""
     policy, reference, candidate = Policy.load("default"), *_pair(options)
-    how = SamplingSettings(
+    settings = SamplingSettings(
         samples=64, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000
     )
-    base = paired_run.compare(paired_run.observe(reference, how), candidate).run
-    one_by_one = replace(how, batch_size=1)
+    base = paired_run.compare(paired_run.observe(reference, settings), candidate).run
+    one_by_one = replace(settings, batch_size=1)
     other = paired_run.compare(paired_run.observe(reference, one_by_one), candidate).run
-    moved = sum(other.values["error"][x] != base.values["error"][x] for x in base.values["error"])
-    said = [decide(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
-    found = Counter(verdict.outcome.word for verdict in said)
-    whole = [verdict.rows[0] for verdict in said]
-    print(
-        f"demo, w4a8, {options.steps} steps, batches of 8 and of 1, {moved} of 64 samples with other "
-        f"errors, {options.count} draws of 32 prompts: {dict(found)}; mean "
-        f"error x {np.exp(min(r.mean for r in whole)):.4f} to "
-        f"{np.exp(max(r.mean for r in whole)):.4f}, "
-        f"noise x {np.exp(max(r.noise for r in whole)):.5f}"
+    different = sum(
+        other.values["error"][x] != base.values["error"][x] for x in base.values["error"]
     )
-    expect(found["pass"] >= 0.99 * options.count, f"{found['pass']} of {options.count} pass")
-    expect(moved > 32, "the re-run is not a mere copy")
+    verdicts = [decide(_drawn(other, k), _drawn(base, k), policy) for k in range(options.count)]
+    outcomes = Counter(verdict.outcome.word for verdict in verdicts)
+    rows = [verdict.rows[0] for verdict in verdicts]
+    print(
+        f"demo, w4a8, {options.steps} steps, batches of 8 and of 1, {different} of 64 samples with other "
+        f"errors, {options.count} draws of 32 prompts: {dict(outcomes)}; mean "
+        f"error x {np.exp(min(r.mean for r in rows)):.4f} to "
+        f"{np.exp(max(r.mean for r in rows)):.4f}, "
+        f"noise x {np.exp(max(r.noise for r in rows)):.5f}"
+    )
+    expect(outcomes["pass"] >= 0.99 * options.count, f"{outcomes['pass']} of {options.count} pass")
+    expect(different > 32, "the re-run is not a copy")
 
 
 def fresh(options: argparse.Namespace) -> None:
-    """The bundled model with other seeds than the baseline's, which the gate itself would refuse.
+    """The bundled model with other seeds than the baseline, which the gate itself would refuse.
 
-    The errors of one checkpoint then really differ from prompt to prompt, and their true mean is
-    the same. A regression is a false alarm; undecided is the honest answer to too much variance.
+    The errors of one checkpoint then differ from prompt to prompt, while their true mean is the
+    same. A regression is a false alarm; inconclusive is correct if the variance is too large.
     """
     policy = replace(Policy.load("default"), secondary=())
     reference, candidate = _pair(options)
-    held = [_errors(reference, candidate, 1000 + i, options.steps) for i in range(options.seeds)]
-    logs = [np.log([np.mean(v) for v in each.values["error"].values()]) for each in held]
+    runs = [_errors(reference, candidate, 1000 + i, options.steps) for i in range(options.seeds)]
+    logs = [np.log([np.mean(v) for v in each.values["error"].values()]) for each in runs]
     spread = np.std(logs[1] - logs[0], ddof=1)
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for k in range(options.count):
         g = np.random.default_rng(k)
-        a, b = g.choice(len(held), 2, replace=False)
-        places = g.permutation(len(held[a].samples)).tolist()
-        said = _in_looks(_picked(held[b], places), _picked(held[a], places), policy)
-        found[said.outcome.word] += 1
+        a, b = g.choice(len(runs), 2, replace=False)
+        indices = g.permutation(len(runs[a].samples)).tolist()
+        verdict = _in_looks(_picked(runs[b], indices), _picked(runs[a], indices), policy)
+        outcomes[verdict.outcome.word] += 1
     print(
-        f"{options.model}, w4a8, {options.steps} steps, 96 prompts, {len(held)} seeds, "
-        f"{options.count} draws of two of them and of the prompts' order: {dict(found)}; standard deviation of ln(error "
+        f"{options.model}, w4a8, {options.steps} steps, 96 prompts, {len(runs)} seeds, "
+        f"{options.count} draws of two of them and of the prompts' order: {dict(outcomes)}; standard deviation of ln(error "
         f"ratio) {spread:.3f}"
     )
-    expect(found["regression"] <= 0.05 * options.count, f"{found['regression']} false alarms")
+    expect(outcomes["regression"] <= 0.05 * options.count, f"{outcomes['regression']} false alarms")
 
 
 def planted(options: argparse.Namespace) -> None:
-    """Defects of the bundled model, each against the unchanged one, under the default policy."""
+    """Defects of the bundled model, each compared with the unchanged one, with the default policy."""
     policy, reference, candidate = Policy.load("default"), *_pair(options)
     started = time.process_time()
-    how = SamplingSettings(
+    settings = SamplingSettings(
         samples=32, steps=options.steps, guidance=GUIDANCE, batch_size=8, seed=1000
     )
-    job = paired_run.observe(reference, how)
+    job = paired_run.observe(reference, settings)
     base = paired_run.compare(job, candidate).run
     print(
         "\n| planted | verdict | error | quarters | PSNR lost, dB |\n| --- | --- | --- | --- | --- |"
@@ -186,36 +192,36 @@ def planted(options: argparse.Namespace) -> None:
         name: str,
         changed: LoadedModel,
         against: Run = base,
-        may: tuple[Outcome, ...] = (Outcome.REGRESSION,),
+        allowed: tuple[Outcome, ...] = (Outcome.REGRESSION,),
     ) -> Run:
-        mine = paired_run.compare(job, changed).run
-        said = decide(mine, against, policy)
-        shown = [r.metric.shown(r.mean) for r in said.rows]
+        run = paired_run.compare(job, changed).run
+        verdict = decide(run, against, policy)
+        cells = [r.metric.shown(r.mean) for r in verdict.rows]
         print(
-            f"| {name} | {said.outcome.word} | {shown[0]} | {' '.join(shown[1:5])} | {shown[6]} |",
+            f"| {name} | {verdict.outcome.word} | {cells[0]} | {' '.join(cells[1:5])} | {cells[6]} |",
             flush=True,
         )
-        expect(said.outcome in may, f"{name}: {said.outcome.word}")
-        return mine
+        expect(verdict.outcome in allowed, f"{name}: {verdict.outcome.word}")
+        return run
 
-    unchanged = gated("nothing", candidate, may=(Outcome.PASS,))
+    unchanged = gated("nothing", candidate, allowed=(Outcome.PASS,))
     plants = PLANTS[options.model]
     for defect, at in plants.harmful:
         with defect(candidate.model, at) as name:
             gated(name, candidate)
     for defect, at in plants.mild:
         with defect(candidate.model, at) as name:
-            gated(name, candidate, may=(Outcome.PASS, Outcome.INCONCLUSIVE))
+            gated(name, candidate, allowed=(Outcome.PASS, Outcome.INCONCLUSIVE))
     gated(
         "recipe rtn-w4a8 in place of w4a8",
         load_transformer(dtq.quantize(options.model, "rtn-w4a8", progress=False)),
     )
-    stepped = dtq.quantize(options.model, "w4a8", acts="int8-static-timestep", transform_candidates=[], progress=False,
+    per_timestep = dtq.quantize(options.model, "w4a8", activations="int8-static-timestep", transform_candidates=[], progress=False,
                            calibration={"samples": 16, "steps": 10, "guidance": GUIDANCE})  # fmt: skip
-    static = load_transformer(stepped)
-    right = paired_run.compare(job, static).run
+    static = load_transformer(per_timestep)
+    unharmed = paired_run.compare(job, static).run
     with step_bin(static.model, plants.last_bin) as name:
-        gated(name, static, right)
+        gated(name, static, unharmed)
     removed = copy.deepcopy(unchanged)
     del removed.values["psnr"]
     expect(decide(removed, base, policy).outcome is Outcome.INVALID, "a metric removed: invalid")
@@ -260,28 +266,28 @@ def without_bias(model: nn.Module, at: str) -> Iterator[str]:
 
 
 @contextmanager
-def step_bin(model: nn.Module, place: int) -> Iterator[str]:
-    """The activation scale of one timestep bin, in every layer that has one, halved."""
+def step_bin(model: nn.Module, index: int) -> Iterator[str]:
+    """Halve the activation scale of one timestep bin in every layer."""
     layers = [
         m
         for m in model.modules()
         if isinstance(m, QuantLinear) and m.problem.activation_format.per_timestep
     ]
     for layer in layers:
-        layer.packed_tensor("input_scale").reshape(-1)[place] *= 0.5
-    yield f"int8-static-timestep: scales of bin {place + 1} of 8, the least noisy first, x 0.5"
+        layer.packed_tensor("input_scale").reshape(-1)[index] *= 0.5
+    yield f"int8-static-timestep: scales of bin {index + 1} of 8, the least noisy first, x 0.5"
     for layer in layers:
-        layer.packed_tensor("input_scale").reshape(-1)[place] *= 2
+        layer.packed_tensor("input_scale").reshape(-1)[index] *= 2
 
 
 @dataclass(frozen=True)
 class Plants:
-    """What is planted in a bundled model, each defect with the layer that it is planted in.
+    """Defects to plant in a bundled model, each with the layer to plant it in.
 
     Attributes:
-        harmful: must be called.
-        mild: less harm than the margin; a call would be a false alarm.
-        last_bin: the timestep bin that the last sampler step falls into.
+        harmful: the gate must report a regression.
+        mild: the harm is less than the margin; a regression would be a false alarm.
+        last_bin: timestep bin of the last sampler step.
     """
 
     harmful: tuple[tuple[Defect, str], ...]
@@ -330,28 +336,28 @@ def _swap(layer: QuantLinear) -> None:
 
 
 def _errors(reference: LoadedModel, candidate: LoadedModel, seed: int, steps: int) -> Run:
-    """Teacher-forced errors of 96 prompts, nothing else."""
-    how = SamplingSettings(samples=96, steps=steps, guidance=GUIDANCE, batch_size=8, seed=seed)
+    """A run with only the teacher-forced errors of 96 prompts."""
+    settings = SamplingSettings(samples=96, steps=steps, guidance=GUIDANCE, batch_size=8, seed=seed)
     requests = prompts.load("auto", reference.pipeline, 96, nested=True)
-    truth = trajectory.record(reference.pipeline, reference.model, requests, how)
+    truth = trajectory.record(reference.pipeline, reference.model, requests, settings)
     outputs = trajectory.replayed(truth, candidate.model)
     floats = truth.by_sample([call.output for call in truth.calls])
-    return _made_up(np.array(trajectory.sample_errors(truth.by_sample(outputs), floats)))
+    return _random_run(np.array(trajectory.sample_errors(truth.by_sample(outputs), floats)))
 
 
 def _pair(options: argparse.Namespace) -> tuple[LoadedModel, LoadedModel]:
-    """The bundled model, and the same by ``w4a8``."""
-    made = options.w4a8 or dtq.quantize(options.model, "w4a8", progress=False)
-    return load_transformer(options.model), load_transformer(made)
+    """The bundled model, and the same model quantized with ``w4a8``."""
+    quantized = options.w4a8 or dtq.quantize(options.model, "w4a8", progress=False)
+    return load_transformer(options.model), load_transformer(quantized)
 
 
 def _in_looks(whole: Run, base: Run, policy: Policy) -> Verdict:
-    """As one who adds samples until the gate has decided: the first look that does counts."""
+    """The verdict at the first look that decides, as when samples are added until the gate decides."""
     for count in policy.looks:
-        said = decide(_head(whole, count), _head(base, count), policy)
-        if said.outcome is not Outcome.INCONCLUSIVE:
+        verdict = decide(_head(whole, count), _head(base, count), policy)
+        if verdict.outcome is not Outcome.INCONCLUSIVE:
             break
-    return said
+    return verdict
 
 
 def _head(whole: Run, count: int) -> Run:
@@ -363,8 +369,8 @@ def _drawn(whole: Run, seed: int) -> Run:
     return _picked(whole, g.permutation(len(whole.samples))[:32].tolist())
 
 
-def _picked(whole: Run, places: list[int]) -> Run:
-    samples = [whole.samples[i] for i in places]
+def _picked(whole: Run, indices: list[int]) -> Run:
+    samples = [whole.samples[i] for i in indices]
     tables = (
         {m: {s.id: table[s.id] for s in samples} for m, table in part.items()}
         for part in (whole.values, whole.rerun)
@@ -374,14 +380,14 @@ def _picked(whole: Run, places: list[int]) -> Run:
     return replace(whole, samples=samples, values=values, rerun=rerun, conditions=conditions)
 
 
-def _made_up(errors: np.ndarray) -> Run:
+def _random_run(errors: np.ndarray) -> Run:
     ids = [f"{i:04d}" for i in range(len(errors))]
     rows = errors.reshape(len(errors), -1).tolist()
     values = {"error": dict(zip(ids, rows, strict=True))}
-    place = dict.fromkeys((*JOB, "hardware", "torch"), "made up")
+    conditions = dict.fromkeys((*JOB, "hardware", "torch"), "simulated")
     samples = [Sample(x, x, 0) for x in ids]
     return Run(
-        "c", "r", {**place, "samples": len(ids)}, {"reference": "r"}, samples, values, values
+        "c", "r", {**conditions, "samples": len(ids)}, {"reference": "r"}, samples, values, values
     )
 
 
@@ -400,17 +406,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--sets", type=int, default=2000, help="simulated sets of differences")
+    parser.add_argument(
+        "--sets", type=int, default=2000, help="number of simulated sets of differences"
+    )
     parser.add_argument("--count", type=int, default=200, help="re-runs of an unchanged checkpoint")
-    parser.add_argument("--seeds", type=int, default=4, help="of the bundled model, for fresh")
+    parser.add_argument("--seeds", type=int, default=4, help="number of seeds, for fresh")
     parser.add_argument("--steps", type=int, default=8, help="sampler steps of the bundled model")
     parser.add_argument(
         "--model", choices=PLANTS, default="demo", help="for fresh and planted; draws needs demo"
     )
-    parser.add_argument("--w4a8", help="its checkpoint by recipe w4a8; made when not given")
+    parser.add_argument("--w4a8", help="its checkpoint with recipe w4a8; default: quantize it")
     options = parser.parse_args()
     if options.model != "demo" and "draws" in (options.parts or PARTS):
-        parser.error("draws: only demo does the same for a prompt alone as for several")
+        parser.error("draws: only demo prepares a single prompt in the same way as several")
     torch.set_num_threads(1)
     for name in options.parts or PARTS:
         PARTS[name](options)

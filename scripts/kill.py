@@ -38,7 +38,7 @@ TIMEOUT = 120.0  # seconds; by then the other processes have noticed
 
 @dataclass
 class Count:
-    """What happened.
+    """The result of all kills.
 
     Attributes:
         kills: processes killed.
@@ -64,7 +64,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 IMPORTED = ["dtq.api", "dtq.checkpoint.writer", "dtq.cli.inputs", "dtq.estimate",
             "dtq.evaluate.evaluate", "dtq.runs.run_dir", "dtq.stages.run_identity"]  # fmt: skip
-"""What the commands import when they run."""
+"""Modules that the commands import, loaded in advance."""
 
 
 def forked(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/models.md: every transformer class of diffusers through three recipes.
+"""Write docs/models.md: every transformer class of diffusers, quantized with three recipes.
 
     python scripts/models.py
 
 Tiny random models of the real classes (``tests/zoo.json``) are scanned, quantized, saved, loaded
-and run; ``tests/models/test_models.py`` holds the same on every commit.
+and run. ``tests/models/test_models.py`` repeats this on every commit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 4, "num_timeste
 
 
 def measure(name: str, recipe: str) -> str:
-    """The error of the quantized model, or why there is none."""
+    """The error of the quantized model, or a note that it differs after loading."""
     model = zoo.model(name)
     with torch.no_grad():
         want = first_tensor(model(**zoo.inputs(name))).double()
@@ -52,18 +52,21 @@ def measure(name: str, recipe: str) -> str:
 
 
 def row(name: str) -> str:
+    """The row of a class."""
     model = zoo.model(name)
     scan = scan_model(model, lambda model: model(**zoo.inputs(name)))
     plan = Recipe.load("w4a8").plan(scan, tuple(model._keep_in_fp32_modules or ()))
-    done = {x.name for x in plan.quantized()}
+    quantized = {x.name for x in plan.quantized()}
     sizes = {x.name: math.prod(shape_of(model.get_submodule(x.name))) for x in scan.linears()}
-    roles = Counter(linear.role.split(".")[0] for linear in scan.linears() if linear.name in done)
+    roles = Counter(
+        linear.role.split(".")[0] for linear in scan.linears() if linear.name in quantized
+    )
     family = find_family(model)
     cells = [
         name,
         family.name if family else "",
-        f"{len(done)} of {len(sizes) + len(scan.uncalled)}",
-        f"{sum(v for n, v in sizes.items() if n in done) / sum(sizes.values()):.0%}",
+        f"{len(quantized)} of {len(sizes) + len(scan.uncalled)}",
+        f"{sum(v for n, v in sizes.items() if n in quantized) / sum(sizes.values()):.0%}",
         ", ".join(f"{count} {role}" for role, count in sorted(roles.items())),
         *(measure(name, recipe) for recipe in RECIPES),
         notes(scan, model),
@@ -73,15 +76,15 @@ def row(name: str) -> str:
 
 
 def notes(scan: Scan, model: torch.nn.Module) -> str:
-    """What stays float besides embedders and heads, and why."""
-    found = []
+    """Layers other than embedders and heads that stay float, and why."""
+    texts = []
     if scan.uncalled:
-        found.append(f"not called: {', '.join(sorted({_short(n) for n in scan.uncalled})[:3])}")
-    unmatched = {_short(n): what for n, what in scan.unsupported.items()}
-    found += [f"{what}: {n}" for n, what in list(unmatched.items())[:3]]
-    if wide := getattr(model, "_keep_in_fp32_modules", None):
-        found.append(f"diffusers keeps in fp32: {', '.join(wide)}")
-    return "; ".join(found)
+        texts.append(f"not called: {', '.join(sorted({_short(n) for n in scan.uncalled})[:3])}")
+    unsupported = {_short(n): what for n, what in scan.unsupported.items()}
+    texts += [f"{what}: {n}" for n, what in list(unsupported.items())[:3]]
+    if float32 := getattr(model, "_keep_in_fp32_modules", None):
+        texts.append(f"diffusers keeps in fp32: {', '.join(float32)}")
+    return "; ".join(texts)
 
 
 def _short(name: str) -> str:
@@ -90,18 +93,22 @@ def _short(name: str) -> str:
 
 HEAD = """# Models
 
-Every transformer class in `diffusers.models.transformers` of diffusers {version}, {count} of them, as a tiny random model
-through three recipes: scanned, quantized on two calls, saved, loaded, run. `python scripts/models.py` writes this page;
-`tests/models/test_models.py` holds it on every commit. **{passed} of {count} classes pass all three**, their outputs bit-identical
-after loading.
+The table has every transformer class in `diffusers.models.transformers` of diffusers {version}: {count} classes, each as a tiny
+random model. Each model is scanned, quantized with three recipes on two random inputs, saved, loaded and run.
+`python scripts/models.py` writes this page, and the tests repeat these checks on every commit. **{passed} of {count} classes pass
+with all three recipes**, and their outputs are bit-identical after loading.
 
-Family: the classes for which dtq makes up inputs by itself when it is given a bare transformer. The others need their
-pipeline, or `inputs=[...]`; nothing else depends on it. Linears: quantized by `w4a8`, of all; their share of all linear
-weights is that of the tiny models, whose embedders are large. What is kept are embedders of patches, time and text, and
-heads; the last column says what else. Errors are relative squared errors of the output: of random weights of width 16 to 64,
-so they only say that nothing is broken.
+- **family**: the classes for which dtq generates random inputs when it is given a bare transformer. The others need
+  their pipeline, or `inputs=[...]`; nothing else depends on the family.
+- **linears**: the linear layers that `w4a8` quantizes, of all linear layers.
+- **weights**: their share of all linear weights. The embedders of the tiny models are large, so the share is that of the
+  tiny models only.
+- **roles**: how many of the quantized layers have each role.
+- **w4a8, w4a16, nvfp4**: relative squared error of the output. The models have random weights of width 16 to 64, so the
+  errors only show that nothing is broken.
+- **also not quantized**: layers that stay float in addition to the heads and the embedders of patches, time and text.
 
-| class | family | linears | weights | roles | w4a8 | w4a16 | nvfp4 | kept besides |
+| class | family | linears | weights | roles | w4a8 | w4a16 | nvfp4 | also not quantized |
 | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | --- |
 """
 

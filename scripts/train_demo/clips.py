@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``demo-video`` was trained on: short clips of one emoji that moves, with a caption each."""
+"""The training data of ``demo-video``: short clips of one moving emoji, each with a caption."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 FRAMES, SIZE = 8, 64
-_TRAVEL = 12  # pixels to either side of the middle
-_USUAL = 0.58  # of the frame's side
+_TRAVEL = 12  # pixels to either side of the center
+_SIZE = 0.58  # usual size of the emoji, as a share of the side of the frame
 
-# words of a caption: short name in emoji.json
+# words in a caption: short name in emoji.json
 THINGS = {
     "smiling face": "smile",
     "angry face": "rage",
@@ -50,33 +50,34 @@ THINGS = {
     "gift": "gift",
 }
 
-# words of a caption: where the thing is at a time from -1 to 1, as x and y in pixels right of and
-# below the middle, side as a share of the frame's, and degrees against the clock
-Place = tuple[float, float, float, float]
-MOTIONS: dict[str, Callable[[float], Place]] = {
-    "moves left": lambda t: (-_TRAVEL * t, 0, _USUAL, 0),
-    "moves right": lambda t: (_TRAVEL * t, 0, _USUAL, 0),
-    "moves up": lambda t: (0, -_TRAVEL * t, _USUAL, 0),
-    "moves down": lambda t: (0, _TRAVEL * t, _USUAL, 0),
-    "grows": lambda t: (0, 0, _USUAL + 0.3 * t, 0),
-    "shrinks": lambda t: (0, 0, _USUAL - 0.3 * t, 0),
-    "turns": lambda t: (0, 0, _USUAL, 90 * (t + 1)),
-    "stands still": lambda t: (0, 0, _USUAL, 0),
+# words in a caption: position at a time from -1 to 1. A position is x and y in pixels, right of and
+# below the center; the side as a share of the side of the frame; and degrees counterclockwise
+Position = tuple[float, float, float, float]
+MOTIONS: dict[str, Callable[[float], Position]] = {
+    "moves left": lambda t: (-_TRAVEL * t, 0, _SIZE, 0),
+    "moves right": lambda t: (_TRAVEL * t, 0, _SIZE, 0),
+    "moves up": lambda t: (0, -_TRAVEL * t, _SIZE, 0),
+    "moves down": lambda t: (0, _TRAVEL * t, _SIZE, 0),
+    "grows": lambda t: (0, 0, _SIZE + 0.3 * t, 0),
+    "shrinks": lambda t: (0, 0, _SIZE - 0.3 * t, 0),
+    "turns": lambda t: (0, 0, _SIZE, 90 * (t + 1)),
+    "stands still": lambda t: (0, 0, _SIZE, 0),
 }
 
 
 def captions() -> list[str]:
-    """Every thing in every motion, things first."""
+    """Every thing with every motion; the motion changes fastest."""
     return [f"{thing} {motion}" for thing in THINGS for motion in MOTIONS]
 
 
-def clip(picture: Image.Image, motion: str, dx: int = 0, dy: int = 0) -> Tensor:
-    """Draw a picture with transparency on white, moving.
+def clip(image: Image.Image, motion: str, dx: int = 0, dy: int = 0) -> Tensor:
+    """Draw a moving image with transparency on a white background.
 
     Args:
-        picture: RGBA.
+        image: RGBA.
         motion: a key of ``MOTIONS``.
-        dx, dy: pixels that the whole path is moved by.
+        dx: shift of the whole path to the right, in pixels.
+        dy: shift of the whole path downwards, in pixels.
 
     Returns:
         uint8 (FRAMES, 3, SIZE, SIZE).
@@ -84,9 +85,9 @@ def clip(picture: Image.Image, motion: str, dx: int = 0, dy: int = 0) -> Tensor:
     frames = []
     for i in range(FRAMES):
         x, y, share, angle = MOTIONS[motion](2 * i / (FRAMES - 1) - 1)
-        turned = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-        side = round(SIZE * share * turned.width / picture.width)
-        thing = turned.resize((side, side), Image.Resampling.LANCZOS)
+        rotated = image.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+        side = round(SIZE * share * rotated.width / image.width)
+        thing = rotated.resize((side, side), Image.Resampling.LANCZOS)
         frame = Image.new("RGBA", (SIZE, SIZE), "white")
         corner = round((SIZE - side) / 2 + x) + dx, round((SIZE - side) / 2 + y) + dy
         frame.paste(thing, corner, thing)
@@ -94,19 +95,21 @@ def clip(picture: Image.Image, motion: str, dx: int = 0, dy: int = 0) -> Tensor:
     return torch.stack(frames)
 
 
-def clips(pictures: Mapping[str, Image.Image], variants: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Every caption ``variants`` times, each time a little elsewhere.
+def clips(images: Mapping[str, Image.Image], variants: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Clips of every caption, ``variants`` of each with slightly different positions.
 
     Args:
-        pictures: RGBA, by short name.
+        images: RGBA, by short name.
+        variants: clips per caption.
+        seed: of the shifts.
 
     Returns:
-        uint8 (N, FRAMES, 3, SIZE, SIZE), and int64 (N,): places in :func:`captions`.
+        uint8 (N, FRAMES, 3, SIZE, SIZE), and int64 (N,): indices into :func:`captions`.
     """
     rng = torch.Generator().manual_seed(seed)
-    found, labels = [], []
+    result, labels = [], []
     for i, (thing, motion) in enumerate((t, m) for t in THINGS.values() for m in MOTIONS):
         for dx, dy in torch.randint(-2, 3, (variants, 2), generator=rng).tolist():
-            found.append(clip(pictures[thing], motion, dx, dy))
+            result.append(clip(images[thing], motion, dx, dy))
             labels.append(i)
-    return torch.stack(found), torch.tensor(labels)
+    return torch.stack(result), torch.tensor(labels)

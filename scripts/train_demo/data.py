@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures the bundled models were trained on: Noto Emoji, 64x64, 99 subcategories.
+"""The images that the bundled models were trained on: Noto Emoji, 64x64, 99 subcategories.
 
 The artwork comes in the npm package ``emoji-datasource-google`` (``npm pack
-emoji-datasource-google@16.0.0``). It is needed to train the bundled models, never to use them.
+emoji-datasource-google@16.0.0``). It is only needed to train the bundled models.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from dtq.errors import InputError
 
-_PICTURES = "package/img/google/64/"
+_IMAGES = "package/img/google/64/"
 
 
 def load_emoji(package: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Read every picture of the package, composited on white.
+    """Read every image of the package, on a white background.
 
     Args:
         package: the ``.tgz`` that ``npm pack`` writes, or the folder it unpacks to.
 
     Returns:
-        pictures: uint8 (N, 3, 64, 64); labels: int64 (N,), an index into the third result;
-        names: the subcategories in alphabetical order.
+        Images, uint8 (N, 3, 64, 64); labels, int64 (N,), indices into the names; names of the
+        subcategories in alphabetical order.
 
     Raises:
         InputError: the file is not that package.
@@ -43,24 +43,24 @@ def load_emoji(package: Path) -> tuple[Tensor, Tensor, list[str]]:
         entries += [(v["image"], emoji["subcategory"]) for v in variants if v["has_img_google"]]
     entries.sort()
     names = sorted({subcategory for _, subcategory in entries})
-    pictures = torch.stack([_on_white(read(_PICTURES + image)) for image, _ in entries])
+    images = torch.stack([_on_white(read(_IMAGES + file)) for file, _ in entries])
     labels = torch.tensor([names.index(subcategory) for _, subcategory in entries])
-    return pictures, labels, names
+    return images, labels, names
 
 
 def load_cutouts(package: Path, names: Sequence[str]) -> dict[str, Image.Image]:
-    """Pictures of the package with their transparency, by the short names of its ``emoji.json``.
+    """Images of the package with transparency, by their short names in ``emoji.json``.
 
     Raises:
-        InputError: the file is not that package, or has no such picture.
+        InputError: the file is not that package, or has no such image.
     """
     read = _reader(package)
-    images = {
+    files = {
         entry["short_name"]: entry["image"] for entry in json.loads(read("package/emoji.json"))
     }
-    if missing := sorted(set(names) - set(images)):
+    if missing := sorted(set(names) - set(files)):
         raise InputError(f"{package}: no emoji named {', '.join(missing)}")
-    return {name: _opened(read(_PICTURES + images[name])) for name in names}
+    return {name: _rgba(read(_IMAGES + files[name])) for name in names}
 
 
 def _reader(package: Path) -> Callable[[str], bytes]:
@@ -73,7 +73,7 @@ def _reader(package: Path) -> Callable[[str], bytes]:
     files: dict[str, bytes] = {}
     with tarfile.open(package) as tar:
         for member in tar:
-            if member.name == "package/emoji.json" or member.name.startswith(_PICTURES):
+            if member.name == "package/emoji.json" or member.name.startswith(_IMAGES):
                 stream = tar.extractfile(member)
                 if stream is not None:
                     files[member.name] = stream.read()
@@ -82,14 +82,14 @@ def _reader(package: Path) -> Callable[[str], bytes]:
     return files.__getitem__
 
 
-def _opened(png: bytes) -> Image.Image:
+def _rgba(png: bytes) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
 def _on_white(png: bytes) -> Tensor:
-    picture = _opened(png)
-    white = Image.new("RGBA", picture.size, "white")
-    rgb = Image.alpha_composite(white, picture).convert("RGB")
+    image = _rgba(png)
+    white = Image.new("RGBA", image.size, "white")
+    rgb = Image.alpha_composite(white, image).convert("RGB")
     if rgb.size != (64, 64):
         rgb = rgb.resize((64, 64), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)

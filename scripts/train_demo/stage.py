@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One stage of training a bundled model: seeded, averaged, resumable at any time."""
+"""One training stage of a bundled model: seeded, with averaged weights, resumable at any time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 
 class Run:
-    """One training stage: optimiser, warm-up and cosine, average of weights, save and resume."""
+    """One training stage: optimizer, learning rate schedule, averaged weights, saving and resuming.
+
+    Args:
+        name: of the stage and of its state file.
+        model: trained in place.
+        work: folder of state files; an existing state is loaded.
+        steps: total number of steps.
+        lr: peak learning rate, after 200 steps of warm-up and before the cosine decay.
+        muon: whether hidden matrices are trained with Muon instead of AdamW.
+    """
 
     def __init__(
         self, name: str, model: nn.Module, work: Path, steps: int, lr: float, muon: bool = False
@@ -34,16 +43,16 @@ class Run:
                     optimizer.load_state_dict(saved)
 
     def save(self) -> None:
-        """Write the state to a side file, then rename, so that a kill leaves the old one whole."""
-        side = self.path.with_suffix(".tmp")
+        """Write the state to another file and rename it, so that a kill cannot damage the old state."""
+        partial = self.path.with_suffix(".tmp")
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        torch.save(state, side)
-        side.replace(self.path)
+        torch.save(state, partial)
+        partial.replace(self.path)
 
     def loop(self, loss_of: Callable[[torch.Generator], Tensor]) -> Iterator[None]:
         """Run the remaining steps; ``loss_of`` draws with the generator of its step."""
@@ -63,7 +72,7 @@ class Run:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.step += 1
-            # the average looks back over a tenth of what is done, at most 1000 steps
+            # the average covers the last tenth of the steps, at most 1000
             keep = min(0.999, 1 - 10 / (self.step + 10))
             with torch.no_grad():
                 for mean, now in zip(
@@ -95,8 +104,8 @@ def _optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Opt
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))]
     if inner:
         rule = "match_rms_adamw"
-        found.append(torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn=rule))
-    return found
+        optimizers.append(torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn=rule))
+    return optimizers

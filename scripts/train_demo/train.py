@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the bundled model: classifier, VAE, DiT; write a stock diffusers ``DiTPipeline`` folder.
+"""Train the bundled model (classifier, VAE, DiT), and write a standard diffusers ``DiTPipeline``.
 
     npm pack emoji-datasource-google@16.0.0
     PYTHONPATH=scripts python -m train_demo.train --data emoji-datasource-google-16.0.0.tgz --work build/demo
 
-Seeded, and resumable at any time: run the same command again. On two CPU cores the defaults take
-about two hours, on a GPU minutes. Every stage leaves its state in ``--work``.
+Seeded. The same command resumes an interrupted run: every stage keeps its state in ``--work``. On two
+CPU cores the defaults take about two hours, on a GPU minutes.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from train_demo.stage import Run
 from dtq.demo.classifier import EmojiClassifier, accuracy
 from dtq.evaluate.metrics.fid import FeatureMoments
 
-NULL_CLASS = 1000  # DiTPipeline hard-codes the label of the unconditional branch
+NULL_CLASS = 1000  # label of the unconditional branch, hard-coded in DiTPipeline
 
 
-def shift_pictures(pictures: Tensor, rng: torch.Generator) -> Tensor:
-    """Mirror half of them and move each by up to 3 pixels; float (B, 3, H, W), white outside."""
+def augment(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Flip a batch with probability 0.5 and shift it by up to 3 pixels; float (B, 3, H, W), white outside."""
     if torch.rand((), generator=rng) < 0.5:
-        pictures = pictures.flip(3)
+        images = images.flip(3)
     dy, dx = torch.randint(0, 7, (2,), generator=rng).tolist()
-    size = pictures.shape[-1]
-    return F.pad(pictures, (3, 3, 3, 3), value=1.0)[..., dy : dy + size, dx : dx + size]
+    size = images.shape[-1]
+    return F.pad(images, (3, 3, 3, 3), value=1.0)[..., dy : dy + size, dx : dx + size]
 
 
 def train_classifier(
-    pictures: Tensor, labels: Tensor, work: Path, steps: int, device: str
+    images: Tensor, labels: Tensor, work: Path, steps: int, device: str
 ) -> EmojiClassifier:
-    """Fit the classifier whose features measure domain FID; returns the averaged weights."""
+    """Train the classifier whose features measure domain FID; returns the averaged weights."""
     torch.manual_seed(1)
     run = Run("classifier", EmojiClassifier(int(labels.max()) + 1).to(device), work, steps, 2e-3)
 
     def loss_of(rng: torch.Generator) -> Tensor:
-        pick = torch.randint(0, len(pictures), (64,), generator=rng)
-        x = shift_pictures(pictures[pick].float() / 255, rng).to(device)
+        pick = torch.randint(0, len(images), (64,), generator=rng)
+        x = augment(images[pick].float() / 255, rng).to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = run.model(x)
         return F.cross_entropy(logits.float(), labels[pick].to(device), label_smoothing=0.05)
@@ -58,7 +58,7 @@ def train_classifier(
         pass
     model = run.average.cpu()
     assert isinstance(model, EmojiClassifier)
-    print(f"classifier: {accuracy(model, pictures, labels):.1%} of its own pictures", flush=True)
+    print(f"classifier: {accuracy(model, images, labels):.1%} of its training images", flush=True)
     return model
 
 
@@ -76,14 +76,14 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(pictures: Tensor, work: Path, steps: int, device: str) -> AutoencoderKL:
-    """Fit the autoencoder on L1, picture gradients and a faint KL term; returns the average."""
+def train_vae(images: Tensor, work: Path, steps: int, device: str) -> AutoencoderKL:
+    """Train the autoencoder with L1, L2, image gradients and a small KL term; returns the averaged weights."""
     torch.manual_seed(2)
     run = Run("vae", new_vae().to(device), work, steps, 2e-3)
 
     def loss_of(rng: torch.Generator) -> Tensor:
-        pick = torch.randint(0, len(pictures), (32,), generator=rng)
-        x = shift_pictures(pictures[pick].float() / 255, rng).to(device) * 2 - 1
+        pick = torch.randint(0, len(images), (32,), generator=rng)
+        x = augment(images[pick].float() / 255, rng).to(device) * 2 - 1
         with torch.autocast(device, torch.bfloat16):
             posterior = run.model.encode(x).latent_dist  # type: ignore[operator]
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -95,33 +95,33 @@ def train_vae(pictures: Tensor, work: Path, steps: int, device: str) -> Autoenco
         return (y - x).abs().mean() + 2 * (y - x).square().mean() + 0.5 * edges + 1e-4 * kl
 
     for _ in run.loop(loss_of):
-        print(f"vae: {psnr_of(run.average, pictures[::16], device):.2f} dB", flush=True)
+        print(f"vae: {psnr_of(run.average, images[::16], device):.2f} dB", flush=True)
     vae = run.average.cpu()
     assert isinstance(vae, AutoencoderKL)
     return vae
 
 
 @torch.no_grad()
-def psnr_of(vae: Any, pictures: Tensor, device: str) -> float:
-    """PSNR in dB of the reconstruction of uint8 pictures (N, 3, H, W), peak 1."""
+def psnr_of(vae: Any, images: Tensor, device: str) -> float:
+    """PSNR in dB of the reconstruction of uint8 images (N, 3, H, W), peak 1."""
     error = 0.0
-    for chunk in pictures.split(64):
+    for chunk in images.split(64):
         x = chunk.to(device).float() / 255
         y = vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-        error += float((y.clamp(0, 1) - x).square().mean()) * len(chunk) / len(pictures)
+        error += float((y.clamp(0, 1) - x).square().mean()) * len(chunk) / len(images)
     return -10 * math.log10(error)
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Latent means of uint8 pictures, float (N, 4, 16, 16), not yet scaled."""
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Latent means of uint8 images, float (N, 4, 16, 16), not yet scaled."""
     return torch.cat(
-        [vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in pictures.split(64)]
+        [vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in images.split(64)]
     )
 
 
 def new_dit() -> DiTTransformer2DModel:
-    """Eight adaLN-zero blocks of width 256 on 64 tokens; stock class, epsilon prediction."""
+    """Eight adaLN-zero blocks of width 256 on 64 tokens; standard class, epsilon prediction."""
     dit = DiTTransformer2DModel(
         num_attention_heads=8,
         attention_head_dim=32,
@@ -138,7 +138,7 @@ def new_dit() -> DiTTransformer2DModel:
         table = block.norm1.emb.class_embedder.embedding_table.weight
         nn.init.normal_(table, std=0.02)
         with torch.no_grad():
-            table[99:NULL_CLASS] = 0  # labels nobody asks for; the table's size is the pipeline's
+            table[99:NULL_CLASS] = 0  # unused labels; the pipeline requires this size
     nn.init.zeros_(dit.proj_out_2.weight)
     nn.init.zeros_(dit.proj_out_2.bias)
     return dit
@@ -159,16 +159,16 @@ def new_scheduler() -> DDIMScheduler:
 def train_dit(
     latents: Tensor, labels: Tensor, work: Path, steps: int, batch: int, device: str
 ) -> DiTTransformer2DModel:
-    """Fit the denoiser on scaled latents (N, 4, 16, 16); min-SNR weights; returns the average."""
+    """Train the transformer on scaled latents (N, 4, 16, 16), with min-SNR weights; averaged weights."""
     torch.manual_seed(3)
-    # eval mode: the label embedder of each block would drop labels on its own dice
+    # eval mode: else the label embedder of each block would drop labels at random
     run = Run("dit", new_dit().to(device).eval(), work, steps, 1.5e-3, muon=True)
     alphas = new_scheduler().alphas_cumprod
-    # half of the pictures are people in skin tones: draw every label alike, or animals stay blobs
-    share = 1 / labels.bincount()[labels]
+    # half of the images are people in skin tones: draw labels uniformly, else animals stay blobs
+    weights = 1 / labels.bincount()[labels]
 
     def loss_of(rng: torch.Generator) -> Tensor:
-        pick = torch.multinomial(share, batch, replacement=True, generator=rng)
+        pick = torch.multinomial(weights, batch, replacement=True, generator=rng)
         x0 = latents[pick]
         t = (torch.rand(batch, generator=rng) + torch.arange(batch)) / batch * 1000
         t = t.long().clamp(0, 999)  # stratified over the trajectory
@@ -199,9 +199,18 @@ def export(
     vae: AutoencoderKL,
     classifier: EmojiClassifier,
     names: list[str],
-    pictures: Tensor,
+    images: Tensor,
 ) -> None:
-    """Write the stock pipeline in fp16; beside it the classifier and its view of the pictures."""
+    """Write the standard pipeline in fp16, and the classifier with the statistics of its features.
+
+    Args:
+        out: folder of the pipeline.
+        dit: the transformer.
+        vae: the autoencoder.
+        classifier: measures domain FID.
+        names: of the labels.
+        images: of which the statistics are taken.
+    """
     pipe = DiTPipeline(
         transformer=dit.half(),
         vae=vae.half(),
@@ -216,7 +225,7 @@ def export(
     (out / "classifier").mkdir(exist_ok=True)
     weights = {k: v.half().contiguous() for k, v in classifier.state_dict().items()}
     with torch.no_grad():
-        chunks = [classifier.features(chunk.float() / 255) for chunk in pictures.split(256)]
+        chunks = [classifier.features(chunk.float() / 255) for chunk in images.split(256)]
     real = FeatureMoments.of(torch.cat(chunks))
     weights["real.mean"], weights["real.cov"] = real.mean.float(), real.cov.float()
     save_file(weights, out / "classifier" / "model.safetensors", {"labels": json.dumps(names)})
@@ -227,25 +236,27 @@ _CARD = """# The bundled demo model of dtq
 
 A class-conditional diffusion transformer of 64x64 emoji in 99 subcategories: a stock diffusers
 `DiTPipeline` (`DiTTransformer2DModel`, 8 blocks of width 256, adaLN-zero, epsilon prediction;
-`AutoencoderKL` to 16x16x4), float16. `classifier/` holds a small classifier of the same pictures,
-whose penultimate features, and their moments over the training pictures, measure domain FID.
+`AutoencoderKL` to 16x16x4), float16. `classifier/` holds a small classifier of the same images. Its
+penultimate features, and their moments over the training images, measure FID in this domain.
 
-Trained from scratch by `PYTHONPATH=scripts python -m train_demo.train` on the pictures of the npm package
+Trained from scratch by `scripts/train_demo/train.py` on the images of the npm package
 `emoji-datasource-google` 16.0.0: Noto Emoji, Copyright Google Inc., images under Apache License
-2.0, fonts under SIL Open Font License 1.1; the package itself under MIT. No picture is included.
+2.0, fonts under SIL Open Font License 1.1; the package itself under MIT. No image is included.
 The weights are under Apache License 2.0.
 """
 
 
 @click.command(help=__doc__)
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="the npm package")
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for states")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The npm package.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Folder for state files."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("dtq/demo/pipeline"))
 @click.option("--classifier-steps", default=1800, show_default=True)
 @click.option("--vae-steps", default=2600, show_default=True)
 @click.option("--dit-steps", default=5000, show_default=True)
-@click.option("--batch", default=64, show_default=True, help="latents per DiT step")
-@click.option("--threads", default=0, help="CPU threads; 0 leaves torch's choice")
+@click.option("--batch", default=64, show_default=True, help="Latents per DiT step.")
+@click.option("--threads", default=0, help="CPU threads; 0 for torch's default.")
 @click.option("--only", type=click.Choice(["vae", "dit", "classifier", "export"]), multiple=True)
 def main(
     data: Path,
@@ -262,25 +273,25 @@ def main(
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work.mkdir(parents=True, exist_ok=True)
-    pictures, labels, names = load_emoji(data)
-    print(f"{len(pictures)} pictures, {len(names)} labels, on {device}", flush=True)
-    wanted = set(only or ("vae", "dit", "classifier", "export"))
-    if "vae" in wanted:
-        train_vae(pictures, work, vae_steps, device)
-    if wanted & {"dit", "export"}:
-        vae = train_vae(pictures, work, 0, "cpu")
-        latents = encode(vae, pictures)
+    images, labels, names = load_emoji(data)
+    print(f"{len(images)} images, {len(names)} labels, on {device}", flush=True)
+    stages = set(only or ("vae", "dit", "classifier", "export"))
+    if "vae" in stages:
+        train_vae(images, work, vae_steps, device)
+    if stages & {"dit", "export"}:
+        vae = train_vae(images, work, 0, "cpu")
+        latents = encode(vae, images)
         vae.register_to_config(scaling_factor=float(1 / latents.std()))
         latents = latents * vae.config.scaling_factor
-    if "dit" in wanted:
+    if "dit" in stages:
         train_dit(latents, labels, work, dit_steps, batch, device)
-    if wanted & {"classifier", "export"}:
+    if stages & {"classifier", "export"}:
         classifier = train_classifier(
-            pictures, labels, work, classifier_steps if "classifier" in wanted else 0, device
+            images, labels, work, classifier_steps if "classifier" in stages else 0, device
         )
-    if "export" in wanted:
+    if "export" in stages:
         export(
-            out, train_dit(latents, labels, work, 0, batch, "cpu"), vae, classifier, names, pictures
+            out, train_dit(latents, labels, work, 0, batch, "cpu"), vae, classifier, names, images
         )
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train ``demo-video``: a stock diffusers ``LattePipeline`` of short clips of moving emoji.
+"""Train ``demo-video``: a standard diffusers ``LattePipeline`` for short clips of moving emoji.
 
     npm pack emoji-datasource-google@16.0.0
     PYTHONPATH=scripts python -m train_demo.train_video --data emoji-datasource-google-16.0.0.tgz --work build/video
 
-The autoencoder is the one of ``demo``, frame by frame. The text encoder is trained with the
-denoiser. First the spatial blocks learn single frames, then all blocks learn clips. Seeded, and
-resumable at any time: run the same command again. Every stage leaves its state in ``--work``.
+The autoencoder is that of ``demo``, applied frame by frame. The text encoder is trained together with
+the transformer. First the spatial blocks learn single frames, then all blocks learn clips. Seeded. The
+same command resumes an interrupted run: every stage keeps its state in ``--work``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, LattePipeline, LatteTransfor
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from train_demo import train as pictures
+from train_demo import train as image_model
 from train_demo.clips import FRAMES, SIZE, THINGS, captions, clips
 from train_demo.data import load_cutouts
 from train_demo.stage import Run
@@ -30,33 +30,33 @@ from dtq import demo
 from dtq.checkpoint import writer
 from dtq.pipelines import call_defaults
 
-WORDS = 64  # of the text encoder
+WORDS = 64  # width of the text encoder
 SET = "moving-emoji"
-LENGTH = 120  # tokens that LattePipeline pads to when it makes several clips at once
+LENGTH = 120  # tokens to which LattePipeline pads the captions of several clips
 
 
 def new_scheduler() -> DDIMScheduler:
-    """The schedule of ``demo``, of velocities (2202.00512, app. D).
+    """The schedule of ``demo``, with velocity prediction (2202.00512, app. D).
 
-    Where a clip goes is decided in noise that hides it nearly. There the noise would have to be
-    guessed to five digits to tell anything of the clip; the velocity is the clip, but for its sign.
+    The motion is decided at high noise levels. There a predicted noise would have to be exact to five
+    digits to determine the clip, whereas the velocity is the negative clip.
     """
-    scheduler = pictures.new_scheduler()
+    scheduler = image_model.new_scheduler()
     scheduler.register_to_config(prediction_type="v_prediction")
     return scheduler
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the captions, then the end."""
+    """A tokenizer with one token per word of the captions, and an end token."""
     words = sorted({word for caption in captions() for word in caption.split()})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -65,7 +65,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Film(nn.Module):
-    """The two trained parts of the pipeline: text encoder and denoiser."""
+    """The two trained components of the pipeline: text encoder and transformer."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Film(nn.Module):
             num_attention_heads=6,
             attention_head_dim=32,
             in_channels=4,
-            out_channels=8,  # the pipeline drops the second half, a variance that is not learned
+            out_channels=8,  # the pipeline ignores the second half, a variance that is not trained
             num_layers=6,
             cross_attention_dim=192,
             attention_bias=True,
@@ -101,19 +101,20 @@ class Film(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
         for block in self.transformer.temporal_transformer_blocks:
-            # clips begin where single frames ended: time adds nothing yet
+            # training on clips starts from single frames: the temporal blocks add nothing yet
             for last in (block.attn1.to_out[0], block.ff.net[2]):
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor, blank: Tensor) -> Tensor:
-        """Guess the velocity, like x.
+        """Predict the velocity, of the shape of x.
 
         Args:
             x: (B, 4, F, H, W), F 1 or FRAMES.
-            t: (B,).
-            tokens, mask: int64 (B, L) of the captions; all ones where nothing is to be cut.
-            blank: bool (B,): the empty prompt, whose padding the pipeline does not cut.
+            t: timestep (B,).
+            tokens: int64 (B, L), the captions.
+            mask: int64 (B, L), zero for padding; all ones if padding is not masked.
+            blank: bool (B,), whether the prompt is empty; its padding is not masked.
         """
         text = self.text_encoder(tokens, attention_mask=mask).last_hidden_state
         text = text * (mask.bool() | blank[:, None])[..., None]
@@ -134,13 +135,21 @@ def train(
     lr: float,
     device: str,
 ) -> Film:
-    """Fit text encoder and denoiser; truncated SNR weights; returns the averaged weights.
+    """Train text encoder and transformer, with truncated SNR weights.
 
     Args:
         name: of the stage.
-        film: where it starts.
-        latents: scaled, (N, 4, F, 16, 16); with F 1 time is left out.
-        labels: int64 (N,), places in the captions.
+        film: the model at the start.
+        latents: scaled, (N, 4, F, 16, 16); with F = 1 the temporal blocks are skipped.
+        labels: int64 (N,), indices of the captions.
+        work: folder of state files.
+        steps: number of training steps.
+        batch: clips per step.
+        lr: peak learning rate.
+        device: for training.
+
+    Returns:
+        The model with averaged weights.
     """
     run = Run(name, film.requires_grad_(True).to(device), work, steps, lr, muon=True)
     scheduler, tokenizer, texts = new_scheduler(), new_tokenizer(), captions()
@@ -153,11 +162,11 @@ def train(
         noise = torch.randn(x0.shape, generator=rng)
         x, velocity = scheduler.add_noise(x0, noise, t), scheduler.get_velocity(x0, noise, t)
         blank = torch.rand(batch, generator=rng) < 0.1
-        # one clip at a time the pipeline cuts the padding, several at once it makes it zero
+        # the pipeline removes the padding of a single caption, and zeroes that of several
         long = bool(torch.rand((), generator=rng) < 0.25)
-        asked = ["" if b else texts[i] for b, i in zip(blank, labels[pick].tolist(), strict=True)]
+        prompts = ["" if b else texts[i] for b, i in zip(blank, labels[pick].tolist(), strict=True)]
         words = tokenizer(
-            asked, padding="max_length" if long else "longest", max_length=LENGTH,
+            prompts, padding="max_length" if long else "longest", max_length=LENGTH,
             return_tensors="pt",
         )  # fmt: skip
         # an error of the clip weighs SNR + 1 (2202.00512, sec. 4), at most 5 (2303.09556)
@@ -181,10 +190,10 @@ def train(
 
 
 def export(out: Path, film: Film, vae: AutoencoderKL) -> None:
-    """Write the stock pipeline, and the call that fits it.
+    """Write the standard pipeline, and the defaults of its call.
 
-    In fp16 but for the small text encoder: transformers loads that as it is on disk, diffusers the
-    rest in float32, where nobody names a dtype.
+    All weights are fp16 except those of the small text encoder. Without a dtype argument,
+    transformers loads it in the dtype of the file, and diffusers the other components in float32.
     """
     pipe = LattePipeline(
         tokenizer=new_tokenizer(),
@@ -208,42 +217,44 @@ _CARD = """# The bundled video model of dtq
 Clips of 8 frames of 64x64 in which one of 32 emoji moves, grows, shrinks, turns or stands, by a
 caption such as `red heart moves left`: a stock diffusers `LattePipeline` with a
 `LatteTransformer3DModel` (6 spatial and 6 temporal blocks of width 192, velocity prediction), a
-`T5EncoderModel` of two layers, and the `AutoencoderKL` of the bundled picture model, frame by
+`T5EncoderModel` of two layers, and the `AutoencoderKL` of the bundled image model, frame by
 frame; float16, the text encoder float32.
 
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe("red heart moves left", height=64, width=64, video_length=8, guidance_scale=4)
 
-Trained from scratch by `PYTHONPATH=scripts python -m train_demo.train_video` on pictures of the npm package
+Trained from scratch by `scripts/train_demo/train_video.py` on images of the npm package
 `emoji-datasource-google` 16.0.0: Noto Emoji, Copyright Google Inc., images under Apache License
-2.0, fonts under SIL Open Font License 1.1; the package itself under MIT. No picture is included.
+2.0, fonts under SIL Open Font License 1.1; the package itself under MIT. No image is included.
 The weights are under Apache License 2.0.
 """
 
 
 def _portable(out: Path) -> None:
-    """Call the tokenizer by the name that every version of transformers knows it by."""
+    """Write the name of the tokenizer class that every version of transformers knows."""
     for file in ("model_index.json", "tokenizer/tokenizer_config.json"):
         text = (out / file).read_text()
         text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
         (out / file).write_text(text)
 
 
-def _encoded(vae: Any, film: Tensor) -> Tensor:
+def _encode(vae: Any, film: Tensor) -> Tensor:
     """Scaled latents (N, 4, F, 16, 16), float16, of uint8 clips (N, F, 3, 64, 64)."""
-    latents = pictures.encode(vae, film.flatten(0, 1)) * vae.config.scaling_factor
+    latents = image_model.encode(vae, film.flatten(0, 1)) * vae.config.scaling_factor
     return latents.unflatten(0, film.shape[:2]).transpose(1, 2).half()
 
 
 @click.command(help=__doc__)
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="the npm package")
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for states")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The npm package.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="Folder for state files."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("dtq/demo/video"))
-@click.option("--variants", default=8, show_default=True, help="clips of each caption")
+@click.option("--variants", default=8, show_default=True, help="Clips per caption.")
 @click.option("--frame-steps", default=1200, show_default=True)
 @click.option("--clip-steps", default=3000, show_default=True)
-@click.option("--batch", default=64, show_default=True, help="frames a step")
-@click.option("--threads", default=0, help="CPU threads; 0 leaves torch's choice")
+@click.option("--batch", default=64, show_default=True, help="Frames per step.")
+@click.option("--threads", default=0, help="CPU threads; 0 for torch's default.")
 def main(
     data: Path,
     work: Path,
@@ -261,11 +272,11 @@ def main(
     vae = AutoencoderKL.from_pretrained(demo.folder() / "vae", torch_dtype=torch.float32)
     ready = work / "latents.pt"
     if not ready.exists():
-        made, labels = clips(load_cutouts(data, [*THINGS.values()]), variants, seed=0)
-        print(f"{len(made)} clips, encoded on the CPU", flush=True)
-        torch.save({"latents": _encoded(vae, made), "labels": labels}, ready)
-    found = torch.load(ready, weights_only=True)
-    latents, labels = found["latents"], found["labels"]
+        frames, labels = clips(load_cutouts(data, [*THINGS.values()]), variants, seed=0)
+        print(f"{len(frames)} clips, encoded on the CPU", flush=True)
+        torch.save({"latents": _encode(vae, frames), "labels": labels}, ready)
+    state = torch.load(ready, weights_only=True)
+    latents, labels = state["latents"], state["labels"]
     torch.manual_seed(4)
     film = Film(len(new_tokenizer()))
     frames = latents.transpose(1, 2).flatten(0, 1)[:, :, None]
