@@ -342,7 +342,7 @@ def test_what_cannot_be_accepted(place, monkeypatch):
     assert "needs a reason" in dtq("gate", *arguments, "--reason", " ", code=3).stderr
     assert "Missing option '--reason'" in dtq("gate", *arguments, code=3).stderr
     into = ["--baseline", "run/eval.json", "--policy", "tiny.yaml", "--reason", "x"]
-    assert "exists but is not a dtq baseline" in dtq("gate", "accept", "run", *into, code=3).stderr
+    assert "is not a dtq baseline" in dtq("gate", "accept", "run", *into, code=3).stderr
     into[1] = "nowhere/base.json"
     assert "no such folder" in dtq("gate", "accept", "run", *into, code=3).stderr
     wide = [*arguments[:-1], "default", "--reason", "x"]
@@ -365,7 +365,7 @@ def test_a_history_that_is_none(place, entry):
     )
     (place / "base.json").write_text(json.dumps(data))
     before = (place / "base.json").read_bytes()
-    words = "history[1] is not what dtq gate accept writes"
+    words = "history[1]"
     assert words in dtq("gate", "log", place / "base.json", code=3).stderr
     arguments = ("--baseline", place / "base.json", "--policy", place / "tiny.yaml")
     assert words in dtq("gate", "accept", place / "run", *arguments, "--reason", "x", code=3).stderr

@@ -78,7 +78,7 @@ def history(file: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Comparison:
-    verdict: str = ""
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Entry:
     why: str
     recipe: str
     checkpoint: str
-    against_the_last: _Comparison = _Comparison()
+    against_the_last: _Comparison = _Comparison("")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     data = read_json(file, infinite=False)
-    schema.parse(_Baseline, data, f"{file} is no baseline of dtq; pass another --baseline")
+    schema.parse(_Baseline, data, f"{file} is not a dtq baseline; pass another --baseline")
     return data
 
 
