@@ -365,7 +365,7 @@ def test_a_history_that_is_none(place, entry):
     )
     (place / "base.json").write_text(json.dumps(data))
     before = (place / "base.json").read_bytes()
-    words = "history[1]"
+    words = "base.json is not a dtq baseline; pass another --baseline: history"
     assert words in dtq("gate", "log", place / "base.json", code=3).stderr
     arguments = ("--baseline", place / "base.json", "--policy", place / "tiny.yaml")
     assert words in dtq("gate", "accept", place / "run", *arguments, "--reason", "x", code=3).stderr
