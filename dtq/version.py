@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dtq this is; figures are recorded with it."""
+"""The version of dtq: of the package, and recorded with every measurement."""
 
 __version__ = "0.1.0"

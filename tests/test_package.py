@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 def test_building_needs_no_torch_and_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert not any("torch" in need for need in project["build-system"]["requires"])
-    assert project["project"]["version"] == dtq.__version__
+    assert project["project"]["dynamic"] == ["version"]  # it stands once, in dtq/version.py
+    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "dtq.version.__version__"
     assert f"## {dtq.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -50,7 +51,7 @@ def wheel(tmp_path, **variables) -> Path:
 @pytest.mark.slow
 def test_the_wheel_has_everything(tmp_path):
     made = wheel(tmp_path, DTQ_KERNELS="0")
-    assert "none-any" in made.name
+    assert made.name == f"dtq-{dtq.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(made).namelist())
     assert {n.split("/")[0].split("-")[0] for n in names} == {"dtq"}
     for path in folder("recipes").glob("*.yaml"):

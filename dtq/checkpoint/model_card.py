@@ -113,5 +113,5 @@ def _measured(report: dict[str, Any]) -> list[str]:
             f"{errors[worst]:.1e} at worst (`{worst}`)"
         )
     for x in report.get("sanity_check", {}).get("promoted", []):
-        lines.append(f"- promoted to {x['to']} in the last look: `{x['layer']}`, {x['why']}")
+        lines.append(f"- promoted to {x['to']} in the sanity check: `{x['layer']}`, {x['why']}")
     return lines
