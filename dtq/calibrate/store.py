@@ -79,9 +79,9 @@ def load(*paths: Path) -> Statistics:
             metadata = file.metadata() or {}
             version = metadata.get("dtq_statistics")
             if version != VERSION:
-                found = f"version {version}" if version else "no statistics"
+                actual = f"version {version}" if version else "no statistics"
                 raise CheckpointError(
-                    f"{path}: {found}, this dtq reads statistics of version {VERSION}; run dtq "
+                    f"{path}: {actual}, this dtq reads statistics of version {VERSION}; run dtq "
                     f"calibrate again"
                 )
             header = metadata.get("edges", ""), metadata.get("about", "")

@@ -44,18 +44,18 @@ def card(saveable: Any, report: dict[str, Any] | None = None) -> str:
 
 
 def hub_id(where: str) -> str | None:
-    """The id of the hub model that diffusers says it read, None for a folder."""
+    """The hub id in the name or cache path of a loaded model, None for another folder."""
     if cached := _CACHED.search(where):
         return "/".join(cached.groups())
     return where if _HUB.fullmatch(where) and not Path(where).exists() else None
 
 
 def _quantized(saveable: Any) -> dict[str, nn.Module]:
-    parts = getattr(saveable, "components", {"": saveable})
+    components = getattr(saveable, "components", {"": saveable})
     return {
-        name: part
-        for name, part in parts.items()
-        if isinstance(part, nn.Module) and any(isinstance(m, QuantLinear) for m in part.modules())
+        name: model
+        for name, model in components.items()
+        if isinstance(model, nn.Module) and any(isinstance(m, QuantLinear) for m in model.modules())
     }
 
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of large models: what is given back to the system, and what is kept.
-
-Weights that are mapped from files are given back: one block at a time is in RAM.
+"""Memory of large models: pages of mapped weights, and memory that malloc keeps.
 
 ``from_pretrained`` maps safetensors files when nothing has to be cast: a weight is read from disk
-when it is used and stays in memory until the kernel needs the room. Here it goes as soon as its
-block is done. Nothing changes but what is resident: the next use reads it again.
+when it is used and stays in memory until the kernel needs the room. :func:`paged_weights` releases
+it as soon as its block has run, so that one block at a time is in RAM. Only the resident memory
+changes: the next use reads the weight again.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: drops clean file pages, never data
 
 
 def tune_malloc() -> None:
-    """From now on the C library keeps what this process frees, for what it allocates next.
+    """From now on malloc keeps the memory that this process frees, for later allocations.
 
     By default every large tensor is a mapping of its own, whose pages the kernel has to find and
-    clear each time: a fifth of the time of quantizing large layers (docs/large.md). Nothing
-    happens where the C library is not glibc.
+    clear each time: a fifth of the time of quantizing large layers (docs/large.md). Without glibc
+    nothing happens.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:
@@ -39,7 +38,7 @@ def tune_malloc() -> None:
 
 
 class _Mallinfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns."""
+    """The result of glibc's mallinfo2."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -51,10 +50,10 @@ class _Mallinfo(ctypes.Structure):
 
 
 def trim_malloc(beyond: int = 0) -> None:
-    """Give back what :func:`keep_freed` kept: memory falls apart as sizes change.
+    """Return the memory that malloc keeps to the system: it fragments as sizes change.
 
     Args:
-        beyond: only if that is more than so many bytes.
+        beyond: bytes; nothing happens while malloc keeps less.
     """
     trim, info = _of_glibc("malloc_trim"), _of_glibc("mallinfo2")
     if trim is None:
@@ -74,8 +73,8 @@ def _of_glibc(name: str) -> Callable[..., int] | None:
 def paged_weights(*models: nn.Module) -> Iterator[None]:
     """Release the mapped weights of each block as soon as it has run.
 
-    Blocks are the elements of module lists; what lies outside of them stays. Models whose weights
-    are not mapped, and systems without ``MADV_PAGEOUT``, run as they always do.
+    Blocks are the elements of module lists; other weights stay. Models whose weights are not
+    mapped, and systems without ``MADV_PAGEOUT``, run as usual.
     """
     handles = []
     for model in models:
@@ -94,7 +93,7 @@ def paged_weights(*models: nn.Module) -> Iterator[None]:
 
 
 class Mapped:
-    """The address ranges of this process that are mapped from safetensors files just now."""
+    """The address ranges that this process maps from safetensors files at present."""
 
     def __init__(self) -> None:
         ranges = []
@@ -110,18 +109,18 @@ class Mapped:
         """Whether a tensor lies in a mapped file."""
         if tensor.device.type != "cpu":
             return False
-        at = tensor.data_ptr()
-        place = bisect.bisect_right(self.ranges, (at, sys.maxsize)) - 1
-        return place >= 0 and self.ranges[place][0] <= at < self.ranges[place][1]
+        address = tensor.data_ptr()
+        index = bisect.bisect_right(self.ranges, (address, sys.maxsize)) - 1
+        return index >= 0 and self.ranges[index][0] <= address < self.ranges[index][1]
 
     def release(self, tensors: Iterable[Tensor]) -> None:
-        """Let the pages go that each mapped tensor alone lies on; other tensors are left alone."""
+        """Release the pages that hold one mapped tensor and nothing else."""
         page = mmap.PAGESIZE
         for tensor in filter(self.holds, tensors):
             start = -(-tensor.data_ptr() // page) * page
             end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
             if end > start:
-                # advice: on a kernel that does not know it the pages simply stay
+                # only advice: on a kernel that does not know it the pages stay
                 _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
 
 

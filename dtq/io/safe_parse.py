@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON and YAML that others wrote: small, shallow, each key once, every number a number.
+"""Safe parsing of untrusted JSON and YAML: small, shallow, unique keys, finite numbers.
 
-A document may come with a model from anywhere. It is data and nothing else: no tags that build
-objects, no aliases (ten lines of them expand to gigabytes), no NaN, no key that a second one
-overrides unseen. What is refused is refused in one line with the file and the key.
+A document may come with a model from anywhere. It is data only: no tags that build objects, no
+aliases (ten lines of them expand to gigabytes), no NaN, no repeated key. An error is one line that
+names the file and the key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGEST_YAML = 2**18
 DEEPEST = 64
 """Levels of lists and mappings. A model's config has five."""
 LARGEST_INT = 2**63
-"""Beyond it tensors cannot count."""
+"""The range of int64, which tensors have."""
 
 
 def read_json(path: Path, *, infinite: bool = True) -> dict[str, Any]:
@@ -45,13 +45,17 @@ def read_json(path: Path, *, infinite: bool = True) -> dict[str, Any]:
 
 
 def read_text(path: Path, largest: int) -> str:
-    """A text file of at most so many bytes.
+    """A text file.
+
+    Args:
+        path: of the file.
+        largest: size in bytes up to which it is read.
 
     Raises:
         InputError: no such file, not a plain file, too large, or not UTF-8.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+        if path.exists() and not path.is_file():  # reading a pipe would never end
             raise InputError(f"{path}: not a file")
         with path.open("rb") as file:
             data = file.read(largest + 1)
@@ -66,10 +70,15 @@ def read_text(path: Path, largest: int) -> str:
 
 
 def parse_json(text: str, where: str, *, infinite: bool = False) -> Any:
-    """JSON data; ``where`` begins every message, ``infinite`` allows infinities by name.
+    """Parse JSON.
+
+    Args:
+        text: the document.
+        where: begins every message, the file as a rule.
+        infinite: allow ``Infinity`` and ``-Infinity``.
 
     Raises:
-        InputError: not JSON, a key twice, NaN, a number beyond 64 bits, too deep.
+        InputError: not JSON, a repeated key, NaN, an integer beyond 64 bits, or nested too deep.
     """
     try:
         data = json.loads(
@@ -88,24 +97,28 @@ def parse_json(text: str, where: str, *, infinite: bool = False) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML data without aliases, tags, repeated keys or depth; ``where`` begins every message.
+    """Parse YAML without aliases, tags, repeated keys and deep nesting.
+
+    Args:
+        text: the document.
+        where: begins every message, the file as a rule.
 
     Raises:
-        InputError: says which line.
+        InputError: names the line.
     """
     if len(text) > LARGEST_YAML:
         raise InputError(f"{where}: larger than {LARGEST_YAML} bytes; no recipe is that long")
     try:
         data = yaml.load(text, Loader=_Plain)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # its constructors pass on what int(), float() and date() say of strange numbers
+        # ValueError: its constructors pass on those of int(), float() and date()
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
     _bounded(data, where)
     return data
 
 
 def finite_or_null(value: Any) -> Any:
-    """Plain data as JSON can hold it: numbers that are not finite become null."""
+    """Plain data that strict JSON can hold: numbers that are not finite become null."""
     if isinstance(value, dict):
         return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -121,16 +134,16 @@ def is_finite_numbers(value: object) -> bool:
 
 
 class _Refused(ValueError):
-    """What this page refuses, and the standard parser would not."""
+    """A document that the standard parser accepts and this module refuses."""
 
 
 def _each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in data:
             raise _Refused(f"the key {key!r} is there twice; keep one")
-        found[key] = value
-    return found
+        data[key] = value
+    return data
 
 
 def _no_constant(name: str) -> float:
@@ -149,7 +162,7 @@ def _finite(text: str) -> float:
 
 
 def _bounded(data: Any, where: str) -> None:
-    """Depth, whole numbers and text, without recursion."""
+    """Check depth, integers and text, without recursion."""
     level, depth = [("", data)], 0
     while level:
         below: list[tuple[str, Any]] = []
@@ -170,7 +183,7 @@ def _bounded(data: Any, where: str) -> None:
 
 
 def _unicode(value: object) -> bool:
-    """False for text with half of a surrogate pair, which no file and no terminal takes."""
+    """False for text with half of a surrogate pair, which cannot be encoded."""
     try:
         if isinstance(value, str):
             value.encode()
@@ -180,7 +193,7 @@ def _unicode(value: object) -> bool:
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML as a recipe needs it."""
+    """A YAML loader that refuses aliases, deep nesting and repeated keys."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -199,14 +212,14 @@ class _Plain(yaml.SafeLoader):
             self.depth -= 1
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        names = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = (key.tag, str(key.value))
-            if name in seen:
+            if name in names:
                 raise _at(key, f"the key {key.value!r} is there twice; keep one")
-            seen.add(name)
+            names.add(name)
         return super().construct_mapping(node, deep)
 
 
-def _at(place: Any, what: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=what, problem_mark=place.start_mark)
+def _at(position: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=position.start_mark)

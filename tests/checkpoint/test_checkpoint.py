@@ -125,10 +125,10 @@ def test_the_file_has_exactly_the_bytes_that_the_plan_said(
     quick = {"solver": "rtn", "finetune": "none", "transform_candidates": []}
     chosen = hasty(recipe, promote={"to": ""}, allocate={"budget": ""}, **quick)
     plan = planned(LoadedModel("x", None, "transformer", model), chosen).plan
-    said = reader.predicted_bytes(file_tensors(model, plan, dtype))
+    predicted = reader.predicted_bytes(file_tensors(model, plan, dtype))
     pipe = dtq.quantize(float_folder, chosen, progress=False)
     writer.write(pipe, tmp_path / "q")
-    assert (tmp_path / "q" / "transformer" / WEIGHTS).stat().st_size == said
+    assert (tmp_path / "q" / "transformer" / WEIGHTS).stat().st_size == predicted
 
 
 def test_file_bytes_formula(tmp_path):
@@ -138,8 +138,8 @@ def test_file_bytes_formula(tmp_path):
         f"{n}.{i}": torch.zeros(7 * i + 1, 3, dtype=d) for i, d in enumerate(dtypes) for n in "zä"
     }
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
-    said = file_bytes({k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}, {"format": "pt"})
-    assert (tmp_path / "x.safetensors").stat().st_size == said
+    predicted = file_bytes({k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}, {"format": "pt"})
+    assert (tmp_path / "x.safetensors").stat().st_size == predicted
 
 
 def test_shards(quantized_folder, tmp_path):

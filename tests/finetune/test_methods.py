@@ -39,20 +39,20 @@ def calls_of(model, count=6, batch=2):
     return [call(i, dummy_inputs(model, batch, t, i)) for i, t in enumerate(times)]
 
 
-def quantized(model, weights, acts="none", only="blocks."):
+def quantized(model, weights, activations="none", only="blocks."):
     """Every linear of the blocks rounded to nearest; returns what they were."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and only in n]
     floats = {name: model.get_submodule(name) for name in names}
     for name, linear in floats.items():
-        model.set_submodule(name, rounded(linear, LayerSpec(weights, acts)))
+        model.set_submodule(name, rounded(linear, LayerSpec(weights, activations)))
     return floats
 
 
-def rounded(linear, runtime):
-    fmt, w = FORMATS[runtime.weight_format], linear.weight.detach().float()
-    layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, runtime)
+def rounded(linear, spec):
+    fmt, w = FORMATS[spec.weight_format], linear.weight.detach().float()
+    layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, spec)
     parts = fmt.pack(w, fmt.compute_qparams(w))
-    if ACTIVATION_FORMATS[runtime.activation_format].static:
+    if ACTIVATION_FORMATS[spec.activation_format].static:
         parts["input_scale"] = torch.tensor([[0.03]])
     layer.fill(parts)
     if linear.bias is not None:
@@ -87,7 +87,7 @@ FAST = {"progress": False, "steps": 24}
 
 
 @pytest.mark.parametrize(
-    ("weights", "acts"),
+    ("weights", "activations"),
     [
         ("int4-row", "int8-row"),
         ("int4-asym-g64", "none"),
@@ -102,11 +102,11 @@ FAST = {"progress": False, "steps": 24}
         ("ternary-g64", "none"),
     ],
 )
-def test_blocks_get_nearer_and_codes_stay(weights, acts):
+def test_blocks_get_nearer_and_codes_stay(weights, activations):
     model = tiny.dit(heads=2)
     calls, fresh = calls_of(model), calls_of(model, 4, 3)
     want = [model(**c.kwargs)[0].detach() for c in fresh]
-    floats = quantized(model, weights, acts)
+    floats = quantized(model, weights, activations)
     before, start = distance(model, fresh, want), parts_of(model)
     report = FINETUNE["blocks"](model, floats, calls, **FAST)
     assert [b.name for b in report.blocks] == ["transformer_blocks.0", "transformer_blocks.1"]
@@ -158,7 +158,7 @@ def test_nothing_but_the_parts_is_touched():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("weights", "acts", "more"),
+    ("weights", "activations", "more"),
     [
         ("int4-g64", "int8-row", {}),
         ("int8-row", "int8-static-timestep", {}),
@@ -168,7 +168,7 @@ def test_nothing_but_the_parts_is_touched():
         ("vq-64x2-row", "none", {"rank": 4}),
     ],
 )
-def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
+def test_what_is_trained_is_what_runs(weights, activations, more, dtype):
     """The hardened layer gives what the trainee predicted, after any move of its parts."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(64, 128, generator=g) * 0.05
@@ -176,17 +176,17 @@ def test_what_is_trained_is_what_runs(weights, acts, more, dtype):
     turn = OnlineTransform.of(
         torch.rand(128, generator=g) + 0.5, signs(128, 0), 64, order, more.get("num_rotations", 1)
     )
-    runtime = LayerSpec(weights, acts, 64, True, **more)
-    layer = QuantLinear(128, 64, True, runtime, compute_dtype=dtype)
+    spec = LayerSpec(weights, activations, 64, True, **more)
+    layer = QuantLinear(128, 64, True, spec, compute_dtype=dtype)
     fmt = FORMATS[weights]
     parts = fmt.pack(turn.w(w), fmt.compute_qparams(turn.w(w)))
     parts["pre_quant_scale"] = turn.scale.reshape(1, -1)
     if order is not None:
         parts["pre_quant_perm"] = order.int().reshape(1, -1)
-    if acts == "int8-static-timestep":
+    if activations == "int8-static-timestep":
         parts["input_scale"] = torch.tensor([[0.02]])
         install_clock(nn.Sequential(layer), ())
-    if runtime.rank:
+    if spec.rank:
         parts["proj_down"] = torch.randn(4, 128, generator=g).bfloat16()
         parts["proj_up"] = 0.01 * torch.randn(64, 4, generator=g).bfloat16()
     layer.fill(parts)
@@ -340,7 +340,7 @@ def test_static_scales_follow_the_step_of_the_call():
     floats = quantized(model, "int4-row", "int8-static-timestep")
     for layer in layers_of(model, "transformer_blocks").values():
         layer.bins = 2
-        layer._specs = layer.runtime.tensor_specs(layer._shape, 2)
+        layer._specs = layer.spec.tensor_specs(layer._shape, 2)
         layer.fill(layer.packed_tensors() | {"input_scale": torch.tensor([[0.03, 0.05]])})
     install_clock(model, (500.0,))
     calls = calls_of(model, 4)

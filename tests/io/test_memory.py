@@ -172,8 +172,8 @@ KEPT = """
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own")
 def test_what_is_freed_is_kept_until_it_is_given_back():
     command = [sys.executable, "-c", textwrap.dedent(KEPT)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    first, kept, early, given = map(int, said.split())
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    first, kept, early, given = map(int, printed.split())
     assert kept < first / 20
     assert early < 2**22  # what the interpreter itself frees
     assert given > 2**25

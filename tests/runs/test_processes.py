@@ -87,7 +87,7 @@ def test_one_and_two_processes_make_the_same_bytes(float_folder, tmp_path, kind)
     assert shown[1] == ""  # one prints
 
 
-def judged(folder: Path, arguments: list[str], size: int) -> tuple[dict, dict]:
+def evaluated(folder: Path, arguments: list[str], size: int) -> tuple[dict, dict]:
     """``eval.json`` and the digests of the other files that ``dtq eval`` leaves."""
     out, log = folder / f"run{size}", folder / f"log{size}-"
     codes = Processes([*arguments, "-o", str(out)], size, log, "eval").codes()
@@ -98,19 +98,19 @@ def judged(folder: Path, arguments: list[str], size: int) -> tuple[dict, dict]:
     return data, {k: v for k, v in digests.items() if Path(k).suffix in (".png", ".safetensors")}
 
 
-def test_one_and_two_processes_judge_alike(float_folder, quantized_folder, tmp_path):
+def test_one_and_two_processes_evaluate_alike(float_folder, quantized_folder, tmp_path):
     arguments = [
         str(quantized_folder), "--reference", str(float_folder), "--samples", "6", "--batch", "2",
         "--steps", "2", "--num-images", "10", "--features", "random", "--metric", "fid",
         "--pictures", *(["--compare-with", "quanto-int4"] if OTHERS else []),
     ]  # fmt: skip
-    alone, files = judged(tmp_path, arguments, 1)
-    two, same = judged(tmp_path, arguments, 2)
-    assert two == alone
+    single, files = evaluated(tmp_path, arguments, 1)
+    two, same = evaluated(tmp_path, arguments, 2)
+    assert two == single
     assert same == files
     assert len([name for name in files if name.endswith(".png")]) == 12
-    assert len(alone["values"]["error"]) == 6
-    assert len(alone["rows"]) == 1 + OTHERS
+    assert len(single["values"]["error"]) == 6
+    assert len(single["rows"]) == 1 + OTHERS
     assert (tmp_path / "log2-1").read_text() == ""  # one prints
 
 

@@ -16,96 +16,96 @@ from dtq.errors import InputError, WorkerError
 from dtq.runs.workers import Workers
 
 
-def talk(rank: int, size: int, port: int, patience: float, do, said) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "DTQ_TIMEOUT": str(patience)}
+def talk(rank: int, size: int, port: int, timeout: float, do, results) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "DTQ_TIMEOUT": str(timeout)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        said.put((rank, do(Workers.join())))
+        results.put((rank, do(Workers.join())))
     except WorkerError as error:
-        said.put((rank, str(error)))
+        results.put((rank, str(error)))
 
 
-def run(do, size: int = 2, patience: float = 2.0):
-    """Start ``do(team)`` in each process; the processes, and the queue of what they return."""
+def run(do, size: int = 2, timeout: float = 2.0):
+    """Start ``do(workers)`` in each process; the processes, and the queue of what they return."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    said = fork.Queue()
+    results = fork.Queue()
     children = [
-        fork.Process(target=talk, args=(rank, size, port, patience, do, said), daemon=True)
+        fork.Process(target=talk, args=(rank, size, port, timeout, do, results), daemon=True)
         for rank in range(size)
     ]
     for child in children:
         child.start()
-    return children, said
+    return children, results
 
 
-def answers(said, count: int) -> dict:
-    found = dict(said.get(timeout=60) for _ in range(count))
+def answers(results, count: int) -> dict:
+    by_rank = dict(results.get(timeout=60) for _ in range(count))
     with pytest.raises(queue.Empty):
-        said.get_nowait()
-    return found
+        results.get_nowait()
+    return by_rank
 
 
-def test_everyone_hears_what_the_first_says():
-    def do(team):
-        return [team.broadcast({"turn": turn} if team.is_main else None) for turn in range(20)]
+def test_every_process_receives_the_value_of_the_first():
+    def do(workers):
+        return [workers.broadcast({"round": round_} if workers.is_main else None) for round_ in range(20)]
 
-    _, said = run(do, size=3)
-    turns = [{"turn": turn} for turn in range(20)]
-    assert answers(said, 3) == {0: turns, 1: turns, 2: turns}
+    _, results = run(do, size=3)
+    rounds = [{"round": round_} for round_ in range(20)]
+    assert answers(results, 3) == {0: rounds, 1: rounds, 2: rounds}
 
 
 def test_a_second_command_of_the_same_processes_waits_too():
-    def do(team):
-        first = team.broadcast(1 if team.is_main else None)
+    def do(workers):
+        first = workers.broadcast(1 if workers.is_main else None)
         again = Workers.join()
         if again.is_main:
             time.sleep(0.5)
         return [first, again.broadcast(2 if again.is_main else None)]
 
-    _, said = run(do)
-    assert answers(said, 2) == {0: [1, 2], 1: [1, 2]}
+    _, results = run(do)
+    assert answers(results, 2) == {0: [1, 2], 1: [1, 2]}
 
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_slow_one_is_waited_for(slow):
-    def do(team):
-        if team.rank == slow:
+    def do(workers):
+        if workers.rank == slow:
             time.sleep(3)
-        team.barrier()
+        workers.barrier()
         return "met"
 
-    _, said = run(do, patience=1.0)
-    assert answers(said, 2) == {0: "met", 1: "met"}
+    _, results = run(do, timeout=1.0)
+    assert answers(results, 2) == {0: "met", 1: "met"}
 
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_dead_one_is_not(dead):
-    def do(team):
-        team.barrier()
-        if team.rank == dead:
+    def do(workers):
+        workers.barrier()
+        if workers.rank == dead:
             os.kill(os.getpid(), signal.SIGKILL)
-        team.barrier()
+        workers.barrier()
 
-    _, said = run(do, patience=30.0)
+    _, results = run(do, timeout=30.0)
     started = time.monotonic()
-    told = answers(said, 1)[1 - dead]
-    assert "another process died or does not answer" in told
-    assert "the same command continues from there" in told
+    message = answers(results, 1)[1 - dead]
+    assert "another process died or does not answer" in message
+    assert "the same command continues from there" in message
     assert time.monotonic() - started < 20
 
 
 def test_a_silent_one_is_not():
-    def do(team):
-        team.barrier()
-        if team.rank == 1:
+    def do(workers):
+        workers.barrier()
+        if workers.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        team.barrier()
+        workers.barrier()
 
-    children, said = run(do, patience=1.0)
-    assert "no heartbeat from process 1 of 2" in answers(said, 1)[0]
+    children, results = run(do, timeout=1.0)
+    assert "no heartbeat from process 1 of 2" in answers(results, 1)[0]
     children[1].kill()
 
 
@@ -113,12 +113,12 @@ def test_one_that_never_comes():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    said = multiprocessing.get_context("fork").Queue()
+    results = multiprocessing.get_context("fork").Queue()
     child = multiprocessing.get_context("fork").Process(
-        target=talk, args=(0, 2, port, 1.0, Workers.barrier, said)
+        target=talk, args=(0, 2, port, 1.0, Workers.barrier, results)
     )
     child.start()
-    assert "distributed initialization failed" in said.get(timeout=60)[1]
+    assert "distributed initialization failed" in results.get(timeout=60)[1]
     child.join()
 
 

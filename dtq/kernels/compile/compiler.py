@@ -2,7 +2,7 @@
 """One driver for both libraries: a table of source files with their flags, then one link command.
 
 ``gcc.py`` and ``nvcc.py`` describe the CPU library and the CUDA library as a :class:`Build`. Only
-the standard library is imported, because a wheel is built without torch
+the standard library and ``dtq.io.checksum`` are imported, because a wheel is built without torch
 (``cuda_ext/build_kernels.py``). The libraries use nothing of torch but its stable ABI, so one file
 serves every torch from 2.10 and every Python, and the headers may be those of a torch without CUDA.
 """
@@ -10,7 +10,6 @@ serves every torch from 2.10 and every Python, and the headers may be those of a
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import platform
 import re
@@ -19,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from dtq.io import checksum
 
 ABI = (2, 10)
 """The torch version whose stable ABI is used; every later version loads the libraries."""
@@ -137,7 +138,6 @@ def key(folder: Path, units: tuple[Unit, ...], link: tuple[str, ...]) -> str:
 
 def digest(files: Iterable[Path], *settings: object) -> str:
     """Hash of the names and contents of files, and of settings; 16 hexadecimal digits."""
-    total = hashlib.sha256(" ".join(map(str, settings)).encode())
-    for path in sorted(files, key=lambda path: path.name):  # folders have other names in a wheel
-        total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()[:16]
+    ordered = sorted(files, key=lambda path: path.name)  # folders have other names in a wheel
+    contents = (path.name.encode() + path.read_bytes() for path in ordered)
+    return checksum.digest([" ".join(map(str, settings)).encode(), *contents])[:16]
