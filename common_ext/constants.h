@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Constants of float32 arithmetic whose result is defined bit for bit by the torch reference
-// (dtq/kernels/fused.py, dtq/formats), for the CPU and the CUDA library alike.
+// (dtq/kernels/ops_quantize.py, dtq/formats), for the CPU and the CUDA library alike.
 #pragma once
 
 namespace dtq {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of weight formats that dtq/kernels/decode.py registers when it loads a library. For the
+// The table of weight formats that dtq/kernels/compile/format_codes.py registers when it loads a library. For the
 // bindings alone: it uses the C++ library.
 #pragma once
 #include <map>

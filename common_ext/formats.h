@@ -7,7 +7,7 @@
 
 namespace dtq {
 
-// How the codes of a stored weight encode values. dtq/kernels/decode.py has the same numbers.
+// How the codes of a stored weight encode values. dtq/kernels/compile/format_codes.py has the same numbers.
 enum Encoding {
   kAffine,    // bits 2, 3, 4: code - zero; bits 8: signed bytes
   kTable,     // bits 3, 4: codebook[code]
@@ -17,7 +17,7 @@ enum Encoding {
   kTwoLevel,  // bits 3, 4: int8 of (code - zero) * scale2
 };
 
-// Of the scales of a stored weight; dtq/kernels/decode.py has the same numbers.
+// Of the scales of a stored weight; dtq/kernels/compile/format_codes.py has the same numbers.
 enum ScaleType {
   kNoScale,
   kScaleFloat32,

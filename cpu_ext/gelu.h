@@ -6,7 +6,7 @@
 namespace dtq {
 namespace {
 
-// e^t, with the operations of dtq/kernels/fused.py in their order.
+// e^t, with the operations of dtq/kernels/ops_quantize.py in their order.
 inline V exponential(V t) {
   t = t < splat(kExpMin) ? splat(kExpMin) : t;
   t = t > splat(kExpMax) ? splat(kExpMax) : t;

@@ -34,7 +34,7 @@ DTQ_DEV uint32_t to_e4m3(float x) {
 DTQ_DEV float power_of_two(int n) { return bits_float((uint32_t)(n + 127) << 23); }
 
 // e^t with a relative error below 3e-7 for t in [-87, 88.7]; smaller t are taken as -87, larger ones give
-// infinity. Each product and each sum is rounded, as in dtq/kernels/fused.py.
+// infinity. Each product and each sum is rounded, as in dtq/kernels/ops_quantize.py.
 DTQ_DEV float exponential(float t) {
   t = t > kExpMax ? kExpMax : t;
   t = t < kExpMin ? kExpMin : t;

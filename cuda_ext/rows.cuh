@@ -5,7 +5,7 @@
 // rows_register.cuh for aligned rows of which each thread holds one vector in registers, read once and
 // written once; rows_tiled.cuh for all others, one tile of as many vectors as there are threads at a time.
 //
-// Order of float32 operations (dtq/kernels/ops.py and fused.py do the same in torch):
+// Order of float32 operations (dtq/kernels/ops.py and ops_quantize.py do the same in torch):
 //   norm       mean = sum(x) / K; rstd = 1 / sqrt(sum((x - mean)^2) / K + eps);
 //              ((x - mean) * rstd) * (1 + modulate_scale) + modulate_shift
 //   sum        each vector of 16 columns by halves (i with i + 8, then 4, 2, 1); lane l of 32 adds the
