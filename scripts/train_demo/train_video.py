@@ -214,7 +214,7 @@ def export(out: Path, film: Film, vae: AutoencoderKL) -> None:
 
 _CARD = """# The bundled video model of dtq
 
-Clips of 8 frames of 64x64 in which one of 32 emoji moves, grows, shrinks, turns or stands, by a
+Clips of 8 frames of 64x64 in which one of 32 emoji moves, grows, shrinks, spins or stands, by a
 caption such as `red heart moves left`: a stock diffusers `LattePipeline` with a
 `LatteTransformer3DModel` (6 spatial and 6 temporal blocks of width 192, velocity prediction), a
 `T5EncoderModel` of two layers, and the `AutoencoderKL` of the bundled image model, frame by
