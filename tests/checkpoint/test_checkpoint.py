@@ -138,7 +138,9 @@ def test_file_bytes_formula(tmp_path):
         f"{n}.{i}": torch.zeros(7 * i + 1, 3, dtype=d) for i, d in enumerate(dtypes) for n in "zä"
     }
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
-    predicted = file_bytes({k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}, {"format": "pt"})
+    predicted = file_bytes(
+        {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}, {"format": "pt"}
+    )
     assert (tmp_path / "x.safetensors").stat().st_size == predicted
 
 

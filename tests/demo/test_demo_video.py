@@ -122,7 +122,15 @@ def test_what_the_script_writes_is_stock_and_quantized_at_its_sizes(tmp_path):
     parts = (pipe.text_encoder, pipe.vae, pipe.transformer)
     assert {part.dtype for part in parts} == {torch.float32}  # nobody named one
     assert call_defaults.of(pipe).sizes == {"height": SIZE, "width": SIZE, "video_length": FRAMES}
-    few = ["--samples", "2", "--steps", "2", "--set", "calibration.bins=2", "--no-sanity-check"]
+    few = [
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+        "--set",
+        "calibration.num_timestep_bins=2",
+        "--no-sanity-check",
+    ]
     out = tmp_path / "quantized"
     for command in (
         ["quantize", tmp_path / "video", "--recipe", "rtn-w4a8", *few, "-o", out],

@@ -451,7 +451,9 @@ def stored(fmt, parts):
         w.encoding, w.bits = 5, fmt.bits
         w.group_bytes, w.groups = address(parts["weight_scale_2"]), parts["weight_scale_2"].shape[1]
     elif isinstance(fmt, Grid | NvFp4 | MxFp4):
-        values = fmt.codebook.values if isinstance(fmt, Grid) else FORMATS["e2m1-row"].codebook.values
+        values = (
+            fmt.codebook.values if isinstance(fmt, Grid) else FORMATS["e2m1-row"].codebook.values
+        )
         w.encoding, w.format_codebook = 1, (c_float * 16)(*values)
         w.scale_2 = address(parts.get("weight_scale_2"))
     elif isinstance(fmt, Lut):

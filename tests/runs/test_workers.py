@@ -50,7 +50,10 @@ def answers(results, count: int) -> dict:
 
 def test_every_process_receives_the_value_of_the_first():
     def do(workers):
-        return [workers.broadcast({"round": round_} if workers.is_main else None) for round_ in range(20)]
+        return [
+            workers.broadcast({"round": round_} if workers.is_main else None)
+            for round_ in range(20)
+        ]
 
     _, results = run(do, size=3)
     rounds = [{"round": round_} for round_ in range(20)]
