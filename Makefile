@@ -29,10 +29,10 @@ demo: setup
 	$(BIN)/dtq eval .demo/w4a8 --reference demo --prompts emoji-16 --num-images 64 -o .demo/report
 	@echo "open .demo/report/report.html"
 
-# exit codes of dtq gate: 1 regression, 2 inconclusive (PROMPTS=64; UNDECIDED=pass only warns), 3 not comparable
+# exit codes of dtq gate: 1 regression, 2 inconclusive (PROMPTS=64; INCONCLUSIVE=pass only warns), 3 not comparable
 gate: $(RUN)/eval.json
 	$(BIN)/dtq gate $(RUN) --baseline $(BASELINE) --policy $(POLICY) --junit $(RUN).xml --sheet $(RUN).html \
-	  || { code=$$?; [ $$code = 2 ] && [ "$(UNDECIDED)" = pass ] && echo "warning: the gate is undecided" || exit $$code; }
+	  || { code=$$?; [ $$code = 2 ] && [ "$(INCONCLUSIVE)" = pass ] && echo "warning: the gate is inconclusive" || exit $$code; }
 
 # REASON="why the metrics may change"; as many prompts as the last look of the policy
 LOOKS.demo = 96
@@ -49,7 +49,7 @@ EVALUATE.demo-video = --steps 4 --guidance 4
 .PHONY: $(RUN)/eval.json
 $(RUN)/eval.json: setup
 	$(BIN)/dtq quantize $(MODEL) --recipe w4a8 $(QUANTIZE.$(MODEL)) -o $(RUN)-w4a8 --overwrite
-	$(BIN)/dtq eval $(RUN)-w4a8 --reference $(MODEL) --samples $(PROMPTS) $(EVALUATE.$(MODEL)) --pictures -o $(RUN)
+	$(BIN)/dtq eval $(RUN)-w4a8 --reference $(MODEL) --samples $(PROMPTS) $(EVALUATE.$(MODEL)) --keep-images -o $(RUN)
 
 # neighboring tests share fixtures, so each worker starts with half of the tests and steals others when it
 # is done

@@ -25,7 +25,7 @@ struct Rows {
   Float type;
   int64_t stride, columns;
   const float* pre_scale;  // (K), or null
-  const int32_t* perm;     // (K), output channel k is input channel perm[k]; or null
+  const int32_t* perm;     // (K), place k gets input channel perm[k]; or null
   int64_t hadamard_block;  // block size of the Hadamard transform; 1 for none
   int num_rotations;       // 1, or 2: rotate, transpose the blocks (K / block, block), rotate again
   float hadamard_scale;    // hadamard_block ** -0.5

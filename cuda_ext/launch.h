@@ -62,7 +62,7 @@ int dtq_gemm(const dtq::Gemm* g, dtq::Stream stream);
 // Bytes of workspace that it needs; mostly 0.
 int64_t dtq_gemm_workspace(const dtq::Gemm* g);
 
-// The kernel that would run, e.g. "wgmma 128x256"; the text is valid until the thread's next call. Null if
+// The kernel that would run, e.g. "wgmma 256x128"; the text is valid until the thread's next call. Null if
 // there is none: see dtq_gemm_refusal.
 const char* dtq_gemm_kernel(const dtq::Gemm* g);
 

@@ -61,7 +61,7 @@ struct Rows {
   float eps;
 
   const uint16_t* pre_scale;  // (K) bfloat16, or null
-  const int32_t* perm;        // (K), output channel k is input channel perm[k]; or null
+  const int32_t* perm;        // (K), place k gets input channel perm[k]; or null
   int64_t hadamard_block;     // block size of the Hadamard transform, 1 for none
   int num_rotations;          // 1 or 2, see dtq.linalg.hadamard.rotate
 

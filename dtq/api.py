@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The story: the stages of quantization, in order, and the functions that run them."""
+"""The stages of quantization, in order, and the functions that run them."""
 
 from __future__ import annotations
 

@@ -53,9 +53,8 @@ WORDS = {
     "turns": "num_rotations", "permute": "permutation", "pre_quant_order": "pre_quant_perm",
 }  # fmt: skip
 """Keys of the entries of ``layers`` in ``config.json``, and parts of layers."""
-FORMATS = {"weight_format": "-channel", "activation_format": "-token"}
-"""By key, what ``-row`` becomes at the end of a format's name."""
 FORMAT_NAMES = {"int8-step": "int8-static-timestep"}
+"""Formats with another name."""
 DEMO, VIDEO_DEMO = Path("dtq/demo/pipeline"), Path("dtq/demo/video")
 BASELINE = Path("gate/demo-w4a8.json")
 """In the checkout; ``zoo.json`` is anywhere in ``tests``."""
@@ -195,7 +194,8 @@ class Session:
         return out
 
 
-# Digests: an entry is a name and a text; "; " parts what is shown apart where texts differ.
+# Digests. An entry is a name and a text. Texts that differ are split at "; ", and only the parts
+# that differ are shown.
 
 
 def sha(data: bytes | str) -> str:
@@ -208,8 +208,8 @@ def canonical(value: Any, key: str = "") -> Any:
     """JSON with the new names."""
     if isinstance(value, dict):
         return {WORDS.get(k, k): canonical(v, WORDS.get(k, k)) for k, v in value.items()}
-    if isinstance(value, str) and key in FORMATS:
-        return FORMAT_NAMES.get(value, re.sub("-row$", FORMATS[key], value))
+    if isinstance(value, str) and key in ("weight_format", "activation_format"):
+        return FORMAT_NAMES.get(value, value)
     return value
 
 
@@ -356,7 +356,7 @@ def sampled(session: Session) -> dict[str, str]:
 
 
 def evaluated(session: Session) -> dict[str, str]:
-    """``dtq eval``, with figures of whole sets."""
+    """``dtq eval``, with metrics of image sets."""
     found = {}
     for name in ("w4a8", "rtn-w4a8"):
         more = ("--fid", "8", "--metric", "fid,kid,precision,recall")
@@ -619,8 +619,8 @@ def run(session: Session, names: list[str]) -> dict[str, dict[str, str]]:
             found[name] = CASES[name](session)
         except Failed as error:
             found[name] = {"failed": str(error)}
-        said = "failed" if "failed" in found[name] else f"{len(found[name])} entries"
-        print(f"{name}: {said}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        result = "failed" if "failed" in found[name] else f"{len(found[name])} entries"
+        print(f"{name}: {result}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -646,7 +646,7 @@ def differences(before: dict[str, str], after: dict[str, str]) -> tuple[list[str
 
 
 def compare(recorded: dict[str, Any], session: Session, names: list[str], most: int) -> bool:
-    """Print what differs; whether nothing does."""
+    """Run the cases and print what differs from the record; return whether nothing does."""
     for key, value in environment(session).items():
         if recorded["environment"].get(key) != value:
             print(f"warning: {key} was {recorded['environment'].get(key)}, is {value}")
@@ -655,6 +655,8 @@ def compare(recorded: dict[str, Any], session: Session, names: list[str], most: 
         before = recorded["cases"].get(name, {})
         after = run(session, [name])[name]
         lines, renamed = differences(before, after)
+        if "failed" in after:
+            lines = [f"failed: {after['failed']}"]
         good = good and not lines
         for title, each in (("DIFFERS", lines), ("renamed", renamed)):
             if each:
@@ -679,6 +681,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=40, help="lines that are shown for a case")
     options = parser.parse_args()
     names = [name for name in CASES if re.search(options.only, name)]
+    if not names:
+        parser.error(f"--only {options.only}: no such case; there are {', '.join(CASES)}")
     with tempfile.TemporaryDirectory(prefix="dtq-behaviour-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def main() -> None:
         "--guidance", type=float, nargs="+", default=[4.0, 2.5], help="guidance scales"
     )
     parser.add_argument("--rows", type=int, default=5, help="rows of the contact sheet")
-    parser.add_argument("--sheet-steps", type=int, default=30, help="their sampler steps")
+    parser.add_argument("--sheet-steps", type=int, default=30, help="sampler steps of the sheet")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent.parent / "docs" / "demo-samples.png"
     )

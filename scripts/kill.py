@@ -97,7 +97,7 @@ def _dtq(
 
 
 class Run:
-    """A started run: one process forked from a warm one, or a ``torchrun``."""
+    """A started run: one process of the fork server, or a ``torchrun``."""
 
     def __init__(self, arguments: list[str], processes: int, log: Path) -> None:
         self.processes = processes

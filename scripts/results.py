@@ -238,6 +238,16 @@ def _holds(ratio: float) -> str:
     return "no difference" if 0.95 <= ratio <= 1.05 else "yes" if ratio < 1 else "no"
 
 
+def own_recipes() -> list[str]:
+    """Recipes of dtq, in the order of the tables."""
+    return sorted((r for r in yaml_names("recipes") if r in OURS), key=OURS.index)
+
+
+def paper_recipes() -> list[str]:
+    """Recipes of the methods of the papers."""
+    return [r for r in yaml_names("recipes") if r not in (*OURS, NAIVE)]
+
+
 def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
     """Plot error against bits, for dtq, the methods of the papers and other libraries."""
     from adjustText import adjust_text
@@ -246,10 +256,9 @@ def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
     figure = Figure(figsize=(9, 12), layout="constrained")
     for axis, model in zip(figure.subplots(2, 1), MODELS, strict=True):
         texts = []
-        papers = [r for r in yaml_names("recipes") if r not in (*OURS, NAIVE)]
         kinds = (
             ("dtq", [*OURS, *BUDGETS, TWO_BITS], "o", "#1668b8"),
-            ("methods of the papers", papers, "s", "#c2571a"),
+            ("methods of the papers", paper_recipes(), "s", "#c2571a"),
             ("other libraries, rounding", [*baselines.BASELINES, NAIVE], "^", "#5b7f2b"),
         )
         for label, group, marker, color in kinds:
@@ -305,8 +314,7 @@ def main() -> None:
         for row in rows():
             if _file(options.out, name, row).exists():
                 results[name][row] = json.loads(_file(options.out, name, row).read_text())
-    ours = sorted((r for r in yaml_names("recipes") if r in OURS), key=OURS.index)
-    papers = [r for r in yaml_names("recipes") if r not in (*OURS, NAIVE)]
+    ours, papers = own_recipes(), paper_recipes()
     sections = {
         "Recipes of dtq": ours,
         "Methods of the papers": papers,

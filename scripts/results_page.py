@@ -12,8 +12,6 @@ from pathlib import Path
 
 import results
 
-from dtq.io.package_data import yaml_names
-
 DOCS = Path(__file__).parent.parent / "docs"
 Found = dict[str, dict[str, dict]]
 
@@ -177,9 +175,8 @@ def main() -> None:
     found = load(options.out)
     n, demo = Numbers(found), found["demo"]
     mine = demo["w4a8"]["bits"]
-    ours = sorted((r for r in yaml_names("recipes") if r in results.OURS), key=results.OURS.index)
-    papers = [r for r in yaml_names("recipes") if r not in (*results.OURS, results.NAIVE)]
-    rivals = [r for r in papers if r in demo]
+    ours, papers = results.own_recipes(), results.paper_recipes()
+    measured = [r for r in papers if r in demo]
     left = [r for r in results.rows() if r not in demo]
     signs = [
         r for r in demo if ", seed " in r or r in ("w4a8, search alone", "w4a8, rotation alone")
@@ -192,8 +189,8 @@ def main() -> None:
         papers="\n".join(results.table(found, papers)),
         others="\n".join(results.table(found, [*results.baselines.BASELINES, results.NAIVE])),
         variants="\n".join(results.table(found, [*results.VARIANTS])),
-        above=n.against("w4a8", [r for r in rivals if demo[r]["bits"] >= mine]),
-        below=n.against("w4a8", [r for r in rivals if 4 <= demo[r]["bits"] < mine]),
+        above=n.against("w4a8", [r for r in measured if demo[r]["bits"] >= mine]),
+        below=n.against("w4a8", [r for r in measured if 4 <= demo[r]["bits"] < mine]),
         hq=n.ratio("w4a8-hq", "w4a8"),
         hq_hard=n.ratio("w4a8-hq", "w4a8", "demo-outliers"),
         low=", ".join(f"{r} {n.error(r):.2e} at {demo[r]['bits']:.2f} bits" for r in low)

@@ -31,7 +31,9 @@ WIDTH = {"num_attention_heads": 12, "attention_head_dim": 128, "joint_attention_
 
 @click.command(help=__doc__)
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--forward", type=Path, help="time the forward of a folder, a process of torchrun")
+@click.option(
+    "--forward", type=Path, help="used by this script under torchrun: time a forward of this folder"
+)
 def main(rounds: int, forward: Path | None) -> None:
     if forward:
         print(forward_seconds(forward))
@@ -43,10 +45,10 @@ def main(rounds: int, forward: Path | None) -> None:
         quantized = place / "q1"
         jobs = {
             "`dtq quantize demo --recipe w4a8`": lambda n: quantize(n, place / f"q{n}"),
-            "`dtq sample`, 64 pictures": lambda n: sample(n, quantized, place / f"p{n}"),
-            "one forward, layers cut": lambda n: cut(n, place / "flux"),
+            "`dtq sample`, 64 images": lambda n: sample(n, quantized, place / f"p{n}"),
+            "one forward, layers split": lambda n: cut(n, place / "flux"),
         }
-        print("| | one process | two | times as fast |\n| --- | --- | --- | --- |", flush=True)
+        print("| | one process | two processes | speed-up |\n| --- | --- | --- | --- |", flush=True)
         for what, job in jobs.items():
             spent = {n: [] for n in (1, 2)}
             for _ in range(rounds):
@@ -82,7 +84,7 @@ def cut(processes: int, model: Path) -> float:
 
 
 def forward_seconds(folder: Path) -> float:
-    """The median of nine, after one."""
+    """Median of nine forwards, after one that is not counted."""
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     if world == 1:

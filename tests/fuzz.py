@@ -297,7 +297,7 @@ def load_model(folder: Path) -> None:
     DiTTransformer2DModel.from_pretrained(folder)
 
 
-def sites(path: Path) -> None:
+def load_statistics(path: Path) -> None:
     dict(store.load(path).inputs)
 
 
@@ -306,10 +306,10 @@ def gated(folder: Path) -> None:
     policy = Policy.load(folder / "policy.yaml")
     baseline_file.history(folder / "base.json")
     run, base = (run_file.read(folder / name) for name in ("run.json", "base.json"))
-    said = decide(run, base, policy)
-    run_file.text(said.to_json()).encode()
-    render.markdown(said, run).encode()
-    ElementTree.fromstring(render.junit(said))
+    verdict = decide(run, base, policy)
+    run_file.text(verdict.to_json()).encode()
+    render.markdown(verdict, run).encode()
+    ElementTree.fromstring(render.junit(verdict))
     baseline_file.accept(run, folder / "base.json", "again", policy)
 
 
@@ -330,7 +330,7 @@ TARGETS: dict[str, Target] = {
         "quantized/transformer", ("config.json#quantization_config", WEIGHTS), load_model
     ),
     "shards": Target("shards", (f"{WEIGHTS}.index.json", "config.json"), reader.verify),
-    "statistics": Target("statistics.safetensors", ("",), sites),
+    "statistics": Target("statistics.safetensors", ("",), load_statistics),
     "recipe": Target("*.yaml", ("",), Recipe.load),
     "report": Target("quantized/dtq_report.json", ("",), lambda path: quantization_report(path.parent)),
     "gate": Target("gate", ("run.json", "base.json", "policy.yaml"), gated),
@@ -421,9 +421,9 @@ def run(first: int, count: int, say: Callable[[str], None] = print) -> tuple[Cou
                 failures.append(f"seed {seed}: no end after {SECONDS} s")
             except Exception as error:  # noqa: BLE001  (whatever it is, it is what we look for)
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                said = " ".join(str(error).split())[:200]
+                message = " ".join(str(error).split())[:200]
                 failures.append(
-                    f"seed {seed}: {type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"
+                    f"seed {seed}: {type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
                 )
             if failures and failures[-1].startswith(f"seed {seed}:"):
                 say(failures[-1])

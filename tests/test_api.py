@@ -147,9 +147,9 @@ def test_calibration_leaves_no_hooks_and_sees_both_branches_and_all_bins():
     )
     after = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in source.model.modules())
     assert before == after
-    site = stats.inputs["transformer_blocks.0.attn1.to_q"]
-    assert (site.channels.rows > 0).all()
-    assert set(site.sample.stratum.tolist()) == set(range(8))
+    group = stats.inputs["transformer_blocks.0.attn1.to_q"]
+    assert (group.channels.rows > 0).all()
+    assert set(group.sample.stratum.tolist()) == set(range(8))
     assert stats.edges == (250.0, 500.0, 750.0)
 
 
@@ -180,11 +180,11 @@ def test_modulation_switch_changes_bits():
     assert bits["w4a16"] <= 4.4
 
 
-@pytest.mark.parametrize("acts", ["int8-row", "int8-static-timestep"])
-def test_static_and_dynamic_activations(acts):
+@pytest.mark.parametrize("activations", ["int8-row", "int8-static-timestep"])
+def test_static_and_dynamic_activations(activations):
     pipe = tiny.pipeline()
     recorded = trajectory.record(pipe, pipe.transformer, prompts.load("auto", pipe, 4), HOW)
-    dtq.quantize(pipe, "w8a8", activations=acts, progress=False, **QUICK)
+    dtq.quantize(pipe, "w8a8", activations=activations, progress=False, **QUICK)
     steps = trajectory.teacher_forced(recorded, pipe.transformer)
     assert max(steps) < 5e-3
 
@@ -220,8 +220,8 @@ def test_what_is_not_finite_is_refused_by_name_before_anything_is_chosen(what, m
     if what == "weight":
         model.get_submodule(name).weight.data[3, 5] = float("nan")
     else:
-        site = next(s for s in scan.input_groups if s.linears[0].name == name)
-        stats.inputs[site.name].channels.total[0, 0] = float("inf")
+        group = next(s for s in scan.input_groups if s.linears[0].name == name)
+        stats.inputs[group.name].channels.total[0, 0] = float("inf")
     before = solve.choose_transform
 
     def choose(members, weights, stats):

@@ -83,7 +83,10 @@ def knapsack(
 
 
 class ParetoFront(NamedTuple):
-    """The sums of some items that no other sum beats, by rising cost.
+    """Sums of cost and sensitivity that some items can come to, by rising cost.
+
+    Sums that another one beats are left out, except those of one item alone and those of a group
+    with a lower bound.
 
     Sensitivities are whole multiples of 2^-60 of the largest sum. Their addition is exact in any
     order, so equal sums compare equal.

@@ -78,7 +78,10 @@ GROUPS: dict[str, str] = {
 
 
 def groups_of(input_groups: Iterable[InputGroup]) -> dict[str, str]:
-    """The metric of each input group: by the role of its first linear, ``temporal`` by its name.
+    """The metric of each input group.
+
+    It follows from the role of the group's first linear; attention with "temporal" in its name has
+    the metric ``temporal``.
 
     Returns:
         Name of an input group to a key of ``METRICS``.

@@ -28,9 +28,8 @@ from dtq.pipelines.settings import SamplingSettings
 
 log = logging.getLogger("dtq")
 
-_CALLS_PER_BATCH = (
-    65537  # numbers reserved for a batch; prime, for they decide which rows are sampled
-)
+# call numbers reserved for each batch; a prime, because they seed the choice of sampled rows
+_CALLS_PER_BATCH = 65537
 
 
 @dataclass(frozen=True)

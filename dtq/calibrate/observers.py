@@ -52,7 +52,7 @@ class Observer(Protocol):
 class ChannelStats:
     """Per timestep bin and channel: minimum, maximum, sum, sum of squares; per bin: rows.
 
-    Tensors: ``low, high, total, square`` float32 (bins, K); ``rows`` int64 (bins,).
+    Tensors: ``low, high`` float32 and ``total, square`` float64 (bins, K); ``rows`` int64 (bins,).
     """
 
     def __init__(self, columns: int, bins: int) -> None:
@@ -116,31 +116,31 @@ class HessianObserver:
 
     def __init__(self, columns: int, per_call: int = HESSIAN_ROWS) -> None:
         self.per_call = per_call
-        self.hessian = torch.zeros(columns, columns)
+        self.total = torch.zeros(columns, columns)
         self.count = torch.zeros(1, dtype=torch.int64)
 
     def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
         """Add float rows (R, K)."""
         sample = rows[_evenly_spaced(len(rows), self.per_call, origin.call)].float()
-        self.hessian = self.hessian.to(rows.device).addmm_(sample.T, sample)
+        self.total = self.total.to(rows.device).addmm_(sample.T, sample)
         self.count += len(sample)
 
     def merge(self, other: Self) -> None:
         """Add the rows of another observer, see :meth:`Observer.merge`."""
-        self.hessian = self.hessian + other.hessian.to(self.hessian)
+        self.total = self.total + other.total.to(self.total)
         self.count = self.count + other.count
 
     def tensors(self) -> dict[str, Tensor]:
         """The state, by name."""
-        return {"hessian": self.hessian.cpu(), "count": self.count}
+        return {"hessian": self.total.cpu(), "count": self.count}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of :meth:`tensors`."""
-        self.hessian, self.count = tensors["hessian"], tensors["count"]
+        self.total, self.count = tensors["hessian"], tensors["count"]
 
-    def second_moment(self) -> Tensor:
-        """E[x^T x], float32 (K, K)."""
-        return self.hessian / self.count.clamp(min=1).to(self.hessian)
+    def hessian(self) -> Tensor:
+        """H = E[x^T x], float32 (K, K)."""
+        return self.total / self.count.clamp(min=1).to(self.total)
 
 
 class InputSample:

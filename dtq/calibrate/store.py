@@ -119,7 +119,9 @@ def _checked_groups(path: Path, file: Any, bins: int) -> list[str]:
     """
     groups: dict[str, dict[str, tuple[str, list[int]]]] = {}
     for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-        name, _, tensor = key.rpartition("|")
+        name, bar, tensor = key.rpartition("|")
+        if not bar:
+            raise CheckpointError(f"{path}: {key!r} is not a statistic; run dtq calibrate again")
         header = file.get_slice(key)
         groups.setdefault(name, {})[tensor] = header.get_dtype(), list(header.get_shape())
     for name, tensors in groups.items():
@@ -136,8 +138,10 @@ def _checked_groups(path: Path, file: Any, bins: int) -> list[str]:
             if observer in observers
             for tensor, (dtype, axes) in _TENSORS[observer].items()
         }
+        if tensors.get("channels.low", ("", [1]))[1][1:] == [0]:
+            raise CheckpointError(f"{path}: {name}: no channels; run dtq calibrate again")
         for tensor in [*(t for t in tensors if t not in expected), *expected]:
-            if tensors.get(tensor) != expected.get(tensor) or not sizes["K"]:
+            if tensors.get(tensor) != expected.get(tensor):
                 raise CheckpointError(
                     f"{path}: {name}|{tensor}: expected {_described(expected.get(tensor))}, got "
                     f"{_described(tensors.get(tensor))}; run dtq calibrate again"

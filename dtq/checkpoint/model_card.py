@@ -66,7 +66,8 @@ def _config(model: nn.Module) -> DTQConfig:
 
 def _table(models: dict[str, nn.Module]) -> list[str]:
     lines = [
-        "| model | recipe | quantized linears | weights | inputs | bits per weight | the rest |",
+        "| model | recipe | quantized linears | weights | inputs | bits per weight "
+        "| dtype of other tensors |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, model in models.items():

@@ -72,7 +72,7 @@ class Reader:
         self.where: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._refuses: dict[str, Callable[[Tensor], str | None]] = {}
+        self._value_checks: dict[str, Callable[[Tensor], str | None]] = {}
         values: Tensor | None = None
         for file in files:
             checksums = self._read_header(Path(file))
@@ -103,7 +103,7 @@ class Reader:
             # the check does not depend on the shape: any that every format accepts will do
             for key, spec in layer.tensor_specs((1024, 1024)).items():
                 if spec.unsupported_reason is not None:
-                    self._refuses[f"{name}.{key}"] = spec.unsupported_reason
+                    self._value_checks[f"{name}.{key}"] = spec.unsupported_reason
 
     def check_plan(self, plan: CheckpointSpec, model: nn.Module) -> None:
         """Check that the files hold the planned tensors and the others of the float model.
@@ -160,7 +160,8 @@ class Reader:
         Raises:
             CheckpointError: it holds values that dtq does not write; names file and key.
         """
-        wrong = self._refuses[key](tensor) if key in self._refuses else None
+        check = self._value_checks.get(key)
+        wrong = check(tensor) if check else None
         if wrong:
             raise CheckpointError(
                 f"{self.where[key]}: {key} holds {wrong}, which dtq does not write; "

@@ -58,7 +58,7 @@ def save_into(
 
 
 def _keep_class_labels(labels: Mapping[str, int], index: Path) -> None:
-    """``DiTPipeline`` takes ``id2label`` and does not save it."""
+    """Add ``id2label`` to the index: ``DiTPipeline`` takes it and does not save it."""
     names: dict[str, list[str]] = {}
     for name, number in labels.items():
         names.setdefault(str(number), []).append(name)
@@ -68,7 +68,7 @@ def _keep_class_labels(labels: Mapping[str, int], index: Path) -> None:
 
 
 def drop_name_or_path(config: Path) -> None:
-    """Where the model was read from is nobody's business, and makes equal models unequal."""
+    """Remove ``_name_or_path``, which publishes a local path and differs between equal models."""
     data = read_json(config)
     if data.pop("_name_or_path", None) is not None:
         config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

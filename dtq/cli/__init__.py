@@ -55,8 +55,9 @@ class Commands(click.Group):
         except (MemoryError, RuntimeError, OSError) as error:
             if _out_of_memory(error):
                 _fail(
-                    f"out of memory ({first_line(error)}). Use less at a time: --memory 4GB, "
-                    f"--set calibration.batch_size=1; dtq plan estimates what is needed"
+                    f"out of memory ({first_line(error)}). Use less at a time: --memory 4GB or "
+                    "--set calibration.batch_size=1 (quantize), --batch 1 (sample, eval); dtq plan "
+                    "estimates what quantize needs"
                 )
             if not isinstance(error, OSError):
                 raise

@@ -49,8 +49,9 @@ def bench(
 ) -> None:
     """Time quantized and float layers on this machine.
 
-    The measurements of all are interleaved: float32, bfloat16, torch._int_mm, dtq and, if they are
-    installed, torchao, optimum-quanto and bitsandbytes.
+    It compares dtq with float32, bfloat16, torch._int_mm and, if they are installed, torchao,
+    optimum-quanto and bitsandbytes. Their rounds are interleaved, so that noise of the machine
+    falls on all.
 
     \b
     dtq bench --quick

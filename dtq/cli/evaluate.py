@@ -13,23 +13,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtq.cli import options as opt
-from dtq.cli.output import or_dash, table
+from dtq.cli.output import INVALID, or_dash, table
 from dtq.errors import InputError
 
 if TYPE_CHECKING:
     from dtq.evaluate.evaluate import Evaluation
-
-INVALID = 3
-"""Exit code when a metric that was requested is missing."""
 
 
 # fmt: off
 _options = opt.combined(
     click.option("--reference", required=True, help="The float model: a folder or a name."),
     opt.output(help="Folder for report.html and eval.json. Default: not written."),
-    opt.count("--samples", default=16, help="Number of images with the same seeds."),
+    opt.count("--samples", default=16, help="Number of images that both models sample from the same seeds."),
     opt.sampling(1000, "Seed of the latents; keep it different from the calibration seed."),
-    opt.flag("--pictures", "keep_images", help="Keep every image, for dtq gate --sheet."),
+    opt.flag("--keep-images", "keep_images", help="Keep every image of both models, for dtq gate --sheet."),
     click.option("--num-images", default=0,
                  help="Number of images per model for distribution metrics, which are fid unless "
                       "--metric names others. 0 computes none."),

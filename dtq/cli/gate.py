@@ -15,10 +15,8 @@ import click
 import yaml
 
 from dtq.cli import options as opt
-from dtq.cli.output import table
+from dtq.cli.output import INVALID, table
 from dtq.errors import DtqError, printable
-
-INVALID = 3
 
 
 class Gate(click.Group):
@@ -110,7 +108,7 @@ _check_options = opt.combined(
     opt.path("--out", help="File to write that JSON to. Default: not written."),
     opt.path("--junit", help="File to write JUnit XML to, one test case per metric. Default: not written."),
     opt.path("--sheet",
-         help="File to write an HTML page of the images to, worst first; needs dtq eval --pictures. "
+         help="File to write an HTML page of the images to, worst first; needs dtq eval --keep-images. "
               "Default: not written."),
 )
 # fmt: on

@@ -40,7 +40,7 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
     """The recipe with ``--set`` and the shortcuts applied.
 
     Args:
-        choices: values of ``options.recipe_options``.
+        choices: values of ``options.recipe``.
 
     Raises:
         InputError: a ``--set`` has no value, or its key does not exist.
@@ -79,7 +79,7 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
 def sampling_settings(
     *, arguments: Sequence[str], images: str | None, **settings: Any
 ) -> SamplingSettings:
-    """How to sample, from the values of ``options.sampling_options``.
+    """How to sample, from the values of ``options.sampling``.
 
     Args:
         arguments: ``NAME=VALUE`` texts for the pipeline's call.

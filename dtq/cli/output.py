@@ -7,8 +7,15 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from dtq.plan.layers import Plan
+
+INVALID = 3
+"""Exit code of ``dtq eval`` and ``dtq gate`` when metrics are missing or not comparable."""
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
@@ -74,3 +81,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def print_unknown(plan: Plan) -> None:
+    """Print how many linears of a plan have no known role."""
+    names = [x.name for x in plan.layers if x.role == "other"]
+    if names:
+        shown = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
+        click.echo(f"{len(names)} linears without a known role: {shown}")

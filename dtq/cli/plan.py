@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtq.cli import options as opt
-from dtq.cli.output import duration, fold, size, table
-from dtq.cli.quantize import print_unknown
+from dtq.cli.output import duration, fold, print_unknown, size, table
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +97,7 @@ def _to_json(run: Run, cost: Estimate) -> dict[str, Any]:
         **plan.to_json(),
         "family": run.scan.family,
         "traced": run.scan.traced,
-        "unmatched": run.scan.unsupported,
+        "unsupported": run.scan.unsupported,
         "bytes": cost.file,
         "bytes_most": cost.file_most,
         "memory": cost.memory,
@@ -116,12 +115,12 @@ def _print(run: Run, cost: Estimate, every: bool) -> None:
     click.echo()
     if not run.scan.traced:
         click.echo(
-            "dtq has no inputs for this class: layers were sorted by name, not by a traced forward"
+            "dtq has no inputs for this class: roles come from layer names alone, not from a trace"
         )
     print_unknown(run.plan)
     kept = {re.sub(r"\.\d+\.", ".*.", name): why for name, why in run.scan.unsupported.items()}
     for name, why in kept.items():
-        click.echo(f"kept, {why}: {name}")
+        click.echo(f"unquantized, {why}: {name}")
     for label, value in _summary(run, cost):
         click.echo(f"{label:28}{value}")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtq.cli import options as opt
-from dtq.cli.output import duration, size, table
+from dtq.cli.output import duration, print_unknown, size, table
 
 if TYPE_CHECKING:
     from dtq.runs.run_dir import RunDirectory
@@ -202,11 +202,3 @@ def print_report(report: Report, output: Path, seconds: float) -> None:
     for row in checked:
         click.echo(f"sanity check: promoted {row['layer']} to {row['to']}: {row['why']}")
     click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")
-
-
-def print_unknown(plan: Any) -> None:
-    """Print how many linears of a plan have no known role."""
-    names = [x.name for x in plan.layers if x.role == "other"]
-    if names:
-        shown = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
-        click.echo(f"{len(names)} linears without a known role: {shown}")

@@ -29,7 +29,7 @@ _options = opt.combined(
     opt.several("--prompt", "-p", "entries",
             help="Prompt, or name or number of a class. Repeat for more images. Default: --prompts."),
     opt.count("-n", "--count", "how_many", default=8,
-          help="Number of images, when no --prompt is given."),
+          help="Number of images when no --prompt is given; the prompts come from --prompts."),
     opt.sampling(0, "Seed of the latents."),
     opt.output(required=True, help="Folder for the images."),
 )

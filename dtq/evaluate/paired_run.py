@@ -22,8 +22,7 @@ from dtq.evaluate.run_file import Run, Sample
 from dtq.evaluate.trajectory import Trajectory
 from dtq.pipelines import call_defaults, prompts
 from dtq.pipelines.loading import LoadedModel
-from dtq.pipelines.sampling import seed_of
-from dtq.pipelines.settings import SamplingSettings
+from dtq.pipelines.settings import SamplingSettings, seed_of
 from dtq.runs.workers import SINGLE_PROCESS, Workers
 from dtq.version import __version__
 

@@ -14,8 +14,8 @@ from dtq.io import schema
 from dtq.io.safe_parse import finite_or_null, read_json
 from dtq.io.schema import key
 
-FORMAT = 1
-"""Version of the run file; a gate refuses newer ones."""
+FORMAT = 2
+"""Version of the run file; a gate refuses every other version."""
 
 JOB = ("prompts", "steps", "sampler", "guidance", "seed", "pipeline_args", "dtype")
 """Conditions that must be equal for two runs of the same job."""
@@ -24,6 +24,14 @@ MATCHABLE = ("hardware", "torch", "dtq", "recipe", "batch_size")
 """Conditions that a policy may require to be equal."""
 
 Value = float | list[float]
+
+
+def mean_of(value: Value, steps: slice = slice(None)) -> float:
+    """The value of a sample; the mean over ``steps`` if it has one value per step."""
+    if not isinstance(value, list):
+        return float(value)
+    chosen = value[steps]
+    return sum(chosen) / len(chosen)
 
 
 _TABLES = key(kind=dict[str, dict[str, Any]])
@@ -114,5 +122,8 @@ def parse(data: Any, where: str = "run") -> Run:
     if not isinstance(data, dict) or "format" not in data:
         raise InputError(f"{where}: not a run file of this dtq; make it again with dtq eval")
     if data["format"] != FORMAT:
-        raise InputError(f"{where}: format {data['format']!r}, this dtq reads {FORMAT}")
+        found = data["format"]
+        raise InputError(
+            f"{where}: format {found!r}, this dtq reads {FORMAT}; make it again with dtq eval"
+        )
     return schema.parse(Run, data, where, required=[f.name for f in fields(Run)])

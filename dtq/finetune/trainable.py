@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dtq.finetune.report import FinetuneConfig
 from dtq.formats import PackedTensors
-from dtq.formats.activations import ActivationFormat, activation_format_of, fake_quantize, row_codes
+from dtq.formats.activations import fake_quantize, row_codes
 from dtq.formats.vq import Vq
 from dtq.nn.linear import QuantLinear
 
@@ -28,8 +28,9 @@ class TrainableLinear(nn.Linear):
     """A quantized linear whose float tensors are trained, computed in float32.
 
     Every tensor is ``start * exp(d)`` (scales, which keep their sign) or ``start + unit * d``, with
-    ``d`` starting at zero, so that one learning rate fits all. It is rounded to the stored dtype in
-    the forward pass with a straight-through gradient, and so are the activations.
+    ``d`` starting at zero, so that one learning rate fits all. In the forward pass tensors are
+    rounded to the stored dtype, and activations to their format, both with a straight-through
+    gradient.
 
     Args:
         layer: the quantized linear; it is read and not changed.
@@ -110,7 +111,7 @@ class TrainableLinear(nn.Linear):
 
     def _fake_quantized(self, transformed: Tensor) -> Tensor:
         """The transformed input (M, K) as the layer's GEMM reads it."""
-        activations = _activation_format_now(self.layer)
+        activations = self.layer.current_activation_format()
         if not activations.static:
             return fake_quantize(transformed, activations)
         scale = self.layer.step_scale()
@@ -197,15 +198,6 @@ def _candidates(vectors: Tensor, codebook: Tensor, now: Tensor, count: int) -> T
 
 def _is_trained(name: str, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and name.startswith(("weight_", "proj_"))
-
-
-def _activation_format_now(layer: QuantLinear) -> ActivationFormat:
-    """The activation format of this step: the layer's, or the one that a step policy sets."""
-    activations: ActivationFormat = layer.problem.activation_format
-    clock = layer.clock
-    if clock is not None and clock.modes and activations.bits < 16:
-        return activation_format_of(clock.modes[int(clock.mode)], activations.name)
-    return activations
 
 
 def _straight_through(value: Tensor, through: Tensor) -> Tensor:

@@ -42,9 +42,10 @@ class TensorSpec:
     Attributes:
         shape: as stored.
         dtype: as stored.
-        unsupported_reason: of a tensor of this shape and dtype, why no matrix packs to its
-            values, or None if one does. None: every value is legal. Kernels do not check values,
-            so tensors are checked when a file is read.
+        unsupported_reason: a function that takes a tensor of this shape and dtype, and returns
+            why its values are invalid (no matrix packs to them), or None if they are valid.
+            Without a function every value is valid. Kernels do not check values, so this is
+            checked when a file is read.
     """
 
     shape: tuple[int, ...]
@@ -131,7 +132,7 @@ class Format(Protocol):
 
 
 class BaseFormat:
-    """What the formats share. A subclass defines ``_fit`` and the other four verbs."""
+    """What the formats share. A subclass defines ``_fit`` and the other four methods."""
 
     name: str
     group: int | None

@@ -9,7 +9,7 @@ As in VQ4DiT (2408.17131): 256 codewords of 4 weights are 2 bits per weight, 64 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Vq(BaseFormat):
 
     name: str
     num_codewords: int
-    vector: int
+    vector: int = field()  # without this, BaseFormat.vector would be its default
     scaled: bool = False
 
     group = None
@@ -170,7 +170,10 @@ def kmeans(vectors: Tensor, weight: Tensor, k: int, *, steps: int = 25, seed: in
 
 
 def _kmeans_plus_plus(vectors: Tensor, weight: Tensor, k: int, seed: int) -> Tensor:
-    """Choose k vectors, each drawn with a probability that is its error under those before."""
+    """Choose k vectors, each with a probability proportional to its error.
+
+    The first is chosen with a probability proportional to its weight.
+    """
     draws = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     probability = weight.mean(1)
     chosen = []

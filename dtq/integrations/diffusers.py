@@ -179,7 +179,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             plan = self.quantization_config.load_plan()
             finalize(model, plan.edges, plan.policy)
             share_input_transforms(model)
-            share_rows(model, self.quantization_config)
+            share_config_entries(model, self.quantization_config)
         else:
             assert integrations.quantize_while_loading is not None
             self.report = integrations.quantize_while_loading(
@@ -256,7 +256,7 @@ def attach_quantizer(
     if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
         config.extra.setdefault("base_model", base)
     share_input_transforms(model)
-    share_rows(model, config)
+    share_config_entries(model, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
     model.is_quantized = True  # type: ignore[assignment]
@@ -264,10 +264,10 @@ def attach_quantizer(
     model.hf_quantizer = quantizer  # type: ignore[assignment]
 
 
-def share_rows(model: nn.Module, config: DTQConfig) -> None:
-    """Let every quantized linear write what becomes of it into its row of ``config.json``."""
-    for name, row in config.layers.items():
-        model.get_submodule(name).row = row  # type: ignore[assignment]
+def share_config_entries(model: nn.Module, config: DTQConfig) -> None:
+    """Let every quantized linear keep its entry of ``config.json`` true when its rank changes."""
+    for name, entry in config.layers.items():
+        model.get_submodule(name).config_entry = entry  # type: ignore[assignment]
 
 
 def register() -> None:
@@ -285,7 +285,7 @@ def register_in_transformers() -> None:
         text.AUTO_QUANTIZER_MAPPING.setdefault("dtq", _refuse_text)
 
 
-def refuse_control_nets_of_codes() -> None:
+def refuse_quantized_control_nets() -> None:
     """Make ``from_transformer`` of ControlNets refuse a quantized transformer.
 
     It copies weights by name with ``load_state_dict(strict=False)``, which takes int8 codes of the

@@ -30,6 +30,10 @@ def tune_malloc() -> None:
     By default every large tensor is a mapping of its own, whose pages the kernel has to find and
     clear each time: a fifth of the time of quantizing large layers (docs/large.md). Without glibc
     nothing happens.
+
+    A freed block is reused for the same size after at most eight allocations: until then the
+    thread cache of malloc holds the few bytes beside a block that torch's alignment leaves over,
+    and the block alone is too small for the next request.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:

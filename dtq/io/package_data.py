@@ -54,6 +54,11 @@ def find_yaml(what: str | Path, data: str, kind: str, advice: str) -> Path:
     return folder(data) / f"{name}.yaml"
 
 
+def prompt_sets() -> list[str]:
+    """Names of the prompt sets that dtq ships, sorted."""
+    return sorted(path.stem for path in folder("calibration").glob("*.txt"))
+
+
 def yaml_names(data: str) -> list[str]:
     """Names of the YAML files that dtq ships in a data folder, sorted."""
     return sorted(path.stem for path in folder(data).rglob("*.yaml"))

@@ -136,7 +136,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
     if is_dataclass(value):
-        data = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        data = {
+            f.metadata.get("name") or f.name: plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        }
         return {k: v for k, v in data.items() if v is not None}
     return value
 

@@ -112,7 +112,7 @@ def _fp4_by_shape(problem: LinearProblem, shape: tuple[int, int]) -> str:
     multiple = gpu_dispatch.FP4_COLUMNS[isinstance(problem.weight_format, MxFp4)]
     if shape[1] % multiple:
         return f"sm_120: no FP4 products, K {shape[1]} is not a multiple of {multiple}"
-    return "sm_120: FP4 products; before it decoded to float"
+    return "sm_120: FP4 products; other GPUs decode the weight to float"
 
 
 def _always(problem: LinearProblem) -> str | None:

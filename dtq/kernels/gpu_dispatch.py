@@ -41,7 +41,7 @@ class Arch:
 
     Attributes:
         since: the lowest compute capability.
-        small_m: largest M of the path ``small_m``; ``cuda_ext/launch_rows.h`` has the same number.
+        small_m: largest M of the path ``small_m``; equal to ``kSmallMTokens`` of ``launch_rows.h``.
         min_ops: operations (2 M N K) from which ``int8`` is faster than ``float``.
         source: where ``min_ops`` comes from.
     """

@@ -224,7 +224,7 @@ W3A8 = _kernel(
 W4A8_TABLE = _kernel(
     "w4a8-table",
     _is_int8_table,
-    "4-bit codes of int8 levels with a scale per row",
+    "4-bit with a codebook of int8 and one scale per row",
     _table_weight,
     expand_table,
     "lut4a8_linear",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
-from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, activation_format_of
 from dtq.kernels.table import Epilogue, Kernel, LinearProblem, branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
@@ -81,7 +81,7 @@ class QuantLinear(nn.Linear):
         )  # fmt: skip
         self.kernel: Kernel = pick(self.problem)
         self._specs = spec.tensor_specs(self._shape, bins)
-        self.row: dict[str, Any] = {}  # of this layer in config.json
+        self.config_entry: dict[str, Any] = {}  # of this layer in config.json, shared
         self._clock: list[StepClock] = []  # in a list, so that it is no submodule of every layer
         self._first: list[QuantLinear] = []  # likewise; see `share_input_with`
         self._followers: list[QuantLinear] = []
@@ -125,7 +125,7 @@ class QuantLinear(nn.Linear):
         """Replace the packed tensors.
 
         Args:
-            tensors: by name, with on-disk dtypes; integer tensors are not copied.
+            tensors: by name, with on-disk dtypes; contiguous, aligned tensors are not copied.
 
         Raises:
             CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
@@ -211,8 +211,8 @@ class QuantLinear(nn.Linear):
             self._parameters.pop(name, None)
             if len(down):
                 self._parameters[name] = nn.Parameter(from_disk(factor), requires_grad=False)
-        self.row.clear()
-        self.row.update(self.spec.to_json())
+        self.config_entry.clear()
+        self.config_entry.update(self.spec.to_json())
 
     @property
     def clock(self) -> StepClock | None:
@@ -277,6 +277,14 @@ class QuantLinear(nn.Linear):
         return bool(
             self._clock and self._clock[0].modes and self.problem.activation_format.bits < 16
         )
+
+    def current_activation_format(self) -> ActivationFormat:
+        """The activation format of this step: the layer's, or the one that a step policy sets."""
+        own = self.problem.activation_format
+        if not self._has_step_policy:
+            return own
+        clock = self._clock[0]
+        return activation_format_of(clock.modes[int(clock.mode)], own.name)
 
     def _kernel_tensors(self) -> PackedTensors:
         """The tensors that a kernel reads, with the activation scale of the current step."""

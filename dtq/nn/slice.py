@@ -22,7 +22,6 @@ from dtq.formats import FORMATS, TensorSpec
 from dtq.formats.activations import (
     ACTIVATION_FORMATS,
     ActivationFormat,
-    activation_format_of,
     fake_quantize,
     row_codes,
     scale_of,
@@ -118,7 +117,7 @@ class Slice(QuantLinear):
 
     def _partial_product(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The product (M, N) of this process' channels, and the scales to apply to the sum."""
-        activations, fmt = self._activations(), self.problem.weight_format
+        activations, fmt = self.current_activation_format(), self.problem.weight_format
         weight = {name: self.packed_tensor(name) for name in fmt.tensor_specs(self._shape)}
         x = self._transform_input(rows)
         if activations.bits == 16:
@@ -156,13 +155,6 @@ class Slice(QuantLinear):
         scale = self.packed_tensor("pre_quant_scale").reshape(-1) if spec.pre_quant else None
         x: Tensor = torch.ops.dtq.transform_rows(rows, scale, None, spec.hadamard_block_size, 1)
         return x
-
-    def _activations(self) -> ActivationFormat:
-        """The activation format, or what the step policy has in its place for this step."""
-        clock, own = self.clock, self.problem.activation_format
-        if clock is None or not clock.modes or own.bits == 16:
-            return own
-        return activation_format_of(clock.modes[int(clock.mode)], own.name)
 
     def _all_reduce(self, tensor: Tensor, op: Any) -> Tensor:
         dist.all_reduce(tensor, op, self.group)

@@ -16,7 +16,7 @@ from typing import Any
 
 from dtq.io import schema
 from dtq.io.atomic import atomic_write
-from dtq.io.package_data import folder
+from dtq.io.package_data import prompt_sets
 from dtq.io.safe_parse import read_json
 from dtq.io.schema import key, within
 from dtq.pipelines.settings import SamplingSettings
@@ -27,7 +27,7 @@ LARGEST = 8192
 
 
 def _is_shipped(name: str) -> bool:
-    return name in ("auto", *(path.stem for path in folder("calibration").glob("*.txt")))
+    return name in ("auto", *prompt_sets())
 
 
 @dataclass(frozen=True)

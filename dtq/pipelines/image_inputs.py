@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from dtq.errors import InputError
-from dtq.pipelines.settings import SamplingSettings
+from dtq.pipelines.settings import SamplingSettings, seed_of
 
 FRAMES = 17
 """Frames of a clip; one more than a multiple of 4, 8 and 16, as video autoencoders require."""
 
+_IMAGES = "images (--images, or calibration.images in a recipe)"
 _FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # the class name of a pipeline that needs an image for its task, even if the image is optional in
 # the signature of its call
@@ -96,7 +97,7 @@ class ImageInputs:
         image = (
             _read_image(self.files[index % len(self.files)])
             if self.files
-            else random_image(self.size, self.seed * 1_000_003 + index)
+            else random_image(self.size, seed_of(self.seed, index))
         )
         return {name: MAKERS[name](image) for name in self.arguments}
 
@@ -105,8 +106,8 @@ def required(pipeline: Any, settings: SamplingSettings) -> ImageInputs:
     """The image inputs that calls of a pipeline need.
 
     Raises:
-        InputError: ``calibration.images`` has no images, or the pipeline takes none; or
-            ``calibration.pipeline_args`` gives an image as text.
+        InputError: ``settings.images`` has no images, or the pipeline takes none; or
+            ``settings.pipeline_args`` gives an image as text.
     """
     parameters = inspect.signature(type(pipeline).__call__).parameters
     accepted = [name for name in MAKERS if name in parameters]
@@ -116,12 +117,12 @@ def required(pipeline: Any, settings: SamplingSettings) -> ImageInputs:
         # of an image and a clip, the image is enough
         needed = [n for n in accepted if n != "video" or "image" not in accepted or n in needed]
     if settings.images and not accepted:
-        raise InputError(f"calibration.images: {kind} takes no images")
+        raise InputError(f"{_IMAGES}: {kind} takes no images")
     args = settings.pipeline_args
     for name in accepted:
         if isinstance(args.get(name), str):
             raise InputError(
-                f"calibration.pipeline_args: {name} is an image; give it with --images"
+                f"{name} is an image: give it with --images, not with --arg or pipeline_args"
             )
     needed = [name for name in needed if name not in args]
     if not needed:
@@ -154,10 +155,10 @@ def _image_files(path: Path) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if not path.is_dir():
-        raise InputError(f"calibration.images: {path}: no such file or folder")
+        raise InputError(f"{_IMAGES}: {path}: no such file or folder")
     files = tuple(sorted(p for p in path.iterdir() if p.suffix.lower() in _FILES))
     if not files:
-        raise InputError(f"calibration.images: no {', '.join(_FILES)} files in {path}")
+        raise InputError(f"{_IMAGES}: no {', '.join(_FILES)} files in {path}")
     return files
 
 
@@ -166,4 +167,4 @@ def _read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"calibration.images: {path}: not an image ({error})") from error
+        raise InputError(f"{_IMAGES}: {path}: not an image ({error})") from error

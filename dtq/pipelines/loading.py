@@ -282,7 +282,9 @@ def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = Non
             raise
         reason = str(error).partition("\n")[0]
         log.warning(
-            "%s: sorted by names, its forward needs weights (%s)", type(model).__name__, reason
+            "%s: roles come from layer names alone, its forward needs weights (%s)",
+            type(model).__name__,
+            reason,
         )
         return scan_names(model, family)
 

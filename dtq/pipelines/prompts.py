@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line
-from dtq.io.package_data import folder
+from dtq.io.package_data import folder, prompt_sets
 from dtq.io.safe_parse import read_text
 from dtq.pipelines import call_defaults
 
@@ -100,7 +100,7 @@ def _own_labels(pipeline: Any) -> list[Any]:
 
 
 def _shipped(name: str) -> list[Any]:
-    known = sorted(path.stem for path in folder("calibration").glob("*.txt"))
+    known = prompt_sets()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."

@@ -14,7 +14,7 @@ import torch
 from dtq.errors import InputError
 from dtq.pipelines import call_defaults, image_inputs, prompts
 from dtq.pipelines.loading import LoadedModel, dummy_inputs
-from dtq.pipelines.settings import SamplingSettings
+from dtq.pipelines.settings import SamplingSettings, seed_of
 
 log = logging.getLogger("dtq")
 
@@ -87,11 +87,6 @@ def _options(pipeline: Any, settings: SamplingSettings, output: str) -> dict[str
             hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
             raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
     return {k: v for k, v in options.items() if k in parameters} | settings.pipeline_args
-
-
-def seed_of(seed: int, index: int) -> int:
-    """Seed of the latents of the request at an index."""
-    return seed * 1_000_003 + index
 
 
 def count_dummy_calls(settings: SamplingSettings) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What to generate with the float model, and how.
+    """How to sample a pipeline, and how calibration splits and bins what it sees.
 
     Attributes:
         prompts: a prompt set shipped with dtq, a local file, a hub dataset, or ``auto``: the set
@@ -38,3 +38,8 @@ class SamplingSettings:
     seed: int = 0
     pipeline_args: dict[str, Any] = field(default_factory=dict)
     images: str = ""
+
+
+def seed_of(seed: int, index: int) -> int:
+    """Seed of the latents, and of the random image, of the request at an index."""
+    return seed * 1_000_003 + index

@@ -49,7 +49,7 @@ class LayerSpec:
     """Keys that are always written; the others only where they are not the default."""
 
     def tensor_specs(self, shape: tuple[int, int], bins: int = 1) -> dict[str, TensorSpec]:
-        """Shape and on-disk dtype of every stored part of a linear (N, K), bias aside."""
+        """Shape and on-disk dtype of every packed tensor of a linear (N, K), without the bias."""
         rows, columns = shape
         specs = dict(FORMATS[self.weight_format].tensor_specs(shape))
         if self.pre_quant:
@@ -65,7 +65,7 @@ class LayerSpec:
         return specs
 
     def validated_for(self, shape: tuple[int, int], bins: int = 1) -> dict[str, TensorSpec]:
-        """:meth:`stored`, after asking whether a linear of this shape can be such a layer.
+        """:meth:`tensor_specs`, after a check that a linear of this shape can be such a layer.
 
         Raises:
             InputError: a group of a format, or the rotation block, does not divide K.
@@ -96,7 +96,7 @@ class LayerSpec:
         Raises:
             CheckpointError: it is not what dtq writes; says which key.
         """
-        spec = schema.parse(cls, data, where, CheckpointError, required=cls.ALWAYS)
+        spec = schema.parse(cls, data, where, CheckpointError, required=cls.ALWAYS, strict=True)
         problems = [
             f"{key}: unknown format {name!r}; this dtq knows {', '.join(table)}. A newer dtq may "
             f"have written it: pip install -U dtq"
@@ -118,11 +118,11 @@ class LayerSpec:
         return spec
 
 
-def _not_a_permutation(order: Tensor) -> str | None:
-    places = torch.arange(order.numel(), dtype=order.dtype)
-    if torch.equal(order.reshape(-1).sort().values, places):
+def _not_a_permutation(perm: Tensor) -> str | None:
+    channels = torch.arange(perm.numel(), dtype=perm.dtype)
+    if torch.equal(perm.reshape(-1).sort().values, channels):
         return None
-    return f"numbers that are no order of {order.numel()} channels"
+    return f"values that are not a permutation of {perm.numel()} channels"
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
 def _resolve_layer(recipe: Recipe, linear: Linear, exclude: tuple[str, ...]) -> LayerPlan:
     base = LayerPlan(linear.name, linear.role, linear.shape)
     if any(_is_excluded(pattern, linear.name) for pattern in exclude):
-        return replace(base, note="named in modules_to_not_convert")
+        return replace(
+            base,
+            note="excluded by name (--exclude, modules_to_not_convert, or float32 in diffusers)",
+        )
     rules = [rule for rule in recipe.rules if _matches(rule.match, linear)]
     if not rules and any(_matches(selector, linear) for selector in recipe.exclude):
         return replace(base, note=f"the recipe excludes {linear.role}")

@@ -35,7 +35,7 @@ def gptq(
     Args:
         w: float (N, K).
         fmt: any format; its group must divide ``block``, or be a multiple of it.
-        hessian: H, float (K, K). None: the identity, which leaves the clip search alone.
+        hessian: H, float (K, K). None: no errors are compensated, and only the clip search remains.
         factors: cache of the Cholesky factor of the inverse of ``hessian``, by ``damp``; filled
             here for the next weight that reads the same input.
         damp: added to the diagonal of H, as a fraction of its mean; 0.01 is the paper's. It is

@@ -48,7 +48,7 @@ class InputReport:
         name: of the input group.
         imbalance: largest channel amax over the mean channel amax, per timestep bin.
         imbalance_after: the same on sampled rows after the transform.
-        candidates: relative squared output error of each family of the transform search.
+        candidates: relative squared output error of each kind of transform in the search.
     """
 
     name: str

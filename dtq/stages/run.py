@@ -35,7 +35,7 @@ class Run:
         statistics: of the inputs of the float model; None until it has run, or if it never runs.
         memory: bytes that statistics may take; None for half of what is free.
         progress: whether to show progress bars.
-        check: whether the last stage compares a short sampling run with the float model.
+        check: whether the sanity check compares a short sampling run with the float model.
         config: the quantization config; stages complete it.
         scan: input groups and linears of the model.
         plan: what happens to each layer, as decided so far.

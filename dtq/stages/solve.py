@@ -91,7 +91,7 @@ def _sums(stats: InputStats | None) -> list[Tensor]:
     """Sums over the input, which are not finite if an input was not."""
     if stats is None:
         return []
-    return [stats.channels.total, *([] if stats.hessian is None else [stats.hessian.hessian])]
+    return [stats.channels.total, *([] if stats.hessian is None else [stats.hessian.total])]
 
 
 def _broken_bins(stats: InputStats | None) -> str:

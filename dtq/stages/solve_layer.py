@@ -73,10 +73,10 @@ class TransformedInput:
 
     @cached_property
     def hessian(self) -> Tensor | None:
-        """Second moment (K, K) of the transformed input, None without calibration data."""
+        """Hessian (K, K) of the transformed input, None without calibration data."""
         if self.stats is None or self.stats.hessian is None:
             return None
-        return self.transform.hessian(self.stats.hessian.second_moment().to(self.like))
+        return self.transform.hessian(self.stats.hessian.hessian().to(self.like))
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor] | None:

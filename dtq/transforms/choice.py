@@ -19,8 +19,8 @@ class TransformChoice:
     Attributes:
         transform: what the layers of the input group will run.
         label: the choice in words, such as ``smooth(0.35, max) + hadamard 64``.
-        errors: relative squared output error of the best candidate of each family; empty when
-            nothing was searched.
+        errors: relative squared output error of the best candidate of each kind of transform; empty
+            when nothing was searched.
         runner_ups: other choices with nearly the same error. The caller may solve them, too, and
             keep the best.
     """

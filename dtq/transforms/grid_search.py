@@ -50,7 +50,7 @@ def search(
         step: spacing of alpha.
         num_rows: input rows that candidates are evaluated on. More are slower, hardly better.
         num_channels: output channels per weight that candidates are evaluated on, evenly spaced.
-        max_error_ratio: families with an error up to this multiple of the lowest are returned as
+        max_error_ratio: kinds with an error up to this multiple of the lowest are returned as
             runner-ups. Candidates are evaluated with plain rounding, and a solver that compensates
             errors can reverse a close ranking.
         rotate: try rotations, too. Without them this is SVDQuant's grid (2411.05007, sec. 4.3).
@@ -58,7 +58,7 @@ def search(
         seed: of the random signs.
 
     Returns:
-        The choice with the lowest error; ``errors`` has the families ``none``, ``smooth``,
+        The choice with the lowest error; ``errors`` has the kinds ``none``, ``smooth``,
         ``hadamard`` and ``smooth + hadamard``.
     """
     objective = OutputErrorObjective(
@@ -71,17 +71,17 @@ def search(
     if n > 1:
         candidates.add("hadamard", None, n, f"hadamard {n}")
         blocks["smooth + hadamard"] = n
-    for family, size in blocks.items():
-        coarse = {point: candidates.smooth(family, size, point) for point in _grid(2 * step)}
+    for kind, size in blocks.items():
+        coarse = {point: candidates.smooth(kind, size, point) for point in _grid(2 * step)}
         alpha, beta, reduce = min(coarse, key=lambda point: coarse[point])
         for neighbor in (alpha - step, alpha + step):
             if 0 <= neighbor <= 1:
-                candidates.smooth(family, size, (neighbor, beta, reduce))
+                candidates.smooth(kind, size, (neighbor, beta, reduce))
     return candidates.choice(max_error_ratio)
 
 
 class _Candidates:
-    """Evaluates candidates, and keeps the best of each family."""
+    """Evaluates candidates, and keeps the best of each kind."""
 
     def __init__(
         self,
@@ -95,30 +95,30 @@ class _Candidates:
         self.best: dict[str, tuple[float, TransformChoice]] = {}
         self.cache: dict[tuple[int, bytes], float] = {}  # the corners of the grid coincide
 
-    def add(self, family: str, s: Tensor | None, block: int, label: str) -> float:
+    def add(self, kind: str, s: Tensor | None, block: int, label: str) -> float:
         """The output error of a transform."""
         transform = online_transform(self.weights[0], s, block, self.seed)
         key = block, transform.scale.view(torch.uint8).cpu().numpy().tobytes()
         if key not in self.cache:
             self.cache[key] = self.objective(transform)
         error = self.cache[key]
-        if family not in self.best or error < self.best[family][0]:
-            self.best[family] = error, TransformChoice(transform, label)
+        if kind not in self.best or error < self.best[kind][0]:
+            self.best[kind] = error, TransformChoice(transform, label)
         return error
 
-    def smooth(self, family: str, block: int, point: GridPoint) -> float:
+    def smooth(self, kind: str, block: int, point: GridPoint) -> float:
         """The output error with smoothing."""
         alpha, beta, reduce = point
         s = smoothing(self.amax, self.stats, alpha=alpha, beta=beta, reduce=reduce)
         rotation = f" + hadamard {block}" if block > 1 else ""
         label = (
-            f"smooth({alpha:.2f}{'' if beta is None else ', weights aside'}, {reduce}){rotation}"
+            f"smooth({alpha:.2f}{'' if beta is None else f', beta {beta:g}'}, {reduce}){rotation}"
         )
-        return self.add(family, s, block, label)
+        return self.add(kind, s, block, label)
 
     def choice(self, max_error_ratio: float) -> TransformChoice:
-        """The best of all; families with nearly its error are runner-ups."""
-        errors = {family: error for family, (error, _) in self.best.items()}
+        """The best of all; kinds with nearly its error are runner-ups."""
+        errors = {kind: error for kind, (error, _) in self.best.items()}
         ranked = sorted(self.best.values(), key=lambda pair: pair[0])
         limit = max_error_ratio * ranked[0][0]
         first, *others = (replace(c, errors=errors) for error, c in ranked if error <= limit)

@@ -2,7 +2,8 @@
 """Transform methods: ``(weights, stats, *, fmt, activations, **knobs) -> TransformChoice``.
 
 ``weights`` are the matrices that read one input, ``stats`` is what calibration collected of it.
-``search`` (``grid_search.py``) compares several of these transforms; the methods here apply one.
+``search`` (``grid_search.py``) compares all kinds of transforms; each method here is that
+of one paper.
 Knobs that recur: ``alpha``, how much of the activation's range smoothing moves into the weight, 0.5
 as in SmoothQuant; ``reduce``, how the channel amax of the timestep bins becomes one, ``max`` as in
 DiTAS; ``block``, the largest Hadamard block, 64 because most widths are multiples of it; ``seed``
@@ -156,7 +157,7 @@ def ditas(
         num_rows: input rows that candidates are evaluated on.
 
     Returns:
-        The choice with the lowest error; ``errors`` has the families ``none`` and ``smooth``.
+        The choice with the lowest error; ``errors`` has the kinds ``none`` and ``smooth``.
     """
     objective = OutputErrorObjective(weights, stats, fmt, activations, num_rows)
     best = online_transform(weights[0], None)

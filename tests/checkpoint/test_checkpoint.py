@@ -227,6 +227,7 @@ DAMAGE = {
         lambda q: q["layers"][Q].pop("activation_format"),
         "activation_format: missing",
     ),
+    "unknown key": (lambda q: q["layers"][Q].update(turns=2), "turns: unknown key"),
     "odd block": (lambda q: q["layers"][Q].update(hadamard_block_size=48), "power of two"),
     "strange layer": (lambda q: q["layers"].update(nowhere=q["layers"][Q]), "no layer 'nowhere'"),
     "layers is a list": (lambda q: q.update(layers=[1]), "layers: expected a mapping"),

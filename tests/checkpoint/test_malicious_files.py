@@ -432,9 +432,18 @@ VALUES = {  # the largest and smallest of (code - zero) * scale2 are int8, or on
     "group byte, above": (group_byte(6, 15), "weight_scale_2 holds 1 group bytes"),
     "group byte, below": (group_byte(9, 15), "weight_scale_2 holds 1 group bytes"),
     "order": (order(torch.arange(128).flip(0)), None),
-    "order, twice": (order(torch.arange(128).clamp(max=126)), "order of 128 channels"),
-    "order, beyond": (order(torch.arange(128) + 1), "order of 128 channels"),
-    "order, negative": (order(torch.arange(128) - 1), "order of 128 channels"),
+    "order, twice": (
+        order(torch.arange(128).clamp(max=126)),
+        "values that are not a permutation of 128 channels",
+    ),
+    "order, beyond": (
+        order(torch.arange(128) + 1),
+        "values that are not a permutation of 128 channels",
+    ),
+    "order, negative": (
+        order(torch.arange(128) - 1),
+        "values that are not a permutation of 128 channels",
+    ),
 }
 
 
@@ -487,7 +496,7 @@ def tampered(path: Path, out: Path, change) -> Path:
     return out
 
 
-SITE = "transformer_blocks.0.attn1.to_q"
+GROUP = "transformer_blocks.0.attn1.to_q"
 STATISTICS = {
     "no edges": (lambda t, m: m.pop("edges"), "edges: not JSON"),
     "odd edges": (lambda t, m: m.update(edges='["a"]'), "edges: expected a list of numbers"),
@@ -497,30 +506,38 @@ STATISTICS = {
         lambda t, m: m.update(about='{"origin": []}'),
         "about: expected text and numbers by name",
     ),
-    "unknown": (lambda t, m: t.update(x=torch.ones(1)), "x: expected no tensor, got F32"),
+    "no input group": (lambda t, m: t.update(x=torch.ones(1)), "'x' is not a statistic"),
+    "unknown": (
+        lambda t, m: t.update({f"{GROUP}|x": torch.ones(1)}),
+        "x: expected no tensor, got F32",
+    ),
+    "zero channels": (
+        lambda t, m: t.update({f"{GROUP}|channels.low": torch.ones(8, 0)}),
+        "no channels",
+    ),
     "missing": (
-        lambda t, m: t.pop(f"{SITE}|hessian.count"),
+        lambda t, m: t.pop(f"{GROUP}|hessian.count"),
         r"hessian.count: expected I64 \[1\], got no",
     ),
-    "no channels": (lambda t, m: t.pop(f"{SITE}|channels.low"), "channels.low: .* got no tensor"),
+    "no channels": (lambda t, m: t.pop(f"{GROUP}|channels.low"), "channels.low: .* got no tensor"),
     "shape": (
-        lambda t, m: t.update({f"{SITE}|hessian.hessian": torch.zeros(3, 128)}),
+        lambda t, m: t.update({f"{GROUP}|hessian.hessian": torch.zeros(3, 128)}),
         r"hessian.hessian: expected F32 \[128, 128\], got F32 \[3, 128\]",
     ),
     "dtype": (
-        lambda t, m: t.update({f"{SITE}|sample.key": t[f"{SITE}|sample.key"].float()}),
+        lambda t, m: t.update({f"{GROUP}|sample.key": t[f"{GROUP}|sample.key"].float()}),
         "sample.key: expected I64 .*, got F32",
     ),
     "scalar": (
-        lambda t, m: t.update({f"{SITE}|channels.low": torch.tensor(1.0)}),
+        lambda t, m: t.update({f"{GROUP}|channels.low": torch.tensor(1.0)}),
         "channels.* expected",
     ),
     "no axes": (
-        lambda t, m: t.update({f"{SITE}|sample.rows": torch.tensor(1.0)}),
+        lambda t, m: t.update({f"{GROUP}|sample.rows": torch.tensor(1.0)}),
         "sample.* expected",
     ),
-    "stratum": (lambda t, m: t[f"{SITE}|sample.stratum"].fill_(2**40), "outside of 0 to 7"),
-    "count": (lambda t, m: t[f"{SITE}|hessian.count"].fill_(-1), "hessian.count holds numbers"),
+    "stratum": (lambda t, m: t[f"{GROUP}|sample.stratum"].fill_(2**40), "outside of 0 to 7"),
+    "count": (lambda t, m: t[f"{GROUP}|hessian.count"].fill_(-1), "hessian.count holds numbers"),
 }
 
 
@@ -533,7 +550,7 @@ def test_statistics_are_checked_by_their_header_first(kind, statistics, tmp_path
 
 
 def test_good_statistics_load(statistics):
-    assert SITE in dict(store.load(statistics).inputs)
+    assert GROUP in dict(store.load(statistics).inputs)
 
 
 REPORT = {"name": "a", "role": "b", "weight_format": "c", "transform": "d", "promoted": False,

@@ -213,7 +213,7 @@ WRONG = {
     "an unknown policy": (["run", "--baseline", "base.json", "--policy", "defualt"], "did you mean default"),
     "a bad policy": (["run", "--baseline", "base.json", "--policy", "bad.yaml"], "did you mean 'primary'"),
     "an old run file": (["old", "--baseline", "base.json"], "make it again"),
-    "no pictures": (["run", "--baseline", "base.json", "--policy", "tiny.yaml", "--sheet", "x.html"], "--pictures"),
+    "no pictures": (["run", "--baseline", "base.json", "--policy", "tiny.yaml", "--sheet", "x.html"], "--keep-images"),
 }  # fmt: skip
 
 
@@ -396,7 +396,7 @@ def test_a_baseline_is_written_whole_or_not_at_all(place, base, monkeypatch):
 
 
 def test_eval_writes_what_the_gate_reads(float_folder, quantized_folder, place):
-    arguments = ("--reference", float_folder, "--samples", 16, "--steps", 2, "--pictures")
+    arguments = ("--reference", float_folder, "--samples", 16, "--steps", 2, "--keep-images")
     for name, batch in (("one", 8), ("two", 5)):
         dtq("eval", quantized_folder, *arguments, "--batch", batch, "-o", place / name)
     (place / "tiny.yaml").write_text(

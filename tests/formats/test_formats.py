@@ -27,7 +27,7 @@ from dtq.formats.packing import (
     unpack_trits,
 )
 from dtq.formats.ternary import Ternary
-from dtq.formats.vq import kmeans
+from dtq.formats.vq import Vq, kmeans
 from dtq.linalg.hadamard import fwht
 from dtq.solvers.clip_search import search
 
@@ -220,6 +220,11 @@ def test_shapes_that_do_not_fit_are_refused_with_a_way_out():
                 fmt.tensor_specs((4096, 33))
     with pytest.raises(InputError, match=r"at least 1024 vectors of 4"):
         FORMATS["vq-256x4"].tensor_specs((32, 64))
+
+
+def test_a_vector_format_says_how_long_its_vectors_are():
+    with pytest.raises(TypeError, match="vector"):
+        Vq("vq", 256)
 
 
 # --- bits -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ PATCHED = {
         "import diffusers",
         "diffusers.PipelineQuantizationConfig(quant_backend='dtq', quant_kwargs={'recipe': 'w4a16'})",
     ),
-    "diffusers.refuse_control_nets_of_codes": (
+    "diffusers.refuse_quantized_control_nets": (
         "from diffusers import FluxControlNetModel",
         "assert FluxControlNetModel.from_transformer.__func__.dtq",
     ),

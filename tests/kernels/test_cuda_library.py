@@ -600,7 +600,7 @@ def test_inspection_names_what_a_gpu_would_run():
     assert "weight-only: used" in lines
     lines = explain(LinearProblem(FORMATS["nvfp4"], ACTIVATION_FORMATS["nvfp4"]), (1152, 1152))
     assert "fp4: used" in lines
-    assert lines[-1].endswith("(sm_120: FP4 products; before it decoded to float)")
+    assert lines[-1].endswith("(sm_120: FP4 products; other GPUs decode the weight to float)")
     lines = explain(LinearProblem(FORMATS["mxfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 96))
     assert lines[-1].endswith("(sm_120: no FP4 products, K 96 is not a multiple of 128)")
     lines = explain(LinearProblem(FORMATS["nvfp4"], ACTIVATION_FORMATS["mxfp4"]), (1152, 1152))

@@ -80,9 +80,9 @@ def test_every_fault_has_its_place():
 
 
 def test_planted_faults_are_detected():
-    said = call(sys.executable, SOURCES / "sim/mutate.py", "--short")
-    noticed = [line for line in said.splitlines() if line.startswith("noticed")]
-    assert len(noticed) >= 2, said
+    output = call(sys.executable, SOURCES / "sim/mutate.py", "--short")
+    noticed = [line for line in output.splitlines() if line.startswith("noticed")]
+    assert len(noticed) >= 2, output
 
 
 class Gemm(ctypes.Structure):

@@ -156,8 +156,8 @@ def test_idle_experts_get_statistics_of_siblings_in_other_memory_batches():
     idle = "double_stream_blocks.0.block.ff_i.experts.0.w1"
     assert len(whole.inputs[idle].channels.amax())
     assert set(whole.inputs) == set(cut.inputs)
-    for site, stats in whole.inputs.items():
-        got = cut.inputs[site].tensors()
+    for group, stats in whole.inputs.items():
+        got = cut.inputs[group].tensors()
         assert all(torch.equal(t, got[key]) for key, t in stats.tensors().items())
 
 
@@ -206,7 +206,7 @@ NOT_ON_META = {
 def grouped(scan: Scan) -> set[tuple[tuple[str, str], ...]]:
     """Name and role of the linears of each input group."""
     return {
-        tuple((linear.name, linear.role) for linear in site.linears) for site in scan.input_groups
+        tuple((linear.name, linear.role) for linear in group.linears) for group in scan.input_groups
     }
 
 
@@ -237,7 +237,9 @@ def test_a_model_without_weights_is_traced_or_a_warning_gives_the_reason(name, c
         assert not caplog.records
     else:
         (line,) = [record.getMessage() for record in caplog.records]
-        assert line.startswith(f"{name}: sorted by names, its forward needs weights (")
+        assert line.startswith(
+            f"{name}: roles come from layer names alone, its forward needs weights ("
+        )
 
 
 def test_errors_of_a_forward_with_weights_are_not_hidden():

@@ -75,7 +75,7 @@ def test_videos_are_sampled_and_compared(tmp_path):
     with Image.open(tmp_path / "made" / "sheet.png") as sheet:
         assert sheet.size[0] > 5 * 16
     words = ("eval", tmp_path / "out", "--reference", tmp_path / "float", "--samples", 2)
-    run(*words, "--steps", 2, "--pictures", "-o", tmp_path / "run")
+    run(*words, "--steps", 2, "--keep-images", "-o", tmp_path / "run")
     held = run_file.read(tmp_path / "run")
     of_videos = {name for name, metric in METRICS.items() if metric.when == "video"}
     assert len(of_videos) == 5

@@ -165,7 +165,9 @@ def test_the_scan_knows_every_linear_of_the_known_families(name):
     assert set(roles.values()) <= set(ROLES)
     assert {"ffn.up", "ffn.down", "embed", "head", "attn.q"} <= set(roles.values())
     assert ("xattn.k" in roles.values()) == (name in ("pixart", "wan"))
-    shared = [{x.role for x in site.linears} for site in scan.input_groups if len(site.linears) > 1]
+    shared = [
+        {x.role for x in group.linears} for group in scan.input_groups if len(group.linears) > 1
+    ]
     assert {"attn.q", "attn.k", "attn.v"} in shared or {
         "attn.q",
         "attn.k",

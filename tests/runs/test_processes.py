@@ -102,7 +102,7 @@ def test_one_and_two_processes_evaluate_alike(float_folder, quantized_folder, tm
     arguments = [
         str(quantized_folder), "--reference", str(float_folder), "--samples", "6", "--batch", "2",
         "--steps", "2", "--num-images", "10", "--features", "random", "--metric", "fid",
-        "--pictures", *(["--compare-with", "quanto-int4"] if OTHERS else []),
+        "--keep-images", *(["--compare-with", "quanto-int4"] if OTHERS else []),
     ]  # fmt: skip
     single, files = evaluated(tmp_path, arguments, 1)
     two, same = evaluated(tmp_path, arguments, 2)

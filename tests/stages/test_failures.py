@@ -84,9 +84,9 @@ def test_pictures_of_nan_are_refused_and_the_alarm_names_the_layer(
     assert not (tmp_path / "o").exists()
 
 
-def quantized(acts: str = "int8-row", **more) -> torch.nn.Module:
+def quantized(activations: str = "int8-row", **more) -> torch.nn.Module:
     return dtq.quantize(
-        tiny.dit(), "rtn-w4a8", activations=acts, progress=False, sanity_check=False, **more
+        tiny.dit(), "rtn-w4a8", activations=activations, progress=False, sanity_check=False, **more
     )
 
 
@@ -122,12 +122,12 @@ def test_the_alarm_listens_on_loaded_models_and_only_when_asked(tmp_path, monkey
             model(**inputs)
 
 
-def layer_of(weights: str, acts: str, w: torch.Tensor, dtype=torch.float32) -> QuantLinear:
+def layer_of(weights: str, activations: str, w: torch.Tensor, dtype=torch.float32) -> QuantLinear:
     n, k = w.shape
-    layer = QuantLinear(k, n, True, LayerSpec(weights, acts), bins=2, compute_dtype=dtype)
+    layer = QuantLinear(k, n, True, LayerSpec(weights, activations), bins=2, compute_dtype=dtype)
     fmt = FORMATS[weights]
     parts = fmt.pack(w, fmt.compute_qparams(w))
-    if ACTIVATION_FORMATS[acts].static:
+    if ACTIVATION_FORMATS[activations].static:
         parts["input_scale"] = torch.full(layer.tensor_specs()["input_scale"].shape, 0.1)
     layer.fill(parts)
     layer.bias.data.zero_()
@@ -138,17 +138,17 @@ KINDS = [(w, a) for w in ("int4-2l-g64", "int8-row", "int4-g64", "nvfp4", "terna
          for a in ("none", "int8-row", "int8-static", "nvfp4", "int4-asym-g64")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("weights", "acts"), KINDS)
-def test_no_rows_give_no_rows(weights, acts):
-    layer = layer_of(weights, acts, torch.randn(48, 128))
+@pytest.mark.parametrize(("weights", "activations"), KINDS)
+def test_no_rows_give_no_rows(weights, activations):
+    layer = layer_of(weights, activations, torch.randn(48, 128))
     assert layer(torch.zeros(0, 128)).shape == (0, 48)
     assert layer(torch.zeros(2, 0, 128)).shape == (2, 0, 48)
     assert layer(torch.zeros(0, 5, 128)).shape == (0, 5, 48)
 
 
-@pytest.mark.parametrize(("weights", "acts"), KINDS)
+@pytest.mark.parametrize(("weights", "activations"), KINDS)
 @pytest.mark.parametrize("kind", ["zero rows", "zero channels", "all zero", "denormal"])
-def test_zeros_and_denormals_stay_finite(kind, weights, acts):
+def test_zeros_and_denormals_stay_finite(kind, weights, activations):
     w = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     if kind == "zero rows":
@@ -159,7 +159,7 @@ def test_zeros_and_denormals_stay_finite(kind, weights, acts):
         w, x = w * 0, x * 0
     else:
         w, x = w * 1e-40, x * 1e-40
-    y = layer_of(weights, acts, w)(x)
+    y = layer_of(weights, activations, w)(x)
     assert y.isfinite().all()
     if kind == "all zero":
         assert not y.any()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last look promotes what fails, says why, and changes nothing when nothing is wrong."""
+"""The sanity check promotes what fails, says why, and changes nothing when nothing is wrong."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def some_transforms():
 
 
 @pytest.mark.parametrize("name", some_transforms())
-def test_a_transform_cancels_and_carries_the_second_moment(name):
+def test_a_transform_cancels_and_carries_the_hessian(name):
     t = some_transforms()[name]
     g = torch.Generator().manual_seed(2)
     x, w = torch.randn(50, K, generator=g).double(), torch.randn(30, K, generator=g).double()

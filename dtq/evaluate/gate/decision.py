@@ -25,7 +25,7 @@ from dtq.evaluate.gate.bootstrap import holm, paired, samples_needed, sign_test
 from dtq.evaluate.gate.metrics import METRICS, Metric
 from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.evaluate.gate.validity import differences_allowed, flaws, mismatches
-from dtq.evaluate.run_file import Run, Sample, Value
+from dtq.evaluate.run_file import Run, Sample, mean_of
 
 NOISE_DOMINATED = 4
 """If noise raises a margin to more than this multiple of the policy's, a pass proves nothing."""
@@ -233,7 +233,7 @@ def noise_of(run: Run, metric: Metric, steps: slice) -> float:
     """
     first, second = run.values[metric.name], run.rerun[metric.name]
     changes = [
-        abs(metric.worse(_mean(second[s.id], steps), _mean(first[s.id], steps)))
+        abs(metric.worse(mean_of(second[s.id], steps), mean_of(first[s.id], steps)))
         for s in run.samples
     ]
     return sum(changes) / len(changes)
@@ -254,7 +254,7 @@ def _compare_metric(
     by_prompt: dict[str, list[float]] = {prompt: [] for prompt in prompts}
     for sample in _shared(run, baseline):
         if sample.prompt in by_prompt:
-            pair = _mean(mine[sample.id], steps), _mean(theirs[sample.id], steps)
+            pair = mean_of(mine[sample.id], steps), mean_of(theirs[sample.id], steps)
             by_prompt[sample.prompt].append(metric.worse(*pair))
     differences = {prompt: sum(ds) / len(ds) for prompt, ds in by_prompt.items()}
     noise = max(noise_of(side, metric, steps) for side in (run, baseline))
@@ -296,13 +296,6 @@ def _steps_of_part(run: Run, limit: Limit, part: int) -> slice:
     return slice(part * len(first) // limit.parts, (part + 1) * len(first) // limit.parts)
 
 
-def _mean(value: Value, steps: slice) -> float:
-    if not isinstance(value, list):
-        return value
-    chosen = value[steps]
-    return sum(chosen) / len(chosen)
-
-
 def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
     primary = [row for row in verdict.rows if row.primary]
     where = f"{verdict.prompts} prompts, look {verdict.look} of {len(policy.looks)}"
@@ -319,8 +312,8 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
     if noisy := [row for row in undecided if row.noise_dominated]:
         changes = ", ".join(f"{r.name} {r.metric.shown(r.noise)}" for r in noisy)
         return (
-            f"Undecided: a second run of the float model changes {changes}, far above the policy's "
-            f"margin ({where}); make the job repeatable, or use a wider margin."
+            f"Inconclusive: a second run of the float model changes {changes}, far above the "
+            f"policy's margin ({where}); make the job repeatable, or use a wider margin."
         )
     names = ", ".join(row.name for row in undecided)
     later = [count for count in policy.looks if count > prompts]
@@ -329,7 +322,7 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
         if later
         else "the policy has no further look; the difference is too close to the margin"
     )
-    return f"Undecided in {names} ({where}): {advice}."
+    return f"Inconclusive in {names} ({where}): {advice}."
 
 
 def _needed(rows: Sequence[MetricVerdict], alpha: float) -> str:

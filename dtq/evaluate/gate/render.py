@@ -112,14 +112,14 @@ def sheet(verdict: Verdict, run: Run, folder: Path) -> str:
     Args:
         verdict: its first primary metric orders the prompts.
         run: of the candidate.
-        folder: with the images of ``dtq eval --pictures``.
+        folder: with the images of ``dtq eval --keep-images``.
 
     Raises:
         InputError: the images are missing.
     """
     at = folder / "pictures"
     if not at.is_dir():
-        raise InputError(f"{at}: no images; evaluate with dtq eval ... --pictures")
+        raise InputError(f"{at}: no images; evaluate with dtq eval ... --keep-images")
     first = verdict.rows[0] if verdict.rows else None
     harm = first.differences if first else {}
     samples = []
@@ -142,5 +142,5 @@ def sheet(verdict: Verdict, run: Run, folder: Path) -> str:
 
 def _source(file: Path) -> str:
     if not file.is_file():
-        raise InputError(f"{file}: missing; evaluate again with dtq eval ... --pictures")
+        raise InputError(f"{file}: missing; evaluate again with dtq eval ... --keep-images")
     return page.image_source(file.read_bytes())

@@ -16,7 +16,7 @@ from dtq.evaluate.gate.metrics import METRICS, TINY, Metric
 from dtq.evaluate.metrics import images
 from dtq.evaluate.metrics.distributions import MetricValue
 from dtq.evaluate.report import page, plots
-from dtq.evaluate.run_file import Run, Value
+from dtq.evaluate.run_file import Run, mean_of
 
 CLOSE = 1e-2
 """Teacher-forced error below which the page says "close". A rule of thumb, not the gate."""
@@ -122,11 +122,11 @@ def _contact_sheet(result: Evaluation) -> dict[str, Any] | None:
     errors = [0.0] * len(floats)
     captions = [str(i) for i in range(len(floats))]
     if run is not None:
-        errors = [_mean(run.values["error"][sample.id]) for sample in run.samples]
+        errors = [mean_of(run.values["error"][sample.id]) for sample in run.samples]
         captions = [sample.prompt for sample in run.samples]
     captions = [f"{c} · error {e:.1e}" for c, e in zip(captions, errors, strict=True)]
     if run is not None and "psnr" in run.values:
-        psnr = (_mean(run.values["psnr"][sample.id]) for sample in run.samples)
+        psnr = (mean_of(run.values["psnr"][sample.id]) for sample in run.samples)
         captions = [f"{c}, {db:.1f} dB" for c, db in zip(captions, psnr, strict=True)]
     order = sorted(range(len(floats)), key=lambda i: -errors[i])[:MAX_SAMPLES]
     gaps = [(candidates[i].nan_to_num() - floats[i].nan_to_num()).abs() for i in order]
@@ -159,10 +159,10 @@ def _sample_metrics(run: Run) -> list[tuple[str, ...]]:
         by_prompt: dict[str, list[float]] = {}
         noise = []
         for sample in run.samples:
-            value = _mean(table[sample.id])
+            value = mean_of(table[sample.id])
             by_prompt.setdefault(sample.prompt, []).append(value)
             if sample.id in run.rerun.get(name, {}):
-                noise.append(abs(metric.worse(_mean(run.rerun[name][sample.id]), value)))
+                noise.append(abs(metric.worse(mean_of(run.rerun[name][sample.id]), value)))
         change = metric.shown(sum(noise) / len(noise)) if noise else "–"
         mean, interval = _interval([sum(v) / len(v) for v in by_prompt.values()], metric)
         rows.append((name, mean, interval, change, metric.about))
@@ -184,7 +184,3 @@ def _interval(values: Sequence[float], metric: Metric) -> tuple[str, str]:
 
 def _source(image: Tensor) -> str:
     return page.image_source(images.file(image, MAX_PIXELS))
-
-
-def _mean(value: Value) -> float:
-    return sum(value) / len(value) if isinstance(value, list) else float(value)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the CPU library is compiled: which source file for which instruction set, with which flags.
 
-Only the standard library is imported: a wheel is built without torch.
+This module does not import torch, because a wheel is built without it.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Library:
             path = self.existing() or self._compiled()
             self.opened = self.open(path)
             self.path = path
-        except OSError as error:
+        except Unavailable as error:
             self.reason = " ".join(str(error).split())
             level = logging.INFO if _switched_off() else logging.WARNING
             message = "dtq: the torch reference runs on the %s: %s"
@@ -189,16 +189,19 @@ class Library:
         """The library in the cache, compiled now."""
         self.compiler()
         target, builds = self.cached(), self.builds()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_suffix(".lock")):
-            if not target.exists():  # another process may have been first
-                print(
-                    f"dtq: compiling {self.title} kernels{builds and f' for {builds}'}, once"
-                    f" (~{self.compile_seconds} s)",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                self.build(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(target.with_suffix(".lock")):
+                if not target.exists():  # another process may have been first
+                    print(
+                        f"dtq: compiling {self.title} kernels{builds and f' for {builds}'}, once"
+                        f" (~{self.compile_seconds} s)",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    self.build(target)
+        except OSError as error:
+            raise Unavailable(str(error)) from error
         return target
 
     def _place(self, path: Path) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the CUDA library is compiled: which source files, for which architectures, with which flags.
 
-Only the standard library is imported: a wheel is built without torch.
+This module does not import torch, because a wheel is built without it.
 """
 
 from __future__ import annotations
