@@ -97,7 +97,7 @@ def parse_json(text: str, where: str, *, infinite: bool = False) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML without aliases, tags, repeated keys and deep nesting.
+    """Parse YAML without aliases, tags, repeated keys, deep nesting and infinite numbers.
 
     Args:
         text: the document.
@@ -113,7 +113,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: its constructors pass on those of int(), float() and date()
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-    _bounded(data, where)
+    _bounded(data, where, finite=True)
     return data
 
 
@@ -161,8 +161,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _bounded(data: Any, where: str) -> None:
-    """Check depth, integers and text, without recursion."""
+def _bounded(data: Any, where: str, finite: bool = False) -> None:
+    """Check depth, numbers and text, without recursion."""
     level, depth = [("", data)], 0
     while level:
         below: list[tuple[str, Any]] = []
@@ -175,6 +175,8 @@ def _bounded(data: Any, where: str) -> None:
                 below += [(at, item) for item in value]
             elif isinstance(value, int) and abs(value) >= LARGEST_INT:
                 raise InputError(f"{where}: {at.lstrip('.')}: a number beyond 64 bits")
+            elif finite and isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{where}: {at.lstrip('.')}: a number that is not finite")
             elif not _unicode(value):
                 raise InputError(f"{where}: {at.lstrip('.')}: no Unicode text")
         level, depth = below, depth + 1

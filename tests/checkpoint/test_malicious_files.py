@@ -135,6 +135,8 @@ YAML = {
     "digits": ("a: " + "9" * 9999, "not YAML"),
     "beyond integers": ("a: 99999999999999999999", "beyond 64 bits"),
     "date": ("a: 2020-13-45", "not YAML"),
+    "infinite": ("a: [1.0, .inf]", "a: a number that is not finite"),
+    "nan": ("a: .nan", "a: a number that is not finite"),
     "key": ("? [1, 2]\n: 3", "not YAML"),
     "control": ("a: \x07", "not YAML"),
     "large": ("# " + "x" * 2**18, "larger than"),

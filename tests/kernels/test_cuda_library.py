@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.package_data import folder
-from dtq.kernels import CUDA, LinearProblem, explain, gpu_dispatch, pick
+from dtq.kernels import CPU, CUDA, LinearProblem, explain, gpu_dispatch, pick
 from dtq.kernels.compile import compiler, cuda, format_codes, gcc, nvcc
 from dtq.kernels.compile.compiler import Unavailable
 from dtq.kernels.compile.library import Library
@@ -39,6 +40,13 @@ def emulator(request):
     before = library.dtq_cuda_references()
     yield library
     assert library.dtq_cuda_references() == before, "an op ran the torch reference"
+
+
+@pytest.mark.parametrize("library", [CPU, CUDA], ids=lambda library: library.device)
+def test_a_library_lists_the_ops_that_its_sources_implement(library):
+    sources = folder(f"{library.device}_ext").glob("*.cpp")
+    named = [n for s in sources for n in re.findall(r'm\.impl\("(\w+)"', s.read_text())]
+    assert sorted(library.ops) == sorted(named)
 
 
 @pytest.mark.slow

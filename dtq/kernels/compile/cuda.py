@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from dtq.io.package_data import folder
-from dtq.kernels import ops_fp4, ops_gemm, ops_quantize
 from dtq.kernels.compile import cpp_extension, nvcc
 from dtq.kernels.compile.compiler import Unavailable
 from dtq.kernels.compile.format_codes import register_formats
@@ -100,12 +99,21 @@ CUDA = Library(
     title="GPU",
     ops=(
         "quantize_rows",
-        *(op[0].split("(")[0] for op in (*ops_quantize.OPS, *ops_gemm.OPS, *ops_fp4.OPS)),
+        "binned_quantize_rows",
+        "e4m3_quantize_rows",
+        "e2m1_quantize_rows",
+        "fp4_quantize_rows",
+        "gelu_quantize_rows",
+        "norm_quantize_rows",
         "transform_rows",
         "round_rows",
         "w8a8_linear",
         "w4a8_linear",
         "w3a8_linear",
+        "lut4a8_linear",
+        "fp4_linear",
+        "w8a8_epilogue_linear",
+        "w4a8_epilogue_linear",
         "dequantize",
         "weight_linear",
     ),
