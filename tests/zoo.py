@@ -52,7 +52,9 @@ def model(name: str) -> nn.Module:
     torch.manual_seed(0)
     built = classes()[name](**_value(_configs()[name]["init"], torch.Generator().manual_seed(0)))
     with torch.no_grad():
-        for parameter in built.parameters():
+        for parameter_name, parameter in built.named_parameters():
+            if parameter_name.endswith("pad_token"):  # diffusers does not initialize it
+                parameter.zero_()
             if parameter.is_floating_point() and not parameter.any():
                 parameter.normal_(std=0.02)
     return built.eval()
