@@ -83,29 +83,14 @@ class Result:
         return asdict(self) | {"verdict": verdict(self.rows)}
 
 
-def run_suite(
-    suite: str,
-    comparisons: Iterable[list[BenchRow]],
-    conditions: dict[str, str | int],
-    progress: Progress | None,
-) -> Result:
-    """Run the comparisons of a suite.
-
-    Args:
-        suite: its name.
-        comparisons: rows of each; an iterator runs a comparison when it is asked for.
-        conditions: of the measurement, by name.
-        progress: called after each comparison.
-
-    Returns:
-        All rows.
-    """
+def run_all(comparisons: Iterable[list[BenchRow]], progress: Progress | None) -> list[BenchRow]:
+    """All rows of some comparisons; an iterator runs a comparison when it is asked for."""
     rows: list[BenchRow] = []
     for compared in comparisons:
         rows += compared
         if progress:
             progress(compared)
-    return Result(suite, conditions, rows)
+    return rows
 
 
 def timing(clock: Clock, rounds: int) -> dict[str, str | int]:
