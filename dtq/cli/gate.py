@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +40,15 @@ class Gate(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; errors end with the exit code ``INVALID``."""
-        with _code_3():
+        try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except click.UsageError as error:
+            error.show()
+        except (DtqError, OSError) as error:
+            click.echo(f"error: {error}", err=True)
+        sys.exit(INVALID)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Show the options of ``check`` and the commands."""
@@ -53,20 +58,6 @@ class Gate(click.Group):
         with formatter.section("Options"):
             formatter.write_dl(rows)
         self.format_commands(ctx, formatter)
-
-
-@contextmanager
-def _code_3() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except click.UsageError as error:
-        error.show()
-        sys.exit(INVALID)
-    except (DtqError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(INVALID)
 
 
 policy_option = click.option(
@@ -209,19 +200,11 @@ def log(baseline: Path) -> None:
     """
     from dtq.evaluate.gate import baseline_file
 
-    rows = [
-        (
-            e["when"],
-            e["who"],
-            e["recipe"],
-            e["checkpoint"],
-            e.get("against_the_last", {}).get("verdict", "-"),
-            e["why"],
-        )
-        for e in baseline_file.history(baseline)
-    ]
     head = ("when", "who", "recipe", "checkpoint", "against the last", "why")
-    table(head, [tuple(map(printable, row)) for row in rows])
+    entries = baseline_file.history(baseline)
+    for entry in entries:
+        entry["against the last"] = entry.get("against_the_last", {}).get("verdict", "-")
+    table(head, [[printable(entry[key]) for key in head] for entry in entries])
 
 
 @gate.command("policy")

@@ -25,15 +25,8 @@ from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe import Recipe
 from dtq.runs.workers import Workers
 
-_CALIBRATION = {
-    "calibration_set": "prompts",
-    "samples": "samples",
-    "steps": "steps",
-    "guidance": "guidance",
-    "seed": "seed",
-    "images": "images",
-}
-"""Option, and the key of ``calibration`` in the recipe that it is a shortcut for."""
+_CALIBRATION = ("prompts", "samples", "steps", "guidance", "seed", "images")
+"""Keys of ``calibration`` in the recipe that have an option of their own."""
 
 
 def recipe_with(choices: dict[str, Any]) -> Recipe:
@@ -49,9 +42,8 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
     recipe = Recipe.load(choices["recipe"])
     data = recipe.to_dict()
     data.pop("name")
-    for option, key in _CALIBRATION.items():
-        if choices[option] is not None:
-            data["calibration"][key] = choices[option]
+    chosen = {key: choices[key] for key in _CALIBRATION if choices[key] is not None}
+    data["calibration"] |= chosen
     data["calibration"]["pipeline_args"] |= call_arguments(choices["arguments"])
     if choices["budget"] is not None:
         data["allocate"]["budget"] = choices["budget"]
