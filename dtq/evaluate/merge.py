@@ -8,7 +8,6 @@ those of one process.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,26 +34,24 @@ class RunShard:
         run: values of its samples.
         errors: teacher-forced, by row of the table of models.
         divergence: free-running.
-        float_images: one for each sample, of the float model.
-        candidate_images: the same of the candidate.
+        images: one for each sample, by ``float`` and ``candidate``.
     """
 
     run: Run
     errors: dict[str, Errors]
     divergence: Errors
-    float_images: Tensor
-    candidate_images: Tensor
+    images: dict[str, Tensor]
 
     @classmethod
     def of(cls, job: EvaluationJob, candidate: CandidateRun) -> RunShard:
         """The shard of a candidate; the caller adds rows of other models to ``errors``."""
         errors = trajectory.call_errors(job.truth, candidate.outputs)
+        runs = {"float": job.truth, "candidate": candidate.trajectory}
         return cls(
             candidate.run,
             {candidate.run.candidate: with_positions(job, errors)},
             with_positions(job, trajectory.free_running(job.truth, candidate.trajectory)),
-            torch.cat(job.truth.images),
-            torch.cat(candidate.trajectory.images),
+            {side: torch.cat(run.images) for side, run in runs.items()},
         )
 
 
@@ -95,9 +92,8 @@ def merge_shards(
     if workers.size == 1:
         return shard
     tables = {**shard.errors, "": shard.divergence}
-    tensors = {"floats": shard.float_images, "candidates": shard.candidate_images}
-    tensors |= {f"errors.{k}": torch.tensor(v, dtype=torch.float64) for k, v in tables.items()}
-    gathered = gather(workers, folder, "samples", tensors, shard.run.to_json())
+    tensors = {f"errors.{k}": torch.tensor(v, dtype=torch.float64) for k, v in tables.items()}
+    gathered = gather(workers, folder, "samples", tensors | shard.images, shard.run.to_json())
     if gathered is None:
         return None
     return _merged([_shard(*pair) for pair in gathered], count)
@@ -110,8 +106,8 @@ def _shard(tensors: Mapping[str, Tensor], run: Any) -> RunShard:
         if key.startswith("errors.")
     }
     divergence = tables.pop("")
-    images = tensors["floats"], tensors["candidates"]
-    return RunShard(run_file.parse(run), tables, divergence, *images)
+    images = {side: tensors[side] for side in ("float", "candidate")}
+    return RunShard(run_file.parse(run), tables, divergence, images)
 
 
 def _merged(shards: Sequence[RunShard], count: int) -> RunShard:
@@ -121,10 +117,8 @@ def _merged(shards: Sequence[RunShard], count: int) -> RunShard:
     order = sorted(range(count), key=lambda i: int(samples[i].id))
     conditions = {**first.run.conditions, "processes": len(shards)}
     if "calls" in conditions:
-        calls: Counter[str] = Counter()
-        for run in runs:
-            calls.update(run.conditions["calls"])
-        conditions["calls"] = {name: calls[name] for name in conditions["calls"]}
+        calls = [run.conditions["calls"] for run in runs]
+        conditions["calls"] = {name: sum(each[name] for each in calls) for name in calls[0]}
     run = replace(
         first.run,
         conditions=conditions,
@@ -138,8 +132,7 @@ def _merged(shards: Sequence[RunShard], count: int) -> RunShard:
         run,
         {name: [row for shard in shards for row in shard.errors[name]] for name in first.errors},
         [row for shard in shards for row in shard.divergence],
-        torch.cat([shard.float_images for shard in shards])[order],
-        torch.cat([shard.candidate_images for shard in shards])[order],
+        {side: torch.cat([s.images[side] for s in shards])[order] for side in first.images},
     )
 
 

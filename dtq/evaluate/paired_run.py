@@ -57,27 +57,15 @@ def is_batch_invariant(
     Latte, for example, removes the padding of the prompt if there is one prompt only, and replaces
     it by zeros if there are several.
     """
-    one, two = (
-        trajectory.record(
-            reference.pipeline,
-            reference.models(),
-            requests,
-            replace(settings, batch_size=n),
-            range(1),
-        )
-        for n in (1, 2)
-    )
-    return _input_shapes(one) == _input_shapes(two)
 
+    def shapes(batch_size: int) -> list[torch.Size]:
+        """Shapes of the tensors of the first call, without the batch dimension."""
+        how = replace(settings, batch_size=batch_size)
+        run = trajectory.record(reference.pipeline, reference.models(), requests, how, range(1))
+        values = [v for call in run.calls[:1] for v in (*call.args, *call.kwargs.values())]
+        return [value.shape[1:] for value in values if isinstance(value, Tensor)]
 
-def _input_shapes(run: Trajectory) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of the first call, without the batch dimension."""
-    return [
-        tuple(value.shape[1:])
-        for call in run.calls[:1]
-        for value in (*call.args, *call.kwargs.values())
-        if isinstance(value, Tensor)
-    ]
+    return shapes(1) == shapes(2)
 
 
 @dataclass
@@ -145,10 +133,8 @@ def observe(
     for name, count in call_counts(truth, models).items():
         if not count:
             log.warning(
-                "%s: this job never calls %s, so it is not evaluated; another number of --steps "
-                "may call it",
-                reference.name,
-                name,
+                f"{reference.name}: this job never calls {name}, so it is not evaluated; another "
+                "number of --steps may call it"
             )
     if len({batch.shape[1:] for batch in truth.images}) > 1:
         raise InputError(
@@ -304,8 +290,7 @@ def _values(
     candidates, floats = torch.cat(own.images), torch.cat(reference.images)
     if floats.ndim > 3:  # not for sounds
         psnr = images.psnr(candidates, floats).clamp(max=EQUAL_DB)
-        frames = len(floats) if floats.ndim == 4 else floats.shape[0] * floats.shape[1]
-        flat = (batch.reshape(frames, *batch.shape[-3:]) for batch in (candidates, floats))
+        flat = (batch.reshape(-1, *batch.shape[-3:]) for batch in (candidates, floats))
         ssim = images.ssim(*flat).reshape(len(floats), -1).mean(1)
         columns |= {"psnr": psnr.tolist(), "ssim": ssim.tolist()}
     if floats.ndim == 5 and floats.shape[1] > 1:

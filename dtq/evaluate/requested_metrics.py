@@ -7,8 +7,8 @@ the exit code of ``dtq eval`` 3, so no requested metric is silently absent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +148,16 @@ def distributions(
     if reasons:
         results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
         return results
-    for metric, extractor in extractor_of.items():
+    for metric, name in extractor_of.items():
+        made, floats = (results.image_sets[side].features[name] for side in ("candidate", "float"))
         try:
-            results.metrics += _values(
-                metric, extractor, loaded[extractor], results.image_sets, candidate.name,
-                request.reference, requests.entries,
-            )  # fmt: skip
+            results.metrics += [
+                metric_value(
+                    metric, loaded[name], made, other,
+                    model=candidate.name, floats=own, groups=requests.entries,
+                )
+                for other, own in _references(metric, name, loaded[name], floats, request.reference)
+            ]  # fmt: skip
         except InputError as error:
             results.missing[metric] = str(error)
     return results
@@ -181,43 +185,26 @@ def _load_extractors(
     return loaded, extractor_of
 
 
-def _values(
-    metric: str,
-    name: str,
-    extractor: Extractor,
-    image_sets: dict[str, ImageSet],
-    candidate: str,
-    file: Path | None,
-    groups: Sequence[Any],
-) -> list[MetricValue]:
-    """A metric against the float model's images, the training set, and a reference file.
+def _references(
+    metric: str, name: str, extractor: Extractor, floats: Features, file: Path | None
+) -> Iterator[tuple[ReferenceSet, Features | None]]:
+    """What a metric compares with, and the float model's features for the change from its value.
 
     Args:
         metric: name in ``DISTRIBUTIONS``.
         name: of the extractor in ``EXTRACTORS``.
         extractor: that computed the features.
-        image_sets: of ``float`` and ``candidate``.
-        candidate: name of the model, for the table.
+        floats: features of the float model's images.
         file: an ADM npz, or None.
-        groups: the prompt or label of each image.
     """
-    features, floats = (image_sets[side].features[name] for side in ("candidate", "float"))
     row = DISTRIBUTIONS[metric]
-
-    def value(reference: ReferenceSet, floats: Features | None) -> MetricValue:
-        return metric_value(
-            metric, extractor, features, reference, model=candidate, floats=floats, groups=groups
-        )
-
-    own = ReferenceSet(FLOAT_IMAGES, floats)
+    yield ReferenceSet(FLOAT_IMAGES, floats), floats if row.reference_free else None
     if row.reference_free:
-        return [value(own, floats)]
-    values = [value(own, None)]
+        return
     if extractor.real is not None and row.frechet and row.kind == "pool":
-        values.append(value(ReferenceSet(TRAINING_IMAGES, None, {"pool": extractor.real}), floats))
+        yield ReferenceSet(TRAINING_IMAGES, None, {"pool": extractor.real}), floats
     if file is not None:
-        values.append(value(_reference_set(adm_suite.read(file), extractor, name), floats))
-    return values
+        yield _reference_set(adm_suite.read(file), extractor, name), floats
 
 
 def _reference_set(file: adm_suite.AdmReference, extractor: Extractor, name: str) -> ReferenceSet:
@@ -254,18 +241,11 @@ def perceptual(
     measure = PERCEPTUAL[metric]
     values = measure(candidate, reference, texts, weights).double()
     if metric in UNPAIRED:  # the noise is the change of the float model's own value
-        noise = measure(rerun, rerun, texts, weights) - measure(
-            reference, reference, texts, weights
-        )
-        again = values + noise.double()
+        first, second = (measure(x, x, texts, weights) for x in (reference, rerun))
+        again = values + (second - first).double()
     else:
         again = measure(candidate, rerun, texts, weights).double()
     return values.tolist(), again.tolist()
-
-
-def to_json(values: Sequence[MetricValue]) -> list[dict[str, Any]]:
-    """Plain data."""
-    return [asdict(value) for value in values]
 
 
 def is_bundled(pipeline: Any) -> bool:

@@ -82,15 +82,10 @@ class Run:
         """Plain data; numbers that are not finite become null."""
         return {
             "format": FORMAT,
-            "candidate": self.candidate,
-            "reference": self.reference,
-            "conditions": self.conditions,
-            "identity": self.identity,
+            **vars(self),
             "samples": [vars(sample) for sample in self.samples],
             "values": finite_or_null(self.values),
             "rerun": finite_or_null(self.rerun),
-            "failures": self.failures,
-            "missing": self.missing,
         }
 
 

@@ -179,10 +179,9 @@ def test_the_pages_escape_all_text(tmp_path):
     layer |= {"promoted": True, "bits": 4.0, "error": 0.1}
     value = MetricValue(evil, evil, evil, 0.0, 2, 2, evil, evil)
     result = evaluate.Evaluation(
-        evil, evil, {evil: evil}, [evaluate.ResultRow(evil, 0.1, [0.1, 0.2])], run=run,
-        metrics=[value], command=evil,
-    )  # fmt: skip
-    result.images = {"float": torch.rand(1, 3, 8, 8), evil: torch.rand(1, 3, 8, 8)}
+        run, [evaluate.ResultRow(evil, 0.1, [0.1, 0.2])], metrics=[value], command=evil
+    )
+    result.images = {side: torch.rand(1, 3, 8, 8) for side in ("float", "candidate")}
     result.quantization = {"layers": [layer], "inputs": []}
     for folder in ("float", "candidate"):
         (tmp_path / "pictures" / folder).mkdir(parents=True)

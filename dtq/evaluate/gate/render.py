@@ -14,12 +14,7 @@ from dtq.evaluate.run_file import Run
 
 HEAD = ("metric", "decides", "mean", "between", "margin", "noise", "worst tenth", "verdict")
 
-_MARKS = {
-    Outcome.PASS: "✅",
-    Outcome.REGRESSION: "❌",
-    Outcome.INCONCLUSIVE: "❔",
-    Outcome.INVALID: "⛔",
-}
+_MARKS = dict(zip(Outcome, "✅❌❔⛔", strict=True))
 _BARS = "▁▂▃▄▅▆▇█"
 
 

@@ -63,10 +63,8 @@ def lpips(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: st
         InputError: the package or the weights are missing.
     """
     package = optional_packages.need("lpips", "lpips")
-    path = Path(weights) if weights else None
-    if path is None:
-        cached = sorted((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth"))
-        path = cached[0] if cached else None
+    cached = sorted((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth"))
+    path = Path(weights) if weights else next(iter(cached), None)
     if path is None or not path.is_file():
         raise InputError(
             "lpips needs AlexNet's weights: --extractor lpips=FOLDER/alexnet-owt-*.pth"

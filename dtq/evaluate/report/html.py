@@ -34,7 +34,7 @@ def verdict(result: Evaluation) -> tuple[bool, str]:
     """Whether the candidate is close to its float model, and a sentence with its metrics."""
     row = result.rows[0]
     run = result.run
-    if run is not None and (run.missing or run.failures):
+    if run.missing or run.failures:
         lost = [*run.missing, *(f"sample {name}" for name in run.failures)]
         return False, f"Not a valid run: {', '.join(lost)} could not be measured."
     close = row.error <= CLOSE
@@ -65,12 +65,12 @@ def render(result: Evaluation) -> str:
     ]
     return page.render(
         "report.html",
-        title=f"dtq: {result.candidate} against {result.reference}",
+        title=f"dtq: {result.run.candidate} against {result.run.reference}",
         result=result,
         close=close,
         sentence=sentence,
         sheet=_contact_sheet(result),
-        sample_metrics=_sample_metrics(result.run) if result.run else [],
+        sample_metrics=_sample_metrics(result.run),
         metric_columns=METRIC_COLUMNS,
         set_metrics=[metric_cells(value) for value in result.metrics],
         metric_conditions=metric_conditions(result),
@@ -101,7 +101,7 @@ def metric_cells(value: MetricValue) -> tuple[str, ...]:
 
 def metric_conditions(result: Evaluation) -> str:
     """The conditions of distribution metrics in one line."""
-    job = result.conditions
+    job = result.run.conditions
     sources = {
         f"{v.metric}: {v.extractor}, resizer {v.resizer}, {v.samples} samples"
         for v in result.metrics
@@ -119,13 +119,9 @@ def _contact_sheet(result: Evaluation) -> dict[str, Any] | None:
     if floats.ndim == 3:  # sounds
         return None
     run = result.run
-    errors = [0.0] * len(floats)
-    captions = [str(i) for i in range(len(floats))]
-    if run is not None:
-        errors = [mean_of(run.values["error"][sample.id]) for sample in run.samples]
-        captions = [sample.prompt for sample in run.samples]
-    captions = [f"{c} · error {e:.1e}" for c, e in zip(captions, errors, strict=True)]
-    if run is not None and "psnr" in run.values:
+    errors = [mean_of(run.values["error"][sample.id]) for sample in run.samples]
+    captions = [f"{s.prompt} · error {e:.1e}" for s, e in zip(run.samples, errors, strict=True)]
+    if "psnr" in run.values:
         psnr = (mean_of(run.values["psnr"][sample.id]) for sample in run.samples)
         captions = [f"{c}, {db:.1f} dB" for c, db in zip(captions, psnr, strict=True)]
     order = sorted(range(len(floats)), key=lambda i: -errors[i])[:MAX_SAMPLES]
@@ -134,17 +130,11 @@ def _contact_sheet(result: Evaluation) -> dict[str, Any] | None:
     pixels = torch.cat([gap.flatten()[:: max(1, gap.numel() // 20_000)] for gap in gaps])
     most = float(torch.quantile(pixels, 0.995))
     gain = 2.0 ** max(0, math.floor(math.log2(1 / most))) if most > 0 else 1.0
-    samples = [
-        {
-            "images": [
-                ("float", _source(floats[i])),
-                ("candidate", _source(candidates[i])),
-                ("difference", _source(gap * gain)),
-            ],
-            "caption": captions[i],
-        }
-        for i, gap in zip(order, gaps, strict=True)
-    ]
+    samples = []
+    for i, gap in zip(order, gaps, strict=True):
+        shown = {"float": floats[i], "candidate": candidates[i], "difference": gap * gain}
+        sources = [(name, _source(image)) for name, image in shown.items()]
+        samples.append({"images": sources, "caption": captions[i]})
     small = max(floats.shape[-2:]) <= 128
     return {"gain": f"{gain:g}", "total": len(floats), "small": small, "samples": samples}
 
