@@ -95,12 +95,8 @@ def run_all(comparisons: Iterable[list[BenchRow]], progress: Progress | None) ->
 
 def timing(clock: Clock, rounds: int) -> dict[str, str | int]:
     """Conditions of every measurement: how and when it was made."""
-    return {
-        "clock": clock.name,
-        "torch": torch.__version__,
-        "rounds": rounds,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    date = time.strftime("%Y-%m-%d")
+    return {"clock": clock.name, "torch": torch.__version__, "rounds": rounds, "date": date}
 
 
 @torch.no_grad()

@@ -99,12 +99,10 @@ def _set_shares(rows: Sequence[BenchRow], operations: int) -> None:
 
 def _layers(k: int, n: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    float_layer = nn.Linear(k, n)
-    layers: dict[str, nn.Module] = {
-        name: quantized(float_layer, weight_format) for name, weight_format in RECIPES.items()
-    }
+    full = nn.Linear(k, n)
+    layers: dict[str, nn.Module] = {name: quantized(full, fmt) for name, fmt in RECIPES.items()}
     plain = nn.Linear(k, n, dtype=torch.bfloat16)
-    return layers | {"fp32": float_layer, "bf16": plain} | other_libraries(plain)
+    return layers | {"fp32": full, "bf16": plain} | other_libraries(plain)
 
 
 def other_libraries(plain: nn.Linear) -> dict[str, nn.Module]:

@@ -234,11 +234,9 @@ def compare_models(
         a step on a GPU, else those of the parameters.
     """
     device = next(model.parameters()).device
-    models = {"bf16": model} | {
-        name: quantized_model(model, name, modulation) for name, modulation in MODULATION.items()
-    }
+    models = {name: quantized_model(model, name, fmt) for name, fmt in MODULATION.items()}
     candidates = []
-    for name, variant in models.items():
+    for name, variant in ({"bf16": model} | models).items():
         size = _footprint(variant, inputs)
         candidates.append(Candidate(name, partial(variant, **inputs), size))
         if device.type == "cuda":

@@ -115,19 +115,8 @@ def main(verbose: bool) -> None:
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # if it is imported already
 
 
-COMMANDS: tuple[click.Command, ...] = (
-    quantize.quantize,
-    plan.plan,
-    calibrate.calibrate,
-    inspect.inspect,
-    sample.sample,
-    evaluate.evaluate,
-    gate.gate,
-    recipe.recipe,
-    bench.bench,
-    doctor.doctor,
-)
-"""A command is listed here; ``dtq --help`` sorts them."""
+MODULES = (bench, calibrate, doctor, evaluate, gate, inspect, plan, quantize, recipe, sample)
+"""Each defines the command of its name."""
 
-for command in COMMANDS:
-    main.add_command(command)
+for module in MODULES:
+    main.add_command(getattr(module, module.__name__.rpartition(".")[2]))

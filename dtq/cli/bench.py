@@ -71,13 +71,11 @@ def bench(
     if device == "cuda":
         gpu.gpu()
     LIBRARIES[device].load()
-    suites = gpu.SUITES if device == "cuda" else cpu.SUITES
+    run = (gpu.SUITES if device == "cuda" else cpu.SUITES)[suite]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = suites[suite](
-            quick=quick, rounds=rounds, progress=None if as_json else _print_case
-        )
+        result = run(quick=quick, rounds=rounds, progress=None if as_json else _print_case)
     finally:
         torch.set_num_threads(before)
     text = json.dumps(result.to_json(), indent=1)

@@ -182,12 +182,10 @@ def accept(run: Path, baseline: Path, reason: str, policy: str, who: str | None)
     from dtq.evaluate.gate import baseline_file
     from dtq.evaluate.gate.policy import Policy
 
-    entry = baseline_file.accept(
-        run_file.read(run), baseline, reason, Policy.load(policy), who or ""
-    )
-    last = entry.get("against_the_last")
+    new = baseline_file.accept(run_file.read(run), baseline, reason, Policy.load(policy), who or "")
+    last = new.get("against_the_last")
     words = f"; against the last one: {last['verdict']}" if last else ", the first one"
-    click.echo(f"{baseline}: {entry['recipe']} {entry['checkpoint']}, by {entry['who']}{words}")
+    click.echo(f"{baseline}: {new['recipe']} {new['checkpoint']}, by {new['who']}{words}")
 
 
 @gate.command("log")

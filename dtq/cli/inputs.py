@@ -69,18 +69,16 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
 
 
 def sampling_settings(
-    *, arguments: Sequence[str], images: str | None, **settings: Any
+    *, arguments: Sequence[str], images: str | None, **others: Any
 ) -> SamplingSettings:
     """How to sample, from the values of ``options.sampling``.
 
     Args:
         arguments: ``NAME=VALUE`` texts for the pipeline's call.
         images: path of the images for pipelines that take some.
-        **settings: other fields of :class:`SamplingSettings`.
+        **others: other fields of :class:`SamplingSettings`.
     """
-    return SamplingSettings(
-        **settings, pipeline_args=call_arguments(arguments), images=images or ""
-    )
+    return SamplingSettings(**others, pipeline_args=call_arguments(arguments), images=images or "")
 
 
 def call_arguments(options: Sequence[str]) -> dict[str, Any]:
@@ -126,9 +124,8 @@ def load_verified(model: str, dtype: str) -> loading.LoadedModel:
     """Load a model; a dtq checkpoint is verified first, so that damage is one clear line."""
     path = Path(model)
     if path.is_dir() and loading.folder_kind(path) == "pipeline":
-        configs = [
-            path / name / "config.json" for name in loading.diffusion_transformers_on_disk(path)
-        ]
+        names = loading.diffusion_transformers_on_disk(path)
+        configs = [path / name / "config.json" for name in names]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
             reader.verify(path)
     return loading.load_transformer(model, dtype=dtype)

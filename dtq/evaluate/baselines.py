@@ -57,13 +57,11 @@ def _nf4(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         old: Any = model.get_submodule(name)
         weight = old.weight.detach()
+        form = {"compress_statistics": False, "quant_type": "nf4"}
         new = bnb.nn.Linear4bit(
-            old.in_features, old.out_features, bias=old.bias is not None,
-            compute_dtype=weight.dtype, compress_statistics=False, quant_type="nf4",
-        )  # fmt: skip
-        new.weight = bnb.nn.Params4bit(
-            weight, requires_grad=False, compress_statistics=False, quant_type="nf4"
+            *weight.T.shape, bias=old.bias is not None, compute_dtype=weight.dtype, **form
         )
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **form)
         new.bias = old.bias
         model.set_submodule(name, new.to(weight.device))
 

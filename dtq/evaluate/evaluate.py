@@ -15,10 +15,10 @@ from dtq.errors import InputError
 from dtq.evaluate import baselines as libraries
 from dtq.evaluate import paired_run, requested_metrics, trajectory
 from dtq.evaluate.image_sets import ImageSet
-from dtq.evaluate.merge import RunShard, by_step, merge_shards, with_positions
+from dtq.evaluate.merge import by_step, merge_shards
 from dtq.evaluate.metrics import images
 from dtq.evaluate.metrics.distributions import MetricValue
-from dtq.evaluate.paired_run import Progress
+from dtq.evaluate.paired_run import CandidateRun, Progress
 from dtq.evaluate.requested_metrics import MetricRequest
 from dtq.evaluate.run_file import Run
 from dtq.nn.linear import QuantLinear
@@ -141,14 +141,14 @@ def evaluate(
         )
     job = paired_run.observe(reference, settings, progress, workers)
     progress("candidate, teacher-forced and free-running")
-    candidate_run = paired_run.compare(job, candidate)
+    shard = paired_run.compare(job, candidate)
     for name in request.perceptual:
-        paired_run.add_perceptual_metric(name, job, candidate_run, request.weights.get(name, ""))
-    shard, bits = RunShard.of(job, candidate_run), {candidate.name: stored_bits(*models.values())}
+        paired_run.add_perceptual_metric(name, job, shard, request.weights.get(name, ""))
+    bits = {candidate.name: stored_bits(*models.values())}
     for name in baselines:
         progress(f"baseline {name}")
         errors, bits[name] = _baseline(name, floats, layers, job.truth)
-        shard.errors[name] = with_positions(job, errors)
+        shard.errors[name] = paired_run.with_positions(job, errors)
     merged = merge_shards(workers, folder, shard, len(job.requests.entries))
     sets = requested_metrics.distributions(
         candidate, reference, job.settings, request, progress, workers, folder
@@ -164,7 +164,7 @@ def evaluate(
     return result
 
 
-def _result(shard: RunShard, bits: Mapping[str, float | None]) -> Evaluation:
+def _result(shard: CandidateRun, bits: Mapping[str, float | None]) -> Evaluation:
     rows = [result_row(name, by_step(errors)) for name, errors in shard.errors.items()]
     for row in rows:
         row.bits = bits[row.name]

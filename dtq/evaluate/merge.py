@@ -9,7 +9,7 @@ those of one process.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +17,9 @@ import torch
 from torch import Tensor
 
 from dtq.evaluate import run_file, trajectory
-from dtq.evaluate.paired_run import CandidateRun, EvaluationJob
-from dtq.evaluate.run_file import Run
+from dtq.evaluate.paired_run import CandidateRun, Errors
 from dtq.runs.gather import check_ids, gather
 from dtq.runs.workers import Workers
-
-Errors = list[tuple[int, int, float]]
-"""For each call: position of the first sample of its batch, step, and error."""
-
-
-@dataclass
-class RunShard:
-    """Results of one process, or the merged results of all.
-
-    Attributes:
-        run: values of its samples.
-        errors: teacher-forced, by row of the table of models.
-        divergence: free-running.
-        images: one for each sample, by ``float`` and ``candidate``.
-    """
-
-    run: Run
-    errors: dict[str, Errors]
-    divergence: Errors
-    images: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, job: EvaluationJob, candidate: CandidateRun) -> RunShard:
-        """The shard of a candidate; the caller adds rows of other models to ``errors``."""
-        errors = trajectory.call_errors(job.truth, candidate.outputs)
-        runs = {"float": job.truth, "candidate": candidate.trajectory}
-        return cls(
-            candidate.run,
-            {candidate.run.candidate: with_positions(job, errors)},
-            with_positions(job, trajectory.free_running(job.truth, candidate.trajectory)),
-            {side: torch.cat(run.images) for side, run in runs.items()},
-        )
-
-
-def with_positions(job: EvaluationJob, errors: Sequence[tuple[int, float]]) -> Errors:
-    """Add the position of the first sample of its batch to each error of ``job.truth.calls``."""
-    rows, start, batch = [], 0, -1
-    for step, error in errors:
-        if step == 0:
-            start += len(job.truth.images[batch]) if batch >= 0 else 0
-            batch += 1
-        rows.append((job.places[start], step, error))
-    return rows
 
 
 def by_step(errors: Errors) -> list[float]:
@@ -73,8 +29,8 @@ def by_step(errors: Errors) -> list[float]:
 
 
 def merge_shards(
-    workers: Workers, folder: Path | None, shard: RunShard, count: int
-) -> RunShard | None:
+    workers: Workers, folder: Path | None, shard: CandidateRun, count: int
+) -> CandidateRun | None:
     """Merge the shards of all processes.
 
     Args:
@@ -99,7 +55,7 @@ def merge_shards(
     return _merged([_shard(*pair) for pair in gathered], count)
 
 
-def _shard(tensors: Mapping[str, Tensor], run: Any) -> RunShard:
+def _shard(tensors: Mapping[str, Tensor], run: Any) -> CandidateRun:
     tables = {
         key.removeprefix("errors."): [(int(p), int(s), e) for p, s, e in table.tolist()]
         for key, table in tensors.items()
@@ -107,10 +63,10 @@ def _shard(tensors: Mapping[str, Tensor], run: Any) -> RunShard:
     }
     divergence = tables.pop("")
     images = {side: tensors[side] for side in ("float", "candidate")}
-    return RunShard(run_file.parse(run), tables, divergence, images)
+    return CandidateRun(run_file.parse(run), tables, divergence, images)
 
 
-def _merged(shards: Sequence[RunShard], count: int) -> RunShard:
+def _merged(shards: Sequence[CandidateRun], count: int) -> CandidateRun:
     first, runs = shards[0], [shard.run for shard in shards]
     samples = [sample for run in runs for sample in run.samples]
     check_ids([sample.id for sample in samples], count)
@@ -128,7 +84,7 @@ def _merged(shards: Sequence[RunShard], count: int) -> RunShard:
         failures=_ordered([run.failures for run in runs]),
         missing={name: reason for run in runs for name, reason in run.missing.items()},
     )
-    return RunShard(
+    return CandidateRun(
         run,
         {name: [row for shard in shards for row in shard.errors[name]] for name in first.errors},
         [row for shard in shards for row in shard.divergence],

@@ -31,6 +31,9 @@ log = logging.getLogger("dtq")
 Progress = Callable[[str], None]
 """Receives a line about each phase of the work."""
 
+Errors = list[tuple[int, int, float]]
+"""For each call: position of the first sample of its batch, step, and error."""
+
 
 def rerun_settings(settings: SamplingSettings, batch_invariant: bool) -> SamplingSettings:
     """The same job with another batch size, to measure the numerical noise of the float model.
@@ -91,17 +94,19 @@ class EvaluationJob:
 
 @dataclass
 class CandidateRun:
-    """Results of one candidate.
+    """Results of one candidate for the samples of one process, or the merged results of all.
 
     Attributes:
-        outputs: teacher-forced, one per call of the float run.
-        trajectory: of its own free run.
         run: the values that ``dtq gate`` compares.
+        errors: teacher-forced, by row of the table of models.
+        divergence: free-running.
+        images: one for each sample, by ``float`` and ``candidate``.
     """
 
-    outputs: list[Tensor]
-    trajectory: Trajectory
     run: Run
+    errors: dict[str, Errors]
+    divergence: Errors
+    images: dict[str, Tensor]
 
 
 def observe(
@@ -158,6 +163,9 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
     Args:
         job: the float runs.
         candidate: the quantized pipeline.
+
+    Returns:
+        Its results; the caller adds rows of other models to ``errors``.
     """
     models = candidate.models()
     outputs = trajectory.replayed(job.truth, models)
@@ -178,7 +186,23 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
         _values(ids, job.truth, job.rerun, outputs, own),
         _failures(ids, job.truth, own),
     )
-    return CandidateRun(outputs, own, run)
+    return CandidateRun(
+        run,
+        {candidate.name: with_positions(job, trajectory.call_errors(job.truth, outputs))},
+        with_positions(job, trajectory.free_running(job.truth, own)),
+        {"float": torch.cat(job.truth.images), "candidate": torch.cat(own.images)},
+    )
+
+
+def with_positions(job: EvaluationJob, errors: Sequence[tuple[int, float]]) -> Errors:
+    """Add the position of the first sample of its batch to each error of ``job.truth.calls``."""
+    rows, start, batch = [], 0, -1
+    for step, error in errors:
+        if step == 0:
+            start += len(job.truth.images[batch]) if batch >= 0 else 0
+            batch += 1
+        rows.append((job.places[start], step, error))
+    return rows
 
 
 def add_perceptual_metric(
@@ -195,9 +219,8 @@ def add_perceptual_metric(
     run = candidate.run
     ids = [sample.id for sample in run.samples]
     texts = [sample.prompt for sample in run.samples]
-    own, floats, again = (
-        _stills(torch.cat(t.images)) for t in (candidate.trajectory, job.truth, job.rerun)
-    )
+    floats, own = map(_stills, candidate.images.values())
+    again = _stills(torch.cat(job.rerun.images))
     try:
         values, rerun = requested_metrics.perceptual(metric, own, floats, again, texts, weights)
     except InputError as error:
@@ -252,11 +275,9 @@ def _conditions(job: EvaluationJob, candidate: LoadedModel) -> dict[str, Any]:
 
 def _samples(job: EvaluationJob) -> list[Sample]:
     labels = getattr(job.reference.pipeline, "labels", None) or {}
-    names, entries = {number: name for name, number in labels.items()}, job.requests.entries
-    return [
-        Sample(f"{i:04d}", str(names.get(entries[i], entries[i])), seed_of(job.settings.seed, i))
-        for i in job.places
-    ]
+    names = {number: name for name, number in labels.items()}
+    texts = [str(names.get(entry, entry)) for entry in job.requests.entries]
+    return [Sample(f"{i:04d}", texts[i], seed_of(job.settings.seed, i)) for i in job.places]
 
 
 def _values(
@@ -283,10 +304,8 @@ def _values(
         reference.by_sample([call.latents for call in reference.calls]),
     )
     # both runs enter the first step with the same noise
-    columns: dict[str, Sequence[Any]] = {
-        "error": error,
-        "divergence": [steps[1:] or steps for steps in distance],
-    }
+    divergence = [steps[1:] or steps for steps in distance]
+    columns: dict[str, Sequence[Any]] = {"error": error, "divergence": divergence}
     candidates, floats = torch.cat(own.images), torch.cat(reference.images)
     if floats.ndim > 3:  # not for sounds
         psnr = images.psnr(candidates, floats).clamp(max=EQUAL_DB)

@@ -149,7 +149,7 @@ def distributions(
         results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
         return results
     for metric, name in extractor_of.items():
-        made, floats = (results.image_sets[side].features[name] for side in ("candidate", "float"))
+        floats, made = (images.features_of(name) for images in results.image_sets.values())
         try:
             results.metrics += [
                 metric_value(

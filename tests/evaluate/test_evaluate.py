@@ -15,7 +15,7 @@ import torch
 
 import dtq
 from dtq.errors import InputError
-from dtq.evaluate import baselines, evaluate, paired_run, run_file, trajectory
+from dtq.evaluate import baselines, evaluate, merge, paired_run, run_file, trajectory
 from dtq.evaluate.fingerprint import fingerprint
 from dtq.evaluate.gate import render
 from dtq.evaluate.gate.decision import Outcome, Verdict
@@ -226,7 +226,7 @@ def test_both_transformers_of_a_pipeline_are_evaluated():
     assert set(called) == {"transformer", "transformer_2"}
     assert [call.step for call in job.truth.calls] == list(range(len(called)))
     candidate = paired_run.compare(job, changed)
-    errors = trajectory.mean_by_step(trajectory.call_errors(job.truth, candidate.outputs))
+    errors = merge.by_step(candidate.errors[candidate.run.candidate])
     for name, error in zip(called, errors, strict=True):
         assert error == pytest.approx(0.01 if name == "transformer_2" else 0.0, rel=1e-3)
     calls = {name: called.count(name) for name in ("transformer", "transformer_2")}

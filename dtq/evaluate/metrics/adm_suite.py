@@ -66,9 +66,8 @@ def read(path: Path) -> AdmReference:
     pool, spatial = _moments(data, "mu", "sigma", path), _moments(data, "mu_s", "sigma_s", path)
     if images is None and pool is None:
         raise InputError(f"{path}: has {sorted(data)}; expected arr_0, or mu and sigma")
-    return AdmReference(
-        path.name, None if images is None else torch.from_numpy(images), pool, spatial
-    )
+    shown = None if images is None else torch.from_numpy(images)
+    return AdmReference(path.name, shown, pool, spatial)
 
 
 def _moments(data: dict[str, np.ndarray], mean: str, cov: str, path: Path) -> FeatureMoments | None:
@@ -80,7 +79,4 @@ def _moments(data: dict[str, np.ndarray], mean: str, cov: str, path: Path) -> Fe
             f"{path}: {mean} is {data[mean].shape}, {cov} {data[cov].shape}; "
             f"expected (D,) and (D, D)"
         )
-    return FeatureMoments(
-        torch.from_numpy(data[mean].astype(np.float64)),
-        torch.from_numpy(data[cov].astype(np.float64)),
-    )
+    return FeatureMoments(*(torch.from_numpy(data[n].astype(np.float64)) for n in (mean, cov)))

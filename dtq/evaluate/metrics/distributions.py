@@ -213,10 +213,10 @@ def interval(
     lists = list(members.values())
     g = torch.Generator().manual_seed(0)
 
+    distance = reference.distance_to_features
+
     def change(rows: list[int]) -> float:
-        return reference.distance_to_features(features[rows]) - reference.distance_to_features(
-            floats[rows]
-        )
+        return distance(features[rows]) - distance(floats[rows])
 
     center = change(list(range(len(features))))
     resampled = []

@@ -55,14 +55,12 @@ def render(result: Evaluation) -> str:
     """The page as HTML text."""
     close, sentence = verdict(result)
     divergence = result.rows[0].divergence
-    layers = result.quantization.get("layers", [])
+    report = result.quantization
+    layers = report.get("layers", [])
     measured = [layer for layer in layers if layer["error"] is not None]
     untransformed = {layer["name"] for layer in layers if layer["role"] == "adaln"}
-    inputs = [
-        row
-        for row in result.quantization.get("inputs", [])
-        if row["imbalance"] and row["name"] not in untransformed
-    ]
+    inputs = [x for x in report.get("inputs", []) if x["imbalance"]]
+    inputs = [x for x in inputs if x["name"] not in untransformed]
     return page.render(
         "report.html",
         title=f"dtq: {result.run.candidate} against {result.run.reference}",
