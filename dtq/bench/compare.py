@@ -177,19 +177,16 @@ def verdict(rows: Sequence[BenchRow]) -> str:
         }
         if speedup:
             fastest = min(speedup, key=lambda name: speedup[name])  # of the float candidates
-            smaller = _bytes(many, "bf16") / _bytes(many, recipe)
+            smaller = f"{_bytes(many, 'bf16') / _bytes(many, recipe):.1f}x smaller than bf16"
             speeds.append((speedup[fastest], recipe, fastest, smaller))
     if not speeds:
         return "nothing of dtq was measured"
     speed, recipe, fastest, smaller = max(speeds)
     if speed > 1:
-        return (
-            f"{recipe} is {speed:.1f}x faster than {fastest} here and "
-            f"{smaller:.1f}x smaller than bf16"
-        )
+        return f"{recipe} is {speed:.1f}x faster than {fastest} here and {smaller}"
     return (
         f"nothing of dtq is faster than {fastest} here; {recipe} takes {1 / speed:.1f}x as long "
-        f"and is {smaller:.1f}x smaller than bf16: quantize for memory, not for speed"
+        f"and is {smaller}: quantize for memory, not for speed"
     )
 
 

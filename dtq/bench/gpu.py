@@ -44,9 +44,7 @@ def gpu() -> torch.device:
         InputError: there is none.
     """
     if not torch.cuda.is_available():
-        raise InputError(
-            "no GPU that torch can use: the CUDA suites need one; --device cpu runs the others"
-        )
+        raise InputError("no GPU that torch can use for CUDA suites; --device cpu runs the others")
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -60,9 +60,7 @@ def calibrate(
         models = load_transformers(model, dtype=dtype, component=components or "auto")
         if len(models) > 1:
             names = ", ".join(each.component for each in models)
-            raise InputError(
-                f"{model} has several transformers: choose one, --component of {names}"
-            )
+            raise InputError(f"{model} has several transformers: choose one --component of {names}")
         run = Run(models[0], recipe, directory.tasks, progress=workers.is_main)
         plan(run)
         # everything, whatever this recipe needs: the file then serves other recipes too

@@ -59,9 +59,8 @@ def doctor() -> None:
 
 def _version(package: str) -> str:
     try:
-        if importlib.util.find_spec(package) is None:
-            return "not installed"
-        return version(package.replace(".", "-"))
+        found = importlib.util.find_spec(package)
+        return version(package.replace(".", "-")) if found else "not installed"
     except ModuleNotFoundError:
         return "not installed"
     except PackageNotFoundError:

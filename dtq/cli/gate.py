@@ -154,20 +154,12 @@ def check(
         sys.exit(int(verdict.outcome))
 
 
-# fmt: off
-_accept_options = opt.combined(
-    opt.path("--baseline", required=True, help="Baseline file to write."),
-    click.option("--reason", required=True, help="Why it is accepted; kept in the file."),
-    policy_option,
-    click.option("--who", metavar="NAME",
-                 help="Name in the history. Default: your user name."),
-)
-# fmt: on
-
-
 @gate.command("accept")
 @click.argument("run", type=click.Path(path_type=Path))
-@_accept_options
+@opt.path("--baseline", required=True, help="Baseline file to write.")
+@click.option("--reason", required=True, help="Why it is accepted; kept in the file.")
+@policy_option
+@click.option("--who", metavar="NAME", help="Name in the history. Default: your user name.")
 def accept(run: Path, baseline: Path, reason: str, policy: str, who: str | None) -> None:
     """Make RUN the baseline that later runs are compared with.
 

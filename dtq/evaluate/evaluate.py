@@ -125,20 +125,16 @@ def evaluate(
     if candidate.pipeline is None or reference.pipeline is None:
         raise InputError("eval needs pipelines on both sides; these are bare transformers")
     models, floats = candidate.models(), reference.models()
-    kinds, expected = ({n: type(m).__name__ for n, m in x.items()} for x in (models, floats))
-    if kinds != expected:
-        raise InputError(
-            f"{candidate.name} has {kinds}, {reference.name} {expected}: not the same model"
-        )
+    got, want = ({n: type(m).__name__ for n, m in x.items()} for x in (models, floats))
+    if got != want:
+        raise InputError(f"{candidate.name} has {got}, {reference.name} {want}: not the same model")
     layers = {component: list(compared_layers(model)) for component, model in models.items()}
     request = request or MetricRequest()
     request.check()
     for name in baselines:
         libraries.find(name)
     if baselines and not any(layers.values()):
-        raise InputError(
-            f"{candidate.name} has no quantized layer, so other libraries have none to quantize"
-        )
+        raise InputError(f"{candidate.name} has no quantized layer for other libraries to quantize")
     job = paired_run.observe(reference, settings, progress, workers)
     progress("candidate, teacher-forced and free-running")
     shard = paired_run.compare(job, candidate)

@@ -170,7 +170,7 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
     models = candidate.models()
     outputs = trajectory.replayed(job.truth, models)
     own = trajectory.record(candidate.pipeline, models, job.requests, job.settings, job.places)
-    samples = _samples(job)
+    samples, forced = _samples(job), job.truth.by_sample(outputs)
     ids = [sample.id for sample in samples]
     run = Run(
         candidate.name,
@@ -182,8 +182,8 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
             "recipe": recipe_of(*models.values()),
         },
         samples,
-        _values(ids, job.truth, job.truth, outputs, own),
-        _values(ids, job.truth, job.rerun, outputs, own),
+        _values(ids, job.truth, forced, own),
+        _values(ids, job.rerun, forced, own),
         _failures(ids, job.truth, own),
     )
     return CandidateRun(
@@ -281,28 +281,20 @@ def _samples(job: EvaluationJob) -> list[Sample]:
 
 
 def _values(
-    ids: Sequence[str],
-    truth: Trajectory,
-    reference: Trajectory,
-    outputs: Sequence[Tensor],
-    own: Trajectory,
+    ids: Sequence[str], reference: Trajectory, forced: list[list[Tensor]], own: Trajectory
 ) -> dict[str, dict[str, Any]]:
     """Every metric of every sample against a run of the float model.
 
     Args:
         ids: of the samples.
-        truth: the run whose inputs gave ``outputs``.
         reference: the float run to compare with.
-        outputs: of the candidate, teacher-forced.
+        forced: teacher-forced outputs of the candidate, ``[sample][step]``.
         own: the candidate's own run.
     """
-    error = trajectory.sample_errors(
-        truth.by_sample(outputs), reference.by_sample([call.output for call in reference.calls])
-    )
-    distance = trajectory.sample_errors(
-        own.by_sample([call.latents for call in own.calls]),
-        reference.by_sample([call.latents for call in reference.calls]),
-    )
+    outputs = reference.by_sample([call.output for call in reference.calls])
+    error = trajectory.sample_errors(forced, outputs)
+    latents = (run.by_sample([call.latents for call in run.calls]) for run in (own, reference))
+    distance = trajectory.sample_errors(*latents)
     # both runs enter the first step with the same noise
     divergence = [steps[1:] or steps for steps in distance]
     columns: dict[str, Sequence[Any]] = {"error": error, "divergence": divergence}

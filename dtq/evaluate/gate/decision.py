@@ -220,7 +220,7 @@ def key_of(run: Run, policy: Policy) -> dict[str, str]:
     return {**parts, "key": digest(parts)}
 
 
-def noise_of(run: Run, metric: Metric, steps: slice) -> float:
+def noise_of(run: Run, metric: Metric, steps: slice = slice(None)) -> float:
     """Mean change of the value of a sample between the two runs of the float model.
 
     Args:

@@ -46,9 +46,7 @@ class ReferenceSet:
             InputError: this reference has moments only.
         """
         if self.features is None:
-            raise InputError(
-                f"{self.name} has moments only, but this metric needs the images of the reference"
-            )
+            raise InputError(f"{self.name} has moments only; this metric needs its images")
         return _features_of(self.features, kind, self.name)
 
     def moments_of(self, kind: str) -> FeatureMoments:
@@ -230,7 +228,5 @@ def interval(
 
 def _features_of(features: Features, kind: str, source: str) -> Tensor:
     if kind not in features:
-        raise InputError(
-            f"{source} has {', '.join(features)} features, but this metric needs {kind}"
-        )
+        raise InputError(f"{source} has {', '.join(features)} features; this metric needs {kind}")
     return features[kind]

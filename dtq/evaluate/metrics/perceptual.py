@@ -64,9 +64,7 @@ def lpips(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: st
     cached = sorted((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth"))
     path = Path(weights) if weights else next(iter(cached), None)
     if path is None or not path.is_file():
-        raise InputError(
-            "lpips needs AlexNet's weights: --extractor lpips=FOLDER/alexnet-owt-*.pth"
-        )
+        raise InputError("lpips needs AlexNet weights: --extractor lpips=FOLDER/alexnet-owt-*.pth")
     model = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = torch.load(path, map_location="cpu", weights_only=True)
     convolutions = {k.removeprefix("features."): v for k, v in state.items() if "features" in k}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dtq.evaluate.evaluate import Evaluation
 from dtq.evaluate.gate.bootstrap import paired
+from dtq.evaluate.gate.decision import noise_of
 from dtq.evaluate.gate.metrics import METRICS, TINY, Metric
 from dtq.evaluate.metrics import images
 from dtq.evaluate.metrics.distributions import MetricValue
@@ -141,17 +142,11 @@ def _sample_metrics(run: Run) -> list[tuple[str, ...]]:
     """For each metric the mean over prompts, its interval, and the change by a float re-run."""
     rows: list[tuple[str, ...]] = []
     for name, table in run.values.items():
-        metric = METRICS.get(name)
-        if metric is None:
-            continue
+        metric = METRICS[name]
         by_prompt: dict[str, list[float]] = {}
-        noise = []
         for sample in run.samples:
-            value = mean_of(table[sample.id])
-            by_prompt.setdefault(sample.prompt, []).append(value)
-            if sample.id in run.rerun.get(name, {}):
-                noise.append(abs(metric.worse(mean_of(run.rerun[name][sample.id]), value)))
-        change = metric.shown(sum(noise) / len(noise)) if noise else "–"
+            by_prompt.setdefault(sample.prompt, []).append(mean_of(table[sample.id]))
+        change = metric.shown(noise_of(run, metric)) if name in run.rerun else "–"
         mean, interval = _interval([sum(v) / len(v) for v in by_prompt.values()], metric)
         rows.append((name, mean, interval, change, metric.about))
     return rows
