@@ -198,9 +198,7 @@ def _scaled_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     rows = torch.rand(len(x), 1, device=x.device)
     columns = torch.rand(1, plain.out_features, device=x.device)
 
-    def run(a: Tensor, b: Tensor) -> Tensor:
-        return torch._scaled_mm(a, b, rows, columns, out_dtype=x.dtype)
-
+    run = partial(torch._scaled_mm, scale_a=rows, scale_b=columns, out_dtype=x.dtype)
     # inputs are quantized, a scale for each row and column exists, no bias
     runs = [partial(run, a.clone(), b.clone().T) for _ in range(count)]
     return Candidate("_scaled_mm e4m3", round_robin(runs), b.numel())

@@ -145,7 +145,7 @@ def evaluate(
         progress(f"baseline {name}")
         errors, bits[name] = _baseline(name, floats, layers, job.truth)
         shard.errors[name] = paired_run.with_positions(job, errors)
-    merged = merge_shards(workers, folder, shard, len(job.requests.entries))
+    merged = merge_shards(workers, folder, shard)
     sets = requested_metrics.distributions(
         candidate, reference, job.settings, request, progress, workers, folder
     )

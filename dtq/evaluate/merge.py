@@ -28,16 +28,13 @@ def by_step(errors: Errors) -> list[float]:
     return trajectory.mean_by_step([(step, error) for _, step, error in ordered])
 
 
-def merge_shards(
-    workers: Workers, folder: Path | None, shard: CandidateRun, count: int
-) -> CandidateRun | None:
+def merge_shards(workers: Workers, folder: Path | None, shard: CandidateRun) -> CandidateRun | None:
     """Merge the shards of all processes.
 
     Args:
         workers: the processes.
         folder: through which they exchange files; one process needs none.
         shard: of this process.
-        count: number of samples of all processes.
 
     Returns:
         The merged shard in the main process, None in the others.
@@ -52,7 +49,7 @@ def merge_shards(
     gathered = gather(workers, folder, "samples", tensors | shard.images, shard.run.to_json())
     if gathered is None:
         return None
-    return _merged([_shard(*pair) for pair in gathered], count)
+    return _merged([_shard(*pair) for pair in gathered])
 
 
 def _shard(tensors: Mapping[str, Tensor], run: Any) -> CandidateRun:
@@ -66,9 +63,10 @@ def _shard(tensors: Mapping[str, Tensor], run: Any) -> CandidateRun:
     return CandidateRun(run_file.parse(run), tables, divergence, images)
 
 
-def _merged(shards: Sequence[CandidateRun], count: int) -> CandidateRun:
+def _merged(shards: Sequence[CandidateRun]) -> CandidateRun:
     first, runs = shards[0], [shard.run for shard in shards]
     samples = [sample for run in runs for sample in run.samples]
+    count = first.run.conditions["samples"]
     check_ids([sample.id for sample in samples], count)
     order = sorted(range(count), key=lambda i: int(samples[i].id))
     conditions = {**first.run.conditions, "processes": len(shards)}

@@ -61,11 +61,8 @@ def ranges(inputs: Sequence[dict[str, Any]]) -> str:
             axes.plot(bins, line, color=color, alpha=0.18, lw=0.8)
         middle = [sorted(column)[len(column) // 2] for column in zip(*lines, strict=True)]
         axes.plot(bins, middle, color=color, lw=2.2, label=f"{label} (median)")
-    axes.set(
-        xlabel="timestep bin, last is noisiest",
-        ylabel="largest channel amax / mean amax",
-        yscale="log",
-    )
+    axes.set(xlabel="timestep bin, last is noisiest", ylabel="largest channel amax / mean amax")
+    axes.set_yscale("log")
     _legend(axes, 8)
     return _svg(figure)
 
