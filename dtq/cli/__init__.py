@@ -43,7 +43,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
         # a kill is an interrupt: half-written folders are removed on the way out
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # dtq inspect ... | head
@@ -65,10 +65,6 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; no half-written folder is left", err=True)
             sys.exit(INTERRUPTED)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _fail(message: str) -> NoReturn:
@@ -94,8 +90,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 @click.group(
-    cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
 )
 @click.version_option(__version__)
 @click.option("-v", "--verbose", is_flag=True, help="Print the decisions on the way.")

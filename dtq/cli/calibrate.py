@@ -20,12 +20,7 @@ from dtq.errors import InputError
 @opt.output(required=True, help="File to write, .safetensors.")
 @opt.fresh
 def calibrate(
-    model: str,
-    output: Path,
-    fresh: bool,
-    dtype: str,
-    components: tuple[str, ...],
-    **choices: Any,
+    model: str, output: Path, fresh: bool, dtype: str, components: tuple[str, ...], **choices: Any
 ) -> None:
     """Collect statistics of the float MODEL in a file.
 

@@ -38,12 +38,7 @@ _options = opt.combined(
 @click.argument("model")
 @_options
 def sample(
-    model: str,
-    entries: tuple[str, ...],
-    how_many: int,
-    dtype: str,
-    output: Path,
-    **options: Any,
+    model: str, entries: tuple[str, ...], how_many: int, dtype: str, output: Path, **options: Any
 ) -> None:
     """Generate images, videos or sounds with MODEL.
 

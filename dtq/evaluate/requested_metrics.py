@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,10 @@ def distributions(
         return results
     settings = replace(settings, prompts="auto", samples=request.num_images, seed=settings.seed + 1)
     requests = prompts.load(settings.prompts, reference.pipeline, settings.samples)
+    entries = requests.entries
     for name, model in (("float", reference), ("candidate", candidate)):
         progress(f"{name}, {request.num_images} images for {', '.join(extractor_of)}")
-        places = workers.shard(len(requests.entries), settings.batch_size)
+        places = workers.shard(len(entries), settings.batch_size)
         shard = image_set(model.pipeline, requests, settings, loaded, places)
         images = gather_images(workers, folder, name, shard, places)
         if images is not None:
@@ -149,15 +151,12 @@ def distributions(
         results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
         return results
     for metric, name in extractor_of.items():
+        extractor = loaded[name]
         floats, made = (images.features_of(name) for images in results.image_sets.values())
+        value = partial(metric_value, metric, extractor, made, model=candidate.name, groups=entries)
         try:
-            results.metrics += [
-                metric_value(
-                    metric, loaded[name], made, other,
-                    model=candidate.name, floats=own, groups=requests.entries,
-                )
-                for other, own in _references(metric, name, loaded[name], floats, request.reference)
-            ]  # fmt: skip
+            pairs = _references(metric, name, extractor, floats, request.reference)
+            results.metrics += [value(other, floats=own) for other, own in pairs]
         except InputError as error:
             results.missing[metric] = str(error)
     return results
