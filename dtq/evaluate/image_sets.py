@@ -78,9 +78,7 @@ def image_set(
     for result in run_pipeline(pipeline, requests, settings, only=places):
         batch = shown(result)
         if batch.ndim != 4:
-            raise InputError(
-                "distribution metrics compare images; this pipeline makes videos or sounds"
-            )
+            raise InputError("distribution metrics compare images, not videos or sounds")
         start = sum(map(len, batches))
         failed |= {places[start + i]: why for i, image in enumerate(batch) if (why := flaw(image))}
         # 8-bit values, as files hold them: the ADM suite then measures the same images

@@ -33,6 +33,5 @@ def pretrained(kind: str, source: str, option: str) -> Any:
         return cls.from_pretrained(source)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{source} cannot be loaded ({first}); give a local folder: --extractor {option}=FOLDER"
-        ) from error
+        advice = f"give a local folder: --extractor {option}=FOLDER"
+        raise InputError(f"{source} cannot be loaded ({first}); {advice}") from error

@@ -71,10 +71,8 @@ class MetricRequest:
         for name in (self.features, *self.weights):
             check_name(name, known, "--features, --extractor", problems, "extractor")
         if self.distributions and self.num_images < 2:
-            problems.append(
-                f"{', '.join(self.distributions)} compare sets of images; give their size: "
-                f"--num-images 256"
-            )
+            names = ", ".join(self.distributions)
+            problems.append(f"{names} compare sets of images; give their size: --num-images 256")
         if problems:
             raise InputError("\n".join(problems))
 

@@ -139,9 +139,7 @@ def image_reward(images: Tensor, reference: Tensor, prompts: Sequence[str], weig
         InputError: the package or the weights are missing.
     """
     if not Path(weights).is_file():
-        raise InputError(
-            "image-reward needs its weights: --extractor image-reward=FOLDER/ImageReward.pt"
-        )
+        raise InputError("image-reward needs --extractor image-reward=FOLDER/ImageReward.pt")
     package: Any = need("ImageReward", "image-reward")
     config = Path(weights).with_name("med_config.json")
     model = package.load(weights, device="cpu", med_config=str(config))
