@@ -168,13 +168,11 @@ def verdict(rows: Sequence[BenchRow]) -> str:
     many = [row for row in rows if row.tokens > 1]
     speeds = []
     for recipe in RECIPES:
-        speedup = {
-            name: statistics.geometric_mean(
-                row.ratio[recipe][1] for row in many if row.name == name
-            )
-            for name in ("bf16", "fp32")
-            if any(row.name == name and recipe in row.ratio for row in many)
-        }
+        speedup: dict[str, float] = {}
+        for name in ("bf16", "fp32"):
+            found = [r.ratio[recipe][1] for r in many if r.name == name and recipe in r.ratio]
+            if found:
+                speedup[name] = statistics.geometric_mean(found)
         if speedup:
             fastest = min(speedup, key=lambda name: speedup[name])  # of the float candidates
             smaller = f"{_bytes(many, 'bf16') / _bytes(many, recipe):.1f}x smaller than bf16"

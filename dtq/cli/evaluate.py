@@ -87,9 +87,8 @@ def evaluate(
 
     workers = join_workers(output)
     names = tuple(listed(metrics)) or (("fid",) if num_images else ())
-    request = MetricRequest(
-        names, num_images, features, pairs(weights, "--extractor"), reference_set
-    )
+    sources = dict(pairs(weights, "--extractor"))
+    request = MetricRequest(names, num_images, features, sources, reference_set)
     request.check()
     # a gate must never read an older run than the one that failed
     if output is not None and workers.is_main:

@@ -47,11 +47,9 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
     data["calibration"]["pipeline_args"] |= call_arguments(choices["arguments"])
     if choices["budget"] is not None:
         data["allocate"]["budget"] = choices["budget"]
-    for setting in choices["settings"]:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting}: expected KEY=VALUE")
-        value = parse_yaml(text, f"--set {setting}") if text else ""
+    for key, text in pairs(choices["settings"], "--set", "KEY=VALUE"):
+        setting = f"--set {key}={text}"
+        value = parse_yaml(text, setting) if text else ""
         _put(data, key.split("."), value, setting)
     return Recipe.load(recipe, **data)
 
@@ -62,7 +60,7 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
         if isinstance(below, str):  # a method without knobs: solver.gptq.damp
             below = {below: {}}
         if not isinstance(below, dict):
-            raise InputError(f"--set {setting}: {step!r} has no keys")
+            raise InputError(f"{setting}: {step!r} has no keys")
         data[step] = below
         data = below
     data[path[-1]] = value
@@ -83,8 +81,8 @@ def sampling_settings(
 
 def call_arguments(options: Sequence[str]) -> dict[str, Any]:
     """Arguments of the pipeline's call; their values are read as YAML."""
-    texts = pairs(options, "--arg")
-    return {name: parse_yaml(text, f"--arg {name}={text}") for name, text in texts.items()}
+    named = pairs(options, "--arg")
+    return {name: parse_yaml(text, f"--arg {name}={text}") for name, text in named}
 
 
 def listed(options: Sequence[str]) -> list[str]:
@@ -92,19 +90,16 @@ def listed(options: Sequence[str]) -> list[str]:
     return [word.strip() for option in options for word in option.split(",") if word.strip()]
 
 
-def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
-    """Names and values of an option that takes ``NAME=VALUE`` and may be repeated.
+def pairs(texts: Sequence[str], option: str, form: str = "NAME=VALUE") -> list[tuple[str, str]]:
+    """Names and values of an option that takes ``form`` and may be repeated.
 
     Raises:
         InputError: a text has no equals sign.
     """
-    values = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"{option} {text}: expected NAME=VALUE")
-        values[name] = value
-    return values
+        if "=" not in text:
+            raise InputError(f"{option} {text}: expected {form}")
+    return [(name, value) for name, _, value in (text.partition("=") for text in texts)]
 
 
 def join_workers(output: Path | None) -> Workers:

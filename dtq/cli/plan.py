@@ -61,14 +61,11 @@ def plan(
     models = loading.meta_models(model, components or "auto")
     folder = Path(model)
     has_pipeline = not folder.exists() or loading.folder_kind(folder) == "pipeline"
+    limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
     data: dict[str, dict[str, Any]] = {}
     for name, (empty, stored) in models.items():
-        run = Run(
-            loading.LoadedModel(model, None, name, empty),
-            recipe,
-            exclude=exclude,
-            memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
-        )
+        loaded = loading.LoadedModel(model, None, name, empty)
+        run = Run(loaded, recipe, exclude=exclude, memory=limit)
         plan_stage(run)
         compute = stored if dtype == "auto" else loading.DTYPES[dtype]
         needs, mapped = statistics_needed(recipe, has_pipeline), compute == stored

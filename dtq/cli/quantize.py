@@ -130,9 +130,8 @@ def _check_disk(run: Run, output: Path) -> None:
     from dtq.errors import InputError
     from dtq.estimate import file_tensors
 
-    parent = output.resolve()
-    while not parent.exists():
-        parent = parent.parent
+    folder = output.resolve()
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
     needed = predicted_bytes(file_tensors(run.model, run.plan, run.loaded.dtype))
     free = shutil.disk_usage(parent).free
     if free < 1.1 * needed:

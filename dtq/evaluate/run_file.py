@@ -80,13 +80,8 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite become null."""
-        return {
-            "format": FORMAT,
-            **vars(self),
-            "samples": [vars(sample) for sample in self.samples],
-            "values": finite_or_null(self.values),
-            "rerun": finite_or_null(self.rerun),
-        }
+        samples = [vars(sample) for sample in self.samples]
+        return finite_or_null({"format": FORMAT, **vars(self), "samples": samples})
 
 
 def text(data: dict[str, Any]) -> str:
