@@ -18,20 +18,10 @@ from typing import Any, NoReturn
 import click
 from safetensors import SafetensorError
 
-from dtq.cli import (
-    bench,
-    calibrate,
-    doctor,
-    evaluate,
-    gate,
-    inspect,
-    plan,
-    quantize,
-    recipe,
-    sample,
-)
 from dtq.errors import DtqError, first_line
 from dtq.version import __version__
+
+from . import bench, calibrate, doctor, evaluate, gate, inspect, plan, quantize, recipe, sample
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of a shell for SIGINT and SIGPIPE."""

@@ -33,11 +33,10 @@ def calibrate(
     """
     from dtq.calibrate import store
     from dtq.calibrate.observers import OBSERVERS
-    from dtq.cli.inputs import quiet, recipe_with
+    from dtq.cli.inputs import join_workers, recipe_with
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
-    from dtq.runs.workers import Workers
     from dtq.stages.calibrate import collect
     from dtq.stages.plan import plan
     from dtq.stages.run import Run
@@ -47,11 +46,8 @@ def calibrate(
     recipe = recipe_with(choices)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
-    workers = Workers.join()
-    with (
-        quiet(not workers.is_main),
-        run_directory(output, workers, fresh=fresh, file=True) as directory,
-    ):
+    workers = join_workers(output)
+    with run_directory(output, workers, fresh=fresh, file=True) as directory:
         models = load_transformers(model, dtype=dtype, component=components or "auto")
         if len(models) > 1:
             names = ", ".join(each.component for each in models)

@@ -8,8 +8,7 @@ The commands import this in their functions: their modules must not import torch
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +101,12 @@ def pairs(texts: Sequence[str], option: str, form: str = "NAME=VALUE") -> list[t
     return [(name, value) for name, _, value in (text.partition("=") for text in texts)]
 
 
-def join_workers(output: Path | None) -> Workers:
-    """The processes that share the samples; all but the first are silent.
+def join_workers(output: Path | None, *, silent: bool = False) -> Workers:
+    """The processes that share the work; all but the first show no progress bars of libraries.
+
+    Args:
+        output: the folder or file that the command writes.
+        silent: whether the first one shows none either.
 
     Raises:
         InputError: there are several, and no folder that all of them see.
@@ -111,7 +114,8 @@ def join_workers(output: Path | None) -> Workers:
     workers = Workers.join()
     if workers.size > 1 and output is None:
         raise InputError("several processes need a folder that all of them see: -o FOLDER")
-    click.get_current_context().with_resource(quiet(not workers.is_main))
+    if silent or not workers.is_main:
+        _hide_progress_bars()
     return workers
 
 
@@ -126,19 +130,14 @@ def load_verified(model: str, dtype: str) -> loading.LoadedModel:
     return loading.load_transformer(model, dtype=dtype)
 
 
-@contextmanager
-def quiet(active: bool = True) -> Iterator[None]:
-    """Turn the progress bars of diffusers and transformers off, if ``active``.
+def _hide_progress_bars() -> None:
+    """Turn the progress bars of diffusers and transformers off until the command ends.
 
     For JSON output, and in processes whose progress another one shows.
     """
-    libraries: list[Any] = [diffusers_logging] if active else []
-    if active and is_transformers_available():
+    libraries: list[Any] = [diffusers_logging]
+    if is_transformers_available():
         libraries.append(importlib.import_module("transformers.utils.logging"))
     for library in libraries:
         library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
+        click.get_current_context().call_on_close(library.enable_progress_bar)

@@ -73,23 +73,19 @@ def quantize(
     from dtq.allocate import parse_size
     from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
-    from dtq.cli.inputs import quiet, recipe_with
+    from dtq.cli.inputs import join_workers, recipe_with
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
-    from dtq.runs.workers import Workers
     from dtq.stages.plan import plan
     from dtq.stages.run_identity import run_identity
 
     tune_malloc()
     recipe = recipe_with(choices)
-    workers = Workers.join()
+    workers = join_workers(output, silent=as_json)
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
-    with (
-        quiet(as_json or not workers.is_main),
-        run_directory(output, workers, fresh=fresh, overwrite=overwrite) as directory,
-    ):
+    with run_directory(output, workers, fresh=fresh, overwrite=overwrite) as directory:
         if directory.finished:
             text = (output / "dtq_report.json").read_text(encoding="utf-8")
             click.echo(text if as_json else f"{output}: an earlier run has finished it")
