@@ -33,8 +33,7 @@ class Gate(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """The arguments, with ``check`` before options that come before the run."""
-        help = args and args[0] in ("-h", "--help")
-        if args and args[0].startswith("-") and not help:
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
             args = ["check", *args]
         return super().parse_args(ctx, args)
 

@@ -102,9 +102,7 @@ def _print(run: Run, cost: Estimate, every: bool) -> None:
     table(head, rows if every else fold(rows))
     click.echo()
     if not run.scan.traced:
-        click.echo(
-            "dtq has no inputs for this class: roles come from layer names alone, not from a trace"
-        )
+        click.echo("no inputs for this class: roles come from layer names alone, not from a trace")
     print_unknown(run.plan)
     kept = {re.sub(r"\.\d+\.", ".*.", name): why for name, why in run.scan.unsupported.items()}
     for name, why in kept.items():

@@ -169,10 +169,8 @@ def print_report(report: Report, output: Path, seconds: float) -> None:
     )
     layers = [x for x in report.layers if x.error is not None]
     if worst := sorted(layers, key=lambda x: -(x.error or 0))[:5]:
-        table(
-            ("worst layers", "weights", "output error", "transform"),
-            [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst],
-        )
+        rows = [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst]
+        table(("worst layers", "weights", "output error", "transform"), rows)
     print_unknown(plan)
     if report.allocation:
         counts = Counter(row["option"] for row in report.allocation["rows"])
@@ -182,9 +180,8 @@ def print_report(report: Report, output: Path, seconds: float) -> None:
     if blocks := report.finetune.get("blocks", []):
         better = [b for b in blocks if b["accepted"] and b["before"] and b["after"]]
         gain = numbers.median(b["after"] / b["before"] for b in better) if better else 1.0
-        click.echo(
-            f"fine-tuned {len(better)} of {len(blocks)} blocks, median block error x {gain:.2f}"
-        )
+        count = f"{len(better)} of {len(blocks)} blocks"
+        click.echo(f"fine-tuned {count}, median block error x {gain:.2f}")
     if policy := report.step_policy:
         modes = list(zip(policy["modes"], policy["counts"], strict=True))
         text = ", then ".join(f"{mode} for {n}" for mode, n in reversed(modes))

@@ -181,9 +181,8 @@ def metric_value(
     low = high = None
     if row.frechet and y is not None and groups:
         low, high = interval(x, y, reference.moments_of(row.kind), groups)
-    size = None
-    if reference.features is not None and not row.reference_free:
-        size = len(reference.features_of(row.kind))
+    known = reference.features is not None and not row.reference_free
+    size = len(reference.features_of(row.kind)) if known else None
     return MetricValue(
         metric, model, "" if row.reference_free else reference.name, value, len(x), size,
         extractor.name, extractor.resizer, change, low, high,
