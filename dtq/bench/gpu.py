@@ -137,8 +137,7 @@ def compare_linears(m: int, k: int, n: int, rounds: int, device: torch.device) -
         *(_product(name, plain, x, count) for name in RECIPES),
         *peers(plain, x, count),
     ]
-    relative_to = (*layers, *PRODUCTS)
-    return compare(f"{k} x {n}", m, candidates, rounds, clock_of(device), relative_to)
+    return compare(f"{k} x {n}", m, candidates, rounds, clock_of(device), (*layers, *PRODUCTS))
 
 
 def copies(device: torch.device, size: int) -> int:
@@ -164,13 +163,11 @@ def _product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     layer = quantized(plain, RECIPES[name])
     x_q, scale = ops.quantize_rows(x, None, 1, None)
     tensors, op = layer.packed_tensors(), ops.w8a8_linear if name == "w8a8" else ops.w4a8_linear
-    names = [n for n in ("weight", "weight_scale", "weight_scale_2") if n in tensors]
-    sets = [
-        (x_q.clone(), scale, *(tensors[n].clone() for n in names), layer.bias, x.dtype)
-        for _ in range(count)
-    ]
-    size = sum(tensors[n].nbytes for n in names)
-    return Candidate(f"{name} product", round_robin([partial(op, *s) for s in sets]), size)
+    names = ("weight", "weight_scale", "weight_scale_2")
+    w = [tensors[n] for n in names if n in tensors]
+    sets = [(x_q.clone(), scale, *map(torch.clone, w), layer.bias, x.dtype) for _ in range(count)]
+    runs = round_robin([partial(op, *operands) for operands in sets])
+    return Candidate(f"{name} product", runs, sum(t.nbytes for t in w))
 
 
 def peers(plain: nn.Linear, x: Tensor, count: int) -> Iterator[Candidate]:
@@ -236,8 +233,7 @@ def compare_models(
         size = _footprint(variant, inputs)
         candidates.append(Candidate(name, partial(variant, **inputs), size))
         if device.type == "cuda":
-            backend = "inductor" if variant is model else "dtq"
-            fast: Any = torch.compile(variant, backend=backend)
+            fast: Any = torch.compile(variant, backend="inductor" if variant is model else "dtq")
             candidates.append(Candidate(f"{name} compiled", partial(fast, **inputs), size))
     names = [c.name for c in candidates if not c.name.startswith("bf16")]
     return compare(case, tokens, candidates, rounds, clock_of(device), names)

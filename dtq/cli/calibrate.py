@@ -62,7 +62,5 @@ def calibrate(
         if not workers.is_main:
             return
         store.save(statistics, output)
-    click.echo(
-        f"{output}: {len(statistics.inputs)} inputs, {statistics.about['calls']} model calls, "
-        f"{size(output.stat().st_size)}"
-    )
+    calls, stored = statistics.about["calls"], size(output.stat().st_size)
+    click.echo(f"{output}: {len(statistics.inputs)} inputs, {calls} model calls, {stored}")

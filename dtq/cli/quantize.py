@@ -163,10 +163,8 @@ def print_report(report: Report, output: Path, seconds: float) -> None:
         seconds: run time.
     """
     plan = report.plan
-    click.echo(
-        f"{output}: {len(plan.quantized())} linears, {plan.bits(plan.gemm()):.2f} bits per "
-        f"attention and feed-forward weight, {duration(seconds)}"
-    )
+    bits = f"{plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight"
+    click.echo(f"{output}: {len(plan.quantized())} linears, {bits}, {duration(seconds)}")
     layers = [x for x in report.layers if x.error is not None]
     if worst := sorted(layers, key=lambda x: -(x.error or 0))[:5]:
         rows = [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst]

@@ -53,13 +53,10 @@ def merge_shards(workers: Workers, folder: Path | None, shard: CandidateRun) -> 
 
 
 def _shard(tensors: Mapping[str, Tensor], run: Any) -> CandidateRun:
-    tables = {
-        key.removeprefix("errors."): [(int(p), int(s), e) for p, s, e in table.tolist()]
-        for key, table in tensors.items()
-        if key.startswith("errors.")
-    }
-    divergence = tables.pop("")
     images = {side: tensors[side] for side in ("float", "candidate")}
+    rows = {k.removeprefix("errors."): t.tolist() for k, t in tensors.items() if k not in images}
+    tables = {name: [(int(p), int(s), e) for p, s, e in table] for name, table in rows.items()}
+    divergence = tables.pop("")
     return CandidateRun(run_file.parse(run), tables, divergence, images)
 
 

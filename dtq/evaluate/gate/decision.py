@@ -312,11 +312,10 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
         )
     names = ", ".join(row.name for row in undecided)
     later = [count for count in policy.looks if count > prompts]
-    advice = (
-        f"evaluate both on at least {later[0]} prompts ({_needed(undecided, verdict.alpha)})"
-        if later
-        else "the policy has no further look; the difference is too close to the margin"
-    )
+    advice = "the policy has no further look; the difference is too close to the margin"
+    if later:
+        needed = _needed(undecided, verdict.alpha)
+        advice = f"evaluate both on at least {later[0]} prompts ({needed})"
     return f"Inconclusive in {names} ({where}): {advice}."
 
 

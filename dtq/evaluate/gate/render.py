@@ -89,8 +89,7 @@ def junit(verdict: Verdict) -> str:
         if row.outcome is Outcome.PASS:
             ElementTree.SubElement(case, "system-out").text = words
         elif row.primary:
-            attributes = {"type": row.outcome.word, "message": words}
-            ElementTree.SubElement(case, "failure", attributes)
+            ElementTree.SubElement(case, "failure", type=row.outcome.word, message=words)
         else:  # a secondary metric does not decide
             ElementTree.SubElement(case, "skipped", message=words)
     ElementTree.indent(suite)

@@ -92,10 +92,7 @@ def _value_flaws(
     if unknown := sorted(set(table) - set(ids)):
         reasons.append(f"{label} has values of samples that are not listed: {_first(unknown)}")
     broken, too_large = [], []
-    for name in ids:
-        if name not in table:
-            continue
-        value = table[name]
+    for name, value in ((name, table[name]) for name in ids if name in table):
         entries = value if isinstance(value, list) else [value]
         if isinstance(value, list) != metric.steps or not is_finite_numbers(entries):
             broken.append(name)
@@ -107,9 +104,8 @@ def _value_flaws(
         reasons.append(f"{label} is beyond {LARGEST:g} for {_first(too_large)}")
     counts = _step_counts(table)
     if metric.steps and (len(counts) > 1 or min(counts, default=1) < max(1, parts)):
-        reasons.append(
-            f"{label} has {_joined(counts)} steps, the policy divides them into {parts} part(s)"
-        )
+        steps = f"{label} has {_joined(counts)} steps"
+        reasons.append(f"{steps}, the policy divides them into {parts} part(s)")
     return reasons
 
 

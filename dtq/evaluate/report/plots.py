@@ -27,8 +27,7 @@ def steps(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
 def divergence(values: Sequence[float]) -> str:
     """Distance of the latents that enter each step; the first, 0 by construction, is left out."""
     figure, axes = _axes()
-    shown = range(2, len(values) + 1)
-    axes.plot(shown, values[1:], marker="o", ms=3, color=COLORS[0])
+    axes.plot(range(2, len(values) + 1), values[1:], marker="o", ms=3, color=COLORS[0])
     axes.set(xlabel="step", ylabel="relative squared distance", yscale="log")
     return _svg(figure)
 
