@@ -81,7 +81,7 @@ class Policy:
         """
         if isinstance(what, Policy):
             return what
-        path = find(what)
+        path = find_yaml(what, "gate", "policy", "Or give a file that ends in .yaml.")
         try:
             data = parse_yaml(read_text(path, LARGEST_YAML), str(path))
         except InputError as error:
@@ -158,15 +158,6 @@ def _limit_problems(limit: Limit, at: str) -> list[str]:
     if limit.parts > 1 and not metric.steps:
         problems.append(f"{at}.parts: {metric.name} has no value per step")
     return problems
-
-
-def find(what: str | Path) -> Path:
-    """The file of a policy given by name or path.
-
-    Raises:
-        InputError: neither exists; the message lists the names that do.
-    """
-    return find_yaml(what, "gate", "policy", "Or give a file that ends in .yaml.")
 
 
 def names() -> list[str]:
