@@ -97,6 +97,7 @@ class Session:
     def size(self, full: int, small: int) -> int:
         return small if self.small else full
 
+    @torch.no_grad()
     def seconds(self, run: Callable[[], object]) -> float:
         watch = self.clock.watch(run)
         return statistics.median(watch() for _ in range(self.rounds))

@@ -179,10 +179,8 @@ def _pixart(blocks: int) -> Case:
 
 def cast_floats(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The inputs with floating-point tensors in another dtype."""
-    return {
-        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
+    floats = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return inputs | {k: v.to(dtype) for k, v in floats.items()}
 
 
 def quantized(

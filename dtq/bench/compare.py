@@ -83,39 +83,20 @@ class Result:
         return asdict(self) | {"verdict": verdict(self.rows)}
 
 
-def run_suite(
-    suite: str,
-    comparisons: Iterable[list[BenchRow]],
-    conditions: dict[str, str | int],
-    progress: Progress | None,
-) -> Result:
-    """Run the comparisons of a suite.
-
-    Args:
-        suite: its name.
-        comparisons: rows of each; an iterator runs a comparison when it is asked for.
-        conditions: of the measurement, by name.
-        progress: called after each comparison.
-
-    Returns:
-        All rows.
-    """
+def run_all(comparisons: Iterable[list[BenchRow]], progress: Progress | None) -> list[BenchRow]:
+    """All rows of some comparisons; an iterator runs a comparison when it is asked for."""
     rows: list[BenchRow] = []
     for compared in comparisons:
         rows += compared
         if progress:
             progress(compared)
-    return Result(suite, conditions, rows)
+    return rows
 
 
 def timing(clock: Clock, rounds: int) -> dict[str, str | int]:
     """Conditions of every measurement: how and when it was made."""
-    return {
-        "clock": clock.name,
-        "torch": torch.__version__,
-        "rounds": rounds,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    date = time.strftime("%Y-%m-%d")
+    return {"clock": clock.name, "torch": torch.__version__, "rounds": rounds, "date": date}
 
 
 @torch.no_grad()
@@ -187,28 +168,23 @@ def verdict(rows: Sequence[BenchRow]) -> str:
     many = [row for row in rows if row.tokens > 1]
     speeds = []
     for recipe in RECIPES:
-        speedup = {
-            name: statistics.geometric_mean(
-                row.ratio[recipe][1] for row in many if row.name == name
-            )
-            for name in ("bf16", "fp32")
-            if any(row.name == name and recipe in row.ratio for row in many)
-        }
+        speedup: dict[str, float] = {}
+        for name in ("bf16", "fp32"):
+            found = [r.ratio[recipe][1] for r in many if r.name == name and recipe in r.ratio]
+            if found:
+                speedup[name] = statistics.geometric_mean(found)
         if speedup:
             fastest = min(speedup, key=lambda name: speedup[name])  # of the float candidates
-            smaller = _bytes(many, "bf16") / _bytes(many, recipe)
+            smaller = f"{_bytes(many, 'bf16') / _bytes(many, recipe):.1f}x smaller than bf16"
             speeds.append((speedup[fastest], recipe, fastest, smaller))
     if not speeds:
         return "nothing of dtq was measured"
     speed, recipe, fastest, smaller = max(speeds)
     if speed > 1:
-        return (
-            f"{recipe} is {speed:.1f}x faster than {fastest} here and "
-            f"{smaller:.1f}x smaller than bf16"
-        )
+        return f"{recipe} is {speed:.1f}x faster than {fastest} here and {smaller}"
     return (
         f"nothing of dtq is faster than {fastest} here; {recipe} takes {1 / speed:.1f}x as long "
-        f"and is {smaller:.1f}x smaller than bf16: quantize for memory, not for speed"
+        f"and is {smaller}: quantize for memory, not for speed"
     )
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
 import logging
 import math
@@ -12,13 +11,14 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtq.bench.cases import RECIPES, Inputs, cases, cast_floats, quantized, quantized_model
-from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_suite, timing
+from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_all, timing
 from dtq.bench.timer import HostClock
 from dtq.evaluate.baselines import BASELINES
 from dtq.kernels import CPU
@@ -53,9 +53,9 @@ def e2e(quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
 def suite(
     comparisons: Callable[[bool, int], Iterator[list[BenchRow]]],
     *,
-    quick: bool = False,
-    rounds: int = 15,
-    progress: Progress | None = None,
+    quick: bool,
+    rounds: int,
+    progress: Progress | None,
 ) -> Result:
     """Run a suite on the CPU.
 
@@ -68,14 +68,11 @@ def suite(
     Returns:
         All rows.
     """
-    name, rows = comparisons.__name__, comparisons(quick, rounds)
-    return run_suite(name, rows, conditions(rounds), progress)
+    rows = comparisons(quick, rounds)
+    return Result(comparisons.__name__, conditions(rounds), run_all(rows, progress))
 
 
-SUITES: dict[str, Callable[..., Result]] = {
-    "gemm": functools.partial(suite, gemm),
-    "e2e": functools.partial(suite, e2e),
-}
+SUITES = {each.__name__: partial(suite, each) for each in (gemm, e2e)}
 
 
 def conditions(rounds: int) -> dict[str, str | int]:
@@ -102,15 +99,18 @@ def _set_shares(rows: Sequence[BenchRow], operations: int) -> None:
 
 def _layers(k: int, n: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    float_layer = nn.Linear(k, n)
-    layers: dict[str, nn.Module] = {
-        name: quantized(float_layer, weight_format) for name, weight_format in RECIPES.items()
-    }
-    layers["fp32"] = float_layer
-    layers["bf16"] = nn.Linear(k, n, dtype=torch.bfloat16)
+    full = nn.Linear(k, n)
+    layers: dict[str, nn.Module] = {name: quantized(full, fmt) for name, fmt in RECIPES.items()}
+    plain = nn.Linear(k, n, dtype=torch.bfloat16)
+    return layers | {"fp32": full, "bf16": plain} | other_libraries(plain)
+
+
+def other_libraries(plain: nn.Linear) -> dict[str, nn.Module]:
+    """The bfloat16 layer as each library of ``BASELINES`` that is installed quantizes it."""
+    layers = {}
     for name, baseline in BASELINES.items():
         if installed(MODULES[name.split("-")[0]]):
-            holder = nn.Sequential(nn.Linear(k, n, dtype=torch.bfloat16))
+            holder = nn.Sequential(copy.deepcopy(plain))
             baseline.apply(holder, ["0"])
             layers[name] = holder[0]
     return layers
@@ -118,7 +118,7 @@ def _layers(k: int, n: int) -> dict[str, nn.Module]:
 
 def _on(layers: dict[str, nn.Module], x: Tensor, n: int) -> list[Candidate]:
     candidates = [
-        Candidate(name, _call(layer, x.float() if name == "fp32" else x), _size(name, layer))
+        Candidate(name, partial(layer, x.float() if name == "fp32" else x), size_of(name, layer))
         for name, layer in layers.items()
     ]
     x_q = torch.randint(-127, 128, x.shape, dtype=torch.int8)
@@ -176,7 +176,7 @@ def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> list[Cand
     return candidates
 
 
-@functools.cache
+@cache
 def _inductor_compiles() -> bool:
     compiler = os.environ.get("CXX", "g++")
     exists = shutil.which(compiler) is not None
@@ -185,22 +185,19 @@ def _inductor_compiles() -> bool:
     return exists
 
 
-def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
-    return lambda: layer(x)
-
-
-def _size(name: str, layer: nn.Module) -> int:
+def size_of(name: str, layer: nn.Module) -> int:
+    """Bytes of a model, or of a linear that the library of that name quantized."""
     if name in BASELINES:
-        weight: Any = layer.weight
-        return math.ceil(BASELINES[name].bits(layer) * weight.numel() / 8)
+        linear: Any = layer
+        bits = BASELINES[name].bits(layer) * linear.in_features * linear.out_features
+        return math.ceil(bits / 8)
     return sum(p.nbytes for p in layer.parameters())
 
 
 def _steps(model: nn.Module, inputs: Inputs) -> list[Candidate]:
     def candidate(name: str, model: nn.Module, dtype: torch.dtype) -> Candidate:
-        size = sum(p.nbytes for p in model.parameters())
-        kwargs = cast_floats(inputs, dtype)
-        return Candidate(name, lambda: model(**kwargs)[0], size)
+        run = partial(model, **cast_floats(inputs, dtype))
+        return Candidate(name, run, size_of(name, model))
 
     return [
         *(candidate(name, quantized_model(model, name), torch.bfloat16) for name in RECIPES),

@@ -10,21 +10,20 @@ launches.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtq.bench.cases import RECIPES, Inputs, dit, flux, quantized, quantized_model
-from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_suite, timing
-from dtq.bench.cpu import MODULES, installed
+from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_all, timing
+from dtq.bench.cpu import other_libraries, size_of
 from dtq.bench.timer import clock_of
 from dtq.errors import InputError
-from dtq.evaluate.baselines import BASELINES
 from dtq.kernels import CUDA, gpu_dispatch
 
 SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288), (12288, 3072))
@@ -45,9 +44,7 @@ def gpu() -> torch.device:
         InputError: there is none.
     """
     if not torch.cuda.is_available():
-        raise InputError(
-            "no GPU that torch can use: the CUDA suites need one; --device cpu runs the others"
-        )
+        raise InputError("no GPU that torch can use for CUDA suites; --device cpu runs the others")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -69,9 +66,9 @@ def e2e(device: torch.device, quick: bool, rounds: int) -> Iterator[list[BenchRo
 def suite(
     comparisons: Callable[[torch.device, bool, int], Iterator[list[BenchRow]]],
     *,
-    quick: bool = False,
-    rounds: int = 15,
-    progress: Progress | None = None,
+    quick: bool,
+    rounds: int,
+    progress: Progress | None,
     device: torch.device | None = None,
 ) -> Result:
     """Run a suite on a device.
@@ -90,14 +87,11 @@ def suite(
         InputError: ``device`` is None, and there is no GPU.
     """
     device = device or gpu()
-    name, rows = comparisons.__name__, comparisons(device, quick, rounds)
-    return run_suite(name, rows, conditions(rounds, device), progress)
+    rows = comparisons(device, quick, rounds)
+    return Result(comparisons.__name__, conditions(rounds, device), run_all(rows, progress))
 
 
-SUITES: dict[str, Callable[..., Result]] = {
-    "gemm": functools.partial(suite, gemm),
-    "e2e": functools.partial(suite, e2e),
-}
+SUITES = {each.__name__: partial(suite, each) for each in (gemm, e2e)}
 
 
 def conditions(rounds: int, device: torch.device) -> dict[str, str | int]:
@@ -139,12 +133,11 @@ def compare_linears(m: int, k: int, n: int, rounds: int, device: torch.device) -
     if gpu_dispatch.multiplies_fp4(x, mx=False):
         layers["nvfp4"] = quantized(plain, "nvfp4", "nvfp4")
     candidates = [
-        *(_layer(name, layer, x, count) for name, layer in layers.items()),
+        *(_repeated(name, layer, x, count) for name, layer in layers.items()),
         *(_product(name, plain, x, count) for name in RECIPES),
         *peers(plain, x, count),
     ]
-    relative_to = (*layers, *PRODUCTS)
-    return compare(f"{k} x {n}", m, candidates, rounds, clock_of(device), relative_to)
+    return compare(f"{k} x {n}", m, candidates, rounds, clock_of(device), (*layers, *PRODUCTS))
 
 
 def copies(device: torch.device, size: int) -> int:
@@ -161,10 +154,8 @@ def round_robin(runs: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(cycle)()
 
 
-def _layer(name: str, layer: nn.Module, x: Tensor, count: int) -> Candidate:
-    """The quantized layer, dispatcher included."""
-    size = sum(p.nbytes for p in layer.parameters())
-    return Candidate(name, repeat_layer(layer, x, count), size)
+def _repeated(name: str, layer: nn.Module, x: Tensor, count: int) -> Candidate:
+    return Candidate(name, repeat_layer(layer, x, count), size_of(name, layer))
 
 
 def _product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
@@ -172,13 +163,11 @@ def _product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     layer = quantized(plain, RECIPES[name])
     x_q, scale = ops.quantize_rows(x, None, 1, None)
     tensors, op = layer.packed_tensors(), ops.w8a8_linear if name == "w8a8" else ops.w4a8_linear
-    names = [n for n in ("weight", "weight_scale", "weight_scale_2") if n in tensors]
-    sets = [
-        (x_q.clone(), scale, *(tensors[n].clone() for n in names), layer.bias, x.dtype)
-        for _ in range(count)
-    ]
-    size = sum(tensors[n].nbytes for n in names)
-    return Candidate(f"{name} product", round_robin([_bound(op, *s) for s in sets]), size)
+    names = ("weight", "weight_scale", "weight_scale_2")
+    w = [tensors[n] for n in names if n in tensors]
+    sets = [(x_q.clone(), scale, *map(torch.clone, w), layer.bias, x.dtype) for _ in range(count)]
+    runs = round_robin([partial(op, *operands) for operands in sets])
+    return Candidate(f"{name} product", runs, sum(t.nbytes for t in w))
 
 
 def peers(plain: nn.Linear, x: Tensor, count: int) -> Iterator[Candidate]:
@@ -190,18 +179,14 @@ def peers(plain: nn.Linear, x: Tensor, count: int) -> Iterator[Candidate]:
         x_q = torch.randint(-127, 128, x.shape, dtype=torch.int8, device=x.device)
         weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=x.device)
         # only the product of quantized inputs: no scales, no bias, int32 out
-        runs = [_bound(torch._int_mm, x_q.clone(), weight.clone().T) for _ in range(count)]
+        runs = [partial(torch._int_mm, x_q.clone(), weight.clone().T) for _ in range(count)]
         yield Candidate("_int_mm, bare", round_robin(runs), weight.numel())
     if on_cpu:
         return
     if torch.cuda.get_device_capability(x.device) >= (8, 9) and k % 16 == n % 16 == 0:
         yield _scaled_mm(plain, x, count)
-    for name, baseline in BASELINES.items():
-        if installed(MODULES[name.split("-")[0]]):
-            holder = nn.Sequential(copy.deepcopy(plain))
-            baseline.apply(holder, ["0"])
-            size = math.ceil(baseline.bits(holder[0]) * k * n / 8)
-            yield Candidate(name, repeat_layer(holder[0], x, count), size)
+    for name, layer in other_libraries(plain).items():
+        yield _repeated(name, layer, x, count)
 
 
 def _scaled_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
@@ -210,26 +195,16 @@ def _scaled_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     rows = torch.rand(len(x), 1, device=x.device)
     columns = torch.rand(1, plain.out_features, device=x.device)
 
-    def run(a: Tensor, b: Tensor) -> Tensor:
-        return torch._scaled_mm(a, b, rows, columns, out_dtype=x.dtype)
-
+    run = partial(torch._scaled_mm, scale_a=rows, scale_b=columns, out_dtype=x.dtype)
     # inputs are quantized, a scale for each row and column exists, no bias
-    runs = [_bound(run, a.clone(), b.clone().T) for _ in range(count)]
+    runs = [partial(run, a.clone(), b.clone().T) for _ in range(count)]
     return Candidate("_scaled_mm e4m3", round_robin(runs), b.numel())
 
 
 def repeat_layer(layer: nn.Module, x: Tensor, count: int) -> Callable[[], object]:
     """Runs of ``count`` copies of a layer and its input, one after the other."""
     layers = [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
-    return round_robin([_bound(one, x.clone()) for one in layers])
-
-
-def _bound(function: Callable[..., object], *args: Any) -> Callable[[], object]:
-    def call() -> object:
-        with torch.no_grad():
-            return function(*args)
-
-    return call
+    return round_robin([partial(one, x.clone()) for one in layers])
 
 
 # -------------------------------------------------------------------------------------- models
@@ -252,39 +227,29 @@ def compare_models(
         a step on a GPU, else those of the parameters.
     """
     device = next(model.parameters()).device
-    models = {"bf16": model} | {
-        name: quantized_model(model, name, modulation) for name, modulation in MODULATION.items()
-    }
+    models = {name: quantized_model(model, name, fmt) for name, fmt in MODULATION.items()}
     candidates = []
-    for name, variant in models.items():
+    for name, variant in ({"bf16": model} | models).items():
         size = _footprint(variant, inputs)
-        candidates.append(Candidate(name, _step(variant, inputs), size))
+        candidates.append(Candidate(name, partial(variant, **inputs), size))
         if device.type == "cuda":
-            backend = "inductor" if variant is model else "dtq"
-            fast: Any = torch.compile(variant, backend=backend)
-            candidates.append(Candidate(f"{name} compiled", _step(fast, inputs), size))
+            fast: Any = torch.compile(variant, backend="inductor" if variant is model else "dtq")
+            candidates.append(Candidate(f"{name} compiled", partial(fast, **inputs), size))
     names = [c.name for c in candidates if not c.name.startswith("bf16")]
     return compare(case, tokens, candidates, rounds, clock_of(device), names)
 
 
-def _step(model: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
-    def call() -> object:
-        with torch.no_grad():
-            return model(**inputs)[0]
-
-    return call
-
-
+@torch.no_grad()
 def _footprint(model: nn.Module, inputs: Inputs) -> int:
     parameters = sum(p.nbytes for p in model.parameters())
     device = next(model.parameters()).device
     if device.type != "cuda":
         return parameters
-    _step(model, inputs)()  # what the first run keeps counts as allocated before
+    model(**inputs)  # what the first run keeps counts as allocated before
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    _step(model, inputs)()
+    model(**inputs)
     torch.cuda.synchronize(device)
     # the models of the other rows are allocated, too: count what this step adds, and its weights
     return parameters + torch.cuda.max_memory_allocated(device) - before

@@ -5,22 +5,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
 _MIN_SECONDS = 2e-3  # of a measurement: in a shorter one the clock's own time shows
-
-
-class Clock(Protocol):
-    """Makes stopwatches."""
-
-    @property
-    def name(self) -> str:
-        """How time is measured, for the conditions."""
-
-    def watch(self, run: Callable[[], object]) -> Callable[[], float]:
-        """A function that runs ``run``, and returns the seconds of one run."""
 
 
 class HostClock:
@@ -58,38 +46,34 @@ class GpuClock:
 
     def watch(self, run: Callable[[], object]) -> Callable[[], float]:
         """A stopwatch of ``run``, captured several times in one graph."""
-        once = self._single(run)
-        repeats = max(4, min(64, int(_MIN_SECONDS / max(once, 1e-6))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                run()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-        def measure() -> float:
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) / 1e3 / repeats
-
-        measure()
-        return measure
-
-    def _single(self, run: Callable[[], object]) -> float:
-        """Seconds of a run. Warm-up is on a stream of its own, as capturing requires."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # warm-up is on a stream of its own, as capturing requires
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 run()
-            begin.record()
-            run()
-            end.record()
+            once = self._seconds(run)
         torch.cuda.current_stream().wait_stream(stream)
+        repeats = max(4, min(64, int(_MIN_SECONDS / max(once, 1e-6))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                run()
+        self._seconds(graph.replay)  # does not count
+        return lambda: self._seconds(graph.replay) / repeats
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """Seconds between events around the work, on the current stream."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+
+Clock = HostClock | GpuClock
+"""Makes stopwatches: functions that run the work, and return the seconds of one run."""
 
 
 def clock_of(device: torch.device) -> Clock:

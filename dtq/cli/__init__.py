@@ -18,20 +18,10 @@ from typing import Any, NoReturn
 import click
 from safetensors import SafetensorError
 
-from dtq.cli import (
-    bench,
-    calibrate,
-    doctor,
-    evaluate,
-    gate,
-    inspect,
-    plan,
-    quantize,
-    recipe,
-    sample,
-)
 from dtq.errors import DtqError, first_line
 from dtq.version import __version__
+
+from . import bench, calibrate, doctor, evaluate, gate, inspect, plan, quantize, recipe, sample
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of a shell for SIGINT and SIGPIPE."""
@@ -43,7 +33,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
         # a kill is an interrupt: half-written folders are removed on the way out
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # dtq inspect ... | head
@@ -65,10 +55,6 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; no half-written folder is left", err=True)
             sys.exit(INTERRUPTED)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _fail(message: str) -> NoReturn:
@@ -94,8 +80,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 @click.group(
-    cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
 )
 @click.version_option(__version__)
 @click.option("-v", "--verbose", is_flag=True, help="Print the decisions on the way.")
@@ -115,19 +100,8 @@ def main(verbose: bool) -> None:
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # if it is imported already
 
 
-COMMANDS: tuple[click.Command, ...] = (
-    quantize.quantize,
-    plan.plan,
-    calibrate.calibrate,
-    inspect.inspect,
-    sample.sample,
-    evaluate.evaluate,
-    gate.gate,
-    recipe.recipe,
-    bench.bench,
-    doctor.doctor,
-)
-"""A command is listed here; ``dtq --help`` sorts them."""
+MODULES = (bench, calibrate, doctor, evaluate, gate, inspect, plan, quantize, recipe, sample)
+"""Each defines the command of its name."""
 
-for command in COMMANDS:
-    main.add_command(command)
+for module in MODULES:
+    main.add_command(getattr(module, module.__name__.rpartition(".")[2]))

@@ -71,13 +71,11 @@ def bench(
     if device == "cuda":
         gpu.gpu()
     LIBRARIES[device].load()
-    suites = gpu.SUITES if device == "cuda" else cpu.SUITES
+    run = (gpu.SUITES if device == "cuda" else cpu.SUITES)[suite]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = suites[suite](
-            quick=quick, rounds=rounds, progress=None if as_json else _print_case
-        )
+        result = run(quick=quick, rounds=rounds, progress=None if as_json else _print_case)
     finally:
         torch.set_num_threads(before)
     text = json.dumps(result.to_json(), indent=1)
@@ -120,10 +118,8 @@ def _print(result: Result) -> None:
     for recipe in RECIPES:
         means = geometric_means(result.rows, recipe)
         tokens, others = sorted({t for t, _ in means}), list(dict.fromkeys(n for _, n in means))
-        table(
-            (f"time / {recipe}", *(f"M {t}" for t in tokens)),
-            [(name, *(or_dash(means.get((t, name)), ".2f") for t in tokens)) for name in others],
-        )
+        head = (f"time / {recipe}", *(f"M {t}" for t in tokens))
+        table(head, [(n, *(or_dash(means.get((t, n)), ".2f") for t in tokens)) for n in others])
         click.echo()
     click.echo(", ".join(f"{key} {value}" for key, value in result.conditions.items()))
     click.echo(verdict(result.rows))

@@ -20,12 +20,7 @@ from dtq.errors import InputError
 @opt.output(required=True, help="File to write, .safetensors.")
 @opt.fresh
 def calibrate(
-    model: str,
-    output: Path,
-    fresh: bool,
-    dtype: str,
-    components: tuple[str, ...],
-    **choices: Any,
+    model: str, output: Path, fresh: bool, dtype: str, components: tuple[str, ...], **choices: Any
 ) -> None:
     """Collect statistics of the float MODEL in a file.
 
@@ -38,11 +33,10 @@ def calibrate(
     """
     from dtq.calibrate import store
     from dtq.calibrate.observers import OBSERVERS
-    from dtq.cli.inputs import quiet, recipe_with
+    from dtq.cli.inputs import join_workers, recipe_with
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
-    from dtq.runs.workers import Workers
     from dtq.stages.calibrate import collect
     from dtq.stages.plan import plan
     from dtq.stages.run import Run
@@ -52,17 +46,12 @@ def calibrate(
     recipe = recipe_with(choices)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
-    workers = Workers.join()
-    with (
-        quiet(not workers.is_main),
-        run_directory(output, workers, fresh=fresh, file=True) as directory,
-    ):
+    workers = join_workers(output)
+    with run_directory(output, workers, fresh=fresh, file=True) as directory:
         models = load_transformers(model, dtype=dtype, component=components or "auto")
         if len(models) > 1:
             names = ", ".join(each.component for each in models)
-            raise InputError(
-                f"{model} has several transformers: choose one, --component of {names}"
-            )
+            raise InputError(f"{model} has several transformers: choose one --component of {names}")
         run = Run(models[0], recipe, directory.tasks, progress=workers.is_main)
         plan(run)
         # everything, whatever this recipe needs: the file then serves other recipes too
@@ -73,7 +62,5 @@ def calibrate(
         if not workers.is_main:
             return
         store.save(statistics, output)
-    click.echo(
-        f"{output}: {len(statistics.inputs)} inputs, {statistics.about['calls']} model calls, "
-        f"{size(output.stat().st_size)}"
-    )
+    calls, stored = statistics.about["calls"], size(output.stat().st_size)
+    click.echo(f"{output}: {len(statistics.inputs)} inputs, {calls} model calls, {stored}")

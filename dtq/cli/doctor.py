@@ -43,11 +43,9 @@ def doctor() -> None:
         gpu = f"{torch.cuda.get_device_name()}, sm_{capability}"
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     rows = [("python", platform.python_version()), ("dtq", __version__)]
-    rows.append(("torch", torch.__version__))
-    rows += [(package, _version(package)) for package in _PACKAGES]
+    rows += [("torch", torch.__version__), *((name, _version(name)) for name in _PACKAGES)]
     rows += [("gpu", gpu), ("cpu", cpu), ("kernels", ", ".join(k.name for k in KERNELS))]
-    for kernel in KERNELS:
-        rows.append((f"  {kernel.name}", "; ".join(on(kernel, x) for x in LIBRARIES.values())))
+    rows += [(f"  {k.name}", "; ".join(on(k, x) for x in LIBRARIES.values())) for k in KERNELS]
     for library in LIBRARIES.values():
         rows.append((f"{library.title} kernels", library.describe()))
         rows += [(f"  {name}", state) for name, state in library.levels()]
@@ -59,9 +57,8 @@ def doctor() -> None:
 
 def _version(package: str) -> str:
     try:
-        if importlib.util.find_spec(package) is None:
-            return "not installed"
-        return version(package.replace(".", "-"))
+        found = importlib.util.find_spec(package)
+        return version(package.replace(".", "-")) if found else "not installed"
     except ModuleNotFoundError:
         return "not installed"
     except PackageNotFoundError:

@@ -87,9 +87,8 @@ def evaluate(
 
     workers = join_workers(output)
     names = tuple(listed(metrics)) or (("fid",) if num_images else ())
-    request = MetricRequest(
-        names, num_images, features, pairs(weights, "--extractor"), reference_set
-    )
+    sources = dict(pairs(weights, "--extractor"))
+    request = MetricRequest(names, num_images, features, sources, reference_set)
     request.check()
     # a gate must never read an older run than the one that failed
     if output is not None and workers.is_main:
@@ -98,13 +97,14 @@ def evaluate(
         raise InputError("--npz needs a folder and images to keep: -o FOLDER --num-images 5000")
     loaded, float_model = load_verified(candidate, dtype), load_verified(reference, dtype)
     quantization = quantization_report(loaded.path)
+    shown = workers.is_main and not as_json
     result = evaluate(
         loaded,
         float_model,
         sampling_settings(**settings),
         baselines=listed(libraries),
         request=request,
-        progress=(lambda line: None) if as_json or not workers.is_main else _print_line,
+        progress=lambda line: click.echo(f"  {line}") if shown else None,
         workers=workers,
         folder=None if output is None else output / ".shares",
     )
@@ -120,12 +120,8 @@ def evaluate(
         click.echo(json.dumps(finite_or_null(result.to_json())))
     else:
         _print(result, output)
-    if result.run is not None and result.run.missing:
+    if result.run.missing:
         sys.exit(INVALID)
-
-
-def _print_line(line: str) -> None:
-    click.echo(f"  {line}")
 
 
 def _save(result: Evaluation, output: Path, npz: bool, keep_images: bool) -> None:
@@ -171,6 +167,5 @@ def _print(result: Evaluation, output: Path | None) -> None:
     click.echo(html.verdict(result)[1])
     if output is not None:
         click.echo(f"report: {output / 'report.html'}")
-    if result.run is not None:
-        for name, why in result.run.missing.items():
-            click.echo(f"error: {name} was asked for and is missing: {why}", err=True)
+    for name, why in result.run.missing.items():
+        click.echo(f"error: {name} was asked for and is missing: {why}", err=True)

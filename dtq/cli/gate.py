@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +33,21 @@ class Gate(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """The arguments, with ``check`` before options that come before the run."""
-        help = args and args[0] in ("-h", "--help")
-        if args and args[0].startswith("-") and not help:
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
             args = ["check", *args]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; errors end with the exit code ``INVALID``."""
-        with _code_3():
+        try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except click.UsageError as error:
+            error.show()
+        except (DtqError, OSError) as error:
+            click.echo(f"error: {error}", err=True)
+        sys.exit(INVALID)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Show the options of ``check`` and the commands."""
@@ -53,20 +57,6 @@ class Gate(click.Group):
         with formatter.section("Options"):
             formatter.write_dl(rows)
         self.format_commands(ctx, formatter)
-
-
-@contextmanager
-def _code_3() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except click.UsageError as error:
-        error.show()
-        sys.exit(INVALID)
-    except (DtqError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(INVALID)
 
 
 policy_option = click.option(
@@ -163,20 +153,12 @@ def check(
         sys.exit(int(verdict.outcome))
 
 
-# fmt: off
-_accept_options = opt.combined(
-    opt.path("--baseline", required=True, help="Baseline file to write."),
-    click.option("--reason", required=True, help="Why it is accepted; kept in the file."),
-    policy_option,
-    click.option("--who", metavar="NAME",
-                 help="Name in the history. Default: your user name."),
-)
-# fmt: on
-
-
 @gate.command("accept")
 @click.argument("run", type=click.Path(path_type=Path))
-@_accept_options
+@opt.path("--baseline", required=True, help="Baseline file to write.")
+@click.option("--reason", required=True, help="Why it is accepted; kept in the file.")
+@policy_option
+@click.option("--who", metavar="NAME", help="Name in the history. Default: your user name.")
 def accept(run: Path, baseline: Path, reason: str, policy: str, who: str | None) -> None:
     """Make RUN the baseline that later runs are compared with.
 
@@ -191,12 +173,10 @@ def accept(run: Path, baseline: Path, reason: str, policy: str, who: str | None)
     from dtq.evaluate.gate import baseline_file
     from dtq.evaluate.gate.policy import Policy
 
-    entry = baseline_file.accept(
-        run_file.read(run), baseline, reason, Policy.load(policy), who or ""
-    )
-    last = entry.get("against_the_last")
+    new = baseline_file.accept(run_file.read(run), baseline, reason, Policy.load(policy), who or "")
+    last = new.get("against_the_last")
     words = f"; against the last one: {last['verdict']}" if last else ", the first one"
-    click.echo(f"{baseline}: {entry['recipe']} {entry['checkpoint']}, by {entry['who']}{words}")
+    click.echo(f"{baseline}: {new['recipe']} {new['checkpoint']}, by {new['who']}{words}")
 
 
 @gate.command("log")
@@ -209,19 +189,11 @@ def log(baseline: Path) -> None:
     """
     from dtq.evaluate.gate import baseline_file
 
-    rows = [
-        (
-            e["when"],
-            e["who"],
-            e["recipe"],
-            e["checkpoint"],
-            e.get("against_the_last", {}).get("verdict", "-"),
-            e["why"],
-        )
-        for e in baseline_file.history(baseline)
-    ]
     head = ("when", "who", "recipe", "checkpoint", "against the last", "why")
-    table(head, [tuple(map(printable, row)) for row in rows])
+    entries = baseline_file.history(baseline)
+    for entry in entries:
+        entry["against the last"] = entry.get("against_the_last", {}).get("verdict", "-")
+    table(head, [[printable(entry[key]) for key in head] for entry in entries])
 
 
 @gate.command("policy")

@@ -8,8 +8,7 @@ The commands import this in their functions: their modules must not import torch
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,8 @@ from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe import Recipe
 from dtq.runs.workers import Workers
 
-_CALIBRATION = {
-    "calibration_set": "prompts",
-    "samples": "samples",
-    "steps": "steps",
-    "guidance": "guidance",
-    "seed": "seed",
-    "images": "images",
-}
-"""Option, and the key of ``calibration`` in the recipe that it is a shortcut for."""
+_CALIBRATION = ("prompts", "samples", "steps", "guidance", "seed", "images")
+"""Keys of ``calibration`` in the recipe that have an option of their own."""
 
 
 def recipe_with(choices: dict[str, Any]) -> Recipe:
@@ -49,17 +41,14 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
     recipe = Recipe.load(choices["recipe"])
     data = recipe.to_dict()
     data.pop("name")
-    for option, key in _CALIBRATION.items():
-        if choices[option] is not None:
-            data["calibration"][key] = choices[option]
+    chosen = {key: choices[key] for key in _CALIBRATION if choices[key] is not None}
+    data["calibration"] |= chosen
     data["calibration"]["pipeline_args"] |= call_arguments(choices["arguments"])
     if choices["budget"] is not None:
         data["allocate"]["budget"] = choices["budget"]
-    for setting in choices["settings"]:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting}: expected KEY=VALUE")
-        value = parse_yaml(text, f"--set {setting}") if text else ""
+    for key, text in pairs(choices["settings"], "--set", "KEY=VALUE"):
+        setting = f"--set {key}={text}"
+        value = parse_yaml(text, setting) if text else ""
         _put(data, key.split("."), value, setting)
     return Recipe.load(recipe, **data)
 
@@ -70,31 +59,29 @@ def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> Non
         if isinstance(below, str):  # a method without knobs: solver.gptq.damp
             below = {below: {}}
         if not isinstance(below, dict):
-            raise InputError(f"--set {setting}: {step!r} has no keys")
+            raise InputError(f"{setting}: {step!r} has no keys")
         data[step] = below
         data = below
     data[path[-1]] = value
 
 
 def sampling_settings(
-    *, arguments: Sequence[str], images: str | None, **settings: Any
+    *, arguments: Sequence[str], images: str | None, **others: Any
 ) -> SamplingSettings:
     """How to sample, from the values of ``options.sampling``.
 
     Args:
         arguments: ``NAME=VALUE`` texts for the pipeline's call.
         images: path of the images for pipelines that take some.
-        **settings: other fields of :class:`SamplingSettings`.
+        **others: other fields of :class:`SamplingSettings`.
     """
-    return SamplingSettings(
-        **settings, pipeline_args=call_arguments(arguments), images=images or ""
-    )
+    return SamplingSettings(**others, pipeline_args=call_arguments(arguments), images=images or "")
 
 
 def call_arguments(options: Sequence[str]) -> dict[str, Any]:
     """Arguments of the pipeline's call; their values are read as YAML."""
-    texts = pairs(options, "--arg")
-    return {name: parse_yaml(text, f"--arg {name}={text}") for name, text in texts.items()}
+    named = pairs(options, "--arg")
+    return {name: parse_yaml(text, f"--arg {name}={text}") for name, text in named}
 
 
 def listed(options: Sequence[str]) -> list[str]:
@@ -102,23 +89,24 @@ def listed(options: Sequence[str]) -> list[str]:
     return [word.strip() for option in options for word in option.split(",") if word.strip()]
 
 
-def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
-    """Names and values of an option that takes ``NAME=VALUE`` and may be repeated.
+def pairs(texts: Sequence[str], option: str, form: str = "NAME=VALUE") -> list[tuple[str, str]]:
+    """Names and values of an option that takes ``form`` and may be repeated.
 
     Raises:
         InputError: a text has no equals sign.
     """
-    values = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"{option} {text}: expected NAME=VALUE")
-        values[name] = value
-    return values
+        if "=" not in text:
+            raise InputError(f"{option} {text}: expected {form}")
+    return [(name, value) for name, _, value in (text.partition("=") for text in texts)]
 
 
-def join_workers(output: Path | None) -> Workers:
-    """The processes that share the samples; all but the first are silent.
+def join_workers(output: Path | None, *, silent: bool = False) -> Workers:
+    """The processes that share the work; all but the first show no progress bars of libraries.
+
+    Args:
+        output: the folder or file that the command writes.
+        silent: whether the first one shows none either.
 
     Raises:
         InputError: there are several, and no folder that all of them see.
@@ -126,7 +114,8 @@ def join_workers(output: Path | None) -> Workers:
     workers = Workers.join()
     if workers.size > 1 and output is None:
         raise InputError("several processes need a folder that all of them see: -o FOLDER")
-    click.get_current_context().with_resource(quiet(not workers.is_main))
+    if silent or not workers.is_main:
+        _hide_progress_bars()
     return workers
 
 
@@ -134,27 +123,21 @@ def load_verified(model: str, dtype: str) -> loading.LoadedModel:
     """Load a model; a dtq checkpoint is verified first, so that damage is one clear line."""
     path = Path(model)
     if path.is_dir() and loading.folder_kind(path) == "pipeline":
-        configs = [
-            path / name / "config.json" for name in loading.diffusion_transformers_on_disk(path)
-        ]
+        names = loading.diffusion_transformers_on_disk(path)
+        configs = [path / name / "config.json" for name in names]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
             reader.verify(path)
     return loading.load_transformer(model, dtype=dtype)
 
 
-@contextmanager
-def quiet(active: bool = True) -> Iterator[None]:
-    """Turn the progress bars of diffusers and transformers off, if ``active``.
+def _hide_progress_bars() -> None:
+    """Turn the progress bars of diffusers and transformers off until the command ends.
 
     For JSON output, and in processes whose progress another one shows.
     """
-    libraries: list[Any] = [diffusers_logging] if active else []
-    if active and is_transformers_available():
+    libraries: list[Any] = [diffusers_logging]
+    if is_transformers_available():
         libraries.append(importlib.import_module("transformers.utils.logging"))
     for library in libraries:
         library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
+        click.get_current_context().call_on_close(library.enable_progress_bar)

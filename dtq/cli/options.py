@@ -49,7 +49,7 @@ recipe = combined(
     several("--set", "settings", metavar="KEY=VALUE",
             help="Recipe key and its new value: modulation=w4a16, calibration.steps=30. Repeat "
                  "for more. Default: none."),
-    click.option("--calibration-set", metavar="NAME",
+    click.option("--calibration-set", "prompts", metavar="NAME",
                  help="Prompt set to calibrate on: a shipped name, a file, or hub:OWNER/NAME. "
                       "Default: the recipe's."),
     click.option("--budget", metavar="BITS|SIZE",

@@ -14,8 +14,6 @@ from dtq.cli import options as opt
 from dtq.cli.output import duration, fold, print_unknown, size, table
 
 if TYPE_CHECKING:
-    import torch
-
     from dtq.estimate import Estimate
     from dtq.plan import Plan
     from dtq.stages.run import Run
@@ -51,8 +49,10 @@ def plan(
 
     from dtq.allocate import parse_size
     from dtq.cli.inputs import recipe_with
+    from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
     from dtq.pipelines import loading
+    from dtq.stages.calibrate import statistics_needed
     from dtq.stages.plan import plan as plan_stage
     from dtq.stages.run import Run
 
@@ -61,16 +61,15 @@ def plan(
     models = loading.meta_models(model, components or "auto")
     folder = Path(model)
     has_pipeline = not folder.exists() or loading.folder_kind(folder) == "pipeline"
+    limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
     data: dict[str, dict[str, Any]] = {}
     for name, (empty, stored) in models.items():
-        run = Run(
-            loading.LoadedModel(model, None, name, empty),
-            recipe,
-            exclude=exclude,
-            memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
-        )
+        loaded = loading.LoadedModel(model, None, name, empty)
+        run = Run(loaded, recipe, exclude=exclude, memory=limit)
         plan_stage(run)
-        cost = _estimate(run, dtype, stored, has_pipeline)
+        compute = stored if dtype == "auto" else loading.DTYPES[dtype]
+        needs, mapped = statistics_needed(recipe, has_pipeline), compute == stored
+        cost = estimate(run, compute, needs=needs, mapped=mapped, has_pipeline=has_pipeline)
         data[name] = _to_json(run, cost)
         if not as_json:
             if len(models) > 1:
@@ -78,17 +77,6 @@ def plan(
             _print(run, cost, every)
     if as_json:
         click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
-
-
-def _estimate(run: Run, dtype: str, stored: torch.dtype, has_pipeline: bool) -> Estimate:
-    """The cost of a planned run whose model is on the meta device."""
-    from dtq.estimate import estimate
-    from dtq.pipelines.loading import DTYPES
-    from dtq.stages.calibrate import statistics_needed
-
-    compute = stored if dtype == "auto" else DTYPES[dtype]
-    needs = statistics_needed(run.recipe, has_pipeline)
-    return estimate(run, compute, needs=needs, mapped=compute == stored, has_pipeline=has_pipeline)
 
 
 def _to_json(run: Run, cost: Estimate) -> dict[str, Any]:
@@ -114,9 +102,7 @@ def _print(run: Run, cost: Estimate, every: bool) -> None:
     table(head, rows if every else fold(rows))
     click.echo()
     if not run.scan.traced:
-        click.echo(
-            "dtq has no inputs for this class: roles come from layer names alone, not from a trace"
-        )
+        click.echo("no inputs for this class: roles come from layer names alone, not from a trace")
     print_unknown(run.plan)
     kept = {re.sub(r"\.\d+\.", ".*.", name): why for name, why in run.scan.unsupported.items()}
     for name, why in kept.items():

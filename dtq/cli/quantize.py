@@ -73,23 +73,19 @@ def quantize(
     from dtq.allocate import parse_size
     from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
-    from dtq.cli.inputs import quiet, recipe_with
+    from dtq.cli.inputs import join_workers, recipe_with
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
-    from dtq.runs.workers import Workers
     from dtq.stages.plan import plan
     from dtq.stages.run_identity import run_identity
 
     tune_malloc()
     recipe = recipe_with(choices)
-    workers = Workers.join()
+    workers = join_workers(output, silent=as_json)
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
-    with (
-        quiet(as_json or not workers.is_main),
-        run_directory(output, workers, fresh=fresh, overwrite=overwrite) as directory,
-    ):
+    with run_directory(output, workers, fresh=fresh, overwrite=overwrite) as directory:
         if directory.finished:
             text = (output / "dtq_report.json").read_text(encoding="utf-8")
             click.echo(text if as_json else f"{output}: an earlier run has finished it")
@@ -130,9 +126,8 @@ def _check_disk(run: Run, output: Path) -> None:
     from dtq.errors import InputError
     from dtq.estimate import file_tensors
 
-    parent = output.resolve()
-    while not parent.exists():
-        parent = parent.parent
+    folder = output.resolve()
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
     needed = predicted_bytes(file_tensors(run.model, run.plan, run.loaded.dtype))
     free = shutil.disk_usage(parent).free
     if free < 1.1 * needed:
@@ -168,16 +163,12 @@ def print_report(report: Report, output: Path, seconds: float) -> None:
         seconds: run time.
     """
     plan = report.plan
-    click.echo(
-        f"{output}: {len(plan.quantized())} linears, {plan.bits(plan.gemm()):.2f} bits per "
-        f"attention and feed-forward weight, {duration(seconds)}"
-    )
+    bits = f"{plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight"
+    click.echo(f"{output}: {len(plan.quantized())} linears, {bits}, {duration(seconds)}")
     layers = [x for x in report.layers if x.error is not None]
     if worst := sorted(layers, key=lambda x: -(x.error or 0))[:5]:
-        table(
-            ("worst layers", "weights", "output error", "transform"),
-            [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst],
-        )
+        rows = [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst]
+        table(("worst layers", "weights", "output error", "transform"), rows)
     print_unknown(plan)
     if report.allocation:
         counts = Counter(row["option"] for row in report.allocation["rows"])
@@ -187,9 +178,8 @@ def print_report(report: Report, output: Path, seconds: float) -> None:
     if blocks := report.finetune.get("blocks", []):
         better = [b for b in blocks if b["accepted"] and b["before"] and b["after"]]
         gain = numbers.median(b["after"] / b["before"] for b in better) if better else 1.0
-        click.echo(
-            f"fine-tuned {len(better)} of {len(blocks)} blocks, median block error x {gain:.2f}"
-        )
+        count = f"{len(better)} of {len(blocks)} blocks"
+        click.echo(f"fine-tuned {count}, median block error x {gain:.2f}")
     if policy := report.step_policy:
         modes = list(zip(policy["modes"], policy["counts"], strict=True))
         text = ", then ".join(f"{mode} for {n}" for mode, n in reversed(modes))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dtq.pipelines.loading import LoadedModel
-    from dtq.pipelines.prompts import Requests
-    from dtq.pipelines.settings import SamplingSettings
 
 _ON_SHEET = 64
 """Images on the contact sheet, at most."""
@@ -40,12 +38,7 @@ _options = opt.combined(
 @click.argument("model")
 @_options
 def sample(
-    model: str,
-    entries: tuple[str, ...],
-    how_many: int,
-    dtype: str,
-    output: Path,
-    **options: Any,
+    model: str, entries: tuple[str, ...], how_many: int, dtype: str, output: Path, **options: Any
 ) -> None:
     """Generate images, videos or sounds with MODEL.
 
@@ -59,6 +52,7 @@ def sample(
     """
     from dtq.cli.inputs import join_workers, load_verified, sampling_settings
     from dtq.pipelines import prompts
+    from dtq.pipelines.sampling import run_pipeline
     from dtq.runs import gather
 
     workers = join_workers(output)
@@ -67,13 +61,13 @@ def sample(
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
     how_many = len(entries) or how_many
     settings = sampling_settings(samples=how_many, **options)
-    requests = (
-        prompts.given(list(entries), loaded.pipeline)
-        if entries
-        else prompts.load(settings.prompts, loaded.pipeline, how_many)
-    )
+    if entries:
+        requests = prompts.given(list(entries), loaded.pipeline)
+    else:
+        requests = prompts.load(settings.prompts, loaded.pipeline, how_many)
     places = workers.shard(how_many, settings.batch_size)
-    on_sheet = _generate(loaded, requests, settings, places, output)
+    results = run_pipeline(loaded.pipeline, requests, settings, only=places)
+    on_sheet = _generate(loaded, results, places, output)
     shards = gather.gather(workers, output / ".shares", "sheet", on_sheet, places)
     if shards is None:
         return
@@ -85,22 +79,17 @@ def sample(
 
 
 def _generate(
-    loaded: LoadedModel,
-    requests: Requests,
-    settings: SamplingSettings,
-    places: Sequence[int],
-    output: Path,
+    loaded: LoadedModel, results: Iterable[Any], places: Sequence[int], output: Path
 ) -> dict[str, Tensor]:
     """Write the samples of this process; returns those on the contact sheet."""
     import torch
 
     from dtq.evaluate.metrics import images
-    from dtq.pipelines.sampling import run_pipeline
 
     left = iter(places)
     on_sheet: dict[str, Tensor] = {}
     with torch.no_grad():
-        for result in run_pipeline(loaded.pipeline, requests, settings, only=places):
+        for result in results:
             for sample in images.shown(result):
                 if not sample.isfinite().all():
                     raise NonFiniteError(

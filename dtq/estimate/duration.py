@@ -67,7 +67,7 @@ def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> di
     recipe, settings = run.recipe, run.recipe.calibration
     steps = settings.steps or DEFAULT_STEPS
     branches = guidance_branches(run) if has_pipeline else 1
-    groups = _groups(run)
+    groups = quantized_groups(run)
     room = run.memory or psutil.virtual_memory().available // 2
     passes = len(memory_batches(groups, settings.num_timestep_bins, needs, room)) if needs else 0
     per_pass = settings.samples * steps * branches
@@ -143,9 +143,7 @@ def gemm_rate(dtype: torch.dtype) -> float:
     return 2 * 768**3 / best
 
 
-def _groups(run: Run) -> list[InputGroup]:
+def quantized_groups(run: Run) -> list[InputGroup]:
     """Input groups with a quantized linear."""
-    plan = run.plan
-    return [
-        g for g in run.scan.input_groups if any(not plan[x.name].unquantized for x in g.linears)
-    ]
+    kept = {x.name for x in run.plan.layers if x.unquantized}
+    return [g for g in run.scan.input_groups if not kept.issuperset(x.name for x in g.linears)]

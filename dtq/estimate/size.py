@@ -15,7 +15,7 @@ from torch import nn
 from dtq.allocate import parse_budget
 from dtq.calibrate.observers import InputStats
 from dtq.checkpoint.reader import predicted_bytes
-from dtq.estimate.duration import run_seconds
+from dtq.estimate.duration import quantized_groups, run_seconds
 from dtq.linalg.cholesky import factor_cost
 from dtq.models import blocks_of
 from dtq.plan.layers import Plan
@@ -119,12 +119,9 @@ def peak_memory(
     """
     plan, bins = run.plan, run.recipe.calibration.num_timestep_bins
     statistics, solving = 0, 0
-    for group in run.scan.input_groups:
-        counts = [
-            math.prod(plan[x.name].shape) for x in group.linears if not plan[x.name].unquantized
-        ]
-        if not counts:
-            continue
+    for group in quantized_groups(run):
+        layers = [plan[x.name] for x in group.linears]
+        counts = [math.prod(x.shape) for x in layers if not x.unquantized]
         stats = InputStats.nbytes(group.columns, bins, needs) if needs else 0
         statistics += stats
         # the weights of the group, and the copies that the solver makes of one of them
@@ -155,13 +152,9 @@ def disk_needed(run: Run, needs: frozenset[str], output: int) -> int:
         output: bytes of the output.
     """
     plan, recipe = run.plan, run.recipe
-    columns = [
-        group.columns
-        for group in run.scan.input_groups
-        if any(not plan[x.name].unquantized for x in group.linears)
-    ]
+    groups = quantized_groups(run) if needs else []
     bins = recipe.calibration.num_timestep_bins
-    statistics = sum(InputStats.nbytes(k, bins, needs) for k in columns) if needs else 0
+    statistics = sum(InputStats.nbytes(g.columns, bins, needs) for g in groups)
     options = len(recipe.allocate.formats) - 1 if recipe.allocate.budget else 0
     alternatives = len(recipe.transform_candidates) + options
     layers = sum(x.nbytes(plan.bins) for x in plan.quantized())

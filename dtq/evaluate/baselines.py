@@ -35,15 +35,15 @@ class Baseline:
     bits: Callable[[nn.Module], float]
 
 
-def _torchao(config: Callable[[Any], Any]) -> Callable[[nn.Module, Sequence[str]], None]:
-    """``apply`` with a config made from ``torchao.quantization``."""
+def _torchao(about: str, config: Callable[[Any], Any]) -> Baseline:
+    """A baseline with a config made from ``torchao.quantization``."""
 
     def apply(model: nn.Module, names: Sequence[str]) -> None:
         api = need("torchao.quantization", "torchao")
         chosen = set(names)
         api.quantize_(model, config(api), filter_fn=lambda module, name: name in chosen)
 
-    return apply
+    return Baseline(about, apply, _torchao_bits)
 
 
 def _quanto(model: nn.Module, names: Sequence[str]) -> None:
@@ -57,13 +57,11 @@ def _nf4(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         old: Any = model.get_submodule(name)
         weight = old.weight.detach()
+        form = {"compress_statistics": False, "quant_type": "nf4"}
         new = bnb.nn.Linear4bit(
-            old.in_features, old.out_features, bias=old.bias is not None,
-            compute_dtype=weight.dtype, compress_statistics=False, quant_type="nf4",
-        )  # fmt: skip
-        new.weight = bnb.nn.Params4bit(
-            weight, requires_grad=False, compress_statistics=False, quant_type="nf4"
+            *weight.T.shape, bias=old.bias is not None, compute_dtype=weight.dtype, **form
         )
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **form)
         new.bias = old.bias
         model.set_submodule(name, new.to(weight.device))
 
@@ -91,28 +89,25 @@ def _metadata_bits(weight: Any, *names: str) -> float:
 
 
 BASELINES: dict[str, Baseline] = {
-    "torchao-w4a8": Baseline(
+    "torchao-w4a8": _torchao(
         "torchao int8 dynamic activations, int4 weights g64",
-        _torchao(lambda api: api.Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=_INT4, weight_granularity=api.PerGroup(64))),
-        _torchao_bits,
+        lambda api: api.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=_INT4, weight_granularity=api.PerGroup(64)
+        ),
     ),
-    "torchao-int4": Baseline(
+    "torchao-int4": _torchao(
         "torchao int4 weights g64, float activations",
-        _torchao(lambda api: api.IntxWeightOnlyConfig(
-            weight_dtype=_INT4, granularity=api.PerGroup(64))),
-        _torchao_bits,
+        lambda api: api.IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=api.PerGroup(64)),
     ),
-    "torchao-w8a8": Baseline(
+    "torchao-w8a8": _torchao(
         "torchao int8 dynamic activations, int8 weights",
-        _torchao(lambda api: api.Int8DynamicActivationInt8WeightConfig()),
-        _torchao_bits,
+        lambda api: api.Int8DynamicActivationInt8WeightConfig(),
     ),
     "quanto-int4": Baseline(
         "optimum-quanto qint4 weights, float activations", _quanto, _quanto_bits
     ),
     "bnb-nf4": Baseline("bitsandbytes NF4 weights g64, float activations", _nf4, _nf4_bits),
-}  # fmt: skip
+}
 
 
 def find(name: str) -> Baseline:

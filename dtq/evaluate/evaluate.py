@@ -13,19 +13,13 @@ from torch import Tensor, nn
 
 from dtq.errors import InputError
 from dtq.evaluate import baselines as libraries
-from dtq.evaluate import requested_metrics, trajectory
+from dtq.evaluate import paired_run, requested_metrics, trajectory
 from dtq.evaluate.image_sets import ImageSet
-from dtq.evaluate.merge import RunShard, by_step, merge_shards, with_positions
+from dtq.evaluate.merge import by_step, merge_shards
 from dtq.evaluate.metrics import images
 from dtq.evaluate.metrics.distributions import MetricValue
-from dtq.evaluate.paired_run import (
-    Progress,
-    add_perceptual_metric,
-    compare,
-    observe,
-    video_metrics,
-)
-from dtq.evaluate.requested_metrics import MetricRequest, MetricResults
+from dtq.evaluate.paired_run import CandidateRun, Progress
+from dtq.evaluate.requested_metrics import MetricRequest
 from dtq.evaluate.run_file import Run
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.loading import LoadedModel
@@ -69,27 +63,21 @@ class Evaluation:
     """The result of ``dtq eval``.
 
     Attributes:
-        candidate: name of the quantized model.
-        reference: name of the float model.
-        conditions: of the job and the machine.
+        run: names of both models, conditions, and the values that ``dtq gate`` compares.
         rows: the candidate, then other libraries.
-        images: one for each sample, by ``float`` and the candidate's name.
+        images: one for each sample, by ``float`` and ``candidate``.
         quantization: contents of ``dtq_report.json``, or empty.
         fid_real_float: the float model's own FID against the training images.
-        run: the values that ``dtq gate`` compares.
         metrics: distribution metrics.
         image_sets: from which they were computed, by ``float`` and ``candidate``.
         command: the command line, for the report.
     """
 
-    candidate: str
-    reference: str
-    conditions: dict[str, Any]
+    run: Run
     rows: list[ResultRow]
     images: dict[str, Tensor] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     fid_real_float: float | None = None
-    run: Run | None = None
     metrics: list[MetricValue] = field(default_factory=list)
     image_sets: dict[str, ImageSet] = field(default_factory=dict)
     command: str = ""
@@ -97,13 +85,10 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain data without images: the contents of ``eval.json``."""
         return {
-            **(self.run.to_json() if self.run else {}),
-            "candidate": self.candidate,
-            "reference": self.reference,
-            "conditions": self.conditions,
+            **self.run.to_json(),
             "fid_real_float": self.fid_real_float,
             "rows": [asdict(row) for row in self.rows],
-            "metrics": requested_metrics.to_json(self.metrics),
+            "metrics": [asdict(value) for value in self.metrics],
         }
 
 
@@ -140,58 +125,48 @@ def evaluate(
     if candidate.pipeline is None or reference.pipeline is None:
         raise InputError("eval needs pipelines on both sides; these are bare transformers")
     models, floats = candidate.models(), reference.models()
-    kinds, expected = ({n: type(m).__name__ for n, m in x.items()} for x in (models, floats))
-    if kinds != expected:
-        raise InputError(
-            f"{candidate.name} has {kinds}, {reference.name} {expected}: not the same model"
-        )
+    got, want = ({n: type(m).__name__ for n, m in x.items()} for x in (models, floats))
+    if got != want:
+        raise InputError(f"{candidate.name} has {got}, {reference.name} {want}: not the same model")
     layers = {component: list(compared_layers(model)) for component, model in models.items()}
     request = request or MetricRequest()
     request.check()
     for name in baselines:
         libraries.find(name)
     if baselines and not any(layers.values()):
-        raise InputError(
-            f"{candidate.name} has no quantized layer, so other libraries have none to quantize"
-        )
-    job = observe(reference, settings, progress, workers)
+        raise InputError(f"{candidate.name} has no quantized layer for other libraries to quantize")
+    job = paired_run.observe(reference, settings, progress, workers)
     progress("candidate, teacher-forced and free-running")
-    candidate_run = compare(job, candidate)
+    shard = paired_run.compare(job, candidate)
     for name in request.perceptual:
-        add_perceptual_metric(name, job, candidate_run, request.weights.get(name, ""))
-    shard, bits = RunShard.of(job, candidate_run), {candidate.name: stored_bits(*models.values())}
+        paired_run.add_perceptual_metric(name, job, shard, request.weights.get(name, ""))
+    bits = {candidate.name: stored_bits(*models.values())}
     for name in baselines:
         progress(f"baseline {name}")
         errors, bits[name] = _baseline(name, floats, layers, job.truth)
-        shard.errors[name] = with_positions(job, errors)
-    merged = merge_shards(workers, folder, shard, len(job.requests.entries))
-    results = MetricResults()
-    if request.distributions:
-        results = requested_metrics.distributions(
-            candidate, reference, job.settings, request, progress, workers, folder
-        )
+        shard.errors[name] = paired_run.with_positions(job, errors)
+    merged = merge_shards(workers, folder, shard)
+    sets = requested_metrics.distributions(
+        candidate, reference, job.settings, request, progress, workers, folder
+    )
     if merged is None:
         return None
-    result = _result(candidate.name, reference.name, merged, bits)
+    result = _result(merged, bits)
+    result.metrics, result.image_sets = sets.metrics, sets.image_sets
     if request.distributions:
-        result.metrics, result.image_sets = results.metrics, results.image_sets
-        merged.run.missing |= results.missing
-        merged.run.conditions["fid_samples"] = request.num_images
-        _set_fid(result)
+        result.run.missing |= sets.missing
+        result.run.conditions["fid_samples"] = request.num_images
+    _set_fid(result)
     return result
 
 
-def _result(
-    candidate: str, reference: str, shard: RunShard, bits: Mapping[str, float | None]
-) -> Evaluation:
+def _result(shard: CandidateRun, bits: Mapping[str, float | None]) -> Evaluation:
     rows = [result_row(name, by_step(errors)) for name, errors in shard.errors.items()]
     for row in rows:
         row.bits = bits[row.name]
-    compare_images(rows[0], shard.float_images, shard.candidate_images)
+    compare_images(rows[0], *shard.images.values())
     rows[0].divergence = by_step(shard.divergence)
-    result = Evaluation(candidate, reference, shard.run.conditions, rows, run=shard.run)
-    result.images = {"float": shard.float_images, candidate: shard.candidate_images}
-    return result
+    return Evaluation(shard.run, rows, shard.images)
 
 
 def result_row(name: str, steps: list[float]) -> ResultRow:
@@ -230,7 +205,7 @@ def compare_images(row: ResultRow, reference: Tensor, candidate: Tensor) -> None
     if reference.ndim == 3:  # these metrics are not for sounds
         return
     if reference.ndim == 5 and reference.shape[1] > 1:
-        values = video_metrics(candidate, reference)
+        values = paired_run.video_metrics(candidate, reference)
         row.temporal = {name: float(value.mean()) for name, value in values.items()}
     if reference.ndim == 5:  # the frames of a video are images
         reference, candidate = reference.flatten(0, 1), candidate.flatten(0, 1)
@@ -269,7 +244,7 @@ def _set_fid(result: Evaluation) -> None:
 
 def write_images(result: Evaluation, folder: Path) -> None:
     """Write ``pictures/<float | candidate>/<sample>.png``; videos become animated files."""
-    for model, batch in zip(("float", "candidate"), result.images.values(), strict=True):
+    for model, batch in result.images.items():
         (folder / "pictures" / model).mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(batch):
             if image.ndim > 2:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,12 @@ class ImageSet:
     """Images of one model and their features.
 
     Attributes:
-        features: by extractor.
+        features: (N, D) by ``<extractor>.<kind>``.
         bytes: uint8 (N, 3, H, W).
         failed: position of an image that cannot be used, to the reason.
     """
 
-    features: dict[str, Features]
+    features: dict[str, Tensor]
     bytes: Tensor
     failed: dict[int, str]
 
@@ -41,13 +42,14 @@ class ImageSet:
         """Float (N, 3, H, W) in [0, 1]."""
         return self.bytes.float() / 255
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Features (N, D) by ``<extractor>.<kind>``."""
-        return {f"{n}.{k}": t for n, kinds in self.features.items() for k, t in kinds.items()}
+    def features_of(self, extractor: str) -> Features:
+        """Features of one extractor, by kind."""
+        prefix = f"{extractor}."
+        return {k.removeprefix(prefix): t for k, t in self.features.items() if k.startswith(prefix)}
 
     def save(self, file: Path) -> None:
-        """Write :meth:`tensors` as safetensors, for metrics that are computed later."""
-        save_file(self.tensors(), file)
+        """Write the features as safetensors, for metrics that are computed later."""
+        save_file(self.features, file)
 
 
 @torch.no_grad()
@@ -70,25 +72,21 @@ def image_set(
     Raises:
         InputError: the pipeline makes videos or sounds.
     """
-    features: dict[str, list[Features]] = {name: [] for name in loaded}
+    features: dict[str, list[Tensor]] = defaultdict(list)
     batches: list[Tensor] = []
     failed: dict[int, str] = {}
     for result in run_pipeline(pipeline, requests, settings, only=places):
         batch = shown(result)
         if batch.ndim != 4:
-            raise InputError(
-                "distribution metrics compare images; this pipeline makes videos or sounds"
-            )
+            raise InputError("distribution metrics compare images, not videos or sounds")
         start = sum(map(len, batches))
         failed |= {places[start + i]: why for i, image in enumerate(batch) if (why := flaw(image))}
         # 8-bit values, as files hold them: the ADM suite then measures the same images
         batches.append(as_bytes(batch.nan_to_num()))
         for name, extractor in loaded.items():
-            features[name].append(extractor(batches[-1].float() / 255))
-    joined = {
-        name: {key: torch.cat([f[key] for f in parts]) for key in parts[0]}
-        for name, parts in features.items()
-    }
+            for kind, tensor in extractor(batches[-1].float() / 255).items():
+                features[f"{name}.{kind}"].append(tensor)
+    joined = {key: torch.cat(parts) for key, parts in features.items()}
     return ImageSet(joined, torch.cat(batches), failed)
 
 
@@ -110,7 +108,7 @@ def gather_images(
     Raises:
         WorkerError: an image is missing or duplicated.
     """
-    tensors = {**shard.tensors(), "": shard.bytes}
+    tensors = {**shard.features, "": shard.bytes}
     gathered = gather(workers, folder, model, tensors, {"places": places, "failed": shard.failed})
     if gathered is None:
         return None
@@ -118,9 +116,6 @@ def gather_images(
     check_ids([f"{place:04d}" for place in positions], len(positions))
     order = torch.tensor(positions).argsort()
     merged = {key: torch.cat([held[key] for held, _ in gathered])[order] for key in tensors}
-    features = {
-        name: {kind: merged[f"{name}.{kind}"] for kind in kinds}
-        for name, kinds in shard.features.items()
-    }
+    images = merged.pop("")
     failed = {int(i): reason for _, plain in gathered for i, reason in plain["failed"].items()}
-    return ImageSet(features, merged[""], dict(sorted(failed.items())))
+    return ImageSet(merged, images, dict(sorted(failed.items())))

@@ -8,9 +8,8 @@ those of one process.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +17,9 @@ import torch
 from torch import Tensor
 
 from dtq.evaluate import run_file, trajectory
-from dtq.evaluate.paired_run import CandidateRun, EvaluationJob
-from dtq.evaluate.run_file import Run
+from dtq.evaluate.paired_run import CandidateRun, Errors
 from dtq.runs.gather import check_ids, gather
 from dtq.runs.workers import Workers
-
-Errors = list[tuple[int, int, float]]
-"""For each call: position of the first sample of its batch, step, and error."""
-
-
-@dataclass
-class RunShard:
-    """Results of one process, or the merged results of all.
-
-    Attributes:
-        run: values of its samples.
-        errors: teacher-forced, by row of the table of models.
-        divergence: free-running.
-        float_images: one for each sample, of the float model.
-        candidate_images: the same of the candidate.
-    """
-
-    run: Run
-    errors: dict[str, Errors]
-    divergence: Errors
-    float_images: Tensor
-    candidate_images: Tensor
-
-    @classmethod
-    def of(cls, job: EvaluationJob, candidate: CandidateRun) -> RunShard:
-        """The shard of a candidate; the caller adds rows of other models to ``errors``."""
-        errors = trajectory.call_errors(job.truth, candidate.outputs)
-        return cls(
-            candidate.run,
-            {candidate.run.candidate: with_positions(job, errors)},
-            with_positions(job, trajectory.free_running(job.truth, candidate.trajectory)),
-            torch.cat(job.truth.images),
-            torch.cat(candidate.trajectory.images),
-        )
-
-
-def with_positions(job: EvaluationJob, errors: Sequence[tuple[int, float]]) -> Errors:
-    """Add the position of the first sample of its batch to each error of ``job.truth.calls``."""
-    rows, start, batch = [], 0, -1
-    for step, error in errors:
-        if step == 0:
-            start += len(job.truth.images[batch]) if batch >= 0 else 0
-            batch += 1
-        rows.append((job.places[start], step, error))
-    return rows
 
 
 def by_step(errors: Errors) -> list[float]:
@@ -75,16 +28,13 @@ def by_step(errors: Errors) -> list[float]:
     return trajectory.mean_by_step([(step, error) for _, step, error in ordered])
 
 
-def merge_shards(
-    workers: Workers, folder: Path | None, shard: RunShard, count: int
-) -> RunShard | None:
+def merge_shards(workers: Workers, folder: Path | None, shard: CandidateRun) -> CandidateRun | None:
     """Merge the shards of all processes.
 
     Args:
         workers: the processes.
         folder: through which they exchange files; one process needs none.
         shard: of this process.
-        count: number of samples of all processes.
 
     Returns:
         The merged shard in the main process, None in the others.
@@ -95,36 +45,31 @@ def merge_shards(
     if workers.size == 1:
         return shard
     tables = {**shard.errors, "": shard.divergence}
-    tensors = {"floats": shard.float_images, "candidates": shard.candidate_images}
-    tensors |= {f"errors.{k}": torch.tensor(v, dtype=torch.float64) for k, v in tables.items()}
-    gathered = gather(workers, folder, "samples", tensors, shard.run.to_json())
+    tensors = {f"errors.{k}": torch.tensor(v, dtype=torch.float64) for k, v in tables.items()}
+    gathered = gather(workers, folder, "samples", tensors | shard.images, shard.run.to_json())
     if gathered is None:
         return None
-    return _merged([_shard(*pair) for pair in gathered], count)
+    return _merged([_shard(*pair) for pair in gathered])
 
 
-def _shard(tensors: Mapping[str, Tensor], run: Any) -> RunShard:
-    tables = {
-        key.removeprefix("errors."): [(int(p), int(s), e) for p, s, e in table.tolist()]
-        for key, table in tensors.items()
-        if key.startswith("errors.")
-    }
+def _shard(tensors: Mapping[str, Tensor], run: Any) -> CandidateRun:
+    images = {side: tensors[side] for side in ("float", "candidate")}
+    rows = {k.removeprefix("errors."): t.tolist() for k, t in tensors.items() if k not in images}
+    tables = {name: [(int(p), int(s), e) for p, s, e in table] for name, table in rows.items()}
     divergence = tables.pop("")
-    images = tensors["floats"], tensors["candidates"]
-    return RunShard(run_file.parse(run), tables, divergence, *images)
+    return CandidateRun(run_file.parse(run), tables, divergence, images)
 
 
-def _merged(shards: Sequence[RunShard], count: int) -> RunShard:
+def _merged(shards: Sequence[CandidateRun]) -> CandidateRun:
     first, runs = shards[0], [shard.run for shard in shards]
     samples = [sample for run in runs for sample in run.samples]
+    count = first.run.conditions["samples"]
     check_ids([sample.id for sample in samples], count)
     order = sorted(range(count), key=lambda i: int(samples[i].id))
     conditions = {**first.run.conditions, "processes": len(shards)}
     if "calls" in conditions:
-        calls: Counter[str] = Counter()
-        for run in runs:
-            calls.update(run.conditions["calls"])
-        conditions["calls"] = {name: calls[name] for name in conditions["calls"]}
+        calls = [run.conditions["calls"] for run in runs]
+        conditions["calls"] = {name: sum(each[name] for each in calls) for name in calls[0]}
     run = replace(
         first.run,
         conditions=conditions,
@@ -134,12 +79,11 @@ def _merged(shards: Sequence[RunShard], count: int) -> RunShard:
         failures=_ordered([run.failures for run in runs]),
         missing={name: reason for run in runs for name, reason in run.missing.items()},
     )
-    return RunShard(
+    return CandidateRun(
         run,
         {name: [row for shard in shards for row in shard.errors[name]] for name in first.errors},
         [row for shard in shards for row in shard.divergence],
-        torch.cat([shard.float_images for shard in shards])[order],
-        torch.cat([shard.candidate_images for shard in shards])[order],
+        {side: torch.cat([s.images[side] for s in shards])[order] for side in first.images},
     )
 
 

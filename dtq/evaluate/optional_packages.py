@@ -21,16 +21,17 @@ def need(module: str, package: str) -> Any:
         raise InputError(f"this needs {package}: pip install {package} ({error})") from error
 
 
-def pretrained(kind: Any, source: str, option: str) -> Any:
-    """Load ``kind.from_pretrained(source)``, a local folder or a hub id.
+def pretrained(kind: str, source: str, option: str) -> Any:
+    """Load a class of transformers by name, from a local folder or a hub id.
 
     Raises:
-        InputError: it cannot be loaded; the message names the ``--extractor`` option.
+        InputError: transformers is not installed, or the model cannot be loaded; the message names
+            the ``--extractor`` option.
     """
+    cls = getattr(need("transformers", "transformers"), kind)
     try:
-        return kind.from_pretrained(source)
+        return cls.from_pretrained(source)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{source} cannot be loaded ({first}); give a local folder: --extractor {option}=FOLDER"
-        ) from error
+        advice = f"give a local folder: --extractor {option}=FOLDER"
+        raise InputError(f"{source} cannot be loaded ({first}); {advice}") from error

@@ -31,6 +31,9 @@ log = logging.getLogger("dtq")
 Progress = Callable[[str], None]
 """Receives a line about each phase of the work."""
 
+Errors = list[tuple[int, int, float]]
+"""For each call: position of the first sample of its batch, step, and error."""
+
 
 def rerun_settings(settings: SamplingSettings, batch_invariant: bool) -> SamplingSettings:
     """The same job with another batch size, to measure the numerical noise of the float model.
@@ -57,27 +60,15 @@ def is_batch_invariant(
     Latte, for example, removes the padding of the prompt if there is one prompt only, and replaces
     it by zeros if there are several.
     """
-    one, two = (
-        trajectory.record(
-            reference.pipeline,
-            reference.models(),
-            requests,
-            replace(settings, batch_size=n),
-            range(1),
-        )
-        for n in (1, 2)
-    )
-    return _input_shapes(one) == _input_shapes(two)
 
+    def shapes(batch_size: int) -> list[torch.Size]:
+        """Shapes of the tensors of the first call, without the batch dimension."""
+        how = replace(settings, batch_size=batch_size)
+        run = trajectory.record(reference.pipeline, reference.models(), requests, how, range(1))
+        values = [v for call in run.calls[:1] for v in (*call.args, *call.kwargs.values())]
+        return [value.shape[1:] for value in values if isinstance(value, Tensor)]
 
-def _input_shapes(run: Trajectory) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of the first call, without the batch dimension."""
-    return [
-        tuple(value.shape[1:])
-        for call in run.calls[:1]
-        for value in (*call.args, *call.kwargs.values())
-        if isinstance(value, Tensor)
-    ]
+    return shapes(1) == shapes(2)
 
 
 @dataclass
@@ -103,17 +94,19 @@ class EvaluationJob:
 
 @dataclass
 class CandidateRun:
-    """Results of one candidate.
+    """Results of one candidate for the samples of one process, or the merged results of all.
 
     Attributes:
-        outputs: teacher-forced, one per call of the float run.
-        trajectory: of its own free run.
         run: the values that ``dtq gate`` compares.
+        errors: teacher-forced, by row of the table of models.
+        divergence: free-running.
+        images: one for each sample, by ``float`` and ``candidate``.
     """
 
-    outputs: list[Tensor]
-    trajectory: Trajectory
     run: Run
+    errors: dict[str, Errors]
+    divergence: Errors
+    images: dict[str, Tensor]
 
 
 def observe(
@@ -145,10 +138,8 @@ def observe(
     for name, count in call_counts(truth, models).items():
         if not count:
             log.warning(
-                "%s: this job never calls %s, so it is not evaluated; another number of --steps "
-                "may call it",
-                reference.name,
-                name,
+                f"{reference.name}: this job never calls {name}, so it is not evaluated; another "
+                "number of --steps may call it"
             )
     if len({batch.shape[1:] for batch in truth.images}) > 1:
         raise InputError(
@@ -172,11 +163,14 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
     Args:
         job: the float runs.
         candidate: the quantized pipeline.
+
+    Returns:
+        Its results; the caller adds rows of other models to ``errors``.
     """
     models = candidate.models()
     outputs = trajectory.replayed(job.truth, models)
     own = trajectory.record(candidate.pipeline, models, job.requests, job.settings, job.places)
-    samples = _samples(job)
+    samples, forced = _samples(job), job.truth.by_sample(outputs)
     ids = [sample.id for sample in samples]
     run = Run(
         candidate.name,
@@ -188,11 +182,27 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
             "recipe": recipe_of(*models.values()),
         },
         samples,
-        _values(ids, job.truth, job.truth, outputs, own),
-        _values(ids, job.truth, job.rerun, outputs, own),
+        _values(ids, job.truth, forced, own),
+        _values(ids, job.rerun, forced, own),
         _failures(ids, job.truth, own),
     )
-    return CandidateRun(outputs, own, run)
+    return CandidateRun(
+        run,
+        {candidate.name: with_positions(job, trajectory.call_errors(job.truth, outputs))},
+        with_positions(job, trajectory.free_running(job.truth, own)),
+        {"float": torch.cat(job.truth.images), "candidate": torch.cat(own.images)},
+    )
+
+
+def with_positions(job: EvaluationJob, errors: Sequence[tuple[int, float]]) -> Errors:
+    """Add the position of the first sample of its batch to each error of ``job.truth.calls``."""
+    rows, start, batch = [], 0, -1
+    for step, error in errors:
+        if step == 0:
+            start += len(job.truth.images[batch]) if batch >= 0 else 0
+            batch += 1
+        rows.append((job.places[start], step, error))
+    return rows
 
 
 def add_perceptual_metric(
@@ -209,9 +219,8 @@ def add_perceptual_metric(
     run = candidate.run
     ids = [sample.id for sample in run.samples]
     texts = [sample.prompt for sample in run.samples]
-    own, floats, again = (
-        _stills(torch.cat(t.images)) for t in (candidate.trajectory, job.truth, job.rerun)
-    )
+    floats, own = map(_stills, candidate.images.values())
+    again = _stills(torch.cat(job.rerun.images))
     try:
         values, rerun = requested_metrics.perceptual(metric, own, floats, again, texts, weights)
     except InputError as error:
@@ -266,46 +275,33 @@ def _conditions(job: EvaluationJob, candidate: LoadedModel) -> dict[str, Any]:
 
 def _samples(job: EvaluationJob) -> list[Sample]:
     labels = getattr(job.reference.pipeline, "labels", None) or {}
-    names, entries = {number: name for name, number in labels.items()}, job.requests.entries
-    return [
-        Sample(f"{i:04d}", str(names.get(entries[i], entries[i])), seed_of(job.settings.seed, i))
-        for i in job.places
-    ]
+    names = {number: name for name, number in labels.items()}
+    texts = [str(names.get(entry, entry)) for entry in job.requests.entries]
+    return [Sample(f"{i:04d}", texts[i], seed_of(job.settings.seed, i)) for i in job.places]
 
 
 def _values(
-    ids: Sequence[str],
-    truth: Trajectory,
-    reference: Trajectory,
-    outputs: Sequence[Tensor],
-    own: Trajectory,
+    ids: Sequence[str], reference: Trajectory, forced: list[list[Tensor]], own: Trajectory
 ) -> dict[str, dict[str, Any]]:
     """Every metric of every sample against a run of the float model.
 
     Args:
         ids: of the samples.
-        truth: the run whose inputs gave ``outputs``.
         reference: the float run to compare with.
-        outputs: of the candidate, teacher-forced.
+        forced: teacher-forced outputs of the candidate, ``[sample][step]``.
         own: the candidate's own run.
     """
-    error = trajectory.sample_errors(
-        truth.by_sample(outputs), reference.by_sample([call.output for call in reference.calls])
-    )
-    distance = trajectory.sample_errors(
-        own.by_sample([call.latents for call in own.calls]),
-        reference.by_sample([call.latents for call in reference.calls]),
-    )
+    outputs = reference.by_sample([call.output for call in reference.calls])
+    error = trajectory.sample_errors(forced, outputs)
+    latents = (run.by_sample([call.latents for call in run.calls]) for run in (own, reference))
+    distance = trajectory.sample_errors(*latents)
     # both runs enter the first step with the same noise
-    columns: dict[str, Sequence[Any]] = {
-        "error": error,
-        "divergence": [steps[1:] or steps for steps in distance],
-    }
+    divergence = [steps[1:] or steps for steps in distance]
+    columns: dict[str, Sequence[Any]] = {"error": error, "divergence": divergence}
     candidates, floats = torch.cat(own.images), torch.cat(reference.images)
     if floats.ndim > 3:  # not for sounds
         psnr = images.psnr(candidates, floats).clamp(max=EQUAL_DB)
-        frames = len(floats) if floats.ndim == 4 else floats.shape[0] * floats.shape[1]
-        flat = (batch.reshape(frames, *batch.shape[-3:]) for batch in (candidates, floats))
+        flat = (batch.reshape(-1, *batch.shape[-3:]) for batch in (candidates, floats))
         ssim = images.ssim(*flat).reshape(len(floats), -1).mean(1)
         columns |= {"psnr": psnr.tolist(), "ssim": ssim.tolist()}
     if floats.ndim == 5 and floats.shape[1] > 1:

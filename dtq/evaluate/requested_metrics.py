@@ -7,8 +7,9 @@ the exit code of ``dtq eval`` 3, so no requested metric is silently absent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,8 @@ class MetricRequest:
         for name in (self.features, *self.weights):
             check_name(name, known, "--features, --extractor", problems, "extractor")
         if self.distributions and self.num_images < 2:
-            problems.append(
-                f"{', '.join(self.distributions)} compare sets of images; give their size: "
-                f"--num-images 256"
-            )
+            names = ", ".join(self.distributions)
+            problems.append(f"{names} compare sets of images; give their size: --num-images 256")
         if problems:
             raise InputError("\n".join(problems))
 
@@ -130,9 +129,10 @@ def distributions(
         return results
     settings = replace(settings, prompts="auto", samples=request.num_images, seed=settings.seed + 1)
     requests = prompts.load(settings.prompts, reference.pipeline, settings.samples)
+    entries = requests.entries
     for name, model in (("float", reference), ("candidate", candidate)):
         progress(f"{name}, {request.num_images} images for {', '.join(extractor_of)}")
-        places = workers.shard(len(requests.entries), settings.batch_size)
+        places = workers.shard(len(entries), settings.batch_size)
         shard = image_set(model.pipeline, requests, settings, loaded, places)
         images = gather_images(workers, folder, name, shard, places)
         if images is not None:
@@ -148,12 +148,13 @@ def distributions(
     if reasons:
         results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
         return results
-    for metric, extractor in extractor_of.items():
+    for metric, name in extractor_of.items():
+        extractor = loaded[name]
+        floats, made = (images.features_of(name) for images in results.image_sets.values())
+        value = partial(metric_value, metric, extractor, made, model=candidate.name, groups=entries)
         try:
-            results.metrics += _values(
-                metric, extractor, loaded[extractor], results.image_sets, candidate.name,
-                request.reference, requests.entries,
-            )  # fmt: skip
+            pairs = _references(metric, name, extractor, floats, request.reference)
+            results.metrics += [value(other, floats=own) for other, own in pairs]
         except InputError as error:
             results.missing[metric] = str(error)
     return results
@@ -181,43 +182,26 @@ def _load_extractors(
     return loaded, extractor_of
 
 
-def _values(
-    metric: str,
-    name: str,
-    extractor: Extractor,
-    image_sets: dict[str, ImageSet],
-    candidate: str,
-    file: Path | None,
-    groups: Sequence[Any],
-) -> list[MetricValue]:
-    """A metric against the float model's images, the training set, and a reference file.
+def _references(
+    metric: str, name: str, extractor: Extractor, floats: Features, file: Path | None
+) -> Iterator[tuple[ReferenceSet, Features | None]]:
+    """What a metric compares with, and the float model's features for the change from its value.
 
     Args:
         metric: name in ``DISTRIBUTIONS``.
         name: of the extractor in ``EXTRACTORS``.
         extractor: that computed the features.
-        image_sets: of ``float`` and ``candidate``.
-        candidate: name of the model, for the table.
+        floats: features of the float model's images.
         file: an ADM npz, or None.
-        groups: the prompt or label of each image.
     """
-    features, floats = (image_sets[side].features[name] for side in ("candidate", "float"))
     row = DISTRIBUTIONS[metric]
-
-    def value(reference: ReferenceSet, floats: Features | None) -> MetricValue:
-        return metric_value(
-            metric, extractor, features, reference, model=candidate, floats=floats, groups=groups
-        )
-
-    own = ReferenceSet(FLOAT_IMAGES, floats)
+    yield ReferenceSet(FLOAT_IMAGES, floats), floats if row.reference_free else None
     if row.reference_free:
-        return [value(own, floats)]
-    values = [value(own, None)]
+        return
     if extractor.real is not None and row.frechet and row.kind == "pool":
-        values.append(value(ReferenceSet(TRAINING_IMAGES, None, {"pool": extractor.real}), floats))
+        yield ReferenceSet(TRAINING_IMAGES, None, {"pool": extractor.real}), floats
     if file is not None:
-        values.append(value(_reference_set(adm_suite.read(file), extractor, name), floats))
-    return values
+        yield _reference_set(adm_suite.read(file), extractor, name), floats
 
 
 def _reference_set(file: adm_suite.AdmReference, extractor: Extractor, name: str) -> ReferenceSet:
@@ -254,18 +238,11 @@ def perceptual(
     measure = PERCEPTUAL[metric]
     values = measure(candidate, reference, texts, weights).double()
     if metric in UNPAIRED:  # the noise is the change of the float model's own value
-        noise = measure(rerun, rerun, texts, weights) - measure(
-            reference, reference, texts, weights
-        )
-        again = values + noise.double()
+        first, second = (measure(x, x, texts, weights) for x in (reference, rerun))
+        again = values + (second - first).double()
     else:
         again = measure(candidate, rerun, texts, weights).double()
     return values.tolist(), again.tolist()
-
-
-def to_json(values: Sequence[MetricValue]) -> list[dict[str, Any]]:
-    """Plain data."""
-    return [asdict(value) for value in values]
 
 
 def is_bundled(pipeline: Any) -> bool:

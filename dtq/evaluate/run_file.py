@@ -80,18 +80,8 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite become null."""
-        return {
-            "format": FORMAT,
-            "candidate": self.candidate,
-            "reference": self.reference,
-            "conditions": self.conditions,
-            "identity": self.identity,
-            "samples": [vars(sample) for sample in self.samples],
-            "values": finite_or_null(self.values),
-            "rerun": finite_or_null(self.rerun),
-            "failures": self.failures,
-            "missing": self.missing,
-        }
+        samples = [vars(sample) for sample in self.samples]
+        return finite_or_null({"format": FORMAT, **vars(self), "samples": samples})
 
 
 def text(data: dict[str, Any]) -> str:
@@ -119,11 +109,10 @@ def parse(data: Any, where: str = "run") -> Run:
     Raises:
         InputError: a part is missing or of another type; names all of them.
     """
+    advice = "make it again with dtq eval"
     if not isinstance(data, dict) or "format" not in data:
-        raise InputError(f"{where}: not a run file of this dtq; make it again with dtq eval")
-    if data["format"] != FORMAT:
-        found = data["format"]
-        raise InputError(
-            f"{where}: format {found!r}, this dtq reads {FORMAT}; make it again with dtq eval"
-        )
+        raise InputError(f"{where}: not a run file of this dtq; {advice}")
+    found = data["format"]
+    if found != FORMAT:
+        raise InputError(f"{where}: format {found!r}, this dtq reads {FORMAT}; {advice}")
     return schema.parse(Run, data, where, required=[f.name for f in fields(Run)])

@@ -140,10 +140,8 @@ def mean_by_step(errors: Sequence[tuple[int, float]]) -> list[float]:
 
 def sample_errors(outputs: list[list[Tensor]], reference: list[list[Tensor]]) -> list[list[float]]:
     """Relative squared error ``[sample][step]`` of two results of :meth:`Trajectory.by_sample`."""
-    return [
-        [relative_error(a, b) for a, b in zip(mine, theirs, strict=True)]
-        for mine, theirs in zip(outputs, reference, strict=True)
-    ]
+    samples = zip(outputs, reference, strict=True)
+    return [[relative_error(a, b) for a, b in zip(*pair, strict=True)] for pair in samples]
 
 
 def free_running(reference: Trajectory, candidate: Trajectory) -> list[tuple[int, float]]:

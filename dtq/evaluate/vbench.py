@@ -168,8 +168,8 @@ def _number(value: Any) -> float | None:
 def _values(rows: list[Any], dimension: str, problems: list[str]) -> dict[str, float]:
     values: dict[str, float] = {}
     for row in rows:
-        name = Path(str(row.get("video_path"))).name if isinstance(row, dict) else str(row)
-        result = row.get("video_results") if isinstance(row, dict) else None
+        entry = row if isinstance(row, dict) else {"video_path": row}
+        name, result = Path(str(entry.get("video_path"))).name, entry.get("video_results")
         value = _number(result)
         if value is None:
             problems.append(f"{dimension}: {name} has the value {result!r}")

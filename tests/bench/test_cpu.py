@@ -61,7 +61,7 @@ def test_the_compared_layers_do_the_same_work():
         y = layers[name](x)
         assert y.dtype == torch.bfloat16
         assert y.shape == (5, 48)
-    assert bench._size("w4a8", layers["w4a8"]) < 0.4 * bench._size("bf16", layers["bf16"])
+    assert bench.size_of("w4a8", layers["w4a8"]) < 0.4 * bench.size_of("bf16", layers["bf16"])
 
 
 @pytest.mark.slow

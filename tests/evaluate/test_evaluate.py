@@ -15,7 +15,7 @@ import torch
 
 import dtq
 from dtq.errors import InputError
-from dtq.evaluate import baselines, evaluate, paired_run, run_file, trajectory
+from dtq.evaluate import baselines, evaluate, merge, paired_run, run_file, trajectory
 from dtq.evaluate.fingerprint import fingerprint
 from dtq.evaluate.gate import render
 from dtq.evaluate.gate.decision import Outcome, Verdict
@@ -179,10 +179,9 @@ def test_the_pages_escape_all_text(tmp_path):
     layer |= {"promoted": True, "bits": 4.0, "error": 0.1}
     value = MetricValue(evil, evil, evil, 0.0, 2, 2, evil, evil)
     result = evaluate.Evaluation(
-        evil, evil, {evil: evil}, [evaluate.ResultRow(evil, 0.1, [0.1, 0.2])], run=run,
-        metrics=[value], command=evil,
-    )  # fmt: skip
-    result.images = {"float": torch.rand(1, 3, 8, 8), evil: torch.rand(1, 3, 8, 8)}
+        run, [evaluate.ResultRow(evil, 0.1, [0.1, 0.2])], metrics=[value], command=evil
+    )
+    result.images = {side: torch.rand(1, 3, 8, 8) for side in ("float", "candidate")}
     result.quantization = {"layers": [layer], "inputs": []}
     for folder in ("float", "candidate"):
         (tmp_path / "pictures" / folder).mkdir(parents=True)
@@ -227,7 +226,7 @@ def test_both_transformers_of_a_pipeline_are_evaluated():
     assert set(called) == {"transformer", "transformer_2"}
     assert [call.step for call in job.truth.calls] == list(range(len(called)))
     candidate = paired_run.compare(job, changed)
-    errors = trajectory.mean_by_step(trajectory.call_errors(job.truth, candidate.outputs))
+    errors = merge.by_step(candidate.errors[candidate.run.candidate])
     for name, error in zip(called, errors, strict=True):
         assert error == pytest.approx(0.01 if name == "transformer_2" else 0.0, rel=1e-3)
     calls = {name: called.count(name) for name in ("transformer", "transformer_2")}

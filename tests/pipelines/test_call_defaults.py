@@ -76,8 +76,8 @@ def test_the_sizes_are_in_the_conditions_of_an_evaluation(folder, quantized):
     result = evaluate.evaluate(
         load_transformer(str(quantized)), load_transformer(str(folder)), settings
     )
-    assert result.conditions["pipeline_args"] == SIZES
-    assert result.conditions["prompts"] == "moving-emoji"
+    assert result.run.conditions["pipeline_args"] == SIZES
+    assert result.run.conditions["prompts"] == "moving-emoji"
 
 
 def test_no_defaults_write_no_file(tmp_path):

@@ -60,10 +60,8 @@ class Paired:
     def _quantile(self, level: float) -> float:
         """The order statistic just outside the ranks that p-values count, so that bounds agree."""
         count = len(self.t)
-        if level < 0.5:
-            rank = math.floor(level * (count + 1)) - 1
-        else:
-            rank = math.ceil(level * (count + 1)) - 1
+        outwards = math.floor if level < 0.5 else math.ceil
+        rank = outwards(level * (count + 1)) - 1
         return float(self.t[min(max(rank, 0), count - 1)])
 
 

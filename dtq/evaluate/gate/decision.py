@@ -141,10 +141,8 @@ def decide(run: Run, baseline: Run, policy: Policy) -> Verdict:
     for side, name in ((run, "run"), (baseline, "baseline")):
         reasons += [f"{name}: {reason}" for reason in flaws(side, limits)]
     # they quote files, and files may contain control characters
-    reasons, notes = (
-        [printable(line) for line in lines]
-        for lines in (reasons, differences_allowed(run, baseline, policy))
-    )
+    notes = differences_allowed(run, baseline, policy)
+    reasons, notes = ([printable(line) for line in lines] for lines in (reasons, notes))
     common: dict[str, Any] = {"notes": notes, "key": key, "policy": policy.to_dict()}
     if reasons:
         sentence = f"The runs cannot be compared, for {len(reasons)} reason(s)."
@@ -167,10 +165,9 @@ def decide(run: Run, baseline: Run, policy: Policy) -> Verdict:
         verdict.outcome = Outcome.REGRESSION
     elif outcomes == {Outcome.PASS}:
         verdict.outcome = Outcome.PASS
-    if verdict.prompts < len(prompts):
-        verdict.notes.append(
-            f"{len(prompts) - verdict.prompts} prompts beyond look {verdict.look} were not used"
-        )
+    unused = len(prompts) - verdict.prompts
+    if unused:
+        verdict.notes.append(f"{unused} prompts beyond look {verdict.look} were not used")
     verdict.sentence = _sentence(verdict, policy, len(prompts))
     verdict.notes += [
         f"{row.name}: the margin was raised from {row.metric.shown(row.policy_margin)} to "
@@ -223,7 +220,7 @@ def key_of(run: Run, policy: Policy) -> dict[str, str]:
     return {**parts, "key": digest(parts)}
 
 
-def noise_of(run: Run, metric: Metric, steps: slice) -> float:
+def noise_of(run: Run, metric: Metric, steps: slice = slice(None)) -> float:
     """Mean change of the value of a sample between the two runs of the float model.
 
     Args:
@@ -232,10 +229,8 @@ def noise_of(run: Run, metric: Metric, steps: slice) -> float:
         steps: part of the trajectory.
     """
     first, second = run.values[metric.name], run.rerun[metric.name]
-    changes = [
-        abs(metric.worse(mean_of(second[s.id], steps), mean_of(first[s.id], steps)))
-        for s in run.samples
-    ]
+    means = ((mean_of(table[s.id], steps) for table in (second, first)) for s in run.samples)
+    changes = [abs(metric.worse(*pair)) for pair in means]
     return sum(changes) / len(changes)
 
 
@@ -317,11 +312,10 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
         )
     names = ", ".join(row.name for row in undecided)
     later = [count for count in policy.looks if count > prompts]
-    advice = (
-        f"evaluate both on at least {later[0]} prompts ({_needed(undecided, verdict.alpha)})"
-        if later
-        else "the policy has no further look; the difference is too close to the margin"
-    )
+    advice = "the policy has no further look; the difference is too close to the margin"
+    if later:
+        needed = _needed(undecided, verdict.alpha)
+        advice = f"evaluate both on at least {later[0]} prompts ({needed})"
     return f"Inconclusive in {names} ({where}): {advice}."
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Policy:
         """
         if isinstance(what, Policy):
             return what
-        path = find(what)
+        path = find_yaml(what, "gate", "policy", "Or give a file that ends in .yaml.")
         try:
             data = parse_yaml(read_text(path, LARGEST_YAML), str(path))
         except InputError as error:
@@ -102,10 +103,8 @@ class Policy:
         for kind in ("primary", "secondary"):
             for i, limit in enumerate(getattr(self, kind)):
                 problems += _limit_problems(limit, f"{kind}[{i}]")
-        rows = [(x.metric, x.parts) for x in (*self.primary, *self.secondary)]
-        twice = sorted(
-            {f"{metric} in {parts}" for metric, parts in rows if rows.count((metric, parts)) > 1}
-        )
+        rows = Counter(f"{x.metric} in {x.parts}" for x in (*self.primary, *self.secondary))
+        twice = sorted(row for row, count in rows.items() if count > 1)
         problems += [f"primary, secondary: {row} part(s) is there twice" for row in twice]
         if not 1e-6 <= self.alpha < 0.5:
             problems.append(f"alpha: must be between 0 and 0.5, 0.000001 at least, is {self.alpha}")
@@ -159,15 +158,6 @@ def _limit_problems(limit: Limit, at: str) -> list[str]:
     if limit.parts > 1 and not metric.steps:
         problems.append(f"{at}.parts: {metric.name} has no value per step")
     return problems
-
-
-def find(what: str | Path) -> Path:
-    """The file of a policy given by name or path.
-
-    Raises:
-        InputError: neither exists; the message lists the names that do.
-    """
-    return find_yaml(what, "gate", "policy", "Or give a file that ends in .yaml.")
 
 
 def names() -> list[str]:

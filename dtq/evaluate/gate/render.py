@@ -14,12 +14,7 @@ from dtq.evaluate.run_file import Run
 
 HEAD = ("metric", "decides", "mean", "between", "margin", "noise", "worst tenth", "verdict")
 
-_MARKS = {
-    Outcome.PASS: "✅",
-    Outcome.REGRESSION: "❌",
-    Outcome.INCONCLUSIVE: "❔",
-    Outcome.INVALID: "⛔",
-}
+_MARKS = dict(zip(Outcome, "✅❌❔⛔", strict=True))
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -62,22 +57,18 @@ def markdown(verdict: Verdict, run: Run | None = None) -> str:
     return page.render(
         "gate_summary.md",
         mark=_MARKS[verdict.outcome],
-        outcome=verdict.outcome.word,
-        sentence=verdict.sentence,
-        reasons=verdict.reasons,
+        verdict=verdict,
         head=HEAD,
         rows=[(cells(row), spark(list(row.differences.values()))) for row in verdict.rows],
         bounds=f"{verdict.prompts} prompts, look {verdict.look}; each bound is one-sided at "
         f"{1 - verdict.alpha:.4g}, without Holm correction over the primary metrics.",
-        notes=verdict.notes,
         conditions=None if run is None else conditions(run),
     )
 
 
 def junit(verdict: Verdict) -> str:
     """JUnit XML: a test case per metric, or one case if the metrics were not compared."""
-    primary = [row for row in verdict.rows if row.primary]
-    failed = [row for row in primary if row.outcome is not Outcome.PASS]
+    failed = [r for r in verdict.rows if r.primary and r.outcome is not Outcome.PASS]
     stopped = not verdict.rows
     suite = ElementTree.Element(
         "testsuite",
@@ -98,8 +89,7 @@ def junit(verdict: Verdict) -> str:
         if row.outcome is Outcome.PASS:
             ElementTree.SubElement(case, "system-out").text = words
         elif row.primary:
-            attributes = {"type": row.outcome.word, "message": words}
-            ElementTree.SubElement(case, "failure", attributes)
+            ElementTree.SubElement(case, "failure", type=row.outcome.word, message=words)
         else:  # a secondary metric does not decide
             ElementTree.SubElement(case, "skipped", message=words)
     ElementTree.indent(suite)

@@ -24,18 +24,14 @@ def mismatches(run: Run, baseline: Run, policy: Policy) -> list[str]:
             side = "run" if mine is None else "baseline"
             reasons.append(f"{side}: the condition {name} was not recorded")
         elif mine != theirs:
-            reasons.append(f"{name}: {mine!r} in the run, {theirs!r} in the baseline")
-    if run.identity.get("reference") != baseline.identity.get("reference"):
-        reasons.append(
-            f"the float models differ: {run.identity.get('reference')} in the run, "
-            f"{baseline.identity.get('reference')} in the baseline"
-        )
+            reasons.append(f"{name}: {_both(repr(mine), repr(theirs))}")
+    mine, theirs = (side.identity.get("reference") for side in (run, baseline))
+    if mine != theirs:
+        reasons.append(f"the float models differ: {_both(mine, theirs)}")
     for name in dict.fromkeys(limit.metric for limit in (*policy.primary, *policy.secondary)):
         mine, theirs = (_step_counts(side.values.get(name, {})) for side in (run, baseline))
         if mine and theirs and mine != theirs:
-            reasons.append(
-                f"{name}: {_joined(mine)} steps in the run, {_joined(theirs)} in the baseline"
-            )
+            reasons.append(f"{name}: {_both(f'{_joined(mine)} steps', _joined(theirs))}")
     for own, other in zip(run.samples, baseline.samples, strict=False):
         if own != other:
             reasons.append(f"{_described(own)} in the run is {_described(other)} in the baseline")
@@ -48,12 +44,11 @@ def differences_allowed(run: Run, baseline: Run, policy: Policy) -> list[str]:
     for name in MATCHABLE:
         mine, theirs = _condition(run, name), _condition(baseline, name)
         if name not in policy.match and mine != theirs:
-            notes.append(f"{name}: {mine} in the run, {theirs} in the baseline")
-    if len(run.samples) != len(baseline.samples):
-        notes.append(
-            f"{len(run.samples)} samples in the run, {len(baseline.samples)} in the baseline: "
-            f"the first {min(len(run.samples), len(baseline.samples))} are compared"
-        )
+            notes.append(f"{name}: {_both(mine, theirs)}")
+    mine, theirs = len(run.samples), len(baseline.samples)
+    if mine != theirs:
+        first = f"the first {min(mine, theirs)} are compared"
+        notes.append(f"{_both(f'{mine} samples', theirs)}: {first}")
     return notes
 
 
@@ -65,9 +60,7 @@ def flaws(run: Run, limits: Sequence[Limit]) -> list[str]:
         limits: of the policy; the run must have their metrics.
     """
     reasons = [f"sample {name} failed: {reason}" for name, reason in run.failures.items()]
-    reasons += [
-        f"{name} was requested and is missing: {reason}" for name, reason in run.missing.items()
-    ]
+    reasons += [f"{name} was requested and is missing: {why}" for name, why in run.missing.items()]
     requested = run.conditions.get("samples")
     if requested != len(run.samples):
         reasons.append(f"{requested} samples were requested, {len(run.samples)} are listed")
@@ -95,30 +88,24 @@ def _value_flaws(
     """Reasons why the values of a metric cannot be used; ``parts`` of the trajectory are needed."""
     reasons = []
     if missing := [name for name in ids if name not in table]:
-        reasons.append(f"{label} is missing for {_first_names(missing)}")
+        reasons.append(f"{label} is missing for {_first(missing)}")
     if unknown := sorted(set(table) - set(ids)):
-        reasons.append(
-            f"{label} has values of samples that are not listed: {_first_names(unknown)}"
-        )
+        reasons.append(f"{label} has values of samples that are not listed: {_first(unknown)}")
     broken, too_large = [], []
-    for name in ids:
-        if name not in table:
-            continue
-        value = table[name]
+    for name, value in ((name, table[name]) for name in ids if name in table):
         entries = value if isinstance(value, list) else [value]
         if isinstance(value, list) != metric.steps or not is_finite_numbers(entries):
             broken.append(name)
         elif any(abs(x) > LARGEST for x in entries):
             too_large.append(name)
     if broken:
-        reasons.append(f"{label} is not a finite number for {_first_names(broken)}")
+        reasons.append(f"{label} is not a finite number for {_first(broken)}")
     if too_large:
-        reasons.append(f"{label} is beyond {LARGEST:g} for {_first_names(too_large)}")
+        reasons.append(f"{label} is beyond {LARGEST:g} for {_first(too_large)}")
     counts = _step_counts(table)
     if metric.steps and (len(counts) > 1 or min(counts, default=1) < max(1, parts)):
-        reasons.append(
-            f"{label} has {_joined(counts)} steps, the policy divides them into {parts} part(s)"
-        )
+        steps = f"{label} has {_joined(counts)} steps"
+        reasons.append(f"{steps}, the policy divides them into {parts} part(s)")
     return reasons
 
 
@@ -131,6 +118,10 @@ def _condition(run: Run, name: str) -> Any:
     return run.identity.get("recipe") if name == "recipe" else run.conditions.get(name)
 
 
+def _both(mine: object, theirs: object) -> str:
+    return f"{mine} in the run, {theirs} in the baseline"
+
+
 def _joined(counts: set[int]) -> str:
     return ", ".join(map(str, sorted(counts)))
 
@@ -139,6 +130,6 @@ def _described(sample: Sample) -> str:
     return f"sample {sample.id} ({sample.prompt!r}, seed {sample.seed})"
 
 
-def _first_names(names: Sequence[str]) -> str:
+def _first(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"

@@ -56,31 +56,21 @@ def read(path: Path) -> AdmReference:
             data = {name: file[name] for name in file.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not an npz of plain arrays ({error})") from error
-    images = data.get("arr_0")
-    if images is not None and (
-        images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8
-    ):
-        raise InputError(
-            f"{path}: arr_0 is {images.dtype} {list(images.shape)}, expected uint8 (N, H, W, 3)"
-        )
+    arr = data.get("arr_0")
+    if arr is not None and (arr.ndim != 4 or arr.shape[-1] != 3 or arr.dtype != np.uint8):
+        found = f"{arr.dtype} {list(arr.shape)}"
+        raise InputError(f"{path}: arr_0 is {found}, expected uint8 (N, H, W, 3)")
     pool, spatial = _moments(data, "mu", "sigma", path), _moments(data, "mu_s", "sigma_s", path)
-    if images is None and pool is None:
+    if arr is None and pool is None:
         raise InputError(f"{path}: has {sorted(data)}; expected arr_0, or mu and sigma")
-    return AdmReference(
-        path.name, None if images is None else torch.from_numpy(images), pool, spatial
-    )
+    images = None if arr is None else torch.from_numpy(arr)
+    return AdmReference(path.name, images, pool, spatial)
 
 
 def _moments(data: dict[str, np.ndarray], mean: str, cov: str, path: Path) -> FeatureMoments | None:
     if mean not in data or cov not in data:
         return None
-    size = data[mean].shape[0] if data[mean].ndim == 1 else -1
-    if data[cov].shape != (size, size):
-        raise InputError(
-            f"{path}: {mean} is {data[mean].shape}, {cov} {data[cov].shape}; "
-            f"expected (D,) and (D, D)"
-        )
-    return FeatureMoments(
-        torch.from_numpy(data[mean].astype(np.float64)),
-        torch.from_numpy(data[cov].astype(np.float64)),
-    )
+    mu, sigma = data[mean].shape, data[cov].shape
+    if len(mu) != 1 or sigma != 2 * mu:
+        raise InputError(f"{path}: {mean} is {mu}, {cov} {sigma}; expected (D,) and (D, D)")
+    return FeatureMoments(*(torch.from_numpy(data[n].astype(np.float64)) for n in (mean, cov)))

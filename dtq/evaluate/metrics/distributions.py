@@ -46,9 +46,7 @@ class ReferenceSet:
             InputError: this reference has moments only.
         """
         if self.features is None:
-            raise InputError(
-                f"{self.name} has moments only, but this metric needs the images of the reference"
-            )
+            raise InputError(f"{self.name} has moments only; this metric needs its images")
         return _features_of(self.features, kind, self.name)
 
     def moments_of(self, kind: str) -> FeatureMoments:
@@ -183,9 +181,8 @@ def metric_value(
     low = high = None
     if row.frechet and y is not None and groups:
         low, high = interval(x, y, reference.moments_of(row.kind), groups)
-    size = None
-    if reference.features is not None and not row.reference_free:
-        size = len(reference.features_of(row.kind))
+    known = reference.features is not None and not row.reference_free
+    size = len(reference.features_of(row.kind)) if known else None
     return MetricValue(
         metric, model, "" if row.reference_free else reference.name, value, len(x), size,
         extractor.name, extractor.resizer, change, low, high,
@@ -213,10 +210,10 @@ def interval(
     lists = list(members.values())
     g = torch.Generator().manual_seed(0)
 
+    distance = reference.distance_to_features
+
     def change(rows: list[int]) -> float:
-        return reference.distance_to_features(features[rows]) - reference.distance_to_features(
-            floats[rows]
-        )
+        return distance(features[rows]) - distance(floats[rows])
 
     center = change(list(range(len(features))))
     resampled = []
@@ -230,7 +227,5 @@ def interval(
 
 def _features_of(features: Features, kind: str, source: str) -> Tensor:
     if kind not in features:
-        raise InputError(
-            f"{source} has {', '.join(features)} features, but this metric needs {kind}"
-        )
+        raise InputError(f"{source} has {', '.join(features)} features; this metric needs {kind}")
     return features[kind]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dtq import demo
 from dtq.demo.classifier import EmojiClassifier
 from dtq.errors import InputError
-from dtq.evaluate import optional_packages
 from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.images import as_bytes
+from dtq.evaluate.optional_packages import need, pretrained
 
 Features = dict[str, Tensor]
 
@@ -132,9 +132,7 @@ def inception(source: str) -> Extractor:
             return {"pool": script(as_bytes(images), return_features=True)}
 
         return Extractor(f"inception {path.name}", "in the file", scripted)
-    module = optional_packages.need(
-        "torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity"
-    )
+    module = need("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
     model = module.FeatureExtractorInceptionV3(
         "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
     ).eval()
@@ -153,9 +151,8 @@ def inception(source: str) -> Extractor:
 
 def dinov2(source: str) -> Extractor:
     """DINOv2 class token (FD-DINOv2, 2306.04675: ViT-L/14); a transformers folder or hub id."""
-    transformers = optional_packages.need("transformers", "transformers")
     name = source or "facebook/dinov2-large"
-    model = optional_packages.pretrained(transformers.AutoModel, name, "dinov2").eval()
+    model = pretrained("AutoModel", name, "dinov2").eval()
 
     def call(images: Tensor) -> Features:
         x = normal(resized(images, 224), *IMAGENET_NORMAL)
@@ -166,28 +163,18 @@ def dinov2(source: str) -> Extractor:
 
 def clip(source: str) -> Extractor:
     """CLIP image embeddings (CMMD: ViT-L/14 at 336); a transformers folder or hub id."""
-    transformers = optional_packages.need("transformers", "transformers")
     name = source or "openai/clip-vit-large-patch14-336"
-    model = optional_packages.pretrained(
-        transformers.CLIPVisionModelWithProjection, name, "clip"
-    ).eval()
+    model = pretrained("CLIPVisionModelWithProjection", name, "clip").eval()
     size = model.config.image_size
 
     def call(images: Tensor) -> Features:
-        return {
-            "pool": model(pixel_values=normal(resized(images, size), *CLIP_NORMAL)).image_embeds
-        }
+        x = normal(resized(images, size), *CLIP_NORMAL)
+        return {"pool": model(pixel_values=x).image_embeds}
 
     return Extractor(f"clip {name}", f"bicubic-antialias {size}", call)
 
 
-EXTRACTORS: dict[str, Callable[[str], Extractor]] = {
-    "emoji": emoji,
-    "random": random,
-    "inception": inception,
-    "dinov2": dinov2,
-    "clip": clip,
-}
+EXTRACTORS = {each.__name__: each for each in (emoji, random, inception, dinov2, clip)}
 """By name. Each takes a local path or hub id, or ``""`` for its own default."""
 
 

@@ -121,9 +121,7 @@ def file(image: Tensor, longest: int | None = None, milliseconds: int = 125) -> 
     more: dict[str, Any] = {}
     if len(images) > 1:
         more = {"save_all": True, "append_images": images[1:], "duration": milliseconds, "loop": 0}
-    stream = io.BytesIO()
-    images[0].save(stream, "PNG", optimize=True, **more)
-    return stream.getvalue()
+    return png(images[0], **more)
 
 
 def sheet(rows: list[Tensor], gap: int = 4, scale: int = 1) -> Image.Image:
@@ -136,9 +134,8 @@ def sheet(rows: list[Tensor], gap: int = 4, scale: int = 1) -> Image.Image:
     """
     columns = max(len(row) for row in rows)
     height, width = (rows[0].shape[-2] * scale, rows[0].shape[-1] * scale)
-    page = Image.new(
-        "RGB", (columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white"
-    )
+    size = columns * (width + gap) + gap, len(rows) * (height + gap) + gap
+    page = Image.new("RGB", size, "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             cell = as_image(image).resize((width, height), Image.Resampling.NEAREST)
@@ -146,8 +143,8 @@ def sheet(rows: list[Tensor], gap: int = 4, scale: int = 1) -> Image.Image:
     return page
 
 
-def png(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
+def png(image: Image.Image, **options: Any) -> bytes:
+    """The image as a PNG file; the options are those of PIL."""
     stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
+    image.save(stream, "PNG", optimize=True, **options)
     return stream.getvalue()

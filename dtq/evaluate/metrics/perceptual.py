@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dtq.errors import InputError
-from dtq.evaluate import optional_packages
 from dtq.evaluate.metrics.extractors import CLIP_NORMAL, normal, resized
 from dtq.evaluate.metrics.images import as_image
+from dtq.evaluate.optional_packages import need, pretrained
 
 Measure = Callable[[Tensor, Tensor, Sequence[str], str], Tensor]
 """Images and reference images (B, 3, H, W) in [0, 1], prompts, weights: values (B,)."""
@@ -36,17 +36,15 @@ def ms_ssim(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: 
     Raises:
         InputError: smaller images, or torchmetrics is not installed.
     """
-    functional = optional_packages.need("torchmetrics.functional.image", "torchmetrics")
+    functional = need("torchmetrics.functional.image", "torchmetrics")
     if min(images.shape[-2:]) <= 160:
         raise InputError(
             f"MS-SSIM halves images four times and needs sides above 160 pixels; these are "
             f"{images.shape[-1]} x {images.shape[-2]}"
         )
     measure = functional.multiscale_structural_similarity_index_measure
-    return torch.cat([
-        measure(a[None], b[None], data_range=1.0).reshape(1)
-        for a, b in zip(images, reference, strict=True)
-    ])  # fmt: skip
+    pairs = zip(images.split(1), reference.split(1), strict=True)
+    return torch.cat([measure(a, b, data_range=1.0).reshape(1) for a, b in pairs])
 
 
 def lpips(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: str) -> Tensor:
@@ -62,15 +60,11 @@ def lpips(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: st
     Raises:
         InputError: the package or the weights are missing.
     """
-    package = optional_packages.need("lpips", "lpips")
-    path = Path(weights) if weights else None
-    if path is None:
-        cached = sorted((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth"))
-        path = cached[0] if cached else None
+    package = need("lpips", "lpips")
+    cached = sorted((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth"))
+    path = Path(weights) if weights else next(iter(cached), None)
     if path is None or not path.is_file():
-        raise InputError(
-            "lpips needs AlexNet's weights: --extractor lpips=FOLDER/alexnet-owt-*.pth"
-        )
+        raise InputError("lpips needs AlexNet weights: --extractor lpips=FOLDER/alexnet-owt-*.pth")
     model = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = torch.load(path, map_location="cpu", weights_only=True)
     convolutions = {k.removeprefix("features."): v for k, v in state.items() if "features" in k}
@@ -95,15 +89,15 @@ def clip_score(images: Tensor, reference: Tensor, prompts: Sequence[str], weight
     Raises:
         InputError: the package or the weights are missing.
     """
-    transformers = optional_packages.need("transformers", "transformers")
     name = weights or "openai/clip-vit-large-patch14"
-    model = optional_packages.pretrained(transformers.CLIPModel, name, "clip-score").eval()
-    tokenizer = optional_packages.pretrained(transformers.AutoTokenizer, name, "clip-score")
+    model = pretrained("CLIPModel", name, "clip-score").eval()
+    tokenizer = pretrained("AutoTokenizer", name, "clip-score")
+    size = model.config.vision_config.image_size
     scores = []
     with torch.no_grad():
-        for batch, texts in zip(images.split(16), _split(prompts, 16), strict=True):
+        for i, batch in enumerate(images.split(16)):
+            texts = list(prompts[16 * i : 16 * (i + 1)])
             tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-            size = model.config.vision_config.image_size
             out = model(pixel_values=normal(resized(batch, size), *CLIP_NORMAL), **tokens)
             scores.append(100 * (out.image_embeds * out.text_embeds).sum(1).clamp(min=0))
     return torch.cat(scores)
@@ -123,7 +117,7 @@ def clip_iqa(images: Tensor, reference: Tensor, prompts: Sequence[str], weights:
     """
     if not weights:
         raise InputError("clip-iqa needs a local CLIP: --extractor clip-iqa=FOLDER")
-    functional = optional_packages.need("torchmetrics.functional.multimodal", "torchmetrics")
+    functional = need("torchmetrics.functional.multimodal", "torchmetrics")
     try:
         value = functional.clip_image_quality_assessment(images, weights, data_range=1.0)
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -145,17 +139,12 @@ def image_reward(images: Tensor, reference: Tensor, prompts: Sequence[str], weig
         InputError: the package or the weights are missing.
     """
     if not Path(weights).is_file():
-        raise InputError(
-            "image-reward needs its weights: --extractor image-reward=FOLDER/ImageReward.pt"
-        )
-    package: Any = optional_packages.need("ImageReward", "image-reward")
+        raise InputError("image-reward needs --extractor image-reward=FOLDER/ImageReward.pt")
+    package: Any = need("ImageReward", "image-reward")
     config = Path(weights).with_name("med_config.json")
     model = package.load(weights, device="cpu", med_config=str(config))
-    scores = [
-        float(model.score(prompt, as_image(image)))
-        for prompt, image in zip(prompts, images, strict=True)
-    ]
-    return torch.tensor(scores)
+    pairs = zip(prompts, images, strict=True)
+    return torch.tensor([float(model.score(prompt, as_image(image))) for prompt, image in pairs])
 
 
 PERCEPTUAL: dict[str, Measure] = {
@@ -169,7 +158,3 @@ PERCEPTUAL: dict[str, Measure] = {
 
 UNPAIRED = frozenset({"clip-score", "clip-iqa", "image-reward"})
 """These do not use the float model's image."""
-
-
-def _split(items: Sequence[str], size: int) -> list[list[str]]:
-    return [list(items[i : i + size]) for i in range(0, len(items), size)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dtq.evaluate.evaluate import Evaluation
 from dtq.evaluate.gate.bootstrap import paired
+from dtq.evaluate.gate.decision import noise_of
 from dtq.evaluate.gate.metrics import METRICS, TINY, Metric
 from dtq.evaluate.metrics import images
 from dtq.evaluate.metrics.distributions import MetricValue
@@ -34,15 +35,13 @@ def verdict(result: Evaluation) -> tuple[bool, str]:
     """Whether the candidate is close to its float model, and a sentence with its metrics."""
     row = result.rows[0]
     run = result.run
-    if run is not None and (run.missing or run.failures):
+    if run.missing or run.failures:
         lost = [*run.missing, *(f"sample {name}" for name in run.failures)]
         return False, f"Not a valid run: {', '.join(lost)} could not be measured."
     close = row.error <= CLOSE
     words = [f"per-step error {row.error:.2g} (same inputs, relative squared, mean over steps)"]
     if row.bits is not None:
-        words.append(
-            f"{row.bits:.2f} bits per attention and feed-forward weight, all metadata counted"
-        )
+        words.append(f"{row.bits:.2f} bits per attention and feed-forward weight, with metadata")
     if row.psnr is not None:
         words.append(f"same-seed images at {row.psnr:.1f} dB PSNR (median)")
     if row.fid_float is not None:
@@ -55,22 +54,20 @@ def render(result: Evaluation) -> str:
     """The page as HTML text."""
     close, sentence = verdict(result)
     divergence = result.rows[0].divergence
-    layers = result.quantization.get("layers", [])
+    report = result.quantization
+    layers = report.get("layers", [])
     measured = [layer for layer in layers if layer["error"] is not None]
     untransformed = {layer["name"] for layer in layers if layer["role"] == "adaln"}
-    inputs = [
-        row
-        for row in result.quantization.get("inputs", [])
-        if row["imbalance"] and row["name"] not in untransformed
-    ]
+    inputs = [x for x in report.get("inputs", []) if x["imbalance"]]
+    inputs = [x for x in inputs if x["name"] not in untransformed]
     return page.render(
         "report.html",
-        title=f"dtq: {result.candidate} against {result.reference}",
+        title=f"dtq: {result.run.candidate} against {result.run.reference}",
         result=result,
         close=close,
         sentence=sentence,
         sheet=_contact_sheet(result),
-        sample_metrics=_sample_metrics(result.run) if result.run else [],
+        sample_metrics=_sample_metrics(result.run),
         metric_columns=METRIC_COLUMNS,
         set_metrics=[metric_cells(value) for value in result.metrics],
         metric_conditions=metric_conditions(result),
@@ -101,7 +98,7 @@ def metric_cells(value: MetricValue) -> tuple[str, ...]:
 
 def metric_conditions(result: Evaluation) -> str:
     """The conditions of distribution metrics in one line."""
-    job = result.conditions
+    job = result.run.conditions
     sources = {
         f"{v.metric}: {v.extractor}, resizer {v.resizer}, {v.samples} samples"
         for v in result.metrics
@@ -119,13 +116,9 @@ def _contact_sheet(result: Evaluation) -> dict[str, Any] | None:
     if floats.ndim == 3:  # sounds
         return None
     run = result.run
-    errors = [0.0] * len(floats)
-    captions = [str(i) for i in range(len(floats))]
-    if run is not None:
-        errors = [mean_of(run.values["error"][sample.id]) for sample in run.samples]
-        captions = [sample.prompt for sample in run.samples]
-    captions = [f"{c} · error {e:.1e}" for c, e in zip(captions, errors, strict=True)]
-    if run is not None and "psnr" in run.values:
+    errors = [mean_of(run.values["error"][sample.id]) for sample in run.samples]
+    captions = [f"{s.prompt} · error {e:.1e}" for s, e in zip(run.samples, errors, strict=True)]
+    if "psnr" in run.values:
         psnr = (mean_of(run.values["psnr"][sample.id]) for sample in run.samples)
         captions = [f"{c}, {db:.1f} dB" for c, db in zip(captions, psnr, strict=True)]
     order = sorted(range(len(floats)), key=lambda i: -errors[i])[:MAX_SAMPLES]
@@ -134,17 +127,11 @@ def _contact_sheet(result: Evaluation) -> dict[str, Any] | None:
     pixels = torch.cat([gap.flatten()[:: max(1, gap.numel() // 20_000)] for gap in gaps])
     most = float(torch.quantile(pixels, 0.995))
     gain = 2.0 ** max(0, math.floor(math.log2(1 / most))) if most > 0 else 1.0
-    samples = [
-        {
-            "images": [
-                ("float", _source(floats[i])),
-                ("candidate", _source(candidates[i])),
-                ("difference", _source(gap * gain)),
-            ],
-            "caption": captions[i],
-        }
-        for i, gap in zip(order, gaps, strict=True)
-    ]
+    samples = []
+    for i, gap in zip(order, gaps, strict=True):
+        shown = {"float": floats[i], "candidate": candidates[i], "difference": gap * gain}
+        sources = [(name, _source(image)) for name, image in shown.items()]
+        samples.append({"images": sources, "caption": captions[i]})
     small = max(floats.shape[-2:]) <= 128
     return {"gain": f"{gain:g}", "total": len(floats), "small": small, "samples": samples}
 
@@ -153,17 +140,11 @@ def _sample_metrics(run: Run) -> list[tuple[str, ...]]:
     """For each metric the mean over prompts, its interval, and the change by a float re-run."""
     rows: list[tuple[str, ...]] = []
     for name, table in run.values.items():
-        metric = METRICS.get(name)
-        if metric is None:
-            continue
+        metric = METRICS[name]
         by_prompt: dict[str, list[float]] = {}
-        noise = []
         for sample in run.samples:
-            value = mean_of(table[sample.id])
-            by_prompt.setdefault(sample.prompt, []).append(value)
-            if sample.id in run.rerun.get(name, {}):
-                noise.append(abs(metric.worse(mean_of(run.rerun[name][sample.id]), value)))
-        change = metric.shown(sum(noise) / len(noise)) if noise else "–"
+            by_prompt.setdefault(sample.prompt, []).append(mean_of(table[sample.id]))
+        change = metric.shown(noise_of(run, metric)) if name in run.rerun else "–"
         mean, interval = _interval([sum(v) / len(v) for v in by_prompt.values()], metric)
         rows.append((name, mean, interval, change, metric.about))
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 INK, LINE = "#010203", "#010204"
@@ -16,7 +17,7 @@ COLORS = ("#2f7ed8", "#d9822b", "#3a9d5d", "#b04fc4", "#c4493d", "#6b8299")
 def steps(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     """Error of each step, one line per model; ``rows`` are names and errors."""
     figure, axes = _axes()
-    for (name, values), color in zip(rows, _cycle(len(rows)), strict=True):
+    for (name, values), color in zip(rows, cycle(COLORS)):
         axes.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=name, color=color)
     axes.set(xlabel="step, noisiest first", ylabel="relative squared error", yscale="log")
     _legend(axes, 8)
@@ -26,8 +27,7 @@ def steps(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
 def divergence(values: Sequence[float]) -> str:
     """Distance of the latents that enter each step; the first, 0 by construction, is left out."""
     figure, axes = _axes()
-    shown = range(2, len(values) + 1)
-    axes.plot(shown, values[1:], marker="o", ms=3, color=COLORS[0])
+    axes.plot(range(2, len(values) + 1), values[1:], marker="o", ms=3, color=COLORS[0])
     axes.set(xlabel="step", ylabel="relative squared distance", yscale="log")
     return _svg(figure)
 
@@ -35,8 +35,7 @@ def divergence(values: Sequence[float]) -> str:
 def layers(rows: Sequence[dict[str, Any]]) -> str:
     """Output error of each layer in call order, colored by role; ``rows`` as in the report."""
     figure, axes = _axes()
-    roles = sorted({x["role"] for x in rows})
-    for role, color in zip(roles, _cycle(len(roles)), strict=True):
+    for role, color in zip(sorted({x["role"] for x in rows}), cycle(COLORS)):
         points = [(i, x["error"]) for i, x in enumerate(rows) if x["role"] == role]
         axes.scatter(*zip(*points, strict=True), s=12, label=role, color=color)
     axes.set(xlabel="layer, in call order", ylabel="relative squared output error", yscale="log")
@@ -61,11 +60,8 @@ def ranges(inputs: Sequence[dict[str, Any]]) -> str:
             axes.plot(bins, line, color=color, alpha=0.18, lw=0.8)
         middle = [sorted(column)[len(column) // 2] for column in zip(*lines, strict=True)]
         axes.plot(bins, middle, color=color, lw=2.2, label=f"{label} (median)")
-    axes.set(
-        xlabel="timestep bin, last is noisiest",
-        ylabel="largest channel amax / mean amax",
-        yscale="log",
-    )
+    axes.set(xlabel="timestep bin, last is noisiest", ylabel="largest channel amax / mean amax")
+    axes.set_yscale("log")
     _legend(axes, 8)
     return _svg(figure)
 
@@ -81,7 +77,7 @@ def bench(groups: dict[str, dict[str, float]], ours: str) -> str:
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     width = 0.8 / len(names)
     figure.set_size_inches(7.2, max(2.5, 0.9 + 0.16 * len(names) * len(groups)))
-    for i, (name, color) in enumerate(zip(names, _cycle(len(names)), strict=True)):
+    for i, (name, color) in enumerate(zip(names, cycle(COLORS))):
         positions = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
         values = [group.get(name, 0) for group in groups.values()]
         bars = axes.barh(positions, values, width * 0.9, label=name, color=color)
@@ -94,10 +90,6 @@ def bench(groups: dict[str, dict[str, float]], ours: str) -> str:
                 bbox_to_anchor=(0.5, 1.0))  # fmt: skip
     styled = '<svg style="color:#222;--line:#ccc;background:#fff" '
     return _svg(figure).replace("<svg ", styled, 1)
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]
 
 
 def _axes() -> tuple[Any, Any]:
