@@ -44,6 +44,19 @@ _options = opt.combined(
     opt.path("--reference-set",
          help="ADM .npz (images or statistics) as an additional reference. Default: none."),
     opt.flag("--npz", help="Keep the images of --num-images for the ADM suite: candidate.npz."),
+    opt.several("--vbench", "dimensions", metavar="NAME[,NAME]",
+            help="Dimensions of VBench for the videos of both models: temporal_flickering, "
+                 "subject_consistency, ... Needs -o and dtq[video]. Default: none."),
+    opt.path("--vbench-python",
+         help="Python of the environment with the package vbench (make vbench-env). Default: none."),
+    opt.path("--vbench-cache",
+         help="Folder of the weights of vbench; nothing is downloaded. Default: none."),
+    opt.path("--vbench-results",
+         help="Result file of vbench that was made elsewhere for videos/candidate. Default: none."),
+    opt.count("--vbench-timeout", default=3600,
+          help="Seconds that vbench may take for the videos of one model."),
+    opt.flag("--mp4", help="Write the videos of both models: videos/candidate/0000.mp4. Needs "
+                           "dtq[video]."),
     opt.several("--compare-with", "libraries", metavar="LIB[,LIB]",
             help="Rows of other libraries on the same layers: torchao-int4, torchao-w4a8, "
                  "torchao-w8a8, quanto-int4, bnb-nf4. Default: none."),
@@ -66,6 +79,12 @@ def evaluate(
     reference_set: Path | None,
     npz: bool,
     keep_images: bool,
+    dimensions: tuple[str, ...],
+    vbench_python: Path | None,
+    vbench_cache: Path | None,
+    vbench_results: Path | None,
+    vbench_timeout: int,
+    mp4: bool,
     libraries: tuple[str, ...],
     dtype: str,
     as_json: bool,
@@ -84,12 +103,17 @@ def evaluate(
     from dtq.evaluate.evaluate import evaluate
     from dtq.evaluate.report.quantization_report import quantization_report
     from dtq.evaluate.requested_metrics import MetricRequest
+    from dtq.evaluate.vbench_metrics import VBenchRequest
 
     workers = join_workers(output)
     names = tuple(listed(metrics)) or (("fid",) if num_images else ())
     sources = dict(pairs(weights, "--extractor"))
     request = MetricRequest(names, num_images, features, sources, reference_set)
     request.check()
+    vbench = VBenchRequest(
+        tuple(listed(dimensions)), vbench_python, vbench_cache, vbench_results, vbench_timeout, mp4
+    )
+    vbench.check()
     # a gate must never read an older run than the one that failed
     if output is not None and workers.is_main:
         (output / "eval.json").unlink(missing_ok=True)
@@ -105,6 +129,8 @@ def evaluate(
         baselines=listed(libraries),
         request=request,
         progress=lambda line: click.echo(f"  {line}") if shown else None,
+        vbench=vbench,
+        videos_to=output,
         workers=workers,
         folder=None if output is None else output / ".shares",
     )
@@ -126,7 +152,7 @@ def evaluate(
 
 def _save(result: Evaluation, output: Path, npz: bool, keep_images: bool) -> None:
     """Write the report, the run file and, if asked for, the images."""
-    from dtq.evaluate import run_file
+    from dtq.evaluate import feature_file, run_file
     from dtq.evaluate.evaluate import write_images
     from dtq.evaluate.metrics import adm_suite
     from dtq.evaluate.report import html
@@ -134,8 +160,11 @@ def _save(result: Evaluation, output: Path, npz: bool, keep_images: bool) -> Non
 
     make_directory(output)
     shutil.rmtree(output / ".shares", ignore_errors=True)
+    run = result.run
+    if run.image_sets is not None:
+        file = output / feature_file.FILE
+        run.image_sets = feature_file.write(run.features, file, run.image_sets)
     for model, images in result.image_sets.items():
-        images.save(output / f"features-{model}.safetensors")
         if npz:
             adm_suite.write(images.images, output / f"{model}.npz")
     atomic_write(output / "eval.json", run_file.text(result.to_json()))

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtq.errors import InputError
 from dtq.evaluate import baselines as libraries
-from dtq.evaluate import paired_run, requested_metrics, trajectory
+from dtq.evaluate import paired_run, requested_metrics, trajectory, vbench_metrics
 from dtq.evaluate.image_sets import ImageSet
 from dtq.evaluate.merge import by_step, merge_shards
 from dtq.evaluate.metrics import images
@@ -21,6 +22,7 @@ from dtq.evaluate.metrics.distributions import MetricValue
 from dtq.evaluate.paired_run import CandidateRun, Progress
 from dtq.evaluate.requested_metrics import MetricRequest
 from dtq.evaluate.run_file import Run
+from dtq.evaluate.vbench_metrics import VBenchRequest
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.settings import SamplingSettings
@@ -99,9 +101,11 @@ def evaluate(
     *,
     baselines: Sequence[str] = (),
     request: MetricRequest | None = None,
+    vbench: VBenchRequest | None = None,
     progress: Progress = lambda line: None,
     workers: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
+    videos_to: Path | None = None,
 ) -> Evaluation | None:
     """Compare a quantized pipeline with its float one.
 
@@ -111,9 +115,11 @@ def evaluate(
         settings: prompts, steps, guidance, seed and batch size of both.
         baselines: names of ``BASELINES``; each adds the row of another library.
         request: metrics in addition to those of every run.
+        vbench: dimensions of VBench for the videos, which are written to ``videos_to``.
         progress: receives a line about each phase.
         workers: processes that share the samples.
         folder: through which they exchange files; one process needs none.
+        videos_to: folder for the videos and the files of VBench.
 
     Returns:
         The result in the main process, None in the others.
@@ -131,6 +137,10 @@ def evaluate(
     layers = {component: list(compared_layers(model)) for component, model in models.items()}
     request = request or MetricRequest()
     request.check()
+    vbench = vbench or VBenchRequest()
+    vbench.check()
+    if vbench and videos_to is None:
+        raise InputError("the videos for VBench need a folder: -o FOLDER")
     for name in baselines:
         libraries.find(name)
     if baselines and not any(layers.values()):
@@ -145,15 +155,21 @@ def evaluate(
         progress(f"baseline {name}")
         errors, bits[name] = _baseline(name, floats, layers, job.truth)
         shard.errors[name] = paired_run.with_positions(job, errors)
+    if vbench:
+        shard.images["rerun"] = torch.cat(job.rerun.images)
     merged = merge_shards(workers, folder, shard)
     sets = requested_metrics.distributions(
         candidate, reference, job.settings, request, progress, workers, folder
     )
     if merged is None:
         return None
+    if vbench and videos_to is not None:
+        vbench_metrics.score(vbench, merged.run, merged.images, videos_to, progress)
+        del merged.images["rerun"]
     result = _result(merged, bits)
     result.metrics, result.image_sets = sets.metrics, sets.image_sets
     if request.distributions:
+        result.run.image_sets, result.run.features = sets.file, sets.features()
         result.run.missing |= sets.missing
         result.run.conditions["fid_samples"] = request.num_images
     _set_fid(result)

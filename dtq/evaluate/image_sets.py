@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dtq.errors import InputError
@@ -46,10 +45,6 @@ class ImageSet:
         """Features of one extractor, by kind."""
         prefix = f"{extractor}."
         return {k.removeprefix(prefix): t for k, t in self.features.items() if k.startswith(prefix)}
-
-    def save(self, file: Path) -> None:
-        """Write the features as safetensors, for metrics that are computed later."""
-        save_file(self.features, file)
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ def merge_shards(workers: Workers, folder: Path | None, shard: CandidateRun) -> 
 
 
 def _shard(tensors: Mapping[str, Tensor], run: Any) -> CandidateRun:
-    images = {side: tensors[side] for side in ("float", "candidate")}
+    sides = ("float", "candidate", "rerun")
+    images = {side: tensors[side] for side in sides if side in tensors}
     rows = {k.removeprefix("errors."): t.tolist() for k, t in tensors.items() if k not in images}
     tables = {name: [(int(p), int(s), e) for p, s, e in table] for name, table in rows.items()}
     divergence = tables.pop("")

@@ -274,9 +274,7 @@ def _conditions(job: EvaluationJob, candidate: LoadedModel) -> dict[str, Any]:
 
 
 def _samples(job: EvaluationJob) -> list[Sample]:
-    labels = getattr(job.reference.pipeline, "labels", None) or {}
-    names = {number: name for name, number in labels.items()}
-    texts = [str(names.get(entry, entry)) for entry in job.requests.entries]
+    texts = prompts.texts(job.requests, job.reference.pipeline)
     return [Sample(f"{i:04d}", texts[i], seed_of(job.settings.seed, i)) for i in job.places]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dtq import demo
 from dtq.errors import InputError
+from dtq.evaluate.feature_file import FeatureFile
 from dtq.evaluate.image_sets import ImageSet, gather_images, image_set
 from dtq.evaluate.metrics import adm_suite, extractors
 from dtq.evaluate.metrics.distributions import (
@@ -36,6 +37,9 @@ from dtq.runs.workers import SINGLE_PROCESS, Workers
 
 FLOAT_IMAGES = "float model's images"
 TRAINING_IMAGES = "training images"
+
+RERUN_IMAGES = 256
+"""The float model samples at most so many images a second time, to measure the noise."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,21 @@ class MetricResults:
         metrics: the values.
         missing: a metric without a value, to the reason.
         image_sets: of the float model and the candidate.
+        file: what the run file says about them.
+        rerun: features of the float model's images once more, in other batches, for the noise.
     """
 
     metrics: list[MetricValue] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     image_sets: dict[str, ImageSet] = field(default_factory=dict)
+    file: FeatureFile | None = None
+    rerun: dict[str, Tensor] = field(default_factory=dict)
+
+    def features(self) -> dict[str, Tensor]:
+        """Features (N, D) by ``<side>.<extractor>.<kind>``."""
+        sides = {side: images.features for side, images in self.image_sets.items()}
+        sides["rerun"] = self.rerun
+        return {f"{side}.{name}": t for side, held in sides.items() for name, t in held.items()}
 
 
 def distributions(
@@ -128,17 +142,31 @@ def distributions(
     if not extractor_of:
         return results
     settings = replace(settings, prompts="auto", samples=request.num_images, seed=settings.seed + 1)
-    requests = prompts.load(settings.prompts, reference.pipeline, settings.samples)
+    # nested: a run with more images begins with the same images
+    requests = prompts.load(settings.prompts, reference.pipeline, settings.samples, nested=True)
     entries = requests.entries
-    for name, model in (("float", reference), ("candidate", candidate)):
-        progress(f"{name}, {request.num_images} images for {', '.join(extractor_of)}")
-        places = workers.shard(len(entries), settings.batch_size)
-        shard = image_set(model.pipeline, requests, settings, loaded, places)
+    other = replace(settings, batch_size=1 if settings.batch_size > 1 else 2)
+    fewer = replace(requests, entries=entries[:RERUN_IMAGES])
+    for name, model, some, job in (
+        ("float", reference, requests, settings),
+        ("rerun", reference, fewer, other),
+        ("candidate", candidate, requests, settings),
+    ):
+        progress(f"{name}, {len(some.entries)} images for {', '.join(extractor_of)}")
+        places = workers.shard(len(some.entries), job.batch_size)
+        shard = image_set(model.pipeline, some, job, loaded, places)
         images = gather_images(workers, folder, name, shard, places)
         if images is not None:
             results.image_sets[name] = images
     if not workers.is_main:
         return results
+    results.file = FeatureFile(
+        prompts.texts(requests, reference.pipeline),
+        settings.seed,
+        {name: f"{each.name}, resized: {each.resizer}" for name, each in loaded.items()},
+        extractor_of,
+    )
+    results.rerun = results.image_sets.pop("rerun").features
     reasons = [
         f"{len(images.failed)} of {request.num_images} images of the {name} model cannot be used: "
         f"the first {next(iter(images.failed.values()))}"

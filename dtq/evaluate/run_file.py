@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dtq.errors import InputError
+from dtq.evaluate import feature_file
+from dtq.evaluate.feature_file import FeatureFile
 from dtq.io import schema
 from dtq.io.safe_parse import finite_or_null, read_json
 from dtq.io.schema import key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 2
 """Version of the run file; a gate refuses every other version."""
@@ -66,6 +72,8 @@ class Run:
         rerun: the same against a second run of the float model; the difference is noise.
         failures: id of a sample that cannot be used, to the reason.
         missing: requested metric without values, to the reason.
+        image_sets: those for metrics of whole sets; None if no such metric was requested.
+        folder: of the file that the run was read from, which holds the features, too.
     """
 
     candidate: str
@@ -77,11 +85,26 @@ class Run:
     rerun: dict[str, dict[str, Value]] = field(default_factory=dict, metadata=_TABLES)
     failures: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    image_sets: FeatureFile | None = None
+    folder: Path = field(default=Path(), init=False, compare=False)
+
+    @cached_property
+    def features(self) -> dict[str, Tensor]:
+        """Features of the image sets, (N, D) by ``<side>.<extractor>.<kind>``.
+
+        Raises:
+            InputError: the run has no image sets, or their file is missing or another one.
+        """
+        if self.image_sets is None:
+            raise InputError("no image sets; evaluate with --num-images 256 --metric fid")
+        return feature_file.read(self.folder, self.image_sets)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite become null."""
-        samples = [vars(sample) for sample in self.samples]
-        return finite_or_null({"format": FORMAT, **vars(self), "samples": samples})
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        data["samples"] = [vars(sample) for sample in self.samples]
+        data["image_sets"] = None if self.image_sets is None else asdict(self.image_sets)
+        return finite_or_null({"format": FORMAT, **data})
 
 
 def text(data: dict[str, Any]) -> str:
@@ -100,7 +123,9 @@ def read(where: str | Path) -> Run:
     path = path / "eval.json" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no such run file; dtq eval ... -o FOLDER writes one")
-    return parse(read_json(path, infinite=False), str(path))
+    run = parse(read_json(path, infinite=False), str(path))
+    run.folder = path.parent
+    return run
 
 
 def parse(data: Any, where: str = "run") -> Run:
@@ -115,4 +140,5 @@ def parse(data: Any, where: str = "run") -> Run:
     found = data["format"]
     if found != FORMAT:
         raise InputError(f"{where}: format {found!r}, this dtq reads {FORMAT}; {advice}")
-    return schema.parse(Run, data, where, required=[f.name for f in fields(Run)])
+    required = [f.name for f in fields(Run) if f.init and f.name != "image_sets"]
+    return schema.parse(Run, data, where, required=required)

@@ -18,25 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from dtq.errors import InputError
-
-OFFLINE = ("temporal_flickering",)
-"""Dimensions without weights."""
-
-CUSTOM = (
-    *OFFLINE, "subject_consistency", "background_consistency", "motion_smoothness",
-    "dynamic_degree", "aesthetic_quality", "imaging_quality", "human_action", "temporal_style",
-    "overall_consistency",
-)  # fmt: skip
-"""Dimensions that vbench computes for a user's videos (``mode="custom_input"``)."""
+from dtq.evaluate.gate.metrics import VBENCH
 
 SUFFIXES = (".mp4", ".gif")
 
 _SCRIPT = """
 import json, os, sys
 job = json.loads(sys.argv[1])
-import vbench
+import torch, vbench
 info = os.path.join(os.path.dirname(vbench.__file__), "VBench_full_info.json")
-vbench.VBench(job["device"], info, job["out"]).evaluate(
+device = job["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+vbench.VBench(device, info, job["out"]).evaluate(
     videos_path=job["videos"], name="dtq", prompt_list=job["prompts"],
     dimension_list=job["dimensions"], local=True, read_frame=False, mode="custom_input",
 )
@@ -68,27 +60,27 @@ def run(
     python: Path,
     cache: Path | None = None,
     prompts: Mapping[str, str] | None = None,
-    device: str = "cuda",
+    device: str = "",
     timeout: float = 3600.0,
 ) -> dict[str, Scores]:
     """Score a folder of videos.
 
     Args:
         videos: folder of ``.mp4`` or ``.gif`` files.
-        dimensions: names of ``CUSTOM``.
+        dimensions: names of ``VBENCH``.
         out: empty folder for the files of vbench; an older result can then not be read.
         python: interpreter of the environment that has vbench.
         cache: folder of its weights (``VBENCH_CACHE_DIR``). Nothing is downloaded.
         prompts: file name to prompt, for dimensions that use it; default: the file names.
-        device: for vbench.
+        device: for vbench; empty: a GPU if its torch finds one.
         timeout: in seconds, for all dimensions; an hour by default.
 
     Raises:
         InputError: wrong arguments, vbench failed or timed out, or a result is incomplete.
     """
-    if unknown := [d for d in dimensions if d not in CUSTOM]:
+    if unknown := [d for d in dimensions if d not in VBENCH]:
         raise InputError(
-            f"vbench scores a user's videos in {', '.join(CUSTOM)}; not in {', '.join(unknown)}"
+            f"vbench scores a user's videos in {', '.join(VBENCH)}; not in {', '.join(unknown)}"
         )
     files = sorted(p.name for p in videos.iterdir() if p.suffix.lower() in SUFFIXES)
     if not files:

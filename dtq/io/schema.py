@@ -202,6 +202,7 @@ def _fields(kind: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     return {
         f.metadata.get("name") or f.name: (f, f.metadata.get("kind") or types[f.name])
         for f in dataclasses.fields(kind)
+        if f.init
     }
 
 

@@ -71,6 +71,13 @@ def load(name: str, pipeline: Any, count: int, *, nested: bool = False) -> Reque
     return Requests(name, argument, tuple((_spread if nested else _evenly)([*entries], count)))
 
 
+def texts(requests: Requests, pipeline: Any) -> list[str]:
+    """The prompt, or the name of the label, of each request."""
+    labels = getattr(pipeline, "labels", None) or {}
+    names = {number: name for name, number in labels.items()}
+    return [str(names.get(entry, entry)) for entry in requests.entries]
+
+
 def given(entries: list[str], pipeline: Any) -> Requests:
     """Requests from the command line: prompts, or names or numbers of labels."""
     argument = _argument(pipeline)

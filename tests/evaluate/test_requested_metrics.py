@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from dtq.cli import main
 from dtq.errors import InputError
-from dtq.evaluate import optional_packages, requested_metrics
+from dtq.evaluate import feature_file, optional_packages, requested_metrics
 from dtq.evaluate.metrics import adm_suite, distributions, extractors
 from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, ReferenceSet, metric_value
 from dtq.evaluate.metrics.fid import FeatureMoments, frechet
@@ -371,17 +371,13 @@ def test_unusable_images_are_counted(float_folder):
 
 
 def test_stored_features_give_the_same_value(float_folder, quantized_folder, tmp_path):
-    from safetensors.torch import load_file
-
     asked = MetricRequest(("fid",), 6, "random")
     found = requested_metrics.distributions(
         load_transformer(quantized_folder), load_transformer(float_folder), HOW, asked
     )
-    for side, held in found.image_sets.items():
-        held.save(tmp_path / f"{side}.safetensors")
-    made, floats = (
-        load_file(tmp_path / f"{s}.safetensors")["random.pool"] for s in ("candidate", "float")
-    )
+    written = feature_file.write(found.features(), tmp_path / feature_file.FILE, found.file)
+    features = feature_file.read(tmp_path, written)
+    made, floats = (features[f"{side}.random.pool"] for side in ("candidate", "float"))
     assert frechet(floats, made) == pytest.approx(found.metrics[0].value, rel=1e-6)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import getpass
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dtq.errors import InputError
-from dtq.evaluate import run_file
+from dtq.evaluate import feature_file, run_file
 from dtq.evaluate.gate.decision import decide, key_of
+from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.gate.policy import Policy
 from dtq.evaluate.gate.validity import flaws
 from dtq.evaluate.run_file import Run
@@ -57,11 +58,25 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
         "means": _means(run),
     }
     if old is not None:
-        verdict = decide(run, run_file.parse(old, str(file)), policy)
+        verdict = decide(run, run_file.read(file), policy)
         entry["against_the_last"] = {"verdict": verdict.outcome.word, "because": verdict.sentence}
     history = [*(old or {}).get("history", []), entry]
+    run = _with_features(run, file, policy)
     atomic_write(file, run_file.text({**run.to_json(), "history": history}))
     return entry
+
+
+def _with_features(run: Run, file: Path, policy: Policy) -> Run:
+    """The run with the features that the policy needs in a file next to the baseline."""
+    limits = [x for x in (*policy.primary, *policy.secondary) if METRICS[x.metric].of_sets]
+    if not limits or run.image_sets is None:
+        return replace(run, image_sets=None)
+    from dtq.evaluate.gate.set_metrics import feature_name
+
+    names = {feature_name(run, x, s) for x in limits for s in ("candidate", "float", "rerun")}
+    features = {name: run.features[name] for name in sorted(names)}
+    place = file.with_suffix(".safetensors")
+    return replace(run, image_sets=feature_file.write(features, place, run.image_sets))
 
 
 def history(file: Path) -> list[dict[str, Any]]:

@@ -65,7 +65,8 @@ class MetricVerdict:
         p_regression: p-value of a regression, before Holm's procedure.
         p_sign_test: p-value of the sign test, which makes no assumptions.
         worst_tenth: mean of the worst tenth of the prompts.
-        differences: by prompt, positive is worse.
+        differences: by prompt, positive is worse; for a set metric by block of prompts, and none
+            if there are too few images.
         outcome: by Holm's procedure over the primary metrics; a secondary metric stands by itself.
     """
 
@@ -168,6 +169,11 @@ def decide(run: Run, baseline: Run, policy: Policy) -> Verdict:
     unused = len(prompts) - verdict.prompts
     if unused:
         verdict.notes.append(f"{unused} prompts beyond look {verdict.look} were not used")
+    verdict.notes += [
+        f"{row.name}: the runs have fewer images than the policy needs; dtq eval ... --num-images"
+        for row in verdict.rows
+        if not row.differences
+    ]
     verdict.sentence = _sentence(verdict, policy, len(prompts))
     verdict.notes += [
         f"{row.name}: the margin was raised from {row.metric.shown(row.policy_margin)} to "
@@ -244,6 +250,12 @@ def _compare_metric(
     alpha: float,
 ) -> MetricVerdict:
     metric = METRICS[limit.metric]
+    if metric.of_sets:
+        from dtq.evaluate.gate import set_metrics  # it imports torch
+
+        blocks = set_metrics.differences(run, baseline, limit)
+        noise = max(set_metrics.noise_of(side, limit) for side in (run, baseline))
+        return _metric_verdict(metric.name, limit, blocks, noise, policy, alpha)
     steps = _steps_of_part(run, limit, part)
     mine, theirs = run.values[metric.name], baseline.values[metric.name]
     by_prompt: dict[str, list[float]] = {prompt: [] for prompt in prompts}
@@ -253,19 +265,43 @@ def _compare_metric(
             by_prompt[sample.prompt].append(metric.worse(*pair))
     differences = {prompt: sum(ds) / len(ds) for prompt, ds in by_prompt.items()}
     noise = max(noise_of(side, metric, steps) for side in (run, baseline))
+    name = f"{metric.name} {part + 1}/{limit.parts}" if limit.parts > 1 else metric.name
+    return _metric_verdict(name, limit, differences, noise, policy, alpha)
+
+
+def _metric_verdict(
+    name: str,
+    limit: Limit,
+    differences: dict[str, float],
+    noise: float,
+    policy: Policy,
+    alpha: float,
+) -> MetricVerdict:
+    """Bounds and p-values of a metric; without differences nothing is certain."""
+    metric = METRICS[limit.metric]
     policy_margin = metric.to_difference(limit.margin)
     margin = max(policy_margin, 2 * noise)
+    common: dict[str, Any] = {
+        "name": name,
+        "metric": metric,
+        "primary": False,
+        "margin": margin,
+        "policy_margin": policy_margin,
+        "noise": noise,
+        "differences": differences,
+    }
+    if not differences:
+        inf = math.inf
+        return MetricVerdict(
+            **common, mean=math.nan, lower=-inf, upper=inf, p_pass=1.0, p_regression=1.0,
+            p_sign_test=1.0, worst_tenth=math.nan,
+        )  # fmt: skip
     # a hundredth of the margin does not matter, and equal runs do not divide by zero
     d = list(differences.values())
     bootstrap = paired(d, floor=margin / 100, resamples=policy.resamples, seed=policy.seed)
     tenth = sorted(d, reverse=True)[: math.ceil(len(d) / 10)]
     return MetricVerdict(
-        name=f"{metric.name} {part + 1}/{limit.parts}" if limit.parts > 1 else metric.name,
-        metric=metric,
-        primary=False,
-        margin=margin,
-        policy_margin=policy_margin,
-        noise=noise,
+        **common,
         mean=bootstrap.mean,
         lower=bootstrap.lower(alpha),
         upper=bootstrap.upper(alpha),
@@ -273,7 +309,6 @@ def _compare_metric(
         p_regression=bootstrap.p_above(margin),
         p_sign_test=sign_test(d),
         worst_tenth=sum(tenth) / len(tenth),
-        differences=differences,
     )
 
 
@@ -311,6 +346,9 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
             f"policy's margin ({where}); make the job repeatable, or use a wider margin."
         )
     names = ", ".join(row.name for row in undecided)
+    if few := [row for row in undecided if not row.differences]:
+        images = max(x.num_images for x in policy.primary if x.metric in {r.name for r in few})
+        return f"Inconclusive in {names} ({where}): evaluate both with --num-images {images}."
     later = [count for count in policy.looks if count > prompts]
     advice = "the policy has no further look; the difference is too close to the margin"
     if later:

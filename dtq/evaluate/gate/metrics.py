@@ -9,6 +9,9 @@ from dataclasses import dataclass
 TINY = 1e-12
 """Relative squared errors below it count as equal: it is the rounding error of float32."""
 
+MIN_IMAGES = 64
+"""Of a set metric; with fewer images its interval is too short."""
+
 EQUAL_DB = 100.0
 """PSNR of equal images; the true value is infinite."""
 
@@ -25,7 +28,8 @@ class Metric:
             factor above 1.
         higher: whether a higher value is better.
         steps: whether there is one value per step; the value of a sample is their mean.
-        when: which runs have it: ``always``, ``video``, or ``requested``.
+        when: which runs have it: ``always``, ``video``, or ``requested``; ``set``: requested, of a
+            whole image set, so that a sample has no value.
     """
 
     name: str
@@ -35,6 +39,11 @@ class Metric:
     higher: bool = False
     steps: bool = False
     when: str = "always"
+
+    @property
+    def of_sets(self) -> bool:
+        """Whether a whole image set has the value, and a sample has none."""
+        return self.when == "set"
 
     def worse(self, candidate: float, baseline: float) -> float:
         """The difference of two values, positive if the candidate is worse.
@@ -60,6 +69,13 @@ class Metric:
         return f"x{self.from_difference(difference):.4g}" if self.ratio else f"{difference:+.4g}"
 
 
+VBENCH = (
+    "temporal_flickering", "subject_consistency", "background_consistency", "motion_smoothness",
+    "dynamic_degree", "aesthetic_quality", "imaging_quality", "human_action", "temporal_style",
+    "overall_consistency",
+)  # fmt: skip
+"""Dimensions that vbench computes for a user's videos (``mode="custom_input"``)."""
+
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
@@ -83,5 +99,17 @@ METRICS: dict[str, Metric] = {
         Metric("clip-score", "CLIPScore of image and prompt", "", higher=True, when="requested"),
         Metric("clip-iqa", "CLIP-IQA of the image", "", higher=True, when="requested"),
         Metric("image-reward", "ImageReward of the image", "", higher=True, when="requested"),
+        *(Metric(f"vbench.{name}", f"VBench's {name}", "", higher=True, when="requested")
+          for name in VBENCH),
+        Metric("fid", "Frechet distance from the float model's images", "", when="set"),
+        Metric("sfid", "the same of 7 channels of a feature map", "", when="set"),
+        Metric("fd-dinov2", "the same of DINOv2 features", "", when="set"),
+        Metric("kid", "MMD^2 from the float model's images, cubic kernel", "", when="set"),
+        Metric("cmmd", "MMD^2 of CLIP features x 1000", "", when="set"),
+        Metric("is", "Inception score, change from the float model's", "", higher=True, when="set"),
+        Metric("precision", "share of images within 3-NN of the float model's", "", higher=True,
+               when="set"),
+        Metric("recall", "share of the float model's images within 3-NN", "", higher=True,
+               when="set"),
     )
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from dtq.errors import InputError, RecipeError
 from dtq.evaluate.fingerprint import digest
-from dtq.evaluate.gate.metrics import METRICS
+from dtq.evaluate.gate.metrics import METRICS, MIN_IMAGES
 from dtq.evaluate.run_file import MATCHABLE
 from dtq.io.package_data import find_yaml, yaml_names
 from dtq.io.safe_parse import LARGEST_YAML, parse_yaml, read_text
@@ -37,11 +37,15 @@ class Limit:
             it to twice the measured noise if it is smaller.
         parts: into how many parts the trajectory is divided. Each part is tested separately, so 4
             finds a regression in one quarter of the steps.
+        features: extractor of a set metric; ``auto``: the one that the run used.
+        num_images: images that a set metric needs; with fewer it is inconclusive.
     """
 
     metric: str
     margin: float
     parts: int = 1
+    features: str = "auto"
+    num_images: int = MIN_IMAGES
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,10 @@ def _limit_problems(limit: Limit, at: str) -> list[str]:
         problems.append(f"{at}.margin: must be above 0, is {limit.margin}")
     elif not MIN_MARGIN <= metric.to_difference(limit.margin) <= MAX_MARGIN:
         problems.append(f"{at}.margin: {limit.margin} is beyond what is measured")
+    if not metric.of_sets and (limit.features, limit.num_images) != ("auto", MIN_IMAGES):
+        problems.append(f"{at}: features and num_images are keys of set metrics")
+    if limit.num_images < MIN_IMAGES:
+        problems.append(f"{at}.num_images: at least {MIN_IMAGES}, is {limit.num_images}")
     if limit.parts < 1:
         problems.append(f"{at}.parts: must be at least 1, is {limit.parts}")
     if limit.parts > 1 and not metric.steps:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dtq.errors import InputError
+from dtq.evaluate import feature_file
 from dtq.evaluate.gate.metrics import METRICS, Metric
 from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.evaluate.run_file import JOB, MATCHABLE, Run, Sample, Value
@@ -32,6 +34,8 @@ def mismatches(run: Run, baseline: Run, policy: Policy) -> list[str]:
         mine, theirs = (_step_counts(side.values.get(name, {})) for side in (run, baseline))
         if mine and theirs and mine != theirs:
             reasons.append(f"{name}: {_both(f'{_joined(mine)} steps', _joined(theirs))}")
+    if any(METRICS[x.metric].of_sets for x in (*policy.primary, *policy.secondary)):
+        reasons += _set_mismatches(run, baseline)
     for own, other in zip(run.samples, baseline.samples, strict=False):
         if own != other:
             reasons.append(f"{_described(own)} in the run is {_described(other)} in the baseline")
@@ -68,7 +72,10 @@ def flaws(run: Run, limits: Sequence[Limit]) -> list[str]:
     if len(set(ids)) != len(ids):
         reasons.append("sample ids are not unique")
     parts_of: dict[str, int] = {}
+    reasons += _set_flaws(run, [x for x in limits if METRICS[x.metric].of_sets])
     for limit in limits:
+        if METRICS[limit.metric].of_sets:
+            continue
         parts_of[limit.metric] = max(limit.parts, parts_of.get(limit.metric, 1))
     for name, parts in parts_of.items():
         for table, label in ((run.values, name), (run.rerun, f"noise of {name}")):
@@ -79,6 +86,46 @@ def flaws(run: Run, limits: Sequence[Limit]) -> list[str]:
         counts, noise = (_step_counts(table.get(name, {})) for table in (run.values, run.rerun))
         if counts and noise and counts != noise:
             reasons.append(f"{name} has {_joined(counts)} steps, its noise {_joined(noise)}")
+    return reasons
+
+
+def _set_flaws(run: Run, limits: Sequence[Limit]) -> list[str]:
+    """Reasons why the image sets cannot be used for set metrics."""
+    reasons = []
+    for limit in limits:
+        if run.image_sets is None or limit.metric not in run.image_sets.extractor_of:
+            reasons.append(f"{limit.metric} was not measured")
+        elif limit.features not in ("auto", run.image_sets.extractor_of[limit.metric]):
+            used = run.image_sets.extractor_of[limit.metric]
+            reasons.append(
+                f"{limit.metric}: the policy asks for features of {limit.features}, not {used}"
+            )
+    if reasons or not limits or run.image_sets is None:
+        return reasons
+    from dtq.evaluate.gate.set_metrics import feature_name
+
+    names = [feature_name(run, x, s) for x in limits for s in ("candidate", "float", "rerun")]
+    try:
+        return feature_file.flaws(run.features, dict.fromkeys(names), len(run.image_sets.prompts))
+    except InputError as error:
+        return [str(error)]
+
+
+def _set_mismatches(run: Run, baseline: Run) -> list[str]:
+    """Reasons why the image sets of two runs are not those of one job."""
+    mine, theirs = run.image_sets, baseline.image_sets
+    if mine is None or theirs is None:
+        return []  # a flaw of one run
+    reasons = []
+    for name in ("seed", "extractors", "extractor_of"):
+        own, other = getattr(mine, name), getattr(theirs, name)
+        if own != other:
+            reasons.append(f"image sets: {name}: {_both(own, other)}")
+    pairs = zip(mine.prompts, theirs.prompts, strict=False)
+    for i, (own, other) in enumerate(pairs):
+        if own != other:
+            reasons.append(f"image sets: image {i}: {_both(repr(own), repr(other))}")
+            break
     return reasons
 
 

@@ -60,7 +60,14 @@ def frechet(a: Tensor, b: Tensor) -> float:
         a: features (N, D), N >= 2.
         b: features (M, D), M >= 2.
     """
-    return FeatureMoments.of(a).distance_to_features(b)
+    if max(len(a), len(b)) >= a.shape[1]:
+        return FeatureMoments.of(a).distance_to_features(b)
+    # few samples: both roots have at most N and M columns, and no D x D matrix is needed
+    x, y = _in_float64(a), _in_float64(b)
+    roots = [(t - t.mean(0)) / (len(t) - 1) ** 0.5 for t in (x, y)]
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    gap = (x.mean(0) - y.mean(0)).square().sum()
+    return float(gap + sum(t.square().sum() for t in roots) - 2 * cross)
 
 
 def _in_float64(features: Tensor) -> Tensor:

@@ -31,13 +31,13 @@ def kid(a: Tensor, b: Tensor, *, size: int = 1000, subsets: int = 100) -> tuple[
     if size < 2:
         raise ValueError("KID needs at least 2 samples on each side")
     if size == len(x) == len(y):
-        return _unbiased(_cubic(x, x), _cubic(y, y), _cubic(x, y)), 0.0
+        return _unbiased(cubic_kernel(x, x), cubic_kernel(y, y), cubic_kernel(x, y)), 0.0
     g = torch.Generator().manual_seed(0)
     distances = []
     for _ in range(subsets):
         p = x[torch.randperm(len(x), generator=g)[:size]]
         q = y[torch.randperm(len(y), generator=g)[:size]]
-        distances.append(_unbiased(_cubic(p, p), _cubic(q, q), _cubic(p, q)))
+        distances.append(_unbiased(cubic_kernel(p, p), cubic_kernel(q, q), cubic_kernel(p, q)))
     values = torch.tensor(distances, dtype=torch.float64)
     return float(values.mean()), float(values.std(correction=0))
 
@@ -51,16 +51,19 @@ def cmmd(a: Tensor, b: Tensor) -> float:
         a: CLIP image embeddings (N, D) of any norm.
         b: CLIP image embeddings (M, D).
     """
-    x, y = (torch.nn.functional.normalize(t.double(), dim=1) for t in (a, b))
-    same = _gaussian(x, x).mean() + _gaussian(y, y).mean()
-    return float(1000 * (same - 2 * _gaussian(x, y).mean()))
+    x, y = a.double(), b.double()
+    same = gaussian_kernel(x, x).mean() + gaussian_kernel(y, y).mean()
+    return float(1000 * (same - 2 * gaussian_kernel(x, y).mean()))
 
 
-def _cubic(x: Tensor, y: Tensor) -> Tensor:
+def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """``(x.y / D + 1)^3`` of features (N, D) and (M, D): (N, M)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _gaussian(x: Tensor, y: Tensor) -> Tensor:
+def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Gaussian kernel of the unit vectors of (N, D) and (M, D), with ``SIGMA``: (N, M)."""
+    x, y = (torch.nn.functional.normalize(t, dim=1) for t in (x, y))
     squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
     return torch.exp(-squared / (2 * SIGMA**2))
 

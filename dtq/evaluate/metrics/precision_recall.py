@@ -47,17 +47,23 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = NEIGHBORS) -> tup
     x, y = generated.double(), real.double()
     if min(len(x), len(y)) <= k:
         raise ValueError(f"{k} neighbors need more than {k} samples on each side")
-    across = _distances(x, y)  # (N, M)
-    precision = (across <= _radii(y, k)[None, :]).any(1).double().mean()
-    recall = (across <= _radii(x, k)[:, None]).any(0).double().mean()
-    return float(precision), float(recall)
+    across = distances(x, y)
+    return covered(across, distances(y, y), k), covered(across.T, distances(x, x), k)
 
 
-def _radii(x: Tensor, k: int) -> Tensor:
-    """Distance to the k-th neighbor (N,); the nearest sample of all is the sample itself."""
-    return _distances(x, x).kthvalue(k + 1, dim=1).values
+def covered(across: Tensor, within: Tensor, k: int = NEIGHBORS) -> float:
+    """Fraction of samples that are within the radius of a sample of the other side.
+
+    Args:
+        across: distances (N, M) of the samples from those of the other side.
+        within: distances (M, M) of the samples of the other side; the nearest is the sample itself.
+        k: see :func:`precision_recall`.
+    """
+    radii = within.kthvalue(k + 1, dim=1).values
+    return float((across <= radii).any(1).double().mean())
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances of (N, D) and (M, D): (N, M)."""
     # differences, not ``x^2 + y^2 - 2xy``: equal samples have a distance of exactly 0
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the set metrics of the gate on images of a bundled model: coverage, repeats, power.
+
+    python scripts/gate_sets.py pools -o pools         # samples the models; once, the longest part
+    python scripts/gate_sets.py coverage repeats planted power -o pools
+
+``pools`` keeps the features of ``--images`` images of the float model, of ``w4a8``, of both again
+with another batch size, and of ``w4a8`` with each planted defect. The other parts draw sets of
+images from the pools with replacement, so a pool is the population, and its own value is the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import dtq
+from dtq.evaluate.gate.bootstrap import paired
+from dtq.evaluate.gate.set_metrics import SET_METRICS, blocks_of, pseudo_values
+from dtq.evaluate.metrics import extractors
+from dtq.evaluate.metrics.images import as_bytes, shown
+from dtq.evaluate.metrics.mmd import cubic_kernel, gaussian_kernel
+from dtq.pipelines import prompts
+from dtq.pipelines.loading import load_transformer
+from dtq.pipelines.sampling import run_pipeline
+from dtq.pipelines.settings import SamplingSettings
+
+GUIDANCE = 4.0
+ALPHA = 0.05
+RESAMPLES = 1999
+METRICS = ("fid", "kid", "cmmd", "sfid", "is", "precision", "recall")
+BAD: list[str] = []
+
+
+def expect(good: bool, text: str) -> None:
+    """Print a check, and remember it if it failed."""
+    print(f"{'ok  ' if good else 'BAD '} {text}", flush=True)
+    if not good:
+        BAD.append(text)
+
+
+@contextmanager
+def nothing(pipe: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The model as it is."""
+    yield lambda images: images
+
+
+@contextmanager
+def less_color(pipe: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Images lose a tenth of their saturation after sampling."""
+    yield lambda images: images.lerp(images.mean(1, keepdim=True), 0.1)
+
+
+@contextmanager
+def no_label(pipe: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The label is ignored in the second half of the steps."""
+    model: nn.Module = pipe.transformer
+
+    def forget(_m: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        late = float(torch.as_tensor(kwargs["timestep"]).reshape(-1)[0]) < 500
+        labels = kwargs["class_labels"]
+        return args, kwargs | ({"class_labels": torch.zeros_like(labels)} if late else {})
+
+    handle = model.register_forward_pre_hook(forget, with_kwargs=True)
+    yield lambda images: images
+    handle.remove()
+
+
+@contextmanager
+def wrong_label(pipe: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """One label in ten is replaced by the next one."""
+    model: nn.Module = pipe.transformer
+
+    def replace(_m: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        labels = kwargs["class_labels"]
+        return args, kwargs | {"class_labels": torch.where(labels % 10 == 0, labels + 1, labels)}
+
+    handle = model.register_forward_pre_hook(replace, with_kwargs=True)
+    yield lambda images: images
+    handle.remove()
+
+
+DEFECTS = {"less color": less_color, "label ignored late": no_label, "wrong labels": wrong_label}
+
+
+def pools(options: argparse.Namespace) -> None:
+    """Sample every pool that is not there yet."""
+    extractor = extractors.load("emoji")
+    quantized = options.w4a8 or dtq.quantize("demo", "w4a8", progress=False)
+    models = {
+        "float": load_transformer("demo"),
+        "w4a8": load_transformer(quantized),
+        "rtn-w4a8": load_transformer(dtq.quantize("demo", "rtn-w4a8", progress=False)),
+    }
+    jobs: list[tuple[str, str, Any, int]] = [
+        (name, name, nothing, options.batch) for name in models
+    ]
+    jobs += [(f"{name} again", name, nothing, options.batch + 3) for name in ("float", "w4a8")]
+    jobs += [(name, "w4a8", defect, options.batch) for name, defect in DEFECTS.items()]
+    for name, model, defect, batch in jobs:
+        file = options.output / f"{name}.safetensors"
+        if file.exists():
+            continue
+        started = time.process_time()
+        pipe = models[model].pipeline
+        settings = SamplingSettings(
+            samples=options.images, steps=options.steps, guidance=GUIDANCE, batch_size=batch,
+            seed=5000,
+        )  # fmt: skip
+        requests = prompts.load("auto", pipe, options.images, nested=True)
+        parts = []
+        with torch.no_grad(), defect(pipe) as change:
+            for result in run_pipeline(pipe, requests, settings):
+                images = as_bytes(change(shown(result))).float() / 255
+                parts.append(extractor(images))
+        options.output.mkdir(parents=True, exist_ok=True)
+        save_file({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, file)
+        print(f"{name}: {options.images} images, {time.process_time() - started:.0f} s", flush=True)
+
+
+Pool = dict[str, Tensor]
+
+
+def pool(options: argparse.Namespace, name: str) -> Pool:
+    """Features by kind (N, D); an error names the missing part."""
+    file = options.output / f"{name}.safetensors"
+    if not file.exists():
+        sys.exit(f"{file}: missing; run the part pools first")
+    return load_file(file)
+
+
+def differences(
+    metric: str, run: tuple[Pool, Pool], base: tuple[Pool, Pool], indices: Tensor
+) -> Tensor:
+    """Differences by block, positive is worse, of a set of images.
+
+    Args:
+        metric: name in ``SET_METRICS``.
+        run: pools of the candidate and of its float model.
+        base: the same of the baseline.
+        indices: of the images of the set.
+    """
+    row = SET_METRICS[metric]
+    blocks = list(blocks_of([str(i) for i in range(len(indices))]).values())
+    mine, theirs = (
+        pseudo_values(row, candidate[row.kind][indices], floats[row.kind][indices], blocks)
+        for candidate, floats in (run, base)
+    )
+    return row.sign * (mine - theirs)
+
+
+def population(metric: str, run: tuple[Pool, Pool], base: tuple[Pool, Pool]) -> float:
+    """The difference of whole pools, which draws with replacement estimate."""
+    row = SET_METRICS[metric]
+
+    def value(candidate: Tensor, floats: Tensor) -> float:
+        x, y = candidate.double(), floats.double()
+        if metric in ("kid", "cmmd"):  # two draws may be the same image, so the diagonal counts
+            kernel, scale = {"kid": (cubic_kernel, 1), "cmmd": (gaussian_kernel, 1000)}[metric]
+            same = kernel(x, x).mean() + kernel(y, y).mean()
+            return float(scale * (same - 2 * kernel(x, y).mean()))
+        return row.value(candidate, floats)
+
+    mine, theirs = (value(*(side[row.kind] for side in pair)) for pair in (run, base))
+    return row.sign * (mine - theirs)
+
+
+def coverage(options: argparse.Namespace) -> None:
+    """Share of one-sided 95 % bounds on the right side of the pool's own difference."""
+    floats = pool(options, "float")
+    base = pool(options, "w4a8"), floats
+    print(
+        "\n| metric | run against w4a8 | images | true | upper | lower |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for name in ("rtn-w4a8", *DEFECTS):
+        run = pool(options, name), floats
+        for metric in METRICS:
+            true = population(metric, run, base)
+            hits = torch.zeros(2)
+            for draw in range(options.draws):
+                g = torch.Generator().manual_seed(draw)
+                indices = torch.randint(options.images, (options.size,), generator=g)
+                d = differences(metric, run, base, indices).numpy()
+                p = paired(d, floor=1e-9 + abs(true) / 1000, resamples=RESAMPLES, seed=draw)
+                hits += torch.tensor([p.upper(ALPHA) >= true, p.lower(ALPHA) <= true])
+            upper, lower = (hits / options.draws).tolist()
+            print(
+                f"| {metric} | {name} | {options.size} | {true:.4g} | {upper:.3f} | {lower:.3f} |",
+                flush=True,
+            )
+            if metric in ("fid", "kid", "cmmd"):
+                least = min(upper, lower)
+                expect(least >= 0.92, f"{metric}, {name}: {least:.3f} >= 0.92")
+
+
+def values(options: argparse.Namespace) -> None:
+    """Mean and bounds of each metric and pool against w4a8, by number of images."""
+    floats = pool(options, "float")
+    base = pool(options, "w4a8"), floats
+    again = pool(options, "w4a8 again"), pool(options, "float again")
+    runs = {"again": again} | {
+        name: (pool(options, name), floats) for name in ("rtn-w4a8", *DEFECTS)
+    }
+    print(
+        "\n| metric | run | images | mean | lower | upper |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for metric in METRICS:
+        for name, run in runs.items():
+            for size in (64, 256, options.images):
+                d = differences(metric, run, base, torch.arange(size)).numpy()
+                p = paired(d, floor=1e-12, resamples=RESAMPLES)
+                print(
+                    f"| {metric} | {name} | {size} | {p.mean:.4g} | {p.lower(ALPHA):.4g} | {p.upper(ALPHA):.4g} |",
+                    flush=True,
+                )
+
+
+PARTS = {"pools": pools, "coverage": coverage, "values": values}
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("-o", "--output", type=Path, default=Path("gate-pools"))
+    parser.add_argument("--w4a8", default="", help="a checkpoint of demo by w4a8")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--size", type=int, default=256, help="images of a set")
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
+    options = parser.parse_args()
+    for part in options.parts:
+        PARTS[part](options)
+    sys.exit(bool(BAD))
+
+
+if __name__ == "__main__":
+    main()
