@@ -101,22 +101,20 @@ def when(key: str, maker: Maker) -> Maker:
 # ---------------------------------------------------------------------- tensors of any shape
 def noise(*sizes: Size) -> Maker:
     """Normal (B, *sizes); None if the configuration has None for one of the sizes."""
-
-    def make(forward: ForwardInputs) -> Tensor | None:
-        shape = forward.sizes(sizes)
-        return (
-            None if shape is None else torch.randn((forward.batch, *shape), generator=forward.rng)
-        )
-
-    return make
+    return _tensor(sizes, lambda shape, rng: torch.randn(shape, generator=rng))
 
 
 def full(value: float, *sizes: Size, dtype: torch.dtype = torch.float32) -> Maker:
     """(B, *sizes) of one value."""
+    return _tensor(sizes, lambda shape, rng: torch.full(shape, value, dtype=dtype))
 
+
+def _tensor(
+    sizes: tuple[Size, ...], fill: Callable[[tuple[int, ...], torch.Generator], Tensor]
+) -> Maker:
     def make(forward: ForwardInputs) -> Tensor | None:
         shape = forward.sizes(sizes)
-        return None if shape is None else torch.full((forward.batch, *shape), value, dtype=dtype)
+        return None if shape is None else fill((forward.batch, *shape), forward.rng)
 
     return make
 
@@ -260,8 +258,3 @@ def cosmos_condition(forward: ForwardInputs) -> Any:
     if not config.get("img_context_dim_in"):
         return text
     return text, noise("img_context_num_tokens", "img_context_dim_in")(forward)
-
-
-def text_then_image(text: int, image: int) -> Maker:
-    """(B, WORDS + TOKENS) int64: one value for tokens of text, one for tokens of the image."""
-    return batched(lambda forward: torch.tensor([text] * WORDS + [image] * TOKENS))
