@@ -18,46 +18,42 @@ _ATTENTION_PATH = re.compile(rf"{_AT}\w*(attn|attention|mha)\w*\.", re.I)
 _FEED_FORWARD_PATH = re.compile(
     rf"{_AT}(\w*_)?(ff|ffn|mlp|feed_?forward|dense\w*dense|\w*experts?|transition)(_\w+)?\.", re.I
 )
-# (regular expression on the path below the block, role); the first match is used
-_IN_BLOCK: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern, re.I), role)
-    for pattern, role in (
-        (rf"{_AT}\w*(embedder|embedding|embed|emb)(\.|$)", "embed"),
-        (r"adaln|ada_ln|modulation|film|_mod(\.|$)", "adaln"),
-        (rf"{_AT}norm\w*\.(linear|linear_\d|proj)$", "adaln"),
-    )
+Rules = tuple[tuple[str, str], ...]
+"""(regular expression on the path below the block, role); the first match is used."""
+
+
+def _leaves(*rules: tuple[str, str]) -> Rules:
+    """Rules for the end of a path, from the start of a component of it."""
+    return tuple((rf"(?i){_AT}({pattern})$", role) for pattern, role in rules)
+
+
+_IN_BLOCK: Rules = (
+    (rf"(?i){_AT}\w*(embedder|embedding|embed|emb)(\.|$)", "embed"),
+    (r"(?i)adaln|ada_ln|modulation|film|_mod(\.|$)", "adaln"),
+    (rf"(?i){_AT}norm\w*\.(linear|linear_\d|proj)$", "adaln"),
 )
-_IN_ATTENTION: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(rf"{_AT}({pattern})$", re.I), projection)
-    for pattern, projection in (
-        (r"(to_|add_|c_)?q(uery)?(_proj|_linear|_t)?|wq", "q"),
-        (r"(to_|add_|c_)?k(ey)?(_proj|_linear|_t)?|wk", "k"),
-        (r"(to_|add_|c_)?v(alue)?(_proj|_linear|_t)?|wv", "v"),
-        (r"\w*qkv\w*", "qkv"),
-        (r"(\w*_)?kv(_\w+)?", "kv"),
-        (
-            r"to_out(\.0)?|to_out_t|to_add_out|out_proj|o_proj|proj_attn|\w*attn_proj|wo|c_proj",
-            "out",
-        ),
-    )
+_IN_ATTENTION = _leaves(
+    (r"(to_|add_|c_)?q(uery)?(_proj|_linear|_t)?|wq", "q"),
+    (r"(to_|add_|c_)?k(ey)?(_proj|_linear|_t)?|wk", "k"),
+    (r"(to_|add_|c_)?v(alue)?(_proj|_linear|_t)?|wv", "v"),
+    (r"\w*qkv\w*", "qkv"),
+    (r"(\w*_)?kv(_\w+)?", "kv"),
+    (r"to_out(\.0)?|to_out_t|to_add_out|out_proj|o_proj|proj_attn|\w*attn_proj|wo|c_proj", "out"),
 )
-_IN_FEED_FORWARD: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(rf"{_AT}({pattern})$", re.I), role)
-    for pattern, role in (
-        (r"net\.0\.proj|fc1|linear_in|linear_1|linear_3|in_layer|proj_in|wi\w*|w1|w3", "ffn.up"),
-        (r"up|gate|(up|gate|gate_up)_(proj|layer)|proj|ff\.0|ffn\.0|mlp\.0", "ffn.up"),
-        (r"net\.2|\w*fc2|linear_out|linear_2|out_layer|out_projection|proj_out|wo|w2", "ffn.down"),
-        (r"down|out|down_(proj|layer)", "ffn.down"),
-        (r"\w*inverted\w*(\.conv)?", "ffn.up"),
-        (r"\w*point\w*(\.conv)?", "ffn.down"),
-    )
+_IN_FEED_FORWARD = _leaves(
+    (r"net\.0\.proj|fc1|linear_in|linear_1|linear_3|in_layer|proj_in|wi\w*|w1|w3", "ffn.up"),
+    (r"up|gate|(up|gate|gate_up)_(proj|layer)|proj|ff\.0|ffn\.0|mlp\.0", "ffn.up"),
+    (r"net\.2|\w*fc2|linear_out|linear_2|out_layer|out_projection|proj_out|wo|w2", "ffn.down"),
+    (r"down|out|down_(proj|layer)", "ffn.down"),
+    (r"\w*inverted\w*(\.conv)?", "ffn.up"),
+    (r"\w*point\w*(\.conv)?", "ffn.down"),
 )
 # feed-forward linears that lie in the block itself, not in a module of their own
-_DIRECTLY_IN_BLOCK: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"^(proj_mlp|ff_in|(up|gate|gate_up)_proj)$"), "ffn.up"),
-    (re.compile(r"^(proj_out|ff_out|down_proj)$"), "ffn.down"),
+_DIRECTLY_IN_BLOCK: Rules = (
+    (r"^(proj_mlp|ff_in|(up|gate|gate_up)_proj)$", "ffn.up"),
+    (r"^(proj_out|ff_out|down_proj)$", "ffn.down"),
 )
-_OUTSIDE: tuple[tuple[str, str], ...] = (
+_OUTSIDE: Rules = (
     (r"^(all_)?(proj_out|norm_out|final|head|out_proj|out_layer|last|lm_head)", "head"),
     (r"", "embed"),
 )
@@ -131,12 +127,11 @@ def _role(
     traced: TracedInput | None,
     batch: int,
 ) -> str:
-    for pattern, role in family.roles if family else ():
-        if re.search(pattern, name):
-            return role
+    if family and (role := _first_match(family.roles, name)):
+        return role
     block = block_of(name, blocks)
     if not block:
-        return next(role for pattern, role in _OUTSIDE if re.search(pattern, name))
+        return _first_match(_OUTSIDE, name)
     path = name[len(block) :]
     if role := _first_match(_IN_BLOCK, path):
         return role
@@ -154,8 +149,8 @@ def _role(
     return "ffn.up" if rows > columns else "ffn.down"
 
 
-def _first_match(rules: Sequence[tuple[re.Pattern[str], str]], path: str) -> str:
-    return next((role for pattern, role in rules if pattern.search(path)), "")
+def _first_match(rules: Rules, path: str) -> str:
+    return next((role for pattern, role in rules if re.search(pattern, path)), "")
 
 
 def attention_projection(path: str) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +37,21 @@ class _Trace:
     inputs: dict[str, TracedInput] = field(default_factory=dict)
     batch: int = 1
     tensors: list[Tensor] = field(default_factory=list)
+
+    def see_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of the model: the batch size is that of its first tensor, or list of tensors."""
+        for value in (*args, *kwargs.values()):
+            tensor = isinstance(value, Tensor) and value.ndim
+            if tensor or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+                self.batch = len(value)
+                return
+
+    def see_input(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook of a linear: its first input counts."""
+        if args and isinstance(args[0], Tensor) and name not in self.inputs:
+            x = args[0]
+            self.tensors.append(x)
+            self.inputs[name] = TracedInput(id(x), x.ndim, x.numel() // shape_of(module)[1])
 
 
 def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], object]) -> Scan:
@@ -131,50 +148,20 @@ def unsupported(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
 
 def _trace(model: nn.Module, run: Callable[[nn.Module], object]) -> _Trace:
     trace = _Trace()
-    hooks = [model.register_forward_pre_hook(_batch_hook(trace), with_kwargs=True)]
-    for name, module in linears_of(model):
-        hooks.append(module.register_forward_pre_hook(_input_hook(name, trace)))
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        hooks.enter_context(model.register_forward_pre_hook(trace.see_batch, with_kwargs=True))
+        for name, module in linears_of(model):
+            hook = partial(trace.see_input, name)
+            hooks.enter_context(module.register_forward_pre_hook(hook))
+        run(model)
     return trace
-
-
-def _batch_hook(trace: _Trace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.ndim:
-                trace.batch = value.shape[0]
-                return
-            if isinstance(value, list) and value and isinstance(value[0], Tensor):
-                trace.batch = len(value)
-                return
-
-    return hook
-
-
-def _input_hook(name: str, trace: _Trace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and name not in trace.inputs:
-            x = args[0]
-            trace.tensors.append(x)
-            trace.inputs[name] = TracedInput(id(x), x.ndim, x.numel() // shape_of(module)[1])
-
-    return hook
 
 
 def _idle_experts(model: nn.Module, inputs: Mapping[str, TracedInput]) -> dict[str, str]:
     """Linears of experts that were not called, each with a sibling that was."""
     called = {sibling_key(name): name for name in inputs if "expert" in name}
-    idle = {}
-    for name, _ in linears_of(model):
-        sibling = called.get(sibling_key(name))
-        if name not in inputs and sibling is not None:
-            idle[name] = sibling
-    return idle
+    idle = [name for name, _ in linears_of(model) if name not in inputs]
+    return {name: called[sibling_key(name)] for name in idle if sibling_key(name) in called}
 
 
 def _input_group(model: nn.Module, names: list[str], roles: Mapping[str, str]) -> InputGroup:
