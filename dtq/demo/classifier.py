@@ -51,8 +51,7 @@ class EmojiClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, classes) of float images (B, 3, H, W) in [0, 1]."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
+        return self.head(self.features(images))
 
 
 @torch.no_grad()

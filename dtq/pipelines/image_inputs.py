@@ -50,13 +50,9 @@ def _clip(image: Image.Image) -> list[Image.Image]:
 
 # argument of a pipeline call: how to make it from one image
 MAKERS: dict[str, Callable[[Image.Image], object]] = {
-    "image": lambda image: image,
-    "control_image": lambda image: image,
-    "mask_image": _mask,
-    "control_mask": _mask,
-    "video": _clip,
-    "pose_video": _clip,
-    "face_video": _clip,
+    **dict.fromkeys(("image", "control_image"), lambda image: image),
+    **dict.fromkeys(("mask_image", "control_mask"), _mask),
+    **dict.fromkeys(("video", "pose_video", "face_video"), _clip),
 }
 
 

@@ -129,27 +129,22 @@ def _hub(name: str) -> list[Any]:
 
 def _load_dataset(name: str, *args: str, **options: str) -> Any:
     try:
-        return _datasets().load_dataset(*args, **options)
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            "reading this set needs the package datasets: pip install dtq[eval]"
+        ) from error
+    try:
+        return datasets.load_dataset(*args, **options)
     except LIBRARY_ERRORS as error:
         raise InputError(f"prompt set {name}: cannot be read ({first_line(error)})") from error
 
 
 def _column(table: Any, column: str | None, name: str) -> list[Any]:
     candidates = (column,) if column else _COLUMNS
-    for candidate in candidates:
-        if candidate in table.column_names:
-            return list(table[candidate])
+    if found := [candidate for candidate in candidates if candidate in table.column_names]:
+        return list(table[found[0]])
     raise InputError(f"prompt set {name}: has {table.column_names}, none of {candidates}")
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            "reading this set needs the package datasets: pip install dtq[eval]"
-        ) from error
-    return datasets
 
 
 def _lines(path: Path) -> list[Any]:

@@ -208,11 +208,8 @@ def limit_modules(config: Path, tensors: int) -> Iterator[None]:
                 f"{tensors} tensors; a number of layers in the config is damaged"
             )
 
-    handle = hooks.register_module_module_registration_hook(count)
-    try:
+    with hooks.register_module_module_registration_hook(count):
         yield
-    finally:
-        handle.remove()
 
 
 def check_shapes(
@@ -286,8 +283,7 @@ def model_kind(name: object) -> Callable[..., Any] | None:
     kind = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not inspect.isclass(kind) or not issubclass(kind, diffusers.ModelMixin):
         return None
-    model: Callable[..., Any] = kind
-    return model
+    return kind
 
 
 def _check_class(index: Path, name: str, library: str, kind: str) -> None:

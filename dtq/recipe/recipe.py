@@ -190,8 +190,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every default filled in; ``dtq recipe show`` prints it as YAML."""
-        data: dict[str, Any] = plain(self)
-        return data
+        return plain(self)
 
 
 def find(what: str | Path) -> Path:
