@@ -302,14 +302,9 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 def _linears(name: str, module: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
     """The linears at some paths below a module, by dotted name; missing ones are left out."""
-    layers: dict[str, nn.Module] = {}
-    for path in paths:
-        child: Any = module
-        for key in path.split("."):
-            child = getattr(child, "_modules", {}).get(key)
-        if isinstance(child, nn.Linear):
-            layers[f"{name}.{path}"] = child
-    return layers
+    children = dict(module.named_modules(remove_duplicate=False))
+    linears = {path: children[path] for path in paths if path in children}
+    return {f"{name}.{path}": x for path, x in linears.items() if isinstance(x, nn.Linear)}
 
 
 def _check(model: nn.Module, rank: int, world: int, group: Group) -> None:

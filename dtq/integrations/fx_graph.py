@@ -16,11 +16,7 @@ VIEWS = {"reshape", "view", "contiguous", "flatten", "squeeze", "unsqueeze"}
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes between which casts are ignored when a pattern is matched."""
 
-_PURE = {
-    *CASTS,
-    *VIEWS,
-    *("add", "mul", "truediv", "dropout", "layer_norm", "gelu", "getitem"),
-}
+_PURE = {*CASTS, *VIEWS, *("add", "mul", "truediv", "dropout", "layer_norm", "gelu", "getitem")}
 """Ops without side effects, in addition to those of dtq: such a node may be removed if its value is
 unused."""
 

@@ -90,12 +90,9 @@ def load_ternary(
             raise InputError(f"{name}: codes must be -1, 0 or 1")
         if not bool(torch.as_tensor(alpha).isfinite().all()):
             raise InputError(f"{name}: alpha must be finite")
-        new = QuantLinear(
-            old.in_features, old.out_features, old.bias is not None, LayerSpec(fmt, "none"),
-            compute_dtype=dtype, device="meta",
-        )  # fmt: skip
-        parts = ternary.pack_codes(codes.to(old.weight.device), alpha)
-        new.fill(parts)
+        spec = LayerSpec(fmt, "none")
+        new = QuantLinear.in_place_of(old, spec, compute_dtype=dtype, device="meta")
+        new.fill(ternary.pack_codes(codes.to(old.weight.device), alpha))
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.detach().to(dtype), requires_grad=False)
         layers[name] = new.train(old.training)

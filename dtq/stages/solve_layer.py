@@ -12,12 +12,7 @@ from torch import Tensor
 from dtq.calibrate.observers import InputStats
 from dtq.errors import InputError
 from dtq.formats import FORMATS
-from dtq.formats.activations import (
-    ACTIVATION_FORMATS,
-    ActivationFormat,
-    fake_quantize,
-    row_scale,
-)
+from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, fake_quantize, row_scale
 from dtq.plan.layers import LayerPlan
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, LowRankBranch
