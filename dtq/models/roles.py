@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dtq.models.base import Family
 from dtq.models.linears import linears_of, shape_of
@@ -74,6 +75,33 @@ class TracedInput:
     rows: int
 
 
+@dataclass
+class Trace:
+    """The inputs of linears in a traced forward, by name, and the batch size.
+
+    The tensors are kept, because identities are unique only among living objects.
+    """
+
+    inputs: dict[str, TracedInput] = field(default_factory=dict)
+    batch: int = 1
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def see_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of the model: the batch size is that of its first tensor, or list of tensors."""
+        for value in (*args, *kwargs.values()):
+            tensor = isinstance(value, Tensor) and value.ndim
+            if tensor or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+                self.batch = len(value)
+                return
+
+    def see_input(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook of a linear: its first input counts."""
+        if args and isinstance(args[0], Tensor) and name not in self.inputs:
+            x = args[0]
+            self.tensors.append(x)
+            self.inputs[name] = TracedInput(id(x), x.ndim, x.numel() // shape_of(module)[1])
+
+
 def block_of(name: str, blocks: Sequence[str]) -> str:
     """The prefix of the repeated block that a linear lies in; empty outside of blocks."""
     return next((prefix for prefix in blocks if name.startswith(prefix)), "")
@@ -84,8 +112,7 @@ def assign_roles(
     family: Family | None,
     blocks: Sequence[str],
     groups: Sequence[Sequence[str]],
-    inputs: Mapping[str, TracedInput],
-    batch: int = 1,
+    trace: Trace,
 ) -> dict[str, str]:
     """The role of every linear of a model.
 
@@ -94,17 +121,13 @@ def assign_roles(
         family: its family, whose own rules are tried first.
         blocks: prefixes of the repeated blocks.
         groups: names of linears with the same input.
-        inputs: traced input of each linear; empty without a trace.
-        batch: images in the traced forward.
+        trace: inputs of the linears; empty for a model that cannot be run.
 
     Returns:
         Dotted name to a key of ``ROLES``.
     """
-    roles = {
-        name: _role(name, module, family, blocks, inputs.get(name), batch)
-        for name, module in linears_of(model)
-    }
-    crossed = _cross_attention(roles, inputs)
+    roles = {name: _role(name, module, family, blocks, trace) for name, module in linears_of(model)}
+    crossed = _cross_attention(roles, trace.inputs)
     for name, role in roles.items():
         if role.startswith("attn.") and name in crossed:
             roles[name] = f"x{role}"
@@ -120,12 +143,7 @@ def assign_roles(
 
 
 def _role(
-    name: str,
-    module: nn.Module,
-    family: Family | None,
-    blocks: Sequence[str],
-    traced: TracedInput | None,
-    batch: int,
+    name: str, module: nn.Module, family: Family | None, blocks: Sequence[str], trace: Trace
 ) -> str:
     if family and (role := _first_match(family.roles, name)):
         return role
@@ -141,7 +159,8 @@ def _role(
     if role := _first_match(_IN_FEED_FORWARD if in_feed_forward else _DIRECTLY_IN_BLOCK, path):
         return role
     # no rule matches the name: one row per image is modulation, a wide side a feed-forward
-    if traced is not None and traced.rank == 2 and traced.rows <= batch:
+    traced = trace.inputs.get(name)
+    if traced is not None and traced.rank == 2 and traced.rows <= trace.batch:
         return "adaln"
     rows, columns = shape_of(module)
     if _ATTENTION_PATH.search(path) or max(rows, columns) < 2 * min(rows, columns):

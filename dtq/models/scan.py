@@ -11,47 +11,19 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dtq.models.base import Family, InputGroup, Linear, Scan, sibling_key
 from dtq.models.linears import is_linear, linears_of, shape_of
-from dtq.models.roles import TracedInput, assign_roles, attention_projection, block_of
+from dtq.models.roles import Trace, TracedInput, assign_roles, attention_projection, block_of
 
 _EMBEDS = re.compile(r"embed|embd|_emb(\.|$)|projection|projector|guidance_layer|conditioner", re.I)
 _STACK = 0.1
 """Share of all weights from which a list of modules without attention counts as blocks."""
-
-
-@dataclass
-class _Trace:
-    """The inputs of linears in a traced forward, by name, and the batch size.
-
-    The tensors are kept, because identities are unique only among living objects.
-    """
-
-    inputs: dict[str, TracedInput] = field(default_factory=dict)
-    batch: int = 1
-    tensors: list[Tensor] = field(default_factory=list)
-
-    def see_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook of the model: the batch size is that of its first tensor, or list of tensors."""
-        for value in (*args, *kwargs.values()):
-            tensor = isinstance(value, Tensor) and value.ndim
-            if tensor or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
-                self.batch = len(value)
-                return
-
-    def see_input(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Hook of a linear: its first input counts."""
-        if args and isinstance(args[0], Tensor) and name not in self.inputs:
-            x = args[0]
-            self.tensors.append(x)
-            self.inputs[name] = TracedInput(id(x), x.ndim, x.numel() // shape_of(module)[1])
 
 
 def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], object]) -> Scan:
@@ -77,7 +49,7 @@ def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], obj
         key = trace.inputs[sibling].tensor, name.rpartition(".")[0]
         groups.setdefault(key, []).append(name)
     names = [*groups.values()]
-    roles = assign_roles(model, family, blocks, names, trace.inputs, trace.batch)
+    roles = assign_roles(model, family, blocks, names, trace)
     roles |= {name: roles[sibling] for name, sibling in idle.items()}
     return Scan(
         family.name if family else "generic",
@@ -92,7 +64,7 @@ def scan_names(model: nn.Module, family: Family | None) -> Scan:
     """Scan a model that cannot be run: roles come from names, each linear is a group of its own."""
     names = [[name] for name, _ in linears_of(model)]
     blocks = blocks_of(model)
-    roles = assign_roles(model, family, blocks, names, {})
+    roles = assign_roles(model, family, blocks, names, Trace())
     return Scan(
         family.name if family else "generic",
         tuple(_input_group(model, name, roles) for name in names),
@@ -146,8 +118,8 @@ def unsupported(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
     return weights
 
 
-def _trace(model: nn.Module, run: Callable[[nn.Module], object]) -> _Trace:
-    trace = _Trace()
+def _trace(model: nn.Module, run: Callable[[nn.Module], object]) -> Trace:
+    trace = Trace()
     with ExitStack() as hooks, torch.no_grad():
         hooks.enter_context(model.register_forward_pre_hook(trace.see_batch, with_kwargs=True))
         for name, module in linears_of(model):
