@@ -51,10 +51,8 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
 def _resolve_layer(recipe: Recipe, linear: Linear, exclude: tuple[str, ...]) -> LayerPlan:
     base = LayerPlan(linear.name, linear.role, linear.shape)
     if any(_is_excluded(pattern, linear.name) for pattern in exclude):
-        return replace(
-            base,
-            note="excluded by name (--exclude, modules_to_not_convert, or float32 in diffusers)",
-        )
+        note = "excluded by name (--exclude, modules_to_not_convert, or float32 in diffusers)"
+        return replace(base, note=note)
     rules = [rule for rule in recipe.rules if _matches(rule.match, linear)]
     if not rules and any(_matches(selector, linear) for selector in recipe.exclude):
         return replace(base, note=f"the recipe excludes {linear.role}")
@@ -62,10 +60,8 @@ def _resolve_layer(recipe: Recipe, linear: Linear, exclude: tuple[str, ...]) -> 
     if not wanted.weights:
         return replace(base, note="the recipe excludes it")
     problems = {name: misfit(name, linear.shape) for name in (wanted.weights, *fallbacks)}
-    weights, note = (
-        next((n for n, why in problems.items() if not why), ""),
-        problems[wanted.weights],
-    )
+    weights = next((name for name, problem in problems.items() if not problem), "")
+    note = problems[wanted.weights]
     if not weights:
         return replace(base, note=f"unquantized: {note}")
     assert wanted.activations is not None and wanted.transform and wanted.solver and wanted.lowrank  # noqa: PT018

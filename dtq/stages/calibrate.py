@@ -55,10 +55,8 @@ def collect(run: Run, needs: frozenset[str]) -> Statistics:
         run: a planned run.
         needs: keys of ``OBSERVERS``.
     """
-    plan = run.recipe.plan(run.scan)
-    groups = [
-        g for g in run.scan.input_groups if any(not plan[x.name].unquantized for x in g.linears)
-    ]
+    wanted = {layer.name for layer in run.recipe.plan(run.scan).quantized()}
+    groups = [g for g in run.scan.input_groups if any(x.name in wanted for x in g.linears)]
     settings, tasks = run.recipe.calibration, run.tasks
     memory = run.memory or psutil.virtual_memory().available // 2
     batches = engine.memory_batches(groups, settings.num_timestep_bins, needs, memory)
@@ -109,9 +107,8 @@ def _check(run: Run, needs: frozenset[str]) -> None:
             continue
         if stats.columns != group.columns:
             raise InputError(f"the statistics are of another model: {group.name} differs in width")
-        missing = [
-            n for n in sorted(needs) if n in ("hessian", "sample") and getattr(stats, n) is None
-        ]
+        optional = sorted(needs & {"hessian", "sample"})
+        missing = [name for name in optional if getattr(stats, name) is None]
         if missing:
             raise InputError(
                 f"the statistics lack {', '.join(missing)}; calibrate with this recipe"

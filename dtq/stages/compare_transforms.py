@@ -45,7 +45,5 @@ def compare_transforms(run: Run) -> None:
         tasks=run.tasks,
     )["model"]
     run.results |= results[min(errors, key=lambda name: errors[name]["mse"])]
-    run.report.transform_errors = {name: error["mse"] for name, error in errors.items()}
-    log.info(
-        "transform: %s", ", ".join(f"{n} {e:.2e}" for n, e in run.report.transform_errors.items())
-    )
+    total = run.report.transform_errors = {name: error["mse"] for name, error in errors.items()}
+    log.info("transform: %s", ", ".join(f"{name} {error:.2e}" for name, error in total.items()))

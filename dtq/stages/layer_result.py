@@ -84,13 +84,11 @@ def to_result(results: list[LayerResult], group: InputReport) -> tuple[dict[str,
     layers = []
     for result in results:
         name, transform = result.plan.name, result.transform
-        own = {f"packed.{key}": tensor for key, tensor in result.tensors.items()}
-        own["scale"] = transform.scale
-        if transform.perm is not None:
-            own["perm"] = transform.perm
-        if result.bias_shift is not None:
-            own["bias_shift"] = result.bias_shift
-        tensors |= {f"{name}|{key}": tensor for key, tensor in own.items()}
+        own: dict[str, Tensor | None] = {
+            f"packed.{key}": tensor for key, tensor in result.tensors.items()
+        }
+        own |= {"scale": transform.scale, "perm": transform.perm, "bias_shift": result.bias_shift}
+        tensors |= {f"{name}|{key}": tensor for key, tensor in own.items() if tensor is not None}
         layers.append(
             {
                 "name": name,

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from dtq.errors import NonFiniteError
 from dtq.io.memory import paged_weights
-from dtq.io.schema import MethodSpec
 from dtq.models.linears import matrix_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
@@ -179,21 +178,17 @@ def _promote(run: Run, failure: Failure) -> Promotion:
     reports = run.report.layers
     (report,) = (x for x in reports if x.name == name)
     activations = "none" if layer.activation_format == "none" else "int8-row"
-    raised = replace(
-        layer, spec=LayerSpec("int8-row", activations), transform=MethodSpec("none"),
-        solver=MethodSpec("rtn"), lowrank=MethodSpec("none"), format_candidates=(), note=note,
-    )  # fmt: skip
+    unquantized = LayerPlan(name, layer.role, layer.shape, note=note)
+    raised = replace(unquantized, spec=LayerSpec("int8-row", activations))
     if raised.spec == layer.spec:
         run.model.set_submodule(name, old)
         reports.remove(report)
         finalize(run.model, ())
-        unquantized = LayerPlan(name, layer.role, layer.shape, note=note)
         run.plan = run.plan.with_layers({name: unquantized})
         dtype = str(next(old.parameters()).dtype).removeprefix("torch.")
         return Promotion(name, dtype, failure.why)
     weight = matrix_of(old)
-    stats = run.stats(group_of(run.scan, name))
-    choice = choose_transform([raised], [weight], stats)
+    choice = choose_transform([raised], [weight], run.stats(group_of(run.scan, name)))
     result = solve_layer(raised, weight, TransformedInput.of(run, raised, choice, weight))
     new = build_quant_linear(result, old, run.plan.bins, before.compute_dtype)
     new.set_clock(before.clock)

@@ -79,26 +79,23 @@ def _solve_group(
 ) -> tuple[dict[str, Tensor], object]:
     """Linears that share a transform, as the result of a task."""
     stats = run.stats(group.name)
+    sums, where = _sums(stats)
     for layer, w in zip(layers, weights, strict=True):
-        check(w, *_sums(stats), layer=f"{layer.name}{_broken_bins(stats)}")
+        check(w, *sums, layer=f"{layer.name}{where}")
     choice = choose_transform(layers, weights, stats)
     x = TransformedInput.of(run, layers[0], choice, weights[0])
     results = solve_input_group(layers, weights, x)
     return to_result(results, input_report(group, stats, choice, results[0].transform))
 
 
-def _sums(stats: InputStats | None) -> list[Tensor]:
-    """Sums over the input, which are not finite if an input was not."""
+def _sums(stats: InputStats | None) -> tuple[list[Tensor], str]:
+    """Sums over the input, which are not finite if an input was not, and words for where."""
     if stats is None:
-        return []
-    return [stats.channels.total, *([] if stats.hessian is None else [stats.hessian.total])]
-
-
-def _broken_bins(stats: InputStats | None) -> str:
-    """Timestep bins in which the input was not finite, for messages."""
-    finite = [] if stats is None else stats.channels.total.isfinite().all(1).tolist()
-    bad = [str(b + 1) for b, good in enumerate(finite) if not good]
-    return f": in timestep bins {', '.join(bad)} of {len(finite)}" if bad else ""
+        return [], ""
+    finite = stats.channels.total.isfinite().all(1).tolist()
+    bad = ", ".join(str(b + 1) for b, good in enumerate(finite) if not good)
+    sums = [x.total for x in (stats.channels, stats.hessian) if x is not None]
+    return sums, f": in timestep bins {bad} of {len(finite)}" if bad else ""
 
 
 def trim_memory(weights: list[Tensor]) -> None:

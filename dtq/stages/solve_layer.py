@@ -13,6 +13,7 @@ from dtq.calibrate.observers import InputStats
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, fake_quantize, row_scale
+from dtq.io.schema import MethodSpec
 from dtq.plan.layers import LayerPlan
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, LowRankBranch
@@ -219,12 +220,13 @@ def _branches(
 ) -> list[LowRankBranch | None]:
     """The low-rank branch of each linear, None where the plan has none."""
     branches: list[LowRankBranch | None] = [None] * len(layers)
-    wanted = [i for i, layer in enumerate(layers) if layer.lowrank.name != "none"]
-    for key in dict.fromkeys((layers[i].lowrank, layers[i].weight_format) for i in wanted):
-        same = [i for i in wanted if (layers[i].lowrank, layers[i].weight_format) == key]
+    alike: dict[tuple[MethodSpec, str], list[int]] = {}
+    for i, layer in enumerate(layers):
+        if layer.lowrank.name != "none":
+            alike.setdefault((layer.lowrank, layer.weight_format), []).append(i)
+    for (method, fmt), same in alike.items():
         targets = [x.transform.w(weights[i]) for i in same]
-        method, fmt = key[0], FORMATS[key[1]]
-        solved = LOWRANK[method.name].call(targets, fmt, x.hessian, **dict(method.knobs))
+        solved = LOWRANK[method.name].call(targets, FORMATS[fmt], x.hessian, **dict(method.knobs))
         for i, branch in zip(same, solved, strict=True):
             branches[i] = branch
     return branches

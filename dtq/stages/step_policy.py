@@ -9,6 +9,7 @@ the budget where it lowers the error most.
 from __future__ import annotations
 
 import logging
+from itertools import groupby
 
 from tqdm.auto import tqdm
 
@@ -93,11 +94,10 @@ def _filled(precisions: list[str]) -> list[str]:
 
 def _merged(edges: list[float], precisions: list[str], steps: list[int]) -> StepPolicy:
     """Neighboring bins with the same precision become one."""
-    starts = [i for i in range(len(precisions)) if i == 0 or precisions[i] != precisions[i - 1]]
-    ends = [*starts[1:], len(precisions)]
+    ranges = [[*bins] for _, bins in groupby(range(len(steps)), key=precisions.__getitem__)]
     return StepPolicy(
-        tuple(edges[i - 1] for i in starts[1:]),
-        tuple(precisions[i] for i in starts),
+        tuple(edges[first - 1] for first, *_ in ranges[1:]),
+        tuple(precisions[first] for first, *_ in ranges),
         sum(steps),
-        tuple(sum(steps[a:b]) for a, b in zip(starts, ends, strict=True)),
+        tuple(sum(steps[b] for b in bins) for bins in ranges),
     )
