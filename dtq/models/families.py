@@ -83,25 +83,21 @@ _VIDEO = _latents("in_channels", FRAMES, SIDE, SIDE)
 _PACKED = _latents(TOKENS, "in_channels")
 _AUDIO = _latents("in_channels", TOKENS)
 _JOINT = _text("joint_attention_dim")
+_CAPTION = _text("caption_channels")
+_TEXT = _text("text_embed_dim")
 _MASK = {"encoder_attention_mask": mask(WORDS)}
 _POOLED = {"pooled_projections": noise("pooled_projection_dim")}
 _IDS_4 = {"img_ids": image_ids(4), "txt_ids": text_ids(3, of=4)}
 _CROP = {"target_size": full(1024, 2), "crop_coords": full(0, 2)}
 _FLUX = {**_PACKED, **_JOINT, "img_ids": image_ids(3), "txt_ids": text_ids(of=3)}
 _HUNYUAN = {
-    **_text("text_embed_dim"),
+    **_TEXT,
     **_MASK,
     "encoder_hidden_states_2": noise(WORDS, "text_embed_2_dim"),
     "encoder_attention_mask_2": mask(WORDS),
     "timestep_r": when("use_meanflow", timestep),
 }
-_HUNYUAN_VIDEO = {
-    **_VIDEO,
-    **_text("text_embed_dim"),
-    **_MASK,
-    **_POOLED,
-    "guidance": guidance(6000.0),
-}
+_HUNYUAN_VIDEO = {**_VIDEO, **_TEXT, **_MASK, **_POOLED, "guidance": guidance(6000.0)}
 _WAN = {
     **_VIDEO | _INDEXED,
     **_text("text_dim"),
@@ -151,14 +147,10 @@ _UP_TO_1000: dict[tuple[str, ...], dict[str, Maker]] = {
             lambda c: c.num_layers + c.num_single_layers, noise(WORDS, "text_encoder_dim")
         ),
     },
-    ("sana", "SanaTransformer2DModel"): {
-        **_SQUARE,
-        **_text("caption_channels"),
-        "guidance": guidance(0.45),
-    },
+    ("sana", "SanaTransformer2DModel"): {**_SQUARE, **_CAPTION, "guidance": guidance(0.45)},
     ("cogview", "CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"): {
         **_SQUARE,
-        **_text("text_embed_dim"),
+        **_TEXT,
         **_CROP,
         "original_size": full(1024, 2),
     },
@@ -190,7 +182,7 @@ _UP_TO_1000: dict[tuple[str, ...], dict[str, Maker]] = {
     },
     ("glm-image", "GlmImageTransformer2DModel"): {
         **_IMAGE,
-        **_text("text_embed_dim"),
+        **_TEXT,
         "prior_token_id": random_ids("prior_vq_quantizer_codebook_size", TOKENS),
         "prior_token_drop": full(False, TOKENS, dtype=torch.bool),
         **_CROP,
@@ -275,8 +267,8 @@ _UP_TO_1000: dict[tuple[str, ...], dict[str, Maker]] = {
         "id_cond": when("is_train_face", noise("LFE_id_dim")),
         "id_vit_hidden": when("is_train_face", list_of("LFE_num_scale", noise(577, "LFE_vit_dim"))),
     },
-    ("mochi", "MochiTransformer3DModel"): {**_VIDEO, **_text("text_embed_dim"), **_MASK},
-    ("ltx", "LTXVideoTransformer3DModel"): {**_LTX, **_text("caption_channels"), **_MASK},
+    ("mochi", "MochiTransformer3DModel"): {**_VIDEO, **_TEXT, **_MASK},
+    ("ltx", "LTXVideoTransformer3DModel"): {**_LTX, **_CAPTION, **_MASK},
     ("ltx2", "LTX2VideoTransformer3DModel"): {
         **_LTX,
         "audio_hidden_states": noise(TOKENS, "audio_in_channels"),
@@ -292,12 +284,12 @@ _UP_TO_1000: dict[tuple[str, ...], dict[str, Maker]] = {
     },
     ("latte", "LatteTransformer3DModel"): {
         **_latents("in_channels", "video_length", "sample_size", "sample_size", at=timestep_index),
-        **_text("caption_channels"),
+        **_CAPTION,
     },
-    ("allegro", "AllegroTransformer3DModel"): {**_VIDEO | _INDEXED, **_text("caption_channels")},
+    ("allegro", "AllegroTransformer3DModel"): {**_VIDEO | _INDEXED, **_CAPTION},
     ("easyanimate", "EasyAnimateTransformer3DModel"): {
         **_latents(lambda c: c.out_channels or c.in_channels, FRAMES, SIDE, SIDE),
-        **_text("text_embed_dim"),
+        **_TEXT,
         "encoder_hidden_states_t5": noise(WORDS, "text_embed_dim_t5"),
         "inpaint_latents": noise(
             lambda c: c.in_channels - (c.out_channels or c.in_channels) or None, FRAMES, SIDE, SIDE
@@ -305,10 +297,10 @@ _UP_TO_1000: dict[tuple[str, ...], dict[str, Maker]] = {
     },
     ("sana-video", "SanaVideoTransformer3DModel"): {
         **_VIDEO,
-        **_text("caption_channels"),
+        **_CAPTION,
         "guidance": guidance(0.45),
     },
-    ("motif-video", "MotifVideoTransformer3DModel"): {**_VIDEO, **_text("text_embed_dim")},
+    ("motif-video", "MotifVideoTransformer3DModel"): {**_VIDEO, **_TEXT},
     ("kandinsky5", "Kandinsky5Transformer3DModel"): {
         **_KANDINSKY,
         "visual_rope_pos": indices(FRAMES, SIDE, SIDE),
@@ -328,7 +320,7 @@ _UP_TO_1000: dict[tuple[str, ...], dict[str, Maker]] = {
     },
     ("sana-wm-refiner", "SanaWMLTX2RefinerTransformer3DModel"): {
         **_latents(TOKENS, "in_channels", at=timestep_per(TOKENS)),
-        **_text("caption_channels"),
+        **_CAPTION,
         "video_rotary_emb": batched(
             rotary_embedding(TOKENS, lambda c: c.num_attention_heads * c.attention_head_dim)
         ),
