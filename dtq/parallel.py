@@ -95,12 +95,13 @@ class Pair:
             return f"{self.name}: {absent}, and the layers of a pair are split together"
         if self.heads % world:
             return f"{self.name}: {self.heads} heads do not split into {world}"
+        first_width = shape_of(next(iter(self.first.values())))[0]
         for name, rule in self.rules().items():
             layer = layers[name]
             assert isinstance(layer, QuantLinear)
             width = shape_of(layer)[0] // self.sections
             # with grouped queries, keys and values have fewer heads than queries
-            unit = self._head_width() if rule == COLUMN and self.heads else 1
+            unit = first_width // self.heads if rule == COLUMN and self.heads else 1
             if rule == COLUMN and width // unit % world:
                 return f"{name}: {width // unit} heads or channels do not split into {world}"
             try:
@@ -114,9 +115,6 @@ class Pair:
         limit = self.heads or math.gcd(*(shape_of(x)[1] for x in self.second.values()))
         divisors = (n for n in range(limit, 1, -1) if limit % n == 0)
         return next((n for n in divisors if not self.problem(n)), 1)
-
-    def _head_width(self) -> int:
-        return shape_of(next(iter(self.first.values())))[0] // self.heads
 
 
 class WholeNorm(nn.Module):

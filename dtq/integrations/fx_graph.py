@@ -41,9 +41,7 @@ class Graph:
 
     def nodes(self) -> Iterator[fx.Node]:
         """The present nodes, without those that are erased during the iteration."""
-        for node in list(self.graph.nodes):
-            if not node._erased:
-                yield node
+        return (node for node in list(self.graph.nodes) if not node._erased)
 
     def no_writes_between(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether no node after ``first`` and before ``last`` writes to a tensor."""

@@ -98,9 +98,7 @@ def load_ternary(
         layers[name] = new.train(old.training)
     for name, new in layers.items():
         model.set_submodule(name, new)
-    plan = Plan(
-        "terdit", tuple(LayerPlan(n, "other", shape_of(m), m.spec) for n, m in layers.items())
-    )
+    plans = (LayerPlan(n, "other", shape_of(m), m.spec) for n, m in layers.items())
     finalize(model, ())
-    attach_quantizer(model, plan, (), dtype, DTQConfig())
+    attach_quantizer(model, Plan("terdit", tuple(plans)), (), dtype, DTQConfig())
     return model

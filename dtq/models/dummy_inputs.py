@@ -43,19 +43,17 @@ class ForwardInputs:
     timestep: Tensor
     rng: torch.Generator
 
+    def size(self, size: Size) -> int | None:
+        """A size as a number; None if the configuration has None for it."""
+        if isinstance(size, str):
+            # attributes, not keys: diffusers updates only these when it widens a layer
+            return getattr(self.config, size, None)
+        return size(self.config) if callable(size) else size
+
     def sizes(self, sizes: tuple[Size, ...]) -> tuple[int, ...] | None:
         """Sizes as numbers; None if the configuration has None for one of them."""
-        values = [
-            # attributes, not keys: diffusers updates only these when it widens a layer
-            getattr(self.config, size, None)
-            if isinstance(size, str)
-            else size(self.config)
-            if callable(size)
-            else size
-            for size in sizes
-        ]
-        known = tuple(value for value in values if value is not None)
-        return known if len(known) == len(values) else None
+        known = tuple(value for value in map(self.size, sizes) if value is not None)
+        return known if len(known) == len(sizes) else None
 
 
 Size = int | str | Callable[[Any], int | None]
@@ -141,7 +139,7 @@ def per_image(maker: Maker) -> Maker:
 
 def list_of(count: Size, maker: Maker) -> Maker:
     """A list of ``count`` results of ``maker``."""
-    return lambda forward: [maker(forward) for _ in range((forward.sizes((count,)) or (0,))[0])]
+    return lambda forward: [maker(forward) for _ in range(forward.size(count) or 0)]
 
 
 def constant(value: Any) -> Maker:

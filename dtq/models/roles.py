@@ -186,22 +186,19 @@ def _cross_attention(roles: Mapping[str, str], inputs: Mapping[str, TracedInput]
     In a joint attention each stream has projections of its own (``add_``, ``txt``, ``_t``), and the
     streams are checked separately.
     """
-    modules: dict[str, dict[str, str]] = {}
+    streams: dict[tuple[str, bool], dict[str, str]] = {}
     for name, role in roles.items():
         if role.startswith("attn."):
             module = re.sub(r"\.(to_out\.0|[^.]+)$", "", name)
-            modules.setdefault(module, {})[name] = role.removeprefix("attn.")
+            stream = streams.setdefault((module, _in_second_stream(name)), {})
+            stream[name] = role.removeprefix("attn.")
     crossed: set[str] = set()
-    for projections in modules.values():
-        streams: dict[bool, dict[str, str]] = {}
-        for name, projection in projections.items():
-            streams.setdefault(_in_second_stream(name), {})[name] = projection
-        main = _tensors_read(streams.get(False, {}), inputs, "q", "qkv")
-        for stream in streams.values():
-            queries = _tensors_read(stream, inputs, "q", "qkv") or main
-            keys = _tensors_read(stream, inputs, "k", "v", "kv")
-            if queries and keys and not queries & keys:
-                crossed |= set(stream)
+    for (module, _), stream in streams.items():
+        main = _tensors_read(streams.get((module, False), {}), inputs, "q", "qkv")
+        queries = _tensors_read(stream, inputs, "q", "qkv") or main
+        keys = _tensors_read(stream, inputs, "k", "v", "kv")
+        if queries and keys and not queries & keys:
+            crossed |= set(stream)
     return crossed
 
 

@@ -278,11 +278,8 @@ def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = Non
         if next(model.parameters()).device.type != "meta":
             raise
         reason = str(error).partition("\n")[0]
-        log.warning(
-            "%s: roles come from layer names alone, its forward needs weights (%s)",
-            type(model).__name__,
-            reason,
-        )
+        why = f"roles come from layer names alone, its forward needs weights ({reason})"
+        log.warning("%s: %s", type(model).__name__, why)
         return scan_names(model, family)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from dtq.formats import PackedTensors
-from dtq.models import Scan
 from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 from dtq.transforms import OnlineTransform
 
@@ -134,8 +133,3 @@ def finalize(plan: Plan, results: Mapping[str, LayerResult]) -> Plan:
             for x in plan.quantized()
         }
     )
-
-
-def group_of(scan: Scan, layer: str) -> str:
-    """Name of the input group that a linear reads."""
-    return next(g.name for g in scan.input_groups for x in g.linears if x.name == layer)

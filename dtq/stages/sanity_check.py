@@ -23,7 +23,6 @@ from dtq.models.linears import matrix_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
 from dtq.plan.layers import LayerPlan, LayerSpec
-from dtq.stages.layer_result import group_of
 from dtq.stages.run import Run
 from dtq.stages.sanity_metrics import SanityReport, float_reference, measure
 from dtq.stages.solve import build_quant_linear
@@ -188,7 +187,7 @@ def _promote(run: Run, failure: Failure) -> Promotion:
         dtype = str(next(old.parameters()).dtype).removeprefix("torch.")
         return Promotion(name, dtype, failure.why)
     weight = matrix_of(old)
-    choice = choose_transform([raised], [weight], run.stats(group_of(run.scan, name)))
+    choice = choose_transform([raised], [weight], run.stats(run.scan.group_of(name)))
     result = solve_layer(raised, weight, TransformedInput.of(run, raised, choice, weight))
     new = build_quant_linear(result, old, run.plan.bins, before.compute_dtype)
     new.set_clock(before.clock)

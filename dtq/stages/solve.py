@@ -67,7 +67,8 @@ def solve_layers(
             mapped.release(module.weight for module in modules)  # type: ignore[misc]
             bar.set_postfix_str(f"{done} of {len(assigned)} input groups", refresh=False)
             bar.update(costs[task])
-            trim_memory(weights)
+            # not what the solver of such layers may soon take again
+            trim_malloc(beyond=COPIES // 2 * 4 * max(w.numel() for w in weights))
     run.tasks.barrier()
     solved = [from_result(*run.tasks.load(task), plan) for task in problems]
     by_name = {result.plan.name: result for results, _ in solved for result in results}
@@ -96,11 +97,6 @@ def _sums(stats: InputStats | None) -> tuple[list[Tensor], str]:
     bad = ", ".join(str(b + 1) for b, good in enumerate(finite) if not good)
     sums = [x.total for x in (stats.channels, stats.hessian) if x is not None]
     return sums, f": in timestep bins {bad} of {len(finite)}" if bad else ""
-
-
-def trim_memory(weights: list[Tensor]) -> None:
-    """Return freed memory to the system, except half of what solving such layers takes."""
-    trim_malloc(beyond=COPIES // 2 * 4 * max(w.numel() for w in weights))
 
 
 def _cost(layers: list[LayerPlan]) -> float:

@@ -17,7 +17,7 @@ from dtq.io.schema import MethodSpec
 from dtq.plan.layers import LayerPlan
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, LowRankBranch
-from dtq.stages.layer_result import LayerReport, LayerResult, group_of
+from dtq.stages.layer_result import LayerReport, LayerResult
 from dtq.stages.run import Run
 from dtq.transforms import OnlineTransform, TransformChoice
 
@@ -55,7 +55,7 @@ class TransformedInput:
             weight: float (N, K) of the layer.
         """
         return cls(
-            run.stats(group_of(run.scan, layer.name)),
+            run.stats(run.scan.group_of(layer.name)),
             choice,
             ACTIVATION_FORMATS[layer.activation_format],
             weight,
