@@ -157,7 +157,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,
-        device_map: Any = None,
         keep_in_fp32_modules: Any = (),
         state_dict: dict[str, Any] | None = None,
         **kwargs: Any,

@@ -148,13 +148,13 @@ def constant(value: Any) -> Maker:
 
 
 # --------------------------------------------------------------------------------- positions
-def image_ids(axes: int, words: int = 0, side: int = SIDE) -> Maker:
-    """(words + side^2, axes) int64: zeros for words, then row and column on axes 1 and 2."""
+def image_ids(axes: int, words: int = 0) -> Maker:
+    """(words + TOKENS, axes) int64: zeros for words, then row and column on axes 1 and 2."""
 
     def make(forward: ForwardInputs) -> Tensor:
-        ids = torch.zeros(words + side * side, axes, dtype=torch.long)
-        ids[words:, 1] = torch.arange(side).repeat_interleave(side)
-        ids[words:, 2] = torch.arange(side).repeat(side)
+        ids = torch.zeros(words + TOKENS, axes, dtype=torch.long)
+        ids[words:, 1] = torch.arange(SIDE).repeat_interleave(SIDE)
+        ids[words:, 2] = torch.arange(SIDE).repeat(SIDE)
         return ids
 
     return make

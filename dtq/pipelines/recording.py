@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,21 +36,17 @@ def watch_calls(
     """
     step = 0
 
-    def hook(name: str) -> Callable[..., None]:
-        def record(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-        ) -> None:
-            nonlocal step
-            output = first_tensor(out).detach().cpu().clone()
-            timestep = timestep_of(module, args, kwargs)
-            keep(RecordedCall(step, copy_to_cpu(args), copy_to_cpu(kwargs), output, timestep, name))
-            step += 1
-
-        return record
+    def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal step
+        output = first_tensor(output).detach().cpu().clone()
+        timestep = timestep_of(module, args, kwargs)
+        keep(RecordedCall(step, copy_to_cpu(args), copy_to_cpu(kwargs), output, timestep, name))
+        step += 1
 
     with ExitStack() as hooks:
         for name, model in models.items():
-            hooks.enter_context(model.register_forward_hook(hook(name), with_kwargs=True))
+            hook = model.register_forward_hook(partial(record, name), with_kwargs=True)
+            hooks.enter_context(hook)
         for _ in run():
             step = 0
 

@@ -84,10 +84,7 @@ def sanity_check(run: Run) -> None:
     ) as bar:  # fmt: skip
         reference = float_reference(run, bar.update)
         report = measure(run, reference, bar.update)
-        for _ in range(ROUNDS):
-            failed = failures(report)
-            if not failed:
-                break
+        while len(promoted) < ROUNDS and (failed := failures(report)):
             promoted.append(_promote(run, failed[0]))
             log.warning("sanity check: %s", promoted[-1])
             report = measure(run, reference, bar.update)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -133,19 +134,17 @@ def _blocks(model: nn.Module, calls: list[dict[str, Tensor]], tick: Tick) -> Ite
         calls.append({})
         tick()
 
-    def end(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            rows = first_tensor(output).detach()
-            rows = rows.reshape(-1, rows.shape[-1])
-            calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
-
-        return hook
+    def end(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        rows = first_tensor(output).detach()
+        rows = rows.reshape(-1, rows.shape[-1])
+        calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
 
     with ExitStack() as hooks:
         hooks.enter_context(model.register_forward_pre_hook(begin))
         for prefix in blocks_of(model):
             name = prefix.removesuffix(".")
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(end(name)))
+            block = model.get_submodule(name)
+            hooks.enter_context(block.register_forward_hook(partial(end, name)))
         yield
 
 
@@ -160,34 +159,32 @@ def _layers(run: Run, report: SanityReport, calls: Sequence[object]) -> Iterator
     """
     mapped = Mapped()
 
-    def hook_of(name: str, old: nn.Module) -> Callable[..., None]:
-        def hook(module: QuantLinear, args: Any, output: Tensor) -> None:
-            call = len(calls) - 1
-            x, y = rows_of(old, args[0]), rows_of(old, output)
-            step = _stride(len(x))
-            x, y = x[::step].detach(), y[::step].detach().float()
-            if not x.isfinite().all():
-                return  # the fault is before it
-            bias = None if old.bias is None else old.bias.detach().float()  # type: ignore[operator, union-attr]
-            want = F.linear(x.float(), matrix_of(old).to(x.device), bias)
-            mapped.release([old.weight])  # type: ignore[list-item]
-            if not output.isfinite().all():
-                report.broken.setdefault(name, call)
-            elif bool(want.square().sum() > 0):
-                report.errors.setdefault(name, [0.0] * report.calls)[call] = relative_error(y, want)
-            if module.problem.activation_format.static:
-                transformed = module.transform().x(x.float()).abs()
-                largest = module.problem.activation_format.qmax + 0.5
-                beyond = transformed > largest * module.step_scale()
-                share = float(beyond.float().mean())
-                report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))
-
-        return hook
+    def compare(name: str, old: nn.Module, module: QuantLinear, args: Any, output: Tensor) -> None:
+        call = len(calls) - 1
+        x, y = rows_of(old, args[0]), rows_of(old, output)
+        step = _stride(len(x))
+        x, y = x[::step].detach(), y[::step].detach().float()
+        if not x.isfinite().all():
+            return  # the fault is before it
+        bias = None if old.bias is None else old.bias.detach().float()  # type: ignore[operator, union-attr]
+        want = F.linear(x.float(), matrix_of(old).to(x.device), bias)
+        mapped.release([old.weight])  # type: ignore[list-item]
+        if not output.isfinite().all():
+            report.broken.setdefault(name, call)
+        elif bool(want.square().sum() > 0):
+            report.errors.setdefault(name, [0.0] * report.calls)[call] = relative_error(y, want)
+        if module.problem.activation_format.static:
+            transformed = module.transform().x(x.float()).abs()
+            largest = module.problem.activation_format.qmax + 0.5
+            beyond = transformed > largest * module.step_scale()
+            share = float(beyond.float().mean())
+            report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))
 
     with ExitStack() as hooks:
         for name, layer in run.model.named_modules():
             if isinstance(layer, QuantLinear) and name in run.floats:
-                hooks.enter_context(layer.register_forward_hook(hook_of(name, run.floats[name])))
+                hook = partial(compare, name, run.floats[name])
+                hooks.enter_context(layer.register_forward_hook(hook))
         yield
 
 
