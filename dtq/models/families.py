@@ -82,14 +82,14 @@ _IMAGE = _latents("in_channels", 32, 32)
 _VIDEO = _latents("in_channels", FRAMES, SIDE, SIDE)
 _PACKED = _latents(TOKENS, "in_channels")
 _AUDIO = _latents("in_channels", TOKENS)
-_JOINT = _text("joint_attention_dim")
+_JOINT = {**_PACKED, **_text("joint_attention_dim")}
 _CAPTION = _text("caption_channels")
 _TEXT = _text("text_embed_dim")
 _MASK = {"encoder_attention_mask": mask(WORDS)}
 _POOLED = {"pooled_projections": noise("pooled_projection_dim")}
 _IDS_4 = {"img_ids": image_ids(4), "txt_ids": text_ids(3, of=4)}
 _CROP = {"target_size": full(1024, 2), "crop_coords": full(0, 2)}
-_FLUX = {**_PACKED, **_JOINT, "img_ids": image_ids(3), "txt_ids": text_ids(of=3)}
+_FLUX = {**_JOINT, "img_ids": image_ids(3), "txt_ids": text_ids(of=3)}
 _HUNYUAN = {
     **_TEXT,
     **_MASK,
@@ -139,7 +139,7 @@ _UP_TO_1000: dict[tuple[str, ...], dict[str, Maker]] = {
         **_text(lambda c: c.get("caption_channels") or c.cross_attention_dim),
         "added_cond_kwargs": resolution,
     },
-    ("sd3", "SD3Transformer2DModel"): {**_SQUARE, **_JOINT, **_POOLED},
+    ("sd3", "SD3Transformer2DModel"): {**_SQUARE, **_text("joint_attention_dim"), **_POOLED},
     ("bria", "BriaTransformer2DModel"): _FLUX,
     ("bria-fibo", "BriaFiboTransformer2DModel"): {
         **_FLUX,
@@ -329,14 +329,8 @@ _UP_TO_1000: dict[tuple[str, ...], dict[str, Maker]] = {
 _UP_TO_1: dict[tuple[str, ...], dict[str, Maker]] = {
     # images
     ("flux", "FluxTransformer2DModel"): {**_FLUX, **_POOLED, "guidance": guidance(3.5)},
-    ("flux2", "Flux2Transformer2DModel"): {
-        **_PACKED,
-        **_JOINT,
-        **_IDS_4,
-        "guidance": guidance(4.0),
-    },
+    ("flux2", "Flux2Transformer2DModel"): {**_JOINT, **_IDS_4, "guidance": guidance(4.0)},
     ("flux3", "Flux3Transformer2DModel"): {
-        **_PACKED,
         **_JOINT,
         **_IDS_4,
         "image_cond_hidden_states": noise(TOKENS, "cond_in_channels"),
@@ -346,7 +340,6 @@ _UP_TO_1: dict[tuple[str, ...], dict[str, Maker]] = {
     ("chroma", "ChromaTransformer2DModel", "OvisImageTransformer2DModel"): _FLUX,
     ("longcat-image", "LongCatImageTransformer2DModel"): _FLUX | {"txt_ids": text_ids(1, 2, of=3)},
     ("qwen-image", "QwenImageTransformer2DModel"): {
-        **_PACKED,
         **_JOINT,
         "img_shapes": image_shapes,
         "guidance": guidance(1.0),
@@ -365,7 +358,7 @@ _UP_TO_1: dict[tuple[str, ...], dict[str, Maker]] = {
         "image_rotary_emb": lumina_rotary_embedding,
         "cross_attention_kwargs": constant({}),
     },
-    ("aura-flow", "AuraFlowTransformer2DModel"): {**_SQUARE, **_JOINT},
+    ("aura-flow", "AuraFlowTransformer2DModel"): {**_SQUARE, **_text("joint_attention_dim")},
     ("z-image", "ZImageTransformer2DModel"): {
         "x": per_image(noise("in_channels", 1, 32, 32)),
         "t": timestep,
@@ -443,7 +436,7 @@ FAMILIES = (
     Family(
         "nucleus",
         ("NucleusMoEImageTransformer2DModel",),
-        arguments(**_PACKED, **_JOINT, img_shapes=image_shapes),
+        arguments(**_JOINT, img_shapes=image_shapes),
         # each block embeds the text; by its shape encoder_proj would be a feed-forward
         roles=((r"\.encoder_proj$", "embed"),),
         largest_timestep=1.0,
