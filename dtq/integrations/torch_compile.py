@@ -150,16 +150,13 @@ def _fuse_norm(graph: Graph, quantize: fx.Node) -> bool:
     norm = _match_modulated_norm(skip(quantize.args[0], VIEWS | CASTS))
     if norm is None or not _is_compiled(norm.x, "norm_quantize_rows"):
         return False
-    if not _only_quantized(norm.result):
-        return False
-    if not graph.no_writes_between(min(norm.fused, key=graph.position.__getitem__), quantize):
+    first = min(norm.fused, key=graph.position.__getitem__)
+    if not _only_quantized(norm.result) or not graph.no_writes_between(first, quantize):
         return False
     width = int(shape_of(norm.x)[-1])
     with graph.graph.inserting_before(quantize):
-        x, *vectors = (
-            graph.graph.call_method("reshape", (tensor, -1, width))
-            for tensor in (norm.x, norm.scale, norm.shift)
-        )
+        inputs = norm.x, norm.scale, norm.shift
+        x, *vectors = (graph.graph.call_method("reshape", (each, -1, width)) for each in inputs)
         if value_of(norm.scale).dtype != value_of(norm.shift).dtype:
             vectors = [graph.graph.call_method("float", (vector,)) for vector in vectors]
         vectors = [graph.graph.call_method("contiguous", (vector,)) for vector in vectors]

@@ -90,11 +90,10 @@ class ImageInputs:
         """The image arguments of the call for request ``index``."""
         if not self.arguments:
             return {}
-        image = (
-            _read_image(self.files[index % len(self.files)])
-            if self.files
-            else random_image(self.size, seed_of(self.seed, index))
-        )
+        if self.files:
+            image = _read_image(self.files[index % len(self.files)])
+        else:
+            image = random_image(self.size, seed_of(self.seed, index))
         return {name: MAKERS[name](image) for name in self.arguments}
 
 

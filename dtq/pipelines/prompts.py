@@ -116,18 +116,17 @@ def _file(path: Path) -> list[Any]:
     if path.suffix not in _FILES:
         raise InputError(f"prompt set {path}: expected .txt, {', '.join(_FILES)}")
     file = str(path)
-    table = _load_dataset(file, _FILES[path.suffix], data_files=file, split="train")
-    return _column(table, None, file)
+    return _column(file, "", _FILES[path.suffix], data_files=file, split="train")
 
 
 def _hub(name: str) -> list[Any]:
     dataset, _, rest = name.partition(":")
     split, _, column = rest.partition(":")
-    table = _load_dataset(dataset, dataset, split=split or "train")
-    return _column(table, column or None, dataset)
+    return _column(dataset, column, dataset, split=split or "train")
 
 
-def _load_dataset(name: str, *args: str, **options: str) -> Any:
+def _column(name: str, column: str, *args: str, **options: str) -> list[Any]:
+    """A column of a dataset; without its name, the first of ``_COLUMNS`` that the dataset has."""
     try:
         import datasets
     except ImportError as error:
@@ -135,12 +134,9 @@ def _load_dataset(name: str, *args: str, **options: str) -> Any:
             "reading this set needs the package datasets: pip install dtq[eval]"
         ) from error
     try:
-        return datasets.load_dataset(*args, **options)
+        table = datasets.load_dataset(*args, **options)
     except LIBRARY_ERRORS as error:
         raise InputError(f"prompt set {name}: cannot be read ({first_line(error)})") from error
-
-
-def _column(table: Any, column: str | None, name: str) -> list[Any]:
     candidates = (column,) if column else _COLUMNS
     if found := [candidate for candidate in candidates if candidate in table.column_names]:
         return list(table[found[0]])

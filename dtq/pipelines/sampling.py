@@ -56,10 +56,8 @@ def run_pipeline(
         starts = range(0, len(requests.entries), batch)
         for start in starts if only is None else filter(only.__contains__, starts):
             entries = list(requests.entries[start : start + batch])
-            generators = [
-                torch.Generator().manual_seed(seed_of(settings.seed, start + i))
-                for i in range(len(entries))
-            ]
+            seeds = [seed_of(settings.seed, start + i) for i in range(len(entries))]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             args = {requests.argument: entries} | images.of(start)
             try:
                 result = pipeline(**args, generator=generators, **options)

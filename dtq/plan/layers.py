@@ -92,14 +92,13 @@ class LayerSpec:
             CheckpointError: it is not what dtq writes; says which key.
         """
         spec = schema.parse(cls, data, where, CheckpointError, required=cls.ALWAYS, strict=True)
+        tables: dict[str, Iterable[str]]
+        tables = {"weight_format": FORMATS, "activation_format": ACTIVATION_FORMATS}
         problems = [
-            f"{key}: unknown format {name!r}; this dtq knows {', '.join(table)}. A newer dtq may "
-            f"have written it: pip install -U dtq"
-            for key, name, table in (
-                ("weight_format", spec.weight_format, FORMATS),
-                ("activation_format", spec.activation_format, ACTIVATION_FORMATS),
-            )
-            if name not in table
+            f"{key}: unknown format {getattr(spec, key)!r}; this dtq knows {', '.join(table)}. A "
+            f"newer dtq may have written it: pip install -U dtq"
+            for key, table in tables.items()
+            if getattr(spec, key) not in table
         ]
         size = spec.hadamard_block_size
         if size < 1 or size & (size - 1):
@@ -267,11 +266,7 @@ class CheckpointSpec:
 
     @classmethod
     def from_json(
-        cls,
-        layers: Mapping[str, Any],
-        edges: Iterable[float],
-        where: str,
-        runtime: Mapping[str, Any],
+        cls, layers: dict[str, Any], edges: Iterable[float], where: str, runtime: dict[str, Any]
     ) -> CheckpointSpec:
         """Read the fields of the config that say how layers are stored and run.
 

@@ -112,24 +112,14 @@ def from_result(
         transform = OnlineTransform(
             own["scale"], layer["block"], own.get("perm"), layer["num_rotations"]
         )
-        results.append(
-            LayerResult(
-                replace(plan[layer["name"]], spec=LayerSpec(**layer["spec"])),
-                {k.removeprefix("packed."): t for k, t in own.items() if k.startswith("packed.")},
-                transform,
-                own.get("bias_shift"),
-                LayerReport(**layer["report"]),
-                layer["weight_error"],
-            )
-        )
+        packed = {k.removeprefix("packed."): t for k, t in own.items() if k.startswith("packed.")}
+        chosen = replace(plan[layer["name"]], spec=LayerSpec(**layer["spec"]))
+        shift, report = own.get("bias_shift"), LayerReport(**layer["report"])
+        results.append(LayerResult(chosen, packed, transform, shift, report, layer["weight_error"]))
     return results, InputReport(**data["input"])
 
 
 def finalize(plan: Plan, results: Mapping[str, LayerResult]) -> Plan:
     """The plan with the formats, transforms and ranks that were chosen."""
-    return plan.with_layers(
-        {
-            x.name: replace(results[x.name].plan, note=x.note or results[x.name].plan.note)
-            for x in plan.quantized()
-        }
-    )
+    pairs = [(x, results[x.name].plan) for x in plan.quantized()]
+    return plan.with_layers({x.name: replace(y, note=x.note or y.note) for x, y in pairs})

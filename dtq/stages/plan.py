@@ -53,8 +53,7 @@ def _first_call(run: Run) -> Any:
     once = replace(run.recipe.calibration, samples=1, steps=1, batch_size=1)
 
     def sample(model: nn.Module) -> None:
-        for _ in sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once):
-            pass
+        list(sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once))
 
     return sample
 

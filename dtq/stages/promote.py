@@ -29,11 +29,8 @@ def promote(run: Run) -> None:
     if run.recipe.allocate.budget:  # the budget has decided
         return
     for layer, error in _sensitive(run):
-        raised = replace(
-            layer.with_spec(weight_format=run.recipe.promote.to, rank=0),
-            lowrank=MethodSpec("none"),
-            format_candidates=(),
-        )
+        finer = layer.with_spec(weight_format=run.recipe.promote.to, rank=0)
+        raised = replace(finer, lowrank=MethodSpec("none"), format_candidates=())
         plan = run.plan.with_layers({layer.name: raised})
         if plan.bits(plan.gemm()) > run.recipe.promote.budget:
             continue

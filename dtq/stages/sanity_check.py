@@ -15,8 +15,6 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from tqdm.auto import tqdm
-
 from dtq.errors import NonFiniteError
 from dtq.io.memory import paged_weights
 from dtq.models.linears import matrix_of
@@ -79,9 +77,7 @@ def sanity_check(run: Run) -> None:
     if not run.check or not (run.has_data or run.statistics is not None):
         return
     promoted: list[Promotion] = []
-    with paged_weights(run.model), tqdm(
-        desc="sanity check", unit="call", disable=not run.progress, dynamic_ncols=True
-    ) as bar:  # fmt: skip
+    with paged_weights(run.model), run.progress_bar("sanity check", unit="call") as bar:
         reference = float_reference(run, bar.update)
         report = measure(run, reference, bar.update)
         while len(promoted) < ROUNDS and (failed := failures(report)):
@@ -102,10 +98,8 @@ def sanity_check(run: Run) -> None:
 
 def failures(report: SanityReport) -> list[Failure]:
     """Layers to promote, the gravest failure first; empty when the model passes."""
-    failed = [
-        Failure(name, f"its output is not finite at call {call}")
-        for name, call in list(report.broken.items())[:1]  # the others may be consequences
-    ]
+    first = list(report.broken.items())[:1]  # the others may be consequences
+    failed = [Failure(name, f"its output is not finite at call {call}") for name, call in first]
     failed += [
         Failure(name, f"{share:.1%} of its input is beyond its static scale at call {call}")
         for name, (share, call) in sorted(report.saturation.items(), key=lambda x: -x[1][0])

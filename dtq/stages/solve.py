@@ -8,7 +8,6 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dtq.calibrate.observers import InputStats
 from dtq.io.memory import Mapped, trim_malloc
@@ -55,10 +54,8 @@ def solve_layers(
     assigned = run.tasks.assigned(costs)
     mapped = Mapped()
     # by cost, so that the remaining time is right where layers differ in size
-    with tqdm(
-        total=sum(costs[task] for task in assigned), desc=label, disable=not run.progress,
-        dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
-    ) as bar:  # fmt: skip
+    total, shown = sum(costs[t] for t in assigned), "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with run.progress_bar(label, total=total, bar_format=shown) as bar:
         for done, task in enumerate(assigned, 1):
             group, layers = problems[task]
             modules = [run.model.get_submodule(layer.name) for layer in layers]

@@ -54,13 +54,9 @@ class TransformedInput:
             choice: its transform.
             weight: float (N, K) of the layer.
         """
-        return cls(
-            run.stats(run.scan.group_of(layer.name)),
-            choice,
-            ACTIVATION_FORMATS[layer.activation_format],
-            weight,
-            run.recipe.correct_bias,
-        )
+        stats = run.stats(run.scan.group_of(layer.name))
+        activations = ACTIVATION_FORMATS[layer.activation_format]
+        return cls(stats, choice, activations, weight, run.recipe.correct_bias)
 
     @property
     def transform(self) -> OnlineTransform:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 from itertools import groupby
 
-from tqdm.auto import tqdm
-
 from dtq.allocate import Option, knapsack
 from dtq.errors import InputError
 from dtq.formats.activations import activation_format_of
@@ -51,10 +49,9 @@ def step_policy(run: Run) -> None:
     least = sum(min(o.cost for o in each) for each in options.values())
     most = sum(max(o.cost for o in each) for each in options.values())
     chosen = knapsack(options, least + int(settings.budget * (most - least)))
-    precisions = _filled(
-        [chosen[str(b)].name if b in by_bin else "" for b in range(settings.num_bins)]
-    )
-    policy = _merged(edges, precisions, [steps.get(b, 0) for b in range(settings.num_bins)])
+    bins = range(settings.num_bins)
+    precisions = _filled([chosen[str(b)].name if b in by_bin else "" for b in bins])
+    policy = _merged(edges, precisions, [steps.get(b, 0) for b in bins])
     install_clock(run.model, run.edges, policy)
     run.config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
     run.report.step_policy = policy.to_json()
@@ -69,9 +66,7 @@ def _measure(
     samples = {b: subsample(calls, settings.num_inputs) for b, calls in by_bin.items()}
     options: dict[str, list[Option]] = {str(b): [] for b in sorted(by_bin)}
     total = len(settings.precisions) * sum(map(len, samples.values()))
-    with tqdm(
-        total=total, desc="step policy", unit="call", disable=not run.progress, dynamic_ncols=True
-    ) as bar:
+    with run.progress_bar("step policy", total=total, unit="call") as bar:
         for name in settings.precisions:
             bits = activation_format_of(name, run.recipe.activations).bits
             install_clock(run.model, run.edges, StepPolicy((), (name,)))
