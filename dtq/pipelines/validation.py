@@ -272,10 +272,8 @@ def _needs_real_weights(cause: BaseException | None) -> bool:
 
     diffusers can build it on a real device. Torch has no error class for that.
     """
-    message = str(cause)
-    return isinstance(cause, RuntimeError | TypeError) and (
-        "meta tensor" in message or "meta device" in message
-    )
+    words = "meta tensor", "meta device"
+    return isinstance(cause, RuntimeError | TypeError) and any(w in str(cause) for w in words)
 
 
 def model_kind(name: object) -> Callable[..., Any] | None:
