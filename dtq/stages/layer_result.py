@@ -88,16 +88,15 @@ def to_result(results: list[LayerResult], group: InputReport) -> tuple[dict[str,
         }
         own |= {"scale": transform.scale, "perm": transform.perm, "bias_shift": result.bias_shift}
         tensors |= {f"{name}|{key}": tensor for key, tensor in own.items() if tensor is not None}
-        layers.append(
-            {
-                "name": name,
-                "spec": asdict(result.plan.spec),
-                "block": transform.block,
-                "num_rotations": transform.num_rotations,
-                "report": asdict(result.report),
-                "weight_error": result.weight_error,
-            }
-        )
+        layer = {
+            "name": name,
+            "spec": asdict(result.plan.spec),
+            "block": transform.block,
+            "num_rotations": transform.num_rotations,
+            "report": asdict(result.report),
+            "weight_error": result.weight_error,
+        }
+        layers.append(layer)
     return tensors, {"layers": layers, "input": asdict(group)}
 
 

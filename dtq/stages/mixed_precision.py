@@ -31,10 +31,7 @@ def mixed_precision(run: Run) -> None:
         if (names := [x.name for x in group.linears if x.name in gemm])
     }
     results = _solve_every_format(run, members)
-    weights = {
-        group: sum(math.prod(plan[name].shape) for name in names)
-        for group, names in members.items()
-    }
+    weights = {g: sum(math.prod(plan[x].shape) for x in names) for g, names in members.items()}
     costs = {
         group: {
             option: sum(result.plan.nbytes(plan.bins) for result in layers.values())

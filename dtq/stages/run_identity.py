@@ -36,7 +36,6 @@ def run_identity(
     if pipeline is not None and needs and statistics is None:
         requests = prompts.load(settings.prompts, pipeline, settings.samples)
         digest = bytes_digest(json.dumps([str(entry) for entry in requests.entries]).encode())
-    images = Path(settings.images) if settings.images else None
     return {
         "model": _model(loaded),
         "components": [run.loaded.component for run in runs],
@@ -44,7 +43,7 @@ def run_identity(
         "device": next(loaded.model.parameters()).device.type,
         "recipe": recipe.to_dict(),
         "calibration prompts": digest,
-        "calibration images": None if images is None else path_digest(images),
+        "calibration images": path_digest(Path(settings.images)) if settings.images else None,
         "statistics": None if statistics is None else file_digest(statistics),
         "exclude": list(runs[0].exclude),
         "dtq": folder_digest(package_root(), "*.py"),

@@ -54,7 +54,8 @@ def solve_layers(
     assigned = run.tasks.assigned(costs)
     mapped = Mapped()
     # by cost, so that the remaining time is right where layers differ in size
-    total, shown = sum(costs[t] for t in assigned), "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    total = sum(costs[task] for task in assigned)
+    shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     with run.progress_bar(label, total=total, bar_format=shown) as bar:
         for done, task in enumerate(assigned, 1):
             group, layers = problems[task]
@@ -112,10 +113,8 @@ def build_quant_linear(
         bins: timestep bins of static activation scales.
         compute_dtype: dtype of the bias and of the output.
     """
-    new = QuantLinear.in_place_of(
-        old, result.plan.spec, bins=bins, compute_dtype=compute_dtype, device="meta"
-    )
-    device = next(old.parameters()).device
+    spec, device = result.plan.spec, next(old.parameters()).device
+    new = QuantLinear.in_place_of(old, spec, bins=bins, compute_dtype=compute_dtype, device="meta")
     new.fill({name: tensor.to(device) for name, tensor in result.tensors.items()})
     if isinstance(old.bias, Tensor):
         shift = 0.0 if result.bias_shift is None else result.bias_shift

@@ -118,13 +118,11 @@ class TransformedInput:
             raise InputError("static activation scales need calibration data")
         rows = self.transform.x(self.stats.sample.rows.to(self.transform.scale.device))
         bins = (self.stats.sample.stratum // 2).to(rows.device)
-        overall = row_scale(rows.reshape(1, -1)).reshape(())
+        overall = row_scale(rows.reshape(1, -1)).reshape(1, 1)
         if not self.activations.per_timestep:
-            return overall.reshape(1, 1)
-        scales = [
-            row_scale(rows[bins == b].reshape(1, -1)).reshape(()) if (bins == b).any() else overall
-            for b in range(self.stats.bins)
-        ]
+            return overall
+        ranges = (rows[bins == b] for b in range(self.stats.bins))
+        scales = [row_scale(x.reshape(1, -1)) if len(x) else overall for x in ranges]
         return torch.stack(scales).reshape(1, -1)
 
 

@@ -80,11 +80,10 @@ def _measure(
 
 def _filled(precisions: list[str]) -> list[str]:
     """Bins without a step take the precision of the less noisy neighbor, or of the next one."""
-    for i in range(1, len(precisions)):
-        precisions[i] = precisions[i] or precisions[i - 1]
-    for i in reversed(range(len(precisions) - 1)):
-        precisions[i] = precisions[i] or precisions[i + 1]
-    return precisions
+    filled = [""]
+    for precision in precisions:
+        filled.append(precision or filled[-1])
+    return [precision or next(filter(None, filled)) for precision in filled[1:]]
 
 
 def _merged(edges: list[float], precisions: list[str], steps: list[int]) -> StepPolicy:
