@@ -82,10 +82,9 @@ def load_ternary(
         if not isinstance(old, nn.Linear):
             raise InputError(f"{type(model).__name__} has no linear {name!r}")
         codes = unpack_codes(packed) if packed.dtype == torch.uint8 else packed
-        if codes.shape != old.weight.shape:
-            raise InputError(
-                f"{name}: codes are {list(codes.shape)}, the linear is {list(old.weight.shape)}"
-            )
+        got, want = list(codes.shape), list(old.weight.shape)
+        if got != want:
+            raise InputError(f"{name}: codes are {got}, the linear is {want}")
         if not bool(((codes.abs() <= 1) & (codes == codes.round())).all()):
             raise InputError(f"{name}: codes must be -1, 0 or 1")
         if not bool(torch.as_tensor(alpha).isfinite().all()):

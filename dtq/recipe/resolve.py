@@ -40,10 +40,8 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
         raise RecipeError(f"recipe {recipe.name}", unused)
     layers = [_resolve_layer(recipe, linear, exclude) for linear in linears]
     per_timestep = any(ACTIVATION_FORMATS[x.activation_format].per_timestep for x in layers)
-    layers += [
-        LayerPlan(name, "other", (0, 0), note="never called in the traced forward")
-        for name in scan.uncalled
-    ]
+    note = "never called in the traced forward"
+    layers += [LayerPlan(name, "other", (0, 0), note=note) for name in scan.uncalled]
     bins = recipe.calibration.num_timestep_bins if per_timestep else 1
     return Plan(recipe.name, tuple(layers), bins)
 
