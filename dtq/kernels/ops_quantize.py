@@ -203,17 +203,11 @@ def _transform_rows(x: Tensor, *transform: Any) -> Tensor:
     return transform_input(x.float(), *transform).clone()  # (M, K) float32
 
 
-def _round_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,  # (K,) bfloat16
-    perm: Tensor | None,  # (K,) int32
-    hadamard_block: int,
-    num_rotations: int,
-    activation_format: str,  # a key of ACTIVATION_FORMATS
-    dtype: torch.dtype,
-) -> Tensor:
-    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
-    rounded = fake_quantize(x, ACTIVATION_FORMATS[activation_format])
+def _round_rows(x: Tensor, *args: Any) -> Tensor:
+    *transform, activation_format, dtype = args  # of transform_input; a key; of the result
+    rounded = fake_quantize(
+        transform_input(x.float(), *transform), ACTIVATION_FORMATS[activation_format]
+    )
     return rounded.to(dtype, copy=True)  # (M, K)
 
 
@@ -238,6 +232,8 @@ TRANSFORM_ARGS = "Tensor? pre_scale, Tensor? perm, int hadamard_block, int num_r
 """Part of schemas: the input transform of a layer."""
 
 _QUANTIZE = f"{TRANSFORM_ARGS}, Tensor? scale, Tensor? bin, int qmax=127) -> (Tensor, Tensor)"
+_TRANSFORM = f"Tensor x, {TRANSFORM_ARGS}"
+_ROUNDING = "str activation_format, ScalarType dtype"
 _NORM = "Tensor? modulate_scale, Tensor? modulate_shift, float eps"
 
 OPS = (
@@ -250,22 +246,9 @@ OPS = (
     (f"binned_quantize_rows(Tensor x, {_QUANTIZE}", binned_quantize_rows, _int8_fake),
     (f"norm_quantize_rows(Tensor x, {_NORM}, {_QUANTIZE}", _norm_quantize_rows, _int8_fake),
     (f"gelu_quantize_rows(Tensor x, {_QUANTIZE}", _gelu_quantize_rows, _int8_fake),
-    (
-        f"e4m3_quantize_rows(Tensor x, {TRANSFORM_ARGS}) -> (Tensor, Tensor)",
-        _e4m3_quantize_rows,
-        _e4m3_fake,
-    ),
-    (
-        f"e2m1_quantize_rows(Tensor x, {TRANSFORM_ARGS}) -> (Tensor, Tensor)",
-        _e2m1_quantize_rows,
-        _int8_fake,
-    ),
-    (f"transform_rows(Tensor x, {TRANSFORM_ARGS}) -> Tensor", _transform_rows, _float_fake),
-    (
-        f"round_rows(Tensor x, {TRANSFORM_ARGS}, str activation_format, ScalarType dtype)"
-        " -> Tensor",
-        _round_rows,
-        _round_rows_fake,
-    ),
+    (f"e4m3_quantize_rows({_TRANSFORM}) -> (Tensor, Tensor)", _e4m3_quantize_rows, _e4m3_fake),
+    (f"e2m1_quantize_rows({_TRANSFORM}) -> (Tensor, Tensor)", _e2m1_quantize_rows, _int8_fake),
+    (f"transform_rows({_TRANSFORM}) -> Tensor", _transform_rows, _float_fake),
+    (f"round_rows({_TRANSFORM}, {_ROUNDING}) -> Tensor", _round_rows, _round_rows_fake),
 )
 """Schema, reference and fake of each op; rows of the table in ``ops.py``."""

@@ -54,13 +54,10 @@ def _linear_fake(x: Tensor, tensors: list[Tensor], *rest: object) -> Tensor:
 
 
 _WEIGHT = "Tensor[] tensors, str[] names, str weight_format"
+_RESULT = "int columns, ScalarType dtype"
 
 OPS = (
-    (
-        f"dequantize({_WEIGHT}, int columns, ScalarType dtype) -> Tensor",
-        _dequantize,
-        _dequantize_fake,
-    ),
+    (f"dequantize({_WEIGHT}, {_RESULT}) -> Tensor", _dequantize, _dequantize_fake),
     (f"weight_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor", _weight_linear, _linear_fake),
     (f"cached_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor", _cached_linear, _linear_fake),
 )

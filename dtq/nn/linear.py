@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
 from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, activation_format_of
-from dtq.kernels.table import Epilogue, Kernel, LinearProblem, branch_joins, compiled, pick
+from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
+from dtq.kernels.table import branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
@@ -267,9 +268,8 @@ class QuantLinear(nn.Linear):
             return None
         rows = x.reshape(-1, self.in_features)
         epilogue = Epilogue(gelu=True, branch=self._branch(rows))
-        y = self.kernel.with_epilogue(
-            self.problem, rows, self._kernel_tensors(), self.bias, epilogue
-        )
+        call = LinearCall(self.problem, rows, self._kernel_tensors(), self.bias)
+        y = self.kernel.with_epilogue(call, epilogue)
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
 
     @property
@@ -312,8 +312,8 @@ class QuantLinear(nn.Linear):
         """``rows`` (M, K) to (M, N), with the low-rank branch."""
         tensors, branch = self._kernel_tensors(), self._branch(rows)
         if branch and self.kernel.with_epilogue and self._fuses_branch(rows):
-            epilogue = Epilogue(branch=branch)
-            fused = self.kernel.with_epilogue(self.problem, rows, tensors, bias, epilogue)
+            call = LinearCall(self.problem, rows, tensors, bias)
+            fused = self.kernel.with_epilogue(call, Epilogue(branch=branch))
             if fused is not None:
                 return fused
         if self._has_step_policy:

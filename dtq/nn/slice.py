@@ -141,11 +141,10 @@ class Slice(QuantLinear):
         """Integer values as float (M, K), and the scales of the tokens (M, 1)."""
         if not activations.integer:
             return doubled(x, amax)
-        scale = (
-            self.step_scale().expand_as(amax)
-            if activations.static
-            else scale_of(amax, activations.qmax)
-        )
+        if activations.static:
+            scale = self.step_scale().expand_as(amax)
+        else:
+            scale = scale_of(amax, activations.qmax)
         return row_codes(x, scale, activations.qmax), scale
 
     def _transform_input(self, rows: Tensor) -> Tensor:
