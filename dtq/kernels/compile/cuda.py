@@ -99,13 +99,7 @@ CUDA = Library(
     device="cuda",
     title="GPU",
     ops=(
-        "quantize_rows",
         *(op[0].split("(")[0] for op in (*ops_quantize.OPS, *ops_gemm.OPS, *ops_fp4.OPS)),
-        "transform_rows",
-        "round_rows",
-        "w8a8_linear",
-        "w4a8_linear",
-        "w3a8_linear",
         "dequantize",
         "weight_linear",
     ),
