@@ -185,9 +185,7 @@ class CodebookFormat(BaseFormat):
     number a code stands for (``_decode``), and how many bits a code has.
     """
 
-    @property
-    def _bits(self) -> int:
-        raise NotImplementedError
+    bits: int
 
     def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
         raise NotImplementedError
@@ -208,10 +206,10 @@ class CodebookFormat(BaseFormat):
         return self._float_scale(scale, qparams)
 
     def _pack_codes(self, codes: Tensor) -> PackedTensors:
-        return {"weight": pack_bits(codes, self._bits)}
+        return {"weight": pack_bits(codes, self.bits)}
 
     def _unpack_codes(self, tensors: PackedTensors) -> Tensor:
-        return unpack_bits(tensors["weight"], self._bits)
+        return unpack_bits(tensors["weight"], self.bits)
 
     def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         """Nearest representable values, float32; see :meth:`Format.fake_quantize`."""

@@ -141,7 +141,8 @@ class FixedCodebookFormat(CodebookFormat):
     codebook: Codebook
 
     @property
-    def _bits(self) -> int:
+    def bits(self) -> int:  # type: ignore[override]
+        """Bits of a code."""
         return self.codebook.bits
 
     def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
@@ -170,7 +171,7 @@ class Grid(FixedCodebookFormat):
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """``weight``, the packed codes, and ``weight_scale``."""
-        return self._packed_specs(shape, self._bits)
+        return self._packed_specs(shape, self.bits)
 
     def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
         amax = in_groups(x, self.group).abs().amax(-1)

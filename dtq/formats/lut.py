@@ -112,10 +112,6 @@ class Lut(CodebookFormat):
         lut = self._learn_lut(grouped, weight) if outer is None else outer["weight_lut"]
         return {"weight_scale": self._fit_scale(grouped, weight, lut), "weight_lut": lut}
 
-    @property
-    def _bits(self) -> int:
-        return self.bits
-
     def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
         return _nearest(u, qparams["weight_lut"].reshape(-1))
 

@@ -161,24 +161,15 @@ def binned_quantize_rows(
 
 
 def _quantize_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,  # (K,) bfloat16
-    hadamard_block: int,
-    scale: Tensor | None,  # (1,) float32, or None: one per row
-    qmax: int = 127,
+    x: Tensor, pre_scale: Tensor | None, hadamard_block: int, scale: Tensor | None, qmax: int = 127
 ) -> tuple[Tensor, Tensor]:
+    """:func:`binned_quantize_rows` with one bin, and without a permutation."""
     return binned_quantize_rows(x, pre_scale, None, hadamard_block, 1, scale, None, qmax)
 
 
-def _norm_quantize_rows(
-    x: Tensor,
-    modulate_scale: Tensor | None,
-    modulate_shift: Tensor | None,
-    eps: float,
-    *quantize: Any,  # of binned_quantize_rows
-) -> tuple[Tensor, Tensor]:
-    y = norm_modulate(x, modulate_scale, modulate_shift, eps)
-    return binned_quantize_rows(y, *quantize)
+def _norm_quantize_rows(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    norm, quantize = args[:3], args[3:]  # of norm_modulate and of binned_quantize_rows
+    return binned_quantize_rows(norm_modulate(x, *norm), *quantize)
 
 
 def _gelu_quantize_rows(x: Tensor, *quantize: Any) -> tuple[Tensor, Tensor]:

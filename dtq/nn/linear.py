@@ -240,7 +240,7 @@ class QuantLinear(nn.Linear):
 
     def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (M, K)
-        if torch.is_grad_enabled() and (rows.requires_grad or _requires_grad(self.bias)):
+        if _needs_gradient(rows, self.bias):
             y = straight_through(rows, self.bias, self)
         else:
             y = self._gemm(rows, self.bias)
@@ -258,9 +258,7 @@ class QuantLinear(nn.Linear):
             or self._forward_pre_hooks
             or any(hasattr(self, hook) for hook in HOOKS)
         )
-        if hooked or self.spatial or self._has_step_policy:
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or _requires_grad(self.bias)):
+        if hooked or self.spatial or self._has_step_policy or _needs_gradient(x, self.bias):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):
             return None
@@ -404,5 +402,5 @@ class QuantLinear(nn.Linear):
         return self.out_features, self.in_features
 
 
-def _requires_grad(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

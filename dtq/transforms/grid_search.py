@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -126,10 +127,9 @@ class _Candidates:
 
 
 def _grid(step: float) -> Iterator[GridPoint]:
-    for i in range(round(1.0 / step) + 1):
-        for beta in (None, 0.0):
-            for reduce in ("max", "mean"):
-                yield i * step, beta, reduce
+    count = round(1.0 / step) + 1
+    for i, beta, reduce in product(range(count), (None, 0.0), ("max", "mean")):
+        yield i * step, beta, reduce
 
 
 def _spread(w: Tensor, count: int) -> Tensor:
