@@ -26,7 +26,6 @@ from dtq.kernels.table import branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
-from dtq.nn.straight_through import straight_through
 from dtq.plan.layers import LayerSpec
 from dtq.transforms import OnlineTransform
 
@@ -241,7 +240,7 @@ class QuantLinear(nn.Linear):
     def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (M, K)
         if _needs_gradient(rows, self.bias):
-            y = straight_through(rows, self.bias, self)
+            y = _StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         else:
             y = self._gemm(rows, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -404,3 +403,21 @@ class QuantLinear(nn.Linear):
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The quantized GEMM, with the gradient of the dequantized layer, which ignores rounding.
+
+    For adapters that are trained with the layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantLinear) -> Tensor:
+        ctx.layer, ctx.has_bias = layer, bias is not None
+        return layer._gemm(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad,) = grads  # (M, N)
+        x_grad = grad @ ctx.layer.dequantize(grad.dtype)  # (M, K)
+        return x_grad, grad.sum(0) if ctx.has_bias else None, None
