@@ -85,10 +85,8 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Fields that differ from the defaults; the base class prints these."""
-        default = type(self)().to_dict()
-        return {
-            k: v for k, v in self.to_dict().items() if k == "quant_method" or v != default.get(k)
-        }
+        unset = type(self)().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k == "quant_method" or v != unset.get(k)}
 
     def load_plan(self) -> CheckpointSpec:
         """What to build before the weights are read.

@@ -74,21 +74,19 @@ class Reader:
         read = [self._read_header(Path(file)) for file in files]
         values = next((checksums for checksums in reversed(read) if checksums is not None), None)
         names = sorted(self.where)
-        files_read = ", ".join(sorted({Path(file).name for file in self.where.values()}))
+        all_files = ", ".join(sorted({Path(file).name for file in self.where.values()}))
         if values is None:
-            raise CheckpointError(
-                f"{files_read}: the tensor {CHECKSUMS} is missing; not a dtq file"
-            )
+            raise CheckpointError(f"{all_files}: the tensor {CHECKSUMS} is missing; not a dtq file")
         version, names_sum, *sums = values.tolist()
-        check_version(version, f"{files_read}: format")
+        check_version(version, f"{all_files}: format")
         if len(names) != len(sums):
             raise CheckpointError(
-                f"{files_read}: {len(names)} tensors where {len(sums)} were saved; a file is "
+                f"{all_files}: {len(names)} tensors where {len(sums)} were saved; a file is "
                 f"missing or from another model"
             )
         if outline(self.stored) != names_sum:
             raise CheckpointError(
-                f"{files_read}: truncated or damaged (a tensor's name, dtype or shape is not what "
+                f"{all_files}: truncated or damaged (a tensor's name, dtype or shape is not what "
                 f"was saved); copy it again"
             )
         self.sums: dict[str, int] = dict(zip(names, sums, strict=True))
@@ -167,12 +165,12 @@ class Reader:
         """Note the tensors of a file; returns the checksums if they are in it."""
         if file.suffix in PICKLES:
             raise CheckpointError(f"{file}: pickle, which can run code; dtq reads safetensors only")
-        values: Tensor | None = None
+        sums: Tensor | None = None
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
                     if key == CHECKSUMS:
-                        values = opened.get_tensor(key)
+                        sums = opened.get_tensor(key)
                         continue
                     if key in self.where:
                         raise CheckpointError(f"{file}: {key} is also in {self.where[key]}")
@@ -183,11 +181,9 @@ class Reader:
             raise CheckpointError(
                 f"{file}: truncated or damaged ({error}); copy it again"
             ) from error
-        if values is not None and (
-            values.dtype != torch.int32 or values.ndim != 1 or len(values) < 2
-        ):
+        if sums is not None and (sums.dtype != torch.int32 or sums.ndim != 1 or len(sums) < 2):
             raise CheckpointError(f"{file}: {CHECKSUMS} is damaged; copy the file again")
-        return values
+        return sums
 
 
 def verify(path: Path, component: Components = "auto") -> dict[str, Path]:

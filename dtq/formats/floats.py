@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtq.formats.base import BaseFormat, Clip, PackedTensors, QParams, TensorSpec
+from dtq.formats.base import Clip, Format, PackedTensors, QParams, TensorSpec
 from dtq.formats.grid import E2M1, FixedCodebookFormat
 from dtq.formats.groups import broadcast_weights, divide, in_groups
 
@@ -26,7 +26,7 @@ _E4M3_TINY = 2.0**-9
 
 
 @dataclass(frozen=True)
-class Fp8(BaseFormat):
+class Fp8(Format):
     """e4m3 numbers (4 exponent bits, 3 mantissa bits) with one float32 scale per row."""
 
     name: str

@@ -196,9 +196,8 @@ def _transform_rows(x: Tensor, *transform: Any) -> Tensor:
 
 def _round_rows(x: Tensor, *args: Any) -> Tensor:
     *transform, activation_format, dtype = args  # of transform_input; a key; of the result
-    rounded = fake_quantize(
-        transform_input(x.float(), *transform), ACTIVATION_FORMATS[activation_format]
-    )
+    x = transform_input(x.float(), *transform)
+    rounded = fake_quantize(x, ACTIVATION_FORMATS[activation_format])
     return rounded.to(dtype, copy=True)  # (M, K)
 
 

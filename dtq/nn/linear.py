@@ -271,9 +271,8 @@ class QuantLinear(nn.Linear):
 
     @property
     def _has_step_policy(self) -> bool:
-        return bool(
-            self._clock and self._clock[0].modes and self.problem.activation_format.bits < 16
-        )
+        modes = self._clock and self._clock[0].modes
+        return bool(modes and self.problem.activation_format.bits < 16)
 
     def current_activation_format(self) -> ActivationFormat:
         """The activation format of this step: the layer's, or the one that a step policy sets."""
@@ -285,9 +284,7 @@ class QuantLinear(nn.Linear):
 
     def _kernel_tensors(self) -> PackedTensors:
         """The tensors that a kernel reads, with the activation scale of the current step."""
-        tensors = {
-            name: self.packed_tensor(name) for name in self._specs if not name.startswith("proj_")
-        }
+        tensors = {n: self.packed_tensor(n) for n in self._specs if not n.startswith("proj_")}
         if self._first and torch.compiler.is_compiling():
             first = self._first[0]
             for name in TRANSFORM_TENSORS:

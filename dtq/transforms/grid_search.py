@@ -112,10 +112,8 @@ class _Candidates:
         alpha, beta, reduce = point
         s = smoothing(self.amax, self.stats, alpha=alpha, beta=beta, reduce=reduce)
         rotation = f" + hadamard {block}" if block > 1 else ""
-        label = (
-            f"smooth({alpha:.2f}{'' if beta is None else f', beta {beta:g}'}, {reduce}){rotation}"
-        )
-        return self.add(kind, s, block, label)
+        power = "" if beta is None else f", beta {beta:g}"
+        return self.add(kind, s, block, f"smooth({alpha:.2f}{power}, {reduce}){rotation}")
 
     def choice(self, max_error_ratio: float) -> TransformChoice:
         """The best of all; kinds with nearly its error are runner-ups."""
