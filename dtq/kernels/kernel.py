@@ -126,5 +126,12 @@ class Kernel:
     def call(
         self, problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
     ) -> Tensor:
-        """The output (M, N); arguments as of :class:`LinearCall`."""
+        """Compute the output (M, N).
+
+        Args:
+            problem: see :class:`LinearCall`.
+            x: likewise.
+            tensors: likewise.
+            bias: likewise.
+        """
         return self.gemm(LinearCall(problem, x, tensors, bias))

@@ -100,16 +100,13 @@ def _w8a8_linear(*args: Any) -> Tensor:
     return _w8a8_epilogue_linear(*operands, False, None, None, dtype)
 
 
-def _expanded(
-    linear: Callable[..., Tensor],  # one of the two above
-    expand: Callable[[Tensor, Tensor], Tensor],
-    x_q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,  # (N, K/2) int8, two codes a byte; or (N, 3K/8) int8, eight in three bytes
-    weight_scale: Tensor,
-    groups: Tensor,  # weight_scale_2 (N, K/group) int8, scale2 - 1 and zero; or tables
-    *rest: Any,
-) -> Tensor:
+def _expanded(linear: Callable[..., Tensor], expand: Callable[..., Tensor], *args: Any) -> Tensor:
+    """One of the two above, with a weight that is expanded to int8 first.
+
+    The weight has two codes a byte, (N, K/2) int8, or eight in three bytes, (N, 3K/8) int8.
+    ``groups`` is weight_scale_2 (N, K/group) int8, scale2 - 1 and zero, or tables.
+    """
+    x_q, row_scale, weight, weight_scale, groups, *rest = args
     return linear(x_q, row_scale, expand(weight, groups), weight_scale, *rest)
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,26 +74,19 @@ def _dequantize(
     return FORMATS[weight_format].unpack(packed).to(dtype)  # (N, K)
 
 
-def _dequantize_fake(
-    tensors: list[Tensor], names: list[str], weight_format: str, columns: int, dtype: torch.dtype
-) -> Tensor:
+def _dequantize_fake(tensors: list[Tensor], *rest: Any) -> Tensor:
+    _, _, columns, dtype = rest
     return tensors[0].new_empty((tensors[0].shape[0], columns), dtype=dtype)
 
 
-def _weight_linear(
-    x: Tensor,  # (M, K)
-    tensors: list[Tensor],
-    names: list[str],
-    weight_format: str,
-    bias: Tensor | None,
-) -> Tensor:
+def _weight_linear(x: Tensor, *args: Any) -> Tensor:  # (M, K)
+    tensors, names, weight_format, bias = args
     w = torch.ops.dtq.dequantize(tensors, names, weight_format, x.shape[1], x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
-def _cached_linear(
-    x: Tensor, tensors: list[Tensor], names: list[str], weight_format: str, bias: Tensor | None
-) -> Tensor:
+def _cached_linear(x: Tensor, *args: Any) -> Tensor:
+    tensors, names, weight_format, bias = args
     w = WEIGHT_CACHE.weight(tensors, names, weight_format, x.shape[1], x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 

@@ -252,11 +252,8 @@ class QuantLinear(nn.Linear):
             (..., N), or None: there are no compiled kernels, or none for this layer; the layer has
             hooks (offloading); or a gradient is required.
         """
-        hooked = (
-            self._forward_hooks
-            or self._forward_pre_hooks
-            or any(hasattr(self, hook) for hook in HOOKS)
-        )
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        hooked = hooks or any(hasattr(self, hook) for hook in HOOKS)
         if hooked or self.spatial or self._has_step_policy or _needs_gradient(x, self.bias):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):

@@ -81,10 +81,9 @@ class Slice(QuantLinear):
         shape = tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape()
         section = shape[axis] // self.sections
         size = section // self.world
-        pieces = []
-        for i in range(self.sections):
-            at = slice(i * section + self.rank * size, i * section + (self.rank + 1) * size)
-            pieces.append(tensor[at] if axis == 0 else tensor[:, at])
+        starts = range(self.rank * size, self.sections * section, section)
+        places = [slice(start, start + size) for start in starts]
+        pieces = [tensor[place] if axis == 0 else tensor[:, place] for place in places]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)).contiguous()
 
     def _forward(self, x: Tensor) -> Tensor:
