@@ -122,14 +122,11 @@ def calibrate(
         InputError: there is nothing to run the model on.
     """
     run = calibration_run(loaded, settings, None if inputs is None else list(inputs))
-    shards = run.shards(settings.num_shards)
-    parts = (  # one after the other
-        collect_shard(loaded, input_groups, settings, needs, run, batches, progress=progress)
-        for batches in shards
-    )
-    total = next(parts)
-    for part in parts:
-        total.merge(part)
+    collect = partial(collect_shard, loaded, input_groups, settings, needs, run, progress=progress)
+    first, *others = shards = run.shards(settings.num_shards)
+    total = collect(first)
+    for batches in others:
+        total.merge(collect(batches))
     total.about["num_shards"] = len(shards)
     return fill_from_sibling_experts(total)
 
