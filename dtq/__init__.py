@@ -16,29 +16,17 @@ from dtq import integrations as _integrations
 from dtq.version import __version__
 
 if TYPE_CHECKING:
-    from dtq.api import quantize
-    from dtq.checkpoint.config import DTQConfig
-    from dtq.demo.outliers import inject_outliers
-    from dtq.errors import CheckpointError, DtqError, InputError, RecipeError
-    from dtq.formats import FORMATS
-    from dtq.integrations.terdit import load_ternary
-    from dtq.nn import QuantLinear
-    from dtq.recipe import Recipe
-
-__all__ = [
-    "FORMATS",
-    "CheckpointError",
-    "DTQConfig",
-    "DtqError",
-    "InputError",
-    "QuantLinear",
-    "Recipe",
-    "RecipeError",
-    "__version__",
-    "inject_outliers",
-    "load_ternary",
-    "quantize",
-]
+    from dtq.api import quantize as quantize
+    from dtq.checkpoint.config import DTQConfig as DTQConfig
+    from dtq.demo.outliers import inject_outliers as inject_outliers
+    from dtq.errors import CheckpointError as CheckpointError
+    from dtq.errors import DtqError as DtqError
+    from dtq.errors import InputError as InputError
+    from dtq.errors import RecipeError as RecipeError
+    from dtq.formats import FORMATS as FORMATS
+    from dtq.integrations.terdit import load_ternary as load_ternary
+    from dtq.nn import QuantLinear as QuantLinear
+    from dtq.recipe import Recipe as Recipe
 
 _MODULES = {
     "FORMATS": "formats",
@@ -54,6 +42,8 @@ _MODULES = {
     "quantize": "api",
 }
 """Where each public name is defined."""
+
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,22 +30,13 @@ from dtq.stages.sanity_check import sanity_check
 from dtq.stages.solve import solve
 from dtq.stages.step_policy import step_policy
 
-Stage = Callable[[Run], None]
-
-FLOAT_STAGES: tuple[Stage, ...] = (plan, calibrate, record_calls)
+FLOAT_STAGES = (plan, calibrate, record_calls)
 """Run for every transformer of the pipeline before the first of them is changed."""
 
-SHARED_STAGES: tuple[Stage, ...] = (solve, compare_transforms, mixed_precision)
+SHARED_STAGES = (solve, compare_transforms, mixed_precision)
 """Run in every process; the processes share the tasks and then meet at a barrier."""
 
-MAIN_STAGES: tuple[Stage, ...] = (
-    promote,
-    replace_layers,
-    finetune,
-    step_policy,
-    sanity_check,
-    attach_config,
-)
+MAIN_STAGES = (promote, replace_layers, finetune, step_policy, sanity_check, attach_config)
 """Run in the main process alone; in the others the model stays float."""
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 from safetensors import SafetensorError
@@ -74,6 +75,20 @@ class NonFiniteError(DtqError):
 def printable(text: str) -> str:
     """The text with escapes in place of characters that control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def hint(name: str, known: Iterable[str], otherwise: str, count: int = 3, like: float = 0.5) -> str:
+    """The end of a message about an unknown name: known names that are like it, or ``otherwise``.
+
+    Args:
+        name: as the user gave it.
+        known: names to choose from.
+        otherwise: the result if none of them is like it.
+        count: largest number of suggestions.
+        like: smallest similarity, 0 to 1.
+    """
+    near = difflib.get_close_matches(name, list(known), count, like)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def first_line(error: BaseException) -> str:

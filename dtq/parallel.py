@@ -95,12 +95,13 @@ class Pair:
             return f"{self.name}: {absent}, and the layers of a pair are split together"
         if self.heads % world:
             return f"{self.name}: {self.heads} heads do not split into {world}"
+        first_width = shape_of(next(iter(self.first.values())))[0]
         for name, rule in self.rules().items():
             layer = layers[name]
             assert isinstance(layer, QuantLinear)
             width = shape_of(layer)[0] // self.sections
             # with grouped queries, keys and values have fewer heads than queries
-            unit = self._head_width() if rule == COLUMN and self.heads else 1
+            unit = first_width // self.heads if rule == COLUMN and self.heads else 1
             if rule == COLUMN and width // unit % world:
                 return f"{name}: {width // unit} heads or channels do not split into {world}"
             try:
@@ -114,9 +115,6 @@ class Pair:
         limit = self.heads or math.gcd(*(shape_of(x)[1] for x in self.second.values()))
         divisors = (n for n in range(limit, 1, -1) if limit % n == 0)
         return next((n for n in divisors if not self.problem(n)), 1)
-
-    def _head_width(self) -> int:
-        return shape_of(next(iter(self.first.values())))[0] // self.heads
 
 
 class WholeNorm(nn.Module):
@@ -302,14 +300,9 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 def _linears(name: str, module: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
     """The linears at some paths below a module, by dotted name; missing ones are left out."""
-    layers: dict[str, nn.Module] = {}
-    for path in paths:
-        child: Any = module
-        for key in path.split("."):
-            child = getattr(child, "_modules", {}).get(key)
-        if isinstance(child, nn.Linear):
-            layers[f"{name}.{path}"] = child
-    return layers
+    children = dict(module.named_modules(remove_duplicate=False))
+    linears = {path: children[path] for path in paths if path in children}
+    return {f"{name}.{path}": x for path, x in linears.items() if isinstance(x, nn.Linear)}
 
 
 def _check(model: nn.Module, rank: int, world: int, group: Group) -> None:

@@ -60,13 +60,7 @@ def text(reference: Tensor, output: Tensor) -> float:
     return _relative(a - b, c - d, reference)
 
 
-METRICS: dict[str, Metric] = {
-    "mse": mse,
-    "content": content,
-    "fidelity": fidelity,
-    "temporal": temporal,
-    "text": text,
-}
+METRICS: dict[str, Metric] = {m.__name__: m for m in (mse, content, fidelity, temporal, text)}
 
 GROUPS: dict[str, str] = {
     **{role: "text" for role in ROLES if role.startswith("xattn.")},
@@ -86,13 +80,12 @@ def groups_of(input_groups: Iterable[InputGroup]) -> dict[str, str]:
     Returns:
         Name of an input group to a key of ``METRICS``.
     """
-    linears = {group.name: group.linears[0] for group in input_groups}
-    return {
-        name: "temporal"
-        if "temporal" in linear.name and linear.role.startswith("attn.")
-        else GROUPS[linear.role]
-        for name, linear in linears.items()
-    }
+    groups = {}
+    for group in input_groups:
+        linear = group.linears[0]
+        temporal = "temporal" in linear.name and linear.role.startswith("attn.")
+        groups[group.name] = "temporal" if temporal else GROUPS[linear.role]
+    return groups
 
 
 def _relative(reference: Tensor, output: Tensor, whole: Tensor) -> float:

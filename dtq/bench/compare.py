@@ -121,9 +121,8 @@ def compare(
     Returns:
         A row per candidate, with ratios to each reference candidate.
     """
-    clock = clock or HostClock()
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
-    watches = {c.name: clock.watch(c.run) for c in candidates}
+    watches = {c.name: (clock or HostClock()).watch(c.run) for c in candidates}
     for i in range(rounds):
         shuffled = list(candidates)
         random.Random(i).shuffle(shuffled)

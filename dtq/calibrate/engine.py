@@ -7,8 +7,9 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,11 +122,8 @@ def calibrate(
         InputError: there is nothing to run the model on.
     """
     run = calibration_run(loaded, settings, None if inputs is None else list(inputs))
+    collect = partial(collect_shard, loaded, input_groups, settings, needs, run, progress=progress)
     first, *others = shards = run.shards(settings.num_shards)
-
-    def collect(batches: range) -> Statistics:
-        return collect_shard(loaded, input_groups, settings, needs, run, batches, progress=progress)
-
     total = collect(first)
     for batches in others:
         total.merge(collect(batches))
@@ -271,16 +269,14 @@ class CalibrationHooks:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The hooks on the model, removed at the end."""
-        handles = [self.model.register_forward_pre_hook(self._enter, with_kwargs=True)]
-        handles.append(self.model.register_forward_hook(self._leave))
-        for group in self.input_groups:
-            linear = self.model.get_submodule(group.linears[0].name)
-            handles.append(linear.register_forward_pre_hook(self._observe(self.stats[group.name])))
-        try:
+        with ExitStack() as hooks:
+            hooks.enter_context(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
+            hooks.enter_context(self.model.register_forward_hook(self._leave))
+            for group in self.input_groups:
+                linear = self.model.get_submodule(group.linears[0].name)
+                observe = partial(self._observe, self.stats[group.name])
+                hooks.enter_context(linear.register_forward_pre_hook(observe))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = self._signature.bind_partial(*args, **kwargs).arguments
@@ -297,11 +293,8 @@ class CalibrationHooks:
         self._call += 1
         self.after_call()
 
-    def _observe(self, stats: InputStats) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = rows_of(module, args[0])
-            halves = 2 if self._batch_size > 1 and len(rows) % 2 == 0 else 1
-            branch = torch.arange(len(rows)) * halves // max(1, len(rows))
-            stats.observe(rows, SampleOrigin(self._bin, self._call, branch.clamp(max=1)))
-
-        return hook
+    def _observe(self, stats: InputStats, module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = rows_of(module, args[0])
+        halves = 2 if self._batch_size > 1 and len(rows) % 2 == 0 else 1
+        branch = torch.arange(len(rows)) * halves // max(1, len(rows))
+        stats.observe(rows, SampleOrigin(self._bin, self._call, branch.clamp(max=1)))

@@ -242,9 +242,8 @@ class InputStats:
         stats = cls(columns, bins, frozenset(key.split(".")[0] for key in tensors))
         for name, observer in stats._observers().items():
             prefix = f"{name}."
-            observer.load(
-                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            )
+            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            observer.load(own)
         return stats
 
     def _observers(self) -> dict[str, ChannelStats | HessianObserver | InputSample]:

@@ -80,13 +80,12 @@ def load(*paths: Path) -> Statistics:
             version = metadata.get("dtq_statistics")
             if version != VERSION:
                 actual = f"version {version}" if version else "no statistics"
-                raise CheckpointError(
-                    f"{path}: {actual}, this dtq reads statistics of version {VERSION}; run dtq "
-                    f"calibrate again"
-                )
+                raise _refused(path, f"{actual}, this dtq reads statistics of version {VERSION}")
             header = metadata.get("edges", ""), metadata.get("about", "")
             headers.add(header)
-            document = _parsed(path, *header)
+            texts = zip(("edges", "about"), header, strict=True)
+            data = {key: parse_json(text, f"{path}: {key}") for key, text in texts}
+            document = schema.parse(_Metadata, data, str(path), CheckpointError)
             files |= dict.fromkeys(_checked_groups(path, file, len(document.edges) + 1), path)
     if len(headers) != 1:
         raise InputError(f"{', '.join(map(str, paths))}: statistics of different runs")
@@ -104,14 +103,6 @@ class _Metadata:
     )
 
 
-def _parsed(path: Path, edges: str, about: str) -> _Metadata:
-    data = {
-        name: parse_json(text, f"{path}: {name}")
-        for name, text in (("edges", edges), ("about", about))
-    }
-    return schema.parse(_Metadata, data, str(path), CheckpointError)
-
-
 def _checked_groups(path: Path, file: Any, bins: int) -> list[str]:
     """Names of the input groups; every tensor has the dtype and shape that follow from the others.
 
@@ -121,7 +112,7 @@ def _checked_groups(path: Path, file: Any, bins: int) -> list[str]:
     for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
         name, bar, tensor = key.rpartition("|")
         if not bar:
-            raise CheckpointError(f"{path}: {key!r} is not a statistic; run dtq calibrate again")
+            raise _refused(path, f"{key!r} is not a statistic")
         header = file.get_slice(key)
         groups.setdefault(name, {})[tensor] = header.get_dtype(), list(header.get_shape())
     for name, tensors in groups.items():
@@ -139,13 +130,11 @@ def _checked_groups(path: Path, file: Any, bins: int) -> list[str]:
             for tensor, (dtype, axes) in _TENSORS[observer].items()
         }
         if tensors.get("channels.low", ("", [1]))[1][1:] == [0]:
-            raise CheckpointError(f"{path}: {name}: no channels; run dtq calibrate again")
+            raise _refused(path, f"{name}: no channels")
         for tensor in [*(t for t in tensors if t not in expected), *expected]:
             if tensors.get(tensor) != expected.get(tensor):
-                raise CheckpointError(
-                    f"{path}: {name}|{tensor}: expected {_described(expected.get(tensor))}, got "
-                    f"{_described(tensors.get(tensor))}; run dtq calibrate again"
-                )
+                wanted, got = (_described(x.get(tensor)) for x in (expected, tensors))
+                raise _refused(path, f"{name}|{tensor}: expected {wanted}, got {got}")
     return list(groups)
 
 
@@ -174,10 +163,8 @@ class _OnDisk(Mapping[str, InputStats]):
         for key, most in limits.items():
             values = tensors.get(key)
             if values is not None and bool(((values < 0) | (values >= most)).any()):
-                raise CheckpointError(
-                    f"{self.files[name]}: {name}|{key} holds numbers outside of 0 to {most - 1}; "
-                    f"run dtq calibrate again"
-                )
+                wrong = f"{name}|{key} holds numbers outside of 0 to {most - 1}"
+                raise _refused(self.files[name], wrong)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -192,4 +179,8 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); run dtq calibrate again") from error
+        raise _refused(path, f"damaged ({error})") from error
+
+
+def _refused(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {reason}; run dtq calibrate again")

@@ -70,31 +70,23 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, in a fixed order."""
-        saved = (
-            {}
-            if self.format_version is None
-            else {
-                "format_version": self.format_version,
-                "timestep_edges": list(self.timestep_edges),
-                "layers": self.layers,
-            }
-        )
         dtype = None if self.compute_dtype is None else str(self.compute_dtype).split(".")[-1]
-        return {
+        fields: dict[str, Any] = {
             "quant_method": self.quant_method.value,
             "recipe": self.recipe,
             "compute_dtype": dtype,
             "modules_to_not_convert": self.modules_to_not_convert,
-            **saved,
-            **self.extra,
         }
+        if self.format_version is not None:
+            fields["format_version"] = self.format_version
+            fields["timestep_edges"] = list(self.timestep_edges)
+            fields["layers"] = self.layers
+        return fields | self.extra
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Fields that differ from the defaults; the base class prints these."""
-        default = type(self)().to_dict()
-        return {
-            k: v for k, v in self.to_dict().items() if k == "quant_method" or v != default.get(k)
-        }
+        unset = type(self)().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k == "quant_method" or v != unset.get(k)}
 
     def load_plan(self) -> CheckpointSpec:
         """What to build before the weights are read.
@@ -103,10 +95,8 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
             CheckpointError: a field is damaged.
         """
         fields = {**self.extra, **vars(self)}
-        saved = schema.parse(_Saved, fields, "config.json", CheckpointError)
-        return CheckpointSpec.from_json(
-            saved.layers, saved.timestep_edges, "config.json", saved.runtime
-        )
+        s = schema.parse(_Saved, fields, "config.json", CheckpointError)
+        return CheckpointSpec.from_json(s.layers, s.timestep_edges, "config.json", s.runtime)
 
 
 def check_version(version: object, where: str) -> None:

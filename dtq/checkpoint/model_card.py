@@ -103,9 +103,8 @@ def _loading(saveable: Any) -> list[str]:
 
 def _measured(report: dict[str, Any]) -> list[str]:
     errors = {x["name"]: x["error"] for x in report["layers"] if x["error"] is not None}
-    origin = report["calibration"].get("origin", "none")
     lines = ["Measured while quantizing; `dtq_report.json` has every layer:", ""]
-    lines.append(f"- calibration inputs: {origin}")
+    lines.append(f"- calibration inputs: {report['calibration'].get('origin', 'none')}")
     if errors:
         mean = math.exp(sum(math.log(max(e, 1e-12)) for e in errors.values()) / len(errors))
         worst = max(errors, key=lambda name: errors[name])

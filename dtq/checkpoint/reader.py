@@ -68,34 +68,28 @@ class Reader:
     """
 
     def __init__(self, files: Iterable[str | Path]) -> None:
-        self.sums: dict[str, int] = {}
         self.where: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
+        self.stored: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype and shape
         self._value_checks: dict[str, Callable[[Tensor], str | None]] = {}
-        values: Tensor | None = None
-        for file in files:
-            checksums = self._read_header(Path(file))
-            values = checksums if checksums is not None else values
+        read = [self._read_header(Path(file)) for file in files]
+        values = next((checksums for checksums in reversed(read) if checksums is not None), None)
         names = sorted(self.where)
-        files_read = ", ".join(sorted({Path(file).name for file in self.where.values()}))
+        all_files = ", ".join(sorted({Path(file).name for file in self.where.values()}))
         if values is None:
-            raise CheckpointError(
-                f"{files_read}: the tensor {CHECKSUMS} is missing; not a dtq file"
-            )
+            raise CheckpointError(f"{all_files}: the tensor {CHECKSUMS} is missing; not a dtq file")
         version, names_sum, *sums = values.tolist()
-        check_version(version, f"{files_read}: format")
+        check_version(version, f"{all_files}: format")
         if len(names) != len(sums):
             raise CheckpointError(
-                f"{files_read}: {len(names)} tensors where {len(sums)} were saved; a file is "
+                f"{all_files}: {len(names)} tensors where {len(sums)} were saved; a file is "
                 f"missing or from another model"
             )
-        if outline({k: (self.dtypes[k], self.shapes[k]) for k in names}) != names_sum:
+        if outline(self.stored) != names_sum:
             raise CheckpointError(
-                f"{files_read}: truncated or damaged (a tensor's name, dtype or shape is not what "
+                f"{all_files}: truncated or damaged (a tensor's name, dtype or shape is not what "
                 f"was saved); copy it again"
             )
-        self.sums = dict(zip(names, sums, strict=True))
+        self.sums: dict[str, int] = dict(zip(names, sums, strict=True))
 
     def expect(self, plan: CheckpointSpec) -> None:
         """From now on, check the values of the planned tensors, too."""
@@ -126,13 +120,13 @@ class Reader:
                 if key not in self.where:
                     files = ", ".join(sorted(set(self.where.values())))
                     raise CheckpointError(f"{files}: the tensor {key} is missing")
-                if self.shapes[key] != spec.shape:
+                _, shape = self.stored[key]
+                if shape != spec.shape:
                     raise CheckpointError(
-                        f"{self.where[key]}: {key} has shape {list(self.shapes[key])}, "
+                        f"{self.where[key]}: {key} has shape {list(shape)}, "
                         f"config.json asks for {list(spec.shape)}"
                     )
-        stored = {key: (self.dtypes[key], self.shapes[key]) for key in self.where}
-        check_shapes("config.json", model, stored, plan.layers)
+        check_shapes("config.json", model, self.stored, plan.layers)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Compare checksums, and check the values of the tensors that :meth:`expect` noted.
@@ -145,9 +139,8 @@ class Reader:
         """
         for key, tensor in tensors.items():
             self.check_values(key, tensor)
-        if os.environ.get("DTQ_VERIFY", "1") == "0":
-            return
-        for key, tensor in tensors.items():
+        verify = os.environ.get("DTQ_VERIFY", "1") != "0"
+        for key, tensor in tensors.items() if verify else ():
             if key in self.sums and checksum(tensor) != self.sums[key]:
                 raise CheckpointError(
                     f"{self.where.get(key, 'checkpoint')}: {key} is damaged (checksum differs); "
@@ -172,28 +165,25 @@ class Reader:
         """Note the tensors of a file; returns the checksums if they are in it."""
         if file.suffix in PICKLES:
             raise CheckpointError(f"{file}: pickle, which can run code; dtq reads safetensors only")
-        values: Tensor | None = None
+        sums: Tensor | None = None
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
                     if key == CHECKSUMS:
-                        values = opened.get_tensor(key)
+                        sums = opened.get_tensor(key)
                         continue
                     if key in self.where:
                         raise CheckpointError(f"{file}: {key} is also in {self.where[key]}")
                     self.where[key] = str(file)
                     header = opened.get_slice(key)
-                    self.shapes[key] = tuple(header.get_shape())
-                    self.dtypes[key] = header.get_dtype()
+                    self.stored[key] = header.get_dtype(), tuple(header.get_shape())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file}: truncated or damaged ({error}); copy it again"
             ) from error
-        if values is not None and (
-            values.dtype != torch.int32 or values.ndim != 1 or len(values) < 2
-        ):
+        if sums is not None and (sums.dtype != torch.int32 or sums.ndim != 1 or len(sums) < 2):
             raise CheckpointError(f"{file}: {CHECKSUMS} is damaged; copy the file again")
-        return values
+        return sums
 
 
 def verify(path: Path, component: Components = "auto") -> dict[str, Path]:

@@ -12,8 +12,6 @@ a model of your own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,11 +59,33 @@ def inject_outliers(
             f"modulation (norm1.linear with six chunks, attn1, ff), as in DiTTransformer2DModel"
         )
     rng = torch.Generator().manual_seed(seed)
-    factors = partial(_factors, fraction=fraction, low=min_factor, high=max_factor, rng=rng)
+
+    def factors(strength: Tensor, weight: float) -> Tensor:
+        """Factors (channels,): 1, except for the outliers; ``weight`` prefers large strengths."""
+        channels = len(strength)
+        count = max(1, round(fraction * channels))
+        # Gumbel top-k: random, but channels of large strength come first
+        noise = -torch.log(-torch.log(torch.rand(channels, generator=rng).clamp(1e-9, 1 - 1e-7)))
+        score = weight * torch.log(strength.float().cpu().clamp(min=1e-9)) + noise
+        chosen = score.topk(count).indices
+        low, high = torch.tensor([min_factor, max_factor]).log()
+        s = torch.ones(channels)
+        s[chosen] = torch.exp(low + (high - low) * torch.rand(count, generator=rng))
+        return s.to(strength)
+
     for block in blocks:
         attention, up = block.attn1, block.ff.net[0].proj
         for chunk, readers in ((0, (attention.to_q, attention.to_k, attention.to_v)), (3, (up,))):
-            _scale_modulated(block.norm1.linear, chunk, readers, factors, timestep_weight)
+            # of six chunks, this one is the shift of the input of the readers, the next its scale
+            shift, scale = block.norm1.linear.weight.chunk(6)[chunk : chunk + 2]
+            bias_shift, bias_scale = block.norm1.linear.bias.chunk(6)[chunk : chunk + 2]
+            s = factors(scale.norm(dim=1), timestep_weight)
+            shift.mul_(s.unsqueeze(1))
+            bias_shift.mul_(s)
+            scale.mul_(s.unsqueeze(1))
+            bias_scale.add_(1).mul_(s).sub_(1)
+            for reader in readers:
+                reader.weight.div_(s)
         value, out = attention.to_v, attention.to_out[0]
         s = factors(value.weight.norm(dim=1), 0.0)
         value.weight.mul_(s.unsqueeze(1))
@@ -81,44 +101,3 @@ def _is_adaln_zero_block(module: nn.Module) -> bool:
     if not isinstance(linear, nn.Linear) or attention is None or feed_forward is None:
         return False
     return linear.out_features == 6 * attention.to_q.in_features and linear.bias is not None
-
-
-def _scale_modulated(
-    modulation: nn.Linear,
-    chunk: int,
-    readers: tuple[nn.Linear, ...],
-    factors: Callable[[Tensor, float], Tensor],
-    timestep_weight: float,
-) -> None:
-    """Scale the input that chunks ``chunk`` (shift) and ``chunk + 1`` (scale) modulate."""
-    shift, scale = (modulation.weight.chunk(6)[chunk + i] for i in (0, 1))
-    bias_shift, bias_scale = (modulation.bias.chunk(6)[chunk + i] for i in (0, 1))
-    s = factors(scale.norm(dim=1), timestep_weight)
-    shift.mul_(s.unsqueeze(1))
-    bias_shift.mul_(s)
-    scale.mul_(s.unsqueeze(1))
-    bias_scale.add_(1).mul_(s).sub_(1)
-    for reader in readers:
-        reader.weight.div_(s)
-
-
-def _factors(
-    strength: Tensor,
-    weight: float,
-    *,
-    fraction: float,
-    low: float,
-    high: float,
-    rng: torch.Generator,
-) -> Tensor:
-    """Factors (channels,): 1, except for the outliers. ``weight`` prefers a large ``strength``."""
-    channels = len(strength)
-    count = max(1, round(fraction * channels))
-    # Gumbel top-k: random, but channels of large strength come first
-    noise = -torch.log(-torch.log(torch.rand(channels, generator=rng).clamp(1e-9, 1 - 1e-7)))
-    score = weight * torch.log(strength.float().cpu().clamp(min=1e-9)) + noise
-    chosen = score.topk(count).indices
-    log_low, log_high = torch.tensor([low, high]).log()
-    s = torch.ones(channels)
-    s[chosen] = torch.exp(log_low + (log_high - log_low) * torch.rand(count, generator=rng))
-    return s.to(strength)

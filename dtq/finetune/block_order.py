@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -36,17 +38,15 @@ def in_order(model: nn.Module, call: RecordedCall) -> list[str]:
     """Names of the blocks that a call runs, in the order of their first run."""
     order: dict[str, None] = {}
     names = find(model)
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: order.setdefault(name)
-        )
-        for name in names
-    ]
-    try:
+
+    def note(name: str, module: nn.Module, args: object) -> None:
+        order.setdefault(name)
+
+    with ExitStack() as hooks:
+        for name in names:
+            block = model.get_submodule(name)
+            hooks.enter_context(block.register_forward_pre_hook(partial(note, name)))
         call_module(model, call)
-    finally:
-        for handle in handles:
-            handle.remove()
     if unused := [name for name in names if name not in order]:
         log.warning("finetune: the first call does not run %s; left as they are", ", ".join(unused))
     return list(order)

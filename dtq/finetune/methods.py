@@ -151,9 +151,7 @@ def _finetune(
         dynamic_ncols=True,
     ) as bar:
         for i, name in enumerate(names):
-            train = partial(
-                _finetune_block, model, name, floats, calls, config, config.seed + i, bar
-            )
+            train = partial(_train_block, model, name, floats, calls, config, config.seed + i, bar)
             block = finished.get_or_train(i, model, train)
             bar.update((i + 1) * config.steps - bar.n)
             errors = {"before": block.before, "after": block.after}
@@ -162,7 +160,7 @@ def _finetune(
     return report
 
 
-def _finetune_block(
+def _train_block(
     model: nn.Module,
     name: str,
     floats: Mapping[str, nn.Linear],

@@ -52,9 +52,8 @@ class BlockTasks:
                 report = BlockReport(**data["report"])
                 self._load(model, report.name, stored)
                 return report
-            log.warning(
-                "finetune: %s is of another run; ignored and replaced", self.tasks.path(task)
-            )
+            path = self.tasks.path(task)
+            log.warning("finetune: %s is of another run; ignored and replaced", path)
             self.resuming = False
         report = train()
         if self.tasks.folder is not None:

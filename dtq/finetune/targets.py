@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,11 +68,7 @@ def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
 
 
 class _Captured(Exception):
-    """Ends a forward as soon as a block's input or output is there, and carries it."""
-
-    def __init__(self, value: Any) -> None:
-        super().__init__()
-        self.value = value
+    """Ends a forward as soon as a block's input or output is there; its only argument."""
 
 
 def examples_of(
@@ -99,23 +95,18 @@ def examples_of(
         raise _Captured([copy_to_cpu(t) for t in _tensors(output)])
 
     block = model.get_submodule(name)
-    handle = block.register_forward_pre_hook(capture_input, with_kwargs=True, prepend=True)
-    try:
+    with block.register_forward_pre_hook(capture_input, with_kwargs=True, prepend=True):
         inputs = [_capture(model, call) for call in calls]
-    finally:
-        handle.remove()
-    with temporarily_replaced(model, floats):
-        handle = model.get_submodule(name).register_forward_hook(capture_output, prepend=True)
-        try:
-            outputs = [_capture(model, call) for call in calls]
-        finally:
-            handle.remove()
-    examples = []
-    for example, targets in zip(inputs, outputs, strict=True):
-        if example is not None and targets is not None:
-            example.targets = targets
-            examples.append(example)
-    return examples
+    with (
+        temporarily_replaced(model, floats),
+        model.get_submodule(name).register_forward_hook(capture_output, prepend=True),
+    ):
+        outputs = [_capture(model, call) for call in calls]
+    return [
+        replace(example, targets=targets)
+        for example, targets in zip(inputs, outputs, strict=True)
+        if example is not None and targets is not None
+    ]
 
 
 @torch.no_grad()
@@ -124,7 +115,7 @@ def _capture(model: nn.Module, call: RecordedCall) -> Any:
     try:
         call_module(model, call)
     except _Captured as captured:
-        return captured.value
+        return captured.args[0]
     return None
 
 

@@ -42,9 +42,8 @@ class TrainableLinear(nn.Linear):
         # for code that reads the weight and bias of a linear; neither is trained
         self.weight, self.bias = layer.weight, layer.bias
         self._layer = [layer]  # in a list: not a submodule
-        self.dtypes = {
-            n: s.dtype for n, s in layer.tensor_specs().items() if _is_trained(n, s.dtype)
-        }
+        specs = layer.tensor_specs()
+        self.dtypes = {n: s.dtype for n, s in specs.items() if _is_trained(n, s.dtype)}
         self.start = {n: layer.packed_tensor(n).detach().float() for n in self.dtypes}
         self.unit = {n: _rms(t) for n, t in self.start.items()}
         if layer.bias is not None:

@@ -14,9 +14,9 @@ Laws, for every format ``f``, matrix ``x`` and ``p = f.compute_qparams(x)``:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,28 +60,25 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Format(Protocol):
-    """How the numbers of a matrix are stored. Stateless: parameters are in ``QParams``."""
+class Format(ABC):
+    """How the numbers of a matrix are stored. Stateless: parameters are in ``QParams``.
 
-    @property
-    def name(self) -> str:
-        """Number type, then granularity: ``int4-g64``. A key of ``FORMATS``."""
+    A subclass defines ``_fit`` and the abstract methods.
 
-    @property
-    def group(self) -> int | None:
-        """Columns that share parameters; None when a whole row does."""
+    Attributes:
+        name: number type, then granularity: ``int4-g64``. A key of ``FORMATS``.
+        group: columns that share parameters; None when a whole row does.
+        vector: columns that are quantized together; slices of the matrix hold whole vectors.
+        data_dependent: ``compute_qparams`` minimizes an error over the data. Such a format uses
+            ``column_weights`` and ignores ``clip``.
+    """
 
-    @property
-    def vector(self) -> int:
-        """Columns that are quantized together; slices of the matrix hold whole vectors."""
+    name: str
+    group: int | None
+    vector: int = 1
+    data_dependent = False
 
-    @property
-    def data_dependent(self) -> bool:
-        """``compute_qparams`` minimizes an error over the data.
-
-        Such a format uses ``column_weights`` and ignores ``clip``.
-        """
-
+    @abstractmethod
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Names, shapes and dtypes of the packed tensors of a matrix of this shape (N, K).
 
@@ -106,12 +103,20 @@ class Format(Protocol):
                 ignore it.
             clip: fraction of the range to keep. 1: nothing is clipped.
             outer: parameters of the whole matrix. Those of whole rows, or of the matrix, are taken
-                from there and not computed again. Column solvers fit one group with it.
+                from there and not computed again. Column solvers fit one group with it. Without
+                groups it holds every parameter, so it is returned.
 
         Returns:
             The parameters, in the dtypes that are stored.
         """
+        if outer is not None and self.group is None:
+            return outer
+        return self._fit(x.float(), column_weights, clip, outer)
 
+    def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
+        raise NotImplementedError
+
+    @abstractmethod
     def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         """Round to the nearest representable values.
 
@@ -124,46 +129,13 @@ class Format(Protocol):
             float32, the shape of ``x``.
         """
 
+    @abstractmethod
     def pack(self, x: Tensor, qparams: QParams) -> PackedTensors:
         """The packed tensors of ``fake_quantize(x, qparams)``."""
 
+    @abstractmethod
     def unpack(self, tensors: PackedTensors) -> Tensor:
         """The float32 matrix (N, K) that packed tensors represent."""
-
-
-class BaseFormat:
-    """What the formats share. A subclass defines ``_fit`` and the other four methods."""
-
-    name: str
-    group: int | None
-    vector: int = 1
-    data_dependent = False
-
-    def compute_qparams(
-        self,
-        x: Tensor,
-        column_weights: Tensor | None = None,
-        *,
-        clip: Clip = 1.0,
-        outer: QParams | None = None,
-    ) -> QParams:
-        """Compute the parameters of ``x`` (N, K).
-
-        Args:
-            x: as in :meth:`Format.compute_qparams`.
-            column_weights: likewise.
-            clip: likewise.
-            outer: likewise. Without groups it holds every parameter, so it is returned.
-
-        Returns:
-            The parameters.
-        """
-        if outer is not None and self.group is None:
-            return outer
-        return self._fit(x.float(), column_weights, clip, outer)
-
-    def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
-        raise NotImplementedError
 
     def _packed_specs(
         self, shape: tuple[int, int], bits: int, scale: torch.dtype | None = None
@@ -178,16 +150,14 @@ class BaseFormat:
         }
 
 
-class CodebookFormat(BaseFormat):
+class CodebookFormat(Format):
     """``w = entry[code] * scale``: one packed code per weight, one scale per row or group.
 
     A subclass says which code is nearest to a number in units of the scale (``_encode``), which
     number a code stands for (``_decode``), and how many bits a code has.
     """
 
-    @property
-    def _bits(self) -> int:
-        raise NotImplementedError
+    bits: int
 
     def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
         raise NotImplementedError
@@ -208,10 +178,10 @@ class CodebookFormat(BaseFormat):
         return self._float_scale(scale, qparams)
 
     def _pack_codes(self, codes: Tensor) -> PackedTensors:
-        return {"weight": pack_bits(codes, self._bits)}
+        return {"weight": pack_bits(codes, self.bits)}
 
     def _unpack_codes(self, tensors: PackedTensors) -> Tensor:
-        return unpack_bits(tensors["weight"], self._bits)
+        return unpack_bits(tensors["weight"], self.bits)
 
     def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         """Nearest representable values, float32; see :meth:`Format.fake_quantize`."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtq.formats.base import BaseFormat, Clip, CodebookFormat, PackedTensors, QParams, TensorSpec
-from dtq.formats.grid import E2M1
+from dtq.formats.base import Clip, Format, PackedTensors, QParams, TensorSpec
+from dtq.formats.grid import E2M1, FixedCodebookFormat
 from dtq.formats.groups import broadcast_weights, divide, in_groups
 
 _E4M3_MAX = 448.0
@@ -26,7 +26,7 @@ _E4M3_TINY = 2.0**-9
 
 
 @dataclass(frozen=True)
-class Fp8(BaseFormat):
+class Fp8(Format):
     """e4m3 numbers (4 exponent bits, 3 mantissa bits) with one float32 scale per row."""
 
     name: str
@@ -59,23 +59,8 @@ class Fp8(BaseFormat):
         return _e4m3(divide(x.float(), qparams["weight_scale"]), -_E4M3_MAX)
 
 
-class _Fp4(CodebookFormat):
-    """E2M1 codes and one scale per block; the scales differ."""
-
-    _bits = 4
-
-    def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
-        return E2M1.encode(u)
-
-    def _decode(self, codes: Tensor, qparams: QParams) -> Tensor:
-        return E2M1.decode(codes)
-
-    def _round(self, u: Tensor, qparams: QParams) -> Tensor:
-        return E2M1.round(u)
-
-
 @dataclass(frozen=True)
-class NvFp4(_Fp4):
+class NvFp4(FixedCodebookFormat):
     """E2M1 codes, e4m3 block scales, one float32 scale for the matrix.
 
     Attributes:
@@ -87,6 +72,7 @@ class NvFp4(_Fp4):
     name: str
     block_amax: tuple[float, ...] = (6.0,)
 
+    codebook = E2M1
     group = 16
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
@@ -121,11 +107,12 @@ class NvFp4(_Fp4):
 
 
 @dataclass(frozen=True)
-class MxFp4(_Fp4):
+class MxFp4(FixedCodebookFormat):
     """E2M1 codes and power-of-two block scales, stored as exponents biased by 127 (E8M0)."""
 
     name: str
 
+    codebook = E2M1
     group = 32
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:

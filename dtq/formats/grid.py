@@ -135,8 +135,28 @@ def doubled(x: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     return E2M1.round(divide(x, scale)) * 2, scale * 0.5
 
 
+class FixedCodebookFormat(CodebookFormat):
+    """A format whose codebook is the same for every matrix."""
+
+    codebook: Codebook
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        """Bits of a code."""
+        return self.codebook.bits
+
+    def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
+        return self.codebook.encode(u)
+
+    def _decode(self, codes: Tensor, qparams: QParams) -> Tensor:
+        return self.codebook.decode(codes)
+
+    def _round(self, u: Tensor, qparams: QParams) -> Tensor:
+        return self.codebook.round(u)
+
+
 @dataclass(frozen=True)
-class Grid(CodebookFormat):
+class Grid(FixedCodebookFormat):
     """``w = entry * scale``; the largest entry stands for the largest magnitude of a row or group.
 
     Attributes:
@@ -151,21 +171,8 @@ class Grid(CodebookFormat):
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """``weight``, the packed codes, and ``weight_scale``."""
-        return self._packed_specs(shape, self._bits)
-
-    @property
-    def _bits(self) -> int:
-        return self.codebook.bits
+        return self._packed_specs(shape, self.bits)
 
     def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
         amax = in_groups(x, self.group).abs().amax(-1)
         return {"weight_scale": (clip * amax / self.codebook.amax).to(scale_dtype(self.group))}
-
-    def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
-        return self.codebook.encode(u)
-
-    def _decode(self, codes: Tensor, qparams: QParams) -> Tensor:
-        return self.codebook.decode(codes)
-
-    def _round(self, u: Tensor, qparams: QParams) -> Tensor:
-        return self.codebook.round(u)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dtq.formats.base import BaseFormat, Clip, PackedTensors, QParams, TensorSpec
+from dtq.formats.base import Clip, Format, PackedTensors, QParams, TensorSpec
 from dtq.formats.groups import dequantize, expand_groups, in_groups, scale_dtype
 from dtq.formats.packing import pack_bits, unpack_bits
 
@@ -27,7 +27,7 @@ _TINY = 1e-30  # scale of an all-zero group: any positive number represents its 
 
 
 @dataclass(frozen=True)
-class Int(BaseFormat):
+class Int(Format):
     """``bits``-bit integers with one scale per row, or per group of columns.
 
     Symmetric integers below 8 bits are stored unsigned, raised by 2^(bits - 1); asymmetric 8-bit
@@ -123,7 +123,7 @@ class Int(BaseFormat):
 
 
 @dataclass(frozen=True)
-class TwoLevelInt(BaseFormat):
+class TwoLevelInt(Format):
     """3- or 4-bit integers that expand exactly to int8: a float scale per row, a byte per group.
 
     That byte (``weight_scale_2``) has the zero point in its low ``bits`` bits and ``scale2 - 1`` in

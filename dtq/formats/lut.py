@@ -39,9 +39,8 @@ class CodebookMoments:
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         self.x, perm = x.double().sort()
         weight = weight.double()[perm]
-        self.sums = [
-            torch.cat([weight.new_zeros(1), (weight * self.x**p).cumsum(0)]) for p in range(3)
-        ]
+        zero = weight.new_zeros(1)
+        self.sums = [torch.cat([zero, (weight * self.x**p).cumsum(0)]) for p in range(3)]
 
     def cells(self, entries: Tensor) -> list[Tensor]:
         """The three sums over the numbers that are nearest to each rising entry: 3 x (..., L)."""
@@ -112,10 +111,6 @@ class Lut(CodebookFormat):
         lut = self._learn_lut(grouped, weight) if outer is None else outer["weight_lut"]
         return {"weight_scale": self._fit_scale(grouped, weight, lut), "weight_lut": lut}
 
-    @property
-    def _bits(self) -> int:
-        return self.bits
-
     def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
         return _nearest(u, qparams["weight_lut"].reshape(-1))
 
@@ -127,9 +122,8 @@ class Lut(CodebookFormat):
         stride = -(-grouped.numel() // SAMPLE)
         sample = grouped[::stride]
         amax = sample.abs().amax(-1, keepdim=True)
-        moments = CodebookMoments(
-            divide(sample, amax).flatten(), (weight * amax.square()).flatten()
-        )
+        unit = divide(sample, amax).flatten()
+        moments = CodebookMoments(unit, (weight * amax.square()).flatten())
         entries = self.learn(moments, self.bits).reshape(1, -1)
         if self.integers:
             rounded = _int8_entries(entries, moments)

@@ -33,7 +33,7 @@ class Ternary(CodebookFormat):
     trits: bool = False
 
     data_dependent = True
-    _bits = 2
+    bits = 2
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Packed ``weight``, ``weight_scale``; with trits maybe ``weight_tail`` (N, K % 5)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dtq.errors import InputError
-from dtq.formats.base import BaseFormat, Clip, PackedTensors, QParams, TensorSpec
+from dtq.formats.base import Clip, Format, PackedTensors, QParams, TensorSpec
 from dtq.formats.groups import broadcast_weights, divide
 from dtq.formats.packing import pack_bits, packed_width, unpack_bits
 
@@ -26,7 +26,7 @@ _CHUNK = 2**10  # vectors whose distances to every codeword fit in the cache
 
 
 @dataclass(frozen=True)
-class Vq(BaseFormat):
+class Vq(Format):
     """A bfloat16 codebook of ``num_codewords`` vectors.
 
     Attributes:
@@ -38,7 +38,7 @@ class Vq(BaseFormat):
 
     name: str
     num_codewords: int
-    vector: int = field()  # without this, BaseFormat.vector would be its default
+    vector: int = field()  # without this, Format.vector would be its default
     scaled: bool = False
 
     group = None
@@ -154,10 +154,9 @@ def kmeans(vectors: Tensor, weight: Tensor, k: int, *, steps: int = 25, seed: in
     codebook = _kmeans_plus_plus(vectors, weight, k, seed)
     for _ in range(steps):
         index = nearest_codewords(vectors, codebook)
-        mass = codebook.new_zeros(codebook.shape, dtype=torch.float64).index_add_(
-            0, index, weight.double()
-        )
-        total = torch.zeros_like(mass).index_add_(0, index, (weight * vectors).double())
+        zeros = torch.zeros_like(codebook, dtype=torch.float64)
+        mass = zeros.index_add(0, index, weight.double())
+        total = zeros.index_add(0, index, (weight * vectors).double())
         moved = torch.where(mass > 0, total / mass, codebook.double()).float()
         empty = (torch.bincount(index, minlength=k) == 0).nonzero().flatten()
         if len(empty):

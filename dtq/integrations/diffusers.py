@@ -49,6 +49,9 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     use_keep_in_fp32_modules = True
     requires_calibration = False
     required_packages = None
+    is_serializable = True
+    is_trainable = False  # packed weights cannot be trained
+    is_compileable = True
 
     def __init__(self, quantization_config: DTQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -154,7 +157,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,
-        device_map: Any = None,
         keep_in_fp32_modules: Any = (),
         state_dict: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -219,21 +221,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def get_cuda_warm_up_factor(self) -> int:
         """Factor of the warm-up allocation; 2 allocates the bytes of the empty model."""
         return 2
-
-    @property
-    def is_serializable(self) -> bool:
-        """Quantized models can be saved."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Packed weights cannot be trained."""
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        """Quantized models can be compiled."""
-        return True
 
 
 def attach_quantizer(

@@ -16,11 +16,7 @@ VIEWS = {"reshape", "view", "contiguous", "flatten", "squeeze", "unsqueeze"}
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes between which casts are ignored when a pattern is matched."""
 
-_PURE = {
-    *CASTS,
-    *VIEWS,
-    *("add", "mul", "truediv", "dropout", "layer_norm", "gelu", "getitem"),
-}
+_PURE = {*CASTS, *VIEWS, *("add", "mul", "truediv", "dropout", "layer_norm", "gelu", "getitem")}
 """Ops without side effects, in addition to those of dtq: such a node may be removed if its value is
 unused."""
 
@@ -45,9 +41,7 @@ class Graph:
 
     def nodes(self) -> Iterator[fx.Node]:
         """The present nodes, without those that are erased during the iteration."""
-        for node in list(self.graph.nodes):
-            if not node._erased:
-                yield node
+        return (node for node in list(self.graph.nodes) if not node._erased)
 
     def no_writes_between(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether no node after ``first`` and before ``last`` writes to a tensor."""

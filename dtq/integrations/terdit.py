@@ -82,28 +82,22 @@ def load_ternary(
         if not isinstance(old, nn.Linear):
             raise InputError(f"{type(model).__name__} has no linear {name!r}")
         codes = unpack_codes(packed) if packed.dtype == torch.uint8 else packed
-        if codes.shape != old.weight.shape:
-            raise InputError(
-                f"{name}: codes are {list(codes.shape)}, the linear is {list(old.weight.shape)}"
-            )
+        got, want = list(codes.shape), list(old.weight.shape)
+        if got != want:
+            raise InputError(f"{name}: codes are {got}, the linear is {want}")
         if not bool(((codes.abs() <= 1) & (codes == codes.round())).all()):
             raise InputError(f"{name}: codes must be -1, 0 or 1")
         if not bool(torch.as_tensor(alpha).isfinite().all()):
             raise InputError(f"{name}: alpha must be finite")
-        new = QuantLinear(
-            old.in_features, old.out_features, old.bias is not None, LayerSpec(fmt, "none"),
-            compute_dtype=dtype, device="meta",
-        )  # fmt: skip
-        parts = ternary.pack_codes(codes.to(old.weight.device), alpha)
-        new.fill(parts)
+        spec = LayerSpec(fmt, "none")
+        new = QuantLinear.in_place_of(old, spec, compute_dtype=dtype, device="meta")
+        new.fill(ternary.pack_codes(codes.to(old.weight.device), alpha))
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.detach().to(dtype), requires_grad=False)
         layers[name] = new.train(old.training)
     for name, new in layers.items():
         model.set_submodule(name, new)
-    plan = Plan(
-        "terdit", tuple(LayerPlan(n, "other", shape_of(m), m.spec) for n, m in layers.items())
-    )
+    plans = (LayerPlan(n, "other", shape_of(m), m.spec) for n, m in layers.items())
     finalize(model, ())
-    attach_quantizer(model, plan, (), dtype, DTQConfig())
+    attach_quantizer(model, Plan("terdit", tuple(plans)), (), dtype, DTQConfig())
     return model

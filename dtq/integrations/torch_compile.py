@@ -52,10 +52,7 @@ ops = torch.ops.dtq
 _QUANTIZE = {"dtq::quantize_rows", "dtq::binned_quantize_rows"}
 """Ops that quantize to int8, for which there is a fused op with LayerNorm."""
 _QUANTIZE_ANY = {*_QUANTIZE, "dtq::e2m1_quantize_rows", "dtq::fp4_quantize_rows", "dtq::round_rows"}
-_EPILOGUES = {
-    "dtq::w8a8_linear": "w8a8_epilogue_linear",
-    "dtq::w4a8_linear": "w4a8_epilogue_linear",
-}
+_EPILOGUES = {f"dtq::{kind}_linear": f"{kind}_epilogue_linear" for kind in ("w8a8", "w4a8")}
 """GEMM op to the same op with an epilogue."""
 _OPERANDS = {"dtq::w8a8_epilogue_linear": 4, "dtq::w4a8_epilogue_linear": 5, "dtq::fp4_linear": 6}
 """GEMM ops with an epilogue, and the number of arguments before the bias."""
@@ -153,16 +150,13 @@ def _fuse_norm(graph: Graph, quantize: fx.Node) -> bool:
     norm = _match_modulated_norm(skip(quantize.args[0], VIEWS | CASTS))
     if norm is None or not _is_compiled(norm.x, "norm_quantize_rows"):
         return False
-    if not _only_quantized(norm.result):
-        return False
-    if not graph.no_writes_between(min(norm.fused, key=graph.position.__getitem__), quantize):
+    first = min(norm.fused, key=graph.position.__getitem__)
+    if not _only_quantized(norm.result) or not graph.no_writes_between(first, quantize):
         return False
     width = int(shape_of(norm.x)[-1])
     with graph.graph.inserting_before(quantize):
-        x, *vectors = (
-            graph.graph.call_method("reshape", (tensor, -1, width))
-            for tensor in (norm.x, norm.scale, norm.shift)
-        )
+        inputs = norm.x, norm.scale, norm.shift
+        x, *vectors = (graph.graph.call_method("reshape", (each, -1, width)) for each in inputs)
         if value_of(norm.scale).dtype != value_of(norm.shift).dtype:
             vectors = [graph.graph.call_method("float", (vector,)) for vector in vectors]
         vectors = [graph.graph.call_method("contiguous", (vector,)) for vector in vectors]
@@ -278,13 +272,17 @@ def _match_layer_norm(norm: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
     """Input before casts, input and epsilon of a LayerNorm over the last axis, without weights."""
     if not is_tensor(norm):
         return None
-    names = "input", "normalized_shape", "weight", "bias", "eps"
-    args: dict[str, Any] = dict(zip(names, norm.args, strict=False)) | dict(norm.kwargs)
+    args = _arguments(norm, "input", "normalized_shape", "weight", "bias", "eps")
     x = skip(args["input"], CASTS, upcasts_only=True)
     plain = args.get("weight") is None and args.get("bias") is None
     if not plain or len(args["normalized_shape"]) != 1 or value_of(x).dtype not in FLOATS:
         return None
     return x, args["input"], args.get("eps", 1e-5)
+
+
+def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _only_quantized(node: fx.Node) -> bool:
@@ -359,8 +357,7 @@ def _is_no_op(node: fx.Node) -> bool:
     if source is None or value_of(source).dtype != value_of(node).dtype:
         return False
     if name == "dropout":
-        names = "input", "p", "training"
-        args: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        args = _arguments(node, "input", "p", "training")
         return args.get("p", 0.5) == 0 or args.get("training", True) is False
     if name == "truediv":
         return node.args[1:] == (1,)

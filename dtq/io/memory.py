@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-import functools
 import mmap
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -45,12 +45,10 @@ class _Mallinfo(ctypes.Structure):
     """The result of glibc's mallinfo2."""
 
     _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
-            "free", "keepcost",
-        )
-    ]  # fmt: skip
+        ("others", ctypes.c_size_t * 8),
+        ("free", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    ]
 
 
 def trim_malloc(beyond: int = 0) -> None:
@@ -80,20 +78,15 @@ def paged_weights(*models: nn.Module) -> Iterator[None]:
     Blocks are the elements of module lists; other weights stay. Models whose weights are not
     mapped, and systems without ``MADV_PAGEOUT``, run as usual.
     """
-    handles = []
-    for model in models:
-        mapped = Mapped()
-        if not any(mapped.holds(p) for p in model.parameters()):
-            continue
-        for module in model.modules():
-            if isinstance(module, nn.ModuleList):
-                for block in module.children():  # entries may be None
-                    handles.append(block.register_forward_hook(_releasing(mapped)))
-    try:
+    with ExitStack() as hooks:
+        for model in models:
+            mapped = Mapped()
+            if not any(mapped.holds(p) for p in model.parameters()):
+                continue
+            for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+                for block in blocks.children():  # entries may be None
+                    hooks.enter_context(block.register_forward_hook(partial(_release, mapped)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Mapped:
@@ -128,13 +121,10 @@ class Mapped:
                 _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
 
 
-@functools.cache
+@cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _releasing(mapped: Mapped) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object, output: object) -> None:
-        mapped.release(module.parameters())
-
-    return hook
+def _release(mapped: Mapped, module: nn.Module, args: object, output: object) -> None:
+    mapped.release(module.parameters())

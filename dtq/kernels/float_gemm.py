@@ -9,18 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.formats import FORMATS, PackedTensors
+from dtq.formats import FORMATS
 from dtq.formats.floats import MxFp4, NvFp4
 from dtq.kernels import gpu_dispatch
-from dtq.kernels.kernel import (
-    Epilogue,
-    Kernel,
-    LinearProblem,
-    packed_weight,
-    quantized,
-    transform_args,
-    transformed,
-)
+from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
 
 ops = torch.ops.dtq
 
@@ -38,41 +30,37 @@ def _not_weight_only(problem: LinearProblem) -> str | None:
     return _unsupported_weight(problem)
 
 
-def _gemm(problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None) -> Tensor:
+def _gemm(call: LinearCall) -> Tensor:
     def gemm(rows: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.weight_linear(rows, *packed_weight(problem, tensors), bias)
+        return ops.weight_linear(rows, *call.packed_weight(), bias)
 
-    return _with_activations(gemm, problem, x, tensors, bias)
+    return _with_activations(gemm, call)
 
 
-def _reference(
-    problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
-) -> Tensor:
-    w = problem.weight_format.unpack({n: t for n, t in tensors.items() if n.startswith("weight")})
+def _reference(call: LinearCall) -> Tensor:
+    packed = {n: t for n, t in call.tensors.items() if n.startswith("weight")}
+    w = call.problem.weight_format.unpack(packed)
 
     def gemm(rows: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows, w.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
-    return _with_activations(gemm, problem, x, tensors, bias)
+    return _with_activations(gemm, call)
 
 
-def _with_activations(
-    gemm: Callable[[Tensor, Tensor | None], Tensor],  # rows (M, K) and bias
-    problem: LinearProblem,
-    x: Tensor,
-    tensors: PackedTensors,
-    bias: Tensor | None,
-) -> Tensor:
-    """The product of a decoded weight with the input, transformed and rounded before."""
-    activations = problem.activation_format
+def _with_activations(gemm: Callable[[Tensor, Tensor | None], Tensor], call: LinearCall) -> Tensor:
+    """The product of a decoded weight with the input, transformed and rounded before.
+
+    ``gemm`` takes rows (M, K) and the bias.
+    """
+    x, bias, activations = call.x, call.bias, call.problem.activation_format
     if activations.bits == 16:
-        return gemm(transformed(problem, x, tensors), bias)
+        return gemm(call.transformed(), bias)
     # bfloat16 holds every quantized value; the transformed input may leave the range of float16
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if not activations.int8:
-        transform = transform_args(problem, tensors)
-        return gemm(ops.round_rows(x, *transform, activations.name, dtype), bias).to(x.dtype)
-    x_q, row_scale = quantized(problem, x, tensors)
+        rows = ops.round_rows(x, *call.transform_args(), activations.name, dtype)
+        return gemm(rows, bias).to(x.dtype)
+    x_q, row_scale = call.quantized()
     y = gemm(x_q.to(dtype), None).float() * row_scale.unsqueeze(1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -85,26 +73,18 @@ def _not_fp4(problem: LinearProblem) -> str | None:
     return None if activations.name == same else f"activations are {activations.name}, not {same}"
 
 
-def _fp4_gemm(
-    problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
-) -> Tensor:
-    y = _fp4_gemm_with_epilogue(problem, x, tensors, bias, Epilogue())
-    return _gemm(problem, x, tensors, bias) if y is None else y
+def _fp4_gemm(call: LinearCall) -> Tensor:
+    y = _fp4_epilogue_gemm(call, Epilogue())
+    return _gemm(call) if y is None else y
 
 
-def _fp4_gemm_with_epilogue(
-    problem: LinearProblem,
-    x: Tensor,
-    tensors: PackedTensors,
-    bias: Tensor | None,
-    epilogue: Epilogue,
-) -> Tensor | None:
-    mx = isinstance(problem.weight_format, MxFp4)
+def _fp4_epilogue_gemm(call: LinearCall, epilogue: Epilogue) -> Tensor | None:
+    x, tensors, mx = call.x, call.tensors, isinstance(call.problem.weight_format, MxFp4)
     if not gpu_dispatch.multiplies_fp4(x, mx):
         return None
-    x_q, block_scale, row_scale = ops.fp4_quantize_rows(x, *transform_args(problem, tensors), mx)
+    x_q, block_scale, row_scale = ops.fp4_quantize_rows(x, *call.transform_args(), mx)
     weight = tensors["weight"], tensors["weight_scale"]
-    operands = x_q, row_scale, *weight, block_scale, tensors.get("weight_scale_2"), bias
+    operands = x_q, row_scale, *weight, block_scale, tensors.get("weight_scale_2"), call.bias
     return ops.fp4_linear(*operands, *epilogue.args(x.dtype))
 
 
@@ -122,13 +102,7 @@ def _always(problem: LinearProblem) -> str | None:
 _OPS = "dequantize", "weight_linear"
 
 WEIGHT_ONLY = Kernel("weight-only", _not_weight_only, _gemm, _OPS)
-FP4 = Kernel(
-    "fp4",
-    _not_fp4,
-    _fp4_gemm,
-    ("round_rows", *_OPS),
-    _fp4_gemm_with_epilogue,
-    by_shape=_fp4_by_shape,
-)
+_FP4_OPS = "round_rows", *_OPS
+FP4 = Kernel("fp4", _not_fp4, _fp4_gemm, _FP4_OPS, _fp4_epilogue_gemm, by_shape=_fp4_by_shape)
 FLOAT_PRODUCT = Kernel("float-product", _unsupported_weight, _gemm, _OPS)
 REFERENCE = Kernel("reference", _always, _reference)

@@ -131,10 +131,8 @@ def _has_fp4(index: int) -> bool:
 def _limits(index: int) -> tuple[int, float]:
     """``small_m`` and ``min_ops`` of a GPU; those of int8 at every size where it has no kernels."""
     # the torch reference decodes slowly
-    if not torch.cuda.is_available() or not CUDA.load():
-        return -1, 0.0
-    capability = torch.cuda.get_device_capability(index)
-    if capability < OLDEST:
-        return -1, 0.0
-    row = arch(capability)
-    return row.small_m, row.min_ops
+    if torch.cuda.is_available() and CUDA.load():
+        capability = torch.cuda.get_device_capability(index)
+        if capability >= OLDEST:
+            return arch(capability).small_m, arch(capability).min_ops
+    return -1, 0.0

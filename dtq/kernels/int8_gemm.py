@@ -16,14 +16,7 @@ from dtq.formats.lut import UNITS, Lut
 from dtq.kernels import gpu_dispatch
 from dtq.kernels.compile import cuda
 from dtq.kernels.float_gemm import FLOAT_PRODUCT
-from dtq.kernels.kernel import (
-    Epilogue,
-    Kernel,
-    LinearProblem,
-    packed_weight,
-    quantized,
-    transformed,
-)
+from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
 from dtq.kernels.ops_gemm import expand_table
 
 ops = torch.ops.dtq
@@ -105,35 +98,20 @@ def _table_weight(problem: LinearProblem, tensors: PackedTensors) -> tuple[Tenso
 # ------------------------------------------------------------------------------------- products
 
 
-def _gemm(
-    op: str,
-    weight: _Weight,
-    problem: LinearProblem,
-    x: Tensor,
-    tensors: PackedTensors,
-    bias: Tensor | None,
-) -> Tensor:
-    path = gpu_dispatch.path_for(x, len(tensors["weight"]))
+def _gemm(op: str, weight: _Weight, call: LinearCall) -> Tensor:
+    path = gpu_dispatch.path_for(call.x, len(call.tensors["weight"]))
     if path == "int8":
-        operands = *quantized(problem, x, tensors), *weight(problem, tensors)
-        return getattr(ops, op)(*operands, bias, x.dtype)
+        operands = *call.quantized(), *weight(call.problem, call.tensors)
+        return getattr(ops, op)(*operands, call.bias, call.x.dtype)
     linear = ops.weight_linear if path == "small_m" else ops.cached_linear
-    return linear(transformed(problem, x, tensors), *packed_weight(problem, tensors), bias)
+    return linear(call.transformed(), *call.packed_weight(), call.bias)
 
 
-def _gemm_with_epilogue(
-    op: str,
-    weight: _Weight,
-    problem: LinearProblem,
-    x: Tensor,
-    tensors: PackedTensors,
-    bias: Tensor | None,
-    epilogue: Epilogue,
-) -> Tensor | None:
-    if gpu_dispatch.path_for(x, len(tensors["weight"])) != "int8":
+def _epilogue_gemm(op: str, weight: _Weight, call: LinearCall, epilogue: Epilogue) -> Tensor | None:
+    if gpu_dispatch.path_for(call.x, len(call.tensors["weight"])) != "int8":
         return None
-    operands = *quantized(problem, x, tensors), *weight(problem, tensors)
-    return getattr(ops, op)(*operands, bias, *epilogue.args(x.dtype))
+    operands = *call.quantized(), *weight(call.problem, call.tensors)
+    return getattr(ops, op)(*operands, call.bias, *epilogue.args(call.x.dtype))
 
 
 def _expand(
@@ -153,15 +131,13 @@ def _by_shape(problem: LinearProblem, shape: tuple[int, int]) -> str:
     )
 
 
-def _group_gemm(
-    problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
-) -> Tensor:
-    assert isinstance(problem.weight_format, Int)
-    if gpu_dispatch.on_gpu(x):  # a float scale per 64 channels is slower than bfloat16 there
-        return FLOAT_PRODUCT.call(problem, x, tensors, bias)
+def _group_gemm(call: LinearCall) -> Tensor:
+    fmt, tensors = call.problem.weight_format, call.tensors
+    assert isinstance(fmt, Int)
+    if gpu_dispatch.on_gpu(call.x):  # a float scale per 64 channels is slower than bfloat16 there
+        return FLOAT_PRODUCT.gemm(call)
     weight = tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point")
-    operands = *quantized(problem, x, tensors), *weight, problem.weight_format.bits
-    return ops.group_a8_linear(*operands, bias, x.dtype)
+    return ops.group_a8_linear(*call.quantized(), *weight, fmt.bits, call.bias, call.x.dtype)
 
 
 # ----------------------------------------------------------------------------------------- rows
@@ -182,7 +158,7 @@ def _kernel(
         partial(_unsupported_reason, is_supported, description),
         partial(_gemm, op, weight),
         ("quantize_rows", op),
-        partial(_gemm_with_epilogue, epilogue_op, weight) if epilogue_op else None,
+        partial(_epilogue_gemm, epilogue_op, weight) if epilogue_op else None,
         expand=partial(_expand, weight, expand),
         by_shape=_by_shape,
     )

@@ -51,17 +51,51 @@ class Epilogue:
         return (self.gelu, None, None, dtype, *(self.branch or ()))
 
 
-KernelFunction = Callable[[LinearProblem, Tensor, PackedTensors, Tensor | None], Tensor]
-"""``(problem, x (M, K), tensors, bias (N,)) -> (M, N)`` in the dtype of x.
+@dataclass(frozen=True)
+class LinearCall:
+    """What a kernel is called with.
 
-``tensors`` are the packed tensors of the layer, by name, with on-disk dtypes. ``input_scale`` is
-the one of the current timestep bin.
-"""
+    Attributes:
+        problem: what the layer asks for.
+        x: the input (M, K); the output (M, N) has its dtype.
+        tensors: the packed tensors of the layer, by name, with on-disk dtypes. ``input_scale`` is
+            the one of the current timestep bin.
+        bias: (N,).
+    """
 
-EpilogueFunction = Callable[
-    [LinearProblem, Tensor, PackedTensors, Tensor | None, Epilogue], Tensor | None
-]
-"""Likewise, with an epilogue before the output is rounded; None where it cannot be applied."""
+    problem: LinearProblem
+    x: Tensor
+    tensors: PackedTensors
+    bias: Tensor | None
+
+    def transform_args(self) -> tuple[Tensor | None, Tensor | None, int, int]:
+        """The input transform as ops take it: pre_scale, perm, hadamard_block, num_rotations."""
+        scale, perm = (self.tensors.get(name) for name in ("pre_quant_scale", "pre_quant_perm"))
+        scale = None if scale is None else scale.reshape(-1)
+        perm = None if perm is None else perm.reshape(-1)
+        return scale, perm, self.problem.hadamard_block, self.problem.num_rotations
+
+    def transformed(self) -> Tensor:
+        """The transformed input (M, K), in the dtype of ``x``."""
+        if "pre_quant_scale" not in self.tensors and self.problem.hadamard_block == 1:
+            return self.x
+        return ops.transform_rows(self.x, *self.transform_args()).to(self.x.dtype)
+
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        """The transformed input as int8 (M, K), and its row scales (M,)."""
+        activations, transform = self.problem.activation_format, self.transform_args()
+        pre_scale, perm, block, num_rotations = transform
+        scale, qmax = self.tensors.get("input_scale"), activations.qmax
+        if not activations.integer:
+            return ops.e2m1_quantize_rows(self.x, *transform)
+        if perm is None and num_rotations == 1:
+            return ops.quantize_rows(self.x, pre_scale, block, scale, qmax)
+        return ops.binned_quantize_rows(self.x, *transform, scale, None, qmax)
+
+    def packed_weight(self) -> tuple[list[Tensor], list[str], str]:
+        """The packed weight as ops take it: tensors, their names, the format."""
+        names = [name for name in self.tensors if name.startswith("weight")]
+        return [self.tensors[name] for name in names], names, self.problem.weight_format.name
 
 
 @dataclass(frozen=True)
@@ -71,10 +105,10 @@ class Kernel:
     Attributes:
         name: as ``dtq inspect`` shows it.
         unsupported_reason: returns why it does not support a problem, None if it does.
-        call: computes the output.
+        gemm: computes the output.
         ops: the ops that it calls; it runs compiled where a library has them all.
-        with_epilogue: computes the output with an epilogue; returns None where it does not run its
-            own GEMM.
+        with_epilogue: computes the output, and applies an epilogue before it is rounded; returns
+            None where it does not run its own GEMM.
         on_gpu: name of the row that runs on a GPU instead, if this one has no kernel there.
         expand: returns the int8 weight (N, K) of the GEMM, and its scale per channel (N, 1).
         by_shape: returns what it does on a GPU for a weight (N, K), in words.
@@ -82,49 +116,22 @@ class Kernel:
 
     name: str
     unsupported_reason: Callable[[LinearProblem], str | None]
-    call: KernelFunction
+    gemm: Callable[[LinearCall], Tensor]
     ops: tuple[str, ...] = ()
-    with_epilogue: EpilogueFunction | None = None
+    with_epilogue: Callable[[LinearCall, Epilogue], Tensor | None] | None = None
     on_gpu: str = ""
     expand: Callable[[LinearProblem, PackedTensors], tuple[Tensor, Tensor]] | None = None
     by_shape: Callable[[LinearProblem, tuple[int, int]], str] | None = None
 
+    def call(
+        self, problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None
+    ) -> Tensor:
+        """Compute the output (M, N).
 
-def transform_args(
-    problem: LinearProblem, tensors: PackedTensors
-) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """The input transform as ops take it: pre_scale, perm, hadamard_block, num_rotations."""
-    scale, perm = (tensors.get(name) for name in ("pre_quant_scale", "pre_quant_perm"))
-    return (
-        None if scale is None else scale.reshape(-1),
-        None if perm is None else perm.reshape(-1),
-        problem.hadamard_block,
-        problem.num_rotations,
-    )
-
-
-def transformed(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> Tensor:
-    """The transformed input (M, K), in the dtype of ``x``."""
-    if "pre_quant_scale" not in tensors and problem.hadamard_block == 1:
-        return x
-    return ops.transform_rows(x, *transform_args(problem, tensors)).to(x.dtype)
-
-
-def quantized(problem: LinearProblem, x: Tensor, tensors: PackedTensors) -> tuple[Tensor, Tensor]:
-    """The transformed input as int8 (M, K), and its row scales (M,)."""
-    activations, transform = problem.activation_format, transform_args(problem, tensors)
-    pre_scale, perm, block, num_rotations = transform
-    scale, qmax = tensors.get("input_scale"), activations.qmax
-    if not activations.integer:
-        return ops.e2m1_quantize_rows(x, *transform)
-    if perm is None and num_rotations == 1:
-        return ops.quantize_rows(x, pre_scale, block, scale, qmax)
-    return ops.binned_quantize_rows(x, *transform, scale, None, qmax)
-
-
-def packed_weight(
-    problem: LinearProblem, tensors: PackedTensors
-) -> tuple[list[Tensor], list[str], str]:
-    """The packed weight as ops take it: tensors, their names, the format."""
-    names = [name for name in tensors if name.startswith("weight")]
-    return [tensors[name] for name in names], names, problem.weight_format.name
+        Args:
+            problem: see :class:`LinearCall`.
+            x: likewise.
+            tensors: likewise.
+            bias: likewise.
+        """
+        return self.gemm(LinearCall(problem, x, tensors, bias))

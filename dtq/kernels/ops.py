@@ -31,9 +31,7 @@ _LIBRARY = torch.library.Library("dtq", "DEF")
 _REFERENCE = torch.library.Library("dtq_reference", "DEF")  # extensions call it without a kernel
 
 
-def _gelu(
-    x: Tensor,  # any shape and float dtype
-) -> Tensor:
+def _gelu(x: Tensor) -> Tensor:  # any shape and float dtype
     return F.gelu(x, approximate="tanh")
 
 

@@ -25,19 +25,13 @@ _MX = MxFp4("mxfp4")
 _MIN_AMAX = 1e-30  # of a token
 
 
-def _fp4_quantize_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,  # (K,) bfloat16
-    perm: Tensor | None,  # (K,) int32
-    hadamard_block: int,
-    num_rotations: int,
-    mx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fp4_quantize_rows(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """E2M1 codes (M, K/2), block scales (M, K/16) e4m3 or (M, K/32) uint8, token scales (M,).
 
     The token scale is NaN where a value of the token is not finite; its codes are arbitrary then.
     """
-    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+    *transform, mx = args  # of transform_input; whether the format is MXFP4
+    x = transform_input(x.float(), *transform)  # (M, K)
     amax = x.abs().amax(1).clamp(min=_MIN_AMAX)  # NaN if there is one
     if mx:
         tensors, row_scale = _MX.pack(x, _MX.compute_qparams(x)), torch.ones_like(amax)
@@ -84,16 +78,11 @@ def _fp4_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+_QUANTIZE = f"Tensor x, {TRANSFORM_ARGS}, bool mx) -> (Tensor, Tensor, Tensor)"
+_SCALES = "Tensor x_block_scale, Tensor? weight_scale_2"
+
 OPS = (
-    (
-        f"fp4_quantize_rows(Tensor x, {TRANSFORM_ARGS}, bool mx) -> (Tensor, Tensor, Tensor)",
-        _fp4_quantize_rows,
-        _fp4_fake,
-    ),
-    (
-        f"fp4_linear({GEMM_ARGS}, Tensor x_block_scale, Tensor? weight_scale_2, {EPILOGUE_ARGS}",
-        _fp4_linear,
-        gemm_fake,
-    ),
+    (f"fp4_quantize_rows({_QUANTIZE}", _fp4_quantize_rows, _fp4_fake),
+    (f"fp4_linear({GEMM_ARGS}, {_SCALES}, {EPILOGUE_ARGS}", _fp4_linear, gemm_fake),
 )
 """Schema, reference and fake of each op; rows of the table in ``ops.py``."""

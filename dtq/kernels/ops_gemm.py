@@ -95,29 +95,19 @@ def _w8a8_epilogue_linear(
     return apply_epilogue(y, *epilogue)  # (M, N)
 
 
-def _w8a8_linear(
-    x_q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,  # (N,) any float dtype
-    dtype: torch.dtype,
-) -> Tensor:
-    args = x_q, row_scale, weight, weight_scale, bias
-    return _w8a8_epilogue_linear(*args, False, None, None, dtype)
+def _w8a8_linear(*args: Any) -> Tensor:
+    *operands, dtype = args  # up to the bias, (N,) any float dtype
+    return _w8a8_epilogue_linear(*operands, False, None, None, dtype)
 
 
-def _expanded(
-    linear: Callable[..., Tensor],  # one of the two above
-    expand: Callable[[Tensor, Tensor], Tensor],
-    x_q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,  # (N, K/2) int8, two codes a byte; or (N, 3K/8) int8, eight in three bytes
-    weight_scale: Tensor,
-    groups: Tensor,  # weight_scale_2 (N, K/group) int8, scale2 - 1 and zero; or tables
-    *epilogue: Any,
-) -> Tensor:
-    return linear(x_q, row_scale, expand(weight, groups), weight_scale, *epilogue)
+def _expanded(linear: Callable[..., Tensor], expand: Callable[..., Tensor], *args: Any) -> Tensor:
+    """One of the two above, with a weight that is expanded to int8 first.
+
+    The weight has two codes a byte, (N, K/2) int8, or eight in three bytes, (N, 3K/8) int8.
+    ``groups`` is weight_scale_2 (N, K/group) int8, scale2 - 1 and zero, or tables.
+    """
+    x_q, row_scale, weight, weight_scale, groups, *rest = args
+    return linear(x_q, row_scale, expand(weight, groups), weight_scale, *rest)
 
 
 def _group_a8_linear(
@@ -158,6 +148,8 @@ EPILOGUE_ARGS = (
 """End of schemas: what :func:`apply_epilogue` takes."""
 
 _BIAS = "Tensor? bias, ScalarType dtype) -> Tensor"
+_GROUPS = "Tensor weight_scale_2"
+_ZERO = "Tensor? weight_zero_point, int bits"
 _W3A8 = partial(_expanded, _w8a8_linear, partial(TwoLevelInt.expand, bits=3))
 _W4A8 = partial(_expanded, _w8a8_linear, TwoLevelInt.expand)
 _W4A8_EPILOGUE = partial(_expanded, _w8a8_epilogue_linear, TwoLevelInt.expand)
@@ -165,19 +157,11 @@ _LUT4A8 = partial(_expanded, _w8a8_linear, expand_table)
 
 OPS = (
     (f"w8a8_linear({GEMM_ARGS}, {_BIAS}", _w8a8_linear, gemm_fake),
-    (f"w4a8_linear({GEMM_ARGS}, Tensor weight_scale_2, {_BIAS}", _W4A8, gemm_fake),
-    (f"w3a8_linear({GEMM_ARGS}, Tensor weight_scale_2, {_BIAS}", _W3A8, gemm_fake),
+    (f"w4a8_linear({GEMM_ARGS}, {_GROUPS}, {_BIAS}", _W4A8, gemm_fake),
+    (f"w3a8_linear({GEMM_ARGS}, {_GROUPS}, {_BIAS}", _W3A8, gemm_fake),
     (f"lut4a8_linear({GEMM_ARGS}, Tensor tables, {_BIAS}", _LUT4A8, gemm_fake),
-    (
-        f"group_a8_linear({GEMM_ARGS}, Tensor? weight_zero_point, int bits, {_BIAS}",
-        _group_a8_linear,
-        gemm_fake,
-    ),
+    (f"group_a8_linear({GEMM_ARGS}, {_ZERO}, {_BIAS}", _group_a8_linear, gemm_fake),
     (f"w8a8_epilogue_linear({GEMM_ARGS}, {EPILOGUE_ARGS}", _w8a8_epilogue_linear, gemm_fake),
-    (
-        f"w4a8_epilogue_linear({GEMM_ARGS}, Tensor weight_scale_2, {EPILOGUE_ARGS}",
-        _W4A8_EPILOGUE,
-        gemm_fake,
-    ),
+    (f"w4a8_epilogue_linear({GEMM_ARGS}, {_GROUPS}, {EPILOGUE_ARGS}", _W4A8_EPILOGUE, gemm_fake),
 )
 """Schema, reference and fake of each op; rows of the table in ``ops.py``."""

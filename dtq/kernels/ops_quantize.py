@@ -161,24 +161,15 @@ def binned_quantize_rows(
 
 
 def _quantize_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,  # (K,) bfloat16
-    hadamard_block: int,
-    scale: Tensor | None,  # (1,) float32, or None: one per row
-    qmax: int = 127,
+    x: Tensor, pre_scale: Tensor | None, hadamard_block: int, scale: Tensor | None, qmax: int = 127
 ) -> tuple[Tensor, Tensor]:
+    """:func:`binned_quantize_rows` with one bin, and without a permutation."""
     return binned_quantize_rows(x, pre_scale, None, hadamard_block, 1, scale, None, qmax)
 
 
-def _norm_quantize_rows(
-    x: Tensor,
-    modulate_scale: Tensor | None,
-    modulate_shift: Tensor | None,
-    eps: float,
-    *quantize: Any,  # of binned_quantize_rows
-) -> tuple[Tensor, Tensor]:
-    y = norm_modulate(x, modulate_scale, modulate_shift, eps)
-    return binned_quantize_rows(y, *quantize)
+def _norm_quantize_rows(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    norm, quantize = args[:3], args[3:]  # of norm_modulate and of binned_quantize_rows
+    return binned_quantize_rows(norm_modulate(x, *norm), *quantize)
 
 
 def _gelu_quantize_rows(x: Tensor, *quantize: Any) -> tuple[Tensor, Tensor]:
@@ -203,16 +194,9 @@ def _transform_rows(x: Tensor, *transform: Any) -> Tensor:
     return transform_input(x.float(), *transform).clone()  # (M, K) float32
 
 
-def _round_rows(
-    x: Tensor,  # (M, K) any float dtype
-    pre_scale: Tensor | None,  # (K,) bfloat16
-    perm: Tensor | None,  # (K,) int32
-    hadamard_block: int,
-    num_rotations: int,
-    activation_format: str,  # a key of ACTIVATION_FORMATS
-    dtype: torch.dtype,
-) -> Tensor:
-    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
+def _round_rows(x: Tensor, *args: Any) -> Tensor:
+    *transform, activation_format, dtype = args  # of transform_input; a key; of the result
+    x = transform_input(x.float(), *transform)
     rounded = fake_quantize(x, ACTIVATION_FORMATS[activation_format])
     return rounded.to(dtype, copy=True)  # (M, K)
 
@@ -238,6 +222,8 @@ TRANSFORM_ARGS = "Tensor? pre_scale, Tensor? perm, int hadamard_block, int num_r
 """Part of schemas: the input transform of a layer."""
 
 _QUANTIZE = f"{TRANSFORM_ARGS}, Tensor? scale, Tensor? bin, int qmax=127) -> (Tensor, Tensor)"
+_TRANSFORM = f"Tensor x, {TRANSFORM_ARGS}"
+_ROUNDING = "str activation_format, ScalarType dtype"
 _NORM = "Tensor? modulate_scale, Tensor? modulate_shift, float eps"
 
 OPS = (
@@ -250,22 +236,9 @@ OPS = (
     (f"binned_quantize_rows(Tensor x, {_QUANTIZE}", binned_quantize_rows, _int8_fake),
     (f"norm_quantize_rows(Tensor x, {_NORM}, {_QUANTIZE}", _norm_quantize_rows, _int8_fake),
     (f"gelu_quantize_rows(Tensor x, {_QUANTIZE}", _gelu_quantize_rows, _int8_fake),
-    (
-        f"e4m3_quantize_rows(Tensor x, {TRANSFORM_ARGS}) -> (Tensor, Tensor)",
-        _e4m3_quantize_rows,
-        _e4m3_fake,
-    ),
-    (
-        f"e2m1_quantize_rows(Tensor x, {TRANSFORM_ARGS}) -> (Tensor, Tensor)",
-        _e2m1_quantize_rows,
-        _int8_fake,
-    ),
-    (f"transform_rows(Tensor x, {TRANSFORM_ARGS}) -> Tensor", _transform_rows, _float_fake),
-    (
-        f"round_rows(Tensor x, {TRANSFORM_ARGS}, str activation_format, ScalarType dtype)"
-        " -> Tensor",
-        _round_rows,
-        _round_rows_fake,
-    ),
+    (f"e4m3_quantize_rows({_TRANSFORM}) -> (Tensor, Tensor)", _e4m3_quantize_rows, _e4m3_fake),
+    (f"e2m1_quantize_rows({_TRANSFORM}) -> (Tensor, Tensor)", _e2m1_quantize_rows, _int8_fake),
+    (f"transform_rows({_TRANSFORM}) -> Tensor", _transform_rows, _float_fake),
+    (f"round_rows({_TRANSFORM}, {_ROUNDING}) -> Tensor", _round_rows, _round_rows_fake),
 )
 """Schema, reference and fake of each op; rows of the table in ``ops.py``."""

@@ -78,6 +78,10 @@ class Scan:
         """The linears of all input groups, in call order."""
         return [linear for group in self.input_groups for linear in group.linears]
 
+    def group_of(self, layer: str) -> str:
+        """Name of the input group that a linear reads."""
+        return next(g.name for g in self.input_groups for x in g.linears if x.name == layer)
+
 
 def sibling_key(name: str) -> str:
     """The name without its index in the innermost list; equal for the experts of one block."""

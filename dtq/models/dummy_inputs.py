@@ -43,19 +43,17 @@ class ForwardInputs:
     timestep: Tensor
     rng: torch.Generator
 
+    def size(self, size: Size) -> int | None:
+        """A size as a number; None if the configuration has None for it."""
+        if isinstance(size, str):
+            # attributes, not keys: diffusers updates only these when it widens a layer
+            return getattr(self.config, size, None)
+        return size(self.config) if callable(size) else size
+
     def sizes(self, sizes: tuple[Size, ...]) -> tuple[int, ...] | None:
         """Sizes as numbers; None if the configuration has None for one of them."""
-        values = [
-            # attributes, not keys: diffusers updates only these when it widens a layer
-            getattr(self.config, size, None)
-            if isinstance(size, str)
-            else size(self.config)
-            if callable(size)
-            else size
-            for size in sizes
-        ]
-        known = tuple(value for value in values if value is not None)
-        return known if len(known) == len(values) else None
+        known = tuple(value for value in map(self.size, sizes) if value is not None)
+        return known if len(known) == len(sizes) else None
 
 
 Size = int | str | Callable[[Any], int | None]
@@ -101,22 +99,20 @@ def when(key: str, maker: Maker) -> Maker:
 # ---------------------------------------------------------------------- tensors of any shape
 def noise(*sizes: Size) -> Maker:
     """Normal (B, *sizes); None if the configuration has None for one of the sizes."""
-
-    def make(forward: ForwardInputs) -> Tensor | None:
-        shape = forward.sizes(sizes)
-        return (
-            None if shape is None else torch.randn((forward.batch, *shape), generator=forward.rng)
-        )
-
-    return make
+    return _tensor(sizes, lambda shape, rng: torch.randn(shape, generator=rng))
 
 
 def full(value: float, *sizes: Size, dtype: torch.dtype = torch.float32) -> Maker:
     """(B, *sizes) of one value."""
+    return _tensor(sizes, lambda shape, rng: torch.full(shape, value, dtype=dtype))
 
+
+def _tensor(
+    sizes: tuple[Size, ...], fill: Callable[[tuple[int, ...], torch.Generator], Tensor]
+) -> Maker:
     def make(forward: ForwardInputs) -> Tensor | None:
         shape = forward.sizes(sizes)
-        return None if shape is None else torch.full((forward.batch, *shape), value, dtype=dtype)
+        return None if shape is None else fill((forward.batch, *shape), forward.rng)
 
     return make
 
@@ -143,7 +139,7 @@ def per_image(maker: Maker) -> Maker:
 
 def list_of(count: Size, maker: Maker) -> Maker:
     """A list of ``count`` results of ``maker``."""
-    return lambda forward: [maker(forward) for _ in range((forward.sizes((count,)) or (0,))[0])]
+    return lambda forward: [maker(forward) for _ in range(forward.size(count) or 0)]
 
 
 def constant(value: Any) -> Maker:
@@ -152,13 +148,13 @@ def constant(value: Any) -> Maker:
 
 
 # --------------------------------------------------------------------------------- positions
-def image_ids(axes: int, words: int = 0, side: int = SIDE) -> Maker:
-    """(words + side^2, axes) int64: zeros for words, then row and column on axes 1 and 2."""
+def image_ids(axes: int, words: int = 0) -> Maker:
+    """(words + TOKENS, axes) int64: zeros for words, then row and column on axes 1 and 2."""
 
     def make(forward: ForwardInputs) -> Tensor:
-        ids = torch.zeros(words + side * side, axes, dtype=torch.long)
-        ids[words:, 1] = torch.arange(side).repeat_interleave(side)
-        ids[words:, 2] = torch.arange(side).repeat(side)
+        ids = torch.zeros(words + TOKENS, axes, dtype=torch.long)
+        ids[words:, 1] = torch.arange(SIDE).repeat_interleave(SIDE)
+        ids[words:, 2] = torch.arange(SIDE).repeat(SIDE)
         return ids
 
     return make
@@ -260,8 +256,3 @@ def cosmos_condition(forward: ForwardInputs) -> Any:
     if not config.get("img_context_dim_in"):
         return text
     return text, noise("img_context_num_tokens", "img_context_dim_in")(forward)
-
-
-def text_then_image(text: int, image: int) -> Maker:
-    """(B, WORDS + TOKENS) int64: one value for tokens of text, one for tokens of the image."""
-    return batched(lambda forward: torch.tensor([text] * WORDS + [image] * TOKENS))

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dtq.models.base import Family
 from dtq.models.linears import linears_of, shape_of
@@ -18,46 +19,42 @@ _ATTENTION_PATH = re.compile(rf"{_AT}\w*(attn|attention|mha)\w*\.", re.I)
 _FEED_FORWARD_PATH = re.compile(
     rf"{_AT}(\w*_)?(ff|ffn|mlp|feed_?forward|dense\w*dense|\w*experts?|transition)(_\w+)?\.", re.I
 )
-# (regular expression on the path below the block, role); the first match is used
-_IN_BLOCK: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern, re.I), role)
-    for pattern, role in (
-        (rf"{_AT}\w*(embedder|embedding|embed|emb)(\.|$)", "embed"),
-        (r"adaln|ada_ln|modulation|film|_mod(\.|$)", "adaln"),
-        (rf"{_AT}norm\w*\.(linear|linear_\d|proj)$", "adaln"),
-    )
+Rules = tuple[tuple[str, str], ...]
+"""(regular expression on the path below the block, role); the first match is used."""
+
+
+def _leaves(*rules: tuple[str, str]) -> Rules:
+    """Rules for the end of a path, from the start of a component of it."""
+    return tuple((rf"(?i){_AT}({pattern})$", role) for pattern, role in rules)
+
+
+_IN_BLOCK: Rules = (
+    (rf"(?i){_AT}\w*(embedder|embedding|embed|emb)(\.|$)", "embed"),
+    (r"(?i)adaln|ada_ln|modulation|film|_mod(\.|$)", "adaln"),
+    (rf"(?i){_AT}norm\w*\.(linear|linear_\d|proj)$", "adaln"),
 )
-_IN_ATTENTION: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(rf"{_AT}({pattern})$", re.I), projection)
-    for pattern, projection in (
-        (r"(to_|add_|c_)?q(uery)?(_proj|_linear|_t)?|wq", "q"),
-        (r"(to_|add_|c_)?k(ey)?(_proj|_linear|_t)?|wk", "k"),
-        (r"(to_|add_|c_)?v(alue)?(_proj|_linear|_t)?|wv", "v"),
-        (r"\w*qkv\w*", "qkv"),
-        (r"(\w*_)?kv(_\w+)?", "kv"),
-        (
-            r"to_out(\.0)?|to_out_t|to_add_out|out_proj|o_proj|proj_attn|\w*attn_proj|wo|c_proj",
-            "out",
-        ),
-    )
+_IN_ATTENTION = _leaves(
+    (r"(to_|add_|c_)?q(uery)?(_proj|_linear|_t)?|wq", "q"),
+    (r"(to_|add_|c_)?k(ey)?(_proj|_linear|_t)?|wk", "k"),
+    (r"(to_|add_|c_)?v(alue)?(_proj|_linear|_t)?|wv", "v"),
+    (r"\w*qkv\w*", "qkv"),
+    (r"(\w*_)?kv(_\w+)?", "kv"),
+    (r"to_out(\.0)?|to_out_t|to_add_out|out_proj|o_proj|proj_attn|\w*attn_proj|wo|c_proj", "out"),
 )
-_IN_FEED_FORWARD: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(rf"{_AT}({pattern})$", re.I), role)
-    for pattern, role in (
-        (r"net\.0\.proj|fc1|linear_in|linear_1|linear_3|in_layer|proj_in|wi\w*|w1|w3", "ffn.up"),
-        (r"up|gate|(up|gate|gate_up)_(proj|layer)|proj|ff\.0|ffn\.0|mlp\.0", "ffn.up"),
-        (r"net\.2|\w*fc2|linear_out|linear_2|out_layer|out_projection|proj_out|wo|w2", "ffn.down"),
-        (r"down|out|down_(proj|layer)", "ffn.down"),
-        (r"\w*inverted\w*(\.conv)?", "ffn.up"),
-        (r"\w*point\w*(\.conv)?", "ffn.down"),
-    )
+_IN_FEED_FORWARD = _leaves(
+    (r"net\.0\.proj|fc1|linear_in|linear_1|linear_3|in_layer|proj_in|wi\w*|w1|w3", "ffn.up"),
+    (r"up|gate|(up|gate|gate_up)_(proj|layer)|proj|ff\.0|ffn\.0|mlp\.0", "ffn.up"),
+    (r"net\.2|\w*fc2|linear_out|linear_2|out_layer|out_projection|proj_out|wo|w2", "ffn.down"),
+    (r"down|out|down_(proj|layer)", "ffn.down"),
+    (r"\w*inverted\w*(\.conv)?", "ffn.up"),
+    (r"\w*point\w*(\.conv)?", "ffn.down"),
 )
 # feed-forward linears that lie in the block itself, not in a module of their own
-_DIRECTLY_IN_BLOCK: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"^(proj_mlp|ff_in|(up|gate|gate_up)_proj)$"), "ffn.up"),
-    (re.compile(r"^(proj_out|ff_out|down_proj)$"), "ffn.down"),
+_DIRECTLY_IN_BLOCK: Rules = (
+    (r"^(proj_mlp|ff_in|(up|gate|gate_up)_proj)$", "ffn.up"),
+    (r"^(proj_out|ff_out|down_proj)$", "ffn.down"),
 )
-_OUTSIDE: tuple[tuple[str, str], ...] = (
+_OUTSIDE: Rules = (
     (r"^(all_)?(proj_out|norm_out|final|head|out_proj|out_layer|last|lm_head)", "head"),
     (r"", "embed"),
 )
@@ -78,6 +75,33 @@ class TracedInput:
     rows: int
 
 
+@dataclass
+class Trace:
+    """The inputs of linears in a traced forward, by name, and the batch size.
+
+    The tensors are kept, because identities are unique only among living objects.
+    """
+
+    inputs: dict[str, TracedInput] = field(default_factory=dict)
+    batch: int = 1
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def see_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of the model: the batch size is that of its first tensor, or list of tensors."""
+        for value in (*args, *kwargs.values()):
+            tensor = isinstance(value, Tensor) and value.ndim
+            if tensor or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+                self.batch = len(value)
+                return
+
+    def see_input(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook of a linear: its first input counts."""
+        if args and isinstance(args[0], Tensor) and name not in self.inputs:
+            x = args[0]
+            self.tensors.append(x)
+            self.inputs[name] = TracedInput(id(x), x.ndim, x.numel() // shape_of(module)[1])
+
+
 def block_of(name: str, blocks: Sequence[str]) -> str:
     """The prefix of the repeated block that a linear lies in; empty outside of blocks."""
     return next((prefix for prefix in blocks if name.startswith(prefix)), "")
@@ -88,8 +112,7 @@ def assign_roles(
     family: Family | None,
     blocks: Sequence[str],
     groups: Sequence[Sequence[str]],
-    inputs: Mapping[str, TracedInput],
-    batch: int = 1,
+    trace: Trace,
 ) -> dict[str, str]:
     """The role of every linear of a model.
 
@@ -98,17 +121,13 @@ def assign_roles(
         family: its family, whose own rules are tried first.
         blocks: prefixes of the repeated blocks.
         groups: names of linears with the same input.
-        inputs: traced input of each linear; empty without a trace.
-        batch: images in the traced forward.
+        trace: inputs of the linears; empty for a model that cannot be run.
 
     Returns:
         Dotted name to a key of ``ROLES``.
     """
-    roles = {
-        name: _role(name, module, family, blocks, inputs.get(name), batch)
-        for name, module in linears_of(model)
-    }
-    crossed = _cross_attention(roles, inputs)
+    roles = {name: _role(name, module, family, blocks, trace) for name, module in linears_of(model)}
+    crossed = _cross_attention(roles, trace.inputs)
     for name, role in roles.items():
         if role.startswith("attn.") and name in crossed:
             roles[name] = f"x{role}"
@@ -124,19 +143,13 @@ def assign_roles(
 
 
 def _role(
-    name: str,
-    module: nn.Module,
-    family: Family | None,
-    blocks: Sequence[str],
-    traced: TracedInput | None,
-    batch: int,
+    name: str, module: nn.Module, family: Family | None, blocks: Sequence[str], trace: Trace
 ) -> str:
-    for pattern, role in family.roles if family else ():
-        if re.search(pattern, name):
-            return role
+    if family and (role := _first_match(family.roles, name)):
+        return role
     block = block_of(name, blocks)
     if not block:
-        return next(role for pattern, role in _OUTSIDE if re.search(pattern, name))
+        return _first_match(_OUTSIDE, name)
     path = name[len(block) :]
     if role := _first_match(_IN_BLOCK, path):
         return role
@@ -146,7 +159,8 @@ def _role(
     if role := _first_match(_IN_FEED_FORWARD if in_feed_forward else _DIRECTLY_IN_BLOCK, path):
         return role
     # no rule matches the name: one row per image is modulation, a wide side a feed-forward
-    if traced is not None and traced.rank == 2 and traced.rows <= batch:
+    traced = trace.inputs.get(name)
+    if traced is not None and traced.rank == 2 and traced.rows <= trace.batch:
         return "adaln"
     rows, columns = shape_of(module)
     if _ATTENTION_PATH.search(path) or max(rows, columns) < 2 * min(rows, columns):
@@ -154,8 +168,8 @@ def _role(
     return "ffn.up" if rows > columns else "ffn.down"
 
 
-def _first_match(rules: Sequence[tuple[re.Pattern[str], str]], path: str) -> str:
-    return next((role for pattern, role in rules if pattern.search(path)), "")
+def _first_match(rules: Rules, path: str) -> str:
+    return next((role for pattern, role in rules if re.search(pattern, path)), "")
 
 
 def attention_projection(path: str) -> str:
@@ -172,22 +186,19 @@ def _cross_attention(roles: Mapping[str, str], inputs: Mapping[str, TracedInput]
     In a joint attention each stream has projections of its own (``add_``, ``txt``, ``_t``), and the
     streams are checked separately.
     """
-    modules: dict[str, dict[str, str]] = {}
+    streams: dict[tuple[str, bool], dict[str, str]] = {}
     for name, role in roles.items():
         if role.startswith("attn."):
             module = re.sub(r"\.(to_out\.0|[^.]+)$", "", name)
-            modules.setdefault(module, {})[name] = role.removeprefix("attn.")
+            stream = streams.setdefault((module, _in_second_stream(name)), {})
+            stream[name] = role.removeprefix("attn.")
     crossed: set[str] = set()
-    for projections in modules.values():
-        streams: dict[bool, dict[str, str]] = {}
-        for name, projection in projections.items():
-            streams.setdefault(_in_second_stream(name), {})[name] = projection
-        main = _tensors_read(streams.get(False, {}), inputs, "q", "qkv")
-        for stream in streams.values():
-            queries = _tensors_read(stream, inputs, "q", "qkv") or main
-            keys = _tensors_read(stream, inputs, "k", "v", "kv")
-            if queries and keys and not queries & keys:
-                crossed |= set(stream)
+    for (module, _), stream in streams.items():
+        main = _tensors_read(streams.get((module, False), {}), inputs, "q", "qkv")
+        queries = _tensors_read(stream, inputs, "q", "qkv") or main
+        keys = _tensors_read(stream, inputs, "k", "v", "kv")
+        if queries and keys and not queries & keys:
+            crossed |= set(stream)
     return crossed
 
 

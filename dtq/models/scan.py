@@ -10,31 +10,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dtq.models.base import Family, InputGroup, Linear, Scan, sibling_key
 from dtq.models.linears import is_linear, linears_of, shape_of
-from dtq.models.roles import TracedInput, assign_roles, attention_projection, block_of
+from dtq.models.roles import Trace, TracedInput, assign_roles, attention_projection, block_of
 
 _EMBEDS = re.compile(r"embed|embd|_emb(\.|$)|projection|projector|guidance_layer|conditioner", re.I)
 _STACK = 0.1
 """Share of all weights from which a list of modules without attention counts as blocks."""
-
-
-@dataclass
-class _Trace:
-    """The inputs of linears in a traced forward, by name, and the batch size.
-
-    The tensors are kept, because identities are unique only among living objects.
-    """
-
-    inputs: dict[str, TracedInput] = field(default_factory=dict)
-    batch: int = 1
-    tensors: list[Tensor] = field(default_factory=list)
 
 
 def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], object]) -> Scan:
@@ -60,7 +49,7 @@ def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], obj
         key = trace.inputs[sibling].tensor, name.rpartition(".")[0]
         groups.setdefault(key, []).append(name)
     names = [*groups.values()]
-    roles = assign_roles(model, family, blocks, names, trace.inputs, trace.batch)
+    roles = assign_roles(model, family, blocks, names, trace)
     roles |= {name: roles[sibling] for name, sibling in idle.items()}
     return Scan(
         family.name if family else "generic",
@@ -75,7 +64,7 @@ def scan_names(model: nn.Module, family: Family | None) -> Scan:
     """Scan a model that cannot be run: roles come from names, each linear is a group of its own."""
     names = [[name] for name, _ in linears_of(model)]
     blocks = blocks_of(model)
-    roles = assign_roles(model, family, blocks, names, {})
+    roles = assign_roles(model, family, blocks, names, Trace())
     return Scan(
         family.name if family else "generic",
         tuple(_input_group(model, name, roles) for name in names),
@@ -129,52 +118,22 @@ def unsupported(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
     return weights
 
 
-def _trace(model: nn.Module, run: Callable[[nn.Module], object]) -> _Trace:
-    trace = _Trace()
-    hooks = [model.register_forward_pre_hook(_batch_hook(trace), with_kwargs=True)]
-    for name, module in linears_of(model):
-        hooks.append(module.register_forward_pre_hook(_input_hook(name, trace)))
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _trace(model: nn.Module, run: Callable[[nn.Module], object]) -> Trace:
+    trace = Trace()
+    with ExitStack() as hooks, torch.no_grad():
+        hooks.enter_context(model.register_forward_pre_hook(trace.see_batch, with_kwargs=True))
+        for name, module in linears_of(model):
+            hook = partial(trace.see_input, name)
+            hooks.enter_context(module.register_forward_pre_hook(hook))
+        run(model)
     return trace
-
-
-def _batch_hook(trace: _Trace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.ndim:
-                trace.batch = value.shape[0]
-                return
-            if isinstance(value, list) and value and isinstance(value[0], Tensor):
-                trace.batch = len(value)
-                return
-
-    return hook
-
-
-def _input_hook(name: str, trace: _Trace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and name not in trace.inputs:
-            x = args[0]
-            trace.tensors.append(x)
-            trace.inputs[name] = TracedInput(id(x), x.ndim, x.numel() // shape_of(module)[1])
-
-    return hook
 
 
 def _idle_experts(model: nn.Module, inputs: Mapping[str, TracedInput]) -> dict[str, str]:
     """Linears of experts that were not called, each with a sibling that was."""
     called = {sibling_key(name): name for name in inputs if "expert" in name}
-    idle = {}
-    for name, _ in linears_of(model):
-        sibling = called.get(sibling_key(name))
-        if name not in inputs and sibling is not None:
-            idle[name] = sibling
-    return idle
+    idle = [name for name, _ in linears_of(model) if name not in inputs]
+    return {name: called[sibling_key(name)] for name in idle if sibling_key(name) in called}
 
 
 def _input_group(model: nn.Module, names: list[str], roles: Mapping[str, str]) -> InputGroup:

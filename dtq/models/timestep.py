@@ -13,17 +13,11 @@ TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
 """Names of the timestep argument in the transformers of diffusers."""
 
 
-def timestep_argument(model: nn.Module) -> str | None:
-    """Name of the forward's timestep argument; None if it has none."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in TIME_ARGUMENTS if name in parameters), None)
-
-
 def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """The timestep of a call, of the first image in the batch; 0 if the model takes none."""
-    name = timestep_argument(model)
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    timestep = bound.get(name) if name else None
+    signature = inspect.signature(model.forward)
+    name = next((name for name in TIME_ARGUMENTS if name in signature.parameters), "")
+    timestep = signature.bind_partial(*args, **kwargs).arguments.get(name)
     return float(torch.as_tensor(timestep).reshape(-1)[0]) if timestep is not None else 0.0
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantized linear, and how it replaces the float linears of a model."""
 
-from __future__ import annotations
-
 from dtq.nn.linear import QuantLinear
 from dtq.nn.step_clock import StepClock
 

@@ -52,9 +52,7 @@ class FastProjectedGELU(GELU):  # type: ignore[misc]
     def gelu(self, gate: Tensor) -> Tensor:
         """Apply GELU to the output of ``proj``."""
         y = _gelu(gate)
-        if y is None:
-            y = super().gelu(gate)
-        return y
+        return super().gelu(gate) if y is None else y
 
 
 _FAST: dict[type, type] = {nn.GELU: FastGELU, GELU: FastProjectedGELU}

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
 from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, activation_format_of
-from dtq.kernels.table import Epilogue, Kernel, LinearProblem, branch_joins, compiled, pick
+from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
+from dtq.kernels.table import branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
-from dtq.nn.straight_through import straight_through
 from dtq.plan.layers import LayerSpec
 from dtq.transforms import OnlineTransform
 
@@ -239,8 +239,8 @@ class QuantLinear(nn.Linear):
 
     def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (M, K)
-        if torch.is_grad_enabled() and (rows.requires_grad or _requires_grad(self.bias)):
-            y = straight_through(rows, self.bias, self)
+        if _needs_gradient(rows, self.bias):
+            y = _StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         else:
             y = self._gemm(rows, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -252,14 +252,9 @@ class QuantLinear(nn.Linear):
             (..., N), or None: there are no compiled kernels, or none for this layer; the layer has
             hooks (offloading); or a gradient is required.
         """
-        hooked = (
-            self._forward_hooks
-            or self._forward_pre_hooks
-            or any(hasattr(self, hook) for hook in HOOKS)
-        )
-        if hooked or self.spatial or self._has_step_policy:
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or _requires_grad(self.bias)):
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        hooked = hooks or any(hasattr(self, hook) for hook in HOOKS)
+        if hooked or self.spatial or self._has_step_policy or _needs_gradient(x, self.bias):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):
             return None
@@ -267,16 +262,14 @@ class QuantLinear(nn.Linear):
             return None
         rows = x.reshape(-1, self.in_features)
         epilogue = Epilogue(gelu=True, branch=self._branch(rows))
-        y = self.kernel.with_epilogue(
-            self.problem, rows, self._kernel_tensors(), self.bias, epilogue
-        )
+        call = LinearCall(self.problem, rows, self._kernel_tensors(), self.bias)
+        y = self.kernel.with_epilogue(call, epilogue)
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
 
     @property
     def _has_step_policy(self) -> bool:
-        return bool(
-            self._clock and self._clock[0].modes and self.problem.activation_format.bits < 16
-        )
+        modes = self._clock and self._clock[0].modes
+        return bool(modes and self.problem.activation_format.bits < 16)
 
     def current_activation_format(self) -> ActivationFormat:
         """The activation format of this step: the layer's, or the one that a step policy sets."""
@@ -288,9 +281,7 @@ class QuantLinear(nn.Linear):
 
     def _kernel_tensors(self) -> PackedTensors:
         """The tensors that a kernel reads, with the activation scale of the current step."""
-        tensors = {
-            name: self.packed_tensor(name) for name in self._specs if not name.startswith("proj_")
-        }
+        tensors = {n: self.packed_tensor(n) for n in self._specs if not n.startswith("proj_")}
         if self._first and torch.compiler.is_compiling():
             first = self._first[0]
             for name in TRANSFORM_TENSORS:
@@ -312,8 +303,8 @@ class QuantLinear(nn.Linear):
         """``rows`` (M, K) to (M, N), with the low-rank branch."""
         tensors, branch = self._kernel_tensors(), self._branch(rows)
         if branch and self.kernel.with_epilogue and self._fuses_branch(rows):
-            epilogue = Epilogue(branch=branch)
-            fused = self.kernel.with_epilogue(self.problem, rows, tensors, bias, epilogue)
+            call = LinearCall(self.problem, rows, tensors, bias)
+            fused = self.kernel.with_epilogue(call, Epilogue(branch=branch))
             if fused is not None:
                 return fused
         if self._has_step_policy:
@@ -404,5 +395,23 @@ class QuantLinear(nn.Linear):
         return self.out_features, self.in_features
 
 
-def _requires_grad(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The quantized GEMM, with the gradient of the dequantized layer, which ignores rounding.
+
+    For adapters that are trained with the layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantLinear) -> Tensor:
+        ctx.layer, ctx.has_bias = layer, bias is not None
+        return layer._gemm(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad,) = grads  # (M, N)
+        x_grad = grad @ ctx.layer.dequantize(grad.dtype)  # (M, K)
+        return x_grad, grad.sum(0) if ctx.has_bias else None, None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def enable(model: nn.Module) -> None:
         leaf = isinstance(module, QuantLinear) or not any(True for _ in module.children())
         if leaf and module is not model and _MARK not in vars(module):
             vars(module)[_MARK] = True
-            module.register_forward_hook(_check(name, steps), with_kwargs=True)
+            module.register_forward_hook(partial(_check, name, steps), with_kwargs=True)
 
 
 class StepTrace:
@@ -93,21 +94,18 @@ def _float_tensors(value: Any) -> Iterator[Tensor]:
             yield from _float_tensors(item)
 
 
-def _check(name: str, steps: StepTrace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        outputs = count_nonfinite(output)
-        if not outputs:
-            return
-        inputs = count_nonfinite((args, kwargs))
+def _check(
+    name: str, steps: StepTrace, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
+    outputs, cause = count_nonfinite(output), "its input is finite"
+    if not outputs:
+        return
+    if inputs := count_nonfinite((args, kwargs)):
         cause = (
             f"{inputs} entries of its input are, too: they come from an op between this layer and "
             f"the layers before it"
-            if inputs
-            else "its input is finite"
         )
-        raise NonFiniteError(
-            f"{name} ({type(module).__name__}): {outputs} entries of its output at {steps} are NaN "
-            f"or infinite; {cause}"
-        )
-
-    return hook
+    raise NonFiniteError(
+        f"{name} ({type(module).__name__}): {outputs} entries of its output at {steps} are NaN "
+        f"or infinite; {cause}"
+    )

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from dtq.errors import InputError
 from dtq.formats import FORMATS, TensorSpec
-from dtq.formats.activations import (
-    ACTIVATION_FORMATS,
-    ActivationFormat,
-    fake_quantize,
-    row_codes,
-    scale_of,
-)
+from dtq.formats.activations import ACTIVATION_FORMATS, fake_quantize, row_codes, scale_of
 from dtq.formats.grid import doubled
 from dtq.kernels.ops_gemm import int_matmul
 from dtq.kernels.table import LinearProblem, pick
@@ -87,10 +81,9 @@ class Slice(QuantLinear):
         shape = tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape()
         section = shape[axis] // self.sections
         size = section // self.world
-        pieces = []
-        for i in range(self.sections):
-            at = slice(i * section + self.rank * size, i * section + (self.rank + 1) * size)
-            pieces.append(tensor[at] if axis == 0 else tensor[:, at])
+        starts = range(self.rank * size, self.sections * section, section)
+        places = [slice(start, start + size) for start in starts]
+        pieces = [tensor[place] if axis == 0 else tensor[:, place] for place in places]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)).contiguous()
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -127,26 +120,18 @@ class Slice(QuantLinear):
             amax = self._all_reduce(amax, dist.ReduceOp.MAX)
         if activations.block_format and not activations.int8:
             return fake_quantize(x, activations, amax) @ fmt.unpack(weight).T, ()
-        x_q, scale = self._quantize(activations, x, amax)
+        if activations.integer:  # values as float (M, K), scales of the tokens (M, 1)
+            static, qmax = activations.static, activations.qmax
+            scale = self.step_scale().expand_as(amax) if static else scale_of(amax, qmax)
+            x_q = row_codes(x, scale, qmax)
+        else:
+            x_q, scale = doubled(x, amax)
         problem = LinearProblem(fmt, activations)
         expand = pick(problem).expand
         if expand is None:
             return x_q @ fmt.unpack(weight).T, (scale,)
         w8, w_scale = expand(problem, weight)
         return int_matmul(x_q.to(torch.int8), w8), (scale, w_scale.T)
-
-    def _quantize(
-        self, activations: ActivationFormat, x: Tensor, amax: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Integer values as float (M, K), and the scales of the tokens (M, 1)."""
-        if not activations.integer:
-            return doubled(x, amax)
-        scale = (
-            self.step_scale().expand_as(amax)
-            if activations.static
-            else scale_of(amax, activations.qmax)
-        )
-        return row_codes(x, scale, activations.qmax), scale
 
     def _transform_input(self, rows: Tensor) -> Tensor:
         spec = self.spec

@@ -10,7 +10,7 @@ can only hold sizes and the name of a shipped prompt set.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,5 +68,4 @@ def of(pipeline: Any) -> CallDefaults:
 def write(pipeline: Path, defaults: CallDefaults) -> None:
     """Write the file into a pipeline folder, unless there are no defaults."""
     if defaults != CallDefaults():
-        data = {"sizes": dict(defaults.sizes), "prompts": defaults.prompts}
-        atomic_write(pipeline / FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")
+        atomic_write(pipeline / FILE, json.dumps(asdict(defaults), indent=2, sort_keys=True) + "\n")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 
 from dtq import demo
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line
@@ -36,8 +37,6 @@ def download_configs(name: str) -> Path:
     Raises:
         InputError: the name is not a hub id, or neither the hub nor the cache has it.
     """
-    from huggingface_hub import snapshot_download
-
     check_hub_id(name)
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json"]))
@@ -51,8 +50,6 @@ def download_pipeline(name: str) -> Path:
     Raises:
         InputError: the name is not a hub id, or neither the hub nor the cache has it.
     """
-    from huggingface_hub import snapshot_download
-
     check_hub_id(name)
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True))

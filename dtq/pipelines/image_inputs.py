@@ -50,13 +50,9 @@ def _clip(image: Image.Image) -> list[Image.Image]:
 
 # argument of a pipeline call: how to make it from one image
 MAKERS: dict[str, Callable[[Image.Image], object]] = {
-    "image": lambda image: image,
-    "control_image": lambda image: image,
-    "mask_image": _mask,
-    "control_mask": _mask,
-    "video": _clip,
-    "pose_video": _clip,
-    "face_video": _clip,
+    **dict.fromkeys(("image", "control_image"), lambda image: image),
+    **dict.fromkeys(("mask_image", "control_mask"), _mask),
+    **dict.fromkeys(("video", "pose_video", "face_video"), _clip),
 }
 
 
@@ -94,11 +90,10 @@ class ImageInputs:
         """The image arguments of the call for request ``index``."""
         if not self.arguments:
             return {}
-        image = (
-            _read_image(self.files[index % len(self.files)])
-            if self.files
-            else random_image(self.size, seed_of(self.seed, index))
-        )
+        if self.files:
+            image = _read_image(self.files[index % len(self.files)])
+        else:
+            image = random_image(self.size, seed_of(self.seed, index))
         return {name: MAKERS[name](image) for name in self.arguments}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import nn
@@ -62,14 +63,12 @@ class LoadedModel:
     @property
     def dtype(self) -> torch.dtype:
         """The float dtype of the transformer."""
-        dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
-        return dtype
+        return self.model.dtype  # type: ignore[return-value]
 
     def models(self) -> dict[str, nn.Module]:
         """Every diffusion transformer of the pipeline by its name there, this one first."""
         names = [] if self.pipeline is None else diffusion_transformers(self.pipeline)
-        others = {name: getattr(self.pipeline, name) for name in names}
-        return {self.component: self.model} | others
+        return {self.component: self.model} | {name: getattr(self.pipeline, name) for name in names}
 
 
 def load_transformer(
@@ -217,8 +216,6 @@ def translate_errors(where: object) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
-        raise
     except LIBRARY_ERRORS as error:
         if out_of_memory(error):
             raise
@@ -281,11 +278,8 @@ def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = Non
         if next(model.parameters()).device.type != "meta":
             raise
         reason = str(error).partition("\n")[0]
-        log.warning(
-            "%s: roles come from layer names alone, its forward needs weights (%s)",
-            type(model).__name__,
-            reason,
-        )
+        why = f"roles come from layer names alone, its forward needs weights ({reason})"
+        log.warning("%s: %s", type(model).__name__, why)
         return scan_names(model, family)
 
 
@@ -313,24 +307,16 @@ def dummy_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> di
     rng = torch.Generator().manual_seed(seed)
     arguments = family.inputs(model.config, batch, torch.full((batch,), timestep), rng)
     # model.dtype ignores parameters that stay in float32, such as the first one of Wan
-    moved: dict[str, Any] = _move(arguments, model.device, model.dtype)  # type: ignore[arg-type]
-    return moved
+    device, dtype = model.device, model.dtype
+    return recursively_apply(
+        lambda t: t.to(device, dtype if t.is_floating_point() else None), arguments
+    )
 
 
 def _call_once(model: nn.Module) -> None:
     family = find_family(model)
     assert family is not None
     model(**dummy_inputs(model, 2, 0.5 * family.largest_timestep, 0))
-
-
-def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
-    if isinstance(value, dict):
-        return {key: _move(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_move(item, device, dtype) for item in value)
-    return value
 
 
 def _load_pipeline(folder: Path, dtype: torch.dtype | None) -> DiffusionPipeline:
@@ -376,15 +362,12 @@ def _dtype(dtype: str | torch.dtype, folder: Path) -> torch.dtype:
 def disk_dtype(folder: Path) -> torch.dtype:
     """The most common float dtype of the tensors in the safetensors files of a model folder."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    count: Counter[torch.dtype] = Counter()
+    count: Counter[str] = Counter()
     for file in weight_files(folder) if folder.is_dir() else []:
         with safe_open(file, framework="pt") as header:
-            count.update(
-                names[dtype]
-                for key in header.keys()  # noqa: SIM118  (safe_open is not a mapping)
-                if (dtype := header.get_slice(key).get_dtype()) in names
-            )
-    return count.most_common(1)[0][0] if count else torch.float32
+            keys = header.keys()
+            count.update(header.get_slice(key).get_dtype() for key in keys)
+    return next((names[name] for name, _ in count.most_common() if name in names), torch.float32)
 
 
 def modules_of(loaded: LoadedModel) -> list[nn.Module]:

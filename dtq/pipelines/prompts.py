@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtq.errors import LIBRARY_ERRORS, InputError, first_line
+from dtq.errors import LIBRARY_ERRORS, InputError, first_line, hint
 from dtq.io.package_data import folder, prompt_sets
 from dtq.io.safe_parse import read_text
 from dtq.pipelines import call_defaults
@@ -100,8 +99,7 @@ def _argument(pipeline: Any) -> str:
 
 def _own_labels(pipeline: Any) -> list[Any]:
     """Every label that the pipeline names, else every class of the transformer (data-free)."""
-    labels = getattr(pipeline, "labels", None)
-    if labels:
+    if labels := getattr(pipeline, "labels", None):
         return sorted(set(labels.values()))
     return list(range(pipeline.transformer.config.num_embeds_ada_norm))
 
@@ -109,9 +107,8 @@ def _own_labels(pipeline: Any) -> list[Any]:
 def _shipped(name: str) -> list[Any]:
     known = prompt_sets()
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-        raise InputError(f"unknown prompt set {name!r}; {hint} Or give a file or hub:OWNER/NAME")
+        words = hint(name, known, f"there are {', '.join(known)}.", 1, 0.6)
+        raise InputError(f"unknown prompt set {name!r}; {words} Or give a file or hub:OWNER/NAME")
     return _lines(folder("calibration") / f"{name}.txt")
 
 
@@ -123,40 +120,31 @@ def _file(path: Path) -> list[Any]:
     if path.suffix not in _FILES:
         raise InputError(f"prompt set {path}: expected .txt, {', '.join(_FILES)}")
     file = str(path)
-    table = _load_dataset(file, _FILES[path.suffix], data_files=file, split="train")
-    return _column(table, None, file)
+    return _column(file, "", _FILES[path.suffix], data_files=file, split="train")
 
 
 def _hub(name: str) -> list[Any]:
     dataset, _, rest = name.partition(":")
     split, _, column = rest.partition(":")
-    table = _load_dataset(dataset, dataset, split=split or "train")
-    return _column(table, column or None, dataset)
+    return _column(dataset, column, dataset, split=split or "train")
 
 
-def _load_dataset(name: str, *args: str, **options: str) -> Any:
-    try:
-        return _datasets().load_dataset(*args, **options)
-    except LIBRARY_ERRORS as error:
-        raise InputError(f"prompt set {name}: cannot be read ({first_line(error)})") from error
-
-
-def _column(table: Any, column: str | None, name: str) -> list[Any]:
-    candidates = (column,) if column else _COLUMNS
-    for candidate in candidates:
-        if candidate in table.column_names:
-            return list(table[candidate])
-    raise InputError(f"prompt set {name}: has {table.column_names}, none of {candidates}")
-
-
-def _datasets() -> Any:
+def _column(name: str, column: str, *args: str, **options: str) -> list[Any]:
+    """A column of a dataset; without its name, the first of ``_COLUMNS`` that the dataset has."""
     try:
         import datasets
     except ImportError as error:
         raise InputError(
             "reading this set needs the package datasets: pip install dtq[eval]"
         ) from error
-    return datasets
+    try:
+        table = datasets.load_dataset(*args, **options)
+    except LIBRARY_ERRORS as error:
+        raise InputError(f"prompt set {name}: cannot be read ({first_line(error)})") from error
+    candidates = (column,) if column else _COLUMNS
+    if found := [candidate for candidate in candidates if candidate in table.column_names]:
+        return list(table[found[0]])
+    raise InputError(f"prompt set {name}: has {table.column_names}, none of {candidates}")
 
 
 def _lines(path: Path) -> list[Any]:
@@ -173,11 +161,9 @@ def _label(entry: Any, name: str, pipeline: Any) -> int:
     try:
         number = int(entry)
     except (TypeError, ValueError) as error:
-        near = difflib.get_close_matches(str(entry), labels, 3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise InputError(
-            f"prompt set {name}: {entry!r} is not a label of this model{hint}"
-        ) from error
+        near = hint(str(entry), labels, "", 3, 0.6)
+        words = f"{entry!r} is not a label of this model" + (f"; {near}" if near else "")
+        raise InputError(f"prompt set {name}: {words}") from error
     if not 0 <= number < size:
         raise InputError(f"prompt set {name}: label {number} is not in [0, {size})")
     return number

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,21 +36,17 @@ def watch_calls(
     """
     step = 0
 
-    def hook(name: str) -> Callable[..., None]:
-        def record(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-        ) -> None:
-            nonlocal step
-            output = first_tensor(out).detach().cpu().clone()
-            timestep = timestep_of(module, args, kwargs)
-            keep(RecordedCall(step, copy_to_cpu(args), copy_to_cpu(kwargs), output, timestep, name))
-            step += 1
-
-        return record
+    def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal step
+        output = first_tensor(output).detach().cpu().clone()
+        timestep = timestep_of(module, args, kwargs)
+        keep(RecordedCall(step, copy_to_cpu(args), copy_to_cpu(kwargs), output, timestep, name))
+        step += 1
 
     with ExitStack() as hooks:
         for name, model in models.items():
-            hooks.enter_context(_hooked(model, hook(name)))
+            hook = model.register_forward_hook(partial(record, name), with_kwargs=True)
+            hooks.enter_context(hook)
         for _ in run():
             step = 0
 
@@ -75,14 +72,14 @@ def sample_calls(
     calls: list[RecordedCall] = []
     pipeline = loaded.pipeline
     if inputs is None and pipeline is not None:
-        once = replace(settings, samples=min(count, settings.batch_size))
-        once = replace(once, batch_size=once.samples)
-        requests = prompts.load(once.prompts, pipeline, once.samples)
+        number = min(count, settings.batch_size)
+        once = replace(settings, samples=number, batch_size=number)
+        requests = prompts.load(once.prompts, pipeline, number)
 
         def run() -> Iterable[object]:
             return run_pipeline(pipeline, requests, once, output="latent")
     else:
-        batches = list(inputs) if inputs is not None else list(dummy_batches(loaded, settings))
+        batches = list(dummy_batches(loaded, settings) if inputs is None else inputs)
 
         def run() -> Iterable[object]:
             device = next(loaded.model.parameters()).device
@@ -90,12 +87,3 @@ def sample_calls(
 
     watch_calls({loaded.component: loaded.model}, run, calls.append)
     return calls
-
-
-@contextmanager
-def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
-    handle = model.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

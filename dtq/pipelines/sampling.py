@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from collections.abc import Container, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dtq.errors import InputError
+from dtq.errors import InputError, hint
 from dtq.pipelines import call_defaults, image_inputs, prompts
 from dtq.pipelines.loading import LoadedModel, dummy_inputs
 from dtq.pipelines.settings import SamplingSettings, seed_of
@@ -56,10 +55,8 @@ def run_pipeline(
         starts = range(0, len(requests.entries), batch)
         for start in starts if only is None else filter(only.__contains__, starts):
             entries = list(requests.entries[start : start + batch])
-            generators = [
-                torch.Generator().manual_seed(seed_of(settings.seed, start + i))
-                for i in range(len(entries))
-            ]
+            seeds = [seed_of(settings.seed, start + i) for i in range(len(entries))]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             args = {requests.argument: entries} | images.of(start)
             try:
                 result = pipeline(**args, generator=generators, **options)
@@ -83,9 +80,8 @@ def _options(pipeline: Any, settings: SamplingSettings, output: str) -> dict[str
         options["guidance_scale"] = settings.guidance
     for name in settings.pipeline_args:
         if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {list(parameters)}"
-            raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {hint}")
+            words = hint(name, parameters, f"it takes {list(parameters)}")
+            raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {words}")
     return {k: v for k, v in options.items() if k in parameters} | settings.pipeline_args
 
 

@@ -208,11 +208,8 @@ def limit_modules(config: Path, tensors: int) -> Iterator[None]:
                 f"{tensors} tensors; a number of layers in the config is damaged"
             )
 
-    handle = hooks.register_module_module_registration_hook(count)
-    try:
+    with hooks.register_module_module_registration_hook(count):
         yield
-    finally:
-        handle.remove()
 
 
 def check_shapes(
@@ -275,10 +272,8 @@ def _needs_real_weights(cause: BaseException | None) -> bool:
 
     diffusers can build it on a real device. Torch has no error class for that.
     """
-    message = str(cause)
-    return isinstance(cause, RuntimeError | TypeError) and (
-        "meta tensor" in message or "meta device" in message
-    )
+    words = "meta tensor", "meta device"
+    return isinstance(cause, RuntimeError | TypeError) and any(w in str(cause) for w in words)
 
 
 def model_kind(name: object) -> Callable[..., Any] | None:
@@ -286,8 +281,7 @@ def model_kind(name: object) -> Callable[..., Any] | None:
     kind = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not inspect.isclass(kind) or not issubclass(kind, diffusers.ModelMixin):
         return None
-    model: Callable[..., Any] = kind
-    return model
+    return kind
 
 
 def _check_class(index: Path, name: str, library: str, kind: str) -> None:

@@ -56,8 +56,9 @@ class LayerSpec:
             specs["pre_quant_scale"] = TensorSpec((1, columns), torch.bfloat16)
         if self.permutation:
             specs["pre_quant_perm"] = TensorSpec((1, columns), torch.int32, _not_a_permutation)
-        if ACTIVATION_FORMATS[self.activation_format].static:
-            count = bins if ACTIVATION_FORMATS[self.activation_format].per_timestep else 1
+        activations = ACTIVATION_FORMATS[self.activation_format]
+        if activations.static:
+            count = bins if activations.per_timestep else 1
             specs["input_scale"] = TensorSpec((1, count), torch.float32)
         if self.rank:
             specs["proj_down"] = TensorSpec((self.rank, columns), torch.bfloat16)
@@ -74,20 +75,14 @@ class LayerSpec:
             raise InputError(
                 f"rotation blocks of {self.hadamard_block_size} do not divide K = {shape[1]}"
             )
-        if ACTIVATION_FORMATS[self.activation_format].block_format:
-            FORMATS[ACTIVATION_FORMATS[self.activation_format].block_format].tensor_specs(
-                (1, shape[1])
-            )
+        if block := ACTIVATION_FORMATS[self.activation_format].block_format:
+            FORMATS[block].tensor_specs((1, shape[1]))
         return self.tensor_specs(shape, bins)
 
     def to_json(self) -> dict[str, Any]:
         """The entry of ``layers``; keys with their default value are left out."""
-        default = LayerSpec(self.weight_format, self.activation_format)
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name in self.ALWAYS or getattr(self, f.name) != getattr(default, f.name)
-        }
+        optional = {f.name: f.default for f in fields(self) if f.name not in self.ALWAYS}
+        return {k: v for k, v in asdict(self).items() if k not in optional or v != optional[k]}
 
     @classmethod
     def from_json(cls, data: object, where: str) -> LayerSpec:
@@ -97,14 +92,13 @@ class LayerSpec:
             CheckpointError: it is not what dtq writes; says which key.
         """
         spec = schema.parse(cls, data, where, CheckpointError, required=cls.ALWAYS, strict=True)
+        tables: dict[str, Iterable[str]]
+        tables = {"weight_format": FORMATS, "activation_format": ACTIVATION_FORMATS}
         problems = [
-            f"{key}: unknown format {name!r}; this dtq knows {', '.join(table)}. A newer dtq may "
-            f"have written it: pip install -U dtq"
-            for key, name, table in (
-                ("weight_format", spec.weight_format, FORMATS),
-                ("activation_format", spec.activation_format, ACTIVATION_FORMATS),
-            )
-            if name not in table
+            f"{key}: unknown format {getattr(spec, key)!r}; this dtq knows {', '.join(table)}. A "
+            f"newer dtq may have written it: pip install -U dtq"
+            for key, table in tables.items()
+            if getattr(spec, key) not in table
         ]
         size = spec.hadamard_block_size
         if size < 1 or size & (size - 1):
@@ -116,6 +110,15 @@ class LayerSpec:
         if problems:
             raise CheckpointError(f"{where}: {'; '.join(problems)}")
         return spec
+
+
+def misfit(name: str, shape: tuple[int, int]) -> str:
+    """Why a weight (N, K) cannot be stored in a format; empty if it can."""
+    try:
+        FORMATS[name].tensor_specs(shape)
+    except InputError as error:
+        return str(error).split(". Use")[0]
+    return ""
 
 
 def _not_a_permutation(perm: Tensor) -> str | None:
@@ -172,10 +175,8 @@ class LayerPlan:
 
     def in_format(self, name: str) -> LayerPlan:
         """The plan with another weight format; unchanged but for a note if K does not fit it."""
-        try:
-            FORMATS[name].tensor_specs(self.shape)
-        except InputError as error:
-            return replace(self, note=self.note or str(error).split(". Use")[0])
+        if problem := misfit(name, self.shape):
+            return replace(self, note=self.note or problem)
         return replace(self.with_spec(weight_format=name), format_candidates=())
 
     def nbytes(self, bins: int = 1, float_dtype: torch.dtype = torch.float32) -> int:
@@ -265,11 +266,7 @@ class CheckpointSpec:
 
     @classmethod
     def from_json(
-        cls,
-        layers: Mapping[str, Any],
-        edges: Iterable[float],
-        where: str,
-        runtime: Mapping[str, Any],
+        cls, layers: dict[str, Any], edges: Iterable[float], where: str, runtime: dict[str, Any]
     ) -> CheckpointSpec:
         """Read the fields of the config that say how layers are stored and run.
 

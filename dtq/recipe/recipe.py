@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtq.errors import InputError, RecipeError
+from dtq.errors import InputError, RecipeError, hint
 from dtq.finetune import FINETUNE
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS, PRECISIONS
@@ -190,8 +189,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every default filled in; ``dtq recipe show`` prints it as YAML."""
-        data: dict[str, Any] = plain(self)
-        return data
+        return plain(self)
 
 
 def find(what: str | Path) -> Path:
@@ -220,6 +218,5 @@ def _check_selector(selector: str, at: str, problems: list[str]) -> None:
         return
     if any(fnmatch.fnmatchcase(role, selector) for role in ROLES):
         return
-    near = difflib.get_close_matches(selector, ROLES, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"roles: {', '.join(ROLES)}"
-    problems.append(f"{at}: {selector!r} is neither a role nor a pattern; {hint}")
+    words = hint(selector, ROLES, f"roles: {', '.join(ROLES)}")
+    problems.append(f"{at}: {selector!r} is neither a role nor a pattern; {words}")

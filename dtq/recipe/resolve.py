@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dtq.errors import InputError, RecipeError
-from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.schema import MethodSpec
 from dtq.linalg.hadamard import block_for
 from dtq.models import Linear, Scan
 from dtq.plan import LayerPlan, LayerSpec, Plan
+from dtq.plan.layers import misfit
 from dtq.recipe.schema import Rule
 from dtq.solvers.lowrank import rank_for
 from dtq.transforms import TRANSFORMS
@@ -41,10 +40,8 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
         raise RecipeError(f"recipe {recipe.name}", unused)
     layers = [_resolve_layer(recipe, linear, exclude) for linear in linears]
     per_timestep = any(ACTIVATION_FORMATS[x.activation_format].per_timestep for x in layers)
-    layers += [
-        LayerPlan(name, "other", (0, 0), note="never called in the traced forward")
-        for name in scan.uncalled
-    ]
+    note = "never called in the traced forward"
+    layers += [LayerPlan(name, "other", (0, 0), note=note) for name in scan.uncalled]
     bins = recipe.calibration.num_timestep_bins if per_timestep else 1
     return Plan(recipe.name, tuple(layers), bins)
 
@@ -52,17 +49,17 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
 def _resolve_layer(recipe: Recipe, linear: Linear, exclude: tuple[str, ...]) -> LayerPlan:
     base = LayerPlan(linear.name, linear.role, linear.shape)
     if any(_is_excluded(pattern, linear.name) for pattern in exclude):
-        return replace(
-            base,
-            note="excluded by name (--exclude, modules_to_not_convert, or float32 in diffusers)",
-        )
+        note = "excluded by name (--exclude, modules_to_not_convert, or float32 in diffusers)"
+        return replace(base, note=note)
     rules = [rule for rule in recipe.rules if _matches(rule.match, linear)]
     if not rules and any(_matches(selector, linear) for selector in recipe.exclude):
         return replace(base, note=f"the recipe excludes {linear.role}")
     wanted, fallbacks = _wanted(recipe, linear, rules)
     if not wanted.weights:
         return replace(base, note="the recipe excludes it")
-    weights, note = _fitting((wanted.weights, *fallbacks), linear.shape)
+    problems = {name: misfit(name, linear.shape) for name in (wanted.weights, *fallbacks)}
+    weights = next((name for name, problem in problems.items() if not problem), "")
+    note = problems[wanted.weights]
     if not weights:
         return replace(base, note=f"unquantized: {note}")
     assert wanted.activations is not None and wanted.transform and wanted.solver and wanted.lowrank  # noqa: PT018
@@ -105,28 +102,11 @@ def _wanted(recipe: Recipe, linear: Linear, rules: list[Rule]) -> tuple[Rule, tu
     return wanted, fallbacks
 
 
-def _fitting(formats: Iterable[str], shape: tuple[int, int]) -> tuple[str, str]:
-    """The first format that fits a shape, and why the first choice did not; "" if none does."""
-    reason = ""
-    for name in formats:
-        try:
-            FORMATS[name].tensor_specs(shape)
-        except InputError as error:
-            reason = reason or str(error).split(". Use")[0]
-        else:
-            return name, reason
-    return "", reason
-
-
 def _fitting_activations(name: str, columns: int) -> tuple[str, str]:
     """The activation format, or one scale per token where its groups do not divide K; and why."""
     fmt = ACTIVATION_FORMATS[name]
-    if not fmt.block_format:
-        return name, ""
-    try:
-        FORMATS[fmt.block_format].tensor_specs((1, columns))
-    except InputError as error:
-        return f"int{fmt.bits}-row", f"input as int{fmt.bits}-row: {error}".split(". ")[0]
+    if fmt.block_format and (problem := misfit(fmt.block_format, (1, columns))):
+        return f"int{fmt.bits}-row", f"input as int{fmt.bits}-row: {problem}".split(". ")[0]
     return name, ""
 
 

@@ -41,7 +41,7 @@ def gather(
         raise InputError(f"{workers.size} processes need a folder that all of them see")
     make_directory(folder)
     paths = [folder / f"{name}-{rank}.safetensors" for rank in range(workers.size)]
-    write_result(paths[workers.rank], (dict(tensors), data))
+    write_result(paths[workers.rank], tensors, data)
     workers.barrier()
     if not workers.is_main:
         return None

@@ -65,7 +65,7 @@ class TaskStore:
             self._in_memory[task] = dict(tensors), data
             return
         make_directory(path.parent)
-        write_result(path, (dict(tensors), data))
+        write_result(path, tensors, data)
 
     def load(self, task: str) -> Result:
         """A stored result; the tensors of a file are mapped, and read when they are used.
@@ -87,9 +87,8 @@ class TaskStore:
         self.workers.barrier()
 
 
-def write_result(path: Path, result: Result) -> None:
+def write_result(path: Path, tensors: Mapping[str, Tensor], data: Any) -> None:
     """Write tensors and plain data to a file that is whole or absent."""
-    tensors, data = result
     atomic_save_tensors(path, tensors, {"data": json.dumps(data)})
 
 

@@ -9,8 +9,9 @@ raw input, which is not quantized.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ class LowRankBranch:
     def matrix(self) -> Tensor:
         """L, float (N, K)."""
         return self.up @ self.down
+
+
+_Round = tuple[float, LowRankBranch]
+"""The output error of a branch, and the branch."""
 
 
 def svd(
@@ -74,35 +79,12 @@ def svd(
     for group in [list(weights)] if share else [[w] for w in weights]:
         joint, r = torch.cat(group), _rank_of(group[0], rank, bits)
         factors = [None] if hessian is None or not weighted else [None, _factor(hessian, joint)]
-        candidates = [_alternate(joint, r, fmt, hessian, f, iterations) for f in factors]
-        best = min(candidates, key=lambda candidate: candidate[0])[1]
+        nothing = torch.zeros_like(joint)
+        rounds = (_rounds(joint, nothing, r, fmt, hessian, factor) for factor in factors)
+        candidates = [_best(_until_it_rises(islice(x, iterations + 1))) for x in rounds]
+        best = _best(candidates)[1]
         branches += [LowRankBranch(up, best.down) for up in best.up.split([len(w) for w in group])]
     return branches
-
-
-def _alternate(
-    w: Tensor,
-    rank: int,
-    fmt: Format,
-    hessian: Tensor | None,
-    factor: Tensor | None,
-    iterations: int,
-) -> tuple[float, LowRankBranch]:
-    """The branch of the best round, and its output error."""
-    best: tuple[float, LowRankBranch] | None = None
-    w_q, last = torch.zeros_like(w), math.inf
-    for _ in range(iterations + 1):
-        branch = _decompose(w - w_q, rank, factor)
-        residual = w - branch.matrix()
-        w_q, _ = search(residual, fmt, hessian)
-        error = _error(residual - w_q, hessian)
-        if best is None or error < best[0]:
-            best = error, branch
-        if error >= last:
-            break
-        last = error
-    assert best is not None
-    return best
 
 
 def loftq(
@@ -131,18 +113,34 @@ def loftq(
     """
     branches = []
     for w in weights:
-        best: tuple[float, LowRankBranch] | None = None
-        w_q, _ = search(w, fmt)
-        for _ in range(iterations):
-            branch = _decompose(w - w_q, _rank_of(w, rank, bits), None)
-            residual = w - branch.matrix()
-            w_q, _ = search(residual, fmt)
-            error = _error(residual - w_q, None)
-            if best is None or error < best[0]:
-                best = error, branch
-        assert best is not None
-        branches.append(best[1])
+        rounds = _rounds(w, search(w, fmt)[0], _rank_of(w, rank, bits), fmt, None, None)
+        branches.append(_best(islice(rounds, iterations))[1])
     return branches
+
+
+def _rounds(
+    w: Tensor, w_q: Tensor, rank: int, fmt: Format, hessian: Tensor | None, factor: Tensor | None
+) -> Iterator[_Round]:
+    """Decompose what ``w_q`` leaves of the weight, then round what the branch leaves, and so on."""
+    while True:
+        branch = _decompose(w - w_q, rank, factor)
+        residual = w - branch.matrix()
+        w_q, _ = search(residual, fmt, hessian)
+        yield _error(residual - w_q, hessian), branch
+
+
+def _until_it_rises(rounds: Iterable[_Round]) -> Iterator[_Round]:
+    """Rounds up to the first whose error is not lower than the one before."""
+    last = math.inf
+    for error, branch in rounds:
+        yield error, branch
+        if error >= last:
+            break
+        last = error
+
+
+def _best(rounds: Iterable[_Round]) -> _Round:
+    return min(rounds, key=lambda each: each[0])
 
 
 @dataclass(frozen=True)
@@ -158,10 +156,7 @@ class LowRank:
     needs: frozenset[str] = frozenset()
 
 
-LOWRANK: dict[str, LowRank] = {
-    "svd": LowRank(svd, frozenset({"hessian"})),
-    "loftq": LowRank(loftq),
-}
+LOWRANK = {"svd": LowRank(svd, frozenset({"hessian"})), "loftq": LowRank(loftq)}
 
 
 def rank_for(shape: tuple[int, int], knobs: Mapping[str, Any]) -> int:

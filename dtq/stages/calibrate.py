@@ -36,9 +36,8 @@ def calibrate(run: Run) -> None:
     elif statistics_needed(run.recipe, run.has_data):
         run.statistics = collect(run, needs)
     elif needs:
-        log.warning(
-            "no calibration data: solver %s falls back to clip search", run.recipe.solver.name
-        )
+        solver = run.recipe.solver.name
+        log.warning("no calibration data: solver %s falls back to clip search", solver)
     run.report.edges = run.edges
     if run.statistics is not None:
         run.report.calibration = dict(run.statistics.about)
@@ -55,17 +54,15 @@ def collect(run: Run, needs: frozenset[str]) -> Statistics:
         run: a planned run.
         needs: keys of ``OBSERVERS``.
     """
-    plan = run.recipe.plan(run.scan)
-    groups = [
-        g for g in run.scan.input_groups if any(not plan[x.name].unquantized for x in g.linears)
-    ]
-    settings, tasks = run.recipe.calibration, run.tasks
+    wanted = {layer.name for layer in run.recipe.plan(run.scan).quantized()}
+    groups = [g for g in run.scan.input_groups if any(x.name in wanted for x in g.linears)]
+    loaded, settings, tasks = run.loaded, run.recipe.calibration, run.tasks
     memory = run.memory or psutil.virtual_memory().available // 2
     batches = engine.memory_batches(groups, settings.num_timestep_bins, needs, memory)
-    with paged_weights(*modules_of(run.loaded)):
+    with paged_weights(*modules_of(loaded)):
         if len(batches) == 1 and tasks.folder is None:
             return engine.calibrate(
-                run.loaded, groups, settings, needs, inputs=run.inputs, progress=run.progress
+                loaded, groups, settings, needs, inputs=run.inputs, progress=run.progress
             )
         if len(batches) > 1:
             log.warning(
@@ -76,11 +73,9 @@ def collect(run: Run, needs: frozenset[str]) -> Statistics:
         if tasks.folder is None:
             folder = tempfile.TemporaryDirectory(prefix="dtq-statistics-")
             tasks = TaskStore(Path(folder.name))
-        calls = engine.calibration_run(run.loaded, settings, run.inputs)
+        calls = engine.calibration_run(loaded, settings, run.inputs)
         files = [
-            calibrate_in_shards(
-                run.loaded, batch, settings, needs, calls, tasks, progress=run.progress
-            )
+            calibrate_in_shards(loaded, batch, settings, needs, calls, tasks, progress=run.progress)
             for batch in batches
         ]
     # a sibling expert may be in another batch
@@ -109,9 +104,8 @@ def _check(run: Run, needs: frozenset[str]) -> None:
             continue
         if stats.columns != group.columns:
             raise InputError(f"the statistics are of another model: {group.name} differs in width")
-        missing = [
-            n for n in sorted(needs) if n in ("hessian", "sample") and getattr(stats, n) is None
-        ]
+        optional = sorted(needs & {"hessian", "sample"})
+        missing = [name for name in optional if getattr(stats, name) is None]
         if missing:
             raise InputError(
                 f"the statistics lack {', '.join(missing)}; calibrate with this recipe"

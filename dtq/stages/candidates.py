@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dtq.allocate.measure import Measured, measure
 from dtq.nn.step_clock import StepClock
 from dtq.nn.timestep_hook import install_clock
+from dtq.pipelines.recorded_calls import subsample
 from dtq.stages.layer_result import LayerResult
 from dtq.stages.run import Run
 from dtq.stages.solve import build_quant_linear
@@ -52,12 +54,18 @@ class CandidateLayers(Mapping[str, dict[str, nn.Module]]):
         return len(self.options)
 
 
-def candidate_layers(run: Run, items: Mapping[str, Options]) -> dict[str, CandidateLayers]:
-    """The options of each item, for :func:`dtq.allocate.measure`.
+def measure_candidates(
+    run: Run, items: Mapping[str, Options], num_inputs: int, what: str
+) -> Measured:
+    """Errors of the options of each item, see :func:`dtq.allocate.measure`.
 
     Args:
         run: a run whose model is still float; its step clock is installed.
         items: solved layers by item and option.
+        num_inputs: recorded inputs to measure on.
+        what: of the progress bar.
     """
     clock = install_clock(run.model, run.edges) if run.edges else None
-    return {item: CandidateLayers(run, options, clock) for item, options in items.items()}
+    layers = {item: CandidateLayers(run, options, clock) for item, options in items.items()}
+    calls = subsample(run.recorded, num_inputs)
+    return measure(run.model, calls, layers, progress=run.progress, what=what, tasks=run.tasks)

@@ -6,10 +6,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from dtq.allocate import measure
 from dtq.io.schema import MethodSpec
-from dtq.pipelines.recorded_calls import subsample
-from dtq.stages.candidates import NUM_INPUTS, candidate_layers
+from dtq.stages.candidates import NUM_INPUTS, measure_candidates
 from dtq.stages.run import Run
 from dtq.stages.solve import solve_layers
 
@@ -36,16 +34,8 @@ def compare_transforms(run: Run) -> None:
     for other in recipe.transform_candidates:
         changed = {x.name: replace(x, transform=MethodSpec(other)) for x in run.plan.gemm()}
         results[other], _ = solve_layers(run, run.plan.with_layers(changed), gemm, other)
-    errors = measure(
-        run.model,
-        subsample(run.recorded, NUM_INPUTS),
-        candidate_layers(run, {"model": results}),
-        progress=run.progress,
-        what="compare transforms",
-        tasks=run.tasks,
-    )["model"]
+    measured = measure_candidates(run, {"model": results}, NUM_INPUTS, "compare transforms")
+    errors = measured["model"]
     run.results |= results[min(errors, key=lambda name: errors[name]["mse"])]
-    run.report.transform_errors = {name: error["mse"] for name, error in errors.items()}
-    log.info(
-        "transform: %s", ", ".join(f"{n} {e:.2e}" for n, e in run.report.transform_errors.items())
-    )
+    total = run.report.transform_errors = {name: error["mse"] for name, error in errors.items()}
+    log.info("transform: %s", ", ".join(f"{name} {error:.2e}" for name, error in total.items()))

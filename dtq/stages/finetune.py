@@ -16,12 +16,7 @@ def finetune(run: Run) -> None:
     method = run.recipe.finetune
     if method.name == "none":
         return
-    report = FINETUNE[method.name](
-        run.model,
-        run.floats,
-        subsample(run.recorded, TEACHER_CALLS),
-        progress=run.progress,
-        tasks=run.tasks.namespace("finetune"),
-        **dict(method.knobs),
-    )
+    tune, knobs = FINETUNE[method.name], dict(method.knobs)
+    calls, tasks = subsample(run.recorded, TEACHER_CALLS), run.tasks.namespace("finetune")
+    report = tune(run.model, run.floats, calls, progress=run.progress, tasks=tasks, **knobs)
     run.report.finetune = report.to_json()

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from dtq.formats import PackedTensors
-from dtq.models import Scan
 from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 from dtq.transforms import OnlineTransform
 
@@ -84,23 +83,20 @@ def to_result(results: list[LayerResult], group: InputReport) -> tuple[dict[str,
     layers = []
     for result in results:
         name, transform = result.plan.name, result.transform
-        own = {f"packed.{key}": tensor for key, tensor in result.tensors.items()}
-        own["scale"] = transform.scale
-        if transform.perm is not None:
-            own["perm"] = transform.perm
-        if result.bias_shift is not None:
-            own["bias_shift"] = result.bias_shift
-        tensors |= {f"{name}|{key}": tensor for key, tensor in own.items()}
-        layers.append(
-            {
-                "name": name,
-                "spec": asdict(result.plan.spec),
-                "block": transform.block,
-                "num_rotations": transform.num_rotations,
-                "report": asdict(result.report),
-                "weight_error": result.weight_error,
-            }
-        )
+        own: dict[str, Tensor | None] = {
+            f"packed.{key}": tensor for key, tensor in result.tensors.items()
+        }
+        own |= {"scale": transform.scale, "perm": transform.perm, "bias_shift": result.bias_shift}
+        tensors |= {f"{name}|{key}": tensor for key, tensor in own.items() if tensor is not None}
+        layer = {
+            "name": name,
+            "spec": asdict(result.plan.spec),
+            "block": transform.block,
+            "num_rotations": transform.num_rotations,
+            "report": asdict(result.report),
+            "weight_error": result.weight_error,
+        }
+        layers.append(layer)
     return tensors, {"layers": layers, "input": asdict(group)}
 
 
@@ -115,29 +111,14 @@ def from_result(
         transform = OnlineTransform(
             own["scale"], layer["block"], own.get("perm"), layer["num_rotations"]
         )
-        results.append(
-            LayerResult(
-                replace(plan[layer["name"]], spec=LayerSpec(**layer["spec"])),
-                {k.removeprefix("packed."): t for k, t in own.items() if k.startswith("packed.")},
-                transform,
-                own.get("bias_shift"),
-                LayerReport(**layer["report"]),
-                layer["weight_error"],
-            )
-        )
+        packed = {k.removeprefix("packed."): t for k, t in own.items() if k.startswith("packed.")}
+        chosen = replace(plan[layer["name"]], spec=LayerSpec(**layer["spec"]))
+        shift, report = own.get("bias_shift"), LayerReport(**layer["report"])
+        results.append(LayerResult(chosen, packed, transform, shift, report, layer["weight_error"]))
     return results, InputReport(**data["input"])
 
 
 def finalize(plan: Plan, results: Mapping[str, LayerResult]) -> Plan:
     """The plan with the formats, transforms and ranks that were chosen."""
-    return plan.with_layers(
-        {
-            x.name: replace(results[x.name].plan, note=x.note or results[x.name].plan.note)
-            for x in plan.quantized()
-        }
-    )
-
-
-def group_of(scan: Scan, layer: str) -> str:
-    """Name of the input group that a linear reads."""
-    return next(g.name for g in scan.input_groups for x in g.linears if x.name == layer)
+    pairs = [(x, results[x.name].plan) for x in plan.quantized()]
+    return plan.with_layers({x.name: replace(y, note=x.note or y.note) for x, y in pairs})

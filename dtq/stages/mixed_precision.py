@@ -6,9 +6,8 @@ from __future__ import annotations
 import logging
 import math
 
-from dtq.allocate import allocate, groups_of, measure, parse_budget
-from dtq.pipelines.recorded_calls import subsample
-from dtq.stages.candidates import candidate_layers
+from dtq.allocate import allocate, groups_of, parse_budget
+from dtq.stages.candidates import measure_candidates
 from dtq.stages.layer_result import LayerResult, finalize
 from dtq.stages.run import Run
 from dtq.stages.solve import solve_layers
@@ -32,10 +31,7 @@ def mixed_precision(run: Run) -> None:
         if (names := [x.name for x in group.linears if x.name in gemm])
     }
     results = _solve_every_format(run, members)
-    weights = {
-        group: sum(math.prod(plan[name].shape) for name in names)
-        for group, names in members.items()
-    }
+    weights = {g: sum(math.prod(plan[x].shape) for x in names) for g, names in members.items()}
     costs = {
         group: {
             option: sum(result.plan.nbytes(plan.bins) for result in layers.values())
@@ -44,14 +40,7 @@ def mixed_precision(run: Run) -> None:
         for group, options in results.items()
     }
     chosen = allocate(
-        measure(
-            run.model,
-            subsample(run.recorded, settings.num_inputs),
-            candidate_layers(run, results),
-            progress=run.progress,
-            what="allocate",
-            tasks=run.tasks,
-        ),
+        measure_candidates(run, results, settings.num_inputs, "allocate"),
         costs,
         parse_budget(str(settings.budget), sum(weights.values())),
         groups=groups_of(g for g in run.scan.input_groups if g.name in members),

@@ -26,7 +26,7 @@ def plan(run: Run) -> None:
         InputError: the model is quantized already, no layer would be quantized, or the budget is
             below what the narrowest formats need.
     """
-    loaded = run.loaded
+    loaded, recipe = run.loaded, run.recipe
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{loaded.name} is quantized already; give the float model")
     loaded.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
@@ -35,13 +35,11 @@ def plan(run: Run) -> None:
             loaded.scan = scan_model(loaded.model, _first_call(run))
     run.scan = loaded.scan
     in_fp32 = tuple(getattr(loaded.model, "_keep_in_fp32_modules", None) or ())
-    run.plan = run.recipe.plan(run.scan, (*run.exclude, *in_fp32))
+    run.plan = recipe.plan(run.scan, (*run.exclude, *in_fp32))
     if not run.plan.quantized():
-        raise InputError(
-            f"recipe {run.recipe.name} leaves every layer of {loaded.name} unquantized"
-        )
-    if run.recipe.allocate.budget:
-        _check_budget(run.plan, run.recipe)
+        raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} unquantized")
+    if recipe.allocate.budget:
+        _check_budget(run.plan, recipe)
 
 
 def _first_call(run: Run) -> Any:
@@ -55,23 +53,20 @@ def _first_call(run: Run) -> Any:
     once = replace(run.recipe.calibration, samples=1, steps=1, batch_size=1)
 
     def sample(model: nn.Module) -> None:
-        for _ in sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once):
-            pass
+        list(sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once))
 
     return sample
 
 
 def _check_budget(plan: Plan, recipe: Recipe) -> None:
     """Refuse a budget below the narrowest formats before any work is done."""
+    formats = recipe.allocate.formats
     weights = sum(math.prod(x.shape) for x in plan.gemm())
     budget = parse_budget(str(recipe.allocate.budget), weights)
-    least = sum(
-        min(x.in_format(name).nbytes(plan.bins) for name in recipe.allocate.formats)
-        for x in plan.gemm()
-    )
+    least = sum(min(x.in_format(f).nbytes(plan.bins) for f in formats) for x in plan.gemm())
     if budget < least:
         raise InputError(
             f"a budget of {recipe.allocate.budget} is too small: the formats "
-            f"{', '.join(recipe.allocate.formats)} need at least {least} bytes "
+            f"{', '.join(formats)} need at least {least} bytes "
             f"({8 * least / weights:.3f} bits per weight). Raise it, or allow narrower formats"
         )

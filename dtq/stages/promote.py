@@ -12,14 +12,7 @@ from dtq.io.schema import MethodSpec
 from dtq.models.linears import matrix_of
 from dtq.plan.layers import LayerPlan
 from dtq.runs.tasks import Result
-from dtq.stages.layer_result import (
-    InputReport,
-    LayerResult,
-    finalize,
-    from_result,
-    group_of,
-    to_result,
-)
+from dtq.stages.layer_result import InputReport, LayerResult, finalize, from_result, to_result
 from dtq.stages.run import Run
 from dtq.stages.solve_layer import TransformedInput, solve_layer
 from dtq.transforms import TransformChoice
@@ -36,11 +29,8 @@ def promote(run: Run) -> None:
     if run.recipe.allocate.budget:  # the budget has decided
         return
     for layer, error in _sensitive(run):
-        raised = replace(
-            layer.with_spec(weight_format=run.recipe.promote.to, rank=0),
-            lowrank=MethodSpec("none"),
-            format_candidates=(),
-        )
+        finer = layer.with_spec(weight_format=run.recipe.promote.to, rank=0)
+        raised = replace(finer, lowrank=MethodSpec("none"), format_candidates=())
         plan = run.plan.with_layers({layer.name: raised})
         if plan.bits(plan.gemm()) > run.recipe.promote.budget:
             continue
@@ -71,14 +61,15 @@ def _sensitive(run: Run) -> Iterator[tuple[LayerPlan, float]]:
 
 def _solve_again(run: Run, layer: LayerPlan) -> LayerResult:
     """The layer in its new format, under the transform that it has; a task."""
-    group = group_of(run.scan, layer.name)
 
     def compute() -> Result:
         before = run.results[layer.name]
         choice = TransformChoice(before.transform, before.report.transform, {})
         weight = matrix_of(run.model.get_submodule(layer.name))
         x = TransformedInput.of(run, layer, choice, weight)
-        return to_result([solve_layer(layer, weight, x)], InputReport(group))
+        return to_result(
+            [solve_layer(layer, weight, x)], InputReport(run.scan.group_of(layer.name))
+        )
 
     tensors, data = run.tasks.get_or_compute(f"promote/{layer.name}", compute)
     ((result,), _) = from_result(tensors, data, run.plan.with_layers({layer.name: layer}))

@@ -14,13 +14,11 @@ RECORDED_SAMPLES = 4
 
 def record_calls(run: Run) -> None:
     """Record one sampling run of the float model, if a later stage compares with it."""
-    recipe = run.recipe
-    needed = (
-        recipe.allocate.budget or recipe.step_policy.precisions or recipe.finetune.name != "none"
-    )
+    recipe, loaded = run.recipe, run.loaded
+    finetuned = recipe.finetune.name != "none"
+    needed = recipe.allocate.budget or recipe.step_policy.precisions or finetuned
     # random inputs would say little about which transform is better
     if needed or (recipe.transform_candidates and run.has_data):
-        with paged_weights(*modules_of(run.loaded)):
-            run.recorded = sample_calls(
-                run.loaded, recipe.calibration, RECORDED_SAMPLES, inputs=run.inputs
-            )
+        with paged_weights(*modules_of(loaded)):
+            calls = sample_calls(loaded, recipe.calibration, RECORDED_SAMPLES, inputs=run.inputs)
+        run.recorded = calls

@@ -17,40 +17,36 @@ class Report:
     Attributes:
         plan: what happened to each layer.
         edges: of the timestep bins of static activation scales.
-        layers: quantized layers, in model order.
-        inputs: input groups.
         calibration: where the statistics are from, how many samples and calls.
         transform_errors: error of the whole model with each transform of ``transform_candidates``.
         allocation: the formats that mixed precision chose.
         finetune: error of each block before and after fine-tuning.
         step_policy: activation precision by part of the trajectory.
         sanity_check: what the short sampling run measured, and the layers that it promoted.
+        layers: quantized layers, in model order.
+        inputs: input groups.
     """
 
     plan: Plan = field(default_factory=lambda: Plan("", ()))
     edges: tuple[float, ...] = ()
-    layers: list[LayerReport] = field(default_factory=list)
-    inputs: list[InputReport] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=lambda: {"origin": "none"})
     transform_errors: dict[str, float] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
     step_policy: dict[str, Any] = field(default_factory=dict)
     sanity_check: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    inputs: list[InputReport] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``dtq_report.json``."""
+        decided = {key: value for key, value in vars(self).items() if key != "plan"}
         return {
             "recipe": self.plan.recipe,
             "bits_gemm": self.plan.bits(self.plan.gemm()),
             "bits_all": self.plan.bits(self.plan.quantized()),
+            **decided,
             "edges": list(self.edges),
-            "calibration": self.calibration,
-            "transform_errors": self.transform_errors,
-            "allocation": self.allocation,
-            "finetune": self.finetune,
-            "step_policy": self.step_policy,
-            "sanity_check": self.sanity_check,
             "layers": [asdict(layer) for layer in self.layers],
             "inputs": [asdict(group) for group in self.inputs],
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.observers import InputStats
@@ -76,6 +77,10 @@ class Run:
     def edges(self) -> tuple[float, ...]:
         """Edges of the timestep bins of static activation scales; empty without such scales."""
         return self.statistics.edges if self.statistics and self.plan.bins > 1 else ()
+
+    def progress_bar(self, label: str, **options: Any) -> Any:
+        """A progress bar, hidden without ``progress``; options are those of tqdm."""
+        return tqdm(desc=label, disable=not self.progress, dynamic_ncols=True, **options)
 
     def stats(self, group: str) -> InputStats | None:
         """Statistics of an input group, None without calibration data."""

@@ -32,21 +32,18 @@ def run_identity(
     """
     loaded, recipe = runs[0].loaded, runs[0].recipe
     pipeline, settings = loaded.pipeline, recipe.calibration
-    entries = None
+    digest = None
     if pipeline is not None and needs and statistics is None:
         requests = prompts.load(settings.prompts, pipeline, settings.samples)
-        entries = [str(entry) for entry in requests.entries]
-    images = Path(settings.images) if settings.images else None
+        digest = bytes_digest(json.dumps([str(entry) for entry in requests.entries]).encode())
     return {
         "model": _model(loaded),
         "components": [run.loaded.component for run in runs],
         "dtype": str(loaded.dtype),
         "device": next(loaded.model.parameters()).device.type,
         "recipe": recipe.to_dict(),
-        "calibration prompts": None
-        if entries is None
-        else bytes_digest(json.dumps(entries).encode()),
-        "calibration images": None if images is None else path_digest(images),
+        "calibration prompts": digest,
+        "calibration images": path_digest(Path(settings.images)) if settings.images else None,
         "statistics": None if statistics is None else file_digest(statistics),
         "exclude": list(runs[0].exclude),
         "dtq": folder_digest(package_root(), "*.py"),
@@ -64,11 +61,8 @@ def _model(loaded: LoadedModel) -> str:
         if not (where / "config.json").is_file() and not (where / "model_index.json").is_file():
             return _tensors(loaded.model)
     # demo-outliers is made of the files of demo
-    return (
-        f"{loaded.name} {folder_digest(where)}"
-        if loaded.name in demo.FOLDERS
-        else folder_digest(where)
-    )
+    prefix = f"{loaded.name} " if loaded.name in demo.FOLDERS else ""
+    return prefix + folder_digest(where)
 
 
 def _tensors(model: nn.Module) -> str:

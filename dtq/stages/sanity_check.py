@@ -15,16 +15,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from tqdm.auto import tqdm
-
 from dtq.errors import NonFiniteError
 from dtq.io.memory import paged_weights
-from dtq.io.schema import MethodSpec
 from dtq.models.linears import matrix_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
 from dtq.plan.layers import LayerPlan, LayerSpec
-from dtq.stages.layer_result import group_of
 from dtq.stages.run import Run
 from dtq.stages.sanity_metrics import SanityReport, float_reference, measure
 from dtq.stages.solve import build_quant_linear
@@ -81,15 +77,10 @@ def sanity_check(run: Run) -> None:
     if not run.check or not (run.has_data or run.statistics is not None):
         return
     promoted: list[Promotion] = []
-    with paged_weights(run.model), tqdm(
-        desc="sanity check", unit="call", disable=not run.progress, dynamic_ncols=True
-    ) as bar:  # fmt: skip
+    with paged_weights(run.model), run.progress_bar("sanity check", unit="call") as bar:
         reference = float_reference(run, bar.update)
         report = measure(run, reference, bar.update)
-        for _ in range(ROUNDS):
-            failed = failures(report)
-            if not failed:
-                break
+        while len(promoted) < ROUNDS and (failed := failures(report)):
             promoted.append(_promote(run, failed[0]))
             log.warning("sanity check: %s", promoted[-1])
             report = measure(run, reference, bar.update)
@@ -107,10 +98,8 @@ def sanity_check(run: Run) -> None:
 
 def failures(report: SanityReport) -> list[Failure]:
     """Layers to promote, the gravest failure first; empty when the model passes."""
-    failed = [
-        Failure(name, f"its output is not finite at call {call}")
-        for name, call in list(report.broken.items())[:1]  # the others may be consequences
-    ]
+    first = list(report.broken.items())[:1]  # the others may be consequences
+    failed = [Failure(name, f"its output is not finite at call {call}") for name, call in first]
     failed += [
         Failure(name, f"{share:.1%} of its input is beyond its static scale at call {call}")
         for name, (share, call) in sorted(report.saturation.items(), key=lambda x: -x[1][0])
@@ -179,21 +168,17 @@ def _promote(run: Run, failure: Failure) -> Promotion:
     reports = run.report.layers
     (report,) = (x for x in reports if x.name == name)
     activations = "none" if layer.activation_format == "none" else "int8-row"
-    raised = replace(
-        layer, spec=LayerSpec("int8-row", activations), transform=MethodSpec("none"),
-        solver=MethodSpec("rtn"), lowrank=MethodSpec("none"), format_candidates=(), note=note,
-    )  # fmt: skip
+    unquantized = LayerPlan(name, layer.role, layer.shape, note=note)
+    raised = replace(unquantized, spec=LayerSpec("int8-row", activations))
     if raised.spec == layer.spec:
         run.model.set_submodule(name, old)
         reports.remove(report)
         finalize(run.model, ())
-        unquantized = LayerPlan(name, layer.role, layer.shape, note=note)
         run.plan = run.plan.with_layers({name: unquantized})
         dtype = str(next(old.parameters()).dtype).removeprefix("torch.")
         return Promotion(name, dtype, failure.why)
     weight = matrix_of(old)
-    stats = run.stats(group_of(run.scan, name))
-    choice = choose_transform([raised], [weight], stats)
+    choice = choose_transform([raised], [weight], run.stats(run.scan.group_of(name)))
     result = solve_layer(raised, weight, TransformedInput.of(run, raised, choice, weight))
     new = build_quant_linear(result, old, run.plan.bins, before.compute_dtype)
     new.set_clock(before.clock)

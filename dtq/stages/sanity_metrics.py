@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -59,14 +60,13 @@ class SanityReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite are null."""
-        data: dict[str, Any] = finite_or_null({
+        return finite_or_null({
             "calls": self.calls,
             "block_snr_db": self.snr,
             "saturation": {name: share for name, (share, _) in self.saturation.items() if share},
             "variance": self.variance,
             "latent_variance": self.latents,
         })  # fmt: skip
-        return data
 
 
 @dataclass
@@ -113,11 +113,9 @@ def measure(run: Run, reference: FloatReference, tick: Tick) -> SanityReport:
     """Compare the quantized model with the float one on the same calls, and sampling on its own."""
     model, report = run.model, SanityReport(len(reference.calls))
     blocks: list[dict[str, Tensor]] = []
-    with _blocks(model, blocks, tick), _layers(run, report) as set_call:
-        for i, call in enumerate(reference.calls):
-            set_call(i)
-            output = replay(model, call)
-            report.variance.append(_ratio(output, call.output))
+    with _blocks(model, blocks, tick), _layers(run, report, blocks):
+        for call in reference.calls:
+            report.variance.append(_ratio(replay(model, call), call.output))
     for got, want in zip(blocks, reference.blocks, strict=True):
         for name, rows in want.items():
             error = relative_error(got[name], rows) if name in got else 0.0
@@ -136,64 +134,58 @@ def _blocks(model: nn.Module, calls: list[dict[str, Tensor]], tick: Tick) -> Ite
         calls.append({})
         tick()
 
-    def end(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            rows = first_tensor(output).detach()
-            rows = rows.reshape(-1, rows.shape[-1])
-            calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
+    def end(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        rows = first_tensor(output).detach()
+        rows = rows.reshape(-1, rows.shape[-1])
+        calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
 
-        return hook
-
-    handles = [model.register_forward_pre_hook(begin)]
-    for prefix in blocks_of(model):
-        name = prefix.removesuffix(".")
-        handles.append(model.get_submodule(name).register_forward_hook(end(name)))
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(begin))
+        for prefix in blocks_of(model):
+            name = prefix.removesuffix(".")
+            block = model.get_submodule(name)
+            hooks.enter_context(block.register_forward_hook(partial(end, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def _layers(run: Run, report: SanityReport) -> Iterator[Callable[[int], None]]:
-    """Compare every quantized layer with its float one on the input that it gets."""
-    now, mapped = [0], Mapped()
+def _layers(run: Run, report: SanityReport, calls: Sequence[object]) -> Iterator[None]:
+    """Compare every quantized layer with its float one on the input that it gets.
 
-    def hook_of(name: str, old: nn.Module) -> Callable[..., None]:
-        def hook(module: QuantLinear, args: Any, output: Tensor) -> None:
-            call = now[0]
-            x, y = rows_of(old, args[0]), rows_of(old, output)
-            step = _stride(len(x))
-            x, y = x[::step].detach(), y[::step].detach().float()
-            if not x.isfinite().all():
-                return  # the fault is before it
-            bias = None if old.bias is None else old.bias.detach().float()  # type: ignore[operator, union-attr]
-            want = F.linear(x.float(), matrix_of(old).to(x.device), bias)
-            mapped.release([old.weight])  # type: ignore[list-item]
-            if not output.isfinite().all():
-                report.broken.setdefault(name, call)
-            elif bool(want.square().sum() > 0):
-                report.errors.setdefault(name, [0.0] * report.calls)[call] = relative_error(y, want)
-            if module.problem.activation_format.static:
-                transformed = module.transform().x(x.float()).abs()
-                largest = module.problem.activation_format.qmax + 0.5
-                beyond = transformed > largest * module.step_scale()
-                share = float(beyond.float().mean())
-                report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))
+    Args:
+        run: has the model and its float layers.
+        report: is added to.
+        calls: one entry for each call of the model so far, the present one included.
+    """
+    mapped = Mapped()
 
-        return hook
+    def compare(name: str, old: nn.Module, module: QuantLinear, args: Any, output: Tensor) -> None:
+        call = len(calls) - 1
+        x, y = rows_of(old, args[0]), rows_of(old, output)
+        step = _stride(len(x))
+        x, y = x[::step].detach(), y[::step].detach().float()
+        if not x.isfinite().all():
+            return  # the fault is before it
+        bias = None if old.bias is None else old.bias.detach().float()  # type: ignore[operator, union-attr]
+        want = F.linear(x.float(), matrix_of(old).to(x.device), bias)
+        mapped.release([old.weight])  # type: ignore[list-item]
+        if not output.isfinite().all():
+            report.broken.setdefault(name, call)
+        elif bool(want.square().sum() > 0):
+            report.errors.setdefault(name, [0.0] * report.calls)[call] = relative_error(y, want)
+        if module.problem.activation_format.static:
+            transformed = module.transform().x(x.float()).abs()
+            largest = module.problem.activation_format.qmax + 0.5
+            beyond = transformed > largest * module.step_scale()
+            share = float(beyond.float().mean())
+            report.saturation[name] = max(report.saturation.get(name, (0.0, 0)), (share, call))
 
-    handles = [
-        layer.register_forward_hook(hook_of(name, run.floats[name]))
-        for name, layer in run.model.named_modules()
-        if isinstance(layer, QuantLinear) and name in run.floats
-    ]
-    try:
-        yield lambda call: now.__setitem__(0, call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name, layer in run.model.named_modules():
+            if isinstance(layer, QuantLinear) and name in run.floats:
+                hook = partial(compare, name, run.floats[name])
+                hooks.enter_context(layer.register_forward_hook(hook))
+        yield
 
 
 def _stride(rows: int) -> int:

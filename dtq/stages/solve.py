@@ -8,7 +8,6 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dtq.calibrate.observers import InputStats
 from dtq.io.memory import Mapped, trim_malloc
@@ -55,10 +54,9 @@ def solve_layers(
     assigned = run.tasks.assigned(costs)
     mapped = Mapped()
     # by cost, so that the remaining time is right where layers differ in size
-    with tqdm(
-        total=sum(costs[task] for task in assigned), desc=label, disable=not run.progress,
-        dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
-    ) as bar:  # fmt: skip
+    total = sum(costs[task] for task in assigned)
+    shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with run.progress_bar(label, total=total, bar_format=shown) as bar:
         for done, task in enumerate(assigned, 1):
             group, layers = problems[task]
             modules = [run.model.get_submodule(layer.name) for layer in layers]
@@ -67,7 +65,8 @@ def solve_layers(
             mapped.release(module.weight for module in modules)  # type: ignore[misc]
             bar.set_postfix_str(f"{done} of {len(assigned)} input groups", refresh=False)
             bar.update(costs[task])
-            trim_memory(weights)
+            # not what the solver of such layers may soon take again
+            trim_malloc(beyond=COPIES // 2 * 4 * max(w.numel() for w in weights))
     run.tasks.barrier()
     solved = [from_result(*run.tasks.load(task), plan) for task in problems]
     by_name = {result.plan.name: result for results, _ in solved for result in results}
@@ -79,31 +78,23 @@ def _solve_group(
 ) -> tuple[dict[str, Tensor], object]:
     """Linears that share a transform, as the result of a task."""
     stats = run.stats(group.name)
+    sums, where = _sums(stats)
     for layer, w in zip(layers, weights, strict=True):
-        check(w, *_sums(stats), layer=f"{layer.name}{_broken_bins(stats)}")
+        check(w, *sums, layer=f"{layer.name}{where}")
     choice = choose_transform(layers, weights, stats)
     x = TransformedInput.of(run, layers[0], choice, weights[0])
     results = solve_input_group(layers, weights, x)
     return to_result(results, input_report(group, stats, choice, results[0].transform))
 
 
-def _sums(stats: InputStats | None) -> list[Tensor]:
-    """Sums over the input, which are not finite if an input was not."""
+def _sums(stats: InputStats | None) -> tuple[list[Tensor], str]:
+    """Sums over the input, which are not finite if an input was not, and words for where."""
     if stats is None:
-        return []
-    return [stats.channels.total, *([] if stats.hessian is None else [stats.hessian.total])]
-
-
-def _broken_bins(stats: InputStats | None) -> str:
-    """Timestep bins in which the input was not finite, for messages."""
-    finite = [] if stats is None else stats.channels.total.isfinite().all(1).tolist()
-    bad = [str(b + 1) for b, good in enumerate(finite) if not good]
-    return f": in timestep bins {', '.join(bad)} of {len(finite)}" if bad else ""
-
-
-def trim_memory(weights: list[Tensor]) -> None:
-    """Return freed memory to the system, except half of what solving such layers takes."""
-    trim_malloc(beyond=COPIES // 2 * 4 * max(w.numel() for w in weights))
+        return [], ""
+    finite = stats.channels.total.isfinite().all(1).tolist()
+    bad = ", ".join(str(b + 1) for b, good in enumerate(finite) if not good)
+    sums = [x.total for x in (stats.channels, stats.hessian) if x is not None]
+    return sums, f": in timestep bins {bad} of {len(finite)}" if bad else ""
 
 
 def _cost(layers: list[LayerPlan]) -> float:
@@ -122,10 +113,8 @@ def build_quant_linear(
         bins: timestep bins of static activation scales.
         compute_dtype: dtype of the bias and of the output.
     """
-    new = QuantLinear.in_place_of(
-        old, result.plan.spec, bins=bins, compute_dtype=compute_dtype, device="meta"
-    )
-    device = next(old.parameters()).device
+    spec, device = result.plan.spec, next(old.parameters()).device
+    new = QuantLinear.in_place_of(old, spec, bins=bins, compute_dtype=compute_dtype, device="meta")
     new.fill({name: tensor.to(device) for name, tensor in result.tensors.items()})
     if isinstance(old.bias, Tensor):
         shift = 0.0 if result.bias_shift is None else result.bias_shift

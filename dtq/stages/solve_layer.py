@@ -12,16 +12,12 @@ from torch import Tensor
 from dtq.calibrate.observers import InputStats
 from dtq.errors import InputError
 from dtq.formats import FORMATS
-from dtq.formats.activations import (
-    ACTIVATION_FORMATS,
-    ActivationFormat,
-    fake_quantize,
-    row_scale,
-)
+from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, fake_quantize, row_scale
+from dtq.io.schema import MethodSpec
 from dtq.plan.layers import LayerPlan
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, LowRankBranch
-from dtq.stages.layer_result import LayerReport, LayerResult, group_of
+from dtq.stages.layer_result import LayerReport, LayerResult
 from dtq.stages.run import Run
 from dtq.transforms import OnlineTransform, TransformChoice
 
@@ -58,13 +54,9 @@ class TransformedInput:
             choice: its transform.
             weight: float (N, K) of the layer.
         """
-        return cls(
-            run.stats(group_of(run.scan, layer.name)),
-            choice,
-            ACTIVATION_FORMATS[layer.activation_format],
-            weight,
-            run.recipe.correct_bias,
-        )
+        stats = run.stats(run.scan.group_of(layer.name))
+        activations = ACTIVATION_FORMATS[layer.activation_format]
+        return cls(stats, choice, activations, weight, run.recipe.correct_bias)
 
     @property
     def transform(self) -> OnlineTransform:
@@ -126,13 +118,11 @@ class TransformedInput:
             raise InputError("static activation scales need calibration data")
         rows = self.transform.x(self.stats.sample.rows.to(self.transform.scale.device))
         bins = (self.stats.sample.stratum // 2).to(rows.device)
-        overall = row_scale(rows.reshape(1, -1)).reshape(())
+        overall = row_scale(rows.reshape(1, -1)).reshape(1, 1)
         if not self.activations.per_timestep:
-            return overall.reshape(1, 1)
-        scales = [
-            row_scale(rows[bins == b].reshape(1, -1)).reshape(()) if (bins == b).any() else overall
-            for b in range(self.stats.bins)
-        ]
+            return overall
+        ranges = (rows[bins == b] for b in range(self.stats.bins))
+        scales = [row_scale(x.reshape(1, -1)) if len(x) else overall for x in ranges]
         return torch.stack(scales).reshape(1, -1)
 
 
@@ -224,12 +214,13 @@ def _branches(
 ) -> list[LowRankBranch | None]:
     """The low-rank branch of each linear, None where the plan has none."""
     branches: list[LowRankBranch | None] = [None] * len(layers)
-    wanted = [i for i, layer in enumerate(layers) if layer.lowrank.name != "none"]
-    for key in dict.fromkeys((layers[i].lowrank, layers[i].weight_format) for i in wanted):
-        same = [i for i in wanted if (layers[i].lowrank, layers[i].weight_format) == key]
+    alike: dict[tuple[MethodSpec, str], list[int]] = {}
+    for i, layer in enumerate(layers):
+        if layer.lowrank.name != "none":
+            alike.setdefault((layer.lowrank, layer.weight_format), []).append(i)
+    for (method, fmt), same in alike.items():
         targets = [x.transform.w(weights[i]) for i in same]
-        method, fmt = key[0], FORMATS[key[1]]
-        solved = LOWRANK[method.name].call(targets, fmt, x.hessian, **dict(method.knobs))
+        solved = LOWRANK[method.name].call(targets, FORMATS[fmt], x.hessian, **dict(method.knobs))
         for i, branch in zip(same, solved, strict=True):
             branches[i] = branch
     return branches

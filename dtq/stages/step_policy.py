@@ -9,8 +9,7 @@ the budget where it lowers the error most.
 from __future__ import annotations
 
 import logging
-
-from tqdm.auto import tqdm
+from itertools import groupby
 
 from dtq.allocate import Option, knapsack
 from dtq.errors import InputError
@@ -50,10 +49,9 @@ def step_policy(run: Run) -> None:
     least = sum(min(o.cost for o in each) for each in options.values())
     most = sum(max(o.cost for o in each) for each in options.values())
     chosen = knapsack(options, least + int(settings.budget * (most - least)))
-    precisions = _filled(
-        [chosen[str(b)].name if b in by_bin else "" for b in range(settings.num_bins)]
-    )
-    policy = _merged(edges, precisions, [steps.get(b, 0) for b in range(settings.num_bins)])
+    bins = range(settings.num_bins)
+    precisions = _filled([chosen[str(b)].name if b in by_bin else "" for b in bins])
+    policy = _merged(edges, precisions, [steps.get(b, 0) for b in bins])
     install_clock(run.model, run.edges, policy)
     run.config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
     run.report.step_policy = policy.to_json()
@@ -68,9 +66,7 @@ def _measure(
     samples = {b: subsample(calls, settings.num_inputs) for b, calls in by_bin.items()}
     options: dict[str, list[Option]] = {str(b): [] for b in sorted(by_bin)}
     total = len(settings.precisions) * sum(map(len, samples.values()))
-    with tqdm(
-        total=total, desc="step policy", unit="call", disable=not run.progress, dynamic_ncols=True
-    ) as bar:
+    with run.progress_bar("step policy", total=total, unit="call") as bar:
         for name in settings.precisions:
             bits = activation_format_of(name, run.recipe.activations).bits
             install_clock(run.model, run.edges, StepPolicy((), (name,)))
@@ -84,20 +80,18 @@ def _measure(
 
 def _filled(precisions: list[str]) -> list[str]:
     """Bins without a step take the precision of the less noisy neighbor, or of the next one."""
-    for i in range(1, len(precisions)):
-        precisions[i] = precisions[i] or precisions[i - 1]
-    for i in reversed(range(len(precisions) - 1)):
-        precisions[i] = precisions[i] or precisions[i + 1]
-    return precisions
+    filled = [""]
+    for precision in precisions:
+        filled.append(precision or filled[-1])
+    return [precision or next(filter(None, filled)) for precision in filled[1:]]
 
 
 def _merged(edges: list[float], precisions: list[str], steps: list[int]) -> StepPolicy:
     """Neighboring bins with the same precision become one."""
-    starts = [i for i in range(len(precisions)) if i == 0 or precisions[i] != precisions[i - 1]]
-    ends = [*starts[1:], len(precisions)]
+    ranges = [[*bins] for _, bins in groupby(range(len(steps)), key=precisions.__getitem__)]
     return StepPolicy(
-        tuple(edges[i - 1] for i in starts[1:]),
-        tuple(precisions[i] for i in starts),
+        tuple(edges[first - 1] for first, *_ in ranges[1:]),
+        tuple(precisions[first] for first, *_ in ranges),
         sum(steps),
-        tuple(sum(steps[a:b]) for a, b in zip(starts, ends, strict=True)),
+        tuple(sum(steps[b] for b in bins) for bins in ranges),
     )

@@ -33,13 +33,9 @@ def choose_transform(
     method = TRANSFORMS[first.transform.name]
     if method.needs and stats is None:
         raise InputError(f"{first.name}: transform {first.transform.name} needs calibration data")
-    return method.call(
-        weights,
-        stats,
-        fmt=FORMATS[first.weight_format],
-        activations=ACTIVATION_FORMATS[first.activation_format],
-        **dict(first.transform.knobs),
-    )
+    fmt, activations = FORMATS[first.weight_format], ACTIVATION_FORMATS[first.activation_format]
+    knobs = dict(first.transform.knobs)
+    return method.call(weights, stats, fmt=fmt, activations=activations, **knobs)
 
 
 def input_report(

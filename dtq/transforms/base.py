@@ -9,6 +9,7 @@ serve every transform, and the model never has to run again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -113,21 +114,15 @@ class Chain:
 
     def x(self, x: Tensor) -> Tensor:
         """The transformed input; float (..., K)."""
-        for step in self.steps:
-            x = step.x(x)
-        return x
+        return reduce(lambda x, step: step.x(x), self.steps, x)
 
     def w(self, w: Tensor) -> Tensor:
         """The weight (N, K) that goes with it."""
-        for step in self.steps:
-            w = step.w(w)
-        return w
+        return reduce(lambda w, step: step.w(w), self.steps, w)
 
     def hessian(self, h: Tensor) -> Tensor:
         """The Hessian (K, K) of the transformed input."""
-        for step in self.steps:
-            h = step.hessian(h)
-        return h
+        return reduce(lambda h, step: step.hessian(h), self.steps, h)
 
 
 @dataclass(frozen=True)
@@ -149,30 +144,6 @@ class OnlineTransform:
     block: int
     perm: Tensor | None = None
     num_rotations: int = 1
-
-    @classmethod
-    def of(
-        cls,
-        smoothing: Tensor,
-        sign: Tensor,
-        block: int,
-        perm: Tensor | None = None,
-        num_rotations: int = 1,
-    ) -> OnlineTransform:
-        """Combine smoothing and rotation.
-
-        Args:
-            smoothing: s, float (K,); the input is divided by it.
-            sign: signs +-1 of the rotation, float (K,).
-            block: channels per Hadamard block, 1 for no rotation.
-            perm: int (K,), the channel that moves to each position; None: no permutation.
-            num_rotations: block rotations, 1 or 2.
-
-        Returns:
-            The transform, its scale rounded to bfloat16.
-        """
-        scale = (sign.to(smoothing) / smoothing).to(torch.bfloat16)
-        return cls(scale, block, None if perm is None else perm.to(torch.int32), num_rotations)
 
     def chain(self) -> Chain:
         """The same as a chain of its steps."""

@@ -50,8 +50,9 @@ def online_transform(
         num_rotations: block rotations, 1 or 2.
 
     Returns:
-        The transform.
+        The transform, its scale rounded to bfloat16.
     """
-    ones = torch.ones(w.shape[1], device=w.device)
-    sign = signs(w.shape[1], seed).to(w.device) if block > 1 else ones
-    return OnlineTransform.of(ones if s is None else s, sign, block, perm, num_rotations)
+    scale = torch.ones(w.shape[1]) if block == 1 else signs(w.shape[1], seed)
+    scale = scale.to(w.device if s is None else s)
+    scale = (scale if s is None else scale / s).to(torch.bfloat16)
+    return OnlineTransform(scale, block, None if perm is None else perm.int(), num_rotations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -111,10 +112,8 @@ class _Candidates:
         alpha, beta, reduce = point
         s = smoothing(self.amax, self.stats, alpha=alpha, beta=beta, reduce=reduce)
         rotation = f" + hadamard {block}" if block > 1 else ""
-        label = (
-            f"smooth({alpha:.2f}{'' if beta is None else f', beta {beta:g}'}, {reduce}){rotation}"
-        )
-        return self.add(kind, s, block, label)
+        power = "" if beta is None else f", beta {beta:g}"
+        return self.add(kind, s, block, f"smooth({alpha:.2f}{power}, {reduce}){rotation}")
 
     def choice(self, max_error_ratio: float) -> TransformChoice:
         """The best of all; kinds with nearly its error are runner-ups."""
@@ -126,10 +125,9 @@ class _Candidates:
 
 
 def _grid(step: float) -> Iterator[GridPoint]:
-    for i in range(round(1.0 / step) + 1):
-        for beta in (None, 0.0):
-            for reduce in ("max", "mean"):
-                yield i * step, beta, reduce
+    count = round(1.0 / step) + 1
+    for i, beta, reduce in product(range(count), (None, 0.0), ("max", "mean")):
+        yield i * step, beta, reduce
 
 
 def _spread(w: Tensor, count: int) -> Tensor:

@@ -19,7 +19,6 @@ from dtq.finetune.targets import examples_of
 from dtq.finetune.trainable import TrainableLinear, TrainableVq, set_state, state_of
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.linalg.hadamard import signs
 from dtq.nn import QuantLinear
 from dtq.nn.swap import temporarily_replaced
 from dtq.nn.timestep_hook import install_clock
@@ -27,7 +26,7 @@ from dtq.pipelines.loading import dummy_inputs
 from dtq.pipelines.recorded_calls import RecordedCall
 from dtq.plan.layers import LayerSpec
 from dtq.runs.tasks import TaskStore
-from dtq.transforms import OnlineTransform
+from dtq.transforms.choice import online_transform
 
 
 def call(i, kwargs, args=()):
@@ -173,8 +172,8 @@ def test_what_is_trained_is_what_runs(weights, activations, more, dtype):
     g = torch.Generator().manual_seed(0)
     w = torch.randn(64, 128, generator=g) * 0.05
     order = torch.randperm(128, generator=g) if more.get("permutation") else None
-    turn = OnlineTransform.of(
-        torch.rand(128, generator=g) + 0.5, signs(128, 0), 64, order, more.get("num_rotations", 1)
+    turn = online_transform(
+        w, torch.rand(128, generator=g) + 0.5, 64, 0, order, more.get("num_rotations", 1)
     )
     spec = LayerSpec(weights, activations, 64, True, **more)
     layer = QuantLinear(128, 64, True, spec, compute_dtype=dtype)

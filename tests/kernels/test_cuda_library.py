@@ -23,8 +23,8 @@ from dtq.kernels import CPU, CUDA, LinearProblem, explain, gpu_dispatch, pick
 from dtq.kernels.compile import compiler, cuda, format_codes, gcc, nvcc
 from dtq.kernels.compile.compiler import Unavailable
 from dtq.kernels.compile.library import Library
+from dtq.kernels.kernel import Epilogue, LinearCall
 from dtq.kernels.ops_weight import WEIGHT_CACHE
-from dtq.kernels.table import Epilogue
 
 ROOT = Path(__file__).parent.parent.parent
 sim, reference = torch.ops.dtq_sim, torch.ops.dtq_reference
@@ -524,14 +524,15 @@ def test_fp4_is_multiplied_where_the_tensor_cores_do(name, monkeypatch):
     assert asked
     torch.testing.assert_close(got, decoded, rtol=1e-4, atol=1e-4)
     epilogue = Epilogue(gelu=True, branch=(low, up))
-    got = pick(problem).with_epilogue(problem, x, parts, bias, epilogue)
+    got = pick(problem).with_epilogue(LinearCall(problem, x, parts, bias), epilogue)
     want = torch.nn.functional.gelu(decoded + low @ up.T, approximate="tanh")
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     asked.clear()  # a K that its kernel does not support is decoded
     w = w[:, :96] if name != "mxfp4" else w[:, :320]
     narrow = LinearProblem(fmt, problem.activation_format)
     parts = fmt.pack(w, fmt.compute_qparams(w))
-    assert pick(narrow).with_epilogue(narrow, x[:, : w.shape[1]], parts, bias, Epilogue()) is None
+    call = LinearCall(narrow, x[:, : w.shape[1]], parts, bias)
+    assert pick(narrow).with_epilogue(call, Epilogue()) is None
     assert pick(narrow).call(narrow, x[:, : w.shape[1]], parts, bias).shape == (20, 48)
     assert not asked
 

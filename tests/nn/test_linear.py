@@ -15,17 +15,16 @@ from torch._dynamo.testing import CompileCounter
 import dtq
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, bits_per_weight
-from dtq.linalg.hadamard import signs
 from dtq.nn import QuantLinear
 from dtq.plan.layers import LayerSpec
-from dtq.transforms import OnlineTransform
+from dtq.transforms.choice import online_transform
 
 
 def make(weights="int4-2l-g64", activations="int8-row", n=48, k=128, seed=0, dtype=torch.float32):
     """A quantized layer and the float weight that it was made from."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=g) * 0.05
-    transform = OnlineTransform.of(torch.rand(k, generator=g) + 0.5, signs(k, 0), 64)
+    transform = online_transform(w, torch.rand(k, generator=g) + 0.5, 64)
     fmt = FORMATS[weights]
     transformed = transform.w(w)
     layer = QuantLinear(

@@ -12,7 +12,8 @@ from dtq.calibrate.observers import InputStats, SampleOrigin
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.linalg.hadamard import block_for, fwht, rotate, rotate_back, signs
-from dtq.transforms import TRANSFORMS, Chain, Diagonal, OnlineTransform, Permutation, Rotation
+from dtq.transforms import TRANSFORMS, Chain, Diagonal, Permutation, Rotation
+from dtq.transforms.choice import online_transform
 from dtq.transforms.methods import incoherence, zigzag
 from dtq.transforms.objective import OutputErrorObjective
 from dtq.transforms.smoothing import REDUCTIONS, smoothing
@@ -50,11 +51,11 @@ def some_transforms():
         "rotation": Rotation(64),
         "chain": Chain((Diagonal(s), Rotation(16), Diagonal(s.flip(0)))),
         "empty": Chain(),
-        "online": OnlineTransform.of(s, signs(K, 3), 64),
+        "online": online_transform(torch.ones(1, K), s, 64, 3),
         "permutation": Permutation(torch.randperm(K, generator=g)),
         "dual": Rotation(16, num_rotations=2),
-        "online dual": OnlineTransform.of(
-            s, signs(K, 3), 64, torch.randperm(K, generator=g), num_rotations=2
+        "online dual": online_transform(
+            torch.ones(1, K), s, 64, 3, torch.randperm(K, generator=g), num_rotations=2
         ),
     }
 

@@ -41,7 +41,8 @@ def verdict(result: Evaluation) -> tuple[bool, str]:
     close = row.error <= CLOSE
     words = [f"per-step error {row.error:.2g} (same inputs, relative squared, mean over steps)"]
     if row.bits is not None:
-        words.append(f"{row.bits:.2f} bits per attention and feed-forward weight, with metadata")
+        bits = f"{row.bits:.2f} bits per attention and feed-forward weight"
+        words.append(f"{bits}, all metadata counted")
     if row.psnr is not None:
         words.append(f"same-seed images at {row.psnr:.1f} dB PSNR (median)")
     if row.fid_float is not None:

@@ -59,10 +59,6 @@ def peak(rounds: int = 5) -> float:
     return best
 
 
-def _compile(work: Path) -> Path:
-    return gcc.build(folder("cpu_ext")).run(Path(torch.__file__).parent, work)
-
-
 def _prepare(library: ctypes.CDLL) -> None:
     library.dtq_isa.restype = ctypes.c_char_p
     library.dtq_use.argtypes = [ctypes.c_char_p]
@@ -96,7 +92,7 @@ CPU = Library(
     ),
     key=lambda: gcc.key(folder("cpu_ext")),
     compiler=lambda: gcc.find()[0],
-    compile=_compile,
+    compile=lambda work: gcc.build(folder("cpu_ext")).run(Path(torch.__file__).parent, work),
     check=check_abi,
     prepare=_prepare,
     detail=lambda library: str(library.dtq_isa().decode()),
