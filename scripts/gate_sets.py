@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import dtq
 from dtq.evaluate.gate.bootstrap import paired
+from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.gate.set_metrics import SET_METRICS, blocks_of, pseudo_values
 from dtq.evaluate.metrics import extractors
 from dtq.evaluate.metrics.images import as_bytes, shown
@@ -37,7 +38,7 @@ from dtq.pipelines.settings import SamplingSettings
 GUIDANCE = 4.0
 ALPHA = 0.05
 RESAMPLES = 1999
-METRICS = ("fid", "kid", "cmmd", "sfid", "is", "precision", "recall")
+SHOWN = ("fid", "kid", "cmmd", "sfid", "is", "precision", "recall")
 BAD: list[str] = []
 
 
@@ -152,10 +153,10 @@ def differences(
     row = SET_METRICS[metric]
     blocks = list(blocks_of([str(i) for i in range(len(indices))]).values())
     mine, theirs = (
-        pseudo_values(row, candidate[row.kind][indices], floats[row.kind][indices], blocks)
+        pseudo_values(row, candidate[row.kind][indices], floats[row.kind][indices], blocks).tolist()
         for candidate, floats in (run, base)
     )
-    return row.sign * (mine - theirs)
+    return torch.tensor([METRICS[metric].worse(a, b) for a, b in zip(mine, theirs, strict=True)])
 
 
 def population(metric: str, run: tuple[Pool, Pool], base: tuple[Pool, Pool]) -> float:
@@ -171,7 +172,7 @@ def population(metric: str, run: tuple[Pool, Pool], base: tuple[Pool, Pool]) -> 
         return row.value(candidate, floats)
 
     mine, theirs = (value(*(side[row.kind] for side in pair)) for pair in (run, base))
-    return row.sign * (mine - theirs)
+    return METRICS[metric].worse(mine, theirs)
 
 
 def coverage(options: argparse.Namespace) -> None:
@@ -183,7 +184,7 @@ def coverage(options: argparse.Namespace) -> None:
     )
     for name in ("rtn-w4a8", *DEFECTS):
         run = pool(options, name), floats
-        for metric in METRICS:
+        for metric in SHOWN:
             true = population(metric, run, base)
             hits = torch.zeros(2)
             for draw in range(options.draws):
@@ -213,7 +214,7 @@ def values(options: argparse.Namespace) -> None:
     print(
         "\n| metric | run | images | mean | lower | upper |\n| --- | --- | --- | --- | --- | --- |"
     )
-    for metric in METRICS:
+    for metric in SHOWN:
         for name, run in runs.items():
             for size in (64, 256, options.images):
                 d = differences(metric, run, base, torch.arange(size)).numpy()
