@@ -83,7 +83,7 @@ def wrong_label(pipe: Any) -> Iterator[Callable[[Tensor], Tensor]]:
 
     def replace(_m: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         labels = kwargs["class_labels"]
-        return args, kwargs | {"class_labels": torch.where(labels % 10 == 0, labels + 1, labels)}
+        return args, kwargs | {"class_labels": torch.where(labels % 10 == 5, labels + 1, labels)}
 
     handle = model.register_forward_pre_hook(replace, with_kwargs=True)
     yield lambda images: images

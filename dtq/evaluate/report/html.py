@@ -16,6 +16,7 @@ from dtq.evaluate.gate.decision import noise_of
 from dtq.evaluate.gate.metrics import METRICS, TINY, Metric
 from dtq.evaluate.metrics import images
 from dtq.evaluate.metrics.distributions import MetricValue
+from dtq.evaluate.metrics.precision_recall import distances
 from dtq.evaluate.report import page, plots
 from dtq.evaluate.run_file import Run, mean_of
 
@@ -24,6 +25,9 @@ CLOSE = 1e-2
 
 MAX_SAMPLES = 24
 """On the contact sheet: the worst ones."""
+
+MAX_CHANGED = 8
+"""Images of a set that are shown: those whose features changed most."""
 
 MAX_PIXELS = 384
 """Longer side of an image on the page."""
@@ -72,6 +76,7 @@ def render(result: Evaluation) -> str:
         metric_columns=METRIC_COLUMNS,
         set_metrics=[metric_cells(value) for value in result.metrics],
         metric_conditions=metric_conditions(result),
+        sets=_image_sets(result),
         steps_plot=plots.steps([(row.name, row.error_steps) for row in result.rows]),
         divergence_plot=plots.divergence(divergence) if len(divergence) > 1 else None,
         layers=layers,
@@ -135,6 +140,30 @@ def _contact_sheet(result: Evaluation) -> dict[str, Any] | None:
         samples.append({"images": sources, "caption": captions[i]})
     small = max(floats.shape[-2:]) <= 128
     return {"gain": f"{gain:g}", "total": len(floats), "small": small, "samples": samples}
+
+
+def _image_sets(result: Evaluation) -> dict[str, Any] | None:
+    """Plots of the features of each extractor, and the images whose features changed most."""
+    info = result.run.image_sets
+    if info is None:
+        return None
+    sets = result.image_sets
+    extractor = next(iter(info.extractors))
+    floats, own = (sets[side].features_of(extractor)["pool"] for side in ("float", "candidate"))
+    moved = (floats - own).norm(dim=1)
+    apart = distances(floats.double(), floats.double()).fill_diagonal_(math.inf).amin(1)
+    samples = []
+    for i in moved.argsort(descending=True)[:MAX_CHANGED].tolist():
+        pair = [(side, _source(sets[side].bytes[i] / 255)) for side in ("float", "candidate")]
+        samples.append({"images": pair, "caption": f"{info.prompts[i]} · moved {moved[i]:.3g}"})
+    return {
+        "extractor": extractor,
+        "map": plots.feature_map(floats, own),
+        "distances": plots.feature_distances(moved, apart),
+        "total": len(floats),
+        "small": max(sets["float"].bytes.shape[-2:]) <= 128,
+        "samples": samples,
+    }
 
 
 def _sample_metrics(run: Run) -> list[tuple[str, ...]]:

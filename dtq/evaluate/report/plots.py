@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
+import torch
+from torch import Tensor
+
 INK, LINE = "#010203", "#010204"
 """Placeholders for the text and line color of the page while matplotlib draws."""
 
@@ -29,6 +32,40 @@ def divergence(values: Sequence[float]) -> str:
     figure, axes = _axes()
     axes.plot(range(2, len(values) + 1), values[1:], marker="o", ms=3, color=COLORS[0])
     axes.set(xlabel="step", ylabel="relative squared distance", yscale="log")
+    return _svg(figure)
+
+
+def feature_map(floats: Tensor, candidates: Tensor) -> str:
+    """Both image sets on the two main axes of the float model's features; pairs are joined.
+
+    Args:
+        floats: features (N, D) of the float model's images.
+        candidates: those of the candidate, image i with the prompt and seed of image i.
+    """
+    _, _, axes_of = torch.pca_lowrank(floats.double(), q=2)
+    x, y = ((t.double() - floats.double().mean(0)) @ axes_of for t in (floats, candidates))
+    figure, axes = _axes()
+    for a, b in zip(x.tolist(), y.tolist(), strict=True):
+        axes.plot(*zip(a, b, strict=True), color=LINE, lw=0.6, zorder=1)
+    for points, label, color in ((x, "float", COLORS[0]), (y, "candidate", COLORS[1])):
+        axes.scatter(*points.T.tolist(), s=7, label=label, color=color)
+    axes.set(xlabel="first axis of the features", ylabel="second axis")
+    _legend(axes, 8)
+    return _svg(figure)
+
+
+def feature_distances(distances: Tensor, apart: Tensor) -> str:
+    """Distances of the pairs of images (N,), and those of the float model's nearest images (N,)."""
+    figure, axes = _axes()
+    for values, label, color in (
+        (distances, "candidate to float, same seed", COLORS[1]),
+        (apart, "float to its nearest other image", COLORS[0]),
+    ):
+        axes.plot(values.sort().values, torch.arange(1, len(values) + 1) / len(values),
+                  label=label, color=color)  # fmt: skip
+    axes.set(xlabel="distance of features", ylabel="share of images")
+    axes.set_xlim(left=0)
+    _legend(axes, 8)
     return _svg(figure)
 
 
