@@ -13,7 +13,7 @@ POLICY.demo-video = bundled-video
 POLICY ?= $(POLICY.$(MODEL))
 RUN := .demo/gate-$(MODEL)
 
-.PHONY: setup demo gate baseline test units check bench kernels gpu results clean
+.PHONY: setup demo gate baseline test units check bench kernels gpu results vbench-env clean
 
 setup: $(READY)
 
@@ -64,6 +64,16 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/dtq recipe check recipes/*.yaml
+
+# an environment with the package vbench, for dtq eval --vbench-python .venv-vbench/bin/python; torch and torchvision
+# take about 6 GB; if pip cannot install a package, it names it
+vbench-env: .venv-vbench/.ready
+
+.venv-vbench/.ready:
+	$(PYTHON) -m venv .venv-vbench
+	.venv-vbench/bin/pip install -q --disable-pip-version-check torch torchvision 'numpy<2' 'setuptools<81' wheel cython
+	.venv-vbench/bin/pip install -q --disable-pip-version-check --no-build-isolation vbench==0.1.5
+	touch $@
 
 # the tables of docs/results.md, which compare dtq with torchao and optimum-quanto; these get an environment
 # of their own because diffusers imports torchao, slowly, if it is installed

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import dtq
 from dtq.evaluate.gate.bootstrap import paired
 from dtq.evaluate.gate.metrics import METRICS
+from dtq.evaluate.gate.policy import Policy
 from dtq.evaluate.gate.set_metrics import SET_METRICS, blocks_of, pseudo_values
 from dtq.evaluate.metrics import extractors
 from dtq.evaluate.metrics.images import as_bytes, shown
@@ -182,9 +183,9 @@ def coverage(options: argparse.Namespace) -> None:
     print(
         "\n| metric | run against w4a8 | images | true | upper | lower |\n| --- | --- | --- | --- | --- | --- |"
     )
-    for name in ("rtn-w4a8", *DEFECTS):
+    for name in options.runs:
         run = pool(options, name), floats
-        for metric in SHOWN:
+        for metric in options.metrics:
             true = population(metric, run, base)
             hits = torch.zeros(2)
             for draw in range(options.draws):
@@ -225,7 +226,72 @@ def values(options: argparse.Namespace) -> None:
                 )
 
 
-PARTS = {"pools": pools, "coverage": coverage, "values": values}
+def repeats(options: argparse.Namespace) -> None:
+    """An unchanged checkpoint with another batch size: draws of images, the bundled policy."""
+    floats = pool(options, "float")
+    base = pool(options, "w4a8"), floats
+    again = pool(options, "w4a8 again"), pool(options, "float again")
+    policy = Policy.load("bundled")
+    limits = [x for x in (*policy.primary, *policy.secondary) if METRICS[x.metric].of_sets]
+    alpha = policy.alpha / len(policy.looks) / len(policy.primary)
+    for limit in limits:
+        passes, most = 0, 0.0
+        for draw in range(options.draws):
+            g = torch.Generator().manual_seed(draw)
+            indices = torch.randperm(options.images, generator=g)[: limit.num_images]
+            d = differences(limit.metric, again, base, indices).numpy()
+            p = paired(d, floor=limit.margin / 100, resamples=RESAMPLES, seed=draw)
+            passes += p.p_below(limit.margin) <= alpha
+            most = max(most, abs(p.mean))
+        print(f"{limit.metric}, margin {limit.margin}, {limit.num_images} images: {passes} of {options.draws} "
+              f"draws pass, largest difference {most:.2g}", flush=True)  # fmt: skip
+        expect(passes >= 0.98 * options.draws, f"{limit.metric}: {passes} of {options.draws} pass")
+
+
+def power(options: argparse.Namespace) -> None:
+    """How often a share of images with wrong content is a regression, by number of images.
+
+    That share of the images of w4a8 is replaced by those of the same seeds whose label was ignored
+    in the second half of the steps. The margins are those of the policy ``bundled``.
+    """
+    floats = pool(options, "float")
+    good, bad = pool(options, "w4a8"), pool(options, "label ignored late")
+    policy = Policy.load("bundled")
+    limits = [x for x in (*policy.primary, *policy.secondary) if x.metric in ("fid", "kid")]
+    alpha = policy.alpha / len(policy.looks)
+    print(
+        "\n| metric | margin | wrong images | 64 | 256 | 1024 |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for limit in limits:
+        for share in (0.02, 0.05, 0.1, 0.2):
+            cells = []
+            for size in (64, 256, 1024):
+                caught = 0
+                for draw in range(options.draws // 4):
+                    g = torch.Generator().manual_seed(draw)
+                    indices = torch.randint(options.images, (size,), generator=g)
+                    wrong = torch.rand(size, generator=g) < share
+                    kind = SET_METRICS[limit.metric].kind
+                    mixed = torch.where(wrong[:, None], bad[kind][indices], good[kind][indices])
+                    sides = [({kind: t}, {kind: floats[kind][indices]})
+                             for t in (mixed, good[kind][indices])]  # fmt: skip
+                    d = differences(limit.metric, *sides, torch.arange(size)).numpy()
+                    p = paired(d, floor=limit.margin / 100, resamples=RESAMPLES, seed=draw)
+                    caught += p.p_above(limit.margin) <= alpha
+                cells.append(f"{caught / (options.draws // 4):.2f}")
+            print(
+                f"| {limit.metric} | {limit.margin} | {share:.0%} | {' | '.join(cells)} |",
+                flush=True,
+            )
+
+
+PARTS = {
+    "pools": pools,
+    "coverage": coverage,
+    "repeats": repeats,
+    "values": values,
+    "power": power,
+}
 
 
 def main() -> None:
@@ -238,6 +304,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", type=int, default=256, help="images of a set")
     parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--metrics", nargs="*", default=list(SHOWN), help="of coverage")
+    parser.add_argument("--runs", nargs="*", default=["rtn-w4a8", "less color"], help="of coverage")
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     for part in options.parts:

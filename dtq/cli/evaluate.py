@@ -42,7 +42,11 @@ _options = opt.combined(
             help="Local path or hub id of the weights of an extractor or a metric. Repeat for more. "
                  "Default: none."),
     opt.path("--reference-set",
-         help="ADM .npz (images or statistics) as an additional reference. Default: none."),
+         help="ADM .npz (images or statistics) or a folder of images, as an additional reference. "
+              "Default: none."),
+    click.option("--set-prompts", default="auto", metavar="NAME",
+                 help="Prompt set of --num-images: a shipped name, a file, or hub:OWNER/NAME. auto is "
+                      "every label, or the set that fits the model."),
     opt.flag("--npz", help="Keep the images of --num-images for the ADM suite: candidate.npz."),
     opt.several("--vbench", "dimensions", metavar="NAME[,NAME]",
             help="Dimensions of VBench for the videos of both models: temporal_flickering, "
@@ -77,6 +81,7 @@ def evaluate(
     features: str,
     weights: tuple[str, ...],
     reference_set: Path | None,
+    set_prompts: str,
     npz: bool,
     keep_images: bool,
     dimensions: tuple[str, ...],
@@ -108,7 +113,7 @@ def evaluate(
     workers = join_workers(output)
     names = tuple(listed(metrics)) or (("fid",) if num_images else ())
     sources = dict(pairs(weights, "--extractor"))
-    request = MetricRequest(names, num_images, features, sources, reference_set)
+    request = MetricRequest(names, num_images, features, sources, reference_set, set_prompts)
     request.check()
     vbench = VBenchRequest(
         tuple(listed(dimensions)), vbench_python, vbench_cache, vbench_results, vbench_timeout, mp4

@@ -29,6 +29,7 @@ _options = opt.combined(
     opt.count("-n", "--count", "how_many", default=8,
           help="Number of images when no --prompt is given; the prompts come from --prompts."),
     opt.sampling(0, "Seed of the latents."),
+    opt.flag("--mp4", help="Also write videos as MP4, which needs dtq[video]."),
     opt.output(required=True, help="Folder for the images."),
 )
 # fmt: on
@@ -38,7 +39,13 @@ _options = opt.combined(
 @click.argument("model")
 @_options
 def sample(
-    model: str, entries: tuple[str, ...], how_many: int, dtype: str, output: Path, **options: Any
+    model: str,
+    entries: tuple[str, ...],
+    how_many: int,
+    dtype: str,
+    mp4: bool,
+    output: Path,
+    **options: Any,
 ) -> None:
     """Generate images, videos or sounds with MODEL.
 
@@ -51,10 +58,13 @@ def sample(
     dtq sample wan-w4a8 -p "a cat surfs" --arg num_frames=33 --batch 1 -o videos
     """
     from dtq.cli.inputs import join_workers, load_verified, sampling_settings
+    from dtq.evaluate import optional_packages
     from dtq.pipelines import prompts
     from dtq.pipelines.sampling import run_pipeline
     from dtq.runs import gather
 
+    if mp4:
+        optional_packages.need("imageio_ffmpeg", "dtq[video]")
     workers = join_workers(output)
     loaded = load_verified(model, dtype)
     if loaded.pipeline is None:
@@ -67,7 +77,7 @@ def sample(
         requests = prompts.load(settings.prompts, loaded.pipeline, how_many)
     places = workers.shard(how_many, settings.batch_size)
     results = run_pipeline(loaded.pipeline, requests, settings, only=places)
-    on_sheet = _generate(loaded, results, places, output)
+    on_sheet = _generate(loaded, results, places, output, mp4)
     shards = gather.gather(workers, output / ".shares", "sheet", on_sheet, places)
     if shards is None:
         return
@@ -79,7 +89,7 @@ def sample(
 
 
 def _generate(
-    loaded: LoadedModel, results: Iterable[Any], places: Sequence[int], output: Path
+    loaded: LoadedModel, results: Iterable[Any], places: Sequence[int], output: Path, mp4: bool
 ) -> dict[str, Tensor]:
     """Write the samples of this process; returns those on the contact sheet."""
     import torch
@@ -98,14 +108,15 @@ def _generate(
                         f"bf16 has more range than fp16"
                     )
                 place = next(left)
-                _write(sample, output / f"{place:04d}", images.rate(loaded.pipeline))
+                _write(sample, output / f"{place:04d}", images.rate(loaded.pipeline), mp4)
                 if place < _ON_SHEET:
                     on_sheet[f"{place:04d}"] = sample
     return on_sheet
 
 
-def _write(sample: Tensor, path: Path, rate: int) -> None:
+def _write(sample: Tensor, path: Path, rate: int, mp4: bool) -> None:
     """Write an image, a sound, or a video with a folder of frames, which other tools read."""
+    from dtq.evaluate import mp4 as mp4_files
     from dtq.evaluate.metrics import images
     from dtq.io.atomic import atomic_write, make_directory
 
@@ -113,6 +124,8 @@ def _write(sample: Tensor, path: Path, rate: int) -> None:
     make_directory(path.parent)
     atomic_write(path.with_suffix(suffix), data)
     if sample.ndim == 4:
+        if mp4:
+            mp4_files.write(sample, path.with_suffix(".mp4"))
         make_directory(path)
         for k, frame in enumerate(sample):
             atomic_write(path / f"{k:04d}.png", images.file(frame))

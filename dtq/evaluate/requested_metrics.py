@@ -19,7 +19,7 @@ from dtq import demo
 from dtq.errors import InputError
 from dtq.evaluate.feature_file import FeatureFile
 from dtq.evaluate.image_sets import ImageSet, gather_images, image_set
-from dtq.evaluate.metrics import adm_suite, extractors
+from dtq.evaluate.metrics import adm_suite, extractors, image_folder
 from dtq.evaluate.metrics.distributions import (
     DISTRIBUTIONS,
     MetricValue,
@@ -52,7 +52,9 @@ class MetricRequest:
         features: extractor of distribution metrics that do not prescribe one; ``auto``: the bundled
             classifier for the bundled models, else Inception.
         weights: extractor or metric to local path or hub id of its weights.
-        reference: an ADM npz, an additional reference of distribution metrics.
+        reference: an ADM npz or a folder of images, an additional reference of distribution
+            metrics.
+        prompts: prompt set of the image sets; ``auto`` is every label, or the set that fits.
     """
 
     metrics: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ class MetricRequest:
     features: str = "auto"
     weights: Mapping[str, str] = field(default_factory=dict)
     reference: Path | None = None
+    prompts: str = "auto"
 
     def check(self) -> None:
         """Find mistakes before anything runs.
@@ -131,7 +134,7 @@ def distributions(
         candidate: the quantized pipeline.
         reference: the float pipeline.
         settings: of the run. The image sets have the next seed, and prompts or labels spread evenly
-            over the default prompt set.
+            over ``request.prompts``.
         request: which metrics, of how many images.
         progress: receives a line per model.
         workers: processes that share the images; only the main process computes metrics.
@@ -141,7 +144,9 @@ def distributions(
     loaded, extractor_of = _load_extractors(request, reference.pipeline, results.missing)
     if not extractor_of:
         return results
-    settings = replace(settings, prompts="auto", samples=request.num_images, seed=settings.seed + 1)
+    settings = replace(
+        settings, prompts=request.prompts, samples=request.num_images, seed=settings.seed + 1
+    )
     # nested: a run with more images begins with the same images
     requests = prompts.load(settings.prompts, reference.pipeline, settings.samples, nested=True)
     entries = requests.entries
@@ -220,7 +225,7 @@ def _references(
         name: of the extractor in ``EXTRACTORS``.
         extractor: that computed the features.
         floats: features of the float model's images.
-        file: an ADM npz, or None.
+        file: an ADM npz or a folder of images, or None.
     """
     row = DISTRIBUTIONS[metric]
     yield ReferenceSet(FLOAT_IMAGES, floats), floats if row.reference_free else None
@@ -229,10 +234,13 @@ def _references(
     if extractor.real is not None and row.frechet and row.kind == "pool":
         yield ReferenceSet(TRAINING_IMAGES, None, {"pool": extractor.real}), floats
     if file is not None:
-        yield _reference_set(adm_suite.read(file), extractor, name), floats
+        yield _reference_set(file, extractor, name), floats
 
 
-def _reference_set(file: adm_suite.AdmReference, extractor: Extractor, name: str) -> ReferenceSet:
+def _reference_set(path: Path, extractor: Extractor, name: str) -> ReferenceSet:
+    if path.is_dir():
+        return ReferenceSet(path.name, image_folder.features(path, extractor))
+    file = adm_suite.read(path)
     if file.images is not None:
         floats = file.images.permute(0, 3, 1, 2).float() / 255
         return ReferenceSet(file.name, extractor(floats))

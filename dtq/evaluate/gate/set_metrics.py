@@ -22,7 +22,7 @@ from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.gate.policy import Limit
 from dtq.evaluate.metrics.fid import frechet
 from dtq.evaluate.metrics.mmd import cubic_kernel, gaussian_kernel
-from dtq.evaluate.metrics.precision_recall import covered, distances, inception_score
+from dtq.evaluate.metrics.precision_recall import distances, inception_score, is_covered
 from dtq.evaluate.run_file import Run
 
 BLOCKS = 64
@@ -130,15 +130,16 @@ def _recomputed(value: Callable[[Tensor, Tensor], float]) -> Callable[..., Tenso
 
 
 def _covered(x: Tensor, y: Tensor, blocks: Sequence[Tensor] = ()) -> Tensor:
-    """Precision of x against y, for each block that is left out, or for no block."""
-    x, y = x.double(), y.double()
-    across, within = distances(x, y), distances(y, y)
-    values = []
-    for block in blocks or [torch.tensor([], dtype=torch.long)]:
-        kept = torch.ones(len(x), dtype=torch.bool)
-        kept[block] = False
-        values.append(covered(across[kept][:, kept], within[kept][:, kept]))
-    return torch.tensor(values, dtype=torch.float64)
+    """Precision of x against y, or its mean over the images outside of each block.
+
+    The manifold of y stays whole. It is not a smooth function of the images, so it has no
+    jackknife: a block that is left out would uncover some images of the other side for good.
+    """
+    inside = is_covered(distances(x.double(), y.double()), distances(y.double(), y.double()))
+    sums, counts = [inside.sum()], [len(x)]
+    if blocks:
+        sums, counts = zip(*((sums[0] - inside[b].sum(), len(x) - len(b)) for b in blocks))
+    return torch.stack(list(sums)).double() / torch.tensor(counts)
 
 
 def _metric(name: str, kind: str, value: Callable[[Tensor, Tensor], float]) -> SetMetric:

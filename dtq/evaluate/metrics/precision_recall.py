@@ -48,11 +48,13 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = NEIGHBORS) -> tup
     if min(len(x), len(y)) <= k:
         raise ValueError(f"{k} neighbors need more than {k} samples on each side")
     across = distances(x, y)
-    return covered(across, distances(y, y), k), covered(across.T, distances(x, x), k)
+    sides = is_covered(across, distances(y, y), k), is_covered(across.T, distances(x, x), k)
+    precision, recall = (float(inside.double().mean()) for inside in sides)
+    return precision, recall
 
 
-def covered(across: Tensor, within: Tensor, k: int = NEIGHBORS) -> float:
-    """Fraction of samples that are within the radius of a sample of the other side.
+def is_covered(across: Tensor, within: Tensor, k: int = NEIGHBORS) -> Tensor:
+    """Whether each sample is within the radius of a sample of the other side, (N,).
 
     Args:
         across: distances (N, M) of the samples from those of the other side.
@@ -60,7 +62,7 @@ def covered(across: Tensor, within: Tensor, k: int = NEIGHBORS) -> float:
         k: see :func:`precision_recall`.
     """
     radii = within.kthvalue(k + 1, dim=1).values
-    return float((across <= radii).any(1).double().mean())
+    return (across <= radii).any(1)
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
