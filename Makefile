@@ -43,7 +43,7 @@ baseline: $(RUN)/eval.json
 
 # a video costs more than an image: fewer samples and fewer steps
 QUANTIZE.demo-video = --samples 16 --steps 10 --guidance 4
-EVALUATE.demo = --steps 8
+EVALUATE.demo = --steps 8 --num-images 256 --metric fid,kid,precision,recall
 EVALUATE.demo-video = --steps 4 --guidance 4
 
 .PHONY: $(RUN)/eval.json

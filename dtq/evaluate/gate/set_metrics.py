@@ -136,10 +136,11 @@ def _covered(x: Tensor, y: Tensor, blocks: Sequence[Tensor] = ()) -> Tensor:
     jackknife: a block that is left out would uncover some images of the other side for good.
     """
     inside = is_covered(distances(x.double(), y.double()), distances(y.double(), y.double()))
-    sums, counts = [inside.sum()], [len(x)]
+    total, sums, counts = inside.sum(), [inside.sum()], [len(x)]
     if blocks:
-        sums, counts = zip(*((sums[0] - inside[b].sum(), len(x) - len(b)) for b in blocks))
-    return torch.stack(list(sums)).double() / torch.tensor(counts)
+        sums = [total - inside[block].sum() for block in blocks]
+        counts = [len(x) - len(block) for block in blocks]
+    return torch.stack(sums).double() / torch.tensor(counts)
 
 
 def _metric(name: str, kind: str, value: Callable[[Tensor, Tensor], float]) -> SetMetric:
