@@ -1,6 +1,6 @@
 # make demo   quantize the bundled model, load it in diffusers, compare, write a report with images
 # make test   checks and tests
-# make gate   quantize a bundled model and fail if it is worse than the baseline file (MODEL=demo-video)
+# make gate   quantize a bundled model and fail if it is worse than the baseline file (MODEL=demo-video, VBENCH=1)
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -10,7 +10,7 @@ BASELINE ?= gate/$(MODEL)-w4a8.json
 PROMPTS ?= 32
 POLICY.demo = bundled
 POLICY.demo-video = bundled-video
-POLICY ?= $(POLICY.$(MODEL))
+POLICY ?= $(POLICY.$(MODEL))$(if $(VBENCH),-vbench)
 RUN := .demo/gate-$(MODEL)
 
 .PHONY: setup demo gate baseline test units check bench kernels gpu results vbench-env clean
@@ -45,11 +45,13 @@ baseline: $(RUN)/eval.json
 QUANTIZE.demo-video = --samples 16 --steps 10 --guidance 4
 EVALUATE.demo = --steps 8 --num-images 256 --metric fid,kid,precision,recall
 EVALUATE.demo-video = --steps 4 --guidance 4
+# MODEL=demo-video VBENCH=1: the package vbench scores the videos, too
+VBENCH_OPTIONS = $(if $(VBENCH),--vbench temporal_flickering --vbench-python .venv-vbench/bin/python)
 
 .PHONY: $(RUN)/eval.json
-$(RUN)/eval.json: setup
+$(RUN)/eval.json: setup $(if $(VBENCH),.venv-vbench/.ready)
 	$(BIN)/dtq quantize $(MODEL) --recipe w4a8 $(QUANTIZE.$(MODEL)) -o $(RUN)-w4a8 --overwrite
-	$(BIN)/dtq eval $(RUN)-w4a8 --reference $(MODEL) --samples $(PROMPTS) $(EVALUATE.$(MODEL)) --keep-images -o $(RUN)
+	$(BIN)/dtq eval $(RUN)-w4a8 --reference $(MODEL) --samples $(PROMPTS) $(EVALUATE.$(MODEL)) $(VBENCH_OPTIONS) --keep-images -o $(RUN)
 
 # neighboring tests share fixtures, so each worker starts with half of the tests and steals others when it
 # is done

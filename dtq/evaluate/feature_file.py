@@ -86,13 +86,15 @@ def flaws(features: Mapping[str, Tensor], names: Iterable[str], count: int) -> l
         names: that must be there.
         count: N, of sides other than ``rerun``, which may have fewer images.
     """
+    import torch
+
     reasons = []
     for name in names:
         tensor = features.get(name)
         if tensor is None:
             reasons.append(f"{name}: not in the file of features")
-        elif tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.shape[1]:
-            reasons.append(f"{name}: not a table of numbers")
+        elif tensor.ndim != 2 or tensor.dtype != torch.float32 or not tensor.shape[1]:
+            reasons.append(f"{name}: not float32 of two axes")
         elif len(tensor) != count and not (name.startswith("rerun.") and 2 <= len(tensor) < count):
             reasons.append(f"{name}: {len(tensor)} images, the run has {count}")
         elif not tensor.isfinite().all():

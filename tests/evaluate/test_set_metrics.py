@@ -179,6 +179,10 @@ INVALID = {
         lambda run: run.features.update({"float.emoji.pool": torch.zeros(3, D)}),
         "3 images, the run has 256",
     ),
+    "dtype": (
+        lambda run: run.features.update({"float.emoji.pool": torch.zeros(256, D).half()}),
+        "float.emoji.pool: not float32 of two axes",
+    ),
     "nan": (lambda run: run.features["candidate.emoji.pool"].fill_(float("nan")), "not finite"),
     "seed": (
         lambda run: setattr(run, "image_sets", replace(run.image_sets, seed=2)),
