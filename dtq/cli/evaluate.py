@@ -18,6 +18,7 @@ from dtq.errors import InputError
 
 if TYPE_CHECKING:
     from dtq.evaluate.evaluate import Evaluation
+    from dtq.evaluate.vbench_metrics import VBenchRequest
 
 
 # fmt: off
@@ -84,12 +85,6 @@ def evaluate(
     set_prompts: str,
     npz: bool,
     keep_images: bool,
-    dimensions: tuple[str, ...],
-    vbench_python: Path | None,
-    vbench_cache: Path | None,
-    vbench_results: Path | None,
-    vbench_timeout: int,
-    mp4: bool,
     libraries: tuple[str, ...],
     dtype: str,
     as_json: bool,
@@ -108,16 +103,13 @@ def evaluate(
     from dtq.evaluate.evaluate import evaluate
     from dtq.evaluate.report.quantization_report import quantization_report
     from dtq.evaluate.requested_metrics import MetricRequest
-    from dtq.evaluate.vbench_metrics import VBenchRequest
 
     workers = join_workers(output)
     names = tuple(listed(metrics)) or (("fid",) if num_images else ())
     sources = dict(pairs(weights, "--extractor"))
     request = MetricRequest(names, num_images, features, sources, reference_set, set_prompts)
     request.check()
-    vbench = VBenchRequest(
-        tuple(listed(dimensions)), vbench_python, vbench_cache, vbench_results, vbench_timeout, mp4
-    )
+    vbench = _vbench_request(settings)
     vbench.check()
     # a gate must never read an older run than the one that failed
     if output is not None and workers.is_main:

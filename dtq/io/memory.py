@@ -32,7 +32,7 @@ def tune_malloc() -> None:
     nothing happens.
 
     A freed block is reused for the same size after at most eight allocations: until then the
-    thread cache of malloc holds the few bytes beside a block that torch's alignment leaves over,
+    thread cache of malloc holds the few bytes next to a block that torch's alignment leaves over,
     and the block alone is too small for the next request.
     """
     mallopt = _of_glibc("mallopt")
