@@ -147,6 +147,17 @@ def evaluate(
         sys.exit(INVALID)
 
 
+def _vbench_request(settings: dict[str, Any]) -> VBenchRequest:
+    """What VBench scores; its options are taken out of ``settings``."""
+    from dtq.cli.inputs import listed
+    from dtq.evaluate.vbench_metrics import VBenchRequest
+
+    keys = ("python", "cache", "results", "timeout")
+    options = {key: settings.pop(f"vbench_{key}") for key in keys}
+    dimensions = tuple(listed(settings.pop("dimensions")))
+    return VBenchRequest(dimensions, mp4=settings.pop("mp4"), **options)
+
+
 def _save(result: Evaluation, output: Path, npz: bool, keep_images: bool) -> None:
     """Write the report, the run file and, if asked for, the images."""
     from dtq.evaluate import feature_file, run_file
