@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dtq
+from dtq.evaluate import run_file
 from dtq.evaluate.gate.bootstrap import paired
 from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.gate.policy import Policy
@@ -31,6 +33,7 @@ from dtq.evaluate.gate.set_metrics import SET_METRICS, blocks_of, pseudo_values
 from dtq.evaluate.metrics import extractors
 from dtq.evaluate.metrics.images import as_bytes, shown
 from dtq.evaluate.metrics.mmd import cubic_kernel, gaussian_kernel
+from dtq.evaluate.run_file import mean_of
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.sampling import run_pipeline
@@ -285,25 +288,59 @@ def power(options: argparse.Namespace) -> None:
             )
 
 
+def samples(options: argparse.Namespace) -> None:
+    """How often a loss of the metrics of samples is a regression, by number of prompts.
+
+    The differences by prompt are those of two run files of one job, two checkpoints of one recipe;
+    their mean is moved to the loss. The margins are those of the policy ``bundled``.
+    """
+    run, base = run_file.read(options.run), run_file.read(options.baseline)
+    policy = Policy.load("bundled")
+    limits = {x.metric: x for x in (*policy.secondary, *policy.primary) if x.parts == 1}
+    alpha = policy.alpha / len(policy.looks)
+    print("\n| metric | margin | loss | 32 | 64 | 96 |\n| --- | --- | --- | --- | --- | --- |")
+    for name, losses in (("error", (0.02, 0.05, 0.1, 0.2)), ("psnr", (0.25, 0.5, 1.0, 2.0))):
+        metric, margin = METRICS[name], METRICS[name].to_difference(limits[name].margin)
+        pairs = [(run.values[name][s.id], base.values[name][s.id]) for s in base.samples]
+        d = np.array([metric.worse(mean_of(a), mean_of(b)) for a, b in pairs])
+        for loss in losses:
+            true = np.log1p(loss) if metric.ratio else loss
+            cells = []
+            for n in (32, 64, 96):
+                g, caught = np.random.default_rng(0), 0
+                for draw in range(options.draws):
+                    drawn = g.choice(d - d.mean(), n) + true
+                    p = paired(drawn, floor=margin / 100, resamples=RESAMPLES, seed=draw)
+                    caught += p.p_above(margin) <= alpha
+                cells.append(f"{caught / options.draws:.2f}")
+            shown = f"{loss:.0%}" if metric.ratio else f"{loss} dB"
+            print(f"| {name} | {limits[name].margin} | {shown} | {' | '.join(cells)} |", flush=True)
+
+
 PARTS = {
     "pools": pools,
     "coverage": coverage,
     "repeats": repeats,
     "values": values,
     "power": power,
+    "samples": samples,
 }
 
 
 def main() -> None:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument(
+        "parts", nargs="*", default=["pools", "coverage", "values"], choices=list(PARTS)
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("gate-pools"))
     parser.add_argument("--w4a8", default="", help="a checkpoint of demo by w4a8")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", type=int, default=256, help="images of a set")
     parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--run", help="run file of the part samples")
+    parser.add_argument("--baseline", default="gate/demo-w4a8.json", help="of the part samples")
     parser.add_argument("--metrics", nargs="*", default=list(SHOWN), help="of coverage")
     parser.add_argument("--runs", nargs="*", default=["rtn-w4a8", "less color"], help="of coverage")
     parser.add_argument("--batch", type=int, default=32)
