@@ -38,7 +38,13 @@ _options = opt.combined(
 @click.argument("model")
 @_options
 def sample(
-    model: str, entries: tuple[str, ...], how_many: int, dtype: str, output: Path, **options: Any
+    model: str,
+    entries: tuple[str, ...],
+    how_many: int,
+    dtype: str,
+    variant: str | None,
+    output: Path,
+    **options: Any,
 ) -> None:
     """Generate images, videos or sounds with MODEL.
 
@@ -56,7 +62,7 @@ def sample(
     from dtq.runs import gather
 
     workers = join_workers(output)
-    loaded = load_verified(model, dtype)
+    loaded = load_verified(model, dtype, variant)
     if loaded.pipeline is None:
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
     how_many = len(entries) or how_many
