@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dtq.errors import InputError
 from dtq.evaluate.metrics.extractors import Extractor, Features
 from dtq.evaluate.metrics.images import as_bytes, flaw, shown
+from dtq.io.atomic import atomic_save_tensors
 from dtq.pipelines import prompts
 from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
@@ -49,7 +49,7 @@ class ImageSet:
 
     def save(self, file: Path) -> None:
         """Write the features as safetensors, for metrics that are computed later."""
-        save_file(self.features, file)
+        atomic_save_tensors(file, self.features, {})
 
 
 @torch.no_grad()

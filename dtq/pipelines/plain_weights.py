@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers.models.model_loading_utils import load_model_dict_into_meta
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from dtq.pipelines.stored_tensors import (
     SCALE_WORD,
     Stored,
     not_plain,
-    read_headers,
+    read_tensor,
     refuse_saturated,
 )
 
@@ -53,16 +52,19 @@ class PlainWeights:
     """How the tensors of some files become the weights of a model.
 
     Attributes:
-        files: the safetensors files.
         names: name in the files to name in the model, where they differ.
         scales: name of an FP8 weight in the files to that of its scale.
         stored: what the headers say.
     """
 
-    files: list[Path]
     names: dict[str, str] = field(default_factory=dict)
     scales: dict[str, str] = field(default_factory=dict)
     stored: dict[str, Stored] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return sorted({tensor.file for tensor in self.stored.values()})
 
     @property
     def as_stored(self) -> bool:
@@ -75,27 +77,30 @@ class PlainWeights:
         for key, tensor in tensors.items():
             value = tensor
             if (scale := self.scales.get(key)) is not None:
-                with safe_open(self.stored[scale].file, framework="pt") as file:
-                    factor = file.get_tensor(scale).float()
+                factor = read_tensor(self.stored, scale).float()
                 value = tensor.float() * factor.reshape(-1, *[1] * (tensor.ndim - 1))
             converted[self.names.get(key, key)] = value
         return converted
 
 
-def plain_weights(model: nn.Module, files: list[Path]) -> PlainWeights:
-    """How the tensors of the files become the weights of a float model.
+def plain_weights(
+    model: nn.Module,
+    stored: dict[str, Stored],
+    read: Callable[[str], Tensor] | None = None,
+) -> PlainWeights:
+    """How stored tensors become the weights of a float model.
 
     Args:
         model: on any device.
-        files: the safetensors files that are read.
+        stored: name to file, dtype and shape.
+        read: gives a tensor by its name; default: from its file.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, is in a code that dtq does not
             decode, or belongs to a layer of the model and is none of its parameters; names it.
     """
-    stored = read_headers(files)
     names = _names_in_model(model, stored)
-    plain = PlainWeights(files, {}, {}, stored)
+    plain = PlainWeights(stored=stored)
     by_name = {names[key]: key for key in stored}
     expected: dict[str, Tensor] = model.state_dict()
     extra = {name: key for name, key in by_name.items() if name not in expected}
@@ -104,7 +109,7 @@ def plain_weights(model: nn.Module, files: list[Path]) -> PlainWeights:
     unknown = {name: key for name, key in extra.items() if key not in used}
     _refuse_companions(unknown, {*expected}, stored)
     _check_expected(model, by_name, stored)
-    refuse_saturated({k: t for k, t in stored.items() if k not in plain.scales})
+    refuse_saturated({k: t for k, t in stored.items() if k not in plain.scales}, read)
     renamed = {k: n for k, n in names.items() if n != k and n in expected}
     plain.names = {k: n for k, n in renamed.items() if n == _unwrapped(k, expected)}
     if plain.names:
@@ -114,7 +119,8 @@ def plain_weights(model: nn.Module, files: list[Path]) -> PlainWeights:
             stored[key].file, len(plain.names), key, name,
         )  # fmt: skip
     if plain.scales:
-        log.warning("%s: the scales of %d FP8 weights are applied", files[0], len(plain.scales))
+        file = plain.files[0]
+        log.warning("%s: the scales of %d FP8 weights are applied", file, len(plain.scales))
     return plain
 
 
@@ -127,7 +133,6 @@ def load_converted(kind: Any, folder: Path, weights: PlainWeights, dtype: torch.
         weights: its files, and how to convert them.
         dtype: of the model.
     """
-    in_fp32 = kind._keep_in_fp32_modules or []
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -141,10 +146,8 @@ def load_converted(kind: Any, folder: Path, weights: PlainWeights, dtype: torch.
             weights.convert(load_file(file)),
             dtype=dtype,
             device_map={"": torch.device("cpu")},
-            keep_in_fp32_modules=in_fp32,
+            keep_in_fp32_modules=kind._keep_in_fp32_modules or [],
         )
-    if not in_fp32:
-        model.to(dtype)
     model.register_to_config(_name_or_path=str(folder))
     return model.eval()
 
@@ -173,9 +176,14 @@ def _names_in_model(model: nn.Module, stored: Mapping[str, Stored]) -> dict[str,
     return names
 
 
-def _unwrapped(name: str, expected: Iterable[str] = ()) -> str:
-    """A name without the wrappers of torch, and without prefixes of whole models."""
-    short = _WRAPPERS.sub("", name)
+def without_wrappers(name: str) -> str:
+    """A name without the wrappers of torch: ``torch.compile``, FSDP, activation checkpoints."""
+    return _WRAPPERS.sub("", name)
+
+
+def _unwrapped(name: str, expected: Iterable[str]) -> str:
+    """A name without wrappers and without prefixes of whole models, if it is expected then."""
+    short = without_wrappers(name)
     while short not in expected:
         rest = next((short.removeprefix(p) for p in _PREFIXES if short.startswith(p)), short)
         if rest == short:

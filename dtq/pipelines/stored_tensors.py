@@ -6,18 +6,20 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dtq.errors import CheckpointError
 
 log = logging.getLogger("dtq")
 
-FLOATS = {"F64", "F32", "BF16", "F16"}
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {"F64", *_TORCH}
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 COMPANION = re.compile(
@@ -65,11 +67,21 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
     return stored
 
 
-def refuse_codes(stored: Mapping[str, Stored]) -> None:
+def described(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """The tensors of a state dict as a header would describe them."""
+    names = {dtype: name for name, dtype in {**_TORCH, **FP8, "F64": torch.float64}.items()}
+    return {
+        key: Stored(Path("the state dict"), names.get(t.dtype, str(t.dtype)), tuple(t.shape))
+        for key, t in tensors.items()
+    }
+
+
+def refuse_codes(stored: Mapping[str, Stored], read: Callable[[str], Tensor] | None = None) -> None:
     """Refuse tensors that are recognized as quantized without knowing the model.
 
     Args:
         stored: name to file, dtype and shape; names may be those of another library.
+        read: gives a tensor by its name; default: from its file.
 
     Raises:
         CheckpointError: names the tensor.
@@ -81,22 +93,27 @@ def refuse_codes(stored: Mapping[str, Stored]) -> None:
             raise not_plain(tensor.file, f"the tensor {key}")
         if key.endswith("weight") and len(tensor.shape) > 1 and tensor.dtype not in FLOATS | {*FP8}:
             raise not_plain(tensor.file, f"the tensor {key}, which is {tensor.dtype},")
-    refuse_saturated(stored)
+    refuse_saturated(stored, read)
 
 
-def refuse_saturated(stored: Mapping[str, Stored]) -> None:
+def refuse_saturated(
+    stored: Mapping[str, Stored], read: Callable[[str], Tensor] | None = None
+) -> None:
     """Refuse FP8 tensors that reach the largest value of FP8: their scale has been lost.
 
     Weights that were only cast to FP8 are far smaller. They are used as they are, with a warning.
+
+    Args:
+        stored: name to file, dtype and shape.
+        read: gives a tensor by its name; default: from its file.
 
     Raises:
         CheckpointError: names the tensor.
     """
     found = [key for key, tensor in stored.items() if tensor.dtype in FP8]
     for key in found:
-        with safe_open(stored[key].file, framework="pt") as file:
-            tensor = file.get_tensor(key)
-        if tensor.numel() and tensor.float().abs().max() >= torch.finfo(tensor.dtype).max:
+        tensor = read(key) if read is not None else read_tensor(stored, key)
+        if is_saturated(tensor):
             raise not_plain(
                 stored[key].file, f"the tensor {key}, which is FP8 up to its largest value and has "
                 f"no scale,"
@@ -108,15 +125,30 @@ def refuse_saturated(stored: Mapping[str, Stored]) -> None:
         )  # fmt: skip
 
 
+def is_saturated(tensor: Tensor) -> bool:
+    """Whether the largest magnitude is exactly the largest value of an FP8 format."""
+    if not tensor.numel():
+        return False
+    values = tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()
+    low, high = values.aminmax()
+    return max(-low.item(), high.item()) in {torch.finfo(dtype).max for dtype in FP8.values()}
+
+
+def read_tensor(stored: Mapping[str, Stored], key: str) -> Tensor:
+    """A tensor from its file."""
+    with safe_open(stored[key].file, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor
+
+
 def stored_dtype(files: Iterable[Path]) -> torch.dtype:
     """The most common float dtype of the tensors in safetensors files, except scales."""
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     count: Counter[str] = Counter()
     for file in files:
         with safe_open(file, framework="pt") as header:
             keys = [key for key in [*header.keys()] if not COMPANION.search(key)]
             count.update(header.get_slice(key).get_dtype() for key in keys)
-    return next((names[name] for name, _ in count.most_common() if name in names), torch.float32)
+    return next((_TORCH[n] for n, _ in count.most_common() if n in _TORCH), torch.float32)
 
 
 def not_plain(file: Path, what: str) -> CheckpointError:

@@ -261,7 +261,7 @@ def check_weights(folder: Path, model: nn.Module | None, files: list[Path]) -> P
     if model is None:
         refuse_codes(read_headers(files))
         return None
-    return plain_weights(model, files)
+    return plain_weights(model, read_headers(files))
 
 
 def _needs_real_weights(cause: BaseException | None) -> bool:
