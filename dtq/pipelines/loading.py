@@ -87,7 +87,14 @@ def load_transformer(
     component: Components = "auto",
     variant: str | None = None,
 ) -> LoadedModel:
-    """The first model that :func:`load_transformers` returns; same arguments and errors."""
+    """The first model that :func:`load_transformers` returns; same errors.
+
+    Args:
+        source: as for :func:`load_transformers`.
+        dtype: as for :func:`load_transformers`.
+        component: as for :func:`load_transformers`.
+        variant: as for :func:`load_transformers`.
+    """
     return load_transformers(source, dtype=dtype, component=component, variant=variant)[0]
 
 
