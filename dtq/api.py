@@ -107,6 +107,7 @@ def quantize(
     inputs: Iterable[dict[str, Any]] | None = None,
     component: Components = "auto",
     dtype: str | torch.dtype = "auto",
+    variant: str | None = None,
     modules_to_not_convert: Sequence[str] = (),
     progress: bool = True,
     memory: int | None = None,
@@ -123,6 +124,8 @@ def quantize(
         inputs: keyword arguments of the transformer's forward to calibrate a bare one on.
         component: components of the pipeline to quantize; ``auto``: every diffusion transformer.
         dtype: of everything that is not quantized, when a folder is loaded; ``auto``: as stored.
+        variant: of the weight files of a folder or hub id, such as ``fp16``; default: files
+            without a variant, or the only one that there is.
         modules_to_not_convert: layers that stay unquantized: names, prefixes, path components,
             ``re:...``.
         progress: whether to show progress bars.
@@ -141,7 +144,7 @@ def quantize(
     """
     chosen = Recipe.load(recipe, **overrides)
     runs = open_runs(
-        load_transformers(model, dtype=dtype, component=component),
+        load_transformers(model, dtype=dtype, component=component, variant=variant),
         chosen,
         inputs=inputs,
         statistics=statistics,

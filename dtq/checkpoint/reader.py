@@ -27,8 +27,14 @@ from dtq.io.checksum import checksum
 from dtq.io.safe_parse import read_json
 from dtq.models.linears import shape_of
 from dtq.nn.swap import planned_linears
-from dtq.pipelines.loading import Components, diffusion_transformers_on_disk, folder_kind
-from dtq.pipelines.validation import PICKLES, check_folder, check_shapes
+from dtq.pipelines.loading import (
+    Components,
+    diffusion_transformers_on_disk,
+    folder_kind,
+    model_class,
+)
+from dtq.pipelines.validation import check_folder, check_shapes, meta_model
+from dtq.pipelines.weight_files import PICKLES, resolve_variant, weight_files
 from dtq.plan.layers import CheckpointSpec
 
 CHECKSUMS = "dtq_checksums"
@@ -64,7 +70,8 @@ class Reader:
 
     Raises:
         CheckpointError: a file is truncated or is no safetensors file, or the files are incomplete
-            or from another version of dtq.
+            or from another version of dtq. Differences that :meth:`check_plan` can name are left to
+            it.
     """
 
     def __init__(self, files: Iterable[str | Path]) -> None:
@@ -79,17 +86,18 @@ class Reader:
             raise CheckpointError(f"{all_files}: the tensor {CHECKSUMS} is missing; not a dtq file")
         version, names_sum, *sums = values.tolist()
         check_version(version, f"{all_files}: format")
+        self._damage: str | None = None
         if len(names) != len(sums):
-            raise CheckpointError(
+            self._damage = (
                 f"{all_files}: {len(names)} tensors where {len(sums)} were saved; a file is "
                 f"missing or from another model"
             )
-        if outline(self.stored) != names_sum:
-            raise CheckpointError(
+        elif outline(self.stored) != names_sum:
+            self._damage = (
                 f"{all_files}: truncated or damaged (a tensor's name, dtype or shape is not what "
                 f"was saved); copy it again"
             )
-        self.sums: dict[str, int] = dict(zip(names, sums, strict=True))
+        self.sums: dict[str, int] = dict(zip(names, sums, strict=self._damage is None))
 
     def expect(self, plan: CheckpointSpec) -> None:
         """From now on, check the values of the planned tensors, too."""
@@ -120,13 +128,15 @@ class Reader:
                 if key not in self.where:
                     files = ", ".join(sorted(set(self.where.values())))
                     raise CheckpointError(f"{files}: the tensor {key} is missing")
-                _, shape = self.stored[key]
-                if shape != spec.shape:
+                dtype, shape = self.stored[key]
+                if (dtype, shape) != (SAFETENSORS_DTYPES[spec.dtype], spec.shape):
                     raise CheckpointError(
-                        f"{self.where[key]}: {key} has shape {list(shape)}, "
-                        f"config.json asks for {list(spec.shape)}"
+                        f"{self.where[key]}: {key} has shape {list(shape)} in {dtype}, config.json "
+                        f"asks for {list(spec.shape)} in {SAFETENSORS_DTYPES[spec.dtype]}"
                     )
         check_shapes("config.json", model, self.stored, plan.layers)
+        if self._damage is not None:
+            raise CheckpointError(self._damage)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Compare checksums, and check the values of the tensors that :meth:`expect` noted.
@@ -186,12 +196,15 @@ class Reader:
         return sums
 
 
-def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
+def verify(
+    path: Path, component: Components = "auto", variant: str | None = None
+) -> dict[str, Path]:
     """Check a checkpoint without building the models.
 
     Args:
         path: folder of a pipeline or a model.
         component: which models of a pipeline; ``auto`` is every diffusion transformer.
+        variant: of the files; None is those without a variant, or the only one.
 
     Returns:
         Component to folder of every model that dtq quantized.
@@ -201,7 +214,8 @@ def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
         CheckpointError: damaged, incomplete or from another version of dtq; names file and key.
     """
     kind = folder_kind(path)
-    check_folder(path)
+    variant = resolve_variant(path, variant)
+    check_folder(path, variant)
     folders = {"transformer": path}
     if kind == "pipeline":
         names = diffusion_transformers_on_disk(path) if component == "auto" else component
@@ -210,20 +224,19 @@ def verify(path: Path, component: Components = "auto") -> dict[str, Path]:
     for name, folder in folders.items():
         config = read_json(folder / "config.json").get("quantization_config")
         if isinstance(config, dict) and config.get("quant_method") == "dtq":
-            _verify_model(folder, config)
+            _verify_model(folder, config, weight_files(folder, variant))
             verified[name] = folder
     if not verified:
         raise InputError(f"{path} is not quantized by dtq (no quantization_config)")
     return verified
 
 
-def _verify_model(folder: Path, config: dict[str, Any]) -> None:
+def _verify_model(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
     plan = DTQConfig(**config).load_plan()
-    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: no safetensors file")
     reader = Reader(files)
-    reader.expect(plan)
+    reader.check_plan(plan, meta_model(folder, model_class(folder), files))
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ def save_into(
         call_defaults.write(folder, call_defaults.of(saveable))
     if getattr(saveable, "labels", None):
         _keep_class_labels(saveable.labels, folder / "model_index.json")
+    readme = folder / "README.md"
+    readme.write_text(card(saveable, report), encoding="utf-8")
     for file in folder.rglob("*.safetensors"):
-        file.chmod(0o644)  # the safetensors writer leaves its files private
-    (folder / "README.md").write_text(card(saveable, report), encoding="utf-8")
+        shutil.copymode(readme, file)  # the safetensors writer leaves its files private
 
 
 def _keep_class_labels(labels: Mapping[str, int], index: Path) -> None:

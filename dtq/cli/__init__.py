@@ -30,15 +30,37 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 class Commands(click.Group):
     """Reports an error as one line and an exit code."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line; end silently when nobody reads the output: dtq ... | head."""
+        try:
+            return super().main(*args, **options)
+        except BrokenPipeError:
+            _stop_writing()
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Parse the options; ``--help`` and ``--version`` print while this runs."""
+        try:
+            return super().make_context(*args, **options)
+        except BrokenPipeError:  # click itself would end with exit code 1
+            _stop_writing()
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
         # a kill is an interrupt: half-written folders are removed on the way out
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except BrokenPipeError:  # dtq inspect ... | head
             _stop_writing()
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
         except DtqError as error:
+            if _is_broken_pipe(error):  # a progress bar of a library could not be written
+                _stop_writing()
             _fail(str(error))
         except SafetensorError as error:
             _fail(f"safetensors: {error}")
@@ -61,6 +83,13 @@ def _fail(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     click.echo(f"error{f' in process {rank}' if rank != '0' else ''}: {message}", err=True)
     sys.exit(1)
+
+
+def _is_broken_pipe(error: BaseException | None) -> bool:
+    """Whether an error is a broken pipe of the output, or was raised because of one."""
+    while error is not None and not isinstance(error, BrokenPipeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _stop_writing() -> NoReturn:

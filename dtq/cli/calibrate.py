@@ -20,7 +20,13 @@ from dtq.errors import InputError
 @opt.output(required=True, help="File to write, .safetensors.")
 @opt.fresh
 def calibrate(
-    model: str, output: Path, fresh: bool, dtype: str, components: tuple[str, ...], **choices: Any
+    model: str,
+    output: Path,
+    fresh: bool,
+    dtype: str,
+    variant: str | None,
+    components: tuple[str, ...],
+    **choices: Any,
 ) -> None:
     """Collect statistics of the float MODEL in a file.
 
@@ -48,7 +54,9 @@ def calibrate(
         raise InputError(f"{output.parent}: no such folder")
     workers = join_workers(output)
     with run_directory(output, workers, fresh=fresh, file=True) as directory:
-        models = load_transformers(model, dtype=dtype, component=components or "auto")
+        models = load_transformers(
+            model, dtype=dtype, component=components or "auto", variant=variant
+        )
         if len(models) > 1:
             names = ", ".join(each.component for each in models)
             raise InputError(f"{model} has several transformers: choose one --component of {names}")

@@ -87,6 +87,7 @@ def evaluate(
     keep_images: bool,
     libraries: tuple[str, ...],
     dtype: str,
+    variant: str | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -99,7 +100,14 @@ def evaluate(
     dtq eval demo-w4a8 --reference demo -o report
     dtq eval demo-w4a8 --reference demo --num-images 256 --metric fid,kid,precision,recall
     """
-    from dtq.cli.inputs import join_workers, listed, load_verified, pairs, sampling_settings
+    from dtq.cli.inputs import (
+        join_workers,
+        listed,
+        load_verified,
+        pairs,
+        sampling_settings,
+        variants_of,
+    )
     from dtq.evaluate.evaluate import evaluate
     from dtq.evaluate.report.quantization_report import quantization_report
     from dtq.evaluate.requested_metrics import MetricRequest
@@ -116,7 +124,9 @@ def evaluate(
         (output / "eval.json").unlink(missing_ok=True)
     if npz and (output is None or not request.distributions):
         raise InputError("--npz needs a folder and images to keep: -o FOLDER --num-images 5000")
-    loaded, float_model = load_verified(candidate, dtype), load_verified(reference, dtype)
+    variants = variants_of((candidate, reference), variant)
+    loaded = load_verified(candidate, dtype, variants[0])
+    float_model = load_verified(reference, dtype, variants[1])
     quantization = quantization_report(loaded.path)
     shown = workers.is_main and not as_json
     result = evaluate(

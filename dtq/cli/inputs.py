@@ -21,6 +21,7 @@ from dtq.errors import InputError
 from dtq.io.safe_parse import parse_yaml, read_json
 from dtq.pipelines import loading
 from dtq.pipelines.settings import SamplingSettings
+from dtq.pipelines.weight_files import has_variant
 from dtq.recipe import Recipe
 from dtq.runs.workers import Workers
 
@@ -119,15 +120,38 @@ def join_workers(output: Path | None, *, silent: bool = False) -> Workers:
     return workers
 
 
-def load_verified(model: str, dtype: str) -> loading.LoadedModel:
-    """Load a model; a dtq checkpoint is verified first, so that damage is one clear line."""
+def load_verified(model: str, dtype: str, variant: str | None) -> loading.LoadedModel:
+    """Load a model; a dtq checkpoint is verified first, so that damage is one clear line.
+
+    Args:
+        model: a folder, a bundled name or a hub id.
+        dtype: as for ``load_transformers``.
+        variant: as for ``load_transformers``.
+    """
     path = Path(model)
     if path.is_dir() and loading.folder_kind(path) == "pipeline":
         names = loading.diffusion_transformers_on_disk(path)
         configs = [path / name / "config.json" for name in names]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
-            reader.verify(path)
-    return loading.load_transformer(model, dtype=dtype)
+            reader.verify(path, variant=variant)
+    return loading.load_transformer(model, dtype=dtype, variant=variant)
+
+
+def variants_of(models: Sequence[str], variant: str | None) -> list[str | None]:
+    """The variant for each of several models: a local folder without it is read without.
+
+    Args:
+        models: folders, bundled names or hub ids.
+        variant: what the user asks for.
+
+    Raises:
+        InputError: none of the models has the variant.
+    """
+    local = [Path(model) for model in models]
+    has = [not path.is_dir() or has_variant(path, variant) for path in local]
+    if not any(has):
+        raise InputError(f"neither {' nor '.join(models)} has files of the variant {variant!r}")
+    return [variant if each else None for each in has]
 
 
 def _hide_progress_bars() -> None:

@@ -18,11 +18,17 @@ from dtq.errors import InputError
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @opt.component
+@opt.variant
 @opt.flag("--kernels", help="Show which kernel runs each layer, and why the others do not.")
 @opt.every_layer
 @opt.json(help="Print the layers as JSON.")
 def inspect(
-    folder: Path, components: tuple[str, ...], kernels: bool, every: bool, as_json: bool
+    folder: Path,
+    components: tuple[str, ...],
+    variant: str | None,
+    kernels: bool,
+    every: bool,
+    as_json: bool,
 ) -> None:
     """Check FOLDER and show its quantized layers.
 
@@ -32,11 +38,13 @@ def inspect(
     dtq inspect demo-w4a8 --kernels
     """
     from dtq.checkpoint import reader
+    from dtq.pipelines.weight_files import resolve_variant
 
     if not folder.exists():
         raise InputError(f"{folder}: no such folder")
-    folders = reader.verify(folder, components or "auto")
-    data = {name: _inspect(path) for name, path in folders.items()}
+    folders = reader.verify(folder, components or "auto", variant)
+    variant = resolve_variant(folder, variant)
+    data = {name: _inspect(path, variant) for name, path in folders.items()}
     if as_json:
         click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
         return
@@ -46,13 +54,14 @@ def inspect(
             _print_kernels(model["layers"])
 
 
-def _inspect(folder: Path) -> dict[str, Any]:
+def _inspect(folder: Path, variant: str | None) -> dict[str, Any]:
     """The layers of a quantized model as plain data, and which kernel would run each."""
     from dtq.kernels import explain
     from dtq.nn import QuantLinear
     from dtq.pipelines.loading import load_model
+    from dtq.pipelines.weight_files import weight_files
 
-    model = load_model(folder)
+    model = load_model(folder, variant=variant)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     rows = [
         {
@@ -70,7 +79,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
         for name, m in layers.items()
     ]
     config = model.config["quantization_config"]
-    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    stored = sum(f.stat().st_size for f in weight_files(folder, variant))
     return {"recipe": config.recipe, "bytes": stored, "layers": rows}
 
 

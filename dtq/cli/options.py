@@ -73,8 +73,12 @@ dtype = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto",
     help="Compute dtype, and dtype of unquantized layers. auto is the stored one, but fp32 for "
          "fp16 files without a GPU.")
-model = combined(component, dtype)
-"""Which model of a pipeline, in which dtype."""
+variant = click.option(
+    "--variant", metavar="NAME",
+    help="Variant of the weight files, such as fp16. Default: files without a variant, or the only "
+         "variant.")
+model = combined(component, dtype, variant)
+"""Which model of a pipeline, in which dtype, from which files."""
 
 memory = click.option(
     "--memory", metavar="SIZE",
@@ -107,5 +111,6 @@ def sampling(seed: int, about: str) -> Decorator:
         click.option("--seed", default=seed, help=about),
         count("--batch", "batch_size", default=8, help="Images generated at a time."),
         dtype,
+        variant,
         call,
     )

@@ -31,6 +31,7 @@ def plan(
     model: str,
     components: tuple[str, ...],
     dtype: str,
+    variant: str | None,
     exclude: tuple[str, ...],
     memory: str | None,
     every: bool,
@@ -58,7 +59,7 @@ def plan(
 
     tune_malloc()
     recipe = recipe_with(choices)
-    models = loading.meta_models(model, components or "auto")
+    models = loading.meta_models(model, components or "auto", variant)
     folder = Path(model)
     has_pipeline = not folder.exists() or loading.folder_kind(folder) == "pipeline"
     limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2

@@ -57,6 +57,7 @@ def quantize(
     sanity_check: bool,
     as_json: bool,
     dtype: str,
+    variant: str | None,
     components: tuple[str, ...],
     **choices: Any,
 ) -> None:
@@ -91,7 +92,7 @@ def quantize(
             click.echo(text if as_json else f"{output}: an earlier run has finished it")
             return
         runs = open_runs(
-            load_transformers(model, dtype=dtype, component=components or "auto"),
+            load_transformers(model, dtype=dtype, component=components or "auto", variant=variant),
             recipe,
             tasks=directory.tasks,
             statistics=statistics,

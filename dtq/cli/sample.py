@@ -43,6 +43,7 @@ def sample(
     entries: tuple[str, ...],
     how_many: int,
     dtype: str,
+    variant: str | None,
     mp4: bool,
     output: Path,
     **options: Any,
@@ -66,7 +67,7 @@ def sample(
     if mp4:
         optional_packages.need("imageio_ffmpeg", "dtq[video]")
     workers = join_workers(output)
-    loaded = load_verified(model, dtype)
+    loaded = load_verified(model, dtype, variant)
     if loaded.pipeline is None:
         raise InputError(f"{model} is a bare transformer; sampling needs the pipeline")
     how_many = len(entries) or how_many

@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
 from dtq.nn.swap import finalize, swap_empty
+from dtq.pipelines.plain_weights import plain_weights, without_wrappers
+from dtq.pipelines.stored_tensors import FP8, Stored, described, read_headers, refuse_codes
 from dtq.plan.layers import LayerSpec, Plan
 
 log = logging.getLogger("dtq")
@@ -57,6 +60,8 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._reader: reader.Reader | None = None
         self._float32_modules: list[str] = []
+        self._stored: dict[str, Stored] = {}
+        self._names: dict[str, str] = {}
         self.report: object = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -86,13 +91,15 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             if self.quantization_config.format_version is None:
                 raise CheckpointError("config.json: quantization_config has no 'format_version'")
             self._reader = reader.Reader(files)
+        elif all(str(file).endswith(".safetensors") for file in files):
+            self._stored = read_headers(Path(file) for file in files)
         return [key for key in loaded_keys if key != reader.CHECKSUMS]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Compare tensors with their checksums, and align them.
 
         Raises:
-            CheckpointError: a tensor is damaged.
+            CheckpointError: a tensor is damaged, or not the weight of a float model.
             InputError: a single file is a dtq checkpoint, which lacks its config.
         """
         if self._reader is not None:
@@ -102,7 +109,23 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 "from_single_file takes float models and quantizes them; this file is quantized "
                 "by dtq: load its folder, with config.json, with from_pretrained"
             )
-        return {key: aligned(t) for key, t in state_dict.items() if key != reader.CHECKSUMS}
+        elif not self._stored:  # a single file, whose names may be those of another library
+            state_dict = {without_wrappers(key): t for key, t in state_dict.items()}
+            refuse_codes(described(state_dict), state_dict.__getitem__)
+        if self._reader is None:  # diffusers does not cast FP8
+            fp8 = {key: t.float() for key, t in state_dict.items() if t.dtype in FP8.values()}
+            state_dict = state_dict | fp8
+        return {
+            self._names.get(key, key): aligned(t)
+            for key, t in state_dict.items()
+            if key != reader.CHECKSUMS
+        }
+
+    def update_missing_keys(
+        self, model: nn.Module, missing_keys: list[str], prefix: str
+    ) -> list[str]:
+        """The missing keys without those that are stored with a prefix."""
+        return [key for key in missing_keys if key not in self._names.values()]
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Any, param_name: str, *args: Any, **kwargs: Any
@@ -171,7 +194,30 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 self._reader.check_plan(plan, model)
             swap_empty(model, plan, config.compute_dtype or torch.float32)
             log.info("dtq: %d quantized linears, recipe %s", len(plan.layers), config.recipe)
+        else:
+            self._check_float(model, state_dict)
         model.register_to_config(quantization_config=config)  # type: ignore[operator]
+
+    def _check_float(self, model: nn.Module, state_dict: dict[str, Any] | None) -> None:
+        """Check that what is loaded are the weights of the float model.
+
+        Raises:
+            CheckpointError: a tensor is missing or cannot be its weight; names it.
+        """
+        if state_dict is not None:
+            plain = plain_weights(model, described(state_dict), state_dict.__getitem__)
+            for key, name in plain.names.items():
+                state_dict[name] = state_dict.pop(key)
+            return
+        if self._stored:
+            plain = plain_weights(model, self._stored)
+            self._names = plain.names
+            if plain.scales:
+                weight, scale = next(iter(plain.scales.items()))
+                raise CheckpointError(
+                    f"{self._stored[weight].file}: {weight} is FP8 with the scale {scale}, which "
+                    f"from_pretrained does not apply; dtq.quantize(folder, ...) does"
+                )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,10 @@ def atomic_replace(path: Path, write: Callable[[Path], Any]) -> None:
         raise InputError(f"{path.parent}: no such folder")
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # by the umask; safetensors makes its files private
         write(draft)
+        draft.chmod(mode)
         _sync(draft)
         os.replace(draft, path)
         _sync(path.parent)
@@ -58,7 +61,7 @@ def atomic_save_tensors(
     stored = _storable(tensors)
 
     def write(draft: Path) -> None:
-        save_file(stored, draft, dict(metadata))
+        save_file(stored, draft, dict(metadata) or None)
         if len(metadata) > 1:
             _sort_metadata(draft)
 
@@ -131,11 +134,11 @@ def atomic_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     require_absent(out, overwrite=overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+        draft.mkdir()
     except OSError as error:
         raise InputError(f"{out.parent}: cannot write there ({error.strerror})") from error
     try:
-        draft.chmod(0o755)
         yield draft
         old = None
         if out.exists():

@@ -44,15 +44,19 @@ def download_configs(name: str) -> Path:
         raise _unavailable(name, error) from error
 
 
-def download_pipeline(name: str) -> Path:
+def download_pipeline(name: str, variant: str | None = None) -> Path:
     """Download a pipeline, only its safetensors; if the hub is unreachable, use the cache.
+
+    Args:
+        name: a hub id.
+        variant: of the weights; None downloads files without a variant.
 
     Raises:
         InputError: the name is not a hub id, or neither the hub nor the cache has it.
     """
     check_hub_id(name)
     try:
-        return Path(DiffusionPipeline.download(name, use_safetensors=True))
+        return Path(DiffusionPipeline.download(name, use_safetensors=True, variant=variant))
     except LIBRARY_ERRORS as error:
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
@@ -65,5 +69,6 @@ def download_pipeline(name: str) -> Path:
 def _unavailable(name: str, error: Exception) -> InputError:
     return InputError(
         f"{name}: no such folder, and neither the hub nor its local cache has it "
-        f"({first_line(error)}). Check the name and the network, or give a local folder"
+        f"({first_line(error)}). Check the name and the network, or give a local folder; a "
+        f"repository of one variant needs --variant"
     )

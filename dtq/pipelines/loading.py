@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import diffusers
 import torch
 from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
 from torch import nn
 
 from dtq import demo
@@ -24,8 +22,17 @@ from dtq.demo.outliers import inject_outliers
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line
 from dtq.io.safe_parse import read_json
 from dtq.models import Family, Scan, find_family, scan, scan_names
-from dtq.pipelines.hub import check_hub_id, download_configs, download_pipeline
-from dtq.pipelines.validation import check_folder, components, meta_model, model_kind, weight_files
+from dtq.pipelines.hub import download_configs, download_pipeline
+from dtq.pipelines.plain_weights import PlainWeights, load_converted
+from dtq.pipelines.stored_tensors import stored_dtype
+from dtq.pipelines.validation import (
+    check_folder,
+    check_weights,
+    components,
+    meta_model,
+    model_kind,
+)
+from dtq.pipelines.weight_files import resolve_variant, weight_files
 
 log = logging.getLogger("dtq")
 
@@ -46,6 +53,7 @@ class LoadedModel:
         model: the transformer.
         path: its local folder; None if it was given as an object or came from the hub.
         scan: scan of the model, once there is one.
+        variant: of the files that it was read from.
     """
 
     name: str
@@ -54,6 +62,7 @@ class LoadedModel:
     model: nn.Module
     path: Path | None = None
     scan: Scan | None = None
+    variant: str | None = None
 
     @property
     def family(self) -> Family | None:
@@ -72,14 +81,29 @@ class LoadedModel:
 
 
 def load_transformer(
-    source: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
+    source: object,
+    *,
+    dtype: str | torch.dtype = "auto",
+    component: Components = "auto",
+    variant: str | None = None,
 ) -> LoadedModel:
-    """The first model that :func:`load_transformers` returns; same arguments and errors."""
-    return load_transformers(source, dtype=dtype, component=component)[0]
+    """The first model that :func:`load_transformers` returns; same errors.
+
+    Args:
+        source: as for :func:`load_transformers`.
+        dtype: as for :func:`load_transformers`.
+        component: as for :func:`load_transformers`.
+        variant: as for :func:`load_transformers`.
+    """
+    return load_transformers(source, dtype=dtype, component=component, variant=variant)[0]
 
 
 def load_transformers(
-    source: object, *, dtype: str | torch.dtype = "auto", component: Components = "auto"
+    source: object,
+    *,
+    dtype: str | torch.dtype = "auto",
+    component: Components = "auto",
+    variant: str | None = None,
 ) -> list[LoadedModel]:
     """Load a pipeline or transformer given as object, local folder, hub id, or bundled name.
 
@@ -89,13 +113,21 @@ def load_transformers(
             files, but float32 for float16 files without a GPU.
         component: names of the transformers to quantize. ``auto`` is every diffusion transformer
             of the pipeline; Wan 2.2 has one for the noisy and one for the clean timesteps.
+        variant: part of the names of the weight files, such as ``fp16``; components without it
+            are read without. Default: files without a variant, or the only one that there is.
 
     Returns:
         One model per transformer, all with the same pipeline; for a bare transformer just one.
 
     Raises:
-        InputError: ``source`` is none of these, or the pipeline has no such transformer.
+        InputError: ``source`` is none of these, or the pipeline has no such transformer, or no
+            file is of the variant.
+        CheckpointError: the files do not hold the weights of the model; names the tensor.
     """
+    if variant is not None and not isinstance(source, str | Path):
+        raise InputError(
+            f"variant={variant!r} names files, and the {type(source).__name__} is loaded already"
+        )
     if isinstance(source, DiffusionPipeline):
         return _transformers_of(type(source).__name__, source, component)
     if isinstance(source, nn.Module):
@@ -104,22 +136,20 @@ def load_transformers(
         raise InputError(f"expected a path, hub id, pipeline or model, got {type(source).__name__}")
     name = str(source)
     path = demo.folder(name) if name in demo.FOLDERS else Path(source)
-    if not path.exists():
-        check_hub_id(name)
-        hub_dtype = torch.bfloat16 if dtype == "auto" else _dtype(dtype, Path())
-        folder = download_pipeline(name)
-        check_folder(folder)
-        return _transformers_of(name, _load_pipeline(folder, hub_dtype), component)
+    on_hub = not path.exists()
+    if on_hub:
+        path = download_pipeline(name, variant)
     kind = folder_kind(path)
-    check_folder(path)
+    variant = resolve_variant(path, variant)
+    converted = check_folder(path, variant)
     if kind == "model":
-        model = load_model(path, torch_dtype=_dtype(dtype, path))
-        return [LoadedModel(name, None, "transformer", model, path)]
+        model = load_model(path, _dtype(dtype, path, variant), variant, converted.get(""))
+        return [LoadedModel(name, None, "transformer", model, path, variant=variant)]
     first = _requested(diffusion_transformers_on_disk(path), component, path)[0]
-    pipeline = _load_pipeline(path, _dtype(dtype, path / first))
+    pipeline = _load_pipeline(path, _dtype(dtype, path / first, variant), variant, converted)
     if name == "demo-outliers":
         inject_outliers(pipeline.transformer)
-    return _transformers_of(name, pipeline, component, path)
+    return _transformers_of(name, pipeline, component, None if on_hub else path, variant)
 
 
 def diffusion_transformers(pipeline: DiffusionPipeline) -> list[str]:
@@ -135,10 +165,15 @@ def diffusion_transformers_on_disk(folder: Path) -> list[str]:
 
 
 def _transformers_of(
-    name: str, pipeline: DiffusionPipeline, component: Components, path: Path | None = None
+    name: str,
+    pipeline: DiffusionPipeline,
+    component: Components,
+    path: Path | None = None,
+    variant: str | None = None,
 ) -> list[LoadedModel]:
     names = _requested(diffusion_transformers(pipeline), component, type(pipeline).__name__)
-    return [LoadedModel(name, pipeline, c, _component(pipeline, c), path) for c in names]
+    models = {c: _component(pipeline, c) for c in names}
+    return [LoadedModel(name, pipeline, c, m, path, None, variant) for c, m in models.items()]
 
 
 def _requested(available: list[str], component: Components, where: object) -> list[str]:
@@ -196,15 +231,30 @@ def model_class(folder: Path) -> Any:
     return kind
 
 
-def load_model(folder: Path, **options: Any) -> Any:
-    """Load the model of a folder with ``from_pretrained``, only from safetensors.
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    converted: PlainWeights | None = None,
+) -> Any:
+    """Load the model of a folder, only from safetensors.
+
+    Args:
+        folder: of the model.
+        dtype: of its parameters; None leaves it to diffusers.
+        variant: of its files.
+        converted: how to read weights that diffusers cannot read as they are stored.
 
     Raises:
         InputError: diffusers cannot load it; says why in one line.
     """
     kind = model_class(folder)
     with translate_errors(folder):
-        return kind.from_pretrained(folder, use_safetensors=True, **options)
+        if converted is not None:
+            return load_converted(kind, folder, converted, dtype or torch.float32)
+        return kind.from_pretrained(
+            folder, torch_dtype=dtype, variant=variant, use_safetensors=True
+        )
 
 
 @contextmanager
@@ -230,32 +280,42 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def meta_models(
-    name: str, component: Components = "auto"
+    name: str, component: Components = "auto", variant: str | None = None
 ) -> dict[str, tuple[nn.Module, torch.dtype]]:
     """The transformers on the meta device, built from their configs, and their dtypes on disk.
 
     Args:
-        name: a folder, a bundled name or a hub id.
+        name: a folder, a bundled name or a hub id, of which only the configs are downloaded.
         component: as for :func:`load_transformers`.
+        variant: as for :func:`load_transformers`.
 
     Returns:
         Component to model and float dtype.
 
     Raises:
         InputError: as :func:`load_transformers`.
+        CheckpointError: as :func:`load_transformers`.
     """
     path = demo.folder(name) if name in demo.FOLDERS else Path(name)
-    if not path.exists():
+    on_hub = not path.exists()
+    if on_hub:
         path = download_configs(name)
     folders = {"transformer": path}
     if folder_kind(path) == "pipeline":
         names = _requested(diffusion_transformers_on_disk(path), component, path)
         folders = {c: path / c for c in names}
+    if not on_hub:
+        variant = resolve_variant(path, variant)
     models = {}
     for key, folder in folders.items():
         if not (folder / "config.json").is_file():
             raise InputError(f"{path} has no component {key!r}")
-        models[key] = meta_model(folder, model_class(folder)), _dtype("auto", folder)
+        kind, files = model_class(folder), [] if on_hub else weight_files(folder, variant)
+        model = meta_model(folder, kind, files)
+        if files:
+            check_weights(folder, model, files)
+        dtype = stored_dtype(files) if on_hub else _dtype("auto", folder, variant)
+        models[key] = model, dtype
     return models
 
 
@@ -319,10 +379,17 @@ def _call_once(model: nn.Module) -> None:
     model(**dummy_inputs(model, 2, 0.5 * family.largest_timestep, 0))
 
 
-def _load_pipeline(folder: Path, dtype: torch.dtype | None) -> DiffusionPipeline:
+def _load_pipeline(
+    folder: Path, dtype: torch.dtype, variant: str | None, converted: dict[str, PlainWeights]
+) -> DiffusionPipeline:
+    index = components(folder / "model_index.json")
     with translate_errors(folder):
+        ready = {
+            name: load_converted(model_kind(index[name][1]), folder / name, weights, dtype)
+            for name, weights in converted.items()
+        }
         pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True
+            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, **ready
         )
     return pipeline
 
@@ -338,7 +405,7 @@ def _component(pipeline: DiffusionPipeline, name: str) -> nn.Module:
     return model
 
 
-def _dtype(dtype: str | torch.dtype, folder: Path) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, folder: Path, variant: str | None = None) -> torch.dtype:
     """The dtype to load a model folder in; see :func:`load_transformers`."""
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -353,21 +420,10 @@ def _dtype(dtype: str | torch.dtype, folder: Path) -> torch.dtype:
         recorded = getattr(torch, name, None) if isinstance(name, str) else None
         if isinstance(recorded, torch.dtype):
             return recorded
-    on_disk = disk_dtype(folder)
+    on_disk = stored_dtype(weight_files(folder, variant) if folder.is_dir() else [])
     if on_disk == torch.float16 and not torch.cuda.is_available():
         return torch.float32  # float16 arithmetic is slow and lossy on a CPU
     return on_disk
-
-
-def disk_dtype(folder: Path) -> torch.dtype:
-    """The most common float dtype of the tensors in the safetensors files of a model folder."""
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    count: Counter[str] = Counter()
-    for file in weight_files(folder) if folder.is_dir() else []:
-        with safe_open(file, framework="pt") as header:
-            keys = header.keys()
-            count.update(header.get_slice(key).get_dtype() for key in keys)
-    return next((names[name] for name, _ in count.most_common() if name in names), torch.float32)
 
 
 def modules_of(loaded: LoadedModel) -> list[nn.Module]:

@@ -13,7 +13,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import pipelines
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules import module as hooks
 
 from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
 from dtq.io.safe_parse import read_json
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Suffixes of pickle files, which can run code when they are read."""
+from dtq.pipelines.plain_weights import PlainWeights, plain_weights
+from dtq.pipelines.stored_tensors import read_headers, refuse_codes
+from dtq.pipelines.weight_files import tensor_names, weight_files
 
 SPARE_BYTES = 2**30
 """Bytes that buffers of a model (position tables, rotary embeddings) may need, whatever the size of
@@ -39,29 +38,37 @@ MAX_TRAIN_STEPS = 10**6
 """Largest ``num_train_timesteps`` of a scheduler, which has tables of that length; usual: 1000."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 _MODULES_PER_TENSOR = 16  # a block has more modules than tensors, but not by that much
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, variant: str | None = None) -> dict[str, PlainWeights]:
     """Check a pipeline or model folder; models are only built on the meta device.
 
     Errors name the file, the key and a way out.
 
+    Args:
+        path: the folder.
+        variant: of the files, as ``resolve_variant`` returns it.
+
+    Returns:
+        The components whose weights diffusers cannot read as they are stored; "" is a bare model.
+
     Raises:
         InputError: a link leads out of the folder, weights are stored only as pickle, or an index
             names files elsewhere or code to import.
-        CheckpointError: a safetensors file is damaged.
+        CheckpointError: a safetensors file is damaged, or its tensors are not the weights of the
+            model.
     """
     check_links(path)
     index = path / "model_index.json"
-    if not index.is_file():
-        _check_component(path, read_json(path / "config.json").get("_class_name"))
-        return
-    for name, (_, kind) in components(index).items():
-        if (path / name).is_dir():
-            _check_component(path / name, kind)
+    kinds = (
+        {"": read_json(path / "config.json").get("_class_name")}
+        if not index.is_file()
+        else {name: kind for name, (_, kind) in components(index).items() if (path / name).is_dir()}
+    )
+    checked = {name: _check_component(path / name, kind, variant) for name, kind in kinds.items()}
+    return {name: plain for name, plain in checked.items() if plain and not plain.as_stored}
 
 
 def components(index: Path) -> dict[str, tuple[str, str]]:
@@ -118,46 +125,13 @@ def check_links(path: Path) -> None:
                 )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder; reads and checks their headers.
-
-    Raises:
-        InputError: weights are stored only as pickle, or an index names a file elsewhere.
-        CheckpointError: a file is damaged or missing.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
-    if pickles and not files:
-        raise InputError(
-            f"{folder}: the weights are pickle ({pickles[0]}), which can run code; dtq reads "
-            f"safetensors. If you trust the file, load it with diffusers and save_pretrained() it"
-        )
-    for index in sorted(folder.glob("*.safetensors.index*.json")):
-        _check_index(index)
-    for file in files:
-        tensor_names(file)
-    return files
-
-
-def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors in the header of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is truncated or damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as header:
-            return list(header.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: truncated or damaged ({error}); copy it again") from error
-
-
-def meta_model(folder: Path, kind: Any) -> nn.Module:
+def meta_model(folder: Path, kind: Any, files: Sequence[Path]) -> nn.Module:
     """Build a model on the meta device from its config, limited to the size of its files.
 
     Args:
-        folder: of the model; without weight files only a fixed limit applies.
+        folder: of the model.
         kind: the diffusers class.
+        files: its weights; without them only a fixed limit applies.
 
     Returns:
         The model, in evaluation mode.
@@ -167,7 +141,6 @@ def meta_model(folder: Path, kind: Any) -> nn.Module:
         CheckpointError: the config describes a larger model than the files hold.
     """
     config = folder / "config.json"
-    files = weight_files(folder)
     stored = sum(file.stat().st_size for file in files)
     tensors = sum(len(tensor_names(file)) for file in files)
     try:
@@ -233,7 +206,9 @@ def check_shapes(
         if name in planned and tensor_name != "bias":
             continue
         if key not in stored:
-            raise CheckpointError(f"{config}: the model has {key}, and the files do not hold it")
+            raise CheckpointError(
+                f"{config}: the tensor {key} of the model is missing in the files"
+            )
         dtype, shape = stored[key]
         if shape != tuple(tensor.shape):
             raise CheckpointError(
@@ -246,9 +221,9 @@ def check_shapes(
             )
 
 
-def _check_component(folder: Path, name: object) -> None:
-    """Check the files, the scheduler config and the model size of a component of class ``name``."""
-    weight_files(folder)
+def _check_component(folder: Path, name: object, variant: str | None) -> PlainWeights | None:
+    """Check the files, the scheduler config and the weights of a component of class ``name``."""
+    files = weight_files(folder, variant)
     scheduler = folder / "scheduler_config.json"
     if scheduler.is_file():
         steps = read_json(scheduler).get("num_train_timesteps", 1)
@@ -257,14 +232,36 @@ def _check_component(folder: Path, name: object) -> None:
                 f"{scheduler}: 'num_train_timesteps' must be 1 to {MAX_TRAIN_STEPS}, is {steps!r}"
             )
     if not (folder / "config.json").is_file():
-        return
-    kind = model_kind(name)
+        return None
+    kind, model = model_kind(name), None
     try:
         if kind is not None:
-            meta_model(folder, kind)
+            model = meta_model(folder, kind, files)
     except InputError as error:
         if not _needs_real_weights(error.__cause__):
             raise
+    return check_weights(folder, model, files)
+
+
+def check_weights(folder: Path, model: nn.Module | None, files: list[Path]) -> PlainWeights | None:
+    """Check that the files of a float model hold its weights.
+
+    A quantized model is left to the library that its ``config.json`` names.
+
+    Args:
+        folder: with ``config.json``.
+        model: on any device; None if it is of another library than diffusers.
+        files: the safetensors files that are read.
+
+    Raises:
+        CheckpointError: they hold something else; names the tensor.
+    """
+    if read_json(folder / "config.json").get("quantization_config") is not None:
+        return None
+    if model is None:
+        refuse_codes(read_headers(files))
+        return None
+    return plain_weights(model, read_headers(files))
 
 
 def _needs_real_weights(cause: BaseException | None) -> bool:
@@ -296,18 +293,3 @@ def _check_class(index: Path, name: str, library: str, kind: str) -> None:
             f"{index}: {name!r} is of the library {library!r}, whose code would be imported; dtq "
             f"imports only {' and '.join(_LIBRARIES)}. Import it yourself first if you trust it"
         )
-
-
-def _check_index(index: Path) -> None:
-    data = read_json(index)
-    names = data.get("weight_map")
-    if not isinstance(names, dict) or not isinstance(data.get("metadata"), dict):
-        raise InputError(f"{index}: needs 'metadata' and 'weight_map', tensor names to file names")
-    for key, name in names.items():
-        if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise InputError(
-                f"{index}: weight_map[{key!r}] must be the name of a safetensors file in the "
-                f"folder of the index, is {name!r}"[:400]
-            )
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name}: missing, and {index.name} names it")

@@ -7,13 +7,15 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dtq.allocate import parse_budget
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
+from dtq.models.linears import linears_of
 from dtq.pipelines import prompts, sampling
 from dtq.pipelines.loading import modules_of, scan_model
+from dtq.pipelines.stored_tensors import is_saturated
 from dtq.plan.layers import Plan
 from dtq.recipe import Recipe
 from dtq.stages.run import Run
@@ -23,12 +25,13 @@ def plan(run: Run) -> None:
     """Scan the model, unless it was scanned before, and resolve the recipe to its layers.
 
     Raises:
-        InputError: the model is quantized already, no layer would be quantized, or the budget is
-            below what the narrowest formats need.
+        InputError: the model is quantized already or its weights are codes, no layer would be
+            quantized, or the budget is below what the narrowest formats need.
     """
     loaded, recipe = run.loaded, run.recipe
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{loaded.name} is quantized already; give the float model")
+    _check_weights(loaded.model, loaded.name)
     loaded.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
     if loaded.scan is None:
         with paged_weights(*modules_of(loaded)):
@@ -40,6 +43,25 @@ def plan(run: Run) -> None:
         raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} unquantized")
     if recipe.allocate.budget:
         _check_budget(run.plan, recipe)
+
+
+def _check_weights(model: nn.Module, name: str) -> None:
+    """Refuse weights that are codes: integers, or FP8 codes that were loaded without their scale.
+
+    Codes reach the largest value of FP8 in every layer, so that a few layers are enough.
+    """
+    layers = [*linears_of(model)]
+    for layer, module in layers:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if not weight.is_floating_point():
+            raise InputError(f"{name}: {layer}.weight is {weight.dtype}; give the float model")
+    for layer, module in layers[:: max(1, len(layers) // 8)]:
+        if module.weight.device.type != "meta" and is_saturated(module.weight):  # type: ignore[union-attr, arg-type]
+            raise InputError(
+                f"{name}: the largest entry of {layer}.weight is the largest value of FP8: these "
+                f"are codes without their scale; give the float model"
+            )
 
 
 def _first_call(run: Run) -> Any:

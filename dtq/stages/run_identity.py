@@ -39,6 +39,7 @@ def run_identity(
     return {
         "model": _model(loaded),
         "components": [run.loaded.component for run in runs],
+        "variant": loaded.variant,
         "dtype": str(loaded.dtype),
         "device": next(loaded.model.parameters()).device.type,
         "recipe": recipe.to_dict(),

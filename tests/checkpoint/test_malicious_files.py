@@ -243,6 +243,9 @@ def test_a_tensor_in_two_files_is_refused(copy):
     with safe_open(part / WEIGHTS, framework="pt") as file:
         tensor = file.get_tensor("proj_out_1.bias")
     save_file({"proj_out_1.bias": tensor}, part / "more.safetensors")
+    names = {"proj_out_1.bias": WEIGHTS, "proj_out_1.weight": "more.safetensors"}
+    index = {"metadata": {}, "weight_map": names}
+    (part / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"proj_out_1.bias is also in"):
         reader.verify(copy)
 

@@ -346,3 +346,30 @@ def test_an_interrupt_leaves_nothing_half_done(float_folder, tmp_path, sent):
     assert "Traceback" not in rest
     assert {p.name for p in tmp_path.iterdir()} <= {".q.work"}
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "--version", "quantize --help", "recipe ls", "plan demo", "nosuch", "plan nowhere"],
+)
+def test_output_that_nobody_reads_ends_silently(command):
+    """``dtq ... 2>&1 | head``: the exit code of a shell for SIGPIPE, and no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "dtq.cli", *command.split()]
+    try:
+        done = subprocess.run(words, stdout=write, stderr=write, env=env, timeout=120)
+    finally:
+        os.close(write)
+    assert done.returncode == 141
+
+
+def test_a_progress_bar_that_nobody_reads_is_no_error_of_the_model(float_folder, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "dtq.cli", "sample", str(float_folder), "-o", str(tmp_path)]
+    done = subprocess.run(words, stdout=write, stderr=write, env=env, timeout=120)
+    os.close(write)
+    assert done.returncode == 141

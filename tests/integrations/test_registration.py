@@ -32,6 +32,10 @@ PATCHED = {
         "import diffusers",
         "diffusers.PipelineQuantizationConfig(quant_backend='dtq', quant_kwargs={'recipe': 'w4a16'})",
     ),
+    "model_config.drop_config_of_quantized": (
+        "from diffusers import FluxTransformer2DModel",
+        "assert FluxTransformer2DModel.from_config.__func__.dtq",
+    ),
     "diffusers.refuse_quantized_control_nets": (
         "from diffusers import FluxControlNetModel",
         "assert FluxControlNetModel.from_transformer.__func__.dtq",

@@ -15,15 +15,16 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from diffusers import DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import dtq
 from dtq import cli
+from dtq.checkpoint import writer
 from dtq.errors import InputError, NonFiniteError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.io.atomic import atomic_write
+from dtq.io.atomic import atomic_save_tensors, atomic_write
 from dtq.nn import QuantLinear, nan_check
 from dtq.pipelines import loading, prompts
 from dtq.pipelines.loading import dummy_inputs
@@ -270,10 +271,14 @@ def test_permissions_are_named(float_folder, tmp_path):
 
 
 def test_permission_denied_is_said(float_folder, tmp_path, monkeypatch):
-    def denied(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
+    mkdir = Path.mkdir
 
-    monkeypatch.setattr("dtq.io.atomic.tempfile.mkdtemp", denied)
+    def denied(path, *args, **kwargs):
+        if path.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", denied)
     told = failed("quantize", float_folder, *FAST, "-o", tmp_path / "q")
     assert "cannot write there (Permission denied)" in told
     assert [p.name for p in tmp_path.iterdir()] == [
@@ -353,9 +358,8 @@ def test_without_hub_the_cache_is_used(cache, float_folder, tmp_path, caplog):
     (cache / "models--me--tiny" / "refs" / "main").write_text(sha)
     (opened,) = loading.load_transformers("me/tiny")
     want = DiTTransformer2DModel.from_pretrained(float_folder / "transformer")
-    assert torch.equal(
-        opened.model.proj_out_2.weight.float(), want.proj_out_2.weight.bfloat16().float()
-    )
+    assert opened.dtype == torch.float32  # as stored
+    assert torch.equal(opened.model.proj_out_2.weight, want.proj_out_2.weight)
     assert "taken from its cache" in caplog.text
     pipe = dtq.quantize("me/tiny", "w4a16", progress=False, sanity_check=False)
     config = pipe.transformer.config["quantization_config"]
@@ -370,3 +374,18 @@ def test_a_file_is_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     with pytest.raises(InputError, match="b: no such folder"):
         atomic_write(tmp_path / "b" / "a", "x")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_who_reads_the_files(mask, mode, quantized_folder, tmp_path):
+    before = os.umask(mask)
+    try:
+        atomic_write(tmp_path / "text", "x")
+        atomic_save_tensors(tmp_path / "tensors", {"x": torch.zeros(3)}, {})
+        writer.write(DiffusionPipeline.from_pretrained(quantized_folder), tmp_path / "model")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "text", tmp_path / "tensors", *(tmp_path / "model").rglob("*")):
+        wanted = mode if path.is_file() else mode | (mode & 0o444) >> 2
+        assert path.stat().st_mode & 0o777 == wanted, path
+    assert (tmp_path / "model").stat().st_mode & 0o777 == mode | (mode & 0o444) >> 2
