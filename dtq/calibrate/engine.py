@@ -175,7 +175,8 @@ def collect_shard(
         "model": type(loaded.model).__name__,
         "origin": run.origin,
         "calls": hooks.calls,
-        **{k: getattr(settings, k) for k in ("prompts", "samples", "steps", "guidance", "seed")},
+        "guidance": settings.described_guidance,
+        **{k: getattr(settings, k) for k in ("prompts", "samples", "steps", "seed")},
     }
     return Statistics(hooks.stats, tuple(hooks.edges), about)
 

@@ -57,9 +57,9 @@ recipe = combined(
                       "have, in bits per weight (4.8) or bytes (12MB). Default: the recipe's."),
     count("--samples", help="Number of images to calibrate on. Default: the recipe's."),
     count("--steps", help="Sampler steps per calibration image. Default: the recipe's."),
-    click.option("--guidance", type=float,
-                 help="Guidance scale of the calibration; 0 is the pipeline's own. Default: the "
-                      "recipe's."),
+    click.option("--guidance", type=click.FloatRange(0),
+                 help="Guidance scale of the calibration; 0 is passed on as 0. Default: the "
+                      "recipe's, else the pipeline's own."),
     click.option("--seed", type=click.IntRange(0),
                  help="Seed of the calibration latents. Default: the recipe's."),
     call,
@@ -103,7 +103,8 @@ def sampling(seed: int, about: str) -> Decorator:
     return combined(
         prompts,
         count("--steps", default=20, help="Sampler steps per image."),
-        click.option("--guidance", default=0.0, help="Guidance scale; 0 is the pipeline's own."),
+        click.option("--guidance", type=click.FloatRange(0),
+                     help="Guidance scale; 0 is passed on as 0. Default: the pipeline's own."),
         click.option("--seed", default=seed, help=about),
         count("--batch", "batch_size", default=8, help="Images generated at a time."),
         dtype,

@@ -76,8 +76,13 @@ def _options(pipeline: Any, settings: SamplingSettings, output: str) -> dict[str
     options: dict[str, Any] = {"output_type": output}
     if settings.steps:
         options["num_inference_steps"] = settings.steps
-    if settings.guidance:
+    if settings.guidance is not None:
         options["guidance_scale"] = settings.guidance
+        if "guidance_scale" not in parameters:
+            raise InputError(
+                f"{type(pipeline).__name__} takes no guidance_scale; leave guidance out, or give "
+                f"its own argument: --arg NAME=VALUE, calibration.pipeline_args"
+            )
     for name in settings.pipeline_args:
         if name not in parameters:
             words = hint(name, parameters, f"it takes {list(parameters)}")

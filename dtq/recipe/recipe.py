@@ -127,6 +127,8 @@ class Recipe:
             _check_selector(selector, "exclude", problems)
         for key in dict.fromkeys((*_LEAST, *_MOST)):
             value = getattr(self.calibration, key)
+            if value is None:  # guidance: the pipeline's own
+                continue
             if value < _LEAST.get(key, value):
                 least = "be at least 1" if _LEAST[key] else "not be negative"
                 problems.append(f"calibration.{key}: must {least}, is {value}")
