@@ -14,6 +14,7 @@ from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
 from dtq.pipelines.loading import Components, LoadedModel, load_transformers
 from dtq.recipe import Recipe
+from dtq.recipe.selectors import check_patterns, pattern_list
 from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
 from dtq.stages.calibrate import calibrate
@@ -76,7 +77,8 @@ def open_runs(
         **options: fields of :class:`Run`: ``exclude``, ``statistics``, ``memory``, ...
 
     Raises:
-        InputError: statistics or inputs, which belong to one transformer, are given for several.
+        InputError: statistics or inputs, which belong to one transformer, are given for several; an
+            entry of ``exclude`` matches nothing.
     """
     several = len(models) > 1
     if several and (options.get("statistics") is not None or inputs is not None):
@@ -86,14 +88,16 @@ def open_runs(
             f"quantize them one by one with component="
         )
     tasks = tasks or TaskStore()
-    excluded = list(options.get("exclude", ()))
+    excluded = pattern_list(options.get("exclude"), "modules_to_not_convert")
+    check_patterns(excluded, [each.model for each in models], "modules_to_not_convert, --exclude")
+    options["exclude"] = excluded
     return [
         Run(
             model,
             recipe,
             tasks.namespace(model.component) if several else tasks,
             None if inputs is None else list(inputs),
-            **{"config": DTQConfig(modules_to_not_convert=excluded or None), **options},
+            **{"config": DTQConfig(modules_to_not_convert=[*excluded] or None), **options},
         )
         for model in models
     ]
@@ -107,7 +111,7 @@ def quantize(
     inputs: Iterable[dict[str, Any]] | None = None,
     component: Components = "auto",
     dtype: str | torch.dtype = "auto",
-    modules_to_not_convert: Sequence[str] = (),
+    modules_to_not_convert: str | Sequence[str] | None = (),
     progress: bool = True,
     memory: int | None = None,
     sanity_check: bool = True,
@@ -123,8 +127,8 @@ def quantize(
         inputs: keyword arguments of the transformer's forward to calibrate a bare one on.
         component: components of the pipeline to quantize; ``auto``: every diffusion transformer.
         dtype: of everything that is not quantized, when a folder is loaded; ``auto``: as stored.
-        modules_to_not_convert: layers that stay unquantized: names, prefixes, path components,
-            ``re:...``.
+        modules_to_not_convert: layers that stay unquantized: names, prefixes, path components, as
+            they are or as globs; ``re:...``. One that matches nothing is refused.
         progress: whether to show progress bars.
         memory: bytes that the statistics may take; default: half of the free memory.
         sanity_check: whether to compare a short sampling run with the float model at the end, and
@@ -155,17 +159,16 @@ def quantize(
     return first.pipeline if first.pipeline is not None else first.model
 
 
-def quantize_while_loading(model: nn.Module, config: DTQConfig, in_fp32: list[str]) -> Report:
+def quantize_while_loading(model: nn.Module, config: DTQConfig) -> Report:
     """Quantize for ``from_pretrained(..., quantization_config=DTQConfig(...))``, without data.
 
     Args:
         model: the float model that diffusers has loaded; changed in place.
         config: completed by the stages.
-        in_fp32: names of modules that diffusers keeps in float32; they stay unquantized.
     """
     recipe = Recipe.load(config.recipe, **config.extra)
     model.is_quantized = False  # type: ignore[assignment]  # diffusers sets it before it is true
     loaded = LoadedModel(type(model).__name__, None, "transformer", model)
-    exclude = [*(config.modules_to_not_convert or ()), *in_fp32]
+    exclude = config.modules_to_not_convert
     runs = open_runs([loaded], recipe, exclude=exclude, progress=False, config=config)
     return run_stages(runs)["transformer"]

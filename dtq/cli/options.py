@@ -82,8 +82,8 @@ memory = click.option(
          "runs more often. Default: half of the free memory.")
 exclude = several(
     "--exclude", metavar="LAYER",
-    help="Layer that stays unquantized: a name, a prefix, a path component, or re:PATTERN. Repeat "
-         "for more. Default: those of the recipe alone.")
+    help="Layer that stays unquantized: a name, a prefix or a path component, as it is or as a glob; "
+         "or re:PATTERN. Repeat for more. Default: those of the recipe alone.")
 fresh = flag("--fresh", help="Discard the results of an interrupted run.")
 every_layer = flag("--all", "every", help="Show each layer; otherwise equal blocks share a row.")
 json = partial(flag, "--json", "as_json")

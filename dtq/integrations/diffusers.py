@@ -56,7 +56,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: DTQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._reader: reader.Reader | None = None
-        self._float32_modules: list[str] = []
         self.report: object = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -164,7 +163,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if state_dict is not None:  # passed by from_single_file only, which reads float models
             self.pre_quantized = False
-        self._float32_modules = list(keep_in_fp32_modules or ())
         if self.pre_quantized:
             plan = config.load_plan()
             if self._reader is not None:
@@ -184,9 +182,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             share_config_entries(model, self.quantization_config)
         else:
             assert integrations.quantize_while_loading is not None
-            self.report = integrations.quantize_while_loading(
-                model, self.quantization_config, self._float32_modules
-            )
+            self.report = integrations.quantize_while_loading(model, self.quantization_config)
         return model
 
     def get_state_dict_and_metadata(
