@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from dtq.calibrate.collection import Statistics
 from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
+from dtq.io.default_dtype import default_dtype
 from dtq.pipelines.loading import Components, LoadedModel, load_transformers
 from dtq.recipe import Recipe
 from dtq.recipe.selectors import check_patterns, pattern_list
@@ -44,18 +45,20 @@ MAIN_STAGES = (promote, replace_layers, finetune, step_policy, sanity_check, att
 def run_stages(runs: Sequence[Run]) -> dict[str, Report]:
     """Quantize the transformers of one pipeline in place; a report for each by component name.
 
-    A stage returns at once where the recipe does not ask for it.
+    A stage returns at once where the recipe does not ask for it. What is computed does not depend
+    on the default dtype of torch.
     """
-    for run in runs:
-        for stage in FLOAT_STAGES:
-            stage(run)
-    for run in runs:
-        for stage in SHARED_STAGES:
-            stage(run)
-        run.tasks.barrier()
-        if run.tasks.workers.is_main:
-            for stage in MAIN_STAGES:
+    with default_dtype(torch.float32):
+        for run in runs:
+            for stage in FLOAT_STAGES:
                 stage(run)
+        for run in runs:
+            for stage in SHARED_STAGES:
+                stage(run)
+            run.tasks.barrier()
+            if run.tasks.workers.is_main:
+                for stage in MAIN_STAGES:
+                    stage(run)
     return {run.loaded.component: run.report for run in runs}
 
 
@@ -80,6 +83,9 @@ def open_runs(
         InputError: statistics or inputs, which belong to one transformer, are given for several; an
             entry of ``exclude`` matches nothing.
     """
+    inputs = None if inputs is None else list(inputs)
+    if inputs is not None and not all(isinstance(each, Mapping) for each in inputs):
+        raise InputError("inputs: expected a list of mappings, keyword arguments of a call each")
     several = len(models) > 1
     if several and (options.get("statistics") is not None or inputs is not None):
         names = ", ".join(model.component for model in models)
@@ -96,7 +102,7 @@ def open_runs(
             model,
             recipe,
             tasks.namespace(model.component) if several else tasks,
-            None if inputs is None else list(inputs),
+            inputs,
             **{"config": DTQConfig(modules_to_not_convert=[*excluded] or None), **options},
         )
         for model in models

@@ -23,12 +23,13 @@ def plan(run: Run) -> None:
     """Scan the model, unless it was scanned before, and resolve the recipe to its layers.
 
     Raises:
-        InputError: the model is quantized already, no layer would be quantized, or the budget is
-            below what the narrowest formats need.
+        InputError: the model is quantized already, compiled or cached, no layer would be quantized,
+            or the budget is below what the narrowest formats need.
     """
     loaded, recipe = run.loaded, run.recipe
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{loaded.name} is quantized already; give the float model")
+    _check_plain(loaded.model)
     loaded.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
     if loaded.scan is None:
         with paged_weights(*modules_of(loaded)):
@@ -42,15 +43,42 @@ def plan(run: Run) -> None:
         _check_budget(run.plan, recipe)
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Refuse a model whose calls may skip layers (a cache), or hooks on them (a compiled graph)."""
+    cached = bool(getattr(model, "is_cache_enabled", False) or getattr(model, "_is_cached", False))
+    for module in model.modules():
+        calls = (module.__call__, vars(module).get("forward"), module._compiled_call_impl)
+        if any(hasattr(call, "_torchdynamo_orig_callable") for call in calls):
+            raise InputError(
+                f"{type(model).__name__} is compiled, and a compiled graph has no hooks on its "
+                f"layers: quantize the plain model, and compile it afterwards"
+            )
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        homes = {type(hook).__module__.rpartition(".")[2] for hook in hooks.values()}
+        cached |= any("cache" in home or home.endswith("broadcast") for home in homes)
+    if cached:
+        raise InputError(
+            f"a cache of {type(model).__name__} is on, so that calibration would see a part of its "
+            f"calls: disable_cache() first, quantize, and enable the cache afterwards"
+        )
+
+
 def _first_call(run: Run) -> Any:
     """How to trace one forward: on given inputs, on random ones (None), or a pipeline step."""
     if run.inputs:
         first = run.inputs[0]
-        return lambda model: model(**first)
+
+        def forward(model: nn.Module) -> None:
+            with sampling.translate_call_errors(type(model).__name__, "it is inputs[0]"):
+                model(**first)
+
+        return forward
     pipeline = run.loaded.pipeline
     if run.loaded.family is not None or pipeline is None:
         return None
-    once = replace(run.recipe.calibration, samples=1, steps=1, batch_size=1)
+    once = replace(run.recipe.calibration, samples=1, batch_size=1)
+    if len(run.loaded.models()) == 1:  # another one may have the first step
+        once = replace(once, steps=1)
 
     def sample(model: nn.Module) -> None:
         list(sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once))

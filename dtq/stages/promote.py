@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from dtq.io.schema import MethodSpec
 from dtq.models.linears import matrix_of
-from dtq.plan.layers import LayerPlan
+from dtq.plan.layers import LayerPlan, misfit
 from dtq.runs.tasks import Result
 from dtq.stages.layer_result import InputReport, LayerResult, finalize, from_result, to_result
 from dtq.stages.run import Run
@@ -55,7 +55,8 @@ def _sensitive(run: Run) -> Iterator[tuple[LayerPlan, float]]:
     limit = min(settings.max_error, settings.median_factor * statistics.median(known.values()))
     layers = [x for x in run.plan.gemm() if x.name in known]
     for layer in sorted(layers, key=lambda x: -known[x.name]):
-        if known[layer.name] > limit and layer.weight_format != settings.to:
+        fits = layer.weight_format != settings.to and not misfit(settings.to, layer.shape)
+        if known[layer.name] > limit and fits:
             yield layer, known[layer.name]
 
 
