@@ -103,7 +103,8 @@ def _name(layer) -> str:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_default_dtype_changes_nothing(name, tmp_path, recipe="w4a4", dtype=torch.bfloat16):
+def test_the_default_dtype_changes_nothing(name, tmp_path):
+    recipe, dtype = "w4a4", torch.bfloat16
     model, calls = zoo.model(name), [zoo.inputs(name)]
     twin = copy.deepcopy(model)
     dtq.quantize(model, hasty(recipe), inputs=calls, progress=False)
