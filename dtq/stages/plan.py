@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from dtq.allocate import parse_budget
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
 from dtq.pipelines import prompts, sampling
 from dtq.pipelines.loading import modules_of, scan_model
-from dtq.plan.layers import Plan
-from dtq.recipe import Recipe
+from dtq.stages.budget import fitting_budget
 from dtq.stages.run import Run
 
 
@@ -40,7 +37,7 @@ def plan(run: Run) -> None:
     if not run.plan.quantized():
         raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} unquantized")
     if recipe.allocate.budget:
-        _check_budget(run.plan, recipe)
+        run.recipe = replace(recipe, allocate=fitting_budget(run))
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -84,17 +81,3 @@ def _first_call(run: Run) -> Any:
         list(sampling.run_pipeline(pipeline, prompts.load(once.prompts, pipeline, 1), once))
 
     return sample
-
-
-def _check_budget(plan: Plan, recipe: Recipe) -> None:
-    """Refuse a budget below the narrowest formats before any work is done."""
-    formats = recipe.allocate.formats
-    weights = sum(math.prod(x.shape) for x in plan.gemm())
-    budget = parse_budget(str(recipe.allocate.budget), weights)
-    least = sum(min(x.in_format(f).nbytes(plan.bins) for f in formats) for x in plan.gemm())
-    if budget < least:
-        raise InputError(
-            f"a budget of {recipe.allocate.budget} is too small: the formats "
-            f"{', '.join(formats)} need at least {least} bytes "
-            f"({8 * least / weights:.3f} bits per weight). Raise it, or allow narrower formats"
-        )

@@ -12,6 +12,7 @@ from dtq.io.schema import MethodSpec
 from dtq.models.linears import matrix_of
 from dtq.plan.layers import LayerPlan, misfit
 from dtq.runs.tasks import Result
+from dtq.stages.budget import promotion_budget
 from dtq.stages.layer_result import InputReport, LayerResult, finalize, from_result, to_result
 from dtq.stages.run import Run
 from dtq.stages.solve_layer import TransformedInput, solve_layer
@@ -28,11 +29,12 @@ def promote(run: Run) -> None:
     """
     if run.recipe.allocate.budget:  # the budget has decided
         return
+    budget = promotion_budget(run) if run.recipe.promote.to else 0.0
     for layer, error in _sensitive(run):
         finer = layer.with_spec(weight_format=run.recipe.promote.to, rank=0)
         raised = replace(finer, lowrank=MethodSpec("none"), format_candidates=())
         plan = run.plan.with_layers({layer.name: raised})
-        if plan.bits(plan.gemm()) > run.recipe.promote.budget:
+        if plan.bits(plan.gemm()) > budget:
             continue
         result = _solve_again(run, raised)
         if (result.report.error or 0.0) >= error:
