@@ -61,10 +61,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _quantize_while_loading(model: Any, config: DTQConfig, in_fp32: list[str]) -> object:
+def _quantize_while_loading(model: Any, config: DTQConfig) -> object:
     from dtq.api import quantize_while_loading
 
-    return quantize_while_loading(model, config, in_fp32)
+    return quantize_while_loading(model, config)
 
 
 _integrations.install(_quantize_while_loading)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import nn
 from dtq.calibrate.collection import Statistics
 from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
+from dtq.io.default_dtype import default_dtype
 from dtq.pipelines.loading import Components, LoadedModel, load_transformers
 from dtq.recipe import Recipe
+from dtq.recipe.selectors import check_patterns, pattern_list
 from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
 from dtq.stages.calibrate import calibrate
@@ -43,18 +45,20 @@ MAIN_STAGES = (promote, replace_layers, finetune, step_policy, sanity_check, att
 def run_stages(runs: Sequence[Run]) -> dict[str, Report]:
     """Quantize the transformers of one pipeline in place; a report for each by component name.
 
-    A stage returns at once where the recipe does not ask for it.
+    A stage returns at once where the recipe does not ask for it. What is computed does not depend
+    on the default dtype of torch.
     """
-    for run in runs:
-        for stage in FLOAT_STAGES:
-            stage(run)
-    for run in runs:
-        for stage in SHARED_STAGES:
-            stage(run)
-        run.tasks.barrier()
-        if run.tasks.workers.is_main:
-            for stage in MAIN_STAGES:
+    with default_dtype(torch.float32):
+        for run in runs:
+            for stage in FLOAT_STAGES:
                 stage(run)
+        for run in runs:
+            for stage in SHARED_STAGES:
+                stage(run)
+            run.tasks.barrier()
+            if run.tasks.workers.is_main:
+                for stage in MAIN_STAGES:
+                    stage(run)
     return {run.loaded.component: run.report for run in runs}
 
 
@@ -76,8 +80,12 @@ def open_runs(
         **options: fields of :class:`Run`: ``exclude``, ``statistics``, ``memory``, ...
 
     Raises:
-        InputError: statistics or inputs, which belong to one transformer, are given for several.
+        InputError: statistics or inputs, which belong to one transformer, are given for several; an
+            entry of ``exclude`` matches nothing.
     """
+    inputs = None if inputs is None else list(inputs)
+    if inputs is not None and not all(isinstance(each, Mapping) for each in inputs):
+        raise InputError("inputs: expected a list of mappings, keyword arguments of a call each")
     several = len(models) > 1
     if several and (options.get("statistics") is not None or inputs is not None):
         names = ", ".join(model.component for model in models)
@@ -86,14 +94,16 @@ def open_runs(
             f"quantize them one by one with component="
         )
     tasks = tasks or TaskStore()
-    excluded = list(options.get("exclude", ()))
+    excluded = pattern_list(options.get("exclude"), "modules_to_not_convert")
+    check_patterns(excluded, [each.model for each in models], "modules_to_not_convert, --exclude")
+    options["exclude"] = excluded
     return [
         Run(
             model,
             recipe,
             tasks.namespace(model.component) if several else tasks,
-            None if inputs is None else list(inputs),
-            **{"config": DTQConfig(modules_to_not_convert=excluded or None), **options},
+            inputs,
+            **{"config": DTQConfig(modules_to_not_convert=[*excluded] or None), **options},
         )
         for model in models
     ]
@@ -108,7 +118,7 @@ def quantize(
     component: Components = "auto",
     dtype: str | torch.dtype = "auto",
     variant: str | None = None,
-    modules_to_not_convert: Sequence[str] = (),
+    modules_to_not_convert: str | Sequence[str] | None = (),
     progress: bool = True,
     memory: int | None = None,
     sanity_check: bool = True,
@@ -126,8 +136,8 @@ def quantize(
         dtype: of everything that is not quantized, when a folder is loaded; ``auto``: as stored.
         variant: of the weight files of a folder or hub id, such as ``fp16``; default: files
             without a variant, or the only one that there is.
-        modules_to_not_convert: layers that stay unquantized: names, prefixes, path components,
-            ``re:...``.
+        modules_to_not_convert: layers that stay unquantized: names, prefixes, path components, as
+            they are or as globs; ``re:...``. One that matches nothing is refused.
         progress: whether to show progress bars.
         memory: bytes that the statistics may take; default: half of the free memory.
         sanity_check: whether to compare a short sampling run with the float model at the end, and
@@ -158,17 +168,16 @@ def quantize(
     return first.pipeline if first.pipeline is not None else first.model
 
 
-def quantize_while_loading(model: nn.Module, config: DTQConfig, in_fp32: list[str]) -> Report:
+def quantize_while_loading(model: nn.Module, config: DTQConfig) -> Report:
     """Quantize for ``from_pretrained(..., quantization_config=DTQConfig(...))``, without data.
 
     Args:
         model: the float model that diffusers has loaded; changed in place.
         config: completed by the stages.
-        in_fp32: names of modules that diffusers keeps in float32; they stay unquantized.
     """
     recipe = Recipe.load(config.recipe, **config.extra)
     model.is_quantized = False  # type: ignore[assignment]  # diffusers sets it before it is true
     loaded = LoadedModel(type(model).__name__, None, "transformer", model)
-    exclude = [*(config.modules_to_not_convert or ()), *in_fp32]
+    exclude = config.modules_to_not_convert
     runs = open_runs([loaded], recipe, exclude=exclude, progress=False, config=config)
     return run_stages(runs)["transformer"]

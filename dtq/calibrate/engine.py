@@ -24,7 +24,12 @@ from dtq.models.linears import rows_of
 from dtq.models.timestep import timestep_edges, timestep_of
 from dtq.pipelines import image_inputs, prompts
 from dtq.pipelines.loading import LoadedModel
-from dtq.pipelines.sampling import dummy_batches, run_pipeline
+from dtq.pipelines.sampling import (
+    dummy_batches,
+    never_called,
+    run_pipeline,
+    translate_call_errors,
+)
 from dtq.pipelines.settings import SamplingSettings
 
 log = logging.getLogger("dtq")
@@ -96,7 +101,12 @@ def calibration_run(
         raise InputError("inputs is empty: nothing to calibrate on")
     calls = inputs
     first = timestep_of(model, (), calls[0])
-    return CalibrationRun(origin, len(calls), lambda i: model(**calls[i]), first)
+
+    def forward(i: int) -> object:
+        with translate_call_errors(type(model).__name__, f"it is inputs[{i}]"):
+            return model(**calls[i])
+
+    return CalibrationRun(origin, len(calls), forward, first)
 
 
 def calibrate(
@@ -168,6 +178,8 @@ def collect_shard(
             hooks.begin(i)
             run.run(i)
             if run.origin == "pipeline" and i == batches.start:
+                if not hooks.calls:
+                    raise never_called(loaded, settings)
                 # samplers may call the model more often than once a step
                 bar.total, bar.n = hooks.calls * run.batches, hooks.calls * (batches.start + 1)
                 bar.refresh()
@@ -175,7 +187,8 @@ def collect_shard(
         "model": type(loaded.model).__name__,
         "origin": run.origin,
         "calls": hooks.calls,
-        **{k: getattr(settings, k) for k in ("prompts", "samples", "steps", "guidance", "seed")},
+        "guidance": settings.described_guidance,
+        **{k: getattr(settings, k) for k in ("prompts", "samples", "steps", "seed")},
     }
     return Statistics(hooks.stats, tuple(hooks.edges), about)
 
@@ -221,7 +234,7 @@ def fill_from_sibling_experts(statistics: Statistics) -> Statistics:
             stats[name].merge(stats[sibling])
         if not siblings:
             del stats[name]
-        result = "takes the statistics of its siblings" if siblings else "is rounded without data"
+        result = "takes the statistics of its siblings" if siblings else "is quantized without data"
         log.warning("calibrate: no token reached %s; it %s", name, result)
     return Statistics(stats, statistics.edges, statistics.about)
 

@@ -34,7 +34,8 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         recipe: name of a recipe, or path to a YAML file.
-        modules_to_not_convert: layers to exclude: names, prefixes, path components, ``re:...``.
+        modules_to_not_convert: layers to exclude: names, prefixes, path components, as they are or
+            as globs; ``re:...``.
         compute_dtype: dtype of everything that is not quantized; set when saving.
         format_version: of the checkpoint; absent means a float model.
         timestep_edges: boundaries of the bins of static activation scales.
@@ -49,7 +50,7 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         /,  # a key named "self" is an unknown one
         recipe: str = "w4a16",
-        modules_to_not_convert: list[str] | None = None,
+        modules_to_not_convert: str | list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
         format_version: int | None = None,
         timestep_edges: list[float] | None = None,
@@ -58,7 +59,9 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         self.quant_method = DTQMethod.DTQ
         self.recipe = recipe
-        self.modules_to_not_convert = modules_to_not_convert
+        names: Any = modules_to_not_convert
+        names = [names] if isinstance(names, str) else names
+        self.modules_to_not_convert = [*names] if isinstance(names, tuple | set) else names
         self.compute_dtype = _dtype(compute_dtype)
         self.format_version = format_version
         self.timestep_edges = timestep_edges or []

@@ -46,11 +46,13 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
     data["calibration"] |= chosen
     data["calibration"]["pipeline_args"] |= call_arguments(choices["arguments"])
     if choices["budget"] is not None:
-        data["allocate"]["budget"] = choices["budget"]
+        data["allocate"] |= {"budget": choices["budget"], "adapt": False}
     for key, text in pairs(choices["settings"], "--set", "KEY=VALUE"):
         setting = f"--set {key}={text}"
         value = parse_yaml(text, setting) if text else ""
         _put(data, key.split("."), value, setting)
+        if key in ("allocate.budget", "promote.budget"):  # the user's own is kept, or refused
+            data[key.split(".")[0]]["adapt"] = False
     return Recipe.load(recipe, **data)
 
 

@@ -57,9 +57,9 @@ recipe = combined(
                       "have, in bits per weight (4.8) or bytes (12MB). Default: the recipe's."),
     count("--samples", help="Number of images to calibrate on. Default: the recipe's."),
     count("--steps", help="Sampler steps per calibration image. Default: the recipe's."),
-    click.option("--guidance", type=float,
-                 help="Guidance scale of the calibration; 0 is the pipeline's own. Default: the "
-                      "recipe's."),
+    click.option("--guidance", type=click.FloatRange(0),
+                 help="Guidance scale of the calibration; 0 is passed on as 0. Default: the "
+                      "recipe's, else the pipeline's own."),
     click.option("--seed", type=click.IntRange(0),
                  help="Seed of the calibration latents. Default: the recipe's."),
     call,
@@ -86,8 +86,8 @@ memory = click.option(
          "runs more often. Default: half of the free memory.")
 exclude = several(
     "--exclude", metavar="LAYER",
-    help="Layer that stays unquantized: a name, a prefix, a path component, or re:PATTERN. Repeat "
-         "for more. Default: those of the recipe alone.")
+    help="Layer that stays unquantized: a name, a prefix or a path component, as it is or as a glob; "
+         "or re:PATTERN. Repeat for more. Default: those of the recipe alone.")
 fresh = flag("--fresh", help="Discard the results of an interrupted run.")
 every_layer = flag("--all", "every", help="Show each layer; otherwise equal blocks share a row.")
 json = partial(flag, "--json", "as_json")
@@ -107,7 +107,8 @@ def sampling(seed: int, about: str) -> Decorator:
     return combined(
         prompts,
         count("--steps", default=20, help="Sampler steps per image."),
-        click.option("--guidance", default=0.0, help="Guidance scale; 0 is the pipeline's own."),
+        click.option("--guidance", type=click.FloatRange(0),
+                     help="Guidance scale; 0 is passed on as 0. Default: the pipeline's own."),
         click.option("--seed", default=seed, help=about),
         count("--batch", "batch_size", default=8, help="Images generated at a time."),
         dtype,

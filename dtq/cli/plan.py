@@ -53,6 +53,7 @@ def plan(
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
     from dtq.pipelines import loading
+    from dtq.recipe.selectors import check_patterns
     from dtq.stages.calibrate import statistics_needed
     from dtq.stages.plan import plan as plan_stage
     from dtq.stages.run import Run
@@ -60,6 +61,7 @@ def plan(
     tune_malloc()
     recipe = recipe_with(choices)
     models = loading.meta_models(model, components or "auto", variant)
+    check_patterns(exclude, [empty for empty, _ in models.values()], "--exclude")
     folder = Path(model)
     has_pipeline = not folder.exists() or loading.folder_kind(folder) == "pipeline"
     limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2

@@ -97,7 +97,8 @@ def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> di
 def guidance_branches(run: Run) -> int:
     """2 with classifier-free guidance, else 1."""
     distilled = bool(getattr(getattr(run.model, "config", None), "guidance_embeds", False))
-    return 1 if distilled or 0 < run.recipe.calibration.guidance <= 1 else 2
+    scale = run.recipe.calibration.guidance
+    return 1 if distilled or (scale is not None and scale <= 1) else 2
 
 
 def solver_operations(run: Run, needs: frozenset[str]) -> float:

@@ -19,6 +19,7 @@ from dtq.estimate.duration import quantized_groups, run_seconds
 from dtq.linalg.cholesky import factor_cost
 from dtq.models import blocks_of
 from dtq.plan.layers import Plan
+from dtq.stages.budget import promotion_budget
 from dtq.stages.run import Run
 from dtq.stages.solve import COPIES
 
@@ -67,7 +68,7 @@ def estimate(
     needs = recipe.needs() if needs is None else needs
     file = predicted_bytes(file_tensors(run.model, plan, dtype))
     gemm = sum(math.prod(x.shape) for x in plan.gemm())
-    spare = max(0.0, recipe.promote.budget - plan.bits(plan.gemm())) if recipe.promote.to else 0.0
+    spare = max(0.0, promotion_budget(run) - plan.bits(plan.gemm())) if recipe.promote.to else 0.0
     most = file + round(spare * gemm / 8)
     if recipe.allocate.budget:
         allowed = parse_budget(str(recipe.allocate.budget), gemm)

@@ -258,7 +258,7 @@ def _conditions(job: EvaluationJob, candidate: LoadedModel) -> dict[str, Any]:
         "prompts": job.requests.name,
         "samples": len(job.requests.entries),
         "steps": job.truth.steps(),
-        "guidance": settings.guidance or "pipeline default",
+        "guidance": settings.described_guidance,
         "seed": settings.seed,
         "torch": torch.__version__,
         "device": "cuda" if torch.cuda.is_available() else "cpu",

@@ -59,7 +59,7 @@ PATCHES = (
 # fmt: on
 
 quantize_while_loading: Callable[..., Any] | None = None
-"""Called by the quantizer of diffusers with model, config and names of float32 modules. It is set
+"""Called by the quantizer of diffusers with model and config. It is set
 from outside because it runs every stage, and the stages import this package."""
 
 

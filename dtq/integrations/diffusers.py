@@ -187,7 +187,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if state_dict is not None:  # passed by from_single_file only, which reads float models
             self.pre_quantized = False
-        self._float32_modules = list(keep_in_fp32_modules or ())
         if self.pre_quantized:
             plan = config.load_plan()
             if self._reader is not None:
@@ -230,9 +229,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             share_config_entries(model, self.quantization_config)
         else:
             assert integrations.quantize_while_loading is not None
-            self.report = integrations.quantize_while_loading(
-                model, self.quantization_config, self._float32_modules
-            )
+            self.report = integrations.quantize_while_loading(model, self.quantization_config)
         return model
 
     def get_state_dict_and_metadata(

@@ -34,6 +34,7 @@ def key(
     expected: str = "",
     holds: Callable[[Any], object] | None = None,
     kind: Any = None,
+    null: bool = False,
 ) -> dict[str, Any]:
     """Metadata of a field.
 
@@ -42,8 +43,9 @@ def key(
         expected: words for what the value must be.
         holds: whether a value of the right type is that.
         kind: type in the document; default: the type of the field.
+        null: a person may write null for None, as a program may.
     """
-    return {"name": name, "expected": expected, "holds": holds, "kind": kind}
+    return {"name": name, "expected": expected, "holds": holds, "kind": kind, "null": null}
 
 
 RISING = key(expected="rising numbers", holds=lambda numbers: list(numbers) == sorted(numbers))
@@ -104,7 +106,8 @@ def read(
         data: keys and values, as YAML or JSON gives them.
         at: where the mapping is, ``"rules[0]."``, for messages.
         problems: is added to. While it is empty the result is as the data says.
-        strict: a person wrote the data: unknown keys and null are mistakes.
+        strict: a person wrote the data: unknown keys are mistakes, and so is null unless the field
+            has ``key(null=True)``.
     """
     known = _fields(kind)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -112,7 +115,8 @@ def read(
         where, before = f"{at}{name}", len(problems)
         if name in known:
             field, type_ = known[name]
-            values[field.name] = result = _value(type_, value, where, problems, strict)
+            no_null = strict and not field.metadata.get("null")
+            values[field.name] = result = _value(type_, value, where, problems, no_null)
             holds = field.metadata.get("holds")
             if holds and result is not None and len(problems) == before and not holds(result):
                 expected = field.metadata["expected"]

@@ -7,10 +7,22 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
 """Names of the timestep argument in the transformers of diffusers."""
+
+
+def sample_timesteps(timestep: Tensor) -> Tensor:
+    """The timestep of each sample of a batch, (B,): that of its noisiest tokens.
+
+    Models with a timestep per token or frame give 0 to those that are not denoised, such as the
+    first frame of image to video.
+
+    Args:
+        timestep: a scalar, (B,), or (B, ...) with one entry per token or frame.
+    """
+    return timestep.reshape(len(timestep) if timestep.ndim else 1, -1).amax(1)
 
 
 def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -18,7 +30,7 @@ def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     signature = inspect.signature(model.forward)
     name = next((name for name in TIME_ARGUMENTS if name in signature.parameters), "")
     timestep = signature.bind_partial(*args, **kwargs).arguments.get(name)
-    return float(torch.as_tensor(timestep).reshape(-1)[0]) if timestep is not None else 0.0
+    return float(sample_timesteps(torch.as_tensor(timestep))[0]) if timestep is not None else 0.0
 
 
 def timestep_edges(top: float, value: float, bins: int) -> list[float]:

@@ -254,7 +254,8 @@ class QuantLinear(nn.Linear):
         """
         hooks = self._forward_hooks or self._forward_pre_hooks
         hooked = hooks or any(hasattr(self, hook) for hook in HOOKS)
-        if hooked or self.spatial or self._has_step_policy or _needs_gradient(x, self.bias):
+        by_step = self._has_step_policy or self._differs_by_sample
+        if hooked or self.spatial or by_step or _needs_gradient(x, self.bias):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):
             return None
@@ -270,6 +271,13 @@ class QuantLinear(nn.Linear):
     def _has_step_policy(self) -> bool:
         modes = self._clock and self._clock[0].modes
         return bool(modes and self.problem.activation_format.bits < 16)
+
+    @property
+    def _differs_by_sample(self) -> bool:
+        """Whether the samples of the current call have timesteps of their own, and it matters."""
+        if not self._clock or self._clock[0].samples is None:
+            return False
+        return self._has_step_policy or self.problem.activation_format.per_timestep
 
     def current_activation_format(self) -> ActivationFormat:
         """The activation format of this step: the layer's, or the one that a step policy sets."""
@@ -301,6 +309,9 @@ class QuantLinear(nn.Linear):
 
     def _gemm(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """``rows`` (M, K) to (M, N), with the low-rank branch."""
+        if self._differs_by_sample:
+            parts = self._clock[0].each_sample(rows)
+            return torch.cat([self._gemm(part, bias) for part in parts])
         tensors, branch = self._kernel_tensors(), self._branch(rows)
         if branch and self.kernel.with_epilogue and self._fuses_branch(rows):
             call = LinearCall(self.problem, rows, tensors, bias)

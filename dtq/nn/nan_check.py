@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dtq.errors import NonFiniteError
 from dtq.models import TIME_ARGUMENTS
+from dtq.models.timestep import sample_timesteps
 from dtq.nn.linear import QuantLinear
 
 VARIABLE = "DTQ_DEBUG_NAN"
@@ -68,7 +69,7 @@ class StepTrace:
         """Count a call; a forward pre-hook of the model."""
         bound = {**dict(zip(self._names, args, strict=False)), **kwargs}
         value = next((bound[n] for n in TIME_ARGUMENTS if bound.get(n) is not None), None)
-        timestep = None if value is None else float(torch.as_tensor(value).reshape(-1)[0])
+        timestep = None if value is None else float(sample_timesteps(torch.as_tensor(value))[0])
         if timestep is None or self.timestep is None:
             self.step += 1
         elif timestep != self.timestep:

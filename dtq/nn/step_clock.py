@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dtq.errors import InputError
+from dtq.models.timestep import sample_timesteps
 from dtq.plan.step_policy import StepPolicy
 
 
@@ -27,23 +29,58 @@ class StepClock(nn.Module):
         mode: int64 (1,) on the CPU, an index into ``modes``. Host code branches on it, and needs to
             wait for a GPU only once per step.
         modes: precisions of the step policy; empty without a policy.
+        samples: (B,) timesteps of the samples of the call; None where they are the same.
     """
 
     def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
         super().__init__()
         self.bin = torch.zeros(1, dtype=torch.int64)
+        self.samples: Tensor | None = None
         self.edges = torch.tensor(list(edges), dtype=torch.float64)
         self.modes = policy.precisions if policy is not None else ()
         self.mode = torch.zeros(1, dtype=torch.int64)
         self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
 
     def set(self, timestep: Tensor) -> None:
-        """Set the clock to a timestep, the first entry of a tensor of any shape."""
-        first = timestep.reshape(-1)[:1]
-        self._move_to(first.device)
-        self.bin.copy_(torch.bucketize(first.to(self.edges), self.edges))
+        """Set the clock to the timestep of a call: that of the noisiest tokens of each sample.
+
+        A compiled graph takes that of the first sample.
+
+        Args:
+            timestep: a scalar, (B,), or (B, ...) with one entry per token or frame.
+        """
+        samples = sample_timesteps(timestep)
+        alike = len(samples) == 1 or torch.compiler.is_compiling()
+        self.samples = None if alike or bool((samples == samples[0]).all()) else samples
+        self._set(samples[:1])
+
+    def _set(self, timestep: Tensor) -> None:
+        self._move_to(timestep.device)
+        self.bin.copy_(torch.bucketize(timestep.to(self.edges), self.edges))
         if self.modes:
-            self.mode.copy_(torch.bucketize(first.cpu().double(), self.mode_edges))
+            self.mode.copy_(torch.bucketize(timestep.cpu().double(), self.mode_edges))
+
+    def each_sample(self, rows: Tensor) -> Iterator[Tensor]:
+        """The rows (M, K) of one sample after another, with the clock at its timestep.
+
+        Raises:
+            InputError: the rows of the samples cannot be told apart.
+        """
+        samples = self.samples
+        assert samples is not None
+        if len(rows) % len(samples):
+            raise InputError(
+                f"{len(samples)} samples of different timesteps in one call, and {len(rows)} rows: "
+                f"call the model with the samples of one timestep at a time"
+            )
+        self.samples = None
+        try:
+            for i, part in enumerate(rows.chunk(len(samples))):
+                self._set(samples[i : i + 1])
+                yield part
+        finally:
+            self._set(samples[:1])
+            self.samples = samples
 
     def _move_to(self, device: torch.device) -> None:
         if self.bin.device != device:

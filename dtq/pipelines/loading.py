@@ -154,7 +154,11 @@ def load_transformers(
 
 def diffusion_transformers(pipeline: DiffusionPipeline) -> list[str]:
     """Names of the diffusion transformers among the components of a pipeline."""
-    names = [n for n, m in pipeline.components.items() if type(m).__name__ in _transformer_names()]
+    names = []
+    for name, module in pipeline.components.items():
+        plain = getattr(module, "_orig_mod", module)  # of torch.compile, which is refused by name
+        if type(plain).__name__ in _transformer_names():
+            names.append(name)
     return sorted(names)  # transformer before transformer_2
 
 
@@ -179,7 +183,13 @@ def _transformers_of(
 def _requested(available: list[str], component: Components, where: object) -> list[str]:
     """The components that the user asks for; ``auto`` is every available one."""
     if component != "auto":
-        return [component] if isinstance(component, str) else list(component)
+        names = [component] if isinstance(component, str) else list(dict.fromkeys(component))
+        if not names:
+            raise InputError(
+                f"component is empty; name one or more of {', '.join(available) or 'the models'} "
+                f"of {where}, or leave it out for every diffusion transformer"
+            )
+        return names
     if not available:
         raise InputError(
             f"{where} has no diffusion transformer of diffusers; name the model to quantize with "

@@ -67,7 +67,8 @@ def sample_calls(
         inputs: keyword arguments of forwards; None runs the pipeline.
 
     Returns:
-        The calls in order, with the inputs and the output of every step.
+        The calls in order, with the inputs and the output of every step; empty if the pipeline
+        never called the model in these steps.
     """
     calls: list[RecordedCall] = []
     pipeline = loaded.pipeline

@@ -6,13 +6,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from dtq.errors import InputError, hint
+from dtq.errors import LIBRARY_ERRORS, InputError, first_line, hint
 from dtq.pipelines import call_defaults, image_inputs, prompts
-from dtq.pipelines.loading import LoadedModel, dummy_inputs
+from dtq.pipelines.loading import LoadedModel, dummy_inputs, out_of_memory
 from dtq.pipelines.settings import SamplingSettings, seed_of
 
 log = logging.getLogger("dtq")
@@ -41,10 +42,11 @@ def run_pipeline(
         The output of the pipeline for each batch.
 
     Raises:
-        InputError: the pipeline takes no such argument, or rejects its value.
+        InputError: the pipeline has no text encoder, takes no such argument, or rejects its value.
     """
     settings = call_defaults.of(pipeline).fill(settings)
     options = _options(pipeline, settings, output)
+    _check_text_encoders(pipeline, requests.argument)
     images = image_inputs.required(pipeline, settings)
     batch = images.batch(settings.batch_size)
     if images.warning and (only is None or 0 in only):  # once, not for every batch
@@ -58,16 +60,48 @@ def run_pipeline(
             seeds = [seed_of(settings.seed, start + i) for i in range(len(entries))]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             args = {requests.argument: entries} | images.of(start)
-            try:
+            more = f"arguments in addition to {requests.argument}: {_shown(options)}"
+            with translate_call_errors(type(pipeline).__name__, more):
                 result = pipeline(**args, generator=generators, **options)
-            except (TypeError, ValueError, NameError) as error:
-                raise InputError(
-                    f"{type(pipeline).__name__} rejected the call ({type(error).__name__}: "
-                    f"{error}); arguments in addition to the prompt: {sorted(options)}"
-                ) from error
             yield result
     finally:
         pipeline.set_progress_bar_config(**progress_bar)
+
+
+@contextmanager
+def translate_call_errors(what: str, advice: str) -> Iterator[None]:
+    """Convert what libraries raise for arguments that they cannot use to one line.
+
+    Args:
+        what: the class that is called.
+        advice: end of the message.
+
+    Raises:
+        InputError: the call was refused; the library's error is the cause.
+    """
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{what} rejected the call ({first_line(error)}); {advice}") from error
+
+
+def _shown(options: dict[str, Any]) -> str:
+    texts = [f"{name}={value!r}"[:80] for name, value in options.items()]
+    return ", ".join(text if text.isprintable() else text.split("=")[0] for text in texts)
+
+
+def _check_text_encoders(pipeline: Any, argument: str) -> None:
+    """Refuse prompts where a pipeline was loaded without its text encoders or tokenizers."""
+    for kind in ("text_encoder", "tokenizer") if argument == "prompt" else ():
+        parts = {n: m for n, m in pipeline.components.items() if n.startswith(kind)}
+        if parts and all(part is None for part in parts.values()):
+            raise InputError(
+                f"{type(pipeline).__name__} has no {' and no '.join(parts)}, which prompts need: "
+                f"load the whole pipeline, or give dtq.quantize its transformer alone with "
+                f"inputs=[...], a list of keyword arguments of its forward"
+            )
 
 
 def _options(pipeline: Any, settings: SamplingSettings, output: str) -> dict[str, Any]:
@@ -76,13 +110,29 @@ def _options(pipeline: Any, settings: SamplingSettings, output: str) -> dict[str
     options: dict[str, Any] = {"output_type": output}
     if settings.steps:
         options["num_inference_steps"] = settings.steps
-    if settings.guidance:
+    if settings.guidance is not None:
         options["guidance_scale"] = settings.guidance
+        if "guidance_scale" not in parameters:
+            raise InputError(
+                f"{type(pipeline).__name__} takes no guidance_scale; leave guidance out, or give "
+                f"its own argument: --arg NAME=VALUE, calibration.pipeline_args"
+            )
     for name in settings.pipeline_args:
         if name not in parameters:
             words = hint(name, parameters, f"it takes {list(parameters)}")
             raise InputError(f"{type(pipeline).__name__} takes no argument {name!r}; {words}")
     return {k: v for k, v in options.items() if k in parameters} | settings.pipeline_args
+
+
+def never_called(loaded: LoadedModel, settings: SamplingSettings) -> InputError:
+    """The error for a transformer that its pipeline did not call in a whole sampling run."""
+    steps = f"{settings.steps} steps" if settings.steps else "the pipeline's own number of steps"
+    others = [name for name in loaded.models() if name != loaded.component]
+    return InputError(
+        f"{type(loaded.pipeline).__name__} never called {loaded.component} in {steps}: take more "
+        f"(--steps, calibration.steps), or quantize only {' and '.join(others) or 'another one'} "
+        f"(--component, component=)"
+    )
 
 
 def count_dummy_calls(settings: SamplingSettings) -> int:

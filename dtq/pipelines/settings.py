@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtq.io.schema import key
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -16,7 +18,7 @@ class SamplingSettings:
             that fits the model.
         samples: number of images (or videos) to generate.
         steps: sampler steps; 0 uses the pipeline's own default.
-        guidance: guidance scale; 0 uses the pipeline's own default.
+        guidance: guidance scale, 0 included; None uses the pipeline's own default.
         batch_size: images generated together.
         num_shards: number of shards that calibration splits its batches into. Each shard is
             observed separately, and the results are merged in order. Several processes can
@@ -31,13 +33,18 @@ class SamplingSettings:
     prompts: str = "auto"
     samples: int = 64
     steps: int = 20
-    guidance: float = 0.0
+    guidance: float | None = field(default=None, metadata=key(null=True))
     batch_size: int = 8
     num_shards: int = 8
     num_timestep_bins: int = 8
     seed: int = 0
     pipeline_args: dict[str, Any] = field(default_factory=dict)
     images: str = ""
+
+    @property
+    def described_guidance(self) -> float | str:
+        """The guidance scale as run files and statistics record it."""
+        return "pipeline default" if self.guidance is None else self.guidance
 
 
 def seed_of(seed: int, index: int) -> int:

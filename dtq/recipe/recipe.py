@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from dtq.pipelines.settings import SamplingSettings
 from dtq.plan import Plan
 from dtq.recipe.resolve import MODULATION, resolve
 from dtq.recipe.schema import Allocate, Promote, Rule, StepPolicySearch
+from dtq.recipe.selectors import is_role
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK
 from dtq.transforms import TRANSFORMS
@@ -127,6 +127,8 @@ class Recipe:
             _check_selector(selector, "exclude", problems)
         for key in dict.fromkeys((*_LEAST, *_MOST)):
             value = getattr(self.calibration, key)
+            if value is None:  # guidance: the pipeline's own
+                continue
             if value < _LEAST.get(key, value):
                 least = "be at least 1" if _LEAST[key] else "not be negative"
                 problems.append(f"calibration.{key}: must {least}, is {value}")
@@ -161,11 +163,11 @@ class Recipe:
 
         Args:
             scan: the model's linears.
-            exclude: dotted names, prefixes, path components or ``re:`` patterns that stay
+            exclude: dotted names, prefixes, path components, globs or ``re:`` patterns that stay
                 unquantized (``modules_to_not_convert`` of diffusers).
 
         Raises:
-            RecipeError: a rule matches no layer of this model.
+            RecipeError: a rule, or a name in ``exclude``, matches no layer of this model.
         """
         return resolve(self, scan, tuple(exclude))
 
@@ -214,9 +216,7 @@ def _methods() -> dict[str, dict[str, Callable[..., Any]]]:
 
 def _check_selector(selector: str, at: str, problems: list[str]) -> None:
     """A selector without a wildcard or dot must be a role; others are globs on names."""
-    if selector in ROLES or any(c in selector for c in "*?[") or selector.count(".") > 1:
-        return
-    if any(fnmatch.fnmatchcase(role, selector) for role in ROLES):
+    if is_role(selector) or any(c in selector for c in "*?[") or selector.count(".") > 1:
         return
     words = hint(selector, ROLES, f"roles: {', '.join(ROLES)}")
     problems.append(f"{at}: {selector!r} is neither a role nor a pattern; {words}")

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dtq.errors import InputError, RecipeError
+from dtq.errors import RecipeError
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.schema import MethodSpec
 from dtq.linalg.hadamard import block_for
@@ -16,6 +15,7 @@ from dtq.models import Linear, Scan
 from dtq.plan import LayerPlan, LayerSpec, Plan
 from dtq.plan.layers import misfit
 from dtq.recipe.schema import Rule
+from dtq.recipe.selectors import excludes, is_role, matches
 from dtq.solvers.lowrank import rank_for
 from dtq.transforms import TRANSFORMS
 
@@ -31,10 +31,15 @@ _MODULATION_FALLBACKS = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int
 def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
     """See :meth:`Recipe.plan`."""
     linears = list(scan.linears())
+    selectors = {f"rules[{i}].match": rule.match for i, rule in enumerate(recipe.rules)}
+    # a role that this model has no layer of is no mistake in a list that serves every model
+    names = [selector for selector in recipe.exclude if not is_role(selector)]
+    selectors |= {f"exclude[{recipe.exclude.index(name)}]": name for name in names}
     unused = [
-        f"rules[{i}].match: {rule.match!r} matches no layer of this model"
-        for i, rule in enumerate(recipe.rules)
-        if not any(_matches(rule.match, linear) for linear in linears)
+        f"{at}: {selector!r} matches no layer of this model"
+        for at, selector in selectors.items()
+        if not any(matches(selector, linear) for linear in linears)
+        and not any(fnmatch.fnmatchcase(name, selector) for name in scan.uncalled)
     ]
     if unused:
         raise RecipeError(f"recipe {recipe.name}", unused)
@@ -48,11 +53,11 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
 
 def _resolve_layer(recipe: Recipe, linear: Linear, exclude: tuple[str, ...]) -> LayerPlan:
     base = LayerPlan(linear.name, linear.role, linear.shape)
-    if any(_is_excluded(pattern, linear.name) for pattern in exclude):
+    if any(excludes(pattern, linear.name) for pattern in exclude):
         note = "excluded by name (--exclude, modules_to_not_convert, or float32 in diffusers)"
         return replace(base, note=note)
-    rules = [rule for rule in recipe.rules if _matches(rule.match, linear)]
-    if not rules and any(_matches(selector, linear) for selector in recipe.exclude):
+    rules = [rule for rule in recipe.rules if matches(rule.match, linear)]
+    if not rules and any(matches(selector, linear) for selector in recipe.exclude):
         return replace(base, note=f"the recipe excludes {linear.role}")
     wanted, fallbacks = _wanted(recipe, linear, rules)
     if not wanted.weights:
@@ -108,16 +113,3 @@ def _fitting_activations(name: str, columns: int) -> tuple[str, str]:
     if fmt.block_format and (problem := misfit(fmt.block_format, (1, columns))):
         return f"int{fmt.bits}-row", f"input as int{fmt.bits}-row: {problem}".split(". ")[0]
     return name, ""
-
-
-def _matches(selector: str, linear: Linear) -> bool:
-    return any(fnmatch.fnmatchcase(text, selector) for text in (linear.role, linear.name))
-
-
-def _is_excluded(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], name) is not None
-        except re.error as error:
-            raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
-    return name == pattern or name.startswith(f"{pattern}.") or pattern in name.split(".")

@@ -20,12 +20,15 @@ class Promote:
         median_factor: limit as a multiple of the median error.
         max_error: limit of the relative squared output error.
         budget: bits per weight that attention and feed-forward together may take.
+        adapt: where the layers of a model take more than the budget as they are, keep what the
+            budget leaves for promotion where ``weights`` fits every layer.
     """
 
     to: str = ""
     median_factor: float = 5.0
     max_error: float = 0.02
     budget: float = 4.6
+    adapt: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Allocate:
         per_group_metric: rank the layers of a metric group by the group's own metric and divide
             the budget among groups by output error (ViDiT-Q-MP); otherwise output error alone.
         num_inputs: recorded inputs that candidates are measured on.
+        adapt: raise a budget that is below what the formats need on a model, with a warning.
     """
 
     budget: str | float = ""
     formats: tuple[str, ...] = ("int4-2l-g64", "int8-row")
     per_group_metric: bool = True
     num_inputs: int = 8
+    adapt: bool = False
 
 
 @dataclass(frozen=True)

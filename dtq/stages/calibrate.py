@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,8 +15,10 @@ from dtq.calibrate import engine, store
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.distributed import calibrate_in_shards
 from dtq.errors import InputError
+from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.memory import paged_weights
 from dtq.pipelines.loading import modules_of
+from dtq.plan.layers import LayerPlan
 from dtq.recipe import Recipe
 from dtq.runs.tasks import TaskStore
 from dtq.stages.run import Run
@@ -38,6 +41,8 @@ def calibrate(run: Run) -> None:
     elif needs:
         solver = run.recipe.solver.name
         log.warning("no calibration data: solver %s falls back to clip search", solver)
+    if run.statistics is not None:
+        run.plan = run.plan.with_layers(_without_rows(run))
     run.report.edges = run.edges
     if run.statistics is not None:
         run.report.calibration = dict(run.statistics.about)
@@ -94,6 +99,18 @@ def statistics_needed(recipe: Recipe, has_data: bool) -> frozenset[str]:
     transform_needs_none = not TRANSFORMS[recipe.transform.name].needs
     data_free = recipe.activations == "none" and transform_needs_none and not recipe.rules
     return recipe.needs() if has_data or not data_free else frozenset()
+
+
+def _without_rows(run: Run) -> dict[str, LayerPlan]:
+    """Layers that no row reached, by name: a static activation scale cannot be chosen for them."""
+    note = "no row reached it in calibration: quantized without data"
+    changed = {}
+    for layer in run.plan.quantized():
+        if run.stats(run.scan.group_of(layer.name)) is None:
+            activations = ACTIVATION_FORMATS[layer.activation_format]
+            name = f"int{activations.bits}-row" if activations.static else activations.name
+            changed[layer.name] = replace(layer.with_spec(activation_format=name), note=note)
+    return changed
 
 
 def _check(run: Run, needs: frozenset[str]) -> None:

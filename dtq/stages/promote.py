@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from dtq.io.schema import MethodSpec
 from dtq.models.linears import matrix_of
-from dtq.plan.layers import LayerPlan
+from dtq.plan.layers import LayerPlan, misfit
 from dtq.runs.tasks import Result
+from dtq.stages.budget import promotion_budget
 from dtq.stages.layer_result import InputReport, LayerResult, finalize, from_result, to_result
 from dtq.stages.run import Run
 from dtq.stages.solve_layer import TransformedInput, solve_layer
@@ -28,11 +29,12 @@ def promote(run: Run) -> None:
     """
     if run.recipe.allocate.budget:  # the budget has decided
         return
+    budget = promotion_budget(run) if run.recipe.promote.to else 0.0
     for layer, error in _sensitive(run):
         finer = layer.with_spec(weight_format=run.recipe.promote.to, rank=0)
         raised = replace(finer, lowrank=MethodSpec("none"), format_candidates=())
         plan = run.plan.with_layers({layer.name: raised})
-        if plan.bits(plan.gemm()) > run.recipe.promote.budget:
+        if plan.bits(plan.gemm()) > budget:
             continue
         result = _solve_again(run, raised)
         if (result.report.error or 0.0) >= error:
@@ -55,7 +57,8 @@ def _sensitive(run: Run) -> Iterator[tuple[LayerPlan, float]]:
     limit = min(settings.max_error, settings.median_factor * statistics.median(known.values()))
     layers = [x for x in run.plan.gemm() if x.name in known]
     for layer in sorted(layers, key=lambda x: -known[x.name]):
-        if known[layer.name] > limit and layer.weight_format != settings.to:
+        fits = layer.weight_format != settings.to and not misfit(settings.to, layer.shape)
+        if known[layer.name] > limit and fits:
             yield layer, known[layer.name]
 
 

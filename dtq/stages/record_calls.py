@@ -6,6 +6,7 @@ from __future__ import annotations
 from dtq.io.memory import paged_weights
 from dtq.pipelines.loading import modules_of
 from dtq.pipelines.recording import sample_calls
+from dtq.pipelines.sampling import never_called
 from dtq.stages.run import Run
 
 RECORDED_SAMPLES = 4
@@ -13,7 +14,11 @@ RECORDED_SAMPLES = 4
 
 
 def record_calls(run: Run) -> None:
-    """Record one sampling run of the float model, if a later stage compares with it."""
+    """Record one sampling run of the float model, if a later stage compares with it.
+
+    Raises:
+        InputError: the pipeline never calls the model in that run.
+    """
     recipe, loaded = run.recipe, run.loaded
     finetuned = recipe.finetune.name != "none"
     needed = recipe.allocate.budget or recipe.step_policy.precisions or finetuned
@@ -21,4 +26,6 @@ def record_calls(run: Run) -> None:
     if needed or (recipe.transform_candidates and run.has_data):
         with paged_weights(*modules_of(loaded)):
             calls = sample_calls(loaded, recipe.calibration, RECORDED_SAMPLES, inputs=run.inputs)
+        if not calls:
+            raise never_called(loaded, recipe.calibration)
         run.recorded = calls

@@ -86,7 +86,11 @@ def short_settings(recipe: Recipe) -> SamplingSettings:
 
 def _sampled(run: Run, inputs: Sequence[dict[str, Any]] | None) -> list[RecordedCall]:
     few = None if inputs is None else list(inputs)[:: -(-len(inputs) // STEPS)]
-    return sample_calls(run.loaded, short_settings(run.recipe), 1, inputs=few)
+    short = short_settings(run.recipe)
+    every_step = replace(short, steps=run.recipe.calibration.steps)
+    # a transformer of a part of the trajectory may have none of few steps
+    calls = (sample_calls(run.loaded, how, 1, inputs=few) for how in (short, every_step))
+    return next(filter(None, calls), [])
 
 
 def float_reference(run: Run, tick: Tick) -> FloatReference:

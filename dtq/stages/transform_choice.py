@@ -6,7 +6,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from dtq.calibrate.observers import InputStats
-from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.schema import MethodSpec
@@ -24,17 +23,13 @@ def choose_transform(
     Args:
         layers: their plans; the first one's transform method and formats hold for all.
         weights: float (N, K) of each.
-        stats: of the input, None without calibration data.
-
-    Raises:
-        InputError: the method needs calibration data.
+        stats: of the input. None if no row reached it: a method that needs data is ``none`` then.
     """
     first = layers[0]
-    method = TRANSFORMS[first.transform.name]
+    method, knobs = TRANSFORMS[first.transform.name], dict(first.transform.knobs)
     if method.needs and stats is None:
-        raise InputError(f"{first.name}: transform {first.transform.name} needs calibration data")
+        method, knobs = TRANSFORMS["none"], {}
     fmt, activations = FORMATS[first.weight_format], ACTIVATION_FORMATS[first.activation_format]
-    knobs = dict(first.transform.knobs)
     return method.call(weights, stats, fmt=fmt, activations=activations, **knobs)
 
 

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step clock follows the noise of the tokens that are denoised, sample by sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from conftest import hasty
+
+import dtq
+from dtq.models.timestep import sample_timesteps, timestep_of
+from dtq.nn.timestep_hook import install_clock
+from dtq.plan.step_policy import StepPolicy
+
+FAMILIES = [
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "WanTransformer3DModel",
+]
+EDGES = (250.0, 500.0, 750.0)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "want"),
+    [
+        (torch.tensor(7), [7]),
+        (torch.tensor([7.0]), [7]),
+        (torch.tensor([7, 3]), [7, 3]),
+        (torch.tensor([[0.0, 0.0, 9.0], [4.0, 0.0, 0.0]]), [9, 4]),
+        (torch.tensor([0.0, 8.0, 0.0]).reshape(1, 1, 3, 1, 1), [8]),
+    ],
+)
+def test_a_sample_has_the_timestep_of_its_noisiest_tokens(timestep, want):
+    assert sample_timesteps(timestep).tolist() == want
+    model = torch.nn.Module()
+    model.forward = lambda timestep: timestep
+    assert timestep_of(model, (timestep,), {}) == want[0]
+
+
+def batch_of(name: str, size: int) -> dict:
+    """Arguments of one forward with the same sample ``size`` times, each with noise of its own."""
+    call = zoo.inputs(name)
+    was = call["hidden_states"].shape[0]
+
+    def resized(value):
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == was:
+            return value[:1].expand(size, *value.shape[1:]).clone()
+        return value
+
+    call = {key: value if key.endswith("_ids") else resized(value) for key, value in call.items()}
+    g = torch.Generator().manual_seed(0)
+    call["hidden_states"] = torch.randn(call["hidden_states"].shape, generator=g)
+    return call
+
+
+def one(call: dict, i: int) -> dict:
+    size = len(call["hidden_states"])
+    return {
+        k: v[i : i + 1] if isinstance(v, torch.Tensor) and v.ndim and len(v) == size and not k.endswith("_ids") else v
+        for k, v in call.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["policy", "scales"])
+def test_samples_of_different_timesteps_run_as_they_do_alone(name, kind):
+    model, call = zoo.model(name), batch_of(name, 3)
+    top = 1.0 if name.startswith("Flux") else 1000.0
+    acts = "int8-static-timestep" if kind == "scales" else "int8-row"
+    calls = [call | {"timestep": torch.full((3,), top * t).long() if "DiT" in name or "PixArt" in name
+                     else torch.full((3,), top * t)} for t in (0.9, 0.6, 0.4, 0.1)]  # fmt: skip
+    options = {"calibration": {"num_timestep_bins": 4}, "activations": acts}
+    dtq.quantize(model, hasty("w8a8", **options), inputs=calls, progress=False)
+    if kind == "policy":
+        edges = tuple(top * e / 1000 for e in EDGES[1:2])
+        install_clock(model, (), StepPolicy(edges, ("a4", "a16")))
+    mixed = call | {
+        "timestep": torch.tensor([0.9 * top, 0.1 * top, 0.6 * top]).to(calls[0]["timestep"])
+    }
+    with torch.no_grad():
+        together = model(**mixed, return_dict=False)[0]
+        alone = [model(**one(mixed, i), return_dict=False)[0] for i in range(3)]
+        again = model(**mixed, return_dict=False)[0]
+    # a float layer may round differently in a batch, and an input then to its neighbor
+    same = float((together - torch.cat(alone)).norm() / together.norm())
+    assert same < 1e-3
+    assert torch.equal(together, again)
+    like = mixed | {"timestep": mixed["timestep"][:1].expand(3)}
+    with torch.no_grad():
+        other = model(**like, return_dict=False)[0][1]
+    assert float((other - together[1]).norm() / together[1].norm()) > 3 * same
+
+
+def test_a_clean_first_frame_changes_neither_policy_nor_search():
+    name = "WanTransformer3DModel"
+    model, call = zoo.model(name), zoo.inputs(name)
+    latents = call["hidden_states"]
+    patch = model.config.patch_size
+    tokens = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
+
+    def at(t: float) -> dict:
+        per_token = torch.full((len(latents), tokens[0], tokens[1] * tokens[2]), t)
+        per_token[:, 0] = 0
+        return call | {"timestep": per_token.flatten(1)}
+
+    dtq.quantize(
+        model, hasty("w8a8", step_policy={"precisions": ["native", "a16"], "num_bins": 4}),
+        inputs=[at(t) for t in (900.0, 600.0, 400.0, 100.0)], progress=False,
+    )  # fmt: skip
+    policy = model.hf_quantizer.report.step_policy
+    assert policy["num_inference_steps"] == 4
+    install_clock(model, (), StepPolicy((500.0,), ("a4", "a16")))
+    with torch.no_grad():
+        noisy = model(**at(950.0), return_dict=False)[0]
+        install_clock(model, (), StepPolicy((), ("a16",)))
+        assert torch.equal(noisy, model(**at(950.0), return_dict=False)[0])
