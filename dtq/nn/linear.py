@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
@@ -249,12 +250,12 @@ class QuantLinear(nn.Linear):
         """GELU, tanh form, of ``self(x)``, as an epilogue of the kernel: rounded once.
 
         Returns:
-            (..., N), or None: there are no compiled kernels, or none for this layer; the layer has
-            hooks (offloading); or a gradient is required.
+            (..., N), or None: there are no compiled kernels, or none for this layer; a call of the
+            layer does more than its own forward; or a gradient is required.
         """
-        hooks = self._forward_hooks or self._forward_pre_hooks
-        hooked = hooks or any(hasattr(self, hook) for hook in HOOKS)
-        if hooked or self.spatial or self._has_step_policy or _needs_gradient(x, self.bias):
+        if self._is_hooked() or self.spatial or self._has_step_policy:
+            return None
+        if _needs_gradient(x, self.bias):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):
             return None
@@ -265,6 +266,15 @@ class QuantLinear(nn.Linear):
         call = LinearCall(self.problem, rows, self._kernel_tensors(), self.bias)
         y = self.kernel.with_epilogue(call, epilogue)
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
+
+    def _is_hooked(self) -> bool:
+        """Whether a call of the layer runs hooks, or a forward that has been put in place of its own.
+
+        Adapters of kohya, LyCORIS and ComfyUI replace ``forward``, as offloading does.
+        """
+        hooks = self._forward_hooks or self._forward_pre_hooks or module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        replaced = getattr(self.forward, "__func__", None) is not _FORWARD
+        return bool(hooks or replaced or any(hasattr(self, hook) for hook in HOOKS))
 
     @property
     def _has_step_policy(self) -> bool:
@@ -393,6 +403,9 @@ class QuantLinear(nn.Linear):
     @property
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+
+_FORWARD = QuantLinear.forward
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
