@@ -45,8 +45,8 @@ def run_stages(runs: Sequence[Run]) -> dict[str, Report]:
 
     A stage returns at once where the recipe does not ask for it.
     """
-    for run in runs:
-        for stage in FLOAT_STAGES:
+    for stage in FLOAT_STAGES:  # a model that is refused is refused before any is calibrated
+        for run in runs:
             stage(run)
     for run in runs:
         for stage in SHARED_STAGES:

@@ -27,7 +27,7 @@ from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
-from dtq.nn.swap import finalize, swap_empty
+from dtq.nn.swap import finalize, restore, swap_empty
 from dtq.plan.layers import LayerSpec, Plan
 
 log = logging.getLogger("dtq")
@@ -212,7 +212,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 model.set_submodule(name, module.unquantized())
-        vars(model).pop("_skip_layerwise_casting_patterns", None)  # names of the quantized layers
+        restore(model)
         # otherwise the config of a later save would describe the float weights as quantized
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
         model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]

@@ -268,7 +268,7 @@ class QuantLinear(nn.Linear):
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
 
     def _is_hooked(self) -> bool:
-        """Whether a call of the layer runs hooks, or a forward that has been put in place of its own.
+        """Whether a call of the layer runs hooks, or a forward that was put in place of its own.
 
         Adapters of kohya, LyCORIS and ComfyUI replace ``forward``, as offloading does.
         """

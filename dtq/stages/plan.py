@@ -16,6 +16,7 @@ from dtq.pipelines import prompts, sampling
 from dtq.pipelines.loading import modules_of, scan_model
 from dtq.plan.layers import Plan
 from dtq.recipe import Recipe
+from dtq.stages.float_model import check_float_model, check_forwards
 from dtq.stages.run import Run
 
 
@@ -23,12 +24,14 @@ def plan(run: Run) -> None:
     """Scan the model, unless it was scanned before, and resolve the recipe to its layers.
 
     Raises:
-        InputError: the model is quantized already, no layer would be quantized, or the budget is
-            below what the narrowest formats need.
+        InputError: the model is quantized already, or has been changed in a way that quantizing
+            would undo; no layer would be quantized; or the budget is below what the narrowest
+            formats need.
     """
     loaded, recipe = run.loaded, run.recipe
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{loaded.name} is quantized already; give the float model")
+    check_float_model(loaded.model)
     loaded.model.eval()  # as from_pretrained leaves it; DiT's label embedder drops labels otherwise
     if loaded.scan is None:
         with paged_weights(*modules_of(loaded)):
@@ -38,6 +41,7 @@ def plan(run: Run) -> None:
     run.plan = recipe.plan(run.scan, (*run.exclude, *in_fp32))
     if not run.plan.quantized():
         raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} unquantized")
+    check_forwards(loaded.model, (layer.name for layer in run.plan.quantized()))
     if recipe.allocate.budget:
         _check_budget(run.plan, recipe)
 
