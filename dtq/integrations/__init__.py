@@ -47,6 +47,8 @@ PATCHES = (
           "test_every_way_to_load"),
     Patch("diffusers.quantizers.auto", "diffusers.register_in_transformers", "transformers 5.23.0",
           "test_a_whole_pipeline_is_told_what_to_quantize"),
+    Patch("diffusers.models.modeling_utils", "casts.register", "diffusers 0.42.1",
+          "test_casts_apply_to_what_is_not_quantized"),
     Patch("diffusers.models.controlnets", "diffusers.refuse_quantized_control_nets",
           "diffusers 0.42.1", "test_control_nets_are_not_made_of_codes"),
     Patch("diffusers.loaders.lora_pipeline", "diffusers.report_flux_shapes", "diffusers 0.42.1",

@@ -10,7 +10,7 @@ floats (:func:`to_disk`, :func:`from_disk`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from dtq.kernels.table import branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
-from dtq.plan.layers import LayerSpec
+from dtq.plan.layers import LayerSpec, check_compute_dtype
 from dtq.transforms import OnlineTransform
 
 TRANSFORM_TENSORS = ("pre_quant_scale", "pre_quant_perm")
@@ -164,6 +164,10 @@ class QuantLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_first": [], "_followers": []}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self.compute_dtype = cast_dtype(fn, self.compute_dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def packed_tensor(self, name: str) -> Tensor:
         """A packed tensor with its on-disk dtype, sharing memory."""
@@ -406,6 +410,23 @@ class QuantLinear(nn.Linear):
 
 
 _FORWARD = QuantLinear.forward
+
+
+def cast_dtype(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
+    """What a function that ``nn.Module._apply`` gets makes of a compute dtype.
+
+    Raises:
+        InputError: the function casts integers, and would destroy packed tensors; or the result is
+            no compute dtype.
+    """
+    if fn(torch.empty(0, dtype=torch.int8)).dtype != torch.int8:
+        raise InputError(
+            "this cast would change the packed tensors of quantized layers; to(dtype), half() and "
+            "float() cast what is not quantized"
+        )
+    made = fn(torch.empty(0, dtype=dtype)).dtype
+    check_compute_dtype(made)
+    return made
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

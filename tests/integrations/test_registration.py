@@ -32,6 +32,10 @@ PATCHED = {
         "import diffusers",
         "diffusers.PipelineQuantizationConfig(quant_backend='dtq', quant_kwargs={'recipe': 'w4a16'})",
     ),
+    "casts.register": (
+        "from diffusers import ModelMixin",
+        "assert ModelMixin.to.dtq and ModelMixin.half.dtq and ModelMixin.float.dtq",
+    ),
     "diffusers.refuse_quantized_control_nets": (
         "from diffusers import FluxControlNetModel",
         "assert FluxControlNetModel.from_transformer.__func__.dtq",

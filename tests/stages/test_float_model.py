@@ -10,7 +10,6 @@ import tiny
 import torch
 import zoo
 from accelerate import cpu_offload
-
 from conftest import QUICK
 
 import dtq
