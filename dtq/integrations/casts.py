@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Casts of a quantized model: they apply to what is not quantized, as on a float model.
+"""Casts and ``requires_grad_`` of a quantized model: they apply to what is not quantized.
 
 diffusers refuses ``to(dtype)``, ``half()`` and ``float()`` for every quantized model, and calls
 them itself in ``from_pipe`` and ``save_lora_adapter``. Packed tensors of dtq are integers, which
@@ -26,6 +26,7 @@ def register() -> None:
     for name in ("to", "half", "float"):
         setattr(ModelMixin, name, _allowed(getattr(ModelMixin, name)))
     ModelMixin._apply = _apply
+    ModelMixin.requires_grad_ = _requires_grad_
 
 
 def _config(model: nn.Module) -> Any:
@@ -47,6 +48,16 @@ def _allowed(cast: Callable[..., Any]) -> Callable[..., Any]:
 
     method.dtq = True  # type: ignore[attr-defined]
     return method
+
+
+def _requires_grad_(self: Any, requires_grad: bool = True) -> Any:
+    """``nn.Module.requires_grad_``; packed tensors are integers, and never require gradients."""
+    if _config(self) is None:
+        return nn.Module.requires_grad_(self, requires_grad)
+    for parameter in self.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(requires_grad)
+    return self
 
 
 def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
