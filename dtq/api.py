@@ -49,8 +49,8 @@ def run_stages(runs: Sequence[Run]) -> dict[str, Report]:
     on the default dtype of torch.
     """
     with default_dtype(torch.float32):
-        for run in runs:
-            for stage in FLOAT_STAGES:
+        for stage in FLOAT_STAGES:  # a model that is refused is refused before any is calibrated
+            for run in runs:
                 stage(run)
         for run in runs:
             for stage in SHARED_STAGES:

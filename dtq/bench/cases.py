@@ -18,6 +18,7 @@ from dtq.nn import QuantLinear
 from dtq.nn.gelu import use_fast_gelu
 from dtq.plan.layers import LayerSpec
 from dtq.recipe import MODULATION
+from dtq.transforms import OnlineTransform
 
 RECIPES = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
 """Recipes that are timed, and their weight formats."""
@@ -196,19 +197,21 @@ def quantized(
         layer: float.
         weight_format: a key of ``FORMATS``.
         activation_format: a key of ``ACTIVATION_FORMATS``.
-        transformed: whether it scales and rotates its input online. The transform is not undone in
-            the weight: only the time counts.
+        transformed: whether it scales (by ones) and rotates its input online, and holds the
+            weight for such an input.
 
     Returns:
         The quantized layer.
     """
     fmt, w = FORMATS[weight_format], layer.weight.detach().float()
     block = 64 if transformed and layer.in_features % 64 == 0 else 1
+    ones = w.new_ones(layer.in_features, dtype=torch.bfloat16)
+    w = OnlineTransform(ones, block).w(w)
     spec = LayerSpec(weight_format, activation_format, block, transformed)
     new = QuantLinear.in_place_of(layer, spec, compute_dtype=torch.bfloat16)
     tensors = fmt.pack(w, fmt.compute_qparams(w))
     if transformed:
-        tensors["pre_quant_scale"] = w.new_ones(1, layer.in_features, dtype=torch.bfloat16)
+        tensors["pre_quant_scale"] = ones[None]
     new.fill(tensors)
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach().bfloat16(), requires_grad=False)

@@ -160,7 +160,7 @@ def _repeated(name: str, layer: nn.Module, x: Tensor, count: int) -> Candidate:
 
 def _product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     """Only the product, of inputs that are quantized already."""
-    layer = quantized(plain, RECIPES[name])
+    layer = quantized(plain, RECIPES[name], transformed=False)
     x_q, scale = ops.quantize_rows(x, None, 1, None)
     tensors, op = layer.packed_tensors(), ops.w8a8_linear if name == "w8a8" else ops.w4a8_linear
     names = ("weight", "weight_scale", "weight_scale_2")

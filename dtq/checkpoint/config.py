@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from dtq.errors import CheckpointError, InputError
 from dtq.io import schema
 from dtq.io.schema import key
-from dtq.plan.layers import CheckpointSpec
+from dtq.plan.layers import COMPUTE_DTYPES, CheckpointSpec
 
 FORMAT_VERSION = 2
 """Version of the checkpoint format; a loader refuses all others."""
@@ -122,7 +122,6 @@ def _one_line(texts: str | tuple[str, ...]) -> bool:
 
 
 _LINE = key(expected="text of one line", holds=_one_line)  # model cards print it
-_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ class _Saved:
     modules_to_not_convert: tuple[str, ...] | None = field(metadata=_LINE)
     compute_dtype: Any = field(
         metadata=key(
-            expected=f"one of {', '.join(str(d).removeprefix('torch.') for d in _COMPUTE_DTYPES)}",
-            holds=_COMPUTE_DTYPES.__contains__,
+            expected=f"one of {', '.join(str(d).removeprefix('torch.') for d in COMPUTE_DTYPES)}",
+            holds=COMPUTE_DTYPES.__contains__,
         )
     )
     base_model: str = field(default="", metadata=_LINE)

@@ -49,6 +49,8 @@ PATCHES = (
           "test_a_whole_pipeline_is_told_what_to_quantize"),
     Patch("diffusers.models.modeling_utils", "model_config.drop_config_of_quantized",
           "diffusers 0.42.1", "test_a_model_made_of_the_config_of_a_quantized_one_is_float"),
+    Patch("diffusers.models.modeling_utils", "casts.register", "diffusers 0.42.1",
+          "test_casts_apply_to_what_is_not_quantized"),
     Patch("diffusers.models.controlnets", "diffusers.refuse_quantized_control_nets",
           "diffusers 0.42.1", "test_control_nets_are_not_made_of_codes"),
     Patch("diffusers.loaders.lora_pipeline", "diffusers.report_flux_shapes", "diffusers 0.42.1",

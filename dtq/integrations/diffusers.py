@@ -28,10 +28,10 @@ from dtq.errors import CheckpointError, InputError
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
-from dtq.nn.swap import finalize, swap_empty
+from dtq.nn.swap import finalize, restore, swap_empty
 from dtq.pipelines.plain_weights import plain_weights, without_wrappers
 from dtq.pipelines.stored_tensors import FP8, Stored, described, read_headers, refuse_codes
-from dtq.plan.layers import LayerSpec, Plan
+from dtq.plan.layers import LayerSpec, Plan, check_compute_dtype
 
 log = logging.getLogger("dtq")
 
@@ -77,9 +77,17 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        """The requested dtype, else the compute dtype of the checkpoint, else float32."""
+        """The requested dtype, else the compute dtype of the checkpoint, else float32.
+
+        Raises:
+            InputError: a quantized model cannot compute in that dtype.
+        """
         recorded: torch.dtype | None = self.quantization_config.compute_dtype
-        return torch_dtype or recorded or torch.float32
+        chosen = torch_dtype or recorded or torch.float32
+        if self.pre_quantized:
+            check_compute_dtype(chosen)
+            self.quantization_config.compute_dtype = chosen
+        return chosen
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
         """Open the files of a checkpoint; removes the key of the checksums.
@@ -220,9 +228,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
-            for module in model.modules():
-                if isinstance(module, QuantLinear) and module.bias is not None:
-                    module.compute_dtype = module.bias.dtype
             plan = self.quantization_config.load_plan()
             finalize(model, plan.edges, plan.policy)
             share_input_transforms(model)
@@ -255,7 +260,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 model.set_submodule(name, module.unquantized())
-        vars(model).pop("_skip_layerwise_casting_patterns", None)  # names of the quantized layers
+        restore(model)
         # otherwise the config of a later save would describe the float weights as quantized
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
         model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]

@@ -37,7 +37,8 @@ class LoraLinear(Linear):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, *args, **kwargs)
-        self.fused: dict[str, tuple[int, int]] = {}  # adapter to its range of ranks in the branch
+        # adapter to its range of ranks in the branch, and the bias from before
+        self.fused: dict[str, tuple[int, int, nn.Parameter | None]] = {}
         if self.get_base_layer().spatial:
             raise InputError(
                 f"adapter {adapter_name!r} is for a quantized 1 x 1 convolution; exclude that "
@@ -66,7 +67,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
             adapter_names: None for the active adapters.
 
         Raises:
-            InputError: an adapter has a bias, or a factor is not finite.
+            InputError: an adapter has a bias and the linear has none, or a tensor is not finite.
         """
         base = self.get_base_layer()
         if not isinstance(base, QuantLinear):  # the model was dequantized
@@ -75,13 +76,14 @@ class LoraLinear(Linear):  # type: ignore[misc]
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
-            if self.lora_B[name].bias is not None:
-                raise InputError(f"adapter {name!r} has a bias and cannot be fused; keep it loaded")
             down = self.lora_A[name].weight.detach()
             up = self.lora_B[name].weight.detach() * self.scaling[name]
-            if safe_merge and not (down.isfinite().all() and up.isfinite().all()):
+            bias = self._fused_bias(name, base)
+            values = (down, *self.lora_B[name].parameters())
+            if safe_merge and not all(value.isfinite().all() for value in values):
                 raise InputError(f"adapter {name!r} has numbers that are not finite")
-            self.fused[name] = base.add_rank(down, up)
+            self.fused[name] = *base.add_rank(down, up), base.bias
+            base.bias = bias  # type: ignore[assignment]
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -91,7 +93,28 @@ class LoraLinear(Linear):  # type: ignore[misc]
             super().unmerge()
             return
         while self.merged_adapters:
-            base.remove_rank(*self.fused.pop(self.merged_adapters.pop()))
+            first, end, bias = self.fused.pop(self.merged_adapters.pop())
+            base.remove_rank(first, end)
+            if bias is not None:  # the model may have been cast or moved since
+                bias = nn.Parameter(bias.to(base.bias), bias.requires_grad)
+            base.bias = bias  # type: ignore[assignment]
+
+    def _fused_bias(self, name: str, base: QuantLinear) -> nn.Parameter | None:
+        """The bias of the linear with that of an adapter added.
+
+        Raises:
+            InputError: only the adapter has one.
+        """
+        added, bias = self.lora_B[name].bias, base.bias
+        if added is None:
+            return bias
+        if bias is None:
+            raise InputError(
+                f"adapter {name!r} has a bias for a linear that has none, and cannot be fused; "
+                f"keep it loaded"
+            )
+        total = bias.detach().float() + added.detach().to(bias.device).float() * self.scaling[name]
+        return nn.Parameter(total.to(bias.dtype), requires_grad=bias.requires_grad)
 
 
 def register() -> None:

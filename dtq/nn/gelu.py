@@ -46,7 +46,8 @@ class FastProjectedGELU(GELU):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
         linear = self.proj
-        y = linear.gelu(hidden_states) if isinstance(linear, QuantLinear) else None
+        fuse = isinstance(linear, QuantLinear) and "gelu" not in vars(self)
+        y = linear.gelu(hidden_states) if fuse else None
         return super().forward(hidden_states) if y is None else y
 
     def gelu(self, gate: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ floats (:func:`to_disk`, :func:`from_disk`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
@@ -26,7 +27,7 @@ from dtq.kernels.table import branch_joins, compiled, pick
 from dtq.models.linears import shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
-from dtq.plan.layers import LayerSpec
+from dtq.plan.layers import LayerSpec, check_compute_dtype
 from dtq.transforms import OnlineTransform
 
 TRANSFORM_TENSORS = ("pre_quant_scale", "pre_quant_perm")
@@ -164,6 +165,10 @@ class QuantLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_first": [], "_followers": []}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self.compute_dtype = cast_dtype(fn, self.compute_dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
     def packed_tensor(self, name: str) -> Tensor:
         """A packed tensor with its on-disk dtype, sharing memory."""
         tensor = self._parameters[name]
@@ -249,13 +254,12 @@ class QuantLinear(nn.Linear):
         """GELU, tanh form, of ``self(x)``, as an epilogue of the kernel: rounded once.
 
         Returns:
-            (..., N), or None: there are no compiled kernels, or none for this layer; the layer has
-            hooks (offloading); or a gradient is required.
+            (..., N), or None: there are no compiled kernels, or none for this layer; a call of the
+            layer does more than its own forward; or a gradient is required.
         """
-        hooks = self._forward_hooks or self._forward_pre_hooks
-        hooked = hooks or any(hasattr(self, hook) for hook in HOOKS)
-        by_step = self._has_step_policy or self._differs_by_sample
-        if hooked or self.spatial or by_step or _needs_gradient(x, self.bias):
+        if self._is_hooked() or self.spatial or self._has_step_policy or self._differs_by_sample:
+            return None
+        if _needs_gradient(x, self.bias):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):
             return None
@@ -266,6 +270,15 @@ class QuantLinear(nn.Linear):
         call = LinearCall(self.problem, rows, self._kernel_tensors(), self.bias)
         y = self.kernel.with_epilogue(call, epilogue)
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
+
+    def _is_hooked(self) -> bool:
+        """Whether a call of the layer runs hooks, or a forward that was put in place of its own.
+
+        Adapters of kohya, LyCORIS and ComfyUI replace ``forward``, as offloading does.
+        """
+        hooks = self._forward_hooks or self._forward_pre_hooks or module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        replaced = getattr(self.forward, "__func__", None) is not _FORWARD
+        return bool(hooks or replaced or any(hasattr(self, hook) for hook in HOOKS))
 
     @property
     def _has_step_policy(self) -> bool:
@@ -404,6 +417,26 @@ class QuantLinear(nn.Linear):
     @property
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+
+_FORWARD = QuantLinear.forward
+
+
+def cast_dtype(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
+    """What a function that ``nn.Module._apply`` gets makes of a compute dtype.
+
+    Raises:
+        InputError: the function casts integers, and would destroy packed tensors; or the result is
+            no compute dtype.
+    """
+    if fn(torch.empty(0, dtype=torch.int8)).dtype != torch.int8:
+        raise InputError(
+            "this cast would change the packed tensors of quantized layers; to(dtype), half() and "
+            "float() cast what is not quantized"
+        )
+    made = fn(torch.empty(0, dtype=dtype)).dtype
+    check_compute_dtype(made)
+    return made
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

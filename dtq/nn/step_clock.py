@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,18 @@ class StepClock(nn.Module):
 
     def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
         super().__init__()
-        self.bin = torch.zeros(1, dtype=torch.int64)
         self.samples: Tensor | None = None
         self.edges = torch.tensor(list(edges), dtype=torch.float64)
         self.modes = policy.precisions if policy is not None else ()
-        self.mode = torch.zeros(1, dtype=torch.int64)
         self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
+        with torch.inference_mode(False):  # an inference tensor could not be set outside of it
+            self.bin = torch.zeros(1, dtype=torch.int64)
+            self.mode = torch.zeros(1, dtype=torch.int64)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of copies and pickles
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):
+            self.bin, self.mode = self.bin.clone(), self.mode.clone()
 
     def set(self, timestep: Tensor) -> None:
         """Set the clock to the timestep of a call: that of the noisiest tokens of each sample.
@@ -84,7 +91,7 @@ class StepClock(nn.Module):
 
     def _move_to(self, device: torch.device) -> None:
         if self.bin.device != device:
-            with torch.inference_mode(False):  # an inference tensor could not be set outside of it
+            with torch.inference_mode(False):
                 self.bin, self.edges = self.bin.to(device), self.edges.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepClock:

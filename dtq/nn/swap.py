@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ from dtq.nn import nan_check
 from dtq.nn.gelu import use_fast_gelu
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned, device_of
-from dtq.nn.timestep_hook import install_clock
+from dtq.nn.timestep_hook import install_clock, remove_clock
 from dtq.plan.layers import CheckpointSpec
 from dtq.plan.step_policy import StepPolicy
+
+log = logging.getLogger("dtq")
 
 
 def swap_empty(model: nn.Module, plan: CheckpointSpec, compute_dtype: torch.dtype) -> None:
@@ -76,6 +79,28 @@ def temporarily_replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> 
             module.to(devices[name])
 
 
+def not_fused(*args: object, **kwargs: object) -> None:
+    """Takes the place of the methods of diffusers that fuse q, k and v, or undo it."""
+    log.warning(
+        "q, k and v are not fused: they are quantized one by one, and the output is the same; a "
+        'compiled graph (backend="dtq") quantizes their common input once'
+    )
+
+
+def _keep_separate(module: nn.Module, method: str) -> None:
+    if hasattr(module, method):
+        vars(module)[method] = not_fused
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`finalize` on a model whose linears are float again."""
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if value is not_fused]:
+            delattr(module, name)
+    vars(model).pop("_skip_layerwise_casting_patterns", None)
+    remove_clock(model)
+
+
 def finalize(
     model: nn.Module,
     edges: tuple[float, ...],
@@ -95,12 +120,11 @@ def finalize(
         align: whether to align tensors. Without, mapped tensors stay in their files: for a model
             that is saved and never run.
     """
-    for module in model.modules():
-        if any(isinstance(child, QuantLinear) for child in module.children()) and hasattr(
-            module, "fuse_projections"
-        ):
-            # diffusers would concatenate the packed weights of q, k and v
-            module._supports_qkv_fusion = False  # type: ignore[assignment]
+    for module in model.modules():  # diffusers would concatenate the packed weights of q, k and v
+        if any(isinstance(child, QuantLinear) for child in module.children()):
+            _keep_separate(module, "fuse_projections")
+    for method in ("fuse_qkv_projections", "unfuse_qkv_projections"):
+        _keep_separate(model, method)
     quantized = [n for n, m in model.named_modules() if isinstance(m, QuantLinear)]
     others = getattr(type(model), "_skip_layerwise_casting_patterns", None) or ()
     # layerwise casting cannot change scales; casting the biases would save hardly any memory

@@ -37,6 +37,14 @@ def install_clock(
     return clock
 
 
+def remove_clock(model: nn.Module) -> None:
+    """Remove the step clock of a model, if there is one; no layer may need it any more."""
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _set_clock]:
+        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
+        delattr(model, _CLOCK)
+
+
 def _set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     clock = getattr(module, _CLOCK)
     for name in TIME_ARGUMENTS:

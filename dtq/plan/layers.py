@@ -22,6 +22,23 @@ from dtq.io import schema
 from dtq.io.schema import MethodSpec
 from dtq.plan.step_policy import StepPolicy
 
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of what is not quantized."""
+
+
+def check_compute_dtype(dtype: torch.dtype) -> None:
+    """Check that a quantized model can compute in a dtype.
+
+    Raises:
+        InputError: it is not one of ``COMPUTE_DTYPES``.
+    """
+    if dtype not in COMPUTE_DTYPES:
+        known = ", ".join(str(each).removeprefix("torch.") for each in COMPUTE_DTYPES)
+        raise InputError(
+            f"a quantized model computes in {known}, not in {str(dtype).removeprefix('torch.')}; "
+            f"enable_layerwise_casting stores what is not quantized in fewer bits"
+        )
+
 
 @dataclass(frozen=True)
 class LayerSpec:

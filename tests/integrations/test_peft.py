@@ -178,6 +178,87 @@ def test_fusing_widens_the_branch_and_unfusing_restores_every_bit(name, recipe, 
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
+def biased(model: nn.Module, seed: int, size: float = 1.0) -> dict[str, torch.Tensor]:
+    """As :func:`adapter`, with a bias for every linear."""
+    g = torch.Generator().manual_seed(seed)
+    state = adapter(model, seed=seed, prefix="")
+    for name, layer in linears(model).items():
+        state[f"{name}.lora_B.bias"] = size * torch.randn(layer.out_features, generator=g)
+    return state
+
+
+def load(model: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+    """Add an adapter with biases to any class of model."""
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=[*linears(model)], lora_bias=True)
+    peft.inject_adapter_in_model(config, model, name)
+    peft.set_peft_model_state_dict(model, state, name)
+
+
+def lora_layers(model: nn.Module):
+    return [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", tiny.TRANSFORMERS)
+def test_adapters_with_biases_are_fused_and_unfusing_restores_every_bit(name, dtype, tmp_path):
+    model = quantized(name).to(dtype)
+    plain, before = run(model), {k: v.clone() for k, v in model.state_dict().items()}
+    load(model, biased(model, 1), "one")
+    load(model, biased(model, 2), "two")
+    for layer in lora_layers(model):
+        layer.set_adapter(["one", "two"])
+    on = run(model)
+    for layer in lora_layers(model):
+        layer.merge(safe_merge=True)
+    fused = run(model)
+    assert (fused - on).norm() < (0.02 if dtype == torch.float32 else 0.1) * (on - plain).norm()
+    twin = copy.deepcopy(model)
+    for layer in lora_layers(model):
+        layer.unmerge()
+    assert torch.equal(run(model), on)
+    after = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    for layer_name in linears(twin):
+        twin.set_submodule(layer_name, twin.get_submodule(layer_name).get_base_layer())
+    assert torch.equal(run(twin), fused)
+    twin.save_pretrained(tmp_path)
+    loaded = type(twin).from_pretrained(tmp_path)
+    for layer_name, layer in linears(twin).items():
+        assert torch.equal(loaded.get_submodule(layer_name).bias, layer.bias)
+
+
+def test_a_cast_between_fusing_and_unfusing_casts_the_bias():
+    model = quantized("wan")
+    biases = {n: m.bias.clone() for n, m in linears(model).items()}
+    load(model, biased(model, 1), "one")
+    for layer in lora_layers(model):
+        layer.merge()
+    model.bfloat16()
+    for layer in lora_layers(model):
+        layer.unmerge()
+    for name, layer in linears(model).items():
+        assert torch.equal(layer.bias, biases[name].bfloat16())
+
+
+def test_biases_that_cannot_be_fused_are_refused():
+    model = quantized("flux")
+    names = [*linears(model)]
+    linears(model)[names[-1]].bias = None
+    load(model, biased(model, 1), "one")
+    on = run(model)
+    *_, last = lora_layers(model)
+    for layer in lora_layers(model):
+        if layer.get_base_layer().bias is None:
+            with pytest.raises(InputError, match="a bias for a linear that has none"):
+                layer.merge()
+            assert not layer.merged
+    assert torch.equal(run(model), on)
+    last.lora_B["one"].bias.data[0] = float("nan")
+    if last.get_base_layer().bias is not None:
+        with pytest.raises(InputError, match="not finite"):
+            last.merge(safe_merge=True)
+
+
 @pytest.mark.parametrize("name", ["flux", "wan"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_fused_model_saves_and_loads_like_any_other(name, recipe, tmp_path):
@@ -248,10 +329,6 @@ def test_unsupported_adapters_are_refused():
     for kind in (peft.LoKrConfig, peft.LoHaConfig):
         with pytest.raises(InputError, match="plain LoRA"):
             peft.get_peft_model(quantized("flux"), kind(target_modules=[name]))
-    config = peft.LoraConfig(target_modules=[name], lora_bias=True)
-    wrapped = peft.get_peft_model(quantized("flux"), config)
-    with pytest.raises(InputError, match="bias"):
-        wrapped.merge_and_unload()
     model = quantized("flux")
     state = {k: v * float("nan") for k, v in adapter(model).items()}
     model.load_lora_adapter(state)

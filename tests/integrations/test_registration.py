@@ -36,6 +36,10 @@ PATCHED = {
         "from diffusers import FluxTransformer2DModel",
         "assert FluxTransformer2DModel.from_config.__func__.dtq",
     ),
+    "casts.register": (
+        "from diffusers import ModelMixin",
+        "assert ModelMixin.to.dtq and ModelMixin.half.dtq and ModelMixin.float.dtq",
+    ),
     "diffusers.refuse_quantized_control_nets": (
         "from diffusers import FluxControlNetModel",
         "assert FluxControlNetModel.from_transformer.__func__.dtq",

@@ -102,6 +102,58 @@ def test_it_is_the_epilogue_of_the_linear_before_it(recipe):
         assert torch.equal(module(x).detach(), apart)
 
 
+def patched_forward(linear):
+    before = linear.forward
+    linear.forward = lambda x: before(x) + 1
+
+
+def patched_class(linear):
+    class Shifted(type(linear)):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    linear.__class__ = Shifted
+
+
+def hooked(linear):
+    linear.register_forward_hook(lambda module, args, y: y + 1)
+
+
+@pytest.mark.parametrize("change", [patched_forward, patched_class, hooked])
+@pytest.mark.parametrize("name", tiny.TRANSFORMERS)
+def test_whatever_stands_at_forward_is_called(name, change):
+    model = dtq.quantize(tiny.TRANSFORMERS[name](), "w8a8", progress=False, transform="none")
+    for module in [m for m in model.modules() if isinstance(m, FastProjectedGELU)]:
+        x = torch.randn(2, 3, module.proj.in_features)
+        with torch.no_grad():
+            want = module.gelu(module.proj(x) + 1)
+            change(module.proj)
+            assert torch.equal(module(x), want)
+            module.gelu = lambda gate: gate
+            assert torch.equal(module(x), module.proj(x))
+
+
+def test_hooks_of_all_modules_are_called():
+    model = dtq.quantize(tiny.dit(), "w8a8", progress=False, transform="none")
+    module = next(m for m in model.modules() if isinstance(m, FastProjectedGELU))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: seen.append(m))
+    with torch.no_grad():
+        module(torch.randn(2, module.proj.in_features))
+    handle.remove()
+    assert module.proj in seen
+
+
+def test_a_forward_that_is_put_back_is_fused_again():
+    model = dtq.quantize(tiny.dit(), "w8a8", progress=False, transform="none")
+    module = next(m for m in model.modules() if isinstance(m, FastProjectedGELU))
+    x = torch.randn(2, module.proj.in_features)
+    with torch.no_grad():
+        before = module(x)
+        module.proj.forward = module.proj.forward
+        assert torch.equal(module(x), before)
+
+
 def test_it_is_a_separate_op_after_a_linear_with_an_adapter():
     model = dtq.quantize(tiny.sd3(), "w8a8", progress=False, transform="none")
     from peft import LoraConfig

@@ -77,6 +77,29 @@ def same(got: list[torch.Tensor], want: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+# inference mode
+
+
+@pytest.mark.parametrize("activations", ["int8-row", "int8-static-timestep"])
+@pytest.mark.parametrize("name", tiny.TRANSFORMERS)
+def test_a_model_that_was_made_under_inference_mode_runs_outside(name, activations, tmp_path):
+    model = quantized(name, activations)
+    edges = model.hf_quantizer.quantization_config.timestep_edges
+    install_clock(model, edges, POLICY)
+    want = outputs(model, calls(name))
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = type(model).from_pretrained(tmp_path)
+        install_clock(loaded, edges, POLICY)
+        copied = copy.deepcopy(model)
+        assert same(outputs(copied, calls(name)), want)
+    for made in (loaded, copied, copy.deepcopy(loaded)):
+        assert same(outputs(made, calls(name)), want)
+        with torch.inference_mode():
+            assert same(outputs(made, calls(name)), want)
+        assert same(outputs(made, calls(name)), want)
+
+
 # offloading
 
 
