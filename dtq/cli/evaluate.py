@@ -18,6 +18,7 @@ from dtq.errors import InputError
 
 if TYPE_CHECKING:
     from dtq.evaluate.evaluate import Evaluation
+    from dtq.evaluate.requested_metrics import MetricRequest
     from dtq.evaluate.vbench_metrics import VBenchRequest
 
 
@@ -77,12 +78,6 @@ def evaluate(
     candidate: str,
     reference: str,
     output: Path | None,
-    num_images: int,
-    metrics: tuple[str, ...],
-    features: str,
-    weights: tuple[str, ...],
-    reference_set: Path | None,
-    set_prompts: str,
     npz: bool,
     keep_images: bool,
     libraries: tuple[str, ...],
@@ -100,24 +95,13 @@ def evaluate(
     dtq eval demo-w4a8 --reference demo -o report
     dtq eval demo-w4a8 --reference demo --num-images 256 --metric fid,kid,precision,recall
     """
-    from dtq.cli.inputs import (
-        join_workers,
-        listed,
-        load_verified,
-        pairs,
-        sampling_settings,
-        variants_of,
-    )
+    from dtq.cli.inputs import join_workers, listed, load_verified, sampling_settings, variants_of
     from dtq.evaluate.evaluate import evaluate
     from dtq.evaluate.report.quantization_report import quantization_report
-    from dtq.evaluate.requested_metrics import MetricRequest
 
     workers = join_workers(output)
-    names = tuple(listed(metrics)) or (("fid",) if num_images else ())
-    sources = dict(pairs(weights, "--extractor"))
-    request = MetricRequest(names, num_images, features, sources, reference_set, set_prompts)
+    request, vbench = _metric_request(settings), _vbench_request(settings)
     request.check()
-    vbench = _vbench_request(settings)
     vbench.check()
     # a gate must never read an older run than the one that failed
     if output is not None and workers.is_main:
@@ -155,6 +139,22 @@ def evaluate(
         _print(result, output)
     if result.run.missing:
         sys.exit(INVALID)
+
+
+def _metric_request(settings: dict[str, Any]) -> MetricRequest:
+    """Metrics beyond those of every run; their options are taken out of ``settings``."""
+    from dtq.cli.inputs import listed, pairs
+    from dtq.evaluate.requested_metrics import MetricRequest
+
+    count = settings.pop("num_images")
+    return MetricRequest(
+        tuple(listed(settings.pop("metrics"))) or (("fid",) if count else ()),
+        count,
+        settings.pop("features"),
+        dict(pairs(settings.pop("weights"), "--extractor")),
+        settings.pop("reference_set"),
+        settings.pop("set_prompts"),
+    )
 
 
 def _vbench_request(settings: dict[str, Any]) -> VBenchRequest:
