@@ -13,6 +13,8 @@ from dtq.errors import InputError
 from dtq.models.timestep import sample_timesteps
 from dtq.plan.step_policy import StepPolicy
 
+_DIFFERENT = "dtq: a compiled graph takes samples of one timestep; call it for each timestep"
+
 
 class StepClock(nn.Module):
     """The current timestep bin and precision, shared by every quantized layer.
@@ -51,14 +53,20 @@ class StepClock(nn.Module):
     def set(self, timestep: Tensor) -> None:
         """Set the clock to the timestep of a call: that of the noisiest tokens of each sample.
 
-        A compiled graph takes that of the first sample.
-
         Args:
             timestep: a scalar, (B,), or (B, ...) with one entry per token or frame.
+
+        Raises:
+            RuntimeError: in a compiled graph, for samples of different timesteps.
         """
         samples = sample_timesteps(timestep)
-        alike = len(samples) == 1 or torch.compiler.is_compiling()
-        self.samples = None if alike or bool((samples == samples[0]).all()) else samples
+        self.samples = None
+        if len(samples) > 1:
+            alike = (samples == samples[0]).all()
+            if torch.compiler.is_compiling():
+                torch._assert_async(alike, _DIFFERENT)  # type: ignore[no-untyped-call]
+            elif not alike:
+                self.samples = samples
         self._set(samples[:1])
 
     def _set(self, timestep: Tensor) -> None:

@@ -10,6 +10,7 @@ from conftest import hasty
 
 import dtq
 from dtq.models.timestep import sample_timesteps, timestep_of
+from dtq.nn.step_clock import StepClock
 from dtq.nn.timestep_hook import install_clock
 from dtq.plan.step_policy import StepPolicy
 
@@ -117,3 +118,16 @@ def test_a_clean_first_frame_changes_neither_policy_nor_search():
         noisy = model(**at(950.0), return_dict=False)[0]
         install_clock(model, (), StepPolicy((), ("a16",)))
         assert torch.equal(noisy, model(**at(950.0), return_dict=False)[0])
+
+
+def test_a_compiled_graph_refuses_samples_of_different_timesteps():
+    clock = StepClock(EDGES)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def bins(timestep):
+        clock.set(timestep)
+        return clock.bin + 0
+
+    assert bins(torch.tensor([600.0, 600.0])).tolist() == [2]
+    with pytest.raises(RuntimeError, match="samples of one timestep"):
+        bins(torch.tensor([600.0, 100.0]))
