@@ -161,6 +161,13 @@ def test_too_few_images_are_inconclusive():
     assert decide(worse, run_of(), policy).outcome is Outcome.REGRESSION
 
 
+def test_the_advice_for_image_sets_is_more_images():
+    near = replace(POLICY, primary=(Limit("error", 1.05), Limit("fid", 2.65)))
+    verdict = decide(run_of(0.47), run_of(), near)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert verdict.sentence.startswith("Inconclusive in fid (32 prompts, look 1 of 3): more images")
+
+
 def test_a_run_with_more_images_is_compared_on_those_that_both_have():
     verdict = decide(run_of(n=256), run_of(n=128), replace(POLICY, primary=(Limit("fid", 0.2),)))
     assert verdict.outcome in (Outcome.PASS, Outcome.INVALID)

@@ -349,6 +349,10 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
     if few := [row for row in undecided if not row.differences]:
         images = max(x.num_images for x in policy.primary if x.metric in {r.name for r in few})
         return f"Inconclusive in {names} ({where}): evaluate both with --num-images {images}."
+    if all(row.metric.of_sets for row in undecided):
+        advice = "more images would decide (num_images in the policy, --num-images of dtq eval)"
+        return f"Inconclusive in {names} ({where}): {advice}."
+    undecided = [row for row in undecided if not row.metric.of_sets]
     later = [count for count in policy.looks if count > prompts]
     advice = "the policy has no further look; the difference is too close to the margin"
     if later:
