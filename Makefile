@@ -103,4 +103,4 @@ gpu:
 	PYTHONPATH=. $(PYTHON) tests/gpu.py --out .gpu
 
 clean:
-	rm -rf .venv .venv-results .demo build dist dtq/_lib *.egg-info
+	rm -rf .venv .venv-results .venv-vbench .demo build dist dtq/_lib *.egg-info

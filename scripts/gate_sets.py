@@ -2,7 +2,8 @@
 """Measure the set metrics of the gate on images of a bundled model: coverage, repeats, power.
 
     python scripts/gate_sets.py pools -o pools         # samples the models; once, the longest part
-    python scripts/gate_sets.py coverage repeats planted power -o pools
+    python scripts/gate_sets.py coverage repeats values verdicts power -o pools
+    python scripts/gate_sets.py samples --run RUN --baseline BASELINE
 
 ``pools`` keeps the features of ``--images`` images of the float model, of ``w4a8``, of both again
 with another batch size, and of ``w4a8`` with each planted defect. The other parts draw sets of
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -317,11 +319,30 @@ def samples(options: argparse.Namespace) -> None:
             print(f"| {name} | {limits[name].margin} | {shown} | {' | '.join(cells)} |", flush=True)
 
 
+def verdicts(options: argparse.Namespace) -> None:
+    """Whether each pool is a regression in KID at the level of the policy ``bundled``, by set."""
+    policy = Policy.load("bundled")
+    (limit,) = [x for x in policy.primary if METRICS[x.metric].of_sets]
+    alpha = policy.alpha / len(policy.looks) / sum(x.parts for x in policy.primary)
+    floats, base = pool(options, "float"), (pool(options, "w4a8"), pool(options, "float"))
+    runs = {name: (pool(options, name), floats) for name in ("rtn-w4a8", *DEFECTS)}
+    runs["w4a8 again"] = pool(options, "w4a8 again"), pool(options, "float again")
+    for name, run in runs.items():
+        found: Counter[str] = Counter()
+        for indices in torch.arange(options.images).split(limit.num_images):
+            d = differences(limit.metric, run, base, indices).numpy()
+            p = paired(d, floor=limit.margin / 100, resamples=policy.resamples)
+            worse, good = p.p_above(limit.margin) <= alpha, p.p_below(limit.margin) <= alpha
+            found["regression" if worse else "pass" if good else "inconclusive"] += 1
+        print(f"{limit.metric} {limit.margin}, {name}: {dict(found)}", flush=True)
+
+
 PARTS = {
     "pools": pools,
     "coverage": coverage,
     "repeats": repeats,
     "values": values,
+    "verdicts": verdicts,
     "power": power,
     "samples": samples,
 }

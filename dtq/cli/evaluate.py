@@ -180,8 +180,7 @@ def _save(result: Evaluation, output: Path, npz: bool, keep_images: bool) -> Non
     shutil.rmtree(output / ".shares", ignore_errors=True)
     run = result.run
     if run.image_sets is not None:
-        file = output / feature_file.FILE
-        run.image_sets = feature_file.write(run.features, file, run.image_sets)
+        run.image_sets = feature_file.write(run.features, output, run.image_sets)
     for model, images in result.image_sets.items():
         if npz:
             adm_suite.write(images.images, output / f"{model}.npz")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 
 from dtq.cli import options as opt
 from dtq.cli.output import INVALID, table
-from dtq.errors import DtqError, printable
+from dtq.errors import LIBRARY_ERRORS, DtqError, printable
 
 
 class Gate(click.Group):
@@ -41,12 +42,14 @@ class Gate(click.Group):
         """Run the command; errors end with the exit code ``INVALID``."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:
+        except (BrokenPipeError, click.exceptions.Exit):
             raise
         except click.UsageError as error:
             error.show()
         except (DtqError, OSError) as error:
             click.echo(f"error: {error}", err=True)
+        except LIBRARY_ERRORS:  # a fault must not have the exit code of a regression
+            traceback.print_exc()
         sys.exit(INVALID)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -30,6 +30,7 @@ _options = opt.combined(
           help="Number of images when no --prompt is given; the prompts come from --prompts."),
     opt.sampling(0, "Seed of the latents."),
     opt.flag("--mp4", help="Also write videos as MP4, which needs dtq[video]."),
+    opt.count("--fps", default=8, help="Frames per second of --mp4."),
     opt.output(required=True, help="Folder for the images."),
 )
 # fmt: on
@@ -45,6 +46,7 @@ def sample(
     dtype: str,
     variant: str | None,
     mp4: bool,
+    fps: int,
     output: Path,
     **options: Any,
 ) -> None:
@@ -78,7 +80,7 @@ def sample(
         requests = prompts.load(settings.prompts, loaded.pipeline, how_many)
     places = workers.shard(how_many, settings.batch_size)
     results = run_pipeline(loaded.pipeline, requests, settings, only=places)
-    on_sheet = _generate(loaded, results, places, output, mp4)
+    on_sheet = _generate(loaded, results, places, output, fps if mp4 else 0)
     shards = gather.gather(workers, output / ".shares", "sheet", on_sheet, places)
     if shards is None:
         return
@@ -90,7 +92,7 @@ def sample(
 
 
 def _generate(
-    loaded: LoadedModel, results: Iterable[Any], places: Sequence[int], output: Path, mp4: bool
+    loaded: LoadedModel, results: Iterable[Any], places: Sequence[int], output: Path, fps: int
 ) -> dict[str, Tensor]:
     """Write the samples of this process; returns those on the contact sheet."""
     import torch
@@ -109,15 +111,15 @@ def _generate(
                         f"bf16 has more range than fp16"
                     )
                 place = next(left)
-                _write(sample, output / f"{place:04d}", images.rate(loaded.pipeline), mp4)
+                _write(sample, output / f"{place:04d}", images.rate(loaded.pipeline), fps)
                 if place < _ON_SHEET:
                     on_sheet[f"{place:04d}"] = sample
     return on_sheet
 
 
-def _write(sample: Tensor, path: Path, rate: int, mp4: bool) -> None:
+def _write(sample: Tensor, path: Path, rate: int, fps: int) -> None:
     """Write an image, a sound, or a video with a folder of frames, which other tools read."""
-    from dtq.evaluate import mp4 as mp4_files
+    from dtq.evaluate import mp4
     from dtq.evaluate.metrics import images
     from dtq.io.atomic import atomic_write, make_directory
 
@@ -125,8 +127,8 @@ def _write(sample: Tensor, path: Path, rate: int, mp4: bool) -> None:
     make_directory(path.parent)
     atomic_write(path.with_suffix(suffix), data)
     if sample.ndim == 4:
-        if mp4:
-            mp4_files.write(sample, path.with_suffix(".mp4"))
+        if fps:
+            mp4.write(sample, path.with_suffix(".mp4"), fps)
         make_directory(path)
         for k, frame in enumerate(sample):
             atomic_write(path / f"{k:04d}.png", images.file(frame))

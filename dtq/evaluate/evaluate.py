@@ -139,8 +139,8 @@ def evaluate(
     request.check()
     vbench = vbench or VBenchRequest()
     vbench.check()
-    if vbench and videos_to is None:
-        raise InputError("the videos for VBench need a folder: -o FOLDER")
+    if vbench.writes and videos_to is None:
+        raise InputError("--vbench and --mp4 write videos, which need a folder: -o FOLDER")
     for name in baselines:
         libraries.find(name)
     if baselines and not any(layers.values()):
@@ -155,17 +155,17 @@ def evaluate(
         progress(f"baseline {name}")
         errors, bits[name] = _baseline(name, floats, layers, job.truth)
         shard.errors[name] = paired_run.with_positions(job, errors)
-    if vbench:
+    if vbench.writes:
         shard.images["rerun"] = torch.cat(job.rerun.images)
     merged = merge_shards(workers, folder, shard)
     sets = requested_metrics.distributions(
-        candidate, reference, job.settings, request, progress, workers, folder
-    )
+        candidate, reference, job.settings, request, progress, workers, folder,
+        rerun_batch_size=job.rerun_batch_size,
+    )  # fmt: skip
     if merged is None:
         return None
-    if vbench and videos_to is not None:
-        vbench_metrics.score(vbench, merged.run, merged.images, videos_to, progress)
-        del merged.images["rerun"]
+    vbench_metrics.score(vbench, merged.run, merged.images, videos_to or Path(), progress)
+    merged.images.pop("rerun", None)
     result = _result(merged, bits)
     result.metrics, result.image_sets = sets.metrics, sets.image_sets
     if request.distributions:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtq.errors import InputError
-from dtq.io.checksum import file_digest
+from dtq.errors import LIBRARY_ERRORS, InputError
+from dtq.evaluate.gate.metrics import MIN_IMAGES
+from dtq.io.checksum import bytes_digest, file_digest
 from dtq.io.schema import key
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 FILE = "features.safetensors"
 
-LARGEST = 2**30
-"""Bytes; 10,000 images with 2048 features each take 246 MB."""
+LARGEST = 2**32
+"""Bytes; 50,000 images of both models with 2048 features take 0.8 GB."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class FeatureFile:
     Attributes:
         prompts: prompt or label of each image (N,).
         seed: of the run; image i has the latents of request i.
-        extractors: name of an extractor to the network, its file and the resizer.
+        extractors: name of an extractor to the digest of its weights and the resizer.
         extractor_of: requested metric to the name of its extractor.
         file: name of the file with the features, next to the run file.
         sha256: of its contents; empty until it is written.
@@ -41,19 +42,39 @@ class FeatureFile:
     extractor_of: dict[str, str]
     file: str = field(
         default=FILE,
-        metadata=key("", "a plain name", re.compile(r"[\w-][\w.-]*\.safetensors").fullmatch),
+        metadata=key("", "a plain name", re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors").fullmatch),
     )
     sha256: str = ""
 
+    def extractor(self, metric: str) -> str:
+        """What computed the features of a metric: name, weights and resizer."""
+        name = self.extractor_of.get(metric, "none")
+        return f"{name} ({self.extractors.get(name, 'unknown')})"
 
-def write(features: Mapping[str, Tensor], path: Path, sets: FeatureFile) -> FeatureFile:
-    """Write features (N, D) by ``<side>.<extractor>.<kind>``; returns ``sets`` with digest."""
+
+def write(
+    features: Mapping[str, Tensor], folder: Path, sets: FeatureFile, file: str = FILE
+) -> FeatureFile:
+    """Write features, atomically.
+
+    Args:
+        features: (N, D) by ``<side>.<extractor>.<kind>``.
+        folder: of the run file.
+        sets: what the run file says about them.
+        file: name; ``{digest}`` in it is replaced by the first digits of the SHA-256.
+
+    Returns:
+        ``sets`` with the name and the digest of the file.
+    """
     from safetensors.torch import save
 
     from dtq.io.atomic import atomic_write
 
-    atomic_write(path, save({name: t.contiguous() for name, t in features.items()}))
-    return replace(sets, file=path.name, sha256=file_digest(path))
+    data = save({name: tensor.contiguous() for name, tensor in features.items()})
+    digest = bytes_digest(data)
+    name = file.replace("{digest}", digest[:12])
+    atomic_write(folder / name, data)
+    return replace(sets, file=name, sha256=digest)
 
 
 def read(folder: Path, sets: FeatureFile) -> dict[str, Tensor]:
@@ -66,16 +87,21 @@ def read(folder: Path, sets: FeatureFile) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing, is too large, or is not the one that the run wrote.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / sets.file
+    advice = "copy the file that belongs to the run file, or run dtq eval again"
     if not path.is_file():
-        raise InputError(f"{path}: missing; it belongs to the run file")
+        raise InputError(f"{path}: missing; {advice}")
     if path.stat().st_size > LARGEST:
-        raise InputError(f"{path}: larger than {LARGEST} bytes")
+        raise InputError(f"{path}: larger than {LARGEST} bytes; evaluate fewer images")
     if file_digest(path) != sets.sha256:
-        raise InputError(f"{path}: not the file that the run wrote (its SHA-256 differs)")
-    return load_file(path)
+        raise InputError(f"{path}: its SHA-256 is not the one in the run file; {advice}")
+    try:
+        return load_file(path)
+    except (SafetensorError, *LIBRARY_ERRORS) as error:
+        raise InputError(f"{path}: not safetensors ({error}); {advice}") from error
 
 
 def flaws(features: Mapping[str, Tensor], names: Iterable[str], count: int) -> list[str]:
@@ -83,20 +109,27 @@ def flaws(features: Mapping[str, Tensor], names: Iterable[str], count: int) -> l
 
     Args:
         features: (N, D) by name.
-        names: that must be there.
+        names: of the sides that are compared with one another.
         count: N, of sides other than ``rerun``, which may have fewer images.
     """
     import torch
 
-    reasons = []
+    reasons, widths = [], set()
     for name in names:
         tensor = features.get(name)
         if tensor is None:
             reasons.append(f"{name}: not in the file of features")
-        elif tensor.ndim != 2 or tensor.dtype != torch.float32 or not tensor.shape[1]:
+            continue
+        least = min(count, MIN_IMAGES) if name.startswith("rerun.") else count
+        if tensor.ndim != 2 or tensor.dtype != torch.float32 or not tensor.shape[1]:
             reasons.append(f"{name}: not float32 of two axes")
-        elif len(tensor) != count and not (name.startswith("rerun.") and 2 <= len(tensor) < count):
+        elif not least <= len(tensor) <= count:
             reasons.append(f"{name}: {len(tensor)} images, the run has {count}")
         elif not tensor.isfinite().all():
             reasons.append(f"{name}: not finite")
+        elif len(tensor) and bool((tensor == tensor[0]).all()):
+            reasons.append(f"{name}: the features of all images are the same")
+        widths.add(tensor.shape[1:])
+    if not reasons and len(widths) > 1:
+        reasons.append(f"{', '.join(names)}: different numbers of features")
     return reasons

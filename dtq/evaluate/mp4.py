@@ -15,7 +15,7 @@ from dtq.evaluate import optional_packages
 from dtq.evaluate.metrics.images import as_bytes
 
 FRAMES_PER_SECOND = 8
-"""Of a model whose pipeline does not say."""
+"""Of the videos of ``dtq eval``; pipelines do not say their rate."""
 
 
 def write(video: Tensor, path: Path, fps: int = FRAMES_PER_SECOND, lossless: bool = False) -> None:

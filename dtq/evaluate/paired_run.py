@@ -82,6 +82,7 @@ class EvaluationJob:
         places: positions in ``requests`` that this process samples.
         truth: the run that candidates are compared with.
         rerun: a second run with another batch size, for the noise.
+        rerun_batch_size: of that run.
     """
 
     reference: LoadedModel
@@ -90,6 +91,7 @@ class EvaluationJob:
     places: list[int]
     truth: Trajectory
     rerun: Trajectory
+    rerun_batch_size: int
 
 
 @dataclass
@@ -148,7 +150,7 @@ def observe(
         )
     progress("float pipeline again with another batch size, to measure the noise")
     rerun = trajectory.record(reference.pipeline, models, requests, other, places)
-    return EvaluationJob(reference, settings, requests, places, truth, rerun)
+    return EvaluationJob(reference, settings, requests, places, truth, rerun, other.batch_size)
 
 
 def call_counts(run: Trajectory, models: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -7,6 +7,8 @@ the exit code of ``dtq eval`` 3, so no requested metric is silently absent.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -80,6 +82,8 @@ class MetricRequest:
         if self.distributions and self.num_images < 2:
             names = ", ".join(self.distributions)
             problems.append(f"{names} compare sets of images; give their size: --num-images 256")
+        if self.reference is not None and not self.reference.exists():
+            problems.append(f"--reference-set {self.reference}: no such file or folder")
         if problems:
             raise InputError("\n".join(problems))
 
@@ -113,10 +117,17 @@ class MetricResults:
     rerun: dict[str, Tensor] = field(default_factory=dict)
 
     def features(self) -> dict[str, Tensor]:
-        """Features (N, D) by ``<side>.<extractor>.<kind>``."""
+        """Features (N, D) of the requested metrics by ``<side>.<extractor>.<kind>``."""
+        if self.file is None:
+            return {}
+        needed = {f"{e}.{DISTRIBUTIONS[m].kind}" for m, e in self.file.extractor_of.items()}
         sides = {side: images.features for side, images in self.image_sets.items()}
         sides["rerun"] = self.rerun
-        return {f"{side}.{name}": t for side, held in sides.items() for name, t in held.items()}
+        return {
+            f"{side}.{name}": features[name]
+            for side, features in sides.items()
+            for name in sorted(needed & features.keys())
+        }
 
 
 def distributions(
@@ -127,6 +138,8 @@ def distributions(
     progress: Callable[[str], None] = lambda line: None,
     workers: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
+    *,
+    rerun_batch_size: int = 1,
 ) -> MetricResults:
     """Sample both models with the same seeds, and compare the image sets.
 
@@ -139,6 +152,7 @@ def distributions(
         progress: receives a line per model.
         workers: processes that share the images; only the main process computes metrics.
         folder: through which they exchange files; one process needs none.
+        rerun_batch_size: batch size of the second run of the float model.
     """
     results = MetricResults()
     loaded, extractor_of = _load_extractors(request, reference.pipeline, results.missing)
@@ -150,7 +164,8 @@ def distributions(
     # nested: a run with more images begins with the same images
     requests = prompts.load(settings.prompts, reference.pipeline, settings.samples, nested=True)
     entries = requests.entries
-    other = replace(settings, batch_size=1 if settings.batch_size > 1 else 2)
+    other = replace(settings, batch_size=rerun_batch_size)
+    whole = math.lcm(settings.batch_size, rerun_batch_size)
     fewer = replace(requests, entries=entries[:RERUN_IMAGES])
     for name, model, some, job in (
         ("float", reference, requests, settings),
@@ -158,7 +173,7 @@ def distributions(
         ("candidate", candidate, requests, settings),
     ):
         progress(f"{name}, {len(some.entries)} images for {', '.join(extractor_of)}")
-        places = workers.shard(len(some.entries), job.batch_size)
+        places = workers.shard(len(some.entries), whole)
         shard = image_set(model.pipeline, some, job, loaded, places)
         images = gather_images(workers, folder, name, shard, places)
         if images is not None:
@@ -168,25 +183,26 @@ def distributions(
     results.file = FeatureFile(
         prompts.texts(requests, reference.pipeline),
         settings.seed,
-        {name: f"{each.name}, resized: {each.resizer}" for name, each in loaded.items()},
+        {name: f"weights {each.weights}, resizer {each.resizer}" for name, each in loaded.items()},
         extractor_of,
     )
-    results.rerun = results.image_sets.pop("rerun").features
     reasons = [
-        f"{len(images.failed)} of {request.num_images} images of the {name} model cannot be used: "
+        f"{len(images.failed)} of {len(images.bytes)} images of the {name} model cannot be used: "
         f"the first {next(iter(images.failed.values()))}"
         for name, images in results.image_sets.items()
         if images.failed
     ]
+    results.rerun = results.image_sets.pop("rerun").features
     if reasons:
         results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
         return results
+    reference_of = functools.cache(partial(_reference_set, request.reference, loaded))
     for metric, name in extractor_of.items():
         extractor = loaded[name]
         floats, made = (images.features_of(name) for images in results.image_sets.values())
         value = partial(metric_value, metric, extractor, made, model=candidate.name, groups=entries)
         try:
-            pairs = _references(metric, name, extractor, floats, request.reference)
+            pairs = _references(metric, name, extractor, floats, reference_of)
             results.metrics += [value(other, floats=own) for other, own in pairs]
         except InputError as error:
             results.missing[metric] = str(error)
@@ -216,7 +232,11 @@ def _load_extractors(
 
 
 def _references(
-    metric: str, name: str, extractor: Extractor, floats: Features, file: Path | None
+    metric: str,
+    name: str,
+    extractor: Extractor,
+    floats: Features,
+    reference_of: Callable[[str], ReferenceSet | None],
 ) -> Iterator[tuple[ReferenceSet, Features | None]]:
     """What a metric compares with, and the float model's features for the change from its value.
 
@@ -225,7 +245,7 @@ def _references(
         name: of the extractor in ``EXTRACTORS``.
         extractor: that computed the features.
         floats: features of the float model's images.
-        file: an ADM npz or a folder of images, or None.
+        reference_of: the reference of the user, by extractor; None if there is none.
     """
     row = DISTRIBUTIONS[metric]
     yield ReferenceSet(FLOAT_IMAGES, floats), floats if row.reference_free else None
@@ -233,11 +253,17 @@ def _references(
         return
     if extractor.real is not None and row.frechet and row.kind == "pool":
         yield ReferenceSet(TRAINING_IMAGES, None, {"pool": extractor.real}), floats
-    if file is not None:
-        yield _reference_set(file, extractor, name), floats
+    if (given := reference_of(name)) is not None:
+        yield given, floats
 
 
-def _reference_set(path: Path, extractor: Extractor, name: str) -> ReferenceSet:
+def _reference_set(
+    path: Path | None, loaded: Mapping[str, Extractor], name: str
+) -> ReferenceSet | None:
+    """The ADM npz or folder of images with the features of an extractor."""
+    if path is None:
+        return None
+    extractor = loaded[name]
     if path.is_dir():
         return ReferenceSet(path.name, image_folder.features(path, extractor))
     file = adm_suite.read(path)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from dtq.evaluate.gate.metrics import VBENCH
 from dtq.evaluate.run_file import Run, Value
 from dtq.io.checksum import file_digest
 from dtq.io.schema import check_name
+
+log = logging.getLogger("dtq")
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class VBenchRequest:
     timeout: float = 3600.0
     mp4: bool = False
 
-    def __bool__(self) -> bool:
-        return bool(self.dimensions or self.results or self.mp4)
+    @property
+    def writes(self) -> bool:
+        """Whether the videos are written."""
+        return self.mp4 or bool(self.dimensions and self.results is None)
 
     def check(self) -> None:
         """Find mistakes before anything runs.
@@ -66,7 +71,7 @@ class VBenchRequest:
             )
         if problems:
             raise InputError("\n".join(problems))
-        if self and self.results is None:
+        if self.writes:
             optional_packages.need("imageio_ffmpeg", "dtq[video]")
 
 
@@ -88,12 +93,15 @@ def score(
         folder: gets ``videos/<model>/<sample>.mp4``; results in ``vbench/<model>``.
         progress: receives a line per model.
     """
+    asked = request.dimensions or (("*",) if request.results else ())
     names = [f"{sample.id}.mp4" for sample in run.samples]
     if any(batch.ndim != 5 for batch in videos.values()):
+        if request.mp4:
+            log.warning("%s makes no videos, so no MP4 file is written", run.candidate)
         reason = "VBench scores videos, and this model makes none"
-        run.missing |= {f"vbench.{name}": reason for name in request.dimensions or ("*",)}
+        run.missing |= {f"vbench.{name}": reason for name in asked}
         return
-    if request.results is None:
+    if request.writes:
         for model, batch in videos.items():
             place = folder / "videos" / model
             shutil.rmtree(place, ignore_errors=True)
@@ -106,7 +114,7 @@ def score(
         elif request.dimensions:
             _measure(request, run, folder, progress)
     except InputError as error:
-        run.missing |= {f"vbench.{d}": str(error) for d in request.dimensions or ("*",)}
+        run.missing |= {f"vbench.{name}": str(error) for name in asked}
 
 
 def _import(file: Path, dimensions: tuple[str, ...], run: Run, names: list[str]) -> None:

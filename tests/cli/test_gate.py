@@ -408,3 +408,13 @@ def test_eval_writes_what_the_gate_reads(float_folder, quantized_folder, place):
     told = dtq("gate", place / "two", "--baseline", place / "one", *more).stdout
     assert "batch_size: 5 in the run, 8 in the baseline" in told
     assert (place / "sheet.html").read_text().count("<figure>") == 16
+
+
+def test_a_fault_has_the_exit_code_of_an_invalid_run(monkeypatch, tmp_path):
+
+    def broken(path):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(run_file, "read", broken)
+    result = CliRunner().invoke(main, ["gate", "run", "--baseline", "base.json"])
+    assert result.exit_code == 3

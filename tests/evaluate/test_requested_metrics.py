@@ -375,7 +375,7 @@ def test_stored_features_give_the_same_value(float_folder, quantized_folder, tmp
     found = requested_metrics.distributions(
         load_transformer(quantized_folder), load_transformer(float_folder), HOW, asked
     )
-    written = feature_file.write(found.features(), tmp_path / feature_file.FILE, found.file)
+    written = feature_file.write(found.features(), tmp_path, found.file)
     features = feature_file.read(tmp_path, written)
     made, floats = (features[f"{side}.random.pool"] for side in ("candidate", "float"))
     assert frechet(floats, made) == pytest.approx(found.metrics[0].value, rel=1e-6)

@@ -10,7 +10,7 @@ import torch
 from dtq.errors import InputError
 from dtq.evaluate import feature_file, run_file
 from dtq.evaluate.feature_file import FeatureFile
-from dtq.evaluate.gate import baseline_file, set_metrics
+from dtq.evaluate.gate import baseline_file, render, set_metrics
 from dtq.evaluate.gate.decision import Outcome, decide
 from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.gate.policy import Limit, Policy
@@ -19,6 +19,7 @@ from dtq.evaluate.metrics.distributions import DISTRIBUTIONS
 from dtq.evaluate.metrics.fid import FeatureMoments, frechet
 from dtq.evaluate.metrics.precision_recall import inception_score, precision_recall
 from dtq.evaluate.run_file import JOB, Run, Sample
+from dtq.io.checksum import file_digest
 
 D = 12
 POLICY = Policy(primary=(Limit("error", 1.05), Limit("fid", 0.2), Limit("kid", 0.05)))
@@ -49,7 +50,7 @@ def run_of(shift=0.0, n=256, seed=0, kinds=("pool",), metrics=("fid", "kid")):
 
 def saved(run, folder):
     folder.mkdir(exist_ok=True)
-    run.image_sets = feature_file.write(run.features, folder / feature_file.FILE, run.image_sets)
+    run.image_sets = feature_file.write(run.features, folder, run.image_sets)
     (folder / "eval.json").write_text(run_file.text(run.to_json()))
     return run_file.read(folder)
 
@@ -82,11 +83,21 @@ def test_leaving_a_block_out_is_the_metric_of_the_others(name):
 @pytest.mark.parametrize("name", ["precision", "recall"])
 def test_precision_and_recall_are_means_over_images(name):
     floats, own = features(64, 1.0)
-    blocks = list(blocks_of([str(i) for i in range(64)], 8).values())
+    blocks = list(blocks_of([f"p{i % 5}{'x' * (i > 40)}" for i in range(64)], 8).values())
+    assert len({len(block) for block in blocks}) > 1
     values = pseudo_values(SET_METRICS[name], own, floats, blocks)
-    assert 0 <= float(values.min()) <= float(values.max()) <= 1
     assert float(values.mean()) == pytest.approx(SET_METRICS[name].value(own, floats))
     assert 0 < float(values.mean()) < 1
+
+
+def test_few_images_for_many_features_are_refused():
+    g = torch.Generator().manual_seed(0)
+    run = run_of()
+    run.features = {name: torch.randn(256, 200, generator=g) for name in run.features}
+    reasons = set_metrics.flaws(run, Limit("fid", 0.2, num_images=256))
+    assert reasons == ["fid: 256 images are too few for 200 features, whose bias a jackknife removes "
+                       "from 400 images on; raise num_images, or take kid"]  # fmt: skip
+    assert set_metrics.flaws(run, Limit("kid", 0.2, num_images=256)) == []
 
 
 def test_kid_leaves_the_pairs_of_one_seed_out():
@@ -153,6 +164,7 @@ def test_too_few_images_are_inconclusive():
     assert verdict.outcome is Outcome.INCONCLUSIVE
     assert "--num-images 512" in verdict.sentence
     json.loads(run_file.text(verdict.to_json()))
+    assert "| fid | yes | – | unbounded .. unbounded |" in render.markdown(verdict)
     # a regression of another metric is one all the same
     worse = run_of()
     worse.values = worse.rerun = {
@@ -165,12 +177,20 @@ def test_the_advice_for_image_sets_is_more_images():
     near = replace(POLICY, primary=(Limit("error", 1.05), Limit("fid", 2.65)))
     verdict = decide(run_of(0.47), run_of(), near)
     assert verdict.outcome is Outcome.INCONCLUSIVE
-    assert verdict.sentence.startswith("Inconclusive in fid (32 prompts, look 1 of 3): more images")
+    assert "raise num_images of fid in the policy, and --num-images of dtq eval" in verdict.sentence
 
 
 def test_a_run_with_more_images_is_compared_on_those_that_both_have():
-    verdict = decide(run_of(n=256), run_of(n=128), replace(POLICY, primary=(Limit("fid", 0.2),)))
-    assert verdict.outcome in (Outcome.PASS, Outcome.INVALID)
+    policy = replace(POLICY, primary=(Limit("fid", 0.2),))
+    run, short = run_of(0.1), run_of()
+    short.features = {name: t[:128] for name, t in short.features.items()}
+    short.image_sets = replace(short.image_sets, prompts=short.image_sets.prompts[:128])
+    cut = run_of(0.1)
+    cut.features = {name: t[:128] for name, t in cut.features.items()}
+    cut.image_sets = replace(cut.image_sets, prompts=cut.image_sets.prompts[:128])
+    (row,), (want,) = (decide(each, short, policy).rows for each in (run, cut))
+    assert row.differences == want.differences
+    assert len(row.differences) == 64
 
 
 def without(name):
@@ -190,14 +210,30 @@ INVALID = {
         lambda run: run.features.update({"float.emoji.pool": torch.zeros(256, D).half()}),
         "float.emoji.pool: not float32 of two axes",
     ),
+    "same": (
+        lambda run: run.features["candidate.emoji.pool"].fill_(0.0),
+        "candidate.emoji.pool: the features of all images are the same",
+    ),
+    "widths": (
+        lambda run: run.features.update({"float.emoji.pool": torch.randn(256, D + 1)}),
+        "different numbers of features",
+    ),
+    "short rerun": (
+        lambda run: run.features.update({"rerun.emoji.pool": torch.randn(3, D)}),
+        "rerun.emoji.pool: 3 images",
+    ),
+    "few prompts": (
+        lambda run: run.image_sets.prompts.__setitem__(slice(None), ["a", "b"] * 128),
+        "fid: the images have 2 prompts, and an interval needs 8",
+    ),
     "nan": (lambda run: run.features["candidate.emoji.pool"].fill_(float("nan")), "not finite"),
     "seed": (
         lambda run: setattr(run, "image_sets", replace(run.image_sets, seed=2)),
-        "image sets: seed: 2 in the run, 1 in the baseline",
+        "image sets: seed 2 in the run, 1 in the baseline",
     ),
     "extractor": (
         lambda run: setattr(run, "image_sets", replace(run.image_sets, extractors={"emoji": "f"})),
-        "image sets: extractors",
+        "fid: features of emoji (f) in the run, emoji (e) in the baseline",
     ),
     "prompts": (
         lambda run: run.image_sets.prompts.__setitem__(3, "other"),
@@ -234,11 +270,17 @@ def test_features_are_read_from_the_file_that_the_run_wrote(tmp_path):
     damaged = decide(run_file.read(tmp_path / "run"), base, POLICY)
     assert damaged.outcome is Outcome.INVALID
     assert "SHA-256" in str(damaged.reasons)
+    file.write_bytes(b"not safetensors")
+    info = run_file.read(tmp_path / "run")
+    info.image_sets = replace(info.image_sets, sha256=file_digest(file))
+    assert "not safetensors" in str(decide(info, base, POLICY).reasons)
     file.unlink()
     assert "missing" in str(decide(run_file.read(tmp_path / "run"), base, POLICY).reasons)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", ".x.safetensors", "x"]
+)
 def test_the_file_of_features_has_a_plain_name(name, tmp_path):
     saved(run_of(), tmp_path)
     data = json.loads((tmp_path / "eval.json").read_text())
@@ -251,14 +293,19 @@ def test_the_file_of_features_has_a_plain_name(name, tmp_path):
 def test_a_baseline_takes_the_features_that_its_policy_needs(tmp_path):
     run = saved(run_of(kinds=("pool", "spatial", "logits")), tmp_path / "run")
     policy = replace(POLICY, looks=(32,))
-    baseline_file.accept(run, tmp_path / "base.json", "first", policy)
-    kept = run_file.read(tmp_path / "base.json")
+    (tmp_path / "my base.safetensors").write_bytes(b"weights of a model")
+    baseline_file.accept(run, tmp_path / "my base.json", "first", policy)
+    kept = run_file.read(tmp_path / "my base.json")
     assert sorted(kept.features) == [f"{s}.emoji.pool" for s in ("candidate", "float", "rerun")]
     assert decide(run, kept, policy).outcome is Outcome.PASS
-    baseline_file.accept(run, tmp_path / "base.json", "again", policy)
+    other = saved(run_of(seed=3), tmp_path / "other")
+    baseline_file.accept(other, tmp_path / "my base.json", "again", policy)
+    (file,) = tmp_path.glob("*.features.safetensors")
+    assert file.name == run_file.read(tmp_path / "my base.json").image_sets.file
+    assert (tmp_path / "my base.safetensors").read_bytes() == b"weights of a model"
     plain = replace(policy, primary=(Limit("error", 1.05),))
     baseline_file.accept(run, tmp_path / "plain.json", "first", plain)
-    assert not (tmp_path / "plain.safetensors").exists()
+    assert not list(tmp_path.glob("plain*.safetensors"))
 
 
 BAD = {

@@ -21,6 +21,8 @@ from dtq.io import schema
 from dtq.io.atomic import atomic_write
 from dtq.io.safe_parse import is_finite_numbers, read_json
 
+_FEATURES = ".features.safetensors"
+
 
 def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> dict[str, Any]:
     """Write a run as the baseline file, atomically, and append to the file's history.
@@ -63,6 +65,9 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
     history = [*(old or {}).get("history", []), entry]
     run = _with_features(run, file, policy)
     atomic_write(file, run_file.text({**run.to_json(), "history": history}))
+    last = None if old is None else run_file.parse(old, str(file)).image_sets
+    if last is not None and last.file.endswith(_FEATURES) and last != run.image_sets:
+        (file.parent / last.file).unlink(missing_ok=True)
     return entry
 
 
@@ -75,8 +80,8 @@ def _with_features(run: Run, file: Path, policy: Policy) -> Run:
 
     names = {feature_name(run, x, s) for x in limits for s in ("candidate", "float", "rerun")}
     features = {name: run.features[name] for name in sorted(names)}
-    place = file.with_suffix(".safetensors")
-    return replace(run, image_sets=feature_file.write(features, place, run.image_sets))
+    name = f"{file.stem}.{{digest}}{_FEATURES}"
+    return replace(run, image_sets=feature_file.write(features, file.parent, run.image_sets, name))
 
 
 def history(file: Path) -> list[dict[str, Any]]:

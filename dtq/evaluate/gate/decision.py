@@ -14,7 +14,7 @@ probability. Runs that cannot be compared are invalid.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -170,7 +170,7 @@ def decide(run: Run, baseline: Run, policy: Policy) -> Verdict:
     if unused:
         verdict.notes.append(f"{unused} prompts beyond look {verdict.look} were not used")
     verdict.notes += [
-        f"{row.name}: the runs have fewer images than the policy needs; dtq eval ... --num-images"
+        f"{row.name}: the runs have fewer images than num_images of the policy"
         for row in verdict.rows
         if not row.differences
     ]
@@ -346,19 +346,26 @@ def _sentence(verdict: Verdict, policy: Policy, prompts: int) -> str:
             f"policy's margin ({where}); make the job repeatable, or use a wider margin."
         )
     names = ", ".join(row.name for row in undecided)
-    if few := [row for row in undecided if not row.differences]:
-        images = max(x.num_images for x in policy.primary if x.metric in {r.name for r in few})
-        return f"Inconclusive in {names} ({where}): evaluate both with --num-images {images}."
-    if all(row.metric.of_sets for row in undecided):
-        advice = "more images would decide (num_images in the policy, --num-images of dtq eval)"
-        return f"Inconclusive in {names} ({where}): {advice}."
-    undecided = [row for row in undecided if not row.metric.of_sets]
-    later = [count for count in policy.looks if count > prompts]
-    advice = "the policy has no further look; the difference is too close to the margin"
-    if later:
-        needed = _needed(undecided, verdict.alpha)
-        advice = f"evaluate both on at least {later[0]} prompts ({needed})"
+    advice = "; ".join(_advice(undecided, policy, verdict.alpha, prompts))
     return f"Inconclusive in {names} ({where}): {advice}."
+
+
+def _advice(
+    rows: Sequence[MetricVerdict], policy: Policy, alpha: float, prompts: int
+) -> Iterator[str]:
+    """What would decide the undecided primary metrics."""
+    if few := {row.name for row in rows if not row.differences}:
+        images = max(limit.num_images for limit in policy.primary if limit.metric in few)
+        yield f"evaluate both with --num-images {images}"
+    if sets := [row.name for row in rows if row.metric.of_sets and row.differences]:
+        yield f"raise num_images of {', '.join(sets)} in the policy, and --num-images of dtq eval"
+    later = [count for count in policy.looks if count > prompts]
+    if of_samples := [row for row in rows if not row.metric.of_sets]:
+        if later:
+            needed = _needed(of_samples, alpha)
+            yield f"evaluate both on at least {later[0]} prompts ({needed})"
+        else:
+            yield "the policy has no further look; the difference is too close to the margin"
 
 
 def _needed(rows: Sequence[MetricVerdict], alpha: float) -> str:

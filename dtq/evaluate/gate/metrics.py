@@ -65,7 +65,7 @@ class Metric:
     def shown(self, difference: float) -> str:
         """A difference as text: a factor, or a signed number that is positive when worse."""
         if not math.isfinite(difference):
-            return "unbounded"
+            return "–" if math.isnan(difference) else "unbounded"
         return f"x{self.from_difference(difference):.4g}" if self.ratio else f"{difference:+.4g}"
 
 

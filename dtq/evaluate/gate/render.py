@@ -35,6 +35,8 @@ def cells(row: MetricVerdict) -> tuple[str, ...]:
 
 def spark(values: Sequence[float]) -> str:
     """One bar character per value, sorted, worst last."""
+    if not values:
+        return ""
     low, high = min(values), max(values)
     width = (high - low) or 1.0
     return "".join(_BARS[min(7, int(8 * (v - low) / width))] for v in sorted(values))
@@ -100,7 +102,7 @@ def sheet(verdict: Verdict, run: Run, folder: Path) -> str:
     """A self-contained page with images of the float model and the candidate, worst prompt first.
 
     Args:
-        verdict: its first primary metric orders the prompts.
+        verdict: its first metric of samples orders the prompts.
         run: of the candidate.
         folder: with the images of ``dtq eval --keep-images``.
 
@@ -110,7 +112,7 @@ def sheet(verdict: Verdict, run: Run, folder: Path) -> str:
     at = folder / "pictures"
     if not at.is_dir():
         raise InputError(f"{at}: no images; evaluate with dtq eval ... --keep-images")
-    first = verdict.rows[0] if verdict.rows else None
+    first = next((row for row in verdict.rows if not row.metric.of_sets), None)
     harm = first.differences if first else {}
     samples = []
     for sample in sorted(run.samples, key=lambda s: -harm.get(s.prompt, float("-inf"))):

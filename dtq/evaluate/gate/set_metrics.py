@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtq.evaluate import feature_file
 from dtq.evaluate.gate.metrics import METRICS
-from dtq.evaluate.gate.policy import Limit
+from dtq.evaluate.gate.policy import MIN_PROMPTS, Limit
+from dtq.evaluate.metrics.distributions import DISTRIBUTIONS
 from dtq.evaluate.metrics.fid import frechet
 from dtq.evaluate.metrics.mmd import cubic_kernel, gaussian_kernel
 from dtq.evaluate.metrics.precision_recall import distances, inception_score, is_covered
@@ -35,16 +37,19 @@ class SetMetric:
 
     Attributes:
         name: of the metric in a policy and in ``DISTRIBUTIONS``.
-        kind: of the features: ``pool``, ``spatial`` or ``logits``.
         value: of candidate and float features, each (N, D); image i of both has the same prompt
             and seed.
         without: the same for each block of positions that is left out, (B,).
     """
 
     name: str
-    kind: str
     value: Callable[[Tensor, Tensor], float]
     without: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
+
+    @property
+    def kind(self) -> str:
+        """Of the features: ``pool``, ``spatial`` or ``logits``."""
+        return DISTRIBUTIONS[self.name].kind
 
 
 def blocks_of(prompts: Sequence[str], count: int = BLOCKS) -> dict[str, Tensor]:
@@ -75,6 +80,8 @@ def pseudo_values(
 ) -> Tensor:
     """Jackknife pseudo-values of a set metric, one per block (B,), float64.
 
+    Their mean is the delete-a-block jackknife estimate, also for blocks of unequal size.
+
     Args:
         metric: of ``SET_METRICS``.
         candidate: its features (N, D).
@@ -83,7 +90,9 @@ def pseudo_values(
     """
     whole = metric.value(candidate, floats)
     weight = len(candidate) / torch.tensor([len(block) for block in blocks]).double()
-    return weight * whole - (weight - 1) * metric.without(candidate, floats, blocks)
+    values = weight * whole - (weight - 1) * metric.without(candidate, floats, blocks)
+    estimate = (values / weight).sum()
+    return estimate + len(blocks) / weight * (values - estimate)
 
 
 def paired_mmd(
@@ -143,28 +152,58 @@ def _covered(x: Tensor, y: Tensor, blocks: Sequence[Tensor] = ()) -> Tensor:
     return torch.stack(sums).double() / torch.tensor(counts)
 
 
-def _metric(name: str, kind: str, value: Callable[[Tensor, Tensor], float]) -> SetMetric:
-    return SetMetric(name, kind, value, _recomputed(value))
+def _metric(name: str, value: Callable[[Tensor, Tensor], float]) -> SetMetric:
+    return SetMetric(name, value, _recomputed(value))
 
 
 def _at_once(name: str, values: Callable[..., Tensor]) -> SetMetric:
-    """A metric of pooled features whose ``values`` share the work between blocks."""
-    return SetMetric(name, "pool", lambda x, y: float(values(x, y)), values)
+    """A metric whose ``values`` share the work between blocks."""
+    return SetMetric(name, lambda x, y: float(values(x, y)), values)
 
 
 SET_METRICS: dict[str, SetMetric] = {
     m.name: m
     for m in (
-        _metric("fid", "pool", frechet),
-        _metric("sfid", "spatial", frechet),
-        _metric("fd-dinov2", "pool", frechet),
+        _metric("fid", frechet),
+        _metric("sfid", frechet),
+        _metric("fd-dinov2", frechet),
         _at_once("kid", paired_mmd(cubic_kernel)),
         _at_once("cmmd", paired_mmd(gaussian_kernel, 1000.0)),
-        _metric("is", "logits", lambda x, y: inception_score(x) - inception_score(y)),
+        _metric("is", lambda x, y: inception_score(x) - inception_score(y)),
         _at_once("precision", _covered),
         _at_once("recall", lambda x, y, blocks=(): _covered(y, x, blocks)),
     )
 }
+
+
+def flaws(run: Run, limit: Limit) -> list[str]:
+    """Reasons why the image sets of a run cannot be used for a set metric.
+
+    Raises:
+        InputError: the features cannot be read.
+    """
+    info, name = run.image_sets, limit.metric
+    if info is None or name not in info.extractor_of:
+        return [f"{name} was not measured"]
+    used = info.extractor_of[name]
+    if limit.features not in ("auto", used):
+        return [f"{name}: the policy asks for features of {limit.features}, not {used}"]
+    sides = [feature_name(run, limit, side) for side in ("candidate", "float", "rerun")]
+    if reasons := feature_file.flaws(run.features, sides, len(info.prompts)):
+        return [f"{name}: {reason}" for reason in reasons]
+    prompts = len(set(info.prompts[: limit.num_images]))
+    if prompts < MIN_PROMPTS:
+        reasons.append(
+            f"{name}: the images have {prompts} prompts, and an interval needs {MIN_PROMPTS}; give "
+            f"another --set-prompts"
+        )
+    width = run.features[sides[0]].shape[1]
+    if DISTRIBUTIONS[name].frechet and limit.num_images < 2 * width:
+        reasons.append(
+            f"{name}: {limit.num_images} images are too few for {width} features, whose bias a "
+            f"jackknife removes from {2 * width} images on; raise num_images, or take kid"
+        )
+    return reasons
 
 
 def differences(run: Run, baseline: Run, limit: Limit) -> dict[str, float]:

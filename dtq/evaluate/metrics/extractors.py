@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from dtq import demo
 from dtq.demo.classifier import EmojiClassifier
 from dtq.errors import InputError
+from dtq.evaluate.fingerprint import fingerprint
 from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.images import as_bytes
 from dtq.evaluate.optional_packages import need, pretrained
+from dtq.io.checksum import file_digest
 
 Features = dict[str, Tensor]
 
@@ -41,12 +43,14 @@ class Extractor:
         name: shown next to every value, with the file that it was loaded from.
         resizer: how images are resized for it.
         call: images to features.
+        weights: digest of its weights, 16 hex digits.
         real: moments of the training images' pooled features, if they are known.
     """
 
     name: str
     resizer: str
     call: Callable[[Tensor], Features]
+    weights: str
     real: FeatureMoments | None = None
 
     @torch.no_grad()
@@ -88,7 +92,7 @@ def emoji(source: str) -> Extractor:
         pool = F.silu(x).mean((2, 3))
         return {"pool": pool, "spatial": x[:, :SPATIAL].flatten(1), "logits": model.head(pool)}
 
-    return Extractor("emoji", "none", call, real)
+    return Extractor("emoji", "none", call, fingerprint(model), real)
 
 
 def random(source: str) -> Extractor:
@@ -113,7 +117,7 @@ def random(source: str) -> Extractor:
         pool = x.mean((2, 3))
         return {"pool": pool, "spatial": x[:, :SPATIAL].flatten(1), "logits": head(pool)}
 
-    return Extractor("random (for tests only)", "bicubic-antialias 64", call)
+    return Extractor("random (for tests only)", "bicubic-antialias 64", call, fingerprint(stages))
 
 
 def inception(source: str) -> Extractor:
@@ -125,13 +129,14 @@ def inception(source: str) -> Extractor:
     ``model(uint8 images, return_features=True)`` and has pooled features only.
     """
     path = _file(source, "inception", "pt_inception-2015-12-05-6726825d.pth")
+    weights = file_digest(path)[:16]
     if path.suffix in (".pt", ".ts"):
         script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
 
         def scripted(images: Tensor) -> Features:
             return {"pool": script(as_bytes(images), return_features=True)}
 
-        return Extractor(f"inception {path.name}", "in the file", scripted)
+        return Extractor(f"inception {path.name}", "in the file", scripted, weights)
     module = need("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
     model = module.FeatureExtractorInceptionV3(
         "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -146,7 +151,7 @@ def inception(source: str) -> Extractor:
         spatial = captured.pop()[:, :SPATIAL].flatten(1)
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
-    return Extractor(f"inception {path.name}", "TF1 bilinear 299", call)
+    return Extractor(f"inception {path.name}", "TF1 bilinear 299", call, weights)
 
 
 def dinov2(source: str) -> Extractor:
@@ -158,7 +163,7 @@ def dinov2(source: str) -> Extractor:
         x = normal(resized(images, 224), *IMAGENET_NORMAL)
         return {"pool": model(pixel_values=x).last_hidden_state[:, 0]}
 
-    return Extractor(f"dinov2 {name}", "bicubic-antialias 224", call)
+    return Extractor(f"dinov2 {name}", "bicubic-antialias 224", call, fingerprint(model))
 
 
 def clip(source: str) -> Extractor:
@@ -171,7 +176,7 @@ def clip(source: str) -> Extractor:
         x = normal(resized(images, size), *CLIP_NORMAL)
         return {"pool": model(pixel_values=x).image_embeds}
 
-    return Extractor(f"clip {name}", f"bicubic-antialias {size}", call)
+    return Extractor(f"clip {name}", f"bicubic-antialias {size}", call, fingerprint(model))
 
 
 EXTRACTORS = {each.__name__: each for each in (emoji, random, inception, dinov2, clip)}
