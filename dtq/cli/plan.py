@@ -41,7 +41,8 @@ def plan(
     """Show the plan for each layer of MODEL, and the cost.
 
     MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
-    demo-video. No weights are loaded. The file size is exact; memory, disk and time are estimates.
+    demo-video. Of its weights only names, shapes and FP8 tensors without a scale are read. The
+    file size is exact; memory, disk and time are estimates.
 
     \b
     dtq plan demo --recipe w4a8
@@ -131,14 +132,13 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def _summary(run: Run, cost: Estimate) -> list[tuple[str, str]]:
-    plan, recipe = run.plan, run.recipe
+    plan = run.plan
     lines = [("attention and feed-forward", f"{plan.bits(plan.gemm()):.3f} bits per weight")]
     if modulation := [x for x in plan.quantized() if x.role == "adaln"]:
         lines.append(("modulation", f"{plan.bits(modulation):.3f} bits per weight"))
     lines.append(("file", f"{cost.file} bytes ({size(cost.file)}); float {size(cost.float_file)}"))
     if cost.file_most > cost.file:
-        budget = recipe.allocate.budget or recipe.promote.budget
-        most = f"{size(cost.file_most)} if the whole budget is spent ({budget})"
+        most = f"{size(cost.file_most)} if the whole budget is spent ({cost.budget})"
         lines.append(("  at most", most))
     time = "unknown"
     if cost.seconds is not None:

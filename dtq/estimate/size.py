@@ -31,6 +31,7 @@ class Estimate:
     Attributes:
         file: exact size of the transformer's safetensors file if no layer is promoted.
         file_most: if the whole budget of promotion or of mixed precision is spent.
+        budget: this budget, as it is on this model; bits per weight, or a size.
         float_file: of the float transformer in the compute dtype.
         memory: peak while quantizing, see :func:`peak_memory`.
         disk: peak while quantizing, the output included, see :func:`disk_needed`.
@@ -39,6 +40,7 @@ class Estimate:
 
     file: int
     file_most: int
+    budget: str
     float_file: int
     memory: int
     disk: int
@@ -68,10 +70,12 @@ def estimate(
     needs = recipe.needs() if needs is None else needs
     file = predicted_bytes(file_tensors(run.model, plan, dtype))
     gemm = sum(math.prod(x.shape) for x in plan.gemm())
-    spare = max(0.0, promotion_budget(run) - plan.bits(plan.gemm())) if recipe.promote.to else 0.0
-    most = file + round(spare * gemm / 8)
+    promotion = promotion_budget(run)
+    spare = max(0.0, promotion - plan.bits(plan.gemm())) if recipe.promote.to else 0.0
+    most, budget = file + round(spare * gemm / 8), f"{promotion:.4g}"
     if recipe.allocate.budget:
-        allowed = parse_budget(str(recipe.allocate.budget), gemm)
+        budget = str(recipe.allocate.budget)
+        allowed = parse_budget(budget, gemm)
         most = file - sum(x.nbytes(plan.bins) for x in plan.gemm()) + allowed
     floats = sum(t.numel() * dtype.itemsize for t in run.model.state_dict().values())
     if not has_pipeline:
@@ -80,6 +84,7 @@ def estimate(
     return Estimate(
         file,
         most,
+        budget,
         floats,
         peak_memory(run, needs, dtype, mapped=mapped),
         disk_needed(run, needs, most),

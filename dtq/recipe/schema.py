@@ -42,7 +42,8 @@ class Allocate:
         per_group_metric: rank the layers of a metric group by the group's own metric and divide
             the budget among groups by output error (ViDiT-Q-MP); otherwise output error alone.
         num_inputs: recorded inputs that candidates are measured on.
-        adapt: raise a budget that is below what the formats need on a model, with a warning.
+        adapt: raise a budget that is below what the formats need on a model, with a warning: to
+            what they need, and what the budget leaves where the narrowest one fits every layer.
     """
 
     budget: str | float = ""

@@ -23,6 +23,9 @@ _WIDE = LayerPlan("", "other", (4096, 4096))
 def fitting_budget(run: Run) -> Allocate:
     """The recipe's ``allocate``, with a budget that its formats can reach on this model.
 
+    A budget that they reach is kept. Otherwise, with ``adapt``, it becomes the least that they need
+    and the margin that it has above the narrowest format on wide layers.
+
     Args:
         run: with a plan.
 
@@ -38,18 +41,16 @@ def fitting_budget(run: Run) -> Allocate:
     if budget >= least:
         return allocate
     needed = (
-        f"a budget of {allocate.budget} is too small: the formats {', '.join(allocate.formats)} "
-        f"need at least {least} bytes ({8 * least / weights:.3f} bits per weight)"
+        f"{run.loaded.name}: allocate.budget (--budget) of {allocate.budget} is too small: the "
+        f"formats {', '.join(allocate.formats)} need at least {least} bytes "
+        f"({8 * least / weights:.3f} bits per weight)"
     )
     if not allocate.adapt:
         raise InputError(f"{needed}. Raise it, or allow narrower formats")
-    # the same part of the way from the narrowest formats to the widest
-    wide = [_bits(name) for name in allocate.formats]
-    wanted = 8 * budget / weights
-    share = (wanted - min(wide)) / (max(wide) - min(wide)) if max(wide) > min(wide) else 0.0
-    chosen = least + min(max(share, 0.0), 1.0) * (most - least)
+    margin = max(0.0, budget - weights * min(map(_bits, allocate.formats)) / 8)
+    chosen = min(least + margin, most)
     bits = math.ceil(8 * chosen / weights * 1e4) / 1e4
-    log.warning("%s on this model; recipe %s takes %.4f", needed, run.recipe.name, bits)
+    log.warning("%s; recipe %s takes %.4f", needed, run.recipe.name, bits)
     return replace(allocate, budget=str(bits))
 
 
@@ -59,12 +60,7 @@ def promotion_budget(run: Run) -> float:
     needed = plan.bits(plan.gemm())
     if not promote.adapt or needed <= promote.budget:
         return promote.budget
-    budget = needed + max(0.0, promote.budget - _bits(run.recipe.weights))
-    log.warning(
-        "promote.budget of %.2f bits per weight: the layers of this model take %.2f without any; "
-        "recipe %s takes %.2f", promote.budget, needed, run.recipe.name, budget,
-    )  # fmt: skip
-    return budget
+    return needed + max(0.0, promote.budget - _bits(run.recipe.weights))
 
 
 def _sizes(run: Run, layers: Iterable[LayerPlan]) -> Iterable[list[int]]:

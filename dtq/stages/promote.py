@@ -29,9 +29,16 @@ def promote(run: Run) -> None:
     """
     if run.recipe.allocate.budget:  # the budget has decided
         return
-    budget = promotion_budget(run) if run.recipe.promote.to else 0.0
+    settings = run.recipe.promote
+    budget = promotion_budget(run) if settings.to else 0.0
+    if budget > settings.budget:
+        log.warning(
+            "promote.budget of %.2f bits per weight: the layers of this model take %.2f without "
+            "any; recipe %s takes %.2f",
+            settings.budget, run.plan.bits(run.plan.gemm()), run.recipe.name, budget,
+        )  # fmt: skip
     for layer, error in _sensitive(run):
-        finer = layer.with_spec(weight_format=run.recipe.promote.to, rank=0)
+        finer = layer.with_spec(weight_format=settings.to, rank=0)
         raised = replace(finer, lowrank=MethodSpec("none"), format_candidates=())
         plan = run.plan.with_layers({layer.name: raised})
         if plan.bits(plan.gemm()) > budget:
