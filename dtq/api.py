@@ -95,7 +95,7 @@ def open_runs(
         )
     tasks = tasks or TaskStore()
     excluded = pattern_list(options.get("exclude"), "modules_to_not_convert")
-    check_patterns(excluded, [each.model for each in models], "modules_to_not_convert, --exclude")
+    check_patterns(excluded, [each.model for each in models], "modules_to_not_convert (--exclude)")
     options["exclude"] = excluded
     return [
         Run(

@@ -14,6 +14,9 @@ from dtq.stages.plan import plan
 from dtq.stages.report import Report
 from dtq.stages.run import Run
 
+EVERYTHING = frozenset({"channels", "hessian", "sample"})
+"""The statistics that any method reads."""
+
 
 def planned(loaded: LoadedModel, recipe: Recipe, **options: Any) -> Run:
     """A run after its first stage: ``scan`` and ``plan`` are there."""

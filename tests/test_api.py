@@ -9,7 +9,7 @@ import logging
 import pytest
 import tiny
 import torch
-from builders import planned
+from builders import EVERYTHING, planned
 from conftest import QUICK, hasty
 
 import dtq
@@ -26,7 +26,6 @@ from dtq.recipe import Recipe
 from dtq.stages import solve
 
 HOW = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
-EVERYTHING = frozenset({"channels", "hessian", "sample"})
 
 
 @pytest.fixture(scope="module", params=["plain", "hard"])

@@ -21,6 +21,15 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+FIVE = (
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "WanTransformer3DModel",
+)
+"""Classes that differ most from each other, for tests of what holds for all."""
+
 
 def classes() -> dict[str, type[nn.Module]]:
     """Every model class in ``diffusers.models.transformers``, exported or not."""
@@ -63,6 +72,13 @@ def model(name: str) -> nn.Module:
 def inputs(name: str, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of one forward."""
     return _value(_configs()[name]["inputs"], torch.Generator().manual_seed(seed))
+
+
+def output(model: nn.Module, name: str) -> torch.Tensor:
+    """The first output of one forward; several tensors as one."""
+    with torch.no_grad():
+        y = model(**inputs(name), return_dict=False)[0]
+    return y if isinstance(y, torch.Tensor) else torch.cat([each.flatten() for each in y])
 
 
 def _value(v: Any, rng: torch.Generator) -> Any:

@@ -86,4 +86,5 @@ def check_patterns(patterns: Iterable[str], models: Iterable[nn.Module], where: 
     unused = [p for p in patterns if not any(excludes(p, name) for name in names)]
     if unused:
         words = hint(unused[0], known, "dtq plan MODEL --all lists the layers")
-        raise InputError(f"{where}: {', '.join(map(repr, unused))} match no layer; {words}")
+        verb = "matches" if len(unused) == 1 else "match"
+        raise InputError(f"{where}: {', '.join(map(repr, unused))} {verb} no layer; {words}")

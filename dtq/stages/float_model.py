@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from diffusers.models.attention_processor import Attention
@@ -104,16 +105,19 @@ def _check_plain(model: nn.Module) -> None:
 def _check_weights(model: nn.Module, name: str) -> None:
     """Refuse weights that are codes: integers, or FP8 codes that were loaded without their scale.
 
-    Codes reach the largest value of FP8 in every layer, so that a few layers are enough.
+    Codes reach the largest value of FP8 in every layer that has them: the first layer of each name
+    without indices is enough.
     """
-    layers = [*linears_of(model)]
-    for layer, module in layers:
+    kinds: dict[str, str] = {}
+    for layer, module in linears_of(model):
         weight = module.weight
         assert isinstance(weight, Tensor)
         if not weight.is_floating_point():
             raise InputError(f"{name}: {layer}.weight is {weight.dtype}; give the float model")
-    for layer, module in layers[:: max(1, len(layers) // 8)]:
-        if module.weight.device.type != "meta" and is_saturated(module.weight):  # type: ignore[union-attr, arg-type]
+        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", "", layer), layer)
+    for layer in kinds.values():
+        weight = model.get_submodule(layer).weight
+        if weight.device.type != "meta" and is_saturated(weight):  # type: ignore[union-attr, arg-type]
             raise InputError(
                 f"{name}: the largest entry of {layer}.weight is the largest value of FP8: these "
                 f"are codes without their scale; give the float model"

@@ -10,7 +10,7 @@ import sys
 import pytest
 import quanto
 import torch
-from builders import collected, quantized
+from builders import EVERYTHING, collected, quantized
 from diffusers import DiffusionPipeline
 from train_demo.data import load_emoji
 
@@ -26,7 +26,6 @@ from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe import Recipe
 
 HOW = SamplingSettings(samples=4, steps=10, batch_size=4, seed=1000)
-EVERYTHING = frozenset({"channels", "hessian", "sample"})
 
 
 def test_the_folder_is_stock_diffusers_and_small():

@@ -14,13 +14,6 @@ from dtq.nn.step_clock import StepClock
 from dtq.nn.timestep_hook import install_clock
 from dtq.plan.step_policy import StepPolicy
 
-FAMILIES = [
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "WanTransformer3DModel",
-]
 EDGES = (250.0, 500.0, 750.0)
 
 
@@ -65,7 +58,7 @@ def one(call: dict, i: int) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", zoo.FIVE)
 @pytest.mark.parametrize("kind", ["policy", "scales"])
 def test_samples_of_different_timesteps_run_as_they_do_alone(name, kind):
     model, call = zoo.model(name), batch_of(name, 3)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import zoo
-from builders import collected, planned, quantized
+from builders import EVERYTHING, collected, planned, quantized
 from conftest import hasty
 
 import dtq
@@ -26,7 +26,6 @@ FAMILIES = {
     "LTXVideoTransformer3DModel": lambda: zoo.model("LTXVideoTransformer3DModel"),
     "width 192": lambda: tiny.dit(blocks=1, heads=6),
 }
-EVERYTHING = frozenset({"channels", "hessian", "sample"})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

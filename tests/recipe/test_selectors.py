@@ -17,20 +17,12 @@ from dtq.errors import InputError, RecipeError
 from dtq.pipelines.loading import scan_model
 from dtq.recipe import Recipe
 
-FAMILIES = [
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "WanTransformer3DModel",
-]
-
 
 def kept(plan) -> set[str]:
     return {x.name for x in plan.layers if x.unquantized}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=zoo.FIVE)
 def case(request):
     """A model, and the name of one layer that w8a8 quantizes."""
     model = zoo.model(request.param)
@@ -84,18 +76,18 @@ def test_a_string_is_one_name_in_every_way_to_quantize(case, tmp_path):
 )
 def test_an_entry_that_matches_nothing_is_refused_before_the_work(case, entry, tmp_path):
     model = case[0]
-    with pytest.raises(InputError, match="match no layer") as caught:
+    with pytest.raises(InputError, match="matches no layer") as caught:
         dtq.quantize(model, "w4a16", modules_to_not_convert=[case[3], entry], progress=False)
     assert repr(entry) in str(caught.value)
     assert not any(isinstance(m, dtq.QuantLinear) for m in model.modules())
     model.save_pretrained(tmp_path)
     config = dtq.DTQConfig("w4a16", modules_to_not_convert=[entry])
-    with pytest.raises(InputError, match="match no layer"):
+    with pytest.raises(InputError, match="matches no layer"):
         type(model).from_pretrained(tmp_path, quantization_config=config)
     for command in (["plan"], ["quantize", "-o", str(tmp_path / "out")]):
         result = CliRunner().invoke(main, [*command, str(tmp_path), f"--exclude={entry}"])
         assert result.exit_code == 1
-        assert "match no layer" in result.output
+        assert "matches no layer" in result.output
     with pytest.raises(RecipeError, match="matches no layer"):
         Recipe.load("w4a16", rules=[{"match": "a.b.*", "weights": "int8-row"}]).plan(case[1])
     with pytest.raises(RecipeError, match="exclude"):
@@ -107,6 +99,13 @@ def test_modules_that_are_never_quantized_may_be_listed():
         tiny.pixart(), "w4a16", progress=False,
         modules_to_not_convert=["pos_embed", "scale_shift_table", "norm_out"],
     )  # fmt: skip
+
+
+def test_the_message_is_a_sentence_and_names_the_argument():
+    for entries, verb in ((["a"], "'a' matches"), (["a", "b"], "'a', 'b' match")):
+        message = rf"^modules_to_not_convert \(--exclude\): {verb} no layer; "
+        with pytest.raises(InputError, match=message):
+            dtq.quantize(tiny.dit(), "w4a16", modules_to_not_convert=entries, progress=False)
 
 
 @pytest.mark.parametrize("entry", [3, [3], {"a": 1}.values()])

@@ -10,21 +10,12 @@ import pytest
 import tiny
 import torch
 import zoo
-from builders import collected, planned, quantized
+from builders import EVERYTHING, collected, planned, quantized
 from conftest import hasty
 
 import dtq
 from dtq.errors import InputError
 from dtq.pipelines.loading import LoadedModel
-
-FAMILIES = [
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "WanTransformer3DModel",
-]
-EVERYTHING = frozenset({"channels", "hessian", "sample"})
 
 
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
@@ -69,7 +60,7 @@ def test_the_sanity_check_reaches_a_transformer_of_the_last_steps():
     assert pipe.transformer_2.hf_quantizer.report.sanity_check["calls"] > 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", zoo.FIVE)
 @pytest.mark.parametrize(
     ("recipe", "more"),
     [
@@ -102,7 +93,7 @@ def _name(layer) -> str:
     return layer.name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", zoo.FIVE)
 def test_the_default_dtype_changes_nothing(name, tmp_path):
     recipe, dtype = "w4a4", torch.bfloat16
     model, calls = zoo.model(name), [zoo.inputs(name)]
@@ -124,7 +115,7 @@ def test_the_default_dtype_changes_nothing(name, tmp_path):
     assert torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", zoo.FIVE)
 def test_a_quantized_layer_runs_under_another_default_dtype(name):
     model, calls = zoo.model(name), [zoo.inputs(name)]
     dtq.quantize(model, hasty("w4a4"), inputs=calls, progress=False)

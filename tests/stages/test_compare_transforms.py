@@ -7,7 +7,7 @@ import logging
 
 import tiny
 import torch
-from builders import planned
+from builders import EVERYTHING, planned
 from conftest import QUICK, hasty
 
 import dtq
@@ -19,7 +19,6 @@ from dtq.recipe import Recipe
 from dtq.stages import record_calls
 
 HOW = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
-EVERYTHING = frozenset({"channels", "hessian", "sample"})
 
 
 def test_a_better_transform_of_the_whole_model_replaces_the_search():

@@ -15,6 +15,7 @@ from conftest import QUICK
 import dtq
 from dtq import api
 from dtq.errors import InputError
+from dtq.stages.float_model import check_float_model
 
 peft = pytest.importorskip("peft")
 
@@ -103,12 +104,6 @@ def test_a_changed_linear_that_is_not_quantized_does_not_matter():
     assert "forward" in vars(model.transformer_blocks[0].attn.to_q)
 
 
-def output(model, name):
-    with torch.no_grad():
-        y = model(**zoo.inputs(name))[0]
-    return y if isinstance(y, torch.Tensor) else torch.cat([each.flatten() for each in y])
-
-
 @pytest.mark.parametrize("name", FUSABLE)
 def test_fused_projections(name, tmp_path):
     model = zoo.model(name)
@@ -129,11 +124,20 @@ def test_fused_projections(name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     for each in (model, loaded):
-        plain = output(each, name)
+        plain = zoo.output(each, name)
         each.fuse_qkv_projections()
-        assert torch.equal(output(each, name), plain)
+        assert torch.equal(zoo.output(each, name), plain)
         each.unfuse_qkv_projections()
-        assert torch.equal(output(each, name), plain)
+        assert torch.equal(zoo.output(each, name), plain)
     loaded.dequantize()
     loaded.fuse_qkv_projections()
     assert ([*loaded.state_dict()] != before) == fused
+
+
+@pytest.mark.parametrize("kind", ["attn1.to_q", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"])
+def test_codes_in_one_kind_of_layer_are_refused(kind):
+    model = tiny.dit(blocks=7)  # 9 linears each and a few others: every n-th is often of one kind
+    for block in model.transformer_blocks:
+        block.get_submodule(kind).weight.data[0, 0] = torch.finfo(torch.float8_e4m3fn).max
+    with pytest.raises(InputError, match=rf"0\.{kind}\.weight is the largest value of FP8"):
+        check_float_model(model, "it")

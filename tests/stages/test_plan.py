@@ -12,13 +12,6 @@ import zoo
 import dtq
 from dtq.errors import InputError
 
-FAMILIES = [
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "WanTransformer3DModel",
-]
 BROADCAST = diffusers.PyramidAttentionBroadcastConfig(
     spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
 )
@@ -29,7 +22,7 @@ def refused(model, says: str, **options) -> None:
         dtq.quantize(model, "w4a16", progress=False, **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", zoo.FIVE)
 def test_a_compiled_model_is_refused(name):
     blocks = zoo.model(name)
     if getattr(blocks, "_repeated_blocks", None):
@@ -42,7 +35,7 @@ def test_a_compiled_model_is_refused(name):
         refused(model, "compile it afterwards")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", zoo.FIVE)
 def test_a_model_with_a_cache_is_refused_until_the_cache_is_off(name):
     model = zoo.model(name)
     diffusers.hooks.apply_pyramid_attention_broadcast(model, BROADCAST)
@@ -72,7 +65,7 @@ def test_a_component_that_is_named_twice_is_quantized_once():
     assert not any(isinstance(m, dtq.QuantLinear) for m in pipe.transformer_2.modules())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", zoo.FIVE)
 def test_inputs_that_the_model_refuses_are_named(name):
     model, call = zoo.model(name), zoo.inputs(name)
     refused(model, r"rejected the call \(TypeError.*inputs\[0\]", inputs=[{**call, "nothing": 1}])
