@@ -34,7 +34,7 @@ from dtq.nn.storage import aligned, from_disk
 from dtq.nn.swap import finalize, swap_empty
 from dtq.pipelines.loading import model_class, translate_errors
 from dtq.pipelines.validation import check_folder
-from dtq.pipelines.weight_files import resolve_variant, weight_files
+from dtq.pipelines.weight_files import warn_of_variants, weight_files
 
 WHOLE = "replicate"
 
@@ -210,8 +210,9 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
         CheckpointError: a file is damaged or incomplete.
     """
     folder = Path(folder)
-    variant = resolve_variant(folder)
-    check_folder(folder, variant)
+    variants, _ = check_folder(folder)
+    if rank == 0:
+        warn_of_variants(folder, variants)
     config = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != "dtq":
         raise InputError(f"{folder} is no transformer quantized by dtq (no quantization_config)")
@@ -219,7 +220,7 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
     plan, kind = settings.load_plan(), model_class(folder)
     with translate_errors(folder), init_empty_weights():
         model: nn.Module = kind.from_config(kind.load_config(folder))
-    files = weight_files(folder, variant)
+    files = weight_files(folder, variants.get(""))
     reader = Reader(files)
     reader.check_plan(plan, model)
     swap_empty(model, plan, settings.compute_dtype or torch.float32)

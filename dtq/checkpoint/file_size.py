@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dtq.formats import TensorSpec
+from dtq.pipelines.stored_tensors import SAFETENSORS_DTYPES
 
 
 def file_bytes(
@@ -35,19 +36,3 @@ def file_bytes(
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + offset
-
-
-# in the order of the safetensors writer
-SAFETENSORS_DTYPES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}

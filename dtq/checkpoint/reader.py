@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig, check_version
-from dtq.checkpoint.file_size import SAFETENSORS_DTYPES, file_bytes
+from dtq.checkpoint.file_size import file_bytes
 from dtq.errors import CheckpointError, InputError
 from dtq.io.checksum import checksum
 from dtq.io.safe_parse import read_json
@@ -33,8 +33,9 @@ from dtq.pipelines.loading import (
     folder_kind,
     model_class,
 )
+from dtq.pipelines.stored_tensors import SAFETENSORS_DTYPES
 from dtq.pipelines.validation import check_folder, check_shapes, meta_model
-from dtq.pipelines.weight_files import PICKLES, resolve_variant, weight_files
+from dtq.pipelines.weight_files import PICKLES, open_header, weight_files
 from dtq.plan.layers import CheckpointSpec
 
 CHECKSUMS = "dtq_checksums"
@@ -176,21 +177,16 @@ class Reader:
         if file.suffix in PICKLES:
             raise CheckpointError(f"{file}: pickle, which can run code; dtq reads safetensors only")
         sums: Tensor | None = None
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    if key == CHECKSUMS:
-                        sums = opened.get_tensor(key)
-                        continue
-                    if key in self.where:
-                        raise CheckpointError(f"{file}: {key} is also in {self.where[key]}")
-                    self.where[key] = str(file)
-                    header = opened.get_slice(key)
-                    self.stored[key] = header.get_dtype(), tuple(header.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: truncated or damaged ({error}); copy it again"
-            ) from error
+        with open_header(file) as opened:
+            for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                if key == CHECKSUMS:
+                    sums = opened.get_tensor(key)
+                    continue
+                if key in self.where:
+                    raise CheckpointError(f"{file}: {key} is also in {self.where[key]}")
+                self.where[key] = str(file)
+                header = opened.get_slice(key)
+                self.stored[key] = header.get_dtype(), tuple(header.get_shape())
         if sums is not None and (sums.dtype != torch.int32 or sums.ndim != 1 or len(sums) < 2):
             raise CheckpointError(f"{file}: {CHECKSUMS} is damaged; copy the file again")
         return sums
@@ -204,7 +200,7 @@ def verify(
     Args:
         path: folder of a pipeline or a model.
         component: which models of a pipeline; ``auto`` is every diffusion transformer.
-        variant: of the files; None is those without a variant, or the only one.
+        variant: of the files, as for ``load_transformers``.
 
     Returns:
         Component to folder of every model that dtq quantized.
@@ -214,8 +210,7 @@ def verify(
         CheckpointError: damaged, incomplete or from another version of dtq; names file and key.
     """
     kind = folder_kind(path)
-    variant = resolve_variant(path, variant)
-    check_folder(path, variant)
+    variants, _ = check_folder(path, variant)
     folders = {"transformer": path}
     if kind == "pipeline":
         names = diffusion_transformers_on_disk(path) if component == "auto" else component
@@ -224,7 +219,8 @@ def verify(
     for name, folder in folders.items():
         config = read_json(folder / "config.json").get("quantization_config")
         if isinstance(config, dict) and config.get("quant_method") == "dtq":
-            _verify_model(folder, config, weight_files(folder, variant))
+            own = variants.get(name if kind == "pipeline" else "")
+            _verify_model(folder, config, weight_files(folder, own))
             verified[name] = folder
     if not verified:
         raise InputError(f"{path} is not quantized by dtq (no quantization_config)")
@@ -233,8 +229,6 @@ def verify(
 
 def _verify_model(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
     plan = DTQConfig(**config).load_plan()
-    if not files:
-        raise CheckpointError(f"{folder}: no safetensors file")
     reader = Reader(files)
     reader.check_plan(plan, meta_model(folder, model_class(folder), files))
     for file in files:

@@ -16,11 +16,13 @@ import click
 from diffusers.utils import is_transformers_available
 from diffusers.utils import logging as diffusers_logging
 
+from dtq import demo
 from dtq.checkpoint import reader
 from dtq.errors import InputError
 from dtq.io.safe_parse import parse_yaml, read_json
 from dtq.pipelines import loading
 from dtq.pipelines.settings import SamplingSettings
+from dtq.pipelines.validation import check_links, model_folders
 from dtq.pipelines.weight_files import has_variant
 from dtq.recipe import Recipe
 from dtq.runs.workers import Workers
@@ -132,6 +134,7 @@ def load_verified(model: str, dtype: str, variant: str | None) -> loading.Loaded
     """
     path = Path(model)
     if path.is_dir() and loading.folder_kind(path) == "pipeline":
+        check_links(path)
         names = loading.diffusion_transformers_on_disk(path)
         configs = [path / name / "config.json" for name in names]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
@@ -149,8 +152,8 @@ def variants_of(models: Sequence[str], variant: str | None) -> list[str | None]:
     Raises:
         InputError: none of the models has the variant.
     """
-    local = [Path(model) for model in models]
-    has = [not path.is_dir() or has_variant(path, variant) for path in local]
+    local = [demo.folder(m) if m in demo.FOLDERS else Path(m) for m in models]
+    has = [not p.is_dir() or has_variant(model_folders(p).values(), variant) for p in local]
     if not any(has):
         raise InputError(f"neither {' nor '.join(models)} has files of the variant {variant!r}")
     return [variant if each else None for each in has]

@@ -38,13 +38,19 @@ def inspect(
     dtq inspect demo-w4a8 --kernels
     """
     from dtq.checkpoint import reader
-    from dtq.pipelines.weight_files import resolve_variant
+    from dtq.pipelines.validation import model_folders
+    from dtq.pipelines.weight_files import resolve_variants, warn_of_variants
 
     if not folder.exists():
         raise InputError(f"{folder}: no such folder")
     folders = reader.verify(folder, components or "auto", variant)
-    variant = resolve_variant(folder, variant)
-    data = {name: _inspect(path, variant) for name, path in folders.items()}
+    variants = resolve_variants(folder, model_folders(folder), variant)
+    if variant is None:
+        warn_of_variants(folder, variants)
+    data = {
+        name: _inspect(path, variants["" if path == folder else name])
+        for name, path in folders.items()
+    }
     if as_json:
         click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
         return

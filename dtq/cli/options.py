@@ -75,8 +75,8 @@ dtype = click.option(
          "fp16 files without a GPU.")
 variant = click.option(
     "--variant", metavar="NAME",
-    help="Variant of the weight files, such as fp16. Default: files without a variant, or the only "
-         "variant.")
+    help="Variant of the weight files, such as fp16. Default: of each model, the files "
+         "without a variant, or its only variant.")
 model = combined(component, dtype, variant)
 """Which model of a pipeline, in which dtype, from which files."""
 

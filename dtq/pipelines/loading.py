@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
 import torch
 from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from torch import nn
 
 from dtq import demo
@@ -30,9 +32,10 @@ from dtq.pipelines.validation import (
     check_weights,
     components,
     meta_model,
+    model_folders,
     model_kind,
 )
-from dtq.pipelines.weight_files import resolve_variant, weight_files
+from dtq.pipelines.weight_files import resolve_variants, warn_of_variants, weight_files
 
 log = logging.getLogger("dtq")
 
@@ -114,7 +117,8 @@ def load_transformers(
         component: names of the transformers to quantize. ``auto`` is every diffusion transformer
             of the pipeline; Wan 2.2 has one for the noisy and one for the clean timesteps.
         variant: part of the names of the weight files, such as ``fp16``; components without it
-            are read without. Default: files without a variant, or the only one that there is.
+            are read without. Default: the files without a variant, and for a component that has
+            none of these, its only variant.
 
     Returns:
         One model per transformer, all with the same pipeline; for a bare transformer just one.
@@ -140,16 +144,19 @@ def load_transformers(
     if on_hub:
         path = download_pipeline(name, variant)
     kind = folder_kind(path)
-    variant = resolve_variant(path, variant)
-    converted = check_folder(path, variant)
+    variants, converted = check_folder(path, variant)
+    if variant is None:
+        warn_of_variants(path, variants)
     if kind == "model":
-        model = load_model(path, _dtype(dtype, path, variant), variant, converted.get(""))
-        return [LoadedModel(name, None, "transformer", model, path, variant=variant)]
+        own = variants[""]
+        model = load_model(path, _dtype(dtype, path, own), own, converted.get(""))
+        return [LoadedModel(name, None, "transformer", model, path, variant=own)]
     first = _requested(diffusion_transformers_on_disk(path), component, path)[0]
-    pipeline = _load_pipeline(path, _dtype(dtype, path / first, variant), variant, converted)
+    chosen = _dtype(dtype, path / first, variants.get(first))
+    pipeline = _load_pipeline(path, chosen, variants, converted)
     if name == "demo-outliers":
         inject_outliers(pipeline.transformer)
-    return _transformers_of(name, pipeline, component, None if on_hub else path, variant)
+    return _transformers_of(name, pipeline, component, None if on_hub else path, variants)
 
 
 def diffusion_transformers(pipeline: DiffusionPipeline) -> list[str]:
@@ -173,11 +180,13 @@ def _transformers_of(
     pipeline: DiffusionPipeline,
     component: Components,
     path: Path | None = None,
-    variant: str | None = None,
+    variants: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[LoadedModel]:
     names = _requested(diffusion_transformers(pipeline), component, type(pipeline).__name__)
     models = {c: _component(pipeline, c) for c in names}
-    return [LoadedModel(name, pipeline, c, m, path, None, variant) for c, m in models.items()]
+    return [
+        LoadedModel(name, pipeline, c, m, path, variant=variants.get(c)) for c, m in models.items()
+    ]
 
 
 def _requested(available: list[str], component: Components, where: object) -> list[str]:
@@ -310,21 +319,26 @@ def meta_models(
     on_hub = not path.exists()
     if on_hub:
         path = download_configs(name)
-    folders = {"transformer": path}
+    folders = model_folders(path)
+    names = {"transformer": ""}  # to the component in the pipeline
     if folder_kind(path) == "pipeline":
-        names = _requested(diffusion_transformers_on_disk(path), component, path)
-        folders = {c: path / c for c in names}
+        found = _requested(diffusion_transformers_on_disk(path), component, path)
+        names = {name: name for name in found}
+    variants: dict[str, str | None] = {}
     if not on_hub:
-        variant = resolve_variant(path, variant)
+        variants = resolve_variants(path, folders, variant)
+        if variant is None:
+            warn_of_variants(path, variants)
     models = {}
-    for key, folder in folders.items():
+    for key, part in names.items():
+        folder, own = path / part, variants.get(part)
         if not (folder / "config.json").is_file():
             raise InputError(f"{path} has no component {key!r}")
-        kind, files = model_class(folder), [] if on_hub else weight_files(folder, variant)
+        kind, files = model_class(folder), [] if on_hub else weight_files(folder, own)
         model = meta_model(folder, kind, files)
-        if files:
+        if not on_hub:
             check_weights(folder, model, files)
-        dtype = stored_dtype(files) if on_hub else _dtype("auto", folder, variant)
+        dtype = stored_dtype(files) if on_hub else _dtype("auto", folder, own)
         models[key] = model, dtype
     return models
 
@@ -390,16 +404,27 @@ def _call_once(model: nn.Module) -> None:
 
 
 def _load_pipeline(
-    folder: Path, dtype: torch.dtype, variant: str | None, converted: dict[str, PlainWeights]
+    folder: Path,
+    dtype: torch.dtype,
+    variants: Mapping[str, str | None],
+    converted: Mapping[str, PlainWeights],
 ) -> DiffusionPipeline:
+    """Load a pipeline; components with a variant one by one, as diffusers takes one for all."""
     index = components(folder / "model_index.json")
     with translate_errors(folder):
-        ready = {
-            name: load_converted(model_kind(index[name][1]), folder / name, weights, dtype)
-            for name, weights in converted.items()
-        }
+        ready = {}
+        for name, variant in variants.items():
+            if variant is None and name not in converted:
+                continue
+            kind: Any = simple_get_class_obj(*index[name])
+            if name in converted:
+                ready[name] = load_converted(kind, folder / name, converted[name], dtype)
+            else:
+                key = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
+                options = {key: dtype, "variant": variant, "use_safetensors": True}
+                ready[name] = kind.from_pretrained(folder / name, **options)
         pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, **ready
+            folder, torch_dtype=dtype, use_safetensors=True, **ready
         )
     return pipeline
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
+from dtq.io.default_dtype import default_dtype
 from dtq.pipelines.stored_tensors import (
     COMPANION,
     FLOATS,
@@ -44,7 +45,7 @@ _SCALES = (".weight_scale", ".scale_weight")
 _UNUSED = (".input_scale", ".scale_input")  # scales of activations, which dtq chooses itself
 _MARKER = "scaled_fp8"  # an empty tensor in files of ComfyUI
 
-_INDEX = re.compile(r"\.\d+\.")
+_INDEX = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass
@@ -106,6 +107,7 @@ def plain_weights(
     extra = {name: key for name, key in by_name.items() if name not in expected}
     plain.scales = _fp8_scales(extra, by_name, stored)
     used = {*plain.scales.values(), *(k for n, k in extra.items() if plain.scales and _unused(n))}
+    used |= _ignored(model, extra)
     unknown = {name: key for name, key in extra.items() if key not in used}
     _refuse_companions(unknown, {*expected}, stored)
     _check_expected(model, by_name, stored)
@@ -133,13 +135,8 @@ def load_converted(kind: Any, folder: Path, weights: PlainWeights, dtype: torch.
         weights: its files, and how to convert them.
         dtype: of the model.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with init_empty_weights():
-            model = kind.from_config(kind.load_config(folder))
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(dtype), init_empty_weights():
+        model = kind.from_config(kind.load_config(folder))
     for file in weights.files:
         load_model_dict_into_meta(
             model,
@@ -216,6 +213,17 @@ def _unused(name: str) -> bool:
     return name == _MARKER or name.endswith(_UNUSED)
 
 
+def _ignored(model: nn.Module, extra: Mapping[str, str]) -> set[str]:
+    """Keys of buffers that the model computes, and of tensors that its class ignores."""
+    buffers = {name for name, _ in model.named_buffers()}
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return {
+        key
+        for name, key in extra.items()
+        if not buffers.isdisjoint((name, key)) or any(re.search(p, key) for p in patterns)
+    }
+
+
 def _refuse_companions(
     extra: Mapping[str, str], expected: set[str], stored: Mapping[str, Stored]
 ) -> None:
@@ -229,11 +237,16 @@ def _refuse_companions(
     Raises:
         CheckpointError: names the tensor.
     """
-    blocks = {_INDEX.sub(".*.", name) for name in expected}
+    blocks = {_INDEX.sub(".*", name) for name in expected}
     for name, key in extra.items():
-        if _INDEX.sub(".*.", name) in blocks:
+        if _INDEX.sub(".*", name) in blocks:
+            layers = [f"{name[: index.end()]}." for index in _INDEX.finditer(name)]
+            exist = all(any(other.startswith(layer) for other in expected) for layer in layers)
             raise CheckpointError(
-                f"{stored[key].file}: holds {key}, and config.json describes a model of fewer "
+                f"{stored[key].file}: holds {key}, which this layer of the model of config.json "
+                f"does not have; one of the two is from another model"
+                if exist
+                else f"{stored[key].file}: holds {key}, and config.json describes a model of fewer "
                 f"layers; one of the two is from another model"
             )
         parts = name.split(".")
@@ -276,6 +289,6 @@ def _check_expected(
         if like := [key for key in stored if key.endswith(f".{missing[0]}")]:
             others += f"; it has {like[0]}"
         raise CheckpointError(
-            f"{files or 'no safetensors file'}: the tensor {missing[0]} is missing{others}; the "
-            f"file is incomplete, or from another version of the model"
+            f"{files or 'the files'}: the tensor {missing[0]} is missing{others}; the file is "
+            f"incomplete, or from another version of the model"
         )

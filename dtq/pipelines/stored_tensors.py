@@ -11,21 +11,38 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtq.errors import CheckpointError
+from dtq.pipelines.weight_files import open_header
 
 log = logging.getLogger("dtq")
 
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-FLOATS = {"F64", *_TORCH}
-FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+SAFETENSORS_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of dtypes in headers, in the order of the safetensors writer."""
+
+_TORCH = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+FLOATS = {"F64", "F32", "BF16", "F16"}
+FP8 = {name: _TORCH[name] for name in ("F8_E4M3", "F8_E5M2")}
 
 COMPANION = re.compile(
-    r"(?:^|[._])(?:scaled_fp8|comfy_quant|absmax|quant_map|quant_state|qweight|qzeros|qdata|g_idx"
+    r"(?:(?:^|[._])(?:scaled_fp8|comfy_quant|absmax|quant_map|quant_state|qweight|qzeros|qdata|g_idx"
     r"|SCB|wscales|smooth_factor|weight_packed|zero_points?|weight_zeros?|amax"
-    r"|(?:weight|input|output)(?:_global)?_scales?|scale_(?:weight|input|output))(?:[._]|$)"
+    r"|scale_(?:weight|input|output))"
+    r"|(?:^|\.)(?:weight|input|output)(?:_global)?_scales?)(?:[._]|$)"
 )
 """Names that tools for quantization give to what goes with a stored weight."""
 
@@ -50,28 +67,23 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
     """
     stored: dict[str, Stored] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as header:
-                for note in header.metadata() or {}:
-                    if "quant" in note.lower():
-                        raise not_plain(file, f"the entry {note!r} of its metadata")
-                for key in header.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    if key in stored:
-                        raise CheckpointError(f"{file}: {key} is also in {stored[key].file}")
-                    tensor = header.get_slice(key)
-                    stored[key] = Stored(file, tensor.get_dtype(), tuple(tensor.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: truncated or damaged ({error}); copy it again"
-            ) from error
+        with open_header(file) as header:
+            for note in header.metadata() or {}:
+                if "quant" in note.lower():
+                    raise not_plain(file, f"the entry {note!r} of its metadata")
+            for key in header.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                if key in stored:
+                    raise CheckpointError(f"{file}: {key} is also in {stored[key].file}")
+                tensor = header.get_slice(key)
+                stored[key] = Stored(file, tensor.get_dtype(), tuple(tensor.get_shape()))
     return stored
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
     """The tensors of a state dict as a header would describe them."""
-    names = {dtype: name for name, dtype in {**_TORCH, **FP8, "F64": torch.float64}.items()}
+    file, names = Path("the state dict"), SAFETENSORS_DTYPES
     return {
-        key: Stored(Path("the state dict"), names.get(t.dtype, str(t.dtype)), tuple(t.shape))
+        key: Stored(file, names.get(t.dtype, str(t.dtype)), tuple(t.shape))
         for key, t in tensors.items()
     }
 
@@ -136,7 +148,7 @@ def is_saturated(tensor: Tensor) -> bool:
 
 def read_tensor(stored: Mapping[str, Stored], key: str) -> Tensor:
     """A tensor from its file."""
-    with safe_open(stored[key].file, framework="pt") as file:
+    with open_header(stored[key].file) as file:
         tensor: Tensor = file.get_tensor(key)
     return tensor
 
@@ -145,10 +157,11 @@ def stored_dtype(files: Iterable[Path]) -> torch.dtype:
     """The most common float dtype of the tensors in safetensors files, except scales."""
     count: Counter[str] = Counter()
     for file in files:
-        with safe_open(file, framework="pt") as header:
+        with open_header(file) as header:
             keys = [key for key in [*header.keys()] if not COMPANION.search(key)]
             count.update(header.get_slice(key).get_dtype() for key in keys)
-    return next((_TORCH[n] for n, _ in count.most_common() if n in _TORCH), torch.float32)
+    usual = FLOATS - {"F64"}
+    return next((_TORCH[n] for n, _ in count.most_common() if n in usual), torch.float32)
 
 
 def not_plain(file: Path, what: str) -> CheckpointError:

@@ -27,8 +27,8 @@ from torch.nn.modules import module as hooks
 from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
 from dtq.io.safe_parse import read_json
 from dtq.pipelines.plain_weights import PlainWeights, plain_weights
-from dtq.pipelines.stored_tensors import read_headers, refuse_codes
-from dtq.pipelines.weight_files import tensor_names, weight_files
+from dtq.pipelines.stored_tensors import FLOATS, FP8, read_headers, refuse_codes
+from dtq.pipelines.weight_files import resolve_variants, tensor_names, weight_files
 
 SPARE_BYTES = 2**30
 """Bytes that buffers of a model (position tables, rotary embeddings) may need, whatever the size of
@@ -42,33 +42,52 @@ _MODULES_PER_TENSOR = 16  # a block has more modules than tensors, but not by th
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def check_folder(path: Path, variant: str | None = None) -> dict[str, PlainWeights]:
+def check_folder(
+    path: Path, variant: str | None = None
+) -> tuple[dict[str, str | None], dict[str, PlainWeights]]:
     """Check a pipeline or model folder; models are only built on the meta device.
 
     Errors name the file, the key and a way out.
 
     Args:
         path: the folder.
-        variant: of the files, as ``resolve_variant`` returns it.
+        variant: what the user asks for.
 
     Returns:
-        The components whose weights diffusers cannot read as they are stored; "" is a bare model.
+        Component to the variant of its files, and the components whose weights diffusers cannot
+        read as they are stored; "" is a bare model.
 
     Raises:
-        InputError: a link leads out of the folder, weights are stored only as pickle, or an index
-            names files elsewhere or code to import.
+        InputError: a link leads out of the folder, weights are stored only as pickle, an index
+            names files elsewhere or code to import, or the variant is not clear.
         CheckpointError: a safetensors file is damaged, or its tensors are not the weights of the
             model.
     """
+    folders, index = model_folders(path), path / "model_index.json"
+    variants = resolve_variants(path, folders, variant)
+    kinds: Mapping[str, object] = (
+        {name: kind for name, (_, kind) in components(index).items()}
+        if index.is_file()
+        else {"": read_json(path / "config.json").get("_class_name")}
+    )
+    checked = {
+        name: _check_component(folder, kinds[name], variants[name])
+        for name, folder in folders.items()
+    }
+    return variants, {n: plain for n, plain in checked.items() if plain and not plain.as_stored}
+
+
+def model_folders(path: Path) -> dict[str, Path]:
+    """The components of a pipeline that have a folder, or "" for a bare model; checks links.
+
+    Raises:
+        InputError: as :func:`check_links` and :func:`components`.
+    """
     check_links(path)
     index = path / "model_index.json"
-    kinds = (
-        {"": read_json(path / "config.json").get("_class_name")}
-        if not index.is_file()
-        else {name: kind for name, (_, kind) in components(index).items() if (path / name).is_dir()}
-    )
-    checked = {name: _check_component(path / name, kind, variant) for name, kind in kinds.items()}
-    return {name: plain for name, plain in checked.items() if plain and not plain.as_stored}
+    if not index.is_file():
+        return {"": path}
+    return {name: path / name for name in components(index) if (path / name).is_dir()}
 
 
 def components(index: Path) -> dict[str, tuple[str, str]]:
@@ -214,7 +233,7 @@ def check_shapes(
             raise CheckpointError(
                 f"{key} has shape {list(shape)} in the file, {config} needs {list(tensor.shape)}"
             )
-        if tensor.is_floating_point() and dtype[0] not in "FB":
+        if tensor.is_floating_point() and dtype not in FLOATS | {*FP8}:
             raise CheckpointError(
                 f"{key} is {dtype} in the file, and {config} has no entry in 'layers' that names "
                 f"its format"
@@ -254,8 +273,14 @@ def check_weights(folder: Path, model: nn.Module | None, files: list[Path]) -> P
         files: the safetensors files that are read.
 
     Raises:
-        CheckpointError: they hold something else; names the tensor.
+        CheckpointError: there are none, or they hold something else; names the tensor.
     """
+    if model is not None and not files:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name != "config.json")
+        raise CheckpointError(
+            f"{folder}: no weights; expected diffusion_pytorch_model.safetensors or its index, "
+            f"the folder has {', '.join(names[:5]) or 'only config.json'}"
+        )
     if read_json(folder / "config.json").get("quantization_config") is not None:
         return None
     if model is None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -28,44 +31,69 @@ _INDEX = r"{}\.safetensors(?:\.(?P<old>.+))?\.index(?:\.(?P<variant>.+))?\.json"
 _NUMBERED = re.compile(r"-\d+-of-\d+$")
 
 
-def resolve_variant(path: Path, variant: str | None = None) -> str | None:
-    """The variant of the files to read from a pipeline or model folder.
+def resolve_variants(
+    path: Path, folders: Mapping[str, Path], variant: str | None = None
+) -> dict[str, str | None]:
+    """The variant of the files to read of each component.
 
     Args:
-        path: the folder.
-        variant: what the user asks for; None is the files without a variant, and where there are
-            none, the only variant.
+        path: the folder of the pipeline or model, for messages.
+        folders: component to its folder.
+        variant: what the user asks for; components without it are read without. None is the files
+            without a variant, and for a component that has none of these, its only variant.
+
+    Returns:
+        Component to variant; None is the files without one.
 
     Raises:
         InputError: no file has that variant, or the choice is the user's.
     """
-    stored = _stored_below(path)
-    variants = [_variants(names) for names in stored]
-    if variant is not None:
-        if not any(variant in names for names in variants):
-            known = ", ".join(sorted(set[str]().union(*variants)))
-            raise InputError(
-                f"{path}: no file of the variant {variant!r}; "
-                f"{f'it has {known}' if known else 'its files have no variant'}"
-            )
-        return variant
-    alone = [v for v, s in zip(variants, stored, strict=True) if v and not _has_plain(s)]
-    if not alone:
-        return None
-    common = sorted(set.intersection(*alone))
-    if len(common) != 1:
-        known = ", ".join(sorted(set.union(*alone)))
-        raise InputError(
-            f"{path}: the weights are stored as variants only ({known}); choose one with "
+    stored = {name: {*_stored(folder)} for name, folder in folders.items()}
+    known = {v for variants in stored.values() for v in variants if v is not None}
+    if variant is not None and variant not in known:
+        has = f"it has {', '.join(sorted(known))}" if known else "its files have no variant"
+        raise InputError(f"{path}: no file of the variant {variant!r}; {has}")
+    chosen: dict[str, str | None] = {}
+    for name, variants in stored.items():
+        if variant in variants or None in variants or not variants:
+            chosen[name] = variant if variant in variants else None
+        elif variant is None and len(variants) == 1:
+            (chosen[name],) = variants
+        else:
+            alone = {n: sorted(map(str, v)) for n, v in stored.items() if v and None not in v}
+            raise InputError(f"{path}: {_how_to_choose(alone)}")
+    return chosen
+
+
+def _how_to_choose(alone: Mapping[str, list[str]]) -> str:
+    """What to do about components that are stored as variants only."""
+    common = sorted(set.intersection(*map(set, alone.values())))
+    if common:
+        return (
+            f"the weights are stored as variants only ({', '.join(common)}); choose one with "
             f"--variant, or variant= in Python"
         )
-    log.warning("%s: the weights are stored as the variant %s only; it is read", path, common[0])
-    return common[0]
+    each = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in alone.items())
+    if all(len(variants) == 1 for variants in alone.values()):
+        advice = "leave --variant out to read the only one of each"
+    else:
+        advice = "get files of one variant for all of them, or remove all but one of each"
+    return f"no variant covers all components ({each}); {advice}"
 
 
-def has_variant(path: Path, variant: str | None) -> bool:
-    """Whether a pipeline or model folder has files of a variant; any has None."""
-    return variant is None or any(variant in _variants(names) for names in _stored_below(path))
+def warn_of_variants(path: Path, variants: Mapping[str, str | None]) -> None:
+    """Report the variants that are read although the user did not ask for them."""
+    for variant in sorted({v for v in variants.values() if v is not None}):
+        names = ", ".join(name for name, v in variants.items() if name and v == variant)
+        of = f" of {names}" if names else ""
+        log.warning(
+            "%s: the weights%s are stored as the variant %s only; it is read", path, of, variant
+        )
+
+
+def has_variant(folders: Iterable[Path], variant: str | None) -> bool:
+    """Whether one of several model folders has files of a variant; any has None."""
+    return variant is None or any(variant in _stored(folder) for folder in folders)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -73,28 +101,17 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     Args:
         folder: of one model.
-        variant: as :func:`resolve_variant` returns it; files without it take its place.
+        variant: as :func:`resolve_variants` returns it.
 
     Returns:
         The files; empty for a folder without weights.
 
     Raises:
-        InputError: weights are stored only as pickle or as another variant, or an index names a
-            file elsewhere.
+        InputError: weights are stored only as pickle, or an index names a file elsewhere.
         CheckpointError: a file is damaged or missing.
     """
-    stored = _stored(folder)
-    source = stored.get(None)
-    if variant in stored and _has_files(stored[variant]):
-        source = stored[variant]
+    source = _stored(folder).get(variant)
     if source is None:
-        if stored:
-            known = ", ".join(sorted(map(str, stored)))
-            raise InputError(
-                f"{folder}: no file of the variant {variant}; it has {known}"
-                if variant
-                else f"{folder}: only files of the variant {known}; choose one with --variant"
-            )
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
         if pickles:
             raise InputError(
@@ -121,9 +138,20 @@ def tensor_names(file: Path) -> list[str]:
     Raises:
         CheckpointError: the file is truncated or damaged.
     """
+    with open_header(file) as header:
+        return list(header.keys())
+
+
+@contextmanager
+def open_header(file: Path) -> Iterator[Any]:
+    """Open a safetensors file to read its header, or some of its tensors.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged.
+    """
     try:
         with safe_open(file, framework="pt") as header:
-            return list(header.keys())
+            yield header
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file}: truncated or damaged ({error}); copy it again") from error
 
@@ -131,7 +159,8 @@ def tensor_names(file: Path) -> list[str]:
 def _stored(folder: Path) -> dict[str | None, Path]:
     """Variant (None: no variant) to its file, or to its index if it has several files.
 
-    diffusers reads the index if there are both, transformers the file.
+    diffusers reads the index if there are both, transformers the file. An index without any of its
+    files came along with another download; it counts only where there is nothing else.
     """
     names = sorted(entry.name for entry in folder.iterdir())
     for stem in _STEMS:
@@ -144,29 +173,16 @@ def _stored(folder: Path) -> dict[str | None, Path]:
             match = re.fullmatch(_FILE.format(stem), name)
             if match is not None and not _NUMBERED.search(match["variant"] or ""):
                 files[match["variant"]] = folder / name
-        if files or indexes:
-            return files | indexes if stem == _STEMS[0] else indexes | files
+        stored = files | indexes if stem == _STEMS[0] else indexes | files
+        if whole := {v: source for v, source in stored.items() if _has_files(source)}:
+            return whole
+        if None in stored:
+            return {None: stored[None]}
     return {}
 
 
-def _stored_below(path: Path) -> list[dict[str | None, Path]]:
-    """:func:`_stored` of a model, or of each component of a pipeline."""
-    index = path / "model_index.json"
-    if not index.is_file():
-        return [_stored(path)]
-    return [_stored(path / name) for name in read_json(index) if (path / name).is_dir()]
-
-
-def _variants(stored: dict[str | None, Path]) -> set[str]:
-    return {v for v, source in stored.items() if v is not None and _has_files(source)}
-
-
-def _has_plain(stored: dict[str | None, Path]) -> bool:
-    return None in stored and _has_files(stored[None])
-
-
 def _has_files(source: Path) -> bool:
-    """Whether a file of an index is there: an index alone came along with another download."""
+    """Whether a weight file, or at least one file of an index, is there."""
     if source.suffix != ".json":
         return True
     names = read_json(source).get("weight_map")

@@ -392,6 +392,13 @@ def test_codes_are_not_taken_for_weights(float_folder, tmp_path):
         DiTTransformer2DModel.from_pretrained(tmp_path / "q" / "transformer")
 
 
+def test_booleans_are_not_taken_for_weights(quick_folder, tmp_path):
+    copy = Path(shutil.copytree(quick_folder, tmp_path / "q"))
+    rewritten(copy, lambda t: t.update({"proj_out_1.bias": t["proj_out_1.bias"] > 0}))
+    with pytest.raises(CheckpointError, match=r"proj_out_1\.bias is BOOL in the file"):
+        reader.verify(copy)
+
+
 @pytest.fixture(scope="module")
 def two_level_folder(tmp_path_factory, float_folder) -> Path:
     pipe = dtq.quantize(

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import zoo
 from click.testing import CliRunner
@@ -15,21 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dtq
+from dtq.checkpoint import reader
 from dtq.cli import main
+from dtq.cli.inputs import variants_of
 from dtq.errors import CheckpointError, DtqError, InputError
 from dtq.pipelines import loading
+from dtq.pipelines.plain_weights import plain_weights
+from dtq.pipelines.stored_tensors import COMPANION, described, refuse_codes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CLASSES = [
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "WanTransformer3DModel",
-]
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+@pytest.fixture(scope="module", params=zoo.FIVE)
 def saved(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / request.param
     zoo.model(request.param).save_pretrained(folder)
@@ -66,11 +64,6 @@ def scaled(folder: Path, ending: str, rows: bool = False) -> None:
             tensors[f"{name}{ending}"] = s.float().clone()
 
     rewrite(folder, change)
-
-
-def output(model: nn.Module, name: str) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**zoo.inputs(name), return_dict=False)[0]
 
 
 def refused(folder: Path, *words: str) -> None:
@@ -188,11 +181,67 @@ def test_a_config_of_fewer_layers_is_refused(folder):
         loading.load_transformers(str(folder))
 
 
+def test_a_tensor_that_one_layer_lacks_is_of_another_model():
+    model = tiny.dit(blocks=2)
+    stored = described(model.state_dict())
+    del model.transformer_blocks[1].attn1.to_q._parameters["bias"]
+    with pytest.raises(
+        CheckpointError, match=r"1\.attn1\.to_q\.bias, which this layer of the model"
+    ):
+        plain_weights(model, stored)
+
+
+def test_buffers_that_the_model_computes_are_ignored(caplog):
+    model = zoo.model("PixArtTransformer2DModel")
+    model.transformer_blocks[0].attn1.to_q.register_buffer(
+        "weight_scale", torch.ones(1), persistent=False
+    )
+    stored = dict(model.state_dict())
+    key = "transformer_blocks.0.attn1.to_q.weight_scale"
+    plain_weights(model, described({**stored, key: torch.ones(1)}))
+    assert key not in caplog.text
+    with pytest.raises(CheckpointError, match=r"to_k\.weight_scale"):
+        plain_weights(model, described({**stored, key.replace("to_q", "to_k"): torch.ones(1)}))
+
+
+def test_tensors_that_the_class_ignores_are_ignored(saved, tmp_path, caplog):
+    model = zoo.model("WanTransformer3DModel")
+    model.save_pretrained(tmp_path)
+    key = "blocks.0.attn2.norm_added_q.weight"
+    rewrite(tmp_path, lambda t: t.update({key: torch.ones(4)}))
+    loading.load_transformers(str(tmp_path))
+    loading.meta_models(str(tmp_path))
+    assert key not in caplog.text
+
+
+@pytest.mark.parametrize("end", ["weight_scale", "input_scale", "output_scales"])
+def test_a_parameter_whose_name_merely_ends_in_scale_is_a_parameter(end):
+    assert COMPANION.search(f"layers.0.to_q.{end}")
+    assert COMPANION.search(end)
+    assert not COMPANION.search(f"layers.0.per_layer_{end}")
+    tensors = {"layers.0.weight": torch.rand(2, 2), f"layers.0.per_layer_{end}": torch.ones(1)}
+    refuse_codes(described(tensors))
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / WEIGHTS).rename(folder / "mine.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        loading.load_transformers(str(folder))
+    with pytest.raises(CheckpointError) as planned:
+        loading.meta_models(str(folder))
+    assert str(caught.value) == str(planned.value)
+    for word in (str(folder), f"expected {WEIGHTS}", "the folder has mine.safetensors"):
+        assert word in str(caught.value)
+    (folder / "mine.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"the folder has only config\.json"):
+        loading.load_transformers(str(folder))
+
+
 def test_tensors_of_nothing_in_the_model_are_reported(saved, folder, caplog):
     rewrite(folder, lambda t: t.update({"optimizer.step": torch.zeros(1)}))
     want = loading.load_transformer(str(saved)).model
     model = loading.load_transformer(str(folder)).model
-    torch.testing.assert_close(output(model, folder.name), output(want, folder.name))
+    torch.testing.assert_close(zoo.output(model, folder.name), zoo.output(want, folder.name))
     assert "optimizer.step" in caplog.text
 
 
@@ -208,7 +257,7 @@ def test_known_prefixes_are_removed(prefix, dtype, saved, folder, caplog):
         assert got.dtype == tensor.dtype, name
         assert torch.equal(got, tensor), name
     # buffers that are not stored, too; tensors at other addresses round differently
-    got, same = (output(m.float(), folder.name) for m in (model, want))
+    got, same = (zoo.output(m.float(), folder.name) for m in (model, want))
     torch.testing.assert_close(got, same)
     assert prefix in caplog.text
     loading.meta_models(str(folder))
@@ -304,6 +353,117 @@ def test_the_commands_take_a_variant(float_folder, tmp_path):
         dtq_command("inspect", tmp_path / "qv", *more)
 
 
+def renamed(folder: Path, *variants: str) -> None:
+    """Store the weights of a component as variants only."""
+    (file,) = folder.glob("*.safetensors")
+    for variant in variants:
+        shutil.copy(file, file.with_suffix(f".{variant}.safetensors"))
+    file.unlink()
+
+
+@pytest.fixture
+def pipeline(float_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(float_folder, tmp_path / "pipeline"))
+
+
+@pytest.mark.parametrize("plain", ["vae", "transformer", None])
+def test_each_component_has_its_own_variant(plain, pipeline, float_folder, caplog):
+    variants = {"vae": "fp16", "transformer": "ema"}
+    for name, variant in variants.items():
+        if name != plain:
+            renamed(pipeline / name, variant)
+    (loaded,) = loading.load_transformers(str(pipeline))
+    assert loaded.variant == (None if plain == "transformer" else "ema")
+    want = loading.load_transformer(str(float_folder)).pipeline
+    for name in variants:
+        got = getattr(loaded.pipeline, name)
+        assert all(
+            torch.equal(got.state_dict()[k], t) for k, t in getattr(want, name).state_dict().items()
+        )
+        assert got.dtype == torch.float32
+        message = f"of {name} are stored as the variant {variants[name]} only"
+        assert caplog.text.count(message) == (name != plain)
+    loading.meta_models(str(pipeline))
+    if plain is not None:
+        asked = next(v for name, v in variants.items() if name != plain)
+        loading.load_transformers(str(pipeline), variant=asked)
+
+
+def test_the_advice_about_variants_can_be_followed(pipeline):
+    renamed(pipeline / "vae", "a")
+    renamed(pipeline / "transformer", "b", "c")
+    none = (
+        r"no variant covers all components \(transformer: b, c; vae: a\); get files of one variant"
+    )
+    for variant in (None, "a", "b"):
+        with pytest.raises(InputError, match=none):
+            loading.load_transformers(str(pipeline), variant=variant)
+    (pipeline / "transformer" / "diffusion_pytorch_model.c.safetensors").unlink()
+    with pytest.raises(InputError, match="leave --variant out to read the only one of each"):
+        loading.load_transformers(str(pipeline), variant="a")
+    loading.load_transformers(str(pipeline))
+    (pipeline / "vae" / "diffusion_pytorch_model.a.safetensors").rename(
+        pipeline / "vae" / "diffusion_pytorch_model.b.safetensors"
+    )
+    with pytest.raises(InputError, match=r"no file of the variant 'a'; it has b$"):
+        loading.load_transformers(str(pipeline), variant="a")
+
+
+def test_a_variant_that_is_chosen_is_reported_once(
+    quantized_folder, float_folder, tmp_path, caplog
+):
+    copy = Path(shutil.copytree(quantized_folder, tmp_path / "q"))
+    renamed(copy / "transformer", "w4")
+    once = "of transformer are stored as the variant w4 only"
+    for command in (
+        ("inspect", copy),
+        ("eval", copy, "--reference", float_folder, "--samples", 1, "--steps", 1),
+    ):
+        caplog.clear()
+        dtq_command(*command)
+        assert caplog.text.count(once) == 1
+
+
+def test_a_bundled_model_has_no_variants():
+    with pytest.raises(InputError, match="neither demo nor demo-video has files of the variant"):
+        variants_of(["demo", "demo-video"], "fp16")
+
+
+def test_one_of_two_models_may_lack_the_variant(pipeline):
+    renamed(pipeline / "transformer", "ema")
+    assert variants_of([str(pipeline), "demo"], "ema") == ["ema", None]
+
+
+ENTRIES = {
+    "load": lambda path: loading.load_transformers(path, variant="secret"),
+    "plan": lambda path: loading.meta_models(path, variant="secret"),
+    "inspect": lambda path: reader.verify(Path(path), variant="secret"),
+    "eval": lambda path: variants_of([path], "secret"),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_no_folder_outside_is_looked_at_for_variants(entry, pipeline, tmp_path):
+    shutil.move(pipeline / "transformer", tmp_path / "out")
+    renamed(tmp_path / "out", "secret")
+    shutil.copytree(tmp_path / "out", pipeline / "transformer")
+    for file in (pipeline / "transformer").glob("*.safetensors"):
+        file.rename(file.with_name(WEIGHTS))
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (pipeline / "model_index.json").write_text(json.dumps({**index, "../out": None}))
+    with pytest.raises(InputError, match=r"its files have no variant|has files of the variant"):
+        ENTRIES[entry](str(pipeline))
+    kind = ["diffusers", "DiTTransformer2DModel"]
+    (pipeline / "model_index.json").write_text(json.dumps({**index, "../out": kind}))
+    with pytest.raises(InputError, match="not the name of a component"):
+        ENTRIES[entry](str(pipeline))
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(pipeline / "transformer")
+    (pipeline / "transformer").symlink_to(tmp_path / "out")
+    with pytest.raises(InputError, match="a link out of the folder"):
+        ENTRIES[entry](str(pipeline))
+
+
 def test_a_text_encoder_with_scales_is_refused(tmp_path, float_folder):
     copy = Path(shutil.copytree(float_folder, tmp_path / "p"))
     save_file(
@@ -368,7 +528,7 @@ def test_single_files(damage, name, tmp_path):
             load()
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", zoo.FIVE)
 def test_a_model_made_of_the_config_of_a_quantized_one_is_float(name, tmp_path):
     quantized = dtq.quantize(zoo.model(name), "w4a16", progress=False)
     quantized.save_pretrained(tmp_path / "q")
