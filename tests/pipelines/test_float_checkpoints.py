@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dtq
+from dtq import demo
 from dtq.checkpoint import reader
 from dtq.cli import main
 from dtq.cli.inputs import variants_of
@@ -387,6 +388,16 @@ def test_each_component_has_its_own_variant(plain, pipeline, float_folder, caplo
     if plain is not None:
         asked = next(v for name, v in variants.items() if name != plain)
         loading.load_transformers(str(pipeline), variant=asked)
+
+
+def test_a_text_encoder_of_one_variant_is_read(tmp_path):
+    pytest.importorskip("transformers")
+    copy = Path(shutil.copytree(demo.folder("demo-video"), tmp_path / "v"))
+    renamed(copy / "text_encoder", "fp16")
+    got = loading.load_transformer(str(copy)).pipeline.text_encoder
+    want = loading.load_transformer("demo-video").pipeline.text_encoder
+    assert got.dtype == want.dtype
+    assert all(torch.equal(got.state_dict()[k], t) for k, t in want.state_dict().items())
 
 
 def test_the_advice_about_variants_can_be_followed(pipeline):
