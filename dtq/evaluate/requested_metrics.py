@@ -81,7 +81,7 @@ class MetricRequest:
             check_name(name, known, "--features, --extractor", problems, "extractor")
         if self.distributions and self.num_images < 2:
             names = ", ".join(self.distributions)
-            problems.append(f"{names} compare sets of images; give their size: --num-images 256")
+            problems.append(f"{names}: needs sets of images; give their size: --num-images 256")
         if self.reference is not None and not self.reference.exists():
             problems.append(f"--reference-set {self.reference}: no such file or folder")
         if problems:
