@@ -6,13 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from builders import planned
 from conftest import hasty
 
 import dtq
-from dtq.models.timestep import sample_timesteps, timestep_of
+from dtq.errors import InputError
+from dtq.models.timestep import sample_timesteps
+from dtq.nn.slice import ROW, Slice
 from dtq.nn.step_clock import StepClock
-from dtq.nn.timestep_hook import install_clock
+from dtq.nn.timestep_hook import install_clock, remove_clock
+from dtq.plan.layers import LayerSpec
 from dtq.plan.step_policy import StepPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FAMILIES = [
     "DiTTransformer2DModel",
@@ -36,9 +41,6 @@ EDGES = (250.0, 500.0, 750.0)
 )
 def test_a_sample_has_the_timestep_of_its_noisiest_tokens(timestep, want):
     assert sample_timesteps(timestep).tolist() == want
-    model = torch.nn.Module()
-    model.forward = lambda timestep: timestep
-    assert timestep_of(model, (timestep,), {}) == want[0]
 
 
 def batch_of(name: str, size: int) -> dict:
@@ -87,7 +89,7 @@ def test_samples_of_different_timesteps_run_as_they_do_alone(name, kind):
         again = model(**mixed, return_dict=False)[0]
     # a float layer may round differently in a batch, and an input then to its neighbor
     same = float((together - torch.cat(alone)).norm() / together.norm())
-    assert same < 1e-3
+    assert same < 1e-4
     assert torch.equal(together, again)
     like = mixed | {"timestep": mixed["timestep"][:1].expand(3)}
     with torch.no_grad():
