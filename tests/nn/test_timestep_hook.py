@@ -251,3 +251,20 @@ def test_a_compiled_graph_refuses_samples_of_different_timesteps():
     assert bins(torch.tensor([600.0, 600.0])).tolist() == [2]
     with pytest.raises(RuntimeError, match="samples of one timestep"):
         bins(torch.tensor([600.0, 100.0]))
+
+
+def test_compiled_blocks_take_samples_of_different_timesteps():
+    model, call = zoo.model("FluxTransformer2DModel"), batch_of("FluxTransformer2DModel", 2)
+    dtq.quantize(model, hasty("w8a8"), inputs=[call], progress=False)
+    install_clock(model, (), StepPolicy((0.5,), ("a4", "a16")))
+    torch._dynamo.reset()
+    outputs = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        with torch.no_grad():
+            for times in ([0.9, 0.1], [0.9, 0.9]):
+                outputs.append(model(**call | {"timestep": torch.tensor(times)})[0])
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
