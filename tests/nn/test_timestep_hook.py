@@ -253,6 +253,18 @@ def test_a_compiled_graph_refuses_samples_of_different_timesteps():
         bins(torch.tensor([600.0, 100.0]))
 
 
+def test_an_exported_graph_refuses_samples_of_different_timesteps():
+    name = "FluxTransformer2DModel"
+    model, call = zoo.model(name), batch_of(name, 2)
+    dtq.quantize(model, hasty("w8a8"), inputs=[call], progress=False)
+    install_clock(model, (), StepPolicy((0.5,), ("a4", "a16")))
+    with torch.no_grad():
+        program = torch.export.export(model, (), call).module()
+        program(**call)
+        with pytest.raises(RuntimeError, match="samples of one timestep"):
+            program(**call | {"timestep": torch.tensor([0.9, 0.1])})
+
+
 def test_compiled_blocks_take_samples_of_different_timesteps():
     model, call = zoo.model("FluxTransformer2DModel"), batch_of("FluxTransformer2DModel", 2)
     dtq.quantize(model, hasty("w8a8"), inputs=[call], progress=False)
