@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from dtq.evaluate.vbench_metrics import VBenchRequest
 
 
+log = logging.getLogger("dtq")
+
 # fmt: off
 _options = opt.combined(
     click.option("--reference", required=True, help="The float model: a folder or a name."),
@@ -33,19 +36,19 @@ _options = opt.combined(
                  help="Number of images per model for distribution metrics, which are fid unless "
                       "--metric names others. 0 computes none."),
     opt.several("--metric", "metrics", metavar="NAME[,NAME]",
-            help="More metrics: fid sfid kid is precision recall fd-dinov2 cmmd (with --num-images), "
+            help="More metrics: fid sfid kid is precision recall fd-dinov2 cmmd fvd (with --num-images), "
                  "ms-ssim lpips clip-score clip-iqa image-reward. One that cannot be computed makes "
                  "the exit code 3. Default: none."),
     click.option("--features", default="auto", metavar="NAME",
                  help="Feature extractor of fid, sfid, kid, is, precision and recall: emoji, "
-                      "inception, dinov2, clip or random. auto is emoji for the bundled models, else "
+                      "inception, dinov2, clip, i3d (videos) or random. auto is emoji for the bundled models, else "
                       "inception."),
     opt.several("--extractor", "weights", metavar="NAME=WHERE",
             help="Local path or hub id of the weights of an extractor or a metric. Repeat for more. "
                  "Default: none."),
     opt.path("--reference-set",
-         help="ADM .npz (images or statistics) or a folder of images, as an additional reference. "
-              "Default: none."),
+         help="ADM .npz (images or statistics) or a folder of images or videos, as an additional "
+              "reference. Default: none."),
     click.option("--set-prompts", default="auto", metavar="NAME",
                  help="Prompt set of --num-images: a shipped name, a file, or hub:OWNER/NAME. auto is "
                       "every label, or the set that fits the model."),
@@ -182,7 +185,9 @@ def _save(result: Evaluation, output: Path, npz: bool, keep_images: bool) -> Non
     if run.image_sets is not None:
         run.image_sets = feature_file.write(run.features, output, run.image_sets)
     for model, images in result.image_sets.items():
-        if npz:
+        if npz and images.frames > 1:
+            log.warning("--npz: the file holds images, so it is not written for videos")
+        elif npz:
             adm_suite.write(images.images, output / f"{model}.npz")
     atomic_write(output / "eval.json", run_file.text(result.to_json()))
     atomic_write(output / "report.html", html.render(result))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many images of one model, as features: what distribution metrics compare."""
+"""Many images or videos of one model, as features: what distribution metrics compare."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ from dtq.runs.workers import Workers
 
 @dataclass
 class ImageSet:
-    """Images of one model and their features.
+    """Images or videos of one model and their features.
 
     Attributes:
         features: (N, D) by ``<extractor>.<kind>``.
-        bytes: uint8 (N, 3, H, W).
+        bytes: uint8 (N, 3, H, W); the middle frame of a video.
         failed: position of an image that cannot be used, to the reason.
+        frames: of each video; 1 for images.
     """
 
     features: dict[str, Tensor]
     bytes: Tensor
     failed: dict[int, str]
+    frames: int
 
     @property
     def images(self) -> Tensor:
@@ -65,24 +67,29 @@ def image_set(
         places: positions in ``requests``, in whole batches.
 
     Raises:
-        InputError: the pipeline makes videos or sounds.
+        InputError: the pipeline makes sounds, or an extractor cannot take what it makes.
     """
     features: dict[str, list[Tensor]] = defaultdict(list)
     batches: list[Tensor] = []
     failed: dict[int, str] = {}
+    frames = 1
     for result in run_pipeline(pipeline, requests, settings, only=places):
         batch = shown(result)
-        if batch.ndim != 4:
-            raise InputError("distribution metrics compare images, not videos or sounds")
+        if batch.ndim not in (4, 5):
+            raise InputError("distribution metrics compare images or videos, not sounds")
         start = sum(map(len, batches))
         failed |= {places[start + i]: why for i, image in enumerate(batch) if (why := flaw(image))}
         # 8-bit values, as files hold them: the ADM suite then measures the same images
-        batches.append(as_bytes(batch.nan_to_num()))
+        stored = as_bytes(batch.nan_to_num())
         for name, extractor in loaded.items():
-            for kind, tensor in extractor(batches[-1].float() / 255).items():
+            for kind, tensor in extractor(stored.float() / 255).items():
                 features[f"{name}.{kind}"].append(tensor)
+        if stored.ndim == 5:  # all frames of a thousand videos would fill the memory
+            frames = stored.shape[1]
+            stored = stored[:, frames // 2].clone()
+        batches.append(stored)
     joined = {key: torch.cat(parts) for key, parts in features.items()}
-    return ImageSet(joined, torch.cat(batches), failed)
+    return ImageSet(joined, torch.cat(batches), failed, frames)
 
 
 def gather_images(
@@ -104,7 +111,8 @@ def gather_images(
         WorkerError: an image is missing or duplicated.
     """
     tensors = {**shard.features, "": shard.bytes}
-    gathered = gather(workers, folder, model, tensors, {"places": places, "failed": shard.failed})
+    plain = {"places": places, "failed": shard.failed, "frames": shard.frames}
+    gathered = gather(workers, folder, model, tensors, plain)
     if gathered is None:
         return None
     positions = [place for _, plain in gathered for place in plain["places"]]
@@ -113,4 +121,4 @@ def gather_images(
     merged = {key: torch.cat([held[key] for held, _ in gathered])[order] for key in tensors}
     images = merged.pop("")
     failed = {int(i): reason for _, plain in gathered for i, reason in plain["failed"].items()}
-    return ImageSet(merged, images, dict(sorted(failed.items())))
+    return ImageSet(merged, images, dict(sorted(failed.items())), gathered[0][1]["frames"])

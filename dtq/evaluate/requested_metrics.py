@@ -21,7 +21,7 @@ from dtq import demo
 from dtq.errors import InputError
 from dtq.evaluate.feature_file import FeatureFile
 from dtq.evaluate.image_sets import ImageSet, gather_images, image_set
-from dtq.evaluate.metrics import adm_suite, extractors, image_folder
+from dtq.evaluate.metrics import adm_suite, extractors, reference_folder
 from dtq.evaluate.metrics.distributions import (
     DISTRIBUTIONS,
     MetricValue,
@@ -54,8 +54,8 @@ class MetricRequest:
         features: extractor of distribution metrics that do not prescribe one; ``auto``: the bundled
             classifier for the bundled models, else Inception.
         weights: extractor or metric to local path or hub id of its weights.
-        reference: an ADM npz or a folder of images, an additional reference of distribution
-            metrics.
+        reference: an ADM npz or a folder of images or videos, an additional reference of
+            distribution metrics.
         prompts: prompt set of the image sets; ``auto`` is every label, or the set that fits.
     """
 
@@ -81,7 +81,7 @@ class MetricRequest:
             check_name(name, known, "--features, --extractor", problems, "extractor")
         if self.distributions and self.num_images < 2:
             names = ", ".join(self.distributions)
-            problems.append(f"{names} compare sets of images; give their size: --num-images 256")
+            problems.append(f"{names}: needs sets of images; give their size: --num-images 256")
         if self.reference is not None and not self.reference.exists():
             problems.append(f"--reference-set {self.reference}: no such file or folder")
         if problems:
@@ -199,6 +199,8 @@ def distributions(
     reference_of = functools.cache(partial(_reference_set, request.reference, loaded))
     for metric, name in extractor_of.items():
         extractor = loaded[name]
+        if next(iter(results.image_sets.values())).frames > 1:  # their moments are of images
+            extractor = replace(extractor, real=None)
         floats, made = (images.features_of(name) for images in results.image_sets.values())
         value = partial(metric_value, metric, extractor, made, model=candidate.name, groups=entries)
         try:
@@ -260,12 +262,12 @@ def _references(
 def _reference_set(
     path: Path | None, loaded: Mapping[str, Extractor], name: str
 ) -> ReferenceSet | None:
-    """The ADM npz or folder of images with the features of an extractor."""
+    """The ADM npz or folder of images or videos with the features of an extractor."""
     if path is None:
         return None
     extractor = loaded[name]
     if path.is_dir():
-        return ReferenceSet(path.name, image_folder.features(path, extractor))
+        return ReferenceSet(path.name, reference_folder.features(path, extractor))
     file = adm_suite.read(path)
     if file.images is not None:
         floats = file.images.permute(0, 3, 1, 2).float() / 255

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from click.testing import CliRunner
 
 from dtq.cli import main
 from dtq.errors import InputError
-from dtq.evaluate import feature_file, optional_packages, requested_metrics
-from dtq.evaluate.metrics import adm_suite, distributions, extractors
+from dtq.evaluate import feature_file, mp4, optional_packages, requested_metrics
+from dtq.evaluate.metrics import adm_suite, distributions, extractors, images, reference_folder
 from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, ReferenceSet, metric_value
 from dtq.evaluate.metrics.fid import FeatureMoments, frechet
 from dtq.evaluate.metrics.mmd import cmmd, kid
@@ -278,6 +279,44 @@ def test_inception_as_torchscript(tmp_path):
     torch.testing.assert_close(found["pool"], torch.full((2, 3), 255.0))
 
 
+class Flow(torch.nn.Module):
+    """Called as I3D's TorchScript file; it needs three frames."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rescale: bool = False,
+        resize: bool = False,
+        return_features: bool = False,
+    ) -> torch.Tensor:
+        assert x.shape[2] > 2, "kernel size"
+        assert rescale
+        assert resize
+        assert return_features
+        return torch.stack(
+            [x.mean((1, 2, 3, 4)), (x[:, :, 1:] - x[:, :, :-1]).mean((1, 2, 3, 4))], 1
+        )
+
+
+def test_i3d_takes_whole_videos(tmp_path):
+    torch.jit.script(Flow()).save(str(tmp_path / "i3d.pt"))
+    extractor = extractors.load("i3d", str(tmp_path / "i3d.pt"))
+    ramp = (torch.arange(5.0) / 4)[None, :, None, None, None].expand(2, 5, 3, 8, 6)
+    found = extractor(ramp)["pool"]
+    torch.testing.assert_close(found, torch.tensor([[127.6, 63.75]] * 2), rtol=0, atol=0.2)
+    with pytest.raises(InputError, match="takes videos; these are images"):
+        extractor(ramp[:, 0])
+    with pytest.raises(InputError, match=r"videos of 2 frames, 6 x 8 \(.*kernel size.*at least 10"):
+        extractor(ramp[:, :2])
+
+
+def test_an_extractor_of_images_takes_the_mean_over_frames():
+    extractor = extractors.load("random")
+    videos = torch.rand(2, 3, 3, 16, 16)
+    want = torch.stack([extractor(frames)["pool"].mean(0) for frames in videos])
+    torch.testing.assert_close(extractor(videos)["pool"], want)
+
+
 def test_extractors_that_cannot_be_loaded(tmp_path):
     with pytest.raises(InputError, match="needs its weights"):
         extractors.load("inception")
@@ -423,6 +462,49 @@ def test_perceptual_metrics_without_their_weights(tmp_path):
     for metric in ("lpips", "image-reward", "clip-iqa", "clip-score"):
         with pytest.raises(InputError):
             requested_metrics.perceptual(metric, shown, shown, shown, ["a"], str(tmp_path / "none"))
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Three videos (3, 4, 3, 24, 32) and their frames as 8-bit files hold them."""
+    videos = torch.rand(3, 4, 3, 24, 32, generator=torch.Generator().manual_seed(2))
+    return (videos * 255).round() / 255
+
+
+def test_a_folder_of_videos_is_a_reference(clips, tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    for i, video in enumerate(clips):
+        mp4.write(video, tmp_path / f"{i}.mp4", lossless=True)
+    extractor = extractors.load("random")
+    found = reference_folder.features(tmp_path, extractor)["pool"]
+    torch.testing.assert_close(found, extractor(clips)["pool"])
+    (tmp_path / "frame.png").write_bytes(images.file(clips[0, 0], 64))
+    with pytest.raises(InputError, match="images and videos"):
+        reference_folder.features(tmp_path, extractor)
+    for name in ("frame.png", "1.mp4", "2.mp4"):
+        (tmp_path / name).unlink()
+    with pytest.raises(InputError, match="needs 2"):
+        reference_folder.features(tmp_path, extractor)
+    (tmp_path / "1.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match=r"1\.mp4: not a video"):
+        reference_folder.features(tmp_path, extractor)
+
+
+def test_sets_of_videos(tmp_path):
+    """Features of whole videos, no moments of training images, a middle frame for the report."""
+    torch.jit.script(Flow()).save(str(tmp_path / "i3d.pt"))
+    asked = MetricRequest(("fid", "fvd"), 3, "emoji", weights={"i3d": str(tmp_path / "i3d.pt")})
+    model = load_transformer("demo-video")
+    found = requested_metrics.distributions(model, model, replace(HOW, steps=1), asked)
+    assert found.missing == {}
+    assert [(m.metric, m.reference) for m in found.metrics] == [
+        ("fid", requested_metrics.FLOAT_IMAGES), ("fvd", requested_metrics.FLOAT_IMAGES)
+    ]  # fmt: skip
+    made = found.image_sets["candidate"]
+    assert made.frames > 1
+    assert made.bytes.shape[:2] == (3, 3)
+    assert {k: len(t) for k, t in made.features.items()} == dict.fromkeys(made.features, 3)
+    assert set(made.features) == {"emoji.pool", "emoji.spatial", "emoji.logits", "i3d.pool"}
 
 
 def test_the_bundled_classifier_is_for_the_bundled_models(float_folder):

@@ -345,6 +345,11 @@ def test_static_scales_follow_the_step_of_the_call():
     calls = calls_of(model, 4)
     examples = examples_of(model, "transformer_blocks.0", floats, calls)
     assert [e.clock_state[0].item() for e in examples] == [1, 1, 0, 0]
+    clock, block = model._dtq_clock, model.transformer_blocks[0]
+    want = examples[0].loss(block)
+    clock.set(torch.tensor([900.0, 100.0]))  # of a call that had other samples
+    assert examples[0].loss(block) == want
+    assert clock.samples is None
     report = FINETUNE["blocks"](model, floats, calls, **FAST)
     assert all(b.after < b.before for b in report.blocks if b.accepted)
 

@@ -15,7 +15,7 @@ from conftest import hasty
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import LoadedModel
+from dtq.pipelines.loading import LoadedModel, dummy_inputs
 
 
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
@@ -37,6 +37,16 @@ def test_a_transformer_that_is_never_called_is_named_before_anything_changes():
     assert not any(isinstance(m, dtq.QuantLinear) for m in pipe.transformer.modules())
     dtq.quantize(pipe, "w8a8", progress=False, calibration=few, component="transformer")
     assert any(isinstance(m, dtq.QuantLinear) for m in pipe.transformer.modules())
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_inputs_with_samples_of_different_timesteps_are_refused(at):
+    model = tiny.dit()
+    calls = [dummy_inputs(model, 2, t, 0) for t in (900.0, 100.0)]
+    calls[at] = calls[at] | {"timestep": torch.tensor([900, 100])}
+    with pytest.raises(InputError, match="samples of different timesteps in one call"):
+        dtq.quantize(model, "w4a8", inputs=calls, progress=False)
+    assert not any(isinstance(m, dtq.QuantLinear) for m in model.modules())
 
 
 def test_the_sanity_check_reaches_a_transformer_of_the_last_steps():

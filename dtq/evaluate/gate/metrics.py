@@ -104,6 +104,7 @@ METRICS: dict[str, Metric] = {
         Metric("fid", "Frechet distance from the float model's images", "", when="set"),
         Metric("sfid", "the same of 7 channels of a feature map", "", when="set"),
         Metric("fd-dinov2", "the same of DINOv2 features", "", when="set"),
+        Metric("fvd", "the same of I3D features of videos", "", when="set"),
         Metric("kid", "MMD^2 from the float model's images, cubic kernel", "", when="set"),
         Metric("cmmd", "MMD^2 of CLIP features x 1000", "", when="set"),
         Metric("is", "Inception score, change from the float model's", "", higher=True, when="set"),

@@ -167,6 +167,7 @@ SET_METRICS: dict[str, SetMetric] = {
         _metric("fid", frechet),
         _metric("sfid", frechet),
         _metric("fd-dinov2", frechet),
+        _metric("fvd", frechet),
         _at_once("kid", paired_mmd(cubic_kernel)),
         _at_once("cmmd", paired_mmd(gaussian_kernel, 1000.0)),
         _metric("is", lambda x, y: inception_score(x) - inception_score(y)),

@@ -132,6 +132,8 @@ DISTRIBUTIONS: dict[str, Distribution] = {
                      lambda x, reference: precision_recall(x, reference.features_of("pool"))[1]),
         Distribution("fd-dinov2", "Frechet distance of DINOv2 features", "pool",
                      _frechet("pool"), extractor="dinov2", frechet=True),
+        Distribution("fvd", "Frechet distance of I3D features of videos", "pool",
+                     _frechet("pool"), extractor="i3d", frechet=True),
         Distribution("cmmd", "MMD^2 of CLIP features x 1000", "pool",
                      lambda x, reference: cmmd(x, reference.features_of("pool")), extractor="clip"),
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``EXTRACTORS``: networks that turn images into features; bundled, local or from the hub.
+"""``EXTRACTORS``: networks that turn images or videos into features.
 
-An extractor is a function of float images (B, 3, H, W) in [0, 1]. It returns the kinds of features
-that it has: ``pool`` (B, D), ``spatial`` (B, S) and ``logits`` (B, C). Metrics of different
+An extractor is a function of float images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]. It
+returns the kinds of features that it has: ``pool`` (B, D), ``spatial`` (B, S) and ``logits``
+(B, C). Metrics of different
 extractors or resizers cannot be compared, so both are named next to every value.
 """
 
@@ -42,9 +43,11 @@ class Extractor:
     Attributes:
         name: shown next to every value, with the file that it was loaded from.
         resizer: how images are resized for it.
-        call: images to features.
+        call: images to features, or videos if ``of_videos``.
         weights: digest of its weights, 16 hex digits.
         real: moments of the training images' pooled features, if they are known.
+        of_videos: whether it takes whole videos. The features of a video by an extractor of images
+            are the means over its frames.
     """
 
     name: str
@@ -52,11 +55,30 @@ class Extractor:
     call: Callable[[Tensor], Features]
     weights: str
     real: FeatureMoments | None = None
+    of_videos: bool = False
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, batch: int = 64) -> Features:
-        """Features of any number of images, float32 on the CPU."""
-        parts = [self.call(part) for part in images.split(batch)]
+    def __call__(self, samples: Tensor, batch: int = 64) -> Features:
+        """Features of any number of images or videos, float32 on the CPU.
+
+        Args:
+            samples: float images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1].
+            batch: images at a time; videos are taken one by one.
+
+        Raises:
+            InputError: images for an extractor of videos, or videos that it cannot take.
+        """
+        if self.of_videos:
+            if samples.ndim != 5:
+                raise InputError(f"{self.name} takes videos; these are images")
+            return self._in_parts(samples, 1)
+        if samples.ndim == 4:
+            return self._in_parts(samples, batch)
+        frames = self._in_parts(samples.flatten(0, 1), batch)
+        return {kind: t.unflatten(0, samples.shape[:2]).mean(1) for kind, t in frames.items()}
+
+    def _in_parts(self, samples: Tensor, size: int) -> Features:
+        parts = [self.call(part) for part in samples.split(size)]
         return {key: torch.cat([p[key].float().cpu() for p in parts]) for key in parts[0]}
 
 
@@ -179,7 +201,30 @@ def clip(source: str) -> Extractor:
     return Extractor(f"clip {name}", f"bicubic-antialias {size}", call, fingerprint(model))
 
 
-EXTRACTORS = {each.__name__: each for each in (emoji, random, inception, dinov2, clip)}
+def i3d(source: str) -> Extractor:
+    """I3D of Kinetics-400, the network of FVD (1812.01717), as a TorchScript file of 400 features.
+
+    The file is called as ``model(videos, rescale=True, resize=True, return_features=True)`` with
+    float videos (B, 3, F, H, W) in [0, 255], as ``i3d_torchscript.pt`` of StyleGAN-V (2112.14683).
+    """
+    path = _file(source, "i3d", "i3d_torchscript.pt")
+    script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+
+    def call(videos: Tensor) -> Features:
+        x = as_bytes(videos).float().transpose(1, 2)
+        try:
+            return {"pool": script(x, rescale=True, resize=True, return_features=True)}
+        except (RuntimeError, torch.jit.Error) as error:  # TorchScript puts its reason at the end
+            _, frames, _, height, width = videos.shape
+            raise InputError(
+                f"{path.name} cannot take videos of {frames} frames, {width} x {height} "
+                f"({str(error).strip().splitlines()[-1]}); I3D needs at least 10 frames"
+            ) from error
+
+    return Extractor(f"i3d {path.name}", "in the file", call, file_digest(path)[:16], None, True)
+
+
+EXTRACTORS = {each.__name__: each for each in (emoji, random, inception, dinov2, clip, i3d)}
 """By name. Each takes a local path or hub id, or ``""`` for its own default."""
 
 
