@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dtq.bench.cases import cases, quantized, quantized_model, weight_only
+from dtq.bench.cases import calibration_calls, cases, quantized, quantized_model, weight_only
 from dtq.bench.compare import Candidate, compare
 from dtq.bench.cpu import conditions
 from dtq.kernels import CPU
@@ -132,7 +132,9 @@ def profile_steps(steps: int = 5) -> None:
     case = next(cases(quick=True))
     inputs = {k: v.bfloat16() if torch.is_floating_point(v) else v for k, v in case.inputs.items()}
     for name in ("w4a8", "bfloat16"):
-        model = case.model.bfloat16() if name == "bfloat16" else quantized_model(case.model, name)
+        calls = calibration_calls(case.inputs)
+        plain = name == "bfloat16"
+        model = case.model.bfloat16() if plain else quantized_model(case.model, name, calls)
         model(**inputs)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(steps):
