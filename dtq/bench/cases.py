@@ -56,9 +56,9 @@ def cases(quick: bool) -> Iterator[Case]:
     """
     torch.manual_seed(0)
     blocks = 2 if quick else 4
-    yield _dit(blocks, 256)
+    yield dit_case(blocks, 256)
     if not quick:
-        yield _dit(2, 1024)
+        yield dit_case(2, 1024)
     yield _pixart(blocks)
     if not quick:
         name = "FLUX.1 shape, 1 double and 2 single blocks, 1024 + 128 tokens"
@@ -66,7 +66,8 @@ def cases(quick: bool) -> Iterator[Case]:
     yield _demo()
 
 
-def _dit(blocks: int, tokens: int) -> Case:
+def dit_case(blocks: int, tokens: int) -> Case:
+    """Some blocks of DiT-XL/2 for two images of so many tokens."""
     name = f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2"
     return Case(name, *dit_like(blocks, 2 * math.isqrt(tokens)), tokens)
 

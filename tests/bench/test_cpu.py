@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 
+import profile_step
 import pytest
 import quanto
 import tiny
@@ -245,3 +246,32 @@ def test_a_missing_compiler_is_logged(monkeypatch, caplog):
     assert not bench._inductor_compiles()
     bench._inductor_compiles.cache_clear()
     assert "so no compiled rows" in caplog.text
+
+
+def test_ops_of_a_step_are_told_apart():
+    x, image = [2, 256, 1152], [2, 1, 1152]
+    expected = [
+        ("dtq::w8a8_linear", [[512, 1152]], "products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", [], "attention"),
+        ("dtq::quantize_rows", [[512, 1152]], "quantize"),
+        ("aten::mul", [x, image], "modulation of the norm"),
+        ("aten::mul", [image, x], "gate and residual"),
+        ("aten::add", [x, x, []], "gate and residual"),
+        ("aten::add", [image, [], []], "views, copies and other ops"),
+        ("aten::view", [x], "views, copies and other ops"),
+    ]
+    assert [profile_step.part(op, shapes) for op, shapes, _ in expected] == [
+        name for _, _, name in expected
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["w8a8", "bfloat16"])
+def test_the_profile_adds_up(recipe, monkeypatch):
+    case = small("dit")
+    monkeypatch.setattr(profile_step, "dit_case", lambda blocks, tokens: case)
+    options = ["--recipe", recipe, "--steps", "3", "--tokens", "64", "--blocks", "2"]
+    done = CliRunner().invoke(profile_step.main, options, catch_exceptions=False)
+    shares = [float(line.split("%")[0]) for line in done.output.splitlines() if "% " in line]
+    assert sum(shares) == pytest.approx(100, abs=1)
+    assert "attention" in done.output
