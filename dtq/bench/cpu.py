@@ -51,6 +51,8 @@ MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbyte
 """What the baselines import, by the first word of their name."""
 PACKAGES = {"torchao": "torchao", "quanto": "optimum-quanto", "bnb": "bitsandbytes"}
 """Their packages, by the same word."""
+FLOATS = {"bf16": "bfloat16", "fp32": "float32"}
+"""Float rows, and their dtypes."""
 
 _log = logging.getLogger(__name__)
 
@@ -169,11 +171,11 @@ def _on(layers: dict[str, nn.Module], x: Tensor) -> list[Candidate]:
 
 def by(name: str) -> str:
     """The package of a linear, its version, and the mode."""
-    if name in RECIPES:
-        return f"{_dtq()}: rotated, rounded to nearest"
     if name in BASELINES:
         return f"{versions(PACKAGES[name.split('-')[0]])}: {BASELINES[name].about}"
-    return f"{versions('torch')}: {'float32' if name == 'fp32' else 'bfloat16'}"
+    if name in FLOATS:
+        return f"{versions('torch')}: {FLOATS[name]}"
+    return f"{_dtq()}: rotated, rounded to nearest"
 
 
 def _dtq() -> str:

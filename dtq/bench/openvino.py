@@ -115,7 +115,7 @@ def models(model: nn.Module, inputs: Inputs, calls: Sequence[Inputs]) -> Iterato
     for name, mode in MODES.items():
         # progress bars of NNCF do not belong into --json
         with contextlib.redirect_stdout(sys.stderr), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the shape is fixed
+            warnings.filterwarnings("ignore", "Converting a tensor to a Python")  # shapes are fixed
             converted = mode.prepare(ov.convert_model(wrapped, example_input=example), data)
         group = mode.group(width.most_common(1)[0][0]) if mode.group else 0
         options = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group)} if mode.group else {}
