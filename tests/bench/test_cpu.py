@@ -242,7 +242,9 @@ def test_a_chart_without_matplotlib_is_refused_before_anything_is_timed(tmp_path
 
 
 def test_a_missing_compiler_is_logged(monkeypatch, caplog):
-    caplog.set_level(logging.WARNING, bench._log.name)  # other libraries change that of the handlers
+    caplog.set_level(
+        logging.WARNING, bench._log.name
+    )  # other libraries change that of the handlers
     monkeypatch.setenv("CXX", "no-such-compiler")
     bench._inductor_compiles.cache_clear()
     assert not bench._inductor_compiles()
