@@ -94,8 +94,18 @@ results: .venv-results/.ready
 kernels: setup
 	$(BIN)/python -m dtq.kernels
 
-bench: setup
-	$(BIN)/dtq bench
+# tables on the screen, JSON files and charts in .bench: linears, then whole models; with the other libraries
+# in an environment of its own
+bench: .venv-bench/.ready
+	mkdir -p .bench
+	.venv-bench/bin/dtq bench -o .bench/gemm.json --plot .bench/gemm.svg
+	.venv-bench/bin/dtq bench --suite e2e -o .bench/e2e.json --plot .bench/e2e.svg
+
+.venv-bench/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -q --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	.venv-bench/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch .venv-bench/.ready
 
 # check results and speed on a machine with a GPU, from a checkout; needs torch and the dependencies of dtq,
 # writes every measurement to .gpu. Not part of make test
@@ -103,4 +113,4 @@ gpu:
 	PYTHONPATH=. $(PYTHON) tests/gpu.py --out .gpu
 
 clean:
-	rm -rf .venv .venv-results .venv-vbench .demo build dist dtq/_lib *.egg-info
+	rm -rf .venv .venv-results .venv-vbench .venv-bench .bench .demo build dist dtq/_lib *.egg-info

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time every format on this CPU, and profile a step: the smaller tables of docs/kernels.md.
+"""Time every format on this CPU: the smaller tables of docs/kernels.md.
 
     python scripts/cpu_kernels.py
 
@@ -16,9 +16,8 @@ import click
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from dtq.bench.cases import cases, quantized, quantized_model, weight_only
+from dtq.bench.cases import quantized, weight_only
 from dtq.bench.compare import Candidate, compare
 from dtq.bench.cpu import conditions
 from dtq.kernels import CPU
@@ -58,7 +57,6 @@ def main(rounds: int) -> None:
         gelu(rounds)
         rotations(rounds)
         activation_formats(rounds)
-        profile_steps()
 
 
 def time_layers(
@@ -125,23 +123,6 @@ def activation_formats(rounds: int) -> None:
             r.seconds * 1e3 for r in compare("rounding", 1024, runs, rounds, relative_to=())
         )
         print(f"  {name}: {mine:.3g}, {theirs:.3g}")
-
-
-def profile_steps(steps: int = 5) -> None:
-    """Print the share of each op in the CPU time of a sampling step."""
-    case = next(cases(quick=True))
-    inputs = {k: v.bfloat16() if torch.is_floating_point(v) else v for k, v in case.inputs.items()}
-    for name in ("w4a8", "bfloat16"):
-        model = case.model.bfloat16() if name == "bfloat16" else quantized_model(case.model, name)
-        model(**inputs)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(steps):
-                model(**inputs)
-        ops = sorted(profiler.key_averages(), key=lambda op: -op.self_cpu_time_total)
-        total = sum(op.self_cpu_time_total for op in ops)
-        print(f"\n{name}, {case.name}: {total / steps / 1e3:.0f} ms")
-        for op in ops[:14]:
-            print(f"  {op.self_cpu_time_total / total:6.1%} {op.key}")
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ def fused(s: Session) -> str:
     from dtq.integrations import torch_compile
 
     model, given, _ = cases.dit(s.device, quick=True)
-    made, found = cases.quantized_model(model, "w4a8"), []
+    made, found = cases.quantized_model(model, "w4a8", cases.calibration_calls(given)), []
 
     def backend(module: Any, inputs: Any) -> Any:
         found.append(torch_compile.fuse(module))

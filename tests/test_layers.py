@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent / "dtq"
 FOLDERS = [
     "__main__",
     "cli",
+    "bench",
     "__init__",
     "api",
     "estimate",
-    "bench",
     "stages",
     "parallel",
     "integrations",

@@ -5,23 +5,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dtq.api import quantize
 from dtq.demo import folder as demo_folder
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
-from dtq.nn.gelu import use_fast_gelu
 from dtq.plan.layers import LayerSpec
-from dtq.recipe import MODULATION
 from dtq.transforms import OnlineTransform
 
 RECIPES = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
 """Recipes that are timed, and their weight formats."""
+CALLS = 6
+"""Calls that every library calibrates a model on, if it needs any."""
 
 
 Inputs = dict[str, Any]
@@ -46,16 +47,29 @@ class Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Shapes of DiT-XL/2, PixArt and FLUX with random weights, and the demo."""
+    """Shapes of DiT-XL/2, PixArt and FLUX with random weights, and the demo.
+
+    A model has few blocks: all of them do the same work.
+
+    Args:
+        quick: only DiT-XL/2 with 256 tokens, PixArt and the demo, with two blocks.
+    """
     torch.manual_seed(0)
-    blocks = 4 if quick else 28
-    for tokens in (256,) if quick else (256, 1024):
-        name = f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2"
-        yield Case(name, *dit_like(blocks, 2 * math.isqrt(tokens)), tokens)
+    blocks = 2 if quick else 4
+    yield dit_case(blocks, 256)
+    if not quick:
+        yield dit_case(2, 1024)
     yield _pixart(blocks)
-    name = "FLUX.1 shape, 1 double and 2 single blocks, 1024 + 128 tokens"
-    yield Case(name, *flux_like(1, 2), 1152)
+    if not quick:
+        name = "FLUX.1 shape, 1 double and 2 single blocks, 1024 + 128 tokens"
+        yield Case(name, *flux_like(1, 2), 1152)
     yield _demo()
+
+
+def dit_case(blocks: int, tokens: int) -> Case:
+    """Some blocks of DiT-XL/2 for two images of so many tokens."""
+    name = f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2"
+    return Case(name, *dit_like(blocks, 2 * math.isqrt(tokens)), tokens)
 
 
 def dit_like(
@@ -78,7 +92,7 @@ def dit_like(
         num_attention_heads=heads, attention_head_dim=head_width, in_channels=4, out_channels=8,
         num_layers=blocks, sample_size=side, patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
-    return model.eval(), _labeled(side)
+    return _drawn(model), _labeled(side)
 
 
 def flux_like(
@@ -118,7 +132,7 @@ def flux_like(
         "img_ids": torch.zeros(image, 3),
         "txt_ids": torch.zeros(text, 3),
     }
-    return model.eval(), inputs | ({"guidance": torch.full((1,), 3.5)} if guidance else {})
+    return _drawn(model), inputs | ({"guidance": torch.full((1,), 4.0)} if guidance else {})
 
 
 def flux(device: torch.device, quick: bool) -> tuple[nn.Module, Inputs, int]:
@@ -175,7 +189,44 @@ def _pixart(blocks: int) -> Case:
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
     name = f"PixArt-alpha shape, {blocks} blocks, 256 tokens + 120 of text, batch 2"
-    return Case(name, model.eval(), inputs, 256)
+    return Case(name, _drawn(model), inputs, 256)
+
+
+def _drawn(model: nn.Module) -> nn.Module:
+    """Draw the weights of all linears so that outputs have the variance of inputs.
+
+    The initial weights of some classes are so small that blocks hardly change the output. Errors
+    in a block would then hardly show, either.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    return model.eval()
+
+
+def calibration_calls(inputs: Inputs, count: int = CALLS) -> list[Inputs]:
+    """Calls to calibrate on: other random tensors of the shapes in ``inputs``.
+
+    Args:
+        inputs: of a forward. Positions and everything that is no tensor stay.
+        count: how many calls; their timesteps are spread over the whole range.
+
+    Returns:
+        The keyword arguments of each call.
+    """
+    if "timestep" not in inputs:
+        raise ValueError("inputs of a diffusion transformer have a timestep")
+    largest = 1.0 if inputs["timestep"].is_floating_point() else 1000
+    calls = []
+    for i in range(count):
+        call = inputs | {
+            "timestep": torch.full_like(inputs["timestep"], largest * (i + 0.5) / count)
+        }
+        for name in ("hidden_states", "encoder_hidden_states", "pooled_projections"):
+            if name in inputs:
+                call[name] = torch.randn_like(inputs[name])
+        calls.append(call)
+    return calls
 
 
 def cast_floats(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -224,25 +275,28 @@ def weight_only(layer: nn.Linear, weight_format: str) -> QuantLinear:
 
 
 def quantized_model(
-    model: nn.Module, recipe: str, modulation: str | None = MODULATION["w8a16"]
+    model: nn.Module, recipe: str, calls: Sequence[Inputs], modulation: str = "w8a16"
 ) -> nn.Module:
-    """A bfloat16 copy with quantized attention and feed-forward.
+    """A bfloat16 copy as ``dtq.quantize`` makes it, rotated and rounded to nearest.
+
+    A solver or a search would take longer here and lower the error, and would change neither the
+    work nor the time of a step.
 
     Args:
         model: float.
         recipe: a key of ``RECIPES``.
-        modulation: weight-only format of the modulation linears; None: they stay in bfloat16.
+        calls: to calibrate on.
+        modulation: of the recipe, see :class:`dtq.Recipe`.
 
     Returns:
-        The copy.
+        The copy, in evaluation mode.
     """
-    twin = copy.deepcopy(model).bfloat16()
-    for name, layer in list(twin.named_modules()):
-        if not isinstance(layer, nn.Linear) or "blocks." not in name:
-            continue
-        if "norm" not in name:
-            twin.set_submodule(name, quantized(layer, RECIPES[recipe]))
-        elif modulation and name.endswith(".linear") and layer.in_features % 64 == 0:
-            twin.set_submodule(name, weight_only(layer, modulation))
-    use_fast_gelu(twin)
-    return twin
+    return quantize(
+        copy.deepcopy(model).bfloat16(),
+        recipe,
+        inputs=[cast_floats(call, torch.bfloat16) for call in calls],
+        transform="hadamard",
+        solver="rtn",
+        modulation=modulation,
+        progress=False,
+    ).eval()

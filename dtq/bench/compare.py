@@ -8,6 +8,7 @@ a machine that is busy with something else slows both.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -16,9 +17,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtq.bench.cases import RECIPES
 from dtq.bench.timer import Clock, HostClock
+from dtq.pipelines.recorded_calls import relative_error
+
+PEER = "openvino"
+"""First word of the candidates that a step of dtq is compared with in the verdict."""
+
+
+def first_output(result: Any) -> Tensor:
+    """What a linear returns, or the first element of what a model returns."""
+    output: Tensor = result if isinstance(result, Tensor) else result[0]
+    return output
 
 
 @dataclass
@@ -28,12 +40,16 @@ class Candidate:
     Attributes:
         name: of the row.
         run: does the work once.
-        bytes: of its weights, with scales and everything else.
+        bytes: of its weights, with scales and everything else; None: unknown.
+        about: the package with its version, and the mode.
+        output: from what ``run`` returns to what the float model returns; not timed.
     """
 
     name: str
     run: Callable[[], object]
-    bytes: int
+    bytes: int | None
+    about: str = ""
+    output: Callable[[Any], Tensor] = first_output
 
 
 @dataclass
@@ -45,9 +61,12 @@ class BenchRow:
         tokens: M, or the tokens of a sample.
         name: of the candidate.
         seconds: median time of a run.
-        bytes: of its weights.
+        bytes: of its weights; None: unknown.
         ratio: by reference candidate, quartiles of this one's time over the reference's; above 1
             the reference is faster.
+        error: relative squared error of its output, compared with the float model on the same
+            input; None: the comparison has no reference.
+        about: the package with its version, and the mode.
         share: int8 operations per second as a fraction of the peak of the CPU, see ``cpu.peak``.
     """
 
@@ -55,8 +74,10 @@ class BenchRow:
     tokens: int
     name: str
     seconds: float
-    bytes: int
+    bytes: int | None
     ratio: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    error: float | None = None
+    about: str = ""
     share: float | None = None
 
 
@@ -79,8 +100,9 @@ class Result:
     rows: list[BenchRow]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, with the verdict."""
-        return asdict(self) | {"verdict": verdict(self.rows)}
+        """Plain data, with the verdicts."""
+        found = {"verdict": verdict(self.rows), "peers": peer_verdicts(self.rows)}
+        return asdict(self) | found
 
 
 def run_all(comparisons: Iterable[list[BenchRow]], progress: Progress | None) -> list[BenchRow]:
@@ -107,6 +129,7 @@ def compare(
     rounds: int,
     clock: Clock | None = None,
     relative_to: Iterable[str] = tuple(RECIPES),
+    reference: Tensor | None = None,
 ) -> list[BenchRow]:
     """Time candidates in interleaved rounds.
 
@@ -117,11 +140,13 @@ def compare(
         rounds: at least 2.
         clock: None: the host's.
         relative_to: names of the reference candidates; those that are missing are skipped.
+        reference: output of the float model; None: errors are not measured.
 
     Returns:
         A row per candidate, with ratios to each reference candidate.
     """
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    errors = {c.name: _error(c, reference) for c in candidates}
     watches = {c.name: (clock or HostClock()).watch(c.run) for c in candidates}
     for i in range(rounds):
         shuffled = list(candidates)
@@ -136,8 +161,15 @@ def compare(
             if name in times and name != c.name
         }
         seconds = statistics.median(times[c.name])
-        rows.append(BenchRow(case, tokens, c.name, seconds, c.bytes, ratio))
+        error = errors[c.name]
+        rows.append(BenchRow(case, tokens, c.name, seconds, c.bytes, ratio, error, c.about))
     return rows
+
+
+def _error(candidate: Candidate, reference: Tensor | None) -> float | None:
+    if reference is None:
+        return None
+    return relative_error(candidate.output(candidate.run()), reference)
 
 
 def geometric_means(rows: Iterable[BenchRow], reference: str) -> dict[tuple[int, str], float]:
@@ -149,17 +181,52 @@ def geometric_means(rows: Iterable[BenchRow], reference: str) -> dict[tuple[int,
     return {key: statistics.geometric_mean(values) for key, values in ratios.items()}
 
 
-def ratios(result: Result, reference: str) -> dict[str, dict[str, float]]:
-    """Times over that of ``reference``, by candidate; by case, or for ``gemm`` by tokens."""
-    groups: dict[str, dict[str, float]] = {}
-    if result.suite == "gemm":
-        for (tokens, name), value in geometric_means(result.rows, reference).items():
-            groups.setdefault(f"M {tokens}", {})[name] = value
-        return groups
+def groups(result: Result, reference: str) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """Times over that of ``reference`` and errors, for a chart.
+
+    Returns:
+        By case, or for ``gemm`` by tokens; by candidate.
+    """
+    compared: dict[str, dict[str, list[BenchRow]]] = {}
     for row in result.rows:
-        if reference in row.ratio:
-            groups.setdefault(row.case, {})[row.name] = row.ratio[reference][1]
-    return groups
+        if reference in row.ratio or row.name == reference:
+            title = f"M {row.tokens}" if result.suite == "gemm" else row.case
+            compared.setdefault(title, {}).setdefault(row.name, []).append(row)
+    return {
+        title: {name: _mean(rows, reference) for name, rows in named.items()}
+        for title, named in compared.items()
+    }
+
+
+def _mean(rows: Sequence[BenchRow], reference: str) -> tuple[float, float | None]:
+    """Geometric means of ratio and error; without an error if one is unknown, zero or infinite."""
+    ratio = statistics.geometric_mean(
+        row.ratio[reference][1] if reference in row.ratio else 1.0 for row in rows
+    )
+    errors = [row.error for row in rows if row.error is not None and 0 < row.error < math.inf]
+    return ratio, statistics.geometric_mean(errors) if len(errors) == len(rows) else None
+
+
+def fastest(rows: Iterable[BenchRow], names: Iterable[str]) -> BenchRow | None:
+    """The row with the least time among those whose names start with one of ``names``."""
+    found = [row for row in rows if row.name.startswith(tuple(names))]
+    return min(found, key=lambda row: row.seconds, default=None)
+
+
+def peer_verdicts(rows: Iterable[BenchRow]) -> list[str]:
+    """A sentence for each case with rows of OpenVINO: the fastest of each, with their errors."""
+    cases: dict[str, list[BenchRow]] = {}
+    for row in rows:
+        cases.setdefault(row.case, []).append(row)
+    told = []
+    for case, compared in cases.items():
+        ours, peer = fastest(compared, RECIPES), fastest(compared, (PEER,))
+        if ours is None or peer is None or peer.name not in ours.ratio:
+            continue
+        errors = f"errors {ours.error:.1e} and {peer.error:.1e}"
+        ratio = ours.ratio[peer.name][1]
+        told.append(f"{case}: {ours.name} takes {ratio:.2f}x the time of {peer.name}, {errors}")
+    return told
 
 
 def verdict(rows: Sequence[BenchRow]) -> str:
@@ -193,4 +260,4 @@ def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def _bytes(rows: Iterable[BenchRow], name: str) -> int:
-    return sum(row.bytes for row in rows if row.name == name)
+    return sum(row.bytes or 0 for row in rows if row.name == name)

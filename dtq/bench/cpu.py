@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
 import math
 import os
@@ -12,23 +11,48 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dtq.bench.cases import RECIPES, Inputs, cases, cast_floats, quantized, quantized_model
-from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_all, timing
+from dtq.bench import ggml, openvino
+from dtq.bench.cases import (
+    RECIPES,
+    Case,
+    Inputs,
+    calibration_calls,
+    cases,
+    cast_floats,
+    quantized,
+    quantized_model,
+)
+from dtq.bench.compare import (
+    BenchRow,
+    Candidate,
+    Progress,
+    Result,
+    compare,
+    first_output,
+    run_all,
+    timing,
+)
+from dtq.bench.packages import installed, versions
 from dtq.bench.timer import HostClock
 from dtq.evaluate.baselines import BASELINES
 from dtq.kernels import CPU
 from dtq.kernels.compile import cpu
+from dtq.version import __version__
 
 SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288))
 """(K, N) of DiT-XL and FLUX."""
 TOKENS = (1, 64, 256, 1024)
 MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
 """What the baselines import, by the first word of their name."""
+PACKAGES = {"torchao": "torchao", "quanto": "optimum-quanto", "bnb": "bitsandbytes"}
+"""Their packages, by the same word."""
+FLOATS = {"bf16": "bfloat16", "fp32": "float32"}
+"""Float rows, and their dtypes."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +63,7 @@ def gemm(quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
         layers = _layers(k, n)
         for m in TOKENS[:3] if quick else TOKENS:
             x = torch.randn(m, k).bfloat16()
-            rows = compare(f"{k} x {n}", m, _on(layers, x, n), rounds)
+            rows = compare_linears(layers, x, rounds)
             _set_shares(rows, 2 * m * n * k)
             yield rows
 
@@ -47,7 +71,7 @@ def gemm(quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
 def e2e(quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
     """One denoising step of models of the shapes of DiT-XL/2, PixArt and FLUX, and of the demo."""
     for case in cases(quick):
-        yield compare(case.name, case.tokens, _steps(case.model, case.inputs), rounds)
+        yield compare_models(case, rounds)
 
 
 def suite(
@@ -94,14 +118,29 @@ def _set_shares(rows: Sequence[BenchRow], operations: int) -> None:
             row.share = operations / row.seconds / peak
 
 
-# ---------------------------------------------------------------------------------- candidates
+# ------------------------------------------------------------------------------------- linears
+
+
+def compare_linears(layers: dict[str, nn.Module], x: Tensor, rounds: int) -> list[BenchRow]:
+    """Time the linears of one size.
+
+    Args:
+        layers: the same linear, as the candidates hold it; ``fp32`` is the float one.
+        x: (M, K), bfloat16.
+        rounds: at least 2.
+    """
+    full = cast(nn.Linear, layers["fp32"])
+    with torch.no_grad():
+        candidates, reference = _on(layers, x), full(x.float())
+    case = f"{full.in_features} x {full.out_features}"
+    return compare(case, len(x), candidates, rounds, reference=reference)
 
 
 def _layers(k: int, n: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     full = nn.Linear(k, n)
     layers: dict[str, nn.Module] = {name: quantized(full, fmt) for name, fmt in RECIPES.items()}
-    plain = nn.Linear(k, n, dtype=torch.bfloat16)
+    plain = copy.deepcopy(full).bfloat16()
     return layers | {"fp32": full, "bf16": plain} | other_libraries(plain)
 
 
@@ -116,34 +155,70 @@ def other_libraries(plain: nn.Linear) -> dict[str, nn.Module]:
     return layers
 
 
-def _on(layers: dict[str, nn.Module], x: Tensor, n: int) -> list[Candidate]:
+def _on(layers: dict[str, nn.Module], x: Tensor) -> list[Candidate]:
     candidates = [
-        Candidate(name, partial(layer, x.float() if name == "fp32" else x), size_of(name, layer))
+        Candidate(
+            name, partial(layer, x.float() if name == "fp32" else x), size_of(name, layer), by(name)
+        )
         for name, layer in layers.items()
     ]
-    x_q = torch.randint(-127, 128, x.shape, dtype=torch.int8)
-    weight = torch.randint(-127, 128, (n, x.shape[1]), dtype=torch.int8)
-    # only the product of quantized inputs: no scales, no bias, int32 out
-    bare = Candidate("_int_mm, bare", lambda: torch._int_mm(x_q, weight.T), weight.numel())
-    weight_t, scale, bias = weight.T, torch.rand(n), torch.rand(n)
-
-    def by_int_mm() -> Tensor:
-        x_scale = x.float().abs().amax(1, keepdim=True) / 127
-        y = torch._int_mm((x.float() / x_scale).round().to(torch.int8), weight_t)
-        return (y.float() * x_scale * scale + bias).to(x.dtype)
-
-    candidates += [bare, Candidate("_int_mm, eager", by_int_mm, weight.numel() + 4 * n)]
+    full = cast(nn.Linear, layers["fp32"])
+    candidates += [*_int_mm(full, x), *ggml.linears(full, x)]
     if torch.backends.mkldnn.is_available():
-        candidates += _onednn(x, weight, scale, bias)
+        candidates += _onednn(full, x)
     return candidates
 
 
-def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> list[Candidate]:
+def by(name: str) -> str:
+    """The package of a linear, its version, and the mode."""
+    if name in BASELINES:
+        return f"{versions(PACKAGES[name.split('-')[0]])}: {BASELINES[name].about}"
+    if name in FLOATS:
+        return f"{versions('torch')}: {FLOATS[name]}"
+    return f"{_dtq()}: rotated, rounded to nearest"
+
+
+def _dtq() -> str:
+    return f"dtq {__version__}"
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows as int8 and their scales: (N, K), (N)."""
+    scale = weight.abs().amax(1) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def _int_mm(full: nn.Linear, x: Tensor) -> list[Candidate]:
+    """``torch._int_mm``: only the product, and with quantized tokens."""
+    weight, scale = rounded(full.weight.detach())
+    x_q, x_scale = rounded(x.float())
+    bias, weight_t, size = full.bias.detach(), weight.T, weight.numel()
+
+    def finish(y: Tensor, x_scale: Tensor = x_scale[:, None]) -> Tensor:
+        return (y.float() * x_scale * scale + bias).to(x.dtype)
+
+    def whole() -> Tensor:
+        x_scale = x.float().abs().amax(1, keepdim=True) / 127
+        return finish(
+            torch._int_mm((x.float() / x_scale).round().to(torch.int8), weight_t), x_scale
+        )
+
+    product = f"{versions('torch')}: int8 product of quantized tokens, no scales, no bias"
+    eager = f"{versions('torch')}: int8, quantizing in eager mode"
+    return [
+        Candidate("_int_mm, bare", lambda: torch._int_mm(x_q, weight_t), size, product, finish),
+        Candidate("_int_mm, eager", whole, size + 4 * len(weight), eager),
+    ]
+
+
+def _onednn(full: nn.Linear, x: Tensor) -> list[Candidate]:
     """The int8 linear of oneDNN: only the product, and with tokens quantized by ``torch.compile``.
 
     Inputs are unsigned with a zero point of 128: for signed ones oneDNN has no fast kernel without
     AMX.
     """
+    weight, scale = rounded(full.weight.detach())
+    bias = full.bias.detach()
     packed = torch.ops.onednn.qlinear_prepack(weight, list(x.shape))
     zeros = torch.zeros(len(weight), dtype=torch.int64)
 
@@ -160,20 +235,22 @@ def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> list[Cand
     def finish(y: Tensor, x_scale: Tensor) -> Tensor:
         return (y * x_scale + bias).to(x.dtype)
 
-    size = weight.numel() + 4 * len(weight)
-    x_q, _ = quantize(x)
-    candidates = [Candidate("oneDNN, bare", lambda: product(x_q), size)]
-    if _inductor_compiles():
-        before = torch.compile(quantize, dynamic=False)
-        after = torch.compile(finish, dynamic=False)
+    size, torch_by = weight.numel() + 4 * len(weight), versions("torch")
+    x_q, x_scale = quantize(x)
+    mode = f"{torch_by}: oneDNN int8 product of quantized tokens, no bias"
+    bare = Candidate("oneDNN, bare", lambda: product(x_q), size, mode, lambda y: finish(y, x_scale))
+    if not _inductor_compiles():
+        return [bare]
+    before = torch.compile(quantize, dynamic=False)
+    after = torch.compile(finish, dynamic=False)
 
-        def run() -> Tensor:
-            x_q, x_scale = before(x)
-            y: Tensor = after(product(x_q), x_scale)
-            return y
+    def run() -> Tensor:
+        x_q, x_scale = before(x)
+        y: Tensor = after(product(x_q), x_scale)
+        return y
 
-        candidates.append(Candidate("oneDNN, compiled quantizing", run, size))
-    return candidates
+    mode = f"{torch_by}: oneDNN int8 product, quantizing compiled"
+    return [bare, Candidate("oneDNN, compiled quantizing", run, size, mode)]
 
 
 @cache
@@ -181,7 +258,7 @@ def _inductor_compiles() -> bool:
     compiler = os.environ.get("CXX", "g++")
     exists = shutil.which(compiler) is not None
     if not exists:
-        _log.warning("dtq: no %s, so no row of oneDNN with compiled quantizing", compiler)
+        _log.warning("dtq: no %s, so no compiled rows", compiler)
     return exists
 
 
@@ -194,24 +271,53 @@ def size_of(name: str, layer: nn.Module) -> int:
     return sum(p.nbytes for p in layer.parameters())
 
 
-def _steps(model: nn.Module, inputs: Inputs) -> list[Candidate]:
-    def candidate(name: str, model: nn.Module, dtype: torch.dtype) -> Candidate:
-        run = partial(model, **cast_floats(inputs, dtype))
-        return Candidate(name, run, size_of(name, model))
-
-    return [
-        *(candidate(name, quantized_model(model, name), torch.bfloat16) for name in RECIPES),
-        candidate("bf16", copy.deepcopy(model).bfloat16(), torch.bfloat16),
-        candidate("fp32", model, torch.float32),
-    ]
+# -------------------------------------------------------------------------------------- models
 
 
-def installed(module: str) -> bool:
-    """Whether a module can be imported."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package above it
-        return False
+def compare_models(case: Case, rounds: int) -> list[BenchRow]:
+    """Time a step of the float model, of its quantized copies and of other libraries.
+
+    Args:
+        case: the float model and its inputs.
+        rounds: at least 2.
+
+    Returns:
+        Rows with ratios to each recipe and to each mode of OpenVINO.
+    """
+    with torch.no_grad():
+        reference = first_output(case.model(**case.inputs, return_dict=False))
+    relative_to = (*RECIPES, *openvino.MODES)
+    candidates = [*_steps(case)]
+    return compare(
+        case.name, case.tokens, candidates, rounds, relative_to=relative_to, reference=reference
+    )
+
+
+def _steps(case: Case) -> Iterator[Candidate]:
+    """One denoising step: eager, compiled if there is a compiler, in OpenVINO if it is there."""
+    calls = calibration_calls(case.inputs)
+    inputs = cast_floats(case.inputs, torch.bfloat16)
+    for name in RECIPES:
+        model = quantized_model(case.model, name, calls)
+        about = f"{_dtq()}: recipe {name}, rotated, rounded to nearest"
+        yield from _eager_and_compiled(name, model, inputs, about, backend="dtq")
+    model, about = copy.deepcopy(case.model).bfloat16(), f"{versions('torch')}: bfloat16"
+    yield from _eager_and_compiled("bf16", model, inputs, about, backend="inductor")
+    run = partial(case.model, **case.inputs, return_dict=False)
+    size = size_of("fp32", case.model)
+    yield Candidate("fp32", run, size, f"{versions('torch')}: float32")
+    yield from openvino.models(case.model, case.inputs, calls)
+
+
+def _eager_and_compiled(
+    name: str, model: nn.Module, inputs: Inputs, about: str, *, backend: str
+) -> Iterator[Candidate]:
+    size = size_of(name, model)
+    yield Candidate(name, partial(model, **inputs, return_dict=False), size, about)
+    if _inductor_compiles():
+        fast: Any = torch.compile(model, backend=backend)
+        run = partial(fast, **inputs, return_dict=False)
+        yield Candidate(f"{name} compiled", run, size, f"{about}, compiled by {backend}")
 
 
 def _cpu() -> str:

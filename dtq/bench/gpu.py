@@ -19,9 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.bench.cases import RECIPES, Inputs, dit, flux, quantized, quantized_model
-from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_all, timing
-from dtq.bench.cpu import other_libraries, size_of
+from dtq.bench.cases import (
+    RECIPES,
+    Inputs,
+    calibration_calls,
+    cast_floats,
+    dit,
+    flux,
+    quantized,
+    quantized_model,
+)
+from dtq.bench.compare import (
+    BenchRow,
+    Candidate,
+    Progress,
+    Result,
+    compare,
+    first_output,
+    run_all,
+    timing,
+)
+from dtq.bench.cpu import by, other_libraries, rounded, size_of
+from dtq.bench.packages import versions
 from dtq.bench.timer import clock_of
 from dtq.errors import InputError
 from dtq.kernels import CUDA, gpu_dispatch
@@ -31,8 +50,8 @@ SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288),
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 PRODUCTS = ("w8a8 product", "w4a8 product")
 """Candidates that multiply quantized inputs, without the rest of the layer."""
-MODULATION = {"w8a8": None, "w4a8": "int4-g64"}
-"""Weight-only format of the modulation linears; None: they stay in bfloat16."""
+MODULATION = {"w8a8": "keep", "w4a8": "int4-g64"}
+"""Weight-only format of the modulation linears; ``keep``: they stay in bfloat16."""
 
 ops = torch.ops.dtq
 
@@ -137,7 +156,11 @@ def compare_linears(m: int, k: int, n: int, rounds: int, device: torch.device) -
         *(_product(name, plain, x, count) for name in RECIPES),
         *peers(plain, x, count),
     ]
-    return compare(f"{k} x {n}", m, candidates, rounds, clock_of(device), (*layers, *PRODUCTS))
+    with torch.no_grad():
+        reference = copy.deepcopy(plain).float()(x.float())
+    return compare(
+        f"{k} x {n}", m, candidates, rounds, clock_of(device), (*layers, *PRODUCTS), reference
+    )
 
 
 def copies(device: torch.device, size: int) -> int:
@@ -155,7 +178,7 @@ def round_robin(runs: Sequence[Callable[[], object]]) -> Callable[[], object]:
 
 
 def _repeated(name: str, layer: nn.Module, x: Tensor, count: int) -> Candidate:
-    return Candidate(name, repeat_layer(layer, x, count), size_of(name, layer))
+    return Candidate(name, repeat_layer(layer, x, count), size_of(name, layer), by(name))
 
 
 def _product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
@@ -167,20 +190,18 @@ def _product(name: str, plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     w = [tensors[n] for n in names if n in tensors]
     sets = [(x_q.clone(), scale, *map(torch.clone, w), layer.bias, x.dtype) for _ in range(count)]
     runs = round_robin([partial(op, *operands) for operands in sets])
-    return Candidate(f"{name} product", runs, sum(t.nbytes for t in w))
+    about = f"{by(name)}, only the product of quantized tokens"
+    return Candidate(f"{name} product", runs, sum(t.nbytes for t in w), about)
 
 
 def peers(plain: nn.Linear, x: Tensor, count: int) -> Iterator[Candidate]:
     """The bfloat16 layer, torch's own 8-bit products, and libraries that are installed."""
     k, n = plain.in_features, plain.out_features
-    yield Candidate("bf16", repeat_layer(plain, x, count), plain.weight.nbytes)
+    bf16 = by("bf16")
+    yield Candidate("bf16", repeat_layer(plain, x, count), plain.weight.nbytes, bf16)
     on_cpu = x.device.type == "cpu"
     if on_cpu or (len(x) > 16 and k % 8 == n % 8 == 0):
-        x_q = torch.randint(-127, 128, x.shape, dtype=torch.int8, device=x.device)
-        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=x.device)
-        # only the product of quantized inputs: no scales, no bias, int32 out
-        runs = [partial(torch._int_mm, x_q.clone(), weight.clone().T) for _ in range(count)]
-        yield Candidate("_int_mm, bare", round_robin(runs), weight.numel())
+        yield _int_mm(plain, x, count)
     if on_cpu:
         return
     if torch.cuda.get_device_capability(x.device) >= (8, 9) and k % 16 == n % 16 == 0:
@@ -189,16 +210,38 @@ def peers(plain: nn.Linear, x: Tensor, count: int) -> Iterator[Candidate]:
         yield _repeated(name, layer, x, count)
 
 
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias
+
+
+def _int_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
+    x_q, x_scale = rounded(x.float())
+    weight, scale = rounded(plain.weight.detach().float())
+    runs = [partial(torch._int_mm, x_q.clone(), weight.clone().T) for _ in range(count)]
+
+    def finish(y: Tensor) -> Tensor:
+        return _with_bias(y.float() * x_scale[:, None] * scale, plain.bias)
+
+    about = f"{versions('torch')}: int8 product of quantized tokens, no scales, no bias"
+    return Candidate("_int_mm, bare", round_robin(runs), weight.numel(), about, finish)
+
+
 def _scaled_mm(plain: nn.Linear, x: Tensor, count: int) -> Candidate:
     e4m3 = torch.float8_e4m3fn
-    a, b = x.to(e4m3), plain.weight.detach().to(e4m3)
-    rows = torch.rand(len(x), 1, device=x.device)
-    columns = torch.rand(1, plain.out_features, device=x.device)
 
-    run = partial(torch._scaled_mm, scale_a=rows, scale_b=columns, out_dtype=x.dtype)
-    # inputs are quantized, a scale for each row and column exists, no bias
+    def scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scale = rows.float().abs().amax(1, keepdim=True) / torch.finfo(e4m3).max
+        return (rows.float() / scale).to(e4m3), scale
+
+    (a, rows), (b, columns) = scaled(x), scaled(plain.weight.detach())
+    run = partial(torch._scaled_mm, scale_a=rows, scale_b=columns.T, out_dtype=x.dtype)
     runs = [partial(run, a.clone(), b.clone().T) for _ in range(count)]
-    return Candidate("_scaled_mm e4m3", round_robin(runs), b.numel())
+    about = f"{versions('torch')}: E4M3 product of quantized tokens, no bias"
+
+    def finish(y: Tensor) -> Tensor:
+        return _with_bias(y, plain.bias)
+
+    return Candidate("_scaled_mm e4m3", round_robin(runs), b.numel(), about, finish)
 
 
 def repeat_layer(layer: nn.Module, x: Tensor, count: int) -> Callable[[], object]:
@@ -227,16 +270,24 @@ def compare_models(
         a step on a GPU, else those of the parameters.
     """
     device = next(model.parameters()).device
-    models = {name: quantized_model(model, name, fmt) for name, fmt in MODULATION.items()}
+    with torch.no_grad():
+        full, given = copy.deepcopy(model).float(), cast_floats(inputs, torch.float32)
+        reference = first_output(full(**given, return_dict=False))
+        del full
+    calls = calibration_calls(inputs)
+    models = {name: quantized_model(model, name, calls, fmt) for name, fmt in MODULATION.items()}
     candidates = []
     for name, variant in ({"bf16": model} | models).items():
-        size = _footprint(variant, inputs)
-        candidates.append(Candidate(name, partial(variant, **inputs), size))
+        size, about = _footprint(variant, inputs), by(name)
+        run = partial(variant, **inputs, return_dict=False)
+        candidates.append(Candidate(name, run, size, about))
         if device.type == "cuda":
-            fast: Any = torch.compile(variant, backend="inductor" if variant is model else "dtq")
-            candidates.append(Candidate(f"{name} compiled", partial(fast, **inputs), size))
+            backend = "inductor" if variant is model else "dtq"
+            fast: Any = torch.compile(variant, backend=backend)
+            run, about = partial(fast, **inputs, return_dict=False), f"{about}, by {backend}"
+            candidates.append(Candidate(f"{name} compiled", run, size, about))
     names = [c.name for c in candidates if not c.name.startswith("bf16")]
-    return compare(case, tokens, candidates, rounds, clock_of(device), names)
+    return compare(case, tokens, candidates, rounds, clock_of(device), names, reference)
 
 
 @torch.no_grad()

@@ -12,19 +12,20 @@ _MIN_SECONDS = 2e-3  # of a measurement: in a shorter one the clock's own time s
 
 
 class HostClock:
-    """CPU time of the thread if there is one thread, else wall time.
+    """CPU time of the process if there is one thread, else wall time.
 
-    The time of a thread stands still while other processes have its core.
+    CPU time stands still while other processes have the core. It counts all threads of the process,
+    because some libraries compute in a thread of their own.
     """
 
     @property
     def name(self) -> str:
-        """``thread`` or ``wall``."""
-        return "thread" if torch.get_num_threads() == 1 else "wall"
+        """``CPU time of the process`` or ``wall``."""
+        return "CPU time of the process" if torch.get_num_threads() == 1 else "wall"
 
     def watch(self, run: Callable[[], object]) -> Callable[[], float]:
         """A stopwatch of ``run``, which is repeated in a measurement if it is short."""
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         run()  # does not count: it allocates memory and compiles kernels
         started = clock()
         run()

@@ -49,12 +49,15 @@ def bench(
 ) -> None:
     """Time quantized and float layers on this machine.
 
-    It compares dtq with float32, bfloat16, torch._int_mm and, if they are installed, torchao,
-    optimum-quanto and bitsandbytes. Their rounds are interleaved, so that noise of the machine
-    falls on all.
+    It compares dtq with float32, bfloat16, torch._int_mm and other libraries that are installed:
+    torchao, optimum-quanto, bitsandbytes and ggml for linears, OpenVINO for models on a CPU
+    (pip install 'dtq[bench]'). Their rounds are interleaved, so that noise of the machine falls on
+    all. "error" is the relative squared error of the output, compared with float32 on the same
+    input. One thread is timed by CPU time of the process, several by wall time.
 
     \b
     dtq bench --quick
+    dtq bench --suite e2e -o bench.json --plot bench.svg
     dtq bench --suite e2e --device cuda --json -o bench.json
     """
     import torch
@@ -82,7 +85,7 @@ def bench(
     if output is not None:
         atomic_write(output, f"{text}\n")
     if plot is not None:
-        atomic_write(plot, plots.bench(compare.ratios(result, "w4a8"), "w4a8"))
+        atomic_write(plot, plots.bench(compare.groups(result, "w4a8"), "w4a8"))
     if as_json:
         click.echo(text)
     else:
@@ -92,28 +95,32 @@ def bench(
 def _print_case(rows: Sequence[BenchRow]) -> None:
     """Print one size as soon as it is measured."""
     from dtq.bench.cases import RECIPES
+    from dtq.bench.compare import PEER, fastest
 
     shares = any(row.share is not None for row in rows)
-    head = [f"{rows[0].case}, M {rows[0].tokens}", "ms", "weights"]
-    head += [*(["of peak"] if shares else []), *(f"/ {recipe}" for recipe in RECIPES)]
-    table(head, [_cells(row, RECIPES, shares) for row in rows])
+    peer = fastest(rows, (PEER,))
+    references = [*RECIPES, *([peer.name] if peer else [])]
+    head = [f"{rows[0].case}, M {rows[0].tokens}", "error", "ms", "weights"]
+    head += [*(["of peak"] if shares else []), *(f"/ {name}" for name in references), "by"]
+    table(head, [_cells(row, references, shares) for row in rows])
     click.echo()
 
 
-def _cells(row: BenchRow, recipes: Iterable[str], shares: bool) -> list[str]:
-    cells = [row.name, f"{row.seconds * 1e3:.3f}", size(row.bytes)]
+def _cells(row: BenchRow, references: Iterable[str], shares: bool) -> list[str]:
+    weights = "-" if row.bytes is None else size(row.bytes)
+    cells = [row.name, or_dash(row.error, ".1e"), f"{row.seconds * 1e3:.3f}", weights]
     if shares:
         cells.append(or_dash(row.share, ".0%"))
-    for name in recipes:
+    for name in references:
         low, middle, high = row.ratio.get(name, (0.0, 0.0, 0.0))
         cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})" if name in row.ratio else "1")
-    return cells
+    return [*cells, row.about]
 
 
 def _print(result: Result) -> None:
     """Print geometric means over the cases, the conditions, and a sentence."""
     from dtq.bench.cases import RECIPES
-    from dtq.bench.compare import geometric_means, verdict
+    from dtq.bench.compare import geometric_means, peer_verdicts, verdict
 
     for recipe in RECIPES:
         means = geometric_means(result.rows, recipe)
@@ -122,4 +129,4 @@ def _print(result: Result) -> None:
         table(head, [(n, *(or_dash(means.get((t, n)), ".2f") for t in tokens)) for n in others])
         click.echo()
     click.echo(", ".join(f"{key} {value}" for key, value in result.conditions.items()))
-    click.echo(verdict(result.rows))
+    click.echo("\n".join([*peer_verdicts(result.rows), verdict(result.rows)]))

@@ -106,6 +106,9 @@ def test_every_candidate_of_a_linear_does_the_same_work():
     assert {"w8a8", "w4a8", "w8a8 product", "w4a8 product", "bf16", "_int_mm, bare"} <= set(found)
     assert set(found["bf16"].ratio) == {"w8a8", "w4a8", "w8a8 product", "w4a8 product"}
     assert found["w4a8"].bytes < found["w8a8"].bytes < found["bf16"].bytes
+    for row in rows:
+        assert row.error < (0.03 if row.name.startswith("w4a8") else 1e-3), row
+        assert row.about, row
 
 
 def test_fp4_is_timed_where_there_is_hardware_for_it(monkeypatch):
@@ -118,11 +121,12 @@ def test_fp4_is_timed_where_there_is_hardware_for_it(monkeypatch):
 
 def test_models_are_quantized_with_their_modulation():
     model, given, tokens = cases.flux(HERE, quick=True)
-    made = cases.quantized_model(model, "w4a8", bench_gpu.MODULATION["w4a8"])
+    calls = cases.calibration_calls(given)
+    made = cases.quantized_model(model, "w4a8", calls, bench_gpu.MODULATION["w4a8"])
     kinds = {n: m.weight_format for n, m in made.named_modules() if hasattr(m, "weight_format")}
     assert kinds["transformer_blocks.0.attn.to_q"] == "int4-2l-g64"
     assert kinds["transformer_blocks.0.norm1.linear"] == bench_gpu.MODULATION["w4a8"]
-    eight = cases.quantized_model(model, "w8a8", bench_gpu.MODULATION["w8a8"])
+    eight = cases.quantized_model(model, "w8a8", calls, bench_gpu.MODULATION["w8a8"])
     kept = dict(eight.named_modules())["transformer_blocks.0.norm1.linear"]
     assert type(kept) is torch.nn.Linear
     with torch.no_grad():
@@ -145,6 +149,8 @@ def test_a_suite_reports_every_comparison_and_keeps_its_rows(monkeypatch):
     result = bench_gpu.SUITES["e2e"](quick=True, rounds=2, progress=told.append, device=HERE)
     assert [rows[0].case for rows in told] == ["flux shape", "dit shape"]
     assert (result.suite, len(result.rows)) == ("e2e", 6)
+    bounds = {"bf16": 1e-3, "w8a8": 3e-3, "w4a8": 0.06}
+    assert all(row.error < bounds[row.name] for row in result.rows), result.rows
 
 
 def test_operands_are_taken_in_turn():

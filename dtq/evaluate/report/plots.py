@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
@@ -103,30 +104,43 @@ def ranges(inputs: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def bench(groups: dict[str, dict[str, float]], ours: str) -> str:
+def bench(groups: dict[str, dict[str, tuple[float, float | None]]], ours: str) -> str:
     """Times relative to those of one backend, as grouped bars; a file of its own.
 
     Args:
-        groups: title of a group to time by backend.
+        groups: title of a group to time and error by backend; an error of None is not shown.
         ours: name of the backend that the others are compared with.
     """
     figure, axes = _axes()
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     width = 0.8 / len(names)
     figure.set_size_inches(7.2, max(2.5, 0.9 + 0.16 * len(names) * len(groups)))
-    for i, (name, color) in enumerate(zip(names, cycle(COLORS))):
-        positions = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
-        values = [group.get(name, 0) for group in groups.values()]
-        bars = axes.barh(positions, values, width * 0.9, label=name, color=color)
-        axes.bar_label(bars, fmt="%.2f", fontsize=6, color=INK, padding=2)
-    axes.axvline(1, color=INK, lw=0.8)
-    axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
+    # a color for each library, of which some have several rows
+    colors = dict(zip(dict.fromkeys(map(_library, names)), cycle(COLORS)))
+    for i, name in enumerate(names):
+        here = [(g, *group[name]) for g, group in enumerate(groups.values()) if name in group]
+        positions = [g + (i - (len(names) - 1) / 2) * width for g, _, _ in here]
+        color = colors[_library(name)]
+        bars = axes.barh(positions, [t for _, t, _ in here], width * 0.9, color=color)
+        labels = [
+            f"{t:.2f}  {name}" + ("" if e is None else f", error {e:.0e}") for _, t, e in here
+        ]
+        axes.bar_label(bars, labels, fontsize=6, color=INK, padding=2)
+    axes.axvline(1, color=INK, lw=0.8, ls=":", zorder=0)
+    axes.grid(False)
+    titles = [textwrap.fill(title, 24) for title in groups]
+    axes.set_yticks(range(len(groups)), titles, fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel=f"time over that of {ours}: above 1 {ours} is faster")
-    axes.legend(frameon=False, fontsize=7, ncol=4, labelcolor=INK, loc="lower center",
-                bbox_to_anchor=(0.5, 1.0))  # fmt: skip
+    longest = max(time for group in groups.values() for time, _ in group.values())
+    axes.set_xlim(0, 1.4 * longest)  # labels stand right of the bars
     styled = '<svg style="color:#222;--line:#ccc;background:#fff" '
     return _svg(figure).replace("<svg ", styled, 1)
+
+
+def _library(name: str) -> str:
+    """First word of the name of a row."""
+    return name.replace(",", " ").split()[0]
 
 
 def _axes() -> tuple[Any, Any]:
