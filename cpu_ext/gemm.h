@@ -119,7 +119,7 @@ inline void add_section(const Linear& g, int64_t n, int64_t rows, int64_t block,
 
 // 16 output channels x one token block: float(sum) * row_scale * weight_scale + bias in this order, or
 // total * row_scale + bias if there are sections; the epilogue; one rounding to the output type.
-inline void store_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
+void store_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
                         const float* totals) {
   alignas(64) float by_row[kBlockTokens][kBlockTokens], by_token[kBlockTokens][kBlockTokens];
   const int64_t rows = g.rows - n < 16 ? g.rows - n : 16;
@@ -149,12 +149,64 @@ inline void store_block(const Linear& g, int64_t n, int64_t token, const int32_t
   }
 }
 
+// The same for 16 output channels and 16 tokens that are all there, without a branch on what is the same
+// for a launch: everything of `g` is read once. Channels go to lanes first.
+template <Float type>
+void store_whole_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
+                       const float* totals) {
+  constexpr int kVectors = 16 / kLanes;
+  const bool sections = g.section_scale, gelu = g.gelu;
+  alignas(64) int32_t by_token[kBlockTokens][16];
+  Isa::transpose16(sections ? (const int32_t*)totals : sums, kGroupBlocks * kBlockTokens, by_token[0]);
+  V weight_scale[kVectors], bias[kVectors], gate[kVectors];
+  for (int i = 0; i < kVectors; i++) {
+    if (!sections) weight_scale[i] = load(g.weight_scale + n + i * kLanes);
+    bias[i] = g.bias ? load(g.bias + n + i * kLanes) : splat(-0.0f);  // y + -0 is y, also for y = -0
+  }
+  const float* row_scale = g.row_scale + token;
+  const int32_t* x_sums = g.section_sums + token;
+  const int64_t stride = g.rows, at = token * stride + n, per_gate = g.tokens_per_gate;
+  typename Storage<type == kFloat32>::T* out = (decltype(out))g.out + at;
+  const int bytes = g.gate_type == kFloat32 ? 4 : 2;
+  const char* residual = g.residual ? (const char*)g.residual + at * bytes : nullptr;
+  int64_t gate_of = -1;
+  for (int t = 0; t < kBlockTokens; t++, out += stride) {
+    const V scale = splat(row_scale[t]);
+    if (residual && (token + t) / per_gate != gate_of) {
+      gate_of = (token + t) / per_gate;
+      for (int i = 0; i < kVectors; i++)
+        gate[i] = load_as_float((const char*)g.gate + (gate_of * stride + n + i * kLanes) * bytes, g.gate_type);
+    }
+    for (int i = 0; i < kVectors; i++) {
+      V y;
+      if (sections) {
+        y = load((const float*)by_token[t] + i * kLanes) * scale;
+      } else {
+        I sum;
+        memcpy(&sum, by_token[t] + i * kLanes, sizeof sum);
+        y = __builtin_convertvector(sum - x_sums[t] * kWeightOffset, V) * scale * weight_scale[i];
+      }
+      y = y + bias[i];
+      if (gelu) y = gelu_of(y);
+      if (residual)
+        y = gate[i] * y + load_as_float(residual + (t * stride + i * kLanes) * bytes, g.gate_type);
+      store_vector<type>(out + i * kLanes, y);
+    }
+  }
+}
+
 inline void store_group(const Linear& g, int64_t n, int64_t rows, int64_t block, int count,
                         const int32_t* sums, const float* totals) {
   for (int c = 0; c < count; c++)
     for (int i = 0; i < rows; i += 16) {
+      const int64_t token = (block + c) * kBlockTokens;
       const int first = (i * kGroupBlocks + c) * kBlockTokens;
-      store_block(g, n + i, (block + c) * kBlockTokens, sums + first, totals ? totals + first : nullptr);
+      auto store = store_block;
+      if (rows - i >= 16 && g.tokens - token >= kBlockTokens)
+        store = g.type == kFloat32    ? store_whole_block<kFloat32>
+                : g.type == kBFloat16 ? store_whole_block<kBFloat16>
+                                      : store_whole_block<kFloat16>;
+      store(g, n + i, token, sums + first, totals + first);
     }
 }
 

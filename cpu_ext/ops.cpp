@@ -151,9 +151,10 @@ Tensor round_rows(const Tensor& x, const OptionalTensor& pre_scale, const Option
               activation_format, type);
 }
 
-// Token blocks that stay in the second-level cache while all panels are multiplied with them.
+// Token blocks that all panels are multiplied with. They are read from the third-level cache if they must be:
+// one pass over them takes longer than reading them, and each panel is unpacked once for all of them.
 int64_t blocks_at_once(int64_t blocks, int64_t block_bytes) {
-  constexpr int64_t kCache = 640 << 10;
+  constexpr int64_t kCache = 2560 << 10;
   const int64_t most = std::max<int64_t>(2, kCache / block_bytes / kGroupBlocks) * kGroupBlocks;
   const int64_t parts = ceil_div(blocks, most);
   return round_up(ceil_div(blocks, parts), kGroupBlocks);
