@@ -71,8 +71,8 @@ ARCHS = (
     Arch((9, 0), 16, 3e9, "modelled for H200: 0.91x at 2.7 GFLOP, 1.16x at 4.8"),
     # at best the rate of an A100 per multiprocessor and clock: half of cuBLAS bf16 on a B200
     Arch((10, 0), 16, math.inf, "int8 by mma.sync is about half as fast as bf16 by tcgen05"),
-    # 0.15 POPS of int8 against 2.25 PFLOPS of bf16 in the vendor's table; nvcc 13.0 fills the 32 IMMA
-    # of the loop of gemm_int8.cu with 110 NOP for sm_103, and with none for sm_100 and sm_110
+    # 0.15 POPS of int8 against 2.25 PFLOPS of bf16 in the vendor's table; between the 32 IMMA of
+    # the loop of gemm_int8.cu nvcc 13.0 puts 110 NOP for sm_103, and none for sm_100 and sm_110
     Arch((10, 3), 16, math.inf, "hardly any int8 hardware: a fifteenth of the rate of bf16"),
     Arch((11, 0), 16, math.inf, "as 10.0: int8 by mma.sync, bf16 by tcgen05"),
     Arch((12, 0), 16, 1.6e9, "scaled from A100 for RTX PRO 6000: int8 twice bf16"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import logging
-import mmap
 import re
 from functools import partial
 from pathlib import Path
@@ -60,9 +59,8 @@ def runtime_version(path: Path) -> int | None:
 
     Read from the file without loading it: what is loaded has replaced torch's ops already.
     """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = re.search(rb"dtq cudart (\d+)", content)
-        return int(found[1]) if found else None
+    found = re.search(rb"dtq cudart (\d+)", path.read_bytes())
+    return int(found[1]) if found else None
 
 
 def _check_file(path: Path) -> None:
@@ -70,8 +68,8 @@ def _check_file(path: Path) -> None:
     runtime, driver = runtime_version(path), driver_version()
     if runtime is not None and driver is not None and driver // 1000 < runtime // 1000:
         raise Unavailable(
-            f"the driver supports CUDA {_words(driver)}, and {path} was built with {_words(runtime)}"
-            f": update the driver, or delete the file and install nvcc {driver // 1000}"
+            f"the driver supports CUDA {_words(driver)}, and {path} was built with "
+            f"{_words(runtime)}: update the driver, or install an nvcc of CUDA {driver // 1000}"
         )
 
 
