@@ -161,15 +161,25 @@ def binned_quantize_rows(
 
 
 def _quantize_rows(
-    x: Tensor, pre_scale: Tensor | None, hadamard_block: int, scale: Tensor | None, qmax: int = 127
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    hadamard_block: int,
+    scale: Tensor | None,  # (1,) float32, or None: one per row
+    qmax: int = 127,
 ) -> tuple[Tensor, Tensor]:
     """:func:`binned_quantize_rows` with one bin, and without a permutation."""
     return binned_quantize_rows(x, pre_scale, None, hadamard_block, 1, scale, None, qmax)
 
 
-def _norm_quantize_rows(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    norm, quantize = args[:3], args[3:]  # of norm_modulate and of binned_quantize_rows
-    return binned_quantize_rows(norm_modulate(x, *norm), *quantize)
+def _norm_quantize_rows(
+    x: Tensor,
+    modulate_scale: Tensor | None,
+    modulate_shift: Tensor | None,
+    eps: float,
+    *quantize: Any,  # of binned_quantize_rows
+) -> tuple[Tensor, Tensor]:
+    y = norm_modulate(x, modulate_scale, modulate_shift, eps)
+    return binned_quantize_rows(y, *quantize)
 
 
 def _gelu_quantize_rows(x: Tensor, *quantize: Any) -> tuple[Tensor, Tensor]:
@@ -194,9 +204,16 @@ def _transform_rows(x: Tensor, *transform: Any) -> Tensor:
     return transform_input(x.float(), *transform).clone()  # (M, K) float32
 
 
-def _round_rows(x: Tensor, *args: Any) -> Tensor:
-    *transform, activation_format, dtype = args  # of transform_input; a key; of the result
-    x = transform_input(x.float(), *transform)
+def _round_rows(
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    perm: Tensor | None,  # (K,) int32
+    hadamard_block: int,
+    num_rotations: int,
+    activation_format: str,  # a key of ACTIVATION_FORMATS
+    dtype: torch.dtype,
+) -> Tensor:
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     rounded = fake_quantize(x, ACTIVATION_FORMATS[activation_format])
     return rounded.to(dtype, copy=True)  # (M, K)
 
