@@ -7,7 +7,8 @@ same layer on the same GPU always takes the same path:
 - ``small_m``: each packed weight is read once and multiplied in float. With a handful of tokens
   only reading weights takes time.
 - ``float``: the weight is decoded once and kept, and torch multiplies. For problems so small that
-  quantizing the input costs more than int8 saves.
+  quantizing the input costs more than int8 saves. The input transform (smoothing, permutation,
+  rotation) is linear, so it is folded into that weight, and such a layer is one ``F.linear``.
 - ``int8``: the integer GEMM of the row of ``KERNELS``, with the same results on every device.
 
 The first two do not round the input, so they are at least as close to the float model. Their

@@ -103,8 +103,11 @@ def _gemm(op: str, weight: _Weight, call: LinearCall) -> Tensor:
     if path == "int8":
         operands = *call.quantized(), *weight(call.problem, call.tensors)
         return getattr(ops, op)(*operands, call.bias, call.x.dtype)
-    linear = ops.weight_linear if path == "small_m" else ops.cached_linear
-    return linear(call.transformed(), *call.packed_weight(), call.bias)
+    if path == "small_m":
+        return ops.weight_linear(call.transformed(), *call.packed_weight(), call.bias)
+    # one product: the transform is in the weight
+    operands = *call.packed_weight(), *call.transform_args(), call.bias
+    return ops.cached_linear(call.x, *operands)
 
 
 def _epilogue_gemm(op: str, weight: _Weight, call: LinearCall, epilogue: Epilogue) -> Tensor | None:

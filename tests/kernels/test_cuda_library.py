@@ -26,6 +26,7 @@ from dtq.kernels.compile.compiler import Unavailable
 from dtq.kernels.compile.library import Library
 from dtq.kernels.kernel import Epilogue, LinearCall
 from dtq.kernels.ops_weight import WEIGHT_CACHE
+from dtq.linalg.hadamard import rotate
 
 ROOT = Path(__file__).parent.parent.parent
 sim, reference = torch.ops.dtq_sim, torch.ops.dtq_reference
@@ -589,12 +590,11 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["int8-row", "int4-2l-g64"])
-@pytest.mark.parametrize("m", [3, 40])
-def test_small_problems_are_multiplied_in_float(as_on_a_gpu, name, m):
+def test_few_tokens_are_multiplied_in_float(as_on_a_gpu, name):
     fmt, w = FORMATS[name], agreement.normal(48, 128) * 0.1
     problem = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
     parts = fmt.pack(w, fmt.compute_qparams(w)) | {"pre_quant_scale": torch.ones(1, 128).bfloat16()}
-    x = agreement.normal(m, 128).bfloat16()
+    x = agreement.normal(3, 128).bfloat16()
     got = pick(problem).call(problem, x, parts, None)
     rotated = torch.ops.dtq.transform_rows(x, torch.ones(128).bfloat16(), None, 64, 1)
     want = (
@@ -603,6 +603,69 @@ def test_small_problems_are_multiplied_in_float(as_on_a_gpu, name, m):
     )
     assert torch.equal(got, want)
     assert pick(problem).call(problem, x.float(), parts, None).dtype == torch.float32
+
+
+def smoothed(name, rotations, permuted, k=384, seed=0):
+    """A problem with an input transform, and its tensors."""
+    g = torch.Generator().manual_seed(seed)
+    fmt, w = FORMATS[name], torch.randn(48, k, generator=g) * 0.1
+    problem = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64, rotations)
+    signs = torch.randint(0, 2, (1, k), generator=g) * 2 - 1
+    parts = fmt.pack(w, fmt.compute_qparams(w))
+    parts["pre_quant_scale"] = (signs * torch.exp(torch.randn(1, k, generator=g))).bfloat16()
+    if permuted:
+        parts["pre_quant_perm"] = torch.randperm(k, generator=g).int().reshape(1, -1)
+    return problem, parts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rotations", "permuted"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("name", ["int8-row", "int4-2l-g64"])
+def test_a_small_layer_is_one_product_with_a_folded_weight(
+    as_on_a_gpu, name, rotations, permuted, dtype, monkeypatch
+):
+    problem, parts = smoothed(name, rotations, permuted)
+    x, bias = agreement.normal(40, 384).to(dtype), agreement.normal(48)
+    called = []
+    monkeypatch.setattr(LinearCall, "transformed", lambda call: called.append(call))
+    got = pick(problem).call(problem, x, parts, bias)
+    assert not called
+    scale, perm = parts["pre_quant_scale"].double(), parts.get("pre_quant_perm")
+
+    def transform(rows):
+        rows = rows.double() * scale
+        rows = rows if perm is None else rows[:, perm.reshape(-1).long()]
+        return rotate(rows, 64, rotations)
+
+    # the exact product of the transformed input with the decoded weight
+    w = problem.weight_format.unpack({n: p for n, p in parts.items() if "pre" not in n}).double()
+    want = transform(x) @ w.T + bias.to(dtype).double()
+    folded = w @ transform(torch.eye(384)).T
+    # docs/kernels.md: half a unit of each folded weight, half a unit of the output, float32 sums
+    unit = torch.finfo(dtype).eps / 2
+    terms = x.double().abs() @ folded.abs().T
+    bound = unit * (terms + want.abs()) * 1.01 + 384 * 2**-24 * terms
+    assert ((got.double() - want).abs() <= bound).all()
+    # not farther from it than with the transform at run time, which rounds input and weight
+    apart = transform(x).to(dtype) @ w.to(dtype).T + bias.to(dtype)
+    assert (got.double() - want).norm() < 1.1 * (apart.double() - want).norm()
+
+
+def test_a_folded_weight_follows_its_transform(as_on_a_gpu):
+    """Smoothing that changes between calls, as it would with a vector per timestep."""
+    problem, parts = smoothed("int8-row", 1, False)
+    x = agreement.normal(40, 384).bfloat16()
+    one, other = parts["pre_quant_scale"], parts["pre_quant_scale"] * 2
+    first = pick(problem).call(problem, x, parts, None)
+    assert torch.equal(pick(problem).call(problem, x, parts, None), first)
+    doubled = pick(problem).call(problem, x, parts | {"pre_quant_scale": other}, None)
+    assert torch.equal(doubled, first * 2)
+    assert torch.equal(pick(problem).call(problem, x, parts, None), first)
+    one *= 2  # in place
+    assert torch.equal(pick(problem).call(problem, x, parts, None), doubled)
+    unrotated = LinearProblem(problem.weight_format, problem.activation_format)
+    again = pick(unrotated).call(unrotated, x, parts, None)
+    assert not torch.equal(again, doubled)
 
 
 @pytest.mark.parametrize("name", ["int4-g64", "int8-asym-g128"])
@@ -683,7 +746,8 @@ def test_a_decoded_weight_is_cached_until_its_packed_tensors_change():
     x, names = agreement.normal(5, 128), list(parts)
 
     def run():
-        return torch.ops.dtq.cached_linear(x, list(parts.values()), names, fmt.name, None)
+        weight = list(parts.values()), names, fmt.name
+        return torch.ops.dtq.cached_linear(x, *weight, None, None, 1, 1, None)
 
     before = WEIGHT_CACHE.nbytes
     first = run()
