@@ -157,6 +157,7 @@ DTQ_DEV T shfl(T value, int from) {
   static_assert(sizeof(T) == 4, "shfl moves 4 bytes");
   return __shfl_sync(0xffffffffu, value, from);
 }
+DTQ_DEV uint32_t max_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 
 // ---------------------------------------------------------------------------- fragments
 
@@ -253,6 +254,13 @@ DTQ_DEV float fmul(float a, float b) { return __fmul_rn(a, b); }
 DTQ_DEV float fdiv(float a, float b) { return __fdiv_rn(a, b); }
 DTQ_DEV float ffma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DTQ_DEV float fsqrt(float a) { return __fsqrt_rn(a); }
+DTQ_DEV float reciprocal(float a) { return __frcp_rn(a); }
+// The larger of a and |b|; NaN if one of them is.
+DTQ_DEV float max_magnitude(float a, float b) {
+  float m;
+  asm("{ .reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size; }" : "=f"(m) : "f"(a), "f"(b));
+  return m;
+}
 DTQ_DEV float int_to_float(int32_t a) { return __int2float_rn(a); }
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.

@@ -165,6 +165,10 @@ template <class T>
 inline T shfl(T value, int from) {
   return sim::shuffle("shfl.idx", value, from, false);
 }
+inline uint32_t max_of_warp(uint32_t value) {
+  for (int lanes = 16; lanes; lanes /= 2) value = std::max(value, shfl_xor(value, lanes));
+  return value;
+}
 
 // ---------------------------------------------------------------------------- fragments
 
@@ -371,6 +375,11 @@ inline float fmul(float a, float b) { return a * b; }
 inline float fdiv(float a, float b) { return a / b; }
 inline float ffma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float fsqrt(float a) { return std::sqrt(a); }
+inline float reciprocal(float a) { return 1 / a; }
+inline float max_magnitude(float a, float b) {
+  if (a != a || b != b) return sim::bits_to_float(0x7fffffff);  // the NaN of the hardware
+  return std::fabs(b) > a ? std::fabs(b) : a;
+}
 inline float int_to_float(int32_t a) { return float(a); }
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.

@@ -33,18 +33,30 @@ Array<float> plain_row(const Rows& r, int64_t row) {
   const float* x = (const float*)r.x + row * r.stride;
   Array<float> v(x, x + columns);
   if (r.prologue == kNorm) {
+    auto neighbours = [](const float* values) {
+      float v[32];
+      std::copy(values, values + 32, v);
+      for (int count = 16; count; count /= 2)
+        for (int i = 0; i < count; i++) v[i] = v[2 * i] + v[2 * i + 1];
+      return v[0];
+    };
     auto sum = [&](auto&& term) {
-      float lanes[32] = {};
-      for (int64_t start = 0; start < columns; start += 16) {
-        float v[16] = {};
-        for (int i = 0; i < 16 && start + i < columns; i++) v[i] = term(start + i);
-        for (int half = 8; half; half /= 2)
-          for (int i = 0; i < half; i++) v[i] += v[i + half];
-        lanes[start / 16 % 32] += v[0];
+      float places[32] = {};
+      for (int64_t warp = 0; warp * 512 < columns; warp++) {
+        float vectors[32] = {};
+        for (int j = 0; j < 32; j++) {
+          float v[16] = {};
+          for (int i = 0; i < 16; i++) {
+            const int64_t k = warp * 512 + j * 16 + i;
+            if (k < columns) v[i] = term(k);
+          }
+          for (int half = 8; half; half /= 2)
+            for (int i = 0; i < half; i++) v[i] += v[i + half];
+          vectors[j] = v[0];
+        }
+        places[warp % 32] += neighbours(vectors);
       }
-      for (int half = 16; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-      return lanes[0];
+      return neighbours(places);
     };
     const float mean = sum([&](int64_t k) { return x[k]; }) / (float)columns;
     const float variance =
@@ -288,8 +300,37 @@ void check_quotients() {
         (long long)tried);
 }
 
+// divide_by_integer and modulate_row give what a division gives.
+void check_divisions(uint64_t seed) {
+  Random random(seed);
+  int64_t wrong = 0;
+  for (int n = 1; n <= 16384; n++)
+    for (int i = 0; i < 40; i++) {
+      // quotients with as few bits as a tie has, next to them and anywhere
+      const float near = (float)n * ((float)random.between(1 << 23, 1 << 24) * 0x1p-20f);
+      const float x = i % 2 ? std::nextafter(near, i % 4 == 1 ? 0.0f : 1e30f) : random.real(-1e6f, 1e6f);
+      wrong += divide_by_integer(x, (float)n, 1 / (float)n) != x / (float)n;
+    }
+  for (float x : {INFINITY, -INFINITY, 0.0f, 3e38f, 1e-30f})
+    for (int n : {1, 3, 127, 3072}) wrong += divide_by_integer(x, (float)n, 1 / (float)n) != x / (float)n;
+  wrong += !std::isnan(divide_by_integer(NAN, 3, 1.0f / 3));
+  for (int i = 0; i < 100000; i++) {
+    const int shift = random.between(0, 30);
+    RowPlan p = {};
+    p.r.rows_per_modulate = i < 4 ? i + 1 : random.between(1 << shift, (int)((2u << shift) - 1));
+    p.r.columns = 1;
+    set_divisors(p);
+    for (uint32_t row : {0u, (uint32_t)random.between(0, INT32_MAX - 1), (uint32_t)INT32_MAX,
+                         uint32_t(p.r.rows_per_modulate), uint32_t(p.r.rows_per_modulate - 1),
+                         uint32_t(INT32_MAX / p.r.rows_per_modulate * p.r.rows_per_modulate)})
+      wrong += modulate_row(p, row) != row / p.r.rows_per_modulate;
+  }
+  check(!wrong, "%lld wrong quotients of integers", (long long)wrong);
+}
+
 void test_rows(uint64_t seed) {
   check_quotients();
+  check_divisions(seed);
   test_floats(seed);
   check_rows(seed, 3, 1152, 128, kNoPrologue);
   check_rows(seed, 2, 96, 1, kNoPrologue, 1, false, false, 16);
