@@ -31,6 +31,7 @@ that a parameter decides goes the wrong way, an instruction has no rule in ``_RU
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import struct
@@ -150,7 +151,7 @@ _WORD = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 def parse(text: str) -> Iterator[Instruction]:
     """The instructions of one function as cuobjdump prints them, two lines each."""
     lines = text.splitlines()
-    for line, after in zip(lines, lines[1:], strict=False):
+    for line, after in itertools.pairwise(lines):
         found, word = _LINE.search(line), _WORD.match(after)
         if not found or not word:
             continue
@@ -268,8 +269,7 @@ def _results(i: Instruction) -> list[str]:
     if not _REGISTER.fullmatch(first):
         return []
     if first.lstrip("U").startswith("P"):  # comparisons; LOP3 with a predicate
-        rest = [o for o in i.operands[1:2] if _REGISTER.fullmatch(o)]
-        return [first, *rest] if i.name not in ("LOP3", "ULOP3") else [first, *rest]
+        return [first, *[o for o in i.operands[1:2] if _REGISTER.fullmatch(o)]]
     names = [first]
     if _WIDE.search(i.opcode) and not i.opcode.startswith("SHF"):
         names.append(_next(first))
@@ -649,7 +649,7 @@ def run(
     machine = Machine(kernel.arch, params, thread, block, threads, align)
     known = {**LATENCIES, **(latencies or {})}
     order = sorted(kernel.code)
-    after = dict(zip(order, order[1:], strict=False))
+    after = dict(itertools.pairwise(order))
     pending: dict[int, list[int]] = {k: [] for k in range(6)}
     walk, address, now = Walk(), 0, 0
     while len(walk.issued) < limit:
