@@ -8,7 +8,7 @@ from typing import Any
 
 POINTER = 0x7F0000000000  # for a kernel that is walked and not run: any address that is not null
 
-i64, i32, f32 = ctypes.c_int64, ctypes.c_int, ctypes.c_float
+i64, i32, u32, f32 = ctypes.c_int64, ctypes.c_int, ctypes.c_uint32, ctypes.c_float
 flag, pointer = ctypes.c_bool, ctypes.c_void_p
 
 
@@ -86,6 +86,11 @@ class RowPlan(ctypes.Structure):
         *_named(flag, "aligned_x aligned_modulate aligned_pre aligned_out"),
         ("tiles", i64),
         ("transposed_offset", i32),
+        ("inverse_qmax", f32),
+        ("modulate_multiplier", u32),
+        ("modulate_shift", i32),
+        *_named(u32, "x_pitch modulate_pitch out_pitch"),
+        ("inverse_columns", f32),
     )
 
 

@@ -8,7 +8,8 @@ memory latencies are assumed.
 *Path.* :class:`Machine` executes the integer instructions of one thread with the parameters of
 the call, so that most branches are known: tests of sizes, of pointers, of types, and loop bounds. What is
 loaded from memory or computed in floating point is unknown. A branch whose condition is unknown
-is not taken, and a division takes its fast path.
+is not taken, except one around the call of a slow path: a division, a reciprocal or a root takes its
+fast path.
 
 *Time.* ptxas writes into each instruction for how many cycles the warp then pauses, which of six scoreboards it
 sets, and for which ones it waits. An instruction that sets a scoreboard clears it after
@@ -666,6 +667,8 @@ def run(
         machine.execute(i)
         now += max(i.stall, 1)
         target = _jump(machine, i)
+        if target is None and _skips_a_call(machine, kernel, i, after):
+            target = int(i.operands[-1], 16)
         if target == _END:
             return walk
         address = after[address] if target is None else target
@@ -673,6 +676,22 @@ def run(
 
 
 _END = -1
+
+
+def _skips_a_call(
+    machine: Machine, kernel: Kernel, i: Instruction, after: Mapping[int, int]
+) -> bool:
+    """Whether a branch with an unknown condition leads around a call, which is that of a slow path."""
+    if i.name != "BRA" or not i.guard or machine.get(i.guard) is not None:
+        return False
+    address, end = after[i.address], int(i.operands[-1], 16)
+    for _ in range(3):
+        if address >= end:
+            break
+        if kernel.code[address].name == "CALL":
+            return True
+        address = after[address]
+    return False
 
 
 def _jump(machine: Machine, i: Instruction) -> int | None:
