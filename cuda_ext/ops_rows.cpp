@@ -228,10 +228,11 @@ Tensor round_rows(const Tensor& x_in, const OptionalTensor& pre_scale, const Opt
   Tensor x = row_contiguous(x_in, "x");
   Guard guard(x);
   const dtq::Rounding rounding = rounding_of(activation_format);
-  if (has_row_kernel(x) && is_kernel_dtype(type) && rounding != dtq::kRoundNone) {
+  const bool only_transformed = activation_format == "none";
+  if (has_row_kernel(x) && is_kernel_dtype(type) && (only_transformed || rounding != dtq::kRoundNone)) {
     Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, type);
     dtq::Rows rows = row_operands(x, {pre_scale, perm, hadamard_block, num_rotations});
-    rows.output = dtq::kFakeQuantized;
+    rows.output = only_transformed ? dtq::kFloat : dtq::kFakeQuantized;
     rows.rounding = rounding;
     rows.out_type = float_type(type);
     rows.out = y.data_ptr();

@@ -131,6 +131,18 @@ def test_nothing_to_do_launches_nothing(emulator):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_transformed_input_is_rounded_in_the_same_pass(emulator, dtype):
+    for k, order, rotations in ((1152, None, 1), (1184, None, 1), (100, None, 2), (64, True, 2)):
+        x = (agreement.normal(5, k) * 3).to(dtype)
+        order = None if order is None else torch.randperm(k, dtype=torch.int32)
+        args = x, (torch.rand(k) + 0.5).bfloat16(), order, 4 if k % 32 else 32, rotations
+        got = sim.round_rows(*args, "none", dtype)
+        assert torch.equal(got, reference.transform_rows(*args).to(dtype)), (k, rotations)
+        assert torch.equal(got, reference.round_rows(*args, "none", dtype))
+
+
+@pytest.mark.slow
 def test_slices_are_read_in_place(emulator):
     x = agreement.normal(9, 200)[:, 8:136]
     got, want = sim.quantize_rows(x, None, 64, None), reference.quantize_rows(x, None, 64, None)
