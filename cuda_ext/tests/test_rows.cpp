@@ -355,22 +355,29 @@ void test_rows(uint64_t seed) {
 struct StoredWeight {
   Array<uint8_t> bytes, tail, groups;
   Array<float> scale, codebook;
+  Array<uint16_t> short_scale;
   Array<float> values;  // (N, K)
   Weight w = {};
 };
 
 // Some encodings, written bit by bit.
 StoredWeight random_weight(Random& random, Encoding encoding, int bits, int64_t rows,
-                           int64_t columns, int64_t groups) {
+                           int64_t columns, int64_t groups, bool bfloat16_scale) {
   StoredWeight s;
   Weight& w = s.w;
   w.encoding = encoding, w.bits = bits, w.rows = rows, w.columns = columns, w.groups = groups;
   w.scale_type = kScaleFloat32;
   const int64_t each = columns / groups, scales = encoding == kTwoLevel ? 1 : groups;
   for (int64_t i = 0; i < rows * scales; i++) s.scale.push_back(random.real(0.01f, 0.02f));
+  for (float& scale : s.scale) s.short_scale.push_back(float_to_bf16(scale));
+  for (size_t i = 0; i < s.scale.size() && bfloat16_scale; i++) s.scale[i] = bf16_to_float(s.short_scale[i]);
   for (int i = 0; i < 1 << bits && encoding == kTable; i++) s.codebook.push_back(random.real(-1, 1));
-  for (int64_t i = 0; i < rows * groups && encoding == kTwoLevel; i++)
-    s.groups.push_back((uint8_t)random.between(0, 255));
+  // such as a checkpoint may have: int8 whatever the code
+  for (int64_t i = 0; i < rows * groups && encoding == kTwoLevel; i++) {
+    const int top = (1 << bits) - 1, scale2 = random.between(1, 16);
+    const int zero = random.between(std::max(0, top - 127 / scale2), std::min(top, 128 / scale2));
+    s.groups.push_back(uint8_t((scale2 - 1) << bits | zero));
+  }
   const int64_t row_bytes = encoding == kTrits ? columns / 5 : columns * bits / 8;
   s.bytes.assign(rows * row_bytes, 0);
   w.offset = encoding == kAffine ? 1 << (bits - 1) : 0;
@@ -398,13 +405,14 @@ StoredWeight random_weight(Random& random, Encoding encoding, int bits, int64_t 
     }
   w.weight = s.bytes.data(), w.tail = s.tail.data(), w.group_bytes = s.groups.data();
   w.codebook = s.codebook.data(), w.scale = s.scale.data();
+  if (bfloat16_scale) w.scale = s.short_scale.data(), w.scale_type = kScaleBFloat16;
   return s;
 }
 
 void check_weight(uint64_t seed, Encoding encoding, int bits, int64_t rows, int64_t columns,
-                  int64_t groups, int64_t tokens) {
+                  int64_t groups, int64_t tokens, bool bfloat16_scale = false) {
   Random random(seed + bits);
-  StoredWeight s = random_weight(random, encoding, bits, rows, columns, groups);
+  StoredWeight s = random_weight(random, encoding, bits, rows, columns, groups, bfloat16_scale);
   sim::session().seed = seed;
   Array<float> decoded(rows * columns);
   const int status = launch_dequantize(s.w, decoded.data(), kFloat32, nullptr);
@@ -442,6 +450,9 @@ void test_weights(uint64_t seed) {
   check_weight(seed, kTable, 4, 17, 320, 5, 16);
   check_weight(seed, kTrits, 2, 6, 163, 1, 2);
   check_weight(seed, kTwoLevel, 4, 33, 128, 2, 17);
+  check_weight(seed, kTwoLevel, 4, 18, 320, 5, 9);
+  check_weight(seed, kAffine, 4, 19, 1600, 25, 16, true);  // more than a round of prefetched steps
+  check_weight(seed, kAffine, 4, 3, 384, 3, 8, true);
 }
 #endif
 

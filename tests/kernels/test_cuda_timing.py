@@ -147,22 +147,41 @@ def test_norm_modulate_and_quantize(block):
     assert each <= ROWS[block]
 
 
-def small_m(columns):
-    """int4-asym-g64, bfloat16 scales, one token."""
-    w = Weight(encoding=0, bits=4, rows=18_432, columns=columns, groups=columns // 64, scale_type=2)
-    w.weight = w.scale = w.zero = POINTER
+def small_m(columns, encoding, scale_type, zero):
+    """4-bit integers with groups of 64 columns, bfloat16, one token."""
+    w = Weight(encoding=encoding, bits=4, rows=18_432, columns=columns, groups=columns // 64)
+    w.scale_type, w.offset = scale_type, 8
+    w.weight = w.scale = w.group_bytes = POINTER
+    w.zero = POINTER if zero else None
     p = SmallMPlan(f=SmallM(w, POINTER, BFLOAT16, 1, columns, POINTER, POINTER), aligned_x=True)
     p.weight.w, p.weight.row_bytes = w, columns // 2
     p.weight.group, p.weight.shift, p.weight.aligned = 64, 6, True
     return p
 
 
-def test_few_tokens_with_4_bit_weights():
+AFFINE, TWO_LEVEL = 0, 5
+SCALE_FLOAT32, SCALE_BFLOAT16 = 1, 2
+FEW_TOKENS = {
+    "int4-g64": ("8Int4Bf16ILb0E", AFFINE, SCALE_BFLOAT16, False, 4),
+    "int4-asym-g64": ("8Int4Bf16ILb1E", AFFINE, SCALE_BFLOAT16, True, 4),
+    "int4-g64, float32 scales": ("9Int4FloatILb0E", AFFINE, SCALE_FLOAT32, False, 6),
+    "int4-2l-g64": ("12Int4TwoLevel", TWO_LEVEL, SCALE_FLOAT32, False, 6),
+}
+"""Format: the kernel, its weight, and instructions a weight at most."""
+
+
+@pytest.mark.parametrize("name", FEW_TOKENS)
+def test_few_tokens_with_4_bit_weights(name):
     """By the difference of two lengths of a row: the loop alone."""
-    kernel = sass.find(kernels("weights.cu", "90a"), "small_m_kernel.*E0ELi4E")
+    codes, encoding, scale_type, zero, bound = FEW_TOKENS[name]
+    # up to 8 tokens
+    kernel = sass.find(kernels("weights.cu", "90a"), f"small_m_int4_kernel.*{codes}.*Li1E")
     short, long = (
-        sass.run(kernel, bytes(small_m(k)), threads=128).instructions for k in (3072, 6144)
+        sass.run(kernel, bytes(small_m(k, encoding, scale_type, zero)), threads=128)
+        for k in (3072, 6144)
     )
-    each = (long - short) / (3072 * 16 / 128)  # 16 rows of a block, shared by 128 threads
-    print(f"\nfew tokens, int4-asym-g64: {each:.1f} instructions a weight")
-    assert each <= 10.7
+    weights = 3072 * 16 / 128  # more of a thread: 16 rows of a block, shared by 128 threads
+    each = (long.instructions - short.instructions) / weights
+    print(f"\nfew tokens, {name}: {each:.2f} instructions a weight, {kernel.registers} registers")
+    assert long.count("HMMA") - short.count("HMMA") == weights / 8  # none for tokens 8 to 15
+    assert each <= bound
