@@ -16,6 +16,8 @@ import pytest
 import sass
 from launch_structs import POINTER, Gemm, GemmArgs, RowPlan, Rows, SmallM, SmallMPlan, Weight
 
+from dtq.kernels import gpu_fusion
+
 BFLOAT16 = 1
 TENSOR_MAPS = bytes(256)  # of WgmmaArgs, before its GemmArgs
 
@@ -111,6 +113,23 @@ def test_the_main_loop_with_mma_sync(source, arch):
     )
     assert kernel.registers <= registers
     assert sass.blocks(kernel, 256, shared=48 * 1024) == blocks
+
+
+# pattern: the call; the capability and the kernel of the row of gpu_fusion.FUSIONS
+FUSED = {"gelu": {"gelu": True}, "gate": GATE}
+
+
+@pytest.mark.parametrize("pattern", FUSED)
+def test_the_table_of_fusions_on_hopper(pattern):
+    """Its cycles are those of the machine code, and so is its decision."""
+    _, plain = hopper("gemm_int8.cu", 256, 0)
+    _, fused = hopper("gemm_int8.cu", 256, 1, **FUSED[pattern])
+    cycles = [walk.between("WARPGROUP.DEPBAR", "EXIT").cycles for walk in (plain, fused)]
+    extra = (cycles[1] - cycles[0]) * 1024 / (256 * 128)  # of 1024 outputs
+    row = gpu_fusion.fusion(pattern, (9, 0))
+    print(f"\n{pattern}: {extra:.0f} cycles more for 1024 outputs, {row.apart:.0f} apart")
+    assert extra == pytest.approx(row.fused, rel=0.15)
+    assert (extra < row.apart) == row.is_faster
 
 
 def rows(block):
