@@ -59,7 +59,7 @@ FUSIONS = (
     Fusion("gelu", (12, 0), 1295, 934, f"{_MMA} sm_120f, RTX 5090 with 4.4 bytes a cycle"),
     Fusion("gate", (8, 0), 3242, 469, f"{_MMA} sm_80, A100"),
     Fusion("gate", (8, 9), 3242, 1976, f"{_MMA} sm_89, RTX 4090"),
-    Fusion("gate", (9, 0), 3287, 297, _WGMMA),
+    Fusion("gate", (9, 0), 3641, 297, _WGMMA),
     Fusion("gate", (10, 0), 3242, 469, "as 8.0: mma.sync"),
 )
 
