@@ -58,16 +58,16 @@ GATE = {"gate": POINTER, "residual": POINTER, "gate_tokens": 4096}
 
 def hopper(source, tokens, extras, **changes):
     """A warp of the first consumer warpgroup of the wgmma kernel."""
-    kernel = sass.find(kernels(source, "90a"), rf"gemm_wgmma.*ELi{tokens}E.*Lb{extras}E")
+    kernel = sass.find(kernels(source, "90a"), rf"gemm_wgmma.*ELi{tokens}E.*FinishE{extras}E")
     params = TENSOR_MAPS + bytes(gemm(**changes))
     return kernel, sass.run(kernel, params, thread=128, threads=384, align=128)
 
 
 # After the last product, until the warp ends: (extras, call, cycles a tile at most)
 EPILOGUES = {
-    "plain": (0, {}, 24_000),
-    "gelu": (1, {"gelu": True}, 62_000),
-    "gate and residual": (1, GATE, 140_000),
+    "plain": (0, {}, 1_500),
+    "gelu": (1, {"gelu": True}, 8_000),
+    "gate and residual": (1, GATE, 4_000),
 }
 
 
@@ -82,7 +82,7 @@ def test_the_epilogue_on_hopper(source, name):
         f"\n{source} {name}: {part.instructions} instructions, {part.cycles} cycles a tile, "
         f"{part.count('MUFU')} MUFU, {kernel.registers} registers"
     )
-    assert part.count("STG") == 64  # 256 tokens x 16 rows of a warp, four bytes a lane
+    assert part.count("STG") == 16  # 256 tokens x 16 rows of a warp, 16 bytes a lane
     assert part.cycles <= bound
 
 
