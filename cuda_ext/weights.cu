@@ -85,7 +85,10 @@ struct Decoder {
   }
 
   static int small_m(SmallMPlan& p, Stream stream) {
-    return launch_tokens(p, stream, [](int64_t) { return small_m_kernel<kEncoding, kBits>; });
+    return launch_tokens(p, stream, [&](int64_t) {
+      return p.f.type == kBFloat16 ? small_m_kernel<kEncoding, kBits, kBFloat16>
+                                   : small_m_kernel<kEncoding, kBits, kFloat16>;
+    });
   }
 };
 
