@@ -173,37 +173,40 @@ def test_norm_modulate_and_quantize(block):
     assert each <= ROWS[block]
 
 
-def small_m(columns, encoding, scale_type, zero):
-    """4-bit integers with groups of 64 columns, bfloat16, one token."""
-    w = Weight(encoding=encoding, bits=4, rows=18_432, columns=columns, groups=columns // 64)
-    w.scale_type, w.offset = scale_type, 8
+def small_m(columns, encoding, scale_type, zero, bits):
+    """Integers with groups of 64 columns, 8-bit ones with a scale a row; bfloat16, one token."""
+    groups = columns // 64 if bits == 4 else 1
+    w = Weight(encoding=encoding, bits=bits, rows=18_432, columns=columns, groups=groups)
+    w.scale_type, w.offset = scale_type, 8 if bits == 4 else 0
     w.weight = w.scale = w.group_bytes = POINTER
     w.zero = POINTER if zero else None
     p = SmallMPlan(f=SmallM(w, POINTER, BFLOAT16, 1, columns, POINTER, POINTER), aligned_x=True)
-    p.weight.w, p.weight.row_bytes = w, columns // 2
-    p.weight.group, p.weight.shift, p.weight.aligned = 64, 6, True
+    p.weight.w, p.weight.row_bytes = w, columns * bits // 8
+    p.weight.group, p.weight.shift = (64, 6) if bits == 4 else (columns, 31)
+    p.weight.aligned = True
     return p
 
 
 AFFINE, TWO_LEVEL = 0, 5
 SCALE_FLOAT32, SCALE_BFLOAT16 = 1, 2
 FEW_TOKENS = {
-    "int4-g64": ("8Int4Bf16ILb0E", AFFINE, SCALE_BFLOAT16, False, 4),
-    "int4-asym-g64": ("8Int4Bf16ILb1E", AFFINE, SCALE_BFLOAT16, True, 4),
-    "int4-g64, float32 scales": ("9Int4FloatILb0E", AFFINE, SCALE_FLOAT32, False, 6),
-    "int4-2l-g64": ("12Int4TwoLevel", TWO_LEVEL, SCALE_FLOAT32, False, 6),
+    "int4-g64": ("8Int4Bf16ILb0E", AFFINE, SCALE_BFLOAT16, False, 4, 4),
+    "int4-asym-g64": ("8Int4Bf16ILb1E", AFFINE, SCALE_BFLOAT16, True, 4, 4),
+    "int4-g64, float32 scales": ("9Int4FloatILb0E", AFFINE, SCALE_FLOAT32, False, 4, 6),
+    "int4-2l-g64": ("12Int4TwoLevel", TWO_LEVEL, SCALE_FLOAT32, False, 4, 6),
+    "int8-row": ("9Int8CodesILb0E.*ScaleTypeE1E", AFFINE, SCALE_FLOAT32, False, 8, 6),
 }
-"""Format: the kernel, its weight, and instructions a weight at most."""
+"""Format: the kernel, its weight with the number of bits, and instructions a weight at most."""
 
 
 @pytest.mark.parametrize("name", FEW_TOKENS)
-def test_few_tokens_with_4_bit_weights(name):
+def test_few_tokens_with_integers(name):
     """By the difference of two lengths of a row: the loop alone."""
-    codes, encoding, scale_type, zero, bound = FEW_TOKENS[name]
+    codes, *weight, bound = FEW_TOKENS[name]
     # up to 8 tokens
-    kernel = sass.find(kernels("weights.cu", "90a"), f"small_m_int4_kernel.*{codes}.*Li1E")
+    kernel = sass.find(kernels("weights.cu", "90a"), f"small_m_integers_kernel.*{codes}.*Li1E")
     short, long = (
-        sass.run(kernel, bytes(small_m(k, encoding, scale_type, zero)), threads=128)
+        sass.run(kernel, bytes(small_m(k, *weight)), threads=128)
         for k in (3072, 6144)
     )
     weights = 3072 * 16 / 128  # more of a thread: 16 rows of a block, shared by 128 threads
