@@ -28,15 +28,43 @@ struct SmallMPlan {
   bool aligned_x;
 };
 
-template <Encoding kEncoding, int kBits>
+// Adds the sums of the warps of a block in order, the bias, and stores the outputs. `sums` is shared memory
+// for (kWarps, kTokenGroups, 16 rows, 8 tokens).
+DTQ_DEV void store_sums(const SmallMPlan& p, int groups, float* sums, const float (&acc)[kTokenGroups][4]) {
+  const SmallM& f = p.f;
+  const int64_t rows = p.weight.w.rows;
+  DTQ_UNROLL for (int h = 0; h < kTokenGroups; h++)
+    DTQ_UNROLL for (int i = 0; i < 4; i++) {
+      const int row = lane() / 4 + i / 2 * 8, token = lane() % 4 * 2 + i % 2;
+      sts(sums + ((warp() * kTokenGroups + h) * 16 + row) * 8 + token, acc[h][i]);
+    }
+  sync_threads();
+  for (int i = tid(); i < groups * 128; i += kWarps * 32) {
+    const int64_t token = p.first + i / 128 * 8 + i % 8;
+    const int64_t row = (int64_t)block_x() * kRowsTile + i / 8 % 16;
+    if (token >= f.tokens || row >= rows) continue;
+    float sum = lds<float>(sums + i);
+    for (int s = 1; s < kWarps; s++) sum = sum + lds<float>(sums + s * kTokenGroups * 128 + i);
+    if (f.bias) sum = sum + to_float(ldg((const uint16_t*)f.bias + row), f.type);
+    stg((uint16_t*)f.y + token * rows + row, to_16(sum, f.type));
+  }
+}
+
+// Sums of 16 rows by 8 tokens of the type.
+template <Float kType>
+DTQ_DEV void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (kType == kBFloat16) mma_bf16(c, a, b0, b1);
+  else mma_f16(c, a, b0, b1);
+}
+
+template <Encoding kEncoding, int kBits, Float kType>
 DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) small_m_kernel(const DTQ_CONSTANT SmallMPlan p) {
   DTQ_SHARED(shared);
   const SmallM& f = p.f;
-  const int64_t rows = p.weight.w.rows, columns = p.weight.w.columns;
+  const int64_t columns = p.weight.w.columns;
   const int64_t n = (int64_t)block_x() * kRowsTile + lane() / 4;
   float* codebook = (float*)shared;
   float* sums = codebook + 16;  // (kWarps, kTokenGroups, 16 rows, 8 tokens)
-  const bool is_bfloat16 = f.type == kBFloat16;
   const int groups = f.tokens - p.first > 8 ? kTokenGroups : 1;  // of 8 tokens
   load_codebook(p.weight.w, codebook);
 
@@ -62,14 +90,13 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) small_m_kernel(const DTQ_CONSTANT Sma
       load_packed(p.weight, n + h * 8, at + kPrefetch * kRoundColumns, now[h]);
       float v[kVec];
       decode_vector(p.weight, packed, at, codebook, v);
-      DTQ_UNROLL for (int i = 0; i < kVec / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], f.type);
+      DTQ_UNROLL for (int i = 0; i < kVec / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], kType);
     }
     DTQ_UNROLL for (int h = 0; h < kTokenGroups; h++) {
       if (h == groups) break;
       DTQ_UNROLL for (int j = 0; j < 4; j++) {
         const uint32_t a[4] = {w[0][j * 2], w[1][j * 2], w[0][j * 2 + 1], w[1][j * 2 + 1]};
-        if (is_bfloat16) mma_bf16(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
-        else mma_f16(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
+        multiply<kType>(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
       }
     }
   };
@@ -78,21 +105,7 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) small_m_kernel(const DTQ_CONSTANT Sma
     DTQ_UNROLL for (int s = 0; s < kPrefetch; s++)
       step(k + s * kRoundColumns + lane() % 4 * kVec, prefetched[s]);
 
-  DTQ_UNROLL for (int h = 0; h < kTokenGroups; h++)
-    DTQ_UNROLL for (int i = 0; i < 4; i++) {
-      const int row = lane() / 4 + i / 2 * 8, token = lane() % 4 * 2 + i % 2;
-      sts(sums + ((warp() * kTokenGroups + h) * 16 + row) * 8 + token, acc[h][i]);
-    }
-  sync_threads();
-  for (int i = tid(); i < groups * 128; i += kWarps * 32) {
-    const int64_t token = p.first + i / 128 * 8 + i % 8;
-    const int64_t row = (int64_t)block_x() * kRowsTile + i / 8 % 16;
-    if (token >= f.tokens || row >= rows) continue;
-    float sum = lds<float>(sums + i);
-    for (int s = 1; s < kWarps; s++) sum = sum + lds<float>(sums + s * kTokenGroups * 128 + i);
-    if (f.bias) sum = sum + to_float(ldg((const uint16_t*)f.bias + row), f.type);
-    stg((uint16_t*)f.y + token * rows + row, to_16(sum, f.type));
-  }
+  store_sums(p, groups, sums, acc);
 }
 
 // dequantize and expand: one row vector per thread.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // launch_dequantize, launch_expand and launch_small_m: choose the compiled decoder of a stored weight.
-#include "small_m.cuh"
+#include "small_m_integers.cuh"
 
 namespace dtq {
 
@@ -42,6 +42,42 @@ int plan(const Weight& w, WeightPlan& p) {
   return kOk;
 }
 
+// Launches the kernel that `kernel_for` returns for the number of tokens, kSmallMTokens at a time.
+template <class KernelFor>
+int launch_tokens(SmallMPlan& p, Stream stream, KernelFor kernel_for) {
+  Shape shape;
+  shape.grid.x = (unsigned)ceil_div(p.weight.w.rows, kRowsTile);
+  shape.threads = kWarps * 32;
+  shape.shared = (16 + kWarps * kSmallMTokens * kRowsTile) * 4;
+  for (p.first = 0; p.first < p.f.tokens; p.first += kSmallMTokens) {
+    const int status = launch(kernel_for(p.f.tokens - p.first), shape, stream, p);
+    if (status != kOk) return status;
+  }
+  return kOk;
+}
+
+template <class Codes>
+int launch_integers(SmallMPlan& p, Stream stream) {
+  return launch_tokens(p, stream, [](int64_t tokens) {
+    return tokens > 8 ? small_m_integers_kernel<Codes, 2> : small_m_integers_kernel<Codes, 1>;
+  });
+}
+
+template <bool kHasZero>
+int launch_affine(SmallMPlan& p, Stream stream) {
+  const bool halves = p.weight.w.scale_type == kScaleBFloat16;
+  if (p.weight.w.bits == 4)
+    return halves ? launch_integers<Int4Bf16<kHasZero>>(p, stream)
+                  : launch_integers<Int4Float<kHasZero>>(p, stream);
+  return halves ? launch_integers<Int8Codes<kHasZero, kScaleBFloat16>>(p, stream)
+                : launch_integers<Int8Codes<kHasZero, kScaleFloat32>>(p, stream);
+}
+
+int launch_integers(SmallMPlan& p, Stream stream) {
+  if (p.weight.w.encoding == kTwoLevel) return launch_integers<Int4TwoLevel>(p, stream);
+  return p.weight.w.zero ? launch_affine<true>(p, stream) : launch_affine<false>(p, stream);
+}
+
 template <Encoding kEncoding, int kBits>
 struct Decoder {
   static int dequantize(const DecodePlan& p, Stream stream) {
@@ -56,15 +92,10 @@ struct Decoder {
   }
 
   static int small_m(SmallMPlan& p, Stream stream) {
-    Shape shape;
-    shape.grid.x = (unsigned)((p.weight.w.rows + kRowsTile - 1) / kRowsTile);
-    shape.threads = kWarps * 32;
-    shape.shared = (16 + kWarps * kSmallMTokens * kRowsTile) * 4;
-    for (p.first = 0; p.first < p.f.tokens; p.first += kSmallMTokens) {
-      const int status = launch(small_m_kernel<kEncoding, kBits>, shape, stream, p);
-      if (status != kOk) return status;
-    }
-    return kOk;
+    return launch_tokens(p, stream, [&](int64_t) {
+      return p.f.type == kBFloat16 ? small_m_kernel<kEncoding, kBits, kBFloat16>
+                                   : small_m_kernel<kEncoding, kBits, kFloat16>;
+    });
   }
 };
 
@@ -125,6 +156,7 @@ int launch_small_m(const SmallM& f, Stream stream) {
   p.aligned_x = vector_aligned(f.x, f.stride, 2);
   return with_decoder(f.weight, [&](auto decoder) {
     if (f.weight.rows == 0) return (int)kOk;
+    if (fits_integers(p)) return launch_integers(p, stream);
     return decoder.small_m(p, stream);
   });
 }

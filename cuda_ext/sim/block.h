@@ -78,6 +78,7 @@ struct Warp {
   uint64_t syncs = 0;
   const char* what = "";
   std::vector<Access> accesses;
+  unsigned at_barrier = 0;  // lanes that have reached a bar.sync
 };
 
 struct Barrier {
@@ -195,7 +196,8 @@ inline void sync(unsigned id, unsigned threads) {
   Block& b = block();
   if (threads % 32 && threads != b.threads.size()) fail("bar.sync: not a number of whole warps");
   self->accesses = 0;
-  self->warp->accesses.clear();
+  Warp& w = *self->warp;
+  if (++w.at_barrier == w.size) w.at_barrier = 0, w.accesses.clear();  // of the lanes before, too
   wait_at(b.barriers[id], threads, [&] {
     for (auto& t : b.threads) t.waiting = false;
   });
@@ -324,13 +326,14 @@ inline void run(Cluster& c) {
   struct Runnable {
     Block* block;
     unsigned warp;
+    unsigned asleep;  // rounds for which it is delayed
   };
   std::vector<Runnable> warps;
   unsigned alive = 0;
   // blocks of a cluster do not start at the same time
   if (c.blocks.size() > 1) c.blocks[draw(c) % c.blocks.size()]->asleep = unsigned(draw(c) % 32);
   for (auto& b : c.blocks)
-    for (unsigned w = 0; w < b->warps.size(); w++) warps.push_back({b.get(), w});
+    for (unsigned w = 0; w < b->warps.size(); w++) warps.push_back({b.get(), w, 0});
   for (unsigned idle = 0; c.error.empty();) {
     alive = 0;
     for (auto& b : c.blocks) alive += b->alive;
@@ -339,9 +342,12 @@ inline void run(Cluster& c) {
     bool moved = false;
     if (c.blocks.size() > 1 && draw(c) % 64 == 0)
       c.blocks[draw(c) % c.blocks.size()]->asleep = unsigned(draw(c) % 32);
-    for (Runnable next : warps) {
+    // long enough for another warp to pass several reductions
+    if (draw(c) % 16 == 0) warps[draw(c) % warps.size()].asleep = unsigned(draw(c) % 32);
+    for (Runnable& next : warps) {
       if (draw(c) % 4 == 0) continue;  // this warp is delayed
-      if (next.block->asleep) {
+      if (next.asleep || next.block->asleep) {
+        next.asleep -= next.asleep > 0;
         moved = true;
         continue;
       }

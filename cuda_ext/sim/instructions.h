@@ -85,6 +85,11 @@ inline void stg(T* p, T value) {
   *p = value;
 }
 
+inline void stg_if(bool condition, U4* p, const U4& v) {
+  if (condition) stg(p, v);
+}
+inline U4 ldg_if(bool condition, const U4* p) { return condition ? ldg(p) : U4{0, 0, 0, 0}; }
+
 template <class T>
 inline T lds(const void* p) {
   sim::check_aligned(p, sizeof(T), "ld.shared");
@@ -164,6 +169,10 @@ inline T shfl_xor(T value, int mask) {
 template <class T>
 inline T shfl(T value, int from) {
   return sim::shuffle("shfl.idx", value, from, false);
+}
+inline uint32_t max_of_warp(uint32_t value) {
+  for (int lanes = 16; lanes; lanes /= 2) value = std::max(value, shfl_xor(value, lanes));
+  return value;
 }
 
 // ---------------------------------------------------------------------------- fragments
@@ -316,6 +325,25 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
   sim::load_matrices("ldmatrix.trans", r, p, true);
 }
+inline void stmatrix_x4_trans(void* p, const uint32_t (&r)[4]) {
+  sim::check_aligned(p, 16, "stmatrix");
+  sim::mark_dirty(sim::offset_of(p, 16, "stmatrix"), 16);
+  sim::note_access(p, 16);
+  sim::warp_sync(
+      "stmatrix",
+      [&](sim::Lane& l) {
+        l.address = p;
+        std::memcpy(l.in, r, 16);
+      },
+      [](sim::Warp& w) {
+        for (int i = 0; i < 32; i++) {  // the row of lane i is a column of matrix i / 8
+          uint16_t row[8];
+          for (int k = 0; k < 8; k++)
+            row[k] = uint16_t(w.lane[k * 4 + i % 8 / 2].in[i / 8] >> (i % 2 * 16));
+          std::memcpy(const_cast<void*>(w.lane[i].address), row, 16);
+        }
+      });
+}
 inline uint32_t transpose_8x8(uint32_t v) {
   auto half = [](const sim::Warp& w, int row, int column) {
     return w.lane[row * 4 + column / 2].in[0] >> (column % 2 * 16) & 0xFFFF;
@@ -371,7 +399,29 @@ inline float fmul(float a, float b) { return a * b; }
 inline float fdiv(float a, float b) { return a / b; }
 inline float ffma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float fsqrt(float a) { return std::sqrt(a); }
+inline float reciprocal(float a) { return 1 / a; }
+inline float max_magnitude(float a, float b) {
+  if (a != a || b != b) return sim::bits_to_float(0x7fffffff);  // the NaN of the hardware
+  return std::fabs(b) > a ? std::fabs(b) : a;
+}
 inline float int_to_float(int32_t a) { return float(a); }
+
+// Errors as large as those that PTX allows, of a sign that depends on the argument.
+namespace sim {
+inline float flush(float a) { return std::fabs(a) < 0x1p-126f ? std::copysign(0.0f, a) : a; }
+inline float inexact(double exact, float argument, double error) {
+  uint32_t hash;
+  std::memcpy(&hash, &argument, 4);
+  hash *= 2654435761u;
+  return flush(float(exact * (1 + (hash >> 31 ? error : -error))));
+}
+}  // namespace sim
+inline float exp2_approximate(float a) {
+  return sim::inexact(std::exp2(double(sim::flush(a))), a, 0x1p-22);
+}
+inline float reciprocal_approximate(float a) {
+  return sim::inexact(1 / double(sim::flush(a)), a, 0x1p-23);
+}
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.
 inline int32_t round_to_int(float f) {
@@ -407,6 +457,37 @@ inline uint32_t floats_to_bf16x2(float low, float high) {
 }
 inline uint32_t floats_to_f16x2(float low, float high) {
   return float_to_f16(low) | uint32_t(float_to_f16(high)) << 16;
+}
+
+namespace sim {
+
+// a * b + c of bfloat16, rounded once. The double is exact but for its last bit, which is set if a remainder
+// is lost (round to odd); so is the float.
+inline uint16_t fma_bf16(uint16_t a, uint16_t b, uint16_t c) {
+  const double product = double(bf16_to_float(a)) * bf16_to_float(b), addend = bf16_to_float(c);
+  double sum = product + addend;
+  const double rest = std::fabs(product) > std::fabs(addend) ? addend - (sum - product)
+                                                             : product - (sum - addend);
+  uint64_t bits;
+  std::memcpy(&bits, &sum, 8);
+  if (std::isfinite(sum) && rest != 0 && !(bits & 1)) {
+    bits += (rest > 0) == (sum > 0) ? 1 : -1;
+    std::memcpy(&sum, &bits, 8);
+  }
+  float f = float(sum);
+  if (std::isfinite(f) && double(f) != sum) {
+    uint32_t word = float_bits(f);
+    if (std::fabs(double(f)) > std::fabs(sum)) word--;  // towards zero
+    f = bits_to_float(word | 1);
+  }
+  return float_to_bf16(f);
+}
+
+}  // namespace sim
+
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return sim::fma_bf16(uint16_t(a), uint16_t(b), uint16_t(c)) |
+         uint32_t(sim::fma_bf16(uint16_t(a >> 16), uint16_t(b >> 16), uint16_t(c >> 16))) << 16;
 }
 inline float f16_to_float(uint16_t u) { return sim::half_of(u, 0, false); }
 

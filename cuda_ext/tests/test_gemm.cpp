@@ -43,7 +43,7 @@ struct Case {
   int arch;
   Float type;
   bool bias;
-  int epilogue;  // 1 GELU + 2 gate and residual + 4 low-rank branch
+  int epilogue;  // 1 GELU + 2 gate and residual + 4 low-rank branch + 8 all tokens of one image
   const char* kernel;
 };
 
@@ -98,7 +98,7 @@ void run_case(const Case& c, uint64_t seed) {
   Buffer<uint8_t> x_block_scale(fp4(c) ? c.m * groups_of_row : 0);
   Buffer<float> row_scale(c.m), weight_scale(c.n);
   Buffer<uint8_t> bias(c.n * size), out(c.m * c.n * size), residual(c.m * c.n * size);
-  const int64_t gate_tokens = 5, gates = (c.m + gate_tokens - 1) / gate_tokens, rank = 32;
+  const int64_t gate_tokens = c.epilogue & 8 ? c.m : 5, gates = (c.m + gate_tokens - 1) / gate_tokens, rank = 32;
   Buffer<uint8_t> gate(gates * c.n * size);
   Buffer<uint16_t> down(c.m * rank), up(c.n * rank);
   for (int64_t i = 0; i < x_q.size; i++)
@@ -220,7 +220,7 @@ void test_two_level() {
     for (uint32_t pair = 0; pair < 65536; pair++) {
       uint32_t out[2];
       const uint32_t word = pair | (pair ^ 0x5A5A) << 16;
-      TwoLevel::expand(word, TwoLevel::scale_of(byte), out[0], out[1]);
+      TwoLevel::expand(word, TwoLevel::decode(byte), out[0], out[1]);
       for (int i = 0; i < 8; i++) {
         const int code = word >> (4 * i) & 15;
         wrong += int8_t(out[i / 4] >> (i % 4 * 8)) != (code - zero) * scale2;
@@ -253,6 +253,32 @@ void test_table() {
   check(!wrong, "table look-up: %ld wrong", wrong);
 }
 
+// The GELU of the epilogues for all bfloat16, against double precision. PTX allows ex2 and rcp the errors
+// that the emulator makes.
+void test_gelu() {
+  long wrong = 0;
+  double largest = 0;
+  for (uint32_t h = 0; h < 65536; h++) {
+    const float x = bits_float(h << 16), got = gelu_approximate(x);
+    if (std::isnan(x) || std::isinf(x)) {
+      const float want = x > 0 ? x : NAN;  // -inf: 0 * inf, as in the reference
+      wrong += std::isnan(want) ? !std::isnan(got) : got != want;
+      continue;
+    }
+    const double y = x, u = 2 * 0.7978845608028654 * (y + 0.044715 * y * y * y);
+    const double exact = y / (1 + std::exp(-u)), error = std::fabs(got - exact);
+    if (std::fabs(exact) < 0x1p-120) {
+      wrong += error > 0x1p-120;
+      continue;
+    }
+    // of half a step: a bfloat16 has eight bits
+    const double part = error / std::ldexp(1.0, std::ilogb(exact) - 8);
+    largest = part > largest ? part : largest;
+    wrong += part >= 1;
+  }
+  check(!wrong && largest < 0.02, "approximate GELU: %ld wrong, %.4f of half a step of bfloat16", wrong, largest);
+}
+
 #endif
 
 void refusals() {
@@ -276,6 +302,17 @@ void refusals() {
   check(dtq_gemm(&fp4, nullptr) == kUnsupported, "FP4 products of 96 columns are refused");
   g.columns = 4096;
   check(dtq_gemm_workspace(&g) > 0 && dtq_gemm(&g, nullptr) == kWorkspace, "workspace is needed");
+}
+
+// On an H200. 4-bit weights need the large tile where int8 weights have less time with the small one.
+void plans() {
+  Gemm g = {};
+  g.tokens = 1024, g.rows = 4480, g.columns = 3072, g.group = 64, g.arch = 90, g.sms = 132;
+  check(!std::strcmp(dtq_gemm_kernel(&g), "wgmma 128x128"), "int8: three short waves");
+  g.weights = kTwoLevel;
+  check(!std::strcmp(dtq_gemm_kernel(&g), "wgmma 256x128"), "two-level: two long waves");
+  g.tokens = 4096, g.rows = 4608, g.columns = 1152;
+  check(!std::strcmp(dtq_gemm_kernel(&g), "wgmma 256x128"), "two-level: the larger tile");
 }
 
 const Case kCases[] = {
@@ -308,6 +345,22 @@ const Case kCases[] = {
     {kInt8, 260, 514, 160, 0, 90, kFloat32, true, 7, "wgmma"},
     {kTwoLevel, 127, 1025, 192, 64, 90, kBFloat16, true, 0, "wgmma 128x128"},
     {kInt8, 66, 1030, 1152, 0, 90, kFloat16, true, 4, "wgmma 128x128"},
+    // more than one step of K in the 256-token tile, with all group sizes
+    {kTwoLevel, 513, 514, 1152, 64, 90, kBFloat16, true, 0, "wgmma 256x128"},
+    {kTwoLevel, 515, 520, 1184, 32, 90, kBFloat16, true, 0, "wgmma 256x128"},
+    {kTwoLevel, 513, 514, 3072, 128, 90, kFloat16, false, 0, "wgmma 256x128"},
+    {kTable, 513, 520, 1152, 64, 90, kBFloat16, true, 0, "wgmma 256x128"},
+    {kTwoLevel, 515, 514, 1152, 64, 90, kBFloat16, true, 3, "wgmma 256x128"},
+    // outputs in 16-byte pieces on Hopper: whole tiles and tails, an image or many in a tile
+    {kInt8, 768, 512, 640, 0, 90, kBFloat16, true, 0, "wgmma 256x128"},
+    {kInt8, 519, 520, 256, 0, 90, kFloat16, false, 0, "wgmma 256x128"},
+    {kInt8, 519, 520, 384, 0, 90, kBFloat16, true, 1, "wgmma 256x128"},
+    {kTwoLevel, 519, 520, 192, 64, 90, kBFloat16, true, 2, "wgmma 256x128"},
+    {kInt8, 519, 520, 192, 0, 90, kFloat16, false, 10, "wgmma 256x128"},
+    {kTwoLevel, 600, 520, 192, 32, 90, kBFloat16, true, 11, "wgmma"},
+    {kTwoLevel, 257, 392, 192, 64, 90, kFloat16, true, 3, "wgmma"},
+    {kInt8, 100, 1032, 288, 0, 90, kBFloat16, true, 11, "wgmma 128x128"},
+    {kInt8, 127, 1032, 160, 0, 90, kBFloat16, true, 0, "wgmma 128x128"},
     // epilogues
     {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
     {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},
@@ -326,10 +379,12 @@ const Case kCases[] = {
 
 int main(int argc, char** argv) {
   refusals();
+  plans();
   bool hopper = true, blackwell = true;
 #if defined(DTQ_SIM)
   test_two_level();
   test_table();
+  test_gelu();
 #else
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return check(false, "a GPU"), done();

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtq.formats import FORMATS
-from dtq.kernels.weight_cache import WeightCache
+from dtq.kernels.ops_quantize import TRANSFORM_ARGS
+from dtq.kernels.weight_cache import InputTransform, WeightCache
 
 WEIGHT_CACHE = WeightCache()
 """The decoded weights of ``cached_linear``."""
@@ -43,9 +44,18 @@ def _weight_linear(
 
 
 def _cached_linear(
-    x: Tensor, tensors: list[Tensor], names: list[str], weight_format: str, bias: Tensor | None
+    x: Tensor,  # (M, K), before the input transform
+    tensors: list[Tensor],
+    names: list[str],
+    weight_format: str,
+    pre_scale: Tensor | None,  # of InputTransform, and the next three
+    perm: Tensor | None,
+    hadamard_block: int,
+    num_rotations: int,
+    bias: Tensor | None,
 ) -> Tensor:
-    w = WEIGHT_CACHE.weight(tensors, names, weight_format, x.shape[1], x.dtype)
+    transform = InputTransform(pre_scale, perm, hadamard_block, num_rotations)
+    w = WEIGHT_CACHE.weight(tensors, names, weight_format, transform, x.shape[1], x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
@@ -59,6 +69,10 @@ _RESULT = "int columns, ScalarType dtype"
 OPS = (
     (f"dequantize({_WEIGHT}, {_RESULT}) -> Tensor", _dequantize, _dequantize_fake),
     (f"weight_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor", _weight_linear, _linear_fake),
-    (f"cached_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor", _cached_linear, _linear_fake),
+    (
+        f"cached_linear(Tensor x, {_WEIGHT}, {TRANSFORM_ARGS}, Tensor? bias) -> Tensor",
+        _cached_linear,
+        _linear_fake,
+    ),
 )
 """Schema, reference and fake of each op; rows of the table in ``ops.py``."""
