@@ -7,6 +7,8 @@
 // 16 + 4 t .. of 32. In 4-bit codes these are twice two bytes, 8 bytes apart; two 4-byte loads and a prmt
 // combine them to the word that is expanded.
 #pragma once
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "gemm_plan.h"
 
@@ -199,9 +201,65 @@ DTQ_DEV void add_lowrank(const Gemm& g, int64_t first_m, int64_t first_n,
   }
 }
 
+// Scale and bias of this thread's columns.
+template <class T, class Sum>
+DTQ_DEV void load_columns(const Gemm& g, int64_t first_n, float (&scale)[T::kBlocksN][2],
+                          float (&bias)[T::kBlocksN][2]) {
+  const int64_t first = first_n + lane() % 4 * 2;
+  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
+    DTQ_UNROLL for (int e = 0; e < 2; e++) {
+      const int64_t n = first + j * 8 + e;
+      scale[j][e] = n < g.rows ? weight_scale<Sum>(g, n) : 0;
+      bias[j][e] = -0.0f;  // x + -0 is x, so that there is always a bias
+    }
+  if (!g.bias) return;
+  auto load = [&](auto kind) {
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
+      DTQ_UNROLL for (int e = 0; e < 2; e++) {
+        const int64_t n = first + j * 8 + e;
+        if (n < g.rows) bias[j][e] = load_float(g.bias, n, decltype(kind)::value);
+      }
+  };
+  if (g.bias_type == kFloat32) load(std::integral_constant<Float, kFloat32>());
+  else if (g.bias_type == kBFloat16) load(std::integral_constant<Float, kBFloat16>());
+  else load(std::integral_constant<Float, kFloat16>());
+}
+
+// 16-bit outputs, an even number of them in a row, no epilogue: without branches.
+template <class T, Float type, class Sum>
+DTQ_DEV void store_pairs(const Gemm& g, int64_t first_m, int64_t first_n,
+                         const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  const int row = lane() / 4, pair = lane() % 4 * 2;
+  float scale[T::kBlocksN][2], bias[T::kBlocksN][2], token[T::kBlocksM][2];
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const int64_t m = first_m + i * 16 + h * 8 + row;
+      token[i][h] = m < g.tokens ? ldg(g.row_scale + m) : 0;
+    }
+  load_columns<T, Sum>(g, first_n, scale, bias);
+  uint16_t* out = static_cast<uint16_t*>(g.out) + (first_m + row) * g.rows + first_n + pair;
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const bool valid = first_m + i * 16 + h * 8 + row < g.tokens;
+      DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
+        float v[2];
+        DTQ_UNROLL for (int e = 0; e < 2; e++)
+          v[e] = scaled(sums[i][j][h * 2 + e], token[i][h], scale[j][e], true, bias[j][e]);
+        stg_if(valid && first_n + pair + j * 8 < g.rows, reinterpret_cast<uint32_t*>(out + j * 8),
+               pair_of(v[0], v[1], type));
+      }
+      out += g.rows * 8;
+    }
+}
+
 template <class T, bool has_epilogue, class Sum>
 DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
                     const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  if (!has_epilogue && g.out_type != kFloat32 && g.rows % 2 == 0) {
+    if (g.out_type == kBFloat16) store_pairs<T, kBFloat16>(g, first_m, first_n, sums);
+    else store_pairs<T, kFloat16>(g, first_m, first_n, sums);
+    return;
+  }
   const int row = lane() / 4, pair = lane() % 4 * 2;
   float v[T::kBlocksM][T::kBlocksN][4];
   DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
