@@ -90,9 +90,9 @@ def test_the_epilogue_on_hopper(source, name):
     assert not after.count("BSSY"), "branches in which lanes may differ"
 
 
-def mma(source, arch):
-    kernel = sass.find(kernels(source, arch), r"gemm_mma.*ELi128ELi128E.*Lb1EEELb0E")
-    return kernel, sass.run(kernel, bytes(gemm()), threads=256)
+def mma(source, arch, has_epilogue=0, **changes):
+    kernel = sass.find(kernels(source, arch), rf"gemm_mma.*ELi128ELi128E.*Lb1EEELb{has_epilogue}E")
+    return kernel, sass.run(kernel, bytes(gemm(**changes)), threads=256)
 
 
 # (instructions, cycles) of a step of 64 columns at most
@@ -118,6 +118,30 @@ def test_the_main_loop_with_mma_sync(source, arch):
     assert step.instructions / 8 <= instructions
     assert step.cycles / 8 <= cycles
     assert sass.blocks(kernel, 256, shared=48 * 1024) == 2
+
+
+# After the last product: (kernel with an epilogue, call, cycles a tile at most)
+MMA_EPILOGUES = {
+    "plain": (0, {}, 2_100),
+    "gelu": (1, {"gelu": True}, 3_600),
+    "gate and residual": (1, GATE, 3_500),
+    "gelu, gate and residual": (1, GATE | {"gelu": True}, 5_300),
+}
+
+
+@pytest.mark.parametrize("name", MMA_EPILOGUES)
+@pytest.mark.parametrize("source", ["gemm_int8.cu", "gemm_two_level.cu"])
+def test_the_epilogue_with_mma_sync(source, name):
+    has_epilogue, changes, bound = MMA_EPILOGUES[name]
+    kernel, walk = mma(source, "80", has_epilogue, **changes)
+    part = walk.between("IMMA", "EXIT")
+    print(
+        f"\n{source} sm_80 {name}: {part.instructions} instructions, {part.cycles} cycles a tile, "
+        f"{kernel.registers} registers"
+    )
+    assert part.count("STG") == 32  # 64 outputs of a thread
+    assert not part.count("F2F\\.")
+    assert part.cycles <= bound
 
 
 def rows(block):
