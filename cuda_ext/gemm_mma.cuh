@@ -7,6 +7,8 @@
 // 16 + 4 t .. of 32. In 4-bit codes these are twice two bytes, 8 bytes apart; two 4-byte loads and a prmt
 // combine them to the word that is expanded.
 #pragma once
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "gemm_plan.h"
 
@@ -199,9 +201,116 @@ DTQ_DEV void add_lowrank(const Gemm& g, int64_t first_m, int64_t first_n,
   }
 }
 
+// Scale and bias of this thread's columns.
+template <class T, class Sum>
+DTQ_DEV void load_columns(const Gemm& g, int64_t first_n, float (&scale)[T::kBlocksN][2],
+                          float (&bias)[T::kBlocksN][2]) {
+  const int64_t first = first_n + lane() % 4 * 2;
+  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
+    DTQ_UNROLL for (int e = 0; e < 2; e++) {
+      const int64_t n = first + j * 8 + e;
+      scale[j][e] = n < g.rows ? weight_scale<Sum>(g, n) : 0;
+      bias[j][e] = -0.0f;  // x + -0 is x, so that there is always a bias
+    }
+  if (!g.bias) return;
+  auto load = [&](auto kind) {
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
+      DTQ_UNROLL for (int e = 0; e < 2; e++) {
+        const int64_t n = first + j * 8 + e;
+        if (n < g.rows) bias[j][e] = load_float(g.bias, n, decltype(kind)::value);
+      }
+  };
+  if (g.bias_type == kFloat32) load(std::integral_constant<Float, kFloat32>());
+  else if (g.bias_type == kBFloat16) load(std::integral_constant<Float, kBFloat16>());
+  else load(std::integral_constant<Float, kFloat16>());
+}
+
+// Gate and residual of a token for this thread's columns, two 16-bit values each. What is past the end is not
+// stored, so its address only has to be valid.
+template <class T>
+struct GatedRow {
+  uint32_t gate[T::kBlocksN], residual[T::kBlocksN];
+
+  DTQ_DEV void load(const Gemm& g, int m, int first_n, int gate_tokens) {
+    const int token = m < g.tokens ? m : int(g.tokens) - 1;
+    const uint16_t* gates = static_cast<const uint16_t*>(g.gate) + token / gate_tokens * g.rows;
+    const uint16_t* residuals = static_cast<const uint16_t*>(g.residual) + token * g.rows;
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
+      const int n = first_n + j * 8 < g.rows ? first_n + j * 8 : 0;
+      gate[j] = ldg(reinterpret_cast<const uint32_t*>(gates + n));
+      residual[j] = ldg(reinterpret_cast<const uint32_t*>(residuals + n));
+    }
+  }
+
+  template <Float type>
+  DTQ_DEV void apply(int j, float (&v)[2]) const {
+    float by[2], add[2];
+    floats_of(gate[j], type, by[0], by[1]);
+    floats_of(residual[j], type, add[0], add[1]);
+    DTQ_UNROLL for (int e = 0; e < 2; e++) v[e] = fadd(fmul(by[e], v[e]), add[e]);
+  }
+};
+
+// 16-bit outputs, an even number of them in a row, no low-rank branch: without branches.
+template <class T, Float type, bool has_gelu, bool gated, class Sum>
+DTQ_DEV void store_pairs(const Gemm& g, int64_t first_m, int64_t first_n,
+                         const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  const int row = lane() / 4, pair = lane() % 4 * 2;
+  float scale[T::kBlocksN][2], bias[T::kBlocksN][2], token[T::kBlocksM][2];
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const int64_t m = first_m + i * 16 + h * 8 + row;
+      token[i][h] = m < g.tokens ? ldg(g.row_scale + m) : 0;
+    }
+  load_columns<T, Sum>(g, first_n, scale, bias);
+  uint16_t* out = static_cast<uint16_t*>(g.out) + (first_m + row) * g.rows + first_n + pair;
+  const int each = g.gate_tokens < g.tokens ? int(g.gate_tokens) : int(g.tokens);
+  GatedRow<T> next;  // loaded one token ahead
+  if (gated) next.load(g, int(first_m) + row, int(first_n) + pair, each);
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const int m = int(first_m) + i * 16 + h * 8 + row;
+      const bool valid = m < g.tokens;
+      const GatedRow<T> now = next;
+      if (gated && i * 2 + h + 1 < T::kBlocksM * 2)
+        next.load(g, m + 8, int(first_n) + pair, each);
+      DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
+        float v[2];
+        DTQ_UNROLL for (int e = 0; e < 2; e++)
+          v[e] = scaled(sums[i][j][h * 2 + e], token[i][h], scale[j][e], true, bias[j][e]);
+        if (has_gelu) v[0] = gelu_approximate(v[0]), v[1] = gelu_approximate(v[1]);
+        if (gated) now.template apply<type>(j, v);
+        stg_if(valid && first_n + pair + j * 8 < g.rows, reinterpret_cast<uint32_t*>(out + j * 8),
+               pair_of(v[0], v[1], type));
+      }
+      out += g.rows * 8;
+    }
+}
+
+template <class T, Float type, bool has_epilogue, class Sum>
+DTQ_DEV void store_half_outputs(const Gemm& g, int64_t first_m, int64_t first_n,
+                                const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  if constexpr (!has_epilogue) store_pairs<T, type, false, false>(g, first_m, first_n, sums);
+  else if (!g.gate) store_pairs<T, type, true, false>(g, first_m, first_n, sums);
+  else if (!g.gelu) store_pairs<T, type, false, true>(g, first_m, first_n, sums);
+  else store_pairs<T, type, true, true>(g, first_m, first_n, sums);
+}
+
+// Whether outputs, gate and residual can be read and written two at a time.
+DTQ_DEV bool in_pairs(const Gemm& g) {
+  const uintptr_t all = reinterpret_cast<uintptr_t>(g.out) | reinterpret_cast<uintptr_t>(g.gate) |
+                        reinterpret_cast<uintptr_t>(g.residual);
+  return g.out_type != kFloat32 && g.rows % 2 == 0 && all % 4 == 0;
+}
+
 template <class T, bool has_epilogue, class Sum>
 DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
                     const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  if (in_pairs(g) && !g.down) {
+    if (g.out_type == kBFloat16)
+      return store_half_outputs<T, kBFloat16, has_epilogue>(g, first_m, first_n, sums);
+    return store_half_outputs<T, kFloat16, has_epilogue>(g, first_m, first_n, sums);
+  }
   const int row = lane() / 4, pair = lane() % 4 * 2;
   float v[T::kBlocksM][T::kBlocksN][4];
   DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
