@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from dtq.bench.cpu import installed
+from dtq.bench.other_libraries import installed
 
 
 class Extension:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dtq.bench.cases import RECIPES
+from dtq.bench.layers import RECIPES
 from dtq.bench.timer import Clock, HostClock
 
 

@@ -4,31 +4,27 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
-import math
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dtq.bench.cases import RECIPES, Inputs, cases, cast_floats, quantized, quantized_model
+from dtq.bench.cases import Inputs, cases, cast_floats, quantized_model
 from dtq.bench.compare import BenchRow, Candidate, Progress, Result, compare, run_all, timing
+from dtq.bench.layers import RECIPES, quantized
+from dtq.bench.other_libraries import other_libraries, size_of
 from dtq.bench.timer import HostClock
-from dtq.evaluate.baselines import BASELINES
 from dtq.kernels import CPU
 from dtq.kernels.compile import cpu
 
 SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288))
 """(K, N) of DiT-XL and FLUX."""
 TOKENS = (1, 64, 256, 1024)
-MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
-"""What the baselines import, by the first word of their name."""
 
 _log = logging.getLogger(__name__)
 
@@ -105,17 +101,6 @@ def _layers(k: int, n: int) -> dict[str, nn.Module]:
     return layers | {"fp32": full, "bf16": plain} | other_libraries(plain)
 
 
-def other_libraries(plain: nn.Linear) -> dict[str, nn.Module]:
-    """The bfloat16 layer as each library of ``BASELINES`` that is installed quantizes it."""
-    layers = {}
-    for name, baseline in BASELINES.items():
-        if installed(MODULES[name.split("-")[0]]):
-            holder = nn.Sequential(copy.deepcopy(plain))
-            baseline.apply(holder, ["0"])
-            layers[name] = holder[0]
-    return layers
-
-
 def _on(layers: dict[str, nn.Module], x: Tensor, n: int) -> list[Candidate]:
     candidates = [
         Candidate(name, partial(layer, x.float() if name == "fp32" else x), size_of(name, layer))
@@ -185,15 +170,6 @@ def _inductor_compiles() -> bool:
     return exists
 
 
-def size_of(name: str, layer: nn.Module) -> int:
-    """Bytes of a model, or of a linear that the library of that name quantized."""
-    if name in BASELINES:
-        linear: Any = layer
-        bits = BASELINES[name].bits(layer) * linear.in_features * linear.out_features
-        return math.ceil(bits / 8)
-    return sum(p.nbytes for p in layer.parameters())
-
-
 def _steps(model: nn.Module, inputs: Inputs) -> list[Candidate]:
     def candidate(name: str, model: nn.Module, dtype: torch.dtype) -> Candidate:
         run = partial(model, **cast_floats(inputs, dtype))
@@ -204,14 +180,6 @@ def _steps(model: nn.Module, inputs: Inputs) -> list[Candidate]:
         candidate("bf16", copy.deepcopy(model).bfloat16(), torch.bfloat16),
         candidate("fp32", model, torch.float32),
     ]
-
-
-def installed(module: str) -> bool:
-    """Whether a module can be imported."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package above it
-        return False
 
 
 def _cpu() -> str:

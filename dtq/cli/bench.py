@@ -91,7 +91,7 @@ def bench(
 
 def _print_case(rows: Sequence[BenchRow]) -> None:
     """Print one size as soon as it is measured."""
-    from dtq.bench.cases import RECIPES
+    from dtq.bench.layers import RECIPES
 
     shares = any(row.share is not None for row in rows)
     head = [f"{rows[0].case}, M {rows[0].tokens}", "ms", "weights"]
@@ -112,8 +112,8 @@ def _cells(row: BenchRow, recipes: Iterable[str], shares: bool) -> list[str]:
 
 def _print(result: Result) -> None:
     """Print geometric means over the cases, the conditions, and a sentence."""
-    from dtq.bench.cases import RECIPES
     from dtq.bench.compare import geometric_means, verdict
+    from dtq.bench.layers import RECIPES
 
     for recipe in RECIPES:
         means = geometric_means(result.rows, recipe)

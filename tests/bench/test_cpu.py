@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from dtq.bench import cases, compare
 from dtq.bench import cpu as bench
 from dtq.bench.compare import BenchRow, Candidate
+from dtq.bench.other_libraries import size_of
 from dtq.cli import main
 from dtq.kernels.compile import cpu
 from dtq.pipelines.loading import dummy_inputs
@@ -64,7 +65,7 @@ def test_the_compared_layers_do_the_same_work():
         y = layers[name](x)
         assert y.dtype == torch.bfloat16
         assert (y.float() - want).norm() < error * want.norm()
-    assert bench.size_of("w4a8", layers["w4a8"]) < 0.4 * bench.size_of("bf16", layers["bf16"])
+    assert size_of("w4a8", layers["w4a8"]) < 0.4 * size_of("bf16", layers["bf16"])
 
 
 @pytest.mark.parametrize("case", ["dit", "flux", "pixart"])

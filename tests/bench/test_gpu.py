@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dtq.bench import cases
+from dtq.bench import cases, gpu_linears
 from dtq.bench import gpu as bench_gpu
 from dtq.cli import main
 from dtq.kernels import CUDA, gpu_dispatch
@@ -101,7 +101,7 @@ def test_a_wrong_bit_is_found():
 
 
 def test_every_candidate_of_a_linear_does_the_same_work():
-    rows = bench_gpu.compare_linears(20, 128, 64, 2, HERE)
+    rows = gpu_linears.compare_linears(20, 128, 64, 2, HERE)
     found = {row.name: row for row in rows}
     assert {"w8a8", "w4a8", "w8a8 product", "w4a8 product", "bf16", "_int_mm, bare"} <= set(found)
     assert set(found["bf16"].ratio) == {"w8a8", "w4a8", "w8a8 product", "w4a8 product"}
@@ -110,7 +110,7 @@ def test_every_candidate_of_a_linear_does_the_same_work():
 
 def test_fp4_is_timed_where_there_is_hardware_for_it(monkeypatch):
     monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: True)
-    rows = bench_gpu.compare_linears(20, 128, 64, 2, HERE)
+    rows = gpu_linears.compare_linears(20, 128, 64, 2, HERE)
     found = {row.name: row for row in rows}
     assert "nvfp4" in found["bf16"].ratio
     assert found["nvfp4"].bytes < found["w8a8"].bytes
@@ -149,7 +149,7 @@ def test_a_suite_reports_every_comparison_and_keeps_its_rows(monkeypatch):
 
 def test_operands_are_taken_in_turn():
     seen = []
-    run = bench_gpu.round_robin([lambda i=i: seen.append(i) for i in range(3)])
+    run = gpu_linears.round_robin([lambda i=i: seen.append(i) for i in range(3)])
     for _ in range(7):
         run()
     assert seen == [0, 1, 2, 0, 1, 2, 0]

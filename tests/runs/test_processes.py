@@ -15,7 +15,7 @@ import pipelines
 import pytest
 import quanto
 
-from dtq.bench.cpu import installed
+from dtq.bench.other_libraries import installed
 from dtq.calibrate import store
 from dtq.errors import WorkerError
 from dtq.runs.gather import check_ids
