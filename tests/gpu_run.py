@@ -29,7 +29,6 @@ import torch
 
 from dtq.bench.compare import BenchRow
 from dtq.bench.timer import Clock
-from dtq.io.atomic import atomic_write
 
 GPU_LOST = 3
 """Exit status of a child that cannot use the GPU any more, although checks are left."""
@@ -85,8 +84,8 @@ class Results:
     def save(self) -> None:
         """Write both files; whoever reads one sees the old or the new, never a part."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.path, json.dumps(self.data, indent=1) + "\n")
-        atomic_write(self.path.with_suffix(".md"), tables(self.data))
+        _replace(self.path, json.dumps(self.data, indent=1) + "\n")
+        _replace(self.path.with_suffix(".md"), tables(self.data))
 
     def start(self, check: Check) -> None:
         """Note the check that runs, for the parent and for whoever finds the file after a kill."""
@@ -113,6 +112,13 @@ class Results:
     def failed(self) -> int:
         """How many checks failed."""
         return sum(f["good"] is False for f in self.data["findings"])
+
+
+def _replace(path: Path, text: str) -> None:
+    # not dtq.io.atomic: it waits for the disk, hundreds of times; a kill needs no more than this
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 @dataclass
