@@ -118,8 +118,9 @@ def program(kind: str, s: Session) -> str:
 
 def name_of(s: Session) -> products.NameOf:
     """What ``dtq_cuda_gemm`` says for this GPU."""
+    assert CUDA.load(), CUDA.describe()
     library = CUDA.opened
-    assert library is not None, CUDA.describe()
+    assert library is not None
     major, minor = s.capability
 
     def name(m: int, n: int, k: int, group: int) -> str:
@@ -132,7 +133,6 @@ def name_of(s: Session) -> products.NameOf:
 def coverage(s: Session) -> str:
     """The products below reach every kernel of large tiles, with many steps of K."""
     s.need_gpu()
-    CUDA.load()
     gaps = products.missing(s.capability, name_of(s))
     assert not gaps, "; ".join(gaps)
     return "every kernel of large tiles"
@@ -149,6 +149,13 @@ def product(case: products.Case, size: tuple[int, int, int], s: Session) -> str:
         return f"equal, the torch reference on a CPU, {' x '.join(map(str, used))}"
     assert references() == before, "the torch reference ran"
     return f"equal, {name_of(s)(*used, case.group_of(used[2]))}"
+
+
+def few_tokens(name: str, size: tuple[int, int, int], s: Session) -> None:
+    """A packed weight of a real layer times few tokens, against float64 on the same device."""
+    before = references()
+    products.weight_only(torch.ops.dtq, s.device, name, (size[0], 72, 256) if s.small else size)
+    assert references() == before, "the torch reference ran"
 
 
 def references() -> int:
@@ -194,7 +201,9 @@ def sanitizer(kind: str, s: Session) -> str:
     # it sees nothing inside the blocks that torch keeps
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        done = subprocess.run(
+            command, cwd=SOURCES.parent, capture_output=True, text=True, env=environment, timeout=60
+        )
     except subprocess.TimeoutExpired:
         raise Skipped("stopped after 60 s, nothing was reported") from None
     last = (done.stdout + done.stderr).strip().splitlines()[-1:]
@@ -221,6 +230,15 @@ def checks() -> list[Check]:
             )
             for case, size in sized
             if case.fits(*size)
+        ),
+        *(
+            Check(
+                "few tokens",
+                f"{name}, {' x '.join(map(str, size))}",
+                partial(few_tokens, name, size),
+            )
+            for name in products.WEIGHT_FORMATS
+            for size in products.WEIGHT_SIZES
         ),
         *(
             Check("correctness", check.__name__, partial(agrees, check), 120)

@@ -230,6 +230,10 @@ def test_a_wrong_value_of_a_product_is_found():
         products.run(torch.ops.dtq, "cpu", case, (40, 72, 128))
         with pytest.raises(AssertionError, match=r"1 of 2880 differ, first at \[39, 71\]"):
             products.run(Ops(), "cpu", case, (40, 72, 128))
+    for name in products.WEIGHT_FORMATS:
+        products.weight_only(torch.ops.dtq, "cpu", name, (3, 72, 256))
+        with pytest.raises(AssertionError, match="1 of 216 are too far away"):
+            products.weight_only(Ops(), "cpu", name, (3, 72, 256))
 
 
 def test_every_candidate_of_a_linear_does_the_same_work():

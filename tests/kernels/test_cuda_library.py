@@ -103,6 +103,8 @@ def test_products_of_large_tiles_on_the_emulator(emulator, request):
         name = emulator.dtq_cuda_gemm(90 if hopper else 120, 8, *size, case.group_of(size[2]))
         assert name.decode() == ("wgmma 256x128" if hopper else "fp4 128x128")
         products.run(sim, "cpu", case, size)
+    for name in products.WEIGHT_FORMATS if hopper else ():
+        products.weight_only(sim, "cpu", name, (4, 200, 1152))
 
 
 @pytest.mark.slow
