@@ -13,7 +13,7 @@ POLICY.demo-video = bundled-video
 POLICY ?= $(POLICY.$(MODEL))$(if $(VBENCH),-vbench)
 RUN := .demo/gate-$(MODEL)
 
-.PHONY: setup demo gate baseline test units check bench kernels gpu results vbench-env clean
+.PHONY: setup demo gate baseline test units check bench kernels gpu gpu-checks gpu-targets gpu-sanitizer results vbench-env clean
 
 setup: $(READY)
 
@@ -107,10 +107,16 @@ bench: .venv-bench/.ready
 	.venv-bench/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch .venv-bench/.ready
 
-# check results and speed on a machine with a GPU, from a checkout; needs torch and the dependencies of dtq,
-# writes every measurement to .gpu. Not part of make test
+# check results, then speed, on a machine with a GPU, from a checkout; needs torch, numpy, safetensors and nvcc.
+# Every result is written at once to OUT, which may be killed at any moment. Not part of make test
+OUT ?= .gpu
+GPU = PYTHONPATH=. $(PYTHON) tests/gpu.py
+
 gpu:
-	PYTHONPATH=. $(PYTHON) tests/gpu.py --out .gpu
+	@$(MAKE) --no-print-directory -k gpu-checks gpu-targets
+
+gpu-checks gpu-targets gpu-sanitizer:
+	$(GPU) $(@:gpu-%=%) --out $(OUT)
 
 clean:
 	rm -rf .venv .venv-results .venv-vbench .venv-bench .bench .demo build dist dtq/_lib *.egg-info

@@ -260,15 +260,19 @@ STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("w4a8_epilogue_linear", TORCH_BOX(&w4a8_epilogue_linear));
 }
 
-// The name of the kernel for a GEMM of these sizes with int8 or, if group > 0, 4-bit weights, or why there
-// is none: for messages and the benchmark. The text is valid until the next call.
+// The name of the kernel for a GEMM of these sizes, or why there is none: for messages, tests and the
+// benchmark. The weights are int8 with group 0, NVFP4 with -16, MXFP4 with -32, else 4-bit integers in groups.
+// The text is valid until the next call.
 DTQ_EXPORT const char* dtq_cuda_gemm(int arch, int sms, int64_t m, int64_t n, int64_t k, int group) {
   dtq::Gemm g{};
   g.tokens = m;
   g.rows = n;
   g.columns = k;
-  g.weights = group ? dtq::kTwoLevel : dtq::kInt8;
-  g.group = group;
+  g.weights = group == 0     ? dtq::kInt8
+              : group == -16 ? dtq::kNvFp4
+              : group == -32 ? dtq::kMxFp4
+                             : dtq::kTwoLevel;
+  g.group = group < 0 ? -group : group;
   g.out_type = g.bias_type = dtq::kBFloat16;
   g.arch = arch;
   g.sms = sms;

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dtq.bench.cases import quantized, weight_only
 from dtq.bench.compare import Candidate, compare
 from dtq.bench.cpu import conditions
+from dtq.bench.layers import quantized, weight_only
 from dtq.kernels import CPU
 
 INT8 = ("int8-row", "int4-2l-g64", "int4-asym-row", "e2m1-row", "twinlog4-row", "int3-row",

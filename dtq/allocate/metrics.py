@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from dtq.linalg.relative_error import relative_error
 from dtq.models import ROLES, InputGroup
-from dtq.pipelines.recorded_calls import relative_error
 
 Metric = Callable[[Tensor, Tensor], float]
 """``(reference, output) -> error >= 0`` of two outputs of the transformer, infinite if not finite.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers and models that ``dtq bench`` times, float and quantized."""
+"""Models that ``dtq bench`` times, float and quantized."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ from torch import Tensor, nn
 
 from dtq.api import quantize
 from dtq.demo import folder as demo_folder
-from dtq.formats import FORMATS
-from dtq.nn import QuantLinear
-from dtq.plan.layers import LayerSpec
-from dtq.transforms import OnlineTransform
 
-RECIPES = {"w8a8": "int8-row", "w4a8": "int4-2l-g64"}
-"""Recipes that are timed, and their weight formats."""
 CALLS = 6
 """Calls that every library calibrates a model on, if it needs any."""
-
 
 Inputs = dict[str, Any]
 """Keyword arguments of a forward."""
@@ -233,45 +226,6 @@ def cast_floats(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The inputs with floating-point tensors in another dtype."""
     floats = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
     return inputs | {k: v.to(dtype) for k, v in floats.items()}
-
-
-def quantized(
-    layer: nn.Linear,
-    weight_format: str,
-    activation_format: str = "int8-row",
-    *,
-    transformed: bool = True,
-) -> QuantLinear:
-    """The layer as a recipe leaves it, rounded to nearest, in bfloat16.
-
-    Args:
-        layer: float.
-        weight_format: a key of ``FORMATS``.
-        activation_format: a key of ``ACTIVATION_FORMATS``.
-        transformed: whether it scales (by ones) and rotates its input online, and holds the
-            weight for such an input.
-
-    Returns:
-        The quantized layer.
-    """
-    fmt, w = FORMATS[weight_format], layer.weight.detach().float()
-    block = 64 if transformed and layer.in_features % 64 == 0 else 1
-    ones = w.new_ones(layer.in_features, dtype=torch.bfloat16)
-    w = OnlineTransform(ones, block).w(w)
-    spec = LayerSpec(weight_format, activation_format, block, transformed)
-    new = QuantLinear.in_place_of(layer, spec, compute_dtype=torch.bfloat16)
-    tensors = fmt.pack(w, fmt.compute_qparams(w))
-    if transformed:
-        tensors["pre_quant_scale"] = ones[None]
-    new.fill(tensors)
-    if layer.bias is not None:
-        new.bias = nn.Parameter(layer.bias.detach().bfloat16(), requires_grad=False)
-    return new
-
-
-def weight_only(layer: nn.Linear, weight_format: str) -> QuantLinear:
-    """The layer with packed weights and float activations."""
-    return quantized(layer, weight_format, "none", transformed=False)
 
 
 def quantized_model(

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtq.bench.cases import RECIPES
+from dtq.bench.layers import RECIPES
 from dtq.bench.timer import Clock, HostClock
-from dtq.pipelines.recorded_calls import relative_error
+from dtq.linalg.relative_error import relative_error
 
 PEER = "openvino"
 """First word of the candidates that a step of dtq is compared with in the verdict."""

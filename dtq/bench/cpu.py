@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import platform
 import shutil
@@ -17,16 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.bench import ggml, openvino
-from dtq.bench.cases import (
-    RECIPES,
-    Case,
-    Inputs,
-    calibration_calls,
-    cases,
-    cast_floats,
-    quantized,
-    quantized_model,
-)
+from dtq.bench.cases import Case, Inputs, calibration_calls, cases, cast_floats, quantized_model
 from dtq.bench.compare import (
     BenchRow,
     Candidate,
@@ -37,22 +27,17 @@ from dtq.bench.compare import (
     run_all,
     timing,
 )
-from dtq.bench.packages import installed, versions
+from dtq.bench.layers import RECIPES, quantized, rounded
+from dtq.bench.other_libraries import by, dtq_version, other_libraries, size_of
+from dtq.bench.packages import versions
 from dtq.bench.timer import HostClock
-from dtq.evaluate.baselines import BASELINES
 from dtq.kernels import CPU
 from dtq.kernels.compile import cpu
-from dtq.version import __version__
 
 SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152), (3072, 3072), (3072, 12288))
 """(K, N) of DiT-XL and FLUX."""
 TOKENS = (1, 64, 256, 1024)
-MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bnb": "bitsandbytes"}
-"""What the baselines import, by the first word of their name."""
-PACKAGES = {"torchao": "torchao", "quanto": "optimum-quanto", "bnb": "bitsandbytes"}
-"""Their packages, by the same word."""
-FLOATS = {"bf16": "bfloat16", "fp32": "float32"}
-"""Float rows, and their dtypes."""
+
 
 _log = logging.getLogger(__name__)
 
@@ -144,17 +129,6 @@ def _layers(k: int, n: int) -> dict[str, nn.Module]:
     return layers | {"fp32": full, "bf16": plain} | other_libraries(plain)
 
 
-def other_libraries(plain: nn.Linear) -> dict[str, nn.Module]:
-    """The bfloat16 layer as each library of ``BASELINES`` that is installed quantizes it."""
-    layers = {}
-    for name, baseline in BASELINES.items():
-        if installed(MODULES[name.split("-")[0]]):
-            holder = nn.Sequential(copy.deepcopy(plain))
-            baseline.apply(holder, ["0"])
-            layers[name] = holder[0]
-    return layers
-
-
 def _on(layers: dict[str, nn.Module], x: Tensor) -> list[Candidate]:
     candidates = [
         Candidate(
@@ -167,25 +141,6 @@ def _on(layers: dict[str, nn.Module], x: Tensor) -> list[Candidate]:
     if torch.backends.mkldnn.is_available():
         candidates += _onednn(full, x)
     return candidates
-
-
-def by(name: str) -> str:
-    """The package of a linear, its version, and the mode."""
-    if name in BASELINES:
-        return f"{versions(PACKAGES[name.split('-')[0]])}: {BASELINES[name].about}"
-    if name in FLOATS:
-        return f"{versions('torch')}: {FLOATS[name]}"
-    return f"{_dtq()}: rotated, rounded to nearest"
-
-
-def _dtq() -> str:
-    return f"dtq {__version__}"
-
-
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows as int8 and their scales: (N, K), (N)."""
-    scale = weight.abs().amax(1) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 def _int_mm(full: nn.Linear, x: Tensor) -> list[Candidate]:
@@ -262,15 +217,6 @@ def _inductor_compiles() -> bool:
     return exists
 
 
-def size_of(name: str, layer: nn.Module) -> int:
-    """Bytes of a model, or of a linear that the library of that name quantized."""
-    if name in BASELINES:
-        linear: Any = layer
-        bits = BASELINES[name].bits(layer) * linear.in_features * linear.out_features
-        return math.ceil(bits / 8)
-    return sum(p.nbytes for p in layer.parameters())
-
-
 # -------------------------------------------------------------------------------------- models
 
 
@@ -299,7 +245,7 @@ def _steps(case: Case) -> Iterator[Candidate]:
     inputs = cast_floats(case.inputs, torch.bfloat16)
     for name in RECIPES:
         model = quantized_model(case.model, name, calls)
-        about = f"{_dtq()}: recipe {name}, rotated, rounded to nearest"
+        about = f"{dtq_version()}: recipe {name}, rotated, rounded to nearest"
         yield from _eager_and_compiled(name, model, inputs, about, backend="dtq")
     model, about = copy.deepcopy(case.model).bfloat16(), f"{versions('torch')}: bfloat16"
     yield from _eager_and_compiled("bf16", model, inputs, about, backend="inductor")

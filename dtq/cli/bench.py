@@ -94,8 +94,8 @@ def bench(
 
 def _print_case(rows: Sequence[BenchRow]) -> None:
     """Print one size as soon as it is measured."""
-    from dtq.bench.cases import RECIPES
     from dtq.bench.compare import PEER, fastest
+    from dtq.bench.layers import RECIPES
 
     shares = any(row.share is not None for row in rows)
     peer = fastest(rows, (PEER,))
@@ -119,8 +119,8 @@ def _cells(row: BenchRow, references: Iterable[str], shares: bool) -> list[str]:
 
 def _print(result: Result) -> None:
     """Print geometric means over the cases, the conditions, and a sentence."""
-    from dtq.bench.cases import RECIPES
     from dtq.bench.compare import geometric_means, peer_verdicts, verdict
+    from dtq.bench.layers import RECIPES
 
     for recipe in RECIPES:
         means = geometric_means(result.rows, recipe)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from dtq.errors import InputError
 from dtq.evaluate.metrics.images import shown
+from dtq.linalg.relative_error import relative_error
 from dtq.pipelines import prompts
-from dtq.pipelines.recorded_calls import RecordedCall, relative_error, replay
+from dtq.pipelines.recorded_calls import RecordedCall, replay
 from dtq.pipelines.recording import watch_calls
 from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings

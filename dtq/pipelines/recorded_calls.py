@@ -107,11 +107,3 @@ def subsample(calls: Sequence[RecordedCall], count: int) -> list[RecordedCall]:
     number = max(1, min(len(groups), count // size))
     picked = [groups[(2 * i + 1) * len(groups) // (2 * number)] for i in range(number)]
     return [call for group in picked for call in group]
-
-
-def relative_error(output: Tensor, reference: Tensor) -> float:
-    """``|output - reference|^2 / |reference|^2`` in float64; inf if ``output`` is not finite."""
-    if not torch.isfinite(output).all():
-        return float("inf")
-    difference = output.double() - reference.double()
-    return float(difference.square().sum() / reference.double().square().sum().clamp(min=1e-300))

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from dtq.errors import NonFiniteError
 from dtq.io.memory import Mapped
 from dtq.io.safe_parse import finite_or_null
+from dtq.linalg.relative_error import relative_error
 from dtq.models import blocks_of
 from dtq.models.linears import matrix_of, rows_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import temporarily_replaced
-from dtq.pipelines.recorded_calls import RecordedCall, first_tensor, relative_error, replay
+from dtq.pipelines.recorded_calls import RecordedCall, first_tensor, replay
 from dtq.pipelines.recording import sample_calls
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe import Recipe

@@ -14,9 +14,10 @@ from itertools import groupby
 from dtq.allocate import Option, knapsack
 from dtq.errors import InputError
 from dtq.formats.activations import activation_format_of
+from dtq.linalg.relative_error import relative_error
 from dtq.models.timestep import timestep_edges
 from dtq.nn.timestep_hook import install_clock
-from dtq.pipelines.recorded_calls import RecordedCall, relative_error, replay, subsample
+from dtq.pipelines.recorded_calls import RecordedCall, replay, subsample
 from dtq.plan.step_policy import StepPolicy
 from dtq.stages.run import Run
 

@@ -4,16 +4,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import agreement
 import golden
 import gpu
+import gpu_checks
+import gpu_robust
+import gpu_run
+import gpu_targets
+import products
 import pytest
 import torch
 from click.testing import CliRunner
 
-from dtq.bench import cases
+from dtq.bench import cases, gpu_linears
 from dtq.bench import gpu as bench_gpu
 from dtq.cli import main
 from dtq.kernels import CUDA, gpu_dispatch
@@ -21,11 +31,17 @@ from dtq.kernels import CUDA, gpu_dispatch
 HERE = torch.device("cpu")
 
 
+ROOT = Path(__file__).parent.parent.parent
+
+
 @pytest.fixture
 def session(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    return gpu.Session(torch.device("cuda"), gpu.clock_of(torch.device("cuda")), 3, False, tmp_path)
+    device = torch.device("cuda")
+    return gpu_run.Session(
+        device, gpu.clock_of(device), 3, False, gpu_run.Results(tmp_path / "a.json")
+    )
 
 
 @pytest.mark.gpu
@@ -36,9 +52,13 @@ def test_the_gpu_gives_the_bits_of_the_reference(session, check, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", gpu.ROBUST, ids=lambda c: c.__name__)
-def test_the_list_of_what_breaks_kernels(session, check):
-    check(session)
+@pytest.mark.parametrize("check", [*gpu_checks.checks(), *gpu_robust.checks()], ids=lambda c: c.key)
+def test_the_checks_of_the_script(session, check):
+    try:
+        check.run(session)
+    except gpu_run.Skipped as reason:
+        pytest.skip(str(reason))
+    assert not session.results.failed
 
 
 @pytest.mark.gpu
@@ -47,29 +67,136 @@ def test_the_library_is_in_use(session):
 
 
 @pytest.mark.slow
-def test_the_script_runs_without_a_gpu(tmp_path, capsys):
+def test_the_script_runs_without_a_gpu(tmp_path):
     assert gpu.main(["--fake", "--rounds", "2", "--out", str(tmp_path)]) == 0
-    data = json.loads((tmp_path / "gpu.json").read_text())
-    assert {f["part"] for f in data["findings"]} == {p.__name__ for p in gpu.PARTS}
+    for command in ("checks", "targets"):
+        data = json.loads((tmp_path / f"{command}.json").read_text())
+        assert data["complete"]
+        assert data["done"] == [check.key for check in gpu.COMMANDS[command]()]
     told = " ".join(f["what"] for f in data["findings"])
-    assert all(target.name in told for target in gpu.TARGETS)
+    assert all(target.name in told for target in gpu_targets.TARGETS)
     assert {"bf16", "w8a8", "w4a8"} <= {row["name"] for row in data["rows"]}
-    assert "## targets" in (tmp_path / "gpu.md").read_text()
+    assert "## targets" in (tmp_path / "targets.md").read_text()
 
 
-def test_a_failure_is_in_the_report_and_the_rest_runs(tmp_path, monkeypatch):
-    def broken(s):
-        raise RuntimeError("it hurts")
+WITHOUT = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("diffusers", "transformers", "accelerate", "huggingface_hub", "yaml"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Without())
+sys.path.insert(0, "tests")
+import gpu
+sys.exit(gpu.main(["--fake", "--list"]))
+"""
 
-    def wrong(s):
-        s.tell("this", "wrong", False)
 
-    monkeypatch.setattr(gpu, "PARTS", (broken, wrong))
-    assert gpu.main(["--fake", "--out", str(tmp_path)]) == 1
-    findings = json.loads((tmp_path / "gpu.json").read_text())["findings"]
-    assert [f["good"] for f in findings] == [False, False]
-    assert "it hurts" in findings[0]["value"]
-    assert (tmp_path / "gpu.md").read_text().count("**FAIL**") == 2
+def test_the_script_needs_no_diffusers():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "targets: T12" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_only_what_is_asked_for_runs_and_nothing_is_replaced(tmp_path):
+    chosen = ["--fake", "--parts", "correctness", "--only", "quantize_rows", "--out", str(tmp_path)]
+    for _ in range(2):
+        assert gpu.main(chosen) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checks-2.json", "checks-2.md", "checks.json", "checks.md"
+    ]  # fmt: skip
+    done = json.loads((tmp_path / "checks.json").read_text())["done"]
+    assert done == ["correctness: quantize_rows"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "speed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 4])
+def test_what_was_found_before_a_kill_is_in_the_folder(tmp_path, after):
+    command = [sys.executable, "tests/gpu.py", "targets", "--fake", "--rounds", "2", "--out"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    seen = [process.stdout.readline() for _ in range(after)]
+    process.kill()  # only the parent
+    seen += process.stdout.readlines()  # ends when the child has ended too
+    assert process.wait() == -signal.SIGKILL
+    assert len(seen) < 30, "it was finished before"
+    data = json.loads((tmp_path / "targets.json").read_text())
+    found = [f"     {f['part']}: {f['what']}: {f['value']}\n" for f in data["findings"]]
+    assert found[: len(seen)] == seen
+    assert len(found) <= len(seen) + 1
+    assert not data["complete"]
+    assert data["running"]["part"] in ("ceilings", "targets")
+    assert {p.name for p in tmp_path.iterdir() if not p.name.endswith(".partial")} == {
+        "targets.json", "targets.md"
+    }  # fmt: skip
+
+
+FAILING = """
+import os, subprocess, sys
+from pathlib import Path
+import torch
+from gpu_run import Check, Results, Session, end_with_parent, run_checks
+from dtq.bench.timer import clock_of
+
+def broken(s):
+    raise RuntimeError("it hurts")
+
+def wrong(s):
+    s.tell("a value", "wrong", False)
+
+def hangs(s):
+    started = subprocess.Popen(["sleep", "60"])
+    Path(sys.argv[1]).with_name("pid").write_text(str(started.pid))
+    started.wait()
+
+checks = [
+    Check("a", "broken", broken), Check("a", "wrong", wrong),
+    Check("a", "hangs", hangs, limit=1),
+    Check("a", "crashes", lambda s: os.abort()), Check("b", "is right", lambda s: None),
+]
+device = torch.device("cpu")
+s = Session(device, clock_of(device), 2, True, Results(Path(sys.argv[1])))
+sys.exit(run_checks(checks, s))
+"""
+
+
+def is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+def test_checks_that_fail_hang_or_crash_do_not_stop_those_after_them(tmp_path, monkeypatch, capfd):
+    script, path = tmp_path / "failing.py", tmp_path / "out" / "checks.json"
+    script.write_text(FAILING)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    gpu_run.Results(path).save()
+    assert gpu_run.supervise([sys.executable, str(script), str(path)], path) == 4
+    data = json.loads(path.read_text())
+    assert [(f["what"], f["good"]) for f in data["findings"]] == [
+        ("broken", False), ("a value", False), ("hangs", False), ("crashes", False), ("is right", True)
+    ]  # fmt: skip
+    assert "it hurts" in data["findings"][0]["value"]
+    assert data["findings"][2]["value"] == "stopped after 1 s"
+    assert not is_alive(int((path.parent / "pid").read_text())), "what the check started goes on"
+    assert data["findings"][3]["value"] == f"ended with signal {signal.SIGABRT.value}"
+    assert data["complete"]
+    assert path.with_suffix(".md").read_text().count("**FAIL**") == 4
+
+
+def test_a_child_that_does_not_start_is_a_failure(tmp_path, capfd):
+    path = tmp_path / "checks.json"
+    gpu_run.Results(path).save()
+    assert gpu_run.supervise([sys.executable, "-c", "1 / 0"], path) == 1
+    assert "before its first check" in json.loads(path.read_text())["findings"][0]["value"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -84,7 +211,7 @@ def test_without_a_gpu_the_script_and_the_benchmark_say_so(tmp_path, capsys):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 def test_the_emulator_still_gives_its_results(tmp_path):
     library = golden.emulated(tmp_path)
-    assert {name: golden.digest(library, name) for name in golden.CASES} == golden.EMULATOR
+    assert {name: library.digest(name) for name in library.kernels} == golden.EMULATOR
 
 
 def test_a_wrong_bit_is_found():
@@ -100,8 +227,28 @@ def test_a_wrong_bit_is_found():
         agreement.quantize_rows(Ops, "cpu", 0, 10**5)
 
 
+def test_a_wrong_value_of_a_product_is_found():
+    class Ops:
+        def __getattr__(self, name):
+            def almost(*args):
+                y = getattr(torch.ops.dtq, name)(*args)
+                y[-1, -1] = 1.1 * y[-1, -1] + 0.1
+                return y
+
+            return almost
+
+    for case in (*products.CASES, *products.FP4):
+        products.run(torch.ops.dtq, "cpu", case, (40, 72, 128))
+        with pytest.raises(AssertionError, match=r"1 of 2880 differ, first at \[39, 71\]"):
+            products.run(Ops(), "cpu", case, (40, 72, 128))
+    for name in products.WEIGHT_FORMATS:
+        products.weight_only(torch.ops.dtq, "cpu", name, (3, 72, 256))
+        with pytest.raises(AssertionError, match="1 of 216 are too far away"):
+            products.weight_only(Ops(), "cpu", name, (3, 72, 256))
+
+
 def test_every_candidate_of_a_linear_does_the_same_work():
-    rows = bench_gpu.compare_linears(20, 128, 64, 2, HERE)
+    rows = gpu_linears.compare_linears(20, 128, 64, 2, HERE)
     found = {row.name: row for row in rows}
     assert {"w8a8", "w4a8", "w8a8 product", "w4a8 product", "bf16", "_int_mm, bare"} <= set(found)
     assert set(found["bf16"].ratio) == {"w8a8", "w4a8", "w8a8 product", "w4a8 product"}
@@ -113,7 +260,7 @@ def test_every_candidate_of_a_linear_does_the_same_work():
 
 def test_fp4_is_timed_where_there_is_hardware_for_it(monkeypatch):
     monkeypatch.setattr(gpu_dispatch, "multiplies_fp4", lambda x, mx: True)
-    rows = bench_gpu.compare_linears(20, 128, 64, 2, HERE)
+    rows = gpu_linears.compare_linears(20, 128, 64, 2, HERE)
     found = {row.name: row for row in rows}
     assert "nvfp4" in found["bf16"].ratio
     assert found["nvfp4"].bytes < found["w8a8"].bytes
@@ -155,7 +302,7 @@ def test_a_suite_reports_every_comparison_and_keeps_its_rows(monkeypatch):
 
 def test_operands_are_taken_in_turn():
     seen = []
-    run = bench_gpu.round_robin([lambda i=i: seen.append(i) for i in range(3)])
+    run = gpu_linears.round_robin([lambda i=i: seen.append(i) for i in range(3)])
     for _ in range(7):
         run()
     assert seen == [0, 1, 2, 0, 1, 2, 0]

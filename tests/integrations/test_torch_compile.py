@@ -15,7 +15,7 @@ from conftest import QUICK
 from torch import nn
 
 import dtq
-from dtq.bench.cases import quantized
+from dtq.bench.layers import quantized
 from dtq.integrations import torch_compile
 from dtq.kernels import gpu_dispatch, gpu_fusion
 from dtq.nn import QuantLinear

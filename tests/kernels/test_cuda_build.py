@@ -61,6 +61,19 @@ def test_it_compiles_and_spills_nothing(source, arch, tmp_path):
             assert wanted in code, wanted
 
 
+@pytest.mark.parametrize("arch", ["80", "90a", "120f"])
+def test_the_kernels_of_single_instructions_compile(arch, tmp_path):
+    flags = ["-std=c++20", "-O1", f"-arch=sm_{arch}", "-Xptxas=-v", "-Werror=all-warnings"]
+    source, target = SOURCES / "tests/golden.cu", tmp_path / "golden.so"
+    part = ["-shared", "-Xcompiler=-fPIC"] if arch == "90a" else ["-cubin"]
+    command = ["nvcc", *flags, *part, str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    assert "ignored" not in output, output  # setmaxnreg, where a kernel's registers are not known
+    assert "serializ" not in output, output
+
+
 def test_the_test_for_a_gpu_compiles(tmp_path):
     flags = ["-std=c++17", "-O1", "-arch=sm_80", "-DDTQ_ONLY=1", "-x", "cu"]
     source, program = SOURCES / "tests/test_gemm.cpp", tmp_path / "test_gemm"

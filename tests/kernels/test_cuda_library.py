@@ -14,6 +14,7 @@ from pathlib import Path
 
 import agreement
 import emulated
+import products
 import pytest
 import torch
 
@@ -66,6 +67,46 @@ def test_the_binding_gives_the_bits_of_the_reference(emulator, check, seed):
 def test_fp4_products_are_near_the_reference(emulator, check, seed):
     emulator.dtq_sim_seed(seed)
     check(sim, "cpu", seed, 10**6)
+
+
+GPUS = {
+    (8, 0): (108,), (8, 6): (46, 84), (8, 9): (58, 128, 142), (9, 0): (78, 114, 132), (10, 0): (148,),
+    (12, 0): (70, 170, 188), (12, 1): (48,),
+}  # fmt: skip
+"""Multiprocessors of GPUs, by compute capability."""
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_the_products_of_the_gpu_script_reach_every_kernel_of_large_tiles(capability):
+    library, arch = emulated.library(), 10 * capability[0] + capability[1]
+    for count in GPUS[capability]:
+
+        def name_of(*sizes, count=count):
+            m, n, k, group = sizes
+            return library.dtq_cuda_gemm(arch, count, m, n, k, group).decode()
+
+        assert products.missing(capability, name_of) == [], count
+
+
+def test_a_kernel_that_no_product_reaches_is_named():
+    gaps = products.missing((9, 0), lambda *sizes: "mma 64x64")
+    assert "two-level g64 to bfloat16: wgmma 256x128" in gaps
+    assert len(gaps) == 2 * len(products.CASES)
+    few = products.missing((12, 0), lambda m, n, k, group: "mma 128x128, fp4 64x64")
+    assert few == [f"{case.name}: fp4 128x128" for case in products.FP4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("emulator", [90, 120], indirect=True, ids=["sm_90", "sm_120"])
+def test_products_of_large_tiles_on_the_emulator(emulator, request):
+    """The emulator has 8 multiprocessors, so smaller sizes reach the same kernels."""
+    hopper, size = "sm_90" in request.node.name, (516, 513, 384)
+    for case in products.CASES if hopper else products.FP4:
+        name = emulator.dtq_cuda_gemm(90 if hopper else 120, 8, *size, case.group_of(size[2]))
+        assert name.decode() == ("wgmma 256x128" if hopper else "fp4 128x128")
+        products.run(sim, "cpu", case, size)
+    for name in products.WEIGHT_FORMATS if hopper else ():
+        products.weight_only(sim, "cpu", name, (4, 200, 1152))
 
 
 @pytest.mark.slow
