@@ -78,7 +78,7 @@ def faults(ptx: str, names: set[str]) -> Iterator[Fault]:
         ):
             text = block.group(2)
             plain = (name, re.sub(r"%[a-z]+\d+", "%", text))
-            headers = text.startswith("ld.global.nc.")  # of CUDA's
+            headers = text.lstrip().startswith("ld.global.nc.")  # of CUDA's
             if name not in names or plain in seen or headers:
                 continue
             seen.add(plain)
