@@ -14,6 +14,14 @@
 
 namespace dtq {
 
+// Blocks of large tiles that fit on a multiprocessor. With tables ptxas spills 12 bytes for sm_120 when it is held
+// to the 128 registers of two; there the tensor cores need twice the cycles, so one is enough.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kTableBlocks = 1;
+#else
+constexpr int kTableBlocks = 2;
+#endif
+
 constexpr int kStep = 64;  // columns of a stage: with more, two blocks do not fit on an sm_89
 
 template <class Source_, int tile_m, int tile_n, int warp_m, int warp_n, int stages, bool aligned>
@@ -22,7 +30,8 @@ struct MmaTile {
   static constexpr int kTileM = tile_m, kTileN = tile_n, kWarpM = warp_m, kWarpN = warp_n;
   static constexpr int kStages = stages;
   static constexpr bool kAligned = aligned;   // rows start at multiples of 16 bytes
-  static constexpr int kBlocks = warp_m * warp_n >= 2048 ? 2 : 1;  // of a multiprocessor, at least
+  static constexpr bool kIsTable = std::is_same_v<Source, Table>;
+  static constexpr int kBlocks = warp_m * warp_n < 2048 ? 1 : kIsTable ? kTableBlocks : 2;
   static constexpr int kWarpsM = tile_m / warp_m, kThreads = 32 * kWarpsM * (tile_n / warp_n);
   static constexpr int kBlocksM = warp_m / 16, kBlocksN = warp_n / 8;  // mma of a warp
   static constexpr int kRowW = kStep * Source::kBits / 8;              // bytes
@@ -125,25 +134,11 @@ DTQ_DEV void load_weights(const unsigned char* weights, int n, int half,
   }
 }
 
-// One half of a stage, 32 columns.
-template <class T>
-DTQ_DEV void multiply(const unsigned char* stage, int warp_m, int warp_n, int half,
-                      const typename T::Source::Scale (&scale)[T::kBlocksN],
-                      int32_t (&sums)[T::kBlocksM][T::kBlocksN][4]) {
-  uint32_t b[T::kBlocksN][2];
-  load_weights<T>(stage + T::kBytesX, warp_n * T::kWarpN, half, scale, b);
-  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++) {
-    uint32_t a[4];  // matrices: rows 0..7, 8..15 of the first 16 columns, then of the second
-    ldmatrix_x4(a, chunk_of(stage, warp_m * T::kWarpM + i * 16 + lane() % 16, half * 2 + lane() / 16));
-    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) mma_s8(sums[i][j], a, b[j][0], b[j][1]);
-  }
-}
-
-// The scales of a thread's rows, fetched for the next 32 columns while these are multiplied. Past the end of a
+// The scales of a thread's rows, fetched for the next 32 columns before these are multiplied. Past the end of a
 // row or of the matrix any scale will do: x_q is zero there, or the sum is not stored.
 template <class T>
 struct ScaleReader {
-  const Groups groups;
+  const Groups& groups;
   int first[T::kBlocksN];  // group of each row
   typename T::Source::Stored stored[T::kBlocksN];
 
@@ -161,12 +156,27 @@ struct ScaleReader {
       stored[j] = T::Source::fetch(groups, first[j] + (group < last ? group : last));
   }
 
-  // The scales that were fetched last; fetches those of the half after `half`.
-  DTQ_DEV void take(int half, typename T::Source::Scale (&scale)[T::kBlocksN]) {
+  // The scales that were fetched last.
+  DTQ_DEV void decode(typename T::Source::Scale (&scale)[T::kBlocksN]) const {
     DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) scale[j] = T::Source::decode(stored[j]);
-    fetch(half + 1);
   }
 };
+
+// One half of a stage, 32 columns; `count` is that of the halves before.
+template <class T>
+DTQ_DEV void multiply(const unsigned char* stage, int warp_m, int warp_n, int half, int count,
+                      ScaleReader<T>& scales, int32_t (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  uint32_t b[T::kBlocksN][2];
+  typename T::Source::Scale scale[T::kBlocksN];
+  scales.decode(scale);
+  load_weights<T>(stage + T::kBytesX, warp_n * T::kWarpN, half, scale, b);
+  scales.fetch(count + 1);  // these are no longer needed: so one set of registers is enough
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++) {
+    uint32_t a[4];  // matrices: rows 0..7, 8..15 of the first 16 columns, then of the second
+    ldmatrix_x4(a, chunk_of(stage, warp_m * T::kWarpM + i * 16 + lane() % 16, half * 2 + lane() / 16));
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) mma_s8(sums[i][j], a, b[j][0], b[j][1]);
+  }
+}
 
 template <class T>
 DTQ_DEV void store_sums(const GemmArgs& p, int split, int64_t first_m, int64_t first_n,
@@ -372,11 +382,9 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, has_epilogue ? 1 : T::kBlocks) gemm_mma(
     const int ahead = s + T::kStages - 1;
     if (ahead < steps) loader.load(shared + ahead % T::kStages * T::kStage, first + ahead);
     else cp_async_commit();
-    DTQ_UNROLL for (int half = 0; half < 2; half++) {
-      typename T::Source::Scale scale[T::kBlocksN];
-      scales.take((first + s) * 2 + half, scale);
-      multiply<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, half, scale, sums);
-    }
+    DTQ_UNROLL for (int half = 0; half < 2; half++)
+      multiply<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, half,
+                  (first + s) * 2 + half, scales, sums);
   }
   if (p.partial) store_sums<T>(p, split, first_m, first_n, sums);
   else finish<T, has_epilogue>(g, first_m, first_n, sums);
