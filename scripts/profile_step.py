@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtq.bench.cases import RECIPES, calibration_calls, cast_floats, dit_case, quantized_model
+from dtq.bench.cases import calibration_calls, cast_floats, dit_case, quantized_model
 from dtq.bench.cpu import conditions
+from dtq.bench.layers import RECIPES
 from dtq.kernels import CPU
 from dtq.nn import QuantLinear
 
