@@ -14,8 +14,8 @@
 
 namespace dtq {
 
-// Blocks of large tiles that fit on a multiprocessor. With tables ptxas spills 12 bytes for sm_120 when it is held
-// to the 128 registers of two; there the tensor cores need twice the cycles, so one is enough.
+// Blocks of large tiles that fit on a multiprocessor. With tables ptxas spills 12 bytes for sm_120 when it is
+// held to the 128 registers of two.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kTableBlocks = 1;
 #else
