@@ -92,9 +92,9 @@ def test_the_epilogue_on_hopper(source, name):
     assert not after.count("BSSY"), "branches in which lanes may differ"
 
 
-def mma(source, arch):
-    kernel = sass.find(kernels(source, arch), r"gemm_mma.*ELi128ELi128E.*Lb1EEELb0E")
-    return kernel, sass.run(kernel, bytes(gemm()), threads=256)
+def mma(source, arch, has_epilogue=0, **changes):
+    kernel = sass.find(kernels(source, arch), rf"gemm_mma.*ELi128ELi128E.*Lb1EEELb{has_epilogue}E")
+    return kernel, sass.run(kernel, bytes(gemm(**changes)), threads=256)
 
 
 # (instructions, cycles) of a step of 64 columns at most
@@ -102,7 +102,7 @@ MMA = {
     ("gemm_int8.cu", "80"): (115, 450),
     ("gemm_two_level.cu", "80"): (310, 810),
     ("gemm_two_level.cu", "89"): (310, 810),
-    ("gemm_table.cu", "80"): (320, 980),
+    ("gemm_table.cu", "80"): (305, 950),
 }
 
 
@@ -122,18 +122,48 @@ def test_the_main_loop_with_mma_sync(source, arch):
     assert sass.blocks(kernel, 256, shared=48 * 1024) == 2
 
 
+# After the last product: (kernel with an epilogue, call, cycles a tile at most)
+MMA_EPILOGUES = {
+    "plain": (0, {}, 2_400),
+    "gelu": (1, {"gelu": True}, 3_300),
+    "gate and residual": (1, GATE, 3_400),
+    "gelu, gate and residual": (1, GATE | {"gelu": True}, 4_900),
+}
+
+
+@pytest.mark.parametrize("name", MMA_EPILOGUES)
+@pytest.mark.parametrize("source", ["gemm_int8.cu", "gemm_two_level.cu"])
+def test_the_epilogue_with_mma_sync(source, name):
+    has_epilogue, changes, bound = MMA_EPILOGUES[name]
+    kernel, walk = mma(source, "80", has_epilogue, **changes)
+    part = walk.between("IMMA", "EXIT")
+    print(
+        f"\n{source} sm_80 {name}: {part.instructions} instructions, {part.cycles} cycles a tile, "
+        f"{kernel.registers} registers"
+    )
+    assert part.count("STG") == 32  # 64 outputs of a thread
+    assert not part.count("F2F\\.")
+    assert part.cycles <= bound
+
+
 FUSIONS = {"gelu": {"gelu": True}, "gate": GATE}
 """Patterns of the table of fusions: the calls."""
 
 
 @pytest.mark.parametrize("pattern", FUSIONS)
-def test_the_table_of_fusions_on_hopper(pattern):
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_the_table_of_fusions(capability, pattern):
     """Its cycles are those of the machine code, and so is its decision."""
-    _, plain = hopper("gemm_int8.cu", 256, PLAIN)
-    _, fused = hopper("gemm_int8.cu", 256, FUSED, **FUSIONS[pattern])
-    cycles = [walk.between("WARPGROUP.DEPBAR", "EXIT").cycles for walk in (plain, fused)]
-    extra = (cycles[1] - cycles[0]) * 1024 / (256 * 128)  # of 1024 outputs
-    row = gpu_fusion.fusion(pattern, (9, 0))
+    calls = ((PLAIN, {}), (FUSED, FUSIONS[pattern]))
+    if capability == (9, 0):
+        walks = [hopper("gemm_int8.cu", 256, kernel, **call)[1] for kernel, call in calls]
+        last_product, outputs = "WARPGROUP.DEPBAR", 256 * 128
+    else:
+        walks = [mma("gemm_two_level.cu", "80", kernel, **call)[1] for kernel, call in calls]
+        last_product, outputs = "IMMA", 128 * 128
+    plain, fused = (walk.between(last_product, "EXIT").cycles for walk in walks)
+    extra = (fused - plain) * 1024 / outputs
+    row = gpu_fusion.fusion(pattern, capability)
     print(f"\n{pattern}: {extra:.0f} cycles more for 1024 outputs, {row.apart:.0f} apart")
     assert extra == pytest.approx(row.fused, rel=0.15)
     assert (extra < row.apart) == row.is_faster
@@ -205,10 +235,7 @@ def test_few_tokens_with_integers(name):
     codes, *weight, bound = FEW_TOKENS[name]
     # up to 8 tokens
     kernel = sass.find(kernels("weights.cu", "90a"), f"small_m_integers_kernel.*{codes}.*Li1E")
-    short, long = (
-        sass.run(kernel, bytes(small_m(k, *weight)), threads=128)
-        for k in (3072, 6144)
-    )
+    short, long = (sass.run(kernel, bytes(small_m(k, *weight)), threads=128) for k in (3072, 6144))
     weights = 3072 * 16 / 128  # more of a thread: 16 rows of a block, shared by 128 threads
     each = (long.instructions - short.instructions) / weights
     print(f"\nfew tokens, {name}: {each:.2f} instructions a weight, {kernel.registers} registers")
