@@ -122,23 +122,6 @@ def test_the_main_loop_with_mma_sync(source, arch):
     assert sass.blocks(kernel, 256, shared=48 * 1024) == 2
 
 
-FUSIONS = {"gelu": {"gelu": True}, "gate": GATE}
-"""Patterns of the table of fusions: the calls."""
-
-
-@pytest.mark.parametrize("pattern", FUSIONS)
-def test_the_table_of_fusions_on_hopper(pattern):
-    """Its cycles are those of the machine code, and so is its decision."""
-    _, plain = hopper("gemm_int8.cu", 256, PLAIN)
-    _, fused = hopper("gemm_int8.cu", 256, FUSED, **FUSIONS[pattern])
-    cycles = [walk.between("WARPGROUP.DEPBAR", "EXIT").cycles for walk in (plain, fused)]
-    extra = (cycles[1] - cycles[0]) * 1024 / (256 * 128)  # of 1024 outputs
-    row = gpu_fusion.fusion(pattern, (9, 0))
-    print(f"\n{pattern}: {extra:.0f} cycles more for 1024 outputs, {row.apart:.0f} apart")
-    assert extra == pytest.approx(row.fused, rel=0.15)
-    assert (extra < row.apart) == row.is_faster
-
-
 # After the last product: (kernel with an epilogue, call, cycles a tile at most)
 MMA_EPILOGUES = {
     "plain": (0, {}, 2_400),
@@ -161,6 +144,29 @@ def test_the_epilogue_with_mma_sync(source, name):
     assert part.count("STG") == 32  # 64 outputs of a thread
     assert not part.count("F2F\\.")
     assert part.cycles <= bound
+
+
+FUSIONS = {"gelu": {"gelu": True}, "gate": GATE}
+"""Patterns of the table of fusions: the calls."""
+
+
+@pytest.mark.parametrize("pattern", FUSIONS)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_the_table_of_fusions(capability, pattern):
+    """Its cycles are those of the machine code, and so is its decision."""
+    calls = ((PLAIN, {}), (FUSED, FUSIONS[pattern]))
+    if capability == (9, 0):
+        walks = [hopper("gemm_int8.cu", 256, kernel, **call)[1] for kernel, call in calls]
+        last_product, outputs = "WARPGROUP.DEPBAR", 256 * 128
+    else:
+        walks = [mma("gemm_two_level.cu", "80", kernel, **call)[1] for kernel, call in calls]
+        last_product, outputs = "IMMA", 128 * 128
+    plain, fused = (walk.between(last_product, "EXIT").cycles for walk in walks)
+    extra = (fused - plain) * 1024 / outputs
+    row = gpu_fusion.fusion(pattern, capability)
+    print(f"\n{pattern}: {extra:.0f} cycles more for 1024 outputs, {row.apart:.0f} apart")
+    assert extra == pytest.approx(row.fused, rel=0.15)
+    assert (extra < row.apart) == row.is_faster
 
 
 def rows(block):
