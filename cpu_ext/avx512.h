@@ -82,6 +82,18 @@ struct Avx512Vectors {
     _mm512_storeu_si512(sums, sum);
   }
 
+  // -------------------------------------------------------------------------- attention
+
+  static constexpr int kAttentionRows = 8, kQueryVectors = 2, kProbabilityOffset = 0;
+
+  static I dot_scores(I sum, uint32_t key, I query) {
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32((int)key), (__m512i)query);
+  }
+
+  static I dot_values(I sum, U probability, uint32_t value) {
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)probability, _mm512_set1_epi32((int)value));
+  }
+
   static __m512i load_int8(const int8_t* w, int width) {
     const __mmask64 inside = width >= 64 ? ~0ull : (1ull << width) - 1;
     return _mm512_maskz_loadu_epi8(inside, w);

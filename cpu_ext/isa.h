@@ -28,6 +28,13 @@
 //                            channels first
 //   peak(rounds)             see Kernels
 //
+//   kAttentionRows, kQueryVectors   rows, and vectors of queries, whose sums fit into the registers; the rows
+//                            divide 16
+//   kProbabilityOffset       subtracted from a probability to make it signed: 128, or 0
+//   dot_scores(sum, key, query)   adds the products of the kDotWidth values of a 32-bit word with those of
+//                            each lane; the word is a Weight's, the lanes are an Activation's
+//   dot_values(sum, probability, value)   the same; the lanes are probabilities, the word is signed
+//
 // All of it is in an anonymous namespace: see kernels.h.
 #pragma once
 #include <stddef.h>

@@ -111,6 +111,18 @@ struct Avx2Vectors {
   }
 #endif
 
+  // -------------------------------------------------------------------------- attention
+
+  static constexpr int kAttentionRows = 4, kQueryVectors = 2, kProbabilityOffset = 0;
+
+  static I dot_scores(I sum, uint32_t key, I query) {
+    return (I)add_products((__m256i)sum, _mm256_set1_epi32((int)key), (__m256i)query);
+  }
+
+  static I dot_values(I sum, U probability, uint32_t value) {
+    return (I)add_products((__m256i)sum, (__m256i)probability, _mm256_set1_epi32((int)value));
+  }
+
   static void add_activations(const Activation* x, int32_t* sums) {
     const __m256i one = sizeof(Weight) == 1 ? _mm256_set1_epi8(1) : _mm256_set1_epi16(1);
     for (int i = 0; i < kStep * 2 / kDotWidth; i++) {
@@ -281,6 +293,7 @@ struct Isa : ByBlocks<Avx2> {};
 }  // namespace
 }  // namespace dtq
 
+#include "attention.h"
 #include "decode.h"
 #include "gelu.h"
 #include "gemm.h"
@@ -292,5 +305,6 @@ const Kernels avxvnni = {"avxvnni", sizeof(Activation), sizeof(Weight), quantize
 #else
 const Kernels avx2 = {"avx2", sizeof(Activation), sizeof(Weight), quantize, pack, multiply,
 #endif
-                      pack_small_m, multiply_small_m, decode, multiply_stored, nullptr, gelu, Isa::peak};
+                      pack_small_m, multiply_small_m, decode, multiply_stored, nullptr, gelu,
+                      kQueryBlock, head_bytes, block_bytes, pack_heads, attend, Isa::peak};
 }

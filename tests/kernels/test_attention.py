@@ -154,3 +154,93 @@ def test_shapes_that_do_not_fit_are_refused(shapes, message):
     assert message in str(error.value)
     with pytest.raises(ValueError, match="mask"):
         reference(*random_qkv(1, 2, 4, 8, 16), torch.zeros(1, 2, 4, 7), 1.0)
+
+
+# ---------------------------------------------------------------------------------- compiled
+
+
+def same(got, want):
+    assert got.dtype == want.dtype
+    assert got.stride() == want.stride()
+    assert torch.equal(got, want) or (
+        torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_path_gives_the_bits_of_the_reference(isa, dtype):
+    for size in SIZES:
+        for outliers in (False, True):
+            qkv = [x.to(dtype) for x in random_qkv(*size, outliers=outliers)]
+            scale = size[-1] ** -0.5
+            same(compiled(*qkv, None, scale), reference(*qkv, None, scale))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_every_path_gives_the_bits_of_the_reference_with_masks(isa, mask):
+    for size in ((2, 3, 40, 70, 40), (1, 2, 33, 129, 64)):
+        qkv, bias = random_qkv(*size), mask(*size[:4])
+        same(compiled(*qkv, bias, 0.2), reference(*qkv, bias, 0.2))
+
+
+def test_every_path_has_the_bits_of_the_reference_at_the_edges(isa):
+    q, k, v = random_qkv(2, 6, 40, 80, 48)
+    same(
+        compiled(q, k[:, ::3], v[:, ::3], None, 0.2), reference(q, k[:, ::3], v[:, ::3], None, 0.2)
+    )
+    same(compiled(q, k, v[..., :20], None, 0.2), reference(q, k, v[..., :20], None, 0.2))
+    same(compiled(q.double(), k, v, None, 0.2), reference(q.double(), k, v, None, 0.2))
+    mask = torch.ones(40, 80, dtype=torch.bool)
+    mask[4] = False
+    mask[5, 10:] = False
+    same(compiled(q, k, v, mask, 0.2), reference(q, k, v, mask, 0.2))
+    large = (q * 3e3, k * 3e3, v * 1e30)
+    same(compiled(*large, None, 1.0), reference(*large, None, 1.0))
+    zeros = (q * 0, k * 0, v * 0)
+    same(compiled(*zeros, None, 1.0), reference(*zeros, None, 1.0))
+    for index in range(3):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            broken = [x.clone() for x in (q, k, v)]
+            broken[index][0, 1, 3, 4] = bad
+            same(compiled(*broken, None, 0.2), reference(*broken, None, 0.2))
+
+
+def test_any_layout_in_memory_gives_the_same(isa):
+    q, k, v = random_qkv(2, 4, 40, 80, 48)
+    want = compiled(q, k, v, None, 0.2)
+    copies = [x.contiguous() for x in (q, k, v)]
+    same(compiled(*copies, None, 0.2), want)
+    by_channel = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    same(compiled(*by_channel, None, 0.2), want)
+    joint = torch.cat([x[:, :, :40].transpose(1, 2) for x in (q, k, v)], -1)  # one linear
+    parts = [x.transpose(1, 2) for x in joint.chunk(3, -1)]
+    same(compiled(*parts, None, 0.2), compiled(q, k[:, :, :40], v[:, :, :40], None, 0.2))
+
+
+def test_the_result_depends_neither_on_threads_nor_on_the_batch(library):
+    q, k, v = random_qkv(3, 5, 100, 150, 72)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = compiled(q, k, v, None, 0.1)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(compiled(q, k, v, None, 0.1), want)
+    finally:
+        torch.set_num_threads(before)
+    for b in range(3):
+        one = compiled(q[b : b + 1], k[b : b + 1], v[b : b + 1], None, 0.1)
+        assert torch.equal(one, want[b : b + 1])
+
+
+def test_the_op_has_a_schema_and_a_fake_and_no_input_is_refused_less(library):
+    q, k, v = random_qkv(1, 2, 20, 30, 16)
+    torch.library.opcheck(torch.ops.dtq.int8_attention.default, (q, k, v, None, 0.25))
+    torch.library.opcheck(torch.ops.dtq.int8_attention.default, (q, k, v, torch.zeros(20, 30), 0.2))
+    with pytest.raises(RuntimeError, match="do not fit"):
+        compiled(q, k[..., :8], v, None, 0.25)
+    with pytest.raises(RuntimeError, match="at most 256"):
+        compiled(*(torch.zeros(1, 1, 2, 300) for _ in range(3)), None, 0.25)
+    with pytest.raises(RuntimeError, match="mask"):
+        compiled(q, k, v, torch.zeros(1, 2, 20, 29), 0.25)
+    assert compiled(q[:, :, :0], k, v, None, 0.25).shape == (1, 2, 0, 16)
