@@ -18,6 +18,11 @@ constexpr int kQueryBlock = kQueryVectors * kLanes;    // queries of a block
 constexpr int kWidestRow = kWidestHead + 16;           // floats of a row, padded
 constexpr int kWordBits = 32 / Isa::kDotWidth;
 
+template <Float value>
+struct Constant {
+  constexpr Float operator()() const { return value; }
+};
+
 // ---------------------------------------------------------------------------- memory
 
 inline int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -84,50 +89,63 @@ int64_t block_bytes(const Attention& a) { return Block(a, nullptr).bytes; }
 
 // ---------------------------------------------------------------------------- rows
 
+// Reads the rows of an operand as floats; channels from the width on are zero.
 template <Float type>
-inline void load_row_as(const void* x, int width, float* row) {
+struct Reader {
   typedef typename Storage<type == kFloat32>::T T;
-  const T* from = (const T*)x;
-  int c = 0;
-  for (; c + kLanes <= width; c += kLanes) store(row + c, load_as_float(from + c, type));
-  if (c == width) return;
-  if (width >= kLanes) {  // the last vector overlaps the one before
-    store(row + width - kLanes, load_as_float(from + width - kLanes, type));
-  } else {
-    T end[kLanes] = {};
-    memcpy(end, from, width * sizeof(T));
-    store(row, load_as_float(end, type));
+  const T* row;
+  int width;
+
+  // Row `at` of an operand, counted in elements.
+  Reader(const Operand& x, int64_t at, int width) : row((const T*)x.data + at), width(width) {}
+
+  V operator()(int c) const {
+    if (c + kLanes <= width) return load_as_float(row + c, type);
+    if constexpr (type == kFloat32) return Isa::load_part(row + c, width - c);
+    else {
+      const U half = Isa::load_part(row + c, width - c);
+      return type == kBFloat16 ? (V)(half << 16) : from_half(half);
+    }
   }
+};
+
+// Calls `run` with the type of an operand as a constant.
+template <class Run>
+inline void with_type(Float type, const Run& run) {
+  if (type == kFloat32) run(Constant<kFloat32>());
+  else if (type == kBFloat16) run(Constant<kBFloat16>());
+  else run(Constant<kFloat16>());
 }
 
-// `width` floats of a row; what is behind them up to a multiple of kLanes must be zero and stays so.
-inline void load_row(const Operand& x, int64_t at, int width, float* row) {
-  const char* from = (const char*)x.data + at * (x.type == kFloat32 ? 4 : 2);
-  if (x.type == kFloat32) load_row_as<kFloat32>(from, width, row);
-  else if (x.type == kBFloat16) load_row_as<kBFloat16>(from, width, row);
-  else load_row_as<kFloat16>(from, width, row);
-}
-
-inline float row_amax(const float* row, int width) {
-  I largest = {};  // as bits, with NaN above all
-  for (int c = 0; c < width; c += kLanes) {
-    const I bits = (I)load(row + c) & 0x7fffffff;
+// The largest magnitude of some lanes; as bits, with NaN above all.
+inline float amax_of(I largest) {
+  const auto fold = [&](V other) {
+    const I bits = (I)other;
     largest = bits > largest ? bits : largest;
-  }
-  int32_t result = 0;
-  for (int i = 0; i < kLanes; i++) result = largest[i] > result ? largest[i] : result;
-  float value;
-  memcpy(&value, &result, 4);
-  return value;
+  };
+  fold(Isa::template swap_lanes<1>((V)largest));
+  fold(Isa::template swap_lanes<2>((V)largest));
+  if constexpr (kLanes > 4) fold(Isa::template swap_lanes<4>((V)largest));
+  if constexpr (kLanes > 8) fold(Isa::template swap_lanes<8>((V)largest));
+  return ((V)largest)[0];
 }
 
-// Codes of a row as int8, or as int16; returns the scale.
-inline float row_codes(const float* row, int width, int offset, Activation* out) {
-  const float amax = row_amax(row, width);
+// Codes of a row less `mean`, as int8 or as int16; returns the scale.
+template <Float type>
+inline float row_codes(const Reader<type>& row, const float* mean, int offset, Activation* out) {
+  alignas(64) float centred[kWidestRow];
+  I largest = {};
+  for (int c = 0; c < row.width; c += kLanes) {
+    const V x = row(c) - load(mean + c);
+    const I bits = (I)x & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+    store(centred + c, x);
+  }
+  const float amax = amax_of(largest);
   const bool nothing = amax < kSmallestAmax;
   const V inverse = splat(nothing ? 0 : kInt8Max / amax);
-  for (int c = 0; c < width; c += kLanes) {
-    const U code = (U)(load(row + c) * inverse + splat(kRoundToInt)) + (uint32_t)offset;
+  for (int c = 0; c < row.width; c += kLanes) {
+    const U code = (U)(load(centred + c) * inverse + splat(kRoundToInt)) + (uint32_t)offset;
     if constexpr (sizeof(Activation) == 1) Isa::store_low_bytes(code, (int8_t*)out + c);
     else Isa::store_low_halves(code, (uint16_t*)out + c);
   }
@@ -136,43 +154,47 @@ inline float row_codes(const float* row, int width, int offset, Activation* out)
 
 // ---------------------------------------------------------------------------- keys and values
 
-// Adds the tokens of a tile one after the other, then the tiles; divides by the number of tokens.
-// `low` and `high` are the smallest and the largest value of each channel, or null.
+// Adds the tokens of a tile one after the other, then the tiles; divides by the number of tokens. With
+// `ranges`, `low` and `high` are the smallest and the largest value of each channel.
+template <Float type, bool ranges>
 inline void column_mean(const Operand& x, int64_t base, int64_t tokens, int width, float* mean, float* low,
                         float* high) {
-  alignas(64) float row[kWidestRow] = {}, tile[kWidestRow];
-  for (int c = 0; c < width; c += kLanes) store(mean + c, (V){});
-  for (int64_t first = 0; first < tokens; first += kKeyTile) {
-    const int64_t last = first + kKeyTile < tokens ? first + kKeyTile : tokens;
-    for (int c = 0; c < width; c += kLanes) store(tile + c, (V){});
-    for (int64_t t = first; t < last; t++) {
-      load_row(x, base + t * x.token, width, row);
-      for (int c = 0; c < width; c += kLanes) {
-        const V v = load(row + c);
-        store(tile + c, load(tile + c) + v);
-        if (!low) continue;
-        const V least = load(low + c), most = load(high + c);
-        store(low + c, t && !(v < least) ? least : v);
-        store(high + c, t && !(v > most) ? most : v);
+  const V divisor = splat((float)tokens);
+  for (int c = 0; c < width; c += kLanes) {
+    V total = {}, least = {}, most = {};
+    for (int64_t first = 0; first < tokens; first += kKeyTile) {
+      const int64_t last = first + kKeyTile < tokens ? first + kKeyTile : tokens;
+      V sum = {};
+      for (int64_t t = first; t < last; t++) {
+        const V v = Reader<type>(x, base + t * x.token, width)(c);
+        sum = sum + v;
+        if constexpr (ranges) {
+          if (!t) least = most = v;
+          least = v < least ? v : least;
+          most = v > most ? v : most;
+        }
       }
+      total = total + sum;
     }
-    for (int c = 0; c < width; c += kLanes) store(mean + c, load(mean + c) + load(tile + c));
+    store(mean + c, total / divisor);
+    if constexpr (ranges) store(low + c, least), store(high + c, most);
   }
-  for (int c = 0; c < width; c += kLanes) store(mean + c, load(mean + c) / splat((float)tokens));
 }
 
+template <Float type>
 inline void pack_keys(const Attention& a, int64_t base, const Head& head) {
-  alignas(64) float mean[kWidestRow] = {}, row[kWidestRow] = {};
+  alignas(64) float mean[kWidestRow] = {};
   alignas(64) Activation line[kWidestRow] = {};
-  const int padded = (int)up(a.width, kLanes);
-  column_mean(a.k, base, a.keys, a.width, mean, nullptr, nullptr);
+  column_mean<type, false>(a.k, base, a.keys, a.width, mean, nullptr, nullptr);
   float poison = 0;
   for (int64_t t = 0; t < a.keys; t++) {
-    load_row(a.k, base + t * a.k.token, a.width, row);
-    for (int c = 0; c < padded; c += kLanes) store(row + c, load(row + c) - load(mean + c));
-    head.key_scale[t] = row_codes(row, a.width, Isa::kWeightOffset, line);
+    const Reader<type> row(a.k, base + t * a.k.token, a.width);
+    // all of it may lie in front of the next row, which is written later
+    const bool fits = t + 1 < a.keys && head.words * 4 >= kLanes * (int64_t)sizeof(Activation);
+    Activation* out = fits ? (Activation*)(head.keys + t * head.words) : line;
+    head.key_scale[t] = row_codes(row, mean, Isa::kWeightOffset, out);
     poison += head.key_scale[t] * 0;
-    memcpy(head.keys + t * head.words, line, head.words * 4);
+    if (out == line) memcpy(head.keys + t * head.words, line, head.words * 4);
   }
   *head.poison = poison;
   const int64_t end = up(a.keys, kAttentionRows);
@@ -180,12 +202,12 @@ inline void pack_keys(const Attention& a, int64_t base, const Head& head) {
   for (int64_t t = a.keys; t < end; t++) head.key_scale[t] = 0;
 }
 
+template <Float type>
 inline void pack_values(const Attention& a, int64_t base, const Head& head) {
   constexpr int width = Isa::kDotWidth;
-  alignas(64) float row[width][kWidestRow] = {}, low[kWidestRow] = {}, high[kWidestRow] = {};
-  alignas(64) float inverse[kWidestRow] = {}, mean[kWidestRow] = {};
+  alignas(64) float low[kWidestRow] = {}, high[kWidestRow] = {}, inverse[kWidestRow], mean[kWidestRow] = {};
   const V smallest = splat(kSmallestAmax);
-  column_mean(a.v, base, a.keys, a.value_width, mean, low, high);
+  column_mean<type, true>(a.v, base, a.keys, a.value_width, mean, low, high);
   for (int64_t c = 0; c < head.channels; c += kLanes) {
     const V above = load(high + c) - load(mean + c), below = load(mean + c) - load(low + c);
     const V amax = above > below ? above : below;
@@ -193,24 +215,25 @@ inline void pack_values(const Attention& a, int64_t base, const Head& head) {
     store(head.value_scale + c, amax < smallest ? (V){} : amax / splat(kInt8Max));
     store(inverse + c, amax < smallest ? (V){} : splat(kInt8Max) / amax);
   }
-  for (int64_t t = 0; t < up(a.keys, width); t += width) {
-    for (int i = 0; i < width && t + i < a.keys; i++)
-      load_row(a.v, base + (t + i) * a.v.token, a.value_width, row[i]);
+  memset(head.values, 0, up(a.keys, width) / width * head.channels * 4);
+  if (Isa::kProbabilityOffset) memset(head.value_sums, 0, up(a.keys, kKeyTile) / kKeyTile * head.channels * 4);
+  for (int64_t t = 0; t < a.keys; t += width) {
+    const int count = (int)(a.keys - t < width ? a.keys - t : width);
     int32_t* sums = head.value_sums + t / kKeyTile * head.channels;
-    for (int64_t c = 0; c < head.channels; c += kLanes) {
+    for (int c = 0; c < a.value_width; c += kLanes) {
+      const V middle = load(mean + c), factor = load(inverse + c);
       U word = {};
       I sum = {};
-      for (int i = 0; i < width; i++) {
-        const V centred = load(row[i] + c) - load(mean + c);
-        U code = (U)(centred * load(inverse + c) + splat(kRoundToInt));
-        if (t + i >= a.keys) code = (U){};
-        word |= (code & ((1u << (kWordBits - 1)) * 2 - 1)) << kWordBits * i;
+      for (int i = 0; i < count; i++) {
+        const V v = Reader<type>(a.v, base + (t + i) * a.v.token, a.value_width)(c);
+        const U code = (U)((v - middle) * factor + splat(kRoundToInt));
+        word |= (code & (uint32_t)((1ull << kWordBits) - 1)) << kWordBits * i;
         if constexpr (Isa::kProbabilityOffset != 0) sum += ((I)code << 24) >> 24;
       }
       memcpy(head.values + t / width * head.channels + c, &word, sizeof word);
       if constexpr (Isa::kProbabilityOffset != 0) {
-        I before = {};
-        if (t % kKeyTile) memcpy(&before, sums + c, sizeof before);
+        I before;
+        memcpy(&before, sums + c, sizeof before);
         sum += before;
         memcpy(sums + c, &sum, sizeof sum);
       }
@@ -223,8 +246,8 @@ void pack_heads(const Attention& a, int64_t first, int64_t last) {
   for (int64_t h = first; h < last; h++) {
     const int64_t batch = h / a.key_heads, of = h % a.key_heads;
     const Head head(a, (char*)a.packed + h * a.head_bytes);
-    pack_keys(a, batch * a.k.batch + of * a.k.head, head);
-    pack_values(a, batch * a.v.batch + of * a.v.head, head);
+    with_type(a.k.type, [&](auto type) { pack_keys<type()>(a, batch * a.k.batch + of * a.k.head, head); });
+    with_type(a.v.type, [&](auto type) { pack_values<type()>(a, batch * a.v.batch + of * a.v.head, head); });
   }
 }
 
@@ -232,18 +255,19 @@ void pack_heads(const Attention& a, int64_t first, int64_t last) {
 
 // Queries from `token` on, at most kQueryBlock; lanes without a query are zero. `factor` is what turns a
 // product with a key's codes, times the key's scale, into a score of base 2.
+template <Float type>
 inline void pack_queries(const Attention& a, int64_t base, int64_t token, int count, const Block& b,
                          float* factor) {
   constexpr int kRowWords = kWidestHead / Isa::kDotWidth + 16;
-  alignas(64) float row[kWidestRow] = {};
+  alignas(64) static const float zeros[kWidestRow] = {};
   alignas(64) uint32_t rows[16][kRowWords];
   for (int first = 0; first < kQueryBlock && first < count; first += 16) {
-    memset(rows, 0, sizeof rows);
     for (int t = 0; t < 16; t++) {
+      memset(rows[t], 0, b.words * 4);
       factor[first + t] = 0;
       if (first + t >= count) continue;
-      load_row(a.q, base + (token + first + t) * a.q.token, a.width, row);
-      factor[first + t] = row_codes(row, a.width, 0, (Activation*)rows[t]) * a.factor;
+      const Reader<type> row(a.q, base + (token + first + t) * a.q.token, a.width);
+      factor[first + t] = row_codes(row, zeros, 0, (Activation*)rows[t]) * a.factor;
     }
     for (int64_t w = 0; w < b.words; w += 16)
       Isa::transpose16((const int32_t*)rows[0] + w, kRowWords,
@@ -460,7 +484,9 @@ void attend(const Attention& a, int64_t first, int64_t last, void* scratch) {
     const int count = (int)(left < kQueryBlock ? left : kQueryBlock);
     const int64_t shared = a.heads / a.key_heads;
     const Head head(a, (char*)a.packed + (batch * a.key_heads + of / shared) * a.head_bytes);
-    pack_queries(a, batch * a.q.batch + of * a.q.head, token, count, b, factor);
+    with_type(a.q.type, [&](auto type) {
+      pack_queries<type()>(a, batch * a.q.batch + of * a.q.head, token, count, b, factor);
+    });
     const int64_t mask = batch * a.mask_batch + of * a.mask_head + token * a.mask_query;
     if (count <= kLanes) attend_block<1>(a, b, head, mask, count, weight, factor);
     else attend_block<kQueryVectors>(a, b, head, mask, count, weight, factor);

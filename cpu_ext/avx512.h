@@ -63,6 +63,14 @@ struct Avx512Vectors {
     return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
   }
 
+  static V load_part(const float* p, int count) {
+    return (V)_mm512_maskz_loadu_ps((__mmask16)((1 << count) - 1), p);
+  }
+
+  static U load_part(const uint16_t* p, int count) {
+    return (U)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((__mmask16)((1 << count) - 1), p));
+  }
+
   static V lookup(const float* table, U codes) {
     return (V)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(table));
   }

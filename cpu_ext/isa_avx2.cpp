@@ -69,6 +69,18 @@ struct Avx2Vectors {
     return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
   }
 
+  static V load_part(const float* p, int count) {
+    V v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+  }
+
+  static U load_part(const uint16_t* p, int count) {
+    U v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+  }
+
   static V lookup(const float* table, U codes) {
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)codes);
     const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)codes);
