@@ -113,3 +113,12 @@ def test_a_step_policy_and_the_choice_are_kept_together():
 def test_another_word_is_refused():
     with pytest.raises(RecipeError, match="attention"):
         dtq.Recipe.load("w4a8", attention="int4")
+
+
+def test_a_model_that_is_quantized_while_it_loads_has_the_choice_too(tmp_path):
+    tiny.dit().save_pretrained(tmp_path)
+    config = dtq.DTQConfig("w4a8", attention="int8")
+    model = type(tiny.dit()).from_pretrained(tmp_path, quantization_config=config)
+    report = model.hf_quantizer.report.attention
+    assert int8_attention_modules(model) == report["int8"]
+    assert report["error"] <= stage.LIMIT * report["error_float"]
