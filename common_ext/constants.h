@@ -33,4 +33,12 @@ constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 constexpr float kExp1Over720 = 1.0f / 720, kExp1Over120 = 1.0f / 120, kExp1Over24 = 1.0f / 24;
 constexpr float kExp1Over6 = 1.0f / 6;
 
+// int8 attention (dtq/kernels/ops_attention.py): probabilities are 255 * 2^x, a polynomial of degree 3 in
+// the fraction of x. Scores have base 2.
+constexpr float kInt8Max = 127, kSmallestAmax = 1e-30f;
+constexpr float kNoScore = -2e30f, kLowestBias = -1e30f, kLeastExponent = -100;
+constexpr float kLn2 = 0.693147182464599609375f;
+constexpr float kProbability3 = (float)(255 * 0.055008981), kProbability2 = (float)(255 * 0.24221112);
+constexpr float kProbability1 = (float)(255 * 0.69328294), kProbability0 = 255;
+
 }  // namespace dtq

@@ -63,6 +63,14 @@ struct Avx512Vectors {
     return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
   }
 
+  static V load_part(const float* p, int count) {
+    return (V)_mm512_maskz_loadu_ps((__mmask16)((1 << count) - 1), p);
+  }
+
+  static U load_part(const uint16_t* p, int count) {
+    return (U)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((__mmask16)((1 << count) - 1), p));
+  }
+
   static V lookup(const float* table, U codes) {
     return (V)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(table));
   }
@@ -80,6 +88,18 @@ struct Avx512Vectors {
     for (int i = 0; i < 16; i++)
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(x + 64 * i));
     _mm512_storeu_si512(sums, sum);
+  }
+
+  // -------------------------------------------------------------------------- attention
+
+  static constexpr int kAttentionRows = 8, kQueryVectors = 2, kProbabilityOffset = 0;
+
+  static I dot_scores(I sum, uint32_t key, I query) {
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32((int)key), (__m512i)query);
+  }
+
+  static I dot_values(I sum, U probability, uint32_t value) {
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)probability, _mm512_set1_epi32((int)value));
   }
 
   static __m512i load_int8(const int8_t* w, int width) {

@@ -9,6 +9,7 @@
 //   swap_lanes<h>(v)         lanes i and i ^ h exchanged, h = 1, 2, 4, ... below kLanes
 //   store_low_bytes(v, out), store_low_halves(v, out)   the low 8 or 16 bits of each lane
 //   load_bytes(p), load_signed_bytes(p)   kLanes bytes, each extended to 32 bits
+//   load_part(p, count)      `count` floats, or 16-bit values extended to 32 bits; the other lanes are zero
 //   lookup(table, codes)     table[code & 15] of 16 floats
 //   fma(a, b, c)             a * b + c, rounded once if the machine can
 //   transpose16(in, stride, out)   16 x 16 block of 32-bit values; stride of `in` in values, `out` is dense
@@ -27,6 +28,13 @@
 //   splits(g)                whether dot_small_m wants the activations of two steps deinterleaved, even
 //                            channels first
 //   peak(rounds)             see Kernels
+//
+//   kAttentionRows, kQueryVectors   rows, and vectors of queries, whose sums fit into the registers; the rows
+//                            divide 16
+//   kProbabilityOffset       subtracted from a probability to make it signed: 128, or 0
+//   dot_scores(sum, key, query)   adds the products of the kDotWidth values of a 32-bit word with those of
+//                            each lane; the word is a Weight's, the lanes are an Activation's
+//   dot_values(sum, probability, value)   the same; the lanes are probabilities, the word is signed
 //
 // All of it is in an anonymous namespace: see kernels.h.
 #pragma once

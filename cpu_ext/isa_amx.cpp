@@ -101,6 +101,7 @@ struct Isa : Avx512 {
 }  // namespace
 }  // namespace dtq
 
+#include "attention.h"
 #include "decode.h"
 #include "decode_bf16.h"
 #include "gelu.h"
@@ -146,5 +147,5 @@ void multiply_tiled(const Linear& g, int64_t block, int64_t block_end, int64_t p
 
 const Kernels amx = {"amx", sizeof(Activation), sizeof(Weight), quantize, pack, multiply_tiled,
                      pack_small_m, multiply_small_m, decode, multiply_stored, multiply_bfloat16, gelu,
-                     Isa::peak};
+                      kQueryBlock, head_bytes, block_bytes, pack_heads, attend, Isa::peak};
 }

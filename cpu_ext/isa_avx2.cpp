@@ -69,6 +69,18 @@ struct Avx2Vectors {
     return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
   }
 
+  static V load_part(const float* p, int count) {
+    V v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+  }
+
+  static U load_part(const uint16_t* p, int count) {
+    U v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+  }
+
   static V lookup(const float* table, U codes) {
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)codes);
     const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)codes);
@@ -110,6 +122,18 @@ struct Avx2Vectors {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(weight, x));
   }
 #endif
+
+  // -------------------------------------------------------------------------- attention
+
+  static constexpr int kAttentionRows = 4, kQueryVectors = 2, kProbabilityOffset = 0;
+
+  static I dot_scores(I sum, uint32_t key, I query) {
+    return (I)add_products((__m256i)sum, _mm256_set1_epi32((int)key), (__m256i)query);
+  }
+
+  static I dot_values(I sum, U probability, uint32_t value) {
+    return (I)add_products((__m256i)sum, (__m256i)probability, _mm256_set1_epi32((int)value));
+  }
 
   static void add_activations(const Activation* x, int32_t* sums) {
     const __m256i one = sizeof(Weight) == 1 ? _mm256_set1_epi8(1) : _mm256_set1_epi16(1);
@@ -281,6 +305,7 @@ struct Isa : ByBlocks<Avx2> {};
 }  // namespace
 }  // namespace dtq
 
+#include "attention.h"
 #include "decode.h"
 #include "gelu.h"
 #include "gemm.h"
@@ -292,5 +317,6 @@ const Kernels avxvnni = {"avxvnni", sizeof(Activation), sizeof(Weight), quantize
 #else
 const Kernels avx2 = {"avx2", sizeof(Activation), sizeof(Weight), quantize, pack, multiply,
 #endif
-                      pack_small_m, multiply_small_m, decode, multiply_stored, nullptr, gelu, Isa::peak};
+                      pack_small_m, multiply_small_m, decode, multiply_stored, nullptr, gelu,
+                      kQueryBlock, head_bytes, block_bytes, pack_heads, attend, Isa::peak};
 }

@@ -43,6 +43,17 @@ struct NeonVectors : Lanes4 {
   typedef int8_t Weight;
   static constexpr int kDotWidth = 4, kWeightOffset = 0;
 
+  // Signed bytes only: probabilities are stored less 128.
+  static constexpr int kAttentionRows = 4, kQueryVectors = 4, kProbabilityOffset = 128;
+
+  static I dot_scores(I sum, uint32_t key, I query) {
+    return (I)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_u32(vdupq_n_u32(key)), (int8x16_t)query);
+  }
+
+  static I dot_values(I sum, U probability, uint32_t value) {
+    return dot_scores(sum, value, (I)probability);
+  }
+
   static void add_activations(const Activation* x, int32_t* sums) {
     for (int t = 0; t < kBlockTokens; t += 4) {
       int32x4_t sum = vld1q_s32(sums + t);
@@ -163,6 +174,7 @@ struct Isa : ByBlocks<Neon> {};
 }  // namespace
 }  // namespace dtq
 
+#include "attention.h"
 #include "decode.h"
 #include "gelu.h"
 #include "gemm.h"
@@ -170,5 +182,6 @@ struct Isa : ByBlocks<Neon> {};
 
 namespace dtq {
 const Kernels neon = {"neon", sizeof(Activation), sizeof(Weight), quantize, pack, multiply,
-                      pack_small_m, multiply_small_m, decode, multiply_stored, nullptr, gelu, Isa::peak};
+                      pack_small_m, multiply_small_m, decode, multiply_stored, nullptr, gelu,
+                      kQueryBlock, head_bytes, block_bytes, pack_heads, attend, Isa::peak};
 }

@@ -25,6 +25,16 @@ struct PortableVectors : Lanes4 {
   typedef int16_t Weight;
   static constexpr int kDotWidth = 2, kWeightOffset = 0;
 
+  static constexpr int kAttentionRows = 4, kQueryVectors = 4, kProbabilityOffset = 0;
+
+  static I dot_scores(I sum, uint32_t key, I query) {
+    return sum + ((query << 16) >> 16) * (int16_t)key + (query >> 16) * ((int32_t)key >> 16);
+  }
+
+  static I dot_values(I sum, U probability, uint32_t value) {
+    return dot_scores(sum, value, (I)probability);
+  }
+
   static void add_activations(const Activation* x, int32_t* sums) {
     for (int i = 0; i < kStep * kBlockTokens; i++) sums[i / kDotWidth % kBlockTokens] += x[i];
   }
@@ -74,6 +84,7 @@ struct Isa : ByBlocks<Portable> {};
 }  // namespace
 }  // namespace dtq
 
+#include "attention.h"
 #include "decode.h"
 #include "gelu.h"
 #include "gemm.h"
@@ -82,5 +93,5 @@ struct Isa : ByBlocks<Portable> {};
 namespace dtq {
 const Kernels portable = {"ref", sizeof(Activation), sizeof(Weight), quantize, pack, multiply,
                           pack_small_m, multiply_small_m, decode, multiply_stored, nullptr, gelu,
-                          Isa::peak};
+                      kQueryBlock, head_bytes, block_bytes, pack_heads, attend, Isa::peak};
 }

@@ -73,6 +73,7 @@ struct Isa : Avx512 {
 }  // namespace
 }  // namespace dtq
 
+#include "attention.h"
 #include "decode.h"
 #include "decode_bf16.h"
 #include "gelu.h"
@@ -82,5 +83,5 @@ struct Isa : Avx512 {
 namespace dtq {
 const Kernels vnni = {"vnni", sizeof(Activation), sizeof(Weight), quantize, pack, multiply,
                       pack_small_m, multiply_small_m, decode, multiply_stored, multiply_bfloat16, gelu,
-                      Isa::peak};
+                      kQueryBlock, head_bytes, block_bytes, pack_heads, attend, Isa::peak};
 }

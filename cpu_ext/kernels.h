@@ -116,6 +116,32 @@ struct Decode {
   const float* bias;         // (N), or null
 };
 
+// A tensor (batch, heads, tokens, channels) whose channels are neighbours; strides in elements.
+struct Operand {
+  const void* data;
+  Float type;
+  int64_t batch, head, token;
+};
+
+// int8_attention: softmax(scale * q k^T + mask) v, see attention.h
+struct Attention {
+  int64_t batch, heads, key_heads;  // key_heads divides heads
+  int64_t queries, keys;
+  int width, value_width;  // channels of a head, at most kWidestHead
+  Operand q, k, v;
+  float factor;          // scale * log2(e)
+  const void* mask;      // bool or float32; null for none
+  bool mask_is_bool;
+  int64_t mask_batch, mask_head, mask_query, mask_key;  // strides
+  void* packed;          // (batch * key_heads, head_bytes)
+  int64_t head_bytes;
+  void* out;             // (batch, queries, heads, value_width)
+  Float out_type;
+};
+
+constexpr int kKeyTile = 64;      // keys of a tile: part of the definition of the result
+constexpr int kWidestHead = 256;  // sums of products stay below 2^24
+
 constexpr int kChunk = 1024;      // columns decoded at a time
 constexpr int kRowsAtOnce = 4;    // output channels decoded at a time
 constexpr int kSmallMFloat = 16;  // with more tokens it is faster to decode the weight, then multiply
@@ -142,6 +168,13 @@ struct Kernels {
   void (*multiply_bfloat16)(const Decode&, int64_t first, int64_t last, float* scratch);
   // elements [first, last) of a dense tensor
   void (*gelu)(const void* x, void* out, Float type, int64_t first, int64_t last);
+  // int8 attention: queries of a block; bytes of a packed head, and of the scratch memory of a block
+  int query_block;
+  int64_t (*head_bytes)(const Attention&);
+  int64_t (*block_bytes)(const Attention&);
+  // heads [first, last) of keys and values; then blocks of queries [first, last) of all heads
+  void (*pack_heads)(const Attention&, int64_t first, int64_t last);
+  void (*attend)(const Attention&, int64_t first, int64_t last, void* scratch);
   // peak throughput: runs `rounds` rounds of multiply-adds in registers, returns the number of integer
   // operations
   int64_t (*peak)(int64_t rounds);

@@ -25,6 +25,18 @@ struct Lanes4 {
     for (int i = 0; i < kLanes; i++) out[i] = (uint16_t)v[i];
   }
 
+  static V load_part(const float* p, int count) {
+    V v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+  }
+
+  static U load_part(const uint16_t* p, int count) {
+    U v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+  }
+
   static U load_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
 
   static I load_signed_bytes(const uint8_t* p) {

@@ -18,6 +18,7 @@ from dtq.recipe import Recipe
 from dtq.recipe.selectors import check_patterns, pattern_list
 from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
+from dtq.stages.attention import attention
 from dtq.stages.calibrate import calibrate
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
@@ -38,7 +39,9 @@ FLOAT_STAGES = (plan, calibrate, record_calls)
 SHARED_STAGES = (solve, compare_transforms, mixed_precision)
 """Run in every process; the processes share the tasks and then meet at a barrier."""
 
-MAIN_STAGES = (promote, replace_layers, finetune, step_policy, sanity_check, attach_config)
+MAIN_STAGES = (
+    promote, replace_layers, finetune, step_policy, attention, sanity_check, attach_config
+)  # fmt: skip
 """Run in the main process alone; in the others the model stays float."""
 
 

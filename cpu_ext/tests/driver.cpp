@@ -322,6 +322,89 @@ bool random_problems(const dtq::Kernels& kernels, int problems) {
   return true;
 }
 
+std::vector<float> attended(const dtq::Kernels& kernels, dtq::Attention a, int64_t parts) {
+  Aligned packed, scratch;
+  std::vector<float> out(a.batch * a.queries * a.heads * a.value_width);
+  a.head_bytes = kernels.head_bytes(a);
+  a.packed = packed.get(a.batch * a.key_heads * a.head_bytes);
+  a.out = out.data(), a.out_type = dtq::kFloat32;
+  kernels.pack_heads(a, 0, a.batch * a.key_heads);
+  const int64_t blocks = a.batch * a.heads * ((a.queries + kernels.query_block - 1) / kernels.query_block);
+  void* memory = scratch.get(kernels.block_bytes(a));
+  for (int64_t part = 0; part < parts; part++)
+    kernels.attend(a, blocks * part / parts, blocks * (part + 1) / parts, memory);
+  return out;
+}
+
+// Softmax attention in double.
+std::vector<double> exact_attention(const dtq::Attention& a) {
+  const float *q = (const float*)a.q.data, *k = (const float*)a.k.data, *v = (const float*)a.v.data;
+  std::vector<double> out;
+  for (int64_t b = 0; b < a.batch; b++)
+    for (int64_t t = 0; t < a.queries; t++)
+      for (int64_t h = 0; h < a.heads; h++) {
+        const int64_t of = h / (a.heads / a.key_heads);
+        std::vector<double> sum(a.value_width, 0);
+        double weight = 0;
+        for (int64_t s = 0; s < a.keys; s++) {
+          double score = 0;
+          for (int c = 0; c < a.width; c++)
+            score += (double)q[b * a.q.batch + h * a.q.head + t * a.q.token + c] *
+                     k[b * a.k.batch + of * a.k.head + s * a.k.token + c];
+          score *= a.factor;
+          if (a.mask) {
+            const int64_t at = b * a.mask_batch + h * a.mask_head + t * a.mask_query + s * a.mask_key;
+            if (!((const uint8_t*)a.mask)[at]) continue;
+          }
+          const double p = exp2(score);
+          weight += p;
+          for (int c = 0; c < a.value_width; c++)
+            sum[c] += p * v[b * a.v.batch + of * a.v.head + s * a.v.token + c];
+        }
+        for (double x : sum) out.push_back(weight > 0 ? x / weight : 0);
+      }
+  return out;
+}
+
+// Random shapes and masks: bit-identical to the portable code, in parts too, and close to attention in double.
+bool attention(const dtq::Kernels& kernels, int problems) {
+  for (int problem = 0; problem < problems; problem++) {
+    const auto pick = [](int low, int high) { return low + (int)(generator() % (high - low + 1)); };
+    dtq::Attention a = {};
+    a.batch = pick(1, 2), a.key_heads = pick(1, 2), a.heads = a.key_heads * pick(1, 2);
+    a.queries = pick(1, 70), a.keys = pick(1, 150);
+    a.width = pick(1, 140), a.value_width = pick(0, 1) ? a.width : pick(1, 140);
+    const auto operand = [](const std::vector<float>& x, int64_t heads, int64_t tokens, int64_t width) {
+      return dtq::Operand{x.data(), dtq::kFloat32, heads * tokens * width, width, heads * width};
+    };
+    auto q = random_values<float>(a.batch * a.heads * a.queries * a.width, -999, 999);
+    auto k = random_values<float>(a.batch * a.key_heads * a.keys * a.width, -999, 999);
+    auto v = random_values<float>(a.batch * a.key_heads * a.keys * a.value_width, -999, 999);
+    for (auto* values : {&q, &k, &v})
+      for (float& x : *values) x = x / 500 + 1;
+    a.q = operand(q, a.heads, a.queries, a.width);
+    a.k = operand(k, a.key_heads, a.keys, a.width);
+    a.v = operand(v, a.key_heads, a.keys, a.value_width);
+    a.factor = 1.44f / sqrtf(a.width);
+    auto mask = random_values<uint8_t>(a.queries * a.keys, 0, 1);
+    if (pick(0, 2) == 0) {
+      a.mask = mask.data(), a.mask_is_bool = true;
+      a.mask_query = pick(0, 1) ? a.keys : 0, a.mask_key = 1;
+    }
+    const auto want = attended(dtq::portable, a, 1), got = attended(kernels, a, pick(1, 3));
+    const auto exact = exact_attention(a);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < got.size(); i++)
+      error += (got[i] - exact[i]) * (got[i] - exact[i]), size += exact[i] * exact[i];
+    if (memcmp(got.data(), want.data(), got.size() * 4) || !(error <= size * 3e-4)) {
+      printf("# %s: attention %d, %ld x %ld, %d and %d channels, error %g of %g\n", kernels.name, problem,
+             (long)a.queries, (long)a.keys, a.width, a.value_width, error, size);
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 // The argument: the number of random problems for each instruction set.
@@ -344,7 +427,7 @@ int main(int argc, char** argv) {
                           Case{1, 33, 192, 64, 3}, Case{8, 5, 328, 8, 3}, Case{50, 40, 640, 32, 3}})
       right = right && product(kernels, c);
     if (kernels.multiply_bfloat16 && dtq::has_bfloat16()) right = right && bfloat16_products(kernels);
-    right = right && random_problems(kernels, problems);
+    right = right && random_problems(kernels, problems) && attention(kernels, problems);
     printf("%s %s\n", name, right ? "right" : "WRONG");
     failed |= !right;
   }

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 # fmt: off
 _options = opt.combined(
-    click.option("--suite", type=click.Choice(["gemm", "e2e"]), default="gemm",
+    click.option("--suite", type=click.Choice(["gemm", "e2e", "attention"]), default="gemm",
                  help="What to time: gemm is single linears, e2e one denoising step of models with "
-                      "random weights."),
+                      "random weights, attention int8 attention and that of torch."),
     click.option("--device", type=click.Choice(["cpu", "cuda"]),
                  help="Device to time. Default: cuda if there is a GPU, else cpu."),
     opt.flag("--quick", help="Time fewer sizes, and only blocks of the large model."),
@@ -58,6 +58,7 @@ def bench(
     \b
     dtq bench --quick
     dtq bench --suite e2e -o bench.json --plot bench.svg
+    dtq bench --suite attention
     dtq bench --suite e2e --device cuda --json -o bench.json
     """
     import torch
@@ -68,6 +69,9 @@ def bench(
     from dtq.io.atomic import atomic_write
     from dtq.kernels import LIBRARIES
 
+    if suite == "attention":
+        _attention(device or "cpu", quick, rounds, threads, as_json, output)
+        return
     if plot is not None:
         need("matplotlib", "matplotlib")  # before minutes of measuring
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +94,52 @@ def bench(
         click.echo(text)
     else:
         _print(result)
+
+
+def _attention(
+    device: str, quick: bool, rounds: int, threads: int, as_json: bool, output: Path | None
+) -> None:
+    """Time attention alone; print and write its rows."""
+    import torch
+
+    from dtq.bench import attention, cpu
+    from dtq.errors import InputError
+    from dtq.io.atomic import atomic_write
+    from dtq.kernels import LIBRARIES
+
+    if device != "cpu":
+        raise InputError("int8 attention is for CPUs: --suite attention --device cpu")
+    LIBRARIES[device].load()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = []
+        for measured in attention.attention(quick, rounds):
+            rows += measured
+            if as_json:
+                continue
+            head = (measured[0].case, "error", "ms", f"/ {attention.REFERENCE}")
+            cells = (
+                (r.name, f"{r.error:.1e}", f"{r.seconds * 1e3:.3f}", r.ratio) for r in measured
+            )
+            table(head, [(*some, "1" if q is None else _quartiles(q)) for *some, q in cells])
+            click.echo()
+        conditions = cpu.conditions(rounds)
+    finally:
+        torch.set_num_threads(before)
+    result = {"suite": "attention", "conditions": conditions, "rows": [r.to_json() for r in rows]}
+    text = json.dumps(result, indent=1)
+    if output is not None:
+        atomic_write(output, f"{text}\n")
+    click.echo(
+        text if as_json else ", ".join(f"{key} {value}" for key, value in conditions.items())
+    )
+
+
+def _quartiles(ratio: tuple[float, float, float]) -> str:
+    """The median of a ratio, and its quartiles."""
+    low, middle, high = ratio
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def _print_case(rows: Sequence[BenchRow]) -> None:

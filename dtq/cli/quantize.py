@@ -185,6 +185,10 @@ def print_report(report: Report, output: Path, seconds: float) -> None:
         modes = list(zip(policy["modes"], policy["counts"], strict=True))
         text = ", then ".join(f"{mode} for {n}" for mode, n in reversed(modes))
         click.echo(f"step policy over {policy['num_inference_steps']} steps: {text}")
+    if chosen := report.attention:
+        ratio = chosen["error"] / chosen["error_float"] if chosen["error_float"] else 1.0
+        count = f"{len(chosen['int8'])} of {len(chosen['int8']) + len(chosen['float'])} modules"
+        click.echo(f"int8 attention in {count}: error of a step x {ratio:.3f}")
     checked = report.sanity_check.get("promoted", [])
     for x in report.layers:
         if x.promoted and x.name not in {row["layer"] for row in checked}:

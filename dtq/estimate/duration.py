@@ -20,6 +20,7 @@ from dtq.linalg.cholesky import factor_cost
 from dtq.models import InputGroup, blocks_of
 from dtq.pipelines.sampling import count_dummy_calls
 from dtq.plan.layers import LayerPlan
+from dtq.stages.attention import INPUTS
 from dtq.stages.candidates import NUM_INPUTS
 from dtq.stages.record_calls import RECORDED_SAMPLES
 from dtq.stages.run import Run
@@ -81,7 +82,8 @@ def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> di
     finetuned, blocks = recipe.finetune.name != "none", len(blocks_of(run.model))
     # a step trains one block of all, in three times its forward; 40 calls per block are its targets
     trained = 3 * dict(recipe.finetune.knobs).get("steps", 100) + 40 * blocks
-    recorded = bool(transforms or formats or search.precisions or finetuned)
+    int8_attention = recipe.attention == "int8"
+    recorded = bool(transforms or formats or search.precisions or finetuned or int8_attention)
     call = RECORDED_SAMPLES * branches  # images of a recorded call
     return {
         "calibrate": passes * per_pass,
@@ -90,6 +92,7 @@ def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> di
         "mixed precision": len(groups) * formats * min(recipe.allocate.num_inputs, steps) * call,
         "finetune": finetuned * trained * call,
         "step policy": len(search.precisions) * search.num_bins * search.num_inputs * call,
+        "attention": int8_attention * 2 * min(INPUTS, steps) * call,
         "sanity check": checked,
     }
 

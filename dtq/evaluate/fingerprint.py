@@ -13,10 +13,13 @@ from torch import nn
 
 from dtq.io import checksum
 from dtq.io.checksum import tensor_bytes
+from dtq.nn.attention import int8_attention_modules
 
 
 def fingerprint(model: nn.Module, *others: nn.Module) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of every tensor of a model, 16 hex digits.
+    """SHA-256 of every tensor of a model, and of which attention is int8, 16 hex digits.
+
+    Of a tensor count the name, dtype, shape and bytes.
 
     For several models it is the digest of their fingerprints.
     """
@@ -27,6 +30,8 @@ def fingerprint(model: nn.Module, *others: nn.Module) -> str:
         for name, tensor in sorted(model.state_dict().items()):
             yield f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()
             yield tensor_bytes(tensor)
+        for name in int8_attention_modules(model):
+            yield f"int8 attention {name}\n".encode()
 
     return checksum.digest(chunks())[:16]
 

@@ -25,6 +25,7 @@ from dtq.checkpoint import reader
 from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
 from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
+from dtq.nn.attention import use_int8_attention
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
@@ -228,6 +229,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             plan = self.quantization_config.load_plan()
             finalize(model, plan.edges, plan.policy)
+            use_int8_attention(model, plan.int8_attention)
             share_input_transforms(model)
             share_config_entries(model, self.quantization_config)
         else:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dtq.formats import FORMATS
 from dtq.formats.activations import activation_format_of
-from dtq.kernels import ops_fp4, ops_gemm, ops_quantize, ops_weight
+from dtq.kernels import ops_attention, ops_fp4, ops_gemm, ops_quantize, ops_weight
 from dtq.kernels.libraries import LIBRARIES
 from dtq.kernels.table import LinearProblem, pick
 
@@ -66,6 +66,7 @@ OPS = (
     *ops_gemm.OPS,
     *ops_fp4.OPS,
     *ops_weight.OPS,
+    *ops_attention.OPS,
     ("gelu(Tensor x) -> Tensor", _gelu, torch.empty_like),
     (
         "step_linear(Tensor x, Tensor mode, str[] modes, str weight_format, str activation_format,"

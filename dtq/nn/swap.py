@@ -14,6 +14,7 @@ from torch import nn
 from dtq.errors import CheckpointError
 from dtq.models.linears import is_linear
 from dtq.nn import nan_check
+from dtq.nn.attention import use_int8_attention
 from dtq.nn.gelu import use_fast_gelu
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned, device_of
@@ -98,6 +99,7 @@ def restore(model: nn.Module) -> None:
         for name in [name for name, value in vars(module).items() if value is not_fused]:
             delattr(module, name)
     vars(model).pop("_skip_layerwise_casting_patterns", None)
+    use_int8_attention(model, ())
     remove_clock(model)
 
 

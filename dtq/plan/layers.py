@@ -270,11 +270,13 @@ class CheckpointSpec:
         layers: layer name to its spec.
         edges: of the timestep bins of static activation scales, rising.
         policy: step policy, None without one.
+        int8_attention: modules whose attention is computed in int8 on a CPU.
     """
 
     layers: dict[str, LayerSpec] = field(default_factory=dict)
     edges: tuple[float, ...] = ()
     policy: StepPolicy | None = None
+    int8_attention: tuple[str, ...] = ()
 
     @property
     def bins(self) -> int:
@@ -291,7 +293,7 @@ class CheckpointSpec:
             layers: layer name to what :meth:`LayerSpec.to_json` wrote.
             edges: of the timestep bins, rising.
             where: begins the message.
-            runtime: has the step policy, when there is one.
+            runtime: has the step policy, and the modules with int8 attention, when there are any.
 
         Raises:
             CheckpointError: a field is not what dtq writes; names the layer and the key.
@@ -304,4 +306,12 @@ class CheckpointSpec:
         if "diffusion_step_policy" in runtime:
             at = f"{where}: runtime.diffusion_step_policy"
             policy = StepPolicy.from_json(runtime["diffusion_step_policy"], at)
-        return cls(specs, tuple(edges), policy)
+        s = schema.parse(_Runtime, runtime, f"{where}: runtime", CheckpointError)
+        return cls(specs, tuple(edges), policy, s.int8_attention)
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    """The parts of ``quantization_config.runtime`` that dtq reads besides the step policy."""
+
+    int8_attention: tuple[str, ...] = ()

@@ -25,6 +25,9 @@ from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK
 from dtq.transforms import TRANSFORMS
 
+ATTENTION = ("float", "int8")
+"""How attention is computed on a CPU."""
+
 _LEAST = {"samples": 1, "batch_size": 1, "num_shards": 1, "num_timestep_bins": 1} | dict.fromkeys(
     ("steps", "guidance", "seed"), 0
 )
@@ -61,6 +64,8 @@ class Recipe:
         allocate: mixed precision within a budget.
         finetune: fine-tuning, block by block; ``none`` for none.
         step_policy: activation precision by part of the trajectory.
+        attention: ``int8`` lets modules compute their attention in int8 on a CPU where the error
+            of a step allows it; ``float`` keeps that of the model.
         calibration: what the float model is run on.
     """
 
@@ -82,6 +87,7 @@ class Recipe:
     allocate: Allocate = field(default_factory=Allocate)
     finetune: MethodSpec = MethodSpec("none")
     step_policy: StepPolicySearch = field(default_factory=StepPolicySearch)
+    attention: str = "float"
     calibration: SamplingSettings = field(default_factory=SamplingSettings)
 
     @classmethod
@@ -140,6 +146,7 @@ class Recipe:
         """Where a name stands, the name, and the table that must have it."""
         yield "weights", self.weights, FORMATS
         yield "activations", self.activations, ACTIVATION_FORMATS
+        yield "attention", self.attention, ATTENTION
         yield "modulation", self.modulation, [*MODULATION, *FORMATS]
         lists: dict[str, tuple[tuple[str, ...], Iterable[str]]] = {
             "format_fallbacks": (self.format_fallbacks, FORMATS),

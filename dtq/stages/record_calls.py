@@ -22,6 +22,7 @@ def record_calls(run: Run) -> None:
     recipe, loaded = run.recipe, run.loaded
     finetuned = recipe.finetune.name != "none"
     needed = recipe.allocate.budget or recipe.step_policy.precisions or finetuned
+    needed = needed or recipe.attention == "int8"
     # random inputs would say little about which transform is better
     if needed or (recipe.transform_candidates and run.has_data):
         with paged_weights(*modules_of(loaded)):

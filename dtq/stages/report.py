@@ -22,6 +22,7 @@ class Report:
         allocation: the formats that mixed precision chose.
         finetune: error of each block before and after fine-tuning.
         step_policy: activation precision by part of the trajectory.
+        attention: modules with int8 and with float attention, and the error of a step.
         sanity_check: what the short sampling run measured, and the layers that it promoted.
         layers: quantized layers, in model order.
         inputs: input groups.
@@ -34,6 +35,7 @@ class Report:
     allocation: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
     step_policy: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
     sanity_check: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     inputs: list[InputReport] = field(default_factory=list)

@@ -19,6 +19,7 @@ from dtq.io.safe_parse import finite_or_null
 from dtq.linalg.relative_error import relative_error
 from dtq.models import blocks_of
 from dtq.models.linears import matrix_of, rows_of
+from dtq.nn.attention import float_attention
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import temporarily_replaced
 from dtq.pipelines.recorded_calls import RecordedCall, first_tensor, replay
@@ -101,7 +102,10 @@ def float_reference(run: Run, tick: Tick) -> FloatReference:
         NonFiniteError: the float model gives values that are not finite; the message says where.
     """
     blocks: list[dict[str, Tensor]] = []
-    with temporarily_replaced(run.model, run.floats), _blocks(run.model, blocks, tick):
+    with ExitStack() as stack:
+        stack.enter_context(temporarily_replaced(run.model, run.floats))
+        stack.enter_context(float_attention(run.model))
+        stack.enter_context(_blocks(run.model, blocks, tick))
         calls = _sampled(run, run.inputs)
     for i, call in enumerate(calls):
         if not call.output.isfinite().all():

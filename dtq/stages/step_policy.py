@@ -54,7 +54,7 @@ def step_policy(run: Run) -> None:
     precisions = _filled([chosen[str(b)].name if b in by_bin else "" for b in bins])
     policy = _merged(edges, precisions, [steps.get(b, 0) for b in bins])
     install_clock(run.model, run.edges, policy)
-    run.config.extra["runtime"] = {"diffusion_step_policy": policy.to_json()}
+    run.config.extra.setdefault("runtime", {})["diffusion_step_policy"] = policy.to_json()
     run.report.step_policy = policy.to_json()
     log.info("step policy: %s", ", ".join(policy.precisions))
 

@@ -89,6 +89,7 @@ CPU = Library(
         "w8a8_epilogue_linear",
         "w4a8_epilogue_linear",
         "gelu",
+        "int8_attention",
     ),
     key=lambda: gcc.key(folder("cpu_ext")),
     compiler=lambda: gcc.find()[0],

@@ -33,6 +33,7 @@ UNITS = (
     Unit("dispatch.cpp", _KERNEL),
     Unit("ops.cpp", _BINDING, torch=True),
     Unit("ops_stored.cpp", _BINDING, torch=True),
+    Unit("ops_attention.cpp", _BINDING, torch=True),
 )
 """The source files for all processor architectures."""
 
