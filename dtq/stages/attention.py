@@ -12,8 +12,9 @@ import logging
 from collections.abc import Sequence
 
 from dtq.io.memory import paged_weights
+from dtq.linalg.relative_error import relative_error
 from dtq.nn.attention import attention_modules, int8_attention_everywhere, use_int8_attention
-from dtq.pipelines.recorded_calls import RecordedCall, relative_error, replay, subsample
+from dtq.pipelines.recorded_calls import RecordedCall, replay, subsample
 from dtq.stages.run import Run
 
 log = logging.getLogger("dtq")
