@@ -30,6 +30,9 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <mutex>
+
 #define DTQ_KERNEL __global__
 #define DTQ_CONSTANT __grid_constant__
 #define DTQ_DEV __device__ __forceinline__
@@ -154,6 +157,7 @@ DTQ_DEV T shfl(T value, int from) {
   static_assert(sizeof(T) == 4, "shfl moves 4 bytes");
   return __shfl_sync(0xffffffffu, value, from);
 }
+DTQ_DEV uint32_t max_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 
 // ---------------------------------------------------------------------------- fragments
 
@@ -250,6 +254,13 @@ DTQ_DEV float fmul(float a, float b) { return __fmul_rn(a, b); }
 DTQ_DEV float fdiv(float a, float b) { return __fdiv_rn(a, b); }
 DTQ_DEV float ffma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DTQ_DEV float fsqrt(float a) { return __fsqrt_rn(a); }
+DTQ_DEV float reciprocal(float a) { return __frcp_rn(a); }
+// The larger of a and |b|; NaN if one of them is.
+DTQ_DEV float max_magnitude(float a, float b) {
+  float m;
+  asm("{ .reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size; }" : "=f"(m) : "f"(a), "f"(b));
+  return m;
+}
 DTQ_DEV float int_to_float(int32_t a) { return __int2float_rn(a); }
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.
@@ -279,6 +290,12 @@ DTQ_DEV uint32_t floats_to_f16x2(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+// a * b + c of pairs of bfloat16, rounded once.
+DTQ_DEV uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 DTQ_DEV float f16_to_float(uint16_t h) {
   float f;
@@ -396,17 +413,33 @@ DTQ_DEV void wgmma_wait() {
 
 // ---------------------------------------------------------------------------- host
 
+// The driver's encoder of tensor maps. It is looked up, so that libcuda is not linked, and only once.
+inline cudaError_t find_encoder(void** encode) {
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", encode, 12000,
+                                                             cudaEnableDefault, &result);
+#else
+  const cudaError_t error =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", encode, cudaEnableDefault, &result);
+#endif
+  if (error == cudaSuccess && result != cudaDriverEntryPointSuccess) *encode = nullptr;
+  return error;
+}
+
 // A tensor map of contiguous rows of `row_bytes` bytes, in boxes of box_rows x 64 or 128 bytes; the
-// swizzle is as wide as the box. The driver's function is looked up, so that libcuda is not linked.
+// swizzle is as wide as the box.
 inline int encode_rows(TensorMap* map, const void* base, int64_t rows, int64_t row_bytes,
                        int box_rows, int box_bytes) {
   if (reinterpret_cast<uintptr_t>(base) % 16 || row_bytes % 16) return kUnsupported;
-  void* encode = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess) return error;
-  if (result != cudaDriverEntryPointSuccess) return kUnsupported;
+  static std::atomic<void*> known{nullptr};
+  void* encode = known.load(std::memory_order_relaxed);
+  if (!encode) {
+    const cudaError_t error = find_encoder(&encode);
+    if (error != cudaSuccess) return error;
+    if (!encode) return kUnsupported;
+    known.store(encode, std::memory_order_relaxed);
+  }
   const cuuint64_t size[2] = {cuuint64_t(row_bytes), cuuint64_t(rows)};
   const cuuint64_t pitch[1] = {cuuint64_t(row_bytes)};
   const cuuint32_t box[2] = {cuuint32_t(box_bytes), cuuint32_t(box_rows)}, step[2] = {1, 1};
@@ -416,6 +449,43 @@ inline int encode_rows(TensorMap* map, const void* base, int64_t rows, int64_t r
       box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return done == CUDA_SUCCESS ? kOk : kUnsupported;
+}
+
+// Allows a kernel this much shared memory on the current device, if it was not allowed as much before. May
+// be called while a graph is captured.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  struct Allowed {
+    const void* kernel;
+    int device;
+    std::atomic<size_t> bytes;
+  };
+  static Allowed known[256];  // filled from the front; when it is full, others are allowed at every call
+  static std::atomic<int> count{0};
+  static std::mutex changing;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  auto find = [&]() -> Allowed* {
+    for (int i = 0; i < count.load(std::memory_order_acquire); i++)
+      if (known[i].kernel == kernel && known[i].device == device) return &known[i];
+    return nullptr;
+  };
+  Allowed* entry = find();
+  if (entry && entry->bytes.load(std::memory_order_acquire) >= bytes) return cudaSuccess;
+  const std::lock_guard<std::mutex> lock(changing);
+  entry = find();
+  if (entry && entry->bytes.load(std::memory_order_relaxed) >= bytes) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (error != cudaSuccess) return error;
+  const int end = count.load(std::memory_order_relaxed);
+  if (!entry && end < int(sizeof known / sizeof *known)) {
+    entry = &known[end];
+    entry->kernel = kernel;
+    entry->device = device;
+    count.store(end + 1, std::memory_order_release);
+  }
+  if (entry) entry->bytes.store(bytes, std::memory_order_release);
+  return cudaSuccess;
 }
 
 struct Grid {
@@ -433,9 +503,7 @@ struct Shape {
 template <class P>
 int launch(void (*kernel)(P), const Shape& s, Stream stream, const P& p) {
   if (s.shared > 48 * 1024) {
-    // per kernel and device; may be set again, also while a graph is captured
-    const cudaError_t error = cudaFuncSetAttribute(
-        (const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.shared));
+    const cudaError_t error = allow_shared((const void*)kernel, s.shared);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

@@ -120,25 +120,29 @@ int cached(const Tensor& t, std::array<std::atomic<int>, 64>& known, Query query
   return value;
 }
 
+// An error, such as a driver that is older than the runtime of this library, is one of the call: without
+// it every device would seem to be too old, and every op would run the reference.
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "dtq: attribute ", int(which), " of device ", device, ": ",
+                  cudaGetErrorString(error));
+  return value;
+}
+
 // The compute capability, 90 for sm_90.
 inline int capability(const Tensor& t) {
   static std::array<std::atomic<int>, 64> known{};
   return cached(t, known, [](int device) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    return 10 * major + minor;
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+           attribute(cudaDevAttrComputeCapabilityMinor, device);
   });
 }
 
 // If the device is a slice of a GPU, those of the slice.
 inline int multiprocessors(const Tensor& t) {
   static std::array<std::atomic<int>, 64> known{};
-  return cached(t, known, [](int device) {
-    int count = 0;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-  });
+  return cached(t, known, [](int device) { return attribute(cudaDevAttrMultiProcessorCount, device); });
 }
 
 inline bool on_same_device(const Tensor& t, const Tensor& like) {
@@ -185,6 +189,12 @@ inline void check(const Tensor& t, const char* name, const Tensor& like, ScalarT
   STD_TORCH_CHECK(t.scalar_type() == type, "dtq: ", name, " is ", name_of(t.scalar_type()),
                   ", expected ", name_of(type));
   STD_TORCH_CHECK(t.is_contiguous(), "dtq: ", name, " is not contiguous");
+}
+
+// Checks that a tensor that the kernels read `bytes` at a time starts at a multiple of them: a view may not.
+inline void check_alignment(const Tensor& t, const char* name, int bytes) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % bytes == 0, "dtq: ", name,
+                  " starts at an address that is no multiple of ", bytes, " bytes; clone the view");
 }
 
 inline void check_count(const Tensor& t, const char* name, int64_t count) {

@@ -38,7 +38,7 @@ enum Prologue {
 enum Output {
   kInt8,   // int8 with a per-token scale
   kE4m3,   // float8_e4m3fn with a per-token scale
-  kFloat,  // float32, not quantized
+  kFloat,  // floats, not quantized
   kE2m1,   // as kInt8: twice the E2M1 value
   // FP4: E2M1 codes, two a byte; a per-token scale, NaN if a value is not finite; and block scales:
   kNvRow,          // an e4m3 for every 16 columns
@@ -70,7 +70,7 @@ struct Rows {
   const float* static_scale;  // a scale for all tokens, or a table of them; null for a scale per token
   const int64_t* bin;         // (1), index into that table; null for 0
   Rounding rounding;          // kFakeQuantized
-  Float out_type;             // kFakeQuantized
+  Float out_type;             // kFloat, kFakeQuantized
   void* out;                  // (M, width) of int8, e4m3 bytes or floats; FP4: (M, K / 2) bytes
   int64_t out_stride;
   uint8_t* block_scale;  // FP4: (M, K / 16 or K / 32)

@@ -147,6 +147,8 @@ void set_branch(dtq::Gemm& g, const Tensor& x_q, const OptionalTensor& low, cons
   STD_TORCH_CHECK(low->dim() == 2 && low->size(0) == g.tokens, "dtq: low must be (", g.tokens, ", rank)");
   STD_TORCH_CHECK(up->dim() == 2 && up->size(0) == g.rows && up->size(1) == low->size(1),
                   "dtq: up must be (", g.rows, ", ", low->size(1), ")");
+  check_alignment(*low, "low", 4);  // pairs
+  check_alignment(*up, "up", 4);
   g.down = low->data_ptr();
   g.up = up->data_ptr();
   g.rank = low->size(1);

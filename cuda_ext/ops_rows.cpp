@@ -228,10 +228,11 @@ Tensor round_rows(const Tensor& x_in, const OptionalTensor& pre_scale, const Opt
   Tensor x = row_contiguous(x_in, "x");
   Guard guard(x);
   const dtq::Rounding rounding = rounding_of(activation_format);
-  if (has_row_kernel(x) && is_kernel_dtype(type) && rounding != dtq::kRoundNone) {
+  const bool only_transformed = activation_format == "none";
+  if (has_row_kernel(x) && is_kernel_dtype(type) && (only_transformed || rounding != dtq::kRoundNone)) {
     Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, type);
     dtq::Rows rows = row_operands(x, {pre_scale, perm, hadamard_block, num_rotations});
-    rows.output = dtq::kFakeQuantized;
+    rows.output = only_transformed ? dtq::kFloat : dtq::kFakeQuantized;
     rows.rounding = rounding;
     rows.out_type = float_type(type);
     rows.out = y.data_ptr();
@@ -321,6 +322,7 @@ bool set_weight(dtq::Weight& w, const Tensor& like, const std::string& format,
     } else if (name == "weight_zero_point") {
       w.zero = static_cast<const int8_t*>(at);
     } else if (name == "weight_lut" && w.encoding == dtq::kWords) {
+      check_alignment(tensor, "weight_lut", 2 * code.vector);  // the values of a code at once
       w.words = static_cast<const uint16_t*>(at);
     } else if (name == "weight_lut") {
       w.codebook = static_cast<const float*>(at);
@@ -429,6 +431,14 @@ STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
 
 // The architectures that this file was compiled for.
 DTQ_EXPORT const char* dtq_cuda_archs() { return DTQ_ARCHS; }
+
+#if !defined(DTQ_SIM)
+#define DTQ_TEXT_OF(number) #number
+#define DTQ_TEXT(number) DTQ_TEXT_OF(number)
+// The CUDA runtime that is linked into the library. dtq/kernels/compile/cuda.py looks for this text in the
+// file, before it loads the library, and compares it with what the driver supports.
+DTQ_EXPORT const char* dtq_cuda_runtime() { return "dtq cudart " DTQ_TEXT(CUDART_VERSION); }
+#endif
 
 // Before the first call of an op, from one thread: the one that loads the library.
 DTQ_EXPORT void dtq_cuda_format(const char* name, int encoding, int bits, int offset, int vector,

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // launch_rows: chooses and launches a row kernel.
+#include <algorithm>
+
 #include "rows_register.cuh"
 #include "rows_tiled.cuh"
 
@@ -25,12 +27,8 @@ constexpr int64_t kSharedBytes = 99 * 1024;  // a thread block can have it on ev
 int bytes_of(Float type) { return type == kFloat32 ? 4 : 2; }
 
 // Floats of shared memory before the row between two rotations.
-template <Prologue kPrologue>
 int64_t shared_floats(const Rows& r, int threads) {
-  int64_t floats = kWarpWords;
-  if (r.hadamard_block > 32 * kVec) floats += threads * kVec;
-  if (kPrologue == kNorm) floats += (r.columns + kVec - 1) / kVec;
-  return floats;
+  return kWarpWords + (r.hadamard_block > 32 * kVec ? threads * kVec : 0);
 }
 
 Shape shape_of(const Rows& r, int threads, int64_t floats) {
@@ -41,24 +39,60 @@ Shape shape_of(const Rows& r, int threads, int64_t floats) {
   return shape;
 }
 
+// Whole warps.
+template <class K>
+int launch_kind(const RowPlan& p, Stream stream) {
+  const int threads = int(ceil_div(p.r.width, 32 * K::kColumns)) * 32;
+  return launch(rows_register_kernel<K>, shape_of(p.r, threads, shared_floats(p.r, threads)), stream, p);
+}
+
+template <Prologue kPrologue, Float kType>
+int launch_typed(const RowPlan& p, Stream stream) {
+  const Rows& r = p.r;
+  if constexpr (kPrologue == kNorm) {
+    if (!r.modulate_scale) return launch_kind<RowKind<kNorm, kPlain, kType, kInt8>>(p, stream);
+    if (r.modulate_type == kType)
+      return launch_kind<RowKind<kNorm, kSameType, kType, kInt8>>(p, stream);
+    return launch_kind<RowKind<kNorm, kFloatVectors, kType, kInt8>>(p, stream);
+  } else if constexpr (kPrologue == kGelu) {
+    return launch_kind<RowKind<kGelu, kPlain, kType, kInt8>>(p, stream);
+  } else {
+    switch (r.output) {
+      case kInt8: return launch_kind<RowKind<kNoPrologue, kPlain, kType, kInt8>>(p, stream);
+      case kFloat: return launch_kind<RowKind<kNoPrologue, kPlain, kType, kFloat>>(p, stream);
+      case kE2m1: return launch_kind<RowKind<kNoPrologue, kPlain, kType, kE2m1>>(p, stream);
+      case kNvRow: return launch_kind<RowKind<kNoPrologue, kPlain, kType, kNvRow>>(p, stream);
+      case kMxRow: return launch_kind<RowKind<kNoPrologue, kPlain, kType, kMxRow>>(p, stream);
+      case kFakeQuantized:
+        return launch_kind<RowKind<kNoPrologue, kPlain, kType, kFakeQuantized>>(p, stream);
+      case kE4m3: break;
+    }
+    return kUnsupported;
+  }
+}
+
 template <Prologue kPrologue>
-int launch_register(RowPlan& p, int threads, Stream stream) {
-  p.tiles = 1;
-  const Shape shape = shape_of(p.r, threads, shared_floats<kPrologue>(p.r, threads));
-  return launch(rows_register_kernel<kPrologue>, shape, stream, p);
+int launch_register(const RowPlan& p, Stream stream) {
+  switch (p.r.type) {
+    case kFloat32: return launch_typed<kPrologue, kFloat32>(p, stream);
+    case kBFloat16: return launch_typed<kPrologue, kBFloat16>(p, stream);
+    case kFloat16: return launch_typed<kPrologue, kFloat16>(p, stream);
+  }
+  return kUnsupported;
 }
 
 template <Prologue kPrologue>
 int launch_tiled(RowPlan& p, int threads, Stream stream) {
   const Rows& r = p.r;
   p.tiles = (r.width + threads * kVec - 1) / (threads * kVec);
-  int64_t floats = shared_floats<kPrologue>(r, threads);
+  int64_t floats = shared_floats(r, threads);
+  if (kPrologue == kNorm) floats += p.tiles * (threads / 32);  // sums of warps
   p.transposed_offset = -1;
   if (r.num_rotations == 2) {
     if ((floats + r.columns) * 4 <= kSharedBytes) {
       p.transposed_offset = (int)floats;
       floats += r.columns;
-    } else if (r.output != kFloat && (r.output != kFakeQuantized || r.out_type != kFloat32)) {
+    } else if ((r.output != kFloat && r.output != kFakeQuantized) || r.out_type != kFloat32) {
       return kLongRow;
     }
   }
@@ -66,20 +100,39 @@ int launch_tiled(RowPlan& p, int threads, Stream stream) {
   return launch(rows_tiled_kernel<kPrologue>, shape_of(r, threads, floats), stream, p);
 }
 
-// Whether all arrays can be read 16 bytes at a time and the row is not too long.
+// Whether all arrays can be read 16 bytes at a time, the row is not too long, and there is a kernel for the
+// types and the output.
 bool fits_registers(const RowPlan& p) {
   const Rows& r = p.r;
-  const bool quantized = r.output == kInt8 || r.output == kE2m1 || r.output >= kNvRow;
-  return quantized && !r.perm && r.num_rotations == 1 && r.columns % kVec == 0 &&
-         r.width % kVec == 0 && r.width <= kRegisterColumns && p.aligned_x && p.aligned_out &&
-         (!r.modulate_scale || p.aligned_modulate) && (!r.pre_scale || p.aligned_pre);
+  const bool output = r.prologue == kNoPrologue ? r.output != kE4m3 : r.output == kInt8;
+  const bool vectors = !r.modulate_scale || r.modulate_type == r.type || r.modulate_type == kFloat32;
+  const int64_t longest = std::max({r.stride * bytes_of(r.type), r.out_stride * 4,
+                                    r.modulate_stride * bytes_of(r.modulate_type)});
+  const int columns = r.output == kInt8 ? 2 * kVec : kVec;  // of a thread
+  return output && vectors && longest < int64_t(1) << 32 && !r.perm && r.num_rotations == 1 &&
+         r.columns % columns == 0 && r.width % columns == 0 && r.width <= kRegisterColumns && p.aligned_x &&
+         p.aligned_out && (!r.modulate_scale || p.aligned_modulate) && (!r.pre_scale || p.aligned_pre);
 }
 
-// Whole warps, one vector per thread. A Hadamard block is always within one tile.
+// The number of the host that kernels divide by; see modulate_row.
+void set_divisors(RowPlan& p) {
+  const Rows& r = p.r;
+  const uint64_t tokens = (uint64_t)std::clamp<int64_t>(r.rows_per_modulate, 1, INT32_MAX);
+  while (uint64_t(1) << p.modulate_shift < tokens) p.modulate_shift++;
+  p.modulate_multiplier = uint32_t((uint64_t(1) << (31 + p.modulate_shift)) / tokens + 1);
+  p.inverse_qmax = 1.0f / (float)std::max(r.qmax, 1);
+  p.inverse_columns = 1.0f / (float)r.columns;
+  p.x_pitch = uint32_t(r.stride * bytes_of(r.type));
+  p.modulate_pitch = uint32_t(r.modulate_stride * bytes_of(r.modulate_type));
+  p.out_pitch = uint32_t(r.out_stride);
+}
+
+// A Hadamard block is always within one tile.
 template <Prologue kPrologue>
 int launch_kernel(RowPlan& p, Stream stream) {
-  const int64_t warps = (p.r.width + 32 * kVec - 1) / (32 * kVec);
-  if (fits_registers(p)) return launch_register<kPrologue>(p, (int)warps * 32, stream);
+  set_divisors(p);
+  if (fits_registers(p)) return launch_register<kPrologue>(p, stream);
+  const int64_t warps = ceil_div(p.r.width, 32 * kVec);
   const bool one_tile = warps * 32 <= kTiledThreads;
   return launch_tiled<kPrologue>(p, one_tile ? (int)warps * 32 : kTiledThreads, stream);
 }
@@ -113,7 +166,7 @@ int launch_rows(const Rows& rows, Stream stream) {
       vector_aligned(r.modulate_scale, r.modulate_stride, bytes_of(r.modulate_type)) &&
       vector_aligned(r.modulate_shift, 0, 1);
   p.aligned_pre = vector_aligned(r.pre_scale, 0, 1);
-  int size = r.output == kFloat ? 4 : r.output == kFakeQuantized ? bytes_of(r.out_type) : 1;
+  int size = r.output == kFloat || r.output == kFakeQuantized ? bytes_of(r.out_type) : 1;
   if (r.output == kNvRow || r.output == kMxRow) size = 16;  // FP4 rows are aligned
   p.aligned_out = vector_aligned(r.out, r.out_stride, size);
   switch (r.prologue) {

@@ -8,8 +8,10 @@
 // Order of float32 operations (dtq/kernels/ops.py and ops_quantize.py do the same in torch):
 //   norm       mean = sum(x) / K; rstd = 1 / sqrt(sum((x - mean)^2) / K + eps);
 //              ((x - mean) * rstd) * (1 + modulate_scale) + modulate_shift
-//   sum        each vector of 16 columns by halves (i with i + 8, then 4, 2, 1); lane l of 32 adds the
-//              vectors l, l + 32, l + 64 ... one after the other; lanes by halves (16, 8, 4, 2, 1)
+//   sum        each vector of 16 columns by halves (i with i + 8, then 4, 2, 1); then neighbours, pairs of
+//              neighbours and so on (0 with 1, then 0-1 with 2-3 ...) up to 512 columns; place l of 32 adds
+//              those sums l, l + 32, l + 64 ... one after the other; then again neighbours, up to all 32.
+//              So the order does not depend on how many vectors a thread holds.
 //   transform  * pre_scale; permutation; butterflies, smallest stride first; * hadamard_block^-0.5
 //   int8       scale = amax / qmax, at least 1e-8, 1 for a row of zeros, NaN for one with a NaN;
 //              round(x / scale), ties to even, clamped to +-qmax, 0 for NaN
@@ -34,55 +36,99 @@ struct RowPlan {
   bool aligned_x, aligned_modulate, aligned_pre, aligned_out;  // 16-byte access is allowed
   int64_t tiles;                                               // of a row; 1 in registers
   int transposed_offset;  // of the row between two rotations in shared memory, in floats; -1: in `out`
+  float inverse_qmax;     // rounded
+  // of r.rows_per_modulate, see modulate_row
+  uint32_t modulate_multiplier;
+  int modulate_shift;
+  // in registers: bytes from row to row, below 2^32
+  uint32_t x_pitch, modulate_pitch, out_pitch;
+  float inverse_columns;
 };
 
-constexpr int kWarpWords = 64;  // at the start of shared memory, for amax_of_block and sum_of_threads
+// At the start of shared memory: a word of each warp for every reduction over a thread block, so that each
+// needs one barrier only.
+constexpr int kWarpWords = 128;
+constexpr int kAmaxWords = 0, kSumWords = 32, kMeanWords = 64, kVarianceWords = 96;
+
+// row / rows_per_modulate without a division: both are below 2^31, and the multiplier is
+// floor(2^(31 + shift) / rows_per_modulate) + 1 with 2^shift >= rows_per_modulate.
+DTQ_DEV int64_t modulate_row(const RowPlan& p, uint32_t row) {
+  return uint32_t(uint64_t(row * 2) * p.modulate_multiplier >> 32) >> p.modulate_shift;
+}
 
 // ---------------------------------------------------------------------------- rotation
 
-// One stage inside a thread: (a + b, a - b) of columns `half` apart.
-template <int half>
-DTQ_DEV void stage_in_thread(float (&v)[kVec]) {
-  DTQ_UNROLL for (int i = 0; i < kVec; i++)
-    if (!(i & half)) {
-      const float a = v[i], b = v[i + half];
-      v[i] = a + b;
-      v[i + half] = a - b;
-    }
+// All of it on the columns of a thread: n vectors that follow one another.
+
+// One stage inside each vector: (a + b, a - b) of columns `half` apart.
+template <int half, int n>
+DTQ_DEV void stage_in_vector(float (&v)[n][kVec]) {
+  DTQ_UNROLL for (int h = 0; h < n; h++)
+    DTQ_UNROLL for (int i = 0; i < kVec; i++)
+      if (!(i & half)) {
+        const float a = v[h][i], b = v[h][i + half];
+        v[h][i] = a + b;
+        v[h][i + half] = a - b;
+      }
+}
+
+// One stage between the two vectors of a thread.
+DTQ_DEV void stage_in_thread(float (&v)[2][kVec]) {
+  DTQ_UNROLL for (int i = 0; i < kVec; i++) {
+    const float a = v[0][i], b = v[1][i];
+    v[0][i] = a + b;
+    v[1][i] = a - b;
+  }
 }
 
 // One stage between lanes: the lower lane gets the sum, the upper one the difference.
-DTQ_DEV void stage_in_warp(float (&v)[kVec], int stride) {
+template <int n>
+DTQ_DEV void stage_in_warp(float (&v)[n][kVec], int stride) {
   const float sign = lane() & stride ? -1.0f : 1.0f;
-  DTQ_UNROLL for (int i = 0; i < kVec; i++)
-    v[i] = ffma(sign, v[i], shfl_xor(v[i], stride));
+  DTQ_UNROLL for (int h = 0; h < n; h++)
+    DTQ_UNROLL for (int i = 0; i < kVec; i++)
+      v[h][i] = ffma(sign, v[h][i], shfl_xor(v[h][i], stride));
 }
 
-// One stage between warps. Neighbouring threads store to neighbouring words, without bank conflicts.
-DTQ_DEV void stage_in_block(float (&v)[kVec], int stride, float* exchange) {
+// One stage between warps, through memory for a vector of each thread. Neighbouring threads store to
+// neighbouring words, without bank conflicts.
+template <int n>
+DTQ_DEV void stage_in_block(float (&v)[n][kVec], int stride, float* exchange) {
   const int threads = block_threads();
   // threads past the end of the row may have no partner; their values are zeros
   const int partner = (tid() ^ stride) < threads ? tid() ^ stride : tid();
-  sync_threads();
-  DTQ_UNROLL for (int i = 0; i < kVec; i++) sts(exchange + i * threads + tid(), v[i]);
-  sync_threads();
   const float sign = tid() & stride ? -1.0f : 1.0f;
-  DTQ_UNROLL for (int i = 0; i < kVec; i++)
-    v[i] = ffma(sign, v[i], lds<float>(exchange + i * threads + partner));
+  DTQ_UNROLL for (int h = 0; h < n; h++) {
+    sync_threads();
+    DTQ_UNROLL for (int i = 0; i < kVec; i++) sts(exchange + i * threads + tid(), v[h][i]);
+    sync_threads();
+    DTQ_UNROLL for (int i = 0; i < kVec; i++)
+      v[h][i] = ffma(sign, v[h][i], lds<float>(exchange + i * threads + partner));
+  }
 }
 
 // Rotates the Hadamard blocks of a tile; all threads of the thread block must call it.
-DTQ_DEV void rotate(float (&v)[kVec], int64_t block, float scale, float* exchange) {
+template <int n>
+DTQ_DEV void rotate(float (&v)[n][kVec], int block, float scale, float* exchange) {
   if (block == 1) return;
-  stage_in_thread<1>(v);
-  if (block > 2) stage_in_thread<2>(v);
-  if (block > 4) stage_in_thread<4>(v);
-  if (block > 8) stage_in_thread<8>(v);
-  DTQ_ROLLED for (int lanes = 1; lanes < 32 && lanes * kVec < block; lanes *= 2)
+  stage_in_vector<1>(v);
+  if (block >= kVec) {  // the usual lengths, without a question before each stage
+    stage_in_vector<2>(v);
+    stage_in_vector<4>(v);
+    stage_in_vector<8>(v);
+  } else {
+    if (block > 2) stage_in_vector<2>(v);
+    if (block > 4) stage_in_vector<4>(v);
+  }
+  if constexpr (n == 2)
+    if (block > kVec) stage_in_thread(v);
+  constexpr int kColumns = n * kVec;
+  DTQ_ROLLED for (int lanes = 1; lanes < 32 && lanes * kColumns < block; lanes *= 2)
     stage_in_warp(v, lanes);
-  DTQ_ROLLED for (int threads = 32; threads * kVec < block; threads *= 2)
+  DTQ_ROLLED for (int threads = 32; threads * kColumns < block; threads *= 2)
     stage_in_block(v, threads, exchange);
-  DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fmul(v[i], scale);
+  DTQ_UNROLL for (int h = 0; h < n; h++)
+    DTQ_UNROLL for (int i = 0; i < kVec; i++) v[h][i] = fmul(v[h][i], scale);
 }
 
 // ---------------------------------------------------------------------------- reductions
@@ -95,18 +141,9 @@ DTQ_DEV float sum_of_vector(const float (&v)[kVec]) {
   return s[0];
 }
 
+// Neighbours first.
 DTQ_DEV float sum_of_lanes(float x) {
-  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = x + shfl_xor(x, lanes);
-  return x;
-}
-
-// The sum of the `count` sums of vectors in shared memory; every warp computes it.
-DTQ_DEV float sum_of_row(const float* vector_sums, int64_t count) {
-  sync_threads();
-  float x = 0;
-  for (int64_t j = lane(); j < count; j += 32) x = x + lds<float>(vector_sums + j);
-  x = sum_of_lanes(x);
-  sync_threads();  // they may be overwritten now
+  DTQ_UNROLL for (int lanes = 1; lanes < 32; lanes *= 2) x = x + shfl_xor(x, lanes);
   return x;
 }
 
@@ -114,31 +151,47 @@ DTQ_DEV uint32_t umax(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 // As bits: those of magnitudes are ordered as the magnitudes are, with NaN above all.
 DTQ_DEV uint32_t amax_of_vector(const float (&v)[kVec]) {
-  uint32_t amax = 0;
-  DTQ_UNROLL for (int i = 0; i < kVec; i++) amax = umax(amax, float_bits(v[i]) & 0x7fffffff);
-  return amax;
+  float m[4];  // four, so that fewer instructions wait for one another
+  DTQ_UNROLL for (int i = 0; i < 4; i++) m[i] = fabsf(v[i]);
+  DTQ_UNROLL for (int i = 4; i < kVec; i++) m[i % 4] = max_magnitude(m[i % 4], v[i]);
+  return float_bits(max_magnitude(max_magnitude(m[0], m[1]), max_magnitude(m[2], m[3])));
 }
 
-// The maximum over all threads of the block; to be called once. `words` has one word per warp.
-DTQ_DEV uint32_t amax_of_block(uint32_t x, uint32_t* words) {
-  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = umax(x, shfl_xor(x, lanes));
-  const int warps = block_threads() / 32;
-  if (warps == 1) return x;
-  if (lane() == 0) sts(words + warp(), x);
+DTQ_DEV int warps_of_block() { return int(unsigned(block_threads()) / 32); }
+
+// Stores a word of each warp, and returns that of warp `lane`, 0 for lanes from the number of warps on.
+DTQ_DEV uint32_t words_of_warps(uint32_t mine, uint32_t* words, int warps) {
+  if (lane() == 0) sts(words + warp(), mine);
   sync_threads();
-  x = lane() < warps ? lds<uint32_t>(words + lane()) : 0;
-  DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x = umax(x, shfl_xor(x, lanes));
-  return x;
+  return lane() < warps ? lds<uint32_t>(words + lane()) : 0;
+}
+
+// The maximum over all threads of the block; to be called once. `words` are the kAmaxWords.
+DTQ_DEV uint32_t amax_of_block(uint32_t x, uint32_t* words) {
+  x = max_of_warp(x);
+  const int warps = warps_of_block();
+  return warps == 1 ? x : max_of_warp(words_of_warps(x, words, warps));
+}
+
+// The sum over all threads of the block, at most 32 warps; to be called once for each `words`.
+DTQ_DEV float sum_of_block(float x, uint32_t* words) {
+  x = sum_of_lanes(x);
+  const int warps = warps_of_block();
+  return warps == 1 ? x : sum_of_lanes(bits_float(words_of_warps(float_bits(x), words, warps)));
+}
+
+// The sum of the `count` sums of warps in shared memory, computed by every warp.
+DTQ_DEV float sum_of_warps(const float* sums, int64_t count) {
+  float x = lane() < count ? lds<float>(sums + lane()) : 0;
+  DTQ_ROLLED for (int64_t j = lane() + 32; j < count; j += 32) x = x + lds<float>(sums + j);
+  return sum_of_lanes(x);
 }
 
 DTQ_DEV int32_t sum_of_threads(int32_t x, uint32_t* words) {
   DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x += shfl_xor(x, lanes);
-  const int warps = block_threads() / 32;
+  const int warps = warps_of_block();
   if (warps == 1) return x;
-  words += 32;  // other warps may still read those of amax_of_block
-  if (lane() == 0) sts(words + warp(), (uint32_t)x);
-  sync_threads();
-  x = lane() < warps ? lds<int32_t>(words + lane()) : 0;
+  x = (int32_t)words_of_warps((uint32_t)x, words, warps);
   DTQ_UNROLL for (int lanes = 16; lanes; lanes /= 2) x += shfl_xor(x, lanes);
   return x;
 }
@@ -154,6 +207,16 @@ DTQ_DEV float quotient(float x, float scale, float inverse) {
   return ffma(ffma(-q, scale, x), inverse, q);
 }
 
+// x / n for an integer n up to 2^16, from inverse = RN(1 / n): the float nearest to the quotient. x n^-1 is
+// within 1.5 units in the last place of it, and its remainder, fewer than 2^18 such units, is exact. So the
+// corrected quotient is as near as 2^-23 units before it is rounded, and x / n is at least 2^-18 units from
+// any tie. Not for quotients below 2^-100.
+DTQ_DEV float divide_by_integer(float x, float n, float inverse) {
+  const float q = fmul(x, inverse);
+  // an infinite quotient has no remainder
+  return fabsf(q) < bits_float(0x7f800000) ? ffma(ffma(-q, n, x), inverse, q) : q;
+}
+
 // q rounded to an integer, |q| < 2^22, ties to even, in the low bits.
 DTQ_DEV uint32_t nearest(float q) { return float_bits(q + kRoundToInt); }
 
@@ -165,7 +228,8 @@ struct Quantizer {
 
 DTQ_DEV float static_scale(const Rows& r) { return ldg(r.static_scale + (r.bin ? ldg(r.bin) : 0)); }
 
-DTQ_DEV Quantizer quantizer(const Rows& r, uint32_t amax) {
+DTQ_DEV Quantizer quantizer(const RowPlan& p, uint32_t amax) {
+  const Rows& r = p.r;
   Quantizer q;
   q.qmax = int_to_float(r.qmax);
   q.in_range = !r.static_scale && amax < 0x7f800000;
@@ -173,10 +237,10 @@ DTQ_DEV Quantizer quantizer(const Rows& r, uint32_t amax) {
   if (r.static_scale) {
     q.scale = static_scale(r);
   } else if (amax) {  // true for NaN: the int8 of such a row are numbers, its scale must be NaN
-    q.scale = fdiv(bits_float(amax), q.qmax);
+    q.scale = divide_by_integer(bits_float(amax), q.qmax, p.inverse_qmax);
     q.scale = q.scale < kMinInt8Scale ? kMinInt8Scale : q.scale;
   }
-  q.inverse = fdiv(1, q.scale);
+  q.inverse = reciprocal(q.scale);
   return q;
 }
 
@@ -190,20 +254,25 @@ DTQ_DEV uint32_t quantize_value(const Quantizer& q, float x) {
   return v == v ? nearest(v) & 0xff : 0;
 }
 
-// The int8 of a vector, four in a word. Returns their sum.
-DTQ_DEV int32_t quantize_vector(const Quantizer& q, const float (&v)[kVec], uint32_t (&packed)[4]) {
+// The low bytes of four words.
+DTQ_DEV uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return byte_perm(byte_perm(a, b, 0x0040), byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// The int8 of a vector, four in a word.
+DTQ_DEV void quantize_vector(const Quantizer& q, const float (&v)[kVec], uint32_t (&packed)[4]) {
+  uint32_t c[kVec];
+  if (q.in_range)
+    DTQ_UNROLL for (int i = 0; i < kVec; i++) c[i] = nearest(quotient(v[i], q.scale, q.inverse));
+  else
+    DTQ_UNROLL for (int i = 0; i < kVec; i++) c[i] = quantize_value(q, v[i]);
+  DTQ_UNROLL for (int i = 0; i < 4; i++)
+    packed[i] = low_bytes(c[i * 4], c[i * 4 + 1], c[i * 4 + 2], c[i * 4 + 3]);
+}
+
+DTQ_DEV int32_t sum_of_codes(const uint32_t (&packed)[4]) {
   int32_t sum = 0;
-  DTQ_UNROLL for (int i = 0; i < 4; i++) {
-    uint32_t c[4];
-    if (q.in_range)
-      DTQ_UNROLL for (int j = 0; j < 4; j++)
-        c[j] = nearest(quotient(v[i * 4 + j], q.scale, q.inverse));
-    else
-      DTQ_UNROLL for (int j = 0; j < 4; j++) c[j] = quantize_value(q, v[i * 4 + j]);
-    // the low bytes of four words
-    packed[i] = byte_perm(byte_perm(c[0], c[1], 0x0040), byte_perm(c[2], c[3], 0x0040), 0x5410);
-    sum = dp4a(packed[i], 0x01010101, sum);
-  }
+  DTQ_UNROLL for (int i = 0; i < 4; i++) sum = dp4a(packed[i], 0x01010101, sum);
   return sum;
 }
 
@@ -343,18 +412,19 @@ DTQ_DEV void fake_quantize_vector(const Rows& r, uint32_t amax, float (&v)[kVec]
   DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fmul(fmul(round_to_e2m1(v[i]), scale), row_amax);
 }
 
-DTQ_DEV void write_fake_quantized(const Rows& r, int64_t row, int64_t k, bool aligned,
-                                  const float (&v)[kVec]) {
+// Floats of r.out_type, which is asked once.
+DTQ_DEV void write_rounded(const Rows& r, int64_t row, int64_t k, bool aligned, const float (&v)[kVec]) {
   const int64_t at = row * r.out_stride;
   if (r.out_type == kFloat32) write_floats((float*)r.out + at, k, r.width, aligned, v);
-  else write_halves((uint16_t*)r.out + at, k, r.width, aligned, r.out_type, v);
+  else if (r.out_type == kBFloat16) write_halves((uint16_t*)r.out + at, k, r.width, aligned, kBFloat16, v);
+  else write_halves((uint16_t*)r.out + at, k, r.width, aligned, kFloat16, v);
 }
 
 // Quantizes and writes a vector; all lanes must call it, also those past the end of the row.
+template <bool nv>
 DTQ_DEV void write_fp4(const Rows& r, int64_t row, int64_t k, uint32_t amax, float (&v)[kVec]) {
-  const bool nv = r.output == kNvRow;
   uint32_t byte;
-  if (nv) {
+  if constexpr (nv) {
     const float row_amax = fp4_amax(amax);
     DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fdiv(v[i], row_amax);
     byte = nvfp4_scale(v);

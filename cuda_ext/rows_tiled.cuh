@@ -15,9 +15,9 @@ DTQ_KERNEL void DTQ_BOUNDS(kTiledThreads, 1) rows_tiled_kernel(const DTQ_CONSTAN
   DTQ_SHARED(shared);
   const Rows& r = p.r;
   const int64_t row = block_x();
-  uint32_t* words = (uint32_t*)shared;
+  uint32_t* words = (uint32_t*)shared + kAmaxWords;
   float* exchange = (float*)shared + kWarpWords;
-  float* vector_sums = exchange + (r.hadamard_block > 32 * kVec ? block_threads() * kVec : 0);
+  float* warp_sums = exchange + (r.hadamard_block > 32 * kVec ? block_threads() * kVec : 0);
   // the row between two rotations; a float32 row may be in the output: each thread reads its vector before
   // it writes it
   float* transposed = p.transposed_offset < 0 ? (float*)r.out + row * r.out_stride
@@ -25,21 +25,24 @@ DTQ_KERNEL void DTQ_BOUNDS(kTiledThreads, 1) rows_tiled_kernel(const DTQ_CONSTAN
   auto column = [&](int64_t tile) { return (tile * block_threads() + tid()) * kVec; };
   const void* x = row_of(r.x, r.type, row, r.stride);
 
+  const int64_t by = modulate_row(p, (uint32_t)row);
   float mean = 0, rstd = 1;
   if constexpr (kPrologue == kNorm) {
     auto mean_of_row = [&](bool squared) {
       DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
         float v[kVec];
         const int64_t k = column(tile);
-        if (k >= r.columns) continue;
         read_vector(x, r.type, k, r.columns, p.aligned_x, v);
         if (squared) {
           DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fmul(v[i] - mean, v[i] - mean);
           zero_beyond(v, k, r.columns);
         }
-        sts(vector_sums + k / kVec, sum_of_vector(v));
+        const float sum = sum_of_lanes(sum_of_vector(v));
+        if (lane() == 0) sts(warp_sums + k / (32 * kVec), sum);
       }
-      const float s = sum_of_row(vector_sums, (r.columns + kVec - 1) / kVec);
+      sync_threads();
+      const float s = sum_of_warps(warp_sums, p.tiles * warps_of_block());
+      sync_threads();  // they may be overwritten now
       return fdiv(s, int_to_float((int32_t)r.columns));
     };
     DTQ_ROLLED for (int squared = 0; squared < 2; squared++) {
@@ -61,7 +64,6 @@ DTQ_KERNEL void DTQ_BOUNDS(kTiledThreads, 1) rows_tiled_kernel(const DTQ_CONSTAN
     if constexpr (kPrologue == kNorm) {
       DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fmul(v[i] - mean, rstd);
       if (r.modulate_scale) {
-        const int64_t by = row / r.rows_per_modulate;
         const Float type = r.modulate_type;
         load(row_of(r.modulate_scale, type, by, r.modulate_stride), type, p.aligned_modulate, other);
         DTQ_UNROLL for (int i = 0; i < kVec; i++) v[i] = fmul(v[i], 1.0f + other[i]);
@@ -100,16 +102,15 @@ DTQ_KERNEL void DTQ_BOUNDS(kTiledThreads, 1) rows_tiled_kernel(const DTQ_CONSTAN
   auto write = [&](int64_t k, float (&v)[kVec]) {
     if (r.output == kFakeQuantized) {
       fake_quantize_vector(r, amax, v);
-      return write_fake_quantized(r, row, k, p.aligned_out, v);
+      return write_rounded(r, row, k, p.aligned_out, v);
     }
-    if (r.output >= kNvRow) return write_fp4(r, row, k, amax, v);
-    if (r.output == kFloat) {
-      write_floats((float*)r.out + start, k, r.width, p.aligned_out, v);
-      return;
-    }
+    if (r.output == kNvRow) return write_fp4<true>(r, row, k, amax, v);
+    if (r.output == kMxRow) return write_fp4<false>(r, row, k, amax, v);
+    if (r.output == kFloat) return write_rounded(r, row, k, p.aligned_out, v);
     uint32_t packed[4] = {};
     if (r.output == kInt8) {
-      sum += quantize_vector(q, v, packed);
+      quantize_vector(q, v, packed);
+      sum += sum_of_codes(packed);
     } else if (r.output == kE2m1) {
       doubled_e2m1(divisor, v, packed);
     } else {
@@ -126,7 +127,7 @@ DTQ_KERNEL void DTQ_BOUNDS(kTiledThreads, 1) rows_tiled_kernel(const DTQ_CONSTAN
     if (pass == kWrite && r.output == kFakeQuantized) amax = amax_of_block(amax, words);
     if (pass == kWrite && r.output != kFloat && r.output != kFakeQuantized) {
       if (!r.static_scale) amax = amax_of_block(amax, words);
-      if (r.output == kInt8) q = quantizer(r, amax);
+      if (r.output == kInt8) q = quantizer(p, amax);
       else if (r.output >= kNvRow) q.scale = fp4_row_scale(r, amax);
       else if (r.static_scale) q.scale = static_scale(r);
       else q.scale = fdiv(bits_float(amax), r.output == kE2m1 ? kE2m1Max : kE4m3Max);
@@ -134,19 +135,19 @@ DTQ_KERNEL void DTQ_BOUNDS(kTiledThreads, 1) rows_tiled_kernel(const DTQ_CONSTAN
       if (tid() == 0) stg(r.scale + row, r.output == kE2m1 ? fmul(q.scale, 0.5f) : q.scale);
     }
     DTQ_ROLLED for (int64_t tile = 0; tile < p.tiles; tile++) {
-      float v[kVec];
+      float v[1][kVec];
       const int64_t k = column(tile);
-      if (pass > kTranspose && r.num_rotations == 2) load_transposed(k, v);
-      else load_input(k, v);
-      rotate(v, r.hadamard_block, p.hadamard_scale, exchange);
-      if (pass == kTranspose) store_transposed(k, v);
-      else if (pass == kAmax) amax = umax(amax, amax_of_vector(v));
-      else write(k, v);
+      if (pass > kTranspose && r.num_rotations == 2) load_transposed(k, v[0]);
+      else load_input(k, v[0]);
+      rotate(v, (int)r.hadamard_block, p.hadamard_scale, exchange);
+      if (pass == kTranspose) store_transposed(k, v[0]);
+      else if (pass == kAmax) amax = umax(amax, amax_of_vector(v[0]));
+      else write(k, v[0]);
     }
     if (pass == kTranspose) sync_threads();  // the second rotation reads what other threads stored
   }
   if (r.output == kInt8 && r.sums) {
-    sum = sum_of_threads(sum, words);
+    sum = sum_of_threads(sum, (uint32_t*)shared + kSumWords);
     if (tid() == 0) stg(r.sums + row, sum);
   }
 }

@@ -28,11 +28,33 @@ struct SmallMPlan {
   bool aligned_x;
 };
 
+// Adds the sums of the warps of a block in order, the bias, and stores the outputs. `sums` is shared memory
+// for (kWarps, kTokenGroups, 16 rows, 8 tokens).
+DTQ_DEV void store_sums(const SmallMPlan& p, int groups, float* sums, const float (&acc)[kTokenGroups][4]) {
+  const SmallM& f = p.f;
+  const int64_t rows = p.weight.w.rows;
+  DTQ_UNROLL for (int h = 0; h < kTokenGroups; h++)
+    DTQ_UNROLL for (int i = 0; i < 4; i++) {
+      const int row = lane() / 4 + i / 2 * 8, token = lane() % 4 * 2 + i % 2;
+      sts(sums + ((warp() * kTokenGroups + h) * 16 + row) * 8 + token, acc[h][i]);
+    }
+  sync_threads();
+  for (int i = tid(); i < groups * 128; i += kWarps * 32) {
+    const int64_t token = p.first + i / 128 * 8 + i % 8;
+    const int64_t row = (int64_t)block_x() * kRowsTile + i / 8 % 16;
+    if (token >= f.tokens || row >= rows) continue;
+    float sum = lds<float>(sums + i);
+    for (int s = 1; s < kWarps; s++) sum = sum + lds<float>(sums + s * kTokenGroups * 128 + i);
+    if (f.bias) sum = sum + to_float(ldg((const uint16_t*)f.bias + row), f.type);
+    stg((uint16_t*)f.y + token * rows + row, to_16(sum, f.type));
+  }
+}
+
 template <Encoding kEncoding, int kBits>
 DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) small_m_kernel(const DTQ_CONSTANT SmallMPlan p) {
   DTQ_SHARED(shared);
   const SmallM& f = p.f;
-  const int64_t rows = p.weight.w.rows, columns = p.weight.w.columns;
+  const int64_t columns = p.weight.w.columns;
   const int64_t n = (int64_t)block_x() * kRowsTile + lane() / 4;
   float* codebook = (float*)shared;
   float* sums = codebook + 16;  // (kWarps, kTokenGroups, 16 rows, 8 tokens)
@@ -78,21 +100,7 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) small_m_kernel(const DTQ_CONSTANT Sma
     DTQ_UNROLL for (int s = 0; s < kPrefetch; s++)
       step(k + s * kRoundColumns + lane() % 4 * kVec, prefetched[s]);
 
-  DTQ_UNROLL for (int h = 0; h < kTokenGroups; h++)
-    DTQ_UNROLL for (int i = 0; i < 4; i++) {
-      const int row = lane() / 4 + i / 2 * 8, token = lane() % 4 * 2 + i % 2;
-      sts(sums + ((warp() * kTokenGroups + h) * 16 + row) * 8 + token, acc[h][i]);
-    }
-  sync_threads();
-  for (int i = tid(); i < groups * 128; i += kWarps * 32) {
-    const int64_t token = p.first + i / 128 * 8 + i % 8;
-    const int64_t row = (int64_t)block_x() * kRowsTile + i / 8 % 16;
-    if (token >= f.tokens || row >= rows) continue;
-    float sum = lds<float>(sums + i);
-    for (int s = 1; s < kWarps; s++) sum = sum + lds<float>(sums + s * kTokenGroups * 128 + i);
-    if (f.bias) sum = sum + to_float(ldg((const uint16_t*)f.bias + row), f.type);
-    stg((uint16_t*)f.y + token * rows + row, to_16(sum, f.type));
-  }
+  store_sums(p, groups, sums, acc);
 }
 
 // dequantize and expand: one row vector per thread.

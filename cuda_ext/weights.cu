@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // launch_dequantize, launch_expand and launch_small_m: choose the compiled decoder of a stored weight.
-#include "small_m.cuh"
+#include "small_m_int4.cuh"
 
 namespace dtq {
 
@@ -42,6 +42,35 @@ int plan(const Weight& w, WeightPlan& p) {
   return kOk;
 }
 
+// Launches the kernel that `kernel_for` returns for the number of tokens, kSmallMTokens at a time.
+template <class KernelFor>
+int launch_tokens(SmallMPlan& p, Stream stream, KernelFor kernel_for) {
+  Shape shape;
+  shape.grid.x = (unsigned)ceil_div(p.weight.w.rows, kRowsTile);
+  shape.threads = kWarps * 32;
+  shape.shared = (16 + kWarps * kSmallMTokens * kRowsTile) * 4;
+  for (p.first = 0; p.first < p.f.tokens; p.first += kSmallMTokens) {
+    const int status = launch(kernel_for(p.f.tokens - p.first), shape, stream, p);
+    if (status != kOk) return status;
+  }
+  return kOk;
+}
+
+template <class Codes>
+int launch_int4(SmallMPlan& p, Stream stream) {
+  return launch_tokens(p, stream, [](int64_t tokens) {
+    return tokens > 8 ? small_m_int4_kernel<Codes, 2> : small_m_int4_kernel<Codes, 1>;
+  });
+}
+
+int launch_int4(SmallMPlan& p, Stream stream) {
+  const Weight& w = p.weight.w;
+  if (w.encoding == kTwoLevel) return launch_int4<Int4TwoLevel>(p, stream);
+  if (w.scale_type == kScaleBFloat16)
+    return w.zero ? launch_int4<Int4Bf16<true>>(p, stream) : launch_int4<Int4Bf16<false>>(p, stream);
+  return w.zero ? launch_int4<Int4Float<true>>(p, stream) : launch_int4<Int4Float<false>>(p, stream);
+}
+
 template <Encoding kEncoding, int kBits>
 struct Decoder {
   static int dequantize(const DecodePlan& p, Stream stream) {
@@ -56,15 +85,7 @@ struct Decoder {
   }
 
   static int small_m(SmallMPlan& p, Stream stream) {
-    Shape shape;
-    shape.grid.x = (unsigned)((p.weight.w.rows + kRowsTile - 1) / kRowsTile);
-    shape.threads = kWarps * 32;
-    shape.shared = (16 + kWarps * kSmallMTokens * kRowsTile) * 4;
-    for (p.first = 0; p.first < p.f.tokens; p.first += kSmallMTokens) {
-      const int status = launch(small_m_kernel<kEncoding, kBits>, shape, stream, p);
-      if (status != kOk) return status;
-    }
-    return kOk;
+    return launch_tokens(p, stream, [](int64_t) { return small_m_kernel<kEncoding, kBits>; });
   }
 };
 
@@ -125,6 +146,7 @@ int launch_small_m(const SmallM& f, Stream stream) {
   p.aligned_x = vector_aligned(f.x, f.stride, 2);
   return with_decoder(f.weight, [&](auto decoder) {
     if (f.weight.rows == 0) return (int)kOk;
+    if (fits_int4(p)) return launch_int4(p, stream);
     return decoder.small_m(p, stream);
   });
 }

@@ -23,12 +23,12 @@ from diffusers.models.attention_processor import Attention
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dtq.checkpoint.config import DTQConfig
+from dtq.checkpoint.config import DTQConfig, is_dtq
 from dtq.checkpoint.reader import CHECKSUMS, Reader
 from dtq.errors import InputError
 from dtq.io.safe_parse import read_json
-from dtq.models.linears import shape_of
-from dtq.nn.linear import HOOKS, QuantLinear
+from dtq.models.linears import is_hooked, shape_of
+from dtq.nn.linear import QuantLinear
 from dtq.nn.slice import COLUMN, ROW, Group, Slice, slice_specs
 from dtq.nn.storage import aligned, from_disk
 from dtq.nn.swap import finalize, swap_empty
@@ -212,8 +212,8 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
     folder = Path(folder)
     variant = resolve_variant(folder)
     check_folder(folder, variant)
-    config = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != "dtq":
+    config: Any = read_json(folder / "config.json").get("quantization_config")
+    if not is_dtq(config):
         raise InputError(f"{folder} is no transformer quantized by dtq (no quantization_config)")
     settings = DTQConfig(**config)
     plan, kind = settings.load_plan(), model_class(folder)
@@ -321,7 +321,7 @@ def _check(model: nn.Module, rank: int, world: int, group: Group) -> None:
             f"no layer of the model can be split for {world} processes. Use at most {max_tp}, or "
             f"quantize with smaller groups or rotation blocks:\n{reasons}"
         )
-    hooked = [n for n in plan if any(hasattr(model.get_submodule(n), h) for h in HOOKS)]
+    hooked = [n for n in plan if is_hooked(model.get_submodule(n))]
     if hooked:
         raise InputError(f"{hooked[0]} has hooks: shard before offloading or casting")
     if not dist.is_initialized():

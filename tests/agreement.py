@@ -263,7 +263,7 @@ def rounded(ops: Any, device: Any, seed: int, limit: int) -> None:
     size = Size(seed, limit)
     d = size.dice
     activations = d.choice(
-        [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8]
+        [name for name, a in ACTIVATION_FORMATS.items() if a.block_format and not a.int8] + ["none"]
     )
     m, k = d.choice(ROWS), d.choice((128, 256, 1152, 3072))
     m = max(1, min(m, limit // k))

@@ -324,13 +324,14 @@ inline void run(Cluster& c) {
   struct Runnable {
     Block* block;
     unsigned warp;
+    unsigned asleep;  // rounds for which it is delayed
   };
   std::vector<Runnable> warps;
   unsigned alive = 0;
   // blocks of a cluster do not start at the same time
   if (c.blocks.size() > 1) c.blocks[draw(c) % c.blocks.size()]->asleep = unsigned(draw(c) % 32);
   for (auto& b : c.blocks)
-    for (unsigned w = 0; w < b->warps.size(); w++) warps.push_back({b.get(), w});
+    for (unsigned w = 0; w < b->warps.size(); w++) warps.push_back({b.get(), w, 0});
   for (unsigned idle = 0; c.error.empty();) {
     alive = 0;
     for (auto& b : c.blocks) alive += b->alive;
@@ -339,9 +340,12 @@ inline void run(Cluster& c) {
     bool moved = false;
     if (c.blocks.size() > 1 && draw(c) % 64 == 0)
       c.blocks[draw(c) % c.blocks.size()]->asleep = unsigned(draw(c) % 32);
-    for (Runnable next : warps) {
+    // long enough for another warp to pass several reductions
+    if (draw(c) % 16 == 0) warps[draw(c) % warps.size()].asleep = unsigned(draw(c) % 32);
+    for (Runnable& next : warps) {
       if (draw(c) % 4 == 0) continue;  // this warp is delayed
-      if (next.block->asleep) {
+      if (next.asleep || next.block->asleep) {
+        next.asleep -= next.asleep > 0;
         moved = true;
         continue;
       }

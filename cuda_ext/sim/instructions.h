@@ -165,6 +165,10 @@ template <class T>
 inline T shfl(T value, int from) {
   return sim::shuffle("shfl.idx", value, from, false);
 }
+inline uint32_t max_of_warp(uint32_t value) {
+  for (int lanes = 16; lanes; lanes /= 2) value = std::max(value, shfl_xor(value, lanes));
+  return value;
+}
 
 // ---------------------------------------------------------------------------- fragments
 
@@ -371,6 +375,11 @@ inline float fmul(float a, float b) { return a * b; }
 inline float fdiv(float a, float b) { return a / b; }
 inline float ffma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float fsqrt(float a) { return std::sqrt(a); }
+inline float reciprocal(float a) { return 1 / a; }
+inline float max_magnitude(float a, float b) {
+  if (a != a || b != b) return sim::bits_to_float(0x7fffffff);  // the NaN of the hardware
+  return std::fabs(b) > a ? std::fabs(b) : a;
+}
 inline float int_to_float(int32_t a) { return float(a); }
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.
@@ -407,6 +416,37 @@ inline uint32_t floats_to_bf16x2(float low, float high) {
 }
 inline uint32_t floats_to_f16x2(float low, float high) {
   return float_to_f16(low) | uint32_t(float_to_f16(high)) << 16;
+}
+
+namespace sim {
+
+// a * b + c of bfloat16, rounded once. The double is exact but for its last bit, which is set if a remainder
+// is lost (round to odd); so is the float.
+inline uint16_t fma_bf16(uint16_t a, uint16_t b, uint16_t c) {
+  const double product = double(bf16_to_float(a)) * bf16_to_float(b), addend = bf16_to_float(c);
+  double sum = product + addend;
+  const double rest = std::fabs(product) > std::fabs(addend) ? addend - (sum - product)
+                                                             : product - (sum - addend);
+  uint64_t bits;
+  std::memcpy(&bits, &sum, 8);
+  if (std::isfinite(sum) && rest != 0 && !(bits & 1)) {
+    bits += (rest > 0) == (sum > 0) ? 1 : -1;
+    std::memcpy(&sum, &bits, 8);
+  }
+  float f = float(sum);
+  if (std::isfinite(f) && double(f) != sum) {
+    uint32_t word = float_bits(f);
+    if (std::fabs(double(f)) > std::fabs(sum)) word--;  // towards zero
+    f = bits_to_float(word | 1);
+  }
+  return float_to_bf16(f);
+}
+
+}  // namespace sim
+
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return sim::fma_bf16(uint16_t(a), uint16_t(b), uint16_t(c)) |
+         uint32_t(sim::fma_bf16(uint16_t(a >> 16), uint16_t(b >> 16), uint16_t(c >> 16))) << 16;
 }
 inline float f16_to_float(uint16_t u) { return sim::half_of(u, 0, false); }
 

@@ -33,18 +33,30 @@ Array<float> plain_row(const Rows& r, int64_t row) {
   const float* x = (const float*)r.x + row * r.stride;
   Array<float> v(x, x + columns);
   if (r.prologue == kNorm) {
+    auto neighbours = [](const float* values) {
+      float v[32];
+      std::copy(values, values + 32, v);
+      for (int count = 16; count; count /= 2)
+        for (int i = 0; i < count; i++) v[i] = v[2 * i] + v[2 * i + 1];
+      return v[0];
+    };
     auto sum = [&](auto&& term) {
-      float lanes[32] = {};
-      for (int64_t start = 0; start < columns; start += 16) {
-        float v[16] = {};
-        for (int i = 0; i < 16 && start + i < columns; i++) v[i] = term(start + i);
-        for (int half = 8; half; half /= 2)
-          for (int i = 0; i < half; i++) v[i] += v[i + half];
-        lanes[start / 16 % 32] += v[0];
+      float places[32] = {};
+      for (int64_t warp = 0; warp * 512 < columns; warp++) {
+        float vectors[32] = {};
+        for (int j = 0; j < 32; j++) {
+          float v[16] = {};
+          for (int i = 0; i < 16; i++) {
+            const int64_t k = warp * 512 + j * 16 + i;
+            if (k < columns) v[i] = term(k);
+          }
+          for (int half = 8; half; half /= 2)
+            for (int i = 0; i < half; i++) v[i] += v[i + half];
+          vectors[j] = v[0];
+        }
+        places[warp % 32] += neighbours(vectors);
       }
-      for (int half = 16; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-      return lanes[0];
+      return neighbours(places);
     };
     const float mean = sum([&](int64_t k) { return x[k]; }) / (float)columns;
     const float variance =
@@ -88,8 +100,9 @@ void check_rows(uint64_t seed, int64_t rows, int64_t columns, int64_t block, Pro
   Random random(seed);
   // exactly the required size, so that address sanitizer detects accesses past the end
   Array<float> x(rows * columns), scale(columns * rows), shift(columns * rows), measured(rows);
+  // with all bits of a float, so that a sum depends on its order
   for (auto* a : {&x, &scale, &shift})
-    for (float& value : *a) value = random.real(-3, 3);
+    for (float& value : *a) value = random.real(-3, 3) * 0.70710678f;
   Array<uint16_t> pre(columns);
   for (auto& value : pre) value = float_to_bf16(random.real(-1, 1));
   Array<int32_t> perm(columns), sums(rows);
@@ -288,8 +301,37 @@ void check_quotients() {
         (long long)tried);
 }
 
+// divide_by_integer and modulate_row give what a division gives.
+void check_divisions(uint64_t seed) {
+  Random random(seed);
+  int64_t wrong = 0;
+  for (int n = 1; n <= 16384; n++)
+    for (int i = 0; i < 40; i++) {
+      // quotients with as few bits as a tie has, next to them and anywhere
+      const float near = (float)n * ((float)random.between(1 << 23, 1 << 24) * 0x1p-20f);
+      const float x = i % 2 ? std::nextafter(near, i % 4 == 1 ? 0.0f : 1e30f) : random.real(-1e6f, 1e6f);
+      wrong += divide_by_integer(x, (float)n, 1 / (float)n) != x / (float)n;
+    }
+  for (float x : {INFINITY, -INFINITY, 0.0f, 3e38f, 1e-30f})
+    for (int n : {1, 3, 127, 3072}) wrong += divide_by_integer(x, (float)n, 1 / (float)n) != x / (float)n;
+  wrong += !std::isnan(divide_by_integer(NAN, 3, 1.0f / 3));
+  for (int i = 0; i < 100000; i++) {
+    const int shift = random.between(0, 30);
+    RowPlan p = {};
+    p.r.rows_per_modulate = i < 4 ? i + 1 : random.between(1 << shift, (int)((2u << shift) - 1));
+    p.r.columns = 1;
+    set_divisors(p);
+    for (uint32_t row : {0u, (uint32_t)random.between(0, INT32_MAX - 1), (uint32_t)INT32_MAX,
+                         uint32_t(p.r.rows_per_modulate), uint32_t(p.r.rows_per_modulate - 1),
+                         uint32_t(INT32_MAX / p.r.rows_per_modulate * p.r.rows_per_modulate)})
+      wrong += modulate_row(p, row) != row / p.r.rows_per_modulate;
+  }
+  check(!wrong, "%lld wrong quotients of integers", (long long)wrong);
+}
+
 void test_rows(uint64_t seed) {
   check_quotients();
+  check_divisions(seed);
   test_floats(seed);
   check_rows(seed, 3, 1152, 128, kNoPrologue);
   check_rows(seed, 2, 96, 1, kNoPrologue, 1, false, false, 16);
@@ -313,22 +355,29 @@ void test_rows(uint64_t seed) {
 struct StoredWeight {
   Array<uint8_t> bytes, tail, groups;
   Array<float> scale, codebook;
+  Array<uint16_t> short_scale;
   Array<float> values;  // (N, K)
   Weight w = {};
 };
 
 // Some encodings, written bit by bit.
 StoredWeight random_weight(Random& random, Encoding encoding, int bits, int64_t rows,
-                           int64_t columns, int64_t groups) {
+                           int64_t columns, int64_t groups, bool bfloat16_scale) {
   StoredWeight s;
   Weight& w = s.w;
   w.encoding = encoding, w.bits = bits, w.rows = rows, w.columns = columns, w.groups = groups;
   w.scale_type = kScaleFloat32;
   const int64_t each = columns / groups, scales = encoding == kTwoLevel ? 1 : groups;
   for (int64_t i = 0; i < rows * scales; i++) s.scale.push_back(random.real(0.01f, 0.02f));
+  for (float& scale : s.scale) s.short_scale.push_back(float_to_bf16(scale));
+  for (size_t i = 0; i < s.scale.size() && bfloat16_scale; i++) s.scale[i] = bf16_to_float(s.short_scale[i]);
   for (int i = 0; i < 1 << bits && encoding == kTable; i++) s.codebook.push_back(random.real(-1, 1));
-  for (int64_t i = 0; i < rows * groups && encoding == kTwoLevel; i++)
-    s.groups.push_back((uint8_t)random.between(0, 255));
+  // such as a checkpoint may have: int8 whatever the code
+  for (int64_t i = 0; i < rows * groups && encoding == kTwoLevel; i++) {
+    const int top = (1 << bits) - 1, scale2 = random.between(1, 16);
+    const int zero = random.between(std::max(0, top - 127 / scale2), std::min(top, 128 / scale2));
+    s.groups.push_back(uint8_t((scale2 - 1) << bits | zero));
+  }
   const int64_t row_bytes = encoding == kTrits ? columns / 5 : columns * bits / 8;
   s.bytes.assign(rows * row_bytes, 0);
   w.offset = encoding == kAffine ? 1 << (bits - 1) : 0;
@@ -356,13 +405,14 @@ StoredWeight random_weight(Random& random, Encoding encoding, int bits, int64_t 
     }
   w.weight = s.bytes.data(), w.tail = s.tail.data(), w.group_bytes = s.groups.data();
   w.codebook = s.codebook.data(), w.scale = s.scale.data();
+  if (bfloat16_scale) w.scale = s.short_scale.data(), w.scale_type = kScaleBFloat16;
   return s;
 }
 
 void check_weight(uint64_t seed, Encoding encoding, int bits, int64_t rows, int64_t columns,
-                  int64_t groups, int64_t tokens) {
+                  int64_t groups, int64_t tokens, bool bfloat16_scale = false) {
   Random random(seed + bits);
-  StoredWeight s = random_weight(random, encoding, bits, rows, columns, groups);
+  StoredWeight s = random_weight(random, encoding, bits, rows, columns, groups, bfloat16_scale);
   sim::session().seed = seed;
   Array<float> decoded(rows * columns);
   const int status = launch_dequantize(s.w, decoded.data(), kFloat32, nullptr);
@@ -400,6 +450,9 @@ void test_weights(uint64_t seed) {
   check_weight(seed, kTable, 4, 17, 320, 5, 16);
   check_weight(seed, kTrits, 2, 6, 163, 1, 2);
   check_weight(seed, kTwoLevel, 4, 33, 128, 2, 17);
+  check_weight(seed, kTwoLevel, 4, 18, 320, 5, 9);
+  check_weight(seed, kAffine, 4, 19, 1600, 25, 16, true);  // more than a round of prefetched steps
+  check_weight(seed, kAffine, 4, 3, 384, 3, 8, true);
 }
 #endif
 

@@ -102,6 +102,12 @@ class DTQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return CheckpointSpec.from_json(s.layers, s.timestep_edges, "config.json", s.runtime)
 
 
+def is_dtq(config: object) -> bool:
+    """Whether a quantization config is one of dtq: a :class:`DTQConfig`, or its fields."""
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    return isinstance(config, DTQConfig) or method == DTQMethod.DTQ  # which equals "dtq"
+
+
 def check_version(version: object, where: str) -> None:
     """Check the version of a checkpoint.
 

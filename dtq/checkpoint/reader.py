@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig, check_version
+from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig, check_version, is_dtq
 from dtq.checkpoint.file_size import SAFETENSORS_DTYPES, file_bytes
 from dtq.errors import CheckpointError, InputError
 from dtq.io.checksum import checksum
@@ -222,8 +222,8 @@ def verify(
         folders = {n: path / n for n in ([names] if isinstance(names, str) else names)}
     verified = {}
     for name, folder in folders.items():
-        config = read_json(folder / "config.json").get("quantization_config")
-        if isinstance(config, dict) and config.get("quant_method") == "dtq":
+        config: Any = read_json(folder / "config.json").get("quantization_config")
+        if is_dtq(config):
             _verify_model(folder, config, weight_files(folder, variant))
             verified[name] = folder
     if not verified:

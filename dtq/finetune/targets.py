@@ -42,6 +42,7 @@ class Example:
         if self.clock is not None and self.clock_state is not None:
             self.clock.bin.copy_(self.clock_state[0])
             self.clock.mode.copy_(self.clock_state[1])
+            self.clock.samples = None
         outputs = _tensors(call_module(block, self))
         total = torch.zeros((), device=device)
         for output, target in zip(outputs, self.targets, strict=True):

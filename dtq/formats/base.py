@@ -63,8 +63,6 @@ class TensorSpec:
 class Format(ABC):
     """How the numbers of a matrix are stored. Stateless: parameters are in ``QParams``.
 
-    A subclass defines ``_fit`` and the abstract methods.
-
     Attributes:
         name: number type, then granularity: ``int4-g64``. A key of ``FORMATS``.
         group: columns that share parameters; None when a whole row does.
@@ -113,8 +111,9 @@ class Format(ABC):
             return outer
         return self._fit(x.float(), column_weights, clip, outer)
 
+    @abstractmethod
     def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
-        raise NotImplementedError
+        """The parameters of float32 ``x``; see :meth:`compute_qparams`."""
 
     @abstractmethod
     def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
@@ -153,17 +152,18 @@ class Format(ABC):
 class CodebookFormat(Format):
     """``w = entry[code] * scale``: one packed code per weight, one scale per row or group.
 
-    A subclass says which code is nearest to a number in units of the scale (``_encode``), which
-    number a code stands for (``_decode``), and how many bits a code has.
+    A subclass also says how many bits a code has.
     """
 
     bits: int
 
+    @abstractmethod
     def _encode(self, u: Tensor, qparams: QParams) -> Tensor:
-        raise NotImplementedError
+        """The code that is nearest to a number in units of the scale."""
 
+    @abstractmethod
     def _decode(self, codes: Tensor, qparams: QParams) -> Tensor:
-        raise NotImplementedError
+        """The number that a code stands for, in units of the scale."""
 
     def _round(self, u: Tensor, qparams: QParams) -> Tensor:
         return self._decode(self._encode(u, qparams), qparams)

@@ -16,6 +16,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from dtq.checkpoint.config import is_dtq
 from dtq.nn.linear import cast_dtype
 
 
@@ -32,7 +33,7 @@ def register() -> None:
 def _config(model: nn.Module) -> Any:
     """The quantization config of a model that dtq has quantized; None for any other."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    return config if getattr(config, "quant_method", None) == "dtq" else None
+    return config if is_dtq(config) else None
 
 
 def _allowed(cast: Callable[..., Any]) -> Callable[..., Any]:

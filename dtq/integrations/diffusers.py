@@ -59,7 +59,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: DTQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._reader: reader.Reader | None = None
-        self._float32_modules: list[str] = []
         self._stored: dict[str, Stored] = {}
         self._names: dict[str, str] = {}
         self.report: object = None
@@ -188,7 +187,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,
-        keep_in_fp32_modules: Any = (),
         state_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from dtq.checkpoint.config import DTQConfig, DTQMethod
+from dtq.checkpoint.config import is_dtq
 
 
 def drop_config_of_quantized() -> None:
@@ -23,14 +23,9 @@ def drop_config_of_quantized() -> None:
 
     @functools.wraps(made)
     def from_config(cls: Any, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(config, dict) and _is_dtq(config.get("quantization_config")):
+        if isinstance(config, dict) and is_dtq(config.get("quantization_config")):
             config = {key: v for key, v in config.items() if key != "quantization_config"}
         return made(cls, config, *args, **kwargs)
 
     from_config.dtq = True  # type: ignore[attr-defined]
     ConfigMixin.from_config = classmethod(from_config)
-
-
-def _is_dtq(config: object) -> bool:
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    return isinstance(config, DTQConfig) or method in ("dtq", DTQMethod.DTQ)

@@ -103,8 +103,11 @@ def _gemm(op: str, weight: _Weight, call: LinearCall) -> Tensor:
     if path == "int8":
         operands = *call.quantized(), *weight(call.problem, call.tensors)
         return getattr(ops, op)(*operands, call.bias, call.x.dtype)
-    linear = ops.weight_linear if path == "small_m" else ops.cached_linear
-    return linear(call.transformed(), *call.packed_weight(), call.bias)
+    if path == "small_m":
+        return ops.weight_linear(call.transformed(), *call.packed_weight(), call.bias)
+    # one product: the transform is in the weight
+    operands = *call.packed_weight(), *call.transform_args(), call.bias
+    return ops.cached_linear(call.x, *operands)
 
 
 def _epilogue_gemm(op: str, weight: _Weight, call: LinearCall, epilogue: Epilogue) -> Tensor | None:
@@ -124,11 +127,11 @@ def _expand(
 def _by_shape(problem: LinearProblem, shape: tuple[int, int]) -> str:
     if gpu_dispatch.INT8_ONLY:
         return "int8 at every size: DTQ_CUDA_INT8=1"
-    capabilities = [c for c in cuda.capabilities() if c >= cuda.OLDEST] or [(9, 0)]
-    return "; ".join(
-        f"sm_{major}{minor}: {gpu_dispatch.explanation((major, minor), *shape)}"
-        for major, minor in capabilities
+    gpus = [(c, name) for c, name in cuda.gpus() if c >= cuda.OLDEST] or [((9, 0), "")]
+    texts = (
+        f"sm_{c[0]}{c[1]}: {gpu_dispatch.explanation(c, *shape, product=name)}" for c, name in gpus
     )
+    return "; ".join(dict.fromkeys(texts))  # once for GPUs of the same kind
 
 
 def _group_gemm(call: LinearCall) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dtq.formats import Format, PackedTensors
 from dtq.formats.activations import ActivationFormat
+from dtq.kernels import gpu_dispatch
 
 ops = torch.ops.dtq
 
@@ -79,6 +80,8 @@ class LinearCall:
         """The transformed input (M, K), in the dtype of ``x``."""
         if "pre_quant_scale" not in self.tensors and self.problem.hadamard_block == 1:
             return self.x
+        if gpu_dispatch.on_gpu(self.x):  # one pass, which rounds to the dtype
+            return ops.round_rows(self.x, *self.transform_args(), "none", self.x.dtype)
         return ops.transform_rows(self.x, *self.transform_args()).to(self.x.dtype)
 
     def quantized(self) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,19 @@ _MX = MxFp4("mxfp4")
 _MIN_AMAX = 1e-30  # of a token
 
 
-def _fp4_quantize_rows(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fp4_quantize_rows(
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    perm: Tensor | None,  # (K,) int32
+    hadamard_block: int,
+    num_rotations: int,
+    mx: bool,  # whether the format is MXFP4
+) -> tuple[Tensor, Tensor, Tensor]:
     """E2M1 codes (M, K/2), block scales (M, K/16) e4m3 or (M, K/32) uint8, token scales (M,).
 
     The token scale is NaN where a value of the token is not finite; its codes are arbitrary then.
     """
-    *transform, mx = args  # of transform_input; whether the format is MXFP4
-    x = transform_input(x.float(), *transform)  # (M, K)
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     amax = x.abs().amax(1).clamp(min=_MIN_AMAX)  # NaN if there is one
     if mx:
         tensors, row_scale = _MX.pack(x, _MX.compute_qparams(x)), torch.ones_like(amax)

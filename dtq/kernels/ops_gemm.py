@@ -95,19 +95,29 @@ def _w8a8_epilogue_linear(
     return apply_epilogue(y, *epilogue)  # (M, N)
 
 
-def _w8a8_linear(*args: Any) -> Tensor:
-    *operands, dtype = args  # up to the bias, (N,) any float dtype
-    return _w8a8_epilogue_linear(*operands, False, None, None, dtype)
+def _w8a8_linear(
+    x_q: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,  # (N,) any float dtype
+    dtype: torch.dtype,
+) -> Tensor:
+    args = x_q, row_scale, weight, weight_scale, bias
+    return _w8a8_epilogue_linear(*args, False, None, None, dtype)
 
 
-def _expanded(linear: Callable[..., Tensor], expand: Callable[..., Tensor], *args: Any) -> Tensor:
-    """One of the two above, with a weight that is expanded to int8 first.
-
-    The weight has two codes a byte, (N, K/2) int8, or eight in three bytes, (N, 3K/8) int8.
-    ``groups`` is weight_scale_2 (N, K/group) int8, scale2 - 1 and zero, or tables.
-    """
-    x_q, row_scale, weight, weight_scale, groups, *rest = args
-    return linear(x_q, row_scale, expand(weight, groups), weight_scale, *rest)
+def _expanded(
+    linear: Callable[..., Tensor],  # one of the two above
+    expand: Callable[[Tensor, Tensor], Tensor],
+    x_q: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,  # (N, K/2) int8, two codes a byte; or (N, 3K/8) int8, eight in three bytes
+    weight_scale: Tensor,
+    groups: Tensor,  # weight_scale_2 (N, K/group) int8, scale2 - 1 and zero; or tables
+    *epilogue: Any,
+) -> Tensor:
+    return linear(x_q, row_scale, expand(weight, groups), weight_scale, *epilogue)
 
 
 def _group_a8_linear(

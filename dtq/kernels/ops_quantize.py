@@ -26,16 +26,19 @@ _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 def sum_rows(x: Tensor) -> Tensor:
     """Sum of each row of float32 (M, K), as (M, 1), in the order of the kernels.
 
-    Runs of 16 columns are summed by halves. Lane l of 32 adds the runs l, l + 32, ... one after the
-    other. The lanes are summed by halves.
+    Runs of 16 columns are summed by halves; the sums of 32 runs by neighbors: the first with the
+    second, the third with the fourth, then these with one another. Place l of 32 adds the results
+    l, l + 32, ... one after the other, and the places are summed by neighbors.
     """
     rows, columns = x.shape
-    x = torch.nn.functional.pad(x, (0, -columns % (_RUN * _LANES)))
-    runs = _sum_by_halves(x.reshape(rows, -1, _LANES, _RUN))  # (M, steps, lanes)
-    total = torch.zeros_like(runs[:, 0])
-    for step in range(runs.shape[1]):
-        total = total + runs[:, step]
-    return _sum_by_halves(total).unsqueeze(1)
+    steps = max(1, -(-columns // (_RUN * _LANES * _LANES)))
+    x = torch.nn.functional.pad(x, (0, steps * _RUN * _LANES * _LANES - columns))
+    runs = _sum_by_halves(x.reshape(rows, steps, _LANES, _LANES, _RUN))
+    warps = _sum_by_neighbors(runs)  # (M, steps, 32 places)
+    total = warps[:, 0]
+    for step in range(1, steps):
+        total = total + warps[:, step]
+    return _sum_by_neighbors(total).unsqueeze(1)
 
 
 def _sum_by_halves(x: Tensor) -> Tensor:
@@ -43,6 +46,13 @@ def _sum_by_halves(x: Tensor) -> Tensor:
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
+    return x.squeeze(-1)
+
+
+def _sum_by_neighbors(x: Tensor) -> Tensor:
+    """Sum over the last axis, a power of two long: even places plus odd ones, repeatedly."""
+    while x.shape[-1] > 1:
+        x = x[..., ::2] + x[..., 1::2]
     return x.squeeze(-1)
 
 
@@ -161,15 +171,25 @@ def binned_quantize_rows(
 
 
 def _quantize_rows(
-    x: Tensor, pre_scale: Tensor | None, hadamard_block: int, scale: Tensor | None, qmax: int = 127
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    hadamard_block: int,
+    scale: Tensor | None,  # (1,) float32, or None: one per row
+    qmax: int = 127,
 ) -> tuple[Tensor, Tensor]:
     """:func:`binned_quantize_rows` with one bin, and without a permutation."""
     return binned_quantize_rows(x, pre_scale, None, hadamard_block, 1, scale, None, qmax)
 
 
-def _norm_quantize_rows(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    norm, quantize = args[:3], args[3:]  # of norm_modulate and of binned_quantize_rows
-    return binned_quantize_rows(norm_modulate(x, *norm), *quantize)
+def _norm_quantize_rows(
+    x: Tensor,
+    modulate_scale: Tensor | None,
+    modulate_shift: Tensor | None,
+    eps: float,
+    *quantize: Any,  # of binned_quantize_rows
+) -> tuple[Tensor, Tensor]:
+    y = norm_modulate(x, modulate_scale, modulate_shift, eps)
+    return binned_quantize_rows(y, *quantize)
 
 
 def _gelu_quantize_rows(x: Tensor, *quantize: Any) -> tuple[Tensor, Tensor]:
@@ -194,9 +214,16 @@ def _transform_rows(x: Tensor, *transform: Any) -> Tensor:
     return transform_input(x.float(), *transform).clone()  # (M, K) float32
 
 
-def _round_rows(x: Tensor, *args: Any) -> Tensor:
-    *transform, activation_format, dtype = args  # of transform_input; a key; of the result
-    x = transform_input(x.float(), *transform)
+def _round_rows(
+    x: Tensor,  # (M, K) any float dtype
+    pre_scale: Tensor | None,  # (K,) bfloat16
+    perm: Tensor | None,  # (K,) int32
+    hadamard_block: int,
+    num_rotations: int,
+    activation_format: str,  # a key of ACTIVATION_FORMATS
+    dtype: torch.dtype,
+) -> Tensor:
+    x = transform_input(x.float(), pre_scale, perm, hadamard_block, num_rotations)
     rounded = fake_quantize(x, ACTIVATION_FORMATS[activation_format])
     return rounded.to(dtype, copy=True)  # (M, K)
 

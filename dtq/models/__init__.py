@@ -8,7 +8,6 @@ from torch import nn
 from dtq.models.base import ROLES, Family, InputGroup, Linear, Scan, sibling_key
 from dtq.models.families import FAMILIES
 from dtq.models.scan import blocks_of, scan, scan_names
-from dtq.models.timestep import TIME_ARGUMENTS
 
 
 def find_family(model: nn.Module) -> Family | None:
@@ -20,7 +19,6 @@ def find_family(model: nn.Module) -> Family | None:
 __all__ = [
     "FAMILIES",
     "ROLES",
-    "TIME_ARGUMENTS",
     "Family",
     "InputGroup",
     "Linear",

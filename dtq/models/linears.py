@@ -28,6 +28,11 @@ def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if is_linear(module))
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers have wrapped the forward: offloading, layerwise casting."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+
+
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(N, K) of a linear or 1 x 1 convolution."""
     if isinstance(module, nn.Linear):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtq.errors import InputError
+
 TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
 """Names of the timestep argument in the transformers of diffusers."""
 
@@ -25,12 +27,33 @@ def sample_timesteps(timestep: Tensor) -> Tensor:
     return timestep.reshape(len(timestep) if timestep.ndim else 1, -1).amax(1)
 
 
+def timestep_argument(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The timestep that a call passes, usually a tensor; None if it passes none."""
+    for name in TIME_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    # of the class: hooks and adapters replace the forward of a model
+    names = [*inspect.signature(type(model).forward).parameters][1:] if args else []
+    given = zip(names, args, strict=False)
+    return next((value for name, value in given if name in TIME_ARGUMENTS), None)
+
+
 def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The timestep of a call, of the first image in the batch; 0 if the model takes none."""
-    signature = inspect.signature(model.forward)
-    name = next((name for name in TIME_ARGUMENTS if name in signature.parameters), "")
-    timestep = signature.bind_partial(*args, **kwargs).arguments.get(name)
-    return float(sample_timesteps(torch.as_tensor(timestep))[0]) if timestep is not None else 0.0
+    """The timestep of a call whose samples have the same one; 0 if the model takes none.
+
+    Raises:
+        InputError: the samples have different timesteps.
+    """
+    timestep = timestep_argument(model, args, kwargs)
+    if timestep is None:
+        return 0.0
+    samples = sample_timesteps(torch.as_tensor(timestep))
+    if (samples != samples[0]).any():
+        raise InputError(
+            f"samples of different timesteps in one call ({samples[0]:g} is the first): calibrate "
+            f"on calls whose samples have the same timestep"
+        )
+    return float(samples[0])
 
 
 def timestep_edges(top: float, value: float, bins: int) -> list[float]:

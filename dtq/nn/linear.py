@@ -24,7 +24,7 @@ from dtq.formats import FORMATS, PackedTensors, TensorSpec
 from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, activation_format_of
 from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
 from dtq.kernels.table import branch_joins, compiled, pick
-from dtq.models.linears import shape_of
+from dtq.models.linears import is_hooked, shape_of
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
 from dtq.plan.layers import LayerSpec, check_compute_dtype
@@ -32,9 +32,6 @@ from dtq.transforms import OnlineTransform
 
 TRANSFORM_TENSORS = ("pre_quant_scale", "pre_quant_perm")
 """Packed tensors of the input transform."""
-
-HOOKS = ("_hf_hook", "_diffusers_hook")
-"""Attributes of a module whose forward accelerate or diffusers have wrapped."""
 
 
 class QuantLinear(nn.Linear):
@@ -84,6 +81,7 @@ class QuantLinear(nn.Linear):
         self._specs = spec.tensor_specs(self._shape, bins)
         self.config_entry: dict[str, Any] = {}  # of this layer in config.json, shared
         self._clock: list[StepClock] = []  # in a list, so that it is no submodule of every layer
+        self.name = ""  # see `set_clock`
         self._first: list[QuantLinear] = []  # likewise; see `share_input_with`
         self._followers: list[QuantLinear] = []
         for name, tensor_spec in self.tensor_specs().items():
@@ -224,9 +222,14 @@ class QuantLinear(nn.Linear):
         """The clock that holds the current timestep bin; None if the layer has none."""
         return self._clock[0] if self._clock else None
 
-    def set_clock(self, clock: StepClock | None) -> None:
-        """Set the clock that selects static scales and the precision of the step policy."""
-        self._clock = [] if clock is None else [clock]
+    def set_clock(self, clock: StepClock | None, name: str = "") -> None:
+        """Set the clock that selects static scales and the precision of the step policy.
+
+        Args:
+            clock: of the model; None: the layer has none.
+            name: of the layer in the model, for errors.
+        """
+        self._clock, self.name = [] if clock is None else [clock], name
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -243,6 +246,9 @@ class QuantLinear(nn.Linear):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        if self._differs_by_sample:
+            parts = self._clock[0].each_sample(x, self.name)
+            return torch.cat([self._forward(part) for part in parts])
         rows = x.reshape(-1, self.in_features)  # (M, K)
         if _needs_gradient(rows, self.bias):
             y = _StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
@@ -257,7 +263,7 @@ class QuantLinear(nn.Linear):
             (..., N), or None: there are no compiled kernels, or none for this layer; a call of the
             layer does more than its own forward; or a gradient is required.
         """
-        if self._is_hooked() or self.spatial or self._has_step_policy or self._differs_by_sample:
+        if self._runs_hooks() or self.spatial or self._has_step_policy or self._differs_by_sample:
             return None
         if _needs_gradient(x, self.bias):
             return None
@@ -271,14 +277,14 @@ class QuantLinear(nn.Linear):
         y = self.kernel.with_epilogue(call, epilogue)
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
 
-    def _is_hooked(self) -> bool:
+    def _runs_hooks(self) -> bool:
         """Whether a call of the layer runs hooks, or a forward that was put in place of its own.
 
         Adapters of kohya, LyCORIS and ComfyUI replace ``forward``, as offloading does.
         """
         hooks = self._forward_hooks or self._forward_pre_hooks or module._has_any_global_hook()  # type: ignore[no-untyped-call]
         replaced = getattr(self.forward, "__func__", None) is not _FORWARD
-        return bool(hooks or replaced or any(hasattr(self, hook) for hook in HOOKS))
+        return bool(hooks or replaced or is_hooked(self))
 
     @property
     def _has_step_policy(self) -> bool:
@@ -322,9 +328,6 @@ class QuantLinear(nn.Linear):
 
     def _gemm(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """``rows`` (M, K) to (M, N), with the low-rank branch."""
-        if self._differs_by_sample:
-            parts = self._clock[0].each_sample(rows)
-            return torch.cat([self._gemm(part, bias) for part in parts])
         tensors, branch = self._kernel_tensors(), self._branch(rows)
         if branch and self.kernel.with_epilogue and self._fuses_branch(rows):
             call = LinearCall(self.problem, rows, tensors, bias)

@@ -7,7 +7,6 @@ such an output shows the cause; a black image does not.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.errors import NonFiniteError
-from dtq.models import TIME_ARGUMENTS
-from dtq.models.timestep import sample_timesteps
+from dtq.models.timestep import sample_timesteps, timestep_argument
 from dtq.nn.linear import QuantLinear
 
 VARIABLE = "DTQ_DEBUG_NAN"
@@ -38,7 +36,7 @@ def enable(model: nn.Module) -> None:
     """
     steps = vars(model).get(_MARK)
     if steps is None:
-        steps = vars(model)[_MARK] = StepTrace(model)
+        steps = vars(model)[_MARK] = StepTrace()
         model.register_forward_pre_hook(steps.enter, with_kwargs=True)
     for name, module in model.named_modules():
         leaf = isinstance(module, QuantLinear) or not any(True for _ in module.children())
@@ -52,23 +50,18 @@ class StepTrace:
 
     Consecutive calls with the same timestep are one step; a larger timestep starts a new run.
 
-    Args:
-        model: the transformer.
-
     Attributes:
         step: index of the step, -1 before the first call.
         timestep: of the last call; None if the model takes none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self.step = -1
         self.timestep: float | None = None
-        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count a call; a forward pre-hook of the model."""
-        bound = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        value = next((bound[n] for n in TIME_ARGUMENTS if bound.get(n) is not None), None)
+        value = timestep_argument(module, args, kwargs)
         timestep = None if value is None else float(sample_timesteps(torch.as_tensor(value))[0])
         if timestep is None or self.timestep is None:
             self.step += 1

@@ -13,7 +13,7 @@ from dtq.errors import InputError
 from dtq.models.timestep import sample_timesteps
 from dtq.plan.step_policy import StepPolicy
 
-_DIFFERENT = "dtq: a compiled graph takes samples of one timestep; call it for each timestep"
+_DIFFERENT = "dtq: a graph takes samples of one timestep; call it for each timestep"
 
 
 class StepClock(nn.Module):
@@ -32,12 +32,13 @@ class StepClock(nn.Module):
         mode: int64 (1,) on the CPU, an index into ``modes``. Host code branches on it, and needs to
             wait for a GPU only once per step.
         modes: precisions of the step policy; empty without a policy.
-        samples: (B,) timesteps of the samples of the call; None where they are the same.
+        samples: bins (B,), and modes (B,) if there are any, of the samples of the call; None where
+            their timesteps are the same.
     """
 
     def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
         super().__init__()
-        self.samples: Tensor | None = None
+        self.samples: tuple[Tensor, Tensor | None] | None = None
         self.edges = torch.tensor(list(edges), dtype=torch.float64)
         self.modes = policy.precisions if policy is not None else ()
         self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
@@ -57,44 +58,52 @@ class StepClock(nn.Module):
             timestep: a scalar, (B,), or (B, ...) with one entry per token or frame.
 
         Raises:
-            RuntimeError: in a compiled graph, for samples of different timesteps.
+            RuntimeError: samples of different timesteps, in a compiled graph that contains this
+                call, or while a CUDA graph is captured. On a GPU it is a device assertion, after
+                which the process can no longer use the GPU.
         """
         samples = sample_timesteps(timestep)
-        self.samples = None
-        if len(samples) > 1:
-            alike = (samples == samples[0]).all()
-            if torch.compiler.is_compiling():
-                torch._assert_async(alike, _DIFFERENT)  # type: ignore[no-untyped-call]
-            elif not alike:
-                self.samples = samples
-        self._set(samples[:1])
-
-    def _set(self, timestep: Tensor) -> None:
-        self._move_to(timestep.device)
-        self.bin.copy_(torch.bucketize(timestep.to(self.edges), self.edges))
+        self._move_to(samples.device)
+        bins = torch.bucketize(samples.to(self.edges), self.edges)
+        modes = None
         if self.modes:
-            self.mode.copy_(torch.bucketize(timestep.cpu().double(), self.mode_edges))
+            modes = torch.bucketize(samples.cpu().double(), self.mode_edges)
+        # a tensor that was expanded needs no comparison, which would wait for a GPU
+        expanded = len(samples) == 1 or timestep.stride(0) == 0
+        self.samples = None if expanded or _are_same(samples) else (bins, modes)
+        self._select(0, bins, modes)
 
-    def each_sample(self, rows: Tensor) -> Iterator[Tensor]:
-        """The rows (M, K) of one sample after another, with the clock at its timestep.
+    def _select(self, sample: int, bins: Tensor, modes: Tensor | None) -> None:
+        self.bin.copy_(bins[sample : sample + 1])
+        if modes is not None:
+            self.mode.copy_(modes[sample : sample + 1])
+
+    def each_sample(self, x: Tensor, layer: str) -> Iterator[Tensor]:
+        """The part of one sample after another, with the clock at its timestep.
+
+        Args:
+            x: input of a layer, (B, K), or (B, ..., K) with the parts of a sample, such as its
+                frames, one after the other in the first axis.
+            layer: its name, for the error.
 
         Raises:
-            InputError: the rows of the samples cannot be told apart.
+            InputError: the first axis of ``x`` is not that of the samples.
         """
-        samples = self.samples
-        assert samples is not None
-        if len(rows) % len(samples):
+        assert self.samples is not None
+        samples, count = self.samples, len(self.samples[0])
+        if len(x) % count or (x.ndim < 3 and len(x) != count):
             raise InputError(
-                f"{len(samples)} samples of different timesteps in one call, and {len(rows)} rows: "
-                f"call the model with the samples of one timestep at a time"
+                f"{layer or 'a layer'} has an input of shape {list(x.shape)}, which does not show "
+                f"the tokens of each of {count} samples of different timesteps: call the model "
+                f"with the samples of one timestep at a time"
             )
         self.samples = None
         try:
-            for i, part in enumerate(rows.chunk(len(samples))):
-                self._set(samples[i : i + 1])
+            for i, part in enumerate(x.chunk(count)):
+                self._select(i, *samples)
                 yield part
         finally:
-            self._set(samples[:1])
+            self._select(0, *samples)
             self.samples = samples
 
     def _move_to(self, device: torch.device) -> None:
@@ -106,3 +115,14 @@ class StepClock(nn.Module):
         # move with the model: a device that changes in the first call would compile a second graph
         self._move_to(fn(self.bin).device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _are_same(samples: Tensor) -> bool:
+    """Whether all timesteps are the same; in a graph they have to be."""
+    same = (samples == samples[0]).all()
+    if torch.compiler.is_compiling() or (
+        samples.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        torch._assert_async(same, _DIFFERENT)  # type: ignore[no-untyped-call]
+        return True
+    return bool(same)

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
-from dtq.models import TIME_ARGUMENTS
+from dtq.errors import InputError
+from dtq.models.timestep import timestep_argument
 from dtq.nn.linear import QuantLinear
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import device_of
@@ -30,30 +30,35 @@ def install_clock(
     clock = StepClock(edges, policy).to(device_of(model))
     if not hasattr(model, _CLOCK):
         model.register_forward_pre_hook(_set_clock, with_kwargs=True)
+        model.register_forward_hook(_forget_samples, always_call=True)
     model.add_module(_CLOCK, clock)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            module.set_clock(clock)
+            module.set_clock(clock, name)
     return clock
 
 
 def remove_clock(model: nn.Module) -> None:
     """Remove the step clock of a model, if there is one; no layer may need it any more."""
-    hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _set_clock]:
-        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    for hooks, flags, ours in (
+        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, _set_clock),
+        (model._forward_hooks, model._forward_hooks_always_called, _forget_samples),
+    ):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key], flags[key]
+    if hasattr(model, _CLOCK):
         delattr(model, _CLOCK)
 
 
 def _set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    clock = getattr(module, _CLOCK)
-    for name in TIME_ARGUMENTS:
-        if isinstance(kwargs.get(name), Tensor):
-            clock.set(kwargs[name])
-            return
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    for name, value in zip(names, args, strict=False):
-        if name in TIME_ARGUMENTS and isinstance(value, Tensor):
-            clock.set(value)
-            return
-    raise ValueError("static activation scales need the timestep as a tensor argument")
+    timestep = timestep_argument(module, args, kwargs)
+    if not isinstance(timestep, Tensor):
+        raise InputError(
+            "static activation scales and step policies need the timestep as a tensor: pass it to "
+            "the model"
+        )
+    getattr(module, _CLOCK).set(timestep)
+
+
+def _forget_samples(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    getattr(module, _CLOCK).samples = None  # blocks may be called without the model

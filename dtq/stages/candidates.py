@@ -43,7 +43,7 @@ class CandidateLayers(Mapping[str, dict[str, nn.Module]]):
             old = self.run.model.get_submodule(name)
             dtype = next(old.parameters()).dtype
             new = build_quant_linear(result, old, self.run.plan.bins, dtype)
-            new.set_clock(self.clock)
+            new.set_clock(self.clock, name)
             modules[name] = new
         return modules
 

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from dtq.errors import InputError
-from dtq.models.linears import linears_of
+from dtq.models.linears import is_hooked, linears_of
 from dtq.pipelines.stored_tensors import is_saturated
 
 
@@ -71,7 +71,7 @@ def check_forwards(model: nn.Module, names: Iterable[str]) -> None:
         if own and not hooks:
             continue
         what = "the forward of {} has been replaced, by an adapter for example"
-        if hasattr(linear, "_hf_hook") or hasattr(linear, "_diffusers_hook"):
+        if is_hooked(linear):
             what = "offloading or layerwise casting is on (for {} for example)"
         elif own:
             what = "{} has forward hooks"

@@ -181,7 +181,7 @@ def _promote(run: Run, failure: Failure) -> Promotion:
     choice = choose_transform([raised], [weight], run.stats(run.scan.group_of(name)))
     result = solve_layer(raised, weight, TransformedInput.of(run, raised, choice, weight))
     new = build_quant_linear(result, old, run.plan.bins, before.compute_dtype)
-    new.set_clock(before.clock)
+    new.set_clock(before.clock, name)
     run.model.set_submodule(name, new)
     finalize(run.model, ())
     result.report.promoted, result.report.error_before = True, report.error

@@ -8,6 +8,7 @@ serve every transform, and the model never has to run again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol
@@ -31,11 +32,12 @@ class Transform(Protocol):
         """The Hessian (K, K) of the transformed input, from that of the raw input."""
 
 
-class _Orthogonal:
+class _Orthogonal(ABC):
     """An orthogonal transform changes the weight as it changes the input."""
 
+    @abstractmethod
     def x(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The transformed input; float (..., K)."""
 
     def w(self, w: Tensor) -> Tensor:
         """The weight (N, K) that goes with the transformed input."""

@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
+import sass
 
 SOURCES = Path(__file__).parent.parent.parent / "cuda_ext"
 ARCHS = ("80", "89", "90a", "100", "120f")
@@ -33,12 +33,8 @@ pytestmark = [
 
 
 def disassembled(path):
-    """SASS, by nvcc's cuobjdump or that of PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)."""
-    packages = Path(sysconfig.get_paths()["purelib"])
-    folders = [str(p.parent) for p in packages.glob("nvidia/cu*/bin/cuobjdump")]
-    tool = shutil.which("cuobjdump") or shutil.which(
-        "cuobjdump", path=":".join([*folders, "/none"])
-    )
+    """SASS, or None without cuobjdump."""
+    tool = sass.tool()
     if tool is None:
         return None
     done = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True)
@@ -59,10 +55,10 @@ def test_it_compiles_and_spills_nothing(source, arch, tmp_path):
     assert "serializ" not in output, output
     spilled = [line for line in output.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
     assert not spilled, output
-    sass = disassembled(target)
-    if sass is not None:
+    code = disassembled(target)
+    if code is not None:
         for wanted in WANTED.get(source, {}).get(arch, ()):
-            assert wanted in sass, wanted
+            assert wanted in code, wanted
 
 
 @pytest.mark.parametrize("arch", ["80", "90a", "120f"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from dtq.kernels.compile.compiler import Unavailable
 from dtq.kernels.compile.library import Library
 from dtq.kernels.kernel import Epilogue, LinearCall
 from dtq.kernels.ops_weight import WEIGHT_CACHE
+from dtq.linalg.hadamard import rotate
 
 ROOT = Path(__file__).parent.parent.parent
 sim, reference = torch.ops.dtq_sim, torch.ops.dtq_reference
@@ -170,6 +172,18 @@ def test_nothing_to_do_launches_nothing(emulator):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_transformed_input_is_rounded_in_the_same_pass(emulator, dtype):
+    for k, order, rotations in ((1152, None, 1), (1184, None, 1), (100, None, 2), (64, True, 2)):
+        x = (agreement.normal(5, k) * 3).to(dtype)
+        order = None if order is None else torch.randperm(k, dtype=torch.int32)
+        args = x, (torch.rand(k) + 0.5).bfloat16(), order, 4 if k % 32 else 32, rotations
+        got = sim.round_rows(*args, "none", dtype)
+        assert torch.equal(got, reference.transform_rows(*args).to(dtype)), (k, rotations)
+        assert torch.equal(got, reference.round_rows(*args, "none", dtype))
+
+
+@pytest.mark.slow
 def test_slices_are_read_in_place(emulator):
     x = agreement.normal(9, 200)[:, 8:136]
     got, want = sim.quantize_rows(x, None, 64, None), reference.quantize_rows(x, None, 64, None)
@@ -213,6 +227,10 @@ def test_operands_that_do_not_fit_are_an_error(emulator):
     }.items():
         with pytest.raises(RuntimeError, match=message):
             sim.w8a8_epilogue_linear(*(right | then | wrong).values())
+    view = torch.zeros(81).half()[1:].reshape(5, 16)  # contiguous, and at an odd address
+    for name, low, up in (("low", view[:3], one(5, 16).half()), ("up", one(3, 16).half(), view)):
+        with pytest.raises(RuntimeError, match=f"{name} starts at an address .* of 4 bytes; clone"):
+            sim.w8a8_epilogue_linear(*(right | then | {"low": low, "up": up}).values())
     packed = codes, one(3), agreement.int8(5, 32), one(5, 1)
     for message, tables in {
         "tables must be .5, groups.": agreement.int8(4, 2, 16),
@@ -257,6 +275,19 @@ def test_a_weight_whose_parts_do_not_fit_is_an_error(emulator, name):
             decode({**right, part: tensor.reshape(-1)})
     with pytest.raises(RuntimeError, match="expected"):
         decode(right, columns=512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vq-256x4", "vq-64x2"])
+def test_a_codebook_at_an_odd_address_is_an_error(emulator, name):
+    fmt, w = FORMATS[name], agreement.normal(16, 256) * 0.1
+    parts = fmt.pack(w, fmt.compute_qparams(w))
+    lut = parts["weight_lut"]
+    moved = torch.cat([torch.zeros(1).bfloat16(), lut.reshape(-1)])[1:].reshape(lut.shape)
+    assert moved.data_ptr() % 4 == 2
+    given = parts | {"weight_lut": moved}
+    with pytest.raises(RuntimeError, match="weight_lut starts at an address"):
+        sim.dequantize(list(given.values()), list(given), name, 256, torch.bfloat16)
 
 
 @pytest.mark.slow
@@ -362,9 +393,72 @@ def test_an_old_gpu_does_not_affect_a_new_one(capabilities, builds, monkeypatch)
     assert CUDA.builds() == builds
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA A10")
     monkeypatch.setattr(CUDA, "load", lambda: True)
     limits = [gpu_dispatch._limits(i) for i in range(2)]
     assert [small_m for small_m, _ in limits] == [16 if c >= (8, 0) else -1 for c in capabilities]
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "reason"),
+    [
+        (12080, 13000, "supports CUDA 12.8, and .* was built with 13.0: update the driver"),
+        (13000, 13020, ""),  # minor versions of a major one are compatible
+        (13010, 12060, ""),
+        (12020, 12090, ""),
+        (None, 13000, ""),
+        (12080, None, ""),
+    ],
+)
+def test_a_library_that_is_newer_than_the_driver_is_not_loaded(
+    driver, runtime, reason, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cuda, "driver_version", lambda: driver)
+    monkeypatch.setattr(nvcc, "find", lambda *homes: "nvcc")
+    monkeypatch.setattr(nvcc, "major_version", lambda compiler: 12)
+    here = library(tmp_path, monkeypatch, check_file=cuda._check_file, compiler=cuda._compiler)
+    here.cached().parent.mkdir()
+    here.cached().write_bytes(b"junk\0dtq cudart %d\0" % runtime if runtime else b"junk")
+    state = dict(here.levels())["user cache"]
+    if not reason:
+        assert state == f"used: {here.cached()}"
+        assert here.existing() == here.cached()
+        return
+    assert re.search(reason, state)
+    assert here.existing() is None
+    with pytest.raises(Unavailable, match=reason):
+        here.open(here.cached())
+    # an older nvcc compiles a library that replaces it
+    assert dict(here.levels())["compiled at first use"].startswith("used: by ")
+    here._compiled()
+    assert here.cached().read_text() == "junk"
+
+
+def test_an_nvcc_that_is_newer_than_the_driver_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "driver_version", lambda: 12080)
+    monkeypatch.setattr(nvcc, "find", lambda *homes: "nvcc")
+    monkeypatch.setattr(nvcc, "major_version", lambda compiler: 13)
+    here = library(tmp_path, monkeypatch, check_file=cuda._check_file, compiler=cuda._compiler)
+    expected = "the driver supports CUDA 12.8, and nvcc is of CUDA 13"
+    assert expected in dict(here.levels())["compiled at first use"]
+    assert expected in here.describe()
+    here.cached().parent.mkdir()
+    here.cached().write_bytes(b"dtq cudart 13000")
+    assert not here.load()
+    for part in (str(here.cached()), expected):  # both levels say why
+        assert part in here.reason
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_a_compiler_names_its_version(tmp_path):
+    major = nvcc.major_version(shutil.which("nvcc"))
+    assert 12 <= major < 100
+    for text, message in (("exit 1", "--version"), ("echo of a dream", "names no release")):
+        program = tmp_path / f"nvcc{len(text)}"
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+        with pytest.raises(Unavailable, match=message):
+            nvcc.major_version(str(program))
 
 
 def library(tmp_path, monkeypatch, **changed) -> Library:
@@ -422,7 +516,7 @@ ALLOWED = set((ROOT / "tests" / "abi.txt").read_text().split())
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_binding_needs_only_the_stable_abi(tmp_path):
-    symbols = set()
+    symbols, runtimes = set(), set()
     units = [u for u in nvcc.SOURCES if u.endswith(".cpp")]
     home = Path(torch.__file__).parent
     compiling, _ = nvcc.build("nvcc", folder("cuda_ext"), ("80",)).commands(home, tmp_path)
@@ -433,8 +527,11 @@ def test_the_binding_needs_only_the_stable_abi(tmp_path):
                 ["nm", "--undefined-only", command[-1]], check=True, capture_output=True, text=True
             )
             symbols |= {line.split()[-1] for line in listed.stdout.splitlines()}
+            runtimes.add(cuda.runtime_version(Path(command[-1])))
     of_torch = {name for name in symbols if name.startswith(("aoti_", "torch_"))}
     assert len(of_torch) > 20
+    (runtime,) = runtimes - {None}  # the driver is compared with it before the library is loaded
+    assert runtime // 1000 == nvcc.major_version("nvcc")
     assert of_torch <= ALLOWED, sorted(of_torch - ALLOWED)
     # nothing of torch's C++, whose names change with every version
     assert not [n for n in symbols if "c10" in n or ("N2at" in n) or "N5torch3jit" in n]
@@ -493,13 +590,40 @@ def test_the_table_of_the_dispatcher():
     assert gpu_dispatch.choose(h200, 1024, 1152, 1152) == "float"  # 2.7
     assert gpu_dispatch.choose(h200, 4096, 3072, 3072) == "int8"
     assert gpu_dispatch.choose(h200, 1024, 1152, 4608) == "int8"
-    assert gpu_dispatch.choose(ada, 17, 1152, 1152) == "int8"
+    assert gpu_dispatch.choose(ada, 17, 1152, 1152, "NVIDIA GeForce RTX 4090") == "int8"
+    assert gpu_dispatch.choose(ada, 17, 1152, 1152, "NVIDIA L40S") == "float"
+    assert gpu_dispatch.choose((8, 6), 256, 1152, 1152, "NVIDIA RTX A6000") == "int8"  # 0.7
     assert gpu_dispatch.choose(b200, 1024, 1152, 1152) == "float"
-    assert gpu_dispatch.choose((12, 1), 256, 1152, 1152) == "int8"
+    assert gpu_dispatch.choose((12, 1), 256, 1152, 1152, "NVIDIA GeForce RTX 5090") == "int8"
+    assert gpu_dispatch.choose((12, 0), 256, 1152, 1152, "NVIDIA RTX PRO 6000") == "float"
     for row in gpu_dispatch.ARCHS:  # in this order with a rising number of tokens
-        steps = [gpu_dispatch.choose(row.since, m, 1152, 1152) for m in range(1, 5000)]
+        steps = [gpu_dispatch.choose(row.since, m, 1152, 1152, row.product) for m in range(1, 5000)]
         path = [s for i, s in enumerate(steps) if i == 0 or s != steps[i - 1]]
-        assert path in (["small_m", "float", "int8"], ["small_m", "int8"])
+        last = [] if math.isinf(row.min_ops) else ["int8"]
+        assert path in (["small_m", "float", *last], ["small_m", *last])
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (10, 1), (10, 3), (11, 0)])
+def test_gpus_whose_int8_is_slow_multiply_in_float(capability):
+    assert gpu_dispatch.choose(capability, 8192, 12288, 12288) == "float"
+    text = gpu_dispatch.explanation(capability, 1152, 1152)
+    assert "then int8" not in text
+    assert gpu_dispatch.arch(capability).source in text
+
+
+def test_a_gpu_has_the_row_of_its_product(monkeypatch):
+    names = ["NVIDIA GeForce RTX 4090", "NVIDIA L4"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names[i])
+    monkeypatch.setattr(CUDA, "load", lambda: True)
+    assert gpu_dispatch._limits(0) == (16, 0)
+    assert gpu_dispatch._limits(1) == (16, 1.2e9)
+    problem = LinearProblem(FORMATS["int8-row"], ACTIVATION_FORMATS["int8-row"])
+    text = pick(problem).by_shape(problem, (1152, 1152))
+    assert text.count("sm_89: ") == 2
+    assert "decoded to float below 453 tokens" in text
 
 
 def test_the_dispatcher_and_the_kernels_agree_on_small_m():
@@ -519,12 +643,11 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["int8-row", "int4-2l-g64"])
-@pytest.mark.parametrize("m", [3, 40])
-def test_small_problems_are_multiplied_in_float(as_on_a_gpu, name, m):
+def test_few_tokens_are_multiplied_in_float(as_on_a_gpu, name):
     fmt, w = FORMATS[name], agreement.normal(48, 128) * 0.1
     problem = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
     parts = fmt.pack(w, fmt.compute_qparams(w)) | {"pre_quant_scale": torch.ones(1, 128).bfloat16()}
-    x = agreement.normal(m, 128).bfloat16()
+    x = agreement.normal(3, 128).bfloat16()
     got = pick(problem).call(problem, x, parts, None)
     rotated = torch.ops.dtq.transform_rows(x, torch.ones(128).bfloat16(), None, 64, 1)
     want = (
@@ -533,6 +656,69 @@ def test_small_problems_are_multiplied_in_float(as_on_a_gpu, name, m):
     )
     assert torch.equal(got, want)
     assert pick(problem).call(problem, x.float(), parts, None).dtype == torch.float32
+
+
+def smoothed(name, rotations, permuted, k=384, seed=0):
+    """A problem with an input transform, and its tensors."""
+    g = torch.Generator().manual_seed(seed)
+    fmt, w = FORMATS[name], torch.randn(48, k, generator=g) * 0.1
+    problem = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64, rotations)
+    signs = torch.randint(0, 2, (1, k), generator=g) * 2 - 1
+    parts = fmt.pack(w, fmt.compute_qparams(w))
+    parts["pre_quant_scale"] = (signs * torch.exp(torch.randn(1, k, generator=g))).bfloat16()
+    if permuted:
+        parts["pre_quant_perm"] = torch.randperm(k, generator=g).int().reshape(1, -1)
+    return problem, parts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rotations", "permuted"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("name", ["int8-row", "int4-2l-g64"])
+def test_a_small_layer_is_one_product_with_a_folded_weight(
+    as_on_a_gpu, name, rotations, permuted, dtype, monkeypatch
+):
+    problem, parts = smoothed(name, rotations, permuted)
+    x, bias = agreement.normal(40, 384).to(dtype), agreement.normal(48)
+    called = []
+    monkeypatch.setattr(LinearCall, "transformed", lambda call: called.append(call))
+    got = pick(problem).call(problem, x, parts, bias)
+    assert not called
+    scale, perm = parts["pre_quant_scale"].double(), parts.get("pre_quant_perm")
+
+    def transform(rows):
+        rows = rows.double() * scale
+        rows = rows if perm is None else rows[:, perm.reshape(-1).long()]
+        return rotate(rows, 64, rotations)
+
+    # the exact product of the transformed input with the decoded weight
+    w = problem.weight_format.unpack({n: p for n, p in parts.items() if "pre" not in n}).double()
+    want = transform(x) @ w.T + bias.to(dtype).double()
+    folded = w @ transform(torch.eye(384)).T
+    # docs/kernels.md: half a unit of each folded weight, half a unit of the output, float32 sums
+    unit = torch.finfo(dtype).eps / 2
+    terms = x.double().abs() @ folded.abs().T
+    bound = unit * (terms + want.abs()) * 1.01 + 384 * 2**-24 * terms
+    assert ((got.double() - want).abs() <= bound).all()
+    # not farther from it than with the transform at run time, which rounds input and weight
+    apart = transform(x).to(dtype) @ w.to(dtype).T + bias.to(dtype)
+    assert (got.double() - want).norm() < 1.1 * (apart.double() - want).norm()
+
+
+def test_a_folded_weight_follows_its_transform(as_on_a_gpu):
+    """Smoothing that changes between calls, as it would with a vector per timestep."""
+    problem, parts = smoothed("int8-row", 1, False)
+    x = agreement.normal(40, 384).bfloat16()
+    one, other = parts["pre_quant_scale"], parts["pre_quant_scale"] * 2
+    first = pick(problem).call(problem, x, parts, None)
+    assert torch.equal(pick(problem).call(problem, x, parts, None), first)
+    doubled = pick(problem).call(problem, x, parts | {"pre_quant_scale": other}, None)
+    assert torch.equal(doubled, first * 2)
+    assert torch.equal(pick(problem).call(problem, x, parts, None), first)
+    one *= 2  # in place
+    assert torch.equal(pick(problem).call(problem, x, parts, None), doubled)
+    unrotated = LinearProblem(problem.weight_format, problem.activation_format)
+    again = pick(unrotated).call(unrotated, x, parts, None)
+    assert not torch.equal(again, doubled)
 
 
 @pytest.mark.parametrize("name", ["int4-g64", "int8-asym-g128"])
@@ -613,7 +799,8 @@ def test_a_decoded_weight_is_cached_until_its_packed_tensors_change():
     x, names = agreement.normal(5, 128), list(parts)
 
     def run():
-        return torch.ops.dtq.cached_linear(x, list(parts.values()), names, fmt.name, None)
+        weight = list(parts.values()), names, fmt.name
+        return torch.ops.dtq.cached_linear(x, *weight, None, None, 1, 1, None)
 
     before = WEIGHT_CACHE.nbytes
     first = run()

@@ -492,6 +492,17 @@ def packed(fmt, n, k, seed=0):
     return parts
 
 
+def as_in_a_checkpoint(fmt, n, k, seed=0):
+    """The same with zero points and group bytes that a checkpoint may have."""
+    parts = packed(fmt, n, k, seed)
+    w = random(n, k, seed=seed) + random(n, 1, seed=seed + 1)
+    written = fmt.pack(w, fmt.compute_qparams(w))
+    for name in ("weight_zero_point", "weight_scale_2"):
+        if name in parts and parts[name].dtype == torch.int8:
+            parts[name] = written[name]
+    return parts
+
+
 def columns_of(fmt):
     """Row lengths: whole groups; without groups also one that ends amid a run of 16."""
     if isinstance(fmt, Ternary) and fmt.trits:
@@ -541,7 +552,7 @@ def test_few_tokens(library, name):
     n = 67 if isinstance(fmt, Vq) else 19
     columns = columns_of(fmt)
     for m, k, dtype in [(1, columns[0], torch.bfloat16), (9, columns[-1], torch.float16)]:
-        parts = packed(fmt, n, k, seed=m)
+        parts = as_in_a_checkpoint(fmt, n, k, seed=m)
         x, bias = random(m, k, seed=m).to(dtype), random(n, seed=2).to(dtype)
         w = fmt.unpack(parts).to(dtype).double()
         for b in (None, bias):
@@ -550,6 +561,38 @@ def test_few_tokens(library, name):
             size = x.double().abs() @ w.abs().T + 1
             bound = torch.finfo(dtype).eps * exact.abs() / 2 + 2**-22 * size
             assert ((y - exact).abs() <= bound).all(), (m, k)
+
+
+INT4 = [name for name, f in FORMATS.items() if isinstance(f, Int | TwoLevelInt) and f.bits == 4]
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_pairs_of_4_bit_codes_are_the_rounded_weights(library, name):
+    """A token with a single 1 is a column of the weight: its bits, in every place of a step."""
+    fmt = FORMATS[name]
+    for n, k, m in [(19, 128, 8), (33, 1152, 16), (5, 384, 17)]:
+        parts = as_in_a_checkpoint(fmt, n, k, seed=k)
+        want = fmt.unpack(parts).bfloat16()
+        for first in range(0, k, max(m, k // 3 // m * m)):
+            columns = torch.arange(first, first + m) % k
+            x = F.one_hot(columns, k).bfloat16()
+            y = run_few(library, fmt, parts, n, x, seed=first)
+            assert torch.equal(y, want[:, columns].T), (k, first)
+
+
+def test_few_tokens_of_4_bit_weights_anywhere(library):
+    """Rows and tokens that do not fill a tile, and what the packed pairs do not support."""
+    fmt = FORMATS["int4-g64"]
+    for k, stride, offset in [(448, 448, 0), (448, 472, 8), (448, 449, 3), (96 * 2, 192, 0)]:
+        n, m = 21, 11
+        parts = as_in_a_checkpoint(fmt, n, k, seed=k)
+        memory = random(m, stride, seed=k).bfloat16().reshape(-1)
+        x = F.pad(memory, (0, 16))[offset:][: m * stride].reshape(m, stride)[:, :k]
+        w = fmt.unpack(parts).bfloat16().double()
+        exact = x.double() @ w.T
+        y = run_few(library, fmt, parts, n, x).double()
+        bound = 2**-8 * exact.abs() + 2**-22 * (x.double().abs() @ w.abs().T + 1)
+        assert ((y - exact).abs() <= bound).all(), (k, stride, offset)
 
 
 def test_few_tokens_add_up_exactly_where_that_is_possible(library):

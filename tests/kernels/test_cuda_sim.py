@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch_structs import Gemm
 
 from dtq.formats.integer import TwoLevelInt
 from dtq.formats.packing import pack_bits
@@ -83,31 +84,6 @@ def test_planted_faults_are_detected():
     output = call(sys.executable, SOURCES / "sim/mutate.py", "--short")
     noticed = [line for line in output.splitlines() if line.startswith("noticed")]
     assert len(noticed) >= 2, output
-
-
-class Gemm(ctypes.Structure):
-    """dtq::Gemm of cuda_ext/launch.h."""
-
-    _fields_ = (
-        *[(n, ctypes.c_int64) for n in ("tokens", "rows", "columns")],
-        *[(n, ctypes.c_void_p) for n in ("x_q", "x_block_scale", "row_scale")],
-        ("weights", ctypes.c_int),
-        *[(n, ctypes.c_void_p) for n in ("weight", "groups", "codebooks")],
-        ("group", ctypes.c_int64),
-        *[(n, ctypes.c_void_p) for n in ("weight_scale", "bias")],
-        ("bias_type", ctypes.c_int),
-        ("out", ctypes.c_void_p),
-        ("out_type", ctypes.c_int),
-        *[(n, ctypes.c_void_p) for n in ("down", "up")],
-        ("rank", ctypes.c_int64),
-        ("lowrank_type", ctypes.c_int),
-        ("gelu", ctypes.c_bool),
-        ("gate", ctypes.c_void_p),
-        ("gate_tokens", ctypes.c_int64),
-        *[(n, ctypes.c_void_p) for n in ("residual", "workspace")],
-        ("workspace_bytes", ctypes.c_int64),
-        *[(n, ctypes.c_int) for n in ("arch", "sms")],
-    )
 
 
 def seeded(seed):

@@ -158,7 +158,7 @@ def test_every_op_passes_opcheck(dtype):
     weight = (list(parts.values()), list(parts), "int4-asym-g64")
     torch.library.opcheck(ops.dequantize, (*weight, 128, dtype))
     torch.library.opcheck(ops.weight_linear, (x, *weight, bias))
-    torch.library.opcheck(ops.cached_linear, (x, *weight, bias))
+    torch.library.opcheck(ops.cached_linear, (x, *weight, pre, None, 64, 1, bias))
     up = torch.ones(1, 128, dtype=dtype)
     change, grid = (pre, None, 64, 1), (torch.tensor([0.1, 0.2]), torch.ones(1, dtype=torch.int64))
     torch.library.opcheck(ops.norm_quantize_rows, (x, up, up, 1e-6, *change, None, None))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import logging
+import re
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,48 @@ def capabilities() -> list[tuple[int, int]]:
     return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
 
 
+def gpus() -> list[tuple[tuple[int, int], str]]:
+    """Compute capability and name of each kind of GPU that torch can use, ascending."""
+    if not torch.cuda.is_available():
+        return []
+    count = range(torch.cuda.device_count())
+    get = torch.cuda.get_device_capability, torch.cuda.get_device_name
+    return sorted({(get[0](i), get[1](i)) for i in count})
+
+
+def driver_version() -> int | None:
+    """The newest CUDA that the driver supports, as 1000 x major + 10 x minor; None: no driver."""
+    version = ctypes.c_int(0)
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if status else version.value
+
+
+def runtime_version(path: Path) -> int | None:
+    """The CUDA runtime that is linked into a library, as :func:`driver_version`; None: unknown.
+
+    Read from the file without loading it: what is loaded has replaced torch's ops already.
+    """
+    found = re.search(rb"dtq cudart (\d+)", path.read_bytes())
+    return int(found[1]) if found else None
+
+
+def _check_file(path: Path) -> None:
+    """A runtime works with any driver of its major version, and with newer ones."""
+    runtime, driver = runtime_version(path), driver_version()
+    if runtime is not None and driver is not None and driver // 1000 < runtime // 1000:
+        raise Unavailable(
+            f"the driver supports CUDA {_words(driver)}, and {path} was built with "
+            f"{_words(runtime)}: update the driver, or install an nvcc of CUDA {driver // 1000}"
+        )
+
+
+def _words(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _check() -> None:
     check_abi()
     if torch.version.cuda is None:
@@ -53,6 +96,12 @@ def _archs() -> tuple[str, ...]:
 
 def _compiler() -> str:
     compiler, reason = nvcc.find(cpp_extension.cuda_home()), cpp_extension.unsupported_reason()
+    driver, major = driver_version(), nvcc.major_version(compiler)
+    if driver is not None and driver // 1000 < major:
+        raise Unavailable(
+            f"the driver supports CUDA {_words(driver)}, and {compiler} is of CUDA {major}: update "
+            f"the driver, or set CUDA_HOME to a CUDA {driver // 1000}"
+        )
     if reason is None:
         return f"torch.utils.cpp_extension with ninja and {compiler}"
     return f"{compiler}, not torch.utils.cpp_extension: {reason}"
@@ -122,6 +171,7 @@ CUDA = Library(
     compile=lambda work: compile_library(work, _archs(), ptx=False),
     builds=lambda: "+".join(f"sm_{arch}" for arch in _archs()),
     check=_check,
+    check_file=_check_file,
     prepare=_prepare,
     detail=lambda library: str(library.dtq_cuda_archs().decode()),
     compile_seconds=90,

@@ -40,6 +40,7 @@ class Library:
         compile: compiles into a folder and returns the file there. Raises :class:`Unavailable`.
         builds: returns the hardware that a file in the cache is compiled for; part of its name.
         check: raises :class:`Unavailable` if this machine or this torch cannot use the library.
+        check_file: raises :class:`Unavailable` if a compiled file cannot be used here.
         prepare: called once with the loaded library.
         detail: describes a loaded library in a word.
         compile_seconds: roughly how long compiling takes, for the message about it.
@@ -57,6 +58,7 @@ class Library:
     compile: Callable[[Path], Path]
     builds: Callable[[], str] = lambda: ""
     check: Callable[[], None] = lambda: None
+    check_file: Callable[[Path], None] = lambda path: None
     prepare: Callable[[ctypes.CDLL], None] = lambda library: None
     detail: Callable[[ctypes.CDLL], str] = lambda library: "compiled"
     compile_seconds: int = 30
@@ -85,7 +87,7 @@ class Library:
             self.opened = self.open(path)
             self.path = path
         except Unavailable as error:
-            self.reason = " ".join(str(error).split())
+            self.reason = " ".join("; ".join([*self._refused(), str(error)]).split())
             level = logging.INFO if _switched_off() else logging.WARNING
             message = "dtq: the torch reference runs on the %s: %s"
             _log.log(level, message, self.title, self.reason)
@@ -95,8 +97,9 @@ class Library:
         """Load a file; torch then uses its ops.
 
         Raises:
-            Unavailable: it does not load.
+            Unavailable: it does not load, or cannot be used here.
         """
+        self.check_file(path)
         try:
             torch.ops.load_library(str(path))
             library = ctypes.CDLL(str(path))
@@ -116,7 +119,7 @@ class Library:
                 place = self._place(path) if path else f"built at first use by {self.compiler()}"
                 return f"compiled kernels, {place}"
         except Unavailable as error:
-            reason = str(error)
+            reason = "; ".join([*self._refused(), str(error)])
         return f"torch reference: {reason}"
 
     def levels(self) -> list[tuple[str, str]]:
@@ -126,8 +129,9 @@ class Library:
             ("built ahead", self.packaged(), "make kernels"),
             ("user cache", self.cached(), "filled at first use"),
         ):
-            exists = path.exists()
-            levels.append((name, str(path) if exists else f"nothing there: {hint}", exists))
+            exists, refusal = path.exists(), self._refusal(path)
+            state = refusal or (str(path) if exists else f"nothing there: {hint}")
+            levels.append((name, state, exists and not refusal))
         try:
             levels.append(("compiled at first use", f"by {self.compiler()}", True))
         except Unavailable as error:
@@ -172,8 +176,21 @@ class Library:
         return target
 
     def existing(self) -> Path | None:
-        """A library that is compiled already: next to the package, else in the cache."""
-        return next((path for path in (self.packaged(), self.cached()) if path.exists()), None)
+        """A library that is compiled already and can be used: next to the package, else cached."""
+        paths = (path for path in (self.packaged(), self.cached()) if path.exists())
+        return next((path for path in paths if not self._refusal(path)), None)
+
+    def _refusal(self, path: Path) -> str:
+        """Why a file cannot be used here; empty if it can, or if there is none."""
+        try:
+            if path.exists():
+                self.check_file(path)
+        except Unavailable as error:
+            return str(error)
+        return ""
+
+    def _refused(self) -> list[str]:
+        return [reason for p in (self.packaged(), self.cached()) if (reason := self._refusal(p))]
 
     def packaged(self) -> Path:
         """Where ``make kernels`` and the wheel put the library: next to the package's modules."""
@@ -192,7 +209,7 @@ class Library:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _locked(target.with_suffix(".lock")):
-                if not target.exists():  # another process may have been first
+                if self.existing() is None:  # another process may have been first
                     print(
                         f"dtq: compiling {self.title} kernels{builds and f' for {builds}'}, once"
                         f" (~{self.compile_seconds} s)",

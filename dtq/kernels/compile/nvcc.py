@@ -6,8 +6,11 @@ This module does not import torch, because a wheel is built without it.
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -60,6 +63,23 @@ def find(*homes: str | None) -> str:
         if path:
             return path
     raise Unavailable("no nvcc on the path or in CUDA_HOME")
+
+
+@functools.cache
+def major_version(nvcc: str) -> int:
+    """The major version of the CUDA that a compiler belongs to.
+
+    Raises:
+        Unavailable: it does not run, or does not say.
+    """
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"{nvcc} --version: {error}") from error
+    found = re.search(r"release (\d+)\.", done.stdout)
+    if found is None:
+        raise Unavailable(f"{nvcc} --version names no release")
+    return int(found[1])
 
 
 def device_flags(archs: Sequence[str], ptx: bool) -> tuple[str, ...]:

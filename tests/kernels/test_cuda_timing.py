@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static timing of the CUDA kernels: estimates from the machine code, see tests/sass.py. Nothing is measured.
+
+``pytest -s tests/kernels/test_cuda_timing.py`` prints the values; docs/kernels.md has them. Every call
+is bfloat16 with whole tiles: 4096 tokens, 3072 columns and rows, a bias.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import sass
+from launch_structs import POINTER, Gemm, GemmArgs, RowPlan, Rows, SmallM, SmallMPlan, Weight
+
+BFLOAT16 = 1
+TENSOR_MAPS = bytes(256)  # of WgmmaArgs, before its GemmArgs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc"),
+    pytest.mark.skipif(not sass.tool(), reason="needs cuobjdump"),
+]
+
+
+@functools.cache
+def kernels(source, arch):
+    with tempfile.TemporaryDirectory() as folder:
+        return sass.compiled(source, arch, Path(folder))
+
+
+def gemm(**changes):
+    g = Gemm(tokens=4096, rows=3072, columns=3072, group=64, arch=90, sms=132)
+    for name in (
+        "x_q",
+        "row_scale",
+        "weight",
+        "groups",
+        "codebooks",
+        "weight_scale",
+        "bias",
+        "out",
+    ):
+        setattr(g, name, POINTER)
+    g.bias_type = g.out_type = g.lowrank_type = BFLOAT16
+    for name, value in changes.items():
+        setattr(g, name, value)
+    return GemmArgs(g, POINTER, 48, 6, 1, 48, False)
+
+
+GATE = {"gate": POINTER, "residual": POINTER, "gate_tokens": 4096}
+
+
+def hopper(source, tokens, extras, **changes):
+    """A warp of the first consumer warpgroup of the wgmma kernel."""
+    kernel = sass.find(kernels(source, "90a"), rf"gemm_wgmma.*ELi{tokens}E.*Lb{extras}E")
+    params = TENSOR_MAPS + bytes(gemm(**changes))
+    return kernel, sass.run(kernel, params, thread=128, threads=384, align=128)
+
+
+# After the last product, until the warp ends: (extras, call, cycles a tile at most)
+EPILOGUES = {
+    "plain": (0, {}, 24_000),
+    "gelu": (1, {"gelu": True}, 62_000),
+    "gate and residual": (1, GATE, 140_000),
+}
+
+
+@pytest.mark.parametrize("name", EPILOGUES)
+@pytest.mark.parametrize("source", ["gemm_int8.cu", "gemm_two_level.cu"])
+def test_the_epilogue_on_hopper(source, name):
+    extras, changes, bound = EPILOGUES[name]
+    kernel, walk = hopper(source, 256, extras, **changes)
+    assert walk.count("IGMMA") == 4 * 24  # the whole main loop: 32 columns each
+    part = walk.between("WARPGROUP.DEPBAR", "EXIT")
+    print(
+        f"\n{source} {name}: {part.instructions} instructions, {part.cycles} cycles a tile, "
+        f"{part.count('MUFU')} MUFU, {kernel.registers} registers"
+    )
+    assert part.count("STG") == 64  # 256 tokens x 16 rows of a warp, four bytes a lane
+    assert part.cycles <= bound
+
+
+def mma(source, arch, tile, extras, **changes):
+    kernel = sass.find(kernels(source, arch), rf"gemm_mma.*ELi{tile}ELi{tile}E.*Lb1EEELb{extras}E")
+    return kernel, sass.run(kernel, bytes(gemm(**changes)), threads=256)
+
+
+# registers of a thread at most, blocks of 256 threads a multiprocessor
+MMA = {
+    ("gemm_int8.cu", "80"): (128, 2),
+    ("gemm_int8.cu", "89"): (128, 2),
+    ("gemm_two_level.cu", "80"): (152, 1),
+    ("gemm_two_level.cu", "89"): (152, 1),
+}
+
+
+@pytest.mark.parametrize(("source", "arch"), MMA)
+def test_the_main_loop_with_mma_sync(source, arch):
+    registers, blocks = MMA[source, arch]
+    kernel, walk = mma(source, arch, 128, 0)
+    assert walk.count("IMMA") == 32 * 48
+    steps = walk.starts("BAR.SYNC")
+    step = walk.part(steps[-9], steps[-1])
+    print(
+        f"\n{source} sm_{arch}: {step.instructions / 8:.0f} instructions and {step.cycles / 8:.0f} "
+        f"cycles a step, {step.count('IMMA') // 8} IMMA, {kernel.registers} registers"
+    )
+    assert kernel.registers <= registers
+    assert sass.blocks(kernel, 256, shared=48 * 1024) == blocks
+
+
+def rows(block):
+    """LayerNorm, modulation, int8."""
+    r = Rows(rows=4096, columns=3072, stride=3072, prologue=2, modulate_stride=3072)
+    r.rows_per_modulate, r.hadamard_block, r.num_rotations = 4096, block, 1
+    r.output, r.qmax, r.out_stride, r.width = 0, 127, 3072, 3072
+    r.type = r.modulate_type = BFLOAT16
+    for name in ("x", "modulate_scale", "modulate_shift", "out", "scale"):
+        setattr(r, name, POINTER)
+    p = RowPlan(r, block**-0.5, True, True, True, True, 1, -1, 1 / 127)
+    p.modulate_multiplier, p.modulate_shift = 2**31 + 1, 12  # for images of 2^12 rows
+    p.x_pitch = p.modulate_pitch = 6144
+    p.out_pitch, p.inverse_columns = 3072, 1 / 3072
+    return p
+
+
+VALUES_OF_A_THREAD = 32
+ROWS = {1: 26, 64: 35}
+"""Hadamard block: instructions a value at most."""
+
+
+@pytest.mark.parametrize("block", ROWS)
+def test_norm_modulate_and_quantize(block):
+    # the prologue is LayerNorm, with vectors of the type of x, which is bfloat16; to int8
+    kind = "PrologueE2E.*ModulationE1E.*FloatE1E.*OutputE0E"
+    kernel = sass.find(kernels("rows.cu", "90a"), f"rows_register_kernel.*{kind}")
+    walk = sass.run(kernel, bytes(rows(block)), threads=96)
+    each = walk.instructions / VALUES_OF_A_THREAD
+    print(
+        f"\nnorm, modulate, int8, Hadamard block {block}: {each:.1f} instructions a value, "
+        f"{kernel.registers} registers"
+    )
+    assert each <= ROWS[block]
+
+
+def small_m(columns, encoding, scale_type, zero):
+    """4-bit integers with groups of 64 columns, bfloat16, one token."""
+    w = Weight(encoding=encoding, bits=4, rows=18_432, columns=columns, groups=columns // 64)
+    w.scale_type, w.offset = scale_type, 8
+    w.weight = w.scale = w.group_bytes = POINTER
+    w.zero = POINTER if zero else None
+    p = SmallMPlan(f=SmallM(w, POINTER, BFLOAT16, 1, columns, POINTER, POINTER), aligned_x=True)
+    p.weight.w, p.weight.row_bytes = w, columns // 2
+    p.weight.group, p.weight.shift, p.weight.aligned = 64, 6, True
+    return p
+
+
+AFFINE, TWO_LEVEL = 0, 5
+SCALE_FLOAT32, SCALE_BFLOAT16 = 1, 2
+FEW_TOKENS = {
+    "int4-g64": ("8Int4Bf16ILb0E", AFFINE, SCALE_BFLOAT16, False, 4),
+    "int4-asym-g64": ("8Int4Bf16ILb1E", AFFINE, SCALE_BFLOAT16, True, 4),
+    "int4-g64, float32 scales": ("9Int4FloatILb0E", AFFINE, SCALE_FLOAT32, False, 6),
+    "int4-2l-g64": ("12Int4TwoLevel", TWO_LEVEL, SCALE_FLOAT32, False, 6),
+}
+"""Format: the kernel, its weight, and instructions a weight at most."""
+
+
+@pytest.mark.parametrize("name", FEW_TOKENS)
+def test_few_tokens_with_4_bit_weights(name):
+    """By the difference of two lengths of a row: the loop alone."""
+    codes, encoding, scale_type, zero, bound = FEW_TOKENS[name]
+    # up to 8 tokens
+    kernel = sass.find(kernels("weights.cu", "90a"), f"small_m_int4_kernel.*{codes}.*Li1E")
+    short, long = (
+        sass.run(kernel, bytes(small_m(k, encoding, scale_type, zero)), threads=128)
+        for k in (3072, 6144)
+    )
+    weights = 3072 * 16 / 128  # more of a thread: 16 rows of a block, shared by 128 threads
+    each = (long.instructions - short.instructions) / weights
+    print(f"\nfew tokens, {name}: {each:.2f} instructions a weight, {kernel.registers} registers")
+    assert long.count("HMMA") - short.count("HMMA") == weights / 8  # none for tokens 8 to 15
+    assert each <= bound
