@@ -103,6 +103,29 @@ DTQ_DEV void stg(T* p, T value) {
   *p = value;
 }
 
+// 16 bytes if the condition holds, without a branch: compilers move what computes a value that is
+// stored under a condition into that branch, too, where it cannot overlap with anything.
+DTQ_DEV void stg_if(bool condition, U4* p, const U4& v) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.s32 p, %0, 0;\n"
+      "@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(int(condition)),
+      "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
+// 16 bytes, or zeros.
+DTQ_DEV U4 ldg_if(bool condition, const U4* p) {
+  U4 v;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.s32 p, %4, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%5];\n}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "r"(int(condition)), "l"(p));
+  return v;
+}
+
 template <class T>
 DTQ_DEV T lds(const void* p) {
   return *reinterpret_cast<const T*>(p);
@@ -172,6 +195,15 @@ DTQ_DEV void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(p))
+               : "memory");
+}
+
+// Writes four 8 x 8 matrices, each of a register of every lane as above, transposed: lane 8 q + r has the
+// address of the row of shared memory that gets column r of matrix q.
+DTQ_DEV void stmatrix_x4_trans(void* p, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(p)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 
@@ -262,6 +294,18 @@ DTQ_DEV float max_magnitude(float a, float b) {
   return m;
 }
 DTQ_DEV float int_to_float(int32_t a) { return __int2float_rn(a); }
+
+// 2^a and 1 / a with a relative error below 2^-22; results and arguments below 2^-126 are zeros.
+DTQ_DEV float exp2_approximate(float a) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+DTQ_DEV float reciprocal_approximate(float a) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.
 DTQ_DEV int32_t round_to_int(float f) { return __float2int_rn(f); }

@@ -20,6 +20,12 @@ DTQ_DEV uint32_t pair_of(float low, float high, Float type) {
   return type == kBFloat16 ? floats_to_bf16x2(low, high) : floats_to_f16x2(low, high);
 }
 
+// The two of a pair, the first from the low half.
+DTQ_DEV void floats_of(uint32_t pair, Float type, float& low, float& high) {
+  low = type == kBFloat16 ? bits_float(pair << 16) : f16_to_float(uint16_t(pair));
+  high = type == kBFloat16 ? bits_float(pair & 0xFFFF0000u) : f16_to_float(uint16_t(pair >> 16));
+}
+
 DTQ_DEV float load_float(const void* p, int64_t i, Float type) {
   if (type == kFloat32) return ldg(static_cast<const float*>(p) + i);
   return to_float(ldg(static_cast<const uint16_t*>(p) + i), type);

@@ -11,24 +11,9 @@
 // 64-byte swizzle. wgmma defines which columns a register holds: thread t of a row has 4 t .. and
 // 16 + 4 t .. of every 32, which in 4-bit codes are twice two bytes, 8 bytes apart.
 #pragma once
-#include "epilogue.cuh"
-#include "gemm_plan.h"
+#include "finish_wgmma.cuh"
 
 namespace dtq {
-
-template <class Source_, int tokens, int stages, int cluster>
-struct WgmmaTile {
-  using Source = Source_;
-  static constexpr int kTokens = tokens, kRows = 128, kDepth = 128;
-  static constexpr int kStages = stages, kCluster = cluster;
-  static constexpr int kThreads = 384, kWarps = 8;  // kWarps: of the consumers
-  static constexpr int kSums = tokens / 2;          // of a thread
-  static constexpr int kRowW = kDepth * Source::kBits / 8;
-  static constexpr int kBytesX = kTokens * kDepth, kBytesW = kRows * kRowW;
-  static constexpr int kStage = kBytesX + kBytesW;
-  static constexpr int kShared = stages * kStage + 2 * stages * 8;
-  static_assert(kShared <= 227 * 1024, "the limit of a block on sm_90");
-};
 
 struct WgmmaArgs {
   TensorMap x, w;
@@ -54,13 +39,17 @@ struct Ring {
   DTQ_DEV unsigned char* x(int stage) const { return shared + stage * T::kStage; }
   DTQ_DEV unsigned char* w(int stage) const { return x(stage) + T::kBytesX; }
   DTQ_DEV uint64_t* full(int stage) const {
-    return reinterpret_cast<uint64_t*>(shared + T::kStages * T::kStage) + stage;
+    return reinterpret_cast<uint64_t*>(shared + T::kBarriers) + stage;
   }
   DTQ_DEV uint64_t* empty(int stage) const { return full(stage) + T::kStages; }
 };
 
+// Barriers, and the scales of the tile's tokens.
 template <class T>
-DTQ_DEV void start_ring(const Ring<T>& ring) {
+DTQ_DEV void start_ring(const Ring<T>& ring, const Gemm& g, int token) {
+  if (tid() < T::kTokens)
+    sts(ring.shared + T::kRowScales + tid() * 4,
+        token + tid() < g.tokens ? ldg(g.row_scale + token + tid()) : 0.0f);
   if (tid() == 0) {
     for (int s = 0; s < T::kStages; s++) {
       mbarrier_init(ring.full(s), 1);  // arrival of the producer; the copies count bytes
@@ -84,6 +73,11 @@ DTQ_DEV void produce(const WgmmaArgs& a, const Ring<T>& ring, int rank, int toke
     load_box(ring.x(slot.stage) + rank * kHalf * T::kDepth, a.x, ring.full(slot.stage),
              s * T::kDepth, token + rank * kHalf, all);
     load_box(ring.w(slot.stage), a.w, ring.full(slot.stage), s * T::kRowW, row);
+    advance<T>(slot);
+  }
+  // A block must not end while the other one may signal its barriers: wait for all releases.
+  for (int s = 0; s < T::kStages; s++) {
+    if (slot.round) mbarrier_wait(ring.empty(slot.stage), (slot.round - 1) & 1);
     advance<T>(slot);
   }
 }
@@ -187,86 +181,7 @@ DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int 
   release<T>(ring, last.stage);
 }
 
-// + up @ down^T of 16 rows x 8 tokens: the rows of a fragment are rows of the weight, its columns tokens.
-DTQ_DEV void add_lowrank_transposed(const Gemm& g, int first_m, int n, float (&v)[4]) {
-  for (int r = lane() % 4 * 2; r < g.rank; r += 16) {
-    uint32_t a[4], b[2];
-    DTQ_UNROLL for (int q = 0; q < 4; q++)
-      a[q] = lowrank_pair(g.up, n + q % 2 * 8, g.rows, g.rank, r + q / 2 * 8);
-    DTQ_UNROLL for (int q = 0; q < 2; q++)
-      b[q] = lowrank_pair(g.down, first_m + lane() / 4, g.tokens, g.rank, r + q * 8);
-    lowrank_mma(v, a, b[0], b[1], g.lowrank_type);
-  }
-}
-
-// Rows n and n + 8 of tokens m and m + 1. 16-bit outputs are transposed in 8 x 8 blocks, so that the
-// four lanes of a token write 16 contiguous bytes; with 32-bit outputs eight lanes write 32 bytes.
-DTQ_DEV void store_transposed(const Gemm& g, int m, int n, const float (&v)[4]) {
-  DTQ_UNROLL for (int h = 0; h < 2; h++) {
-    const int row = n + h * 8;
-    if (g.out_type == kFloat32) {
-      DTQ_UNROLL for (int e = 0; e < 2; e++)
-        if (m + e < g.tokens && row < g.rows)
-          stg(static_cast<float*>(g.out) + (m + e) * g.rows + row, v[h * 2 + e]);
-      continue;
-    }
-    const uint32_t pair = transpose_8x8(round_float(v[h * 2], g.out_type) |
-                                        round_float(v[h * 2 + 1], g.out_type) << 16);
-    const int token = m - lane() % 4 * 2 + lane() / 4, first = row - lane() / 4 + lane() % 4 * 2;
-    if (token < g.tokens && first < g.rows)
-      store_halves(g, token, first, uint16_t(pair), uint16_t(pair >> 16));
-  }
-}
-
-// The epilogue is long, and unrolled like the sums it would be most of the kernel. So it is a loop over
-// values in shared memory, `values`, in place of the ring.
-template <class T>
-DTQ_DEV void finish_in_shared(const Gemm& g, const unsigned char* values, int first_m, int n) {
-  DTQ_ROLLED for (int j = 0; j < T::kTokens / 8; j++) {
-    if (first_m + j * 8 >= g.tokens) break;
-    const int m = first_m + j * 8 + lane() % 4 * 2;
-    const U4 u = lds<U4>(values + j * T::kWarps * 32 * 16);
-    float v[4] = {bits_float(u.x), bits_float(u.y), bits_float(u.z), bits_float(u.w)};
-    if (g.down) add_lowrank_transposed(g, first_m + j * 8, n, v);
-    DTQ_UNROLL for (int i = 0; i < 4; i++)
-      if (m + i % 2 < g.tokens && n + i / 2 * 8 < g.rows)
-        v[i] = apply_epilogue(g, m + i % 2, n + i / 2 * 8, v[i]);
-    store_transposed(g, m, n, v);
-  }
-}
-
-// Rows n and n + 8 of all tokens of the tile.
-template <class T, bool has_epilogue>
-DTQ_DEV void finish_transposed(const Gemm& g, unsigned char* ring, int first_m, int n,
-                               const int32_t (&sums)[T::kSums]) {
-  constexpr int kMultiply = T::kWarps * 32, kLoad = T::kThreads - kMultiply;
-  static_assert(kMultiply * T::kSums * 4 <= T::kStages * T::kStage, "the values fit");
-  float scale[2], bias[2];
-  DTQ_UNROLL for (int h = 0; h < 2; h++) {
-    const bool valid = n + h * 8 < g.rows;
-    scale[h] = valid ? ldg(g.weight_scale + n + h * 8) : 0;
-    bias[h] = valid && g.bias ? load_float(g.bias, n + h * 8, g.bias_type) : 0;
-  }
-  unsigned char* const values = ring + (tid() - kLoad) * 16;
-  if (has_epilogue) sync_named(1, kMultiply);  // both consumers are done with the ring
-  DTQ_UNROLL for (int j = 0; j < T::kTokens / 8; j++) {
-    if (first_m + j * 8 >= g.tokens) break;
-    const int m = first_m + j * 8 + lane() % 4 * 2;
-    float v[4];
-    DTQ_UNROLL for (int e = 0; e < 2; e++) {
-      const float row_scale = m + e < g.tokens ? ldg(g.row_scale + m + e) : 0;
-      DTQ_UNROLL for (int h = 0; h < 2; h++)
-        v[h * 2 + e] = scaled(sums[j * 4 + h * 2 + e], row_scale, scale[h], g.bias, bias[h]);
-    }
-    if (has_epilogue)
-      sts(values + j * kMultiply * 16,
-          U4{float_bits(v[0]), float_bits(v[1]), float_bits(v[2]), float_bits(v[3])});
-    else store_transposed(g, m, n, v);
-  }
-  if (has_epilogue) finish_in_shared<T>(g, values, first_m, n);
-}
-
-template <class T, bool has_epilogue>
+template <class T, Finish finish>
 DTQ_DEV void wgmma_body(const WgmmaArgs& a, unsigned char* shared) {
   const Gemm& g = a.p.g;
   const Ring<T> ring = {shared};
@@ -275,31 +190,29 @@ DTQ_DEV void wgmma_body(const WgmmaArgs& a, unsigned char* shared) {
                                     int(ceil_div(g.rows, T::kRows * T::kCluster)));
   const int token = tile.m * T::kTokens, row = (tile.n * T::kCluster + rank) * T::kRows;
   const int steps = int(ceil_div(g.columns, T::kDepth));
-  start_ring<T>(ring);
+  start_ring<T>(ring, g, token);
   if (warp() < 4) {
     fewer_registers<40>();
     if (tid() == 0) produce<T>(a, ring, rank, token, row, steps);
   } else {
     more_registers<232>();
     const int group = warp() / 4 - 1, in_tile = (warp() - 4) * 16 + lane() / 4;
+    const Consumer consumer = {group, tid() % 128, token, row + group * 64};
+    const RowPair rows = load_row_pair(g, row + in_tile);  // here, so that the loop hides the latency
     int32_t sums[T::kSums];
     if constexpr (T::Source::kBits == 8) multiply_int8<T>(ring, group, steps, sums);
     else multiply_4bit<T>(a.p, ring, in_tile, row + in_tile, steps, sums);
-    finish_transposed<T, has_epilogue>(g, shared, token, row + in_tile, sums);
-  }
-  if (T::kCluster > 1) {  // the other block may still signal the barriers of this one
-    sync_warp();
-    sync_cluster();
+    finish_tile<T, finish>(g, consumer, shared, rows, sums);
   }
 }
 
 #endif
 
-template <class T, bool has_epilogue>
+template <class T, Finish finish>
 DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_wgmma(const DTQ_CONSTANT WgmmaArgs a) {
 #if defined(DTQ_HAS_WGMMA)
   DTQ_SHARED(shared);
-  wgmma_body<T, has_epilogue>(a, shared);
+  wgmma_body<T, finish>(a, shared);
 #else
   trap();  // compiled for another architecture: fail, do not leave the output unwritten
 #endif
@@ -317,7 +230,11 @@ int run_wgmma(const GemmArgs& p, Stream stream) {
   const int64_t blocks = ceil_div(g.tokens, T::kTokens) *
                          ceil_div(ceil_div(g.rows, T::kRows), T::kCluster) * T::kCluster;
   const Shape shape = {{unsigned(blocks)}, T::kThreads, T::kShared, T::kCluster};
-  return launch(has_epilogue(g) ? gemm_wgmma<T, true> : gemm_wgmma<T, false>, shape, stream, a);
+  switch (finish_of(g)) {
+    case kPlain: return launch(gemm_wgmma<T, kPlain>, shape, stream, a);
+    case kFused: return launch(gemm_wgmma<T, kFused>, shape, stream, a);
+    default: return launch(gemm_wgmma<T, kGeneral>, shape, stream, a);
+  }
 }
 
 }  // namespace dtq

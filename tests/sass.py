@@ -505,6 +505,14 @@ def _minmax(m: Machine, i: Instruction) -> list[Value]:
     return [order[0] if condition else order[1]]
 
 
+def _add_minmax(m: Machine, i: Instruction) -> list[Value]:
+    a, b, c, condition = _sources(m, i, 1)[:4]
+    if a is None or b is None or c is None or condition is None:
+        return []
+    order = sorted((a + b & _MASK, c), key=None if ".U32" in i.opcode else _signed)
+    return [order[0] if condition else order[1]]
+
+
 def _abs(m: Machine, i: Instruction) -> list[Value]:
     a = m.get(i.operands[1])
     return [] if a is None else [abs(_signed(a))]
@@ -583,6 +591,7 @@ _RULES = {
     "ISETP UISETP": _compare,
     "SEL USEL": _select,
     "IMNMX VIMNMX UIMNMX": _minmax,
+    "VIADDMNMX": _add_minmax,
     "IABS": _abs,
     "PRMT UPRMT": _prmt,
     "I2F I2FP": _to_float,

@@ -85,6 +85,11 @@ inline void stg(T* p, T value) {
   *p = value;
 }
 
+inline void stg_if(bool condition, U4* p, const U4& v) {
+  if (condition) stg(p, v);
+}
+inline U4 ldg_if(bool condition, const U4* p) { return condition ? ldg(p) : U4{0, 0, 0, 0}; }
+
 template <class T>
 inline T lds(const void* p) {
   sim::check_aligned(p, sizeof(T), "ld.shared");
@@ -320,6 +325,25 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
   sim::load_matrices("ldmatrix.trans", r, p, true);
 }
+inline void stmatrix_x4_trans(void* p, const uint32_t (&r)[4]) {
+  sim::check_aligned(p, 16, "stmatrix");
+  sim::mark_dirty(sim::offset_of(p, 16, "stmatrix"), 16);
+  sim::note_access(p, 16);
+  sim::warp_sync(
+      "stmatrix",
+      [&](sim::Lane& l) {
+        l.address = p;
+        std::memcpy(l.in, r, 16);
+      },
+      [](sim::Warp& w) {
+        for (int i = 0; i < 32; i++) {  // the row of lane i is a column of matrix i / 8
+          uint16_t row[8];
+          for (int k = 0; k < 8; k++)
+            row[k] = uint16_t(w.lane[k * 4 + i % 8 / 2].in[i / 8] >> (i % 2 * 16));
+          std::memcpy(const_cast<void*>(w.lane[i].address), row, 16);
+        }
+      });
+}
 inline uint32_t transpose_8x8(uint32_t v) {
   auto half = [](const sim::Warp& w, int row, int column) {
     return w.lane[row * 4 + column / 2].in[0] >> (column % 2 * 16) & 0xFFFF;
@@ -381,6 +405,23 @@ inline float max_magnitude(float a, float b) {
   return std::fabs(b) > a ? std::fabs(b) : a;
 }
 inline float int_to_float(int32_t a) { return float(a); }
+
+// Errors as large as those that PTX allows, of a sign that depends on the argument.
+namespace sim {
+inline float flush(float a) { return std::fabs(a) < 0x1p-126f ? std::copysign(0.0f, a) : a; }
+inline float inexact(double exact, float argument, double error) {
+  uint32_t hash;
+  std::memcpy(&hash, &argument, 4);
+  hash *= 2654435761u;
+  return flush(float(exact * (1 + (hash >> 31 ? error : -error))));
+}
+}  // namespace sim
+inline float exp2_approximate(float a) {
+  return sim::inexact(std::exp2(double(sim::flush(a))), a, 0x1p-22);
+}
+inline float reciprocal_approximate(float a) {
+  return sim::inexact(1 / double(sim::flush(a)), a, 0x1p-23);
+}
 
 // To the nearest integer, ties to even; saturates, and NaN is 0.
 inline int32_t round_to_int(float f) {

@@ -43,7 +43,7 @@ struct Case {
   int arch;
   Float type;
   bool bias;
-  int epilogue;  // 1 GELU + 2 gate and residual + 4 low-rank branch
+  int epilogue;  // 1 GELU + 2 gate and residual + 4 low-rank branch + 8 all tokens of one image
   const char* kernel;
 };
 
@@ -98,7 +98,7 @@ void run_case(const Case& c, uint64_t seed) {
   Buffer<uint8_t> x_block_scale(fp4(c) ? c.m * groups_of_row : 0);
   Buffer<float> row_scale(c.m), weight_scale(c.n);
   Buffer<uint8_t> bias(c.n * size), out(c.m * c.n * size), residual(c.m * c.n * size);
-  const int64_t gate_tokens = 5, gates = (c.m + gate_tokens - 1) / gate_tokens, rank = 32;
+  const int64_t gate_tokens = c.epilogue & 8 ? c.m : 5, gates = (c.m + gate_tokens - 1) / gate_tokens, rank = 32;
   Buffer<uint8_t> gate(gates * c.n * size);
   Buffer<uint16_t> down(c.m * rank), up(c.n * rank);
   for (int64_t i = 0; i < x_q.size; i++)
@@ -253,6 +253,32 @@ void test_table() {
   check(!wrong, "table look-up: %ld wrong", wrong);
 }
 
+// The GELU of the epilogues for all bfloat16, against double precision. PTX allows ex2 and rcp the errors
+// that the emulator makes.
+void test_gelu() {
+  long wrong = 0;
+  double largest = 0;
+  for (uint32_t h = 0; h < 65536; h++) {
+    const float x = bits_float(h << 16), got = gelu_approximate(x);
+    if (std::isnan(x) || std::isinf(x)) {
+      const float want = x > 0 ? x : NAN;  // -inf: 0 * inf, as in the reference
+      wrong += std::isnan(want) ? !std::isnan(got) : got != want;
+      continue;
+    }
+    const double y = x, u = 2 * 0.7978845608028654 * (y + 0.044715 * y * y * y);
+    const double exact = y / (1 + std::exp(-u)), error = std::fabs(got - exact);
+    if (std::fabs(exact) < 0x1p-120) {
+      wrong += error > 0x1p-120;
+      continue;
+    }
+    // of half a step: a bfloat16 has eight bits
+    const double part = error / std::ldexp(1.0, std::ilogb(exact) - 8);
+    largest = part > largest ? part : largest;
+    wrong += part >= 1;
+  }
+  check(!wrong && largest < 0.02, "approximate GELU: %ld wrong, %.4f of half a step of bfloat16", wrong, largest);
+}
+
 #endif
 
 void refusals() {
@@ -308,6 +334,22 @@ const Case kCases[] = {
     {kInt8, 260, 514, 160, 0, 90, kFloat32, true, 7, "wgmma"},
     {kTwoLevel, 127, 1025, 192, 64, 90, kBFloat16, true, 0, "wgmma 128x128"},
     {kInt8, 66, 1030, 1152, 0, 90, kFloat16, true, 4, "wgmma 128x128"},
+    // more than one step of K in the 256-token tile, with all group sizes
+    {kTwoLevel, 513, 514, 1152, 64, 90, kBFloat16, true, 0, "wgmma 256x128"},
+    {kTwoLevel, 515, 520, 1184, 32, 90, kBFloat16, true, 0, "wgmma 256x128"},
+    {kTwoLevel, 513, 514, 3072, 128, 90, kFloat16, false, 0, "wgmma 256x128"},
+    {kTable, 513, 520, 1152, 64, 90, kBFloat16, true, 0, "wgmma 256x128"},
+    {kTwoLevel, 515, 514, 1152, 64, 90, kBFloat16, true, 3, "wgmma 256x128"},
+    // outputs in 16-byte pieces on Hopper: whole tiles and tails, an image or many in a tile
+    {kInt8, 768, 512, 640, 0, 90, kBFloat16, true, 0, "wgmma 256x128"},
+    {kInt8, 519, 520, 256, 0, 90, kFloat16, false, 0, "wgmma 256x128"},
+    {kInt8, 519, 520, 384, 0, 90, kBFloat16, true, 1, "wgmma 256x128"},
+    {kTwoLevel, 519, 520, 192, 64, 90, kBFloat16, true, 2, "wgmma 256x128"},
+    {kInt8, 519, 520, 192, 0, 90, kFloat16, false, 10, "wgmma 256x128"},
+    {kTwoLevel, 600, 520, 192, 32, 90, kBFloat16, true, 11, "wgmma"},
+    {kTwoLevel, 257, 392, 192, 64, 90, kFloat16, true, 3, "wgmma"},
+    {kInt8, 100, 1032, 288, 0, 90, kBFloat16, true, 11, "wgmma 128x128"},
+    {kInt8, 127, 1032, 160, 0, 90, kBFloat16, true, 0, "wgmma 128x128"},
     // epilogues
     {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
     {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},
@@ -330,6 +372,7 @@ int main(int argc, char** argv) {
 #if defined(DTQ_SIM)
   test_two_level();
   test_table();
+  test_gelu();
 #else
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return check(false, "a GPU"), done();

@@ -11,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import agreement
 import pytest
 import torch
 from launch_structs import Gemm
@@ -178,7 +179,7 @@ def test_tables_give_the_bits_of_the_expanded_weight(gemm, arch, group):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("arch", [80, 90])
-def test_gelu_gate_and_residual_give_the_bits_of_torch(gemm, arch, dtype):
+def test_gate_and_residual_give_the_bits_of_torch_and_gelu_nearly(gemm, arch, dtype):
     """In every kernel that writes outputs: whole tiles, tails, and sums over split K."""
     library = ctypes.CDLL(str(gemm[1]))
     seen = set()
@@ -192,15 +193,17 @@ def test_gelu_gate_and_residual_give_the_bits_of_torch(gemm, arch, dtype):
         images = 3 if m % 3 == 0 else 1
         gate = torch.randn(images, n, generator=seeded(5)).to(dtype)
         residual = torch.randn(m, n, generator=seeded(6)).to(dtype)
-        y = ops_quantize.gelu(
-            reference.w8a8_linear(codes, row_scale, weight, scale, bias, torch.float32)
-        )
-        gated = gate.float().repeat_interleave(m // images, 0) * y + residual.float()
+        x = reference.w8a8_linear(codes, row_scale, weight, scale, bias, torch.float32)
+        y, each = ops_quantize.gelu(x), gate.float().repeat_interleave(m // images, 0)
         args = (codes, row_scale, weight, scale, bias, dtype)
         got, name = product(library, arch, m, *args, gelu=True)
-        assert torch.equal(got, y.to(dtype)), (name, m, n, k)
+        assert agreement.near_gelu(got, y.to(dtype), None).all(), (name, m, n, k)
         gates = {"gate": gate.data_ptr(), "gate_tokens": m // images}
-        got, _ = product(library, arch, m, *args, gelu=True, **gates, residual=residual.data_ptr())
-        assert torch.equal(got, gated.to(dtype)), (name, m, n, k)
+        gates["residual"] = residual.data_ptr()
+        got, _ = product(library, arch, m, *args, **gates)
+        assert torch.equal(got, (each * x + residual.float()).to(dtype)), (name, m, n, k)
+        got, _ = product(library, arch, m, *args, gelu=True, **gates)
+        want = (each * y + residual.float()).to(dtype)
+        assert agreement.near_gelu(got, want, residual).all(), (name, m, n, k)
         seen.add(name.split(",")[0])
     assert len(seen) >= 3, seen
