@@ -34,7 +34,8 @@ def loading(s: Session) -> None:
     """The library, the weak symbol of torch's stream, every op."""
     s.need_gpu()
     began = time.monotonic()
-    s.tell("library", CUDA.describe(), CUDA.load())
+    loaded = CUDA.load()
+    s.tell("library", CUDA.describe(), loaded)
     s.tell("time to load, s", f"{time.monotonic() - began:.1f}")
     for name, state in CUDA.levels():
         s.tell(f"level {name}", state)

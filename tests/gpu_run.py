@@ -236,7 +236,8 @@ def supervise(command: Sequence[str], path: Path) -> int:
     """
     while True:
         done = len(Results(path).data["done"])
-        ended = _watch(subprocess.Popen(command), path)
+        # in a session of its own, so that what it starts can be stopped with it
+        ended = _watch(subprocess.Popen(command, start_new_session=True), path)
         results = Results(path)
         if results.data["complete"]:
             return results.failed
@@ -260,7 +261,8 @@ def _watch(child: subprocess.Popen[bytes], path: Path) -> str:
             if running is not None and time.time() - running["since"] > running["limit"]:
                 return f"stopped after {running['limit']:.0f} s"
     finally:
-        child.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 

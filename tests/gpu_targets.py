@@ -234,7 +234,9 @@ def t12(s: Session) -> Iterator[tuple[str, float]]:
     need("diffusers")
     from dtq.bench import cases, gpu
 
-    model, given, tokens = cases.flux(s.device, quick=s.small)
+    model, given, tokens = cases.flux(
+        s.device, quick=True
+    )  # few blocks: three of them are compiled
     rows = gpu.compare_models("flux shape", tokens, model, given, max(3, s.rounds // 3))
     s.keep(rows)
     found = {row.name: row for row in rows}

@@ -140,7 +140,7 @@ def test_what_was_found_before_a_kill_is_in_the_folder(tmp_path, after):
 
 
 FAILING = """
-import os, sys, time
+import os, subprocess, sys
 from pathlib import Path
 import torch
 from gpu_run import Check, Results, Session, end_with_parent, run_checks
@@ -152,15 +152,25 @@ def broken(s):
 def wrong(s):
     s.tell("a value", "wrong", False)
 
+def hangs(s):
+    started = subprocess.Popen(["sleep", "60"])
+    Path(sys.argv[1]).with_name("pid").write_text(str(started.pid))
+    started.wait()
+
 checks = [
     Check("a", "broken", broken), Check("a", "wrong", wrong),
-    Check("a", "hangs", lambda s: time.sleep(60), limit=1),
+    Check("a", "hangs", hangs, limit=1),
     Check("a", "crashes", lambda s: os.abort()), Check("b", "is right", lambda s: None),
 ]
 device = torch.device("cpu")
 s = Session(device, clock_of(device), 2, True, Results(Path(sys.argv[1])))
-sys.exit(run_checks(checks if sys.argv[2:] == [] else [], s))
+sys.exit(run_checks(checks, s))
 """
+
+
+def is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.slow
@@ -176,6 +186,7 @@ def test_checks_that_fail_hang_or_crash_do_not_stop_those_after_them(tmp_path, m
     ]  # fmt: skip
     assert "it hurts" in data["findings"][0]["value"]
     assert data["findings"][2]["value"] == "stopped after 1 s"
+    assert not is_alive(int((path.parent / "pid").read_text())), "what the check started goes on"
     assert data["findings"][3]["value"] == f"ended with signal {signal.SIGABRT.value}"
     assert data["complete"]
     assert path.with_suffix(".md").read_text().count("**FAIL**") == 4
