@@ -39,6 +39,7 @@ EMULATOR = {
     "wgmma_64": "cfaaa0a124d6f4bf53ef99f53d67d6e6",
     "wgmma_128": "6d56e219f1bfcbe014d9998aae00ad06",
     "wgmma_256": "2805cb7e0136477d3518229312fac0cd",
+    "wgmma_groups": "2c65bdcee4375c871e6810dde0368179",
     "mbarrier": "41678f4d2d23776e49fab3f5ac32276d",
     "boxes_128": "9ebaaaf253a72d7d4dd0239eb6ce9fd2",
     "boxes_64": "c72b055993cd206bf1403ba5203b1bfd",

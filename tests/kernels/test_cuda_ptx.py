@@ -101,11 +101,12 @@ FAULTS = {
         ("ldmatrix_x4_trans", ".trans", "", "matrices"),
         ("byte_perm", "%1, %2", "%2, %1", "integers"),
         ("floats_to_bf16x2", "%1, %2", "%2, %1", "conversions"),
-        ("wgmma_s8<64>(int32_t (&d)[32], uint64_t a", "%32, %33, p", "%33, %32, p", "wgmma_64"),
+        ("wgmma_s8<64>(int32_t (&d)[32], uint64_t a", "%32, %33, p", "%33, %32, p", "wgmma_64 wgmma_groups"),
         ("wgmma_s8<128>(int32_t (&d)[64], const", "%64, %65", "%65, %64", "wgmma_128"),
         ("wgmma_s8<256>(int32_t (&d)[128], uint64_t a", "setp.ne", "setp.eq", "wgmma_256"),
         ("mbarrier_wait", "[%1], %2;", "[%1], 0;", "mbarrier"),
         ("mbarrier_arrive_at", "remote, %0, %1", "remote, %1, %0", "cluster"),
+        ("wgmma_wait", "%0;", "1;", "wgmma_64 wgmma_128 wgmma_256 wgmma_groups"),
         ("void more_registers", ".inc.", ".dec.", "registers"),
         ("load_box", "bytes\"\n        \" [%0], [%1, {%3, %4}]", "bytes\"\n        \" [%0], [%1, {%4, %3}]",
          "boxes_64 boxes_128"),
@@ -117,7 +118,7 @@ FAULTS = {
         ("ldmatrix_x4", "{%0, %1, %2, %3}", "{%0, %2, %1, %3}", "matrices"),
         ("float_to_f16", "cvt.rn.f16.f32 %0", "cvt.rn.bf16.f32 %0", "conversions"),
         ("wgmma_s8<64>(int32_t (&d)[32], const", "%32, %33, %34", "%34, %33, %32", "wgmma_64"),
-        ("fence_proxy_async", "fence.proxy.async.shared::cta;", "", "wgmma_128 wgmma_256"),
+        ("fence_proxy_async", "fence.proxy.async.shared::cta;", "", "wgmma_128 wgmma_256 wgmma_groups"),
         ("load_box", "cluster [%0], [%1, {%3, %4}]", "cluster [%0], [%1, {%4, %3}]", "cluster"),
     ),
     ("120f", 1): (
@@ -135,7 +136,7 @@ def test_a_fault_in_an_asm_statement_is_found(tmp_path, case):
         shutil.copytree(folder, tmp_path / folder.name)
     expected = set()
     for place, old, new, kernels in FAULTS[case]:
-        name = "wgmma.inc" if "wgmma" in place else "arch.cuh"
+        name = "wgmma.inc" if "wgmma_s8" in place else "arch.cuh"
         path = tmp_path / "cuda_ext" / name
         text = path.read_text()
         start = text.index(f"{place}" if "(" in place or " " in place else f" {place}(")
