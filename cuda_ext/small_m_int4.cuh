@@ -9,6 +9,8 @@
 // exactly; with a scale in bfloat16 the product is rounded once, to the value of the checkpoint rounded to
 // bfloat16. With a scale in float32 the product is one of floats.
 #pragma once
+#include <type_traits>
+
 #include "small_m.cuh"
 
 namespace dtq {

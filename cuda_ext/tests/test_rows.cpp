@@ -451,7 +451,7 @@ void test_weights(uint64_t seed) {
   check_weight(seed, kTrits, 2, 6, 163, 1, 2);
   check_weight(seed, kTwoLevel, 4, 33, 128, 2, 17);
   check_weight(seed, kTwoLevel, 4, 18, 320, 5, 9);
-  check_weight(seed, kAffine, 4, 19, 1600, 25, 16, true);  // more than a round of prefetched steps
+  check_weight(seed, kAffine, 4, 19, 3200, 50, 16, true);  // rounds of prefetched steps
   check_weight(seed, kAffine, 4, 3, 384, 3, 8, true);
 }
 #endif

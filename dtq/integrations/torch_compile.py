@@ -12,8 +12,9 @@ compiles with inductor, after four rewrites that match patterns in the graph of 
 - an input that is quantized, or viewed, several times in the same way: only once.
 
 Intermediate results are no longer rounded to the model's dtype, so outputs differ by these
-roundings. A pattern is fused only if the fused op is compiled for the device, its intermediate
-results have no other user, no node in between writes to a tensor, and no gradient is required.
+roundings. A pattern is fused only if the fused op is compiled for the device and, on a GPU,
+estimated faster than its parts (``dtq/kernels/gpu_fusion.py``), its intermediate results have no
+other user, no node in between writes to a tensor, and no gradient is required.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from dtq.integrations.fx_graph import (
     skip,
     value_of,
 )
+from dtq.kernels import gpu_fusion
 from dtq.kernels.libraries import LIBRARIES
 
 _log = logging.getLogger(__name__)
@@ -148,7 +150,7 @@ def _share(graph: Graph) -> int:
 def _fuse_norm(graph: Graph, quantize: fx.Node) -> bool:
     """Fuse a quantize op with the modulated LayerNorm that is its input."""
     norm = _match_modulated_norm(skip(quantize.args[0], VIEWS | CASTS))
-    if norm is None or not _is_compiled(norm.x, "norm_quantize_rows"):
+    if norm is None or not _is_faster(norm.x, "norm_quantize_rows", "norm"):
         return False
     first = min(norm.fused, key=graph.position.__getitem__)
     if not _only_quantized(norm.result) or not graph.no_writes_between(first, quantize):
@@ -176,7 +178,7 @@ def _fuse_gelu(graph: Graph, node: fx.Node) -> bool:
     if gemm is None or gemm.gelu or gemm.gate is not None:
         return False
     gemm.gelu = True
-    return _replace_by_gemm(graph, node, gemm)
+    return _replace_by_gemm(graph, node, gemm, "gelu")
 
 
 def _fuse_gate(graph: Graph, node: fx.Node) -> bool:
@@ -192,16 +194,16 @@ def _fuse_gate(graph: Graph, node: fx.Node) -> bool:
             if not like.dtype == value_of(gate).dtype == gemm.dtype:
                 continue
             gemm.gate, gemm.residual = gate, residual
-            return _replace_by_gemm(graph, node, gemm)
+            return _replace_by_gemm(graph, node, gemm, "gate")
     return False
 
 
-def _replace_by_gemm(graph: Graph, node: fx.Node, gemm: _Gemm) -> bool:
+def _replace_by_gemm(graph: Graph, node: fx.Node, gemm: _Gemm, pattern: str) -> bool:
     """Replace ``node``, the end of a pattern, by a GEMM with an epilogue."""
     # kernels have no gradients
     if value_of(node).requires_grad or not graph.no_writes_between(gemm.node, node):
         return False
-    if not _is_compiled(node, gemm.op):
+    if not _is_faster(node, gemm.op, pattern):
         return False
     width = int(shape_of(node)[-1])
     new, rows = graph.graph, []
@@ -362,6 +364,11 @@ def _is_no_op(node: fx.Node) -> bool:
     if name == "truediv":
         return node.args[1:] == (1,)
     return name in VIEWS | CASTS
+
+
+def _is_faster(node: fx.Node, op: str, pattern: str) -> bool:
+    """Whether an op is compiled for the node's device, and estimated faster than its parts."""
+    return _is_compiled(node, op) and gpu_fusion.is_fused(pattern, value_of(node))
 
 
 def _is_compiled(node: fx.Node, op: str) -> bool:

@@ -129,7 +129,14 @@ def multiplies_fp4(x: Tensor, mx: bool) -> bool:
 
 
 def explanation(capability: tuple[int, int], n: int, k: int, product: str = "") -> str:
-    """The choices of a GPU for one weight (N, K), in words."""
+    """The choices of a GPU for one weight, in words.
+
+    Args:
+        capability: compute capability of the GPU, 8.0 or later.
+        n: output channels.
+        k: input channels.
+        product: name of the GPU.
+    """
     row = arch(capability, product)
     steps = [f"up to {row.small_m} tokens the packed weight times float"]
     if row.min_ops == math.inf:

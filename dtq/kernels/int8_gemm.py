@@ -106,8 +106,7 @@ def _gemm(op: str, weight: _Weight, call: LinearCall) -> Tensor:
     if path == "small_m":
         return ops.weight_linear(call.transformed(), *call.packed_weight(), call.bias)
     # one product: the transform is in the weight
-    operands = *call.packed_weight(), *call.transform_args(), call.bias
-    return ops.cached_linear(call.x, *operands)
+    return ops.cached_linear(call.x, *call.packed_weight(), *call.transform_args(), call.bias)
 
 
 def _epilogue_gemm(op: str, weight: _Weight, call: LinearCall, epilogue: Epilogue) -> Tensor | None:

@@ -22,6 +22,7 @@ from torch.nn.modules import module
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
 from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, activation_format_of
+from dtq.kernels import gpu_fusion
 from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
 from dtq.kernels.table import branch_joins, compiled, pick
 from dtq.models.linears import is_hooked, shape_of
@@ -268,6 +269,8 @@ class QuantLinear(nn.Linear):
         if _needs_gradient(x, self.bias):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):
+            return None
+        if not gpu_fusion.is_fused("gelu", x):
             return None
         if self.spec.rank and not self._fuses_branch(x):
             return None

@@ -17,7 +17,7 @@ from torch import nn
 import dtq
 from dtq.bench.layers import quantized
 from dtq.integrations import torch_compile
-from dtq.kernels import gpu_dispatch
+from dtq.kernels import gpu_dispatch, gpu_fusion
 from dtq.nn import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.plan.layers import LayerSpec
@@ -95,6 +95,18 @@ def test_a_block_is_fused(everywhere, weights, rank):
     assert fused == (
         torch_compile.Fused() if rank else torch_compile.Fused(norms=3, gelus=1, gates=1)
     )
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("slower", ["norm", "gelu", "gate"])
+def test_what_is_estimated_slower_stays_apart(everywhere, monkeypatch, slower):
+    monkeypatch.setattr(gpu_fusion, "is_fused", lambda pattern, x: pattern != slower)
+    block, given = Block(), block_inputs()
+    with torch.no_grad():
+        want = block(*given)
+        got, fused = run(block, *given, fullgraph=True)
+    counts = {"norm": fused.norms, "gelu": fused.gelus, "gate": fused.gates}
+    assert counts == {"norm": 3, "gelu": 1, "gate": 1} | {slower: 0}
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
 
 

@@ -16,6 +16,8 @@ import pytest
 import sass
 from launch_structs import POINTER, Gemm, GemmArgs, RowPlan, Rows, SmallM, SmallMPlan, Weight
 
+from dtq.kernels import gpu_fusion
+
 BFLOAT16 = 1
 TENSOR_MAPS = bytes(256)  # of WgmmaArgs, before its GemmArgs
 
@@ -56,16 +58,16 @@ GATE = {"gate": POINTER, "residual": POINTER, "gate_tokens": 4096}
 
 def hopper(source, tokens, extras, **changes):
     """A warp of the first consumer warpgroup of the wgmma kernel."""
-    kernel = sass.find(kernels(source, "90a"), rf"gemm_wgmma.*ELi{tokens}E.*Lb{extras}E")
+    kernel = sass.find(kernels(source, "90a"), rf"gemm_wgmma.*ELi{tokens}E.*FinishE{extras}E")
     params = TENSOR_MAPS + bytes(gemm(**changes))
     return kernel, sass.run(kernel, params, thread=128, threads=384, align=128)
 
 
 # After the last product, until the warp ends: (extras, call, cycles a tile at most)
 EPILOGUES = {
-    "plain": (0, {}, 24_000),
-    "gelu": (1, {"gelu": True}, 62_000),
-    "gate and residual": (1, GATE, 140_000),
+    "plain": (0, {}, 1_500),
+    "gelu": (1, {"gelu": True}, 8_000),
+    "gate and residual": (1, GATE, 4_000),
 }
 
 
@@ -80,7 +82,7 @@ def test_the_epilogue_on_hopper(source, name):
         f"\n{source} {name}: {part.instructions} instructions, {part.cycles} cycles a tile, "
         f"{part.count('MUFU')} MUFU, {kernel.registers} registers"
     )
-    assert part.count("STG") == 64  # 256 tokens x 16 rows of a warp, four bytes a lane
+    assert part.count("STG") == 16  # 256 tokens x 16 rows of a warp, 16 bytes a lane
     assert part.cycles <= bound
 
 
@@ -111,6 +113,23 @@ def test_the_main_loop_with_mma_sync(source, arch):
     )
     assert kernel.registers <= registers
     assert sass.blocks(kernel, 256, shared=48 * 1024) == blocks
+
+
+# pattern: the call; the capability and the kernel of the row of gpu_fusion.FUSIONS
+FUSED = {"gelu": {"gelu": True}, "gate": GATE}
+
+
+@pytest.mark.parametrize("pattern", FUSED)
+def test_the_table_of_fusions_on_hopper(pattern):
+    """Its cycles are those of the machine code, and so is its decision."""
+    _, plain = hopper("gemm_int8.cu", 256, 0)
+    _, fused = hopper("gemm_int8.cu", 256, 1, **FUSED[pattern])
+    cycles = [walk.between("WARPGROUP.DEPBAR", "EXIT").cycles for walk in (plain, fused)]
+    extra = (cycles[1] - cycles[0]) * 1024 / (256 * 128)  # of 1024 outputs
+    row = gpu_fusion.fusion(pattern, (9, 0))
+    print(f"\n{pattern}: {extra:.0f} cycles more for 1024 outputs, {row.apart:.0f} apart")
+    assert extra == pytest.approx(row.fused, rel=0.15)
+    assert (extra < row.apart) == row.is_faster
 
 
 def rows(block):

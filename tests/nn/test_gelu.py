@@ -13,6 +13,7 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 import dtq
+from dtq.kernels import gpu_fusion
 from dtq.nn.gelu import FastGELU, FastProjectedGELU, use_fast_gelu
 
 
@@ -69,6 +70,18 @@ def test_it_compiles():
 
 
 GELUS = ("w8a8", "w4a8-two-level", "w4a8-row")
+
+
+def test_it_stays_apart_where_the_epilogue_is_estimated_slower(monkeypatch):
+    model = dtq.quantize(tiny.dit(), "rtn-w4a8", progress=False).bfloat16()
+    module = next(m for m in model.modules() if isinstance(m, FastProjectedGELU))
+    x, asked = torch.randn(3, 40, module.proj.in_features).bfloat16(), []
+    with torch.no_grad():
+        fused = module.proj.gelu(x)
+        monkeypatch.setattr(gpu_fusion, "is_fused", lambda pattern, x: asked.append(pattern))
+        assert module.proj.gelu(x) is None
+        assert torch.equal(module(x), module.gelu(module.proj(x)))
+    assert fused is None or set(asked) == {"gelu"}  # not asked without compiled kernels
 
 
 @pytest.mark.parametrize("recipe", ["rtn-w4a8", "w8a8", "w4a8", "w3a8", "lrq-dit"])
