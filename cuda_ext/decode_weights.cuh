@@ -19,13 +19,18 @@ struct Groups {
 
 // The `Source` of a GEMM kernel is one of the following three:
 //   kBits     of a stored weight
-//   Scale     what a thread needs of a group, in registers
-//   scale     loads the Scale of group `index`, counted over all rows
+//   Stored    the scales of a group as they are in memory
+//   fetch     loads those of group `index`, counted over all rows. What is done to them waits for the load, so
+//             a loop keeps them as stored until it needs them
+//   Scale     what `expand` needs of a group, in registers
+//   decode    Stored to Scale
 //   expand    see above
 struct Int8 {
   static constexpr int kBits = 8;
+  struct Stored {};
   struct Scale {};
-  DTQ_DEV static Scale scale(const Groups&, int) { return {}; }
+  DTQ_DEV static Stored fetch(const Groups&, int) { return {}; }
+  DTQ_DEV static Scale decode(const Stored&) { return {}; }
 };
 
 // (code - zero) * scale2 in four bytes at once. With b = 128 - scale2 * zero each byte of
@@ -38,12 +43,13 @@ struct TwoLevel {
     uint32_t scale2, b;  // b in all four bytes
   };
 
-  DTQ_HD static Scale scale_of(uint32_t byte) {
+  using Stored = uint8_t;
+  DTQ_DEV static Stored fetch(const Groups& g, int index) { return ldg(g.bytes + index); }
+
+  DTQ_HD static Scale decode(uint32_t byte) {
     const uint32_t scale2 = (byte >> 4) + 1;
     return {scale2, (128 - scale2 * (byte & 15)) * 0x01010101u};
   }
-
-  DTQ_DEV static Scale scale(const Groups& g, int index) { return scale_of(ldg(g.bytes + index)); }
 
   DTQ_DEV static void expand(uint32_t word, const Scale& s, uint32_t& first, uint32_t& second) {
     const uint32_t even = ((word & 0x0F0F0F0Fu) * s.scale2 + s.b) ^ 0x80808080u;
@@ -57,11 +63,13 @@ struct TwoLevel {
 // selects each byte from one of the halves by bit 3 of its code.
 struct Table {
   static constexpr int kBits = 4;
+  using Stored = U4;
   using Scale = U4;
 
-  DTQ_DEV static Scale scale(const Groups& g, int index) {
+  DTQ_DEV static Stored fetch(const Groups& g, int index) {
     return ldg(reinterpret_cast<const U4*>(g.bytes) + index);
   }
+  DTQ_DEV static Scale decode(const Stored& s) { return s; }
 
   DTQ_DEV static uint32_t lookup(uint32_t codes, const Scale& t) {  // of the low 16 bits
     const uint32_t low = byte_perm(t.x, t.y, codes & 0x7777);

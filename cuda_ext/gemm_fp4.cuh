@@ -11,7 +11,7 @@ namespace dtq {
 
 template <Weights kind, int tile_m, int tile_n, int warp_m, int warp_n, int stages>
 struct Fp4Tile {
-  static constexpr bool kMx = kind == kMxFp4, kAligned = true, kSwizzled = true;
+  static constexpr bool kMx = kind == kMxFp4, kAligned = true;
   static constexpr int kTileM = tile_m, kTileN = tile_n, kWarpM = warp_m, kWarpN = warp_n;
   static constexpr int kStages = stages;
   static constexpr int kWarpsM = tile_m / warp_m, kThreads = 32 * kWarpsM * (tile_n / warp_n);
@@ -75,12 +75,6 @@ DTQ_DEV uint32_t block_scales(const unsigned char* scales, int row, int half) {
   else return lds<uint32_t>(scales + row * T::kScales + half * 4);
 }
 
-// The address of chunk `chunk` of a row, as swizzled by the loader.
-template <class T>
-DTQ_DEV const unsigned char* chunk_of(const unsigned char* tile, int row, int chunk) {
-  return tile + row * T::kRow + (chunk ^ row / 2 % 4) * 16;
-}
-
 template <class T>
 DTQ_DEV void multiply_fp4(const unsigned char* stage, int warp_m, int warp_n,
                           float (&sums)[T::kBlocksM][T::kBlocksN][4]) {
@@ -93,14 +87,14 @@ DTQ_DEV void multiply_fp4(const unsigned char* stage, int warp_m, int warp_n,
       // matrices: rows 0..7 of the first and the second 32 columns, then rows 8..15
       const int row = n + j * 8 + lane() / 16 * 8 + lane() % 8;
       uint32_t r[4];
-      ldmatrix_x4(r, chunk_of<T>(w, row, half * 2 + lane() / 8 % 2));
+      ldmatrix_x4(r, chunk_of(w, row, half * 2 + lane() / 8 % 2));
       b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
     }
     DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
       scale_w[j] = block_scales<T>(scales_w, n + j * 8 + g, half);
     DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++) {
       uint32_t a[4];  // matrices: rows 0..7, 8..15 of the first 32 columns, then of the second
-      ldmatrix_x4(a, chunk_of<T>(x, m + i * 16 + lane() % 16, half * 2 + lane() / 16));
+      ldmatrix_x4(a, chunk_of(x, m + i * 16 + lane() % 16, half * 2 + lane() / 16));
       const uint32_t scale_x = block_scales<T>(scales_x, m + i * 16 + g + t % 2 * 8, half);
       DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
         mma_fp4<T::kMx>(sums[i][j], a, b[j][0], b[j][1], scale_x, scale_w[j]);

@@ -1,17 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // int8 GEMM with mma.sync, sm_80 and later, for every kind of weight.
 //
-// Both operands have the same layout in shared memory as in global memory, 64 contiguous columns of a
-// row. A thread (g, t) = (lane / 4, lane % 4) loads columns 16 t .. 16 t + 15 of a row at once, as
-// int8 or as 4-bit codes, and passes them to two mma in the order
-//
-//   register      a[0], b0            a[2], b1            a[0], b0 of the 2nd   a[2], b1
-//   columns       16t .. 16t + 3      16t + 4 .. + 7      16t + 8 .. + 11       16t + 12 .. + 15
-//
-// The instruction expects columns 4 t .. and 16 + 4 t .. in these registers, but it sums over all
-// columns, and both operands have the same permutation. So weights need no fragment order, and neither
-// swizzle (eight lanes of a 16-byte load read 128 contiguous bytes) nor ldmatrix is needed. The columns
-// of a thread are in one group, as groups have 16 columns or more.
+// Both operands have the same layout in shared memory as in global memory, 64 contiguous columns of a row, in
+// 16-byte chunks that are permuted so that eight rows are in different banks. ldmatrix delivers int8 in the
+// order of the instruction: thread (g, t) = (lane / 4, lane % 4) gets columns 4 t .. 4 t + 3 and
+// 16 + 4 t .. of 32. In 4-bit codes these are twice two bytes, 8 bytes apart; two 4-byte loads and a prmt
+// combine them to the word that is expanded.
 #pragma once
 #include "epilogue.cuh"
 #include "gemm_plan.h"
@@ -26,18 +20,19 @@ struct MmaTile {
   static constexpr int kTileM = tile_m, kTileN = tile_n, kWarpM = warp_m, kWarpN = warp_n;
   static constexpr int kStages = stages;
   static constexpr bool kAligned = aligned;   // rows start at multiples of 16 bytes
-  static constexpr bool kSwizzled = false;    // see Loader
+  static constexpr int kBlocks = warp_m * warp_n >= 2048 ? 2 : 1;  // of a multiprocessor, at least
   static constexpr int kWarpsM = tile_m / warp_m, kThreads = 32 * kWarpsM * (tile_n / warp_n);
   static constexpr int kBlocksM = warp_m / 16, kBlocksN = warp_n / 8;  // mma of a warp
   static constexpr int kRowW = kStep * Source::kBits / 8;              // bytes
   static constexpr int kBytesX = tile_m * kStep, kBytesW = tile_n * kRowW;
   static constexpr int kStage = kBytesX + kBytesW, kShared = stages * kStage;
   static_assert(kShared <= 48 * 1024, "the default limit; two blocks fit on a multiprocessor");
+  static_assert(kBlocksN % 2 == 0, "ldmatrix loads 16 rows");
 };
 
 // This thread's 16-byte chunks of a tile of `rows` rows x `width` bytes: the same bytes of every kPitch-th
-// row. Elements outside the matrix become zeros. If swizzled, the four chunks of 64 bytes are permuted by
-// row / 2, so that a chunk of eight rows is in different banks.
+// row. Elements outside the matrix become zeros. The four chunks of 64 bytes are permuted by row / 2, the two of
+// 32 bytes by row / 4, so that a chunk of eight rows is in different banks.
 template <class T, int rows, int width>
 struct Loader {
   static constexpr int kAcross = width / 16, kPitch = T::kThreads / kAcross;
@@ -53,11 +48,8 @@ struct Loader {
     const int row = first + tid() / kAcross;
     row_bytes = bytes;
     byte = tid() % kAcross * 16;
-    offset = tid() * 16;
-    if constexpr (T::kSwizzled) {
-      static_assert(width == 64 && kPitch % 8 == 0);
-      offset ^= tid() / kAcross / 2 % 4 * 16;
-    }
+    static_assert((width == 64 || width == 32) && kPitch % 8 == 0);
+    offset = tid() * 16 ^ (tid() / kAcross / (8 / kAcross) % kAcross) * 16;
     from = static_cast<const uint8_t*>(matrix) + row * bytes + byte;
     valid_mask = 0;
     DTQ_UNROLL for (int c = 0; c < kChunks; c++)
@@ -101,55 +93,78 @@ struct StageLoader {
   }
 };
 
-// Columns 16 t .. 16 t + 15 of row `row` of the stage's weights.
-template <class T>
-DTQ_DEV void load_weights(const unsigned char* weights, int row, const typename T::Source::Scale& s,
-                          uint32_t (&w)[4]) {
-  const unsigned char* p = weights + row * T::kRowW + lane() % 4 * (T::kRowW / 4);
-  if constexpr (T::Source::kBits == 8) {
-    const U4 v = lds<U4>(p);
-    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-  } else {
-    const U2 v = lds<U2>(p);
-    T::Source::expand(v.x, s, w[0], w[1]);
-    T::Source::expand(v.y, s, w[2], w[3]);
-  }
+// Rows of 64 bytes: the address of a 16-byte chunk, as permuted by the loader.
+DTQ_DEV const unsigned char* chunk_of(const unsigned char* tile, int row, int chunk) {
+  return tile + row * 64 + (chunk ^ row / 2 % 4) * 16;
 }
 
+// Operand B of rows n + 8 j .. of the tile and 32 columns, the first or the second half of the stage.
 template <class T>
-DTQ_DEV void multiply(const unsigned char* stage, int warp_m, int warp_n,
-                      const typename T::Source::Scale (&scale)[T::kBlocksN],
-                      int32_t (&sums)[T::kBlocksM][T::kBlocksN][4]) {
-  const int g = lane() / 4, t = lane() % 4;
-  uint32_t x[T::kBlocksM][2][4];
-  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++) {
-    const unsigned char* p = stage + (warp_m * T::kWarpM + i * 16 + g) * kStep + t * 16;
-    const U4 top = lds<U4>(p), bottom = lds<U4>(p + 8 * kStep);
-    x[i][0][0] = top.x, x[i][0][1] = bottom.x, x[i][0][2] = top.y, x[i][0][3] = bottom.y;
-    x[i][1][0] = top.z, x[i][1][1] = bottom.z, x[i][1][2] = top.w, x[i][1][3] = bottom.w;
-  }
-  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
-    uint32_t w[4];
-    load_weights<T>(stage + T::kBytesX, warp_n * T::kWarpN + j * 8 + g, scale[j], w);
-    DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++) {
-      mma_s8(sums[i][j], x[i][0], w[0], w[1]);
-      mma_s8(sums[i][j], x[i][1], w[2], w[3]);
+DTQ_DEV void load_weights(const unsigned char* weights, int n, int half,
+                          const typename T::Source::Scale (&scale)[T::kBlocksN],
+                          uint32_t (&b)[T::kBlocksN][2]) {
+  if constexpr (T::Source::kBits == 8) {
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j += 2) {
+      // matrices: rows 0..7 of the first and the second 16 columns, then rows 8..15
+      const int row = n + j * 8 + lane() / 16 * 8 + lane() % 8;
+      uint32_t r[4];
+      ldmatrix_x4(r, chunk_of(weights, row, half * 2 + lane() / 8 % 2));
+      b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
+    }
+  } else {
+    const int t = lane() % 4, row = n + lane() / 4;
+    const unsigned char* p = weights + row * T::kRowW + (half ^ row / 4 % 2) * 16 + t / 2 * 4;
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
+      const unsigned char* codes = p + j * 8 * T::kRowW;
+      const uint32_t word = byte_perm(lds<uint32_t>(codes), lds<uint32_t>(codes + 8),
+                                      t % 2 ? 0x7632 : 0x5410);
+      T::Source::expand(word, scale[j], b[j][0], b[j][1]);
     }
   }
 }
 
-// The group scales of this thread's rows, for its columns of a step.
+// One half of a stage, 32 columns.
 template <class T>
-DTQ_DEV void load_scales(const GemmArgs& p, int first_row, int step,
-                         typename T::Source::Scale (&scale)[T::kBlocksN]) {
-  const int group = (step * kStep + lane() % 4 * 16) >> p.groups.shift;
-  const int last = p.groups.count - 1, end = int(p.g.rows) - 1;
-  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {  // past the end any scale will do: x_q is zero there
-    const int n = first_row + j * 8 + lane() / 4;
-    const int index = (n < end ? n : end) * p.groups.count + (group < last ? group : last);
-    scale[j] = T::Source::scale(p.groups, index);
+DTQ_DEV void multiply(const unsigned char* stage, int warp_m, int warp_n, int half,
+                      const typename T::Source::Scale (&scale)[T::kBlocksN],
+                      int32_t (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  uint32_t b[T::kBlocksN][2];
+  load_weights<T>(stage + T::kBytesX, warp_n * T::kWarpN, half, scale, b);
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++) {
+    uint32_t a[4];  // matrices: rows 0..7, 8..15 of the first 16 columns, then of the second
+    ldmatrix_x4(a, chunk_of(stage, warp_m * T::kWarpM + i * 16 + lane() % 16, half * 2 + lane() / 16));
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) mma_s8(sums[i][j], a, b[j][0], b[j][1]);
   }
 }
+
+// The scales of a thread's rows, fetched for the next 32 columns while these are multiplied. Past the end of a
+// row or of the matrix any scale will do: x_q is zero there, or the sum is not stored.
+template <class T>
+struct ScaleReader {
+  const Groups groups;
+  int first[T::kBlocksN];  // group of each row
+  typename T::Source::Stored stored[T::kBlocksN];
+
+  DTQ_DEV ScaleReader(const GemmArgs& p, int first_row) : groups(p.groups) {
+    const int end = int(p.g.rows) - 1;
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
+      const int n = first_row + j * 8 + lane() / 4;
+      first[j] = (n < end ? n : end) * groups.count;
+    }
+  }
+
+  DTQ_DEV void fetch(int half) {  // counted from the start of a row
+    const int group = half * 32 >> groups.shift, last = groups.count - 1;
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
+      stored[j] = T::Source::fetch(groups, first[j] + (group < last ? group : last));
+  }
+
+  // The scales that were fetched last; fetches those of the half after `half`.
+  DTQ_DEV void take(int half, typename T::Source::Scale (&scale)[T::kBlocksN]) {
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) scale[j] = T::Source::decode(stored[j]);
+    fetch(half + 1);
+  }
+};
 
 template <class T>
 DTQ_DEV void store_sums(const GemmArgs& p, int split, int64_t first_m, int64_t first_n,
@@ -222,7 +237,7 @@ DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
 }
 
 template <class T, bool has_epilogue>
-DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_mma(const DTQ_CONSTANT GemmArgs p) {
+DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, has_epilogue ? 1 : T::kBlocks) gemm_mma(const DTQ_CONSTANT GemmArgs p) {
   DTQ_SHARED(shared);
   const Gemm& g = p.g;
   const int split = int(block_x() % p.splits);
@@ -235,22 +250,24 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_mma(const DTQ_CONSTANT GemmArgs 
   const int steps = all_steps - first < p.steps_per_split ? all_steps - first : p.steps_per_split;
 
   int32_t sums[T::kBlocksM][T::kBlocksN][4] = {};
-  typename T::Source::Scale scale[T::kBlocksN], next[T::kBlocksN];
+  ScaleReader<T> scales(p, first_n);
+  scales.fetch(first * 2);
   const StageLoader<T> loader(g, tile);
   DTQ_UNROLL for (int s = 0; s < T::kStages - 1; s++) {
     if (s < steps) loader.load(shared + s * T::kStage, first + s);
     else cp_async_commit();  // the wait below counts groups
   }
-  load_scales<T>(p, first_n, first, next);
   for (int s = 0; s < steps; s++) {
     cp_async_wait<T::kStages - 2>();
     sync_threads();  // the stage is complete for all threads, and none reads the one filled next
     const int ahead = s + T::kStages - 1;
     if (ahead < steps) loader.load(shared + ahead % T::kStages * T::kStage, first + ahead);
     else cp_async_commit();
-    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) scale[j] = next[j];
-    if (s + 1 < steps) load_scales<T>(p, first_n, first + s + 1, next);
-    multiply<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, scale, sums);
+    DTQ_UNROLL for (int half = 0; half < 2; half++) {
+      typename T::Source::Scale scale[T::kBlocksN];
+      scales.take((first + s) * 2 + half, scale);
+      multiply<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, half, scale, sums);
+    }
   }
   if (p.partial) store_sums<T>(p, split, first_m, first_n, sums);
   else finish<T, has_epilogue>(g, first_m, first_n, sums);

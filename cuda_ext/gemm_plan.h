@@ -92,11 +92,17 @@ inline bool wants_wgmma(const Gemm& g) {
          aligned16(g.weight) && tiles_of(g, kWgmma128) * 2 >= g.sms;
 }
 
-// The tile with less time for all waves of blocks.
+// Estimated cycles of all waves of blocks (docs/kernels.md): steps of 128 columns, and per tile what is before
+// the loop and the epilogue. With 128 tokens the expansion of 4-bit weights takes longer than the products.
+inline int64_t wgmma_cycles(const Gemm& g, Tile tile) {
+  const bool large = tile == kWgmma256;
+  const int64_t step = large ? 1024 : g.weights == kInt8 ? 512 : 683;
+  const int64_t once = 2500 + (large ? 1100 : 600);
+  return ceil_div(tiles_of(g, tile), g.sms) * (ceil_div(g.columns, 128) * step + once);
+}
+
 inline Tile wgmma_tile(const Gemm& g) {
-  const int64_t large = ceil_div(tiles_of(g, kWgmma256), g.sms) * 256;
-  const int64_t small = ceil_div(tiles_of(g, kWgmma128), g.sms) * 128;
-  return large <= small ? kWgmma256 : kWgmma128;
+  return wgmma_cycles(g, kWgmma256) <= wgmma_cycles(g, kWgmma128) ? kWgmma256 : kWgmma128;
 }
 
 inline bool has_epilogue(const Gemm& g) { return g.gelu || g.gate || g.down; }

@@ -104,7 +104,7 @@ DTQ_DEV void expand_groups(const GemmArgs& p, const unsigned char* w, int row,
     if (i % (4 / groups) == 0) {
       const int group = i / (4 / groups) < left ? i / (4 / groups) : left;
       DTQ_UNROLL for (int h = 0; h < 2; h++)
-        scale[h] = T::Source::scale(p.groups, index[h] + group);
+        scale[h] = T::Source::decode(T::Source::fetch(p.groups, index[h] + group));
     }
     const unsigned char* chunk = w + (offset ^ i * 16);
     DTQ_UNROLL for (int h = 0; h < 2; h++) {

@@ -40,7 +40,7 @@ struct Gemm {
   const void* up;    // (N, rank): + down @ up^T, summed in float32
   int64_t rank;      // a multiple of 16
   Float lowrank_type;
-  bool gelu;             // tanh form, see exact_math.cuh
+  bool gelu;             // tanh form, see gelu_approximate in epilogue.cuh
   const void* gate;      // (M / gate_tokens, N) of out_type; null for none
   int64_t gate_tokens;   // tokens that share a row of the gate
   const void* residual;  // (M, N) of out_type; with gate

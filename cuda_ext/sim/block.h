@@ -78,6 +78,7 @@ struct Warp {
   uint64_t syncs = 0;
   const char* what = "";
   std::vector<Access> accesses;
+  unsigned at_barrier = 0;  // lanes that have reached a bar.sync
 };
 
 struct Barrier {
@@ -195,7 +196,8 @@ inline void sync(unsigned id, unsigned threads) {
   Block& b = block();
   if (threads % 32 && threads != b.threads.size()) fail("bar.sync: not a number of whole warps");
   self->accesses = 0;
-  self->warp->accesses.clear();
+  Warp& w = *self->warp;
+  if (++w.at_barrier == w.size) w.at_barrier = 0, w.accesses.clear();  // of the lanes before, too
   wait_at(b.barriers[id], threads, [&] {
     for (auto& t : b.threads) t.waiting = false;
   });

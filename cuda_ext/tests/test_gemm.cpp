@@ -220,7 +220,7 @@ void test_two_level() {
     for (uint32_t pair = 0; pair < 65536; pair++) {
       uint32_t out[2];
       const uint32_t word = pair | (pair ^ 0x5A5A) << 16;
-      TwoLevel::expand(word, TwoLevel::scale_of(byte), out[0], out[1]);
+      TwoLevel::expand(word, TwoLevel::decode(byte), out[0], out[1]);
       for (int i = 0; i < 8; i++) {
         const int code = word >> (4 * i) & 15;
         wrong += int8_t(out[i / 4] >> (i % 4 * 8)) != (code - zero) * scale2;
@@ -304,6 +304,17 @@ void refusals() {
   check(dtq_gemm_workspace(&g) > 0 && dtq_gemm(&g, nullptr) == kWorkspace, "workspace is needed");
 }
 
+// On an H200. 4-bit weights need the large tile where int8 weights have less time with the small one.
+void plans() {
+  Gemm g = {};
+  g.tokens = 1024, g.rows = 4480, g.columns = 3072, g.group = 64, g.arch = 90, g.sms = 132;
+  check(!std::strcmp(dtq_gemm_kernel(&g), "wgmma 128x128"), "int8: three short waves");
+  g.weights = kTwoLevel;
+  check(!std::strcmp(dtq_gemm_kernel(&g), "wgmma 256x128"), "two-level: two long waves");
+  g.tokens = 4096, g.rows = 4608, g.columns = 1152;
+  check(!std::strcmp(dtq_gemm_kernel(&g), "wgmma 256x128"), "two-level: the larger tile");
+}
+
 const Case kCases[] = {
     // tails in every direction; K = 1152 is DiT-XL's width
     {kInt8, 1, 96, 128, 0, 80, kBFloat16, true, 0, "16x128"},
@@ -368,6 +379,7 @@ const Case kCases[] = {
 
 int main(int argc, char** argv) {
   refusals();
+  plans();
   bool hopper = true, blackwell = true;
 #if defined(DTQ_SIM)
   test_two_level();
