@@ -30,7 +30,7 @@ EMULATOR = {
     "mma_s8": "78f13aedfcd8021c96df56fff97194a9",
     "mma_halves": "47a4ce91a7bbe49f602c966d5d06c242",
     "matrices": "52f59da5515c1bed31038f750589ce39",
-    "mma_fp4": "b9549150ece36a36a2ab512d8acc4b6e",
+    "mma_fp4": "2b7e27687870b7801d34d0113443efbe",
     "integers": "a19457ffd8e40ac8860d631a139db50b",
     "conversions": "24ad2d6fa06a391528059747aebaeb12",
     "floats": "71e7b993ec4bc8815db402c670530d50",
@@ -64,6 +64,12 @@ class Kernel:
     words_in: int
     words_out: int
 
+    def operands(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random words for it to read, and zeros for it to overwrite."""
+        g = torch.Generator().manual_seed(seed)
+        bits = torch.randint(-(2**31), 2**31, (self.words_in,), generator=g).to(torch.int32)
+        return bits, torch.zeros(self.words_out, dtype=torch.int32)
+
 
 class Library:
     """The compiled ``golden.cu``."""
@@ -82,9 +88,7 @@ class Library:
     def run(self, name: str, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """What a kernel writes, on random words."""
         kernel = self.kernels[name]
-        g = torch.Generator().manual_seed(seed)
-        bits = torch.randint(-(2**31), 2**31, (kernel.words_in,), generator=g).to(torch.int32)
-        bits, out = bits.to(device), torch.zeros(kernel.words_out, dtype=torch.int32, device=device)
+        bits, out = (words.to(device) for words in kernel.operands(seed))
         stream = torch.cuda.current_stream().cuda_stream if out.is_cuda else 0
         if hasattr(self.opened, "golden_seed"):  # of the emulator's random order
             self.opened.golden_seed(ctypes.c_uint64(seed))
@@ -130,14 +134,17 @@ class Library:
         return str(self.opened.golden_error().decode())
 
 
+EMULATED = (
+    "-std=c++20", "-O1", "-fwrapv", "-ffp-contract=off", "-w", "-Wno-psabi", "-DDTQ_SIM", "-fPIC", "-shared",
+    "-fvisibility=hidden", "-fno-gnu-unique",  # a process may load several
+)  # fmt: skip
+"""Flags of g++ for a library that runs on the emulator."""
+
+
 def emulated(work: Path, *flags: str) -> Library:
     """The kernels for the emulator."""
-    options = [
-        "-std=c++20", "-O1", "-fwrapv", "-ffp-contract=off", "-w", "-Wno-psabi", "-DDTQ_SIM", "-fPIC", "-shared",
-        "-fvisibility=hidden", "-fno-gnu-unique",  # a process may load several
-    ]  # fmt: skip
     target = str(work / "golden.so")
-    subprocess.run(["g++", *options, *flags, "-x", "c++", str(SOURCE), "-o", target], check=True)
+    subprocess.run(["g++", *EMULATED, *flags, "-x", "c++", str(SOURCE), "-o", target], check=True)
     return Library(work / "golden.so")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,25 +173,30 @@ def function(opcode: str) -> str:
     return "_".join([first, *words[1:]])
 
 
-def translate(ptx: str) -> str:
-    """The kernels of a PTX file as a C++ header."""
+def kernels(ptx: str) -> Iterator[tuple[Kernel, str]]:
+    """The kernels of a PTX file, not yet translated, and their bodies."""
     shared = re.findall(r"\.extern \.shared [^;]* (\w+)\[\];", ptx)
-    kernels, count = [], 0
     for found in re.finditer(r"\.entry (\w+)\(\s*\.param [^)]* (\w+)\[\d+\]\s*\)[^{]*\{", ptx):
         plain = re.search(r"golden_[a-z0-9_]*?(?=E?NS|$)", found.group(1))
         if plain is None:
             raise SyntaxError(f"kernel {found.group(1)}")
         symbols = {found.group(2): "address(&parameter)"} | dict.fromkeys(shared, "0u")
-        kernel = Kernel(plain.group(), symbols, first=count)
-        kernel.translate(ptx[found.end() : _end(ptx, found.end())])
-        kernels.append(kernel)
-        count += len(kernel.statements)
-    statements = [s for kernel in kernels for s in kernel.statements]
+        yield Kernel(plain.group(), symbols), ptx[found.end() : _end(ptx, found.end())]
+
+
+def translate(ptx: str) -> str:
+    """The kernels of a PTX file as a C++ header."""
+    statements: list[str] = []
+    code = []
+    for kernel, body in kernels(ptx):
+        kernel.first = len(statements)
+        kernel.translate(body)
+        statements += kernel.statements
+        code.append(kernel.code())
     texts = "\n".join(f'  R"ptx({text})ptx",' for text in statements)
     return (
-        f"// By translate.py.\ninline bool executed[{count + 1}];\n"
-        f"inline const char* const kStatements[] = {{\n{texts}\n  nullptr}};\n"
-        + "\n".join(kernel.code() for kernel in kernels)
+        f"// By translate.py.\ninline bool executed[{len(statements) + 1}];\n"
+        f"inline const char* const kStatements[] = {{\n{texts}\n  nullptr}};\n" + "\n".join(code)
     )
 
 

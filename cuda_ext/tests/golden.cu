@@ -169,15 +169,16 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_stmatrix(const DTQ_CONSTANT Golden p) {
 #endif
 }
 
-// NVFP4 and then MXFP4. In: 12 words a lane (4 of A, 2 of B, 4 unused, 2 of scales); out: 8. The sums start
-// from 0, and the scales are made powers of two near 1, so that the order of summation does not matter.
+// NVFP4 and then MXFP4. In: 12 words a lane (4 of A, 2 of B, 4 of the sums, 2 of scales); out: 8. The sums start
+// from bytes, and the scales are made powers of two near 1, so that the order of summation does not matter.
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_mma_fp4(const DTQ_CONSTANT Golden p) {
 #if defined(DTQ_HAS_FP4)
   const uint32_t* in = p.in + lane() * 12;
   uint32_t a[4];
   DTQ_UNROLL for (int i = 0; i < 4; i++) a[i] = ldg(in + i);
   const uint32_t x = ldg(in + 10) & 0x03030303, y = ldg(in + 11) & 0x03030303;
-  float nv[4] = {}, mx[4] = {};
+  float nv[4], mx[4];
+  DTQ_UNROLL for (int i = 0; i < 4; i++) nv[i] = mx[i] = int_to_float(int32_t(ldg(in + 6 + i) & 0xff));
   mma_fp4<false>(nv, a, ldg(in + 4), ldg(in + 5), x * 8 + 0x30303030, y * 8 + 0x30303030);
   mma_fp4<true>(mx, a, ldg(in + 4), ldg(in + 5), x + 0x7e7e7e7e, y + 0x7e7e7e7e);
   DTQ_UNROLL for (int i = 0; i < 4; i++) {
@@ -456,14 +457,17 @@ GOLDEN_EXPORT int golden_size(int i, int which) {
 }
 
 // Starts a kernel; a cudaError_t or a Status.
-GOLDEN_EXPORT int golden(int i, const void* in, void* out, Stream stream) {
-  const Entry& e = kEntries[i];
+inline int run(const Entry& e, const void* in, void* out, Stream stream) {
   Golden p = {static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out), {}};
   if (e.box_bytes) {
     const int status = encode_rows(&p.map, in, kMapRows, kMapBytes, 32, e.box_bytes);
     if (status != kOk) return status;
   }
   return launch(e.kernel, e.shape, stream, p);
+}
+
+GOLDEN_EXPORT int golden(int i, const void* in, void* out, Stream stream) {
+  return run(kEntries[i], in, out, stream);
 }
 
 #if defined(DTQ_SIM)
