@@ -50,7 +50,14 @@ DTQ_DEV void store_sums(const SmallMPlan& p, int groups, float* sums, const floa
   }
 }
 
-template <Encoding kEncoding, int kBits>
+// Sums of 16 rows by 8 tokens of the type.
+template <Float kType>
+DTQ_DEV void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (kType == kBFloat16) mma_bf16(c, a, b0, b1);
+  else mma_f16(c, a, b0, b1);
+}
+
+template <Encoding kEncoding, int kBits, Float kType>
 DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) small_m_kernel(const DTQ_CONSTANT SmallMPlan p) {
   DTQ_SHARED(shared);
   const SmallM& f = p.f;
@@ -58,7 +65,6 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) small_m_kernel(const DTQ_CONSTANT Sma
   const int64_t n = (int64_t)block_x() * kRowsTile + lane() / 4;
   float* codebook = (float*)shared;
   float* sums = codebook + 16;  // (kWarps, kTokenGroups, 16 rows, 8 tokens)
-  const bool is_bfloat16 = f.type == kBFloat16;
   const int groups = f.tokens - p.first > 8 ? kTokenGroups : 1;  // of 8 tokens
   load_codebook(p.weight.w, codebook);
 
@@ -84,14 +90,13 @@ DTQ_KERNEL void DTQ_BOUNDS(kWarps * 32, 4) small_m_kernel(const DTQ_CONSTANT Sma
       load_packed(p.weight, n + h * 8, at + kPrefetch * kRoundColumns, now[h]);
       float v[kVec];
       decode_vector(p.weight, packed, at, codebook, v);
-      DTQ_UNROLL for (int i = 0; i < kVec / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], f.type);
+      DTQ_UNROLL for (int i = 0; i < kVec / 2; i++) w[h][i] = pair_of(v[i * 2], v[i * 2 + 1], kType);
     }
     DTQ_UNROLL for (int h = 0; h < kTokenGroups; h++) {
       if (h == groups) break;
       DTQ_UNROLL for (int j = 0; j < 4; j++) {
         const uint32_t a[4] = {w[0][j * 2], w[1][j * 2], w[0][j * 2 + 1], w[1][j * 2 + 1]};
-        if (is_bfloat16) mma_bf16(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
-        else mma_f16(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
+        multiply<kType>(acc[h], a, x[h][j * 2], x[h][j * 2 + 1]);
       }
     }
   };

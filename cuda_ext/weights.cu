@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // launch_dequantize, launch_expand and launch_small_m: choose the compiled decoder of a stored weight.
-#include "small_m_int4.cuh"
+#include "small_m_integers.cuh"
 
 namespace dtq {
 
@@ -57,18 +57,25 @@ int launch_tokens(SmallMPlan& p, Stream stream, KernelFor kernel_for) {
 }
 
 template <class Codes>
-int launch_int4(SmallMPlan& p, Stream stream) {
+int launch_integers(SmallMPlan& p, Stream stream) {
   return launch_tokens(p, stream, [](int64_t tokens) {
-    return tokens > 8 ? small_m_int4_kernel<Codes, 2> : small_m_int4_kernel<Codes, 1>;
+    return tokens > 8 ? small_m_integers_kernel<Codes, 2> : small_m_integers_kernel<Codes, 1>;
   });
 }
 
-int launch_int4(SmallMPlan& p, Stream stream) {
-  const Weight& w = p.weight.w;
-  if (w.encoding == kTwoLevel) return launch_int4<Int4TwoLevel>(p, stream);
-  if (w.scale_type == kScaleBFloat16)
-    return w.zero ? launch_int4<Int4Bf16<true>>(p, stream) : launch_int4<Int4Bf16<false>>(p, stream);
-  return w.zero ? launch_int4<Int4Float<true>>(p, stream) : launch_int4<Int4Float<false>>(p, stream);
+template <bool kHasZero>
+int launch_affine(SmallMPlan& p, Stream stream) {
+  const bool halves = p.weight.w.scale_type == kScaleBFloat16;
+  if (p.weight.w.bits == 4)
+    return halves ? launch_integers<Int4Bf16<kHasZero>>(p, stream)
+                  : launch_integers<Int4Float<kHasZero>>(p, stream);
+  return halves ? launch_integers<Int8Codes<kHasZero, kScaleBFloat16>>(p, stream)
+                : launch_integers<Int8Codes<kHasZero, kScaleFloat32>>(p, stream);
+}
+
+int launch_integers(SmallMPlan& p, Stream stream) {
+  if (p.weight.w.encoding == kTwoLevel) return launch_integers<Int4TwoLevel>(p, stream);
+  return p.weight.w.zero ? launch_affine<true>(p, stream) : launch_affine<false>(p, stream);
 }
 
 template <Encoding kEncoding, int kBits>
@@ -85,7 +92,10 @@ struct Decoder {
   }
 
   static int small_m(SmallMPlan& p, Stream stream) {
-    return launch_tokens(p, stream, [](int64_t) { return small_m_kernel<kEncoding, kBits>; });
+    return launch_tokens(p, stream, [&](int64_t) {
+      return p.f.type == kBFloat16 ? small_m_kernel<kEncoding, kBits, kBFloat16>
+                                   : small_m_kernel<kEncoding, kBits, kFloat16>;
+    });
   }
 };
 
@@ -146,7 +156,7 @@ int launch_small_m(const SmallM& f, Stream stream) {
   p.aligned_x = vector_aligned(f.x, f.stride, 2);
   return with_decoder(f.weight, [&](auto decoder) {
     if (f.weight.rows == 0) return (int)kOk;
-    if (fits_int4(p)) return launch_int4(p, stream);
+    if (fits_integers(p)) return launch_integers(p, stream);
     return decoder.small_m(p, stream);
   });
 }

@@ -403,6 +403,10 @@ StoredWeight random_weight(Random& random, Encoding encoding, int bits, int64_t 
       }
       s.values.push_back(value * s.scale[n * scales + (encoding == kTwoLevel ? 0 : k / each)]);
     }
+  if (encoding == kAffine && bits == 8) {  // signed bytes
+    for (uint8_t& byte : s.bytes) byte ^= 0x80;
+    w.offset = 0;
+  }
   w.weight = s.bytes.data(), w.tail = s.tail.data(), w.group_bytes = s.groups.data();
   w.codebook = s.codebook.data(), w.scale = s.scale.data();
   if (bfloat16_scale) w.scale = s.short_scale.data(), w.scale_type = kScaleBFloat16;
@@ -453,6 +457,8 @@ void test_weights(uint64_t seed) {
   check_weight(seed, kTwoLevel, 4, 18, 320, 5, 9);
   check_weight(seed, kAffine, 4, 19, 3200, 50, 16, true);  // rounds of prefetched steps
   check_weight(seed, kAffine, 4, 3, 384, 3, 8, true);
+  check_weight(seed, kAffine, 8, 20, 1600, 1, 9);
+  check_weight(seed, kAffine, 8, 3, 384, 3, 2, true);
 }
 #endif
 

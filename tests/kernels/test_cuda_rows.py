@@ -563,11 +563,13 @@ def test_few_tokens(library, name):
             assert ((y - exact).abs() <= bound).all(), (m, k)
 
 
-INT4 = [name for name, f in FORMATS.items() if isinstance(f, Int | TwoLevelInt) and f.bits == 4]
+INTEGERS = [
+    name for name, f in FORMATS.items() if isinstance(f, Int | TwoLevelInt) and f.bits in (4, 8)
+]
 
 
-@pytest.mark.parametrize("name", INT4)
-def test_pairs_of_4_bit_codes_are_the_rounded_weights(library, name):
+@pytest.mark.parametrize("name", INTEGERS)
+def test_pairs_of_codes_are_the_rounded_weights(library, name):
     """A token with a single 1 is a column of the weight: its bits, in every place of a step."""
     fmt = FORMATS[name]
     for n, k, m in [(19, 128, 8), (33, 1152, 16), (5, 384, 17)]:

@@ -16,6 +16,8 @@ import pytest
 import sass
 from launch_structs import POINTER, Gemm, GemmArgs, RowPlan, Rows, SmallM, SmallMPlan, Weight
 
+from dtq.kernels import gpu_fusion
+
 BFLOAT16 = 1
 TENSOR_MAPS = bytes(256)  # of WgmmaArgs, before its GemmArgs
 
@@ -120,6 +122,23 @@ def test_the_main_loop_with_mma_sync(source, arch):
     assert sass.blocks(kernel, 256, shared=48 * 1024) == 2
 
 
+FUSIONS = {"gelu": {"gelu": True}, "gate": GATE}
+"""Patterns of the table of fusions: the calls."""
+
+
+@pytest.mark.parametrize("pattern", FUSIONS)
+def test_the_table_of_fusions_on_hopper(pattern):
+    """Its cycles are those of the machine code, and so is its decision."""
+    _, plain = hopper("gemm_int8.cu", 256, PLAIN)
+    _, fused = hopper("gemm_int8.cu", 256, FUSED, **FUSIONS[pattern])
+    cycles = [walk.between("WARPGROUP.DEPBAR", "EXIT").cycles for walk in (plain, fused)]
+    extra = (cycles[1] - cycles[0]) * 1024 / (256 * 128)  # of 1024 outputs
+    row = gpu_fusion.fusion(pattern, (9, 0))
+    print(f"\n{pattern}: {extra:.0f} cycles more for 1024 outputs, {row.apart:.0f} apart")
+    assert extra == pytest.approx(row.fused, rel=0.15)
+    assert (extra < row.apart) == row.is_faster
+
+
 def rows(block):
     """LayerNorm, modulation, int8."""
     r = Rows(rows=4096, columns=3072, stride=3072, prologue=2, modulate_stride=3072)
@@ -128,18 +147,24 @@ def rows(block):
     r.type = r.modulate_type = BFLOAT16
     for name in ("x", "modulate_scale", "modulate_shift", "out", "scale"):
         setattr(r, name, POINTER)
-    return RowPlan(r, block**-0.5, True, True, True, True, 1, -1)
+    p = RowPlan(r, block**-0.5, True, True, True, True, 1, -1, 1 / 127)
+    p.modulate_multiplier, p.modulate_shift = 2**31 + 1, 12  # for images of 2^12 rows
+    p.x_pitch = p.modulate_pitch = 6144
+    p.out_pitch, p.inverse_columns = 3072, 1 / 3072
+    return p
 
 
-VALUES_OF_A_THREAD = 16
-ROWS = {1: 55, 64: 66}
+VALUES_OF_A_THREAD = 32
+ROWS = {1: 26, 64: 35}
 """Hadamard block: instructions a value at most."""
 
 
 @pytest.mark.parametrize("block", ROWS)
 def test_norm_modulate_and_quantize(block):
-    kernel = sass.find(kernels("rows.cu", "90a"), "rows_register_kernel.*E2E")
-    walk = sass.run(kernel, bytes(rows(block)), threads=192)
+    # the prologue is LayerNorm, with vectors of the type of x, which is bfloat16; to int8
+    kind = "PrologueE2E.*ModulationE1E.*FloatE1E.*OutputE0E"
+    kernel = sass.find(kernels("rows.cu", "90a"), f"rows_register_kernel.*{kind}")
+    walk = sass.run(kernel, bytes(rows(block)), threads=96)
     each = walk.instructions / VALUES_OF_A_THREAD
     print(
         f"\nnorm, modulate, int8, Hadamard block {block}: {each:.1f} instructions a value, "
@@ -148,22 +173,44 @@ def test_norm_modulate_and_quantize(block):
     assert each <= ROWS[block]
 
 
-def small_m(columns):
-    """int4-asym-g64, bfloat16 scales, one token."""
-    w = Weight(encoding=0, bits=4, rows=18_432, columns=columns, groups=columns // 64, scale_type=2)
-    w.weight = w.scale = w.zero = POINTER
+def small_m(columns, encoding, scale_type, zero, bits):
+    """Integers with groups of 64 columns, 8-bit ones with a scale a row; bfloat16, one token."""
+    groups = columns // 64 if bits == 4 else 1
+    w = Weight(encoding=encoding, bits=bits, rows=18_432, columns=columns, groups=groups)
+    w.scale_type, w.offset = scale_type, 8 if bits == 4 else 0
+    w.weight = w.scale = w.group_bytes = POINTER
+    w.zero = POINTER if zero else None
     p = SmallMPlan(f=SmallM(w, POINTER, BFLOAT16, 1, columns, POINTER, POINTER), aligned_x=True)
-    p.weight.w, p.weight.row_bytes = w, columns // 2
-    p.weight.group, p.weight.shift, p.weight.aligned = 64, 6, True
+    p.weight.w, p.weight.row_bytes = w, columns * bits // 8
+    p.weight.group, p.weight.shift = (64, 6) if bits == 4 else (columns, 31)
+    p.weight.aligned = True
     return p
 
 
-def test_few_tokens_with_4_bit_weights():
+AFFINE, TWO_LEVEL = 0, 5
+SCALE_FLOAT32, SCALE_BFLOAT16 = 1, 2
+FEW_TOKENS = {
+    "int4-g64": ("8Int4Bf16ILb0E", AFFINE, SCALE_BFLOAT16, False, 4, 4),
+    "int4-asym-g64": ("8Int4Bf16ILb1E", AFFINE, SCALE_BFLOAT16, True, 4, 4),
+    "int4-g64, float32 scales": ("9Int4FloatILb0E", AFFINE, SCALE_FLOAT32, False, 4, 6),
+    "int4-2l-g64": ("12Int4TwoLevel", TWO_LEVEL, SCALE_FLOAT32, False, 4, 6),
+    "int8-row": ("9Int8CodesILb0E.*ScaleTypeE1E", AFFINE, SCALE_FLOAT32, False, 8, 6),
+}
+"""Format: the kernel, its weight with the number of bits, and instructions a weight at most."""
+
+
+@pytest.mark.parametrize("name", FEW_TOKENS)
+def test_few_tokens_with_integers(name):
     """By the difference of two lengths of a row: the loop alone."""
-    kernel = sass.find(kernels("weights.cu", "90a"), "small_m_kernel.*E0ELi4E")
+    codes, *weight, bound = FEW_TOKENS[name]
+    # up to 8 tokens
+    kernel = sass.find(kernels("weights.cu", "90a"), f"small_m_integers_kernel.*{codes}.*Li1E")
     short, long = (
-        sass.run(kernel, bytes(small_m(k)), threads=128).instructions for k in (3072, 6144)
+        sass.run(kernel, bytes(small_m(k, *weight)), threads=128)
+        for k in (3072, 6144)
     )
-    each = (long - short) / (3072 * 16 / 128)  # 16 rows of a block, shared by 128 threads
-    print(f"\nfew tokens, int4-asym-g64: {each:.1f} instructions a weight")
-    assert each <= 10.7
+    weights = 3072 * 16 / 128  # more of a thread: 16 rows of a block, shared by 128 threads
+    each = (long.instructions - short.instructions) / weights
+    print(f"\nfew tokens, {name}: {each:.2f} instructions a weight, {kernel.registers} registers")
+    assert long.count("HMMA") - short.count("HMMA") == weights / 8  # none for tokens 8 to 15
+    assert each <= bound
