@@ -103,8 +103,16 @@ DTQ_DEV void stg(T* p, T value) {
   *p = value;
 }
 
-// 16 bytes if the condition holds, without a branch: compilers move what computes a value that is
+// 4 or 16 bytes if the condition holds, without a branch: compilers move what computes a value that is
 // stored under a condition into that branch, too, where it cannot overlap with anything.
+DTQ_DEV void stg_if(bool condition, uint32_t* p, uint32_t v) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.s32 p, %0, 0;\n"
+      "@p st.global.b32 [%1], %2;\n}" ::"r"(int(condition)),
+      "l"(p), "r"(v)
+      : "memory");
+}
 DTQ_DEV void stg_if(bool condition, U4* p, const U4& v) {
   asm volatile(
       "{\n.reg .pred p;\n"

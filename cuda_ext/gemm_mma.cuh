@@ -7,10 +7,20 @@
 // 16 + 4 t .. of 32. In 4-bit codes these are twice two bytes, 8 bytes apart; two 4-byte loads and a prmt
 // combine them to the word that is expanded.
 #pragma once
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "gemm_plan.h"
 
 namespace dtq {
+
+// Blocks of large tiles that fit on a multiprocessor. With tables ptxas spills 12 bytes for sm_120 when it is held
+// to the 128 registers of two; there the tensor cores need twice the cycles, so one is enough.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kTableBlocks = 1;
+#else
+constexpr int kTableBlocks = 2;
+#endif
 
 constexpr int kStep = 64;  // columns of a stage: with more, two blocks do not fit on an sm_89
 
@@ -20,7 +30,8 @@ struct MmaTile {
   static constexpr int kTileM = tile_m, kTileN = tile_n, kWarpM = warp_m, kWarpN = warp_n;
   static constexpr int kStages = stages;
   static constexpr bool kAligned = aligned;   // rows start at multiples of 16 bytes
-  static constexpr int kBlocks = warp_m * warp_n >= 2048 ? 2 : 1;  // of a multiprocessor, at least
+  static constexpr bool kIsTable = std::is_same_v<Source, Table>;
+  static constexpr int kBlocks = warp_m * warp_n < 2048 ? 1 : kIsTable ? kTableBlocks : 2;
   static constexpr int kWarpsM = tile_m / warp_m, kThreads = 32 * kWarpsM * (tile_n / warp_n);
   static constexpr int kBlocksM = warp_m / 16, kBlocksN = warp_n / 8;  // mma of a warp
   static constexpr int kRowW = kStep * Source::kBits / 8;              // bytes
@@ -123,25 +134,11 @@ DTQ_DEV void load_weights(const unsigned char* weights, int n, int half,
   }
 }
 
-// One half of a stage, 32 columns.
-template <class T>
-DTQ_DEV void multiply(const unsigned char* stage, int warp_m, int warp_n, int half,
-                      const typename T::Source::Scale (&scale)[T::kBlocksN],
-                      int32_t (&sums)[T::kBlocksM][T::kBlocksN][4]) {
-  uint32_t b[T::kBlocksN][2];
-  load_weights<T>(stage + T::kBytesX, warp_n * T::kWarpN, half, scale, b);
-  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++) {
-    uint32_t a[4];  // matrices: rows 0..7, 8..15 of the first 16 columns, then of the second
-    ldmatrix_x4(a, chunk_of(stage, warp_m * T::kWarpM + i * 16 + lane() % 16, half * 2 + lane() / 16));
-    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) mma_s8(sums[i][j], a, b[j][0], b[j][1]);
-  }
-}
-
-// The scales of a thread's rows, fetched for the next 32 columns while these are multiplied. Past the end of a
+// The scales of a thread's rows, fetched for the next 32 columns before these are multiplied. Past the end of a
 // row or of the matrix any scale will do: x_q is zero there, or the sum is not stored.
 template <class T>
 struct ScaleReader {
-  const Groups groups;
+  const Groups& groups;
   int first[T::kBlocksN];  // group of each row
   typename T::Source::Stored stored[T::kBlocksN];
 
@@ -159,12 +156,27 @@ struct ScaleReader {
       stored[j] = T::Source::fetch(groups, first[j] + (group < last ? group : last));
   }
 
-  // The scales that were fetched last; fetches those of the half after `half`.
-  DTQ_DEV void take(int half, typename T::Source::Scale (&scale)[T::kBlocksN]) {
+  // The scales that were fetched last.
+  DTQ_DEV void decode(typename T::Source::Scale (&scale)[T::kBlocksN]) const {
     DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) scale[j] = T::Source::decode(stored[j]);
-    fetch(half + 1);
   }
 };
+
+// One half of a stage, 32 columns; `count` is that of the halves before.
+template <class T>
+DTQ_DEV void multiply(const unsigned char* stage, int warp_m, int warp_n, int half, int count,
+                      ScaleReader<T>& scales, int32_t (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  uint32_t b[T::kBlocksN][2];
+  typename T::Source::Scale scale[T::kBlocksN];
+  scales.decode(scale);
+  load_weights<T>(stage + T::kBytesX, warp_n * T::kWarpN, half, scale, b);
+  scales.fetch(count + 1);  // these are no longer needed: so one set of registers is enough
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++) {
+    uint32_t a[4];  // matrices: rows 0..7, 8..15 of the first 16 columns, then of the second
+    ldmatrix_x4(a, chunk_of(stage, warp_m * T::kWarpM + i * 16 + lane() % 16, half * 2 + lane() / 16));
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) mma_s8(sums[i][j], a, b[j][0], b[j][1]);
+  }
+}
 
 template <class T>
 DTQ_DEV void store_sums(const GemmArgs& p, int split, int64_t first_m, int64_t first_n,
@@ -199,9 +211,116 @@ DTQ_DEV void add_lowrank(const Gemm& g, int64_t first_m, int64_t first_n,
   }
 }
 
+// Scale and bias of this thread's columns.
+template <class T, class Sum>
+DTQ_DEV void load_columns(const Gemm& g, int64_t first_n, float (&scale)[T::kBlocksN][2],
+                          float (&bias)[T::kBlocksN][2]) {
+  const int64_t first = first_n + lane() % 4 * 2;
+  DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
+    DTQ_UNROLL for (int e = 0; e < 2; e++) {
+      const int64_t n = first + j * 8 + e;
+      scale[j][e] = n < g.rows ? weight_scale<Sum>(g, n) : 0;
+      bias[j][e] = -0.0f;  // x + -0 is x, so that there is always a bias
+    }
+  if (!g.bias) return;
+  auto load = [&](auto kind) {
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++)
+      DTQ_UNROLL for (int e = 0; e < 2; e++) {
+        const int64_t n = first + j * 8 + e;
+        if (n < g.rows) bias[j][e] = load_float(g.bias, n, decltype(kind)::value);
+      }
+  };
+  if (g.bias_type == kFloat32) load(std::integral_constant<Float, kFloat32>());
+  else if (g.bias_type == kBFloat16) load(std::integral_constant<Float, kBFloat16>());
+  else load(std::integral_constant<Float, kFloat16>());
+}
+
+// Gate and residual of a token for this thread's columns, two 16-bit values each. What is past the end is not
+// stored, so its address only has to be valid.
+template <class T>
+struct GatedRow {
+  uint32_t gate[T::kBlocksN], residual[T::kBlocksN];
+
+  DTQ_DEV void load(const Gemm& g, int m, int first_n, int gate_tokens) {
+    const int token = m < g.tokens ? m : int(g.tokens) - 1;
+    const uint16_t* gates = static_cast<const uint16_t*>(g.gate) + token / gate_tokens * g.rows;
+    const uint16_t* residuals = static_cast<const uint16_t*>(g.residual) + token * g.rows;
+    DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
+      const int n = first_n + j * 8 < g.rows ? first_n + j * 8 : 0;
+      gate[j] = ldg(reinterpret_cast<const uint32_t*>(gates + n));
+      residual[j] = ldg(reinterpret_cast<const uint32_t*>(residuals + n));
+    }
+  }
+
+  template <Float type>
+  DTQ_DEV void apply(int j, float (&v)[2]) const {
+    float by[2], add[2];
+    floats_of(gate[j], type, by[0], by[1]);
+    floats_of(residual[j], type, add[0], add[1]);
+    DTQ_UNROLL for (int e = 0; e < 2; e++) v[e] = fadd(fmul(by[e], v[e]), add[e]);
+  }
+};
+
+// 16-bit outputs, an even number of them in a row, no low-rank branch: without branches.
+template <class T, Float type, bool has_gelu, bool gated, class Sum>
+DTQ_DEV void store_pairs(const Gemm& g, int64_t first_m, int64_t first_n,
+                         const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  const int row = lane() / 4, pair = lane() % 4 * 2;
+  float scale[T::kBlocksN][2], bias[T::kBlocksN][2], token[T::kBlocksM][2];
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const int64_t m = first_m + i * 16 + h * 8 + row;
+      token[i][h] = m < g.tokens ? ldg(g.row_scale + m) : 0;
+    }
+  load_columns<T, Sum>(g, first_n, scale, bias);
+  uint16_t* out = static_cast<uint16_t*>(g.out) + (first_m + row) * g.rows + first_n + pair;
+  const int each = g.gate_tokens < g.tokens ? int(g.gate_tokens) : int(g.tokens);
+  GatedRow<T> next;  // loaded one token ahead
+  if (gated) next.load(g, int(first_m) + row, int(first_n) + pair, each);
+  DTQ_UNROLL for (int i = 0; i < T::kBlocksM; i++)
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const int m = int(first_m) + i * 16 + h * 8 + row;
+      const bool valid = m < g.tokens;
+      const GatedRow<T> now = next;
+      if (gated && i * 2 + h + 1 < T::kBlocksM * 2)
+        next.load(g, m + 8, int(first_n) + pair, each);
+      DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
+        float v[2];
+        DTQ_UNROLL for (int e = 0; e < 2; e++)
+          v[e] = scaled(sums[i][j][h * 2 + e], token[i][h], scale[j][e], true, bias[j][e]);
+        if (has_gelu) v[0] = gelu_approximate(v[0]), v[1] = gelu_approximate(v[1]);
+        if (gated) now.template apply<type>(j, v);
+        stg_if(valid && first_n + pair + j * 8 < g.rows, reinterpret_cast<uint32_t*>(out + j * 8),
+               pair_of(v[0], v[1], type));
+      }
+      out += g.rows * 8;
+    }
+}
+
+template <class T, Float type, bool has_epilogue, class Sum>
+DTQ_DEV void store_half_outputs(const Gemm& g, int64_t first_m, int64_t first_n,
+                                const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  if constexpr (!has_epilogue) store_pairs<T, type, false, false>(g, first_m, first_n, sums);
+  else if (!g.gate) store_pairs<T, type, true, false>(g, first_m, first_n, sums);
+  else if (!g.gelu) store_pairs<T, type, false, true>(g, first_m, first_n, sums);
+  else store_pairs<T, type, true, true>(g, first_m, first_n, sums);
+}
+
+// Whether outputs, gate and residual can be read and written two at a time.
+DTQ_DEV bool in_pairs(const Gemm& g) {
+  const uintptr_t all = reinterpret_cast<uintptr_t>(g.out) | reinterpret_cast<uintptr_t>(g.gate) |
+                        reinterpret_cast<uintptr_t>(g.residual);
+  return g.out_type != kFloat32 && g.rows % 2 == 0 && all % 4 == 0;
+}
+
 template <class T, bool has_epilogue, class Sum>
 DTQ_DEV void finish(const Gemm& g, int64_t first_m, int64_t first_n,
                     const Sum (&sums)[T::kBlocksM][T::kBlocksN][4]) {
+  if (in_pairs(g) && !g.down) {
+    if (g.out_type == kBFloat16)
+      return store_half_outputs<T, kBFloat16, has_epilogue>(g, first_m, first_n, sums);
+    return store_half_outputs<T, kFloat16, has_epilogue>(g, first_m, first_n, sums);
+  }
   const int row = lane() / 4, pair = lane() % 4 * 2;
   float v[T::kBlocksM][T::kBlocksN][4];
   DTQ_UNROLL for (int j = 0; j < T::kBlocksN; j++) {
@@ -263,11 +382,9 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, has_epilogue ? 1 : T::kBlocks) gemm_mma(
     const int ahead = s + T::kStages - 1;
     if (ahead < steps) loader.load(shared + ahead % T::kStages * T::kStage, first + ahead);
     else cp_async_commit();
-    DTQ_UNROLL for (int half = 0; half < 2; half++) {
-      typename T::Source::Scale scale[T::kBlocksN];
-      scales.take((first + s) * 2 + half, scale);
-      multiply<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, half, scale, sums);
-    }
+    DTQ_UNROLL for (int half = 0; half < 2; half++)
+      multiply<T>(shared + s % T::kStages * T::kStage, warp_m, warp_n, half,
+                  (first + s) * 2 + half, scales, sums);
   }
   if (p.partial) store_sums<T>(p, split, first_m, first_n, sums);
   else finish<T, has_epilogue>(g, first_m, first_n, sums);

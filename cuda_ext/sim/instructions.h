@@ -85,6 +85,9 @@ inline void stg(T* p, T value) {
   *p = value;
 }
 
+inline void stg_if(bool condition, uint32_t* p, uint32_t v) {
+  if (condition) stg(p, v);
+}
 inline void stg_if(bool condition, U4* p, const U4& v) {
   if (condition) stg(p, v);
 }

@@ -367,6 +367,10 @@ const Case kCases[] = {
     {kTwoLevel, 140, 72, 128, 64, 80, kBFloat16, true, 4, "summed after"},
     {kTwoLevel, 16, 80, 512, 64, 80, kFloat32, true, 7, "K in"},
     {kTwoLevel, 513, 520, 64, 32, 80, kFloat16, true, 7, "128x128"},
+    {kInt8, 513, 518, 96, 0, 80, kBFloat16, true, 2, "mma 128x128"},
+    {kTwoLevel, 519, 520, 128, 64, 80, kFloat16, false, 1, "mma 128x128"},
+    {kTable, 519, 522, 64, 32, 80, kBFloat16, true, 11, "mma 128x128"},
+    {kNvFp4, 520, 514, 128, 16, 120, kBFloat16, true, 3, "fp4 128x128"},
     // FP4
     {kNvFp4, 1, 33, 1152, 16, 120, kFloat32, true, 0, "fp4 64x64"},
     {kNvFp4, 130, 257, 64, 16, 120, kFloat32, false, 0, "fp4 64x64"},

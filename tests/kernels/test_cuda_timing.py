@@ -92,9 +92,9 @@ def test_the_epilogue_on_hopper(source, name):
     assert not after.count("BSSY"), "branches in which lanes may differ"
 
 
-def mma(source, arch):
-    kernel = sass.find(kernels(source, arch), r"gemm_mma.*ELi128ELi128E.*Lb1EEELb0E")
-    return kernel, sass.run(kernel, bytes(gemm()), threads=256)
+def mma(source, arch, has_epilogue=0, **changes):
+    kernel = sass.find(kernels(source, arch), rf"gemm_mma.*ELi128ELi128E.*Lb1EEELb{has_epilogue}E")
+    return kernel, sass.run(kernel, bytes(gemm(**changes)), threads=256)
 
 
 # (instructions, cycles) of a step of 64 columns at most
@@ -137,6 +137,30 @@ def test_the_table_of_fusions_on_hopper(pattern):
     print(f"\n{pattern}: {extra:.0f} cycles more for 1024 outputs, {row.apart:.0f} apart")
     assert extra == pytest.approx(row.fused, rel=0.15)
     assert (extra < row.apart) == row.is_faster
+
+
+# After the last product: (kernel with an epilogue, call, cycles a tile at most)
+MMA_EPILOGUES = {
+    "plain": (0, {}, 2_100),
+    "gelu": (1, {"gelu": True}, 3_600),
+    "gate and residual": (1, GATE, 3_500),
+    "gelu, gate and residual": (1, GATE | {"gelu": True}, 5_300),
+}
+
+
+@pytest.mark.parametrize("name", MMA_EPILOGUES)
+@pytest.mark.parametrize("source", ["gemm_int8.cu", "gemm_two_level.cu"])
+def test_the_epilogue_with_mma_sync(source, name):
+    has_epilogue, changes, bound = MMA_EPILOGUES[name]
+    kernel, walk = mma(source, "80", has_epilogue, **changes)
+    part = walk.between("IMMA", "EXIT")
+    print(
+        f"\n{source} sm_80 {name}: {part.instructions} instructions, {part.cycles} cycles a tile, "
+        f"{kernel.registers} registers"
+    )
+    assert part.count("STG") == 32  # 64 outputs of a thread
+    assert not part.count("F2F\\.")
+    assert part.cycles <= bound
 
 
 def rows(block):
@@ -205,10 +229,7 @@ def test_few_tokens_with_integers(name):
     codes, *weight, bound = FEW_TOKENS[name]
     # up to 8 tokens
     kernel = sass.find(kernels("weights.cu", "90a"), f"small_m_integers_kernel.*{codes}.*Li1E")
-    short, long = (
-        sass.run(kernel, bytes(small_m(k, *weight)), threads=128)
-        for k in (3072, 6144)
-    )
+    short, long = (sass.run(kernel, bytes(small_m(k, *weight)), threads=128) for k in (3072, 6144))
     weights = 3072 * 16 / 128  # more of a thread: 16 rows of a block, shared by 128 threads
     each = (long.instructions - short.instructions) / weights
     print(f"\nfew tokens, {name}: {each:.2f} instructions a weight, {kernel.registers} registers")
