@@ -23,7 +23,7 @@ SEEDS = range(8)
 
 EMULATOR = {
     "memory": "17946445d73859034541601db1bf6d2b",
-    "conditions": "dccee7d4e2c0475902bc02ad97cfbd72",
+    "conditions": "8c03a4ade7f49e82ac81d4758f2254a2",
     "cp_async": "05d5d8fbaf41093526c1e76344062d5f",
     "named_barriers": "996c02dd44d7ff34038100b785f20acb",
     "shuffle": "8b3555a4b73b11c2776fe5184325921f",

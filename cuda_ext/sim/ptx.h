@@ -172,6 +172,7 @@ inline void st_global_f32(uint64_t p, uint32_t a) { stg(pointer<uint32_t>(p), a)
 inline void ld_global_nc_v4_b32(uint32_t& d, uint32_t& e, uint32_t& f, uint32_t& g, uint64_t p) {
   ld_global_nc_v4_u32(d, e, f, g, p);
 }
+inline void st_global_b32(uint64_t p, uint32_t a) { stg(pointer<uint32_t>(p), a); }
 inline void st_global_v4_b32(uint64_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   stg(pointer<U4>(p), U4{a, b, c, d});
 }

@@ -63,10 +63,11 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_memory(const DTQ_CONSTANT Golden p) {
   DTQ_UNROLL for (int i = 0; i < 10; i++) put(p, lane() * 10 + i, found[i]);
 }
 
-// 16 bytes a lane under two conditions. In: 4 words a lane, then 2 of the conditions.
+// 16 bytes a lane under two conditions, and 4 under one. In: 4 words a lane, then 3 of the conditions.
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_conditions(const DTQ_CONSTANT Golden p) {
   const U4 v = ldg_if(word(p, 128 + lane()) & 1, reinterpret_cast<const U4*>(p.in) + lane());
   stg_if(word(p, 160 + lane()) & 1, reinterpret_cast<U4*>(p.out) + lane(), v);
+  stg_if(word(p, 192 + lane()) & 1, p.out + 128 + lane(), word(p, lane()));
 }
 
 // Copies of 16 bytes of which 0 to 16 are read, and of 4, in two groups. In: 512 words; out: 288.
@@ -419,7 +420,7 @@ constexpr int kMapWords = kMapRows * kMapBytes / 4;
 // Grid, threads, bytes of shared memory, blocks of a cluster.
 const Entry kEntries[] = {
     {"memory", golden_memory, 0, 1024, 320, {{1}, 32, 1024}, 0},
-    {"conditions", golden_conditions, 0, 192, 128, {{1}, 32}, 0},
+    {"conditions", golden_conditions, 0, 224, 160, {{1}, 32}, 0},
     {"cp_async", golden_cp_async, 0, 512, 288, {{1}, 32, 1152}, 0},
     {"named_barriers", golden_named_barriers, 0, 128, 128, {{1}, 128, 512}, 0},
     {"shuffle", golden_shuffle, 0, 64, 192, {{1}, 32}, 0},
