@@ -24,8 +24,11 @@ from dtq.kernels.ops_fp4 import _decoded
 from dtq.kernels.ops_gemm import expand_table
 from dtq.kernels.ops_quantize import gelu
 
-SIZES = ((1024, 3072, 3072), (1111, 3080, 1184), (4096, 1152, 3072), (257, 12288, 96))
-"""(M, N, K): whole tiles, tails in every direction, more tiles than multiprocessors, one K step."""
+SIZES = (
+    (1024, 3072, 3072), (1111, 3080, 1184), (4096, 1152, 3072), (124, 12288, 1152), (257, 12288, 96),
+)  # fmt: skip
+"""(M, N, K): whole tiles, tails in every direction, more tiles than multiprocessors, fewer tokens
+than a tile of 128, few steps of K."""
 
 GELU_ERROR = 2.0**-16
 """Relative error that the GELU of an epilogue may have."""

@@ -122,6 +122,15 @@ DTQ_PTX_FLOAT(sqrt_rn_f32, fsqrt(number(a)))
 DTQ_PTX_FLOAT(cvt_rn_f32_s32, int_to_float(int32_t(a)))
 DTQ_PTX_FLOAT(cvt_rn_f32_u32, float(a))
 DTQ_PTX_FLOAT(cvt_f32_f16, f16_to_float(uint16_t(a)))
+DTQ_PTX_FLOAT(rcp_rn_f32, reciprocal(number(a)))
+DTQ_PTX_FLOAT(ex2_approx_ftz_f32, exp2_approximate(number(a)))
+DTQ_PTX_FLOAT(rcp_approx_ftz_f32, reciprocal_approximate(number(a)))
+DTQ_PTX1(abs_f32, uint32_t, uint32_t, a & 0x7fffffff)
+inline void max_NaN_f32(uint32_t& d, uint32_t a, uint32_t b) {
+  const float x = number(a), y = number(b);
+  d = x != x || y != y ? 0x7fffffff : x > y ? a : b;
+}
+inline void fma_rn_bf16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) { d = fma_bf16x2(a, b, c); }
 inline void cvt_rni_s32_f32(uint32_t& d, uint32_t a) { d = uint32_t(round_to_int(number(a))); }
 inline void cvt_rn_bf16_f32(uint16_t& d, uint32_t a) { d = float_to_bf16(number(a)); }
 inline void cvt_rn_f16_f32(uint16_t& d, uint32_t a) { d = float_to_f16(number(a)); }
@@ -159,6 +168,14 @@ inline void ld_global_nc_v4_u32(uint32_t& d, uint32_t& e, uint32_t& f, uint32_t&
 }
 inline void st_global_u32(uint64_t p, uint32_t a) { stg(pointer<uint32_t>(p), a); }
 inline void st_global_f32(uint64_t p, uint32_t a) { stg(pointer<uint32_t>(p), a); }
+
+inline void ld_global_nc_v4_b32(uint32_t& d, uint32_t& e, uint32_t& f, uint32_t& g, uint64_t p) {
+  ld_global_nc_v4_u32(d, e, f, g, p);
+}
+inline void st_global_b32(uint64_t p, uint32_t a) { stg(pointer<uint32_t>(p), a); }
+inline void st_global_v4_b32(uint64_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  stg(pointer<U4>(p), U4{a, b, c, d});
+}
 
 template <class T>
 inline void ld_shared_u8(T& d, uint32_t p) { d = lds<uint8_t>(at(p)); }
@@ -210,6 +227,8 @@ inline void shfl_sync_idx_b32(uint32_t& d, bool&, uint32_t a, uint32_t from, uin
   d = shfl(a, int(from));
 }
 
+inline void redux_sync_max_u32(uint32_t& d, uint32_t a, uint32_t) { d = max_of_warp(a); }
+
 inline void ldmatrix(uint32_t* const (&d)[4], uint32_t p, bool transposed) {
   uint32_t r[4];
   transposed ? ldmatrix_x4_trans(r, at(p)) : ldmatrix_x4(r, at(p));
@@ -222,6 +241,11 @@ inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& d, uint32_t& e, u
 inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& d, uint32_t& e, uint32_t& f, uint32_t& g,
                                                            uint32_t p) {
   ldmatrix({&d, &e, &f, &g}, p, true);
+}
+inline void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t p, uint32_t a, uint32_t b, uint32_t c,
+                                                           uint32_t d) {
+  const uint32_t r[4] = {a, b, c, d};
+  stmatrix_x4_trans(at(p), r);
 }
 inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& d, uint32_t a) { d = transpose_8x8(a); }
 

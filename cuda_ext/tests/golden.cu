@@ -63,6 +63,13 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_memory(const DTQ_CONSTANT Golden p) {
   DTQ_UNROLL for (int i = 0; i < 10; i++) put(p, lane() * 10 + i, found[i]);
 }
 
+// 16 bytes a lane under two conditions, and 4 under one. In: 4 words a lane, then 3 of the conditions.
+DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_conditions(const DTQ_CONSTANT Golden p) {
+  const U4 v = ldg_if(word(p, 128 + lane()) & 1, reinterpret_cast<const U4*>(p.in) + lane());
+  stg_if(word(p, 160 + lane()) & 1, reinterpret_cast<U4*>(p.out) + lane(), v);
+  stg_if(word(p, 192 + lane()) & 1, p.out + 128 + lane(), word(p, lane()));
+}
+
 // Copies of 16 bytes of which 0 to 16 are read, and of 4, in two groups. In: 512 words; out: 288.
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_cp_async(const DTQ_CONSTANT Golden p) {
   DTQ_SHARED(shared);
@@ -102,7 +109,7 @@ DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_named_barriers(const DTQ_CONSTANT Gold
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_shuffle(const DTQ_CONSTANT Golden p) {
   const uint32_t value = word(p, lane());
   DTQ_UNROLL for (int i = 0; i < 5; i++) put(p, lane() * 6 + i, shfl_xor(value, 1 << i));
-  put(p, lane() * 6 + 5, shfl(value, int(word(p, 32 + lane()) & 31)));
+  put(p, lane() * 6 + 5, shfl(value, int(word(p, 32 + lane()) & 31)) ^ max_of_warp(value));
 }
 
 // ---------------------------------------------------------------------------- fragments
@@ -151,6 +158,18 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_matrices(const DTQ_CONSTANT Golden p) {
   put(p, lane() * 9 + 8, transpose_8x8(word(p, lane())));
 }
 
+// stmatrix, transposed, to 512 bytes whose 16-byte rows are written in reverse order. In: 4 words a lane.
+DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_stmatrix(const DTQ_CONSTANT Golden p) {
+#if defined(DTQ_HAS_WGMMA)
+  DTQ_SHARED(shared);
+  uint32_t r[4];
+  DTQ_UNROLL for (int i = 0; i < 4; i++) r[i] = word(p, lane() * 4 + i);
+  stmatrix_x4_trans(shared + (31 - lane()) * 16, r);
+  sync_threads();
+  DTQ_UNROLL for (int i = 0; i < 4; i++) put(p, lane() * 4 + i, lds<uint32_t>(shared + (lane() * 4 + i) * 4));
+#endif
+}
+
 // NVFP4 and then MXFP4. In: 12 words a lane (4 of A, 2 of B, 4 of the sums, 2 of scales); out: 8. The sums start
 // from bytes, and the scales are made powers of two near 1, so that the order of summation does not matter.
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_mma_fp4(const DTQ_CONSTANT Golden p) {
@@ -195,19 +214,44 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_conversions(const DTQ_CONSTANT Golden p
   }
 }
 
-// In: 32 words a lane; out: 192.
+// Of each half; a NaN is replaced by one NaN.
+DTQ_DEV uint32_t one_nan_bf16x2(uint32_t pair) {
+  const uint32_t low = (pair & 0x7fff) > 0x7f80 ? 0x7fff : pair & 0xffff;
+  const uint32_t high = (pair >> 16 & 0x7fff) > 0x7f80 ? 0x7fff : pair >> 16;
+  return low | high << 16;
+}
+
+// Results without their last 12 bits, of arguments whose results are not near a step of what is left: halves
+// from -160 to 160, and 2^k and 3 * 2^k; but none whose result is at the end of the range. Out: 21 words a lane.
+DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_approximations(const DTQ_CONSTANT Golden p) {
+  auto rounded = [](float f) { return (one_nan(f) + 0x800) >> 12; };
+  DTQ_ROLLED for (int i = 0; i < 20; i++) {
+    const int k = lane() * 20 + i;  // 0 to 639
+    const bool end = k == 2 * (160 - 126) || k == 2 * (160 + 128) || (k & 255) == 253;
+    const float half = end ? 1.0f : fmul(int_to_float(k - 320), 0.5f);
+    const float power = end ? 1.0f : bits_float(uint32_t(k & 255) << 23 | uint32_t(k & 256) << 14 | uint32_t(k) << 31);
+    put(p, k, rounded(exp2_approximate(half)) << 1 ^ rounded(reciprocal_approximate(power)) << 11);
+  }
+  const float end = bits_float(lane() == 0 ? 0x7f800000u : lane() == 1 ? 0xff800000u : lane() == 2 ? 0x7fc00000u : 0u);
+  put(p, 640 + lane(), rounded(exp2_approximate(end)) ^ rounded(reciprocal_approximate(end)) << 11);
+}
+
+// In: 32 words a lane; out: 288.
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_floats(const DTQ_CONSTANT Golden p) {
   DTQ_ROLLED for (int i = 0; i < 32; i++) {
     const uint32_t random = word(p, lane() * 32 + i);
     const float a = special(random, i), near = bits_float(float_bits(a) ^ (random & 0x3fffff));
     const float b = i % 2 ? near : special(random * 5, 31 - i), c = special(random * 7, i ^ 5);
-    const int at = (lane() * 32 + i) * 6;
+    const int at = (lane() * 32 + i) * 9;
     put(p, at, one_nan(fadd(a, b)));
     put(p, at + 1, one_nan(fsub(a, b)));
     put(p, at + 2, one_nan(fmul(a, c)));
     put(p, at + 3, one_nan(fdiv(a, b)));
     put(p, at + 4, one_nan(ffma(a, c, b)));
     put(p, at + 5, one_nan(fsqrt(a)));
+    put(p, at + 6, one_nan(reciprocal(a)));
+    put(p, at + 7, one_nan(max_magnitude(bits_float(float_bits(a) & 0x7fffffff), b)));
+    put(p, at + 8, one_nan_bf16x2(fma_bf16x2(float_bits(a), float_bits(c), float_bits(b))));
   }
 }
 
@@ -376,6 +420,7 @@ constexpr int kMapWords = kMapRows * kMapBytes / 4;
 // Grid, threads, bytes of shared memory, blocks of a cluster.
 const Entry kEntries[] = {
     {"memory", golden_memory, 0, 1024, 320, {{1}, 32, 1024}, 0},
+    {"conditions", golden_conditions, 0, 224, 160, {{1}, 32}, 0},
     {"cp_async", golden_cp_async, 0, 512, 288, {{1}, 32, 1152}, 0},
     {"named_barriers", golden_named_barriers, 0, 128, 128, {{1}, 128, 512}, 0},
     {"shuffle", golden_shuffle, 0, 64, 192, {{1}, 32}, 0},
@@ -385,7 +430,9 @@ const Entry kEntries[] = {
     {"mma_fp4", golden_mma_fp4, 12, 384, 256, {{1}, 32}, 0},
     {"integers", golden_integers, 0, 128, 96, {{1}, 32}, 0},
     {"conversions", golden_conversions, 0, 1024, 6144, {{1}, 32}, 0},
-    {"floats", golden_floats, 0, 1024, 6144, {{1}, 32}, 0},
+    {"floats", golden_floats, 0, 1024, 9216, {{1}, 32}, 0},
+    {"approximations", golden_approximations, 0, 1, 672, {{1}, 32}, 0},
+    {"stmatrix", golden_stmatrix, 9, 128, 128, {{1}, 32, 512}, 0},
     {"wgmma_64", golden_wgmma_64, 9, 512 + 4096, 4096, {{1}, 128, 16384}, 0},
     {"wgmma_128", golden_wgmma_128, 9, 512 + 6144, 8192, {{1}, 128, 24576}, 0},
     {"wgmma_256", golden_wgmma_256, 9, 512 + 10240, 16384, {{1}, 128, 40960}, 0},

@@ -91,6 +91,10 @@ MMA = "{%4, %5, %6, %7}"
 FAULTS = {
     ("90a", 1): (
         ("cp_async_commit", "cp.async.commit_group;", "", "cp_async"),
+        ("stg_if", "@p", "@!p", "conditions"),
+        ("exp2_approximate", "ex2", "rcp", "approximations"),
+        ("stmatrix_x4_trans", "{%1, %2, %3, %4}", "{%1, %2, %4, %3}", "stmatrix"),
+        ("fma_bf16x2", "%1, %2, %3", "%3, %2, %1", "floats"),
         ("sync_named", "%0, %1", "%1, %0", "named_barriers"),
         ("mma_s8", MMA, "{%4, %6, %5, %7}", "mma_s8"),
         ("mma_bf16", "{%8, %9}", "{%9, %8}", "mma_halves"),
@@ -108,6 +112,8 @@ FAULTS = {
          "boxes_64 boxes_128"),
     ),
     ("90a", 2): (
+        ("ldg_if", "@p", "@!p", "conditions"),
+        ("max_magnitude", "%1, size", "%1, %1", "floats"),
         ("mma_f16", MMA, "{%5, %4, %7, %6}", "mma_halves"),
         ("ldmatrix_x4", "{%0, %1, %2, %3}", "{%0, %2, %1, %3}", "matrices"),
         ("float_to_f16", "cvt.rn.f16.f32 %0", "cvt.rn.bf16.f32 %0", "conversions"),
