@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,15 +97,16 @@ def measured(shape: Shape, rounds: int) -> list[AttentionRow]:
         size = (shape.batch, tokens, shape.heads, shape.channels)
         return torch.randn(size, generator=g).transpose(1, 2)
 
-    floats = [normal(n) for n in (shape.queries, shape.keys, shape.keys)]
-    halves = [x.bfloat16() for x in floats]
+    q, k, v = (normal(n) for n in (shape.queries, shape.keys, shape.keys))
+    q16, k16, v16 = (x.bfloat16() for x in (q, k, v))
     scale = shape.channels**-0.5
-    exact = F.scaled_dot_product_attention(*(x.double() for x in floats))
-    runs = {
-        REFERENCE: lambda: torch.ops.dtq.int8_attention(*halves, None, scale),
-        "int8 of fp32": lambda: torch.ops.dtq.int8_attention(*floats, None, scale),
-        "bf16": lambda: F.scaled_dot_product_attention(*halves),
-        "fp32": lambda: F.scaled_dot_product_attention(*floats),
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    int8: Callable[..., Tensor] = torch.ops.dtq.int8_attention
+    runs: dict[str, Callable[[], Tensor]] = {
+        REFERENCE: lambda: int8(q16, k16, v16, None, scale),
+        "int8 of fp32": lambda: int8(q, k, v, None, scale),
+        "bf16": lambda: F.scaled_dot_product_attention(q16, k16, v16),
+        "fp32": lambda: F.scaled_dot_product_attention(q, k, v),
     }
     candidates = [Candidate(name, run, 0) for name, run in runs.items()]
     rows = compare(shape.name, shape.queries, candidates, rounds, relative_to=(REFERENCE,))

@@ -175,7 +175,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
     return same and heads and filled and max(q.shape[-1], v.shape[-1]) <= WIDEST_HEAD
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _point_to_diffusers(device: str) -> None:
     if device not in _POINTED:
         _POINTED.add(device)
