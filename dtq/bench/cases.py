@@ -229,7 +229,11 @@ def cast_floats(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def quantized_model(
-    model: nn.Module, recipe: str, calls: Sequence[Inputs], modulation: str = "w8a16"
+    model: nn.Module,
+    recipe: str,
+    calls: Sequence[Inputs],
+    modulation: str = "w8a16",
+    attention: str = "float",
 ) -> nn.Module:
     """A bfloat16 copy as ``dtq.quantize`` makes it, rotated and rounded to nearest.
 
@@ -241,6 +245,7 @@ def quantized_model(
         recipe: a key of ``RECIPES``.
         calls: to calibrate on.
         modulation: of the recipe, see :class:`dtq.Recipe`.
+        attention: of the recipe; ``int8`` where the error of the step allows it.
 
     Returns:
         The copy, in evaluation mode.
@@ -252,5 +257,6 @@ def quantized_model(
         transform="hadamard",
         solver="rtn",
         modulation=modulation,
+        attention=attention,
         progress=False,
     ).eval()

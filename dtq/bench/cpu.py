@@ -244,9 +244,12 @@ def _steps(case: Case) -> Iterator[Candidate]:
     calls = calibration_calls(case.inputs)
     inputs = cast_floats(case.inputs, torch.bfloat16)
     for name in RECIPES:
-        model = quantized_model(case.model, name, calls)
         about = f"{dtq_version()}: recipe {name}, rotated, rounded to nearest"
+        model = quantized_model(case.model, name, calls)
         yield from _eager_and_compiled(name, model, inputs, about, backend="dtq")
+        model = quantized_model(case.model, name, calls, attention="int8")
+        about += ", int8 attention where the error of a step allows it"
+        yield from _eager_and_compiled(f"{name} attention", model, inputs, about, backend="dtq")
     model, about = copy.deepcopy(case.model).bfloat16(), f"{versions('torch')}: bfloat16"
     yield from _eager_and_compiled("bf16", model, inputs, about, backend="inductor")
     run = partial(case.model, **case.inputs, return_dict=False)

@@ -16,7 +16,7 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def use_int8_attention(model: nn.Module, names: Collection[str]) -> None:
             raise CheckpointError(f"config.json: int8_attention: the model has no module {name!r}")
     for name, module in modules.items():
         kind = _float_class(type(module))
-        module.__class__ = _int8_class(kind) if name in names else kind
+        module.__class__ = _int8_class(cast(Any, kind)) if name in names else kind
 
 
 def int8_attention_modules(model: nn.Module) -> list[str]:
