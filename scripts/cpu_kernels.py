@@ -10,6 +10,7 @@ with other libraries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import click
@@ -21,6 +22,7 @@ from dtq.bench.compare import Candidate, compare
 from dtq.bench.cpu import conditions
 from dtq.bench.layers import quantized, weight_only
 from dtq.kernels import CPU
+from dtq.kernels.compile import cpu
 
 INT8 = ("int8-row", "int4-2l-g64", "int4-asym-row", "e2m1-row", "twinlog4-row", "int3-row",
         "int4-g64", "int4-asym-g128", "int8-asym-g128", "nf4-g64")  # fmt: skip
@@ -37,6 +39,14 @@ OTHER = {
 """Label to formats of weights and activations."""
 SHAPE, MODULATION = (1152, 4608), (1152, 6912)
 """(K, N)."""
+PRODUCTS = (
+    (256, 1152, 1152),
+    (256, 4608, 1152),
+    (512, 1152, 4608),
+    (512, 4608, 1152),
+    (1024, 256, 1024),
+)
+"""(M, K, N)."""
 
 
 @click.command(help=__doc__)
@@ -46,6 +56,7 @@ def main(rounds: int) -> None:
     CPU.load()
     print(", ".join(f"{k} {v}" for k, v in conditions(rounds).items()), flush=True)
     with torch.no_grad():
+        products(rounds)
         layer = nn.Linear(*SHAPE)
         layers = {name: quantized(layer, name) for name in INT8}
         time_layers(f"int8 activations, {SHAPE}", layers, layer, (1, 8, 64, 256, 1024), rounds)
@@ -57,6 +68,19 @@ def main(rounds: int) -> None:
         gelu(rounds)
         rotations(rounds)
         activation_formats(rounds)
+
+
+def products(rounds: int) -> None:
+    """Time the int8 product with its scales and bias, as a fraction of the peak of the registers."""
+    print("\nw8a8_linear, share of the register peak")
+    for m, k, n in PRODUCTS:
+        x_q, weight = (
+            torch.randint(-127, 128, size, dtype=torch.int8) for size in ((m, k), (n, k))
+        )
+        operands = (x_q, torch.rand(m), weight, torch.rand(n), torch.randn(n), torch.bfloat16)
+        run = Candidate("dtq", partial(torch.ops.dtq.w8a8_linear, *operands), 0)
+        (row,) = compare("product", m, [run], rounds, relative_to=())
+        print(f"| {m} x {k} x {n} | {2 * m * k * n / row.seconds / cpu.peak():.2f} |", flush=True)
 
 
 def time_layers(
