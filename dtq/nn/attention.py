@@ -199,10 +199,14 @@ class _Int8Attention(nn.Module):
             return super().forward(*args, **kwargs)
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _int8_class(kind: type[nn.Module]) -> type[nn.Module]:
-    # the same name: diffusers and accelerate compare names of classes
-    return type(kind.__name__, (_Int8Attention, kind), {"__module__": kind.__module__})
+    if kind not in _CLASSES:  # the same name: diffusers and accelerate compare names of classes
+        namespace = {"__module__": kind.__module__}
+        _CLASSES[kind] = type(kind.__name__, (_Int8Attention, kind), namespace)
+    return _CLASSES[kind]
 
 
 def _float_class(kind: type[nn.Module]) -> type[nn.Module]:
