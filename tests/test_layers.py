@@ -16,6 +16,7 @@ FOLDERS = [
     "estimate",
     "bench",
     "stages",
+    "engines",
     "parallel",
     "integrations",
     "recipe",

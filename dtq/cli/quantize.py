@@ -28,6 +28,10 @@ _options = opt.combined(
     opt.model,
     opt.output(required=True, help="Folder to write."),
     opt.path("--stats", help="Statistics file from dtq calibrate. Default: calibrate now."),
+    click.option("--to", "target", metavar="TARGET", default="",
+                 help="Engine that will read the model, see dtq export --list: what it cannot hold is "
+                      "adapted or refused before calibration, and OUTPUT/engines gets its file. "
+                      "Default: none."),
     opt.exclude,
     opt.memory,
     click.option("--shard-size", default="10GB",
@@ -49,6 +53,7 @@ def quantize(
     model: str,
     output: Path,
     stats: Path | None,
+    target: str,
     exclude: tuple[str, ...],
     memory: str | None,
     shard_size: str,
@@ -70,6 +75,7 @@ def quantize(
     dtq quantize demo --recipe w4a8 -o demo-w4a8
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
     dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
+    dtq quantize demo --recipe convrot-w8a8 --to comfy-int8 -o demo-int8
     """
     from dtq.allocate import parse_size
     from dtq.api import open_runs, run_stages
@@ -99,6 +105,7 @@ def quantize(
             exclude=exclude,
             progress=workers.is_main and not as_json,
             check=sanity_check,
+            target=target,
         )
         for run in runs:
             plan(run)
@@ -119,6 +126,8 @@ def quantize(
         if len(reports) > 1:
             click.echo(f"{name}:")
         print_report(report, output, time.monotonic() - started)
+    for file in data.get("exported", []):
+        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
 
 
 def _check_disk(run: Run, output: Path) -> None:
@@ -150,9 +159,21 @@ def _save(
     data = finite_or_null(data)
     with directory.result() as side:
         writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
+        if target := runs[0].target:
+            data["exported"] = [_export(run, target, side) for run in runs]
         text = json.dumps(data, indent=1) + "\n"
         (side / "dtq_report.json").write_text(text, encoding="utf-8")
     return data
+
+
+def _export(run: Run, target: str, folder: Path) -> str:
+    """Write the file of the target into ``engines`` of the folder; returns its place there."""
+    from dtq.engines.export import export, find_target
+
+    file = Path("engines", f"{run.loaded.component}-{target}{find_target(target).suffix}")
+    (folder / file.parent).mkdir(exist_ok=True)
+    export(run.model, target, folder / file)
+    return str(file)
 
 
 def print_report(report: Report, output: Path, seconds: float) -> None:

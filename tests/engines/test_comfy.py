@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""comfy-kitchen, as released, runs the files for ComfyUI as dtq runs the checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from engine_models import FAMILIES, error, float_output, layer_input, output, quantized
+
+import dtq
+from dtq.engines import TARGETS
+from dtq.engines.comfy_file import from_regular, to_regular
+from dtq.nn import QuantLinear
+from dtq.pipelines.loading import dummy_inputs
+
+needs_kitchen = pytest.mark.skipif(
+    importlib.util.find_spec("comfy_kitchen") is None,
+    reason="needs comfy-kitchen: see docs/engines/README.md",
+)
+RECIPES = {"comfy-int8": "convrot-w8a8"}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def target(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request, target, tmp_path_factory):
+    """The float model, the quantized one, and its file."""
+    model, made = quantized(request.param, RECIPES[target], target)
+    file = tmp_path_factory.mktemp(target) / f"{request.param}.safetensors"
+    dtq.export(made, target, file)
+    return model, made, file
+
+
+@needs_kitchen
+def test_every_layer_has_the_error_of_dtq(exported):
+    import kitchen
+
+    model, made, file = exported
+    weights, others, _ = kitchen.quantized_weights(file)
+    layers = {n: m for n, m in made.named_modules() if isinstance(m, QuantLinear)}
+    assert set(layers) == set(weights)
+    assert len(layers) > 8
+    for name, layer in layers.items():
+        x = layer_input(layer.in_features)
+        want = float_output(model, name, x)
+        with torch.no_grad():
+            theirs = torch.nn.functional.linear(x, weights[name], others.get(f"{name}.bias"))
+            own = error(layer(x), want)
+        assert 0 < own < 0.1
+        assert error(theirs, want) <= 1.01 * own, name
+
+
+@needs_kitchen
+def test_the_whole_model_has_the_error_of_dtq(exported):
+    import kitchen
+
+    model, made, file = exported
+    engine = kitchen.model(file)
+    ours = theirs = 0.0
+    for seed, t in enumerate((950, 640, 310, 20)):
+        inputs = dummy_inputs(model, 2, t, 100 + seed)
+        want = output(model, inputs)
+        ours += error(output(made, inputs), want)
+        theirs += error(output(engine, inputs), want)
+    assert ours > 0
+    assert theirs <= 1.01 * ours
+
+
+@needs_kitchen
+def test_integer_sums_are_equal(tmp_path):
+    import kitchen
+    from comfy_kitchen.backends.eager.quantization import mm_int8
+
+    _, made = quantized("dit", "convrot-w8a8", "comfy-int8")
+    file = tmp_path / "model.safetensors"
+    dtq.export(made, "comfy-int8", file)
+    weights, _, _ = kitchen.quantized_weights(file)
+    g = torch.Generator().manual_seed(3)
+    rotated = 0
+    for name, layer in made.named_modules():
+        if not isinstance(layer, QuantLinear) or layer.activation_format == "none":
+            continue
+        codes = torch.randint(-127, 128, (33, layer.in_features), generator=g, dtype=torch.int8)
+        own = torch._int_mm(codes, layer.packed_tensor("weight").T.contiguous())
+        block = layer.problem.hadamard_block
+        rotated += block > 1
+        theirs = mm_int8(to_regular(codes, block), weights[name]._qdata.T.contiguous())
+        assert torch.equal(own, theirs), name
+    assert rotated > 8
+
+
+@pytest.mark.parametrize("block", [4, 16, 64, 256])
+def test_columns_go_to_the_regular_rotation_and_back(block):
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (8, 2 * block), generator=g, dtype=torch.int8)
+    assert torch.equal(from_regular(to_regular(codes, block), block), codes)
+    assert not torch.equal(to_regular(codes, block), codes)
+
+
+def test_every_target_is_tested():
+    assert set(RECIPES) <= set(TARGETS)
