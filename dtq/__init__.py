@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dtq.checkpoint.config import DTQConfig as DTQConfig
     from dtq.demo.outliers import inject_outliers as inject_outliers
     from dtq.engines.export import export as export
+    from dtq.engines.load import load as load
     from dtq.errors import CheckpointError as CheckpointError
     from dtq.errors import DtqError as DtqError
     from dtq.errors import InputError as InputError
@@ -40,6 +41,7 @@ _MODULES = {
     "RecipeError": "errors",
     "export": "engines.export",
     "inject_outliers": "demo.outliers",
+    "load": "engines.load",
     "load_ternary": "integrations.terdit",
     "quantize": "api",
 }

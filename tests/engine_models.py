@@ -14,13 +14,14 @@ import dtq
 from dtq.models.linears import matrix_of
 from dtq.pipelines.loading import dummy_inputs
 
-FAMILIES = ("dit", "flux")
+FAMILIES = ("dit", "flux", "sd3")
+"""256 channels wide: a whole superblock of a K-quant, a whole block of ConvRot."""
 
 
 @functools.cache
 def quantized(family: str, recipe: str, target: str, **overrides) -> tuple[nn.Module, nn.Module]:
     """A float model, and the same quantized for a target, on random inputs."""
-    model = tiny.TRANSFORMERS[family]()
+    model = tiny.TRANSFORMERS[family](heads=8)
     inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
     copied = copy.deepcopy(model)
     made = dtq.quantize(
@@ -40,6 +41,20 @@ def error(y: Tensor, reference: Tensor) -> float:
     return float(
         (y.double() - reference.double()).square().sum() / reference.double().square().sum()
     )
+
+
+def model_errors(model: nn.Module, *others: nn.Module) -> list[float]:
+    """Sum over calls of the error of each of several models against the float one.
+
+    A perturbation far below the error moves it up or down by chance; 24 samples average that out.
+    """
+    errors = [0.0] * len(others)
+    for seed, t in enumerate(range(20, 980, 80)):
+        inputs = dummy_inputs(model, 2, t, 100 + seed)
+        want = output(model, inputs)
+        for i, other in enumerate(others):
+            errors[i] += error(output(other, inputs), want)
+    return errors
 
 
 def layer_input(columns: int, rows: int = 96, seed: int = 7) -> Tensor:

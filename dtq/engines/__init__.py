@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dtq.engines import comfy_int8
+from dtq.engines import comfy_int8, gguf
 from dtq.engines.target import Contents, Limits, StoredLayer, Target
 
-TARGETS: dict[str, Target] = {target.name: target for target in (comfy_int8.TARGET,)}
+TARGETS: dict[str, Target] = {target.name: target for target in (comfy_int8.TARGET, gguf.TARGET)}
 """Every target; a file is read by the first that recognizes it."""
 
 __all__ = ["TARGETS", "Contents", "Limits", "StoredLayer", "Target"]

@@ -3,6 +3,7 @@
 
 The name of a format is its number type, then its granularity: ``-row`` has one scale per row (the
 output channel of a weight, the token of activations), ``-g64`` one per 64 columns of a row.
+Formats that another project has named keep its name: ``nvfp4``, and ``q4_k`` of GGUF.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dtq.formats.base import (
     fake_quantize_weight,
 )
 from dtq.formats.floats import Fp8, MxFp4, NvFp4
+from dtq.formats.gguf import IQ4_NL_VALUES, HalfBlock, KQuant
 from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import Lut, lloyd
@@ -72,6 +74,13 @@ FORMATS: dict[str, Format] = {
         Ternary("ternary-row"),
         Ternary("ternary-g64", group=64),
         Ternary("trit-row", trits=True),
+        HalfBlock("q8_0", 8),
+        KQuant("q6_k", 6, columns=16, scale_bits=8, minimum=False),
+        KQuant("q5_k", 5, columns=32, scale_bits=6, minimum=True),
+        KQuant("q4_k", 4, columns=32, scale_bits=6, minimum=True),
+        HalfBlock("iq4_nl", 4, IQ4_NL_VALUES),
+        KQuant("q3_k", 3, columns=16, scale_bits=6, minimum=False),
+        KQuant("q2_k", 2, columns=16, scale_bits=4, minimum=True),
     )
 }
 

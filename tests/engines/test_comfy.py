@@ -7,13 +7,12 @@ import importlib.util
 
 import pytest
 import torch
-from engine_models import FAMILIES, error, float_output, layer_input, output, quantized
+from engine_models import FAMILIES, error, float_output, layer_input, model_errors, quantized
 
 import dtq
 from dtq.engines import TARGETS
 from dtq.engines.comfy_file import from_regular, to_regular
 from dtq.nn import QuantLinear
-from dtq.pipelines.loading import dummy_inputs
 
 needs_kitchen = pytest.mark.skipif(
     importlib.util.find_spec("comfy_kitchen") is None,
@@ -61,12 +60,7 @@ def test_the_whole_model_has_the_error_of_dtq(exported):
 
     model, made, file = exported
     engine = kitchen.model(file)
-    ours = theirs = 0.0
-    for seed, t in enumerate((950, 640, 310, 20)):
-        inputs = dummy_inputs(model, 2, t, 100 + seed)
-        want = output(model, inputs)
-        ours += error(output(made, inputs), want)
-        theirs += error(output(engine, inputs), want)
+    ours, theirs = model_errors(model, made, engine)
     assert ours > 0
     assert theirs <= 1.01 * ours
 
