@@ -28,7 +28,49 @@ def _int8(
     return "TensorWiseINT8Layout", weight, params
 
 
-LAYOUTS: dict[str, Callable[..., tuple[str, Tensor, dict]]] = {"int8_tensorwise": _int8}
+def _w4a8(
+    tensors: dict[str, Tensor], options: dict, dtype: torch.dtype
+) -> tuple[str, Tensor, dict]:
+    weight = tensors["weight"]
+    params = {
+        "scale": tensors["weight_s_rel"],
+        "s_channel": tensors["weight_s_channel"],
+        "codebook": tensors["weight_codebook"],
+        "group_size": options["group_size"],
+        "convrot_groupsize": options["convrot_groupsize"],
+        "orig_shape": (weight.shape[0], 2 * weight.shape[1]),
+    }
+    return "AsymW4A8Int8Layout", weight, params
+
+
+def _w4a4(
+    tensors: dict[str, Tensor], options: dict, dtype: torch.dtype
+) -> tuple[str, Tensor, dict]:
+    weight = tensors["weight"]
+    named = {k: options[k] for k in ("convrot_groupsize", "quant_group_size", "linear_dtype")}
+    shape = (weight.shape[0], 2 * weight.shape[1])
+    params = {"scale": tensors["weight_scale"], "orig_shape": shape, **named}
+    return "TensorCoreConvRotW4A4Layout", weight, params
+
+
+def _nvfp4(
+    tensors: dict[str, Tensor], options: dict, dtype: torch.dtype
+) -> tuple[str, Tensor, dict]:
+    weight = tensors["weight"]
+    params = {
+        "scale": tensors["weight_scale_2"],
+        "block_scale": tensors["weight_scale"],
+        "orig_shape": (weight.shape[0], 2 * weight.shape[1]),
+    }
+    return "TensorCoreNVFP4Layout", weight, params
+
+
+LAYOUTS: dict[str, Callable[..., tuple[str, Tensor, dict]]] = {
+    "int8_tensorwise": _int8,
+    "asym_w4a8_int8": _w4a8,
+    "convrot_w4a4": _w4a4,
+    "nvfp4": _nvfp4,
+}
 """By marker: name of the layout, the codes, its parameters."""
 
 

@@ -51,6 +51,7 @@ class ComfyFormat:
         decode: the inverse; gets the tensors, the marker and the name of the layer.
         tensors: ends of the names of its tensors; those after the first ``required`` may be absent.
         required: see ``tensors``.
+        also: other weight formats with the same numbers.
     """
 
     marker: str
@@ -59,6 +60,7 @@ class ComfyFormat:
     decode: Callable[[Tensors, Options, str], StoredLayer]
     tensors: tuple[str, ...]
     required: int
+    also: tuple[str, ...] = ()
 
 
 def comfy_target(
@@ -78,7 +80,7 @@ def comfy_target(
         unsupported_reason: why a layer is none of them.
     """
     by_marker = {each.marker: each for each in formats}
-    by_format = {each.weight_format: each for each in formats}
+    by_format = {name: each for each in formats for name in (each.weight_format, *each.also)}
     return Target(
         name,
         about,
@@ -219,6 +221,11 @@ def decoded_layer(
         tensors = {**tensors, "pre_quant_scale": signs.reshape(1, -1)}
     activations = "none" if options.get(WEIGHT_ONLY) else activations
     return StoredLayer(LayerSpec(weight_format, activations, block, pre_quant), shape, tensors)
+
+
+def described(tensor: Tensor) -> str:
+    """Dtype and shape, for messages."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _tensors(path: Path) -> tuple[Tensors, dict[str, str]]:

@@ -10,7 +10,6 @@ over blocks of ``convrot_groupsize`` channels, a power of 4. Each token gets the
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dtq.engines.comfy_file import (
     ComfyFormat,
@@ -19,6 +18,7 @@ from dtq.engines.comfy_file import (
     comfy_target,
     convrot_reason,
     decoded_layer,
+    described,
     from_regular,
     rotated_block,
     to_regular,
@@ -52,10 +52,10 @@ def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
     """
     weight, scale = tensors["weight"], tensors["weight_scale"]
     if weight.dtype != torch.int8 or weight.ndim != 2:
-        raise CheckpointError(f"{where}.weight: expected int8 (N, K), got {_described(weight)}")
+        raise CheckpointError(f"{where}.weight: expected int8 (N, K), got {described(weight)}")
     rows, columns = weight.shape
     if not scale.is_floating_point() or scale.numel() not in (1, rows):
-        raise CheckpointError(f"{where}.weight_scale: got {_described(scale)} for {rows} rows")
+        raise CheckpointError(f"{where}.weight_scale: got {described(scale)} for {rows} rows")
     if bool((weight == -128).any()):
         raise CheckpointError(
             f"{where}.weight: holds -128, which has no negative in int8; quantize it again"
@@ -71,10 +71,6 @@ def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
 def unsupported_reason(layer: StoredLayer) -> str | None:
     """Why a layer cannot be stored; None if it can."""
     return common_reason(layer, LIMITS) or convrot_reason(layer)
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 INT8 = ComfyFormat(

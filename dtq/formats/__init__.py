@@ -21,6 +21,7 @@ from dtq.formats.gguf import IQ4_NL_VALUES, HalfBlock, KQuant
 from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import Lut, lloyd
+from dtq.formats.lut_two_level import TwoLevelLut
 from dtq.formats.ternary import Ternary
 from dtq.formats.twinlog import companded, geometric, geometric_with_zero
 from dtq.formats.vq import Vq
@@ -32,6 +33,7 @@ FORMATS: dict[str, Format] = {
         Int("int8-g64", 8, group=64),
         Int("int8-asym-g128", 8, group=128, asymmetric=True),
         Int("int4-row", 4),
+        Int("int4-narrow-row", 4, narrow=True),
         Int("int4-g32", 4, group=32),
         Int("int4-g64", 4, group=64),
         Int("int4-g128", 4, group=128),
@@ -58,6 +60,7 @@ FORMATS: dict[str, Format] = {
         MxFp4("mxfp4"),
         Lut("lut4-row", 4, lloyd),
         Lut("lut4-g64", 4, lloyd, group=64),
+        TwoLevelLut("lut4-2l-g16"),
         Lut("lut3-g64", 3, lloyd, group=64),
         Lut("twinlog4-row", 4, geometric),
         Lut("twinlog4-g64", 4, geometric, group=64),

@@ -12,13 +12,15 @@ from engine_models import FAMILIES, error, float_output, layer_input, model_erro
 import dtq
 from dtq.engines import TARGETS
 from dtq.engines.comfy_file import from_regular, to_regular
+from dtq.engines.comfy_nvfp4 import tiled, untiled
+from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 
 needs_kitchen = pytest.mark.skipif(
     importlib.util.find_spec("comfy_kitchen") is None,
     reason="needs comfy-kitchen: see docs/engines/README.md",
 )
-RECIPES = {"comfy-int8": "convrot-w8a8"}
+RECIPES = {name: t.limits.recipe for name, t in TARGETS.items() if name.startswith("comfy")}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -88,6 +90,43 @@ def test_integer_sums_are_equal(tmp_path):
     assert rotated > 8
 
 
+@needs_kitchen
+@pytest.mark.parametrize(("target_name", "limit"), [("comfy-w4a8", 127), ("comfy-w4a4", 7)])
+def test_integer_sums_of_4_bit_weights_are_equal(target_name, limit, tmp_path):
+    import kitchen
+    from comfy_kitchen.backends.eager.convrot_w4a4 import prepare_int4_weight_for_int8_linear
+    from comfy_kitchen.backends.eager.quantization import mm_int8
+    from comfy_kitchen.backends.eager.w4a8_int8 import _dequant_int4_grouped_to_int8
+
+    _, made = quantized("dit", RECIPES[target_name], target_name)
+    file = tmp_path / "model.safetensors"
+    dtq.export(made, target_name, file)
+    weights, _, _ = kitchen.quantized_weights(file)
+    g, checked = torch.Generator().manual_seed(3), 0
+    for name, layer in made.named_modules():
+        if not isinstance(layer, QuantLinear) or layer.activation_format == "none":
+            continue
+        codes = torch.randint(-limit, limit + 1, (9, layer.in_features), generator=g)
+        codes = codes.to(torch.int8)
+        fmt = FORMATS[layer.weight_format]
+        own = fmt.unpack({n: layer.packed_tensor(n) for n in fmt.tensor_specs(layer._shape)})
+        own = (own / layer.packed_tensor("weight_scale")).round().to(torch.int8)
+        quantized_weight = weights[name]
+        if target_name == "comfy-w4a8":
+            params = quantized_weight._params
+            theirs = _dequant_int4_grouped_to_int8(
+                quantized_weight._qdata, params.scale, params.codebook, params.group_size
+            )
+        else:
+            theirs = prepare_int4_weight_for_int8_linear(quantized_weight._qdata)
+        regular = to_regular(codes, layer.problem.hadamard_block)
+        assert torch.equal(
+            torch._int_mm(codes, own.T.contiguous()), mm_int8(regular, theirs.T.contiguous())
+        ), name
+        checked += 1
+    assert checked > 8
+
+
 @pytest.mark.parametrize("block", [4, 16, 64, 256])
 def test_columns_go_to_the_regular_rotation_and_back(block):
     g = torch.Generator().manual_seed(0)
@@ -96,5 +135,11 @@ def test_columns_go_to_the_regular_rotation_and_back(block):
     assert not torch.equal(to_regular(codes, block), codes)
 
 
-def test_every_target_is_tested():
-    assert set(RECIPES) <= set(TARGETS)
+def test_scales_are_tiled_as_the_package_tiles_them():
+    blocked = pytest.importorskip("comfy_kitchen.float_utils").to_blocked
+    g = torch.Generator().manual_seed(5)
+    for shape in ((128, 4), (16, 8), (300, 6), (256, 64)):
+        scale = torch.rand(shape, generator=g).to(torch.float8_e4m3fn)
+        ours = tiled(scale)
+        assert torch.equal(ours.view(torch.uint8), blocked(scale, flatten=False).view(torch.uint8))
+        assert torch.equal(untiled(ours, *shape).view(torch.uint8), scale.view(torch.uint8))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dtq.formats import FORMATS
 from dtq.formats.gguf import HalfBlock, KQuant
+from dtq.formats.lut_two_level import TwoLevelLut
 from dtq.kernels.compile.format_codes import decoded, format_code
 
 compiled = torch.ops.dtq
@@ -49,7 +50,7 @@ def shapes(name):
 
 def test_every_format_has_a_code():
     left = {type(fmt) for fmt in FORMATS.values() if format_code(fmt) is None}
-    assert left == {KQuant, HalfBlock}  # decoded by torch
+    assert left == {KQuant, HalfBlock, TwoLevelLut}  # decoded by torch
 
 
 def test_other_formats_are_decoded_by_torch(isa):

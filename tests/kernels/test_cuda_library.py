@@ -19,6 +19,7 @@ import torch
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.formats.gguf import HalfBlock, KQuant
+from dtq.formats.lut_two_level import TwoLevelLut
 from dtq.io.package_data import folder
 from dtq.kernels import CPU, CUDA, LinearProblem, explain, gpu_dispatch, pick
 from dtq.kernels.compile import compiler, cuda, format_codes, gcc, nvcc
@@ -443,7 +444,7 @@ def test_a_library_that_was_built_ahead_loads_without_a_gpu():
 
 def test_every_format_has_a_code():
     left = {type(fmt) for fmt in FORMATS.values() if format_codes.format_code(fmt) is None}
-    assert left == {KQuant, HalfBlock}  # decoded by torch
+    assert left == {KQuant, HalfBlock, TwoLevelLut}  # decoded by torch
 
 
 def test_the_table_of_the_dispatcher():
