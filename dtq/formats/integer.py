@@ -51,12 +51,11 @@ class Int(Format):
         """Packed ``weight``, ``weight_scale``; asymmetric: int8 ``weight_zero_point``."""
         specs = self._packed_specs(shape, self.bits)
         if self.narrow:
-            reason = self._unsupported_weight
-            specs["weight"] = replace(specs["weight"], unsupported_reason=reason)
+            specs["weight"] = replace(specs["weight"], unsupported_reason=self._unsupported_weight)
         if self.asymmetric:
-            reason = self._unsupported_zero_point if self.bits < 8 else None
+            check = self._unsupported_zero_point if self.bits < 8 else None
             zero_point_shape = specs["weight_scale"].shape
-            specs["weight_zero_point"] = TensorSpec(zero_point_shape, torch.int8, reason)
+            specs["weight_zero_point"] = TensorSpec(zero_point_shape, torch.int8, check)
         return specs
 
     def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
