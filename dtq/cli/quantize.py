@@ -38,6 +38,10 @@ _options = opt.combined(
                  help="Size limit of one safetensors file, such as 500MB."),
     opt.flag("--overwrite", help="Replace a folder that is not empty."),
     opt.fresh,
+    click.option("--config", "source_config", metavar="FOLDER", type=click.Path(path_type=Path),
+                 help="For a MODEL that is a file of another engine: folder of its diffusers "
+                      "pipeline, which calibrates, or of the model's config. Default: the config "
+                      "in the file, and random inputs."),
     click.option("--sanity-check/--no-sanity-check", default=True,
                  help="Compare a short sampling run with the float model at the end, and promote the "
                       "layers that fail."),
@@ -59,6 +63,7 @@ def quantize(
     shard_size: str,
     overwrite: bool,
     fresh: bool,
+    source_config: Path | None,
     sanity_check: bool,
     as_json: bool,
     dtype: str,
@@ -68,8 +73,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a diffusers folder.
 
-    MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
-    demo-video. If a run was interrupted, the same command continues it.
+    MODEL is a local diffusers folder, a hub id, a file of another engine (dtq export --list), or a
+    bundled model: demo, demo-outliers, demo-video. If a run was interrupted, the same command continues it.
 
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8
@@ -80,7 +85,7 @@ def quantize(
     from dtq.allocate import parse_size
     from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
-    from dtq.cli.inputs import join_workers, recipe_with
+    from dtq.cli.inputs import join_workers, recipe_with, source_of
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
@@ -98,7 +103,12 @@ def quantize(
             click.echo(text if as_json else f"{output}: an earlier run has finished it")
             return
         runs = open_runs(
-            load_transformers(model, dtype=dtype, component=components or "auto", variant=variant),
+            load_transformers(
+                source_of(model, source_config),
+                dtype=dtype,
+                component=components or "auto",
+                variant=variant,
+            ),
             recipe,
             tasks=directory.tasks,
             statistics=statistics,

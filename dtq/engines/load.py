@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dtq.checkpoint.config import DTQConfig
@@ -27,7 +28,14 @@ from dtq.models.linears import is_linear, shape_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import check_tensor
 from dtq.nn.swap import finalize
-from dtq.pipelines.validation import SPARE_BYTES, check_shapes, limit_modules, model_kind
+from dtq.pipelines.loading import translate_errors
+from dtq.pipelines.validation import (
+    SPARE_BYTES,
+    check_folder,
+    check_shapes,
+    limit_modules,
+    model_kind,
+)
 from dtq.plan.layers import COMPUTE_DTYPES, LayerPlan, Plan
 
 ConfigSource = str | Path | Mapping[str, Any] | None
@@ -59,6 +67,33 @@ def load(file: str | Path, config: ConfigSource = None) -> Any:
     model = _empty_model(fields, where, contents, file)
     _check(model, contents, where, file)
     return _filled(model, contents, target)
+
+
+def load_float(file: str | Path, config: ConfigSource = None) -> Any:
+    """Load a file of another engine as a float model, the source of another quantization.
+
+    Args:
+        file: as for :func:`load`.
+        config: as for :func:`load`. With the folder of a pipeline, the result is that pipeline,
+            whose prompts and sampler calibrate the next quantization.
+
+    Returns:
+        The float diffusers model, or a pipeline with it.
+
+    Raises:
+        InputError: as :func:`load`.
+        CheckpointError: as :func:`load`.
+    """
+    model = load(file, config)
+    model = model.dequantize()
+    folder = Path(config) if isinstance(config, str | Path) else None
+    if folder is None or not (folder / "model_index.json").is_file():
+        return model
+    check_folder(folder)
+    with translate_errors(folder):
+        return DiffusionPipeline.from_pretrained(
+            folder, transformer=model, torch_dtype=model.dtype, use_safetensors=True
+        )
 
 
 def recognize(file: Path) -> Target:

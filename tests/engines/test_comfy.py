@@ -135,6 +135,33 @@ def test_columns_go_to_the_regular_rotation_and_back(block):
     assert not torch.equal(to_regular(codes, block), codes)
 
 
+@needs_kitchen
+@pytest.mark.parametrize("activations", ["nvfp4", "none"])
+def test_nvfp4_weights_are_those_of_dtq(activations, tmp_path):
+    """On a CPU the package multiplies them with float activations, whatever the file asks for."""
+    import kitchen
+
+    model, made = quantized("dit", "comfy-nvfp4", "comfy-nvfp4", activations=activations)
+    file = tmp_path / "model.safetensors"
+    dtq.export(made, "comfy-nvfp4", file)
+    weights, others, _ = kitchen.quantized_weights(file)
+    checked = 0
+    for name, layer in made.named_modules():
+        if not isinstance(layer, QuantLinear) or layer.weight_format != "nvfp4-46":
+            continue
+        weight = weights[name].dequantize() if activations == "nvfp4" else weights[name]
+        torch.testing.assert_close(weight, layer.dequantize(), rtol=1e-6, atol=0)
+        if activations == "none":
+            x = layer_input(layer.in_features)
+            want = float_output(model, name, x)
+            with torch.no_grad():
+                theirs = torch.nn.functional.linear(x, weight, others.get(f"{name}.bias"))
+                own = error(layer(x), want)
+            assert error(theirs, want) == pytest.approx(own, rel=1e-3)
+        checked += 1
+    assert checked > 8
+
+
 def test_scales_are_tiled_as_the_package_tiles_them():
     blocked = pytest.importorskip("comfy_kitchen.float_utils").to_blocked
     g = torch.Generator().manual_seed(5)

@@ -9,12 +9,16 @@ import random
 import pytest
 import tiny
 import torch
-from engine_models import FAMILIES, output, quantized
+from click.testing import CliRunner
+from conftest import QUICK, hasty
+from engine_models import FAMILIES, error, output, quantized
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import dtq
+from dtq.cli import main
 from dtq.engines import TARGETS
+from dtq.engines.load import load_float
 from dtq.errors import CheckpointError, DtqError, InputError
 from dtq.nn import QuantLinear
 from dtq.pipelines.loading import dummy_inputs
@@ -125,6 +129,28 @@ def test_damaged_files_are_loaded_or_refused(target, tmp_path):
         except DtqError:
             refused += 1
     assert refused > 40
+
+
+def test_a_file_is_the_source_of_another_quantization(tmp_path):
+    pipe, folder = tiny.pipeline(heads=8), tmp_path / "pipe"
+    pipe.save_pretrained(folder)
+    quantized_pipe = dtq.quantize(pipe, hasty("convrot-w8a8"), to="comfy-int8", progress=False)
+    file = tmp_path / "model.safetensors"
+    dtq.export(quantized_pipe, "comfy-int8", file)
+    source = load_float(file, folder)
+    inputs = dummy_inputs(source.transformer, 2, 500, 1)
+    want = output(quantized_pipe.transformer, inputs)
+    assert error(output(source.transformer, inputs), want) < 1e-3
+    quick = [f"--set=calibration.{key}={value}" for key, value in QUICK["calibration"].items()]
+    line = ["quantize", str(file), "--config", str(folder), "--recipe", "gguf-q4", "--to", "gguf"]
+    result = CliRunner().invoke(main, [*line, *quick, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    made = dtq.load(tmp_path / "out" / "engines" / "transformer-gguf.gguf")
+    assert 0 < error(output(made, inputs), want) < 0.05
+    result = CliRunner().invoke(
+        main, ["quantize", "demo", "--config", "x", "-o", str(tmp_path / "o")]
+    )
+    assert "is for files of other engines" in result.output
 
 
 @pytest.mark.parametrize(
