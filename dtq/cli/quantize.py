@@ -28,10 +28,7 @@ _options = opt.combined(
     opt.model,
     opt.output(required=True, help="Folder to write."),
     opt.path("--stats", help="Statistics file from dtq calibrate. Default: calibrate now."),
-    click.option("--to", "target", metavar="TARGET", default="",
-                 help="Engine that will read the model, see dtq export --list: what it cannot hold is "
-                      "adapted or refused before calibration, and OUTPUT/engines gets its file. "
-                      "Default: none."),
+    opt.target,
     opt.exclude,
     opt.memory,
     click.option("--shard-size", default="10GB",
@@ -74,7 +71,8 @@ def quantize(
     """Quantize MODEL and write a diffusers folder.
 
     MODEL is a local diffusers folder, a hub id, a file of another engine (dtq export --list), or a
-    bundled model: demo, demo-outliers, demo-video. If a run was interrupted, the same command continues it.
+    bundled model: demo, demo-outliers, demo-video. If a run was interrupted, the same command
+    continues it. With --to, OUTPUT/engines also gets the file of that engine.
 
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8

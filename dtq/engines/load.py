@@ -108,8 +108,8 @@ def recognize(file: Path) -> Target:
         if target.recognizes(file):
             return target
     raise InputError(
-        f"{file} is in none of the formats that dtq reads ({', '.join(TARGETS)}); a folder of dtq "
-        f"or diffusers is loaded with from_pretrained"
+        f"{file} is a file in none of the formats that dtq reads ({', '.join(TARGETS)}); a folder "
+        f"of dtq or diffusers is loaded with from_pretrained"
     )
 
 

@@ -44,6 +44,15 @@ def test_the_recipe_of_a_target_fits_it(name, tmp_path):
     assert len(report.layers) > 8
 
 
+def test_the_plan_shows_what_is_adapted():
+    line = ["plan", "demo", "--recipe", "convrot-w8a8", "--set", "modulation=w8a16"]
+    result = CliRunner().invoke(main, [*line, "--to", "comfy-int8"])
+    assert result.exit_code == 0, result.output
+    assert "int8-row for comfy-int8: weights int8-g64" in result.output
+    result = CliRunner().invoke(main, ["plan", "demo", "--recipe", "w4a8", "--to", "comfy-int8"])
+    assert "--recipe convrot-w8a8" in result.output
+
+
 def test_a_recipe_that_does_not_fit_is_refused_before_calibration():
     model = tiny.dit()
     overrides = {"step_policy": {"precisions": ["a8", "a16"]}}
