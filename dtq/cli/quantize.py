@@ -100,13 +100,9 @@ def quantize(
             text = (output / "dtq_report.json").read_text(encoding="utf-8")
             click.echo(text if as_json else f"{output}: an earlier run has finished it")
             return
+        source, names = source_of(model, source_config), components or "auto"
         runs = open_runs(
-            load_transformers(
-                source_of(model, source_config),
-                dtype=dtype,
-                component=components or "auto",
-                variant=variant,
-            ),
+            load_transformers(source, dtype=dtype, component=names, variant=variant),
             recipe,
             tasks=directory.tasks,
             statistics=statistics,
@@ -130,12 +126,16 @@ def quantize(
     if as_json:
         click.echo(json.dumps(data))
         return
+    _print_reports(reports, output, time.monotonic() - started)
+    for file in data.get("exported", []):
+        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
+
+
+def _print_reports(reports: dict[str, Report], output: Path, seconds: float) -> None:
     for name, report in reports.items():
         if len(reports) > 1:
             click.echo(f"{name}:")
-        print_report(report, output, time.monotonic() - started)
-    for file in data.get("exported", []):
-        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
+        print_report(report, output, seconds)
 
 
 def _check_disk(run: Run, output: Path) -> None:
