@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dtq.api import quantize as quantize
     from dtq.checkpoint.config import DTQConfig as DTQConfig
     from dtq.demo.outliers import inject_outliers as inject_outliers
+    from dtq.engines.export import export as export
+    from dtq.engines.load import load as load
     from dtq.errors import CheckpointError as CheckpointError
     from dtq.errors import DtqError as DtqError
     from dtq.errors import InputError as InputError
@@ -37,7 +39,9 @@ _MODULES = {
     "QuantLinear": "nn",
     "Recipe": "recipe",
     "RecipeError": "errors",
+    "export": "engines.export",
     "inject_outliers": "demo.outliers",
+    "load": "engines.load",
     "load_ternary": "integrations.terdit",
     "quantize": "api",
 }

@@ -125,6 +125,7 @@ def quantize(
     progress: bool = True,
     memory: int | None = None,
     sanity_check: bool = True,
+    to: str = "",
     **overrides: Any,
 ) -> Any:
     """Quantize a diffusion transformer after training.
@@ -145,6 +146,8 @@ def quantize(
         memory: bytes that the statistics may take; default: half of the free memory.
         sanity_check: whether to compare a short sampling run with the float model at the end, and
             promote the layers that fail (``dtq.stages.sanity_check``).
+        to: name of a target of :func:`dtq.export` that the model must fit: what its engine cannot
+            hold is adapted or refused before calibration. Empty: any model.
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
     Returns:
@@ -165,6 +168,7 @@ def quantize(
         progress=progress,
         memory=memory,
         check=sanity_check,
+        target=to,
     )
     run_stages(runs)
     first = runs[0].loaded

@@ -11,11 +11,12 @@ from torch import Tensor
 from dtq.formats import FORMATS, Format, bits_per_weight
 from dtq.solvers import SOLVERS
 
-SHAPE = (1152, 1152)
+ROWS = 1152
 SHORT = {
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.float32: "f32",
+    torch.float16: "f16",
     torch.bfloat16: "bf16",
     torch.float8_e4m3fn: "e4m3",
 }
@@ -54,13 +55,19 @@ def nmse(w_q: Tensor, w: Tensor) -> float:
     return float((w_q - w).square().sum() / w.square().sum())
 
 
+def columns_for(fmt: Format) -> int:
+    """Columns of the matrices that a format is shown on: whole superblocks of K-quants."""
+    return 1280 if fmt.group == 256 else 1152
+
+
 def about(fmt: Format) -> str:
     """The columns that follow from the tensor specs: name, tensors, bits."""
+    shape = (ROWS, columns_for(fmt))
     tensors = [
         f"{name} {SHORT[spec.dtype]} {'x'.join(map(str, spec.shape))}"
-        for name, spec in fmt.tensor_specs(SHAPE).items()
+        for name, spec in fmt.tensor_specs(shape).items()
     ]
-    return f"| `{fmt.name}` | {'; '.join(tensors)} | {bits_per_weight(fmt, SHAPE):.2f} |"
+    return f"| `{fmt.name}` | {'; '.join(tensors)} | {bits_per_weight(fmt, shape):.2f} |"
 
 
 def errors(fmt: Format) -> str:
@@ -68,7 +75,8 @@ def errors(fmt: Format) -> str:
     have no clip search."""
     solvers = ("rtn",) if fmt.data_dependent else ("rtn", "search")
     cells = []
-    for w in (draw("normal"), draw("t5")):
+    columns = columns_for(fmt)
+    for w in (draw("normal", columns=columns), draw("t5", columns=columns)):
         values = [f"{nmse(SOLVERS[s].call(w, fmt)[0], w):.3g}".removeprefix("0") for s in solvers]
         cells += values if len(values) == 2 else ["", *values]
     return " " + " | ".join(cells) + " |"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.kernels.compile import format_codes
 
 reference = torch.ops.dtq_reference
 
@@ -335,7 +336,7 @@ def fp4_product(ops: Any, device: Any, seed: int, limit: int) -> None:
 
 def decoded(ops: Any, device: Any, seed: int, limit: int) -> None:
     d = dice.Random(seed)
-    name = d.choice(list(FORMATS))
+    name = d.choice(format_codes.decoded())
     n, k = d.choice((33, 67, 128)), d.choice((256, 384))
     w = normal(n, k, seed=seed) * 0.1
     parts = FORMATS[name].pack(w, FORMATS[name].compute_qparams(w))

@@ -16,6 +16,7 @@ FOLDERS = [
     "api",
     "estimate",
     "stages",
+    "engines",
     "parallel",
     "integrations",
     "recipe",

@@ -206,10 +206,11 @@ def test_layers_that_mix_all_channels_have_no_row_rule(spec, why):
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_column_slices_make_the_whole(weights):
+    k = max(128, FORMATS[weights].group or 0)
     layer = filled(
-        LayerSpec(weights, "int8-row", 64, True, rank=4), n=64 if "vq" in weights else 48
+        LayerSpec(weights, "int8-row", 64, True, rank=4), n=64 if "vq" in weights else 48, k=k
     )
-    x = tokens(5)
+    x = tokens(5, k)
     outputs = []
     for rank in range(2):
         piece = Slice(layer, "column", rank, 2, None)

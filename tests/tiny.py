@@ -62,7 +62,7 @@ def pixart() -> nn.Module:
     )
 
 
-def sd3() -> nn.Module:
+def sd3(heads: int = 4) -> nn.Module:
     torch.manual_seed(0)
     return _with_modulation(
         diffusers.SD3Transformer2DModel(
@@ -70,8 +70,8 @@ def sd3() -> nn.Module:
             in_channels=4,
             num_layers=2,
             attention_head_dim=32,
-            num_attention_heads=4,
-            caption_projection_dim=128,
+            num_attention_heads=heads,
+            caption_projection_dim=32 * heads,
             joint_attention_dim=64,
             pooled_projection_dim=64,
             out_channels=4,
@@ -80,7 +80,7 @@ def sd3() -> nn.Module:
     )
 
 
-def flux() -> nn.Module:
+def flux(heads: int = 4) -> nn.Module:
     torch.manual_seed(0)
     return _with_modulation(
         diffusers.FluxTransformer2DModel(
@@ -89,7 +89,7 @@ def flux() -> nn.Module:
             num_layers=1,
             num_single_layers=1,
             attention_head_dim=32,
-            num_attention_heads=4,
+            num_attention_heads=heads,
             joint_attention_dim=64,
             pooled_projection_dim=64,
             axes_dims_rope=(8, 12, 12),

@@ -21,7 +21,19 @@ from safetensors import SafetensorError
 from dtq.errors import DtqError, first_line
 from dtq.version import __version__
 
-from . import bench, calibrate, doctor, evaluate, gate, inspect, plan, quantize, recipe, sample
+from . import (
+    bench,
+    calibrate,
+    doctor,
+    evaluate,
+    export,
+    gate,
+    inspect,
+    plan,
+    quantize,
+    recipe,
+    sample,
+)
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of a shell for SIGINT and SIGPIPE."""
@@ -129,7 +141,9 @@ def main(verbose: bool) -> None:
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # if it is imported already
 
 
-MODULES = (bench, calibrate, doctor, evaluate, gate, inspect, plan, quantize, recipe, sample)
+MODULES = (
+    bench, calibrate, doctor, evaluate, export, gate, inspect, plan, quantize, recipe, sample,
+)  # fmt: skip
 """Each defines the command of its name."""
 
 for module in MODULES:

@@ -142,6 +142,25 @@ def load_verified(model: str, dtype: str, variant: str | None) -> loading.Loaded
     return loading.load_transformer(model, dtype=dtype, variant=variant)
 
 
+def source_of(model: str, config: Path | None) -> Any:
+    """What to quantize: a file of another engine as a float model, or the name as it is.
+
+    Args:
+        model: a folder, a bundled name, a hub id or a file.
+        config: folder that ``--config`` names; only for a file.
+
+    Raises:
+        InputError: ``--config`` is given for something else; the file cannot be read.
+    """
+    if Path(model).is_file():
+        from dtq.engines.load import load_float
+
+        return load_float(model, config)
+    if config is not None:
+        raise InputError(f"--config {config} is for files of other engines, and {model} is none")
+    return model
+
+
 def variants_of(models: Sequence[str], variant: str | None) -> list[str | None]:
     """The variant for each of several models: a local folder without it is read without.
 

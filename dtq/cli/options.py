@@ -88,6 +88,10 @@ exclude = several(
     "--exclude", metavar="LAYER",
     help="Layer that stays unquantized: a name, a prefix or a path component, as it is or as a glob; "
          "or re:PATTERN. Repeat for more. Default: those of the recipe alone.")
+target = click.option(
+    "--to", "target", metavar="TARGET", default="",
+    help="Engine that will read the model, see dtq export --list: what it cannot hold is adapted, or "
+         "refused before calibration. Default: none.")
 fresh = flag("--fresh", help="Discard the results of an interrupted run.")
 every_layer = flag("--all", "every", help="Show each layer; otherwise equal blocks share a row.")
 json = partial(flag, "--json", "as_json")

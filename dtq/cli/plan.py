@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @opt.recipe
 @opt.model
+@opt.target
 @opt.exclude
 @opt.memory
 @opt.every_layer
@@ -32,6 +33,7 @@ def plan(
     components: tuple[str, ...],
     dtype: str,
     variant: str | None,
+    target: str,
     exclude: tuple[str, ...],
     memory: str | None,
     every: bool,
@@ -69,7 +71,7 @@ def plan(
     data: dict[str, dict[str, Any]] = {}
     for name, (empty, stored) in models.items():
         loaded = loading.LoadedModel(model, None, name, empty)
-        run = Run(loaded, recipe, exclude=exclude, memory=limit)
+        run = Run(loaded, recipe, exclude=exclude, memory=limit, target=target)
         plan_stage(run)
         compute = stored if dtype == "auto" else loading.DTYPES[dtype]
         needs, mapped = statistics_needed(recipe, has_pipeline), compute == stored

@@ -28,12 +28,17 @@ _options = opt.combined(
     opt.model,
     opt.output(required=True, help="Folder to write."),
     opt.path("--stats", help="Statistics file from dtq calibrate. Default: calibrate now."),
+    opt.target,
     opt.exclude,
     opt.memory,
     click.option("--shard-size", default="10GB",
                  help="Size limit of one safetensors file, such as 500MB."),
     opt.flag("--overwrite", help="Replace a folder that is not empty."),
     opt.fresh,
+    click.option("--config", "source_config", metavar="FOLDER", type=click.Path(path_type=Path),
+                 help="For a MODEL that is a file of another engine: folder of its diffusers "
+                      "pipeline, which calibrates, or of the model's config. Default: the config "
+                      "in the file, and random inputs."),
     click.option("--sanity-check/--no-sanity-check", default=True,
                  help="Compare a short sampling run with the float model at the end, and promote the "
                       "layers that fail."),
@@ -49,11 +54,13 @@ def quantize(
     model: str,
     output: Path,
     stats: Path | None,
+    target: str,
     exclude: tuple[str, ...],
     memory: str | None,
     shard_size: str,
     overwrite: bool,
     fresh: bool,
+    source_config: Path | None,
     sanity_check: bool,
     as_json: bool,
     dtype: str,
@@ -63,18 +70,20 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a diffusers folder.
 
-    MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
-    demo-video. If a run was interrupted, the same command continues it.
+    MODEL is a local diffusers folder, a hub id, a file of another engine (dtq export --list), or a
+    bundled model: demo, demo-outliers, demo-video. If a run was interrupted, the same command
+    continues it. With --to, OUTPUT/engines also gets the file of that engine.
 
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
     dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
+    dtq quantize demo --recipe convrot-w8a8 --to comfy-int8 -o demo-int8
     """
     from dtq.allocate import parse_size
     from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
-    from dtq.cli.inputs import join_workers, recipe_with
+    from dtq.cli.inputs import join_workers, recipe_with, source_of
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
@@ -91,14 +100,16 @@ def quantize(
             text = (output / "dtq_report.json").read_text(encoding="utf-8")
             click.echo(text if as_json else f"{output}: an earlier run has finished it")
             return
+        source, names = source_of(model, source_config), components or "auto"
         runs = open_runs(
-            load_transformers(model, dtype=dtype, component=components or "auto", variant=variant),
+            load_transformers(source, dtype=dtype, component=names, variant=variant),
             recipe,
             tasks=directory.tasks,
             statistics=statistics,
             exclude=exclude,
             progress=workers.is_main and not as_json,
             check=sanity_check,
+            target=target,
         )
         for run in runs:
             plan(run)
@@ -115,10 +126,16 @@ def quantize(
     if as_json:
         click.echo(json.dumps(data))
         return
+    _print_reports(reports, output, time.monotonic() - started)
+    for file in data.get("exported", []):
+        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
+
+
+def _print_reports(reports: dict[str, Report], output: Path, seconds: float) -> None:
     for name, report in reports.items():
         if len(reports) > 1:
             click.echo(f"{name}:")
-        print_report(report, output, time.monotonic() - started)
+        print_report(report, output, seconds)
 
 
 def _check_disk(run: Run, output: Path) -> None:
@@ -150,9 +167,21 @@ def _save(
     data = finite_or_null(data)
     with directory.result() as side:
         writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
+        if target := runs[0].target:
+            data["exported"] = [_export(run, target, side) for run in runs]
         text = json.dumps(data, indent=1) + "\n"
         (side / "dtq_report.json").write_text(text, encoding="utf-8")
     return data
+
+
+def _export(run: Run, target: str, folder: Path) -> str:
+    """Write the file of the target into ``engines`` of the folder; returns its place there."""
+    from dtq.engines.export import export, find_target
+
+    file = Path("engines", f"{run.loaded.component}-{target}{find_target(target).suffix}")
+    (folder / file.parent).mkdir(exist_ok=True)
+    export(run.model, target, folder / file)
+    return str(file)
 
 
 def print_report(report: Report, output: Path, seconds: float) -> None:

@@ -3,6 +3,7 @@
 
 The name of a format is its number type, then its granularity: ``-row`` has one scale per row (the
 output channel of a weight, the token of activations), ``-g64`` one per 64 columns of a row.
+Formats that another project has named keep its name: ``nvfp4``, and ``q4_k`` of GGUF.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from dtq.formats.base import (
     fake_quantize_weight,
 )
 from dtq.formats.floats import Fp8, MxFp4, NvFp4
+from dtq.formats.gguf import IQ4_NL_VALUES, HalfBlock, KQuant
 from dtq.formats.grid import E1M2, E2M1, E3M0, NF4, Grid
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import Lut, lloyd
+from dtq.formats.lut_two_level import TwoLevelLut
 from dtq.formats.ternary import Ternary
 from dtq.formats.twinlog import companded, geometric, geometric_with_zero
 from dtq.formats.vq import Vq
@@ -30,6 +33,7 @@ FORMATS: dict[str, Format] = {
         Int("int8-g64", 8, group=64),
         Int("int8-asym-g128", 8, group=128, asymmetric=True),
         Int("int4-row", 4),
+        Int("int4-narrow-row", 4, narrow=True),
         Int("int4-g32", 4, group=32),
         Int("int4-g64", 4, group=64),
         Int("int4-g128", 4, group=128),
@@ -56,6 +60,7 @@ FORMATS: dict[str, Format] = {
         MxFp4("mxfp4"),
         Lut("lut4-row", 4, lloyd),
         Lut("lut4-g64", 4, lloyd, group=64),
+        TwoLevelLut("lut4-2l-g16"),
         Lut("lut3-g64", 3, lloyd, group=64),
         Lut("twinlog4-row", 4, geometric),
         Lut("twinlog4-g64", 4, geometric, group=64),
@@ -72,6 +77,13 @@ FORMATS: dict[str, Format] = {
         Ternary("ternary-row"),
         Ternary("ternary-g64", group=64),
         Ternary("trit-row", trits=True),
+        HalfBlock("q8_0", 8),
+        KQuant("q6_k", 6, columns=16, scale_bits=8, minimum=False),
+        KQuant("q5_k", 5, columns=32, scale_bits=6, minimum=True),
+        KQuant("q4_k", 4, columns=32, scale_bits=6, minimum=True),
+        HalfBlock("iq4_nl", 4, IQ4_NL_VALUES),
+        KQuant("q3_k", 3, columns=16, scale_bits=6, minimum=False),
+        KQuant("q2_k", 2, columns=16, scale_bits=4, minimum=True),
     )
 }
 

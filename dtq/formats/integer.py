@@ -38,20 +38,24 @@ class Int(Format):
         bits: bits of a weight.
         group: columns per scale; None: one float32 scale per row. Scales of groups are bfloat16.
         asymmetric: whether rows or groups have a zero point, too.
+        narrow: leave out the lowest integer of symmetric ones, so that a value may be negated.
     """
 
     name: str
     bits: int
     group: int | None = None
     asymmetric: bool = False
+    narrow: bool = False
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Packed ``weight``, ``weight_scale``; asymmetric: int8 ``weight_zero_point``."""
         specs = self._packed_specs(shape, self.bits)
+        if self.narrow:
+            specs["weight"] = replace(specs["weight"], unsupported_reason=self._unsupported_weight)
         if self.asymmetric:
-            reason = self._unsupported_zero_point if self.bits < 8 else None
+            check = self._unsupported_zero_point if self.bits < 8 else None
             zero_point_shape = specs["weight_scale"].shape
-            specs["weight_zero_point"] = TensorSpec(zero_point_shape, torch.int8, reason)
+            specs["weight_zero_point"] = TensorSpec(zero_point_shape, torch.int8, check)
         return specs
 
     def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
@@ -88,6 +92,10 @@ class Int(Format):
         offset = self._offset if self.bits < 8 else None
         return dequantize(q, tensors["weight_scale"], tensors.get("weight_zero_point", offset))
 
+    def _unsupported_weight(self, weight: Tensor) -> str | None:
+        wrong = int((unpack_bits(weight, self.bits) == 0).sum())
+        return f"{wrong} values below {self._qmin}" if wrong else None
+
     def _unsupported_zero_point(self, weight_zero_point: Tensor) -> str | None:
         wrong = int(((weight_zero_point < 0) | (weight_zero_point > self._qmax)).sum())
         return f"{wrong} zero points outside 0 to {self._qmax}" if wrong else None
@@ -100,7 +108,8 @@ class Int(Format):
     def _qmin(self) -> int:
         if self.asymmetric:
             return 0
-        return -127 if self.bits == 8 else -self._offset  # not -128: kernels may negate a value
+        # not -128: kernels may negate a value
+        return -self._qmax if self.bits == 8 or self.narrow else -self._offset
 
     @property
     def _offset(self) -> int:

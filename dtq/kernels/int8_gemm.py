@@ -13,6 +13,7 @@ from dtq.formats import Format, PackedTensors
 from dtq.formats.grid import Grid
 from dtq.formats.integer import Int, TwoLevelInt
 from dtq.formats.lut import UNITS, Lut
+from dtq.formats.lut_two_level import TwoLevelLut
 from dtq.kernels import gpu_dispatch
 from dtq.kernels.compile import cuda
 from dtq.kernels.float_gemm import FLOAT_PRODUCT
@@ -51,6 +52,10 @@ def _is_int8_table(fmt: Format) -> bool:
     if isinstance(fmt, Grid):
         return fmt.group is None and fmt.codebook.bits == 4 and fmt.codebook.integers is not None
     return isinstance(fmt, Lut) and fmt.integers
+
+
+def _is_two_level_table(fmt: Format) -> bool:
+    return isinstance(fmt, TwoLevelLut)
 
 
 def _is_int4_or_int8(fmt: Format) -> bool:
@@ -93,6 +98,13 @@ def _table_weight(problem: LinearProblem, tensors: PackedTensors) -> tuple[Tenso
         table = (tensors["weight_lut"] * UNITS).to(torch.int8)
     tables = table.reshape(1, 1, 16).expand(len(weight), 1, 16).contiguous()
     return weight, scale * unit, tables  # unit: a power of two
+
+
+def _expanded_weight(problem: LinearProblem, tensors: PackedTensors) -> tuple[Tensor, ...]:
+    """Expanded in every call: there is no packed kernel for e4m3 scales inside a row."""
+    fmt = problem.weight_format
+    assert isinstance(fmt, TwoLevelLut)
+    return fmt.expand(tensors), tensors["weight_scale"]
 
 
 # ------------------------------------------------------------------------------------- products
@@ -206,6 +218,14 @@ W4A8_TABLE = _kernel(
     _table_weight,
     expand_table,
     "lut4a8_linear",
+)
+W4A8_EXPANDED = _kernel(
+    "w4a8-expanded",
+    _is_two_level_table,
+    "a table of 4 bits that expands to int8",
+    _expanded_weight,
+    _unchanged,
+    *_W8A8,
 )
 INTEGER_GROUPS = Kernel(
     "integer-groups",

@@ -17,6 +17,7 @@ from dtq.kernels.float_gemm import FLOAT_PRODUCT, FP4, REFERENCE, WEIGHT_ONLY
 from dtq.kernels.int8_gemm import (
     INTEGER_GROUPS,
     W3A8,
+    W4A8_EXPANDED,
     W4A8_ROW,
     W4A8_TABLE,
     W4A8_TWO_LEVEL,
@@ -33,6 +34,7 @@ KERNELS: tuple[Kernel, ...] = (
     W4A8_ROW,
     W3A8,
     W4A8_TABLE,
+    W4A8_EXPANDED,
     WEIGHT_ONLY,
     FP4,
     INTEGER_GROUPS,

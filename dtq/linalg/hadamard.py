@@ -88,3 +88,44 @@ def signs(columns: int, seed: int) -> Tensor:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
         values.append(1.0 if (z ^ (z >> 31)) >> 63 else -1.0)
     return torch.tensor(values)
+
+
+def regular_signs(block: int) -> Tensor:
+    """Signs ``D`` of the regular Hadamard matrix ``R = A S D`` of size ``block``, float32 (block,).
+
+    ``R`` is the n-th Kronecker power of the 4 x 4 matrix with rows ``1 1 1 -1``, ``1 1 -1 1``,
+    ``1 -1 1 1`` and ``-1 1 1 1``, over ``2^n`` (ConvRot, 2512.03673). Its rows have equal
+    sums, so that it also spreads a mean that all channels share. ``S`` is the transform of
+    :func:`fwht`, ``A`` the signed permutation of :func:`regular_columns`. ``R`` is symmetric, hence
+    ``x R = (x D) S A^T``.
+
+    Args:
+        block: a power of 4.
+    """
+    sign = torch.ones(1)
+    while len(sign) < block:
+        sign = torch.kron(sign, torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    return sign
+
+
+def regular_columns(block: int) -> Tensor:
+    """Permutation of ``A^T`` in :func:`regular_signs`, int64 (block,); the signs are the same.
+
+    Column i of ``x R`` is ``regular_signs(block)[i]`` times column ``regular_columns(block)[i]`` of
+    ``(x D) S``. The permutation is its own inverse.
+
+    Args:
+        block: a power of 4.
+    """
+    perm = torch.zeros(1, dtype=torch.int64)
+    while len(perm) < block:
+        perm = (4 * perm.unsqueeze(1) + torch.tensor([0, 2, 1, 3])).flatten()
+    return perm
+
+
+def regular_block_for(columns: int, largest: int = 256) -> int:
+    """The largest power of four up to ``largest`` that divides ``columns``; 1 if 4 does not."""
+    block = 1
+    while 4 * block <= largest and columns % (4 * block) == 0:
+        block *= 4
+    return block

@@ -222,7 +222,10 @@ def folder_kind(path: Path) -> str:
         InputError: it holds neither; says which file is missing.
     """
     if not path.is_dir():
-        raise InputError(f"{path} is a file; dtq needs a diffusers folder (with model_index.json)")
+        raise InputError(
+            f"{path} is a file; dtq needs a diffusers folder (with model_index.json). dtq.load "
+            f"reads files of other engines"
+        )
     if (path / "model_index.json").is_file():
         return "pipeline"
     if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):

@@ -179,7 +179,7 @@ def meta_model(folder: Path, kind: Any, files: Sequence[Path]) -> nn.Module:
 
 
 @contextmanager
-def limit_modules(config: Path, tensors: int) -> Iterator[None]:
+def limit_modules(config: Path | str, tensors: int) -> Iterator[None]:
     """Stop the construction of a model with far more modules than its files have tensors.
 
     Args:

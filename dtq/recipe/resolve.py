@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from dtq.errors import RecipeError
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.schema import MethodSpec
-from dtq.linalg.hadamard import block_for
 from dtq.models import Linear, Scan
 from dtq.plan import LayerPlan, LayerSpec, Plan
 from dtq.plan.layers import misfit
@@ -72,8 +71,10 @@ def _resolve_layer(recipe: Recipe, linear: Linear, exclude: tuple[str, ...]) -> 
     transform, lowrank = wanted.transform, wanted.lowrank
     candidates = recipe.transform_candidates if linear.role != "adaln" else ()
     block = 1
-    if TRANSFORMS[transform.name].rotates:
-        block = block_for(linear.shape[1], dict(transform.knobs).get("block", 64))
+    method = TRANSFORMS[transform.name]
+    if method.rotates:
+        largest = dict(transform.knobs).get("block", method.largest_block)
+        block = method.block_for(linear.shape[1], largest)
     transformed = any(name != "none" for name in (transform.name, *candidates))
     rank = 0 if lowrank.name == "none" else rank_for(linear.shape, dict(lowrank.knobs))
     own = linear.role != "adaln" and all(rule.weights is None for rule in rules)

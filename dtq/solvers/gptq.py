@@ -116,7 +116,8 @@ def _quantize_block(
 def _set_group(qparams: QParams, fitted: QParams, index: int) -> None:
     """Write the parameters of one group into those of the matrix; wider ones are equal."""
     for key, value in fitted.items():
-        if qparams[key].shape[1] == value.shape[1]:  # of the whole row, or there is only one group
+        width = value.shape[1]  # more than 1 where a group has groups of its own
+        if qparams[key].shape[1] == width:  # of the whole row, or there is only one group
             qparams[key] = value
         else:
-            qparams[key][:, index : index + 1] = value
+            qparams[key][:, index * width : (index + 1) * width] = value

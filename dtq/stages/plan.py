@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from dtq.engines.constrain import constrain
+from dtq.engines.export import find_target
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
 from dtq.pipelines import prompts, sampling
@@ -23,6 +25,7 @@ def plan(run: Run) -> None:
     Raises:
         InputError: the model is quantized already, or is not the plain float model; no layer would
             be quantized; or the budget is below what the narrowest formats need.
+        RecipeError: the target of the run cannot hold what the recipe asks for.
     """
     loaded, recipe = run.loaded, run.recipe
     if getattr(loaded.model, "is_quantized", False):
@@ -35,6 +38,8 @@ def plan(run: Run) -> None:
     run.scan = loaded.scan
     in_fp32 = tuple(getattr(loaded.model, "_keep_in_fp32_modules", None) or ())
     run.plan = recipe.plan(run.scan, (*run.exclude, *in_fp32))
+    if run.target:
+        run.plan = constrain(run.plan, recipe, find_target(run.target))
     if not run.plan.quantized():
         raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} unquantized")
     check_forwards(loaded.model, (layer.name for layer in run.plan.quantized()))

@@ -36,6 +36,7 @@ class Run:
         statistics: of the inputs of the float model; None until it has run, or if it never runs.
         memory: bytes that statistics may take; None for half of what is free.
         progress: whether to show progress bars.
+        target: key of ``TARGETS`` that the plan must fit; empty: none.
         check: whether the sanity check compares a short sampling run with the float model.
         config: the quantization config; stages complete it.
         scan: input groups and linears of the model.
@@ -54,6 +55,7 @@ class Run:
     statistics: Statistics | None = None
     memory: int | None = None
     progress: bool = True
+    target: str = ""
     check: bool = False
     config: DTQConfig = field(default_factory=DTQConfig)
     scan: Scan = field(init=False)

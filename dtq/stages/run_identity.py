@@ -47,6 +47,7 @@ def run_identity(
         "calibration images": path_digest(Path(settings.images)) if settings.images else None,
         "statistics": None if statistics is None else file_digest(statistics),
         "exclude": list(runs[0].exclude),
+        "target": runs[0].target,
         "dtq": folder_digest(package_root(), "*.py"),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

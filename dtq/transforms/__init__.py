@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dtq.linalg.hadamard import block_for, regular_block_for
 from dtq.transforms import grid_search, methods
 from dtq.transforms.base import Chain, Diagonal, OnlineTransform, Permutation, Rotation, Transform
 from dtq.transforms.choice import TransformChoice
@@ -19,17 +20,24 @@ class Method:
         call: the function, see ``dtq.transforms.methods`` for its signature.
         needs: names of the statistics that calibration must collect for it.
         rotates: whether it may rotate the input, with a Hadamard transform over blocks.
+        block_for: gives the block of a width K, from K and the largest block.
+        largest_block: its default of the knob ``block``.
     """
 
     call: Callable[..., TransformChoice]
     needs: frozenset[str] = frozenset()
     rotates: bool = False
+    block_for: Callable[[int, int], int] = block_for
+    largest_block: int = 64
 
 
 TRANSFORMS: dict[str, Method] = {
     "none": Method(methods.none),
     "smooth": Method(methods.smooth, frozenset({"channels"})),
     "hadamard": Method(methods.hadamard, rotates=True),
+    "convrot": Method(
+        methods.convrot, rotates=True, block_for=regular_block_for, largest_block=256
+    ),
     "smooth-hadamard": Method(methods.smooth_hadamard, frozenset({"channels"}), rotates=True),
     "ditas": Method(methods.ditas, frozenset({"channels", "sample"})),
     "ars": Method(methods.ars, frozenset({"channels", "sample"}), rotates=True),

@@ -20,7 +20,8 @@ from torch import Tensor
 from dtq.calibrate.observers import InputStats
 from dtq.formats import Format
 from dtq.formats.activations import ActivationFormat
-from dtq.linalg.hadamard import block_for
+from dtq.linalg.hadamard import block_for, regular_block_for, regular_signs
+from dtq.transforms.base import OnlineTransform
 from dtq.transforms.choice import TransformChoice, online_transform
 from dtq.transforms.objective import OutputErrorObjective
 from dtq.transforms.smoothing import smoothing
@@ -97,6 +98,39 @@ def hadamard(
     """
     n = block_for(weights[0].shape[1], block)
     return TransformChoice(online_transform(weights[0], None, n, seed), f"hadamard {n}")
+
+
+def convrot(
+    weights: Sequence[Tensor],
+    stats: InputStats | None,
+    *,
+    fmt: Format,
+    activations: ActivationFormat,
+    block: int = 256,
+) -> TransformChoice:
+    """The rotation of ConvRot (2512.03673): a regular Hadamard matrix over blocks of channels.
+
+    Other engines read files with this rotation. dtq stores it as signs and its own Hadamard
+    transform; what is left of the regular matrix, a signed permutation of the rotated channels,
+    changes no product (:func:`dtq.linalg.hadamard.regular_signs`).
+
+    Args:
+        weights: float matrices (N_i, K) that read the input.
+        stats: not used.
+        fmt: not used.
+        activations: not used.
+        block: largest block; the largest power of four up to it that divides K is taken, 256 in the
+            files of ComfyUI.
+
+    Returns:
+        The rotation; the identity if 4 does not divide K.
+    """
+    columns = weights[0].shape[1]
+    n = regular_block_for(columns, block)
+    if n == 1:
+        return TransformChoice(online_transform(weights[0], None), "none")
+    scale = regular_signs(n).repeat(columns // n).to(weights[0].device, torch.bfloat16)
+    return TransformChoice(OnlineTransform(scale, n), f"convrot {n}")
 
 
 def smooth_hadamard(

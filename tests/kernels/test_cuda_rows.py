@@ -22,6 +22,7 @@ from dtq.formats.lut import Lut
 from dtq.formats.ternary import Ternary
 from dtq.formats.vq import Vq
 from dtq.kernels import ops_quantize
+from dtq.kernels.compile.format_codes import decoded
 
 reference = torch.ops.dtq_reference
 SOURCES = Path(__file__).parent.parent.parent / "cuda_ext"
@@ -510,7 +511,7 @@ def columns_of(fmt):
     return (3 * (fmt.group or 32), *(() if fmt.group else (104,)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", decoded())
 def test_every_format_is_decoded_to_the_bits_of_its_unpack(library, name):
     fmt = FORMATS[name]
     rows = 67 if isinstance(fmt, Vq) else 5
@@ -545,7 +546,7 @@ def run_few(library, fmt, parts, n, x, bias=None, seed=1):
     return y
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", decoded())
 def test_few_tokens(library, name):
     """Against float64 of the same rounded weights: one rounding of the output, K float32 sums."""
     fmt = FORMATS[name]

@@ -29,10 +29,11 @@ def operands(m, n=48, k=128, seed=0):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("activations", ["none", "int8-row", "int4-row", "int4-g64"])
 def test_the_chosen_kernel_agrees_with_the_reference(m, fmt, activations):
-    x, w, bias = operands(m)
+    k = max(128, fmt.group or 0)
+    x, w, bias = operands(m, k=k)
     problem = LinearProblem(fmt, ACTIVATION_FORMATS[activations], 64)
     parts = fmt.pack(w, fmt.compute_qparams(w))
-    scale = (torch.rand(128) + 0.5).to(torch.bfloat16)
+    scale = (torch.rand(k) + 0.5).to(torch.bfloat16)
     parts["pre_quant_scale"] = scale.reshape(1, -1)
     got = pick(problem).call(problem, x, parts, bias)
     want = KERNELS[-1].call(problem, x, parts, bias)
@@ -224,9 +225,9 @@ def test_explain_names_every_refusal():
 
 def test_a_device_gives_the_numbers_of_the_cpu(device):
     """Integer products agree bit for bit; float ones within rounding."""
-    x, w, bias = operands(33)
-    pre = (torch.rand(128) + 0.5).to(torch.bfloat16)
     for fmt in FORMATS.values():
+        x, w, bias = operands(33, k=max(128, fmt.group or 0))
+        pre = (torch.rand(x.shape[1]) + 0.5).to(torch.bfloat16)
         problem = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"], 64)
         parts = fmt.pack(w, fmt.compute_qparams(w)) | {"pre_quant_scale": pre.reshape(1, -1)}
         want = pick(problem).call(problem, x, parts, bias)

@@ -56,7 +56,7 @@ def test_gptq_beats_clip_search_beats_rounding(fmt, seed):
     assert diagonal["search"] <= diagonal["rtn"]
     error = {n: objective(w, r, hessian) for n, (r, _) in result.items()}
     # an 8-bit grid is so fine that group scales in bfloat16 decide; fewer must win clearly
-    assert error["gptq"] <= error["rtn"] * (0.8 if bits_per_weight(fmt, (1152, 1152)) < 8 else 1.0)
+    assert error["gptq"] <= error["rtn"] * (0.8 if bits_per_weight(fmt, (1152, 2304)) < 8 else 1.0)
     fresh = {n: objective(w, r, held) for n, (r, _) in result.items()}
     assert fresh["gptq"] <= fresh["rtn"]
 

@@ -72,6 +72,11 @@ def format_code(fmt: Format) -> FormatCode | None:
     return None
 
 
+def decoded() -> list[str]:
+    """Names of the formats that compiled libraries decode; GGUF's are left to torch."""
+    return [name for name, fmt in FORMATS.items() if format_code(fmt) is not None]
+
+
 def register_formats(register: Callable[..., None]) -> None:
     """Give every format of ``FORMATS`` to a library.
 

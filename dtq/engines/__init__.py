@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of other engines: ``TARGETS`` lists what ``dtq export`` writes and dtq reads back."""
+
+from __future__ import annotations
+
+from dtq.engines import comfy_int8, comfy_nvfp4, comfy_w4a4, comfy_w4a8, gguf
+from dtq.engines.target import Contents, Limits, StoredLayer, Target
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        comfy_int8.TARGET,
+        comfy_w4a8.TARGET,
+        comfy_w4a4.TARGET,
+        comfy_nvfp4.TARGET,
+        gguf.TARGET,
+    )
+}
+"""Every target; a file is read by the first that recognizes it."""
+
+__all__ = ["TARGETS", "Contents", "Limits", "StoredLayer", "Target"]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ComfyUI's W4A4: signed 4-bit weights and tokens with one scale per row, ConvRot.
+
+Tensors: ``weight`` int8 (N, K / 2), two's complement nibbles from -7 to 7, the even column in the
+low nibble; ``weight_scale`` float32 (N,). The input is always rotated, and each token gets the
+scale ``amax / 7``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtq.engines.comfy_file import (
+    ComfyFormat,
+    Options,
+    Tensors,
+    comfy_target,
+    convrot_reason,
+    decoded_layer,
+    described,
+    from_regular,
+    rotated_block,
+    to_regular,
+)
+from dtq.engines.comfy_int8 import INT8
+from dtq.engines.target import Limits, StoredLayer, common_reason
+from dtq.errors import CheckpointError
+from dtq.formats.packing import pack_bits, unpack_bits
+
+COLUMNS = 64
+"""K must be a multiple of this for the engine's kernels."""
+
+LIMITS = Limits(
+    formats={"int4-narrow-row": ("int4-row",), "int8-row": ("int8-row", "none")},
+    recipe="convrot-w4a4",
+    transforms=("convrot",),
+    fallbacks=("int8-row",),
+)
+
+
+def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
+    """Tensors and marker of a layer in ``int4-narrow-row``."""
+    block = layer.spec.hadamard_block_size
+    values = to_regular(_values(layer.tensors["weight"], 8), block)
+    tensors = {
+        "weight": pack_bits(values & 15, 4),
+        "weight_scale": layer.tensors["weight_scale"].reshape(-1),
+    }
+    options = {"convrot_groupsize": block, "quant_group_size": COLUMNS, "linear_dtype": "int4"}
+    return tensors, options
+
+
+def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
+    """Inverse of :func:`encode`.
+
+    Raises:
+        CheckpointError: a shape, a dtype or a value is not that of the format.
+    """
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    if weight.dtype != torch.int8 or weight.ndim != 2:
+        raise CheckpointError(f"{where}.weight: expected int8 (N, K / 2), got {described(weight)}")
+    rows, columns = weight.shape[0], 2 * weight.shape[1]
+    if scale.dtype != torch.float32 or scale.numel() != rows:
+        raise CheckpointError(f"{where}.weight_scale: got {described(scale)} for {rows} rows")
+    if options.get("linear_dtype", "int4") != "int4":
+        raise CheckpointError(f"{where}: linear_dtype {options['linear_dtype']!r}; dtq reads int4")
+    values = (unpack_bits(weight, 4) ^ 8).to(torch.int8) - 8  # two's complement
+    if bool((values == -8).any()):
+        raise CheckpointError(f"{where}.weight: holds -8, which has no negative in 4 bits")
+    block = rotated_block({"convrot": True, **options}, columns, where)
+    stored = {
+        "weight": pack_bits(from_regular(values, block) + 8, 4),
+        "weight_scale": scale.reshape(-1, 1),
+    }
+    return decoded_layer("int4-narrow-row", (rows, columns), stored, options, block, "int4-row")
+
+
+def unsupported_reason(layer: StoredLayer) -> str | None:
+    """Why a layer cannot be stored; None if it can."""
+    reason = common_reason(layer, LIMITS) or convrot_reason(layer)
+    if reason or layer.spec.weight_format != "int4-narrow-row":
+        return reason
+    if layer.transform() is None:
+        return "its input is not rotated"
+    if layer.shape[1] % COLUMNS:
+        return f"its width {layer.shape[1]} is no multiple of {COLUMNS}"
+    return None
+
+
+def _values(weight: Tensor, offset: int) -> Tensor:
+    return unpack_bits(weight, 4).to(torch.int8) - offset
+
+
+W4A4 = ComfyFormat(
+    "convrot_w4a4", "int4-narrow-row", encode, decode, ("weight", "weight_scale"), required=2
+)
+
+TARGET = comfy_target(
+    "comfy-w4a4",
+    "4-bit weights and tokens (convrot_w4a4): ComfyUI, comfy-kitchen, SGLang",
+    (W4A4, INT8),
+    LIMITS,
+    unsupported_reason,
+)

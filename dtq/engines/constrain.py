@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target as a constraint on a plan: what the engine cannot hold is adapted, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dtq.engines.target import Limits, Target
+from dtq.errors import RecipeError
+from dtq.io.schema import MethodSpec
+from dtq.plan.layers import LayerPlan, LayerSpec, Plan, misfit
+from dtq.recipe import Recipe
+
+
+def constrain(plan: Plan, recipe: Recipe, target: Target) -> Plan:
+    """The plan with every layer in a form that the engine of a target can hold.
+
+    What the recipe asks for itself is never changed. A layer whose format the recipe leaves to dtq
+    (modulation, widths that the format does not fit) gets the first of the target's fallbacks that
+    fits, weight-only, or stays unquantized; its note says why.
+
+    Args:
+        plan: the recipe, resolved to the layers of a model.
+        recipe: the recipe.
+        target: what the file will be exported to.
+
+    Raises:
+        RecipeError: the engine cannot hold what the recipe asks for; names every key and layer,
+            and the recipe that fits.
+    """
+    problems = list(_recipe_problems(recipe, target))
+    changed, refused = {}, dict[str, list[str]]()
+    for layer in plan.quantized():
+        reason = _reason(layer, target.limits)
+        if reason is None:
+            continue
+        if _is_own_choice(layer, recipe):
+            refused.setdefault(reason, []).append(layer.name)
+        else:
+            changed[layer.name] = _adapted(layer, target, reason)
+    for reason, names in refused.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        problems.append(f"{names[0]}{more}: {reason}")
+    if problems:
+        problems.append(f"the recipe {target.limits.recipe} fits: --recipe {target.limits.recipe}")
+        raise RecipeError(f"recipe {recipe.name} for {target.name}", problems)
+    return plan.with_layers(changed)
+
+
+def _recipe_problems(recipe: Recipe, target: Target) -> Iterator[str]:
+    """Parts of a recipe that decide later, and would leave what the engine can hold."""
+    limits = target.limits
+    if recipe.step_policy.precisions:
+        yield (
+            f"step_policy: {target.name} runs every timestep in the same precision; "
+            f"--set step_policy.precisions=[]"
+        )
+    others = [name for name in recipe.transform_candidates if name not in limits.transforms]
+    if others:
+        yield (
+            f"transform_candidates: {target.name} cannot run {', '.join(others)}; "
+            f"--set transform_candidates=[]"
+        )
+    later = {
+        "promote.to": (recipe.promote.to,) if recipe.promote.to else (),
+        "allocate.formats": recipe.allocate.formats if recipe.allocate.budget else (),
+        "format_candidates": recipe.format_candidates,
+    }
+    for key, names in later.items():
+        wrong = [name for name in names if name not in limits.formats]
+        if wrong:
+            known = ", ".join(limits.formats)
+            yield f"{key}: {target.name} cannot hold {', '.join(wrong)}; it holds {known}"
+
+
+def _reason(layer: LayerPlan, limits: Limits) -> str | None:
+    if layer.weight_format not in limits.formats:
+        return f"weights {layer.weight_format}, where it holds {', '.join(limits.formats)}"
+    runs = limits.formats[layer.weight_format]
+    if layer.activation_format not in runs:
+        return f"activations {layer.activation_format}, where it runs {', '.join(runs)}"
+    if layer.transform.name not in limits.transforms:
+        known = ", ".join(limits.transforms)
+        return f"transform {layer.transform.name}, where it runs {known}"
+    if layer.lowrank.name != "none":
+        return "a low-rank branch, which it does not have"
+    return None
+
+
+def _is_own_choice(layer: LayerPlan, recipe: Recipe) -> bool:
+    """Whether the recipe names the format of a layer, rather than leaving it to dtq."""
+    if layer.role == "adaln":
+        return False
+    named = {recipe.weights, *(rule.weights for rule in recipe.rules if rule.weights)}
+    return layer.weight_format in named
+
+
+def _adapted(layer: LayerPlan, target: Target, reason: str) -> LayerPlan:
+    none = MethodSpec("none")
+    for name in target.limits.fallbacks:
+        if not misfit(name, layer.shape):
+            note = f"{name} for {target.name}: {reason}"
+            spec = LayerSpec(name, "none")
+            solver = layer.solver
+            return replace(
+                layer, spec=spec, transform=none, lowrank=none, solver=solver, note=note,
+                format_candidates=(),
+            )  # fmt: skip
+    return LayerPlan(
+        layer.name, layer.role, layer.shape, note=f"unquantized for {target.name}: {reason}"
+    )

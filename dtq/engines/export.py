@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq.export``: from a quantized model to a file of another engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from dtq.checkpoint import reader
+from dtq.checkpoint.config import DTQConfig
+from dtq.engines import TARGETS
+from dtq.engines.target import Contents, StoredLayer, Target
+from dtq.errors import InputError, hint
+from dtq.nn.linear import QuantLinear
+from dtq.pipelines.loading import Components, diffusion_transformers, load_model
+
+_OF_THE_CHECKPOINT = ("quantization_config", "_name_or_path", "_pre_quantization_dtype")
+"""Keys of a diffusers config that describe a dtq checkpoint, not the model."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        target: its name.
+        file: the file.
+        component: the transformer of the pipeline.
+        layers: weight format of each exported layer, by name.
+        as_float: why, for each layer that was stored as floats because the engine cannot hold it.
+        nbytes: size of the file.
+    """
+
+    target: str
+    file: Path
+    component: str
+    layers: dict[str, str] = field(default_factory=dict)
+    as_float: dict[str, str] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for ``dtq export --json``."""
+        return {**vars(self), "file": str(self.file)}
+
+
+def export(
+    source: Any,
+    to: str,
+    output: str | Path,
+    *,
+    component: Components = "auto",
+    variant: str | None = None,
+    unsupported: str = "refuse",
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a quantized transformer as a file of another engine.
+
+    The numbers are those of the checkpoint: nothing is rounded again.
+
+    Args:
+        source: folder of a dtq checkpoint, or a quantized pipeline or transformer.
+        to: name of a target, a key of ``dtq.engines.TARGETS``.
+        output: the file to write; its suffix is that of the target.
+        component: the transformer of a pipeline with several.
+        variant: of the files of a folder.
+        unsupported: ``refuse`` a model with layers that the engine cannot hold, or store those as
+            ``float``, in the compute dtype.
+        overwrite: replace an existing file.
+
+    Returns:
+        What was written, and what was stored as floats.
+
+    Raises:
+        InputError: no such target; several transformers and no ``component``; layers that the
+            engine cannot hold, each with its reason; the file exists.
+        CheckpointError: the checkpoint is damaged.
+    """
+    target = find_target(to)
+    output = Path(output)
+    if output.suffix != target.suffix:
+        raise InputError(f"{output}: {target.name} writes a {target.suffix} file; name it so")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} exists; give another name, or --overwrite (overwrite=True)")
+    if unsupported not in ("refuse", "float"):
+        raise InputError(f"unsupported={unsupported!r}: expected 'refuse' or 'float'")
+    name, model = _transformer(source, component, variant)
+    contents, as_float = holdable(model, target, unsupported == "float")
+    target.write(contents, output)
+    layers = {key: layer.spec.weight_format for key, layer in contents.layers.items()}
+    return ExportReport(target.name, output, name, layers, as_float, output.stat().st_size)
+
+
+def find_target(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        InputError: there is none; says which there are.
+    """
+    if name not in TARGETS:
+        words = hint(name, TARGETS, f"targets: {', '.join(TARGETS)}")
+        raise InputError(f"{name!r} is not a target of dtq export; {words}")
+    return TARGETS[name]
+
+
+def contents_of(model: nn.Module) -> Contents:
+    """The tensors and the config of a quantized model.
+
+    Raises:
+        InputError: it is not quantized by dtq, or has a step policy, which no other engine runs.
+    """
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if not isinstance(config, DTQConfig):
+        raise InputError(
+            f"{type(model).__name__} is not quantized by dtq; run dtq quantize first, and give "
+            f"dtq export its output folder"
+        )
+    if config.load_plan().policy is not None:
+        raise InputError(
+            "the model has a step policy, and other engines run every timestep in the same "
+            "precision; quantize with --set step_policy.precisions=[]"
+        )
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    packed = {f"{name}.{key}" for name, module in modules.items() for key in module.tensor_specs()}
+    others = {key: t.detach() for key, t in model.state_dict().items() if key not in packed}
+    layers = {
+        name: StoredLayer(
+            module.spec,
+            (module.out_features, module.in_features),
+            {key: t.detach() for key, t in module.packed_tensors().items()},
+            module.spatial,
+        )
+        for name, module in modules.items()
+    }
+    fields = json.loads(model.to_json_string())  # type: ignore[operator]
+    plain = {key: value for key, value in fields.items() if key not in _OF_THE_CHECKPOINT}
+    return Contents(layers, others, plain, config.recipe)
+
+
+def holdable(model: nn.Module, target: Target, as_float: bool) -> tuple[Contents, dict[str, str]]:
+    """The contents of a model, with the layers that a target cannot hold as floats.
+
+    Args:
+        model: quantized by dtq.
+        target: the file format.
+        as_float: whether to store such layers as floats; otherwise they are refused.
+
+    Returns:
+        The contents; why, for each layer that became float.
+
+    Raises:
+        InputError: there are such layers; every reason, with a layer and a way out.
+    """
+    contents = contents_of(model)
+    found = {name: target.unsupported_reason(layer) for name, layer in contents.layers.items()}
+    reasons = {name: reason for name, reason in found.items() if reason}
+    if reasons and not as_float:
+        raise InputError(_refusal(target, reasons))
+    weights: dict[str, Tensor] = {}
+    for name in reasons:
+        module = model.get_submodule(name)
+        assert isinstance(module, QuantLinear)
+        weights[f"{name}.weight"] = module.unquantized().weight.detach()  # type: ignore[operator, union-attr]
+    layers = {name: layer for name, layer in contents.layers.items() if name not in reasons}
+    if not layers:
+        raise InputError(f"{_refusal(target, reasons)}; no layer would be left")
+    return Contents(layers, contents.others | weights, contents.config, contents.recipe), reasons
+
+
+def _refusal(target: Target, reasons: dict[str, str]) -> str:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    lines = "; ".join(
+        f"{each[0]}{f' and {len(each) - 1} more' if len(each) > 1 else ''}: {reason}"
+        for reason, each in names.items()
+    )
+    recipe = target.limits.recipe
+    return (
+        f"{target.name} cannot hold {len(reasons)} layers. {lines}. Quantize with --recipe "
+        f"{recipe} --to {target.name}, or store these layers as floats: --unsupported float"
+    )
+
+
+def _transformer(
+    source: Any, component: Components, variant: str | None
+) -> tuple[str, nn.Module]:  # its name in the pipeline, and the model
+    if isinstance(source, nn.Module):
+        return "transformer", source
+    if isinstance(source, DiffusionPipeline):
+        names = diffusion_transformers(source) if component == "auto" else _listed(component)
+        name = _only(names, type(source).__name__)
+        if not isinstance(getattr(source, name, None), nn.Module):
+            raise InputError(f"{type(source).__name__} has no transformer {name!r}")
+        return name, getattr(source, name)
+    path = Path(source)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; dtq export reads the output of dtq quantize")
+    folders = reader.verify(path, component, variant)
+    name = _only(list(folders), str(path))
+    return name, load_model(folders[name], variant=variant)
+
+
+def _listed(component: Components) -> list[str]:
+    return [component] if isinstance(component, str) else list(component)
+
+
+def _only(names: list[str], where: str) -> str:
+    if len(names) == 1:
+        return names[0]
+    raise InputError(
+        f"{where} has {len(names)} quantized transformers ({', '.join(names) or 'none'}); a file "
+        f"holds one: name it with --component (component=)"
+    )

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF: the block formats of ggml, weight-only, for diffusers, stable-diffusion.cpp and others.
+
+A quantized linear is one tensor ``NAME.weight`` in the blocks of its type. Every other tensor is
+float32, or float16 where the model has float16: readers decode bfloat16 in linear layers alone. The
+metadata has the diffusers config of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
+from dtq.engines.gguf_file import INTEGERS, GgufTensor, is_gguf, read_gguf, write_gguf
+from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
+from dtq.errors import CheckpointError
+from dtq.io.safe_parse import parse_json
+from dtq.plan.layers import LayerSpec
+
+LIMITS = Limits(
+    formats=dict.fromkeys(BLOCK_TYPES, ("none",)),
+    recipe="gguf-q4",
+    fallbacks=("q8_0",),
+)
+ARCHITECTURE = "diffusers"
+"""Value of ``general.architecture``: the names of the tensors are those of diffusers."""
+
+
+def write(contents: Contents, path: Path) -> None:
+    """Write a file; equal contents give equal bytes."""
+    tensors = {}
+    for name, tensor in contents.others.items():
+        keep = tensor.dtype == torch.float16 or tensor.dtype in INTEGERS
+        data = tensor if keep else tensor.float()
+        tensors[name] = GgufTensor("", tuple(tensor.shape), data)
+    for name, layer in contents.layers.items():
+        kind = layer.spec.weight_format
+        blocks = to_blocks(kind, layer.weights())
+        tensors[f"{name}.weight"] = GgufTensor(kind, layer.shape, blocks)
+    entries: dict[str, str | int] = {
+        "general.architecture": ARCHITECTURE,
+        "general.quantization_version": 2,
+        "dtq.config": json.dumps(contents.config, sort_keys=True),
+        "dtq.recipe": contents.recipe,
+    }
+    write_gguf(path, entries, dict(sorted(tensors.items())))
+
+
+def read(path: Path) -> Contents:
+    """Read a file.
+
+    Raises:
+        CheckpointError: the file is damaged, or has quantized tensors that are no weights.
+    """
+    entries, tensors = read_gguf(path)
+    layers, others = {}, {}
+    for name, tensor in tensors.items():
+        if not tensor.kind:
+            others[name] = tensor.data
+            continue
+        if not name.endswith(".weight"):
+            raise CheckpointError(
+                f"{path}: {name} is in {tensor.kind}, and is not the weight of a layer"
+            )
+        rows, columns = tensor.shape
+        spec = LayerSpec(tensor.kind, "none")
+        weight = from_blocks(tensor.kind, tensor.data)
+        layers[name.removesuffix(".weight")] = StoredLayer(spec, (rows, columns), weight)
+    config = parse_json(str(entries.get("dtq.config", "{}")), f"{path}: dtq.config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: dtq.config is damaged")
+    return Contents(layers, others, config, str(entries.get("dtq.recipe", "")))
+
+
+def unsupported_reason(layer: StoredLayer) -> str | None:
+    """Why a layer cannot be stored; None if it can."""
+    reason = common_reason(layer, LIMITS)
+    if reason is None and layer.transform() is not None:
+        return "its input has a transform, and GGUF has no place for one"
+    return reason
+
+
+TARGET = Target(
+    "gguf",
+    "GGUF, weight-only (Q8_0, K-quants, IQ4_NL): diffusers, ComfyUI-GGUF, stable-diffusion.cpp",
+    ".gguf",
+    LIMITS,
+    unsupported_reason,
+    write,
+    read,
+    is_gguf,
+)

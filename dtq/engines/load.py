@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq.load``: a file of another engine as a quantized model of dtq.
+
+The layers run with dtq's kernels, and the model is like one of ``from_pretrained``: it can be
+saved, exported, evaluated, or dequantized as the source of another quantization.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from dtq.checkpoint.config import DTQConfig
+from dtq.checkpoint.file_size import SAFETENSORS_DTYPES
+from dtq.engines import TARGETS
+from dtq.engines.target import Contents, StoredLayer, Target
+from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
+from dtq.integrations.diffusers import attach_quantizer
+from dtq.io.safe_parse import read_json
+from dtq.models.linears import is_linear, shape_of
+from dtq.nn.linear import QuantLinear
+from dtq.nn.storage import check_tensor
+from dtq.nn.swap import finalize
+from dtq.pipelines.loading import translate_errors
+from dtq.pipelines.validation import (
+    SPARE_BYTES,
+    check_folder,
+    check_shapes,
+    limit_modules,
+    model_kind,
+)
+from dtq.plan.layers import COMPUTE_DTYPES, LayerPlan, Plan
+
+ConfigSource = str | Path | Mapping[str, Any] | None
+"""A diffusers config, its file or folder, or the folder of a pipeline; None: that of the file."""
+
+
+def load(file: str | Path, config: ConfigSource = None) -> Any:
+    """Load a file of another engine.
+
+    The tensors must have the names of diffusers, as in the files of :func:`dtq.export`.
+
+    Args:
+        file: in one of the formats of ``dtq export --list``.
+        config: diffusers config of the model: a mapping, a ``config.json``, its folder, or the
+            folder of a pipeline with a ``transformer``. None: the one in the file, which dtq
+            writes.
+
+    Returns:
+        The quantized diffusers model, in evaluation mode.
+
+    Raises:
+        InputError: no engine writes such files; there is no config, or it names no model.
+        CheckpointError: the file is damaged, or does not fit the config; names the tensor.
+    """
+    file = Path(file)
+    target = recognize(file)
+    contents = target.read(file)
+    fields, where = _config(contents, config, file)
+    model = _empty_model(fields, where, contents, file)
+    _check(model, contents, where, file)
+    return _filled(model, contents, target)
+
+
+def load_float(file: str | Path, config: ConfigSource = None) -> Any:
+    """Load a file of another engine as a float model, the source of another quantization.
+
+    Args:
+        file: as for :func:`load`.
+        config: as for :func:`load`. With the folder of a pipeline, the result is that pipeline,
+            whose prompts and sampler calibrate the next quantization.
+
+    Returns:
+        The float diffusers model, or a pipeline with it.
+
+    Raises:
+        InputError: as :func:`load`.
+        CheckpointError: as :func:`load`.
+    """
+    model = load(file, config)
+    model = model.dequantize()
+    folder = Path(config) if isinstance(config, str | Path) else None
+    if folder is None or not (folder / "model_index.json").is_file():
+        return model
+    check_folder(folder)
+    with translate_errors(folder):
+        return DiffusionPipeline.from_pretrained(
+            folder, transformer=model, torch_dtype=model.dtype, use_safetensors=True
+        )
+
+
+def recognize(file: Path) -> Target:
+    """The target that a file is of.
+
+    Raises:
+        InputError: there is no such file, or none that dtq reads.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    for target in TARGETS.values():
+        if target.recognizes(file):
+            return target
+    raise InputError(
+        f"{file} is a file in none of the formats that dtq reads ({', '.join(TARGETS)}); a folder "
+        f"of dtq or diffusers is loaded with from_pretrained"
+    )
+
+
+def _config(contents: Contents, config: ConfigSource, file: Path) -> tuple[dict[str, Any], str]:
+    """The config, and where it is from."""
+    if isinstance(config, Mapping):
+        return dict(config), "config"
+    if config is None:
+        if not contents.config:
+            raise InputError(
+                f"{file} has no config of its model; give config=FOLDER (--config FOLDER) with the "
+                f"config.json of the diffusers model"
+            )
+        return contents.config, f"{file}: config"
+    path = Path(config)
+    if path.is_dir():
+        path = path / "transformer" if (path / "model_index.json").is_file() else path
+        path = path / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; config= names a config.json or its folder")
+    fields = read_json(path)
+    return {key: value for key, value in fields.items() if key != "quantization_config"}, str(path)
+
+
+def _empty_model(fields: dict[str, Any], where: str, contents: Contents, file: Path) -> nn.Module:
+    """The float model with parameters on the meta device, no larger than its file."""
+    kind: Any = model_kind(fields.get("_class_name"))
+    if kind is None:
+        raise InputError(f"{where}: diffusers has no model {fields.get('_class_name')!r}")
+    count = len(contents.others) + 3 * len(contents.layers)
+    try:
+        with torch.device("meta"), limit_modules(where, count):
+            size = sum(b.numel() * b.element_size() for b in kind.from_config(fields).buffers())
+        if size > 2 * file.stat().st_size + SPARE_BYTES:
+            raise CheckpointError(f"{where}: describes tables of {size} bytes; it is damaged")
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = kind.from_config(fields)
+    except LIBRARY_ERRORS as error:
+        raise InputError(
+            f"{where}: {kind.__name__} cannot be built from it ({first_line(error)})"
+        ) from error
+    return model.eval()
+
+
+def _check(model: nn.Module, contents: Contents, where: str, file: Path) -> None:
+    """Check that the file holds every tensor of the model and no other.
+
+    Raises:
+        CheckpointError: it does not; names the tensor.
+    """
+    stored = {
+        key: (SAFETENSORS_DTYPES.get(t.dtype, "?"), tuple(t.shape))
+        for key, t in contents.others.items()
+    }
+    modules = dict(model.named_modules())
+    for name, layer in contents.layers.items():
+        module = modules.get(name)
+        if module is None or not is_linear(module) or hasattr(module, "kernel_size"):
+            raise CheckpointError(
+                f"{file}: the model of {where} has no linear {name!r}; dtq reads files with the "
+                f"names of diffusers"
+            )
+        if shape_of(module) != layer.shape:
+            raise CheckpointError(
+                f"{file}: {name} is {list(layer.shape)}, {where} needs {list(shape_of(module))}"
+            )
+        _check_layer(f"{file}: {name}", layer)
+    check_shapes(where, model, stored, contents.layers)
+    for name in contents.layers:
+        wants, has = modules[name].bias is not None, f"{name}.bias" in contents.others
+        if wants != has:
+            raise CheckpointError(f"{file}: {name}.bias is {'missing' if wants else 'too much'}")
+    unknown = set(contents.others) - set(model.state_dict())
+    if unknown:
+        first = sorted(unknown)[0]
+        raise CheckpointError(
+            f"{file}: {len(unknown)} tensors are not of the model, {first} is one; a file of "
+            f"another engine must have the names of diffusers"
+        )
+
+
+def _check_layer(where: str, layer: StoredLayer) -> None:
+    try:
+        specs = layer.spec.validated_for(layer.shape)
+    except InputError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    for key, spec in specs.items():
+        if key not in layer.tensors:
+            raise CheckpointError(f"{where}: {key} is missing")
+        check_tensor(f"{where}: {key}", layer.tensors[key], spec)
+        wrong = spec.unsupported_reason and spec.unsupported_reason(layer.tensors[key])
+        if wrong:
+            raise CheckpointError(f"{where}: {key} holds {wrong}")
+
+
+def _filled(model: nn.Module, contents: Contents, target: Target) -> nn.Module:
+    """The model with quantized layers and every tensor of the file."""
+    dtype = _compute_dtype(contents.others)
+    plans = []
+    for name, layer in contents.layers.items():
+        old = model.get_submodule(name)
+        new = QuantLinear.in_place_of(old, layer.spec, compute_dtype=dtype, device="meta")
+        new.fill(layer.tensors)
+        model.set_submodule(name, new)
+        plans.append(LayerPlan(name, "other", layer.shape, layer.spec))
+    state = {key: t.contiguous() for key, t in contents.others.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.requires_grad_(False)
+    finalize(model, ())
+    plan = Plan(contents.recipe or target.name, tuple(plans))
+    attach_quantizer(model, plan, (), dtype, DTQConfig())
+    return model
+
+
+def _compute_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The float dtype of most tensors."""
+    counts = Counter(t.dtype for t in tensors.values() if t.dtype in COMPUTE_DTYPES)
+    return counts.most_common(1)[0][0] if counts else torch.float32

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a target is: a file format of another engine, what it can hold, how it is written and read.
+
+A target never rounds again. It stores the integers, scales and tables that dtq calibrated, in the
+order and under the names that the other engine reads. What the engine has no place for is refused
+with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dtq.formats import PackedTensors
+from dtq.plan.layers import LayerSpec
+from dtq.transforms.base import OnlineTransform
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized linear (N, K) as dtq stores it.
+
+    Attributes:
+        spec: formats, transform, rank.
+        shape: (N, K).
+        tensors: packed tensors with on-disk dtypes, without the bias.
+        spatial: axes after the channels in place of a 1 x 1 convolution; 0 for a linear.
+    """
+
+    spec: LayerSpec
+    shape: tuple[int, int]
+    tensors: PackedTensors
+    spatial: int = 0
+
+    def weights(self) -> PackedTensors:
+        """The tensors of the weight format."""
+        return {name: t for name, t in self.tensors.items() if name.startswith("weight")}
+
+    def transform(self) -> OnlineTransform | None:
+        """The transform of the input; None if it changes nothing."""
+        scale = self.tensors.get("pre_quant_scale")
+        perm = self.tensors.get("pre_quant_perm")
+        moves = perm is not None or self.spec.hadamard_block_size > 1
+        if scale is None or not (moves or bool((scale != 1).any())):
+            return None
+        return OnlineTransform(
+            scale.reshape(-1),
+            self.spec.hadamard_block_size,
+            None if perm is None else perm.reshape(-1),
+            self.spec.num_rotations,
+        )
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything in a file: quantized layers, other tensors, and what the model is.
+
+    Attributes:
+        layers: quantized linears by dotted name.
+        others: every other tensor by name, biases of quantized linears among them.
+        config: the diffusers config of the model, with ``_class_name``; empty if the file does not
+            say.
+        recipe: name of the recipe; empty if the file does not say.
+    """
+
+    layers: dict[str, StoredLayer]
+    others: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can hold, in terms of a recipe; checked before anything is calibrated.
+
+    Attributes:
+        formats: weight format to the activation formats that it runs with.
+        recipe: a shipped recipe that fits, for messages.
+        transforms: methods whose transforms it runs.
+        fallbacks: weight formats, best first, for layers whose format the recipe did not choose:
+            modulation, and layers that the recipe's format does not fit.
+    """
+
+    formats: Mapping[str, tuple[str, ...]]
+    recipe: str
+    transforms: tuple[str, ...] = ("none",)
+    fallbacks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table of targets.
+
+    Attributes:
+        name: key of ``TARGETS``.
+        about: one line for ``dtq export --list``.
+        suffix: of its files.
+        limits: what a recipe may ask for.
+        unsupported_reason: why the engine cannot hold a solved layer; None if it can.
+        write: writes a file.
+        read: reads a file; the inverse of ``write``.
+        recognizes: whether a file is one of this engine; looks at its header alone.
+    """
+
+    name: str
+    about: str
+    suffix: str
+    limits: Limits
+    unsupported_reason: Callable[[StoredLayer], str | None]
+    write: Callable[[Contents, Path], None]
+    read: Callable[[Path], Contents]
+    recognizes: Callable[[Path], bool]
+
+
+def common_reason(layer: StoredLayer, limits: Limits) -> str | None:
+    """Why an engine that runs plain linears cannot hold a layer, whatever its tensors are.
+
+    Args:
+        layer: the solved layer.
+        limits: of the engine.
+    """
+    spec = layer.spec
+    if layer.spatial:
+        return "it stands for a 1 x 1 convolution"
+    if spec.weight_format not in limits.formats:
+        return f"weights are {spec.weight_format}, not {' or '.join(limits.formats)}"
+    runs = limits.formats[spec.weight_format]
+    if spec.activation_format not in runs:
+        return f"activations are {spec.activation_format}, not {' or '.join(runs)}"
+    if spec.rank:
+        return "it has a low-rank branch"
+    return None

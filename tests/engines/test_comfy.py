@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""comfy-kitchen, as released, runs the files for ComfyUI as dtq runs the checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from engine_models import FAMILIES, error, float_output, layer_input, model_errors, quantized
+
+import dtq
+from dtq.engines import TARGETS
+from dtq.engines.comfy_file import from_regular, to_regular
+from dtq.engines.comfy_nvfp4 import tiled, untiled
+from dtq.formats import FORMATS
+from dtq.nn import QuantLinear
+
+needs_kitchen = pytest.mark.skipif(
+    importlib.util.find_spec("comfy_kitchen") is None,
+    reason="needs comfy-kitchen: see docs/engines/README.md",
+)
+RECIPES = {name: t.limits.recipe for name, t in TARGETS.items() if name.startswith("comfy")}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def target(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request, target, tmp_path_factory):
+    """The float model, the quantized one, and its file."""
+    model, made = quantized(request.param, RECIPES[target], target)
+    file = tmp_path_factory.mktemp(target) / f"{request.param}.safetensors"
+    dtq.export(made, target, file)
+    return model, made, file
+
+
+@needs_kitchen
+def test_every_layer_has_the_error_of_dtq(exported):
+    import kitchen
+
+    model, made, file = exported
+    weights, others, _ = kitchen.quantized_weights(file)
+    layers = {n: m for n, m in made.named_modules() if isinstance(m, QuantLinear)}
+    assert set(layers) == set(weights)
+    assert len(layers) > 8
+    for name, layer in layers.items():
+        x = layer_input(layer.in_features)
+        want = float_output(model, name, x)
+        with torch.no_grad():
+            theirs = torch.nn.functional.linear(x, weights[name], others.get(f"{name}.bias"))
+            own = error(layer(x), want)
+        assert 0 < own < 0.1
+        assert error(theirs, want) <= 1.01 * own, name
+
+
+@needs_kitchen
+def test_the_whole_model_has_the_error_of_dtq(exported):
+    import kitchen
+
+    model, made, file = exported
+    engine = kitchen.model(file)
+    ours, theirs = model_errors(model, made, engine)
+    assert ours > 0
+    assert theirs <= 1.01 * ours
+
+
+@needs_kitchen
+def test_integer_sums_are_equal(tmp_path):
+    import kitchen
+    from comfy_kitchen.backends.eager.quantization import mm_int8
+
+    _, made = quantized("dit", "convrot-w8a8", "comfy-int8")
+    file = tmp_path / "model.safetensors"
+    dtq.export(made, "comfy-int8", file)
+    weights, _, _ = kitchen.quantized_weights(file)
+    g = torch.Generator().manual_seed(3)
+    rotated = 0
+    for name, layer in made.named_modules():
+        if not isinstance(layer, QuantLinear) or layer.activation_format == "none":
+            continue
+        codes = torch.randint(-127, 128, (33, layer.in_features), generator=g, dtype=torch.int8)
+        own = torch._int_mm(codes, layer.packed_tensor("weight").T.contiguous())
+        block = layer.problem.hadamard_block
+        rotated += block > 1
+        theirs = mm_int8(to_regular(codes, block), weights[name]._qdata.T.contiguous())
+        assert torch.equal(own, theirs), name
+    assert rotated > 8
+
+
+@needs_kitchen
+@pytest.mark.parametrize(("target_name", "limit"), [("comfy-w4a8", 127), ("comfy-w4a4", 7)])
+def test_integer_sums_of_4_bit_weights_are_equal(target_name, limit, tmp_path):
+    import kitchen
+    from comfy_kitchen.backends.eager.convrot_w4a4 import prepare_int4_weight_for_int8_linear
+    from comfy_kitchen.backends.eager.quantization import mm_int8
+    from comfy_kitchen.backends.eager.w4a8_int8 import _dequant_int4_grouped_to_int8
+
+    _, made = quantized("dit", RECIPES[target_name], target_name)
+    file = tmp_path / "model.safetensors"
+    dtq.export(made, target_name, file)
+    weights, _, _ = kitchen.quantized_weights(file)
+    g, checked = torch.Generator().manual_seed(3), 0
+    for name, layer in made.named_modules():
+        if not isinstance(layer, QuantLinear) or layer.activation_format == "none":
+            continue
+        codes = torch.randint(-limit, limit + 1, (9, layer.in_features), generator=g)
+        codes = codes.to(torch.int8)
+        fmt = FORMATS[layer.weight_format]
+        own = fmt.unpack({n: layer.packed_tensor(n) for n in fmt.tensor_specs(layer._shape)})
+        own = (own / layer.packed_tensor("weight_scale")).round().to(torch.int8)
+        quantized_weight = weights[name]
+        if target_name == "comfy-w4a8":
+            params = quantized_weight._params
+            theirs = _dequant_int4_grouped_to_int8(
+                quantized_weight._qdata, params.scale, params.codebook, params.group_size
+            )
+        else:
+            theirs = prepare_int4_weight_for_int8_linear(quantized_weight._qdata)
+        regular = to_regular(codes, layer.problem.hadamard_block)
+        assert torch.equal(
+            torch._int_mm(codes, own.T.contiguous()), mm_int8(regular, theirs.T.contiguous())
+        ), name
+        checked += 1
+    assert checked > 8
+
+
+@pytest.mark.parametrize("block", [4, 16, 64, 256])
+def test_columns_go_to_the_regular_rotation_and_back(block):
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (8, 2 * block), generator=g, dtype=torch.int8)
+    assert torch.equal(from_regular(to_regular(codes, block), block), codes)
+    assert not torch.equal(to_regular(codes, block), codes)
+
+
+@needs_kitchen
+@pytest.mark.parametrize("activations", ["nvfp4", "none"])
+def test_nvfp4_weights_are_those_of_dtq(activations, tmp_path):
+    """On a CPU the package multiplies them with float activations, whatever the file asks for."""
+    import kitchen
+
+    model, made = quantized("dit", "comfy-nvfp4", "comfy-nvfp4", activations=activations)
+    file = tmp_path / "model.safetensors"
+    dtq.export(made, "comfy-nvfp4", file)
+    weights, others, _ = kitchen.quantized_weights(file)
+    checked = 0
+    for name, layer in made.named_modules():
+        if not isinstance(layer, QuantLinear) or layer.weight_format != "nvfp4-46":
+            continue
+        weight = weights[name].dequantize() if activations == "nvfp4" else weights[name]
+        torch.testing.assert_close(weight, layer.dequantize(), rtol=1e-6, atol=0)
+        if activations == "none":
+            x = layer_input(layer.in_features)
+            want = float_output(model, name, x)
+            with torch.no_grad():
+                theirs = torch.nn.functional.linear(x, weight, others.get(f"{name}.bias"))
+                own = error(layer(x), want)
+            assert error(theirs, want) == pytest.approx(own, rel=1e-3)
+        checked += 1
+    assert checked > 8
+
+
+def test_scales_are_tiled_as_the_package_tiles_them():
+    blocked = pytest.importorskip("comfy_kitchen.float_utils").to_blocked
+    g = torch.Generator().manual_seed(5)
+    for shape in ((128, 4), (16, 8), (300, 6), (256, 64)):
+        scale = torch.rand(shape, generator=g).to(torch.float8_e4m3fn)
+        ours = tiled(scale)
+        assert torch.equal(ours.view(torch.uint8), blocked(scale, flatten=False).view(torch.uint8))
+        assert torch.equal(untiled(ours, *shape).view(torch.uint8), scale.view(torch.uint8))

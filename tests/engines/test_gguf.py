@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package gguf decodes the files bit for bit, and diffusers' GGUF layers run them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import diffusers
+import pytest
+import torch
+from engine_models import FAMILIES, error, float_output, layer_input, model_errors, quantized
+from torch import nn
+
+import dtq
+from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
+from dtq.engines.gguf_file import GgufTensor, read_gguf, write_gguf
+from dtq.formats import FORMATS
+from dtq.nn import QuantLinear
+
+needs_gguf = pytest.mark.skipif(
+    importlib.util.find_spec("gguf") is None, reason="needs gguf: see docs/engines/README.md"
+)
+TYPES = pytest.mark.parametrize("name", BLOCK_TYPES)
+RECIPES = ("gguf-q8", "gguf-q4", "gguf-q3", "gguf-q2")
+
+
+@needs_gguf
+@TYPES
+def test_the_package_decodes_blocks_to_the_same_bits(name):
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind, fmt = BLOCK_TYPES[name], FORMATS[name]
+    number = GGMLQuantizationType(kind.number)
+    assert number.name.lower() == name
+    assert GGML_QUANT_SIZES[number] == (kind.columns, kind.nbytes)
+    w = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0)) * 0.05
+    tensors = fmt.pack(w, fmt.compute_qparams(w))
+    theirs = torch.from_numpy(dequantize(to_blocks(name, tensors).numpy(), number))
+    assert torch.equal(theirs, fmt.unpack(tensors))
+
+
+@TYPES
+def test_any_block_comes_back(name):
+    kind = BLOCK_TYPES[name]
+    count = 1024 // kind.columns * kind.nbytes
+    g = torch.Generator().manual_seed(1)
+    data = torch.randint(0, 256, (5, count), dtype=torch.uint8, generator=g)
+    tensors = from_blocks(name, data)
+    assert torch.equal(to_blocks(name, tensors), data)
+    specs = FORMATS[name].tensor_specs((5, 1024))
+    assert {k: (s.shape, s.dtype) for k, s in specs.items()} == {
+        k: (tuple(t.shape), t.dtype) for k, t in tensors.items()
+    }
+
+
+@TYPES
+def test_scales_are_at_least_as_good_as_plain_ones(name):
+    """Against the package's own quantizer where it has one, and against int grids of similar size."""
+    fmt = FORMATS[name]
+    w = torch.randn(64, 1024, generator=torch.Generator().manual_seed(2))
+    ours = error(fmt.fake_quantize(w, fmt.compute_qparams(w)), w)
+    rival = {"q8_0": "int8-g64", "q6_k": "int4-asym-g32", "q5_k": "int4-asym-g32"}.get(
+        name, {"q4_k": "int4-asym-g32", "iq4_nl": "nf4-g64", "q3_k": "int3-asym-g64"}.get(name, "int2-asym-g64")
+    )  # fmt: skip
+    other = FORMATS[rival]
+    assert ours < error(other.fake_quantize(w, other.compute_qparams(w)), w)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request, tmp_path_factory):
+    """The float model, the quantized one, and its file."""
+    model, made = quantized(request.param, "gguf-q4", "gguf")
+    file = tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf"
+    dtq.export(made, "gguf", file)
+    return request.param, model, made, file
+
+
+def engine_model(family: str, model: nn.Module, file, folder) -> nn.Module:
+    """The model of a file in diffusers, with its GGUF layers."""
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+    from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
+
+    kind = type(model)
+    if family != "dit":  # a class that diffusers loads from single files
+        model.save_config(folder)
+        return kind.from_single_file(
+            str(file), config=str(folder), torch_dtype=torch.float32,
+            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
+        ).eval()  # fmt: skip
+    state = load_gguf_checkpoint(str(file))
+    made = kind.from_config(model.config).eval()
+    _replace_with_gguf_linear(made, torch.float32, state)
+    for key, value in state.items():
+        module = made.get_submodule(key.rpartition(".")[0])
+        if not isinstance(value, GGUFParameter):
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(module, key.rpartition(".")[2], value)
+    return made
+
+
+@needs_gguf
+def test_layers_and_model_have_the_error_of_dtq(exported, tmp_path):
+    from diffusers.quantizers.gguf.utils import GGUFLinear
+
+    family, model, made, file = exported
+    engine = engine_model(family, model, file, tmp_path)
+    layers = {n: m for n, m in made.named_modules() if isinstance(m, QuantLinear)}
+    assert {n for n, m in engine.named_modules() if isinstance(m, GGUFLinear)} == set(layers)
+    assert {layer.weight_format for layer in layers.values()} == {"q4_k", "q8_0"}
+    for name, layer in layers.items():
+        x = layer_input(layer.in_features)
+        want = float_output(model, name, x)
+        with torch.no_grad():
+            own, theirs = error(layer(x), want), error(engine.get_submodule(name)(x), want)
+        assert 0 < own < 0.1
+        assert theirs <= 1.01 * own, name
+    ours, theirs = model_errors(model, made, engine)
+    assert ours > 0
+    assert theirs <= 1.01 * ours
+
+
+@needs_gguf
+def test_the_package_reads_the_container(exported):
+    from gguf import GGUFReader
+
+    _, model, _, file = exported
+    reader = GGUFReader(file)
+    config = json.loads(reader.get_field("dtq.config").contents())
+    assert config["_class_name"] == type(model).__name__
+    assert reader.get_field("general.architecture").contents() == "diffusers"
+    tensors = {t.name: t for t in reader.tensors}
+    _, ours = read_gguf(file)
+    assert set(tensors) == set(ours)
+    for name, tensor in ours.items():
+        assert tuple(reversed(tensors[name].shape.tolist())) == (tensor.shape or (1,)), name
+        assert tensors[name].data.tobytes() == tensor.data.numpy().tobytes(), name
+
+
+def test_a_container_comes_back(tmp_path):
+    g = torch.Generator().manual_seed(3)
+    tensors = {
+        "a": GgufTensor("", (3, 5), torch.randn(3, 5, generator=g)),
+        "b": GgufTensor("", (7,), torch.randn(7, generator=g).bfloat16()),
+        "c": GgufTensor(
+            "q8_0", (2, 64), torch.randint(0, 256, (2, 68), dtype=torch.uint8, generator=g)
+        ),
+        "d": GgufTensor("", (2, 1, 3, 2), torch.arange(12, dtype=torch.int32).reshape(2, 1, 3, 2)),
+    }
+    write_gguf(tmp_path / "x.gguf", {"one": "text", "two": 7}, tensors)
+    entries, read = read_gguf(tmp_path / "x.gguf")
+    assert entries == {"one": "text", "two": 7}
+    assert list(read) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (read[name].kind, read[name].shape) == (tensor.kind, tensor.shape)
+        assert torch.equal(read[name].data, tensor.data)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_calibration_lowers_the_error_of_every_recipe(recipe):
+    """GPTQ on the grids of the file, against rounding to the same grids."""
+    model, made = quantized("dit", recipe, "gguf")
+    _, plain = quantized("dit", recipe, "gguf", solver="rtn", correct_bias=False)
+    errors = model_errors(model, made, plain)
+    assert errors[0] < errors[1]
