@@ -18,7 +18,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dtq.checkpoint.config import DTQConfig
-from dtq.checkpoint.file_size import SAFETENSORS_DTYPES
 from dtq.engines import TARGETS
 from dtq.engines.target import Contents, StoredLayer, Target
 from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
@@ -29,6 +28,7 @@ from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import check_tensor
 from dtq.nn.swap import finalize
 from dtq.pipelines.loading import translate_errors
+from dtq.pipelines.stored_tensors import SAFETENSORS_DTYPES
 from dtq.pipelines.validation import (
     SPARE_BYTES,
     check_folder,
