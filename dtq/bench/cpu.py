@@ -241,6 +241,7 @@ def compare_models(case: Case, rounds: int) -> list[BenchRow]:
 
 def _steps(case: Case) -> Iterator[Candidate]:
     """One denoising step: eager, compiled if there is a compiler, in OpenVINO if it is there."""
+    torch.compiler.reset()  # it compiles one forward 8 times at most, and all cases have the same
     calls = calibration_calls(case.inputs)
     inputs = cast_floats(case.inputs, torch.bfloat16)
     for name in RECIPES:
