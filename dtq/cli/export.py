@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # fmt: off
 _options = opt.combined(
-    click.option("--to", metavar="TARGET", help="Engine and format; --list shows them."),
-    opt.output(help="File to write."),
+    click.option("--to", metavar="TARGET", help="Engine and format; --list shows them. Default: none."),
+    opt.output(help="File to write. Default: none; it is needed without --list."),
     opt.component,
     opt.variant,
     click.option("--unsupported", type=click.Choice(["refuse", "float"]), default="refuse",

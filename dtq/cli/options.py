@@ -89,7 +89,7 @@ exclude = several(
     help="Layer that stays unquantized: a name, a prefix or a path component, as it is or as a glob; "
          "or re:PATTERN. Repeat for more. Default: those of the recipe alone.")
 target = click.option(
-    "--to", "target", metavar="TARGET", default="",
+    "--to", "target", metavar="TARGET", default="", show_default=False,
     help="Engine that will read the model, see dtq export --list: what it cannot hold is adapted, or "
          "refused before calibration. Default: none.")
 fresh = flag("--fresh", help="Discard the results of an interrupted run.")
