@@ -25,10 +25,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch) -> Path:
-    """A CUDA toolkit that torch knows, with an nvcc that writes a word into its last argument."""
+    """A CUDA toolkit that torch knows, with an nvcc that writes a word into its last argument.
+
+    It says that it is of CUDA 12, which the drivers of all GPUs that run tests support.
+    """
     (tmp_path / "cuda/bin").mkdir(parents=True)
     script = tmp_path / "cuda/bin/nvcc"
-    script.write_text('#!/bin/sh\nfor f; do :; done\necho made > "$f"\n')
+    version = '[ "$1" = --version ] && echo "release 12.0," && exit'
+    script.write_text(f'#!/bin/sh\n{version}\nfor f; do :; done\necho made > "$f"\n')
     script.chmod(0o755)
     monkeypatch.setattr(torch_extension, "CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.delenv("PYTORCH_NVCC", raising=False)

@@ -31,7 +31,8 @@ def test_the_story_is_a_list_of_stages():
     assert [stage.__name__ for stage in stages] == [
         "plan", "calibrate", "record_calls",
         "solve", "compare_transforms", "mixed_precision",
-        "promote", "replace_layers", "finetune", "step_policy", "sanity_check", "attach_config",
+        "promote", "replace_layers", "finetune", "step_policy", "attention", "sanity_check",
+        "attach_config",
     ]  # fmt: skip
 
 

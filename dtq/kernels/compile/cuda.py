@@ -96,8 +96,8 @@ def _archs() -> tuple[str, ...]:
 
 def _compiler() -> str:
     compiler, reason = nvcc.find(cpp_extension.cuda_home()), cpp_extension.unsupported_reason()
-    driver, major = driver_version(), nvcc.major_version(compiler)
-    if driver is not None and driver // 1000 < major:
+    driver = driver_version()
+    if driver is not None and driver // 1000 < (major := nvcc.major_version(compiler)):
         raise Unavailable(
             f"the driver supports CUDA {_words(driver)}, and {compiler} is of CUDA {major}: update "
             f"the driver, or set CUDA_HOME to a CUDA {driver // 1000}"
