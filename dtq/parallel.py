@@ -32,7 +32,8 @@ from dtq.nn.linear import QuantLinear
 from dtq.nn.slice import COLUMN, ROW, Group, Slice, slice_specs
 from dtq.nn.storage import aligned, from_disk
 from dtq.nn.swap import finalize, swap_empty
-from dtq.pipelines.loading import model_class, translate_errors
+from dtq.pipelines.contents import model_class
+from dtq.pipelines.loading import translate_errors
 from dtq.pipelines.validation import check_folder
 from dtq.pipelines.weight_files import warn_of_variants, weight_files
 

@@ -27,7 +27,7 @@ from dtq.io.checksum import checksum
 from dtq.io.safe_parse import read_json
 from dtq.models.linears import shape_of
 from dtq.nn.swap import planned_linears
-from dtq.pipelines.loading import (
+from dtq.pipelines.contents import (
     Components,
     diffusion_transformers_on_disk,
     folder_kind,

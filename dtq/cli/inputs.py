@@ -20,7 +20,7 @@ from dtq import demo
 from dtq.checkpoint import reader
 from dtq.errors import InputError
 from dtq.io.safe_parse import parse_yaml, read_json
-from dtq.pipelines import loading
+from dtq.pipelines import contents, loading
 from dtq.pipelines.settings import SamplingSettings
 from dtq.pipelines.validation import check_links, model_folders
 from dtq.pipelines.weight_files import has_variant
@@ -133,9 +133,9 @@ def load_verified(model: str, dtype: str, variant: str | None) -> loading.Loaded
         variant: as for ``load_transformers``.
     """
     path = Path(model)
-    if path.is_dir() and loading.folder_kind(path) == "pipeline":
+    if path.is_dir() and contents.folder_kind(path) == "pipeline":
         check_links(path)
-        names = loading.diffusion_transformers_on_disk(path)
+        names = contents.diffusion_transformers_on_disk(path)
         configs = [path / name / "config.json" for name in names]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
             reader.verify(path, variant=variant)

@@ -55,7 +55,7 @@ def plan(
     from dtq.cli.inputs import recipe_with
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
-    from dtq.pipelines import loading
+    from dtq.pipelines import contents, loading
     from dtq.recipe.selectors import check_patterns
     from dtq.stages.calibrate import statistics_needed
     from dtq.stages.plan import plan as plan_stage
@@ -66,7 +66,7 @@ def plan(
     models = loading.meta_models(model, components or "auto", variant)
     check_patterns(exclude, [empty for empty, _ in models.values()], "--exclude")
     folder = Path(model)
-    has_pipeline = not folder.exists() or loading.folder_kind(folder) == "pipeline"
+    has_pipeline = not folder.exists() or contents.folder_kind(folder) == "pipeline"
     limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
     data: dict[str, dict[str, Any]] = {}
     for name, (empty, stored) in models.items():

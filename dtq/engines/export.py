@@ -17,7 +17,8 @@ from dtq.engines import TARGETS
 from dtq.engines.target import Contents, StoredLayer, Target
 from dtq.errors import InputError, hint
 from dtq.nn.linear import QuantLinear
-from dtq.pipelines.loading import Components, diffusion_transformers, load_model
+from dtq.pipelines.contents import Components, diffusion_transformers
+from dtq.pipelines.loading import load_model
 
 _OF_THE_CHECKPOINT = ("quantization_config", "_name_or_path", "_pre_quantization_dtype")
 """Keys of a diffusers config that describe a dtq checkpoint, not the model."""

@@ -28,7 +28,7 @@ from dtq.stages.sanity_metrics import STEPS, short_settings
 from dtq.transforms import TRANSFORMS
 
 TRACED_BATCH = 2
-"""Images in the traced forward pass, see ``dtq.pipelines.loading``."""
+"""Images in the traced forward pass, see ``dtq.pipelines.tracing``."""
 OVERHEAD = 1.5
 """Time of a model evaluation, with its statistics, over that of the GEMMs of its linears."""
 SOLVER_OPERATIONS = 5000.0

@@ -21,7 +21,7 @@ from dtq.engines import TARGETS
 from dtq.engines.load import load_float
 from dtq.errors import CheckpointError, DtqError, InputError
 from dtq.nn import QuantLinear
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 
 
 @pytest.fixture(scope="module", params=TARGETS)
