@@ -52,7 +52,7 @@ def plan(
     import psutil
 
     from dtq.allocate import parse_size
-    from dtq.cli.inputs import recipe_with
+    from dtq.cli.inputs import check_target, recipe_with
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
     from dtq.pipelines import contents, loading
@@ -63,6 +63,7 @@ def plan(
 
     tune_malloc()
     recipe = recipe_with(choices)
+    check_target(target)
     models = loading.meta_models(model, components or "auto", variant)
     check_patterns(exclude, [empty for empty, _ in models.values()], "--exclude")
     folder = Path(model)

@@ -201,9 +201,10 @@ def _transformer(
     path = Path(source)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; dtq export reads the output of dtq quantize")
-    folders = reader.verify(path, component, variant)
-    name = _only(list(folders), str(path))
-    return name, load_model(folders[name], variant=variant)
+    found = reader.verify(path, component, variant)
+    name = _only(list(found), str(path))
+    folder, own = found[name]
+    return name, load_model(folder, variant=own)
 
 
 def _listed(component: Components) -> list[str]:

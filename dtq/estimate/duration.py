@@ -60,6 +60,9 @@ def run_seconds(
 def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> dict[str, int]:
     """Images that pass through the transformer, by stage; each branch of guidance is an image.
 
+    int8 attention is counted as if the error stayed within its limit in every module. Where it does
+    not, the stage also runs the model for each module, and again for each step of a bisection.
+
     Args:
         run: after the plan stage.
         needs: statistics that are collected.

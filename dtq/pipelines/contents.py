@@ -80,7 +80,7 @@ def folder_kind(path: Path) -> str:
     if not path.is_dir():
         raise InputError(
             f"{path} is a file; dtq needs a diffusers folder (with model_index.json). dtq.load "
-            f"reads files of other engines"
+            f"reads files of other engines, dtq quantize FILE --config FOLDER quantizes them again"
         )
     if (path / "model_index.json").is_file():
         return "pipeline"

@@ -41,7 +41,7 @@ from dtq.pipelines.validation import (
     meta_model,
     model_folders,
 )
-from dtq.pipelines.weight_files import resolve_variants, warn_of_variants, weight_files
+from dtq.pipelines.weight_files import resolve_variants, weight_files
 
 log = logging.getLogger("dtq")
 
@@ -138,18 +138,21 @@ def load_transformers(
     if isinstance(source, DiffusionPipeline):
         return _transformers_of(type(source).__name__, source, component)
     if isinstance(source, nn.Module):
+        if component not in ("auto", "transformer", ["transformer"], ("transformer",)):
+            raise InputError(
+                f"component={component!r} names a model of a pipeline, and the "
+                f"{type(source).__name__} is in none; leave it out"
+            )
         return [LoadedModel(type(source).__name__, None, "transformer", source)]
     if not isinstance(source, str | Path):
         raise InputError(f"expected a path, hub id, pipeline or model, got {type(source).__name__}")
     name = str(source)
-    path = demo.folder(name) if name in demo.FOLDERS else Path(source)
+    path = demo.path_of(name)
     on_hub = not path.exists()
     if on_hub:
         path = download_pipeline(name, variant)
     kind = folder_kind(path)
-    variants, converted = check_folder(path, variant)
-    if variant is None:
-        warn_of_variants(path, variants)
+    variants, converted = check_folder(path, variant, warn=True)
     if kind == "model":
         own = variants[""]
         model = load_model(path, _dtype(dtype, path, own), own, converted.get(""))
@@ -241,7 +244,7 @@ def meta_models(
         InputError: as :func:`load_transformers`.
         CheckpointError: as :func:`load_transformers`.
     """
-    path = demo.folder(name) if name in demo.FOLDERS else Path(name)
+    path = demo.path_of(name)
     on_hub = not path.exists()
     if on_hub:
         path = download_configs(name)
@@ -252,9 +255,7 @@ def meta_models(
         names = {name: name for name in found}
     variants: dict[str, str | None] = {}
     if not on_hub:
-        variants = resolve_variants(path, folders, variant)
-        if variant is None:
-            warn_of_variants(path, variants)
+        variants = resolve_variants(path, folders, variant, warn=True)
     models = {}
     for key, part in names.items():
         folder, own = path / part, variants.get(part)
