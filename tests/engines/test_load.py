@@ -173,7 +173,7 @@ def test_an_unknown_engine_is_found_before_the_model_is_loaded(command, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "float_of_tomorrow"}, "none of the formats"),
+        ({"format": "float_of_tomorrow"}, "to_q.comfy_quant is 'float_of_tomorrow'; dtq reads"),
         ({"convrot_groupsize": 6}, "not a power of 4"),
         ({"convrot_groupsize": 4096}, "does not divide"),
         ({"convrot_groupsize": "64"}, "not a power of 4"),
