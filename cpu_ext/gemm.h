@@ -176,8 +176,8 @@ void store_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
 }
 
 template <Float type>
-void store_group(const Linear& g, int64_t n, int64_t rows, int64_t block, int count, const int32_t* sums,
-                 const float* totals) {
+void store_group_as(const Linear& g, int64_t n, int64_t rows, int64_t block, int count, const int32_t* sums,
+                    const float* totals) {
   for (int c = 0; c < count; c++)
     for (int i = 0; i < rows; i += 16) {
       const int64_t token = (block + c) * kBlockTokens;
@@ -186,6 +186,14 @@ void store_group(const Linear& g, int64_t n, int64_t rows, int64_t block, int co
       (whole ? store_block<type, true> : store_block<type, false>)(g, n + i, token, sums + first,
                                                                    totals + first);
     }
+}
+
+inline void store_group(const Linear& g, int64_t n, int64_t rows, int64_t block, int count,
+                        const int32_t* sums, const float* totals) {
+  const auto store = g.type == kFloat32    ? store_group_as<kFloat32>
+                     : g.type == kBFloat16 ? store_group_as<kBFloat16>
+                                           : store_group_as<kFloat16>;
+  store(g, n, rows, block, count, sums, totals);
 }
 
 // Unpacks panel p to [step][kPanelRows][kStep]; returns how many output channels it has.
@@ -219,10 +227,7 @@ void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, 
         }
         if (g.section_scale) add_section(g, n, rows, at, count, section, sums, totals);
       }
-      const auto store = g.type == kFloat32    ? store_group<kFloat32>
-                         : g.type == kBFloat16 ? store_group<kBFloat16>
-                                               : store_group<kFloat16>;
-      store(g, n, rows, at, count, sums, totals);
+      store_group(g, n, rows, at, count, sums, totals);
       at += count;
     }
   }
