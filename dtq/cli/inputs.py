@@ -149,7 +149,7 @@ def check_target(target: str) -> None:
         InputError: there is no such target.
     """
     if target:
-        from dtq.engines.export import find_target
+        from dtq.engines import find_target
 
         find_target(target)
 
