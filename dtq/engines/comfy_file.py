@@ -251,6 +251,12 @@ def _stored_layer(
 def matrix(weight: Tensor, dtype: torch.dtype, where: str, per_byte: int = 1) -> tuple[int, int]:
     """(N, K) of a stored weight.
 
+    Args:
+        weight: as stored, (N, K / ``per_byte``).
+        dtype: that it must have.
+        where: name of the layer, for messages.
+        per_byte: weights in one stored value.
+
     Raises:
         CheckpointError: it has another dtype, or is no matrix.
     """

@@ -189,12 +189,7 @@ def distributions(
         {name: f"weights {each.weights}, resizer {each.resizer}" for name, each in loaded.items()},
         extractor_of,
     )
-    reasons = [
-        f"{len(images.failed)} of {len(images.bytes)} samples of the {name} model cannot be used: "
-        f"the first {next(iter(images.failed.values()))}"
-        for name, images in results.image_sets.items()
-        if images.failed
-    ]
+    reasons = _unusable(results.image_sets)
     del results.image_sets["rerun"]
     if reasons:
         results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
@@ -213,6 +208,16 @@ def distributions(
         except InputError as error:
             results.missing[metric] = str(error)
     return results
+
+
+def _unusable(image_sets: dict[str, ImageSet]) -> list[str]:
+    """Why sets cannot be compared: a sentence for each that has samples of which one failed."""
+    return [
+        f"{len(images.failed)} of {len(images.bytes)} samples of the {name} model cannot be used: "
+        f"the first {next(iter(images.failed.values()))}"
+        for name, images in image_sets.items()
+        if images.failed
+    ]
 
 
 def _load_extractors(

@@ -161,6 +161,12 @@ def _bias(mask: Tensor) -> Tensor:
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     """Check shapes.
 
+    Args:
+        q: see :func:`int8_attention`.
+        k: likewise.
+        v: likewise.
+        mask: likewise.
+
     Raises:
         ValueError: they do not fit, or a head is too wide.
     """

@@ -25,7 +25,17 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantLinear) -> Tensor:
-        """``x`` (M, K) through the layer, (M, N)."""
+        """The product.
+
+        Args:
+            ctx: of autograd.
+            x: (M, K).
+            bias: (N,) or None.
+            layer: whose weight multiplies.
+
+        Returns:
+            (M, N).
+        """
         ctx.layer, ctx.has_bias = layer, bias is not None
         return layer._gemm(x, bias)
 
