@@ -30,11 +30,12 @@ from dtq.nn import QuantLinear
 
 Shapes = Sequence[Sequence[int]]
 
+FLOAT_LINEARS = "modulation and other linears in float"
 PREFIXES = {
     "products": ("dtq::w8a8", "dtq::w4a8"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "quantize": ("dtq::quantize_rows", "dtq::binned_quantize_rows"),
-    "modulation and other linears in float": (
+    FLOAT_LINEARS: (
         "dtq::weight_linear", "aten::addmm", "aten::mm", "aten::mkldnn", "aten::silu"
     ),
     "GELU as an op": ("dtq::gelu", "aten::gelu"),
@@ -82,7 +83,9 @@ def main(recipe: str, tokens: int, blocks: int, steps: int) -> None:
     step = statistics.median(_cpu_times(partial(model, **inputs), steps))
     parts = _parts(partial(model, **inputs), steps)
     parts["Python and the dispatcher"] = step - sum(parts.values())
-    if recipe != "bfloat16":
+    if recipe == "bfloat16":
+        parts["products"] = parts.pop(FLOAT_LINEARS, 0.0)
+    else:
         epilogue = blocks * _gelu(model, 2 * tokens, steps)
         parts["products"] -= epilogue
         parts["GELU in the product"] = epilogue

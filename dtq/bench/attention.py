@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 attention compared with that of torch: time, and error against float64."""
+"""int8 attention compared with that of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.bench.compare import Candidate, compare
+from dtq.bench.compare import BenchRow, Candidate, compare
 
 REFERENCE = "int8"
 """The candidate that times are divided by."""
@@ -47,49 +46,30 @@ SHAPES = (
 )
 
 
-@dataclass
-class AttentionRow:
-    """One candidate at one shape.
-
-    Attributes:
-        case: name of the shape.
-        name: of the candidate.
-        seconds: median time of a call.
-        ratio: quartiles of its time over that of ``REFERENCE``; None for that one itself.
-        error: relative squared error of its output against attention in float64 on the same
-            float32 inputs; rounding them to bfloat16 counts.
-    """
-
-    case: str
-    name: str
-    seconds: float
-    ratio: tuple[float, float, float] | None
-    error: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-
-def attention(quick: bool, rounds: int) -> Iterator[list[AttentionRow]]:
-    """Rows of each shape as soon as they are measured.
+def attention(quick: bool, rounds: int, case: str) -> Iterator[list[BenchRow]]:
+    """int8 attention and that of torch, at the shapes of some models.
 
     Args:
         quick: only shapes of up to 256 tokens.
         rounds: of each comparison, at least 2.
+        case: only shapes whose names contain this text.
     """
     for shape in SHAPES:
-        if not quick or shape.queries <= 256:
-            yield measured(shape, rounds)
+        if case in shape.name and (not quick or shape.queries <= 256):
+            yield compare_attention(shape, rounds)
 
 
 @torch.no_grad()
-def measured(shape: Shape, rounds: int) -> list[AttentionRow]:
+def compare_attention(shape: Shape, rounds: int) -> list[BenchRow]:
     """Time int8 and float attention at one shape, on normal inputs of variance one.
 
     Args:
         shape: of the layer.
         rounds: interleaved, at least 2.
+
+    Returns:
+        Rows with ratios to ``REFERENCE``. Errors are those against attention in float64 of the same
+        float32 inputs, so rounding these to bfloat16 counts.
     """
     g = torch.Generator().manual_seed(0)
 
@@ -108,15 +88,7 @@ def measured(shape: Shape, rounds: int) -> list[AttentionRow]:
         "bf16": lambda: F.scaled_dot_product_attention(q16, k16, v16),
         "fp32": lambda: F.scaled_dot_product_attention(q, k, v),
     }
-    candidates = [Candidate(name, run, 0) for name, run in runs.items()]
-    rows = compare(shape.name, shape.queries, candidates, rounds, relative_to=(REFERENCE,))
-    return [
-        AttentionRow(
-            shape.name, r.name, r.seconds, r.ratio.get(REFERENCE), _error(runs[r.name](), exact)
-        )
-        for r in rows
-    ]
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).square().sum() / want.square().sum())
+    candidates = [Candidate(name, run, None) for name, run in runs.items()]
+    return compare(
+        shape.name, shape.queries, candidates, rounds, relative_to=(REFERENCE,), reference=exact
+    )

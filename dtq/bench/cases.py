@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,30 +39,39 @@ class Case:
     tokens: int
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, case: str) -> Iterator[Case]:
     """Shapes of DiT-XL/2, PixArt and FLUX with random weights, and the demo.
 
     A model has few blocks: all of them do the same work.
 
     Args:
         quick: only DiT-XL/2 with 256 tokens, PixArt and the demo, with two blocks.
+        case: only models whose names contain this text; the others are not built.
     """
-    torch.manual_seed(0)
     blocks = 2 if quick else 4
-    yield dit_case(blocks, 256)
-    if not quick:
-        yield dit_case(2, 1024)
-    yield _pixart(blocks)
-    if not quick:
-        name = "FLUX.1 shape, 1 double and 2 single blocks, 1024 + 128 tokens"
-        yield Case(name, *flux_like(1, 2), 1152)
-    yield _demo()
+    pixart = f"PixArt-alpha shape, {blocks} blocks, 256 tokens + 120 of text, batch 2"
+    flux = "FLUX.1 shape, 1 double and 2 single blocks, 1024 + 128 tokens"
+    makes: list[tuple[str, int, Callable[[], tuple[nn.Module, Inputs]]]] = [
+        (dit_name(blocks, 256), 256, lambda: dit_like(blocks, 32)),
+        *([] if quick else [(dit_name(2, 1024), 1024, lambda: dit_like(2, 64))]),
+        (pixart, 256, lambda: _pixart(blocks)),
+        *([] if quick else [(flux, 1152, lambda: flux_like(1, 2))]),
+        ("demo, 64 tokens, batch 2", 64, _demo),
+    ]
+    for name, tokens, make in makes:
+        if case in name:
+            torch.manual_seed(0)
+            yield Case(name, *make(), tokens)
+
+
+def dit_name(blocks: int, tokens: int) -> str:
+    """Name of the case of some blocks of DiT-XL/2 for two images of so many tokens."""
+    return f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2"
 
 
 def dit_case(blocks: int, tokens: int) -> Case:
     """Some blocks of DiT-XL/2 for two images of so many tokens."""
-    name = f"DiT-XL/2 shape, {blocks} blocks, {tokens} tokens, batch 2"
-    return Case(name, *dit_like(blocks, 2 * math.isqrt(tokens)), tokens)
+    return Case(dit_name(blocks, tokens), *dit_like(blocks, 2 * math.isqrt(tokens)), tokens)
 
 
 def dit_like(
@@ -150,13 +159,11 @@ def dit(device: torch.device, quick: bool) -> tuple[nn.Module, Inputs, int]:
     return model.to(torch.bfloat16), cast_floats(inputs, torch.bfloat16), (side // 2) ** 2
 
 
-def _demo() -> Case:
+def _demo() -> tuple[nn.Module, Inputs]:
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel.from_pretrained(demo_folder() / "transformer")
-    side = model.config.sample_size
-    tokens = (side // model.config.patch_size) ** 2
-    return Case("demo, batch 2", model.eval(), _labeled(side), tokens)
+    return model.eval(), _labeled(model.config.sample_size)
 
 
 def _labeled(side: int) -> Inputs:
@@ -167,7 +174,7 @@ def _labeled(side: int) -> Inputs:
     }
 
 
-def _pixart(blocks: int) -> Case:
+def _pixart(blocks: int) -> tuple[nn.Module, Inputs]:
     from diffusers import PixArtTransformer2DModel
 
     model = PixArtTransformer2DModel(
@@ -181,8 +188,7 @@ def _pixart(blocks: int) -> Case:
         "timestep": torch.tensor([500, 500]),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
-    name = f"PixArt-alpha shape, {blocks} blocks, 256 tokens + 120 of text, batch 2"
-    return Case(name, _drawn(model), inputs, 256)
+    return _drawn(model), inputs
 
 
 def _drawn(model: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dtq.bench.layers import RECIPES
 from dtq.bench.timer import Clock, HostClock
+from dtq.errors import InputError
 from dtq.linalg.relative_error import relative_error
 
 PEER = "openvino"
@@ -105,13 +106,26 @@ class Result:
         return asdict(self) | found
 
 
-def run_all(comparisons: Iterable[list[BenchRow]], progress: Progress | None) -> list[BenchRow]:
-    """All rows of some comparisons; an iterator runs a comparison when it is asked for."""
+def linear_name(k: int, n: int) -> str:
+    """Name of the comparison of linears of ``k`` inputs and ``n`` outputs."""
+    return f"{k} x {n}"
+
+
+def run_all(
+    comparisons: Iterable[list[BenchRow]], progress: Progress | None, case: str = ""
+) -> list[BenchRow]:
+    """All rows of some comparisons; an iterator runs a comparison when it is asked for.
+
+    Raises:
+        InputError: there is none, since no name contains ``case``.
+    """
     rows: list[BenchRow] = []
     for compared in comparisons:
         rows += compared
         if progress:
             progress(compared)
+    if not rows:
+        raise InputError(f"the suite has no case whose name contains {case!r} (--case)")
     return rows
 
 
@@ -230,7 +244,10 @@ def peer_verdicts(rows: Iterable[BenchRow]) -> list[str]:
 
 
 def verdict(rows: Sequence[BenchRow]) -> str:
-    """A sentence. It recommends only what is faster than every float candidate."""
+    """A sentence, which recommends only what is faster than every float candidate.
+
+    Without rows of recipes it is empty.
+    """
     many = [row for row in rows if row.tokens > 1]
     speeds = []
     for recipe in RECIPES:
@@ -244,7 +261,7 @@ def verdict(rows: Sequence[BenchRow]) -> str:
             smaller = f"{_bytes(many, 'bf16') / _bytes(many, recipe):.1f}x smaller than bf16"
             speeds.append((speedup[fastest], recipe, fastest, smaller))
     if not speeds:
-        return "nothing of dtq was measured"
+        return ""
     speed, recipe, fastest, smaller = max(speeds)
     if speed > 1:
         return f"{recipe} is {speed:.1f}x faster than {fastest} here and {smaller}"

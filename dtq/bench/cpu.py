@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.bench import ggml, openvino
+from dtq.bench.attention import attention
 from dtq.bench.cases import Case, Inputs, calibration_calls, cases, cast_floats, quantized_model
 from dtq.bench.compare import (
     BenchRow,
@@ -24,6 +25,7 @@ from dtq.bench.compare import (
     Result,
     compare,
     first_output,
+    linear_name,
     run_all,
     timing,
 )
@@ -42,9 +44,9 @@ TOKENS = (1, 64, 256, 1024)
 _log = logging.getLogger(__name__)
 
 
-def gemm(quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
+def gemm(quick: bool, rounds: int, case: str) -> Iterator[list[BenchRow]]:
     """Whole linears, bfloat16 in to bfloat16 out."""
-    for k, n in SHAPES[:3] if quick else SHAPES:
+    for k, n in [s for s in (SHAPES[:3] if quick else SHAPES) if case in linear_name(*s)]:
         layers = _layers(k, n)
         for m in TOKENS[:3] if quick else TOKENS:
             x = torch.randn(m, k).bfloat16()
@@ -53,35 +55,40 @@ def gemm(quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
             yield rows
 
 
-def e2e(quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
+def e2e(quick: bool, rounds: int, case: str) -> Iterator[list[BenchRow]]:
     """One denoising step of models of the shapes of DiT-XL/2, PixArt and FLUX, and of the demo."""
-    for case in cases(quick):
-        yield compare_models(case, rounds)
+    for each in cases(quick, case):
+        yield compare_models(each, rounds)
 
 
 def suite(
-    comparisons: Callable[[bool, int], Iterator[list[BenchRow]]],
+    comparisons: Callable[[bool, int, str], Iterator[list[BenchRow]]],
     *,
     quick: bool,
     rounds: int,
+    case: str = "",
     progress: Progress | None,
 ) -> Result:
     """Run a suite on the CPU.
 
     Args:
-        comparisons: :func:`gemm` or :func:`e2e`.
+        comparisons: :func:`gemm`, :func:`e2e` or :func:`attention`.
         quick: fewer sizes, fewer blocks.
         rounds: of each comparison, at least 2.
+        case: only comparisons whose names contain this text.
         progress: called after each comparison.
 
     Returns:
         All rows.
+
+    Raises:
+        InputError: no name contains ``case``.
     """
-    rows = comparisons(quick, rounds)
-    return Result(comparisons.__name__, conditions(rounds), run_all(rows, progress))
+    rows = comparisons(quick, rounds, case)
+    return Result(comparisons.__name__, conditions(rounds), run_all(rows, progress, case))
 
 
-SUITES = {each.__name__: partial(suite, each) for each in (gemm, e2e)}
+SUITES = {each.__name__: partial(suite, each) for each in (gemm, e2e, attention)}
 
 
 def conditions(rounds: int) -> dict[str, str | int]:
@@ -117,7 +124,7 @@ def compare_linears(layers: dict[str, nn.Module], x: Tensor, rounds: int) -> lis
     full = cast(nn.Linear, layers["fp32"])
     with torch.no_grad():
         candidates, reference = _on(layers, x), full(x.float())
-    case = f"{full.in_features} x {full.out_features}"
+    case = linear_name(full.in_features, full.out_features)
     return compare(case, len(x), candidates, rounds, reference=reference)
 
 

@@ -29,6 +29,7 @@ from dtq.bench.compare import (
     Result,
     compare,
     first_output,
+    linear_name,
     run_all,
 )
 from dtq.bench.gpu_linears import compare_linears, conditions
@@ -54,26 +55,29 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def gemm(device: torch.device, quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
+def gemm(device: torch.device, quick: bool, rounds: int, case: str) -> Iterator[list[BenchRow]]:
     """Whole linears, bfloat16 in to bfloat16 out, and the bare products."""
-    for k, n in SHAPES[::2] if quick else SHAPES:
+    for k, n in [s for s in (SHAPES[::2] if quick else SHAPES) if case in linear_name(*s)]:
         for m in TOKENS[::2] if quick else TOKENS:
             yield compare_linears(m, k, n, rounds, device)
 
 
-def e2e(device: torch.device, quick: bool, rounds: int) -> Iterator[list[BenchRow]]:
+def e2e(device: torch.device, quick: bool, rounds: int, case: str) -> Iterator[list[BenchRow]]:
     """One denoising step of models with random weights, eager and compiled."""
-    for case, make in (("flux", flux), ("dit", dit)):
+    for name, make in (("flux shape", flux), ("dit shape", dit)):
+        if case not in name:
+            continue
         model, inputs, tokens = make(device, quick)
-        yield compare_models(f"{case} shape", tokens, model, inputs, rounds)
+        yield compare_models(name, tokens, model, inputs, rounds)
         del model, inputs  # frees them before the next model is built
 
 
 def suite(
-    comparisons: Callable[[torch.device, bool, int], Iterator[list[BenchRow]]],
+    comparisons: Callable[[torch.device, bool, int, str], Iterator[list[BenchRow]]],
     *,
     quick: bool,
     rounds: int,
+    case: str = "",
     progress: Progress | None,
     device: torch.device | None = None,
 ) -> Result:
@@ -83,6 +87,7 @@ def suite(
         comparisons: :func:`gemm` or :func:`e2e`.
         quick: fewer sizes, fewer blocks.
         rounds: of each comparison, at least 2.
+        case: only comparisons whose names contain this text.
         progress: called after each comparison.
         device: None: the current GPU.
 
@@ -90,11 +95,11 @@ def suite(
         All rows.
 
     Raises:
-        InputError: ``device`` is None, and there is no GPU.
+        InputError: ``device`` is None, and there is no GPU; or no name contains ``case``.
     """
     device = device or gpu()
-    rows = comparisons(device, quick, rounds)
-    return Result(comparisons.__name__, conditions(rounds, device), run_all(rows, progress))
+    rows = run_all(comparisons(device, quick, rounds, case), progress, case)
+    return Result(comparisons.__name__, conditions(rounds, device), rows)
 
 
 SUITES = {each.__name__: partial(suite, each) for each in (gemm, e2e)}

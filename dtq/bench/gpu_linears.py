@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.bench.compare import BenchRow, Candidate, compare, timing
+from dtq.bench.compare import BenchRow, Candidate, compare, linear_name, timing
 from dtq.bench.layers import RECIPES, quantized, rounded
 from dtq.bench.other_libraries import by, other_libraries, size_of
 from dtq.bench.packages import versions
@@ -77,7 +77,7 @@ def compare_linears(m: int, k: int, n: int, rounds: int, device: torch.device) -
     with torch.no_grad():
         reference = copy.deepcopy(plain).float()(x.float())
     return compare(
-        f"{k} x {n}", m, candidates, rounds, clock_of(device), (*layers, *PRODUCTS), reference
+        linear_name(k, n), m, candidates, rounds, clock_of(device), (*layers, *PRODUCTS), reference
     )
 
 

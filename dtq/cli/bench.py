@@ -24,6 +24,9 @@ _options = opt.combined(
                       "random weights, attention int8 attention and that of torch."),
     click.option("--device", type=click.Choice(["cpu", "cuda"]),
                  help="Device to time. Default: cuda if there is a GPU, else cpu."),
+    click.option("--case", default="", metavar="TEXT",
+                 help="Time only cases whose names contain this text, as '256 tokens' or "
+                      "'1152 x 4608'. Default: all."),
     opt.flag("--quick", help="Time fewer sizes, and only blocks of the large model."),
     click.option("--rounds", default=15, type=click.IntRange(2),
                  help="Number of interleaved measurements."),
@@ -40,6 +43,7 @@ _options = opt.combined(
 def bench(
     suite: str,
     device: str | None,
+    case: str,
     quick: bool,
     rounds: int,
     threads: int,
@@ -59,30 +63,34 @@ def bench(
     dtq bench --quick
     dtq bench --suite e2e -o bench.json --plot bench.svg
     dtq bench --suite attention
+    dtq bench --suite e2e --case PixArt --threads 2
     dtq bench --suite e2e --device cuda --json -o bench.json
     """
     import torch
 
     from dtq.bench import compare, cpu, gpu
+    from dtq.errors import InputError
     from dtq.evaluate.optional_packages import need
     from dtq.evaluate.report import plots
     from dtq.io.atomic import atomic_write
     from dtq.kernels import LIBRARIES
 
-    if suite == "attention":
-        _attention(device or "cpu", quick, rounds, threads, as_json, output)
-        return
     if plot is not None:
         need("matplotlib", "matplotlib")  # before minutes of measuring
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    suites = {"cpu": cpu.SUITES, "cuda": gpu.SUITES}
+    available = "cuda" if torch.cuda.is_available() and suite in gpu.SUITES else "cpu"
+    device = device or available
+    if suite not in suites[device]:
+        raise InputError(f"--suite {suite} is for CPUs: add --device cpu")
     if device == "cuda":
         gpu.gpu()
     LIBRARIES[device].load()
-    run = (gpu.SUITES if device == "cuda" else cpu.SUITES)[suite]
+    run = suites[device][suite]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = run(quick=quick, rounds=rounds, progress=None if as_json else _print_case)
+        progress = None if as_json else _print_case
+        result = run(quick=quick, rounds=rounds, case=case, progress=progress)
     finally:
         torch.set_num_threads(before)
     text = json.dumps(result.to_json(), indent=1)
@@ -96,60 +104,17 @@ def bench(
         _print(result)
 
 
-def _attention(
-    device: str, quick: bool, rounds: int, threads: int, as_json: bool, output: Path | None
-) -> None:
-    """Time attention alone; print and write its rows."""
-    import torch
-
-    from dtq.bench import attention, cpu
-    from dtq.errors import InputError
-    from dtq.io.atomic import atomic_write
-    from dtq.kernels import LIBRARIES
-
-    if device != "cpu":
-        raise InputError("int8 attention is for CPUs: --suite attention --device cpu")
-    LIBRARIES[device].load()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        rows = []
-        for measured in attention.attention(quick, rounds):
-            rows += measured
-            if as_json:
-                continue
-            head = (measured[0].case, "error", "ms", f"/ {attention.REFERENCE}")
-            cells = (
-                (r.name, f"{r.error:.1e}", f"{r.seconds * 1e3:.3f}", r.ratio) for r in measured
-            )
-            table(head, [(*some, "1" if q is None else _quartiles(q)) for *some, q in cells])
-            click.echo()
-        conditions = cpu.conditions(rounds)
-    finally:
-        torch.set_num_threads(before)
-    result = {"suite": "attention", "conditions": conditions, "rows": [r.to_json() for r in rows]}
-    text = json.dumps(result, indent=1)
-    if output is not None:
-        atomic_write(output, f"{text}\n")
-    click.echo(
-        text if as_json else ", ".join(f"{key} {value}" for key, value in conditions.items())
-    )
-
-
-def _quartiles(ratio: tuple[float, float, float]) -> str:
-    """The median of a ratio, and its quartiles."""
-    low, middle, high = ratio
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
-
 def _print_case(rows: Sequence[BenchRow]) -> None:
     """Print one size as soon as it is measured."""
+    from dtq.bench.attention import REFERENCE
     from dtq.bench.compare import PEER, fastest
     from dtq.bench.layers import RECIPES
 
     shares = any(row.share is not None for row in rows)
     peer = fastest(rows, (PEER,))
-    references = [*RECIPES, *([peer.name] if peer else [])]
+    measured = {row.name for row in rows}
+    references = [name for name in (*RECIPES, REFERENCE) if name in measured]
+    references += [peer.name] if peer else []
     head = [f"{rows[0].case}, M {rows[0].tokens}", "error", "ms", "weights"]
     head += [*(["of peak"] if shares else []), *(f"/ {name}" for name in references), "by"]
     table(head, [_cells(row, references, shares) for row in rows])
@@ -174,9 +139,11 @@ def _print(result: Result) -> None:
 
     for recipe in RECIPES:
         means = geometric_means(result.rows, recipe)
+        if not means:
+            continue
         tokens, others = sorted({t for t, _ in means}), list(dict.fromkeys(n for _, n in means))
         head = (f"time / {recipe}", *(f"M {t}" for t in tokens))
         table(head, [(n, *(or_dash(means.get((t, n)), ".2f") for t in tokens)) for n in others])
         click.echo()
     click.echo(", ".join(f"{key} {value}" for key, value in result.conditions.items()))
-    click.echo("\n".join([*peer_verdicts(result.rows), verdict(result.rows)]))
+    click.echo("\n".join(filter(None, [*peer_verdicts(result.rows), verdict(result.rows)])))

@@ -211,7 +211,7 @@ def distributions(
 
 
 def _unusable(image_sets: dict[str, ImageSet]) -> list[str]:
-    """Why sets cannot be compared: a sentence for each that has samples of which one failed."""
+    """A sentence for each set in which samples failed: it cannot be compared."""
     return [
         f"{len(images.failed)} of {len(images.bytes)} samples of the {name} model cannot be used: "
         f"the first {next(iter(images.failed.values()))}"

@@ -12,13 +12,13 @@ from dtq.cli import main
 
 
 def test_every_candidate_computes_attention():
-    rows = bench.measured(bench.Shape("small", 1, 2, 40, 70, 24), 3)
+    rows = bench.compare_attention(bench.Shape("small", 1, 2, 40, 70, 24), 3)
     errors = {row.name: row.error for row in rows}
     assert errors["fp32"] < 1e-12
     assert 1e-7 < errors["bf16"] < 1e-4
     assert errors["bf16"] < errors["int8"] < 5e-4
     assert 1e-6 < errors["int8 of fp32"] <= errors["int8"] * 1.2
-    assert all((row.ratio is None) == (row.name == bench.REFERENCE) for row in rows)
+    assert all((row.ratio == {}) == (row.name == bench.REFERENCE) for row in rows)
     assert all(row.seconds > 0 for row in rows)
 
 
@@ -37,3 +37,6 @@ def test_the_command_prints_and_writes_the_rows(monkeypatch, tmp_path):
     done = CliRunner().invoke(main, ["bench", "--suite", "attention", "--device", "cuda"])
     assert done.exit_code != 0
     assert "CPU" in done.output
+    done = CliRunner().invoke(main, [*command, "--case", "large"])
+    assert done.exit_code != 0
+    assert "no case whose name contains 'large'" in done.output

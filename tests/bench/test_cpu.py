@@ -281,3 +281,5 @@ def test_the_profile_adds_up(recipe, monkeypatch):
     shares = [float(line.split("%")[0]) for line in done.output.splitlines() if "% " in line]
     assert sum(shares) == pytest.approx(100, abs=1)
     assert "attention" in done.output
+    assert "products" in done.output
+    assert (profile_step.FLOAT_LINEARS in done.output) == (recipe != "bfloat16")
