@@ -37,7 +37,7 @@ class QuantDora(DoraLinearVariant):  # type: ignore[misc]
             **kwargs: of peft; not used.
 
         Raises:
-            InputError: the linear is offloaded.
+            InputError: the linear is offloaded by itself.
         """
         if not module.lora_magnitude_vector:
             module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
@@ -129,7 +129,7 @@ def _row_norms(module: Linear, name: str) -> Tensor:
     """``||W + s B A||`` of every row: float32 (N,).
 
     Raises:
-        InputError: the linear is offloaded, and the adapter is not.
+        InputError: the linear is offloaded by itself, as in sequential offloading.
     """
     base = module.get_base_layer()
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
@@ -137,8 +137,9 @@ def _row_norms(module: Linear, name: str) -> Tensor:
         return torch.empty(len(up), device="meta")
     if base.weight.is_meta:
         raise InputError(
-            f"adapter {name!r} is DoRA, which needs the norms of the weight, and a linear is "
-            f"offloaded; load the adapter before offloading the model"
+            f"adapter {name!r} is DoRA, which reads the weight outside of the linear, and layers "
+            f"are offloaded one by one; offload whole models or groups (enable_model_cpu_offload, "
+            f"enable_group_offload)"
         )
     w = base.dequantize(torch.float32) if isinstance(base, QuantLinear) else base.weight.float()
     delta = (up.float() @ down.float()) * module.scaling[name]  # (N, K)
