@@ -126,8 +126,9 @@ class Factors:
             return replace(self, tensors=tensors)
         high = self._sides("lokr_w2")[0]
         blocks = rows[::high] // high
-        left = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
-        if torch.equal(rows, (blocks[:, None] * high + torch.arange(high)).flatten()[: len(rows)]):
+        whole_blocks = (blocks[:, None] * high + torch.arange(high)).flatten()
+        if torch.equal(rows, whole_blocks):
+            left = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
             tensors[left] = tensors[left][blocks].contiguous()
             return replace(self, tensors=tensors)
         # the rows are no Kronecker product: one of 1 x 1 with the rows as they are

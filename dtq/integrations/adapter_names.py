@@ -41,7 +41,7 @@ def find_layers(
     Args:
         model: the transformer, with or without adapters.
         layers: by name in the file.
-        pipeline: with ``lora_state_dict``, which knows other layouts; None: names of the model only.
+        pipeline: with ``lora_state_dict``, which knows other layouts; None for none.
 
     Returns:
         Name in the model to its part of the adapter.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """DoRA on quantized linears: the rows of the dequantized weight plus the LoRA have learned norms.
 
-``W' = m (W + s B A) / ||W + s B A||`` row by row (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank
-Adaptation", eq. 5). The layer computes it from its own output: ``y' = y + (g - 1) (y - b) + g s B A x``
-with ``g = m / ||W + s B A||``, so the packed weight does not change. peft's layer reads a float
-weight, and multiplies by an identity matrix of K x K in every call; its names and settings are kept.
+``W' = m (W + s B A) / ||W + s B A||`` row by row (Liu et al. 2024, "DoRA: Weight-Decomposed
+Low-Rank Adaptation", eq. 5). The layer computes it from its own output, so the packed weight does
+not change: ``y' = y + (g - 1) (y - b) + g s B A x`` with ``g = m / ||W + s B A||``. peft's layer
+reads a float weight, and multiplies by an identity matrix of K x K in every call; its names and
+settings are kept.
 
 This module needs peft.
 """
@@ -63,6 +64,7 @@ class QuantDora(DoraLinearVariant):  # type: ignore[misc]
         Returns:
             float (..., N).
         """
+        gain = module.lora_magnitude_vector[active_adapter].weight / _norms(module, active_adapter)
         dropout = module.lora_dropout[active_adapter]
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
@@ -72,7 +74,6 @@ class QuantDora(DoraLinearVariant):  # type: ignore[misc]
         bias = module.get_base_layer().bias
         if bias is not None:
             plain = plain - bias
-        gain = module.lora_magnitude_vector[active_adapter].weight / _norms(module, active_adapter)
         low_rank = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         # g - 1 is small: multiplied separately, because a bfloat16 near 1 has steps of 1/128
         return (
@@ -104,13 +105,15 @@ def _norms(module: Linear, name: str) -> Tensor:
         return _row_norms(module, name)
     scaling, weight = float(module.scaling[name]), _weight_of(module)
     kept = _kept.setdefault(module, {}).get(name)
-    if kept is not None and (kept.scaling, kept.weight) == (scaling, weight):
-        if all(_equal(a, b) for a, b in ((kept.down, down), (kept.up, up))):
-            return kept.norms.to(down.device)
+    if (
+        kept is not None
+        and (kept.scaling, kept.weight) == (scaling, weight)
+        and _equal(kept.down, down)
+        and _equal(kept.up, up)
+    ):
+        return kept.norms
     norms = _row_norms(module, name)
-    _kept[module][name] = _Kept(
-        down.detach().clone(), up.detach().clone(), scaling, weight, norms
-    )
+    _kept[module][name] = _Kept(down.detach().clone(), up.detach().clone(), scaling, weight, norms)
     return norms
 
 

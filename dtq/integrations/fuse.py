@@ -41,13 +41,15 @@ class Fusible(BaseTunerLayer):  # type: ignore[misc]
         return base.bias
 
     def start(self, adapter_name: str) -> None:
-        """Begin without fused adapters.
+        """Begin without fused adapters, in the mode of the linear, not in training.
 
         Raises:
             InputError: the linear replaced a convolution.
         """
         self.fused = {}
-        if self.get_base_layer().spatial:
+        base = self.get_base_layer()
+        self.train(base.training)  # type: ignore[attr-defined]
+        if base.spatial:
             raise InputError(
                 f"adapter {adapter_name!r} is for a quantized 1 x 1 convolution; exclude that "
                 f"layer from quantization: modules_to_not_convert, or exclude: in the recipe"

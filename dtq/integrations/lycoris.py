@@ -104,11 +104,10 @@ class LokrLinear(_SideBranch, PeftLokr):  # type: ignore[misc]
         """``x kron(w1, w2)^T``, scaled, from the factors."""
         w1, w2 = self._dense_factor("w1", name), self._factor("w2", name)
         x = x.unflatten(-1, (w1.shape[1], -1))  # (..., B, D)
-        if isinstance(w2, Tensor):
-            x = F.linear(x, w2)  # (..., B, C)
-        else:
-            x = F.linear(F.linear(x, w2[1]), w2[0])
-        return (w1 @ x).flatten(-2) * self.scaling[name]  # (..., A C)
+        for factor in (w2,) if isinstance(w2, Tensor) else reversed(w2):
+            x = F.linear(x, factor)  # (..., B, C) after the last
+        # not w1 @ x: how torch computes that depends on requires_grad, and so do the last bits
+        return F.linear(x.mT, w1).mT.flatten(-2) * self.scaling[name]  # (..., A C)
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor]:
         """Factors of ``kron(w1, w2)``: (R, K) and (N, R).
@@ -134,9 +133,7 @@ class LohaLinear(_SideBranch, PeftLoha):  # type: ignore[misc]
         InputError: the linear replaced a convolution.
     """
 
-    def create_adapter_parameters(
-        self, adapter_name: str, r: int, shape: tuple[int, ...]
-    ) -> None:
+    def create_adapter_parameters(self, adapter_name: str, r: int, shape: tuple[int, ...]) -> None:
         """Create the factors.
 
         Args:

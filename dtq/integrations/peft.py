@@ -43,7 +43,7 @@ class LoraLinear(Fusible, Linear):  # type: ignore[misc]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """peft's variants, with DoRA for a quantized linear."""
+        """Peft's variants, with DoRA for a quantized linear."""
         return {**super().lora_variants, ("use_dora",): QuantDora}
 
     def resolve_lora_variant(self, **kwargs: Any) -> Any:

@@ -46,7 +46,7 @@ def quantized(name: str, recipe: str = "w4a16") -> nn.Module:
 
 def linears(model: nn.Module) -> dict[str, dtq.QuantLinear]:
     return {
-        name.removesuffix(".base_layer"): m
+        name.replace(".base_layer", ""): m
         for name, m in model.named_modules()
         if isinstance(m, dtq.QuantLinear)
     }
@@ -112,7 +112,7 @@ def test_an_adapter_equals_merging_it_into_the_dequantized_model(name, kind):
     for layer in tuners(twin):
         layer.merge()
     on = run(model)
-    assert relative(on, plain) > 0.005  # the adapter has an effect
+    assert relative(on, plain) > 1e-3  # the adapter has an effect
     assert relative(on, run(twin)) < 1e-5
 
 
@@ -313,22 +313,33 @@ def test_a_dequantized_model_keeps_its_adapters(kind):
 
 
 @pytest.mark.parametrize("kind", ["lokr", "loha", "dora"])
-def test_adapted_models_can_be_offloaded_and_compiled(kind):
+def test_adapted_models_can_be_offloaded(kind):
     model = adapted(quantized("flux", "w4a8"), kind)
     want = run(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(model), backend="dtq", fullgraph=True)
-    assert relative(run(compiled), want) < 1e-2
     model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     assert torch.equal(run(model), want)
 
 
+@pytest.mark.parametrize("kind", ["lokr", "loha", "dora"])
+def test_adapted_layers_compile_to_one_graph(kind):
+    model = adapted(quantized("flux", "w4a8"), kind)
+    layer = model.get_submodule(next(iter(linears(model))))
+    x = torch.randn(5, layer.in_features)
+    with torch.no_grad():
+        want = layer(x)
+        torch._dynamo.reset()
+        got = torch.compile(layer, backend="dtq", fullgraph=True)(x)
+    assert relative(got, want) < 1e-5
+
+
 def test_dora_on_layers_that_are_offloaded_one_by_one_is_refused():
     model = adapted(quantized("flux"), "dora")
-    run(model)
-    accelerate.cpu_offload(model, torch.device("cpu"))
-    with pytest.raises(InputError, match="offload whole models or groups"):
-        run(model)
+    call = dummy_inputs(model, 2, 500.0, 1)
+    with torch.no_grad():
+        model(**call)
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        with pytest.raises(InputError, match="offload whole models or groups"):
+            model(**call)
 
 
 @pytest.mark.parametrize("kind", ["lokr", "loha", "dora"])
