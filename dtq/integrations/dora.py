@@ -24,6 +24,11 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.nn.linear import QuantLinear
 
+_OFFLOADED = (
+    "adapter {} is DoRA, which reads the weight outside of the linear, and layers are offloaded one "
+    "by one; offload whole models or groups (enable_model_cpu_offload, enable_group_offload)"
+)
+
 
 class QuantDora(DoraLinearVariant):  # type: ignore[misc]
     """peft's DoRA of a linear, with norms of the dequantized weight."""
@@ -63,8 +68,14 @@ class QuantDora(DoraLinearVariant):  # type: ignore[misc]
 
         Returns:
             float (..., N).
+
+        Raises:
+            InputError: the linear is offloaded by itself, as in sequential offloading.
         """
-        gain = module.lora_magnitude_vector[active_adapter].weight / _norms(module, active_adapter)
+        magnitude = module.lora_magnitude_vector[active_adapter].weight  # (N,)
+        if magnitude.is_meta or module.get_base_layer().weight.is_meta:
+            raise InputError(_OFFLOADED.format(repr(active_adapter)))
+        gain = magnitude / _norms(module, active_adapter)
         dropout = module.lora_dropout[active_adapter]
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
@@ -139,11 +150,7 @@ def _row_norms(module: Linear, name: str) -> Tensor:
     if down.is_meta:  # the values follow from a file
         return torch.empty(len(up), device="meta")
     if base.weight.is_meta:
-        raise InputError(
-            f"adapter {name!r} is DoRA, which reads the weight outside of the linear, and layers "
-            f"are offloaded one by one; offload whole models or groups (enable_model_cpu_offload, "
-            f"enable_group_offload)"
-        )
+        raise InputError(_OFFLOADED.format(repr(name)))
     w = base.dequantize(torch.float32) if isinstance(base, QuantLinear) else base.weight.float()
     delta = (up.float() @ down.float()) * module.scaling[name]  # (N, K)
     return torch.linalg.vector_norm(w.to(delta.device) + delta, dim=1)
