@@ -103,7 +103,8 @@ def main() -> None:
     (label,) = pipe.get_label_ids(["cat-face"])
     latents = images(pipe, label, 32)
     floats = copy.deepcopy(pipe.transformer)
-    model = dtq.quantize(pipe.transformer, args.recipe, progress=False)
+    dtq.quantize(pipe, args.recipe, progress=False)
+    model = pipe.transformer
 
     config = peft.LoraConfig(
         r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, use_dora=args.dora

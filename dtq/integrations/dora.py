@@ -25,8 +25,8 @@ from dtq.errors import InputError
 from dtq.nn.linear import QuantLinear
 
 _OFFLOADED = (
-    "adapter {} is DoRA, which reads the weight outside of the linear, and layers are offloaded one "
-    "by one; offload whole models or groups (enable_model_cpu_offload, enable_group_offload)"
+    "adapter {} is DoRA, which reads the weight outside of the linear, and layers are offloaded "
+    "one by one; offload whole models or groups (enable_model_cpu_offload, enable_group_offload)"
 )
 
 

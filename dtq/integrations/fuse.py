@@ -130,6 +130,15 @@ def _as_factors(w: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor]:
 def check_rank(name: str, kind: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The factors, if they are smaller than the weight.
 
+    Args:
+        name: of the adapter.
+        kind: of the adapter, for the error.
+        down: (R, K).
+        up: (N, R).
+
+    Returns:
+        ``down`` and ``up``.
+
     Raises:
         InputError: they are not.
     """
