@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dtq.errors import InputError as InputError
     from dtq.errors import RecipeError as RecipeError
     from dtq.formats import FORMATS as FORMATS
+    from dtq.integrations.adapters import load_adapter as load_adapter
     from dtq.integrations.terdit import load_ternary as load_ternary
     from dtq.nn import QuantLinear as QuantLinear
     from dtq.recipe import Recipe as Recipe
@@ -42,6 +43,7 @@ _MODULES = {
     "export": "engines.export",
     "inject_outliers": "demo.outliers",
     "load": "engines.load",
+    "load_adapter": "integrations.adapters",
     "load_ternary": "integrations.terdit",
     "quantize": "api",
 }

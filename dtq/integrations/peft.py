@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA on quantized linears: adapters run in parallel to them, or fuse into the low-rank branch.
+"""Adapters of peft on quantized linears: they run in parallel to them.
 
 A quantized linear transforms its input internally, so an adapter gets the same input as on a float
-linear and needs no conversion. Fusing appends ``A`` and ``B * scale`` to the factors of the
-low-rank branch. The packed weight does not change, unfusing restores every bit, and a fused model
-saves and loads like any other. The fused factors are bfloat16, as in a checkpoint.
+linear and needs no conversion. LoRA, DoRA (``dora.py``), LoKr and LoHa (``lycoris.py``) have layers
+for it; all but DoRA can be fused into its low-rank branch (``fuse.py``). The others are refused.
 
 This module needs peft.
 """
@@ -15,14 +14,17 @@ from typing import Any
 
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from torch import nn
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
 
 from dtq.errors import InputError
+from dtq.integrations import lycoris
+from dtq.integrations.dora import QuantDora
+from dtq.integrations.fuse import Fusible
 from dtq.nn.linear import QuantLinear
 
 
-class LoraLinear(Linear):  # type: ignore[misc]
+class LoraLinear(Fusible, Linear):  # type: ignore[misc]
     """peft's LoRA layer for a linear, with a merge that does not change the weight.
 
     Args:
@@ -37,70 +39,49 @@ class LoraLinear(Linear):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, *args, **kwargs)
-        # adapter to its range of ranks in the branch, and the bias from before
-        self.fused: dict[str, tuple[int, int, nn.Parameter | None]] = {}
-        if self.get_base_layer().spatial:
-            raise InputError(
-                f"adapter {adapter_name!r} is for a quantized 1 x 1 convolution; exclude that "
-                f"layer from quantization: modules_to_not_convert, or exclude: in the recipe"
-            )
+        self.start(adapter_name)
 
-    def resolve_lora_variant(self, **kwargs: Any) -> None:
-        """Check that the adapter is plain LoRA, not a variant.
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """Peft's variants, with DoRA for a quantized linear."""
+        return {**super().lora_variants, ("use_dora",): QuantDora}
+
+    def resolve_lora_variant(self, **kwargs: Any) -> Any:
+        """Check that the adapter is LoRA or DoRA, not another variant.
 
         Raises:
-            InputError: it is a variant, which needs the float weight.
+            InputError: it is another one, which needs the float weight.
         """
         variant = super().resolve_lora_variant(**kwargs)
-        if variant is not None:
+        if variant is not None and not isinstance(variant, QuantDora):
             kind = type(variant).__name__.removesuffix("LinearVariant")
             raise InputError(
                 f"this adapter is {kind}, which needs the float weight; quantized linears take "
-                f"plain LoRA. Merge it into the float model and quantize that"
+                f"{_KINDS_TEXT}. Merge it into the float model and quantize that"
             )
+        return variant
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fuse adapters into the low-rank branch of the quantized linear.
-
-        Args:
-            safe_merge: whether to check that the factors are finite.
-            adapter_names: None for the active adapters.
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor]:
+        """``A`` (R, K) and the scaled ``B`` (N, R).
 
         Raises:
-            InputError: an adapter has a bias and the linear has none, or a tensor is not finite.
+            InputError: the adapter is DoRA, which changes every row of the weight.
         """
-        base = self.get_base_layer()
-        if not isinstance(base, QuantLinear):  # the model was dequantized
-            super().merge(safe_merge, adapter_names)
-            return
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
-                continue
-            down = self.lora_A[name].weight.detach()
-            up = self.lora_B[name].weight.detach() * self.scaling[name]
-            bias = self._fused_bias(name, base)
-            values = (down, *self.lora_B[name].parameters())
-            if safe_merge and not all(value.isfinite().all() for value in values):
-                raise InputError(f"adapter {name!r} has numbers that are not finite")
-            self.fused[name] = *base.add_rank(down, up), base.bias
-            base.bias = bias  # type: ignore[assignment]
-            self.merged_adapters.append(name)
+        if name in self.lora_variant:
+            raise InputError(
+                f"adapter {name!r} is DoRA, which scales the rows of the whole weight and cannot "
+                f"be fused into a low-rank branch; keep it loaded, or merge it into the float "
+                f"model and quantize that"
+            )
+        down, up = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
+        return down, up * self.scaling[name]
 
-    def unmerge(self) -> None:
-        """Remove fused adapters from the branch, the last one first; restores every bit."""
-        base = self.get_base_layer()
-        if not isinstance(base, QuantLinear):
-            super().unmerge()
-            return
-        while self.merged_adapters:
-            first, end, bias = self.fused.pop(self.merged_adapters.pop())
-            base.remove_rank(first, end)
-            if bias is not None:  # the model may have been cast or moved since
-                bias = nn.Parameter(bias.to(base.bias), bias.requires_grad)
-            base.bias = bias  # type: ignore[assignment]
-
-    def _fused_bias(self, name: str, base: QuantLinear) -> nn.Parameter | None:
+    def fused_bias(self, name: str, base: QuantLinear) -> nn.Parameter | None:
         """The bias of the linear with that of an adapter added.
+
+        Args:
+            name: of the adapter.
+            base: the quantized linear.
 
         Raises:
             InputError: only the adapter has one.
@@ -118,10 +99,10 @@ class LoraLinear(Linear):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make peft put :class:`LoraLinear` on quantized linears, and refuse every other adapter there.
+    """Make peft put the layers of dtq on quantized linears, and refuse every other adapter there.
 
-    peft has a table of layers per ``LoraConfig`` only, and diffusers makes those itself; so this
-    wraps the one function through which peft makes every layer.
+    peft has a table of LoRA layers per ``LoraConfig`` only, and diffusers makes those itself; so
+    this wraps the one function through which peft makes every LoRA layer.
     """
     if getattr(LoraModel._create_new_module, "dtq", False):
         return
@@ -133,6 +114,7 @@ def register() -> None:
 
     create_new_module.dtq = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)
+    lycoris.register()
     _refuse_others()
 
 
@@ -164,15 +146,15 @@ def _refuse_others() -> None:
 
 
 def _check_kind(config: Any, name: str) -> None:
-    """Check that an adapter is plain LoRA, and is not initialized from the weight.
+    """Check that an adapter has a layer here, and is not initialized from the weight.
 
     Raises:
         InputError: it is something else; says what.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
+    if kind not in _KINDS:
         raise InputError(
-            f"adapter {name!r} is {kind}; quantized linears take plain LoRA. "
+            f"adapter {name!r} is {kind}; quantized linears take {_KINDS_TEXT}. "
             f"Merge it into the float model and quantize that"
         )
     init = getattr(config, "init_lora_weights", True)
@@ -185,3 +167,5 @@ def _check_kind(config: Any, name: str) -> None:
 
 
 _INITS = ("gaussian", "orthogonal")
+_KINDS = ("LORA", "LOKR", "LOHA")
+_KINDS_TEXT = "LoRA, DoRA, LoKr and LoHa"

@@ -321,14 +321,7 @@ def test_an_adapter_can_be_trained_on_top():
     assert any(p.grad.abs().sum() > 0 for p in learning if p.grad is not None)
 
 
-def test_unsupported_adapters_are_refused():
-    model = quantized("flux")
-    name = next(iter(linears(model)))
-    with pytest.raises(InputError, match=r"Dora.*float weight"):
-        peft.get_peft_model(model, peft.LoraConfig(target_modules=[name], use_dora=True))
-    for kind in (peft.LoKrConfig, peft.LoHaConfig):
-        with pytest.raises(InputError, match="plain LoRA"):
-            peft.get_peft_model(quantized("flux"), kind(target_modules=[name]))
+def test_adapters_that_are_not_finite_are_not_fused():
     model = quantized("flux")
     state = {k: v * float("nan") for k, v in adapter(model).items()}
     model.load_lora_adapter(state)
@@ -391,8 +384,9 @@ ADAPTERS = {
     "oft": lambda t: peft.OFTConfig(r=0, oft_block_size=32, target_modules=t),
     "boft": lambda t: peft.BOFTConfig(boft_block_size=4, target_modules=t),
     "ia3": lambda t: peft.IA3Config(target_modules=t, feedforward_modules=[]),
-    "loha": lambda t: peft.LoHaConfig(target_modules=t),
-    "lokr": lambda t: peft.LoKrConfig(target_modules=t),
+    "bdlora": lambda t: peft.LoraConfig(
+        target_modules=t, use_bdlora=peft.tuners.lora.BdLoraConfig(target_modules_bd_a=t, nblocks=2)
+    ),
     "vera": lambda t: peft.VeraConfig(target_modules=t),
     "hra": lambda t: peft.HRAConfig(target_modules=t),
     "fourier": lambda t: peft.FourierFTConfig(n_frequency=10, target_modules=t),
@@ -408,7 +402,7 @@ def test_adapters_that_need_the_float_weight_are_refused(kind):
     model = quantized("sd3")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     names = [n for n in linears(model) if n.endswith("attn.to_q")]
-    with pytest.raises(InputError, match=r"quantized linears take plain LoRA|float weight"):
+    with pytest.raises(InputError, match=r"quantized linears take LoRA, DoRA|float weight"):
         peft.get_peft_model(model, ADAPTERS[kind](names))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dtq.load_adapter``: LoKr, LoHa and DoRA files, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import zoo
+from adapter_files import (
+    FLUX2,
+    IDEOGRAM4,
+    linears,
+    original,
+    pipeline,
+    quantized,
+    relative,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import dtq
+from dtq.errors import InputError
+
+peft = pytest.importorskip("peft")
+
+KINDS = ("LoHa", "LoKr", "LoKr of whole factors", "LoKr of four factors", "DoRA")
+
+
+def factors(kind: str, n: int, k: int, w: Tensor, g: torch.Generator):
+    """Tensors of a layer as in a file, and its new weight, from the definitions in the papers."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g) / 3
+
+    tensors = {"alpha": torch.tensor(3.0)}
+    if kind == "DoRA":
+        tensors |= {"lora_down.weight": random(2, k), "lora_up.weight": random(n, 2)}
+        tensors["dora_scale"] = (w.norm(dim=1) * (1 + random(n))).abs()[:, None]
+        new = w + 1.5 * tensors["lora_up.weight"] @ tensors["lora_down.weight"]
+        return tensors, tensors["dora_scale"] * new / new.norm(dim=1, keepdim=True)
+    if kind == "LoHa":
+        tensors |= {"hada_w1_a": random(n, 2), "hada_w1_b": random(2, k),
+                    "hada_w2_a": random(n, 2), "hada_w2_b": random(2, k)}  # fmt: skip
+        one, two = (tensors[f"hada_w{i}_a"] @ tensors[f"hada_w{i}_b"] for i in (1, 2))
+        return tensors, w + 1.5 * one * two
+    a, b = (4 if n % 4 == 0 else 2), 2
+    w1, w2, scale = random(a, b), random(n // a, k // b), 1.0
+    tensors |= {"lokr_w1": w1, "lokr_w2": w2}
+    if kind != "LoKr of whole factors":
+        up, down = random(n // a, 2), random(2, k // b)
+        tensors |= {"lokr_w2_a": up, "lokr_w2_b": down}
+        del tensors["lokr_w2"]
+        w2, scale = up @ down, 1.5
+    if kind == "LoKr of four factors":
+        up, down = random(a, 1), random(1, b)
+        tensors |= {"lokr_w1_a": up, "lokr_w1_b": down}
+        del tensors["lokr_w1"]
+        w1 = up @ down
+    return tensors, w + scale * torch.kron(w1, w2)
+
+
+def file_of(model: nn.Module, kind: str, names: dict[str, list[str]], prefix: str):
+    """A file for layers of the original model, and the weights that the model shall have."""
+    g = torch.Generator().manual_seed(0)
+    state, wanted = {}, {}
+    for source, targets in names.items():
+        layers = [model.get_submodule(t) for t in targets]
+        rows = [layer.out_features for layer in layers]
+        w = torch.cat([layer.dequantize(torch.float32) for layer in layers])
+        tensors, new = factors(kind, sum(rows), layers[0].in_features, w, g)
+        state |= {f"{original(source, prefix)}.{suffix}": t for suffix, t in tensors.items()}
+        wanted |= dict(zip(targets, new.split(rows), strict=True))
+    return state, wanted
+
+
+FILES = [
+    ("Flux2Transformer2DModel", FLUX2, "lora_unet_"),
+    ("Flux2Transformer2DModel", FLUX2, "diffusion_model."),
+    ("Ideogram4Transformer2DModel", IDEOGRAM4, "diffusion_model."),
+    (
+        "SD3Transformer2DModel",
+        {n: [n] for n in ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2")},
+        "lycoris_",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "names", "prefix"), FILES)
+def test_files_with_original_names_change_the_weights_as_defined(
+    name, names, prefix, kind, tmp_path
+):
+    """q, k and v of a fused layer are parts of one LoHa, LoKr or DoRA."""
+    model = quantized(zoo.model(name))
+    if prefix == "lycoris_":  # this tool writes the names of the model with underscores
+        flat = {n.replace(".", "_"): t for n, t in names.items()}
+        state, wanted = file_of(model, kind, flat, prefix)
+    else:
+        state, wanted = file_of(model, kind, names, prefix)
+    plain, bits = zoo.output(model, name), {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "adapter.safetensors")
+    pipe = pipeline(model)
+    loaded = dtq.load_adapter(pipe, tmp_path / "adapter.safetensors", "one")
+    assert sorted(loaded) == sorted(wanted)
+    for layer_name, w in wanted.items():
+        layer = model.get_submodule(layer_name)
+        x = torch.randn(3, w.shape[1])
+        want = x @ w.T
+        if (bias := layer.get_base_layer().bias) is not None:
+            want = want + bias
+        assert relative(layer(x), want) < 1e-5
+    on = zoo.output(model, name)
+    assert relative(on, plain) > 1e-4
+    pipe.disable_lora()
+    assert torch.equal(zoo.output(model, name), plain)
+    pipe.enable_lora()
+    assert torch.equal(zoo.output(model, name), on)
+    pipe.set_adapters("one", 0.0)
+    if kind != "DoRA":  # its magnitudes stay
+        assert relative(zoo.output(model, name), plain) < 1e-6
+    pipe.unload_lora_weights()
+    after = model.state_dict()
+    assert after.keys() == bits.keys()
+    assert all(torch.equal(after[k], v) for k, v in bits.items())
+    assert torch.equal(zoo.output(model, name), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_float_model_takes_the_same_files(kind):
+    name = "Flux2Transformer2DModel"
+    model = quantized(zoo.model(name))
+    state, _ = file_of(model, kind, FLUX2, "lora_unet_")
+    twin = copy.deepcopy(model)
+    for layer_name, layer in linears(model).items():
+        twin.set_submodule(layer_name, layer.unquantized())
+    for each in (model, twin):
+        dtq.load_adapter(pipeline(each), state, weight=0.5)
+    assert not linears(twin)
+    assert relative(zoo.output(model, name), zoo.output(twin, name)) < 1e-5
+
+
+def test_adapters_are_cast_to_the_dtype_of_the_model():
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    model.bfloat16()
+    name = "transformer_blocks.0.attn.to_q"
+    state, _ = file_of(model, "LoKr", {name: [name]}, "transformer.")
+    dtq.load_adapter(model, state)
+    layer = model.get_submodule(name)
+    assert {p.dtype for n, p in layer.named_parameters() if "lokr" in n} == {torch.bfloat16}
+    assert layer(torch.randn(3, layer.in_features, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def state_for(model: nn.Module, kind: str = "LoHa") -> dict[str, Tensor]:
+    name = "transformer_blocks.0.attn.to_q"
+    return file_of(model, kind, {name: [name]}, "transformer.")[0]
+
+
+STEM = "transformer.transformer_blocks.0.attn.to_q"
+WRONG = {
+    "unknown suffix": (
+        lambda s: s | {f"{STEM}.oft_blocks": torch.ones(2, 2)}, r"oft_blocks: not a tensor of",
+    ),
+    "incomplete": (
+        lambda s: {k: v for k, v in s.items() if "w2_b" not in k}, "are no adapter dtq knows",
+    ),
+    "not finite": (
+        lambda s: {k: v * float("nan") for k, v in s.items()}, "not finite",
+    ),
+    "ranks": (
+        lambda s: s | {f"{STEM}.hada_w1_b": torch.ones(7, 128)}, "different ranks",
+    ),
+    "other shape": (
+        lambda s: {k: torch.cat([v, v]) if k.endswith("_a") else v for k, v in s.items()},
+        "for layers of other shapes",
+    ),
+    "other model": (
+        lambda s: {k.replace("to_q", "to_z"): v for k, v in s.items()},
+        "1 layers of the adapter are not in SD3Transformer2DModel",
+    ),
+    "several kinds": (
+        lambda s: s | {f"{STEM[:-1]}k.lora_A.weight": torch.ones(1, 128),
+                       f"{STEM[:-1]}k.lora_B.weight": torch.ones(128, 1)},
+        "1 of LoHa, 1 of LoRA",
+    ),
+    "text encoders": (
+        lambda s: s | {f"lora_te1_q.{k.rpartition('.')[2]}": v for k, v in s.items()},
+        "text_encoders=False",
+    ),
+    "convolution": (
+        lambda s: s | {f"{STEM}.hada_w1_b": torch.ones(2, 14, 3, 3)}, "only adapters of linears",
+    ),
+    "empty": (lambda s: {}, "cannot be loaded"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_and_changes_nothing(case):
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    change, message = WRONG[case]
+    with pytest.raises(InputError, match=message):
+        dtq.load_adapter(pipeline(model), change(state_for(model)))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_layers_of_text_encoders_can_be_left_out():
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    change, _ = WRONG["text encoders"]
+    state = state_for(model)
+    loaded = dtq.load_adapter(model, change(state), text_encoders=False)
+    assert loaded == ["transformer_blocks.0.attn.to_q"]
+    with pytest.raises(InputError, match="loaded already"):
+        dtq.load_adapter(model, state)
+
+
+def test_scales_per_input_are_refused():
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    state = state_for(model, "DoRA")
+    columns = model.get_submodule("transformer_blocks.0.attn.to_q").in_features
+    state[f"{STEM}.dora_scale"] = torch.ones(1, columns)
+    with pytest.raises(InputError, match="scales per input"):
+        dtq.load_adapter(model, state)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    (tmp_path / "bad.safetensors").write_bytes(b"no header")
+    for name, message in (
+        ("bad.safetensors", "cannot be read"),
+        ("none.safetensors", "cannot be read"),
+        ("pickle.pt", "safetensors files only"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dtq.load_adapter(model, tmp_path / name)
+    with pytest.raises(InputError, match="no transformer_2"):
+        dtq.load_adapter(pipeline(model), state_for(model), component="transformer_2")
+
+
+def lora(model: nn.Module, rank: int, seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, layer in linears(model).items():
+        if ".attn" in name:
+            stem = f"transformer.{name.replace('.base_layer', '')}"
+            state[f"{stem}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=g)
+            state[f"{stem}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=g)
+    return state
+
+
+def fresh(name: str, state: dict[str, Tensor]) -> tuple[nn.Module, Tensor]:
+    model = quantized(zoo.model(name))
+    pipeline(model).load_lora_weights(state)
+    return model, zoo.output(model, name)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_hot_swapping_equals_loading_anew(name):
+    """Without and with room for a larger rank; unloading gives back every bit."""
+    model = quantized(zoo.model(name))
+    plain = zoo.output(model, name)
+    one, two, three = (lora(model, rank, seed) for rank, seed in ((4, 1), (4, 2), (7, 3)))
+    pipe = pipeline(model)
+    pipe.load_lora_weights(one, adapter_name="main")
+    pipe.load_lora_weights(two, adapter_name="main", hotswap=True)
+    assert torch.equal(zoo.output(model, name), fresh(name, two)[1])
+    pipe.load_lora_weights(one, adapter_name="main", hotswap=True)
+    assert torch.equal(zoo.output(model, name), fresh(name, one)[1])
+    pipe.unload_lora_weights()
+    assert torch.equal(zoo.output(model, name), plain)
+
+    model = quantized(zoo.model(name))
+    pipe = pipeline(model)
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(one, adapter_name="main")
+    layer = next(m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    assert layer.lora_A["main"].weight.shape[0] == 8
+    pipe.load_lora_weights(three, adapter_name="main", hotswap=True)
+    assert relative(zoo.output(model, name), fresh(name, three)[1]) < 1e-5
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="merged"):
+        pipe.load_lora_weights(one, adapter_name="main", hotswap=True)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(zoo.output(model, name), plain)
+
+
+def test_hot_swapping_does_not_compile_again():
+    name = "FluxTransformer2DModel"
+    model = quantized(zoo.model(name))
+    one, two = lora(model, 4, 1), lora(model, 6, 2)
+    pipe = pipeline(model)
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(one, adapter_name="main")
+    torch._dynamo.reset()
+    model.compile(backend="dtq")
+    call = zoo.inputs(name)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        before = model(**call, return_dict=False)[0]
+        pipe.load_lora_weights(two, adapter_name="main", hotswap=True)
+        after = model(**call, return_dict=False)[0]
+    assert relative(before, fresh(name, one)[1]) < 1e-2
+    assert relative(after, fresh(name, two)[1]) < 1e-2
+    assert relative(after, before) > 0.05
