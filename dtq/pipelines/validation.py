@@ -221,9 +221,11 @@ def check_shapes(
         CheckpointError: a tensor is missing, has another shape, or is packed without an entry in
             ``planned``.
     """
+    # transformers stores a tensor that two modules share once
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     for key, tensor in model.state_dict().items():
         name, _, tensor_name = key.rpartition(".")
-        if name in planned and tensor_name != "bias":
+        if key in tied or (name in planned and tensor_name != "bias"):
             continue
         if key not in stored:
             raise CheckpointError(
