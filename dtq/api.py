@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
 from dtq.io.default_dtype import default_dtype
 from dtq.pipelines.contents import Components
-from dtq.pipelines.loading import LoadedModel, load_transformers
+from dtq.pipelines.loading import LoadedModel, load_transformers, text_encoders_of
 from dtq.recipe import Recipe
+from dtq.recipe.resolve import KEEP, for_text_encoder
 from dtq.recipe.selectors import check_patterns, pattern_list
 from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
@@ -72,13 +74,15 @@ def open_runs(
     *,
     inputs: Iterable[dict[str, Any]] | None = None,
     tasks: TaskStore | None = None,
+    text_encoder: str | Path | Recipe = KEEP,
     **options: Any,
 ) -> list[Run]:
-    """One :class:`Run` for each transformer.
+    """One :class:`Run` for each transformer, then one for each text encoder that is quantized.
 
     Args:
         models: the transformers of one pipeline, or a bare one.
         recipe: what to do.
+        text_encoder: what to do with the text encoders: ``keep``, or a recipe.
         inputs: keyword arguments of forwards to calibrate a bare transformer on.
         tasks: where results of tasks are kept and shared by processes; default: in memory.
         **options: fields of :class:`Run`: ``exclude``, ``statistics``, ``memory``, ...
@@ -98,19 +102,24 @@ def open_runs(
             f"quantize them one by one with component="
         )
     tasks = tasks or TaskStore()
+    texts = [] if text_encoder == KEEP else text_encoders_of(models[0])
+    every = [*models, *texts]
     excluded = pattern_list(options.get("exclude"), "modules_to_not_convert")
-    check_patterns(excluded, [each.model for each in models], "modules_to_not_convert (--exclude)")
+    check_patterns(excluded, [each.model for each in every], "modules_to_not_convert (--exclude)")
     options["exclude"] = excluded
-    return [
-        Run(
-            model,
-            recipe,
-            tasks.namespace(model.component) if several else tasks,
-            inputs,
-            **{"config": DTQConfig(modules_to_not_convert=[*excluded] or None), **options},
-        )
-        for model in models
-    ]
+
+    def make(model: LoadedModel, recipe: Recipe, inputs: Any, options: dict[str, Any]) -> Run:
+        own = tasks.namespace(model.component) if len(every) > 1 else tasks
+        config = DTQConfig(modules_to_not_convert=[*excluded] or None)
+        return Run(model, recipe, own, inputs, **{"config": config, **options})
+
+    runs = [make(model, recipe, inputs, options) for model in models]
+    if texts:
+        chosen = for_text_encoder(Recipe.load(text_encoder), recipe.calibration)
+        # statistics and targets are those of a transformer
+        options = options | {"statistics": None, "target": ""}
+        runs += [make(model, chosen, None, options) for model in texts]
+    return runs
 
 
 def quantize(
@@ -127,13 +136,14 @@ def quantize(
     memory: int | None = None,
     sanity_check: bool = True,
     to: str = "",
+    text_encoder: str | Path | Recipe = KEEP,
     **overrides: Any,
 ) -> Any:
-    """Quantize a diffusion transformer after training.
+    """Quantize a diffusion transformer after training, and the text encoders of its pipeline.
 
     Args:
-        model: a diffusers pipeline, a transformer, a folder, a hub id, or ``demo``. Objects are
-            changed in place.
+        model: a diffusers pipeline, a transformer, a text encoder of transformers, a folder, a hub
+            id, or ``demo``. Objects are changed in place.
         recipe: name, YAML path or :class:`Recipe`.
         statistics: of an earlier calibration of the same model; default: calibrate now.
         inputs: keyword arguments of the transformer's forward to calibrate a bare one on.
@@ -149,6 +159,8 @@ def quantize(
             promote the layers that fail (``dtq.stages.sanity_check``).
         to: name of a target of :func:`dtq.export` that the model must fit: what its engine cannot
             hold is adapted or refused before calibration. Empty: any model.
+        text_encoder: ``keep`` leaves the text encoders of a pipeline as they are; a recipe (name,
+            path or :class:`Recipe`) quantizes them, calibrated on the same prompts.
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
     Returns:
@@ -170,6 +182,7 @@ def quantize(
         memory=memory,
         check=sanity_check,
         target=to,
+        text_encoder=text_encoder,
     )
     run_stages(runs)
     first = runs[0].loaded

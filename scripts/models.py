@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/models.md: every transformer class of diffusers, quantized with three recipes.
+"""Write docs/models.md: every transformer class and text encoder, quantized with three recipes.
 
     python scripts/models.py
 
-Tiny random models of the real classes (``tests/zoo.json``) are scanned, quantized, saved, loaded
-and run. ``tests/models/test_models.py`` repeats this on every commit.
+Tiny random models of the real classes (``tests/zoo.json``, ``tests/text_encoders.py``) are scanned,
+quantized, saved, loaded and run. The tests in ``tests/models`` repeat this on every commit.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
+import text_encoders as texts  # noqa: E402
 import zoo  # noqa: E402
 
 import dtq  # noqa: E402
@@ -30,6 +33,7 @@ from dtq.models.linears import shape_of  # noqa: E402
 from dtq.pipelines.recorded_calls import first_tensor  # noqa: E402
 from dtq.pipelines.tracing import scan_model  # noqa: E402
 from dtq.recipe import Recipe  # noqa: E402
+from dtq.stages.float_model import kept_in_float  # noqa: E402
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 4, "num_timestep_bins": 2}}
@@ -91,6 +95,68 @@ def _short(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
+TEXT_RECIPES = ("w8a8", "w4a16", "w4a8")
+
+
+def text_row(name: str) -> str:
+    """The row of a text encoder."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts.model(name).save_pretrained(folder)
+        model = texts.kind_of(name).from_pretrained(folder)
+        scan = scan_model(model, lambda model: model(**texts.inputs(name)))
+        plan = Recipe.load("w4a16").plan(scan, kept_in_float(model))
+        roles = Counter(layer.role.split(".")[0] for layer in plan.quantized())
+        if not plan.quantized():
+            what = "; ".join(f"{why}: {n}" for n, why in _shortened(scan.unsupported).items())
+            cells = [name, f"0 of {len(plan.layers)}", "", *("-" for _ in TEXT_RECIPES), what]
+            return f"| {' | '.join(cells)} |"
+        errors = [text_error(texts.kind_of(name), folder, name, recipe) for recipe in TEXT_RECIPES]
+    cells = [
+        name,
+        f"{len(plan.quantized())} of {len(plan.layers)}",
+        ", ".join(f"{count} {role}" for role, count in sorted(roles.items())),
+        *errors,
+        notes(scan, torch.nn.Module()),
+    ]
+    print(" | ".join(cells), flush=True)
+    return f"| {' | '.join(cells)} |"
+
+
+def text_error(kind: Any, folder: str, name: str, recipe: str) -> str:
+    """The error of the first output of a text encoder, or a note that it differs after loading."""
+    model, call = kind.from_pretrained(folder), texts.inputs(name)
+    want = texts.output(model, call).double()
+    inputs = [texts.inputs(name, seed) for seed in range(2)]
+    dtq.quantize(model, recipe, inputs=inputs, progress=False)
+    got = texts.output(model, call)
+    with tempfile.TemporaryDirectory() as out:
+        model.save_pretrained(out)
+        again = texts.output(kind.from_pretrained(out), call)
+    if not torch.equal(got, again):
+        return "differs after loading"
+    return f"{float((got.double() - want).square().sum() / want.square().sum()):.0e}"
+
+
+def _shortened(names: dict[str, str]) -> dict[str, str]:
+    return {_short(name): what for name, what in names.items()}
+
+
+TEXT_HEAD = """
+## Text encoders
+
+Every class of transformers {version} with `input_ids` that the type hints of diffusers' pipelines name: {count} classes,
+checked in the same way on two tiny captions, one with padding. **{passed} of {count} pass**: GPT-2 has no linear layers but
+`Conv1D`, and is refused with that reason. A base class in a type hint is represented by one class: `Gemma2PreTrainedModel` by
+`Gemma2Model`, `GemmaPreTrainedModel` by `GemmaModel`, `PreTrainedModel` by `BertModel`. Not text encoders, and not quantized:
+{others}. Text encoders that diffusers brings itself (ChatGLM of Kolors, MultilingualCLIP, LDMBert) are not in the table.
+
+Embeddings, norms, heads and towers for images and sound stay float. The error is that of the first output (hidden states,
+projected embeddings or logits).
+
+| class | linears | roles | w8a8 | w4a16 | w4a8 | also not quantized |
+| --- | ---: | --- | ---: | ---: | ---: | --- |
+"""
+
 HEAD = """# Models
 
 The table has every transformer class in `diffusers.models.transformers` of diffusers {version}: {count} classes, each as a tiny
@@ -121,7 +187,14 @@ def main() -> None:
     rows = [row(name) for name in options.names or zoo.names()]
     passed = sum("differs" not in line for line in rows)
     head = HEAD.format(version=diffusers.__version__, count=len(rows), passed=passed)
-    options.out.write_text(head + "\n".join(rows) + "\n")
+    text_rows = [] if options.names else [text_row(name) for name in texts.CONFIGS]
+    good = sum("differs" not in line and "| 0 of" not in line for line in text_rows)
+    others = "; ".join(f"`{name}` {why}" for name, why in texts.NOT_TEXT.items())
+    text_head = TEXT_HEAD.format(
+        version=transformers.__version__, count=len(text_rows), passed=good, others=others
+    )
+    text = text_head + "\n".join(text_rows) + "\n" if text_rows else ""
+    options.out.write_text(head + "\n".join(rows) + "\n" + text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.observers import InputStats, SampleOrigin
 from dtq.errors import InputError
-from dtq.models import InputGroup, sibling_key
+from dtq.models import InputGroup, is_text_encoder, sibling_key
 from dtq.models.linears import rows_of
 from dtq.models.timestep import timestep_edges, timestep_of
 from dtq.pipelines import image_inputs, prompts
@@ -28,6 +28,7 @@ from dtq.pipelines.sampling import (
     dummy_batches,
     never_called,
     run_pipeline,
+    run_text_encoders,
     translate_call_errors,
 )
 from dtq.pipelines.settings import SamplingSettings
@@ -68,7 +69,8 @@ def calibration_run(
 ) -> CalibrationRun:
     """How to run the float model.
 
-    A pipeline runs its own sampler, both branches of guidance included. A bare transformer runs on
+    A pipeline runs its own sampler, both branches of guidance included. For a text encoder the same
+    run ends at the first step, after which no text is encoded. A bare transformer runs on
     ``inputs``, or with a warning on random latents and conditions of the right shapes.
 
     Args:
@@ -85,8 +87,11 @@ def calibration_run(
         batch = image_inputs.required(pipeline, settings).batch(settings.batch_size)
         batches = -(-len(requests.entries) // batch)
 
-        def generate(i: int) -> object:
-            return list(run_pipeline(pipeline, requests, settings, "latent", [i * batch]))
+        def generate(i: int) -> None:
+            if is_text_encoder(model):
+                run_text_encoders(pipeline, requests, settings, i * batch)
+            else:
+                list(run_pipeline(pipeline, requests, settings, "latent", [i * batch]))
 
         return CalibrationRun("pipeline", batches, generate)
     origin = "given"

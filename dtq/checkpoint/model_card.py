@@ -24,7 +24,7 @@ def card(saveable: Any, report: dict[str, Any] | None = None) -> str:
 
     Args:
         saveable: the pipeline or model.
-        report: ``Report.to_json()`` of the run that made it, when it is at hand.
+        report: ``Report.to_json()`` of the run that made it, or one for each component by name.
     """
     models = _quantized(saveable)
     configs = [_config(model) for model in models.values()]
@@ -39,7 +39,11 @@ def card(saveable: Any, report: dict[str, Any] | None = None) -> str:
     lines += _table(models)
     lines += ["", "```python", *_loading(saveable), "```"]
     if report is not None:
-        lines += ["", *_measured(report)]
+        lines += ["", "Measured while quantizing; `dtq_report.json` has every layer:", ""]
+        parts = {"": report} if "layers" in report else report
+        for name, part in parts.items():
+            of = f"`{name}`: " if name else ""
+            lines += [f"- {of}{line.removeprefix('- ')}" for line in _measured(part)]
     return "\n".join(lines) + "\n"
 
 
@@ -103,8 +107,7 @@ def _loading(saveable: Any) -> list[str]:
 
 def _measured(report: dict[str, Any]) -> list[str]:
     errors = {x["name"]: x["error"] for x in report["layers"] if x["error"] is not None}
-    lines = ["Measured while quantizing; `dtq_report.json` has every layer:", ""]
-    lines.append(f"- calibration inputs: {report['calibration'].get('origin', 'none')}")
+    lines = [f"- calibration inputs: {report['calibration'].get('origin', 'none')}"]
     if errors:
         mean = math.exp(sum(math.log(max(e, 1e-12)) for e in errors.values()) / len(errors))
         worst = max(errors, key=lambda name: errors[name])

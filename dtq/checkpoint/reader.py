@@ -32,6 +32,7 @@ from dtq.pipelines.contents import (
     diffusion_transformers_on_disk,
     folder_kind,
     model_class,
+    text_encoders_on_disk,
 )
 from dtq.pipelines.stored_tensors import SAFETENSORS_DTYPES
 from dtq.pipelines.validation import check_folder, check_shapes, meta_model
@@ -199,7 +200,8 @@ def verify(
 
     Args:
         path: folder of a pipeline or a model.
-        component: which models of a pipeline; ``auto`` is every diffusion transformer.
+        component: which models of a pipeline; ``auto`` is every diffusion transformer and text
+            encoder.
         variant: of the files, as for ``load_transformers``.
         warn: report variants that are read although the user did not ask for one.
 
@@ -214,7 +216,8 @@ def verify(
     variants, _ = check_folder(path, variant, warn=warn)
     folders = {"transformer": path}
     if kind == "pipeline":
-        names = diffusion_transformers_on_disk(path) if component == "auto" else component
+        every = [*diffusion_transformers_on_disk(path), *text_encoders_on_disk(path)]
+        names = every if component == "auto" else component
         folders = {n: path / n for n in ([names] if isinstance(names, str) else names)}
     verified = {}
     for name, folder in folders.items():

@@ -212,6 +212,9 @@ def _print(result: Evaluation, output: Path | None) -> None:
         for row in result.rows
     ]
     table(head, rows)
+    if result.text_encoders:
+        errors = [(name, f"{error:.2e}") for name, error in result.text_encoders.items()]
+        table(("text encoder", "error of the embeddings"), errors)
     if result.metrics:
         table(html.METRIC_COLUMNS, [html.metric_cells(value) for value in result.metrics])
         click.echo(html.metric_conditions(result))

@@ -136,6 +136,7 @@ def load_verified(model: str, dtype: str, variant: str | None) -> loading.Loaded
     if path.is_dir() and contents.folder_kind(path) == "pipeline":
         check_links(path)
         names = contents.diffusion_transformers_on_disk(path)
+        names += contents.text_encoders_on_disk(path)
         configs = [path / name / "config.json" for name in names]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
             reader.verify(path, variant=variant)

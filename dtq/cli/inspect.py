@@ -76,7 +76,7 @@ def _inspect(folder: Path, variant: str | None) -> dict[str, Any]:
         }
         for name, m in layers.items()
     ]
-    config = model.config["quantization_config"]
+    config = model.config.quantization_config
     stored = sum(f.stat().st_size for f in weight_files(folder, variant))
     return {"recipe": config.recipe, "bytes": stored, "layers": rows}
 

@@ -92,6 +92,10 @@ target = click.option(
     "--to", "target", metavar="TARGET", default="", show_default=False,
     help="Engine that will read the model, see dtq export --list: what it cannot hold is adapted, or "
          "refused before calibration. Default: none.")
+text_encoder = click.option(
+    "--text-encoder", metavar="keep|RECIPE", default="keep",
+    help="Recipe of the text encoders, such as w8a8 (nearly no error) or w4a16 (a quarter of the "
+         "size); they are calibrated on the same prompts. keep: they stay as they are.")
 fresh = flag("--fresh", help="Discard the results of an interrupted run.")
 every_layer = flag("--all", "every", help="Show each layer; otherwise equal blocks share a row.")
 json = partial(flag, "--json", "as_json")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @opt.recipe
 @opt.model
 @opt.target
+@opt.text_encoder
 @opt.exclude
 @opt.memory
 @opt.every_layer
@@ -34,6 +35,7 @@ def plan(
     dtype: str,
     variant: str | None,
     target: str,
+    text_encoder: str,
     exclude: tuple[str, ...],
     memory: str | None,
     every: bool,
@@ -48,6 +50,7 @@ def plan(
 
     \b
     dtq plan demo --recipe w4a8
+    dtq plan demo-video --recipe w4a8 --text-encoder w4a16
     """
     import psutil
 
@@ -55,7 +58,10 @@ def plan(
     from dtq.cli.inputs import check_target, recipe_with
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
+    from dtq.models import is_text_encoder
     from dtq.pipelines import contents, loading
+    from dtq.recipe import Recipe
+    from dtq.recipe.resolve import KEEP, for_text_encoder
     from dtq.recipe.selectors import check_patterns
     from dtq.stages.calibrate import statistics_needed
     from dtq.stages.plan import plan as plan_stage
@@ -64,7 +70,8 @@ def plan(
     tune_malloc()
     recipe = recipe_with(choices)
     check_target(target)
-    models = loading.meta_models(model, components or "auto", variant)
+    text = text_encoder != KEEP
+    models = loading.meta_models(model, components or "auto", variant, text=text)
     check_patterns(exclude, [empty for empty, _ in models.values()], "--exclude")
     folder = Path(model)
     has_pipeline = not folder.exists() or contents.folder_kind(folder) == "pipeline"
@@ -72,16 +79,23 @@ def plan(
     data: dict[str, dict[str, Any]] = {}
     for name, (empty, stored) in models.items():
         loaded = loading.LoadedModel(model, None, name, empty)
-        run = Run(loaded, recipe, exclude=exclude, memory=limit, target=target)
+        own, to = recipe, target
+        if text and is_text_encoder(empty):
+            own, to = for_text_encoder(Recipe.load(text_encoder), recipe.calibration), ""
+        run = Run(loaded, own, exclude=exclude, memory=limit, target=to)
         plan_stage(run)
         compute = stored if dtype == "auto" else loading.DTYPES[dtype]
-        needs, mapped = statistics_needed(recipe, has_pipeline), compute == stored
+        needs, mapped = statistics_needed(own, has_pipeline), compute == stored
         cost = estimate(run, compute, needs=needs, mapped=mapped, has_pipeline=has_pipeline)
         data[name] = _to_json(run, cost)
         if not as_json:
             if len(models) > 1:
                 click.echo(f"{name}:")
             _print(run, cost, every)
+    if len(data) > 1 and not as_json:
+        total = sum(part["bytes"] for part in data.values())
+        shares = [(n, size(d["bytes"]), f"{d['bytes'] / total:.0%}") for n, d in data.items()]
+        table(("component", "file", "share"), [*shares, ("together", size(total), "")])
     if as_json:
         click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
 

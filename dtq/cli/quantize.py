@@ -29,6 +29,7 @@ _options = opt.combined(
     opt.output(required=True, help="Folder to write."),
     opt.path("--stats", help="Statistics file from dtq calibrate. Default: calibrate now."),
     opt.target,
+    opt.text_encoder,
     opt.exclude,
     opt.memory,
     click.option("--shard-size", default="10GB",
@@ -55,6 +56,7 @@ def quantize(
     output: Path,
     stats: Path | None,
     target: str,
+    text_encoder: str,
     exclude: tuple[str, ...],
     memory: str | None,
     shard_size: str,
@@ -78,6 +80,7 @@ def quantize(
     dtq quantize demo --recipe w4a8 -o demo-w4a8
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
     dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
+    dtq quantize demo-video --recipe w4a8 --text-encoder w8a8 -o video
     dtq quantize demo --recipe convrot-w8a8 --to comfy-int8 -o demo-int8
     """
     from dtq.allocate import parse_size
@@ -111,6 +114,7 @@ def quantize(
             progress=workers.is_main and not as_json,
             check=sanity_check,
             target=target,
+            text_encoder=text_encoder,
         )
         for run in runs:
             plan(run)
@@ -169,10 +173,10 @@ def _save(
     data = finite_or_null(data)
     refused: list[str] = []
     with directory.result() as side:
-        writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
+        writer.save_into(saveable, side, shard_size, data)
         if target := runs[0].target:
             data["exported"] = []
-            for run in runs:
+            for run in (each for each in runs if each.target):
                 try:
                     data["exported"].append(_export(run, target, side))
                 except InputError as error:

@@ -20,6 +20,7 @@ from dtq.linalg.cholesky import factor_cost
 from dtq.models import blocks_of
 from dtq.plan.layers import Plan
 from dtq.stages.budget import promotion_budget
+from dtq.stages.float_model import kept_in_float
 from dtq.stages.run import Run
 from dtq.stages.solve import COPIES
 
@@ -96,9 +97,12 @@ def file_tensors(
     model: nn.Module, plan: Plan, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor that the quantized file will hold."""
-    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    wide = kept_in_float(model)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     tensors = {}
     for key, tensor in model.state_dict().items():
+        if key in tied:
+            continue
         kept = torch.float32 if any(part in wide for part in key.split(".")) else dtype
         tensors[key] = (tuple(tensor.shape), kept if tensor.is_floating_point() else tensor.dtype)
     for layer in plan.quantized():

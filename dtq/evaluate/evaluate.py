@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.evaluate import baselines as libraries
 from dtq.evaluate import paired_run, requested_metrics, trajectory, vbench_metrics
+from dtq.evaluate.embeddings import embedding_errors
 from dtq.evaluate.image_sets import ImageSet
 from dtq.evaluate.merge import by_step, merge_shards
 from dtq.evaluate.metrics import images
@@ -73,6 +74,7 @@ class Evaluation:
         metrics: distribution metrics.
         image_sets: from which they were computed, by ``float`` and ``candidate``.
         command: the command line, for the report.
+        text_encoders: relative squared error of the embeddings of each quantized text encoder.
     """
 
     run: Run
@@ -83,6 +85,7 @@ class Evaluation:
     metrics: list[MetricValue] = field(default_factory=list)
     image_sets: dict[str, ImageSet] = field(default_factory=dict)
     command: str = ""
+    text_encoders: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data without images: the contents of ``eval.json``."""
@@ -91,6 +94,7 @@ class Evaluation:
             "fid_real_float": self.fid_real_float,
             "rows": [asdict(row) for row in self.rows],
             "metrics": [asdict(value) for value in self.metrics],
+            **({"text_encoders": self.text_encoders} if self.text_encoders else {}),
         }
 
 
@@ -167,6 +171,7 @@ def evaluate(
     vbench_metrics.score(vbench, merged.run, merged.images, videos_to or Path(), progress)
     merged.images.pop("rerun", None)
     result = _result(merged, bits)
+    result.text_encoders = embedding_errors(candidate, reference, job.requests, job.settings)
     result.metrics, result.image_sets = sets.metrics, sets.image_sets
     if request.distributions:
         result.run.image_sets, result.run.features = sets.file, sets.features()

@@ -48,7 +48,10 @@ def recipe_of(model: nn.Module, *others: nn.Module) -> str:
     """
     if others:
         return ", ".join(dict.fromkeys(recipe_of(each) for each in (model, *others)))
-    config = getattr(model, "config", {}).get("quantization_config")
+    own = getattr(model, "config", {})
+    config = getattr(own, "quantization_config", None)  # of transformers
+    if config is None and hasattr(own, "get"):
+        config = own.get("quantization_config")
     if config is None:
         return "float"
     recipe = config.get("recipe") if isinstance(config, dict) else getattr(config, "recipe", None)

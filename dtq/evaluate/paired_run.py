@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dtq.errors import InputError
 from dtq.evaluate import requested_metrics, trajectory
+from dtq.evaluate.embeddings import quantized_text_encoders
 from dtq.evaluate.fingerprint import fingerprint, hardware, recipe_of
 from dtq.evaluate.gate.metrics import EQUAL_DB
 from dtq.evaluate.metrics import images, video
@@ -172,6 +173,7 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
     models = candidate.models()
     outputs = trajectory.replayed(job.truth, models)
     own = trajectory.record(candidate.pipeline, models, job.requests, job.settings, job.places)
+    quantized = [*models.values(), *quantized_text_encoders(candidate).values()]
     samples, forced = _samples(job), job.truth.by_sample(outputs)
     ids = [sample.id for sample in samples]
     run = Run(
@@ -179,9 +181,9 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
         job.reference.name,
         _conditions(job, candidate),
         {
-            "checkpoint": fingerprint(*models.values()),
+            "checkpoint": fingerprint(*quantized),
             "reference": fingerprint(*job.reference.models().values()),
-            "recipe": recipe_of(*models.values()),
+            "recipe": recipe_of(*quantized),
         },
         samples,
         _values(ids, job.truth, forced, own),

@@ -2,8 +2,8 @@
 """Casts and ``requires_grad_`` of a quantized model: they apply to what is not quantized.
 
 diffusers refuses ``to(dtype)``, ``half()`` and ``float()`` for every quantized model, and calls
-them itself in ``from_pipe`` and ``save_lora_adapter``. Packed tensors of dtq are integers, which
-casts between float dtypes leave alone.
+them itself in ``from_pipe`` and ``save_lora_adapter``; transformers refuses the last two. Packed
+tensors of dtq are integers, which casts between float dtypes leave alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from dtq.checkpoint.config import is_dtq
@@ -21,13 +20,26 @@ from dtq.nn.storage import cast_dtype
 
 
 def register() -> None:
-    """Let the models of dtq be cast."""
-    if hasattr(ModelMixin.to, "dtq"):
+    """Let the models of dtq in diffusers be cast."""
+    from diffusers.models.modeling_utils import ModelMixin
+
+    _allow_casts(ModelMixin)
+
+
+def register_in_transformers() -> None:
+    """Let the models of dtq in transformers be cast."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    _allow_casts(PreTrainedModel)
+
+
+def _allow_casts(kind: Any) -> None:
+    if hasattr(kind.to, "dtq"):
         return
     for name in ("to", "half", "float"):
-        setattr(ModelMixin, name, _allowed(getattr(ModelMixin, name)))
-    ModelMixin._apply = _apply
-    ModelMixin.requires_grad_ = _requires_grad_
+        setattr(kind, name, _allowed(getattr(kind, name)))
+    kind._apply = _apply
+    kind.requires_grad_ = _requires_grad_
 
 
 def _config(model: nn.Module) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer class for diffusers, and the patches of diffusers and transformers.
+"""The quantizer class for diffusers, and the patches of diffusers.
 
 The tables of ``diffusers.quantizers.auto`` get a row each: ``from_pretrained`` of a dtq folder then
 needs nothing else.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,29 @@ from typing import Any
 import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.utils import get_module_from_name, is_transformers_available
+from diffusers.utils import get_module_from_name
 from torch import Tensor, nn
 
 from dtq import integrations
 from dtq.checkpoint import reader
-from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
-from dtq.checkpoint.model_card import hub_id
+from dtq.checkpoint.config import DTQConfig
 from dtq.errors import CheckpointError, InputError
+from dtq.integrations.loaded_model import (
+    build_layers,
+    check_saved,
+    chosen_dtype,
+    complete_config,
+    finish_loading,
+    saved_tensors,
+    set_packed_tensor,
+    unquantize,
+)
 from dtq.io.memory import Mapped
-from dtq.nn.attention import use_int8_attention
 from dtq.nn.linear import QuantLinear
-from dtq.nn.shared_inputs import share_input_transforms
-from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
-from dtq.nn.swap import finalize, restore, swap_empty
+from dtq.nn.storage import aligned
 from dtq.pipelines.plain_weights import plain_weights, without_wrappers
 from dtq.pipelines.stored_tensors import FP8, Stored, described, read_headers, refuse_codes
-from dtq.plan.layers import LayerSpec, Plan, check_compute_dtype
-
-log = logging.getLogger("dtq")
+from dtq.plan.layers import Plan
 
 
 class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -83,12 +86,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         Raises:
             InputError: a quantized model cannot compute in that dtype.
         """
-        recorded: torch.dtype | None = self.quantization_config.compute_dtype
-        chosen = torch_dtype or recorded or torch.float32
-        if self.pre_quantized:
-            check_compute_dtype(chosen)
-            self.quantization_config.compute_dtype = chosen
-        return chosen
+        return chosen_dtype(self.quantization_config, torch_dtype, self.pre_quantized)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
         """Open the files of a checkpoint; removes the key of the checksums.
@@ -97,8 +95,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             CheckpointError: a file is damaged or not what ``config.json`` describes.
         """
         if self.pre_quantized:
-            if self.quantization_config.format_version is None:
-                raise CheckpointError("config.json: quantization_config has no 'format_version'")
+            check_saved(self.quantization_config)
             self._reader = reader.Reader(files)
         elif all(str(file).endswith(".safetensors") for file in files):
             self._stored = read_headers(Path(file) for file in files)
@@ -191,9 +188,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         module, name = get_module_from_name(model, param_name)
         raw = state_dict[param_name] if state_dict is not None else param_value
-        check_tensor(param_name, raw, module.tensor_specs()[name])
-        value = from_disk(raw).to(target_device)
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        set_packed_tensor(module, name, param_name, raw, target_device)
 
     def _process_model_before_weight_loading(
         self,
@@ -205,11 +200,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if state_dict is not None:  # passed by from_single_file only, which reads float models
             self.pre_quantized = False
         if self.pre_quantized:
-            plan = config.load_plan()
-            if self._reader is not None:
-                self._reader.check_plan(plan, model)
-            swap_empty(model, plan, config.compute_dtype or torch.float32)
-            log.info("dtq: %d quantized linears, recipe %s", len(plan.layers), config.recipe)
+            build_layers(model, config, self._reader)
         else:
             self._check_float(model, state_dict)
         model.register_to_config(quantization_config=config)  # type: ignore[operator]
@@ -237,11 +228,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
-            plan = self.quantization_config.load_plan()
-            finalize(model, plan.edges, plan.policy)
-            use_int8_attention(model, plan.int8_attention)
-            share_input_transforms(model)
-            share_config_entries(model, self.quantization_config)
+            finish_loading(model, self.quantization_config)
         else:
             assert integrations.quantize_while_loading is not None
             self.report = integrations.quantize_while_loading(model, self.quantization_config)
@@ -257,20 +244,10 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise InputError("dtq checkpoints are safetensors only: safe_serialization=True")
-        wrapped = sorted(k.split(".base_layer.")[0] for k in state_dict if ".base_layer." in k)
-        if wrapped:
-            raise InputError(
-                f"adapters are loaded (on {wrapped[0]} for example), and a checkpoint cannot hold "
-                f"them: call unload_lora_weights() before saving; to keep them, fuse_lora() first"
-            )
-        specs = self.quantization_config.load_plan()
-        return reader.with_checksums(_as_floats(state_dict, specs.layers)), {}
+        return saved_tensors(state_dict, self.quantization_config), {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, QuantLinear):
-                model.set_submodule(name, module.unquantized())
-        restore(model)
+        unquantize(model)
         # otherwise the config of a later save would describe the float weights as quantized
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr, operator]
         model._internal_dict = type(model.config)(config)  # type: ignore[assignment, operator, arg-type]
@@ -293,15 +270,7 @@ def attach_quantizer(
         dtype: compute dtype.
         config: the quantization config; it is completed, and becomes that of the model.
     """
-    config.format_version = FORMAT_VERSION
-    config.recipe = plan.recipe
-    config.compute_dtype = dtype
-    config.timestep_edges = list(edges)
-    config.layers = {layer.name: layer.spec.to_json() for layer in plan.quantized()}
-    if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
-        config.extra.setdefault("base_model", base)
-    share_input_transforms(model)
-    share_config_entries(model, config)
+    complete_config(model, plan, edges, dtype, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
     model.is_quantized = True  # type: ignore[assignment]
@@ -309,25 +278,10 @@ def attach_quantizer(
     model.hf_quantizer = quantizer  # type: ignore[assignment]
 
 
-def share_config_entries(model: nn.Module, config: DTQConfig) -> None:
-    """Let every quantized linear keep its entry of ``config.json`` true when its rank changes."""
-    for name, entry in config.layers.items():
-        model.get_submodule(name).config_entry = entry  # type: ignore[assignment]
-
-
 def register() -> None:
     """Add dtq to the tables of diffusers, unless a dtq is there already."""
     auto.AUTO_QUANTIZER_MAPPING.setdefault("dtq", DTQQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
-
-
-def register_in_transformers() -> None:
-    """Add dtq to the tables of transformers: diffusers looks up a ``quant_backend`` in both."""
-    if is_transformers_available():
-        from transformers.quantizers import auto as text
-
-        text.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
-        text.AUTO_QUANTIZER_MAPPING.setdefault("dtq", _refuse_text)
 
 
 def refuse_quantized_control_nets() -> None:
@@ -399,23 +353,3 @@ def _of_floats(make: Callable[..., Any]) -> Callable[..., Any]:
 
     from_transformer.dtq = True  # type: ignore[attr-defined]
     return from_transformer
-
-
-def _refuse_text(*args: Any, **kwargs: Any) -> None:
-    raise InputError(
-        "dtq quantizes models of diffusers, and this is one of transformers; name the components "
-        'to quantize: components_to_quantize=["transformer"]'
-    )
-
-
-def _as_floats(state: dict[str, Tensor], layers: dict[str, LayerSpec]) -> dict[str, Tensor]:
-    """The tensors of a model, with scales as floats instead of the integers of their bits."""
-    tensors = dict(state)
-    for name, layer in layers.items():
-        # dtypes do not depend on the shape, so take one that every format supports. The remainder
-        # columns of base-3 codes depend on it, but they are integers
-        for tensor_name, spec in layer.tensor_specs((1024, 1024)).items():
-            key = f"{name}.{tensor_name}"
-            if key in tensors:
-                tensors[key] = to_disk(tensors[key], spec)
-    return tensors

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffusion transformers: ``FAMILIES`` that dtq has a description of, and a scan for any model."""
+"""Diffusion transformers and text encoders: ``FAMILIES``, and a scan of any model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from torch import nn
 from dtq.models.base import ROLES, Family, InputGroup, Linear, Scan, sibling_key
 from dtq.models.families import FAMILIES
 from dtq.models.scan import blocks_of, scan, scan_names
+from dtq.models.text_encoders import TEXT, is_of_transformers, is_text_encoder
 
 
 def find_family(model: nn.Module) -> Family | None:
-    """The family of a model by the name of its class; None if there is none."""
+    """The family of a model: by the name of its class, or that of text encoders; None without."""
     name = type(model).__name__
-    return next((family for family in FAMILIES if name in family.classes), None)
+    by_name = next((family for family in FAMILIES if name in family.classes), None)
+    return TEXT if by_name is None and is_text_encoder(model) else by_name
 
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "Scan",
     "blocks_of",
     "find_family",
+    "is_of_transformers",
+    "is_text_encoder",
     "scan",
     "scan_names",
     "sibling_key",

@@ -39,7 +39,10 @@ _IN_ATTENTION = _leaves(
     (r"(to_|add_|c_)?v(alue)?(_proj|_linear|_t)?|wv", "v"),
     (r"\w*qkv\w*", "qkv"),
     (r"(\w*_)?kv(_\w+)?", "kv"),
-    (r"to_out(\.0)?|to_out_t|to_add_out|out_proj|o_proj|proj_attn|\w*attn_proj|wo|c_proj", "out"),
+    (
+        r"to_out(\.0)?|to_out_t|to_add_out|out_proj|o(_proj)?|proj_attn|\w*attn_proj|wo|c_proj",
+        "out",
+    ),
 )
 _IN_FEED_FORWARD = _leaves(
     (r"net\.0\.proj|fc1|linear_in|linear_1|linear_3|in_layer|proj_in|wi\w*|w1|w3", "ffn.up"),

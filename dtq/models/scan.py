@@ -103,9 +103,11 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def unsupported(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
-    """Weights in blocks that dtq cannot quantize, by name, and what they are."""
+    """Weights in blocks, and Conv1D, that dtq cannot quantize, by name, and what they are."""
     weights = {}
     for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D":  # of transformers; in GPT-2 there is nothing else
+            weights[f"{name}.weight"] = "Conv1D, whose matrix is transposed"
         if not block_of(f"{name}.", blocks) or is_linear(module):
             continue
         for key, weight in module.named_parameters(recurse=False):

@@ -14,7 +14,8 @@ from torch import nn
 
 from dtq.errors import InputError
 from dtq.io.safe_parse import read_json
-from dtq.pipelines.validation import components, model_kind
+from dtq.models import is_text_encoder
+from dtq.pipelines.validation import components, model_kind, text_kind
 
 Components = str | Sequence[str]
 """``auto``, or the names of one or more components of a pipeline."""
@@ -34,6 +35,25 @@ def diffusion_transformers_on_disk(folder: Path) -> list[str]:
     """Names of the diffusion transformers in the ``model_index.json`` of a pipeline folder."""
     index = components(folder / "model_index.json")
     return sorted(name for name, (_, kind) in index.items() if kind in _transformer_names())
+
+
+def text_encoders(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the text encoders among the components of a pipeline."""
+    parts = pipeline.components.items()
+    return sorted(n for n, m in parts if isinstance(m, nn.Module) and is_text_encoder(m))
+
+
+def text_encoders_on_disk(folder: Path) -> list[str]:
+    """Names of the text encoders in the ``model_index.json`` of a pipeline folder."""
+    index = components(folder / "model_index.json")
+    kinds = {n: text_kind(kind) for n, (library, kind) in index.items() if library != "diffusers"}
+    return sorted(
+        name
+        for name, kind in kinds.items()
+        if getattr(kind, "main_input_name", "") == "input_ids"
+        and not hasattr(kind, "get_text_features")
+        and (folder / name / "config.json").is_file()
+    )
 
 
 def requested(available: list[str], component: Components, where: object) -> list[str]:
@@ -84,22 +104,30 @@ def folder_kind(path: Path) -> str:
         )
     if (path / "model_index.json").is_file():
         return "pipeline"
-    if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
+    config = path / "config.json"
+    if config.is_file() and {"_class_name", "architectures"} & {*read_json(config)}:
         return "model"
     raise InputError(
         f"{path} is not a diffusers folder: it has neither model_index.json (a pipeline) nor a "
-        f"config.json with _class_name (a model)"
+        f"config.json with _class_name or architectures (a model)"
     )
 
 
 def model_class(folder: Path) -> Any:
-    """The diffusers class that a model folder names.
+    """The class of diffusers, or of transformers, that a model folder names.
 
     Raises:
-        InputError: the installed diffusers has no such class, or it is not a transformer.
+        InputError: the installed libraries have no such class, or it is not a transformer.
     """
-    name = read_json(folder / "config.json").get("_class_name", "")
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name", "")
     kind = model_kind(name)
+    if kind is None and "_class_name" not in config:
+        architectures = config.get("architectures")
+        name = architectures[0] if isinstance(architectures, list) and architectures else ""
+        if (kind := text_kind(name)) is None:
+            raise InputError(f"{folder}: the installed transformers has no model {name!r}")
+        return kind
     if kind is None:
         raise InputError(f"{folder}: diffusers {diffusers.__version__} has no model {name!r}")
     if "UNet" in name or "Autoencoder" in name:

@@ -30,6 +30,8 @@ from dtq.pipelines.contents import (
     folder_kind,
     model_class,
     requested,
+    text_encoders,
+    text_encoders_on_disk,
 )
 from dtq.pipelines.hub import download_configs, download_pipeline
 from dtq.pipelines.plain_weights import PlainWeights, load_converted
@@ -50,7 +52,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class LoadedModel:
-    """A diffusion transformer and the pipeline that it belongs to.
+    """A diffusion transformer, or a text encoder, and the pipeline that it belongs to.
 
     Attributes:
         name: as the user gave it.
@@ -165,6 +167,23 @@ def load_transformers(
     return _transformers_of(name, pipeline, component, None if on_hub else path, variants)
 
 
+def text_encoders_of(loaded: LoadedModel) -> list[LoadedModel]:
+    """The text encoders of the pipeline of a loaded model.
+
+    Raises:
+        InputError: it has no pipeline, or that has no text encoder.
+    """
+    pipeline = loaded.pipeline
+    names = [] if pipeline is None else text_encoders(pipeline)
+    if not names:
+        raise InputError(
+            f"{loaded.name} has no text encoder; leave text_encoder (--text-encoder) at keep"
+        )
+    return [
+        LoadedModel(loaded.name, pipeline, n, component_of(pipeline, n), loaded.path) for n in names
+    ]
+
+
 def _transformers_of(
     name: str,
     pipeline: DiffusionPipeline,
@@ -200,9 +219,9 @@ def load_model(
     with translate_errors(folder):
         if converted is not None:
             return load_converted(kind, folder, converted, dtype or torch.float32)
-        return kind.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant, use_safetensors=True
-        )
+        key = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
+        options = {key: dtype, "variant": variant, "use_safetensors": True}
+        return kind.from_pretrained(folder, **options)
 
 
 @contextmanager
@@ -228,7 +247,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def meta_models(
-    name: str, component: Components = "auto", variant: str | None = None
+    name: str, component: Components = "auto", variant: str | None = None, *, text: bool = False
 ) -> dict[str, tuple[nn.Module, torch.dtype]]:
     """The transformers on the meta device, built from their configs, and their dtypes on disk.
 
@@ -236,6 +255,7 @@ def meta_models(
         name: a folder, a bundled name or a hub id, of which only the configs are downloaded.
         component: as for :func:`load_transformers`.
         variant: as for :func:`load_transformers`.
+        text: whether to add the text encoders of a pipeline.
 
     Returns:
         Component to model and float dtype.
@@ -253,6 +273,7 @@ def meta_models(
     if folder_kind(path) == "pipeline":
         found = requested(diffusion_transformers_on_disk(path), component, path)
         names = {name: name for name in found}
+        names |= {name: name for name in (text_encoders_on_disk(path) if text else ())}
     variants: dict[str, str | None] = {}
     if not on_hub:
         variants = resolve_variants(path, folders, variant, warn=True)
@@ -263,7 +284,7 @@ def meta_models(
             raise InputError(f"{path} has no component {key!r}")
         kind, files = model_class(folder), [] if on_hub else weight_files(folder, own)
         model = meta_model(folder, kind, files)
-        if not on_hub:
+        if not on_hub and isinstance(model, diffusers.ModelMixin):
             check_weights(folder, model, files)
         dtype = stored_dtype(files) if on_hub else _dtype("auto", folder, own)
         models[key] = model, dtype

@@ -13,11 +13,12 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from dtq.models import is_text_encoder
 from dtq.models.timestep import timestep_of
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.recorded_calls import RecordedCall, copy_to_cpu, first_tensor
-from dtq.pipelines.sampling import dummy_batches, run_pipeline
+from dtq.pipelines.sampling import dummy_batches, run_pipeline, run_text_encoders
 from dtq.pipelines.settings import SamplingSettings
 
 
@@ -78,7 +79,11 @@ def sample_calls(
         requests = prompts.load(once.prompts, pipeline, number)
 
         def run() -> Iterable[object]:
-            return run_pipeline(pipeline, requests, once, output="latent")
+            if is_text_encoder(loaded.model):
+                run_text_encoders(pipeline, requests, once, 0)
+                yield None
+            else:
+                yield from run_pipeline(pipeline, requests, once, output="latent")
     else:
         batches = list(dummy_batches(loaded, settings) if inputs is None else inputs)
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line, hint
 from dtq.pipelines import call_defaults, image_inputs, prompts
+from dtq.pipelines.contents import diffusion_transformers
 from dtq.pipelines.loading import LoadedModel, out_of_memory
 from dtq.pipelines.settings import SamplingSettings, seed_of
 from dtq.pipelines.tracing import dummy_inputs
@@ -67,6 +68,36 @@ def run_pipeline(
             yield result
     finally:
         pipeline.set_progress_bar_config(**progress_bar)
+
+
+class _PromptsEncodedError(Exception):
+    """A denoiser was called, so that no text encoder will be any more."""
+
+
+def run_text_encoders(
+    pipeline: Any, requests: prompts.Requests, settings: SamplingSettings, start: int
+) -> None:
+    """Encode the prompts of one batch as a sampling run does, and stop at its first step.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        requests: prompts to generate.
+        settings: sampler settings.
+        start: index of the first request of the batch.
+
+    Raises:
+        InputError: as :func:`run_pipeline`.
+    """
+
+    def stop(*args: Any) -> None:
+        raise _PromptsEncodedError
+
+    with ExitStack() as hooks:
+        for name in diffusion_transformers(pipeline):
+            denoiser = getattr(pipeline, name)
+            hooks.enter_context(denoiser.register_forward_pre_hook(stop))
+        with suppress(_PromptsEncodedError):
+            list(run_pipeline(pipeline, requests, settings, "latent", [start]))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import pipelines
+from diffusers.utils import is_transformers_available
 from torch import nn
 from torch.nn.modules import module as hooks
 
@@ -150,7 +151,7 @@ def meta_model(folder: Path, kind: Any, files: Sequence[Path]) -> nn.Module:
 
     Args:
         folder: of the model.
-        kind: the diffusers class.
+        kind: the class of diffusers or transformers.
         files: its weights; without them only a fixed limit applies.
 
     Returns:
@@ -165,7 +166,12 @@ def meta_model(folder: Path, kind: Any, files: Sequence[Path]) -> nn.Module:
     tensors = sum(len(tensor_names(file)) for file in files)
     try:
         with torch.device("meta"), limit_modules(config, tensors):
-            model: nn.Module = kind.from_config(read_json(config))
+            if hasattr(kind, "from_config"):
+                model: nn.Module = kind.from_config(read_json(config))
+            else:  # a class of transformers
+                fields = read_json(config)
+                fields.pop("quantization_config", None)
+                model = kind(kind.config_class.from_dict(fields))
     except LIBRARY_ERRORS as error:
         raise InputError(
             f"{config}: {kind.__name__} cannot be built from it ({first_line(error)})"
@@ -221,9 +227,11 @@ def check_shapes(
         CheckpointError: a tensor is missing, has another shape, or is packed without an entry in
             ``planned``.
     """
+    # transformers stores a tensor that two modules share once
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     for key, tensor in model.state_dict().items():
         name, _, tensor_name = key.rpartition(".")
-        if name in planned and tensor_name != "bias":
+        if key in tied or (name in planned and tensor_name != "bias"):
             continue
         if key not in stored:
             raise CheckpointError(
@@ -303,6 +311,18 @@ def model_kind(name: object) -> Callable[..., Any] | None:
     """The diffusers model class of a name; None if there is none."""
     kind = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not inspect.isclass(kind) or not issubclass(kind, diffusers.ModelMixin):
+        return None
+    return kind
+
+
+def text_kind(name: object) -> Any:
+    """The model class of transformers of a name; None if there is none."""
+    if not isinstance(name, str) or not name.isidentifier() or not is_transformers_available():
+        return None
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if not inspect.isclass(kind) or not issubclass(kind, transformers.PreTrainedModel):
         return None
     return kind
 

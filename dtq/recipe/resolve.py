@@ -13,18 +13,38 @@ from dtq.io.schema import MethodSpec
 from dtq.models import Linear, Scan
 from dtq.plan import LayerPlan, LayerSpec, Plan
 from dtq.plan.layers import misfit
-from dtq.recipe.schema import Rule
+from dtq.recipe.schema import Rule, StepPolicySearch
 from dtq.recipe.selectors import excludes, is_role, matches
 from dtq.solvers.lowrank import rank_for
 from dtq.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
+    from dtq.pipelines.settings import SamplingSettings
     from dtq.recipe.recipe import Recipe
 
 MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
 """How modulation linears are stored, or the name of a format: weight-only, see docs/design.md."""
 
 _MODULATION_FALLBACKS = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int8-row"), "keep": ()}
+
+
+KEEP = "keep"
+"""In place of the recipe of text encoders: they are not quantized."""
+
+
+def for_text_encoder(recipe: Recipe, calibration: SamplingSettings) -> Recipe:
+    """A recipe as it applies to text encoders, which have no timestep.
+
+    Args:
+        recipe: of the text encoders.
+        calibration: of the transformer; the text encoders are calibrated on the same prompts.
+    """
+    return replace(
+        recipe,
+        calibration=replace(calibration, num_timestep_bins=1),
+        step_policy=StepPolicySearch(),
+        attention="float",
+    )
 
 
 def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from dtq.errors import InputError
+from dtq.models import is_of_transformers
 from dtq.models.linears import is_hooked, linears_of
 from dtq.pipelines.stored_tensors import is_saturated
 
@@ -26,6 +28,21 @@ def check_float_model(model: nn.Module, name: str) -> None:
     _check_adapters(model)
     _check_weights(model, name)
     _check_plain(model)
+
+
+def kept_in_float(model: nn.Module) -> tuple[str, ...]:
+    """Layers that a library keeps in float32, or that share their weight with another module.
+
+    diffusers keeps them whatever the dtype is. transformers keeps some for float16 alone, whose
+    range is too small for them.
+    """
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    if not is_of_transformers(model):
+        return tuple(names)
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    small = model.dtype == torch.float16
+    return tuple(sorted({*strict, *(names if small else ()), *tied, *tied.values()}))
 
 
 def _check_adapters(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from dtq.pipelines import prompts, sampling
 from dtq.pipelines.loading import modules_of
 from dtq.pipelines.tracing import scan_model
 from dtq.stages.budget import fitting_budget
-from dtq.stages.float_model import check_float_model, check_forwards
+from dtq.stages.float_model import check_float_model, check_forwards, kept_in_float
 from dtq.stages.run import Run
 
 
@@ -38,13 +39,16 @@ def plan(run: Run) -> None:
         with paged_weights(*modules_of(loaded)):
             loaded.scan = scan_model(loaded.model, _first_call(run))
     run.scan = loaded.scan
-    in_fp32 = tuple(getattr(loaded.model, "_keep_in_fp32_modules", None) or ())
-    run.plan = recipe.plan(run.scan, (*run.exclude, *in_fp32))
+    run.plan = recipe.plan(run.scan, (*run.exclude, *kept_in_float(loaded.model)))
     if run.target:
         convolutions = [name for name, m in linears_of(loaded.model) if is_pointwise(m)]
         run.plan = constrain(run.plan, recipe, find_target(run.target), convolutions)
     if not run.plan.quantized():
-        raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} unquantized")
+        why = Counter(run.scan.unsupported.values()).most_common()
+        reasons = "".join(f"; {count} weights: {reason}" for reason, count in why)
+        raise InputError(
+            f"recipe {recipe.name} leaves every layer of {loaded.name} unquantized{reasons}"
+        )
     check_forwards(loaded.model, (layer.name for layer in run.plan.quantized()))
     if recipe.allocate.budget:
         run.recipe = replace(recipe, allocate=fitting_budget(run))

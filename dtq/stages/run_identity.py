@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from dtq import demo
 from dtq.io.checksum import bytes_digest, checksum, file_digest, folder_digest, path_digest
 from dtq.io.package_data import package_root
+from dtq.models import is_text_encoder
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
 from dtq.stages.run import Run
@@ -36,6 +38,9 @@ def run_identity(
     if pipeline is not None and needs and statistics is None:
         requests = prompts.load(settings.prompts, pipeline, settings.samples)
         digest = bytes_digest(json.dumps([str(entry) for entry in requests.entries]).encode())
+    texts = {
+        run.loaded.component: run.recipe.to_dict() for run in runs if is_text_encoder(run.model)
+    }
     return {
         "model": _model(loaded),
         "components": [run.loaded.component for run in runs],
@@ -51,6 +56,7 @@ def run_identity(
         "dtq": folder_digest(package_root(), "*.py"),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+        **({"text encoders": texts, "transformers": version("transformers")} if texts else {}),
     }
 
 

@@ -28,8 +28,9 @@ PATCHED = {
         "assert AUTO_QUANTIZER_MAPPING['dtq'].__name__ == 'DTQQuantizer'\n"
         "assert CONFIGS['dtq'] is dtq.DTQConfig",
     ),
-    "diffusers.register_in_transformers": (
-        "import diffusers",
+    "transformers.register": (
+        "from transformers import BertModel",
+        "import diffusers\n"
         "diffusers.PipelineQuantizationConfig(quant_backend='dtq', quant_kwargs={'recipe': 'w4a16'})",
     ),
     "model_config.drop_config_of_quantized": (
@@ -39,6 +40,10 @@ PATCHED = {
     "casts.register": (
         "from diffusers import ModelMixin",
         "assert ModelMixin.to.dtq and ModelMixin.half.dtq and ModelMixin.float.dtq",
+    ),
+    "casts.register_in_transformers": (
+        "from transformers import PreTrainedModel",
+        "assert all(getattr(PreTrainedModel, n).dtq for n in ('to', 'half', 'float'))",
     ),
     "diffusers.refuse_quantized_control_nets": (
         "from diffusers import FluxControlNetModel",

@@ -100,18 +100,6 @@ def test_a_whole_pipeline_is_told_what_to_quantize(options, float_folder, tmp_pa
     assert torch.equal(tiny.sample(again), tiny.sample(pipe))
 
 
-def test_a_text_encoder_is_refused(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    small = transformers.T5Config(
-        d_model=32, d_ff=32, d_kv=8, num_heads=4, num_layers=1, vocab_size=64
-    )
-    transformers.T5EncoderModel(small).save_pretrained(tmp_path / "t")
-    with pytest.raises(InputError, match="components_to_quantize"):
-        transformers.T5EncoderModel.from_pretrained(
-            tmp_path / "t", quantization_config=dtq.DTQConfig("w4a16")
-        )
-
-
 @pytest.mark.parametrize("variant", ["fp16", "w4a8"])
 def test_variants(variant, quantized_folder, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(quantized_folder)

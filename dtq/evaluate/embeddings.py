@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The error of quantized text encoders, on the prompts of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtq.nn.linear import QuantLinear
+from dtq.pipelines import prompts
+from dtq.pipelines.contents import text_encoders
+from dtq.pipelines.loading import LoadedModel
+from dtq.pipelines.recorded_calls import first_tensor
+from dtq.pipelines.sampling import run_text_encoders
+from dtq.pipelines.settings import SamplingSettings
+
+
+def quantized_text_encoders(loaded: LoadedModel) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline that have quantized layers, by component."""
+    names = [] if loaded.pipeline is None else text_encoders(loaded.pipeline)
+    models: dict[str, nn.Module] = {name: getattr(loaded.pipeline, name) for name in names}
+    return {
+        name: model
+        for name, model in models.items()
+        if any(isinstance(module, QuantLinear) for module in model.modules())
+    }
+
+
+def embedding(output: Any) -> Tensor:
+    """What a text encoder gives to the denoiser: its last hidden state.
+
+    A model with a head gives it among ``hidden_states``, if the pipeline asks for these; without
+    either it is the first tensor.
+    """
+    if isinstance(output, Mapping):
+        if output.get("last_hidden_state") is not None:
+            return first_tensor(output["last_hidden_state"])
+        if output.get("hidden_states"):
+            return first_tensor(output["hidden_states"][-1])
+    return first_tensor(output)
+
+
+@torch.no_grad()
+def embedding_errors(
+    candidate: LoadedModel,
+    reference: LoadedModel,
+    requests: prompts.Requests,
+    settings: SamplingSettings,
+) -> dict[str, float]:
+    """Relative squared error of the embeddings of all prompts, for each quantized text encoder.
+
+    Args:
+        candidate: the quantized pipeline.
+        reference: the float pipeline, which encodes the prompts.
+        requests: of the evaluation.
+        settings: of the evaluation.
+
+    Returns:
+        Component to error; empty if no text encoder is quantized.
+    """
+    models = quantized_text_encoders(candidate)
+    error, size = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
+
+    def compare(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        want = embedding(output).double()
+        got = embedding(models[name](*args, **kwargs)).double()
+        error[name] += float((got - want).square().sum())
+        size[name] += float(want.square().sum())
+
+    with ExitStack() as hooks:
+        for name in models:
+            encoder = getattr(reference.pipeline, name)
+            hook = partial(compare, name)
+            hooks.enter_context(encoder.register_forward_hook(hook, with_kwargs=True))
+        for start in range(len(requests.entries)) if models else ():
+            run_text_encoders(reference.pipeline, requests, settings, start)
+    return {name: error[name] / size[name] for name in models if size[name]}

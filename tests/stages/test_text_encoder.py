@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole pipelines: the text encoders are quantized in the run that quantizes the transformer."""
+
+from __future__ import annotations
+
+import json
+
+import pipelines
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import dtq
+from dtq.calibrate.engine import calibration_run
+from dtq.cli import main
+from dtq.errors import InputError
+from dtq.evaluate.embeddings import embedding_errors, quantized_text_encoders
+from dtq.nn import QuantLinear
+from dtq.pipelines import prompts
+from dtq.pipelines.loading import load_transformer, text_encoders_of
+from dtq.pipelines.settings import SamplingSettings
+
+QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 2, "prompts": "prompts-64"}}
+SETTINGS = SamplingSettings(prompts="prompts-64", samples=2, batch_size=1, steps=2)
+
+
+def layers(model):
+    return [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    """A Flux pipeline and its folder, quantized with CLIP and T5."""
+    pipe = pipelines.flux()
+    dtq.quantize(pipe, "rtn-w4a8", text_encoder="w4a16", progress=False, **QUICK)
+    folder = tmp_path_factory.mktemp("flux") / "q"
+    pipe.save_pretrained(folder)
+    return pipe, folder
+
+
+def test_a_whole_pipeline_loads_as_it_was_saved(flux):
+    pipe, folder = flux
+    again = DiffusionPipeline.from_pretrained(folder)
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        assert layers(getattr(again, name))
+        assert layers(getattr(again, name)) == layers(getattr(pipe, name))
+    assert not layers(again.vae)
+    want, got = (pipelines.sample(each, "flux") for each in (pipe, again))
+    assert torch.equal(want, got)
+
+
+def test_keep_leaves_the_text_encoders_alone():
+    pipe, kept = pipelines.flux(), pipelines.flux()
+    dtq.quantize(pipe, "rtn-w4a8", progress=False, **QUICK)
+    assert layers(pipe.transformer)
+    for name in ("text_encoder", "text_encoder_2"):
+        state, want = getattr(pipe, name).state_dict(), getattr(kept, name).state_dict()
+        assert all(torch.equal(state[key], want[key]) for key in want)
+
+
+def test_text_encoders_see_the_prompts_and_the_denoiser_is_not_run():
+    loaded = load_transformer(pipelines.flux())
+    seen, steps = {}, []
+    loaded.model.register_forward_hook(lambda *_: steps.append(1))
+    for text in text_encoders_of(loaded):
+        ids = seen.setdefault(text.component, [])
+        text.model.register_forward_pre_hook(
+            lambda module, args, kwargs, ids=ids: ids.append((args or tuple(kwargs.values()))[0]),
+            with_kwargs=True,
+        )
+    text = text_encoders_of(loaded)[0]
+    run = calibration_run(text, SETTINGS)
+    for batch in range(run.batches):
+        run.run(batch)
+    assert not steps
+    assert {name: len(ids) for name, ids in seen.items()} == {
+        "text_encoder": 2, "text_encoder_2": 2,
+    }  # fmt: skip
+    want = loaded.pipeline.tokenizer(
+        list(prompts.load("prompts-64", loaded.pipeline, 2).entries),
+        padding="max_length", truncation=True, return_tensors="pt",
+        max_length=loaded.pipeline.tokenizer_max_length,
+    ).input_ids  # fmt: skip
+    assert torch.equal(torch.cat(seen["text_encoder"]), want)
+
+
+def test_the_error_of_embeddings(flux):
+    pipe, _ = flux
+    candidate, reference = load_transformer(pipe), load_transformer(pipelines.flux())
+    requests = prompts.load("prompts-64", reference.pipeline, 2)
+    errors = embedding_errors(candidate, reference, requests, SETTINGS)
+    assert (
+        set(errors) == {"text_encoder", "text_encoder_2"} == {*quantized_text_encoders(candidate)}
+    )
+    assert all(1e-6 < error < 0.1 for error in errors.values())
+    assert embedding_errors(reference, reference, requests, SETTINGS) == {}
+
+
+def test_a_pipeline_without_a_text_encoder_is_refused(float_folder):
+    with pytest.raises(InputError, match="has no text encoder; leave"):
+        dtq.quantize(float_folder, "rtn-w4a8", text_encoder="w8a8", progress=False)
+
+
+def command(*arguments):
+    assert main([str(each) for each in arguments], standalone_mode=False) in (None, 0)
+
+
+def test_the_commands(tmp_path, capsys):
+    source, out = tmp_path / "float", tmp_path / "q"
+    pipelines.flux().save_pretrained(source)
+    run = ["--recipe", "rtn-w4a8", "--text-encoder", "w4a16", "--samples", 2, "--steps", 2]
+    command("plan", source, *run, "--json")
+    planned = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    command("quantize", source, *run, "-o", out, "--json")
+    report = json.loads((out / "dtq_report.json").read_text())
+    names = {"transformer", "text_encoder", "text_encoder_2"}
+    assert {*planned} == {*report} == names
+    for name in names:
+        (file,) = (out / name).glob("*.safetensors")
+        assert file.stat().st_size == planned[name]["bytes"]
+    assert "`text_encoder_2`: calibration inputs: pipeline" in (out / "README.md").read_text()
+    capsys.readouterr()
+    command("inspect", out, "--json")
+    shown = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {*shown} == names
+    assert shown["text_encoder"]["recipe"] == "w4a16"
