@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from dtq.errors import InputError as InputError
     from dtq.errors import RecipeError as RecipeError
     from dtq.formats import FORMATS as FORMATS
+    from dtq.integrations.plain_modules import load_into as load_into
+    from dtq.integrations.plain_modules import save as save
     from dtq.integrations.terdit import load_ternary as load_ternary
     from dtq.nn import QuantLinear as QuantLinear
     from dtq.recipe import Recipe as Recipe
@@ -42,8 +44,10 @@ _MODULES = {
     "export": "engines.export",
     "inject_outliers": "demo.outliers",
     "load": "engines.load",
+    "load_into": "integrations.plain_modules",
     "load_ternary": "integrations.terdit",
     "quantize": "api",
+    "save": "integrations.plain_modules",
 }
 """Where each public name is defined."""
 

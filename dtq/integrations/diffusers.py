@@ -288,12 +288,13 @@ def attach_quantizer(
     config.compute_dtype = dtype
     config.timestep_edges = list(edges)
     config.layers = {layer.name: layer.spec.to_json() for layer in plan.quantized()}
-    if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
+    if base := hub_id(str(getattr(getattr(model, "config", None), "_name_or_path", ""))):
         config.extra.setdefault("base_model", base)
     share_input_transforms(model)
     share_config_entries(model, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
-    model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
+    if hasattr(model, "register_to_config"):  # a model of diffusers
+        model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
     model.hf_quantizer = quantizer  # type: ignore[assignment]

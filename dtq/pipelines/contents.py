@@ -57,8 +57,8 @@ def requested(available: list[str], component: Components, where: object) -> lis
         return names
     if not available:
         raise InputError(
-            f"{where} has no diffusion transformer or U-Net of diffusers; name the model to quantize "
-            f"with component="
+            f"{where} has no diffusion transformer or U-Net of diffusers; name the model to "
+            f"quantize with component="
         )
     return available
 
