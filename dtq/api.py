@@ -20,6 +20,7 @@ from dtq.recipe.selectors import check_patterns, pattern_list
 from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
 from dtq.stages.attention import attention
+from dtq.stages.autoencoder import check_vae, quantize_autoencoder
 from dtq.stages.calibrate import calibrate
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
@@ -127,6 +128,7 @@ def quantize(
     memory: int | None = None,
     sanity_check: bool = True,
     to: str = "",
+    vae: str = "keep",
     **overrides: Any,
 ) -> Any:
     """Quantize a diffusion transformer after training.
@@ -149,6 +151,8 @@ def quantize(
             promote the layers that fail (``dtq.stages.sanity_check``).
         to: name of a target of :func:`dtq.export` that the model must fit: what its engine cannot
             hold is adapted or refused before calibration. Empty: any model.
+        vae: ``w8`` also stores the autoencoder of the pipeline with 8-bit weights, ``keep`` leaves
+            it. ``pipeline.vae.hf_quantizer.report`` has the PSNR of its decodes.
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
     Returns:
@@ -171,8 +175,10 @@ def quantize(
         check=sanity_check,
         target=to,
     )
-    run_stages(runs)
     first = runs[0].loaded
+    check_vae(first.pipeline, vae)
+    run_stages(runs)
+    quantize_autoencoder(first.pipeline, vae, chosen.calibration)
     return first.pipeline if first.pipeline is not None else first.model
 
 

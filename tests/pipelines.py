@@ -234,8 +234,8 @@ def svd() -> DiffusionPipeline:
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
+        image_size=224,
+        patch_size=32,
         projection_dim=32,
     )
     return diffusers.StableVideoDiffusionPipeline(
@@ -249,9 +249,7 @@ def svd() -> DiffusionPipeline:
             sigma_min=0.002,
             sigma_max=700.0,
         ),
-        feature_extractor=CLIPImageProcessor(
-            crop_size={"height": 32, "width": 32}, size={"shortest_edge": 32}
-        ),
+        feature_extractor=CLIPImageProcessor(),
     )
 
 

@@ -26,6 +26,7 @@ from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
 from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.attention import use_int8_attention
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
@@ -140,7 +141,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> bool:
         """Whether a parameter is a packed tensor of a quantized linear."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, QuantLinear) and name in module.tensor_specs()
+        return isinstance(module, QuantLinear | QuantConv) and name in module.tensor_specs()
 
     def check_quantized_param_shape(self, name: str, current: Tensor, loaded: Tensor) -> bool:
         """Compare the shape of a packed tensor with that in the file.
@@ -258,7 +259,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantLinear):
+            if isinstance(module, QuantLinear | QuantConv):
                 model.set_submodule(name, module.unquantized())
         restore(model)
         # otherwise the config of a later save would describe the float weights as quantized

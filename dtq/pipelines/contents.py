@@ -106,11 +106,12 @@ def model_class(folder: Path) -> Any:
     Raises:
         InputError: the installed diffusers has no such class, or it is not a transformer.
     """
-    name = read_json(folder / "config.json").get("_class_name", "")
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name", "")
     kind = model_kind(name)
     if kind is None:
         raise InputError(f"{folder}: diffusers {diffusers.__version__} has no model {name!r}")
-    if "Autoencoder" in name:
+    if "Autoencoder" in name and "quantization_config" not in config:
         raise InputError(f"{folder}: {name} is neither a diffusion transformer nor a U-Net")
     return kind
 
