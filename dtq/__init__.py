@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dtq.errors import RecipeError as RecipeError
     from dtq.formats import FORMATS as FORMATS
     from dtq.integrations.adapters import load_adapter as load_adapter
+    from dtq.integrations.plain_modules import load_into as load_into
+    from dtq.integrations.plain_modules import save as save
     from dtq.integrations.terdit import load_ternary as load_ternary
     from dtq.nn import QuantLinear as QuantLinear
     from dtq.recipe import Recipe as Recipe
@@ -44,8 +46,10 @@ _MODULES = {
     "inject_outliers": "demo.outliers",
     "load": "engines.load",
     "load_adapter": "integrations.adapters",
+    "load_into": "integrations.plain_modules",
     "load_ternary": "integrations.terdit",
     "quantize": "api",
+    "save": "integrations.plain_modules",
 }
 """Where each public name is defined."""
 

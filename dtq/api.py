@@ -22,6 +22,7 @@ from dtq.recipe.selectors import check_patterns, pattern_list
 from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
 from dtq.stages.attention import attention
+from dtq.stages.autoencoder import check_vae, quantize_autoencoder
 from dtq.stages.calibrate import calibrate
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
@@ -137,6 +138,7 @@ def quantize(
     sanity_check: bool = True,
     to: str = "",
     text_encoder: str | Path | Recipe = KEEP,
+    vae: str = "keep",
     **overrides: Any,
 ) -> Any:
     """Quantize a diffusion transformer after training, and the text encoders of its pipeline.
@@ -161,6 +163,8 @@ def quantize(
             hold is adapted or refused before calibration. Empty: any model.
         text_encoder: ``keep`` leaves the text encoders of a pipeline as they are; a recipe (name,
             path or :class:`Recipe`) quantizes them, calibrated on the same prompts.
+        vae: ``w8`` also stores the autoencoder of the pipeline with 8-bit weights, ``keep`` leaves
+            it. ``pipeline.vae.hf_quantizer.report`` has the PSNR of its decodes.
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
     Returns:
@@ -184,8 +188,10 @@ def quantize(
         target=to,
         text_encoder=text_encoder,
     )
-    run_stages(runs)
     first = runs[0].loaded
+    check_vae(first.pipeline, vae)
+    run_stages(runs)
+    quantize_autoencoder(first.pipeline, vae, chosen.calibration)
     return first.pipeline if first.pipeline is not None else first.model
 
 

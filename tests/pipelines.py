@@ -11,9 +11,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -152,11 +155,111 @@ def inpaint() -> DiffusionPipeline:
     return diffusers.FluxInpaintPipeline(**flux().components)
 
 
+def unet(**more: Any) -> Any:
+    """Two resolutions, each with attention, 64 and 128 channels wide."""
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (64, 128),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 64,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return diffusers.UNet2DConditionModel(**config | more).eval()
+
+
+def sd15() -> DiffusionPipeline:
+    """1 x 1 convolutions into and out of the transformers, eight heads everywhere."""
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip(64),
+        tokenizer=tokenizer(77),
+        unet=unet(attention_head_dim=8),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> DiffusionPipeline:
+    """Linears into and out of the transformers, two text encoders, the first blocks convolve only."""
+    model = unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip(),
+        text_encoder_2=clip(projected=True),
+        tokenizer=tokenizer(77),
+        tokenizer_2=tokenizer(77),
+        unet=model,
+        scheduler=diffusers.EulerDiscreteScheduler(),
+    )
+
+
+def svd() -> DiffusionPipeline:
+    """Stable Video Diffusion: an image starts the video, and there is no text."""
+    torch.manual_seed(0)
+    model = diffusers.UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        num_attention_heads=(2, 4),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        num_frames=3,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    )
+    video_vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=16,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=32,
+        projection_dim=32,
+    )
+    return diffusers.StableVideoDiffusionPipeline(
+        vae=video_vae.eval(),
+        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        unet=model.eval(),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            prediction_type="v_prediction",
+            timestep_type="continuous",
+            use_karras_sigmas=True,
+            sigma_min=0.002,
+            sigma_max=700.0,
+        ),
+        feature_extractor=CLIPImageProcessor(),
+    )
+
+
 def wan_two() -> DiffusionPipeline:
     return wan(two=True)
 
 
 PIPELINES = {"pixart": pixart, "sd3": sd3, "flux": flux, "wan": wan, "wan 2.2": wan_two}
+
+U_NETS = {"sd 1.5": sd15, "sdxl": sdxl, "svd": svd}
 
 # pipelines that need an image, some also a mask
 FROM_IMAGES = {
@@ -177,6 +280,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "kontext": {"height": 16, "width": 16, "_auto_resize": False, "max_area": 256},
     "sd3 img2img": {"height": 16, "width": 16},
     "inpaint": {"height": 16, "width": 16},
+    "sd 1.5": {"height": 16, "width": 16},
+    "sdxl": {"height": 16, "width": 16},
+    "svd": {"height": 16, "width": 16, "num_frames": 3, "decode_chunk_size": 3},
 }
 
 

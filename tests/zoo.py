@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every transformer class of diffusers as a tiny random model, with arguments of one forward.
+"""Every transformer and U-Net class of diffusers as a tiny random model, with arguments of one forward.
 
 ``zoo.json`` maps the name of a class to ``init``, its configuration, and ``inputs``; a tensor is
 ``{"__t__": shape, "dtype": ..., "val" or "fill": ...}``, random if it has no value. Most
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers.models.transformers
+import diffusers.models.unets
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -32,18 +33,21 @@ FIVE = (
 
 
 def classes() -> dict[str, type[nn.Module]]:
-    """Every model class in ``diffusers.models.transformers``, exported or not."""
-    package = diffusers.models.transformers
+    """Every denoiser class of diffusers, exported or not: its transformers and its U-Nets."""
     result = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        loaded = importlib.import_module(f"{package.__name__}.{module.name}")
-        for name, kind in vars(loaded).items():
-            if (
-                inspect.isclass(kind)
-                and issubclass(kind, ModelMixin)
-                and kind.__module__ == loaded.__name__
-            ):
-                result[name] = kind
+    for package in (diffusers.models.transformers, diffusers.models.unets):
+        for module in pkgutil.iter_modules(package.__path__):
+            loaded = importlib.import_module(f"{package.__name__}.{module.name}")
+            for name, kind in vars(loaded).items():
+                if (
+                    inspect.isclass(kind)
+                    and issubclass(kind, ModelMixin)
+                    and kind.__module__ == loaded.__name__
+                ):
+                    result[name] = kind
+    del result["MotionAdapter"]  # a part of UNetMotionModel
+    for name in ("AudioLDM2UNet2DConditionModel", "UNetControlNetXSModel"):  # kept elsewhere
+        result[name] = getattr(diffusers, name)
     return dict(sorted(result.items()))
 
 

@@ -25,7 +25,8 @@ from dtq.checkpoint.file_size import file_bytes
 from dtq.errors import CheckpointError, InputError
 from dtq.io.checksum import checksum
 from dtq.io.safe_parse import read_json
-from dtq.models.linears import shape_of
+from dtq.models.linears import is_linear, shape_of
+from dtq.nn.conv import matrix_shape
 from dtq.nn.swap import planned_linears
 from dtq.pipelines.contents import (
     Components,
@@ -122,7 +123,8 @@ class Reader:
         self.expect(plan)
         for name, module in planned_linears(model, plan).items():
             try:
-                specs = plan.layers[name].validated_for(shape_of(module), plan.bins)
+                shape = shape_of(module) if is_linear(module) else matrix_shape(module)
+                specs = plan.layers[name].validated_for(shape, plan.bins)
             except InputError as error:
                 raise CheckpointError(f"config.json: layers[{name!r}]: {error}") from error
             for part, spec in specs.items():

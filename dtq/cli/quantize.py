@@ -43,6 +43,9 @@ _options = opt.combined(
     click.option("--sanity-check/--no-sanity-check", default=True,
                  help="Compare a short sampling run with the float model at the end, and promote the "
                       "layers that fail."),
+    click.option("--vae", type=click.Choice(["keep", "w8"]), default="keep", show_default=True,
+                 help="w8: also store the autoencoder with 8-bit weights; the report has the PSNR "
+                      "of its decodes."),
     opt.json(help="Print the report as JSON, without progress bars."),
 )
 # fmt: on
@@ -64,6 +67,7 @@ def quantize(
     fresh: bool,
     source_config: Path | None,
     sanity_check: bool,
+    vae: str,
     as_json: bool,
     dtype: str,
     variant: str | None,
@@ -90,6 +94,7 @@ def quantize(
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
+    from dtq.stages.autoencoder import check_vae, quantize_autoencoder
     from dtq.stages.plan import plan
     from dtq.stages.run_identity import run_identity
 
@@ -116,10 +121,13 @@ def quantize(
             target=target,
             text_encoder=text_encoder,
         )
+        pipeline = runs[0].loaded.pipeline
+        check_vae(pipeline, vae)
         for run in runs:
             plan(run)
             _check_disk(run, output)
         inputs = run_identity(runs, recipe.needs(), stats) if workers.is_main else {}
+        inputs |= {"vae": vae} if inputs and vae != "keep" else {}
         directory.begin(inputs, parse_size(memory) if memory else None)
         for run in runs:
             run.memory = directory.memory
@@ -127,11 +135,16 @@ def quantize(
         reports = run_stages(runs)
         if not workers.is_main:
             return
-        data = _save(directory, runs, reports, shard_size)
+        decodes = quantize_autoencoder(pipeline, vae, recipe.calibration)
+        data = _save(directory, runs, reports, shard_size, decodes)
     if as_json:
         click.echo(json.dumps(data))
         return
     _print_reports(reports, output, time.monotonic() - started)
+    if decodes:
+        psnr = "equal decodes" if decodes["psnr"] is None else f"PSNR {decodes['psnr']:.1f} dB"
+        sizes = f"{size(decodes['bytes_before'])} to {size(decodes['bytes'])}"
+        click.echo(f"vae: {decodes['layers']} layers in {decodes['format']}, {sizes}, {psnr}")
     for file in data.get("exported", []):
         click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
 
@@ -158,7 +171,11 @@ def _check_disk(run: Run, output: Path) -> None:
 
 
 def _save(
-    directory: RunDirectory, runs: list[Run], reports: dict[str, Report], shard_size: str
+    directory: RunDirectory,
+    runs: list[Run],
+    reports: dict[str, Report],
+    shard_size: str,
+    autoencoder: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the output folder; returns the report as plain data."""
     from dtq.checkpoint import writer
@@ -170,6 +187,8 @@ def _save(
     data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
     if len(data) == 1:
         (data,) = data.values()
+    if autoencoder:
+        data["vae"] = autoencoder
     data = finite_or_null(data)
     refused: list[str] = []
     with directory.result() as side:

@@ -34,6 +34,7 @@ from dtq.integrations.loaded_model import (
     unquantize,
 )
 from dtq.io.memory import Mapped
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned
 from dtq.pipelines.plain_weights import plain_weights, without_wrappers
@@ -147,7 +148,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> bool:
         """Whether a parameter is a packed tensor of a quantized linear."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, QuantLinear) and name in module.tensor_specs()
+        return isinstance(module, QuantLinear | QuantConv) and name in module.tensor_specs()
 
     def check_quantized_param_shape(self, name: str, current: Tensor, loaded: Tensor) -> bool:
         """Compare the shape of a packed tensor with that in the file.
@@ -272,7 +273,8 @@ def attach_quantizer(
     """
     complete_config(model, plan, edges, dtype, config)
     quantizer = DTQQuantizer(config, pre_quantized=True)
-    model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
+    if hasattr(model, "register_to_config"):  # a model of diffusers
+        model.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)  # type: ignore[operator]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
     model.hf_quantizer = quantizer  # type: ignore[assignment]

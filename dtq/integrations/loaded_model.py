@@ -17,6 +17,7 @@ from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
 from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.attention import use_int8_attention
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import check_tensor, from_disk, to_disk
@@ -122,9 +123,9 @@ def saved_tensors(state: dict[str, Tensor], config: DTQConfig) -> dict[str, Tens
 
 
 def unquantize(model: nn.Module) -> None:
-    """Replace every quantized linear by a float one."""
+    """Replace every quantized layer by a float one."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear | QuantConv):
             model.set_submodule(name, module.unquantized())
     restore(model)
 
@@ -146,7 +147,7 @@ def complete_config(
     config.compute_dtype = dtype
     config.timestep_edges = list(edges)
     config.layers = {layer.name: layer.spec.to_json() for layer in plan.quantized()}
-    if base := hub_id(str(getattr(model.config, "_name_or_path", ""))):
+    if base := hub_id(str(getattr(getattr(model, "config", None), "_name_or_path", ""))):
         config.extra.setdefault("base_model", base)
     share_input_transforms(model)
     share_config_entries(model, config)

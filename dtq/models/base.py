@@ -23,6 +23,7 @@ ROLES: dict[str, str] = {
     "xattn.out": "output projection of cross-attention",
     "ffn.up": "feed-forward, expansion to the hidden width",
     "ffn.down": "feed-forward, projection back to the model width",
+    "proj": "projection of a U-Net: shortcuts, into and out of its transformers",
     "adaln": "modulation: one row per image, whose result scales every token",
     "embed": "embedders of patches, time, labels and text",
     "head": "final norm and projection",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``FAMILIES``: one row per family of transformers for images, videos or audio.
+"""``FAMILIES``: one row per family of transformers and U-Nets for images, videos or audio.
 
 Timesteps go up to 1 if the pipeline divides the scheduler's timesteps by 1000, or if its scheduler
 counts from 0 to 1; otherwise up to 1000. In a pipeline with reversed time, the largest
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dtq.models import unets
 from dtq.models.base import Family
 from dtq.models.dummy_inputs import (
     FRAMES,
@@ -433,6 +434,9 @@ _UP_TO_1: dict[tuple[str, ...], dict[str, Maker]] = {
 FAMILIES = (
     *_families(_UP_TO_1000, 1000.0),
     *_families(_UP_TO_1, 1.0),
+    *_families(unets.UP_TO_1000, 1000.0),
+    *_families(unets.UP_TO_1, 1.0),
+    *_families(unets.UP_TO_LOG_SIGMA, 1.64),  # a quarter of log 700, the largest noise level
     Family(
         "nucleus",
         ("NucleusMoEImageTransformer2DModel",),

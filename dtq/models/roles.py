@@ -19,6 +19,8 @@ _ATTENTION_PATH = re.compile(rf"{_AT}\w*(attn|attention|mha)\w*\.", re.I)
 _FEED_FORWARD_PATH = re.compile(
     rf"{_AT}(\w*_)?(ff|ffn|mlp|feed_?forward|dense\w*dense|\w*experts?|transition)(_\w+)?\.", re.I
 )
+# of U-Nets: linears in ResNets, and those into and out of the transformers of an attention
+_BETWEEN_PARTS = re.compile(rf"{_AT}resnet\w*\.|{_AT}\w*attentions\.\d+\.proj_(in|out)$", re.I)
 Rules = tuple[tuple[str, str], ...]
 """(regular expression on the path below the block, role); the first match is used."""
 
@@ -32,6 +34,7 @@ _IN_BLOCK: Rules = (
     (rf"(?i){_AT}\w*(embedder|embedding|embed|emb)(\.|$)", "embed"),
     (r"(?i)adaln|ada_ln|modulation|film|_mod(\.|$)", "adaln"),
     (rf"(?i){_AT}norm\w*\.(linear|linear_\d|proj)$", "adaln"),
+    (rf"{_AT}time_emb_proj$", "adaln"),
 )
 _IN_ATTENTION = _leaves(
     (r"(to_|add_|c_)?q(uery)?(_proj|_linear|_t)?|wq", "q"),
@@ -46,9 +49,9 @@ _IN_ATTENTION = _leaves(
 )
 _IN_FEED_FORWARD = _leaves(
     (r"net\.0\.proj|fc1|linear_in|linear_1|linear_3|in_layer|proj_in|wi\w*|w1|w3", "ffn.up"),
-    (r"up|gate|(up|gate|gate_up)_(proj|layer)|proj|ff\.0|ffn\.0|mlp\.0", "ffn.up"),
+    (r"up|gate|(up|gate|gate_up)_(proj|layer)|proj|(ff|ffn|mlp|feed_forward)\.0", "ffn.up"),
     (r"net\.2|\w*fc2|linear_out|linear_2|out_layer|out_projection|proj_out|wo|w2", "ffn.down"),
-    (r"down|out|down_(proj|layer)", "ffn.down"),
+    (r"down|out|down_(proj|layer)|feed_forward\.2", "ffn.down"),
     (r"\w*inverted\w*(\.conv)?", "ffn.up"),
     (r"\w*point\w*(\.conv)?", "ffn.down"),
 )
@@ -166,6 +169,8 @@ def _role(
     if traced is not None and traced.rank == 2 and traced.rows <= trace.batch:
         return "adaln"
     rows, columns = shape_of(module)
+    if _BETWEEN_PARTS.search(path):
+        return "proj"
     if _ATTENTION_PATH.search(path) or max(rows, columns) < 2 * min(rows, columns):
         return "other"
     return "ffn.up" if rows > columns else "ffn.down"

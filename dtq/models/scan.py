@@ -22,6 +22,7 @@ from dtq.models.linears import is_linear, linears_of, shape_of
 from dtq.models.roles import Trace, TracedInput, assign_roles, attention_projection, block_of
 
 _EMBEDS = re.compile(r"embed|embd|_emb(\.|$)|projection|projector|guidance_layer|conditioner", re.I)
+_MIDDLE = re.compile(r"(^|\.)mid(dle)?_block$")
 _STACK = 0.1
 """Share of all weights from which a list of modules without attention counts as blocks."""
 
@@ -42,8 +43,9 @@ def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], obj
     trace = _trace(model, run)
     blocks = blocks_of(model)
     groups: dict[tuple[int, str], list[str]] = {}
+    inner = _transformers_of(model, blocks)
     for name, traced in trace.inputs.items():
-        groups.setdefault((traced.tensor, block_of(name, blocks)), []).append(name)
+        groups.setdefault((traced.tensor, block_of(name, inner)), []).append(name)
     idle = _idle_experts(model, trace.inputs)
     for name, sibling in idle.items():
         key = trace.inputs[sibling].tensor, name.rpartition(".")[0]
@@ -77,7 +79,8 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the repeated blocks, ``transformer_blocks.3.`` for example.
 
     Blocks are the elements of the outermost lists of modules that contain attention. A list without
-    attention counts too if it holds a large share of the weights and is not an embedder.
+    attention counts too if it holds a large share of the weights and is not an embedder. The middle
+    of a U-Net is a block of its own.
     """
     total = sum(math.prod(shape_of(m)) for _, m in linears_of(model))
     prefixes: list[str] = []
@@ -87,6 +90,8 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
             name = f"{prefix}{key}"
             if isinstance(child, nn.ModuleList | nn.Sequential) and _is_stack(child, name):
                 prefixes.extend(f"{name}.{index}." for index, _ in child.named_children())
+            elif _MIDDLE.search(name) and _is_stack(child, name):
+                prefixes.append(f"{name}.")
             else:
                 visit(child, f"{name}.")
 
@@ -100,6 +105,21 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
 
     visit(model, "")
     return tuple(prefixes)
+
+
+def _transformers_of(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """The transformer blocks inside of blocks that are lists of them, as in U-Nets, then blocks.
+
+    Layers of different transformer blocks that read the same tensor, such as the text, are then
+    not of one input group.
+    """
+    inner = [
+        f"{name}.{index}."
+        for name, module in model.named_modules()
+        if name.endswith(".transformer_blocks") and block_of(name, blocks)
+        for index, _ in module.named_children()
+    ]
+    return (*inner, *blocks)
 
 
 def unsupported(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from dtq.errors import InputError
 
-TIME_ARGUMENTS = ("timestep", "timesteps", "t", "vision_timesteps")
-"""Names of the timestep argument in the transformers of diffusers."""
+TIME_ARGUMENTS = (
+    "timestep",
+    "timesteps",
+    "t",
+    "vision_timesteps",
+    "timestep_ratio",
+    "time",
+    "times",
+)
+"""Names of the timestep argument in the transformers and U-Nets of diffusers and other libraries."""
 
 
 def sample_timesteps(timestep: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from dtq.errors import CheckpointError
 from dtq.models.linears import is_linear
 from dtq.nn import nan_check
 from dtq.nn.attention import use_int8_attention
+from dtq.nn.conv import QuantConv, is_convolution
 from dtq.nn.gelu import use_fast_gelu
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned, device_of
 from dtq.nn.timestep_hook import install_clock, remove_clock
-from dtq.plan.layers import CheckpointSpec
+from dtq.plan.layers import CheckpointSpec, LayerSpec
 from dtq.plan.step_policy import StepPolicy
 
 log = logging.getLogger("dtq")
@@ -33,9 +34,14 @@ def swap_empty(model: nn.Module, plan: CheckpointSpec, compute_dtype: torch.dtyp
     """
     for name, old in planned_linears(model, plan).items():
         device = next(old.parameters()).device
-        new = QuantLinear.in_place_of(
-            old, plan.layers[name], bins=plan.bins, compute_dtype=compute_dtype, device=device
-        )
+        spec = plan.layers[name]
+        new: nn.Module
+        if is_linear(old):
+            new = QuantLinear.in_place_of(
+                old, spec, bins=plan.bins, compute_dtype=compute_dtype, device=device
+            )
+        else:
+            new = QuantConv.in_place_of(old, spec, compute_dtype=compute_dtype, device=device)
         model.set_submodule(name, new)
     finalize(model, plan.edges, plan.policy)
 
@@ -52,7 +58,8 @@ def planned_linears(model: nn.Module, plan: CheckpointSpec) -> dict[str, nn.Modu
             module = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"config.json: the model has no layer {name!r}") from error
-        if not is_linear(module):
+        weights_only = plan.layers[name] == LayerSpec(plan.layers[name].weight_format, "none")
+        if not is_linear(module) and not (is_convolution(module) and weights_only):
             kind = type(module).__name__
             raise CheckpointError(f"config.json: {name!r} is a {kind}, not a linear")
         linears[name] = module
@@ -127,7 +134,7 @@ def finalize(
             _keep_separate(module, "fuse_projections")
     for method in ("fuse_qkv_projections", "unfuse_qkv_projections"):
         _keep_separate(model, method)
-    quantized = [n for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+    quantized = [n for n, m in model.named_modules() if isinstance(m, QuantLinear | QuantConv)]
     others = getattr(type(model), "_skip_layerwise_casting_patterns", None) or ()
     # layerwise casting cannot change scales; casting the biases would save hardly any memory
     pattern = f"^({'|'.join(map(re.escape, quantized))})$"

@@ -26,7 +26,7 @@ def diffusion_transformers(pipeline: DiffusionPipeline) -> list[str]:
     names = []
     for name, module in pipeline.components.items():
         plain = getattr(module, "_orig_mod", module)  # of torch.compile, which is refused by name
-        if type(plain).__name__ in _transformer_names():
+        if type(plain).__name__ in denoiser_classes():
             names.append(name)
     return sorted(names)  # transformer before transformer_2
 
@@ -34,7 +34,7 @@ def diffusion_transformers(pipeline: DiffusionPipeline) -> list[str]:
 def diffusion_transformers_on_disk(folder: Path) -> list[str]:
     """Names of the diffusion transformers in the ``model_index.json`` of a pipeline folder."""
     index = components(folder / "model_index.json")
-    return sorted(name for name, (_, kind) in index.items() if kind in _transformer_names())
+    return sorted(name for name, (_, kind) in index.items() if kind in denoiser_classes())
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[str]:
@@ -72,23 +72,31 @@ def requested(available: list[str], component: Components, where: object) -> lis
         if not names:
             raise InputError(
                 f"component is empty; name one or more of {', '.join(available) or 'the models'} "
-                f"of {where}, or leave it out for every diffusion transformer"
+                f"of {where}, or leave it out for every denoiser"
             )
         return names
     if not available:
         raise InputError(
-            f"{where} has no diffusion transformer of diffusers; name the model to quantize with "
-            f"component="
+            f"{where} has no diffusion transformer or U-Net of diffusers; name the model to "
+            f"quantize with component="
         )
     return available
 
 
-@functools.cache
-def _transformer_names() -> frozenset[str]:
-    """Names of the classes in ``diffusers.models.transformers``."""
-    from diffusers.models import transformers
+_ELSEWHERE = frozenset({"AudioLDM2UNet2DConditionModel", "UNetControlNetXSModel"})
+"""U-Nets that diffusers does not keep among its U-Nets."""
+_NO_DENOISERS = frozenset({"MotionAdapter"})
+"""What diffusers keeps among its U-Nets, and is a part of one."""
 
-    return frozenset(n for n, kind in vars(transformers).items() if isinstance(kind, type))
+
+@functools.cache
+def denoiser_classes() -> frozenset[str]:
+    """Names of the classes of diffusers that predict noise: its transformers and U-Nets."""
+    from diffusers.models import transformers, unets
+
+    packages = transformers, unets
+    names = {n for p in packages for n, kind in vars(p).items() if isinstance(kind, type)}
+    return frozenset(names - _NO_DENOISERS | _ELSEWHERE)
 
 
 def folder_kind(path: Path) -> str:
@@ -130,10 +138,8 @@ def model_class(folder: Path) -> Any:
         return kind
     if kind is None:
         raise InputError(f"{folder}: diffusers {diffusers.__version__} has no model {name!r}")
-    if "UNet" in name or "Autoencoder" in name:
-        raise InputError(
-            f"{folder}: {name} is not a diffusion transformer; dtq quantizes those only"
-        )
+    if "Autoencoder" in name and "quantization_config" not in config:
+        raise InputError(f"{folder}: {name} is neither a diffusion transformer nor a U-Net")
     return kind
 
 
@@ -148,6 +154,6 @@ def component_of(pipeline: DiffusionPipeline, name: str) -> nn.Module:
         models = [n for n, m in pipeline.components.items() if isinstance(m, nn.Module)]
         raise InputError(
             f"{type(pipeline).__name__} has no {name!r}; its models are {', '.join(models)}. dtq "
-            f"quantizes diffusion transformers: choose one with component="
+            f"quantizes diffusion transformers and U-Nets: choose one with component="
         )
     return model

@@ -80,7 +80,10 @@ class LoadedModel:
     @property
     def dtype(self) -> torch.dtype:
         """The float dtype of the transformer."""
-        return self.model.dtype  # type: ignore[return-value]
+        dtype = getattr(self.model, "dtype", None)  # of diffusers
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def models(self) -> dict[str, nn.Module]:
         """Every diffusion transformer of the pipeline by its name there, this one first."""

@@ -24,13 +24,21 @@ class Requests:
 
     Attributes:
         name: of the prompt set.
-        argument: of the pipeline call, ``prompt`` or ``class_labels``.
+        argument: of the pipeline call: ``prompt``, ``class_labels``, or ``batch_size`` where the
+            pipeline is not conditioned; empty where an image is its only condition.
         entries: prompts or labels, one per image.
     """
 
     name: str
     argument: str
     entries: tuple[Any, ...]
+
+    def arguments(self, start: int, count: int) -> dict[str, Any]:
+        """The argument of a call for ``count`` requests from ``start`` on."""
+        entries = list(self.entries[start : start + count])
+        if self.argument == "batch_size":
+            return {"batch_size": len(entries)}
+        return {self.argument: entries} if self.argument else {}
 
 
 def load(name: str, pipeline: Any, count: int, *, nested: bool = False) -> Requests:
@@ -91,9 +99,13 @@ def _argument(pipeline: Any) -> str:
     for argument in ("class_labels", "prompt"):
         if argument in parameters:
             return argument
+    if "image" in parameters:  # Stable Video Diffusion
+        return ""
+    if "batch_size" in parameters:
+        return "batch_size"
     raise InputError(
-        f"{type(pipeline).__name__} takes neither class_labels nor a prompt; dtq cannot call it. "
-        f"Quantize its transformer alone, with inputs=[...]"
+        f"{type(pipeline).__name__} takes none of class_labels, prompt, image and batch_size; dtq "
+        f"cannot call it. Quantize its denoiser alone, with inputs=[...]"
     )
 
 

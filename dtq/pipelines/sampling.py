@@ -58,11 +58,12 @@ def run_pipeline(
     try:
         starts = range(0, len(requests.entries), batch)
         for start in starts if only is None else filter(only.__contains__, starts):
-            entries = list(requests.entries[start : start + batch])
-            seeds = [seed_of(settings.seed, start + i) for i in range(len(entries))]
+            count = len(requests.entries[start : start + batch])
+            seeds = [seed_of(settings.seed, start + i) for i in range(count)]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            args = {requests.argument: entries} | images.of(start)
-            more = f"arguments in addition to {requests.argument}: {_shown(options)}"
+            args = requests.arguments(start, batch) | images.of(start)
+            what = requests.argument or "the image"
+            more = f"arguments in addition to {what}: {_shown(options)}"
             with translate_call_errors(type(pipeline).__name__, more):
                 result = pipeline(**args, generator=generators, **options)
             yield result

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every transformer class of diffusers, tiny and random: scan, plan, quantize, save, load, run."""
+"""Every transformer and U-Net class of diffusers, tiny and random: scan, plan, quantize, save, load, run."""
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 import zoo
 from builders import collected
+from torch import nn
 
 import dtq
 from dtq.models import FAMILIES, Scan, find_family
 from dtq.nn import QuantLinear
+from dtq.pipelines.contents import denoiser_classes
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.recorded_calls import first_tensor
 from dtq.pipelines.tracing import dummy_inputs, scan_model
@@ -99,6 +106,22 @@ ROLES = {
         "decoders.0.layer.0.FiLMLayer.scale_bias": "adaln",
         "decoders.0.layer.1.attention.to_k": "xattn.k",
     },
+    "Kandinsky3UNet": {
+        "down_blocks.1.attentions.0.feed_forward.0": "ffn.up",
+        "down_blocks.1.attentions.0.feed_forward.2": "ffn.down",
+        "down_blocks.0.resnets_in.0.resnet_blocks.0.group_norm.context_mlp.1": "adaln",
+        "down_blocks.0.resnets_in.0.resnet_blocks.0.projection": "proj",
+    },
+    "UNet2DConditionModel": {
+        "down_blocks.0.attentions.0.proj_in": "proj",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k": "attn.k",
+        "mid_block.attentions.0.transformer_blocks.1.attn2.to_k": "xattn.k",
+        "mid_block.attentions.0.transformer_blocks.1.ff.net.0.proj": "ffn.up",
+        "mid_block.attentions.0.proj_out": "proj",
+        "mid_block.resnets.0.time_emb_proj": "adaln",
+        "up_blocks.0.resnets.0.conv_shortcut": "proj",
+        "add_embedding.linear_1": "embed",
+    },
     "WanAnimate2Transformer3DModel": {
         "blocks.0.ffn.0": "ffn.up",
         "blocks.0.ffn.2": "ffn.down",
@@ -115,6 +138,14 @@ def scanned(name: str, model=None):
 def test_roles_come_from_names_and_structure(name):
     roles = {linear.name: linear.role for linear in scanned(name).linears()}
     assert {key: roles.get(key) for key in ROLES[name]} == ROLES[name]
+
+
+def test_transformer_blocks_of_a_unet_that_read_the_same_text_are_apart():
+    groups = scanned("UNet2DConditionModel").input_groups
+    middle = "mid_block.attentions.0.transformer_blocks"
+    keys = [g for g in groups if any(x.name.startswith(middle) for x in g.linears)]
+    names = [[x.name for x in g.linears] for g in keys if g.linears[0].role == "xattn.k"]
+    assert names == [[f"{middle}.{i}.attn2.to_k", f"{middle}.{i}.attn2.to_v"] for i in range(2)]
 
 
 def test_what_cannot_be_quantized_is_named():
@@ -184,6 +215,7 @@ NO_FAMILY = {
     "T5FilmDecoder": "needs the notes of its encoders; its pipeline is deprecated",
     "Transformer2DModel": "part of U-Nets; its arguments depend on the caller",
     "TransformerTemporalModel": "part of U-Nets; its arguments depend on the caller",
+    "UVit2DModel": "predicts tokens, not noise",
     "WanAnimate2Transformer3DModel": "fills a cache in one call and reads it in the next",
 }
 NOT_ON_META = {
@@ -201,6 +233,7 @@ NOT_ON_META = {
     "MochiTransformer3DModel": "autocast",
     "OmniGenTransformer2DModel": "reads the largest position",
     "QwenImage21Transformer2DModel": "repeats tokens by a mask",
+    "UNetSpatioTemporalConditionModel": "makes a table on the CPU",
 }
 
 
@@ -209,6 +242,26 @@ def grouped(scan: Scan) -> set[tuple[tuple[str, str], ...]]:
     return {
         tuple((linear.name, linear.role) for linear in group.linears) for group in scan.input_groups
     }
+
+
+def annotated(argument: str) -> set[str]:
+    """Classes of models that the pipelines of diffusers take for an argument, by annotation."""
+    found = set()
+    for file in Path(diffusers.pipelines.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                for each in (*node.args.args, *node.args.kwonlyargs):
+                    if each.arg in argument.split() and each.annotation is not None:
+                        found |= set(re.findall(r"\w+", ast.unparse(each.annotation)))
+    kinds = {name: getattr(diffusers, name, None) for name in found}
+    return {n for n, k in kinds.items() if isinstance(k, type) and issubclass(k, nn.Module)}
+
+
+def test_every_denoiser_that_a_pipeline_names_is_found():
+    takes = annotated("unet transformer transformer_2 decoder prior prior_prior super_res_first")
+    assert {"UNet2DConditionModel", "StableCascadeUNet", "AudioLDM2UNet2DConditionModel"} <= takes
+    others = takes - denoiser_classes()
+    assert others == {"UniDiffuserModel"}  # of a pipeline that diffusers has given up
 
 
 def test_every_diffusion_transformer_has_a_family():

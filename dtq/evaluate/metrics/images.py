@@ -55,14 +55,19 @@ def shown(result: Any) -> Tensor:
     for kind in ("images", "frames", "audios"):
         if hasattr(result, kind):
             output = torch.as_tensor(getattr(result, kind)).detach().float().cpu()
-            return output if kind == "audios" else output.clamp(0, 1)
+            if kind == "audios":  # AudioLDM leaves out the axis of its one channel
+                return output[:, None] if output.ndim == 2 else output
+            return output.clamp(0, 1)
     raise InputError(f"{type(result).__name__}: has neither images, frames nor audios")
 
 
 def rate(pipeline: Any) -> int:
-    """Sampling rate of sounds in Hz, from the config of the pipeline's autoencoder."""
-    config = getattr(getattr(pipeline, "vae", None), "config", {})
-    return int(config.get("sampling_rate", 44100))
+    """Sampling rate of sounds in Hz, from the config of the pipeline's vocoder or autoencoder."""
+    for name in ("vocoder", "vae"):
+        config = getattr(getattr(pipeline, name, None), "config", None)
+        if found := getattr(config, "sampling_rate", None):
+            return int(found)
+    return 44100
 
 
 def strip(video: Tensor, count: int = 8) -> Tensor:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autoencoders with 8-bit weights: saved, loaded by plain diffusers, and how far decodes are off."""
+
+from __future__ import annotations
+
+import json
+
+import pipelines
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from diffusers import DiffusionPipeline
+from torch import nn
+
+import dtq
+from dtq.cli import main
+from dtq.errors import CheckpointError, InputError
+from dtq.nn.conv import QuantConv
+
+FEW = {"samples": 1, "steps": 1, "batch_size": 1}
+
+
+def weights(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_from_the_command_line(tmp_path):
+    pipe = tiny.pipeline()
+    pipe.save_pretrained(tmp_path / "float")
+    command = [
+        "quantize",
+        tmp_path / "float",
+        "--recipe=rtn-w4a8",
+        "--vae=w8",
+        "-o",
+        tmp_path / "out",
+    ]
+    command += ["--samples=1", "--steps=1", "--shard-size=30KB", "--no-sanity-check"]
+    result = CliRunner().invoke(main, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "dtq_report.json").read_text())["vae"]
+    assert f"vae: {report['layers']} layers in int8-row" in result.output
+    assert 30 < report["psnr"] < 80
+    assert report["bytes"] < 0.4 * report["bytes_before"]
+    before, after = (weights(tmp_path / n / "vae") for n in ("float", "out"))
+    assert sum(f.stat().st_size for f in after) < 0.6 * sum(f.stat().st_size for f in before)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    convolutions = [m for m in loaded.vae.modules() if isinstance(m, nn.Conv2d)]
+    assert all(isinstance(m, QuantConv) for m in convolutions)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = (p.vae.decode(x).sample for p in (pipe, loaded))
+    assert 0 < float((got - want).square().mean() / want.square().mean()) < 1e-3
+    loaded.save_pretrained(tmp_path / "again", max_shard_size="30KB")
+    for file in after:
+        assert file.read_bytes() == (tmp_path / "again" / "vae" / file.name).read_bytes()
+    with torch.no_grad():
+        plain = loaded.vae.dequantize().decode(x).sample
+    torch.testing.assert_close(plain, got, atol=1e-4, rtol=1e-4)
+    data = bytearray(after[0].read_bytes())
+    data[-50] ^= 1
+    after[0].write_bytes(data)
+    with pytest.raises((CheckpointError, ValueError, OSError), match="damaged"):
+        DiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_causal_convolutions_of_videos(tmp_path):
+    calibration = {**FEW, "steps": 2, "pipeline_args": pipelines.SMALL["wan"]}
+    pipe = dtq.quantize(
+        pipelines.wan(), "rtn-w4a8", vae="w8", calibration=calibration, progress=False
+    )
+    assert 30 < pipe.vae.hf_quantizer.report["psnr"] < 80
+    dtq.save(pipe, tmp_path / "out")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert torch.equal(pipelines.sample(pipe, "wan", 1), pipelines.sample(loaded, "wan", 1))
+
+
+def test_mistakes_are_named_before_the_work():
+    with pytest.raises(InputError, match="expected keep, w8"):
+        dtq.quantize(tiny.pipeline(), "rtn-w4a8", vae="w4", progress=False)
+    with pytest.raises(InputError, match="has no autoencoder"):
+        dtq.quantize(tiny.dit(), "rtn-w4a8", vae="w8", progress=False)
