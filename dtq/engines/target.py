@@ -65,12 +65,14 @@ class Contents:
         config: the diffusers config of the model, with ``_class_name``; empty if the file does not
             say.
         recipe: name of the recipe; empty if the file does not say.
+        architecture: the family's name in GGUF files, if names are original ones; otherwise empty.
     """
 
     layers: dict[str, StoredLayer]
     others: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
+    architecture: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Original names: a model's tensors as its authors name, fuse and order them.
+
+diffusers has its own names, and takes apart what other engines keep as one tensor, such as q, k and
+v. ``names/`` has a table for each family. The order of rows is not in the tables:
+:mod:`dtq.engines.original.key_map` derives it from diffusers' own converter.
+"""
+
+from __future__ import annotations
+
+from dtq.engines.original.contents import fusion_reasons, to_diffusers, to_original
+from dtq.engines.original.key_map import Entry, KeyMap, Part, key_map
+from dtq.engines.original.name_table import NameTable, table_for, tables
+
+__all__ = [
+    "Entry",
+    "KeyMap",
+    "NameTable",
+    "Part",
+    "fusion_reasons",
+    "key_map",
+    "table_for",
+    "tables",
+    "to_diffusers",
+    "to_original",
+]

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the names of diffusers to original ones, row by row, as diffusers' own converter has it.
+
+Every row of an original checkpoint gets a number. diffusers' converter for single files renames,
+splits and swaps the numbered tensors, and the numbers in its output tell where each row of each
+diffusers tensor came from. A model whose converted names are not those of diffusers is refused, so
+that no map is a guess. Nothing is downloaded, and no tensor is wider than one column.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import __version__
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from torch import Tensor
+
+from dtq.engines.original.name_table import NameTable, table_for
+from dtq.errors import LIBRARY_ERRORS, InputError, first_line
+from dtq.pipelines.validation import model_kind
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a tensor.
+
+    Attributes:
+        key: its name in diffusers.
+        start: first row.
+        rows: number of rows.
+    """
+
+    key: str
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An original tensor.
+
+    Attributes:
+        parts: rows of diffusers' tensors, in the order of the original rows.
+        shape: of the tensor.
+    """
+
+    parts: tuple[Part, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """The original tensors of a model.
+
+    Attributes:
+        family: name of the table.
+        gguf: see :class:`NameTable`.
+        entries: by original name; every row of every tensor of the model is in one.
+        unused: original tensors that diffusers has no place for; their shape if they are written.
+    """
+
+    family: str
+    gguf: str
+    entries: dict[str, Entry]
+    unused: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+
+
+def key_map(config: Mapping[str, Any], shapes: Shapes | None = None) -> KeyMap | None:
+    """The map of a model; None for a class without a table.
+
+    Args:
+        config: of diffusers, with ``_class_name``.
+        shapes: of the float model's tensors. None: the model is built without memory.
+
+    Raises:
+        InputError: diffusers' converter does not read such a model, or not as the table says.
+    """
+    table = table_for(config)
+    if table is None:
+        return None
+    shapes = shapes or shapes_of(config)
+    groups = _groups(table, shapes)
+    if table.listed:
+        parts = {name: _whole(keys, shapes) for name, keys in groups.items()}
+    elif all(config.get(key) == value for key, value in table.reference.items()):
+        parts = _derived(table, groups, shapes, config)
+    else:  # the converter splits other sizes wrongly: derive for one that it reads
+        like = {**config, **table.reference}
+        like_shapes = shapes_of(like)
+        found = _derived(table, _groups(table, like_shapes), like_shapes, like)
+        parts = _resized(table, found, like_shapes, groups, shapes)
+    entries = {
+        name: Entry(parts[name], _original_shape(table, name, keys, shapes))
+        for name, keys in groups.items()
+    }
+    return KeyMap(table.family, table.gguf, entries, _unused(table, config))
+
+
+def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a model, which is built without memory.
+
+    Raises:
+        InputError: it cannot be built.
+    """
+    kind: Any = model_kind(config.get("_class_name"))
+    if kind is None:
+        raise InputError(f"diffusers {__version__} has no model {config.get('_class_name')!r}")
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(dict(config))
+    except LIBRARY_ERRORS as error:
+        raise InputError(f"{kind.__name__} cannot be built ({first_line(error)})") from error
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def _groups(table: NameTable, shapes: Shapes) -> dict[str, list[str]]:
+    """Names in diffusers of the tensors in each original one, in the order of the table."""
+    order = {rule[0]: place for place, rule in enumerate(table.rules)}
+    groups: dict[str, list[str]] = {}
+    for key in shapes:
+        groups.setdefault(table.original(key), []).append(key)
+    if table.listed:
+        rank = {key: _rank(order, key) for keys in groups.values() for key in keys}
+        groups = {name: sorted(keys, key=rank.__getitem__) for name, keys in groups.items()}
+    return groups
+
+
+def _rank(order: Mapping[tuple[str, ...], int], key: str) -> int:
+    components = re.sub(r"(?<=\.)\d+(?=\.)", "*", key).split(".")
+    prefixes = (tuple(components[:n]) for n in range(len(components), 0, -1))
+    return next((order[prefix] for prefix in prefixes if prefix in order), -1)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def _whole(keys: list[str], shapes: Shapes) -> tuple[Part, ...]:
+    return tuple(Part(key, 0, _rows(shapes[key])) for key in keys)
+
+
+def _original_shape(
+    table: NameTable, name: str, keys: list[str], shapes: Shapes
+) -> tuple[int, ...]:
+    first = shapes[keys[0]]
+    if other := table.shape(name):
+        size = math.prod(first) // math.prod(n for n in other if n != -1)
+        return tuple(size if n == -1 else n for n in other)
+    if any(shapes[key][1:] != first[1:] for key in keys):
+        raise InputError(f"{name}: {', '.join(keys)} differ in shape, and cannot be one tensor")
+    return (sum(_rows(shapes[key]) for key in keys), *first[1:]) if first else ()
+
+
+def _unused(table: NameTable, config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {
+        name: shape
+        if shape is None
+        else tuple(config[n] if isinstance(n, str) else n for n in shape)
+        for name, shape in table.unused.items()
+    }
+
+
+def _derived(
+    table: NameTable, groups: Mapping[str, list[str]], shapes: Shapes, config: Mapping[str, Any]
+) -> dict[str, tuple[Part, ...]]:
+    """Parts of each original tensor, from the converter's output for numbered rows."""
+    numbered: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    count = 0
+    for name, keys in groups.items():
+        whole = _original_shape(table, name, keys, shapes)
+        shape = whole if table.shape(name) else (*whole[:1], *(1 for _ in whole[1:]))
+        size = math.prod(shape)
+        numbered[name] = torch.arange(count, count + size).reshape(shape)
+        starts[name], count = count, count + size
+    dropped = {name: torch.full(s, -1) for name, s in _unused(table, config).items() if s}
+    converted = _converted(config, numbered | dropped)
+    pieces: dict[str, list[tuple[int, Part]]] = {name: [] for name in groups}
+    for name, keys in groups.items():
+        for key in keys:
+            got = converted.pop(key, None)
+            if got is None:
+                raise _wrong(config, f"{key} is missing, {name} should give it")
+            at = got.reshape(-1) - starts[name]
+            rows = math.prod(shapes[key]) if table.shape(name) else _rows(shapes[key])
+            if len(at) != rows or bool(((at < 0) | (at >= numbered[name].numel())).any()):
+                raise _wrong(config, f"{key} does not come from {name} alone")
+            pieces[name] += _runs(key, at)
+    left = [key for key, tensor in converted.items() if tensor is not None]
+    if left:
+        raise _wrong(config, f"{left[0]} is not in the model")
+    result = {}
+    for name, found in pieces.items():
+        found.sort(key=lambda piece: piece[0])
+        ends = [0, *(at + part.rows for at, part in found)]
+        if ends[:-1] != [at for at, _ in found] or ends[-1] != numbered[name].numel():
+            raise _wrong(config, f"{name} is not used once")
+        parts = tuple(part for _, part in found)
+        if table.shape(name):
+            if len(parts) > 1:
+                raise _wrong(config, f"{name} is reordered")
+            parts = _whole(groups[name], shapes)
+        result[name] = parts
+    return result
+
+
+def _runs(key: str, at: Tensor) -> list[tuple[int, Part]]:
+    """Consecutive rows of a tensor that are consecutive in the original one, with its row."""
+    breaks = (at.diff() != 1).nonzero().flatten() + 1
+    starts = [0, *breaks.tolist()]
+    ends = [*starts[1:], len(at)]
+    return [(int(at[a]), Part(key, a, b - a)) for a, b in zip(starts, ends, strict=True)]
+
+
+def _converted(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output of diffusers' converter."""
+    entry = SINGLE_FILE_LOADABLE_CLASSES.get(str(config.get("_class_name")))
+    if entry is None:
+        raise InputError(
+            f"diffusers {__version__} reads no single files of {config.get('_class_name')}; "
+            f"install a newer one, or keep its names: --names diffusers"
+        )
+    try:
+        converted = entry["checkpoint_mapping_fn"](checkpoint=dict(tensors), config=dict(config))
+    except LIBRARY_ERRORS as error:
+        raise _wrong(config, first_line(error)) from error
+    return dict(converted)
+
+
+def _wrong(config: Mapping[str, Any], reason: str) -> InputError:
+    return InputError(
+        f"diffusers {__version__} does not convert original files of such a "
+        f"{config.get('_class_name')} ({reason}); keep its names: --names diffusers"
+    )
+
+
+def _resized(
+    table: NameTable,
+    found: Mapping[str, tuple[Part, ...]],
+    like: Shapes,
+    groups: Mapping[str, list[str]],
+    shapes: Shapes,
+) -> dict[str, tuple[Part, ...]]:
+    """Parts in a model of other sizes: the same fractions of rows.
+
+    A block that the reference model lacks is like all others of its names.
+    """
+    by_names: dict[tuple[str, ...], set[tuple[tuple[str, float, float], ...]]] = {}
+    fractions = {
+        name: tuple((p.key, p.start / _rows(like[p.key]), p.rows / _rows(like[p.key])) for p in ps)
+        for name, ps in found.items()
+    }
+    for name, parts in fractions.items():
+        anonymous = tuple((_anonymous(key), start, rows) for key, start, rows in parts)
+        by_names.setdefault(_names(name, found[name]), set()).add(anonymous)
+    result = {}
+    for name, keys in groups.items():
+        whole = _whole(keys, shapes)
+        alike = by_names.get(_names(name, whole), set())
+        same = {part.key for part in found.get(name, ())} == set(keys)
+        if not same and len(alike) != 1:
+            raise InputError(f"{name}: diffusers' converter does not tell how it is split")
+        anonymous = {_anonymous(key): key for key in keys}
+        (model,) = alike if not same else (fractions[name],)
+        parts = []
+        for part_key, start, rows in model:
+            key = part_key if same else anonymous[part_key]
+            total = _rows(shapes[key])
+            if (start * total) % 1 or (rows * total) % 1:
+                raise InputError(f"{name}: {total} rows of {key} cannot be split as in a file")
+            parts.append(Part(key, int(start * total), int(rows * total)))
+        result[name] = tuple(parts)
+    return result
+
+
+def _anonymous(key: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
+
+
+def _names(name: str, parts: tuple[Part, ...]) -> tuple[str, ...]:
+    return (_anonymous(name), *sorted({_anonymous(part.key) for part in parts}))
