@@ -3,13 +3,13 @@
 
 diffusers has its own names, and takes apart what other engines keep as one tensor, such as q, k and
 v. ``names/`` has a table for each family. The order of rows is not in the tables:
-:mod:`dtq.engines.original.key_map` derives it from diffusers' own converter.
+:mod:`dtq.engines.original.mapping` derives it from diffusers' own converter.
 """
 
 from __future__ import annotations
 
 from dtq.engines.original.contents import fusion_reasons, to_diffusers, to_original
-from dtq.engines.original.key_map import Entry, KeyMap, Part, key_map
+from dtq.engines.original.mapping import Entry, KeyMap, Part, key_map
 from dtq.engines.original.name_table import NameTable, table_for, tables
 
 __all__ = [

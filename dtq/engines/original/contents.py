@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dtq.engines.original.key_map import Entry, KeyMap, Part
+from dtq.engines.original.mapping import Entry, KeyMap, Part
 from dtq.engines.target import Contents, StoredLayer
 from dtq.errors import CheckpointError, InputError
 
@@ -26,7 +26,7 @@ def fusion_reasons(layers: Mapping[str, StoredLayer], names: KeyMap) -> dict[str
         layers: quantized layers, by their names in diffusers.
         names: the map.
     """
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name, entry in names.entries.items():
         modules = list(dict.fromkeys(_module(part.key) for part in entry.parts))
         quantized = [module for module in modules if module in layers]
@@ -193,9 +193,9 @@ def _assembled(name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> Tensor
 
 
 def _taken_apart(entry: Entry, tensor: Tensor) -> dict[str, Tensor]:
-    """Inverse of :func:`_assembled`, up to the shape of tensors that are reshaped."""
+    """Inverse of :func:`_assembled`."""
     if len(entry.parts) == 1:
-        return {entry.parts[0].key: tensor}
+        return {entry.parts[0].key: tensor.reshape(entry.diffusers_shape or entry.shape)}
     return {
         key: torch.cat([tensor[at : at + part.rows] for at, part in places])
         for key, places in _places(entry).items()

@@ -38,6 +38,7 @@ class NameTable:
         shapes: shapes of original tensors that differ from those of diffusers, by name.
         unused: tensors that diffusers drops. Their shape, in numbers and keys of the config, if
             its converter expects them; otherwise None, and they are not written.
+        unconverted: original tensors that diffusers' converter misses, and other engines read.
         listed: diffusers has no converter, and rows are in the order of the table.
     """
 
@@ -49,6 +50,7 @@ class NameTable:
     reference: Mapping[str, Any] = field(default_factory=dict)
     shapes: Mapping[str, list[int]] = field(default_factory=dict)
     unused: Mapping[str, list[int | str] | None] = field(default_factory=dict)
+    unconverted: tuple[str, ...] = ()
     listed: bool = False
 
     def original(self, key: str) -> str:
@@ -105,7 +107,8 @@ def _table(family: str, data: dict[str, Any]) -> NameTable:
         family,
         tuple(data["classes"]),
         tuple(sorted(rules, key=lambda rule: -len(rule[0]))),
-        **{key: data[key] for key in data.keys() - {"classes", "names"}},
+        unconverted=tuple(data.get("unconverted", ())),
+        **{key: data[key] for key in data.keys() - {"classes", "names", "unconverted"}},
     )
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from dtq.errors import LIBRARY_ERRORS, InputError, first_line
 from dtq.pipelines.validation import model_kind
 
 Shapes = Mapping[str, tuple[int, ...]]
+Fractions = tuple[str, Fraction, Fraction]
+"""Name in diffusers, and the first row and number of rows as fractions of all."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,12 @@ class Entry:
     Attributes:
         parts: rows of diffusers' tensors, in the order of the original rows.
         shape: of the tensor.
+        diffusers_shape: of the one tensor in it if that is another shape; None if it is not.
     """
 
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
+    diffusers_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,19 +92,20 @@ def key_map(config: Mapping[str, Any], shapes: Shapes | None = None) -> KeyMap |
         return None
     shapes = shapes or shapes_of(config)
     groups = _groups(table, shapes)
-    if table.listed:
-        parts = {name: _whole(keys, shapes) for name, keys in groups.items()}
-    elif all(config.get(key) == value for key, value in table.reference.items()):
-        parts = _derived(table, groups, shapes, config)
-    else:  # the converter splits other sizes wrongly: derive for one that it reads
+    listed = set(groups) if table.listed else set(table.unconverted)
+    parts = {name: _whole(keys, shapes) for name, keys in groups.items() if name in listed}
+    rest = {name: keys for name, keys in groups.items() if name not in listed}
+    if rest and all(config.get(key) == value for key, value in table.reference.items()):
+        parts |= _derived(rest, shapes, config, table)
+    elif rest:  # the converter splits other sizes wrongly: derive for one that it reads
         like = {**config, **table.reference}
         like_shapes = shapes_of(like)
-        found = _derived(table, _groups(table, like_shapes), like_shapes, like)
-        parts = _resized(table, found, like_shapes, groups, shapes)
-    entries = {
-        name: Entry(parts[name], _original_shape(table, name, keys, shapes))
-        for name, keys in groups.items()
-    }
+        found = _derived(_groups(table, like_shapes), like_shapes, like, table)
+        parts |= _resized(found, like_shapes, rest, shapes)
+    entries = {}
+    for name, keys in groups.items():
+        other = shapes[keys[0]] if table.shape(name) else None
+        entries[name] = Entry(parts[name], _original_shape(table, name, keys, shapes), other)
     return KeyMap(table.family, table.gguf, entries, _unused(table, config))
 
 
@@ -133,7 +139,7 @@ def _groups(table: NameTable, shapes: Shapes) -> dict[str, list[str]]:
 
 
 def _rank(order: Mapping[tuple[str, ...], int], key: str) -> int:
-    components = re.sub(r"(?<=\.)\d+(?=\.)", "*", key).split(".")
+    components = _anonymous(key).split(".")
     prefixes = (tuple(components[:n]) for n in range(len(components), 0, -1))
     return next((order[prefix] for prefix in prefixes if prefix in order), -1)
 
@@ -168,7 +174,7 @@ def _unused(table: NameTable, config: Mapping[str, Any]) -> dict[str, tuple[int,
 
 
 def _derived(
-    table: NameTable, groups: Mapping[str, list[str]], shapes: Shapes, config: Mapping[str, Any]
+    groups: Mapping[str, list[str]], shapes: Shapes, config: Mapping[str, Any], table: NameTable
 ) -> dict[str, tuple[Part, ...]]:
     """Parts of each original tensor, from the converter's output for numbered rows."""
     numbered: dict[str, Tensor] = {}
@@ -219,6 +225,17 @@ def _runs(key: str, at: Tensor) -> list[tuple[int, Part]]:
     return [(int(at[a]), Part(key, a, b - a)) for a, b in zip(starts, ends, strict=True)]
 
 
+class _Checkpoint(dict[str, Tensor]):
+    """Knows the names that it had at first: diffusers looks for Cosmos 1.0 after emptying it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.names = frozenset(tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names or super().__contains__(name)
+
+
 def _converted(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The output of diffusers' converter."""
     entry = SINGLE_FILE_LOADABLE_CLASSES.get(str(config.get("_class_name")))
@@ -228,7 +245,9 @@ def _converted(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[st
             f"install a newer one, or keep its names: --names diffusers"
         )
     try:
-        converted = entry["checkpoint_mapping_fn"](checkpoint=dict(tensors), config=dict(config))
+        converted = entry["checkpoint_mapping_fn"](
+            checkpoint=_Checkpoint(tensors), config=dict(config)
+        )
     except LIBRARY_ERRORS as error:
         raise _wrong(config, first_line(error)) from error
     return dict(converted)
@@ -242,7 +261,6 @@ def _wrong(config: Mapping[str, Any], reason: str) -> InputError:
 
 
 def _resized(
-    table: NameTable,
     found: Mapping[str, tuple[Part, ...]],
     like: Shapes,
     groups: Mapping[str, list[str]],
@@ -252,37 +270,42 @@ def _resized(
 
     A block that the reference model lacks is like all others of its names.
     """
-    by_names: dict[tuple[str, ...], set[tuple[tuple[str, float, float], ...]]] = {}
-    fractions = {
-        name: tuple((p.key, p.start / _rows(like[p.key]), p.rows / _rows(like[p.key])) for p in ps)
-        for name, ps in found.items()
-    }
-    for name, parts in fractions.items():
-        anonymous = tuple((_anonymous(key), start, rows) for key, start, rows in parts)
-        by_names.setdefault(_names(name, found[name]), set()).add(anonymous)
+    exact = {name: tuple(_fraction(part, like) for part in parts) for name, parts in found.items()}
+    by_names: dict[tuple[str, ...], set[tuple[Fractions, ...]]] = {}
+    for name, fractions in exact.items():
+        alike = tuple((_anonymous(key), start, rows) for key, start, rows in fractions)
+        by_names.setdefault(_names(name, [f[0] for f in fractions]), set()).add(alike)
     result = {}
     for name, keys in groups.items():
-        whole = _whole(keys, shapes)
-        alike = by_names.get(_names(name, whole), set())
-        same = {part.key for part in found.get(name, ())} == set(keys)
-        if not same and len(alike) != 1:
-            raise InputError(f"{name}: diffusers' converter does not tell how it is split")
-        anonymous = {_anonymous(key): key for key in keys}
-        (model,) = alike if not same else (fractions[name],)
-        parts = []
-        for part_key, start, rows in model:
-            key = part_key if same else anonymous[part_key]
-            total = _rows(shapes[key])
-            if (start * total) % 1 or (rows * total) % 1:
-                raise InputError(f"{name}: {total} rows of {key} cannot be split as in a file")
-            parts.append(Part(key, int(start * total), int(rows * total)))
-        result[name] = tuple(parts)
+        fractions = exact.get(name, ())
+        by_key = {key: key for key in keys}
+        if {key for key, _, _ in fractions} != set(keys):
+            others = by_names.get(_names(name, keys), set())
+            if len(others) != 1:
+                raise InputError(f"{name}: diffusers' converter does not tell how it is split")
+            (fractions,) = others
+            by_key = {_anonymous(key): key for key in keys}
+        result[name] = tuple(
+            _part(name, by_key[key], start, rows, shapes) for key, start, rows in fractions
+        )
     return result
+
+
+def _fraction(part: Part, shapes: Shapes) -> Fractions:
+    total = _rows(shapes[part.key])
+    return part.key, Fraction(part.start, total), Fraction(part.rows, total)
+
+
+def _part(name: str, key: str, start: Fraction, rows: Fraction, shapes: Shapes) -> Part:
+    total = _rows(shapes[key])
+    if (start * total).denominator > 1 or (rows * total).denominator > 1:
+        raise InputError(f"{name}: {total} rows of {key} cannot be split as in original files")
+    return Part(key, int(start * total), int(rows * total))
 
 
 def _anonymous(key: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
 
 
-def _names(name: str, parts: tuple[Part, ...]) -> tuple[str, ...]:
-    return (_anonymous(name), *sorted({_anonymous(part.key) for part in parts}))
+def _names(name: str, keys: Iterable[str]) -> tuple[str, ...]:
+    return (_anonymous(name), *sorted({_anonymous(key) for key in keys}))
