@@ -157,6 +157,7 @@ def _save(
 ) -> dict[str, Any]:
     """Write the output folder; returns the report as plain data."""
     from dtq.checkpoint import writer
+    from dtq.errors import InputError
     from dtq.io.safe_parse import finite_or_null
 
     first = runs[0].loaded
@@ -165,18 +166,30 @@ def _save(
     if len(data) == 1:
         (data,) = data.values()
     data = finite_or_null(data)
+    refused: list[str] = []
     with directory.result() as side:
         writer.save_into(saveable, side, shard_size, data if len(reports) == 1 else None)
         if target := runs[0].target:
-            data["exported"] = [_export(run, target, side) for run in runs]
+            data["exported"] = []
+            for run in runs:
+                try:
+                    data["exported"].append(_export(run, target, side))
+                except InputError as error:
+                    refused.append(str(error))
         text = json.dumps(data, indent=1) + "\n"
         (side / "dtq_report.json").write_text(text, encoding="utf-8")
+    if refused:
+        raise InputError(
+            f"{directory.output} is complete, but has no file for {target}: {'; '.join(refused)}. "
+            f"Try dtq export {directory.output} --to {target} --unsupported float"
+        )
     return data
 
 
 def _export(run: Run, target: str, folder: Path) -> str:
     """Write the file of the target into ``engines`` of the folder; returns its place there."""
-    from dtq.engines.export import export, find_target
+    from dtq.engines import find_target
+    from dtq.engines.export import export
 
     file = Path("engines", f"{run.loaded.component}-{target}{find_target(target).suffix}")
     (folder / file.parent).mkdir(exist_ok=True)

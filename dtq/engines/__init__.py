@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dtq.engines import comfy_int8, comfy_nvfp4, comfy_w4a4, comfy_w4a8, gguf
 from dtq.engines.target import Contents, Limits, StoredLayer, Target
+from dtq.errors import InputError, hint
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -18,4 +19,16 @@ TARGETS: dict[str, Target] = {
 }
 """Every target; a file is read by the first that recognizes it."""
 
-__all__ = ["TARGETS", "Contents", "Limits", "StoredLayer", "Target"]
+__all__ = ["TARGETS", "Contents", "Limits", "StoredLayer", "Target", "find_target"]
+
+
+def find_target(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        InputError: there is none; says which there are.
+    """
+    if name not in TARGETS:
+        words = hint(name, TARGETS, f"targets: {', '.join(TARGETS)}")
+        raise InputError(f"{name!r} is not a target of dtq export; {words}")
+    return TARGETS[name]

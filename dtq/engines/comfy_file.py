@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dtq.engines.target import Contents, Limits, StoredLayer, Target
+from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
 from dtq.errors import CheckpointError
 from dtq.io.atomic import atomic_save_tensors
 from dtq.io.safe_parse import parse_json
 from dtq.linalg.hadamard import regular_block_for, regular_columns, regular_signs
 from dtq.plan.layers import LayerSpec
-from dtq.transforms.base import OnlineTransform
 
 MARKER = "comfy_quant"
 LARGEST_MARKER = 4096  # bytes; real ones have about 100
@@ -40,6 +39,14 @@ Tensors = dict[str, Tensor]
 Options = dict[str, Any]
 
 
+Decoded = tuple[tuple[int, int], Tensors, int]
+"""(N, K), the tensors of the weight format, and the block of the rotation, 1 for none."""
+
+
+def _any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class ComfyFormat:
     """How ComfyUI stores a linear.
@@ -47,49 +54,74 @@ class ComfyFormat:
     Attributes:
         marker: the value of ``format`` in the marker.
         weight_format: key of ``FORMATS`` that has the same numbers.
+        activations: activation format that it runs with.
         encode: the tensors of a layer, by the end of their names, and the other keys of its marker.
         decode: the inverse; gets the tensors, the marker and the name of the layer.
         tensors: ends of the names of its tensors; those after the first ``required`` may be absent.
         required: see ``tensors``.
+        weight_only: whether it runs with float activations, too.
         also: other weight formats with the same numbers.
+        shape_reason: as in :class:`Limits`, for layers of this format.
     """
 
     marker: str
     weight_format: str
+    activations: str
     encode: Callable[[StoredLayer], tuple[Tensors, Options]]
-    decode: Callable[[Tensors, Options, str], StoredLayer]
+    decode: Callable[[Tensors, Options, str], Decoded]
     tensors: tuple[str, ...]
     required: int
+    weight_only: bool = False
     also: tuple[str, ...] = ()
+    shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = field(default=_any_shape)
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Keys of ``FORMATS`` that it stores."""
+        return (self.weight_format, *self.also)
+
+
+BY_MARKER: dict[str, ComfyFormat] = {}
+"""Every format that dtq reads, filled by :func:`comfy_target`; a file may mix them."""
 
 
 def comfy_target(
-    name: str,
-    about: str,
-    formats: Sequence[ComfyFormat],
-    limits: Limits,
-    unsupported_reason: Callable[[StoredLayer], str | None],
+    name: str, about: str, formats: Sequence[ComfyFormat], recipe: str, transforms: tuple[str, ...]
 ) -> Target:
     """A target whose files hold layers of some of ComfyUI's formats.
 
     Args:
         name: of the target.
         about: one line.
-        formats: what its files may hold.
-        limits: the same as a constraint on recipes.
-        unsupported_reason: why a layer is none of them.
+        formats: what its files may hold, the last as a fallback, weight-only.
+        recipe: a shipped recipe that fits.
+        transforms: methods whose transforms it runs.
     """
-    by_marker = {each.marker: each for each in formats}
-    by_format = {name: each for each in formats for name in (each.weight_format, *each.also)}
+    by_format = {key: each for each in formats for key in each.weight_formats}
+    BY_MARKER.update({each.marker: each for each in formats})
+
+    def shape_reason(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
+        return by_format[spec.weight_format].shape_reason(spec, shape)
+
+    limits = Limits(
+        formats={
+            key: (each.activations, "none") if each.weight_only else (each.activations,)
+            for key, each in by_format.items()
+        },
+        recipe=recipe,
+        transforms=transforms,
+        fallbacks=(formats[-1].weight_format,),
+        shape_reason=shape_reason,
+    )
     return Target(
         name,
         about,
         ".safetensors",
         limits,
-        unsupported_reason,
+        lambda layer: common_reason(layer, limits) or convrot_reason(layer),
         lambda contents, path: write(contents, path, by_format),
-        lambda path: read(path, by_marker),
-        lambda path: _has_only(path, by_marker),
+        read,
+        has_markers,
     )
 
 
@@ -110,57 +142,58 @@ def write(contents: Contents, path: Path, formats: Mapping[str, ComfyFormat]) ->
         text = json.dumps({"format": fmt.marker, **options}).encode()
         tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
         tensors[f"{name}.{MARKER}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    own = json.dumps({"config": contents.config, "recipe": contents.recipe}, sort_keys=True)
-    atomic_save_tensors(path, tensors, {"format": "pt", METADATA: own})
+    own = {key: getattr(contents, key) for key in ("config", "recipe", "compute_dtype")}
+    atomic_save_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(own, sort_keys=True)})
 
 
-def read(path: Path, formats: Mapping[str, ComfyFormat]) -> Contents:
+def read(path: Path) -> Contents:
     """Read a file.
 
     Args:
         path: a safetensors file with markers.
-        formats: by marker.
 
     Raises:
-        CheckpointError: the file is damaged, a marker is not one of the formats, or a layer lacks a
-            tensor; names the layer.
+        CheckpointError: the file is damaged, a marker is unknown, or a layer lacks a tensor; names
+            the layer.
     """
     tensors, metadata = _tensors(path)
     layers = {}
     for key in [key for key in tensors if key.endswith(f".{MARKER}")]:
         name = key.removesuffix(f".{MARKER}")
         options = _marker(tensors.pop(key), f"{path}: {key}")
-        fmt = formats.get(str(options.get("format")))
+        fmt = BY_MARKER.get(str(options.get("format")))
         if fmt is None:
             raise CheckpointError(
-                f"{path}: {key} is {options.get('format')!r}; dtq reads {', '.join(formats)}"
+                f"{path}: {key} is {options.get('format')!r}; dtq reads {', '.join(BY_MARKER)}"
             )
         stored = {part: tensors.pop(f"{name}.{part}", None) for part in fmt.tensors}
         missing = [part for part in fmt.tensors[: fmt.required] if stored[part] is None]
         if missing:
             raise CheckpointError(f"{path}: {name}.{missing[0]} is missing, for {fmt.marker}")
         present = {part: tensor for part, tensor in stored.items() if tensor is not None}
-        layers[name] = fmt.decode(present, options, f"{path}: {name}")
+        shape, packed, block = fmt.decode(present, options, f"{path}: {name}")
+        activations = "none" if options.get(WEIGHT_ONLY) else fmt.activations
+        layers[name] = _stored_layer(fmt.weight_format, activations, shape, packed, block)
     own = parse_json(metadata.get(METADATA, "{}"), f"{path}: metadata {METADATA!r}")
     if not isinstance(own, dict) or not isinstance(own.get("config", {}), dict):
         raise CheckpointError(f"{path}: the metadata {METADATA!r} is damaged")
-    return Contents(layers, tensors, own.get("config", {}), str(own.get("recipe", "")))
-
-
-def is_convrot(transform: OnlineTransform) -> bool:
-    """Whether a transform is the rotation of ConvRot, up to a signed permutation of its output."""
-    block, scale = transform.block, transform.scale
-    if block == 1 or regular_block_for(block, block) != block or transform.perm is not None:
-        return False
-    signs = regular_signs(block).repeat(len(scale) // block).to(scale)
-    return transform.num_rotations == 1 and torch.equal(scale, signs)
+    recipe, dtype = (str(own.get(key, "")) for key in ("recipe", "compute_dtype"))
+    return Contents(layers, tensors, own.get("config", {}), recipe, dtype)
 
 
 def convrot_reason(layer: StoredLayer) -> str | None:
-    """Why the input transform of a layer is none that ComfyUI runs; None if it is."""
+    """Why the input transform of a layer is none that ComfyUI runs; None if it is.
+
+    It runs the rotation of ConvRot: dtq's, up to a signed permutation of its output.
+    """
     transform = layer.transform()
-    if transform is None or is_convrot(transform):
+    if transform is None:
         return None
+    block, scale = transform.block, transform.scale
+    if block > 1 and regular_block_for(block, block) == block and transform.perm is None:
+        signs = regular_signs(block).repeat(len(scale) // block).to(scale)
+        if transform.num_rotations == 1 and torch.equal(scale, signs):
+            return None
     return "its input has smoothing, random signs or another rotation than that of ConvRot"
 
 
@@ -177,13 +210,21 @@ def from_regular(codes: Tensor, block: int) -> Tensor:
     return (codes.unflatten(1, (-1, block)) * sign)[..., regular_columns(block)].flatten(1)
 
 
-def rotated_block(options: Options, columns: int, where: str) -> int:
+def rotated_block(options: Options, columns: int, where: str, *, always: bool = False) -> int:
     """Block of the rotation in a marker, 1 without one.
 
+    Args:
+        options: the marker.
+        columns: K.
+        where: the layer, for messages.
+        always: whether the format has no layers without a rotation.
+
     Raises:
-        CheckpointError: it is not a power of 4 that divides K.
+        CheckpointError: it is not a power of 4 that divides K, or is off where it cannot be.
     """
-    if not options.get("convrot"):
+    if not options.get("convrot", always):
+        if always:
+            raise CheckpointError(f"{where}: convrot is off, and {options['format']} always has it")
         return 1
     block = options.get("convrot_groupsize", 256)
     if (
@@ -197,30 +238,28 @@ def rotated_block(options: Options, columns: int, where: str) -> int:
     return block
 
 
-def decoded_layer(
-    weight_format: str,
-    shape: tuple[int, int],
-    tensors: Tensors,
-    options: Options,
-    block: int,
-    activations: str,
+def _stored_layer(
+    weight_format: str, activations: str, shape: tuple[int, int], tensors: Tensors, block: int
 ) -> StoredLayer:
-    """A layer of dtq from the tensors of its weight format.
-
-    Args:
-        weight_format: key of ``FORMATS``.
-        shape: (N, K).
-        tensors: of the weight format.
-        options: the marker.
-        block: of the rotation, 1 for none.
-        activations: activation format of layers that are not weight-only.
-    """
     pre_quant = block > 1
     if pre_quant:
         signs = regular_signs(block).repeat(shape[1] // block).to(torch.bfloat16)
         tensors = {**tensors, "pre_quant_scale": signs.reshape(1, -1)}
-    activations = "none" if options.get(WEIGHT_ONLY) else activations
     return StoredLayer(LayerSpec(weight_format, activations, block, pre_quant), shape, tensors)
+
+
+def matrix(weight: Tensor, dtype: torch.dtype, where: str, per_byte: int = 1) -> tuple[int, int]:
+    """(N, K) of a stored weight.
+
+    Raises:
+        CheckpointError: it has another dtype, or is no matrix.
+    """
+    if weight.dtype != dtype or weight.ndim != 2:
+        name, width = str(dtype).removeprefix("torch."), "K" if per_byte == 1 else f"K / {per_byte}"
+        raise CheckpointError(
+            f"{where}.weight: expected {name} (N, {width}), got {described(weight)}"
+        )
+    return weight.shape[0], per_byte * weight.shape[1]
 
 
 def described(tensor: Tensor) -> str:
@@ -250,12 +289,10 @@ def _marker(tensor: Tensor, where: str) -> Options:
     return options
 
 
-def _has_only(path: Path, formats: Mapping[str, ComfyFormat]) -> bool:
-    """Whether a file is one of ComfyUI's whose markers are all among some formats."""
+def has_markers(path: Path) -> bool:
+    """Whether a file is one of ComfyUI's with quantized layers."""
     try:
         with safe_open(path, framework="pt") as opened:
-            keys = [key for key in opened.keys() if key.endswith(f".{MARKER}")]  # noqa: SIM118
-            markers = [_marker(opened.get_tensor(key), f"{path}: {key}") for key in keys]
+            return any(key.endswith(f".{MARKER}") for key in opened.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False  # no safetensors file: another target may know it
-    return bool(markers) and all(str(each.get("format")) in formats for each in markers)

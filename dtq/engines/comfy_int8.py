@@ -13,25 +13,18 @@ import torch
 
 from dtq.engines.comfy_file import (
     ComfyFormat,
+    Decoded,
     Options,
     Tensors,
     comfy_target,
-    convrot_reason,
-    decoded_layer,
     described,
     from_regular,
+    matrix,
     rotated_block,
     to_regular,
 )
-from dtq.engines.target import Limits, StoredLayer, common_reason
+from dtq.engines.target import StoredLayer
 from dtq.errors import CheckpointError
-
-LIMITS = Limits(
-    formats={"int8-row": ("int8-row", "none")},
-    recipe="convrot-w8a8",
-    transforms=("none", "convrot"),
-    fallbacks=("int8-row",),
-)
 
 
 def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
@@ -44,16 +37,14 @@ def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
     return {"weight": weight, "weight_scale": layer.tensors["weight_scale"]}, options
 
 
-def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
+def decode(tensors: Tensors, options: Options, where: str) -> Decoded:
     """Inverse of :func:`encode`; a scale per tensor becomes one per channel.
 
     Raises:
         CheckpointError: shapes, dtypes or values are not those of the format.
     """
     weight, scale = tensors["weight"], tensors["weight_scale"]
-    if weight.dtype != torch.int8 or weight.ndim != 2:
-        raise CheckpointError(f"{where}.weight: expected int8 (N, K), got {described(weight)}")
-    rows, columns = weight.shape
+    rows, columns = matrix(weight, torch.int8, where)
     if not scale.is_floating_point() or scale.numel() not in (1, rows):
         raise CheckpointError(f"{where}.weight_scale: got {described(scale)} for {rows} rows")
     if bool((weight == -128).any()):
@@ -65,16 +56,18 @@ def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
         "weight": from_regular(weight, block) if block > 1 else weight,
         "weight_scale": scale.float().reshape(-1, 1).expand(rows, 1).contiguous(),
     }
-    return decoded_layer("int8-row", (rows, columns), stored, options, block, "int8-row")
-
-
-def unsupported_reason(layer: StoredLayer) -> str | None:
-    """Why a layer cannot be stored; None if it can."""
-    return common_reason(layer, LIMITS) or convrot_reason(layer)
+    return (rows, columns), stored, block
 
 
 INT8 = ComfyFormat(
-    "int8_tensorwise", "int8-row", encode, decode, ("weight", "weight_scale"), required=2
+    "int8_tensorwise",
+    "int8-row",
+    "int8-row",
+    encode,
+    decode,
+    ("weight", "weight_scale"),
+    required=2,
+    weight_only=True,
 )
 
 TARGET = comfy_target(
@@ -82,6 +75,6 @@ TARGET = comfy_target(
     "int8 weights and tokens (int8_tensorwise, ConvRot): ComfyUI, comfy-kitchen, "
     "stable-diffusion.cpp",
     (INT8,),
-    LIMITS,
-    unsupported_reason,
+    recipe="convrot-w8a8",
+    transforms=("none", "convrot"),
 )

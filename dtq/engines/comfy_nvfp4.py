@@ -14,26 +14,19 @@ from torch import Tensor
 
 from dtq.engines.comfy_file import (
     ComfyFormat,
+    Decoded,
     Options,
     Tensors,
     comfy_target,
-    decoded_layer,
     described,
+    matrix,
 )
 from dtq.engines.comfy_int8 import INT8
-from dtq.engines.target import Limits, StoredLayer, common_reason
+from dtq.engines.target import StoredLayer
 from dtq.errors import CheckpointError
+from dtq.plan.layers import LayerSpec
 
 GROUP, ROWS, GROUPS = 16, 128, 4
-LIMITS = Limits(
-    formats={
-        "nvfp4-46": ("nvfp4", "none"),
-        "nvfp4": ("nvfp4", "none"),
-        "int8-row": ("int8-row", "none"),
-    },
-    recipe="comfy-nvfp4",
-    fallbacks=("int8-row",),
-)
 
 
 def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
@@ -46,16 +39,14 @@ def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
     return tensors, {}
 
 
-def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
+def decode(tensors: Tensors, options: Options, where: str) -> Decoded:
     """Inverse of :func:`encode`.
 
     Raises:
         CheckpointError: a shape or dtype is not that of the format.
     """
     weight, scale, scale_2 = (tensors[k] for k in ("weight", "weight_scale", "weight_scale_2"))
-    if weight.dtype != torch.uint8 or weight.ndim != 2:
-        raise CheckpointError(f"{where}.weight: expected uint8 (N, K / 2), got {described(weight)}")
-    rows, columns = weight.shape[0], 2 * weight.shape[1]
+    rows, columns = matrix(weight, torch.uint8, where, per_byte=2)
     padded = -(-rows // ROWS) * ROWS, -(-(columns // GROUP) // GROUPS) * GROUPS
     if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != padded or columns % GROUP:
         raise CheckpointError(f"{where}.weight_scale: got {described(scale)}, expected {padded}")
@@ -66,7 +57,7 @@ def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
         "weight_scale": untiled(scale, rows, columns // GROUP),
         "weight_scale_2": scale_2.reshape(1, 1),
     }
-    return decoded_layer("nvfp4", (rows, columns), stored, options, 1, "nvfp4")
+    return (rows, columns), stored, 1
 
 
 def tiled(scale: Tensor) -> Tensor:
@@ -87,14 +78,9 @@ def untiled(scale: Tensor, rows: int, groups: int) -> Tensor:
     return plain.contiguous().view(torch.float8_e4m3fn)
 
 
-def unsupported_reason(layer: StoredLayer) -> str | None:
-    """Why a layer cannot be stored; None if it can."""
-    reason = common_reason(layer, LIMITS)
-    if reason is None and layer.transform() is not None:
-        return "its input has a transform, and this format has no place for one"
-    if reason is None and layer.spec.weight_format.startswith("nvfp4") and layer.shape[0] % 16:
-        return f"its {layer.shape[0]} rows are no multiple of 16"
-    return reason
+def shape_reason(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
+    """Why a layer of this shape cannot be stored; None if it can."""
+    return f"its {shape[0]} rows are no multiple of 16" if shape[0] % 16 else None
 
 
 def _swapped(weight: Tensor) -> Tensor:
@@ -104,17 +90,20 @@ def _swapped(weight: Tensor) -> Tensor:
 NVFP4 = ComfyFormat(
     "nvfp4",
     "nvfp4",
+    "nvfp4",
     encode,
     decode,
     ("weight", "weight_scale", "weight_scale_2"),
     required=3,
+    weight_only=True,
     also=("nvfp4-46",),
+    shape_reason=shape_reason,
 )
 
 TARGET = comfy_target(
     "comfy-nvfp4",
     "NVFP4 weights and tokens: ComfyUI, comfy-kitchen",
     (NVFP4, INT8),
-    LIMITS,
-    unsupported_reason,
+    recipe="comfy-nvfp4",
+    transforms=("none",),
 )

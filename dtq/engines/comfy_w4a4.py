@@ -9,40 +9,33 @@ scale ``amax / 7``.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dtq.engines.comfy_file import (
     ComfyFormat,
+    Decoded,
     Options,
     Tensors,
     comfy_target,
-    convrot_reason,
-    decoded_layer,
     described,
     from_regular,
+    matrix,
     rotated_block,
     to_regular,
 )
 from dtq.engines.comfy_int8 import INT8
-from dtq.engines.target import Limits, StoredLayer, common_reason
+from dtq.engines.target import StoredLayer
 from dtq.errors import CheckpointError
 from dtq.formats.packing import pack_bits, unpack_bits
+from dtq.plan.layers import LayerSpec
 
 COLUMNS = 64
 """K must be a multiple of this for the engine's kernels."""
-
-LIMITS = Limits(
-    formats={"int4-narrow-row": ("int4-row",), "int8-row": ("int8-row", "none")},
-    recipe="convrot-w4a4",
-    transforms=("convrot",),
-    fallbacks=("int8-row",),
-)
 
 
 def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
     """Tensors and marker of a layer in ``int4-narrow-row``."""
     block = layer.spec.hadamard_block_size
-    values = to_regular(_values(layer.tensors["weight"], 8), block)
+    values = to_regular(unpack_bits(layer.tensors["weight"], 4).to(torch.int8) - 8, block)
     tensors = {
         "weight": pack_bits(values & 15, 4),
         "weight_scale": layer.tensors["weight_scale"].reshape(-1),
@@ -51,16 +44,14 @@ def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
     return tensors, options
 
 
-def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
+def decode(tensors: Tensors, options: Options, where: str) -> Decoded:
     """Inverse of :func:`encode`.
 
     Raises:
         CheckpointError: a shape, a dtype or a value is not that of the format.
     """
     weight, scale = tensors["weight"], tensors["weight_scale"]
-    if weight.dtype != torch.int8 or weight.ndim != 2:
-        raise CheckpointError(f"{where}.weight: expected int8 (N, K / 2), got {described(weight)}")
-    rows, columns = weight.shape[0], 2 * weight.shape[1]
+    rows, columns = matrix(weight, torch.int8, where, per_byte=2)
     if scale.dtype != torch.float32 or scale.numel() != rows:
         raise CheckpointError(f"{where}.weight_scale: got {described(scale)} for {rows} rows")
     if options.get("linear_dtype", "int4") != "int4":
@@ -68,38 +59,38 @@ def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
     values = (unpack_bits(weight, 4) ^ 8).to(torch.int8) - 8  # two's complement
     if bool((values == -8).any()):
         raise CheckpointError(f"{where}.weight: holds -8, which has no negative in 4 bits")
-    block = rotated_block({"convrot": True, **options}, columns, where)
+    block = rotated_block(options, columns, where, always=True)
     stored = {
         "weight": pack_bits(from_regular(values, block) + 8, 4),
         "weight_scale": scale.reshape(-1, 1),
     }
-    return decoded_layer("int4-narrow-row", (rows, columns), stored, options, block, "int4-row")
+    return (rows, columns), stored, block
 
 
-def unsupported_reason(layer: StoredLayer) -> str | None:
-    """Why a layer cannot be stored; None if it can."""
-    reason = common_reason(layer, LIMITS) or convrot_reason(layer)
-    if reason or layer.spec.weight_format != "int4-narrow-row":
-        return reason
-    if layer.transform() is None:
+def shape_reason(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
+    """Why a layer of this shape and rotation cannot be stored; None if it can."""
+    if spec.hadamard_block_size == 1 or not spec.pre_quant:
         return "its input is not rotated"
-    if layer.shape[1] % COLUMNS:
-        return f"its width {layer.shape[1]} is no multiple of {COLUMNS}"
+    if shape[1] % COLUMNS:
+        return f"its width {shape[1]} is no multiple of {COLUMNS}"
     return None
 
 
-def _values(weight: Tensor, offset: int) -> Tensor:
-    return unpack_bits(weight, 4).to(torch.int8) - offset
-
-
 W4A4 = ComfyFormat(
-    "convrot_w4a4", "int4-narrow-row", encode, decode, ("weight", "weight_scale"), required=2
+    "convrot_w4a4",
+    "int4-narrow-row",
+    "int4-row",
+    encode,
+    decode,
+    ("weight", "weight_scale"),
+    required=2,
+    shape_reason=shape_reason,
 )
 
 TARGET = comfy_target(
     "comfy-w4a4",
     "4-bit weights and tokens (convrot_w4a4): ComfyUI, comfy-kitchen, SGLang",
     (W4A4, INT8),
-    LIMITS,
-    unsupported_reason,
+    recipe="convrot-w4a4",
+    transforms=("convrot",),
 )

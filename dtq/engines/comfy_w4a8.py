@@ -14,33 +14,30 @@ import torch
 
 from dtq.engines.comfy_file import (
     ComfyFormat,
+    Decoded,
     Options,
     Tensors,
     comfy_target,
-    convrot_reason,
-    decoded_layer,
     described,
+    from_regular,
+    matrix,
     rotated_block,
+    to_regular,
 )
 from dtq.engines.comfy_int8 import INT8
-from dtq.engines.target import Limits, StoredLayer, common_reason
+from dtq.engines.target import StoredLayer
 from dtq.errors import CheckpointError
 from dtq.formats.packing import pack_bits, unpack_bits
-from dtq.linalg.hadamard import regular_columns, regular_signs
+from dtq.linalg.hadamard import regular_columns
+from dtq.plan.layers import LayerSpec
 
 GROUP = 16
-LIMITS = Limits(
-    formats={"lut4-2l-g16": ("int8-row",), "int8-row": ("int8-row", "none")},
-    recipe="convrot-w4a8",
-    transforms=("convrot",),
-    fallbacks=("int8-row",),
-)
 
 
 def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
     """Tensors and marker of a layer in ``lut4-2l-g16``."""
     block = layer.spec.hadamard_block_size
-    weight = _regular(layer.tensors["weight"], block)
+    weight = _packed(to_regular(_levels(layer.tensors["weight"]), block))
     scale = _regular_groups(layer.tensors["weight_scale_2"], block)
     tensors = {
         "weight": weight,
@@ -51,7 +48,7 @@ def encode(layer: StoredLayer) -> tuple[Tensors, Options]:
     return tensors, {"group_size": GROUP, "convrot_groupsize": block}
 
 
-def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
+def decode(tensors: Tensors, options: Options, where: str) -> Decoded:
     """Inverse of :func:`encode`.
 
     Raises:
@@ -61,9 +58,8 @@ def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
     if "weight_correction" in tensors:
         raise CheckpointError(f"{where}.weight_correction: dtq reads symmetric groups only")
     weight, scale = tensors["weight"], tensors["weight_s_rel"]
-    if weight.dtype != torch.int8 or weight.ndim != 2:
-        raise CheckpointError(f"{where}.weight: expected int8 (N, K / 2), got {described(weight)}")
-    rows, columns = weight.shape[0], 2 * weight.shape[1]
+    rows, columns = matrix(weight, torch.int8, where, per_byte=2)
+    group = options.get("group_size")
     channel, table = tensors["weight_s_channel"], tensors["weight_codebook"]
     expected = {
         "weight_s_rel": (scale, torch.float8_e4m3fn, (rows, columns // GROUP)),
@@ -71,47 +67,41 @@ def decode(tensors: Tensors, options: Options, where: str) -> StoredLayer:
         "weight_codebook": (table, torch.float32, (16,)),
     }
     for name, (tensor, dtype, shape) in expected.items():
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or options["group_size"] != GROUP:
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or group != GROUP:
             raise CheckpointError(
-                f"{where}.{name}: got {described(tensor)} in groups of {options['group_size']!r}; "
+                f"{where}.{name}: got {described(tensor)} in groups of {group!r}; "
                 f"dtq reads {str(dtype).removeprefix('torch.')} {list(shape)} in groups of {GROUP}"
             )
     if columns % GROUP or not torch.equal(table, -table.flip(0)):
         raise CheckpointError(
             f"{where}.weight_codebook: is not symmetric, which dtq needs to move signs of columns"
         )
-    block = rotated_block({"convrot": True, **options}, columns, where)
+    block = rotated_block(options, columns, where, always=True)
     if block < GROUP:
         raise CheckpointError(f"{where}: convrot_groupsize {block} is narrower than a group")
     stored = {
-        "weight": _from_regular(weight, block),
+        "weight": _packed(from_regular(_levels(weight), block)),
         "weight_scale": channel.reshape(-1, 1),
         "weight_scale_2": _regular_groups(scale, block),  # its own inverse
         "weight_lut": table.reshape(1, -1),
     }
-    return decoded_layer("lut4-2l-g16", (rows, columns), stored, options, block, "int8-row")
+    return (rows, columns), stored, block
 
 
-def unsupported_reason(layer: StoredLayer) -> str | None:
-    """Why a layer cannot be stored; None if it can."""
-    reason = common_reason(layer, LIMITS) or convrot_reason(layer)
-    if reason or layer.spec.weight_format != "lut4-2l-g16":
-        return reason
-    if layer.spec.hadamard_block_size < GROUP:
+def shape_reason(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
+    """Why a layer of this shape and rotation cannot be stored; None if it can."""
+    if spec.hadamard_block_size < GROUP or not spec.pre_quant:
         return f"its input is not rotated in blocks of {GROUP} or more"
     return None
 
 
-def _regular(weight: torch.Tensor, block: int) -> torch.Tensor:
-    """Packed codes under dtq's rotation as those under the regular one."""
-    grouped = unpack_bits(weight, 4).unflatten(1, (-1, block))[..., regular_columns(block)]
-    return pack_bits(torch.where(regular_signs(block) < 0, 15 - grouped, grouped).flatten(1), 4)
+def _levels(weight: torch.Tensor) -> torch.Tensor:
+    """Packed codes as odd numbers from -15 to 15, whose signs are those of the table."""
+    return 2 * unpack_bits(weight, 4).to(torch.int8) - 15
 
 
-def _from_regular(weight: torch.Tensor, block: int) -> torch.Tensor:
-    grouped = unpack_bits(weight, 4).unflatten(1, (-1, block))
-    codes = torch.where(regular_signs(block) < 0, 15 - grouped, grouped)
-    return pack_bits(codes[..., regular_columns(block)].flatten(1), 4)
+def _packed(levels: torch.Tensor) -> torch.Tensor:
+    return pack_bits((levels + 15) // 2, 4)
 
 
 def _regular_groups(scale: torch.Tensor, block: int) -> torch.Tensor:
@@ -123,10 +113,12 @@ def _regular_groups(scale: torch.Tensor, block: int) -> torch.Tensor:
 W4A8 = ComfyFormat(
     "asym_w4a8_int8",
     "lut4-2l-g16",
+    "int8-row",
     encode,
     decode,
     ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook", "weight_correction"),
     required=4,
+    shape_reason=shape_reason,
 )
 
 TARGET = comfy_target(
@@ -134,6 +126,6 @@ TARGET = comfy_target(
     "4-bit weights that expand to int8, int8 tokens (asym_w4a8_int8, ConvRot): ComfyUI, "
     "comfy-kitchen, SGLang",
     (W4A8, INT8),
-    LIMITS,
-    unsupported_reason,
+    recipe="convrot-w4a8",
+    transforms=("convrot",),
 )

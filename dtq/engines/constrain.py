@@ -3,27 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from dtq.engines.target import Limits, Target
+from dtq.engines.target import CONVOLUTION, Limits, Target
 from dtq.errors import RecipeError
 from dtq.io.schema import MethodSpec
 from dtq.plan.layers import LayerPlan, LayerSpec, Plan, misfit
 from dtq.recipe import Recipe
 
 
-def constrain(plan: Plan, recipe: Recipe, target: Target) -> Plan:
+def constrain(
+    plan: Plan, recipe: Recipe, target: Target, convolutions: Collection[str] = ()
+) -> Plan:
     """The plan with every layer in a form that the engine of a target can hold.
 
-    What the recipe asks for itself is never changed. A layer whose format the recipe leaves to dtq
-    (modulation, widths that the format does not fit) gets the first of the target's fallbacks that
+    A format that the recipe names is never changed where the engine has none like it: that is
+    refused. A layer whose format the recipe leaves to dtq (modulation, widths that the format does
+    not fit), or whose shape the engine cannot hold, gets the first of the target's fallbacks that
     fits, weight-only, or stays unquantized; its note says why.
 
     Args:
         plan: the recipe, resolved to the layers of a model.
         recipe: the recipe.
         target: what the file will be exported to.
+        convolutions: names of the layers that are 1 x 1 convolutions.
 
     Raises:
         RecipeError: the engine cannot hold what the recipe asks for; names every key and layer,
@@ -32,12 +36,15 @@ def constrain(plan: Plan, recipe: Recipe, target: Target) -> Plan:
     problems = list(_recipe_problems(recipe, target))
     changed, refused = {}, dict[str, list[str]]()
     for layer in plan.quantized():
-        reason = _reason(layer, target.limits)
-        if reason is None:
+        if layer.name in convolutions:
+            changed[layer.name] = _unquantized(layer, target, CONVOLUTION)
             continue
-        if _is_own_choice(layer, recipe):
+        reason = _reason(layer, target.limits)
+        if reason and _is_own_choice(layer, recipe):
             refused.setdefault(reason, []).append(layer.name)
-        else:
+            continue
+        reason = reason or target.limits.shape_reason(layer.spec, layer.shape)
+        if reason:
             changed[layer.name] = _adapted(layer, target, reason)
     for reason, names in refused.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -55,6 +62,11 @@ def _recipe_problems(recipe: Recipe, target: Target) -> Iterator[str]:
         yield (
             f"step_policy: {target.name} runs every timestep in the same precision; "
             f"--set step_policy.precisions=[]"
+        )
+    if recipe.attention != "float":
+        yield (
+            f"attention: a file for {target.name} cannot say that attention is "
+            f"{recipe.attention}; --set attention=float"
         )
     others = [name for name in recipe.transform_candidates if name not in limits.transforms]
     if others:
@@ -99,14 +111,15 @@ def _is_own_choice(layer: LayerPlan, recipe: Recipe) -> bool:
 def _adapted(layer: LayerPlan, target: Target, reason: str) -> LayerPlan:
     none = MethodSpec("none")
     for name in target.limits.fallbacks:
-        if not misfit(name, layer.shape):
+        spec = LayerSpec(name, "none")
+        if not misfit(name, layer.shape) and not target.limits.shape_reason(spec, layer.shape):
             note = f"{name} for {target.name}: {reason}"
-            spec = LayerSpec(name, "none")
-            solver = layer.solver
             return replace(
-                layer, spec=spec, transform=none, lowrank=none, solver=solver, note=note,
-                format_candidates=(),
-            )  # fmt: skip
-    return LayerPlan(
-        layer.name, layer.role, layer.shape, note=f"unquantized for {target.name}: {reason}"
-    )
+                layer, spec=spec, transform=none, lowrank=none, format_candidates=(), note=note
+            )
+    return _unquantized(layer, target, reason)
+
+
+def _unquantized(layer: LayerPlan, target: Target, reason: str) -> LayerPlan:
+    note = f"unquantized for {target.name}: {reason}"
+    return LayerPlan(layer.name, layer.role, layer.shape, note=note)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from dtq.checkpoint import reader
 from dtq.checkpoint.config import DTQConfig
-from dtq.engines import TARGETS
-from dtq.engines.target import Contents, StoredLayer, Target
-from dtq.errors import InputError, hint
+from dtq.engines import find_target
+from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target
+from dtq.errors import InputError
+from dtq.nn.attention import int8_attention_modules
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.loading import Components, diffusion_transformers, load_model
 
-_OF_THE_CHECKPOINT = ("quantization_config", "_name_or_path", "_pre_quantization_dtype")
-"""Keys of a diffusers config that describe a dtq checkpoint, not the model."""
+log = logging.getLogger("dtq")
 
 
 @dataclass(frozen=True)
@@ -89,22 +90,15 @@ def export(
     if unsupported not in ("refuse", "float"):
         raise InputError(f"unsupported={unsupported!r}: expected 'refuse' or 'float'")
     name, model = _transformer(source, component, variant)
+    if modules := int8_attention_modules(model):
+        log.warning(
+            "%s: the file does not say that %d modules compute their attention in int8",
+            output, len(modules),
+        )  # fmt: skip
     contents, as_float = holdable(model, target, unsupported == "float")
     target.write(contents, output)
     layers = {key: layer.spec.weight_format for key, layer in contents.layers.items()}
     return ExportReport(target.name, output, name, layers, as_float, output.stat().st_size)
-
-
-def find_target(name: str) -> Target:
-    """The target of a name.
-
-    Raises:
-        InputError: there is none; says which there are.
-    """
-    if name not in TARGETS:
-        words = hint(name, TARGETS, f"targets: {', '.join(TARGETS)}")
-        raise InputError(f"{name!r} is not a target of dtq export; {words}")
-    return TARGETS[name]
 
 
 def contents_of(model: nn.Module) -> Contents:
@@ -137,8 +131,9 @@ def contents_of(model: nn.Module) -> Contents:
         for name, module in modules.items()
     }
     fields = json.loads(model.to_json_string())  # type: ignore[operator]
-    plain = {key: value for key, value in fields.items() if key not in _OF_THE_CHECKPOINT}
-    return Contents(layers, others, plain, config.recipe)
+    plain = {key: value for key, value in fields.items() if key not in OF_THE_CHECKPOINT}
+    dtypes = [str(m.compute_dtype).removeprefix("torch.") for m in modules.values()]
+    return Contents(layers, others, plain, config.recipe, dtypes[0] if dtypes else "")
 
 
 def holdable(model: nn.Module, target: Target, as_float: bool) -> tuple[Contents, dict[str, str]]:
@@ -167,8 +162,9 @@ def holdable(model: nn.Module, target: Target, as_float: bool) -> tuple[Contents
         weights[f"{name}.weight"] = module.unquantized().weight.detach()  # type: ignore[operator, union-attr]
     layers = {name: layer for name, layer in contents.layers.items() if name not in reasons}
     if not layers:
-        raise InputError(f"{_refusal(target, reasons)}; no layer would be left")
-    return Contents(layers, contents.others | weights, contents.config, contents.recipe), reasons
+        why = _refusal(target, reasons) if reasons else "no layer is quantized"
+        raise InputError(f"{why}; no layer would be left for {target.name}")
+    return replace(contents, layers=layers, others=contents.others | weights), reasons
 
 
 def _refusal(target: Target, reasons: dict[str, str]) -> str:
@@ -181,7 +177,7 @@ def _refusal(target: Target, reasons: dict[str, str]) -> str:
     )
     recipe = target.limits.recipe
     return (
-        f"{target.name} cannot hold {len(reasons)} layers. {lines}. Quantize with --recipe "
+        f"{target.name} cannot hold these layers: {lines}. Quantize with --recipe "
         f"{recipe} --to {target.name}, or store these layers as floats: --unsupported float"
     )
 

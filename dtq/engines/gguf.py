@@ -2,16 +2,22 @@
 """GGUF: the block formats of ggml, weight-only, for diffusers, stable-diffusion.cpp and others.
 
 A quantized linear is one tensor ``NAME.weight`` in the blocks of its type. Every other tensor is
-float32, or float16 where the model has float16: readers decode bfloat16 in linear layers alone. The
-metadata has the diffusers config of the model.
+float32, or float16 where the model has float16: readers decode bfloat16 in linear layers alone, and
+``dtq.dtype.NAME`` is the dtype that dtq restores. GGUF has at most four axes: of a tensor with more
+the first ones are one, and ``dtq.shape.NAME`` is its shape. The metadata has the diffusers config
+of the model.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
 from dtq.engines.gguf_file import INTEGERS, GgufTensor, is_gguf, read_gguf, write_gguf
@@ -25,17 +31,27 @@ LIMITS = Limits(
     recipe="gguf-q4",
     fallbacks=("q8_0",),
 )
+DTYPE, SHAPE = "dtq.dtype.", "dtq.shape."
+NARROWED = {"bfloat16": torch.bfloat16, "bool": torch.bool, "uint8": torch.uint8}
+"""Dtypes that are stored as float32, and restored."""
+MOST_AXES = 8
 ARCHITECTURE = "diffusers"
 """Value of ``general.architecture``: the names of the tensors are those of diffusers."""
 
 
 def write(contents: Contents, path: Path) -> None:
     """Write a file; equal contents give equal bytes."""
-    tensors = {}
-    for name, tensor in contents.others.items():
-        keep = tensor.dtype == torch.float16 or tensor.dtype in INTEGERS
-        data = tensor if keep else tensor.float()
-        tensors[name] = GgufTensor("", tuple(tensor.shape), data)
+    tensors, restored = {}, dict[str, str | int]()
+    for name, tensor in sorted(contents.others.items()):
+        data = tensor
+        if tensor.dtype != torch.float16 and tensor.dtype not in INTEGERS:
+            data = tensor.float()
+        if data.dtype != tensor.dtype:
+            restored[DTYPE + name] = str(tensor.dtype).removeprefix("torch.")
+        if data.ndim > 4:
+            restored[SHAPE + name] = json.dumps(list(data.shape))
+            data = data.flatten(0, -4)
+        tensors[name] = GgufTensor("", tuple(data.shape), data)
     for name, layer in contents.layers.items():
         kind = layer.spec.weight_format
         blocks = to_blocks(kind, layer.weights())
@@ -45,6 +61,8 @@ def write(contents: Contents, path: Path) -> None:
         "general.quantization_version": 2,
         "dtq.config": json.dumps(contents.config, sort_keys=True),
         "dtq.recipe": contents.recipe,
+        "dtq.compute_dtype": contents.compute_dtype,
+        **restored,
     }
     write_gguf(path, entries, dict(sorted(tensors.items())))
 
@@ -59,7 +77,7 @@ def read(path: Path) -> Contents:
     layers, others = {}, {}
     for name, tensor in tensors.items():
         if not tensor.kind:
-            others[name] = tensor.data
+            others[name] = _restored(path, name, tensor.data, entries)
             continue
         if not name.endswith(".weight"):
             raise CheckpointError(
@@ -72,15 +90,30 @@ def read(path: Path) -> Contents:
     config = parse_json(str(entries.get("dtq.config", "{}")), f"{path}: dtq.config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: dtq.config is damaged")
-    return Contents(layers, others, config, str(entries.get("dtq.recipe", "")))
+    recipe, dtype = (str(entries.get(f"dtq.{key}", "")) for key in ("recipe", "compute_dtype"))
+    return Contents(layers, others, config, recipe, dtype)
+
+
+def _restored(path: Path, name: str, data: Tensor, entries: Mapping[str, Any]) -> Tensor:
+    """A tensor in the dtype and shape that it had in the model."""
+    dtype = entries.get(DTYPE + name)
+    if dtype is not None:
+        if dtype not in NARROWED:
+            raise CheckpointError(f"{path}: {DTYPE}{name} is {dtype!r}")
+        data = data.to(NARROWED[dtype])
+    if SHAPE + name not in entries:
+        return data
+    shape = parse_json(str(entries[SHAPE + name]), f"{path}: {SHAPE}{name}")
+    sizes = shape if isinstance(shape, list) else []
+    fits = all(type(size) is int and size > 0 for size in sizes)
+    if not fits or len(sizes) > MOST_AXES or math.prod(sizes) != data.numel():
+        raise CheckpointError(f"{path}: {SHAPE}{name} is {shape!r}, for {list(data.shape)}")
+    return data.reshape(sizes)
 
 
 def unsupported_reason(layer: StoredLayer) -> str | None:
     """Why a layer cannot be stored; None if it can."""
-    reason = common_reason(layer, LIMITS)
-    if reason is None and layer.transform() is not None:
-        return "its input has a transform, and GGUF has no place for one"
-    return reason
+    return common_reason(layer, LIMITS)
 
 
 TARGET = Target(

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from dtq.checkpoint.config import DTQConfig
 from dtq.engines import TARGETS
-from dtq.engines.target import Contents, StoredLayer, Target
+from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target
 from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
 from dtq.integrations.diffusers import attach_quantizer
 from dtq.io.safe_parse import read_json
@@ -41,6 +41,8 @@ from dtq.plan.layers import COMPUTE_DTYPES, LayerPlan, Plan
 ConfigSource = str | Path | Mapping[str, Any] | None
 """A diffusers config, its file or folder, or the folder of a pipeline; None: that of the file."""
 
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES}
+
 
 def load(file: str | Path, config: ConfigSource = None) -> Any:
     """Load a file of another engine.
@@ -61,12 +63,13 @@ def load(file: str | Path, config: ConfigSource = None) -> Any:
         CheckpointError: the file is damaged, or does not fit the config; names the tensor.
     """
     file = Path(file)
-    target = recognize(file)
-    contents = target.read(file)
+    contents = recognize(file).read(file)
+    if contents.compute_dtype not in ("", *DTYPES):
+        raise CheckpointError(f"{file}: dtq.compute_dtype is {contents.compute_dtype!r}")
     fields, where = _config(contents, config, file)
     model = _empty_model(fields, where, contents, file)
     _check(model, contents, where, file)
-    return _filled(model, contents, target)
+    return _filled(model, contents, contents.recipe or file.stem)
 
 
 def load_float(file: str | Path, config: ConfigSource = None) -> Any:
@@ -116,7 +119,7 @@ def recognize(file: Path) -> Target:
 def _config(contents: Contents, config: ConfigSource, file: Path) -> tuple[dict[str, Any], str]:
     """The config, and where it is from."""
     if isinstance(config, Mapping):
-        return dict(config), "config"
+        return _of_the_model(config), "config"
     if config is None:
         if not contents.config:
             raise InputError(
@@ -130,8 +133,11 @@ def _config(contents: Contents, config: ConfigSource, file: Path) -> tuple[dict[
         path = path / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file; config= names a config.json or its folder")
-    fields = read_json(path)
-    return {key: value for key, value in fields.items() if key != "quantization_config"}, str(path)
+    return _of_the_model(read_json(path)), str(path)
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in OF_THE_CHECKPOINT}
 
 
 def _empty_model(fields: dict[str, Any], where: str, contents: Contents, file: Path) -> nn.Module:
@@ -205,9 +211,9 @@ def _check_layer(where: str, layer: StoredLayer) -> None:
             raise CheckpointError(f"{where}: {key} holds {wrong}")
 
 
-def _filled(model: nn.Module, contents: Contents, target: Target) -> nn.Module:
+def _filled(model: nn.Module, contents: Contents, recipe: str) -> nn.Module:
     """The model with quantized layers and every tensor of the file."""
-    dtype = _compute_dtype(contents.others)
+    dtype = _compute_dtype(contents)
     plans = []
     for name, layer in contents.layers.items():
         old = model.get_submodule(name)
@@ -219,12 +225,14 @@ def _filled(model: nn.Module, contents: Contents, target: Target) -> nn.Module:
     model.load_state_dict(state, strict=False, assign=True)
     model.requires_grad_(False)
     finalize(model, ())
-    plan = Plan(contents.recipe or target.name, tuple(plans))
+    plan = Plan(recipe, tuple(plans))
     attach_quantizer(model, plan, (), dtype, DTQConfig())
     return model
 
 
-def _compute_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The float dtype of most tensors."""
-    counts = Counter(t.dtype for t in tensors.values() if t.dtype in COMPUTE_DTYPES)
+def _compute_dtype(contents: Contents) -> torch.dtype:
+    """The one in the file, or the float dtype of most tensors."""
+    if contents.compute_dtype:
+        return DTYPES[contents.compute_dtype]
+    counts = Counter(t.dtype for t in contents.others.values() if t.dtype in COMPUTE_DTYPES)
     return counts.most_common(1)[0][0] if counts else torch.float32

@@ -65,6 +65,7 @@ class Contents:
         config: the diffusers config of the model, with ``_class_name``; empty if the file does not
             say.
         recipe: name of the recipe; empty if the file does not say.
+        compute_dtype: of the quantized layers, as torch names it; empty if the file does not say.
         architecture: the family's name in GGUF files, if names are original ones; otherwise empty.
     """
 
@@ -72,7 +73,12 @@ class Contents:
     others: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
+    compute_dtype: str = ""
     architecture: str = ""
+
+
+def _any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,15 @@ class Limits:
         transforms: methods whose transforms it runs.
         fallbacks: weight formats, best first, for layers whose format the recipe did not choose:
             modulation, and layers that the recipe's format does not fit.
+        shape_reason: why a linear (N, K) cannot be stored with a spec that the other limits allow;
+            None if it can.
     """
 
     formats: Mapping[str, tuple[str, ...]]
     recipe: str
     transforms: tuple[str, ...] = ("none",)
     fallbacks: tuple[str, ...] = ()
+    shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = _any_shape
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,14 @@ class Target:
     recognizes: Callable[[Path], bool]
 
 
+OF_THE_CHECKPOINT = ("quantization_config", "_name_or_path", "_pre_quantization_dtype")
+"""Keys of a diffusers config that describe a checkpoint, not the model."""
+CONVOLUTION = "it stands for a 1 x 1 convolution"
+"""Why no target holds a layer of dtq that is not a linear of the model."""
+
+
 def common_reason(layer: StoredLayer, limits: Limits) -> str | None:
-    """Why an engine that runs plain linears cannot hold a layer, whatever its tensors are.
+    """Why an engine that runs plain linears cannot hold a layer; None if it can.
 
     Args:
         layer: the solved layer.
@@ -127,7 +142,7 @@ def common_reason(layer: StoredLayer, limits: Limits) -> str | None:
     """
     spec = layer.spec
     if layer.spatial:
-        return "it stands for a 1 x 1 convolution"
+        return CONVOLUTION
     if spec.weight_format not in limits.formats:
         return f"weights are {spec.weight_format}, not {' or '.join(limits.formats)}"
     runs = limits.formats[spec.weight_format]
@@ -135,4 +150,6 @@ def common_reason(layer: StoredLayer, limits: Limits) -> str | None:
         return f"activations are {spec.activation_format}, not {' or '.join(runs)}"
     if spec.rank:
         return "it has a low-rank branch"
-    return None
+    if limits.transforms == ("none",) and layer.transform() is not None:
+        return "its input has a transform, and this format has no place for one"
+    return limits.shape_reason(spec, layer.shape)

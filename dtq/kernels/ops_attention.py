@@ -161,31 +161,37 @@ def _bias(mask: Tensor) -> Tensor:
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     """Check shapes.
 
+    Raises:
+        ValueError: they do not fit, or a head is too wide.
+    """
+    if reason := unsupported_reason(q, k, v, mask):
+        raise ValueError(f"int8_attention: {reason}")
+
+
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+    """Why the op does not take these shapes; None if it does.
+
     Args:
         q: see :func:`int8_attention`.
         k: likewise.
         v: likewise.
         mask: likewise.
-
-    Raises:
-        ValueError: they do not fit, or a head is too wide.
     """
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if {q.dim(), k.dim(), v.dim()} != {4}:
-        raise ValueError(
-            f"int8_attention: q, k and v are (batch, heads, tokens, channels): {shapes}"
-        )
+        return f"q, k and v are (batch, heads, tokens, channels): {shapes}"
     fits = q.shape[0] == k.shape[0] == v.shape[0] and q.shape[-1] == k.shape[-1]
     fits = fits and k.shape[1:3] == v.shape[1:3] and k.shape[1] > 0 and not q.shape[1] % k.shape[1]
     if not fits or not k.shape[2]:
-        raise ValueError(f"int8_attention: shapes do not fit: {shapes}")
+        return f"shapes do not fit: {shapes}"
     if max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD:
-        raise ValueError(f"int8_attention: heads have at most {WIDEST_HEAD} channels: {shapes}")
+        return f"heads have at most {WIDEST_HEAD} channels: {shapes}"
     if mask is not None:
         scores = (*q.shape[:3], k.shape[2])
         pairs = zip(reversed(mask.shape), reversed(scores), strict=False)
         if mask.dim() > 4 or any(has not in (1, wants) for has, wants in pairs):
-            raise ValueError(f"int8_attention: mask {list(mask.shape)} for scores {list(scores)}")
+            return f"mask {list(mask.shape)} for scores {list(scores)}"
+    return None
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dtq.errors import CheckpointError
-from dtq.kernels.ops_attention import WIDEST_HEAD
+from dtq.kernels.ops_attention import unsupported_reason
 
 log = logging.getLogger("dtq")
 
@@ -149,16 +149,20 @@ def _attend(
     """int8 attention with torch's arguments; None where float attention must run.
 
     It must with dropout, where a gradient is required, on other devices than a CPU, and for
-    shapes that the op does not take.
+    arguments that the op does not take.
     """
-    inputs = (query, key, value)
+    inputs = [x for x in (query, key, value, attn_mask) if x is not None]
     if query.device.type != "cpu" and not everywhere:
         if query.device.type != "meta":
             _point_to_diffusers(query.device.type)
         return None
     if dropout_p or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return None
-    if any(x.dim() != 4 for x in inputs) or not _fits(query, key, value, enable_gqa):
+    if unsupported_reason(query, key, value, attn_mask):
+        return None
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        return None
+    if is_causal and attn_mask is not None:  # torch refuses it
         return None
     if is_causal:
         shape = (query.shape[2], key.shape[2])
@@ -166,13 +170,6 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = torch.ops.dtq.int8_attention(query, key, value, attn_mask, scale)
     return out
-
-
-def _fits(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
-    same = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3]
-    heads = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0 if grouped else q.shape[1] == k.shape[1]
-    filled = k.shape[2] > 0 and q.shape[-1] == k.shape[-1]
-    return same and heads and filled and max(q.shape[-1], v.shape[-1]) <= WIDEST_HEAD
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

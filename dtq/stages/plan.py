@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from dtq.engines import find_target
 from dtq.engines.constrain import constrain
-from dtq.engines.export import find_target
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
+from dtq.models.linears import is_pointwise, linears_of
 from dtq.pipelines import prompts, sampling
 from dtq.pipelines.loading import modules_of, scan_model
 from dtq.stages.budget import fitting_budget
@@ -39,7 +40,8 @@ def plan(run: Run) -> None:
     in_fp32 = tuple(getattr(loaded.model, "_keep_in_fp32_modules", None) or ())
     run.plan = recipe.plan(run.scan, (*run.exclude, *in_fp32))
     if run.target:
-        run.plan = constrain(run.plan, recipe, find_target(run.target))
+        convolutions = [name for name, m in linears_of(loaded.model) if is_pointwise(m)]
+        run.plan = constrain(run.plan, recipe, find_target(run.target), convolutions)
     if not run.plan.quantized():
         raise InputError(f"recipe {recipe.name} leaves every layer of {loaded.name} unquantized")
     check_forwards(loaded.model, (layer.name for layer in run.plan.quantized()))

@@ -58,7 +58,10 @@ def _model(loaded: LoadedModel) -> str:
     """Hash of the files of the model; of its tensors when it came from no folder."""
     where = loaded.path
     if where is None:  # of the hub: a folder in the cache
-        cached = Path(str(getattr(loaded.model.config, "_name_or_path", "")))  # type: ignore[union-attr]
+        name = getattr(loaded.model.config, "_name_or_path", "")  # type: ignore[union-attr]
+        if not name:  # not the current folder
+            return _tensors(loaded.model)
+        cached = Path(str(name))
         where = cached.parent if (cached.parent / "model_index.json").is_file() else cached
         if not (where / "config.json").is_file() and not (where / "model_index.json").is_file():
             return _tensors(loaded.model)

@@ -4,7 +4,8 @@
 Layers are solved one at a time on the inputs of the calibration run. Some failures show only when
 they run together, or at a step that calibration did not visit: values that are not finite, static
 activation scales that are too small, a block that loses its signal, latents that grow or vanish.
-The failing layer is promoted to int8, then to the float layer, and the report keeps the reason.
+The failing layer is promoted to int8, or to the first fallback of the run's target, then to the
+float layer, and the report keeps the reason.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
+from dtq.engines import find_target
 from dtq.errors import NonFiniteError
 from dtq.io.memory import paged_weights
 from dtq.models.linears import matrix_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
-from dtq.plan.layers import LayerPlan, LayerSpec
+from dtq.plan.layers import LayerPlan, LayerSpec, misfit
 from dtq.stages.run import Run
 from dtq.stages.sanity_metrics import SanityReport, float_reference, measure
 from dtq.stages.solve import build_quant_linear
@@ -160,17 +162,16 @@ def _outliers(report: SanityReport) -> Iterator[tuple[float, str, int]]:
 
 
 def _promote(run: Run, failure: Failure) -> Promotion:
-    """Promote a layer to int8 with one scale per token, or back to the float layer."""
+    """Promote a layer to a finer format, or back to the float layer."""
     name, layer, old = failure.layer, run.plan[failure.layer], run.floats[failure.layer]
     note = f"sanity check: {failure.why}"
     before = run.model.get_submodule(name)
     assert isinstance(before, QuantLinear)
     reports = run.report.layers
     (report,) = (x for x in reports if x.name == name)
-    activations = "none" if layer.activation_format == "none" else "int8-row"
     unquantized = LayerPlan(name, layer.role, layer.shape, note=note)
-    raised = replace(unquantized, spec=LayerSpec("int8-row", activations))
-    if raised.spec == layer.spec:
+    raised = replace(unquantized, spec=_finer(run, layer))
+    if raised.unquantized or raised.spec == layer.spec:
         run.model.set_submodule(name, old)
         reports.remove(report)
         finalize(run.model, ())
@@ -188,3 +189,17 @@ def _promote(run: Run, failure: Failure) -> Promotion:
     reports[reports.index(report)] = result.report
     run.plan = run.plan.with_layers({name: replace(result.plan, note=note)})
     return Promotion(name, raised.weight_format, failure.why)
+
+
+def _finer(run: Run, layer: LayerPlan) -> LayerSpec:
+    """int8 with one scale per token, or what the target holds in its place; or no format."""
+    wanted = LayerSpec("int8-row", "none" if layer.activation_format == "none" else "int8-row")
+    if not run.target:
+        return wanted
+    limits = find_target(run.target).limits
+    for name in limits.fallbacks:
+        runs = wanted.activation_format in limits.formats[name]
+        spec = LayerSpec(name, wanted.activation_format if runs else "none")
+        if not misfit(name, layer.shape) and not limits.shape_reason(spec, layer.shape):
+            return spec
+    return LayerSpec("", "none")

@@ -15,8 +15,7 @@ from safetensors import safe_open
 
 import dtq
 from dtq.cli import main
-from dtq.engines import TARGETS
-from dtq.engines.export import find_target
+from dtq.engines import TARGETS, find_target
 from dtq.errors import InputError, RecipeError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS

@@ -13,8 +13,10 @@ from engine_models import FAMILIES, error, float_output, layer_input, model_erro
 from torch import nn
 
 import dtq
+from dtq.engines import gguf
 from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
 from dtq.engines.gguf_file import GgufTensor, read_gguf, write_gguf
+from dtq.engines.target import Contents
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 
@@ -164,3 +166,18 @@ def test_calibration_lowers_the_error_of_every_recipe(recipe):
     _, plain = quantized("dit", recipe, "gguf", solver="rtn", correct_bias=False)
     errors = model_errors(model, made, plain)
     assert errors[0] < errors[1]
+
+
+def test_dtypes_and_shapes_that_gguf_lacks_come_back(tmp_path):
+    others = {
+        "patch": torch.randn(4, 3, 1, 2, 2),
+        "half": torch.randn(5).bfloat16(),
+        "flag": torch.tensor([True, False]),
+        "byte": torch.arange(3, dtype=torch.uint8),
+    }
+    gguf.write(Contents({}, others, compute_dtype="bfloat16"), tmp_path / "x.gguf")
+    read = gguf.read(tmp_path / "x.gguf")
+    assert read.compute_dtype == "bfloat16"
+    for name, tensor in others.items():
+        assert read.others[name].dtype == tensor.dtype
+        assert torch.equal(read.others[name], tensor)

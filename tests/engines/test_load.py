@@ -156,7 +156,7 @@ def test_a_file_is_the_source_of_another_quantization(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "float_of_tomorrow"}, "none of the formats"),
+        ({"format": "float_of_tomorrow"}, "to_q.comfy_quant is 'float_of_tomorrow'; dtq reads"),
         ({"convrot_groupsize": 6}, "not a power of 4"),
         ({"convrot_groupsize": 4096}, "does not divide"),
         ({"convrot_groupsize": "64"}, "not a power of 4"),
