@@ -190,7 +190,7 @@ def test_other_sizes_are_split_in_the_same_proportion(name):
     config = json.loads(zoo.model(name).to_json_string())
     large = config | dict(table_for(config).reference)
     tiny_map, large_map = key_map(config), key_map(large)
-    shapes, large_shapes = mapping.shapes_of(config), mapping.shapes_of(large)
+    (_, shapes), (_, large_shapes) = mapping.described(config), mapping.described(large)
     compared = 0
     for key, entry in tiny_map.entries.items():
         other = large_map.entries.get(key)

@@ -8,7 +8,12 @@ v. ``names/`` has a table for each family. The order of rows is not in the table
 
 from __future__ import annotations
 
-from dtq.engines.original.contents import fusion_reasons, to_diffusers, to_original
+from dtq.engines.original.contents import (
+    fusion_reasons,
+    to_diffusers,
+    to_original,
+    with_names_of_diffusers,
+)
 from dtq.engines.original.mapping import Entry, KeyMap, Part, key_map
 from dtq.engines.original.name_table import NameTable, table_for, tables
 
@@ -23,4 +28,5 @@ __all__ = [
     "tables",
     "to_diffusers",
     "to_original",
+    "with_names_of_diffusers",
 ]

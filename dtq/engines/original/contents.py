@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dtq.engines.original.mapping import Entry, KeyMap, Part
+from dtq.engines.original.mapping import Entry, KeyMap, Part, key_map
 from dtq.engines.target import Contents, StoredLayer
 from dtq.errors import CheckpointError, InputError
 
@@ -98,6 +99,29 @@ def to_diffusers(contents: Contents, names: KeyMap, where: str) -> Contents:
     return replace(contents, layers=layers | more, others=others | rest)
 
 
+def with_names_of_diffusers(contents: Contents, model: nn.Module, where: str) -> Contents:
+    """The contents of a file with original names or those of diffusers, under the latter.
+
+    Args:
+        contents: of the file.
+        model: that it is of, without memory.
+        where: the file, for messages.
+
+    Raises:
+        InputError: names are original ones, and diffusers' converter does not read such a model.
+        CheckpointError: a tensor does not have the shape of the original one.
+    """
+    contents = without_prefix(contents)
+    keys = {*contents.others, *(f"{name}{_WEIGHT}" for name in contents.layers)}
+    own = keys & model.state_dict().keys()
+    if own == keys:
+        return contents
+    names = key_map({**model.config, "_class_name": type(model).__name__})  # type: ignore[dict-item]
+    if names is None or len(keys & names.entries.keys()) <= len(own):
+        return contents
+    return to_diffusers(contents, names, where)
+
+
 def without_prefix(contents: Contents) -> Contents:
     """The contents without :data:`PREFIX`."""
     return replace(
@@ -111,6 +135,11 @@ def _module(key: str) -> str:
     return key.removesuffix(_WEIGHT)
 
 
+def _anonymous(key: str) -> str:
+    """A name for messages that is the same in every block."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
+
+
 def _told(entry: Entry) -> str:
     keys = ", ".join(dict.fromkeys(part.key for part in entry.parts))
     return f"and the model needs {list(entry.shape)} for {keys}"
@@ -119,9 +148,10 @@ def _told(entry: Entry) -> str:
 def _reason(
     name: str, modules: list[str], layers: Mapping[str, StoredLayer], moves: bool
 ) -> str | None:
-    what = f"{_module(name)} has its rows and those of {', '.join(modules)}"
+    rows = ", ".join(_anonymous(module) for module in modules)
+    what = f"{_anonymous(_module(name))} of original files has the rows of {rows}"
     if floats := [module for module in modules if module not in layers]:
-        return f"{what}, and {floats[0]} is float"
+        return f"{what}, and {_anonymous(floats[0])} is float"
     first = layers[modules[0]]
     if moves and first.spec.rank:
         return f"{what}, which cannot share a low-rank branch"
@@ -159,7 +189,7 @@ def _merged(entry: Entry, layers: Mapping[str, StoredLayer]) -> StoredLayer:
     for key, tensor in first.tensors.items():
         tensors[key] = tensor
         if _by_row(first, tensor):
-            sources = ((p, layers[_module(p.key)].tensors[key]) for p in entry.parts)
+            sources = [(p, layers[_module(p.key)].tensors[key]) for p in entry.parts]
             tensors[key] = _concatenated([t[p.start : p.start + p.rows] for p, t in sources])
     rows = sum(part.rows for part in entry.parts)
     return replace(first, shape=(rows, first.shape[1]), tensors=tensors)

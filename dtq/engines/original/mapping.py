@@ -21,7 +21,7 @@ from diffusers import __version__
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor
 
-from dtq.engines.original.name_table import NameTable, table_for
+from dtq.engines.original.name_table import NameTable, table_for, tables
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line
 from dtq.pipelines.validation import model_kind
 
@@ -77,20 +77,22 @@ class KeyMap:
     unused: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
 
 
-def key_map(config: Mapping[str, Any], shapes: Shapes | None = None) -> KeyMap | None:
+def key_map(config: Mapping[str, Any]) -> KeyMap | None:
     """The map of a model; None for a class without a table.
 
     Args:
         config: of diffusers, with ``_class_name``.
-        shapes: of the float model's tensors. None: the model is built without memory.
 
     Raises:
-        InputError: diffusers' converter does not read such a model, or not as the table says.
+        InputError: the model cannot be built, or diffusers' converter does not read such a model,
+            or not as the table says.
     """
+    if not any(config.get("_class_name") in table.classes for table in tables()):
+        return None
+    config, shapes = described(config)
     table = table_for(config)
     if table is None:
         return None
-    shapes = shapes or shapes_of(config)
     groups = _groups(table, shapes)
     listed = set(groups) if table.listed else set(table.unconverted)
     parts = {name: _whole(keys, shapes) for name, keys in groups.items() if name in listed}
@@ -98,8 +100,7 @@ def key_map(config: Mapping[str, Any], shapes: Shapes | None = None) -> KeyMap |
     if rest and all(config.get(key) == value for key, value in table.reference.items()):
         parts |= _derived(rest, shapes, config, table)
     elif rest:  # the converter splits other sizes wrongly: derive for one that it reads
-        like = {**config, **table.reference}
-        like_shapes = shapes_of(like)
+        like, like_shapes = described({**config, **table.reference})
         found = _derived(_groups(table, like_shapes), like_shapes, like, table)
         parts |= _resized(found, like_shapes, rest, shapes)
     entries = {}
@@ -109,8 +110,10 @@ def key_map(config: Mapping[str, Any], shapes: Shapes | None = None) -> KeyMap |
     return KeyMap(table.family, table.gguf, entries, _unused(table, config))
 
 
-def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a model, which is built without memory.
+def described(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """A config with every default, and the shapes of the model's tensors.
+
+    The model is built without memory.
 
     Raises:
         InputError: it cannot be built.
@@ -123,7 +126,8 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             model = kind.from_config(dict(config))
     except LIBRARY_ERRORS as error:
         raise InputError(f"{kind.__name__} cannot be built ({first_line(error)})") from error
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    return {**model.config, "_class_name": kind.__name__}, shapes
 
 
 def _groups(table: NameTable, shapes: Shapes) -> dict[str, list[str]]:
