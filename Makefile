@@ -22,6 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	rm -rf .venv/wheels
 	$(BIN)/pip download -q --disable-pip-version-check -c constraints.txt --no-deps --only-binary :all: \
 	  --platform any --implementation py --abi none -d .venv/wheels comfy-kitchen  # without kernels for GPUs: 0.3 MB, not 68
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps .venv/wheels/comfy_kitchen-*.whl
@@ -116,7 +117,7 @@ OUT ?= .gpu
 GPU = PYTHONPATH=. $(PYTHON) tests/gpu.py
 
 gpu:
-	@$(MAKE) --no-print-directory -k gpu-checks gpu-targets
+	@$(MAKE) --no-print-directory -j1 -k gpu-checks gpu-targets
 
 gpu-checks gpu-targets gpu-sanitizer:
 	$(GPU) $(@:gpu-%=%) --out $(OUT)

@@ -117,67 +117,41 @@ inline void add_section(const Linear& g, int64_t n, int64_t rows, int64_t block,
   }
 }
 
-// 16 output channels x one token block: float(sum) * row_scale * weight_scale + bias in this order, or
-// total * row_scale + bias if there are sections; the epilogue; one rounding to the output type.
-void store_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
-                        const float* totals) {
-  alignas(64) float by_row[kBlockTokens][kBlockTokens], by_token[kBlockTokens][kBlockTokens];
-  const int64_t rows = g.rows - n < 16 ? g.rows - n : 16;
-  float scale[kBlockTokens] = {};
-  const int64_t tokens = g.tokens - token < kBlockTokens ? g.tokens - token : kBlockTokens;
-  memcpy(scale, g.row_scale + token, tokens * 4);
-  for (int64_t i = 0; i < rows; i++) {
-    const V bias = splat(g.bias ? g.bias[n + i] : 0);
-    const V weight_scale = splat(g.section_scale ? 1 : g.weight_scale[n + i]);
-    for (int t = 0; t < kBlockTokens; t += kLanes) {
-      V y;
-      if (g.section_scale) {
-        y = load(totals + i * kGroupBlocks * kBlockTokens + t) * load(scale + t);
-      } else {
-        I sum, x_sum;
-        memcpy(&sum, sums + i * kGroupBlocks * kBlockTokens + t, sizeof sum);
-        memcpy(&x_sum, g.section_sums + token + t, sizeof x_sum);
-        y = __builtin_convertvector(sum - x_sum * kWeightOffset, V) * load(scale + t) * weight_scale;
-      }
-      store(&by_row[i][t], g.bias ? y + bias : y);
-    }
-  }
-  Isa::transpose16((const int32_t*)by_row, 16, (int32_t*)by_token);
-  for (int64_t t = 0; t < tokens; t++) {
-    apply_epilogue(g, token + t, n, (int)rows, by_token[t]);
-    store_floats(g.out, (token + t) * g.rows + n, by_token[t], (int)rows, g.type);
-  }
-}
-
-// The same for 16 output channels and 16 tokens that are all there, without a branch on what is the same
-// for a launch: everything of `g` is read once. Channels go to lanes first.
-template <Float type>
-void store_whole_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
-                       const float* totals) {
+// Up to 16 output channels x one token block: float(sum) * row_scale * weight_scale + bias in this order, or
+// total * row_scale + bias if there are sections; GELU, then gate and residual; one rounding to the output
+// type. Everything of `g` is read once, so that a `whole` block has no branch on what is the same for a launch.
+// Channels go to lanes first.
+template <Float type, bool whole>
+void store_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums, const float* totals) {
   constexpr int kVectors = 16 / kLanes;
+  typedef typename Storage<type == kFloat32>::T T;
   const bool sections = g.section_scale, gelu = g.gelu;
+  const int rows = whole || g.rows - n > 16 ? 16 : (int)(g.rows - n);
+  const int tokens = whole || g.tokens - token > kBlockTokens ? kBlockTokens : (int)(g.tokens - token);
+  const int vectors = whole ? kVectors : (rows + kLanes - 1) / kLanes;
+  const auto channels = [&](const void* from, int64_t at, int i, Float kind) {
+    return load_part(from, at + i * kLanes, whole ? kLanes : rows - i * kLanes, kind);
+  };
   alignas(64) int32_t by_token[kBlockTokens][16];
   Isa::transpose16(sections ? (const int32_t*)totals : sums, kGroupBlocks * kBlockTokens, by_token[0]);
   V weight_scale[kVectors], bias[kVectors], gate[kVectors];
-  for (int i = 0; i < kVectors; i++) {
-    if (!sections) weight_scale[i] = load(g.weight_scale + n + i * kLanes);
-    bias[i] = g.bias ? load(g.bias + n + i * kLanes) : splat(-0.0f);  // y + -0 is y, also for y = -0
+  for (int i = 0; i < vectors; i++) {
+    if (!sections) weight_scale[i] = channels(g.weight_scale, n, i, kFloat32);
+    bias[i] = g.bias ? channels(g.bias, n, i, kFloat32) : splat(-0.0f);  // y + -0 is y, also for y = -0
   }
   const float* row_scale = g.row_scale + token;
   const int32_t* x_sums = g.section_sums + token;
-  const int64_t stride = g.rows, at = token * stride + n, per_gate = g.tokens_per_gate;
-  typename Storage<type == kFloat32>::T* out = (decltype(out))g.out + at;
-  const int bytes = g.gate_type == kFloat32 ? 4 : 2;
-  const char* residual = g.residual ? (const char*)g.residual + at * bytes : nullptr;
-  int64_t gate_of = -1;
-  for (int t = 0; t < kBlockTokens; t++, out += stride) {
+  const int64_t stride = g.rows, per_gate = g.tokens_per_gate;
+  const void *gates = g.gate, *residual = g.residual;
+  const Float gate_type = g.gate_type;
+  int64_t at = token * stride + n, gate_of = -1;
+  for (int t = 0; t < tokens; t++, at += stride) {
     const V scale = splat(row_scale[t]);
     if (residual && (token + t) / per_gate != gate_of) {
       gate_of = (token + t) / per_gate;
-      for (int i = 0; i < kVectors; i++)
-        gate[i] = load_as_float((const char*)g.gate + (gate_of * stride + n + i * kLanes) * bytes, g.gate_type);
+      for (int i = 0; i < vectors; i++) gate[i] = channels(gates, gate_of * stride + n, i, gate_type);
     }
-    for (int i = 0; i < kVectors; i++) {
+    for (int i = 0; i < vectors; i++) {
       V y;
       if (sections) {
         y = load((const float*)by_token[t] + i * kLanes) * scale;
@@ -188,26 +162,38 @@ void store_whole_block(const Linear& g, int64_t n, int64_t token, const int32_t*
       }
       y = y + bias[i];
       if (gelu) y = gelu_of(y);
-      if (residual)
-        y = gate[i] * y + load_as_float(residual + (t * stride + i * kLanes) * bytes, g.gate_type);
-      store_vector<type>(out + i * kLanes, y);
+      if (residual) y = gate[i] * y + channels(residual, at, i, gate_type);
+      T* out = (T*)g.out + at + i * kLanes;
+      if (whole || rows - i * kLanes >= kLanes) {
+        store_vector<type>(out, y);
+      } else {
+        T end[kLanes];
+        store_vector<type>(end, y);
+        memcpy(out, end, (rows - i * kLanes) * sizeof(T));
+      }
     }
   }
 }
 
-inline void store_group(const Linear& g, int64_t n, int64_t rows, int64_t block, int count,
-                        const int32_t* sums, const float* totals) {
+template <Float type>
+void store_group_as(const Linear& g, int64_t n, int64_t rows, int64_t block, int count, const int32_t* sums,
+                    const float* totals) {
   for (int c = 0; c < count; c++)
     for (int i = 0; i < rows; i += 16) {
       const int64_t token = (block + c) * kBlockTokens;
       const int first = (i * kGroupBlocks + c) * kBlockTokens;
-      auto store = store_block;
-      if (rows - i >= 16 && g.tokens - token >= kBlockTokens)
-        store = g.type == kFloat32    ? store_whole_block<kFloat32>
-                : g.type == kBFloat16 ? store_whole_block<kBFloat16>
-                                      : store_whole_block<kFloat16>;
-      store(g, n + i, token, sums + first, totals + first);
+      const bool whole = rows - i >= 16 && g.tokens - token >= kBlockTokens;
+      (whole ? store_block<type, true> : store_block<type, false>)(g, n + i, token, sums + first,
+                                                                   totals + first);
     }
+}
+
+inline void store_group(const Linear& g, int64_t n, int64_t rows, int64_t block, int count,
+                        const int32_t* sums, const float* totals) {
+  const auto store = g.type == kFloat32    ? store_group_as<kFloat32>
+                     : g.type == kBFloat16 ? store_group_as<kBFloat16>
+                                           : store_group_as<kFloat16>;
+  store(g, n, rows, block, count, sums, totals);
 }
 
 // Unpacks panel p to [step][kPanelRows][kStep]; returns how many output channels it has.

@@ -130,7 +130,7 @@ void multiply_in_parts(const Linear& g, int64_t block, int64_t block_end, int64_
   }
   for (int64_t at = block; at < block_end; at += kMaxBlocks)
     store_group(g, n, rows, at, block_end - at < kMaxBlocks ? 1 : kMaxBlocks,
-                sums + (at - block) / kMaxBlocks * group_sums, nullptr);
+                sums + (at - block) / kMaxBlocks * group_sums, (const float*)sums);  // no sections: not read
 }
 
 void multiply_tiled(const Linear& g, int64_t block, int64_t block_end, int64_t panel,

@@ -92,8 +92,9 @@ inline bool wants_wgmma(const Gemm& g) {
          aligned16(g.weight) && tiles_of(g, kWgmma128) * 2 >= g.sms;
 }
 
-// Estimated cycles of all waves of blocks (docs/kernels.md): steps of 128 columns, and per tile what is before
-// the loop and the epilogue. With 128 tokens the expansion of 4-bit weights takes longer than the products.
+// Estimated cycles of all waves of blocks: steps of 128 columns, and per tile what is before the loop (2500, an
+// assumption) and the epilogue. With 128 tokens the expansion of 4-bit weights takes longer than the products:
+// 683 is an estimate, not measured.
 inline int64_t wgmma_cycles(const Gemm& g, Tile tile) {
   const bool large = tile == kWgmma256;
   const int64_t step = large ? 1024 : g.weights == kInt8 ? 512 : 683;

@@ -13,7 +13,8 @@ from dtq.calibrate.collection import Statistics
 from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
 from dtq.io.default_dtype import default_dtype
-from dtq.pipelines.loading import Components, LoadedModel, load_transformers
+from dtq.pipelines.contents import Components
+from dtq.pipelines.loading import LoadedModel, load_transformers
 from dtq.recipe import Recipe
 from dtq.recipe.selectors import check_patterns, pattern_list
 from dtq.runs.tasks import TaskStore

@@ -32,9 +32,10 @@ from dtq.nn.linear import QuantLinear
 from dtq.nn.slice import COLUMN, ROW, Group, Slice, slice_specs
 from dtq.nn.storage import aligned, from_disk
 from dtq.nn.swap import finalize, swap_empty
-from dtq.pipelines.loading import model_class, translate_errors
+from dtq.pipelines.contents import model_class
+from dtq.pipelines.loading import translate_errors
 from dtq.pipelines.validation import check_folder
-from dtq.pipelines.weight_files import warn_of_variants, weight_files
+from dtq.pipelines.weight_files import weight_files
 
 WHOLE = "replicate"
 
@@ -210,9 +211,7 @@ def load_sharded(folder: str | Path, rank: int, world: int, group: Group = None)
         CheckpointError: a file is damaged or incomplete.
     """
     folder = Path(folder)
-    variants, _ = check_folder(folder)
-    if rank == 0:
-        warn_of_variants(folder, variants)
+    variants, _ = check_folder(folder, warn=rank == 0)
     config: Any = read_json(folder / "config.json").get("quantization_config")
     if not is_dtq(config):
         raise InputError(f"{folder} is no transformer quantized by dtq (no quantization_config)")

@@ -27,8 +27,8 @@ import zoo  # noqa: E402
 import dtq  # noqa: E402
 from dtq.models import Scan, find_family  # noqa: E402
 from dtq.models.linears import shape_of  # noqa: E402
-from dtq.pipelines.loading import scan_model  # noqa: E402
 from dtq.pipelines.recorded_calls import first_tensor  # noqa: E402
+from dtq.pipelines.tracing import scan_model  # noqa: E402
 from dtq.recipe import Recipe  # noqa: E402
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dtq
 from dtq.models.linears import matrix_of
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 
 FAMILIES = ("dit", "flux", "sd3")
 """256 channels wide: a whole superblock of a K-quant, a whole block of ConvRot."""

@@ -51,7 +51,7 @@ COMMANDS: dict[str, Callable[[], list[Check]]] = {
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options; without a command those are chosen that have a chosen part."""
+    """The options; its commands are those that have a chosen check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("command", nargs="*", metavar="|".join(COMMANDS), help="checks and targets")
     parser.add_argument("--out", type=Path, default=Path(".gpu"), help="folder of the results")
@@ -67,9 +67,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for given, known in ((options.command, COMMANDS), (options.parts, parts)):
         if wrong := [name for name in given if name not in known]:
             parser.error(f"{', '.join(wrong)}: there are {', '.join(known)}")
+    wanted = options.command or (COMMANDS if options.parts else ("checks", "targets"))
+    options.command = [command for command in wanted if chosen(command, options)]
     if not options.command:
-        chosen = [n for n in COMMANDS if any(c.part in options.parts for c in COMMANDS[n]())]
-        options.command = chosen or ["checks", "targets"]
+        parser.error(f"no check whose name contains {options.only!r}: see --list")
     return options
 
 
@@ -79,6 +80,20 @@ def chosen(command: str, options: argparse.Namespace) -> list[Check]:
         check
         for check in COMMANDS[command]()
         if (not options.parts or check.part in options.parts) and options.only in check.name
+    ]
+
+
+def child(command: str, path: Path, options: argparse.Namespace) -> list[str]:
+    """The command line of the process that runs the checks of a command."""
+    return [
+        sys.executable,
+        os.path.abspath(__file__),
+        command,
+        f"--continue={path}",
+        f"--parts={','.join(options.parts)}",
+        f"--only={options.only}",
+        f"--rounds={options.rounds}",
+        *(["--fake"] if options.fake else []),
     ]
 
 
@@ -93,8 +108,7 @@ def work(command: str, path: Path, options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Watch a child process for each command."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parse(given)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     if options.list:
         print("\n".join(check.key for c in options.command for check in chosen(c, options)))
         return 0
@@ -108,9 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     for command in options.command:
         path = gpu_run.free_name(options.out, command)
         Results(path).save()
-        flags = [a for a in given if a not in COMMANDS]
-        script = [sys.executable, os.path.abspath(__file__), command, *flags]
-        failed += gpu_run.supervise([*script, "--continue", str(path)], path)
+        failed += gpu_run.supervise(child(command, path, options), path)
         data = Results(path).data
         checked = sum(f["good"] is not None for f in data["findings"])
         skipped = sum(f["value"].startswith("skipped: ") for f in data["findings"])

@@ -87,10 +87,11 @@ class Results:
         _replace(self.path, json.dumps(self.data, indent=1) + "\n")
         _replace(self.path.with_suffix(".md"), tables(self.data))
 
-    def start(self, check: Check) -> None:
+    def start(self, check: Check | None) -> None:
         """Note the check that runs, for the parent and for whoever finds the file after a kill."""
-        running = {"check": check.key, "part": check.part, "since": time.time()}
-        self.data["running"] = running | {"limit": check.limit}
+        self.data["running"] = check and {
+            "check": check.key, "part": check.part, "since": time.time(), "limit": check.limit
+        }  # fmt: skip
         self.save()
 
     def tell(self, part: str, what: str, value: object, good: bool | None = None) -> None:
@@ -102,11 +103,10 @@ class Results:
         mark = {True: "ok  ", False: "FAIL", None: "    "}[good]
         print(f"{mark} {part}: {what}: {value}", flush=True)
 
-    def end(self, check: str) -> None:
-        """Note that a check is done."""
+    def end(self, check: str, following: Check | None = None) -> None:
+        """Note that a check is done and, in the same write, which one runs next."""
         self.data["done"].append(check)
-        self.data["running"] = None
-        self.save()
+        self.start(following)
 
     @property
     def failed(self) -> int:
@@ -185,11 +185,10 @@ def run_checks(checks: Sequence[Check], s: Session) -> int:
     Returns:
         0, or ``GPU_LOST``.
     """
-    for check in checks:
-        if check.key in s.results.data["done"]:
-            continue
+    left = [check for check in checks if check.key not in s.results.data["done"]]
+    s.results.start(left[0] if left else None)
+    for check, following in zip(left, [*left[1:], None], strict=True):
         s.part = check.part
-        s.results.start(check)
         before = len(s.results.data["findings"])
         try:
             result = check.run(s)
@@ -200,10 +199,11 @@ def run_checks(checks: Sequence[Check], s: Session) -> int:
         except Exception as error:  # noqa: BLE001  (the checks after it shall run)
             traceback.print_exc()
             s.tell(check.name, f"{type(error).__name__}: {error}", False)
-        s.results.end(check.key)
         if s.cuda and not _gpu_answers():
             s.tell(check.name, "the GPU is in an error state after it", False)
+            s.results.end(check.key)
             return GPU_LOST
+        s.results.end(check.key, following)
     s.results.data["complete"] = True
     s.results.save()
     return 0

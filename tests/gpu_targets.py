@@ -49,7 +49,7 @@ class Target:
     """A row of the table of targets, for one H200.
 
     Attributes:
-        must: least that is good enough; of T6, T9 and T11 the most.
+        must: least that is good enough; the most where ``below``.
         stretch: what to hope for.
         measure: gives figures by case.
         below: whether less is better.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from agreement import GELU_ERROR, few_tokens_bound
 from torch import Tensor
 
 from dtq.formats import FORMATS
@@ -29,9 +30,6 @@ SIZES = (
 )  # fmt: skip
 """(M, N, K): whole tiles, tails in every direction, more tiles than multiprocessors, fewer tokens
 than a tile of 128, few steps of K."""
-
-GELU_ERROR = 2.0**-16
-"""Relative error that the GELU of an epilogue may have."""
 
 NameOf = Callable[[int, int, int, int], str]
 """The name of the kernel for M, N, K and a group: ``dtq_cuda_gemm`` for a device."""
@@ -275,8 +273,7 @@ def weight_only(
     """Multiply a float input with a packed weight.
 
     Raises:
-        AssertionError: an output is farther from float64 than the rounding of K products and of
-            the output allows.
+        AssertionError: an output is farther from float64 than ``few_tokens_bound``.
     """
     m, n, k = size
     r, fmt = _Random(device, 0), FORMATS[name]
@@ -287,6 +284,6 @@ def weight_only(
         x, bias = r.normal(m, k).to(dtype), r.normal(n).to(dtype)
         exact = torch.ops.dtq_reference.dequantize(*stored, k, dtype).double()
         want = x.double() @ exact.T + bias.double()
-        bound = x.double().abs() @ exact.abs().T * k * 2**-24 + want.abs() * torch.finfo(dtype).eps
-        wrong = ~((ops.weight_linear(x, *stored, bias).double() - want).abs() <= bound)
+        error = (ops.weight_linear(x, *stored, bias).double() - want).abs()
+        wrong = ~(error <= few_tokens_bound(x, exact, want))
         assert not wrong.any(), f"{dtype}: {int(wrong.sum())} of {wrong.numel()} are too far away"

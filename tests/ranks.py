@@ -17,7 +17,7 @@ import dtq
 from dtq.nn.slice import Slice
 from dtq.nn.timestep_hook import install_clock
 from dtq.parallel import load_sharded, shard
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 from dtq.plan.step_policy import StepPolicy
 
 ROTATED = {"transform": "hadamard", "solver": "rtn", "correct_bias": False}

@@ -98,10 +98,6 @@ class Kernel:
     arch: str
     registers: int
     code: Mapping[int, Instruction]
-    threads: int = 0  # of a block, where the kernel says it
-
-    def text(self) -> str:
-        return "\n".join(str(i) for i in self.code.values())
 
 
 def compiled(source: str, arch: str, folder: Path) -> list[Kernel]:

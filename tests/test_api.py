@@ -20,8 +20,9 @@ from dtq.errors import InputError
 from dtq.evaluate import trajectory
 from dtq.nn import QuantLinear
 from dtq.pipelines import prompts
-from dtq.pipelines.loading import LoadedModel, dummy_inputs, load_transformer, scan_model
+from dtq.pipelines.loading import LoadedModel, load_transformer
 from dtq.pipelines.settings import SamplingSettings
+from dtq.pipelines.tracing import dummy_inputs, scan_model
 from dtq.recipe import Recipe
 from dtq.stages import solve
 

@@ -257,12 +257,12 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_floats(const DTQ_CONSTANT Golden p) {
 
 // ---------------------------------------------------------------------------- sm_90
 
-#if defined(DTQ_HAS_WGMMA)
 // Two products: A from registers, then from shared memory. In: 4 words a thread of A, 2048 words of A and
 // n * 32 of B, rows of 128 bytes in the 128-byte swizzle, of which columns 32.. and 96.. are used. Out: n / 2
 // words a thread.
 template <int n>
 DTQ_DEV void wgmma_of(const Golden& p) {
+#if defined(DTQ_HAS_WGMMA)
   DTQ_SHARED(shared);
   uint32_t a[4];
   int32_t d[n / 2];
@@ -278,23 +278,17 @@ DTQ_DEV void wgmma_of(const Golden& p) {
   wgmma_commit();
   wgmma_wait<0>();
   DTQ_UNROLL for (int i = 0; i < n / 2; i++) put(p, tid() * (n / 2) + i, uint32_t(d[i]));
-}
 #endif
+}
 
 DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_wgmma_64(const DTQ_CONSTANT Golden p) {
-#if defined(DTQ_HAS_WGMMA)
   wgmma_of<64>(p);
-#endif
 }
 DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_wgmma_128(const DTQ_CONSTANT Golden p) {
-#if defined(DTQ_HAS_WGMMA)
   wgmma_of<128>(p);
-#endif
 }
 DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_wgmma_256(const DTQ_CONSTANT Golden p) {
-#if defined(DTQ_HAS_WGMMA)
   wgmma_of<256>(p);
-#endif
 }
 
 // Two products in two groups; the sums of the first are stored while the second may run. In and out as with 64.

@@ -27,7 +27,7 @@ from dtq.io.checksum import checksum
 from dtq.io.safe_parse import read_json
 from dtq.models.linears import shape_of
 from dtq.nn.swap import planned_linears
-from dtq.pipelines.loading import (
+from dtq.pipelines.contents import (
     Components,
     diffusion_transformers_on_disk,
     folder_kind,
@@ -193,24 +193,25 @@ class Reader:
 
 
 def verify(
-    path: Path, component: Components = "auto", variant: str | None = None
-) -> dict[str, Path]:
+    path: Path, component: Components = "auto", variant: str | None = None, *, warn: bool = False
+) -> dict[str, tuple[Path, str | None]]:
     """Check a checkpoint without building the models.
 
     Args:
         path: folder of a pipeline or a model.
         component: which models of a pipeline; ``auto`` is every diffusion transformer.
         variant: of the files, as for ``load_transformers``.
+        warn: report variants that are read although the user did not ask for one.
 
     Returns:
-        Component to folder of every model that dtq quantized.
+        Component to the folder and the variant of the files of every model that dtq quantized.
 
     Raises:
         InputError: not a diffusers folder, or nothing in it is quantized by dtq.
         CheckpointError: damaged, incomplete or from another version of dtq; names file and key.
     """
     kind = folder_kind(path)
-    variants, _ = check_folder(path, variant)
+    variants, _ = check_folder(path, variant, warn=warn)
     folders = {"transformer": path}
     if kind == "pipeline":
         names = diffusion_transformers_on_disk(path) if component == "auto" else component
@@ -221,7 +222,7 @@ def verify(
         if is_dtq(config):
             own = variants.get(name if kind == "pipeline" else "")
             _verify_model(folder, config, weight_files(folder, own))
-            verified[name] = folder
+            verified[name] = folder, own
     if not verified:
         raise InputError(f"{path} is not quantized by dtq (no quantization_config)")
     return verified

@@ -20,7 +20,7 @@ from dtq import demo
 from dtq.checkpoint import reader
 from dtq.errors import InputError
 from dtq.io.safe_parse import parse_yaml, read_json
-from dtq.pipelines import loading
+from dtq.pipelines import contents, loading
 from dtq.pipelines.settings import SamplingSettings
 from dtq.pipelines.validation import check_links, model_folders
 from dtq.pipelines.weight_files import has_variant
@@ -133,21 +133,34 @@ def load_verified(model: str, dtype: str, variant: str | None) -> loading.Loaded
         variant: as for ``load_transformers``.
     """
     path = Path(model)
-    if path.is_dir() and loading.folder_kind(path) == "pipeline":
+    if path.is_dir() and contents.folder_kind(path) == "pipeline":
         check_links(path)
-        names = loading.diffusion_transformers_on_disk(path)
+        names = contents.diffusion_transformers_on_disk(path)
         configs = [path / name / "config.json" for name in names]
         if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
             reader.verify(path, variant=variant)
     return loading.load_transformer(model, dtype=dtype, variant=variant)
 
 
-def source_of(model: str, config: Path | None) -> Any:
+def check_target(target: str) -> None:
+    """Refuse an unknown ``--to`` before anything is loaded.
+
+    Raises:
+        InputError: there is no such target.
+    """
+    if target:
+        from dtq.engines import find_target
+
+        find_target(target)
+
+
+def source_of(model: str, config: Path | None, dtype: str) -> Any:
     """What to quantize: a file of another engine as a float model, or the name as it is.
 
     Args:
         model: a folder, a bundled name, a hub id or a file.
         config: folder that ``--config`` names; only for a file.
+        dtype: float dtype of what is in a file; ``auto`` is that of the file.
 
     Raises:
         InputError: ``--config`` is given for something else; the file cannot be read.
@@ -155,7 +168,8 @@ def source_of(model: str, config: Path | None) -> Any:
     if Path(model).is_file():
         from dtq.engines.load import load_float
 
-        return load_float(model, config)
+        source = load_float(model, config)
+        return source if dtype == "auto" else source.to(loading.DTYPES[dtype])
     if config is not None:
         raise InputError(f"--config {config} is for files of other engines, and {model} is none")
     return model
@@ -171,7 +185,7 @@ def variants_of(models: Sequence[str], variant: str | None) -> list[str | None]:
     Raises:
         InputError: none of the models has the variant.
     """
-    local = [demo.folder(m) if m in demo.FOLDERS else Path(m) for m in models]
+    local = [demo.path_of(m) for m in models]
     has = [not p.is_dir() or has_variant(model_folders(p).values(), variant) for p in local]
     if not any(has):
         raise InputError(f"neither {' nor '.join(models)} has files of the variant {variant!r}")

@@ -38,19 +38,11 @@ def inspect(
     dtq inspect demo-w4a8 --kernels
     """
     from dtq.checkpoint import reader
-    from dtq.pipelines.validation import model_folders
-    from dtq.pipelines.weight_files import resolve_variants, warn_of_variants
 
     if not folder.exists():
         raise InputError(f"{folder}: no such folder")
-    folders = reader.verify(folder, components or "auto", variant)
-    variants = resolve_variants(folder, model_folders(folder), variant)
-    if variant is None:
-        warn_of_variants(folder, variants)
-    data = {
-        name: _inspect(path, variants["" if path == folder else name])
-        for name, path in folders.items()
-    }
+    found = reader.verify(folder, components or "auto", variant, warn=True)
+    data = {name: _inspect(path, own) for name, (path, own) in found.items()}
     if as_json:
         click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
         return

@@ -52,10 +52,10 @@ def plan(
     import psutil
 
     from dtq.allocate import parse_size
-    from dtq.cli.inputs import recipe_with
+    from dtq.cli.inputs import check_target, recipe_with
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
-    from dtq.pipelines import loading
+    from dtq.pipelines import contents, loading
     from dtq.recipe.selectors import check_patterns
     from dtq.stages.calibrate import statistics_needed
     from dtq.stages.plan import plan as plan_stage
@@ -63,10 +63,11 @@ def plan(
 
     tune_malloc()
     recipe = recipe_with(choices)
+    check_target(target)
     models = loading.meta_models(model, components or "auto", variant)
     check_patterns(exclude, [empty for empty, _ in models.values()], "--exclude")
     folder = Path(model)
-    has_pipeline = not folder.exists() or loading.folder_kind(folder) == "pipeline"
+    has_pipeline = not folder.exists() or contents.folder_kind(folder) == "pipeline"
     limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
     data: dict[str, dict[str, Any]] = {}
     for name, (empty, stored) in models.items():

@@ -83,7 +83,7 @@ def quantize(
     from dtq.allocate import parse_size
     from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
-    from dtq.cli.inputs import join_workers, recipe_with, source_of
+    from dtq.cli.inputs import check_target, join_workers, recipe_with, source_of
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
@@ -92,6 +92,7 @@ def quantize(
 
     tune_malloc()
     recipe = recipe_with(choices)
+    check_target(target)
     workers = join_workers(output, silent=as_json)
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
@@ -100,7 +101,7 @@ def quantize(
             text = (output / "dtq_report.json").read_text(encoding="utf-8")
             click.echo(text if as_json else f"{output}: an earlier run has finished it")
             return
-        source, names = source_of(model, source_config), components or "auto"
+        source, names = source_of(model, source_config, dtype), components or "auto"
         runs = open_runs(
             load_transformers(source, dtype=dtype, component=names, variant=variant),
             recipe,

@@ -9,6 +9,11 @@ FOLDERS = {"demo": "pipeline", "demo-outliers": "pipeline", "demo-video": "video
 """Folder of each model. ``demo-outliers`` is ``demo`` after ``dtq.demo.outliers``."""
 
 
+def path_of(name: str) -> Path:
+    """The folder of a bundled model, or the path that the name is."""
+    return folder(name) if name in FOLDERS else Path(name)
+
+
 def folder(name: str = "demo") -> Path:
     """The pipeline folder of a bundled model, a key of ``FOLDERS``.
 

@@ -20,7 +20,8 @@ from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target
 from dtq.errors import InputError
 from dtq.nn.attention import int8_attention_modules
 from dtq.nn.linear import QuantLinear
-from dtq.pipelines.loading import Components, diffusion_transformers, load_model
+from dtq.pipelines.contents import Components, diffusion_transformers
+from dtq.pipelines.loading import load_model
 
 log = logging.getLogger("dtq")
 
@@ -241,9 +242,10 @@ def _transformer(
     path = Path(source)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; dtq export reads the output of dtq quantize")
-    folders = reader.verify(path, component, variant)
-    name = _only(list(folders), str(path))
-    return name, load_model(folders[name], variant=variant)
+    found = reader.verify(path, component, variant)
+    name = _only(list(found), str(path))
+    folder, own = found[name]
+    return name, load_model(folder, variant=own)
 
 
 def _listed(component: Components) -> list[str]:

@@ -28,7 +28,7 @@ from dtq.stages.sanity_metrics import STEPS, short_settings
 from dtq.transforms import TRANSFORMS
 
 TRACED_BATCH = 2
-"""Images in the traced forward pass, see ``dtq.pipelines.loading``."""
+"""Images in the traced forward pass, see ``dtq.pipelines.tracing``."""
 OVERHEAD = 1.5
 """Time of a model evaluation, with its statistics, over that of the GEMMs of its linears."""
 SOLVER_OPERATIONS = 5000.0
@@ -59,6 +59,9 @@ def run_seconds(
 
 def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> dict[str, int]:
     """Images that pass through the transformer, by stage; each branch of guidance is an image.
+
+    int8 attention is counted as if the error stayed within its limit in every module. Where it does
+    not, the stage also runs the model for each module, and again for each step of a bisection.
 
     Args:
         run: after the plan stage.

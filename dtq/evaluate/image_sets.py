@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class ImageSet:
         bytes: uint8 (N, 3, H, W); the middle frame of a video.
         failed: position of an image that cannot be used, to the reason.
         frames: of each video; 1 for images.
+        refused: extractor that cannot take what the model makes, to the reason; it has no features.
     """
 
     features: dict[str, Tensor]
     bytes: Tensor
     failed: dict[int, str]
     frames: int
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def images(self) -> Tensor:
@@ -67,11 +69,12 @@ def image_set(
         places: positions in ``requests``, in whole batches.
 
     Raises:
-        InputError: the pipeline makes sounds, or an extractor cannot take what it makes.
+        InputError: the pipeline makes sounds.
     """
     features: dict[str, list[Tensor]] = defaultdict(list)
     batches: list[Tensor] = []
     failed: dict[int, str] = {}
+    refused: dict[str, str] = {}
     frames = 1
     for result in run_pipeline(pipeline, requests, settings, only=places):
         batch = shown(result)
@@ -81,15 +84,25 @@ def image_set(
         failed |= {places[start + i]: why for i, image in enumerate(batch) if (why := flaw(image))}
         # 8-bit values, as files hold them: the ADM suite then measures the same images
         stored = as_bytes(batch.nan_to_num())
-        for name, extractor in loaded.items():
-            for kind, tensor in extractor(stored.float() / 255).items():
+        for name in loaded.keys() - refused.keys():
+            try:
+                found = loaded[name](stored.float() / 255)
+            except InputError as error:
+                refused[name] = str(error)
+                continue
+            for kind, tensor in found.items():
                 features[f"{name}.{kind}"].append(tensor)
         if stored.ndim == 5:  # all frames of a thousand videos would fill the memory
             frames = stored.shape[1]
             stored = stored[:, frames // 2].clone()
         batches.append(stored)
-    joined = {key: torch.cat(parts) for key, parts in features.items()}
-    return ImageSet(joined, torch.cat(batches), failed, frames)
+    joined = {key: torch.cat(features[key]) for key in _without(features, refused)}
+    return ImageSet(joined, torch.cat(batches), failed, frames, refused)
+
+
+def _without(keys: Iterable[str], refused: Mapping[str, str]) -> list[str]:
+    """Those of the keys ``<extractor>.<kind>`` that are of other extractors."""
+    return [key for key in keys if key.partition(".")[0] not in refused]
 
 
 def gather_images(
@@ -112,13 +125,17 @@ def gather_images(
     """
     tensors = {**shard.features, "": shard.bytes}
     plain = {"places": places, "failed": shard.failed, "frames": shard.frames}
+    plain["refused"] = shard.refused
     gathered = gather(workers, folder, model, tensors, plain)
     if gathered is None:
         return None
     positions = [place for _, plain in gathered for place in plain["places"]]
     check_ids([f"{place:04d}" for place in positions], len(positions))
     order = torch.tensor(positions).argsort()
-    merged = {key: torch.cat([held[key] for held, _ in gathered])[order] for key in tensors}
+    refused = {name: why for _, plain in gathered for name, why in plain["refused"].items()}
+    keys = _without(tensors, refused)
+    merged = {key: torch.cat([held[key] for held, _ in gathered])[order] for key in keys}
     images = merged.pop("")
     failed = {int(i): reason for _, plain in gathered for i, reason in plain["failed"].items()}
-    return ImageSet(merged, images, dict(sorted(failed.items())), gathered[0][1]["frames"])
+    frames = gathered[0][1]["frames"]
+    return ImageSet(merged, images, dict(sorted(failed.items())), frames, refused)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtq.errors import InputError
+from dtq.errors import InputError, first_line
 from dtq.evaluate import optional_packages
 from dtq.evaluate.metrics.images import as_bytes
 
@@ -59,10 +59,12 @@ def read(path: Path) -> Tensor:
         with imageio.get_reader(str(path), format="FFMPEG") as reader:
             frames = [torch.from_numpy(frame.copy()) for frame in reader]
     except (OSError, ValueError, RuntimeError, IndexError) as error:
-        raise InputError(f"{path}: not a video ({error})") from error
+        raise InputError(f"{path}: not a video ({first_line(error)})") from error
+    if not frames:
+        raise InputError(f"{path}: a video without frames; remove it or copy it again")
     return torch.stack(frames).permute(0, 3, 1, 2)
 
 
 def _imageio() -> Any:
-    optional_packages.need("imageio_ffmpeg", "imageio-ffmpeg")
-    return optional_packages.need("imageio.v2", "imageio")
+    optional_packages.need("imageio_ffmpeg", "dtq[video]")
+    return optional_packages.need("imageio.v2", "dtq[video]")

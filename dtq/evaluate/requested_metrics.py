@@ -8,7 +8,6 @@ the exit code of ``dtq eval`` 3, so no requested metric is silently absent.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -165,21 +164,25 @@ def distributions(
     requests = prompts.load(settings.prompts, reference.pipeline, settings.samples, nested=True)
     entries = requests.entries
     other = replace(settings, batch_size=rerun_batch_size)
-    whole = math.lcm(settings.batch_size, rerun_batch_size)
     fewer = replace(requests, entries=entries[:RERUN_IMAGES])
     for name, model, some, job in (
         ("float", reference, requests, settings),
         ("rerun", reference, fewer, other),
         ("candidate", candidate, requests, settings),
     ):
-        progress(f"{name}, {len(some.entries)} images for {', '.join(extractor_of)}")
-        places = workers.shard(len(some.entries), whole)
+        progress(f"{name}, {len(some.entries)} samples for {', '.join(extractor_of)}")
+        places = workers.shard(len(some.entries), job.batch_size)
         shard = image_set(model.pipeline, some, job, loaded, places)
         images = gather_images(workers, folder, name, shard, places)
         if images is not None:
             results.image_sets[name] = images
     if not workers.is_main:
         return results
+    results.rerun = results.image_sets["rerun"].features
+    for images in results.image_sets.values():
+        refused = {m: images.refused[e] for m, e in extractor_of.items() if e in images.refused}
+        results.missing |= refused
+    extractor_of = {m: e for m, e in extractor_of.items() if m not in results.missing}
     results.file = FeatureFile(
         prompts.texts(requests, reference.pipeline),
         settings.seed,
@@ -187,19 +190,20 @@ def distributions(
         extractor_of,
     )
     reasons = [
-        f"{len(images.failed)} of {len(images.bytes)} images of the {name} model cannot be used: "
+        f"{len(images.failed)} of {len(images.bytes)} samples of the {name} model cannot be used: "
         f"the first {next(iter(images.failed.values()))}"
         for name, images in results.image_sets.items()
         if images.failed
     ]
-    results.rerun = results.image_sets.pop("rerun").features
+    del results.image_sets["rerun"]
     if reasons:
         results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
         return results
-    reference_of = functools.cache(partial(_reference_set, request.reference, loaded))
+    frames = results.image_sets["float"].frames
+    reference_of = functools.cache(partial(_reference_set, request.reference, loaded, frames))
     for metric, name in extractor_of.items():
         extractor = loaded[name]
-        if next(iter(results.image_sets.values())).frames > 1:  # their moments are of images
+        if frames > 1:  # their moments are of images
             extractor = replace(extractor, real=None)
         floats, made = (images.features_of(name) for images in results.image_sets.values())
         value = partial(metric_value, metric, extractor, made, model=candidate.name, groups=entries)
@@ -260,14 +264,28 @@ def _references(
 
 
 def _reference_set(
-    path: Path | None, loaded: Mapping[str, Extractor], name: str
+    path: Path | None, loaded: Mapping[str, Extractor], frames: int, name: str
 ) -> ReferenceSet | None:
-    """The ADM npz or folder of images or videos with the features of an extractor."""
+    """The ADM npz or folder of images or videos with the features of an extractor.
+
+    Args:
+        path: of the user; None if there is none.
+        loaded: extractors by name.
+        frames: of each sample of the models; 1 for images.
+        name: of the extractor.
+
+    Raises:
+        InputError: the reference has images and the models make videos, or the reverse; or its
+            videos have another number of frames, and the extractor takes whole videos.
+    """
     if path is None:
         return None
     extractor = loaded[name]
     if path.is_dir():
-        return ReferenceSet(path.name, reference_folder.features(path, extractor))
+        features, lengths = reference_folder.features(path, extractor)
+        _check_frames(path, lengths, frames, extractor)
+        return ReferenceSet(path.name, features)
+    _check_frames(path, {1}, frames, extractor)
     file = adm_suite.read(path)
     if file.images is not None:
         floats = file.images.permute(0, 3, 1, 2).float() / 255
@@ -276,6 +294,19 @@ def _reference_set(
         raise InputError(f"{file.name} has Inception moments, but the features are of {name}")
     moments = {"pool": file.pool, "spatial": file.spatial}
     return ReferenceSet(file.name, None, {k: m for k, m in moments.items() if m is not None})
+
+
+def _check_frames(path: Path, lengths: set[int], frames: int, extractor: Extractor) -> None:
+    of_videos = max(lengths) > 1
+    if of_videos != (frames > 1):
+        kinds = ("videos", "images") if of_videos else ("images", "videos")
+        raise InputError(f"{path} has {kinds[0]}, and the models make {kinds[1]}")
+    if extractor.of_videos and lengths != {frames}:
+        found = ", ".join(map(str, sorted(lengths)))
+        raise InputError(
+            f"{path} has videos of {found} frames, and the models make {frames}; {extractor.name} "
+            f"takes whole videos: cut them to {frames} frames"
+        )
 
 
 def perceptual(

@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from dtq.checkpoint.config import is_dtq
-from dtq.nn.linear import cast_dtype
+from dtq.nn.storage import cast_dtype
 
 
 def register() -> None:

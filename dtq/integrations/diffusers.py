@@ -25,6 +25,7 @@ from dtq.checkpoint import reader
 from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
 from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
+from dtq.io.memory import Mapped
 from dtq.nn.attention import use_int8_attention
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
@@ -106,28 +107,37 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Compare tensors with their checksums, and align them.
 
+        One tensor at a time is in memory twice: the mapped file's pages of a tensor that was copied
+        are released at once.
+
         Raises:
             CheckpointError: a tensor is damaged, or not the weight of a float model.
             InputError: a single file is a dtq checkpoint, which lacks its config.
         """
         if self._reader is not None:
-            self._reader.check(state_dict)
-        elif reader.CHECKSUMS in state_dict:
+            return self._checked(state_dict, self._reader)
+        if reader.CHECKSUMS in state_dict:
             raise InputError(
                 "from_single_file takes float models and quantizes them; this file is quantized "
                 "by dtq: load its folder, with config.json, with from_pretrained"
             )
-        elif not self._stored:  # a single file, whose names may be those of another library
+        if not self._stored:  # a single file, whose names may be those of another library
             state_dict = {without_wrappers(key): t for key, t in state_dict.items()}
             refuse_codes(described(state_dict), state_dict.__getitem__)
-        if self._reader is None:  # diffusers does not cast FP8
-            fp8 = {key: t.float() for key, t in state_dict.items() if t.dtype in FP8.values()}
-            state_dict = state_dict | fp8
-        return {
-            self._names.get(key, key): aligned(t)
-            for key, t in state_dict.items()
-            if key != reader.CHECKSUMS
-        }
+        # diffusers does not cast FP8
+        fp8 = {key: t.float() for key, t in state_dict.items() if t.dtype in FP8.values()}
+        return {self._names.get(key, key): aligned(t) for key, t in (state_dict | fp8).items()}
+
+    def _checked(self, tensors: dict[str, Tensor], files: reader.Reader) -> dict[str, Tensor]:
+        """Checked and aligned tensors of a checkpoint, without the checksums."""
+        mapped, ready = Mapped(), {}
+        for key, tensor in tensors.items():
+            files.check({key: tensor})
+            if key != reader.CHECKSUMS:
+                ready[key] = aligned(tensor)
+                if ready[key] is not tensor:
+                    mapped.forget([tensor])
+        return ready
 
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str

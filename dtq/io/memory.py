@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: drops clean file pages, never data
+_DONTNEED = 4  # MADV_DONTNEED: drops the pages of this process, not those of the file's cache
+_SUFFIX, _HUB_CACHE = ".safetensors", "/blobs/"  # files in the Hub's cache are named by a hash
 
 
 def tune_malloc() -> None:
@@ -97,7 +99,7 @@ class Mapped:
         maps = Path("/proc/self/maps")
         if sys.platform == "linux" and maps.exists():
             for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
-                if line.endswith(".safetensors"):
+                if line.endswith(_SUFFIX) or _HUB_CACHE in line:
                     first, last = line.split(" ", 1)[0].split("-")
                     ranges.append((int(first, 16), int(last, 16)))
         self.ranges = sorted(ranges)
@@ -111,14 +113,28 @@ class Mapped:
         return index >= 0 and self.ranges[index][0] <= address < self.ranges[index][1]
 
     def release(self, tensors: Iterable[Tensor]) -> None:
-        """Release the pages that hold one mapped tensor and nothing else."""
+        """Release the pages that hold one mapped tensor and nothing else.
+
+        The kernel reads them from disk at the next use.
+        """
+        self._advise(tensors, _PAGEOUT)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Release pages as :meth:`release` does, of tensors that are not used any more.
+
+        The kernel may keep them for other processes. Changes that were made to the tensors are
+        lost.
+        """
+        self._advise(tensors, _DONTNEED)
+
+    def _advise(self, tensors: Iterable[Tensor], advice: int) -> None:
         page = mmap.PAGESIZE
         for tensor in filter(self.holds, tensors):
             start = -(-tensor.data_ptr() // page) * page
             end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
             if end > start:
                 # only advice: on a kernel that does not know it the pages stay
-                _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
+                _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 @cache

@@ -5,7 +5,7 @@ A static table by architecture, tokens and operations. Nothing is timed when a l
 same layer on the same GPU always takes the same path:
 
 - ``small_m``: each packed weight is read once and multiplied in float. With a handful of tokens
-  only reading weights takes time.
+  only reading weights takes time. A format without a compiled decoder takes ``float`` instead.
 - ``float``: the weight is decoded once and kept, and torch multiplies. For problems so small that
   quantizing the input costs more than int8 saves. The input transform (smoothing, permutation,
   rotation) is linear, so it is folded into that weight, and such a layer is one ``F.linear``.
@@ -128,7 +128,9 @@ def multiplies_fp4(x: Tensor, mx: bool) -> bool:
     return on_gpu(x) and x.shape[1] % FP4_COLUMNS[mx] == 0 and _has_fp4(x.device.index or 0)
 
 
-def explanation(capability: tuple[int, int], n: int, k: int, product: str = "") -> str:
+def explanation(
+    capability: tuple[int, int], n: int, k: int, product: str = "", packed: bool = True
+) -> str:
     """The choices of a GPU for one weight, in words.
 
     Args:
@@ -136,15 +138,16 @@ def explanation(capability: tuple[int, int], n: int, k: int, product: str = "") 
         n: output channels.
         k: input channels.
         product: name of the GPU.
+        packed: whether a kernel multiplies the packed weight; otherwise it is decoded once.
     """
     row = arch(capability, product)
-    steps = [f"up to {row.small_m} tokens the packed weight times float"]
+    few = f"up to {row.small_m} tokens the packed weight times float, then " if packed else ""
     if row.min_ops == math.inf:
-        return f"{steps[0]}, then decoded to float ({row.source})"
+        return f"{few}decoded to float ({row.source})"
     first = math.ceil(row.min_ops / (2 * n * k))
-    if first > row.small_m + 1:
-        steps.append(f"then decoded to float below {first} tokens")
-    return ", ".join([*steps, "then int8"])
+    if packed and first <= row.small_m + 1:
+        return f"{few}int8"
+    return f"{few}decoded to float below {max(first, row.small_m + 1)} tokens, then int8"
 
 
 def on_gpu(x: Tensor) -> bool:

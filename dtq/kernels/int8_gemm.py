@@ -16,6 +16,7 @@ from dtq.formats.lut import UNITS, Lut
 from dtq.formats.lut_two_level import TwoLevelLut
 from dtq.kernels import gpu_dispatch
 from dtq.kernels.compile import cuda
+from dtq.kernels.compile.format_codes import format_code
 from dtq.kernels.float_gemm import FLOAT_PRODUCT
 from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
 from dtq.kernels.ops_gemm import expand_table
@@ -115,9 +116,10 @@ def _gemm(op: str, weight: _Weight, call: LinearCall) -> Tensor:
     if path == "int8":
         operands = *call.quantized(), *weight(call.problem, call.tensors)
         return getattr(ops, op)(*operands, call.bias, call.x.dtype)
-    if path == "small_m":
+    if path == "small_m" and format_code(call.problem.weight_format) is not None:
         return ops.weight_linear(call.transformed(), *call.packed_weight(), call.bias)
-    # one product: the transform is in the weight
+    # one product: the transform is in the weight. Without a decoder, weight_linear would decode the
+    # whole weight with torch in every call
     return ops.cached_linear(call.x, *call.packed_weight(), *call.transform_args(), call.bias)
 
 
@@ -139,8 +141,9 @@ def _by_shape(problem: LinearProblem, shape: tuple[int, int]) -> str:
     if gpu_dispatch.INT8_ONLY:
         return "int8 at every size: DTQ_CUDA_INT8=1"
     gpus = [(c, name) for c, name in cuda.gpus() if c >= cuda.OLDEST] or [((9, 0), "")]
+    packed = format_code(problem.weight_format) is not None
     texts = (
-        f"sm_{c[0]}{c[1]}: {gpu_dispatch.explanation(c, *shape, product=name)}" for c, name in gpus
+        f"sm_{c[0]}{c[1]}: {gpu_dispatch.explanation(c, *shape, name, packed)}" for c, name in gpus
     )
     return "; ".join(dict.fromkeys(texts))  # once for GPUs of the same kind
 

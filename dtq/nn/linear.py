@@ -27,8 +27,9 @@ from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
 from dtq.kernels.table import branch_joins, compiled, pick
 from dtq.models.linears import is_hooked, shape_of
 from dtq.nn.step_clock import StepClock
-from dtq.nn.storage import BIT_TYPES, check_tensor, from_disk, to_disk
-from dtq.plan.layers import LayerSpec, check_compute_dtype
+from dtq.nn.storage import BIT_TYPES, cast_dtype, check_tensor, from_disk, to_disk
+from dtq.nn.straight_through import StraightThrough, needs_gradient
+from dtq.plan.layers import LayerSpec
 from dtq.transforms import OnlineTransform
 
 TRANSFORM_TENSORS = ("pre_quant_scale", "pre_quant_perm")
@@ -81,8 +82,8 @@ class QuantLinear(nn.Linear):
         self.kernel: Kernel = pick(self.problem)
         self._specs = spec.tensor_specs(self._shape, bins)
         self.config_entry: dict[str, Any] = {}  # of this layer in config.json, shared
-        self._clock: list[StepClock] = []  # in a list, so that it is no submodule of every layer
-        self.name = ""  # see `set_clock`
+        # the clock and the layer's name; in a tuple, so that it is no submodule of every layer
+        self._timing: tuple[StepClock | None, str] = None, ""
         self._first: list[QuantLinear] = []  # likewise; see `share_input_with`
         self._followers: list[QuantLinear] = []
         for name, tensor_spec in self.tensor_specs().items():
@@ -221,7 +222,7 @@ class QuantLinear(nn.Linear):
     @property
     def clock(self) -> StepClock | None:
         """The clock that holds the current timestep bin; None if the layer has none."""
-        return self._clock[0] if self._clock else None
+        return self._timing[0]
 
     def set_clock(self, clock: StepClock | None, name: str = "") -> None:
         """Set the clock that selects static scales and the precision of the step policy.
@@ -230,7 +231,7 @@ class QuantLinear(nn.Linear):
             clock: of the model; None: the layer has none.
             name: of the layer in the model, for errors.
         """
-        self._clock, self.name = [] if clock is None else [clock], name
+        self._timing = clock, name
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -248,11 +249,13 @@ class QuantLinear(nn.Linear):
 
     def _forward(self, x: Tensor) -> Tensor:
         if self._differs_by_sample:
-            parts = self._clock[0].each_sample(x, self.name)
+            clock, name = self._timing
+            assert clock is not None
+            parts = clock.each_sample(x, name)
             return torch.cat([self._forward(part) for part in parts])
         rows = x.reshape(-1, self.in_features)  # (M, K)
-        if _needs_gradient(rows, self.bias):
-            y = _StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
+        if needs_gradient(rows, self.bias):
+            y = StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         else:
             y = self._gemm(rows, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -266,7 +269,7 @@ class QuantLinear(nn.Linear):
         """
         if self._runs_hooks() or self.spatial or self._has_step_policy or self._differs_by_sample:
             return None
-        if _needs_gradient(x, self.bias):
+        if needs_gradient(x, self.bias):
             return None
         if self.kernel.with_epilogue is None or not compiled(x.device.type):
             return None
@@ -291,22 +294,22 @@ class QuantLinear(nn.Linear):
 
     @property
     def _has_step_policy(self) -> bool:
-        modes = self._clock and self._clock[0].modes
+        modes = self.clock is not None and self.clock.modes
         return bool(modes and self.problem.activation_format.bits < 16)
 
     @property
     def _differs_by_sample(self) -> bool:
         """Whether the samples of the current call have timesteps of their own, and it matters."""
-        if not self._clock or self._clock[0].samples is None:
+        if self.clock is None or self.clock.samples is None:
             return False
         return self._has_step_policy or self.problem.activation_format.per_timestep
 
     def current_activation_format(self) -> ActivationFormat:
         """The activation format of this step: the layer's, or the one that a step policy sets."""
         own = self.problem.activation_format
-        if not self._has_step_policy:
+        clock = self.clock
+        if clock is None or not self._has_step_policy:
             return own
-        clock = self._clock[0]
         return activation_format_of(clock.modes[int(clock.mode)], own.name)
 
     def _kernel_tensors(self) -> PackedTensors:
@@ -351,7 +354,8 @@ class QuantLinear(nn.Linear):
         self, rows: Tensor, tensors: PackedTensors, bias: Tensor | None
     ) -> Tensor:
         """The GEMM with the activation precision that the step policy has for this step."""
-        clock, problem = self._clock[0], self.problem
+        clock, problem = self.clock, self.problem
+        assert clock is not None
         y: Tensor = torch.ops.dtq.step_linear(
             rows, clock.mode, list(clock.modes), self.weight_format, self.activation_format,
             problem.hadamard_block, problem.num_rotations, list(tensors), list(tensors.values()),
@@ -368,13 +372,13 @@ class QuantLinear(nn.Linear):
         table = self.packed_tensor("input_scale").reshape(-1)  # (bins,)
         if len(table) == 1:
             return table
-        if not self._clock:
+        if self.clock is None:
             raise RuntimeError(
                 "this layer has one activation scale per timestep bin, but no clock that holds the "
                 "timestep; load the model with diffusers, or call install_clock(model) of "
                 "dtq.nn.timestep_hook"
             )
-        return table.index_select(0, self._clock[0].bin.to(table.device))
+        return table.index_select(0, self.clock.bin.to(table.device))
 
     def transform(self) -> OnlineTransform:
         """The transform that the input gets before it is quantized."""
@@ -426,42 +430,3 @@ class QuantLinear(nn.Linear):
 
 
 _FORWARD = QuantLinear.forward
-
-
-def cast_dtype(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
-    """What a function that ``nn.Module._apply`` gets makes of a compute dtype.
-
-    Raises:
-        InputError: the function casts integers, and would destroy packed tensors; or the result is
-            no compute dtype.
-    """
-    if fn(torch.empty(0, dtype=torch.int8)).dtype != torch.int8:
-        raise InputError(
-            "this cast would change the packed tensors of quantized layers; to(dtype), half() and "
-            "float() cast what is not quantized"
-        )
-    made = fn(torch.empty(0, dtype=dtype)).dtype
-    check_compute_dtype(made)
-    return made
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The quantized GEMM, with the gradient of the dequantized layer, which ignores rounding.
-
-    For adapters that are trained with the layer.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantLinear) -> Tensor:
-        ctx.layer, ctx.has_bias = layer, bias is not None
-        return layer._gemm(x, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (grad,) = grads  # (M, N)
-        x_grad = grad @ ctx.layer.dequantize(grad.dtype)  # (M, K)
-        return x_grad, grad.sum(0) if ctx.has_bias else None, None

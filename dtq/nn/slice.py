@@ -62,7 +62,7 @@ class Slice(QuantLinear):
         )  # fmt: skip
         self.rule, self.rank, self.world, self.group = rule, rank, world, group
         self.sections, self._whole = sections, whole.tensor_specs()
-        self.set_clock(whole.clock, whole.name)
+        self._timing = whole._timing
 
     def take(self, name: str, tensor: Any) -> Tensor:
         """This process' slice of a packed tensor, with on-disk dtype, or of the bias.

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from dtq.errors import CheckpointError
+from dtq.errors import CheckpointError, InputError
 from dtq.formats import TensorSpec
+from dtq.plan.layers import check_compute_dtype
 
 BIT_TYPES = {
     torch.float32: torch.int32,
@@ -55,3 +58,20 @@ def to_disk(tensor: Tensor, spec: TensorSpec) -> Tensor:
 def device_of(module: nn.Module) -> torch.device:
     """Device of the first parameter; the CPU for a module without parameters."""
     return next(module.parameters(), torch.empty(0)).device
+
+
+def cast_dtype(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
+    """What a function that ``nn.Module._apply`` gets makes of a compute dtype.
+
+    Raises:
+        InputError: the function casts integers, and would destroy packed tensors; or the result is
+            no compute dtype.
+    """
+    if fn(torch.empty(0, dtype=torch.int8)).dtype != torch.int8:
+        raise InputError(
+            "this cast would change the packed tensors of quantized layers; to(dtype), half() and "
+            "float() cast what is not quantized"
+        )
+    made = fn(torch.empty(0, dtype=dtype)).dtype
+    check_compute_dtype(made)
+    return made

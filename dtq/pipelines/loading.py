@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the transformers of a pipeline, a folder, a hub model or a bundled model; scan them."""
+"""Load the transformers of a pipeline, a folder, a hub model or a bundled model."""
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from torch import nn
@@ -23,7 +21,16 @@ from dtq import demo
 from dtq.demo.outliers import inject_outliers
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line
 from dtq.io.safe_parse import read_json
-from dtq.models import Family, Scan, find_family, scan, scan_names
+from dtq.models import Family, Scan, find_family
+from dtq.pipelines.contents import (
+    Components,
+    component_of,
+    diffusion_transformers,
+    diffusion_transformers_on_disk,
+    folder_kind,
+    model_class,
+    requested,
+)
 from dtq.pipelines.hub import download_configs, download_pipeline
 from dtq.pipelines.plain_weights import PlainWeights, load_converted
 from dtq.pipelines.stored_tensors import stored_dtype
@@ -33,14 +40,10 @@ from dtq.pipelines.validation import (
     components,
     meta_model,
     model_folders,
-    model_kind,
 )
-from dtq.pipelines.weight_files import resolve_variants, warn_of_variants, weight_files
+from dtq.pipelines.weight_files import resolve_variants, weight_files
 
 log = logging.getLogger("dtq")
-
-Components = str | Sequence[str]
-"""``auto``, or the names of one or more components of a pipeline."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -135,44 +138,31 @@ def load_transformers(
     if isinstance(source, DiffusionPipeline):
         return _transformers_of(type(source).__name__, source, component)
     if isinstance(source, nn.Module):
+        if component not in ("auto", "transformer", ["transformer"], ("transformer",)):
+            raise InputError(
+                f"component={component!r} names a model of a pipeline, and the "
+                f"{type(source).__name__} is in none; leave it out"
+            )
         return [LoadedModel(type(source).__name__, None, "transformer", source)]
     if not isinstance(source, str | Path):
         raise InputError(f"expected a path, hub id, pipeline or model, got {type(source).__name__}")
     name = str(source)
-    path = demo.folder(name) if name in demo.FOLDERS else Path(source)
+    path = demo.path_of(name)
     on_hub = not path.exists()
     if on_hub:
         path = download_pipeline(name, variant)
     kind = folder_kind(path)
-    variants, converted = check_folder(path, variant)
-    if variant is None:
-        warn_of_variants(path, variants)
+    variants, converted = check_folder(path, variant, warn=True)
     if kind == "model":
         own = variants[""]
         model = load_model(path, _dtype(dtype, path, own), own, converted.get(""))
         return [LoadedModel(name, None, "transformer", model, path, variant=own)]
-    first = _requested(diffusion_transformers_on_disk(path), component, path)[0]
+    first = requested(diffusion_transformers_on_disk(path), component, path)[0]
     chosen = _dtype(dtype, path / first, variants.get(first))
     pipeline = _load_pipeline(path, chosen, variants, converted)
     if name == "demo-outliers":
         inject_outliers(pipeline.transformer)
     return _transformers_of(name, pipeline, component, None if on_hub else path, variants)
-
-
-def diffusion_transformers(pipeline: DiffusionPipeline) -> list[str]:
-    """Names of the diffusion transformers among the components of a pipeline."""
-    names = []
-    for name, module in pipeline.components.items():
-        plain = getattr(module, "_orig_mod", module)  # of torch.compile, which is refused by name
-        if type(plain).__name__ in _transformer_names():
-            names.append(name)
-    return sorted(names)  # transformer before transformer_2
-
-
-def diffusion_transformers_on_disk(folder: Path) -> list[str]:
-    """Names of the diffusion transformers in the ``model_index.json`` of a pipeline folder."""
-    index = components(folder / "model_index.json")
-    return sorted(name for name, (_, kind) in index.items() if kind in _transformer_names())
 
 
 def _transformers_of(
@@ -182,75 +172,11 @@ def _transformers_of(
     path: Path | None = None,
     variants: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[LoadedModel]:
-    names = _requested(diffusion_transformers(pipeline), component, type(pipeline).__name__)
-    models = {c: _component(pipeline, c) for c in names}
+    names = requested(diffusion_transformers(pipeline), component, type(pipeline).__name__)
+    models = {c: component_of(pipeline, c) for c in names}
     return [
         LoadedModel(name, pipeline, c, m, path, variant=variants.get(c)) for c, m in models.items()
     ]
-
-
-def _requested(available: list[str], component: Components, where: object) -> list[str]:
-    """The components that the user asks for; ``auto`` is every available one."""
-    if component != "auto":
-        names = [component] if isinstance(component, str) else list(dict.fromkeys(component))
-        if not names:
-            raise InputError(
-                f"component is empty; name one or more of {', '.join(available) or 'the models'} "
-                f"of {where}, or leave it out for every diffusion transformer"
-            )
-        return names
-    if not available:
-        raise InputError(
-            f"{where} has no diffusion transformer of diffusers; name the model to quantize with "
-            f"component="
-        )
-    return available
-
-
-@functools.cache
-def _transformer_names() -> frozenset[str]:
-    """Names of the classes in ``diffusers.models.transformers``."""
-    from diffusers.models import transformers
-
-    return frozenset(n for n, kind in vars(transformers).items() if isinstance(kind, type))
-
-
-def folder_kind(path: Path) -> str:
-    """Whether a folder holds a ``pipeline`` or a ``model``.
-
-    Raises:
-        InputError: it holds neither; says which file is missing.
-    """
-    if not path.is_dir():
-        raise InputError(
-            f"{path} is a file; dtq needs a diffusers folder (with model_index.json). dtq.load "
-            f"reads files of other engines"
-        )
-    if (path / "model_index.json").is_file():
-        return "pipeline"
-    if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
-        return "model"
-    raise InputError(
-        f"{path} is not a diffusers folder: it has neither model_index.json (a pipeline) nor a "
-        f"config.json with _class_name (a model)"
-    )
-
-
-def model_class(folder: Path) -> Any:
-    """The diffusers class that a model folder names.
-
-    Raises:
-        InputError: the installed diffusers has no such class, or it is not a transformer.
-    """
-    name = read_json(folder / "config.json").get("_class_name", "")
-    kind = model_kind(name)
-    if kind is None:
-        raise InputError(f"{folder}: diffusers {diffusers.__version__} has no model {name!r}")
-    if "UNet" in name or "Autoencoder" in name:
-        raise InputError(
-            f"{folder}: {name} is not a diffusion transformer; dtq quantizes those only"
-        )
-    return kind
 
 
 def load_model(
@@ -318,20 +244,18 @@ def meta_models(
         InputError: as :func:`load_transformers`.
         CheckpointError: as :func:`load_transformers`.
     """
-    path = demo.folder(name) if name in demo.FOLDERS else Path(name)
+    path = demo.path_of(name)
     on_hub = not path.exists()
     if on_hub:
         path = download_configs(name)
     folders = model_folders(path)
     names = {"transformer": ""}  # to the component in the pipeline
     if folder_kind(path) == "pipeline":
-        found = _requested(diffusion_transformers_on_disk(path), component, path)
+        found = requested(diffusion_transformers_on_disk(path), component, path)
         names = {name: name for name in found}
     variants: dict[str, str | None] = {}
     if not on_hub:
-        variants = resolve_variants(path, folders, variant)
-        if variant is None:
-            warn_of_variants(path, variants)
+        variants = resolve_variants(path, folders, variant, warn=True)
     models = {}
     for key, part in names.items():
         folder, own = path / part, variants.get(part)
@@ -344,66 +268,6 @@ def meta_models(
         dtype = stored_dtype(files) if on_hub else _dtype("auto", folder, own)
         models[key] = model, dtype
     return models
-
-
-def scan_model(model: nn.Module, run: Callable[[nn.Module], object] | None = None) -> Scan:
-    """Scan a model by tracing a forward; by names alone if no forward can be run.
-
-    On the meta device a forward that reads values of its tensors cannot run, for example to sort
-    tokens by expert or to truncate captions.
-
-    Args:
-        model: the transformer.
-        run: calls the model; None calls it with random inputs, if it has a family.
-    """
-    family = find_family(model)
-    if run is None and family is None:
-        return scan_names(model, None)
-    try:
-        return scan(model, family, run or _call_once)
-    except (RuntimeError, ValueError) as error:
-        if next(model.parameters()).device.type != "meta":
-            raise
-        reason = str(error).partition("\n")[0]
-        why = f"roles come from layer names alone, its forward needs weights ({reason})"
-        log.warning("%s: %s", type(model).__name__, why)
-        return scan_names(model, family)
-
-
-def dummy_inputs(model: nn.Module, batch: int, timestep: float, seed: int) -> dict[str, Any]:
-    """Random arguments of one forward, on the device and in the dtype of the model.
-
-    Args:
-        model: the transformer; its class must have a family.
-        batch: number of images.
-        timestep: of all images, in the units of the model's timestep argument.
-        seed: of the random values.
-
-    Returns:
-        Keyword arguments of the forward.
-
-    Raises:
-        InputError: dtq has no family for the class.
-    """
-    family = find_family(model)
-    if family is None:
-        raise InputError(
-            f"{type(model).__name__}: dtq has no random inputs for this class; give it in its "
-            f"pipeline, or pass inputs=[...], a list of keyword arguments of its forward"
-        )
-    rng = torch.Generator().manual_seed(seed)
-    arguments = family.inputs(model.config, batch, torch.full((batch,), timestep), rng)
-    # model.dtype ignores parameters that stay in float32, such as the first one of Wan
-    device, dtype = model.device, model.dtype
-    return recursively_apply(
-        lambda t: t.to(device, dtype if t.is_floating_point() else None), arguments
-    )
-
-
-def _call_once(model: nn.Module) -> None:
-    family = find_family(model)
-    assert family is not None
-    model(**dummy_inputs(model, 2, 0.5 * family.largest_timestep, 0))
 
 
 def _load_pipeline(
@@ -430,17 +294,6 @@ def _load_pipeline(
             folder, torch_dtype=dtype, use_safetensors=True, **ready
         )
     return pipeline
-
-
-def _component(pipeline: DiffusionPipeline, name: str) -> nn.Module:
-    model = getattr(pipeline, name, None)
-    if not isinstance(model, nn.Module):
-        models = [n for n, m in pipeline.components.items() if isinstance(m, nn.Module)]
-        raise InputError(
-            f"{type(pipeline).__name__} has no {name!r}; its models are {', '.join(models)}. dtq "
-            f"quantizes diffusion transformers: choose one with component="
-        )
-    return model
 
 
 def _dtype(dtype: str | torch.dtype, folder: Path, variant: str | None = None) -> torch.dtype:

@@ -13,8 +13,9 @@ import torch
 
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line, hint
 from dtq.pipelines import call_defaults, image_inputs, prompts
-from dtq.pipelines.loading import LoadedModel, dummy_inputs, out_of_memory
+from dtq.pipelines.loading import LoadedModel, out_of_memory
 from dtq.pipelines.settings import SamplingSettings, seed_of
+from dtq.pipelines.tracing import dummy_inputs
 
 log = logging.getLogger("dtq")
 

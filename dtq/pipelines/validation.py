@@ -43,7 +43,7 @@ _LIBRARIES = ("diffusers", "transformers")
 
 
 def check_folder(
-    path: Path, variant: str | None = None
+    path: Path, variant: str | None = None, *, warn: bool = False
 ) -> tuple[dict[str, str | None], dict[str, PlainWeights]]:
     """Check a pipeline or model folder; models are only built on the meta device.
 
@@ -52,6 +52,7 @@ def check_folder(
     Args:
         path: the folder.
         variant: what the user asks for.
+        warn: as for :func:`resolve_variants`.
 
     Returns:
         Component to the variant of its files, and the components whose weights diffusers cannot
@@ -64,7 +65,7 @@ def check_folder(
             model.
     """
     folders, index = model_folders(path), path / "model_index.json"
-    variants = resolve_variants(path, folders, variant)
+    variants = resolve_variants(path, folders, variant, warn=warn)
     kinds: Mapping[str, object] = (
         {name: kind for name, (_, kind) in components(index).items()}
         if index.is_file()

@@ -32,7 +32,7 @@ _NUMBERED = re.compile(r"-\d+-of-\d+$")
 
 
 def resolve_variants(
-    path: Path, folders: Mapping[str, Path], variant: str | None = None
+    path: Path, folders: Mapping[str, Path], variant: str | None = None, *, warn: bool = False
 ) -> dict[str, str | None]:
     """The variant of the files to read of each component.
 
@@ -41,6 +41,7 @@ def resolve_variants(
         folders: component to its folder.
         variant: what the user asks for; components without it are read without. None is the files
             without a variant, and for a component that has none of these, its only variant.
+        warn: report variants that are read although the user did not ask for one.
 
     Returns:
         Component to variant; None is the files without one.
@@ -62,6 +63,8 @@ def resolve_variants(
         else:
             alone = {n: sorted(map(str, v)) for n, v in stored.items() if v and None not in v}
             raise InputError(f"{path}: {_how_to_choose(alone)}")
+    if warn and variant is None:
+        _warn_of_variants(path, chosen)
     return chosen
 
 
@@ -81,7 +84,7 @@ def _how_to_choose(alone: Mapping[str, list[str]]) -> str:
     return f"no variant covers all components ({each}); {advice}"
 
 
-def warn_of_variants(path: Path, variants: Mapping[str, str | None]) -> None:
+def _warn_of_variants(path: Path, variants: Mapping[str, str | None]) -> None:
     """Report the variants that are read although the user did not ask for them."""
     for variant in sorted({v for v in variants.values() if v is not None}):
         names = ", ".join(name for name, v in variants.items() if name and v == variant)

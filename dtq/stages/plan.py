@@ -14,7 +14,8 @@ from dtq.errors import InputError
 from dtq.io.memory import paged_weights
 from dtq.models.linears import is_pointwise, linears_of
 from dtq.pipelines import prompts, sampling
-from dtq.pipelines.loading import modules_of, scan_model
+from dtq.pipelines.loading import modules_of
+from dtq.pipelines.tracing import scan_model
 from dtq.stages.budget import fitting_budget
 from dtq.stages.float_model import check_float_model, check_forwards
 from dtq.stages.run import Run

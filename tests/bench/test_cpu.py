@@ -19,7 +19,7 @@ from dtq.bench import cpu as bench
 from dtq.bench.compare import BenchRow, Candidate
 from dtq.cli import main
 from dtq.kernels.compile import cpu
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 
 
 def rows(w4a8, bf16, fp32):

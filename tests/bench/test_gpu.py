@@ -26,7 +26,7 @@ from click.testing import CliRunner
 from dtq.bench import cases, gpu_linears
 from dtq.bench import gpu as bench_gpu
 from dtq.cli import main
-from dtq.kernels import CUDA, gpu_dispatch
+from dtq.kernels import gpu_dispatch
 
 HERE = torch.device("cpu")
 
@@ -45,13 +45,6 @@ def session(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("check", agreement.CHECKS, ids=lambda c: c.__name__)
-def test_the_gpu_gives_the_bits_of_the_reference(session, check, seed):
-    check(torch.ops.dtq, session.device, seed, 2**26)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("check", [*gpu_checks.checks(), *gpu_robust.checks()], ids=lambda c: c.key)
 def test_the_checks_of_the_script(session, check):
     try:
@@ -59,11 +52,6 @@ def test_the_checks_of_the_script(session, check):
     except gpu_run.Skipped as reason:
         pytest.skip(str(reason))
     assert not session.results.failed
-
-
-@pytest.mark.gpu
-def test_the_library_is_in_use(session):
-    assert CUDA.load(), CUDA.describe()
 
 
 @pytest.mark.slow
@@ -77,6 +65,61 @@ def test_the_script_runs_without_a_gpu(tmp_path):
     assert all(target.name in told for target in gpu_targets.TARGETS)
     assert {"bf16", "w8a8", "w4a8"} <= {row["name"] for row in data["rows"]}
     assert "## targets" in (tmp_path / "targets.md").read_text()
+
+
+def test_a_child_has_the_options_of_its_parent(tmp_path):
+    given = ["--fake", "--parts", "targets", "--only", "T1", "--rounds", "2"]
+    options = gpu.parse([*given, "--out", "checks"])
+    assert options.command == ["targets"]
+    command = gpu.child("targets", tmp_path / "targets.json", options)
+    child = vars(gpu.parse(command[2:]))
+    assert child.pop("file") == tmp_path / "targets.json"
+    given = vars(options) | {"out": child["out"]}  # which the child does not use
+    given.pop("file")
+    assert child == given
+
+
+def test_a_run_without_checks_is_an_error(capsys):
+    for given in (["--only", "nonsense"], ["checks", "--parts", "targets"]):
+        with pytest.raises(SystemExit) as ended:
+            gpu.parse(given)
+        assert ended.value.code == 2
+    assert gpu.parse(["--only", "T12"]).command == ["targets"]
+    assert "no check whose name contains 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def without_gpu(tmp_path):
+    results = gpu_run.Results(tmp_path / "checks.json")
+    return gpu_run.Session(HERE, gpu.clock_of(HERE), 2, True, results)
+
+
+def test_the_file_names_a_check_that_runs_until_the_last_is_done(without_gpu):
+    seen = []
+
+    class Seen(gpu_run.Results):
+        def save(self):
+            super().save()
+            running = json.loads(self.path.read_text())["running"]
+            seen.append((len(self.data["done"]), running and running["check"]))
+
+    without_gpu.results = Seen(without_gpu.results.path)
+    checks = [gpu_run.Check("a", name, lambda s: None) for name in ("first", "second")]
+    assert gpu_run.run_checks(checks, without_gpu) == 0
+    assert list(dict.fromkeys(seen)) == [(0, "a: first"), (1, "a: second"), (2, None)]
+
+
+def test_a_check_that_only_the_reference_answers_fails(without_gpu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(gpu_checks, "references", lambda: len(calls))
+
+    def sometimes(ops, device, seed, limit):
+        if seed:
+            calls.append(seed)
+
+    assert "1 of them by the torch reference" in gpu_checks.agrees(sometimes, without_gpu)
+    with pytest.raises(AssertionError, match="the torch reference ran for every size"):
+        gpu_checks.agrees(lambda *given: calls.append(0), without_gpu)
 
 
 WITHOUT = """

@@ -80,7 +80,7 @@ def test_calibrate_once_quantize_twice(float_folder, tmp_path):
 
 def test_a_bare_transformer_folder(float_folder, tmp_path):
     dtq("quantize", float_folder / "transformer", "--recipe", "rtn-w4a8", "-o", tmp_path / "t")
-    assert reader.verify(tmp_path / "t") == {"transformer": tmp_path / "t"}
+    assert reader.verify(tmp_path / "t") == {"transformer": (tmp_path / "t", None)}
 
 
 def test_json_is_only_json(float_folder, tmp_path):

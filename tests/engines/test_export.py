@@ -19,7 +19,7 @@ from dtq.engines import TARGETS, find_target
 from dtq.errors import InputError, RecipeError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 from dtq.recipe import Recipe
 from dtq.transforms import TRANSFORMS
 

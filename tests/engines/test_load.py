@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 import dtq
 from dtq.cli import main
+from dtq.cli.inputs import source_of
 from dtq.engines import TARGETS
 from dtq.engines.load import load_float
 from dtq.errors import CheckpointError, DtqError, InputError
 from dtq.nn import QuantLinear
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -151,6 +152,22 @@ def test_a_file_is_the_source_of_another_quantization(tmp_path):
         main, ["quantize", "demo", "--config", "x", "-o", str(tmp_path / "o")]
     )
     assert "is for files of other engines" in result.output
+    assert source_of(str(file), folder, "bf16").transformer.dtype == torch.bfloat16
+    assert source_of(str(file), None, "bf16").dtype == torch.bfloat16
+    line = ["quantize", str(file), "--component", "transformer_2", "-o", str(tmp_path / "o")]
+    result = CliRunner().invoke(main, line)
+    assert result.exit_code == 1
+    assert "names a model of a pipeline" in result.output
+    result = CliRunner().invoke(main, ["plan", str(file)])
+    assert "dtq quantize FILE --config FOLDER" in result.output
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_an_unknown_engine_is_found_before_the_model_is_loaded(command, tmp_path):
+    line = [command, str(tmp_path / "not there"), "--to", "ggml"]
+    result = CliRunner().invoke(main, line + ["-o", str(tmp_path / "o")] * (command == "quantize"))
+    assert result.exit_code == 1
+    assert "'ggml' is not a target of dtq export" in result.output
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MP4 files: the frames that are measured are the frames that were written."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -38,5 +40,16 @@ def test_files_for_players_are_near_and_have_even_sides(size, tmp_path):
 
 def test_a_file_that_is_no_video_is_refused(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video")
-    with pytest.raises(InputError, match="not a video"):
+    with pytest.raises(InputError, match="not a video") as refused:
+        mp4.read(tmp_path / "a.mp4")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_video_without_frames_is_refused(tmp_path, monkeypatch):
+    class Empty:
+        def get_reader(self, *args, **kwargs):
+            return contextlib.nullcontext([])
+
+    monkeypatch.setattr(mp4, "_imageio", Empty)
+    with pytest.raises(InputError, match="without frames; remove it"):
         mp4.read(tmp_path / "a.mp4")

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from dtq.cli import main
 from dtq.errors import InputError
 from dtq.evaluate import feature_file, mp4, optional_packages, requested_metrics
+from dtq.evaluate.image_sets import ImageSet, gather_images
 from dtq.evaluate.metrics import adm_suite, distributions, extractors, images, reference_folder
 from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, ReferenceSet, metric_value
 from dtq.evaluate.metrics.fid import FeatureMoments, frechet
@@ -24,6 +25,7 @@ from dtq.evaluate.metrics.precision_recall import inception_score, precision_rec
 from dtq.evaluate.requested_metrics import MetricRequest
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
+from dtq.runs.tasks import write_result
 
 HOW = SamplingSettings(samples=4, steps=2, batch_size=2, seed=5)
 
@@ -298,6 +300,20 @@ class Flow(torch.nn.Module):
         )
 
 
+class Full(torch.nn.Module):
+    """An I3D that refuses every video, whatever its length."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rescale: bool = False,
+        resize: bool = False,
+        return_features: bool = False,
+    ) -> torch.Tensor:
+        assert x.shape[2] < 1, "no place"
+        return x
+
+
 def test_i3d_takes_whole_videos(tmp_path):
     torch.jit.script(Flow()).save(str(tmp_path / "i3d.pt"))
     extractor = extractors.load("i3d", str(tmp_path / "i3d.pt"))
@@ -308,6 +324,21 @@ def test_i3d_takes_whole_videos(tmp_path):
         extractor(ramp[:, 0])
     with pytest.raises(InputError, match=r"videos of 2 frames, 6 x 8 \(.*kernel size.*at least 10"):
         extractor(ramp[:, :2])
+    torch.jit.script(Full()).save(str(tmp_path / "full.pt"))
+    with pytest.raises(InputError, match=r"videos of 12 frames, 6 x 8 \(.*no place\)$"):
+        extractors.load("i3d", str(tmp_path / "full.pt"))(ramp[:, :1].expand(2, 12, 3, 8, 6))
+
+
+def test_i3d_without_memory_is_not_a_short_video(tmp_path, monkeypatch):
+    torch.jit.script(Flow()).save(str(tmp_path / "i3d.pt"))
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    full.eval = lambda: full
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        extractors.load("i3d", str(tmp_path / "i3d.pt"))(torch.rand(1, 2, 3, 8, 8))
 
 
 def test_an_extractor_of_images_takes_the_mean_over_frames():
@@ -405,7 +436,9 @@ def test_unusable_images_are_counted(float_folder):
         load_transformer(pipe), load_transformer(float_folder), HOW, asked
     )
     assert found.metrics == []
-    words = "4 of 4 images of the candidate model cannot be used: the first has values that are not"
+    words = (
+        "4 of 4 samples of the candidate model cannot be used: the first has values that are not"
+    )
     assert words in found.missing["is"]
 
 
@@ -476,8 +509,9 @@ def test_a_folder_of_videos_is_a_reference(clips, tmp_path):
     for i, video in enumerate(clips):
         mp4.write(video, tmp_path / f"{i}.mp4", lossless=True)
     extractor = extractors.load("random")
-    found = reference_folder.features(tmp_path, extractor)["pool"]
-    torch.testing.assert_close(found, extractor(clips)["pool"])
+    found, frames = reference_folder.features(tmp_path, extractor)
+    assert frames == {4}
+    torch.testing.assert_close(found["pool"], extractor(clips)["pool"])
     (tmp_path / "frame.png").write_bytes(images.file(clips[0, 0], 64))
     with pytest.raises(InputError, match="images and videos"):
         reference_folder.features(tmp_path, extractor)
@@ -505,6 +539,63 @@ def test_sets_of_videos(tmp_path):
     assert made.bytes.shape[:2] == (3, 3)
     assert {k: len(t) for k, t in made.features.items()} == dict.fromkeys(made.features, 3)
     assert set(made.features) == {"emoji.pool", "emoji.spatial", "emoji.logits", "i3d.pool"}
+
+
+def test_an_extractor_that_refuses_leaves_the_other_metrics(float_folder, tmp_path):
+    torch.jit.script(Flow()).save(str(tmp_path / "i3d.pt"))
+    asked = MetricRequest(("fvd", "fid"), 4, "random", weights={"i3d": str(tmp_path / "i3d.pt")})
+    model = load_transformer(float_folder)
+    found = requested_metrics.distributions(model, model, HOW, asked)
+    assert set(found.missing) == {"fvd"}
+    assert "takes videos; these are images" in found.missing["fvd"]
+    assert {m.metric for m in found.metrics} == {"fid"}
+    assert found.file.extractor_of == {"fid": "random"}
+    assert "float.random.pool" in found.features()
+
+
+def test_an_extractor_that_refuses_in_one_process_has_no_features(tmp_path):
+    held = {"random.pool": torch.rand(2, 4), "i3d.pool": torch.rand(2, 4)}
+    good = ImageSet(held, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), {}, 1)
+    bad = replace(good, features={"random.pool": torch.rand(2, 4)}, refused={"i3d": "too short"})
+
+    class Two:
+        size, rank, is_main = 2, 0, True
+
+        def barrier(self):
+            plain = {"places": [2, 3], "failed": {}, "frames": 1, "refused": bad.refused}
+            write_result(tmp_path / "x-1.safetensors", {**bad.features, "": bad.bytes}, plain)
+
+    found = gather_images(Two(), tmp_path, "x", good, [0, 1])
+    assert found.refused == {"i3d": "too short"}
+    assert set(found.features) == {"random.pool"}
+    assert len(found.bytes) == 4
+
+
+def test_a_reference_is_of_the_kind_of_the_samples(clips, tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "videos").mkdir()
+    for i, video in enumerate(clips):
+        mp4.write(video, tmp_path / "videos" / f"{i}.mp4", lossless=True)
+        (tmp_path / "images" / f"{i}.png").write_bytes(images.file(video[0], 64))
+    adm_suite.write(clips[:, 0], tmp_path / "images.npz")
+    extractor = extractors.load("random")
+    whole = replace(extractor, of_videos=True, call=lambda v: {"pool": v.mean((1, 3, 4))})
+    loaded = {"random": extractor, "i3d": whole}
+
+    def reference(name, frames, of="random"):
+        return requested_metrics._reference_set(tmp_path / name, loaded, frames, of)
+
+    for name in ("images", "images.npz"):
+        assert len(reference(name, 1).features["pool"]) == 3
+        with pytest.raises(InputError, match="has images, and the models make videos"):
+            reference(name, 4)
+    with pytest.raises(InputError, match="has videos, and the models make images"):
+        reference("videos", 1)
+    assert len(reference("videos", 7).features["pool"]) == 3  # means over frames
+    assert len(reference("videos", 4, "i3d").features["pool"]) == 3
+    with pytest.raises(InputError, match="videos of 4 frames, and the models make 7"):
+        reference("videos", 7, "i3d")
 
 
 def test_the_bundled_classifier_is_for_the_bundled_models(float_folder):

@@ -2,6 +2,7 @@
 """Metrics of whole image sets in the gate: jackknife, features in a file, verdicts."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -303,6 +304,15 @@ def test_a_baseline_takes_the_features_that_its_policy_needs(tmp_path):
     (file,) = tmp_path.glob("*.features.safetensors")
     assert file.name == run_file.read(tmp_path / "my base.json").image_sets.file
     assert (tmp_path / "my base.safetensors").read_bytes() == b"weights of a model"
+    # the same features with other prompts: the same file
+    other.image_sets = replace(other.image_sets, seed=other.image_sets.seed + 1)
+    baseline_file.accept(other, tmp_path / "my base.json", "once more", policy)
+    assert run_file.read(tmp_path / "my base.json").features
+    # a copy of the baseline does not own the features; nor does one whose name starts alike
+    for name in ("copy.json", "my.json"):
+        shutil.copy(tmp_path / "my base.json", tmp_path / name)
+        baseline_file.accept(run, tmp_path / name, "another", policy)
+        assert run_file.read(tmp_path / "my base.json").features
     plain = replace(policy, primary=(Limit("error", 1.05),))
     baseline_file.accept(run, tmp_path / "plain.json", "first", plain)
     assert not list(tmp_path.glob("plain*.safetensors"))

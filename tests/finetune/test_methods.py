@@ -22,8 +22,8 @@ from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.nn import QuantLinear
 from dtq.nn.swap import temporarily_replaced
 from dtq.nn.timestep_hook import install_clock
-from dtq.pipelines.loading import dummy_inputs
 from dtq.pipelines.recorded_calls import RecordedCall
+from dtq.pipelines.tracing import dummy_inputs
 from dtq.plan.layers import LayerSpec
 from dtq.runs.tasks import TaskStore
 from dtq.transforms.choice import online_transform

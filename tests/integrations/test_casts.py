@@ -16,7 +16,7 @@ from torch import nn
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 
 CASTS = {
     "to": (lambda m: m.to(torch.bfloat16), torch.bfloat16),

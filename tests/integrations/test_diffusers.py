@@ -18,7 +18,7 @@ from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 from dtq.recipe import Recipe
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 import dtq
 from dtq.errors import DtqError
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 
 peft = pytest.importorskip("peft")
 

@@ -23,7 +23,7 @@ from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.formats.gguf import HalfBlock, KQuant
 from dtq.formats.lut_two_level import TwoLevelLut
 from dtq.io.package_data import folder
-from dtq.kernels import CPU, CUDA, LinearProblem, explain, gpu_dispatch, pick
+from dtq.kernels import CPU, CUDA, LinearProblem, explain, gpu_dispatch, int8_gemm, pick
 from dtq.kernels.compile import compiler, cuda, format_codes, gcc, nvcc
 from dtq.kernels.compile.compiler import Unavailable
 from dtq.kernels.compile.library import Library
@@ -436,6 +436,38 @@ def test_a_library_that_is_newer_than_the_driver_is_not_loaded(
     assert here.cached().read_text() == "junk"
 
 
+def test_a_library_that_cannot_be_read_is_a_reason(tmp_path, monkeypatch):
+    here = library(tmp_path, monkeypatch, check_file=cuda._check_file)
+    here.cached().mkdir(parents=True)
+    assert here.existing() is None
+    assert "Is a directory" in dict(here.levels())["user cache"]
+
+
+def test_a_file_is_a_reason_only_where_a_library_can_be_used(tmp_path, monkeypatch):
+    def fail(reason):
+        raise Unavailable(reason)
+
+    for check, reason in (
+        (lambda: fail("no GPU"), "no GPU"),
+        (lambda: None, "an old file; no nvcc"),
+    ):
+        here = library(
+            tmp_path, monkeypatch, check=check, check_file=lambda path: fail("an old file"),
+            compiler=lambda: fail("no nvcc"),
+        )  # fmt: skip
+        here.cached().parent.mkdir(exist_ok=True)
+        here.cached().write_text("junk")
+        assert not here.load()
+        assert here.reason == reason
+
+
+def test_a_file_of_another_process_is_used(tmp_path, monkeypatch):
+    here = library(tmp_path, monkeypatch)
+    monkeypatch.setattr(here, "existing", lambda: tmp_path / "packaged.so")
+    assert here._compiled() == tmp_path / "packaged.so"
+    assert not here.cached().exists()
+
+
 def test_an_nvcc_that_is_newer_than_the_driver_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "driver_version", lambda: 12080)
     monkeypatch.setattr(nvcc, "find", lambda *homes: "nvcc")
@@ -627,6 +659,31 @@ def test_a_gpu_has_the_row_of_its_product(monkeypatch):
     text = pick(problem).by_shape(problem, (1152, 1152))
     assert text.count("sm_89: ") == 2
     assert "decoded to float below 453 tokens" in text
+
+
+def test_a_weight_without_a_decoder_is_decoded_once(monkeypatch):
+    problem = LinearProblem(FORMATS["lut4-2l-g16"], ACTIVATION_FORMATS["int8-row"])
+    assert pick(problem).name == "w4a8-expanded"
+    monkeypatch.setattr(cuda, "gpus", lambda: [((9, 0), "NVIDIA H200")])
+    text = pick(problem).by_shape(problem, (1152, 1152))
+    assert text == "sm_90: decoded to float below 1131 tokens, then int8"
+    assert gpu_dispatch.explanation((8, 9), 1152, 1152, "GeForce", packed=False) == (
+        "decoded to float below 17 tokens, then int8"
+    )
+    monkeypatch.setattr(gpu_dispatch, "path_for", lambda x, n: "small_m")
+    seen = []
+
+    class Ops:
+        def __getattr__(self, name):
+            return lambda *given: seen.append(name)
+
+    monkeypatch.setattr(int8_gemm, "ops", Ops())
+    for name in ("lut4-2l-g16", "int4-2l-g64"):
+        fmt, w = FORMATS[name], torch.randn(64, 128)
+        given = LinearProblem(fmt, ACTIVATION_FORMATS["int8-row"])
+        parts = fmt.pack(w, fmt.compute_qparams(w))
+        pick(given).call(given, torch.randn(3, 128).bfloat16(), parts, None)
+    assert seen == ["cached_linear", "weight_linear"]
 
 
 def test_the_dispatcher_and_the_kernels_agree_on_small_m():

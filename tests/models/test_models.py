@@ -11,8 +11,9 @@ from builders import collected
 import dtq
 from dtq.models import FAMILIES, Scan, find_family
 from dtq.nn import QuantLinear
-from dtq.pipelines.loading import LoadedModel, dummy_inputs, scan_model
+from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.recorded_calls import first_tensor
+from dtq.pipelines.tracing import dummy_inputs, scan_model
 from dtq.recipe import Recipe
 
 RECIPES = ("w4a8", "w4a16", "nvfp4")

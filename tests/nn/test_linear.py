@@ -110,7 +110,7 @@ def test_static_scales_follow_the_clock():
     with pytest.raises(RuntimeError, match="clock"):
         layer(torch.randn(1, 128))
     clock = dtq.nn.StepClock([250.0, 500.0, 750.0])
-    layer._clock = [clock]
+    layer.set_clock(clock)
     x = torch.randn(4, 128)
     outputs = []
     for t in (10, 300, 600, 999):

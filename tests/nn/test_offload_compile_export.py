@@ -36,7 +36,7 @@ from torch._dynamo.testing import CompileCounter
 import dtq
 from dtq.nn import QuantLinear
 from dtq.nn.timestep_hook import install_clock
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 from dtq.plan.step_policy import StepPolicy
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from torch import nn
 
 import dtq
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 
 
 @cache

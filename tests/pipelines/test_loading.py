@@ -17,7 +17,7 @@ from torch import nn
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 
 
 def linears(model: nn.Module) -> dict[str, dtq.QuantLinear]:

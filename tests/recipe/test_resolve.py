@@ -11,7 +11,7 @@ from dtq.errors import InputError, RecipeError
 from dtq.io.package_data import folder, yaml_names
 from dtq.io.schema import MethodSpec
 from dtq.models import ROLES, Linear
-from dtq.pipelines.loading import scan_model
+from dtq.pipelines.tracing import scan_model
 from dtq.recipe import Recipe, resolve
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import dtq
 from dtq.cli import main
 from dtq.errors import InputError, RecipeError
-from dtq.pipelines.loading import scan_model
+from dtq.pipelines.tracing import scan_model
 from dtq.recipe import Recipe
 
 

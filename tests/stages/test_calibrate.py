@@ -15,7 +15,8 @@ from conftest import hasty
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import LoadedModel, dummy_inputs
+from dtq.pipelines.loading import LoadedModel
+from dtq.pipelines.tracing import dummy_inputs
 
 
 @pytest.mark.parametrize("name", pipelines.PIPELINES)

@@ -27,7 +27,7 @@ from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.atomic import atomic_save_tensors, atomic_write
 from dtq.nn import QuantLinear, nan_check
 from dtq.pipelines import loading, prompts
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 from dtq.plan.layers import LayerSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

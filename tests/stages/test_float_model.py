@@ -50,7 +50,7 @@ def test_adapters_that_are_fused_and_unloaded_are_part_of_the_model(name):
     model = adapted(name, ".*to_q")
     model._hf_peft_config_loaded = True
     model.peft_config = {}
-    arguments = dtq.pipelines.loading.dummy_inputs(model, 2, 500.0, 1)
+    arguments = dtq.pipelines.tracing.dummy_inputs(model, 2, 500.0, 1)
     with torch.no_grad():
         want = model(**arguments)[0]
         model.fuse_lora()

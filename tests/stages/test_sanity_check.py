@@ -18,7 +18,7 @@ from dtq.checkpoint import writer
 from dtq.cli import main
 from dtq.errors import NonFiniteError
 from dtq.nn import QuantLinear
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 from dtq.stages import calibrate, replace_layers, sanity_check
 
 Q = "transformer_blocks.1.attn1.to_v"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,7 +67,10 @@ def accept(run: Run, file: Path, reason: str, policy: Policy, who: str = "") -> 
     run = _with_features(run, file, policy)
     atomic_write(file, run_file.text({**run.to_json(), "history": history}))
     last = None if old is None else run_file.parse(old, str(file)).image_sets
-    if last is not None and last.file.endswith(_FEATURES) and last != run.image_sets:
+    kept = None if run.image_sets is None else run.image_sets.file
+    # a copy of another baseline names the features of that one
+    ours = re.compile(rf"{re.escape(file.stem)}\.[0-9a-f]{{12}}{re.escape(_FEATURES)}")
+    if last is not None and last.file != kept and ours.fullmatch(last.file):
         (file.parent / last.file).unlink(missing_ok=True)
     return entry
 

@@ -26,6 +26,7 @@ from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.images import as_bytes
 from dtq.evaluate.optional_packages import need, pretrained
 from dtq.io.checksum import file_digest
+from dtq.pipelines.loading import out_of_memory
 
 Features = dict[str, Tensor]
 
@@ -215,10 +216,13 @@ def i3d(source: str) -> Extractor:
         try:
             return {"pool": script(x, rescale=True, resize=True, return_features=True)}
         except (RuntimeError, torch.jit.Error) as error:  # TorchScript puts its reason at the end
+            if out_of_memory(error):
+                raise
             _, frames, _, height, width = videos.shape
+            why = "; I3D needs at least 10 frames" if frames < 10 else ""
             raise InputError(
                 f"{path.name} cannot take videos of {frames} frames, {width} x {height} "
-                f"({str(error).strip().splitlines()[-1]}); I3D needs at least 10 frames"
+                f"({str(error).strip().splitlines()[-1]}){why}"
             ) from error
 
     return Extractor(f"i3d {path.name}", "in the file", call, file_digest(path)[:16], None, True)

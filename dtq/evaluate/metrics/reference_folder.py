@@ -21,7 +21,7 @@ VIDEOS = (".mp4", ".avi", ".gif", ".mkv", ".mov", ".webm")
 _BATCH = 64
 
 
-def features(folder: Path, extractor: Extractor) -> Features:
+def features(folder: Path, extractor: Extractor) -> tuple[Features, set[int]]:
     """Features of every image or every video below a folder, in the order of the paths.
 
     Args:
@@ -29,7 +29,7 @@ def features(folder: Path, extractor: Extractor) -> Features:
         extractor: of the features.
 
     Returns:
-        (N, D) by kind, one row for each file.
+        (N, D) by kind, one row for each file; and the numbers of frames of the files, 1 for images.
 
     Raises:
         InputError: fewer than two files, images and videos in one folder, a damaged file, features
@@ -43,15 +43,17 @@ def features(folder: Path, extractor: Extractor) -> Features:
         raise InputError(f"{folder}: {len(files)} images or videos; a reference set needs 2")
     read, count = (_video, 1) if True in of_videos else (_image, _BATCH)
     parts: dict[str, list[Tensor]] = defaultdict(list)
+    frames = set()
     for start in range(0, len(files), count):
         samples = [read(file) for file in files[start : start + count]]
+        frames |= {len(sample) if sample.ndim == 4 else 1 for sample in samples}
         same = len({sample.shape for sample in samples}) == 1
         for batch in [torch.stack(samples)] if same else [sample[None] for sample in samples]:
             for kind, tensor in extractor(batch).items():
                 parts[kind].append(tensor)
     if any(len({t.shape[1] for t in tensors}) > 1 for tensors in parts.values()):
         raise InputError(f"{folder}: files of several sizes; {extractor.name} does not resize")
-    return {kind: torch.cat(tensors) for kind, tensors in parts.items()}
+    return {kind: torch.cat(tensors) for kind, tensors in parts.items()}, frames
 
 
 def _video(file: Path) -> Tensor:

@@ -30,9 +30,7 @@ OLDEST = (8, 0)
 
 def capabilities() -> list[tuple[int, int]]:
     """Compute capabilities of the GPUs that torch can use, ascending."""
-    if not torch.cuda.is_available():
-        return []
-    return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    return sorted({capability for capability, _ in gpus()})
 
 
 def gpus() -> list[tuple[tuple[int, int], str]]:
@@ -65,7 +63,10 @@ def runtime_version(path: Path) -> int | None:
 
 def _check_file(path: Path) -> None:
     """A runtime works with any driver of its major version, and with newer ones."""
-    runtime, driver = runtime_version(path), driver_version()
+    try:
+        runtime, driver = runtime_version(path), driver_version()
+    except OSError as error:
+        raise Unavailable(str(error)) from error
     if runtime is not None and driver is not None and driver // 1000 < runtime // 1000:
         raise Unavailable(
             f"the driver supports CUDA {_words(driver)}, and {path} was built with "

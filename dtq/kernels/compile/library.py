@@ -83,15 +83,22 @@ class Library:
     def _try_to_load(self) -> None:
         try:
             self._check()
-            path = self.existing() or self._compiled()
+            path = self._found()
             self.opened = self.open(path)
             self.path = path
         except Unavailable as error:
-            self.reason = " ".join("; ".join([*self._refused(), str(error)]).split())
+            self.reason = " ".join(str(error).split())
             level = logging.INFO if _switched_off() else logging.WARNING
             message = "dtq: the torch reference runs on the %s: %s"
             _log.log(level, message, self.title, self.reason)
         self.tried = True
+
+    def _found(self) -> Path:
+        """A file that exists, else a compiled one. The reason names files that cannot be used."""
+        try:
+            return self.existing() or self._compiled()
+        except Unavailable as error:
+            raise Unavailable("; ".join([*self._refused(), str(error)])) from error
 
     def open(self, path: Path) -> ctypes.CDLL:
         """Load a file; torch then uses its ops.
@@ -203,7 +210,7 @@ class Library:
         return base / "dtq" / f"dtq_{self.device}-{self.key()}{builds and '-'}{builds}.so"
 
     def _compiled(self) -> Path:
-        """The library in the cache, compiled now."""
+        """The library in the cache, compiled now, or by another process in the meantime."""
         self.compiler()
         target, builds = self.cached(), self.builds()
         try:
@@ -217,9 +224,9 @@ class Library:
                         flush=True,
                     )
                     self.build(target)
+                return self.existing() or target
         except OSError as error:
             raise Unavailable(str(error)) from error
-        return target
 
     def _place(self, path: Path) -> str:
         return "built ahead" if path == self.packaged() else f"cached in {path.parent}"
