@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +14,15 @@ from torch import Tensor, nn
 from dtq.checkpoint import reader
 from dtq.checkpoint.config import DTQConfig
 from dtq.engines import find_target
-from dtq.engines.original import KeyMap, fusion_reasons, key_map, tables, to_original
-from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target
+from dtq.engines.original import (
+    KeyMap,
+    config_of,
+    fusion_reasons,
+    key_map,
+    tables,
+    to_original,
+)
+from dtq.engines.target import Contents, StoredLayer, Target
 from dtq.errors import InputError
 from dtq.nn.attention import int8_attention_modules
 from dtq.nn.linear import QuantLinear
@@ -125,7 +131,7 @@ def _original_names(model: nn.Module, required: bool) -> KeyMap | None:
     Raises:
         InputError: there is none, and it is required, or diffusers does not read such a model.
     """
-    found = key_map(_config_of(model))
+    found = key_map(config_of(model))
     if found is None and required:
         families = ", ".join(table.family for table in tables())
         raise InputError(
@@ -165,12 +171,7 @@ def contents_of(model: nn.Module) -> Contents:
         for name, module in modules.items()
     }
     dtypes = [str(m.compute_dtype).removeprefix("torch.") for m in modules.values()]
-    return Contents(layers, others, _config_of(model), config.recipe, dtypes[0] if dtypes else "")
-
-
-def _config_of(model: nn.Module) -> dict[str, Any]:
-    fields = json.loads(model.to_json_string())  # type: ignore[operator]
-    return {key: value for key, value in fields.items() if key not in OF_THE_CHECKPOINT}
+    return Contents(layers, others, config_of(model), config.recipe, dtypes[0] if dtypes else "")
 
 
 def holdable(

@@ -9,7 +9,9 @@ v. ``names/`` has a table for each family. The order of rows is not in the table
 from __future__ import annotations
 
 from dtq.engines.original.contents import (
+    config_of,
     fusion_reasons,
+    joined_layers,
     to_diffusers,
     to_original,
     with_names_of_diffusers,
@@ -22,7 +24,9 @@ __all__ = [
     "KeyMap",
     "NameTable",
     "Part",
+    "config_of",
     "fusion_reasons",
+    "joined_layers",
     "key_map",
     "table_for",
     "tables",

@@ -3,21 +3,39 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtq.engines.original.mapping import Entry, KeyMap, Part, key_map
-from dtq.engines.target import Contents, StoredLayer
+from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer
 from dtq.errors import CheckpointError, InputError
 
 PREFIX = "model.diffusion_model."
 """Before every name in files of whole pipelines; ComfyUI reads names with and without it."""
 
 _WEIGHT = ".weight"
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The diffusers config of a model, with ``_class_name``, as if it were float."""
+    fields = json.loads(model.to_json_string())  # type: ignore[operator]
+    return {key: value for key, value in fields.items() if key not in OF_THE_CHECKPOINT}
+
+
+def joined_layers(names: KeyMap) -> dict[str, str]:
+    """The original layer of each layer whose rows are a part of it."""
+    return {
+        _module(part.key): _module(name)
+        for name, entry in names.entries.items()
+        if name.endswith(_WEIGHT) and len({part.key for part in entry.parts}) > 1
+        for part in entry.parts
+    }
 
 
 def fusion_reasons(layers: Mapping[str, StoredLayer], names: KeyMap) -> dict[str, str]:
@@ -175,9 +193,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _concatenated(pieces: list[Tensor]) -> Tensor:
-    """Rows of several tensors as one; torch has no such function for every float of 8 bits."""
-    if len(pieces) == 1:
-        return pieces[0].contiguous()
+    """Rows of several tensors as one; torch cannot concatenate every float of 8 bits."""
     dtype = pieces[0].dtype
     return torch.cat([_bits(piece) for piece in pieces]).view(dtype)
 
@@ -196,13 +212,15 @@ def _merged(entry: Entry, layers: Mapping[str, StoredLayer]) -> StoredLayer:
 
 
 def _split(entry: Entry, layer: StoredLayer) -> dict[str, StoredLayer]:
-    """Inverse of :func:`_merged`."""
+    """Inverse of :func:`_merged`; copies, as files refuse tensors that share memory."""
+    if len(entry.parts) == 1:
+        return {_module(entry.parts[0].key): layer}
     result = {}
     for key, places in _places(entry).items():
         tensors = {
             name: _concatenated([tensor[at : at + part.rows] for at, part in places])
             if _by_row(layer, tensor)
-            else tensor
+            else tensor.clone()
             for name, tensor in layer.tensors.items()
         }
         rows = sum(part.rows for _, part in places)
