@@ -12,7 +12,9 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from engine_models import ORIGINAL, error, model_errors, output, quantized
+from engine_models import ORIGINAL, model_errors, output, quantized
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dtq
@@ -29,6 +31,7 @@ from dtq.engines.original import (
     to_diffusers,
     to_original,
 )
+from dtq.engines.original.contents import PREFIX
 from dtq.engines.target import Contents
 from dtq.errors import InputError, RecipeError
 from dtq.nn import QuantLinear
@@ -287,7 +290,10 @@ def test_names_are_chosen_and_checked(tmp_path):
         result = CliRunner().invoke(main, [*line, str(file), "--names", names])
         assert result.exit_code == 0, result.output
         assert f"names:      {written}" in result.output
-    loaded = [dtq.load(tmp_path / f"{names}.safetensors") for names in ("auto", "diffusers")]
+    with safe_open(tmp_path / "auto.safetensors", framework="pt") as opened:
+        tensors = {PREFIX + key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "prefix.safetensors")
     inputs = dummy_inputs(made, 2, 500, 1)
-    assert torch.equal(output(loaded[0], inputs), output(loaded[1], inputs))
-    assert error(output(loaded[0], inputs), output(made, inputs)) == 0
+    for names in ("auto", "diffusers", "prefix"):
+        loaded = dtq.load(tmp_path / f"{names}.safetensors", config_of(made))
+        assert torch.equal(output(loaded, inputs), output(made, inputs))
