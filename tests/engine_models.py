@@ -15,6 +15,8 @@ from dtq.models.linears import matrix_of
 from dtq.pipelines.tracing import dummy_inputs
 
 FAMILIES = ("dit", "flux", "sd3")
+ORIGINAL = ("flux", "sd3")
+"""Those whose original files have other names than diffusers, and q, k and v in one tensor."""
 """256 channels wide: a whole superblock of a K-quant, a whole block of ConvRot."""
 
 

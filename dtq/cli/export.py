@@ -27,6 +27,10 @@ _options = opt.combined(
     click.option("--unsupported", type=click.Choice(["refuse", "float"]), default="refuse",
                  help="Layers that the engine cannot hold: refuse the model with every reason, or "
                       "store them as floats in the compute dtype."),
+    click.option("--names", type=click.Choice(["auto", "original", "diffusers"]), default="auto",
+                 help="Names of the tensors: those of the model's original files, by which ComfyUI and "
+                      "stable-diffusion.cpp know it, with q, k and v in one tensor where they are; those "
+                      "of diffusers; or original ones where dtq has a table of them."),
     opt.flag("--overwrite", help="Replace an existing file."),
     opt.flag("--list", "show", help="List the targets, and what each can hold."),
     opt.json(help="Print what was written as JSON."),
@@ -44,6 +48,7 @@ def export(
     components: tuple[str, ...],
     variant: str | None,
     unsupported: str,
+    names: str,
     overwrite: bool,
     show: bool,
     as_json: bool,
@@ -53,7 +58,8 @@ def export(
     CHECKPOINT is the output of dtq quantize. The integers and scales are those of the checkpoint;
     nothing is rounded again. An engine holds less than dtq does: smoothing, low-rank branches, step
     policies and static scales have no place in most files. docs/engines has a page for each
-    target, with how to load the file. dtq quantize --to TARGET checks a recipe before it runs.
+    target, with how to load the file. Layers that are one tensor in the original files must have the
+    same format, and are refused otherwise. dtq quantize --to TARGET checks a recipe before it runs.
 
     \b
     dtq quantize demo --recipe convrot-w8a8 --to comfy-int8 -o demo-int8
@@ -73,6 +79,7 @@ def export(
         component=components or "auto",
         variant=variant,
         unsupported=unsupported,
+        names=names,
         overwrite=overwrite,
     )
     if as_json:
@@ -93,6 +100,7 @@ def print_export(report: ExportReport) -> None:
     if report.as_float:
         rows = list(report.as_float.items())
         table(("stored as floats", "because"), rows)
+    click.echo(f"names:      {report.names}")
     click.echo(f"load it:    docs/engines/{report.target}.md")
 
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from dtq.engines.target import CONVOLUTION, Limits, Target
 from dtq.errors import RecipeError
@@ -14,7 +15,11 @@ from dtq.recipe import Recipe
 
 
 def constrain(
-    plan: Plan, recipe: Recipe, target: Target, convolutions: Collection[str] = ()
+    plan: Plan,
+    recipe: Recipe,
+    target: Target,
+    convolutions: Collection[str] = (),
+    joined: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """The plan with every layer in a form that the engine of a target can hold.
 
@@ -28,6 +33,8 @@ def constrain(
         recipe: the recipe.
         target: what the file will be exported to.
         convolutions: names of the layers that are 1 x 1 convolutions.
+        joined: for layers whose rows are a part of one matrix in the engine's files, its name.
+            They have one format; where one of them stays unquantized, all do.
 
     Raises:
         RecipeError: the engine cannot hold what the recipe asks for; names every key and layer,
@@ -46,6 +53,8 @@ def constrain(
         reason = reason or target.limits.shape_reason(layer.spec, layer.shape)
         if reason:
             changed[layer.name] = _adapted(layer, target, reason)
+    fits = plan.with_layers(changed)
+    changed |= _together(fits, target, joined, refused)
     for reason, names in refused.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more}: {reason}")
@@ -53,6 +62,31 @@ def constrain(
         problems.append(f"the recipe {target.limits.recipe} fits: --recipe {target.limits.recipe}")
         raise RecipeError(f"recipe {recipe.name} for {target.name}", problems)
     return plan.with_layers(changed)
+
+
+def _together(
+    plan: Plan, target: Target, joined: Mapping[str, str], refused: dict[str, list[str]]
+) -> dict[str, LayerPlan]:
+    """Layers that change because the engine has their rows in one matrix; adds to ``refused``."""
+    matrices: dict[str, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        if layer.name in joined:
+            matrices.setdefault(joined[layer.name], []).append(layer)
+    changed: dict[str, LayerPlan] = {}
+    for name, layers in matrices.items():
+        floats = [layer for layer in layers if layer.unquantized]
+        if floats and len(floats) < len(layers):
+            reason = f"its rows and those of {floats[0].name} are {name} there"
+            quantized = (layer for layer in layers if not layer.unquantized)
+            changed |= {x.name: _unquantized(x, target, reason) for x in quantized}
+        elif len({(layer.spec, layer.transform, layer.format_candidates) for layer in layers}) > 1:
+            formats = ", ".join(f"{x.name.split('.')[-1]} {x.weight_format}" for x in layers)
+            reason = (
+                f"one matrix in original files, and formats or transforms differ ({formats}); "
+                f"give their roles the same"
+            )
+            refused.setdefault(reason, []).append(layers[0].name)
+    return changed
 
 
 def _recipe_problems(recipe: Recipe, target: Target) -> Iterator[str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,15 @@ from torch import Tensor, nn
 from dtq.checkpoint import reader
 from dtq.checkpoint.config import DTQConfig
 from dtq.engines import find_target
-from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target
+from dtq.engines.original import (
+    KeyMap,
+    config_of,
+    fusion_reasons,
+    key_map,
+    tables,
+    to_original,
+)
+from dtq.engines.target import Contents, StoredLayer, Target
 from dtq.errors import InputError
 from dtq.nn.attention import int8_attention_modules
 from dtq.nn.linear import QuantLinear
@@ -23,6 +30,9 @@ from dtq.pipelines.contents import Components, diffusion_transformers
 from dtq.pipelines.loading import load_model
 
 log = logging.getLogger("dtq")
+
+NAMES = ("auto", "original", "diffusers")
+"""Of the tensors in a file; see :func:`export`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class ExportReport:
         layers: weight format of each exported layer, by name.
         as_float: why, for each layer that was stored as floats because the engine cannot hold it.
         nbytes: size of the file.
+        names: of the tensors, ``original`` or ``diffusers``; ``layers`` has the same names.
     """
 
     target: str
@@ -44,6 +55,7 @@ class ExportReport:
     layers: dict[str, str] = field(default_factory=dict)
     as_float: dict[str, str] = field(default_factory=dict)
     nbytes: int = 0
+    names: str = "diffusers"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for ``dtq export --json``."""
@@ -58,6 +70,7 @@ def export(
     component: Components = "auto",
     variant: str | None = None,
     unsupported: str = "refuse",
+    names: str = "auto",
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a quantized transformer as a file of another engine.
@@ -72,6 +85,9 @@ def export(
         variant: of the files of a folder.
         unsupported: ``refuse`` a model with layers that the engine cannot hold, or store those as
             ``float``, in the compute dtype.
+        names: ``original``: those of the model's original files, by which most engines know a
+            model, with q, k and v in one tensor where they are. ``diffusers``. ``auto``: original
+            ones for families with a table in ``dtq/engines/original/names``.
         overwrite: replace an existing file.
 
     Returns:
@@ -79,7 +95,8 @@ def export(
 
     Raises:
         InputError: no such target; several transformers and no ``component``; layers that the
-            engine cannot hold, each with its reason; the file exists.
+            engine cannot hold, each with its reason; the file exists; original names are asked for
+            and not known.
         CheckpointError: the checkpoint is damaged.
     """
     target = find_target(to)
@@ -90,16 +107,38 @@ def export(
         raise InputError(f"{output} exists; give another name, or --overwrite (overwrite=True)")
     if unsupported not in ("refuse", "float"):
         raise InputError(f"unsupported={unsupported!r}: expected 'refuse' or 'float'")
+    if names not in NAMES:
+        raise InputError(f"names={names!r}: expected one of {', '.join(NAMES)}")
     name, model = _transformer(source, component, variant)
     if modules := int8_attention_modules(model):
         log.warning(
             "%s: the file does not say that %d modules compute their attention in int8",
             output, len(modules),
         )  # fmt: skip
-    contents, as_float = holdable(model, target, unsupported == "float")
+    original = None if names == "diffusers" else _original_names(model, names == "original")
+    contents, as_float = holdable(model, target, unsupported == "float", original)
+    if original:
+        contents = to_original(contents, original)
     target.write(contents, output)
     layers = {key: layer.spec.weight_format for key, layer in contents.layers.items()}
-    return ExportReport(target.name, output, name, layers, as_float, output.stat().st_size)
+    size, written = output.stat().st_size, "original" if original else "diffusers"
+    return ExportReport(target.name, output, name, layers, as_float, size, written)
+
+
+def _original_names(model: nn.Module, required: bool) -> KeyMap | None:
+    """The map to original names; None for a family without a table.
+
+    Raises:
+        InputError: there is none, and it is required, or diffusers does not read such a model.
+    """
+    found = key_map(config_of(model))
+    if found is None and required:
+        families = ", ".join(table.family for table in tables())
+        raise InputError(
+            f"dtq has no original names for {type(model).__name__}; it has those of {families}. "
+            f"Keep the names of diffusers: --names diffusers"
+        )
+    return found
 
 
 def contents_of(model: nn.Module) -> Contents:
@@ -131,19 +170,20 @@ def contents_of(model: nn.Module) -> Contents:
         )
         for name, module in modules.items()
     }
-    fields = json.loads(model.to_json_string())  # type: ignore[operator]
-    plain = {key: value for key, value in fields.items() if key not in OF_THE_CHECKPOINT}
     dtypes = [str(m.compute_dtype).removeprefix("torch.") for m in modules.values()]
-    return Contents(layers, others, plain, config.recipe, dtypes[0] if dtypes else "")
+    return Contents(layers, others, config_of(model), config.recipe, dtypes[0] if dtypes else "")
 
 
-def holdable(model: nn.Module, target: Target, as_float: bool) -> tuple[Contents, dict[str, str]]:
+def holdable(
+    model: nn.Module, target: Target, as_float: bool, original: KeyMap | None = None
+) -> tuple[Contents, dict[str, str]]:
     """The contents of a model, with the layers that a target cannot hold as floats.
 
     Args:
         model: quantized by dtq.
         target: the file format.
         as_float: whether to store such layers as floats; otherwise they are refused.
+        original: original names that the file will have; layers that they join must fit together.
 
     Returns:
         The contents; why, for each layer that became float.
@@ -154,8 +194,14 @@ def holdable(model: nn.Module, target: Target, as_float: bool) -> tuple[Contents
     contents = contents_of(model)
     found = {name: target.unsupported_reason(layer) for name, layer in contents.layers.items()}
     reasons = {name: reason for name, reason in found.items() if reason}
+    apart = {}
+    if original:
+        held = {name: x for name, x in contents.layers.items() if name not in reasons}
+        apart = fusion_reasons(held, original)
+        reasons |= apart
     if reasons and not as_float:
-        raise InputError(_refusal(target, reasons))
+        more = "; or keep each layer by itself: --names diffusers" if apart else ""
+        raise InputError(_refusal(target, reasons) + more)
     weights: dict[str, Tensor] = {}
     for name in reasons:
         module = model.get_submodule(name)

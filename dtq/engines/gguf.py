@@ -36,7 +36,7 @@ NARROWED = {"bfloat16": torch.bfloat16, "bool": torch.bool, "uint8": torch.uint8
 """Dtypes that are stored as float32, and restored."""
 MOST_AXES = 8
 ARCHITECTURE = "diffusers"
-"""Value of ``general.architecture``: the names of the tensors are those of diffusers."""
+"""Value of ``general.architecture`` where the names of the tensors are those of diffusers."""
 
 
 def write(contents: Contents, path: Path) -> None:
@@ -57,7 +57,7 @@ def write(contents: Contents, path: Path) -> None:
         blocks = to_blocks(kind, layer.weights())
         tensors[f"{name}.weight"] = GgufTensor(kind, layer.shape, blocks)
     entries: dict[str, str | int] = {
-        "general.architecture": ARCHITECTURE,
+        "general.architecture": contents.architecture or ARCHITECTURE,
         "general.quantization_version": 2,
         "dtq.config": json.dumps(contents.config, sort_keys=True),
         "dtq.recipe": contents.recipe,

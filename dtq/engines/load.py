@@ -19,6 +19,7 @@ from torch import nn
 
 from dtq.checkpoint.config import DTQConfig
 from dtq.engines import TARGETS
+from dtq.engines.original import with_names_of_diffusers
 from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target
 from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
 from dtq.integrations.diffusers import attach_quantizer
@@ -47,7 +48,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES}
 def load(file: str | Path, config: ConfigSource = None) -> Any:
     """Load a file of another engine.
 
-    The tensors must have the names of diffusers, as in the files of :func:`dtq.export`.
+    The tensors have the names of the model's original files, or those of diffusers.
 
     Args:
         file: in one of the formats of ``dtq export --list``.
@@ -68,6 +69,7 @@ def load(file: str | Path, config: ConfigSource = None) -> Any:
         raise CheckpointError(f"{file}: dtq.compute_dtype is {contents.compute_dtype!r}")
     fields, where = _config(contents, config, file)
     model = _empty_model(fields, where, contents, file)
+    contents = with_names_of_diffusers(contents, model, str(file))
     _check(model, contents, where, file)
     return _filled(model, contents, contents.recipe or file.stem)
 
@@ -176,7 +178,7 @@ def _check(model: nn.Module, contents: Contents, where: str, file: Path) -> None
         if module is None or not is_linear(module) or hasattr(module, "kernel_size"):
             raise CheckpointError(
                 f"{file}: the model of {where} has no linear {name!r}; dtq reads files with the "
-                f"names of diffusers"
+                f"names of diffusers or of the model's original files"
             )
         if shape_of(module) != layer.shape:
             raise CheckpointError(
@@ -192,8 +194,8 @@ def _check(model: nn.Module, contents: Contents, where: str, file: Path) -> None
     if unknown:
         first = sorted(unknown)[0]
         raise CheckpointError(
-            f"{file}: {len(unknown)} tensors are not of the model, {first} is one; a file of "
-            f"another engine must have the names of diffusers"
+            f"{file}: {len(unknown)} tensors are not of the model, {first} is one; a file must "
+            f"have the names of diffusers or of the model's original files"
         )
 
 

@@ -66,6 +66,7 @@ class Contents:
             say.
         recipe: name of the recipe; empty if the file does not say.
         compute_dtype: of the quantized layers, as torch names it; empty if the file does not say.
+        architecture: the family's name in GGUF files, if names are original ones; otherwise empty.
     """
 
     layers: dict[str, StoredLayer]
@@ -73,6 +74,7 @@ class Contents:
     config: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
     compute_dtype: str = ""
+    architecture: str = ""
 
 
 def _any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dtq.engines import find_target
 from dtq.engines.constrain import constrain
+from dtq.engines.original import config_of, joined_layers, key_map
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
 from dtq.models.linears import is_pointwise, linears_of
@@ -42,7 +43,10 @@ def plan(run: Run) -> None:
     run.plan = recipe.plan(run.scan, (*run.exclude, *kept_in_float(loaded.model)))
     if run.target:
         convolutions = [name for name, m in linears_of(loaded.model) if is_pointwise(m)]
-        run.plan = constrain(run.plan, recipe, find_target(run.target), convolutions)
+        names = key_map(config_of(loaded.model))
+        run.joined = {} if names is None else joined_layers(names)
+        target = find_target(run.target)
+        run.plan = constrain(run.plan, recipe, target, convolutions, run.joined)
     if not run.plan.quantized():
         why = Counter(run.scan.unsupported.values()).most_common()
         reasons = "".join(f"; {count} weights: {reason}" for reason, count in why)

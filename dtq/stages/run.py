@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class Run:
         memory: bytes that statistics may take; None for half of what is free.
         progress: whether to show progress bars.
         target: key of ``TARGETS`` that the plan must fit; empty: none.
+        joined: for layers whose rows are a part of one matrix in the target's files, its name.
         check: whether the sanity check compares a short sampling run with the float model.
         config: the quantization config; stages complete it.
         scan: input groups and linears of the model.
@@ -56,6 +57,7 @@ class Run:
     memory: int | None = None
     progress: bool = True
     target: str = ""
+    joined: Mapping[str, str] = field(default_factory=dict)
     check: bool = False
     config: DTQConfig = field(default_factory=DTQConfig)
     scan: Scan = field(init=False)

@@ -18,7 +18,8 @@ from dtq.plan.layers import LayerPlan, Plan
 from dtq.solvers.finite import check
 from dtq.stages.layer_result import InputReport, LayerResult, from_result, to_result
 from dtq.stages.run import Run
-from dtq.stages.solve_layer import TransformedInput, solve_input_group
+from dtq.stages.solve_input import solve_input_group
+from dtq.stages.solve_layer import TransformedInput
 from dtq.stages.transform_choice import choose_transform, groups_sharing_transform, input_report
 
 COPIES = 8
@@ -83,7 +84,7 @@ def _solve_group(
         check(w, *sums, layer=f"{layer.name}{where}")
     choice = choose_transform(layers, weights, stats)
     x = TransformedInput.of(run, layers[0], choice, weights[0])
-    results = solve_input_group(layers, weights, x)
+    results = solve_input_group(layers, weights, x, run.joined)
     return to_result(results, input_report(group, stats, choice, results[0].transform))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize one input group, or one layer, from its statistics."""
+"""Quantize one layer from the statistics of its input."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -13,10 +13,9 @@ from dtq.calibrate.observers import InputStats
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, fake_quantize, row_scale
-from dtq.io.schema import MethodSpec
 from dtq.plan.layers import LayerPlan
 from dtq.solvers import SOLVERS
-from dtq.solvers.lowrank import LOWRANK, LowRankBranch
+from dtq.solvers.lowrank import LowRankBranch
 from dtq.stages.layer_result import LayerReport, LayerResult
 from dtq.stages.run import Run
 from dtq.transforms import OnlineTransform, TransformChoice
@@ -126,30 +125,6 @@ class TransformedInput:
         return torch.stack(scales).reshape(1, -1)
 
 
-def solve_input_group(
-    layers: list[LayerPlan], weights: list[Tensor], x: TransformedInput
-) -> list[LayerResult]:
-    """Quantize linears that share an input under the chosen transform, and under its runner-ups.
-
-    The transform search compares with plain rounding; what counts is the error after the solver.
-
-    Args:
-        layers: their plans.
-        weights: float (N, K) of each.
-        x: their input under the chosen transform.
-
-    Returns:
-        Results under the transform with the lowest sum of output errors.
-    """
-    attempts = []
-    for choice in (x.choice, *x.choice.runner_ups):
-        each = replace(x, choice=choice, factors={})
-        branches = _branches(layers, weights, each)
-        problems = zip(layers, weights, branches, strict=True)
-        attempts.append([solve_layer(layer, w, each, branch) for layer, w, branch in problems])
-    return min(attempts, key=lambda results: sum(r.report.error or 0.0 for r in results))
-
-
 def solve_layer(
     layer: LayerPlan, weight: Tensor, x: TransformedInput, branch: LowRankBranch | None = None
 ) -> LayerResult:
@@ -207,20 +182,3 @@ def _solve(
         final.name, final.role, final.weight_format, final.bits(), x.choice.label, error
     )
     return LayerResult(final, tensors, transform, shift, report, weight_error)
-
-
-def _branches(
-    layers: list[LayerPlan], weights: list[Tensor], x: TransformedInput
-) -> list[LowRankBranch | None]:
-    """The low-rank branch of each linear, None where the plan has none."""
-    branches: list[LowRankBranch | None] = [None] * len(layers)
-    alike: dict[tuple[MethodSpec, str], list[int]] = {}
-    for i, layer in enumerate(layers):
-        if layer.lowrank.name != "none":
-            alike.setdefault((layer.lowrank, layer.weight_format), []).append(i)
-    for (method, fmt), same in alike.items():
-        targets = [x.transform.w(weights[i]) for i in same]
-        solved = LOWRANK[method.name].call(targets, FORMATS[fmt], x.hessian, **dict(method.knobs))
-        for i, branch in zip(same, solved, strict=True):
-            branches[i] = branch
-    return branches

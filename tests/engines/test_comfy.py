@@ -33,7 +33,7 @@ def exported(request, target, tmp_path_factory):
     """The float model, the quantized one, and its file."""
     model, made = quantized(request.param, RECIPES[target], target)
     file = tmp_path_factory.mktemp(target) / f"{request.param}.safetensors"
-    dtq.export(made, target, file)
+    dtq.export(made, target, file, names="diffusers")
     return model, made, file
 
 

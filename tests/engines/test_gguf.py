@@ -75,7 +75,7 @@ def exported(request, tmp_path_factory):
     """The float model, the quantized one, and its file."""
     model, made = quantized(request.param, "gguf-q4", "gguf")
     file = tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf"
-    dtq.export(made, "gguf", file)
+    dtq.export(made, "gguf", file, names="diffusers")
     return request.param, model, made, file
 
 

@@ -21,7 +21,8 @@ from dtq.plan.layers import LayerPlan, LayerSpec
 from dtq.recipe import Recipe
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LOWRANK, loftq, rank_for, svd
-from dtq.stages.solve_layer import TransformedInput, solve_input_group
+from dtq.stages.solve_input import solve_input_group
+from dtq.stages.solve_layer import TransformedInput
 from dtq.transforms import TRANSFORMS
 
 K, N = 128, 96
@@ -125,7 +126,7 @@ def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform
     )  # fmt: skip
     choice = TRANSFORMS[transform].call([w], stats, fmt=FMT, activations=ACTIVATION_FORMATS["none"])
     x_q = TransformedInput(stats, choice, ACTIVATION_FORMATS["none"], w, correct_bias=False)
-    (solved,) = solve_input_group([plan], [w], x_q)
+    (solved,) = solve_input_group([plan], [w], x_q, {})
     assert solved.plan.spec.rank == 8
     bits = bits_per_weight(FMT, (N, K)) + 16 * 8 * (N + K) / (N * K)
     bits += 16 / N * solved.plan.spec.pre_quant + 32 / N * solved.plan.spec.permutation
@@ -135,7 +136,7 @@ def test_a_layer_runs_the_branch_on_the_raw_input_and_counts_its_bytes(transform
     torch.testing.assert_close(new(x), x @ new.dequantize().T, rtol=1e-3, atol=1e-3)
     error = (new(x) - x @ w.T).square().sum() / (x @ w.T).square().sum()
     assert error == pytest.approx(solved.report.error, rel=0.1)
-    (bare,) = solve_input_group([replace(plan, lowrank=MethodSpec("none"))], [w], x_q)
+    (bare,) = solve_input_group([replace(plan, lowrank=MethodSpec("none"))], [w], x_q, {})
     assert solved.report.error < bare.report.error
 
 

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files with original names: the engine runs the joined layers, and diffusers takes them apart."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from dataclasses import replace
+
+import diffusers
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from engine_models import ORIGINAL, model_errors, output, quantized
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import dtq
+from dtq.cli import main
+from dtq.engines import TARGETS
+from dtq.engines.export import contents_of
+from dtq.engines.gguf_blocks import to_blocks
+from dtq.engines.gguf_file import read_gguf
+from dtq.engines.original import (
+    config_of,
+    fusion_reasons,
+    joined_layers,
+    key_map,
+    to_diffusers,
+    to_original,
+)
+from dtq.engines.original.contents import PREFIX
+from dtq.engines.target import Contents
+from dtq.errors import InputError, RecipeError
+from dtq.nn import QuantLinear
+from dtq.pipelines.tracing import dummy_inputs
+
+needs_kitchen = pytest.mark.skipif(
+    importlib.util.find_spec("comfy_kitchen") is None,
+    reason="needs comfy-kitchen: see docs/engines/README.md",
+)
+needs_gguf = pytest.mark.skipif(
+    importlib.util.find_spec("gguf") is None, reason="needs gguf: see docs/engines/README.md"
+)
+COMFY = {name: t.limits.recipe for name, t in TARGETS.items() if name.startswith("comfy")}
+
+
+class Rows(nn.Module):
+    """Some rows of a linear that the engine has as one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: Tensor):
+        super().__init__()
+        self.weight, self.bias, self.rows = weight, bias, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)[..., self.rows]
+
+
+def engine_model(file) -> tuple[nn.Module, int]:
+    """The model of a file with original names, its linears run by comfy-kitchen as they are stored.
+
+    Also how many of them are joined.
+    """
+    import kitchen
+
+    weights, others, config = kitchen.quantized_weights(file)
+    made = getattr(diffusers, config["_class_name"]).from_config(config).eval()
+    names, joined = key_map(config), 0
+    made.load_state_dict(to_diffusers(Contents({}, others), names, "file").others, strict=False)
+    for name, weight in weights.items():
+        rows: dict[str, dict[int, Tensor]] = {}
+        parts, at = names.entries[f"{name}.weight"].parts, 0
+        for part in parts:
+            rows.setdefault(part.key, {})[part.start] = torch.arange(at, at + part.rows)
+            at += part.rows
+        joined += len(rows) > 1
+        for key, places in rows.items():
+            order = torch.cat([places[start] for start in sorted(places)])
+            layer = Rows(weight, others.get(f"{name}.bias"), order)
+            made.set_submodule(key.removesuffix(".weight"), layer)
+    return made, joined
+
+
+@needs_kitchen
+@pytest.mark.parametrize("target", COMFY)
+@pytest.mark.parametrize("family", ORIGINAL)
+def test_the_engine_runs_joined_layers_with_the_error_of_dtq(family, target, tmp_path):
+    model, made = quantized(family, COMFY[target], target)
+    file = tmp_path / "model.safetensors"
+    report = dtq.export(made, target, file)
+    assert report.names == "original"
+    engine, joined = engine_model(file)
+    assert joined >= 3
+    ours, theirs = model_errors(model, made, engine)
+    assert ours > 0
+    assert theirs <= 1.01 * ours
+    back = dtq.load(file)
+    inputs = dummy_inputs(model, 2, 500, 1)
+    assert torch.equal(output(back, inputs), output(made, inputs))
+
+
+def flux2() -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=8,
+        joint_attention_dim=64,
+        timestep_guidance_channels=64,
+        axes_dims_rope=(8, 8, 8, 8),
+    ).eval()
+
+
+def auraflow() -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=8,
+        joint_attention_dim=64,
+        caption_projection_dim=256,
+        pos_embed_max_size=64,
+    ).eval()
+
+
+MODELS = {"sd3": lambda: tiny.sd3(heads=8), "flux2": flux2, "auraflow": auraflow}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def gguf(request, tmp_path_factory):
+    """A float model, the quantized one, and its GGUF file with original names."""
+    model = MODELS[request.param]()
+    inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
+    made = dtq.quantize(
+        copy.deepcopy(model),
+        "gguf-q4",
+        to="gguf",
+        inputs=inputs,
+        progress=False,
+        sanity_check=False,
+    )
+    file = tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf"
+    report = dtq.export(made, "gguf", file)
+    assert report.names == "original"
+    return model, made, file
+
+
+@needs_gguf
+def test_diffusers_takes_gguf_files_apart(gguf, tmp_path):
+    """``from_single_file`` of the engine: every block is dtq's, and so are the errors."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear
+
+    model, made, file = gguf
+    model.save_config(tmp_path)
+    engine = type(model).from_single_file(
+        str(file), config=str(tmp_path), torch_dtype=torch.float32,
+        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
+    ).eval()  # fmt: skip
+    layers = {n: m for n, m in made.named_modules() if isinstance(m, QuantLinear)}
+    assert {n for n, m in engine.named_modules() if isinstance(m, GGUFLinear)} == set(layers)
+    for name, layer in layers.items():
+        weight = {k: layer.packed_tensor(k) for k in layer.tensor_specs() if k.startswith("weight")}
+        theirs = engine.get_submodule(name).weight
+        assert torch.equal(torch.as_tensor(theirs.data), to_blocks(layer.weight_format, weight))
+    state = engine.state_dict()
+    for key, tensor in contents_of(made).others.items():
+        if key in dict(made.named_parameters()):
+            assert torch.equal(state[key], tensor), key
+    ours, theirs = model_errors(model, made, engine)
+    assert ours > 0
+    assert theirs <= 1.01 * ours
+
+
+@needs_gguf
+def test_gguf_files_name_their_family(gguf):
+    model, made, file = gguf
+    entries, tensors = read_gguf(file)
+    names = key_map(config_of(made))
+    assert entries["general.architecture"] == names.gguf
+    assert names.gguf in {"sd3", "flux", "aura"}  # as ComfyUI-GGUF has them
+    assert set(tensors) == set(names.entries)
+    back = dtq.load(file)
+    again = file.with_name("again.gguf")
+    dtq.export(back, "gguf", again)
+    assert again.read_bytes() == file.read_bytes()
+    inputs = dummy_inputs(model, 2, 500, 1)
+    assert torch.equal(output(back, inputs), output(made, inputs))
+
+
+def test_codes_survive_every_order_of_names():
+    """Joined and split again, each packed tensor has the bits that it had."""
+    _, made = quantized("flux", "convrot-w4a8", "comfy-w4a8")
+    contents, names = contents_of(made), key_map(config_of(made))
+    back = to_diffusers(to_original(contents, names), names, "file")
+    assert set(back.layers) == set(contents.layers)
+    for name, layer in contents.layers.items():
+        other = back.layers[name]
+        assert (other.spec, other.shape) == (layer.spec, layer.shape)
+        for key, tensor in layer.tensors.items():
+            same = other.tensors[key].view(torch.uint8), tensor.contiguous().view(torch.uint8)
+            assert torch.equal(*same), f"{name}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("target", "shared"), [("comfy-w4a8", "weight_lut"), ("comfy-nvfp4", "weight_scale_2")]
+)
+def test_joined_layers_share_what_a_format_has_once(target, shared, tmp_path):
+    """Solved as one matrix for the target; without it they differ, and are refused by name."""
+    model, made = quantized("sd3", COMFY[target], target)
+    joined = joined_layers(key_map(config_of(made)))
+    matrices: dict[str, list[QuantLinear]] = {}
+    for name, matrix in joined.items():
+        matrices.setdefault(matrix, []).append(made.get_submodule(name))
+    for layers in matrices.values():
+        first = layers[0].packed_tensor(shared)
+        assert all(torch.equal(layer.packed_tensor(shared), first) for layer in layers)
+    inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
+    alone = dtq.quantize(
+        copy.deepcopy(model), COMFY[target], inputs=inputs, progress=False, sanity_check=False
+    )
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(InputError, match=rf"one {shared} for all rows.*--names diffusers"):
+        dtq.export(alone, target, file)
+    assert dtq.export(alone, target, file, names="diffusers").names == "diffusers"
+    report = dtq.export(alone, target, file, unsupported="float", overwrite=True)
+    assert set(report.as_float) == set(joined)
+    together, apart = model_errors(model, made, alone)
+    assert together <= 1.1 * apart
+
+
+def test_layers_that_do_not_fit_together_are_refused():
+    _, made = quantized("sd3", "convrot-w8a8", "comfy-int8")
+    contents, names = contents_of(made), key_map(config_of(made))
+    assert not fusion_reasons(contents.layers, names)
+    q = "transformer_blocks.0.attn.to_q"
+    layers = {name: layer for name, layer in contents.layers.items() if name != q}
+    reasons = fusion_reasons(layers, names)
+    assert set(reasons) == {q.replace("to_q", other) for other in ("to_k", "to_v")}
+    assert all("to_q is float" in reason for reason in reasons.values())
+    other = replace(contents.layers[q].spec, activation_format="none")
+    layers = contents.layers | {q: replace(contents.layers[q], spec=other)}
+    reasons = fusion_reasons(layers, names)
+    assert len(reasons) == 3
+    assert all("formats or transforms differ" in reason for reason in reasons.values())
+
+
+def test_the_plan_keeps_joined_layers_together():
+    """A layer that stays float takes the others of its matrix along; two formats are refused."""
+    model = tiny.sd3(heads=8)
+    made = dtq.quantize(
+        model,
+        "convrot-w8a8",
+        to="comfy-int8",
+        exclude=["attn.q"],
+        progress=False,
+        sanity_check=False,
+    )
+    notes = {x.name: x.note for x in made.hf_quantizer.report.plan.layers if x.unquantized}
+    note = notes["transformer_blocks.0.attn.to_k"]
+    assert "unquantized for comfy-int8: its rows and those of" in note
+    assert "joint_blocks.0.x_block.attn.qkv" in note
+    rules = [{"match": "attn.q", "weights": "q6_k"}]
+    with pytest.raises(RecipeError, match=r"one matrix in original files.*to_q q6_k, to_k q4_k"):
+        dtq.quantize(tiny.sd3(heads=8), "gguf-q4", to="gguf", rules=rules, progress=False)
+
+
+def test_names_are_chosen_and_checked(tmp_path):
+    _, made = quantized("dit", "convrot-w8a8", "comfy-int8")
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(
+        InputError, match=r"no original names for DiTTransformer2DModel.*flux, flux2"
+    ):
+        dtq.export(made, "comfy-int8", file, names="original")
+    assert dtq.export(made, "comfy-int8", file).names == "diffusers"
+    with pytest.raises(InputError, match="expected one of auto, original, diffusers"):
+        dtq.export(made, "comfy-int8", file, names="mine", overwrite=True)
+    _, made = quantized("sd3", "convrot-w8a8", "comfy-int8")
+    folder = tmp_path / "folder"
+    made.save_pretrained(folder)
+    line = ["export", str(folder), "--to", "comfy-int8", "-o"]
+    for names, written in (("auto", "original"), ("diffusers", "diffusers")):
+        file = tmp_path / f"{names}.safetensors"
+        result = CliRunner().invoke(main, [*line, str(file), "--names", names])
+        assert result.exit_code == 0, result.output
+        assert f"names:      {written}" in result.output
+    with safe_open(tmp_path / "auto.safetensors", framework="pt") as opened:
+        tensors = {PREFIX + key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "prefix.safetensors")
+    inputs = dummy_inputs(made, 2, 500, 1)
+    for names in ("auto", "diffusers", "prefix"):
+        loaded = dtq.load(tmp_path / f"{names}.safetensors", config_of(made))
+        assert torch.equal(output(loaded, inputs), output(made, inputs))
