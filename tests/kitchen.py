@@ -2,7 +2,7 @@
 """Runs ComfyUI's files with the package comfy-kitchen, which knows nothing of dtq.
 
 ComfyUI's own loader is not a package. This one does what it does: a marker names the layout, the
-tensors beside it become a ``QuantizedTensor``, and ``torch.nn.functional.linear`` dispatches to the
+layer's other tensors become a ``QuantizedTensor``, and ``torch.nn.functional.linear`` dispatches to the
 engine.
 """
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from dtq.engines import find_target
 from dtq.engines.target import CONVOLUTION, Limits, Target
 from dtq.errors import RecipeError
 from dtq.io.schema import MethodSpec
@@ -53,6 +54,25 @@ def constrain(
         problems.append(f"the recipe {target.limits.recipe} fits: --recipe {target.limits.recipe}")
         raise RecipeError(f"recipe {recipe.name} for {target.name}", problems)
     return plan.with_layers(changed)
+
+
+def in_format(layer: LayerPlan, name: str, target: str) -> LayerPlan:
+    """A layer of a plan in another weight format, if the engine of a target holds it then.
+
+    Args:
+        layer: in its present format.
+        name: key of ``FORMATS``.
+        target: key of ``TARGETS``; empty: any format that fits the width.
+
+    Returns:
+        The layer in the format; or as it is, with a note that says why.
+    """
+    changed = layer.in_format(name)
+    if not target or changed.weight_format != name:
+        return changed
+    limits = find_target(target).limits
+    reason = _reason(changed, limits) or limits.shape_reason(changed.spec, changed.shape)
+    return replace(layer, note=layer.note or f"{target}: {reason}") if reason else changed
 
 
 def _recipe_problems(recipe: Recipe, target: Target) -> Iterator[str]:
