@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dtq.checkpoint import reader
 from dtq.checkpoint.config import DTQConfig
 from dtq.engines import find_target
-from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target
+from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target, stored_bytes
 from dtq.errors import InputError
 from dtq.nn.attention import int8_attention_modules
 from dtq.nn.linear import QuantLinear
@@ -31,7 +31,7 @@ class ExportReport:
 
     Attributes:
         target: its name.
-        file: the file.
+        file: the file, or the folder.
         component: the transformer of the pipeline.
         layers: weight format of each exported layer, by name.
         as_float: why, for each layer that was stored as floats because the engine cannot hold it.
@@ -67,7 +67,7 @@ def export(
     Args:
         source: folder of a dtq checkpoint, or a quantized pipeline or transformer.
         to: name of a target, a key of ``dtq.engines.TARGETS``.
-        output: the file to write; its suffix is that of the target.
+        output: the file to write, or the folder; its suffix is that of the target.
         component: the transformer of a pipeline with several.
         variant: of the files of a folder.
         unsupported: ``refuse`` a model with layers that the engine cannot hold, or store those as
@@ -84,7 +84,7 @@ def export(
     """
     target = find_target(to)
     output = Path(output)
-    if output.suffix != target.suffix:
+    if target.suffix and output.suffix != target.suffix:
         raise InputError(f"{output}: {target.name} writes a {target.suffix} file; name it so")
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists; give another name, or --overwrite (overwrite=True)")
@@ -99,7 +99,7 @@ def export(
     contents, as_float = holdable(model, target, unsupported == "float")
     target.write(contents, output)
     layers = {key: layer.spec.weight_format for key, layer in contents.layers.items()}
-    return ExportReport(target.name, output, name, layers, as_float, output.stat().st_size)
+    return ExportReport(target.name, output, name, layers, as_float, stored_bytes(output))
 
 
 def contents_of(model: nn.Module) -> Contents:
