@@ -65,11 +65,18 @@ def _nvfp4(
     return "TensorCoreNVFP4Layout", weight, params
 
 
+def _fp8(tensors: dict[str, Tensor], options: dict, dtype: torch.dtype) -> tuple[str, Tensor, dict]:
+    weight = tensors["weight"]
+    params = {"scale": tensors["weight_scale"], "orig_shape": tuple(weight.shape)}
+    return "TensorCoreFP8Layout", weight, params
+
+
 LAYOUTS: dict[str, Callable[..., tuple[str, Tensor, dict]]] = {
     "int8_tensorwise": _int8,
     "asym_w4a8_int8": _w4a8,
     "convrot_w4a4": _w4a4,
     "nvfp4": _nvfp4,
+    "float8_e4m3fn": _fp8,
 }
 """By marker: name of the layout, the codes, its parameters."""
 
