@@ -250,8 +250,8 @@ void pack_heads(const Attention& a, int64_t first, int64_t last) {
 
 // ---------------------------------------------------------------------------- queries
 
-// Queries from `token` on, at most kQueryBlock; lanes without a query are zero. `factor` is what turns a
-// product with a key's codes, times the key's scale, into a score of base 2.
+// Queries from `token` on, at most kQueryBlock; lanes without a query are zero. A product with
+// a key's codes, times the key's scale, times `factor` is a score of base 2.
 template <Float type>
 inline void pack_queries(const Attention& a, int64_t base, int64_t token, int count, const Block& b,
                          float* factor) {

@@ -2,7 +2,7 @@
 """Runs ComfyUI's files with the package comfy-kitchen, which knows nothing of dtq.
 
 ComfyUI's own loader is not a package. This one does what it does: a marker names the layout, the
-tensors beside it become a ``QuantizedTensor``, and ``torch.nn.functional.linear`` dispatches to the
+layer's other tensors become a ``QuantizedTensor``, and ``torch.nn.functional.linear`` dispatches to the
 engine.
 """
 
@@ -65,11 +65,18 @@ def _nvfp4(
     return "TensorCoreNVFP4Layout", weight, params
 
 
+def _fp8(tensors: dict[str, Tensor], options: dict, dtype: torch.dtype) -> tuple[str, Tensor, dict]:
+    weight = tensors["weight"]
+    params = {"scale": tensors["weight_scale"], "orig_shape": tuple(weight.shape)}
+    return "TensorCoreFP8Layout", weight, params
+
+
 LAYOUTS: dict[str, Callable[..., tuple[str, Tensor, dict]]] = {
     "int8_tensorwise": _int8,
     "asym_w4a8_int8": _w4a8,
     "convrot_w4a4": _w4a4,
     "nvfp4": _nvfp4,
+    "float8_e4m3fn": _fp8,
 }
 """By marker: name of the layout, the codes, its parameters."""
 

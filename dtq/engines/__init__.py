@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dtq.engines import comfy_int8, comfy_nvfp4, comfy_w4a4, comfy_w4a8, gguf
+from dtq.engines import comfy_fp8, comfy_int8, comfy_nvfp4, comfy_w4a4, comfy_w4a8, gguf, torchao
 from dtq.engines.target import Contents, Limits, StoredLayer, Target
 from dtq.errors import InputError, hint
 
@@ -14,7 +14,9 @@ TARGETS: dict[str, Target] = {
         comfy_w4a8.TARGET,
         comfy_w4a4.TARGET,
         comfy_nvfp4.TARGET,
+        comfy_fp8.TARGET,
         gguf.TARGET,
+        torchao.TARGET,
     )
 }
 """Every target; a file is read by the first that recognizes it."""

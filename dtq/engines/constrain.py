@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from dtq.engines import find_target
 from dtq.engines.target import CONVOLUTION, Limits, Target
 from dtq.errors import RecipeError
 from dtq.io.schema import MethodSpec
@@ -87,6 +88,25 @@ def _together(
             )
             refused.setdefault(reason, []).append(layers[0].name)
     return changed
+
+
+def in_format(layer: LayerPlan, name: str, target: str) -> LayerPlan:
+    """A layer of a plan in another weight format, if the engine of a target holds it then.
+
+    Args:
+        layer: in its present format.
+        name: key of ``FORMATS``.
+        target: key of ``TARGETS``; empty: any format that fits the width.
+
+    Returns:
+        The layer in the format; or as it is, with a note that says why.
+    """
+    changed = layer.in_format(name)
+    if not target or changed.weight_format != name:
+        return changed
+    limits = find_target(target).limits
+    reason = _reason(changed, limits) or limits.shape_reason(changed.spec, changed.shape)
+    return replace(layer, note=layer.note or f"{target}: {reason}") if reason else changed
 
 
 def _recipe_problems(recipe: Recipe, target: Target) -> Iterator[str]:

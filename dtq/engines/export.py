@@ -22,7 +22,7 @@ from dtq.engines.original import (
     tables,
     to_original,
 )
-from dtq.engines.target import Contents, StoredLayer, Target
+from dtq.engines.target import Contents, StoredLayer, Target, stored_bytes
 from dtq.errors import InputError
 from dtq.nn.attention import int8_attention_modules
 from dtq.nn.linear import QuantLinear
@@ -41,7 +41,7 @@ class ExportReport:
 
     Attributes:
         target: its name.
-        file: the file.
+        file: the file, or the folder.
         component: the transformer of the pipeline.
         layers: weight format of each exported layer, by name.
         as_float: why, for each layer that was stored as floats because the engine cannot hold it.
@@ -80,7 +80,7 @@ def export(
     Args:
         source: folder of a dtq checkpoint, or a quantized pipeline or transformer.
         to: name of a target, a key of ``dtq.engines.TARGETS``.
-        output: the file to write; its suffix is that of the target.
+        output: the file to write, or the folder; its suffix is that of the target.
         component: the transformer of a pipeline with several.
         variant: of the files of a folder.
         unsupported: ``refuse`` a model with layers that the engine cannot hold, or store those as
@@ -101,7 +101,7 @@ def export(
     """
     target = find_target(to)
     output = Path(output)
-    if output.suffix != target.suffix:
+    if target.suffix and output.suffix != target.suffix:
         raise InputError(f"{output}: {target.name} writes a {target.suffix} file; name it so")
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists; give another name, or --overwrite (overwrite=True)")
@@ -115,13 +115,16 @@ def export(
             "%s: the file does not say that %d modules compute their attention in int8",
             output, len(modules),
         )  # fmt: skip
-    original = None if names == "diffusers" else _original_names(model, names == "original")
+    if names == "original" and not target.original_names:
+        raise InputError(f"{to} is a folder of diffusers, which has its names: --names diffusers")
+    keep = names == "diffusers" or not target.original_names
+    original = None if keep else _original_names(model, names == "original")
     contents, as_float = holdable(model, target, unsupported == "float", original)
     if original:
         contents = to_original(contents, original)
     target.write(contents, output)
     layers = {key: layer.spec.weight_format for key, layer in contents.layers.items()}
-    size, written = output.stat().st_size, "original" if original else "diffusers"
+    size, written = stored_bytes(output), "original" if original else "diffusers"
     return ExportReport(target.name, output, name, layers, as_float, size, written)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from dtq.checkpoint.config import DTQConfig
 from dtq.engines import TARGETS
 from dtq.engines.original import with_names_of_diffusers
-from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target
+from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer, Target, stored_bytes
 from dtq.errors import LIBRARY_ERRORS, CheckpointError, InputError, first_line
 from dtq.integrations.diffusers import attach_quantizer
 from dtq.io.safe_parse import read_json
@@ -51,7 +51,7 @@ def load(file: str | Path, config: ConfigSource = None) -> Any:
     The tensors have the names of the model's original files, or those of diffusers.
 
     Args:
-        file: in one of the formats of ``dtq export --list``.
+        file: a file or folder in one of the formats of ``dtq export --list``.
         config: diffusers config of the model: a mapping, a ``config.json``, its folder, or the
             folder of a pipeline with a ``transformer``. None: the one in the file, which dtq
             writes.
@@ -107,14 +107,14 @@ def recognize(file: Path) -> Target:
     Raises:
         InputError: there is no such file, or none that dtq reads.
     """
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{file}: no such file")
     for target in TARGETS.values():
-        if target.recognizes(file):
+        if file.is_dir() == (not target.suffix) and target.recognizes(file):
             return target
     raise InputError(
-        f"{file} is a file in none of the formats that dtq reads ({', '.join(TARGETS)}); a folder "
-        f"of dtq or diffusers is loaded with from_pretrained"
+        f"{file} is in none of the formats that dtq reads ({', '.join(TARGETS)}); a folder of dtq "
+        f"or diffusers is loaded with from_pretrained"
     )
 
 
@@ -151,7 +151,7 @@ def _empty_model(fields: dict[str, Any], where: str, contents: Contents, file: P
     try:
         with torch.device("meta"), limit_modules(where, count):
             size = sum(b.numel() * b.element_size() for b in kind.from_config(fields).buffers())
-        if size > 2 * file.stat().st_size + SPARE_BYTES:
+        if size > 2 * stored_bytes(file) + SPARE_BYTES:
             raise CheckpointError(f"{where}: describes tables of {size} bytes; it is damaged")
         with init_empty_weights(include_buffers=False):
             model: nn.Module = kind.from_config(fields)

@@ -109,7 +109,7 @@ class Target:
     Attributes:
         name: key of ``TARGETS``.
         about: one line for ``dtq export --list``.
-        suffix: of its files.
+        suffix: of its files; empty: it writes folders.
         limits: what a recipe may ask for.
         unsupported_reason: why the engine cannot hold a solved layer; None if it can.
         write: writes a file.
@@ -125,6 +125,17 @@ class Target:
     write: Callable[[Contents, Path], None]
     read: Callable[[Path], Contents]
     recognizes: Callable[[Path], bool]
+
+    @property
+    def original_names(self) -> bool:
+        """Whether a file may have a model's original names: a folder has those of diffusers."""
+        return bool(self.suffix)
+
+
+def stored_bytes(path: Path) -> int:
+    """Size of a file, or of the files of a folder, in bytes."""
+    files = path.iterdir() if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files)
 
 
 OF_THE_CHECKPOINT = ("quantization_config", "_name_or_path", "_pre_quantization_dtype")

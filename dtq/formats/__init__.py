@@ -51,6 +51,7 @@ FORMATS: dict[str, Format] = {
         TwoLevelInt("int4-2l-g128", group=128),
         TwoLevelInt("int3-2l-g64", group=64, bits=3),
         Fp8("fp8-row"),
+        Fp8("fp8-matrix", whole=True),
         Grid("e1m2-row", E1M2),
         Grid("e2m1-row", E2M1),
         Grid("e3m0-row", E3M0),

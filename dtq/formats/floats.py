@@ -27,21 +27,38 @@ _E4M3_TINY = 2.0**-9
 
 @dataclass(frozen=True)
 class Fp8(Format):
-    """e4m3 numbers (4 exponent bits, 3 mantissa bits) with one float32 scale per row."""
+    """e4m3 numbers (4 exponent bits, 3 mantissa bits) with one float32 scale per row.
+
+    Attributes:
+        name: key of ``FORMATS``.
+        whole: all rows have the same scale, because an engine takes one per matrix. It is stored
+            for each row all the same, so that the kernels are those of ``fp8-row``.
+    """
 
     name: str
+    whole: bool = False
 
     group = None
+
+    @property
+    def data_dependent(self) -> bool:  # type: ignore[override]
+        """Rows that share their scale have no clip of their own to search."""
+        return self.whole
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """``weight``, one e4m3 number per weight, and ``weight_scale`` (N, 1)."""
         return {
             "weight": TensorSpec(shape, torch.float8_e4m3fn),
-            "weight_scale": TensorSpec((shape[0], 1), torch.float32),
+            "weight_scale": TensorSpec(
+                (shape[0], 1), torch.float32, _different_scales if self.whole else None
+            ),
         }
 
     def _fit(self, x: Tensor, weights: Tensor | None, clip: Clip, outer: QParams | None) -> QParams:
-        return {"weight_scale": clip * x.abs().amax(1, keepdim=True) / _E4M3_MAX}
+        amax = x.abs().amax(1, keepdim=True)
+        if self.whole:
+            return {"weight_scale": amax.amax().expand_as(amax).contiguous() / _E4M3_MAX}
+        return {"weight_scale": clip * amax / _E4M3_MAX}
 
     def fake_quantize(self, x: Tensor, qparams: QParams, cols: slice | None = None) -> Tensor:
         """Nearest representable values, float32; see :meth:`Format.fake_quantize`."""
@@ -128,6 +145,11 @@ class MxFp4(FixedCodebookFormat):
 
     def _float_scale(self, scale: Tensor, qparams: QParams) -> Tensor:
         return (scale.to(torch.int32) << 23).view(torch.float32)  # 2^(e - 127): its float32 bits
+
+
+def _different_scales(weight_scale: Tensor) -> str | None:
+    same = bool((weight_scale == weight_scale[0]).all())
+    return None if same else "scales of rows that are not all equal"
 
 
 def _e4m3(x: Tensor, low: float) -> Tensor:

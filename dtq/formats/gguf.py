@@ -173,10 +173,11 @@ class KQuant(Format):
         best = _Best()
         for delta in _RANGES.tolist():
             scale = largest / (self.low + delta)  # the largest value becomes the lowest code
-            for _ in range(2):
-                codes = self._codes(x, scale, zero)
-                best.add(_error(x, weight, codes, scale, zero), scale, zero)
-                scale = _slope(x, weight, codes, scale)
+            codes = self._codes(x, scale, zero)
+            best.add(_error(x, weight, codes, scale, zero), scale, zero)
+            scale = _slope(x, weight, codes, scale)
+            codes = self._codes(x, scale, zero)
+            best.add(_error(x, weight, codes, scale, zero), scale, zero)
         return best.scale, zero
 
     def _codes(self, x: Tensor, scale: Tensor, floor: Tensor) -> Tensor:

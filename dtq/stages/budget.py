@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from dtq.allocate import parse_budget
+from dtq.engines.constrain import in_format
 from dtq.errors import InputError
 from dtq.plan.layers import LayerPlan, LayerSpec
 from dtq.recipe.schema import Allocate
@@ -69,7 +70,10 @@ def _sizes(run: Run, layers: Iterable[LayerPlan]) -> Iterable[list[int]]:
     for group in run.scan.input_groups:
         if members := [by_name[x.name] for x in group.linears if x.name in by_name]:
             formats = run.recipe.allocate.formats
-            yield [sum(x.in_format(f).nbytes(run.plan.bins) for x in members) for f in formats]
+            yield [
+                sum(in_format(x, f, run.target).nbytes(run.plan.bins) for x in members)
+                for f in formats
+            ]
 
 
 def _bits(weight_format: str) -> float:

@@ -7,6 +7,7 @@ import logging
 import math
 
 from dtq.allocate import allocate, groups_of, parse_budget
+from dtq.engines.constrain import in_format
 from dtq.stages.candidates import measure_candidates
 from dtq.stages.layer_result import LayerResult, finalize
 from dtq.stages.run import Run
@@ -62,7 +63,8 @@ def _solve_every_format(
     for option in run.recipe.allocate.formats:
         solved = run.results
         if option != run.recipe.weights:
-            other = run.plan.with_layers({x.name: x.in_format(option) for x in run.plan.gemm()})
+            moved = {x.name: in_format(x, option, run.target) for x in run.plan.gemm()}
+            other = run.plan.with_layers(moved)
             for x in other.gemm():
                 if x.weight_format != option:
                     log.warning("%s: stays in %s: %s", x.name, x.weight_format, x.note)

@@ -43,9 +43,9 @@ def plan(run: Run) -> None:
     run.plan = recipe.plan(run.scan, (*run.exclude, *kept_in_float(loaded.model)))
     if run.target:
         convolutions = [name for name, m in linears_of(loaded.model) if is_pointwise(m)]
-        names = key_map(config_of(loaded.model))
-        run.joined = {} if names is None else joined_layers(names)
         target = find_target(run.target)
+        names = key_map(config_of(loaded.model)) if target.original_names else None
+        run.joined = {} if names is None else joined_layers(names)
         run.plan = constrain(run.plan, recipe, target, convolutions, run.joined)
     if not run.plan.quantized():
         why = Counter(run.scan.unsupported.values()).most_common()

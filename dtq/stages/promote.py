@@ -8,9 +8,10 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
+from dtq.engines.constrain import in_format
 from dtq.io.schema import MethodSpec
 from dtq.models.linears import matrix_of
-from dtq.plan.layers import LayerPlan, misfit
+from dtq.plan.layers import LayerPlan
 from dtq.runs.tasks import Result
 from dtq.stages.budget import promotion_budget
 from dtq.stages.layer_result import InputReport, LayerResult, finalize, from_result, to_result
@@ -38,8 +39,7 @@ def promote(run: Run) -> None:
             settings.budget, run.plan.bits(run.plan.gemm()), run.recipe.name, budget,
         )  # fmt: skip
     for layer, error in _sensitive(run):
-        finer = layer.with_spec(weight_format=settings.to, rank=0)
-        raised = replace(finer, lowrank=MethodSpec("none"), format_candidates=())
+        raised = _raised(run, layer)
         plan = run.plan.with_layers({layer.name: raised})
         if plan.bits(plan.gemm()) > budget:
             continue
@@ -64,9 +64,15 @@ def _sensitive(run: Run) -> Iterator[tuple[LayerPlan, float]]:
     limit = min(settings.max_error, settings.median_factor * statistics.median(known.values()))
     layers = [x for x in run.plan.gemm() if x.name in known]
     for layer in sorted(layers, key=lambda x: -known[x.name]):
-        fits = layer.weight_format != settings.to and not misfit(settings.to, layer.shape)
+        fits = layer.weight_format != settings.to == _raised(run, layer).weight_format
         if known[layer.name] > limit and fits:
             yield layer, known[layer.name]
+
+
+def _raised(run: Run, layer: LayerPlan) -> LayerPlan:
+    """The layer in the format of promotion, without a branch, if the model and target allow it."""
+    plain = replace(layer.with_spec(rank=0), lowrank=MethodSpec("none"), format_candidates=())
+    return in_format(plain, run.recipe.promote.to, run.target)
 
 
 def _solve_again(run: Run, layer: LayerPlan) -> LayerResult:

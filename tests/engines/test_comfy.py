@@ -136,20 +136,28 @@ def test_columns_go_to_the_regular_rotation_and_back(block):
 
 
 @needs_kitchen
-@pytest.mark.parametrize("activations", ["nvfp4", "none"])
-def test_nvfp4_weights_are_those_of_dtq(activations, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kind", "activations"),
+    [
+        ("comfy-nvfp4", "nvfp4-46", "nvfp4"),
+        ("comfy-nvfp4", "nvfp4-46", "none"),
+        ("comfy-fp8", "fp8-matrix", "fp8-row"),
+        ("comfy-fp8", "fp8-matrix", "none"),
+    ],
+)
+def test_float_weights_are_those_of_dtq(name, kind, activations, tmp_path):
     """On a CPU the package multiplies them with float activations, whatever the file asks for."""
     import kitchen
 
-    model, made = quantized("dit", "comfy-nvfp4", "comfy-nvfp4", activations=activations)
+    model, made = quantized("dit", name, name, activations=activations)
     file = tmp_path / "model.safetensors"
-    dtq.export(made, "comfy-nvfp4", file)
+    dtq.export(made, name, file)
     weights, others, _ = kitchen.quantized_weights(file)
     checked = 0
     for name, layer in made.named_modules():
-        if not isinstance(layer, QuantLinear) or layer.weight_format != "nvfp4-46":
+        if not isinstance(layer, QuantLinear) or layer.weight_format != kind:
             continue
-        weight = weights[name].dequantize() if activations == "nvfp4" else weights[name]
+        weight = weights[name].dequantize() if activations != "none" else weights[name]
         torch.testing.assert_close(weight, layer.dequantize(), rtol=1e-6, atol=0)
         if activations == "none":
             x = layer_input(layer.in_features)

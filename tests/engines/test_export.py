@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from click.testing import CliRunner
 from conftest import QUICK, hasty
-from engine_models import error, output, quantized
+from engine_models import error, output, quantized, stored_files
 from safetensors import safe_open
 
 import dtq
@@ -19,6 +21,7 @@ from dtq.engines import TARGETS, find_target
 from dtq.errors import InputError, RecipeError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
+from dtq.nn.attention import use_int8_attention
 from dtq.pipelines.tracing import dummy_inputs
 from dtq.recipe import Recipe
 from dtq.transforms import TRANSFORMS
@@ -38,7 +41,7 @@ def test_a_target_names_entries_of_the_tables(name):
 def test_the_recipe_of_a_target_fits_it(name, tmp_path):
     _, made = quantized("dit", TARGETS[name].limits.recipe, name)
     report = dtq.export(made, name, tmp_path / f"model{TARGETS[name].suffix}")
-    assert report.nbytes == report.file.stat().st_size
+    assert report.nbytes == sum(map(len, stored_files(report.file).values()))
     assert not report.as_float
     assert len(report.layers) > 8
 
@@ -70,6 +73,7 @@ def test_a_recipe_that_does_not_fit_is_refused_before_calibration():
         ({"transform": "search"}, "transform search"),
         ({"activations": "int8-static"}, "activations int8-static"),
         ({"lowrank": "svd"}, "a low-rank branch"),
+        ({"attention": "int8"}, "attention: a file for comfy-int8 cannot say"),
         ({"promote": {"to": "int8-g64"}}, "promote.to: comfy-int8 cannot hold int8-g64"),
     ],
 )
@@ -156,3 +160,31 @@ def test_the_command_line_quantizes_and_exports_the_same_file(float_folder, tmp_
     assert first.read_bytes() == file.read_bytes()
     listed = run(main, ["export", "--list"])
     assert all(name in listed.output for name in TARGETS)
+
+
+def test_a_refused_export_keeps_the_checkpoint(float_folder, tmp_path, monkeypatch):
+    target = TARGETS["comfy-int8"]
+    refuses = replace(target, unsupported_reason=lambda layer: "it is a test")
+    monkeypatch.setitem(TARGETS, "comfy-int8", refuses)
+    out = tmp_path / "out"
+    quick = [f"--set=calibration.{key}={value}" for key, value in QUICK["calibration"].items()]
+    line = ["quantize", str(float_folder), "--recipe", "convrot-w8a8", "--to", "comfy-int8"]
+    result = CliRunner().invoke(main, [*line, *quick, "--no-sanity-check", "-o", str(out)])
+    assert result.exit_code == 1
+    assert "it is a test" in result.output
+    assert f"dtq export {out} --to comfy-int8 --unsupported float" in " ".join(
+        result.output.split()
+    )
+    monkeypatch.undo()
+    assert dtq.export(out, "comfy-int8", tmp_path / "a.safetensors").layers
+
+
+def test_export_warns_that_int8_attention_is_lost(tmp_path, caplog):
+    _, made = quantized("dit", "convrot-w8a8", "comfy-int8")
+    try:
+        use_int8_attention(made, ["transformer_blocks.0.attn1"])
+        with caplog.at_level(logging.WARNING, "dtq"):
+            dtq.export(made, "comfy-int8", tmp_path / "a.safetensors")
+    finally:
+        use_int8_attention(made, [])
+    assert "1 modules compute their attention in int8" in caplog.text

@@ -11,7 +11,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 from conftest import QUICK, hasty
-from engine_models import FAMILIES, error, output, quantized
+from engine_models import FAMILIES, error, largest_file, output, quantized, stored_files
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -43,7 +43,7 @@ def test_export_import_export_gives_equal_bytes(exported, target, tmp_path):
     _, file = exported
     again = tmp_path / f"again{target.suffix}"
     dtq.export(dtq.load(file), target.name, again)
-    assert again.read_bytes() == file.read_bytes()
+    assert stored_files(again) == stored_files(file)
 
 
 def test_the_loaded_model_gives_the_same_bits(exported, tmp_path):
@@ -122,9 +122,10 @@ def test_damaged_files_are_loaded_or_refused(target, tmp_path):
     _, made = quantized("dit", target.limits.recipe, target.name)
     file = tmp_path / f"model{target.suffix}"
     dtq.export(made, target.name, file)
-    data, refused = file.read_bytes(), 0
+    damaged = largest_file(file)
+    data, refused = damaged.read_bytes(), 0
     for seed in range(120):
-        file.write_bytes(damage(data, random.Random(seed)))
+        damaged.write_bytes(damage(data, random.Random(seed)))
         try:
             dtq.load(file)
         except DtqError:
