@@ -53,8 +53,8 @@ def plan(
     """
     import psutil
 
-    from dtq.allocate import parse_size
     from dtq import demo
+    from dtq.allocate import parse_size
     from dtq.cli import sampling_memory
     from dtq.cli.inputs import check_target, recipe_with
     from dtq.estimate import estimate
