@@ -115,7 +115,8 @@ class FakeRun:
         places = []
         fakes: dict[int, Tensor] = {}
         for module in model.modules():
-            for store in (module._parameters, module._buffers):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for store in stores:
                 for name, tensor in store.items():
                     if tensor is not None:
                         places.append((store, name, tensor))
