@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 @opt.text_encoder
 @opt.exclude
 @opt.memory
+@opt.count("--batch", default=1, help="Images sampled at a time, for the memory while sampling.")
 @opt.every_layer
 @opt.json(help="Print the plan as JSON.")
 def plan(
@@ -38,6 +38,7 @@ def plan(
     text_encoder: str,
     exclude: tuple[str, ...],
     memory: str | None,
+    batch: int,
     every: bool,
     as_json: bool,
     **choices: Any,
@@ -46,7 +47,8 @@ def plan(
 
     MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
     demo-video. Of its weights only names, shapes and FP8 tensors without a scale are read. The
-    file size is exact; memory, disk and time are estimates.
+    file size is exact; memory, disk and time are estimates. Of a local pipeline also the memory
+    while sampling, at the size of --arg, with and without offloading.
 
     \b
     dtq plan demo --recipe w4a8
@@ -54,7 +56,9 @@ def plan(
     """
     import psutil
 
+    from dtq import demo
     from dtq.allocate import parse_size
+    from dtq.cli import sampling_memory
     from dtq.cli.inputs import check_target, recipe_with
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
@@ -73,10 +77,11 @@ def plan(
     text = text_encoder != KEEP
     models = loading.meta_models(model, components or "auto", variant, text=text)
     check_patterns(exclude, [empty for empty, _ in models.values()], "--exclude")
-    folder = Path(model)
+    folder = demo.path_of(model)
     has_pipeline = not folder.exists() or contents.folder_kind(folder) == "pipeline"
     limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
     data: dict[str, dict[str, Any]] = {}
+    plans: dict[str, Plan] = {}
     for name, (empty, stored) in models.items():
         loaded = loading.LoadedModel(model, None, name, empty)
         own, to = recipe, target
@@ -87,7 +92,7 @@ def plan(
         compute = stored if dtype == "auto" else loading.DTYPES[dtype]
         needs, mapped = statistics_needed(own, has_pipeline), compute == stored
         cost = estimate(run, compute, needs=needs, mapped=mapped, has_pipeline=has_pipeline)
-        data[name] = _to_json(run, cost)
+        data[name], plans[name] = _to_json(run, cost), run.plan
         if not as_json:
             if len(models) > 1:
                 click.echo(f"{name}:")
@@ -96,6 +101,12 @@ def plan(
         total = sum(part["bytes"] for part in data.values())
         shares = [(n, size(d["bytes"]), f"{d['bytes'] / total:.0%}") for n, d in data.items()]
         table(("component", "file", "share"), [*shares, ("together", size(total), "")])
+    if has_pipeline and folder.exists():
+        sampling = sampling_memory.forecast(folder, recipe, batch, compute, plans)
+        for entry in data.values():
+            entry["sampling"] = sampling
+        if not as_json:
+            sampling_memory.show(sampling)
     if as_json:
         click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
 

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of ``dtq plan`` that tells how much memory sampling takes, and which GPUs have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtq.cli.output import size, table
+from dtq.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dtq.plan import Plan
+    from dtq.recipe import Recipe
+
+MODES = {
+    "none": "no offloading",
+    "model": "enable_model_cpu_offload",
+    "group": "enable_group_offload, block level",
+    "sequential": "enable_sequential_cpu_offload",
+}
+
+
+def forecast(
+    folder: Path, recipe: Recipe, batch: int, dtype: torch.dtype, plans: Mapping[str, Plan]
+) -> dict[str, Any]:
+    """Peak bytes while sampling, by offload mode.
+
+    Args:
+        folder: of the pipeline.
+        recipe: its calibration gives guidance and the arguments of the call.
+        batch: images sampled at a time.
+        dtype: compute dtype.
+        plans: of the transformers by component.
+
+    Returns:
+        Of the JSON output: ``modes``, ``fits`` (GB), ``weights``, ``activations``, ``batch``; or
+        ``unknown``, the reason why the pipeline does not run without weights.
+    """
+    from dtq.estimate.fake_pipeline import meta_pipeline
+    from dtq.estimate.sampling import sampling_memory
+
+    settings = replace(recipe.calibration, batch_size=batch, samples=batch, steps=2)
+    try:
+        found = sampling_memory(meta_pipeline(folder), settings, dtype, plans)
+    except InputError as error:
+        return {"unknown": str(error)}
+    return {
+        "batch": batch,
+        "modes": found.modes,
+        "fits": {mode: list(found.fits(mode)) for mode in found.modes},
+        "weights": found.weights,
+        "activations": found.activations.components,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a forecast."""
+    click.echo()
+    if "unknown" in found:
+        click.echo(f"memory while sampling: unknown. {found['unknown']}")
+        return
+    rows = [
+        (MODES[mode], size(peak), ", ".join(f"{gb} GB" for gb in found["fits"][mode]) or "none")
+        for mode, peak in found["modes"].items()
+    ]
+    table((f"memory while sampling {found['batch']}", "peak", "GPUs that fit"), rows)
+    live = ", ".join(f"{name} {size(n)}" for name, n in found["activations"].items())
+    click.echo(f"of it activations: {live}")
