@@ -123,8 +123,8 @@ class Reader:
         self.expect(plan)
         for name, module in planned_linears(model, plan).items():
             try:
-                shape = shape_of(module) if is_linear(module) else matrix_shape(module)
-                specs = plan.layers[name].validated_for(shape, plan.bins)
+                of_weight = shape_of if is_linear(module) else matrix_shape
+                specs = plan.layers[name].validated_for(of_weight(module), plan.bins)
             except InputError as error:
                 raise CheckpointError(f"config.json: layers[{name!r}]: {error}") from error
             for part, spec in specs.items():

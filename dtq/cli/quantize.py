@@ -94,8 +94,6 @@ def quantize(
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
-    from dtq.stages.autoencoder import check_vae, quantize_autoencoder
-    from dtq.stages.plan import plan
     from dtq.stages.run_identity import run_identity
 
     tune_malloc()
@@ -121,11 +119,7 @@ def quantize(
             target=target,
             text_encoder=text_encoder,
         )
-        pipeline = runs[0].loaded.pipeline
-        check_vae(pipeline, vae)
-        for run in runs:
-            plan(run)
-            _check_disk(run, output)
+        _plan(runs, output, vae)
         inputs = run_identity(runs, recipe.needs(), stats) if workers.is_main else {}
         inputs |= {"vae": vae} if inputs and vae != "keep" else {}
         directory.begin(inputs, parse_size(memory) if memory else None)
@@ -135,25 +129,37 @@ def quantize(
         reports = run_stages(runs)
         if not workers.is_main:
             return
-        decodes = quantize_autoencoder(pipeline, vae, recipe.calibration)
-        data = _save(directory, runs, reports, shard_size, decodes)
+        data = _save(directory, runs, reports, shard_size, vae)
     if as_json:
         click.echo(json.dumps(data))
         return
-    _print_reports(reports, output, time.monotonic() - started)
-    if decodes:
-        psnr = "equal decodes" if decodes["psnr"] is None else f"PSNR {decodes['psnr']:.1f} dB"
-        sizes = f"{size(decodes['bytes_before'])} to {size(decodes['bytes'])}"
-        click.echo(f"vae: {decodes['layers']} layers in {decodes['format']}, {sizes}, {psnr}")
+    _print_reports(reports, output, time.monotonic() - started, data.get("vae", {}))
     for file in data.get("exported", []):
         click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
 
 
-def _print_reports(reports: dict[str, Report], output: Path, seconds: float) -> None:
+def _print_reports(
+    reports: dict[str, Report], output: Path, seconds: float, decodes: dict[str, Any]
+) -> None:
     for name, report in reports.items():
         if len(reports) > 1:
             click.echo(f"{name}:")
         print_report(report, output, seconds)
+    if decodes:
+        psnr = "equal decodes" if decodes["psnr"] is None else f"PSNR {decodes['psnr']:.1f} dB"
+        sizes = f"{size(decodes['bytes_before'])} to {size(decodes['bytes'])}"
+        click.echo(f"vae: {decodes['layers']} layers in {decodes['format']}, {sizes}, {psnr}")
+
+
+def _plan(runs: list[Run], output: Path, vae: str) -> None:
+    """Plan every model; refuses before the work what cannot be done."""
+    from dtq.stages.autoencoder import check_vae
+    from dtq.stages.plan import plan
+
+    check_vae(runs[0].loaded.pipeline, vae)
+    for run in runs:
+        plan(run)
+        _check_disk(run, output)
 
 
 def _check_disk(run: Run, output: Path) -> None:
@@ -171,24 +177,21 @@ def _check_disk(run: Run, output: Path) -> None:
 
 
 def _save(
-    directory: RunDirectory,
-    runs: list[Run],
-    reports: dict[str, Report],
-    shard_size: str,
-    autoencoder: dict[str, Any],
+    directory: RunDirectory, runs: list[Run], reports: dict[str, Report], shard_size: str, vae: str
 ) -> dict[str, Any]:
     """Write the output folder; returns the report as plain data."""
     from dtq.checkpoint import writer
     from dtq.errors import InputError
     from dtq.io.safe_parse import finite_or_null
+    from dtq.stages.autoencoder import quantize_autoencoder
 
     first = runs[0].loaded
     saveable = first.pipeline if first.pipeline is not None else first.model
     data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
     if len(data) == 1:
         (data,) = data.values()
-    if autoencoder:
-        data["vae"] = autoencoder
+    if decodes := quantize_autoencoder(first.pipeline, vae, runs[0].recipe.calibration):
+        data["vae"] = decodes
     data = finite_or_null(data)
     refused: list[str] = []
     with directory.result() as side:

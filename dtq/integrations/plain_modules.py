@@ -94,8 +94,8 @@ def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
     plan = config.load_plan()
     opened = reader.Reader(files)
     opened.check_plan(plan, model)
-    unknown = {k for k in opened.stored if k.rpartition(".")[0] not in plan.layers}
-    if unknown := sorted(unknown - set(model.state_dict())):
+    floats = {k for k in opened.stored if k.rpartition(".")[0] not in plan.layers}
+    if unknown := sorted(floats - set(model.state_dict())):
         raise CheckpointError(f"{folder}: the model has no tensor {unknown[0]}")
     swap_empty(model, plan, config.compute_dtype or torch.float32)
     state: dict[str, Tensor] = {}

@@ -20,7 +20,7 @@ TIME_ARGUMENTS = (
     "time",
     "times",
 )
-"""Names of the timestep argument in the transformers and U-Nets of diffusers and other libraries."""
+"""Names of the timestep argument in models of diffusers and of other libraries."""
 
 
 def sample_timesteps(timestep: Tensor) -> Tensor:

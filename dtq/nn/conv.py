@@ -66,7 +66,7 @@ class QuantConv(nn.Module):
             compute_dtype: dtype of the bias.
             device: of the packed tensors; None for that of ``old``.
         """
-        new: QuantConv = object.__new__(_class_for(type(old)))
+        new: QuantConv = object.__new__(_class_for(type(old)))  # type: ignore[arg-type]
         new.__dict__.update({k: v for k, v in vars(old).items() if k != "_parameters"})
         new._parameters = {}
         new.spec, new.compute_dtype, new.config_entry = spec, compute_dtype, {}
@@ -142,4 +142,4 @@ def _class_for(kind: type[nn.Module]) -> type[QuantConv]:
 
 
 def _new(kind: type[nn.Module]) -> QuantConv:
-    return object.__new__(_class_for(kind))
+    return object.__new__(_class_for(kind))  # type: ignore[arg-type]

@@ -121,6 +121,7 @@ def test_a_pipeline_without_conditions():
         attention_head_dim=16,
     )
     pipe = DDPMPipeline(unet.eval(), DDIMScheduler())
-    dtq.quantize(pipe, "rtn-w4a8", calibration=FEW, progress=False)
+    coarse = {"search": {"step": 0.25, "max_error_ratio": 1.0}}
+    dtq.quantize(pipe, "w8a8", calibration=FEW, transform=coarse, progress=False)
     assert isinstance(pipe.unet.mid_block.attentions[0].to_q, QuantLinear)
     assert pipe.unet.hf_quantizer.report.calibration["calls"] == 2
