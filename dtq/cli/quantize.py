@@ -119,7 +119,8 @@ def quantize(
         for run in runs:
             plan(run)
             _check_disk(run, output)
-        inputs = run_identity(runs, recipe.needs(), stats) if workers.is_main else {}
+        needs = frozenset[str]().union(*(run.recipe.needs() for run in runs))
+        inputs = run_identity(runs, needs, stats) if workers.is_main else {}
         directory.begin(inputs, parse_size(memory) if memory else None)
         for run in runs:
             run.memory = directory.memory
