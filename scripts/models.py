@@ -112,7 +112,7 @@ def text_row(name: str) -> str:
         plan = Recipe.load("w4a16").plan(scan, kept_in_float(model))
         roles = Counter(layer.role.split(".")[0] for layer in plan.quantized())
         if not plan.quantized():
-            what = "; ".join(f"{why}: {n}" for n, why in _shortened(scan.unsupported).items())
+            what = "; ".join(sorted(set(scan.unsupported.values())))
             cells = [name, f"0 of {len(plan.layers)}", "", *("-" for _ in TEXT_RECIPES), what]
             return f"| {' | '.join(cells)} |"
         errors = [text_error(texts.kind_of(name), folder, name, recipe) for recipe in TEXT_RECIPES]
@@ -140,10 +140,6 @@ def text_error(kind: Any, folder: str, name: str, recipe: str) -> str:
     if not torch.equal(got, again):
         return "differs after loading"
     return f"{float((got.double() - want).square().sum() / want.square().sum()):.0e}"
-
-
-def _shortened(names: dict[str, str]) -> dict[str, str]:
-    return {_short(name): what for name, what in names.items()}
 
 
 TEXT_HEAD = """## Text encoders

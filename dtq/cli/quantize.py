@@ -87,14 +87,12 @@ def quantize(
     dtq quantize demo-video --recipe w4a8 --text-encoder w8a8 -o video
     dtq quantize demo --recipe convrot-w8a8 --to comfy-int8 -o demo-int8
     """
-    from dtq.allocate import parse_size
     from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
     from dtq.cli.inputs import check_target, join_workers, recipe_with, source_of
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
-    from dtq.stages.run_identity import run_identity
 
     tune_malloc()
     recipe = recipe_with(choices)
@@ -120,11 +118,7 @@ def quantize(
             text_encoder=text_encoder,
         )
         _plan(runs, output, vae)
-        inputs = run_identity(runs, recipe.needs(), stats) if workers.is_main else {}
-        inputs |= {"vae": vae} if inputs and vae != "keep" else {}
-        directory.begin(inputs, parse_size(memory) if memory else None)
-        for run in runs:
-            run.memory = directory.memory
+        _begin(directory, runs, memory, stats, vae)
         del statistics
         reports = run_stages(runs)
         if not workers.is_main:
@@ -136,6 +130,22 @@ def quantize(
     _print_reports(reports, output, time.monotonic() - started, data.get("vae", {}))
     for file in data.get("exported", []):
         click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
+
+
+def _begin(
+    directory: RunDirectory, runs: list[Run], memory: str | None, stats: Path | None, vae: str
+) -> None:
+    """Start the run, or continue the one of the same inputs."""
+    from dtq.allocate import parse_size
+    from dtq.stages.run_identity import run_identity
+
+    needs = frozenset[str]().union(*(run.recipe.needs() for run in runs))
+    main = runs[0].tasks.workers.is_main
+    inputs = run_identity(runs, needs, stats) if main else {}
+    inputs |= {"vae": vae} if inputs and vae != "keep" else {}
+    directory.begin(inputs, parse_size(memory) if memory else None)
+    for run in runs:
+        run.memory = directory.memory
 
 
 def _print_reports(

@@ -170,8 +170,9 @@ def evaluate(
         return None
     vbench_metrics.score(vbench, merged.run, merged.images, videos_to or Path(), progress)
     merged.images.pop("rerun", None)
-    result = _result(merged, bits)
-    result.text_encoders = embedding_errors(candidate, reference, job.requests, job.settings)
+    result = _result(
+        merged, bits, embedding_errors(candidate, job.reference, job.requests, job.settings)
+    )
     result.metrics, result.image_sets = sets.metrics, sets.image_sets
     if request.distributions:
         result.run.image_sets, result.run.features = sets.file, sets.features()
@@ -181,13 +182,15 @@ def evaluate(
     return result
 
 
-def _result(shard: CandidateRun, bits: Mapping[str, float | None]) -> Evaluation:
+def _result(
+    shard: CandidateRun, bits: Mapping[str, float | None], text_encoders: dict[str, float]
+) -> Evaluation:
     rows = [result_row(name, by_step(errors)) for name, errors in shard.errors.items()]
     for row in rows:
         row.bits = bits[row.name]
     compare_images(rows[0], *shard.images.values())
     rows[0].divergence = by_step(shard.divergence)
-    return Evaluation(shard.run, rows, shard.images)
+    return Evaluation(shard.run, rows, shard.images, text_encoders=text_encoders)
 
 
 def result_row(name: str, steps: list[float]) -> ResultRow:

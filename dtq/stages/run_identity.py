@@ -28,19 +28,19 @@ def run_identity(
     """Everything that the bytes of the result depend on, except the number of threads.
 
     Args:
-        runs: the transformers of one pipeline, with one recipe.
+        runs: the transformers of one pipeline, with one recipe, and its text encoders.
         needs: statistics that will be collected, keys of ``OBSERVERS``.
-        statistics: file of ``dtq calibrate`` that is used instead.
+        statistics: file of ``dtq calibrate`` that is used instead, for the transformer.
     """
     loaded, recipe = runs[0].loaded, runs[0].recipe
     pipeline, settings = loaded.pipeline, recipe.calibration
-    digest = None
-    if pipeline is not None and needs and statistics is None:
-        requests = prompts.load(settings.prompts, pipeline, settings.samples)
-        digest = bytes_digest(json.dumps([str(entry) for entry in requests.entries]).encode())
     texts = {
         run.loaded.component: run.recipe.to_dict() for run in runs if is_text_encoder(run.model)
     }
+    digest = None
+    if pipeline is not None and needs and (statistics is None or texts):
+        requests = prompts.load(settings.prompts, pipeline, settings.samples)
+        digest = bytes_digest(json.dumps([str(entry) for entry in requests.entries]).encode())
     return {
         "model": _model(loaded),
         "components": [run.loaded.component for run in runs],
