@@ -251,6 +251,12 @@ def _stored_layer(
 def matrix(weight: Tensor, dtype: torch.dtype, where: str, per_byte: int = 1) -> tuple[int, int]:
     """(N, K) of a stored weight.
 
+    Args:
+        weight: as it is in the file.
+        dtype: that it must have.
+        where: the layer, for messages.
+        per_byte: values in a byte of it.
+
     Raises:
         CheckpointError: it has another dtype, or is no matrix.
     """
