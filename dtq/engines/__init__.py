@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
-from dtq.engines import comfy_fp8, comfy_int8, comfy_nvfp4, comfy_w4a4, comfy_w4a8, gguf, torchao
+from dtq.engines import (
+    comfy_fp8,
+    comfy_int8,
+    comfy_nvfp4,
+    comfy_w4a4,
+    comfy_w4a8,
+    gguf,
+    onnx,
+    torchao,
+)
 from dtq.engines.target import Contents, Limits, StoredLayer, Target
 from dtq.errors import InputError, hint
 
@@ -17,6 +26,7 @@ TARGETS: dict[str, Target] = {
         comfy_fp8.TARGET,
         gguf.TARGET,
         torchao.TARGET,
+        onnx.TARGET,
     )
 }
 """Every target; a file is read by the first that recognizes it."""

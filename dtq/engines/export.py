@@ -101,6 +101,11 @@ def export(
     """
     target = find_target(to)
     output = Path(output)
+    if target.missing:
+        raise InputError(
+            f"{target.name} is written with {' and '.join(target.missing)}: "
+            f"pip install 'dtq[engines]'"
+        )
     if target.suffix and output.suffix != target.suffix:
         raise InputError(f"{output}: {target.name} writes a {target.suffix} file; name it so")
     if output.exists() and not overwrite:

@@ -64,7 +64,9 @@ def load(file: str | Path, config: ConfigSource = None) -> Any:
         CheckpointError: the file is damaged, or does not fit the config; names the tensor.
     """
     file = Path(file)
-    contents = recognize(file).read(file)
+    read = recognize(file).read
+    assert read is not None  # recognize gives no other
+    contents = read(file)
     if contents.compute_dtype not in ("", *DTYPES):
         raise CheckpointError(f"{file}: dtq.compute_dtype is {contents.compute_dtype!r}")
     fields, where = _config(contents, config, file)
@@ -109,11 +111,12 @@ def recognize(file: Path) -> Target:
     """
     if not file.exists():
         raise InputError(f"{file}: no such file")
-    for target in TARGETS.values():
+    targets = {name: target for name, target in TARGETS.items() if target.read}
+    for target in targets.values():
         if file.is_dir() == (not target.suffix) and target.recognizes(file):
             return target
     raise InputError(
-        f"{file} is in none of the formats that dtq reads ({', '.join(TARGETS)}); a folder of dtq "
+        f"{file} is in none of the formats that dtq reads ({', '.join(targets)}); a folder of dtq "
         f"or diffusers is loaded with from_pretrained"
     )
 

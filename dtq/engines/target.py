@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,9 @@ class Target:
         limits: what a recipe may ask for.
         unsupported_reason: why the engine cannot hold a solved layer; None if it can.
         write: writes a file.
-        read: reads a file; the inverse of ``write``.
+        read: reads a file; the inverse of ``write``. None: dtq does not read such files.
         recognizes: whether a file is one of this engine; looks at its header alone.
+        packages: modules that ``write`` needs beyond dtq's own dependencies.
     """
 
     name: str
@@ -123,8 +125,14 @@ class Target:
     limits: Limits
     unsupported_reason: Callable[[StoredLayer], str | None]
     write: Callable[[Contents, Path], None]
-    read: Callable[[Path], Contents]
-    recognizes: Callable[[Path], bool]
+    read: Callable[[Path], Contents] | None = None
+    recognizes: Callable[[Path], bool] = lambda path: False
+    packages: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that ``write`` needs and that are not installed."""
+        return [name for name in self.packages if find_spec(name) is None]
 
     @property
     def original_names(self) -> bool:

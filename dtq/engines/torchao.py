@@ -62,7 +62,7 @@ QUANT_TYPE = {
 """What diffusers needs to choose its ``torchao``; the layers are as their metadata says."""
 
 GROUPS = {f"int4{asym}-g{group}": group for asym in ("", "-asym") for group in (32, 64, 128)}
-FORMAT_OF = {
+FORMAT_OF: dict[tuple[str, int | None], str] = {
     (INT8, None): "int8-row",
     (INT8, 64): "int8-g64",
     **{(INT4, group): f"int4-asym-g{group}" for group in GROUPS.values()},
@@ -117,8 +117,8 @@ def encode(layer: StoredLayer, dtype: str) -> tuple[dict[str, Tensor], dict[str,
     scale = tensors["weight_scale"].float()
     torch_dtype = {"_type": "torch.dtype", "_data": dtype}
     if kind not in GROUPS:
-        group = columns if kind == "int8-row" else FORMATS[kind].group
-        data = {
+        group = FORMATS[kind].group or columns
+        data: dict[str, Any] = {
             "act_quant_kwargs": TOKENS if quantized else None,
             "block_size": [1, group],
             "dtype": torch_dtype,

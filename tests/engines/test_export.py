@@ -39,6 +39,8 @@ def test_a_target_names_entries_of_the_tables(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_recipe_of_a_target_fits_it(name, tmp_path):
+    if TARGETS[name].missing:
+        pytest.skip(f"needs {TARGETS[name].missing}: see docs/engines/README.md")
     _, made = quantized("dit", TARGETS[name].limits.recipe, name)
     report = dtq.export(made, name, tmp_path / f"model{TARGETS[name].suffix}")
     assert report.nbytes == sum(map(len, stored_files(report.file).values()))
