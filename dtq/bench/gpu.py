@@ -56,14 +56,28 @@ def gpu() -> torch.device:
 
 
 def gemm(device: torch.device, quick: bool, rounds: int, case: str) -> Iterator[list[BenchRow]]:
-    """Whole linears, bfloat16 in to bfloat16 out, and the bare products."""
+    """Whole linears, bfloat16 in to bfloat16 out, and the bare products.
+
+    Args:
+        device: where they run.
+        quick: fewer sizes.
+        rounds: of each comparison, at least 2.
+        case: only comparisons whose names contain this text.
+    """
     for k, n in [s for s in (SHAPES[::2] if quick else SHAPES) if case in linear_name(*s)]:
         for m in TOKENS[::2] if quick else TOKENS:
             yield compare_linears(m, k, n, rounds, device)
 
 
 def e2e(device: torch.device, quick: bool, rounds: int, case: str) -> Iterator[list[BenchRow]]:
-    """One denoising step of models with random weights, eager and compiled."""
+    """One denoising step of models with random weights, eager and compiled.
+
+    Args:
+        device: where they run.
+        quick: fewer blocks.
+        rounds: of each comparison, at least 2.
+        case: only comparisons whose names contain this text.
+    """
     for name, make in (("flux shape", flux), ("dit shape", dit)):
         if case not in name:
             continue

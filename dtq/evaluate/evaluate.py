@@ -132,12 +132,8 @@ def evaluate(
         InputError: a bare transformer, models of different classes, or baselines for a candidate
             without a quantized layer.
     """
-    if candidate.pipeline is None or reference.pipeline is None:
-        raise InputError("eval needs pipelines on both sides; these are bare transformers")
+    _check_models(candidate, reference)
     models, floats = candidate.models(), reference.models()
-    got, want = ({n: type(m).__name__ for n, m in x.items()} for x in (models, floats))
-    if got != want:
-        raise InputError(f"{candidate.name} has {got}, {reference.name} {want}: not the same model")
     layers = {component: list(compared_layers(model)) for component, model in models.items()}
     request = request or MetricRequest()
     request.check()
@@ -180,6 +176,16 @@ def evaluate(
         result.run.conditions["fid_samples"] = request.num_images
     _set_fid(result)
     return result
+
+
+def _check_models(candidate: LoadedModel, reference: LoadedModel) -> None:
+    """Refuse bare transformers, and models of different classes."""
+    if candidate.pipeline is None or reference.pipeline is None:
+        raise InputError("eval needs pipelines on both sides; these are bare transformers")
+    sides = (candidate.models(), reference.models())
+    got, want = ({name: type(m).__name__ for name, m in models.items()} for models in sides)
+    if got != want:
+        raise InputError(f"{candidate.name} has {got}, {reference.name} {want}: not the same model")
 
 
 def _result(
