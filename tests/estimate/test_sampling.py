@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -143,6 +144,8 @@ def test_fits_leaves_room_for_the_context():
 def test_the_process_peaks_within_ten_percent(recipe):
     script = Path(__file__).parent.parent.parent / "scripts/sampling_memory.py"
     command = [sys.executable, script, "demo", "--batch", "96", "--recipe", recipe]
-    printed = subprocess.check_output(command, text=True)
+    # glibc keeps freed blocks of up to 32 MB, which are not in the forecast (docs/large.md)
+    plain = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    printed = subprocess.check_output(command, text=True, env=plain)
     ratio = float(re.search(r"forecast / measured +([\d.]+)", printed).group(1))
     assert 0.9 <= ratio <= 1.1
