@@ -26,7 +26,7 @@ from dtq.recipe import Recipe
 RECIPES = ("w4a8", "w4a16", "nvfp4")
 # relative squared error of the output; random weights of width 16 to 64 have larger errors than real ones
 BARS = {"w4a8": 0.02, "w4a16": 0.2, "nvfp4": 0.2}
-# thirty ResNets in a row, of random weights, amplify what rounding changes
+# thirty ResNets in a row: 8-bit weights alone have an error of 2e-4, and 4 bits 16^2 times that
 DEEP = {"Kandinsky3UNet": 2.0}
 QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 4, "num_timestep_bins": 2}}
 # five alphas instead of twenty-one, and no runner-ups
