@@ -155,6 +155,19 @@ def check_target(target: str) -> None:
         find_target(target)
 
 
+def check_text_encoder(recipe: str) -> None:
+    """Refuse an unknown ``--text-encoder`` before anything is loaded.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    from dtq.recipe import Recipe
+    from dtq.recipe.resolve import KEEP
+
+    if recipe != KEEP:
+        Recipe.load(recipe)
+
+
 def source_of(model: str, config: Path | None, dtype: str) -> Any:
     """What to quantize: a file of another engine as a float model, or the name as it is.
 

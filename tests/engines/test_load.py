@@ -166,11 +166,15 @@ def test_a_file_is_the_source_of_another_quantization(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["quantize", "plan"])
-def test_an_unknown_engine_is_found_before_the_model_is_loaded(command, tmp_path):
+def test_an_unknown_name_is_found_before_the_model_is_loaded(command, tmp_path):
     line = [command, str(tmp_path / "not there"), "--to", "ggml"]
     result = CliRunner().invoke(main, line + ["-o", str(tmp_path / "o")] * (command == "quantize"))
     assert result.exit_code == 1
     assert "'ggml' is not a target of dtq export" in result.output
+    line[2:] = ["--text-encoder", "w9"]
+    result = CliRunner().invoke(main, line + ["-o", str(tmp_path / "o")] * (command == "quantize"))
+    assert result.exit_code == 1
+    assert "unknown recipe 'w9'" in result.output
 
 
 @pytest.mark.parametrize(
