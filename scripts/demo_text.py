@@ -86,7 +86,7 @@ def recognized(image: Tensor, caption: str, cutouts: Mapping[str, Image.Image]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the npm package")
-    parser.add_argument("--model", type=Path, default=demo.folder("demo-text"))
+    parser.add_argument("--model", default="demo-text", help="a bundled model or a folder")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.5])
     parser.add_argument("--no-numbers", action="store_true", help="only draw the sheet")
@@ -94,7 +94,9 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent.parent / "docs" / "demo-text.png"
     )
     options = parser.parse_args()
-    pipe = DiffusionPipeline.from_pretrained(options.model)
+    pipe = DiffusionPipeline.from_pretrained(
+        demo.folder(options.model) if options.model in demo.FOLDERS else options.model
+    )
     pipe.set_progress_bar_config(disable=True)
     rows = [sample(pipe, row, options.steps, options.guidance[0]) for row in SHEET]
     images.sheet(rows).save(options.out)
