@@ -5,7 +5,7 @@
     PYTHONPATH=scripts python -m train_demo.train_text --data emoji-datasource-google-16.0.0.tgz --work build/text
 
 The autoencoder is that of ``demo``. Text encoders and transformer are trained together by flow
-matching (2210.02747); from seven tenths of the steps on, half of each batch learns the guided
+matching (2210.02747); in the last quarter of the steps, half of each batch learns the guided
 velocity at a random guidance scale, which is an input of the transformer as in FLUX.1-dev. Then the
 transformer is distilled to four steps. Seeded. The same command resumes an interrupted run: every
 stage keeps its state in ``--work``.
@@ -25,7 +25,7 @@ from train_demo.painter import Painter, is_hidden
 from train_demo.stage import Run
 from train_demo.text_bank import Bank
 
-GUIDED_FROM = 0.7  # share of the steps after which guidance is trained
+GUIDED_FROM = 0.75  # share of the steps after which guidance is trained
 STRONGEST = 6.0  # largest guidance scale that is trained
 
 
