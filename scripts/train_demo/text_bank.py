@@ -15,7 +15,7 @@ from train_demo.scenes import THINGS, scenes
 
 from dtq import demo
 
-SHARES = (0.56, 0.16, 0.28)  # of each batch: one thing, a counted or small thing, a pair
+SHARES = (0.35, 0.13, 0.52)  # of each batch: one thing, a counted or small thing, a pair
 
 
 def pack(latents: Tensor) -> Tensor:
