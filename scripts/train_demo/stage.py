@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,16 +22,24 @@ class Run:
         work: folder of state files; an existing state is loaded.
         steps: total number of steps.
         lr: peak learning rate, after 200 steps of warm-up and before the cosine decay.
-        muon: whether hidden matrices are trained with Muon instead of AdamW.
+        muon: whether hidden matrices are trained with Muon instead of AdamW; or a function that
+            tells by the name of a matrix whether it is hidden.
     """
 
     def __init__(
-        self, name: str, model: nn.Module, work: Path, steps: int, lr: float, muon: bool = False
+        self,
+        name: str,
+        model: nn.Module,
+        work: Path,
+        steps: int,
+        lr: float,
+        muon: bool | Callable[[str], bool] = False,
     ) -> None:
         self.name, self.model, self.steps, self.lr = name, model, steps, lr
         self.path = work / f"{name}.pt"
         self.average = copy.deepcopy(model).requires_grad_(False)
-        self.optimizers = _optimizers(model, lr, muon)
+        hidden = muon if callable(muon) else _is_hidden if muon else None
+        self.optimizers = _optimizers(model, lr, hidden)
         self.step = 0
         if self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -90,16 +98,18 @@ class Run:
                 yield
 
 
-def _optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW; with ``muon`` the hidden matrices get Muon instead (Jordan 2024, RMS-matched rate)."""
+def _is_hidden(name: str) -> bool:
+    return "embedding_table" not in name and "proj_out" not in name
+
+
+def _optimizers(
+    model: nn.Module, lr: float, hidden: Callable[[str], bool] | None
+) -> list[torch.optim.Optimizer]:
+    """AdamW; hidden matrices, if any, get Muon instead (Jordan 2024, RMS-matched rate)."""
     named = list(model.named_parameters())
-    inner = [
-        p
-        for name, p in named
-        if muon and p.ndim == 2 and "embedding_table" not in name and "proj_out" not in name
-    ]
-    hidden = {id(p) for p in inner}
-    rest = [p for _, p in named if id(p) not in hidden]
+    inner = [p for name, p in named if p.ndim == 2 and hidden is not None and hidden(name)]
+    inside = {id(p) for p in inner}
+    rest = [p for _, p in named if id(p) not in inside]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
@@ -109,3 +119,16 @@ def _optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Opt
         rule = "match_rms_adamw"
         optimizers.append(torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn=rule))
     return optimizers
+
+
+def portable(out: Path, files: Iterable[str]) -> None:
+    """Write the name of the tokenizer class that every version of transformers knows.
+
+    Args:
+        out: folder of a pipeline.
+        files: of the folder that name the class.
+    """
+    for file in files:
+        text = (out / file).read_text()
+        text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        (out / file).write_text(text)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_demo import train as image_model
 from train_demo.clips import FRAMES, SIZE, THINGS, captions, clips
 from train_demo.data import load_cutouts
-from train_demo.stage import Run
+from train_demo.stage import Run, portable
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from dtq import demo
@@ -203,7 +203,7 @@ def export(out: Path, film: Film, vae: AutoencoderKL) -> None:
         scheduler=new_scheduler(),
     )
     pipe.save_pretrained(out)
-    _portable(out)
+    portable(out, ("model_index.json", "tokenizer/tokenizer_config.json"))
     writer.drop_name_or_path(out / "vae" / "config.json")
     call_defaults.write(
         out,
@@ -228,14 +228,6 @@ Trained from scratch by `scripts/train_demo/train_video.py` on images of the npm
 2.0, fonts under SIL Open Font License 1.1; the package itself under MIT. No image is included.
 The weights are under Apache License 2.0.
 """
-
-
-def _portable(out: Path) -> None:
-    """Write the name of the tokenizer class that every version of transformers knows."""
-    for file in ("model_index.json", "tokenizer/tokenizer_config.json"):
-        text = (out / file).read_text()
-        text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-        (out / file).write_text(text)
 
 
 def _encode(vae: Any, film: Tensor) -> Tensor:
