@@ -13,7 +13,7 @@ POLICY.demo-video = bundled-video
 POLICY ?= $(POLICY.$(MODEL))$(if $(VBENCH),-vbench)
 RUN := .demo/gate-$(MODEL)
 
-.PHONY: setup demo gate baseline test units check bench kernels gpu gpu-checks gpu-targets gpu-sanitizer results vbench-env clean
+.PHONY: setup demo gate baseline test units engines check bench kernels gpu gpu-checks gpu-targets gpu-sanitizer results vbench-env clean
 
 setup: $(READY)
 
@@ -61,10 +61,21 @@ $(RUN)/eval.json: setup $(if $(VBENCH),.venv-vbench/.ready)
 # neighboring tests share fixtures, so each worker starts with half of the tests and steals others when it
 # is done
 test: setup
-	@$(MAKE) --no-print-directory -j2 check units
+	@$(MAKE) --no-print-directory -j3 check engines units
 
 units: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# engines whose packages are not in .venv: diffusers imports torchao, slowly, if it is installed
+engines: .venv-engines/.ready
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest tests/engines/test_torchao.py tests/engines/test_onnx.py
+
+# on top of .venv, so that only the engines are installed
+.venv-engines/.ready: $(READY)
+	$(PYTHON) -m venv .venv-engines
+	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > $$(.venv-engines/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth
+	.venv-engines/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torchao onnx onnxscript onnxruntime
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .
@@ -124,4 +135,4 @@ gpu-checks gpu-targets gpu-sanitizer:
 	$(GPU) $(@:gpu-%=%) --out $(OUT)
 
 clean:
-	rm -rf .venv .venv-results .venv-vbench .venv-bench .bench .demo build dist dtq/_lib *.egg-info
+	rm -rf .venv .venv-engines .venv-results .venv-vbench .venv-bench .bench .demo build dist dtq/_lib *.egg-info
