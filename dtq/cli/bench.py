@@ -24,7 +24,7 @@ _options = opt.combined(
                       "random weights, attention int8 attention and that of torch."),
     click.option("--device", type=click.Choice(["cpu", "cuda"]),
                  help="Device to time. Default: cuda if there is a GPU, else cpu."),
-    click.option("--case", default="", metavar="TEXT",
+    click.option("--case", metavar="TEXT",
                  help="Time only cases whose names contain this text, as '256 tokens' or "
                       "'1152 x 4608'. Default: all."),
     opt.flag("--quick", help="Time fewer sizes, and only blocks of the large model."),
@@ -43,7 +43,7 @@ _options = opt.combined(
 def bench(
     suite: str,
     device: str | None,
-    case: str,
+    case: str | None,
     quick: bool,
     rounds: int,
     threads: int,
@@ -90,7 +90,7 @@ def bench(
     torch.set_num_threads(threads)
     try:
         progress = None if as_json else _print_case
-        result = run(quick=quick, rounds=rounds, case=case, progress=progress)
+        result = run(quick=quick, rounds=rounds, case=case or "", progress=progress)
     finally:
         torch.set_num_threads(before)
     text = json.dumps(result.to_json(), indent=1)

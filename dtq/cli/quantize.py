@@ -44,8 +44,8 @@ _options = opt.combined(
                  help="Compare a short sampling run with the float model at the end, and promote the "
                       "layers that fail."),
     click.option("--vae", type=click.Choice(["keep", "w8"]), default="keep", show_default=True,
-                 help="w8: also store the autoencoder with 8-bit weights; the report has the PSNR "
-                      "of its decodes."),
+                 help="Format of the autoencoder: w8 stores it with 8-bit weights, and the report has "
+                      "the PSNR of its decodes."),
     opt.json(help="Print the report as JSON, without progress bars."),
 )
 # fmt: on

@@ -72,6 +72,8 @@ def _has_numbers_of_the_matrix(layer: LayerPlan) -> bool:
     if layer.lowrank.name != "none":
         return False  # each layer has its own branch, and its residual is another matrix
     names = layer.format_candidates or (layer.weight_format,)
+    if any(getattr(FORMATS[name], "whole", False) for name in names):
+        return True  # one scale, stored in every row
     sizes = (
         {key: spec.shape[0] for key, spec in FORMATS[name].tensor_specs(shape).items()}
         for name in names

@@ -342,7 +342,7 @@ def test_the_name_of_a_folder_excuses_no_config(copy):
 def test_a_bare_model_names_a_transformer(name, copy):
     edit(copy / "transformer" / "config.json", lambda data: data.update(_class_name=name))
     with pytest.raises(
-        DtqError, match=r"has no model|is neither a diffusion transformer|cannot be"
+        DtqError, match=r"has no model|has no layer|is neither a diffusion transformer|cannot be"
     ):
         loading.load_transformers(str(copy / "transformer"))
 

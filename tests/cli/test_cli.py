@@ -229,7 +229,7 @@ BAD = {
         ["quantize", "{tmp}/empty", "-o", "{tmp}/o"],
         "not a diffusers folder",
     ),
-    "a file": (["quantize", "{tmp}/file.txt", "-o", "{tmp}/o"], "is a file"),
+    "a file": (["quantize", "{tmp}/file.txt", "-o", "{tmp}/o"], "none of the formats"),
     "unknown recipe": (
         ["quantize", "{float}", "--recipe", "w4a9", "-o", "{tmp}/o"],
         "did you mean w4a8",

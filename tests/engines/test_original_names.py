@@ -30,7 +30,7 @@ from dtq.errors import CheckpointError, InputError
 CONVERTERS = [
     name
     for name in single_file_model.SINGLE_FILE_LOADABLE_CLASSES
-    if name in zoo.classes()  # transformers; the others are VAEs, U-Nets and adapters
+    if name in zoo.classes() and "Transformer" in name  # others are VAEs, U-Nets and adapters
 ]
 LATER_VERSIONS = {
     "WanTransformer3DModel": {"image_dim": 16, "added_kv_proj_dim": 24},

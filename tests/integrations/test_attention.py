@@ -11,7 +11,7 @@ from attention import Recorder, relative_error
 from dtq.nn.attention import attention_modules, int8_attention_modules, use_int8_attention
 from dtq.pipelines.recorded_calls import first_tensor
 
-OTHER = {"Kandinsky6SRTransformer3DModel", "T5FilmDecoder"}
+OTHER = {"Kandinsky6SRTransformer3DModel", "T5FilmDecoder", "UNet1DModel"}
 """Classes that compute attention by other functions than torch's."""
 EXACT = {"TransformerTemporalModel"}
 """Attention over a single frame: the output is the mean of V, which is not rounded."""

@@ -112,7 +112,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(InputError, match="Denoiser is not quantized"):
         dtq.save(Denoiser(), tmp_path / "no")
     with pytest.raises(InputError, match="no random inputs for this class"):
-        dtq.quantize(Denoiser(), "rtn-w4a8", progress=False)
+        dtq.quantize(Denoiser(), "w4a8", progress=False)
     model, _, _ = made("rtn-w4a8")
     folder = dtq.save(model, tmp_path / "out")
     with pytest.raises(InputError, match="quantized already"):

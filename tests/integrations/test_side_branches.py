@@ -15,7 +15,7 @@ from torch import nn
 
 import dtq
 from dtq.errors import InputError
-from dtq.pipelines.loading import dummy_inputs
+from dtq.pipelines.tracing import dummy_inputs
 from dtq.recipe import Recipe
 
 peft = pytest.importorskip("peft")

@@ -19,7 +19,12 @@ from dtq.stages.float_model import check_float_model
 
 peft = pytest.importorskip("peft")
 
-FUSABLE = [n for n in zoo.names() if hasattr(zoo.classes()[n], "fuse_qkv_projections")]
+FUSABLE = [
+    n
+    for n in zoo.names()
+    # diffusers cannot fuse those of UVit2DModel: its forward has no return_dict
+    if hasattr(zoo.classes()[n], "fuse_qkv_projections") and n != "UVit2DModel"
+]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dtq.engines.original.mapping import Entry, KeyMap, Part, key_map
 from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer
 from dtq.errors import CheckpointError, InputError
+from dtq.formats import FORMATS
 
 PREFIX = "model.diffusion_model."
 """Before every name in files of whole pipelines; ComfyUI reads names with and without it."""
@@ -178,6 +179,10 @@ def _reason(
             formats = ", ".join(layers[module].spec.weight_format for module in modules)
             return f"{what}, whose formats or transforms differ ({formats})"
         for key, tensor in first.tensors.items():
+            if getattr(FORMATS[first.spec.weight_format], "whole", False) and key == "weight_scale":
+                if not torch.equal(tensor[0], other.tensors[key][0]):
+                    return f"{what}, and the format has one {key} for all rows, where they differ"
+                continue
             shared = not _by_row(first, tensor)
             if shared and not torch.equal(_bits(tensor), _bits(other.tensors[key])):
                 return f"{what}, and the format has one {key} for all rows, where they differ"
