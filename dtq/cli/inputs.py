@@ -143,29 +143,22 @@ def load_verified(model: str, dtype: str, variant: str | None) -> loading.Loaded
     return loading.load_transformer(model, dtype=dtype, variant=variant)
 
 
-def check_target(target: str) -> None:
-    """Refuse an unknown ``--to`` before anything is loaded.
+def check_names(target: str, text_encoder: str) -> None:
+    """Refuse an unknown ``--to`` or ``--text-encoder`` before anything is loaded.
 
     Raises:
         InputError: there is no such target.
-    """
-    if target:
-        from dtq.engines import find_target
-
-        find_target(target)
-
-
-def check_text_encoder(recipe: str) -> None:
-    """Refuse an unknown ``--text-encoder`` before anything is loaded.
-
-    Raises:
         RecipeError: there is no such recipe.
     """
     from dtq.recipe import Recipe
     from dtq.recipe.resolve import KEEP
 
-    if recipe != KEEP:
-        Recipe.load(recipe)
+    if target:
+        from dtq.engines import find_target
+
+        find_target(target)
+    if text_encoder != KEEP:
+        Recipe.load(text_encoder)
 
 
 def source_of(model: str, config: Path | None, dtype: str) -> Any:

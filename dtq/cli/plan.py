@@ -59,7 +59,7 @@ def plan(
     from dtq import demo
     from dtq.allocate import parse_size
     from dtq.cli import sampling_memory
-    from dtq.cli.inputs import check_target, check_text_encoder, recipe_with
+    from dtq.cli.inputs import check_names, recipe_with
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
     from dtq.models import is_text_encoder
@@ -73,8 +73,7 @@ def plan(
 
     tune_malloc()
     recipe = recipe_with(choices)
-    check_target(target)
-    check_text_encoder(text_encoder)
+    check_names(target, text_encoder)
     text = text_encoder != KEEP
     models = loading.meta_models(model, components or "auto", variant, text=text)
     check_patterns(exclude, [empty for empty, _ in models.values()], "--exclude")

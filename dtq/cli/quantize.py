@@ -89,21 +89,14 @@ def quantize(
     """
     from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
-    from dtq.cli.inputs import (
-        check_target,
-        check_text_encoder,
-        join_workers,
-        recipe_with,
-        source_of,
-    )
+    from dtq.cli.inputs import check_names, join_workers, recipe_with, source_of
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
 
     tune_malloc()
     recipe = recipe_with(choices)
-    check_target(target)
-    check_text_encoder(text_encoder)
+    check_names(target, text_encoder)
     workers = join_workers(output, silent=as_json)
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
