@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ _HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots")
 
 
-def card(saveable: Any, report: dict[str, Any] | None = None) -> str:
+def card(saveable: Any, reports: Mapping[str, dict[str, Any]] | None = None) -> str:
     """The text of ``README.md`` for a quantized pipeline or model.
 
     Args:
         saveable: the pipeline or model.
-        report: ``Report.to_json()`` of the run that made it, or one for each component by name.
+        reports: ``Report.to_json()`` of the run that made it, by component.
     """
     models = _quantized(saveable)
     configs = [_config(model) for model in models.values()]
@@ -38,12 +39,11 @@ def card(saveable: Any, report: dict[str, Any] | None = None) -> str:
     lines += [f"# {', '.join(recipes)}{of}", "", "Quantized after training by dtq.", ""]
     lines += _table(models)
     lines += ["", "```python", *_loading(saveable), "```"]
-    if report is not None:
+    if reports:
         lines += ["", "Measured while quantizing; `dtq_report.json` has every layer:", ""]
-        parts = {"": report} if "layers" in report else report
-        for name, part in parts.items():
-            of = f"`{name}`: " if name else ""
-            lines += [f"- {of}{line.removeprefix('- ')}" for line in _measured(part)]
+        for name, report in reports.items():
+            of = f"`{name}`: " if len(reports) > 1 else ""
+            lines += [f"- {of}{line}" for line in _measured(report)]
     return "\n".join(lines) + "\n"
 
 
@@ -107,14 +107,14 @@ def _loading(saveable: Any) -> list[str]:
 
 def _measured(report: dict[str, Any]) -> list[str]:
     errors = {x["name"]: x["error"] for x in report["layers"] if x["error"] is not None}
-    lines = [f"- calibration inputs: {report['calibration'].get('origin', 'none')}"]
+    lines = [f"calibration inputs: {report['calibration'].get('origin', 'none')}"]
     if errors:
         mean = math.exp(sum(math.log(max(e, 1e-12)) for e in errors.values()) / len(errors))
         worst = max(errors, key=lambda name: errors[name])
         lines.append(
-            f"- relative squared error of a layer's output: {mean:.1e} in the geometric mean, "
+            f"relative squared error of a layer's output: {mean:.1e} in the geometric mean, "
             f"{errors[worst]:.1e} at worst (`{worst}`)"
         )
     for x in report.get("sanity_check", {}).get("promoted", []):
-        lines.append(f"- promoted to {x['to']} in the sanity check: `{x['layer']}`, {x['why']}")
+        lines.append(f"promoted to {x['to']} in the sanity check: `{x['layer']}`, {x['why']}")
     return lines

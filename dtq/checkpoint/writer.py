@@ -36,7 +36,10 @@ def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str
 
 
 def save_into(
-    saveable: Any, folder: Path, shard: str = "10GB", report: dict[str, Any] | None = None
+    saveable: Any,
+    folder: Path,
+    shard: str = "10GB",
+    reports: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Save into an empty folder, with a model card and without the path of the original model.
 
@@ -44,7 +47,7 @@ def save_into(
         saveable: a pipeline or model, anything with ``save_pretrained``.
         folder: is filled.
         shard: size of the largest file, in the notation of diffusers.
-        report: of ``dtq quantize``, for the model card.
+        reports: of ``dtq quantize`` by component, for the model card.
     """
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
@@ -54,7 +57,7 @@ def save_into(
     if getattr(saveable, "labels", None):
         _keep_class_labels(saveable.labels, folder / "model_index.json")
     readme = folder / "README.md"
-    readme.write_text(card(saveable, report), encoding="utf-8")
+    readme.write_text(card(saveable, reports), encoding="utf-8")
     for file in folder.rglob("*.safetensors"):
         shutil.copymode(readme, file)  # the safetensors writer leaves its files private
 

@@ -197,15 +197,13 @@ def _save(
 
     first = runs[0].loaded
     saveable = first.pipeline if first.pipeline is not None else first.model
-    data: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
-    if len(data) == 1:
-        (data,) = data.values()
+    measured = finite_or_null({name: report.to_json() for name, report in reports.items()})
+    data: dict[str, Any] = {**(measured if len(measured) > 1 else next(iter(measured.values())))}
     if decodes := quantize_autoencoder(first.pipeline, vae, runs[0].recipe.calibration):
-        data["vae"] = decodes
-    data = finite_or_null(data)
+        data["vae"] = finite_or_null(decodes)
     refused: list[str] = []
     with directory.result() as side:
-        writer.save_into(saveable, side, shard_size, data)
+        writer.save_into(saveable, side, shard_size, measured)
         if target := runs[0].target:
             data["exported"] = []
             for run in (each for each in runs if each.target):
