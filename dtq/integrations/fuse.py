@@ -9,6 +9,7 @@ This module needs peft.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -28,13 +29,13 @@ class Fusible(BaseTunerLayer):  # type: ignore[misc]
 
     fused: dict[str, tuple[int, int, nn.Parameter | None]]
 
+    @abstractmethod
     def low_rank(self, name: str) -> tuple[Tensor, Tensor]:
         """Factors (R, K) and (N, R) whose product is the change of the weight.
 
         Raises:
             InputError: it has none, or they are as large as the float weight.
         """
-        raise NotImplementedError
 
     def fused_bias(self, name: str, base: QuantLinear) -> nn.Parameter | None:
         """The bias of the linear with that of an adapter added; without one, the same bias."""
