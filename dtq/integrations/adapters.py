@@ -131,10 +131,8 @@ def _config(kind: str, made: Mapping[str, Factors]) -> Any:
 
 
 def _rank(factors: Factors) -> int:
-    """The rank of the factors; peft makes none of LoKr when it is large, and none is needed."""
-    ranked = ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-    t = factors.tensors
-    return next((len(t[n]) for n in ranked if n in t), 0) or max(t["lokr_w2"].shape)
+    """The rank for peft, which makes whole factors of LoKr when it is large."""
+    return factors.rank or max(factors.tensors["lokr_w2"].shape)
 
 
 def _fill(layer: Any, name: str, factors: Factors, weight: float) -> None:
@@ -150,8 +148,8 @@ def _fill(layer: Any, name: str, factors: Factors, weight: float) -> None:
     }
     if isinstance(layer, LoraLayer):
         layer.lora_A[name].weight, layer.lora_B[name].weight = values["lora_A"], values["lora_B"]
-        if "magnitude" in values:
-            layer.lora_magnitude_vector[name].weight = values["magnitude"]
+        if "dora_scale" in values:
+            layer.lora_magnitude_vector[name].weight = values["dora_scale"]
     else:
         for kind in layer.adapter_layer_names:
             if name in (kept := getattr(layer, kind)):

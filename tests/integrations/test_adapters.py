@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import dtq
 from dtq.errors import InputError
+from dtq.integrations.adapter_file import Factors, read_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -191,7 +192,30 @@ WRONG = {
     "convolution": (
         lambda s: s | {f"{STEM}.hada_w1_b": torch.ones(2, 14, 3, 3)}, "only adapters of linears",
     ),
-    "empty": (lambda s: {}, "cannot be loaded"),
+    "empty": (lambda s: {}, "it has no tensors"),
+    "difference": (lambda s: s | {f"{STEM}.diff": torch.ones(2, 2)}, r"diff: not a tensor of"),
+    "magnitudes of LoHa": (
+        lambda s: s | {f"{STEM}.dora_scale": torch.ones(2, 1)}, r"dora_scale, hada_w1_a.* no adapter",
+    ),
+    "alpha not finite": (lambda s: s | {f"{STEM}.alpha": torch.tensor(torch.inf)}, "not finite"),
+    "alpha with a shape": (
+        lambda s: s | {f"{STEM}.alpha": torch.ones(3)}, r"alpha has the shape \[3\]",
+    ),
+    "no rank": (
+        lambda s: {k: v[:, :0] if k.endswith("_a") else v[:0] if v.ndim else v for k, v in s.items()},
+        "hada_w1_a has no numbers",
+    ),
+    "numbers for matrices": (
+        lambda s: {k: torch.tensor(1.0) for k in s}, r"has the shape \[\]",
+    ),
+    "the same tensor twice": (
+        lambda s: {f"{STEM}.{n}.weight": torch.ones(2, 2) for n in ("lora_A", "lora_B", "lora_up")},
+        r"lora_up.weight: the layer has this tensor under another name too",
+    ),
+    "the same layer twice": (
+        lambda s: s | {k.removeprefix("transformer."): v for k, v in s.items()},
+        r"are both transformer_blocks\.0\.attn\.to_q",
+    ),
 }  # fmt: skip
 
 
@@ -205,6 +229,45 @@ def test_what_is_wrong_is_named_and_changes_nothing(case):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_files_in_other_dtypes_and_with_an_integer_alpha(dtype):
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    layer_name = "transformer_blocks.0.attn.to_q"
+    layer = model.get_submodule(layer_name)
+    down, up = (torch.randn(s).to(dtype) for s in ((4, layer.in_features), (layer.out_features, 4)))
+    state = {f"{STEM}.lora_down.weight": down, f"{STEM}.lora_up.weight": up}
+    x = torch.randn(3, layer.in_features)
+    want = layer(x) + 0.5 * x @ down.float().T @ up.float().T
+    dtq.load_adapter(model, state | {f"{STEM}.alpha": torch.tensor(2)})
+    assert relative(model.get_submodule(layer_name)(x), want) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [(0, 4), (4, 12), (2, 6), (3, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_an_adapter_are_rows_of_the_change_of_the_weight(kind, rows):
+    """Whole blocks of LoKr, of 4 rows each, and parts of blocks."""
+    tensors, _ = factors(kind, 16, 8, torch.ones(16, 8), torch.Generator().manual_seed(0))
+    whole = read_adapter({f"layer.{suffix}": t for suffix, t in tensors.items()})["layer"]
+    part = whole.rows(torch.arange(*rows))
+    assert part.shape == (rows[1] - rows[0], 8)
+    assert relative(change_of(part), change_of(whole)[slice(*rows)]) < 1e-6
+    if kind == "LoKr":
+        whole_blocks = rows[0] % 4 == rows[1] % 4 == 0
+        assert ("lokr_w2_b" in part.tensors) is whole_blocks
+
+
+def change_of(layer: Factors) -> Tensor:
+    t = layer.tensors
+    if "lora_A" in t:
+        change = t["lora_B"] @ t["lora_A"]
+    elif "hada_w1_a" in t:
+        change = (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+    else:
+        w1, w2 = (t[w] if w in t else t[f"{w}_a"] @ t[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
+        change = torch.kron(w1, w2)
+    return layer.scale * change
 
 
 def test_layers_of_text_encoders_can_be_left_out():
