@@ -19,6 +19,12 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.nn.linear import QuantLinear
 
+CONVOLUTION = (
+    "quantized 1 x 1 convolutions take no adapters; exclude them from quantization: "
+    "modules_to_not_convert, or exclude: in the recipe"
+)
+"""What is wrong with an adapter for a quantized linear in place of a convolution."""
+
 
 class Fusible(BaseTunerLayer):  # type: ignore[misc]
     """Part of a layer of peft on a quantized linear: a merge that does not change the weight.
@@ -51,10 +57,7 @@ class Fusible(BaseTunerLayer):  # type: ignore[misc]
         base = self.get_base_layer()
         self.train(base.training)  # type: ignore[attr-defined]
         if base.spatial:
-            raise InputError(
-                f"adapter {adapter_name!r} is for a quantized 1 x 1 convolution; exclude that "
-                f"layer from quantization: modules_to_not_convert, or exclude: in the recipe"
-            )
+            raise InputError(f"adapter {adapter_name!r}: {CONVOLUTION}")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fuse adapters into the low-rank branch of the quantized linear.

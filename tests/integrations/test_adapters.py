@@ -231,6 +231,73 @@ def test_what_is_wrong_is_named_and_changes_nothing(case):
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
+def test_an_adapter_of_a_1_x_1_convolution_is_refused_before_anything_changes():
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    state = state_for(model) | {k.replace("to_q", "to_k"): v for k, v in state_for(model).items()}
+    layer = model.get_submodule("transformer_blocks.0.attn.to_k")
+    conv = nn.Conv2d(layer.in_features, layer.out_features, 1)
+    model.set_submodule(
+        "transformer_blocks.0.attn.to_k", dtq.QuantLinear.in_place_of(conv, layer.spec)
+    )
+    with pytest.raises(InputError, match=r"1 x 1 convolutions take no adapters.*attn\.to_k"):
+        dtq.load_adapter(model, state)
+    assert not any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in model.modules())
+
+
+@pytest.mark.parametrize("second", ["LoHa", "LoKr", "DoRA"])
+@pytest.mark.parametrize("first", ["LoHa", "LoKr", "DoRA"])
+def test_the_adapter_that_was_loaded_last_is_the_active_one(first, second):
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    layer_name = "transformer_blocks.0.attn.to_q"
+    layer = model.get_submodule(layer_name)
+    x = torch.randn(3, layer.in_features)
+    plain = layer(x)
+    states = {"a": state_for(model, first), "b": state_for(model, second)}
+    states["b"] = {k: v if "alpha" in k else v * 0.5 for k, v in states["b"].items()}
+    pipe, alone = pipeline(model), {}
+    for name, state in states.items():
+        dtq.load_adapter(pipe, state, name)
+        single = quantized(zoo.model("SD3Transformer2DModel"))
+        dtq.load_adapter(single, state)
+        alone[name] = single.get_submodule(layer_name)(x)
+        assert pipe.get_active_adapters() == [name]
+        assert torch.equal(model.get_submodule(layer_name)(x), alone[name])
+    assert relative(alone["a"], alone["b"]) > 1e-2
+    pipe.set_adapters(["a", "b"])
+    if "DoRA" not in (first, second):  # the norms are of the weight with the other adapter or not
+        total = alone["a"] + alone["b"] - plain
+        assert relative(model.get_submodule(layer_name)(x), total) < 1e-5
+    pipe.set_adapters("a")
+    assert torch.equal(model.get_submodule(layer_name)(x), alone["a"])
+    pipe.delete_adapters("a")
+    pipe.set_adapters("b")
+    assert torch.equal(model.get_submodule(layer_name)(x), alone["b"])
+    pipe.unload_lora_weights()
+    assert torch.equal(model.get_submodule(layer_name)(x), plain)
+
+
+def test_adapters_of_a_float_model_that_is_stored_in_float8():
+    model = zoo.model("SD3Transformer2DModel")
+    state = state_for(quantized(copy.deepcopy(model)), "LoKr")
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    name = "transformer_blocks.0.attn.to_q"
+    assert model.get_submodule(name).weight.dtype == torch.float8_e4m3fn
+    dtq.load_adapter(model, state)
+    kinds = {p.dtype for n, p in model.named_parameters() if "lokr" in n}
+    assert kinds == {torch.float32}
+    x = torch.randn(3, model.get_submodule(name).in_features)
+    change = model.get_submodule(name).get_delta_weight("default")
+    got = model.get_submodule(name)(x) - model.get_submodule(name).get_base_layer()(x)
+    assert relative(got, x @ change.T) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["", "my.style"])
+def test_names_that_peft_cannot_store_are_refused(name):
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    with pytest.raises(InputError, match="name without dots"):
+        dtq.load_adapter(model, state_for(model), name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
 def test_files_in_other_dtypes_and_with_an_integer_alpha(dtype):
     model = quantized(zoo.model("SD3Transformer2DModel"))
@@ -301,6 +368,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
             dtq.load_adapter(model, tmp_path / name)
     with pytest.raises(InputError, match="no transformer_2"):
         dtq.load_adapter(pipeline(model), state_for(model), component="transformer_2")
+    with pytest.raises(InputError, match="a model was given"):
+        dtq.load_adapter(model, state_for(model), component="transformer")
 
 
 def lora(model: nn.Module, rank: int, seed: int) -> dict[str, Tensor]:
@@ -349,6 +418,15 @@ def test_hot_swapping_equals_loading_anew(name):
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
     assert torch.equal(zoo.output(model, name), plain)
+
+
+def test_hot_swapping_lokr_is_refused_by_diffusers():
+    model = quantized(zoo.model("Flux2Transformer2DModel"))
+    state, _ = file_of(model, "LoKr of whole factors", FLUX2, "diffusion_model.")
+    pipe = pipeline(model)
+    pipe.load_lora_weights(lora(model, 4, 1), adapter_name="main")
+    with pytest.raises(ValueError, match="Hotswapping LoKr"):
+        pipe.load_lora_weights(dict(state), adapter_name="main", hotswap=True)
 
 
 def test_hot_swapping_does_not_compile_again():
