@@ -420,6 +420,20 @@ def test_hot_swapping_equals_loading_anew(name):
     assert torch.equal(zoo.output(model, name), plain)
 
 
+def test_lokr_of_fused_layers_by_the_loader_of_diffusers():
+    """It fuses q, k and v of the model first, and a quantized model stays as it is."""
+    model = quantized(zoo.model("Flux2Transformer2DModel"))
+    name = "double_blocks.0.img_attn.qkv"
+    layer = model.get_submodule(FLUX2[name][0])
+    state = {
+        f"diffusion_model.{name}.lokr_w1": torch.ones(1, 1),
+        f"diffusion_model.{name}.lokr_w2": torch.ones(3 * layer.out_features, layer.in_features),
+    }
+    with pytest.raises(ValueError, match=r"to_qkv.* not found"):
+        pipeline(model).load_lora_weights(dict(state))
+    assert sorted(dtq.load_adapter(pipeline(model), state)) == sorted(FLUX2[name])
+
+
 def test_hot_swapping_lokr_is_refused_by_diffusers():
     model = quantized(zoo.model("Flux2Transformer2DModel"))
     state, _ = file_of(model, "LoKr of whole factors", FLUX2, "diffusion_model.")
