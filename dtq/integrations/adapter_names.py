@@ -97,7 +97,7 @@ def _by_name(
         InputError: two layers of the file are one of the model.
     """
     flat = {name.replace(".", "_"): name for name in targets}
-    found = {}
+    found: dict[str, Part] = {}
     for source, factors in layers.items():
         bare = source
         while (prefix := next((p for p in PREFIXES if bare.startswith(p)), None)) is not None:
@@ -105,12 +105,13 @@ def _by_name(
                 break
             bare = bare.removeprefix(prefix)
         name = bare if bare in targets else flat.get(bare)
+        if name is None:
+            continue
         if name in found:
             raise InputError(
                 f"{found[name].source} and {source} are both {name}; remove one from the file"
             )
-        if name is not None:
-            found[name] = Part(source, torch.arange(factors.shape[0]))
+        found[name] = Part(source, torch.arange(factors.shape[0]))
     return found
 
 

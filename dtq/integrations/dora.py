@@ -142,10 +142,10 @@ def _weight_of(module: Linear) -> tuple[tuple[ReferenceType[nn.Parameter], int],
 
 def _is_weight(kept: tuple[tuple[ReferenceType[nn.Parameter], int], ...], module: Linear) -> bool:
     """Whether the linear has these parameters still, and none was written to."""
-    now = [*module.get_base_layer().parameters()]
+    now: list[nn.Parameter] = [*module.get_base_layer().parameters()]
     # not `==`: two references compare the tensors themselves while both are alive
     return len(kept) == len(now) and all(
-        reference() is p and version == _version(p)
+        reference() is p and version == _version(p)  # type: ignore[arg-type]
         for (reference, version), p in zip(kept, now, strict=True)
     )
 
