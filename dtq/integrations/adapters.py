@@ -128,7 +128,7 @@ def _check_layers(model: nn.Module, made: Mapping[str, Factors]) -> None:
         raise InputError(listed("load adapters before offloading the model; offloaded are", away))
     pointwise = [name for name, base in bases.items() if getattr(base, "spatial", 0)]
     if pointwise:
-        raise InputError(listed(CONVOLUTION, pointwise))
+        raise InputError(listed(f"{CONVOLUTION}. Such layers are", pointwise))
 
 
 def _config(kind: str, made: Mapping[str, Factors]) -> Any:
