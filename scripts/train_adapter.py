@@ -118,7 +118,7 @@ def main() -> None:
 
     plain = held_out(floats, pipe, latents, label)
     loaded = peft.PeftModel.from_pretrained(floats, args.output)
-    print(f"{args.recipe}, {trained} numbers trained, {args.steps} steps")
+    print(f"{args.recipe}, {trained} parameters trained, {args.steps} steps")
     print(f"first and last loss of training: {losses[0]:.4f} {losses[-1]:.4f}")
     print(f"quantized model, held out: {before:.4f} -> {after:.4f}")
     print(f"float model, held out:     {plain:.4f} -> {held_out(loaded, pipe, latents, label):.4f}")

@@ -29,20 +29,19 @@ SUFFIXES = {
     "lora.up.weight": "lora_B",
     "lora_linear_layer.down.weight": "lora_A",
     "lora_linear_layer.up.weight": "lora_B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "lora_magnitude_vector.default.weight": "magnitude",
-    "dora_scale": "magnitude",
+    "lora_magnitude_vector": "dora_scale",
+    "lora_magnitude_vector.weight": "dora_scale",
+    "lora_magnitude_vector.default.weight": "dora_scale",
+    "dora_scale": "dora_scale",
     "alpha": "alpha",
     **{f"hada_w{w}": f"hada_w{w}" for w in ("1_a", "1_b", "2_a", "2_b")},
     **{f"lokr_w{w}": f"lokr_w{w}" for w in ("1", "1_a", "1_b", "2", "2_a", "2_b")},
 }
 """Suffix to the name of the tensor in this module."""
 
-_LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 KINDS = {
     "LoRA": [{"lora_A", "lora_B"}],
-    "DoRA": [{"lora_A", "lora_B", "magnitude"}],
+    "DoRA": [{"lora_A", "lora_B", "dora_scale"}],
     "LoHa": [{"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}],
     "LoKr": [
         {*left, *right}
@@ -68,6 +67,12 @@ class Factors:
     scale: float
 
     @property
+    def rank(self) -> int | None:
+        """Rank of the factors; None for LoKr of two whole factors."""
+        ranked = ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+        return next((len(self.tensors[n]) for n in ranked if n in self.tensors), None)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """N and K of the layer that it is for."""
         t = self.tensors
@@ -86,11 +91,14 @@ class Factors:
 
     def problem(self) -> str | None:
         """Why the factors do not fit together; None if they do."""
-        matrices = {n: t for n, t in self.tensors.items() if n != "magnitude"}
+        matrices = {n: t for n, t in self.tensors.items() if n != "dora_scale"}
         wrong = [n for n, t in matrices.items() if t.ndim != 2]
         if wrong:
             shape = list(matrices[wrong[0]].shape)
             return f"{wrong[0]} has the shape {shape}; only adapters of linears are supported"
+        empty = [n for n, t in self.tensors.items() if not t.numel()]
+        if empty:
+            return f"{empty[0]} has no numbers"
         inner = (("lora_B", "lora_A"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"),
                  ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))  # fmt: skip
         for up, down in inner:
@@ -101,7 +109,7 @@ class Factors:
             or matrices["hada_w1_b"].shape[1] != matrices["hada_w2_b"].shape[1]
         ):
             return "the two products of LoHa have different shapes"
-        magnitude = self.tensors.get("magnitude")
+        magnitude = self.tensors.get("dora_scale")
         if magnitude is not None and magnitude.shape != (self.shape[0],):
             return (
                 f"its dora_scale is not one number per output, {self.shape[0]} of them; scales per "
@@ -119,7 +127,7 @@ class Factors:
         if torch.equal(rows, torch.arange(self.shape[0])):
             return self
         tensors = dict(self.tensors)
-        for name in ("lora_B", "magnitude", "hada_w1_a", "hada_w2_a"):
+        for name in ("lora_B", "dora_scale", "hada_w1_a", "hada_w2_a"):
             if name in tensors:
                 tensors[name] = tensors[name][rows].contiguous()
         if self.kind != "LoKr":
@@ -133,11 +141,19 @@ class Factors:
             return replace(self, tensors=tensors)
         # the rows are no Kronecker product: one of 1 x 1 with the rows as they are
         w1, w2 = (
-            tensors[w] if w in tensors else tensors[f"{w}_a"] @ tensors[f"{w}_b"]
+            tensors[w].float()
+            if w in tensors
+            else tensors[f"{w}_a"].float() @ tensors[f"{w}_b"].float()
             for w in ("lokr_w1", "lokr_w2")
         )
-        whole = torch.kron(w1.float(), w2.float())[rows].to(w1.dtype)
-        return replace(self, tensors={"lokr_w1": torch.ones(1, 1).to(w1), "lokr_w2": whole})
+        whole = torch.kron(w1, w2)[rows]
+        return replace(self, tensors={"lokr_w1": torch.ones(1, 1), "lokr_w2": whole})
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The name of the layer and that of the tensor; None if the suffix is not known."""
+    suffix = next((s for s in SUFFIXES if key.endswith(f".{s}")), None)
+    return None if suffix is None else (key.removesuffix(f".{suffix}"), SUFFIXES[suffix])
 
 
 def read_adapter(file: str | Path | Mapping[str, Tensor]) -> dict[str, Factors]:
@@ -151,25 +167,24 @@ def read_adapter(file: str | Path | Mapping[str, Tensor]) -> dict[str, Factors]:
     """
     where, state = _state(file)
     layers: dict[str, dict[str, Tensor]] = {}
-    unknown = []
+    problems = [] if state else ["it has no tensors"]
     for key, tensor in state.items():
-        suffix = next((s for s in _LONGEST_FIRST if key.endswith(f".{s}")), None)
-        if suffix is None or not tensor.is_floating_point():
-            unknown.append(key)
-        else:
-            layers.setdefault(key.removesuffix(f".{suffix}"), {})[SUFFIXES[suffix]] = tensor
-    problems = [f"{key}: not a tensor of LoRA, DoRA, LoKr or LoHa on a linear" for key in unknown]
+        split = split_key(key)
+        if split is None or not (tensor.is_floating_point() or split[1] == "alpha"):
+            problems.append(f"{key}: not a tensor of LoRA, DoRA, LoKr or LoHa on a linear")
+            continue
+        layer, name = split
+        if name in layers.setdefault(layer, {}):
+            problems.append(f"{key}: the layer has this tensor under another name too")
+        layers[layer][name] = tensor
     found = {}
     for name, tensors in layers.items():
         made = _factors(tensors)
         if isinstance(made, Factors):
-            problem = made.problem()
             found[name] = made
         else:
-            problem = made
-        if problem:
-            problems.append(f"{name}: {problem}")
-    if problems or not found:
+            problems.append(f"{name}: {made}")
+    if problems:
         raise InputError(listed(f"{where}: this adapter cannot be loaded", problems))
     return found
 
@@ -177,7 +192,7 @@ def read_adapter(file: str | Path | Mapping[str, Tensor]) -> dict[str, Factors]:
 def listed(what: str, problems: list[str], most: int = 5) -> str:
     """An error text with the first few problems."""
     more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return "; ".join([what, *problems[:most], *more])
+    return f"{what}: {'; '.join([*problems[:most], *more])}"
 
 
 def _state(file: str | Path | Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor]]:
@@ -197,19 +212,23 @@ def _factors(tensors: dict[str, Tensor]) -> Factors | str:
     kind = next((k for k, sets in KINDS.items() if set(tensors) in sets), None)
     if kind is None:
         return f"the tensors {', '.join(sorted(tensors)) or 'alpha'} are no adapter dtq knows"
-    if not all(t.isfinite().all() for t in tensors.values()):
+    if alpha is not None and alpha.numel() != 1:
+        return f"its alpha has the shape {list(alpha.shape)}, and should be one number"
+    values = [*tensors.values()] if alpha is None else [*tensors.values(), alpha]
+    if not all(t.float().isfinite().all() for t in values):  # float8 has no isfinite
         return "numbers that are not finite"
     for name, tensor in tensors.items():
-        if name == "magnitude":
+        if name == "dora_scale":
             columns = tensor.ndim > 1 and tensor.shape[0] == 1 and tensor.numel() > 1
             tensors[name] = tensor if columns else tensor.flatten()
         elif tensor.ndim > 2 and tensor.shape[2:].numel() == 1:
             tensors[name] = tensor.flatten(1)  # of a 1 x 1 convolution
-    return Factors(kind, tensors, _scale(tensors, alpha))
-
-
-def _scale(tensors: Mapping[str, Tensor], alpha: Tensor | None) -> float:
-    """``alpha / rank``; 1 without alpha, and for LoKr of two whole factors, as in LyCORIS."""
-    ranked = ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-    rank = next((len(tensors[name]) for name in ranked if name in tensors), None)
-    return 1.0 if alpha is None or rank is None else float(alpha) / rank
+    made = Factors(kind, tensors, 1.0)
+    if problem := made.problem():
+        return problem
+    # LyCORIS does not use the alpha of LoKr of two whole factors
+    return (
+        made
+        if alpha is None or made.rank is None
+        else replace(made, scale=float(alpha) / made.rank)
+    )

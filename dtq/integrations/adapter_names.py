@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
-from dtq.errors import InputError, first_line
-from dtq.integrations.adapter_file import SUFFIXES, Factors, listed
+from dtq.errors import LIBRARY_ERRORS, InputError, first_line
+from dtq.integrations.adapter_file import Factors, listed, split_key
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.",
             "unet.", "lora_unet_", "lora_transformer_", "lycoris_", "lora_")  # fmt: skip
@@ -52,14 +53,17 @@ def find_layers(
     targets = _targets(model)
     found = _by_name(targets, layers)
     if len(found) < len(layers):
-        tried = ["a pipeline with a LoRA loader would know more layouts: give the pipeline"]
+        tried: Mapping[str, Exception | None] = {
+            "a pipeline with a LoRA loader would know more layouts; give the pipeline": None
+        }
         if hasattr(pipeline, "lora_state_dict"):
             found, tried = _by_loader(pipeline, model, layers, found)
         sources = {part.source for part in found.values()}
         missing = [name for name in layers if name not in sources]
         if missing:
             what = f"{len(missing)} layers of the adapter are not in {type(model).__name__}"
-            raise InputError(listed(f"{what} ({', '.join(missing[:5])})", tried))
+            cause = next((error for error in tried.values() if error is not None), None)
+            raise InputError(listed(f"{what} ({', '.join(missing[:5])})", [*tried])) from cause
     shapes = {n: (len(part.rows), layers[part.source].shape[1]) for n, part in found.items()}
     wrong = [
         f"{name} is {targets[name]}, {part.source} gives {shapes[name]}"
@@ -87,9 +91,13 @@ def _in_adapter(name: str) -> bool:
 def _by_name(
     targets: Mapping[str, tuple[int, int]], layers: Mapping[str, Factors]
 ) -> dict[str, Part]:
-    """Layers whose names are those of the model; a name may have underscores for dots."""
+    """Layers whose names are those of the model; a name may have underscores for dots.
+
+    Raises:
+        InputError: two layers of the file are one of the model.
+    """
     flat = {name.replace(".", "_"): name for name in targets}
-    found = {}
+    found: dict[str, Part] = {}
     for source, factors in layers.items():
         bare = source
         while (prefix := next((p for p in PREFIXES if bare.startswith(p)), None)) is not None:
@@ -97,27 +105,38 @@ def _by_name(
                 break
             bare = bare.removeprefix(prefix)
         name = bare if bare in targets else flat.get(bare)
-        if name is not None:
-            found[name] = Part(source, torch.arange(factors.shape[0]))
+        if name is None:
+            continue
+        if name in found:
+            raise InputError(
+                f"{found[name].source} and {source} are both {name}; remove one from the file"
+            )
+        found[name] = Part(source, torch.arange(factors.shape[0]))
     return found
 
 
 def _by_loader(
     pipeline: Any, model: nn.Module, layers: Mapping[str, Factors], by_name: Mapping[str, Part]
-) -> tuple[dict[str, Part], list[str]]:
+) -> tuple[dict[str, Part], dict[str, Exception | None]]:
     """What the LoRA loader of the pipeline makes of the names; else why it does not.
 
     Layers that it leaves out may be found by name.
+
+    Returns:
+        Name in the model to its part, and reasons with the errors of the loader.
     """
-    loader, targets, problems = type(pipeline).__name__, _targets(model), []
+    loader, targets = type(pipeline).__name__, _targets(model)
+    problems: dict[str, Exception | None] = {}
     for probe in _probes(layers):
         options = {"unet_config": model.config} if hasattr(pipeline, "unet") else {}
         try:
             converted = pipeline.lora_state_dict(probe, **options)
-        except _REFUSALS as error:
-            problems.append(f"{loader}: {first_line(error)}")
+        except LIBRARY_ERRORS as error:  # how converters end on names they do not know
+            problems[f"{loader}: {first_line(error)}"] = error
             continue
         state = converted[0] if isinstance(converted, tuple) else converted
+        if options:  # as diffusers does before it loads: to_out_lora.down is to_out.0.lora_A
+            state = convert_unet_state_dict_to_peft(state)
         found = _traced(state, [*layers], targets)
         rows = dict.fromkeys(layers, 0)
         for part in found.values():
@@ -125,14 +144,9 @@ def _by_loader(
         rest = {n: p for n, p in by_name.items() if rows[p.source] == 0 and n not in found}
         known = {p.source for p in rest.values()}
         if all(rows[n] == factors.shape[0] or n in known for n, factors in layers.items()):
-            return {**rest, **found}, []
-        problems.append(f"{loader} does not know them")
-    return dict(by_name), [*dict.fromkeys(problems)]
-
-
-_REFUSALS = (ValueError, KeyError, IndexError, AssertionError, AttributeError, RuntimeError,
-             TypeError)  # fmt: skip
-"""How the converters of diffusers end on names they do not know."""
+            return {**rest, **found}, {}
+        problems[f"{loader} does not know them"] = None
+    return dict(by_name), problems
 
 
 def _probes(layers: Mapping[str, Factors]) -> Iterator[dict[str, Tensor]]:
@@ -167,9 +181,8 @@ def _traced(
     """Read from a converted probe where the rows went; leaves out what cannot be read."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        suffix = next((s for s in SUFFIXES if key.endswith(f".{s}")), None)
-        if suffix is not None:
-            pairs.setdefault(key.removesuffix(f".{suffix}"), {})[SUFFIXES[suffix]] = tensor
+        if split := split_key(key):
+            pairs.setdefault(split[0], {})[split[1]] = tensor
     found = {}
     for stem, pair in pairs.items():
         name = next((stem.removeprefix(p) for p in ("", "transformer.", "unet.")

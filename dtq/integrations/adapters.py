@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.integrations.adapter_file import Factors, listed, read_adapter
 from dtq.integrations.adapter_names import TEXT, find_layers
+from dtq.integrations.fuse import CONVOLUTION
 from dtq.nn.linear import QuantLinear
+from dtq.plan.layers import COMPUTE_DTYPES
 
 log = logging.getLogger("dtq")
 
@@ -39,10 +42,10 @@ def load_adapter(
     component: str | None = None,
     text_encoders: bool = True,
 ) -> list[str]:
-    """Load an adapter beside those that are loaded already; it is active afterwards.
+    """Load an adapter in addition to those that are loaded; it alone is active afterwards.
 
-    ``set_adapters``, ``disable_lora``, ``delete_adapters``, ``fuse_lora`` and
-    ``unload_lora_weights`` of diffusers then treat it as they do a LoRA.
+    ``set_adapters`` (which also activates several), ``disable_lora``, ``delete_adapters``,
+    ``fuse_lora`` and ``unload_lora_weights`` of diffusers then treat it as they do a LoRA.
 
     Args:
         model: a pipeline of diffusers, or a transformer or U-Net; float or quantized. A pipeline
@@ -50,16 +53,19 @@ def load_adapter(
         file: a safetensors file with LoRA, DoRA, LoKr or LoHa, or its tensors.
         name: what to call the adapter.
         weight: strength; 1 is the strength it was trained with.
-        component: of the pipeline; None for its ``transformer`` or ``unet``.
+        component: of a pipeline; None for its ``transformer`` or ``unet``.
         text_encoders: False leaves out what the file has for text encoders; True refuses it.
 
     Returns:
         Names of the layers that have the adapter.
 
     Raises:
-        InputError: the file is no such adapter, is for other layers, or the name is taken.
+        InputError: the file is no such adapter or is for other layers, or the name is taken or
+            cannot be used.
     """
     pipeline, target = _target(model, component)
+    if not name or "." in name:
+        raise InputError(f"an adapter cannot be called {name!r}: give a name without dots")
     layers = read_adapter(file)
     text = [key for key in layers if key.startswith(TEXT)]
     if text and text_encoders:
@@ -77,9 +83,12 @@ def load_adapter(
         raise InputError(f"an adapter {name!r} is loaded already; choose another name")
     parts = find_layers(target, layers, pipeline)
     made = {n: layers[part.source].rows(part.rows) for n, part in parts.items()}
-    _refuse_offloaded(target, made)
+    _check_layers(target, made)
     (kind,) = kinds
     peft.inject_adapter_in_model(_config(kind, made), target, name, low_cpu_mem_usage=True)
+    for layer in target.modules():  # peft leaves adapters of other kinds active
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(name)
     for layer_name, factors in made.items():
         _fill(target.get_submodule(layer_name), name, factors, weight)
     target._hf_peft_config_loaded = True  # diffusers asks for it before it does anything
@@ -91,9 +100,11 @@ def _target(model: Any, component: str | None) -> tuple[Any, Any]:
     """The pipeline, or None, and the model that gets the adapter.
 
     Raises:
-        InputError: the pipeline has no such component.
+        InputError: the pipeline has no such component, or a model is given with one.
     """
     if isinstance(model, nn.Module):
+        if component is not None:
+            raise InputError("component= names a part of a pipeline, and a model was given")
         return None, model
     names = ("transformer", "unet") if component is None else (component,)
     found = [getattr(model, n) for n in names if isinstance(getattr(model, n, None), nn.Module)]
@@ -102,14 +113,22 @@ def _target(model: Any, component: str | None) -> tuple[Any, Any]:
     return model, found[0]
 
 
-def _refuse_offloaded(model: nn.Module, made: Mapping[str, Factors]) -> None:
-    def base(name: str) -> Any:
-        module: Any = model.get_submodule(name)
-        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def _check_layers(model: nn.Module, made: Mapping[str, Factors]) -> None:
+    """Check what peft would find in the middle of its work.
 
-    away = [name for name in made if base(name).weight.is_meta]
+    Raises:
+        InputError: layers are offloaded, or replaced convolutions.
+    """
+    bases: dict[str, Any] = {}
+    for name in made:
+        module: Any = model.get_submodule(name)
+        bases[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    away = [name for name, base in bases.items() if base.weight.is_meta]
     if away:
         raise InputError(listed("load adapters before offloading the model; offloaded are", away))
+    pointwise = [name for name, base in bases.items() if getattr(base, "spatial", 0)]
+    if pointwise:
+        raise InputError(listed(f"{CONVOLUTION}. Such layers are", pointwise))
 
 
 def _config(kind: str, made: Mapping[str, Factors]) -> Any:
@@ -131,10 +150,8 @@ def _config(kind: str, made: Mapping[str, Factors]) -> Any:
 
 
 def _rank(factors: Factors) -> int:
-    """The rank of the factors; peft makes none of LoKr when it is large, and none is needed."""
-    ranked = ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-    t = factors.tensors
-    return next((len(t[n]) for n in ranked if n in t), 0) or max(t["lokr_w2"].shape)
+    """The rank for peft, which makes whole factors of LoKr when it is large."""
+    return factors.rank or max(factors.tensors["lokr_w2"].shape)
 
 
 def _fill(layer: Any, name: str, factors: Factors, weight: float) -> None:
@@ -144,14 +161,16 @@ def _fill(layer: Any, name: str, factors: Factors, weight: float) -> None:
     """
     base = layer.get_base_layer()
     dtype = base.compute_dtype if isinstance(base, QuantLinear) else base.weight.dtype
+    if dtype not in COMPUTE_DTYPES:  # stored in float8, or quantized by another library
+        dtype = torch.float32
     values = {
         key: nn.Parameter(tensor.to(base.weight.device, dtype), requires_grad=False)
         for key, tensor in factors.tensors.items()
     }
     if isinstance(layer, LoraLayer):
         layer.lora_A[name].weight, layer.lora_B[name].weight = values["lora_A"], values["lora_B"]
-        if "magnitude" in values:
-            layer.lora_magnitude_vector[name].weight = values["magnitude"]
+        if "dora_scale" in values:
+            layer.lora_magnitude_vector[name].weight = values["dora_scale"]
     else:
         for kind in layer.adapter_layer_names:
             if name in (kept := getattr(layer, kind)):

@@ -114,17 +114,20 @@ def _norms(module: Linear, name: str) -> Tensor:
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
     if torch.compiler.is_compiling() or module.training:
         return _row_norms(module, name)
-    scaling, weight = float(module.scaling[name]), _weight_of(module)
+    scaling = float(module.scaling[name])
     kept = _kept.setdefault(module, {}).get(name)
     if (
         kept is not None
-        and (kept.scaling, kept.weight) == (scaling, weight)
+        and kept.scaling == scaling
+        and _is_weight(kept.weight, module)
         and _equal(kept.down, down)
         and _equal(kept.up, up)
     ):
         return kept.norms
     norms = _row_norms(module, name)
-    _kept[module][name] = _Kept(down.detach().clone(), up.detach().clone(), scaling, weight, norms)
+    _kept[module][name] = _Kept(
+        down.detach().clone(), up.detach().clone(), scaling, _weight_of(module), norms
+    )
     return norms
 
 
@@ -134,8 +137,21 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _weight_of(module: Linear) -> tuple[tuple[ReferenceType[nn.Parameter], int], ...]:
     """The parameters of the linear with their versions; offloading changes neither."""
-    parameters = module.get_base_layer().parameters()
-    return tuple((ref(p), 0 if p.is_inference() else p._version) for p in parameters)
+    return tuple((ref(p), _version(p)) for p in module.get_base_layer().parameters())
+
+
+def _is_weight(kept: tuple[tuple[ReferenceType[nn.Parameter], int], ...], module: Linear) -> bool:
+    """Whether the linear has these parameters still, and none was written to."""
+    now: list[nn.Parameter] = [*module.get_base_layer().parameters()]
+    # not `==`: two references compare the tensors themselves while both are alive
+    return len(kept) == len(now) and all(
+        reference() is p and version == _version(p)  # type: ignore[arg-type]
+        for (reference, version), p in zip(kept, now, strict=True)
+    )
+
+
+def _version(p: nn.Parameter) -> int:
+    return 0 if p.is_inference() else p._version
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ This module needs peft.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 
 from dtq.errors import InputError
 from dtq.nn.linear import QuantLinear
+
+CONVOLUTION = (
+    "quantized 1 x 1 convolutions take no adapters; exclude them from quantization: "
+    "modules_to_not_convert, or exclude: in the recipe"
+)
+"""What is wrong with an adapter for a quantized linear in place of a convolution."""
 
 
 class Fusible(BaseTunerLayer):  # type: ignore[misc]
@@ -28,13 +35,13 @@ class Fusible(BaseTunerLayer):  # type: ignore[misc]
 
     fused: dict[str, tuple[int, int, nn.Parameter | None]]
 
+    @abstractmethod
     def low_rank(self, name: str) -> tuple[Tensor, Tensor]:
         """Factors (R, K) and (N, R) whose product is the change of the weight.
 
         Raises:
             InputError: it has none, or they are as large as the float weight.
         """
-        raise NotImplementedError
 
     def fused_bias(self, name: str, base: QuantLinear) -> nn.Parameter | None:
         """The bias of the linear with that of an adapter added; without one, the same bias."""
@@ -50,10 +57,7 @@ class Fusible(BaseTunerLayer):  # type: ignore[misc]
         base = self.get_base_layer()
         self.train(base.training)  # type: ignore[attr-defined]
         if base.spatial:
-            raise InputError(
-                f"adapter {adapter_name!r} is for a quantized 1 x 1 convolution; exclude that "
-                f"layer from quantization: modules_to_not_convert, or exclude: in the recipe"
-            )
+            raise InputError(f"adapter {adapter_name!r}: {CONVOLUTION}")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fuse adapters into the low-rank branch of the quantized linear.

@@ -12,6 +12,7 @@ This module needs peft.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ class _SideBranch(Fusible, LycorisLayer):  # type: ignore[misc]
         super().__init__(base_layer, adapter_name, *args, **kwargs)
         self.start(adapter_name)
 
+    @abstractmethod
     def change(self, name: str, x: Tensor) -> Tensor:
         """What an adapter adds to the output, for ``x`` (..., K) in the dtype of the factors."""
-        raise NotImplementedError
 
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:
         """The change of the weight (N, K).
@@ -48,9 +49,9 @@ class _SideBranch(Fusible, LycorisLayer):  # type: ignore[misc]
         delta = self.dense(adapter_name)
         return delta * self._row_mask(adapter_name, delta)[:, None] if apply_rank_dropout else delta
 
+    @abstractmethod
     def dense(self, name: str) -> Tensor:
         """The change of the weight (N, K), without dropout."""
-        raise NotImplementedError
 
     def _get_delta_activations(
         self, adapter_name: str, input: Tensor, *args: Any, **kwargs: Any

@@ -33,6 +33,7 @@ from adapter_files import (
 from torch import Tensor, nn
 
 import dtq
+from dtq.errors import InputError
 from dtq.integrations.adapter_file import read_adapter
 from dtq.integrations.adapter_names import find_layers
 
@@ -176,6 +177,62 @@ def test_names_of_the_model_need_no_converter(name, prefix, suffixes, names):
     again = quantized(zoo.model(name))
     dtq.load_adapter(again, state)  # a bare model is enough
     assert_changes(changes(again), wanted)
+
+
+SDXL = {
+    "lora_unet_input_blocks_4_1_proj_in": "down_blocks.1.attentions.0.proj_in",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q":
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0":
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "lora_unet_output_blocks_0_1_transformer_blocks_0_ff_net_0_proj":
+        "up_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj",
+}  # fmt: skip
+"""Names of the original U-Net in files of kohya, and those of diffusers."""
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa"])
+@pytest.mark.parametrize("naming", ["original", "lora_unet_", "unet."])
+def test_layouts_of_a_unet(naming, kind):
+    torch.manual_seed(0)
+    unet = quantized(
+        diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), cross_attention_dim=32,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        )
+    )  # fmt: skip
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    pipe = diffusers.StableDiffusionXLPipeline(
+        **dict.fromkeys(parts), unet=unet, scheduler=diffusers.EulerDiscreteScheduler()
+    )
+    g = torch.Generator().manual_seed(0)
+    state, wanted = {}, {}
+    for source, target in SDXL.items():
+        stem = {"original": source, "unet.": f"unet.{target}"}.get(
+            naming, f"lora_unet_{target.replace('.', '_')}"
+        )
+        layer = unet.get_submodule(target)
+        down, up = pair(layer.out_features, layer.in_features, 2, g)
+        state[f"{stem}.alpha"] = torch.tensor(1.0)
+        if kind == "LoRA":
+            state[f"{stem}.lora_down.weight"], state[f"{stem}.lora_up.weight"] = down, up
+            wanted[target] = up @ down / 2
+        else:
+            state[f"{stem}.hada_w1_a"], state[f"{stem}.hada_w1_b"] = up, down
+            state[f"{stem}.hada_w2_a"], state[f"{stem}.hada_w2_b"] = up, down
+            wanted[target] = (up @ down) ** 2 / 2
+    assert sorted(dtq.load_adapter(pipe, state)) == sorted(wanted)
+    assert_changes(changes(unet), wanted)
+
+
+def test_the_error_of_a_converter_that_wants_all_layers_of_a_block():
+    model = quantized(zoo.model("WanTransformer3DModel"))
+    names = {"blocks.0.self_attn.q": WAN["blocks.0.self_attn.q"]}
+    state, _ = file_of(model, "lora_unet_", KOHYA, names)
+    with pytest.raises(InputError, match=r"WanPipeline: KeyError: .*self_attn") as caught:
+        dtq.load_adapter(pipeline(model), state)
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def wide(kind: type, **config) -> nn.Module:

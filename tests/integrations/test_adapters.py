@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import dtq
 from dtq.errors import InputError
+from dtq.integrations.adapter_file import Factors, read_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -191,7 +192,30 @@ WRONG = {
     "convolution": (
         lambda s: s | {f"{STEM}.hada_w1_b": torch.ones(2, 14, 3, 3)}, "only adapters of linears",
     ),
-    "empty": (lambda s: {}, "cannot be loaded"),
+    "empty": (lambda s: {}, "it has no tensors"),
+    "difference": (lambda s: s | {f"{STEM}.diff": torch.ones(2, 2)}, r"diff: not a tensor of"),
+    "magnitudes of LoHa": (
+        lambda s: s | {f"{STEM}.dora_scale": torch.ones(2, 1)}, r"dora_scale, hada_w1_a.* no adapter",
+    ),
+    "alpha not finite": (lambda s: s | {f"{STEM}.alpha": torch.tensor(torch.inf)}, "not finite"),
+    "alpha with a shape": (
+        lambda s: s | {f"{STEM}.alpha": torch.ones(3)}, r"alpha has the shape \[3\]",
+    ),
+    "no rank": (
+        lambda s: {k: v[:, :0] if k.endswith("_a") else v[:0] if v.ndim else v for k, v in s.items()},
+        "hada_w1_a has no numbers",
+    ),
+    "numbers for matrices": (
+        lambda s: {k: torch.tensor(1.0) for k in s}, r"has the shape \[\]",
+    ),
+    "the same tensor twice": (
+        lambda s: {f"{STEM}.{n}.weight": torch.ones(2, 2) for n in ("lora_A", "lora_B", "lora_up")},
+        r"lora_up.weight: the layer has this tensor under another name too",
+    ),
+    "the same layer twice": (
+        lambda s: s | {k.removeprefix("transformer."): v for k, v in s.items()},
+        r"are both transformer_blocks\.0\.attn\.to_q",
+    ),
 }  # fmt: skip
 
 
@@ -205,6 +229,112 @@ def test_what_is_wrong_is_named_and_changes_nothing(case):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_an_adapter_of_a_1_x_1_convolution_is_refused_before_anything_changes():
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    state = state_for(model) | {k.replace("to_q", "to_k"): v for k, v in state_for(model).items()}
+    layer = model.get_submodule("transformer_blocks.0.attn.to_k")
+    conv = nn.Conv2d(layer.in_features, layer.out_features, 1)
+    model.set_submodule(
+        "transformer_blocks.0.attn.to_k", dtq.QuantLinear.in_place_of(conv, layer.spec)
+    )
+    with pytest.raises(InputError, match=r"1 x 1 convolutions take no adapters.*attn\.to_k"):
+        dtq.load_adapter(model, state)
+    assert not any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in model.modules())
+
+
+@pytest.mark.parametrize("second", ["LoHa", "LoKr", "DoRA"])
+@pytest.mark.parametrize("first", ["LoHa", "LoKr", "DoRA"])
+def test_the_adapter_that_was_loaded_last_is_the_active_one(first, second):
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    layer_name = "transformer_blocks.0.attn.to_q"
+    layer = model.get_submodule(layer_name)
+    x = torch.randn(3, layer.in_features)
+    plain = layer(x)
+    states = {"a": state_for(model, first), "b": state_for(model, second)}
+    states["b"] = {k: v if "alpha" in k else v * 0.5 for k, v in states["b"].items()}
+    pipe, alone = pipeline(model), {}
+    for name, state in states.items():
+        dtq.load_adapter(pipe, state, name)
+        single = quantized(zoo.model("SD3Transformer2DModel"))
+        dtq.load_adapter(single, state)
+        alone[name] = single.get_submodule(layer_name)(x)
+        assert pipe.get_active_adapters() == [name]
+        assert torch.equal(model.get_submodule(layer_name)(x), alone[name])
+    assert relative(alone["a"], alone["b"]) > 1e-2
+    pipe.set_adapters(["a", "b"])
+    if "DoRA" not in (first, second):  # the norms are of the weight with the other adapter or not
+        total = alone["a"] + alone["b"] - plain
+        assert relative(model.get_submodule(layer_name)(x), total) < 1e-5
+    pipe.set_adapters("a")
+    assert torch.equal(model.get_submodule(layer_name)(x), alone["a"])
+    pipe.delete_adapters("a")
+    pipe.set_adapters("b")
+    assert torch.equal(model.get_submodule(layer_name)(x), alone["b"])
+    pipe.unload_lora_weights()
+    assert torch.equal(model.get_submodule(layer_name)(x), plain)
+
+
+def test_adapters_of_a_float_model_that_is_stored_in_float8():
+    model = zoo.model("SD3Transformer2DModel")
+    state = state_for(quantized(copy.deepcopy(model)), "LoKr")
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    name = "transformer_blocks.0.attn.to_q"
+    assert model.get_submodule(name).weight.dtype == torch.float8_e4m3fn
+    dtq.load_adapter(model, state)
+    kinds = {p.dtype for n, p in model.named_parameters() if "lokr" in n}
+    assert kinds == {torch.float32}
+    x = torch.randn(3, model.get_submodule(name).in_features)
+    change = model.get_submodule(name).get_delta_weight("default")
+    got = model.get_submodule(name)(x) - model.get_submodule(name).get_base_layer()(x)
+    assert relative(got, x @ change.T) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["", "my.style"])
+def test_names_that_peft_cannot_store_are_refused(name):
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    with pytest.raises(InputError, match="name without dots"):
+        dtq.load_adapter(model, state_for(model), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_files_in_other_dtypes_and_with_an_integer_alpha(dtype):
+    model = quantized(zoo.model("SD3Transformer2DModel"))
+    layer_name = "transformer_blocks.0.attn.to_q"
+    layer = model.get_submodule(layer_name)
+    down, up = (torch.randn(s).to(dtype) for s in ((4, layer.in_features), (layer.out_features, 4)))
+    state = {f"{STEM}.lora_down.weight": down, f"{STEM}.lora_up.weight": up}
+    x = torch.randn(3, layer.in_features)
+    want = layer(x) + 0.5 * x @ down.float().T @ up.float().T
+    dtq.load_adapter(model, state | {f"{STEM}.alpha": torch.tensor(2)})
+    assert relative(model.get_submodule(layer_name)(x), want) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [(0, 4), (4, 12), (2, 6), (3, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_an_adapter_are_rows_of_the_change_of_the_weight(kind, rows):
+    """Whole blocks of LoKr, of 4 rows each, and parts of blocks."""
+    tensors, _ = factors(kind, 16, 8, torch.ones(16, 8), torch.Generator().manual_seed(0))
+    whole = read_adapter({f"layer.{suffix}": t for suffix, t in tensors.items()})["layer"]
+    part = whole.rows(torch.arange(*rows))
+    assert part.shape == (rows[1] - rows[0], 8)
+    assert relative(change_of(part), change_of(whole)[slice(*rows)]) < 1e-6
+    if kind == "LoKr":
+        whole_blocks = rows[0] % 4 == rows[1] % 4 == 0
+        assert ("lokr_w2_b" in part.tensors) is whole_blocks
+
+
+def change_of(layer: Factors) -> Tensor:
+    t = layer.tensors
+    if "lora_A" in t:
+        change = t["lora_B"] @ t["lora_A"]
+    elif "hada_w1_a" in t:
+        change = (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+    else:
+        w1, w2 = (t[w] if w in t else t[f"{w}_a"] @ t[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
+        change = torch.kron(w1, w2)
+    return layer.scale * change
 
 
 def test_layers_of_text_encoders_can_be_left_out():
@@ -238,6 +368,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
             dtq.load_adapter(model, tmp_path / name)
     with pytest.raises(InputError, match="no transformer_2"):
         dtq.load_adapter(pipeline(model), state_for(model), component="transformer_2")
+    with pytest.raises(InputError, match="a model was given"):
+        dtq.load_adapter(model, state_for(model), component="transformer")
 
 
 def lora(model: nn.Module, rank: int, seed: int) -> dict[str, Tensor]:
@@ -286,6 +418,29 @@ def test_hot_swapping_equals_loading_anew(name):
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
     assert torch.equal(zoo.output(model, name), plain)
+
+
+def test_lokr_of_fused_layers_by_the_loader_of_diffusers():
+    """It fuses q, k and v of the model first, and a quantized model stays as it is."""
+    model = quantized(zoo.model("Flux2Transformer2DModel"))
+    name = "double_blocks.0.img_attn.qkv"
+    layer = model.get_submodule(FLUX2[name][0])
+    state = {
+        f"diffusion_model.{name}.lokr_w1": torch.ones(1, 1),
+        f"diffusion_model.{name}.lokr_w2": torch.ones(3 * layer.out_features, layer.in_features),
+    }
+    with pytest.raises(ValueError, match=r"to_qkv.* not found"):
+        pipeline(model).load_lora_weights(dict(state))
+    assert sorted(dtq.load_adapter(pipeline(model), state)) == sorted(FLUX2[name])
+
+
+def test_hot_swapping_lokr_is_refused_by_diffusers():
+    model = quantized(zoo.model("Flux2Transformer2DModel"))
+    state, _ = file_of(model, "LoKr of whole factors", FLUX2, "diffusion_model.")
+    pipe = pipeline(model)
+    pipe.load_lora_weights(lora(model, 4, 1), adapter_name="main")
+    with pytest.raises(ValueError, match="Hotswapping LoKr"):
+        pipe.load_lora_weights(dict(state), adapter_name="main", hotswap=True)
 
 
 def test_hot_swapping_does_not_compile_again():

@@ -262,6 +262,18 @@ def test_norms_of_dora_follow_what_they_depend_on():
         assert relative(on, run(twin)) < 1e-5
 
 
+def test_norms_of_dora_follow_new_tensors_while_the_old_ones_are_alive():
+    model = adapted(quantized("flux"), "dora")
+    run(model)  # the norms are kept from here on
+    old = [*model.parameters()]
+    for base in linears(model).values():
+        tensors = base.packed_tensors()
+        base.fill({n: t * 2 if t.is_floating_point() else t for n, t in tensors.items()})
+    on = run(model)
+    assert len(old) == len([*model.parameters()])
+    assert torch.equal(on, run(copy.deepcopy(model)))  # copies keep no norms
+
+
 @pytest.mark.parametrize("kind", ["lokr", "loha", "dora"])
 def test_adapters_of_several_kinds_add_up(kind):
     model = quantized("flux")
@@ -347,5 +359,5 @@ def test_convolutions_are_refused(kind):
     spec = next(iter(linears(_quantized("flux", "w4a16")).values())).spec
     layer = dtq.QuantLinear.in_place_of(nn.Conv2d(64, 64, 1), spec)
     model = nn.ModuleDict({"pointwise": layer})
-    with pytest.raises(InputError, match="1 x 1 convolution"):
+    with pytest.raises(InputError, match="1 x 1 convolutions take no adapters"):
         peft.inject_adapter_in_model(KINDS[kind](["pointwise"]), model)
