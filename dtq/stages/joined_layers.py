@@ -2,8 +2,9 @@
 """Linears that another engine keeps as one matrix are solved as one where their format needs it.
 
 Some formats have numbers for a whole matrix: the table of ``lut4-2l-g16``, the float32 scale of
-``nvfp4``. The engine has one of them for q, k and v together, so they are found together. All else
-is per row, and the rows of a solver do not depend on each other.
+``nvfp4``, the scale of ``fp8-matrix`` (:attr:`dtq.formats.Format.matrix_tensors`). The engine has
+one of them for q, k and v together, so they are found together. All else is per row, and the rows of
+a solver do not depend on each other.
 """
 
 from __future__ import annotations
@@ -72,15 +73,7 @@ def _has_numbers_of_the_matrix(layer: LayerPlan) -> bool:
     if layer.lowrank.name != "none":
         return False  # each layer has its own branch, and its residual is another matrix
     names = layer.format_candidates or (layer.weight_format,)
-    if any(getattr(FORMATS[name], "whole", False) for name in names):
-        return True  # one scale, stored in every row
-    sizes = (
-        {key: spec.shape[0] for key, spec in FORMATS[name].tensor_specs(shape).items()}
-        for name in names
-        for shape in (layer.shape, (2 * layer.shape[0], layer.shape[1]))
-    )
-    pairs = zip(*[iter(sizes)] * 2, strict=True)
-    return any(once[key] == twice[key] for once, twice in pairs for key in once)
+    return any(FORMATS[name].matrix_tensors for name in names)
 
 
 def _spans(rows: list[int]) -> list[tuple[int, int]]:

@@ -209,7 +209,12 @@ def test_codes_survive_every_order_of_names():
 
 
 @pytest.mark.parametrize(
-    ("target", "shared"), [("comfy-w4a8", "weight_lut"), ("comfy-nvfp4", "weight_scale_2")]
+    ("target", "shared"),
+    [
+        ("comfy-w4a8", "weight_lut"),
+        ("comfy-nvfp4", "weight_scale_2"),
+        ("comfy-fp8", "weight_scale"),
+    ],
 )
 def test_joined_layers_share_what_a_format_has_once(target, shared, tmp_path):
     """Solved as one matrix for the target; without it they differ, and are refused by name."""

@@ -178,15 +178,19 @@ def _reason(
         if other.spec != first.spec or other.spatial != first.spatial:
             formats = ", ".join(layers[module].spec.weight_format for module in modules)
             return f"{what}, whose formats or transforms differ ({formats})"
-        for key, tensor in first.tensors.items():
-            if getattr(FORMATS[first.spec.weight_format], "whole", False) and key == "weight_scale":
-                if not torch.equal(tensor[0], other.tensors[key][0]):
-                    return f"{what}, and the format has one {key} for all rows, where they differ"
-                continue
-            shared = not _by_row(first, tensor)
-            if shared and not torch.equal(_bits(tensor), _bits(other.tensors[key])):
+        ours, theirs = _shared_by_rows(first), _shared_by_rows(other)
+        for key, tensor in ours.items():
+            if not torch.equal(_bits(tensor), _bits(theirs[key])):
                 return f"{what}, and the format has one {key} for all rows, where they differ"
     return None
+
+
+def _shared_by_rows(layer: StoredLayer) -> dict[str, Tensor]:
+    """What all rows of a layer share, of the format and of the transform; each of it once."""
+    shared = {key: t for key, t in layer.tensors.items() if not _by_row(layer, t)}
+    for key in FORMATS[layer.spec.weight_format].matrix_tensors:
+        shared.setdefault(key, layer.tensors[key][:1])  # stored for each row, all equal
+    return shared
 
 
 def _by_row(layer: StoredLayer, tensor: Tensor) -> bool:
