@@ -36,6 +36,9 @@ from dtq.engines.target import Contents
 from dtq.errors import InputError, RecipeError
 from dtq.nn import QuantLinear
 from dtq.pipelines.tracing import dummy_inputs
+from dtq.plan.layers import LayerPlan, LayerSpec
+from dtq.stages import replace_layers
+from dtq.stages.joined_layers import joined_groups
 
 needs_kitchen = pytest.mark.skipif(
     importlib.util.find_spec("comfy_kitchen") is None,
@@ -240,6 +243,64 @@ def test_joined_layers_share_what_a_format_has_once(target, shared, tmp_path):
     assert together <= 1.1 * apart
 
 
+def matrices_of(model: nn.Module) -> list[set[str]]:
+    """The layers of each original matrix that has the rows of several."""
+    found: dict[str, set[str]] = {}
+    for name, matrix in joined_layers(key_map(config_of(model))).items():
+        found.setdefault(matrix, set()).add(name)
+    return list(found.values())
+
+
+def sd3_for(target: str, **overrides) -> nn.Module:
+    """A tiny model, quantized for a target on random inputs."""
+    model = tiny.sd3(heads=8)
+    inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
+    return dtq.quantize(model, COMFY[target], to=target, inputs=inputs, progress=False, **overrides)
+
+
+def test_layers_of_one_matrix_are_promoted_together(tmp_path):
+    promote = {"to": "int8-row", "max_error": 0.0, "budget": 5.5}
+    made = sd3_for("comfy-w4a8", promote=promote, sanity_check=False)
+    layers = made.hf_quantizer.report.layers
+    promoted = {x.name for x in layers if x.promoted}
+    assert any(matrix <= promoted for matrix in matrices_of(made))
+    assert any(not matrix & promoted for matrix in matrices_of(made))
+    assert all(matrix <= promoted or not matrix & promoted for matrix in matrices_of(made))
+    report = dtq.export(made, "comfy-w4a8", tmp_path / "model.safetensors")
+    assert (report.names, report.as_float) == ("original", {})
+
+
+def test_the_sanity_check_promotes_layers_of_one_matrix_together(tmp_path, monkeypatch):
+    q, built = "transformer_blocks.0.attn.to_q", replace_layers.build_quant_linear
+
+    def broken(result, *others):
+        new = built(result, *others)
+        if result.plan.name == q:
+            scale = torch.full_like(new.packed_tensor("weight_scale"), torch.nan)
+            new.fill({**new.packed_tensors(), "weight_scale": scale})
+        return new
+
+    monkeypatch.setattr(replace_layers, "build_quant_linear", broken)
+    made = sd3_for("comfy-w4a8")
+    done = made.hf_quantizer.report.sanity_check["promoted"]
+    assert [x["layer"] for x in done] == [q, q.replace("_q", "_k"), q.replace("_q", "_v")]
+    assert {x["to"] for x in done} == {"int8-row"}
+    assert done[1]["why"].startswith(f"in one matrix with {q}: its output is not finite")
+    report = dtq.export(made, "comfy-w4a8", tmp_path / "model.safetensors")
+    assert (report.names, report.as_float) == ("original", {})
+
+
+def test_candidates_of_one_matrix_are_chosen_together():
+    made = sd3_for("comfy-w4a8", format_candidates=["int8-row", "lut4-2l-g16"], sanity_check=False)
+    formats = {x.name: x.weight_format for x in made.hf_quantizer.report.layers}
+    assert all(len({formats[name] for name in matrix}) == 1 for matrix in matrices_of(made))
+    layer = LayerPlan("q", "attn.q", (64, 64), LayerSpec("q4_k", "none"))
+    several = replace(layer, format_candidates=("q4_k", "iq4_nl"))
+    both = {"q": "qkv", "k": "qkv"}
+    assert joined_groups([layer, replace(layer, name="k")], both) == [[0], [1]]
+    assert joined_groups([several, replace(several, name="k")], both) == [[0, 1]]
+
+
 def test_layers_that_do_not_fit_together_are_refused():
     _, made = quantized("sd3", "convrot-w8a8", "comfy-int8")
     contents, names = contents_of(made), key_map(config_of(made))
@@ -271,6 +332,12 @@ def test_the_plan_keeps_joined_layers_together():
     note = notes["transformer_blocks.0.attn.to_k"]
     assert "unquantized for comfy-int8: its rows and those of" in note
     assert "joint_blocks.0.x_block.attn.qkv" in note
+    with pytest.raises(
+        RecipeError, match=r"trains weight_lut of each layer.*attn.qkv; --set finetune=none"
+    ):
+        dtq.quantize(
+            tiny.sd3(heads=8), "convrot-w4a8", to="comfy-w4a8", finetune="blocks", progress=False
+        )
     rules = [{"match": "attn.q", "weights": "q6_k"}]
     with pytest.raises(RecipeError, match=r"one matrix in original files.*to_q q6_k, to_k q4_k"):
         dtq.quantize(tiny.sd3(heads=8), "gguf-q4", to="gguf", rules=rules, progress=False)
