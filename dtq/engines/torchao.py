@@ -282,4 +282,5 @@ TARGET = Target(
     write,
     read,
     is_torchao,
+    original_names=False,
 )

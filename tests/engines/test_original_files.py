@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+import zoo
 from click.testing import CliRunner
 from engine_models import ORIGINAL, model_errors, output, quantized
 from safetensors import safe_open
@@ -104,36 +105,28 @@ def test_the_engine_runs_joined_layers_with_the_error_of_dtq(family, target, tmp
     assert torch.equal(output(back, inputs), output(made, inputs))
 
 
-def flux2() -> nn.Module:
+def wide(name: str, **changes) -> nn.Module:
+    """A model of ``zoo.json`` that is 256 channels wide: a whole superblock of a K-quant."""
     torch.manual_seed(0)
-    return diffusers.Flux2Transformer2DModel(
+    sizes = {"attention_head_dim": 32, "num_attention_heads": 8, "joint_attention_dim": 64}
+    return zoo.classes()[name].from_config({**zoo.model(name).config, **sizes, **changes}).eval()
+
+
+MODELS = {
+    "sd3": lambda: tiny.sd3(heads=8),
+    "flux2": lambda: wide(
+        "Flux2Transformer2DModel",
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=8,
-        joint_attention_dim=64,
         timestep_guidance_channels=64,
         axes_dims_rope=(8, 8, 8, 8),
-    ).eval()
-
-
-def auraflow() -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.AuraFlowTransformer2DModel(
+    ),
+    "auraflow": lambda: wide(
+        "AuraFlowTransformer2DModel",
         sample_size=8,
-        in_channels=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=8,
-        joint_attention_dim=64,
         caption_projection_dim=256,
         pos_embed_max_size=64,
-    ).eval()
-
-
-MODELS = {"sd3": lambda: tiny.sd3(heads=8), "flux2": flux2, "auraflow": auraflow}
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -350,6 +343,8 @@ def test_names_are_chosen_and_checked(tmp_path):
         InputError, match=r"no original names for DiTTransformer2DModel.*flux, flux2"
     ):
         dtq.export(made, "comfy-int8", file, names="original")
+    with pytest.raises(InputError, match="torchao files have the names of diffusers"):
+        dtq.export(made, "torchao", tmp_path / "folder", names="original")
     assert dtq.export(made, "comfy-int8", file).names == "diffusers"
     with pytest.raises(InputError, match="expected one of auto, original, diffusers"):
         dtq.export(made, "comfy-int8", file, names="mine", overwrite=True)

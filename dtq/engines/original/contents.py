@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.engines.original.mapping import Entry, KeyMap, Part, key_map
+from dtq.engines.original.mapping import Entry, KeyMap, Part, anonymous, key_map
 from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS
@@ -154,11 +153,6 @@ def _module(key: str) -> str:
     return key.removesuffix(_WEIGHT)
 
 
-def _anonymous(key: str) -> str:
-    """A name for messages that is the same in every block."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
-
-
 def _told(entry: Entry) -> str:
     keys = ", ".join(dict.fromkeys(part.key for part in entry.parts))
     return f"and the model needs {list(entry.shape)} for {keys}"
@@ -167,10 +161,10 @@ def _told(entry: Entry) -> str:
 def _reason(
     name: str, modules: list[str], layers: Mapping[str, StoredLayer], moves: bool
 ) -> str | None:
-    rows = ", ".join(_anonymous(module) for module in modules)
-    what = f"{_anonymous(_module(name))} of original files has the rows of {rows}"
+    rows = ", ".join(anonymous(module) for module in modules)
+    what = f"{anonymous(_module(name))} of original files has the rows of {rows}"
     if floats := [module for module in modules if module not in layers]:
-        return f"{what}, and {_anonymous(floats[0])} is float"
+        return f"{what}, and {anonymous(floats[0])} is float"
     first = layers[modules[0]]
     if moves and first.spec.rank:
         return f"{what}, which cannot share a low-rank branch"
