@@ -27,6 +27,7 @@ from dtq.errors import CheckpointError
 from dtq.io.atomic import atomic_save_tensors
 from dtq.io.safe_parse import parse_json
 from dtq.linalg.hadamard import regular_block_for, regular_columns, regular_signs
+from dtq.pipelines.weight_files import open_header
 from dtq.plan.layers import LayerSpec
 
 MARKER = "comfy_quant"
@@ -271,12 +272,9 @@ def described(tensor: Tensor) -> str:
 
 
 def _tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            return {key: opened.get_tensor(key) for key in opened.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error}); copy it again") from error
+    with open_header(path) as opened:
+        metadata = opened.metadata() or {}
+        return {key: opened.get_tensor(key) for key in opened.keys()}, metadata  # noqa: SIM118
 
 
 def _marker(tensor: Tensor, where: str) -> Options:

@@ -4,8 +4,8 @@
 A quantized linear is one tensor ``NAME.weight`` in the blocks of its type. Every other tensor is
 float32, or float16 where the model has float16: readers decode bfloat16 in linear layers alone, and
 ``dtq.dtype.NAME`` is the dtype that dtq restores. GGUF has at most four axes: of a tensor with more
-the first ones are one, and ``dtq.shape.NAME`` is its shape. The metadata has the diffusers config
-of the model.
+the first ones are one, and ``comfy.gguf.orig_shape.NAME``, a key of ComfyUI-GGUF, is its shape. The
+metadata has the diffusers config of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
-from dtq.engines.gguf_file import INTEGERS, GgufTensor, is_gguf, read_gguf, write_gguf
+from dtq.engines.gguf_file import INTEGERS, Entry, GgufTensor, is_gguf, read_gguf, write_gguf
 from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
 from dtq.errors import CheckpointError
 from dtq.io.safe_parse import parse_json
@@ -31,7 +31,7 @@ LIMITS = Limits(
     recipe="gguf-q4",
     fallbacks=("q8_0",),
 )
-DTYPE, SHAPE = "dtq.dtype.", "dtq.shape."
+DTYPE, SHAPE = "dtq.dtype.", "comfy.gguf.orig_shape."
 NARROWED = {"bfloat16": torch.bfloat16, "bool": torch.bool, "uint8": torch.uint8}
 """Dtypes that are stored as float32, and restored."""
 MOST_AXES = 8
@@ -41,7 +41,7 @@ ARCHITECTURE = "diffusers"
 
 def write(contents: Contents, path: Path) -> None:
     """Write a file; equal contents give equal bytes."""
-    tensors, restored = {}, dict[str, str | int]()
+    tensors, restored = {}, dict[str, Entry]()
     for name, tensor in sorted(contents.others.items()):
         data = tensor
         if tensor.dtype != torch.float16 and tensor.dtype not in INTEGERS:
@@ -49,14 +49,14 @@ def write(contents: Contents, path: Path) -> None:
         if data.dtype != tensor.dtype:
             restored[DTYPE + name] = str(tensor.dtype).removeprefix("torch.")
         if data.ndim > 4:
-            restored[SHAPE + name] = json.dumps(list(data.shape))
+            restored[SHAPE + name] = list(data.shape)
             data = data.flatten(0, -4)
         tensors[name] = GgufTensor("", tuple(data.shape), data)
     for name, layer in contents.layers.items():
         kind = layer.spec.weight_format
         blocks = to_blocks(kind, layer.weights())
         tensors[f"{name}.weight"] = GgufTensor(kind, layer.shape, blocks)
-    entries: dict[str, str | int] = {
+    entries: dict[str, Entry] = {
         "general.architecture": contents.architecture or ARCHITECTURE,
         "general.quantization_version": 2,
         "dtq.config": json.dumps(contents.config, sort_keys=True),
@@ -103,7 +103,7 @@ def _restored(path: Path, name: str, data: Tensor, entries: Mapping[str, Any]) -
         data = data.to(NARROWED[dtype])
     if SHAPE + name not in entries:
         return data
-    shape = parse_json(str(entries[SHAPE + name]), f"{path}: {SHAPE}{name}")
+    shape = entries[SHAPE + name]
     sizes = shape if isinstance(shape, list) else []
     fits = all(type(size) is int and size > 0 for size in sizes)
     if not fits or len(sizes) > MOST_AXES or math.prod(sizes) != data.numel():

@@ -187,3 +187,15 @@ def test_dtypes_and_shapes_that_gguf_lacks_come_back(tmp_path):
     for name, tensor in others.items():
         assert read.others[name].dtype == tensor.dtype
         assert torch.equal(read.others[name], tensor)
+
+
+@needs_gguf
+def test_the_shape_of_five_axes_is_as_comfyui_gguf_reads_it(tmp_path):
+    """Its loader asks for an array of INT32, as the package gguf decodes it."""
+    from gguf import GGUFReader, GGUFValueType
+
+    gguf.write(Contents({}, {"patch": torch.randn(4, 3, 1, 2, 2)}), tmp_path / "x.gguf")
+    field = GGUFReader(tmp_path / "x.gguf").get_field("comfy.gguf.orig_shape.patch")
+    assert field.types == [GGUFValueType.ARRAY, GGUFValueType.INT32]
+    assert [int(field.parts[place][0]) for place in field.data] == [4, 3, 1, 2, 2]
+    assert field.contents() == [4, 3, 1, 2, 2]
