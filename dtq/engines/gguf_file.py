@@ -29,7 +29,7 @@ from dtq.errors import CheckpointError, InputError
 from dtq.io.atomic import atomic_replace
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
-INT32, STRING, ARRAY = 5, 8, 9
+STRING, ARRAY = 8, 9
 _SCALARS = {
     0: "B",
     1: "b",
@@ -43,10 +43,9 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-_MOST_DIMENSIONS = 4
+_MOST_DIMENSIONS = 5
+"""ggml has 4; published files of video models have 5 for convolutions."""
 _MOST_ENTRIES = 2**16
-_LONGEST_ARRAY = 64
-"""Elements of the arrays that are kept: those that describe one tensor."""
 
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 INTEGERS = {torch.int8: 24, torch.int16: 25, torch.int32: 26, torch.int64: 27, torch.float64: 28}
@@ -54,10 +53,6 @@ INTEGERS = {torch.int8: 24, torch.int16: 25, torch.int32: 26, torch.int64: 27, t
 
 _PLAIN = {number: dtype for dtype, number in (FLOATS | INTEGERS).items()}
 _BLOCKS = {kind.number: name for name, kind in BLOCK_TYPES.items()}
-
-
-Entry = str | int | list[int]
-"""What dtq writes into the metadata: a text, a uint32, or an array of int32."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +70,23 @@ class GgufTensor:
     data: Tensor
 
 
-def write_gguf(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, GgufTensor]) -> None:
+def write_gguf(
+    path: Path, entries: Mapping[str, str | int], tensors: Mapping[str, GgufTensor]
+) -> None:
     """Write a file by renaming a complete one; equal contents give equal bytes.
 
     Args:
         path: the file.
-        entries: the metadata.
+        entries: texts and numbers (uint32) of the metadata.
         tensors: by name, in the order of the file.
 
     Raises:
-        InputError: the file cannot be written, or a tensor has a dtype that GGUF does not.
+        InputError: the file cannot be written, or a tensor has a dtype or a number of dimensions
+            that GGUF does not.
     """
     for name, tensor in tensors.items():
+        if len(tensor.shape) > _MOST_DIMENSIONS:
+            raise InputError(f"{name}: GGUF has no {len(tensor.shape)} dimensions")
         if not tensor.kind and tensor.data.dtype not in FLOATS | INTEGERS:
             raise InputError(f"{name}: GGUF has no {tensor.data.dtype}")
     atomic_replace(path, lambda draft: _write(draft, entries, tensors))
@@ -124,7 +124,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == MAGIC
 
 
-def _write(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, GgufTensor]) -> None:
+def _write(path: Path, entries: Mapping[str, str | int], tensors: Mapping[str, GgufTensor]) -> None:
     with path.open("wb") as file:
         file.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(entries)))
         for key, value in entries.items():
@@ -132,8 +132,6 @@ def _write(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, GgufT
             if isinstance(value, str):
                 file.write(struct.pack("<I", STRING))
                 _write_string(file, value)
-            elif isinstance(value, list):
-                file.write(struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value))
             else:
                 file.write(struct.pack("<II", 4, value))
         at = 0
@@ -208,7 +206,7 @@ class _Header:
         return entries
 
     def value(self, kind: int) -> Any:
-        """The next value of a type; of arrays, short ones of numbers are kept, others are None."""
+        """The next value of a type; elements of arrays are not kept."""
         if kind == STRING:
             return self.string()
         if kind in _SCALARS:
@@ -217,8 +215,6 @@ class _Header:
             raise CheckpointError(f"{self.path}: metadata of unknown type {kind}")
         element, count = self.numbers("IQ")
         if element in _SCALARS:
-            if count <= _LONGEST_ARRAY:
-                return list(self.numbers(f"{count}{_SCALARS[element]}"))
             self.take(count * struct.calcsize(f"<{_SCALARS[element]}"))
             return None
         if element != STRING or count > len(self.data) // 8:

@@ -17,6 +17,7 @@ from dtq.engines import gguf
 from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
 from dtq.engines.gguf_file import GgufTensor, read_gguf, write_gguf
 from dtq.engines.target import Contents
+from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 
@@ -174,7 +175,7 @@ def test_calibration_lowers_the_error_of_every_recipe(recipe):
     assert errors[0] < errors[1]
 
 
-def test_dtypes_and_shapes_that_gguf_lacks_come_back(tmp_path):
+def test_dtypes_that_gguf_lacks_and_five_dimensions_come_back(tmp_path):
     others = {
         "patch": torch.randn(4, 3, 1, 2, 2),
         "half": torch.randn(5).bfloat16(),
@@ -187,15 +188,5 @@ def test_dtypes_and_shapes_that_gguf_lacks_come_back(tmp_path):
     for name, tensor in others.items():
         assert read.others[name].dtype == tensor.dtype
         assert torch.equal(read.others[name], tensor)
-
-
-@needs_gguf
-def test_the_shape_of_five_axes_is_as_comfyui_gguf_reads_it(tmp_path):
-    """Its loader asks for an array of INT32, as the package gguf decodes it."""
-    from gguf import GGUFReader, GGUFValueType
-
-    gguf.write(Contents({}, {"patch": torch.randn(4, 3, 1, 2, 2)}), tmp_path / "x.gguf")
-    field = GGUFReader(tmp_path / "x.gguf").get_field("comfy.gguf.orig_shape.patch")
-    assert field.types == [GGUFValueType.ARRAY, GGUFValueType.INT32]
-    assert [int(field.parts[place][0]) for place in field.data] == [4, 3, 1, 2, 2]
-    assert field.contents() == [4, 3, 1, 2, 2]
+    with pytest.raises(InputError, match="patch: GGUF has no 6 dimensions"):
+        gguf.write(Contents({}, {"patch": torch.ones(1, 1, 1, 1, 1, 1)}), tmp_path / "x.gguf")

@@ -126,6 +126,7 @@ MODELS = {
         caption_projection_dim=256,
         pos_embed_max_size=64,
     ),
+    "wan": tiny.wan,  # its patch embedding has five dimensions
 }
 
 
@@ -180,7 +181,7 @@ def test_gguf_files_name_their_family(gguf):
     entries, tensors = read_gguf(file)
     names = key_map(config_of(made))
     assert entries["general.architecture"] == names.gguf
-    assert names.gguf in {"sd3", "flux", "aura"}  # as ComfyUI-GGUF has them
+    assert names.gguf in {"sd3", "flux", "aura", "wan"}  # as ComfyUI-GGUF has them
     assert set(tensors) == set(names.entries)
     back = dtq.load(file)
     again = file.with_name("again.gguf")
