@@ -213,9 +213,10 @@ def test_codes_survive_every_order_of_names():
         ("comfy-fp8", "weight_scale"),
     ],
 )
-def test_joined_layers_share_what_a_format_has_once(target, shared, tmp_path):
+@pytest.mark.parametrize("family", ORIGINAL)
+def test_joined_layers_share_what_a_format_has_once(family, target, shared, tmp_path):
     """Solved as one matrix for the target; without it they differ, and are refused by name."""
-    model, made = quantized("sd3", COMFY[target], target)
+    model, made = quantized(family, COMFY[target], target)
     joined = joined_layers(key_map(config_of(made)))
     matrices: dict[str, list[QuantLinear]] = {}
     for name, matrix in joined.items():
@@ -234,6 +235,7 @@ def test_joined_layers_share_what_a_format_has_once(target, shared, tmp_path):
     report = dtq.export(alone, target, file, unsupported="float", overwrite=True)
     assert set(report.as_float) == set(joined)
     together, apart = model_errors(model, made, alone)
+    print(f"\n{target} {family}: {together / apart:.3f}")
     assert together <= 1.1 * apart
 
 
