@@ -38,7 +38,7 @@ def exported(request, target, tmp_path_factory):
 
 
 @needs_kitchen
-def test_every_layer_has_the_error_of_dtq(exported):
+def test_every_layer_has_the_error_of_dtq(exported, target):
     import kitchen
 
     model, made, file = exported
@@ -56,17 +56,17 @@ def test_every_layer_has_the_error_of_dtq(exported):
         assert 0 < own < 0.1
         assert error(theirs, want) <= 1.01 * own, name
         ratios.append(error(theirs, want) / own)
-    print(f"\n{file.parent.name} {file.stem}: layers {max(ratios):.4f}")
+    print(f"\n{target} {file.stem}: layers {max(ratios):.4f}")
 
 
 @needs_kitchen
-def test_the_whole_model_has_the_error_of_dtq(exported):
+def test_the_whole_model_has_the_error_of_dtq(exported, target):
     import kitchen
 
     model, made, file = exported
     engine = kitchen.model(file)
     ours, theirs = model_errors(model, made, engine)
-    print(f"\n{file.parent.name} {file.stem}: model {theirs / ours:.4f}")
+    print(f"\n{target} {file.stem}: model {theirs / ours:.4f}")
     assert ours > 0
     assert theirs <= 1.01 * ours
 
