@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.target import Contents, Limits, StoredLayer, Target, any_shape, common_reason
 from dtq.errors import CheckpointError
 from dtq.io.atomic import atomic_save_tensors
 from dtq.io.safe_parse import parse_json
 from dtq.linalg.hadamard import regular_block_for, regular_columns, regular_signs
+from dtq.pipelines.weight_files import open_header
 from dtq.plan.layers import LayerSpec
 
 MARKER = "comfy_quant"
@@ -43,10 +44,6 @@ Decoded = tuple[tuple[int, int], Tensors, int]
 """(N, K), the tensors of the weight format, and the block of the rotation, 1 for none."""
 
 
-def _any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class ComfyFormat:
     """How ComfyUI stores a linear.
@@ -57,8 +54,8 @@ class ComfyFormat:
         activations: activation format that it runs with.
         encode: the tensors of a layer, by the end of their names, and the other keys of its marker.
         decode: the inverse; gets the tensors, the marker and the name of the layer.
-        tensors: ends of the names of its tensors; those after the first ``required`` may be absent.
-        required: see ``tensors``.
+        tensors: ends of the names of its tensors.
+        optional: those of other tensors that a file may have; ``decode`` decides about them.
         weight_only: whether it runs with float activations, too.
         also: other weight formats with the same numbers.
         shape_reason: as in :class:`Limits`, for layers of this format.
@@ -69,11 +66,11 @@ class ComfyFormat:
     activations: str
     encode: Callable[[StoredLayer], tuple[Tensors, Options]]
     decode: Callable[[Tensors, Options, str], Decoded]
-    tensors: tuple[str, ...]
-    required: int
+    tensors: tuple[str, ...] = ("weight", "weight_scale")
+    optional: tuple[str, ...] = ()
     weight_only: bool = False
     also: tuple[str, ...] = ()
-    shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = field(default=_any_shape)
+    shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = any_shape
 
     @property
     def weight_formats(self) -> tuple[str, ...]:
@@ -166,8 +163,9 @@ def read(path: Path) -> Contents:
             raise CheckpointError(
                 f"{path}: {key} is {options.get('format')!r}; dtq reads {', '.join(BY_MARKER)}"
             )
-        stored = {part: tensors.pop(f"{name}.{part}", None) for part in fmt.tensors}
-        missing = [part for part in fmt.tensors[: fmt.required] if stored[part] is None]
+        parts = (*fmt.tensors, *fmt.optional)
+        stored = {part: tensors.pop(f"{name}.{part}", None) for part in parts}
+        missing = [part for part in fmt.tensors if stored[part] is None]
         if missing:
             raise CheckpointError(f"{path}: {name}.{missing[0]} is missing, for {fmt.marker}")
         present = {part: tensor for part, tensor in stored.items() if tensor is not None}
@@ -274,12 +272,9 @@ def described(tensor: Tensor) -> str:
 
 
 def _tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            return {key: opened.get_tensor(key) for key in opened.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error}); copy it again") from error
+    with open_header(path) as opened:
+        metadata = opened.metadata() or {}
+        return {key: opened.get_tensor(key) for key in opened.keys()}, metadata  # noqa: SIM118
 
 
 def _marker(tensor: Tensor, where: str) -> Options:

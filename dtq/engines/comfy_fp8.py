@@ -43,16 +43,7 @@ def decode(tensors: Tensors, options: Options, where: str) -> Decoded:
     return (rows, columns), {"weight": weight, "weight_scale": one.repeat(rows, 1)}, 1
 
 
-FP8 = ComfyFormat(
-    "float8_e4m3fn",
-    "fp8-matrix",
-    "fp8-row",
-    encode,
-    decode,
-    ("weight", "weight_scale"),
-    required=2,
-    weight_only=True,
-)
+FP8 = ComfyFormat("float8_e4m3fn", "fp8-matrix", "fp8-row", encode, decode, weight_only=True)
 
 TARGET = comfy_target(
     "comfy-fp8",

@@ -59,16 +59,7 @@ def decode(tensors: Tensors, options: Options, where: str) -> Decoded:
     return (rows, columns), stored, block
 
 
-INT8 = ComfyFormat(
-    "int8_tensorwise",
-    "int8-row",
-    "int8-row",
-    encode,
-    decode,
-    ("weight", "weight_scale"),
-    required=2,
-    weight_only=True,
-)
+INT8 = ComfyFormat("int8_tensorwise", "int8-row", "int8-row", encode, decode, weight_only=True)
 
 TARGET = comfy_target(
     "comfy-int8",

@@ -94,7 +94,6 @@ NVFP4 = ComfyFormat(
     encode,
     decode,
     ("weight", "weight_scale", "weight_scale_2"),
-    required=3,
     weight_only=True,
     also=("nvfp4-46",),
     shape_reason=shape_reason,

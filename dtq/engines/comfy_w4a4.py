@@ -82,8 +82,6 @@ W4A4 = ComfyFormat(
     "int4-row",
     encode,
     decode,
-    ("weight", "weight_scale"),
-    required=2,
     shape_reason=shape_reason,
 )
 

@@ -116,8 +116,8 @@ W4A8 = ComfyFormat(
     "int8-row",
     encode,
     decode,
-    ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook", "weight_correction"),
-    required=4,
+    ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook"),
+    optional=("weight_correction",),
     shape_reason=shape_reason,
 )
 

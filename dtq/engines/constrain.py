@@ -10,6 +10,7 @@ from types import MappingProxyType
 from dtq.engines import find_target
 from dtq.engines.target import CONVOLUTION, Limits, Target
 from dtq.errors import RecipeError
+from dtq.formats import FORMATS
 from dtq.io.schema import MethodSpec
 from dtq.plan.layers import LayerPlan, LayerSpec, Plan, misfit
 from dtq.recipe import Recipe
@@ -56,6 +57,8 @@ def constrain(
             changed[layer.name] = _adapted(layer, target, reason)
     fits = plan.with_layers(changed)
     changed |= _together(fits, target, joined, refused)
+    if recipe.finetune.name != "none":
+        problems += _finetune_problems(plan.with_layers(changed), target, joined)
     for reason, names in refused.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more}: {reason}")
@@ -88,6 +91,18 @@ def _together(
             )
             refused.setdefault(reason, []).append(layers[0].name)
     return changed
+
+
+def _finetune_problems(plan: Plan, target: Target, joined: Mapping[str, str]) -> list[str]:
+    """The tensor that fine-tuning would train apart in layers that are one matrix there."""
+    for layer in plan.quantized():
+        shared = FORMATS[layer.weight_format].matrix_tensors
+        if layer.name in joined and shared:
+            return [
+                f"finetune: trains {shared[0]} of each layer by itself, and {target.name} has one "
+                f"for all rows of {joined[layer.name]}; --set finetune=none"
+            ]
+    return []
 
 
 def in_format(layer: LayerPlan, name: str, target: str) -> LayerPlan:

@@ -121,7 +121,7 @@ def export(
             output, len(modules),
         )  # fmt: skip
     if names == "original" and not target.original_names:
-        raise InputError(f"{to} is a folder of diffusers, which has its names: --names diffusers")
+        raise InputError(f"{to} files have the names of diffusers: --names diffusers")
     keep = names == "diffusers" or not target.original_names
     original = None if keep else _original_names(model, names == "original")
     contents, as_float = holdable(model, target, unsupported == "float", original)

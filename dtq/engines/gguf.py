@@ -3,15 +3,13 @@
 
 A quantized linear is one tensor ``NAME.weight`` in the blocks of its type. Every other tensor is
 float32, or float16 where the model has float16: readers decode bfloat16 in linear layers alone, and
-``dtq.dtype.NAME`` is the dtype that dtq restores. GGUF has at most four axes: of a tensor with more
-the first ones are one, and ``dtq.shape.NAME`` is its shape. The metadata has the diffusers config
-of the model.
+``dtq.dtype.NAME`` is the dtype that dtq restores. The metadata has the diffusers config of the
+model.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,26 +29,22 @@ LIMITS = Limits(
     recipe="gguf-q4",
     fallbacks=("q8_0",),
 )
-DTYPE, SHAPE = "dtq.dtype.", "dtq.shape."
+DTYPE = "dtq.dtype."
 NARROWED = {"bfloat16": torch.bfloat16, "bool": torch.bool, "uint8": torch.uint8}
 """Dtypes that are stored as float32, and restored."""
-MOST_AXES = 8
 ARCHITECTURE = "diffusers"
 """Value of ``general.architecture`` where the names of the tensors are those of diffusers."""
 
 
 def write(contents: Contents, path: Path) -> None:
     """Write a file; equal contents give equal bytes."""
-    tensors, restored = {}, dict[str, str | int]()
+    tensors, restored = {}, dict[str, str]()
     for name, tensor in sorted(contents.others.items()):
         data = tensor
         if tensor.dtype != torch.float16 and tensor.dtype not in INTEGERS:
             data = tensor.float()
         if data.dtype != tensor.dtype:
             restored[DTYPE + name] = str(tensor.dtype).removeprefix("torch.")
-        if data.ndim > 4:
-            restored[SHAPE + name] = json.dumps(list(data.shape))
-            data = data.flatten(0, -4)
         tensors[name] = GgufTensor("", tuple(data.shape), data)
     for name, layer in contents.layers.items():
         kind = layer.spec.weight_format
@@ -95,20 +89,13 @@ def read(path: Path) -> Contents:
 
 
 def _restored(path: Path, name: str, data: Tensor, entries: Mapping[str, Any]) -> Tensor:
-    """A tensor in the dtype and shape that it had in the model."""
+    """A tensor in the dtype that it had in the model."""
     dtype = entries.get(DTYPE + name)
     if dtype is not None:
         if dtype not in NARROWED:
             raise CheckpointError(f"{path}: {DTYPE}{name} is {dtype!r}")
         data = data.to(NARROWED[dtype])
-    if SHAPE + name not in entries:
-        return data
-    shape = parse_json(str(entries[SHAPE + name]), f"{path}: {SHAPE}{name}")
-    sizes = shape if isinstance(shape, list) else []
-    fits = all(type(size) is int and size > 0 for size in sizes)
-    if not fits or len(sizes) > MOST_AXES or math.prod(sizes) != data.numel():
-        raise CheckpointError(f"{path}: {SHAPE}{name} is {shape!r}, for {list(data.shape)}")
-    return data.reshape(sizes)
+    return data
 
 
 def unsupported_reason(layer: StoredLayer) -> str | None:

@@ -43,7 +43,8 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-_MOST_DIMENSIONS = 4
+_MOST_DIMENSIONS = 5
+"""ggml has 4; published files of video models have 5 for convolutions."""
 _MOST_ENTRIES = 2**16
 
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
@@ -80,9 +81,12 @@ def write_gguf(
         tensors: by name, in the order of the file.
 
     Raises:
-        InputError: the file cannot be written, or a tensor has a dtype that GGUF does not.
+        InputError: the file cannot be written, or a tensor has a dtype or a number of dimensions
+            that GGUF does not.
     """
     for name, tensor in tensors.items():
+        if len(tensor.shape) > _MOST_DIMENSIONS:
+            raise InputError(f"{name}: GGUF has no {len(tensor.shape)} dimensions")
         if not tensor.kind and tensor.data.dtype not in FLOATS | INTEGERS:
             raise InputError(f"{name}: GGUF has no {tensor.data.dtype}")
     atomic_replace(path, lambda draft: _write(draft, entries, tensors))

@@ -182,4 +182,5 @@ TARGET = Target(
     unsupported_reason,
     write,
     packages=("onnx", "onnxscript"),
+    original_names=False,
 )

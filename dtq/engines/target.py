@@ -78,7 +78,8 @@ class Contents:
     architecture: str = ""
 
 
-def _any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
+def any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
+    """The ``shape_reason`` of an engine that holds every shape: None."""
     return None
 
 
@@ -100,7 +101,7 @@ class Limits:
     recipe: str
     transforms: tuple[str, ...] = ("none",)
     fallbacks: tuple[str, ...] = ()
-    shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = _any_shape
+    shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = any_shape
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Target:
         read: reads a file; the inverse of ``write``. None: dtq does not read such files.
         recognizes: whether a file is one of this engine; looks at its header alone.
         packages: modules that ``write`` needs beyond dtq's own dependencies.
+        original_names: whether the engine knows a model by its original names; otherwise by those
+            of diffusers.
     """
 
     name: str
@@ -128,16 +131,12 @@ class Target:
     read: Callable[[Path], Contents] | None = None
     recognizes: Callable[[Path], bool] = lambda path: False
     packages: tuple[str, ...] = ()
+    original_names: bool = True
 
     @property
     def missing(self) -> list[str]:
         """Packages that ``write`` needs and that are not installed."""
         return [name for name in self.packages if find_spec(name) is None]
-
-    @property
-    def original_names(self) -> bool:
-        """Whether a file may have a model's original names: a folder has those of diffusers."""
-        return bool(self.suffix)
 
 
 def stored_bytes(path: Path) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtq.engines.target import (
@@ -31,6 +30,7 @@ from dtq.formats import FORMATS
 from dtq.formats.packing import pack_bits, unpack_bits
 from dtq.io.atomic import atomic_directory, atomic_save_tensors, atomic_write
 from dtq.io.safe_parse import parse_json, read_json
+from dtq.pipelines.weight_files import open_header
 from dtq.plan.layers import LayerSpec
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
@@ -151,12 +151,9 @@ def read(path: Path) -> Contents:
     file = path / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{path}: has no {WEIGHTS}; dtq reads folders with one file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: truncated or damaged ({error}); copy it again") from error
+    with open_header(file) as opened:
+        metadata = opened.metadata() or {}
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     names = _parsed(metadata.get(NAMES, ""), f"{file}: {NAMES}", list)
     layers = {}
     for key in names:
@@ -282,4 +279,5 @@ TARGET = Target(
     write,
     read,
     is_torchao,
+    original_names=False,
 )

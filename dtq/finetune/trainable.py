@@ -51,7 +51,13 @@ class TrainableLinear(nn.Linear):
             self.start["bias"] = layer.bias.detach().float().clone()
             # the RMS of an output when that of the input is one
             self.unit["bias"] = _rms(layer.dequantize(torch.float32)) * self.in_features**0.5
-        self.moves = nn.ParameterDict({n: torch.zeros_like(t) for n, t in self.start.items()})
+        self.moves = nn.ParameterDict({n: self._no_move(n) for n in self.start})
+
+    def _no_move(self, name: str) -> Tensor:
+        """Zeros for a tensor; one row of them where the format has the same values in all rows."""
+        start, fmt = self.start[name], self.layer.problem.weight_format
+        equal = name in fmt.matrix_tensors and bool((start == start[:1]).all())
+        return torch.zeros_like(start[:1] if equal else start)
 
     @property
     def layer(self) -> QuantLinear:

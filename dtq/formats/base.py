@@ -69,12 +69,16 @@ class Format(ABC):
         vector: columns that are quantized together; slices of the matrix hold whole vectors.
         data_dependent: ``compute_qparams`` minimizes an error over the data. Such a format uses
             ``column_weights`` and ignores ``clip``.
+        matrix_tensors: packed tensors whose values all rows share, such as a codebook. They are
+            stored once; or once per row, all equal. Every other packed tensor has values of its
+            own for each row.
     """
 
     name: str
     group: int | None
     vector: int = 1
     data_dependent = False
+    matrix_tensors: tuple[str, ...] = ()
 
     @abstractmethod
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:

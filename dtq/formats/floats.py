@@ -45,6 +45,11 @@ class Fp8(Format):
         """Rows that share their scale have no clip of their own to search."""
         return self.whole
 
+    @property
+    def matrix_tensors(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The scale that all rows share, if they do."""
+        return ("weight_scale",) if self.whole else ()
+
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """``weight``, one e4m3 number per weight, and ``weight_scale`` (N, 1)."""
         return {
@@ -91,6 +96,7 @@ class NvFp4(FixedCodebookFormat):
 
     codebook = E2M1
     group = 16
+    matrix_tensors = ("weight_scale_2",)
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Packed codes, e4m3 ``weight_scale`` (N, K / 16), float32 ``weight_scale_2`` (1, 1)."""

@@ -93,6 +93,7 @@ class Lut(CodebookFormat):
     group: int | None = None
 
     data_dependent = True
+    matrix_tensors = ("weight_lut",)
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Packed ``weight``, ``weight_scale``, float32 ``weight_lut`` (1, 2^bits)."""

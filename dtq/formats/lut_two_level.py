@@ -40,6 +40,7 @@ class TwoLevelLut(Format):
 
     bits = 4
     data_dependent = True
+    matrix_tensors = ("weight_lut",)
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Packed ``weight``, ``weight_scale`` (N, 1), e4m3 ``weight_scale_2``, ``weight_lut``."""

@@ -43,6 +43,7 @@ class Vq(Format):
 
     group = None
     data_dependent = True
+    matrix_tensors = ("weight_lut",)
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Packed ``weight``, ``weight_lut`` (num_codewords, vector), maybe ``weight_scale``."""

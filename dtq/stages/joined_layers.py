@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linears that another engine keeps as one matrix are solved as one where their format needs it.
 
-Some formats have numbers for a whole matrix: the table of ``lut4-2l-g16``, the float32 scale of
-``nvfp4``. The engine has one of them for q, k and v together, so they are found together. All else
-is per row, and the rows of a solver do not depend on each other.
+Some formats have numbers for a whole matrix, their ``matrix_tensors``: the table of
+``lut4-2l-g16``, the float32 scale of ``nvfp4``. The engine has one of them for q, k and v together,
+so they are found together; so is the format, where a plan has several candidates. All else is per
+row, and the rows of a solver do not depend on each other.
 """
 
 from __future__ import annotations
@@ -61,26 +62,30 @@ def joined_groups(layers: list[LayerPlan], joined: Mapping[str, str]) -> list[li
     groups: dict[object, list[int]] = {}
     for i, layer in enumerate(layers):
         key: object = i
-        if layer.name in joined and _has_numbers_of_the_matrix(layer):
+        if layer.name in joined and _is_one_problem(layer):
             alike = layer.spec, layer.solver, layer.format_candidates
             key = joined[layer.name], alike
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
-def _has_numbers_of_the_matrix(layer: LayerPlan) -> bool:
+def names_in_one_matrix(name: str, joined: Mapping[str, str]) -> list[str]:
+    """The layers whose rows the engine has in one matrix with those of a layer, which is first.
+
+    Args:
+        name: of the layer.
+        joined: as for :func:`joined_groups`.
+    """
+    return [name, *(x for x in joined if x != name and joined[x] == joined.get(name))]
+
+
+def _is_one_problem(layer: LayerPlan) -> bool:
+    """Whether the rows of a layer cannot be quantized apart from the others of their matrix."""
     if layer.lowrank.name != "none":
         return False  # each layer has its own branch, and its residual is another matrix
-    names = layer.format_candidates or (layer.weight_format,)
-    if any(getattr(FORMATS[name], "whole", False) for name in names):
-        return True  # one scale, stored in every row
-    sizes = (
-        {key: spec.shape[0] for key, spec in FORMATS[name].tensor_specs(shape).items()}
-        for name in names
-        for shape in (layer.shape, (2 * layer.shape[0], layer.shape[1]))
-    )
-    pairs = zip(*[iter(sizes)] * 2, strict=True)
-    return any(once[key] == twice[key] for once, twice in pairs for key in once)
+    if layer.format_candidates:
+        return True  # the matrix has one of them
+    return bool(FORMATS[layer.weight_format].matrix_tensors)
 
 
 def _spans(rows: list[int]) -> list[tuple[int, int]]:

@@ -54,6 +54,7 @@ def run_identity(
         "exclude": list(runs[0].exclude),
         "target": runs[0].target,
         "dtq": folder_digest(package_root(), "*.py"),
+        "original names": folder_digest(package_root() / "engines", "*.yaml"),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         **({"text encoders": texts, "transformers": version("transformers")} if texts else {}),

@@ -23,6 +23,7 @@ from dtq.models.linears import matrix_of
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
 from dtq.plan.layers import LayerPlan, LayerSpec, misfit
+from dtq.stages.joined_layers import names_in_one_matrix
 from dtq.stages.run import Run
 from dtq.stages.sanity_metrics import SanityReport, float_reference, measure
 from dtq.stages.solve import build_quant_linear
@@ -82,9 +83,12 @@ def sanity_check(run: Run) -> None:
     with paged_weights(run.model), run.progress_bar("sanity check", unit="call") as bar:
         reference = float_reference(run, bar.update)
         report = measure(run, reference, bar.update)
-        while len(promoted) < ROUNDS and (failed := failures(report)):
-            promoted.append(_promote(run, failed[0]))
-            log.warning("sanity check: %s", promoted[-1])
+        for _ in range(ROUNDS):
+            if not (failed := failures(report)):
+                break
+            for failure in _with_its_matrix(run, failed[0]):
+                promoted.append(_promote(run, failure))
+                log.warning("sanity check: %s", promoted[-1])
             report = measure(run, reference, bar.update)
     if not all(map(math.isfinite, report.variance)):
         raise NonFiniteError(
@@ -159,6 +163,13 @@ def _outliers(report: SanityReport) -> Iterator[tuple[float, str, int]]:
         for name, error in errors.items():
             if error > OUTLIER * median:
                 yield error, name, call
+
+
+def _with_its_matrix(run: Run, failure: Failure) -> list[Failure]:
+    """A failure, and one for each layer that the run's target has in one matrix with its layer."""
+    _, *others = names_in_one_matrix(failure.layer, run.joined)
+    why = f"in one matrix with {failure.layer}: {failure.why}"
+    return [failure, *(Failure(name, why) for name in others)]
 
 
 def _promote(run: Run, failure: Failure) -> Promotion:

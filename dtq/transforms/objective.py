@@ -57,10 +57,10 @@ def search_format(fmt: Format, w: Tensor) -> Format:
     """The format that candidates are evaluated with.
 
     A data-dependent format would learn a codebook for every candidate. Integers of about as many
-    bits, which fit the width of ``w`` (N, K), take its place.
+    bits, which fit the width of ``w`` (N, K), take its place. ``fp8-matrix`` has no codebook.
     """
-    if not fmt.data_dependent:
-        return fmt
     bits = bits_per_weight(fmt, (4096, 4096))
+    if not fmt.data_dependent or bits > 7:
+        return fmt
     name = "int2-g64" if bits < 2.5 else "int3-g64" if bits < 3.5 else "int4-g64"
     return FORMATS[name if w.shape[1] % 64 == 0 else "int4-row"]

@@ -38,7 +38,7 @@ def exported(request, target, tmp_path_factory):
 
 
 @needs_kitchen
-def test_every_layer_has_the_error_of_dtq(exported):
+def test_every_layer_has_the_error_of_dtq(exported, target):
     import kitchen
 
     model, made, file = exported
@@ -46,6 +46,7 @@ def test_every_layer_has_the_error_of_dtq(exported):
     layers = {n: m for n, m in made.named_modules() if isinstance(m, QuantLinear)}
     assert set(layers) == set(weights)
     assert len(layers) > 8
+    ratios = []
     for name, layer in layers.items():
         x = layer_input(layer.in_features)
         want = float_output(model, name, x)
@@ -54,15 +55,18 @@ def test_every_layer_has_the_error_of_dtq(exported):
             own = error(layer(x), want)
         assert 0 < own < 0.1
         assert error(theirs, want) <= 1.01 * own, name
+        ratios.append(error(theirs, want) / own)
+    print(f"\n{target} {file.stem}: layers {max(ratios):.4f}")
 
 
 @needs_kitchen
-def test_the_whole_model_has_the_error_of_dtq(exported):
+def test_the_whole_model_has_the_error_of_dtq(exported, target):
     import kitchen
 
     model, made, file = exported
     engine = kitchen.model(file)
     ours, theirs = model_errors(model, made, engine)
+    print(f"\n{target} {file.stem}: model {theirs / ours:.4f}")
     assert ours > 0
     assert theirs <= 1.01 * ours
 

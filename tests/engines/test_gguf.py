@@ -17,6 +17,7 @@ from dtq.engines import gguf
 from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
 from dtq.engines.gguf_file import GgufTensor, read_gguf, write_gguf
 from dtq.engines.target import Contents
+from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 
@@ -174,7 +175,7 @@ def test_calibration_lowers_the_error_of_every_recipe(recipe):
     assert errors[0] < errors[1]
 
 
-def test_dtypes_and_shapes_that_gguf_lacks_come_back(tmp_path):
+def test_dtypes_that_gguf_lacks_and_five_dimensions_come_back(tmp_path):
     others = {
         "patch": torch.randn(4, 3, 1, 2, 2),
         "half": torch.randn(5).bfloat16(),
@@ -187,3 +188,5 @@ def test_dtypes_and_shapes_that_gguf_lacks_come_back(tmp_path):
     for name, tensor in others.items():
         assert read.others[name].dtype == tensor.dtype
         assert torch.equal(read.others[name], tensor)
+    with pytest.raises(InputError, match="patch: GGUF has no 6 dimensions"):
+        gguf.write(Contents({}, {"patch": torch.ones(1, 1, 1, 1, 1, 1)}), tmp_path / "x.gguf")

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+import zoo
 from click.testing import CliRunner
 from engine_models import ORIGINAL, model_errors, output, quantized
 from safetensors import safe_open
@@ -36,6 +37,9 @@ from dtq.engines.target import Contents
 from dtq.errors import InputError, RecipeError
 from dtq.nn import QuantLinear
 from dtq.pipelines.tracing import dummy_inputs
+from dtq.plan.layers import LayerPlan, LayerSpec
+from dtq.stages import replace_layers
+from dtq.stages.joined_layers import joined_groups
 
 needs_kitchen = pytest.mark.skipif(
     importlib.util.find_spec("comfy_kitchen") is None,
@@ -101,36 +105,29 @@ def test_the_engine_runs_joined_layers_with_the_error_of_dtq(family, target, tmp
     assert torch.equal(output(back, inputs), output(made, inputs))
 
 
-def flux2() -> nn.Module:
+def wide(name: str, **changes) -> nn.Module:
+    """A model of ``zoo.json`` that is 256 channels wide: a whole superblock of a K-quant."""
     torch.manual_seed(0)
-    return diffusers.Flux2Transformer2DModel(
+    sizes = {"attention_head_dim": 32, "num_attention_heads": 8, "joint_attention_dim": 64}
+    return zoo.classes()[name].from_config({**zoo.model(name).config, **sizes, **changes}).eval()
+
+
+MODELS = {
+    "sd3": lambda: tiny.sd3(heads=8),
+    "flux2": lambda: wide(
+        "Flux2Transformer2DModel",
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=8,
-        joint_attention_dim=64,
         timestep_guidance_channels=64,
         axes_dims_rope=(8, 8, 8, 8),
-    ).eval()
-
-
-def auraflow() -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.AuraFlowTransformer2DModel(
+    ),
+    "auraflow": lambda: wide(
+        "AuraFlowTransformer2DModel",
         sample_size=8,
-        in_channels=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=8,
-        joint_attention_dim=64,
         caption_projection_dim=256,
         pos_embed_max_size=64,
-    ).eval()
-
-
-MODELS = {"sd3": lambda: tiny.sd3(heads=8), "flux2": flux2, "auraflow": auraflow}
+    ),
+    "wan": tiny.wan,  # its patch embedding has five dimensions
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -184,7 +181,7 @@ def test_gguf_files_name_their_family(gguf):
     entries, tensors = read_gguf(file)
     names = key_map(config_of(made))
     assert entries["general.architecture"] == names.gguf
-    assert names.gguf in {"sd3", "flux", "aura"}  # as ComfyUI-GGUF has them
+    assert names.gguf in {"sd3", "flux", "aura", "wan"}  # as ComfyUI-GGUF has them
     assert set(tensors) == set(names.entries)
     back = dtq.load(file)
     again = file.with_name("again.gguf")
@@ -209,18 +206,24 @@ def test_codes_survive_every_order_of_names():
 
 
 @pytest.mark.parametrize(
-    ("target", "shared"), [("comfy-w4a8", "weight_lut"), ("comfy-nvfp4", "weight_scale_2")]
+    ("target", "shared"),
+    [
+        ("comfy-w4a8", "weight_lut"),
+        ("comfy-nvfp4", "weight_scale_2"),
+        ("comfy-fp8", "weight_scale"),
+    ],
 )
-def test_joined_layers_share_what_a_format_has_once(target, shared, tmp_path):
+@pytest.mark.parametrize("family", ORIGINAL)
+def test_joined_layers_share_what_a_format_has_once(family, target, shared, tmp_path):
     """Solved as one matrix for the target; without it they differ, and are refused by name."""
-    model, made = quantized("sd3", COMFY[target], target)
+    model, made = quantized(family, COMFY[target], target)
     joined = joined_layers(key_map(config_of(made)))
     matrices: dict[str, list[QuantLinear]] = {}
     for name, matrix in joined.items():
         matrices.setdefault(matrix, []).append(made.get_submodule(name))
     for layers in matrices.values():
-        first = layers[0].packed_tensor(shared)
-        assert all(torch.equal(layer.packed_tensor(shared), first) for layer in layers)
+        parts = [layer.packed_tensor(shared) for layer in layers]
+        assert all((part == parts[0][:1]).all() for part in parts)
     inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
     alone = dtq.quantize(
         copy.deepcopy(model), COMFY[target], inputs=inputs, progress=False, sanity_check=False
@@ -232,7 +235,66 @@ def test_joined_layers_share_what_a_format_has_once(target, shared, tmp_path):
     report = dtq.export(alone, target, file, unsupported="float", overwrite=True)
     assert set(report.as_float) == set(joined)
     together, apart = model_errors(model, made, alone)
+    print(f"\n{target} {family}: {together / apart:.3f}")
     assert together <= 1.1 * apart
+
+
+def matrices_of(model: nn.Module) -> list[set[str]]:
+    """The layers of each original matrix that has the rows of several."""
+    found: dict[str, set[str]] = {}
+    for name, matrix in joined_layers(key_map(config_of(model))).items():
+        found.setdefault(matrix, set()).add(name)
+    return list(found.values())
+
+
+def sd3_for(target: str, **overrides) -> nn.Module:
+    """A tiny model, quantized for a target on random inputs."""
+    model = tiny.sd3(heads=8)
+    inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
+    return dtq.quantize(model, COMFY[target], to=target, inputs=inputs, progress=False, **overrides)
+
+
+def test_layers_of_one_matrix_are_promoted_together(tmp_path):
+    promote = {"to": "int8-row", "max_error": 0.0, "budget": 5.5}
+    made = sd3_for("comfy-w4a8", promote=promote, sanity_check=False)
+    layers = made.hf_quantizer.report.layers
+    promoted = {x.name for x in layers if x.promoted}
+    assert any(matrix <= promoted for matrix in matrices_of(made))
+    assert any(not matrix & promoted for matrix in matrices_of(made))
+    assert all(matrix <= promoted or not matrix & promoted for matrix in matrices_of(made))
+    report = dtq.export(made, "comfy-w4a8", tmp_path / "model.safetensors")
+    assert (report.names, report.as_float) == ("original", {})
+
+
+def test_the_sanity_check_promotes_layers_of_one_matrix_together(tmp_path, monkeypatch):
+    q, built = "transformer_blocks.0.attn.to_q", replace_layers.build_quant_linear
+
+    def broken(result, *others):
+        new = built(result, *others)
+        if result.plan.name == q:
+            scale = torch.full_like(new.packed_tensor("weight_scale"), torch.nan)
+            new.fill({**new.packed_tensors(), "weight_scale": scale})
+        return new
+
+    monkeypatch.setattr(replace_layers, "build_quant_linear", broken)
+    made = sd3_for("comfy-w4a8")
+    done = made.hf_quantizer.report.sanity_check["promoted"]
+    assert [x["layer"] for x in done] == [q, q.replace("_q", "_k"), q.replace("_q", "_v")]
+    assert {x["to"] for x in done} == {"int8-row"}
+    assert done[1]["why"].startswith(f"in one matrix with {q}: its output is not finite")
+    report = dtq.export(made, "comfy-w4a8", tmp_path / "model.safetensors")
+    assert (report.names, report.as_float) == ("original", {})
+
+
+def test_candidates_of_one_matrix_are_chosen_together():
+    made = sd3_for("comfy-w4a8", format_candidates=["int8-row", "lut4-2l-g16"], sanity_check=False)
+    formats = {x.name: x.weight_format for x in made.hf_quantizer.report.layers}
+    assert all(len({formats[name] for name in matrix}) == 1 for matrix in matrices_of(made))
+    layer = LayerPlan("q", "attn.q", (64, 64), LayerSpec("q4_k", "none"))
+    several = replace(layer, format_candidates=("q4_k", "iq4_nl"))
+    both = {"q": "qkv", "k": "qkv"}
+    assert joined_groups([layer, replace(layer, name="k")], both) == [[0], [1]]
+    assert joined_groups([several, replace(several, name="k")], both) == [[0, 1]]
 
 
 def test_layers_that_do_not_fit_together_are_refused():
@@ -266,6 +328,12 @@ def test_the_plan_keeps_joined_layers_together():
     note = notes["transformer_blocks.0.attn.to_k"]
     assert "unquantized for comfy-int8: its rows and those of" in note
     assert "joint_blocks.0.x_block.attn.qkv" in note
+    with pytest.raises(
+        RecipeError, match=r"trains weight_lut of each layer.*attn.qkv; --set finetune=none"
+    ):
+        dtq.quantize(
+            tiny.sd3(heads=8), "convrot-w4a8", to="comfy-w4a8", finetune="blocks", progress=False
+        )
     rules = [{"match": "attn.q", "weights": "q6_k"}]
     with pytest.raises(RecipeError, match=r"one matrix in original files.*to_q q6_k, to_k q4_k"):
         dtq.quantize(tiny.sd3(heads=8), "gguf-q4", to="gguf", rules=rules, progress=False)
@@ -278,6 +346,8 @@ def test_names_are_chosen_and_checked(tmp_path):
         InputError, match=r"no original names for DiTTransformer2DModel.*flux, flux2"
     ):
         dtq.export(made, "comfy-int8", file, names="original")
+    with pytest.raises(InputError, match="torchao files have the names of diffusers"):
+        dtq.export(made, "torchao", tmp_path / "folder", names="original")
     assert dtq.export(made, "comfy-int8", file).names == "diffusers"
     with pytest.raises(InputError, match="expected one of auto, original, diffusers"):
         dtq.export(made, "comfy-int8", file, names="mine", overwrite=True)

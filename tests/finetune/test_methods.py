@@ -225,6 +225,22 @@ def test_gradients_reach_every_float_part():
         assert all(p.grad is not None and p.grad.any() for p in trainee.moves.values()), weights
 
 
+def test_a_scale_that_all_rows_share_stays_one():
+    layer = rounded(nn.Linear(64, 48), LayerSpec("fp8-matrix", "fp8-row"))
+    trainee, before = TrainableLinear(layer), layer.packed_tensor("weight_scale").clone()
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(trainee.parameters(), lr=1e-3)
+    trainee(x).square().sum().backward()
+    optimizer.step()
+    scale = trainee.state()["weight_scale"]
+    assert scale.shape == before.shape
+    assert not torch.equal(scale, before)
+    assert (
+        FORMATS["fp8-matrix"].tensor_specs((48, 64))["weight_scale"].unsupported_reason(scale)
+        is None
+    )
+
+
 def test_a_block_that_gets_worse_is_restored():
     model = tiny.dit(heads=2)
     floats = quantized(model, "int4-row")

@@ -143,6 +143,21 @@ def test_laws_at_awkward_shapes(fmt, columns):
 
 
 @ALL
+def test_only_matrix_tensors_are_shared_by_rows(fmt):
+    """Stored once whatever the number of rows, or equal in every row; all others are per row."""
+    x = torch.randn(260, 768, generator=torch.Generator().manual_seed(0))
+    x *= torch.linspace(0.5, 2, len(x)).unsqueeze(1)
+    tensors = fmt.pack(x, fmt.compute_qparams(x))
+    assert set(fmt.matrix_tensors) <= set(tensors)
+    for name, spec in fmt.tensor_specs(x.shape).items():
+        once = spec.shape == fmt.tensor_specs((520, 768))[name].shape
+        rows = tensors[name].view(torch.uint8)
+        shared = once or bool((rows == rows[0]).all())
+        assert shared == (name in fmt.matrix_tensors), name
+        assert once or spec.shape[0] == 260
+
+
+@ALL
 def test_zero_is_exact_and_error_is_small(fmt):
     x = matrices()["normal"].clone()
     x[:, ::5] = 0

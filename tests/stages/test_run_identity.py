@@ -52,3 +52,14 @@ def test_a_change_to_any_python_file_changes_the_identity_of_a_run(run, tmp_path
     assert digest() == before
     (package / "kernels" / "new.py").touch()
     assert digest() != before
+
+
+def test_a_change_to_a_table_of_original_names_changes_it_too(run, tmp_path, monkeypatch):
+    folder = Path("engines", "original", "names")
+    shutil.copytree(package_root() / folder, tmp_path / folder)
+    monkeypatch.setattr(run_identity, "package_root", lambda: tmp_path)
+    before = run_identity.run_identity([run], frozenset())
+    with (tmp_path / folder / "flux.yaml").open("a") as file:
+        file.write("# changed\n")
+    after = run_identity.run_identity([run], frozenset())
+    assert [key for key in before if before[key] != after[key]] == ["original names"]

@@ -15,7 +15,7 @@ from dtq.linalg.hadamard import block_for, fwht, rotate, rotate_back, signs
 from dtq.transforms import TRANSFORMS, Chain, Diagonal, Permutation, Rotation
 from dtq.transforms.choice import online_transform
 from dtq.transforms.methods import incoherence, zigzag
-from dtq.transforms.objective import OutputErrorObjective
+from dtq.transforms.objective import OutputErrorObjective, search_format
 from dtq.transforms.smoothing import REDUCTIONS, smoothing
 
 K = 192
@@ -230,3 +230,10 @@ def test_balancing_with_half_gives_both_sides_the_geometric_mean():
     s = smoothing([w], stats_of(x), alpha=0.5)
     ratio = (x / s).abs().amax(0) / (w * s).abs().amax(0)
     assert ratio.max() / ratio.min() < 1.001
+
+
+def test_candidates_are_compared_in_the_format_or_in_one_of_about_its_bits():
+    w = torch.zeros(8, 128)
+    names = ("int4-g64", "fp8-row", "fp8-matrix", "q8_0", "lut4-row", "vq-256x4")
+    found = [search_format(FORMATS[name], w).name for name in names]
+    assert found == ["int4-g64", "fp8-row", "fp8-matrix", "q8_0", "int4-g64", "int2-g64"]

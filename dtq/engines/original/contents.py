@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.engines.original.mapping import Entry, KeyMap, Part, key_map
+from dtq.engines.original.mapping import Entry, KeyMap, Part, anonymous, key_map
 from dtq.engines.target import OF_THE_CHECKPOINT, Contents, StoredLayer
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS
@@ -154,11 +153,6 @@ def _module(key: str) -> str:
     return key.removesuffix(_WEIGHT)
 
 
-def _anonymous(key: str) -> str:
-    """A name for messages that is the same in every block."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
-
-
 def _told(entry: Entry) -> str:
     keys = ", ".join(dict.fromkeys(part.key for part in entry.parts))
     return f"and the model needs {list(entry.shape)} for {keys}"
@@ -167,10 +161,10 @@ def _told(entry: Entry) -> str:
 def _reason(
     name: str, modules: list[str], layers: Mapping[str, StoredLayer], moves: bool
 ) -> str | None:
-    rows = ", ".join(_anonymous(module) for module in modules)
-    what = f"{_anonymous(_module(name))} of original files has the rows of {rows}"
+    rows = ", ".join(anonymous(module) for module in modules)
+    what = f"{anonymous(_module(name))} of original files has the rows of {rows}"
     if floats := [module for module in modules if module not in layers]:
-        return f"{what}, and {_anonymous(floats[0])} is float"
+        return f"{what}, and {anonymous(floats[0])} is float"
     first = layers[modules[0]]
     if moves and first.spec.rank:
         return f"{what}, which cannot share a low-rank branch"
@@ -178,15 +172,19 @@ def _reason(
         if other.spec != first.spec or other.spatial != first.spatial:
             formats = ", ".join(layers[module].spec.weight_format for module in modules)
             return f"{what}, whose formats or transforms differ ({formats})"
-        for key, tensor in first.tensors.items():
-            if getattr(FORMATS[first.spec.weight_format], "whole", False) and key == "weight_scale":
-                if not torch.equal(tensor[0], other.tensors[key][0]):
-                    return f"{what}, and the format has one {key} for all rows, where they differ"
-                continue
-            shared = not _by_row(first, tensor)
-            if shared and not torch.equal(_bits(tensor), _bits(other.tensors[key])):
+        ours, theirs = _shared_by_rows(first), _shared_by_rows(other)
+        for key, tensor in ours.items():
+            if not torch.equal(_bits(tensor), _bits(theirs[key])):
                 return f"{what}, and the format has one {key} for all rows, where they differ"
     return None
+
+
+def _shared_by_rows(layer: StoredLayer) -> dict[str, Tensor]:
+    """What all rows of a layer share, of the format and of the transform; each of it once."""
+    shared = {key: t for key, t in layer.tensors.items() if not _by_row(layer, t)}
+    for key in FORMATS[layer.spec.weight_format].matrix_tensors:
+        shared.setdefault(key, layer.tensors[key][:1])  # stored for each row, all equal
+    return shared
 
 
 def _by_row(layer: StoredLayer, tensor: Tensor) -> bool:

@@ -143,7 +143,7 @@ def _groups(table: NameTable, shapes: Shapes) -> dict[str, list[str]]:
 
 
 def _rank(order: Mapping[tuple[str, ...], int], key: str) -> int:
-    components = _anonymous(key).split(".")
+    components = anonymous(key).split(".")
     prefixes = (tuple(components[:n]) for n in range(len(components), 0, -1))
     return next((order[prefix] for prefix in prefixes if prefix in order), -1)
 
@@ -277,7 +277,7 @@ def _resized(
     exact = {name: tuple(_fraction(part, like) for part in parts) for name, parts in found.items()}
     by_names: dict[tuple[str, ...], set[tuple[Fractions, ...]]] = {}
     for name, fractions in exact.items():
-        alike = tuple((_anonymous(key), start, rows) for key, start, rows in fractions)
+        alike = tuple((anonymous(key), start, rows) for key, start, rows in fractions)
         by_names.setdefault(_names(name, [f[0] for f in fractions]), set()).add(alike)
     result = {}
     for name, keys in groups.items():
@@ -288,7 +288,7 @@ def _resized(
             if len(others) != 1:
                 raise InputError(f"{name}: diffusers' converter does not tell how it is split")
             (fractions,) = others
-            by_key = {_anonymous(key): key for key in keys}
+            by_key = {anonymous(key): key for key in keys}
         result[name] = tuple(
             _part(name, by_key[key], start, rows, shapes) for key, start, rows in fractions
         )
@@ -307,9 +307,10 @@ def _part(name: str, key: str, start: Fraction, rows: Fraction, shapes: Shapes) 
     return Part(key, int(start * total), int(rows * total))
 
 
-def _anonymous(key: str) -> str:
+def anonymous(key: str) -> str:
+    """A name that is the same in every block: ``*`` for each number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
 
 
 def _names(name: str, keys: Iterable[str]) -> tuple[str, ...]:
-    return (_anonymous(name), *sorted({_anonymous(key) for key in keys}))
+    return (anonymous(name), *sorted({anonymous(key) for key in keys}))
