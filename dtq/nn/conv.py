@@ -84,6 +84,16 @@ class QuantConv(nn.Module):
         )
         return new
 
+    @property
+    def weight_format(self) -> str:
+        """Key of ``FORMATS``."""
+        return self.spec.weight_format
+
+    @property
+    def activation_format(self) -> str:
+        """Key of ``ACTIVATION_FORMATS``: activations are float."""
+        return self.spec.activation_format
+
     def tensor_specs(self) -> dict[str, TensorSpec]:
         """Shape and on-disk dtype of every packed tensor, by name."""
         return self._specs

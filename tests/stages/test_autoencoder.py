@@ -43,10 +43,14 @@ def test_from_the_command_line(tmp_path):
     assert f"vae: {report['layers']} layers in int8-row" in result.output
     assert 30 < report["psnr"] < 80
     assert report["bytes"] < 0.4 * report["bytes_before"]
-    before, after = (weights(tmp_path / n / "vae") for n in ("float", "out"))
-    assert sum(f.stat().st_size for f in after) < 0.6 * sum(f.stat().st_size for f in before)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`vae`: PSNR of its decodes {report['psnr']:.1f} dB" in card
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     convolutions = [m for m in loaded.vae.modules() if isinstance(m, nn.Conv2d)]
+    quantized = [m for m in convolutions if isinstance(m, QuantConv)]
+    assert f", {len(quantized)} convolutions | {report['layers']} `int8-row` |" in card
+    before, after = (weights(tmp_path / n / "vae") for n in ("float", "out"))
+    assert sum(f.stat().st_size for f in after) < 0.6 * sum(f.stat().st_size for f in before)
     assert all(isinstance(m, QuantConv) for m in convolutions)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -63,6 +67,27 @@ def test_from_the_command_line(tmp_path):
     after[0].write_bytes(data)
     with pytest.raises((CheckpointError, ValueError, OSError), match="damaged"):
         DiffusionPipeline.from_pretrained(tmp_path / "out")
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert f"{after[0]}: " in result.stderr
+    assert "damaged" in result.stderr
+
+
+def test_with_text_encoders(tmp_path):
+    pipelines.flux().save_pretrained(tmp_path / "float")
+    out = tmp_path / "out"
+    command = ["quantize", tmp_path / "float", "-o", out, "--recipe=rtn-w4a8", "--vae=w8"]
+    command += ["--text-encoder=w4a16", "--samples=1", "--steps=1", "--no-sanity-check"]
+    result = CliRunner().invoke(main, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "dtq_report.json").read_text())
+    assert {*report} == {"transformer", "text_encoder", "text_encoder_2", "vae"}
+    shown = json.loads(CliRunner().invoke(main, ["inspect", str(out), "--json"]).stdout)
+    assert {*shown} == {*report}
+    assert len(shown["vae"]["layers"]) == report["vae"]["layers"]
+    text = CliRunner().invoke(main, ["inspect", str(out), "--component", "vae", "--kernels"]).stdout
+    assert "convolutions" in text
+    assert "float convolution of the unpacked weight" in text
 
 
 def test_causal_convolutions_of_videos(tmp_path):
