@@ -124,13 +124,5 @@ def test_the_commands(tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert {*shown} == names
     assert shown["text_encoder"]["recipe"] == "w4a16"
-    command(
-        "export",
-        out,
-        "--to",
-        "comfy-int8",
-        "--unsupported",
-        "float",
-        "-o",
-        tmp_path / "t.safetensors",
-    )
+    with pytest.raises(InputError, match=r"cannot hold these layers: transformer_blocks"):
+        dtq.export(out, "comfy-int8", tmp_path / "t.safetensors")  # of the transformer
