@@ -10,13 +10,17 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLMiniMaxH3, DiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl_minimax_h3 import MiniMaxH3VideoCausalConv3d
 from torch import nn
 
 import dtq
 from dtq.cli import main
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.conv import QuantConv
+from dtq.nn.linear import QuantLinear
+from dtq.recipe.selectors import excludes
+from dtq.stages.autoencoder import quantize_weights
 
 FEW = {"samples": 1, "steps": 1, "batch_size": 1}
 
@@ -99,6 +103,26 @@ def test_causal_convolutions_of_videos(tmp_path):
     dtq.save(pipe, tmp_path / "out")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(pipelines.sample(pipe, "wan", 1), pipelines.sample(loaded, "wan", 1))
+
+
+def test_layers_that_need_their_float_weight_stay_float():
+    torch.manual_seed(0)
+    vae = AutoencoderKLMiniMaxH3(
+        block_out_channels=(16,) * 6, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        decoder_num_layers=1, decoder_num_attention_heads=2, decoder_attention_head_dim=24,
+        latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4,
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 3, 17, 32, 32)
+    with torch.no_grad():
+        want = vae.encode(x).latent_dist.mode()
+        assert quantize_weights(vae, "int8-row")
+        got = vae.encode(x).latent_dist.mode()
+    # their forward is F.conv3d(x, self.weight, ...)
+    assert type(vae.encoder.conv_in) is MiniMaxH3VideoCausalConv3d
+    assert float((got - want).square().sum() / want.square().sum()) < 1e-3
+    packed = [n for n, m in vae.named_modules() if isinstance(m, QuantConv | QuantLinear)]
+    assert packed
+    assert not [n for n in packed if any(excludes(each, n) for each in vae._keep_in_fp32_modules)]
 
 
 def test_mistakes_are_named_before_the_work():
