@@ -26,6 +26,7 @@ from dtq.errors import CheckpointError, InputError
 from dtq.integrations.loaded_model import (
     build_layers,
     check_saved,
+    checked_tensors,
     chosen_dtype,
     complete_config,
     finish_loading,
@@ -33,7 +34,6 @@ from dtq.integrations.loaded_model import (
     set_packed_tensor,
     unquantize,
 )
-from dtq.io.memory import Mapped
 from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned
@@ -113,7 +113,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             InputError: a single file is a dtq checkpoint, which lacks its config.
         """
         if self._reader is not None:
-            return self._checked(state_dict, self._reader)
+            return checked_tensors(state_dict, self._reader)
         if reader.CHECKSUMS in state_dict:
             raise InputError(
                 "from_single_file takes float models and quantizes them; this file is quantized "
@@ -125,17 +125,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         # diffusers does not cast FP8
         fp8 = {key: t.float() for key, t in state_dict.items() if t.dtype in FP8.values()}
         return {self._names.get(key, key): aligned(t) for key, t in (state_dict | fp8).items()}
-
-    def _checked(self, tensors: dict[str, Tensor], files: reader.Reader) -> dict[str, Tensor]:
-        """Checked and aligned tensors of a checkpoint, without the checksums."""
-        mapped, ready = Mapped(), {}
-        for key, tensor in tensors.items():
-            files.check({key: tensor})
-            if key != reader.CHECKSUMS:
-                ready[key] = aligned(tensor)
-                if ready[key] is not tensor:
-                    mapped.forget([tensor])
-        return ready
 
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str

@@ -30,6 +30,7 @@ from dtq.integrations.loaded_model import (
     set_packed_tensor,
     unquantize,
 )
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.plan.layers import Plan
 
@@ -116,7 +117,8 @@ class DTQQuantizer(HfQuantizer):  # type: ignore[misc]
             self.report = integrations.quantize_while_loading(model, self.quantization_config)
             return model
         for name, module in model.named_modules():
-            for part in module.tensor_specs() if isinstance(module, QuantLinear) else ():
+            packed = isinstance(module, QuantLinear | QuantConv)
+            for part in module.tensor_specs() if packed else ():
                 raw = module._parameters[part]
                 assert raw is not None
                 set_packed_tensor(module, part, f"{name}.{part}", raw.data, raw.device)

@@ -94,7 +94,6 @@ def run_text_encoders(
     Raises:
         InputError: as :func:`run_pipeline`.
     """
-
     waiting = set(text_encoders(pipeline))
 
     def stop(*args: Any) -> None:
