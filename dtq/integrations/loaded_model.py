@@ -90,9 +90,22 @@ def checked_tensors(tensors: Mapping[str, Tensor], files: reader.Reader) -> dict
     for key, tensor in tensors.items():
         files.check({key: tensor})
         if key != reader.CHECKSUMS:
-            ready[key] = aligned(tensor)
-            if ready[key] is not tensor:
-                mapped.forget([tensor])
+            ready[key] = _align(tensor, mapped)
+    return ready
+
+
+def align_tensors(model: nn.Module) -> None:
+    """Align the tensors of a model that may lie in mapped files, each in memory once."""
+    mapped = Mapped()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = _align(tensor.data, mapped)
+
+
+def _align(tensor: Tensor, mapped: Mapped) -> Tensor:
+    """The aligned tensor; the mapped file's pages of one that was copied are released."""
+    ready = aligned(tensor)
+    if ready is not tensor:
+        mapped.forget([tensor])
     return ready
 
 

@@ -21,6 +21,7 @@ from dtq import integrations
 from dtq.checkpoint import config as checkpoint_config
 from dtq.checkpoint import reader
 from dtq.integrations.loaded_model import (
+    align_tensors,
     build_layers,
     check_saved,
     chosen_dtype,
@@ -116,6 +117,7 @@ class DTQQuantizer(HfQuantizer):  # type: ignore[misc]
             assert integrations.quantize_while_loading is not None
             self.report = integrations.quantize_while_loading(model, self.quantization_config)
             return model
+        align_tensors(model)
         for name, module in model.named_modules():
             packed = isinstance(module, QuantLinear | QuantConv)
             for part in module.tensor_specs() if packed else ():
