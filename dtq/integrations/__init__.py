@@ -63,8 +63,8 @@ PATCHES = (
 # fmt: on
 
 quantize_while_loading: Callable[..., Any] | None = None
-"""Called by the quantizer of diffusers with model and config. It is set
-from outside because it runs every stage, and the stages import this package."""
+"""Called by the quantizers of diffusers and transformers with model and config. It is set from
+outside because it runs every stage, and the stages import this package."""
 
 
 def install(while_loading: Callable[..., Any]) -> None:
