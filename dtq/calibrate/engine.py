@@ -70,7 +70,7 @@ def calibration_run(
     """How to run the float model.
 
     A pipeline runs its own sampler, both branches of guidance included. For a text encoder the same
-    run ends at the first step, after which no text is encoded. A bare transformer runs on
+    run ends at the first step after all prompts were encoded. A bare transformer runs on
     ``inputs``, or with a warning on random latents and conditions of the right shapes.
 
     Args:

@@ -13,19 +13,25 @@ from typing import Any
 from torch import nn
 
 from dtq.checkpoint.config import DTQConfig
-from dtq.models.linears import is_linear
+from dtq.models.linears import is_linear, shape_of
+from dtq.nn.conv import QuantConv, matrix_shape
 from dtq.nn.linear import QuantLinear
 
 _HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots")
 
 
-def card(saveable: Any, reports: Mapping[str, dict[str, Any]] | None = None) -> str:
+def card(
+    saveable: Any,
+    reports: Mapping[str, dict[str, Any]] | None = None,
+    decodes: Mapping[str, Any] | None = None,
+) -> str:
     """The text of ``README.md`` for a quantized pipeline or model.
 
     Args:
         saveable: the pipeline or model.
         reports: ``Report.to_json()`` of the run that made it, by component.
+        decodes: of ``dtq.stages.autoencoder``, if the autoencoder was quantized too.
     """
     models = _quantized(saveable)
     configs = [_config(model) for model in models.values()]
@@ -44,6 +50,10 @@ def card(saveable: Any, reports: Mapping[str, dict[str, Any]] | None = None) -> 
         for name, report in reports.items():
             of = f"`{name}`: " if len(reports) > 1 else ""
             lines += [f"- {of}{line}" for line in _measured(report)]
+        if decodes:
+            psnr = decodes["psnr"]
+            changed = "the same decodes" if psnr is None else f"PSNR of its decodes {psnr:.1f} dB"
+            lines.append(f"- `vae`: {changed}, against the float autoencoder")
     return "\n".join(lines) + "\n"
 
 
@@ -59,7 +69,8 @@ def _quantized(saveable: Any) -> dict[str, nn.Module]:
     return {
         name: model
         for name, model in components.items()
-        if isinstance(model, nn.Module) and any(isinstance(m, QuantLinear) for m in model.modules())
+        if isinstance(model, nn.Module)
+        and any(isinstance(m, QuantLinear | QuantConv) for m in model.modules())
     }
 
 
@@ -75,14 +86,17 @@ def _table(models: dict[str, nn.Module]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, model in models.items():
-        layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+        layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantConv)]
+        linears = sum(isinstance(m, QuantLinear) for m in layers)
         every = sum(is_linear(m) for m in model.modules())
+        more = f", {len(layers) - linears} convolutions" if len(layers) > linears else ""
         size = sum(spec.nbytes for m in layers for spec in m.tensor_specs().values())
-        count = sum(m.in_features * m.out_features for m in layers)
+        shapes = (matrix_shape(m) if isinstance(m, QuantConv) else shape_of(m) for m in layers)
+        count = sum(map(math.prod, shapes))
         title = f"`{name}`, {type(model).__name__}" if name else type(model).__name__
         config = _config(model)
         lines.append(
-            f"| {title} | `{config.recipe}` | {len(layers)} of {every} "
+            f"| {title} | `{config.recipe}` | {linears} of {every}{more} "
             f"| {_most(m.weight_format for m in layers)} "
             f"| {_most(m.activation_format for m in layers)} "
             f"| {8 * size / count:.2f} | {str(config.compute_dtype).removeprefix('torch.')} |"

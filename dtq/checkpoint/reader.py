@@ -33,10 +33,9 @@ from dtq.pipelines.contents import (
     diffusion_transformers_on_disk,
     folder_kind,
     model_class,
-    text_encoders_on_disk,
 )
 from dtq.pipelines.stored_tensors import SAFETENSORS_DTYPES
-from dtq.pipelines.validation import check_folder, check_shapes, meta_model
+from dtq.pipelines.validation import check_folder, check_shapes, components, meta_model
 from dtq.pipelines.weight_files import PICKLES, open_header, weight_files
 from dtq.plan.layers import CheckpointSpec
 
@@ -195,6 +194,18 @@ class Reader:
         return sums
 
 
+def quantized_components(path: Path) -> list[str]:
+    """Names of the models of a pipeline folder that dtq quantized; denoisers come first."""
+    denoisers = diffusion_transformers_on_disk(path)
+    every = [*denoisers, *sorted({*components(path / "model_index.json")} - {*denoisers})]
+    configs = {name: path / name / "config.json" for name in every}
+    return [
+        name
+        for name, config in configs.items()
+        if config.is_file() and is_dtq(read_json(config).get("quantization_config"))
+    ]
+
+
 def verify(
     path: Path, component: Components = "auto", variant: str | None = None, *, warn: bool = False
 ) -> dict[str, tuple[Path, str | None]]:
@@ -202,8 +213,7 @@ def verify(
 
     Args:
         path: folder of a pipeline or a model.
-        component: which models of a pipeline; ``auto`` is every diffusion transformer and text
-            encoder.
+        component: which models of a pipeline; ``auto`` is every one that dtq quantized.
         variant: of the files, as for ``load_transformers``.
         warn: report variants that are read although the user did not ask for one.
 
@@ -218,8 +228,7 @@ def verify(
     variants, _ = check_folder(path, variant, warn=warn)
     folders = {"transformer": path}
     if kind == "pipeline":
-        every = [*diffusion_transformers_on_disk(path), *text_encoders_on_disk(path)]
-        names = every if component == "auto" else component
+        names = quantized_components(path) if component == "auto" else component
         folders = {n: path / n for n in ([names] if isinstance(names, str) else names)}
     verified = {}
     for name, folder in folders.items():

@@ -40,6 +40,7 @@ def save_into(
     folder: Path,
     shard: str = "10GB",
     reports: Mapping[str, dict[str, Any]] | None = None,
+    decodes: Mapping[str, Any] | None = None,
 ) -> None:
     """Save into an empty folder, with a model card and without the path of the original model.
 
@@ -48,6 +49,7 @@ def save_into(
         folder: is filled.
         shard: size of the largest file, in the notation of diffusers.
         reports: of ``dtq quantize`` by component, for the model card.
+        decodes: what ``--vae`` changed, likewise.
     """
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
@@ -57,7 +59,7 @@ def save_into(
     if getattr(saveable, "labels", None):
         _keep_class_labels(saveable.labels, folder / "model_index.json")
     readme = folder / "README.md"
-    readme.write_text(card(saveable, reports), encoding="utf-8")
+    readme.write_text(card(saveable, reports, decodes), encoding="utf-8")
     for file in folder.rglob("*.safetensors"):
         shutil.copymode(readme, file)  # the safetensors writer leaves its files private
 

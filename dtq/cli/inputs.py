@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from dtq import demo
 from dtq.checkpoint import reader
 from dtq.errors import InputError
-from dtq.io.safe_parse import parse_yaml, read_json
+from dtq.io.safe_parse import parse_yaml
 from dtq.pipelines import contents, loading
 from dtq.pipelines.settings import SamplingSettings
 from dtq.pipelines.validation import check_links, model_folders
@@ -135,10 +135,7 @@ def load_verified(model: str, dtype: str, variant: str | None) -> loading.Loaded
     path = Path(model)
     if path.is_dir() and contents.folder_kind(path) == "pipeline":
         check_links(path)
-        names = contents.diffusion_transformers_on_disk(path)
-        names += contents.text_encoders_on_disk(path)
-        configs = [path / name / "config.json" for name in names]
-        if any(c.is_file() and "quantization_config" in read_json(c) for c in configs):
+        if reader.quantized_components(path):
             reader.verify(path, variant=variant)
     return loading.load_transformer(model, dtype=dtype, variant=variant)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import click
 from dtq.cli import options as opt
 from dtq.cli.output import fold, size, table
 from dtq.errors import InputError
+
+CONVOLUTION = "float convolution of the unpacked weight"
+"""In place of a kernel."""
 
 
 @click.command()
@@ -55,35 +59,47 @@ def inspect(
 def _inspect(folder: Path, variant: str | None) -> dict[str, Any]:
     """The layers of a quantized model as plain data, and which kernel would run each."""
     from dtq.kernels import explain
+    from dtq.models.linears import shape_of
     from dtq.nn import QuantLinear
+    from dtq.nn.conv import QuantConv, matrix_shape
     from dtq.pipelines.loading import load_model
     from dtq.pipelines.weight_files import weight_files
 
     model = load_model(folder, variant=variant)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    rows = [
-        {
-            "name": name,
-            "shape": [m.out_features, m.in_features],
-            "weight_format": m.weight_format,
-            "activation_format": m.activation_format,
-            "hadamard": m.problem.hadamard_block,
-            "bits": 8
-            * sum(spec.nbytes for spec in m.tensor_specs().values())
-            / (m.in_features * m.out_features),
-            "kernel": m.kernel.name,
-            "kernels": explain(m.problem, (m.out_features, m.in_features)),
-        }
-        for name, m in layers.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, m in model.named_modules():
+        if isinstance(m, QuantLinear):
+            shape, kernel = shape_of(m), m.kernel.name
+            kernels, hadamard = explain(m.problem, shape), m.problem.hadamard_block
+        elif isinstance(m, QuantConv):
+            shape, kernel, kernels, hadamard = matrix_shape(m), CONVOLUTION, [CONVOLUTION], 1
+        else:
+            continue
+        rows.append(
+            {
+                "name": name,
+                "shape": [*shape],
+                "weight_format": m.weight_format,
+                "activation_format": m.activation_format,
+                "hadamard": hadamard,
+                "bits": 8
+                * sum(spec.nbytes for spec in m.tensor_specs().values())
+                / math.prod(shape),
+                "kernel": kernel,
+                "kernels": kernels,
+            }
+        )
     config = model.config.quantization_config
     stored = sum(f.stat().st_size for f in weight_files(folder, variant))
     return {"recipe": config.recipe, "bytes": stored, "layers": rows}
 
 
 def _print(folder: str, data: dict[str, Any], every: bool) -> None:
+    convolutions = sum(row["kernel"] == CONVOLUTION for row in data["layers"])
+    more = f" and {convolutions} convolutions" if convolutions else ""
     click.echo(
-        f"{folder}: recipe {data['recipe']}, {len(data['layers'])} quantized linears, "
+        f"{folder}: recipe {data['recipe']}, "
+        f"{len(data['layers']) - convolutions} quantized linears{more}, "
         f"{size(data['bytes'])}, checksums good"
     )
     rows = [

@@ -203,7 +203,7 @@ def _save(
         data["vae"] = finite_or_null(decodes)
     refused: list[str] = []
     with directory.result() as side:
-        writer.save_into(saveable, side, shard_size, measured)
+        writer.save_into(saveable, side, shard_size, measured, data.get("vae"))
         if target := runs[0].target:
             data["exported"] = []
             for run in (each for each in runs if each.target):

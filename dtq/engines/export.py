@@ -26,7 +26,12 @@ from dtq.engines.target import Contents, StoredLayer, Target, stored_bytes
 from dtq.errors import InputError
 from dtq.nn.attention import int8_attention_modules
 from dtq.nn.linear import QuantLinear
-from dtq.pipelines.contents import Components, diffusion_transformers
+from dtq.pipelines.contents import (
+    Components,
+    diffusion_transformers,
+    diffusion_transformers_on_disk,
+    folder_kind,
+)
 from dtq.pipelines.loading import load_model
 
 log = logging.getLogger("dtq")
@@ -251,6 +256,8 @@ def _transformer(
     path = Path(source)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; dtq export reads the output of dtq quantize")
+    if component == "auto" and folder_kind(path) == "pipeline":
+        component = diffusion_transformers_on_disk(path)
     found = reader.verify(path, component, variant)
     name = _only(list(found), str(path))
     folder, own = found[name]

@@ -53,9 +53,9 @@ PATCHES = (
           "test_casts_apply_to_what_is_not_quantized"),
     Patch("transformers.modeling_utils", "casts.register_in_transformers", "transformers 5.23.0",
           "test_a_text_encoder_can_be_cast"),
-    Patch("diffusers.models.controlnets", "diffusers.refuse_quantized_control_nets",
+    Patch("diffusers.models.controlnets", "float_weights.refuse_quantized_control_nets",
           "diffusers 0.42.1", "test_control_nets_are_not_made_of_codes"),
-    Patch("diffusers.loaders.lora_pipeline", "diffusers.report_flux_shapes", "diffusers 0.42.1",
+    Patch("diffusers.loaders.lora_pipeline", "float_weights.report_flux_shapes", "diffusers 0.42.1",
           "test_control_adapters_widen_kept_layers_only"),
     Patch("peft", "peft.register", "peft 0.21.2",
           "test_adapters_that_need_the_float_weight_are_refused"),
@@ -63,8 +63,8 @@ PATCHES = (
 # fmt: on
 
 quantize_while_loading: Callable[..., Any] | None = None
-"""Called by the quantizer of diffusers with model and config. It is set
-from outside because it runs every stage, and the stages import this package."""
+"""Called by the quantizers of diffusers and transformers with model and config. It is set from
+outside because it runs every stage, and the stages import this package."""
 
 
 def install(while_loading: Callable[..., Any]) -> None:

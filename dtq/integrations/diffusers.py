@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer class for diffusers, and the patches of diffusers.
+"""The quantizer class for diffusers.
 
 The tables of ``diffusers.quantizers.auto`` get a row each: ``from_pretrained`` of a dtq folder then
 needs nothing else.
@@ -7,9 +7,6 @@ needs nothing else.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from dtq.errors import CheckpointError, InputError
 from dtq.integrations.loaded_model import (
     build_layers,
     check_saved,
+    checked_tensors,
     chosen_dtype,
     complete_config,
     finish_loading,
@@ -33,7 +31,6 @@ from dtq.integrations.loaded_model import (
     set_packed_tensor,
     unquantize,
 )
-from dtq.io.memory import Mapped
 from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned
@@ -113,7 +110,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             InputError: a single file is a dtq checkpoint, which lacks its config.
         """
         if self._reader is not None:
-            return self._checked(state_dict, self._reader)
+            return checked_tensors(state_dict, self._reader)
         if reader.CHECKSUMS in state_dict:
             raise InputError(
                 "from_single_file takes float models and quantizes them; this file is quantized "
@@ -125,17 +122,6 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         # diffusers does not cast FP8
         fp8 = {key: t.float() for key, t in state_dict.items() if t.dtype in FP8.values()}
         return {self._names.get(key, key): aligned(t) for key, t in (state_dict | fp8).items()}
-
-    def _checked(self, tensors: dict[str, Tensor], files: reader.Reader) -> dict[str, Tensor]:
-        """Checked and aligned tensors of a checkpoint, without the checksums."""
-        mapped, ready = Mapped(), {}
-        for key, tensor in tensors.items():
-            files.check({key: tensor})
-            if key != reader.CHECKSUMS:
-                ready[key] = aligned(tensor)
-                if ready[key] is not tensor:
-                    mapped.forget([tensor])
-        return ready
 
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str
@@ -284,74 +270,3 @@ def register() -> None:
     """Add dtq to the tables of diffusers, unless a dtq is there already."""
     auto.AUTO_QUANTIZER_MAPPING.setdefault("dtq", DTQQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("dtq", DTQConfig)
-
-
-def refuse_quantized_control_nets() -> None:
-    """Make ``from_transformer`` of ControlNets refuse a quantized transformer.
-
-    It copies weights by name with ``load_state_dict(strict=False)``, which takes int8 codes of the
-    right shape for weights: the ControlNet would be noise. Classes that share modules instead of
-    copying have no such argument.
-    """
-    from diffusers.models import controlnets
-
-    for kind in vars(controlnets).values():
-        made = vars(kind).get("from_transformer") if isinstance(kind, type) else None
-        if not isinstance(made, classmethod) or hasattr(made.__func__, "dtq"):
-            continue
-        if "load_weights_from_transformer" in inspect.signature(made.__func__).parameters:
-            kind.from_transformer = classmethod(_of_floats(made.__func__))  # type: ignore[attr-defined]
-
-
-def report_flux_shapes() -> None:
-    """Give the LoRA loader of Flux the shape of a quantized linear, whose ``weight`` is packed.
-
-    It compares that shape with the adapter's, and widens a layer where the adapter is larger; a
-    quantized layer cannot be widened.
-    """
-    from diffusers.loaders import lora_pipeline
-
-    flux = lora_pipeline.FluxLoraLoaderMixin
-    shape = flux._calculate_module_shape
-    expand = lora_pipeline._maybe_dequantize_weight_for_expanded_lora
-    if hasattr(expand, "dtq"):
-        return
-
-    def module_shape(
-        model: nn.Module,
-        base_module: nn.Module | None = None,
-        base_weight_param_name: str | None = None,
-    ) -> torch.Size:
-        module = base_module
-        if base_weight_param_name:
-            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
-        if isinstance(module, QuantLinear):
-            return torch.Size((module.out_features, module.in_features))
-        return shape(model, base_module, base_weight_param_name)
-
-    def expandable_weight(model: nn.Module, module: nn.Module) -> Any:
-        if isinstance(module, QuantLinear):
-            raise InputError(
-                f"this adapter widens a linear of {module.in_features} inputs that is quantized; "
-                f"exclude that layer from quantization: modules_to_not_convert, or exclude: in "
-                f"the recipe"
-            )
-        return expand(model, module)
-
-    expandable_weight.dtq = True  # type: ignore[attr-defined]
-    flux._calculate_module_shape = staticmethod(module_shape)
-    lora_pipeline._maybe_dequantize_weight_for_expanded_lora = expandable_weight
-
-
-def _of_floats(make: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(make)
-    def from_transformer(cls: Any, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(m, QuantLinear) for m in transformer.modules()):
-            raise InputError(
-                f"{cls.__name__}.from_transformer copies float weights, and this transformer is "
-                f"quantized; give the float model, or dequantize() a copy of this one"
-            )
-        return make(cls, transformer, *args, **kwargs)
-
-    from_transformer.dtq = True  # type: ignore[attr-defined]
-    return from_transformer

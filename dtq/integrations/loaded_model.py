@@ -8,6 +8,7 @@ checkpoint is the same in both; only the names of the hooks differ.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,12 @@ from dtq.checkpoint import reader
 from dtq.checkpoint.config import FORMAT_VERSION, DTQConfig
 from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
+from dtq.io.memory import Mapped
 from dtq.nn.attention import use_int8_attention
 from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
-from dtq.nn.storage import check_tensor, from_disk, to_disk
+from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
 from dtq.nn.swap import finalize, restore, swap_empty
 from dtq.plan.layers import LayerSpec, Plan, check_compute_dtype
 
@@ -75,8 +77,40 @@ def build_layers(model: nn.Module, config: DTQConfig, files: reader.Reader | Non
     log.info("dtq: %d quantized linears, recipe %s", len(plan.layers), config.recipe)
 
 
+def checked_tensors(tensors: Mapping[str, Tensor], files: reader.Reader) -> dict[str, Tensor]:
+    """Checked and aligned tensors of a checkpoint, without the checksums.
+
+    One tensor at a time is in memory twice: the mapped file's pages of a tensor that was copied are
+    released at once.
+
+    Raises:
+        CheckpointError: a tensor is damaged.
+    """
+    mapped, ready = Mapped(), {}
+    for key, tensor in tensors.items():
+        files.check({key: tensor})
+        if key != reader.CHECKSUMS:
+            ready[key] = _align(tensor, mapped)
+    return ready
+
+
+def align_tensors(model: nn.Module) -> None:
+    """Align the tensors of a model that may lie in mapped files, each in memory once."""
+    mapped = Mapped()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = _align(tensor.data, mapped)
+
+
+def _align(tensor: Tensor, mapped: Mapped) -> Tensor:
+    """The aligned tensor; the mapped file's pages of one that was copied are released."""
+    ready = aligned(tensor)
+    if ready is not tensor:
+        mapped.forget([tensor])
+    return ready
+
+
 def set_packed_tensor(
-    module: QuantLinear, name: str, key: str, raw: Tensor, device: torch.device | str
+    module: QuantLinear | QuantConv, name: str, key: str, raw: Tensor, device: torch.device | str
 ) -> None:
     """Set a packed tensor of a quantized linear.
 

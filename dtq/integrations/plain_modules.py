@@ -10,6 +10,7 @@ no config to build it from: :func:`save` writes its tensors and the plan of its 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from dtq.checkpoint import reader, writer
 from dtq.checkpoint.config import DTQConfig, is_dtq
 from dtq.errors import CheckpointError, InputError
 from dtq.integrations.diffusers import DTQQuantizer
-from dtq.integrations.loaded_model import share_config_entries
+from dtq.integrations.loaded_model import (
+    build_layers,
+    checked_tensors,
+    finish_loading,
+    set_packed_tensor,
+)
 from dtq.io.atomic import atomic_directory
 from dtq.io.safe_parse import read_json
-from dtq.nn.attention import use_int8_attention
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
-from dtq.nn.shared_inputs import share_input_transforms
-from dtq.nn.storage import aligned, from_disk
-from dtq.nn.swap import finalize, swap_empty
 
 PATTERN = "model{suffix}.safetensors"
 """Names of the weight files."""
@@ -60,6 +63,9 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False, shard: str 
             f"{type(model).__name__} is not quantized: dtq.quantize(model, inputs=[...]) first; a "
             f"float model is saved with torch or safetensors"
         )
+    # a cast of a model of diffusers changes its config; that of another module cannot
+    for layer in (m for m in model.modules() if isinstance(m, QuantLinear)):
+        quantizer.quantization_config.compute_dtype = layer.compute_dtype
     tensors, _ = quantizer.get_state_dict_and_metadata(model.state_dict(), True)
     config = {
         "_class_name": type(model).__name__,
@@ -91,46 +97,53 @@ def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
     config, files = _read(folder)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise InputError(f"{type(model).__name__} is quantized already; build the float model")
-    plan = config.load_plan()
     opened = reader.Reader(files)
-    opened.check_plan(plan, model)
-    floats = {k for k in opened.stored if k.rpartition(".")[0] not in plan.layers}
-    if unknown := sorted(floats - set(model.state_dict())):
-        raise CheckpointError(f"{folder}: the model has no tensor {unknown[0]}")
-    swap_empty(model, plan, config.compute_dtype or torch.float32)
-    state: dict[str, Tensor] = {}
+    known = {n: t.device for n, t in model.state_dict().items()}
+    build_layers(model, config, opened)
+    unknown = {k for k in opened.stored if k not in known and _layer_of(k) not in config.layers}
+    if unknown:
+        raise CheckpointError(f"{folder}: the model has no tensor {min(unknown)}")
     for file in files:
         with safe_open(file, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                if key != reader.CHECKSUMS:
-                    tensor = stored.get_tensor(key)
-                    opened.check({key: tensor})
-                    state[key] = aligned(_as_parameter(key, tensor, plan.layers))
-    model.load_state_dict(state, assign=True)
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            _set(model, checked_tensors(tensors, opened), known)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
         raise InputError(
             f"{left[0]} of {type(model).__name__} is in no file: build the model on a real device"
         )
     model.requires_grad_(False).eval()
-    finalize(model, plan.edges, plan.policy)
-    use_int8_attention(model, plan.int8_attention)
-    share_input_transforms(model)
-    attach_plain(model, config)
+    finish_loading(model, config)
+    model.is_quantized = True  # type: ignore[assignment]
+    model.hf_quantizer = DTQQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     return model
 
 
-def attach_plain(model: nn.Module, config: DTQConfig) -> None:
-    """Give a quantized plain module the attributes that :func:`save` and reports read."""
-    share_config_entries(model, config)
-    model.is_quantized = True  # type: ignore[assignment]
-    model.hf_quantizer = DTQQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+def _set(model: nn.Module, tensors: dict[str, Tensor], devices: Mapping[str, torch.device]) -> None:
+    """Put checked tensors into a model.
+
+    Args:
+        model: with quantized layers that have no values yet.
+        tensors: as in the files.
+        devices: of the float model by name; its tensors on the meta device go to the CPU.
+    """
+    floats = {}
+    for key, tensor in tensors.items():
+        layer, part = _layer_of(key), key.rpartition(".")[2]
+        module = model.get_submodule(layer)
+        device = devices[key if key in devices else f"{layer}.weight"]
+        place = torch.device("cpu") if device.type == "meta" else device
+        if isinstance(module, QuantLinear | QuantConv) and part in module.tensor_specs():
+            set_packed_tensor(module, part, key, tensor, place)
+        else:
+            floats[key] = tensor.to(place)
+    # not strict: the other tensors come from other files, and build_layers has checked that none is
+    # missing
+    model.load_state_dict(floats, strict=False, assign=True)
 
 
-def _as_parameter(key: str, tensor: Tensor, layers: Any) -> Tensor:
-    """Packed floats as the integers of their bits; other tensors as they are."""
-    name, _, part = key.rpartition(".")
-    return from_disk(tensor) if name in layers and part != "bias" else tensor
+def _layer_of(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _read(folder: Path) -> tuple[DTQConfig, list[Path]]:

@@ -21,6 +21,7 @@ from dtq import integrations
 from dtq.checkpoint import config as checkpoint_config
 from dtq.checkpoint import reader
 from dtq.integrations.loaded_model import (
+    align_tensors,
     build_layers,
     check_saved,
     chosen_dtype,
@@ -30,6 +31,7 @@ from dtq.integrations.loaded_model import (
     set_packed_tensor,
     unquantize,
 )
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.plan.layers import Plan
 
@@ -115,8 +117,10 @@ class DTQQuantizer(HfQuantizer):  # type: ignore[misc]
             assert integrations.quantize_while_loading is not None
             self.report = integrations.quantize_while_loading(model, self.quantization_config)
             return model
+        align_tensors(model)
         for name, module in model.named_modules():
-            for part in module.tensor_specs() if isinstance(module, QuantLinear) else ():
+            packed = isinstance(module, QuantLinear | QuantConv)
+            for part in module.tensor_specs() if packed else ():
                 raw = module._parameters[part]
                 assert raw is not None
                 set_packed_tensor(module, part, f"{name}.{part}", raw.data, raw.device)

@@ -10,6 +10,7 @@ exists only during a call.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,10 +28,21 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a float convolution with a plain weight of its own."""
-    return isinstance(module, CONVOLUTIONS) and isinstance(
-        module._parameters.get("weight"), nn.Parameter
-    )
+    """Whether a module is a float convolution with a plain weight, which torch's forward reads."""
+    plain = isinstance(module._parameters.get("weight"), nn.Parameter)
+    return isinstance(module, CONVOLUTIONS) and plain and not reads_weight(module)
+
+
+def reads_weight(module: nn.Module) -> bool:
+    """Whether a linear or a convolution has a forward of its own that reads ``weight``.
+
+    The weight of such a layer cannot be packed.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    if forward in {kind.forward for kind in (nn.Linear, *CONVOLUTIONS)}:
+        return False
+    code = getattr(forward, "__code__", None)
+    return code is not None and "weight" in code.co_names
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
@@ -83,6 +95,16 @@ class QuantConv(nn.Module):
             else None
         )
         return new
+
+    @property
+    def weight_format(self) -> str:
+        """Key of ``FORMATS``."""
+        return self.spec.weight_format
+
+    @property
+    def activation_format(self) -> str:
+        """Key of ``ACTIVATION_FORMATS``: activations are float."""
+        return self.spec.activation_format
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
         """Shape and on-disk dtype of every packed tensor, by name."""

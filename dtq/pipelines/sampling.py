@@ -7,13 +7,15 @@ import inspect
 import logging
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from dtq.errors import LIBRARY_ERRORS, InputError, first_line, hint
 from dtq.pipelines import call_defaults, image_inputs, prompts
-from dtq.pipelines.contents import diffusion_transformers
+from dtq.pipelines.contents import diffusion_transformers, text_encoders
 from dtq.pipelines.loading import LoadedModel, out_of_memory
 from dtq.pipelines.settings import SamplingSettings, seed_of
 from dtq.pipelines.tracing import dummy_inputs
@@ -72,13 +74,16 @@ def run_pipeline(
 
 
 class _PromptsEncodedError(Exception):
-    """A denoiser was called, so that no text encoder will be any more."""
+    """Every text encoder has been called, and the sampling begins."""
 
 
 def run_text_encoders(
     pipeline: Any, requests: prompts.Requests, settings: SamplingSettings, start: int
 ) -> None:
-    """Encode the prompts of one batch as a sampling run does, and stop at its first step.
+    """Encode the prompts of one batch as a sampling run does, and stop before the sampling.
+
+    The run stops at the first call of a denoiser when every text encoder has been called: pipelines
+    of two stages encode the prompts of the second stage after they have sampled the first.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -89,16 +94,28 @@ def run_text_encoders(
     Raises:
         InputError: as :func:`run_pipeline`.
     """
+    waiting = set(text_encoders(pipeline))
 
     def stop(*args: Any) -> None:
-        raise _PromptsEncodedError
+        if not waiting:
+            raise _PromptsEncodedError
 
     with ExitStack() as hooks:
+        for name in sorted(waiting):
+            called = partial(_discard, waiting, name)
+            # some pipelines call a part of the model and never its forward
+            for module in getattr(pipeline, name).modules():
+                if isinstance(module, nn.Embedding):
+                    hooks.enter_context(module.register_forward_pre_hook(called))
         for name in diffusion_transformers(pipeline):
             denoiser = getattr(pipeline, name)
             hooks.enter_context(denoiser.register_forward_pre_hook(stop))
         with suppress(_PromptsEncodedError):
             list(run_pipeline(pipeline, requests, settings, "latent", [start]))
+
+
+def _discard(names: set[str], name: str, *args: Any) -> None:
+    names.discard(name)
 
 
 @contextmanager

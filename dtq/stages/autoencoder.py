@@ -17,13 +17,15 @@ from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.integrations.diffusers import attach_quantizer
 from dtq.models.linears import is_linear, matrix_of, shape_of
-from dtq.nn.conv import QuantConv, is_convolution, matrix_shape
+from dtq.nn.conv import QuantConv, is_convolution, matrix_shape, reads_weight
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
 from dtq.pipelines import prompts, sampling
 from dtq.pipelines.recorded_calls import first_tensor
 from dtq.pipelines.settings import SamplingSettings
 from dtq.plan.layers import LayerPlan, LayerSpec, Plan
+from dtq.recipe.selectors import excludes
+from dtq.stages.float_model import kept_in_float
 
 VAE_CHOICES = {"keep": "", "w8": "int8-row"}
 """How an autoencoder is stored: as it is, or with one scale per output channel."""
@@ -85,7 +87,9 @@ def check_vae(pipeline: Any, choice: str) -> None:
 def quantize_weights(model: nn.Module, name: str) -> int:
     """Round the weights of every convolution and linear to nearest; returns their number.
 
-    Convolutions whose weight is computed, such as those with weight normalization, stay.
+    These stay float: convolutions whose weight is computed, such as those with weight
+    normalization; layers that use their weight in a forward of their own; and layers that diffusers
+    keeps in float32.
 
     Args:
         model: of diffusers, float; changed in place.
@@ -93,8 +97,11 @@ def quantize_weights(model: nn.Module, name: str) -> int:
     """
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     fmt, spec, plans = FORMATS[name], LayerSpec(name, "none"), []
+    kept = kept_in_float(model)
     for path, old in list(model.named_modules()):
         new: QuantLinear | QuantConv
+        if reads_weight(old) or any(excludes(pattern, path) for pattern in kept):
+            continue
         if is_linear(old) and isinstance(old._parameters.get("weight"), nn.Parameter):
             new = QuantLinear.in_place_of(old, spec, compute_dtype=dtype, device=old.weight.device)  # type: ignore[arg-type, union-attr]
             if isinstance(old.bias, Tensor):

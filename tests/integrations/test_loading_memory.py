@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import DiTTransformer2DModel
 
 import dtq
@@ -53,5 +54,30 @@ def test_the_peak_is_that_of_the_file(large, verify, monkeypatch):
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     before = resident("VmRSS")
     model = DiTTransformer2DModel.from_pretrained(large, torch_dtype=torch.bfloat16)
+    taken = resident("VmHWM") - before
+    assert taken < 1.1 * size + max(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and MADV_DONTNEED is Linux's")
+def test_the_peak_of_a_text_encoder_is_that_of_the_file(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=1000, hidden_size=1024, num_hidden_layers=6, intermediate_size=4096,
+        num_attention_heads=16,
+    )  # fmt: skip
+    model = transformers.BertModel(config).bfloat16().eval()
+    call = {"input_ids": torch.arange(8)[None]}
+    dtq.quantize(model, "w8a8", inputs=[call], solver="rtn", transform="none", progress=False)
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    size = file.stat().st_size
+    assert size > 60e6
+    transformers.BertModel.from_pretrained(tmp_path)  # imports
+    del model
+    gc.collect()
+    trim_malloc()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    model = transformers.BertModel.from_pretrained(tmp_path)
     taken = resident("VmHWM") - before
     assert taken < 1.1 * size + max(p.nbytes for p in model.parameters())

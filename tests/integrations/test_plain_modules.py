@@ -108,6 +108,35 @@ def test_static_scales_per_timestep_are_loaded(tmp_path):
             assert torch.equal(loaded(**call), model(**call))
 
 
+def test_a_cast_is_saved_and_loaded(tmp_path):
+    model, _, _ = made("rtn-w4a8")
+    model.to(torch.bfloat16)
+    call = {k: v.bfloat16() for k, v in calls()[0].items()}
+    dtq.save(model, tmp_path / "one")
+    loaded = dtq.load_into(Denoiser(), tmp_path / "one")
+    assert loaded.blocks[0].qkv.compute_dtype == torch.bfloat16
+    assert loaded.hf_quantizer.quantization_config.compute_dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(loaded(**call), model(**call))
+
+
+def test_float_tensors_that_do_not_fit_are_named(tmp_path):
+    model, _, _ = made("rtn-w4a8")
+    folder = dtq.save(model, tmp_path / "out")
+    other = Denoiser()
+    other.head = nn.Linear(64, 5)
+    with pytest.raises(CheckpointError, match=r"head\.weight has shape"):
+        dtq.load_into(other, folder)
+    more = Denoiser()
+    more.extra = nn.Linear(4, 4)
+    with pytest.raises(CheckpointError, match=r"extra\.weight of the model is missing"):
+        dtq.load_into(more, folder)
+    fewer = Denoiser()
+    fewer.head = nn.Linear(64, 4, bias=False)
+    with pytest.raises(CheckpointError, match=r"the model has no tensor head\.bias"):
+        dtq.load_into(fewer, folder)
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(InputError, match="Denoiser is not quantized"):
         dtq.save(Denoiser(), tmp_path / "no")

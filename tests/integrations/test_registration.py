@@ -45,11 +45,11 @@ PATCHED = {
         "from transformers import PreTrainedModel",
         "assert all(getattr(PreTrainedModel, n).dtq for n in ('to', 'half', 'float'))",
     ),
-    "diffusers.refuse_quantized_control_nets": (
+    "float_weights.refuse_quantized_control_nets": (
         "from diffusers import FluxControlNetModel",
         "assert FluxControlNetModel.from_transformer.__func__.dtq",
     ),
-    "diffusers.report_flux_shapes": (
+    "float_weights.report_flux_shapes": (
         "import diffusers.loaders.lora_pipeline as lora",
         "assert lora._maybe_dequantize_weight_for_expanded_lora.dtq",
     ),

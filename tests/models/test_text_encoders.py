@@ -15,7 +15,7 @@ import transformers
 import dtq
 from dtq.errors import CheckpointError, InputError
 from dtq.nn import QuantLinear
-from dtq.pipelines.tracing import scan_model
+from dtq.pipelines.tracing import dummy_inputs, scan_model
 from dtq.recipe import Recipe
 
 RECIPES = ("w8a8", "w4a16", "w4a8")
@@ -102,6 +102,14 @@ def test_roles_on_the_meta_device_are_those_of_the_model(name):
         assert layer.role == next(LEAVES[leaf] for leaf in leaves if leaf in LEAVES), layer.name
     groups = {group.name: len(group.linears) for group in whole.input_groups}
     assert max(groups.values()) >= 3  # q, k and v read one tensor
+
+
+def test_random_tokens_are_not_those_that_a_config_names():
+    model = texts.model("LlamaModel")
+    model.config.eos_token_id = [2, *range(10, 90)]  # a list in Llama 3
+    ids = dummy_inputs(model, 4, 0.0, 0)["input_ids"]
+    assert model.config.pad_token_id == 0
+    assert not {*ids.flatten().tolist()} & {0, 1, 2, *range(10, 90)}
 
 
 def test_fp16_keeps_what_transformers_keeps():

@@ -10,13 +10,17 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLMiniMaxH3, DiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl_minimax_h3 import MiniMaxH3VideoCausalConv3d
 from torch import nn
 
 import dtq
 from dtq.cli import main
 from dtq.errors import CheckpointError, InputError
 from dtq.nn.conv import QuantConv
+from dtq.nn.linear import QuantLinear
+from dtq.recipe.selectors import excludes
+from dtq.stages.autoencoder import quantize_weights
 
 FEW = {"samples": 1, "steps": 1, "batch_size": 1}
 
@@ -43,10 +47,14 @@ def test_from_the_command_line(tmp_path):
     assert f"vae: {report['layers']} layers in int8-row" in result.output
     assert 30 < report["psnr"] < 80
     assert report["bytes"] < 0.4 * report["bytes_before"]
-    before, after = (weights(tmp_path / n / "vae") for n in ("float", "out"))
-    assert sum(f.stat().st_size for f in after) < 0.6 * sum(f.stat().st_size for f in before)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`vae`: PSNR of its decodes {report['psnr']:.1f} dB" in card
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     convolutions = [m for m in loaded.vae.modules() if isinstance(m, nn.Conv2d)]
+    quantized = [m for m in convolutions if isinstance(m, QuantConv)]
+    assert f", {len(quantized)} convolutions | {report['layers']} `int8-row` |" in card
+    before, after = (weights(tmp_path / n / "vae") for n in ("float", "out"))
+    assert sum(f.stat().st_size for f in after) < 0.6 * sum(f.stat().st_size for f in before)
     assert all(isinstance(m, QuantConv) for m in convolutions)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -63,6 +71,27 @@ def test_from_the_command_line(tmp_path):
     after[0].write_bytes(data)
     with pytest.raises((CheckpointError, ValueError, OSError), match="damaged"):
         DiffusionPipeline.from_pretrained(tmp_path / "out")
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert f"{after[0]}: " in result.stderr
+    assert "damaged" in result.stderr
+
+
+def test_with_text_encoders(tmp_path):
+    pipelines.flux().save_pretrained(tmp_path / "float")
+    out = tmp_path / "out"
+    command = ["quantize", tmp_path / "float", "-o", out, "--recipe=rtn-w4a8", "--vae=w8"]
+    command += ["--text-encoder=w4a16", "--samples=1", "--steps=1", "--no-sanity-check"]
+    result = CliRunner().invoke(main, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "dtq_report.json").read_text())
+    assert {*report} == {"transformer", "text_encoder", "text_encoder_2", "vae"}
+    shown = json.loads(CliRunner().invoke(main, ["inspect", str(out), "--json"]).stdout)
+    assert {*shown} == {*report}
+    assert len(shown["vae"]["layers"]) == report["vae"]["layers"]
+    text = CliRunner().invoke(main, ["inspect", str(out), "--component", "vae", "--kernels"]).stdout
+    assert "convolutions" in text
+    assert "float convolution of the unpacked weight" in text
 
 
 def test_causal_convolutions_of_videos(tmp_path):
@@ -74,6 +103,26 @@ def test_causal_convolutions_of_videos(tmp_path):
     dtq.save(pipe, tmp_path / "out")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(pipelines.sample(pipe, "wan", 1), pipelines.sample(loaded, "wan", 1))
+
+
+def test_layers_that_need_their_float_weight_stay_float():
+    torch.manual_seed(0)
+    vae = AutoencoderKLMiniMaxH3(
+        block_out_channels=(16,) * 6, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        decoder_num_layers=1, decoder_num_attention_heads=2, decoder_attention_head_dim=24,
+        latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4,
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 3, 17, 32, 32)
+    with torch.no_grad():
+        want = vae.encode(x).latent_dist.mode()
+        assert quantize_weights(vae, "int8-row")
+        got = vae.encode(x).latent_dist.mode()
+    # their forward is F.conv3d(x, self.weight, ...)
+    assert type(vae.encoder.conv_in) is MiniMaxH3VideoCausalConv3d
+    assert float((got - want).square().sum() / want.square().sum()) < 1e-3
+    packed = [n for n, m in vae.named_modules() if isinstance(m, QuantConv | QuantLinear)]
+    assert packed
+    assert not [n for n in packed if any(excludes(each, n) for each in vae._keep_in_fp32_modules)]
 
 
 def test_mistakes_are_named_before_the_work():

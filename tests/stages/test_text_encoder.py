@@ -8,7 +8,7 @@ import json
 import pipelines
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 
 import dtq
 from dtq.calibrate.engine import calibration_run
@@ -19,6 +19,7 @@ from dtq.nn import QuantLinear
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer, text_encoders_of
 from dtq.pipelines.settings import SamplingSettings
+from dtq.pipelines.tracing import dummy_inputs
 
 QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 2, "prompts": "prompts-64"}}
 SETTINGS = SamplingSettings(prompts="prompts-64", samples=2, batch_size=1, steps=2)
@@ -84,6 +85,30 @@ def test_text_encoders_see_the_prompts_and_the_denoiser_is_not_run():
     assert torch.equal(torch.cat(seen["text_encoder"]), want)
 
 
+class LatePrompts(FluxPipeline):
+    """Encodes for T5 after the first step, as pipelines of two stages do for the second one."""
+
+    def __call__(self, prompt=None, generator=None, output_type="pil"):
+        ids = self.tokenizer(prompt, padding=True, return_tensors="pt").input_ids
+        arguments = dummy_inputs(self.transformer, len(prompt), 0.5, 0)
+        for encoder in (self.text_encoder, self.text_encoder_2.encoder):  # a part of the second
+            encoder(ids)
+            self.transformer(**arguments)
+
+
+def test_text_encoders_that_are_called_after_the_first_step():
+    pipe = LatePrompts(**pipelines.flux().components)
+    steps = []
+    pipe.transformer.register_forward_hook(lambda *_: steps.append(1))
+    for text in text_encoders_of(load_transformer(pipe)):
+        seen = []
+        linear = next(m for m in text.model.modules() if isinstance(m, torch.nn.Linear))
+        linear.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        calibration_run(text, SETTINGS).run(0)
+        assert len(seen) == 1
+    assert len(steps) == 2  # one in each run; the second step is not taken
+
+
 def test_the_error_of_embeddings(flux):
     pipe, _ = flux
     candidate, reference = load_transformer(pipe), load_transformer(pipelines.flux())
@@ -125,3 +150,5 @@ def test_the_commands(tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert {*shown} == names
     assert shown["text_encoder"]["recipe"] == "w4a16"
+    with pytest.raises(InputError, match=r"cannot hold these layers: transformer_blocks"):
+        dtq.export(out, "comfy-int8", tmp_path / "t.safetensors")  # of the transformer
