@@ -39,7 +39,7 @@ class Run:
         steps: total number of steps.
         lr: peak learning rate, after 200 steps of warm-up and before the cosine decay.
         muon: whether hidden matrices are trained with Muon instead of AdamW; or a function that
-            tells by the name of a matrix whether it is hidden.
+            decides by the name of a matrix whether it is hidden.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train ``demo-text``: a standard diffusers ``FluxPipeline`` that paints emoji by caption.
+"""Train ``demo-text``: a standard diffusers ``FluxPipeline`` that generates emoji by caption.
 
     npm pack emoji-datasource-google@16.0.0
     PYTHONPATH=scripts python -m train_demo.train_text --data emoji-datasource-google-16.0.0.tgz --work build/text
