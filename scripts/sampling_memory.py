@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the forecast of the memory while sampling with the peak of a real process.
+"""Compare the estimated memory while sampling with the peak of a real process.
 
     MALLOC_MMAP_THRESHOLD_=1048576 python scripts/sampling_memory.py demo --batch 128
     python scripts/sampling_memory.py flux --batch 1 --recipe w8a8 --arg height=512 --arg width=512
 
-Each call measures one pipeline, in this process: the forecast is made first, then the models get
+Each call measures one pipeline, in this process: the estimate is made first, then the models get
 memory, and the kernel's peak is reset before sampling. ``flux`` is a FLUX-shaped pipeline of 60
 million parameters with random weights. With a recipe, the linears become quantized layers of zeros,
 which take the memory of real ones.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
-from torch import nn
+from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from dtq import demo
@@ -76,14 +76,19 @@ def resident(key: str) -> int:
 
 def materialize(model: nn.Module) -> None:
     """Give a model on the meta device memory; floats are small random numbers, codes zeros."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # a tied weight stays one tensor
     for store in (s for m in model.modules() for s in (m._parameters, m._buffers)):
         for name, tensor in store.items():
             if tensor is not None and tensor.is_meta:
-                filled = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                filled = filled.normal_(0, 0.02) if filled.is_floating_point() else filled + 0
-                store[name] = (
-                    nn.Parameter(filled, False) if isinstance(tensor, nn.Parameter) else filled
-                )
+                if id(tensor) not in made:
+                    made[id(tensor)] = tensor, _filled(tensor)
+                store[name] = made[id(tensor)][1]
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    filled = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    filled = filled.normal_(0, 0.02) if filled.is_floating_point() else filled + 0
+    return nn.Parameter(filled, False) if isinstance(tensor, nn.Parameter) else filled
 
 
 def sample(pipeline: Any, settings: SamplingSettings) -> None:
@@ -125,18 +130,18 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     sample(pipeline, settings)
     peak = resident("VmHWM")
-    forecast = start + found.modes["none"]
+    estimated = start + found.modes["none"]
     for label, value in {
-        "weights, forecast": sum(found.weights.values()),
+        "weights, estimated": sum(found.weights.values()),
         "weights, resident": loaded_bytes,
-        "activations, forecast": found.activations.total,
+        "activations, estimated": found.activations.total,
         "activations, measured": peak - start - loaded_bytes,
         "process before the weights": start,
-        "process, forecast": forecast,
+        "process, estimated": estimated,
         "process, measured": peak,
     }.items():
         print(f"{label:28}{value / 1e6:10.1f} MB")
-    print(f"{'forecast / measured':28}{forecast / peak:10.3f}")
+    print(f"{'estimated / measured':28}{estimated / peak:10.3f}")
 
 
 if __name__ == "__main__":

@@ -82,14 +82,16 @@ def plan(
     limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
     data: dict[str, dict[str, Any]] = {}
     plans: dict[str, Plan] = {}
+    _, first = next(iter(models.values()))  # the dtype in which the whole pipeline is loaded
+    compute = first if dtype == "auto" else loading.DTYPES[dtype]
     for name, (empty, stored) in models.items():
-        loaded = loading.LoadedModel(model, None, name, empty)
+        # a class may keep layers in float32 for some dtypes
+        loaded = loading.LoadedModel(model, None, name, empty.to(compute))
         own, to = recipe, target
         if text and is_text_encoder(empty):
             own, to = for_text_encoder(Recipe.load(text_encoder), recipe.calibration), ""
         run = Run(loaded, own, exclude=exclude, memory=limit, target=to)
         plan_stage(run)
-        compute = stored if dtype == "auto" else loading.DTYPES[dtype]
         needs, mapped = statistics_needed(own, has_pipeline), compute == stored
         cost = estimate(run, compute, needs=needs, mapped=mapped, has_pipeline=has_pipeline)
         data[name], plans[name] = _to_json(run, cost), run.plan
@@ -98,11 +100,9 @@ def plan(
                 click.echo(f"{name}:")
             _print(run, cost, every)
     if len(data) > 1 and not as_json:
-        total = sum(part["bytes"] for part in data.values())
-        shares = [(n, size(d["bytes"]), f"{d['bytes'] / total:.0%}") for n, d in data.items()]
-        table(("component", "file", "share"), [*shares, ("together", size(total), "")])
+        _print_shares({name: part["bytes"] for name, part in data.items()})
     if has_pipeline and folder.exists():
-        sampling = sampling_memory.forecast(folder, recipe, batch, compute, plans)
+        sampling = sampling_memory.estimated(folder, recipe, batch, compute, plans)
         for entry in data.values():
             entry["sampling"] = sampling
         if not as_json:
@@ -141,6 +141,12 @@ def _print(run: Run, cost: Estimate, every: bool) -> None:
         click.echo(f"unquantized, {why}: {name}")
     for label, value in _summary(run, cost):
         click.echo(f"{label:28}{value}")
+
+
+def _print_shares(files: dict[str, int]) -> None:
+    total = sum(files.values())
+    shares = [(name, size(file), f"{file / total:.0%}") for name, file in files.items()]
+    table(("component", "file", "share"), [*shares, ("together", size(total), "")])
 
 
 def _rows(plan: Plan) -> list[tuple[str, ...]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of ``dtq plan`` that tells how much memory sampling takes, and which GPUs have it."""
+"""The part of ``dtq plan`` about memory while sampling: estimated peaks, and GPUs that fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtq.cli.output import size, table
-from dtq.errors import InputError
+from dtq.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +27,17 @@ MODES = {
 }
 
 
-def forecast(
+def estimated(
     folder: Path, recipe: Recipe, batch: int, dtype: torch.dtype, plans: Mapping[str, Plan]
 ) -> dict[str, Any]:
-    """Peak bytes while sampling, by offload mode.
+    """Estimated peak bytes while sampling, by offload mode.
 
     Args:
         folder: of the pipeline.
         recipe: its calibration gives guidance and the arguments of the call.
         batch: images sampled at a time.
         dtype: compute dtype.
-        plans: of the transformers by component.
+        plans: of the models that are quantized, by component.
 
     Returns:
         Of the JSON output: ``modes``, ``fits`` (GB), ``weights``, ``activations``, ``batch``; or
@@ -49,7 +49,7 @@ def forecast(
     settings = replace(recipe.calibration, batch_size=batch, samples=batch, steps=2)
     try:
         found = sampling_memory(meta_pipeline(folder), settings, dtype, plans)
-    except InputError as error:
+    except (InputError, CheckpointError) as error:
         return {"unknown": str(error)}
     return {
         "batch": batch,
@@ -61,7 +61,7 @@ def forecast(
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print a forecast."""
+    """Print what :func:`estimated` returns."""
     click.echo()
     if "unknown" in found:
         click.echo(f"memory while sampling: unknown. {found['unknown']}")
@@ -70,6 +70,6 @@ def show(found: dict[str, Any]) -> None:
         (MODES[mode], size(peak), ", ".join(f"{gb} GB" for gb in found["fits"][mode]) or "none")
         for mode, peak in found["modes"].items()
     ]
-    table((f"memory while sampling {found['batch']}", "peak", "GPUs that fit"), rows)
+    table((f"memory while sampling, batch {found['batch']}", "peak", "GPUs that fit"), rows)
     live = ", ".join(f"{name} {size(n)}" for name, n in found["activations"].items())
-    click.echo(f"of it activations: {live}")
+    click.echo(f"estimated; activations while each model runs: {live}")

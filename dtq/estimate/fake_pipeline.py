@@ -40,25 +40,23 @@ def meta_pipeline(folder: Path) -> Any:
         folder: of a pipeline; its weight files are not read and may be missing.
 
     Raises:
-        InputError: a component cannot be built; names the file.
+        InputError: a component or the pipeline cannot be built; names the file.
+        CheckpointError: a config describes a model of absurd size.
     """
     index = folder / "model_index.json"
     parts: dict[str, Any] = {}
     for name, (library, kind_name) in components(index).items():
-        kind: Any = simple_get_class_obj(library, kind_name)
-        if not issubclass(kind, nn.Module):
-            with translate_errors(folder / name):
+        with translate_errors(folder / name):
+            kind: Any = simple_get_class_obj(library, kind_name)
+            if issubclass(kind, nn.Module):
+                parts[name] = meta_model(folder / name, kind, ())
+            else:
                 parts[name] = kind.from_pretrained(folder / name)
-        elif library == "transformers":
-            with translate_errors(folder / name), torch.device("meta"):
-                config = kind.config_class.from_pretrained(folder / name)
-                parts[name] = kind(config).eval()
-        else:
-            parts[name] = meta_model(folder / name, kind, ())
     entries = read_json(index)
     optional = {k: None for k, v in entries.items() if v == [None, None]}
     plain = {k: v for k, v in entries.items() if k[0] != "_" and not isinstance(v, list)}
-    pipeline = getattr(diffusers, entries["_class_name"])(**parts, **optional, **plain)
+    with translate_errors(index):
+        pipeline = getattr(diffusers, entries["_class_name"])(**parts, **optional, **plain)
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline
 
@@ -98,8 +96,7 @@ class FakeRun:
             self._stack.enter_context(self._fake_weights(model))
             for method in METHODS:
                 if hasattr(model, method):
-                    call = functools.partial(self._call, name, getattr(model, method))
-                    vars(model)[method] = call
+                    vars(model)[method] = self._counted(name, getattr(model, method))
                     self._stack.callback(vars(model).pop, method)
         self._stack.enter_context(torch.no_grad())
         self._stack.enter_context(self.bytes)
@@ -132,6 +129,15 @@ class FakeRun:
         with self.mode:
             fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
+
+    def _counted(self, name: str, method: Any) -> Any:
+        """A method of a model on fake tensors, with the signature that pipelines look at."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._call(name, method, *args, **kwargs)
+
+        return call
 
     def _call(self, name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a method of a model on fake copies of its inputs."""

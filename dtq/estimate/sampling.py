@@ -17,9 +17,10 @@ from dtq.pipelines import prompts
 from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
 from dtq.plan.layers import CheckpointSpec, Plan
+from dtq.stages.float_model import float32_modules
 
 GPU_SIZES = (8, 12, 16, 24, 32, 48, 80)
-"""GPU memories in GB (1e9 bytes) that a forecast is compared with."""
+"""GPU memories in GB (1e9 bytes) that the estimates are compared with."""
 GPU_CONTEXT = 1.0e9
 """Bytes of a GPU that are not for tensors: CUDA's context and kernels, and fragments of torch's
 allocator. An assumption: no GPU was measured."""
@@ -50,14 +51,14 @@ def sampling_memory(
     dtype: torch.dtype,
     plans: Mapping[str, Plan] | None = None,
 ) -> SamplingMemory:
-    """Forecast the memory of sampling one batch.
+    """Estimate the memory of sampling one batch.
 
     Args:
         pipeline: with models on the meta device, which are changed: linears of ``plans`` become
             quantized ones.
         settings: of the call; two steps are taken, as all are alike, and one batch.
         dtype: compute dtype.
-        plans: of transformers by component; others stay float.
+        plans: of the models that are quantized, by component; others stay float.
 
     Raises:
         InputError: the pipeline rejects the call.
@@ -77,18 +78,20 @@ def sampling_memory(
 
 
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model on the meta device, except for modules that its class keeps in float32."""
-    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    """Cast a model on the meta device, except for modules that stay float32 in this dtype."""
+    wide = float32_modules(model, dtype)
+    cast: dict[int, nn.Parameter] = {}  # a tied weight stays one tensor
     for name, module in model.named_modules():
         kept = any(part in wide for part in name.split("."))
         for key, tensor in [*module._parameters.items()]:
             if tensor is not None and tensor.is_floating_point():
                 chosen = torch.float32 if kept or key in wide else dtype
-                module._parameters[key] = nn.Parameter(tensor.detach().to(chosen), False)
+                made = nn.Parameter(tensor.detach().to(chosen), False)
+                module._parameters[key] = cast.setdefault(id(tensor), made)
 
 
 def quantize_empty(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
-    """Put uninitialized quantized linears into a model on the meta device."""
+    """Put the quantized linears of a plan into a model on the meta device."""
     edges = tuple(1000.0 * i / plan.bins for i in range(1, plan.bins))
     layers = {layer.name: layer.spec for layer in plan.quantized()}
     swap_empty(model, CheckpointSpec(layers, edges), dtype)

@@ -20,7 +20,7 @@ from dtq.linalg.cholesky import factor_cost
 from dtq.models import blocks_of
 from dtq.plan.layers import Plan
 from dtq.stages.budget import promotion_budget
-from dtq.stages.float_model import kept_in_float
+from dtq.stages.float_model import float32_modules
 from dtq.stages.run import Run
 from dtq.stages.solve import COPIES
 
@@ -97,7 +97,7 @@ def file_tensors(
     model: nn.Module, plan: Plan, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor that the quantized file will hold."""
-    wide = kept_in_float(model)
+    wide = float32_modules(model, dtype)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tensors = {}
     for key, tensor in model.state_dict().items():

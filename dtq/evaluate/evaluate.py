@@ -21,6 +21,7 @@ from dtq.evaluate.merge import by_step, merge_shards
 from dtq.evaluate.metrics import images
 from dtq.evaluate.metrics.distributions import MetricValue
 from dtq.evaluate.paired_run import CandidateRun, Progress
+from dtq.evaluate.references import FLOAT_IMAGES, TRAINING_IMAGES
 from dtq.evaluate.requested_metrics import MetricRequest
 from dtq.evaluate.run_file import Run
 from dtq.evaluate.vbench_metrics import VBenchRequest
@@ -265,9 +266,9 @@ def _set_fid(result: Evaluation) -> None:
     for value in result.metrics:
         if value.metric != "fid":
             continue
-        if value.reference == requested_metrics.FLOAT_IMAGES:
+        if value.reference == FLOAT_IMAGES:
             row.fid_float = value.value
-        if value.reference == requested_metrics.TRAINING_IMAGES:
+        if value.reference == TRAINING_IMAGES:
             assert value.change is not None
             row.fid_real, result.fid_real_float = value.value, value.value - value.change
 

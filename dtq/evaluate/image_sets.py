@@ -84,7 +84,7 @@ def image_set(
         failed |= {places[start + i]: why for i, image in enumerate(batch) if (why := flaw(image))}
         # 8-bit values, as files hold them: the ADM suite then measures the same images
         stored = as_bytes(batch.nan_to_num())
-        for name in loaded.keys() - refused.keys():
+        for name in [each for each in loaded if each not in refused]:
             try:
                 found = loaded[name](stored.float() / 255)
             except InputError as error:

@@ -8,7 +8,7 @@ the exit code of ``dtq eval`` 3, so no requested metric is silently absent.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,24 +20,17 @@ from dtq import demo
 from dtq.errors import InputError
 from dtq.evaluate.feature_file import FeatureFile
 from dtq.evaluate.image_sets import ImageSet, gather_images, image_set
-from dtq.evaluate.metrics import adm_suite, extractors, reference_folder
-from dtq.evaluate.metrics.distributions import (
-    DISTRIBUTIONS,
-    MetricValue,
-    ReferenceSet,
-    metric_value,
-)
-from dtq.evaluate.metrics.extractors import Extractor, Features
+from dtq.evaluate.metrics import extractors
+from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, MetricValue, metric_value
+from dtq.evaluate.metrics.extractors import Extractor
 from dtq.evaluate.metrics.perceptual import PERCEPTUAL, UNPAIRED
+from dtq.evaluate.references import reference_set, references
 from dtq.io.safe_parse import read_json
 from dtq.io.schema import check_name
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.settings import SamplingSettings
 from dtq.runs.workers import SINGLE_PROCESS, Workers
-
-FLOAT_IMAGES = "float model's images"
-TRAINING_IMAGES = "training images"
 
 RERUN_IMAGES = 256
 """The float model samples at most so many images a second time, to measure the noise."""
@@ -195,7 +188,7 @@ def distributions(
         results.missing |= dict.fromkeys(extractor_of, "; ".join(reasons))
         return results
     frames = results.image_sets["float"].frames
-    reference_of = functools.cache(partial(_reference_set, request.reference, loaded, frames))
+    reference_of = functools.cache(partial(reference_set, request.reference, loaded, frames))
     for metric, name in extractor_of.items():
         extractor = loaded[name]
         if frames > 1:  # their moments are of images
@@ -203,7 +196,7 @@ def distributions(
         floats, made = (images.features_of(name) for images in results.image_sets.values())
         value = partial(metric_value, metric, extractor, made, model=candidate.name, groups=entries)
         try:
-            pairs = _references(metric, name, extractor, floats, reference_of)
+            pairs = references(metric, name, extractor, floats, reference_of)
             results.metrics += [value(other, floats=own) for other, own in pairs]
         except InputError as error:
             results.missing[metric] = str(error)
@@ -240,78 +233,6 @@ def _load_extractors(
         except InputError as error:
             missing[metric] = str(error)
     return loaded, extractor_of
-
-
-def _references(
-    metric: str,
-    name: str,
-    extractor: Extractor,
-    floats: Features,
-    reference_of: Callable[[str], ReferenceSet | None],
-) -> Iterator[tuple[ReferenceSet, Features | None]]:
-    """What a metric compares with, and the float model's features for the change from its value.
-
-    Args:
-        metric: name in ``DISTRIBUTIONS``.
-        name: of the extractor in ``EXTRACTORS``.
-        extractor: that computed the features.
-        floats: features of the float model's images.
-        reference_of: the reference of the user, by extractor; None if there is none.
-    """
-    row = DISTRIBUTIONS[metric]
-    yield ReferenceSet(FLOAT_IMAGES, floats), floats if row.reference_free else None
-    if row.reference_free:
-        return
-    if extractor.real is not None and row.frechet and row.kind == "pool":
-        yield ReferenceSet(TRAINING_IMAGES, None, {"pool": extractor.real}), floats
-    if (given := reference_of(name)) is not None:
-        yield given, floats
-
-
-def _reference_set(
-    path: Path | None, loaded: Mapping[str, Extractor], frames: int, name: str
-) -> ReferenceSet | None:
-    """The ADM npz or folder of images or videos with the features of an extractor.
-
-    Args:
-        path: of the user; None if there is none.
-        loaded: extractors by name.
-        frames: of each sample of the models; 1 for images.
-        name: of the extractor.
-
-    Raises:
-        InputError: the reference has images and the models make videos, or the reverse; or its
-            videos have another number of frames, and the extractor takes whole videos.
-    """
-    if path is None:
-        return None
-    extractor = loaded[name]
-    if path.is_dir():
-        features, lengths = reference_folder.features(path, extractor)
-        _check_frames(path, lengths, frames, extractor)
-        return ReferenceSet(path.name, features)
-    _check_frames(path, {1}, frames, extractor)
-    file = adm_suite.read(path)
-    if file.images is not None:
-        floats = file.images.permute(0, 3, 1, 2).float() / 255
-        return ReferenceSet(file.name, extractor(floats))
-    if name != "inception":
-        raise InputError(f"{file.name} has Inception moments, but the features are of {name}")
-    moments = {"pool": file.pool, "spatial": file.spatial}
-    return ReferenceSet(file.name, None, {k: m for k, m in moments.items() if m is not None})
-
-
-def _check_frames(path: Path, lengths: set[int], frames: int, extractor: Extractor) -> None:
-    of_videos = max(lengths) > 1
-    if of_videos != (frames > 1):
-        kinds = ("videos", "images") if of_videos else ("images", "videos")
-        raise InputError(f"{path} has {kinds[0]}, and the models make {kinds[1]}")
-    if extractor.of_videos and lengths != {frames}:
-        found = ", ".join(map(str, sorted(lengths)))
-        raise InputError(
-            f"{path} has videos of {found} frames, and the models make {frames}; {extractor.name} "
-            f"takes whole videos: cut them to {frames} frames"
-        )
 
 
 def perceptual(

@@ -31,7 +31,14 @@ def check_float_model(model: nn.Module, name: str) -> None:
 
 
 def kept_in_float(model: nn.Module) -> tuple[str, ...]:
-    """Layers that a library keeps in float32, or that share their weight with another module.
+    """Layers that a library keeps in float32, or that share their weight with another module."""
+    kept = float32_modules(model, getattr(model, "dtype", torch.float32))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return tuple(sorted({*kept, *tied, *tied.values()}))
+
+
+def float32_modules(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of modules and parameters that stay float32 when a library loads a model in a dtype.
 
     diffusers keeps them whatever the dtype is. transformers keeps some for float16 alone, whose
     range is too small for them.
@@ -40,9 +47,7 @@ def kept_in_float(model: nn.Module) -> tuple[str, ...]:
     if not is_of_transformers(model):
         return tuple(names)
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    small = model.dtype == torch.float16
-    return tuple(sorted({*strict, *(names if small else ()), *tied, *tied.values()}))
+    return tuple(sorted({*strict, *(names if dtype == torch.float16 else ())}))
 
 
 def _check_adapters(model: nn.Module) -> None:

@@ -13,6 +13,22 @@ import torch
 from torch import Tensor, nn
 
 
+def prepare(work: Path, threads: int) -> str:
+    """Make the folder of state files, and choose the device.
+
+    Args:
+        work: the folder.
+        threads: of the CPU; 0 for torch's default.
+
+    Returns:
+        ``cuda`` if there is a GPU, else ``cpu``.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class Run:
     """One training stage: optimizer, learning rate schedule, averaged weights, saving and resuming.
 
@@ -23,7 +39,7 @@ class Run:
         steps: total number of steps.
         lr: peak learning rate, after 200 steps of warm-up and before the cosine decay.
         muon: whether hidden matrices are trained with Muon instead of AdamW; or a function that
-            tells by the name of a matrix whether it is hidden.
+            decides by the name of a matrix whether it is hidden.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_demo.data import load_emoji
-from train_demo.stage import Run
+from train_demo.stage import Run, prepare
 
 from dtq.demo.classifier import EmojiClassifier, accuracy
 from dtq.evaluate.metrics.fid import FeatureMoments
@@ -269,10 +269,7 @@ def main(
     threads: int,
     only: tuple[str, ...],
 ) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    work.mkdir(parents=True, exist_ok=True)
+    device = prepare(work, threads)
     images, labels, names = load_emoji(data)
     print(f"{len(images)} images, {len(names)} labels, on {device}", flush=True)
     stages = set(only or ("vae", "dit", "classifier", "export"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train ``demo-text``: a standard diffusers ``FluxPipeline`` that paints emoji by caption.
+"""Train ``demo-text``: a standard diffusers ``FluxPipeline`` that generates emoji by caption.
 
     npm pack emoji-datasource-google@16.0.0
     PYTHONPATH=scripts python -m train_demo.train_text --data emoji-datasource-google-16.0.0.tgz --work build/text
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_demo.distil_text import distil, teach
 from train_demo.export_text import export
 from train_demo.painter import Painter, is_hidden
-from train_demo.stage import Run
+from train_demo.stage import Run, prepare
 from train_demo.text_bank import Bank
 
 GUIDED_FROM = 0.75  # share of the steps after which guidance is trained
@@ -122,10 +122,7 @@ def main(
     compiled: bool,
     only: tuple[str, ...],
 ) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    work.mkdir(parents=True, exist_ok=True)
+    device = prepare(work, threads)
     stages = set(only or ("base", "student", "export"))
     bank = Bank(work, data, pairs)
     base = train_base(

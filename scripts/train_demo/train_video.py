@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_demo import train as image_model
 from train_demo.clips import FRAMES, SIZE, THINGS, captions, clips
 from train_demo.data import load_cutouts
-from train_demo.stage import Run, portable
+from train_demo.stage import Run, portable, prepare
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from dtq import demo
@@ -257,10 +257,7 @@ def main(
     batch: int,
     threads: int,
 ) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    work.mkdir(parents=True, exist_ok=True)
+    device = prepare(work, threads)
     vae = AutoencoderKL.from_pretrained(demo.folder() / "vae", torch_dtype=torch.float32)
     ready = work / "latents.pt"
     if not ready.exists():

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
+import pipelines
 import pytest
 import tiny
 import torch
 from builders import planned, quantized
+from click.testing import CliRunner
 
 from dtq.calibrate import engine
+from dtq.cli import main
 from dtq.estimate import duration, estimate
 from dtq.io.schema import MethodSpec
 from dtq.pipelines.loading import load_transformer
@@ -156,3 +160,22 @@ def test_memory_limits_statistics_on_every_estimate(folder):
     assert less <= memory
     assert smaller <= disk
     assert file == same
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp16"])
+def test_the_size_is_exact_when_the_dtypes_of_the_components_differ(dtype, tmp_path):
+    """The whole pipeline is loaded in one dtype; in float16 a part of T5 stays float32."""
+    source, out = tmp_path / "float", tmp_path / "q"
+    pipeline = pipelines.flux()
+    pipeline.transformer.bfloat16()
+    pipeline.save_pretrained(source)
+    few = [
+        "--recipe", "rtn-w4a8", "--text-encoder", "w4a16", "--samples", "2", "--steps", "2",
+        "--dtype", dtype,
+    ]  # fmt: skip
+    shown = CliRunner().invoke(main, ["plan", str(source), *few, "--json"])
+    done = CliRunner().invoke(main, ["quantize", str(source), *few, "-o", str(out)])
+    assert (shown.exit_code, done.exit_code) == (0, 0), shown.output + done.output
+    for name, part in json.loads(shown.stdout.strip().splitlines()[-1]).items():
+        (file,) = (out / name).glob("*.safetensors")
+        assert file.stat().st_size == part["bytes"], name
