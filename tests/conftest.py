@@ -48,6 +48,15 @@ def few_vectors(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this run, the same for every process of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def float_folder(tmp_path_factory) -> Path:
     """A tiny float DiT pipeline on disk."""
     folder = tmp_path_factory.mktemp("float") / "pipe"

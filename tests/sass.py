@@ -17,8 +17,7 @@ sets, and for which ones it waits. An instruction that sets a scoreboard clears 
 
 How to use it (``tests/kernels/test_cuda_timing.py`` does)::
 
-    kernels = compiled("gemm_int8.cu", "90a", folder)
-    kernel = find(kernels, r"gemm_wgmma.*ELi256E.*Lb0E")
+    kernel = find(kernels("gemm_int8.cu", "90a", folder), r"gemm_wgmma.*ELi256E.*Lb0E")
     params = bytes(arguments)                     # a ctypes.Structure: what the kernel gets
     walk = run(kernel, params, thread=128)        # one thread of the warp; block 0
     part = walk.between("WARPGROUP.DEPBAR", "EXIT")   # from the last match of the first to the last of
@@ -32,6 +31,7 @@ that a parameter decides goes the wrong way, an instruction has no rule in ``_RU
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import re
 import shutil
@@ -45,6 +45,8 @@ from pathlib import Path
 from dtq.kernels.compile import nvcc
 
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
+WITH_HOST_CODE = "80"
+"""The architecture for which the host code is compiled, too; it is the same for all."""
 
 LATENCIES = {
     "LDG": 260,  # from L2; 30 from L1
@@ -100,21 +102,50 @@ class Kernel:
     code: Mapping[int, Instruction]
 
 
-def compiled(source: str, arch: str, folder: Path) -> list[Kernel]:
-    """The kernels of a file of ``cuda_ext``, compiled with the flags of the library."""
-    target = folder / f"{source}.{arch}.cubin"
+def compiled(source: str, arch: str, folder: Path) -> tuple[Path, str]:
+    """A file of ``cuda_ext``, compiled with the flags of the library; once for each folder.
+
+    Args:
+        source: its name.
+        arch: the architecture, as nvcc names it.
+        folder: where to keep the result; processes may share it.
+
+    Returns:
+        the object file, and what the compilers printed.
+
+    Raises:
+        AssertionError: it does not compile, or with warnings.
+    """
+    part = "-c" if arch == WITH_HOST_CODE else "-cubin"
+    target = folder / f"{source}.{arch}.o"
+    log = target.with_suffix(".log")
     flags = [f for f in nvcc.device_flags([arch], ptx=False) if not f.startswith("-Xcompiler")]
-    command = ["nvcc", *flags, "-Xptxas=-v", "-cubin", str(SOURCES / source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    used = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", done.stderr, re.DOTALL)
-    registers = {name: int(count) for name, count in used}
+    checks = ["-Xptxas=-v", "-Werror=all-warnings"]
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            command = ["nvcc", *flags, *checks, part, str(SOURCES / source), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            output = done.stdout + done.stderr
+            assert done.returncode == 0, output[-3000:]
+            log.write_text(output)
+    return target, log.read_text()
+
+
+def disassembled(path: Path) -> str:
+    """The SASS of an object file; needs :func:`tool`."""
     program = tool()
     assert program is not None, "needs cuobjdump"
-    sass = subprocess.run(
-        [program, "-sass", str(target)], capture_output=True, text=True, check=True
-    ).stdout
-    parts = [part.split("\n", 1) for part in sass.split("Function : ")[1:]]
+    done = subprocess.run([program, "-sass", str(path)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
+    """The kernels of a file of ``cuda_ext``; for the arguments see :func:`compiled`."""
+    target, output = compiled(source, arch, folder)
+    used = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", output, re.DOTALL)
+    registers = {name: int(count) for name, count in used}
+    parts = [part.split("\n", 1) for part in disassembled(target).split("Function : ")[1:]]
     return [
         Kernel(name.strip(), arch, registers[name.strip()], {i.address: i for i in parse(text)})
         for name, text in parts

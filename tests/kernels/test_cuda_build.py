@@ -32,31 +32,16 @@ pytestmark = [
 ]
 
 
-def disassembled(path):
-    """SASS, or None without cuobjdump."""
-    tool = sass.tool()
-    if tool is None:
-        return None
-    done = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", sorted(p.name for p in SOURCES.glob("*.cu")))
-def test_it_compiles_and_spills_nothing(source, arch, tmp_path):
-    target = tmp_path / "kernels.o"
-    flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-Werror=all-warnings"]
-    part = "-c" if arch == ARCHS[0] else "-cubin"  # host code does not depend on the architecture
-    command = ["nvcc", *flags, part, str(SOURCES / source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-3000:]
+def test_it_compiles_and_spills_nothing(source, arch, shared_folder):
+    target, output = sass.compiled(source, arch, shared_folder)
     # ptxas waits after every wgmma when it cannot prove that nothing writes its registers
     assert "serializ" not in output, output
     spilled = [line for line in output.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
     assert not spilled, output
-    code = disassembled(target)
-    if code is not None:
+    if sass.tool() is not None:
+        code = sass.disassembled(target)
         for wanted in WANTED.get(source, {}).get(arch, ()):
             assert wanted in code, wanted
 

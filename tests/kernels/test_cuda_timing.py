@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 import sass
@@ -28,10 +26,10 @@ pytestmark = [
 ]
 
 
-@functools.cache
-def kernels(source, arch):
-    with tempfile.TemporaryDirectory() as folder:
-        return sass.compiled(source, arch, Path(folder))
+@pytest.fixture(scope="module")
+def kernels(shared_folder):
+    """Kernels of a source file for an architecture, compiled once."""
+    return functools.cache(lambda source, arch: sass.kernels(source, arch, shared_folder))
 
 
 def gemm(**changes):
@@ -57,7 +55,7 @@ GATE = {"gate": POINTER, "residual": POINTER, "gate_tokens": 4096}
 PLAIN, FUSED = 0, 1  # dtq::Finish
 
 
-def hopper(source, tokens, finish, **changes):
+def hopper(kernels, source, tokens, finish, **changes):
     """A warp of the first consumer warpgroup of the wgmma kernel."""
     kernel = sass.find(kernels(source, "90a"), rf"gemm_wgmma.*ELi{tokens}E.*FinishE{finish}E")
     params = TENSOR_MAPS + bytes(gemm(**changes))
@@ -76,9 +74,9 @@ EPILOGUES = {
 
 @pytest.mark.parametrize("name", EPILOGUES)
 @pytest.mark.parametrize("source", ["gemm_int8.cu", "gemm_two_level.cu"])
-def test_the_epilogue_on_hopper(source, name):
+def test_the_epilogue_on_hopper(kernels, source, name):
     finish, changes, bound = EPILOGUES[name]
-    kernel, walk = hopper(source, 256, finish, **changes)
+    kernel, walk = hopper(kernels, source, 256, finish, **changes)
     assert walk.count("IGMMA") == 4 * 24  # the whole main loop: 32 columns each
     part = walk.between("WARPGROUP.DEPBAR", "EXIT")
     print(
@@ -92,7 +90,7 @@ def test_the_epilogue_on_hopper(source, name):
     assert not after.count("BSSY"), "branches in which lanes may differ"
 
 
-def mma(source, arch, has_epilogue=0, **changes):
+def mma(kernels, source, arch, has_epilogue=0, **changes):
     kernel = sass.find(kernels(source, arch), rf"gemm_mma.*ELi128ELi128E.*Lb1EEELb{has_epilogue}E")
     return kernel, sass.run(kernel, bytes(gemm(**changes)), threads=256)
 
@@ -107,9 +105,9 @@ MMA = {
 
 
 @pytest.mark.parametrize(("source", "arch"), MMA)
-def test_the_main_loop_with_mma_sync(source, arch):
+def test_the_main_loop_with_mma_sync(kernels, source, arch):
     instructions, cycles = MMA[source, arch]
-    kernel, walk = mma(source, arch)
+    kernel, walk = mma(kernels, source, arch)
     assert walk.count("IMMA") == 32 * 48
     steps = walk.starts("BAR.SYNC")
     step = walk.part(steps[-9], steps[-1])
@@ -133,9 +131,9 @@ MMA_EPILOGUES = {
 
 @pytest.mark.parametrize("name", MMA_EPILOGUES)
 @pytest.mark.parametrize("source", ["gemm_int8.cu", "gemm_two_level.cu"])
-def test_the_epilogue_with_mma_sync(source, name):
+def test_the_epilogue_with_mma_sync(kernels, source, name):
     has_epilogue, changes, bound = MMA_EPILOGUES[name]
-    kernel, walk = mma(source, "80", has_epilogue, **changes)
+    kernel, walk = mma(kernels, source, "80", has_epilogue, **changes)
     part = walk.between("IMMA", "EXIT")
     print(
         f"\n{source} sm_80 {name}: {part.instructions} instructions, {part.cycles} cycles a tile, "
@@ -157,14 +155,16 @@ warps take longer, so the table has those."""
 
 @pytest.mark.parametrize("pattern", FUSIONS)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_the_table_of_fusions(capability, pattern):
+def test_the_table_of_fusions(kernels, capability, pattern):
     """Its cycles are those of the machine code, and so is its decision."""
     calls = ((PLAIN, {}), (FUSED, FUSIONS[pattern]))
     if capability == (9, 0):
-        walks = [hopper("gemm_int8.cu", 256, kernel, **call)[1] for kernel, call in calls]
+        walks = [hopper(kernels, "gemm_int8.cu", 256, kernel, **call)[1] for kernel, call in calls]
         last_product, outputs = "WARPGROUP.DEPBAR", 256 * 128
     else:
-        walks = [mma("gemm_two_level.cu", "80", kernel, **call)[1] for kernel, call in calls]
+        walks = [
+            mma(kernels, "gemm_two_level.cu", "80", kernel, **call)[1] for kernel, call in calls
+        ]
         last_product, outputs = "IMMA", 128 * 128
     plain, fused = (walk.between(last_product, "EXIT").cycles for walk in walks)
     if (capability, pattern) == ((9, 0), "gelu"):
@@ -199,7 +199,7 @@ ROWS = {1: 26, 64: 35}
 
 
 @pytest.mark.parametrize("block", ROWS)
-def test_norm_modulate_and_quantize(block):
+def test_norm_modulate_and_quantize(kernels, block):
     # the prologue is LayerNorm, with vectors of the type of x, which is bfloat16; to int8
     kind = "PrologueE2E.*ModulationE1E.*FloatE1E.*OutputE0E"
     kernel = sass.find(kernels("rows.cu", "90a"), f"rows_register_kernel.*{kind}")
@@ -239,7 +239,7 @@ FEW_TOKENS = {
 
 
 @pytest.mark.parametrize("name", FEW_TOKENS)
-def test_few_tokens_with_integers(name):
+def test_few_tokens_with_integers(kernels, name):
     """By the difference of two lengths of a row: the loop alone."""
     codes, *weight, bound = FEW_TOKENS[name]
     # up to 8 tokens
