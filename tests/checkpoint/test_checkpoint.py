@@ -29,27 +29,6 @@ from dtq.pipelines.loading import LoadedModel, meta_models
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-# float32 runs on the bundled model, see test_methods.py
-@pytest.mark.parametrize("recipe", yaml_names("recipes"))
-def test_loaded_samples_equal_those_of_the_model_in_memory(
-    recipe, float_folder, tmp_path, few_vectors
-):
-    pipe = dtq.quantize(float_folder, hasty(recipe), dtype=torch.bfloat16, progress=False)
-    want = tiny.sample(pipe)
-    writer.write(pipe, tmp_path / "q")
-    loaded = DiffusionPipeline.from_pretrained(tmp_path / "q", torch_dtype=torch.bfloat16)
-    assert torch.equal(tiny.sample(loaded), want)
-    # without a dtype the one that was recorded is used, for the transformer
-    model = DiTTransformer2DModel.from_pretrained(tmp_path / "q", subfolder="transformer")
-    assert model.dtype == torch.bfloat16
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            model.state_dict().values(), pipe.transformer.state_dict().values(), strict=True
-        )
-    )
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_codes_and_scales_survive_every_cast(dtype, quantized_folder):
     disk = load_file(quantized_folder / "transformer" / WEIGHTS)
@@ -116,19 +95,30 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
     assert torch.equal(here, outputs[0])
 
 
+# float32 and every method as it is: tests/recipe/test_published_methods.py
 @pytest.mark.parametrize("recipe", yaml_names("recipes"))
-def test_the_file_has_exactly_the_bytes_that_the_plan_said(
+def test_the_file_has_the_bytes_of_the_plan_and_the_samples_of_the_model(
     recipe, float_folder, tmp_path, few_vectors
 ):
-    ((model, dtype),) = meta_models(str(float_folder)).values()
+    bfloat16 = torch.bfloat16
+    ((model, _),) = meta_models(str(float_folder)).values()
     # how a layer was solved leaves no trace in its size
     quick = {"solver": "rtn", "finetune": "none", "transform_candidates": []}
     chosen = hasty(recipe, promote={"to": ""}, allocate={"budget": ""}, **quick)
     plan = planned(LoadedModel("x", None, "transformer", model), chosen).plan
-    predicted = reader.predicted_bytes(file_tensors(model, plan, dtype))
-    pipe = dtq.quantize(float_folder, chosen, progress=False)
+    predicted = reader.predicted_bytes(file_tensors(model, plan, bfloat16))
+    pipe = dtq.quantize(float_folder, chosen, dtype=bfloat16, progress=False)
+    want = tiny.sample(pipe)
     writer.write(pipe, tmp_path / "q")
     assert (tmp_path / "q" / "transformer" / WEIGHTS).stat().st_size == predicted
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "q", torch_dtype=bfloat16)
+    assert torch.equal(tiny.sample(loaded), want)
+    # without a dtype the one that was recorded is used, for the transformer
+    model = DiTTransformer2DModel.from_pretrained(tmp_path / "q", subfolder="transformer")
+    assert model.dtype == bfloat16
+    saved = pipe.transformer.state_dict().values()
+    pairs = zip(model.state_dict().values(), saved, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_file_bytes_formula(tmp_path):
