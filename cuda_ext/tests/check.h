@@ -110,7 +110,13 @@ inline int done() {
   return failures != 0;
 }
 
-// Seeds 0 .. n - 1, n from the command line.
-inline int seeds(int argc, char** argv, int otherwise) {
-  return argc > 1 ? std::atoi(argv[1]) : otherwise;
+struct Seeds {
+  int first, end;
+};
+
+// The seeds of the command line, "end" or "first:end".
+inline Seeds seeds(int argc, char** argv, int otherwise) {
+  if (argc < 2) return {0, otherwise};
+  const char* colon = std::strchr(argv[1], ':');
+  return colon ? Seeds{std::atoi(argv[1]), std::atoi(colon + 1)} : Seeds{0, std::atoi(argv[1])};
 }

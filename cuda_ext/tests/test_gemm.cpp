@@ -395,7 +395,8 @@ int main(int argc, char** argv) {
   hopper = device.major == 9, blackwell = device.major == 12;
 #endif
   int ran = 0;
-  for (int seed = 0; seed < seeds(argc, argv, 2); seed++)
+  const Seeds wanted = seeds(argc, argv, 2);
+  for (int seed = wanted.first; seed < wanted.end; seed++)
     for (const Case& c : kCases) {
 #if defined(DTQ_ONLY)
       if ((fp4(c) ? 3 : int(c.weights)) != DTQ_ONLY) continue;

@@ -60,7 +60,7 @@ def test_the_kernels_of_single_instructions_compile(arch, tmp_path):
 
 
 def test_the_test_for_a_gpu_compiles(tmp_path):
-    flags = ["-std=c++17", "-O1", "-arch=sm_80", "-DDTQ_ONLY=1", "-x", "cu"]
+    flags = ["-std=c++17", "-Xcicc=-O0", "-Xptxas=-O0", "-arch=sm_80", "-DDTQ_ONLY=1", "-x", "cu"]
     source, program = SOURCES / "tests/test_gemm.cpp", tmp_path / "test_gemm"
     command = ["nvcc", *flags, str(source), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
