@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled models, plain diffusers folders: a ``DiTPipeline``, a ``LattePipeline``, two ``FluxPipeline``."""
+"""The bundled models, plain diffusers folders of a DiT, a Latte and two FLUX pipelines."""
 
 from __future__ import annotations
 
