@@ -1,19 +1,24 @@
 # make demo   quantize the bundled model, load it in diffusers, compare, write a report with images
 # make test   checks and tests
-# make gate   quantize a bundled model and fail if it is worse than the baseline file (MODEL=demo-video, VBENCH=1)
+# make gate   quantize a bundled model and fail if it is worse than the baseline file (MODEL=demo-text, VBENCH=1)
+# make gates  that for every bundled model; make -j2 gates for two at a time
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
 MODEL ?= demo
-BASELINE ?= gate/$(MODEL)-w4a8.json
+RECIPE.demo-text-4step = w4a8-few-step
+RECIPE = $(or $(RECIPE.$(MODEL)),w4a8)
+BASELINE ?= gate/$(MODEL)-$(RECIPE).json
 PROMPTS ?= 32
 POLICY.demo = bundled
 POLICY.demo-video = bundled-video
+POLICY.demo-text = bundled-text
+POLICY.demo-text-4step = bundled-text
 POLICY ?= $(POLICY.$(MODEL))$(if $(VBENCH),-vbench)
 RUN := .demo/gate-$(MODEL)
 
-.PHONY: setup demo gate baseline test units engines check bench kernels gpu gpu-checks gpu-targets gpu-sanitizer results vbench-env clean
+.PHONY: setup demo gate gates baseline test units engines check bench kernels gpu gpu-checks gpu-targets gpu-sanitizer results vbench-env clean
 
 setup: $(READY)
 
@@ -39,9 +44,18 @@ gate: $(RUN)/eval.json
 	$(BIN)/dtq gate $(RUN) --baseline $(BASELINE) --policy $(POLICY) --junit $(RUN).xml --sheet $(RUN).html \
 	  || { code=$$?; [ $$code = 2 ] && [ "$(INCONCLUSIVE)" = pass ] && echo "warning: the gate is inconclusive" || exit $$code; }
 
+GATES = demo demo-video demo-text demo-text-4step
+gates: $(GATES:%=gate-of-%)
+
+.PHONY: $(GATES:%=gate-of-%)
+$(GATES:%=gate-of-%): setup
+	@$(MAKE) --no-print-directory -j1 gate MODEL=$(@:gate-of-%=%)
+
 # REASON="why the metrics may change"; as many prompts as the last look of the policy
 LOOKS.demo = 96
 LOOKS.demo-video = 64
+LOOKS.demo-text = 64
+LOOKS.demo-text-4step = 64
 baseline: PROMPTS = $(LOOKS.$(MODEL))
 baseline: $(RUN)/eval.json
 	$(BIN)/dtq gate accept $(RUN) --baseline $(BASELINE) --policy $(POLICY) --reason "$(REASON)"
@@ -50,13 +64,18 @@ baseline: $(RUN)/eval.json
 QUANTIZE.demo-video = --samples 16 --steps 10 --guidance 4
 EVALUATE.demo = --steps 8 --num-images 256 --metric fid,kid,precision,recall
 EVALUATE.demo-video = --steps 4 --guidance 4
+# the whole pipeline: the text encoders are quantized, too
+QUANTIZE.demo-text = --text-encoder w8a8
+QUANTIZE.demo-text-4step = --text-encoder w8a8
+EVALUATE.demo-text = --steps 20
+EVALUATE.demo-text-4step = --steps 4
 # MODEL=demo-video VBENCH=1: the package vbench scores the videos, too
 VBENCH_OPTIONS = $(if $(VBENCH),--vbench temporal_flickering --vbench-python .venv-vbench/bin/python)
 
 .PHONY: $(RUN)/eval.json
 $(RUN)/eval.json: setup $(if $(VBENCH),.venv-vbench/.ready)
-	$(BIN)/dtq quantize $(MODEL) --recipe w4a8 $(QUANTIZE.$(MODEL)) -o $(RUN)-w4a8 --overwrite
-	$(BIN)/dtq eval $(RUN)-w4a8 --reference $(MODEL) --samples $(PROMPTS) $(EVALUATE.$(MODEL)) $(VBENCH_OPTIONS) --keep-images -o $(RUN)
+	$(BIN)/dtq quantize $(MODEL) --recipe $(RECIPE) $(QUANTIZE.$(MODEL)) -o $(RUN)-quantized --overwrite
+	$(BIN)/dtq eval $(RUN)-quantized --reference $(MODEL) --samples $(PROMPTS) $(EVALUATE.$(MODEL)) $(VBENCH_OPTIONS) --keep-images -o $(RUN)
 
 # neighboring tests share fixtures, so each worker starts with half of the tests and steals others when it
 # is done

@@ -31,7 +31,7 @@ def calibrate(
     """Collect statistics of the float MODEL in a file.
 
     The file serves any number of recipes. MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
-    demo-video. If a run was interrupted, the same command continues it.
+    demo-video, demo-text, demo-text-4step. If a run was interrupted, the same command continues it.
 
     \b
     dtq calibrate demo -o demo-stats.safetensors

@@ -49,7 +49,7 @@ def doctor() -> None:
     for library in LIBRARIES.values():
         rows.append((f"{library.title} kernels", library.describe()))
         rows += [(f"  {name}", state) for name, state in library.levels()]
-    for name in ("demo", "demo-video"):
+    for name in ("demo", "demo-video", "demo-text", "demo-text-4step"):
         files = (f for f in demo.folder(name).rglob("*") if f.is_file())
         rows.append((f"bundled {name}", size(sum(f.stat().st_size for f in files))))
     table(("component", "state"), rows)

@@ -46,9 +46,9 @@ def plan(
     """Show the plan for each layer of MODEL, and the cost.
 
     MODEL is a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
-    demo-video. Of its weights only names, shapes and FP8 tensors without a scale are read. The
-    file size is exact; memory, disk and time are estimates. Of a local pipeline also the memory
-    while sampling, at the size of --arg, with and without offloading.
+    demo-video, demo-text, demo-text-4step. Of its weights only names, shapes and FP8 tensors without
+    a scale are read. The file size is exact; memory, disk and time are estimates. Of a local pipeline
+    also the memory while sampling, at the size of --arg, with and without offloading.
 
     \b
     dtq plan demo --recipe w4a8

@@ -77,8 +77,9 @@ def quantize(
     """Quantize MODEL and write a diffusers folder.
 
     MODEL is a local diffusers folder, a hub id, a file of another engine (dtq export --list), or a
-    bundled model: demo, demo-outliers, demo-video. If a run was interrupted, the same command
-    continues it. With --to, OUTPUT/engines also gets the file of that engine.
+    bundled model: demo, demo-outliers, demo-video, demo-text, demo-text-4step. If a run was
+    interrupted, the same command continues it. With --to, OUTPUT/engines also gets the file of that
+    engine.
 
     \b
     dtq quantize demo --recipe w4a8 -o demo-w4a8

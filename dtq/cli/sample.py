@@ -53,8 +53,8 @@ def sample(
     """Generate images, videos or sounds with MODEL.
 
     MODEL is float or quantized: a local diffusers folder, a hub id, or a bundled model: demo, demo-outliers,
-    demo-video. A video is an animated PNG and a folder of its frames, a sound is a WAV file. Under
-    torchrun the processes share the images.
+    demo-video, demo-text, demo-text-4step. A video is an animated PNG and a folder of its frames, a
+    sound is a WAV file. Under torchrun the processes share the images.
 
     \b
     dtq sample demo-w4a8 -p face-smiling -p cat-face -o images

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled models, plain diffusers folders: an emoji ``DiTPipeline``, a ``LattePipeline``."""
+"""The bundled models, plain diffusers folders of a DiT, a Latte and two FLUX pipelines."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-FOLDERS = {"demo": "pipeline", "demo-outliers": "pipeline", "demo-video": "video"}
+FOLDERS = {
+    "demo": "pipeline",
+    "demo-outliers": "pipeline",
+    "demo-video": "video",
+    "demo-text": "text",
+    "demo-text-4step": "text-4step",
+}
 """Folder of each model. ``demo-outliers`` is ``demo`` after ``dtq.demo.outliers``."""
 
 

@@ -26,6 +26,7 @@ from train_demo.scenes import (
     scenes,
 )
 
+from dtq import demo
 from dtq.cli import main
 from dtq.pipelines import call_defaults, prompts
 
@@ -178,3 +179,43 @@ def test_what_the_script_writes_is_stock_and_small_and_sampled_at_its_size(
     done = CliRunner().invoke(main, [str(word) for word in command])
     assert done.exit_code == 0, done.output
     assert Image.open(out / "0000.png").size == (SIZE, SIZE)
+
+
+BUNDLED = ("demo-text", "demo-text-4step")
+
+
+def test_the_bundled_folders_are_small_and_share_text_encoders_and_autoencoder():
+    base, few = (demo.folder(name) for name in BUNDLED)
+    files = [f for folder in (base, few) for f in folder.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 20e6
+    assert {f.suffix for f in files} <= {".json", ".safetensors", ".md"}
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        (weights,) = (base / part).glob("*.safetensors")
+        assert weights.read_bytes() == (few / part / weights.name).read_bytes()
+    for folder in (base, few):
+        readme = (folder / "README.md").read_text()
+        assert "Apache" in readme
+        assert "emoji-datasource-google" in readme
+
+
+@pytest.mark.parametrize(("name", "steps"), [("demo-text", 8), ("demo-text-4step", 4)])
+def test_images_have_the_colours_and_places_of_their_captions(name, steps):
+    pipe = DiffusionPipeline.from_pretrained(demo.folder(name))
+    pipe.set_progress_bar_config(disable=True)
+    asked = ["red heart", "frog", "blue heart", "two yellow star"]
+    seeds = [torch.Generator().manual_seed(i) for i in range(len(asked))]
+    made = pipe(asked, generator=seeds, num_inference_steps=steps, output_type="pt", **SIZES).images
+    assert made.shape == (4, 3, SIZE, SIZE)
+    ink = 1 - made.float()  # how much of each colour is taken away from white
+    half, every = SIZE // 2, slice(None)
+    parts = {
+        "red": (0, every, every),
+        "green": (1, every, every),
+        "blue": (2, every, every),
+        "yellow left": (3, every, slice(0, half)),
+        "yellow right": (3, every, slice(half, None)),
+    }
+    left = {k: ink[i, :, rows, columns].mean((1, 2)) for k, (i, rows, columns) in parts.items()}
+    assert all(float(ink.sum()) > 0.05 for ink in left.values())
+    assert [left[colour].argmin() for colour in ("red", "green", "blue")] == [0, 1, 2]
+    assert left["yellow left"].argmax() == left["yellow right"].argmax() == 2  # no blue in yellow

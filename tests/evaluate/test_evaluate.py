@@ -22,7 +22,7 @@ from dtq.evaluate.gate.decision import Outcome, Verdict
 from dtq.evaluate.gate.metrics import METRICS
 from dtq.evaluate.metrics import fid, images
 from dtq.evaluate.metrics.distributions import MetricValue
-from dtq.evaluate.report import html
+from dtq.evaluate.report import html, plots
 from dtq.pipelines import prompts
 from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
@@ -165,6 +165,16 @@ def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
     assert "data:image/png;base64" in page
     assert page.count("<svg") >= 2
     assert not re.search(r"(src|href)=['\"]?https?:", page)  # self-contained
+
+
+def test_the_plot_of_ranges_leaves_out_inputs_without_timesteps():
+    def row(*values):
+        return {"imbalance": values, "imbalance_after": values}
+
+    transformer = [row(3.0, 2.0), row(4.0, 5.0)]
+    with_text_encoder = [row(9.0), *transformer]
+    lines = [plots.ranges(rows).count("<path") for rows in (transformer, with_text_encoder)]
+    assert lines[0] == lines[1]
 
 
 def test_the_pages_escape_all_text(tmp_path):

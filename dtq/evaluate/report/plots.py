@@ -85,8 +85,11 @@ def ranges(inputs: Sequence[dict[str, Any]]) -> str:
     """Imbalance of the channels of each input over timesteps, before and after its transform.
 
     Args:
-        inputs: rows of ``dtq_report.json``; each is a thin line.
+        inputs: rows of ``dtq_report.json``; each is a thin line. Those of text encoders, which run
+            at no timestep and have one bin, are left out where others have more.
     """
+    count = max(len(row["imbalance"]) for row in inputs)
+    inputs = [row for row in inputs if len(row["imbalance"]) == count]
     figure, axes = _axes()
     for key, label, color in (
         ("imbalance", "before", COLORS[4]),
