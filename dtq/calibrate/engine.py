@@ -185,8 +185,9 @@ def collect_shard(
             if run.origin == "pipeline" and i == batches.start:
                 if not hooks.calls:
                     raise never_called(loaded, settings)
-                # samplers may call the model more often than once a step
-                bar.total, bar.n = hooks.calls * run.batches, hooks.calls * (batches.start + 1)
+                # samplers may call the model more often than once a step, and a text encoder once
+                bar.initial = hooks.calls * batches.start
+                bar.total, bar.n = hooks.calls * run.batches, bar.initial + hooks.calls
                 bar.refresh()
     about = {
         "model": type(loaded.model).__name__,
