@@ -120,9 +120,12 @@ class StepClock(nn.Module):
 def _are_same(samples: Tensor) -> bool:
     """Whether all timesteps are the same; in a graph they have to be."""
     same = (samples == samples[0]).all()
-    if torch.compiler.is_compiling() or (
-        samples.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
+    if in_graph(samples):
         torch._assert_async(same, _DIFFERENT)  # type: ignore[no-untyped-call]
         return True
     return bool(same)
+
+
+def in_graph(x: Tensor) -> bool:
+    """Whether a graph is compiled or captured, so that no value of ``x`` can be read now."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
