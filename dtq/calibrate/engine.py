@@ -20,7 +20,7 @@ from dtq.calibrate.collection import Statistics
 from dtq.calibrate.observers import InputStats, SampleOrigin
 from dtq.errors import InputError
 from dtq.models import InputGroup, is_text_encoder, sibling_key
-from dtq.models.linears import rows_of
+from dtq.models.linears import input_of, rows_of
 from dtq.models.timestep import timestep_edges, timestep_of
 from dtq.pipelines import image_inputs, prompts
 from dtq.pipelines.loading import LoadedModel
@@ -293,7 +293,7 @@ class CalibrationHooks:
             for group in self.input_groups:
                 linear = self.model.get_submodule(group.linears[0].name)
                 observe = partial(self._observe, self.stats[group.name])
-                hooks.enter_context(linear.register_forward_pre_hook(observe))
+                hooks.enter_context(linear.register_forward_pre_hook(observe, with_kwargs=True))
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -311,8 +311,10 @@ class CalibrationHooks:
         self._call += 1
         self.after_call()
 
-    def _observe(self, stats: InputStats, module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = rows_of(module, args[0])
+    def _observe(
+        self, stats: InputStats, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        rows = rows_of(module, input_of(args, kwargs))
         halves = 2 if self._batch_size > 1 and len(rows) % 2 == 0 else 1
         branch = torch.arange(len(rows)) * halves // max(1, len(rows))
         stats.observe(rows, SampleOrigin(self._bin, self._call, branch.clamp(max=1)))

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,6 +47,11 @@ def matrix_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().float().flatten(1)
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The input that a call of a linear or convolution passes, by position or as ``input=``."""
+    return args[0] if args else kwargs.get("input")
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def _trace(model: nn.Module, run: Callable[[nn.Module], object]) -> Trace:
         hooks.enter_context(model.register_forward_pre_hook(trace.see_batch, with_kwargs=True))
         for name, module in linears_of(model):
             hook = partial(trace.see_input, name)
-            hooks.enter_context(module.register_forward_pre_hook(hook))
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         run(model)
     return trace
 

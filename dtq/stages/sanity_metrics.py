@@ -18,7 +18,7 @@ from dtq.io.memory import Mapped
 from dtq.io.safe_parse import finite_or_null
 from dtq.linalg.relative_error import relative_error
 from dtq.models import blocks_of
-from dtq.models.linears import matrix_of, rows_of
+from dtq.models.linears import input_of, matrix_of, rows_of
 from dtq.nn.attention import float_attention
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import temporarily_replaced
@@ -168,9 +168,11 @@ def _layers(run: Run, report: SanityReport, calls: Sequence[object]) -> Iterator
     """
     mapped = Mapped()
 
-    def compare(name: str, old: nn.Module, module: QuantLinear, args: Any, output: Tensor) -> None:
+    def compare(
+        name: str, old: nn.Module, module: QuantLinear, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
         call = len(calls) - 1
-        x, y = rows_of(old, args[0]), rows_of(old, output)
+        x, y = rows_of(old, input_of(args, kwargs)), rows_of(old, output)
         step = _stride(len(x))
         x, y = x[::step].detach(), y[::step].detach().float()
         if not x.isfinite().all():
@@ -193,7 +195,7 @@ def _layers(run: Run, report: SanityReport, calls: Sequence[object]) -> Iterator
         for name, layer in run.model.named_modules():
             if isinstance(layer, QuantLinear) and name in run.floats:
                 hook = partial(compare, name, run.floats[name])
-                hooks.enter_context(layer.register_forward_hook(hook))
+                hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
         yield
 
 
