@@ -146,7 +146,8 @@ def _blocks(model: nn.Module, calls: list[dict[str, Tensor]], tick: Tick) -> Ite
     def end(name: str, module: nn.Module, args: Any, output: Any) -> None:
         rows = first_tensor(output).detach()
         rows = rows.reshape(-1, rows.shape[-1])
-        calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
+        if calls:  # empty where the model is not called as a whole
+            calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
 
     with ExitStack() as hooks:
         hooks.enter_context(model.register_forward_pre_hook(begin))
