@@ -25,7 +25,7 @@ def compare_transforms(run: Run) -> None:
         return
     if not run.recorded:
         no_calls = (
-            "the pipeline runs its layers one by one, so there are no calls of the whole model"
+            "its pipeline runs layers one by one, and there are no whole calls"
         )
         log.warning(
             "%s to compare transforms on: %s stays, without trying %s",

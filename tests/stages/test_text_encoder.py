@@ -128,7 +128,7 @@ def test_an_encoder_whose_layers_the_pipeline_runs_one_by_one(monkeypatch, caplo
     assert not [name for name in layers(pipe.text_encoder) if "visual" in name]
     assert pipe.text_encoder.hf_quantizer.report.calibration["calls"] == 2  # one for each prompt
     messages = caplog.text
-    assert "one by one, so there are no calls of the whole model to compare" in messages
+    assert "one by one, and there are no whole calls to compare" in messages
     assert "text_encoder was not called as a whole, and is not checked" in messages
 
 
