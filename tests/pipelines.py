@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import text_encoders
 import tiny
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -250,6 +251,27 @@ def svd() -> DiffusionPipeline:
             sigma_max=700.0,
         ),
         feature_extractor=CLIPImageProcessor(),
+    )
+
+
+def ideogram4() -> DiffusionPipeline:
+    """Its text encoder has two layers: set ``QWEN3_VL_ACTIVATION_LAYERS`` of its module to (0, 1)."""
+    torch.manual_seed(0)
+    size = {
+        "in_channels": 16, "num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2,
+        "intermediate_size": 64, "adaln_dim": 16, "llm_features_dim": 2 * 64,
+        "mrope_section": (8, 4, 4),
+    }  # fmt: skip
+    first, second = (diffusers.Ideogram4Transformer2DModel(**size).eval() for _ in range(2))
+    letters = tokenizer(64)
+    letters.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
+    return diffusers.Ideogram4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=text_encoders.model("Qwen3VLModel"),
+        tokenizer=letters,
+        transformer=first,
+        unconditional_transformer=second,
     )
 
 

@@ -90,3 +90,9 @@ def test_the_page_of_models_has_every_class():
     page = (ROOT / "docs" / "models.md").read_text()
     listed = {line.split(" ")[1] for line in page.splitlines() if line.startswith("| ")}
     assert set(zoo.names()) <= listed
+
+
+def test_the_glossary_has_at_most_25_terms_of_dtq():
+    own, standard, _ = (ROOT / "docs" / "glossary.md").read_text().partition("## Standard terms")
+    assert standard
+    assert 15 < len(re.findall(r"^\| (?!term |---)", own, re.M)) <= 25

@@ -20,7 +20,7 @@ from dtq.calibrate.collection import Statistics
 from dtq.calibrate.observers import InputStats, SampleOrigin
 from dtq.errors import InputError
 from dtq.models import InputGroup, is_text_encoder, sibling_key
-from dtq.models.linears import rows_of
+from dtq.models.linears import input_of, rows_of
 from dtq.models.timestep import timestep_edges, timestep_of
 from dtq.pipelines import image_inputs, prompts
 from dtq.pipelines.loading import LoadedModel
@@ -248,6 +248,9 @@ def fill_from_sibling_experts(statistics: Statistics) -> Statistics:
 class CalibrationHooks:
     """Forward hooks that pass the inputs of linears to their observers.
 
+    A pipeline may run the layers of a text encoder and never its forward (Ideogram 4). There, a
+    call begins when a linear is reached that the call before it has reached.
+
     Args:
         loaded: the float model.
         input_groups: whose inputs to observe.
@@ -280,10 +283,13 @@ class CalibrationHooks:
         self._signature = inspect.signature(loaded.model.forward)
         self._call = self._bin = 0
         self._batch_size = 1
+        self._inside = False  # of the model's forward
+        self._reached: set[str] = set()  # outside of it, in the current call
 
     def begin(self, batch: int) -> None:
         """Number the calls of a batch, whichever process runs it and whatever ran before."""
         self._call = batch * _CALLS_PER_BATCH
+        self._reached.clear()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -293,11 +299,12 @@ class CalibrationHooks:
             hooks.enter_context(self.model.register_forward_hook(self._leave))
             for group in self.input_groups:
                 linear = self.model.get_submodule(group.linears[0].name)
-                observe = partial(self._observe, self.stats[group.name])
-                hooks.enter_context(linear.register_forward_pre_hook(observe))
+                observe = partial(self._observe, group.name)
+                hooks.enter_context(linear.register_forward_pre_hook(observe, with_kwargs=True))
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside = True
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
         self._batch_size = first.shape[0] if first is not None and first.ndim else 1
@@ -308,12 +315,23 @@ class CalibrationHooks:
         self._bin = sum(timestep > edge for edge in self.edges)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._inside = False
+        self._count()
+
+    def _count(self) -> None:
         self.calls += 1
         self._call += 1
         self.after_call()
 
-    def _observe(self, stats: InputStats, module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = rows_of(module, args[0])
+    def _observe(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not self._inside:
+            if not self._reached or name in self._reached:
+                self._reached.clear()
+                self._count()
+            self._reached.add(name)
+        rows = rows_of(module, input_of(args, kwargs))
         halves = 2 if self._batch_size > 1 and len(rows) % 2 == 0 else 1
         branch = torch.arange(len(rows)) * halves // max(1, len(rows))
-        stats.observe(rows, SampleOrigin(self._bin, self._call, branch.clamp(max=1)))
+        self.stats[name].observe(rows, SampleOrigin(self._bin, self._call, branch.clamp(max=1)))

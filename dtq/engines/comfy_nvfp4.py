@@ -79,7 +79,11 @@ def untiled(scale: Tensor, rows: int, groups: int) -> Tensor:
 
 
 def shape_reason(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
-    """Why a layer of this shape cannot be stored; None if it can."""
+    """Why a layer of this shape cannot be stored; None if it can.
+
+    Every linear is checked by itself, also where original files join the rows of several: their
+    sum is then a multiple of 16, whatever names the file gets.
+    """
     return f"its {shape[0]} rows are no multiple of 16" if shape[0] % 16 else None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,12 @@ def _restored(path: Path, name: str, data: Tensor, entries: Mapping[str, Any]) -
     return data
 
 
-def unsupported_reason(layer: StoredLayer) -> str | None:
-    """Why a layer cannot be stored; None if it can."""
-    return common_reason(layer, LIMITS)
-
-
 TARGET = Target(
     "gguf",
     "GGUF, weight-only (Q8_0, K-quants, IQ4_NL): diffusers, ComfyUI-GGUF, stable-diffusion.cpp",
     ".gguf",
     LIMITS,
-    unsupported_reason,
+    partial(common_reason, limits=LIMITS),
     write,
     read,
     is_gguf,

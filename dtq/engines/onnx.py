@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dtq.engines.float_model import float_model
-from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.target import INT4_GROUPS, Contents, Limits, StoredLayer, Target, common_reason
 from dtq.formats import FORMATS
 from dtq.formats.activations import row_codes, row_scale
 from dtq.formats.packing import pack_bits, unpack_bits
@@ -40,12 +41,11 @@ LARGEST_GRAPH = 2**30  # bytes; a protobuf message ends at 2^31
 BATCH = 2
 """Of the traced call. Sizes of 1 would become constants."""
 
-GROUPS = {f"int4{asym}-g{group}": group for asym in ("", "-asym") for group in (32, 64, 128)}
 LIMITS = Limits(
     formats={
         "int8-row": ("int8-row", "none"),
         "int8-g64": ("none",),
-        **dict.fromkeys(GROUPS, ("none",)),
+        **dict.fromkeys(INT4_GROUPS, ("none",)),
     },
     recipe="onnx-w8a8",
     fallbacks=("int8-g64", "int8-row"),
@@ -81,7 +81,7 @@ class BlockLinear(nn.Module):
         super().__init__()
         self.bias: Tensor | None
         tensors, (rows, columns) = layer.tensors, layer.shape
-        bits = 4 if layer.spec.weight_format in GROUPS else 8
+        bits = 4 if layer.spec.weight_format in INT4_GROUPS else 8
         group = FORMATS[layer.spec.weight_format].group or ROW_BLOCK
         blocks = -(-columns // group)
         # unsigned: the operator takes 8 and 128 as zero points; the last block is filled with them
@@ -169,17 +169,12 @@ def _any_size(value: Any) -> Any:
     return dict.fromkeys(range(value.ndim), torch.export.Dim.AUTO)
 
 
-def unsupported_reason(layer: StoredLayer) -> str | None:
-    """Why a layer cannot be stored; None if it can."""
-    return common_reason(layer, LIMITS)
-
-
 TARGET = Target(
     "onnx",
     "a graph with int8 products, or 8- and 4-bit weights: ONNX Runtime",
     "",
     LIMITS,
-    unsupported_reason,
+    partial(common_reason, limits=LIMITS),
     write,
     packages=("onnx", "onnxscript"),
     original_names=False,

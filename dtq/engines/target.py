@@ -78,6 +78,10 @@ class Contents:
     architecture: str = ""
 
 
+INT4_GROUPS = {f"int4{asym}-g{group}": group for asym in ("", "-asym") for group in (32, 64, 128)}
+"""4-bit integers with a scale, and perhaps a zero point, for every group of columns."""
+
+
 def any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
     """The ``shape_reason`` of an engine that holds every shape: None."""
     return None

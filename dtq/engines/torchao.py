@@ -11,6 +11,7 @@ tokens to int8 with a zero point. The layout is that of torchao 0.16 to 0.18 (BS
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dtq.engines.target import (
+    INT4_GROUPS,
     OF_THE_CHECKPOINT,
     Contents,
     Limits,
@@ -61,11 +63,10 @@ QUANT_TYPE = {
 }
 """What diffusers needs to choose its ``torchao``; the layers are as their metadata says."""
 
-GROUPS = {f"int4{asym}-g{group}": group for asym in ("", "-asym") for group in (32, 64, 128)}
 FORMAT_OF: dict[tuple[str, int | None], str] = {
     (INT8, None): "int8-row",
     (INT8, 64): "int8-g64",
-    **{(INT4, group): f"int4-asym-g{group}" for group in GROUPS.values()},
+    **{(INT4, group): f"int4-asym-g{group}" for group in INT4_GROUPS.values()},
 }
 """Weight format by class and group; 4-bit integers without zero points lose ``-asym``."""
 
@@ -73,7 +74,7 @@ LIMITS = Limits(
     formats={
         "int8-row": ("int8-row", "none"),
         "int8-g64": ("none",),
-        **dict.fromkeys(GROUPS, ("int8-row", "none")),
+        **dict.fromkeys(INT4_GROUPS, ("int8-row", "none")),
     },
     recipe="torchao-w8a8",
     fallbacks=("int8-g64", "int8-row"),
@@ -116,7 +117,7 @@ def encode(layer: StoredLayer, dtype: str) -> tuple[dict[str, Tensor], dict[str,
     quantized = layer.spec.activation_format != "none"
     scale = tensors["weight_scale"].float()
     torch_dtype = {"_type": "torch.dtype", "_data": dtype}
-    if kind not in GROUPS:
+    if kind not in INT4_GROUPS:
         group = FORMATS[kind].group or columns
         data: dict[str, Any] = {
             "act_quant_kwargs": TOKENS if quantized else None,
@@ -134,7 +135,7 @@ def encode(layer: StoredLayer, dtype: str) -> tuple[dict[str, Tensor], dict[str,
     }
     data = {
         "activation_quantization": TOKENS_INT4 if quantized else None,
-        "block_size": [1, GROUPS[kind]],
+        "block_size": [1, INT4_GROUPS[kind]],
         "dtype": torch_dtype,
         "target_dtype": {"_type": "torch.dtype", "_data": "int4"},
     }
@@ -265,17 +266,12 @@ def is_torchao(path: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == "torchao"
 
 
-def unsupported_reason(layer: StoredLayer) -> str | None:
-    """Why a layer cannot be stored; None if it can."""
-    return common_reason(layer, LIMITS)
-
-
 TARGET = Target(
     "torchao",
     "a folder with int8 or 4-bit weights and int8 tokens, or weight-only: diffusers' torchao",
     "",
     LIMITS,
-    unsupported_reason,
+    partial(common_reason, limits=LIMITS),
     write,
     read,
     is_torchao,

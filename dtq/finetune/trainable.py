@@ -79,9 +79,9 @@ class TrainableLinear(nn.Linear):
         ]
         return [group for group in groups if group["params"]]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., K) to (..., N), in the dtype of ``x``."""
-        rows = x.reshape(-1, self.in_features).float()  # (M, K)
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., K) to (..., N), in the dtype of ``input``."""
+        rows = input.reshape(-1, self.in_features).float()  # (M, K)
         transformed = self.layer.transform().x(rows)
         with torch.no_grad():
             rounded = self._fake_quantized(transformed)
@@ -90,7 +90,7 @@ class TrainableLinear(nn.Linear):
             y = y + F.linear(F.linear(rows, self.now("proj_down")), self.now("proj_up"))
         if "bias" in self.moves:
             y = y + self.now("bias")
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return y.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
 
     def matrix(self) -> Tensor:
         """The weight (N, K) that multiplies the transformed input."""

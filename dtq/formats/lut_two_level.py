@@ -103,10 +103,7 @@ class TwoLevelLut(Format):
 
     def unpack(self, tensors: PackedTensors) -> Tensor:
         """The float32 matrix (N, K) that packed tensors represent."""
-        codes = unpack_bits(tensors["weight"], 4).int()
-        entries = tensors["weight_lut"].float().reshape(-1)[codes]
-        scale_2 = tensors["weight_scale_2"].float()
-        exact = (in_groups(entries, self.group) * scale_2.unsqueeze(-1)).flatten(1)
+        exact = self._unrounded(tensors)
         rounded = exact.round().clamp(-127, 127)
         # the gradient of rounding is that of the number before it
         level = exact + (rounded - exact).detach() if exact.requires_grad else rounded
@@ -114,10 +111,13 @@ class TwoLevelLut(Format):
 
     def expand(self, tensors: PackedTensors) -> Tensor:
         """Exact int8 (N, K) of packed tensors, without the scale per row."""
+        return self._unrounded(tensors).round().clamp(-127, 127).to(torch.int8)
+
+    def _unrounded(self, tensors: PackedTensors) -> Tensor:
+        """``lut[q] * scale_2``, float32 (N, K)."""
         codes = unpack_bits(tensors["weight"], 4).int()
-        entries = tensors["weight_lut"].float().reshape(-1)[codes]
-        exact = in_groups(entries, self.group) * tensors["weight_scale_2"].float().unsqueeze(-1)
-        return exact.flatten(1).round().clamp(-127, 127).to(torch.int8)
+        entries = in_groups(tensors["weight_lut"].float().reshape(-1)[codes], self.group)
+        return (entries * tensors["weight_scale_2"].float().unsqueeze(-1)).flatten(1)
 
     def _codes(self, u: Tensor, scale_2: Tensor, lut: Tensor, cols: slice | None = None) -> Tensor:
         """Code of the nearest int8 level of each number (N, columns), in units of the row scale."""

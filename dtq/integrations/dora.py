@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dtq.errors import InputError
 from dtq.nn.linear import QuantLinear
+from dtq.nn.step_clock import in_graph
 
 _OFFLOADED = (
     "adapter {} is DoRA, which reads the weight outside of the linear, and layers are offloaded "
@@ -109,10 +110,11 @@ _kept: WeakKeyDictionary[nn.Module, dict[str, _Kept]] = WeakKeyDictionary()
 def _norms(module: Linear, name: str) -> Tensor:
     """Row norms (N,); outside training they are kept while nothing they depend on changes.
 
-    Factors are compared by value: hot swapping writes into them without a trace.
+    Factors are compared by value: hot swapping writes into them without a trace. Inside a graph,
+    which cannot wait for a comparison, every replay computes the norms.
     """
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
-    if torch.compiler.is_compiling() or module.training:
+    if module.training or in_graph(down):
         return _row_norms(module, name)
     scaling = float(module.scaling[name])
     kept = _kept.setdefault(module, {}).get(name)

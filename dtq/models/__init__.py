@@ -8,14 +8,14 @@ from torch import nn
 from dtq.models.base import ROLES, Family, InputGroup, Linear, Scan, sibling_key
 from dtq.models.families import FAMILIES
 from dtq.models.scan import blocks_of, scan, scan_names
-from dtq.models.text_encoders import TEXT, is_of_transformers, is_text_encoder
+from dtq.models.text_encoders import family_of, is_of_transformers, is_text_encoder
 
 
 def find_family(model: nn.Module) -> Family | None:
     """The family of a model: by the name of its class, or that of text encoders; None without."""
     name = type(model).__name__
     by_name = next((family for family in FAMILIES if name in family.classes), None)
-    return TEXT if by_name is None and is_text_encoder(model) else by_name
+    return family_of(model) if by_name is None and is_text_encoder(model) else by_name
 
 
 __all__ = [

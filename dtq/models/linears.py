@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
+
+_FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -15,12 +19,21 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a 1 x 1 convolution: stride 1, one group, no padding."""
+    """Whether a module is a 1 x 1 convolution: stride 1, one group, no padding.
+
+    A subclass with a ``forward`` of its own is none, because it may take more arguments.
+    """
     return (
         isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and not has_own_forward(module)
         and math.prod(module.kernel_size) == math.prod(module.stride) == module.groups == 1
         and not any(module.padding)
     )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the class of a linear or convolution does not inherit the ``forward`` of torch."""
+    return inspect.unwrap(type(module).forward) not in _FORWARDS
 
 
 def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -46,6 +59,11 @@ def matrix_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().float().flatten(1)
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The input that a call of a linear or convolution passes, by position or as ``input=``."""
+    return args[0] if args else kwargs.get("input")
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:

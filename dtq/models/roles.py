@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtq.models.base import Family
-from dtq.models.linears import linears_of, shape_of
+from dtq.models.linears import input_of, linears_of, shape_of
 
 # start of a name in a regular expression: the start of the path, or of a component of it
 _AT = r"(?:^|\.)"
@@ -20,7 +20,9 @@ _FEED_FORWARD_PATH = re.compile(
     rf"{_AT}(\w*_)?(ff|ffn|mlp|feed_?forward|dense\w*dense|\w*experts?|transition)(_\w+)?\.", re.I
 )
 # of U-Nets: linears in ResNets, and those into and out of the transformers of an attention
-_BETWEEN_PARTS = re.compile(rf"{_AT}resnet\w*\.|{_AT}\w*attentions\.\d+\.proj_(in|out)$", re.I)
+_BETWEEN_PARTS = re.compile(
+    rf"{_AT}resnet\w*\.|{_AT}(\w*attentions|motion_modules)\.\d+\.proj_(in|out)$", re.I
+)
 Rules = tuple[tuple[str, str], ...]
 """(regular expression on the path below the block, role); the first match is used."""
 
@@ -100,10 +102,12 @@ class Trace:
                 self.batch = len(value)
                 return
 
-    def see_input(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def see_input(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Hook of a linear: its first input counts."""
-        if args and isinstance(args[0], Tensor) and name not in self.inputs:
-            x = args[0]
+        x = input_of(args, kwargs)
+        if isinstance(x, Tensor) and name not in self.inputs:
             self.tensors.append(x)
             self.inputs[name] = TracedInput(id(x), x.ndim, x.numel() // shape_of(module)[1])
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dtq.models.base import Family, InputGroup, Linear, Scan, sibling_key
-from dtq.models.linears import is_linear, linears_of, shape_of
+from dtq.models.linears import has_own_forward, is_linear, linears_of, shape_of
 from dtq.models.roles import Trace, TracedInput, assign_roles, attention_projection, block_of
 
 _EMBEDS = re.compile(r"embed|embd|_emb(\.|$)|projection|projector|guidance_layer|conditioner", re.I)
@@ -133,7 +133,10 @@ def unsupported(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
         for key, weight in module.named_parameters(recurse=False):
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and key == "weight":
                 kernel = "x".join(map(str, module.kernel_size))
-                weights[f"{name}.{key}"] = f"convolution with a {kernel} kernel"
+                own = ""
+                if math.prod(module.kernel_size) == 1 and has_own_forward(module):
+                    own = " and a forward of its own"
+                weights[f"{name}.{key}"] = f"convolution with a {kernel} kernel{own}"
             elif weight.ndim == 3 and min(weight.shape) > 1:
                 shape = "x".join(map(str, weight.shape))
                 weights[f"{name}.{key}"] = f"matrices packed in one parameter of {shape}"
@@ -146,7 +149,7 @@ def _trace(model: nn.Module, run: Callable[[nn.Module], object]) -> Trace:
         hooks.enter_context(model.register_forward_pre_hook(trace.see_batch, with_kwargs=True))
         for name, module in linears_of(model):
             hook = partial(trace.see_input, name)
-            hooks.enter_context(module.register_forward_pre_hook(hook))
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         run(model)
     return trace
 

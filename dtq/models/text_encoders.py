@@ -7,6 +7,8 @@ towers for other inputs than text have roles that recipes leave as they are.
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,3 +64,11 @@ TEXT = Family(
     largest_timestep=1.0,
 )
 """The family of every text encoder."""
+
+_WITH_DECODER = replace(TEXT, inputs=arguments(input_ids=_token_ids, decoder_input_ids=_token_ids))
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a text encoder; a whole encoder-decoder (``T5Model``) reads two texts."""
+    decodes = "decoder_input_ids" in inspect.signature(type(model).forward).parameters
+    return _WITH_DECODER if decodes and model.config.is_encoder_decoder else TEXT  # type: ignore[union-attr]

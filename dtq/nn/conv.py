@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
+from dtq.models.linears import has_own_forward
 from dtq.nn.storage import BIT_TYPES, cast_dtype, check_tensor, from_disk, to_disk
 from dtq.plan.layers import LayerSpec
 
@@ -38,11 +39,8 @@ def reads_weight(module: nn.Module) -> bool:
 
     The weight of such a layer cannot be packed.
     """
-    forward = inspect.unwrap(type(module).forward)
-    if forward in {kind.forward for kind in (nn.Linear, *CONVOLUTIONS)}:
-        return False
-    code = getattr(forward, "__code__", None)
-    return code is not None and "weight" in code.co_names
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return has_own_forward(module) and code is not None and "weight" in code.co_names
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

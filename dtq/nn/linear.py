@@ -233,19 +233,20 @@ class QuantLinear(nn.Linear):
         """
         self._timing = clock, name
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer.
 
         Args:
-            x: float (..., K); in place of a convolution (B, K, *spatial).
+            input: float (..., K); in place of a convolution (B, K, *spatial). It has the name that
+                it has in torch, by which the U-Net of AnimateDiff passes it.
 
         Returns:
-            (..., N) or (B, N, *spatial), in the dtype of ``x``.
+            (..., N) or (B, N, *spatial), in the dtype of ``input``.
         """
         if self.spatial:
             axis = -1 - self.spatial
-            return self._forward(x.movedim(axis, -1)).movedim(-1, axis)
-        return self._forward(x)
+            return self._forward(input.movedim(axis, -1)).movedim(-1, axis)
+        return self._forward(input)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self._differs_by_sample:

@@ -34,11 +34,14 @@ class StepClock(nn.Module):
         modes: precisions of the step policy; empty without a policy.
         samples: bins (B,), and modes (B,) if there are any, of the samples of the call; None where
             their timesteps are the same.
+        token_layers: names of layers whose rows are tokens, also where there are as many as
+            samples: a few tokens of one expert, for example.
     """
 
     def __init__(self, edges: Sequence[float], policy: StepPolicy | None = None) -> None:
         super().__init__()
         self.samples: tuple[Tensor, Tensor | None] | None = None
+        self.token_layers: frozenset[str] = frozenset()
         self.edges = torch.tensor(list(edges), dtype=torch.float64)
         self.modes = policy.precisions if policy is not None else ()
         self.mode_edges = torch.tensor(policy.edges if policy else (), dtype=torch.float64)
@@ -82,16 +85,17 @@ class StepClock(nn.Module):
         """The part of one sample after another, with the clock at its timestep.
 
         Args:
-            x: input of a layer, (B, K), or (B, ..., K) with the parts of a sample, such as its
-                frames, one after the other in the first axis.
-            layer: its name, for the error.
+            x: input of a layer, (B, K) where it reads one row per sample, or (B, ..., K) with the
+                parts of a sample, such as its frames, one after the other in the first axis.
+            layer: its name.
 
         Raises:
             InputError: the first axis of ``x`` is not that of the samples.
         """
         assert self.samples is not None
         samples, count = self.samples, len(self.samples[0])
-        if len(x) % count or (x.ndim < 3 and len(x) != count):
+        tokens = x.ndim < 3 and (len(x) != count or layer in self.token_layers)
+        if tokens or len(x) % count:
             raise InputError(
                 f"{layer or 'a layer'} has an input of shape {list(x.shape)}, which does not show "
                 f"the tokens of each of {count} samples of different timesteps: call the model "
@@ -120,9 +124,12 @@ class StepClock(nn.Module):
 def _are_same(samples: Tensor) -> bool:
     """Whether all timesteps are the same; in a graph they have to be."""
     same = (samples == samples[0]).all()
-    if torch.compiler.is_compiling() or (
-        samples.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
+    if in_graph(samples):
         torch._assert_async(same, _DIFFERENT)  # type: ignore[no-untyped-call]
         return True
     return bool(same)
+
+
+def in_graph(x: Tensor) -> bool:
+    """Whether a graph is compiled or captured, so that no value of ``x`` can be read now."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtq.errors import InputError
+from dtq.models import find_family, scan_names
 from dtq.models.timestep import timestep_argument
 from dtq.nn.linear import QuantLinear
 from dtq.nn.step_clock import StepClock
@@ -15,6 +16,8 @@ from dtq.nn.storage import device_of
 from dtq.plan.step_policy import StepPolicy
 
 _CLOCK = "_dtq_clock"
+_OF_TOKENS = ("attn.", "xattn.", "ffn.")
+"""Starts of the roles whose layers read tokens; modulation reads one row per sample."""
 
 
 def install_clock(
@@ -32,6 +35,8 @@ def install_clock(
         model.register_forward_pre_hook(_set_clock, with_kwargs=True)
         model.register_forward_hook(_forget_samples, always_call=True)
     model.add_module(_CLOCK, clock)
+    roles = scan_names(model, find_family(model)).linears()
+    clock.token_layers = frozenset(x.name for x in roles if x.role.startswith(_OF_TOKENS))
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             module.set_clock(clock, name)

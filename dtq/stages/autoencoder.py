@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.integrations.diffusers import attach_quantizer
-from dtq.models.linears import is_linear, matrix_of, shape_of
+from dtq.models.linears import has_own_forward, is_linear, matrix_of, shape_of
 from dtq.nn.conv import QuantConv, is_convolution, matrix_shape, reads_weight
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
@@ -88,8 +89,8 @@ def quantize_weights(model: nn.Module, name: str) -> int:
     """Round the weights of every convolution and linear to nearest; returns their number.
 
     These stay float: convolutions whose weight is computed, such as those with weight
-    normalization; layers that use their weight in a forward of their own; and layers that diffusers
-    keeps in float32.
+    normalization; layers that use their weight in a forward of their own, and linears with any
+    forward of their own; and layers that diffusers keeps in float32.
 
     Args:
         model: of diffusers, float; changed in place.
@@ -98,9 +99,14 @@ def quantize_weights(model: nn.Module, name: str) -> int:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     fmt, spec, plans = FORMATS[name], LayerSpec(name, "none"), []
     kept = kept_in_float(model)
+    names = defaultdict(list)
+    for path, old in model.named_modules(remove_duplicate=False):
+        names[old].append(path)
     for path, old in list(model.named_modules()):
         new: QuantLinear | QuantConv
         if reads_weight(old) or any(excludes(pattern, path) for pattern in kept):
+            continue
+        if isinstance(old, nn.Linear) and has_own_forward(old):
             continue
         if is_linear(old) and isinstance(old._parameters.get("weight"), nn.Parameter):
             new = QuantLinear.in_place_of(old, spec, compute_dtype=dtype, device=old.weight.device)  # type: ignore[arg-type, union-attr]
@@ -114,7 +120,8 @@ def quantize_weights(model: nn.Module, name: str) -> int:
             continue
         weight = matrix_of(old)
         new.fill(fmt.pack(weight, fmt.compute_qparams(weight)))
-        model.set_submodule(path, new.train(old.training))
+        for name in names[old]:  # a module that is registered twice stays one module
+            model.set_submodule(name, new.train(old.training))
         plans.append(LayerPlan(path, "other", shape, spec))
     finalize(model, ())
     attach_quantizer(model, Plan("w8", tuple(plans)), (), dtype, DTQConfig())

@@ -24,8 +24,10 @@ def compare_transforms(run: Run) -> None:
     if not recipe.transform_candidates:
         return
     if not run.recorded:
+        no_calls = "its pipeline runs layers one by one, and there are no whole calls"
         log.warning(
-            "no pipeline and no inputs to compare transforms on: %s stays, without trying %s",
+            "%s to compare transforms on: %s stays, without trying %s",
+            no_calls if run.has_data else "no pipeline and no inputs",
             recipe.transform.name, ", ".join(recipe.transform_candidates),
         )  # fmt: skip
         return

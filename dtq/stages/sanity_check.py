@@ -80,8 +80,12 @@ def sanity_check(run: Run) -> None:
     if not run.check or not (run.has_data or run.statistics is not None):
         return
     promoted: list[Promotion] = []
+    name = run.loaded.component or run.loaded.name
     with paged_weights(run.model), run.progress_bar("sanity check", unit="call") as bar:
         reference = float_reference(run, bar.update)
+        if not reference.calls:  # the pipeline runs the layers of a text encoder one by one
+            log.warning("sanity check: %s was not called as a whole, and is not checked", name)
+            return
         report = measure(run, reference, bar.update)
         for _ in range(ROUNDS):
             if not (failed := failures(report)):

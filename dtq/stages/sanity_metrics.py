@@ -18,7 +18,7 @@ from dtq.io.memory import Mapped
 from dtq.io.safe_parse import finite_or_null
 from dtq.linalg.relative_error import relative_error
 from dtq.models import blocks_of
-from dtq.models.linears import matrix_of, rows_of
+from dtq.models.linears import input_of, matrix_of, rows_of
 from dtq.nn.attention import float_attention
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import temporarily_replaced
@@ -146,7 +146,8 @@ def _blocks(model: nn.Module, calls: list[dict[str, Tensor]], tick: Tick) -> Ite
     def end(name: str, module: nn.Module, args: Any, output: Any) -> None:
         rows = first_tensor(output).detach()
         rows = rows.reshape(-1, rows.shape[-1])
-        calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
+        if calls:  # empty where the model is not called as a whole
+            calls[-1][name] = rows[:: _stride(len(rows))].float().cpu()
 
     with ExitStack() as hooks:
         hooks.enter_context(model.register_forward_pre_hook(begin))
@@ -168,9 +169,11 @@ def _layers(run: Run, report: SanityReport, calls: Sequence[object]) -> Iterator
     """
     mapped = Mapped()
 
-    def compare(name: str, old: nn.Module, module: QuantLinear, args: Any, output: Tensor) -> None:
+    def compare(
+        name: str, old: nn.Module, module: QuantLinear, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
         call = len(calls) - 1
-        x, y = rows_of(old, args[0]), rows_of(old, output)
+        x, y = rows_of(old, input_of(args, kwargs)), rows_of(old, output)
         step = _stride(len(x))
         x, y = x[::step].detach(), y[::step].detach().float()
         if not x.isfinite().all():
@@ -193,7 +196,7 @@ def _layers(run: Run, report: SanityReport, calls: Sequence[object]) -> Iterator
         for name, layer in run.model.named_modules():
             if isinstance(layer, QuantLinear) and name in run.floats:
                 hook = partial(compare, name, run.floats[name])
-                hooks.enter_context(layer.register_forward_hook(hook))
+                hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
         yield
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,23 +22,25 @@ class Method:
         needs: names of the statistics that calibration must collect for it.
         rotates: whether it may rotate the input, with a Hadamard transform over blocks.
         block_for: gives the block of a width K, from K and the largest block.
-        largest_block: its default of the knob ``block``.
     """
 
     call: Callable[..., TransformChoice]
     needs: frozenset[str] = frozenset()
     rotates: bool = False
     block_for: Callable[[int, int], int] = block_for
-    largest_block: int = 64
+
+    @property
+    def largest_block(self) -> int:
+        """Default of the knob ``block`` of a method that rotates."""
+        default: int = inspect.signature(self.call).parameters["block"].default
+        return default
 
 
 TRANSFORMS: dict[str, Method] = {
     "none": Method(methods.none),
     "smooth": Method(methods.smooth, frozenset({"channels"})),
     "hadamard": Method(methods.hadamard, rotates=True),
-    "convrot": Method(
-        methods.convrot, rotates=True, block_for=regular_block_for, largest_block=256
-    ),
+    "convrot": Method(methods.convrot, rotates=True, block_for=regular_block_for),
     "smooth-hadamard": Method(methods.smooth_hadamard, frozenset({"channels"}), rotates=True),
     "ditas": Method(methods.ditas, frozenset({"channels", "sample"})),
     "ars": Method(methods.ars, frozenset({"channels", "sample"}), rotates=True),

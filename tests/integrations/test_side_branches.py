@@ -12,6 +12,7 @@ import tiny
 import torch
 from conftest import QUICK
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import dtq
 from dtq.errors import InputError
@@ -19,6 +20,7 @@ from dtq.pipelines.tracing import dummy_inputs
 from dtq.recipe import Recipe
 
 peft = pytest.importorskip("peft")
+dora = pytest.importorskip("dtq.integrations.dora")
 
 KINDS = {
     "lokr": lambda t: peft.LoKrConfig(r=4, alpha=2, target_modules=t),
@@ -272,6 +274,38 @@ def test_norms_of_dora_follow_new_tensors_while_the_old_ones_are_alive():
     on = run(model)
     assert len(old) == len([*model.parameters()])
     assert torch.equal(on, run(copy.deepcopy(model)))  # copies keep no norms
+
+
+def test_norms_of_dora_wait_for_no_gpu_while_a_graph_is_captured(monkeypatch):
+    """Tensors without values, said to be on a GPU: reading one, as ``torch.equal`` does, fails."""
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    layer = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(8, 4)))[0].eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for part in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+            part.weight = nn.Parameter(torch.empty(part.weight.shape, device="cuda"))
+        dora._norms(layer, "default")  # kept from here on
+        with pytest.raises(DataDependentOutputException):
+            dora._norms(layer, "default")
+        capturing = True
+        assert dora._norms(layer, "default").shape == (4,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_follows_the_factors_of_dora():
+    model = adapted(quantized("flux"), "dora").cuda()
+    name = next(iter(linears(model)))
+    layer = model.get_submodule(name)
+    x = torch.randn(5, layer.in_features, device="cuda")
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        layer.lora_B["one"].weight.data.mul_(2)
+        graph.replay()
+        assert relative(y, layer(x)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["lokr", "loha", "dora"])

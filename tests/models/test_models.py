@@ -128,6 +128,10 @@ ROLES = {
         "up_blocks.0.resnets.0.conv_shortcut": "proj",
         "add_embedding.linear_1": "embed",
     },
+    "UNetMotionModel": {  # passes their input as a keyword
+        "down_blocks.0.motion_modules.0.proj_in": "proj",
+        "mid_block.motion_modules.0.proj_out": "proj",
+    },
     "WanAnimate2Transformer3DModel": {
         "blocks.0.ffn.0": "ffn.up",
         "blocks.0.ffn.2": "ffn.down",

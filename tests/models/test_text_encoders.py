@@ -104,6 +104,17 @@ def test_roles_on_the_meta_device_are_those_of_the_model(name):
     assert max(groups.values()) >= 3  # q, k and v read one tensor
 
 
+def test_a_bare_encoder_decoder_gets_two_texts():
+    config = transformers.T5Config(**texts.T5, decoder_start_token_id=0)
+    model = transformers.T5Model(config).eval()
+    scan = scan_model(model)
+    assert scan.traced
+    assert not scan.uncalled
+    dtq.quantize(model, "rtn-w4a8", progress=False)
+    decoder = model.decoder.block[0].layer[1].EncDecAttention
+    assert isinstance(decoder.k, QuantLinear)
+
+
 def test_random_tokens_are_not_those_that_a_config_names():
     model = texts.model("LlamaModel")
     model.config.eos_token_id = [2, *range(10, 90)]  # a list in Llama 3

@@ -165,9 +165,18 @@ def test_experts_refuse_samples_of_different_timesteps():
     mixed = torch.tensor([900, 100]).to(call["timesteps"])
     with pytest.raises(InputError, match=r"experts\.\d+\.w\d has an input of shape"):
         model(**call | {"timesteps": mixed})
-    assert model._dtq_clock.samples is None
+    clock = model._dtq_clock
+    assert clock.samples is None
     with torch.no_grad():
         model(**call)
+    # as many tokens as samples are no samples, unlike the rows that modulation reads
+    clock.set(mixed)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    expert = next(m for n, m in layers.items() if n.endswith("experts.0.w1"))
+    modulation = next(m for n, m in layers.items() if "adaLN" in n)
+    with pytest.raises(InputError, match=r"experts\.0\.w1 has an input of shape \[2, "):
+        expert(torch.randn(2, expert.in_features))
+    assert modulation(torch.randn(2, modulation.in_features)).isfinite().all()
 
 
 def test_samples_are_forgotten_after_a_call():

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from diffusers import AutoencoderKLMiniMaxH3, DiffusionPipeline
+from diffusers import AutoencoderKLKVAEVideo, AutoencoderKLMiniMaxH3, DiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl_minimax_h3 import MiniMaxH3VideoCausalConv3d
 from torch import nn
 
@@ -123,6 +123,36 @@ def test_layers_that_need_their_float_weight_stay_float():
     packed = [n for n, m in vae.named_modules() if isinstance(m, QuantConv | QuantLinear)]
     assert packed
     assert not [n for n in packed if any(excludes(each, n) for each in vae._keep_in_fp32_modules)]
+
+
+def test_pointwise_convolutions_keep_a_forward_of_their_own(tmp_path):
+    """``self.linear(x, write_to=y)``, and large inputs in parts."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLKVAEVideo(
+        ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, temporal_compress_times=2
+    ).eval()
+    z = torch.randn(1, 4, 2, 4, 4)
+    with torch.no_grad():
+        want = vae.decode(z).sample
+        quantize_weights(vae, "int8-row")
+        got = vae.decode(z).sample
+    pointwise = vae.decoder.up[1].upsample.linear
+    assert pointwise.kernel_size == (1, 1, 1)
+    assert isinstance(pointwise, QuantConv)
+    assert 0 < float((got - want).square().sum() / want.square().sum()) < 1e-3
+    vae.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = AutoencoderKLKVAEVideo.from_pretrained(tmp_path).decode(z).sample
+    assert torch.equal(again, got)
+
+
+def test_a_module_that_is_registered_twice_stays_one_module():
+    vae = pipelines.vae()
+    vae.decoder.second = vae.decoder.conv_in
+    once = quantize_weights(pipelines.vae(), "int8-row")
+    assert quantize_weights(vae, "int8-row") == once
+    assert isinstance(vae.decoder.second, QuantConv)
+    assert vae.decoder.second is vae.decoder.conv_in
 
 
 def test_mistakes_are_named_before_the_work():

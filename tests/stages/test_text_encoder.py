@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pipelines
 import pytest
 import torch
+from conftest import hasty
 from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers.pipelines.ideogram4 import pipeline_ideogram4
 
 import dtq
 from dtq.calibrate.engine import calibration_run
@@ -107,6 +110,26 @@ def test_text_encoders_that_are_called_after_the_first_step():
         calibration_run(text, SETTINGS).run(0)
         assert len(seen) == 1
     assert len(steps) == 2  # one in each run; the second step is not taken
+
+
+def test_an_encoder_whose_layers_the_pipeline_runs_one_by_one(monkeypatch, caplog):
+    monkeypatch.setattr(pipeline_ideogram4, "QWEN3_VL_ACTIVATION_LAYERS", (0, 1))
+    pipe = pipelines.ideogram4()
+    small = {
+        "height": 32, "width": 32, "guidance_schedule": None, "guidance_scale": 2.0,
+        "max_sequence_length": 512,
+    }  # fmt: skip
+    calibration = {**QUICK["calibration"], "pipeline_args": small}
+    run = partial(dtq.quantize, pipe, "rtn-w4a8", progress=False, calibration=calibration)
+    with pytest.raises(InputError, match="runs the layers of text_encoder one by one"):
+        run(text_encoder=hasty("w4a8", finetune="blocks"))
+    run(text_encoder=hasty("w4a8"))
+    assert len(layers(pipe.text_encoder)) == 2 * 7
+    assert not [name for name in layers(pipe.text_encoder) if "visual" in name]
+    assert pipe.text_encoder.hf_quantizer.report.calibration["calls"] == 2  # one for each prompt
+    messages = caplog.text
+    assert "one by one, and there are no whole calls to compare" in messages
+    assert "text_encoder was not called as a whole, and is not checked" in messages
 
 
 def test_the_error_of_embeddings(flux):
