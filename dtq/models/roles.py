@@ -105,7 +105,14 @@ class Trace:
     def see_input(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Hook of a linear: its first input counts."""
+        """Hook of a linear: its first input counts.
+
+        Args:
+            name: of the linear.
+            module: the linear.
+            args: of its call.
+            kwargs: of its call.
+        """
         x = input_of(args, kwargs)
         if isinstance(x, Tensor) and name not in self.inputs:
             self.tensors.append(x)
