@@ -11,6 +11,7 @@ from dtq.engines import (
     comfy_w4a4,
     comfy_w4a8,
     gguf,
+    modelopt,
     nunchaku_lite,
     onnx,
     torchao,
@@ -29,6 +30,7 @@ TARGETS: dict[str, Target] = {
         comfy_svdquant.TARGET,
         gguf.TARGET,
         nunchaku_lite.TARGET,
+        modelopt.TARGET,
         torchao.TARGET,
         onnx.TARGET,
     )
