@@ -85,7 +85,7 @@ def float_output(model: nn.Module, name: str, x: Tensor) -> Tensor:
 
 
 def agreement(
-    model: nn.Module, made: nn.Module, run_layer, engine: nn.Module
+    model: nn.Module, made: nn.Module, run_layer, engine: nn.Module, calls: int = 72
 ) -> tuple[float, float]:
     """Errors of an engine over those of dtq: the largest ratio of a layer, and that of the model.
 
@@ -96,6 +96,7 @@ def agreement(
         made: quantized by dtq.
         run_layer: the output of the engine's layer, from a name and an input (rows, K).
         engine: the whole model, run by the engine.
+        calls: of the whole model; few are enough where the engine rounds tokens as dtq does.
     """
     ratios = {}
     for name, layer in made.named_modules():
@@ -107,7 +108,7 @@ def agreement(
             assert 0 < own < 0.1, name
             ratios[name] = theirs / own
     assert len(ratios) > 8
-    ours, theirs = model_errors(model, made, engine, calls=72)
+    ours, theirs = model_errors(model, made, engine, calls=calls)
     assert ours > 0
     print(f"\n{type(model).__name__}: layers {max(ratios.values()):.4f}, model {theirs / ours:.4f}")
     return max(ratios.values()), theirs / ours

@@ -71,12 +71,24 @@ def _fp8(tensors: dict[str, Tensor], options: dict, dtype: torch.dtype) -> tuple
     return "TensorCoreFP8Layout", weight, params
 
 
+def _svdquant(
+    tensors: dict[str, Tensor], options: dict, dtype: torch.dtype
+) -> tuple[str, Tensor, dict]:
+    weight = tensors["weight"]
+    # the engine multiplies in the dtype of the scales
+    floats = ("scale", "proj_down", "proj_up", "smooth_factor")
+    params = {key: tensors[f"weight_{key}"].to(dtype) for key in floats}
+    params["orig_shape"] = (weight.shape[0], 2 * weight.shape[1])
+    return "TensorCoreSVDQuantW4A4Layout", weight, params
+
+
 LAYOUTS: dict[str, Callable[..., tuple[str, Tensor, dict]]] = {
     "int8_tensorwise": _int8,
     "asym_w4a8_int8": _w4a8,
     "convrot_w4a4": _w4a4,
     "nvfp4": _nvfp4,
     "float8_e4m3fn": _fp8,
+    "svdquant_w4a4": _svdquant,
 }
 """By marker: name of the layout, the codes, its parameters."""
 

@@ -7,9 +7,12 @@ from dtq.engines import (
     comfy_fp8,
     comfy_int8,
     comfy_nvfp4,
+    comfy_svdquant,
     comfy_w4a4,
     comfy_w4a8,
     gguf,
+    modelopt,
+    nunchaku_lite,
     onnx,
     torchao,
 )
@@ -24,7 +27,10 @@ TARGETS: dict[str, Target] = {
         comfy_w4a4.TARGET,
         comfy_nvfp4.TARGET,
         comfy_fp8.TARGET,
+        comfy_svdquant.TARGET,
         gguf.TARGET,
+        nunchaku_lite.TARGET,
+        modelopt.TARGET,
         torchao.TARGET,
         onnx.TARGET,
     )

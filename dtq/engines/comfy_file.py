@@ -22,11 +22,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dtq.engines.target import Contents, Limits, StoredLayer, Target, any_shape, common_reason
+from dtq.engines.convrot import convrot_reason
+from dtq.engines.target import (
+    Contents,
+    Limits,
+    StoredLayer,
+    Target,
+    any_knobs,
+    any_shape,
+    common_reason,
+)
 from dtq.errors import CheckpointError
 from dtq.io.atomic import atomic_save_tensors
 from dtq.io.safe_parse import parse_json
-from dtq.linalg.hadamard import regular_block_for, regular_columns, regular_signs
+from dtq.io.schema import MethodSpec
+from dtq.linalg.hadamard import regular_signs
 from dtq.pipelines.weight_files import open_header
 from dtq.plan.layers import LayerSpec
 
@@ -39,9 +49,8 @@ WEIGHT_ONLY = "full_precision_matrix_mult"
 Tensors = dict[str, Tensor]
 Options = dict[str, Any]
 
-
 Decoded = tuple[tuple[int, int], Tensors, int]
-"""(N, K), the tensors of the weight format, and the block of the rotation, 1 for none."""
+"""(N, K), the tensors of the layer, and the block of the rotation of ConvRot, 1 for none."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class ComfyFormat:
         weight_only: whether it runs with float activations, too.
         also: other weight formats with the same numbers.
         shape_reason: as in :class:`Limits`, for layers of this format.
+        transform_reason: why it does not have the input transform of a layer; None if it has.
+        branch: whether it has a low-rank branch.
     """
 
     marker: str
@@ -71,6 +82,8 @@ class ComfyFormat:
     weight_only: bool = False
     also: tuple[str, ...] = ()
     shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = any_shape
+    transform_reason: Callable[[StoredLayer], str | None] = convrot_reason
+    branch: bool = False
 
     @property
     def weight_formats(self) -> tuple[str, ...]:
@@ -83,7 +96,12 @@ BY_MARKER: dict[str, ComfyFormat] = {}
 
 
 def comfy_target(
-    name: str, about: str, formats: Sequence[ComfyFormat], recipe: str, transforms: tuple[str, ...]
+    name: str,
+    about: str,
+    formats: Sequence[ComfyFormat],
+    recipe: str,
+    transforms: tuple[str, ...],
+    transform_reason: Callable[[MethodSpec], str | None] = any_knobs,
 ) -> Target:
     """A target whose files hold layers of some of ComfyUI's formats.
 
@@ -93,6 +111,7 @@ def comfy_target(
         formats: what its files may hold, the last as a fallback, weight-only.
         recipe: a shipped recipe that fits.
         transforms: methods whose transforms it runs.
+        transform_reason: as in :class:`Limits`.
     """
     by_format = {key: each for each in formats for key in each.weight_formats}
     BY_MARKER.update({each.marker: each for each in formats})
@@ -109,13 +128,20 @@ def comfy_target(
         transforms=transforms,
         fallbacks=(formats[-1].weight_format,),
         shape_reason=shape_reason,
+        transform_reason=transform_reason,
+        branch=any(each.branch for each in formats),
     )
+
+    def unsupported_reason(layer: StoredLayer) -> str | None:
+        reason = common_reason(layer, limits)
+        return reason or by_format[layer.spec.weight_format].transform_reason(layer)
+
     return Target(
         name,
         about,
         ".safetensors",
         limits,
-        lambda layer: common_reason(layer, limits) or convrot_reason(layer),
+        unsupported_reason,
         lambda contents, path: write(contents, path, by_format),
         read,
         has_markers,
@@ -179,71 +205,15 @@ def read(path: Path) -> Contents:
     return Contents(layers, tensors, own.get("config", {}), recipe, dtype)
 
 
-def convrot_reason(layer: StoredLayer) -> str | None:
-    """Why the input transform of a layer is none that ComfyUI runs; None if it is.
-
-    It runs the rotation of ConvRot: dtq's, up to a signed permutation of its output.
-    """
-    transform = layer.transform()
-    if transform is None:
-        return None
-    block, scale = transform.block, transform.scale
-    if block > 1 and regular_block_for(block, block) == block and transform.perm is None:
-        signs = regular_signs(block).repeat(len(scale) // block).to(scale)
-        if transform.num_rotations == 1 and torch.equal(scale, signs):
-            return None
-    return "its input has smoothing, random signs or another rotation than that of ConvRot"
-
-
-def to_regular(codes: Tensor, block: int) -> Tensor:
-    """Integer codes (N, K) under dtq's rotation as those under the regular one: ``codes A^T``."""
-    grouped = codes.unflatten(1, (-1, block))
-    sign = regular_signs(block).to(codes.dtype)
-    return (grouped[..., regular_columns(block)] * sign).flatten(1)
-
-
-def from_regular(codes: Tensor, block: int) -> Tensor:
-    """Inverse of :func:`to_regular`."""
-    sign = regular_signs(block).to(codes.dtype)
-    return (codes.unflatten(1, (-1, block)) * sign)[..., regular_columns(block)].flatten(1)
-
-
-def rotated_block(options: Options, columns: int, where: str, *, always: bool = False) -> int:
-    """Block of the rotation in a marker, 1 without one.
-
-    Args:
-        options: the marker.
-        columns: K.
-        where: the layer, for messages.
-        always: whether the format has no layers without a rotation.
-
-    Raises:
-        CheckpointError: it is not a power of 4 that divides K, or is off where it cannot be.
-    """
-    if not options.get("convrot", always):
-        if always:
-            raise CheckpointError(f"{where}: convrot is off, and {options['format']} always has it")
-        return 1
-    block = options.get("convrot_groupsize", 256)
-    if (
-        type(block) is not int
-        or not 4 <= block <= 2**16
-        or regular_block_for(block, block) != block
-    ):
-        raise CheckpointError(f"{where}: convrot_groupsize {block!r} is not a power of 4")
-    if columns % block:
-        raise CheckpointError(f"{where}: convrot_groupsize {block} does not divide K = {columns}")
-    return block
-
-
 def _stored_layer(
     weight_format: str, activations: str, shape: tuple[int, int], tensors: Tensors, block: int
 ) -> StoredLayer:
-    pre_quant = block > 1
-    if pre_quant:
+    if block > 1:
         signs = regular_signs(block).repeat(shape[1] // block).to(torch.bfloat16)
         tensors = {**tensors, "pre_quant_scale": signs.reshape(1, -1)}
-    return StoredLayer(LayerSpec(weight_format, activations, block, pre_quant), shape, tensors)
+    rank = len(tensors["proj_down"]) if "proj_down" in tensors else 0
+    spec = LayerSpec(weight_format, activations, block, "pre_quant_scale" in tensors, rank)
+    return StoredLayer(spec, shape, tensors)
 
 
 def matrix(weight: Tensor, dtype: torch.dtype, where: str, per_byte: int = 1) -> tuple[int, int]:

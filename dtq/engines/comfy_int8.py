@@ -18,11 +18,9 @@ from dtq.engines.comfy_file import (
     Tensors,
     comfy_target,
     described,
-    from_regular,
     matrix,
-    rotated_block,
-    to_regular,
 )
+from dtq.engines.convrot import from_regular, rotated_block, to_regular
 from dtq.engines.target import StoredLayer
 from dtq.errors import CheckpointError
 

@@ -19,12 +19,10 @@ from dtq.engines.comfy_file import (
     Tensors,
     comfy_target,
     described,
-    from_regular,
     matrix,
-    rotated_block,
-    to_regular,
 )
 from dtq.engines.comfy_int8 import INT8
+from dtq.engines.convrot import from_regular, rotated_block, to_regular
 from dtq.engines.target import StoredLayer
 from dtq.errors import CheckpointError
 from dtq.formats.packing import pack_bits, unpack_bits

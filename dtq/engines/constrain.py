@@ -59,6 +59,7 @@ def constrain(
     changed |= _together(fits, target, joined, refused)
     if recipe.finetune.name != "none":
         problems += _finetune_problems(plan.with_layers(changed), target, joined)
+    problems += _branch_problems(plan.with_layers(changed), target, joined)
     for reason, names in refused.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more}: {reason}")
@@ -101,6 +102,19 @@ def _finetune_problems(plan: Plan, target: Target, joined: Mapping[str, str]) ->
             return [
                 f"finetune: trains {shared[0]} of each layer by itself, and {target.name} has one "
                 f"for all rows of {joined[layer.name]}; --set finetune=none"
+            ]
+    return []
+
+
+def _branch_problems(plan: Plan, target: Target, joined: Mapping[str, str]) -> list[str]:
+    """Branches that would differ in layers that are one matrix there."""
+    for layer in plan.quantized():
+        own = layer.lowrank.name != "none" and not dict(layer.lowrank.knobs).get("share")
+        if own and layer.name in joined:
+            return [
+                f"lowrank: {layer.lowrank.name} gives each layer a branch of its own, and "
+                f"{target.name} has one proj_down for all rows of {joined[layer.name]}; "
+                f"--set 'lowrank={{svd: {{share: true}}}}'"
             ]
     return []
 
@@ -164,7 +178,9 @@ def _reason(layer: LayerPlan, limits: Limits) -> str | None:
     if layer.transform.name not in limits.transforms:
         known = ", ".join(limits.transforms)
         return f"transform {layer.transform.name}, where it runs {known}"
-    if layer.lowrank.name != "none":
+    if reason := limits.transform_reason(layer.transform):
+        return f"transform {layer.transform.name}: {reason}"
+    if layer.lowrank.name != "none" and not limits.branch:
         return "a low-rank branch, which it does not have"
     return None
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from dtq.formats import PackedTensors
+from dtq.io.schema import MethodSpec
 from dtq.plan.layers import LayerSpec
 from dtq.transforms.base import OnlineTransform
 
@@ -87,6 +88,11 @@ def any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
     return None
 
 
+def any_knobs(transform: MethodSpec) -> str | None:
+    """The ``transform_reason`` of an engine that runs whatever its methods give: None."""
+    return None
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an engine can hold, in terms of a recipe; checked before anything is calibrated.
@@ -99,6 +105,9 @@ class Limits:
             modulation, and layers that the recipe's format does not fit.
         shape_reason: why a linear (N, K) cannot be stored with a spec that the other limits allow;
             None if it can.
+        transform_reason: why a method of ``transforms`` may, with its knobs, choose a transform
+            that the engine does not run; None if it cannot.
+        branch: whether it runs a low-rank branch.
     """
 
     formats: Mapping[str, tuple[str, ...]]
@@ -106,6 +115,8 @@ class Limits:
     transforms: tuple[str, ...] = ("none",)
     fallbacks: tuple[str, ...] = ()
     shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = any_shape
+    transform_reason: Callable[[MethodSpec], str | None] = any_knobs
+    branch: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,7 @@ def common_reason(layer: StoredLayer, limits: Limits) -> str | None:
     runs = limits.formats[spec.weight_format]
     if spec.activation_format not in runs:
         return f"activations are {spec.activation_format}, not {' or '.join(runs)}"
-    if spec.rank:
+    if spec.rank and not limits.branch:
         return "it has a low-rank branch"
     if limits.transforms == ("none",) and layer.transform() is not None:
         return "its input has a transform, and this format has no place for one"

@@ -38,6 +38,7 @@ def online_transform(
     seed: int = 0,
     perm: Tensor | None = None,
     num_rotations: int = 1,
+    divisor: bool = False,
 ) -> OnlineTransform:
     """Smoothing, then a rotation with random signs.
 
@@ -48,10 +49,15 @@ def online_transform(
         seed: of the signs.
         perm: int (K,), the channel that moves to each position before the rotation; None: as it is.
         num_rotations: block rotations, 1 or 2.
+        divisor: round ``s`` to bfloat16 first. Its reciprocal, rounded, is a scale that comes back
+            from an engine which stores the divisor: for bfloat16 x, ``1 / (1 / (1 / x))`` is
+            ``1 / x``, each division rounded.
 
     Returns:
         The transform, its scale rounded to bfloat16.
     """
+    if divisor and s is not None:
+        s = s.to(torch.bfloat16).to(s)
     scale = torch.ones(w.shape[1]) if block == 1 else signs(w.shape[1], seed)
     scale = scale.to(w.device if s is None else s)
     scale = (scale if s is None else scale / s).to(torch.bfloat16)

@@ -35,6 +35,7 @@ def search(
     rotate: bool = True,
     block: int = 64,
     seed: int = 0,
+    divisor: bool = False,
 ) -> TransformChoice:
     """Try no transform, smoothing, rotation and both; choose the lowest output error.
 
@@ -57,6 +58,7 @@ def search(
         rotate: try rotations, too. Without them this is SVDQuant's grid (2411.05007, sec. 4.3).
         block: largest Hadamard block.
         seed: of the random signs.
+        divisor: as for ``smooth``.
 
     Returns:
         The choice with the lowest error; ``errors`` has the kinds ``none``, ``smooth``,
@@ -65,7 +67,7 @@ def search(
     objective = OutputErrorObjective(
         [_spread(w, num_channels) for w in weights], stats, fmt, activations, num_rows
     )
-    candidates = _Candidates(weights, stats, objective, seed)
+    candidates = _Candidates(weights, stats, objective, seed, divisor)
     candidates.add("none", None, 1, "none")
     blocks = {"smooth": 1}
     n = block_for(weights[0].shape[1], block) if rotate else 1
@@ -90,15 +92,17 @@ class _Candidates:
         stats: InputStats,
         objective: OutputErrorObjective,
         seed: int,
+        divisor: bool,
     ) -> None:
         self.weights, self.stats, self.objective, self.seed = weights, stats, objective, seed
+        self.divisor = divisor
         self.amax = [column_amax(weights).unsqueeze(0)]  # all that smoothing reads of the weights
         self.best: dict[str, tuple[float, TransformChoice]] = {}
         self.cache: dict[tuple[int, bytes], float] = {}  # the corners of the grid coincide
 
     def add(self, kind: str, s: Tensor | None, block: int, label: str) -> float:
         """The output error of a transform."""
-        transform = online_transform(self.weights[0], s, block, self.seed)
+        transform = online_transform(self.weights[0], s, block, self.seed, divisor=self.divisor)
         key = block, transform.scale.view(torch.uint8).cpu().numpy().tobytes()
         if key not in self.cache:
             self.cache[key] = self.objective(transform)

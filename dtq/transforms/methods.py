@@ -56,6 +56,7 @@ def smooth(
     activations: ActivationFormat,
     alpha: float = 0.5,
     reduce: str = "max",
+    divisor: bool = False,
 ) -> TransformChoice:
     """Smoothing with a given alpha (SmoothQuant, 2211.10438, eq. 4).
 
@@ -66,12 +67,14 @@ def smooth(
         activations: not used.
         alpha: how much of the activation's range moves into the weight, 0 to 1.
         reduce: reduction of the channel amax over timestep bins, a key of ``REDUCTIONS``.
+        divisor: store what an engine that divides by a bfloat16 vector can give back.
 
     Returns:
         The smoothing transform.
     """
     s = smoothing(weights, stats, alpha=alpha, reduce=reduce)
-    return TransformChoice(online_transform(weights[0], s), f"smooth({alpha:g}, {reduce})")
+    transform = online_transform(weights[0], s, divisor=divisor)
+    return TransformChoice(transform, f"smooth({alpha:g}, {reduce})")
 
 
 def hadamard(

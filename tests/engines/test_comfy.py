@@ -11,8 +11,8 @@ from engine_models import FAMILIES, error, float_output, layer_input, model_erro
 
 import dtq
 from dtq.engines import TARGETS
-from dtq.engines.comfy_file import from_regular, to_regular
 from dtq.engines.comfy_nvfp4 import tiled, untiled
+from dtq.engines.convrot import from_regular, to_regular
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 
@@ -20,6 +20,9 @@ needs_kitchen = pytest.mark.skipif(
     importlib.util.find_spec("comfy_kitchen") is None,
     reason="needs comfy-kitchen: see docs/engines/README.md",
 )
+CALLS = {("comfy-svdquant", "dit"): 96}
+"""Where the engine rounds tokens by a rule of its own (scales that are not rounded to bfloat16), the ratio of
+two errors has a standard error of 0.02 after 12 calls, of 0.006 after 96."""
 RECIPES = {name: t.limits.recipe for name, t in TARGETS.items() if name.startswith("comfy")}
 
 
@@ -65,7 +68,8 @@ def test_the_whole_model_has_the_error_of_dtq(exported, target):
 
     model, made, file = exported
     engine = kitchen.model(file)
-    ours, theirs = model_errors(model, made, engine)
+    calls = CALLS.get((target, file.stem), 12)
+    ours, theirs = model_errors(model, made, engine, calls=calls)
     print(f"\n{target} {file.stem}: model {theirs / ours:.4f}")
     assert ours > 0
     assert theirs <= 1.01 * ours

@@ -17,7 +17,11 @@ from dtq.pipelines.loading import load_transformer
 from dtq.plan.layers import LayerPlan, LayerSpec
 from dtq.recipe import Recipe
 
-REFUSED = {("SanaTransformer2DModel", "gguf")}
+REFUSED = {
+    ("SanaTransformer2DModel", "gguf"),
+    ("SanaTransformer2DModel", "nunchaku-lite"),
+    ("WanTransformer3DModel", "nunchaku-lite"),
+}
 """Tiny models whose layers are all too narrow for a target."""
 
 

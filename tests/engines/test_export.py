@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,22 @@ def test_a_recipe_that_does_not_fit_is_refused_before_calibration():
 def test_every_part_that_does_not_fit_is_named(changes, reason):
     with pytest.raises(RecipeError, match=reason):
         dtq.quantize(tiny.dit(), "convrot-w8a8", to="comfy-int8", progress=False, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"transform": "search"}, "transform search: the engine has smoothing alone"),
+        ({"transform": "smooth"}, "transform={smooth: {divisor: true}}"),
+        ({"lowrank": {"svd": {"rank": 8}}}, "lowrank: svd gives each layer a branch of its own"),
+    ],
+)
+def test_smoothing_and_branches_that_do_not_fit_are_named(changes, reason):
+    with pytest.raises(RecipeError, match=re.escape(reason)):
+        dtq.quantize(
+            tiny.flux(), "svdquant-w4a4", to="comfy-svdquant", progress=False,
+            **changes,
+        )  # fmt: skip
 
 
 def test_what_the_recipe_leaves_to_dtq_is_adapted_with_a_note():

@@ -51,7 +51,7 @@ def fusion_reasons(layers: Mapping[str, StoredLayer], names: KeyMap) -> dict[str
         quantized = [module for module in modules if module in layers]
         if not name.endswith(_WEIGHT) or not quantized:
             continue
-        reason = _reason(name, modules, layers, len(entry.parts) > 1)
+        reason = _reason(name, modules, layers)
         reasons |= dict.fromkeys(quantized, reason) if reason else {}
     return reasons
 
@@ -158,16 +158,12 @@ def _told(entry: Entry) -> str:
     return f"and the model needs {list(entry.shape)} for {keys}"
 
 
-def _reason(
-    name: str, modules: list[str], layers: Mapping[str, StoredLayer], moves: bool
-) -> str | None:
+def _reason(name: str, modules: list[str], layers: Mapping[str, StoredLayer]) -> str | None:
     rows = ", ".join(anonymous(module) for module in modules)
     what = f"{anonymous(_module(name))} of original files has the rows of {rows}"
     if floats := [module for module in modules if module not in layers]:
         return f"{what}, and {anonymous(floats[0])} is float"
     first = layers[modules[0]]
-    if moves and first.spec.rank:
-        return f"{what}, which cannot share a low-rank branch"
     for other in (layers[module] for module in modules[1:]):
         if other.spec != first.spec or other.spatial != first.spatial:
             formats = ", ".join(layers[module].spec.weight_format for module in modules)
@@ -181,14 +177,15 @@ def _reason(
 
 def _shared_by_rows(layer: StoredLayer) -> dict[str, Tensor]:
     """What all rows of a layer share, of the format and of the transform; each of it once."""
-    shared = {key: t for key, t in layer.tensors.items() if not _by_row(layer, t)}
+    shared = {key: t for key, t in layer.tensors.items() if not _by_row(layer, key)}
     for key in FORMATS[layer.spec.weight_format].matrix_tensors:
         shared.setdefault(key, layer.tensors[key][:1])  # stored for each row, all equal
     return shared
 
 
-def _by_row(layer: StoredLayer, tensor: Tensor) -> bool:
-    return tensor.ndim > 0 and tensor.shape[0] == layer.shape[0]
+def _by_row(layer: StoredLayer, key: str) -> bool:
+    tensor = layer.tensors[key]
+    return key != "proj_down" and tensor.ndim > 0 and tensor.shape[0] == layer.shape[0]
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -207,7 +204,7 @@ def _merged(entry: Entry, layers: Mapping[str, StoredLayer]) -> StoredLayer:
     tensors = {}
     for key, tensor in first.tensors.items():
         tensors[key] = tensor
-        if _by_row(first, tensor):
+        if _by_row(first, key):
             sources = [(p, layers[_module(p.key)].tensors[key]) for p in entry.parts]
             tensors[key] = _concatenated([t[p.start : p.start + p.rows] for p, t in sources])
     rows = sum(part.rows for part in entry.parts)
@@ -222,7 +219,7 @@ def _split(entry: Entry, layer: StoredLayer) -> dict[str, StoredLayer]:
     for key, places in _places(entry).items():
         tensors = {
             name: _concatenated([tensor[at : at + part.rows] for at, part in places])
-            if _by_row(layer, tensor)
+            if _by_row(layer, name)
             else tensor.clone()
             for name, tensor in layer.tensors.items()
         }
