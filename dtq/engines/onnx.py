@@ -27,13 +27,17 @@ from torch.utils._pytree import tree_map
 
 from dtq.engines.float_model import float_model
 from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.traced_call import ARGUMENTS, constants_of
 from dtq.formats import FORMATS
 from dtq.formats.activations import row_codes, row_scale
 from dtq.formats.packing import pack_bits, unpack_bits
 from dtq.io.atomic import atomic_directory, atomic_write
+from dtq.io.safe_parse import read_json
 from dtq.pipelines.tracing import dummy_inputs
 
 GRAPH, CONFIG = "model.onnx", "config.json"
+RECIPE = "dtq_recipe"
+"""Key of ``CONFIG``, in addition to the model's config and ``ARGUMENTS``."""
 OPSET = 21
 ROW_BLOCK = 64  # columns of a block where a row has one scale
 LARGEST_GRAPH = 2**30  # bytes; a protobuf message ends at 2^31
@@ -158,7 +162,8 @@ def write(contents: Contents, path: Path) -> None:
                 dynamic_shapes=sizes, opset_version=OPSET, external_data=large,
                 optimize=False, verbose=False,
             )  # fmt: skip
-        config = {**contents.config, "dtq_recipe": contents.recipe}
+        own = {RECIPE: contents.recipe, ARGUMENTS: constants_of(inputs)}
+        config = {**contents.config, **own}
         atomic_write(draft / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -167,6 +172,21 @@ def _any_size(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
     return dict.fromkeys(range(value.ndim), torch.export.Dim.AUTO)
+
+
+def describe(path: Path) -> Contents:
+    """What a folder says about its graph: the config of the model, with ``ARGUMENTS``.
+
+    Raises:
+        CheckpointError: ``CONFIG`` is damaged.
+    """
+    config = read_json(path / CONFIG)
+    return Contents({}, {}, config, str(config.get(RECIPE, "")))
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a folder has a graph."""
+    return (path / GRAPH).is_file() and (path / CONFIG).is_file()
 
 
 def unsupported_reason(layer: StoredLayer) -> str | None:
@@ -181,6 +201,8 @@ TARGET = Target(
     LIMITS,
     unsupported_reason,
     write,
+    recognizes=is_onnx,
+    describe=describe,
     packages=("onnx", "onnxscript"),
     original_names=False,
 )
