@@ -30,7 +30,7 @@ _options = opt.combined(
     click.option("--reference", required=True, help="The float model: a folder or a name."),
     click.option("--candidate-engine", "engine", default="dtq", metavar="NAME",
                  help="What runs CANDIDATE: dtq, or another project's package, which runs the exported file: "
-                      "comfy-kitchen, gguf, torchao or onnx. The engine's version and the file's "
+                      "comfy-kitchen, gguf, torchao, onnx or openvino. The engine's version and the file's "
                       "SHA-256 are in eval.json."),
     opt.output(help="Folder for report.html and eval.json. Default: not written."),
     opt.count("--samples", default=16, help="Number of images that both models sample from the same seeds."),

@@ -11,6 +11,7 @@ from dtq.engines import (
     comfy_w4a8,
     gguf,
     onnx,
+    openvino,
     torchao,
 )
 from dtq.engines.target import Contents, Limits, StoredLayer, Target
@@ -27,6 +28,7 @@ TARGETS: dict[str, Target] = {
         gguf.TARGET,
         torchao.TARGET,
         onnx.TARGET,
+        openvino.TARGET,
     )
 }
 """Every target; a file is read by the first that recognizes it."""

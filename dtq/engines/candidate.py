@@ -11,7 +11,7 @@ from dtq.engines import TARGETS
 from dtq.engines.runtimes import Engine, EngineFile, open_file, target_of
 from dtq.engines.target import StoredLayer, file_in_checkpoint
 from dtq.errors import InputError
-from dtq.io.checksum import path_digest
+from dtq.io.checksum import bytes_digest, path_digest
 from dtq.pipelines.contents import diffusion_transformers_on_disk, folder_kind
 from dtq.pipelines.engine_run import EngineRun
 from dtq.pipelines.loading import LoadedModel
@@ -94,13 +94,19 @@ def run_in(engine: Engine, base: LoadedModel, files: Mapping[str, Path], name: s
         engine.name,
         engine.versions,
         ", ".join(path.name for path in files.values()),
-        ", ".join(path_digest(path) for path in files.values()),
+        ", ".join(_digest(each) for each in opened),
         ", ".join(dict.fromkeys(each.contents.recipe for each in opened if each.contents.recipe)),
         _bits(opened),
     )
     model = getattr(base.pipeline, base.component)
     shown = f"{name} ({engine.versions})" if engine.packages else name
     return replace(base, name=shown, model=model, engine=run, scan=None)
+
+
+def _digest(file: EngineFile) -> str:
+    """SHA-256 of a file, or a folder; of several files, of their digests one after another."""
+    found = [path_digest(path) for path in file.target.paths(file.path)]
+    return found[0] if len(found) == 1 else bytes_digest("".join(found).encode())
 
 
 def _bits(files: Sequence[EngineFile]) -> float | None:

@@ -118,6 +118,7 @@ class Target:
         read: reads a file; the inverse of ``write``. None: dtq does not read such files.
         recognizes: whether a file is one of this engine; looks at its header alone.
         describe: config and recipe in a file that dtq does not read, a graph.
+        companions: suffixes of the files that a file has next to it.
         packages: modules that ``write`` needs beyond dtq's own dependencies.
         original_names: whether the engine knows a model by its original names; otherwise by those
             of diffusers.
@@ -132,6 +133,7 @@ class Target:
     read: Callable[[Path], Contents] | None = None
     recognizes: Callable[[Path], bool] = lambda path: False
     describe: Callable[[Path], Contents] = lambda path: Contents({}, {})
+    companions: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     original_names: bool = True
 
@@ -139,6 +141,10 @@ class Target:
     def missing(self) -> list[str]:
         """Packages that ``write`` needs and that are not installed."""
         return [name for name in self.packages if find_spec(name) is None]
+
+    def paths(self, file: Path) -> list[Path]:
+        """A file, or a folder, and its companions."""
+        return [file, *map(file.with_suffix, self.companions)]
 
 
 def stored_bytes(path: Path) -> int:

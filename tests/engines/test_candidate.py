@@ -18,9 +18,9 @@ import dtq
 from dtq.cli import main
 from dtq.engines import TARGETS
 from dtq.engines.candidate import files_of, run_in
+from dtq.engines.onnx_graph import constants_of
 from dtq.engines.runtimes import ENGINES, find_engine, run_by
 from dtq.engines.runtimes.graph import Graph, as_model
-from dtq.engines.traced_call import constants_of
 from dtq.errors import CheckpointError, InputError
 from dtq.evaluate import run_file
 from dtq.pipelines.loading import load_transformer

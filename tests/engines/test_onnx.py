@@ -12,7 +12,7 @@ from engine_models import error, float_output, layer_input, model_errors, output
 from torch import nn
 
 import dtq
-from dtq.engines import TARGETS, onnx
+from dtq.engines import TARGETS, onnx, onnx_graph
 from dtq.engines.runtimes import run_by
 from dtq.engines.runtimes.onnx import Session
 from dtq.engines.target import StoredLayer
@@ -34,7 +34,7 @@ def layer_session(module: nn.Module, columns: int, path) -> Session:
     sizes = {"x": {0: torch.export.Dim.AUTO}}
     torch.onnx.export(
         module.eval(), (), path, kwargs={"x": torch.ones(3, columns)}, dynamo=True, verbose=False,
-        dynamic_shapes=sizes, opset_version=onnx.OPSET, external_data=False, optimize=False,
+        dynamic_shapes=sizes, opset_version=onnx_graph.OPSET, external_data=False, optimize=False,
     )  # fmt: skip
     return Session(path)
 

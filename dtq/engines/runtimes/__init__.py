@@ -10,7 +10,7 @@ from torch import nn
 
 from dtq.engines.load import read_checked, recognize
 from dtq.engines.original import config_of
-from dtq.engines.runtimes import comfy_kitchen, gguf, onnx, own, torchao
+from dtq.engines.runtimes import comfy_kitchen, gguf, onnx, openvino, own, torchao
 from dtq.engines.runtimes.engine import Engine, EngineFile
 from dtq.engines.target import Target
 from dtq.errors import InputError, hint
@@ -23,6 +23,7 @@ ENGINES: dict[str, Engine] = {
         gguf.ENGINE,
         torchao.ENGINE,
         onnx.ENGINE,
+        openvino.ENGINE,
     )
 }
 """Every engine; each has its page in ``docs/engines``."""

@@ -6,14 +6,16 @@ diffusers decodes the blocks to floats in every call, and multiplies these.
 
 from __future__ import annotations
 
+import json
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers.loaders import FromOriginalModelMixin
 from torch import nn
 
-from dtq.engines.original import names_of_file
+from dtq.engines.original import config_of, names_of_file
 from dtq.engines.original.contents import PREFIX
 from dtq.engines.runtimes.engine import Engine, EngineFile, unquantized
 from dtq.errors import InputError
@@ -46,7 +48,7 @@ def load(file: EngineFile) -> nn.Module:
 
 def _from_single_file(file: EngineFile, kind: Any) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder, translate_errors(file.path):
-        kind.from_config(file.model.config).save_config(folder)
+        Path(folder, "config.json").write_text(json.dumps(config_of(file.model)), encoding="utf-8")
         made: nn.Module = kind.from_single_file(
             str(file.path),
             config=folder,

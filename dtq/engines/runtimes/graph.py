@@ -15,7 +15,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from dtq.engines.traced_call import constants_of
+from dtq.engines.onnx_graph import constants_of
 from dtq.errors import InputError
 
 
@@ -26,7 +26,7 @@ class Graph:
     Attributes:
         inputs: dtype of each input.
         run: the first output, from a tensor for each input.
-        constants: of the traced call, see :func:`dtq.engines.traced_call.constants_of`.
+        constants: of the traced call, see :func:`dtq.engines.onnx_graph.constants_of`.
     """
 
     inputs: Mapping[str, torch.dtype]

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from dtq.engines.onnx import GRAPH
+from dtq.engines.onnx_graph import ARGUMENTS
 from dtq.engines.runtimes.engine import Engine, EngineFile
 from dtq.engines.runtimes.graph import Graph, as_model
-from dtq.engines.traced_call import ARGUMENTS
 
-TYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64, "tensor(bool)": torch.bool}
+TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
 
 
 class Session:
