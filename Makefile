@@ -87,13 +87,13 @@ units: setup
 
 # engines whose packages are not in .venv: diffusers imports torchao, slowly, if it is installed
 engines: .venv-engines/.ready
-	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest tests/engines/test_torchao.py tests/engines/test_onnx.py tests/engines/test_modelopt.py
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest tests/engines/test_torchao.py tests/engines/test_onnx.py tests/engines/test_modelopt.py tests/engines/test_openvino.py
 
 # on top of .venv, so that only the engines are installed
 .venv-engines/.ready: $(READY)
 	$(PYTHON) -m venv .venv-engines
 	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > $$(.venv-engines/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth
-	.venv-engines/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torchao onnx onnxscript onnxruntime nvidia-modelopt
+	.venv-engines/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torchao onnx onnxscript onnxruntime nvidia-modelopt openvino
 	touch $@
 
 check: setup

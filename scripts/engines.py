@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibrated files against the engine's own data-free quantizer, both run by the engine on the CPU.
 
-``PYTHONPATH=tests python scripts/engines.py`` prints the table of docs/engines/README.md. Both files have
+``python scripts/engines.py`` prints the table of docs/engines/README.md. Both files have
 the same layers in the same layouts, so the same bytes. The error is teacher-forced: each model runs on the
 inputs that the float model had, and the squared error of its output is divided by the output's square. The
 interval is a bootstrap over prompts, paired.
@@ -13,12 +13,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import kitchen
 import torch
 from torch import Tensor, nn
 
 import dtq
 from dtq.engines import TARGETS
+from dtq.engines.runtimes import run_by
 from dtq.models.linears import matrix_of
 from dtq.nn import QuantLinear
 from dtq.pipelines.loading import load_transformer
@@ -88,7 +88,9 @@ def row(name: str, target: str, samples: int, steps: int) -> str:
     made = getattr(made, "transformer", made)
     with tempfile.TemporaryDirectory() as folder:
         report = dtq.export(made, target, Path(folder, "model.safetensors"))
-        ours = errors_by_prompt(kitchen.model(report.file), calls, samples)
+        ours = errors_by_prompt(
+            run_by("comfy-kitchen", report.file, load_transformer(name).model), calls, samples
+        )
     plain = data_free(made, load_transformer(name).model)
     theirs = errors_by_prompt(plain, calls, samples)
     value, low, high = ratio(ours, theirs)

@@ -28,6 +28,10 @@ log = logging.getLogger("dtq")
 # fmt: off
 _options = opt.combined(
     click.option("--reference", required=True, help="The float model: a folder or a name."),
+    click.option("--candidate-engine", "engine", default="dtq", metavar="NAME",
+                 help="What runs CANDIDATE: dtq, or another project's package, which runs the exported file: "
+                      "comfy-kitchen, gguf, torchao, onnx or openvino. The engine's version and the file's "
+                      "SHA-256 are in eval.json."),
     opt.output(help="Folder for report.html and eval.json. Default: not written."),
     opt.count("--samples", default=16, help="Number of images that both models sample from the same seeds."),
     opt.sampling(1000, "Seed of the latents; keep it different from the calibration seed."),
@@ -80,6 +84,7 @@ _options = opt.combined(
 def evaluate(
     candidate: str,
     reference: str,
+    engine: str,
     output: Path | None,
     npz: bool,
     keep_images: bool,
@@ -91,14 +96,18 @@ def evaluate(
 ) -> None:
     """Compare a quantized CANDIDATE with its float model.
 
-    Both sample with the same seeds. CANDIDATE is the output of dtq quantize. Under torchrun the processes share the images; the
-    metrics are those of a single process.
+    Both sample with the same seeds. CANDIDATE is the output of dtq quantize, or a file that dtq
+    export wrote: it takes the place of the transformer in the pipeline of the float model.
+    --candidate-engine has the file run by the software that it is for, so that dtq eval and dtq
+    gate judge what users will run. Under torchrun the processes share the images; the metrics are
+    those of a single process.
 
     \b
     dtq eval demo-w4a8 --reference demo -o report
     dtq eval demo-w4a8 --reference demo --num-images 256 --metric fid,kid,precision,recall
+    dtq eval demo-int8.safetensors --reference demo --candidate-engine comfy-kitchen -o report
     """
-    from dtq.cli.inputs import join_workers, listed, load_verified, sampling_settings, variants_of
+    from dtq.cli.inputs import join_workers, listed, load_candidate, sampling_settings
     from dtq.evaluate.evaluate import evaluate
     from dtq.evaluate.report.quantization_report import quantization_report
 
@@ -111,9 +120,7 @@ def evaluate(
         (output / "eval.json").unlink(missing_ok=True)
     if npz and (output is None or not request.distributions):
         raise InputError("--npz needs a folder and images to keep: -o FOLDER --num-images 5000")
-    variants = variants_of((candidate, reference), variant)
-    loaded = load_verified(candidate, dtype, variants[0])
-    float_model = load_verified(reference, dtype, variants[1])
+    loaded, float_model = load_candidate(candidate, engine, reference, dtype, variant)
     quantization = quantization_report(loaded.path)
     shown = workers.is_main and not as_json
     result = evaluate(

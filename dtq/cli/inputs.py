@@ -140,6 +140,39 @@ def load_verified(model: str, dtype: str, variant: str | None) -> loading.Loaded
     return loading.load_transformer(model, dtype=dtype, variant=variant)
 
 
+def load_candidate(
+    candidate: str, engine: str, reference: str, dtype: str, variant: str | None
+) -> tuple[loading.LoadedModel, loading.LoadedModel]:
+    """The quantized model of ``dtq eval`` and its float model.
+
+    Args:
+        candidate: as for :func:`load_verified`, or a file of an engine.
+        engine: key of ``ENGINES``, which runs such a file, or the files in the folder of
+            ``dtq quantize --to``.
+        reference: as for :func:`load_verified`.
+        dtype: as for ``load_transformers``.
+        variant: as for ``load_transformers``.
+
+    Raises:
+        InputError: no such engine, or its packages are missing; it does not run the file.
+        CheckpointError: a file is damaged.
+    """
+    from dtq.engines.candidate import files_of, is_exported, is_pipeline, run_in
+    from dtq.engines.runtimes import find_engine
+
+    found, path = find_engine(engine), Path(candidate)
+    if engine == "dtq" and not is_exported(path):
+        variants = variants_of((candidate, reference), variant)
+        own = load_verified(candidate, dtype, variants[0])
+        return own, load_verified(reference, dtype, variants[1])
+    files = files_of(found, path)
+    source = candidate if is_pipeline(path) else reference
+    variants = variants_of((source, reference), variant)
+    base = load_verified(source, dtype, variants[0])
+    made = run_in(found, base, files, candidate)
+    return made, load_verified(reference, dtype, variants[1])
+
+
 def check_names(target: str, text_encoder: str) -> None:
     """Refuse an unknown ``--to`` or ``--text-encoder`` before anything is loaded.
 

@@ -226,8 +226,9 @@ def _export(run: Run, target: str, folder: Path) -> str:
     """Write the file of the target into ``engines`` of the folder; returns its place there."""
     from dtq.engines import find_target
     from dtq.engines.export import export
+    from dtq.engines.target import file_in_checkpoint
 
-    file = Path("engines", f"{run.loaded.component}-{target}{find_target(target).suffix}")
+    file = file_in_checkpoint(run.loaded.component, find_target(target))
     (folder / file.parent).mkdir(exist_ok=True)
     export(run.model, target, folder / file)
     return str(file)

@@ -14,6 +14,7 @@ from dtq.engines import (
     modelopt,
     nunchaku_lite,
     onnx,
+    openvino,
     torchao,
 )
 from dtq.engines.target import Contents, Limits, StoredLayer, Target
@@ -33,6 +34,7 @@ TARGETS: dict[str, Target] = {
         modelopt.TARGET,
         torchao.TARGET,
         onnx.TARGET,
+        openvino.TARGET,
     )
 }
 """Every target; a file is read by the first that recognizes it."""

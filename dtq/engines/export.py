@@ -113,8 +113,9 @@ def export(
         )
     if target.suffix and output.suffix != target.suffix:
         raise InputError(f"{output}: {target.name} writes a {target.suffix} file; name it so")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists; give another name, or --overwrite (overwrite=True)")
+    there = [path for path in target.paths(output) if path.exists()]
+    if there and not overwrite:
+        raise InputError(f"{there[0]} exists; give another name, or --overwrite (overwrite=True)")
     if unsupported not in ("refuse", "float"):
         raise InputError(f"unsupported={unsupported!r}: expected 'refuse' or 'float'")
     if names not in NAMES:
@@ -134,7 +135,10 @@ def export(
         contents = to_original(contents, original)
     target.write(contents, output)
     layers = {key: layer.spec.weight_format for key, layer in contents.layers.items()}
-    size, written = stored_bytes(output), "original" if original else "diffusers"
+    size, written = (
+        sum(map(stored_bytes, target.paths(output))),
+        "original" if original else "diffusers",
+    )
     return ExportReport(target.name, output, name, layers, as_float, size, written)
 
 

@@ -64,6 +64,23 @@ def load(file: str | Path, config: ConfigSource = None) -> Any:
         CheckpointError: the file is damaged, or does not fit the config; names the tensor.
     """
     file = Path(file)
+    return filled(*read_checked(file, config), file.stem)
+
+
+def read_checked(file: Path, config: ConfigSource = None) -> tuple[nn.Module, Contents]:
+    """Read a file, and check every tensor of it against its model.
+
+    Args:
+        file: as for :func:`load`.
+        config: as for :func:`load`.
+
+    Returns:
+        The model without memory, and the contents under the names of diffusers.
+
+    Raises:
+        InputError: as :func:`load`.
+        CheckpointError: as :func:`load`.
+    """
     read = recognize(file).read
     assert read is not None  # recognize gives no other
     contents = read(file)
@@ -73,7 +90,7 @@ def load(file: str | Path, config: ConfigSource = None) -> Any:
     model = _empty_model(fields, where, contents, file)
     contents = with_names_of_diffusers(contents, model, str(file))
     _check(model, contents, where, file)
-    return _filled(model, contents, contents.recipe or file.stem)
+    return model, contents
 
 
 def load_float(file: str | Path, config: ConfigSource = None) -> Any:
@@ -103,20 +120,24 @@ def load_float(file: str | Path, config: ConfigSource = None) -> Any:
         )
 
 
-def recognize(file: Path) -> Target:
+def recognize(file: Path, *, readable: bool = True) -> Target:
     """The target that a file is of.
 
+    Args:
+        file: a file or a folder.
+        readable: whether dtq must be able to read it; it does not read graphs.
+
     Raises:
-        InputError: there is no such file, or none that dtq reads.
+        InputError: there is no such file, or it is of no target.
     """
     if not file.exists():
         raise InputError(f"{file}: no such file")
-    targets = {name: target for name, target in TARGETS.items() if target.read}
+    targets = {name: target for name, target in TARGETS.items() if target.read or not readable}
     for target in targets.values():
         if file.is_dir() == (not target.suffix) and target.recognizes(file):
             return target
     raise InputError(
-        f"{file} is in none of the formats that dtq reads ({', '.join(targets)}); a folder of dtq "
+        f"{file} is in none of the formats that dtq knows ({', '.join(targets)}); a folder of dtq "
         f"or diffusers is loaded with from_pretrained"
     )
 
@@ -216,8 +237,17 @@ def _check_layer(where: str, layer: StoredLayer) -> None:
             raise CheckpointError(f"{where}: {key} holds {wrong}")
 
 
-def _filled(model: nn.Module, contents: Contents, recipe: str) -> nn.Module:
-    """The model with quantized layers and every tensor of the file."""
+def filled(model: nn.Module, contents: Contents, name: str) -> nn.Module:
+    """The model with dtq's quantized layers and every tensor of a file.
+
+    Args:
+        model: of :func:`read_checked`; it is changed.
+        contents: of :func:`read_checked`.
+        name: of the recipe, if the file does not say.
+
+    Returns:
+        The same model, quantized.
+    """
     dtype = _compute_dtype(contents)
     plans = []
     for name, layer in contents.layers.items():
@@ -230,7 +260,7 @@ def _filled(model: nn.Module, contents: Contents, recipe: str) -> nn.Module:
     model.load_state_dict(state, strict=False, assign=True)
     model.requires_grad_(False)
     finalize(model, ())
-    plan = Plan(recipe, tuple(plans))
+    plan = Plan(contents.recipe or name, tuple(plans))
     attach_quantizer(model, plan, (), dtype, DTQConfig())
     return model
 

@@ -132,6 +132,8 @@ class Target:
         write: writes a file.
         read: reads a file; the inverse of ``write``. None: dtq does not read such files.
         recognizes: whether a file is one of this engine; looks at its header alone.
+        describe: config and recipe in a file that dtq does not read, a graph.
+        companions: suffixes of the files that a file has next to it.
         packages: modules that ``write`` needs beyond dtq's own dependencies.
         original_names: whether the engine knows a model by its original names; otherwise by those
             of diffusers.
@@ -145,6 +147,8 @@ class Target:
     write: Callable[[Contents, Path], None]
     read: Callable[[Path], Contents] | None = None
     recognizes: Callable[[Path], bool] = lambda path: False
+    describe: Callable[[Path], Contents] = lambda path: Contents({}, {})
+    companions: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     original_names: bool = True
 
@@ -153,11 +157,25 @@ class Target:
         """Packages that ``write`` needs and that are not installed."""
         return [name for name in self.packages if find_spec(name) is None]
 
+    def paths(self, file: Path) -> list[Path]:
+        """A file, or a folder, and its companions."""
+        return [file, *map(file.with_suffix, self.companions)]
+
 
 def stored_bytes(path: Path) -> int:
     """Size of a file, or of the files of a folder, in bytes."""
     files = path.iterdir() if path.is_dir() else (path,)
     return sum(file.stat().st_size for file in files)
+
+
+def file_in_checkpoint(component: str, target: Target) -> Path:
+    """Where ``dtq quantize --to`` puts the file of a transformer, in its output folder.
+
+    Args:
+        component: name of the transformer in the pipeline.
+        target: that the file is of.
+    """
+    return Path("engines", f"{component}-{target.name}{target.suffix}")
 
 
 OF_THE_CHECKPOINT = ("quantization_config", "_name_or_path", "_pre_quantization_dtype")

@@ -151,7 +151,8 @@ def evaluate(
     shard = paired_run.compare(job, candidate)
     for name in request.perceptual:
         paired_run.add_perceptual_metric(name, job, shard, request.weights.get(name, ""))
-    bits = {candidate.name: stored_bits(*models.values())}
+    engine = candidate.engine
+    bits = {candidate.name: engine.bits if engine else stored_bits(*models.values())}
     for name in baselines:
         progress(f"baseline {name}")
         errors, bits[name] = _baseline(name, floats, layers, job.truth)

@@ -180,11 +180,7 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
         candidate.name,
         job.reference.name,
         _conditions(job, candidate),
-        {
-            "checkpoint": fingerprint(*quantized),
-            "reference": fingerprint(*job.reference.models().values()),
-            "recipe": recipe_of(*quantized),
-        },
+        _identity(job.reference, candidate, quantized),
         samples,
         _values(ids, job.truth, forced, own),
         _values(ids, job.rerun, forced, own),
@@ -196,6 +192,23 @@ def compare(job: EvaluationJob, candidate: LoadedModel) -> CandidateRun:
         with_positions(job, trajectory.free_running(job.truth, own)),
         {"float": torch.cat(job.truth.images), "candidate": torch.cat(own.images)},
     )
+
+
+def _identity(
+    reference: LoadedModel, candidate: LoadedModel, quantized: Sequence[nn.Module]
+) -> dict[str, str]:
+    """What both models are; a candidate that another engine runs is its file."""
+    own, run = fingerprint(*reference.models().values()), candidate.engine
+    if run is None:
+        own_recipe = recipe_of(*quantized)
+        return {"checkpoint": fingerprint(*quantized), "reference": own, "recipe": own_recipe}
+    return {
+        "checkpoint": run.sha256[:16],
+        "reference": own,
+        "recipe": run.recipe or "unknown",
+        "file": run.file,
+        "sha256": run.sha256,
+    }
 
 
 def with_positions(job: EvaluationJob, errors: Sequence[tuple[int, float]]) -> Errors:
@@ -256,7 +269,7 @@ def video_metrics(candidate: Tensor, reference: Tensor) -> dict[str, Tensor]:
 def _conditions(job: EvaluationJob, candidate: LoadedModel) -> dict[str, Any]:
     """The conditions of a run: the job, and the machine."""
     settings, reference = job.settings, job.reference
-    calls = call_counts(job.truth, reference.models())
+    calls, engine = call_counts(job.truth, reference.models()), candidate.engine
     images_argument = {"images": settings.images} if settings.images else {}
     return {
         "prompts": job.requests.name,
@@ -274,6 +287,7 @@ def _conditions(job: EvaluationJob, candidate: LoadedModel) -> dict[str, Any]:
         "dtype": str(reference.dtype).removeprefix("torch."),
         "dtq": __version__,
         "hardware": hardware(candidate.model),
+        **({"engine": engine.versions} if engine and engine.engine != "dtq" else {}),
     }
 
 

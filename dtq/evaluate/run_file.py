@@ -26,8 +26,8 @@ FORMAT = 2
 JOB = ("prompts", "steps", "sampler", "guidance", "seed", "pipeline_args", "dtype")
 """Conditions that must be equal for two runs of the same job."""
 
-MATCHABLE = ("hardware", "torch", "dtq", "recipe", "batch_size")
-"""Conditions that a policy may require to be equal."""
+MATCHABLE = ("hardware", "torch", "dtq", "recipe", "batch_size", "engine")
+"""Conditions that a policy may require to be equal; ``engine`` is dtq unless it is recorded."""
 
 Value = float | list[float]
 
@@ -66,7 +66,8 @@ class Run:
         candidate: name of the quantized model.
         reference: name of the float model.
         conditions: of the job and the machine.
-        identity: fingerprints ``checkpoint`` and ``reference`` of both models, and the ``recipe``.
+        identity: fingerprints ``checkpoint`` and ``reference`` of both models, and the ``recipe``;
+            of a candidate that an engine runs from a file also ``file`` and ``sha256``.
         samples: in the order of the requests.
         values: metric to sample id to value, or to one value per step.
         rerun: the same against a second run of the float model; the difference is noise.

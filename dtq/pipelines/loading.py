@@ -33,6 +33,7 @@ from dtq.pipelines.contents import (
     text_encoders,
     text_encoders_on_disk,
 )
+from dtq.pipelines.engine_run import EngineRun
 from dtq.pipelines.hub import download_configs, download_pipeline
 from dtq.pipelines.plain_weights import PlainWeights, load_converted
 from dtq.pipelines.stored_tensors import stored_dtype
@@ -62,6 +63,7 @@ class LoadedModel:
         path: its local folder; None if it was given as an object or came from the hub.
         scan: scan of the model, once there is one.
         variant: of the files that it was read from.
+        engine: that runs the transformers of the pipeline; None if dtq and torch do.
     """
 
     name: str
@@ -71,6 +73,7 @@ class LoadedModel:
     path: Path | None = None
     scan: Scan | None = None
     variant: str | None = None
+    engine: EngineRun | None = None
 
     @property
     def family(self) -> Family | None:

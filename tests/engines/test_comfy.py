@@ -13,6 +13,8 @@ import dtq
 from dtq.engines import TARGETS
 from dtq.engines.comfy_nvfp4 import tiled, untiled
 from dtq.engines.convrot import from_regular, to_regular
+from dtq.engines.runtimes import run_by
+from dtq.engines.runtimes.comfy_kitchen import quantized_weights
 from dtq.formats import FORMATS
 from dtq.nn import QuantLinear
 
@@ -42,10 +44,8 @@ def exported(request, target, tmp_path_factory):
 
 @needs_kitchen
 def test_every_layer_has_the_error_of_dtq(exported, target):
-    import kitchen
-
     model, made, file = exported
-    weights, others, _ = kitchen.quantized_weights(file)
+    weights, others = quantized_weights(file)
     layers = {n: m for n, m in made.named_modules() if isinstance(m, QuantLinear)}
     assert set(layers) == set(weights)
     assert len(layers) > 8
@@ -64,10 +64,8 @@ def test_every_layer_has_the_error_of_dtq(exported, target):
 
 @needs_kitchen
 def test_the_whole_model_has_the_error_of_dtq(exported, target):
-    import kitchen
-
     model, made, file = exported
-    engine = kitchen.model(file)
+    engine = run_by("comfy-kitchen", file, model)
     calls = CALLS.get((target, file.stem), 12)
     ours, theirs = model_errors(model, made, engine, calls=calls)
     print(f"\n{target} {file.stem}: model {theirs / ours:.4f}")
@@ -77,13 +75,12 @@ def test_the_whole_model_has_the_error_of_dtq(exported, target):
 
 @needs_kitchen
 def test_integer_sums_are_equal(tmp_path):
-    import kitchen
     from comfy_kitchen.backends.eager.quantization import mm_int8
 
     _, made = quantized("dit", "convrot-w8a8", "comfy-int8")
     file = tmp_path / "model.safetensors"
     dtq.export(made, "comfy-int8", file)
-    weights, _, _ = kitchen.quantized_weights(file)
+    weights, _ = quantized_weights(file)
     g = torch.Generator().manual_seed(3)
     rotated = 0
     for name, layer in made.named_modules():
@@ -101,7 +98,6 @@ def test_integer_sums_are_equal(tmp_path):
 @needs_kitchen
 @pytest.mark.parametrize(("target_name", "limit"), [("comfy-w4a8", 127), ("comfy-w4a4", 7)])
 def test_integer_sums_of_4_bit_weights_are_equal(target_name, limit, tmp_path):
-    import kitchen
     from comfy_kitchen.backends.eager.convrot_w4a4 import prepare_int4_weight_for_int8_linear
     from comfy_kitchen.backends.eager.quantization import mm_int8
     from comfy_kitchen.backends.eager.w4a8_int8 import _dequant_int4_grouped_to_int8
@@ -109,7 +105,7 @@ def test_integer_sums_of_4_bit_weights_are_equal(target_name, limit, tmp_path):
     _, made = quantized("dit", RECIPES[target_name], target_name)
     file = tmp_path / "model.safetensors"
     dtq.export(made, target_name, file)
-    weights, _, _ = kitchen.quantized_weights(file)
+    weights, _ = quantized_weights(file)
     g, checked = torch.Generator().manual_seed(3), 0
     for name, layer in made.named_modules():
         if not isinstance(layer, QuantLinear) or layer.activation_format == "none":
@@ -155,12 +151,10 @@ def test_columns_go_to_the_regular_rotation_and_back(block):
 )
 def test_float_weights_are_those_of_dtq(name, kind, activations, tmp_path):
     """On a CPU the package multiplies them with float activations, whatever the file asks for."""
-    import kitchen
-
     model, made = quantized("dit", name, name, activations=activations)
     file = tmp_path / "model.safetensors"
     dtq.export(made, name, file)
-    weights, others, _ = kitchen.quantized_weights(file)
+    weights, others = quantized_weights(file)
     checked = 0
     for name, layer in made.named_modules():
         if not isinstance(layer, QuantLinear) or layer.weight_format != kind:

@@ -44,7 +44,8 @@ def test_the_recipe_of_a_target_fits_it(name, tmp_path):
         pytest.skip(f"needs {TARGETS[name].missing}: see docs/engines/README.md")
     _, made = quantized("dit", TARGETS[name].limits.recipe, name)
     report = dtq.export(made, name, tmp_path / f"model{TARGETS[name].suffix}")
-    assert report.nbytes == sum(map(len, stored_files(report.file).values()))
+    paths = TARGETS[name].paths(report.file)
+    assert report.nbytes == sum(len(data) for p in paths for data in stored_files(p).values())
     assert not report.as_float
     assert len(report.layers) > 8
 

@@ -6,16 +6,15 @@ from __future__ import annotations
 import importlib.util
 import json
 
-import diffusers
 import pytest
 import torch
 from engine_models import FAMILIES, error, float_output, layer_input, model_errors, quantized
-from torch import nn
 
 import dtq
 from dtq.engines import gguf
 from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
 from dtq.engines.gguf_file import GgufTensor, read_gguf, write_gguf
+from dtq.engines.runtimes import run_by
 from dtq.engines.target import Contents
 from dtq.errors import InputError
 from dtq.formats import FORMATS
@@ -86,35 +85,12 @@ def exported(request, tmp_path_factory):
     return request.param, model, made, file
 
 
-def engine_model(family: str, model: nn.Module, file, folder) -> nn.Module:
-    """The model of a file in diffusers, with its GGUF layers."""
-    from diffusers.models.model_loading_utils import load_gguf_checkpoint
-    from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
-
-    kind = type(model)
-    if family != "dit":  # a class that diffusers loads from single files
-        model.save_config(folder)
-        return kind.from_single_file(
-            str(file), config=str(folder), torch_dtype=torch.float32,
-            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
-        ).eval()  # fmt: skip
-    state = load_gguf_checkpoint(str(file))
-    made = kind.from_config(model.config).eval()
-    _replace_with_gguf_linear(made, torch.float32, state)
-    for key, value in state.items():
-        module = made.get_submodule(key.rpartition(".")[0])
-        if not isinstance(value, GGUFParameter):
-            value = nn.Parameter(value, requires_grad=False)
-        setattr(module, key.rpartition(".")[2], value)
-    return made
-
-
 @needs_gguf
-def test_layers_and_model_have_the_error_of_dtq(exported, tmp_path):
+def test_layers_and_model_have_the_error_of_dtq(exported):
     from diffusers.quantizers.gguf.utils import GGUFLinear
 
-    family, model, made, file = exported
-    engine = engine_model(family, model, file, tmp_path)
+    _, model, made, file = exported
+    engine = run_by("gguf", file, model)
     layers = {n: m for n, m in made.named_modules() if isinstance(m, QuantLinear)}
     assert {n for n, m in engine.named_modules() if isinstance(m, GGUFLinear)} == set(layers)
     assert {layer.weight_format for layer in layers.values()} == {"q4_k", "q8_0"}

@@ -9,10 +9,12 @@ from collections import Counter
 import pytest
 import torch
 from engine_models import error, float_output, layer_input, model_errors, output, quantized
-from torch import Tensor, nn
+from torch import nn
 
 import dtq
-from dtq.engines import TARGETS, onnx
+from dtq.engines import TARGETS, onnx, onnx_graph
+from dtq.engines.runtimes import run_by
+from dtq.engines.runtimes.onnx import Session
 from dtq.engines.target import StoredLayer
 from dtq.errors import InputError
 from dtq.formats import FORMATS
@@ -27,30 +29,12 @@ needs_onnx = pytest.mark.skipif(
 )
 
 
-class Session(nn.Module):
-    """A graph in ONNX Runtime, called like the model that it is of."""
-
-    def __init__(self, path) -> None:
-        import onnxruntime
-
-        super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-        types = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
-        self.dtypes = {each.name: types[each.type] for each in self.session.get_inputs()}
-
-    def forward(self, *, return_dict=False, **inputs) -> tuple[Tensor]:
-        given = {name: inputs[name].to(dtype).numpy() for name, dtype in self.dtypes.items()}
-        return (torch.from_numpy(self.session.run(None, given)[0]),)
-
-
 def layer_session(module: nn.Module, columns: int, path) -> Session:
     """A linear alone."""
     sizes = {"x": {0: torch.export.Dim.AUTO}}
     torch.onnx.export(
         module.eval(), (), path, kwargs={"x": torch.ones(3, columns)}, dynamo=True, verbose=False,
-        dynamic_shapes=sizes, opset_version=onnx.OPSET, external_data=False, optimize=False,
+        dynamic_shapes=sizes, opset_version=onnx_graph.OPSET, external_data=False, optimize=False,
     )  # fmt: skip
     return Session(path)
 
@@ -78,7 +62,7 @@ def test_the_model_has_the_error_of_dtq(family, recipe, tmp_path):
     assert nodes["MatMulInteger"] == kinds["int8-row"]
     assert nodes["MatMulNBits"] == kinds["int4-asym-g32"] + kinds["int8-g64"]
     assert max(nodes["MatMulInteger"], nodes["MatMulNBits"]) > 8
-    engine = Session(tmp_path / "model" / onnx.GRAPH)
+    engine = run_by("onnx", tmp_path / "model", model)
     ours, theirs = model_errors(model, made, engine, largest=1 if family == "flux" else 1000)
     print(f"\n{type(model).__name__} {recipe}: {theirs / ours:.4f}")
     assert ours > 0
@@ -102,7 +86,7 @@ def test_every_layer_has_the_error_of_dtq(recipe, tmp_path):
         x = layer_input(layer.in_features)
         want = float_output(model, name, x)
         module = onnx.module_of(stored(layer), layer.bias)
-        theirs = layer_session(module, layer.in_features, tmp_path / "layer.onnx")(x=x)[0]
+        theirs = layer_session(module, layer.in_features, tmp_path / "layer.onnx")({"x": x})
         with torch.no_grad():
             own = error(layer(x), want)
         assert 0 < own < 0.1
@@ -124,10 +108,12 @@ def test_integer_sums_are_equal(tmp_path):
         (48, 256),
         {"weight": weight, "weight_scale": torch.ones(48, 1)},
     )
-    theirs = layer_session(onnx.module_of(layer, None), 256, tmp_path / "x.onnx")(x=codes.float())
+    theirs = layer_session(onnx.module_of(layer, None), 256, tmp_path / "x.onnx")(
+        {"x": codes.float()}
+    )
     own = torch._int_mm(codes, weight.T.contiguous())
     assert int(own.abs().max()) < 2**24  # exact in float32
-    assert torch.equal(theirs[0], own.float())
+    assert torch.equal(theirs, own.float())
 
 
 @needs_onnx
@@ -136,7 +122,7 @@ def test_weights_are_those_of_dtq(kind, tmp_path):
     w, fmt = layer_input(384, rows=16), FORMATS[kind]
     layer = StoredLayer(LayerSpec(kind, "none"), (16, 384), fmt.pack(w, fmt.compute_qparams(w)))
     session = layer_session(onnx.module_of(layer, None), 384, tmp_path / "x.onnx")
-    theirs = session(x=torch.eye(384))[0].T
+    theirs = session({"x": torch.eye(384)}).T
     torch.testing.assert_close(theirs, fmt.unpack(layer.tensors), rtol=1e-5, atol=5e-6)
 
 

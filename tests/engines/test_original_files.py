@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from engine_models import ORIGINAL, model_errors, output, quantized
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import dtq
 from dtq.cli import main
@@ -33,7 +33,8 @@ from dtq.engines.original import (
     to_original,
 )
 from dtq.engines.original.contents import PREFIX
-from dtq.engines.target import Contents
+from dtq.engines.runtimes import run_by
+from dtq.engines.runtimes.comfy_kitchen import JoinedRows
 from dtq.errors import InputError, RecipeError
 from dtq.nn import QuantLinear
 from dtq.pipelines.tracing import dummy_inputs
@@ -51,42 +52,6 @@ needs_gguf = pytest.mark.skipif(
 COMFY = {name: t.limits.recipe for name, t in TARGETS.items() if name.startswith("comfy")}
 
 
-class Rows(nn.Module):
-    """Some rows of a linear that the engine has as one."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: Tensor):
-        super().__init__()
-        self.weight, self.bias, self.rows = weight, bias, rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)[..., self.rows]
-
-
-def engine_model(file) -> tuple[nn.Module, int]:
-    """The model of a file with original names, its linears run by comfy-kitchen as they are stored.
-
-    Also how many of them are joined.
-    """
-    import kitchen
-
-    weights, others, config = kitchen.quantized_weights(file)
-    made = getattr(diffusers, config["_class_name"]).from_config(config).eval()
-    names, joined = key_map(config), 0
-    made.load_state_dict(to_diffusers(Contents({}, others), names, "file").others, strict=False)
-    for name, weight in weights.items():
-        rows: dict[str, dict[int, Tensor]] = {}
-        parts, at = names.entries[f"{name}.weight"].parts, 0
-        for part in parts:
-            rows.setdefault(part.key, {})[part.start] = torch.arange(at, at + part.rows)
-            at += part.rows
-        joined += len(rows) > 1
-        for key, places in rows.items():
-            order = torch.cat([places[start] for start in sorted(places)])
-            layer = Rows(weight, others.get(f"{name}.bias"), order)
-            made.set_submodule(key.removesuffix(".weight"), layer)
-    return made, joined
-
-
 @needs_kitchen
 @pytest.mark.parametrize("target", COMFY)
 @pytest.mark.parametrize("family", ORIGINAL)
@@ -95,8 +60,9 @@ def test_the_engine_runs_joined_layers_with_the_error_of_dtq(family, target, tmp
     file = tmp_path / "model.safetensors"
     report = dtq.export(made, target, file)
     assert report.names == "original"
-    engine, joined = engine_model(file)
-    assert joined >= 3
+    engine = run_by("comfy-kitchen", file, model)
+    joined = [m.weight for m in engine.modules() if isinstance(m, JoinedRows)]
+    assert len(joined) >= len({id(weight) for weight in joined}) + 6  # at least three of three
     ours, theirs = model_errors(model, made, engine)
     assert ours > 0
     assert theirs <= 1.01 * ours

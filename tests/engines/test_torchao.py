@@ -11,6 +11,7 @@ from engine_models import FAMILIES, agreement, layer_input, quantized
 
 import dtq
 from dtq.engines import torchao
+from dtq.engines.runtimes import run_by
 from dtq.engines.target import Contents, StoredLayer
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS
@@ -42,7 +43,7 @@ def test_layers_and_model_have_the_error_of_dtq(exported):
     from torchao.utils import TorchAOBaseTensor
 
     model, made, folder = exported
-    engine = type(model).from_pretrained(folder, torch_dtype=torch.float32).eval()
+    engine = run_by("torchao", folder, model)
     theirs = {n for n, p in engine.named_parameters() if isinstance(p, TorchAOBaseTensor)}
     ours = {f"{n}.weight" for n, m in made.named_modules() if isinstance(m, QuantLinear)}
     assert theirs == ours
@@ -57,7 +58,7 @@ def test_integer_sums_are_equal(tmp_path):
 
     model, made = quantized("dit", "torchao-w8a8", "torchao")
     dtq.export(made, "torchao", tmp_path / "model")
-    engine = type(model).from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    engine = run_by("torchao", tmp_path / "model", model)
     g, checked = torch.Generator().manual_seed(3), 0
     for name, layer in made.named_modules():
         if not isinstance(layer, QuantLinear) or layer.activation_format == "none":

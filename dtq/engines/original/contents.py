@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -131,13 +131,27 @@ def with_names_of_diffusers(contents: Contents, model: nn.Module, where: str) ->
     """
     contents = without_prefix(contents)
     keys = {*contents.others, *(f"{name}{_WEIGHT}" for name in contents.layers)}
-    own = keys & model.state_dict().keys()
-    if own == keys:
-        return contents
+    names = names_of_file(keys, model)
+    return contents if names is None else to_diffusers(contents, names, where)
+
+
+def names_of_file(keys: Collection[str], model: nn.Module) -> KeyMap | None:
+    """The map of the original names that a file has; None if it has those of diffusers.
+
+    Args:
+        keys: names of the tensors in the file, without :data:`PREFIX`.
+        model: that it is of, not quantized.
+
+    Raises:
+        InputError: as :func:`with_names_of_diffusers`.
+    """
+    own = set(keys) & model.state_dict().keys()
+    if len(own) == len(keys):
+        return None
     names = key_map({**model.config, "_class_name": type(model).__name__})  # type: ignore[dict-item]
-    if names is None or len(keys & names.entries.keys()) <= len(own):
-        return contents
-    return to_diffusers(contents, names, where)
+    if names is None or len(names.entries.keys() & set(keys)) <= len(own):
+        return None
+    return names
 
 
 def without_prefix(contents: Contents) -> Contents:

@@ -155,6 +155,8 @@ def _step_counts(table: dict[str, Value]) -> set[int]:
 
 
 def _condition(run: Run, name: str) -> Any:
+    if name == "engine":
+        return run.conditions.get(name, "dtq")
     return run.identity.get("recipe") if name == "recipe" else run.conditions.get(name)
 
 
