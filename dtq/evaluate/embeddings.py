@@ -28,6 +28,7 @@ def quantized_text_encoders(loaded: LoadedModel) -> dict[str, nn.Module]:
         name: model
         for name, model in models.items()
         if any(isinstance(module, QuantLinear) for module in model.modules())
+        or getattr(model, "is_quantized", False)  # by another library
     }
 
 

@@ -37,7 +37,7 @@ class _Report:
     inputs: tuple[_Input, ...]
 
 
-_OTHERS = ("vae", "pipeline", "exported")
+_OTHERS = ("vae", "pipeline", "bitsandbytes", "exported")
 """Entries of the file other than the reports of models."""
 
 
