@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.evaluate import baselines as libraries
 from dtq.evaluate import paired_run, requested_metrics, trajectory, vbench_metrics
+from dtq.evaluate.components import contributions
 from dtq.evaluate.embeddings import embedding_errors
 from dtq.evaluate.image_sets import ImageSet
 from dtq.evaluate.merge import by_step, merge_shards
@@ -111,6 +112,7 @@ def evaluate(
     workers: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
     videos_to: Path | None = None,
+    components: bool = False,
 ) -> Evaluation | None:
     """Compare a quantized pipeline with its float one.
 
@@ -125,6 +127,7 @@ def evaluate(
         workers: processes that share the samples.
         folder: through which they exchange files; one process needs none.
         videos_to: folder for the videos and the files of VBench.
+        components: also measure every quantized component alone.
 
     Returns:
         The result in the main process, None in the others.
@@ -142,6 +145,8 @@ def evaluate(
     vbench.check()
     if vbench.writes and videos_to is None:
         raise InputError("--vbench and --mp4 write videos, which need a folder: -o FOLDER")
+    if components and workers.size > 1:
+        raise InputError("--components needs one process: leave torchrun out, or the option")
     for name in baselines:
         libraries.find(name)
     if baselines and not any(layers.values()):
@@ -170,6 +175,8 @@ def evaluate(
     result = _result(
         merged, bits, embedding_errors(candidate, job.reference, job.requests, job.settings)
     )
+    if components:
+        result.run.components = contributions(job, candidate, progress)
     result.metrics, result.image_sets = sets.metrics, sets.image_sets
     if request.distributions:
         result.run.image_sets, result.run.features = sets.file, sets.features()
