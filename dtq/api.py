@@ -226,12 +226,10 @@ def quantize(
             path or :class:`Recipe`) quantizes them, calibrated on the same prompts; ``bnb-nf4``
             stores them in NF4 of bitsandbytes, which loads without dtq. Default: the budget
             decides; without one they are kept.
-        vae: ``w8`` also stores the autoencoder of the pipeline with 8-bit weights, ``keep`` leaves
-            it. ``pipeline.vae.hf_quantizer.report`` has the PSNR of its decodes. Default: the
-            budget decides; without one it is kept.
-        budget: size of all weight files of the pipeline together, such as ``12GB``; formats are
-            chosen by measured sensitivity (``dtq.stages.pipeline_budget``). Default: none. Bits per
-            weight of one model are a key of the recipe, ``allocate={"budget": 4.8}``.
+        vae: ``w8`` also stores the autoencoder with 8-bit weights, ``keep`` leaves it; default as
+            above. ``pipeline.vae.hf_quantizer.report`` has the PSNR of its decodes.
+        budget: size of all weight files of the pipeline, such as ``12GB``; formats are chosen by
+            measured sensitivity. Bits per weight are ``allocate={"budget": 4.8}``.
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
     Returns:
@@ -242,10 +240,10 @@ def quantize(
         InputError: an argument cannot be used; the model is not changed.
         RecipeError: the recipe has mistakes; all of them are in the message.
     """
-    chosen = Recipe.load(recipe, **overrides)
-    limit = PipelineBudget.of(budget, vae, text_encoder)
+    chosen, limit = Recipe.load(recipe, **overrides), PipelineBudget.of(budget, vae, text_encoder)
+    models = load_transformers(model, dtype=dtype, component=component, variant=variant)
     runs = open_runs(
-        load_transformers(model, dtype=dtype, component=component, variant=variant),
+        models,
         chosen,
         inputs=inputs,
         statistics=statistics,
@@ -262,8 +260,8 @@ def quantize(
     run_stages(runs, limit)
     if text_encoder == BNB_NF4:
         quantize_text_encoders_nf4(first)
-    last = vae or "keep" if limit is None else limit.outcome["vae"]
-    quantize_autoencoder(first.pipeline, last, chosen.calibration)
+    vae = vae or "keep" if limit is None else limit.outcome["vae"]
+    quantize_autoencoder(first.pipeline, vae, chosen.calibration)
     return first.pipeline if first.pipeline is not None else first.model
 
 

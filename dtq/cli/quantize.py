@@ -95,7 +95,6 @@ def quantize(
     from dtq.recipe.resolve import BNB_NF4
     from dtq.runs.run_dir import run_directory
     from dtq.stages.pipeline_sizes import PipelineBudget
-    from dtq.stages.text_nf4 import quantize_text_encoders_nf4
 
     tune_malloc()
     recipe = recipe_with(choices)
@@ -106,8 +105,7 @@ def quantize(
     started = time.monotonic()
     with run_directory(output, workers, fresh=fresh, overwrite=overwrite) as directory:
         if directory.finished:
-            text = (output / "dtq_report.json").read_text(encoding="utf-8")
-            click.echo(text if as_json else f"{output}: an earlier run has finished it")
+            _print_finished(output, as_json)
             return
         source, names = source_of(model, source_config, dtype), components or "auto"
         runs = open_runs(
@@ -123,25 +121,18 @@ def quantize(
             budget=budget,
         )
         _plan(runs, output, vae, budget)
-        others = {"vae": vae, "budget": budget and budget.bytes}
-        others["text encoders"] = text_encoder if text_encoder == BNB_NF4 else None
+        nf4 = text_encoder == BNB_NF4
+        others = {"vae": vae, "budget": budget and budget.bytes, "nf4": nf4 or None}
         _begin(directory, runs, memory, stats, others)
         del statistics
         reports = run_stages(runs, budget)
         if not workers.is_main:
             return
-        nf4 = {}
-        if text_encoder == BNB_NF4:
-            nf4 = {"bitsandbytes": quantize_text_encoders_nf4(runs[0].loaded)}
         data = _save(directory, runs, reports, shard_size, vae, budget, nf4)
     if as_json:
         click.echo(json.dumps(data))
-        return
-    _print_reports(reports, output, time.monotonic() - started, data.get("vae", {}))
-    if len(files := data.get("pipeline", {}).get("components", {})) > 1:
-        _print_components(data["pipeline"], files)
-    for file in data.get("exported", []):
-        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
+    else:
+        _print_all(reports, data, output, time.monotonic() - started, target)
 
 
 def _begin(
@@ -162,6 +153,24 @@ def _begin(
     directory.begin(inputs, parse_size(memory) if memory else None)
     for run in runs:
         run.memory = directory.memory
+
+
+def _print_finished(output: Path, as_json: bool) -> None:
+    text = (output / "dtq_report.json").read_text(encoding="utf-8")
+    click.echo(text if as_json else f"{output}: an earlier run has finished it")
+
+
+def _print_all(
+    reports: dict[str, Report], data: dict[str, Any], output: Path, seconds: float, target: str
+) -> None:
+    _print_reports(reports, output, seconds, data.get("vae", {}))
+    for name, done in data.get("bitsandbytes", {}).items():
+        sizes = f"{size(done['bytes_before'])} to {size(done['bytes'])}"
+        click.echo(f"{name}: {done['layers']} linears in NF4 of bitsandbytes, {sizes}")
+    if len(files := data.get("pipeline", {}).get("components", {})) > 1:
+        _print_components(data["pipeline"], files)
+    for file in data.get("exported", []):
+        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
 
 
 def _print_reports(
@@ -224,19 +233,21 @@ def _save(
     shard_size: str,
     vae: str | None,
     budget: PipelineBudget | None,
-    nf4: dict[str, Any],
+    nf4: bool,
 ) -> dict[str, Any]:
     """Write the output folder; returns the report as plain data."""
     from dtq.checkpoint import writer
     from dtq.errors import InputError
     from dtq.io.safe_parse import finite_or_null
     from dtq.stages.autoencoder import quantize_autoencoder
+    from dtq.stages.text_nf4 import quantize_text_encoders_nf4
 
     first = runs[0].loaded
     saveable = first.pipeline if first.pipeline is not None else first.model
     measured = finite_or_null({name: report.to_json() for name, report in reports.items()})
     data: dict[str, Any] = {**(measured if len(measured) > 1 else next(iter(measured.values())))}
-    data |= nf4
+    if nf4:
+        data["bitsandbytes"] = quantize_text_encoders_nf4(first)
     chosen = vae or "keep" if budget is None else budget.outcome["vae"]
     if decodes := quantize_autoencoder(first.pipeline, chosen, runs[0].recipe.calibration):
         data["vae"] = finite_or_null(decodes)

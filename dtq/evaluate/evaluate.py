@@ -139,14 +139,10 @@ def evaluate(
     _check_models(candidate, reference)
     models, floats = candidate.models(), reference.models()
     layers = {component: list(compared_layers(model)) for component, model in models.items()}
-    request = request or MetricRequest()
+    request, vbench = request or MetricRequest(), vbench or VBenchRequest()
     request.check()
-    vbench = vbench or VBenchRequest()
     vbench.check()
-    if vbench.writes and videos_to is None:
-        raise InputError("--vbench and --mp4 write videos, which need a folder: -o FOLDER")
-    if components and workers.size > 1:
-        raise InputError("--components needs one process: leave torchrun out, or the option")
+    _check_place(vbench.writes and videos_to is None, components and workers.size > 1)
     for name in baselines:
         libraries.find(name)
     if baselines and not any(layers.values()):
@@ -184,6 +180,14 @@ def evaluate(
         result.run.conditions["fid_samples"] = request.num_images
     _set_fid(result)
     return result
+
+
+def _check_place(no_folder: bool, too_many: bool) -> None:
+    """Refuse videos without a folder for them, and components in several processes."""
+    if no_folder:
+        raise InputError("--vbench and --mp4 write videos, which need a folder: -o FOLDER")
+    if too_many:
+        raise InputError("--components needs one process: leave torchrun out, or the option")
 
 
 def _check_models(candidate: LoadedModel, reference: LoadedModel) -> None:

@@ -104,13 +104,14 @@ class SharedBudget:
                 if run.may_stay_float:
                     damage[group][FLOAT] = 0.0
                     costs[group][FLOAT] = weights * run.loaded.dtype.itemsize
-                self._add(name, f"{name}/{group}", damage[group], costs[group], weights)
+                self._add(f"{name}/{group}", damage[group], costs[group], weights)
 
     def _add(
-        self, owner: str, item: str, damage: dict[str, float], costs: dict[str, int], weights: int
+        self, item: str, damage: dict[str, float], costs: dict[str, int], weights: int
     ) -> None:
+        """Add an item, whose name begins with that of its component."""
         self.tables[item], self.costs[item] = damage, costs
-        self.weights[item], self.owner[item] = weights, owner
+        self.weights[item], self.owner[item] = weights, item.partition("/")[0]
 
     def _damage(self, run: Run, results: Results) -> dict[str, dict[str, float]]:
         """Error of the denoisers' output by input group and format."""
@@ -163,7 +164,7 @@ class SharedBudget:
         plan = weights_plan(model, name)
         small = autoencoder_bytes(model)
         count = sum(math.prod(x.shape) for x in plan.layers)
-        self._add(VAE, VAE, {FLOAT: 0.0, name: error}, {FLOAT: whole, name: small}, count)
+        self._add(VAE, {FLOAT: 0.0, name: error}, {FLOAT: whole, name: small}, count)
 
     def spend(self) -> None:
         """Choose the formats, and put the chosen layers into the runs; in the main process.
