@@ -86,6 +86,7 @@ def test_with_text_encoders(tmp_path):
     result = CliRunner().invoke(main, [str(word) for word in command])
     assert result.exit_code == 0, result.output
     report = json.loads((out / "dtq_report.json").read_text())
+    assert {*report.pop("pipeline")["components"]} == {*report}
     assert {*report} == {"transformer", "text_encoder", "text_encoder_2", "vae"}
     merged = quantization_report(out)  # which dtq eval reads
     assert len(merged["layers"]) == sum(len(report[n]["layers"]) for n in {*report} - {"vae"})

@@ -154,7 +154,8 @@ def test_the_commands(tmp_path, capsys):
     report = json.loads((out / "dtq_report.json").read_text())
     names = {"transformer", "text_encoder", "text_encoder_2"}
     assert {*planned} == names
-    assert {*report} == {*names, "vae"}
+    assert {*report} == {*names, "vae", "pipeline"}
+    assert {*report["pipeline"]["components"]} == {*names, "vae"}
     for name in names:
         (file,) = (out / name).glob("*.safetensors")
         assert file.stat().st_size == planned[name]["bytes"]
