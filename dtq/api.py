@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from dtq.calibrate.collection import Statistics
 from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
 from dtq.io.default_dtype import default_dtype
-from dtq.pipelines.contents import Components
+from dtq.pipelines.contents import Components, text_encoders
 from dtq.pipelines.loading import LoadedModel, load_transformers, text_encoders_of
 from dtq.recipe import Recipe
-from dtq.recipe.resolve import KEEP, for_text_encoder
+from dtq.recipe.resolve import BNB_NF4, KEEP, TEXT_RECIPE, for_text_encoder
 from dtq.recipe.selectors import check_patterns, pattern_list
 from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
@@ -27,6 +28,8 @@ from dtq.stages.calibrate import calibrate
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
 from dtq.stages.mixed_precision import mixed_precision
+from dtq.stages.pipeline_budget import SharedBudget, record_sampling
+from dtq.stages.pipeline_sizes import PipelineBudget, check_budget
 from dtq.stages.plan import plan
 from dtq.stages.promote import promote
 from dtq.stages.record_calls import record_calls
@@ -36,6 +39,7 @@ from dtq.stages.run import Run
 from dtq.stages.sanity_check import sanity_check
 from dtq.stages.solve import solve
 from dtq.stages.step_policy import step_policy
+from dtq.stages.text_nf4 import check_nf4, quantize_text_encoders_nf4
 
 FLOAT_STAGES = (plan, calibrate, record_calls)
 """Run for every transformer of the pipeline before the first of them is changed."""
@@ -49,24 +53,51 @@ MAIN_STAGES = (
 """Run in the main process alone; in the others the model stays float."""
 
 
-def run_stages(runs: Sequence[Run]) -> dict[str, Report]:
-    """Quantize the transformers of one pipeline in place; a report for each by component name.
+def run_stages(runs: Sequence[Run], budget: PipelineBudget | None = None) -> dict[str, Report]:
+    """Quantize the models of one pipeline in place; a report for each by component name.
 
     A stage returns at once where the recipe does not ask for it. What is computed does not depend
     on the default dtype of torch.
+
+    Args:
+        runs: from :func:`open_runs` with the same budget.
+        budget: for all weight files of the pipeline; its ``outcome`` is filled in.
     """
     with default_dtype(torch.float32):
         for stage in FLOAT_STAGES:  # a model that is refused is refused before any is calibrated
             for run in runs:
                 stage(run)
-        for run in runs:
-            for stage in SHARED_STAGES:
-                stage(run)
-            run.tasks.barrier()
-            if run.tasks.workers.is_main:
-                for stage in MAIN_STAGES:
+        if budget is not None:
+            _run_within(runs, budget)
+        else:
+            for run in runs:
+                for stage in SHARED_STAGES:
                     stage(run)
+                run.tasks.barrier()
+                if run.tasks.workers.is_main:
+                    for stage in MAIN_STAGES:
+                        stage(run)
     return {run.loaded.component: run.report for run in runs}
+
+
+def _run_within(runs: Sequence[Run], budget: PipelineBudget) -> None:
+    """Choose the formats of all models together, before the first of them is changed."""
+    check_budget(runs, budget)
+    sampling = record_sampling(runs)
+    for run in runs:
+        for stage in SHARED_STAGES:
+            stage(run)
+    shared = SharedBudget(runs, budget, sampling)
+    shared.measure()
+    runs[0].tasks.barrier()
+    if runs[0].tasks.workers.is_main:
+        for run in runs:
+            promote(run)  # of a recipe that the user chose: its bytes count as they are then
+        shared.spend()
+        for run in runs:
+            if run.plan.quantized():
+                for stage in MAIN_STAGES[1:]:
+                    stage(run)
 
 
 def open_runs(
@@ -75,7 +106,8 @@ def open_runs(
     *,
     inputs: Iterable[dict[str, Any]] | None = None,
     tasks: TaskStore | None = None,
-    text_encoder: str | Path | Recipe = KEEP,
+    text_encoder: str | Path | Recipe | None = None,
+    budget: PipelineBudget | None = None,
     **options: Any,
 ) -> list[Run]:
     """One :class:`Run` for each transformer, then one for each text encoder that is quantized.
@@ -83,7 +115,9 @@ def open_runs(
     Args:
         models: the transformers of one pipeline, or a bare one.
         recipe: what to do.
-        text_encoder: what to do with the text encoders: ``keep``, or a recipe.
+        text_encoder: what to do with the text encoders: ``keep``, ``bnb-nf4`` (they are converted
+            after the run), or a recipe. None: the budget decides, and without one they are kept.
+        budget: for all weight files of the pipeline.
         inputs: keyword arguments of forwards to calibrate a bare transformer on.
         tasks: where results of tasks are kept and shared by processes; default: in memory.
         **options: fields of :class:`Run`: ``exclude``, ``statistics``, ``memory``, ...
@@ -103,6 +137,15 @@ def open_runs(
             f"quantize them one by one with component="
         )
     tasks = tasks or TaskStore()
+    if budget is not None:
+        recipe, options = _within_budget(models[0], recipe, inputs, options)
+    pipeline = models[0].pipeline
+    if text_encoder is None and (budget is None or pipeline is None or not text_encoders(pipeline)):
+        text_encoder = KEEP
+    if text_encoder == BNB_NF4:  # refused now, converted at the end
+        check_nf4()
+        text_encoders_of(models[0])
+        text_encoder = KEEP
     texts = [] if text_encoder == KEEP else text_encoders_of(models[0])
     every = [*models, *texts]
     excluded = pattern_list(options.get("exclude"), "modules_to_not_convert")
@@ -116,11 +159,28 @@ def open_runs(
 
     runs = [make(model, recipe, inputs, options) for model in models]
     if texts:
-        chosen = for_text_encoder(Recipe.load(text_encoder), recipe.calibration)
+        shares = text_encoder is None
+        own = Recipe.load(TEXT_RECIPE if text_encoder is None else text_encoder)
+        chosen = for_text_encoder(own, recipe.calibration, shares_budget=shares)
         # statistics and targets are those of a transformer
         options = options | {"statistics": None, "target": ""}
+        options |= {"shares_budget": shares, "may_stay_float": shares}
         runs += [make(model, chosen, None, options) for model in texts]
     return runs
+
+
+def _within_budget(
+    loaded: LoadedModel, recipe: Recipe, inputs: Any, options: dict[str, Any]
+) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe and options of a denoiser whose formats the budget of the pipeline chooses.
+
+    Raises:
+        InputError: the pipeline would not be sampled.
+    """
+    if inputs is not None and loaded.pipeline is not None:
+        raise InputError("a budget of a pipeline is distributed by its own samples: omit inputs")
+    recipe = replace(recipe, allocate=replace(recipe.allocate, budget=""))
+    return recipe, {**options, "shares_budget": True}
 
 
 def quantize(
@@ -137,8 +197,9 @@ def quantize(
     memory: int | None = None,
     sanity_check: bool = True,
     to: str = "",
-    text_encoder: str | Path | Recipe = KEEP,
-    vae: str = "keep",
+    text_encoder: str | Path | Recipe | None = None,
+    vae: str | None = None,
+    budget: str | None = None,
     **overrides: Any,
 ) -> Any:
     """Quantize a diffusion transformer after training, and the text encoders of its pipeline.
@@ -162,9 +223,13 @@ def quantize(
         to: name of a target of :func:`dtq.export` that the model must fit: what its engine cannot
             hold is adapted or refused before calibration. Empty: any model.
         text_encoder: ``keep`` leaves the text encoders of a pipeline as they are; a recipe (name,
-            path or :class:`Recipe`) quantizes them, calibrated on the same prompts.
-        vae: ``w8`` also stores the autoencoder of the pipeline with 8-bit weights, ``keep`` leaves
-            it. ``pipeline.vae.hf_quantizer.report`` has the PSNR of its decodes.
+            path or :class:`Recipe`) quantizes them, calibrated on the same prompts; ``bnb-nf4``
+            stores them in NF4 of bitsandbytes, which loads without dtq. Default: the budget
+            decides; without one they are kept.
+        vae: ``w8`` also stores the autoencoder with 8-bit weights, ``keep`` leaves it; default as
+            above. ``pipeline.vae.hf_quantizer.report`` has the PSNR of its decodes.
+        budget: size of all weight files of the pipeline, such as ``12GB``; formats are chosen by
+            measured sensitivity. Bits per weight are ``allocate={"budget": 4.8}``.
         **overrides: top-level recipe keys, such as ``modulation="w4a16"``.
 
     Returns:
@@ -175,9 +240,10 @@ def quantize(
         InputError: an argument cannot be used; the model is not changed.
         RecipeError: the recipe has mistakes; all of them are in the message.
     """
-    chosen = Recipe.load(recipe, **overrides)
+    chosen, limit = Recipe.load(recipe, **overrides), PipelineBudget.of(budget, vae, text_encoder)
+    models = load_transformers(model, dtype=dtype, component=component, variant=variant)
     runs = open_runs(
-        load_transformers(model, dtype=dtype, component=component, variant=variant),
+        models,
         chosen,
         inputs=inputs,
         statistics=statistics,
@@ -187,10 +253,14 @@ def quantize(
         check=sanity_check,
         target=to,
         text_encoder=text_encoder,
+        budget=limit,
     )
     first = runs[0].loaded
-    check_vae(first.pipeline, vae)
-    run_stages(runs)
+    check_vae(first.pipeline, vae or "keep")
+    run_stages(runs, limit)
+    if text_encoder == BNB_NF4:
+        quantize_text_encoders_nf4(first)
+    vae = vae or "keep" if limit is None else limit.outcome["vae"]
     quantize_autoencoder(first.pipeline, vae, chosen.calibration)
     return first.pipeline if first.pipeline is not None else first.model
 

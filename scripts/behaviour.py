@@ -87,7 +87,7 @@ CHECKPOINTS: dict[str, tuple[str, ...]] = {
     "vq4dit": ("demo", *QUICK, *FEW, "--set", "refine.vq4dit.steps=4"),
     "terdit": ("demo", *QUICK, *FEW, "--set", "refine.blocks.steps=4"),
     "w4a8 budget": ("demo", *QUICK, *FEW, "--budget", "4.8"),
-    "w4a8 size": ("demo", *QUICK, *FEW, "--budget", "1MB", "--seed", "5"),
+    "w4a8 size": ("demo", *QUICK, *FEW, "--set", "allocate.budget=1MB", "--seed", "5"),
     "w4a8 step-policy": ("demo", *QUICK, *FEW, "--set", "steps.modes=[native, a16]"),
     "w4a8 modulation": ("demo", *QUICK, *FEW, "--set", "modulation=w4a16", "--dtype", "bf16"),
     "w4a8 outliers": ("demo-hard", *QUICK, *FEW),

@@ -5,12 +5,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from dtq.allocate.knapsack import LIMIT, Bounds, Option, affordable, pareto_front, pick
+import numpy as np
+
+from dtq.allocate.knapsack import (
+    LIMIT,
+    Bounds,
+    Option,
+    ParetoFront,
+    affordable,
+    pareto_front,
+    pick,
+)
 from dtq.allocate.measure import sensitivities
 from dtq.errors import InputError
 
@@ -21,7 +31,7 @@ class AllocationRow:
 
     Attributes:
         item: name of an input group.
-        group: key of ``METRICS`` that ranks it.
+        group: key of ``METRICS`` that ranks it, or the component that it belongs to.
         option: name of the chosen option.
         bytes: stored bytes.
         bits: stored bits per weight.
@@ -95,20 +105,78 @@ def allocate(
         InputError: there is no such choice, see :func:`knapsack`.
     """
     sensitivity = sensitivities(measured, groups, per_group_metric=per_group_metric)
+    return choose(sensitivity, costs, budget, groups=groups, weights=weights, bounds=bounds)
+
+
+def choose(
+    sensitivity: Mapping[str, Mapping[str, float]],
+    costs: Mapping[str, Mapping[str, int]],
+    budget: int,
+    *,
+    groups: Mapping[str, str],
+    weights: Mapping[str, int],
+    bounds: Bounds | None = None,
+    total: Callable[[Mapping[str, str]], int] | None = None,
+) -> Allocation:
+    """Choose one option per item, with the lowest sum of sensitivities within a budget.
+
+    Args:
+        sensitivity: item, option to the error that it adds.
+        costs: bytes of each item under each option.
+        budget: bytes.
+        groups: item to the name of its group, for ``bounds`` and the rows.
+        weights: number of weights of each item.
+        bounds: lowest and highest bytes of some groups.
+        total: bytes of a choice (item to option) that count for the budget. Default: the sum of the
+            costs. It may add what the choice changes little, such as headers of files.
+
+    Returns:
+        The allocation; its ``bytes`` are those of ``total``.
+
+    Raises:
+        InputError: there is no such choice, see :func:`knapsack`.
+    """
     tables = {
         item: [Option(o, costs[item][o], s) for o, s in options.items()]
         for item, options in sensitivity.items()
     }
     front, names = pareto_front(tables, bounds or {}, groups, LIMIT)
-    best = affordable(front, budget, sum(weights[item] for item in tables))
-    lowest, chosen, highest = (pick(tables, front, names, index) for index in (0, best, -1))
+    lowest, highest = (pick(tables, front, names, index) for index in (0, -1))
+    if total is None:
+        chosen = pick(
+            tables, front, names, affordable(front, budget, sum(weights[i] for i in tables))
+        )
+        used = _sum("chosen", chosen).cost
+    else:
+        chosen, used = _within_total(tables, front, names, budget, total)
     rows = tuple(
         AllocationRow(i, groups[i], o.name, o.cost, 8 * o.cost / weights[i], o.sensitivity)
         for i, o in chosen.items()
     )
-    total = _sum("chosen", chosen)
     ends = _sum("lowest", lowest), _sum("highest", highest)
-    return Allocation(rows, budget, total.cost, total.sensitivity, *ends)
+    return Allocation(rows, budget, used, _sum("chosen", chosen).sensitivity, *ends)
+
+
+def _within_total(
+    tables: Mapping[str, Sequence[Option]],
+    front: ParetoFront,
+    names: Sequence[str],
+    budget: int,
+    total: Callable[[Mapping[str, str]], int],
+) -> tuple[dict[str, Option], int]:
+    """The last point of a front whose ``total`` is within the budget, found from above."""
+    room = budget
+    while True:
+        index = max(0, int(np.searchsorted(front.points[:, 0], room, side="right")) - 1)
+        chosen = pick(tables, front, names, index)
+        used = total({item: option.name for item, option in chosen.items()})
+        if used <= budget:
+            return chosen, used
+        if not index:
+            raise InputError(
+                f"a budget of {budget} bytes is too small: the smallest choice takes {used} bytes"
+            )
+        room = _sum("chosen", chosen).cost - (used - budget)
 
 
 def _sum(name: str, chosen: Mapping[str, Option]) -> Option:

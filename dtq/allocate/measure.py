@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ def measure(
     calls: Sequence[RecordedCall],
     candidates: Mapping[str, Mapping[str, Mapping[str, nn.Module]]],
     *,
+    outputs: Callable[[], Iterable[Tensor]] | None = None,
     progress: bool = True,
     what: str = "measure",
     tasks: TaskStore | None = None,
@@ -37,6 +39,8 @@ def measure(
             two halves of guidance.
         candidates: item, option, layer name to the module that replaces the float linear, on any
             device. Each option is looked up once, so a mapping may build its modules then.
+        outputs: gives the output for each of ``calls`` while ``model`` is changed. Default: the
+            model itself replays them. For a text encoder another model does.
         progress: show a progress bar.
         what: name of the stage; an option of an item is a task with that prefix.
         tasks: store that keeps the results, and distributes the tasks among processes. None: in
@@ -58,8 +62,9 @@ def measure(
             item, option = options[task]
             errors = []
             with temporarily_replaced(model, candidates[item][option]):
+                given = iter(outputs() if outputs else (replay(model, call) for call in calls))
                 for pair in pairs:
-                    errors.append(_compare(pair, [replay(model, call) for call in pair]))
+                    errors.append(_compare(pair, list(itertools.islice(given, len(pair)))))
                     bar.update(len(pair))
             means = {name: sum(e[name] for e in errors) / len(errors) for name in METRICS}
             tasks.save(task, {}, means)

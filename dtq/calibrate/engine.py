@@ -22,9 +22,10 @@ from dtq.errors import InputError
 from dtq.models import InputGroup, is_text_encoder, sibling_key
 from dtq.models.linears import input_of, rows_of
 from dtq.models.timestep import timestep_edges, timestep_of
-from dtq.pipelines import image_inputs, prompts
+from dtq.pipelines import prompts
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.sampling import (
+    batch_starts,
     dummy_batches,
     never_called,
     run_pipeline,
@@ -84,16 +85,15 @@ def calibration_run(
     model, pipeline = loaded.model, loaded.pipeline
     if inputs is None and pipeline is not None:
         requests = prompts.load(settings.prompts, pipeline, settings.samples)
-        batch = image_inputs.required(pipeline, settings).batch(settings.batch_size)
-        batches = -(-len(requests.entries) // batch)
+        starts = batch_starts(pipeline, requests, settings)
 
         def generate(i: int) -> None:
             if is_text_encoder(model):
-                run_text_encoders(pipeline, requests, settings, i * batch)
+                run_text_encoders(pipeline, requests, settings, starts[i])
             else:
-                list(run_pipeline(pipeline, requests, settings, "latent", [i * batch]))
+                list(run_pipeline(pipeline, requests, settings, "latent", [starts[i]]))
 
-        return CalibrationRun("pipeline", batches, generate)
+        return CalibrationRun("pipeline", len(starts), generate)
     origin = "given"
     if inputs is None:
         log.warning(

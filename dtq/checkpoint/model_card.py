@@ -25,6 +25,7 @@ def card(
     saveable: Any,
     reports: Mapping[str, dict[str, Any]] | None = None,
     decodes: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of ``README.md`` for a quantized pipeline or model.
 
@@ -32,6 +33,7 @@ def card(
         saveable: the pipeline or model.
         reports: ``Report.to_json()`` of the run that made it, by component.
         decodes: of ``dtq.stages.autoencoder``, if the autoencoder was quantized too.
+        files: of ``dtq.checkpoint.writer.save_into``: bytes and share of the error by component.
     """
     models = _quantized(saveable)
     configs = [_config(model) for model in models.values()]
@@ -44,6 +46,10 @@ def card(
     of = f" of {', '.join(bases)}" if bases else ""
     lines += [f"# {', '.join(recipes)}{of}", "", "Quantized after training by dtq.", ""]
     lines += _table(models)
+    if files and len(files["components"]) > 1:
+        lines += ["", *_files(files)]
+    for name in _of_bitsandbytes(saveable):
+        lines += ["", f"`{name}` is stored in NF4 of bitsandbytes, which has to be installed."]
     lines += ["", "```python", *_loading(saveable), "```"]
     if reports:
         lines += ["", "Measured while quantizing; `dtq_report.json` has every layer:", ""]
@@ -74,6 +80,11 @@ def _quantized(saveable: Any) -> dict[str, nn.Module]:
     }
 
 
+def _of_bitsandbytes(saveable: Any) -> list[str]:
+    models = {n: m for n, m in getattr(saveable, "components", {}).items() if m is not None}
+    return sorted(n for n, m in models.items() if getattr(m, "is_loaded_in_4bit", False))
+
+
 def _config(model: nn.Module) -> DTQConfig:
     config: DTQConfig = model.config.quantization_config  # type: ignore[assignment, union-attr]
     return config
@@ -102,6 +113,24 @@ def _table(models: dict[str, nn.Module]) -> list[str]:
             f"| {8 * size / count:.2f} | {str(config.compute_dtype).removeprefix('torch.')} |"
         )
     return lines
+
+
+def _files(files: Mapping[str, Any]) -> list[str]:
+    """Bytes of every component, and what it adds to the error where a budget has measured it."""
+    head = "| component | bytes of its files | share |"
+    measured = "budget" in files
+    more = " error of a step | share of the error |" if measured else ""
+    lines = [head + more, "| --- |" + " ---: |" * (4 if measured else 2)]
+    for name, part in files["components"].items():
+        known = part["error"] is not None
+        error = f" {part['error']:.1e} |" if known else " not measured |"
+        share = f" {part['error_share']:.0%} |" if part["error_share"] is not None else " |"
+        lines.append(
+            f"| `{name}` | {part['bytes']} | {part['bytes'] / files['bytes']:.0%} |"
+            + (error + share if measured else "")
+        )
+    of = f" of a budget of {files['budget']}" if measured else ""
+    return [*lines, "", f"Together {files['bytes']} bytes{of}."]
 
 
 def _most(words: Any) -> str:

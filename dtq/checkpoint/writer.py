@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from dtq.checkpoint.model_card import card
 from dtq.io.atomic import atomic_directory
 from dtq.io.safe_parse import read_json
 from dtq.pipelines import call_defaults
+
+log = logging.getLogger("dtq")
 
 
 def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str = "10GB") -> Path:
@@ -41,7 +45,8 @@ def save_into(
     shard: str = "10GB",
     reports: Mapping[str, dict[str, Any]] | None = None,
     decodes: Mapping[str, Any] | None = None,
-) -> None:
+    outcome: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Save into an empty folder, with a model card and without the path of the original model.
 
     Args:
@@ -50,6 +55,11 @@ def save_into(
         shard: size of the largest file, in the notation of diffusers.
         reports: of ``dtq quantize`` by component, for the model card.
         decodes: what ``--vae`` changed, likewise.
+        outcome: of the budget of a pipeline (``dtq.stages.pipeline_sizes``), likewise.
+
+    Returns:
+        ``bytes`` of all weight files, and for each of ``components`` its ``bytes``, ``error`` and
+        ``error_share`` (None where no budget has measured them); also ``budget``, if there is one.
     """
     saveable.save_pretrained(folder, safe_serialization=True, max_shard_size=shard)
     for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
@@ -58,10 +68,30 @@ def save_into(
         call_defaults.write(folder, call_defaults.of(saveable))
     if getattr(saveable, "labels", None):
         _keep_class_labels(saveable.labels, folder / "model_index.json")
+    written = _written(folder, outcome or {})
     readme = folder / "README.md"
-    readme.write_text(card(saveable, reports, decodes), encoding="utf-8")
+    readme.write_text(card(saveable, reports, decodes, written), encoding="utf-8")
     for file in folder.rglob("*.safetensors"):
         shutil.copymode(readme, file)  # the safetensors writer leaves its files private
+    return written
+
+
+def _written(folder: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`save_into` returns."""
+    files: Counter[str] = Counter()
+    for file in sorted(folder.rglob("*.safetensors")):
+        files[file.relative_to(folder).parts[0]] += file.stat().st_size
+    total, budget = files.total(), outcome.get("budget")
+    if budget is not None and total > budget:
+        log.warning(
+            "all weight files take %d bytes, %d more than the budget, because the sanity check "
+            "promoted layers: lower --budget by that, or use --no-sanity-check",
+            total, total - budget,
+        )  # fmt: skip
+    measured = outcome.get("components", {})
+    unknown = {"error": None, "error_share": None}
+    parts = {n: {**unknown, **measured.get(n, {}), "bytes": size} for n, size in files.items()}
+    return {**({} if budget is None else {"budget": budget}), "bytes": total, "components": parts}
 
 
 def _keep_class_labels(labels: Mapping[str, int], index: Path) -> None:

@@ -39,7 +39,7 @@ def calibrate(
     """
     from dtq.calibrate import store
     from dtq.calibrate.observers import OBSERVERS
-    from dtq.cli.inputs import join_workers, recipe_with
+    from dtq.cli.inputs import join_workers, recipe_with, size_of_budget
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
@@ -50,6 +50,8 @@ def calibrate(
 
     tune_malloc()
     recipe = recipe_with(choices)
+    if size_of_budget(choices):
+        raise InputError("statistics do not depend on a size: give --budget to dtq quantize")
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
     workers = join_workers(output)

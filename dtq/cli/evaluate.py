@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtq.cli import options as opt
-from dtq.cli.output import INVALID, or_dash, table
+from dtq.cli.output import COMPONENT_COLUMNS, INVALID, component_cells, or_dash, table
 from dtq.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ _options = opt.combined(
     opt.output(help="Folder for report.html and eval.json. Default: not written."),
     opt.count("--samples", default=16, help="Number of images that both models sample from the same seeds."),
     opt.sampling(1000, "Seed of the latents; keep it different from the calibration seed."),
+    opt.flag("--components", help="Also measure what each quantized component adds to the error: it "
+                                  "alone is quantized, the others are float. One more sampling run each."),
     opt.flag("--keep-images", "keep_images", help="Keep every image of both models, for dtq gate --sheet."),
     click.option("--num-images", default=0,
                  help="Number of images per model for distribution metrics, which are fid unless "
@@ -88,6 +90,7 @@ def evaluate(
     output: Path | None,
     npz: bool,
     keep_images: bool,
+    components: bool,
     libraries: tuple[str, ...],
     dtype: str,
     variant: str | None,
@@ -132,6 +135,7 @@ def evaluate(
         progress=lambda line: click.echo(f"  {line}") if shown else None,
         vbench=vbench,
         videos_to=output,
+        components=components,
         workers=workers,
         folder=None if output is None else output / ".shares",
     )
@@ -222,6 +226,8 @@ def _print(result: Evaluation, output: Path | None) -> None:
     if result.text_encoders:
         errors = [(name, f"{error:.2e}") for name, error in result.text_encoders.items()]
         table(("text encoder", "error of the embeddings"), errors)
+    if parts := result.run.components:
+        table(COMPONENT_COLUMNS, [component_cells(part) for part in parts])
     if result.metrics:
         table(html.METRIC_COLUMNS, [html.metric_cells(value) for value in result.metrics])
         click.echo(html.metric_conditions(result))

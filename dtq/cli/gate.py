@@ -8,14 +8,17 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
 from dtq.cli import options as opt
-from dtq.cli.output import INVALID, table
-from dtq.errors import LIBRARY_ERRORS, DtqError, printable
+from dtq.cli.output import COMPONENT_COLUMNS, INVALID, component_cells, table
+from dtq.errors import LIBRARY_ERRORS, DtqError, InputError, printable
+
+if TYPE_CHECKING:
+    from dtq.evaluate.run_file import Contribution
 
 
 class Gate(click.Group):
@@ -97,6 +100,8 @@ _check_options = opt.combined(
     opt.path("--baseline", required=True,
          help="Run to compare with: a folder, an eval.json or a baseline file."),
     policy_option,
+    opt.flag("--components", help="Also print what each component adds to the error, of both models; "
+                                  "needs dtq eval --components."),
     opt.json(help="Print the verdict and every difference as JSON."),
     opt.path("--out", help="File to write that JSON to. Default: not written."),
     opt.path("--junit", help="File to write JUnit XML to, one test case per metric. Default: not written."),
@@ -114,6 +119,7 @@ def check(
     run: Path,
     baseline: Path,
     policy: str,
+    components: bool,
     as_json: bool,
     out: Path | None,
     junit: Path | None,
@@ -132,6 +138,11 @@ def check(
     from dtq.evaluate.gate.policy import Policy
 
     result, base = run_file.read(run), run_file.read(baseline)
+    parts = {str(run): result.components, str(baseline): base.components} if components else {}
+    if without := [name for name, rows in parts.items() if not rows]:
+        raise InputError(
+            f"{' and '.join(without)}: has no errors of components; dtq eval --components adds them"
+        )
     verdict = decide(result, base, Policy.load(policy))
     text = run_file.text(verdict.to_json())
     if out is not None:
@@ -145,15 +156,24 @@ def check(
         folder = run if run.is_dir() else run.parent
         sheet.write_text(render.sheet(verdict, result, folder), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(json.loads(text)))
+        click.echo(json.dumps({**json.loads(text), **_contributions(parts)}))
     else:
         if verdict.rows:
             table(render.HEAD, [render.cells(row) for row in verdict.rows])
         for line in (*verdict.reasons, *verdict.notes):
             click.echo(f"  - {line}")
+        if parts:
+            rows = [[name, *component_cells(row)] for name, every in parts.items() for row in every]
+            table(("run", *COMPONENT_COLUMNS), rows)
         click.echo(f"{verdict.outcome.word}: {verdict.sentence}")
     if verdict.outcome is not Outcome.PASS:
         sys.exit(int(verdict.outcome))
+
+
+def _contributions(parts: dict[str, list[Contribution]]) -> dict[str, Any]:
+    """The entry ``components`` of the JSON output, if it was asked for."""
+    rows = {name: [vars(row) for row in every] for name, every in parts.items()}
+    return {"components": rows} if rows else {}
 
 
 @gate.command("accept")

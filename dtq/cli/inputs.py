@@ -8,6 +8,7 @@ The commands import this in their functions: their modules must not import torch
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
     chosen = {key: choices[key] for key in _CALIBRATION if choices[key] is not None}
     data["calibration"] |= chosen
     data["calibration"]["pipeline_args"] |= call_arguments(choices["arguments"])
-    if choices["budget"] is not None:
+    if choices["budget"] is not None and not size_of_budget(choices):
         data["allocate"] |= {"budget": choices["budget"], "adapt": False}
     for key, text in pairs(choices["settings"], "--set", "KEY=VALUE"):
         setting = f"--set {key}={text}"
@@ -56,6 +57,12 @@ def recipe_with(choices: dict[str, Any]) -> Recipe:
         if key in ("allocate.budget", "promote.budget"):  # the user's own is kept, or refused
             data[key.split(".")[0]]["adapt"] = False
     return Recipe.load(recipe, **data)
+
+
+def size_of_budget(choices: dict[str, Any]) -> str | None:
+    """``--budget`` where it is a size, which is for a whole pipeline; bits are for one model."""
+    text = choices["budget"]
+    return text if text is not None and re.search("[a-zA-Z]", text) else None
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
@@ -173,21 +180,24 @@ def load_candidate(
     return made, load_verified(reference, dtype, variants[1])
 
 
-def check_names(target: str, text_encoder: str) -> None:
+def check_names(target: str, text_encoder: str | None) -> None:
     """Refuse an unknown ``--to`` or ``--text-encoder`` before anything is loaded.
 
     Raises:
-        InputError: there is no such target.
+        InputError: there is no such target, or bitsandbytes is not installed.
         RecipeError: there is no such recipe.
     """
     from dtq.recipe import Recipe
-    from dtq.recipe.resolve import KEEP
+    from dtq.recipe.resolve import BNB_NF4, KEEP
+    from dtq.stages.text_nf4 import check_nf4
 
     if target:
         from dtq.engines import find_target
 
         find_target(target)
-    if text_encoder != KEEP:
+    if text_encoder == BNB_NF4:
+        check_nf4()
+    elif text_encoder not in (None, KEEP):
         Recipe.load(text_encoder)
 
 

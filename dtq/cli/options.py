@@ -53,8 +53,10 @@ recipe = combined(
                  help="Prompt set to calibrate on: a shipped name, a file, or hub:OWNER/NAME. "
                       "Default: the recipe's."),
     click.option("--budget", metavar="BITS|SIZE",
-                 help="Mixed precision: size that the attention and feed-forward weights may "
-                      "have, in bits per weight (4.8) or bytes (12MB). Default: the recipe's."),
+                 help="Mixed precision. A size (12GB) is that of all weight files of the pipeline "
+                      "together: the formats of denoisers, text encoders and VAE are chosen by "
+                      "measured sensitivity. Bits per weight (4.8) are those of attention and "
+                      "feed-forward of each denoiser. Default: the recipe's."),
     count("--samples", help="Number of images to calibrate on. Default: the recipe's."),
     count("--steps", help="Sampler steps per calibration image. Default: the recipe's."),
     click.option("--guidance", type=click.FloatRange(0),
@@ -93,9 +95,15 @@ target = click.option(
     help="Engine that will read the model, see dtq export --list: what it cannot hold is adapted, or "
          "refused before calibration. Default: none.")
 text_encoder = click.option(
-    "--text-encoder", metavar="keep|RECIPE", default="keep",
+    "--text-encoder", metavar="keep|bnb-nf4|RECIPE",
     help="Recipe of the text encoders, such as w8a8 (nearly no error) or w4a16 (a quarter of the "
-         "size); they are calibrated on the same prompts. keep: they stay as they are.")
+         "size); they are calibrated on the same prompts. keep: they stay as they are. bnb-nf4: 4 "
+         "bits in the format of bitsandbytes, which loads where dtq is not installed. Default: "
+         "keep; with --budget SIZE, float, 8 or 4 bits for each layer, as the budget allows.")
+vae = click.option(
+    "--vae", type=click.Choice(["keep", "w8"]),
+    help="Format of the autoencoder: w8 stores it with 8-bit weights, and the report has the PSNR of "
+         "its decodes. Default: keep; with --budget SIZE, what the budget allows.")
 fresh = flag("--fresh", help="Discard the results of an interrupted run.")
 every_layer = flag("--all", "every", help="Show each layer; otherwise equal blocks share a row.")
 json = partial(flag, "--json", "as_json")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from dtq.evaluate.run_file import Contribution
     from dtq.plan.layers import Plan
 
 INVALID = 3
@@ -27,6 +28,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     lines.insert(1, tuple("-" * width for width in widths))
     for line in lines:
         click.echo("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+
+
+COMPONENT_COLUMNS = ("only quantized", "error of a step", "share", "divergence", "PSNR")
+"""Of the table of components of ``dtq eval`` and ``dtq gate``."""
+
+
+def component_cells(row: Contribution) -> tuple[str, ...]:
+    """Cells of a row of that table."""
+    return (
+        row.component,
+        or_dash(row.error, ".2e"),
+        or_dash(row.share, ".0%"),
+        f"{row.divergence:.2e}",
+        or_dash(row.psnr, ".1f"),
+    )
 
 
 def fold(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

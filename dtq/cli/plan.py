@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,8 +14,12 @@ from dtq.cli import options as opt
 from dtq.cli.output import duration, fold, print_unknown, size, table
 
 if TYPE_CHECKING:
+    import torch
+
     from dtq.estimate import Estimate
     from dtq.plan import Plan
+    from dtq.recipe import Recipe
+    from dtq.stages.pipeline_sizes import PipelineBudget, Sizes
     from dtq.stages.run import Run
 
 
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 @opt.model
 @opt.target
 @opt.text_encoder
+@opt.vae
 @opt.exclude
 @opt.memory
 @opt.count("--batch", default=1, help="Images sampled at a time, for the memory while sampling.")
@@ -35,7 +41,8 @@ def plan(
     dtype: str,
     variant: str | None,
     target: str,
-    text_encoder: str,
+    text_encoder: str | None,
+    vae: str | None,
     exclude: tuple[str, ...],
     memory: str | None,
     batch: int,
@@ -53,53 +60,43 @@ def plan(
     \b
     dtq plan demo --recipe w4a8
     dtq plan demo-video --recipe w4a8 --text-encoder w4a16
+    dtq plan black-forest-labs/FLUX.1-dev --recipe w4a8 --budget 12GB
     """
-    import psutil
-
     from dtq import demo
-    from dtq.allocate import parse_size
     from dtq.cli import sampling_memory
-    from dtq.cli.inputs import check_names, recipe_with
+    from dtq.cli.inputs import check_names, recipe_with, size_of_budget
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
-    from dtq.models import is_text_encoder
-    from dtq.pipelines import contents, loading
-    from dtq.recipe import Recipe
-    from dtq.recipe.resolve import KEEP, for_text_encoder
-    from dtq.recipe.selectors import check_patterns
+    from dtq.pipelines import contents
     from dtq.stages.calibrate import statistics_needed
-    from dtq.stages.plan import plan as plan_stage
-    from dtq.stages.run import Run
+    from dtq.stages.pipeline_sizes import PipelineBudget
 
     tune_malloc()
     recipe = recipe_with(choices)
     check_names(target, text_encoder)
-    text = text_encoder != KEEP
-    models = loading.meta_models(model, components or "auto", variant, text=text)
-    check_patterns(exclude, [empty for empty, _ in models.values()], "--exclude")
+    budget = PipelineBudget.of(size_of_budget(choices), vae, text_encoder)
     folder = demo.path_of(model)
     has_pipeline = not folder.exists() or contents.folder_kind(folder) == "pipeline"
-    limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
+    options = {"exclude": exclude, "memory": memory, "target": target, "text": text_encoder}
+    runs, compute, mapped = _runs(model, components, dtype, variant, recipe, budget, options)
     data: dict[str, dict[str, Any]] = {}
-    plans: dict[str, Plan] = {}
-    _, first = next(iter(models.values()))  # the dtype in which the whole pipeline is loaded
-    compute = first if dtype == "auto" else loading.DTYPES[dtype]
-    for name, (empty, stored) in models.items():
-        # a class may keep layers in float32 for some dtypes
-        loaded = loading.LoadedModel(model, None, name, empty.to(compute))
-        own, to = recipe, target
-        if text and is_text_encoder(empty):
-            own, to = for_text_encoder(Recipe.load(text_encoder), recipe.calibration), ""
-        run = Run(loaded, own, exclude=exclude, memory=limit, target=to)
-        plan_stage(run)
-        needs, mapped = statistics_needed(own, has_pipeline), compute == stored
-        cost = estimate(run, compute, needs=needs, mapped=mapped, has_pipeline=has_pipeline)
-        data[name], plans[name] = _to_json(run, cost), run.plan
+    for run in runs:
+        needs = statistics_needed(run.recipe, has_pipeline)
+        name = run.loaded.component
+        cost = estimate(run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline)
+        data[name] = _to_json(run, cost)
         if not as_json:
-            if len(models) > 1:
+            if len(runs) > 1:
                 click.echo(f"{name}:")
             _print(run, cost, every)
-    if len(data) > 1 and not as_json:
+    plans = {run.loaded.component: run.plan for run in runs}
+    if budget is not None:
+        found = _sizes(model, runs, budget, compute, has_pipeline)
+        for entry in data.values():
+            entry["pipeline"] = {"budget": budget.bytes, **asdict(found)}
+        if not as_json:
+            _print_budget(found, budget.bytes)
+    elif len(data) > 1 and not as_json:
         _print_shares({name: part["bytes"] for name, part in data.items()})
     if has_pipeline and folder.exists():
         sampling = sampling_memory.estimated(folder, recipe, batch, compute, plans)
@@ -109,6 +106,94 @@ def plan(
             sampling_memory.show(sampling)
     if as_json:
         click.echo(json.dumps(data if len(data) > 1 else next(iter(data.values()))))
+
+
+def _runs(
+    model: str,
+    components: tuple[str, ...],
+    dtype: str,
+    variant: str | None,
+    recipe: Recipe,
+    budget: PipelineBudget | None,
+    options: dict[str, Any],
+) -> tuple[list[Run], torch.dtype, set[str]]:
+    """Planned runs on the meta device, the compute dtype, and the models whose files have it."""
+    import psutil
+
+    from dtq.allocate import parse_size
+    from dtq.models import is_text_encoder
+    from dtq.pipelines import loading
+    from dtq.recipe import Recipe
+    from dtq.recipe.resolve import BNB_NF4, KEEP, TEXT_RECIPE, for_text_encoder
+    from dtq.recipe.selectors import check_patterns
+    from dtq.stages.plan import plan as plan_stage
+    from dtq.stages.run import Run
+
+    wanted, memory = options["text"], options["memory"]
+    text = wanted not in (KEEP, BNB_NF4) and (wanted is not None or budget is not None)
+    models = loading.meta_models(model, components or "auto", variant, text=text)
+    check_patterns(options["exclude"], [empty for empty, _ in models.values()], "--exclude")
+    limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
+    _, first = next(iter(models.values()))  # the dtype in which the whole pipeline is loaded
+    compute = first if dtype == "auto" else loading.DTYPES[dtype]
+    shared = budget is not None
+    if shared:
+        recipe = replace(recipe, allocate=replace(recipe.allocate, budget=""))
+    runs = []
+    for name, (empty, _) in models.items():
+        # a class may keep layers in float32 for some dtypes
+        loaded = loading.LoadedModel(model, None, name, empty.to(compute))
+        own, free, to = recipe, False, options["target"]
+        if text and is_text_encoder(empty):
+            free, to = wanted is None, ""
+            own = Recipe.load(wanted or TEXT_RECIPE)
+            own = for_text_encoder(own, recipe.calibration, shares_budget=free)
+        shares = shared and (free or own is recipe)
+        run = Run(
+            loaded, own, exclude=options["exclude"], memory=limit, target=to,
+            shares_budget=shares, may_stay_float=free,
+        )  # fmt: skip
+        plan_stage(run)
+        runs.append(run)
+    return runs, compute, {name for name, (_, stored) in models.items() if stored == compute}
+
+
+def _sizes(
+    model: str,
+    runs: list[Run],
+    budget: PipelineBudget,
+    compute: torch.dtype,
+    has_pipeline: bool,
+) -> Sizes:
+    """Least and most bytes of all weight files; refuses a budget below the least."""
+    from dtq import demo
+    from dtq.estimate.fake_pipeline import meta_modules
+    from dtq.estimate.sampling import cast_floats
+    from dtq.pipelines.hub import download_configs
+    from dtq.stages.pipeline_sizes import refuse_too_small, saved_files, sizes
+
+    path = demo.path_of(model)
+    others = {}
+    if has_pipeline:
+        others = meta_modules(path if path.exists() else download_configs(model))
+    for name in [run.loaded.component for run in runs]:
+        others.pop(name, None)
+    for module in others.values():
+        cast_floats(module, compute)
+    found = sizes(runs, saved_files(others, budget.nf4), budget.vae)
+    refuse_too_small(budget.bytes, found, model)
+    return found
+
+
+def _print_budget(found: Sizes, budget: int) -> None:
+    """What each component may take, and what is left for the budget to choose."""
+    rows = [(name, size(found.least[name]), size(found.most[name])) for name in found.least]
+    rows += [(name, size(fixed), "as it is") for name, fixed in found.fixed.items()]
+    rows.append(("together", size(found.smallest()), size(found.largest())))
+    click.echo()
+    table(("component", "file at least", "at most"), rows)
+    spare = budget - found.smallest()
+    click.echo(f"budget {size(budget)}: {size(spare)} above the least, spent by measured error")
 
 
 def _to_json(run: Run, cost: Estimate) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtq.cli import options as opt
-from dtq.cli.output import duration, print_unknown, size, table
+from dtq.cli.output import duration, or_dash, print_unknown, size, table
 
 if TYPE_CHECKING:
     from dtq.runs.run_dir import RunDirectory
+    from dtq.stages.pipeline_sizes import PipelineBudget
     from dtq.stages.report import Report
     from dtq.stages.run import Run
 
@@ -30,6 +31,7 @@ _options = opt.combined(
     opt.path("--stats", help="Statistics file from dtq calibrate. Default: calibrate now."),
     opt.target,
     opt.text_encoder,
+    opt.vae,
     opt.exclude,
     opt.memory,
     click.option("--shard-size", default="10GB",
@@ -43,9 +45,6 @@ _options = opt.combined(
     click.option("--sanity-check/--no-sanity-check", default=True,
                  help="Compare a short sampling run with the float model at the end, and promote the "
                       "layers that fail."),
-    click.option("--vae", type=click.Choice(["keep", "w8"]), default="keep", show_default=True,
-                 help="Format of the autoencoder: w8 stores it with 8-bit weights, and the report has "
-                      "the PSNR of its decodes."),
     opt.json(help="Print the report as JSON, without progress bars."),
 )
 # fmt: on
@@ -59,7 +58,7 @@ def quantize(
     output: Path,
     stats: Path | None,
     target: str,
-    text_encoder: str,
+    text_encoder: str | None,
     exclude: tuple[str, ...],
     memory: str | None,
     shard_size: str,
@@ -67,7 +66,7 @@ def quantize(
     fresh: bool,
     source_config: Path | None,
     sanity_check: bool,
-    vae: str,
+    vae: str | None,
     as_json: bool,
     dtype: str,
     variant: str | None,
@@ -86,25 +85,28 @@ def quantize(
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 -o flux-w4a8
     dtq quantize demo --recipe w4a8 --set modulation=w4a16 -o small
     dtq quantize demo-video --recipe w4a8 --text-encoder w8a8 -o video
+    dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 --budget 12GB -o flux-12gb
     dtq quantize demo --recipe convrot-w8a8 --to comfy-int8 -o demo-int8
     """
     from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
-    from dtq.cli.inputs import check_names, join_workers, recipe_with, source_of
+    from dtq.cli.inputs import check_names, join_workers, recipe_with, size_of_budget, source_of
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
+    from dtq.recipe.resolve import BNB_NF4
     from dtq.runs.run_dir import run_directory
+    from dtq.stages.pipeline_sizes import PipelineBudget
 
     tune_malloc()
     recipe = recipe_with(choices)
     check_names(target, text_encoder)
+    budget = PipelineBudget.of(size_of_budget(choices), vae, text_encoder)
     workers = join_workers(output, silent=as_json)
     statistics = store.load(stats) if stats else None
     started = time.monotonic()
     with run_directory(output, workers, fresh=fresh, overwrite=overwrite) as directory:
         if directory.finished:
-            text = (output / "dtq_report.json").read_text(encoding="utf-8")
-            click.echo(text if as_json else f"{output}: an earlier run has finished it")
+            _print_finished(output, as_json)
             return
         source, names = source_of(model, source_config, dtype), components or "auto"
         runs = open_runs(
@@ -117,36 +119,59 @@ def quantize(
             check=sanity_check,
             target=target,
             text_encoder=text_encoder,
+            budget=budget,
         )
-        _plan(runs, output, vae)
-        _begin(directory, runs, memory, stats, vae)
+        _plan(runs, output, vae, budget)
+        nf4 = text_encoder == BNB_NF4
+        others = {"vae": vae, "budget": budget and budget.bytes, "nf4": nf4 or None}
+        _begin(directory, runs, memory, stats, others)
         del statistics
-        reports = run_stages(runs)
+        reports = run_stages(runs, budget)
         if not workers.is_main:
             return
-        data = _save(directory, runs, reports, shard_size, vae)
+        data = _save(directory, runs, reports, shard_size, vae, budget, nf4)
     if as_json:
         click.echo(json.dumps(data))
-        return
-    _print_reports(reports, output, time.monotonic() - started, data.get("vae", {}))
-    for file in data.get("exported", []):
-        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
+    else:
+        _print_all(reports, data, output, time.monotonic() - started, target)
 
 
 def _begin(
-    directory: RunDirectory, runs: list[Run], memory: str | None, stats: Path | None, vae: str
+    directory: RunDirectory,
+    runs: list[Run],
+    memory: str | None,
+    stats: Path | None,
+    others: dict[str, Any],
 ) -> None:
-    """Start the run, or continue the one of the same inputs."""
+    """Start the run, or continue the one of the same inputs, ``others`` among them."""
     from dtq.allocate import parse_size
     from dtq.stages.run_identity import run_identity
 
     needs = frozenset[str]().union(*(run.recipe.needs() for run in runs))
     main = runs[0].tasks.workers.is_main
     inputs = run_identity(runs, needs, stats) if main else {}
-    inputs |= {"vae": vae} if inputs and vae != "keep" else {}
+    inputs |= {key: value for key, value in others.items() if value is not None and main}
     directory.begin(inputs, parse_size(memory) if memory else None)
     for run in runs:
         run.memory = directory.memory
+
+
+def _print_finished(output: Path, as_json: bool) -> None:
+    text = (output / "dtq_report.json").read_text(encoding="utf-8")
+    click.echo(text if as_json else f"{output}: an earlier run has finished it")
+
+
+def _print_all(
+    reports: dict[str, Report], data: dict[str, Any], output: Path, seconds: float, target: str
+) -> None:
+    _print_reports(reports, output, seconds, data.get("vae", {}))
+    for name, done in data.get("bitsandbytes", {}).items():
+        sizes = f"{size(done['bytes_before'])} to {size(done['bytes'])}"
+        click.echo(f"{name}: {done['layers']} linears in NF4 of bitsandbytes, {sizes}")
+    if len(files := data.get("pipeline", {}).get("components", {})) > 1:
+        _print_components(data["pipeline"], files)
+    for file in data.get("exported", []):
+        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
 
 
 def _print_reports(
@@ -162,22 +187,37 @@ def _print_reports(
         click.echo(f"vae: {decodes['layers']} layers in {decodes['format']}, {sizes}, {psnr}")
 
 
-def _plan(runs: list[Run], output: Path, vae: str) -> None:
+def _print_components(pipeline: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Bytes of every component, and its share of the error where a budget has measured it."""
+    total, budget = pipeline["bytes"], pipeline.get("budget")
+    rows = [
+        (name, size(c["bytes"]), f"{c['bytes'] / total:.0%}", or_dash(c["error_share"], ".0%"))
+        for name, c in files.items()
+    ]
+    allowed = f" of {size(budget)}" if budget else ""
+    table(("component", "file", "share", "share of the error"),
+          [*rows, ("together", f"{size(total)}{allowed}", "", "")])  # fmt: skip
+
+
+def _plan(runs: list[Run], output: Path, vae: str | None, budget: PipelineBudget | None) -> None:
     """Plan every model; refuses before the work what cannot be done."""
     from dtq.stages.autoencoder import check_vae
+    from dtq.stages.pipeline_sizes import check_budget
     from dtq.stages.plan import plan
 
-    check_vae(runs[0].loaded.pipeline, vae)
+    check_vae(runs[0].loaded.pipeline, vae or "keep")
     for run in runs:
         plan(run)
         _check_disk(run, output)
+    if budget is not None:
+        check_budget(runs, budget)
 
 
 def _check_disk(run: Run, output: Path) -> None:
     """Refuse a disk that is too full before the work, not after it."""
     from dtq.checkpoint.reader import predicted_bytes
     from dtq.errors import InputError
-    from dtq.estimate import file_tensors
+    from dtq.stages.file_tensors import file_tensors
 
     folder = output.resolve()
     parent = next(path for path in (folder, *folder.parents) if path.exists())
@@ -188,23 +228,36 @@ def _check_disk(run: Run, output: Path) -> None:
 
 
 def _save(
-    directory: RunDirectory, runs: list[Run], reports: dict[str, Report], shard_size: str, vae: str
+    directory: RunDirectory,
+    runs: list[Run],
+    reports: dict[str, Report],
+    shard_size: str,
+    vae: str | None,
+    budget: PipelineBudget | None,
+    nf4: bool,
 ) -> dict[str, Any]:
     """Write the output folder; returns the report as plain data."""
     from dtq.checkpoint import writer
     from dtq.errors import InputError
     from dtq.io.safe_parse import finite_or_null
     from dtq.stages.autoencoder import quantize_autoencoder
+    from dtq.stages.text_nf4 import quantize_text_encoders_nf4
 
     first = runs[0].loaded
     saveable = first.pipeline if first.pipeline is not None else first.model
     measured = finite_or_null({name: report.to_json() for name, report in reports.items()})
     data: dict[str, Any] = {**(measured if len(measured) > 1 else next(iter(measured.values())))}
-    if decodes := quantize_autoencoder(first.pipeline, vae, runs[0].recipe.calibration):
+    if nf4:
+        data["bitsandbytes"] = quantize_text_encoders_nf4(first)
+    chosen = vae or "keep" if budget is None else budget.outcome["vae"]
+    if decodes := quantize_autoencoder(first.pipeline, chosen, runs[0].recipe.calibration):
         data["vae"] = finite_or_null(decodes)
     refused: list[str] = []
     with directory.result() as side:
-        writer.save_into(saveable, side, shard_size, measured, data.get("vae"))
+        outcome = budget.outcome if budget is not None else {}
+        written = writer.save_into(saveable, side, shard_size, measured, data.get("vae"), outcome)
+        if first.pipeline is not None:
+            data["pipeline"] = written
         if target := runs[0].target:
             data["exported"] = []
             for run in (each for each in runs if each.target):
@@ -252,9 +305,10 @@ def print_report(report: Report, output: Path, seconds: float) -> None:
     print_unknown(plan)
     if report.allocation:
         counts = Counter(row["option"] for row in report.allocation["rows"])
-        spent, allowed = report.allocation["bytes"], report.allocation["budget"]
+        spent, allowed = size(report.allocation["bytes"]), report.allocation.get("budget")
         inputs = ", ".join(f"{n} inputs in {name}" for name, n in counts.most_common())
-        click.echo(f"budget: {size(spent)} of {size(allowed)} spent; {inputs}")
+        of = f" of {size(allowed)}" if allowed else ""  # that of a pipeline is no model's alone
+        click.echo(f"budget: {spent}{of} spent; {inputs}")
     if blocks := report.finetune.get("blocks", []):
         better = [b for b in blocks if b["accepted"] and b["before"] and b["after"]]
         gain = numbers.median(b["after"] / b["before"] for b in better) if better else 1.0

@@ -80,7 +80,7 @@ def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> di
         per_pass = count_dummy_calls(settings) * settings.batch_size
         checked = 2 * count_dummy_calls(short_settings(recipe)) * bool(needs)
     transforms = len(recipe.transform_candidates) if has_pipeline else 0
-    formats = len(recipe.allocate.formats) if recipe.allocate.budget else 0
+    formats = len(run.formats)
     search = recipe.step_policy
     finetuned, blocks = recipe.finetune.name != "none", len(blocks_of(run.model))
     # a step trains one block of all, in three times its forward; 40 calls per block are its targets
@@ -114,11 +114,11 @@ def solver_operations(run: Run, needs: frozenset[str]) -> float:
         run: after the plan stage.
         needs: statistics that are collected; GPTQ takes more with Hessians.
     """
-    plan, allocate = run.plan, run.recipe.allocate
+    plan = run.plan
     layers = plan.quantized()
     for name in run.recipe.transform_candidates:
         layers += [replace(x, transform=MethodSpec(name)) for x in plan.gemm()]
-    for name in allocate.formats if allocate.budget else ():
+    for name in run.formats:
         layers += [x for x in plan.gemm() if x.weight_format != name]
     readers = {x.name: len(g.linears) for g in run.scan.input_groups for x in g.linears}
     total = 0.0

@@ -44,13 +44,11 @@ def meta_pipeline(folder: Path) -> Any:
         CheckpointError: a config describes a model of absurd size.
     """
     index = folder / "model_index.json"
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {**meta_modules(folder)}
     for name, (library, kind_name) in components(index).items():
-        with translate_errors(folder / name):
-            kind: Any = simple_get_class_obj(library, kind_name)
-            if issubclass(kind, nn.Module):
-                parts[name] = meta_model(folder / name, kind, ())
-            else:
+        if name not in parts:
+            with translate_errors(folder / name):
+                kind: Any = simple_get_class_obj(library, kind_name)
                 parts[name] = kind.from_pretrained(folder / name)
     entries = read_json(index)
     optional = {k: None for k, v in entries.items() if v == [None, None]}
@@ -59,6 +57,25 @@ def meta_pipeline(folder: Path) -> Any:
         pipeline = getattr(diffusers, entries["_class_name"])(**parts, **optional, **plain)
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline
+
+
+def meta_modules(folder: Path) -> dict[str, nn.Module]:
+    """The models of a pipeline folder on the meta device, in the dtype of float32.
+
+    Args:
+        folder: of a pipeline; only its configs are read.
+
+    Raises:
+        InputError: a model cannot be built; names the file.
+        CheckpointError: a config describes a model of absurd size.
+    """
+    parts = {}
+    for name, (library, kind_name) in components(folder / "model_index.json").items():
+        with translate_errors(folder / name):
+            kind: Any = simple_get_class_obj(library, kind_name)
+            if issubclass(kind, nn.Module):
+                parts[name] = meta_model(folder / name, kind, ())
+    return parts
 
 
 @dataclass

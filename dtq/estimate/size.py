@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import psutil
 import torch
-from torch import nn
 
 from dtq.allocate import parse_budget
 from dtq.calibrate.observers import InputStats
@@ -18,9 +17,8 @@ from dtq.checkpoint.reader import predicted_bytes
 from dtq.estimate.duration import quantized_groups, run_seconds
 from dtq.linalg.cholesky import factor_cost
 from dtq.models import blocks_of
-from dtq.plan.layers import Plan
 from dtq.stages.budget import promotion_budget
-from dtq.stages.float_model import float32_modules
+from dtq.stages.file_tensors import file_tensors
 from dtq.stages.run import Run
 from dtq.stages.solve import COPIES
 
@@ -93,24 +91,6 @@ def estimate(
     )
 
 
-def file_tensors(
-    model: nn.Module, plan: Plan, dtype: torch.dtype
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of every tensor that the quantized file will hold."""
-    wide = float32_modules(model, dtype)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    tensors = {}
-    for key, tensor in model.state_dict().items():
-        if key in tied:
-            continue
-        kept = torch.float32 if any(part in wide for part in key.split(".")) else dtype
-        tensors[key] = (tuple(tensor.shape), kept if tensor.is_floating_point() else tensor.dtype)
-    for layer in plan.quantized():
-        for part, spec in layer.spec.tensor_specs(layer.shape, plan.bins).items():
-            tensors[f"{layer.name}.{part}"] = (spec.shape, spec.dtype)
-    return tensors
-
-
 def peak_memory(
     run: Run, needs: frozenset[str], dtype: torch.dtype, *, mapped: bool = False
 ) -> int:
@@ -165,7 +145,7 @@ def disk_needed(run: Run, needs: frozenset[str], output: int) -> int:
     groups = quantized_groups(run) if needs else []
     bins = recipe.calibration.num_timestep_bins
     statistics = sum(InputStats.nbytes(g.columns, bins, needs) for g in groups)
-    options = len(recipe.allocate.formats) - 1 if recipe.allocate.budget else 0
+    options = max(0, len(run.formats) - 1)
     alternatives = len(recipe.transform_candidates) + options
     layers = sum(x.nbytes(plan.bins) for x in plan.quantized())
     layers += alternatives * sum(x.nbytes(plan.bins) for x in plan.gemm())

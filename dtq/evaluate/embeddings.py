@@ -16,7 +16,7 @@ from dtq.pipelines import prompts
 from dtq.pipelines.contents import text_encoders
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.recorded_calls import first_tensor
-from dtq.pipelines.sampling import run_text_encoders
+from dtq.pipelines.sampling import batch_starts, run_text_encoders
 from dtq.pipelines.settings import SamplingSettings
 
 
@@ -28,6 +28,7 @@ def quantized_text_encoders(loaded: LoadedModel) -> dict[str, nn.Module]:
         name: model
         for name, model in models.items()
         if any(isinstance(module, QuantLinear) for module in model.modules())
+        or getattr(model, "is_quantized", False)  # by another library
     }
 
 
@@ -77,6 +78,6 @@ def embedding_errors(
             encoder = getattr(reference.pipeline, name)
             hook = partial(compare, name)
             hooks.enter_context(encoder.register_forward_hook(hook, with_kwargs=True))
-        for start in range(len(requests.entries)) if models else ():
+        for start in batch_starts(reference.pipeline, requests, settings) if models else ():
             run_text_encoders(reference.pipeline, requests, settings, start)
     return {name: error[name] / size[name] for name in models if size[name]}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.evaluate import baselines as libraries
 from dtq.evaluate import paired_run, requested_metrics, trajectory, vbench_metrics
+from dtq.evaluate.components import contributions
 from dtq.evaluate.embeddings import embedding_errors
 from dtq.evaluate.image_sets import ImageSet
 from dtq.evaluate.merge import by_step, merge_shards
@@ -111,6 +112,7 @@ def evaluate(
     workers: Workers = SINGLE_PROCESS,
     folder: Path | None = None,
     videos_to: Path | None = None,
+    components: bool = False,
 ) -> Evaluation | None:
     """Compare a quantized pipeline with its float one.
 
@@ -125,6 +127,7 @@ def evaluate(
         workers: processes that share the samples.
         folder: through which they exchange files; one process needs none.
         videos_to: folder for the videos and the files of VBench.
+        components: also measure every quantized component alone.
 
     Returns:
         The result in the main process, None in the others.
@@ -136,12 +139,10 @@ def evaluate(
     _check_models(candidate, reference)
     models, floats = candidate.models(), reference.models()
     layers = {component: list(compared_layers(model)) for component, model in models.items()}
-    request = request or MetricRequest()
+    request, vbench = request or MetricRequest(), vbench or VBenchRequest()
     request.check()
-    vbench = vbench or VBenchRequest()
     vbench.check()
-    if vbench.writes and videos_to is None:
-        raise InputError("--vbench and --mp4 write videos, which need a folder: -o FOLDER")
+    _check_place(vbench.writes and videos_to is None, components and workers.size > 1)
     for name in baselines:
         libraries.find(name)
     if baselines and not any(layers.values()):
@@ -171,6 +172,8 @@ def evaluate(
     result = _result(
         merged, bits, embedding_errors(candidate, job.reference, job.requests, job.settings)
     )
+    if components:
+        result.run.components = contributions(job, candidate, progress)
     result.metrics, result.image_sets = sets.metrics, sets.image_sets
     if request.distributions:
         result.run.image_sets, result.run.features = sets.file, sets.features()
@@ -178,6 +181,14 @@ def evaluate(
         result.run.conditions["fid_samples"] = request.num_images
     _set_fid(result)
     return result
+
+
+def _check_place(no_folder: bool, too_many: bool) -> None:
+    """Refuse videos without a folder for them, and components in several processes."""
+    if no_folder:
+        raise InputError("--vbench and --mp4 write videos, which need a folder: -o FOLDER")
+    if too_many:
+        raise InputError("--components needs one process: leave torchrun out, or the option")
 
 
 def _check_models(candidate: LoadedModel, reference: LoadedModel) -> None:

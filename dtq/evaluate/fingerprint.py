@@ -42,7 +42,9 @@ def digest(data: Any) -> str:
 
 
 def recipe_of(model: nn.Module, *others: nn.Module) -> str:
-    """The recipe in the quantization config of a model; ``float`` for a model without one.
+    """The recipe in the quantization config of a model, or the name of another library's method.
+
+    ``float`` for a model without a config.
 
     For several models it lists each of their recipes once.
     """
@@ -54,8 +56,9 @@ def recipe_of(model: nn.Module, *others: nn.Module) -> str:
         config = own.get("quantization_config")
     if config is None:
         return "float"
-    recipe = config.get("recipe") if isinstance(config, dict) else getattr(config, "recipe", None)
-    return str(recipe or "unknown")
+    if not isinstance(config, dict):
+        config = config.to_dict()
+    return str(config.get("recipe") or config.get("quant_method") or "unknown")
 
 
 def hardware(model: nn.Module) -> str:

@@ -58,6 +58,26 @@ class Sample:
     seed: int
 
 
+@dataclass(frozen=True)
+class Contribution:
+    """The float pipeline with one quantized component.
+
+    Attributes:
+        component: its name.
+        error: relative squared error of a step with the float run's latents, mean over the steps;
+            None for an autoencoder, which takes part in no step.
+        share: of the sum of these errors.
+        divergence: relative squared distance of the latents at the last step, both runs free.
+        psnr: dB against the float pipeline's images of the same seeds, median; None for sounds.
+    """
+
+    component: str = field(metadata=key("", "a name", re.compile(r"\w+").fullmatch))
+    error: float | None
+    share: float | None
+    divergence: float
+    psnr: float | None
+
+
 @dataclass
 class Run:
     """The values of one evaluation, as the gate reads them.
@@ -74,6 +94,7 @@ class Run:
         failures: id of a sample that cannot be used, to the reason.
         missing: requested metric without values, to the reason.
         image_sets: those for metrics of whole sets; None if no such metric was requested.
+        components: what each component adds to the error, if that was asked for.
         folder: of the file that the run was read from, which holds the features, too.
     """
 
@@ -87,6 +108,7 @@ class Run:
     failures: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     image_sets: FeatureFile | None = None
+    components: list[Contribution] = field(default_factory=list)
     folder: Path = field(default=Path(), init=False, compare=False)
 
     @cached_property
@@ -105,6 +127,9 @@ class Run:
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         data["samples"] = [vars(sample) for sample in self.samples]
         data["image_sets"] = None if self.image_sets is None else asdict(self.image_sets)
+        data["components"] = [vars(row) for row in self.components]
+        if not self.components:
+            del data["components"]
         return finite_or_null({"format": FORMAT, **data})
 
 
@@ -141,5 +166,6 @@ def parse(data: Any, where: str = "run") -> Run:
     found = data["format"]
     if found != FORMAT:
         raise InputError(f"{where}: format {found!r}, this dtq reads {FORMAT}; {advice}")
-    required = [f.name for f in fields(Run) if f.init and f.name != "image_sets"]
+    optional = ("image_sets", "components")
+    required = [f.name for f in fields(Run) if f.init and f.name not in optional]
     return schema.parse(Run, data, where, required=required)

@@ -73,6 +73,13 @@ def run_pipeline(
         pipeline.set_progress_bar_config(**progress_bar)
 
 
+def batch_starts(pipeline: Any, requests: prompts.Requests, settings: SamplingSettings) -> range:
+    """Index of the first request of each batch that :func:`run_pipeline` generates."""
+    settings = call_defaults.of(pipeline).fill(settings)
+    batch = image_inputs.required(pipeline, settings).batch(settings.batch_size)
+    return range(0, len(requests.entries), batch)
+
+
 class _PromptsEncodedError(Exception):
     """Every text encoder has been called, and the sampling begins."""
 

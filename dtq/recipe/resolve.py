@@ -32,13 +32,25 @@ KEEP = "keep"
 """In place of the recipe of text encoders: they are not quantized."""
 
 
-def for_text_encoder(recipe: Recipe, calibration: SamplingSettings) -> Recipe:
+BNB_NF4 = "bnb-nf4"
+"""In place of the recipe of text encoders: NF4 of bitsandbytes, in its own format."""
+TEXT_RECIPE = "w4a16"
+"""Recipe of text encoders whose formats a budget chooses: weights alone, which is what counts."""
+
+
+def for_text_encoder(
+    recipe: Recipe, calibration: SamplingSettings, *, shares_budget: bool = False
+) -> Recipe:
     """A recipe as it applies to text encoders, which have no timestep.
 
     Args:
         recipe: of the text encoders.
         calibration: of the transformer; the text encoders are calibrated on the same prompts.
+        shares_budget: a budget chooses between the recipe's format and 8 bits per weight.
     """
+    if shares_budget:
+        formats = (recipe.weights, "int8-row")
+        recipe = replace(recipe, allocate=replace(recipe.allocate, formats=formats))
     return replace(
         recipe,
         calibration=replace(calibration, num_timestep_bins=1),

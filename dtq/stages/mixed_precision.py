@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 
 from dtq.allocate import allocate, groups_of, parse_budget
 from dtq.engines.constrain import in_format
+from dtq.plan import Plan
 from dtq.stages.candidates import measure_candidates
 from dtq.stages.layer_result import LayerResult, finalize
 from dtq.stages.run import Run
@@ -25,21 +27,10 @@ def mixed_precision(run: Run) -> None:
     settings, plan = run.recipe.allocate, run.plan
     if not settings.budget:
         return
-    gemm = {x.name for x in plan.gemm()}
-    members = {
-        group.name: names
-        for group in run.scan.input_groups
-        if (names := [x.name for x in group.linears if x.name in gemm])
-    }
-    results = _solve_every_format(run, members)
+    members = members_of(run)
+    results = solve_every_format(run, members)
     weights = {g: sum(math.prod(plan[x].shape) for x in names) for g, names in members.items()}
-    costs = {
-        group: {
-            option: sum(result.plan.nbytes(plan.bins) for result in layers.values())
-            for option, layers in options.items()
-        }
-        for group, options in results.items()
-    }
+    costs = costs_of(results, plan.bins)
     chosen = allocate(
         measure_candidates(run, results, settings.num_inputs, "allocate"),
         costs,
@@ -54,8 +45,44 @@ def mixed_precision(run: Run) -> None:
     run.report.allocation = chosen.to_json()
 
 
-def _solve_every_format(
-    run: Run, members: dict[str, list[str]]
+def members_of(run: Run) -> dict[str, list[str]]:
+    """Attention and feed-forward layers by input group."""
+    gemm = {x.name for x in run.plan.gemm()}
+    return {
+        group.name: names
+        for group in run.scan.input_groups
+        if (names := [x.name for x in group.linears if x.name in gemm])
+    }
+
+
+def in_option(run: Run, option: str) -> Plan:
+    """The plan with every attention and feed-forward layer in one format, where that fits."""
+    if option == run.recipe.weights:
+        return run.plan
+    moved = {x.name: in_format(x, option, run.target) for x in run.plan.gemm()}
+    return run.plan.with_layers(moved)
+
+
+def costs_of(
+    results: Mapping[str, Mapping[str, Mapping[str, LayerResult]]], bins: int
+) -> dict[str, dict[str, int]]:
+    """Bytes by input group and format.
+
+    Args:
+        results: by input group, format and layer name.
+        bins: timestep bins of static activation scales.
+    """
+    return {
+        group: {
+            option: sum(result.plan.nbytes(bins) for result in layers.values())
+            for option, layers in options.items()
+        }
+        for group, options in results.items()
+    }
+
+
+def solve_every_format(
+    run: Run, members: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, dict[str, LayerResult]]]:
     """Results by input group, format and layer name."""
     gemm = {name for names in members.values() for name in names}
@@ -63,8 +90,7 @@ def _solve_every_format(
     for option in run.recipe.allocate.formats:
         solved = run.results
         if option != run.recipe.weights:
-            moved = {x.name: in_format(x, option, run.target) for x in run.plan.gemm()}
-            other = run.plan.with_layers(moved)
+            other = in_option(run, option)
             for x in other.gemm():
                 if x.weight_format != option:
                     log.warning("%s: stays in %s: %s", x.name, x.weight_format, x.note)

@@ -31,7 +31,7 @@ def promote(run: Run) -> None:
     model, or ``max_error``, and the promoted layer has a lower error. Layers that the run's target
     has in one matrix are promoted together, if that lowers the sum of their errors.
     """
-    if run.recipe.allocate.budget:  # the budget has decided
+    if run.formats:  # the budget has decided
         return
     settings = run.recipe.promote
     budget = promotion_budget(run) if settings.to else 0.0

@@ -25,8 +25,10 @@ def record_calls(run: Run) -> None:
         InputError: the pipeline never calls the model in that run.
     """
     recipe, loaded = run.recipe, run.loaded
+    if run.shares_budget and loaded.pipeline is not None:
+        return  # recorded with the other models of the pipeline
     finetuned = recipe.finetune.name != "none"
-    needed = recipe.allocate.budget or recipe.step_policy.precisions or finetuned
+    needed = run.formats or recipe.step_policy.precisions or finetuned
     needed = needed or recipe.attention == "int8"
     # random inputs would say little about which transform is better
     if needed or (recipe.transform_candidates and run.has_data):

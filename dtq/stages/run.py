@@ -37,6 +37,8 @@ class Run:
         memory: bytes that statistics may take; None for half of what is free.
         progress: whether to show progress bars.
         target: key of ``TARGETS`` that the plan must fit; empty: none.
+        shares_budget: whether the budget of the whole pipeline chooses the formats of its layers.
+        may_stay_float: whether that budget may also leave a layer float.
         joined: for layers whose rows are a part of one matrix in the target's files, its name.
         check: whether the sanity check compares a short sampling run with the float model.
         config: the quantization config; stages complete it.
@@ -57,6 +59,8 @@ class Run:
     memory: int | None = None
     progress: bool = True
     target: str = ""
+    shares_budget: bool = False
+    may_stay_float: bool = False
     joined: Mapping[str, str] = field(default_factory=dict)
     check: bool = False
     config: DTQConfig = field(default_factory=DTQConfig)
@@ -76,6 +80,12 @@ class Run:
     def has_data(self) -> bool:
         """Whether a pipeline or given inputs call the model with real data."""
         return self.loaded.pipeline is not None or self.inputs is not None
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Weight formats that mixed precision chooses from; empty without it."""
+        allocate = self.recipe.allocate
+        return allocate.formats if allocate.budget or self.shares_budget else ()
 
     @property
     def edges(self) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from dtq.allocate import (
     METRICS,
     Option,
     allocate,
+    choose,
     groups_of,
     knapsack,
     measure,
@@ -519,3 +520,28 @@ def test_parse_budget(text, count):
 def test_parse_budget_refuses_with_an_example(text):
     with pytest.raises(InputError, match=r"12MB or 1\.5GiB"):
         parse_budget(text, 1_000_000)
+
+
+def test_a_total_with_overhead_is_kept_to_the_byte():
+    """The best choice by brute force, where every choice costs a header, too."""
+    rng = random.Random(0)
+    items = [f"i{n}" for n in range(5)]
+    costs = {i: {"a": 10 * n + 20, "b": 10 * n + 31} for n, i in enumerate(items)}
+    errors = {i: {"a": rng.uniform(0.1, 1), "b": rng.uniform(0, 0.1)} for i in items}
+
+    def total(choice):
+        return 7 + sum(costs[i][o] for i, o in choice.items())
+
+    every = [dict(zip(items, c, strict=True)) for c in itertools.product(("a", "b"), repeat=5)]
+    options = {"groups": dict.fromkeys(items, "g"), "weights": dict.fromkeys(items, 8)}
+    least = min(map(total, every))
+    for budget in range(least, max(map(total, every)) + 3, 3):
+        found = choose(errors, costs, budget, total=total, **options)
+        best = min(
+            sum(errors[i][o] for i, o in choice.items())
+            for choice in every if total(choice) <= budget
+        )  # fmt: skip
+        assert found.bytes == total(found.choice) <= budget
+        assert found.sensitivity == pytest.approx(best)
+    with pytest.raises(InputError, match=f"the smallest choice takes {least} bytes"):
+        choose(errors, costs, least - 1, total=total, **options)

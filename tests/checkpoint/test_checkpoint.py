@@ -22,9 +22,9 @@ import dtq
 from dtq.checkpoint import reader, writer
 from dtq.checkpoint.file_size import file_bytes
 from dtq.errors import CheckpointError, InputError
-from dtq.estimate.size import file_tensors
 from dtq.io.package_data import yaml_names
 from dtq.pipelines.loading import LoadedModel, meta_models
+from dtq.stages.file_tensors import file_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

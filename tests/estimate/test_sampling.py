@@ -21,7 +21,6 @@ from transformers import T5EncoderModel
 
 from dtq import demo
 from dtq.cli import main
-from dtq.estimate import file_tensors
 from dtq.estimate.fake_pipeline import FakeRun, meta_pipeline
 from dtq.estimate.live_bytes import LiveBytes
 from dtq.estimate.sampling import SamplingMemory, cast_floats, sampling_memory, tensor_bytes
@@ -30,6 +29,7 @@ from dtq.pipelines.loading import LoadedModel, load_transformer
 from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe import Recipe
+from dtq.stages.file_tensors import file_tensors
 from dtq.stages.plan import plan
 from dtq.stages.run import Run
 

@@ -17,6 +17,7 @@ from torch import nn
 import dtq
 from dtq.cli import main
 from dtq.errors import CheckpointError, InputError
+from dtq.evaluate.report.quantization_report import quantization_report
 from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.recipe.selectors import excludes
@@ -85,7 +86,10 @@ def test_with_text_encoders(tmp_path):
     result = CliRunner().invoke(main, [str(word) for word in command])
     assert result.exit_code == 0, result.output
     report = json.loads((out / "dtq_report.json").read_text())
+    assert {*report.pop("pipeline")["components"]} == {*report}
     assert {*report} == {"transformer", "text_encoder", "text_encoder_2", "vae"}
+    merged = quantization_report(out)  # which dtq eval reads
+    assert len(merged["layers"]) == sum(len(report[n]["layers"]) for n in {*report} - {"vae"})
     shown = json.loads(CliRunner().invoke(main, ["inspect", str(out), "--json"]).stdout)
     assert {*shown} == {*report}
     assert len(shown["vae"]["layers"]) == report["vae"]["layers"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pipelines
@@ -19,7 +20,7 @@ from dtq.cli import main
 from dtq.errors import InputError
 from dtq.evaluate.embeddings import embedding_errors, quantized_text_encoders
 from dtq.nn import QuantLinear
-from dtq.pipelines import prompts
+from dtq.pipelines import prompts, sampling
 from dtq.pipelines.loading import load_transformer, text_encoders_of
 from dtq.pipelines.settings import SamplingSettings
 from dtq.pipelines.tracing import dummy_inputs
@@ -144,6 +145,19 @@ def test_the_error_of_embeddings(flux):
     assert embedding_errors(reference, reference, requests, SETTINGS) == {}
 
 
+def test_every_batch_of_prompts_is_encoded_once(flux, monkeypatch):
+    pipe, _ = flux
+    candidate, reference = load_transformer(pipe), load_transformer(pipelines.flux())
+    settings = replace(SETTINGS, samples=3, batch_size=2)
+    requests = prompts.load("prompts-64", reference.pipeline, 3)
+    runs, before = [], sampling.run_pipeline
+    monkeypatch.setattr(
+        sampling, "run_pipeline", lambda *args: runs.append(args[-1]) or before(*args)
+    )
+    embedding_errors(candidate, reference, requests, settings)
+    assert runs == [[0], [2]]
+
+
 def test_a_pipeline_without_a_text_encoder_is_refused(float_folder):
     with pytest.raises(InputError, match="has no text encoder; leave"):
         dtq.quantize(float_folder, "rtn-w4a8", text_encoder="w8a8", progress=False)
@@ -163,7 +177,8 @@ def test_the_commands(tmp_path, capsys):
     report = json.loads((out / "dtq_report.json").read_text())
     names = {"transformer", "text_encoder", "text_encoder_2"}
     assert {*planned} == names
-    assert {*report} == {*names, "vae"}
+    assert {*report} == {*names, "vae", "pipeline"}
+    assert {*report["pipeline"]["components"]} == {*names, "vae"}
     for name in names:
         (file,) = (out / name).glob("*.safetensors")
         assert file.stat().st_size == planned[name]["bytes"]

@@ -37,10 +37,15 @@ class _Report:
     inputs: tuple[_Input, ...]
 
 
+_OTHERS = ("vae", "pipeline", "bitsandbytes", "exported")
+"""Entries of the file other than the reports of models."""
+
+
 def quantization_report(folder: Path | None) -> dict[str, Any]:
     """The report that ``dtq quantize`` wrote into a checkpoint; empty when there is none.
 
-    The reports of several transformers become one, names with that of the transformer in front.
+    The reports of several models become one, names with that of the model in front. Entries that
+    are no such report (the autoencoder, the whole pipeline) are left out.
 
     Raises:
         InputError: the file is there and is not what dtq writes; names the key.
@@ -49,11 +54,12 @@ def quantization_report(folder: Path | None) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     data = read_json(file)
-    if not data or "layers" in data or not all(isinstance(each, dict) for each in data.values()):
+    models = {k: v for k, v in data.items() if isinstance(v, dict) and k not in _OTHERS}
+    if "layers" in data or not models:
         schema.parse(_Report, data, f"{file} (delete it to go without)")
         return data
     merged: dict[str, Any] = {"layers": [], "inputs": []}
-    for name, report in data.items():
+    for name, report in models.items():
         schema.parse(_Report, report, f"{file} (delete it to go without): {name}")
         for key, rows in merged.items():
             rows += [{**row, "name": f"{name}.{row['name']}"} for row in report[key]]
