@@ -18,12 +18,17 @@ constexpr int kPanelRows = 32;    // output channels of a panel: two AMX tiles, 
 constexpr int kGroupBlocks = 3;   // token blocks whose int32 sums are stored next to each other
 constexpr int kSmallM = 8;        // up to this many tokens each weight is read once and not packed
 
-// quantize_rows, binned_quantize_rows, e2m1_quantize_rows, transform_rows, round_rows. A row is one
-// token; it is scaled, permuted, rotated and then quantized.
+// quantize_rows, binned_quantize_rows, norm_quantize_rows, e2m1_quantize_rows, transform_rows, round_rows. A row
+// is one token; it is normalized and modulated, scaled, permuted, rotated and then quantized.
 struct Rows {
   const void* x;  // (M, K), row stride `stride` elements
   Float type;
   int64_t stride, columns;
+  bool norm;                    // LayerNorm without weights, then * (1 + scale) + shift
+  float eps;                    // added to the variance
+  const float* modulate_scale;  // (M / rows_per_modulate, K), or null: no modulation
+  const float* modulate_shift;  // likewise
+  int64_t rows_per_modulate;    // tokens that share a row of them
   const float* pre_scale;  // (K), or null
   const int32_t* perm;     // (K), place k gets input channel perm[k]; or null
   int64_t hadamard_block;  // block size of the Hadamard transform; 1 for none
@@ -37,6 +42,11 @@ struct Rows {
   Rounding rounding;       // fake quantization of `out`
   Float out_type;
 };
+
+constexpr int64_t kRowWarp = 512;  // columns that `sum_rows` adds first: 32 runs of 16
+
+// Floats of a row in memory.
+static inline int64_t padded_row(int64_t columns) { return (columns + kRowWarp - 1) / kRowWarp * kRowWarp; }
 
 // int8 GEMM: w8a8_linear, w4a8_linear, w3a8_linear, lut4a8_linear, group_a8_linear, and those with an
 // epilogue.
@@ -151,7 +161,7 @@ struct Kernels {
   const char* name;
   int x_bytes;       // of a packed activation
   int weight_bytes;  // of a weight in a panel
-  // rows [first, last); `scratch` holds two rows of K floats, each rounded up to a multiple of 16
+  // rows [first, last); `scratch` holds two rows of K floats, see `padded_row`
   void (*quantize)(const Rows&, int64_t first, int64_t last, float* scratch);
   // token blocks [first, last), for `multiply`
   void (*pack)(const Linear&, int64_t first, int64_t last);

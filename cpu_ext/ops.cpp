@@ -57,11 +57,29 @@ struct RowOperands {
     const int64_t k = rows.columns, grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
     parallel_for(0, x.size(0), grain, [&](int64_t first, int64_t last) {
       static thread_local Scratch scratch;
-      kernels.quantize(rows, first, last, scratch.get<float>(2 * round_up(k, 16) * 4));
+      kernels.quantize(rows, first, last, scratch.get<float>(2 * dtq::padded_row(k) * 4));
     });
   }
 
-  Tensor x, pre, perm;
+  // LayerNorm without weights and modulation before the transform.
+  void set_norm(const char* op, const OptionalTensor& scale_in, const OptionalTensor& shift_in, double eps) {
+    rows.norm = true;
+    rows.eps = static_cast<float>(eps);
+    rows.rows_per_modulate = 1;
+    STD_TORCH_CHECK(scale_in.has_value() == shift_in.has_value(), op, ": a scale comes with a shift");
+    if (!scale_in) return;
+    STD_TORCH_CHECK(scale_in->dim() == 2 && same_shape(*scale_in, *shift_in) && scale_in->size(0) > 0 &&
+                        scale_in->size(1) == rows.columns && x.size(0) % scale_in->size(0) == 0,
+                    op, ": scale ", shape_of(*scale_in), " and shift ", shape_of(*shift_in), " for x ",
+                    shape_of(x));
+    scale = to_contiguous(to_dtype(*scale_in, ScalarType::Float));
+    shift = to_contiguous(to_dtype(*shift_in, ScalarType::Float));
+    rows.modulate_scale = data<float>(scale);
+    rows.modulate_shift = data<float>(shift);
+    rows.rows_per_modulate = std::max<int64_t>(1, x.size(0) / scale.size(0));
+  }
+
+  Tensor x, pre, perm, scale, shift;
   dtq::Rows rows = {};
 };
 
@@ -110,6 +128,19 @@ Pair binned_quantize_rows(const Tensor& x, const OptionalTensor& pre_scale, cons
   STD_TORCH_CHECK(!bin || bin->numel() == 1, kOp, ": one bin, got ", bin ? bin->numel() : 0);
   const int64_t at = bin ? *data<int64_t>(to_dtype(*bin, ScalarType::Long)) : 0;
   RowOperands operands(kOp, x, pre_scale, perm, hadamard_block, num_rotations);
+  return quantized(kOp, std::move(operands), scale, at, qmax);
+}
+
+Pair norm_quantize_rows(const Tensor& x, const OptionalTensor& modulate_scale,
+                        const OptionalTensor& modulate_shift, double eps, const OptionalTensor& pre_scale,
+                        const OptionalTensor& perm, int64_t hadamard_block, int64_t num_rotations,
+                        const OptionalTensor& scale, const OptionalTensor& bin, int64_t qmax) {
+  constexpr const char* kOp = "norm_quantize_rows";
+  check_qmax(kOp, qmax);
+  STD_TORCH_CHECK(!bin || bin->numel() == 1, kOp, ": one bin, got ", bin ? bin->numel() : 0);
+  const int64_t at = bin ? *data<int64_t>(to_dtype(*bin, ScalarType::Long)) : 0;
+  RowOperands operands(kOp, x, pre_scale, perm, hadamard_block, num_rotations);
+  operands.set_norm(kOp, modulate_scale, modulate_shift, eps);
   return quantized(kOp, std::move(operands), scale, at, qmax);
 }
 
@@ -408,6 +439,7 @@ Tensor w4a8_epilogue_linear(const Tensor& x_q, const Tensor& row_scale, const Te
 STABLE_TORCH_LIBRARY_IMPL(dtq, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("binned_quantize_rows", TORCH_BOX(&binned_quantize_rows));
+  m.impl("norm_quantize_rows", TORCH_BOX(&norm_quantize_rows));
   m.impl("round_rows", TORCH_BOX(&round_rows));
   m.impl("e2m1_quantize_rows", TORCH_BOX(&e2m1_quantize_rows));
   m.impl("transform_rows", TORCH_BOX(&transform_rows));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of activations: scaled, permuted, rotated by a block Hadamard transform, then quantized, or fake
-// quantized to floats. Needs `struct Isa`, see isa.h.
+// Rows of activations: normalized, scaled, permuted, rotated by a block Hadamard transform, then quantized, or
+// fake quantized to floats. Needs `struct Isa`, see isa.h.
 #pragma once
 #include "floats.h"
 
@@ -27,83 +27,202 @@ inline V short_stages(V v, I lane, int64_t block) {
   return v;
 }
 
+// `count` floats at p, at most kLanes; zeros follow.
+inline V part_of(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float part[kLanes] = {};
+  memcpy(part, p, count * 4);
+  return load(part);
+}
+
 inline void short_stages(const Rows& q, float* row, I lane) {
   for (int64_t k = 0; k < q.columns; k += kLanes)
     store(row + k, short_stages(load(row + k), lane, q.hadamard_block));
 }
 
-// The stages between the vectors of a block of `count` vectors, in registers.
-template <int count>
-inline void long_stages_in_registers(float* x) {
+// The largest magnitude, as bits: they are ordered as the magnitudes are, with NaN above all.
+inline I larger(I largest, V v) {
+  const I bits = (I)v & 0x7fffffff;
+  return bits > largest ? bits : largest;
+}
+
+// Some of the stages between the vectors of a block, for `count` vectors that lie `stride` floats apart. The last
+// stages come with the scale.
+template <int count, bool last>
+inline void long_stages(float* x, int64_t stride, V scale, I& largest) {
   V v[count];
-  for (int i = 0; i < count; i++) v[i] = load(x + i * kLanes);
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i++) v[i] = load(x + i * stride);
+#pragma GCC unroll 3
   for (int half = 1; half < count; half *= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < count; i++)
       if (!(i & half)) {
         V a = v[i], b = v[i + half];
         v[i] = a + b;
         v[i + half] = a - b;
       }
-  for (int i = 0; i < count; i++) store(x + i * kLanes, v[i]);
-}
-
-// The same in memory.
-inline void long_stages_in_memory(float* x, int64_t block) {
-  for (int64_t half = kLanes; half < block; half *= 2)
-    for (int64_t at = 0; at < block; at += 2 * half)
-      for (int64_t i = at; i < at + half; i += kLanes) {
-        V a = load(x + i), b = load(x + i + half);
-        store(x + i, a + b);
-        store(x + i + half, a - b);
-      }
-}
-
-inline void long_stages(float* x, int64_t columns, int64_t block) {
-  for (int64_t at = 0; at < columns; at += block) {
-    if (block == 2 * kLanes) long_stages_in_registers<2>(x + at);
-    else if (block == 4 * kLanes) long_stages_in_registers<4>(x + at);
-    else if (block == 8 * kLanes) long_stages_in_registers<8>(x + at);
-    else long_stages_in_memory(x + at, block);
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i++) {
+    if (last) v[i] = v[i] * scale, largest = larger(largest, v[i]);
+    store(x + i * stride, v[i]);
   }
 }
 
-// The stages that are left after short_stages, and the scale 1 / sqrt(hadamard_block).
-inline void finish_transform(const Rows& q, float* row) {
-  if (q.hadamard_block > kLanes) long_stages(row, q.columns, q.hadamard_block);
-  if (q.hadamard_block > 1)
-    for (int64_t k = 0; k < q.columns; k += kLanes)
-      store(row + k, load(row + k) * splat(q.hadamard_scale));
+// The same for all vectors of a row whose blocks consist of `count` parts of `stride` floats.
+template <int count>
+inline void long_stages_of_row(float* row, int64_t columns, int64_t stride, bool last, V scale, I& largest) {
+  for (int64_t at = 0; at < columns; at += count * stride)
+    for (int64_t i = at; i < at + stride; i += kLanes)
+      last ? long_stages<count, true>(row + i, stride, scale, largest)
+           : long_stages<count, false>(row + i, stride, scale, largest);
 }
 
-// Row `r` as floats times pre_scale. Without a permutation the short stages are done in the same pass.
-inline void load_row(const Rows& q, int64_t r, float* row, I lane) {
+// The stages that are left after short_stages, and the scale 1 / sqrt(hadamard_block). Returns the largest
+// magnitudes.
+inline I finish_transform(const Rows& q, float* row) {
+  I largest = {};
+  const V scale = splat(q.hadamard_scale);
+  for (int64_t stride = kLanes; stride < q.hadamard_block;) {
+    const int64_t parts = q.hadamard_block / stride, count = parts < 8 ? parts : 8;
+    const bool last = parts == count;
+    if (count == 8) long_stages_of_row<8>(row, q.columns, stride, last, scale, largest);
+    else if (count == 4) long_stages_of_row<4>(row, q.columns, stride, last, scale, largest);
+    else long_stages_of_row<2>(row, q.columns, stride, last, scale, largest);
+    stride *= count;
+  }
+  if (q.hadamard_block > kLanes) return largest;
+  for (int64_t k = 0; k < q.columns; k += kLanes) {
+    V v = load(row + k);
+    if (q.hadamard_block > 1) store(row + k, v = v * scale);
+    largest = larger(largest, v);
+  }
+  return largest;
+}
+
+// ---------------------------------------------------------------------------- LayerNorm
+
+// Lanes whose bit h is clear take a, the others b.
+template <int h>
+inline V choose(V a, V b, I lane) {
+  return (lane & h) != 0 ? b : a;
+}
+
+// Lane i: the sum of 16 neighbouring columns, by halves, of run i of kLanes / h runs; lanes are in the order of
+// their reversed bits.
+template <int h>
+inline V run_sums(const float* x, I lane) {
+  if constexpr (h < kLanes) {
+    const V a = run_sums<2 * h>(x, lane), b = run_sums<2 * h>(x + 8 * kLanes / h, lane);
+    return choose<h>(a, Isa::template swap_lanes<h>(b), lane) + choose<h>(Isa::template swap_lanes<h>(a), b, lane);
+  } else if constexpr (kLanes == 16) {
+    return load(x);
+  } else if constexpr (kLanes == 8) {
+    return load(x) + load(x + 8);
+  } else {
+    return (load(x) + load(x + 8)) + (load(x + 4) + load(x + 12));
+  }
+}
+
+// Sum of 32 runs, by neighbours.
+inline float warp_sum(const float* x, I lane) {
+  float sums[32 / kLanes];
+  for (int i = 0; i < 32 / kLanes; i++) {
+    V v = run_sums<1>(x + i * 16 * kLanes, lane);
+    if constexpr (kLanes > 8) v = v + Isa::template swap_lanes<8>(v);
+    if constexpr (kLanes > 4) v = v + Isa::template swap_lanes<4>(v);
+    v = v + Isa::template swap_lanes<2>(v);
+    v = v + Isa::template swap_lanes<1>(v);
+    sums[i] = v[0];
+  }
+  for (int count = 32 / kLanes; count > 1; count /= 2)
+    for (int i = 0; i < count / 2; i++) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  return sums[0];
+}
+
+// Sum of a row in the order of `sum_rows` in dtq/kernels/ops_quantize.py; zeros follow the columns.
+inline float row_sum(const float* x, int64_t columns, I lane) {
+  float places[32] = {};
+  const int64_t warps = (columns + kRowWarp - 1) / kRowWarp;
+  for (int64_t w = 0; w < warps; w++) {
+    const float sum = warp_sum(x + w * kRowWarp, lane);
+    places[w % 32] = w < 32 ? sum : places[w % 32] + sum;
+  }
+  for (int64_t w = warps; warps > 32 && w % 32; w++) places[w % 32] = places[w % 32] + 0.0f;
+  for (int count = 32; count > 1; count /= 2)
+    for (int i = 0; i < count / 2; i++) places[i] = places[2 * i] + places[2 * i + 1];
+  return places[0];
+}
+
+// Row `r` of x as floats, zeros up to a multiple of kRowWarp.
+inline void read_row(const Rows& q, int64_t r, float* row) {
   const int size = q.type == kFloat32 ? 4 : 2;
-  const int64_t block = q.perm ? 1 : q.hadamard_block;
   const char* x = (const char*)q.x + r * q.stride * size;
+  int64_t k = 0;
+  for (; k + kLanes <= q.columns; k += kLanes) store(row + k, load_as_float(x + k * size, q.type));
+  if (k < q.columns) {
+    char end[kLanes * 4] = {};
+    memcpy(end, x + k * size, (q.columns - k) * size);
+    store(row + k, load_as_float(end, q.type));
+    k += kLanes;
+  }
+  for (; k < padded_row(q.columns); k += kLanes) store(row + k, (V){});
+}
+
+// Row `r` less its mean, divided by its deviation; then modulated.
+inline void normalize_row(const Rows& q, int64_t r, float* row, float* squares, I lane) {
+  read_row(q, r, row);
+  const float count = (float)q.columns, mean = row_sum(row, q.columns, lane) / count;
+  for (int64_t k = 0; k < q.columns; k += kLanes) {
+    V v = load(row + k) - splat(mean);
+    for (int i = 0; k + kLanes > q.columns && i < kLanes; i++) v[i] = k + i < q.columns ? v[i] : 0;
+    store(row + k, v);
+    store(squares + k, v * v);
+  }
+  for (int64_t k = q.columns / kLanes * kLanes; k < padded_row(q.columns); k += kLanes)
+    if (k >= q.columns) store(squares + k, (V){});
+  const float variance = row_sum(squares, q.columns, lane) / count;
+  const V inverse = splat(1.0f / (float)__builtin_sqrt((double)(variance + q.eps)));
+  const int64_t at = q.modulate_scale ? r / q.rows_per_modulate * q.columns : 0;
+  for (int64_t k = 0; k < q.columns; k += kLanes) {
+    V v = load(row + k) * inverse;
+    if (q.modulate_scale) {
+      const int64_t left = q.columns - k;
+      v = v * (splat(1) + part_of(q.modulate_scale + at + k, left)) + part_of(q.modulate_shift + at + k, left);
+    }
+    store(row + k, v);
+  }
+}
+
+// Row `r`, or what the norm made of it, times pre_scale. Without a permutation the short stages are done in the
+// same pass.
+inline void load_row(const Rows& q, int64_t r, float* row, I lane) {
+  const Float type = q.norm ? kFloat32 : q.type;
+  const int size = type == kFloat32 ? 4 : 2;
+  const int64_t block = q.perm ? 1 : q.hadamard_block;
+  const char* x = q.norm ? (const char*)row : (const char*)q.x + r * q.stride * size;
   for (int64_t k = 0; k < q.columns; k += kLanes) {
     const int64_t left = q.columns - k;
     V v;
     if (left >= kLanes) {
-      v = load_as_float(x + k * size, q.type);
+      v = load_as_float(x + k * size, type);
       if (q.pre_scale) v = v * load(q.pre_scale + k);
     } else {
       char end[kLanes * 4] = {};
-      float scale[kLanes] = {};
       memcpy(end, x + k * size, left * size);
-      v = load_as_float(end, q.type);
-      if (q.pre_scale) {
-        memcpy(scale, q.pre_scale + k, left * 4);
-        v = v * load(scale);
-      }
+      v = load_as_float(end, type);
+      if (q.pre_scale) v = v * part_of(q.pre_scale + k, left);
     }
     store(row + k, short_stages(v, lane, block));
   }
 }
 
-// Row `r` scaled, permuted and rotated; returns one of the two rows of `scratch`.
-inline float* transformed_row(const Rows& q, int64_t r, float* scratch, I lane) {
-  const int64_t padded = (q.columns + 15) / 16 * 16, blocks = q.columns / q.hadamard_block;
+// Row `r` normalized if wanted, scaled, permuted and rotated; returns one of the two rows of `scratch`, and its
+// largest magnitudes.
+inline float* transformed_row(const Rows& q, int64_t r, float* scratch, I lane, I& largest) {
+  const int64_t padded = padded_row(q.columns), blocks = q.columns / q.hadamard_block;
   float *row = scratch, *other = scratch + padded;
+  if (q.norm) normalize_row(q, r, row, other, lane);
   load_row(q, r, row, lane);
   if (q.perm) {
     for (int64_t k = q.columns; k < padded; k++) other[k] = 0;
@@ -112,30 +231,31 @@ inline float* transformed_row(const Rows& q, int64_t r, float* scratch, I lane) 
     other = row, row = permuted;
     short_stages(q, row, lane);
   }
-  finish_transform(q, row);
+  largest = finish_transform(q, row);
   if (q.num_rotations < 2) return row;
   for (int64_t k = q.columns; k < padded; k++) other[k] = 0;
   for (int64_t b = 0; b < blocks; b++)
     for (int64_t i = 0; i < q.hadamard_block; i++) other[i * blocks + b] = row[b * q.hadamard_block + i];
   short_stages(q, other, lane);
-  finish_transform(q, other);
+  largest = finish_transform(q, other);
   return other;
 }
 
 // ---------------------------------------------------------------------------- quantization
 
-// NaN if there is one.
-inline float amax(const float* row, int64_t columns) {
-  I largest = {};  // the bits of magnitudes are ordered as the magnitudes are, with NaN above all
-  for (int64_t k = 0; k < columns; k += kLanes) {
-    I bits = (I)load(row + k) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
+// Of all lanes; NaN if there is one.
+inline float amax_of_lanes(I largest) {
   int32_t result = 0;
   for (int i = 0; i < kLanes; i++) result = largest[i] > result ? largest[i] : result;
   float value;
   memcpy(&value, &result, 4);
   return value;
+}
+
+inline float amax(const float* row, int64_t columns) {
+  I largest = {};
+  for (int64_t k = 0; k < columns; k += kLanes) largest = larger(largest, load(row + k));
+  return amax_of_lanes(largest);
 }
 
 // round(x / scale), clamped to +-qmax, as the low byte of each lane.
@@ -267,7 +387,8 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
   for (int i = 0; i < kLanes; i++) lane[i] = i;
   const V qmax = splat((float)q.qmax);
   for (int64_t r = first; r < last; r++) {
-    float* row = transformed_row(q, r, scratch, lane);
+    I largest;
+    float* row = transformed_row(q, r, scratch, lane, largest);
     if (q.out) {
       fake_quantize_row(q, row);
       for (int64_t k = 0; k < q.columns; k += 1024)
@@ -279,7 +400,7 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
     if (q.static_scale) {
       scale = *q.static_scale;
     } else {
-      const float row_amax = amax(row, q.columns);
+      const float row_amax = amax_of_lanes(largest);
       if (!q.qmax) {
         scale = row_amax / kE2m1Max;
       } else if (row_amax != 0) {  // true for NaN: x_q of such a row are numbers, its scale must be NaN

@@ -112,7 +112,7 @@ bool rows(const dtq::Kernels& kernels) {
   const int64_t m = 3, k = 200;
   const auto x = random_values<float>(m * k, -1000, 1000);
   std::vector<int8_t> x_q(m * k);
-  std::vector<float> scale(m), row(2 * 208);
+  std::vector<float> scale(m), row(2 * dtq::padded_row(k));
   dtq::Rows q = {};
   q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
   q.hadamard_block = 1, q.num_rotations = 1, q.hadamard_scale = 1, q.qmax = 127;
@@ -177,16 +177,20 @@ bool matches_portable(const dtq::Kernels& kernels) {
   std::vector<int32_t> perm(k);
   for (int64_t i = 0; i < k; i++) perm[i] = (int32_t)((i * 7 + 3) % k);
   for (int64_t block : {1, 2, 8, 16}) {
-    std::vector<float> rotated[2], rows(2 * k);
-    for (int i = 0; i < 2; i++) {
-      rotated[i].assign(n * k, 0);
-      dtq::Rows q = {};
-      q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
-      q.perm = perm.data(), q.hadamard_block = block, q.num_rotations = 2, q.hadamard_scale = 0.3f;
-      q.out = rotated[i].data();
-      (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
+    std::vector<float> rotated[2], rows(2 * dtq::padded_row(k));
+    for (bool norm : {false, true}) {
+      for (int i = 0; i < 2; i++) {
+        rotated[i].assign(n * k, 0);
+        dtq::Rows q = {};
+        q.x = x.data(), q.type = dtq::kFloat32, q.stride = q.columns = k;
+        q.norm = norm, q.eps = 1e-6f, q.rows_per_modulate = n;
+        if (norm) q.modulate_scale = x.data(), q.modulate_shift = x.data() + k;
+        q.perm = perm.data(), q.hadamard_block = block, q.num_rotations = 2, q.hadamard_scale = 0.3f;
+        q.out = rotated[i].data();
+        (i ? kernels : dtq::portable).quantize(q, 0, n, rows.data());
+      }
+      same = same && rotated[0] == rotated[1];
     }
-    same = same && rotated[0] == rotated[1];
     for (auto rounding :
          {dtq::kRoundInt4G64, dtq::kRoundInt4AsymG64, dtq::kRoundInt8AsymG128, dtq::kRoundFp8Row,
           dtq::kRoundNvFp4, dtq::kRoundMxFp4}) {

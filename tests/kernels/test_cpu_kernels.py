@@ -70,12 +70,32 @@ def test_quantize_rows_gives_the_bits_of_the_reference(isa, dtype):
                         )
 
 
+def test_norm_and_quantize_give_the_bits_of_the_reference(isa):
+    # more than 16384 columns: the sums of several warps meet in one place
+    for m, k, images in [(4, 64, 2), (6, 1152, 3), (3, 100, 1), (2, 1000, 2), (2, 17024, 1)]:
+        block = next(b for b in (128, 64, 8, 4) if k % b == 0)
+        x = random(m, k) * 4 + 1
+        up, along = (random(images, k, seed=i) for i in (1, 2))
+        pre = (random(k, seed=3) + 2).to(torch.bfloat16)
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(4)).int()
+        for dtype in DTYPES:
+            modulated = (x.to(dtype), up.to(dtype), along.to(dtype), 1e-6)
+            for args in (
+                (*modulated, pre, None, block, 1, None, None, 127),
+                (*modulated, None, order, block, 2, torch.tensor([0.03]), None, 31),
+                (x.to(dtype), None, None, 1e-5, None, None, 1, 1, None, None, 127),
+            ):
+                got = compiled.norm_quantize_rows(*args)
+                assert same(got, reference.norm_quantize_rows(*args)), (m, k, dtype, args[6])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_transformed_rows_have_the_bits_of_the_reference(isa, dtype):
     scales, place = torch.tensor([0.02, 0.05, 0.01]), torch.tensor([2])
     for m, k, blocks in [
         (5, 1152, (1, 4, 16, 128)),
         (17, 4160, (64,)),
+        (2, 4096, (256, 512, 2048)),
         (3, 37, (1,)),
         (1, 96, (8, 32)),
     ]:
@@ -392,6 +412,9 @@ def test_operands_that_do_not_fit_are_refused(isa):
     scales, bin = one(3), torch.tensor([3])
     with pytest.raises(RuntimeError, match="bin 3 of 3 static scales"):
         compiled.binned_quantize_rows(random(2, 96), None, None, 1, 1, scales, bin)
+    args = random(2, 96), one(3, 96), one(3, 96), 1e-6, None, None, 1, 1, None, None
+    with pytest.raises(RuntimeError, match=r"scale \[3, 96\] and shift \[3, 96\] for x \[2, 96\]"):
+        compiled.norm_quantize_rows(*args)
     for channel in (-1, 96):
         order = torch.arange(96, dtype=torch.int32)
         order[5] = channel

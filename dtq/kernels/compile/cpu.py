@@ -76,6 +76,7 @@ CPU = Library(
     ops=(
         "quantize_rows",
         "binned_quantize_rows",
+        "norm_quantize_rows",
         "e2m1_quantize_rows",
         "transform_rows",
         "round_rows",
