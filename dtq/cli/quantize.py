@@ -93,7 +93,6 @@ def quantize(
     from dtq.cli.inputs import check_names, join_workers, recipe_with, size_of_budget, source_of
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
-    from dtq.recipe.resolve import BNB_NF4
     from dtq.runs.run_dir import run_directory
     from dtq.stages.pipeline_sizes import PipelineBudget
 
@@ -108,9 +107,9 @@ def quantize(
         if directory.finished:
             _print_finished(output, as_json)
             return
-        source, names = source_of(model, source_config, dtype), components or "auto"
+        source = source_of(model, source_config, dtype)
         runs = open_runs(
-            load_transformers(source, dtype=dtype, component=names, variant=variant),
+            load_transformers(source, dtype=dtype, component=components or "auto", variant=variant),
             recipe,
             tasks=directory.tasks,
             statistics=statistics,
@@ -122,18 +121,26 @@ def quantize(
             budget=budget,
         )
         _plan(runs, output, vae, budget)
-        nf4 = text_encoder == BNB_NF4
-        others = {"vae": vae, "budget": budget and budget.bytes, "nf4": nf4 or None}
-        _begin(directory, runs, memory, stats, others)
+        _begin(directory, runs, memory, stats, _of_pipeline(vae, budget, text_encoder))
         del statistics
         reports = run_stages(runs, budget)
         if not workers.is_main:
             return
-        data = _save(directory, runs, reports, shard_size, vae, budget, nf4)
+        data = _save(directory, runs, reports, shard_size, vae, budget, text_encoder)
     if as_json:
         click.echo(json.dumps(data))
     else:
         _print_all(reports, data, output, time.monotonic() - started, target)
+
+
+def _of_pipeline(
+    vae: str | None, budget: PipelineBudget | None, text_encoder: str | None
+) -> dict[str, Any]:
+    """What was asked for the pipeline as a whole, as inputs of the run; None is left out."""
+    from dtq.recipe.resolve import BNB_NF4
+
+    nf4 = True if text_encoder == BNB_NF4 else None
+    return {"vae": vae, "budget": budget and budget.bytes, "nf4": nf4}
 
 
 def _begin(
@@ -234,12 +241,13 @@ def _save(
     shard_size: str,
     vae: str | None,
     budget: PipelineBudget | None,
-    nf4: bool,
+    text_encoder: str | None,
 ) -> dict[str, Any]:
     """Write the output folder; returns the report as plain data."""
     from dtq.checkpoint import writer
     from dtq.errors import InputError
     from dtq.io.safe_parse import finite_or_null
+    from dtq.recipe.resolve import BNB_NF4
     from dtq.stages.autoencoder import quantize_autoencoder
     from dtq.stages.text_nf4 import quantize_text_encoders_nf4
 
@@ -247,7 +255,7 @@ def _save(
     saveable = first.pipeline if first.pipeline is not None else first.model
     measured = finite_or_null({name: report.to_json() for name, report in reports.items()})
     data: dict[str, Any] = {**(measured if len(measured) > 1 else next(iter(measured.values())))}
-    if nf4:
+    if text_encoder == BNB_NF4:
         data["bitsandbytes"] = quantize_text_encoders_nf4(first)
     chosen = vae or "keep" if budget is None else budget.outcome["vae"]
     if decodes := quantize_autoencoder(first.pipeline, chosen, runs[0].recipe.calibration):

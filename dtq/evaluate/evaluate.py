@@ -156,8 +156,8 @@ def evaluate(
     bits = {candidate.name: engine.bits if engine else stored_bits(*models.values())}
     for name in baselines:
         progress(f"baseline {name}")
-        errors, bits[name] = _baseline(name, floats, layers, job.truth)
-        shard.errors[name] = paired_run.with_positions(job, errors)
+        of_steps, bits[name] = _baseline(name, floats, layers, job.truth)
+        shard.errors[name] = paired_run.with_positions(job, of_steps)
     if vbench.writes:
         shard.images["rerun"] = torch.cat(job.rerun.images)
     merged = merge_shards(workers, folder, shard)
@@ -169,9 +169,8 @@ def evaluate(
         return None
     vbench_metrics.score(vbench, merged.run, merged.images, videos_to or Path(), progress)
     merged.images.pop("rerun", None)
-    result = _result(
-        merged, bits, embedding_errors(candidate, job.reference, job.requests, job.settings)
-    )
+    errors = embedding_errors(candidate, job.reference, job.requests, job.settings)
+    result = _result(merged, bits, errors)
     if components:
         result.run.components = contributions(job, candidate, progress)
     result.metrics, result.image_sets = sets.metrics, sets.image_sets
