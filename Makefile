@@ -49,7 +49,7 @@ gates: $(GATES:%=gate-of-%)
 
 .PHONY: $(GATES:%=gate-of-%)
 $(GATES:%=gate-of-%): setup
-	@$(MAKE) --no-print-directory -j1 gate MODEL=$(@:gate-of-%=%)
+	@$(MAKE) --no-print-directory gate MODEL=$(@:gate-of-%=%)
 
 # REASON="why the metrics may change"; as many prompts as the last look of the policy
 LOOKS.demo = 96
