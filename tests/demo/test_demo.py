@@ -69,7 +69,7 @@ def test_its_pictures_are_of_the_class_asked_for():
     assert hits >= 0.7, hits  # chance is 5 %; docs/demo.md has the measured share
 
 
-ALONE = ("smooth", "hadamard")
+ALONE = ("none", "smooth", "hadamard")
 
 
 @pytest.fixture(scope="module", params=["demo", "demo-outliers"])

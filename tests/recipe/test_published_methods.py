@@ -17,7 +17,6 @@ from diffusers import DiffusionPipeline
 import dtq
 from dtq.checkpoint import reader, writer
 from dtq.demo.outliers import inject_outliers
-from dtq.engines import TARGETS
 from dtq.evaluate import trajectory
 from dtq.evaluate.evaluate import stored_bits
 from dtq.io import atomic
@@ -62,11 +61,7 @@ def prepared(model):
     return source, stats, trajectory.record(source.pipeline, source.model, requests, settings)
 
 
-# tests/engines quantizes, exports and runs the main recipe of each target
-MAIN_RECIPES = {target.limits.recipe for target in TARGETS.values()}
-
-
-@pytest.mark.parametrize("name", sorted({*yaml_names("recipes")} - MAIN_RECIPES))
+@pytest.mark.parametrize("name", yaml_names("recipes"))
 def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors):
     # dtq's own recipes must withstand outliers
     source, stats, truth = prepared("demo-outliers" if name in FAMILY else "demo")
