@@ -17,6 +17,14 @@ inline V load(const float* p) {
   return v;
 }
 
+// `count` floats at p, at most kLanes; zeros follow.
+inline V part_of(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float part[kLanes] = {};
+  memcpy(part, p, count * 4);
+  return load(part);
+}
+
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
 // Rounds to an integer, |x| < 2^22, ties to even.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an instruction set provides to the kernels in rows.h, gelu.h, gemm.h and decode.h.
+// What an instruction set provides to the kernels in norm.h, rows.h, gelu.h, gemm.h and decode.h.
 //
 // Each isa_*.cpp is one instruction set, compiled for it alone. It defines `struct Isa`, whose static
 // members are listed here, includes those headers, and fills a `Kernels` with their functions:

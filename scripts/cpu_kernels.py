@@ -67,6 +67,7 @@ def main(rounds: int) -> None:
         time_layers(f"weight-only, {MODULATION}", layers, layer, (1, 2, 8, 16, 64), rounds)
         gelu(rounds)
         rotations(rounds)
+        normalization(rounds)
         activation_formats(rounds)
 
 
@@ -127,6 +128,35 @@ def rotations(rounds: int) -> None:
     ]
     results = compare("rotations", 512, runs, rounds, relative_to=())
     print("\nQuantizing 512 x 4608:", ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in results))
+    print("Quantizing with one rotation:")
+    for columns, block in ((1152, 128), (4608, 512), (3072, 1024)):
+        part = torch.randn(512, columns).bfloat16()
+        run = Candidate("one", partial(torch.ops.dtq.quantize_rows, part, None, block, None), 0)
+        (row,) = compare("rotation", 512, [run], rounds, relative_to=())
+        print(f"  512 x {columns} in blocks of {block}: {row.seconds * 1e3:.3g}", flush=True)
+
+
+def normalization(rounds: int) -> None:
+    """Time LayerNorm, modulation and quantization of two images: fused, by inductor, in eager mode."""
+    print("\nLayerNorm, modulation and quantization of 1152 channels")
+    for tokens in (256, 1024):
+        x = torch.randn(2, tokens, 1152).bfloat16()
+        scale, shift = torch.randn(2, 2, 1152).bfloat16()
+
+        def apart(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> Any:
+            x = F.layer_norm(x, (1152,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+            return torch.ops.dtq.quantize_rows(x.reshape(-1, 1152), None, 1, None)
+
+        def fused(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> Any:
+            x = x.reshape(-1, 1152)
+            options = (None, None, 1, 1, None, None)  # no transform, one scale per token
+            return torch.ops.dtq.norm_quantize_rows(x, scale, shift, 1e-6, *options)
+
+        ways = {"fused": fused, "inductor": torch.compile(apart), "eager": apart}
+        runs = [Candidate(name, partial(way, x, scale, shift), 0) for name, way in ways.items()]
+        results = compare("normalization", 2 * tokens, runs, rounds, relative_to=())
+        times = ", ".join(f"{r.name} {r.seconds * 1e3:.3g}" for r in results)
+        print(f"  2 x {tokens} tokens: {times}", flush=True)
 
 
 def activation_formats(rounds: int) -> None:

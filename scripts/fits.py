@@ -51,7 +51,7 @@ def build(entry: dict[str, Any]) -> Any:
     """The pipeline of an entry, its models on the meta device."""
     parts: dict[str, Any] = dict.fromkeys(entry.get("absent", ()))
     library = getattr(diffusers, entry["pipeline"]).__module__.rpartition(".")[0]
-    own = importlib.import_module(library)  # connectors and vocoders lie beside their pipeline
+    own = importlib.import_module(library)  # of connectors and vocoders
     for name, (kind, config) in entry["models"].items():
         cls = next(getattr(m, kind) for m in (diffusers, own, transformers) if hasattr(m, kind))
         with torch.device("meta"):

@@ -187,8 +187,9 @@ shortcuts of ResNets, and the projections into and out of transformers. Other co
 
 The error of the output must be below 0.02 with `w4a8`, and below 0.2 with `w4a16` and `nvfp4`, as for transformers
 (`tests/models/test_models.py`). **For Kandinsky3UNet the tests allow twice these errors**: it has thirty ResNets in a row,
-and on the same tiny model int8 weights alone (`int8-row`, rounded, float activations) have an error of 2.1e-4. The steps
-of 4-bit weights are 16 times as large, so their error is of the order of 16^2 times that.
+and on the same tiny model int8 weights alone have an error of 2.1e-4 (`dtq.quantize(model, "w8a8", activations="none",
+transform="none", solver="rtn", inputs=...)` in that test). The steps of 4-bit weights are 16 times as large, so their
+error is of the order of 16^2 times that.
 
 | class | family | linears | weights | roles | also not quantized |
 | --- | --- | ---: | ---: | --- | --- |

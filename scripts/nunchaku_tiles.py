@@ -57,7 +57,7 @@ def main() -> None:
         "awq_zero": awq[2][:groups],
     }
     commit = subprocess.run(
-        ["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True
+        ["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     )
     found = {
         "project": "mit-han-lab/deepcompressor",

@@ -29,7 +29,7 @@ statistics for all rows. All rows of a column use the same recorded inputs, each
 Conditions: {date}, torch {torch} CPU, float32, one thread per row on 2 shared cores that had other work; the
 times are therefore upper bounds and only give orders of magnitude. torchao 0.18, optimum-quanto 0.2.7,
 bitsandbytes 0.50. `demo-outliers` computes the same function as `demo`, with activation outliers
-([demo.md](demo.md)).
+([demo.md](demo.md)). Results of `demo-text` and of `w4a8-few-step` are in [demo.md](demo.md#demo-text).
 
 ### Recipes of dtq
 

@@ -101,9 +101,9 @@ def evaluate(
 
     Both sample with the same seeds. CANDIDATE is the output of dtq quantize, or a file that dtq
     export wrote: it takes the place of the transformer in the pipeline of the float model.
-    --candidate-engine has the file run by the software that it is for, so that dtq eval and dtq
-    gate judge what users will run. Under torchrun the processes share the images; the metrics are
-    those of a single process.
+    --candidate-engine has the file run by the software that it is for, so that dtq eval measures,
+    and dtq gate compares, what users will run. Under torchrun the processes share the images; the
+    metrics are those of a single process.
 
     \b
     dtq eval demo-w4a8 --reference demo -o report

@@ -95,8 +95,8 @@ def test_eval_and_gate_judge_what_the_engine_runs(pipeline, file, tmp_path, monk
     assert rows[0]["error"] != rows[1]["error"]
     assert rows[0]["error"] == pytest.approx(rows[1]["error"], rel=0.1)
     line = ["gate", tmp_path / "theirs", "--baseline", tmp_path / "ours"]
-    judged = CliRunner().invoke(main, [str(each) for each in line]).output
-    assert f"engine: {ENGINES['comfy-kitchen'].versions} in the run, dtq in the baseline" in judged
+    verdict = CliRunner().invoke(main, [str(each) for each in line]).output
+    assert f"engine: {ENGINES['comfy-kitchen'].versions} in the run, dtq in the baseline" in verdict
 
 
 @needs_kitchen

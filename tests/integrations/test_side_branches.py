@@ -277,7 +277,7 @@ def test_norms_of_dora_follow_new_tensors_while_the_old_ones_are_alive():
 
 
 def test_norms_of_dora_wait_for_no_gpu_while_a_graph_is_captured(monkeypatch):
-    """Tensors without values, said to be on a GPU: reading one, as ``torch.equal`` does, fails."""
+    """Tensors without values, whose device is a GPU: reading one, as ``torch.equal`` does, fails."""
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
