@@ -129,7 +129,8 @@ def quantize(
     if as_json:
         click.echo(json.dumps(data))
     else:
-        print_result(reports, data, output, time.monotonic() - started, target)
+        seconds = time.monotonic() - started
+        print_result(runs[0].loaded, reports, data, output, seconds, target)
 
 
 def _of_pipeline(

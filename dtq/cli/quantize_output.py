@@ -13,22 +13,34 @@ import click
 from dtq.cli.output import duration, or_dash, print_unknown, size, table
 
 if TYPE_CHECKING:
+    from dtq.pipelines.loading import LoadedModel
     from dtq.stages.report import Report
 
 
 def print_result(
-    reports: dict[str, Report], data: dict[str, Any], output: Path, seconds: float, target: str
+    loaded: LoadedModel,
+    reports: dict[str, Report],
+    data: dict[str, Any],
+    output: Path,
+    seconds: float,
+    target: str,
 ) -> None:
     """Print what was decided, measured and written.
 
     Args:
-        reports: of the quantized models by component.
+        loaded: the first model, with its pipeline.
+        reports: of the models that dtq could quantize, by component.
         data: of ``dtq_report.json``.
         output: the folder that was written.
         seconds: run time.
         target: key of ``TARGETS`` whose file was written too, or empty.
     """
-    _print_reports(reports, output, seconds, data.get("vae", {}))
+    for name, report in reports.items():
+        _print_model(name or type(loaded.model).__name__, report)
+    if decodes := data.get("vae", {}):
+        psnr = "equal decodes" if decodes["psnr"] is None else f"PSNR {decodes['psnr']:.1f} dB"
+        sizes = f"{size(decodes['bytes_before'])} to {size(decodes['bytes'])}"
+        click.echo(f"vae: {decodes['layers']} layers in {decodes['format']}, {sizes}, {psnr}")
     for name, done in data.get("bitsandbytes", {}).items():
         sizes = f"{size(done['bytes_before'])} to {size(done['bytes'])}"
         click.echo(f"{name}: {done['layers']} linears in NF4 of bitsandbytes, {sizes}")
@@ -36,19 +48,9 @@ def print_result(
         _print_components(data["pipeline"], files)
     for file in data.get("exported", []):
         click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
-
-
-def _print_reports(
-    reports: dict[str, Report], output: Path, seconds: float, decodes: dict[str, Any]
-) -> None:
-    for name, report in reports.items():
-        if len(reports) > 1:
-            click.echo(f"{name}:")
-        _print_model(report, output, seconds)
-    if decodes:
-        psnr = "equal decodes" if decodes["psnr"] is None else f"PSNR {decodes['psnr']:.1f} dB"
-        sizes = f"{size(decodes['bytes_before'])} to {size(decodes['bytes'])}"
-        click.echo(f"vae: {decodes['layers']} layers in {decodes['format']}, {sizes}, {psnr}")
+    click.echo(f"{output}: written in {duration(seconds)}")
+    kind = type(loaded.model).__name__ if loaded.pipeline is None else "DiffusionPipeline"
+    click.echo(f"load it:    import dtq; {kind}.from_pretrained({str(output)!r})")
 
 
 def _print_components(pipeline: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
@@ -63,17 +65,20 @@ def _print_components(pipeline: dict[str, Any], files: dict[str, dict[str, Any]]
           [*rows, ("together", f"{size(total)}{allowed}", "", "")])  # fmt: skip
 
 
-def _print_model(report: Report, output: Path, seconds: float) -> None:
-    """Print what was decided and measured for one transformer.
+def _print_model(name: str, report: Report) -> None:
+    """Print what was decided and measured for one model.
 
     Args:
-        report: of the transformer.
-        output: the folder that was written.
-        seconds: run time.
+        name: of its component, or its class.
+        report: of the model.
     """
     plan = report.plan
-    bits = f"{plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight"
-    click.echo(f"{output}: {len(plan.quantized())} linears, {bits}, {duration(seconds)}")
+    quantized = plan.quantized()
+    if report.allocation and not quantized:
+        click.echo(f"{name}: stays float, for which the budget has room")
+        return
+    bits = f"{plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight among them"
+    click.echo(f"{name}: {len(quantized)} of {len(plan.layers)} linears quantized, {bits}")
     layers = [x for x in report.layers if x.error is not None]
     if worst := sorted(layers, key=lambda x: -(x.error or 0))[:5]:
         rows = [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst]
@@ -82,9 +87,11 @@ def _print_model(report: Report, output: Path, seconds: float) -> None:
     if report.allocation:
         counts = Counter(row["option"] for row in report.allocation["rows"])
         spent, allowed = size(report.allocation["bytes"]), report.allocation.get("budget")
-        inputs = ", ".join(f"{n} inputs in {name}" for name, n in counts.most_common())
+        inputs = ", ".join(f"{n} in {option}" for option, n in counts.most_common())
         of = f" of {size(allowed)}" if allowed else ""  # that of a pipeline is no model's alone
-        click.echo(f"budget: {spent}{of} spent; {inputs}")
+        click.echo(
+            f"budget: {spent}{of} spent on attention and feed-forward weights; input groups: {inputs}"
+        )
     if blocks := report.finetune.get("blocks", []):
         better = [b for b in blocks if b["accepted"] and b["before"] and b["after"]]
         gain = numbers.median(b["after"] / b["before"] for b in better) if better else 1.0
@@ -105,4 +112,3 @@ def _print_model(report: Report, output: Path, seconds: float) -> None:
             click.echo(f"promoted {x.name} to {x.weight_format}: {change}")
     for row in checked:
         click.echo(f"sanity check: promoted {row['layer']} to {row['to']}: {row['why']}")
-    click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")

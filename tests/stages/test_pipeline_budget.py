@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 import dtq
 from dtq.cli import main
+from dtq.cli.quantize_output import print_result
 from dtq.errors import InputError
 from dtq.linalg.relative_error import relative_error
 from dtq.nn import QuantLinear
@@ -24,6 +25,7 @@ from dtq.pipelines.recorded_sampling import RecordedSampling
 from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
 from dtq.stages.autoencoder import latent_error, quantize_weights
+from dtq.stages.report import Report
 
 SMALL = {**pipelines.SMALL["flux"], "max_sequence_length": 16}
 SETTINGS = SamplingSettings(
@@ -86,6 +88,17 @@ def test_all_files_together_are_within_the_budget(half):
         assert f"| `{name}` | {size} | {size / sum(files.values()):.0%} |" in card
         assert f"\n{name} " in half.shown
     assert f"of a budget of {half.budget}" in card
+    assert half.shown.count("load it:") == 1
+
+
+def test_a_component_that_stays_float_is_shown_as_such(capsys, tmp_path):
+    pipe = pipelines.flux()
+    allocation = {"bytes": 8, "rows": [{"option": "float"}, {"option": "float"}]}
+    reports = {"text_encoder": Report(allocation=allocation)}
+    print_result(load_transformer(pipe), reports, {}, tmp_path, 1.0, "")
+    told = capsys.readouterr().out
+    assert "text_encoder: stays float" in told
+    assert "0.00 bits" not in told
 
 
 def test_the_pipeline_loads_and_samples(half):
