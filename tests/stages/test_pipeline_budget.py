@@ -180,6 +180,17 @@ def test_noise_of_that_error_in_the_latents_changes_the_decodes_as_much(monkeypa
     assert relative_error(noisy, want) == pytest.approx(changed, rel=0.3)
 
 
+def test_plan_shows_an_8_bit_autoencoder_without_a_budget(folder):
+    where, planned = folder
+    shown = command("plan", where, *OPTIONS, "--vae=w8", "--json").stdout
+    files = json.loads(shown)["pipeline"]["fixed"]
+    assert files["vae"] == planned.least["vae"]
+    assert files["text_encoder"] == planned.most["text_encoder"]
+    assert {*files} == {*planned.most}
+    told = command("plan", where / "transformer", "--vae=w8", code=1).stderr
+    assert "has no autoencoder that dtq can quantize; leave --vae out" in told
+
+
 def test_bits_are_not_for_pipelines_and_a_size_not_for_statistics(folder, tmp_path):
     where, _ = folder
     with pytest.raises(InputError, match="write 8GB"):
