@@ -12,6 +12,7 @@ import click
 
 from dtq.cli import options as opt
 from dtq.cli.output import duration, fold, print_unknown, size, table
+from dtq.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,9 @@ def plan(
     from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
     from dtq.pipelines import contents
+    from dtq.recipe.resolve import BNB_NF4
     from dtq.stages.calibrate import statistics_needed
-    from dtq.stages.pipeline_sizes import PipelineBudget
+    from dtq.stages.pipeline_sizes import PipelineBudget, refuse_too_small
 
     tune_malloc()
     recipe = recipe_with(choices)
@@ -90,14 +92,21 @@ def plan(
                 click.echo(f"{name}:")
             _print(run, cost, every)
     plans = {run.loaded.component: run.plan for run in runs}
+    files = {name: part["bytes"] for name, part in data.items()}
     if budget is not None:
-        found = _sizes(model, runs, budget, compute, has_pipeline)
+        found = _sizes(model, runs, vae or "", budget.nf4, compute, has_pipeline)
+        refuse_too_small(budget.bytes, found, model)
         for entry in data.values():
             entry["pipeline"] = {"budget": budget.bytes, **asdict(found)}
         if not as_json:
             _print_budget(found, budget.bytes)
-    elif len(data) > 1 and not as_json:
-        _print_shares({name: part["bytes"] for name, part in data.items()})
+    elif vae == "w8" or text_encoder == BNB_NF4:
+        nf4 = text_encoder == BNB_NF4
+        files = _sizes(model, runs, vae or "keep", nf4, compute, has_pipeline).fixed | files
+        for entry in data.values():
+            entry["pipeline"] = {"fixed": files}
+    if budget is None and len(files) > 1 and not as_json:
+        _print_shares(files)
     if has_pipeline and folder.exists():
         sampling = sampling_memory.estimated(folder, recipe, batch, compute, plans)
         for entry in data.values():
@@ -161,16 +170,17 @@ def _runs(
 def _sizes(
     model: str,
     runs: list[Run],
-    budget: PipelineBudget,
+    vae: str,
+    nf4: bool,
     compute: torch.dtype,
     has_pipeline: bool,
 ) -> Sizes:
-    """Least and most bytes of all weight files; refuses a budget below the least."""
+    """Bytes of all weight files; refuses a choice for a VAE that is not there."""
     from dtq import demo
     from dtq.estimate.fake_pipeline import meta_modules
     from dtq.estimate.sampling import cast_floats
     from dtq.pipelines.hub import download_configs
-    from dtq.stages.pipeline_sizes import refuse_too_small, saved_files, sizes
+    from dtq.stages.pipeline_sizes import VAE, can_change, saved_files, sizes
 
     path = demo.path_of(model)
     others = {}
@@ -180,9 +190,9 @@ def _sizes(
         others.pop(name, None)
     for module in others.values():
         cast_floats(module, compute)
-    found = sizes(runs, saved_files(others, budget.nf4), budget.vae)
-    refuse_too_small(budget.bytes, found, model)
-    return found
+    if vae == "w8" and not can_change(others.get(VAE)):
+        raise InputError(f"{model} has no autoencoder that dtq can quantize; leave --vae out")
+    return sizes(runs, saved_files(others, nf4), vae)
 
 
 def _print_budget(found: Sizes, budget: int) -> None:

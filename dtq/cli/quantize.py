@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics as numbers
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dtq.cli import options as opt
-from dtq.cli.output import duration, or_dash, print_unknown, size, table
+from dtq.cli.output import size
+from dtq.cli.quantize_output import print_result
 
 if TYPE_CHECKING:
     from dtq.runs.run_dir import RunDirectory
@@ -130,7 +129,8 @@ def quantize(
     if as_json:
         click.echo(json.dumps(data))
     else:
-        _print_all(reports, data, output, time.monotonic() - started, target)
+        seconds = time.monotonic() - started
+        print_result(runs[0].loaded, reports, data, output, seconds, target)
 
 
 def _of_pipeline(
@@ -166,44 +166,6 @@ def _begin(
 def _print_finished(output: Path, as_json: bool) -> None:
     text = (output / "dtq_report.json").read_text(encoding="utf-8")
     click.echo(text if as_json else f"{output}: an earlier run has finished it")
-
-
-def _print_all(
-    reports: dict[str, Report], data: dict[str, Any], output: Path, seconds: float, target: str
-) -> None:
-    _print_reports(reports, output, seconds, data.get("vae", {}))
-    for name, done in data.get("bitsandbytes", {}).items():
-        sizes = f"{size(done['bytes_before'])} to {size(done['bytes'])}"
-        click.echo(f"{name}: {done['layers']} linears in NF4 of bitsandbytes, {sizes}")
-    if len(files := data.get("pipeline", {}).get("components", {})) > 1:
-        _print_components(data["pipeline"], files)
-    for file in data.get("exported", []):
-        click.echo(f"for {target}: {output / file}, see docs/engines/{target}.md")
-
-
-def _print_reports(
-    reports: dict[str, Report], output: Path, seconds: float, decodes: dict[str, Any]
-) -> None:
-    for name, report in reports.items():
-        if len(reports) > 1:
-            click.echo(f"{name}:")
-        print_report(report, output, seconds)
-    if decodes:
-        psnr = "equal decodes" if decodes["psnr"] is None else f"PSNR {decodes['psnr']:.1f} dB"
-        sizes = f"{size(decodes['bytes_before'])} to {size(decodes['bytes'])}"
-        click.echo(f"vae: {decodes['layers']} layers in {decodes['format']}, {sizes}, {psnr}")
-
-
-def _print_components(pipeline: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Bytes of every component, and its share of the error where a budget has measured it."""
-    total, budget = pipeline["bytes"], pipeline.get("budget")
-    rows = [
-        (name, size(c["bytes"]), f"{c['bytes'] / total:.0%}", or_dash(c["error_share"], ".0%"))
-        for name, c in files.items()
-    ]
-    allowed = f" of {size(budget)}" if budget else ""
-    table(("component", "file", "share", "share of the error"),
-          [*rows, ("together", f"{size(total)}{allowed}", "", "")])  # fmt: skip
 
 
 def _plan(runs: list[Run], output: Path, vae: str | None, budget: PipelineBudget | None) -> None:
@@ -293,48 +255,3 @@ def _export(run: Run, target: str, folder: Path) -> str:
     (folder / file.parent).mkdir(exist_ok=True)
     export(run.model, target, folder / file)
     return str(file)
-
-
-def print_report(report: Report, output: Path, seconds: float) -> None:
-    """Print what was decided and measured for one transformer.
-
-    Args:
-        report: of the transformer.
-        output: the folder that was written.
-        seconds: run time.
-    """
-    plan = report.plan
-    bits = f"{plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight"
-    click.echo(f"{output}: {len(plan.quantized())} linears, {bits}, {duration(seconds)}")
-    layers = [x for x in report.layers if x.error is not None]
-    if worst := sorted(layers, key=lambda x: -(x.error or 0))[:5]:
-        rows = [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst]
-        table(("worst layers", "weights", "output error", "transform"), rows)
-    print_unknown(plan)
-    if report.allocation:
-        counts = Counter(row["option"] for row in report.allocation["rows"])
-        spent, allowed = size(report.allocation["bytes"]), report.allocation.get("budget")
-        inputs = ", ".join(f"{n} inputs in {name}" for name, n in counts.most_common())
-        of = f" of {size(allowed)}" if allowed else ""  # that of a pipeline is no model's alone
-        click.echo(f"budget: {spent}{of} spent; {inputs}")
-    if blocks := report.finetune.get("blocks", []):
-        better = [b for b in blocks if b["accepted"] and b["before"] and b["after"]]
-        gain = numbers.median(b["after"] / b["before"] for b in better) if better else 1.0
-        count = f"{len(better)} of {len(blocks)} blocks"
-        click.echo(f"fine-tuned {count}, median block error x {gain:.2f}")
-    if policy := report.step_policy:
-        modes = list(zip(policy["modes"], policy["counts"], strict=True))
-        text = ", then ".join(f"{mode} for {n}" for mode, n in reversed(modes))
-        click.echo(f"step policy over {policy['num_inference_steps']} steps: {text}")
-    if chosen := report.attention:
-        ratio = chosen["error"] / chosen["error_float"] if chosen["error_float"] else 1.0
-        count = f"{len(chosen['int8'])} of {len(chosen['int8']) + len(chosen['float'])} modules"
-        click.echo(f"int8 attention in {count}: error of a step x {ratio:.3f}")
-    checked = report.sanity_check.get("promoted", [])
-    for x in report.layers:
-        if x.promoted and x.name not in {row["layer"] for row in checked}:
-            change = f"error {x.error_before:.1e} -> {x.error:.1e}"
-            click.echo(f"promoted {x.name} to {x.weight_format}: {change}")
-    for row in checked:
-        click.echo(f"sanity check: promoted {row['layer']} to {row['to']}: {row['why']}")
-    click.echo(f"load it:    import dtq; DiffusionPipeline.from_pretrained({str(output)!r})")

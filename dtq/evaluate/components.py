@@ -17,17 +17,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtq.errors import InputError
 from dtq.evaluate import trajectory
-from dtq.evaluate.embeddings import quantized_text_encoders
+from dtq.evaluate.embeddings import is_quantized, quantized_text_encoders
 from dtq.evaluate.merge import by_step
 from dtq.evaluate.metrics import images
 from dtq.evaluate.paired_run import EvaluationJob, Progress, with_positions
 from dtq.evaluate.run_file import Contribution
-from dtq.nn.conv import QuantConv
-from dtq.nn.linear import QuantLinear
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.recorded_calls import replay
 from dtq.pipelines.recorded_sampling import RecordedSampling
+
+
+def quantized_components(candidate: LoadedModel) -> dict[str, nn.Module]:
+    """The models of a pipeline that are quantized, or that an engine runs.
+
+    Raises:
+        InputError: there are none.
+    """
+    denoisers = candidate.models().items()
+    parts = {n: m for n, m in denoisers if candidate.engine is not None or is_quantized(m)}
+    parts |= quantized_text_encoders(candidate)
+    vae = getattr(candidate.pipeline, "vae", None)
+    if isinstance(vae, nn.Module) and is_quantized(vae):
+        parts["vae"] = vae
+    if not parts:
+        raise InputError(f"{candidate.name} has no quantized component; leave --components out")
+    return parts
 
 
 def contributions(
@@ -40,17 +56,12 @@ def contributions(
         candidate: the quantized pipeline.
         progress: receives a line for each component.
     """
-    texts = quantized_text_encoders(candidate)
-    parts = {n: m for n, m in candidate.models().items() if _is_quantized(m)} | texts
-    vae = getattr(candidate.pipeline, "vae", None)
-    if isinstance(vae, nn.Module) and _is_quantized(vae):
-        parts["vae"] = vae
     sampling = None
-    if texts:
+    if quantized_text_encoders(candidate):
         progress("float pipeline, recorded for the text encoders")
         sampling = RecordedSampling.of(job.reference, job.requests, job.settings)
     rows = []
-    for name, model in parts.items():
+    for name, model in quantized_components(candidate).items():
         progress(f"only {name} quantized")
         rows.append(_alone(job, name, model, sampling))
     whole = sum(row.error for row in rows if row.error is not None)
@@ -101,10 +112,6 @@ def _in_place(pipeline: Any, name: str, model: nn.Module) -> Iterator[None]:
         yield
     finally:
         setattr(pipeline, name, before)
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantLinear | QuantConv) for module in model.modules())
 
 
 def _mean(errors: list[float]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines import prompts
 from dtq.pipelines.contents import text_encoders
@@ -24,12 +25,13 @@ def quantized_text_encoders(loaded: LoadedModel) -> dict[str, nn.Module]:
     """The text encoders of a pipeline that have quantized layers, by component."""
     names = [] if loaded.pipeline is None else text_encoders(loaded.pipeline)
     models: dict[str, nn.Module] = {name: getattr(loaded.pipeline, name) for name in names}
-    return {
-        name: model
-        for name, model in models.items()
-        if any(isinstance(module, QuantLinear) for module in model.modules())
-        or getattr(model, "is_quantized", False)  # by another library
-    }
+    return {name: model for name, model in models.items() if is_quantized(model)}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model has quantized layers of dtq, or was quantized by another library."""
+    own = any(isinstance(module, QuantLinear | QuantConv) for module in model.modules())
+    return own or getattr(model, "is_quantized", False)
 
 
 def embedding(output: Any) -> Tensor:

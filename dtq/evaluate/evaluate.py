@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.evaluate import baselines as libraries
 from dtq.evaluate import paired_run, requested_metrics, trajectory, vbench_metrics
-from dtq.evaluate.components import contributions
+from dtq.evaluate.components import contributions, quantized_components
 from dtq.evaluate.embeddings import embedding_errors
 from dtq.evaluate.image_sets import ImageSet
 from dtq.evaluate.merge import by_step, merge_shards
@@ -142,11 +142,11 @@ def evaluate(
     request, vbench = request or MetricRequest(), vbench or VBenchRequest()
     request.check()
     vbench.check()
-    _check_place(vbench.writes and videos_to is None, components and workers.size > 1)
-    for name in baselines:
-        libraries.find(name)
-    if baselines and not any(layers.values()):
-        raise InputError(f"{candidate.name} has no quantized layer for other libraries to quantize")
+    if vbench.writes and videos_to is None:
+        raise InputError("--vbench and --mp4 write videos, which need a folder: -o FOLDER")
+    if components:
+        _check_components(candidate, workers)
+    _check_baselines(baselines, candidate.name, any(layers.values()))
     job = paired_run.observe(reference, settings, progress, workers)
     progress("candidate, teacher-forced and free-running")
     shard = paired_run.compare(job, candidate)
@@ -182,12 +182,19 @@ def evaluate(
     return result
 
 
-def _check_place(no_folder: bool, too_many: bool) -> None:
-    """Refuse videos without a folder for them, and components in several processes."""
-    if no_folder:
-        raise InputError("--vbench and --mp4 write videos, which need a folder: -o FOLDER")
-    if too_many:
+def _check_baselines(baselines: Sequence[str], candidate: str, has_layers: bool) -> None:
+    """Refuse unknown libraries, and a candidate without layers for them to quantize."""
+    for name in baselines:
+        libraries.find(name)
+    if baselines and not has_layers:
+        raise InputError(f"{candidate} has no quantized layer for other libraries to quantize")
+
+
+def _check_components(candidate: LoadedModel, workers: Workers) -> None:
+    """Refuse components in several processes, and of a model without a quantized one."""
+    if workers.size > 1:
         raise InputError("--components needs one process: leave torchrun out, or the option")
+    quantized_components(candidate)
 
 
 def _check_models(candidate: LoadedModel, reference: LoadedModel) -> None:

@@ -45,15 +45,17 @@ class InputReport:
 
     Attributes:
         name: of the input group.
-        imbalance: largest channel amax over the mean channel amax, per timestep bin.
+        imbalance: largest channel amax over the mean channel amax, for each of ``bins``.
         imbalance_after: the same on sampled rows after the transform.
         candidates: relative squared output error of each kind of transform in the search.
+        bins: timestep bins from 1 in which rows were sampled; the last is the noisiest.
     """
 
     name: str
     imbalance: list[float] = field(default_factory=list)
     imbalance_after: list[float] = field(default_factory=list)
     candidates: dict[str, float] = field(default_factory=dict)
+    bins: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -51,6 +51,7 @@ def input_report(
     after = chosen.x(rows.to(chosen.scale.device)).cpu()
     for b in range(stats.bins):
         if (bins == b).any():
+            report.bins.append(b + 1)
             report.imbalance.append(_imbalance(rows[bins == b]))
             report.imbalance_after.append(_imbalance(after[bins == b]))
     return report

@@ -39,7 +39,8 @@ def test_the_journey(float_folder, tmp_path):
     out = tmp_path / "q"
     plan = json.loads(dtq("plan", float_folder, "--set", "promote.to=", "--json").stdout)
     done = dtq("quantize", float_folder, "--set", "promote.to=", *FAST, "-o", out).stdout
-    assert "from_pretrained" in done
+    assert "transformer: 14 of " in done
+    assert "import dtq; DiffusionPipeline.from_pretrained" in done
     file = out / "transformer" / "diffusion_pytorch_model.safetensors"
     assert file.stat().st_size == plan["bytes"]
     shown = dtq("inspect", out, "--kernels").stdout
@@ -79,7 +80,9 @@ def test_calibrate_once_quantize_twice(float_folder, tmp_path):
 
 
 def test_a_bare_transformer_folder(float_folder, tmp_path):
-    dtq("quantize", float_folder / "transformer", "--recipe", "rtn-w4a8", "-o", tmp_path / "t")
+    base = float_folder / "transformer"
+    told = dtq("quantize", base, "--recipe", "rtn-w4a8", "-o", tmp_path / "t").stdout
+    assert f"import dtq; DiTTransformer2DModel.from_pretrained({str(tmp_path / 't')!r})" in told
     assert reader.verify(tmp_path / "t") == {"transformer": (tmp_path / "t", None)}
 
 

@@ -74,7 +74,7 @@ def test_eval_and_gate_judge_what_the_engine_runs(pipeline, file, tmp_path, monk
         return linear(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
-    engine = ["--candidate-engine", "comfy-kitchen"]
+    engine = ["--candidate-engine", "comfy-kitchen", "--components"]
     printed = evaluated(file, "--reference", pipeline, *engine, *SHORT, "-o", tmp_path / "theirs")
     assert calls.count("QuantizedTensor") > 8
     assert "comfy-kitchen 0." in printed
@@ -82,6 +82,7 @@ def test_eval_and_gate_judge_what_the_engine_runs(pipeline, file, tmp_path, monk
     theirs, ours = (run_file.read(tmp_path / name) for name in ("theirs", "ours"))
     assert theirs.conditions["engine"] == ENGINES["comfy-kitchen"].versions
     assert "engine" not in ours.conditions
+    assert [part.component for part in theirs.components] == ["transformer"]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     for run in (theirs, ours):
         assert run.identity["sha256"] == digest
@@ -90,6 +91,7 @@ def test_eval_and_gate_judge_what_the_engine_runs(pipeline, file, tmp_path, monk
     rows = [
         json.loads((tmp_path / n / "eval.json").read_text())["rows"][0] for n in ("theirs", "ours")
     ]
+    assert theirs.components[0].error == pytest.approx(rows[0]["error"])
     assert rows[0]["bits"] == rows[1]["bits"]
     assert 0 < rows[0]["error"] < 0.01
     assert rows[0]["error"] != rows[1]["error"]

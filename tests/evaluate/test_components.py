@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import dtq
 from dtq.cli import main
+from dtq.errors import InputError
 from dtq.evaluate import run_file
 from dtq.evaluate.evaluate import evaluate
 from dtq.pipelines.loading import load_transformer
@@ -49,6 +50,12 @@ def test_every_quantized_component_is_measured_alone(result):
     for row in rows.values():
         assert row.divergence > 0 or row.component == "vae"
         assert row.psnr >= result.rows[0].psnr - 3  # of the whole pipeline
+
+
+def test_a_float_model_has_no_component_to_measure():
+    floats = load_transformer(pipelines.flux())
+    with pytest.raises(InputError, match="no quantized component; leave --components out"):
+        evaluate(floats, floats, HOW, components=True)
 
 
 def test_the_gate_prints_them_when_asked(result, tmp_path):

@@ -167,14 +167,23 @@ def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
     assert not re.search(r"(src|href)=['\"]?https?:", page)  # self-contained
 
 
-def test_the_plot_of_ranges_leaves_out_inputs_without_timesteps():
-    def row(*values):
-        return {"imbalance": values, "imbalance_after": values}
+def test_the_plot_of_ranges_has_every_denoiser_and_no_text_encoder(monkeypatch):
+    def row(name, values, bins):
+        return {"name": name, "imbalance": values, "imbalance_after": values, "bins": bins}
 
-    transformer = [row(3.0, 2.0), row(4.0, 5.0)]
-    with_text_encoder = [row(9.0), *transformer]
-    lines = [plots.ranges(rows).count("<path") for rows in (transformer, with_text_encoder)]
-    assert lines[0] == lines[1]
+    rows = [
+        row("text_encoder.x", [9.0], [1]),
+        row("transformer.x", [3.0, 2.0, 4.0], [2, 3, 4]),
+        row("transformer_2.x", [4.0, 5.0], [1, 2]),
+    ]
+    shown = html.over_timesteps({"layers": [], "inputs": rows})
+    assert shown == rows[1:]
+    drawn = []
+    monkeypatch.setattr(plots, "_svg", lambda figure: drawn.extend(figure.axes[0].lines) or "")
+    plots.ranges(shown)
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in drawn]
+    assert lines[:2] == [([2, 3, 4], [3.0, 2.0, 4.0]), ([1, 2], [4.0, 5.0])]
+    assert lines[2] == ([1, 2, 3, 4], [4.0, 5.0, 2.0, 4.0])  # the median of those that have the bin
 
 
 def test_the_pages_escape_all_text(tmp_path):

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 import dtq
 from dtq.cli import main
+from dtq.cli.quantize_output import print_result
 from dtq.errors import InputError
 from dtq.linalg.relative_error import relative_error
 from dtq.nn import QuantLinear
@@ -24,6 +25,7 @@ from dtq.pipelines.recorded_sampling import RecordedSampling
 from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
 from dtq.stages.autoencoder import latent_error, quantize_weights
+from dtq.stages.report import Report
 
 SMALL = {**pipelines.SMALL["flux"], "max_sequence_length": 16}
 SETTINGS = SamplingSettings(
@@ -86,6 +88,17 @@ def test_all_files_together_are_within_the_budget(half):
         assert f"| `{name}` | {size} | {size / sum(files.values()):.0%} |" in card
         assert f"\n{name} " in half.shown
     assert f"of a budget of {half.budget}" in card
+    assert half.shown.count("load it:") == 1
+
+
+def test_a_component_that_stays_float_is_shown_as_such(capsys, tmp_path):
+    pipe = pipelines.flux()
+    allocation = {"bytes": 8, "rows": [{"option": "float"}, {"option": "float"}]}
+    reports = {"text_encoder": Report(allocation=allocation)}
+    print_result(load_transformer(pipe), reports, {}, tmp_path, 1.0, "")
+    told = capsys.readouterr().out
+    assert "text_encoder: stays float" in told
+    assert "0.00 bits" not in told
 
 
 def test_the_pipeline_loads_and_samples(half):
@@ -165,6 +178,17 @@ def test_noise_of_that_error_in_the_latents_changes_the_decodes_as_much(monkeypa
     quantize_weights(pipe.vae, "int8-row")
     changed = relative_error(decode(latents).sample, want)
     assert relative_error(noisy, want) == pytest.approx(changed, rel=0.3)
+
+
+def test_plan_shows_an_8_bit_autoencoder_without_a_budget(folder):
+    where, planned = folder
+    shown = command("plan", where, *OPTIONS, "--vae=w8", "--json").stdout
+    files = json.loads(shown)["pipeline"]["fixed"]
+    assert files["vae"] == planned.least["vae"]
+    assert files["text_encoder"] == planned.most["text_encoder"]
+    assert {*files} == {*planned.most}
+    told = command("plan", where / "transformer", "--vae=w8", code=1).stderr
+    assert "has no autoencoder that dtq can quantize; leave --vae out" in told
 
 
 def test_bits_are_not_for_pipelines_and_a_size_not_for_statistics(folder, tmp_path):

@@ -12,8 +12,10 @@ from dtq.calibrate.observers import InputStats, SampleOrigin
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.linalg.hadamard import block_for, fwht, rotate, rotate_back, signs
+from dtq.models import InputGroup, Linear
+from dtq.stages.transform_choice import input_report
 from dtq.transforms import TRANSFORMS, Chain, Diagonal, Permutation, Rotation
-from dtq.transforms.choice import online_transform
+from dtq.transforms.choice import TransformChoice, online_transform
 from dtq.transforms.methods import incoherence, zigzag
 from dtq.transforms.objective import OutputErrorObjective, search_format
 from dtq.transforms.smoothing import REDUCTIONS, smoothing
@@ -237,3 +239,15 @@ def test_candidates_are_compared_in_the_format_or_in_one_of_about_its_bits():
     names = ("int4-g64", "fp8-row", "fp8-matrix", "q8_0", "lut4-row", "vq-256x4")
     found = [search_format(FORMATS[name], w).name for name in names]
     assert found == ["int4-g64", "fp8-row", "fp8-matrix", "q8_0", "int4-g64", "int2-g64"]
+
+
+def test_the_report_of_an_input_says_which_timestep_bins_it_has_rows_of():
+    stats = InputStats(K, 4, frozenset({"channels", "sample"}))
+    branch = torch.zeros(256, dtype=torch.int64)
+    for b in (1, 3):  # one of two denoisers is not called in every bin
+        stats.observe(salient(256), SampleOrigin(b, b, branch))
+    group = InputGroup("x", (Linear("x", "ffn.up", (8, K), True),))
+    transform = online_transform(torch.ones(1, K), None)
+    report = input_report(group, stats, TransformChoice(transform, "none"), transform)
+    assert report.bins == [2, 4]
+    assert len(report.imbalance) == len(report.imbalance_after) == 2

@@ -62,9 +62,7 @@ def render(result: Evaluation) -> str:
     report = result.quantization
     layers = report.get("layers", [])
     measured = [layer for layer in layers if layer["error"] is not None]
-    untransformed = {layer["name"] for layer in layers if layer["role"] == "adaln"}
-    inputs = [x for x in report.get("inputs", []) if x["imbalance"]]
-    inputs = [x for x in inputs if x["name"] not in untransformed]
+    inputs = over_timesteps(report)
     return page.render(
         "report.html",
         title=f"dtq: {result.run.candidate} against {result.run.reference}",
@@ -83,6 +81,16 @@ def render(result: Evaluation) -> str:
         error_plot=plots.layers(measured) if measured else None,
         range_plot=plots.ranges(inputs) if inputs else None,
     )
+
+
+def over_timesteps(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The inputs in a report that have a range in several timestep bins, without modulation.
+
+    Those of text encoders, which run at no timestep, have one bin.
+    """
+    untransformed = {x["name"] for x in report.get("layers", []) if x["role"] == "adaln"}
+    inputs = [x for x in report.get("inputs", []) if len(x["imbalance"]) > 1]
+    return [x for x in inputs if x["name"] not in untransformed]
 
 
 def metric_cells(value: MetricValue) -> tuple[str, ...]:

@@ -85,22 +85,23 @@ def ranges(inputs: Sequence[dict[str, Any]]) -> str:
     """Imbalance of the channels of each input over timesteps, before and after its transform.
 
     Args:
-        inputs: rows of ``dtq_report.json``; each is a thin line. Those of text encoders, which run
-            at no timestep and have one bin, are left out where others have more.
+        inputs: rows of ``dtq_report.json``; each is a thin line over the timestep bins that it was
+            sampled in. One of two denoisers is called in some of them only.
     """
-    count = max(len(row["imbalance"]) for row in inputs)
-    inputs = [row for row in inputs if len(row["imbalance"]) == count]
     figure, axes = _axes()
     for key, label, color in (
         ("imbalance", "before", COLORS[4]),
         ("imbalance_after", "after", COLORS[2]),
     ):
-        lines = [row[key] for row in inputs]
-        bins = range(1, len(lines[0]) + 1)
-        for line in lines:
-            axes.plot(bins, line, color=color, alpha=0.18, lw=0.8)
-        middle = [sorted(column)[len(column) // 2] for column in zip(*lines, strict=True)]
-        axes.plot(bins, middle, color=color, lw=2.2, label=f"{label} (median)")
+        columns: dict[int, list[float]] = {}
+        for row in inputs:
+            bins = row.get("bins") or range(1, len(row[key]) + 1)  # older reports do not say
+            points = list(zip(bins, row[key], strict=False))
+            axes.plot(*zip(*points, strict=True), color=color, alpha=0.18, lw=0.8)
+            for column, value in points:
+                columns.setdefault(column, []).append(value)
+        middle = [sorted(columns[b])[len(columns[b]) // 2] for b in sorted(columns)]
+        axes.plot(sorted(columns), middle, color=color, lw=2.2, label=f"{label} (median)")
     axes.set(xlabel="timestep bin, last is noisiest", ylabel="largest channel amax / mean amax")
     axes.set_yscale("log")
     _legend(axes, 8)

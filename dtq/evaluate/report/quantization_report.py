@@ -27,6 +27,7 @@ class _Input:
     name: str
     imbalance: tuple[float, ...]
     imbalance_after: tuple[float, ...]
+    bins: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks that show the observers what the linears of a float model read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtq.calibrate.observers import InputStats, SampleOrigin
+from dtq.models import InputGroup
+from dtq.models.linears import input_of, rows_of
+from dtq.models.timestep import timestep_edges, timestep_of
+from dtq.pipelines.loading import LoadedModel
+
+# call numbers reserved for each batch; a prime, because they seed the choice of sampled rows
+_CALLS_PER_BATCH = 65537
+
+
+class CalibrationHooks:
+    """Forward hooks that pass the inputs of linears to their observers.
+
+    A pipeline may run the layers of a text encoder and never its forward (Ideogram 4). There, a
+    call begins when a linear is reached that the call before it has reached.
+
+    Args:
+        loaded: the float model.
+        input_groups: whose inputs to observe.
+        bins: timestep bins.
+        needs: statistics to collect.
+        first: timestep of the first call, None where the sampler decides.
+
+    Attributes:
+        stats: by name of the input group.
+        edges: timesteps that separate the bins, from the first call on.
+        calls: of the model so far.
+        after_call: is called after every call of the model.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        input_groups: Sequence[InputGroup],
+        bins: int,
+        needs: frozenset[str],
+        first: float | None,
+    ) -> None:
+        self.model, self.input_groups, self.bins = loaded.model, input_groups, bins
+        self.first = first
+        self.stats = {g.name: InputStats(g.columns, bins, needs) for g in input_groups}
+        self.edges: list[float] = []
+        self.calls = 0
+        self.after_call: Callable[[], object] = lambda: None
+        self._top = loaded.family.largest_timestep if loaded.family else 0.0
+        self._signature = inspect.signature(loaded.model.forward)
+        self._call = self._bin = 0
+        self._batch_size = 1
+        self._inside = False  # of the model's forward
+        self._reached: set[str] = set()  # outside of it, in the current call
+
+    def begin(self, batch: int) -> None:
+        """Number the calls of a batch, whichever process runs it and whatever ran before."""
+        self._call = batch * _CALLS_PER_BATCH
+        self._reached.clear()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The hooks on the model, removed at the end."""
+        with ExitStack() as hooks:
+            hooks.enter_context(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
+            hooks.enter_context(self.model.register_forward_hook(self._leave))
+            for group in self.input_groups:
+                linear = self.model.get_submodule(group.linears[0].name)
+                observe = partial(self._observe, group.name)
+                hooks.enter_context(linear.register_forward_pre_hook(observe, with_kwargs=True))
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside = True
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
+        self._batch_size = first.shape[0] if first is not None and first.ndim else 1
+        timestep = timestep_of(self.model, args, kwargs)
+        if not self.edges and self.bins > 1:
+            noisiest = timestep if self.first is None else self.first
+            self.edges = timestep_edges(self._top, noisiest, self.bins)
+        self._bin = sum(timestep > edge for edge in self.edges)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._inside = False
+        self._count()
+
+    def _count(self) -> None:
+        self.calls += 1
+        self._call += 1
+        self.after_call()
+
+    def _observe(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not self._inside:
+            if not self._reached or name in self._reached:
+                self._reached.clear()
+                self._count()
+            self._reached.add(name)
+        rows = rows_of(module, input_of(args, kwargs))
+        halves = 2 if self._batch_size > 1 and len(rows) % 2 == 0 else 1
+        branch = torch.arange(len(rows)) * halves // max(1, len(rows))
+        self.stats[name].observe(rows, SampleOrigin(self._bin, self._call, branch.clamp(max=1)))
