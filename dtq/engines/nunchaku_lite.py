@@ -36,11 +36,12 @@ from dtq.engines.nunchaku_tiles import (
     untiled_scales,
 )
 from dtq.engines.smooth_branch import (
+    SMOOTHED,
     branch_of,
     divided_by,
     from_divisor,
     smooth_branch_reason,
-    smoothing_knobs,
+    smoothing_reason,
 )
 from dtq.engines.target import (
     OF_THE_CHECKPOINT,
@@ -274,21 +275,14 @@ LIMITS = Limits(
     transforms=("none", "smooth", "search"),
     fallbacks=(KIND,),
     shape_reason=shape_reason,
-    transform_reason=smoothing_knobs,
-    branch=True,
+    transform_reason=smoothing_reason,
+    branch=(SMOOTHED,),
 )
 
 
 def unsupported_reason(layer: StoredLayer) -> str | None:
     """Why a layer cannot be stored; None if it can."""
-    reason = common_reason(layer, LIMITS) or smooth_branch_reason(layer)
-    if reason is None and layer.spec.activation_format == "none" and _is_more_than_weights(layer):
-        return "it is weight-only, with smoothing or a branch"
-    return reason
-
-
-def _is_more_than_weights(layer: StoredLayer) -> bool:
-    return layer.spec.rank > 0 or layer.transform() is not None
+    return common_reason(layer, LIMITS) or smooth_branch_reason(layer)
 
 
 TARGET = Target(
