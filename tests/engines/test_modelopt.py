@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dtq
 from dtq.engines import modelopt
+from dtq.engines.model_folder import CONFIG, WEIGHTS
 from dtq.engines.target import Contents, StoredLayer
 from dtq.errors import CheckpointError, DtqError
 from dtq.formats import FORMATS
@@ -123,7 +124,7 @@ def test_layers_come_back_without_the_pickle(folder):
     ],
 )
 def test_other_layouts_are_refused(key, value, message, folder):
-    file = folder[0] / modelopt.WEIGHTS
+    file = folder[0] / WEIGHTS
     tensors = load_file(file) | {key: value}
     save_file(tensors, file, {"dtq": "{}"})
     with pytest.raises(CheckpointError, match=message):
@@ -132,7 +133,7 @@ def test_other_layouts_are_refused(key, value, message, folder):
 
 def test_a_folder_of_others_is_read_if_it_is_weight_only(folder):
     path, _ = folder
-    file, config = path / modelopt.WEIGHTS, path / modelopt.CONFIG
+    file, config = path / WEIGHTS, path / CONFIG
     save_file(load_file(file), file)
     with pytest.raises(CheckpointError, match="a pickle that dtq does not open"):
         modelopt.read(path)
@@ -151,7 +152,7 @@ def test_damaged_files_are_read_or_refused(folder):
     """Whatever is wrong with a file, the error is one of dtq."""
     path, _ = folder
     refused = 0
-    for name in (modelopt.WEIGHTS, modelopt.CONFIG):
+    for name in (WEIGHTS, CONFIG):
         data = (path / name).read_bytes()
         for seed in range(100):
             rng, changed = random.Random(seed), bytearray(data)
