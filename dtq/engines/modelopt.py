@@ -131,7 +131,16 @@ def _state(contents: Contents) -> Any:
                         f"this version of nvidia-modelopt stores {name}.{key} in another way; dtq "
                         f"writes the layout of 0.47"
                     )
-        return mto.modelopt_state(model)
+        return _in_order(mto.modelopt_state(model))
+
+
+def _in_order(state: Any) -> Any:
+    """Plain data with sorted keys: ModelOpt takes some from sets, in another order each time."""
+    if type(state) is dict:
+        return {key: _in_order(state[key]) for key in sorted(state, key=str)}
+    if type(state) in (list, tuple):
+        return type(state)(map(_in_order, state))
+    return state
 
 
 def read(path: Path) -> Contents:

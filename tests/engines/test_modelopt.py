@@ -66,6 +66,18 @@ def test_export_import_export_gives_equal_bytes(exported, tmp_path):
     assert stored_files(tmp_path / "again") == stored_files(folder)
 
 
+@needs_modelopt
+def test_the_state_has_the_same_order_in_every_process(exported):
+    """Which also decides the bytes; ModelOpt takes keys from sets, whose order Python draws by chance."""
+    _, _, folder = exported
+    state = torch.load(folder / modelopt.STATE, weights_only=False)  # the test wrote it
+    (_, own), *_ = state["modelopt_state_dict"]
+    quantizers = own["metadata"]["quantizer_state"]
+    assert len(quantizers) > 40
+    for keys in (quantizers, *quantizers.values()):
+        assert list(keys) == sorted(keys)
+
+
 def stored(kind: str, tokens: str = "none") -> StoredLayer:
     w, fmt = layer_input(256, rows=8), FORMATS[kind]
     return StoredLayer(LayerSpec(kind, tokens), (8, 256), fmt.pack(w, fmt.compute_qparams(w)))
