@@ -35,10 +35,9 @@ from dtq.engines.target import (
 from dtq.errors import CheckpointError
 from dtq.io.atomic import atomic_save_tensors
 from dtq.io.safe_parse import parse_json
-from dtq.io.schema import MethodSpec
 from dtq.linalg.hadamard import regular_signs
 from dtq.pipelines.weight_files import open_header
-from dtq.plan.layers import LayerSpec
+from dtq.plan.layers import LayerPlan, LayerSpec
 
 MARKER = "comfy_quant"
 LARGEST_MARKER = 4096  # bytes; real ones have about 100
@@ -101,7 +100,7 @@ def comfy_target(
     formats: Sequence[ComfyFormat],
     recipe: str,
     transforms: tuple[str, ...],
-    transform_reason: Callable[[MethodSpec], str | None] = any_knobs,
+    transform_reason: Callable[[LayerPlan], str | None] = any_knobs,
 ) -> Target:
     """A target whose files hold layers of some of ComfyUI's formats.
 
@@ -129,7 +128,7 @@ def comfy_target(
         fallbacks=(formats[-1].weight_format,),
         shape_reason=shape_reason,
         transform_reason=transform_reason,
-        branch=any(each.branch for each in formats),
+        branch=tuple((each.weight_format, each.activations) for each in formats if each.branch),
     )
 
     def unsupported_reason(layer: StoredLayer) -> str | None:

@@ -28,7 +28,7 @@ from dtq.engines.smooth_branch import (
     divided_by,
     from_divisor,
     smooth_branch_reason,
-    smoothing_knobs,
+    smoothing_reason,
 )
 from dtq.engines.target import StoredLayer
 from dtq.errors import CheckpointError
@@ -104,5 +104,5 @@ TARGET = comfy_target(
     (SVDQUANT, INT8),
     recipe="svdquant-w4a4",
     transforms=("none", "smooth", "search"),
-    transform_reason=smoothing_knobs,
+    transform_reason=smoothing_reason,
 )

@@ -178,10 +178,11 @@ def _reason(layer: LayerPlan, limits: Limits) -> str | None:
     if layer.transform.name not in limits.transforms:
         known = ", ".join(limits.transforms)
         return f"transform {layer.transform.name}, where it runs {known}"
-    if reason := limits.transform_reason(layer.transform):
+    if reason := limits.transform_reason(layer):
         return f"transform {layer.transform.name}: {reason}"
-    if layer.lowrank.name != "none" and not limits.branch:
-        return "a low-rank branch, which it does not have"
+    formats = (layer.weight_format, layer.activation_format)
+    if layer.lowrank.name != "none" and formats not in limits.branch:
+        return f"a low-rank branch, which it does not have in {' with '.join(formats)} activations"
     return None
 
 

@@ -250,12 +250,12 @@ def filled(model: nn.Module, contents: Contents, name: str) -> nn.Module:
     """
     dtype = _compute_dtype(contents)
     plans = []
-    for name, layer in contents.layers.items():
-        old = model.get_submodule(name)
+    for key, layer in contents.layers.items():
+        old = model.get_submodule(key)
         new = QuantLinear.in_place_of(old, layer.spec, compute_dtype=dtype, device="meta")
         new.fill(layer.tensors)
-        model.set_submodule(name, new)
-        plans.append(LayerPlan(name, "other", layer.shape, layer.spec))
+        model.set_submodule(key, new)
+        plans.append(LayerPlan(key, "other", layer.shape, layer.spec))
     state = {key: t.contiguous() for key, t in contents.others.items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.requires_grad_(False)

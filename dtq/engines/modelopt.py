@@ -15,34 +15,25 @@ diffusers' ``modelopt``: that of 0.42 replaces ModelOpt's tensors by plain ones 
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dtq.engines import model_folder
 from dtq.engines.float_model import float_model
-from dtq.engines.target import (
-    OF_THE_CHECKPOINT,
-    Contents,
-    Limits,
-    StoredLayer,
-    Target,
-    common_reason,
-)
+from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS
-from dtq.io.atomic import atomic_directory, atomic_save_tensors, atomic_write
-from dtq.io.safe_parse import parse_json, read_json
-from dtq.pipelines.weight_files import open_header
+from dtq.io.atomic import atomic_directory
 from dtq.plan.layers import COMPUTE_DTYPES, LayerSpec
 
-WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
-STATE, METADATA = "modelopt_state.pth", "dtq"
+STATE = "modelopt_state.pth"
 GROUP, E4M3_MAX, E2M1_MAX = 16, 448.0, 6.0
 OFF: dict[str, Any] = {"quantizer_name": "*", "enable": False}
 WEIGHT: dict[str, dict[str, Any]] = {
@@ -80,13 +71,9 @@ def write(contents: Contents, path: Path) -> None:
         tensors |= {f"{name}.{key}": tensor for key, tensor in encode(layer).items()}
         if layer.spec.activation_format != "none":
             tokens.append(name)
-    own = {"recipe": contents.recipe, "compute_dtype": contents.compute_dtype, "tokens": tokens}
-    metadata = {"format": "pt", METADATA: json.dumps(own, sort_keys=True)}
     with atomic_directory(path, overwrite=True) as draft:
-        atomic_save_tensors(draft / WEIGHTS, tensors, metadata)
+        model_folder.save(draft, contents, tensors, own={"tokens": tokens})
         torch.save(state, draft / STATE)
-        text = json.dumps(contents.config, indent=2, sort_keys=True)
-        atomic_write(draft / CONFIG, text + "\n")
 
 
 def encode(layer: StoredLayer) -> Tensors:
@@ -144,7 +131,16 @@ def _state(contents: Contents) -> Any:
                         f"this version of nvidia-modelopt stores {name}.{key} in another way; dtq "
                         f"writes the layout of 0.47"
                     )
-        return mto.modelopt_state(model)
+        return _in_order(mto.modelopt_state(model))
+
+
+def _in_order(state: Any) -> Any:
+    """Plain data with sorted keys: ModelOpt takes some from sets, in another order each time."""
+    if type(state) is dict:
+        return {key: _in_order(state[key]) for key in sorted(state, key=str)}
+    if type(state) in (list, tuple):
+        return type(state)(map(_in_order, state))
+    return state
 
 
 def read(path: Path) -> Contents:
@@ -153,22 +149,16 @@ def read(path: Path) -> Contents:
     Raises:
         CheckpointError: a file is damaged, or a layer is not what dtq reads; names it.
     """
-    file = path / WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{path}: has no {WEIGHTS}; dtq reads folders with one file")
-    with open_header(file) as opened:
-        metadata = opened.metadata() or {}
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    own = parse_json(metadata.get(METADATA, "{}"), f"{file}: {METADATA}")
-    tokens = own.get("tokens", []) if isinstance(own, dict) else None
+    folder = model_folder.read(path)
+    file, tensors = folder.file, folder.tensors
+    tokens = folder.own.get("tokens", [])
     if not isinstance(tokens, list):
-        raise CheckpointError(f"{file}: the metadata {METADATA!r} is damaged")
+        raise CheckpointError(f"{file}: the list of layers with tokens in its metadata is damaged")
     static = next((key for key in sorted(tensors) if ".input_quantizer." in key), None)
     if static is not None:
         raise CheckpointError(f"{file}: {static}: dtq does not read static scales of tokens")
-    config = read_json(path / CONFIG)
-    if METADATA not in metadata:
-        _check_weight_only(config.get("quantization_config"), path)
+    if model_folder.METADATA not in folder.metadata:
+        _check_weight_only(folder.config.get(model_folder.QUANTIZATION), path)
     end = ".weight_quantizer._scale"
     layers = {}
     for name in [key.removesuffix(end) for key in tensors if key.endswith(end)]:
@@ -179,9 +169,7 @@ def read(path: Path) -> Contents:
             )
         }  # fmt: skip
         layers[name] = _layer(stored, name in tokens, f"{file}: {name}")
-    plain = {key: value for key, value in config.items() if key not in OF_THE_CHECKPOINT}
-    recipe, dtype = (str(own.get(key, "")) for key in ("recipe", "compute_dtype"))
-    return Contents(layers, tensors, plain, recipe, dtype)
+    return folder.contents(layers)
 
 
 def _check_weight_only(quantization: Any, path: Path) -> None:
@@ -226,20 +214,8 @@ def _layer(stored: dict[str, Tensor | None], tokens: bool, where: str) -> Stored
 
 def is_modelopt(path: Path) -> bool:
     """Whether a folder is a model of diffusers that ModelOpt has quantized."""
-    if not (path / CONFIG).is_file():
-        return False
-    if (path / STATE).is_file():
-        return True
-    try:
-        quantization = read_json(path / CONFIG).get("quantization_config")
-    except InputError:
-        return False  # another reader says what is wrong with it
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "modelopt"
-
-
-def unsupported_reason(layer: StoredLayer) -> str | None:
-    """Why a layer cannot be stored; None if it can."""
-    return common_reason(layer, LIMITS)
+    with_state = (path / model_folder.CONFIG).is_file() and (path / STATE).is_file()
+    return with_state or model_folder.is_quantized_by(path, "modelopt")
 
 
 TARGET = Target(
@@ -247,7 +223,7 @@ TARGET = Target(
     "a folder with FP8 weights and tokens, or NVFP4 weights: ModelOpt",
     "",
     LIMITS,
-    unsupported_reason,
+    partial(common_reason, limits=LIMITS),
     write,
     read,
     is_modelopt,

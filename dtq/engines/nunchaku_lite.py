@@ -11,14 +11,15 @@ N), with ``w = code * scale + zero``; their bias is as it was. The layout is tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtq.engines import model_folder
 from dtq.engines.nunchaku_tiles import (
     COLUMNS,
     GROUP,
@@ -36,28 +37,20 @@ from dtq.engines.nunchaku_tiles import (
     untiled_scales,
 )
 from dtq.engines.smooth_branch import (
+    SMOOTHED,
     branch_of,
     divided_by,
     from_divisor,
     smooth_branch_reason,
-    smoothing_knobs,
+    smoothing_reason,
 )
-from dtq.engines.target import (
-    OF_THE_CHECKPOINT,
-    Contents,
-    Limits,
-    StoredLayer,
-    Target,
-    common_reason,
-)
-from dtq.errors import CheckpointError, InputError
+from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
+from dtq.errors import CheckpointError
 from dtq.formats.packing import pack_bits, unpack_bits
-from dtq.io.atomic import atomic_directory, atomic_save_tensors, atomic_write
-from dtq.io.safe_parse import parse_json, read_json
-from dtq.pipelines.weight_files import open_header
+from dtq.io.atomic import atomic_directory
 from dtq.plan.layers import LayerSpec
 
-WEIGHTS, CONFIG, METADATA = "diffusion_pytorch_model.safetensors", "config.json", "dtq"
+METHOD = "nunchaku_lite"
 KIND = "int4-g64"
 W4A4, W4A16 = "svdq_w4a4", "awq_w4a16"
 DTYPES = ("bfloat16", "float16")
@@ -83,19 +76,16 @@ def write(contents: Contents, path: Path) -> None:
         tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
         if not weight_only and f"{name}.bias" in tensors:
             tensors[f"{name}.bias"] = tiled_scales(tensors[f"{name}.bias"])
-    own = {"recipe": contents.recipe, "compute_dtype": contents.compute_dtype, "ranks": ranks}
     dtype = contents.compute_dtype if contents.compute_dtype in DTYPES else DTYPES[0]
     shape = {"precision": "int4", "group_size": GROUP}
-    quantization: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": dtype}
+    quantization: dict[str, Any] = {"quant_method": METHOD, "compute_dtype": dtype}
     if targets[W4A4]:
         quantization[W4A4] = {**shape, "rank": rank, "targets": targets[W4A4]}
     if targets[W4A16]:
         quantization[W4A16] = {**shape, "targets": targets[W4A16]}
-    config = {**contents.config, "quantization_config": quantization}
-    metadata = {"format": "pt", METADATA: json.dumps(own, sort_keys=True)}
+    own = {"ranks": ranks}
     with atomic_directory(path, overwrite=True) as draft:
-        atomic_save_tensors(draft / WEIGHTS, tensors, metadata)
-        atomic_write(draft / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        model_folder.save(draft, contents, tensors, quantization=quantization, own=own)
 
 
 def _w4a4(layer: StoredLayer, rank: int) -> Tensors:
@@ -124,19 +114,13 @@ def read(path: Path) -> Contents:
     Raises:
         CheckpointError: a file is damaged, or a layer is not what dtq reads; names it.
     """
-    file = path / WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{path}: has no {WEIGHTS}; dtq reads folders with one file")
-    with open_header(file) as opened:
-        metadata = opened.metadata() or {}
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    own = parse_json(metadata.get(METADATA, "{}"), f"{file}: {METADATA}")
-    ranks = own.get("ranks", {}) if isinstance(own, dict) else None
+    folder = model_folder.read(path)
+    file, tensors = folder.file, folder.tensors
+    ranks = folder.own.get("ranks", {})
     if not isinstance(ranks, dict):
-        raise CheckpointError(f"{file}: the metadata {METADATA!r} is damaged")
-    config = read_json(path / CONFIG)
-    where = f"{path / CONFIG}: quantization_config"
-    quantization = config.get("quantization_config")
+        raise CheckpointError(f"{file}: the ranks in its metadata are damaged")
+    where = f"{path / model_folder.CONFIG}: {model_folder.QUANTIZATION}"
+    quantization = folder.config.get(model_folder.QUANTIZATION)
     layers = {}
     for name in _targets(quantization, W4A4, where):
         stored = _taken(tensors, name, ("qweight", "wscales", "smooth_factor"), file)
@@ -150,9 +134,7 @@ def read(path: Path) -> Contents:
             raise CheckpointError(f"{where}: {name} is a target of {W4A4} and of {W4A16}")
         stored = _taken(tensors, name, ("qweight", "wscales", "wzeros"), file)
         layers[name] = _read_weight_only(stored, f"{file}: {name}")
-    plain = {key: value for key, value in config.items() if key not in OF_THE_CHECKPOINT}
-    recipe, dtype = (str(own.get(key, "")) for key in ("recipe", "compute_dtype"))
-    return Contents(layers, tensors, plain, recipe, dtype)
+    return folder.contents(layers)
 
 
 def _targets(quantization: Any, kind: str, where: str) -> list[str]:
@@ -249,17 +231,6 @@ def _read_weight_only(stored: Tensors, where: str) -> StoredLayer:
     )
 
 
-def is_nunchaku_lite(path: Path) -> bool:
-    """Whether a folder is a model of diffusers with layers of Nunchaku Lite."""
-    if not (path / CONFIG).is_file():
-        return False
-    try:
-        quantization = read_json(path / CONFIG).get("quantization_config")
-    except InputError:
-        return False  # another reader says what is wrong with it
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "nunchaku_lite"
-
-
 def shape_reason(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
     """Why a layer of this shape cannot be stored; None if it can."""
     rows, columns = (4, GROUP) if spec.activation_format == "none" else (ROWS, COLUMNS)
@@ -274,21 +245,14 @@ LIMITS = Limits(
     transforms=("none", "smooth", "search"),
     fallbacks=(KIND,),
     shape_reason=shape_reason,
-    transform_reason=smoothing_knobs,
-    branch=True,
+    transform_reason=smoothing_reason,
+    branch=(SMOOTHED,),
 )
 
 
 def unsupported_reason(layer: StoredLayer) -> str | None:
     """Why a layer cannot be stored; None if it can."""
-    reason = common_reason(layer, LIMITS) or smooth_branch_reason(layer)
-    if reason is None and layer.spec.activation_format == "none" and _is_more_than_weights(layer):
-        return "it is weight-only, with smoothing or a branch"
-    return reason
-
-
-def _is_more_than_weights(layer: StoredLayer) -> bool:
-    return layer.spec.rank > 0 or layer.transform() is not None
+    return common_reason(layer, LIMITS) or smooth_branch_reason(layer)
 
 
 TARGET = Target(
@@ -299,6 +263,6 @@ TARGET = Target(
     unsupported_reason,
     write,
     read,
-    is_nunchaku_lite,
+    partial(model_folder.is_quantized_by, method=METHOD),
     original_names=False,
 )

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dtq.engines.onnx_graph import ARGUMENTS, BlockLinear, operator, trace, unsigned
 from dtq.engines.target import INT4_GROUPS, Contents, Limits, StoredLayer, Target, common_reason
 from dtq.errors import InputError
+from dtq.io.safe_parse import parse_json
 
 TOKEN_GROUP = 32
 """Columns of a token with one scale; OpenVINO's default on CPUs, and it divides every group."""
@@ -123,8 +124,6 @@ def describe(path: Path) -> Contents:
         InputError: dtq did not write it.
     """
     import openvino
-
-    from dtq.io.safe_parse import parse_json
 
     model = openvino.Core().read_model(path)
     if not model.has_rt_info(list(CONFIG)):

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from dtq.engines.target import StoredLayer
 from dtq.errors import CheckpointError
-from dtq.io.schema import MethodSpec
+from dtq.plan.layers import LayerPlan
+
+SMOOTHED = ("int4-g64", "int4-g64")
+"""Weight and activation format of the layers that have smoothing and a branch there."""
+WITHOUT = f"only layers with {' weights and '.join(SMOOTHED)} activations have smoothing there"
 
 
 def divided_by(layer: StoredLayer) -> Tensor:
@@ -60,6 +64,8 @@ def smooth_branch_reason(layer: StoredLayer) -> str | None:
     transform = layer.transform()
     if transform is None:
         return None
+    if (layer.spec.weight_format, layer.spec.activation_format) != SMOOTHED:
+        return WITHOUT
     if transform.block > 1 or transform.perm is not None:
         return "its input is rotated or permuted, and this format has smoothing alone"
     scale = transform.scale
@@ -72,12 +78,15 @@ def smooth_branch_reason(layer: StoredLayer) -> str | None:
     return None
 
 
-def smoothing_knobs(transform: MethodSpec) -> str | None:
+def smoothing_reason(layer: LayerPlan) -> str | None:
     """Why a smoothing method may choose what such an engine does not run; None if it cannot."""
+    transform = layer.transform
+    if transform.name == "none":
+        return None
+    if (layer.weight_format, layer.activation_format) != SMOOTHED:
+        return WITHOUT
     knobs = dict(transform.knobs)
-    if transform.name == "none" or (
-        knobs.get("divisor") and (transform.name != "search" or not knobs.get("rotate", True))
-    ):
+    if knobs.get("divisor") and (transform.name != "search" or not knobs.get("rotate", True)):
         return None
     wanted = "divisor: true" if transform.name == "smooth" else "rotate: false, divisor: true"
     return (

@@ -17,8 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from dtq.formats import PackedTensors
-from dtq.io.schema import MethodSpec
-from dtq.plan.layers import LayerSpec
+from dtq.plan.layers import LayerPlan, LayerSpec
 from dtq.transforms.base import OnlineTransform
 
 
@@ -88,7 +87,7 @@ def any_shape(spec: LayerSpec, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def any_knobs(transform: MethodSpec) -> str | None:
+def any_knobs(layer: LayerPlan) -> str | None:
     """The ``transform_reason`` of an engine that runs whatever its methods give: None."""
     return None
 
@@ -105,9 +104,9 @@ class Limits:
             modulation, and layers that the recipe's format does not fit.
         shape_reason: why a linear (N, K) cannot be stored with a spec that the other limits allow;
             None if it can.
-        transform_reason: why a method of ``transforms`` may, with its knobs, choose a transform
-            that the engine does not run; None if it cannot.
-        branch: whether it runs a low-rank branch.
+        transform_reason: why the method of a layer, one of ``transforms``, may choose a transform
+            that the engine does not run with the layer's formats; None if it cannot.
+        branch: weight and activation format of the layers in which it runs a low-rank branch.
     """
 
     formats: Mapping[str, tuple[str, ...]]
@@ -115,8 +114,8 @@ class Limits:
     transforms: tuple[str, ...] = ("none",)
     fallbacks: tuple[str, ...] = ()
     shape_reason: Callable[[LayerSpec, tuple[int, int]], str | None] = any_shape
-    transform_reason: Callable[[MethodSpec], str | None] = any_knobs
-    branch: bool = False
+    transform_reason: Callable[[LayerPlan], str | None] = any_knobs
+    branch: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ def common_reason(layer: StoredLayer, limits: Limits) -> str | None:
     runs = limits.formats[spec.weight_format]
     if spec.activation_format not in runs:
         return f"activations are {spec.activation_format}, not {' or '.join(runs)}"
-    if spec.rank and not limits.branch:
+    if spec.rank and (spec.weight_format, spec.activation_format) not in limits.branch:
         return "it has a low-rank branch"
     if limits.transforms == ("none",) and layer.transform() is not None:
         return "its input has a transform, and this format has no place for one"

@@ -18,25 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtq.engines.target import (
-    INT4_GROUPS,
-    OF_THE_CHECKPOINT,
-    Contents,
-    Limits,
-    StoredLayer,
-    Target,
-    common_reason,
-)
-from dtq.errors import CheckpointError, InputError
+from dtq.engines import model_folder
+from dtq.engines.target import INT4_GROUPS, Contents, Limits, StoredLayer, Target, common_reason
+from dtq.errors import CheckpointError
 from dtq.formats import FORMATS
 from dtq.formats.packing import pack_bits, unpack_bits
-from dtq.io.atomic import atomic_directory, atomic_save_tensors, atomic_write
-from dtq.io.safe_parse import parse_json, read_json
-from dtq.pipelines.weight_files import open_header
+from dtq.io.atomic import atomic_directory
+from dtq.io.safe_parse import parse_json
 from dtq.plan.layers import LayerSpec
 
-WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
-METADATA, NAMES = "dtq", "tensor_names"
+NAMES = "tensor_names"
+"""Key of the metadata, a list of the tensors that are described there."""
 INT8, INT4 = "Int8Tensor", "IntxUnpackedToInt8Tensor"
 PLAIN = {"_type": "Tensor"}
 TOKENS = {
@@ -88,22 +80,15 @@ def write(contents: Contents, path: Path) -> None:
         stored, described = encode(layer, contents.compute_dtype or "float32")
         tensors |= {f"{name}._weight_{key}": tensor for key, tensor in stored.items()}
         about[f"{name}.weight"] = described
-    own = {"recipe": contents.recipe, "compute_dtype": contents.compute_dtype}
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    metadata |= {
-        "format": "pt",
-        NAMES: json.dumps(sorted(about)),
-        METADATA: json.dumps(own, sort_keys=True),
-    }
+    metadata[NAMES] = json.dumps(sorted(about))
     quantization = {
         "quant_method": "torchao",
         "quant_type": {"default": QUANT_TYPE},
         "modules_to_not_convert": None,
     }
-    config = {**contents.config, "quantization_config": quantization}
     with atomic_directory(path, overwrite=True) as draft:
-        atomic_save_tensors(draft / WEIGHTS, tensors, metadata)
-        atomic_write(draft / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        model_folder.save(draft, contents, tensors, quantization=quantization, metadata=metadata)
 
 
 def encode(layer: StoredLayer, dtype: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -149,12 +134,8 @@ def read(path: Path) -> Contents:
         CheckpointError: a file is damaged, or a tensor is of a class or layout that dtq does not
             read; names it.
     """
-    file = path / WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{path}: has no {WEIGHTS}; dtq reads folders with one file")
-    with open_header(file) as opened:
-        metadata = opened.metadata() or {}
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    stored = model_folder.read(path)
+    file, metadata = stored.file, stored.metadata
     names = _parsed(metadata.get(NAMES, ""), f"{file}: {NAMES}", list)
     layers = {}
     for key in names:
@@ -163,12 +144,8 @@ def read(path: Path) -> Contents:
             name, _, weight = str(key).rpartition(".")
             if not name or weight != "weight":
                 raise CheckpointError(f"{file}: {key} is quantized, and no weight of a layer")
-            layers[name] = _layer(tensors, name, about, f"{file}: {name}")
-    own = _parsed(metadata.get(METADATA, "{}"), f"{file}: {METADATA}", dict)
-    config = read_json(path / CONFIG)
-    plain = {key: value for key, value in config.items() if key not in OF_THE_CHECKPOINT}
-    recipe, dtype = (str(own.get(key, "")) for key in ("recipe", "compute_dtype"))
-    return Contents(layers, tensors, plain, recipe, dtype)
+            layers[name] = _layer(stored.tensors, name, about, f"{file}: {name}")
+    return stored.contents(layers)
 
 
 def _parsed(text: str, where: str, kind: type) -> Any:
@@ -255,17 +232,6 @@ def _bfloat16(scale: Tensor, where: str) -> Tensor:
     return rounded
 
 
-def is_torchao(path: Path) -> bool:
-    """Whether a folder is a model of diffusers with torchao's weights."""
-    if not (path / CONFIG).is_file():
-        return False
-    try:
-        quantization = read_json(path / CONFIG).get("quantization_config")
-    except InputError:
-        return False  # another reader says what is wrong with it
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "torchao"
-
-
 TARGET = Target(
     "torchao",
     "a folder with int8 or 4-bit weights and int8 tokens, or weight-only: diffusers' torchao",
@@ -274,6 +240,6 @@ TARGET = Target(
     partial(common_reason, limits=LIMITS),
     write,
     read,
-    is_torchao,
+    partial(model_folder.is_quantized_by, method="torchao"),
     original_names=False,
 )

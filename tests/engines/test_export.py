@@ -19,11 +19,13 @@ from safetensors import safe_open
 import dtq
 from dtq.cli import main
 from dtq.engines import TARGETS, find_target
+from dtq.engines.target import StoredLayer
 from dtq.errors import InputError, RecipeError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.nn.attention import use_int8_attention
 from dtq.pipelines.tracing import dummy_inputs
+from dtq.plan.layers import LayerSpec
 from dtq.recipe import Recipe
 from dtq.transforms import TRANSFORMS
 
@@ -84,6 +86,42 @@ def test_a_recipe_that_does_not_fit_is_refused_before_calibration():
 def test_every_part_that_does_not_fit_is_named(changes, reason):
     with pytest.raises(RecipeError, match=reason):
         dtq.quantize(tiny.dit(), "convrot-w8a8", to="comfy-int8", progress=False, **changes)
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "reason"),
+    [
+        (
+            "comfy-svdquant",
+            {"weights": "int8-row", "activations": "int8-row", "transform": "none"},
+            "a low-rank branch, which it does not have in int8-row with int8-row activations",
+        ),
+        (
+            "comfy-svdquant",
+            {"weights": "int8-row", "activations": "int8-row", "lowrank": "none"},
+            "only layers with int4-g64 weights and int4-g64 activations have smoothing there",
+        ),
+        (
+            "nunchaku-lite",
+            {"activations": "none", "transform": "none"},
+            "a low-rank branch, which it does not have in int4-g64 with none activations",
+        ),
+        (
+            "nunchaku-lite",
+            {"activations": "none", "lowrank": "none"},
+            "only layers with int4-g64 weights and int4-g64 activations have smoothing there",
+        ),
+    ],
+)
+def test_smoothing_and_branches_are_refused_in_layers_without_them(target, changes, reason):
+    """Before calibration; and in a checkpoint, whose branch would be lost."""
+    with pytest.raises(RecipeError, match=reason):
+        dtq.quantize(tiny.dit(heads=8), "svdquant-w4a4", to=target, progress=False, **changes)
+    kinds = [changes.get(key, "int4-g64") for key in ("weights", "activations")]
+    plain = StoredLayer(LayerSpec(*kinds), (256, 256), {})
+    assert TARGETS[target].unsupported_reason(plain) is None
+    with_branch = replace(plain, spec=LayerSpec(*kinds, rank=8))
+    assert TARGETS[target].unsupported_reason(with_branch) == "it has a low-rank branch"
 
 
 @pytest.mark.parametrize(

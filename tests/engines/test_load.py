@@ -96,8 +96,8 @@ def test_other_files_are_refused(tmp_path):
             dtq.load(tmp_path / name)
 
 
-def test_a_comfy_file_without_a_config_asks_for_one(tmp_path):
-    _, made = quantized("dit", "convrot-w8a8", "comfy-int8")
+def test_a_comfy_file_without_metadata_asks_for_a_config_and_has_its_name_for_a_recipe(tmp_path):
+    model, made = quantized("dit", "convrot-w8a8", "comfy-int8")
     file = tmp_path / "model.safetensors"
     dtq.export(made, "comfy-int8", file)
     with safe_open(file, framework="pt") as opened:
@@ -105,6 +105,8 @@ def test_a_comfy_file_without_a_config_asks_for_one(tmp_path):
     save_file(tensors, file)
     with pytest.raises(InputError, match="--config FOLDER"):
         dtq.load(file)
+    loaded = dtq.load(file, dict(model.config) | {"_class_name": type(model).__name__})
+    assert loaded.hf_quantizer.quantization_config.recipe == "model"
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dtq
 from dtq.engines import modelopt
+from dtq.engines.model_folder import CONFIG, WEIGHTS
 from dtq.engines.target import Contents, StoredLayer
 from dtq.errors import CheckpointError, DtqError
 from dtq.formats import FORMATS
@@ -63,6 +64,18 @@ def test_export_import_export_gives_equal_bytes(exported, tmp_path):
     _, _, folder = exported
     dtq.export(dtq.load(folder), "modelopt", tmp_path / "again")
     assert stored_files(tmp_path / "again") == stored_files(folder)
+
+
+@needs_modelopt
+def test_the_state_has_the_same_order_in_every_process(exported):
+    """Which also decides the bytes; ModelOpt takes keys from sets, whose order Python draws by chance."""
+    _, _, folder = exported
+    state = torch.load(folder / modelopt.STATE, weights_only=False)  # the test wrote it
+    (_, own), *_ = state["modelopt_state_dict"]
+    quantizers = own["metadata"]["quantizer_state"]
+    assert len(quantizers) > 40
+    for keys in (quantizers, *quantizers.values()):
+        assert list(keys) == sorted(keys)
 
 
 def stored(kind: str, tokens: str = "none") -> StoredLayer:
@@ -123,7 +136,7 @@ def test_layers_come_back_without_the_pickle(folder):
     ],
 )
 def test_other_layouts_are_refused(key, value, message, folder):
-    file = folder[0] / modelopt.WEIGHTS
+    file = folder[0] / WEIGHTS
     tensors = load_file(file) | {key: value}
     save_file(tensors, file, {"dtq": "{}"})
     with pytest.raises(CheckpointError, match=message):
@@ -132,7 +145,7 @@ def test_other_layouts_are_refused(key, value, message, folder):
 
 def test_a_folder_of_others_is_read_if_it_is_weight_only(folder):
     path, _ = folder
-    file, config = path / modelopt.WEIGHTS, path / modelopt.CONFIG
+    file, config = path / WEIGHTS, path / CONFIG
     save_file(load_file(file), file)
     with pytest.raises(CheckpointError, match="a pickle that dtq does not open"):
         modelopt.read(path)
@@ -151,7 +164,7 @@ def test_damaged_files_are_read_or_refused(folder):
     """Whatever is wrong with a file, the error is one of dtq."""
     path, _ = folder
     refused = 0
-    for name in (modelopt.WEIGHTS, modelopt.CONFIG):
+    for name in (WEIGHTS, CONFIG):
         data = (path / name).read_bytes()
         for seed in range(100):
             rng, changed = random.Random(seed), bytearray(data)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import dtq
 from dtq.engines import nunchaku_lite
 from dtq.engines import nunchaku_tiles as tiles
+from dtq.engines.model_folder import WEIGHTS
 from dtq.engines.smooth_branch import branch_of
 from dtq.engines.target import Contents, StoredLayer
 from dtq.errors import CheckpointError
@@ -128,7 +129,7 @@ def test_smoothing_that_is_no_reciprocal_is_refused():
 )
 def test_other_layouts_are_refused(part, change, message, tmp_path):
     nunchaku_lite.write(Contents({"a": layer_of(5)}, {}), tmp_path / "x")
-    file = tmp_path / "x" / nunchaku_lite.WEIGHTS
+    file = tmp_path / "x" / WEIGHTS
     tensors = load_file(file)
     tensors[f"a.{part}"] = change(tensors[f"a.{part}"]).contiguous()
     save_file(tensors, file, {"dtq": json.dumps({"ranks": {"a": 5}})})

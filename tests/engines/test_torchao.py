@@ -11,6 +11,7 @@ from engine_models import FAMILIES, agreement, layer_input, quantized
 
 import dtq
 from dtq.engines import torchao
+from dtq.engines.model_folder import WEIGHTS
 from dtq.engines.runtimes import run_by
 from dtq.engines.target import Contents, StoredLayer
 from dtq.errors import CheckpointError
@@ -84,7 +85,7 @@ def test_torchao_decodes_every_format_to_the_values_of_dtq(kind, tmp_path):
     tensors = fmt.pack(w, fmt.compute_qparams(w))
     layer = StoredLayer(LayerSpec(kind, "none"), (8, 256), tensors)
     torchao.write(Contents({"a.b": layer}, {"a.c": torch.ones(3)}), tmp_path / "x")
-    with safe_open(tmp_path / "x" / torchao.WEIGHTS, framework="pt") as opened:
+    with safe_open(tmp_path / "x" / WEIGHTS, framework="pt") as opened:
         stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         made, left = unflatten_tensor_state_dict(stored, opened.metadata())
     assert not left

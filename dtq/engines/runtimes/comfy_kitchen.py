@@ -9,7 +9,8 @@ the engine. The layouts are those of comfy-kitchen 0.2.40 (Apache-2.0).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,77 +23,80 @@ from dtq.engines.original.contents import PREFIX
 from dtq.engines.runtimes.engine import Engine, EngineFile, unquantized
 from dtq.errors import CheckpointError
 
-Layout = tuple[str, Tensor, dict[str, Any]]
-"""Name of a layout of comfy-kitchen, the codes, its other parameters."""
-
 MARKER = ".comfy_quant"
 
 
-def _int8(tensors: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype) -> Layout:
-    rotation: dict[str, Any] = {
-        k: options[k] for k in ("convrot", "convrot_groupsize") if k in options
-    }
-    weight = tensors["weight"]
-    shape = tuple(weight.shape)
-    params = {"scale": tensors["weight_scale"], "orig_shape": shape, **rotation}
-    return "TensorWiseINT8Layout", weight, params
+@dataclass(frozen=True)
+class Layout:
+    """A layout of comfy-kitchen.
+
+    Attributes:
+        name: of the layout.
+        tensors: its parameters that are tensors, by the end of their names in a file.
+        options: its parameters that are keys of the marker, where the marker has them.
+        per_byte: weights in one stored value.
+        computes: whether it multiplies in the dtype of its tensors.
+    """
+
+    name: str
+    tensors: Mapping[str, str]
+    options: tuple[str, ...] = ()
+    per_byte: int = 2
+    computes: bool = False
 
 
-def _w4a8(tensors: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype) -> Layout:
-    weight = tensors["weight"]
-    params = {
-        "scale": tensors["weight_s_rel"],
-        "s_channel": tensors["weight_s_channel"],
-        "codebook": tensors["weight_codebook"],
-        "group_size": options["group_size"],
-        "convrot_groupsize": options["convrot_groupsize"],
-        "orig_shape": (weight.shape[0], 2 * weight.shape[1]),
-    }
-    return "AsymW4A8Int8Layout", weight, params
-
-
-def _w4a4(tensors: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype) -> Layout:
-    weight = tensors["weight"]
-    named = {k: options[k] for k in ("convrot_groupsize", "quant_group_size", "linear_dtype")}
-    shape = (weight.shape[0], 2 * weight.shape[1])
-    params = {"scale": tensors["weight_scale"], "orig_shape": shape, **named}
-    return "TensorCoreConvRotW4A4Layout", weight, params
-
-
-def _nvfp4(tensors: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype) -> Layout:
-    weight = tensors["weight"]
-    params = {
-        "scale": tensors["weight_scale_2"],
-        "block_scale": tensors["weight_scale"],
-        "orig_shape": (weight.shape[0], 2 * weight.shape[1]),
-    }
-    return "TensorCoreNVFP4Layout", weight, params
-
-
-def _fp8(tensors: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype) -> Layout:
-    weight = tensors["weight"]
-    params = {"scale": tensors["weight_scale"], "orig_shape": tuple(weight.shape)}
-    return "TensorCoreFP8Layout", weight, params
-
-
-def _svdquant(tensors: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype) -> Layout:
-    weight = tensors["weight"]
-    # the engine multiplies in the dtype of these
-    floats = ("scale", "proj_down", "proj_up", "smooth_factor")
-    params: dict[str, Any] = {key: tensors[f"weight_{key}"].to(dtype) for key in floats}
-    params["orig_shape"] = (weight.shape[0], 2 * weight.shape[1])
-    return "TensorCoreSVDQuantW4A4Layout", weight, params
-
-
-LAYOUTS: dict[str, Callable[[dict[str, Tensor], dict[str, Any], torch.dtype], Layout]] = {
-    "int8_tensorwise": _int8,
-    "asym_w4a8_int8": _w4a8,
-    "convrot_w4a4": _w4a4,
-    "nvfp4": _nvfp4,
-    "float8_e4m3fn": _fp8,
-    "svdquant_w4a4": _svdquant,
+LAYOUTS = {
+    "int8_tensorwise": Layout(
+        "TensorWiseINT8Layout",
+        {"scale": "weight_scale"},
+        ("convrot", "convrot_groupsize"),
+        per_byte=1,
+    ),
+    "asym_w4a8_int8": Layout(
+        "AsymW4A8Int8Layout",
+        {
+            "scale": "weight_s_rel",
+            "s_channel": "weight_s_channel",
+            "codebook": "weight_codebook",
+        },
+        ("group_size", "convrot_groupsize"),
+    ),
+    "convrot_w4a4": Layout(
+        "TensorCoreConvRotW4A4Layout",
+        {"scale": "weight_scale"},
+        ("convrot_groupsize", "quant_group_size", "linear_dtype"),
+    ),
+    "nvfp4": Layout(
+        "TensorCoreNVFP4Layout", {"scale": "weight_scale_2", "block_scale": "weight_scale"}
+    ),
+    "float8_e4m3fn": Layout("TensorCoreFP8Layout", {"scale": "weight_scale"}, per_byte=1),
+    "svdquant_w4a4": Layout(
+        "TensorCoreSVDQuantW4A4Layout",
+        {key: f"weight_{key}" for key in ("scale", "proj_down", "proj_up", "smooth_factor")},
+        computes=True,
+    ),
 }
 """By marker."""
+
+
+def _quantized(tensors: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """A weight as comfy-kitchen's tensor.
+
+    Args:
+        tensors: of the layer, by the end of their names.
+        options: the marker.
+        dtype: of the products.
+    """
+    from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
+
+    layout, codes = LAYOUTS[options["format"]], tensors["weight"]
+    params: dict[str, Any] = {key: tensors[end] for key, end in layout.tensors.items()}
+    if layout.computes:
+        params = {key: tensor.to(dtype) for key, tensor in params.items()}
+    params |= {key: options[key] for key in layout.options if key in options}
+    shape = (codes.shape[0], layout.per_byte * codes.shape[1])
+    made = get_layout_class(layout.name).Params(orig_dtype=dtype, orig_shape=shape, **params)
+    return QuantizedTensor(codes, layout.name, made)
 
 
 class JoinedRows(nn.Module):
@@ -123,8 +127,6 @@ def quantized_weights(
     Raises:
         CheckpointError: a marker names no layout of ``LAYOUTS``.
     """
-    from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
-
     with safe_open(path, framework="pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
@@ -141,10 +143,7 @@ def quantized_weights(
             raise CheckpointError(
                 f"{path}: {name} is in {options['format']!r}, not in {[*LAYOUTS]}"
             )
-        layout, codes, params = LAYOUTS[options["format"]](own, options, dtype)
-        weight = QuantizedTensor(
-            codes, layout, get_layout_class(layout).Params(orig_dtype=dtype, **params)
-        )
+        weight = _quantized(own, options, dtype)
         weights[name] = weight.dequantize() if options.get("full_precision_matrix_mult") else weight
     return weights, tensors
 
