@@ -17,9 +17,9 @@ from dtq.nn import QuantLinear
 from dtq.pipelines.tracing import dummy_inputs
 
 FAMILIES = ("dit", "flux", "sd3")
+"""256 channels wide: a whole superblock of a K-quant, a whole block of ConvRot."""
 ORIGINAL = ("flux", "sd3")
 """Those whose original files have other names than diffusers, and q, k and v in one tensor."""
-"""256 channels wide: a whole superblock of a K-quant, a whole block of ConvRot."""
 ROWS = 4000
 """Inputs of a layer. Where an engine rounds tokens by another rule, the ratio of two errors on 96
 inputs is 1.003 +- 0.008 by chance; on 4000 it is +- 0.001."""
