@@ -19,16 +19,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dtq
 from dtq.evaluate import paired_run, trajectory
 from dtq.evaluate.gate.bootstrap import paired
 from dtq.evaluate.gate.decision import Outcome, Verdict, decide
 from dtq.evaluate.gate.policy import Limit, Policy
+from dtq.evaluate.metrics import images
 from dtq.evaluate.run_file import JOB, Run, Sample
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines import prompts
@@ -185,7 +187,7 @@ def planted(options: argparse.Namespace) -> None:
     job = paired_run.observe(reference, settings)
     base = paired_run.compare(job, candidate).run
     print(
-        "\n| planted | verdict | error | quarters | PSNR lost, dB |\n| --- | --- | --- | --- | --- |"
+        "\n| planted | verdict | error | quarters | color | PSNR lost, dB |\n| --- | --- | --- | --- | ---: | ---: |"
     )
 
     def gated(
@@ -197,8 +199,10 @@ def planted(options: argparse.Namespace) -> None:
         run = paired_run.compare(job, changed).run
         verdict = decide(run, against, policy)
         cells = [r.metric.shown(r.mean) for r in verdict.rows]
+        color, psnr = (cells[[r.name for r in verdict.rows].index(x)] for x in ("color", "psnr"))
+        quarters = " ".join(cells[1:5])
         print(
-            f"| {name} | {verdict.outcome.word} | {cells[0]} | {' '.join(cells[1:5])} | {cells[6]} |",
+            f"| {name} | {verdict.outcome.word} | {cells[0]} | {quarters} | {color} | {psnr} |",
             flush=True,
         )
         expect(verdict.outcome in allowed, f"{name}: {verdict.outcome.word}")
@@ -266,6 +270,17 @@ def without_bias(model: nn.Module, at: str) -> Iterator[str]:
 
 
 @contextmanager
+def less_color(model: nn.Module, at: str) -> Iterator[str]:
+    """The images that are sampled lose a tenth of their saturation; the model is as it was."""
+    with mock.patch.object(trajectory, "shown", lambda result: _gray(images.shown(result))):
+        yield "images lose a tenth of their saturation"
+
+
+def _gray(batch: Tensor) -> Tensor:
+    return batch.lerp(batch.mean(-3, keepdim=True), 0.1)
+
+
+@contextmanager
 def step_bin(model: nn.Module, index: int) -> Iterator[str]:
     """Halve the activation scale of one timestep bin in every layer."""
     layers = [
@@ -302,6 +317,7 @@ PLANTS = {
             (swapped, "transformer_blocks.4.ff.net.2"),
             (swapped, "transformer_blocks.4.attn1.to_v"),
             (without_bias, "transformer_blocks.7.ff.net.2"),
+            (less_color, ""),
         ),
         mild=(),
         last_bin=0,  # of 8 steps
@@ -312,6 +328,7 @@ PLANTS = {
             (swapped, "transformer_blocks.3.ff.net.2"),
             (swapped, "temporal_transformer_blocks.3.ff.net.2"),
             (without_bias, "transformer_blocks.5.ff.net.0.proj"),
+            (less_color, ""),
         ),
         mild=(
             (swapped, "temporal_transformer_blocks.3.attn1.to_v"),

@@ -317,9 +317,10 @@ def _values(
     candidates, floats = torch.cat(own.images), torch.cat(reference.images)
     if floats.ndim > 3:  # not for sounds
         psnr = images.psnr(candidates, floats).clamp(max=EQUAL_DB)
-        flat = (batch.reshape(-1, *batch.shape[-3:]) for batch in (candidates, floats))
-        ssim = images.ssim(*flat).reshape(len(floats), -1).mean(1)
-        columns |= {"psnr": psnr.tolist(), "ssim": ssim.tolist()}
+        columns["psnr"] = psnr.tolist()
+        flat = [batch.reshape(-1, *batch.shape[-3:]) for batch in (candidates, floats)]
+        for metric, of_frames in (("ssim", images.ssim), ("color", images.color_shift)):
+            columns[metric] = of_frames(*flat).reshape(len(floats), -1).mean(1).tolist()
     if floats.ndim == 5 and floats.shape[1] > 1:
         columns |= {k: v.tolist() for k, v in video_metrics(candidates, floats).items()}
     return {metric: dict(zip(ids, column, strict=True)) for metric, column in columns.items()}

@@ -132,6 +132,18 @@ def test_psnr_and_ssim():
     assert images.ssim(torch.rand(2, 3, 32, 32), a).max() < 0.5
 
 
+def test_color_shift_is_in_gray_levels():
+    """0.1 brighter moves one of six moments by 25.5; saturation moves color, a flip nothing."""
+    image = torch.rand(2, 3, 32, 32) * 0.8
+    brighter = images.color_shift(image + 0.1, image)
+    torch.testing.assert_close(brighter.float(), torch.full((2,), 25.5 / 6**0.5))
+    assert images.color_shift(image.flip(-1), image).max() < 1e-5
+    gray = image.mean(1, keepdim=True)
+    faint, fainter = (images.color_shift(image.lerp(gray, x), image) for x in (0.1, 0.2))
+    assert (faint > 1).all()
+    assert (fainter > faint).all()
+
+
 def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
     result = evaluate.evaluate(
         load_transformer(quantized_folder), load_transformer(float_folder), HOW

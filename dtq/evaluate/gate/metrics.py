@@ -86,6 +86,7 @@ METRICS: dict[str, Metric] = {
                "factor", ratio=True, steps=True),
         Metric("psnr", "dB against the float model's image of the same seed", "dB", higher=True),
         Metric("ssim", "structural similarity to that image", "", higher=True),
+        Metric("color", "change of the colors of that image, in gray levels", ""),
         Metric("flicker", "increase of the difference of consecutive frames, in gray levels", "",
                when="video"),
         Metric("flickering", "VBench's temporal flickering", "", higher=True, when="video"),

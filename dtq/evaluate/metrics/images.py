@@ -30,6 +30,24 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     return value.reshape(-1)
 
 
+def color_shift(images: Tensor, reference: Tensor) -> Tensor:
+    """Change of the colors of each image (B,), float images (B, 3, H, W) in [0, 1].
+
+    Mean and standard deviation of brightness and of the two color differences (YCbCr, ITU-R BT.601)
+    are taken over the pixels. The value is the root mean square of the six differences, in gray
+    levels of 255. Brightness, contrast, saturation and tint change it; shapes and places do not.
+    """
+    return 255 * (_color_moments(images) - _color_moments(reference)).square().mean(1).sqrt()
+
+
+def _color_moments(images: Tensor) -> Tensor:
+    """Means and standard deviations of Y, Cb and Cr: float64 (B, 6)."""
+    red, green, blue = images.double().flatten(2).unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    channels = torch.stack([luma, (blue - luma) / 1.772, (red - luma) / 1.402], dim=1)
+    return torch.cat([channels.mean(2), channels.std(2, correction=0)], dim=1)
+
+
 def flaw(image: Tensor) -> str:
     """Why an image or video cannot be used, as the end of a sentence; empty if it can.
 
