@@ -12,8 +12,8 @@ prints the table of "What is lost": the same files against a recipe of dtq's own
 The error is teacher-forced: each model runs on the inputs that the float model had, and the squared
 error of its output is divided by the output's square. The interval is a bootstrap over prompts,
 paired. No layer is promoted by the sanity check, so that both files have the same layouts. Every
-row is kept in ``--out`` and not measured again; delete it to measure again. A row needs the packages
-of its quantizer, which ``quantizers.py`` names; without them the row says so.
+row, and the statistics and calls of a model, are kept in ``--out``; delete it to measure again. A
+row whose packages are missing says so.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 import dtq
 from dtq.api import open_runs
+from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.observers import OBSERVERS
 from dtq.engines.runtimes import run_by
-from dtq.nn import QuantLinear
+from dtq.io.atomic import atomic_replace, atomic_write
 from dtq.pipelines.loading import load_transformer, load_transformers
 from dtq.pipelines.recorded_calls import RecordedCall, replay
 from dtq.pipelines.recording import sample_calls
@@ -47,25 +48,29 @@ from dtq.stages.plan import plan
 MODELS = ("demo", "demo-outliers", "demo-video")
 OWN = {
     "convrot-w8a8": ("comfy-int8", "w8a8"),
-    "convrot-w4a8": ("comfy-w4a8", "w4a8-hq"),
+    "convrot-w4a8": ("comfy-w4a8", "w4a8"),
     "convrot-w4a4": ("comfy-w4a4", "w4a4"),
     "comfy-nvfp4": ("comfy-nvfp4", "nvfp4"),
     "comfy-fp8": ("comfy-fp8", "w8a8"),
-    "svdquant-w4a4": ("nunchaku-lite", "w4a4"),
-    "gguf-q8": ("gguf", "w8a16"),
+    "svdquant-w4a4": ("comfy-svdquant", "w4a4"),
     "gguf-q4": ("gguf", "w4a16"),
     "gguf-q3": ("gguf", "w3a8"),
-    "gguf-q2": ("gguf", "w2-vq"),
+    "gguf-q2": ("gguf", "w3a8"),
     "torchao-w8a8": ("torchao", "w8a8"),
-    "torchao-w4a8": ("torchao", "w4a8-hq"),
+    "torchao-w4a8": ("torchao", "w4a8"),
     "modelopt-fp8": ("modelopt", "w8a8"),
-    "modelopt-nvfp4": ("modelopt", "w4a16"),
     "onnx-w8a8": ("onnx", "w8a8"),
     "onnx-w4a16": ("onnx", "w4a16"),
     "openvino-w8a8": ("openvino", "w8a8"),
     "openvino-w4a16": ("openvino", "w4a16"),
 }
-"""By recipe of a target: the target, and dtq's best recipe of about as many bits."""
+"""By recipe of a target: the target, and the recipe of dtq's own formats that is nearest in bits."""
+SAME = {
+    "onnx-w8a8": "torchao-w8a8",
+    "openvino-w8a8": "torchao-w8a8",
+    "openvino-w4a16": "onnx-w4a16",
+}
+"""Recipes with the keys of another one, which are measured once with dtq's layers."""
 
 
 @dataclass
@@ -77,12 +82,14 @@ class Case:
         samples: prompts that the errors are means over.
         steps: of their sampling.
         calibration: images of the calibration.
+        folder: where its statistics and calls are kept.
     """
 
     name: str
     samples: int
     steps: int
     calibration: int
+    folder: Path
 
     @property
     def settings(self) -> dict[str, int]:
@@ -91,18 +98,25 @@ class Case:
     @cached_property
     def calls(self) -> list[RecordedCall]:
         """Calls of the float model, on seeds and noise that were not calibrated on."""
-        settings = SamplingSettings(
-            samples=self.samples, steps=self.steps, batch_size=self.samples, seed=1
-        )
-        return sample_calls(load_transformer(self.name), settings, self.samples)
+        file = self.folder / f"{self.name}-calls.pt"
+        if not file.is_file():
+            settings = SamplingSettings(
+                samples=self.samples, steps=self.steps, batch_size=self.samples, seed=1
+            )
+            calls = sample_calls(load_transformer(self.name), settings, self.samples)
+            atomic_replace(file, lambda draft: torch.save(calls, draft))
+        return torch.load(file, weights_only=False)
 
     @cached_property
     def statistics(self) -> Statistics:
         """Of the calibration, for every recipe."""
-        recipe = Recipe.load("w8a8", calibration=self.settings)
-        run = open_runs(load_transformers(self.name), recipe, progress=False)[0]
-        plan(run)
-        return collect(run, frozenset(OBSERVERS))
+        file = self.folder / f"{self.name}-statistics.safetensors"
+        if not file.is_file():
+            recipe = Recipe.load("w8a8", calibration=self.settings)
+            run = open_runs(load_transformers(self.name), recipe, progress=False)[0]
+            plan(run)
+            store.save(collect(run, frozenset(OBSERVERS)), file)
+        return store.load(file)
 
     def quantize(self, recipe: str, to: str = "", **overrides: str) -> nn.Module:
         made = dtq.quantize(
@@ -118,7 +132,9 @@ class Case:
             want = call.output.double().flatten(1)
             wrong = (replay(model, call).double().flatten(1) - want).square().sum(1)
             # guidance runs each prompt twice, one half after the other
-            halves, sizes = (x.reshape(-1, self.samples).sum(0) for x in (wrong, want.square().sum(1)))
+            halves, sizes = (
+                x.reshape(-1, self.samples).sum(0) for x in (wrong, want.square().sum(1))
+            )
             total += halves / sizes
         return total / len(self.calls)
 
@@ -155,34 +171,36 @@ def gained(case: Case, recipe: str) -> dict[str, Any]:
 def lost(case: Case, recipe: str) -> dict[str, Any]:
     """The numbers of a recipe's file, run by dtq: within 1.01 times the engine's own error."""
     made = case.quantize(recipe, OWN[recipe][0] if recipe in OWN else "")
-    layers = [m for m in made.modules() if isinstance(m, QuantLinear)]
-    sizes = [m.out_features * m.in_features for m in layers]
-    stored = [sum(t.numel() * t.element_size() for t in m.packed_tensors().values()) for m in layers]
-    return {"ours": case.errors(made).tolist(), "bits": 8 * sum(stored) / sum(sizes)}
+    found = made.hf_quantizer.report.plan
+    return {"ours": case.errors(made).tolist(), "bits": found.bits(found.gemm())}
 
 
 def kept(file: Path, measure: Any, *args: Any) -> dict[str, Any]:
     """A row from its file, or measured now."""
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(measure(*args)) + "\n", encoding="utf-8")
+        atomic_write(file, json.dumps(measure(*args)) + "\n")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
 def gained_row(case: Case, recipe: str, out: Path) -> str:
-    found = kept(out / f"{case.name}-{recipe}-gained.json", gained, case, recipe)
+    start = f"| `{case.name}` | `{OWN[recipe][0]}` | `{recipe}` |"
+    file = out / f"{case.name}-{recipe}-gained.json"
+    if not file.is_file() and (missing := QUANTIZERS[recipe].missing):
+        return f"{start} | | needs {', '.join(missing)} |"
+    found = kept(file, gained, case, recipe)
     ours, theirs = (torch.tensor(found[key], dtype=torch.float64) for key in ("ours", "theirs"))
     value, low, high = ratio(ours, theirs)
     cells = f"{float(ours.mean()):.3g} | {float(theirs.mean()):.3g} | {value:.2f} ({low:.2f} to {high:.2f})"
-    return f"| `{case.name}` | `{OWN[recipe][0]}` | `{recipe}` | {cells} |"
+    return f"{start} {cells} |"
 
 
 def lost_row(cases: list[Case], recipe: str, out: Path) -> str:
     target, own = OWN[recipe]
     cells = []
     for case in cases:
-        pair = [kept(out / f"{case.name}-{name}-lost.json", lost, case, name) for name in (recipe, own)]
+        names = SAME.get(recipe, recipe), own
+        pair = [kept(out / f"{case.name}-{name}-lost.json", lost, case, name) for name in names]
         a, b = (torch.tensor(each["ours"], dtype=torch.float64) for each in pair)
         value, low, high = ratio(a, b)
         cells.append(f"{float(a.mean()):.3g} | {value:.2f} ({low:.2f} to {high:.2f})")
@@ -191,18 +209,26 @@ def lost_row(cases: list[Case], recipe: str, out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--recipes", nargs="+", default=None)
     parser.add_argument("--lost", action="store_true", help="compare with dtq's own formats")
     parser.add_argument("--samples", type=int, default=32, help="prompts of the errors")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--calibration", type=int, default=32, help="images of the calibration")
-    parser.add_argument("--out", type=Path, default=Path(".bench/engines"), help="folder of the rows")
+    parser.add_argument(
+        "--out", type=Path, default=Path(".bench/engines"), help="folder of the rows"
+    )
     options = parser.parse_args()
     conditions = f"{options.samples}-{options.steps}-{options.calibration}"
     out = options.out / conditions
-    cases = [Case(name, options.samples, options.steps, options.calibration) for name in options.models]
+    out.mkdir(parents=True, exist_ok=True)
+    cases = [
+        Case(name, options.samples, options.steps, options.calibration, out)
+        for name in options.models
+    ]
     if options.lost:
         names = " | ".join(f"`{case.name}`: error | ratio" for case in cases)
         print(f"| target | recipe | bits | dtq's own | its bits | {names} |")

@@ -45,4 +45,4 @@ def make(made: nn.Module, floats: nn.Module, path: Path) -> nn.Module:
     return floats
 
 
-QUANTIZER = Quantizer("comfy-kitchen", make, bytes_of_weights)
+QUANTIZER = Quantizer("comfy-kitchen", {"comfy_kitchen": "comfy-kitchen"}, make, bytes_of_weights)

@@ -35,4 +35,4 @@ def numbers(layer: StoredLayer, weight: Tensor) -> dict[str, Tensor]:
     return from_blocks(name, torch.from_numpy(data))
 
 
-QUANTIZER = Quantizer("gguf", rewritten("gguf", "gguf", numbers))
+QUANTIZER = Quantizer("gguf", {"ggml": "ggml-python"}, rewritten("gguf", "gguf", numbers))

@@ -55,7 +55,10 @@ def numbers(layer: StoredLayer, weight: Tensor) -> dict[str, Tensor]:
             parts["scale"] = torch.from_numpy(data.astype(np.float32)).reshape(rows, -1)
     if name not in INT4_GROUPS:
         return {"weight": parts["codes"].to(torch.int8), "weight_scale": parts["scale"]}
-    packed = {"weight": pack_bits(parts["codes"].to(torch.uint8), 4), "weight_scale": parts["scale"]}
+    packed = {
+        "weight": pack_bits(parts["codes"].to(torch.uint8), 4),
+        "weight_scale": parts["scale"],
+    }
     if "asym" in name:
         packed["weight_zero_point"] = parts["zero"].to(torch.int8)
     return packed
@@ -63,6 +66,7 @@ def numbers(layer: StoredLayer, weight: Tensor) -> dict[str, Tensor]:
 
 QUANTIZER = Quantizer(
     "openvino",
+    {"nncf": "nncf"},
     rewritten("openvino", "openvino", numbers),
     overrides={"modulation": "int8-row"},
 )

@@ -47,4 +47,6 @@ def numbers(layer: StoredLayer, weight: Tensor) -> dict[str, Tensor]:
     return packed
 
 
-QUANTIZER = Quantizer("onnx", rewritten("onnx", "onnx", numbers))
+QUANTIZER = Quantizer(
+    "onnx", {"onnx": "onnx", "onnxruntime": "onnxruntime"}, rewritten("onnx", "onnx", numbers)
+)

@@ -53,4 +53,4 @@ def nbytes(model: nn.Module, path: Path) -> int:
     return bytes_of_weights(model, path) - zeros
 
 
-QUANTIZER = Quantizer("torchao", make, nbytes)
+QUANTIZER = Quantizer("torchao", {"torchao": "torchao"}, make, nbytes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from dtq.engines import TARGETS
 from dtq.engines.export import contents_of
-from dtq.engines.runtimes import run_by
+from dtq.engines.runtimes import ENGINES, run_by
 from dtq.engines.target import StoredLayer, stored_bytes
 from dtq.models.linears import matrix_of
 
@@ -42,6 +43,7 @@ class Quantizer:
 
     Attributes:
         engine: key of ``ENGINES``, which runs both files.
+        packages: distributions of the quantizer, by the module that is imported.
         make: the float model with the layers of a quantized one in the same layouts, run by the
             engine: from the quantized model, the float model, which it may change, and a path that
             it may write.
@@ -50,9 +52,16 @@ class Quantizer:
     """
 
     engine: str
+    packages: Mapping[str, str]
     make: Callable[[nn.Module, nn.Module, Path], nn.Module]
     nbytes: Callable[[nn.Module, Path], int] = bytes_of_file
     overrides: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that are not installed, of the quantizer and of the engine."""
+        both = {**ENGINES[self.engine].packages, **self.packages}
+        return [name for module, name in both.items() if find_spec(module) is None]
 
 
 def file_of(target: str, stem: Path) -> Path:

@@ -7,7 +7,6 @@ import by_comfy_kitchen
 import by_ggml
 import by_nncf
 import by_onnxruntime
-
 import by_torchao
 from data_free import Quantizer, file_of
 
