@@ -91,6 +91,9 @@ class Case:
     calibration: int
     folder: Path
 
+    def file(self, name: str) -> Path:
+        return self.folder / f"{self.name}-{name}"
+
     @property
     def settings(self) -> dict[str, int]:
         return {"samples": self.calibration, "steps": 10}
@@ -98,7 +101,7 @@ class Case:
     @cached_property
     def calls(self) -> list[RecordedCall]:
         """Calls of the float model, on seeds and noise that were not calibrated on."""
-        file = self.folder / f"{self.name}-calls.pt"
+        file = self.file("calls.pt")
         if not file.is_file():
             settings = SamplingSettings(
                 samples=self.samples, steps=self.steps, batch_size=self.samples, seed=1
@@ -110,7 +113,7 @@ class Case:
     @cached_property
     def statistics(self) -> Statistics:
         """Of the calibration, for every recipe."""
-        file = self.folder / f"{self.name}-statistics.safetensors"
+        file = self.file("statistics.safetensors")
         if not file.is_file():
             recipe = Recipe.load("w8a8", calibration=self.settings)
             run = open_runs(load_transformers(self.name), recipe, progress=False)[0]
@@ -149,9 +152,14 @@ def ratio(ours: Tensor, theirs: Tensor, draws: int = 10_000) -> tuple[float, flo
 
 
 def gained(case: Case, recipe: str) -> dict[str, Any]:
-    """The file of a recipe, and the same layers quantized by the engine's own quantizer."""
+    """The file of a recipe, and the same layers quantized by the engine's own quantizer.
+
+    The same numbers run by dtq are a row of :func:`lost`, which is kept on the way.
+    """
     quantizer, (target, _) = QUANTIZERS[recipe], OWN[recipe]
     made = case.quantize(recipe, target, **quantizer.overrides)
+    if not quantizer.overrides:
+        kept(case.file(f"{recipe}-lost.json"), by_dtq, case, made)
     with tempfile.TemporaryDirectory() as folder:
         path = file_of(target, Path(folder, "ours"))
         dtq.export(made, target, path, names="diffusers")
@@ -168,11 +176,15 @@ def gained(case: Case, recipe: str) -> dict[str, Any]:
     return {"ours": ours.tolist(), "theirs": theirs.tolist(), "bytes": nbytes[0]}
 
 
+def by_dtq(case: Case, made: nn.Module) -> dict[str, Any]:
+    """A quantized model run by dtq: within 1.01 times the engine's own error."""
+    plan = made.hf_quantizer.report.plan
+    return {"ours": case.errors(made).tolist(), "bits": plan.bits(plan.gemm())}
+
+
 def lost(case: Case, recipe: str) -> dict[str, Any]:
-    """The numbers of a recipe's file, run by dtq: within 1.01 times the engine's own error."""
-    made = case.quantize(recipe, OWN[recipe][0] if recipe in OWN else "")
-    found = made.hf_quantizer.report.plan
-    return {"ours": case.errors(made).tolist(), "bits": found.bits(found.gemm())}
+    """The numbers of a recipe's file, or of a recipe of dtq's own formats."""
+    return by_dtq(case, case.quantize(recipe, OWN[recipe][0] if recipe in OWN else ""))
 
 
 def kept(file: Path, measure: Any, *args: Any) -> dict[str, Any]:
@@ -183,9 +195,9 @@ def kept(file: Path, measure: Any, *args: Any) -> dict[str, Any]:
     return found
 
 
-def gained_row(case: Case, recipe: str, out: Path) -> str:
+def gained_row(case: Case, recipe: str) -> str:
     start = f"| `{case.name}` | `{OWN[recipe][0]}` | `{recipe}` |"
-    file = out / f"{case.name}-{recipe}-gained.json"
+    file = case.file(f"{recipe}-gained.json")
     if not file.is_file() and (missing := QUANTIZERS[recipe].missing):
         return f"{start} | | needs {', '.join(missing)} |"
     found = kept(file, gained, case, recipe)
@@ -195,12 +207,12 @@ def gained_row(case: Case, recipe: str, out: Path) -> str:
     return f"{start} {cells} |"
 
 
-def lost_row(cases: list[Case], recipe: str, out: Path) -> str:
+def lost_row(cases: list[Case], recipe: str) -> str:
     target, own = OWN[recipe]
     cells = []
     for case in cases:
         names = SAME.get(recipe, recipe), own
-        pair = [kept(out / f"{case.name}-{name}-lost.json", lost, case, name) for name in names]
+        pair = [kept(case.file(f"{name}-lost.json"), lost, case, name) for name in names]
         a, b = (torch.tensor(each["ours"], dtype=torch.float64) for each in pair)
         value, low, high = ratio(a, b)
         cells.append(f"{float(a.mean()):.3g} | {value:.2f} ({low:.2f} to {high:.2f})")
@@ -234,13 +246,13 @@ def main() -> None:
         print(f"| target | recipe | bits | dtq's own | its bits | {names} |")
         print(f"| --- | --- | ---: | --- | ---: | {' | '.join(['---: | ---'] * len(cases))} |")
         for recipe in options.recipes or OWN:
-            print(lost_row(cases, recipe, out), flush=True)
+            print(lost_row(cases, recipe), flush=True)
         return
     print("| model | target | recipe | calibrated | data-free | ratio (95 % interval) |")
     print("| --- | --- | --- | ---: | ---: | --- |")
     for case in cases:
         for recipe in options.recipes or QUANTIZERS:
-            print(gained_row(case, recipe, out), flush=True)
+            print(gained_row(case, recipe), flush=True)
 
 
 if __name__ == "__main__":
