@@ -35,7 +35,6 @@ from dtq.api import open_runs
 from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.observers import OBSERVERS
-from dtq.engines.runtimes import run_by
 from dtq.io.atomic import atomic_replace, atomic_write
 from dtq.pipelines.loading import load_transformer, load_transformers
 from dtq.pipelines.recorded_calls import RecordedCall, replay
@@ -53,6 +52,7 @@ OWN = {
     "comfy-nvfp4": ("comfy-nvfp4", "nvfp4"),
     "comfy-fp8": ("comfy-fp8", "w8a8"),
     "svdquant-w4a4": ("comfy-svdquant", "w4a4"),
+    "svdquant-w4a4@nunchaku-lite": ("nunchaku-lite", "w4a4"),
     "gguf-q4": ("gguf", "w4a16"),
     "gguf-q3": ("gguf", "w3a8"),
     "gguf-q2": ("gguf", "w3a8"),
@@ -64,7 +64,9 @@ OWN = {
     "openvino-w8a8": ("openvino", "w8a8"),
     "openvino-w4a16": ("openvino", "w4a16"),
 }
-"""By recipe of a target: the target, and the recipe of dtq's own formats that is nearest in bits."""
+"""By recipe, with ``@`` and the target if it has several: the target, and the recipe of dtq's own
+formats that is nearest in bits. The latter gets 8-bit modulation, as nearly all targets have it.
+"""
 SAME = {
     "onnx-w8a8": "torchao-w8a8",
     "openvino-w8a8": "torchao-w8a8",
@@ -164,7 +166,7 @@ def gained(case: Case, recipe: str) -> dict[str, Any]:
         path = file_of(target, Path(folder, "ours"))
         dtq.export(made, target, path, names="diffusers")
         floats = load_transformer(case.name).model
-        calibrated = run_by(quantizer.engine, path, floats)
+        calibrated = quantizer.run(path, floats)
         nbytes = [quantizer.nbytes(calibrated, path)]
         ours = case.errors(calibrated)
         path = file_of(target, Path(folder, "theirs"))
@@ -184,7 +186,11 @@ def by_dtq(case: Case, made: nn.Module) -> dict[str, Any]:
 
 def lost(case: Case, recipe: str) -> dict[str, Any]:
     """The numbers of a recipe's file, or of a recipe of dtq's own formats."""
-    return by_dtq(case, case.quantize(recipe, OWN[recipe][0] if recipe in OWN else ""))
+    if recipe in OWN:
+        made = case.quantize(recipe.partition("@")[0], OWN[recipe][0])
+    else:
+        made = case.quantize(recipe, modulation="w8a16")
+    return by_dtq(case, made)
 
 
 def kept(file: Path, measure: Any, *args: Any) -> dict[str, Any]:
@@ -217,7 +223,7 @@ def lost_row(cases: list[Case], recipe: str) -> str:
         value, low, high = ratio(a, b)
         cells.append(f"{float(a.mean()):.3g} | {value:.2f} ({low:.2f} to {high:.2f})")
         bits = f"{pair[0]['bits']:.2f} | `{own}` | {pair[1]['bits']:.2f}"
-    return f"| `{target}` | `{recipe}` | {bits} | {' | '.join(cells)} |"
+    return f"| `{target}` | `{recipe.partition('@')[0]}` | {bits} | {' | '.join(cells)} |"
 
 
 def main() -> None:

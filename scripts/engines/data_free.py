@@ -42,13 +42,14 @@ class Quantizer:
     """A quantizer of an engine.
 
     Attributes:
-        engine: key of ``ENGINES``, which runs both files.
+        engine: that runs both files, a key of ``ENGINES`` unless there is ``load``.
         packages: distributions of the quantizer, by the module that is imported.
         make: the float model with the layers of a quantized one in the same layouts, run by the
             engine: from the quantized model, the float model, which it may change, and a path that
             it may write.
         nbytes: of a model that the engine runs, or of its file; equal for both.
         overrides: recipe keys with which the quantizer has the format of every layer.
+        load: the model of a file, from its path and the float model.
     """
 
     engine: str
@@ -56,11 +57,17 @@ class Quantizer:
     make: Callable[[nn.Module, nn.Module, Path], nn.Module]
     nbytes: Callable[[nn.Module, Path], int] = bytes_of_file
     overrides: Mapping[str, str] = field(default_factory=dict)
+    load: Callable[[Path, nn.Module], nn.Module] | None = None
+
+    def run(self, path: Path, floats: nn.Module) -> nn.Module:
+        """The model of a file, run by the engine."""
+        return self.load(path, floats) if self.load else run_by(self.engine, path, floats)
 
     @property
     def missing(self) -> list[str]:
         """Packages that are not installed, of the quantizer and of the engine."""
-        both = {**ENGINES[self.engine].packages, **self.packages}
+        engine = {} if self.load else ENGINES[self.engine].packages
+        both = {**engine, **self.packages}
         return [name for module, name in both.items() if find_spec(module) is None]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import by_comfy_kitchen
 import by_ggml
+import by_modelopt
 import by_nncf
 import by_onnxruntime
 import by_torchao
@@ -19,6 +20,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "gguf-q2": by_ggml.QUANTIZER,
     "comfy-nvfp4": by_comfy_kitchen.QUANTIZER,
     "comfy-fp8": by_comfy_kitchen.QUANTIZER,
+    "modelopt-fp8": by_modelopt.QUANTIZER,
     "torchao-w8a8": by_torchao.QUANTIZER,
     "torchao-w4a8": by_torchao.QUANTIZER,
     "onnx-w4a16": by_onnxruntime.QUANTIZER,
