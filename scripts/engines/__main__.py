@@ -45,6 +45,8 @@ from dtq.stages.calibrate import collect
 from dtq.stages.plan import plan
 
 MODELS = ("demo", "demo-outliers", "demo-video")
+LOST = ("demo", "demo-outliers")
+"""The models of the other table."""
 OWN = {
     "convrot-w8a8": ("comfy-int8", "w8a8"),
     "convrot-w4a8": ("comfy-w4a8", "w4a8"),
@@ -160,7 +162,7 @@ def gained(case: Case, recipe: str) -> dict[str, Any]:
     """
     quantizer, (target, _) = QUANTIZERS[recipe], OWN[recipe]
     made = case.quantize(recipe, target, **quantizer.overrides)
-    if not quantizer.overrides:
+    if case.name in LOST and not quantizer.overrides:
         kept(case.file(f"{recipe}-lost.json"), by_dtq, case, made)
     with tempfile.TemporaryDirectory() as folder:
         path = file_of(target, Path(folder, "ours"))
@@ -230,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--models", nargs="+", default=None)
     parser.add_argument("--recipes", nargs="+", default=None)
     parser.add_argument("--lost", action="store_true", help="compare with dtq's own formats")
     parser.add_argument("--samples", type=int, default=32, help="prompts of the errors")
@@ -245,7 +247,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     cases = [
         Case(name, options.samples, options.steps, options.calibration, out)
-        for name in options.models
+        for name in options.models or (LOST if options.lost else MODELS)
     ]
     if options.lost:
         names = " | ".join(f"`{case.name}`: error | ratio" for case in cases)
