@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,8 @@ _options = opt.combined(
                       "stable-diffusion.cpp know it, with q, k and v in one tensor where they are; those "
                       "of diffusers; or original ones where dtq has a table of them."),
     opt.flag("--overwrite", help="Replace an existing file."),
-    opt.flag("--list", "show", help="List the targets, and what each can hold."),
+    opt.flag("--list", "show", help="List the targets, what each can hold, and what it loses against dtq's own "
+                                   "formats, with the measured error."),
     opt.json(help="Print what was written as JSON."),
 )
 # fmt: on
@@ -57,8 +59,8 @@ def export(
 
     CHECKPOINT is the output of dtq quantize. The integers and scales are those of the checkpoint;
     nothing is rounded again. An engine holds less than dtq does: smoothing, low-rank branches, step
-    policies and static scales have no place in most files. docs/engines has a page for each
-    target, with how to load the file. Layers that are one tensor in the original files must have the
+    policies and static scales have no place in most files; --list shows what each lacks, and the
+    error that this costs. docs/engines has a page for each target, with how to load the file. Layers that are one tensor in the original files must have the
     same format, and are refused otherwise. dtq quantize --to TARGET checks a recipe before it runs.
 
     \b
@@ -110,7 +112,8 @@ def _list(as_json: bool) -> None:
     if as_json:
         data = {
             name: {"about": each.about, "formats": dict(each.limits.formats),
-                   "transforms": each.limits.transforms, "recipe": each.limits.recipe}
+                   "transforms": each.limits.transforms, "recipe": each.limits.recipe,
+                   "loss": asdict(each.loss)}
             for name, each in TARGETS.items()
         }  # fmt: skip
         click.echo(json.dumps(data))
@@ -120,3 +123,10 @@ def _list(as_json: bool) -> None:
         for name, target in TARGETS.items()
     ]
     table(("target", "recipe", "weights", "about"), rows)
+    losses = []
+    for name, target in TARGETS.items():
+        loss = target.loss
+        ratios = [x and f"{x:.2f} x {loss.own}" for x in (loss.demo, loss.outliers)]
+        losses.append((name, loss.lacks, *(x or "not measured" for x in ratios)))
+    click.echo("\nSquared error of each recipe, relative to a recipe of dtq's own formats:")
+    table(("target", "lacks", "demo", "demo-outliers"), losses)

@@ -17,7 +17,7 @@ from dtq.engines import (
     openvino,
     torchao,
 )
-from dtq.engines.target import Contents, Limits, StoredLayer, Target
+from dtq.engines.target import Contents, Limits, Loss, StoredLayer, Target
 from dtq.errors import InputError, hint
 
 TARGETS: dict[str, Target] = {
@@ -39,7 +39,7 @@ TARGETS: dict[str, Target] = {
 }
 """Every target; a file is read by the first that recognizes it."""
 
-__all__ = ["TARGETS", "Contents", "Limits", "StoredLayer", "Target", "find_target"]
+__all__ = ["TARGETS", "Contents", "Limits", "Loss", "StoredLayer", "Target", "find_target"]
 
 
 def find_target(name: str) -> Target:

@@ -26,6 +26,7 @@ from dtq.engines.convrot import convrot_reason
 from dtq.engines.target import (
     Contents,
     Limits,
+    Loss,
     StoredLayer,
     Target,
     any_knobs,
@@ -101,6 +102,8 @@ def comfy_target(
     recipe: str,
     transforms: tuple[str, ...],
     transform_reason: Callable[[LayerPlan], str | None] = any_knobs,
+    *,
+    loss: Loss,
 ) -> Target:
     """A target whose files hold layers of some of ComfyUI's formats.
 
@@ -111,6 +114,7 @@ def comfy_target(
         recipe: a shipped recipe that fits.
         transforms: methods whose transforms it runs.
         transform_reason: as in :class:`Limits`.
+        loss: against dtq's own formats.
     """
     by_format = {key: each for each in formats for key in each.weight_formats}
     BY_MARKER.update({each.marker: each for each in formats})
@@ -144,6 +148,7 @@ def comfy_target(
         lambda contents, path: write(contents, path, by_format),
         read,
         has_markers,
+        loss=loss,
     )
 
 

@@ -19,7 +19,7 @@ from dtq.engines.comfy_file import (
     matrix,
 )
 from dtq.engines.comfy_int8 import INT8
-from dtq.engines.target import StoredLayer
+from dtq.engines.target import Loss, StoredLayer
 from dtq.errors import CheckpointError
 
 
@@ -51,4 +51,10 @@ TARGET = comfy_target(
     (FP8, INT8),
     recipe="comfy-fp8",
     transforms=("none",),
+    loss=Loss(
+        "a scale per output channel, rotation, smoothing, low-rank branch, step policy",
+        "w8a8",
+        18.03,
+        19.51,
+    ),
 )

@@ -21,7 +21,7 @@ from dtq.engines.comfy_file import (
     matrix,
 )
 from dtq.engines.convrot import from_regular, rotated_block, to_regular
-from dtq.engines.target import StoredLayer
+from dtq.engines.target import Loss, StoredLayer
 from dtq.errors import CheckpointError
 
 
@@ -66,4 +66,10 @@ TARGET = comfy_target(
     (INT8,),
     recipe="convrot-w8a8",
     transforms=("none", "convrot"),
+    loss=Loss(
+        "smoothing, random signs of the rotation, low-rank branch, step policy, static scales",
+        "w8a8",
+        None,
+        16.6,
+    ),
 )

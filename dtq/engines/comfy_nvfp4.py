@@ -22,7 +22,7 @@ from dtq.engines.comfy_file import (
     matrix,
 )
 from dtq.engines.comfy_int8 import INT8
-from dtq.engines.target import StoredLayer
+from dtq.engines.target import Loss, StoredLayer
 from dtq.errors import CheckpointError
 from dtq.plan.layers import LayerSpec
 
@@ -109,4 +109,8 @@ TARGET = comfy_target(
     (NVFP4, INT8),
     recipe="comfy-nvfp4",
     transforms=("none",),
+    loss=Loss(
+        "rotation, smoothing, low-rank branch, step policy",
+        "nvfp4",
+    ),
 )

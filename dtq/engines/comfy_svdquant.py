@@ -30,7 +30,7 @@ from dtq.engines.smooth_branch import (
     smooth_branch_reason,
     smoothing_reason,
 )
-from dtq.engines.target import StoredLayer
+from dtq.engines.target import Loss, StoredLayer
 from dtq.errors import CheckpointError
 
 GROUP = 64
@@ -105,4 +105,8 @@ TARGET = comfy_target(
     recipe="svdquant-w4a4",
     transforms=("none", "smooth", "search"),
     transform_reason=smoothing_reason,
+    loss=Loss(
+        "zero points of tokens, rotation, step policy",
+        "w4a4",
+    ),
 )

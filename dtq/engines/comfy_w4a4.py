@@ -21,7 +21,7 @@ from dtq.engines.comfy_file import (
 )
 from dtq.engines.comfy_int8 import INT8
 from dtq.engines.convrot import from_regular, rotated_block, to_regular
-from dtq.engines.target import StoredLayer
+from dtq.engines.target import Loss, StoredLayer
 from dtq.errors import CheckpointError
 from dtq.formats.packing import pack_bits, unpack_bits
 from dtq.plan.layers import LayerSpec
@@ -89,4 +89,8 @@ TARGET = comfy_target(
     (W4A4, INT8),
     recipe="convrot-w4a4",
     transforms=("convrot",),
+    loss=Loss(
+        "groups and zero points of weights and tokens, smoothing, low-rank branch, step policy",
+        "w4a4",
+    ),
 )

@@ -23,7 +23,7 @@ from dtq.engines.comfy_file import (
 )
 from dtq.engines.comfy_int8 import INT8
 from dtq.engines.convrot import from_regular, rotated_block, to_regular
-from dtq.engines.target import StoredLayer
+from dtq.engines.target import Loss, StoredLayer
 from dtq.errors import CheckpointError
 from dtq.formats.packing import pack_bits, unpack_bits
 from dtq.linalg.hadamard import regular_columns
@@ -126,4 +126,8 @@ TARGET = comfy_target(
     (W4A8, INT8),
     recipe="convrot-w4a8",
     transforms=("convrot",),
+    loss=Loss(
+        "smoothing, low-rank branch, step policy, static scales",
+        "w4a8",
+    ),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dtq.engines.gguf_blocks import BLOCK_TYPES, from_blocks, to_blocks
 from dtq.engines.gguf_file import INTEGERS, GgufTensor, is_gguf, read_gguf, write_gguf
-from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.target import Contents, Limits, Loss, StoredLayer, Target, common_reason
 from dtq.errors import CheckpointError
 from dtq.io.safe_parse import parse_json
 from dtq.plan.layers import LayerSpec
@@ -108,4 +108,10 @@ TARGET = Target(
     write,
     read,
     is_gguf,
+    loss=Loss(
+        "rotation, smoothing, low-rank branch, int8 tokens, step policy",
+        "w4a16",
+        None,
+        0.31,
+    ),
 )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dtq.engines import model_folder
 from dtq.engines.float_model import float_model
-from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.target import Contents, Limits, Loss, StoredLayer, Target, common_reason
 from dtq.errors import CheckpointError, InputError
 from dtq.formats import FORMATS
 from dtq.io.atomic import atomic_directory
@@ -229,4 +229,8 @@ TARGET = Target(
     is_modelopt,
     packages=("modelopt",),
     original_names=False,
+    loss=Loss(
+        "rotation, smoothing, low-rank branch, NVFP4 tokens, step policy",
+        "w8a8",
+    ),
 )

@@ -44,7 +44,7 @@ from dtq.engines.smooth_branch import (
     smooth_branch_reason,
     smoothing_reason,
 )
-from dtq.engines.target import Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.target import Contents, Limits, Loss, StoredLayer, Target, common_reason
 from dtq.errors import CheckpointError
 from dtq.formats.packing import pack_bits, unpack_bits
 from dtq.io.atomic import atomic_directory
@@ -265,4 +265,8 @@ TARGET = Target(
     read,
     partial(model_folder.is_quantized_by, method=METHOD),
     original_names=False,
+    loss=Loss(
+        "zero points, int8 modulation, rotation, step policy",
+        "w4a4",
+    ),
 )

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from dtq.engines.onnx_graph import ARGUMENTS, BlockLinear, operator, trace
-from dtq.engines.target import INT4_GROUPS, Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.target import (
+    INT4_GROUPS,
+    Contents,
+    Limits,
+    Loss,
+    StoredLayer,
+    Target,
+    common_reason,
+)
 from dtq.formats.activations import row_codes, row_scale
 from dtq.io.atomic import atomic_directory, atomic_write
 from dtq.io.safe_parse import read_json
@@ -116,4 +124,10 @@ TARGET = Target(
     describe=describe,
     packages=("onnx", "onnxscript"),
     original_names=False,
+    loss=Loss(
+        "rotation, smoothing, low-rank branch, step policy, static scales",
+        "w8a8",
+        3.87,
+        562.52,
+    ),
 )

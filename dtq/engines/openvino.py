@@ -26,7 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from dtq.engines.onnx_graph import ARGUMENTS, BlockLinear, operator, trace, unsigned
-from dtq.engines.target import INT4_GROUPS, Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.target import (
+    INT4_GROUPS,
+    Contents,
+    Limits,
+    Loss,
+    StoredLayer,
+    Target,
+    common_reason,
+)
 from dtq.errors import InputError
 from dtq.io.safe_parse import parse_json
 
@@ -154,4 +162,10 @@ TARGET = Target(
     companions=(DATA,),
     packages=("openvino", "onnx", "onnxscript"),
     original_names=False,
+    loss=Loss(
+        "rotation, smoothing, low-rank branch, step policy, static scales",
+        "w8a8",
+        3.87,
+        562.52,
+    ),
 )

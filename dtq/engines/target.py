@@ -119,6 +119,26 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What a file cannot hold of dtq's own formats, and what that costs.
+
+    The costs are measured by ``python scripts/engines --lost``, and stand in docs/engines/README.md
+    with their conditions: squared error of the recipe of ``Limits``, relative to that of ``own``.
+
+    Attributes:
+        lacks: what the file has no place for.
+        own: the recipe of dtq's own formats that is nearest in bits.
+        demo: the ratio on the bundled model; None: not measured.
+        outliers: the ratio on the same model with outliers in its activations.
+    """
+
+    lacks: str
+    own: str
+    demo: float | None = None
+    outliers: float | None = None
+
+
+@dataclass(frozen=True)
 class Target:
     """A row of the table of targets.
 
@@ -136,6 +156,7 @@ class Target:
         packages: modules that ``write`` needs beyond dtq's own dependencies.
         original_names: whether the engine knows a model by its original names; otherwise by those
             of diffusers.
+        loss: against dtq's own formats.
     """
 
     name: str
@@ -150,6 +171,7 @@ class Target:
     companions: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     original_names: bool = True
+    loss: Loss = field(kw_only=True)
 
     @property
     def missing(self) -> list[str]:

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from dtq.engines import model_folder
-from dtq.engines.target import INT4_GROUPS, Contents, Limits, StoredLayer, Target, common_reason
+from dtq.engines.target import (
+    INT4_GROUPS,
+    Contents,
+    Limits,
+    Loss,
+    StoredLayer,
+    Target,
+    common_reason,
+)
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS
 from dtq.formats.packing import pack_bits, unpack_bits
@@ -242,4 +250,10 @@ TARGET = Target(
     read,
     partial(model_folder.is_quantized_by, method="torchao"),
     original_names=False,
+    loss=Loss(
+        "rotation, smoothing, two-level integers, low-rank branch, step policy, static scales",
+        "w8a8",
+        3.87,
+        562.52,
+    ),
 )

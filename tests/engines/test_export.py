@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -218,6 +219,22 @@ def test_the_command_line_quantizes_and_exports_the_same_file(float_folder, tmp_
     assert first.read_bytes() == file.read_bytes()
     listed = run(main, ["export", "--list"])
     assert all(name in listed.output for name in TARGETS)
+    assert all(target.loss.lacks in listed.output for target in TARGETS.values())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_page_of_a_target_has_what_dtq_export_says_is_lost(name):
+    page = Path(__file__).parents[2] / "docs" / "engines" / f"{name}.md"
+    _, _, lost = page.read_text().partition("## What is lost")
+    loss = TARGETS[name].loss
+    measured = [
+        "not measured" if ratio is None else f"{ratio:.2f} times that of `{loss.own}`"
+        for ratio in (loss.demo, loss.outliers)
+    ]
+    assert (
+        f"Squared error on `demo`: {measured[0]}; on `demo-outliers`: {measured[1]}."
+        in " ".join(lost.split())
+    )
 
 
 def test_a_refused_export_keeps_the_checkpoint(float_folder, tmp_path, monkeypatch):
