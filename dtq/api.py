@@ -96,10 +96,10 @@ def _run_within(runs: Sequence[Run], budget: PipelineBudget) -> None:
         shared.spend()
         for run in runs:
             if run.plan.quantized():
-                spent, dtype = run.plan, run.loaded.dtype
+                spent = run.plan
                 for stage in MAIN_STAGES[1:]:
                     stage(run)
-                count_promoted(budget, run.loaded.component, spent, run.plan, dtype)
+                count_promoted(budget, run, spent)
 
 
 def open_runs(

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from dtq.checkpoint.config import DTQConfig
-from dtq.models.linears import is_linear, shape_of
-from dtq.nn.conv import QuantConv, matrix_shape
+from dtq.models.linears import is_linear, matrix_shape, shape_of
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 
 _HUB = re.compile(r"\w[\w.-]*/[\w.-]+")

@@ -231,7 +231,9 @@ def _print(run: Run, cost: Estimate, every: bool) -> None:
     if not run.scan.traced:
         click.echo("no inputs for this class: roles come from layer names alone, not from a trace")
     print_unknown(run.plan)
-    kept = {re.sub(r"\.\d+\.", ".*.", name): why for name, why in run.scan.unsupported.items()}
+    stored = {f"{layer.name}.weight" for layer in run.plan.convolutions()}
+    left = {name: why for name, why in run.scan.unsupported.items() if name not in stored}
+    kept = {re.sub(r"\.\d+\.", ".*.", name): why for name, why in left.items()}
     for name, why in kept.items():
         click.echo(f"unquantized, {why}: {name}")
     for label, value in _summary(run, cost):
@@ -265,6 +267,9 @@ def _summary(run: Run, cost: Estimate) -> list[tuple[str, str]]:
     lines = [("attention and feed-forward", f"{plan.bits(plan.gemm()):.3f} bits per weight")]
     if modulation := [x for x in plan.quantized() if x.role == "adaln"]:
         lines.append(("modulation", f"{plan.bits(modulation):.3f} bits per weight"))
+    if convolutions := plan.convolutions():
+        bits = f"{len(convolutions)}, {plan.bits(convolutions):.3f} bits per weight"
+        lines.append(("convolutions", bits))
     lines.append(("file", f"{cost.file} bytes ({size(cost.file)}); float {size(cost.float_file)}"))
     if cost.file_most > cost.file:
         most = f"{size(cost.file_most)} if the whole budget is spent ({cost.budget})"

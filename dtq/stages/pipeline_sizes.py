@@ -190,18 +190,15 @@ def check_budget(runs: Sequence[Run], budget: PipelineBudget) -> Sizes:
     return found
 
 
-def count_promoted(
-    budget: PipelineBudget, component: str, before: Plan, after: Plan, dtype: torch.dtype
-) -> None:
+def count_promoted(budget: PipelineBudget, run: Run, before: Plan) -> None:
     """Add what the sanity check has promoted to the outcome of a budget, with a warning beyond it.
 
     Args:
         budget: its outcome is changed.
-        component: whose layers they are.
-        before: plan of the component when the budget was spent.
-        after: plan of the component now.
-        dtype: of a layer that is float again.
+        run: of the component whose layers they are.
+        before: its plan when the budget was spent.
     """
+    after, dtype, component = run.plan, run.loaded.dtype, run.loaded.component
     more = {
         x.name: x.nbytes(after.bins, dtype) - y.nbytes(before.bins, dtype)
         for x, y in zip(after.layers, before.layers, strict=True)

@@ -20,6 +20,12 @@ from dtq.stages.layer_result import LayerReport, LayerResult
 from dtq.stages.run import Run
 from dtq.transforms import OnlineTransform, TransformChoice
 
+RIDGE = 0.1
+"""Of the mean diagonal of a Hessian, where it has as many rows as columns. Measured for text
+encoders, which see few tokens (docs/text_encoders.md)."""
+LEAST_RIDGE = 0.01
+"""A smaller ridge is left out: the solvers' own damping is of that size."""
+
 
 @dataclass
 class TransformedInput:
@@ -64,10 +70,18 @@ class TransformedInput:
 
     @cached_property
     def hessian(self) -> Tensor | None:
-        """Hessian (K, K) of the transformed input, None without calibration data."""
+        """Hessian (K, K) of the transformed input, None without calibration data.
+
+        Of few rows it is a bad guess of that of other inputs, and solvers would trust it: then
+        ``RIDGE * K / rows`` of its mean diagonal is added to the diagonal (ridge regression).
+        """
         if self.stats is None or self.stats.hessian is None:
             return None
-        return self.transform.hessian(self.stats.hessian.hessian().to(self.like))
+        hessian = self.transform.hessian(self.stats.hessian.hessian().to(self.like))
+        ridge = RIDGE * len(hessian) / max(1, int(self.stats.hessian.count))
+        if ridge > LEAST_RIDGE:
+            hessian.diagonal().add_(ridge * hessian.diagonal().mean())
+        return hessian
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -207,7 +207,8 @@ def test_promotions_after_the_budget_was_spent_are_counted_and_named(caplog):
     raised = spent.with_layers({"b": layers[1].with_spec(weight_format="int8-row")})
     part = {"bytes": 5000, "error": 0.1, "error_share": 1.0}
     budget = PipelineBudget(6000, outcome={"bytes": 5000, "components": {"t": part}})
-    count_promoted(budget, "t", spent, raised, torch.float32)
+    loaded = SimpleNamespace(component="t", dtype=torch.float32)
+    count_promoted(budget, SimpleNamespace(plan=raised, loaded=loaded), spent)
     more = raised["b"].nbytes() - spent["b"].nbytes()
     assert budget.outcome["bytes"] == part["bytes"] == 5000 + more > 6000
     assert "promoted b: lower the budget" in caplog.text
