@@ -45,9 +45,10 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="+", help="folders or bundled names")
     parser.add_argument("--recipe", default="w4a8", help="default: w4a8")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="-- and options of dtq quantize")
-    args = parser.parse_args()
-    options = ["--recipe", args.recipe, *args.options[args.options[:1] == ["--"] :]]
+    given = sys.argv[1:]
+    own = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:own])
+    options = ["--recipe", args.recipe, *given[own + 1 :]]
     print("| model | options | estimated | measured | estimated / measured |")
     print("| --- | --- | ---: | ---: | ---: |")
     for model in args.models:

@@ -15,6 +15,8 @@ from dtq.cli.output import duration, fold, print_unknown, size, table
 from dtq.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from dtq.estimate import Estimate
@@ -82,10 +84,16 @@ def plan(
     options = {"exclude": exclude, "memory": memory, "target": target, "text": text_encoder}
     runs, compute, mapped = _runs(model, components, dtype, variant, recipe, budget, options)
     data: dict[str, dict[str, Any]] = {}
+    local = has_pipeline and folder.exists()
+    held = _held(folder, recipe, compute, bool(mapped)) if local else {}
     for run in runs:
         needs = statistics_needed(run.recipe, has_pipeline)
         name = run.loaded.component
-        cost = estimate(run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline)
+        around = sum(held.values()) - held.get(name, 0) if needs else 0
+        cost = estimate(
+            run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline,
+            around=around,
+        )  # fmt: skip
         data[name] = _to_json(run, cost)
         if not as_json:
             if len(runs) > 1:
@@ -107,7 +115,7 @@ def plan(
             entry["pipeline"] = {"fixed": files}
     if budget is None and len(files) > 1 and not as_json:
         _print_shares(files)
-    if has_pipeline and folder.exists():
+    if local:
         sampling = sampling_memory.estimated(folder, recipe, batch, compute, plans)
         for entry in data.values():
             entry["sampling"] = sampling
@@ -165,6 +173,27 @@ def _runs(
         plan_stage(run)
         runs.append(run)
     return runs, compute, {name for name, (_, stored) in models.items() if stored == compute}
+
+
+def _held(folder: Path, recipe: Recipe, compute: torch.dtype, mapped: bool) -> dict[str, int]:
+    """What a pipeline holds while it calibrates: bytes of its models, and of activations ("").
+
+    Args:
+        folder: of the pipeline.
+        recipe: has the settings of the calibration.
+        compute: dtype.
+        mapped: whether weights are mapped from their files.
+    """
+    from dtq.cli import sampling_memory
+    from dtq.estimate.fake_pipeline import meta_modules
+    from dtq.estimate.size import resident_weights
+
+    models = meta_modules(folder).items()
+    held = {name: resident_weights(model, compute, mapped=mapped) for name, model in models}
+    found = sampling_memory.estimated(folder, recipe, recipe.calibration.batch_size, compute, {})
+    if "unknown" not in found:
+        held[""] = found["modes"]["none"] - sum(found["weights"].values())
+    return held
 
 
 def _sizes(
