@@ -85,7 +85,7 @@ def plan(
     runs, compute, mapped = _runs(model, components, dtype, variant, recipe, budget, options)
     data: dict[str, dict[str, Any]] = {}
     local = has_pipeline and folder.exists()
-    held = _held(folder, recipe, compute, bool(mapped)) if local else {}
+    held = held_while_calibrating(folder, recipe, compute, bool(mapped)) if local else {}
     for run in runs:
         needs = statistics_needed(run.recipe, has_pipeline)
         name = run.loaded.component
@@ -175,8 +175,12 @@ def _runs(
     return runs, compute, {name for name, (_, stored) in models.items() if stored == compute}
 
 
-def _held(folder: Path, recipe: Recipe, compute: torch.dtype, mapped: bool) -> dict[str, int]:
+def held_while_calibrating(
+    folder: Path, recipe: Recipe, compute: torch.dtype, mapped: bool
+) -> dict[str, int]:
     """What a pipeline holds while it calibrates: bytes of its models, and of activations ("").
+
+    Empty for a pipeline that does not run without weights.
 
     Args:
         folder: of the pipeline.
@@ -188,11 +192,12 @@ def _held(folder: Path, recipe: Recipe, compute: torch.dtype, mapped: bool) -> d
     from dtq.estimate.fake_pipeline import meta_modules
     from dtq.estimate.size import resident_weights
 
+    found = sampling_memory.estimated(folder, recipe, recipe.calibration.batch_size, compute, {})
+    if "unknown" in found:  # which the part about sampling says
+        return {}
     models = meta_modules(folder).items()
     held = {name: resident_weights(model, compute, mapped=mapped) for name, model in models}
-    found = sampling_memory.estimated(folder, recipe, recipe.calibration.batch_size, compute, {})
-    if "unknown" not in found:
-        held[""] = found["modes"]["none"] - sum(found["weights"].values())
+    held[""] = found["modes"]["none"] - sum(found["weights"].values())
     return held
 
 

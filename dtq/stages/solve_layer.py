@@ -70,18 +70,27 @@ class TransformedInput:
 
     @cached_property
     def hessian(self) -> Tensor | None:
-        """Hessian (K, K) of the transformed input, None without calibration data.
-
-        Of few rows it is a bad guess of that of other inputs, and solvers would trust it: then
-        ``RIDGE * K / rows`` of its mean diagonal is added to the diagonal (ridge regression).
-        """
+        """Hessian (K, K) of the transformed input, None without calibration data."""
         if self.stats is None or self.stats.hessian is None:
             return None
-        hessian = self.transform.hessian(self.stats.hessian.hessian().to(self.like))
-        ridge = RIDGE * len(hessian) / max(1, int(self.stats.hessian.count))
-        if ridge > LEAST_RIDGE:
-            hessian.diagonal().add_(ridge * hessian.diagonal().mean())
-        return hessian
+        return self.transform.hessian(self.stats.hessian.hessian().to(self.like))
+
+    @cached_property
+    def ridged_hessian(self) -> Tensor | None:
+        """The Hessian for solvers that invert it, None without calibration data.
+
+        Of few rows it is a bad guess of that of other inputs, which error feedback would trust:
+        then ``RIDGE * K / rows`` of its mean diagonal is added to the diagonal, as in ridge
+        regression.
+        """
+        if self.hessian is None or self.stats is None or self.stats.hessian is None:
+            return None
+        ridge = RIDGE * len(self.hessian) / max(1, int(self.stats.hessian.count))
+        if ridge <= LEAST_RIDGE:
+            return self.hessian
+        ridged = self.hessian.clone()
+        ridged.diagonal().add_(ridge * ridged.diagonal().mean())
+        return ridged
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -172,7 +181,7 @@ def _solve(
         low = tensors["proj_up"].to(target) @ transform.w(down.to(target))
         target = target - low
     solver = SOLVERS[layer.solver.name]
-    given = (x.hessian, x.factors) if solver.shares else (x.hessian,)
+    given = (x.ridged_hessian, x.factors) if solver.shares else (x.hessian,)
     w_q, qparams = solver.call(target, fmt, *given, **dict(layer.solver.knobs))
     mean = x.mean
     shift = None if mean is None else (target - w_q) @ mean
