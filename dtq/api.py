@@ -29,7 +29,7 @@ from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
 from dtq.stages.mixed_precision import mixed_precision
 from dtq.stages.pipeline_budget import SharedBudget, record_sampling
-from dtq.stages.pipeline_sizes import PipelineBudget, check_budget
+from dtq.stages.pipeline_sizes import PipelineBudget, check_budget, count_promoted
 from dtq.stages.plan import plan
 from dtq.stages.promote import promote
 from dtq.stages.record_calls import record_calls
@@ -96,8 +96,10 @@ def _run_within(runs: Sequence[Run], budget: PipelineBudget) -> None:
         shared.spend()
         for run in runs:
             if run.plan.quantized():
+                spent = run.plan
                 for stage in MAIN_STAGES[1:]:
                     stage(run)
+                count_promoted(budget, run, spent)
 
 
 def open_runs(

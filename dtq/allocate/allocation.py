@@ -164,19 +164,33 @@ def _within_total(
     budget: int,
     total: Callable[[Mapping[str, str]], int],
 ) -> tuple[dict[str, Option], int]:
-    """The last point of a front whose ``total`` is within the budget, found from above."""
-    room = budget
-    while True:
-        index = max(0, int(np.searchsorted(front.points[:, 0], room, side="right")) - 1)
+    """The last point of a front whose ``total`` is within the budget, found from above.
+
+    A point is passed over without asking for its ``total`` only where that would be above the
+    budget with the least that the ``total`` of any point so far, both ends of the front among
+    them, had added to its cost.
+    """
+    costs = front.points[:, 0]
+
+    def at(index: int) -> tuple[dict[str, Option], int]:
         chosen = pick(tables, front, names, index)
-        used = total({item: option.name for item, option in chosen.items()})
+        return chosen, total({item: option.name for item, option in chosen.items()})
+
+    last = len(costs) - 1
+    added = min(at(index)[1] - int(costs[index]) for index in {0, last})
+    index = last
+    while True:
+        fitting = int(np.searchsorted(costs, budget - added, side="right")) - 1
+        index = max(0, min(index, fitting))
+        chosen, used = at(index)
         if used <= budget:
             return chosen, used
         if not index:
             raise InputError(
                 f"a budget of {budget} bytes is too small: the smallest choice takes {used} bytes"
             )
-        room = _sum("chosen", chosen).cost - (used - budget)
+        added = min(added, used - int(costs[index]))
+        index -= 1
 
 
 def _sum(name: str, chosen: Mapping[str, Option]) -> Option:

@@ -67,6 +67,7 @@ GROUPS: dict[str, str] = {
     **{role: "fidelity" for role in ROLES if role.startswith(("attn.", "ffn."))},
     **dict.fromkeys(("adaln", "embed", "head"), "content"),  # they affect every token equally
     "proj": "mse",
+    "conv": "mse",
     "other": "mse",
 }
 """The metric that ranks the layers of a role (ours; see the module for the paper's metrics)."""

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from dtq.checkpoint.config import DTQConfig
-from dtq.models.linears import is_linear, shape_of
-from dtq.nn.conv import QuantConv, matrix_shape
+from dtq.models.linears import is_linear, matrix_shape, shape_of
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 
 _HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -130,6 +130,8 @@ def _files(files: Mapping[str, Any]) -> list[str]:
             + (error + share if measured else "")
         )
     of = f" of a budget of {files['budget']}" if measured else ""
+    if measured and (over := files["bytes"] - files["budget"]) > 0:
+        of += f", {over} too many: the sanity check promoted layers after it was spent"
     return [*lines, "", f"Together {files['bytes']} bytes{of}."]
 
 
@@ -149,6 +151,8 @@ def _loading(saveable: Any) -> list[str]:
 
 
 def _measured(report: dict[str, Any]) -> list[str]:
+    if not report["layers"]:
+        return ["stays float, for which the budget had room"]
     errors = {x["name"]: x["error"] for x in report["layers"] if x["error"] is not None}
     lines = [f"calibration inputs: {report['calibration'].get('origin', 'none')}"]
     if errors:

@@ -25,8 +25,7 @@ from dtq.checkpoint.file_size import file_bytes
 from dtq.errors import CheckpointError, InputError
 from dtq.io.checksum import checksum
 from dtq.io.safe_parse import read_json
-from dtq.models.linears import is_linear, shape_of
-from dtq.nn.conv import matrix_shape
+from dtq.models.linears import is_linear, matrix_shape, shape_of
 from dtq.nn.swap import planned_linears
 from dtq.pipelines.contents import (
     Components,

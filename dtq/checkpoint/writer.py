@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -17,8 +16,6 @@ from dtq.checkpoint.model_card import card
 from dtq.io.atomic import atomic_directory
 from dtq.io.safe_parse import read_json
 from dtq.pipelines import call_defaults
-
-log = logging.getLogger("dtq")
 
 
 def write(saveable: Any, out: str | Path, *, overwrite: bool = False, shard: str = "10GB") -> Path:
@@ -82,12 +79,6 @@ def _written(folder: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
     for file in sorted(folder.rglob("*.safetensors")):
         files[file.relative_to(folder).parts[0]] += file.stat().st_size
     total, budget = files.total(), outcome.get("budget")
-    if budget is not None and total > budget:
-        log.warning(
-            "all weight files take %d bytes, %d more than the budget, because the sanity check "
-            "promoted layers: lower --budget by that, or use --no-sanity-check",
-            total, total - budget,
-        )  # fmt: skip
     measured = outcome.get("components", {})
     unknown = {"error": None, "error_share": None}
     parts = {n: {**unknown, **measured.get(n, {}), "bytes": size} for n, size in files.items()}

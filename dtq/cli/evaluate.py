@@ -43,11 +43,11 @@ _options = opt.combined(
                       "--metric names others. 0 computes none."),
     opt.several("--metric", "metrics", metavar="NAME[,NAME]",
             help="More metrics: fid sfid kid is precision recall fd-dinov2 cmmd fvd (with --num-images), "
-                 "ms-ssim lpips clip-score clip-iqa image-reward. One that cannot be computed makes "
+                 "ms-ssim lpips perceptual-lite0 clip-score clip-iqa image-reward. One that cannot be computed makes "
                  "the exit code 3. Default: none."),
     click.option("--features", default="auto", metavar="NAME",
                  help="Feature extractor of fid, sfid, kid, is, precision and recall: emoji, "
-                      "inception, dinov2, clip, i3d (videos) or random. auto is emoji for the bundled models, else "
+                      "efficientnet-lite0, inception, dinov2, clip, i3d (videos) or random. auto is emoji for the bundled models, else "
                       "inception."),
     opt.several("--extractor", "weights", metavar="NAME=WHERE",
             help="Local path or hub id of the weights of an extractor or a metric. Repeat for more. "

@@ -59,9 +59,9 @@ def inspect(
 def _inspect(folder: Path, variant: str | None) -> dict[str, Any]:
     """The layers of a quantized model as plain data, and which kernel would run each."""
     from dtq.kernels import explain
-    from dtq.models.linears import shape_of
+    from dtq.models.linears import matrix_shape, shape_of
     from dtq.nn import QuantLinear
-    from dtq.nn.conv import QuantConv, matrix_shape
+    from dtq.nn.conv import QuantConv
     from dtq.pipelines.loading import load_model
     from dtq.pipelines.weight_files import weight_files
 

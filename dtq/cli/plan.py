@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from dtq.cli.output import duration, fold, print_unknown, size, table
 from dtq.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from dtq.estimate import Estimate
@@ -66,11 +69,9 @@ def plan(
     from dtq import demo
     from dtq.cli import sampling_memory
     from dtq.cli.inputs import check_names, recipe_with, size_of_budget
-    from dtq.estimate import estimate
     from dtq.io.memory import tune_malloc
     from dtq.pipelines import contents
     from dtq.recipe.resolve import BNB_NF4
-    from dtq.stages.calibrate import statistics_needed
     from dtq.stages.pipeline_sizes import PipelineBudget, refuse_too_small
 
     tune_malloc()
@@ -82,10 +83,10 @@ def plan(
     options = {"exclude": exclude, "memory": memory, "target": target, "text": text_encoder}
     runs, compute, mapped = _runs(model, components, dtype, variant, recipe, budget, options)
     data: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        needs = statistics_needed(run.recipe, has_pipeline)
+    local = has_pipeline and folder.exists()
+    held = held_while_calibrating(folder, recipe, compute, bool(mapped)) if local else {}
+    for run, cost in _costs(runs, compute, mapped, held, has_pipeline):
         name = run.loaded.component
-        cost = estimate(run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline)
         data[name] = _to_json(run, cost)
         if not as_json:
             if len(runs) > 1:
@@ -107,7 +108,7 @@ def plan(
             entry["pipeline"] = {"fixed": files}
     if budget is None and len(files) > 1 and not as_json:
         _print_shares(files)
-    if has_pipeline and folder.exists():
+    if local:
         sampling = sampling_memory.estimated(folder, recipe, batch, compute, plans)
         for entry in data.values():
             entry["sampling"] = sampling
@@ -165,6 +166,53 @@ def _runs(
         plan_stage(run)
         runs.append(run)
     return runs, compute, {name for name, (_, stored) in models.items() if stored == compute}
+
+
+def _costs(
+    runs: list[Run],
+    compute: torch.dtype,
+    mapped: set[str],
+    held: dict[str, int],
+    has_pipeline: bool,
+) -> Iterator[tuple[Run, Estimate]]:
+    """Planned runs, each with its estimate; ``held`` is of :func:`held_while_calibrating`."""
+    from dtq.estimate import estimate
+    from dtq.stages.calibrate import statistics_needed
+
+    for run in runs:
+        needs, name = statistics_needed(run.recipe, has_pipeline), run.loaded.component
+        around = sum(held.values()) - held.get(name, 0) if needs else 0
+        cost = estimate(
+            run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline,
+            around=around,
+        )  # fmt: skip
+        yield run, cost
+
+
+def held_while_calibrating(
+    folder: Path, recipe: Recipe, compute: torch.dtype, mapped: bool
+) -> dict[str, int]:
+    """What a pipeline holds while it calibrates: bytes of its models, and of activations ("").
+
+    Empty for a pipeline that does not run without weights.
+
+    Args:
+        folder: of the pipeline.
+        recipe: has the settings of the calibration.
+        compute: dtype.
+        mapped: whether weights are mapped from their files.
+    """
+    from dtq.cli import sampling_memory
+    from dtq.estimate.fake_pipeline import meta_modules
+    from dtq.estimate.size import resident_weights
+
+    found = sampling_memory.estimated(folder, recipe, recipe.calibration.batch_size, compute, {})
+    if "unknown" in found:  # which the part about sampling says
+        return {}
+    models = meta_modules(folder).items()
+    held = {name: resident_weights(model, compute, mapped=mapped) for name, model in models}
+    held[""] = found["modes"]["none"] - sum(found["weights"].values())
+    return held
 
 
 def _sizes(
@@ -231,7 +279,9 @@ def _print(run: Run, cost: Estimate, every: bool) -> None:
     if not run.scan.traced:
         click.echo("no inputs for this class: roles come from layer names alone, not from a trace")
     print_unknown(run.plan)
-    kept = {re.sub(r"\.\d+\.", ".*.", name): why for name, why in run.scan.unsupported.items()}
+    stored = {f"{layer.name}.weight" for layer in run.plan.convolutions()}
+    left = {name: why for name, why in run.scan.unsupported.items() if name not in stored}
+    kept = {re.sub(r"\.\d+\.", ".*.", name): why for name, why in left.items()}
     for name, why in kept.items():
         click.echo(f"unquantized, {why}: {name}")
     for label, value in _summary(run, cost):
@@ -265,6 +315,9 @@ def _summary(run: Run, cost: Estimate) -> list[tuple[str, str]]:
     lines = [("attention and feed-forward", f"{plan.bits(plan.gemm()):.3f} bits per weight")]
     if modulation := [x for x in plan.quantized() if x.role == "adaln"]:
         lines.append(("modulation", f"{plan.bits(modulation):.3f} bits per weight"))
+    if convolutions := plan.convolutions():
+        bits = f"{len(convolutions)}, {plan.bits(convolutions):.3f} bits per weight"
+        lines.append(("convolutions", bits))
     lines.append(("file", f"{cost.file} bytes ({size(cost.file)}); float {size(cost.float_file)}"))
     if cost.file_most > cost.file:
         most = f"{size(cost.file_most)} if the whole budget is spent ({cost.budget})"

@@ -119,7 +119,7 @@ def quantize(
             text_encoder=text_encoder,
             budget=budget,
         )
-        _plan(runs, output, vae, budget)
+        _plan(runs, output, vae, budget, text_encoder)
         _begin(directory, runs, memory, stats, _of_pipeline(vae, budget, text_encoder))
         del statistics
         reports = run_stages(runs, budget)
@@ -168,32 +168,47 @@ def _print_finished(output: Path, as_json: bool) -> None:
     click.echo(text if as_json else f"{output}: an earlier run has finished it")
 
 
-def _plan(runs: list[Run], output: Path, vae: str | None, budget: PipelineBudget | None) -> None:
+def _plan(
+    runs: list[Run],
+    output: Path,
+    vae: str | None,
+    budget: PipelineBudget | None,
+    text_encoder: str | None,
+) -> None:
     """Plan every model; refuses before the work what cannot be done."""
+    from dtq.recipe.resolve import BNB_NF4
     from dtq.stages.autoencoder import check_vae
-    from dtq.stages.pipeline_sizes import check_budget
+    from dtq.stages.pipeline_sizes import check_budget, other_models, sizes
     from dtq.stages.plan import plan
 
     check_vae(runs[0].loaded.pipeline, vae or "keep")
     for run in runs:
         plan(run)
-        _check_disk(run, output)
     if budget is not None:
-        check_budget(runs, budget)
+        found = check_budget(runs, budget)
+        _check_disk(min(budget.bytes, found.largest()), output)
+    else:
+        found = sizes(runs, other_models(runs, text_encoder == BNB_NF4), vae or "keep")
+        _check_disk(found.largest(), output)
 
 
-def _check_disk(run: Run, output: Path) -> None:
-    """Refuse a disk that is too full before the work, not after it."""
-    from dtq.checkpoint.reader import predicted_bytes
+def _check_disk(needed: int, output: Path) -> None:
+    """Refuse a disk that is too full before the work, not after it.
+
+    Args:
+        needed: bytes of all weight files that are written.
+        output: folder to write.
+    """
     from dtq.errors import InputError
-    from dtq.stages.file_tensors import file_tensors
 
     folder = output.resolve()
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    needed = predicted_bytes(file_tensors(run.model, run.plan, run.loaded.dtype))
     free = shutil.disk_usage(parent).free
     if free < 1.1 * needed:
-        raise InputError(f"{parent}: {size(free)} free, the checkpoint needs {size(needed)}")
+        raise InputError(
+            f"{parent}: {size(free)} free, the weight files of the output need {size(needed)}: "
+            f"make room, or write to another disk with -o"
+        )
 
 
 def _save(

@@ -78,7 +78,10 @@ def _print_model(name: str, report: Report) -> None:
         click.echo(f"{name}: stays float, for which the budget has room")
         return
     bits = f"{plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight among them"
-    click.echo(f"{name}: {len(quantized)} of {len(plan.layers)} linears quantized, {bits}")
+    convolutions = len(plan.convolutions())
+    linears = f"{len(quantized) - convolutions} of {len(plan.layers) - convolutions} linears"
+    more = f" and {convolutions} convolutions" if convolutions else ""
+    click.echo(f"{name}: {linears}{more} quantized, {bits}")
     layers = [x for x in report.layers if x.error is not None]
     if worst := sorted(layers, key=lambda x: -(x.error or 0))[:5]:
         rows = [(x.name, x.weight_format, f"{x.error:.1e}", x.transform) for x in worst]

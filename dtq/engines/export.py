@@ -25,6 +25,7 @@ from dtq.engines.original import (
 from dtq.engines.target import Contents, StoredLayer, Target, stored_bytes
 from dtq.errors import InputError
 from dtq.nn.attention import int8_attention_modules
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.pipelines.contents import (
     Components,
@@ -175,9 +176,14 @@ def contents_of(model: nn.Module) -> Contents:
             "the model has a step policy, and other engines run every timestep in the same "
             "precision; quantize with --set step_policy.precisions=[]"
         )
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    packed = {f"{name}.{key}" for name, module in modules.items() for key in module.tensor_specs()}
+    every = dict(model.named_modules())
+    modules = {n: m for n, m in every.items() if isinstance(m, QuantLinear)}
+    convs = {n: m for n, m in every.items() if isinstance(m, QuantConv)}
+    packed = {f"{n}.{key}" for n, m in modules.items() for key in m.tensor_specs()}
+    packed |= {f"{n}.{key}" for n, m in convs.items() for key in m.tensor_specs()}
     others = {key: t.detach() for key, t in model.state_dict().items() if key not in packed}
+    # other engines get float convolutions
+    others |= {f"{name}.weight": conv.dequantize() for name, conv in convs.items()}
     layers = {
         name: StoredLayer(
             module.spec,

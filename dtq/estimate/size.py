@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 import torch
+from torch import nn
 
 from dtq.allocate import parse_budget
 from dtq.calibrate.observers import InputStats
@@ -53,6 +54,7 @@ def estimate(
     needs: frozenset[str] | None = None,
     mapped: bool = False,
     has_pipeline: bool = True,
+    around: int = 0,
 ) -> Estimate:
     """Estimate the cost of a planned run, carried out by the command line.
 
@@ -64,6 +66,7 @@ def estimate(
         mapped: see :func:`peak_memory`.
         has_pipeline: whether a pipeline calls the model. A bare transformer is called on random
             inputs, and no transforms are compared on these.
+        around: see :func:`peak_memory`.
     """
     plan, recipe = run.plan, run.recipe
     needs = recipe.needs() if needs is None else needs
@@ -85,27 +88,27 @@ def estimate(
         most,
         budget,
         floats,
-        peak_memory(run, needs, dtype, mapped=mapped),
+        peak_memory(run, needs, dtype, mapped=mapped, around=around),
         disk_needed(run, needs, most),
         run_seconds(run, dtype, needs, has_pipeline) if run.scan.traced else None,
     )
 
 
 def peak_memory(
-    run: Run, needs: frozenset[str], dtype: torch.dtype, *, mapped: bool = False
+    run: Run, needs: frozenset[str], dtype: torch.dtype, *, mapped: bool = False, around: int = 0
 ) -> int:
     """Bytes at the peak, in this process.
 
     The process itself, the float model, and the largest of what follows one after another: the
-    statistics; solving the linears of one input group; the quantized model, as it is written.
-    Activations are not counted.
+    statistics, and what the pipeline holds while it calibrates; solving the linears of one input
+    group; the quantized model, as it is written.
 
     Args:
         run: after the plan stage; a model on the meta device will do.
         needs: statistics that are collected.
         dtype: compute dtype.
-        mapped: whether the files have that dtype, so that they are mapped and not read: then one
-            block at a time is resident, in addition to what lies outside of blocks.
+        mapped: see :func:`resident_weights`.
+        around: of the other models of the pipeline, and of activations while it calibrates.
     """
     plan, bins = run.plan, run.recipe.calibration.num_timestep_bins
     statistics, solving = 0, 0
@@ -119,17 +122,29 @@ def peak_memory(
         if "hessian" in needs:  # it is rotated in float32, and factored
             working += 2 * 4 * group.columns**2 + factor_cost(group.columns)[0]
         solving = max(solving, working)
+    quantized = sum(x.nbytes(plan.bins) for x in plan.quantized())
+    process = psutil.Process().memory_info().rss
+    statistics = min(statistics, run.memory or statistics) + around
+    resident = resident_weights(run.model, dtype, mapped=mapped)
+    return process + resident + max(statistics, solving, quantized)
+
+
+def resident_weights(model: nn.Module, dtype: torch.dtype, *, mapped: bool) -> int:
+    """Bytes of the float weights of a model that are in memory at a time.
+
+    Args:
+        model: on any device.
+        dtype: compute dtype.
+        mapped: whether the files have that dtype, so that they are mapped and not read: then one
+            block at a time is resident, in addition to what lies outside of blocks.
+    """
     floats: Counter[str] = Counter()
-    blocks = blocks_of(run.model)
-    for name, tensor in run.model.state_dict().items():
+    blocks = blocks_of(model)
+    for name, tensor in model.state_dict().items():
         block = next((prefix for prefix in blocks if name.startswith(prefix)), "")
         floats[block] += tensor.numel() * dtype.itemsize
     outside = floats.pop("", 0)
-    resident = outside + (max(floats.values(), default=0) if mapped else floats.total())
-    quantized = sum(x.nbytes(plan.bins) for x in plan.quantized())
-    process = psutil.Process().memory_info().rss
-    statistics = min(statistics, run.memory or statistics)
-    return process + resident + max(statistics, solving, quantized)
+    return outside + (max(floats.values(), default=0) if mapped else floats.total())
 
 
 def disk_needed(run: Run, needs: frozenset[str], output: int) -> int:

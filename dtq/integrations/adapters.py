@@ -27,6 +27,7 @@ from dtq.errors import InputError
 from dtq.integrations.adapter_file import Factors, listed, read_adapter
 from dtq.integrations.adapter_names import TEXT, find_layers
 from dtq.integrations.fuse import CONVOLUTION
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.plan.layers import COMPUTE_DTYPES
 
@@ -126,9 +127,13 @@ def _check_layers(model: nn.Module, made: Mapping[str, Factors]) -> None:
     away = [name for name, base in bases.items() if base.weight.is_meta]
     if away:
         raise InputError(listed("load adapters before offloading the model; offloaded are", away))
-    pointwise = [name for name, base in bases.items() if getattr(base, "spatial", 0)]
-    if pointwise:
-        raise InputError(listed(f"{CONVOLUTION}. Such layers are", pointwise))
+    convolutions = [
+        name
+        for name, base in bases.items()
+        if isinstance(base, QuantConv) or (isinstance(base, QuantLinear) and base.spatial)
+    ]
+    if convolutions:
+        raise InputError(listed(f"{CONVOLUTION}. Such layers are", convolutions))
 
 
 def _config(kind: str, made: Mapping[str, Factors]) -> Any:

@@ -20,7 +20,7 @@ from dtq.errors import InputError
 from dtq.nn.linear import QuantLinear
 
 CONVOLUTION = (
-    "quantized 1 x 1 convolutions take no adapters; exclude them from quantization: "
+    "quantized convolutions take no adapters; exclude them from quantization: "
     "modules_to_not_convert, or exclude: in the recipe"
 )
 """What is wrong with an adapter for a quantized linear in place of a convolution."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.integrations import lycoris
 from dtq.integrations.dora import QuantDora
-from dtq.integrations.fuse import Fusible
+from dtq.integrations.fuse import CONVOLUTION, Fusible
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 
 
@@ -132,6 +133,8 @@ def _refuse_others() -> None:
 
         def create_and_replace(config: Any, name: str, target: Any, *rest: Any, **more: Any) -> Any:
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            if isinstance(base, QuantConv):
+                raise InputError(f"adapter {name!r}: {CONVOLUTION}")
             if isinstance(base, QuantLinear):
                 _check_kind(config, name)
             return create(config, name, target, *rest, **more)

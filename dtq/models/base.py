@@ -27,6 +27,7 @@ ROLES: dict[str, str] = {
     "adaln": "modulation: one row per image, whose result scales every token",
     "embed": "embedders of patches, time, labels and text",
     "head": "final norm and projection",
+    "conv": "a convolution of a block that is no linear; `convolutions` of a recipe is its format",
     "other": "a linear in a block that no rule matches",
 }
 """Roles of linears, the names that recipes select layers by."""
@@ -65,7 +66,8 @@ class Scan:
         uncalled: linears that the traced forward did not call; they are never quantized.
         traced: False if no forward could be run, and roles come from names alone.
         rows: input rows (M) of each linear in the traced forward.
-        unsupported: weights in blocks that cannot be quantized, and why.
+        unsupported: weights in blocks that are no linears, and why.
+        convolutions: of those the convolutions whose weight can be stored in 8 bits.
     """
 
     family: str
@@ -74,6 +76,7 @@ class Scan:
     traced: bool = True
     rows: dict[str, int] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
+    convolutions: tuple[Linear, ...] = ()
 
     def linears(self) -> list[Linear]:
         """The linears of all input groups, in call order."""

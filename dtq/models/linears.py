@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linears and 1 x 1 convolutions as matrices (N, K), and their inputs as rows (M, K)."""
+"""Linears and convolutions as matrices (N, K), and the inputs of linears as rows (M, K)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Classes whose subclasses can be replaced: those that compute with ``_conv_forward``."""
 
 _FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
@@ -71,3 +74,25 @@ def rows_of(module: nn.Module, x: Tensor) -> Tensor:
     axes = len(getattr(module, "kernel_size", ()))
     last = x.movedim(-1 - axes, -1)
     return last.reshape(-1, last.shape[-1])
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a float convolution with a plain weight, which torch's forward reads."""
+    plain = isinstance(module._parameters.get("weight"), nn.Parameter)
+    return isinstance(module, CONVOLUTIONS) and plain and not reads_weight(module)
+
+
+def reads_weight(module: nn.Module) -> bool:
+    """Whether a linear or a convolution has a forward of its own that reads ``weight``.
+
+    The weight of such a layer cannot be packed.
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return has_own_forward(module) and code is not None and "weight" in code.co_names
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(O, I / groups * kernel): the shape of the weight of a convolution as a matrix."""
+    assert isinstance(module, CONVOLUTIONS)
+    columns = module.in_channels // module.groups * math.prod(module.kernel_size)
+    return module.out_channels, columns

@@ -18,7 +18,14 @@ import torch
 from torch import nn
 
 from dtq.models.base import Family, InputGroup, Linear, Scan, sibling_key
-from dtq.models.linears import has_own_forward, is_linear, linears_of, shape_of
+from dtq.models.linears import (
+    has_own_forward,
+    is_convolution,
+    is_linear,
+    linears_of,
+    matrix_shape,
+    shape_of,
+)
 from dtq.models.roles import Trace, TracedInput, assign_roles, attention_projection, block_of
 
 _EMBEDS = re.compile(r"embed|embd|_emb(\.|$)|projection|projector|guidance_layer|conditioner", re.I)
@@ -59,6 +66,7 @@ def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], obj
         tuple(sorted({n for n, _ in linears_of(model)} - set(trace.inputs) - set(idle))),
         rows={name: traced.rows for name, traced in trace.inputs.items()},
         unsupported=unsupported(model, blocks),
+        convolutions=convolutions(model, blocks),
     )
 
 
@@ -72,6 +80,7 @@ def scan_names(model: nn.Module, family: Family | None) -> Scan:
         tuple(_input_group(model, name, roles) for name in names),
         traced=False,
         unsupported=unsupported(model, blocks),
+        convolutions=convolutions(model, blocks),
     )
 
 
@@ -120,6 +129,15 @@ def _transformers_of(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ..
         for index, _ in module.named_children()
     ]
     return (*inner, *blocks)
+
+
+def convolutions(model: nn.Module, blocks: tuple[str, ...]) -> tuple[Linear, ...]:
+    """Convolutions in blocks that are no linears, as matrices (O, I / groups * kernel)."""
+    return tuple(
+        Linear(name, "conv", matrix_shape(module), module.bias is not None)
+        for name, module in model.named_modules()
+        if block_of(f"{name}.", blocks) and is_convolution(module) and not is_linear(module)
+    )
 
 
 def unsupported(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:

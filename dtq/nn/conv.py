@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantized convolution: weight-only, for autoencoders, whose convolutions are their bytes.
+"""The quantized convolution: weight-only, for autoencoders and U-Nets, where it counts for bytes.
 
 It keeps the class of the convolution that it replaces as a base: a causal convolution still pads in
 its own ``forward``, and code that asks for an ``nn.Conv2d`` finds one. ``weight`` holds the packed
@@ -10,8 +10,6 @@ exists only during a call.
 from __future__ import annotations
 
 import functools
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,34 +18,9 @@ from torch import Tensor, nn
 
 from dtq.errors import CheckpointError
 from dtq.formats import FORMATS, PackedTensors, TensorSpec
-from dtq.models.linears import has_own_forward
+from dtq.models.linears import CONVOLUTIONS, matrix_shape
 from dtq.nn.storage import BIT_TYPES, cast_dtype, check_tensor, from_disk, to_disk
 from dtq.plan.layers import LayerSpec
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Classes whose subclasses can be replaced: those that compute with ``_conv_forward``."""
-
-
-def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a float convolution with a plain weight, which torch's forward reads."""
-    plain = isinstance(module._parameters.get("weight"), nn.Parameter)
-    return isinstance(module, CONVOLUTIONS) and plain and not reads_weight(module)
-
-
-def reads_weight(module: nn.Module) -> bool:
-    """Whether a linear or a convolution has a forward of its own that reads ``weight``.
-
-    The weight of such a layer cannot be packed.
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return has_own_forward(module) and code is not None and "weight" in code.co_names
-
-
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(O, I / groups * kernel): the shape of the weight of a convolution as a matrix."""
-    assert isinstance(module, CONVOLUTIONS)
-    columns = module.in_channels // module.groups * math.prod(module.kernel_size)
-    return module.out_channels, columns
 
 
 class QuantConv(nn.Module):

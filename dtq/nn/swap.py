@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dtq.errors import CheckpointError
-from dtq.models.linears import is_linear
+from dtq.models.linears import is_convolution, is_linear
 from dtq.nn import nan_check
 from dtq.nn.attention import use_int8_attention
-from dtq.nn.conv import QuantConv, is_convolution
+from dtq.nn.conv import QuantConv
 from dtq.nn.gelu import use_fast_gelu
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned, device_of

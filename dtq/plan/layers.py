@@ -220,11 +220,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every linear of a model, in model order.
+    """Every linear of a model, in model order, then the convolutions that are quantized.
 
     Attributes:
         recipe: name of the recipe.
-        layers: one entry per linear, unquantized ones included.
+        layers: one entry per linear, unquantized ones included; and one per quantized convolution.
         bins: timestep bins of static activation scales.
     """
 
@@ -240,8 +240,12 @@ class Plan:
         return [layer for layer in self.layers if not layer.unquantized]
 
     def gemm(self) -> list[LayerPlan]:
-        """Quantized layers that see tokens: attention and feed-forward, not modulation."""
-        return [layer for layer in self.quantized() if layer.role != "adaln"]
+        """Quantized linears that see tokens: attention and feed-forward, not modulation."""
+        return [layer for layer in self.quantized() if layer.role not in ("adaln", "conv")]
+
+    def convolutions(self) -> list[LayerPlan]:
+        """Quantized convolutions other than those that are linears; always weight-only."""
+        return [layer for layer in self.quantized() if layer.role == "conv"]
 
     def bits(self, layers: Iterable[LayerPlan]) -> float:
         """Stored bits per weight over some quantized layers; 0 when there are none."""

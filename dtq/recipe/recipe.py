@@ -18,7 +18,7 @@ from dtq.io.schema import MethodSpec, check_method, check_name, plain, read
 from dtq.models import ROLES, Scan
 from dtq.pipelines.settings import SamplingSettings
 from dtq.plan import Plan
-from dtq.recipe.resolve import MODULATION, resolve
+from dtq.recipe.resolve import CONVOLUTIONS, MODULATION, resolve
 from dtq.recipe.schema import Allocate, Promote, Rule, StepPolicySearch
 from dtq.recipe.selectors import is_role
 from dtq.solvers import SOLVERS
@@ -57,6 +57,7 @@ class Recipe:
         format_fallbacks: weight formats for layers whose shape ``weights`` does not fit; the first
             that fits is taken.
         modulation: a key of ``MODULATION``, or a weight format.
+        convolutions: a key of ``CONVOLUTIONS``: how convolutions of blocks are stored.
         correct_bias: whether each layer's mean error is moved into its bias.
         exclude: roles, or globs on names, that stay unquantized.
         rules: exceptions; the last match wins.
@@ -80,6 +81,7 @@ class Recipe:
     lowrank: MethodSpec = MethodSpec("none")
     format_fallbacks: tuple[str, ...] = ("int4-2l-g32", "int8-row")
     modulation: str = "w8a16"
+    convolutions: str = "keep"
     correct_bias: bool = True
     exclude: tuple[str, ...] = ("embed", "head")
     rules: tuple[Rule, ...] = ()
@@ -148,6 +150,7 @@ class Recipe:
         yield "activations", self.activations, ACTIVATION_FORMATS
         yield "attention", self.attention, ATTENTION
         yield "modulation", self.modulation, [*MODULATION, *FORMATS]
+        yield "convolutions", self.convolutions, CONVOLUTIONS
         lists: dict[str, tuple[tuple[str, ...], Iterable[str]]] = {
             "format_fallbacks": (self.format_fallbacks, FORMATS),
             "format_candidates": (self.format_candidates, FORMATS),

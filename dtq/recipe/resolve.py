@@ -27,6 +27,8 @@ MODULATION = {"w8a16": "int8-g64", "w4a16": "int4-asym-g64", "keep": ""}
 
 _MODULATION_FALLBACKS = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int8-row"), "keep": ()}
 
+CONVOLUTIONS = {"keep": "", "w8": "int8-row"}
+"""How convolutions of blocks are stored: as they are, or with one scale per output channel."""
 
 KEEP = "keep"
 """In place of the recipe of text encoders: they are not quantized."""
@@ -65,6 +67,7 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
     selectors = {f"rules[{i}].match": rule.match for i, rule in enumerate(recipe.rules)}
     # a role that this model has no layer of is no mistake in a list that serves every model
     names = [selector for selector in recipe.exclude if not is_role(selector)]
+    names = [x for x in names if not any(matches(x, conv) for conv in scan.convolutions)]
     selectors |= {f"exclude[{recipe.exclude.index(name)}]": name for name in names}
     unused = [
         f"{at}: {selector!r} matches no layer of this model"
@@ -75,6 +78,7 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
     if unused:
         raise RecipeError(f"recipe {recipe.name}", unused)
     layers = [_resolve_layer(recipe, linear, exclude) for linear in linears]
+    layers += _convolutions(recipe, scan, exclude)
     per_timestep = any(ACTIVATION_FORMATS[x.activation_format].per_timestep for x in layers)
     note = "never called in the traced forward"
     layers += [LayerPlan(name, "other", (0, 0), note=note) for name in scan.uncalled]
@@ -119,6 +123,19 @@ def _resolve_layer(recipe: Recipe, linear: Linear, exclude: tuple[str, ...]) -> 
         format_candidates=recipe.format_candidates if own and weights == recipe.weights else (),
         note="; ".join(x for x in (note, other) if x),
     )
+
+
+def _convolutions(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> list[LayerPlan]:
+    """The convolutions that are quantized: all of blocks but the excluded ones, or none."""
+    name = CONVOLUTIONS[recipe.convolutions]
+    if not name:
+        return []
+    return [
+        LayerPlan(conv.name, conv.role, conv.shape, LayerSpec(name, "none"))
+        for conv in scan.convolutions
+        if not any(excludes(pattern, conv.name) for pattern in exclude)
+        and not any(matches(selector, conv) for selector in recipe.exclude)
+    ]
 
 
 def _wanted(recipe: Recipe, linear: Linear, rules: list[Rule]) -> tuple[Rule, tuple[str, ...]]:

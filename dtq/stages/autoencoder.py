@@ -19,8 +19,16 @@ from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.integrations.diffusers import attach_quantizer
 from dtq.linalg.relative_error import relative_error
-from dtq.models.linears import has_own_forward, is_linear, matrix_of, shape_of
-from dtq.nn.conv import QuantConv, is_convolution, matrix_shape, reads_weight
+from dtq.models.linears import (
+    has_own_forward,
+    is_convolution,
+    is_linear,
+    matrix_of,
+    matrix_shape,
+    reads_weight,
+    shape_of,
+)
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.nn.swap import finalize
 from dtq.pipelines import prompts, sampling

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from dtq.allocate import parse_size
@@ -20,6 +22,8 @@ from dtq.stages.file_tensors import model_bytes
 from dtq.stages.mixed_precision import in_option, members_of
 from dtq.stages.run import Run
 from dtq.stages.text_nf4 import nf4_bytes
+
+log = logging.getLogger("dtq")
 
 FLOAT = "float"
 """Option of a text encoder's layers and of the autoencoder: not quantized."""
@@ -159,9 +163,16 @@ def saved_files(models: Mapping[str, nn.Module], nf4: bool) -> dict[str, tuple[n
     for name, model in models.items():
         if nf4 and is_text_encoder(model):
             files[name] = model, nf4_bytes(LoadedModel(name, None, name, model))
-        else:
-            files[name] = model, model_bytes(model, None, next(model.parameters()).dtype)
+        else:  # diffusers writes no file for a model without tensors
+            size = model_bytes(model, None, _dtype_of(model)) if model.state_dict() else 0
+            files[name] = model, size
     return files
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Dtype of the first floating tensor of a model; float32 for one that has none."""
+    floats = (t.dtype for t in model.state_dict().values() if t.is_floating_point())
+    return next(floats, torch.float32)
 
 
 def check_budget(runs: Sequence[Run], budget: PipelineBudget) -> Sizes:
@@ -177,6 +188,35 @@ def check_budget(runs: Sequence[Run], budget: PipelineBudget) -> Sizes:
     found = sizes(runs, other_models(runs, budget.nf4), budget.vae)
     refuse_too_small(budget.bytes, found, runs[0].loaded.name)
     return found
+
+
+def count_promoted(budget: PipelineBudget, run: Run, before: Plan) -> None:
+    """Add what the sanity check has promoted to the outcome of a budget, with a warning beyond it.
+
+    Args:
+        budget: its outcome is changed.
+        run: of the component whose layers they are.
+        before: its plan when the budget was spent.
+    """
+    after, dtype, component = run.plan, run.loaded.dtype, run.loaded.component
+    more = {
+        x.name: x.nbytes(after.bins, dtype) - y.nbytes(before.bins, dtype)
+        for x, y in zip(after.layers, before.layers, strict=True)
+        if x.spec != y.spec
+    }
+    if not more:
+        return
+    outcome, added = budget.outcome, sum(more.values())
+    over = max(0, outcome["bytes"] - budget.bytes)
+    outcome["bytes"] += added
+    outcome["components"][component]["bytes"] += added
+    if outcome["bytes"] - budget.bytes > over:
+        log.warning(
+            "all weight files take %d bytes more than the budget of %d, because the sanity check "
+            "promoted %s: lower the budget by that, or leave the sanity check out "
+            "(--no-sanity-check, sanity_check=False)",
+            outcome["bytes"] - budget.bytes, budget.bytes, ", ".join(more),
+        )  # fmt: skip
 
 
 def refuse_too_small(budget: int, found: Sizes, name: str) -> None:

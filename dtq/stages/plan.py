@@ -41,6 +41,11 @@ def plan(run: Run) -> None:
             loaded.scan = scan_model(loaded.model, _first_call(run))
     run.scan = loaded.scan
     run.plan = recipe.plan(run.scan, (*run.exclude, *kept_in_float(loaded.model)))
+    if run.target and run.plan.convolutions():
+        raise InputError(
+            f"{run.target} holds float convolutions, and recipe {recipe.name} asks for 8-bit ones: "
+            f"leave --to out, or --set convolutions=keep"
+        )
     if run.target:
         convolutions = [name for name, m in linears_of(loaded.model) if is_pointwise(m)]
         target = find_target(run.target)

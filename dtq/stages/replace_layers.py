@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dtq.nn.swap import finalize
 from dtq.stages.run import Run
-from dtq.stages.solve import build_quant_linear
+from dtq.stages.solve import build_quantized
 
 
 def replace_layers(run: Run) -> None:
@@ -22,7 +22,7 @@ def replace_layers(run: Run) -> None:
         result = run.results.pop(layer.name)
         run.report.layers.append(result.report)
         old = run.model.get_submodule(layer.name)
-        new = build_quant_linear(result, old, run.plan.bins, compute_dtype)
+        new = build_quantized(result, old, run.plan.bins, compute_dtype)
         run.model.set_submodule(layer.name, new)
         if keep_floats:
             run.floats[layer.name] = old

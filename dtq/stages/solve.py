@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from dtq.calibrate.observers import InputStats
+from dtq.formats import FORMATS
 from dtq.io.memory import Mapped, trim_malloc
 from dtq.models import InputGroup
-from dtq.models.linears import matrix_of
+from dtq.models.linears import is_linear, matrix_of
+from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.plan.layers import LayerPlan, Plan
+from dtq.runs.tasks import Result
 from dtq.solvers.finite import check
-from dtq.stages.layer_result import InputReport, LayerResult, from_result, to_result
+from dtq.stages.layer_result import InputReport, LayerReport, LayerResult, from_result, to_result
 from dtq.stages.run import Run
 from dtq.stages.solve_input import solve_input_group
 from dtq.stages.solve_layer import TransformedInput
 from dtq.stages.transform_choice import choose_transform, groups_sharing_transform, input_report
+from dtq.transforms import OnlineTransform
 
 COPIES = 8
 """Float32 matrices of a layer's size that its solver holds."""
@@ -30,6 +34,25 @@ def solve(run: Run) -> None:
     """Quantize every layer of the plan; the float model is not changed."""
     names = {x.name for x in run.plan.quantized()}
     run.results, run.report.inputs = solve_layers(run, run.plan, names, "quantize")
+    run.results |= {layer.name: _rounded(run, layer) for layer in run.plan.convolutions()}
+
+
+def _rounded(run: Run, layer: LayerPlan) -> LayerResult:
+    """A convolution with its weight rounded to nearest, which needs no data; a task."""
+
+    def compute() -> Result:
+        weight, fmt = matrix_of(run.model.get_submodule(layer.name)), FORMATS[layer.weight_format]
+        check(weight, layer=layer.name)
+        params = fmt.compute_qparams(weight)
+        error = float((fmt.fake_quantize(weight, params) - weight).square().sum())
+        report = LayerReport(layer.name, layer.role, layer.weight_format, layer.bits(), "none")
+        transform = OnlineTransform(torch.ones(weight.shape[1], dtype=torch.bfloat16), 1)
+        result = LayerResult(layer, fmt.pack(weight, params), transform, None, report, error)
+        return to_result([result], InputReport(layer.name))
+
+    tensors, data = run.tasks.get_or_compute(f"convolution/{layer.name}", compute)
+    (result,), _ = from_result(tensors, data, run.plan)
+    return result
 
 
 def solve_layers(
@@ -101,6 +124,25 @@ def _sums(stats: InputStats | None) -> tuple[list[Tensor], str]:
 def _cost(layers: list[LayerPlan]) -> float:
     """In proportion to the solver's time: GPTQ takes columns times weights."""
     return sum(math.prod(x.shape) * x.shape[1] for x in layers)
+
+
+def build_quantized(
+    result: LayerResult, old: nn.Module, bins: int, compute_dtype: torch.dtype
+) -> QuantLinear | QuantConv:
+    """The quantized layer for the place of a float linear or convolution.
+
+    Args:
+        result: the solved layer.
+        old: the float module; its device, bias and training mode carry over.
+        bins: timestep bins of static activation scales.
+        compute_dtype: dtype of the bias and of the output.
+    """
+    if is_linear(old):
+        return build_quant_linear(result, old, bins, compute_dtype)
+    spec, device = result.plan.spec, next(old.parameters()).device
+    new = QuantConv.in_place_of(old, spec, compute_dtype=compute_dtype, device=device)
+    new.fill({name: tensor.to(device) for name, tensor in result.tensors.items()})
+    return new
 
 
 def build_quant_linear(

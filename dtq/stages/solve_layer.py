@@ -20,6 +20,12 @@ from dtq.stages.layer_result import LayerReport, LayerResult
 from dtq.stages.run import Run
 from dtq.transforms import OnlineTransform, TransformChoice
 
+RIDGE = 0.1
+"""Of the mean diagonal of a Hessian, where it has as many rows as columns. Measured for text
+encoders, which see few tokens (docs/text_encoders.md)."""
+LEAST_RIDGE = 0.01
+"""A smaller ridge is left out: the solvers' own damping is of that size."""
+
 
 @dataclass
 class TransformedInput:
@@ -68,6 +74,23 @@ class TransformedInput:
         if self.stats is None or self.stats.hessian is None:
             return None
         return self.transform.hessian(self.stats.hessian.hessian().to(self.like))
+
+    @cached_property
+    def ridged_hessian(self) -> Tensor | None:
+        """The Hessian for solvers that invert it, None without calibration data.
+
+        Of few rows it is a bad guess of that of other inputs, which error feedback would trust:
+        then ``RIDGE * K / rows`` of its mean diagonal is added to the diagonal, as in ridge
+        regression.
+        """
+        if self.hessian is None or self.stats is None or self.stats.hessian is None:
+            return None
+        ridge = RIDGE * len(self.hessian) / max(1, int(self.stats.hessian.count))
+        if ridge <= LEAST_RIDGE:
+            return self.hessian
+        ridged = self.hessian.clone()
+        ridged.diagonal().add_(ridge * ridged.diagonal().mean())
+        return ridged
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -158,7 +181,7 @@ def _solve(
         low = tensors["proj_up"].to(target) @ transform.w(down.to(target))
         target = target - low
     solver = SOLVERS[layer.solver.name]
-    given = (x.hessian, x.factors) if solver.shares else (x.hessian,)
+    given = (x.ridged_hessian, x.factors) if solver.shares else (x.hessian,)
     w_q, qparams = solver.call(target, fmt, *given, **dict(layer.solver.knobs))
     mean = x.mean
     shift = None if mean is None else (target - w_q) @ mean

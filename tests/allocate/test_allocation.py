@@ -545,3 +545,18 @@ def test_a_total_with_overhead_is_kept_to_the_byte():
         assert found.sensitivity == pytest.approx(best)
     with pytest.raises(InputError, match=f"the smallest choice takes {least} bytes"):
         choose(errors, costs, least - 1, total=total, **options)
+
+
+def test_no_choice_that_fits_is_passed_over_where_headers_differ():
+    """One choice has a long header; the one below it on the front fits and must be found."""
+    costs = {"x": {"a": 100, "b": 110}, "y": {"a": 100, "b": 101}}
+    errors = {"x": {"a": 0.5, "b": 0.0}, "y": {"a": 0.2, "b": 0.1}}
+    header = {"aa": 5, "ab": 5, "ba": 60, "bb": 60}
+
+    def total(choice):
+        return header[choice["x"] + choice["y"]] + costs["x"][choice["x"]] + costs["y"][choice["y"]]
+
+    options = {"groups": dict.fromkeys(costs, "g"), "weights": dict.fromkeys(costs, 8)}
+    found = choose(errors, costs, 206, total=total, **options)
+    assert found.choice == {"x": "a", "y": "b"}
+    assert found.bytes == 206

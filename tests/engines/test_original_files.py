@@ -233,7 +233,7 @@ def test_layers_of_one_matrix_are_promoted_together(tmp_path):
 
 
 def test_the_sanity_check_promotes_layers_of_one_matrix_together(tmp_path, monkeypatch):
-    q, built = "transformer_blocks.0.attn.to_q", replace_layers.build_quant_linear
+    q, built = "transformer_blocks.0.attn.to_q", replace_layers.build_quantized
 
     def broken(result, *others):
         new = built(result, *others)
@@ -242,7 +242,7 @@ def test_the_sanity_check_promotes_layers_of_one_matrix_together(tmp_path, monke
             new.fill({**new.packed_tensors(), "weight_scale": scale})
         return new
 
-    monkeypatch.setattr(replace_layers, "build_quant_linear", broken)
+    monkeypatch.setattr(replace_layers, "build_quantized", broken)
     made = sd3_for("comfy-w4a8")
     done = made.hf_quantizer.report.sanity_check["promoted"]
     assert [x["layer"] for x in done] == [q, q.replace("_q", "_k"), q.replace("_q", "_v")]

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from dtq.calibrate import engine
 from dtq.cli import main
+from dtq.cli.plan import held_while_calibrating
 from dtq.estimate import duration, estimate
 from dtq.io.schema import MethodSpec
 from dtq.pipelines.loading import load_transformer
@@ -179,3 +180,19 @@ def test_the_size_is_exact_when_the_dtypes_of_the_components_differ(dtype, tmp_p
     for name, part in json.loads(shown.stdout.strip().splitlines()[-1]).items():
         (file,) = (out / name).glob("*.safetensors")
         assert file.stat().st_size == part["bytes"], name
+
+
+def test_what_a_pipeline_holds_while_it_calibrates_is_in_the_peak(folder):
+    """Its other models, and activations that grow with the batch of the calibration."""
+    held = {}
+    for batch in (2, 8):
+        calibration = replace(RECIPE.calibration, batch_size=batch)
+        held[batch] = held_while_calibrating(
+            folder, replace(RECIPE, calibration=calibration), torch.float32, False
+        )
+    vae = load_transformer(str(folder)).pipeline.vae
+    assert held[2]["vae"] == held[8]["vae"] == sum(t.nbytes for t in vae.state_dict().values())
+    assert 3.5 < held[8][""] / held[2][""] < 4.5
+    run = planned(load_transformer(str(folder)), RECIPE)
+    more = [estimate(run, torch.float32, around=around).memory for around in (0, 10**9)]
+    assert more[1] - more[0] > 0.9e9

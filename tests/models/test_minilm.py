@@ -40,15 +40,19 @@ def test_w8a8_is_nearly_free(case):
     assert spearman >= 0.995
 
 
-def test_w4a16_has_at_most_half_of_the_error_of_quanto(case):
+def test_4_bits_have_at_most_a_quarter_of_the_error_of_quanto(case):
     model, inputs, evaluate = case
     quantized = dtq.quantize(
-        copy.deepcopy(model), "w4a16", inputs=inputs, progress=False, sanity_check=False
+        copy.deepcopy(model), "w4a16-hq", inputs=inputs, progress=False, sanity_check=False
     )
-    names = [name for name, m in quantized.named_modules() if isinstance(m, QuantLinear)]
+    layers = {n: m for n, m in quantized.named_modules() if isinstance(m, QuantLinear)}
+    stored = sum(t.nbytes for m in layers.values() for t in m.packed_tensors().values())
+    bits = 8 * stored / sum(m.in_features * m.out_features for m in layers.values())
     other = copy.deepcopy(model)
-    BASELINES["quanto-int4"].apply(other, names)
+    BASELINES["quanto-int4"].apply(other, [*layers])
+    assert bits < BASELINES["quanto-int4"].bits(other.get_submodule(next(iter(layers))))
     ours, theirs = evaluate(quantized), evaluate(other)
-    assert ours[0] < 0.5 * theirs[0]
-    assert ours[1] < 0.5 * theirs[1]
-    assert ours[2] > theirs[2]
+    assert ours[0] < 0.25 * theirs[0]
+    assert ours[1] < 0.25 * theirs[1]
+    assert max(ours[:2]) < 0.015
+    assert ours[2] >= 0.994

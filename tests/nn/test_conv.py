@@ -12,7 +12,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import nn
 
 from dtq.formats import FORMATS
-from dtq.nn.conv import QuantConv, matrix_shape
+from dtq.models.linears import matrix_shape
+from dtq.nn.conv import QuantConv
 from dtq.plan.layers import LayerSpec
 
 

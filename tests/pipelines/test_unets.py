@@ -15,7 +15,10 @@ from peft.utils import get_peft_model_state_dict
 
 import dtq
 from dtq.cli import main
+from dtq.engines.export import contents_of
+from dtq.errors import InputError
 from dtq.nn import QuantLinear
+from dtq.nn.conv import QuantConv
 from dtq.pipelines import image_inputs
 
 COARSE = ("--set", "transform={search: {step: 0.25, max_error_ratio: 1.0}}")
@@ -125,3 +128,36 @@ def test_a_pipeline_without_conditions():
     dtq.quantize(pipe, "w8a8", calibration=FEW, transform=coarse, progress=False)
     assert isinstance(pipe.unet.mid_block.attentions[0].to_q, QuantLinear)
     assert pipe.unet.hf_quantizer.report.calibration["calls"] == 2
+
+
+def test_convolutions_in_8_bits_on_request(tmp_path):
+    """Planned to the byte, saved, loaded, sampled; LoRA on linears works, on them it is refused."""
+    pipelines.sdxl().save_pretrained(tmp_path / "float")
+    few = ("--recipe=rtn-w4a8", "--samples=2", "--steps=2", *small("sdxl"))
+    more = (*few, "--set", "convolutions=w8", "--exclude", "down_blocks.0.resnets.0.conv1")
+    shown = run("plan", tmp_path / "float", *more)
+    assert "8.0" in next(line for line in shown.splitlines() if line.startswith("convolutions"))
+    planned = json.loads(run("plan", tmp_path / "float", *more, "--json"))
+    told = run("quantize", tmp_path / "float", "-o", tmp_path / "out", *more)
+    (file,) = (tmp_path / "out/unet").glob("*.safetensors")
+    assert file.stat().st_size == planned["bytes"]
+    assert planned["bytes"] < json.loads(run("plan", tmp_path / "float", *few, "--json"))["bytes"]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    convs = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    kept = {n for n, m in convs.items() if not isinstance(m, QuantConv)}
+    assert kept == {"conv_in", "conv_out", "down_blocks.0.resnets.0.conv1"}
+    assert f"linears and {len(convs) - len(kept)} convolutions quantized" in told
+
+    before = pipelines.sample(pipe, "sdxl", 2)
+    want = pipelines.sample(quantized("sdxl"), "sdxl", 2)
+    assert 0 < float((before - want).square().mean() / want.square().mean()) < 1e-2
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    assert not torch.equal(pipelines.sample(pipe, "sdxl", 2), before)
+    pipe.unload_lora_weights()
+    assert torch.equal(pipelines.sample(pipe, "sdxl", 2), before)
+    with pytest.raises(InputError, match="quantized convolutions take no adapters"):
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["resnets.1.conv1"]))
+    floats = contents_of(pipe.unet).others["mid_block.resnets.0.conv1.weight"]  # for export
+    assert floats.shape == pipelines.sdxl().unet.mid_block.resnets[0].conv1.weight.shape
+    with pytest.raises(InputError, match="set convolutions=keep"):
+        dtq.quantize(pipelines.sdxl(), "w8a8", convolutions="w8", to="comfy-int8", progress=False)

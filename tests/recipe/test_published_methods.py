@@ -38,7 +38,7 @@ PRESETS = [
     "q-dit",
     "svdquant",
 ]
-FAMILY = ["w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq"]
+FAMILY = ["w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a16-hq", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq"]
 FAST = SamplingSettings(samples=4, steps=5, batch_size=4, num_timestep_bins=4)
 # one of eight blocks: every path of the code in an eighth of the time
 KEEP = [f"transformer_blocks.{i}" for i in range(1, 8)]

@@ -11,7 +11,7 @@ import pipelines
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
 import dtq
 from dtq.cli import main
@@ -24,7 +24,9 @@ from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.recorded_sampling import RecordedSampling
 from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
+from dtq.plan import LayerPlan, LayerSpec, Plan
 from dtq.stages.autoencoder import latent_error, quantize_weights
+from dtq.stages.pipeline_sizes import PipelineBudget, count_promoted, saved_files
 from dtq.stages.report import Report
 
 SMALL = {**pipelines.SMALL["flux"], "max_sequence_length": 16}
@@ -197,3 +199,29 @@ def test_bits_are_not_for_pipelines_and_a_size_not_for_statistics(folder, tmp_pa
         dtq.quantize(where, "rtn-w4a8", budget="4.8", progress=False)
     told = command("calibrate", where, "--budget=1GB", "-o", tmp_path / "s", code=1).stderr
     assert "statistics do not depend on a size" in told
+
+
+def test_promotions_after_the_budget_was_spent_are_counted_and_named(caplog):
+    layers = [LayerPlan(n, "ffn.up", (64, 64), LayerSpec("int4-2l-g64", "none")) for n in "ab"]
+    spent = Plan("r", tuple(layers))
+    raised = spent.with_layers({"b": layers[1].with_spec(weight_format="int8-row")})
+    part = {"bytes": 5000, "error": 0.1, "error_share": 1.0}
+    budget = PipelineBudget(6000, outcome={"bytes": 5000, "components": {"t": part}})
+    loaded = SimpleNamespace(component="t", dtype=torch.float32)
+    count_promoted(budget, SimpleNamespace(plan=raised, loaded=loaded), spent)
+    more = raised["b"].nbytes() - spent["b"].nbytes()
+    assert budget.outcome["bytes"] == part["bytes"] == 5000 + more > 6000
+    assert "promoted b: lower the budget" in caplog.text
+
+
+def test_files_of_models_without_parameters(tmp_path):
+    class Empty(ModelMixin, ConfigMixin):
+        pass
+
+    empty, buffers = Empty(), Empty()
+    buffers.register_buffer("mean", torch.zeros(3, dtype=torch.float16))
+    files = saved_files({"empty": empty, "buffers": buffers}, nf4=False)
+    for name, model in {"empty": empty, "buffers": buffers}.items():
+        model.save_pretrained(tmp_path / name)
+        written = (tmp_path / name).glob("*.safetensors")
+        assert files[name][1] == sum(f.stat().st_size for f in written)

@@ -70,7 +70,7 @@ def test_the_model_is_as_if_nobody_had_looked():
 
 def sabotage(monkeypatch, name: str, change) -> list[int]:
     """Damage the layer that is built for ``name``, the first time only."""
-    built, count = replace_layers.build_quant_linear, []
+    built, count = replace_layers.build_quantized, []
 
     def broken(result, old, bins, dtype):
         new = built(result, old, bins, dtype)
@@ -79,7 +79,7 @@ def sabotage(monkeypatch, name: str, change) -> list[int]:
             change(new)
         return new
 
-    monkeypatch.setattr(replace_layers, "build_quant_linear", broken)
+    monkeypatch.setattr(replace_layers, "build_quantized", broken)
     return count
 
 

