@@ -11,6 +11,13 @@
 
 #include "../arch.cuh"
 
+// Of a loop of the tests themselves, which would take longer than the kernels.
+#if defined(DTQ_SIM)
+#define UNCHECKED __attribute__((optimize("O3"), no_sanitize("address", "undefined")))
+#else
+#define UNCHECKED
+#endif
+
 struct Random {
   uint64_t state;
   explicit Random(uint64_t seed) : state(seed * 0x9E3779B97F4A7C15ull + 1) {}
