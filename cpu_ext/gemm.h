@@ -2,6 +2,7 @@
 // int8 GEMM: packing of activations, products of token blocks and panels of weights, epilogue. Needs
 // `struct Isa`, see isa.h.
 #pragma once
+#include "ahead.h"
 #include "gelu.h"
 #include "weights.h"
 
@@ -205,6 +206,28 @@ inline int64_t unpack_panel(const Linear& g, int64_t p, Weight* weights) {
   return rows;
 }
 
+// While panel p is multiplied, the weights of the next one are fetched, if it is not the `last`.
+inline Ahead ahead_of_panel(const Linear& g, int64_t p, bool last) {
+  const int64_t n = (p + !last) * kPanelRows, rows = g.rows - n < kPanelRows ? g.rows - n : kPanelRows;
+  const char *at = (const char*)weights_at(g, n, 0), *end = at + (g.columns * rows * g.bits >> 3);
+  Ahead ahead = {};
+  ahead.weights = {at, last ? at : end - 64, 64};
+  return ahead;
+}
+
+// And the lines of the outputs and of the residual that `count` token blocks x the panel at n will need.
+inline void set_outputs(Ahead& ahead, const Linear& g, int64_t n, int64_t block, int64_t count) {
+  const int64_t first = block * kBlockTokens, end = first + count * kBlockTokens;
+  const int64_t last = (end < g.tokens ? end : g.tokens) - 1;
+  const auto lines = [&](const void* tensor, Float type) {
+    const int64_t size = type == kFloat32 ? 4 : 2;
+    const char* at = (const char*)tensor + n * size;
+    return Lines{at + first * g.rows * size, at + last * g.rows * size, g.rows * size};
+  };
+  ahead.out = lines(g.out, g.type);
+  ahead.residual = g.residual ? lines(g.residual, g.gate_type) : ahead.out;
+}
+
 void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, int64_t panel_end,
               void* scratch) {
   alignas(64) int32_t sums[kPanelRows * kGroupBlocks * kBlockTokens];
@@ -213,17 +236,19 @@ void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, 
   const int64_t steps = g.steps / g.sections, next = g.steps * kBlockStep;
   for (int64_t p = panel; p < panel_end; p++) {
     const int64_t n = p * kPanelRows, rows = unpack_panel(g, p, weights);
+    Ahead ahead = ahead_of_panel(g, p, p + 1 == panel_end);
     int64_t at = block, groups = (block_end - block + Isa::kMaxBlocks - 1) / Isa::kMaxBlocks;
     for (; groups; groups--) {
       // groups of about equal size: a single block makes poor use of the registers
       const int count = (int)((block_end - at + groups - 1) / groups);
       const Activation* x = (const Activation*)g.packed + at * next;
+      set_outputs(ahead, g, n, at, count);
       for (int64_t section = 0; section < g.sections; section++) {
         const int64_t end = (section + 1) * steps;
         for (int64_t step = section * steps, some; step < end; step += some) {
           some = end - step < Isa::kMaxSteps ? end - step : Isa::kMaxSteps;
           Isa::multiply_group(weights + step * kPanelRows * kStep, x + step * kBlockStep, some, next,
-                              count, step > section * steps, sums);
+                              count, step > section * steps, sums, ahead);
         }
         if (g.section_scale) add_section(g, n, rows, at, count, section, sums, totals);
       }

@@ -21,9 +21,10 @@
 //   unpack_step(g, n, s, out)   step s of output channel n as kStep weights: see StepWeights in weights.h
 //   kMaxBlocks               token blocks that multiply_group takes, at most kGroupBlocks
 //   kMaxSteps                steps that multiply_group takes
-//   multiply_group(weights, x, steps, next, count, more, sums)
+//   multiply_group(weights, x, steps, next, count, more, sums, ahead)
 //                            `steps` steps of a panel x `count` token blocks, which lie `next` activations
-//                            apart; adds to the sums if `more`, else overwrites them
+//                            apart; adds to the sums if `more`, else overwrites them; calls ahead.fetch()
+//                            for each step of a block of sums
 //   dot_small_m(g, n, s, end, sums)   steps [s, end) of output channel n x up to kSmallM tokens
 //   splits(g)                whether dot_small_m wants the activations of two steps deinterleaved, even
 //                            channels first

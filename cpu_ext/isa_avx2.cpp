@@ -215,7 +215,7 @@ struct Avx2 : StepWeights<Avx2Vectors> {
 
   // kBlockRows output channels x 16 tokens: 8 sums, 2 of activations and 1 of weights, of 16 registers.
   static void multiply_block(const Weight* weights, const Activation* x_q, int64_t steps, bool more,
-                             int32_t* sums) {
+                             int32_t* sums, Ahead& ahead) {
     __m256i sum[kBlockRows][2];
     for (int r = 0; r < kBlockRows; r++)
       for (int i = 0; i < 2; i++)
@@ -224,6 +224,7 @@ struct Avx2 : StepWeights<Avx2Vectors> {
     for (int64_t s = 0; s < steps; s++) {
       const Weight* w = weights + s * kPanelRows * kStep;
       const Activation* x = x_q + s * kStep * kBlockTokens;
+      ahead.fetch();
       for (int q = 0; q < kStep; q += kDotWidth, x += kDotWidth * kBlockTokens) {
         const __m256i low = _mm256_load_si256((const __m256i*)x);
         const __m256i high = _mm256_load_si256((const __m256i*)x + 1);
