@@ -59,6 +59,10 @@ struct Avx512Vectors {
     return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   }
 
+  static U load_halves(const void* p) {
+    return (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  }
+
   static I load_signed_bytes(const uint8_t* p) {
     return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
   }

@@ -9,6 +9,7 @@
 //   swap_lanes<h>(v)         lanes i and i ^ h exchanged, h = 1, 2, 4, ... below kLanes
 //   store_low_bytes(v, out), store_low_halves(v, out)   the low 8 or 16 bits of each lane
 //   load_bytes(p), load_signed_bytes(p)   kLanes bytes, each extended to 32 bits
+//   load_halves(p)           kLanes 16-bit values, likewise
 //   load_part(p, count)      `count` floats, or 16-bit values extended to 32 bits; the other lanes are zero
 //   lookup(table, codes)     table[code & 15] of 16 floats
 //   fma(a, b, c)             a * b + c, rounded once if the machine can

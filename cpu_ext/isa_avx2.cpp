@@ -65,6 +65,10 @@ struct Avx2Vectors {
     return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
   }
 
+  static U load_halves(const void* p) {
+    return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  }
+
   static I load_signed_bytes(const uint8_t* p) {
     return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
   }
