@@ -81,6 +81,10 @@ struct Avx512Vectors {
 
   static V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
+  // the instructions return the second operand if one is NaN
+  static V at_least(V v, V limit) { return (V)_mm512_max_ps((__m512)limit, (__m512)v); }
+  static V at_most(V v, V limit) { return (V)_mm512_min_ps((__m512)limit, (__m512)v); }
+
   // -------------------------------------------------------------------------- weights
 
   typedef int8_t Activation;

@@ -8,8 +8,7 @@ namespace {
 
 // e^t, with the operations of dtq/kernels/ops_quantize.py in their order.
 inline V exponential(V t) {
-  t = t < splat(kExpMin) ? splat(kExpMin) : t;
-  t = t > splat(kExpMax) ? splat(kExpMax) : t;
+  t = Isa::at_most(Isa::at_least(t, splat(kExpMin)), splat(kExpMax));
   const V n = round_to_int(t * splat(kLog2E));
   const V r = (t - n * splat(kLn2High)) - n * splat(kLn2Low);
   const float taylor[] = {kExp1Over120, kExp1Over24, kExp1Over6, 0.5f, 1.0f, 1.0f};
@@ -26,10 +25,10 @@ inline void gelu_of(V (&x)[count]) {
   V t[count], r[count], p[count];
   U power[count];
 #define DTQ_EACH _Pragma("GCC unroll 8") for (int i = 0; i < count; i++)
-  DTQ_EACH x[i] = x[i] < splat(kGeluLowest) ? splat(kGeluLowest) : x[i];
+  DTQ_EACH x[i] = Isa::at_least(x[i], splat(kGeluLowest));
   DTQ_EACH t[i] = x[i] * x[i] * splat(kGeluCubic) + splat(kGeluLinear);
   DTQ_EACH t[i] = x[i] * t[i];
-  DTQ_EACH t[i] = t[i] < splat(kGeluLeastExponent) ? splat(kGeluLeastExponent) : t[i];
+  DTQ_EACH t[i] = Isa::at_least(t[i], splat(kGeluLeastExponent));
   DTQ_EACH r[i] = t[i] + splat(kRoundToInt);  // its low bits are the rounded t
   DTQ_EACH power[i] = (U)r[i] << 23;
   DTQ_EACH r[i] = t[i] - (r[i] - splat(kRoundToInt));

@@ -12,6 +12,7 @@
 //   load_halves(p)           kLanes 16-bit values, likewise
 //   load_part(p, count)      `count` floats, or 16-bit values extended to 32 bits; the other lanes are zero
 //   lookup(table, codes)     table[code & 15] of 16 floats
+//   at_least(v, limit), at_most(v, limit)   the larger, the smaller of both; v if v is NaN
 //   fma(a, b, c)             a * b + c, rounded once if the machine can
 //   transpose16(in, stride, out)   16 x 16 block of 32-bit values; stride of `in` in values, `out` is dense
 //

@@ -93,6 +93,10 @@ struct Avx2Vectors {
 
   static V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
+  // the instructions return the second operand if one is NaN
+  static V at_least(V v, V limit) { return (V)_mm256_max_ps((__m256)limit, (__m256)v); }
+  static V at_most(V v, V limit) { return (V)_mm256_min_ps((__m256)limit, (__m256)v); }
+
   // -------------------------------------------------------------------------- weights
 
 #ifdef __AVXVNNI__

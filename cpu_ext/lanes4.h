@@ -39,6 +39,9 @@ struct Lanes4 {
     return v;
   }
 
+  static V at_least(V v, V limit) { return v < limit ? limit : v; }
+  static V at_most(V v, V limit) { return v > limit ? limit : v; }
+
   static U load_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
 
   static U load_halves(const void* p) {
